@@ -1,0 +1,57 @@
+"""The base of every config section: unknown keys are errors that name the nearest key. Knows no section."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from .errors import ConfigError
+
+
+class Section(BaseModel):
+    """A group of settings owned by one part. Frozen; validated where it is built."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+S = TypeVar("S", bound=Section)
+
+
+def load_section(kind: type[S], values: Mapping[str, Any], where: str = "") -> S:
+    """Build a section from plain values.
+
+    Raises:
+        ConfigError: a key is unknown (names the nearest one) or a value is out of range (names value and rule).
+    """
+    try:
+        return kind.model_validate(dict(values))
+    except ValidationError as error:
+        raise ConfigError(explain(kind, error, where)) from None
+
+
+def explain(kind: type[BaseModel], error: ValidationError, where: str = "") -> str:
+    """One line per problem, in the user's words: path, value, remedy."""
+    lines = []
+    for problem in error.errors():
+        path = ".".join([*([where] if where else []), *(str(part) for part in problem["loc"])])
+        if problem["type"] == "extra_forbidden":
+            known = _keys_at(kind, problem["loc"][:-1])
+            near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
+            lines.append(f"{path} is not a setting; {hint}")
+        else:
+            lines.append(f"{path} is {problem['input']!r}: {problem['msg']}")
+    return "\n".join(lines)
+
+
+def _keys_at(kind: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
+    for part in path:
+        field = kind.model_fields.get(str(part))
+        inner = field.annotation if field else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            break
+        kind = inner
+    return list(kind.model_fields)

@@ -1,0 +1,60 @@
+"""Names of blocks: physical ids, and identities chained over 16-token hash blocks."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NewType
+
+from .spec import HASH_BLOCK_TOKENS
+
+BlockId = NewType("BlockId", int)
+"""Place of a physical block in one worker's pool."""
+
+BlockIdentity = NewType("BlockIdentity", bytes)
+"""16 bytes that stand for exactly one prefix: root and all tokens up to the end of a block."""
+
+IDENTITY_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class IdentityRoot:
+    """What must be equal, besides tokens, for two prefixes to share KV."""
+
+    isolation_domain: str  # from the authenticated tenant
+    weights_fingerprint: bytes
+    numerics_class: bytes  # set in deterministic mode, else empty
+    adapter: bytes = b""  # content hash
+    extra: bytes = b""
+
+    def digest(self, key: bytes) -> bytes:
+        """The chain's first link, under the cluster's key (1 to 64 bytes)."""
+        parts = (
+            self.isolation_domain.encode(),
+            self.weights_fingerprint,
+            self.numerics_class,
+            self.adapter,
+            self.extra,
+        )
+        hasher = hashlib.blake2b(key=key, digest_size=IDENTITY_BYTES, person=b"twostroke-root")
+        for part in parts:
+            hasher.update(len(part).to_bytes(4, "little") + part)
+        return hasher.digest()
+
+
+def chain(key: bytes, root: bytes, token_ids: Sequence[int], start: int = 0) -> list[BlockIdentity]:
+    """Identities of the full hash blocks of `token_ids`; the partial tail has none.
+
+    `root` is the link before the first token: `IdentityRoot.digest`, or the identity of the block that ends at
+    `start` when `token_ids` continues a sequence. Source: prefix chaining as in vLLM's automatic prefix caching,
+    with a keyed BLAKE2b-128 so that nobody outside the cluster can name or collide a block.
+    """
+    identities: list[BlockIdentity] = []
+    link = root
+    blake2b = hashlib.blake2b
+    for first in range(start, len(token_ids) - HASH_BLOCK_TOKENS + 1, HASH_BLOCK_TOKENS):
+        data = b"".join([t.to_bytes(4, "little") for t in token_ids[first : first + HASH_BLOCK_TOKENS]])
+        link = blake2b(link + data, key=key, digest_size=IDENTITY_BYTES).digest()
+        identities.append(BlockIdentity(link))
+    return identities

@@ -1,0 +1,81 @@
+"""What one token leaves in the cache, per layer group and component. Knows sizes, no tensor."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Literal
+
+HASH_BLOCK_TOKENS = 16  # tokens per hash block: the unit of identity and digest, whatever the physical block size
+
+CODEC_NAMES = {"fp8": 1, "bfloat16": 2, "float32": 3}  # names of --kv-cache-dtype to ids of kv/codec.py
+_CODEC_BYTES = {1: 1, 2: 2, 3: 4}
+_CODEC_SCALE_BYTES = {1: 1, 2: 0, 3: 0}
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """One kind of cached vector: `heads` rows of `width` numbers per token and layer."""
+
+    name: str
+    heads: int
+    width: int
+    codec: int  # kv/codec.py: Codec
+    shard: Literal["split", "replicate"] = "split"  # over TP ranks
+
+    @property
+    def row_bytes(self) -> int:
+        """Payload bytes of one (token, head) row."""
+        return self.width * _CODEC_BYTES[self.codec]
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Payload and scale bytes of one token in one layer."""
+        return self.heads * (self.row_bytes + _CODEC_SCALE_BYTES[self.codec])
+
+
+@dataclass(frozen=True, slots=True)
+class LayerGroup:
+    """Layers that cache alike: the model's own ("main"), later a draft model's or an EAGLE head's."""
+
+    name: str
+    num_layers: int
+    components: tuple[Component, ...]
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token over all layers of the group."""
+        return self.num_layers * sum(component.bytes_per_token for component in self.components)
+
+
+@dataclass(frozen=True, slots=True)
+class KvSpec:
+    """Everything that must agree, or be translated, between two caches."""
+
+    groups: tuple[LayerGroup, ...]
+
+    @property
+    def main(self) -> LayerGroup:
+        """The model's own layers."""
+        return self.groups[0]
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token over all groups, scales included."""
+        return sum(group.bytes_per_token for group in self.groups)
+
+    @property
+    def bf16_bytes_per_token(self) -> int:
+        """What the same token would take in bf16: the yardstick of `explain`."""
+        return sum(2 * g.num_layers * c.heads * c.width for g in self.groups for c in g.components)
+
+    def fingerprint(self) -> bytes:
+        """16 bytes that differ whenever two specs do."""
+        return hashlib.blake2b(repr(self).encode(), digest_size=16).digest()
+
+
+def attention_spec(num_layers: int, kv_heads: int, head_dim: int, codec: int) -> KvSpec:
+    """The spec of plain (grouped-query) attention: components "k" and "v"."""
+    k = Component("k", kv_heads, head_dim, codec)
+    v = Component("v", kv_heads, head_dim, codec)
+    return KvSpec((LayerGroup("main", num_layers, (k, v)),))
