@@ -1,0 +1,306 @@
+"""EngineLink: where a worker's face and its engine meet. Two bounded queues of plain values, nothing else.
+
+    face (asyncio: gRPC, KV bytes, digests, text)  ── Command ──▶  engine (step loop: scheduler, pool, runner)
+                                                   ◀── Event ───
+
+Commands and events are frozen values without callbacks or shared objects, so that the pair can be two threads (small
+machines) or two processes (GPUs). KV planes travel in them by value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import TYPE_CHECKING
+
+from ..core.request import FinishReason, SamplingParams, SequenceKey
+from ..kv.block import BlockIdentity
+
+if TYPE_CHECKING:
+    from ..kv.wire import SectionData
+
+# ------------------------------------------------------------------ face to engine
+
+
+class Source(Enum):
+    """Where a sequence's prompt KV comes from, and what happens after it."""
+
+    LOCAL = auto()  # computed here, decoded here
+    PEER = auto()  # computed by a prefill worker, decoded here
+    FOR_PEER = auto()  # computed here for a decode worker; the first token is sampled, then the blocks are held
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """A new sequence. Answered by `Promised`/`Offered`, or by `Ended` with an error."""
+
+    key: SequenceKey
+    source: Source
+    prompt_ids: tuple[int, ...]
+    identities: tuple[BlockIdentity, ...]  # of the prompt's full hash blocks
+    identity_root: bytes  # to continue the chain over generated tokens
+    params: SamplingParams
+    num_emitted: int = 0  # trailing prompt ids the client already has (re-dispatch): they count as generated
+    peer_held_tokens: int = 0  # FOR_PEER: leading tokens decode holds, which need not be kept for it
+    priority: int = 0
+    deadline_s: float | None = None  # of the engine's clock
+
+
+@dataclass(frozen=True, slots=True)
+class CancelSequence:
+    """Free everything of a sequence at the next step boundary. Answered by `Ended` unless it had ended already."""
+
+    key: SequenceKey
+    reason: FinishReason = FinishReason.CANCELLED  # STOP: the face found a stop string
+
+
+@dataclass(frozen=True, slots=True)
+class Bind:
+    """PEER: bind physical blocks for the whole prompt now. Answered by `Bound`; or `NotYet`, and `Bound` later."""
+
+    key: SequenceKey
+
+
+@dataclass(frozen=True, slots=True)
+class WriteKv:
+    """PEER: verified planes of tokens [token_start, +token_count). Answered by `KvWritten`."""
+
+    key: SequenceKey
+    token_start: int
+    token_count: int
+    sections: tuple[SectionData, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KvComplete:
+    """PEER: the prompt's KV is whole and its first token known: decode from here on."""
+
+    key: SequenceKey
+    first_token: int
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillLocally:
+    """PEER: the peer is lost or refused; keep the first `kept_tokens` and compute the rest here."""
+
+    key: SequenceKey
+    kept_tokens: int
+    first_token: int | None  # already known (and perhaps sent): must come out again, is not emitted twice
+
+
+@dataclass(frozen=True, slots=True)
+class PeerBound:
+    """FOR_PEER: decode has bound its blocks; the sequence may be computed."""
+
+    key: SequenceKey
+
+
+@dataclass(frozen=True, slots=True)
+class PeerNotYet:
+    """FOR_PEER: decode cannot hold it now; park it (`PeerBound` will come) and take another."""
+
+    key: SequenceKey
+
+
+@dataclass(frozen=True, slots=True)
+class ReadKv:
+    """Read the planes of a sequence's tokens. Answered by `KvRead`."""
+
+    key: SequenceKey
+    token_start: int
+    token_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class FetchBlocks:
+    """Read cached hash blocks by identity (Blocks.Fetch). Answered by `BlocksFetched`."""
+
+    fetch_id: int
+    identities: tuple[BlockIdentity, ...]
+    first_token: int
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """FOR_PEER: decode has verified everything; give the blocks back (they stay cached). Answered by `Ended`."""
+
+    key: SequenceKey
+
+
+@dataclass(frozen=True, slots=True)
+class AskSnapshot:
+    """Answered by `CacheSnapshot`: all held identities, with the event number that follows them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """End the step loop; every sequence ends as cancelled."""
+
+
+Command = (
+    Submit
+    | CancelSequence
+    | Bind
+    | WriteKv
+    | KvComplete
+    | PrefillLocally
+    | PeerBound
+    | PeerNotYet
+    | ReadKv
+    | FetchBlocks
+    | Release
+    | AskSnapshot
+    | Stop
+)
+
+# ------------------------------------------------------------------ engine to face
+
+
+@dataclass(frozen=True, slots=True)
+class Promised:
+    """PEER/LOCAL: room is promised. `held_tokens` leading tokens are cached here (PEER: ask the peer for the rest)."""
+
+    key: SequenceKey
+    held_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Offered:
+    """FOR_PEER: next to run; ask decode to bind. `cached_tokens` need no computing here."""
+
+    key: SequenceKey
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """PEER: blocks for the whole prompt are bound."""
+
+    key: SequenceKey
+
+
+@dataclass(frozen=True, slots=True)
+class NotYet:
+    """PEER: no room just now; `Bound` follows when there is."""
+
+    key: SequenceKey
+
+
+@dataclass(frozen=True, slots=True)
+class KvWritten:
+    """PEER: these tokens are in the store."""
+
+    key: SequenceKey
+    token_start: int
+    token_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """FOR_PEER: KV of the first `num_computed` tokens is computed and sealed."""
+
+    key: SequenceKey
+    num_computed: int
+    began: bool = False  # the first chunk of it
+
+
+@dataclass(frozen=True, slots=True)
+class TokenNews:
+    """New tokens of one sequence in one step."""
+
+    key: SequenceKey
+    first_index: int  # among the generated tokens, emitted ones of an earlier dispatch included
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepTokens:
+    """Everything one step sampled, in one value."""
+
+    step: int
+    news: tuple[TokenNews, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KvRead:
+    """Planes and sealed digests of a sequence's tokens; None when the sequence is gone."""
+
+    key: SequenceKey
+    token_start: int
+    token_count: int
+    sections: tuple[SectionData, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksFetched:
+    """The longest leading part of the asked-for blocks that is held here."""
+
+    fetch_id: int
+    num_blocks: int
+    sections: tuple[SectionData, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A sequence is over and owns nothing any more. Exactly once per `Submit`."""
+
+    key: SequenceKey
+    reason: FinishReason
+    error_code: str = ""  # with FinishReason.ERROR: a code of core/errors.py
+    error_message: str = ""
+    cached_tokens: int = 0  # prompt tokens found in this worker's own cache
+    preemptions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CacheDelta:
+    """Hash blocks that became findable, or ceased to be. `sequence` grows by one per delta; a gap means resync."""
+
+    sequence: int
+    stored: tuple[BlockIdentity, ...]
+    removed: tuple[BlockIdentity, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSnapshot:
+    """All held identities, parents first, as of delta number `sequence`."""
+
+    sequence: int
+    identities: tuple[BlockIdentity, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadNews:
+    """The engine's beat (10 Hz, and at every step while something waits): load, phase and on-line coefficients."""
+
+    phase: str
+    steps: int
+    waiting: int
+    running: int
+    queued_prefill_tokens: int
+    running_context_tokens: int
+    free_blocks: int
+    cached_blocks: int
+    promised_blocks: int
+    total_blocks: int
+    prefill_ms_per_token: float
+    prefill_ms_per_token_pair: float
+    decode_step_ms: float
+    counters: tuple[tuple[str, int], ...]
+
+
+Event = (
+    Promised
+    | Offered
+    | Bound
+    | NotYet
+    | KvWritten
+    | Progress
+    | StepTokens
+    | KvRead
+    | BlocksFetched
+    | Ended
+    | CacheDelta
+    | CacheSnapshot
+    | LoadNews
+)
