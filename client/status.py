@@ -1,0 +1,156 @@
+"""How a typed error crosses gRPC: written by the router, read by the SDK. Knows no service and no channel.
+
+The status carries one `google.rpc.ErrorInfo` (domain "twostroke", reason = the error's code; metadata `param` and
+`retry_after_ms` where the error has them) in `grpc-status-details-bin`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import grpc
+from google.protobuf.message import DecodeError
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from ..core.errors import (
+    BodyTooLarge,
+    Cancelled,
+    DeadlineExceeded,
+    InternalError,
+    InvalidRequest,
+    Overloaded,
+    TwostrokeError,
+    Unauthenticated,
+    Unavailable,
+    from_code,
+)
+
+DOMAIN = "twostroke"
+DETAILS_KEY = "grpc-status-details-bin"
+
+# The message travels twice, once percent-encoded (up to nine bytes a character); all trailers must stay below the
+# 8 KiB that peers accept by default, or the client would see a bare RESOURCE_EXHAUSTED in place of the error.
+MAX_MESSAGE_BYTES = 1500
+MAX_PARAM_BYTES = 200
+
+TRANSPORT_RETRY_S = 1.0
+
+
+class RpcFailure(Protocol):
+    """What `grpc.RpcError` of a sync call and `grpc.aio.AioRpcError` have in common."""
+
+    def code(self) -> grpc.StatusCode:
+        """The call's status."""
+        ...
+
+    def details(self) -> str | None:
+        """The status' message."""
+        ...
+
+    def trailing_metadata(self) -> Any:
+        """Pairs of key and value, or None."""
+        ...
+
+
+# ---------------------------------------------------------------- the server's side
+
+
+def to_rpc_status(error: TwostrokeError) -> grpc.Status:
+    """The status that shows `error` to a gRPC client: give it to `context.abort_with_status`.
+
+    Overlong messages are cut and unpaired surrogates replaced, so that the status can always be sent.
+    """
+    info = error_details_pb2.ErrorInfo(domain=DOMAIN, reason=error.code)
+    if error.param is not None:
+        info.metadata["param"] = _bounded(error.param, MAX_PARAM_BYTES)
+    if error.retry_after_s is not None:
+        info.metadata["retry_after_ms"] = str(max(1, round(error.retry_after_s * 1000)))
+    code = grpc.StatusCode[error.grpc_status]
+    status = status_pb2.Status(code=code.value[0], message=_bounded(error.message, MAX_MESSAGE_BYTES))
+    status.details.add().Pack(info)
+    result: grpc.Status = rpc_status.to_status(status)
+    return result
+
+
+def _bounded(text: str, max_bytes: int) -> str:
+    raw = text.encode("utf-8", "replace")
+    if len(raw) <= max_bytes:
+        return raw.decode()
+    return raw[: max_bytes - 3].decode("utf-8", "ignore") + "…"
+
+
+# ---------------------------------------------------------------- the client's side
+
+
+def from_rpc_error(failure: RpcFailure, target: str = "the server") -> TwostrokeError:
+    """The typed error behind a failed call: the server's own where it sent one, else what the transport's means.
+
+    `target` is the address that the caller used; it appears in hints only.
+    """
+    info = _error_info(failure)
+    message = failure.details() or failure.code().name
+    if info is None:
+        return _from_transport(failure.code(), message, target)
+    retry_after_ms = info.metadata.get("retry_after_ms", "")
+    return from_code(
+        info.reason,
+        message,
+        param=info.metadata.get("param"),
+        retry_after_s=int(retry_after_ms) / 1000 if retry_after_ms.isdecimal() else None,
+    )
+
+
+def _error_info(failure: RpcFailure) -> error_details_pb2.ErrorInfo | None:
+    for key, value in failure.trailing_metadata() or ():
+        if key != DETAILS_KEY:
+            continue
+        try:
+            status = status_pb2.Status.FromString(value)
+            for detail in status.details:
+                info = error_details_pb2.ErrorInfo()
+                if detail.Unpack(info) and info.domain == DOMAIN:
+                    return info
+        except DecodeError:
+            return None  # not ours; the code still says something
+    return None
+
+
+def _from_transport(code: grpc.StatusCode, message: str, target: str) -> TwostrokeError:
+    match code:
+        case grpc.StatusCode.UNAVAILABLE:
+            return Unavailable(f"{target}: {message}. {_hint(message)}", retry_after_s=TRANSPORT_RETRY_S)
+        case grpc.StatusCode.DEADLINE_EXCEEDED:
+            return DeadlineExceeded(f"{target} did not answer within the call's timeout_s")
+        case grpc.StatusCode.CANCELLED:
+            return Cancelled(message)
+        case grpc.StatusCode.UNAUTHENTICATED | grpc.StatusCode.PERMISSION_DENIED:
+            return Unauthenticated(f"{target}: {message}. Pass api_key=... or a client certificate in tls=...")
+        case grpc.StatusCode.RESOURCE_EXHAUSTED if "larger than max" in message:
+            return BodyTooLarge(f"{target}: {message}")
+        case grpc.StatusCode.RESOURCE_EXHAUSTED:
+            return Overloaded(f"{target}: {message}", retry_after_s=TRANSPORT_RETRY_S)
+        case grpc.StatusCode.INVALID_ARGUMENT:
+            return InvalidRequest(f"{target}: {message}")
+        case grpc.StatusCode.UNIMPLEMENTED:
+            hint = "Is that the gRPC port of a Twostroke router (8001 by default), and of this release?"
+            return Unavailable(f"{target}: {message or 'it does not know this call'}. {hint}")
+        case _:
+            return InternalError(f"{target}: {code.name}: {message}")
+
+
+def _hint(message: str) -> str:
+    """What a refused connection most likely means. A refused mTLS handshake looks like any other failure to connect."""
+    lowered = message.lower()
+    if "http1" in lowered or "http/1" in lowered:
+        return "That is an HTTP port; the SDK speaks gRPC (port 8001 by default)."
+    if any(word in lowered for word in ("ssl", "tls", "handshake", "certificate", "wrong_version_number")):
+        return "The TLS handshake failed: check that both sides use TLS and the certificates in tls=... ."
+    if "dns" in lowered or "resolution" in lowered:
+        return "The host's name could not be resolved."
+    if "failed to connect" in lowered or "refused" in lowered:
+        return (
+            "Is the server started, and is this its gRPC address (port 8001 by default)? "
+            "A server that wants TLS or a client certificate refuses like this too: see tls=... ."
+        )
+    return "The connection was lost."
