@@ -1,0 +1,28 @@
+"""What the router's flow gives its faces: pieces of text while a request runs, and how it ended. Knows no protocol."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..core.request import FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens as they are billed. `cached_tokens` of the prompt were in a worker's cache already."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """New tokens of one choice, or its end, or both. `first_index` makes the stream checkably gapless."""
+
+    choice: int
+    first_index: int
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None  # with the last piece of the last choice: of the whole request
