@@ -1,0 +1,117 @@
+"""The whole configuration: one schema for flags, environment, file and Helm values.
+
+Order of precedence: flags, environment (`TWOSTROKE__SECTION__KEY`), file (`--config FILE`, YAML), defaults.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field
+
+from ..core.config import Section, load_section
+from ..core.errors import ConfigError
+from ..kv.config import CacheConfig
+from ..model.config import ModelConfig, StepConfig
+from ..router.config import RouterConfig
+
+ENVIRONMENT_PREFIX = "TWOSTROKE__"
+
+
+class ClusterConfig(Section):
+    """How many workers of which role, and who starts them."""
+
+    prefill: int = Field(1, ge=0, le=64, description="prefill workers; 0: combined workers, no disaggregation")
+    decode: int = Field(1, ge=1, le=64, description="decode workers (combined ones when prefill is 0)")
+    launcher: Literal["ray", "process", "inprocess"] = "ray"
+    key: str = Field(
+        default_factory=lambda: secrets.token_hex(16),
+        min_length=16,
+        description="shared secret of all processes: keys block identities and digests",
+    )
+    ready_timeout_s: float = Field(120.0, gt=0)
+    drain_timeout_s: float = Field(10.0, ge=0)
+    orphan_grace_s: float = Field(5.0, ge=0, le=60, description="how long a lost router's requests run on")
+    ray_address: str | None = Field(None, description="join this Ray cluster; none: a local one of our own")
+
+
+class Config(Section):
+    """Everything, in the sections of the parts that own them."""
+
+    model: ModelConfig = ModelConfig()
+    cache: CacheConfig = CacheConfig()
+    step: StepConfig = StepConfig()
+    router: RouterConfig = RouterConfig()
+    cluster: ClusterConfig = Field(default_factory=ClusterConfig)
+
+
+def load_config(
+    file: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    flags: Mapping[str, Any] | None = None,
+) -> Config:
+    """Join file, environment and flags (dotted keys such as "cluster.prefill"; None means not given).
+
+    Raises:
+        ConfigError: unknown key (names the nearest), impossible value, or a file that cannot be read.
+    """
+    values = _read_file(file) if file else {}
+    overrides = [*_from_environment(environment or {}), *((k, v) for k, v in (flags or {}).items() if v is not None)]
+    for path, value in overrides:
+        _put(values, path.split("."), value)
+    config = load_section(Config, values)
+    _check(config)
+    return config
+
+
+def _read_file(file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(file.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {file}: {error}") from None
+    if not isinstance(values or {}, dict):
+        raise ConfigError(
+            f"--config {file}: the top level must be a mapping of sections, e.g. 'cluster: {{prefill: 2}}'"
+        )
+    return values or {}
+
+
+def _from_environment(environment: Mapping[str, str]) -> Iterable[tuple[str, Any]]:
+    for name, text in sorted(environment.items()):
+        if name.startswith(ENVIRONMENT_PREFIX):
+            path = name.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")
+            try:
+                yield path, yaml.safe_load(text)
+            except yaml.YAMLError:
+                yield path, text
+
+
+def _put(values: dict[str, Any], path: list[str], value: Any) -> None:
+    *parents, last = path
+    for index, part in enumerate(parents):
+        inner = values.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{'.'.join(parents[: index + 1])} is {inner!r}; it must be a section with keys")
+        values = inner
+    values[last] = value
+
+
+def _check(config: Config) -> None:
+    router = config.router
+    if router.host not in ("127.0.0.1", "localhost", "::1") and not router.insecure:
+        raise ConfigError(
+            f"router.host is {router.host!r}, which others can reach, and there are no certificates; "
+            "keep 127.0.0.1 behind a proxy that authenticates, or accept the risk with --insecure"
+        )
+    ports = [port for port in (router.port, router.grpc_port, router.internal_port) if port]
+    if len(set(ports)) != len(ports):
+        raise ConfigError(f"router.port, router.grpc_port and router.internal_port are {ports}; they must differ")
+    largest = config.step.max_num_batched_tokens
+    if largest < config.cache.block_size:
+        raise ConfigError(
+            f"step.max_num_batched_tokens is {largest}; must be at least cache.block_size ({config.cache.block_size})"
+        )

@@ -1,0 +1,24 @@
+"""Settings of the KV cache."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from ..core.config import Section
+
+
+class CacheConfig(Section):
+    """How keys and values are kept, and how many."""
+
+    dtype: Literal["auto", "fp8", "bfloat16", "float32"] = Field(
+        "auto", description="auto = FP8 (unlike vLLM, whose auto is the model's dtype)"
+    )
+    block_size: Literal[16, 32, 64] = Field(16, description="tokens per physical block")
+    tokens: int | None = Field(65536, ge=64, description="most tokens the pool holds; none: by memory alone")
+    memory_fraction: float = Field(
+        0.9, gt=0, le=1, description="share of the memory left after the weights that the pool may take"
+    )
+    frame_bytes: int = Field(1 << 20, ge=4096, le=16 << 20, description="planes per hand-over frame, at most")
+    frame_slots: int = Field(8, ge=1, le=256, description="frames under way per hand-over")

@@ -1,0 +1,33 @@
+"""Settings of the model and of the step that runs it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from ..core.config import Section
+
+BUNDLED = "bundled"  # the name of the model that travels with the package
+
+
+class ModelConfig(Section):
+    """Which checkpoint, under which name, in which arithmetic."""
+
+    path: str = Field(BUNDLED, description="checkpoint directory, hub name, or 'bundled'")
+    name: str | None = Field(None, description="what clients call it; default: the directory's name")
+    dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="compute dtype; auto = the checkpoint's")
+    max_model_len: int | None = Field(
+        None, ge=16, description="prompt plus generated tokens; default: the checkpoint's"
+    )
+    deterministic: bool = Field(True, description="logits do not depend on batch, chunking or cached prefix")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class StepConfig(Section):
+    """Bounds of one engine step and of the queues before it."""
+
+    max_num_seqs: int = Field(64, ge=1, le=4096, description="sequences per step")
+    max_num_batched_tokens: int = Field(1024, ge=16, le=65536, description="tokens per step: the prefill chunk")
+    max_waiting: int = Field(256, ge=1, description="sequences that may wait on one worker")
+    num_threads: int | None = Field(None, ge=1, description="CPU threads per worker; default: cores / workers")

@@ -1,0 +1,28 @@
+"""Settings of the router and its two faces."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from ..core.config import Section
+
+
+class RouterConfig(Section):
+    """Where clients reach the router and what it accepts."""
+
+    host: str = Field("127.0.0.1", description="address of both faces; another than loopback needs insecure=true")
+    port: int = Field(8000, ge=0, le=65535, description="HTTP (OpenAI API, metrics)")
+    grpc_port: int = Field(8001, ge=0, le=65535, description="gRPC (the SDK)")
+    internal_port: int = Field(0, ge=0, le=65535, description="where workers announce themselves; 0 = any")
+    insecure: bool = Field(False, description="allow a public host without certificates and keys")
+    api_keys: tuple[str, ...] = Field((), description="accepted keys; none: no authentication (loopback only)")
+    max_body_bytes: int = Field(4 << 20, ge=1024)
+    max_choices: int = Field(8, ge=1, le=128, description="largest n")
+    max_running: int = Field(512, ge=1, description="requests under way; more are refused with 429")
+    max_running_tokens: int = Field(2_000_000, ge=1, description="prompt and asked-for tokens under way")
+    default_max_tokens: int = Field(256, ge=1, description="when a request says nothing")
+    request_timeout_s: float = Field(600.0, gt=0)
+    client_buffer_pieces: int = Field(1024, ge=16, description="pieces kept for a slow client before it is dropped")
+    decision_log: Path | None = Field(None, description="JSONL file of every decision")
