@@ -16,7 +16,7 @@ class ModelConfig(Section):
 
     path: str = Field(BUNDLED, description="checkpoint directory, hub name, or 'bundled'")
     name: str | None = Field(None, description="what clients call it; default: the directory's name")
-    dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="compute dtype; auto = the checkpoint's")
+    dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="auto = the checkpoint's")
     max_model_len: int | None = Field(
         None, ge=16, description="prompt plus generated tokens; default: the checkpoint's"
     )

@@ -1,0 +1,53 @@
+# Every word here is also what CI says. `make demo` and `make test` need nothing but Python ≥ 3.11.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup check format test campaigns demo serve bench protos docs clean
+
+setup: $(STAMP)-all
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp per set of extras, so that the demo does not wait for what only the tests need.
+$(STAMP)-%: pyproject.toml | $(BIN)/python
+	@echo "installing twostroke[$*] into $(VENV) (once; a few minutes on a slow line)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[$*]' 2>&1 | grep -v -i "warning" || true
+	@$(BIN)/python -c "import torch, grpc, twostroke" && touch $@
+
+demo: $(STAMP)-all
+	$(BIN)/python examples/demo.py
+
+serve: $(STAMP)-all
+	$(BIN)/twostroke serve
+
+test: $(STAMP)-all,test,redis
+	$(BIN)/python -m pytest tests -m "not slow"
+
+check: $(STAMP)-all,test,redis,check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)-all,test,redis,check
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+campaigns: $(STAMP)-all,test,redis
+	$(BIN)/python -m pytest tests -m slow --timeout=3600
+
+bench: $(STAMP)-all
+	$(BIN)/python bench/kernels.py
+	$(BIN)/python bench/handover.py
+	$(BIN)/python bench/serve.py
+
+# Generated with an older protoc, so that the code loads on every protobuf from 6.31 on (docs/decisions/0002).
+protos:
+	$(PYTHON) -m venv .venv-protos
+	.venv-protos/bin/pip install --quiet grpcio-tools==1.78.0 mypy-protobuf==5.1.0
+	PATH="$(CURDIR)/.venv-protos/bin:$$PATH" .venv-protos/bin/python protos/generate.py
+
+clean:
+	rm -rf $(VENV) .venv-protos build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

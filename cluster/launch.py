@@ -1,0 +1,66 @@
+"""What every launcher does: start a member, tell when it ends, stop it. Knows no way of doing it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from ..core.request import Role
+from .config import Config
+from .placement import Member
+from .settings import WorkerSettings
+
+Ended = Callable[[str, str], None]
+"""Called on the supervisor's loop with a member's name and its last words, once per start."""
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """What all members of one cluster share: the configuration, the checkpoint's directory, the router's address."""
+
+    config: Config
+    model_directory: str
+    model_name: str
+    internal_port: int  # of the router, fixed before the first start so that a restarted router is found again
+
+    @property
+    def internal_address(self) -> str:
+        """Where workers announce themselves."""
+        return f"127.0.0.1:{self.internal_port}"
+
+
+class Launcher(Protocol):
+    """One way of running members: in this process, as child processes, or as Ray actors."""
+
+    async def start(self, member: Member, ended: Ended) -> None:
+        """Start a member; returns when its process exists (not yet when it serves)."""
+        ...
+
+    async def stop(self, name: str, grace_s: float) -> None:
+        """Let it drain for `grace_s`, then end it. `ended` is called as for any end."""
+        ...
+
+    async def close(self) -> None:
+        """Leave nothing behind: no process, no session, no file."""
+        ...
+
+
+def worker_settings(site: Site, member: Member) -> WorkerSettings:
+    """One worker's settings, from the cluster's configuration and its place in the plan."""
+    config = site.config
+    return WorkerSettings(
+        worker_id=member.name,
+        role=member.role or Role.COMBINED,
+        model_directory=site.model_directory,
+        model_name=site.model_name,
+        model=config.model,
+        cache=config.cache,
+        step=config.step,
+        memory_bytes=member.memory_bytes,
+        num_threads=member.num_threads,
+        routers=(site.internal_address,),
+        cluster_key=config.cluster.key,
+        orphan_grace_s=config.cluster.orphan_grace_s,
+        drain_timeout_s=config.cluster.drain_timeout_s,
+    )

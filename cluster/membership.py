@@ -1,0 +1,101 @@
+"""Who should run, and when the dead come back: restarts with back-off. Knows no process and no clock."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class Standing(Enum):
+    """Where a member stands."""
+
+    STARTING = "starting"
+    READY = "ready"
+    WAITING = "waiting"  # dead, its back-off runs
+    STOPPED = "stopped"  # wanted gone
+
+
+@dataclass(frozen=True, slots=True)
+class BackOff:
+    """First restart at once, then doubling waits; a long healthy run forgives."""
+
+    first_s: float = 0.0
+    base_s: float = 0.5
+    longest_s: float = 30.0
+    forgiven_after_s: float = 60.0
+
+    def wait_s(self, failures_in_a_row: int) -> float:
+        """Seconds to wait before the restart that follows the n-th failure in a row (n from 1)."""
+        if failures_in_a_row <= 1:
+            return self.first_s
+        return float(min(self.longest_s, self.base_s * 2 ** min(failures_in_a_row - 2, 30)))
+
+
+@dataclass(slots=True)
+class _Member:
+    standing: Standing = Standing.STARTING
+    failures: int = 0
+    restarts: int = 0
+    since_s: float = 0.0
+    due_s: float = 0.0
+    last_words: str = ""
+
+
+@dataclass(slots=True)
+class Membership:
+    """The wanted members and their standing. One owner of restarts: nothing else starts a process again."""
+
+    back_off: BackOff = field(default_factory=BackOff)
+    _members: dict[str, _Member] = field(default_factory=dict)
+
+    def want(self, name: str, now_s: float) -> None:
+        """`name` should run; it is due at once."""
+        self._members[name] = _Member(Standing.WAITING, since_s=now_s, due_s=now_s)
+
+    def due(self, now_s: float) -> list[str]:
+        """Members to start now, in the order they were wanted."""
+        return [n for n, m in self._members.items() if m.standing is Standing.WAITING and m.due_s <= now_s]
+
+    def next_due_s(self) -> float | None:
+        """When `due` will next have something to say, or None."""
+        return min((m.due_s for m in self._members.values() if m.standing is Standing.WAITING), default=None)
+
+    def started(self, name: str, now_s: float) -> None:
+        """Its process exists."""
+        member = self._members[name]
+        member.standing, member.since_s = Standing.STARTING, now_s
+
+    def ready(self, name: str, now_s: float) -> None:
+        """It serves."""
+        member = self._members[name]
+        if member.standing is Standing.STARTING:
+            member.standing, member.since_s = Standing.READY, now_s
+
+    def ended(self, name: str, last_words: str, now_s: float) -> float | None:
+        """Its process is gone. Gives the time of its restart, or None if it was to stop."""
+        member = self._members[name]
+        if member.standing is Standing.STOPPED:
+            return None
+        healthy = member.standing is Standing.READY and now_s - member.since_s >= self.back_off.forgiven_after_s
+        member.failures = 1 if healthy else member.failures + 1
+        member.restarts += 1
+        member.last_words = last_words
+        member.standing, member.since_s = Standing.WAITING, now_s
+        member.due_s = now_s + self.back_off.wait_s(member.failures)
+        return member.due_s
+
+    def stop(self, name: str) -> None:
+        """`name` should not run any more."""
+        self._members[name].standing = Standing.STOPPED
+
+    def standing(self, name: str) -> Standing:
+        """Where `name` stands."""
+        return self._members[name].standing
+
+    def restarts(self, name: str) -> int:
+        """How often `name` has been started again."""
+        return self._members[name].restarts
+
+    def names(self) -> list[str]:
+        """All members ever wanted."""
+        return list(self._members)

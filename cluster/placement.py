@@ -1,0 +1,87 @@
+"""Which processes a configuration means on this machine: roles, threads, ports, memory. Decides; starts nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..core.request import Role
+from ..kv.sizing import MemoryFacts, PoolSize, size_pool
+from ..kv.spec import KvSpec
+from .config import Config
+
+
+@dataclass(frozen=True, slots=True)
+class MachineFacts:
+    """What there is to place on."""
+
+    num_cores: int
+    memory_bytes: int  # available now
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What a checkpoint needs, in the chosen dtypes."""
+
+    name: str
+    directory: str
+    weight_bytes: int
+    kv_spec: KvSpec
+    max_model_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One process to start."""
+
+    name: str  # "prefill-0", "router-0"
+    kind: Literal["worker", "router"]
+    role: Role | None = None
+    num_threads: int = 1
+    memory_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that will run."""
+
+    members: tuple[Member, ...]
+    model: ModelFacts
+    pool: PoolSize  # of each worker
+
+    @property
+    def workers(self) -> tuple[Member, ...]:
+        """Members that hold an engine."""
+        return tuple(member for member in self.members if member.kind == "worker")
+
+
+ROUTER_BYTES = 400 << 20  # a router without torch, and the launcher beside it
+
+
+def place(config: Config, machine: MachineFacts, model: ModelFacts) -> Plan:
+    """One router, then prefill, then decode workers; cores and memory in equal shares.
+
+    Raises:
+        DoesNotFit: weights and pool of so many workers do not fit the machine.
+    """
+    cluster = config.cluster
+    if cluster.prefill:
+        roles = [("prefill", Role.PREFILL)] * cluster.prefill + [("decode", Role.DECODE)] * cluster.decode
+    else:
+        roles = [("combined", Role.COMBINED)] * cluster.decode
+    share = max(0, machine.memory_bytes - ROUTER_BYTES) // len(roles)
+    threads = config.step.num_threads or max(1, machine.num_cores // len(roles))
+    pool = size_pool(
+        model.kv_spec,
+        config.cache.block_size,
+        config.cache.tokens,
+        config.cache.memory_fraction,
+        MemoryFacts(share, model.weight_bytes),
+    )
+    counts: dict[str, int] = {}
+    members = [Member("router-0", "router")]
+    for prefix, role in roles:
+        index = counts.setdefault(prefix, 0)
+        counts[prefix] += 1
+        members.append(Member(f"{prefix}-{index}", "worker", role, threads, share))
+    return Plan(tuple(members), model, pool)

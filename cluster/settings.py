@@ -1,0 +1,28 @@
+"""Everything one worker process needs to know. Plain data: it travels to child processes and Ray actors."""
+
+from __future__ import annotations
+
+from ..core.config import Section
+from ..core.request import Role
+from ..kv.config import CacheConfig
+from ..model.config import ModelConfig, StepConfig
+
+
+class WorkerSettings(Section):
+    """One worker of the plan."""
+
+    worker_id: str
+    role: Role
+    model_directory: str  # resolved: a local directory
+    model_name: str  # as clients name it
+    model: ModelConfig = ModelConfig()
+    cache: CacheConfig = CacheConfig()
+    step: StepConfig = StepConfig()
+    memory_bytes: int | None = None  # share of the machine or device; none: all that is available now
+    num_threads: int = 1
+    host: str = "127.0.0.1"
+    port: int = 0  # 0: any
+    routers: tuple[str, ...] = ()  # host:port of their Announce services
+    cluster_key: str
+    orphan_grace_s: float = 5.0
+    drain_timeout_s: float = 10.0

@@ -1,0 +1,60 @@
+"""How many blocks a pool gets, with the arithmetic spelled out. Knows numbers only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..core.errors import DoesNotFit
+from .spec import KvSpec
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryFacts:
+    """What one worker may use, in bytes."""
+
+    memory_bytes: int  # this worker's share of the device or machine
+    weight_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSize:
+    """A pool that fits, and how it was found."""
+
+    num_blocks: int
+    block_tokens: int
+    pool_bytes: int
+    arithmetic: str
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens the pool holds."""
+        return self.num_blocks * self.block_tokens
+
+
+def size_pool(spec: KvSpec, block_tokens: int, max_tokens: int | None, fraction: float, facts: MemoryFacts) -> PoolSize:
+    """The smaller of `max_tokens` and `fraction` of the memory left after the weights, in whole blocks.
+
+    Raises:
+        DoesNotFit: not even one block is left; the message carries the arithmetic.
+    """
+    left = facts.memory_bytes - facts.weight_bytes
+    by_memory = int(max(0, left) * fraction) // (spec.bytes_per_token * block_tokens)
+    by_tokens = None if max_tokens is None else max_tokens // block_tokens
+    num_blocks = by_memory if by_tokens is None else min(by_memory, by_tokens)
+    limit = "no token limit" if by_tokens is None else f"{max_tokens:,} tokens asked = {by_tokens:,} blocks"
+    arithmetic = (
+        f"memory {_mib(facts.memory_bytes)} − weights {_mib(facts.weight_bytes)} = {_mib(left)}; "
+        f"× {fraction:g} ÷ ({spec.bytes_per_token:,} bytes/token × {block_tokens} tokens/block) "
+        f"= {by_memory:,} blocks; "
+        f"{limit}"
+    )
+    if num_blocks < 1:
+        raise DoesNotFit(
+            f"no KV block fits: {arithmetic}. Use a smaller model or dtype, fewer workers, a larger "
+            "cache.memory_fraction, or more cache.tokens"
+        )
+    return PoolSize(num_blocks, block_tokens, num_blocks * block_tokens * spec.bytes_per_token, arithmetic)
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.0f} MiB"
