@@ -1,0 +1,173 @@
+"""Our values as protobuf messages and back: sampling, specs, errors, epochs, timelines. Knows no stream and no state.
+
+What arrives is a peer's input: `..._from` functions never trust ranges that matter to memory, and raise typed errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+from ..core.errors import InvalidRequest, TwostrokeError, from_code
+from ..core.request import Epoch, FinishReason, Role, SamplingParams
+from ..core.timeline import Timeline
+from ..protos import common_pb2, worker_pb2
+from .codec import Codec
+from .spec import Component, KvSpec, LayerGroup
+
+_FINISH_TO_WIRE: dict[FinishReason, common_pb2.FinishReason.ValueType] = {
+    FinishReason.STOP: common_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: common_pb2.FINISH_REASON_LENGTH,
+    FinishReason.CANCELLED: common_pb2.FINISH_REASON_CANCELLED,
+    FinishReason.ERROR: common_pb2.FINISH_REASON_ERROR,
+}
+_FINISH_FROM_WIRE = {number: reason for reason, number in _FINISH_TO_WIRE.items()}
+_ROLE_TO_WIRE: dict[Role, common_pb2.Role.ValueType] = {
+    Role.PREFILL: common_pb2.ROLE_PREFILL,
+    Role.DECODE: common_pb2.ROLE_DECODE,
+    Role.COMBINED: common_pb2.ROLE_COMBINED,
+}
+_ROLE_FROM_WIRE = {number: role for role, number in _ROLE_TO_WIRE.items()}
+
+
+# ------------------------------------------------------------------ sampling
+
+
+def sampling_to_wire(params: SamplingParams) -> common_pb2.SamplingParams:
+    """Every field set: a worker never asks what a default is."""
+    return common_pb2.SamplingParams(
+        max_tokens=params.max_tokens,
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=params.top_k,
+        seed=params.seed,
+        stop=params.stop,
+        stop_token_ids=params.stop_token_ids,
+        ignore_eos=params.ignore_eos,
+        min_tokens=params.min_tokens,
+    )
+
+
+def sampling_from_wire(message: common_pb2.SamplingParams) -> SamplingParams:
+    """A router's sampling parameters. It validated them for the client; here only what would break a worker is refused.
+
+    Raises:
+        InvalidRequest: `max_tokens` or `seed` is absent, or a number has no meaning (NaN, negative temperature).
+    """
+    if not message.HasField("max_tokens") or not message.HasField("seed"):
+        raise InvalidRequest("max_tokens and seed must be set on an order to a worker", param="sampling")
+    temperature = message.temperature if message.HasField("temperature") else 1.0
+    top_p = message.top_p if message.HasField("top_p") else 1.0
+    if not 0.0 <= temperature <= 1e6:
+        raise InvalidRequest(f"temperature is {temperature}; must be 0 or more", param="temperature")
+    if not 0.0 < top_p <= 1.0:
+        raise InvalidRequest(f"top_p is {top_p}; must be above 0 and at most 1", param="top_p")
+    if message.max_tokens < 1:
+        raise InvalidRequest("max_tokens is 0; must be 1 or more", param="max_tokens")
+    return SamplingParams(
+        max_tokens=message.max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=message.top_k,
+        seed=message.seed,
+        stop=tuple(message.stop),
+        stop_token_ids=tuple(message.stop_token_ids),
+        ignore_eos=message.ignore_eos,
+        min_tokens=message.min_tokens,
+    )
+
+
+# ------------------------------------------------------------------ specs
+
+
+def spec_to_wire(spec: KvSpec) -> common_pb2.KvSpec:
+    """A cache's layout for a peer that may have another one."""
+    message = common_pb2.KvSpec()
+    for group in spec.groups:
+        out = message.groups.add(name=group.name, num_layers=group.num_layers)
+        for c in group.components:
+            replicated = c.shard == "replicate"
+            out.components.add(name=c.name, heads=c.heads, width=c.width, codec=c.codec, replicated=replicated)
+    return message
+
+
+def spec_from_wire(message: common_pb2.KvSpec) -> KvSpec:
+    """A peer's cache layout.
+
+    Raises:
+        InvalidRequest: no group, or a codec that this release does not know.
+    """
+    if not message.groups:
+        raise InvalidRequest("the peer's kv_spec has no layer group", param="kv_spec")
+    return KvSpec(tuple(_group_from(group) for group in message.groups))
+
+
+def _group_from(group: common_pb2.LayerGroup) -> LayerGroup:
+    components = []
+    for c in group.components:
+        if c.codec not in Codec._value2member_map_:
+            known = ", ".join(f"{codec.value} ({codec.name.lower()})" for codec in Codec)
+            raise InvalidRequest(f"component {c.name!r} has codec {c.codec}; known are {known}", param="kv_spec")
+        shard: Literal["split", "replicate"] = "replicate" if c.replicated else "split"
+        components.append(Component(c.name, c.heads, c.width, c.codec, shard))
+    return LayerGroup(group.name, group.num_layers, tuple(components))
+
+
+# ------------------------------------------------------------------ small words
+
+
+def finish_to_wire(reason: FinishReason) -> common_pb2.FinishReason.ValueType:
+    """The enum's number."""
+    return _FINISH_TO_WIRE[reason]
+
+
+def finish_from_wire(number: common_pb2.FinishReason.ValueType) -> FinishReason | None:
+    """None: still running, or a newer release's reason."""
+    return _FINISH_FROM_WIRE.get(number)
+
+
+def role_to_wire(role: Role) -> common_pb2.Role.ValueType:
+    """The enum's number."""
+    return _ROLE_TO_WIRE[role]
+
+
+def role_from_wire(number: common_pb2.Role.ValueType) -> Role:
+    """Raises InvalidRequest for a role of a newer release."""
+    try:
+        return _ROLE_FROM_WIRE[number]
+    except KeyError:
+        raise InvalidRequest(f"worker role {number} is unknown to this release", param="role") from None
+
+
+def epoch_to_wire(epoch: Epoch) -> worker_pb2.Epoch:
+    """(router incarnation, counter)."""
+    return worker_pb2.Epoch(incarnation=epoch.incarnation, counter=epoch.counter)
+
+
+def epoch_from_wire(message: worker_pb2.Epoch) -> Epoch:
+    """(router incarnation, counter)."""
+    return Epoch(message.incarnation, message.counter)
+
+
+def error_to_wire(error: TwostrokeError) -> common_pb2.Error:
+    """A typed error inside one of our own messages."""
+    retry_after_ms = 0 if error.retry_after_s is None else max(1, round(error.retry_after_s * 1000))
+    return common_pb2.Error(
+        code=error.code, message=error.message, param=error.param or "", retry_after_ms=retry_after_ms
+    )
+
+
+def error_from_wire(message: common_pb2.Error) -> TwostrokeError:
+    """The typed error that a peer meant; an unknown code becomes an InternalError."""
+    retry_after_s = message.retry_after_ms / 1000 if message.retry_after_ms else None
+    return from_code(message.code, message.message, param=message.param or None, retry_after_s=retry_after_s)
+
+
+def instants_to_wire(timeline: Timeline, origin_s: float) -> list[common_pb2.Instant]:
+    """Every instant as nanoseconds since `origin_s`."""
+    return [common_pb2.Instant(name=n, since_seen_ns=ns) for n, ns in timeline.since_ns(origin_s).items()]
+
+
+def adopt_instants(timeline: Timeline, instants: Iterable[common_pb2.Instant], origin_s: float) -> None:
+    """Place a peer's instants after our own `origin_s`."""
+    timeline.adopt([(instant.name, instant.since_seen_ns) for instant in instants], origin_s)
