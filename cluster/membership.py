@@ -96,6 +96,10 @@ class Membership:
         """How often `name` has been started again."""
         return self._members[name].restarts
 
+    def starting(self) -> list[str]:
+        """Members that do not serve yet: on their way up, or waiting for a restart."""
+        return [n for n, m in self._members.items() if m.standing in (Standing.STARTING, Standing.WAITING)]
+
     def names(self) -> list[str]:
         """All members ever wanted."""
         return list(self._members)

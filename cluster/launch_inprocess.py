@@ -1,0 +1,41 @@
+"""Members as objects on this event loop, each worker with an engine thread: for tests, notebooks and the wiring."""
+
+from __future__ import annotations
+
+import asyncio
+
+from ..router.process import RouterProcess
+from .launch import Ended, Site, worker_settings
+from .placement import Member
+from .worker import WorkerProcess
+
+
+class InProcessLauncher:
+    """Runs every member here. The sockets between them are real."""
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+        self._running: dict[str, tuple[WorkerProcess | RouterProcess, Ended]] = {}
+
+    async def start(self, member: Member, ended: Ended) -> None:
+        """Build and start the member's object."""
+        process: WorkerProcess | RouterProcess
+        if member.kind == "router":
+            config = self._site.config
+            settings = config.router.model_copy(update={"internal_port": self._site.internal_port})
+            process = RouterProcess(settings, config.cluster.key)
+        else:
+            process = WorkerProcess(worker_settings(self._site, member))
+        await process.start()
+        self._running[member.name] = (process, ended)
+
+    async def stop(self, name: str, grace_s: float) -> None:
+        """Drain and stop it."""
+        if name in self._running:
+            process, ended = self._running.pop(name)
+            await process.stop(grace_s)
+            ended(name, "stopped")
+
+    async def close(self) -> None:
+        """Stop what still runs."""
+        await asyncio.gather(*(self.stop(name, 0.0) for name in list(self._running)))

@@ -1,0 +1,98 @@
+"""Members as child processes of this one: what a machine without Ray uses, and what each pod runs one of."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+import yaml
+
+from .launch import Ended, Site
+from .placement import Member
+
+_LAST_WORDS_BYTES = 2000
+
+
+class ProcessLauncher:
+    """Starts `twostroke worker` and `twostroke router` with one configuration file, readable by us alone."""
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+        self._directory = Path(tempfile.mkdtemp(prefix="twostroke-"))
+        self._processes: dict[str, asyncio.subprocess.Process] = {}
+        self._watchers: set[asyncio.Task[None]] = set()
+        self._config_file = self._directory / "config.yaml"
+        values = site.config.model_dump(mode="json")
+        values["model"]["path"], values["model"]["name"] = site.model_directory, site.model_name
+        values["router"]["internal_port"] = site.internal_port
+        self._config_file.touch(mode=0o600)  # it holds the cluster's key
+        self._config_file.write_text(yaml.safe_dump(values))
+
+    async def start(self, member: Member, ended: Ended) -> None:
+        """Start one child; its output goes to a log file whose end becomes its last words."""
+        log = self._directory / f"{member.name}.log"
+        with log.open("ab") as out:
+            process = await asyncio.create_subprocess_exec(
+                *self._command(member),
+                stdout=out,
+                stderr=out,
+                stdin=asyncio.subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C reaches the supervisor alone, which drains
+                env=self._environment(member),
+            )
+        self._processes[member.name] = process
+        watcher = asyncio.create_task(self._watch(member.name, process, log, ended))
+        self._watchers.add(watcher)
+        watcher.add_done_callback(self._watchers.discard)
+
+    async def stop(self, name: str, grace_s: float) -> None:
+        """SIGTERM, wait, SIGKILL."""
+        process = self._processes.get(name)
+        if process is None or process.returncode is not None:
+            return
+        process.send_signal(signal.SIGTERM)
+        try:
+            await asyncio.wait_for(process.wait(), grace_s + 2.0)
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+
+    async def close(self) -> None:
+        """End what still runs and remove the files."""
+        await asyncio.gather(*(self.stop(name, 0.0) for name in list(self._processes)))
+        if self._watchers:
+            await asyncio.wait(self._watchers, timeout=2.0)
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _command(self, member: Member) -> list[str]:
+        command = [sys.executable, "-m", "twostroke.cli.main", member.kind, "--config", str(self._config_file)]
+        if member.kind == "worker":
+            command += ["--role", str(member.role), "--worker-id", member.name]
+            command += ["--router", self._site.internal_address, "--memory-bytes", str(member.memory_bytes)]
+        return [*command, "--parent-pid", str(os.getpid())]
+
+    def _environment(self, member: Member) -> dict[str, str]:
+        threads = str(member.num_threads)
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("TWOSTROKE__")}  # the file has them already
+        return kept | {"OMP_NUM_THREADS": threads, "TWOSTROKE__STEP__NUM_THREADS": threads}
+
+    async def _watch(self, name: str, process: asyncio.subprocess.Process, log: Path, ended: Ended) -> None:
+        code = await process.wait()
+        if self._processes.get(name) is process:
+            del self._processes[name]
+        ended(name, f"exit code {code}\n{_tail(log)}")
+
+
+def _tail(log: Path) -> str:
+    try:
+        with log.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - _LAST_WORDS_BYTES))
+            return file.read().decode(errors="replace").strip()
+    except OSError:
+        return ""

@@ -1,0 +1,176 @@
+"""Starts a plan, keeps it whole, takes it down. The one owner of restarts; membership.py decides them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from ..client.async_client import AsyncClient
+from ..core.clock import Clock, MonotonicClock
+from ..core.errors import TwostrokeError, Unavailable
+from .config import Config
+from .launch import Launcher, Site
+from .membership import Membership, Standing
+from .placement import Plan
+
+log = logging.getLogger(__name__)
+
+Say = Callable[[str], None]
+
+_POLL_S = 0.1
+_TRIES_ON_THE_WAY_UP = 3
+
+
+class Supervisor:
+    """One cluster on this machine, from `start` to `stop`."""
+
+    def __init__(self, config: Config, plan: Plan, clock: Clock | None = None, say: Say | None = None) -> None:
+        self._plan = plan
+        self._clock = clock or MonotonicClock()
+        self._say = say or log.info
+        self.config = _with_fixed_ports(config)
+        site = Site(self.config, plan.model.directory, plan.model.name, self.config.router.internal_port)
+        self._launcher = make_launcher(site)
+        self._membership = Membership()
+        self._changed = asyncio.Event()
+        self._started = asyncio.Event()  # somebody is on its way up
+        self._settled = asyncio.Event()  # everybody serves, or it is hopeless
+        self._hopeless = ""
+        self._tasks: list[asyncio.Task[None]] = []
+        self._members = {member.name: member for member in plan.members}
+
+    @property
+    def http_url(self) -> str:
+        """Where the OpenAI API answers."""
+        return f"http://{self.config.router.host}:{self.config.router.port}"
+
+    @property
+    def grpc_address(self) -> str:
+        """Where the SDK connects."""
+        return f"{self.config.router.host}:{self.config.router.grpc_port}"
+
+    async def start(self) -> None:
+        """Start every member and wait until all of them serve.
+
+        Raises:
+            Unavailable: a member died on its way, or readiness took longer than `cluster.ready_timeout_s`.
+        """
+        for name in self._members:
+            self._membership.want(name, self._clock.now_s())
+        self._tasks = [asyncio.create_task(self._keep()), asyncio.create_task(self._observe())]
+        patience_s = self.config.cluster.ready_timeout_s
+        try:
+            await asyncio.wait_for(self._settled.wait(), patience_s)
+        except TimeoutError:
+            missing = [name for name in self._members if self._membership.standing(name) is not Standing.READY]
+            raise Unavailable(
+                f"{', '.join(missing)} not ready within {patience_s:g} s; raise cluster.ready_timeout_s or see the log",
+                retry_after_s=5.0,
+            ) from None
+        if self._hopeless:
+            raise Unavailable(self._hopeless, retry_after_s=30.0)
+
+    async def stop(self) -> None:
+        """Routers first (they refuse new requests and let streams end), then workers; nothing stays behind."""
+        for name in self._members:
+            self._membership.stop(name)
+        for task in self._tasks:
+            task.cancel()
+        grace_s = self.config.cluster.drain_timeout_s
+        routers = [m.name for m in self._plan.members if m.kind == "router"]
+        workers = [m.name for m in self._plan.members if m.kind == "worker"]
+        await asyncio.gather(*(self._launcher.stop(name, grace_s) for name in routers))
+        await asyncio.gather(*(self._launcher.stop(name, grace_s) for name in workers))
+        await self._launcher.close()
+
+    async def _keep(self) -> None:
+        """Start what is due; sleep until something ends or a back-off runs out."""
+        while True:
+            self._changed.clear()
+            for name in self._membership.due(self._clock.now_s()):
+                self._membership.started(name, self._clock.now_s())
+                self._started.set()
+                try:
+                    await self._launcher.start(self._members[name], self._ended)
+                except TwostrokeError as error:
+                    self._ended(name, str(error))
+            due_s = self._membership.next_due_s()
+            wait_s = None if due_s is None else max(0.0, due_s - self._clock.now_s())
+            try:
+                await asyncio.wait_for(self._changed.wait(), wait_s)
+            except TimeoutError:
+                continue
+
+    def _ended(self, name: str, last_words: str) -> None:
+        due_s = self._membership.ended(name, last_words, self._clock.now_s())
+        if due_s is not None:
+            wait_s = max(0.0, due_s - self._clock.now_s())
+            self._say(f"{name} ended ({last_words.strip()[-600:]}); starting it again in {wait_s:.1f} s")
+            if not self._settled.is_set() and self._membership.restarts(name) >= _TRIES_ON_THE_WAY_UP:
+                self._hopeless = f"{name} keeps dying on its way up: {last_words.strip()[-600:]}"
+                self._settled.set()
+        self._changed.set()
+
+    async def _observe(self) -> None:
+        """Note who serves, by asking the router, while somebody is on its way up."""
+        async with AsyncClient(self.grpc_address, timeout_s=2.0) as client:
+            while True:
+                if not self._membership.starting():
+                    self._settled.set()
+                    await self._started.wait()
+                self._started.clear()
+                ready = _serving(await _cluster_or_none(client))
+                for name in self._membership.starting():
+                    if name in ready:
+                        self._membership.ready(name, self._clock.now_s())
+                        self._say(f"{name} is ready")
+                await asyncio.sleep(_POLL_S if self._membership.starting() else 0)
+
+
+def make_launcher(site: Site) -> Launcher:
+    """The launcher that the configuration names. Ray is imported only when it is wanted."""
+    if site.config.cluster.launcher == "ray":
+        from .launch_ray import RayLauncher
+
+        return RayLauncher(site)
+    if site.config.cluster.launcher == "process":
+        from .launch_process import ProcessLauncher
+
+        return ProcessLauncher(site)
+    from .launch_inprocess import InProcessLauncher
+
+    return InProcessLauncher(site)
+
+
+async def _cluster_or_none(client: AsyncClient) -> dict[str, Any] | None:
+    try:
+        return await client.cluster()
+    except TwostrokeError:
+        return None  # the router is still on its way; the caller's deadline bounds this
+
+
+def _serving(cluster: dict[str, Any] | None) -> set[str]:
+    """The router, if it answered, and the workers it can use."""
+    if cluster is None:
+        return set()
+    return {"router-0"} | {w["worker_id"] for w in cluster["workers"] if w["state"] == "live"}
+
+
+def _with_fixed_ports(config: Config) -> Config:
+    """Ports of 0 become free ones now, so that a restarted router comes back where everybody looks for it."""
+    free = {
+        name: _free_port(config.router.host)
+        for name in ("port", "grpc_port", "internal_port")
+        if getattr(config.router, name) == 0
+    }
+    return config.model_copy(update={"router": config.router.model_copy(update=free)})
+
+
+def _free_port(host: str) -> int:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])

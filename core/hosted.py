@@ -1,0 +1,67 @@
+"""A server with an event loop of its own inside a synchronous object: the shape of a Ray actor that can drain.
+
+An async Ray actor cannot catch SIGTERM, so ours are synchronous: the loop runs in a thread, the actor's main thread
+waits in `run` and hears the signal. Knows no Ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol
+
+
+class Server(Protocol):
+    """What can be hosted."""
+
+    async def start(self) -> None:
+        """Serve; returns when ready."""
+        ...
+
+    async def stop(self, grace_s: float) -> None:
+        """Drain for at most `grace_s`, then free everything."""
+        ...
+
+
+class Hosted:
+    """Runs one `Server` in a thread until it is told to stop.
+
+    `build` makes the server inside the thread that will run it.
+    """
+
+    def __init__(self, build: Callable[[], Server], grace_s: float) -> None:
+        self._grace_s = grace_s
+        self._wanted_gone = threading.Event()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, lambda *_: self._wanted_gone.set())
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="serve", daemon=True)
+        self._thread.start()
+        self._server = self._call(_build(build), None)
+        self._call(self._server.start(), None)
+
+    def run(self) -> str:
+        """Block until `stop` or SIGTERM, drain, and say how it ended."""
+        self._wanted_gone.wait()
+        self._call(self._server.stop(self._grace_s), self._grace_s + 5.0)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(5.0)
+        return "stopped"
+
+    def stop(self) -> None:
+        """Ask `run` to drain and return."""
+        self._wanted_gone.set()
+
+    def pid(self) -> int:
+        """The process this runs in."""
+        return os.getpid()
+
+    def _call(self, coroutine: Coroutine[Any, Any, Any], timeout_s: float | None) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout_s)
+
+
+async def _build(build: Callable[[], Server]) -> Server:
+    return build()
