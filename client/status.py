@@ -6,6 +6,7 @@ The status carries one `google.rpc.ErrorInfo` (domain "twostroke", reason = the 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import grpc
@@ -34,7 +35,18 @@ DETAILS_KEY = "grpc-status-details-bin"
 MAX_MESSAGE_BYTES = 1500
 MAX_PARAM_BYTES = 200
 
+PUSHBACK_KEY = "grpc-retry-pushback-ms"
+MAX_PUSHBACK_S = 2.0
 TRANSPORT_RETRY_S = 1.0
+
+
+@dataclass(frozen=True)
+class RpcStatus(grpc.Status):
+    """A status with trailers, as `abort_with_status` takes it."""
+
+    code: grpc.StatusCode
+    details: str
+    trailing_metadata: tuple[tuple[str, str | bytes], ...]
 
 
 class RpcFailure(Protocol):
@@ -56,7 +68,7 @@ class RpcFailure(Protocol):
 # ---------------------------------------------------------------- the server's side
 
 
-def to_rpc_status(error: TwostrokeError) -> grpc.Status:
+def to_rpc_status(error: TwostrokeError) -> RpcStatus:
     """The status that shows `error` to a gRPC client: give it to `context.abort_with_status`.
 
     Overlong messages are cut and unpaired surrogates replaced, so that the status can always be sent.
@@ -69,8 +81,14 @@ def to_rpc_status(error: TwostrokeError) -> grpc.Status:
     code = grpc.StatusCode[error.grpc_status]
     status = status_pb2.Status(code=code.value[0], message=_bounded(error.message, MAX_MESSAGE_BYTES))
     status.details.add().Pack(info)
-    result: grpc.Status = rpc_status.to_status(status)
-    return result
+    rich = rpc_status.to_status(status)
+    pushback = ((PUSHBACK_KEY, _pushback_ms(error.retry_after_s)),) if error.retry_after_s is not None else ()
+    return RpcStatus(rich.code, rich.details, (*rich.trailing_metadata, *pushback))
+
+
+def _pushback_ms(retry_after_s: float) -> str:
+    """What gRPC's own retries do: wait as long as we say, or not happen, when the caller should rather hear it now."""
+    return str(max(1, round(retry_after_s * 1000))) if retry_after_s <= MAX_PUSHBACK_S else "-1"
 
 
 def _bounded(text: str, max_bytes: int) -> str:

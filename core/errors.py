@@ -144,6 +144,13 @@ class KvCorrupted(TwostrokeError):
     grpc_status = "DATA_LOSS"
 
 
+class TokensLost(TwostrokeError):
+    """A stream skipped or repeated tokens, or stopped without saying that it was complete."""
+
+    code = "tokens_lost"
+    grpc_status = "DATA_LOSS"
+
+
 # ------------------------------------------------------------------ start-up
 
 

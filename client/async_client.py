@@ -1,0 +1,194 @@
+"""The SDK for asyncio: calls are awaited, streams are asynchronous iterators. calls.py knows what is said."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar, Unpack
+
+import grpc
+
+from ..core.errors import Cancelled
+from . import calls
+from .calls import Call, Message, Options
+from .channel import AsyncReplies, AsyncTransport, Endpoint, GrpcAsyncTransport, Tls, check_timeout
+from .status import from_rpc_error
+from .values import Chunk, Completion, ModelCard, Tokens
+
+Result = TypeVar("Result")
+
+
+class AsyncCompletionStream(AsyncIterator[Chunk]):
+    """The pieces of an answer as they come. Closing it, leaving its `async with`, or dropping it cancels the request.
+
+    Belongs to the loop it was made in.
+    """
+
+    def __init__(self, replies: AsyncReplies, call: Call[Chunk], explain_failure: Callable[[Any], Exception]) -> None:
+        self._replies = replies
+        self._call = call
+        self._explain_failure = explain_failure
+        self._loop = asyncio.get_running_loop()
+        self._over = False
+        self.request_id = ""  # known with the first piece
+
+    async def __anext__(self) -> Chunk:
+        """The next piece.
+
+        Raises:
+            TwostrokeError: the request failed, its time ran out, or pieces were lost.
+        """
+        if self._over:
+            raise StopAsyncIteration
+        try:
+            chunk = self._call.read(await self._replies.__anext__())
+        except StopAsyncIteration:
+            self._over = True
+            self._call.finish()
+            raise
+        except grpc.RpcError as failure:
+            self._over = True
+            raise self._explain_failure(failure) from failure
+        except asyncio.CancelledError:
+            was_closed = self._over
+            self._cancel()
+            if _is_task_cancelled():
+                raise
+            if was_closed:
+                raise StopAsyncIteration from None
+            raise Cancelled("the client was closed during the call") from None
+        except BaseException:
+            self._cancel()
+            raise
+        self.request_id = chunk.request_id
+        return chunk
+
+    async def close(self) -> None:
+        """End the request, if it still runs. Iteration then stops."""
+        self._cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._cancel()
+
+    def _cancel(self) -> None:
+        if not self._over:
+            self._over = True
+            self._replies.cancel()
+
+    def __del__(self) -> None:
+        # The collector may run in any thread, and after the loop's end.
+        with contextlib.suppress(Exception):
+            if not self._over:
+                self._over = True
+                self._loop.call_soon_threadsafe(self._replies.cancel)
+
+
+class AsyncClient:
+    """A connection to a Twostroke router for one event loop; close it, or use it in an `async with`.
+
+    Takes what `Client` takes.
+    """
+
+    def __init__(
+        self,
+        address: str = "localhost:8001",
+        *,
+        api_key: str | None = None,
+        timeout_s: float = 60.0,
+        tls: Tls | None = None,
+        insecure: bool = False,
+        transport: AsyncTransport | None = None,
+    ) -> None:
+        """Connects on first use. `transport` replaces the network, and stays the caller's to close.
+
+        Raises:
+            ConfigError: the address is none, or the server is elsewhere and nothing was said about TLS.
+        """
+        self._grpc = GrpcAsyncTransport(Endpoint(address, api_key, tls, insecure)) if transport is None else None
+        self._transport: AsyncTransport = transport or self._grpc  # type: ignore[assignment]  # one of them is there
+        self._address = address
+        self._timeout_s = check_timeout(timeout_s)
+
+    async def generate(self, prompt: str | Sequence[int], **options: Unpack[Options]) -> Completion:
+        """Complete a text (or token ids) and wait for all of it."""
+        return await self._ask(calls.generate(prompt, options))
+
+    def generate_stream(self, prompt: str | Sequence[int], **options: Unpack[Options]) -> AsyncCompletionStream:
+        """Complete a text (or token ids), piece by piece. Not awaited: iterate it."""
+        return self._stream(calls.generate_stream(prompt, options))
+
+    async def chat(self, messages: Sequence[Message], **options: Unpack[Options]) -> Completion:
+        """Answer a conversation of `{"role": ..., "content": ...}` and wait for all of it."""
+        return await self._ask(calls.chat(messages, options))
+
+    def chat_stream(self, messages: Sequence[Message], **options: Unpack[Options]) -> AsyncCompletionStream:
+        """Answer a conversation, piece by piece. Not awaited: iterate it."""
+        return self._stream(calls.chat_stream(messages, options))
+
+    async def tokenize(self, prompt: str | Sequence[Message], *, model: str = "") -> Tokens:
+        """The ids that a text, or a conversation under the chat template, becomes."""
+        return await self._ask(calls.tokenize(prompt, model))
+
+    async def models(self) -> tuple[ModelCard, ...]:
+        """What is served."""
+        return await self._ask(calls.models())
+
+    async def abort(self, request_id: str) -> bool:
+        """End a running request, whoever started it; true if it was there."""
+        return await self._ask(calls.abort(request_id))
+
+    async def explain(self, request_id: str) -> dict[str, Any]:
+        """Where a request ran, why there, and when what happened."""
+        return await self._ask(calls.explain(request_id))
+
+    async def cluster(self) -> dict[str, Any]:
+        """The workers and what they do."""
+        return await self._ask(calls.cluster())
+
+    async def close(self) -> None:
+        """Cancel what runs and let the connection go."""
+        if self._grpc is not None:
+            await self._grpc.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _ask(self, call: Call[Result]) -> Result:
+        replies = self._open(call)
+        try:
+            return call.read(await replies.__anext__())
+        except grpc.RpcError as failure:
+            raise self._explain_failure(failure) from failure
+        except asyncio.CancelledError:  # the server must not go on for nobody
+            replies.cancel()
+            if _is_task_cancelled():
+                raise
+            raise Cancelled("the client was closed during the call") from None
+
+    def _stream(self, call: Call[Chunk]) -> AsyncCompletionStream:
+        return AsyncCompletionStream(self._open(call), call, self._explain_failure)
+
+    def _open(self, call: Call[Any]) -> AsyncReplies:
+        timeout_s = self._timeout_s if call.timeout_s is None else check_timeout(call.timeout_s)
+        return self._transport.open(call.rpc, call.request, timeout_s)
+
+    def _explain_failure(self, failure: Any) -> Exception:
+        return from_rpc_error(failure, self._address)
+
+
+def _is_task_cancelled() -> bool:
+    """Whether it is the waiting task that was cancelled, and not the call under it."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

@@ -1,0 +1,297 @@
+"""Every call of the SDK as a value: the request it sends and what its answer means. Knows no channel, no waiting.
+
+`Client` and `AsyncClient` differ in how they wait; all they share is here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypedDict, TypeVar
+
+from ..core.errors import InternalError, InvalidRequest, TokensLost
+from ..core.request import FinishReason
+from ..protos import common_pb2, inference_pb2
+from .values import Choice, Chunk, Completion, ModelCard, Tokens, Usage
+
+Rpc = Literal[
+    "Generate", "GenerateStream", "Chat", "ChatStream", "Tokenize", "ListModels", "Abort", "Explain", "Cluster"
+]
+STREAMS: frozenset[Rpc] = frozenset({"GenerateStream", "ChatStream"})
+UNARY: tuple[Rpc, ...] = ("Generate", "Chat", "Tokenize", "ListModels", "Abort", "Explain", "Cluster")
+
+Message = Mapping[str, str]
+Result = TypeVar("Result")
+
+
+class Options(TypedDict, total=False):
+    """What `generate` and `chat` take by keyword. Left out: the model's or the server's default."""
+
+    model: str  # needed only where several are served
+    max_tokens: int
+    temperature: float  # 0 = greedy
+    top_p: float
+    top_k: int  # 0 = off
+    seed: int
+    stop: str | Sequence[str]
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+    min_tokens: int
+    n: int  # choices
+    request_id: str  # for `abort` and `explain`; made by the server when left out
+    user: str
+    timeout_s: float  # of the whole call, a stream to its end included
+
+
+_SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop_token_ids", "ignore_eos", "min_tokens")
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[Result]):
+    """One call: which, with what, for how long at most, and how to read its answer. Used once."""
+
+    rpc: Rpc
+    request: Any
+    read: Callable[[Any], Result]  # the answer, or each message of a stream
+    timeout_s: float | None = None  # None: the client's default
+    finish: Callable[[], None] = lambda: None  # called when a stream ended well; raises if that cannot be
+
+
+# ---------------------------------------------------------------- requests
+
+
+def generate(prompt: str | Sequence[int], options: Options) -> Call[Completion]:
+    """Complete a text, or the tokens of one.
+
+    Raises:
+        InvalidRequest: a value has the wrong type or cannot be written to the wire. Names the field.
+        TypeError: an option does not exist.
+    """
+    return Call("Generate", _generate_request(prompt, options), read_completion, options.get("timeout_s"))
+
+
+def generate_stream(prompt: str | Sequence[int], options: Options) -> Call[Chunk]:
+    """Like `generate`, piece by piece."""
+    reader = StreamReader(options.get("n", 1))
+    return Call(
+        "GenerateStream", _generate_request(prompt, options), reader.read, options.get("timeout_s"), reader.finish
+    )
+
+
+def chat(messages: Sequence[Message], options: Options) -> Call[Completion]:
+    """Answer a conversation of `{"role": ..., "content": ...}`."""
+    return Call("Chat", _chat_request(messages, options), read_completion, options.get("timeout_s"))
+
+
+def chat_stream(messages: Sequence[Message], options: Options) -> Call[Chunk]:
+    """Like `chat`, piece by piece."""
+    reader = StreamReader(options.get("n", 1))
+    return Call("ChatStream", _chat_request(messages, options), reader.read, options.get("timeout_s"), reader.finish)
+
+
+def tokenize(prompt: str | Sequence[Message], model: str) -> Call[Tokens]:
+    """The ids of a text, or of a conversation under the model's chat template."""
+    request = inference_pb2.TokenizeRequest()
+    _set(request, "model", model)
+    if isinstance(prompt, str):
+        _set(request, "text", prompt, "prompt")
+    else:
+        request.chat.SetInParent()
+        _add_messages(request.chat, prompt)
+    return Call("Tokenize", request, lambda reply: Tokens(tuple(reply.token_ids), reply.max_model_len))
+
+
+def models() -> Call[tuple[ModelCard, ...]]:
+    """What is served."""
+    request = inference_pb2.ListModelsRequest()
+    return Call("ListModels", request, lambda reply: tuple(ModelCard(m.id, m.max_model_len) for m in reply.models))
+
+
+def abort(request_id: str) -> Call[bool]:
+    """End a running request; true if it was there."""
+    return Call("Abort", _set(inference_pb2.AbortRequest(), "request_id", request_id), lambda reply: bool(reply.found))
+
+
+def explain(request_id: str) -> Call[dict[str, Any]]:
+    """Where a request ran, why there, and when what happened."""
+    return Call("Explain", _set(inference_pb2.ExplainRequest(), "request_id", request_id), read_json)
+
+
+def cluster() -> Call[dict[str, Any]]:
+    """The workers and what they do."""
+    return Call("Cluster", inference_pb2.ClusterRequest(), read_json)
+
+
+def _generate_request(prompt: str | Sequence[int], options: Options) -> inference_pb2.GenerateRequest:
+    request = inference_pb2.GenerateRequest()
+    if isinstance(prompt, str):
+        _set(request, "text", prompt, "prompt")
+    else:
+        request.token_ids.SetInParent()  # an empty prompt is the server's to refuse, not ours to lose
+        _set(request.token_ids, "ids", _list(prompt, "prompt"), "prompt")
+    _fill(request, options)
+    return request
+
+
+def _chat_request(messages: Sequence[Message], options: Options) -> inference_pb2.ChatRequest:
+    request = inference_pb2.ChatRequest()
+    _add_messages(request, messages)
+    _fill(request, options)
+    return request
+
+
+def _add_messages(request: inference_pb2.ChatRequest | inference_pb2.TokenizeChat, messages: Sequence[Message]) -> None:
+    if isinstance(messages, (str, bytes, Mapping)):
+        raise InvalidRequest(
+            f"messages is a {type(messages).__name__}; give a list of {{'role': ..., 'content': ...}}", param="messages"
+        )
+    for place, message in enumerate(messages):
+        where = f"messages[{place}]"
+        if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
+            raise InvalidRequest(f"{where} is {message!r}; give exactly role and content", param=where)
+        added = request.messages.add()
+        _set(added, "role", message["role"], f"{where}.role")
+        _set(added, "content", message["content"], f"{where}.content")
+
+
+def _fill(request: inference_pb2.GenerateRequest | inference_pb2.ChatRequest, options: Options) -> None:
+    known = Options.__annotations__
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise TypeError(f"unknown option {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"{list(known)}"))
+    for name in ("model", "request_id", "user"):
+        if name in options:
+            _set(request, name, options[name])
+    if "n" in options:
+        if options["n"] == 0:  # on the wire 0 means "not given"
+            raise InvalidRequest("n is 0; must be at least 1", param="n")
+        _set(request, "num_choices", options["n"], "n")
+    request.sampling.SetInParent()
+    for name in _SAMPLING:
+        value = options.get(name)
+        if value is not None:
+            _set(request.sampling, name, _list(value, name) if name == "stop_token_ids" else value)
+    stop = options.get("stop")
+    if stop is not None:
+        _set(request.sampling, "stop", [stop] if isinstance(stop, str) else _list(stop, "stop"))
+
+
+def _list(values: Any, param: str) -> list[Any]:
+    try:
+        return list(values)
+    except TypeError:
+        raise InvalidRequest(f"{param} is {values!r}; give a list", param=param) from None
+
+
+Wire = TypeVar("Wire")
+
+
+def _set(message: Wire, field: str, value: Any, param: str | None = None) -> Wire:
+    """Set a field; what protobuf refuses (type, range, unpaired surrogates) is the caller's mistake, with a name."""
+    try:
+        if isinstance(value, list):
+            getattr(message, field).extend(value)
+        else:
+            setattr(message, field, value)
+    except (TypeError, ValueError) as error:  # UnicodeEncodeError is a ValueError
+        shown = repr(value)
+        shown = shown if len(shown) <= 80 else shown[:77] + "..."
+        raise InvalidRequest(f"{param or field} is {shown}: {error}", param=param or field) from None
+    return message
+
+
+# ---------------------------------------------------------------- answers
+
+_FINISH: dict[int, FinishReason | None] = {
+    common_pb2.FINISH_REASON_UNSPECIFIED: None,
+    common_pb2.FINISH_REASON_STOP: FinishReason.STOP,
+    common_pb2.FINISH_REASON_LENGTH: FinishReason.LENGTH,
+    common_pb2.FINISH_REASON_CANCELLED: FinishReason.CANCELLED,
+    common_pb2.FINISH_REASON_ERROR: FinishReason.ERROR,
+}
+
+
+def read_completion(reply: inference_pb2.GenerateResponse) -> Completion:
+    """The whole answer of `generate` or `chat`."""
+    return Completion(
+        request_id=reply.request_id,
+        model=reply.model,
+        choices=tuple(Choice(c.index, c.text, tuple(c.token_ids), _finish(c.finish_reason)) for c in reply.choices),
+        usage=_usage(reply.usage),
+    )
+
+
+def read_json(reply: inference_pb2.ExplainResponse | inference_pb2.ClusterResponse) -> dict[str, Any]:
+    """The JSON document of `explain` and `cluster`."""
+    try:
+        document = json.loads(reply.json)
+    except ValueError as error:
+        raise InternalError(f"the server's answer is no JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise InternalError(f"the server's answer is a JSON {type(document).__name__}, not an object")
+    return document
+
+
+class StreamReader:
+    """Reads one stream's messages and notices any loss: a gap, a repeat, an end before the end."""
+
+    def __init__(self, num_choices: int) -> None:
+        self._next_index = [0] * max(1, num_choices)
+        self._open = set(range(len(self._next_index)))
+        self._complete = False
+
+    def read(self, message: inference_pb2.GenerateChunk) -> Chunk:
+        """The next piece.
+
+        Raises:
+            TokensLost: it does not continue what came before.
+        """
+        chunk = Chunk(
+            request_id=message.request_id,
+            model=message.model,
+            choice=message.choice,
+            text=message.text,
+            token_ids=tuple(message.token_ids),
+            first_index=message.first_index,
+            finish_reason=_finish(message.finish_reason),
+            usage=_usage(message.usage) if message.HasField("usage") else None,
+            cursor=message.cursor,
+        )
+        self._check(chunk)
+        return chunk
+
+    def finish(self) -> None:
+        """The server ended the stream.
+
+        Raises:
+            TokensLost: a choice is unfinished, or the last piece (with `usage`) never came.
+        """
+        if self._open or not self._complete:
+            missing = f"choices {sorted(self._open)} are unfinished" if self._open else "the last piece is missing"
+            raise TokensLost(f"the stream stopped early: {missing}")
+
+    def _check(self, chunk: Chunk) -> None:
+        if chunk.choice >= len(self._next_index):
+            raise TokensLost(f"a piece is of choice {chunk.choice}; asked for {len(self._next_index)}")
+        if self._complete:
+            raise TokensLost("a piece came after the last one")
+        if chunk.token_ids:
+            expected = self._next_index[chunk.choice]
+            if chunk.choice not in self._open or chunk.first_index != expected:
+                where = f"request {chunk.request_id}, choice {chunk.choice}"
+                raise TokensLost(f"{where}: got tokens from index {chunk.first_index}, expected index {expected}")
+            self._next_index[chunk.choice] = expected + len(chunk.token_ids)
+        if chunk.finish_reason is not None:
+            self._open.discard(chunk.choice)
+        self._complete = chunk.usage is not None
+
+
+def _finish(value: int) -> FinishReason | None:
+    return _FINISH.get(value, FinishReason.ERROR)  # an end that only a newer release knows
+
+
+def _usage(usage: common_pb2.Usage) -> Usage:
+    return Usage(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)

@@ -1,0 +1,172 @@
+"""The SDK for plain Python: calls wait, streams are iterators. Knows how to wait; calls.py knows what is said."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar, Unpack
+
+import grpc
+
+from ..core.errors import Cancelled
+from . import calls
+from .calls import Call, Message, Options
+from .channel import Endpoint, GrpcTransport, Replies, Tls, Transport, check_timeout
+from .status import from_rpc_error
+from .values import Chunk, Completion, ModelCard, Tokens
+
+Result = TypeVar("Result")
+
+
+class CompletionStream(Iterator[Chunk]):
+    """The pieces of an answer as they come. Closing it, leaving its `with`, or dropping it cancels the request."""
+
+    def __init__(self, replies: Replies, call: Call[Chunk], explain_failure: Callable[[Any], Exception]) -> None:
+        self._replies = replies
+        self._call = call
+        self._explain_failure = explain_failure
+        self._over = False
+        self.request_id = ""  # known with the first piece
+
+    def __next__(self) -> Chunk:
+        """The next piece.
+
+        Raises:
+            TwostrokeError: the request failed, its time ran out, or pieces were lost.
+        """
+        if self._over:
+            raise StopIteration
+        try:
+            chunk = self._call.read(next(self._replies))
+        except StopIteration:
+            self._over = True
+            self._call.finish()
+            raise
+        except (grpc.RpcError, grpc.FutureCancelledError) as failure:
+            if self._over:  # closed meanwhile, by another thread
+                raise StopIteration from None
+            self._over = True
+            raise self._explain_failure(failure) from failure
+        except BaseException:
+            self.close()
+            raise
+        self.request_id = chunk.request_id
+        return chunk
+
+    def close(self) -> None:
+        """End the request, if it still runs. Iteration then stops."""
+        if not self._over:
+            self._over = True
+            self._replies.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # half-built, or the interpreter is going down
+            self.close()
+
+
+class Client:
+    """A connection to a Twostroke router. Safe to share between threads; close it, or use it in a `with`.
+
+    `address` is host:port of the gRPC face. This machine is spoken to in the clear; another one needs `tls`, or an
+    explicit `insecure=True`. Every call raises a `TwostrokeError` of its kind when it fails.
+    """
+
+    def __init__(
+        self,
+        address: str = "localhost:8001",
+        *,
+        api_key: str | None = None,
+        timeout_s: float = 60.0,
+        tls: Tls | None = None,
+        insecure: bool = False,
+        transport: Transport | None = None,
+    ) -> None:
+        """Connects on first use. `transport` replaces the network, and stays the caller's to close.
+
+        Raises:
+            ConfigError: the address is none, or the server is elsewhere and nothing was said about TLS.
+        """
+        self._grpc = GrpcTransport(Endpoint(address, api_key, tls, insecure)) if transport is None else None
+        self._transport: Transport = transport or self._grpc  # type: ignore[assignment]  # one of them is there
+        self._address = address
+        self._timeout_s = check_timeout(timeout_s)
+
+    def generate(self, prompt: str | Sequence[int], **options: Unpack[Options]) -> Completion:
+        """Complete a text (or token ids) and wait for all of it."""
+        return self._ask(calls.generate(prompt, options))
+
+    def generate_stream(self, prompt: str | Sequence[int], **options: Unpack[Options]) -> CompletionStream:
+        """Complete a text (or token ids), piece by piece."""
+        return self._stream(calls.generate_stream(prompt, options))
+
+    def chat(self, messages: Sequence[Message], **options: Unpack[Options]) -> Completion:
+        """Answer a conversation of `{"role": ..., "content": ...}` and wait for all of it."""
+        return self._ask(calls.chat(messages, options))
+
+    def chat_stream(self, messages: Sequence[Message], **options: Unpack[Options]) -> CompletionStream:
+        """Answer a conversation, piece by piece."""
+        return self._stream(calls.chat_stream(messages, options))
+
+    def tokenize(self, prompt: str | Sequence[Message], *, model: str = "") -> Tokens:
+        """The ids that a text, or a conversation under the chat template, becomes."""
+        return self._ask(calls.tokenize(prompt, model))
+
+    def models(self) -> tuple[ModelCard, ...]:
+        """What is served."""
+        return self._ask(calls.models())
+
+    def abort(self, request_id: str) -> bool:
+        """End a running request, whoever started it; true if it was there."""
+        return self._ask(calls.abort(request_id))
+
+    def explain(self, request_id: str) -> dict[str, Any]:
+        """Where a request ran, why there, and when what happened."""
+        return self._ask(calls.explain(request_id))
+
+    def cluster(self) -> dict[str, Any]:
+        """The workers and what they do."""
+        return self._ask(calls.cluster())
+
+    def close(self) -> None:
+        """Cancel what runs and let the connection go."""
+        if self._grpc is not None:
+            self._grpc.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _ask(self, call: Call[Result]) -> Result:
+        replies = self._open(call)
+        try:
+            return call.read(next(replies))
+        except (grpc.RpcError, grpc.FutureCancelledError) as failure:
+            raise self._explain_failure(failure) from failure
+        except BaseException:  # Ctrl-C while waiting: the server must not go on for nobody
+            replies.cancel()
+            raise
+
+    def _stream(self, call: Call[Chunk]) -> CompletionStream:
+        return CompletionStream(self._open(call), call, self._explain_failure)
+
+    def _open(self, call: Call[Any]) -> Replies:
+        timeout_s = self._timeout_s if call.timeout_s is None else check_timeout(call.timeout_s)
+        return self._transport.open(call.rpc, call.request, timeout_s)
+
+    def _explain_failure(self, failure: Any) -> Exception:
+        if isinstance(failure, grpc.FutureCancelledError):
+            return Cancelled("the client was closed during the call")
+        return from_rpc_error(failure, self._address)
