@@ -1,0 +1,42 @@
+"""The keys that a cluster's shared secret stands for. Every process derives the same ones; the secret itself signs nothing."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .block import BlockIdentity, IdentityRoot, chain
+
+
+def identity_key(cluster_key: str) -> bytes:
+    """32 bytes that key block identities (kv/block.py)."""
+    return hashlib.blake2b(cluster_key.encode(), digest_size=32, person=b"twostroke-ident").digest()
+
+
+def digest_key(cluster_key: str) -> int:
+    """64 bits that key KV digests (kv/digest.py)."""
+    raw = hashlib.blake2b(cluster_key.encode(), digest_size=8, person=b"twostroke-digest").digest()
+    return int.from_bytes(raw, "little")
+
+
+@dataclass(frozen=True, slots=True)
+class PromptNames:
+    """The root of a prompt's chain, and the identities of its full hash blocks."""
+
+    root: bytes
+    identities: tuple[BlockIdentity, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Namer:
+    """Names prompts of one model in one numerics class. Routers and workers that should agree build equal ones."""
+
+    key: bytes  # identity_key
+    weights_fingerprint: bytes
+    numerics_class: bytes  # empty unless deterministic
+
+    def name(self, prompt_ids: Sequence[int], isolation_domain: str, adapter: bytes = b"") -> PromptNames:
+        """Root and identities of a prompt."""
+        root = IdentityRoot(isolation_domain, self.weights_fingerprint, self.numerics_class, adapter).digest(self.key)
+        return PromptNames(root, tuple(chain(self.key, root, prompt_ids)))
