@@ -1,0 +1,289 @@
+"""The bytes of all blocks on one rank: written by the step, sealed at birth, read for peers and filled by them.
+
+Knows planes, blocks and seals; not what prompt a block belongs to, nor which blocks are free (`kv/pool.py`).
+
+    payload  uint8 [layers, num_blocks, heads, block_tokens, row_bytes]   one per component
+    scales   uint8 [layers, num_blocks, heads, block_tokens]              fp8 only
+    digests  uint64 [layers, heads, num_blocks, hash blocks per block]    one per component, with the generation of the
+                                                                          block's use and the tokens that they cover
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..core.errors import KvCorrupted
+from ..kernels.reference import Planes, store_kv
+from .block import BlockId
+from .codec import U8, Codec, transcode
+from .digest import U64, frame_digests, places, unit_digests
+from .spec import HASH_BLOCK_TOKENS, Component, KvSpec
+
+if TYPE_CHECKING:
+    from .wire import SectionData
+
+_NOT_SEALED = -1
+
+
+@dataclass(frozen=True, slots=True)
+class HeldTokens:
+    """Tokens [start, start + count) of one sequence, and the blocks (each in one use) that hold it from token 0 on.
+
+    Seals are per hash block, so `start` stands at a hash block's beginning.
+    """
+
+    block_table: Sequence[BlockId]
+    generations: Sequence[int]
+    start: int
+    count: int
+
+    @property
+    def end(self) -> int:
+        """The first token after the range."""
+        return self.start + self.count
+
+
+class _ComponentStore:
+    """One component's planes and seals."""
+
+    def __init__(self, component: Component, num_layers: int, num_blocks: int, block_tokens: int) -> None:
+        self.component = component
+        self.codec = Codec(component.codec)
+        shape = (num_layers, num_blocks, component.heads, block_tokens)
+        self.payload = torch.zeros((*shape, component.row_bytes), dtype=torch.uint8)
+        self.scales = torch.zeros(shape, dtype=torch.uint8) if self.codec is Codec.FP8_E4M3 else None
+        self.payload_view: U8 = self.payload.numpy()
+        self.scales_view: U8 | None = None if self.scales is None else self.scales.numpy()
+        units = (num_layers, component.heads, num_blocks, block_tokens // HASH_BLOCK_TOKENS)
+        self.digests: U64 = np.zeros(units, np.uint64)
+
+    def planes(self, layer: int) -> Planes:
+        return Planes(self.payload[layer], None if self.scales is None else self.scales[layer])
+
+
+class KvStore:
+    """The store of one rank. One thread at a time: the engine's."""
+
+    def __init__(
+        self, spec: KvSpec, num_blocks: int, block_tokens: int, device: str = "cpu", digest_key: int = 0
+    ) -> None:
+        """`digest_key`: the cluster's 64-bit key, the same on every worker."""
+        if device != "cpu":
+            raise NotImplementedError(f"a KV store on {device!r}; only 'cpu' yet")
+        self.spec = spec
+        self.num_blocks = num_blocks
+        self.block_tokens = block_tokens
+        self._key = digest_key
+        self._components = [
+            _ComponentStore(component, spec.main.num_layers, num_blocks, block_tokens)
+            for component in spec.main.components
+        ]
+        self._layers = np.arange(spec.main.num_layers)
+        per_block = block_tokens // HASH_BLOCK_TOKENS
+        self._sealed_generation = np.full((num_blocks, per_block), _NOT_SEALED, np.int64)
+        self._sealed_tokens = np.zeros((num_blocks, per_block), np.int64)
+
+    # ------------------------------------------------------------------ the step
+
+    def planes(self, layer: int) -> tuple[Planes, Planes]:
+        """Planes of one layer's keys and values, [num_blocks, heads, block_tokens, row_bytes]; the store's own memory."""
+        keys, values = self._components
+        return keys.planes(layer), values.planes(layer)
+
+    def write(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
+        """Quantise and store rows of one layer; see `kernels.reference.store_kv`.
+
+        Returns int32 [rows]: how many of each row's keys and values were not finite, whose request must fail.
+        """
+        return store_kv(k, v, slots, *self.planes(layer)).non_finite
+
+    def seal(self, held: HeldTokens) -> None:
+        """Digest the hash blocks of a range that was just computed; the last one may be partial.
+
+        A hash block whose first tokens are sealed already (a prompt's tail) keeps that seal and adds the rest, so that
+        damage done in between is not sealed in.
+        """
+        if held.count == 0:
+            return
+        first = held.start // HASH_BLOCK_TOKENS
+        block, unit, generation = self._place(held, first)
+        sealed = self._sealed_tokens[block, unit] if self._sealed_generation[block, unit] == generation else 0
+        present = min(held.end - held.start, HASH_BLOCK_TOKENS)
+        if 0 < sealed < present:
+            self._extend_seal(held, int(sealed), present)
+            rest = HeldTokens(held.block_table, held.generations, held.start + present, held.count - present)
+            self.seal(rest)
+            return
+        blocks, units, generations = self._places(held)
+        for store in self._components:
+            store.digests[:, :, blocks, units] = self._digest(store, held)
+        self._mark_sealed(held, blocks, units, generations)
+
+    def verify(self, held: HeldTokens) -> bool:
+        """Whether a range is sealed for these uses of its blocks, and holds what was sealed."""
+        try:
+            self._check_sealed(held)
+        except KvCorrupted:
+            return False
+        whole = self._sealed_extent(held)
+        blocks, units, _ = self._places(whole)
+        return all(
+            np.array_equal(store.digests[:, :, blocks, units], self._digest(store, whole)) for store in self._components
+        )
+
+    # ------------------------------------------------------------------ peers
+
+    def read_tokens(self, held: HeldTokens) -> tuple[SectionData, ...]:
+        """Copies of a range's planes with the digests sealed at birth, one section per component.
+
+        Where the range ends within a hash block that is sealed further, the block is verified and the part digested.
+
+        Raises:
+            KvCorrupted: a hash block is not sealed for this use of its block, or the cut one does not hold what was sealed.
+        """
+        self._check_sealed(held)
+        blocks, units, _ = self._places(held)
+        cut = int(self._sealed_tokens[blocks[-1], units[-1]]) != (held.end - 1) % HASH_BLOCK_TOKENS + 1
+        last = held.end - (held.end - 1) % HASH_BLOCK_TOKENS - 1
+        tail = HeldTokens(held.block_table, held.generations, last, held.end - last)
+        if cut and not self.verify(tail):
+            raise KvCorrupted(f"block {blocks[-1]} does not hold what was sealed")
+        sections = []
+        for store in self._components:
+            payload, scales = self._gather(store, held)
+            digests = store.digests[:, :, blocks, units]
+            if cut:
+                digests[:, :, -1] = self._digest(store, tail)[:, :, 0]
+            sections.append(_section(store.component, payload, scales, digests))
+        return tuple(sections)
+
+    def write_tokens(self, held: HeldTokens, sections: Sequence[SectionData]) -> None:
+        """Store planes that were verified on arrival, with their digests; another codec's rows are translated and
+        sealed anew. All components, layers and heads of this rank must be there.
+
+        Raises:
+            KvCorrupted: translating met a number that is not finite.
+        """
+        blocks, units, generations = self._places(held)
+        by_name = {section.component: section for section in sections if section.group == self.spec.main.name}
+        for store in self._components:
+            section = by_name[store.component.name]
+            codec = Codec(section.codec)
+            encoded = transcode(section.payload, section.scales, codec, store.codec)
+            if encoded.non_finite:
+                raise KvCorrupted(f"{encoded.non_finite} rows of {section.component} are not finite")
+            self._scatter(store, held, encoded.payload, encoded.scales)
+            same = codec is store.codec
+            store.digests[:, :, blocks, units] = section.digests if same else self._digest(store, held)
+        self._mark_sealed(held, blocks, units, generations)
+
+    # ------------------------------------------------------------------ inside
+
+    def _place(self, held: HeldTokens, hash_block: int) -> tuple[BlockId, int, int]:
+        index, offset = divmod(hash_block * HASH_BLOCK_TOKENS, self.block_tokens)
+        return held.block_table[index], offset // HASH_BLOCK_TOKENS, held.generations[index]
+
+    def _places(self, held: HeldTokens) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Block, hash block within it, and generation of each hash block of a range."""
+        assert held.start % HASH_BLOCK_TOKENS == 0, "seals begin at a hash block"
+        starts = np.arange(held.start, held.end, HASH_BLOCK_TOKENS)
+        index = starts // self.block_tokens
+        blocks = np.asarray(held.block_table, np.int64)[index]
+        generations = np.asarray(held.generations, np.int64)[index]
+        return blocks, starts % self.block_tokens // HASH_BLOCK_TOKENS, generations
+
+    def _mark_sealed(
+        self, held: HeldTokens, blocks: NDArray[np.int64], units: NDArray[np.int64], generations: NDArray[np.int64]
+    ) -> None:
+        starts = np.arange(held.start, held.end, HASH_BLOCK_TOKENS)
+        self._sealed_tokens[blocks, units] = np.minimum(held.end - starts, HASH_BLOCK_TOKENS)
+        self._sealed_generation[blocks, units] = generations
+
+    def _check_sealed(self, held: HeldTokens) -> None:
+        blocks, units, generations = self._places(held)
+        starts = np.arange(held.start, held.end, HASH_BLOCK_TOKENS)
+        needed = np.minimum(held.end - starts, HASH_BLOCK_TOKENS)
+        good = (self._sealed_generation[blocks, units] == generations) & (self._sealed_tokens[blocks, units] >= needed)
+        if not good.all():
+            block = blocks[int(np.argmin(good))]
+            raise KvCorrupted(f"block {block} is not sealed for this use of it")
+
+    def _sealed_extent(self, held: HeldTokens) -> HeldTokens:
+        """The range, its last hash block as far as it is sealed."""
+        blocks, units, _ = self._places(held)
+        last = held.end - (held.end - 1) % HASH_BLOCK_TOKENS - 1
+        end = last + int(self._sealed_tokens[blocks[-1], units[-1]])
+        return HeldTokens(held.block_table, held.generations, held.start, end - held.start)
+
+    def _extend_seal(self, held: HeldTokens, sealed: int, present: int) -> None:
+        hash_block = held.start // HASH_BLOCK_TOKENS
+        block, unit, _ = self._place(held, hash_block)
+        part = HeldTokens(held.block_table, held.generations, held.start, present)
+        for store in self._components:
+            payload, scales = self._gather(store, part)
+            place = self._place_words(store, np.array([hash_block]))[..., 0]
+            rest_scales = None if scales is None else np.ascontiguousarray(scales[..., sealed:])
+            rest = np.ascontiguousarray(payload[..., sealed:, :])
+            store.digests[:, :, block, unit] += unit_digests(rest, rest_scales, place, self._key, sealed)
+        self._sealed_tokens[block, unit] = present
+
+    def _digest(self, store: _ComponentStore, held: HeldTokens) -> U64:
+        """Digests [layers, heads, hash blocks] of what the planes hold now."""
+        payload, scales = self._gather(store, held)
+        first = held.start // HASH_BLOCK_TOKENS
+        words = self._place_words(store, np.arange(first, first - (-held.count // HASH_BLOCK_TOKENS)))
+        return frame_digests(payload, scales, words, self._key, HASH_BLOCK_TOKENS)
+
+    def _place_words(self, store: _ComponentStore, hash_blocks: NDArray[np.int64]) -> U64:
+        component = self._components.index(store)
+        heads = np.arange(store.component.heads)
+        return places(self._layers[:, None, None], component, heads[:, None], hash_blocks)
+
+    def _gather(self, store: _ComponentStore, held: HeldTokens) -> tuple[U8, U8 | None]:
+        """Copies: payload [layers, heads, tokens, row_bytes] and scales [layers, heads, tokens]."""
+        first, last = held.start // self.block_tokens, -(-held.end // self.block_tokens)
+        blocks = np.asarray(held.block_table[first:last], np.int64)
+        tokens = slice(held.start - first * self.block_tokens, held.end - first * self.block_tokens)
+
+        def take(plane: U8) -> U8:
+            picked = plane[:, blocks].swapaxes(1, 2)  # [layers, heads, blocks, block_tokens, ...]
+            flat = picked.reshape(*picked.shape[:2], -1, *picked.shape[4:])
+            return np.ascontiguousarray(flat[:, :, tokens])
+
+        return take(store.payload_view), None if store.scales_view is None else take(store.scales_view)
+
+    def _scatter(self, store: _ComponentStore, held: HeldTokens, payload: U8, scales: U8 | None) -> None:
+        positions = np.arange(held.start, held.end)
+        blocks = np.asarray(held.block_table, np.int64)[positions // self.block_tokens]
+        offsets = positions % self.block_tokens
+        # Indices on both sides of a slice put the tokens first.
+        store.payload_view[:, blocks, :, offsets] = payload.transpose(2, 0, 1, 3)
+        if store.scales_view is not None:
+            assert scales is not None, "fp8 rows come with scales"
+            store.scales_view[:, blocks, :, offsets] = scales.transpose(2, 0, 1)
+
+
+def _section(component: Component, payload: U8, scales: U8 | None, digests: U64) -> SectionData:
+    from .wire import SectionData
+
+    layers, heads = payload.shape[:2]
+    return SectionData(
+        group="main",
+        component=component.name,
+        layer_start=0,
+        layer_count=layers,
+        head_start=0,
+        head_count=heads,
+        codec=component.codec,
+        row_bytes=component.row_bytes,
+        payload=payload,
+        scales=scales,
+        digests=digests,
+    )
