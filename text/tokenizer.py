@@ -1,0 +1,130 @@
+"""Text to token ids and back. Knows no request and no template; incremental.py grows text token by token."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from ..core.errors import CheckpointError, InvalidRequest
+from .files import read_json, read_text, special_tokens
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer. Never changes after it was loaded, and so is safe to share between threads."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, special: Mapping[str, str], eos_ids: Sequence[int]) -> None:
+        """Take over `backend`; `special` maps names like "bos_token" to tokens.
+
+        Raises:
+            CheckpointError: a special token or an end-of-sequence id is not in the vocabulary.
+        """
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self._vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        self.special_tokens = dict(special)
+        self.bos_id = self._special_id("bos_token")
+        eos_id = self._special_id("eos_token")
+        self.eos_ids = tuple(dict.fromkeys([*([eos_id] if eos_id is not None else []), *eos_ids]))
+        for wrong in (id_ for id_ in self.eos_ids if self.token(id_) is None):
+            raise CheckpointError(f"end-of-sequence id {wrong} is not in the tokenizer's vocabulary")
+        self.decoder_kinds = _decoder_kinds(json.loads(backend.decoder.__getstate__()) if backend.decoder else None)
+        self.special_ids = frozenset(id_ for id_, token in backend.get_added_tokens_decoder().items() if token.special)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Tokenizer:
+        """Read tokenizer.json and, where present, tokenizer_config.json, special_tokens_map.json and
+        generation_config.json (whose `eos_token_id` also end a text, e.g. a chat's end of turn).
+
+        Raises:
+            CheckpointError: a file is missing or broken; names it.
+        """
+        directory = Path(directory)
+        path = directory / "tokenizer.json"
+        if not path.is_file():
+            raise CheckpointError(f"{path}: is missing; only checkpoints with a tokenizer.json can be served")
+        try:
+            backend = tokenizers.Tokenizer.from_str(read_text(path))
+        except CheckpointError:
+            raise
+        except Exception as error:  # tokenizers raises bare Exception for every broken file
+            raise CheckpointError(f"{path}: is no tokenizer: {error}") from None
+        try:
+            return cls(backend, special_tokens(directory), _generation_eos_ids(directory))
+        except CheckpointError as error:
+            raise CheckpointError(f"{directory}: {error.message}") from None
+
+    @property
+    def backend(self) -> tokenizers.Tokenizer:
+        """The library's tokenizer; must not be changed."""
+        return self._backend
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included."""
+        return self._vocab_size
+
+    @property
+    def eos_id(self) -> int | None:
+        """The end-of-sequence token that the checkpoint names first."""
+        return self.eos_ids[0] if self.eos_ids else None
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The ids of `text`. Special tokens written out in it count as themselves, as chat templates need it.
+
+        Lets other threads run meanwhile.
+
+        Raises:
+            InvalidRequest: `text` has unpaired surrogates, and so is no Unicode text.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(
+                f"prompt is no valid Unicode: {error.reason} at {error.start}", param="prompt"
+            ) from None
+        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of `ids`. Ids outside the vocabulary give no text."""
+        text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def token(self, token_id: int) -> str | None:
+        """The vocabulary's entry, in the tokenizer's own spelling; None for an id outside of it."""
+        token: str | None = self._backend.id_to_token(token_id)
+        return token
+
+    def _special_id(self, name: str) -> int | None:
+        token = self.special_tokens.get(name)
+        if token is None:
+            return None
+        token_id: int | None = self._backend.token_to_id(token)
+        if token_id is None:
+            raise CheckpointError(f"tokenizer_config.json: {name} {token!r} is not in tokenizer.json's vocabulary")
+        return token_id
+
+
+def _generation_eos_ids(directory: Path) -> tuple[int, ...]:
+    path = directory / "generation_config.json"
+    found: Any = read_json(path, optional=True).get("eos_token_id")
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(isinstance(id_, int) and not isinstance(id_, bool) and id_ >= 0 for id_ in ids):
+        raise CheckpointError(f"{path}: eos_token_id is {found!r}; must be a token id or a list of them")
+    return tuple(ids)
+
+
+def _decoder_kinds(decoder: Any) -> tuple[str, ...]:
+    """The steps that make text of tokens, sequences unrolled; none: tokens with a space between them."""
+    if decoder is None:
+        return ()
+    if decoder["type"] == "Sequence":
+        return tuple(kind for part in decoder["decoders"] for kind in _decoder_kinds(part))
+    if decoder["type"] == "Strip" and (decoder["start"] > 1 or decoder["stop"] > 0):
+        return (f"Strip({decoder['start']}, {decoder['stop']})",)  # unlike Strip(1, 0), the common one
+    return (str(decoder["type"]),)
