@@ -1,0 +1,57 @@
+"""`twostroke chat`: talk to the cluster from a terminal."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ..client.client import Client
+from ..core.errors import TwostrokeError
+from .status import Grpc
+
+
+def chat(
+    grpc: Grpc = "127.0.0.1:8001",
+    system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0)] = 0.7,
+) -> None:
+    """Chat, turn by turn. Ctrl-C stops an answer; Ctrl-D or an empty line ends."""
+    console = Console()
+    messages = [{"role": "system", "content": system}] if system else []
+    with Client(grpc) as client:
+        while True:
+            try:
+                question = console.input("[bold cyan]you[/bold cyan]  ")
+            except (EOFError, KeyboardInterrupt):
+                return
+            if not question.strip():
+                return
+            messages.append({"role": "user", "content": question})
+            answer = _answer(client, messages, max_tokens, temperature, console)
+            if answer is None:
+                messages.pop()
+            else:
+                messages.append({"role": "assistant", "content": answer})
+
+
+def _answer(
+    client: Client, messages: list[dict[str, str]], max_tokens: int, temperature: float, console: Console
+) -> str | None:
+    """The streamed answer; what there is of it after Ctrl-C; None after an error, which is shown."""
+    text = ""
+    console.print("[bold green]model[/bold green]", end="  ")
+    try:
+        with client.chat_stream(messages, max_tokens=max_tokens, temperature=temperature) as stream:
+            for chunk in stream:
+                console.print(chunk.text, end="", markup=False, highlight=False, soft_wrap=True)
+                text += chunk.text
+    except KeyboardInterrupt:
+        pass  # leaving the stream has cancelled the request
+    except TwostrokeError as error:
+        console.print(f"\n[red]{error.code}[/red]: {error}")
+        return None
+    console.print()
+    return text

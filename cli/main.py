@@ -1,0 +1,55 @@
+"""The command `twostroke`: serve, worker, router, status, chat, sim. Each command lives in a file of its own."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from ..core.errors import TwostrokeError
+from . import chat, members, serve, sim, status
+
+app = typer.Typer(
+    name="twostroke",
+    help="A disaggregated serving cluster for large language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from .. import __version__
+
+        typer.echo(f"twostroke {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say it.")] = False,
+) -> None:
+    pass
+
+
+app.command()(serve.serve)
+app.command()(members.worker)
+app.command()(members.router)
+app.command()(status.status)
+app.command()(chat.chat)
+app.add_typer(sim.app, name="sim")
+
+
+def main() -> None:
+    """Run a command; a typed error becomes one line and exit code 2."""
+    try:
+        app()
+    except TwostrokeError as error:
+        typer.echo(f"twostroke: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

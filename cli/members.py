@@ -1,0 +1,70 @@
+"""`twostroke worker` and `twostroke router`: one process of a cluster, as the process launcher and a pod start it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ..core.request import Role
+from . import options as o
+
+ParentPid = Annotated[int | None, typer.Option(help="End when this process is no longer our parent.", hidden=True)]
+
+
+def worker(
+    role: Annotated[Role, typer.Option(help="prefill, decode or combined.")],
+    router: Annotated[list[str], typer.Option(help="host:port where a router takes announcements; repeatable.")],
+    worker_id: Annotated[str | None, typer.Option(help="Unique name. Default: role and process id.")] = None,
+    host: Annotated[str, typer.Option(help="Address of the worker's gRPC services.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port of them; 0 = any.")] = 0,
+    memory_bytes: Annotated[int | None, typer.Option(help="Memory to use. Default: what is available.")] = None,
+    model: o.Model = None,
+    served_model_name: o.ServedModelName = None,
+    config: o.ConfigFile = None,
+    parent_pid: ParentPid = None,
+) -> None:
+    """Run one worker and announce it to the routers. The cluster's key is TWOSTROKE__CLUSTER__KEY."""
+    import os
+
+    from ..cluster.settings import WorkerSettings
+    from ..cluster.worker import run_worker
+    from ..model.checkpoint import resolve, served_name
+
+    settings = o.config_from({"model": model, "served_model_name": served_model_name, "config": config})
+    run_worker(
+        WorkerSettings(
+            worker_id=worker_id or f"{role}-{os.getpid()}",
+            role=role,
+            model_directory=str(resolve(settings.model.path)),
+            model_name=served_name(settings.model.path, settings.model.name),
+            model=settings.model,
+            cache=settings.cache,
+            step=settings.step,
+            memory_bytes=memory_bytes,
+            num_threads=settings.step.num_threads or os.cpu_count() or 1,
+            host=host,
+            port=port,
+            routers=tuple(router),
+            cluster_key=settings.cluster.key,
+            orphan_grace_s=settings.cluster.orphan_grace_s,
+            drain_timeout_s=settings.cluster.drain_timeout_s,
+        ),
+        parent_pid,
+    )
+
+
+def router(
+    host: o.Host = None,
+    port: o.Port = None,
+    grpc_port: o.GrpcPort = None,
+    insecure: o.Insecure = None,
+    config: o.ConfigFile = None,
+    parent_pid: ParentPid = None,
+) -> None:
+    """Run one router: both client faces, and the port where workers announce themselves."""
+    from ..router.process import run_router
+
+    flags = {"host": host, "port": port, "grpc_port": grpc_port, "insecure": insecure, "config": config}
+    settings = o.config_from(flags)
+    run_router(settings.router, settings.cluster.key, settings.cluster.drain_timeout_s, parent_pid)

@@ -1,0 +1,67 @@
+"""The flags of `serve`, named as vLLM's users know them, and the settings they stand for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..cluster.config import Config, load_config
+
+SETTING_BY_FLAG = {
+    "model": "model.path",
+    "served_model_name": "model.name",
+    "dtype": "model.dtype",
+    "max_model_len": "model.max_model_len",
+    "kv_cache_dtype": "cache.dtype",
+    "block_size": "cache.block_size",
+    "kv_cache_tokens": "cache.tokens",
+    "kv_cache_memory_fraction": "cache.memory_fraction",
+    "max_num_seqs": "step.max_num_seqs",
+    "max_num_batched_tokens": "step.max_num_batched_tokens",
+    "threads": "step.num_threads",
+    "prefill": "cluster.prefill",
+    "decode": "cluster.decode",
+    "launcher": "cluster.launcher",
+    "host": "router.host",
+    "port": "router.port",
+    "grpc_port": "router.grpc_port",
+    "insecure": "router.insecure",
+}
+
+Model = Annotated[str | None, typer.Option(help="Checkpoint directory or hub name. Default: the bundled model.")]
+ServedModelName = Annotated[str | None, typer.Option(help="What clients call the model.")]
+DType = Annotated[str | None, typer.Option(help="auto, bfloat16 or float32; auto is the checkpoint's dtype.")]
+KvCacheDType = Annotated[
+    str | None,
+    typer.Option(help="auto, fp8, bfloat16 or float32. Unlike vLLM, auto is FP8, not the model's dtype."),
+]
+MaxModelLen = Annotated[int | None, typer.Option(help="Most prompt plus generated tokens. Default: the checkpoint's.")]
+BlockSize = Annotated[int | None, typer.Option(help="Tokens per KV block: 16, 32 or 64.")]
+KvCacheTokens = Annotated[int | None, typer.Option(help="Most tokens a worker's KV pool holds.")]
+KvCacheMemoryFraction = Annotated[
+    float | None, typer.Option(help="Share of the memory left after the weights that the pool may take. Default: 0.9.")
+]
+MaxNumSeqs = Annotated[int | None, typer.Option(help="Most sequences per step.")]
+MaxNumBatchedTokens = Annotated[int | None, typer.Option(help="Most tokens per step: the prefill chunk.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads per worker. Default: cores / workers.")]
+Prefill = Annotated[int | None, typer.Option(help="Prefill workers. 0: combined workers, no disaggregation.")]
+Decode = Annotated[int | None, typer.Option(help="Decode workers.")]
+Launcher = Annotated[str | None, typer.Option(help="ray, process or inprocess.")]
+Host = Annotated[str | None, typer.Option(help="Address of both faces. Another than loopback needs --insecure.")]
+Port = Annotated[int | None, typer.Option(help="HTTP: OpenAI API and metrics. Default: 8000.")]
+GrpcPort = Annotated[int | None, typer.Option(help="gRPC: the SDK. Default: 8001.")]
+Insecure = Annotated[bool | None, typer.Option("--insecure", help="Allow a public host without certificates.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file; flags and environment win over it.")]
+
+
+def config_from(flags: dict[str, Any]) -> Config:
+    """The configuration that flags, environment and file mean together.
+
+    Raises:
+        ConfigError: names the setting, the value and the remedy.
+    """
+    given = {SETTING_BY_FLAG[name]: value for name, value in flags.items() if name in SETTING_BY_FLAG}
+    return load_config(flags.get("config"), os.environ, given)

@@ -1,0 +1,115 @@
+"""`twostroke serve`: one command, one cluster on this machine, until Ctrl-C."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..cluster.config import Config
+from ..cluster.machine import machine_facts, model_facts
+from ..cluster.placement import Plan, place
+from ..cluster.supervisor import Supervisor
+from . import options as o
+
+console = Console(stderr=True)
+
+
+def serve(
+    model: o.Model = None,
+    served_model_name: o.ServedModelName = None,
+    prefill: o.Prefill = None,
+    decode: o.Decode = None,
+    launcher: o.Launcher = None,
+    host: o.Host = None,
+    port: o.Port = None,
+    grpc_port: o.GrpcPort = None,
+    dtype: o.DType = None,
+    kv_cache_dtype: o.KvCacheDType = None,
+    block_size: o.BlockSize = None,
+    max_model_len: o.MaxModelLen = None,
+    max_num_seqs: o.MaxNumSeqs = None,
+    max_num_batched_tokens: o.MaxNumBatchedTokens = None,
+    kv_cache_tokens: o.KvCacheTokens = None,
+    kv_cache_memory_fraction: o.KvCacheMemoryFraction = None,
+    threads: o.Threads = None,
+    insecure: o.Insecure = None,
+    config: o.ConfigFile = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+) -> None:
+    """Start a cluster on this machine and serve until Ctrl-C.
+
+    Every setting is also a key of --config and an environment variable TWOSTROKE__SECTION__KEY.
+    """
+    settings = o.config_from(locals())
+    plan = place(settings, machine_facts(), model_facts(settings))
+    if dry_run:
+        show_plan(settings, plan, Console())
+        return
+    raise typer.Exit(asyncio.run(_serve(settings, plan)))
+
+
+def show_plan(config: Config, plan: Plan, out: Console) -> None:
+    """Workers, threads, memory and ports, as a table and two lines of arithmetic."""
+    table = Table(title=f"{plan.model.name} — launcher {config.cluster.launcher}", title_justify="left")
+    for heading in ("member", "role", "threads", "memory", "KV pool"):
+        table.add_column(heading)
+    for member in plan.members:
+        if member.kind == "router":
+            table.add_row(member.name, "router", "", "", "")
+        else:
+            pool = f"{plan.pool.num_blocks:,} × {plan.pool.block_tokens} = {plan.pool.num_tokens:,} tokens"
+            memory = f"≤ {member.memory_bytes / 2**20:,.0f} MiB"
+            table.add_row(member.name, str(member.role), str(member.num_threads), memory, pool)
+    out.print(table)
+    out.print(f"pool of each worker: {plan.pool.arithmetic}")
+    out.print(
+        f"weights {plan.model.weight_bytes / 2**20:,.1f} MiB · context {plan.model.max_model_len:,} tokens · "
+        f"KV {plan.model.kv_spec.bytes_per_token:,} bytes/token"
+    )
+    out.print(f"ports: HTTP {config.router.host}:{config.router.port} · gRPC {config.router.grpc_port} · workers: any")
+
+
+async def _serve(config: Config, plan: Plan) -> int:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    supervisor = Supervisor(config, plan, say=lambda line: console.log(line, markup=False))
+    try:
+        with console.status(f"starting {len(plan.members)} processes"):
+            started = asyncio.create_task(supervisor.start())
+            stopping = asyncio.create_task(stop.wait())
+            await asyncio.wait({started, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if started.done():
+                started.result()
+            else:
+                started.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await started
+        if not stop.is_set():
+            _greet(supervisor, plan)
+            await stopping
+        return 0
+    finally:
+        console.log("draining and stopping")
+        await supervisor.stop()
+
+
+def _greet(supervisor: Supervisor, plan: Plan) -> None:
+    out = Console()
+    url, name = supervisor.http_url, plan.model.name
+    body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "What does os.path.join do?"}}]}}'
+    out.print(f"\n[bold]{name}[/bold] is served at [bold]{url}/v1[/bold] (OpenAI API)\n")
+    print(f"  curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'")
+    sdk = f"from twostroke import Client; print(Client('{supervisor.grpc_address}').generate('def add(a, b):').text)"
+    print(f'  python -c "{sdk}"')
+    print(
+        f"  twostroke chat --grpc {supervisor.grpc_address}   ·   twostroke status --grpc {supervisor.grpc_address}\n"
+    )
+    print("Ctrl-C drains and stops.", flush=True)

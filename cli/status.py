@@ -1,0 +1,48 @@
+"""`twostroke status`: the workers, their roles, load and blocks, as the router sees them."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..client.client import Client
+
+Grpc = Annotated[str, typer.Option("--grpc", help="host:port of the router's gRPC face.")]
+
+
+def status(
+    grpc: Grpc = "127.0.0.1:8001",
+    as_json: Annotated[bool, typer.Option("--json", help="The whole document.")] = False,
+) -> None:
+    """Show the cluster."""
+    with Client(grpc, timeout_s=5.0) as client:
+        cluster = client.cluster()
+    if as_json:
+        typer.echo(json.dumps(cluster, indent=2))
+        return
+    Console().print(_table(cluster))
+
+
+def _table(cluster: dict[str, Any]) -> Table:
+    table = Table(title="workers", title_justify="left")
+    for heading in ("worker", "role", "state", "pid", "running", "waiting", "blocks used", "cached", "address"):
+        table.add_column(heading)
+    for worker in cluster["workers"]:
+        load = worker.get("load") or {}
+        total, free = load.get("total_blocks", 0), load.get("free_blocks", 0)
+        table.add_row(
+            worker["worker_id"],
+            worker["role"],
+            worker["state"],
+            str(worker.get("pid", "")),
+            str(load.get("running", "")),
+            str(load.get("waiting", "")),
+            f"{total - free:,} of {total:,}",
+            f"{load.get('cached_blocks', 0):,}",
+            worker["address"],
+        )
+    return table

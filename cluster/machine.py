@@ -1,0 +1,73 @@
+"""What this machine and this checkpoint offer, read once before anything is placed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ..core.errors import ConfigError
+from ..kv.spec import CODEC_NAMES
+from ..model.checkpoint import resolve, served_name
+from ..model.spec import DType, ModelSpec, load_spec
+from .config import Config
+from .placement import MachineFacts, ModelFacts
+
+
+def machine_facts() -> MachineFacts:
+    """Cores that we may run on, and memory that is available now (a cgroup's limit counts)."""
+    return MachineFacts(len(os.sched_getaffinity(0)), min(_available_bytes(), _cgroup_left_bytes()))
+
+
+def model_facts(config: Config) -> ModelFacts:
+    """What the configured checkpoint needs, in the configured dtypes.
+
+    Raises:
+        CheckpointError: it cannot be found or is not supported.
+        ConfigError: the asked-for context is longer than the checkpoint's.
+    """
+    directory = resolve(config.model.path)
+    spec = load_spec(directory)
+    return ModelFacts(
+        name=served_name(config.model.path, config.model.name),
+        directory=str(directory),
+        weight_bytes=spec.weight_bytes(compute_dtype(spec, config.model.dtype)),
+        kv_spec=spec.kv_spec(cache_codec(config.cache.dtype)),
+        max_model_len=context_length(spec, config.model.max_model_len),
+    )
+
+
+def compute_dtype(spec: ModelSpec, wanted: str) -> DType:
+    """`auto` is the checkpoint's own."""
+    return spec.dtype if wanted == "auto" else ("float32" if wanted == "float32" else "bfloat16")
+
+
+def cache_codec(wanted: str) -> str:
+    """`auto` is FP8."""
+    codec = "fp8" if wanted == "auto" else wanted
+    assert codec in CODEC_NAMES
+    return codec
+
+
+def context_length(spec: ModelSpec, wanted: int | None) -> int:
+    """The asked-for length, or the checkpoint's."""
+    if wanted is not None and wanted > spec.max_model_len:
+        raise ConfigError(
+            f"model.max_model_len is {wanted}; the checkpoint was made for {spec.max_model_len}: ask for that or less"
+        )
+    return wanted or spec.max_model_len
+
+
+def _available_bytes() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def _cgroup_left_bytes() -> int:
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    try:
+        text = limit.read_text().strip()
+        return 1 << 62 if text == "max" else int(text) - int(used.read_text())
+    except (OSError, ValueError):
+        return 1 << 62

@@ -1,0 +1,29 @@
+"""What a client asked for, before anything is checked: the one form that both faces reduce their bodies to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Fields by their OpenAI names. None: the client said nothing."""
+
+    model: str | None = None
+    prompt: str | Sequence[int] | None = None  # exactly one of prompt and messages
+    messages: Sequence[Mapping[str, Any]] | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    n: int | None = None
+    stop: Sequence[str] = field(default_factory=tuple)
+    stop_token_ids: Sequence[int] = field(default_factory=tuple)
+    ignore_eos: bool = False
+    request_id: str | None = None
+    api_key: str | None = None
+    timeout_s: float | None = None  # what the client's own deadline leaves

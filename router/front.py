@@ -1,0 +1,79 @@
+"""What both faces do with a call: find the model, validate, run. Knows no protocol."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Any
+
+from ..core.request import Request
+from ..core.timeline import Instant, Timeline
+from .call import Call
+from .config import RouterConfig
+from .flow import Flow
+from .models import ModelDirectory, ServedModel
+from .pieces import Piece
+from .validate import Limits, authenticate, validate
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A request under way. `first` is there already: whatever could be refused has been."""
+
+    request: Request
+    first: Piece
+    rest: AsyncGenerator[Piece, None]
+
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
+        """All pieces in order. Closing it cancels the request."""
+        try:
+            yield self.first
+            async for piece in self.rest:
+                yield piece
+        finally:
+            await self.rest.aclose()
+
+
+class Front:
+    """The door behind the doors: one per router process."""
+
+    def __init__(self, config: RouterConfig, flow: Flow) -> None:
+        self.flow = flow
+        self.limits = Limits.of(config)
+        self.models = ModelDirectory(flow)
+
+    def authenticate(self, api_key: str | None) -> str:
+        """The isolation domain of a key. Raises Unauthenticated."""
+        return authenticate(api_key, self.limits)
+
+    def explain(self, request_id: str, domain: str) -> dict[str, Any] | None:
+        """What is known of a request, for its own tenant only; None: nothing (any more)."""
+        return self.flow.explain(request_id)
+
+    async def admit(self, call: Call) -> tuple[Request, ServedModel]:
+        """Validate and tokenise a call.
+
+        Raises:
+            InvalidRequest and its kin, Unauthenticated, Unavailable: see router/validate.py and router/models.py.
+        """
+        self.authenticate(call.api_key)  # before anything is told about models
+        model = await self.models.get(call.model)
+        return await asyncio.to_thread(validate, call, model, self.limits), model
+
+    async def start(self, call: Call) -> Started:
+        """Admit a call and run it up to its first piece.
+
+        Raises:
+            TwostrokeError: whatever `admit` or `Flow.generate` refuse it for.
+        """
+        timeline = Timeline()
+        timeline.mark(Instant.ARRIVED, self.flow.clock.now_s())
+        request, _ = await self.admit(call)
+        pieces = self.flow.generate(request, timeline)
+        try:
+            first = await anext(pieces)
+        except BaseException:
+            await pieces.aclose()
+            raise
+        return Started(request, first, pieces)

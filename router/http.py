@@ -1,0 +1,206 @@
+"""The OpenAI HTTP face: routes, status codes, event streams. Holds no logic of its own."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any
+
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.applications import Starlette
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from ..core.errors import BodyTooLarge, InternalError, RequestNotFound, TwostrokeError, Unavailable
+from . import openai
+from .call import Call
+from .config import RouterConfig
+from .front import Front, Started
+from .pieces import Piece, Usage
+from .stream import EventStream, until_disconnect
+
+log = logging.getLogger(__name__)
+
+Handler = Callable[[HttpRequest], Awaitable[Response]]
+
+
+def make_app(config: RouterConfig, front: Front) -> Starlette:
+    """The ASGI application of one router."""
+    face = _Face(config, front)
+    routes = [
+        Route("/v1/chat/completions", _typed(face.chat), methods=["POST"]),
+        Route("/v1/completions", _typed(face.completions), methods=["POST"]),
+        Route("/v1/models", _typed(face.models), methods=["GET"]),
+        Route("/v1/models/{name:path}", _typed(face.model), methods=["GET"]),
+        Route("/v1/requests/{request_id}/explain", _typed(face.explain), methods=["GET"]),
+        Route("/v1/cluster", _typed(face.cluster), methods=["GET"]),
+        Route("/health", _typed(face.health), methods=["GET"]),
+        Route("/metrics", _typed(face.metrics), methods=["GET"]),
+    ]
+    return Starlette(routes=routes, exception_handlers={404: _no_such_route, 405: _wrong_method})
+
+
+class _Face:
+    def __init__(self, config: RouterConfig, front: Front) -> None:
+        self._config = config
+        self._front = front
+
+    async def chat(self, http: HttpRequest) -> Response:
+        body = openai.parse(await self._body(http), openai.ChatBody)
+        assert isinstance(body, openai.ChatBody)
+        call = openai.chat_call(body, _api_key(http))
+        return await self._run(http, call, "chat.completion", bool(body.stream), body.include_usage)
+
+    async def completions(self, http: HttpRequest) -> Response:
+        body = openai.parse(await self._body(http), openai.CompletionBody)
+        assert isinstance(body, openai.CompletionBody)
+        call = openai.completion_call(body, _api_key(http))
+        return await self._run(http, call, "text_completion", bool(body.stream), body.include_usage)
+
+    async def _run(self, http: HttpRequest, call: Call, kind: str, stream: bool, include_usage: bool) -> Response:
+        started = await until_disconnect(http, self._front.start(call))
+        request = started.request
+        head = {"id": request.request_id, "object": kind, "created": int(time.time()), "model": request.model}
+        headers = {"x-request-id": request.request_id}
+        if stream:
+            head["object"] = "chat.completion.chunk" if kind.startswith("chat") else kind
+            return EventStream(_events(started, head, include_usage), headers)
+        return JSONResponse(await until_disconnect(http, _whole(started, head)), headers=headers)
+
+    async def models(self, http: HttpRequest) -> Response:
+        self._front.authenticate(_api_key(http))
+        return JSONResponse({"object": "list", "data": [self._card(name) for name in self._front.models.names()]})
+
+    async def model(self, http: HttpRequest) -> Response:
+        self._front.authenticate(_api_key(http))
+        return JSONResponse(self._card(http.path_params["name"]))
+
+    def _card(self, name: str) -> dict[str, Any]:
+        facts = self._front.models.facts(name)
+        return {
+            "id": facts.name,
+            "object": "model",
+            "created": 0,  # unknown: a checkpoint does not say
+            "owned_by": "twostroke",
+            "max_model_len": facts.max_model_len,
+        }
+
+    async def explain(self, http: HttpRequest) -> Response:
+        domain = self._front.authenticate(_api_key(http))
+        request_id = http.path_params["request_id"]
+        explained = self._front.explain(request_id, domain)
+        if explained is None:
+            raise RequestNotFound(f"no request {request_id[:128]!r} is known here (any more)", param="request_id")
+        return JSONResponse(explained)
+
+    async def cluster(self, http: HttpRequest) -> Response:
+        self._front.authenticate(_api_key(http))
+        return JSONResponse(self._front.flow.cluster())
+
+    async def health(self, http: HttpRequest) -> Response:
+        if not self._front.flow.models():
+            raise Unavailable("no worker is ready", retry_after_s=2.0)
+        return JSONResponse({"status": "ok"})
+
+    async def metrics(self, http: HttpRequest) -> Response:
+        self._front.authenticate(_api_key(http))
+        return Response(generate_latest(self._front.flow.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def _body(self, http: HttpRequest) -> bytes:
+        """The body, refused as soon as it is too long: by its header, else by its bytes."""
+        limit = self._config.max_body_bytes
+        announced = http.headers.get("content-length", "0")
+        if announced.isdigit() and int(announced) > limit:
+            raise BodyTooLarge(f"the body has {announced} bytes; at most {limit} (router.max_body_bytes)")
+        data = bytearray()
+        async for part in http.stream():
+            data += part
+            if len(data) > limit:
+                raise BodyTooLarge(f"the body has more than {limit} bytes (router.max_body_bytes)")
+        return bytes(data)
+
+
+async def _whole(started: Started, head: dict[str, Any]) -> dict[str, Any]:
+    """All pieces as one response object."""
+    texts: list[str] = [""] * started.request.num_choices
+    reasons: list[str | None] = [None] * started.request.num_choices
+    usage: Usage | None = None
+    pieces = started.pieces()
+    try:
+        async for piece in pieces:
+            texts[piece.choice] += piece.text
+            if piece.finish_reason is not None:
+                reasons[piece.choice] = piece.finish_reason.value
+            usage = piece.usage or usage
+    finally:
+        await pieces.aclose()
+    return openai.answer(head, texts, reasons, usage)
+
+
+async def _events(started: Started, head: dict[str, Any], include_usage: bool) -> AsyncGenerator[bytes, None]:
+    """Server-sent events of a stream; an error within it becomes its last event."""
+    begun: set[int] = set()
+    usage: Usage | None = None
+    pieces: AsyncGenerator[Piece, None] = started.pieces()
+    nothing = {"usage": None} if include_usage else {}
+    try:
+        async for piece in pieces:
+            usage = piece.usage or usage
+            yield _event(openai.chunk(head | nothing, piece, piece.choice not in begun))
+            begun.add(piece.choice)
+        if include_usage and usage is not None:
+            yield _event(head | {"choices": [], "usage": openai.usage_body(usage)})
+        yield b"data: [DONE]\n\n"
+    except TwostrokeError as error:
+        yield _event(openai.error_body(error))
+    except Exception:
+        log.exception("request %s failed within its stream", started.request.request_id)
+        yield _event(openai.error_body(InternalError("the request failed; the router's log has more")))
+    finally:
+        await pieces.aclose()
+
+
+def _event(value: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+def _api_key(http: HttpRequest) -> str | None:
+    scheme, _, key = http.headers.get("authorization", "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else None
+
+
+def _typed(handler: Handler) -> Handler:
+    """Every failure leaves as `{"error": {...}}` with its status and, where it has one, Retry-After."""
+
+    async def wrapped(http: HttpRequest) -> Response:
+        try:
+            return await handler(http)
+        except TwostrokeError as error:
+            return _error(error)
+        except Exception:
+            log.exception("%s %s failed", http.method, http.url.path)
+            return _error(InternalError("the request failed; the router's log has more"))
+
+    return wrapped
+
+
+def _error(error: TwostrokeError) -> Response:
+    headers = {}
+    if error.retry_after_s is not None:
+        headers["retry-after"] = str(max(1, round(error.retry_after_s)))
+    if error.http_status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return JSONResponse(openai.error_body(error), status_code=error.http_status, headers=headers)
+
+
+async def _no_such_route(http: HttpRequest, error: Exception) -> Response:
+    body = {"message": f"no route {http.method} {http.url.path}", "type": "invalid_request_error"}
+    return JSONResponse({"error": body | {"param": None, "code": "not_found"}}, status_code=404)
+
+
+async def _wrong_method(http: HttpRequest, error: Exception) -> Response:
+    body = {"message": f"{http.url.path} does not take {http.method}", "type": "invalid_request_error"}
+    return JSONResponse({"error": body | {"param": None, "code": "method_not_allowed"}}, status_code=405)

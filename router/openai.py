@@ -1,0 +1,224 @@
+"""OpenAI's words: request bodies in, response and chunk objects out. Knows no HTTP."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ..core.errors import InvalidRequest, TwostrokeError, UnsupportedParameter
+from .call import Call
+from .pieces import Piece, Usage
+
+# Known to OpenAI's or vLLM's API and harmless to leave alone.
+_IGNORED = frozenset(
+    {"user", "metadata", "store", "service_tier", "prompt_cache_key", "safety_identifier", "parallel_tool_calls"}
+)
+# Known, not served yet: refused unless the value means "off".
+_OFF_VALUES: dict[str, tuple[Any, ...]] = {
+    "logprobs": (None, False, 0),
+    "top_logprobs": (None, 0),
+    "prompt_logprobs": (None, 0),
+    "echo": (None, False),
+    "best_of": (None, 1),
+    "suffix": (None, ""),
+    "logit_bias": (None, {}),
+    "frequency_penalty": (None, 0),
+    "presence_penalty": (None, 0),
+    "repetition_penalty": (None, 1),
+    "min_p": (None, 0),
+    "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "functions": (None, []),
+    "function_call": (None, "none", "auto"),
+    "response_format": (None, {"type": "text"}),
+    "modalities": (None, ["text"]),
+    "audio": (None,),
+    "prediction": (None,),
+    "reasoning_effort": (None,),
+    "web_search_options": (None,),
+}
+
+
+class StreamOptions(BaseModel):
+    """`stream_options` of a body."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    include_usage: bool = False
+    include_obfuscation: bool = False  # accepted, without effect
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    n: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    request_id: str | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether the stream ends with a usage chunk."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class ChatBody(_Body):
+    """POST /v1/chat/completions."""
+
+    messages: list[dict[str, Any]]
+    max_completion_tokens: int | None = None
+
+
+class CompletionBody(_Body):
+    """POST /v1/completions."""
+
+    prompt: str | list[int]
+
+
+def parse(data: bytes, kind: type[ChatBody] | type[CompletionBody]) -> ChatBody | CompletionBody:
+    """A checked body.
+
+    Raises:
+        InvalidRequest: not UTF-8, not JSON, a field of the wrong type, an unknown field (names the nearest).
+        UnsupportedParameter: a field that the API knows and this release does not serve.
+    """
+    values = _json_object(data)
+    for name in list(values):
+        if name in _IGNORED:
+            del values[name]
+        elif name in _OFF_VALUES:
+            if values[name] not in _OFF_VALUES[name]:
+                raise UnsupportedParameter(f"{name} is not served yet; leave it out", param=name)
+            del values[name]
+    if isinstance(values.get("prompt"), list) and values["prompt"] and not isinstance(values["prompt"][0], int):
+        raise InvalidRequest("prompt is a list of prompts; send one request per prompt", param="prompt")
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise _explain(error, kind) from None
+
+
+def chat_call(body: ChatBody, api_key: str | None) -> Call:
+    """The call that a chat body means."""
+    if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
+        raise InvalidRequest("max_tokens and max_completion_tokens differ; give one", param="max_completion_tokens")
+    max_tokens = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
+    return Call(messages=body.messages, **_common(body, max_tokens, api_key))
+
+
+def completion_call(body: CompletionBody, api_key: str | None) -> Call:
+    """The call that a completion body means."""
+    max_tokens = 16 if body.max_tokens is None else body.max_tokens  # OpenAI's default for this endpoint
+    return Call(prompt=body.prompt, **_common(body, max_tokens, api_key))
+
+
+def _common(body: _Body, max_tokens: int | None, api_key: str | None) -> dict[str, Any]:
+    stop = [body.stop] if isinstance(body.stop, str) else (body.stop or ())
+    return {
+        "model": body.model,
+        "max_tokens": max_tokens,
+        "min_tokens": body.min_tokens,
+        "temperature": body.temperature,
+        "top_p": body.top_p,
+        "top_k": body.top_k,
+        "seed": body.seed,
+        "n": body.n,
+        "stop": tuple(stop),
+        "stop_token_ids": tuple(body.stop_token_ids or ()),
+        "ignore_eos": bool(body.ignore_eos),
+        "request_id": body.request_id,
+        "api_key": api_key,
+    }
+
+
+# ------------------------------------------------------------------ answers
+
+
+def error_body(error: TwostrokeError) -> dict[str, Any]:
+    """`{"error": {...}}` as the official clients read it."""
+    return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
+
+
+def usage_body(usage: Usage) -> dict[str, Any]:
+    """Token counts; cached prompt tokens where OpenAI puts them."""
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }
+
+
+def answer(head: dict[str, Any], texts: list[str], reasons: list[str | None], usage: Usage | None) -> dict[str, Any]:
+    """A whole response. `head` has id, object, created and model."""
+    is_chat = head["object"].startswith("chat")
+    choices = [
+        {"index": index, "finish_reason": reason, "logprobs": None}
+        | ({"message": {"role": "assistant", "content": text, "refusal": None}} if is_chat else {"text": text})
+        for index, (text, reason) in enumerate(zip(texts, reasons, strict=True))
+    ]
+    return head | {"choices": choices, "usage": usage_body(usage) if usage else None}
+
+
+def chunk(head: dict[str, Any], piece: Piece, first: bool) -> dict[str, Any]:
+    """One streamed chunk of one choice; the choice's first carries the role."""
+    reason = piece.finish_reason.value if piece.finish_reason else None
+    choice: dict[str, Any] = {"index": piece.choice, "finish_reason": reason, "logprobs": None}
+    if head["object"].startswith("chat"):
+        role = {"role": "assistant"} if first else {}
+        content = {"content": piece.text} if piece.text or first else {}
+        choice["delta"] = role | content
+    else:
+        choice["text"] = piece.text
+    return head | {"choices": [choice]}
+
+
+# ------------------------------------------------------------------ details
+
+
+def _json_object(data: bytes) -> dict[str, Any]:
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"the body is not UTF-8 (byte {error.start}); encode it as UTF-8") from None
+    try:
+        values = json.loads(text, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise InvalidRequest("the body is nested too deeply; a request needs five levels") from None
+    except ValueError as error:
+        raise InvalidRequest(f"the body is not JSON: {str(error)[:200]}") from None
+    if not isinstance(values, dict):
+        raise InvalidRequest(f"the body is a JSON {type(values).__name__}; must be an object")
+    return values
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _explain(error: ValidationError, kind: type[BaseModel]) -> InvalidRequest:
+    problem = error.errors(include_url=False)[0]
+    param = str(problem["loc"][0]) if problem["loc"] else None
+    path = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(problem["loc"][-1]), kind.model_fields, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return InvalidRequest(f"{path[:100]} is not a field of this API{hint}", param=param)
+    if problem["type"] == "missing":
+        return InvalidRequest(f"{path} is missing", param=param)
+    value = problem["input"]
+    shown = repr(value)[:80] if not (isinstance(value, float) and not math.isfinite(value)) else str(value)
+    return InvalidRequest(f"{path} is {shown}: {problem['msg']}", param=param)

@@ -1,0 +1,137 @@
+"""One router as a process: the flow, both client faces, and the internal port where workers announce themselves."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Generator
+
+import grpc.aio
+import uvicorn
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from ..core.errors import ConfigError
+from ..protos import inference_pb2, inference_pb2_grpc
+from .config import RouterConfig
+from .flow import Flow
+from .front import Front
+from .http import make_app
+from .service import InferenceService
+
+_INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
+_GRPC_OPTIONS = (
+    ("grpc.so_reuseport", 0),  # a second router on the port must fail, not share it silently
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.max_concurrent_streams", 4096),
+)
+
+
+class RouterProcess:
+    """Start, serve, drain, stop. Ports are those of the settings."""
+
+    def __init__(self, settings: RouterConfig, cluster_key: str) -> None:
+        self._settings = settings
+        self._flow = Flow(settings, cluster_key.encode())
+        self._front = Front(settings, self._flow)
+        self._health = health.aio.HealthServicer()
+        self._servers: list[grpc.aio.Server] = []
+        self._http: uvicorn.Server | None = None
+        self._http_task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Bind all ports, then serve.
+
+        Raises:
+            ConfigError: a port is taken; names it.
+        """
+        settings = self._settings
+        listener = _listen(settings.host, settings.port)
+        await self._flow.start()
+        internal = grpc.aio.server(options=_GRPC_OPTIONS)
+        self._flow.add_announce(internal)
+        await self._serve(internal, "127.0.0.1", settings.internal_port)
+        limits = [("grpc.max_receive_message_length", settings.max_body_bytes)]
+        clients = grpc.aio.server(options=[*_GRPC_OPTIONS, *limits])
+        inference_pb2_grpc.add_InferenceServicer_to_server(InferenceService(self._front), clients)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, clients)
+        reflection.enable_server_reflection((_INFERENCE, health.SERVICE_NAME, reflection.SERVICE_NAME), clients)
+        await self._serve(clients, settings.host, settings.grpc_port)
+        for service in ("", _INFERENCE):
+            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        config = uvicorn.Config(
+            make_app(settings, self._front),
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            timeout_keep_alive=75,
+        )
+        self._http = _HttpServer(config)
+        self._http_task = asyncio.create_task(self._http.serve([listener]))
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuse new requests, let the running ones end within `grace_s`, then close everything."""
+        await self._health.enter_graceful_shutdown()
+        await self._flow.drain(grace_s)
+        await self._flow.close()
+        if self._http and self._http_task:
+            self._http.should_exit = True
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.shield(self._http_task), 1.0)
+            self._http.force_exit = True
+            with contextlib.suppress(TimeoutError, asyncio.CancelledError):
+                await asyncio.wait_for(self._http_task, 1.0)
+        await asyncio.gather(*(server.stop(0.5) for server in self._servers))
+
+    async def _serve(self, server: grpc.aio.Server, host: str, port: int) -> None:
+        try:
+            bound = server.add_insecure_port(f"{host}:{port}")
+        except RuntimeError:
+            bound = 0
+        if bound == 0:
+            raise ConfigError(f"port {port} on {host} is taken; choose another with --grpc-port, or 0 for any")
+        await server.start()
+        self._servers.append(server)
+
+
+def run_router(settings: RouterConfig, cluster_key: str, grace_s: float, parent_pid: int | None = None) -> None:
+    """The main function of a router process: serve until SIGTERM or SIGINT, then drain."""
+    asyncio.run(_run(RouterProcess(settings, cluster_key), grace_s, parent_pid))
+
+
+async def _run(process: RouterProcess, grace_s: float, parent_pid: int | None) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    await process.start()
+    while not stop.is_set():
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), 1.0)
+        if parent_pid is not None and os.getppid() != parent_pid:
+            break  # whoever started us is gone
+    await process.stop(grace_s)
+
+
+class _HttpServer(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Signals belong to the process, not to one of its servers."""
+        yield
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"port {port} on {host}: {error.strerror}; choose another with --port") from None
+    return listener

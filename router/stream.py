@@ -1,0 +1,72 @@
+"""Streams towards HTTP clients: events as they come, and an end as soon as the client is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Coroutine
+from typing import Any, TypeVar
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from ..core.errors import Cancelled
+
+T = TypeVar("T")
+
+
+class EventStream(Response):
+    """A text/event-stream over an async generator, which is closed when the client leaves."""
+
+    def __init__(self, events: AsyncGenerator[bytes, None], headers: dict[str, str]) -> None:
+        super().__init__(headers=headers | {"cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self.headers["content-type"] = "text/event-stream; charset=utf-8"
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send events until their end or the client's."""
+        sending = asyncio.create_task(self._send(send))
+        leaving = asyncio.create_task(_disconnected(receive))
+        try:
+            await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            leaving.cancel()
+            sending.cancel()
+            with contextlib.suppress(asyncio.CancelledError, OSError):  # OSError: the socket went first
+                await sending
+            await self._events.aclose()
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        async for event in self._events:
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def until_disconnect(http: HttpRequest, work: Coroutine[Any, Any, T]) -> T:
+    """Run `work`; cancel it when the client leaves first.
+
+    Raises:
+        Cancelled: the client left. Nobody will read the answer; it is for the log.
+    """
+    working = asyncio.create_task(work)
+    leaving = asyncio.create_task(_disconnected(http.receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise Cancelled("the client closed the connection")
+        return working.result()
+    finally:
+        leaving.cancel()
+        if not working.done():
+            working.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await working
+
+
+async def _disconnected(receive: Receive) -> None:
+    """Returns when the connection is closed. The body has been read already."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
