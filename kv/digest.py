@@ -13,11 +13,11 @@ from the start of the hash block.
 
 The keys are splitmix64 numbers of the 64-bit cluster key, all different; multiplier and addend are odd and come from a
 mixed (layer, component, head, hash block). So a digest is additive over tokens: those of tokens 0..6 and 7..15 sum to
-the block's. Digests of a range of heads, tokens or layers verify by themselves, and the sum of the digests of a frame is
+the block's. Digests of a range of heads, tokens or layers verify by themselves, and the sum of those of a frame is
 a digest of the frame.
 
 What it detects. For content that does not depend on the key, two different units at one place collide with probability
-at most 2**-33 over the keys: they differ in some word by less than 2**32, that is by `2**j * odd` with j <= 31, and such
+at most 2**-33 over the keys: they differ in a word by less than 2**32, that is by `2**j * odd` with j <= 31, and such
 a multiple of a 64-bit key hits one given sum for at most 2**j of 2**64 keys. Source: multilinear hashing, Lemire and
 Kaser 2014, "Strongly universal string hashing is fast"; they keep the upper half of the sum to make it strongly
 universal, we keep all 64 bits because we only compare. The low bits are weaker than their number says (bit 0 sees only

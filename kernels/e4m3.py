@@ -1,0 +1,50 @@
+"""The e4m3fn arithmetic that the FP8 kernels share, in integers. The definition is `reference.py: fp8_encode`.
+
+Why integers: sm_80 and gfx942 have no cast to this format, and the interpreter's cast loses a carry. Why no division
+and no logarithm: a power of two is an exponent field.
+"""
+
+# Triton has no types: its kernels are checked by their tests.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def scale_byte_of(amax_bits):
+    """The scale byte of a row from the bits of its largest magnitude; int32."""
+    above = ((amax_bits & 0x7FFFFF) > 0x600000).to(tl.int32)
+    byte = (amax_bits >> 23) - 8 + above
+    return tl.minimum(tl.maximum(byte, 11), 246)
+
+
+@triton.jit
+def encode_e4m3(x, scale_byte):
+    """The int32 codes of float32 x under a scale byte of x's shape; x finite."""
+    scaled = x * ((254 - scale_byte) << 23).to(tl.float32, bitcast=True)
+    bits = scaled.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    # Normal numbers: cut 20 mantissa bits, nearest even, and move the bias from 127 to 7.
+    normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - 960
+    # Below 2**-6 the step is 2**-9, the step of float32 at 2**14: the addition rounds, the low bits are the code.
+    small = (magnitude.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) & 0xFF
+    code = tl.where(magnitude < 0x3C800000, small, tl.minimum(normal, 0x7E))
+    return code | ((bits >> 24) & 0x80)
+
+
+@triton.jit
+def decode_e4m3_by_256(code):
+    """The float32 value of int32 codes, divided by 256: their bits are those of a half under another bias.
+
+    Halves keep their subnormals on every target. The factor goes into the scale, see `scale_times_256`. The codes 0x7f
+    and 0xff, which no encoder writes, read as 480 and -480.
+    """
+    half = ((code & 0x80) << 8) | ((code & 0x7F) << 7)
+    return half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def scale_times_256(scale_byte):
+    """The float32 scale of int32 scale bytes 0..246, times 256."""
+    return ((scale_byte + 8) << 23).to(tl.float32, bitcast=True)
