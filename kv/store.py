@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..core.errors import KvCorrupted
-from ..kernels.reference import Planes, store_kv
+from ..kernels.reference import Planes, fp8_encode, store_kv
 from .block import BlockId
 from .codec import U8, Codec, transcode
 from .digest import U64, frame_digests, places, unit_digests
@@ -98,11 +98,24 @@ class KvStore:
         return keys.planes(layer), values.planes(layer)
 
     def write(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
-        """Quantise and store rows of one layer; see `kernels.reference.store_kv`.
+        """Quantise and store rows of one layer: what `kernels.reference.store_kv` does, without its scratch.
 
-        Returns int32 [rows]: how many of each row's keys and values were not finite, whose request must fail.
+        k and v [rows, heads, width]; slots [rows] int64, padding (negative) last. Returns int32 [rows]: how many of each
+        row's keys and values were not finite, whose request must fail.
         """
-        return store_kv(k, v, slots, *self.planes(layer)).non_finite
+        k_planes, v_planes = self.planes(layer)
+        if k_planes.scales is None or v_planes.scales is None or k.shape != v.shape:
+            return store_kv(k, v, slots, k_planes, v_planes).non_finite
+        used, heads = int((slots >= 0).sum()), k.shape[1]
+        payload, scales, refused = fp8_encode(torch.cat((k[:used], v[:used]), dim=1))  # one pass for both
+        blocks, offsets = slots[:used] // self.block_tokens, slots[:used] % self.block_tokens
+        for planes, part in ((k_planes, slice(heads)), (v_planes, slice(heads, None))):
+            assert planes.scales is not None
+            planes.payload[blocks, :, offsets] = payload[:, part]
+            planes.scales[blocks, :, offsets] = scales[:, part]
+        non_finite = torch.zeros(len(slots), dtype=torch.int32)
+        non_finite[:used] = refused.sum(-1)
+        return non_finite
 
     def seal(self, held: HeldTokens) -> None:
         """Digest the hash blocks of a range that was just computed; the last one may be partial.

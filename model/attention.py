@@ -13,6 +13,7 @@ Source: softmax by tiles as in FlashAttention (Dao et al. 2022), with the maximu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -56,12 +57,11 @@ class Narrow:
     `per_tile[j]` spans: ranges instead of indices.
     """
 
-    spans: tuple[Span, ...]
-    rows: Tensor  # [num_spans, queries_per_tile] int64: batch rows, the last one repeated as padding
+    rows: Tensor  # [num_spans, queries] int64: batch rows of the longest span's queries, last ones repeated as padding
     per_tile: tuple[int, ...]
     pair_span: Tensor  # [num_pairs] int64
-    blocks: Tensor  # [num_pairs, blocks_per_tile] int64
-    hidden: Tensor  # [num_pairs, 1, 16, KV_TILE] bool: positions the row must not see
+    head_rows: Tensor  # [num_pairs, kv_heads, blocks_per_tile] int64, see `_head_rows`
+    hidden: Tensor  # [num_pairs, 1, queries * group, KV_TILE] bool: positions the row must not see
     tails: tuple[tuple[int, int], ...]  # (pair, tokens in it) of each span's last tile
 
 
@@ -103,19 +103,17 @@ class Attention:
                 for s in range(n)
             ]
         )
-        query = torch.arange(self.queries_per_tile)
+        query = torch.arange(max(span.count for span in spans))
         last = torch.tensor([span.count - 1 for span in spans]).unsqueeze(1)
         offset = torch.minimum(query, last)  # [num_spans, queries]
         rows = torch.tensor([span.row for span in spans]).unsqueeze(1) + offset
         positions = torch.tensor([span.start for span in spans]).unsqueeze(1) + offset
         row_position = positions.repeat_interleave(self.group, dim=1)
-        spare = TILE_ROWS - row_position.shape[1]
-        row_position = torch.cat((row_position, row_position[:, -1:].expand(-1, spare)), dim=1)
         column = pair_tile.unsqueeze(1) * KV_TILE + torch.arange(KV_TILE)
         hidden = column[:, None, None, :] > row_position[pair_span][:, None, :, None]
         first_pair = [sum(per_tile[:j]) for j in range(len(per_tile))]
         tails = tuple((first_pair[n - 1] + i, spans[i].end - (n - 1) * KV_TILE) for i, n in enumerate(tiles))
-        return Narrow(tuple(spans), rows, per_tile, pair_span, blocks, hidden, tails)
+        return Narrow(rows, per_tile, pair_span, _head_rows(blocks, self.num_kv_heads), hidden, tails)
 
     def __call__(self, q: Tensor, k_planes: Planes, v_planes: Planes, layout: AttentionLayout) -> Tensor:
         """Attend with q [rows, heads, head_dim], whose keys and values are already stored; [rows, heads, head_dim]."""
@@ -128,8 +126,9 @@ class Attention:
         return out.to(q.dtype)
 
     def _attend_wide(self, q: Tensor, k_planes: Planes, v_planes: Planes, span: Span, out: Tensor) -> None:
-        keys = _tiles(k_planes, span.blocks.unsqueeze(0), self.head_dim)[0]  # [kv_heads, tokens, head_dim]
-        values = _tiles(v_planes, span.blocks.unsqueeze(0), self.head_dim)[0]
+        head_rows = _head_rows(span.blocks.unsqueeze(0), self.num_kv_heads)
+        keys = _tiles(k_planes, head_rows, self.head_dim)[0]  # [kv_heads, tokens, head_dim]
+        values = _tiles(v_planes, head_rows, self.head_dim)[0]
         values[:, span.end :] = 0.0
         per_slab = _SLAB_ROWS // self.group
         for first in range(0, span.count, per_slab):
@@ -169,33 +168,28 @@ class Attention:
     def _attend_narrow(self, q: Tensor, k_planes: Planes, v_planes: Planes, narrow: Narrow, out: Tensor) -> None:
         num_spans, queries = narrow.rows.shape
         used, kv_heads, width = queries * self.group, self.num_kv_heads, self.head_dim
-        taken = q[narrow.rows.flatten()].view(num_spans, queries, kv_heads, self.group, width)
+        pairs = len(narrow.pair_span)
+        taken = q.index_select(0, narrow.rows.flatten()).view(num_spans, queries, kv_heads, self.group, width)
         tiles = q.new_zeros(num_spans, kv_heads, TILE_ROWS, width)
         tiles[:, :, :used] = taken.transpose(1, 2).reshape(num_spans, kv_heads, used, width)
-        keys = _tiles(k_planes, narrow.blocks, width)  # [pairs, kv_heads, KV_TILE, head_dim]
-        values = _tiles(v_planes, narrow.blocks, width)
+        keys = _tiles(k_planes, narrow.head_rows, width)  # [pairs, kv_heads, KV_TILE, head_dim]
+        values = _tiles(v_planes, narrow.head_rows, width)
         for pair, tokens in narrow.tails:
             values[pair, :, tokens:] = 0.0
-        pairs = len(narrow.pair_span)
-        scores = self.scores.batch(tiles[narrow.pair_span].flatten(0, 1), keys.flatten(0, 1).transpose(1, 2))
-        scores = scores.view(pairs, kv_heads, TILE_ROWS, KV_TILE).masked_fill_(narrow.hidden, _NEGATIVE)
-        tile_largest = scores.amax(-1)
+        queries_of_pairs = tiles.index_select(0, narrow.pair_span).flatten(0, 1)
+        whole = self.scores.batch(queries_of_pairs, keys.flatten(0, 1).transpose(1, 2))
+        whole = whole.view(pairs, kv_heads, TILE_ROWS, KV_TILE)
+        scores = whole[:, :, :used].masked_fill(narrow.hidden, _NEGATIVE)  # the rest of a tile is padding
         ranges = _ranges(narrow.per_tile)
-        largest = tile_largest[ranges[0]].clone()
-        for part in ranges[1:]:
-            seen = largest[: part.stop - part.start]
-            torch.maximum(seen, tile_largest[part], out=seen)
-        weights = torch.exp(scores.sub_(largest[narrow.pair_span].unsqueeze(-1)), out=scores)
-        sums = weights.sum(-1)
-        parts = self.mix.batch(weights.flatten(0, 1), values.flatten(0, 1)).view(pairs, kv_heads, TILE_ROWS, width)
-        total, mixed = sums[ranges[0]].clone(), parts[ranges[0]].clone()
-        for part in ranges[1:]:
-            total[: part.stop - part.start] += sums[part]
-            mixed[: part.stop - part.start] += parts[part]
-        result = ((mixed + 0.0) / total.unsqueeze(-1))[:, :, :used]
-        by_row = result.reshape(num_spans, kv_heads, queries, self.group, width).transpose(1, 2)
+        largest = _fold(torch.maximum, scores.amax(-1), ranges)
+        weights = torch.exp(scores.sub_(largest.index_select(0, narrow.pair_span).unsqueeze(-1)), out=scores)
+        whole[:, :, :used] = weights
+        parts = self.mix.batch(whole.flatten(0, 1), values.flatten(0, 1)).view(pairs, kv_heads, TILE_ROWS, width)
+        total = _fold(torch.add, weights.sum(-1), ranges)
+        mixed = _fold(torch.add, parts[:, :, :used], ranges)
+        result = ((mixed + 0.0) / total.unsqueeze(-1)).view(num_spans, kv_heads, queries, self.group, width)
         # Padding repeats a span's last row, whose result is the same number: writing it twice changes nothing.
-        out[narrow.rows.flatten()] = by_row.reshape(num_spans * queries, kv_heads * self.group, width)
+        out[narrow.rows.flatten()] = result.transpose(1, 2).reshape(num_spans * queries, kv_heads * self.group, width)
 
 
 def _ranges(per_tile: tuple[int, ...]) -> list[slice]:
@@ -203,16 +197,28 @@ def _ranges(per_tile: tuple[int, ...]) -> list[slice]:
     return [slice(start, start + n) for start, n in zip(starts, per_tile, strict=True)]
 
 
-def _tiles(planes: Planes, blocks: Tensor, width: int) -> Tensor:
-    """Rows of blocks [n, m] as float32 [n, heads, m * block_tokens, width], a copy."""
-    picked = blocks.flatten()
-    count, heads = blocks.shape[0], planes.payload.shape[1]
-    payload = planes.payload[picked].unflatten(0, blocks.shape).transpose(1, 2)
-    payload = payload.reshape(count, heads, -1, payload.shape[-1])
+def _fold(combine: Callable[..., Tensor], parts: Tensor, ranges: list[slice]) -> Tensor:
+    """Combine the tiles of each span in order of position: parts [num_pairs, ...] to [num_spans, ...]."""
+    result = parts[ranges[0]].clone(memory_format=torch.contiguous_format)
+    for part in ranges[1:]:
+        seen = result[: part.stop - part.start]
+        combine(seen, parts[part], out=seen)
+    return result
+
+
+def _head_rows(blocks: Tensor, heads: int) -> Tensor:
+    """Where the rows of blocks [n, m] lie in planes seen as [num_blocks * heads, ...]: [n, heads, m] int64."""
+    return blocks.unsqueeze(1) * heads + torch.arange(heads).view(1, -1, 1)
+
+
+def _tiles(planes: Planes, head_rows: Tensor, width: int) -> Tensor:
+    """Rows of blocks as float32 [n, heads, m * block_tokens, width], a copy; see `_head_rows`."""
+    shape, picked = (*head_rows.shape[:2], -1), head_rows.flatten()
+    row_bytes = planes.payload.shape[-1]
+    payload = planes.payload.flatten(0, 1).index_select(0, picked).view(*shape, row_bytes)
     if planes.scales is None:
         return decode_rows(Planes(payload, None), width)[0]
-    scales = planes.scales[picked].unflatten(0, blocks.shape).transpose(1, 2).reshape(count, heads, -1)
-    return _decode_fp8(payload, scales)
+    return _decode_fp8(payload, planes.scales.flatten(0, 1).index_select(0, picked).view(shape))
 
 
 def _decode_fp8(payload: Tensor, scales: Tensor) -> Tensor:

@@ -44,8 +44,8 @@ class Decoder:
 
     def hidden(self, batch: StepBatch, store: KvStore) -> Hidden:
         """Run all layers over a step's rows, storing their keys and values on the way."""
-        x = self.weights.embedding[batch.token_ids]  # [rows, hidden]
-        cos, sin = self._cos[batch.positions], self._sin[batch.positions]
+        x = self.weights.embedding.index_select(0, batch.token_ids)  # [rows, hidden]
+        cos, sin = self._cos.index_select(0, batch.positions), self._sin.index_select(0, batch.positions)
         non_finite = torch.zeros(len(x), dtype=torch.int32)
         for index, layer in enumerate(self.weights.layers):
             q, k, v = self._project(rms_norm(x, layer.attention_norm, self.spec.rms_eps), layer)
