@@ -20,5 +20,6 @@ class CacheConfig(Section):
     memory_fraction: float = Field(
         0.9, gt=0, le=1, description="share of the memory left after the weights that the pool may take"
     )
+    prefix_caching: bool = Field(True, description="keep finished blocks findable by the prompts that come later")
     frame_bytes: int = Field(1 << 20, ge=4096, le=16 << 20, description="planes per hand-over frame, at most")
     frame_slots: int = Field(8, ge=1, le=256, description="frames under way per hand-over")

@@ -11,7 +11,7 @@ from typing import Protocol
 from ..core.errors import ModelNotFound, Unavailable
 from ..text.template import ChatTemplate
 from ..text.tokenizer import Tokenizer
-from .fleet import ModelFacts
+from .facts import ModelFacts
 
 
 class OffersModels(Protocol):
@@ -30,7 +30,7 @@ class ServedModel:
     max_model_len: int
     vocab_size: int
     tokenizer: Tokenizer
-    template: ChatTemplate
+    template: ChatTemplate | None  # none: a base model, which completes but does not chat
 
 
 class ModelDirectory:

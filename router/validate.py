@@ -100,6 +100,8 @@ def _prompt_ids(call: Call, model: ServedModel) -> tuple[int, ...]:
     if (call.prompt is None) == (call.messages is None):
         raise InvalidRequest("give exactly one of prompt and messages", param="prompt")
     if call.messages is not None:
+        if model.template is None:
+            raise InvalidRequest(f"{model.name} has no chat template; use completions", param="messages")
         text = model.template.render(_messages(call.messages), add_generation_prompt=True)
         ids: Sequence[int] = model.tokenizer.encode(_text("messages", text), add_special_tokens=False)
         where = "messages"
