@@ -1,0 +1,55 @@
+"""What the decode role, and the combined one, want of the shared scheduler: steady steps, room to grow. Pure.
+
+Every decoding sequence gets its row first. Prefill (a local prompt, or one whose peer was lost) comes in chunks small
+enough not to hold the others' next token up; alone it has the whole step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..model.policy import FAIRNESS, Ahead, Fairness, PrefillWork, Queue, Room, StepBudget, StepLimits
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePolicy:
+    """Satisfies model.policy.Policy."""
+
+    limits: StepLimits
+    prefill_share: float = 0.25  # of a step's tokens, while anything decodes
+    max_offers: int = 1  # it is no prefill worker, but finishes what it took on as one
+    watermark: float = 0.95  # the rest is for the growth of what runs
+    fairness: Fairness = FAIRNESS
+
+    def budget(self, num_decodes: int) -> StepBudget:
+        """All decodes, and beside them a share for prefill; never less than a hash block of it."""
+        limits = self.limits
+        prefill = limits.max_batch_tokens
+        if num_decodes:
+            prefill = max(16, int(prefill * self.prefill_share))
+        return StepBudget(limits.max_batch_tokens, limits.max_num_seqs, prefill)
+
+    def is_near(self, num_tokens: int, ahead: Ahead) -> bool:
+        """Near: less than a step's prefill is ahead; or short enough to overtake, while passes last."""
+        budget = self.budget(ahead.decodes).prefill_tokens
+        if ahead.tokens < budget:
+            return True
+        return self.fairness.may_pass(num_tokens, budget, ahead.passes + ahead.prompts - 1)
+
+    def has_room(self, room: Room) -> bool:
+        """Everything up to the watermark."""
+        return room.used + room.promised + room.needed <= self.watermark * room.total
+
+    def refusal(self, queue: Queue, prompt_tokens: int) -> str | None:
+        """Bounded in items and tokens."""
+        return self.limits.refusal(queue, prompt_tokens)
+
+    def share(self, works: Sequence[PrefillWork], num_tokens: int) -> list[int]:
+        """First come, first served, short ones passing."""
+        return self.fairness.share(works, num_tokens)
+
+
+def combined_policy(limits: StepLimits) -> DecodePolicy:
+    """Prefills what it decodes: the same taste, with half of each step for prompts."""
+    return DecodePolicy(limits, prefill_share=0.5, max_offers=4)

@@ -1,0 +1,238 @@
+"""The engine's mind: commands in, decisions out. Pure: knows no clock, thread, tensor or network.
+
+    handle(command) ──▶ scheduler, pool, prefix cache ──▶ events for the face, operations for the store
+    tick(now)       ──▶ deadlines, admission
+    plan()  ──▶ StepPlan ──▶ (runner or simulator) ──▶ StepResult ──▶ apply(plan, result)
+
+Commands may come late, twice, or for a sequence in another state: those are ignored and counted, never an error, since
+a peer's message can always cross with an end. One step at a time is under way; what would free the blocks of a sequence
+within it waits for `apply`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from ..core.errors import DeadlineExceeded, NonFiniteKv
+from ..core.request import FinishReason, SequenceKey
+from ..kv.pool import BlockPool
+from ..kv.prefix import PrefixCache
+from .commands import Commands
+from .holdings import Holdings
+from .link import (
+    AskSnapshot,
+    Command,
+    Event,
+    FetchBlocks,
+    LoadNews,
+    Progress,
+    ReadKv,
+    Source,
+    StepTokens,
+    Stop,
+    Submit,
+    TokenNews,
+)
+from .lives import Lives
+from .plan import SequenceStep, StepPlan, StepResult
+from .policy import Policy
+from .schedule import Scheduler
+from .sequence import QUEUE_STATES, Doom, Sequence, SequenceState
+from .store_op import StoreOp
+
+_S = SequenceState
+
+
+@dataclass(frozen=True, slots=True)
+class CoreLimits:
+    """Bounds that come with the model."""
+
+    max_model_len: int | None = None  # prompt plus generated tokens
+
+
+class EngineCore:
+    """All decisions of one worker's engine. One owner at a time; nothing in it is thread-safe."""
+
+    def __init__(
+        self,
+        limits: CoreLimits,
+        pool: BlockPool,
+        prefix: PrefixCache,
+        policy: Policy,
+        *,
+        eos_ids: Collection[int],
+        key: bytes,
+    ) -> None:
+        self.stopped = False  # a Stop came: nothing new is taken in
+        self._scheduler = Scheduler(Holdings(pool, prefix, key), policy)
+        self._lives = Lives(self._scheduler, frozenset(eos_ids))
+        self._commands = Commands(self._lives, limits.max_model_len)
+        self._num_steps = 0
+
+    # ------------------------------------------------------------------ the doors
+
+    def handle(self, command: Command, now_s: float) -> list[Event | StoreOp]:
+        """Take one command in. Operations for the store are executed before the core's next call."""
+        lives = self._lives
+        if isinstance(command, Submit):
+            self._commands.submit(command, now_s, stopped=self.stopped)
+        elif isinstance(command, ReadKv):
+            self._commands.read(command)
+        elif isinstance(command, FetchBlocks):
+            self._commands.fetch(command)
+        elif isinstance(command, AskSnapshot):
+            lives.collect_news()
+            lives.outbox.append(lives.holdings.snapshot())
+        elif isinstance(command, Stop):
+            self.stopped = True
+            for sequence in list(self._scheduler.by_key.values()):
+                lives.end(sequence, Doom(FinishReason.CANCELLED))
+        else:
+            self._commands.change(command)
+        return lives.drain()
+
+    def tick(self, now_s: float) -> list[Event | StoreOp]:
+        """Let time pass: end what is past its deadline, let in whoever may begin. Call it before every `plan`."""
+        for sequence in list(self._scheduler.by_key.values()):
+            if sequence.deadline_s is not None and sequence.deadline_s <= now_s:
+                message = f"the deadline passed while the request was {sequence.state.name.lower()}"
+                self._lives.end(sequence, Doom(FinishReason.ERROR, DeadlineExceeded.code, message))
+        self._lives.outbox += self._scheduler.admit()
+        self._lives.collect_news()
+        return self._lives.drain()
+
+    def plan(self, now_s: float) -> StepPlan | None:
+        """The next step, or None: nothing can run. Every plan is answered by `apply` or `fail_step`."""
+        assert not self._lives.in_step, "the last step has not been applied"
+        plan = self._scheduler.plan()
+        if plan is not None:
+            self._lives.in_step = frozenset(step.key for step in plan.sequences)
+        return plan
+
+    def apply(self, plan: StepPlan, result: StepResult, now_s: float) -> list[Event | StoreOp]:
+        """Take in what a step brought."""
+        assert plan.step == result.step, f"step {plan.step} was planned, {result.step} came back"
+        lives = self._lives
+        lives.in_step = frozenset()
+        self._num_steps += 1
+        news: list[TokenNews] = []
+        progress: list[Progress] = []
+        ends: list[tuple[Sequence, Doom]] = []
+        for step, token_ids in zip(plan.sequences, result.tokens, strict=True):
+            sequence = self._scheduler.by_key[step.key]
+            doom = sequence.doom
+            if step.key in result.non_finite:
+                doom = doom or Doom(FinishReason.ERROR, NonFiniteKv.code, "a key, a value or a logit was not finite")
+            else:
+                sequence.num_computed = step.end
+                lives.holdings.publish(sequence)
+            if doom is None:
+                doom = self._take_tokens(sequence, step, token_ids, news)
+                if sequence.source is Source.FOR_PEER:
+                    progress.append(Progress(sequence.key, sequence.num_computed, began=not sequence.has_begun))
+                    sequence.has_begun = True
+            if doom is not None:
+                ends.append((sequence, doom))
+        if news:
+            lives.outbox.append(StepTokens(plan.step, tuple(news)))
+        lives.outbox += progress
+        for sequence, doom in ends:
+            lives.finish(sequence, doom)
+        lives.collect_news()
+        return lives.drain()
+
+    def fail_step(self, plan: StepPlan, code: str, message: str) -> list[Event | StoreOp]:
+        """The step did not come back: its sequences end, and nothing it may have written is kept or published."""
+        self._lives.in_step = frozenset()
+        for step in plan.sequences:
+            sequence = self._scheduler.by_key[step.key]
+            self._lives.finish(sequence, sequence.doom or Doom(FinishReason.ERROR, code, message))
+        return self._lives.drain()
+
+    def fail(self, key: SequenceKey, code: str, message: str) -> list[Event | StoreOp]:
+        """End one sequence with an error, e.g. because the store refused its planes."""
+        sequence = self._lives.get(key)
+        if sequence is not None:
+            self._lives.end(sequence, Doom(FinishReason.ERROR, code, message))
+        return self._lives.drain()
+
+    # ------------------------------------------------------------------ policy and reports
+
+    @property
+    def policy(self) -> Policy:
+        """Whose taste decides now."""
+        return self._scheduler.policy
+
+    def set_policy(self, policy: Policy) -> None:
+        """Change the role while running: what lives goes on, the next decisions are the new policy's."""
+        self._scheduler.policy = policy
+
+    @property
+    def num_live(self) -> int:
+        """Sequences that were submitted and have not ended."""
+        return len(self._scheduler.by_key)
+
+    @property
+    def counters(self) -> Counter[str]:
+        """What happened how often since the start."""
+        return self._lives.counters
+
+    def states(self) -> dict[SequenceKey, SequenceState]:
+        """The state of every live sequence: for tests, `status` and the simulator."""
+        return {key: sequence.state for key, sequence in self._scheduler.by_key.items()}
+
+    def next_deadline_s(self) -> float | None:
+        """When `tick` must be called at the latest though nothing else happens."""
+        deadlines = [s.deadline_s for s in self._scheduler.by_key.values() if s.deadline_s is not None]
+        return min(deadlines, default=None)
+
+    def check_integrity(self) -> None:
+        """Prove that pool, prefix cache, promises and states agree.
+
+        Raises:
+            AssertionError: names the fault.
+        """
+        self._scheduler.check_integrity()
+        for sequence in self._scheduler.by_key.values():
+            assert sequence.doom is None or sequence.key in self._lives.in_step, f"{sequence.key} is doomed, lives on"
+
+    def load(self, now_s: float) -> LoadNews:
+        """The beat's values; the engine fills in phase and coefficients, which need a clock."""
+        scheduler, pool = self._scheduler, self._lives.holdings.pool
+        running = scheduler.within(_S.PREFILLING, _S.DECODING)
+        to_prefill = [s for s in scheduler.within(*QUEUE_STATES, _S.PREFILLING) if s.source is not Source.PEER]
+        counters = {**self.counters, "preemptions": scheduler.num_preemptions}
+        return LoadNews(
+            phase="idle",
+            steps=self._num_steps,
+            waiting=scheduler.count(*QUEUE_STATES),
+            running=len(running),
+            queued_prefill_tokens=sum(s.num_remaining for s in to_prefill),
+            running_context_tokens=sum(s.num_computed for s in running),
+            free_blocks=pool.num_free,
+            cached_blocks=pool.num_cached,
+            promised_blocks=scheduler.num_promised,
+            total_blocks=pool.num_blocks,
+            prefill_ms_per_token=0.0,
+            prefill_ms_per_token_pair=0.0,
+            decode_step_ms=0.0,
+            counters=tuple(sorted(counters.items())),
+        )
+
+    def _take_tokens(
+        self, sequence: Sequence, step: SequenceStep, token_ids: tuple[int, ...], news: list[TokenNews]
+    ) -> Doom | None:
+        """Append what was sampled, note it for the face, and say whether the sequence is over."""
+        assert len(token_ids) == int(step.samples), f"{step.key}: {len(token_ids)} tokens for samples={step.samples}"
+        if not token_ids:
+            return None
+        news.append(TokenNews(sequence.key, sequence.num_generated, token_ids))
+        doom = self._lives.accept(sequence, token_ids[0])
+        if sequence.source is Source.FOR_PEER:
+            self._scheduler.move(sequence, _S.HELD)  # whatever the token says: decode fetches, then releases
+            return None
+        if doom is None and sequence.state is _S.PREFILLING:
+            self._scheduler.move(sequence, _S.DECODING)
+        return doom

@@ -1,0 +1,109 @@
+"""What blocks the sequences hold, in one worker's pool and prefix cache. Knows no queue, no policy, no clock."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ..kv.block import BlockId, chain
+from ..kv.pool import BlockPool
+from ..kv.prefix import PrefixCache
+from ..kv.spec import HASH_BLOCK_TOKENS
+from .link import CacheDelta, CacheSnapshot
+from .sequence import Sequence
+
+
+class Cost(NamedTuple):
+    """What a sequence would need to begin."""
+
+    held_tokens: int  # leading tokens that are cached here now
+    new_blocks: int  # blocks beyond the cached ones: what a promise counts
+    from_free: int  # how far `num_free` would fall: new blocks, and cached ones nobody owns yet
+
+
+class Holdings:
+    """Takes, shares, publishes and gives back the blocks of sequences; numbers the cache's deltas."""
+
+    def __init__(self, pool: BlockPool, prefix: PrefixCache, key: bytes) -> None:
+        self.pool = pool
+        self.prefix = prefix
+        self._key = key  # the cluster's, for the chain over generated tokens
+        self._delta = 0
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that cover `num_tokens` tokens."""
+        return -(-num_tokens // self.pool.block_tokens)
+
+    def cost(self, sequence: Sequence) -> Cost:
+        """What `sequence`, which holds nothing, would need. Changes nothing."""
+        span = self.pool.block_tokens // HASH_BLOCK_TOKENS
+        findable = sequence.findable
+        held = self.prefix.match(findable)
+        num_held = held // span
+        asleep = 0
+        for i in range(num_held):
+            block = self.prefix.locate(findable[(i + 1) * span - 1])
+            assert block is not None, f"hash block {i} of {sequence.key} is matched but nowhere"
+            asleep += self.pool.owners(block) == 0
+        new_blocks = self.blocks_for(sequence.tokens_to_hold) - num_held
+        return Cost(held * HASH_BLOCK_TOKENS, new_blocks, new_blocks + asleep)
+
+    def attach(self, sequence: Sequence) -> None:
+        """Retain the cached prefix; `num_computed` follows."""
+        assert not sequence.blocks, f"{sequence.key} holds blocks already"
+        sequence.blocks = self.prefix.acquire(sequence.findable)
+        sequence.num_computed = len(sequence.blocks) * self.pool.block_tokens
+        sequence.num_published = len(sequence.blocks)
+
+    def extend(self, sequence: Sequence, num_tokens: int) -> None:
+        """Take what is missing to cover `num_tokens` tokens. All or nothing.
+
+        Raises:
+            OutOfBlocks: nothing was taken.
+        """
+        missing = self.blocks_for(num_tokens) - len(sequence.blocks)
+        if missing > 0:
+            sequence.blocks += self.pool.take(missing)
+
+    def release(self, sequence: Sequence) -> None:
+        """Give everything back; what was published stays findable until it is evicted."""
+        self.pool.give_back(sequence.blocks)
+        sequence.blocks = []
+        sequence.num_computed = sequence.num_published = 0
+        sequence.written.clear()
+
+    def publish(self, sequence: Sequence) -> None:
+        """Make newly computed full blocks findable. A block may be swapped for the canonical copy."""
+        num_full = min(sequence.num_computed, len(sequence.tokens)) // self.pool.block_tokens
+        if num_full <= sequence.num_published:
+            return
+        num_hashed = num_full * self.pool.block_tokens // HASH_BLOCK_TOKENS
+        known = len(sequence.identities)
+        if known < num_hashed:
+            link = sequence.identities[-1] if known else sequence.identity_root
+            fresh = sequence.tokens[known * HASH_BLOCK_TOKENS : num_hashed * HASH_BLOCK_TOKENS]
+            sequence.identities += chain(self._key, link, fresh)
+        identities = sequence.identities[:num_hashed]
+        sequence.blocks = self.prefix.publish(identities, sequence.blocks, sequence.num_published)
+        sequence.num_published = num_full
+
+    def generations(self, blocks: list[BlockId]) -> tuple[int, ...]:
+        """Which use of each block this is."""
+        return tuple([self.pool.generation(block) for block in blocks])
+
+    # ------------------------------------------------------------------ news for the routers
+
+    def news(self) -> CacheDelta | CacheSnapshot | None:
+        """What changed since the last call: a numbered delta; a snapshot when there was too much; None: nothing."""
+        if self.prefix.resync_needed:
+            self.prefix.drain_events()
+            self._delta += 1  # this number is never sent as a delta: the gap tells
+            return self.snapshot()
+        stored, removed = self.prefix.drain_events()
+        if not stored and not removed:
+            return None
+        self._delta += 1
+        return CacheDelta(self._delta, tuple(stored), tuple(removed))
+
+    def snapshot(self) -> CacheSnapshot:
+        """Everything that is held. Call `news` before: what is pending must have gone out as a delta."""
+        return CacheSnapshot(self._delta, tuple(self.prefix.snapshot()))

@@ -1,0 +1,152 @@
+"""One sequence as the scheduler sees it: ids, counts and a state. Knows no tensor, no clock, no queue.
+
+    tokens   | prompt (its last num_emitted ids count as generated) | generated here |
+    KV       |<---- computed, in blocks ---->|<- still to compute: a chunk, or one ->|
+             0                          num_computed                           len(tokens)
+
+The states, by source. Every arrow to `ended` is left out: cancel, deadline and error lead there from anywhere.
+
+    LOCAL     waiting ──▶ prefilling ──▶ decoding ──▶ ended
+                 ▲             │ preempted   │
+                 └─────────────┴─────────────┘
+    PEER      waiting ──▶ promised ──Bind──▶ bound ──KvComplete──▶ decoding ──▶ ended
+                 │            │                │                      │ preempted: goes on as LOCAL, waiting
+                 └────────────┴────────────────┴──PrefillLocally──▶ LOCAL, waiting (or prefilling in its bound blocks)
+    FOR_PEER  queued ──▶ offered ──PeerBound──▶ ready ──▶ prefilling ──▶ held ──Release──▶ ended
+                            └──PeerNotYet──▶ parked ──PeerBound──▶ ready
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from ..core.request import FinishReason, SamplingParams, SequenceKey
+from ..kv.block import BlockId, BlockIdentity
+from ..kv.spec import HASH_BLOCK_TOKENS
+from .link import Source, Submit
+
+
+class SequenceState(Enum):
+    """Where a sequence stands; the module draws the arrows."""
+
+    WAITING = auto()  # LOCAL, PEER: owns nothing
+    PROMISED = auto()  # PEER: its cached prefix is retained, room for the rest is counted but not taken
+    BOUND = auto()  # PEER: blocks for the prompt and the first decode; the peer's KV arrives
+    QUEUED = auto()  # FOR_PEER: owns nothing
+    OFFERED = auto()  # FOR_PEER: decode is asked to bind; room is counted here
+    PARKED = auto()  # FOR_PEER: decode cannot hold it now
+    READY = auto()  # FOR_PEER: decode has bound; starts as soon as budget and blocks allow
+    PREFILLING = auto()  # blocks for everything known are taken; chunks are computed
+    DECODING = auto()  # everything but the last token is computed
+    HELD = auto()  # FOR_PEER: computed; blocks stay for the hand-over
+    ENDED = auto()
+
+
+QUEUE_STATES = (
+    SequenceState.WAITING,
+    SequenceState.QUEUED,
+    SequenceState.OFFERED,
+    SequenceState.PARKED,
+    SequenceState.READY,
+)
+"""States without blocks: what the bounds of the waiting queue count."""
+
+_S = SequenceState
+NEXT_STATES: dict[SequenceState, frozenset[SequenceState]] = {
+    _S.WAITING: frozenset({_S.PROMISED, _S.PREFILLING}),
+    _S.PROMISED: frozenset({_S.BOUND, _S.WAITING}),
+    _S.BOUND: frozenset({_S.DECODING, _S.PREFILLING}),
+    _S.QUEUED: frozenset({_S.OFFERED}),
+    _S.OFFERED: frozenset({_S.READY, _S.PARKED}),
+    _S.PARKED: frozenset({_S.READY}),
+    _S.READY: frozenset({_S.PREFILLING}),
+    _S.PREFILLING: frozenset({_S.DECODING, _S.HELD, _S.WAITING}),
+    _S.DECODING: frozenset({_S.WAITING}),
+    _S.HELD: frozenset(),
+    _S.ENDED: frozenset(),
+}
+"""The drawing as data; `ENDED` may follow every state but itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Doom:
+    """An end that was decided while a step ran, and waits for the step's boundary."""
+
+    reason: FinishReason
+    error_code: str = ""
+    error_message: str = ""
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A live sequence. Only the scheduler and the core change it."""
+
+    key: SequenceKey
+    source: Source  # PEER becomes LOCAL when its prompt is computed, or computed again, here
+    params: SamplingParams
+    tokens: list[int]
+    num_prompt: int
+    num_emitted: int
+    identities: list[BlockIdentity]  # of leading full hash blocks; grows as generated tokens fill blocks
+    identity_root: bytes
+    priority: int  # the higher one goes first
+    deadline_s: float | None
+    arrival: int
+    state: SequenceState
+    blocks: list[BlockId] = field(default_factory=list)  # owned, in order
+    num_computed: int = 0
+    num_published: int = 0  # leading blocks that were given to the prefix cache
+    num_promised: int = 0  # blocks counted for it and not taken yet
+    cached_tokens: int = 0  # prompt tokens found here when it first began
+    preemptions: int = 0
+    passes: int = 0  # younger prompts that went before it while it was being chunked
+    last_step: int = -1  # step that computed for it last
+    written: set[int] = field(default_factory=set)  # BOUND: hash blocks whose KV arrived
+    wants_bind: bool = False
+    has_begun: bool = False  # Promised (LOCAL) or the first Progress (FOR_PEER) went out
+    doom: Doom | None = None
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """The one order of the scheduler: priority, then arrival. The smaller goes first and is preempted last."""
+        return (-self.priority, self.arrival)
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens of this choice so far, those of earlier dispatches included."""
+        return self.num_emitted + len(self.tokens) - self.num_prompt
+
+    @property
+    def num_remaining(self) -> int:
+        """Known tokens whose KV is still to be computed."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def tokens_to_hold(self) -> int:
+        """Tokens its blocks must cover to begin: everything known, and the first decode unless it decodes elsewhere."""
+        return self.num_prompt if self.source is Source.FOR_PEER else len(self.tokens) + 1
+
+    @property
+    def findable(self) -> list[BlockIdentity]:
+        """Identities that a cached prefix may cover: at least the last known token is always computed."""
+        return self.identities[: (len(self.tokens) - 1) // HASH_BLOCK_TOKENS]
+
+
+def new_sequence(submit: Submit, arrival: int) -> Sequence:
+    """The sequence of a `Submit`, in its first state."""
+    num_prompt = len(submit.prompt_ids)
+    return Sequence(
+        key=submit.key,
+        source=submit.source,
+        params=submit.params,
+        tokens=list(submit.prompt_ids),
+        num_prompt=num_prompt,
+        num_emitted=submit.num_emitted,
+        identities=list(submit.identities[: num_prompt // HASH_BLOCK_TOKENS]),
+        identity_root=submit.identity_root,
+        priority=submit.priority,
+        deadline_s=submit.deadline_s,
+        arrival=arrival,
+        state=SequenceState.QUEUED if submit.source is Source.FOR_PEER else SequenceState.WAITING,
+    )

@@ -1,0 +1,47 @@
+"""What the prefill role wants of the shared scheduler: whole batches of prompt, first come first served. Pure.
+
+Decode binds its blocks only for prompts that run soon, so few are offered ahead. Short prompts may overtake a long one
+that is being chunked, a bounded number of times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..model.policy import FAIRNESS, Ahead, Fairness, PrefillWork, Queue, Room, StepBudget, StepLimits
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillPolicy:
+    """Satisfies model.policy.Policy."""
+
+    limits: StepLimits
+    max_offers: int = 4
+    watermark: float = 1.0  # nothing grows here: the pool may be filled
+    fairness: Fairness = FAIRNESS
+
+    def budget(self, num_decodes: int) -> StepBudget:
+        """The whole step is for prompts; what still decodes from another role goes along."""
+        del num_decodes
+        limits = self.limits
+        return StepBudget(limits.max_batch_tokens, limits.max_num_seqs, limits.max_batch_tokens)
+
+    def is_near(self, num_tokens: int, ahead: Ahead) -> bool:
+        """Near: less than two steps of prompt are ahead; or short enough to overtake, while passes last."""
+        budget = self.limits.max_batch_tokens
+        if ahead.tokens < 2 * budget:
+            return True
+        return self.fairness.may_pass(num_tokens, budget, ahead.passes + ahead.prompts - 1)
+
+    def has_room(self, room: Room) -> bool:
+        """Everything up to the watermark."""
+        return room.used + room.promised + room.needed <= self.watermark * room.total
+
+    def refusal(self, queue: Queue, prompt_tokens: int) -> str | None:
+        """Bounded in items and tokens."""
+        return self.limits.refusal(queue, prompt_tokens)
+
+    def share(self, works: Sequence[PrefillWork], num_tokens: int) -> list[int]:
+        """First come, first served, short ones passing."""
+        return self.fairness.share(works, num_tokens)
