@@ -28,6 +28,7 @@ It finds faults, not forgers: an adversary who sees digests can solve for the ke
 """
 
 from functools import lru_cache
+from math import prod
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -66,19 +67,18 @@ def unit_digests(payload: U8, scales: U8 | None, place: U64, key: int, first_tok
     *lead, tokens, row_bytes = payload.shape
     words = _words(payload)
     table = key_table(key, first_token, tokens, words.shape[-1])
-    words = words.reshape(-1, table.size)
-    flat = table.reshape(-1)
-    units = np.empty(len(words), np.uint64)
+    count, flat = prod(lead), table.reshape(-1)
+    words = words.reshape(count, flat.size)
+    units = np.empty(count, np.uint64)
     step = max(1, _CHUNK_BYTES // max(1, tokens * row_bytes))
-    for start in range(0, len(words), step):
+    for start in range(0, count, step):
         part = words[start : start + step].astype(np.uint64)
         np.einsum("ij,j->i", part, flat, out=units[start : start + step])
     if scales is not None:
         column = scale_keys(key, first_token, tokens)
-        units += np.einsum("ij,j->i", scales.reshape(-1, tokens).astype(np.uint64), column)
-    multiplier, addend = place_keys(place, key)
-    digests: U64 = units.reshape(lead) * multiplier + addend * np.uint64(tokens)
-    return digests
+        units += np.einsum("ij,j->i", scales.reshape(count, tokens).astype(np.uint64), column)
+    multiplier, addend = place_keys(np.broadcast_to(place, lead).reshape(count), key)
+    return (units * multiplier + addend * np.uint64(tokens)).reshape(lead)
 
 
 def frame_digests(payload: U8, scales: U8 | None, place: U64, key: int, hash_block_tokens: int) -> U64:
