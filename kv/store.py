@@ -93,15 +93,15 @@ class KvStore:
     # ------------------------------------------------------------------ the step
 
     def planes(self, layer: int) -> tuple[Planes, Planes]:
-        """Planes of one layer's keys and values, [num_blocks, heads, block_tokens, row_bytes]; the store's own memory."""
+        """Planes of one layer's keys and values: the store's own memory."""
         keys, values = self._components
         return keys.planes(layer), values.planes(layer)
 
     def write(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
         """Quantise and store rows of one layer: what `kernels.reference.store_kv` does, without its scratch.
 
-        k and v [rows, heads, width]; slots [rows] int64, padding (negative) last. Returns int32 [rows]: how many of each
-        row's keys and values were not finite, whose request must fail.
+        k and v [rows, heads, width]; slots [rows] int64, padding (negative) last. Returns int32 [rows]: how many keys
+        and values of each row were not finite; its request must fail.
         """
         k_planes, v_planes = self.planes(layer)
         if k_planes.scales is None or v_planes.scales is None or k.shape != v.shape:
@@ -159,7 +159,7 @@ class KvStore:
         Where the range ends within a hash block that is sealed further, the block is verified and the part digested.
 
         Raises:
-            KvCorrupted: a hash block is not sealed for this use of its block, or the cut one does not hold what was sealed.
+            KvCorrupted: a hash block is not sealed for this use of its block, or the cut one was damaged.
         """
         self._check_sealed(held)
         blocks, units, _ = self._places(held)

@@ -1,13 +1,13 @@
 """Paged causal attention on CPU whose bits depend on nothing but a token's own prefix.
 
-Every query row sees its keys in tiles of `KV_TILE` positions that begin at fixed absolute positions. Scores of all tiles
-come first, then the row's maximum (exact in any order), then weights and their sums tile by tile in order of position:
+Every query row sees its keys in tiles of `KV_TILE` positions that begin at fixed absolute positions. Scores of all
+tiles come first, then the row's maximum (exact in any order), then weights and sums tile by tile in order of position:
 
     m = max_j s_j      l = sum_tiles sum_in_tile exp(s_j - m)      o = sum_tiles (exp(s - m) @ v) / l
 
-A tile that a row cannot see adds exact zeros, so a decode step (one row), a chunk and a whole prompt give the same bits.
-All products go through `products.py`; everything else is element by element in float32. Values of positions that hold no
-token are zeroed before use, whatever the cache holds there.
+A tile that a row cannot see adds exact zeros, so a decode step (one row), a chunk and a whole prompt give the same
+bits. All products go through `products.py`; everything else is element by element in float32. Values of positions that
+hold no token are zeroed before use, whatever the cache holds there.
 Source: softmax by tiles as in FlashAttention (Dao et al. 2022), with the maximum taken first.
 """
 

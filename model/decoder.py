@@ -99,8 +99,8 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 def rotary_table(spec: ModelSpec, max_model_len: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines [max_model_len, head_dim / 2] float32 by absolute position.
 
-    Angles are float32 products, as the models were trained; their cosines are taken in float64 and rounded once, so that
-    an entry does not depend on the length of the table.
+    Angles are float32 products, as the models were trained; their cosines are taken in float64 and rounded once, so
+    that an entry does not depend on the length of the table.
     """
     exponent = torch.arange(0, spec.head_dim, 2, dtype=torch.int64).float() / spec.head_dim
     frequency = _stretched(1.0 / (spec.rope_theta**exponent), spec.rope_scaling)

@@ -31,7 +31,7 @@ def padded(num_rows: int) -> int:
 
 
 class Product:
-    """`x @ right` for one shape of right-hand side: [inner, columns], stored row by row or (`transposed`) column by column."""
+    """`x @ right` for one shape of `right`: [inner, columns], stored by rows or (`transposed`) by columns."""
 
     def __init__(self, inner: int, columns: int, dtype: torch.dtype, *, transposed: bool) -> None:
         self.columns = columns
@@ -76,7 +76,7 @@ def prove(
     generator = torch.Generator().manual_seed(inner * 1_000_003 + columns)
     tall = max(_ROW_STEPS) if columns <= 8192 else 64  # a vocabulary's worth of columns: try less, it is slow enough
     x = torch.randn(_TRIALS * tall, inner, generator=generator).to(dtype)
-    right = _right(1, inner, columns, dtype, transposed, generator)[0]
+    right = _right((1, inner, columns), dtype, transposed, generator)[0]
     torch.set_num_threads(1)
     definition = _by_rows(x, right, TILE_ROWS)
     turned = _by_rows(x.roll(5, 0), right, TILE_ROWS).roll(-5, 0)
@@ -89,7 +89,7 @@ def prove(
     row_steps = tuple(s for s in _ROW_STEPS if s <= tall and torch.equal(definition, _by_rows(x, right, s)))
     batch_steps: tuple[int, ...] = ()
     if inner * columns <= 1 << 18:  # only attention's tiles come in batches
-        rights = _right(max(_BATCH_STEPS), inner, columns, dtype, transposed, generator)
+        rights = _right((max(_BATCH_STEPS), inner, columns), dtype, transposed, generator)
         tiles = x[: TILE_ROWS * len(rights)].view(-1, TILE_ROWS, inner)
         alone = torch.stack([torch.mm(tile, right) for tile, right in zip(tiles, rights, strict=True)])
         batch_steps = tuple(s for s in _BATCH_STEPS if torch.equal(alone[:s], torch.bmm(tiles[:s], rights[:s])))
@@ -97,11 +97,9 @@ def prove(
     return row_steps, batch_steps
 
 
-def _right(
-    batch: int, inner: int, columns: int, dtype: torch.dtype, transposed: bool, generator: torch.Generator
-) -> Tensor:
-    shape = (batch, columns, inner) if transposed else (batch, inner, columns)
-    right = torch.randn(shape, generator=generator).to(dtype)
+def _right(shape: tuple[int, int, int], dtype: torch.dtype, transposed: bool, generator: torch.Generator) -> Tensor:
+    batch, inner, columns = shape
+    right = torch.randn((batch, columns, inner) if transposed else shape, generator=generator).to(dtype)
     return right.transpose(1, 2) if transposed else right
 
 

@@ -28,8 +28,8 @@ _log = logging.getLogger(__name__)
 class Runner:
     """One model, one store, one thread that calls `run`.
 
-    A row's tokens depend on its own prefix alone, not on what else is in the step, how a prompt was cut into chunks, what
-    was cached, or the number of threads.
+    A row's tokens depend on its own prefix alone, not on what else is in the step, how a prompt was cut into chunks,
+    what was cached, or the number of threads.
     """
 
     def __init__(
@@ -69,8 +69,8 @@ class Runner:
     def run(self, plan: StepPlan) -> StepResult:
         """Compute a plan: its keys and values are in the store, finished hash blocks sealed, tokens sampled.
 
-        A sequence whose keys, values or logits are not finite is named in `non_finite`, gets no token, and its blocks no
-        seal; the others are untouched by it.
+        A sequence whose keys, values or logits are not finite is named in `non_finite`, gets no token, and its blocks
+        no seal; the others are untouched by it.
         """
         if self._decoder is None:
             self.warm_up()

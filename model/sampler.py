@@ -83,7 +83,8 @@ def _top_k(row: F32, ids: I64, top_k: int) -> I64:
     above = values > threshold
     ties = np.flatnonzero(values == threshold)[: top_k - int(above.sum())]
     above[ties] = True
-    return ids[above]
+    kept: I64 = ids[above]
+    return kept
 
 
 def _top_p(ids: I64, scores: F64, top_p: float) -> tuple[I64, F64]:

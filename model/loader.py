@@ -1,0 +1,106 @@
+"""From a checkpoint's directory to a runner, and the name of its arithmetic. Knows files and sizes, no requests."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from ..core.errors import ConfigError
+from ..kv.store import KvStore
+from .runner import Runner
+from .spec import DType, ModelSpec, load_spec
+from .weights import load_weights, weights_fingerprint
+
+KERNEL_SET_VERSION = 1  # one more whenever a change of ours can change a bit of any logit
+
+KvDType = Literal["auto", "fp8", "bfloat16", "float32"]
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerOptions:
+    """How to run a checkpoint. `kv_dtype` auto is fp8, `dtype` auto the checkpoint's own."""
+
+    num_blocks: int
+    block_tokens: int = 16
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    kv_dtype: KvDType = "auto"
+    num_threads: int = 1
+    max_model_len: int | None = None
+    digest_key: int = 0  # the cluster's 64-bit key
+
+
+@dataclass(frozen=True, slots=True)
+class NumericsClass:
+    """Workers of one class give the same bits for the same prefix."""
+
+    digest: bytes  # 16 bytes
+    description: str
+
+
+def load_runner(directory: Path, options: RunnerOptions) -> Runner:
+    """Load weights and make a store of `num_blocks` blocks. Call `warm_up` in the thread that will run the steps.
+
+    Raises:
+        CheckpointError: the directory holds no model that we serve.
+        ConfigError: max_model_len is more than the checkpoint was made for.
+    """
+    spec = load_spec(directory)
+    if options.max_model_len is not None and options.max_model_len > spec.max_model_len:
+        raise ConfigError(
+            f"model.max_model_len is {options.max_model_len}; {directory} was made for {spec.max_model_len} at most"
+        )
+    weights = load_weights(directory, spec, torch_dtype(compute_dtype(spec, options.dtype)))
+    kv_spec = spec.kv_spec(kv_codec(options.kv_dtype))
+    store = KvStore(kv_spec, options.num_blocks, options.block_tokens, digest_key=options.digest_key)
+    return Runner(spec, weights, store, options.num_threads, options.max_model_len)
+
+
+def compute_dtype(spec: ModelSpec, dtype: Literal["auto", "bfloat16", "float32"]) -> DType:
+    """What `--dtype` means for this checkpoint."""
+    return spec.dtype if dtype == "auto" else dtype
+
+
+def kv_codec(kv_dtype: KvDType) -> str:
+    """What `--kv-cache-dtype` means: a name of `kv.spec.CODEC_NAMES`."""
+    return "fp8" if kv_dtype == "auto" else kv_dtype
+
+
+def torch_dtype(dtype: DType) -> torch.dtype:
+    """The tensor type of a compute dtype."""
+    return torch.bfloat16 if dtype == "bfloat16" else torch.float32
+
+
+def numerics_class(
+    directory: Path, dtype: Literal["auto", "bfloat16", "float32"], kv_dtype: KvDType, tp: int = 1
+) -> NumericsClass:
+    """All that a bit of a logit can depend on: weights, compute dtype, cache codec, TP, our kernels, the machine.
+
+    Not the number of threads, nor sizes of blocks, batches and chunks: those change no bit.
+    """
+    spec = load_spec(directory)
+    weights = weights_fingerprint(directory)
+    arithmetic = (
+        f"{compute_dtype(spec, dtype)}, {kv_codec(kv_dtype)} cache, TP {tp}, kernels {KERNEL_SET_VERSION}, "
+        f"torch {torch.__version__} on {machine_description()}"
+    )
+    digest = hashlib.blake2b(weights + arithmetic.encode(), digest_size=16, person=b"twostroke-numer").digest()
+    return NumericsClass(digest, f"weights {weights.hex()[:8]}, {arithmetic}")
+
+
+def machine_description() -> str:
+    """The machine as far as libraries choose their kernels by it: architecture, vector extensions, CPU model."""
+    model = ""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith(("vendor_id", "cpu family", "model\t")):
+                model += " " + line.partition(":")[2].strip()
+            elif not line:
+                break  # the first core speaks for all
+    except OSError:
+        model = " " + platform.processor()
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}{model}"
