@@ -79,7 +79,7 @@ class Limits:
     """How much one render may take."""
 
     max_output_chars: int = 4_000_000
-    max_work: int = 20_000_000  # loop rounds, and characters or elements made
+    max_work: int = 40_000_000  # loop rounds, and characters or elements made
     max_seconds: float = 2.0
 
 

@@ -66,6 +66,8 @@ class ChatTemplate:
             InvalidRequest: the template refuses the messages (e.g. an unknown role, or roles out of turn), fails on
                 them, or would take more than its limits.
         """
+        if not messages:
+            raise InvalidRequest("messages is empty; give at least one", param="messages")
         template = self._choose(tools)
         variables = {
             **self._special,

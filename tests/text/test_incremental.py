@@ -65,9 +65,7 @@ def llama_style() -> Tokenizer:
 
 @cache
 def gemma_style() -> Tokenizer:
-    return _sentencepiece(
-        decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    )
+    return _sentencepiece(decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]))
 
 
 @cache
