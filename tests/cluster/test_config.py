@@ -1,0 +1,64 @@
+"""One schema, four sources: flags win over environment, environment over file, file over defaults."""
+
+from pathlib import Path
+
+import pytest
+
+from twostroke.cluster.config import Config, load_config
+from twostroke.core.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_flags_win_over_environment_and_environment_over_file(tmp_path: Path):
+    file = tmp_path / "cluster.yaml"
+    file.write_text("cluster: {prefill: 2, decode: 3, launcher: process}\ncache: {block_size: 64}\n")
+    environment = {"TWOSTROKE__CLUSTER__DECODE": "4", "TWOSTROKE__CACHE__BLOCK_SIZE": "32", "HOME": "/root"}
+    config = load_config(file, environment, {"cluster.decode": 5, "model.name": None})
+    assert (config.cluster.prefill, config.cluster.decode, config.cluster.launcher) == (2, 5, "process")
+    assert config.cache.block_size == 32
+    assert config.step == Config().step
+
+
+def test_the_example_file_is_valid():
+    assert load_config(ROOT / "deploy/local/cluster.yaml").cluster.prefill == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"cluster.prefil": 1}, ["cluster.prefil", "did you mean 'prefill'"]),
+        ({"cash.dtype": "fp8"}, ["cash", "did you mean 'cache'"]),
+        ({"cluster.decode": 0}, ["cluster.decode", "0", "greater than or equal to 1"]),
+        ({"cache.block_size": 24}, ["cache.block_size", "24", "16, 32 or 64"]),
+        ({"cache.memory_fraction": float("nan")}, ["cache.memory_fraction"]),
+        ({"router.host": "0.0.0.0"}, ["0.0.0.0", "--insecure"]),
+        ({"router.port": 9000, "router.grpc_port": 9000}, ["must differ"]),
+        ({"step.max_num_batched_tokens": 16, "cache.block_size": 64}, ["max_num_batched_tokens", "at least"]),
+    ],
+)
+def test_a_bad_setting_is_named_with_its_remedy(flags: dict[str, object], words: list[str]):
+    with pytest.raises(ConfigError) as caught:
+        load_config(flags=flags)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["- a list", "cluster: 3", "{", "cluster: {prefill: [1]}"])
+def test_a_broken_file_is_refused_by_name(tmp_path: Path, text: str):
+    file = tmp_path / "broken.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError):
+        load_config(file)
+
+
+def test_a_missing_file_is_refused_by_name(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"nothing\.yaml"):
+        load_config(tmp_path / "nothing.yaml")
+
+
+def test_two_clusters_do_not_share_a_key():
+    assert load_config().cluster.key != load_config().cluster.key
+
+
+def test_a_public_host_is_allowed_only_knowingly():
+    assert load_config(flags={"router.host": "0.0.0.0", "router.insecure": True}).router.host == "0.0.0.0"

@@ -1,0 +1,77 @@
+"""Restarts: at once the first time, then with growing patience, and never after a wanted end."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from twostroke.cluster.membership import BackOff, Membership, Standing
+
+
+def test_a_dead_member_is_due_at_once_the_first_time():
+    members = Membership()
+    members.want("decode-0", 0.0)
+    assert members.due(0.0) == ["decode-0"]
+    members.started("decode-0", 0.0)
+    assert members.due(0.0) == []
+    members.ready("decode-0", 2.0)
+    assert members.ended("decode-0", "killed", 5.0) == 5.0
+    assert members.due(5.0) == ["decode-0"]
+    assert members.restarts("decode-0") == 1
+
+
+def test_failures_in_a_row_wait_longer_up_to_a_bound():
+    members = Membership(BackOff(base_s=1.0, longest_s=8.0))
+    members.want("prefill-0", 0.0)
+    now, waits = 0.0, []
+    for _ in range(7):
+        members.started("prefill-0", now)
+        due = members.ended("prefill-0", "no port", now)
+        waits.append(due - now)
+        now = due
+    assert waits == [0.0, 1.0, 2.0, 4.0, 8.0, 8.0, 8.0]
+
+
+def test_a_long_healthy_run_forgives():
+    members = Membership(BackOff(forgiven_after_s=60.0))
+    members.want("decode-0", 0.0)
+    for start in (0.0, 1.0, 2.0):
+        members.started("decode-0", start)
+        members.ended("decode-0", "", start)
+    members.started("decode-0", 10.0)
+    members.ready("decode-0", 11.0)
+    assert members.ended("decode-0", "", 71.0) == 71.0
+
+
+def test_a_stopped_member_stays_down():
+    members = Membership()
+    members.want("router-0", 0.0)
+    members.started("router-0", 0.0)
+    members.stop("router-0")
+    assert members.ended("router-0", "stopped", 1.0) is None
+    assert members.due(1e9) == []
+    assert members.next_due_s() is None
+
+
+def test_ready_means_nothing_for_a_member_that_is_down():
+    members = Membership()
+    members.want("decode-0", 0.0)
+    members.started("decode-0", 0.0)
+    members.ended("decode-0", "", 1.0)
+    members.ready("decode-0", 1.0)
+    assert members.standing("decode-0") is Standing.WAITING
+
+
+@given(st.lists(st.tuples(st.sampled_from(["end", "ready", "wait"]), st.floats(0.0, 100.0)), max_size=60))
+def test_a_wanted_member_always_comes_back_within_the_longest_wait(steps):
+    members = Membership()
+    members.want("m", 0.0)
+    now = 0.0
+    for what, pause in steps:
+        now += pause
+        for name in members.due(now):
+            members.started(name, now)
+        if what == "end" and members.standing("m") in (Standing.STARTING, Standing.READY):
+            due = members.ended("m", "", now)
+            assert now <= due <= now + members.back_off.longest_s
+        elif what == "ready":
+            members.ready("m", now)
+    assert members.due(now + members.back_off.longest_s) == ["m"] or members.standing("m") is not Standing.WAITING

@@ -1,0 +1,49 @@
+"""What a configuration means on a machine, and what cannot fit."""
+
+import pytest
+
+from twostroke.cluster.config import load_config
+from twostroke.cluster.placement import MachineFacts, ModelFacts, place
+from twostroke.core.errors import DoesNotFit
+from twostroke.core.request import Role
+from twostroke.kv.sizing import MemoryFacts, size_pool
+from twostroke.kv.spec import attention_spec
+
+SPEC = attention_spec(num_layers=32, kv_heads=8, head_dim=128, codec=1)
+MODEL = ModelFacts("llama-8b", "anywhere", 16 << 30, SPEC, 8192)
+
+
+def test_bytes_per_token_are_those_of_the_formula():
+    # 2 (K and V) · 32 layers · 8 KV heads · (128 bytes of e4m3 + 1 exponent byte)
+    assert SPEC.bytes_per_token == 2 * 32 * 8 * 129
+    assert SPEC.bf16_bytes_per_token == 2 * 32 * 8 * 128 * 2
+
+
+def test_roles_threads_and_memory_are_shared_out():
+    config = load_config(flags={"cluster.prefill": 2, "cluster.decode": 2})
+    plan = place(config, MachineFacts(num_cores=8, memory_bytes=(200 << 30) + (400 << 20)), MODEL)
+    assert [m.name for m in plan.members] == ["router-0", "prefill-0", "prefill-1", "decode-0", "decode-1"]
+    assert [m.role for m in plan.workers] == [Role.PREFILL, Role.PREFILL, Role.DECODE, Role.DECODE]
+    assert {m.num_threads for m in plan.workers} == {2}
+    assert {m.memory_bytes for m in plan.workers} == {50 << 30}
+
+
+def test_no_prefill_workers_means_combined_ones():
+    plan = place(load_config(flags={"cluster.prefill": 0, "cluster.decode": 2}), MachineFacts(1, 100 << 30), MODEL)
+    assert [m.role for m in plan.workers] == [Role.COMBINED, Role.COMBINED]
+    assert {m.num_threads for m in plan.workers} == {1}
+
+
+def test_the_pool_is_the_smaller_of_tokens_and_memory():
+    facts = MemoryFacts(memory_bytes=20 << 30, weight_bytes=16 << 30)
+    by_memory = size_pool(SPEC, 16, None, 0.5, facts)
+    assert by_memory.num_blocks == (2 << 30) // (SPEC.bytes_per_token * 16)
+    assert size_pool(SPEC, 16, 1000, 0.5, facts).num_tokens == 992
+
+
+@pytest.mark.parametrize("memory_bytes", [0, 16 << 30, (16 << 30) + 1000])
+def test_what_cannot_fit_is_refused_with_the_arithmetic(memory_bytes: int):
+    with pytest.raises(DoesNotFit) as caught:
+        size_pool(SPEC, 16, 65536, 0.9, MemoryFacts(memory_bytes, 16 << 30))
+    assert "weights 16,384 MiB" in str(caught.value)
+    assert "66,048 bytes/token" in str(caught.value)
