@@ -177,6 +177,22 @@ class KvStore:
             sections.append(_section(store.component, payload, scales, digests))
         return tuple(sections)
 
+    def read_hash_blocks(
+        self, blocks: Sequence[BlockId], generations: Sequence[int], first_token: int
+    ) -> tuple[SectionData, ...]:
+        """Whole hash blocks, wherever they lie: `blocks[i]` holds tokens from first_token + 16 * i of a sequence on.
+
+        Raises:
+            KvCorrupted: as `read_tokens`.
+        """
+        table = list(blocks[:1]) * (first_token // self.block_tokens)
+        uses = list(generations[:1]) * len(table)
+        for i, (block, generation) in enumerate(zip(blocks, generations, strict=True)):
+            if (first_token + i * HASH_BLOCK_TOKENS) // self.block_tokens == len(table):
+                table.append(block)
+                uses.append(generation)
+        return self.read_tokens(HeldTokens(table, uses, first_token, len(blocks) * HASH_BLOCK_TOKENS))
+
     def write_tokens(self, held: HeldTokens, sections: Sequence[SectionData]) -> None:
         """Store planes that were verified on arrival, with their digests; another codec's rows are translated and
         sealed anew. All components, layers and heads of this rank must be there.

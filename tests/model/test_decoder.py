@@ -1,0 +1,89 @@
+"""Logits against transformers: whole, batched, chunked and behind a cached prefix."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from twostroke.kernels.reference import silu_mul as silu_mul_definition
+from twostroke.model.decoder import silu_mul
+
+LLAMA3 = (
+    ("rope_type", "llama3"),
+    ("rope_theta", 500000.0),
+    ("factor", 8.0),
+    ("low_freq_factor", 1.0),
+    ("high_freq_factor", 4.0),
+    ("original_max_position_embeddings", 64),
+)
+LINEAR = (("rope_type", "linear"), ("rope_theta", 10000.0), ("factor", 2.0))
+SHAPES = [
+    {"heads": 4, "kv_heads": 4, "head_dim": 32, "tied": False, "rope": LINEAR},
+    {"heads": 4, "kv_heads": 2, "head_dim": 64, "tied": True},
+    {"heads": 4, "kv_heads": 1, "head_dim": 32, "hidden": 80, "tied": False, "rope": LLAMA3, "shard_size": "60KB"},
+]
+
+
+def assert_same_logits(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Per row max|a-b| <= 1e-4 * max|b|, and the same top token wherever its margin is above 1e-3."""
+    assert ours.shape == theirs.shape
+    assert torch.isfinite(ours).all()
+    error = (ours - theirs).abs().amax(-1) / theirs.abs().amax(-1)
+    assert error.max() <= 1e-4
+    top = theirs.topk(2, dim=-1)
+    clear = top.values[:, 0] - top.values[:, 1] > 1e-3
+    assert torch.equal(ours.argmax(-1)[clear], top.indices[:, 0][clear])
+
+
+def oracle(directory: Path) -> Callable[[list[int]], torch.Tensor]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+
+    def logits(ids: list[int]) -> torch.Tensor:
+        with torch.inference_mode():
+            result: torch.Tensor = model(torch.tensor([ids])).logits[0]
+        return result
+
+    return logits
+
+
+def prompts(vocab: int, lengths: tuple[int, ...]) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(vocab, (n,), generator=generator).tolist() for n in lengths]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=["mha-linear", "gqa2-default", "mqa4-llama3-sharded"])
+def test_agrees_with_transformers(shape: dict, write_tiny, make_hand) -> None:
+    directory = write_tiny(shape)
+    expected = oracle(directory)
+    hand = make_hand(directory, block_tokens=32)
+    one, seventeen, long = prompts(hand.spec.vocab_size, (1, 17, 560))
+    batched = hand.logits([("a", 0, one), ("b", 0, seventeen), ("c", 0, long)])
+    for ids, ours in zip((one, seventeen, long), batched, strict=True):
+        assert_same_logits(ours, expected(ids))
+    chunked = [
+        hand.logits([("d", start, long[start:end])])[0]
+        for start, end in ((0, 3), (3, 255), (255, 257), (257, 258), (258, 560))
+    ]
+    assert_same_logits(torch.cat(chunked), expected(long))
+    hand.share("e", "c", 544)
+    assert_same_logits(hand.logits([("e", 544, long[544:])])[0], expected(long)[544:])
+
+
+def test_agrees_with_transformers_on_the_bundled_model(make_hand) -> None:
+    directory = Path(__file__).parents[2] / "model" / "bundled"
+    if not (directory / "model.safetensors").exists():
+        pytest.skip("no bundled model in this tree yet")
+    expected = oracle(directory)
+    hand = make_hand(directory)
+    short, long = prompts(hand.spec.vocab_size, (40, 700))
+    for ids, ours in zip((short, long), hand.logits([("a", 0, short), ("b", 0, long)]), strict=True):
+        assert_same_logits(ours, expected(ids))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_silu_is_the_definitions_to_one_unit_in_the_last_place(dtype: torch.dtype) -> None:
+    gate_up = (torch.randn(16, 2 * 96, generator=torch.Generator().manual_seed(0)) * 20).to(dtype)
+    ours, definition = silu_mul(gate_up), silu_mul_definition(gate_up)
+    assert torch.allclose(ours, definition, rtol=4 * torch.finfo(dtype).eps, atol=1e-30)
