@@ -1,4 +1,4 @@
-"""The keys that a cluster's shared secret stands for. Every process derives the same ones; the secret itself signs nothing."""
+"""The keys that a cluster's shared secret stands for; every process derives the same ones. Names prompts with them."""
 
 from __future__ import annotations
 

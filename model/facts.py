@@ -1,9 +1,10 @@
-"""What the faces of a worker know about its model, cache and engine. Plain data; made once, when the engine is built."""
+"""What the faces of a worker know about its model, cache and engine: plain data, made once with the engine."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..core.errors import ContextLengthExceeded, InvalidRequest
 from ..kv.keys import Namer
 from ..kv.spec import KvSpec
 
@@ -23,6 +24,24 @@ class ModelFacts:
     deterministic: bool
     kv_spec: KvSpec
 
+    def check_prompt(self, prompt_ids: tuple[int, ...]) -> None:
+        """Whether the model can take these ids.
+
+        Raises:
+            InvalidRequest: none, or one outside the vocabulary.
+            ContextLengthExceeded: too many.
+        """
+        if not prompt_ids:
+            raise InvalidRequest("the prompt has no tokens", param="prompt")
+        largest = max(prompt_ids)
+        if largest >= self.vocab_size:
+            raise InvalidRequest(f"token id {largest} is outside the vocabulary of {self.vocab_size}", param="prompt")
+        if len(prompt_ids) >= self.max_model_len:
+            raise ContextLengthExceeded(
+                f"the prompt has {len(prompt_ids)} tokens; the model takes {self.max_model_len} with what it generates",
+                param="prompt",
+            )
+
 
 @dataclass(frozen=True, slots=True)
 class FaceFacts:
@@ -38,9 +57,3 @@ class FaceFacts:
     frame_slots: int  # frames under way per hand-over
     max_num_seqs: int
     max_batch_tokens: int
-
-    @property
-    def frame_tokens(self) -> int:
-        """Tokens per frame: what fits `frame_bytes`, in whole physical blocks, at least one."""
-        per_block = self.model.kv_spec.bytes_per_token * self.block_tokens
-        return max(1, self.frame_bytes // per_block) * self.block_tokens

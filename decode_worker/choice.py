@@ -1,0 +1,79 @@
+"""Tokens and text of one choice as the client will see them: gapless, ended once. Knows no engine and no stream."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+from ..core.errors import InternalError
+from ..core.request import FinishReason, SamplingParams
+from ..model.stopping import finish_reason
+from ..text.stop import TextStream
+from ..text.tokenizer import Tokenizer
+
+
+class Spoken(NamedTuple):
+    """What new tokens bring the client."""
+
+    first_index: int  # place of token_ids[0] among the choice's generated tokens
+    token_ids: tuple[int, ...]  # may be empty: all were known already
+    text: str
+    ended: FinishReason | None  # why the choice ends with the last of them
+    is_by_text: bool = False  # a stop string ended it, which the ids alone do not show
+
+
+class Choice:
+    """The one place that decides which tokens count.
+
+    A token that ends the choice counts but adds no text; what follows it, or a stop string, does not count.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, params: SamplingParams, eos_ids: Collection[int], emitted_ids: Sequence[int] = ()
+    ) -> None:
+        """`emitted_ids`: what an earlier dispatch gave the client already; text state is rebuilt from them.
+
+        Raises:
+            InvalidRequest: a stop string is empty.
+        """
+        self._params = params
+        self._eos_ids = eos_ids
+        self._text = TextStream(tokenizer, params.stop)
+        self._text.push(emitted_ids)
+        self.num_tokens = len(emitted_ids)
+        self.ended: FinishReason | None = FinishReason.STOP if self._text.is_stopped else None
+
+    def push(self, first_index: int, token_ids: Sequence[int]) -> Spoken:
+        """Take tokens from `first_index` on. Those that are known already (said again after a fall-back) do not count.
+
+        Raises:
+            InternalError: tokens between the known ones and `first_index` are missing.
+        """
+        if first_index > self.num_tokens:
+            raise InternalError(f"token {first_index} came where {self.num_tokens} was next")
+        start = self.num_tokens
+        texts: list[str] = []
+        counted: list[int] = []
+        is_by_text = False
+        for token_id in token_ids[start - first_index :]:
+            if self.ended is not None:
+                break
+            counted.append(token_id)
+            self.num_tokens += 1
+            self.ended = finish_reason(token_id, self.num_tokens, self._params, self._eos_ids)
+            if self.ended is not FinishReason.STOP:
+                piece = self._text.push((token_id,))
+                texts.append(piece.text)
+                if piece.is_stopped:
+                    self.ended, is_by_text = FinishReason.STOP, True
+        return Spoken(start, tuple(counted), "".join(texts), self.ended if counted else None, is_by_text)
+
+    def flush(self) -> str:
+        """The choice is over: text that was withheld in case a stop string or a character went on.
+
+        It may complete a stop string: `ended` is STOP then.
+        """
+        tail = self._text.flush()
+        if self._text.is_stopped and self.ended is FinishReason.LENGTH:
+            self.ended = FinishReason.STOP
+        return tail

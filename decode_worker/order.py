@@ -1,0 +1,75 @@
+"""A router's order as a checked value. Knows no stream, no engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..core.errors import InvalidRequest
+from ..core.request import Epoch, SamplingParams, SequenceKey
+from ..kv.messages import epoch_from_wire, sampling_from_wire
+from ..model.facts import ModelFacts
+from ..protos import worker_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A prefill worker that may compute the prompt."""
+
+    worker_id: str
+    incarnation: int
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """One choice of one request, in one dispatch."""
+
+    key: SequenceKey  # as the router knows it
+    epoch: Epoch
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    isolation_domain: str
+    adapter: bytes
+    peers: tuple[Peer, ...]  # ranked; empty: prefill locally
+    timeout_s: float | None
+    num_emitted: int  # trailing prompt ids that the client has already
+    priority: int
+
+    @property
+    def engine_key(self) -> SequenceKey:
+        """The name inside this worker: an older dispatch of the request may still be ending."""
+        epoch = self.epoch
+        return SequenceKey(f"{self.key.request_id}/d{epoch.incarnation:x}.{epoch.counter}", self.key.choice)
+
+
+def key_of(message: worker_pb2.Submit) -> SequenceKey:
+    """Which choice an order is about; also of one that `order_from_wire` refuses."""
+    return SequenceKey(message.request_id, message.choice)
+
+
+def order_from_wire(message: worker_pb2.Submit, model: ModelFacts) -> Order:
+    """Check an order against this worker's model. The router checked the client's words; this guards the engine.
+
+    Raises:
+        InvalidRequest: no prompt, ids outside the vocabulary, impossible parameters or numbers.
+        ContextLengthExceeded: the prompt leaves no room for a token.
+    """
+    prompt_ids = tuple(message.prompt_ids)
+    model.check_prompt(prompt_ids)
+    if message.emitted_tokens >= len(prompt_ids):
+        raise InvalidRequest(
+            f"emitted_tokens is {message.emitted_tokens} of {len(prompt_ids)} prompt ids; must be fewer",
+            param="emitted_tokens",
+        )
+    return Order(
+        key=key_of(message),
+        epoch=epoch_from_wire(message.epoch),
+        prompt_ids=prompt_ids,
+        params=sampling_from_wire(message.sampling),
+        isolation_domain=message.isolation_domain,
+        adapter=message.adapter,
+        peers=tuple(Peer(p.worker_id, p.incarnation, p.address) for p in message.prefill_peers),
+        timeout_s=message.timeout_ms / 1000 if message.timeout_ms else None,
+        num_emitted=message.emitted_tokens,
+        priority=message.priority,
+    )

@@ -1,0 +1,116 @@
+"""What a run tells at its end: usage, timeline, and how its KV came here. Knows no engine and no stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ..core.errors import Overloaded, TwostrokeError, from_code
+from ..core.request import FinishReason
+from ..core.timeline import Instant, Timeline
+from ..kv.messages import epoch_to_wire, error_to_wire, finish_to_wire, instants_to_wire
+from ..kv.spec import KvSpec
+from ..model import link
+from ..protos import common_pb2, worker_pb2
+from .order import Order
+from .pull import Pull
+
+OVERLOADED_RETRY_S = 1.0
+
+
+class Ending(NamedTuple):
+    """How a run ended, as the client will see it."""
+
+    event: link.Ended
+    reason: FinishReason
+    tail_text: str
+    num_tokens: int  # generated, those of earlier dispatches included
+
+
+@dataclass(slots=True)
+class Told:
+    """What the hand-overs of one run brought, added up."""
+
+    prefill_worker: str = ""  # the last one that was asked
+    local_reason: str = ""
+    is_complete: bool = False  # a peer computed the prompt
+    tokens_held: int = 0
+    tokens_moved: int = 0
+    bytes_moved: int = 0
+    prefill_cached_tokens: int = 0
+    refetched_blocks: int = 0
+    recomputed_tokens: int = 0
+    timeline: Timeline | None = None  # of the last hand-over
+
+    def add(self, pull: Pull) -> None:
+        """Take over what a hand-over did, whether it came through or not."""
+        counters = pull.receiver.counters
+        self.bytes_moved += counters.frame_bytes
+        self.tokens_moved += max(0, pull.receiver.stored_upto - self.tokens_held)
+        self.refetched_blocks += pull.refetched_blocks
+        self.prefill_cached_tokens = pull.prefill_cached_tokens
+        self.timeline = pull.timeline
+
+
+def end_message(order: Order, ending: Ending, told: Told, timeline: Timeline, spec: KvSpec) -> worker_pb2.RequestEnd:
+    """The one RequestEnd of a (request, choice, epoch)."""
+    received_at_s = timeline.at_s(Instant.RECEIVED)
+    assert received_at_s is not None, "every run was received"
+    merged = Timeline()
+    for part in (timeline, told.timeline):
+        for instant in Instant:
+            at_s = part.at_s(instant) if part else None
+            if at_s is not None:
+                merged.mark(instant, at_s)
+    cached = ending.event.cached_tokens or told.tokens_held
+    if told.is_complete:
+        cached = max(cached, told.prefill_cached_tokens)
+    end = worker_pb2.RequestEnd(
+        request_id=order.key.request_id,
+        choice=order.key.choice,
+        epoch=epoch_to_wire(order.epoch),
+        reason=finish_to_wire(ending.reason),
+        usage=common_pb2.Usage(
+            prompt_tokens=len(order.prompt_ids) - order.num_emitted,
+            completion_tokens=ending.num_tokens,
+            cached_tokens=min(cached, len(order.prompt_ids)),
+        ),
+        timeline=instants_to_wire(merged, received_at_s),
+        handover=_handover(told, spec),
+        tail_text=ending.tail_text,
+    )
+    if ending.reason is FinishReason.ERROR:
+        end.error.CopyFrom(error_to_wire(_error_of(ending.event)))
+    return end
+
+
+def refusal_message(message: worker_pb2.Submit, error: TwostrokeError) -> worker_pb2.RequestEnd:
+    """The end of an order that never became a run."""
+    return worker_pb2.RequestEnd(
+        request_id=message.request_id,
+        choice=message.choice,
+        epoch=message.epoch,
+        reason=common_pb2.FINISH_REASON_ERROR,
+        error=error_to_wire(error),
+        usage=common_pb2.Usage(prompt_tokens=len(message.prompt_ids)),
+    )
+
+
+def _error_of(event: link.Ended) -> TwostrokeError:
+    retry_after_s = OVERLOADED_RETRY_S if event.error_code == Overloaded.code else None
+    return from_code(event.error_code, event.error_message, retry_after_s=retry_after_s)
+
+
+def _handover(told: Told, spec: KvSpec) -> worker_pb2.HandoverReport:
+    return worker_pb2.HandoverReport(
+        prefill_worker=told.prefill_worker if told.is_complete else "",
+        transport="grpc" if told.bytes_moved else "none",
+        bytes_moved=told.bytes_moved,
+        bytes_as_bf16=told.tokens_moved * spec.bf16_bytes_per_token,
+        tokens_moved=told.tokens_moved,
+        tokens_held=told.tokens_held,
+        prefill_cached_tokens=told.prefill_cached_tokens,
+        refetched_blocks=told.refetched_blocks,
+        recomputed_tokens=told.recomputed_tokens,
+        local_reason=told.local_reason,
+    )

@@ -1,0 +1,264 @@
+"""One choice of one request from its order to its end on this worker. Knows neither session nor text rules.
+
+    order ─▶ engine Submit ─▶ Promised ─▶ pull from the first peer ─▶ KvComplete ─▶ tokens … ─▶ Ended
+                                 │             │ lost: the next peer, or ─┐
+                                 └─ no peer, or all but < 16 tokens held ─┴─▶ local prefill
+
+The engine's `Ended` is the one end: it proves that the blocks are free. Whatever decided the end before it (a stop
+string, a cancel, the deadline) is kept in `_verdict` until then.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..core.request import FinishReason
+from ..core.timeline import Instant, Timeline
+from ..kv.handover import Label, Lost
+from ..kv.handover_receiver import Receiver
+from ..kv.messages import sampling_to_wire, spec_to_wire
+from ..kv.spec import HASH_BLOCK_TOKENS
+from ..kv.transport import Channels
+from ..model import link
+from ..model.dispatch import SequenceEvent
+from ..model.facts import FaceFacts
+from ..protos import handover_pb2
+from .choice import Choice
+from .order import Order
+from .outbox import Outbox
+from .pull import REFUSALS, Pull, PullTools
+from .report import Ending, Told, end_message
+
+log = logging.getLogger(__name__)
+
+DEFAULT_TIMEOUT_S = 600.0
+CAPABILITIES = ("handover.grpc.1",)
+
+
+@dataclass(frozen=True, slots=True)
+class RunTools:
+    """What all runs of a worker share."""
+
+    facts: FaceFacts
+    pull: PullTools
+    channels: Channels
+
+
+class Run:
+    """Owns one sequence of the engine. All methods are called on the loop and return at once."""
+
+    def __init__(
+        self, order: Order, choice: Choice, outbox: Outbox, tools: RunTools, ended: Callable[[Run], None]
+    ) -> None:
+        self.order = order
+        self.timeline = Timeline()
+        self._choice = choice
+        self._outbox = outbox
+        self._tools = tools
+        self._ended = ended
+        self._received_at_s = tools.pull.clock.now_s()
+        self._deadline_s = self._received_at_s + (order.timeout_s or DEFAULT_TIMEOUT_S)
+        self._verdict: FinishReason | None = None
+        self._pull: Pull | None = None
+        self._peers = list(order.peers)
+        self._has_bound = False
+        self._has_asked = False
+        self._held_tokens = 0
+        self.told = Told()
+        self.timeline.mark(Instant.RECEIVED, self._received_at_s)
+
+    # ------------------------------------------------------------------ from the session
+
+    def start(self) -> None:
+        """Give the sequence to the engine."""
+        order, facts = self.order, self._tools.facts
+        names = facts.namer.name(order.prompt_ids, order.isolation_domain, order.adapter)
+        dispatcher = self._tools.pull.dispatcher
+        dispatcher.own(order.engine_key, self.handle)
+        dispatcher.send(
+            link.Submit(
+                key=order.engine_key,
+                source=link.Source.PEER if order.peers else link.Source.LOCAL,
+                prompt_ids=order.prompt_ids,
+                identities=names.identities,
+                identity_root=names.root,
+                params=order.params,
+                num_emitted=order.num_emitted,
+                priority=order.priority,
+                deadline_s=self._deadline_s,
+            )
+        )
+        if not order.peers:
+            self.told.local_reason = "ordered"
+
+    def cancel(self, reason: str, verdict: FinishReason = FinishReason.CANCELLED) -> None:
+        """End it: the blocks are free at the next step's boundary, here and at the peer's."""
+        if self._verdict is None:
+            self._verdict = verdict
+            self._tools.pull.dispatcher.send(link.CancelSequence(self.order.engine_key, verdict))
+        if self._pull is not None:
+            self._pull.cancel(reason)
+
+    def move_to(self, outbox: Outbox) -> None:
+        """Whoever listens now."""
+        self._outbox = outbox
+
+    # ------------------------------------------------------------------ from the engine
+
+    def handle(self, event: SequenceEvent) -> None:
+        """One event of our sequence."""
+        match event:
+            case link.Promised(_, held_tokens):
+                self._promised(held_tokens)
+            case link.Bound():
+                self._bound()
+            case link.NotYet():
+                if self._pull is not None:
+                    self._pull.not_yet()
+            case link.KvWritten(_, token_start, token_count):
+                if self._pull is not None:
+                    self._pull.written(token_start, token_count)
+            case link.TokenNews(_, first_index, token_ids):
+                self._say(first_index, token_ids)
+            case link.Ended():
+                self._end(event)
+            case _:
+                log.debug("%s: %s is nothing to a run", self.order.engine_key, type(event).__name__)
+
+    def _promised(self, held_tokens: int) -> None:
+        self._mark(Instant.PROMISED)
+        self._held_tokens = self.told.tokens_held = held_tokens
+        if not self.order.peers or self._verdict is not None:
+            return
+        if len(self.order.prompt_ids) - held_tokens < HASH_BLOCK_TOKENS:
+            # Not one whole block is missing: asking for it would take longer than computing it.
+            self._go_local("held", held_tokens, None)
+        else:
+            self._pull_from_next()
+
+    def _bound(self) -> None:
+        self._has_bound = True
+        self._mark(Instant.BOUND)
+        if self._pull is not None:
+            self._pull.bound()
+
+    # ------------------------------------------------------------------ the hand-over
+
+    def _pull_from_next(self) -> None:
+        peer = self._peers.pop(0)
+        order, tools = self.order, self._tools
+        label = Label(order.key.request_id, order.key.choice, order.epoch)
+        now_s = tools.pull.clock.now_s()
+        receiver = Receiver(label, self._open(now_s), tools.pull.timing, self._deadline_s, now_s)
+        self.told.prefill_worker = peer.worker_id
+        stream = tools.channels.transfer(peer.address)
+        self._pull = Pull(receiver, stream, order.engine_key, self, tools.pull)
+
+    def _open(self, now_s: float) -> handover_pb2.Open:
+        order, facts = self.order, self._tools.facts
+        return handover_pb2.Open(
+            prompt_ids=order.prompt_ids,
+            held_tokens=self._held_tokens,
+            sampling=sampling_to_wire(order.params),
+            isolation_domain=order.isolation_domain,
+            adapter=order.adapter,
+            kv_spec=spec_to_wire(facts.model.kv_spec),
+            numerics_class=facts.model.numerics_class,
+            deterministic=facts.model.deterministic,
+            frame_slots=facts.frame_slots,
+            timeout_ms=max(1, round((self._deadline_s - now_s) * 1000)),
+            capabilities=CAPABILITIES,
+            worker_id=facts.worker_id,
+            priority=order.priority,
+        )
+
+    def bind_wanted(self) -> None:
+        """See PullOwner. A second peer may ask for what the engine has bound already."""
+        assert self._pull is not None
+        if self._has_bound:
+            self._pull.bound()
+        elif self._has_asked:
+            self._pull.not_yet()  # Bound will come
+        else:
+            self._has_asked = True
+            self._tools.pull.dispatcher.send(link.Bind(self.order.engine_key))
+
+    def first_token_came(self, token_id: int) -> None:
+        """See PullOwner."""
+        self._say(self.order.num_emitted, (token_id,))
+
+    def pull_completed(self) -> None:
+        """See PullOwner."""
+        pull = self._finish_pull()
+        first_token = pull.receiver.first_token
+        assert first_token is not None, "complete without a first token"
+        self.told.is_complete = True
+        if self._verdict is None:
+            self._tools.pull.dispatcher.send(link.KvComplete(self.order.engine_key, first_token))
+
+    def pull_lost(self, lost: Lost) -> None:
+        """See PullOwner. The next peer where nothing of the prompt came yet; else what is here is kept."""
+        self._finish_pull()
+        log.info("%s: hand-over lost: %s %s", self.order.engine_key, lost.reason, lost.detail or lost.error_message)
+        if self._verdict is not None:
+            return
+        is_untouched = lost.stored_upto <= self._held_tokens and lost.first_token is None
+        if lost.reason in REFUSALS and is_untouched and self._peers:
+            self._pull_from_next()
+        elif lost.reason in REFUSALS:
+            reason = "peer_refused" if lost.error_code else f"peer_{lost.reason.value}"
+            self._go_local(reason, lost.stored_upto, lost.first_token)
+        # else: the request's own deadline; the engine's clock ends it
+
+    def _finish_pull(self) -> Pull:
+        pull = self._pull
+        assert pull is not None
+        self._pull = None
+        self.told.add(pull)
+        return pull
+
+    def _go_local(self, reason: str, kept_tokens: int, first_token: int | None) -> None:
+        self.told.local_reason = reason
+        self.told.recomputed_tokens = len(self.order.prompt_ids) - kept_tokens
+        self._outbox.add_news(self.order.key, self.order.epoch, "local_prefill")
+        self._tools.pull.dispatcher.send(link.PrefillLocally(self.order.engine_key, kept_tokens, first_token))
+
+    # ------------------------------------------------------------------ to the router
+
+    def _say(self, first_index: int, token_ids: tuple[int, ...]) -> None:
+        """Tokens for the client; those after an end do not count."""
+        if self._verdict is not None:
+            return
+        now_s = self._tools.pull.clock.now_s()
+        spoken = self._choice.push(first_index, token_ids)
+        if not spoken.token_ids:
+            return
+        self.timeline.mark(Instant.FIRST_TOKEN, now_s)
+        if spoken.first_index + len(spoken.token_ids) - self.order.num_emitted > 1:
+            self.timeline.mark(Instant.SECOND_TOKEN, now_s)
+        self._outbox.add_tokens(self.order.key, self.order.epoch, spoken.first_index, spoken.token_ids, spoken.text)
+        if spoken.ended is not None and (spoken.is_by_text or self._pull is not None):
+            # The engine does not know (a stop string), or not yet (the first token of a peer).
+            self.cancel("finished", spoken.ended)
+
+    def _mark(self, instant: Instant) -> None:
+        self.timeline.mark(instant, self._tools.pull.clock.now_s())
+        self._outbox.add_news(self.order.key, self.order.epoch, instant.value)
+
+    def _end(self, event: link.Ended) -> None:
+        """The engine owns nothing of it any more: tell the router, exactly once."""
+        if self._pull is not None:
+            self._pull.cancel("ended")
+            self.told.add(self._pull)
+            self._pull = None
+        self.timeline.mark(Instant.FINISHED, self._tools.pull.clock.now_s())
+        reason = self._verdict or event.reason
+        tail = self._choice.flush() if reason in (FinishReason.STOP, FinishReason.LENGTH) else ""
+        if reason is FinishReason.LENGTH and self._choice.ended is not None:
+            reason = self._choice.ended  # the withheld text completed a stop string
+        ending = Ending(event, reason, tail, self._choice.num_tokens)
+        spec = self._tools.facts.model.kv_spec
+        self._outbox.add_end(end_message(self.order, ending, self.told, self.timeline, spec))
+        self._ended(self)

@@ -1,0 +1,141 @@
+"""One router's long-lived stream: orders in, one message per wake-up out. Knows no engine and no hand-over."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import grpc
+import grpc.aio
+
+from ..model.link import LoadNews
+from ..protos import common_pb2, worker_pb2
+from .outbox import Outbox
+
+log = logging.getLogger(__name__)
+
+SessionContext = grpc.aio.ServicerContext[worker_pb2.SessionUp, worker_pb2.SessionDown]
+STREAM_ERRORS = (grpc.RpcError, grpc.aio.UsageError, grpc.aio.InternalError, grpc.aio.AbortError)
+
+
+@dataclass(frozen=True, slots=True)
+class SessionTiming:
+    """When a session speaks, and when its router is given up."""
+
+    hello_s: float = 5.0  # a router says hello within
+    beat_s: float = 0.5
+    silence_s: float = 5.0  # of a router that has beaten before; one that never beats is watched by TCP alone
+    stall_s: float = 5.0  # a router that reads nothing for so long, while something waits for it, is lost
+
+
+class SessionOwner(Protocol):
+    """What a session does with orders."""
+
+    def submit(self, session: Session, message: worker_pb2.Submit) -> None:
+        """Start a choice, or put its refusal into the outbox."""
+        ...
+
+    def cancel(self, message: worker_pb2.CancelRequest) -> None:
+        """End all choices of a request."""
+        ...
+
+    def attach(self, session: Session, message: worker_pb2.Attach) -> None:
+        """Take a running request over."""
+        ...
+
+
+class Session:
+    """Made when a router opens the stream; `run` returns when the router is lost or has left."""
+
+    def __init__(self, owner: SessionOwner, timing: SessionTiming, load: Callable[[], LoadNews | None]) -> None:
+        self.outbox = Outbox()
+        self.router_id = ""
+        self.router_incarnation = 0
+        self._owner = owner
+        self._timing = timing
+        self._load = load
+        self._sequence = 0
+        self._has_beaten = False
+
+    async def run(self, context: SessionContext, info: common_pb2.WorkerInfo) -> None:
+        """Welcome the router and serve it until it is gone."""
+        if not await self._welcome(context, info):
+            return
+        log.info("router %s: session opened", self.router_id)
+        reader = asyncio.create_task(self._read(context))
+        writer = asyncio.create_task(self._write(context))
+        try:
+            await asyncio.wait([reader, writer], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (reader, writer):
+                task.cancel()
+            await asyncio.gather(reader, writer, return_exceptions=True)
+            log.info("router %s: session over", self.router_id)
+
+    async def _welcome(self, context: SessionContext, info: common_pb2.WorkerInfo) -> bool:
+        try:
+            first: Any = await asyncio.wait_for(context.read(), self._timing.hello_s)
+        except (TimeoutError, *STREAM_ERRORS):
+            return False
+        if not isinstance(first, worker_pb2.SessionUp) or not first.HasField("hello"):
+            return False
+        self.router_id, self.router_incarnation = first.hello.router_id, first.hello.router_incarnation
+        self._sequence += 1
+        await context.write(worker_pb2.SessionDown(sequence=self._sequence, welcome=info))
+        return True
+
+    async def _read(self, context: SessionContext) -> None:
+        while True:
+            await self.outbox.wait_for_room()  # a router that does not listen gets no new work done
+            silence_s = self._timing.silence_s if self._has_beaten else None
+            try:
+                message: Any = await asyncio.wait_for(context.read(), silence_s)
+            except TimeoutError:
+                log.warning("router %s: silent for %.1f s", self.router_id, self._timing.silence_s)
+                return
+            except STREAM_ERRORS:
+                return
+            if not isinstance(message, worker_pb2.SessionUp):
+                return  # grpc.aio.EOF
+            self._take(message)
+
+    def _take(self, message: worker_pb2.SessionUp) -> None:
+        match message.WhichOneof("body"):
+            case "submit":
+                self._owner.submit(self, message.submit)
+            case "cancel":
+                self._owner.cancel(message.cancel)
+            case "attach":
+                self._owner.attach(self, message.attach)
+            case "beat":
+                self._has_beaten = True
+            case body:
+                log.warning("router %s: %s is not understood", self.router_id, body)
+
+    async def _write(self, context: SessionContext) -> None:
+        """Everything that waits leaves in one message; a beat where nothing does."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.outbox.wait(), self._timing.beat_s)
+            output = self.outbox.take()
+            self._sequence += 1
+            message = worker_pb2.SessionDown(sequence=self._sequence)
+            if output is not None:
+                message.step.CopyFrom(output)
+            else:
+                message.beat.CopyFrom(self._beat())
+            try:
+                await asyncio.wait_for(context.write(message), self._timing.stall_s)
+            except TimeoutError:
+                log.warning("router %s: read nothing for %.1f s", self.router_id, self._timing.stall_s)
+                return
+            except STREAM_ERRORS:
+                return
+
+    def _beat(self) -> worker_pb2.Beat:
+        load = self._load()
+        return worker_pb2.Beat() if load is None else worker_pb2.Beat(phase=load.phase, steps=load.steps)

@@ -1,0 +1,176 @@
+"""The prefill worker's face: hand-over streams in, jobs for the engine. One per worker, on one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+
+from ..core.errors import InvalidRequest, Overloaded, TwostrokeError, Unavailable
+from ..core.request import Role, SequenceKey
+from ..kv.handover import Label
+from ..kv.handover_sender import Sender, refuse
+from ..kv.messages import error_to_wire, sampling_from_wire, spec_from_wire
+from ..kv.spec import KvSpec
+from ..kv.transport import ByteStream, ServerContext, ServerStream
+from ..kv.wire import WireError, decode_envelope, encode_message, tokens_per_frame
+from ..model import link
+from ..model.facts import FaceFacts
+from ..protos import handover_pb2
+from .job import Job, JobTools
+
+log = logging.getLogger(__name__)
+
+RETRY_S = 1.0
+
+
+class PrefillService:
+    """All hand-overs that this worker computes for others.
+
+    Every path out of a stream gives its blocks back: the machine's own ends, a peer that cancels or dies (the handler
+    is cancelled), silence (the machine's timer), and a drain that ran out of time.
+    """
+
+    def __init__(self, facts: FaceFacts, tools: JobTools, role: Callable[[], Role], max_streams: int) -> None:
+        self.is_draining = False
+        self._facts = facts
+        self._tools = tools
+        self._role = role
+        self._max_streams = max_streams
+        self._jobs: dict[SequenceKey, asyncio.Task[None]] = {}
+        self._count = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def num_running(self) -> int:
+        """Hand-overs under way."""
+        return len(self._jobs)
+
+    async def transfer(self, _: AsyncIterator[bytes], context: ServerContext) -> None:
+        """The handler of Handover.Transfer."""
+        await self.serve(ServerStream(context))
+
+    async def serve(self, stream: ByteStream) -> None:
+        """One hand-over, from its Open to its end."""
+        message = await self._first(stream)
+        if message is None:
+            return
+        try:
+            job = self._accept(message, stream)
+        except TwostrokeError as error:
+            self._tools.counters["handovers_refused"] += 1
+            log.info("hand-over of %s refused: %s", message.request_id, error)
+            await _answer(stream, refuse(message, error_to_wire(error)))
+            return
+        task = asyncio.current_task()
+        assert task is not None, "serve runs in a task"
+        self._jobs[job.key] = task
+        self._idle.clear()
+        try:
+            await job.run()
+        finally:
+            del self._jobs[job.key]
+            if not self._jobs:
+                self._idle.set()
+
+    async def drain(self, timeout_s: float) -> int:
+        """Take no hand-overs any more, let the running ones end. How many were cancelled at the deadline."""
+        self.is_draining = True
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        except TimeoutError:
+            pass
+        return self.cancel_all()
+
+    def cancel_all(self) -> int:
+        """End everything that runs; how many that were."""
+        for task in self._jobs.values():
+            task.cancel()
+        return len(self._jobs)
+
+    # ------------------------------------------------------------------ inside
+
+    async def _first(self, stream: ByteStream) -> handover_pb2.HandoverUp | None:
+        """The opening message; None: nothing sensible came in time."""
+        try:
+            envelope = await asyncio.wait_for(stream.receive(), self._tools.timing.silence_s)
+            message = None if envelope is None else decode_envelope(envelope)
+        except (TimeoutError, WireError) as error:
+            log.warning("a hand-over stream did not open: %s", error or "silence")
+            return None
+        return message if isinstance(message, handover_pb2.HandoverUp) else None
+
+    def _accept(self, message: handover_pb2.HandoverUp, stream: ByteStream) -> Job:
+        """The job of an order that can be carried out.
+
+        Raises:
+            TwostrokeError: it cannot; the peer is told why.
+        """
+        if self.is_draining:
+            raise Unavailable("the worker is draining", retry_after_s=RETRY_S)
+        if self._role() is Role.COMBINED:
+            raise Unavailable("this worker is combined and takes no hand-overs", retry_after_s=RETRY_S)
+        if len(self._jobs) >= self._max_streams:
+            raise Overloaded(f"{len(self._jobs)} hand-overs are under way", retry_after_s=RETRY_S)
+        facts, tools = self._facts, self._tools
+        now_s = tools.clock.now_s()
+        frame_tokens = tokens_per_frame(facts.model.kv_spec, facts.frame_bytes)
+        sender = Sender(message, frame_tokens, facts.frame_slots, tools.timing, now_s)
+        self._check_compatible(sender.order)
+        return Job(sender, self._submit(sender, now_s), stream, tools)
+
+    def _check_compatible(self, order: handover_pb2.Open) -> None:
+        model = self._facts.model
+        check_specs(spec_from_wire(order.kv_spec), model.kv_spec)
+        if (order.deterministic or model.deterministic) and order.numerics_class != model.numerics_class:
+            raise InvalidRequest(
+                f"numerics class {order.numerics_class.hex()} is not ours ({model.numerics_class.hex()}: "
+                f"{model.numerics_description}); deterministic mode pairs equal ones only",
+                param="numerics_class",
+            )
+
+    def _submit(self, sender: Sender, now_s: float) -> link.Submit:
+        order = sender.order
+        prompt_ids = tuple(order.prompt_ids)
+        self._facts.model.check_prompt(prompt_ids)
+        names = self._facts.namer.name(prompt_ids, order.isolation_domain, order.adapter)
+        return link.Submit(
+            key=self._engine_key(sender.label),
+            source=link.Source.FOR_PEER,
+            prompt_ids=prompt_ids,
+            identities=names.identities,
+            identity_root=names.root,
+            params=sampling_from_wire(order.sampling),
+            peer_held_tokens=order.held_tokens,
+            priority=order.priority,
+            deadline_s=now_s + order.timeout_ms / 1000,
+        )
+
+    def _engine_key(self, label: Label) -> SequenceKey:
+        """Unique inside this worker: the same request may come again before its older hand-over has ended."""
+        self._count += 1
+        return SequenceKey(f"{label.request_id}/p{self._count}", label.choice)
+
+
+def check_specs(wanted: KvSpec, ours: KvSpec) -> None:
+    """Whether a cache of spec `wanted` can take what a cache of spec `ours` holds. Codecs may differ.
+
+    Raises:
+        InvalidRequest: it cannot; names the difference.
+    """
+    if wanted.main.num_layers != ours.main.num_layers:
+        raise InvalidRequest(
+            f"kv_spec has {wanted.main.num_layers} layers, ours {ours.main.num_layers}", param="kv_spec"
+        )
+    mine = {c.name: (c.heads, c.width) for c in ours.main.components}
+    theirs = {c.name: (c.heads, c.width) for c in wanted.main.components}
+    if mine != theirs:
+        raise InvalidRequest(f"kv_spec has components {theirs} as (heads, width), ours {mine}", param="kv_spec")
+
+
+async def _answer(stream: ByteStream, message: handover_pb2.HandoverDown) -> None:
+    try:
+        await stream.send(encode_message(message))
+    except ConnectionError:
+        pass  # nobody waits for the answer any more
