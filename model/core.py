@@ -158,6 +158,10 @@ class EngineCore:
             self._lives.end(sequence, Doom(FinishReason.ERROR, code, message))
         return self._lives.drain()
 
+    def drain(self) -> list[Event | StoreOp]:
+        """What was decided and not handed out yet: only after a call that raised."""
+        return self._lives.drain()
+
     # ------------------------------------------------------------------ policy and reports
 
     @property
@@ -173,6 +177,11 @@ class EngineCore:
     def num_live(self) -> int:
         """Sequences that were submitted and have not ended."""
         return len(self._scheduler.by_key)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that hold no blocks yet."""
+        return self._scheduler.count(*QUEUE_STATES)
 
     @property
     def counters(self) -> Counter[str]:
@@ -207,7 +216,7 @@ class EngineCore:
         return LoadNews(
             phase="idle",
             steps=self._num_steps,
-            waiting=scheduler.count(*QUEUE_STATES),
+            waiting=self.num_waiting,
             running=len(running),
             queued_prefill_tokens=sum(s.num_remaining for s in to_prefill),
             running_context_tokens=sum(s.num_computed for s in running),

@@ -1,0 +1,214 @@
+"""The step loop: commands in, plan, run, events out. Decides nothing (core.py does) and computes nothing (runner.py).
+
+One thread owns core, runner and store. It sleeps on the link when nothing can run, and wakes for commands, deadlines
+and its own beat.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Protocol
+
+from ..core.clock import Clock
+from ..core.errors import InternalError, TwostrokeError
+from ..core.request import FinishReason
+from ..kv.spec import HASH_BLOCK_TOKENS
+from ..kv.store import HeldTokens, KvStore
+from .core import EngineCore
+from .link import BlocksFetched, Ended, Event, KvRead, KvWritten, LoadNews
+from .pace import Pace
+from .plan import StepPlan, StepResult
+from .policy import Policy
+from .store_op import FetchOp, ReadOp, StoreOp, WriteOp
+from .thread_link import ThreadLink
+
+BEAT_S = 0.1
+INTEGRITY_S = 5.0
+COMMANDS_PER_TURN = 256
+FAILURES_TO_BREAK = 3
+
+_log = logging.getLogger(__name__)
+
+
+class StepRunner(Protocol):
+    """What computes plans: model/runner.py, or a stand-in without weights."""
+
+    def warm_up(self) -> None:
+        """Prepare; called once, in the engine's thread."""
+        ...
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """Compute one step."""
+        ...
+
+
+class Engine:
+    """One worker's engine in a thread of its own. `start` it once; it ends by a `Stop` command, or broken."""
+
+    def __init__(self, core: EngineCore, runner: StepRunner, store: KvStore, link: ThreadLink, clock: Clock) -> None:
+        self.is_broken = False  # ended by its own fault: the process should end too, and be started anew
+        self._core = core
+        self._runner = runner
+        self._store = store
+        self._link = link
+        self._clock = clock
+        self._pace = Pace()
+        self._phase = "loading"
+        self._failures_in_a_row = 0
+        self._next_policy: Policy | None = None
+        self._next_beat_s = 0.0
+        self._next_check_s = 0.0
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    # ------------------------------------------------------------------ from other threads
+
+    def start(self) -> None:
+        """Begin; the first `LoadNews` with a phase other than "loading" says that it is ready."""
+        self._thread.start()
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the end; whether it came."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def set_policy(self, policy: Policy) -> None:
+        """Take another role's policy from the next step on."""
+        self._next_policy = policy
+        self._link.wake()
+
+    # ------------------------------------------------------------------ the thread
+
+    def _run(self) -> None:
+        try:
+            self._beat(self._clock.now_s())
+            self._runner.warm_up()
+            self._phase = "idle"
+            self._beat(self._clock.now_s())
+            while not (self._core.stopped and self._core.num_live == 0):
+                self._turn()
+            self._phase = "stopped"
+            self._link.close((self._load(self._clock.now_s()),))
+        except Exception:
+            _log.exception("the engine is broken and ends")
+            self._break()
+
+    def _turn(self) -> None:
+        """Commands, time, one step, and the beat."""
+        for command in self._link.take(COMMANDS_PER_TURN, self._wait_s()):
+            self._say(self._core.handle(command, self._clock.now_s()))
+        policy, self._next_policy = self._next_policy, None
+        if policy is not None:
+            self._core.set_policy(policy)
+        now_s = self._clock.now_s()
+        self._say(self._core.tick(now_s))
+        plan = self._core.plan(now_s)
+        if plan is None:
+            self._phase = "idle"
+            self._check(now_s)
+        else:
+            self._step(plan)
+        now_s = self._clock.now_s()
+        if now_s >= self._next_beat_s:
+            self._beat(now_s)
+
+    def _wait_s(self) -> float:
+        """How long to sleep for commands: not at all while steps run, else until the beat or a deadline."""
+        if self._phase != "idle":
+            return 0.0
+        deadline_s = self._core.next_deadline_s()
+        wake_s = self._next_beat_s if deadline_s is None else min(self._next_beat_s, deadline_s)
+        return max(wake_s - self._clock.now_s(), 0.0)
+
+    def _step(self, plan: StepPlan) -> None:
+        """Run a plan; a failure ends the sequences within it, and only a row of failures the engine."""
+        began_s = self._clock.now_s()
+        self._phase = _phase(plan)
+        try:
+            result = self._runner.run(plan)
+        except Exception as error:
+            _log.exception("step %d failed with %d sequences", plan.step, len(plan.sequences))
+            self._failures_in_a_row += 1
+            message = f"a step failed: {type(error).__name__}; the worker's log has more"
+            self._say(self._core.fail_step(plan, InternalError.code, message))
+            if self._failures_in_a_row >= FAILURES_TO_BREAK:
+                raise
+            return
+        self._failures_in_a_row = 0
+        now_s = self._clock.now_s()
+        self._pace.observe(plan, (now_s - began_s) * 1000)
+        self._say(self._core.apply(plan, result, now_s))
+        if self._core.num_waiting:
+            self._beat(now_s)
+
+    # ------------------------------------------------------------------ store and face
+
+    def _say(self, outbox: Sequence[Event | StoreOp]) -> None:
+        """Execute the store's operations where they stand, and give the face all events in order."""
+        events: list[Event] = []
+        for item in outbox:
+            if isinstance(item, ReadOp | WriteOp | FetchOp):
+                events += self._execute(item)
+            else:
+                events.append(item)
+        self._link.emit(events)
+
+    def _execute(self, op: StoreOp) -> list[Event]:
+        held = HeldTokens(op.block_table, op.generations, op.token_start, op.token_count)
+        try:
+            if isinstance(op, ReadOp):
+                return [KvRead(op.key, op.token_start, op.token_count, self._store.read_tokens(held))]
+            if isinstance(op, WriteOp):
+                self._store.write_tokens(held, op.sections)
+                return [KvWritten(op.key, op.token_start, op.token_count)]
+            sections = self._store.read_tokens(held)
+            return [BlocksFetched(op.fetch_id, op.token_count // HASH_BLOCK_TOKENS, sections)]
+        except Exception as error:
+            _log.exception("the store refused %s of tokens %d + %d", type(op).__name__, op.token_start, op.token_count)
+            if isinstance(op, FetchOp):
+                return [BlocksFetched(op.fetch_id, 0, ())]
+            code = error.code if isinstance(error, TwostrokeError) else InternalError.code
+            answer: list[Event] = []
+            if isinstance(op, ReadOp):
+                answer.append(KvRead(op.key, op.token_start, op.token_count, None))
+            failed = self._core.fail(op.key, code, f"the KV store refused tokens of this request: {error}")
+            return answer + [event for event in failed if not isinstance(event, ReadOp | WriteOp | FetchOp)]
+
+    def _load(self, now_s: float) -> LoadNews:
+        return replace(
+            self._core.load(now_s),
+            phase=self._phase,
+            prefill_ms_per_token=self._pace.prefill_ms_per_token,
+            prefill_ms_per_token_pair=self._pace.prefill_ms_per_token_pair,
+            decode_step_ms=self._pace.decode_step_ms,
+        )
+
+    def _beat(self, now_s: float) -> None:
+        self._next_beat_s = now_s + BEAT_S
+        self._link.emit((self._load(now_s),))
+
+    def _check(self, now_s: float) -> None:
+        if now_s >= self._next_check_s:
+            self._next_check_s = now_s + INTEGRITY_S
+            self._core.check_integrity()
+
+    def _break(self) -> None:
+        """Say the last words without trusting anything: every sequence ends, and the beat says "broken"."""
+        self.is_broken = True
+        self._phase = "broken"
+        message = "this worker's engine failed; its log has more"
+        last: list[Event] = [Ended(key, FinishReason.ERROR, InternalError.code, message) for key in self._core.states()]
+        try:
+            last.append(self._load(self._clock.now_s()))
+        except Exception:
+            _log.exception("not even the load can be told")
+        self._link.close(last)
+
+
+def _phase(plan: StepPlan) -> str:
+    decodes = sum(1 for step in plan.sequences if step.num_tokens == 1 and step.samples)
+    if decodes == len(plan.sequences):
+        return "decode"
+    return "mixed" if decodes else "prefill"

@@ -1,0 +1,53 @@
+"""How long steps take on this machine, learned while they run. Pure: is told milliseconds, has no clock.
+
+A step of u prompt tokens after h computed ones costs  a·u + b·u·(h + u/2)  beside its decodes: a is the linears' price
+per token, b the attention's per (query, key) pair. Both by least squares over the recent steps, old ones fading.
+"""
+
+from __future__ import annotations
+
+from .plan import StepPlan
+
+_FADE = 0.95  # weight of the past at each new step: about 20 steps are remembered
+
+
+class Pace:
+    """On-line coefficients; 0.0 until the first step of their kind."""
+
+    def __init__(self) -> None:
+        self.decode_step_ms = 0.0
+        self.prefill_ms_per_token = 0.0
+        self.prefill_ms_per_token_pair = 0.0
+        self._moments = (0.0, 0.0, 0.0, 0.0, 0.0)  # faded sums: uu, up, pp, ut, pt
+
+    def observe(self, plan: StepPlan, took_ms: float) -> None:
+        """One step took so long."""
+        tokens, pairs, decodes = 0.0, 0.0, 0
+        for step in plan.sequences:
+            if step.num_tokens == 1 and step.samples and step.num_generated:
+                decodes += 1
+            else:
+                tokens += step.num_tokens
+                pairs += step.num_tokens * (step.start + step.num_tokens / 2)
+        if tokens == 0:
+            known = self.decode_step_ms or took_ms
+            self.decode_step_ms = _FADE * known + (1 - _FADE) * took_ms
+            return
+        rest_ms = max(took_ms - (self.decode_step_ms if decodes else 0.0), 0.0)
+        new = (tokens * tokens, tokens * pairs, pairs * pairs, tokens * rest_ms, pairs * rest_ms)
+        self._moments = tuple(_FADE * old + fresh for old, fresh in zip(self._moments, new, strict=True))  # type: ignore[assignment]
+        self._solve()
+
+    def _solve(self) -> None:
+        """Normal equations of two unknowns, neither below zero."""
+        uu, up, pp, ut, pt = self._moments
+        determinant = uu * pp - up * up
+        if determinant > 1e-6 * uu * pp:
+            a, b = (ut * pp - pt * up) / determinant, (pt * uu - ut * up) / determinant
+            if a >= 0 and b >= 0:
+                self.prefill_ms_per_token, self.prefill_ms_per_token_pair = a, b
+                return
+            if a < 0:
+                self.prefill_ms_per_token, self.prefill_ms_per_token_pair = 0.0, pt / pp
+                return
+        self.prefill_ms_per_token, self.prefill_ms_per_token_pair = ut / uu, 0.0
