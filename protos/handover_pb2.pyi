@@ -6,9 +6,10 @@ The hand-over of one prompt's KV: decode opens the stream, prefill answers. The 
 The methods are registered as raw-bytes handlers (kv/wire.py), because KV inside a protobuf field moves at
 0.6 of the speed. Each message on the wire is one envelope:
 
-  "TK" | version u8 | kind u8 | length u32 LE | protobuf bytes | padding to 16 | raw planes (kind 2 only)
+  "TK" | version u8 | kind u8 | length u32 LE | crc32 u32 LE | protobuf bytes | padding to 16 | raw planes (kind 2 only)
 
-kind 1: a HandoverUp (decode to prefill) or HandoverDown (prefill to decode); kind 2: a FrameHeader and its planes.
+kind 1: a HandoverUp (decode to prefill); kind 3: a HandoverDown (prefill to decode); kind 2: a FrameHeader and its
+planes. The checksum covers the first 8 bytes and the protobuf bytes; planes have digests.
 """
 
 from collections import abc as _abc
