@@ -20,7 +20,6 @@ from ..core.errors import ConfigError
 TILE_ROWS = 16
 _ROW_STEPS = (1024, 256, 64)  # rows per call that are tried
 _BATCH_STEPS = (64, 16, 4)  # matrices of one tile per call that are tried
-_TRIALS = 2
 
 _log = logging.getLogger(__name__)
 
@@ -68,20 +67,22 @@ def prove(
     """Which row steps and batch steps give the definition's bits on this machine with this many threads.
 
     Which kernel runs, and so the order of its sum, follows from shape and layout and not from the numbers; random
-    numbers show a different order at once (each trial has thousands of sums that could differ).
+    numbers show a different order at once, as there are thousands of sums that could differ.
 
     Raises:
         ConfigError: even one tile depends on the thread count or on a row's place in the tile.
     """
     generator = torch.Generator().manual_seed(inner * 1_000_003 + columns)
     tall = max(_ROW_STEPS) if columns <= 8192 else 64  # a vocabulary's worth of columns: try less, it is slow enough
-    x = torch.randn(_TRIALS * tall, inner, generator=generator).to(dtype)
+    x = torch.randn(tall, inner, generator=generator).to(dtype)
     right = _right((1, inner, columns), dtype, transposed, generator)[0]
     torch.set_num_threads(1)
     definition = _by_rows(x, right, TILE_ROWS)
-    turned = _by_rows(x.roll(5, 0), right, TILE_ROWS).roll(-5, 0)
+    few = x[: 4 * TILE_ROWS]
+    turned = _by_rows(few.roll(5, 0), right, TILE_ROWS).roll(-5, 0)
     torch.set_num_threads(num_threads)
-    if not (torch.equal(definition, turned) and torch.equal(definition, _by_rows(x, right, TILE_ROWS))):
+    threaded = _by_rows(few, right, TILE_ROWS)
+    if not (torch.equal(definition[: len(few)], turned) and torch.equal(turned, threaded)):
         raise ConfigError(
             f"the {dtype} product of 16 x {inner} by {inner} x {columns} is not reproducible on this machine with "
             f"{num_threads} threads: set step.num_threads to 1, or model.deterministic to false"
@@ -91,7 +92,7 @@ def prove(
     if inner * columns <= 1 << 18:  # only attention's tiles come in batches
         rights = _right((max(_BATCH_STEPS), inner, columns), dtype, transposed, generator)
         tiles = x[: TILE_ROWS * len(rights)].view(-1, TILE_ROWS, inner)
-        alone = torch.stack([torch.mm(tile, right) for tile, right in zip(tiles, rights, strict=True)])
+        alone = torch.stack([_by_rows(tile, right, TILE_ROWS) for tile, right in zip(tiles, rights, strict=True)])
         batch_steps = tuple(s for s in _BATCH_STEPS if torch.equal(alone[:s], torch.bmm(tiles[:s], rights[:s])))
     _log.debug("product %dx%d %s: rows %s, batches %s", inner, columns, dtype, row_steps, batch_steps)
     return row_steps, batch_steps
