@@ -90,7 +90,8 @@ class Watchers:
     def report(self, load: LoadNews) -> worker_pb2.LoadReport:
         """The engine's beat and what the face knows, as one report."""
         face = self._face()
-        counters = Counter(dict(load.counters)) + self._counters
+        counters = Counter(dict(load.counters))
+        counters.update(self._counters)
         return worker_pb2.LoadReport(
             role=role_to_wire(face.role),
             waiting=load.waiting,
@@ -143,8 +144,9 @@ class _Watcher:
     def hear_cache(self, event: CacheDelta | CacheSnapshot) -> None:
         """A change of the cache; kept in order, up to the bound."""
         if isinstance(event, CacheSnapshot):
-            if self._known is not None:
-                return  # another watcher asked for it
+            if self._known is not None and event.sequence <= self._known:
+                return  # another watcher asked for it, and it says what we know
+            self.await_snapshot()  # whatever waits is older
             self._snapshot, self._known = event, event.sequence
         elif self._known is None or self.lost_count or event.sequence <= self._known:
             return

@@ -8,7 +8,8 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from ..core.request import SequenceKey
+from ..core.errors import Unavailable
+from ..core.request import FinishReason, SequenceKey
 from ..kv.block import BlockIdentity
 from .link import (
     AskSnapshot,
@@ -21,6 +22,7 @@ from .link import (
     FetchBlocks,
     LoadNews,
     StepTokens,
+    Submit,
     TokenNews,
 )
 
@@ -60,8 +62,8 @@ class Dispatcher:
         self._cache_listeners: list[CacheListener] = []
         self._load_listeners: list[LoadListener] = []
         self._step_listeners: list[StepListener] = []
+        self._ended = asyncio.Event()
         self.last_load: LoadNews | None = None
-        self.last_load_at_s = 0.0
 
     # -------------------------------------------------------------- to the engine
 
@@ -71,8 +73,13 @@ class Dispatcher:
         self._owner_by_key[key] = owner
 
     def send(self, command: Command) -> None:
-        """Give the engine a command."""
-        self._link.send(command)
+        """Give the engine a command. Where it has ended, a `Submit` is answered by an `Ended` like any other."""
+        try:
+            self._link.send(command)
+        except Unavailable as error:
+            assert isinstance(command, Submit), command
+            ended = Ended(command.key, FinishReason.ERROR, error.code, error.message)
+            asyncio.get_running_loop().call_soon(self._route, ended)
 
     async def fetch(self, identities: Sequence[BlockIdentity], first_token: int) -> BlocksFetched:
         """Read cached hash blocks by identity."""
@@ -108,6 +115,11 @@ class Dispatcher:
         """Sequences that have not ended."""
         return len(self._owner_by_key)
 
+    async def next_end(self) -> None:
+        """Return when some sequence has ended."""
+        self._ended.clear()
+        await self._ended.wait()
+
     # -------------------------------------------------------------- from the engine
 
     async def run(self) -> None:
@@ -115,6 +127,9 @@ class Dispatcher:
         while events := await self._link.receive():
             for event in events:
                 self._route(event)
+        for future in self._fetches.values():
+            if not future.done():
+                future.set_exception(Unavailable("this worker's engine has ended", retry_after_s=1.0))
 
     def _route(self, event: Event) -> None:
         match event:
@@ -131,11 +146,12 @@ class Dispatcher:
                 for cache_listener in list(self._cache_listeners):
                     cache_listener(event)
             case LoadNews():
-                self.last_load, self.last_load_at_s = event, asyncio.get_running_loop().time()
+                self.last_load = event
                 for load_listener in list(self._load_listeners):
                     load_listener(event)
             case Ended(key):
                 owner = self._owner_by_key.pop(key, None)
+                self._ended.set()
                 if owner is not None:
                     self._call(owner, event)
             case _:

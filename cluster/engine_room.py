@@ -1,0 +1,122 @@
+"""From a worker's settings to a loaded engine and the facts its faces need. Knows no socket."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..core.clock import Clock
+from ..core.errors import ConfigError
+from ..core.request import Role
+from ..decode_worker.policy import DecodePolicy, combined_policy
+from ..kv.keys import Namer, digest_key, identity_key
+from ..kv.pool import BlockPool
+from ..kv.prefix import PrefixCache
+from ..kv.sizing import MemoryFacts, PoolSize, size_pool
+from ..model.core import CoreLimits, EngineCore
+from ..model.engine import Engine
+from ..model.facts import FaceFacts, ModelFacts
+from ..model.loader import RunnerOptions, load_runner, numerics_class
+from ..model.policy import Policy, StepLimits
+from ..model.spec import load_spec
+from ..model.thread_link import ThreadLink
+from ..model.weights import weights_fingerprint
+from ..prefill_worker.policy import PrefillPolicy
+from ..text.incremental import check_decoder
+from ..text.tokenizer import Tokenizer
+from .machine import cache_codec, compute_dtype, context_length, machine_facts
+from .settings import WorkerSettings
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRoom:
+    """A loaded engine that has not started yet, and what the faces must know of it."""
+
+    engine: Engine
+    link: ThreadLink
+    facts: FaceFacts
+    tokenizer: Tokenizer
+    pool_size: PoolSize
+    policy_of: Callable[[Role], Policy]
+
+
+def build_engine(settings: WorkerSettings, clock: Clock) -> EngineRoom:
+    """Load weights and tokenizer, size the pool, put the engine together. Takes seconds: call it in a thread.
+
+    Raises:
+        CheckpointError: the directory holds no model that we serve.
+        DoesNotFit: nothing is left for the KV pool, or the longest context does not fit it; with the arithmetic.
+        ConfigError: a setting that cannot work here.
+    """
+    if settings.model.device == "cuda":
+        raise ConfigError("model.device is 'cuda'; this release computes on 'cpu' only")
+    directory = Path(settings.model_directory)
+    model = _model_facts(settings, directory)
+    pool_size = _pool_size(settings, directory, model)
+    key = identity_key(settings.cluster_key)
+    cache, step = settings.cache, settings.step
+    tokenizer = Tokenizer.load(directory)
+    check_decoder(tokenizer)
+    options = RunnerOptions(
+        num_blocks=pool_size.num_blocks,
+        block_tokens=cache.block_size,
+        dtype=settings.model.dtype,
+        kv_dtype=cache.dtype,
+        num_threads=settings.num_threads,
+        max_model_len=model.max_model_len,
+        digest_key=digest_key(settings.cluster_key),
+    )
+    runner = load_runner(directory, options)
+    limits = StepLimits(step.max_num_seqs, step.max_num_batched_tokens, step.max_waiting)
+
+    def policy_of(role: Role) -> Policy:
+        if role is Role.PREFILL:
+            return PrefillPolicy(limits)
+        return DecodePolicy(limits) if role is Role.DECODE else combined_policy(limits)
+
+    pool = BlockPool(pool_size.num_blocks, cache.block_size)
+    core = EngineCore(
+        CoreLimits(model.max_model_len), pool, PrefixCache(pool), policy_of(settings.role), model.eos_ids, key
+    )
+    link = ThreadLink()
+    facts = FaceFacts(
+        worker_id=settings.worker_id,
+        model=model,
+        namer=Namer(key, model.weights_fingerprint, model.numerics_class if model.deterministic else b""),
+        digest_key=options.digest_key,
+        num_blocks=pool_size.num_blocks,
+        block_tokens=cache.block_size,
+        frame_bytes=cache.frame_bytes,
+        frame_slots=cache.frame_slots,
+        max_num_seqs=step.max_num_seqs,
+        max_batch_tokens=step.max_num_batched_tokens,
+    )
+    engine = Engine(core, runner, runner.store, link, clock)
+    return EngineRoom(engine, link, facts, tokenizer, pool_size, policy_of)
+
+
+def _model_facts(settings: WorkerSettings, directory: Path) -> ModelFacts:
+    spec = load_spec(directory)
+    numerics = numerics_class(directory, settings.model.dtype, settings.cache.dtype)
+    return ModelFacts(
+        name=settings.model_name,
+        directory=str(directory),
+        vocab_size=spec.vocab_size,
+        max_model_len=context_length(spec, settings.model.max_model_len),
+        eos_ids=frozenset(spec.eos_ids),
+        weights_fingerprint=weights_fingerprint(directory),
+        numerics_class=numerics.digest,
+        numerics_description=numerics.description,
+        deterministic=settings.model.deterministic,
+        kv_spec=spec.kv_spec(cache_codec(settings.cache.dtype)),
+    )
+
+
+def _pool_size(settings: WorkerSettings, directory: Path, model: ModelFacts) -> PoolSize:
+    spec = load_spec(directory)
+    weight_bytes = spec.weight_bytes(compute_dtype(spec, settings.model.dtype))
+    memory_bytes = settings.memory_bytes or machine_facts().memory_bytes
+    cache = settings.cache
+    facts = MemoryFacts(memory_bytes, weight_bytes)
+    return size_pool(model.kv_spec, cache.block_size, cache.tokens, cache.memory_fraction, facts)

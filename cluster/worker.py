@@ -1,0 +1,249 @@
+"""The worker process: one engine, both faces, one port. Its role is data. Builds and binds; decides nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+
+import grpc.aio
+
+from .. import __version__
+from ..core.clock import Clock, MonotonicClock
+from ..core.errors import ConfigError, InternalError
+from ..core.request import Role
+from ..decode_worker.pull import PullTools
+from ..decode_worker.run import RunTools
+from ..decode_worker.service import DecodeService
+from ..kv.handover import Timing
+from ..kv.messages import role_to_wire, spec_to_wire
+from ..kv.transport import SERVER_OPTIONS, Channels, handlers
+from ..model import link
+from ..model.dispatch import Dispatcher
+from ..prefill_worker.job import JobTools
+from ..prefill_worker.service import PrefillService
+from ..protos import common_pb2, worker_pb2, worker_pb2_grpc
+from .announce import Announcer
+from .engine_room import EngineRoom, build_engine
+from .fetch import FetchService
+from .health import Health, enable_reflection
+from .settings import WorkerSettings
+from .watch import FaceLoad, Watchers
+
+log = logging.getLogger(__name__)
+
+CAPABILITIES = ("handover.grpc.1", "blocks.fetch.1", "session.1")
+READY_S = 600.0  # loading and warming up a large model
+STOP_S = 5.0  # the engine's last step
+
+
+class WorkerProcess:
+    """`start`, serve, `stop`. Several can live in one process (tests, the in-process launcher)."""
+
+    def __init__(self, settings: WorkerSettings, clock: Clock | None = None, timing: Timing | None = None) -> None:
+        self.settings = settings
+        self.role = settings.role
+        self.incarnation = time.time_ns()
+        self.ended = asyncio.Event()  # the engine has ended, by `stop` or by its own fault
+        self.counters: Counter[str] = Counter()
+        self._clock = clock or MonotonicClock()
+        self._timing = timing or Timing()
+        self._port = 0
+        self._tasks: list[asyncio.Task[None]] = []
+        self._executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="digest")
+        self._channels = Channels()
+        self._room: EngineRoom | None = None
+        self._server: grpc.aio.Server | None = None
+        self._announcer: Announcer | None = None
+        self._is_stopping = False
+
+    @property
+    def address(self) -> str:
+        """host:port of all services; known after `start`."""
+        return f"{self.settings.host}:{self._port}"
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether orders are refused."""
+        return self.decode.is_draining
+
+    # ------------------------------------------------------------------ life
+
+    async def start(self) -> None:
+        """Load the model, warm up, bind the port, announce. Returns when the worker serves.
+
+        Raises:
+            CheckpointError, DoesNotFit, ConfigError: it cannot be started with these settings.
+        """
+        room = self._room = await asyncio.to_thread(build_engine, self.settings, self._clock)
+        log.info("%s: %s", self.settings.worker_id, room.pool_size.arithmetic)
+        self.dispatcher = Dispatcher(room.link)
+        self._make_faces(room)
+        room.engine.start()
+        self._tasks.append(asyncio.create_task(self._dispatch()))
+        await self._ready()
+        await self._bind()
+        self._tasks.append(asyncio.create_task(self.health.keep()))
+        self._announcer = Announcer(self.settings.routers, self.info())
+        self._announcer.start()
+        log.info("%s (%s) serves at %s", self.settings.worker_id, self.role.value, self.address)
+
+    async def stop(self, grace_s: float) -> None:
+        """Drain for at most `grace_s`, tell the routers, end the engine, free everything. Idempotent."""
+        if self._is_stopping:
+            return
+        self._is_stopping = True
+        if self._server is not None:
+            await self.drain(grace_s)
+        if self._announcer is not None:
+            await self._announcer.leave()
+        if self._server is not None:
+            await self._server.stop(0.2)
+        if self._room is not None:
+            self._room.link.send(link.Stop())
+            if not await asyncio.to_thread(self._room.engine.join, STOP_S):
+                log.error("%s: the engine's last step did not end within %.0f s", self.settings.worker_id, STOP_S)
+            self.decode.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._channels.close()
+        self._executor.shutdown(wait=False)
+
+    async def drain(self, timeout_s: float) -> int:
+        """Take no new work, let the running end, cancel the rest at the deadline. How many were cancelled."""
+        cancelled = sum(await asyncio.gather(self.decode.drain(timeout_s), self.prefill.drain(timeout_s)))
+        if cancelled:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._all_ended(), 1.0)
+        return cancelled
+
+    def set_role(self, role: Role) -> None:
+        """Take another role: a change of policy, told to the routers. What runs goes on."""
+        assert self._room is not None, "start first"
+        self.role = role
+        self._room.engine.set_policy(self._room.policy_of(role))
+        if self._announcer is not None:
+            self._announcer.update(self.info())
+
+    # ------------------------------------------------------------------ who we are
+
+    def info(self) -> common_pb2.WorkerInfo:
+        """What Announce, Describe and Welcome say."""
+        assert self._room is not None, "start first"
+        facts = self._room.facts
+        model = facts.model
+        return common_pb2.WorkerInfo(
+            worker_id=facts.worker_id,
+            incarnation=self.incarnation,
+            role=role_to_wire(self.role),
+            address=self.address,
+            capabilities=CAPABILITIES,
+            model=common_pb2.ModelInfo(
+                name=model.name,
+                weights_fingerprint=model.weights_fingerprint,
+                numerics_class=model.numerics_class,
+                numerics_description=model.numerics_description,
+                max_model_len=model.max_model_len,
+                vocab_size=model.vocab_size,
+                kv_spec=spec_to_wire(model.kv_spec),
+                deterministic=model.deterministic,
+                path=model.directory,
+            ),
+            num_kv_blocks=facts.num_blocks,
+            block_tokens=facts.block_tokens,
+            max_num_seqs=facts.max_num_seqs,
+            max_batch_tokens=facts.max_batch_tokens,
+            release=__version__,
+            pid=os.getpid(),
+        )
+
+    # ------------------------------------------------------------------ inside
+
+    def _make_faces(self, room: EngineRoom) -> None:
+        facts, settings = room.facts, self.settings
+        common: dict[str, Any] = {
+            "dispatcher": self.dispatcher,
+            "executor": self._executor,
+            "digest_key": facts.digest_key,
+            "timing": self._timing,
+            "clock": self._clock,
+            "counters": self.counters,
+        }
+        pull = PullTools(kv_spec=facts.model.kv_spec, **common)
+        self.decode = DecodeService(RunTools(facts, pull, self._channels), room.tokenizer, settings.orphan_grace_s)
+        job = JobTools(numerics_class=facts.model.numerics_class, **common)
+        max_streams = settings.step.max_waiting + settings.step.max_num_seqs
+        self.prefill = PrefillService(facts, job, lambda: self.role, max_streams)
+        self.fetch = FetchService(facts, self.dispatcher)
+        self.watchers = Watchers(self.dispatcher, self.incarnation, self._face_load, self.counters)
+        self.health = Health(self.dispatcher, self._clock, lambda: self.is_draining)
+
+    def _face_load(self) -> FaceLoad:
+        return FaceLoad(self.role, self.is_draining)
+
+    async def _dispatch(self) -> None:
+        try:
+            await self.dispatcher.run()
+        finally:
+            self.ended.set()
+            if not self._is_stopping:
+                log.error("%s: the engine has ended", self.settings.worker_id)
+
+    async def _ready(self) -> None:
+        ready = asyncio.create_task(self.health.wait_ready())
+        ended = asyncio.create_task(self.ended.wait())
+        try:
+            await asyncio.wait([ready, ended], timeout=READY_S, return_when=asyncio.FIRST_COMPLETED)
+            if not ready.done():
+                raise InternalError("the engine did not become ready; its log has more")
+        finally:
+            for task in (ready, ended):
+                task.cancel()
+
+    async def _bind(self) -> None:
+        server = grpc.aio.server(options=SERVER_OPTIONS)
+        server.add_generic_rpc_handlers(handlers(self.prefill.transfer, self.fetch.fetch))
+        worker_pb2_grpc.add_WorkerServicer_to_server(_Worker(self), server)
+        self.health.add_to(server)
+        enable_reflection(server)
+        wanted = f"{self.settings.host}:{self.settings.port}"
+        try:
+            self._port = server.add_insecure_port(wanted)
+        except RuntimeError as error:
+            raise ConfigError(f"{wanted} cannot be bound: {error}") from None
+        if not self._port:
+            raise ConfigError(f"{wanted} cannot be bound; choose another port, or 0 for any")
+        await server.start()
+        self._server = server
+
+    async def _all_ended(self) -> None:
+        while self.dispatcher.num_owned:
+            await self.dispatcher.next_end()
+
+
+class _Worker(worker_pb2_grpc.WorkerServicer):
+    """The service Worker: hands every call to whoever answers it."""
+
+    def __init__(self, worker: WorkerProcess) -> None:
+        self._worker = worker
+
+    async def Session(self, _: Any, context: Any) -> None:  # type: ignore[override]
+        await self._worker.decode.session(context, self._worker.info())
+
+    async def Describe(self, _: worker_pb2.DescribeRequest, context: Any) -> common_pb2.WorkerInfo:
+        return self._worker.info()
+
+    async def Watch(self, _: worker_pb2.WatchRequest, context: Any) -> AsyncIterator[worker_pb2.WatchEvent]:
+        async for event in self._worker.watchers.watch():
+            yield event
+
+    async def Drain(self, request: worker_pb2.DrainRequest, context: Any) -> worker_pb2.DrainResponse:
+        cancelled = await self._worker.drain(request.timeout_ms / 1000)
+        return worker_pb2.DrainResponse(empty=cancelled == 0, cancelled=cancelled)
