@@ -253,7 +253,9 @@ def _key_tiles(planes: Planes, block_tables: Tensor, contexts: Tensor, longest: 
     def tiled(plane: Tensor) -> Tensor:
         gathered = plane[tables]  # [n, blocks, kv_heads, block_tokens, ...]
         heads, rest = gathered.shape[2], gathered.shape[4:]
-        parts = gathered.view(len(tables), num_tiles, -1, heads, planes.block_tokens, *rest).transpose(2, 3)
+        parts = gathered.view(
+            len(tables), num_tiles, KEY_TILE // planes.block_tokens, heads, planes.block_tokens, *rest
+        ).transpose(2, 3)
         return parts.reshape(len(tables), num_tiles, heads, KEY_TILE, *rest)
 
     raw = Planes(tiled(planes.payload), None if planes.scales is None else tiled(planes.scales))

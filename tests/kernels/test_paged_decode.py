@@ -1,0 +1,95 @@
+"""The paged decode kernel, in the interpreter, against float64 attention on what the cache holds."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from twostroke.kernels import paged_decode, reference
+from twostroke.kernels.paged_decode import paged_decode_attention
+
+LENGTHS = [1, 15, 16, 17, 63, 64, 65, 500]
+
+
+def queries(count: int, heads: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(count, heads, width, generator=torch.Generator().manual_seed(count * heads)).to(dtype)
+
+
+def run(cache: Any, q: torch.Tensor, scale: float = 0.125) -> torch.Tensor:
+    return paged_decode_attention(
+        q, cache.k_planes, cache.v_planes, cache.block_tables, cache.context_lens, scale=scale
+    )
+
+
+def relative_error(out: torch.Tensor, cache: Any, q: torch.Tensor, scale: float = 0.125) -> float:
+    """Largest over sequences and heads of the error's norm over the oracle's."""
+    worst = 0.0
+    for s in range(len(q)):
+        expected = cache.attend(s, q[s : s + 1], scale)[0]
+        worst = max(worst, ((out[s].double() - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item())
+    return worst
+
+
+@pytest.mark.parametrize(("block_tokens", "group"), [(16, 1), (32, 2), (64, 4), (16, 8)])
+def test_equals_float64_at_odd_lengths(make_cache: Any, block_tokens: int, group: int) -> None:
+    cache = make_cache(LENGTHS, block_tokens=block_tokens)
+    q = queries(len(LENGTHS), 2 * group, 64, torch.bfloat16)
+    wide = run(cache, q.float())
+    assert relative_error(wide, cache, q) < 3e-5
+    narrow = run(cache, q)
+    cut = (wide.view(torch.int32) & -0x10000).view(torch.float32).bfloat16()  # how the interpreter makes bf16
+    assert ((narrow == cut) | (narrow == wide.bfloat16())).all()
+
+
+@pytest.mark.parametrize(("width", "group"), [(80, 3), (128, 1)])
+def test_widths_and_groups_that_are_no_power_of_two(make_cache: Any, width: int, group: int) -> None:
+    cache = make_cache([33, 257], heads=1, width=width)
+    q = queries(2, group, width, torch.float32)
+    assert relative_error(run(cache, q, 0.1), cache, q, 0.1) < 3e-5
+
+
+def test_agrees_with_the_reference_under_large_scores(make_cache: Any) -> None:
+    cache = make_cache([300, 64])
+    q = 30 * queries(2, 2, 64, torch.float32)
+    expected = reference.paged_decode_attention(
+        q, cache.k_planes, cache.v_planes, cache.block_tables, cache.context_lens, scale=0.125
+    )
+    torch.testing.assert_close(run(cache, q), expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+
+def test_a_row_has_the_same_bits_in_any_batch(make_cache: Any) -> None:
+    cache = make_cache([300, 17, 500, 64])
+    q = queries(4, 4, 64, torch.bfloat16)
+    together = run(cache, q)
+    for s in range(4):
+        one = slice(s, s + 1)
+        blocks = -(-int(cache.context_lens[s]) // 16)  # a shorter table means fewer splits in the grid
+        args = cache.k_planes, cache.v_planes, cache.block_tables[one, :blocks].contiguous(), cache.context_lens[one]
+        assert torch.equal(paged_decode_attention(q[one], *args, scale=0.125)[0], together[s])
+
+
+def test_every_number_of_the_output_is_written(make_cache: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = make_cache([65, 300])
+    cache.context_lens[0] = 0  # padding
+    q = queries(2, 4, 64, torch.float32)
+    honest = torch.empty, torch.empty_like
+    monkeypatch.setattr(paged_decode.torch, "empty", lambda *a, **k: honest[0](*a, **k).fill_(torch.nan))
+    monkeypatch.setattr(paged_decode.torch, "empty_like", lambda *a, **k: honest[1](*a, **k).fill_(torch.nan))
+    out = run(cache, q)
+    assert not out[0].any()
+    assert torch.isfinite(out[1]).all()
+    assert out[1].any()
+
+
+def test_what_does_not_fit_is_refused(make_cache: Any) -> None:
+    cache = make_cache([5], codec="bf16")
+    with pytest.raises(ValueError, match="FP8"):
+        run(cache, queries(1, 2, 64, torch.float32))
+    cache = make_cache([5])
+    with pytest.raises(ValueError, match="query heads"):
+        run(cache, queries(1, 3, 64, torch.float32))
+    with pytest.raises(ValueError, match="contiguous"):
+        run(cache, queries(1, 2, 64, torch.float16))
+    cache.context_lens = cache.context_lens.long()
+    with pytest.raises(ValueError, match="context_lens"):
+        run(cache, queries(1, 2, 64, torch.float32))
