@@ -1,6 +1,6 @@
 """Who is there, in which state, how loaded: fed by events, pure. Knows no network and reads no clock.
 
-    joining ── session up ──▶ live ◀── heard again ──▶ suspect          no word for 1 s, session broken, or steps stand still
+    joining ── session up ──▶ live ◀── heard again ──▶ suspect    no word for 1 s, no session, or no step
                                │                          │
                                └── says so ──▶ draining   └── neither announce nor session for 2 s ──▶ gone
 
@@ -65,6 +65,8 @@ class Worker:
     joined_s: float
     heard_s: float  # any word of it
     beat_s: float  # last word on its session
+    announcing: bool = True
+    welcomed: bool = False  # by its session, at least once in this life
     session_up: bool = False
     draining: bool = False
     silent: bool = False  # its session said nothing for suspect_after_s
@@ -81,7 +83,7 @@ class Worker:
     def state(self) -> WorkerState:
         """Where it stands now."""
         if not self.session_up:
-            return WorkerState.JOINING if self.beat_s < self.joined_s else WorkerState.SUSPECT
+            return WorkerState.SUSPECT if self.welcomed else WorkerState.JOINING
         if self.draining:
             return WorkerState.DRAINING
         return WorkerState.SUSPECT if self.silent or self.stalled else WorkerState.LIVE
@@ -122,15 +124,18 @@ class Fleet:
         self._workers: dict[str, Worker] = {}
         self._replaced: dict[str, deque[int]] = {}  # incarnations that may not come back
         self._ticked_s: float | None = None
-        self.num_lost = 0
+        self.num_lost = 0  # workers gone that had not said so
 
     # ------------------------------------------------------------------ events
 
     def announced(self, facts: WorkerFacts, now_s: float) -> list[FleetChange]:
-        """A worker said who it is. A new incarnation replaces the old one, whose requests are lost."""
+        """A word on a worker's announce stream, the first or a later one.
+
+        A new incarnation replaces the old one, whose requests are lost; a replaced one cannot come back.
+        """
         known = self._workers.get(facts.worker_id)
         if known is not None and known.facts.incarnation == facts.incarnation:
-            known.facts, known.role, known.heard_s = facts, facts.role, now_s
+            known.facts, known.role, known.heard_s, known.announcing = facts, facts.role, now_s, True
             return []
         if facts.incarnation in self._replaced.get(facts.worker_id, ()):
             return []  # a zombie of an earlier life
@@ -141,14 +146,9 @@ class Fleet:
             changes = self._gone(known, "a new incarnation took its place")
             self._replaced.setdefault(facts.worker_id, deque(maxlen=8)).append(known.facts.incarnation)
         self._workers[facts.worker_id] = Worker(
-            facts, joined_s=now_s, heard_s=now_s, beat_s=now_s - 1.0, step_changed_s=now_s, role=facts.role
+            facts, joined_s=now_s, heard_s=now_s, beat_s=now_s, step_changed_s=now_s, role=facts.role
         )
         return [*changes, FleetChange(Change.CONNECT, facts, "announced itself")]
-
-    def heard(self, key: WorkerKey, now_s: float) -> None:
-        """Its announce stream said something."""
-        if worker := self._find(key):
-            worker.heard_s = now_s
 
     def leaving(self, key: WorkerKey) -> None:
         """It said that it goes: no new work; what runs may end."""
@@ -158,14 +158,17 @@ class Fleet:
     def announce_ended(self, key: WorkerKey) -> list[FleetChange]:
         """Its announce stream is over. Alone that means little; without a session too, the worker is gone."""
         worker = self._find(key)
-        if worker is None or worker.session_up:
+        if worker is None:
+            return []
+        worker.announcing = False
+        if worker.session_up:
             return []
         return self._gone(worker, "its announce stream ended and it has no session")
 
     def session_up(self, key: WorkerKey, facts: WorkerFacts | None, now_s: float) -> None:
         """The worker welcomed this router."""
         if worker := self._find(key):
-            worker.session_up = True
+            worker.session_up = worker.welcomed = True
             worker.silent = worker.stalled = False
             worker.heard_s = worker.beat_s = worker.step_changed_s = now_s
             if facts is not None and facts.key == key:
@@ -177,10 +180,9 @@ class Fleet:
         if worker is None or not worker.session_up:
             return []
         worker.session_up = False
-        if worker.draining or now_s - worker.heard_s > self._limits.silent_after_s:
+        if worker.draining or not worker.announcing or now_s - worker.heard_s > self._limits.silent_after_s:
             return self._gone(worker, reason)
         worker.in_flight.clear()
-        self.num_lost += 1
         return [FleetChange(Change.LOST, worker.facts, reason)]
 
     def beat(self, key: WorkerKey, now_s: float, phase: str | None = None, steps: int | None = None) -> None:
@@ -290,6 +292,6 @@ class Fleet:
         self._ticked_s = now_s
         if pause_s > self._limits.suspect_after_s / 2:
             for worker in self._workers.values():
-                worker.heard_s += pause_s
-                worker.beat_s += pause_s
-                worker.step_changed_s += pause_s
+                worker.heard_s = min(now_s, worker.heard_s + pause_s)
+                worker.beat_s = min(now_s, worker.beat_s + pause_s)
+                worker.step_changed_s = min(now_s, worker.step_changed_s + pause_s)

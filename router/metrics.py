@@ -5,12 +5,14 @@ Knows no request and no worker: who measures calls in. All series that can be kn
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from ..core.request import FinishReason
+from .coefficients import FIELDS
 from .facts import LoadFacts, WorkerState
 
 _TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
@@ -110,6 +112,12 @@ class RouterMetrics:
             counter.labels(model)
         for reason in (FinishReason.STOP, FinishReason.LENGTH, FinishReason.CANCELLED, FinishReason.ERROR):
             self.success.labels(model, reason.value)
+
+    def forget_worker(self, worker_id: str) -> None:
+        """Drop the series of a worker that is gone."""
+        for name in FIELDS:
+            with contextlib.suppress(KeyError):
+                self.coefficient.remove(worker_id, name)
 
     def finished(self, figures: RequestFigures) -> None:
         """A request reached its end."""

@@ -7,8 +7,8 @@ look-ups for all of them together: each look-up ANDs the mask of workers still i
     blocks of a prompt   0 ────────── lo ───────── mid ───────── hi ── n
     a group of workers   holds [0, lo), may hold [lo, hi), certainly not more
 
-The map is a hint and never claims more than the workers said: an event that is missing takes a worker out until its next
-snapshot, and entries that are forgotten for the memory bound only shorten an answer.
+The map is a hint and never claims more than the workers said: an event that is missing takes a worker out until its
+next snapshot, and entries that are forgotten for the memory bound only shorten an answer.
 """
 
 from __future__ import annotations

@@ -1,0 +1,58 @@
+"""How fast a worker is, as it measured itself; guesses from its like until it has. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .facts import LoadFacts
+
+_SMOOTHING = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Coefficients:
+    """Prefilling u tokens after h held ones takes `a*u + b*u*(h + u/2)` ms; a decode step takes `decode_step_ms`."""
+
+    prefill_ms_per_token: float = 0.5  # a
+    prefill_ms_per_token_pair: float = 1e-5  # b
+    decode_step_ms: float = 20.0
+    handover_bytes_per_s: float = 5e8
+
+    def prefill_ms(self, uncached: int, held: int) -> float:
+        """Time to compute `uncached` tokens after `held` ones."""
+        pairs = uncached * (held + uncached / 2)
+        return self.prefill_ms_per_token * uncached + self.prefill_ms_per_token_pair * pairs
+
+
+DEFAULTS = Coefficients()
+FIELDS = ("prefill_ms_per_token", "prefill_ms_per_token_pair", "decode_step_ms", "handover_bytes_per_s")
+
+
+def guess(loads: Iterable[LoadFacts]) -> Coefficients:
+    """What to assume of a worker that measured nothing: the mean of those that did, else constants."""
+    reports = list(loads)
+    values = {}
+    for name in FIELDS:
+        measured = [value for report in reports if (value := getattr(report, name)) > 0]
+        values[name] = sum(measured) / len(measured) if measured else getattr(DEFAULTS, name)
+    return Coefficients(**values)
+
+
+def coefficients_of(load: LoadFacts, otherwise: Coefficients) -> Coefficients:
+    """A worker's own figures; `otherwise` where it has none yet."""
+    return Coefficients(**{name: getattr(load, name) or getattr(otherwise, name) for name in FIELDS})
+
+
+class PredictionError:
+    """How far predicted times to the first token are off, exponentially weighted over the last dozens of requests."""
+
+    def __init__(self) -> None:
+        self.mean_ratio: float | None = None  # of |predicted - measured| to measured
+
+    def note(self, predicted_ms: float, measured_ms: float) -> float:
+        """Take in one request; its own error ratio."""
+        ratio = abs(predicted_ms - measured_ms) / max(measured_ms, 0.1)
+        mean = ratio if self.mean_ratio is None else self.mean_ratio
+        self.mean_ratio = mean + _SMOOTHING * (ratio - mean)
+        return ratio

@@ -1,0 +1,67 @@
+"""What was decided and how it ended: the last requests in memory, and all of them as JSON lines if wanted.
+
+Bounded in both places. A disk that is full or broken costs the lines, never a request.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, TextIO
+
+log = logging.getLogger(__name__)
+
+
+class Journal:
+    """The decision log. Entries are what `explain` shows."""
+
+    def __init__(self, file: Path | None = None, max_entries: int = 2_000, max_file_bytes: int = 256 << 20) -> None:
+        self._entries: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        self._max_entries = max_entries
+        self._max_file_bytes = max_file_bytes
+        self._path = file
+        self._file: TextIO | None = None
+        self.num_lost_lines = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Note a request that is over; the oldest entry makes room."""
+        self._entries[entry["request_id"]] = entry
+        self._entries.move_to_end(entry["request_id"])
+        while len(self._entries) > self._max_entries:
+            self._entries.popitem(last=False)
+        if self._path is not None:
+            self._write(self._path, json.dumps(entry, separators=(",", ":")))
+
+    def find(self, request_id: str) -> dict[str, Any] | None:
+        """A recent request, or None."""
+        return self._entries.get(request_id)
+
+    def close(self) -> None:
+        """Flush and close the file."""
+        if self._file is not None:
+            try:
+                self._file.close()
+            except OSError as error:
+                log.warning("decision log %s: %s", self._path, error)
+            self._file = None
+
+    def _write(self, path: Path, line: str) -> None:
+        try:
+            if self._file is None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = path.open("a", encoding="utf-8")
+            self._file.write(line + "\n")
+            self._file.flush()
+            if self._file.tell() > self._max_file_bytes:
+                self.close()
+                path.replace(path.with_name(path.name + ".1"))  # one old file is kept
+        except OSError as error:
+            self.num_lost_lines += 1
+            if self.num_lost_lines == 1:
+                log.warning("decision log %s: %s; lines are lost until it can be written again", path, error)
+            self.close()

@@ -1,0 +1,186 @@
+"""One request under way: what was ordered, what came back, what the client still has to fetch. Knows no network."""
+
+from __future__ import annotations
+
+import asyncio
+from array import array
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..core.errors import TwostrokeError, WorkerLost
+from ..core.request import Epoch, FinishReason, Request
+from ..core.timeline import Instant, Timeline
+from ..kv.messages import adopt_instants, epoch_from_wire, error_from_wire, finish_from_wire
+from ..protos import worker_pb2
+from .delivery import Delivery, PieceBuffer, Verdict
+from .facts import ModelFacts, WorkerKey
+from .pieces import Piece, Usage
+from .policy import Choice
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """One time that the request was sent to a worker."""
+
+    epoch: Epoch
+    choice: Choice
+    at_s: float
+
+    @property
+    def decode(self) -> WorkerKey:
+        """Where its tokens come from."""
+        return self.choice.winner.decode.key
+
+
+class Run:
+    """The state of one request, from admission until its stream is closed."""
+
+    def __init__(self, request: Request, timeline: Timeline, model: ModelFacts, max_pieces: int) -> None:
+        self.request = request
+        self.timeline = timeline
+        self.model = model
+        self.delivery = Delivery(request.num_choices)
+        self.dispatches: list[Dispatch] = []
+        self.excluded: set[WorkerKey] = set()  # workers that failed it
+        self.error: TwostrokeError | None = None
+        self.settled = False  # the workers owe it nothing any more
+        self.token_gaps_s = array("d")
+        self.first_token_s: float | None = None
+        self.handovers: list[tuple[int, dict[str, Any]]] = []
+        self.deadline: asyncio.TimerHandle | None = None
+        self._last_token_s: dict[int, float] = {}
+        self._cached: dict[int, int] = {}
+        self._buffer = PieceBuffer(max_pieces)
+        self._wake = asyncio.Event()
+
+    @property
+    def request_id(self) -> str:
+        """Its name everywhere."""
+        return self.request.request_id
+
+    @property
+    def current(self) -> Dispatch | None:
+        """The living dispatch."""
+        return self.dispatches[-1] if self.dispatches else None
+
+    @property
+    def usage(self) -> Usage:
+        """As billed: the prompt once, every delivered token; cached is what no choice had to compute."""
+        cached = min(self._cached.values(), default=0)
+        return Usage(len(self.request.prompt_ids), self.delivery.completion_tokens, cached)
+
+    @property
+    def finish_reasons(self) -> tuple[FinishReason, ...]:
+        """Of the choices that ended."""
+        return tuple(reason for reason in self.delivery.finish_reasons if reason is not None)
+
+    def left_s(self, now_s: float) -> float:
+        """What is left of its deadline."""
+        return self.arrived_s + self.request.timeout_s - now_s
+
+    @property
+    def arrived_s(self) -> float:
+        """Where all its durations begin."""
+        arrived = self.timeline.at_s(Instant.ARRIVED)
+        assert arrived is not None
+        return arrived
+
+    # ------------------------------------------------------------------ what the worker sent
+
+    def take_tokens(self, output: worker_pb2.TokenOutput, now_s: float) -> Verdict:
+        """Add tokens to the stream if they are the next ones of the living epoch."""
+        count = len(output.token_ids)
+        verdict = self.delivery.tokens(output.choice, epoch_from_wire(output.epoch), output.first_index, count)
+        if verdict is Verdict.TAKE:
+            self._note_pace(output.choice, count, now_s)
+            piece = Piece(output.choice, output.first_index, tuple(output.token_ids), output.text)
+            self._put(piece, now_s)
+        return verdict
+
+    def take_end(self, end: worker_pb2.RequestEnd, now_s: float) -> Verdict | TwostrokeError:
+        """Add a choice's end to the stream. An error instead: the worker failed it; nothing was added."""
+        reason = finish_from_wire(end.reason)
+        epoch = epoch_from_wire(end.epoch)
+        if reason in (None, FinishReason.ERROR, FinishReason.CANCELLED):
+            current = self.current
+            if current is None or current.epoch != epoch or end.choice not in self.delivery.unfinished:
+                return Verdict.STALE_EPOCH
+            self._note_report(end)
+            return _failure(end)
+        verdict = self.delivery.end(end.choice, epoch, reason)
+        if verdict is not Verdict.TAKE:
+            return verdict
+        self._cached[end.choice] = end.usage.cached_tokens
+        self._note_report(end)
+        first_index = self.delivery.tokens_of(end.choice)
+        usage = None if self.delivery.unfinished else self.usage
+        self._put(Piece(end.choice, first_index, (), end.tail_text, reason, usage), now_s)
+        return verdict
+
+    def _note_pace(self, choice: int, count: int, now_s: float) -> None:
+        if self.first_token_s is None:
+            self.first_token_s = now_s
+        last_s = self._last_token_s.get(choice)
+        if last_s is not None and count:
+            self.token_gaps_s.extend([(now_s - last_s) / count] * count)
+        self._last_token_s[choice] = now_s
+
+    def _note_report(self, end: worker_pb2.RequestEnd) -> None:
+        current = self.current
+        assert current is not None
+        if end.choice == 0 or not self.handovers:
+            adopt_instants(self.timeline, end.timeline, current.at_s)
+        report = {field.name: getattr(end.handover, field.name) for field in end.handover.DESCRIPTOR.fields}
+        self.handovers.append((end.choice, report))
+
+    # ------------------------------------------------------------------ what the client fetches
+
+    def _put(self, piece: Piece, now_s: float) -> None:
+        self._buffer.put(piece, now_s)
+        self._wake.set()
+
+    def fail(self, error: TwostrokeError) -> None:
+        """The stream ends in this error, after the pieces that are there already. The first one counts."""
+        if self.error is None:
+            self.error = error
+        self._wake.set()
+
+    def is_slow(self, now_s: float, patience_s: float) -> bool:
+        """Whether the client has left its buffer full for too long."""
+        since_s = self._buffer.full_since_s
+        return since_s is not None and now_s - since_s > patience_s
+
+    async def next_piece(self) -> Piece | None:
+        """The next piece; None after the last one.
+
+        Raises:
+            TwostrokeError: the request failed, and everything before was fetched.
+        """
+        while True:
+            piece = self._buffer.take()
+            if piece is not None:
+                return piece
+            if self.error is not None:
+                raise self.error
+            if not self.delivery.unfinished:
+                return None
+            self._wake.clear()
+            await self._wake.wait()
+
+
+def _failure(end: worker_pb2.RequestEnd) -> TwostrokeError:
+    if end.HasField("error"):
+        return error_from_wire(end.error)
+    return WorkerLost("the worker gave the request up without a reason", retry_after_s=1.0)
+
+
+@dataclass(slots=True)
+class Runs:
+    """Requests by name: those that workers still owe something, and those whose stream is open."""
+
+    active: dict[str, Run] = field(default_factory=dict)
+    open: dict[str, Run] = field(default_factory=dict)
+
+    def on(self, key: WorkerKey) -> list[Run]:
+        """Active requests whose tokens come from this worker."""
+        return [run for run in self.active.values() if run.current is not None and run.current.decode == key]

@@ -1,0 +1,82 @@
+"""The router's facts from protobuf messages, and its orders as such. Knows no stream and no state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..core.errors import InvalidRequest
+from ..core.request import Epoch, Request
+from ..kv.messages import epoch_to_wire, role_from_wire, sampling_to_wire, spec_from_wire
+from ..protos import common_pb2, worker_pb2
+from .facts import LoadFacts, ModelFacts, WorkerFacts
+from .policy import WorkerView
+
+_LOAD_FIELDS = [name for name in LoadFacts.__dataclass_fields__ if name != "counters"]
+
+
+def worker_from_wire(info: common_pb2.WorkerInfo) -> WorkerFacts:
+    """Who a worker says it is.
+
+    Raises:
+        InvalidRequest: a field that routing needs is absent, or from a release that we cannot read.
+    """
+    for field in ("worker_id", "address", "incarnation", "num_kv_blocks", "block_tokens"):
+        if not getattr(info, field):
+            raise InvalidRequest(f"a worker announced itself without {field}", param=field)
+    if not info.model.name or not info.model.weights_fingerprint:
+        raise InvalidRequest("a worker announced itself without a model", param="model")
+    return WorkerFacts(
+        worker_id=info.worker_id,
+        incarnation=info.incarnation,
+        role=role_from_wire(info.role),
+        address=info.address,
+        model=_model_from(info.model),
+        num_kv_blocks=info.num_kv_blocks,
+        block_tokens=info.block_tokens,
+        max_num_seqs=max(1, info.max_num_seqs),
+        max_batch_tokens=info.max_batch_tokens,
+        pid=info.pid,
+        release=info.release,
+        capabilities=tuple(info.capabilities),
+    )
+
+
+def _model_from(model: common_pb2.ModelInfo) -> ModelFacts:
+    spec = spec_from_wire(model.kv_spec)
+    return ModelFacts(
+        name=model.name,
+        weights_fingerprint=model.weights_fingerprint,
+        numerics_class=model.numerics_class,
+        numerics_description=model.numerics_description,
+        max_model_len=model.max_model_len,
+        vocab_size=model.vocab_size,
+        deterministic=model.deterministic,
+        path=model.path,
+        kv_bytes_per_token=spec.bytes_per_token,
+        kv_bf16_bytes_per_token=spec.bf16_bytes_per_token,
+    )
+
+
+def load_from_wire(report: worker_pb2.LoadReport) -> LoadFacts:
+    """What a worker said about its load."""
+    values = {name: getattr(report, name) for name in _LOAD_FIELDS}
+    return LoadFacts(**values, counters=tuple(sorted(report.counters.items())))
+
+
+def submit_to_wire(
+    request: Request, choice: int, epoch: Epoch, peers: Sequence[WorkerView], left_s: float
+) -> worker_pb2.Submit:
+    """The order to run one choice of a request."""
+    return worker_pb2.Submit(
+        request_id=request.request_id,
+        choice=choice,
+        epoch=epoch_to_wire(epoch),
+        prompt_ids=request.prompt_ids,
+        sampling=sampling_to_wire(request.sampling),
+        isolation_domain=request.isolation_domain,
+        prefill_peers=[
+            worker_pb2.PrefillPeer(worker_id=p.worker_id, incarnation=p.key.incarnation, address=p.address)
+            for p in peers
+        ],
+        timeout_ms=max(1, round(left_s * 1e3)),
+    )
