@@ -1,0 +1,483 @@
+"""The core under random commands, with a store that remembers which prefix every cell was computed from."""
+
+import hashlib
+from collections import Counter
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from twostroke.core.request import FinishReason, SamplingParams, SequenceKey
+from twostroke.decode_worker.policy import DecodePolicy, combined_policy
+from twostroke.kv.block import chain
+from twostroke.kv.pool import BlockPool
+from twostroke.kv.prefix import PrefixCache
+from twostroke.model.core import CoreLimits, EngineCore
+from twostroke.model.link import (
+    AskSnapshot,
+    Bind,
+    BlocksFetched,
+    Bound,
+    CacheDelta,
+    CacheSnapshot,
+    CancelSequence,
+    Ended,
+    FetchBlocks,
+    KvComplete,
+    KvRead,
+    Offered,
+    PeerBound,
+    PeerNotYet,
+    PrefillLocally,
+    Progress,
+    Promised,
+    ReadKv,
+    Release,
+    Source,
+    StepTokens,
+    Stop,
+    Submit,
+    WriteKv,
+)
+from twostroke.model.plan import StepPlan, StepResult
+from twostroke.model.policy import StepLimits
+from twostroke.model.store_op import FetchOp, ReadOp, WriteOp
+from twostroke.prefill_worker.policy import PrefillPolicy
+
+EOS, KEY, ROOT = 0, b"cluster", b"root"
+VOCAB = 11
+
+
+def cell_after(previous: bytes, token_id: int) -> bytes:
+    """What the "KV" of a token is: it stands for exactly the prefix that ends there."""
+    return hashlib.blake2b(previous + token_id.to_bytes(4, "little"), digest_size=8).digest()
+
+
+def cells_of(tokens) -> list[bytes]:
+    cells, previous = [], b""
+    for token in tokens:
+        previous = cell_after(previous, token)
+        cells.append(previous)
+    return cells
+
+
+def next_token(cell: bytes, num_generated: int) -> int:
+    return int.from_bytes(cell_after(cell, num_generated), "little") % VOCAB
+
+
+def oracle(prompt, params: SamplingParams, num_emitted: int) -> list[int]:
+    """What the choice generates where nothing ever goes wrong, from its first token in this dispatch on."""
+    tokens, generated = list(prompt), num_emitted
+    while True:
+        tokens.append(next_token(cells_of(tokens)[-1], generated))
+        generated += 1
+        if tokens[-1] == EOS or generated == params.max_tokens:
+            return tokens[len(prompt) :]
+
+
+class FakeStore:
+    """Cells by (block, place); also the runner. Any cell that is not this very prefix's, in this use, is an error."""
+
+    def __init__(self, block_tokens: int) -> None:
+        self.block_tokens = block_tokens
+        self.cells: dict[tuple[int, int], tuple[int, bytes]] = {}
+
+    def read(self, table, generations, start: int, count: int) -> list[bytes]:
+        found = []
+        for place in range(start, start + count):
+            index = place // self.block_tokens
+            generation, cell = self.cells[table[index], place % self.block_tokens]
+            assert generation == generations[index], f"block {table[index]} changed hands"
+            found.append(cell)
+        return found
+
+    def write(self, table, generations, start: int, cells) -> None:
+        for place, cell in enumerate(cells, start):
+            index = place // self.block_tokens
+            self.cells[table[index], place % self.block_tokens] = (generations[index], cell)
+
+    def run(self, plan: StepPlan) -> StepResult:
+        rows = []
+        for step in plan.sequences:
+            previous = self.read(step.block_table, step.generations, 0, step.start)
+            fresh = []
+            for token in step.token_ids:
+                fresh.append(cell_after(([b"", *previous] + fresh)[-1], token))
+            self.write(step.block_table, step.generations, step.start, fresh)
+            rows.append((next_token(fresh[-1], step.num_generated),) if step.samples else ())
+        return StepResult(plan.step, tuple(rows))
+
+
+class Face:
+    """What the face knows of one sequence."""
+
+    def __init__(self, submit: Submit) -> None:
+        self.submit = submit
+        self.truth = oracle(submit.prompt_ids, submit.params, submit.num_emitted)
+        self.cells = cells_of([*submit.prompt_ids, *self.truth])
+        self.tokens: list[int] = []
+        self.held = self.computed = self.written = 0
+        self.is_bound = self.is_local = False
+
+
+class CoreMachine(RuleBasedStateMachine):
+    """Random commands and steps; afterwards everything drains."""
+
+    @initialize(
+        num_blocks=st.integers(3, 14),
+        span=st.sampled_from([16, 32]),
+        seqs=st.integers(1, 5),
+        batch=st.sampled_from([16, 32, 48, 96]),
+    )
+    def begin(self, num_blocks, span, seqs, batch):
+        self.limits = StepLimits(seqs, batch, 6, 400)
+        self.pool = BlockPool(num_blocks, span)
+        prefix = PrefixCache(self.pool)
+        self.core = EngineCore(
+            CoreLimits(), self.pool, prefix, combined_policy(self.limits), eos_ids=[EOS], key=KEY
+        )
+        self.store = FakeStore(span)
+        self.faces: dict[SequenceKey, Face] = {}
+        self.known: set[bytes] = set()  # what a watcher of the cache believes
+        self.last_delta = 0
+        self.submitted, self.ended = 0, Counter()
+        self.now_s = 0.0
+        self.flight: StepPlan | None = None
+
+    # ------------------------------------------------------------------ the face
+
+    @rule(
+        source=st.sampled_from(Source),
+        family=st.integers(0, 2),
+        length=st.integers(1, 120),
+        max_tokens=st.integers(1, 40),
+        emitted=st.integers(0, 3),
+        priority=st.integers(0, 1),
+        patience=st.none() | st.floats(0.5, 20),
+    )
+    def submit(self, source, family, length, max_tokens, emitted, priority, patience):
+        self.submitted += 1
+        key = SequenceKey(f"r{self.submitted}", 0)
+        common = min(length - 1, 20 + 16 * family)  # prompts of one family share a prefix
+        prompt = tuple(3 + (place * (family + 3)) % 5 for place in range(common))
+        prompt += tuple(3 + (place * self.submitted) % 7 for place in range(common, length))
+        submit = Submit(
+            key=key,
+            source=source,
+            prompt_ids=prompt,
+            identities=tuple(chain(KEY, ROOT, prompt)),
+            identity_root=ROOT,
+            params=SamplingParams(max_tokens=max_tokens),
+            num_emitted=min(emitted, length - 1, max_tokens - 1),
+            priority=priority,
+            deadline_s=None if patience is None else self.now_s + patience,
+        )
+        self.faces[key] = Face(submit)
+        self.hear(self.core.handle(submit, self.now_s))
+
+    def some(self, data) -> SequenceKey:
+        return data.draw(st.sampled_from(sorted(self.faces)), label="of")
+
+    @precondition(lambda self: self.faces)
+    @rule(data=st.data(), kind=st.sampled_from([Bind, PeerBound, PeerNotYet, Release, CancelSequence]))
+    def say(self, data, kind):
+        self.hear(self.core.handle(kind(self.some(data)), self.now_s))
+
+    @precondition(lambda self: self.faces)
+    @rule(data=st.data(), size=st.integers(1, 3))
+    def write(self, data, size):
+        """The next frame of a hand-over, or one for whoever does not expect it."""
+        key = self.some(data)
+        self.write_next(key, size)
+
+    def write_next(self, key: SequenceKey, size: int) -> None:
+        face = self.faces[key]
+        start = max(face.held, face.written)
+        end = min(start + 16 * size, len(face.submit.prompt_ids))
+        if end > start:
+            sections = tuple(face.cells[start:end])
+            self.hear(self.core.handle(WriteKv(key, start, end - start, sections), self.now_s))
+            if face.is_bound:
+                face.written = end
+
+    @precondition(lambda self: self.faces)
+    @rule(data=st.data())
+    def complete(self, data):
+        """Also with gaps: the core must notice."""
+        key = self.some(data)
+        self.expect_first(key, self.core.handle(KvComplete(key, self.faces[key].truth[0]), self.now_s))
+
+    def expect_first(self, key: SequenceKey, outbox) -> None:
+        face = self.faces[key]
+        if face.is_bound and not face.is_local:
+            face.tokens.append(face.truth[0])  # it came over the hand-over
+            face.is_local = True
+        self.hear(outbox)
+
+    @precondition(lambda self: self.faces)
+    @rule(data=st.data(), knows_first=st.booleans(), kept=st.integers(0, 120))
+    def peer_lost(self, data, knows_first, kept):
+        key = self.some(data)
+        face = self.faces[key]
+        if face.submit.source is not Source.PEER or face.is_local:
+            return
+        face.is_local = True
+        if knows_first:
+            face.tokens.append(face.truth[0])
+        first = face.truth[0] if knows_first else None
+        self.hear(self.core.handle(PrefillLocally(key, kept, first), self.now_s))
+
+    @precondition(lambda self: self.faces)
+    @rule(data=st.data(), start=st.integers(0, 6), count=st.integers(1, 100))
+    def read(self, data, start, count):
+        key = self.some(data)
+        count = min(count, max(self.faces[key].computed - 16 * start, 1))
+        self.hear(self.core.handle(ReadKv(key, 16 * start, count), self.now_s))
+
+    @precondition(lambda self: self.faces)
+    @rule(data=st.data(), first=st.integers(0, 3))
+    def fetch(self, data, first):
+        face = self.faces[self.some(data)]
+        identities = face.submit.identities[first:]
+        self.fetched_cells = face.cells[16 * first :]
+        self.hear(self.core.handle(FetchBlocks(1, identities, 16 * first), self.now_s))
+
+    @rule()
+    def ask_snapshot(self):
+        self.hear(self.core.handle(AskSnapshot(), self.now_s))
+
+    @rule(kind=st.sampled_from([PrefillPolicy, DecodePolicy, combined_policy]))
+    def change_role(self, kind):
+        self.core.set_policy(kind(self.limits))
+
+    # ------------------------------------------------------------------ the loop
+
+    @precondition(lambda self: self.flight is None)
+    @rule(pause_s=st.floats(0, 1))
+    def begin_step(self, pause_s):
+        self.now_s += pause_s
+        self.hear(self.core.tick(self.now_s))
+        self.flight = self.core.plan(self.now_s)
+        if self.flight is not None:
+            self.check_plan(self.flight)
+
+    @precondition(lambda self: self.flight is not None)
+    @rule(fate=st.sampled_from(["fine"] * 8 + ["fails", "not finite"]))
+    def end_step(self, fate):
+        plan, self.flight = self.flight, None
+        if fate == "fails":
+            self.hear(self.core.fail_step(plan, "internal_error", "boom"))
+            return
+        result = self.store.run(plan)
+        if fate == "not finite":
+            bad = plan.sequences[0].key
+            result = StepResult(plan.step, ((), *result.tokens[1:]), frozenset({bad}))
+        self.hear(self.core.apply(plan, result, self.now_s))
+
+    @precondition(lambda self: self.flight is None)
+    @rule(steps=st.integers(2, 12))
+    def run(self, steps):
+        for _ in range(steps):
+            self.begin_step(0.01)
+            if self.flight is None:
+                break
+            self.end_step("fine")
+
+    def check_plan(self, plan: StepPlan) -> None:
+        budget = self.core.policy.budget(0)
+        assert 0 < plan.num_tokens <= budget.max_batch_tokens
+        assert len(plan.sequences) <= budget.max_seqs
+        assert len({step.key for step in plan.sequences}) == len(plan.sequences)
+        for step in plan.sequences:
+            known = [*self.faces[step.key].submit.prompt_ids, *self.faces[step.key].truth]
+            assert list(step.token_ids) == known[step.start : step.end], "ids that are not the sequence's"
+            assert len(step.block_table) * self.pool.block_tokens >= step.end
+
+    # ------------------------------------------------------------------ what the face hears
+
+    def hear(self, outbox) -> None:
+        for item in outbox:
+            face = self.faces.get(getattr(item, "key", None))
+            match item:
+                case ReadOp() | WriteOp() | FetchOp():
+                    self.execute(item)
+                case Promised():
+                    face.held = item.held_tokens
+                case Bound():
+                    face.is_bound = True
+                case Progress():
+                    assert item.num_computed > face.computed
+                    assert item.began == (face.computed == 0)
+                    face.computed = item.num_computed
+                case StepTokens():
+                    for news in item.news:
+                        face = self.faces[news.key]
+                        assert news.first_index == face.submit.num_emitted + len(face.tokens)
+                        face.tokens += news.token_ids
+                        assert face.tokens == face.truth[: len(face.tokens)], "a wrong, lost or doubled token"
+                case Ended():
+                    self.ended[item.key] += 1
+                    face = self.faces.pop(item.key)
+                    if face.submit.source is not Source.FOR_PEER and item.reason in ("stop", "length"):
+                        assert face.tokens == face.truth
+                case CacheDelta():
+                    assert item.sequence == self.last_delta + 1
+                    self.last_delta += 1
+                    assert not self.known & set(item.stored)
+                    assert self.known >= set(item.removed)
+                    self.known = (self.known | set(item.stored)) - set(item.removed)
+                case CacheSnapshot():
+                    assert (item.sequence, set(item.identities)) == (self.last_delta, self.known)
+
+    def execute(self, op) -> None:
+        if isinstance(op, WriteOp):
+            assert all(self.pool.owners(block) == 1 for block in op.block_table[op.token_start // 32 :][-1:])
+            self.store.write(op.block_table, op.generations, op.token_start, op.sections)
+            return
+        cells = self.store.read(op.block_table, op.generations, op.token_start, op.token_count)
+        truth = self.fetched_cells if isinstance(op, FetchOp) else self.faces[op.key].cells[op.token_start :]
+        assert cells == truth[: op.token_count], "KV of another prefix"
+
+    # ------------------------------------------------------------------ always, and in the end
+
+    @invariant()
+    def everything_adds_up(self):
+        if not hasattr(self, "core"):
+            return
+        self.core.check_integrity()
+        assert set(self.core.states()) == set(self.faces)
+        assert all(count == 1 for count in self.ended.values())
+        assert len(self.ended) + len(self.faces) == self.submitted
+        assert self.pool.allocated_total - self.pool.freed_total == self.pool.num_live
+
+    def teardown(self):
+        if hasattr(self, "core"):
+            self.drain()
+
+    def drain(self):
+        """Peers answer, nobody cancels: every sequence ends, within a bounded number of steps."""
+        if self.flight is not None:
+            self.end_step("fine")
+        for _ in range(400 * (1 + len(self.faces))):
+            if not self.faces:
+                break
+            for key, state in list(self.core.states().items()):
+                face = self.faces.get(key)
+                if face is not None:
+                    self.answer(key, face, state.name)
+            self.begin_step(0.0)
+            if self.flight is not None:
+                self.end_step("fine")
+        assert not self.faces, f"stuck: {self.core.states()}"
+        self.hear(self.core.handle(AskSnapshot(), self.now_s))
+        assert self.pool.num_live == 0
+        assert self.core.load(self.now_s).promised_blocks == 0
+
+    def answer(self, key: SequenceKey, face: Face, state: str) -> None:
+        match state:
+            case "PROMISED":
+                self.hear(self.core.handle(Bind(key), self.now_s))
+            case "BOUND":
+                self.write_next(key, 10)
+                self.expect_first(key, self.core.handle(KvComplete(key, face.truth[0]), self.now_s))
+            case "OFFERED" | "PARKED":
+                self.hear(self.core.handle(PeerBound(key), self.now_s))
+            case "HELD":
+                self.hear(self.core.handle(ReadKv(key, 0, len(face.submit.prompt_ids)), self.now_s))
+                self.hear(self.core.handle(Release(key), self.now_s))
+
+
+CoreMachine.TestCase.settings = settings(
+    max_examples=150,
+    stateful_step_count=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
+TestRandomLives = CoreMachine.TestCase
+
+
+# ------------------------------------------------------------------ one thing at a time
+
+
+def small_core(num_blocks: int = 8, **limits) -> EngineCore:
+    pool = BlockPool(num_blocks, 16)
+    policy = combined_policy(StepLimits(**limits))
+    return EngineCore(CoreLimits(), pool, PrefixCache(pool), policy, eos_ids=[EOS], key=KEY)
+
+
+def local(name: str, length: int = 20, max_tokens: int = 4) -> Submit:
+    prompt = tuple(range(3, 3 + length))
+    return Submit(SequenceKey(name, 0), Source.LOCAL, prompt, (), ROOT, SamplingParams(max_tokens))
+
+
+def test_a_cancel_during_a_step_keeps_the_blocks_until_its_end():
+    core = small_core()
+    core.handle(local("a"), 0.0)
+    core.tick(0.0)
+    plan = core.plan(0.0)
+    free = core.load(0.0).free_blocks
+    assert core.handle(CancelSequence(SequenceKey("a", 0)), 0.0) == []
+    assert core.load(0.0).free_blocks == free
+    out = core.apply(plan, StepResult(plan.step, ((5,),)), 0.0)
+    assert [type(item) for item in out] == [Ended, CacheDelta]
+    assert out[0].reason is FinishReason.CANCELLED
+    assert core.load(0.0).free_blocks == 8
+
+
+def test_a_sequence_whose_numbers_are_not_finite_ends_with_a_type_and_publishes_nothing():
+    core = small_core()
+    core.handle(local("a", 40), 0.0)
+    core.tick(0.0)
+    plan = core.plan(0.0)
+    (ended,) = core.apply(plan, StepResult(plan.step, ((),), frozenset({plan.sequences[0].key})), 0.0)
+    assert (ended.reason, ended.error_code) == (FinishReason.ERROR, "non_finite_kv")
+    assert core.load(0.0).cached_blocks == 0
+
+
+def test_too_long_says_the_numbers():
+    core = small_core(num_blocks=4)
+    (ended,) = core.handle(local("a", 60, 30), 0.0)
+    assert ended.error_code == "context_length_exceeded"
+    assert "90 tokens" in ended.error_message
+    assert "6 KV blocks of 16" in ended.error_message
+
+
+@pytest.mark.parametrize("kind", [Bind, PeerBound, PeerNotYet, Release, CancelSequence])
+def test_commands_for_nobody_are_counted(kind):
+    core = small_core()
+    assert core.handle(kind(SequenceKey("gone", 0)), 0.0) == []
+    assert core.counters["command_for_unknown_sequence"] == 1
+
+
+def test_a_key_can_be_used_again_after_its_end():
+    core = small_core()
+    core.handle(local("a"), 0.0)
+    core.handle(local("a"), 0.0)
+    assert core.counters["duplicate_submit"] == 1
+    core.handle(CancelSequence(SequenceKey("a", 0)), 0.0)
+    assert core.handle(local("a"), 0.0) == []
+    assert core.num_live == 1
+
+
+def test_reads_of_what_is_gone_are_answered():
+    core = small_core()
+    assert core.handle(ReadKv(SequenceKey("gone", 0), 0, 16), 0.0) == [KvRead(SequenceKey("gone", 0), 0, 16, None)]
+    assert core.handle(FetchBlocks(3, (b"x" * 16,), 0), 0.0) == [BlocksFetched(3, 0, ())]
+
+
+def test_offers_are_made_once():
+    core = small_core()
+    core.handle(Submit(SequenceKey("a", 0), Source.FOR_PEER, (4,) * 20, (), ROOT, SamplingParams(4)), 0.0)
+    assert core.tick(0.0) == [Offered(SequenceKey("a", 0), 0)]
+    assert core.tick(0.0) == []
+
+
+def test_stop_ends_everything_and_takes_nothing_in():
+    core = small_core()
+    core.handle(local("a"), 0.0)
+    core.handle(local("b"), 0.0)
+    assert [item.reason for item in core.handle(Stop(), 0.0)] == [FinishReason.CANCELLED] * 2
+    assert [item.reason for item in core.handle(local("c"), 0.0)] == [FinishReason.CANCELLED]
+    assert core.num_live == 0

@@ -1,0 +1,247 @@
+"""Runs the transcripts of the scheduler and of both policies: commands in, events and plans out, one file per behaviour.
+
+A transcript opens with facts (`pool 8 blocks of 16`, `policy combined`, `seqs 8`, `batch 64`, `waiting 10`), then has
+commands, each with everything that must come of it, indented:
+
+    submit a local 40 max=4          # like=b:32 shares b's first 32 tokens, generated ones too; emitted=, priority=, …
+    step                             # tick, plan, apply; `step 3`: three times; `quiet 3`: without a word; `broken`: fails
+        promised a held=0
+        plan a[0,40)*                # computed positions; * samples
+        tokens a#0
+    at 2.5                           # the clock
+    = a decoding | free 5, promised 0
+
+The prompt of each name is its own; the k-th generated token of a sequence is end-of-text where `eos=k` says so.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from twostroke.core.request import FinishReason, SamplingParams, SequenceKey
+from twostroke.decode_worker.policy import DecodePolicy, combined_policy
+from twostroke.kv.block import chain
+from twostroke.kv.pool import BlockPool
+from twostroke.kv.prefix import PrefixCache
+from twostroke.model.core import CoreLimits, EngineCore
+from twostroke.model.link import (
+    AskSnapshot,
+    Bind,
+    BlocksFetched,
+    Bound,
+    CacheDelta,
+    CacheSnapshot,
+    CancelSequence,
+    Ended,
+    FetchBlocks,
+    KvComplete,
+    KvRead,
+    NotYet,
+    Offered,
+    PeerBound,
+    PeerNotYet,
+    PrefillLocally,
+    Progress,
+    Promised,
+    ReadKv,
+    Release,
+    Source,
+    StepTokens,
+    Stop,
+    Submit,
+    WriteKv,
+)
+from twostroke.model.plan import StepResult
+from twostroke.model.policy import StepLimits
+from twostroke.model.store_op import FetchOp, ReadOp, WriteOp
+from twostroke.prefill_worker.policy import PrefillPolicy
+
+FOLDER = Path(__file__).parents[1] / "scenarios"
+SCENARIOS = sorted(p for part in ("schedule", "prefill_policy", "decode_policy") for p in (FOLDER / part).glob("*.txt"))
+POLICIES = {"prefill": PrefillPolicy, "decode": DecodePolicy, "combined": combined_policy}
+EOS, KEY, ROOT = 1, b"cluster", b"root"
+
+
+def test_there_are_transcripts():
+    assert len(SCENARIOS) >= 20
+
+
+@pytest.mark.parametrize("path", SCENARIOS, ids=[f"{path.parent.name}/{path.stem}" for path in SCENARIOS])
+def test_transcript(path):
+    lines = [line.split("  #")[0].rstrip() for line in path.read_text().splitlines()]
+    wanted = [line for line in lines if line and not line.startswith("#")]
+    assert "\n".join(play(wanted)) == "\n".join(wanted)
+
+
+def play(lines: list[str]) -> list[str]:
+    """The transcript as it is: its commands, each with what came of it."""
+    stage, actual = Stage(), []
+    for line in lines:
+        if line.startswith("= "):
+            actual.append(f"= {stage.state()}")
+        elif not line[0].isspace():
+            actual += [line, *(f"    {word}" for word in stage.play(line))]
+    return actual
+
+
+class Stage:
+    def __init__(self):
+        self.facts = {"pool": 8, "block": 16, "policy": "combined", "seqs": 8, "batch": 64, "waiting": 10}
+        self.core = None
+        self.now_s = 0.0
+        self.prompts, self.eos = {}, {}
+
+    def play(self, line: str) -> list[str]:
+        word, *rest = line.split()
+        if self.core is None and word in self.facts:
+            if word == "pool":
+                rest, self.facts["block"] = rest[:1], int(rest[-1])
+            self.facts[word] = rest[0] if word == "policy" else int(rest[0])
+            return []
+        if self.core is None:
+            self.pool = BlockPool(self.facts["pool"], self.facts["block"])
+            prefix = PrefixCache(self.pool)
+            self.core = EngineCore(CoreLimits(512), self.pool, prefix, self.policy(), eos_ids=[EOS], key=KEY)
+        out = self.do(word, rest)
+        self.core.check_integrity()
+        return [text for item in out for text in ([item] if isinstance(item, str) else said(item))]
+
+    def policy(self):
+        facts = self.facts
+        return POLICIES[facts["policy"]](StepLimits(facts["seqs"], facts["batch"], facts["waiting"], 2000))
+
+    def do(self, word: str, rest: list[str]) -> list:
+        names = [w for w in rest if "=" not in w]
+        values = dict(w.split("=") for w in rest if "=" in w)
+        if word == "at":
+            self.now_s = float(names[0])
+            return []
+        if word == "policy":
+            self.facts["policy"] = names[0]
+            self.core.set_policy(self.policy())
+            return []
+        if word in ("step", "broken"):
+            times = int(names[0]) if names and word == "step" else 1
+            return [item for _ in range(times) for item in self.step(fails=word == "broken")]
+        if word == "quiet":
+            for _ in range(int(names[0])):
+                self.step(fails=False)
+            return []
+        if word == "tick":
+            return self.core.tick(self.now_s)
+        return self.core.handle(self.command(word, names, values), self.now_s)
+
+    def command(self, word: str, names: list[str], values: dict[str, str]):
+        key = SequenceKey(names[0], 0) if names else None
+        if word == "submit":
+            return self.submit(key, names, values)
+        start, _, count = (names[1] if len(names) > 1 else "").partition("+")
+        match word:
+            case "bind":
+                return Bind(key)
+            case "write":
+                return WriteKv(key, int(start), int(count), ())
+            case "read":
+                return ReadKv(key, int(start), int(count))
+            case "complete":
+                return KvComplete(key, int(values["first"]))
+            case "locally":
+                first = int(values["first"]) if "first" in values else None
+                return PrefillLocally(key, int(values["kept"]), first)
+            case "peer_bound":
+                return PeerBound(key)
+            case "peer_not_yet":
+                return PeerNotYet(key)
+            case "release":
+                return Release(key)
+            case "cancel":
+                return CancelSequence(key, FinishReason(values.get("reason", "cancelled")))
+            case "fetch":
+                first = int(start)
+                identities = chain(KEY, ROOT, self.prompts[key.request_id])
+                return FetchBlocks(1, tuple(identities[first // 16 : (first + int(count)) // 16]), first)
+            case "snapshot":
+                return AskSnapshot()
+            case "stop":
+                return Stop()
+        raise AssertionError(f"no such command: {word}")
+
+    def submit(self, key, names, values) -> Submit:
+        name, source, length = key.request_id, names[1], int(names[2])
+        prompt = [1000 * ord(name[0]) + 100 * len(name) + place for place in range(length)]
+        if "like" in values:
+            other, _, shared = values["like"].partition(":")
+            prompt[: int(shared)] = self.prompts[other][: int(shared)]
+        self.prompts[name] = prompt
+        if "eos" in values:
+            self.eos[key] = int(values["eos"])
+        return Submit(
+            key=key,
+            source=Source[source.upper()],
+            prompt_ids=tuple(prompt),
+            identities=tuple(chain(KEY, ROOT, prompt)),
+            identity_root=ROOT,
+            params=SamplingParams(max_tokens=int(values.get("max", 100)), min_tokens=int(values.get("min", 0))),
+            num_emitted=int(values.get("emitted", 0)),
+            priority=int(values.get("priority", 0)),
+            deadline_s=float(values["deadline"]) if "deadline" in values else None,
+        )
+
+    def step(self, *, fails: bool) -> list:
+        out = self.core.tick(self.now_s)
+        plan = self.core.plan(self.now_s)
+        if plan is None:
+            return [*out, "plan nothing"]
+        parts = [f"{s.key.request_id}[{s.start},{s.end}){'*' if s.samples else ''}" for s in plan.sequences]
+        out.append("plan " + " ".join(parts))
+        if fails:
+            return out + self.core.fail_step(plan, "internal_error", "boom")
+        tokens = tuple(
+            ((EOS if self.eos.get(s.key) == s.num_generated else 50_000 + s.end),) if s.samples else ()
+            for s in plan.sequences
+        )
+        for sequence, sampled in zip(plan.sequences, tokens, strict=True):
+            self.prompts[sequence.key.request_id] += sampled
+        return out + self.core.apply(plan, StepResult(plan.step, tokens), self.now_s)
+
+    def state(self) -> str:
+        states = ", ".join(f"{key.request_id} {state.name.lower()}" for key, state in self.core.states().items())
+        promised = self.core.load(self.now_s).promised_blocks
+        return f"{states or 'nothing'} | free {self.pool.num_free}, promised {promised}"
+
+
+def said(item) -> list[str]:
+    """An event or operation in words."""
+    name = item.key.request_id if hasattr(item, "key") else ""
+    match item:
+        case Promised():
+            return [f"promised {name} held={item.held_tokens}"]
+        case Offered():
+            return [f"offered {name} cached={item.cached_tokens}"]
+        case Bound():
+            return [f"bound {name}"]
+        case NotYet():
+            return [f"not_yet {name}"]
+        case Progress():
+            return [f"progress {name} {item.num_computed}{' began' if item.began else ''}"]
+        case StepTokens():
+            return ["tokens " + " ".join(f"{news.key.request_id}#{news.first_index}" for news in item.news)]
+        case Ended():
+            preempted = f" preempted={item.preemptions}" if item.preemptions else ""
+            cached = f" cached={item.cached_tokens}" if item.cached_tokens else ""
+            return [f"ended {name} {item.error_code or item.reason.value}{cached}{preempted}"]
+        case CacheDelta():
+            return [f"cache #{item.sequence} +{len(item.stored)} -{len(item.removed)}"]
+        case CacheSnapshot():
+            return [f"snapshot #{item.sequence} of {len(item.identities)}"]
+        case KvRead():
+            return [f"no kv {name} {item.token_start}+{item.token_count}"]
+        case BlocksFetched():
+            return [f"fetched {item.num_blocks}"]
+        case ReadOp():
+            return [f"read {name} {item.token_start}+{item.token_count} from {len(item.block_table)} blocks"]
+        case WriteOp():
+            return [f"write {name} {item.token_start}+{item.token_count} into {len(item.block_table)} blocks"]
+        case FetchOp():
+            return [f"fetch {item.token_start}+{item.token_count}"]
+    raise AssertionError(f"no words for {item}")
