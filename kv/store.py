@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,9 +24,7 @@ from .block import BlockId
 from .codec import U8, Codec, transcode
 from .digest import U64, frame_digests, places, unit_digests
 from .spec import HASH_BLOCK_TOKENS, Component, KvSpec
-
-if TYPE_CHECKING:
-    from .wire import SectionData
+from .wire import SectionData
 
 _NOT_SEALED = -1
 
@@ -177,40 +174,24 @@ class KvStore:
             sections.append(_section(store.component, payload, scales, digests))
         return tuple(sections)
 
-    def read_hash_blocks(
-        self, blocks: Sequence[BlockId], generations: Sequence[int], first_token: int
-    ) -> tuple[SectionData, ...]:
-        """Whole hash blocks, wherever they lie: `blocks[i]` holds tokens from first_token + 16 * i of a sequence on.
-
-        Raises:
-            KvCorrupted: as `read_tokens`.
-        """
-        table = list(blocks[:1]) * (first_token // self.block_tokens)
-        uses = list(generations[:1]) * len(table)
-        for i, (block, generation) in enumerate(zip(blocks, generations, strict=True)):
-            if (first_token + i * HASH_BLOCK_TOKENS) // self.block_tokens == len(table):
-                table.append(block)
-                uses.append(generation)
-        return self.read_tokens(HeldTokens(table, uses, first_token, len(blocks) * HASH_BLOCK_TOKENS))
-
     def write_tokens(self, held: HeldTokens, sections: Sequence[SectionData]) -> None:
         """Store planes that were verified on arrival, with their digests; another codec's rows are translated and
-        sealed anew. All components, layers and heads of this rank must be there.
+        sealed anew. Sections may cut layers and heads, but together hold all of this rank's; other groups are ignored.
 
         Raises:
-            KvCorrupted: translating met a number that is not finite.
+            KvCorrupted: layers or heads are missing, or translating met a number that is not finite.
         """
         blocks, units, generations = self._places(held)
-        by_name = {section.component: section for section in sections if section.group == self.spec.main.name}
+        sections = [section for section in sections if section.group == self.spec.main.name]
         for store in self._components:
-            section = by_name[store.component.name]
-            codec = Codec(section.codec)
-            encoded = transcode(section.payload, section.scales, codec, store.codec)
-            if encoded.non_finite:
-                raise KvCorrupted(f"{encoded.non_finite} rows of {section.component} are not finite")
-            self._scatter(store, held, encoded.payload, encoded.scales)
-            same = codec is store.codec
-            store.digests[:, :, blocks, units] = section.digests if same else self._digest(store, held)
+            mine = [section for section in sections if section.component == store.component.name]
+            covered = sum(section.layer_count * section.head_count for section in mine)
+            if covered != len(self._layers) * store.component.heads:
+                raise KvCorrupted(f"sections hold {covered} layer-heads of {store.component.name}, not each one once")
+            for section in mine:
+                self._write_section(store, held, section)
+            if any(Codec(section.codec) is not store.codec for section in mine):
+                store.digests[:, :, blocks, units] = self._digest(store, held)
         self._mark_sealed(held, blocks, units, generations)
 
     # ------------------------------------------------------------------ inside
@@ -288,20 +269,25 @@ class KvStore:
 
         return take(store.payload_view), None if store.scales_view is None else take(store.scales_view)
 
-    def _scatter(self, store: _ComponentStore, held: HeldTokens, payload: U8, scales: U8 | None) -> None:
+    def _write_section(self, store: _ComponentStore, held: HeldTokens, section: SectionData) -> None:
+        encoded = transcode(section.payload, section.scales, Codec(section.codec), store.codec)
+        if encoded.non_finite:
+            raise KvCorrupted(f"{encoded.non_finite} rows of {section.component} are not finite")
+        layers = slice(section.layer_start, section.layer_start + section.layer_count)
+        heads = slice(section.head_start, section.head_start + section.head_count)
         positions = np.arange(held.start, held.end)
         blocks = np.asarray(held.block_table, np.int64)[positions // self.block_tokens]
         offsets = positions % self.block_tokens
         # Indices on both sides of a slice put the tokens first.
-        store.payload_view[:, blocks, :, offsets] = payload.transpose(2, 0, 1, 3)
+        store.payload_view[layers, blocks, heads, offsets] = encoded.payload.transpose(2, 0, 1, 3)
         if store.scales_view is not None:
-            assert scales is not None, "fp8 rows come with scales"
-            store.scales_view[:, blocks, :, offsets] = scales.transpose(2, 0, 1)
+            assert encoded.scales is not None, "fp8 rows come with scales"
+            store.scales_view[layers, blocks, heads, offsets] = encoded.scales.transpose(2, 0, 1)
+        hash_blocks, units, _ = self._places(held)
+        store.digests[layers, heads, hash_blocks, units] = section.digests
 
 
 def _section(component: Component, payload: U8, scales: U8 | None, digests: U64) -> SectionData:
-    from .wire import SectionData
-
     layers, heads = payload.shape[:2]
     return SectionData(
         group="main",

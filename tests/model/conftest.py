@@ -116,9 +116,7 @@ class Hand:
         ]
         plan = StepPlan(0, tuple(steps))
         with torch.inference_mode():
-            batch = build_batch(
-                plan, [s.token_ids for s in steps], self.store.block_tokens, self.decoder.attention
-            )
+            batch = build_batch(plan, [s.token_ids for s in steps], self.store.block_tokens, self.decoder.attention)
             logits = self.decoder.logits(self.decoder.hidden(batch, self.store).rows)
         return [logits[row : row + s.num_tokens] for row, s in zip(batch.first_rows, steps, strict=True)]
 
@@ -170,4 +168,3 @@ def make_runner() -> Callable[..., Runner]:
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
-

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from twostroke.kernels.reference import silu_mul as silu_mul_definition
 from twostroke.model.decoder import silu_mul
 
