@@ -76,9 +76,8 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> EngineRoom:
         return DecodePolicy(limits) if role is Role.DECODE else combined_policy(limits)
 
     pool = BlockPool(pool_size.num_blocks, cache.block_size)
-    core = EngineCore(
-        CoreLimits(model.max_model_len), pool, PrefixCache(pool), policy_of(settings.role), model.eos_ids, key
-    )
+    bounds, policy = CoreLimits(model.max_model_len), policy_of(settings.role)
+    core = EngineCore(bounds, pool, PrefixCache(pool), policy, eos_ids=model.eos_ids, key=key)
     link = ThreadLink()
     facts = FaceFacts(
         worker_id=settings.worker_id,
