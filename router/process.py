@@ -15,6 +15,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from ..core.errors import ConfigError
+from ..kv.keys import identity_key
 from ..protos import inference_pb2, inference_pb2_grpc
 from .config import RouterConfig
 from .flow import Flow
@@ -36,7 +37,7 @@ class RouterProcess:
 
     def __init__(self, settings: RouterConfig, cluster_key: str) -> None:
         self._settings = settings
-        self._flow = Flow(settings, cluster_key.encode())
+        self._flow = Flow(settings, identity_key(cluster_key))
         self._front = Front(settings, self._flow)
         self._health = health.aio.HealthServicer()
         self._servers: list[grpc.aio.Server] = []
