@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
@@ -40,6 +41,7 @@ log = logging.getLogger(__name__)
 
 CAPABILITIES = ("handover.grpc.1", "blocks.fetch.1", "session.1")
 READY_S = 600.0  # loading and warming up a large model
+PARENT_CHECK_S = 0.5
 STOP_S = 5.0  # the engine's last step
 
 
@@ -247,3 +249,49 @@ class _Worker(worker_pb2_grpc.WorkerServicer):
     async def Drain(self, request: worker_pb2.DrainRequest, context: Any) -> worker_pb2.DrainResponse:
         cancelled = await self._worker.drain(request.timeout_ms / 1000)
         return worker_pb2.DrainResponse(empty=cancelled == 0, cancelled=cancelled)
+
+
+def run_worker(settings: WorkerSettings, parent_pid: int | None = None) -> None:
+    """The main function of a worker process: serve until SIGTERM, SIGINT or the parent's death, drain, return.
+
+    Raises:
+        SystemExit: with 1, when the engine ended by its own fault: the process is to be started anew.
+    """
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(_serve(WorkerProcess(settings), settings.drain_timeout_s, parent_pid))
+
+
+async def _serve(worker: WorkerProcess, grace_s: float, parent_pid: int | None) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    starting = asyncio.create_task(worker.start())
+    waits = [asyncio.create_task(event.wait()) for event in (stop, worker.ended)]
+    try:
+        await asyncio.wait([starting, waits[0]], return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            return  # told to go while still loading: nobody waits for an answer
+        await starting
+        while not stop.is_set() and not worker.ended.is_set():
+            await asyncio.wait(waits, timeout=PARENT_CHECK_S, return_when=asyncio.FIRST_COMPLETED)
+            if parent_pid is not None and os.getppid() != parent_pid:
+                log.warning("%s: whoever started us is gone", worker.settings.worker_id)
+                break
+        is_broken = worker.ended.is_set()
+        await worker.stop(0.0 if is_broken else grace_s)
+        if is_broken:
+            raise SystemExit(1)
+    finally:
+        for task in (starting, *waits):
+            task.cancel()
+        await asyncio.gather(starting, *waits, return_exceptions=True)
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    """uvloop where it is installed."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop
+    return uvloop.new_event_loop
