@@ -100,9 +100,9 @@ class Dispatcher:
         facts = RequestFacts(request.request_id, prompt_tokens, max_tokens, request.num_choices)
         choice = choose(facts, views, held, self._policy)
         if choice is not None:
-            winner = choice.winner
-            who = [winner.decode.worker_id, *([winner.prefill.worker_id] if winner.prefill else [])]
-            self.members.prefixes.predict(who, identities, now_s)
+            # Siblings may wait behind it where it is computed; where it is handed to, it helps nobody before it is there.
+            computes = choice.winner.prefill or choice.winner.decode
+            self.members.prefixes.predict([computes.worker_id], identities, now_s)
             log.debug("%s: %s", request.request_id, choice.reason)
         self.metrics.choose_s.observe(time.perf_counter() - began_s)
         return choice

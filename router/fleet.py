@@ -271,8 +271,16 @@ class Fleet:
         )
 
     def models(self) -> dict[str, ModelFacts]:
-        """What is served, by name."""
-        return {w.facts.model.name: w.facts.model for w in self._workers.values() if w.state is not WorkerState.GONE}
+        """What announced workers serve, by name."""
+        return {w.facts.model.name: w.facts.model for w in self._workers.values()}
+
+    def ready_models(self) -> dict[str, ModelFacts]:
+        """What can be served now: somebody who decodes it is connected."""
+        return {
+            w.facts.model.name: w.facts.model
+            for w in self._workers.values()
+            if w.session_up and w.role is not Role.PREFILL
+        }
 
     # ------------------------------------------------------------------ inside
 

@@ -130,10 +130,10 @@ class Flow:
     def explain(self, request_id: str) -> dict[str, Any] | None:
         """Everything known about a running or recent request, JSON-able; None: not known (any more).
 
-        Keys: request_id, model, state ("running", "finished", "cancelled", "failed", "rejected"), num_choices,
-        sampling, timeout_s, tokens {prompt, cached, completion}, prefill_worker (None: prefilled locally), decode_worker,
-        kv_bytes_moved, kv_bytes_as_bf16, handover, ttft_ms, itl_ms {mean, p50, max} or None, finish_reasons,
-        error {code, message} or None, timeline {instant: ms since arrived, in order},
+        Keys: request_id, isolation_domain, model, state ("running", "finished", "cancelled", "failed", "rejected"),
+        num_choices, sampling, timeout_s, tokens {prompt, cached, completion}, prefill_worker (None: prefilled locally),
+        decode_worker, kv_bytes_moved, kv_bytes_as_bf16, handover, ttft_ms, itl_ms {mean, p50, max} or None,
+        finish_reasons, error {code, message} or None, timeline {instant: ms since arrived, in order},
         choice {reason, winner, prefill_peers, candidates}, dispatches.
         """
         run = self._runs.open.get(request_id)
@@ -170,8 +170,9 @@ class Flow:
         }
 
     def models(self) -> list[ModelFacts]:
-        """What the workers that are there serve, by name. `path` is where tokenizer and template lie."""
-        return sorted(self._members.fleet.models().values(), key=lambda model: model.name)
+        """What can be served now, by name: a worker that decodes is connected. `path`: tokenizer and template."""
+        ready = self._members.fleet.ready_models()
+        return [ready[name] for name in sorted(ready)]
 
     # ------------------------------------------------------------------ in
 

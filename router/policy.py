@@ -7,8 +7,8 @@
 
 A local prefill has P = D, and the price of the steps it takes from D's other sequences. The price of work is why
 siblings of a burst go where their prefix is being computed, although computing it elsewhere would be as quick. The best
-4 P x the best 4 D and every local prefill are compared exactly. Candidates within the measuring noise of each other count
-as equal; then fewer sequences under way win, and then a hash of the request's id, so that no worker is always the first.
+4 P x the best 4 D and every local prefill are compared exactly. Candidates within the measuring noise of each other
+count as equal; then fewer sequences under way win, and then a hash of the request's id, and no worker is always first.
 """
 
 from __future__ import annotations
