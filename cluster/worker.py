@@ -97,14 +97,14 @@ class WorkerProcess:
         log.info("%s (%s) serves at %s", self.settings.worker_id, self.role.value, self.address)
 
     async def stop(self, grace_s: float) -> None:
-        """Drain for at most `grace_s`, tell the routers, end the engine, free everything. Idempotent."""
+        """Tell the routers, drain for at most `grace_s`, end the engine, free everything. Idempotent."""
         if self._is_stopping:
             return
         self._is_stopping = True
+        if self._announcer is not None:
+            await self._announcer.leave()  # first, so that nobody sends new work; what runs may end
         if self._server is not None:
             await self.drain(grace_s)
-        if self._announcer is not None:
-            await self._announcer.leave()
         if self._server is not None:
             await self._server.stop(0.2)
         if self._room is not None:

@@ -172,6 +172,7 @@ class Run:
             capabilities=CAPABILITIES,
             worker_id=facts.worker_id,
             priority=order.priority,
+            emitted_tokens=order.num_emitted,
         )
 
     def bind_wanted(self) -> None:

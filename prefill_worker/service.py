@@ -142,6 +142,7 @@ class PrefillService:
             identities=names.identities,
             identity_root=names.root,
             params=sampling_from_wire(order.sampling),
+            num_emitted=order.emitted_tokens,
             peer_held_tokens=order.held_tokens,
             priority=order.priority,
             deadline_s=now_s + order.timeout_ms / 1000,

@@ -26,7 +26,7 @@ from twostroke.protos import common_pb2 as twostroke_dot_protos_dot_common__pb2
 from twostroke.protos import worker_pb2 as twostroke_dot_protos_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ftwostroke/protos/handover.proto\x12\x0ctwostroke.v1\x1a\x1dtwostroke/protos/common.proto\x1a\x1dtwostroke/protos/worker.proto\"\xb6\x03\n\nHandoverUp\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12\"\n\x05\x65poch\x18\x03 \x01(\x0b\x32\x13.twostroke.v1.Epoch\x12\x10\n\x08sequence\x18\x04 \x01(\x04\x12\"\n\x04open\x18\x05 \x01(\x0b\x32\x12.twostroke.v1.OpenH\x00\x12\"\n\x04\x62ind\x18\x06 \x01(\x0b\x32\x12.twostroke.v1.BindH\x00\x12\'\n\x07not_yet\x18\x07 \x01(\x0b\x32\x14.twostroke.v1.NotYetH\x00\x12*\n\x08verified\x18\x08 \x01(\x0b\x32\x16.twostroke.v1.VerifiedH\x00\x12(\n\x07refetch\x18\t \x01(\x0b\x32\x15.twostroke.v1.RefetchH\x00\x12+\n\tslot_free\x18\n \x01(\x0b\x32\x16.twostroke.v1.SlotFreeH\x00\x12&\n\x06\x63\x61ncel\x18\x0b \x01(\x0b\x32\x14.twostroke.v1.CancelH\x00\x12*\n\x04\x62\x65\x61t\x18\x0c \x01(\x0b\x32\x1a.twostroke.v1.HandoverBeatH\x00\x42\x06\n\x04\x62ody\"\xc4\x02\n\x04Open\x12\x12\n\nprompt_ids\x18\x01 \x03(\r\x12\x13\n\x0bheld_tokens\x18\x02 \x01(\r\x12.\n\x08sampling\x18\x03 \x01(\x0b\x32\x1c.twostroke.v1.SamplingParams\x12\x18\n\x10isolation_domain\x18\x04 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x05 \x01(\x0c\x12%\n\x07kv_spec\x18\x06 \x01(\x0b\x32\x14.twostroke.v1.KvSpec\x12\x16\n\x0enumerics_class\x18\x07 \x01(\x0c\x12\x15\n\rdeterministic\x18\x08 \x01(\x08\x12\x13\n\x0b\x66rame_slots\x18\t \x01(\r\x12\x12\n\ntimeout_ms\x18\n \x01(\x04\x12\x14\n\x0c\x63\x61pabilities\x18\x0b \x03(\t\x12\x11\n\tworker_id\x18\x0c \x01(\t\x12\x10\n\x08priority\x18\r \x01(\r\"\x06\n\x04\x42ind\"\x08\n\x06NotYet\"\x1e\n\x08Verified\x12\x12\n\nupto_token\x18\x01 \x01(\r\"D\n\x07Refetch\x12\x13\n\x0btoken_start\x18\x01 \x01(\r\x12\x13\n\x0btoken_count\x18\x02 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\"\x19\n\x08SlotFree\x12\r\n\x05\x63ount\x18\x01 \x01(\r\"\x18\n\x06\x43\x61ncel\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x0e\n\x0cHandoverBeat\"\xc2\x02\n\x0cHandoverDown\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12\"\n\x05\x65poch\x18\x03 \x01(\x0b\x32\x13.twostroke.v1.Epoch\x12\x10\n\x08sequence\x18\x04 \x01(\x04\x12(\n\x07started\x18\x05 \x01(\x0b\x32\x15.twostroke.v1.StartedH\x00\x12/\n\x0b\x66irst_token\x18\x06 \x01(\x0b\x32\x18.twostroke.v1.FirstTokenH\x00\x12\"\n\x04\x64one\x18\x07 \x01(\x0b\x32\x12.twostroke.v1.DoneH\x00\x12%\n\x06\x66\x61iled\x18\x08 \x01(\x0b\x32\x13.twostroke.v1.ErrorH\x00\x12*\n\x04\x62\x65\x61t\x18\t \x01(\x0b\x32\x1a.twostroke.v1.HandoverBeatH\x00\x42\x06\n\x04\x62ody\" \n\x07Started\x12\x15\n\rcached_tokens\x18\x01 \x01(\r\"G\n\nFirstToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\'\n\x08timeline\x18\x02 \x03(\x0b\x32\x15.twostroke.v1.Instant\"W\n\x04\x44one\x12\x12\n\nnum_frames\x18\x01 \x01(\r\x12\x12\n\nbytes_sent\x18\x02 \x01(\x04\x12\'\n\x08timeline\x18\x03 \x03(\x0b\x32\x15.twostroke.v1.Instant\"\xf4\x01\n\x0b\x46rameHeader\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12\"\n\x05\x65poch\x18\x03 \x01(\x0b\x32\x13.twostroke.v1.Epoch\x12\x10\n\x08sequence\x18\x04 \x01(\x04\x12\x16\n\x0enumerics_class\x18\x05 \x01(\x0c\x12\x13\n\x0btoken_start\x18\x06 \x01(\r\x12\x13\n\x0btoken_count\x18\x07 \x01(\r\x12\'\n\x08sections\x18\x08 \x03(\x0b\x32\x15.twostroke.v1.Section\x12\x12\n\nidentities\x18\t \x03(\x0c\x12\x0c\n\x04last\x18\n \x01(\x08\"\x8e\x02\n\x07Section\x12\r\n\x05group\x18\x01 \x01(\t\x12\x11\n\tcomponent\x18\x02 \x01(\t\x12\x13\n\x0blayer_start\x18\x03 \x01(\r\x12\x13\n\x0blayer_count\x18\x04 \x01(\r\x12\x12\n\nhead_start\x18\x05 \x01(\r\x12\x12\n\nhead_count\x18\x06 \x01(\r\x12\r\n\x05\x63odec\x18\x07 \x01(\r\x12\x11\n\trow_bytes\x18\x08 \x01(\r\x12\x16\n\x0epayload_offset\x18\t \x01(\x04\x12\x15\n\rpayload_bytes\x18\n \x01(\x04\x12\x14\n\x0cscale_offset\x18\x0b \x01(\x04\x12\x13\n\x0bscale_bytes\x18\x0c \x01(\x04\x12\x13\n\x07\x64igests\x18\r \x03(\x06\x42\x02\x10\x01\"\xcb\x01\n\x0c\x46\x65tchRequest\x12\x12\n\nidentities\x18\x01 \x03(\x0c\x12\x13\n\x0b\x66irst_token\x18\x02 \x01(\r\x12\x12\n\ncomponents\x18\x03 \x03(\t\x12\x13\n\x0blayer_start\x18\x04 \x01(\r\x12\x13\n\x0blayer_count\x18\x05 \x01(\r\x12\x12\n\nhead_start\x18\x06 \x01(\r\x12\x12\n\nhead_count\x18\x07 \x01(\r\x12\x18\n\x10isolation_domain\x18\x08 \x01(\t\x12\x12\n\ntimeout_ms\x18\t \x01(\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ftwostroke/protos/handover.proto\x12\x0ctwostroke.v1\x1a\x1dtwostroke/protos/common.proto\x1a\x1dtwostroke/protos/worker.proto\"\xb6\x03\n\nHandoverUp\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12\"\n\x05\x65poch\x18\x03 \x01(\x0b\x32\x13.twostroke.v1.Epoch\x12\x10\n\x08sequence\x18\x04 \x01(\x04\x12\"\n\x04open\x18\x05 \x01(\x0b\x32\x12.twostroke.v1.OpenH\x00\x12\"\n\x04\x62ind\x18\x06 \x01(\x0b\x32\x12.twostroke.v1.BindH\x00\x12\'\n\x07not_yet\x18\x07 \x01(\x0b\x32\x14.twostroke.v1.NotYetH\x00\x12*\n\x08verified\x18\x08 \x01(\x0b\x32\x16.twostroke.v1.VerifiedH\x00\x12(\n\x07refetch\x18\t \x01(\x0b\x32\x15.twostroke.v1.RefetchH\x00\x12+\n\tslot_free\x18\n \x01(\x0b\x32\x16.twostroke.v1.SlotFreeH\x00\x12&\n\x06\x63\x61ncel\x18\x0b \x01(\x0b\x32\x14.twostroke.v1.CancelH\x00\x12*\n\x04\x62\x65\x61t\x18\x0c \x01(\x0b\x32\x1a.twostroke.v1.HandoverBeatH\x00\x42\x06\n\x04\x62ody\"\xdc\x02\n\x04Open\x12\x12\n\nprompt_ids\x18\x01 \x03(\r\x12\x13\n\x0bheld_tokens\x18\x02 \x01(\r\x12.\n\x08sampling\x18\x03 \x01(\x0b\x32\x1c.twostroke.v1.SamplingParams\x12\x18\n\x10isolation_domain\x18\x04 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x05 \x01(\x0c\x12%\n\x07kv_spec\x18\x06 \x01(\x0b\x32\x14.twostroke.v1.KvSpec\x12\x16\n\x0enumerics_class\x18\x07 \x01(\x0c\x12\x15\n\rdeterministic\x18\x08 \x01(\x08\x12\x13\n\x0b\x66rame_slots\x18\t \x01(\r\x12\x12\n\ntimeout_ms\x18\n \x01(\x04\x12\x14\n\x0c\x63\x61pabilities\x18\x0b \x03(\t\x12\x11\n\tworker_id\x18\x0c \x01(\t\x12\x10\n\x08priority\x18\r \x01(\r\x12\x16\n\x0e\x65mitted_tokens\x18\x0e \x01(\r\"\x06\n\x04\x42ind\"\x08\n\x06NotYet\"\x1e\n\x08Verified\x12\x12\n\nupto_token\x18\x01 \x01(\r\"D\n\x07Refetch\x12\x13\n\x0btoken_start\x18\x01 \x01(\r\x12\x13\n\x0btoken_count\x18\x02 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\"\x19\n\x08SlotFree\x12\r\n\x05\x63ount\x18\x01 \x01(\r\"\x18\n\x06\x43\x61ncel\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x0e\n\x0cHandoverBeat\"\xc2\x02\n\x0cHandoverDown\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12\"\n\x05\x65poch\x18\x03 \x01(\x0b\x32\x13.twostroke.v1.Epoch\x12\x10\n\x08sequence\x18\x04 \x01(\x04\x12(\n\x07started\x18\x05 \x01(\x0b\x32\x15.twostroke.v1.StartedH\x00\x12/\n\x0b\x66irst_token\x18\x06 \x01(\x0b\x32\x18.twostroke.v1.FirstTokenH\x00\x12\"\n\x04\x64one\x18\x07 \x01(\x0b\x32\x12.twostroke.v1.DoneH\x00\x12%\n\x06\x66\x61iled\x18\x08 \x01(\x0b\x32\x13.twostroke.v1.ErrorH\x00\x12*\n\x04\x62\x65\x61t\x18\t \x01(\x0b\x32\x1a.twostroke.v1.HandoverBeatH\x00\x42\x06\n\x04\x62ody\" \n\x07Started\x12\x15\n\rcached_tokens\x18\x01 \x01(\r\"G\n\nFirstToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\'\n\x08timeline\x18\x02 \x03(\x0b\x32\x15.twostroke.v1.Instant\"W\n\x04\x44one\x12\x12\n\nnum_frames\x18\x01 \x01(\r\x12\x12\n\nbytes_sent\x18\x02 \x01(\x04\x12\'\n\x08timeline\x18\x03 \x03(\x0b\x32\x15.twostroke.v1.Instant\"\xf4\x01\n\x0b\x46rameHeader\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12\"\n\x05\x65poch\x18\x03 \x01(\x0b\x32\x13.twostroke.v1.Epoch\x12\x10\n\x08sequence\x18\x04 \x01(\x04\x12\x16\n\x0enumerics_class\x18\x05 \x01(\x0c\x12\x13\n\x0btoken_start\x18\x06 \x01(\r\x12\x13\n\x0btoken_count\x18\x07 \x01(\r\x12\'\n\x08sections\x18\x08 \x03(\x0b\x32\x15.twostroke.v1.Section\x12\x12\n\nidentities\x18\t \x03(\x0c\x12\x0c\n\x04last\x18\n \x01(\x08\"\x8e\x02\n\x07Section\x12\r\n\x05group\x18\x01 \x01(\t\x12\x11\n\tcomponent\x18\x02 \x01(\t\x12\x13\n\x0blayer_start\x18\x03 \x01(\r\x12\x13\n\x0blayer_count\x18\x04 \x01(\r\x12\x12\n\nhead_start\x18\x05 \x01(\r\x12\x12\n\nhead_count\x18\x06 \x01(\r\x12\r\n\x05\x63odec\x18\x07 \x01(\r\x12\x11\n\trow_bytes\x18\x08 \x01(\r\x12\x16\n\x0epayload_offset\x18\t \x01(\x04\x12\x15\n\rpayload_bytes\x18\n \x01(\x04\x12\x14\n\x0cscale_offset\x18\x0b \x01(\x04\x12\x13\n\x0bscale_bytes\x18\x0c \x01(\x04\x12\x13\n\x07\x64igests\x18\r \x03(\x06\x42\x02\x10\x01\"\xcb\x01\n\x0c\x46\x65tchRequest\x12\x12\n\nidentities\x18\x01 \x03(\x0c\x12\x13\n\x0b\x66irst_token\x18\x02 \x01(\r\x12\x12\n\ncomponents\x18\x03 \x03(\t\x12\x13\n\x0blayer_start\x18\x04 \x01(\r\x12\x13\n\x0blayer_count\x18\x05 \x01(\r\x12\x12\n\nhead_start\x18\x06 \x01(\r\x12\x12\n\nhead_count\x18\x07 \x01(\r\x12\x18\n\x10isolation_domain\x18\x08 \x01(\t\x12\x12\n\ntimeout_ms\x18\t \x01(\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,33 +38,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HANDOVERUP']._serialized_start=112
   _globals['_HANDOVERUP']._serialized_end=550
   _globals['_OPEN']._serialized_start=553
-  _globals['_OPEN']._serialized_end=877
-  _globals['_BIND']._serialized_start=879
-  _globals['_BIND']._serialized_end=885
-  _globals['_NOTYET']._serialized_start=887
-  _globals['_NOTYET']._serialized_end=895
-  _globals['_VERIFIED']._serialized_start=897
-  _globals['_VERIFIED']._serialized_end=927
-  _globals['_REFETCH']._serialized_start=929
-  _globals['_REFETCH']._serialized_end=997
-  _globals['_SLOTFREE']._serialized_start=999
-  _globals['_SLOTFREE']._serialized_end=1024
-  _globals['_CANCEL']._serialized_start=1026
-  _globals['_CANCEL']._serialized_end=1050
-  _globals['_HANDOVERBEAT']._serialized_start=1052
-  _globals['_HANDOVERBEAT']._serialized_end=1066
-  _globals['_HANDOVERDOWN']._serialized_start=1069
-  _globals['_HANDOVERDOWN']._serialized_end=1391
-  _globals['_STARTED']._serialized_start=1393
-  _globals['_STARTED']._serialized_end=1425
-  _globals['_FIRSTTOKEN']._serialized_start=1427
-  _globals['_FIRSTTOKEN']._serialized_end=1498
-  _globals['_DONE']._serialized_start=1500
-  _globals['_DONE']._serialized_end=1587
-  _globals['_FRAMEHEADER']._serialized_start=1590
-  _globals['_FRAMEHEADER']._serialized_end=1834
-  _globals['_SECTION']._serialized_start=1837
-  _globals['_SECTION']._serialized_end=2107
-  _globals['_FETCHREQUEST']._serialized_start=2110
-  _globals['_FETCHREQUEST']._serialized_end=2313
+  _globals['_OPEN']._serialized_end=901
+  _globals['_BIND']._serialized_start=903
+  _globals['_BIND']._serialized_end=909
+  _globals['_NOTYET']._serialized_start=911
+  _globals['_NOTYET']._serialized_end=919
+  _globals['_VERIFIED']._serialized_start=921
+  _globals['_VERIFIED']._serialized_end=951
+  _globals['_REFETCH']._serialized_start=953
+  _globals['_REFETCH']._serialized_end=1021
+  _globals['_SLOTFREE']._serialized_start=1023
+  _globals['_SLOTFREE']._serialized_end=1048
+  _globals['_CANCEL']._serialized_start=1050
+  _globals['_CANCEL']._serialized_end=1074
+  _globals['_HANDOVERBEAT']._serialized_start=1076
+  _globals['_HANDOVERBEAT']._serialized_end=1090
+  _globals['_HANDOVERDOWN']._serialized_start=1093
+  _globals['_HANDOVERDOWN']._serialized_end=1415
+  _globals['_STARTED']._serialized_start=1417
+  _globals['_STARTED']._serialized_end=1449
+  _globals['_FIRSTTOKEN']._serialized_start=1451
+  _globals['_FIRSTTOKEN']._serialized_end=1522
+  _globals['_DONE']._serialized_start=1524
+  _globals['_DONE']._serialized_end=1611
+  _globals['_FRAMEHEADER']._serialized_start=1614
+  _globals['_FRAMEHEADER']._serialized_end=1858
+  _globals['_SECTION']._serialized_start=1861
+  _globals['_SECTION']._serialized_end=2131
+  _globals['_FETCHREQUEST']._serialized_start=2134
+  _globals['_FETCHREQUEST']._serialized_end=2337
 # @@protoc_insertion_point(module_scope)

@@ -112,6 +112,7 @@ class Open(_message.Message):
     CAPABILITIES_FIELD_NUMBER: _builtins.int
     WORKER_ID_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    EMITTED_TOKENS_FIELD_NUMBER: _builtins.int
     held_tokens: _builtins.int
     """leading tokens whose KV decode already holds: a multiple of 16, never the whole prompt"""
     isolation_domain: _builtins.str
@@ -124,6 +125,8 @@ class Open(_message.Message):
     timeout_ms: _builtins.int
     worker_id: _builtins.str
     priority: _builtins.int
+    emitted_tokens: _builtins.int
+    """trailing prompt ids the client has already: they count as generated"""
     @_builtins.property
     def prompt_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -150,10 +153,11 @@ class Open(_message.Message):
         capabilities: _abc.Iterable[_builtins.str] | None = ...,
         worker_id: _builtins.str = ...,
         priority: _builtins.int = ...,
+        emitted_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["kv_spec", b"kv_spec", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "capabilities", b"capabilities", "deterministic", b"deterministic", "frame_slots", b"frame_slots", "held_tokens", b"held_tokens", "isolation_domain", b"isolation_domain", "kv_spec", b"kv_spec", "numerics_class", b"numerics_class", "priority", b"priority", "prompt_ids", b"prompt_ids", "sampling", b"sampling", "timeout_ms", b"timeout_ms", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "capabilities", b"capabilities", "deterministic", b"deterministic", "emitted_tokens", b"emitted_tokens", "frame_slots", b"frame_slots", "held_tokens", b"held_tokens", "isolation_domain", b"isolation_domain", "kv_spec", b"kv_spec", "numerics_class", b"numerics_class", "priority", b"priority", "prompt_ids", b"prompt_ids", "sampling", b"sampling", "timeout_ms", b"timeout_ms", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
