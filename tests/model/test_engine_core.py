@@ -101,9 +101,10 @@ class FakeStore:
         rows = []
         for step in plan.sequences:
             previous = self.read(step.block_table, step.generations, 0, step.start)
-            fresh = []
+            fresh, last = [], previous[-1] if previous else b""
             for token in step.token_ids:
-                fresh.append(cell_after(([b"", *previous] + fresh)[-1], token))
+                last = cell_after(last, token)
+                fresh.append(last)
             self.write(step.block_table, step.generations, step.start, fresh)
             rows.append((next_token(fresh[-1], step.num_generated),) if step.samples else ())
         return StepResult(plan.step, tuple(rows))
@@ -134,9 +135,7 @@ class CoreMachine(RuleBasedStateMachine):
         self.limits = StepLimits(seqs, batch, 6, 400)
         self.pool = BlockPool(num_blocks, span)
         prefix = PrefixCache(self.pool)
-        self.core = EngineCore(
-            CoreLimits(), self.pool, prefix, combined_policy(self.limits), eos_ids=[EOS], key=KEY
-        )
+        self.core = EngineCore(CoreLimits(), self.pool, prefix, combined_policy(self.limits), eos_ids=[EOS], key=KEY)
         self.store = FakeStore(span)
         self.faces: dict[SequenceKey, Face] = {}
         self.known: set[bytes] = set()  # what a watcher of the cache believes
@@ -149,15 +148,14 @@ class CoreMachine(RuleBasedStateMachine):
 
     @rule(
         source=st.sampled_from(Source),
+        sizes=st.tuples(st.integers(1, 120), st.integers(1, 40), st.integers(0, 3)),
         family=st.integers(0, 2),
-        length=st.integers(1, 120),
-        max_tokens=st.integers(1, 40),
-        emitted=st.integers(0, 3),
         priority=st.integers(0, 1),
         patience=st.none() | st.floats(0.5, 20),
     )
-    def submit(self, source, family, length, max_tokens, emitted, priority, patience):
+    def submit(self, source, sizes, family, priority, patience):
         self.submitted += 1
+        length, max_tokens, emitted = sizes
         key = SequenceKey(f"r{self.submitted}", 0)
         common = min(length - 1, 20 + 16 * family)  # prompts of one family share a prefix
         prompt = tuple(3 + (place * (family + 3)) % 5 for place in range(common))
@@ -316,6 +314,7 @@ class CoreMachine(RuleBasedStateMachine):
                         assert news.first_index == face.submit.num_emitted + len(face.tokens)
                         face.tokens += news.token_ids
                         assert face.tokens == face.truth[: len(face.tokens)], "a wrong, lost or doubled token"
+                        assert face.submit.source is not Source.FOR_PEER or len(face.tokens) == 1
                 case Ended():
                     self.ended[item.key] += 1
                     face = self.faces.pop(item.key)
@@ -389,7 +388,7 @@ class CoreMachine(RuleBasedStateMachine):
 
 
 CoreMachine.TestCase.settings = settings(
-    max_examples=150,
+    max_examples=100,
     stateful_step_count=60,
     deadline=None,
     derandomize=True,

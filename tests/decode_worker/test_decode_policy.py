@@ -1,0 +1,41 @@
+"""The decode role's taste, question by question; its behaviour stands in tests/scenarios/decode_policy."""
+
+import pytest
+
+from twostroke.decode_worker.policy import DecodePolicy, combined_policy
+from twostroke.model.policy import Ahead, Room, StepBudget, StepLimits
+
+LIMITS = StepLimits(max_num_seqs=8, max_batch_tokens=256)
+POLICY = DecodePolicy(LIMITS)
+
+
+def test_prefill_alone_has_the_whole_step_and_beside_decodes_a_share():
+    assert POLICY.budget(0) == StepBudget(256, 8, 256)
+    assert POLICY.budget(1) == StepBudget(256, 8, 64)
+    assert combined_policy(LIMITS).budget(1) == StepBudget(256, 8, 128)
+
+
+def test_the_share_is_never_less_than_a_hash_block():
+    assert DecodePolicy(StepLimits(max_num_seqs=2, max_batch_tokens=16)).budget(1).prefill_tokens == 16
+
+
+def test_the_last_blocks_are_kept_for_growth():
+    assert POLICY.has_room(Room(needed=15, used=60, promised=20, total=100))
+    assert not POLICY.has_room(Room(needed=16, used=60, promised=20, total=100))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ahead", "is_near"),
+    [
+        (500, Ahead(255, 2, 0, 0), True),
+        (500, Ahead(255, 2, 0, 3), False),  # decodes run: only 64 a step
+        (32, Ahead(255, 1, 0, 3), True),  # short enough to pass
+        (32, Ahead(255, 1, 4, 3), False),
+    ],
+)
+def test_who_is_near(tokens, ahead, is_near):
+    assert POLICY.is_near(tokens, ahead) is is_near
+
+
+def test_only_the_combined_role_makes_several_offers():
+    assert POLICY.max_offers < combined_policy(LIMITS).max_offers

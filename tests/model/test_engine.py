@@ -1,0 +1,316 @@
+"""The step loop in its thread: with the real runner on a tiny random Llama, and with runners that fail."""
+
+import asyncio
+import threading
+import time
+from collections import defaultdict
+
+import pytest
+
+from twostroke.core.clock import MonotonicClock
+from twostroke.core.request import FinishReason, SamplingParams, SequenceKey
+from twostroke.decode_worker.policy import DecodePolicy, combined_policy
+from twostroke.kv.pool import BlockPool
+from twostroke.kv.prefix import PrefixCache
+from twostroke.model.core import CoreLimits, EngineCore
+from twostroke.model.engine import Engine
+from twostroke.model.link import (
+    Bind,
+    BlocksFetched,
+    Bound,
+    CacheDelta,
+    Ended,
+    FetchBlocks,
+    KvComplete,
+    KvRead,
+    KvWritten,
+    LoadNews,
+    Offered,
+    PeerBound,
+    PrefillLocally,
+    Progress,
+    Promised,
+    ReadKv,
+    Release,
+    Source,
+    StepTokens,
+    Stop,
+    Submit,
+    WriteKv,
+)
+from twostroke.model.plan import StepResult
+from twostroke.model.policy import StepLimits
+from twostroke.model.thread_link import ThreadLink
+from twostroke.prefill_worker.policy import PrefillPolicy
+
+TIMEOUT_S = 30
+GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+SEEDED = SamplingParams(max_tokens=12, temperature=0.9, top_p=0.9, seed=5, ignore_eos=True)
+
+
+class Desk:
+    """A face that remembers everything it heard, and can wait for something."""
+
+    def __init__(self, link: ThreadLink) -> None:
+        self.link = link
+        self.heard = []
+        self.tokens = defaultdict(list)
+        self.is_over = False
+
+    async def until(self, wanted):
+        """The first event, already heard or to come, that `wanted` accepts; it is taken out."""
+        async with asyncio.timeout(TIMEOUT_S):
+            while True:
+                for event in self.heard:
+                    if wanted(event):
+                        self.heard.remove(event)
+                        return event
+                assert not self.is_over, "the engine ended before"
+                await self.hear()
+
+    async def hear(self):
+        batch = await self.link.receive()
+        self.is_over = not batch
+        for event in batch:
+            if isinstance(event, StepTokens):
+                for news in event.news:
+                    known = self.tokens[news.key]
+                    if not known:
+                        known += [None] * news.first_index  # a peer's first token never comes through this engine
+                    assert news.first_index == len(known)
+                    known += news.token_ids
+        self.heard += batch
+
+    async def of(self, kind, key):
+        return await self.until(lambda event: isinstance(event, kind) and event.key == key)
+
+
+@pytest.fixture
+def start():
+    """Engines that are stopped after the test."""
+    engines = []
+
+    def begin(runner, store, policy=combined_policy, *, num_blocks=64, **limits):
+        link = ThreadLink()
+        pool = BlockPool(num_blocks, 16)
+        core = EngineCore(
+            CoreLimits(), pool, PrefixCache(pool), policy(StepLimits(**limits)), eos_ids=[1], key=b"cluster"
+        )
+        engine = Engine(core, runner, store, link, MonotonicClock())
+        engine.start()
+        engines.append((engine, link))
+        return engine, Desk(link), core
+
+    yield begin
+    for engine, link in engines:
+        link.send(Stop())
+        assert engine.join(TIMEOUT_S)
+    assert not [thread for thread in threading.enumerate() if thread.name == "engine"]
+
+
+def submit(name, source, length, params, **more):
+    prompt = tuple((7 * place + length) % 150 + 2 for place in range(length))
+    return Submit(SequenceKey(name, 0), source, prompt, (), b"root", params, **more)
+
+
+async def in_one_piece(desk, length, params):
+    command = submit(f"whole{length}", Source.LOCAL, length, params)
+    desk.link.send(command)
+    await desk.of(Ended, command.key)
+    return desk.tokens.pop(command.key)
+
+
+@pytest.mark.parametrize("params", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+async def test_a_batch_in_chunks_gives_the_tokens_of_one_at_a_time(write_tiny, make_runner, start, params):
+    lengths = [3, 40, 100, 17]
+    runner = make_runner(write_tiny({}))
+    _, desk, _ = start(runner, runner.store)
+    whole = [await in_one_piece(desk, length, params) for length in lengths]
+    runner = make_runner(write_tiny({}))
+    _, desk, core = start(runner, runner.store, num_blocks=16, max_batch_tokens=32)  # too small for all at once
+    commands = [submit(f"b{length}", Source.LOCAL, length, params) for length in lengths]
+    for command in commands:
+        desk.link.send(command)
+    for command, tokens in zip(commands, whole, strict=True):
+        await desk.of(Ended, command.key)
+        assert desk.tokens[command.key] == tokens
+    assert core.num_live == 0
+
+
+async def carry(sender: Desk, receiver: Desk, length, params, *, upto=None, frame=32):
+    """A hand-over by hand; with `upto` the sender is lost there. Returns the key."""
+    ask, take = submit("x", Source.FOR_PEER, length, params), submit("x", Source.PEER, length, params)
+    key = ask.key
+    receiver.link.send(take)
+    held = (await receiver.of(Promised, key)).held_tokens
+    sender.link.send(ask)
+    await sender.of(Offered, key)
+    receiver.link.send(Bind(key))
+    await receiver.of(Bound, key)
+    sender.link.send(PeerBound(key))
+    sent, goal = held, length if upto is None else upto
+    while sent < goal:
+        computed = (await sender.of(Progress, key)).num_computed
+        while sent < min(computed, goal):
+            count = min(frame, computed - sent, goal - sent)
+            if sent + count < length:
+                count -= count % 16
+            if count == 0:
+                break
+            sender.link.send(ReadKv(key, sent, count))
+            read = await sender.of(KvRead, key)
+            receiver.link.send(WriteKv(key, sent, count, read.sections))
+            assert (await receiver.of(KvWritten, key)).token_start == sent
+            sent += count
+    await sender.until(lambda e: isinstance(e, StepTokens) and e.news[0].key == key)
+    return key, sender.tokens.pop(key)[0]
+
+
+@pytest.mark.parametrize("kv", ["fp8", "float32"])
+@pytest.mark.parametrize("params", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+async def test_handed_over_gives_the_tokens_of_one_piece(write_tiny, make_runner, start, params, kv):
+    make = lambda: make_runner(write_tiny({}), kv_dtype=kv)  # noqa: E731
+    prefill, decode, alone = make(), make(), make()
+    _, sender, sender_core = start(prefill, prefill.store, PrefillPolicy, max_batch_tokens=48)
+    _, receiver, receiver_core = start(decode, decode.store, DecodePolicy)
+    _, whole, _ = start(alone, alone.store)
+    for length in (100, 39, 100):  # the third finds a prefix on both sides
+        expected = await in_one_piece(whole, length, params)
+        key, first = await carry(sender, receiver, length, params)
+        receiver.link.send(KvComplete(key, first))
+        sender.link.send(Release(key))
+        await sender.of(Ended, key)
+        await receiver.of(Ended, key)
+        assert receiver.tokens.pop(key) == [None, *expected[1:]]
+        assert first == expected[0]
+    assert sender_core.num_live == receiver_core.num_live == 0
+    assert receiver_core.load(0).cached_blocks > 0
+
+
+@pytest.mark.parametrize("knows_first", [False, True])
+async def test_a_lost_peer_changes_no_token(write_tiny, make_runner, start, knows_first):
+    prefill, decode, alone = (make_runner(write_tiny({})) for _ in range(3))
+    _, sender, _ = start(prefill, prefill.store, PrefillPolicy)
+    _, receiver, _ = start(decode, decode.store, DecodePolicy)
+    _, whole, _ = start(alone, alone.store)
+    expected = await in_one_piece(whole, 100, SEEDED)
+    key, first = await carry(sender, receiver, 100, SEEDED, upto=48)
+    receiver.link.send(PrefillLocally(key, 40, first if knows_first else None))
+    ended = await receiver.of(Ended, key)
+    assert ended.reason is FinishReason.LENGTH
+    assert receiver.tokens[key] == ([None, *expected[1:]] if knows_first else expected)
+
+
+async def test_cached_blocks_are_fetched_by_identity(write_tiny, make_runner, start):
+    runner = make_runner(write_tiny({}))
+    _, desk, _ = start(runner, runner.store)
+    await in_one_piece(desk, 70, GREEDY)
+    stored = (await desk.until(lambda e: isinstance(e, CacheDelta))).stored
+    desk.link.send(FetchBlocks(9, stored[1:4], 16))
+    fetched = await desk.until(lambda e: isinstance(e, BlocksFetched))
+    assert (fetched.fetch_id, fetched.num_blocks) == (9, 3)
+    assert {section.component for section in fetched.sections} == {"k", "v"}
+    assert all(section.payload.shape[2] == 48 for section in fetched.sections)
+
+
+async def test_planes_the_store_refuses_end_their_sequence_only(write_tiny, make_runner, start):
+    runner = make_runner(write_tiny({}))
+    _, desk, _ = start(runner, runner.store, DecodePolicy)
+    take = submit("x", Source.PEER, 40, GREEDY)
+    desk.link.send(take)
+    await desk.of(Promised, take.key)
+    desk.link.send(Bind(take.key))
+    desk.link.send(WriteKv(take.key, 0, 32, ()))
+    ended = await desk.of(Ended, take.key)
+    assert (ended.reason, ended.error_code) == (FinishReason.ERROR, "kv_corrupted")
+    assert len(await in_one_piece(desk, 20, GREEDY)) == 12
+
+
+# ------------------------------------------------------------------ without weights
+
+
+class Steps:
+    """Runs steps without a model; fails those it is told to, and can be held."""
+
+    def __init__(self, fails=()) -> None:
+        self.fails = set(fails)
+        self.count = 0
+        self.may_go = threading.Event()
+        self.may_go.set()
+
+    def warm_up(self) -> None:
+        pass
+
+    def run(self, plan):
+        self.may_go.wait(TIMEOUT_S)
+        self.count += 1
+        if self.count in self.fails:
+            raise RuntimeError("boom")
+        return StepResult(plan.step, tuple((5,) if step.samples else () for step in plan.sequences))
+
+
+async def test_a_failed_step_ends_its_sequences_and_not_the_engine(start, caplog):
+    engine, desk, core = start(Steps(fails=[1, 2]), None)
+    for name in ("a", "b"):
+        desk.link.send(submit(name, Source.LOCAL, 20, GREEDY))
+        ended = await desk.of(Ended, SequenceKey(name, 0))
+        assert (ended.reason, ended.error_code) == (FinishReason.ERROR, "internal_error")
+    assert "boom" in caplog.text
+    desk.link.send(submit("c", Source.LOCAL, 20, GREEDY))
+    assert (await desk.of(Ended, SequenceKey("c", 0))).reason is FinishReason.LENGTH
+    assert not engine.is_broken
+    assert core.num_live == 0
+
+
+async def test_three_failures_in_a_row_break_the_engine_and_everyone_hears(start):
+    engine, desk, _ = start(Steps(fails=[1, 2, 3]), None, max_num_seqs=1)
+    keys = [SequenceKey(name, 0) for name in "abcd"]
+    for key in keys:
+        desk.link.send(submit(key.request_id, Source.LOCAL, 20, GREEDY))
+    for key in keys:  # the fourth never ran
+        assert (await desk.of(Ended, key)).error_code == "internal_error"
+    assert (await desk.until(lambda e: isinstance(e, LoadNews) and e.phase == "broken")).total_blocks == 64
+    while not desk.is_over:
+        await desk.hear()
+    assert engine.join(TIMEOUT_S)
+    assert engine.is_broken
+
+
+async def test_a_deadline_passes_while_nothing_else_happens(start):
+    _, desk, _ = start(Steps(), None)
+    now_s = time.monotonic()
+    desk.link.send(submit("a", Source.PEER, 20, GREEDY, deadline_s=now_s + 0.15))
+    assert (await desk.of(Ended, SequenceKey("a", 0))).error_code == "deadline_exceeded"
+    assert time.monotonic() - now_s >= 0.15
+
+
+async def test_an_idle_engine_sleeps_between_beats(start):
+    _, desk, core = start(Steps(), None)
+    ticks = 0
+    plain = core.tick
+
+    def tick(now_s):
+        nonlocal ticks
+        ticks += 1
+        return plain(now_s)
+
+    core.tick = tick
+    for _ in range(4):
+        await desk.until(lambda e: isinstance(e, LoadNews) and e.phase == "idle")
+    assert ticks < 40
+
+
+async def test_the_policy_changes_between_steps(start):
+    engine, desk, core = start(Steps(), None, DecodePolicy)
+    policy = PrefillPolicy(StepLimits())
+    engine.set_policy(policy)
+    await in_one_piece(desk, 20, GREEDY)
+    assert core.policy is policy
+
+
+async def test_the_beat_goes_on_and_learns_the_pace_of_steps(start):
+    _, desk, _ = start(Steps(), None)
+    for round_ in range(3):
+        await in_one_piece(desk, 20 + round_, GREEDY)
+    load = await desk.until(lambda e: isinstance(e, LoadNews) and e.decode_step_ms > 0 and e.steps >= 36)
+    assert load.prefill_ms_per_token + load.prefill_ms_per_token_pair > 0

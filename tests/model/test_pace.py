@@ -1,0 +1,48 @@
+"""The on-line coefficients, against machines whose price is known."""
+
+import pytest
+
+from twostroke.core.request import SamplingParams, SequenceKey
+from twostroke.model.pace import Pace
+from twostroke.model.plan import SequenceStep, StepPlan
+
+PARAMS = SamplingParams(max_tokens=9)
+
+
+def chunk(start: int, size: int) -> SequenceStep:
+    return SequenceStep(SequenceKey("p", 0), start, (1,) * size, (), (), False, PARAMS, 0)
+
+
+def decode(start: int) -> SequenceStep:
+    return SequenceStep(SequenceKey("d", 0), start, (1,), (), (), True, PARAMS, 3)
+
+
+@pytest.mark.parametrize(("a", "b"), [(0.5, 0.002), (1.0, 0.0), (0.0, 0.001)])
+def test_finds_the_price_of_tokens_and_pairs(a, b):
+    pace = Pace()
+    for round_ in range(60):
+        start, size = (round_ * 37) % 500, 16 + (round_ * 13) % 200
+        pace.observe(StepPlan(round_, (chunk(start, size),)), a * size + b * size * (start + size / 2))
+    assert pace.prefill_ms_per_token == pytest.approx(a, abs=1e-6)
+    assert pace.prefill_ms_per_token_pair == pytest.approx(b, abs=1e-8)
+
+
+def test_decodes_beside_a_chunk_are_not_counted_as_prefill():
+    pace = Pace()
+    for round_ in range(40):
+        pace.observe(StepPlan(round_, (decode(9),)), 7.0)
+        start, size = (round_ * 37) % 500, 16 + (round_ * 13) % 200
+        pace.observe(StepPlan(round_, (decode(9), chunk(start, size))), 7.0 + 0.5 * size)
+    assert pace.decode_step_ms == pytest.approx(7.0)
+    assert pace.prefill_ms_per_token == pytest.approx(0.5, abs=1e-6)
+
+
+def test_the_price_is_never_negative_and_old_steps_fade():
+    pace = Pace()
+    for round_ in range(30):
+        pace.observe(StepPlan(round_, (chunk(0, 16 + round_ % 5),)), 100.0 / (round_ % 5 + 1))
+        assert pace.prefill_ms_per_token >= 0
+        assert pace.prefill_ms_per_token_pair >= 0
+    for round_ in range(400):
+        pace.observe(StepPlan(round_, (chunk(round_ % 7 * 16, 16 + round_ % 50),)), 2.0 * (16 + round_ % 50))
+    assert pace.prefill_ms_per_token == pytest.approx(2.0, rel=1e-3)
