@@ -8,9 +8,9 @@
     any ──cancel──▶ CANCELLED                       the same tokens damaged twice──▶ LOST
 
 Every wait ends by the peer's silence or the request's deadline. FirstToken may come at any time before Done. STORING
-needs the peer no more: its silence and the stream's end mean nothing there. A frame of tokens [start, end) moves each
-of its hash blocks: missing → verified (digests held) → stored (the engine wrote it). Knows no bytes: whether a frame's
-digests held, the caller says.
+needs the peer no more: its silence and the stream's end mean nothing there, and lead there when only Done is missing.
+A frame of tokens [start, end) moves each of its hash blocks: missing → verified (digests held) → stored (the engine
+wrote it). Knows no bytes: whether a frame's digests held, the caller says.
 """
 
 from __future__ import annotations
@@ -321,9 +321,12 @@ class Receiver:
         wanted = pb.Refetch(token_start=frame.token_start, token_count=frame.token_count, attempt=attempt)
         return [self._send(wanted, now_s), self._send(pb.SlotFree(count=1), now_s)]
 
+    def _has_all(self) -> bool:
+        return self._verified_units == len(self._units) and self.first_token is not None
+
     def _perhaps_complete(self) -> list[Action]:
         actions: list[Action] = []
-        if self.state is ReceiverState.RECEIVING and self._is_done and self._verified_units == len(self._units):
+        if self.state is ReceiverState.RECEIVING and self._is_done and self._has_all():
             self.state = ReceiverState.STORING
             actions += self._close(now=False)
         if self.state is ReceiverState.STORING and self._stored_units == len(self._units):
@@ -332,6 +335,13 @@ class Receiver:
         return actions
 
     def _lose(self, reason: End, now_s: float, detail: str = "", *, code: str = "", text: str = "") -> list[Action]:
+        if (
+            self.state is ReceiverState.RECEIVING
+            and self._has_all()
+            and reason in (End.SILENT, End.CLOSED, End.PROTOCOL)
+        ):
+            self.state = ReceiverState.STORING  # only Done is missing, and that only tells
+            return [*self._close(now=True), *self._perhaps_complete()]
         actions: list[Action] = []
         is_heard = reason not in (End.CLOSED, End.FAILED)
         if is_heard and self.state not in (ReceiverState.NEW, ReceiverState.STORING):
