@@ -19,11 +19,11 @@ from .coefficients import PredictionError
 from .config import RouterConfig
 from .delivery import Verdict
 from .facts import WorkerKey
-from .fleet import Dispatched
 from .members import Identity, MemberHandlers, Members
 from .metrics import RouterMetrics
-from .policy import Choice, PolicyLimits, RequestFacts, choose
+from .policy import Choice, PolicyLimits, choose
 from .run import Dispatch, Run, Runs
+from .views import count_work
 from .wire import submit_to_wire
 
 log = logging.getLogger(__name__)
@@ -96,11 +96,9 @@ class Dispatcher:
         views = self.members.views(request.model, run.excluded)
         identities = self.members.identities(request, run.model)
         held = self.members.prefixes.expected(identities, now_s)
-        prompt_tokens, max_tokens = len(request.prompt_ids), request.sampling.max_tokens
-        facts = RequestFacts(request.request_id, prompt_tokens, max_tokens, request.num_choices)
-        choice = choose(facts, views, held, self._policy)
+        choice = choose(run.facts, views, held, self._policy)
         if choice is not None:
-            # Siblings may wait behind it where it is computed; where it is handed to, it helps nobody before it is there.
+            # Siblings may wait behind it where it is computed. Where it is handed to, it helps nobody yet.
             computes = choice.winner.prefill or choice.winner.decode
             self.members.prefixes.predict([computes.worker_id], identities, now_s)
             log.debug("%s: %s", request.request_id, choice.reason)
@@ -121,21 +119,8 @@ class Dispatcher:
                 run.excluded.add(dispatch.decode)
                 self._forget_work(run)
                 return False
-            self._count_work(run, index, choice, now_s)
+            count_work(self.members.fleet, run.facts, index, choice, now_s)
         return True
-
-    def _count_work(self, run: Run, index: int, choice: Choice, now_s: float) -> None:
-        """Raise the chosen workers' counts at once, so that the next choice sees this one."""
-        key = SequenceKey(run.request_id, index)
-        winner, request = choice.winner, run.request
-        # Siblings share the prompt: only the first choice's prefill is work.
-        uncached = len(request.prompt_ids) - winner.prefill_held_tokens if index == 0 else 1
-        context = len(request.prompt_ids) + request.sampling.max_tokens
-        local = winner.prefill is None
-        fleet = self.members.fleet
-        fleet.dispatched(winner.decode.worker_id, key, Dispatched(now_s, uncached if local else 0, context))
-        if winner.prefill is not None:
-            fleet.dispatched(winner.prefill.worker_id, key, Dispatched(now_s, uncached, 0))
 
     # ------------------------------------------------------------------ back
 

@@ -28,6 +28,7 @@ from .metrics import RouterMetrics
 from .policy import WorkerView
 from .prefixes import PrefixMap
 from .sessions import LinkHandlers, WorkerLink
+from .views import views_of
 from .wire import load_from_wire
 
 log = logging.getLogger(__name__)
@@ -112,25 +113,7 @@ class Members:
 
     def views(self, model: str, excluded: set[WorkerKey]) -> list[WorkerView]:
         """The workers that may get new work of this model, as the policy sees them."""
-        workers = self.fleet.serving(model)
-        otherwise = guess(worker.load for worker in workers)
-        return [
-            WorkerView(
-                key=worker.facts.key,
-                address=worker.facts.address,
-                role=worker.role,
-                numerics=worker.facts.model.weights_fingerprint + worker.facts.model.identity_class,
-                coefficients=coefficients_of(worker.load, otherwise),
-                kv_bytes_per_token=worker.facts.model.kv_bytes_per_token,
-                queued_prefill_tokens=worker.queued_prefill_tokens,
-                num_decoding=worker.num_decoding,
-                max_num_seqs=worker.facts.max_num_seqs,
-                free_kv_tokens=worker.free_kv_tokens,
-                in_flight=len(worker.in_flight),
-            )
-            for worker in workers
-            if worker.facts.key not in excluded
-        ]
+        return views_of(w for w in self.fleet.serving(model) if w.facts.key not in excluded)
 
     def identities(self, request: Request, model: ModelFacts) -> list[BlockIdentity]:
         """The prompt's chain as workers of this model name it."""

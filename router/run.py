@@ -15,7 +15,7 @@ from ..protos import worker_pb2
 from .delivery import Delivery, PieceBuffer, Verdict
 from .facts import ModelFacts, WorkerKey
 from .pieces import Piece, Usage
-from .policy import Choice
+from .policy import Choice, RequestFacts
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,8 @@ class Run:
         self.model = model
         self.delivery = Delivery(request.num_choices)
         self.dispatches: list[Dispatch] = []
+        prompt_tokens, max_tokens = len(request.prompt_ids), request.sampling.max_tokens
+        self.facts = RequestFacts(request.request_id, prompt_tokens, max_tokens, request.num_choices)
         self.excluded: set[WorkerKey] = set()  # workers that failed it
         self.error: TwostrokeError | None = None
         self.settled = False  # the workers owe it nothing any more

@@ -80,6 +80,11 @@ async def collect(flow: Flow, asked: Request) -> list[Piece]:
     return [piece async for piece in flow.generate(asked, Timeline())]
 
 
+async def collect_into(got: list[Piece], stream: AsyncIterator[Piece]) -> None:
+    async for piece in stream:
+        got.append(piece)
+
+
 def tokens_of(pieces: list[Piece], choice: int = 0) -> list[int]:
     tokens: list[int] = []
     for piece in pieces:
@@ -164,8 +169,7 @@ async def test_skipped_tokens_end_the_request_and_never_reach_the_client() -> No
         await c.add(worker)
         got: list[Piece] = []
         with pytest.raises(errors.TokensLost):
-            async for piece in c.flow.generate(request(), Timeline()):
-                got.append(piece)  # noqa: PERF401
+            await collect_into(got, c.flow.generate(request(), Timeline()))
         assert tokens_of(got) == expected(2)
         await until(lambda: worker.cancels)
 
@@ -327,8 +331,7 @@ async def test_a_slow_client_is_dropped_and_others_are_not() -> None:
         assert tokens_of(other) == expected(50)
         await until(lambda: worker.cancels, 3.0)
         with pytest.raises(errors.Cancelled, match="buffer full"):
-            async for piece in slow:
-                got.append(piece)
+            await collect_into(got, slow)
         assert len(got) <= 18  # bounded items, though hundreds of tokens had come
         tokens = tokens_of(got)
         assert len(tokens) > 50

@@ -1,0 +1,171 @@
+"""Properties of the router's pure parts that no single transcript shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from twostroke.core.errors import Overloaded
+from twostroke.core.request import Epoch, FinishReason, Role
+from twostroke.router.admission import Admission, AdmissionLimits, Offer
+from twostroke.router.coefficients import Coefficients
+from twostroke.router.delivery import Delivery, PieceBuffer, Verdict
+from twostroke.router.facts import WorkerKey
+from twostroke.router.journal import Journal
+from twostroke.router.pieces import Piece
+from twostroke.router.policy import PolicyLimits, RequestFacts, WorkerView, choose
+
+messages = st.lists(
+    st.tuples(st.sampled_from(["tokens", "end", "dispatch"]), st.integers(0, 2), st.integers(1, 4), st.integers(0, 6)),
+    max_size=60,
+)
+
+
+@given(messages)
+@settings(max_examples=200, deadline=None)
+def test_whatever_arrives_the_stream_is_a_gapless_prefix_of_the_living_epochs(arriving) -> None:
+    delivery, counter = Delivery(2), 1
+    delivery.dispatch(Epoch(1, 1))
+    delivered: list[list[tuple[int, int]]] = [[], []]  # (index, epoch) per choice
+    ended: dict[int, int] = {}
+    for what, choice, epoch, index in arriving:
+        if what == "dispatch":
+            if delivery.unfinished and delivery.may_start_over:
+                counter += 1
+                delivery.dispatch(Epoch(1, counter))
+        elif what == "end":
+            if delivery.end(choice, Epoch(1, epoch), FinishReason.STOP) is Verdict.TAKE:
+                assert choice not in ended
+                assert epoch == counter
+                ended[choice] = epoch
+        elif delivery.tokens(choice, Epoch(1, epoch), index, 1) is Verdict.TAKE:
+            assert choice not in ended
+            assert epoch == counter
+            delivered[choice].append((index, epoch))
+    for choice, tokens in enumerate(delivered):
+        assert [index for index, _ in tokens] == list(range(delivery.tokens_of(choice)))
+        assert len({epoch for _, epoch in tokens}) <= 1
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 3)), max_size=60), st.integers(1, 5))
+def test_a_full_buffer_merges_and_loses_nothing(acts, room) -> None:
+    buffer, sent, got = PieceBuffer(room), [], []
+    for put, count in acts:
+        if put:
+            ids = tuple(range(len(sent), len(sent) + count))
+            buffer.put(Piece(0, len(sent), ids, "x" * count), now_s=1.0)
+            sent += ids
+            assert len(buffer) <= room
+        elif (piece := buffer.take()) is not None:
+            assert piece.first_index == len(got)
+            got += piece.token_ids
+    assert (buffer.full_since_s is None) or len(buffer) == room
+    while (piece := buffer.take()) is not None:
+        got += piece.token_ids
+        assert len(piece.text) == len(piece.token_ids)
+    assert got == sent
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["offer", "release", "cancel", "reject"]), st.integers(0, 8), st.integers(1, 400)),
+        max_size=80,
+    )
+)
+def test_offered_is_accepted_and_rejected_and_cancelled_and_bounds_hold(acts) -> None:
+    limits = AdmissionLimits(max_requests=4, max_tokens=1000)
+    admission = Admission(limits)
+    under_way: dict[str, int] = {}
+    for now_s, (act, number, tokens) in enumerate(acts):
+        name = f"r{number}"
+        if act == "offer" and name not in under_way:
+            try:
+                admission.offer(Offer(name, f"t{number % 3}", tokens, 5.0), float(now_s))
+                under_way[name] = tokens
+            except Overloaded as error:
+                assert error.retry_after_s is not None
+                assert limits.first_retry_s <= error.retry_after_s <= limits.longest_retry_s
+        elif act != "offer":
+            under_way.pop(name, None)
+            if act == "reject":
+                admission.reject(name, float(now_s))
+            else:
+                admission.release(name, float(now_s), cancelled=act == "cancel")
+        assert admission.offered == admission.accepted + admission.rejected + admission.cancelled
+        assert admission.tokens == sum(under_way.values()) <= limits.max_tokens
+        assert len(admission) == len(under_way) <= limits.max_requests
+
+
+workers = st.lists(
+    st.builds(
+        WorkerView,
+        key=st.just(WorkerKey("?", 1)),
+        address=st.just("a"),
+        role=st.sampled_from(list(Role)),
+        numerics=st.sampled_from([b"x", b"x", b"y"]),
+        coefficients=st.builds(Coefficients, st.floats(0.01, 5), st.floats(0, 1e-3), st.floats(1, 100)),
+        kv_bytes_per_token=st.just(1000),
+        queued_prefill_tokens=st.integers(0, 50_000),
+        num_decoding=st.integers(0, 64),
+        max_num_seqs=st.integers(1, 64),
+        free_kv_tokens=st.integers(0, 100_000),
+        in_flight=st.integers(0, 64),
+    ),
+    max_size=8,
+)
+
+
+@given(workers, st.integers(1, 4000), st.lists(st.integers(0, 300), min_size=8, max_size=8), st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_the_winner_is_cheapest_within_the_noise_and_can_do_the_work(views, prompt, blocks, local) -> None:
+    views = [replaced(view, number) for number, view in enumerate(views)]
+    held = {f"w{number}": count for number, count in enumerate(blocks)}
+    limits = PolicyLimits(local_prefill=local)
+    choice = choose(RequestFacts("r", prompt, 100), views, held, limits)
+    if choice is None:
+        assert all(view.role is Role.PREFILL for view in views)
+        return
+    best_ms = min(c.terms.total_ms for c in choice.candidates)
+    noise_ms = max(limits.equal_ms, limits.equal_share * best_ms)
+    assert choice.winner.terms.total_ms <= best_ms + noise_ms
+    assert choice.winner.decode.role is not Role.PREFILL
+    assert len({peer.key for peer in choice.prefill_peers}) == len(choice.prefill_peers)
+    for candidate in choice.candidates:
+        terms = candidate.terms
+        assert min(terms.prefill_queue_ms, terms.transfer_ms, terms.decode_queue_ms, terms.delay_ms) >= 0
+        assert terms.prefill_ms > 0  # the last token is always computed
+        assert candidate.prefill is None or candidate.prefill.numerics == candidate.decode.numerics
+    assert choice == choose(RequestFacts("r", prompt, 100), views, held, limits)
+
+
+def replaced(view: WorkerView, number: int) -> WorkerView:
+    from dataclasses import replace
+
+    return replace(view, key=WorkerKey(f"w{number}", 1))
+
+
+def test_the_journal_is_bounded_and_survives_a_full_disk(tmp_path: Path) -> None:
+    journal = Journal(max_entries=3)
+    for number in range(5):
+        journal.add({"request_id": f"r{number}"})
+    assert len(journal) == 3
+    assert journal.find("r1") is None
+    assert journal.find("r4") == {"request_id": "r4"}
+    full = Journal(Path("/dev/full"))
+    full.add({"request_id": "r"})
+    full.add({"request_id": "s"})
+    assert full.num_lost_lines == 2
+    assert full.find("s") is not None
+    full.close()
+
+
+def test_the_journals_file_is_rotated(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    journal = Journal(path, max_file_bytes=100)
+    for number in range(10):
+        journal.add({"request_id": f"r{number}"})
+    journal.close()
+    assert sum(p.stat().st_size for p in tmp_path.iterdir()) < 300
+    assert {p.name for p in tmp_path.iterdir()} <= {"log.jsonl", "log.jsonl.1"}
