@@ -9,7 +9,6 @@ from typing import Any, Self, TypeVar, Unpack
 
 import grpc
 
-from ..core.errors import Cancelled
 from . import calls
 from .calls import Call, Message, Options
 from .channel import Endpoint, GrpcTransport, Replies, Tls, Transport, check_timeout
@@ -43,7 +42,7 @@ class CompletionStream(Iterator[Chunk]):
             self._over = True
             self._call.finish()
             raise
-        except (grpc.RpcError, grpc.FutureCancelledError) as failure:
+        except grpc.RpcError as failure:
             if self._over:  # closed meanwhile, by another thread
                 raise StopIteration from None
             self._over = True
@@ -153,7 +152,7 @@ class Client:
         replies = self._open(call)
         try:
             return call.read(next(replies))
-        except (grpc.RpcError, grpc.FutureCancelledError) as failure:
+        except grpc.RpcError as failure:
             raise self._explain_failure(failure) from failure
         except BaseException:  # Ctrl-C while waiting: the server must not go on for nobody
             replies.cancel()
@@ -167,6 +166,4 @@ class Client:
         return self._transport.open(call.rpc, call.request, timeout_s)
 
     def _explain_failure(self, failure: Any) -> Exception:
-        if isinstance(failure, grpc.FutureCancelledError):
-            return Cancelled("the client was closed during the call")
         return from_rpc_error(failure, self._address)

@@ -223,6 +223,7 @@ def test_a_broken_template_is_found_when_it_is_loaded(tmp_path, source):
 # ---------------------------------------------------------------- hostile templates
 
 DOUBLINGS = "{% set ns = namespace(x='ab', y=[1]) %}{% for i in range(60) %}"
+SQUARES = "{% set ns = namespace(x='aa') %}{% for i in range(9) %}"
 HOSTILE = {
     "loops in loops": "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}",
     "silent loop": "{% for a in range(90000) %}{% for b in range(90000) if false %}{% endfor %}{% endfor %}",
@@ -234,10 +235,11 @@ HOSTILE = {
     "sum doubles": DOUBLINGS + "{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x | length }}",
     "tilde doubles": DOUBLINGS + "{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x | length }}",
     "join doubles": DOUBLINGS + "{% set ns.x = [ns.x, ns.x] | join %}{% endfor %}{{ ns.x | length }}",
-    "method joins": DOUBLINGS + "{% set ns.x = ns.x.join(['', ns.x, '']) %}{% endfor %}",
+    "method joins squared": SQUARES + "{% set ns.x = ns.x.join(ns.x) %}{% endfor %}{{ ns.x | length }}",
+    "filter joins squared": SQUARES + "{% set ns.x = ns.x | list | join(ns.x) %}{% endfor %}{{ ns.x | length }}",
     "capture doubles": DOUBLINGS + "{% set y %}{{ ns.x }}{{ ns.x }}{% endset %}{% set ns.x = y %}{% endfor %}",
-    "replace squares": DOUBLINGS + "{% set ns.x = ns.x.replace('a', ns.x) %}{% endfor %}",
-    "filter replaces": DOUBLINGS + "{% set ns.x = ns.x | replace('a', ns.x) %}{% endfor %}",
+    "method replaces squared": SQUARES + "{% set ns.x = ns.x.replace('a', ns.x) %}{% endfor %}",
+    "filter replaces squared": SQUARES + "{% set ns.x = ns.x | replace('a', ns.x) %}{% endfor %}",
     "nested lists": DOUBLINGS + "{% set ns.y = [ns.y, ns.y] %}{% endfor %}{{ ns.y }}",
     "nested dicts": DOUBLINGS + "{% set ns.y = {'a': ns.y, 'b': ns.y} %}{% endfor %}{{ ns.y | tojson }}",
     "nested calls": DOUBLINGS + "{% set ns.y = dict(a=ns.y, b=ns.y) %}{% endfor %}{{ ns.y == ns.y }}",
