@@ -131,11 +131,8 @@ class Commands:
             sequence.num_computed = min(sequence.num_computed + HASH_BLOCK_TOKENS, sequence.num_prompt)
             if sequence.num_computed == sequence.num_prompt:
                 break
-        blocks = sequence.blocks[: self._lives.holdings.blocks_for(end)]
-        generations = self._lives.holdings.generations(blocks)
-        self._lives.outbox.append(
-            WriteOp(sequence.key, start, command.token_count, tuple(blocks), generations, command.sections)
-        )
+        table = self._lives.holdings.table(sequence, end)
+        self._lives.outbox.append(WriteOp(sequence.key, start, command.token_count, *table, command.sections))
         return True
 
     def _complete(self, command: KvComplete, sequence: Sequence) -> bool:
@@ -208,11 +205,8 @@ class Commands:
             self._lives.counters["read_of_unknown_kv"] += 1
             self._lives.outbox.append(KvRead(command.key, command.token_start, command.token_count, None))
             return
-        blocks = sequence.blocks[: self._lives.holdings.blocks_for(end)]
-        generations = self._lives.holdings.generations(blocks)
-        self._lives.outbox.append(
-            ReadOp(command.key, command.token_start, command.token_count, tuple(blocks), generations)
-        )
+        table = self._lives.holdings.table(sequence, end)
+        self._lives.outbox.append(ReadOp(command.key, command.token_start, command.token_count, *table))
 
     def fetch(self, command: FetchBlocks) -> None:
         """Planes of the longest leading part of a chain that is held here."""
@@ -230,8 +224,8 @@ class Commands:
         if end == start:
             self._lives.outbox.append(BlocksFetched(command.fetch_id, 0, ()))
             return
-        generations = holdings.generations(blocks)
-        self._lives.outbox.append(FetchOp(command.fetch_id, start, end - start, tuple(blocks), generations))
+        table = holdings.table_of(blocks)
+        self._lives.outbox.append(FetchOp(command.fetch_id, start, end - start, *table))
 
 
 def _is_sealed(sequence: Sequence, start: int, end: int) -> bool:

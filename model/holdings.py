@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from ..kv.block import BlockId, chain
@@ -9,7 +10,7 @@ from ..kv.pool import BlockPool
 from ..kv.prefix import PrefixCache
 from ..kv.spec import HASH_BLOCK_TOKENS
 from .link import CacheDelta, CacheSnapshot
-from .sequence import Sequence
+from .sequence import Sequence, Table
 
 
 class Cost(NamedTuple):
@@ -50,7 +51,7 @@ class Holdings:
     def attach(self, sequence: Sequence) -> None:
         """Retain the cached prefix; `num_computed` follows."""
         assert not sequence.blocks, f"{sequence.key} holds blocks already"
-        sequence.blocks = self.prefix.acquire(sequence.findable)
+        sequence.blocks, sequence.table = self.prefix.acquire(sequence.findable), None
         sequence.num_computed = len(sequence.blocks) * self.pool.block_tokens
         sequence.num_published = len(sequence.blocks)
 
@@ -63,11 +64,12 @@ class Holdings:
         missing = self.blocks_for(num_tokens) - len(sequence.blocks)
         if missing > 0:
             sequence.blocks += self.pool.take(missing)
+            sequence.table = None
 
     def release(self, sequence: Sequence) -> None:
         """Give everything back; what was published stays findable until it is evicted."""
         self.pool.give_back(sequence.blocks)
-        sequence.blocks = []
+        sequence.blocks, sequence.table = [], None
         sequence.num_computed = sequence.num_published = 0
         sequence.written.clear()
 
@@ -84,11 +86,21 @@ class Holdings:
             sequence.identities += chain(self._key, link, fresh)
         identities = sequence.identities[:num_hashed]
         sequence.blocks = self.prefix.publish(identities, sequence.blocks, sequence.num_published)
+        sequence.table = None
         sequence.num_published = num_full
 
-    def generations(self, blocks: list[BlockId]) -> tuple[int, ...]:
-        """Which use of each block this is."""
-        return tuple([self.pool.generation(block) for block in blocks])
+    def table(self, sequence: Sequence, num_tokens: int) -> Table:
+        """The blocks that cover the first `num_tokens` tokens."""
+        if sequence.table is None:
+            sequence.table = self.table_of(sequence.blocks)
+        blocks, generations = sequence.table
+        count = self.blocks_for(num_tokens)
+        return sequence.table if count == len(blocks) else Table(blocks[:count], generations[:count])
+
+    def table_of(self, blocks: Iterable[BlockId]) -> Table:
+        """These blocks as they are used now."""
+        listed = tuple(blocks)
+        return Table(listed, tuple([self.pool.generation(block) for block in listed]))
 
     # ------------------------------------------------------------------ news for the routers
 

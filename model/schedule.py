@@ -17,9 +17,11 @@ and nobody behind it in the queue may take blocks before it does.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 from ..core.request import SequenceKey
+from ..kv.block import BlockId
 from ..kv.pool import OutOfBlocks
 from ..kv.spec import HASH_BLOCK_TOKENS
 from .holdings import Cost, Holdings
@@ -238,14 +240,14 @@ class Scheduler:
     def _step(self, sequence: Sequence, size: int) -> SequenceStep:
         start, end = sequence.num_computed, sequence.num_computed + size
         sequence.last_step = self._next_step + 1
-        blocks = sequence.blocks[: self.holdings.blocks_for(end)]
+        table = self.holdings.table(sequence, end)
         samples = end == len(sequence.tokens)
         return SequenceStep(
             key=sequence.key,
             start=start,
             token_ids=tuple(sequence.tokens[start:end]),
-            block_table=tuple(blocks),
-            generations=self.holdings.generations(blocks),
+            block_table=table.blocks,
+            generations=table.generations,
             samples=samples,
             params=sequence.params,
             num_generated=sequence.num_generated,
@@ -294,8 +296,16 @@ class Scheduler:
         assert self.count(*_S) == len(self.by_key), "a live sequence stands under no state"
         promised = sum(s.num_promised for s in self.by_key.values())
         assert promised == self.num_promised, f"{self.num_promised} blocks promised, sequences say {promised}"
-        self.holdings.pool.check_integrity({str(s.key): s.blocks for s in self.by_key.values()})
+        self._check_owners()
+        self.holdings.pool.check_integrity()
         self.holdings.prefix.check_integrity()
+
+    def _check_owners(self) -> None:
+        claims = Counter(block for sequence in self.by_key.values() for block in sequence.blocks)
+        pool = self.holdings.pool
+        for block in map(BlockId, range(pool.num_blocks)):
+            owners = pool.owners(block)
+            assert owners == claims[block], f"block {block} counts {owners} owners, {claims[block]} sequences claim it"
 
 
 def _check_sequence(sequence: Sequence, holdings: Holdings) -> None:
@@ -303,6 +313,8 @@ def _check_sequence(sequence: Sequence, holdings: Holdings) -> None:
     where = f"{sequence.key} ({sequence.state.name})"
     if sequence.state in (_S.WAITING, _S.QUEUED, _S.OFFERED, _S.PARKED, _S.READY):
         assert not sequence.blocks, f"{where} waits and owns {sequence.blocks}"
+    table = sequence.table
+    assert table is None or table == holdings.table_of(sequence.blocks), f"{where} has a table of other blocks"
     assert sequence.num_computed <= covered, f"{where} has {sequence.num_computed} computed in {covered}"
     if sequence.state in (_S.BOUND, _S.PREFILLING):
         assert covered >= sequence.num_prompt, f"{where} covers {covered} of {sequence.num_prompt}"

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import NamedTuple
 
 from ..core.request import FinishReason, SamplingParams, SequenceKey
 from ..kv.block import BlockId, BlockIdentity
@@ -78,6 +79,13 @@ class Doom:
     error_message: str = ""
 
 
+class Table(NamedTuple):
+    """Blocks of a sequence from its first token on, and which use of each block this is."""
+
+    blocks: tuple[BlockId, ...]
+    generations: tuple[int, ...]
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """A live sequence. Only the scheduler and the core change it."""
@@ -90,11 +98,11 @@ class Sequence:
     num_emitted: int
     identities: list[BlockIdentity]  # of leading full hash blocks; grows as generated tokens fill blocks
     identity_root: bytes
-    priority: int  # the higher one goes first
     deadline_s: float | None
-    arrival: int
+    rank: tuple[int, int]  # (-priority, arrival), the scheduler's one order: the greatest is preempted first
     state: SequenceState
     blocks: list[BlockId] = field(default_factory=list)  # owned, in order
+    table: Table | None = None  # of `blocks`, until they change
     num_computed: int = 0
     num_published: int = 0  # leading blocks that were given to the prefix cache
     num_promised: int = 0  # blocks counted for it and not taken yet
@@ -106,11 +114,6 @@ class Sequence:
     wants_bind: bool = False
     has_begun: bool = False  # Promised (LOCAL) or the first Progress (FOR_PEER) went out
     doom: Doom | None = None
-
-    @property
-    def rank(self) -> tuple[int, int]:
-        """The one order of the scheduler: priority, then arrival. The smaller goes first and is preempted last."""
-        return (-self.priority, self.arrival)
 
     @property
     def num_generated(self) -> int:
@@ -145,8 +148,7 @@ def new_sequence(submit: Submit, arrival: int) -> Sequence:
         num_emitted=submit.num_emitted,
         identities=list(submit.identities[: num_prompt // HASH_BLOCK_TOKENS]),
         identity_root=submit.identity_root,
-        priority=submit.priority,
         deadline_s=submit.deadline_s,
-        arrival=arrival,
+        rank=(-submit.priority, arrival),
         state=SequenceState.QUEUED if submit.source is Source.FOR_PEER else SequenceState.WAITING,
     )

@@ -184,6 +184,17 @@ class CoreMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.faces)
     @rule(data=st.data(), size=st.integers(1, 3))
+    def peers_go_on(self, data, size):
+        """What a peer would say now, to every sequence that waits for one."""
+        fitting = {"PROMISED": Bind, "OFFERED": PeerBound, "PARKED": PeerBound}
+        for key, state in self.core.states().items():
+            if state.name in fitting and data.draw(st.booleans()):
+                self.hear(self.core.handle(fitting[state.name](key), self.now_s))
+            elif state.name == "BOUND" and data.draw(st.booleans()):
+                self.write_next(key, size)
+
+    @precondition(lambda self: self.faces)
+    @rule(data=st.data(), size=st.integers(1, 3))
     def write(self, data, size):
         """The next frame of a hand-over, or one for whoever does not expect it."""
         key = self.some(data)
@@ -216,10 +227,11 @@ class CoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.faces)
     @rule(data=st.data(), knows_first=st.booleans(), kept=st.integers(0, 120))
     def peer_lost(self, data, knows_first, kept):
-        key = self.some(data)
-        face = self.faces[key]
-        if face.submit.source is not Source.PEER or face.is_local:
+        lively = [key for key, face in self.faces.items() if face.submit.source is Source.PEER and not face.is_local]
+        if not lively:
             return
+        key = data.draw(st.sampled_from(lively))
+        face = self.faces[key]
         face.is_local = True
         if knows_first:
             face.tokens.append(face.truth[0])
