@@ -1,0 +1,284 @@
+"""The session between a router and a worker: one message per wake-up, one end per order, epochs, stops, drain."""
+
+import asyncio
+
+import pytest
+from twostroke.core.request import Role
+from twostroke.decode_worker.session import SessionTiming
+from twostroke.model.config import StepConfig
+from twostroke.protos import common_pb2, worker_pb2
+
+LENGTH, STOP, ERROR, CANCELLED = (
+    common_pb2.FINISH_REASON_LENGTH,
+    common_pb2.FINISH_REASON_STOP,
+    common_pb2.FINISH_REASON_ERROR,
+    common_pb2.FINISH_REASON_CANCELLED,
+)
+FREE = {"ignore_eos": True}
+
+
+@pytest.fixture
+async def alone(start_worker):
+    return await start_worker(Role.COMBINED)
+
+
+@pytest.fixture
+async def hand(alone, router_of):
+    return await router_of(alone)
+
+
+async def test_a_router_is_welcomed_with_who_the_worker_is(alone, hand):
+    assert hand.welcome == alone.info()
+    assert hand.welcome.model.name == "tiny"
+    assert hand.welcome.model.max_model_len == 2048
+    assert hand.welcome.address == alone.address
+    described = await hand.stub.Describe(worker_pb2.DescribeRequest())
+    assert described == alone.info()
+
+
+async def test_all_requests_of_a_step_share_a_message(hand, make_prompt):
+    answers = [await hand.submit(f"r{i}", make_prompt(20, i), sampling={"max_tokens": 40, **FREE}) for i in range(6)]
+    for answer in answers:
+        await answer.ended()
+    shared = [m for m in hand.messages if len({t.request_id for t in m.step.tokens}) >= 5]
+    assert len(shared) > 10  # of about 40 steps
+    assert [m.sequence for m in hand.messages] == list(range(2, 2 + len(hand.messages)))
+
+
+async def test_an_idle_session_beats_with_the_engines_steps(hand):
+    await asyncio.sleep(1.2)
+    beats = [m.beat for m in hand.messages if m.HasField("beat")]
+    assert len(beats) >= 2
+    assert beats[-1].phase == "idle"
+
+
+async def test_a_stop_string_cuts_the_text_and_frees_the_blocks(alone, hand, make_prompt, all_free):
+    whole = await (await hand.submit("whole", make_prompt(30), sampling={"max_tokens": 24, **FREE})).ended()
+    stop = whole.text[9:11]
+    answer = await (
+        await hand.submit("cut", make_prompt(30), sampling={"max_tokens": 24, "stop": [stop], **FREE})
+    ).ended()
+    assert answer.text == whole.text[: whole.text.index(stop)]
+    assert answer.end.reason == STOP
+    assert len(answer.token_ids) == answer.end.usage.completion_tokens < 24
+    await all_free(alone)
+
+
+async def test_a_stop_token_counts_but_has_no_text(hand, make_prompt):
+    whole = await (await hand.submit("whole", make_prompt(30), sampling={"max_tokens": 8, **FREE})).ended()
+    place = next(i for i, t in enumerate(whole.token_ids) if t < 200 and whole.token_ids.index(t) == i and i > 1)
+    sampling = {"max_tokens": 8, "stop_token_ids": [whole.token_ids[place]], **FREE}
+    answer = await (await hand.submit("cut", make_prompt(30), sampling=sampling)).ended()
+    assert answer.token_ids == whole.token_ids[: place + 1]
+    assert len(answer.text) < len(whole.text)
+    assert whole.text.startswith(answer.text)
+    assert answer.end.reason == STOP
+
+
+@pytest.mark.parametrize("with_peer", [False, True])
+async def test_a_resumed_request_goes_on_where_it_was(start_worker, router_of, make_prompt, all_free, with_peer):
+    prefill, decode = await start_worker(Role.PREFILL), await start_worker(Role.DECODE)
+    hand = await router_of(decode)
+    peers = [prefill] if with_peer else []
+    sampling = {"max_tokens": 16, "temperature": 1.0, "seed": 5, **FREE}
+    whole = await (await hand.submit("whole", make_prompt(40), peers, sampling=sampling)).ended()
+    emitted = whole.token_ids[:7]
+    resumed = hand.answers.setdefault(("again", 0), type(whole)())
+    resumed.token_ids += emitted
+    await hand.submit("again", make_prompt(40) + emitted, peers, sampling=sampling, emitted_tokens=7, domain="another")
+    await resumed.ended()
+    assert resumed.token_ids == whole.token_ids
+    assert whole.text.endswith(resumed.text)
+    assert resumed.end.usage.prompt_tokens == 40
+    assert resumed.end.usage.completion_tokens == 16
+    await all_free(prefill, decode)
+
+
+async def test_a_peers_first_token_can_be_the_last(start_worker, router_of, make_prompt, all_free):
+    prefill, decode = await start_worker(Role.PREFILL), await start_worker(Role.DECODE)
+    hand = await router_of(decode)
+    answer = await (await hand.submit("r", make_prompt(200), [prefill], sampling={"max_tokens": 1, **FREE})).ended()
+    assert len(answer.token_ids) == 1
+    assert answer.end.reason == LENGTH
+    await all_free(prefill, decode)
+
+
+async def test_what_is_cached_is_neither_moved_nor_computed_again(start_worker, router_of, make_prompt, all_free):
+    prefill, decode = await start_worker(Role.PREFILL), await start_worker(Role.DECODE)
+    hand = await router_of(decode)
+    first = await (await hand.submit("a", make_prompt(100), [prefill])).ended()
+    again = await (await hand.submit("b", make_prompt(100), [prefill])).ended()
+    more = await (await hand.submit("c", make_prompt(100) + make_prompt(60, 9), [prefill])).ended()
+    elsewhere = await (await hand.submit("d", make_prompt(100), [prefill], domain="somebody else")).ended()
+    assert again.token_ids == first.token_ids
+    assert again.end.handover.tokens_held == 96
+    assert again.end.handover.local_reason == "held"  # 4 tokens are missing: less than a block
+    assert more.end.handover.tokens_held == 96
+    assert more.end.handover.tokens_moved == 160 - 96
+    assert more.end.usage.cached_tokens == 96
+    assert elsewhere.end.handover.tokens_held == 0
+    assert elsewhere.end.usage.cached_tokens == 0
+    await all_free(prefill, decode)
+
+
+async def test_the_end_tells_the_whole_life(start_worker, router_of, make_prompt):
+    prefill, decode = await start_worker(Role.PREFILL), await start_worker(Role.DECODE)
+    hand = await router_of(decode)
+    answer = await (await hand.submit("r", make_prompt(100), [prefill])).ended()
+    at_ns = {instant.name: instant.since_seen_ns for instant in answer.end.timeline}
+    order = ["received", "promised", "offered", "started", "bound", "prefill_began", "prefilled", "first_token"]
+    assert set(order) | {"first_frame", "last_frame", "second_token", "finished"} <= set(at_ns)
+    assert at_ns["received"] == 0
+    assert at_ns["promised"] <= at_ns["bound"] <= at_ns["first_frame"] <= at_ns["last_frame"] <= at_ns["finished"]
+    assert at_ns["first_token"] <= at_ns["second_token"] <= at_ns["finished"]
+    handover = answer.end.handover
+    spec = decode.info().model.kv_spec.groups[0]
+    per_token = sum(2 * spec.num_layers * c.heads * c.width for c in spec.components)
+    assert handover.bytes_as_bf16 == 100 * per_token
+    assert handover.bytes_moved > 100 * per_token / 2  # fp8 payload, scales and headers
+    assert handover.transport == "grpc"
+
+
+# ---------------------------------------------------------------- orders
+
+
+async def test_a_doubled_order_runs_once(alone, hand, make_prompt):
+    answer = await hand.submit("r", make_prompt(20))
+    await hand.submit("r", make_prompt(20))
+    await answer.ended()
+    await hand.submit("r", make_prompt(20))  # also after its end
+    await (await hand.submit("other", make_prompt(20))).ended()
+    assert len(answer.ends) == 1
+    assert len(answer.token_ids) == 8
+    assert alone.counters["orders_duplicate"] == 2
+
+
+async def test_a_newer_dispatch_ends_the_older_and_an_older_is_dropped(alone, hand, make_prompt, all_free):
+    answer = await hand.submit("r", make_prompt(20), sampling={"max_tokens": 1500, **FREE})
+    await answer.until(lambda a: len(a.token_ids) > 2)
+    hand.answers[("r", 0)] = newer = type(answer)()
+    newer.token_ids = []
+
+    def by_epoch(message):
+        return answer if message.epoch.counter == 1 else newer
+
+    hand._answer = by_epoch
+    await hand.submit("r", make_prompt(20), counter=2)
+    await newer.ended()
+    await answer.ended()
+    assert answer.end.reason == CANCELLED
+    assert newer.end.reason == LENGTH
+    await hand.submit("r", make_prompt(20), counter=1)
+    await hand.cancel("r", counter=1)
+    await asyncio.sleep(0.2)
+    assert alone.counters["orders_stale"] == 1
+    await all_free(alone)
+
+
+async def test_choices_of_a_request_are_cancelled_together(alone, hand, make_prompt, all_free):
+    answers = [
+        await hand.submit("r", make_prompt(20), choice=choice, sampling={"max_tokens": 1500, **FREE})
+        for choice in range(3)
+    ]
+    for answer in answers:
+        await answer.until(lambda a: len(a.token_ids) > 1)
+    await hand.cancel("r")
+    await all_free(alone, timeout_s=1.0)
+    for answer in answers:
+        assert (await answer.ended()).end.reason == CANCELLED
+
+
+@pytest.mark.parametrize(
+    ("prompt_ids", "options", "code"),
+    [
+        ([], {}, "invalid_value"),
+        ([1, 2, 260], {}, "invalid_value"),
+        ([1] * 2048, {}, "context_length_exceeded"),
+        ([1] * 2000, {"sampling": {"max_tokens": 100}}, "context_length_exceeded"),
+        ([1, 2], {"sampling": {"temperature": float("nan")}}, "invalid_value"),
+        ([1, 2], {"sampling": {"top_p": 0.0}}, "invalid_value"),
+        ([1, 2], {"sampling": {"stop": [""]}}, "invalid_value"),
+        ([1, 2], {"emitted_tokens": 2}, "invalid_value"),
+    ],
+)
+async def test_an_impossible_order_ends_typed_and_hurts_nobody(alone, hand, make_prompt, prompt_ids, options, code):
+    other = await hand.submit("other", make_prompt(20), sampling={"max_tokens": 20, **FREE})
+    answer = await (await hand.submit("r", prompt_ids, **options)).ended()
+    assert answer.end.reason == ERROR
+    assert answer.end.error.code == code
+    assert answer.end.error.message
+    assert len((await other.ended()).token_ids) == 20
+
+
+async def test_a_full_queue_says_when_to_come_back(start_worker, router_of, make_prompt):
+    step = StepConfig(max_num_seqs=1, max_num_batched_tokens=64, max_waiting=2)
+    worker = await start_worker(Role.COMBINED, step=step)
+    hand = await router_of(worker)
+    answers = [await hand.submit(f"r{i}", make_prompt(20), sampling={"max_tokens": 60, **FREE}) for i in range(8)]
+    for answer in answers:
+        await answer.ended()
+    refused = [a for a in answers if a.end.reason == ERROR]
+    assert refused
+    assert {a.end.error.code for a in refused} == {"overloaded"}
+    assert all(a.end.error.retry_after_ms > 0 for a in refused)
+    assert all(len(a.token_ids) == 60 for a in answers if a.end.reason == LENGTH)
+
+
+async def test_attach_is_answered_though_nothing_can_be_attached_to_yet(hand):
+    epoch = worker_pb2.Epoch(incarnation=8, counter=1)
+    await hand.say(worker_pb2.SessionUp(attach=worker_pb2.Attach(request_id="gone", epoch=epoch, cursor=[3, 4])))
+    for choice in range(2):
+        answer = hand.answers.setdefault(("gone", choice), type(await hand.submit("warm", [1, 2]))())
+        await answer.ended()
+        assert answer.end.error.code == "request_not_found"
+
+
+async def test_a_router_that_stops_beating_is_lost(alone, router_of, make_prompt, all_free):
+    alone.decode._timing = SessionTiming(silence_s=0.5)
+    hand = await router_of(alone)
+    await hand.say(worker_pb2.SessionUp(beat=worker_pb2.Beat(phase="idle")))
+    answer = await hand.submit("r", make_prompt(20), sampling={"max_tokens": 1500, **FREE})
+    await answer.until(lambda a: len(a.token_ids) > 1)
+    await all_free(alone, timeout_s=0.5 + alone.settings.orphan_grace_s + 1.0)
+    assert alone.counters["sessions_lost"] == 1
+
+
+# ---------------------------------------------------------------- drain
+
+
+async def test_drain_lets_the_running_end_and_refuses_the_rest(start_worker, router_of, make_prompt, all_free):
+    prefill, decode = await start_worker(Role.PREFILL), await start_worker(Role.DECODE)
+    hand = await router_of(decode)
+    running = await hand.submit("r", make_prompt(100), [prefill], sampling={"max_tokens": 60, **FREE})
+    await running.until(lambda a: len(a.token_ids) > 1)
+    draining = asyncio.ensure_future(hand.stub.Drain(worker_pb2.DrainRequest(timeout_ms=10_000)))
+    await asyncio.sleep(0.05)
+    refused = await (await hand.submit("late", make_prompt(20))).ended()
+    assert refused.end.error.code == "unavailable"
+    assert refused.end.error.retry_after_ms > 0
+    response = await draining
+    assert response.empty
+    await running.ended()
+    assert len(running.token_ids) == 60
+    await all_free(prefill, decode)
+
+
+async def test_drain_cancels_what_does_not_end_in_time(alone, hand, make_prompt, all_free):
+    running = await hand.submit("r", make_prompt(20), sampling={"max_tokens": 1800, **FREE})
+    await running.until(lambda a: len(a.token_ids) > 1)
+    response = await hand.stub.Drain(worker_pb2.DrainRequest(timeout_ms=100))
+    assert (response.empty, response.cancelled) == (False, 1)
+    assert (await running.ended()).end.reason == CANCELLED
+    await all_free(alone)
+
+
+async def test_a_draining_prefill_worker_refuses_and_decode_goes_on_alone(
+    start_worker, router_of, make_prompt, all_free
+):
+    prefill, decode = await start_worker(Role.PREFILL), await start_worker(Role.DECODE)
+    await prefill.drain(0.1)
+    hand = await router_of(decode)
+    answer = await (await hand.submit("r", make_prompt(100), [prefill])).ended()
+    assert answer.end.reason == LENGTH
+    assert answer.end.handover.local_reason == "peer_refused"
+    await all_free(prefill, decode)
