@@ -77,7 +77,9 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> EngineRoom:
 
     pool = BlockPool(pool_size.num_blocks, cache.block_size)
     bounds, policy = CoreLimits(model.max_model_len), policy_of(settings.role)
-    core = EngineCore(bounds, pool, PrefixCache(pool), policy, eos_ids=model.eos_ids, key=key)
+    core = EngineCore(
+        bounds, pool, PrefixCache(pool, enabled=cache.prefix_caching), policy, eos_ids=model.eos_ids, key=key
+    )
     link = ThreadLink()
     facts = FaceFacts(
         worker_id=settings.worker_id,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..core.hosted import Hosted
 from ..core.request import Role
@@ -12,12 +12,14 @@ from ..decode_worker.actor import DecodeWorker
 from ..prefill_worker.actor import PrefillWorker
 from ..router.actor import Router
 from ..router.config import RouterConfig
-from ..router.process import RouterProcess
 from .launch import Ended, Site, worker_settings
 from .placement import Member
 from .ray_session import RaySession
 from .settings import WorkerSettings
-from .worker import WorkerProcess
+
+if TYPE_CHECKING:
+    from ..router.process import RouterProcess
+    from .worker import WorkerProcess
 
 
 class RayLauncher:
@@ -81,22 +83,26 @@ class RayLauncher:
 
 
 class _BuildRouter:
-    """Pickled to the actor's process, called there."""
+    """Pickled to the actor's process, called there: only that process imports what it runs."""
 
     def __init__(self, settings: RouterConfig, key: str) -> None:
         self._settings, self._key = settings, key
 
     def __call__(self) -> RouterProcess:
+        from ..router.process import RouterProcess
+
         return RouterProcess(self._settings, self._key)
 
 
 class _BuildWorker:
-    """Pickled to the actor's process, called there."""
+    """Pickled to the actor's process, called there: only that process imports what it runs."""
 
     def __init__(self, settings: WorkerSettings) -> None:
         self._settings = settings
 
     def __call__(self) -> WorkerProcess:
+        from .worker import WorkerProcess
+
         return WorkerProcess(self._settings)
 
 

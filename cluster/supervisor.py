@@ -60,6 +60,7 @@ class Supervisor:
         """
         for name in self._members:
             self._membership.want(name, self._clock.now_s())
+        await self._start_due()  # before any gRPC of ours runs: a launcher may fork
         self._tasks = [asyncio.create_task(self._keep()), asyncio.create_task(self._observe())]
         patience_s = self.config.cluster.ready_timeout_s
         try:
@@ -90,19 +91,22 @@ class Supervisor:
         """Start what is due; sleep until something ends or a back-off runs out."""
         while True:
             self._changed.clear()
-            for name in self._membership.due(self._clock.now_s()):
-                self._membership.started(name, self._clock.now_s())
-                self._started.set()
-                try:
-                    await self._launcher.start(self._members[name], self._ended)
-                except TwostrokeError as error:
-                    self._ended(name, str(error))
+            await self._start_due()
             due_s = self._membership.next_due_s()
             wait_s = None if due_s is None else max(0.0, due_s - self._clock.now_s())
             try:
                 await asyncio.wait_for(self._changed.wait(), wait_s)
             except TimeoutError:
                 continue
+
+    async def _start_due(self) -> None:
+        for name in self._membership.due(self._clock.now_s()):
+            self._membership.started(name, self._clock.now_s())
+            self._started.set()
+            try:
+                await self._launcher.start(self._members[name], self._ended)
+            except TwostrokeError as error:
+                self._ended(name, str(error))
 
     def _ended(self, name: str, last_words: str) -> None:
         due_s = self._membership.ended(name, last_words, self._clock.now_s())

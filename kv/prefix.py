@@ -37,7 +37,9 @@ class _Entry:
 class PrefixCache:
     """The index over one pool. It owns no block: a cached block that nobody owns is free, and may be evicted."""
 
-    def __init__(self, pool: BlockPool, max_pending_events: int = MAX_PENDING_EVENTS) -> None:
+    def __init__(self, pool: BlockPool, max_pending_events: int = MAX_PENDING_EVENTS, *, enabled: bool = True) -> None:
+        """`enabled` false: nothing becomes findable, and so nothing is ever found."""
+        self.enabled = enabled
         assert pool.block_tokens % HASH_BLOCK_TOKENS == 0, pool.block_tokens
         self._pool = pool
         self._span = pool.block_tokens // HASH_BLOCK_TOKENS  # hash blocks per physical block
@@ -74,7 +76,7 @@ class PrefixCache:
         the caller owns from now on. So a published block must be full and sealed, and nobody may write it any more;
         who still reads the old copy must own it too.
         """
-        full = min(len(identities) // self._span, len(blocks))
+        full = min(len(identities) // self._span, len(blocks)) if self.enabled else 0
         # After `clear` parents can be missing or elsewhere: begin where the chain in the index is still ours.
         start = min(start, full)
         while start > 0 and self.locate(self._key(identities, start - 1)) != blocks[start - 1]:

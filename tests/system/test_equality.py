@@ -1,0 +1,69 @@
+"""Disaggregated text is the text in one piece: the same tokens for 200 mixed prompts, in every cache dtype.
+
+The oracle is one combined worker without a prefix cache that serves the requests one at a time. The other side is two
+prefill and two decode workers under concurrent load, with chunked prefill, prefix caches and hand-overs.
+"""
+
+import asyncio
+import random
+from typing import Any
+
+import pytest
+from conftest import running_cluster
+
+from twostroke import AsyncClient, Client
+
+NUM_PROMPTS = 200
+CONCURRENCY = 24
+LENGTHS = (1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 130, 257, 400)
+
+
+def mixed_prompts(vocab_size: int) -> list[dict[str, Any]]:
+    """Odd lengths, shared prefixes, greedy and seeded sampling with every filter."""
+    chance = random.Random(7)
+    shared = [[chance.randrange(10, vocab_size) for _ in range(300)] for _ in range(4)]
+    prompts = []
+    for number in range(NUM_PROMPTS):
+        length = chance.choice(LENGTHS)
+        if number % 3 == 0:
+            ids = shared[number % 4][:length] + [
+                chance.randrange(10, vocab_size) for _ in range(chance.randrange(1, 20))
+            ]
+        else:
+            ids = [chance.randrange(10, vocab_size) for _ in range(length)]
+        sampling: dict[str, Any] = {"temperature": 0.0}
+        if number % 2:
+            sampling = {"temperature": chance.choice((0.3, 0.8, 1.3)), "seed": chance.randrange(2**31)}
+            sampling |= chance.choice(({}, {"top_k": 20}, {"top_p": 0.9}, {"top_k": 50, "top_p": 0.8}))
+        prompts.append({"prompt": ids, "max_tokens": chance.choice((1, 2, 17, 24)), "ignore_eos": True, **sampling})
+    return prompts
+
+
+async def _all_at_once(address: str, prompts: list[dict[str, Any]]) -> list[tuple[int, ...]]:
+    gate = asyncio.Semaphore(CONCURRENCY)
+    async with AsyncClient(address, timeout_s=300) as client:
+
+        async def one(given: dict[str, Any]) -> tuple[int, ...]:
+            async with gate:
+                return tuple((await client.generate(**given)).choices[0].token_ids)
+
+        return list(await asyncio.gather(*(one(dict(given)) for given in prompts)))
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("dtype", ["fp8", "bfloat16", "float32"])
+def test_disaggregated_equals_one_piece_token_for_token(dtype: str):
+    prompts = mixed_prompts(4096)
+    common = {"cluster__launcher": "inprocess", "step__num_threads": 1, "cache__dtype": dtype, "cache__tokens": 16384}
+    whole = {"cluster__prefill": 0, "cluster__decode": 1, "cache__prefix_caching": False}
+    with running_cluster(**common, **whole) as one_piece, Client(one_piece.grpc, timeout_s=300) as client:
+        expected = [tuple(client.generate(**given).choices[0].token_ids) for given in prompts]
+    assert all(len(tokens) == given["max_tokens"] for tokens, given in zip(expected, prompts, strict=True))
+    apart = {"cluster__prefill": 2, "cluster__decode": 2, "step__max_num_batched_tokens": 128}
+    with running_cluster(**common, **apart) as cluster:
+        got = asyncio.run(_all_at_once(cluster.grpc, prompts))
+        with Client(cluster.grpc) as client:
+            counters = client.cluster()
+    different = [n for n, (a, b) in enumerate(zip(expected, got, strict=True)) if a != b]
+    assert not different, [(n, prompts[n], expected[n], got[n]) for n in different[:3]]
+    assert counters["workers"]
