@@ -2,8 +2,9 @@
 
 import asyncio
 import contextlib
+import json
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,27 +31,44 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama with a byte-level tokenizer, as a Hugging Face directory."""
     import tokenizers
     import torch
+    from safetensors.torch import save_file
     from tokenizers import decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     directory = tmp_path_factory.mktemp("tiny-worker")
-    torch.manual_seed(11)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        initializer_range=0.2,
-        bos_token_id=256,
-        eos_token_id=EOS,
-        dtype="float32",
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "bos_token_id": 256,
+        "eos_token_id": EOS,
+        "torch_dtype": "float32",
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    random = torch.Generator().manual_seed(11)
+
+    def weight(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=random) * 0.2
+
+    weights = {"model.embed_tokens.weight": weight(VOCAB, 64), "model.norm.weight": torch.ones(64)}
+    for layer in range(2):
+        name = f"model.layers.{layer}"
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            weights[f"{name}.{norm}.weight"] = torch.ones(64)
+        for part, rows in (("q", 64), ("k", 32), ("v", 32), ("o", 64)):
+            weights[f"{name}.self_attn.{part}_proj.weight"] = weight(rows, 64)
+        for part, shape in (("gate", (96, 64)), ("up", (96, 64)), ("down", (64, 96))):
+            weights[f"{name}.mlp.{part}_proj.weight"] = weight(*shape)
+    save_file(weights, directory / "model.safetensors")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {character: place for place, character in enumerate(alphabet)}
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -163,8 +181,8 @@ class RouterHand:
             await asyncio.gather(self._reader, return_exceptions=True)
 
     async def submit(
-        self, request_id: str, prompt_ids: list[int], peers: list[WorkerProcess] = [], **options: Any
-    ) -> Answer:  # noqa: B006
+        self, request_id: str, prompt_ids: list[int], peers: Sequence[WorkerProcess | str] = (), **options: Any
+    ) -> Answer:
         """Order one choice."""
         sampling = {"max_tokens": 8, "temperature": 0.0, "seed": 1} | options.pop("sampling", {})
         choice, counter = options.pop("choice", 0), options.pop("counter", 1)

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 
 import pytest
+
 from twostroke.core.request import Role
 from twostroke.kv.transport import ServerStream
 from twostroke.kv.wire import Frame, decode_envelope
@@ -69,7 +70,7 @@ class Proxy:
                 await asyncio.wait(pumps)
 
         self._server = await asyncio.start_server(connect, "127.0.0.1", 0)
-        self.address = "127.0.0.1:%d" % self._server.sockets[0].getsockname()[1]
+        self.address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
 
     async def _pump(self, reader, writer):
         with contextlib.suppress(OSError):

@@ -3,6 +3,7 @@
 import asyncio
 
 import pytest
+
 from twostroke.core.request import Role
 from twostroke.decode_worker.session import SessionTiming
 from twostroke.model.config import StepConfig
@@ -201,7 +202,7 @@ async def test_choices_of_a_request_are_cancelled_together(alone, hand, make_pro
         ([1, 2], {"emitted_tokens": 2}, "invalid_value"),
     ],
 )
-async def test_an_impossible_order_ends_typed_and_hurts_nobody(alone, hand, make_prompt, prompt_ids, options, code):
+async def test_an_impossible_order_ends_typed_and_hurts_nobody(hand, make_prompt, prompt_ids, options, code):
     other = await hand.submit("other", make_prompt(20), sampling={"max_tokens": 20, **FREE})
     answer = await (await hand.submit("r", prompt_ids, **options)).ended()
     assert answer.end.reason == ERROR

@@ -1,0 +1,268 @@
+"""What a worker tells besides tokens: Watch, Blocks.Fetch, health, reflection, Announce."""
+
+import asyncio
+import contextlib
+
+import grpc
+import grpc.aio
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from twostroke.cluster.announce import Announcer, Retry
+from twostroke.core.request import Role
+from twostroke.kv.config import CacheConfig
+from twostroke.kv.transport import Channels
+from twostroke.kv.wire import Frame, decode_envelope, verify_frame
+from twostroke.protos import common_pb2, handover_pb2, worker_pb2, worker_pb2_grpc
+
+SMALL = CacheConfig(tokens=1024, frame_bytes=8192)  # 64 blocks: evicts all the time
+
+
+class Watched:
+    """What a router would know of a worker's prefix cache."""
+
+    def __init__(self, stub):
+        self.identities = set()
+        self.load = None
+        self.sequence = 0
+        self.num_snapshots = 0
+        self.changed = asyncio.Event()
+        self._in_snapshot = False
+        self._task = asyncio.create_task(self._run(stub))
+
+    async def _run(self, stub):
+        async for event in stub.Watch(worker_pb2.WatchRequest(router_id="test")):
+            self.take(event)
+            self.changed.set()
+
+    def take(self, event):
+        if event.HasField("load"):
+            assert event.sequence == self.sequence
+            self.load = event.load
+            return
+        assert event.sequence == self.sequence + 1, "a gap"
+        self.sequence = event.sequence
+        if event.HasField("snapshot"):
+            if not self._in_snapshot:
+                self.identities.clear()
+                self.num_snapshots += 1
+            self.identities |= _split(event.snapshot.identities)
+            self._in_snapshot = not event.snapshot.last
+        else:
+            self.identities |= _split(event.delta.stored)
+            self.identities -= _split(event.delta.removed)
+
+    async def until(self, condition):
+        async def wait():
+            while not condition():
+                self.changed.clear()
+                await self.changed.wait()
+
+        await asyncio.wait_for(wait(), 10)
+
+    async def close(self):
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+
+def _split(identities):
+    return {identities[place : place + 16] for place in range(0, len(identities), 16)}
+
+
+def held_by(worker):
+    """The truth, read from the idle engine's own index."""
+    return set(worker._room.engine._core._lives.holdings.prefix.snapshot())
+
+
+@pytest.fixture
+async def watch():
+    watched = []
+
+    def start(hand):
+        watched.append(Watched(hand.stub))
+        return watched[-1]
+
+    yield start
+    for one in watched:
+        await one.close()
+
+
+async def test_snapshot_and_deltas_rebuild_the_prefix_cache(start_worker, router_of, make_prompt, all_free, watch):
+    worker = await start_worker(Role.COMBINED, cache=SMALL)
+    hand = await router_of(worker)
+    early = watch(hand)
+    await early.until(lambda: early.num_snapshots == 1)
+    for place in range(12):  # 12 x 160 tokens through a pool of 1,024
+        await (await hand.submit(f"r{place}", make_prompt(150, place), sampling={"max_tokens": 10})).ended()
+        if place == 6:
+            late = watch(hand)
+    await all_free(worker)
+    truth = held_by(worker)
+    assert len(truth) > 10
+    await early.until(lambda: early.identities == truth)
+    await late.until(lambda: late.identities == truth)
+    assert (early.num_snapshots, late.num_snapshots) == (1, 1)
+    assert early.load.total_blocks == 64
+    assert early.load.role == common_pb2.ROLE_COMBINED
+    assert early.load.prefill_ms_per_token > 0
+
+
+async def test_a_slow_watcher_gets_a_new_snapshot_instead_of_a_long_queue(start_worker, router_of, make_prompt, watch):
+    worker = await start_worker(Role.COMBINED, cache=SMALL)
+    worker.watchers._max_pending = 4
+    hand = await router_of(worker)
+    slow = worker.watchers.watch()
+    view = Watched.__new__(Watched)
+    view.identities, view.sequence, view.num_snapshots, view._in_snapshot = set(), 0, 0, False
+    while view.num_snapshots == 0:
+        view.take(await anext(slow))
+    for place in range(6):  # nobody reads meanwhile
+        await (await hand.submit(f"r{place}", make_prompt(150, place))).ended()
+    (watcher,) = worker.watchers._open
+    assert sum(len(d.stored) + len(d.removed) for d in watcher._deltas) <= 4 + 20
+    await asyncio.sleep(0.3)
+    truth = held_by(worker)
+    async with asyncio.timeout(5):
+        while view.identities != truth:
+            view.take(await anext(slow))
+    assert view.num_snapshots == 2
+    assert worker.counters["watch_resyncs"] == 1
+    await slow.aclose()
+
+
+async def test_fetch_gives_verified_frames_of_what_is_cached(start_worker, router_of, make_prompt, all_free):
+    worker = await start_worker(Role.COMBINED)
+    hand = await router_of(worker)
+    ids = make_prompt(330)
+    await (await hand.submit("r", ids)).ended()
+    await all_free(worker)
+    facts = worker._room.facts
+    names = facts.namer.name(ids, "tests").identities
+    unknown = facts.namer.name(ids, "somebody else").identities
+    channels = Channels()
+
+    async def fetch(**wanted):
+        request = handover_pb2.FetchRequest(**wanted).SerializeToString()
+        return [decode_envelope(e) async for e in channels.fetch(worker.address, request, 5.0)]
+
+    frames = await fetch(identities=[*names, unknown[-1]])
+    assert len(frames) > 1
+    assert all(
+        isinstance(frame, Frame) and verify_frame(frame, facts.digest_key, facts.model.kv_spec) for frame in frames
+    )
+    assert [i for frame in frames for i in frame.header.identities] == list(names)
+    assert [frame.header.token_start for frame in frames] == [*range(0, 320, frames[0].header.token_count)]
+    (part,) = await fetch(
+        identities=names[:1], components=["v"], layer_start=1, layer_count=1, head_start=1, head_count=1
+    )
+    (section,) = part.sections
+    whole = next(s for s in frames[0].sections if s.component == "v")
+    assert np.array_equal(section.payload[0, 0], whole.payload[1 - whole.layer_start, 1, :16])
+    assert verify_frame(part, facts.digest_key)
+    assert await fetch(identities=unknown) == []
+    with pytest.raises(grpc.RpcError) as refusal:
+        await fetch(identities=[b"short"])
+    assert refusal.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    await channels.close()
+
+
+# ---------------------------------------------------------------- health
+
+
+async def test_health_follows_the_step_loop(start_worker, router_of, make_prompt):
+    worker = await start_worker(Role.COMBINED)
+    async with grpc.aio.insecure_channel(worker.address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+
+        async def check(service=""):
+            return (await stub.Check(health_pb2.HealthCheckRequest(service=service))).status
+
+        await asyncio.sleep(0.1)
+        assert await check() == health_pb2.HealthCheckResponse.SERVING
+        assert await check("twostroke.v1.Worker") == health_pb2.HealthCheckResponse.SERVING
+        worker.health._beat_at_s -= 10.0
+        assert worker.health.is_serving()  # an old beat without work is no hang
+        worker.dispatcher.own(("a hung request", 0), lambda event: None)
+        worker.health._beat_at_s -= 10.0
+        assert not worker.health.is_serving()
+        worker.dispatcher._owner_by_key.clear()
+        await worker.drain(0.0)
+        await asyncio.sleep(0.7)
+        assert await check() == health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+async def test_reflection_lists_the_services(start_worker):
+    worker = await start_worker(Role.COMBINED)
+    async with grpc.aio.insecure_channel(worker.address) as channel:
+        call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo()
+        await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
+        answer = await call.read()
+        await call.done_writing()
+    names = {service.name for service in answer.list_services_response.service}
+    assert {"twostroke.v1.Worker", "grpc.health.v1.Health"} <= names
+
+
+# ---------------------------------------------------------------- announce
+
+
+class Ear(worker_pb2_grpc.AnnounceServicer):
+    """A router's Announce service that remembers what it heard."""
+
+    def __init__(self):
+        self.heard = []
+        self.changed = asyncio.Event()
+
+    async def Announce(self, requests, context):
+        async for message in requests:
+            self.heard.append(message)
+            self.changed.set()
+            yield worker_pb2.AnnounceReply(router_id="ear", sequence=message.sequence)
+
+    async def until(self, condition, timeout_s=10.0):
+        async def wait():
+            while not condition(self.heard):
+                self.changed.clear()
+                await self.changed.wait()
+
+        await asyncio.wait_for(wait(), timeout_s)
+
+    async def listen(self, address="127.0.0.1:0"):
+        server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        worker_pb2_grpc.add_AnnounceServicer_to_server(self, server)
+        port = server.add_insecure_port(address)
+        await server.start()
+        return server, f"127.0.0.1:{port}"
+
+
+async def test_a_worker_announces_itself_changes_and_leaves(start_worker):
+    ear = Ear()
+    server, address = await ear.listen()
+    worker = await start_worker(Role.DECODE, routers=(address, "127.0.0.1:1"))
+    await ear.until(lambda heard: len(heard) >= 2)
+    assert ear.heard[0].worker == worker.info()
+    assert not ear.heard[1].HasField("worker")  # a beat
+    worker.set_role(Role.COMBINED)
+    await ear.until(lambda heard: any(m.worker.role == common_pb2.ROLE_COMBINED for m in heard))
+    await worker.stop(0.0)
+    assert ear.heard[-1].leaving
+    assert [m.sequence for m in ear.heard] == list(range(1, len(ear.heard) + 1))
+    await server.stop(0)
+
+
+async def test_a_router_that_comes_back_is_told_again():
+    ear = Ear()
+    server, address = await ear.listen()
+    announcer = Announcer([address], common_pb2.WorkerInfo(worker_id="w"), Retry(first_s=0.02, longest_s=0.1))
+    announcer.start()
+    await ear.until(bool)
+    await server.stop(0)
+    ear.heard.clear()
+    await asyncio.sleep(0.2)
+    server, _ = await ear.listen(address)
+    await ear.until(bool)
+    assert ear.heard[0].worker.worker_id == "w"
+    await announcer.leave()
+    with contextlib.suppress(grpc.RpcError):
+        await server.stop(0)
