@@ -44,6 +44,7 @@ class RouterMetrics:
         self.registry = CollectorRegistry()
         self._own()
         self._like_vllm()
+        self.fleet([])
 
     def _own(self) -> None:
         registry = self.registry

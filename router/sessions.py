@@ -121,6 +121,9 @@ class WorkerLink:
             reason = _words(error)
         except (_Broken, InvalidRequest) as error:
             reason = str(error)
+        except Exception:  # whatever a worker sent must not end the link for ever
+            log.exception("%s: a message could not be handled", self.key.worker_id)
+            reason = "a message could not be handled"
         if is_session:
             self._mark_down(reason)
         return reason

@@ -35,6 +35,8 @@ class Behaviour:
     skip_index: int | None = None
     refuse: common_pb2.Error | None = None
     mute: bool = False  # says nothing at all, as if frozen
+    mute_session: bool = False  # its session alone is stuck
+    welcome_as: int | None = None  # another incarnation answers at the address
     end_twice: bool = False
     bytes_moved: int = 0
 
@@ -246,7 +248,9 @@ class _Servicer(worker_pb2_grpc.WorkerServicer):
         out: asyncio.Queue[worker_pb2.SessionDown] = asyncio.Queue()
         hello = await anext(aiter(request_iterator))
         assert hello.WhichOneof("body") == "hello"
-        yield worker_pb2.SessionDown(sequence=1, welcome=worker.info())
+        welcome = worker_pb2.SessionDown(sequence=1, welcome=worker.info())
+        welcome.welcome.incarnation = worker.behaviour.welcome_as or worker.incarnation
+        yield welcome
         reader = asyncio.create_task(self._read(request_iterator))
         worker.sessions.add(out)
         sequence = 1
@@ -257,7 +261,7 @@ class _Servicer(worker_pb2_grpc.WorkerServicer):
                     message = await asyncio.wait_for(out.get(), 0.1)
                 except TimeoutError:
                     message = worker_pb2.SessionDown(beat=worker_pb2.Beat(phase="idle", steps=sequence))
-                while worker.behaviour.mute:
+                while worker.behaviour.mute or worker.behaviour.mute_session:
                     await asyncio.sleep(0.02)
                 message.sequence = sequence
                 yield message

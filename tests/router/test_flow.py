@@ -19,7 +19,7 @@ from twostroke.core import errors
 from twostroke.core.request import FinishReason, Request, Role, SamplingParams
 from twostroke.core.timeline import Timeline
 from twostroke.kv.block import IdentityRoot, chain
-from twostroke.protos import common_pb2
+from twostroke.protos import common_pb2, worker_pb2, worker_pb2_grpc
 from twostroke.router.config import RouterConfig
 from twostroke.router.flow import Flow
 from twostroke.router.pieces import Piece
@@ -248,10 +248,12 @@ async def test_a_worker_that_dies_before_the_first_token_costs_nothing() -> None
 
 async def test_a_worker_that_dies_after_the_first_token_ends_its_requests_typed_and_at_once() -> None:
     async with cluster() as c:
-        victim = await c.add(FakeWorker("a"))
-        victim.behaviour.stop_after = 2
+        await c.add(FakeWorker("a"), FakeWorker("b"))
+        for worker in c.workers:
+            worker.behaviour.stop_after = 2
         stream = c.flow.generate(request(), Timeline())
         got = [await anext(stream), await anext(stream)]
+        victim, other = sorted(c.workers, key=lambda worker: not worker.submits)
         await victim.die()
         loop = asyncio.get_running_loop()
         died_s = loop.time()
@@ -260,7 +262,40 @@ async def test_a_worker_that_dies_after_the_first_token_ends_its_requests_typed_
         assert loop.time() - died_s < 1.0
         assert caught.value.retry_after_s
         assert tokens_of(got) == expected(2)
-        await until(lambda: c.state("a") is None)
+        assert not other.submits, "it cannot go on elsewhere: the client has tokens"
+        await until(lambda: c.state(victim.worker_id) is None)
+
+
+async def test_a_stuck_session_is_opened_anew() -> None:
+    async with cluster() as c:
+        worker = await c.add(FakeWorker("a"))
+        stuck = set(worker.sessions)
+        worker.behaviour.mute_session = True
+        await until(lambda: c.state("a") == "suspect", 2.0)
+        await until(lambda: not stuck & worker.sessions, 3.0)
+        worker.behaviour.mute_session = False
+        await until(lambda: c.state("a") == "live", 3.0)
+        assert tokens_of(await collect(c.flow, request())) == expected(5)
+
+
+async def test_another_life_that_answers_at_the_address_is_not_trusted() -> None:
+    async with cluster() as c:
+        worker = FakeWorker("a")
+        worker.behaviour.welcome_as = 99
+        c.workers.append(await worker.start(c.internal))
+        await until(lambda: c.state("a") == "joining")
+        with pytest.raises(errors.Unavailable):
+            await collect(c.flow, request())
+        assert not worker.submits
+
+
+async def test_a_malformed_announcement_is_refused_and_others_are_heard() -> None:
+    async with cluster() as c:
+        async with grpc.aio.insecure_channel(c.internal) as channel:
+            call = worker_pb2_grpc.AnnounceStub(channel).Announce()
+            await call.write(worker_pb2.Announcement(worker=common_pb2.WorkerInfo(worker_id="x")))
+            assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
+        await c.add(FakeWorker("a"))
 
 
 async def test_a_silent_worker_is_suspected_then_its_requests_are_lost_and_the_thawed_one_comes_back() -> None:

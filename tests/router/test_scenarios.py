@@ -9,7 +9,7 @@ Each line is an event; what must follow stands below it, indented. `0.50` at the
     choose r1 1600 max=100       the winner, its terms, and the ranked peers; `all` lists every candidate
     dispatch                     count the last choice as under way;  first r1: its first token;  over r1: its end
     limits requests=2 ...        of admission;  offer r1 tenant 1000;  release r1;  cancel r1;  retry;  counts
-    stream 2                     a request of two choices; send 1: dispatched under epoch 1; tokens 0 @1 0+3; end 0 @1 stop
+    stream 2                     a request of two choices;  send 1: under epoch 1;  tokens 0 @1 0+3;  end 0 @1 stop
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Stage:
 
     # ---------------------------------------------------------------- fleet
 
-    def on_announced(self, name, role, incarnation, seqs="16", blocks="1000", numerics="x"):
+    def on_announced(self, name, role, incarnation, *, seqs="16", blocks="1000", numerics="x"):
         model = ModelFacts("m", b"f" * 16, numerics.encode(), "", 4096, 1000, True, "", 1000, 2000)
         number = int(incarnation.removeprefix("#"))
         facts = WorkerFacts(name, number, Role(role), f"{name}:1", model, int(blocks), 16, int(seqs), 2048)
@@ -131,7 +131,7 @@ class Stage:
     def on_policy(self, **fields):
         self.policy = PolicyLimits(local_prefill=fields["local"] == "yes")
 
-    def on_choose(self, name, prompt, *flags, max="100", n="1"):  # noqa: A002  # the transcript's word
+    def on_choose(self, name, prompt, *flags, max="100", n="1"):
         facts = RequestFacts(name, int(prompt), int(max), int(n))
         choice = choose(facts, views_of(self.fleet.serving("m")), self.held, self.policy)
         if choice is None:
@@ -233,8 +233,8 @@ def _change(change: FleetChange) -> str:
 
 
 def _candidate(c: Candidate, wins: bool) -> str:
-    t = c.terms
+    t, mark = c.terms, "* " if wins else ""
     return (
-        f"{'* ' if wins else ''}{c.name}: {t.total_ms:.1f} = queue {t.prefill_queue_ms:.1f} + prefill {t.prefill_ms:.1f} "
+        f"{mark}{c.name}: {t.total_ms:.1f} = queue {t.prefill_queue_ms:.1f} + prefill {t.prefill_ms:.1f} "
         f"+ transfer {t.transfer_ms:.1f} + queue {t.decode_queue_ms:.1f} + price {t.delay_ms:.1f}"
     )
