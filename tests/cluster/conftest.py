@@ -258,6 +258,17 @@ async def router_of() -> AsyncIterator[Callable[[WorkerProcess], Awaitable[Route
 
 
 @pytest.fixture
+async def hand_to() -> AsyncIterator[Callable[[str], Awaitable[RouterHand]]]:
+    """Open sessions with workers of other processes."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def open_session(address: str) -> RouterHand:
+            return await stack.enter_async_context(RouterHand(address))
+
+        yield open_session
+
+
+@pytest.fixture
 def all_free() -> Callable[..., Awaitable[float]]:
     """Wait until workers hold nothing for anyone: every block free or merely cached. Returns the seconds it took."""
 
