@@ -1,0 +1,257 @@
+"""Which hand-overs are taken, told without an engine: a link that records, a stream in memory."""
+
+import asyncio
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from twostroke.core.clock import MonotonicClock
+from twostroke.core.request import Epoch, FinishReason, Role, SamplingParams
+from twostroke.kv.codec import Codec
+from twostroke.kv.handover import Label, Timing
+from twostroke.kv.keys import Namer
+from twostroke.kv.messages import sampling_to_wire, spec_to_wire
+from twostroke.kv.spec import attention_spec
+from twostroke.kv.wire import decode_envelope, encode_message
+from twostroke.model.dispatch import Dispatcher
+from twostroke.model.facts import FaceFacts, ModelFacts
+from twostroke.model.link import CancelSequence, Ended, Offered, PeerBound, PeerNotYet, Source, Submit
+from twostroke.prefill_worker.job import JobTools
+from twostroke.prefill_worker.service import PrefillService
+from twostroke.protos import handover_pb2 as pb
+
+SPEC = attention_spec(2, 2, 16, Codec.FP8_E4M3)
+CLASS = b"c" * 16
+
+
+class Recorder:
+    """The face's end of a link without an engine."""
+
+    def __init__(self):
+        self.commands = []
+        self.sent = asyncio.Event()
+        self._events = asyncio.Queue()
+
+    def send(self, command):
+        self.commands.append(command)
+        self.sent.set()
+        if isinstance(command, CancelSequence):
+            self.say(Ended(command.key, FinishReason.CANCELLED))
+
+    def say(self, event):
+        self._events.put_nowait(event)
+
+    async def receive(self):
+        return [await self._events.get()]
+
+    async def until(self, kind):
+        async with asyncio.timeout(3):
+            while not any(isinstance(command, kind) for command in self.commands):
+                self.sent.clear()
+                await self.sent.wait()
+        return next(command for command in self.commands if isinstance(command, kind))
+
+
+class Pipe:
+    """A stream in memory, as the decode worker sees it."""
+
+    def __init__(self):
+        self.up, self.down = asyncio.Queue(), asyncio.Queue()
+        self.sequence = 0
+        self.label = Label("r", 0, Epoch(1, 1))
+
+    async def send(self, envelope):
+        self.down.put_nowait(envelope)
+
+    async def receive(self):
+        return await self.up.get()
+
+    def write(self, body):
+        self.sequence += 1
+        self.up.put_nowait(encode_message(self.label.up(self.sequence, body)))
+
+    def hang_up(self):
+        self.up.put_nowait(None)
+
+    async def read(self, kind):
+        """The next message that is no beat."""
+        async with asyncio.timeout(3):
+            while True:
+                message = decode_envelope(await self.down.get())
+                if message.WhichOneof("body") != "beat":
+                    assert message.WhichOneof("body") == kind, message
+                    return message
+
+
+def order(**changes):
+    fields = {
+        "prompt_ids": list(range(40)),
+        "sampling": sampling_to_wire(SamplingParams(max_tokens=4, temperature=0.0)),
+        "isolation_domain": "tests",
+        "kv_spec": spec_to_wire(SPEC),
+        "numerics_class": CLASS,
+        "deterministic": True,
+        "frame_slots": 4,
+        "timeout_ms": 5000,
+    }
+    return pb.Open(**fields | changes)
+
+
+class Bench:
+    """A service between a recorder and pipes."""
+
+    def __init__(self, deterministic=True, role=Role.PREFILL, max_streams=2, timing=None):
+        model = ModelFacts("m", "", 100, 64, frozenset({1}), b"w" * 16, CLASS, "here", deterministic, SPEC)
+        facts = FaceFacts("p", model, Namer(b"k" * 32, b"w" * 16, CLASS), 7, 10, 16, 8192, 4, 8, 64)
+        self.link = Recorder()
+        dispatcher = Dispatcher(self.link)
+        self._executor = ThreadPoolExecutor(1)
+        self.counters = Counter()
+        tools = JobTools(dispatcher, self._executor, 7, CLASS, timing or Timing(), MonotonicClock(), self.counters)
+        self.role = role
+        self.service = PrefillService(facts, tools, lambda: self.role, max_streams)
+        self._tasks = [asyncio.create_task(dispatcher.run())]
+
+    def open(self, message=None):
+        pipe = Pipe()
+        if message is not None:
+            pipe.write(message)
+        self._tasks.append(asyncio.create_task(self.service.serve(pipe)))
+        return pipe, self._tasks[-1]
+
+    async def close(self):
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._executor.shutdown()
+
+
+@pytest.fixture
+async def bench():
+    made = []
+
+    def make(**options):
+        made.append(Bench(**options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        await one.close()
+
+
+async def test_an_order_becomes_a_sequence_for_a_peer(bench):
+    it = bench()
+    it.open(order(held_tokens=16, priority=3, emitted_tokens=2))
+    submit = await it.link.until(Submit)
+    assert submit.source is Source.FOR_PEER
+    assert submit.prompt_ids == tuple(range(40))
+    assert len(submit.identities) == 2
+    assert (submit.peer_held_tokens, submit.priority, submit.num_emitted) == (16, 3, 2)
+
+
+async def test_the_engine_waits_for_room_over_there(bench):
+    it = bench()
+    pipe, _ = it.open(order())
+    submit = await it.link.until(Submit)
+    it.link.say(Offered(submit.key, 16))
+    assert (await pipe.read("started")).started.cached_tokens == 16
+    pipe.write(pb.NotYet())
+    await it.link.until(PeerNotYet)
+    pipe.write(pb.Bind())
+    await it.link.until(PeerBound)
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "word"),
+    [
+        ({"numerics_class": b"x" * 16}, "invalid_value", "numerics class"),
+        ({"kv_spec": spec_to_wire(attention_spec(3, 2, 16, Codec.FP8_E4M3))}, "invalid_value", "3 layers"),
+        ({"kv_spec": spec_to_wire(attention_spec(2, 4, 16, Codec.FP8_E4M3))}, "invalid_value", "components"),
+        ({"prompt_ids": []}, "invalid_value", "held_tokens"),
+        ({"prompt_ids": [1] * 64}, "context_length_exceeded", "64"),
+        ({"prompt_ids": [100]}, "invalid_value", "vocabulary"),
+        ({"held_tokens": 8}, "invalid_value", "multiple of 16"),
+        ({"frame_slots": 0}, "invalid_value", "frame_slots"),
+    ],
+)
+async def test_an_order_that_cannot_be_carried_out_is_refused_typed(bench, changes, code, word):
+    it = bench()
+    pipe, task = it.open(order(**changes))
+    failed = (await pipe.read("failed")).failed
+    assert failed.code == code
+    assert word in failed.message
+    await asyncio.wait_for(task, 1)
+    assert it.link.commands == []
+
+
+async def test_another_class_is_welcome_where_nobody_is_deterministic(bench):
+    it = bench(deterministic=False)
+    it.open(order(deterministic=False, numerics_class=b"x" * 16))
+    await it.link.until(Submit)
+
+
+async def test_another_codec_is_welcome_where_nobody_is_deterministic(bench):
+    it = bench(deterministic=False)
+    it.open(order(deterministic=False, kv_spec=spec_to_wire(attention_spec(2, 2, 16, Codec.FP32))))
+    await it.link.until(Submit)
+
+
+async def test_streams_are_bounded(bench):
+    it = bench(max_streams=1)
+    it.open(order())
+    await it.link.until(Submit)
+    pipe, _ = it.open(order())
+    failed = (await pipe.read("failed")).failed
+    assert failed.code == "overloaded"
+    assert failed.retry_after_ms > 0
+
+
+@pytest.mark.parametrize("why", ["combined", "draining"])
+async def test_who_takes_no_hand_overs_says_so(bench, why):
+    it = bench(role=Role.COMBINED if why == "combined" else Role.PREFILL)
+    it.service.is_draining = why == "draining"
+    pipe, _ = it.open(order())
+    assert (await pipe.read("failed")).failed.code == "unavailable"
+
+
+@pytest.mark.parametrize("how", ["cancel", "hang up", "silence", "task cancelled", "garbage", "deadline"])
+async def test_every_way_out_gives_the_blocks_back(bench, how):
+    it = bench(timing=Timing(beat_s=0.05, silence_s=0.3))
+    pipe, task = it.open(order(timeout_ms=150 if how == "deadline" else 5000))
+    submit = await it.link.until(Submit)
+    if how == "cancel":
+        pipe.write(pb.Cancel(reason="test"))
+    elif how == "hang up":
+        pipe.hang_up()
+    elif how == "task cancelled":
+        task.cancel()
+    elif how == "garbage":
+        pipe.up.put_nowait(b"TK garbage")
+    assert (await it.link.until(CancelSequence)).key == submit.key
+    await asyncio.wait([task], timeout=2)
+    assert task.done()
+    assert it.service.num_running == 0
+
+
+async def test_the_engines_refusal_reaches_the_peer(bench):
+    it = bench()
+    pipe, task = it.open(order())
+    submit = await it.link.until(Submit)
+    it.link.say(Ended(submit.key, FinishReason.ERROR, "overloaded", "the queue is full"))
+    failed = (await pipe.read("failed")).failed
+    assert (failed.code, failed.message) == ("overloaded", "the queue is full")
+    await asyncio.wait_for(task, 1)
+    assert not any(isinstance(command, CancelSequence) for command in it.link.commands)
+
+
+@pytest.mark.parametrize("first", [None, b"", b"TK", "frame of another direction"])
+async def test_a_stream_that_does_not_open_costs_nothing(bench, first):
+    it = bench(timing=Timing(beat_s=0.05, silence_s=0.1))
+    pipe, task = it.open()
+    if first == "frame of another direction":
+        first = encode_message(pipe.label.down(1, pb.Started()))
+    if first is not None:
+        pipe.up.put_nowait(first)
+    await asyncio.wait_for(task, 1)
+    assert it.link.commands == []
