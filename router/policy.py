@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..core.request import Role
 from ..kv.spec import HASH_BLOCK_TOKENS
@@ -147,74 +148,87 @@ def choose(
     return Choice(winner, _peers(winner, ranked), tuple(ranked), _reason(winner, ranked, request))
 
 
+class _Figures(NamedTuple):
+    """What a worker alone contributes to every candidate it is part of."""
+
+    held: int  # leading tokens that need no computing there; the last one always does
+    prefill_queue_ms: float
+    prefill_ms: float
+    missing_bytes: int
+    decode_queue_ms: float
+    crowd_ms: float
+
+
 class _Costs:
-    """The terms of one request's candidates."""
+    """The terms of one request's candidates. Each worker is looked at once."""
 
     def __init__(self, request: RequestFacts, held: Mapping[str, int], limits: PolicyLimits) -> None:
         self._request = request
         self._held = held
         self._limits = limits
-
-    def held_tokens(self, worker: WorkerView) -> int:
-        """Leading tokens that need no computing there; the last one always does."""
-        return min(self._held.get(worker.worker_id, 0) * HASH_BLOCK_TOKENS, self._request.prompt_tokens - 1)
+        self._figures: dict[str, _Figures] = {}
 
     def prefill_rank(self, worker: WorkerView) -> tuple[float, int, bytes]:
-        total_ms = self._prefill_queue_ms(worker) + self._prefill_ms(worker)
+        own = self._of(worker)
+        total_ms = own.prefill_queue_ms + own.prefill_ms
         return (total_ms, worker.in_flight, _hash(self._request.request_id, worker.worker_id))
 
     def decode_rank(self, worker: WorkerView) -> tuple[float, int, bytes]:
-        total_ms = self._transfer_ms(worker) + self._decode_queue_ms(worker) + self._crowd_ms(worker)
+        own = self._of(worker)
+        total_ms = self._transfer_ms(worker, worker) + own.decode_queue_ms + own.crowd_ms
         return (total_ms, worker.in_flight, _hash(self._request.request_id, worker.worker_id))
 
     def pair(self, prefill: WorkerView, decode: WorkerView) -> Candidate:
-        prefill_ms = self._prefill_ms(prefill)
-        terms = Terms(
-            self._prefill_queue_ms(prefill),
-            prefill_ms,
-            self._transfer_ms(decode, prefill),
-            self._decode_queue_ms(decode),
-            self._crowd_ms(decode) + self._limits.work_weight * prefill_ms,
-        )
-        return Candidate(decode, prefill, self.held_tokens(prefill), self.held_tokens(decode), terms)
+        p, d = self._of(prefill), self._of(decode)
+        price_ms = d.crowd_ms + self._limits.work_weight * p.prefill_ms
+        transfer_ms = self._transfer_ms(decode, prefill)
+        terms = Terms(p.prefill_queue_ms, p.prefill_ms, transfer_ms, d.decode_queue_ms, price_ms)
+        return Candidate(decode, prefill, p.held, d.held, terms)
 
     def local(self, home: WorkerView) -> Candidate:
-        prefill_ms = self._prefill_ms(home)
+        own = self._of(home)
         # Those who decode there wait while it prefills; on a decode worker so do those who are to come.
         disturbed = home.num_decoding + (1 if home.role is Role.DECODE else 0)
         price = self._limits.work_weight + self._limits.delay_weight * disturbed
-        delay_ms = self._crowd_ms(home) + price * prefill_ms
-        terms = Terms(self._prefill_queue_ms(home), prefill_ms, 0.0, self._decode_queue_ms(home), delay_ms)
-        return Candidate(home, None, self.held_tokens(home), self.held_tokens(home), terms)
+        price_ms = own.crowd_ms + price * own.prefill_ms
+        terms = Terms(own.prefill_queue_ms, own.prefill_ms, 0.0, own.decode_queue_ms, price_ms)
+        return Candidate(home, None, own.held, own.held, terms)
 
-    def _prefill_queue_ms(self, worker: WorkerView) -> float:
-        return worker.coefficients.prefill_ms_per_token * worker.queued_prefill_tokens
+    def _of(self, worker: WorkerView) -> _Figures:
+        figures = self._figures.get(worker.worker_id)
+        if figures is None:
+            figures = self._figures[worker.worker_id] = self._look_at(worker)
+        return figures
 
-    def _prefill_ms(self, worker: WorkerView) -> float:
-        held = self.held_tokens(worker)
-        return worker.coefficients.prefill_ms(self._request.prompt_tokens - held, held)
+    def _look_at(self, worker: WorkerView) -> _Figures:
+        request, speed = self._request, worker.coefficients
+        held = min(self._held.get(worker.worker_id, 0) * HASH_BLOCK_TOKENS, request.prompt_tokens - 1)
+        uncached = request.prompt_tokens - held
+        # One more row in every step: a share of a step for each sequence that is there.
+        crowd_ms = self._limits.delay_weight * speed.decode_step_ms * worker.num_decoding * request.num_choices
+        return _Figures(
+            held,
+            speed.prefill_ms_per_token * worker.queued_prefill_tokens,
+            speed.prefill_ms(uncached, held),
+            uncached * worker.kv_bytes_per_token,
+            self._decode_queue_ms(worker),
+            crowd_ms,
+        )
 
-    def _transfer_ms(self, decode: WorkerView, prefill: WorkerView | None = None) -> float:
-        missing = (self._request.prompt_tokens - self.held_tokens(decode)) * decode.kv_bytes_per_token
-        links = [w.coefficients.handover_bytes_per_s for w in (decode, prefill) if w is not None]
-        seconds = missing / max(1.0, min(links))
+    def _transfer_ms(self, decode: WorkerView, prefill: WorkerView) -> float:
+        bytes_per_s = min(decode.coefficients.handover_bytes_per_s, prefill.coefficients.handover_bytes_per_s)
+        seconds = self._of(decode).missing_bytes / max(1.0, bytes_per_s)
         return self._limits.handover_fixed_ms + (1.0 - self._limits.overlap) * seconds * 1e3
 
     def _decode_queue_ms(self, worker: WorkerView) -> float:
         """Until a place and room are free: as many steps as sequences must end first, at their mean pace."""
         request = self._request
-        needed = request.num_choices * (request.prompt_tokens + request.max_tokens)
-        each = max(1.0, needed / request.num_choices)
-        excess_seqs = worker.num_decoding + request.num_choices - worker.max_num_seqs
-        excess_room = (needed - worker.free_kv_tokens) / each
-        excess = max(0.0, float(excess_seqs), excess_room)
+        each = request.prompt_tokens + request.max_tokens
+        excess_seqs = float(worker.num_decoding + request.num_choices - worker.max_num_seqs)
+        excess_room = request.num_choices - worker.free_kv_tokens / each
         mean_life_ms = worker.coefficients.decode_step_ms * min(request.max_tokens, 256)
+        excess = max(0.0, excess_seqs, excess_room)
         return excess * mean_life_ms / max(1, min(worker.num_decoding, worker.max_num_seqs))
-
-    def _crowd_ms(self, worker: WorkerView) -> float:
-        """One more row in every step: a share of a step for each sequence that is there."""
-        step_ms = worker.coefficients.decode_step_ms
-        return self._limits.delay_weight * step_ms * worker.num_decoding * self._request.num_choices
 
 
 def _pick(ranked: Sequence[Candidate], request_id: str, limits: PolicyLimits) -> Candidate:
