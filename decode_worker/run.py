@@ -153,8 +153,11 @@ class Run:
         now_s = tools.pull.clock.now_s()
         receiver = Receiver(label, self._open(now_s), tools.pull.timing, self._deadline_s, now_s)
         self.told.prefill_worker = peer.worker_id
-        stream = tools.channels.transfer(peer.address)
-        self._pull = Pull(receiver, stream, order.engine_key, self, tools.pull)
+        self._pull = self._open_pull(receiver, peer.address)
+
+    def _open_pull(self, receiver: Receiver, address: str) -> Pull:
+        tools = self._tools
+        return Pull(receiver, tools.channels.transfer(address), self.order.engine_key, self, tools.pull)
 
     def _open(self, now_s: float) -> handover_pb2.Open:
         order, facts = self.order, self._tools.facts

@@ -13,6 +13,7 @@ from ..protos import common_pb2, worker_pb2
 from ..text.tokenizer import Tokenizer
 from .choice import Choice
 from .order import key_of, order_from_wire
+from .outbox import Outbox
 from .report import refusal_message
 from .run import Run, RunTools
 from .session import Session, SessionContext, SessionTiming
@@ -104,15 +105,12 @@ class DecodeService:
         try:
             if self.is_draining:
                 raise Unavailable("the worker is draining", retry_after_s=DRAIN_RETRY_S)
-            order = order_from_wire(message, self._tools.facts.model)
-            emitted = order.prompt_ids[len(order.prompt_ids) - order.num_emitted :]
-            choice = Choice(self._tokenizer, order.params, self._tools.facts.model.eos_ids, emitted)
+            run = self._run_of(message, session.outbox)
         except TwostrokeError as error:
             self._counters["orders_refused"] += 1
             self._remember(key, epoch)
             session.outbox.add_end(refusal_message(message, error))
             return
-        run = Run(order, choice, session.outbox, self._tools, self._on_end)
         self._run_by_key[key] = run
         self._running.add(run)
         self._idle.clear()
@@ -146,6 +144,13 @@ class DecodeService:
             )
 
     # ------------------------------------------------------------------ inside
+
+    def _run_of(self, message: worker_pb2.Submit, outbox: Outbox) -> Run:
+        """Raises TwostrokeError where the order cannot be carried out."""
+        order = order_from_wire(message, self._tools.facts.model)
+        emitted = order.prompt_ids[len(order.prompt_ids) - order.num_emitted :]
+        choice = Choice(self._tokenizer, order.params, self._tools.facts.model.eos_ids, emitted)
+        return Run(order, choice, outbox, self._tools, self._on_end)
 
     def _known_epoch(self, key: SequenceKey) -> Epoch | None:
         run = self._run_by_key.get(key)

@@ -27,7 +27,7 @@ class _Entry:
         self.block = block
         self.identities = identities
         self.parent = parent
-        self.children: set[_Entry] = set()
+        self.children: dict[_Entry, None] = {}  # ordered: what dies first must not hang on memory addresses
 
     @property
     def key(self) -> BlockIdentity:
@@ -108,7 +108,7 @@ class PrefixCache:
         if entry is None:
             return
         if entry.parent is not None:
-            entry.parent.children.remove(entry)
+            del entry.parent.children[entry]
         doomed = [entry]
         for dying in doomed:  # grows while it runs
             doomed.extend(dying.children)
@@ -185,7 +185,7 @@ class PrefixCache:
         assert block not in self._entry_by_block, f"block {block} is already published as another prefix"
         entry = _Entry(block, identities, parent)
         if parent is not None:
-            parent.children.add(entry)
+            parent.children[entry] = None
         self._pool.mark_cached(block)
         self._entry_by_block[block] = entry
         self._entry_by_key[entry.key] = entry
