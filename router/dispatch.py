@@ -48,6 +48,7 @@ class Dispatcher:
         self._config = config
         self._policy = PolicyLimits(local_prefill=config.local_prefill)
         self._incarnation = identity.incarnation
+        self._num_dispatched = 0  # over all requests: a client may use a request's id again
         self._tasks: set[asyncio.Task[None]] = set()
 
     def take(self, run: Run) -> None:
@@ -108,7 +109,8 @@ class Dispatcher:
     def _dispatch(self, run: Run, choice: Choice) -> bool:
         """Order every unfinished choice from the chosen worker, under a new epoch. False: its session is down."""
         now_s = self.clock.now_s()
-        epoch = Epoch(self._incarnation, len(run.dispatches) + 1)
+        self._num_dispatched += 1
+        epoch = Epoch(self._incarnation, self._num_dispatched)
         dispatch = Dispatch(epoch, choice, now_s)
         unfinished = run.delivery.dispatch(epoch)
         run.dispatches.append(dispatch)
