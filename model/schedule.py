@@ -119,7 +119,7 @@ class Scheduler:
     def unpark(self, sequence: Sequence) -> None:
         """OFFERED or PARKED: decode has bound; count room for it (again) and let it begin in its turn."""
         if sequence.state is _S.PARKED:
-            self._promise(sequence, self.holdings.cost(sequence).new_blocks)
+            self._promise(sequence, self.holdings.cost(sequence).from_free)
         self.move(sequence, _S.READY)
 
     def park(self, sequence: Sequence) -> None:
@@ -146,7 +146,7 @@ class Scheduler:
         if not self._has_room(cost):
             return False
         if is_offer:
-            self._promise(sequence, cost.new_blocks)
+            self._promise(sequence, cost.from_free)  # its cached prefix is not retained yet
             self.move(sequence, _S.OFFERED)
             events.append(Offered(sequence.key, cost.held_tokens))
         elif sequence.source is Source.PEER:

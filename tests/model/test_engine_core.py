@@ -407,7 +407,8 @@ class CoreMachine(RuleBasedStateMachine):
     def answer(self, key: SequenceKey, face: Face, state: str) -> None:
         match state:
             case "PROMISED":
-                self.hear(self.core.handle(Bind(key), self.now_s))
+                kind = CancelSequence if int(key.request_id[1:]) % 7 == 0 else Bind
+                self.hear(self.core.handle(kind(key), self.now_s))
             case "BOUND":
                 self.carry_on(key, face)
             case "OFFERED" if key not in self.parked and int(key.request_id[1:]) % 3 == 0:

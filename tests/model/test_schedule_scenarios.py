@@ -117,7 +117,7 @@ class Stage:
             self.now_s = float(names[0])
             return []
         if word == "policy":
-            self.facts["policy"] = names[0]
+            self.facts |= {"policy": names[0], **{name: int(value) for name, value in values.items()}}
             self.core.set_policy(self.policy())
             return []
         if word in ("step", "broken"):
