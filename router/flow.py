@@ -46,16 +46,19 @@ class Flow:
     def __init__(
         self,
         config: RouterConfig,
-        cluster_key: bytes,
+        identity_key: bytes,
         metrics: RouterMetrics | None = None,
         clock: Clock | None = None,
     ) -> None:
-        """`metrics` is what the face serves on /metrics; none: a registry of its own, see `self.metrics.registry`."""
+        """`identity_key` names prompts as the workers do: `kv.keys.identity_key` of the cluster's shared secret.
+
+        `metrics` is what the face serves on /metrics; none: a registry of its own, see `self.metrics.registry`.
+        """
         self.metrics = metrics or RouterMetrics()
         self.clock = clock or MonotonicClock()
         self._config = config
         # Only the order of incarnations matters: a restarted router must be above its former self.
-        self._identity = Identity(f"router-{os.getpid()}", time.time_ns(), cluster_key)
+        self._identity = Identity(f"router-{os.getpid()}", time.time_ns(), identity_key)
         self._dispatcher = Dispatcher(config, self._identity, self.metrics, self.clock)
         self._members = self._dispatcher.members
         self._admission = self._dispatcher.admission

@@ -16,7 +16,8 @@ import grpc.aio
 from ..core.clock import Clock
 from ..core.errors import InvalidRequest
 from ..core.request import Request
-from ..kv.block import BlockIdentity, IdentityRoot, chain
+from ..kv.block import BlockIdentity
+from ..kv.keys import Namer
 from ..kv.messages import role_from_wire
 from ..protos import worker_pb2, worker_pb2_grpc
 from .announce import AnnounceHandlers, AnnounceService
@@ -43,7 +44,7 @@ class Identity:
 
     router_id: str
     incarnation: int
-    cluster_key: bytes
+    identity_key: bytes  # kv/keys.py: of the cluster's shared secret
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,7 @@ class Members:
         self._changed = asyncio.Event()
         self._ticker: asyncio.Task[None] | None = None
         self._num_lost = 0
+        self._is_closed = False  # then what ends is of our own making
         self._closing: set[asyncio.Task[None]] = set()
 
     # ------------------------------------------------------------------ life
@@ -88,6 +90,7 @@ class Members:
         if self._ticker is not None:
             self._ticker.cancel()
             await asyncio.gather(self._ticker, return_exceptions=True)
+        self._is_closed = True
         links, self._links = list(self._links.values()), {}
         await asyncio.gather(*(link.close() for link in links), *self._closing, return_exceptions=True)
 
@@ -115,11 +118,10 @@ class Members:
         """The workers that may get new work of this model, as the policy sees them."""
         return views_of(w for w in self.fleet.serving(model) if w.facts.key not in excluded)
 
-    def identities(self, request: Request, model: ModelFacts) -> list[BlockIdentity]:
+    def identities(self, request: Request, model: ModelFacts) -> tuple[BlockIdentity, ...]:
         """The prompt's chain as workers of this model name it."""
-        root = IdentityRoot(request.isolation_domain, model.weights_fingerprint, model.identity_class)
-        key = self._identity.cluster_key
-        return chain(key, root.digest(key), request.prompt_ids)
+        namer = Namer(self._identity.identity_key, model.weights_fingerprint, model.identity_class)
+        return namer.name(request.prompt_ids, request.isolation_domain).identities
 
     def facts(self, now_s: float) -> list[dict[str, Any]]:
         """All workers as `status` shows them, by name."""
@@ -186,6 +188,8 @@ class Members:
     # ------------------------------------------------------------------ what follows from it
 
     def _apply(self, changes: list[FleetChange]) -> None:
+        if self._is_closed:
+            return
         for change in changes:
             key = change.worker.key
             if change.change is Change.CONNECT:

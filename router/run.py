@@ -50,6 +50,7 @@ class Run:
         self.first_token_s: float | None = None
         self.handovers: list[tuple[int, dict[str, Any]]] = []
         self.deadline: asyncio.TimerHandle | None = None
+        self._first_choice: int | None = None  # whose token came first: its instants are the request's
         self._last_token_s: dict[int, float] = {}
         self._cached: dict[int, int] = {}
         self._buffer = PieceBuffer(max_pieces)
@@ -121,7 +122,7 @@ class Run:
 
     def _note_pace(self, choice: int, count: int, now_s: float) -> None:
         if self.first_token_s is None:
-            self.first_token_s = now_s
+            self.first_token_s, self._first_choice = now_s, choice
         last_s = self._last_token_s.get(choice)
         if last_s is not None and count:
             self.token_gaps_s.extend([(now_s - last_s) / count] * count)
@@ -130,7 +131,7 @@ class Run:
     def _note_report(self, end: worker_pb2.RequestEnd) -> None:
         current = self.current
         assert current is not None
-        if end.choice == 0 or not self.handovers:
+        if self._first_choice in (None, end.choice):
             adopt_instants(self.timeline, end.timeline, current.at_s)
         report = {field.name: getattr(end.handover, field.name) for field in end.handover.DESCRIPTOR.fields}
         self.handovers.append((end.choice, report))
