@@ -39,11 +39,11 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> Any:
         """A completion in one piece."""
-        return await _typed(context, self._whole(_generate_call(request, context)))
+        return await _typed(context, self._whole(_generate_call, request, context))
 
     async def Chat(self, request: inference_pb2.ChatRequest, context: Context) -> Any:
         """A chat answer in one piece."""
-        return await _typed(context, self._whole(_chat_call(request, context)))
+        return await _typed(context, self._whole(_chat_call, request, context))
 
     async def GenerateStream(
         self, request: inference_pb2.GenerateRequest, context: Context
@@ -81,8 +81,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     # -------------------------------------------------------------- what the calls do
 
-    async def _whole(self, call: Call) -> inference_pb2.GenerateResponse:
-        started = await self._front.start(call)
+    async def _whole(self, read: Any, message: Any, context: Context) -> inference_pb2.GenerateResponse:
+        started = await self._front.start(read(message, context))
         request = started.request
         choices = [inference_pb2.Choice(index=index) for index in range(request.num_choices)]
         usage: Usage | None = None

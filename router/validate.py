@@ -99,6 +99,8 @@ def _request_id(call: Call) -> str:
 def _prompt_ids(call: Call, model: ServedModel) -> tuple[int, ...]:
     if (call.prompt is None) == (call.messages is None):
         raise InvalidRequest("give exactly one of prompt and messages", param="prompt")
+    if call.prompt is not None and len(call.prompt) == 0:
+        raise InvalidRequest("prompt is empty; give at least one character or token", param="prompt")
     if call.messages is not None:
         if model.template is None:
             raise InvalidRequest(f"{model.name} has no chat template; use completions", param="messages")
