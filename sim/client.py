@@ -1,0 +1,160 @@
+"""A client that trusts nobody: asks, listens, cancels, asks again, and checks every token it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from ..core.errors import TwostrokeError
+from ..core.request import FinishReason, Request
+from ..router.pieces import Piece
+from .invariants import Samples, Violation
+from .network import End, Network
+from .router import RouterNode
+from .setting import Order, Setting
+from .store import EOS, cells_after, domain_cell
+from .workers import MODEL
+from .world import Process, World
+
+SLACK_S = 2.0  # for words under way, steps under way, and ticks
+
+
+class Stream:
+    """What one choice has got so far."""
+
+    def __init__(self, cell: int) -> None:
+        self.tokens: list[int] = []
+        self.cell = cell  # of the prompt and everything so far
+        self.finish: FinishReason | None = None
+
+
+class Attempt:
+    """One time that a request was sent. Ends once: finished, failed, broken or cancelled."""
+
+    def __init__(self, client: Client, request: Request, end: End, router: RouterNode) -> None:
+        cell = cells_after(domain_cell(request.isolation_domain), request.prompt_ids)[-1]
+        self.request = request
+        self.streams = [Stream(cell) for _ in range(request.num_choices)]
+        self.outcome: str | None = None
+        self._client = client
+        self._end = end
+        self._router = router
+        self._router_life = router.process.life if router.process.is_alive else None
+        self._deadline = client.world.after(
+            request.timeout_s + SLACK_S, client.process, self._overdue
+        )
+        end.on_message, end.on_end = self._hear, self._heard_end
+
+    def cancel(self) -> None:
+        """The user closes the window."""
+        if self.outcome is None:
+            self._end.abort()
+            self._over("cancelled")
+
+    def _hear(self, message: Piece | TwostrokeError) -> None:
+        if isinstance(message, TwostrokeError):
+            self._over(message.code)
+            return
+        if self.outcome is not None:
+            raise Violation("R1", f"{self._name}: a piece after the end ({self.outcome})")
+        stream = self.streams[message.choice]
+        if message.first_index != len(stream.tokens) or stream.finish is not None:
+            raise Violation("R2", f"{self._name}: token {message.first_index} came, {len(stream.tokens)} were there")
+        for token_id in message.token_ids:
+            self._take(stream, message.choice, token_id)
+        if message.finish_reason is not None:
+            self._finish(stream, message.finish_reason)
+        if message.usage is not None:
+            delivered = sum(len(s.tokens) for s in self.streams)
+            if message.usage.completion_tokens != delivered:
+                raise Violation("R5", f"{self._name}: usage {message.usage}, {delivered} tokens came")
+        if all(s.finish is not None for s in self.streams):
+            self._over("finished")
+
+    def _take(self, stream: Stream, choice: int, token_id: int) -> None:
+        if not self._client.samples.may_follow(token_id, stream.cell, self.request.sampling.seed, choice):
+            place = len(stream.tokens)
+            raise Violation("R3", f"{self._name}: nobody computed token {place} ({token_id}) from what came before it")
+        stream.tokens.append(token_id)
+        stream.cell = cells_after(stream.cell, (token_id,))[0]
+
+    def _finish(self, stream: Stream, reason: FinishReason) -> None:
+        sampling = self.request.sampling
+        is_long = len(stream.tokens) == sampling.max_tokens
+        is_stop = bool(stream.tokens) and stream.tokens[-1] == EOS and not sampling.ignore_eos
+        if {FinishReason.LENGTH: is_long, FinishReason.STOP: is_stop}.get(reason) is not True:
+            raise Violation("R1", f"{self._name}: ended by {reason} after {len(stream.tokens)} tokens")
+        stream.finish = reason
+
+    def _heard_end(self) -> None:
+        if self.outcome is None:
+            if self._router.process.life == self._router_life:
+                raise Violation("R1", f"{self._name}: the stream ended without an end")
+            self._over("router lost")
+
+    def _overdue(self) -> None:
+        """Only a router that died or stood still may be late."""
+        if self.outcome is not None:
+            return
+        process = self._router.process
+        if process.life == self._router_life and process.frozen_s == 0:
+            raise Violation("R7", f"{self._name}: no end {SLACK_S} s after its deadline")
+        self._end.abort()
+        self._over("given up")
+
+    def _over(self, outcome: str) -> None:
+        if self.outcome is not None:
+            raise Violation("R1", f"{self._name}: ended as {outcome}, had ended as {self.outcome}")
+        self.outcome = outcome
+        self._deadline.cancel()
+        self._client.ended(self)
+
+    @property
+    def _name(self) -> str:
+        return self.request.request_id
+
+
+class Client:
+    """One request and its attempts, under one id."""
+
+    def __init__(
+        self, world: World, network: Network, order: Order, setting: Setting, samples: Samples
+    ) -> None:
+        self.world, self.network, self.samples = world, network, samples
+        self.process = Process(f"client-{order.request_id}")
+        self.router: Callable[[], RouterNode]
+        self.outcomes: list[str] = []
+        self.num_tokens = 0
+        self.is_done = False
+        self._order = order
+        self._setting = setting
+        self._current: Attempt | None = None
+        world.after(order.at_s, self.process, self._ask)
+
+    def _ask(self) -> None:
+        order, router = self._order, self.router()
+        sampling = order.sampling
+        if sampling.seed and self.outcomes:
+            # Without a seed of its own, a request gets another one each time: a token of its past is a wrong one.
+            sampling = replace(sampling, seed=self.world.random.getrandbits(40))
+        request = Request(
+            order.request_id, MODEL, order.prompt_ids, sampling, order.num_choices, order.domain, order.timeout_s
+        )
+        self.world.note(self.process, f"asks for {sampling.max_tokens} after {len(order.prompt_ids)} tokens")
+        near, far = self.network.connect(self.process, router.process, order.request_id, is_calm=True)
+        far.on_message = lambda asked: router.generate(far, asked)
+        attempt = self._current = Attempt(self, request, near, router)
+        if order.cancel_after_s is not None and not self.outcomes:
+            self.world.after(order.cancel_after_s, self.process, attempt.cancel)
+        near.send(request)
+
+    def ended(self, attempt: Attempt) -> None:
+        """Ask again under the same id, or be done."""
+        outcome = attempt.outcome or ""
+        self.world.note(self.process, f"{outcome} after {[len(s.tokens) for s in attempt.streams]} tokens")
+        self.outcomes.append(outcome)
+        self.num_tokens += sum(len(s.tokens) for s in attempt.streams)
+        if outcome == "finished" or len(self.outcomes) >= self._order.attempts:
+            self.is_done = True
+            return
+        self.world.after(self.world.random.random() * 0.1, self.process, self._ask)

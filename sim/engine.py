@@ -1,0 +1,174 @@
+"""One worker's engine in virtual time: model/engine.py's loop around the production core, with a store that checks.
+
+Commands and events cross the link with a delay; a step takes time. Knows no hand-over and no request.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from ..core.errors import InternalError
+from ..kv.block import IdentityRoot
+from ..kv.pool import BlockPool
+from ..kv.prefix import PrefixCache
+from ..model.core import CoreLimits, EngineCore
+from ..model.link import BlocksFetched, Command, Ended, Event, KvRead, KvWritten, LoadNews, Submit
+from ..model.plan import StepPlan, StepResult
+from ..model.store_op import FetchOp, ReadOp, StoreOp, WriteOp
+from .invariants import check_core, check_deadlines
+from .setting import DOMAINS, Setting, WorkerSetting
+from .store import EOS, Known, Ledger, Store, mix
+from .world import Process, Timer, World
+
+IDENTITY_KEY = b"sim"
+FINGERPRINT = b"weights"
+NUMERICS = b"numerics"
+DEADLINE_SLACK_S = 0.5
+
+
+def root_of(domain: str) -> IdentityRoot:
+    """What a tenant's block identities begin with."""
+    return IdentityRoot(domain, FINGERPRINT, NUMERICS)
+
+
+_DOMAIN_BY_ROOT = {root_of(domain).digest(IDENTITY_KEY): domain for domain in DOMAINS}
+
+
+class Engine:
+    """Satisfies model.dispatch.FaceLink's sending half; what it says goes to `tell`, on the face's side."""
+
+    def __init__(
+        self, world: World, process: Process, setting: Setting, worker: WorkerSetting, ledger: Ledger
+    ) -> None:
+        noise = mix(int.from_bytes(worker.worker_id.encode(), "little"), process.life) if setting.is_noisy else 0
+        self.pool = BlockPool(worker.num_blocks, worker.block_tokens)
+        self.prefix = PrefixCache(self.pool)
+        self.store = Store(world, self.pool, ledger, noise=noise, read_damage=setting.read_damage)
+        self.core = EngineCore(
+            CoreLimits(), self.pool, self.prefix, worker.policy(), eos_ids=[EOS], key=IDENTITY_KEY
+        )
+        self.tell: Callable[[Sequence[Event]], None] = lambda _: None
+        self._world = world
+        self._process = process
+        self._worker = worker
+        self._step_failure = setting.step_failure
+        self._inbox: deque[Command] = deque()
+        self._plan: StepPlan | None = None  # the step under way
+        self._turn_due: Timer | None = None
+        self._deadline_due: Timer | None = None
+        self.num_turns = 0
+
+    @property
+    def num_live(self) -> int:
+        """Sequences that have not ended."""
+        return self.core.num_live + sum(isinstance(command, Submit) for command in self._inbox)
+
+    def send(self, command: Command) -> None:
+        """A command of the face; never waits."""
+        self._inbox.append(command)
+        self._wake(self._worker.link_s)
+
+    async def receive(self) -> Sequence[Event]:
+        """Nobody waits here: events come through `tell`."""
+        raise NotImplementedError
+
+    def load(self) -> LoadNews:
+        """The beat's values."""
+        return self.core.load(self._world.now_s())
+
+    def check(self) -> None:
+        """K1, K2 and R7 of this worker, now."""
+        check_core(str(self._process), self.core, self.pool)
+        slack_s = DEADLINE_SLACK_S + self._process.frozen_s
+        check_deadlines(str(self._process), self.core, self._world.now_s(), slack_s)
+
+    # ------------------------------------------------------------------ the loop
+
+    def _wake(self, delay_s: float) -> None:
+        if self._turn_due is None:
+            self._turn_due = self._world.after(delay_s, self._process, self._turn)
+
+    def _turn(self) -> None:
+        """Commands, time, one step: as model/engine.py does it."""
+        self._turn_due = None
+        self.num_turns += 1
+        if self._plan is not None:
+            if self._worker.is_overlapping:
+                self._take_commands()
+            return
+        self._take_commands()
+        now_s = self._world.now_s()
+        self._say(self.core.tick(now_s))
+        plan = self.core.plan(now_s)
+        if plan is None:
+            self._arm()
+            return
+        self._plan = plan
+        low_s, high_s = self._worker.step_s
+        self._world.after(self._world.random.uniform(low_s, high_s), self._process, self._finish_step)
+
+    def _take_commands(self) -> None:
+        while self._inbox:
+            command = self._inbox.popleft()
+            if isinstance(command, Submit):
+                self._know(command)
+            self._say(self.core.handle(command, self._world.now_s()))
+
+    def _know(self, submit: Submit) -> None:
+        """The store learns what this sequence must contain."""
+        if submit.key not in self.store.known:
+            domain = _DOMAIN_BY_ROOT[submit.identity_root]
+            self.store.known[submit.key] = Known.of(domain, submit.prompt_ids)
+
+    def _finish_step(self) -> None:
+        plan, self._plan = self._plan, None
+        assert plan is not None
+        self.num_turns += 1
+        now_s = self._world.now_s()
+        if self._world.chance(self._step_failure):
+            self._world.note(self._process, f"step {plan.step} fails")
+            self._say(self.core.fail_step(plan, InternalError.code, "the step failed"))
+        else:
+            result = self.store.run(plan)
+            self._world.note(self._process, f"step {plan.step}: {_described(plan, result)}")
+            self._say(self.core.apply(plan, result, now_s))
+        self._turn()
+
+    def _arm(self) -> None:
+        """Idle: wake for the next deadline."""
+        if self._deadline_due is not None:
+            self._deadline_due.cancel()
+        due_s = self.core.next_deadline_s()
+        if due_s is not None:
+            self._deadline_due = self._world.after(due_s - self._world.now_s(), self._process, lambda: self._wake(0.0))
+
+    # ------------------------------------------------------------------ store and face
+
+    def _say(self, outbox: Sequence[Event | StoreOp]) -> None:
+        """Execute the store's operations where they stand, and give the face all events in order."""
+        events: list[Event] = []
+        for item in outbox:
+            if isinstance(item, ReadOp):
+                events.append(KvRead(item.key, item.token_start, item.token_count, self.store.read_tokens(item)))
+            elif isinstance(item, WriteOp):
+                self.store.write_tokens(item)
+                events.append(KvWritten(item.key, item.token_start, item.token_count))
+            elif isinstance(item, FetchOp):
+                sections = self.store.read_tokens(item)
+                events.append(BlocksFetched(item.fetch_id, item.token_count // 16, sections))
+            else:
+                if isinstance(item, Ended):
+                    self.store.known.pop(item.key, None)
+                events.append(item)
+        if events:
+            self._world.after(self._worker.link_s, self._process, lambda: self.tell(events))
+
+
+def _described(plan: StepPlan, result: StepResult) -> str:
+    parts = []
+    for step, tokens in zip(plan.sequences, result.tokens, strict=True):
+        sampled = f" -> {tokens[0]}" if tokens else ""
+        parts.append(f"{step.key.request_id}#{step.key.choice} {step.start}+{step.num_tokens}{sampled}")
+    return ", ".join(parts)
+

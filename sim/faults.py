@@ -1,0 +1,225 @@
+"""The fault simulator: a seed becomes a cluster in bad weather, and every invariant is asked after every event."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from .client import Client
+from .invariants import Violation
+from .network import Network
+from .router import RouterNode
+from .setting import Mishap, Setting, draw
+from .store import Ledger
+from .workers import WorkerNode
+from .world import Process, World
+
+LONGEST_S = 60.0
+DRAIN_S = 12.0  # every grace, silence and deadline of a setting is shorter in sum
+MAX_EVENTS = 200_000
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a schedule went."""
+
+    seed: int
+    violation: Violation | None
+    num_events: int
+    lasted_s: float  # virtual
+    digest: str  # of the transcript
+    lines: tuple[str, ...]  # its end, or all of it
+    ends: Counter[str] = field(default_factory=Counter)  # how the requests' attempts ended
+    counters: Counter[str] = field(default_factory=Counter)
+
+
+class Schedule:
+    """One cluster, from its first order to its drain."""
+
+    def __init__(self, seed: int, *, keep_all: bool = False) -> None:
+        self.setting: Setting = draw(seed)
+        self.world = World(seed, keep_all=keep_all)
+        self.network = Network(self.world, self.setting.weather)
+        self.ledger = Ledger()
+        self.processes = {worker.worker_id: Process(worker.worker_id) for worker in self.setting.workers}
+        self.processes["router"] = Process("router")
+        self.nodes: dict[str, WorkerNode] = {}
+        for worker_id in self.processes:
+            if worker_id != "router":
+                self._start_worker(worker_id)
+        self._start_router()
+        self.clients = [
+            Client(self.world, self.network, order, self.setting, self.ledger) for order in self.setting.orders
+        ]
+        for client in self.clients:
+            client.router = lambda: self.router
+        for mishap in self.setting.mishaps:
+            self._plan(mishap)
+
+    # ------------------------------------------------------------------ lives
+
+    def _start_worker(self, worker_id: str) -> None:
+        process = self.processes[worker_id]
+        process.is_alive = True
+        worker = next(w for w in self.setting.workers if w.worker_id == worker_id)
+        node = WorkerNode(self.world, self.network, process, worker, self.setting, self.ledger)
+        node.find = self.nodes.get
+        self.nodes[worker_id] = node
+        self.world.after(0.0, process, lambda: self._announce(node))
+
+    def _announce(self, node: WorkerNode) -> None:
+        """A word to whatever router lives now, again and again."""
+        facts = node.router_facts()
+        router = self.router
+        self.network.tell(node.process, router.process, lambda: router.announced(facts))
+        self.world.after(self.setting.fleet.silent_after_s * 0.3, node.process, lambda: self._announce(node))
+
+    def _start_router(self) -> None:
+        process = self.processes["router"]
+        process.is_alive = True
+        self.router = RouterNode(self.world, self.network, process, self.setting)
+        self.router.find = self.nodes.__getitem__
+
+    def _plan(self, mishap: Mishap) -> None:
+        world, process, other = self.world, self.processes[mishap.who], self.processes[mishap.other]
+
+        def happen() -> None:
+            if not process.is_alive:
+                return
+            world.note("nature", f"{mishap.kind} of {mishap.who} for {mishap.seconds} s ({mishap.other})")
+            if mishap.kind == "freeze":
+                world.freeze(process, mishap.seconds)
+            elif mishap.kind == "cut":
+                self.network.cut(process, other, mishap.seconds)
+            else:
+                self.network.crashed(process)
+                world.kill(process)
+                again = self._start_router if mishap.who == "router" else lambda: self._start_worker(mishap.who)
+                world.after(mishap.seconds, None, again)
+
+        world.after(mishap.at_s, None, happen)
+
+    # ------------------------------------------------------------------ the run
+
+    def play(self) -> None:
+        """To the end of every request, and until nothing is left of any.
+
+        Raises:
+            Violation: an invariant does not hold, or production code raised what it must not.
+        """
+        try:
+            self._run_until(lambda: all(client.is_done for client in self.clients), LONGEST_S, "R7")
+            drained_by_s = self.world.now_s() + DRAIN_S
+            self._run_until(self._is_quiet, drained_by_s, "K1")
+            self._check_drained()
+        except Violation:
+            raise
+        except Exception as error:
+            raise Violation("crash", f"{type(error).__name__}: {error}") from error
+
+    def _is_quiet(self) -> bool:
+        return self._is_whole() and all(node.is_idle for node in self.nodes.values())
+
+    def _is_whole(self) -> bool:
+        now_s = self.world.now_s()
+        return all(p.is_alive and p.frozen_until_s <= now_s for p in self.processes.values())
+
+    def _run_until(self, is_over: Callable[[], bool], until_s: float, invariant: str) -> None:
+        world = self.world
+        while not is_over():
+            process = world.step()
+            if process is False or world.now_s() > until_s or world.num_events > MAX_EVENTS:
+                left = [str(node.process) for node in self.nodes.values() if not node.is_idle]
+                raise Violation(invariant, f"it does not come to an end; busy are {left}")
+            if isinstance(process, Process):
+                node = self.nodes.get(process.name)
+                if node is not None:
+                    node.check()
+                elif process.name == "router":
+                    self.router.check()
+
+    def _check_drained(self) -> None:
+        for node in self.nodes.values():
+            node.check_drained()
+        self.router.check_drained()
+
+    def outcome(self, seed: int, violation: Violation | None) -> Outcome:
+        """What became of it."""
+        ends = Counter(outcome for client in self.clients for outcome in client.outcomes)
+        counters: Counter[str] = Counter()
+        for node in self.nodes.values():
+            counters.update(node.engine.core.counters)
+        transcript = self.world.transcript
+        if violation is not None:
+            self.world.note("violated", str(violation))
+        return Outcome(
+            seed,
+            violation,
+            self.world.num_events,
+            self.world.now_s(),
+            transcript.digest(),
+            tuple(transcript.lines),
+            ends,
+            counters,
+        )
+
+
+def run_schedule(seed: int, *, keep_all: bool = False) -> Outcome:
+    """Play the schedule that a seed stands for."""
+    schedule = Schedule(seed, keep_all=keep_all)
+    violation: Violation | None = None
+    try:
+        schedule.play()
+    except Violation as found:
+        violation = found
+    return schedule.outcome(seed, violation)
+
+
+def seeds_of(campaign: int, num_schedules: int) -> Iterator[int]:
+    """The seeds of a campaign: neighbours of each other, so that a seed is short enough to type."""
+    return iter(range(campaign * 1_000_000, campaign * 1_000_000 + num_schedules))
+
+
+@dataclass(slots=True)
+class Campaign:
+    """Many schedules, added up."""
+
+    num_schedules: int = 0
+    num_events: int = 0
+    virtual_s: float = 0.0
+    real_s: float = 0.0
+    ends: Counter[str] = field(default_factory=Counter)
+    failed: list[Outcome] = field(default_factory=list)
+
+    @property
+    def schedules_per_s(self) -> float:
+        """How quick it was."""
+        return self.num_schedules / self.real_s if self.real_s else 0.0
+
+    def add(self, outcome: Outcome) -> None:
+        """One more."""
+        self.num_schedules += 1
+        self.num_events += outcome.num_events
+        self.virtual_s += outcome.lasted_s
+        self.ends.update(outcome.ends)
+        if outcome.violation is not None:
+            self.failed.append(outcome)
+
+
+def run_campaign(
+    seeds: Iterator[int], *, stop_after: int = 1, heard: Callable[[Outcome], None] | None = None
+) -> Campaign:
+    """Play one schedule after the other, until so many failed."""
+    campaign = Campaign()
+    began_s = time.perf_counter()
+    for seed in seeds:
+        outcome = run_schedule(seed)
+        campaign.add(outcome)
+        if heard is not None:
+            heard(outcome)
+        if len(campaign.failed) >= stop_after:
+            break
+    campaign.real_s = time.perf_counter() - began_s
+    return campaign

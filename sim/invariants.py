@@ -1,0 +1,60 @@
+"""What must hold at every moment, as in the table below. Knows what to ask, not what happened.
+
+K1 allocated - freed = live in every pool, and nothing is live after the drain
+K2 a block has as many owners as sequences claim it; states, promises and the prefix index agree
+K3 nobody writes (or reads) a block that changed hands, nobody writes one that others read
+K4 what a step attends to is the KV of exactly its tokens, in its domain, and was sealed before it left
+K5 what the prefix map says of a worker in contact is what that worker holds, once all news arrived
+R1 every request ends exactly once    R2 a stream is gapless    R3 every token was computed from what its client has
+R5 usage = tokens delivered           R6 only the living epoch is heard           R7 nothing waits past its deadline
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from ..kv.pool import BlockPool
+from ..model.core import EngineCore
+
+
+class Violation(Exception):
+    """An invariant does not hold."""
+
+    def __init__(self, invariant: str, detail: str) -> None:
+        super().__init__(f"{invariant}: {detail}")
+        self.invariant = invariant
+        self.detail = detail
+
+
+class Samples(Protocol):
+    """Who knows which tokens may follow which prefix."""
+
+    def may_follow(self, token_id: int, cell: int, seed: int, choice: int) -> bool:
+        """Whether somebody computed this token from exactly this prefix."""
+        ...
+
+
+def check_core(who: str, core: EngineCore, pool: BlockPool) -> None:
+    """K1 and K2 of one worker."""
+    live = pool.allocated_total - pool.freed_total
+    if live != pool.num_live:
+        raise Violation("K1", f"{who}: allocated - freed is {live}, live are {pool.num_live}")
+    try:
+        core.check_integrity()
+    except AssertionError as error:
+        raise Violation("K2", f"{who}: {error}") from error
+
+
+def check_deadlines(who: str, core: EngineCore, now_s: float, slack_s: float) -> None:
+    """R7 of one worker: every sequence is ended by its deadline, give or take the step under way."""
+    due_s = core.next_deadline_s()
+    if due_s is not None and now_s > due_s + slack_s:
+        raise Violation("R7", f"{who}: a sequence outlives its deadline by {now_s - due_s:.2f} s")
+
+
+def check_drained(who: str, core: EngineCore, pool: BlockPool) -> None:
+    """K1 after the drain: nothing is owned, nothing is promised, nothing runs."""
+    if core.num_live:
+        raise Violation("K1", f"{who}: after the drain live {core.states()}")
+    if pool.num_live or pool.allocated_total != pool.freed_total:
+        raise Violation("K1", f"{who}: after the drain {pool.num_live} blocks are live")

@@ -1,0 +1,195 @@
+"""A hostile network: ordered streams that lose, double, cut, garble, stall and break. Knows bytes and values, no words.
+
+Within a stream direction nothing overtakes; streams overtake each other freely. A message that is lost is a hole in
+its direction. Bytes can be cut or garbled at any place; other values (what in production TCP and gRPC protect) can't.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .world import Process, World
+
+PROTECTED = 0.15  # share of the loss and doubling rates that streams of protected values suffer
+
+
+@dataclass(frozen=True, slots=True)
+class Weather:
+    """Rates per message, and delays in seconds."""
+
+    delay_s: float = 0.001  # mean
+    drop: float = 0.0
+    duplicate: float = 0.0
+    truncate: float = 0.0
+    flip: float = 0.0
+    damage: float = 0.0  # of a frame's planes only: what digests are for
+    break_: float = 0.0  # the whole stream
+    stall: float = 0.0  # one message waits for stall_s, and all behind it
+    stall_s: float = 0.5
+    reset: float = 0.7  # a dead process's streams end at once; else only silence tells
+
+
+CALM = Weather()
+
+
+class End:
+    """One process's end of a stream. Its owner sets the two callbacks before anything can arrive."""
+
+    def __init__(self, network: Network, process: Process, name: str) -> None:
+        self.process = process
+        self.on_message: Callable[[Any], None] = lambda _: None
+        self.on_end: Callable[[], None] = lambda: None
+        self.peer: End = self
+        self.name = name
+        self.life = process.life
+        self.is_open = True  # we may send
+        self.is_deaf = False  # nothing arrives any more
+        self.is_calm = False
+        self._network = network
+        self._arrival_s = 0.0  # of the last thing on its way to us
+
+    def send(self, message: Any) -> None:
+        """Let a message leave after those before it. Lost silently when the stream is over."""
+        if self.is_open:
+            self._network.carry(self, message)
+
+    def finish(self) -> None:
+        """We have said everything: the peer hears so after it has heard the rest."""
+        if self.is_open:
+            self.is_open = False
+            self._network.end(self, overtaking=False)
+
+    def abort(self) -> None:
+        """Both directions end. What is under way may arrive or not. We hear nothing any more."""
+        self.is_deaf = True
+        if self.is_open:
+            self.is_open = False
+            self._network.end(self, overtaking=True)
+
+    def hear(self, message: Any) -> None:
+        """Something arrived."""
+        if not self.is_deaf and self.process.life == self.life:
+            self.on_message(message)
+
+    def hear_end(self) -> None:
+        """The peer's direction ended, or the stream broke."""
+        if not self.is_deaf and self.process.life == self.life:
+            self.is_deaf = True
+            self.on_end()
+
+
+class Network:
+    """Carries everything between processes."""
+
+    def __init__(self, world: World, weather: Weather) -> None:
+        self._world = world
+        self.weather = weather
+        self._blocked_until_s: dict[tuple[str, str], float] = {}  # one-way partitions
+        self._open: list[End] = []  # opening ends; swept at every crash
+
+    def connect(
+        self, client: Process, server: Process, name: str, *, is_calm: bool = False
+    ) -> tuple[End, End]:
+        """A new stream: (client's end, server's end). A dead server's stream breaks soon. Calm: delays only."""
+        near, far = End(self, client, name), End(self, server, name)
+        near.is_calm = far.is_calm = is_calm
+        near.peer, far.peer = far, near
+        if server.is_alive:
+            self._open.append(near)
+            if len(self._open) > 256:
+                self._open = [end for end in self._open if not (end.is_deaf and end.peer.is_deaf)]
+        else:
+            far.is_deaf, far.is_open, near.is_open = True, False, False
+            self._world.after(self._delay_s(), client, near.hear_end)
+        return near, far
+
+    def cut(self, source: Process, target: Process, seconds: float) -> None:
+        """Nothing from `source` reaches `target` for so long; then everything does, in order."""
+        self._blocked_until_s[source.name, target.name] = self._world.now_s() + seconds
+
+    def crashed(self, process: Process) -> None:
+        """Its streams end, where the peer is told at all. Call it before the process gets another life."""
+        left = []
+        for near in self._open:
+            for end in (near, near.peer):
+                if end.process is process:
+                    is_told = end.is_open and not end.peer.is_deaf
+                    end.is_open, end.is_deaf = False, True
+                    if is_told and self._world.chance(self.weather.reset):
+                        self._arrive(end.peer, end.peer.hear_end)
+                    end.peer.is_open = False
+            if not (near.is_deaf and near.peer.is_deaf):
+                left.append(near)
+        self._open = left
+
+    def tell(self, source: Process, target: Process, act: Callable[[], None]) -> None:
+        """One small word outside any stream: late, or lost."""
+        world = self._world
+        if not world.chance(self.weather.drop):
+            blocked_s = self._blocked_until_s.get((source.name, target.name), 0.0) - world.now_s()
+            world.after(max(self._delay_s(), blocked_s), target, act)
+
+    # ------------------------------------------------------------------ for the ends
+
+    def carry(self, source: End, message: Any) -> None:
+        """One message towards the peer, with whatever happens to it."""
+        world, weather, target = self._world, self.weather, source.peer
+        is_raw = isinstance(message, bytes)
+        share = 1.0 if is_raw else 0.0 if source.is_calm else PROTECTED
+        if world.chance(weather.break_ * share):
+            world.note(source.process, f"{source.name} breaks")
+            for end in (source, target):
+                end.is_open = False
+                self._arrive(end, end.hear_end)
+            return
+        if world.chance(weather.drop * share):
+            world.note(source.process, f"{source.name} loses a message")
+            return
+        copies = 2 if world.chance(weather.duplicate * share) else 1
+        if is_raw:
+            message = self._harm(source, message)
+        for _ in range(copies):
+            self._arrive(target, lambda: target.hear(message))
+
+    def end(self, source: End, *, overtaking: bool) -> None:
+        """The end of a direction towards the peer."""
+        target = source.peer
+        if overtaking:
+            target.is_open = False
+            if self._world.chance(0.5):
+                self._world.after(self._delay_s(), target.process, target.hear_end)
+                return
+        self._arrive(target, target.hear_end)
+
+    def _harm(self, source: End, envelope: bytes) -> bytes:
+        world, weather = self._world, self.weather
+        if world.chance(weather.truncate):
+            world.note(source.process, f"{source.name} cuts a message short")
+            return envelope[: world.random.randrange(len(envelope))]
+        if world.chance(weather.flip):
+            world.note(source.process, f"{source.name} garbles a message")
+            return self._flipped(envelope, 0)
+        if envelope[3] == 2 and world.chance(weather.damage):
+            world.note(source.process, f"{source.name} damages planes")
+            return self._flipped(envelope, len(envelope) - 64)  # every frame ends with a plane of more than that
+        return envelope
+
+    def _flipped(self, envelope: bytes, first: int) -> bytes:
+        damaged = bytearray(envelope)
+        damaged[self._world.random.randrange(max(0, first), len(damaged))] ^= 1 << self._world.random.randrange(8)
+        return bytes(damaged)
+
+    def _arrive(self, target: End, act: Callable[[], None]) -> None:
+        """In order: nothing arrives before what was sent earlier on the same way."""
+        world = self._world
+        at_s = world.now_s() + self._delay_s()
+        if not target.is_calm and world.chance(self.weather.stall):
+            at_s += self.weather.stall_s * world.random.random()
+        blocked_s = self._blocked_until_s.get((target.peer.process.name, target.process.name), 0.0)
+        target._arrival_s = max(target._arrival_s, at_s, blocked_s)
+        world.after(target._arrival_s - world.now_s(), target.process, act)
+
+    def _delay_s(self) -> float:
+        return self._world.random.random() * 2 * self.weather.delay_s

@@ -1,0 +1,201 @@
+"""One schedule's random setting: who is there, how large and how patient, in which weather. Plain values from a seed."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from ..core.request import Role, SamplingParams
+from ..decode_worker.policy import DecodePolicy, combined_policy
+from ..kv.handover import Timing
+from ..model.policy import Policy, StepLimits
+from ..prefill_worker.policy import PrefillPolicy
+from ..router.fleet import FleetLimits
+from .network import Weather
+from .store import VOCABULARY
+
+DOMAINS = ("acme", "umbrella")
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSetting:
+    """One worker, in all its lives."""
+
+    worker_id: str
+    role: Role
+    num_blocks: int
+    block_tokens: int
+    limits: StepLimits
+    frame_tokens: int
+    frame_slots: int
+    max_handovers: int
+    step_s: tuple[float, float]
+    link_s: float
+    is_overlapping: bool  # commands are taken in while a step runs
+
+    def policy(self) -> Policy:
+        """Its role's taste."""
+        if self.role is Role.PREFILL:
+            return PrefillPolicy(self.limits)
+        return DecodePolicy(self.limits) if self.role is Role.DECODE else combined_policy(self.limits)
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What a client will ask for, and how patiently."""
+
+    request_id: str
+    at_s: float
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    num_choices: int
+    domain: str
+    timeout_s: float
+    cancel_after_s: float | None
+    attempts: int  # how often the same id is asked for, when it failed or was cancelled
+
+
+@dataclass(frozen=True, slots=True)
+class Mishap:
+    """Something that befalls a process, or the way between two."""
+
+    at_s: float
+    kind: str  # "crash", "freeze", "cut"
+    who: str
+    other: str
+    seconds: float  # until the restart, of the freeze, of the cut
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Everything that is random about a schedule before it begins."""
+
+    weather: Weather
+    timing: Timing
+    session_beat_s: float
+    session_silence_s: float
+    grace_s: float
+    fleet: FleetLimits
+    worker_patience_s: float
+    local_prefill: bool
+    max_requests: int
+    is_noisy: bool  # sampling depends on who samples, as without deterministic mode
+    read_damage: float
+    step_failure: float
+    workers: tuple[WorkerSetting, ...]
+    orders: tuple[Order, ...]
+    mishaps: tuple[Mishap, ...]
+
+
+def draw(seed: int) -> Setting:
+    """The setting that a seed stands for."""
+    rng = random.Random(f"setting {seed}")
+    beat_s = rng.choice((0.1, 0.25, 0.5))
+    silent_s = rng.choice((0.8, 1.5, 2.0))
+    workers = _workers(rng)
+    return Setting(
+        weather=_weather(rng),
+        timing=Timing(beat_s, beat_s * rng.choice((2.5, 4.0))),
+        session_beat_s=rng.choice((0.25, 0.5)),
+        session_silence_s=rng.choice((1.0, 2.0, 4.0)),
+        grace_s=rng.choice((0.0, 0.5, 2.0)),
+        fleet=FleetLimits(suspect_after_s=silent_s / 2, silent_after_s=silent_s, stall_after_s=5.0),
+        worker_patience_s=rng.choice((0.3, 1.0)),
+        local_prefill=rng.random() < 0.3,
+        max_requests=rng.choice((2, 8, 8)),
+        is_noisy=rng.random() < 0.5,
+        read_damage=_rate(rng, 0.1),
+        step_failure=_rate(rng, 0.02),
+        workers=workers,
+        orders=_orders(rng),
+        mishaps=_mishaps(rng, [worker.worker_id for worker in workers]),
+    )
+
+
+def _rate(rng: random.Random, most: float) -> float:
+    """Mostly nothing at all, else anything up to the most."""
+    return rng.random() * most if rng.random() < 0.3 else 0.0
+
+
+def _weather(rng: random.Random) -> Weather:
+    return Weather(
+        delay_s=rng.choice((0.0005, 0.005, 0.05, 0.2)),
+        drop=_rate(rng, 0.05),
+        duplicate=_rate(rng, 0.3),
+        truncate=_rate(rng, 0.03),
+        flip=_rate(rng, 0.03),
+        damage=_rate(rng, 0.4),
+        break_=_rate(rng, 0.03),
+        stall=_rate(rng, 0.1),
+        stall_s=rng.choice((0.3, 1.0, 3.0)),
+        reset=rng.choice((0.0, 0.7, 1.0)),
+    )
+
+
+def _workers(rng: random.Random) -> tuple[WorkerSetting, ...]:
+    block_tokens = rng.choice((16, 16, 32))
+    num_prefill, num_decode = rng.choice(((1, 1), (1, 1), (2, 1), (1, 2), (2, 2)))
+    roles = [Role.PREFILL] * num_prefill + [Role.DECODE] * num_decode
+    if rng.random() < 0.15:
+        roles.append(Role.COMBINED)
+    found = []
+    for place, role in enumerate(roles):
+        limits = StepLimits(
+            max_num_seqs=rng.choice((2, 4, 8)),
+            max_batch_tokens=rng.choice((16, 32, 48, 96)),
+            max_waiting=rng.choice((2, 8)),
+            max_waiting_tokens=rng.choice((200, 1000)),
+        )
+        step_s = rng.choice((0.002, 0.01, 0.04))
+        found.append(
+            WorkerSetting(
+                worker_id=f"{role.value[0]}{place}",
+                role=role,
+                num_blocks=rng.randint(7, 16) * 16 // block_tokens + 2,
+                block_tokens=block_tokens,
+                limits=limits,
+                frame_tokens=16 * rng.randint(1, 3),
+                frame_slots=rng.randint(1, 3),
+                max_handovers=rng.choice((1, 8, 8)),
+                step_s=(step_s / 2, step_s * 2),
+                link_s=rng.choice((0.0, 0.0002, 0.005)),
+                is_overlapping=rng.random() < 0.4,
+            )
+        )
+    return tuple(found)
+
+
+def _orders(rng: random.Random) -> tuple[Order, ...]:
+    family = [tuple(1 + rng.randrange(VOCABULARY - 1) for _ in range(64)) for _ in range(2)]
+    is_sampled = rng.random() < 0.7
+    orders = []
+    for place in range(rng.randint(2, 4)):
+        length = rng.choice((rng.randint(1, 20), rng.randint(20, 60), rng.randint(40, 90)))
+        shared = rng.choice(family)[: rng.choice((0, 16, 32, 64))]
+        own = tuple(1 + rng.randrange(VOCABULARY - 1) for _ in range(length))
+        seed = rng.getrandbits(40) if is_sampled else 0
+        orders.append(
+            Order(
+                request_id=f"r{place}",
+                at_s=rng.random() * rng.choice((0.01, 0.5)),
+                prompt_ids=(shared + own)[:length],
+                sampling=SamplingParams(max_tokens=rng.choice((1, 2, 6, 14)), seed=seed, ignore_eos=rng.random() < 0.5),
+                num_choices=2 if rng.random() < 0.15 else 1,
+                domain=rng.choice(DOMAINS),
+                timeout_s=rng.choice((0.3, 2.0, 5.0)),
+                cancel_after_s=rng.random() * rng.choice((0.05, 0.5)) if rng.random() < 0.25 else None,
+                attempts=rng.choice((1, 1, 2, 3)),
+            )
+        )
+    return tuple(orders)
+
+
+def _mishaps(rng: random.Random, worker_ids: list[str]) -> tuple[Mishap, ...]:
+    everybody = [*worker_ids, "router"]
+    found = []
+    for _ in range(rng.choice((0, 0, 1, 1, 2))):
+        kind = rng.choice(("crash", "freeze", "freeze", "cut"))
+        seconds = rng.choice((0.05, 0.3, 1.0, 2.5))
+        at_s = rng.random() * rng.choice((0.2, 1.0))
+        found.append(Mishap(at_s, kind, rng.choice(everybody), rng.choice(everybody), seconds))
+    return tuple(found)
