@@ -44,11 +44,15 @@ class Choice:
         self.ended: FinishReason | None = FinishReason.STOP if self._text.is_stopped else None
 
     def push(self, first_index: int, token_ids: Sequence[int]) -> Spoken:
-        """Take tokens from `first_index` on. Those that are known already (said again after a fall-back) do not count.
+        """Take tokens from `first_index` on. What is known already (said again after a fall-back) does not count.
+
+        Nor does anything after the end.
 
         Raises:
             InternalError: tokens between the known ones and `first_index` are missing.
         """
+        if self.ended is not None:
+            return Spoken(self.num_tokens, (), "", None)
         if first_index > self.num_tokens:
             raise InternalError(f"token {first_index} came where {self.num_tokens} was next")
         start = self.num_tokens

@@ -120,6 +120,7 @@ class Pull:
                 await self._stream.finish()
                 await asyncio.wait([reader], timeout=self._tools.timing.silence_s)
         finally:
+            self._driver.stop()
             self._stream.close()
             for task in (reader, over):
                 task.cancel()

@@ -58,8 +58,16 @@ class Driver:
             self._timer.cancel()
             self._timer = None
         await asyncio.wait([self._writer], timeout=timeout_s)
-        self._writer.cancel()
+        self.stop()
         await asyncio.gather(self._writer, return_exceptions=True)
+
+    def stop(self) -> None:
+        """End timer and writer at once; what waits does not leave. Harmless after `flush`."""
+        self._is_closing = True
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._writer.cancel()
 
     def _fire(self) -> None:
         self._timer = None

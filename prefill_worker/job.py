@@ -90,6 +90,7 @@ class Job:
             await self._driver.flush()
         finally:
             self._do(self._sender.closed(self._now_s()))  # the stream was cancelled from outside: give everything back
+            self._driver.stop()
             tasks = [reader, over, *self._verifying]
             for task in tasks:
                 task.cancel()

@@ -122,6 +122,16 @@ async def test_what_is_cached_is_neither_moved_nor_computed_again(start_worker, 
     await all_free(prefill, decode)
 
 
+async def test_what_the_peer_had_cached_counts_as_cached(start_worker, router_of, make_prompt):
+    prefill = await start_worker(Role.PREFILL)
+    for cached in (0, 96):
+        decode = await start_worker(Role.DECODE)
+        answer = await (await (await router_of(decode)).submit("r", make_prompt(100), [prefill])).ended()
+        assert answer.end.usage.cached_tokens == cached
+        assert answer.end.handover.prefill_cached_tokens == cached
+        assert answer.end.handover.tokens_moved == 100
+
+
 async def test_the_end_tells_the_whole_life(start_worker, router_of, make_prompt):
     prefill, decode = await start_worker(Role.PREFILL), await start_worker(Role.DECODE)
     hand = await router_of(decode)

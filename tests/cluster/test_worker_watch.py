@@ -162,6 +162,9 @@ async def test_fetch_gives_verified_frames_of_what_is_cached(start_worker, route
     assert np.array_equal(section.payload[0, 0], whole.payload[1 - whole.layer_start, 1, :16])
     assert verify_frame(part, facts.digest_key)
     assert await fetch(identities=unknown) == []
+    assert len(frames[0].header.identities) == 3
+    (leading,) = await fetch(identities=[*names[:2], unknown[2], *names[3:]])  # nothing is served behind a gap
+    assert list(leading.header.identities) == list(names[:2])
     with pytest.raises(grpc.RpcError) as refusal:
         await fetch(identities=[b"short"])
     assert refusal.value.code() is grpc.StatusCode.INVALID_ARGUMENT

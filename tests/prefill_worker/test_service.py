@@ -217,7 +217,7 @@ async def test_who_takes_no_hand_overs_says_so(bench, why):
 
 @pytest.mark.parametrize("how", ["cancel", "hang up", "silence", "task cancelled", "garbage", "deadline"])
 async def test_every_way_out_gives_the_blocks_back(bench, how):
-    it = bench(timing=Timing(beat_s=0.05, silence_s=0.3))
+    it = bench(timing=Timing(beat_s=0.05, silence_s=0.3 if how == "silence" else 60.0))
     pipe, task = it.open(order(timeout_ms=150 if how == "deadline" else 5000))
     submit = await it.link.until(Submit)
     if how == "cancel":
