@@ -65,6 +65,7 @@ class Run:
         self._peers = list(order.peers)
         self._has_bound = False
         self._has_asked = False
+        self._pull_waits = False  # the present pull asked for Bind and has no answer
         self._held_tokens = 0
         self.told = Told()
         self.timeline.mark(Instant.RECEIVED, self._received_at_s)
@@ -115,7 +116,7 @@ class Run:
             case link.Bound():
                 self._bound()
             case link.NotYet():
-                if self._pull is not None:
+                if self._pull is not None and self._pull_waits:
                     self._pull.not_yet()
             case link.KvWritten(_, token_start, token_count):
                 if self._pull is not None:
@@ -141,8 +142,8 @@ class Run:
     def _bound(self) -> None:
         self._has_bound = True
         self._mark(Instant.BOUND)
-        if self._pull is not None:
-            self._pull.bound()
+        if self._pull is not None and self._pull_waits:
+            self._pull.bound()  # else it was asked for by a lost one: this peer has not said Started yet
 
     # ------------------------------------------------------------------ the hand-over
 
@@ -153,6 +154,7 @@ class Run:
         now_s = tools.pull.clock.now_s()
         receiver = Receiver(label, self._open(now_s), tools.pull.timing, self._deadline_s, now_s)
         self.told.prefill_worker = peer.worker_id
+        self._pull_waits = False
         self._pull = self._open_pull(receiver, peer.address)
 
     def _open_pull(self, receiver: Receiver, address: str) -> Pull:
@@ -181,6 +183,7 @@ class Run:
     def bind_wanted(self) -> None:
         """See PullOwner. A second peer may ask for what the engine has bound already."""
         assert self._pull is not None
+        self._pull_waits = True
         if self._has_bound:
             self._pull.bound()
         elif self._has_asked:

@@ -58,6 +58,7 @@ class Engine:
         self._turn_due: Timer | None = None
         self._deadline_due: Timer | None = None
         self.num_turns = 0
+        self._num_checked = 0
 
     @property
     def num_live(self) -> int:
@@ -78,10 +79,12 @@ class Engine:
         return self.core.load(self._world.now_s())
 
     def check(self) -> None:
-        """K1, K2 and R7 of this worker, now."""
-        check_core(str(self._process), self.core, self.pool)
+        """K1, K2 and R7 of this worker, now. Only a turn changes what K1 and K2 ask about."""
+        if self.num_turns != self._num_checked:
+            self._num_checked = self.num_turns
+            check_core(self._process.name, self.core, self.pool)
         slack_s = DEADLINE_SLACK_S + self._process.frozen_s
-        check_deadlines(str(self._process), self.core, self._world.now_s(), slack_s)
+        check_deadlines(self._process.name, self.core, self._world.now_s(), slack_s)
 
     # ------------------------------------------------------------------ the loop
 

@@ -120,7 +120,7 @@ class Schedule:
             raise Violation("crash", f"{type(error).__name__}: {error}") from error
 
     def _is_quiet(self) -> bool:
-        return self._is_whole() and all(node.is_idle for node in self.nodes.values())
+        return self._is_whole() and self.router.is_idle and all(node.is_idle for node in self.nodes.values())
 
     def _is_whole(self) -> bool:
         now_s = self.world.now_s()
@@ -132,6 +132,7 @@ class Schedule:
             process = world.step()
             if process is False or world.now_s() > until_s or world.num_events > MAX_EVENTS:
                 left = [str(node.process) for node in self.nodes.values() if not node.is_idle]
+                left += [] if self.router.is_idle else ["router"]
                 raise Violation(invariant, f"it does not come to an end; busy are {left}")
             if isinstance(process, Process):
                 node = self.nodes.get(process.name)

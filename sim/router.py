@@ -18,7 +18,7 @@ from ..protos import worker_pb2
 from ..router.admission import Admission, AdmissionLimits, Offer
 from ..router.delivery import Verdict
 from ..router.dispatch import _OTHERS_MAY_TRY, MAX_DISPATCHES
-from ..router.facts import LoadFacts, WorkerFacts, WorkerKey
+from ..router.facts import WorkerFacts, WorkerKey
 from ..router.fleet import Change, Fleet, FleetChange
 from ..router.policy import Choice, PolicyLimits, choose
 from ..router.prefixes import PrefixMap
@@ -441,6 +441,11 @@ class RouterNode:
 
     # ------------------------------------------------------------------ what must hold
 
+    @property
+    def is_idle(self) -> bool:
+        """No request is under way, no client's stream is open."""
+        return not (self.active or self.open)
+
     def check(self) -> None:
         """R1 and Q2 of the router, now."""
         admission = self.admission
@@ -457,6 +462,3 @@ class RouterNode:
         counted = [w.facts.worker_id for w in self.fleet if w.in_flight]
         if counted:
             raise Violation("R1", f"after the drain work is still counted against {counted}")
-
-
-UNLOADED = LoadFacts()

@@ -237,7 +237,7 @@ class WorkerNode:
     @property
     def is_idle(self) -> bool:
         """Nothing runs, nothing waits."""
-        return not (self.engine.num_live or self.jobs or self.service.num_running)
+        return not (self.engine.num_live or self.jobs or self.service.num_running or self.dispatcher.num_owned)
 
     # ------------------------------------------------------------------ what routers open
 
