@@ -88,3 +88,11 @@ def test_silu_is_the_definitions_to_one_unit_in_the_last_place(dtype: torch.dtyp
     gate_up = (torch.randn(16, 2 * 96, generator=torch.Generator().manual_seed(0)) * 20).to(dtype)
     ours, definition = silu_mul(gate_up), silu_mul_definition(gate_up)
     assert torch.allclose(ours, definition, rtol=4 * torch.finfo(dtype).eps, atol=1e-30)
+
+
+def test_silu_of_a_number_does_not_depend_on_where_it_lies() -> None:
+    gate, up = torch.randn(2, 16, 200, generator=torch.Generator().manual_seed(1)) * 5
+    wide = silu_mul(torch.cat((gate, up), dim=1))
+    for width in (1, 7, 31, 33, 100, 199):
+        narrow = silu_mul(torch.cat((gate[:, :width], up[:, :width]), dim=1))
+        assert torch.equal(narrow, wide[:, :width])
