@@ -49,7 +49,8 @@ class Front:
 
     def explain(self, request_id: str, domain: str) -> dict[str, Any] | None:
         """What is known of a request, for its own tenant only; None: nothing (any more)."""
-        return self.flow.explain(request_id)
+        explained = self.flow.explain(request_id)
+        return explained if explained is not None and explained["isolation_domain"] == domain else None
 
     async def admit(self, call: Call) -> tuple[Request, ServedModel]:
         """Validate and tokenise a call.

@@ -76,3 +76,9 @@ def cluster() -> Iterator[Cluster]:
         router__max_body_bytes=256 * 1024,
     ) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def run_cluster() -> Callable[..., Any]:
+    """`with run_cluster(cluster__prefill=2, ...) as cluster:` for tests that need one of their own."""
+    return running_cluster

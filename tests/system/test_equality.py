@@ -9,7 +9,6 @@ import random
 from typing import Any
 
 import pytest
-from conftest import running_cluster
 
 from twostroke import AsyncClient, Client
 
@@ -52,15 +51,16 @@ async def _all_at_once(address: str, prompts: list[dict[str, Any]]) -> list[tupl
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("dtype", ["fp8", "bfloat16", "float32"])
-def test_disaggregated_equals_one_piece_token_for_token(dtype: str):
+def test_disaggregated_equals_one_piece_token_for_token(run_cluster, dtype: str):
     prompts = mixed_prompts(4096)
     common = {"cluster__launcher": "inprocess", "step__num_threads": 1, "cache__dtype": dtype, "cache__tokens": 16384}
     whole = {"cluster__prefill": 0, "cluster__decode": 1, "cache__prefix_caching": False}
-    with running_cluster(**common, **whole) as one_piece, Client(one_piece.grpc, timeout_s=300) as client:
+    with run_cluster(**common, **whole) as one_piece, Client(one_piece.grpc, timeout_s=300) as client:
         expected = [tuple(client.generate(**given).choices[0].token_ids) for given in prompts]
     assert all(len(tokens) == given["max_tokens"] for tokens, given in zip(expected, prompts, strict=True))
     apart = {"cluster__prefill": 2, "cluster__decode": 2, "step__max_num_batched_tokens": 128}
-    with running_cluster(**common, **apart) as cluster:
+    apart["router__local_prefill"] = False  # every prompt that can be handed over is
+    with run_cluster(**common, **apart) as cluster:
         got = asyncio.run(_all_at_once(cluster.grpc, prompts))
         with Client(cluster.grpc) as client:
             counters = client.cluster()
