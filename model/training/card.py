@@ -51,7 +51,7 @@ knows this library's style, nothing beyond.
 
 {steps:,} steps of 8,192 tokens, {tokens_seen:,} tokens in all (about {epochs:.1f} epochs), on {machine}, shared with
 other work; torch {torch}. Muon for the layers' matrices, AdamW for embeddings and norms, bfloat16 autocast. Rates and
-sequence lengths follow the wall clock, so a quieter or busier machine gives another model.
+sequence lengths follow the wall clock, so a quieter or busier machine gives another model.{interruptions}
 `python -m twostroke.model.training.evaluate DIR` measured what follows and wrote this card.
 
 ## Held-out perplexity
@@ -81,7 +81,9 @@ def write_card(folder: Path, facts: dict[str, Any]) -> None:
     """Write MODEL_CARD.md from the contents of training.json."""
     run, corpus = facts["run"], facts["corpus"]
     values = run | corpus | facts["held_out_perplexity"] | facts["evaluation"] | facts["chat"] | facts["versions"]
+    resumed = ", ".join(f"{step:,}" for step in run["resumed_at_steps"])
     values |= {
+        "interruptions": f" Continued from a kept state at step {resumed}." if resumed else "",
         "command": facts["command"],
         "machine": facts["machine"],
         "parameters": run["parameters"] / 1e6,

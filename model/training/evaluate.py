@@ -11,19 +11,19 @@ import math
 import platform
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import tokenizers
 import torch
-from tokenizers import Tokenizer
 from torch.nn import functional as F
 
 from .baseline import Split, load_split, ngram_figures
 from .card import write_card
 from .export import load_network
 from .network import Network
-from .tokenizer import ASSISTANT, BOS, CONTEXT_TOKENS, END, EOS, USER, special_id
+from .tokenizer import END
 
 WINDOW_TOKENS = 2_048
 STRIDE_TOKENS = 1_024
@@ -62,35 +62,27 @@ def perplexity(network: Network, documents: Sequence[npt.NDArray[np.int64]]) -> 
     return math.exp(torch.cat([window_losses(network, document) for document in documents]).double().mean().item())
 
 
-@torch.no_grad()
-def reply(network: Network, prompt: list[int], stop: frozenset[int]) -> list[int]:
-    """The greedy continuation, the stop token included where one came before the limit."""
-    tokens, limit = list(prompt), min(len(prompt) + LONGEST_REPLY_TOKENS, CONTEXT_TOKENS)
-    while len(tokens) < limit:
-        hidden = network.hidden(torch.tensor([tokens]))[0, -1]
-        tokens.append(int(F.linear(hidden, network.embedding.weight).argmax()))
-        if tokens[-1] in stop:
-            break
-    return tokens[len(prompt) :]
+def chat_figures(folder: Path) -> dict[str, int]:
+    """How many replies of the three-turn chats end with the token that ends a turn. Prints the chats."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # needed here only; training does without
 
-
-def chat_figures(network: Network, tokenizer: Tokenizer) -> dict[str, int]:
-    """How many replies of the three-turn chats end with the token that ends a turn."""
-    bos, eos, assistant, end = (special_id(tokenizer, token) for token in (BOS, EOS, ASSISTANT, END))
-    stop = frozenset({end, eos})
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    end = tokenizer.convert_tokens_to_ids(END)
     num_replies = num_ended = 0
     for questions in CHATS:
-        prompt = [bos]
+        talk: list[dict[str, str]] = []
         for question in questions:
-            prompt += tokenizer.encode(f"{USER}{question}{END}", add_special_tokens=False).ids
-            prompt.append(assistant)
-            answer = reply(network, prompt, stop)
-            prompt += answer
+            talk.append({"role": "user", "content": question})
+            prompt = tokenizer.apply_chat_template(
+                talk, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+            )
+            tokens = model.generate(**prompt, max_new_tokens=LONGEST_REPLY_TOKENS)[0].tolist()
+            answer = tokens[prompt["input_ids"].shape[1] :]
+            talk.append({"role": "assistant", "content": tokenizer.decode(answer, skip_special_tokens=True)})
             num_replies += 1
             num_ended += answer[-1] == end
-            print(f"> {question}\n{tokenizer.decode(answer, skip_special_tokens=False)}\n", flush=True)
-            if answer[-1] != end:
-                prompt.append(end)
+            print(f"> {question}\n{tokenizer.decode(answer)}\n", flush=True)
     return {
         "num_chats": len(CHATS),
         "replies": num_replies,
@@ -116,7 +108,7 @@ def evaluate(folder: Path, num_threads: int) -> None:
     torch.set_num_threads(num_threads)
     progress_file, facts_file = folder / "progress.json", folder / "training.json"
     run = json.loads(progress_file.read_text()) if progress_file.exists() else json.loads(facts_file.read_text())["run"]
-    network, tokenizer = load_network(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
+    network = load_network(folder)
     split: Split = load_split(folder)
     figures: dict[str, float] = ngram_figures(split)
     print(figures, flush=True)
@@ -142,7 +134,7 @@ def evaluate(folder: Path, num_threads: int) -> None:
         },
         "evaluation": {"window_tokens": WINDOW_TOKENS, "stride_tokens": STRIDE_TOKENS},
         "held_out_perplexity": figures,
-        "chat": chat_figures(network, tokenizer),
+        "chat": chat_figures(folder),
     }
     facts_file.write_text(json.dumps(facts, indent=2) + "\n")
     write_card(folder, facts)

@@ -28,9 +28,7 @@ def orthogonalise(matrix: Tensor, num_steps: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, made orthogonal per matrix; the pieces are the row counts of a fused weight's matrices."""
 
-    def __init__(
-        self, matrices: Sequence[tuple[Tensor, tuple[int, ...]]], *, lr: float, weight_decay: float
-    ) -> None:
+    def __init__(self, matrices: Sequence[tuple[Tensor, tuple[int, ...]]], *, lr: float, weight_decay: float) -> None:
         groups = [{"params": [parameter], "pieces": pieces} for parameter, pieces in matrices]
         super().__init__(groups, {"lr": lr, "momentum": 0.95, "weight_decay": weight_decay})
 

@@ -145,12 +145,14 @@ class Run:
         self.optimizers = make_optimizers(self.network, plan)
         self.bases = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         self.step, self.elapsed_s, self.loss = 0, 0.0, 0.0
+        self.resumed_at_steps: list[int] = []
         if self._file.exists():
             state = torch.load(self._file, weights_only=True)
             self.network.load_state_dict(state["network"])
             for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(kept)
             self.step, self.elapsed_s, self.loss = state["step"], state["elapsed_s"], state["loss"]
+            self.resumed_at_steps = [*state["resumed_at_steps"], self.step]
 
     @property
     def _file(self) -> Path:
@@ -175,6 +177,7 @@ class Run:
             "step": self.step,
             "elapsed_s": self.elapsed_s,
             "loss": self.loss,
+            "resumed_at_steps": self.resumed_at_steps,
         }
         partial = self._file.with_suffix(".partial")
         torch.save(state, partial)
@@ -207,7 +210,7 @@ def train(plan: Plan) -> None:
             export_model(run.network, tokenizer, plan.out)
             exported = now
     export_model(run.network, tokenizer, plan.out)
-    _write_progress(run, stream.num_epochs)
+    _write_progress(run)
 
 
 def _report(run: Run, num_epochs: int, length: int) -> None:
@@ -219,7 +222,7 @@ def _report(run: Run, num_epochs: int, length: int) -> None:
     )
 
 
-def _write_progress(run: Run, num_epochs: int) -> None:
+def _write_progress(run: Run) -> None:
     plan = run.plan
     facts: dict[str, object] = {
         "minutes": plan.minutes,
@@ -228,7 +231,7 @@ def _write_progress(run: Run, num_epochs: int) -> None:
         "compiled": plan.compiled,
         "steps": run.step,
         "tokens_seen": run.step * TOKENS_PER_STEP,
-        "epochs_begun": num_epochs,
+        "resumed_at_steps": run.resumed_at_steps,
         "training_loss": round(run.loss, 4),
         "parameters": sum(parameter.numel() for parameter in run.network.parameters()),
     }

@@ -12,7 +12,7 @@ from twostroke.model.training.corpus import is_held_out, source_files
 from twostroke.model.training.network import Network, Shape
 from twostroke.model.training.ngram import KneserNey, perplexity
 from twostroke.model.training.optimizer import Muon, orthogonalise
-from twostroke.model.training.train import LENGTHS, TOKENS_PER_PASS, TokenStream, length_at, rate_at
+from twostroke.model.training.train import LENGTHS, TOKENS_PER_PASS, Plan, Run, TokenStream, length_at, rate_at
 from twostroke.model.training.weights import from_hugging_face, hugging_face_config, hugging_face_weights
 
 
@@ -211,3 +211,25 @@ def test_a_topic_goes_on_where_it_stopped():
         assert "the with statement" in asked[0]
         assert told[0].startswith("0 ")
         assert told[1].startswith("1 ")
+
+
+def test_a_run_goes_on_from_its_kept_state(tmp_path):
+    run = Run(Plan(minutes=10.0, out=tmp_path))
+    tokens = torch.arange(7, 71)[None]
+    for _ in range(2):
+        run.elapsed_s += 60.0
+        run.step += 1
+        run.set_rates()
+        run.network.loss(tokens[:, :-1], tokens[:, 1:]).backward()
+        for optimizer in run.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        run.keep()
+        again = Run(Plan(minutes=10.0, out=tmp_path))
+        assert (again.step, again.fraction) == (run.step, run.fraction)
+        assert torch.equal(again.network(tokens), run.network(tokens))
+        run = again
+    assert run.resumed_at_steps == [1, 2]
+    velocities = [state["velocity"].norm() for state in run.optimizers[0].state.values()]
+    assert len(velocities) == 24
+    assert max(velocities) > 0.0
