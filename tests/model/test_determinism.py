@@ -63,10 +63,8 @@ def test_bits_depend_on_a_tokens_own_prefix_alone(
         pytest.skip("one head differs in shapes alone: one codec is enough")
     lengths = data.draw(st.lists(st.integers(1, 600), min_size=1, max_size=5))
     chooser = data.draw(st.randoms(use_true_random=False))
-    threads = data.draw(st.sampled_from([1, 2]))
     block_tokens = data.draw(st.sampled_from([16, 32, 64]))
     expected = [references(dtype, kv, seed) for seed in range(len(lengths))]
-    torch.set_num_threads(threads)
     hand = references.make_hand(references.directory, dtype, kv, block_tokens, 8192)
     done = [0] * len(lengths)
     while any(done[i] < length for i, length in enumerate(lengths)):
@@ -83,6 +81,18 @@ def test_bits_depend_on_a_tokens_own_prefix_alone(
         for (_, start, ids), i, logits in zip(work, chosen, hand.logits(work), strict=True):
             assert torch.equal(bits(logits), bits(expected[i][start : start + len(ids)]))
             done[i] += len(ids)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_two_threads_give_the_bits_of_one(references: References, dtype: str) -> None:
+    expected = [references(dtype, "fp8", seed) for seed in range(2)]
+    torch.set_num_threads(2)
+    hand = references.make_hand(references.directory, dtype, "fp8", 16, 2048)
+    long, short = hand.logits([("long", 0, prompt(0, 420)), ("short", 0, prompt(1, 90))])
+    assert torch.equal(bits(long), bits(expected[0][:420]))
+    assert torch.equal(bits(short), bits(expected[1][:90]))
+    (decoded,) = hand.logits([("short", 90, prompt(1, 91)[90:])])
+    assert torch.equal(bits(decoded), bits(expected[1][90:91]))
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:
