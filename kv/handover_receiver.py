@@ -214,7 +214,9 @@ class Receiver:
         """The engine carried out a Write; the frame's buffer is free again."""
         if self._is_late():
             return []
-        del self._writing[token_start, token_count]
+        if self._writing.pop((token_start, token_count), None) is None:
+            self.counters.late += 1  # written for a hand-over of the same prompt that was lost before this one
+            return []
         for unit in self._range(token_start, token_count):
             self._units[unit] = _STORED
         self._stored_units = self._advance(self._stored_units, _STORED)

@@ -80,6 +80,10 @@ class Delivery:
         progress.next_index += count
         return Verdict.TAKE
 
+    def is_awaited(self, choice: int, epoch: Epoch) -> bool:
+        """Whether this epoch may still add to the choice."""
+        return self._standing(choice, epoch) is Verdict.TAKE
+
     def end(self, choice: int, epoch: Epoch, reason: FinishReason) -> Verdict:
         """The end of a choice arrived: taken once, from the current epoch."""
         verdict = self._standing(choice, epoch)

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 RETRY_AFTER_S = 1.0
 MAX_DISPATCHES = 3
 # A worker that refuses an order with one of these has not judged the request, only itself.
-_OTHERS_MAY_TRY = frozenset({"unavailable", "overloaded", "worker_lost"})
+_OTHERS_MAY_TRY = frozenset({"unavailable", "overloaded", "worker_lost", "tokens_lost"})
 
 
 class Dispatcher:

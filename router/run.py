@@ -7,7 +7,7 @@ from array import array
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..core.errors import TwostrokeError, WorkerLost
+from ..core.errors import TokensLost, TwostrokeError, WorkerLost
 from ..core.request import Epoch, FinishReason, Request
 from ..core.timeline import Instant, Timeline
 from ..kv.messages import adopt_instants, epoch_from_wire, error_from_wire, finish_from_wire
@@ -110,6 +110,10 @@ class Run:
                 return Verdict.STALE_EPOCH
             self._note_report(end)
             return _failure(end)
+        if self.delivery.is_awaited(end.choice, epoch):
+            missing = end.usage.completion_tokens - self.delivery.tokens_of(end.choice)
+            if missing > 0:
+                return TokensLost(f"the last {missing} tokens never came", retry_after_s=1.0)
         verdict = self.delivery.end(end.choice, epoch, reason)
         if verdict is not Verdict.TAKE:
             return verdict
