@@ -16,6 +16,7 @@ from .store import EOS, cells_after, domain_cell
 from .workers import MODEL
 from .world import Process, World
 
+BEARABLE = ("finished", "cancelled", "overloaded", "context_length_exceeded")
 SLACK_S = 2.0  # for words under way, steps under way, and ticks
 
 
@@ -40,9 +41,7 @@ class Attempt:
         self._end = end
         self._router = router
         self._router_life = router.process.life if router.process.is_alive else None
-        self._deadline = client.world.after(
-            request.timeout_s + SLACK_S, client.process, self._overdue
-        )
+        self._deadline = client.world.after(request.timeout_s + SLACK_S, client.process, self._overdue)
         end.on_message, end.on_end = self._hear, self._heard_end
 
     def cancel(self) -> None:
@@ -117,9 +116,7 @@ class Attempt:
 class Client:
     """One request and its attempts, under one id."""
 
-    def __init__(
-        self, world: World, network: Network, order: Order, setting: Setting, samples: Samples
-    ) -> None:
+    def __init__(self, world: World, network: Network, order: Order, setting: Setting, samples: Samples) -> None:
         self.world, self.network, self.samples = world, network, samples
         self.process = Process(f"client-{order.request_id}")
         self.router: Callable[[], RouterNode]
@@ -153,6 +150,8 @@ class Client:
         outcome = attempt.outcome or ""
         self.world.note(self.process, f"{outcome} after {[len(s.tokens) for s in attempt.streams]} tokens")
         self.outcomes.append(outcome)
+        if self._setting.is_bearable and outcome not in BEARABLE:
+            raise Violation("L1", f"{self._order.request_id} ended as {outcome}, and nothing was in its way")
         self.num_tokens += sum(len(s.tokens) for s in attempt.streams)
         if outcome == "finished" or len(self.outcomes) >= self._order.attempts:
             self.is_done = True

@@ -38,16 +38,12 @@ _DOMAIN_BY_ROOT = {root_of(domain).digest(IDENTITY_KEY): domain for domain in DO
 class Engine:
     """Satisfies model.dispatch.FaceLink's sending half; what it says goes to `tell`, on the face's side."""
 
-    def __init__(
-        self, world: World, process: Process, setting: Setting, worker: WorkerSetting, ledger: Ledger
-    ) -> None:
+    def __init__(self, world: World, process: Process, setting: Setting, worker: WorkerSetting, ledger: Ledger) -> None:
         noise = mix(int.from_bytes(worker.worker_id.encode(), "little"), process.life) if setting.is_noisy else 0
         self.pool = BlockPool(worker.num_blocks, worker.block_tokens)
         self.prefix = PrefixCache(self.pool)
         self.store = Store(world, self.pool, ledger, noise=noise, read_damage=setting.read_damage)
-        self.core = EngineCore(
-            CoreLimits(), self.pool, self.prefix, worker.policy(), eos_ids=[EOS], key=IDENTITY_KEY
-        )
+        self.core = EngineCore(CoreLimits(), self.pool, self.prefix, worker.policy(), eos_ids=[EOS], key=IDENTITY_KEY)
         self.tell: Callable[[Sequence[Event]], None] = lambda _: None
         self._world = world
         self._process = process
@@ -64,6 +60,11 @@ class Engine:
     def num_live(self) -> int:
         """Sequences that have not ended."""
         return self.core.num_live + sum(isinstance(command, Submit) for command in self._inbox)
+
+    @property
+    def has_waiting_commands(self) -> bool:
+        """Whether the face said something that the core has not heard."""
+        return bool(self._inbox)
 
     def send(self, command: Command) -> None:
         """A command of the face; never waits."""
@@ -174,4 +175,3 @@ def _described(plan: StepPlan, result: StepResult) -> str:
         sampled = f" -> {tokens[0]}" if tokens else ""
         parts.append(f"{step.key.request_id}#{step.key.choice} {step.start}+{step.num_tokens}{sampled}")
     return ", ".join(parts)
-

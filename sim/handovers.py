@@ -1,4 +1,4 @@
-"""Both ends of a hand-over in virtual time: what prefill_worker/job.py and decode_worker/pull.py do around the machines.
+"""Both ends of a hand-over in virtual time: the glue of prefill_worker/job.py and decode_worker/pull.py.
 
 Envelopes are real bytes; digests are verified as production does. Knows no request, no router.
 """
@@ -30,6 +30,9 @@ from ..kv.handover import (
     SendFrame,
     Write,
 )
+from ..kv.handover import (
+    End as Ending,
+)
 from ..kv.handover_receiver import FrameArrived, Receiver
 from ..kv.handover_sender import Sender
 from ..kv.messages import error_to_wire
@@ -47,9 +50,12 @@ from ..model.dispatch import Dispatcher, SequenceEvent
 from ..prefill_worker.job import MAX_READS, _why
 from ..protos import handover_pb2
 from .engine import NUMERICS
+from .invariants import Violation
 from .network import End
 from .store import digests_hold
 from .world import Process, Timer, World
+
+SLACK_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +65,7 @@ class Place:
     world: World
     process: Process
     dispatcher: Dispatcher
+    is_bearable: bool  # the weather explains no loss
 
 
 class Machinery:
@@ -103,6 +110,13 @@ class Machinery:
         if due_s is not None and not self.is_closed:
             world = self.place.world
             self._timer = world.after(max(0.001, due_s - world.now_s()), self.place.process, self._tick)
+
+    def check(self) -> None:
+        """R7: nobody listens to silence for longer than agreed."""
+        due_s = self._machine.next_deadline_s
+        late_s = 0.0 if due_s is None else self.place.world.now_s() - due_s
+        if late_s > SLACK_S + self.place.process.frozen_s:
+            raise Violation("R7", f"{self.name} waits {late_s:.2f} s longer than it may")
 
     def _tick(self) -> None:
         self.do(self._machine.tick(self.place.world.now_s()))
@@ -303,7 +317,9 @@ class SimPull(Machinery):
                 self._owner.first_token_came(token_id)
             case Complete():
                 self._owner.pull_completed()
-            case Lost():
+            case Lost(reason, _, _, detail):
+                if self.place.is_bearable and reason not in (Ending.FAILED, Ending.CORRUPTED):
+                    raise Violation("L1", f"{self.name}: lost without need: {reason.value} {detail}")
                 self._owner.pull_lost(action)
             case Close(now):
                 self.is_closed = self.receiver.next_deadline_s is None

@@ -89,9 +89,7 @@ class Network:
         self._blocked_until_s: dict[tuple[str, str], float] = {}  # one-way partitions
         self._open: list[End] = []  # opening ends; swept at every crash
 
-    def connect(
-        self, client: Process, server: Process, name: str, *, is_calm: bool = False
-    ) -> tuple[End, End]:
+    def connect(self, client: Process, server: Process, name: str, *, is_calm: bool = False) -> tuple[End, End]:
         """A new stream: (client's end, server's end). A dead server's stream breaks soon. Calm: delays only."""
         near, far = End(self, client, name), End(self, server, name)
         near.is_calm = far.is_calm = is_calm
@@ -173,7 +171,7 @@ class Network:
             return self._flipped(envelope, 0)
         if envelope[3] == 2 and world.chance(weather.damage):
             world.note(source.process, f"{source.name} damages planes")
-            return self._flipped(envelope, len(envelope) - 64)  # every frame ends with a plane of more than that
+            return self._flipped(envelope, len(envelope) - 8)  # the last token's row
         return envelope
 
     def _flipped(self, envelope: bytes, first: int) -> bytes:

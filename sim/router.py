@@ -9,7 +9,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..core.errors import Cancelled, DeadlineExceeded, InvalidRequest, TokensLost, TwostrokeError, Unavailable, WorkerLost
+from ..core.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    InvalidRequest,
+    TokensLost,
+    TwostrokeError,
+    Unavailable,
+    WorkerLost,
+)
 from ..core.request import Epoch, Request, SequenceKey
 from ..core.timeline import Instant, Timeline
 from ..kv.block import BlockIdentity, chain
@@ -371,7 +379,9 @@ class RouterNode:
 
     def _check_epoch(self, run: Run, epoch: Epoch) -> None:
         if run.current is None or run.current.epoch != epoch:
-            raise Violation("R6", f"{run.request_id}: epoch {epoch} was heard, {run.current and run.current.epoch} lives")
+            raise Violation(
+                "R6", f"{run.request_id}: epoch {epoch} was heard, {run.current and run.current.epoch} lives"
+            )
 
     # ------------------------------------------------------------------ again, or over
 

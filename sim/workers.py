@@ -34,7 +34,7 @@ from ..router import facts as router_facts
 from ..text.stop import TextPiece
 from ..text.tokenizer import Tokenizer
 from .engine import FINGERPRINT, IDENTITY_KEY, NUMERICS, Engine
-from .handovers import Place, SimJob, SimPull, refused
+from .handovers import Machinery, Place, SimJob, SimPull, refused
 from .invariants import Violation, check_drained
 from .network import End, Network
 from .setting import Setting, WorkerSetting
@@ -43,6 +43,7 @@ from .world import Process, Timer, World
 
 MODEL = "model"
 MAX_MODEL_LEN = 1 << 20
+ORPHAN_SLACK_S = 0.5  # commands under way, and the step that must end first
 
 
 class NoText:
@@ -112,7 +113,12 @@ class SimService(DecodeService):
                 if run in self._running:
                     run.cancel("router lost")
 
+        def check() -> None:
+            if any(run in self._running for run in listed):
+                raise Violation("R7", f"{self.node.process}: requests of a lost router run on")
+
         self.node.world.after(grace_s, self.node.process, end)
+        self.node.world.after(grace_s + ORPHAN_SLACK_S, self.node.process, check)
 
 
 class SessionFace:
@@ -136,6 +142,8 @@ class SessionFace:
             return
         self._heard_s = self._node.world.now_s()
         if message.HasField("hello"):
+            if self._sequence:
+                return  # said twice
             self._node.service.open(self.session)
             self._send(welcome=self._node.info())
         elif self.session in self._node.service._sessions:
@@ -221,9 +229,7 @@ class WorkerNode:
         self.engine.tell = self._tell
         self.facts = _face_facts(worker)
         self.session_timing = cast(Any, None)  # our own timers watch the session
-        pull = PullTools(
-            self.dispatcher, cast(Executor, None), DIGEST_KEY, SPEC, setting.timing, world, Counter()
-        )
+        pull = PullTools(self.dispatcher, cast(Executor, None), DIGEST_KEY, SPEC, setting.timing, world, Counter())
         self.service = SimService(RunTools(self.facts, pull, cast(Channels, None)), cast(Tokenizer, None))
         self.service.node = self
         self.sessions: list[SessionFace] = []
@@ -231,7 +237,8 @@ class WorkerNode:
         self.jobs: list[SimJob] = []
         self.find: Callable[[str], WorkerNode | None] = lambda _: None  # by worker id, whoever lives there now
         self._num_jobs = 0
-        self._place = Place(world, process, self.dispatcher)
+        self._place = Place(world, process, self.dispatcher, setting.is_bearable)
+        self._orphans: dict[SequenceKey, float] = {}  # sequences whose hand-over ended, and when
         self.dispatcher.on_cache(self._on_cache)
 
     @property
@@ -326,7 +333,11 @@ class WorkerNode:
             peer_held_tokens=order.held_tokens,
             deadline_s=now_s + order.timeout_ms / 1000,
         )
-        return SimJob(sender, submit, end, self._place, self.jobs.remove)
+        return SimJob(sender, submit, end, self._place, self._job_over)
+
+    def _job_over(self, job: SimJob) -> None:
+        self.jobs.remove(job)
+        self._orphans[job.submit.key] = self.world.now_s()
 
     # ------------------------------------------------------------------ inside
 
@@ -351,6 +362,22 @@ class WorkerNode:
         speaking = [run.order.key for run in self.service._running if run._verdict is None]
         if len(speaking) != len(set(speaking)):
             raise Violation("R6", f"{self.process}: two epochs of one request speak: {sorted(speaking)}")
+
+        for machine in (*self.jobs, *(run._pull for run in self.service._running)):
+            if isinstance(machine, Machinery):
+                machine.check()
+        self._check_orphans()
+
+    def _check_orphans(self) -> None:
+        """What nobody waits for any more is given up now, not at its deadline."""
+        if not self._orphans:
+            return
+        states, slack_s = self.engine.core.states(), ORPHAN_SLACK_S + self.process.frozen_s
+        for key, since_s in list(self._orphans.items()):
+            if key not in states and not self.engine.has_waiting_commands:
+                del self._orphans[key]
+            elif self.world.now_s() - since_s > slack_s:
+                raise Violation("R7", f"{self.process}: {key} lives {slack_s} s after its hand-over ended")
 
     def check_drained(self) -> None:
         """K1 at the end, and that no machine is left behind."""

@@ -103,7 +103,7 @@ class World:
         process.life += 1
         process.frozen_until_s = 0.0
 
-    def step(self) -> Process | None | bool:
+    def step(self) -> Process | bool | None:
         """Let the next thing happen. False: nothing is planned. Else the process it happened in (None: none)."""
         while self._heap:
             at_s, _, timer = heapq.heappop(self._heap)
