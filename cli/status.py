@@ -32,17 +32,16 @@ def _table(cluster: dict[str, Any]) -> Table:
     for heading in ("worker", "role", "state", "pid", "running", "waiting", "blocks used", "cached", "address"):
         table.add_column(heading)
     for worker in cluster["workers"]:
-        load = worker.get("load") or {}
-        total, free = load.get("total_blocks", 0), load.get("free_blocks", 0)
+        load, blocks = worker["load"], worker["blocks"]
         table.add_row(
             worker["worker_id"],
             worker["role"],
             worker["state"],
-            str(worker.get("pid", "")),
-            str(load.get("running", "")),
-            str(load.get("waiting", "")),
-            f"{total - free:,} of {total:,}",
-            f"{load.get('cached_blocks', 0):,}",
+            str(worker["pid"]),
+            str(load["running"]),
+            str(load["waiting"]),
+            f"{blocks['total'] - blocks['free']:,} of {blocks['total']:,}",
+            f"{blocks['cached']:,}",
             worker["address"],
         )
     return table

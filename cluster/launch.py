@@ -41,6 +41,10 @@ class Launcher(Protocol):
         """Let it drain for `grace_s`, then end it. `ended` is called as for any end."""
         ...
 
+    async def kill(self, name: str) -> None:
+        """End it now, even when it is frozen. `ended` is called as for any end."""
+        ...
+
     async def close(self) -> None:
         """Leave nothing behind: no process, no session, no file."""
         ...

@@ -36,6 +36,10 @@ class InProcessLauncher:
             await process.stop(grace_s)
             ended(name, "stopped")
 
+    async def kill(self, name: str) -> None:
+        """Stop it without a drain."""
+        await self.stop(name, 0.0)
+
     async def close(self) -> None:
         """Stop what still runs."""
         await asyncio.gather(*(self.stop(name, 0.0) for name in list(self._running)))

@@ -62,6 +62,12 @@ class ProcessLauncher:
             process.kill()
             await process.wait()
 
+    async def kill(self, name: str) -> None:
+        """SIGKILL, which a stopped process hears too."""
+        process = self._processes.get(name)
+        if process is not None and process.returncode is None:
+            process.kill()
+
     async def close(self) -> None:
         """End what still runs and remove the files."""
         await asyncio.gather(*(self.stop(name, 0.0) for name in list(self._processes)))

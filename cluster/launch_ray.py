@@ -55,6 +55,13 @@ class RayLauncher:
             pass  # it hangs or is gone already; either way it is ended below
         ray.kill(actor, no_restart=True)
 
+    async def kill(self, name: str) -> None:
+        """Have Ray end the actor's process by force."""
+        import ray
+
+        if name in self._actors:
+            ray.kill(self._actors[name], no_restart=True)
+
     async def close(self) -> None:
         """Shut our Ray down and remove its files."""
         await asyncio.gather(*(self.stop(name, 0.0) for name in list(self._actors)))

@@ -1,4 +1,4 @@
-"""Who should run, and when the dead come back: restarts with back-off. Knows no process and no clock."""
+"""Who should run, and when the dead and the frozen come back: restarts with back-off. Knows no process, no clock."""
 
 from __future__ import annotations
 
@@ -31,6 +31,14 @@ class BackOff:
         return float(min(self.longest_s, self.base_s * 2 ** min(failures_in_a_row - 2, 30)))
 
 
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a process that exists may be of no use before it is replaced, in seconds."""
+
+    missing_s: float = 20.0  # it served before
+    starting_s: float = 120.0  # it has never served
+
+
 @dataclass(slots=True)
 class _Member:
     standing: Standing = Standing.STARTING
@@ -39,6 +47,7 @@ class _Member:
     since_s: float = 0.0
     due_s: float = 0.0
     last_words: str = ""
+    missing_since_s: float | None = None  # READY, but the cluster cannot use it
 
 
 @dataclass(slots=True)
@@ -46,6 +55,7 @@ class Membership:
     """The wanted members and their standing. One owner of restarts: nothing else starts a process again."""
 
     back_off: BackOff = field(default_factory=BackOff)
+    patience: Patience = field(default_factory=Patience)
     _members: dict[str, _Member] = field(default_factory=dict)
 
     def want(self, name: str, now_s: float) -> None:
@@ -63,13 +73,37 @@ class Membership:
     def started(self, name: str, now_s: float) -> None:
         """Its process exists."""
         member = self._members[name]
-        member.standing, member.since_s = Standing.STARTING, now_s
+        member.standing, member.since_s, member.missing_since_s = Standing.STARTING, now_s, None
 
     def ready(self, name: str, now_s: float) -> None:
         """It serves."""
         member = self._members[name]
         if member.standing is Standing.STARTING:
             member.standing, member.since_s = Standing.READY, now_s
+
+    def seen(self, name: str, is_present: bool | None, now_s: float) -> None:
+        """Whether the cluster could use a READY member just now. None: nobody can tell, and earlier absence is void."""
+        member = self._members[name]
+        if is_present is False and member.standing is Standing.READY:
+            member.missing_since_s = now_s if member.missing_since_s is None else member.missing_since_s
+        else:
+            member.missing_since_s = None
+
+    def overdue(self, now_s: float) -> list[str]:
+        """Members whose process exists but is of no use, for too long: end them, and they are started again.
+
+        A process that is frozen, or cannot be reached, never ends by itself. Each is named once per patience.
+        """
+        found = []
+        for name, member in self._members.items():
+            if member.standing is Standing.READY and member.missing_since_s is not None:
+                is_overdue = now_s - member.missing_since_s > self.patience.missing_s
+            else:
+                is_overdue = member.standing is Standing.STARTING and now_s - member.since_s > self.patience.starting_s
+            if is_overdue:
+                found.append(name)
+                member.since_s, member.missing_since_s = now_s, None
+        return found
 
     def ended(self, name: str, last_words: str, now_s: float) -> float | None:
         """Its process is gone. Gives the time of its restart, or None if it was to stop."""

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..client.async_client import AsyncClient
 from ..core.clock import Clock, MonotonicClock
 from ..core.errors import TwostrokeError, Unavailable
 from .config import Config
 from .launch import Launcher, Site
-from .membership import Membership, Standing
+from .membership import Membership, Patience, Standing
 from .placement import Plan
 
 log = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
 
-_POLL_S = 0.1
+_POLL_S = 0.1  # while somebody is on its way up
+_WATCH_S = 1.0  # else
 _TRIES_ON_THE_WAY_UP = 3
 
 
@@ -34,7 +36,10 @@ class Supervisor:
         self.config = _with_fixed_ports(config)
         site = Site(self.config, plan.model.directory, plan.model.name, self.config.router.internal_port)
         self._launcher = make_launcher(site)
-        self._membership = Membership()
+        cluster = self.config.cluster
+        self._membership = Membership(patience=Patience(cluster.replace_after_s, cluster.ready_timeout_s))
+        self._life: dict[str, str] = {}  # incarnation of each member that serves or served
+        self._ended_life: dict[str, str] = {}  # whose process is gone; the router may not know yet
         self._changed = asyncio.Event()
         self._started = asyncio.Event()  # somebody is on its way up
         self._settled = asyncio.Event()  # everybody serves, or it is hopeless
@@ -110,6 +115,7 @@ class Supervisor:
 
     def _ended(self, name: str, last_words: str) -> None:
         due_s = self._membership.ended(name, last_words, self._clock.now_s())
+        self._ended_life[name] = self._life.get(name, "")
         if due_s is not None:
             wait_s = max(0.0, due_s - self._clock.now_s())
             self._say(f"{name} ended ({last_words.strip()[-600:]}); starting it again in {wait_s:.1f} s")
@@ -119,19 +125,41 @@ class Supervisor:
         self._changed.set()
 
     async def _observe(self) -> None:
-        """Note who serves, by asking the router, while somebody is on its way up."""
+        """Ask the router who serves; note it, and replace who has been of no use for too long."""
         async with AsyncClient(self.grpc_address, timeout_s=2.0) as client:
             while True:
+                self._started.clear()
+                cluster = await _cluster_or_none(client)
+                self._note(cluster)
+                for name in self._membership.overdue(self._clock.now_s()):
+                    self._say(f"{name} runs but cannot be used; replacing it")
+                    await self._launcher.kill(name)
                 if not self._membership.starting():
                     self._settled.set()
-                    await self._started.wait()
-                self._started.clear()
-                ready = _serving(await _cluster_or_none(client))
-                for name in self._membership.starting():
-                    if name in ready:
-                        self._membership.ready(name, self._clock.now_s())
-                        self._say(f"{name} is ready")
-                await asyncio.sleep(_POLL_S if self._membership.starting() else 0)
+                with contextlib.suppress(TimeoutError):
+                    wait_s = _POLL_S if self._membership.starting() else _WATCH_S
+                    await asyncio.wait_for(self._started.wait(), wait_s)
+
+    def _note(self, cluster: dict[str, Any] | None) -> None:
+        """What the router says of every member. Of the workers, a router that does not answer says nothing."""
+        lives = _lives(cluster)
+        now_s = self._clock.now_s()
+        for name in self._members:
+            is_new = name in lives and lives[name].incarnation != self._ended_life.get(name)
+            if is_new and lives[name].serves and name in self._membership.starting():
+                self._life[name] = lives[name].incarnation
+                self._membership.ready(name, now_s)
+                self._say(f"{name} is ready")
+            is_heard = cluster is not None or self._members[name].kind == "router"
+            self._membership.seen(name, is_new and lives[name].is_present if is_heard else None, now_s)
+
+
+class _Life(NamedTuple):
+    """One member as the router reports it."""
+
+    incarnation: str
+    serves: bool
+    is_present: bool  # serves, or drains
 
 
 def make_launcher(site: Site) -> Launcher:
@@ -156,11 +184,15 @@ async def _cluster_or_none(client: AsyncClient) -> dict[str, Any] | None:
         return None  # the router is still on its way; the caller's deadline bounds this
 
 
-def _serving(cluster: dict[str, Any] | None) -> set[str]:
-    """The router, if it answered, and the workers it can use."""
+def _lives(cluster: dict[str, Any] | None) -> dict[str, _Life]:
+    """The router, if it answered, and the workers it knows."""
     if cluster is None:
-        return set()
-    return {"router-0"} | {w["worker_id"] for w in cluster["workers"] if w["state"] == "live"}
+        return {}
+    found = {"router-0": _Life(cluster["router"]["incarnation"], serves=True, is_present=True)}
+    for worker in cluster["workers"]:
+        state = worker["state"]
+        found[worker["worker_id"]] = _Life(worker["incarnation"], state == "live", state in ("live", "draining"))
+    return found
 
 
 def _with_fixed_ports(config: Config) -> Config:

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twostroke.cluster.membership import BackOff, Membership, Standing
+from twostroke.cluster.membership import BackOff, Membership, Patience, Standing
 
 
 def test_a_dead_member_is_due_at_once_the_first_time():
@@ -58,6 +58,68 @@ def test_ready_means_nothing_for_a_member_that_is_down():
     members.ended("decode-0", "", 1.0)
     members.ready("decode-0", 1.0)
     assert members.standing("decode-0") is Standing.WAITING
+
+
+def _serving(name: str, patience: Patience) -> Membership:
+    members = Membership(patience=patience)
+    members.want(name, 0.0)
+    members.started(name, 0.0)
+    members.ready(name, 1.0)
+    return members
+
+
+def test_a_member_that_is_missing_for_too_long_is_overdue_once():
+    members = _serving("decode-0", Patience(missing_s=20.0))
+    members.seen("decode-0", False, 10.0)
+    members.seen("decode-0", False, 29.0)
+    assert members.overdue(30.0) == []
+    assert members.overdue(30.5) == ["decode-0"]
+    assert members.overdue(30.6) == []  # it is being ended
+    members.seen("decode-0", False, 31.0)
+    assert members.overdue(51.5) == ["decode-0"]  # which did not help
+
+
+def test_a_member_that_comes_back_in_time_is_left_alone():
+    members = _serving("decode-0", Patience(missing_s=20.0))
+    members.seen("decode-0", False, 10.0)
+    members.seen("decode-0", True, 29.0)
+    members.seen("decode-0", False, 30.0)
+    assert members.overdue(49.0) == []
+
+
+def test_absence_that_nobody_can_attest_does_not_count():
+    members = _serving("decode-0", Patience(missing_s=20.0))
+    members.seen("decode-0", False, 10.0)
+    members.seen("decode-0", None, 29.0)  # the router was away
+    members.seen("decode-0", False, 40.0)
+    assert members.overdue(59.0) == []
+
+
+def test_a_member_on_its_way_up_has_more_patience_and_is_not_missing():
+    members = Membership(patience=Patience(missing_s=20.0, starting_s=120.0))
+    members.want("decode-0", 0.0)
+    members.started("decode-0", 0.0)
+    members.seen("decode-0", False, 1.0)
+    assert members.overdue(119.0) == []
+    assert members.overdue(121.0) == ["decode-0"]
+
+
+def test_dead_and_stopped_members_are_never_overdue():
+    members = _serving("decode-0", Patience(missing_s=1.0, starting_s=1.0))
+    members.seen("decode-0", False, 2.0)
+    members.ended("decode-0", "killed", 3.0)
+    assert members.overdue(1e6) == []
+    members.stop("decode-0")
+    assert members.overdue(1e6) == []
+
+
+def test_a_new_process_does_not_inherit_the_absence_of_the_old_one():
+    members = _serving("decode-0", Patience(missing_s=20.0))
+    members.seen("decode-0", False, 2.0)
+    members.ended("decode-0", "killed", 3.0)
+    members.started("decode-0", 3.0)
+    members.ready("decode-0", 5.0)
+    assert members.overdue(30.0) == []
 
 
 @given(st.lists(st.tuples(st.sampled_from(["end", "ready", "wait"]), st.floats(0.0, 100.0)), max_size=60))
