@@ -103,8 +103,9 @@ def bits(x: torch.Tensor) -> torch.Tensor:
 def test_decoding_one_by_one_gives_the_bits_of_one_piece_across_a_tile_boundary(
     references: References, boundary: int
 ) -> None:
-    expected = references("bfloat16", "fp8", 1)
-    hand = references.make_hand(references.directory, "bfloat16", "fp8", 16, 1024)
+    # float32: rounding to bfloat16 would hide most of what another order changes.
+    expected = references("float32", "fp8", 1)
+    hand = references.make_hand(references.directory, "float32", "fp8", 16, 1024)
     ids = prompt(1, 600)
     start = boundary - 3
     hand.logits([("a", 0, ids[:start])])
