@@ -65,6 +65,7 @@ class Job:
         self._planes: dict[tuple[int, int], tuple[SectionData, ...]] = {}  # read, waiting to be sent
         self._reads: Counter[tuple[int, int]] = Counter()  # mismatching reads of each range
         self._verifying: set[asyncio.Task[None]] = set()
+        self._in_order = asyncio.Lock()  # leading tokens leave first: only a gapless beginning is worth keeping
         self._close: Close | None = None
         self._over = asyncio.Event()
         self._gone = asyncio.Event()  # the engine's Ended
@@ -140,9 +141,10 @@ class Job:
     async def _check(self, token_start: int, token_count: int, sections: tuple[SectionData, ...]) -> None:
         """Planes leave only if they match the seals that they got at birth."""
         loop, tools = asyncio.get_running_loop(), self._tools
-        matches = await loop.run_in_executor(
-            tools.executor, verify_sections, sections, token_start, token_count, tools.digest_key
-        )
+        async with self._in_order:
+            matches = await loop.run_in_executor(
+                tools.executor, verify_sections, sections, token_start, token_count, tools.digest_key
+            )
         place = (token_start, token_count)
         if matches:
             self._planes[place] = sections

@@ -23,6 +23,7 @@ class Tap:
 
     def __init__(self, monkeypatch):
         self.damage = set()  # numbers of frames (from 1) to flip a byte in
+        self.damage_when = lambda: True  # they wait for this
         self.hold_after = None  # so many frames pass, then nothing does
         self.num_frames = 0
         self.held = asyncio.Event()
@@ -38,6 +39,8 @@ class Tap:
         if isinstance(decode_envelope(envelope), Frame):
             self.num_frames += 1
             if self.num_frames in self.damage:
+                while not self.damage_when():
+                    await asyncio.sleep(0.005)
                 envelope = envelope[:-5] + bytes([envelope[-5] ^ 0x40]) + envelope[-4:]
             if self.hold_after is not None and self.num_frames > self.hold_after:
                 self.held.set()
@@ -119,6 +122,7 @@ async def test_a_damaged_frame_is_fetched_again(pair, tap, make_prompt, all_free
 async def test_what_arrives_damaged_twice_is_recomputed_here(pair, tap, make_prompt, all_free):
     prefill, decode, hand, expected = pair
     tap.damage = set(range(2, 100))
+    tap.damage_when = lambda: any(run._pull is None or run._pull.receiver.stored_upto for run in decode.decode._running)
     answer = await (await hand.submit("r", make_prompt(LONG), [prefill])).ended()
     assert answer.token_ids == expected.token_ids
     assert answer.end.handover.local_reason == "peer_corrupted"
