@@ -164,7 +164,7 @@ def _fill(request: inference_pb2.GenerateRequest | inference_pb2.ChatRequest, op
             raise TypeError(f"unknown option {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"{list(known)}"))
     for name in ("model", "request_id", "user"):
         if name in options:
-            _set(request, name, options[name])
+            _set(request, name, options[name])  # type: ignore[literal-required, unused-ignore]
     if "n" in options:
         if options["n"] == 0:  # on the wire 0 means "not given"
             raise InvalidRequest("n is 0; must be at least 1", param="n")

@@ -117,9 +117,10 @@ def _actor(kind: type[Hosted], member: Member) -> Any:
     """The actor class with our options; `stop` and `pid` answer while `run` blocks."""
     import ray
 
+    remote: Any = ray.remote  # its stubs do not know concurrency groups
     control = ray.method(concurrency_group="control")
     remote_kind = type(kind.__name__, (kind,), {"stop": control(_stop), "pid": control(_pid)})
-    return ray.remote(concurrency_groups={"control": 2})(remote_kind).options(
+    return remote(concurrency_groups={"control": 2})(remote_kind).options(
         name=f"{member.name}-{os.urandom(3).hex()}",  # a dead actor's name is not free again at once
         num_cpus=0,
         max_restarts=0,

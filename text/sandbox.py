@@ -194,7 +194,7 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
 
     # ------------------------------------------------------------ what is charged
 
-    def call(self, context: Context, obj: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def call(self, context: Context, obj: Any, *args: Any, **kwargs: Any) -> Any:
         """A call in a template."""
         owner = getattr(obj, "__self__", None)
         if isinstance(owner, str):
@@ -207,11 +207,11 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """An operator whose result can be larger than its operands."""
         if operator == "**":
-            raise jinja2.sandbox.SecurityError("powers are not allowed in a template")
+            raise jinja2.exceptions.SecurityError("powers are not allowed in a template")
         if operator == "*":
             self._foresee_product(left, right)
         elif operator == "%" and isinstance(left, str) and _WIDTH_IN_FORMAT.search(left):
-            raise jinja2.sandbox.SecurityError("text formats with a width are not allowed in a template")
+            raise jinja2.exceptions.SecurityError("text formats with a width are not allowed in a template")
         else:
             self._meter.charge_size((left, right))
         return super().call_binop(context, operator, left, right)
@@ -283,7 +283,7 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
         sort_keys: bool = False,
     ) -> str:
         if indent is not None and not (isinstance(indent, int) and 0 <= indent <= 16):
-            raise jinja2.sandbox.SecurityError(f"tojson(indent={indent!r}); must be a number from 0 to 16")
+            raise jinja2.exceptions.SecurityError(f"tojson(indent={indent!r}); must be a number from 0 to 16")
         self._meter.charge_size(value)
         text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
         self._meter.charge(len(text))
@@ -319,7 +319,8 @@ def _put_meters(tree: nodes.Template) -> None:
     """
     for body_of in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
         tick = _filter(nodes.Const(1 + _literal_chars(body_of) // 4), "metered tick")
-        body_of.body.insert(0, nodes.ExprStmt(tick, lineno=body_of.lineno))
+        body: list[nodes.Node] = body_of.body  # type: ignore[attr-defined]  # all three kinds have one
+        body.insert(0, nodes.ExprStmt(tick, lineno=body_of.lineno))
     _wrap_sized(tree)
 
 
@@ -379,5 +380,5 @@ def _raise_exception(message: str) -> None:
 
 def _strftime_now(format_: str) -> str:
     if len(format_) > 100 or re.search(r"%[^a-zA-Z%]*[0-9]", format_):
-        raise jinja2.sandbox.SecurityError("strftime_now takes a short format without widths")
+        raise jinja2.exceptions.SecurityError("strftime_now takes a short format without widths")
     return datetime.now().strftime(format_)
