@@ -36,7 +36,7 @@ class Cluster:
     def grpc(self) -> str:
         return self.supervisor.grpc_address
 
-    def run(self, work: Coroutine[Any, Any, Any], timeout_s: float = 120.0) -> Any:
+    def run(self, work: Coroutine[Any, Any, Any], timeout_s: float = 300.0) -> Any:
         future: Future[Any] = asyncio.run_coroutine_threadsafe(work, self._loop)
         return future.result(timeout_s)
 
