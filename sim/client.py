@@ -16,7 +16,7 @@ from .store import EOS, cells_after, domain_cell
 from .workers import MODEL
 from .world import Process, World
 
-BEARABLE = ("finished", "cancelled", "overloaded", "context_length_exceeded")
+BEARABLE = ("finished", "cancelled", "overloaded", "invalid_value")  # the last: its id is still in use
 SLACK_S = 2.0  # for words under way, steps under way, and ticks
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from .world import Process, World
 
-PROTECTED = 0.15  # share of the loss and doubling rates that streams of protected values suffer
+PROTECTED = 0.3  # share of the loss and doubling rates that streams of protected values suffer
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,13 +32,18 @@ class WorkerSetting:
     max_handovers: int
     step_s: tuple[float, float]
     link_s: float
+    watermark: float  # above 1 decode promises what it does not have: Bind is often answered by NotYet
     is_overlapping: bool  # commands are taken in while a step runs
 
     def policy(self) -> Policy:
         """Its role's taste."""
         if self.role is Role.PREFILL:
             return PrefillPolicy(self.limits)
-        return DecodePolicy(self.limits) if self.role is Role.DECODE else combined_policy(self.limits)
+        return (
+            DecodePolicy(self.limits, watermark=self.watermark)
+            if self.role is Role.DECODE
+            else combined_policy(self.limits)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +99,9 @@ def draw(seed: int) -> Setting:
     rng = random.Random(f"setting {seed}")
     beat_s = rng.choice((0.1, 0.25, 0.5))
     silent_s = rng.choice((0.8, 1.5, 2.0))
-    workers = _workers(rng)
     is_bearable = rng.random() < 0.25
+    orders = _orders(rng, 0.5, (BEARABLE_TIMEOUT_S,)) if is_bearable else _orders(rng, 0.0, (0.3, 2.0, 5.0))
+    workers = _workers(rng, max(len(o.prompt_ids) + o.sampling.max_tokens for o in orders))
     return Setting(
         weather=_bearable_weather(rng) if is_bearable else _weather(rng),
         timing=Timing(beat_s, beat_s * rng.choice((2.5, 4.0))),
@@ -111,7 +117,7 @@ def draw(seed: int) -> Setting:
         read_damage=_rate(rng, 0.1),
         step_failure=0.0 if is_bearable else _rate(rng, 0.02),
         workers=workers,
-        orders=_orders(rng, 0.5, (BEARABLE_TIMEOUT_S,)) if is_bearable else _orders(rng, 0.0, (0.3, 2.0, 5.0)),
+        orders=orders,
         mishaps=() if is_bearable else _mishaps(rng, [worker.worker_id for worker in workers]),
     )
 
@@ -141,7 +147,7 @@ def _bearable_weather(rng: random.Random) -> Weather:
     return Weather(delay_s=rng.choice((0.0005, 0.005, 0.02)), duplicate=_rate(rng, 0.3), damage=_rate(rng, 0.4))
 
 
-def _workers(rng: random.Random) -> tuple[WorkerSetting, ...]:
+def _workers(rng: random.Random, longest: int) -> tuple[WorkerSetting, ...]:
     block_tokens = rng.choice((16, 16, 32))
     num_prefill, num_decode = rng.choice(((1, 1), (1, 1), (2, 1), (1, 2), (2, 2)))
     roles = [Role.PREFILL] * num_prefill + [Role.DECODE] * num_decode
@@ -155,12 +161,12 @@ def _workers(rng: random.Random) -> tuple[WorkerSetting, ...]:
             max_waiting=rng.choice((2, 8)),
             max_waiting_tokens=rng.choice((200, 1000)),
         )
-        step_s = rng.choice((0.002, 0.01, 0.04))
+        step_s = rng.choice((0.002, 0.01, 0.04) if role is not Role.PREFILL else (0.005, 0.04, 0.1))
         found.append(
             WorkerSetting(
                 worker_id=f"{role.value[0]}{place}",
                 role=role,
-                num_blocks=rng.randint(7, 16) * 16 // block_tokens + 2,
+                num_blocks=-(-longest // block_tokens) + rng.choice((0, 1, 1, 2, 6)),  # the longest fits, alone
                 block_tokens=block_tokens,
                 limits=limits,
                 frame_tokens=16 * rng.randint(1, 3),
@@ -168,6 +174,7 @@ def _workers(rng: random.Random) -> tuple[WorkerSetting, ...]:
                 max_handovers=rng.choice((1, 8, 8)),
                 step_s=(step_s / 2, step_s * 2),
                 link_s=rng.choice((0.0, 0.0002, 0.005)),
+                watermark=rng.choice((0.95, 0.95, 2.0)),
                 is_overlapping=rng.random() < 0.4,
             )
         )
@@ -178,8 +185,10 @@ def _orders(rng: random.Random, after_s: float, timeouts_s: tuple[float, ...]) -
     family = [tuple(1 + rng.randrange(VOCABULARY - 1) for _ in range(64)) for _ in range(2)]
     is_sampled = rng.random() < 0.7
     orders = []
-    for place in range(rng.randint(2, 4)):
-        length = rng.choice((rng.randint(1, 20), rng.randint(20, 60), rng.randint(40, 90)))
+    is_crowded = rng.random() < 0.25  # more than the pools hold at once
+    for place in range(rng.randint(4, 6) if is_crowded else rng.randint(2, 3)):
+        lengths = (rng.randint(1, 16), rng.randint(20, 60), rng.randint(40, 90))
+        length = lengths[rng.choice((0, 0, 1) if is_crowded else (0, 1, 2))]
         shared = rng.choice(family)[: rng.choice((0, 16, 32, 64))]
         own = tuple(1 + rng.randrange(VOCABULARY - 1) for _ in range(length))
         seed = rng.getrandbits(40) if is_sampled else 0
@@ -188,7 +197,11 @@ def _orders(rng: random.Random, after_s: float, timeouts_s: tuple[float, ...]) -
                 request_id=f"r{place}",
                 at_s=after_s + rng.random() * rng.choice((0.01, 0.5)),
                 prompt_ids=(shared + own)[:length],
-                sampling=SamplingParams(max_tokens=rng.choice((1, 2, 6, 14)), seed=seed, ignore_eos=rng.random() < 0.5),
+                sampling=SamplingParams(
+                    max_tokens=rng.choice((30, 40) if is_crowded else (1, 2, 6, 14)),
+                    seed=seed,
+                    ignore_eos=rng.random() < 0.5,
+                ),
                 num_choices=2 if rng.random() < 0.15 else 1,
                 domain=rng.choice(DOMAINS),
                 timeout_s=rng.choice(timeouts_s),

@@ -1,0 +1,272 @@
+"""Bugs that were put in on purpose, and within how many seeds each must be found. What the simulator is measured with.
+
+Each is one small change of a production machine, as somebody could make it by accident; the last two were real. The
+bound is at least four times the number of seeds that finding it took, counted from the first seed of campaign 0.
+
+| bug                            | invariant that it breaks              | found after | bound |
+|--------------------------------|---------------------------------------|-------------|-------|
+TABLE
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from ..core.request import Epoch
+from ..decode_worker.run import Run as DecodeRun
+from ..kv import keys
+from ..kv.block import BlockIdentity, chain
+from ..kv.handover import Action, Label, Lost, Stream, Verdict
+from ..kv.handover_receiver import FrameArrived, Receiver
+from ..kv.handover_sender import Sender
+from ..kv.prefix import PrefixCache
+from ..model.commands import Commands
+from ..model.holdings import Holdings
+from ..model.lives import Lives
+from ..model.schedule import Scheduler
+from ..model.sequence import Doom, SequenceState
+from ..model.sequence import Sequence as Live
+from ..router import delivery
+from ..router.run import Run as RouterRun
+from . import handovers
+from .router import RouterNode
+
+Plant: TypeAlias = Callable[[], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Planted:
+    """One bug and its bound."""
+
+    name: str
+    plant: Plant
+    max_seeds: int
+
+
+@contextmanager
+def _instead(owner: Any, name: str, replacement: Any) -> Iterator[None]:
+    """The attribute is another one for a while."""
+    original = getattr(owner, name)
+    setattr(owner, name, replacement)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+# ------------------------------------------------------------------ the hand-over
+
+
+def digests_are_not_checked() -> AbstractContextManager[None]:
+    """Decode takes every frame for intact."""
+    return _instead(handovers, "digests_hold", lambda *_: True)
+
+
+def duplicates_are_accepted() -> AbstractContextManager[None]:
+    """What was seen before is taken again."""
+    original = Stream.admit
+
+    def admit(self: Stream, label: Label, sequence: int, now_s: float) -> Verdict:
+        verdict = original(self, label, sequence, now_s)
+        return Verdict.ACCEPT if verdict is Verdict.DROP else verdict
+
+    return _instead(Stream, "admit", admit)
+
+
+def refetch_is_ignored() -> AbstractContextManager[None]:
+    """Prefill does not send a damaged range again."""
+    return _instead(Sender, "_refetch", lambda self, wanted, now_s: [])
+
+
+def slot_of_a_damaged_frame_is_kept() -> AbstractContextManager[None]:
+    """Decode asks again and forgets to free the slot."""
+    original = Receiver._refetch
+
+    def refetch(self: Receiver, frame: FrameArrived, units: range, now_s: float) -> list[Action]:
+        actions = original(self, frame, units, now_s)
+        if not any(isinstance(action, Lost) for action in actions):
+            self._stream._sent -= 1  # the number of the word that is swallowed
+            actions.pop()
+        return actions
+
+    return _instead(Receiver, "_refetch", refetch)
+
+
+def silence_is_ignored() -> AbstractContextManager[None]:
+    """A peer that says nothing is waited for until the deadline."""
+    original = Sender._abort
+
+    def abort(self: Sender, reason: Any, now_s: float, *rest: Any) -> list[Action]:
+        actions = original(self, reason, now_s, *rest)
+        return [a for a in actions if type(a).__name__ != "Abort"] if reason in ("silent", "closed") else actions
+
+    return _instead(Sender, "_abort", abort)
+
+
+def first_token_is_sampled_again() -> AbstractContextManager[None]:
+    """After a fall-back, the first token that the client has is forgotten, and another one sampled."""
+    original = DecodeRun.pull_lost
+
+    def pull_lost(self: DecodeRun, lost: Lost) -> None:
+        original(self, Lost(lost.reason, lost.stored_upto, None, lost.detail, lost.error_code, lost.error_message))
+
+    return _instead(DecodeRun, "pull_lost", pull_lost)
+
+
+def everything_is_kept_after_a_loss() -> AbstractContextManager[None]:
+    """After a fall-back, tokens count as stored that never came: face and engine agree on the wrong number."""
+    original = Commands._go_local
+
+    def go_local(self: Commands, sequence: Live, kept_tokens: int, first_token: int | None) -> None:
+        if sequence.state is SequenceState.BOUND:
+            kept_tokens = sequence.num_computed = sequence.num_prompt
+        original(self, sequence, kept_tokens, first_token)
+
+    return _instead(Commands, "_go_local", go_local)
+
+
+# ------------------------------------------------------------------ the engine
+
+
+def bind_is_forgotten_after_not_yet() -> AbstractContextManager[None]:
+    """The engine says NotYet and never tries again."""
+    original = Scheduler.try_bind
+
+    def try_bind(self: Scheduler, sequence: Live) -> Any:
+        events = original(self, sequence)
+        sequence.wants_bind = False
+        return events
+
+    return _instead(Scheduler, "try_bind", try_bind)
+
+
+def promise_is_kept_after_cancel() -> AbstractContextManager[None]:
+    """Room promised to a sequence that ends stays counted."""
+
+    def remove(self: Scheduler, sequence: Live) -> None:
+        self.holdings.release(sequence)
+        del self._by_state[sequence.state][sequence.key]
+        del self.by_key[sequence.key]
+        sequence.state = SequenceState.ENDED
+
+    return _instead(Scheduler, "remove", remove)
+
+
+def prefix_is_taken_without_owning_it() -> AbstractContextManager[None]:
+    """Cached blocks are read by somebody who does not own them: eviction may take them away."""
+
+    def acquire(self: PrefixCache, identities: Sequence[BlockIdentity]) -> Any:
+        return [self._entry_by_key[self._key(identities, i)].block for i in range(self._held_blocks(identities))]
+
+    return _instead(PrefixCache, "acquire", acquire)
+
+
+def prefix_is_published_before_it_is_computed() -> AbstractContextManager[None]:
+    """A sequence's blocks are findable as soon as the first of them is computed."""
+    original = Holdings.publish
+
+    def publish(self: Holdings, sequence: Live) -> None:
+        computed = sequence.num_computed
+        sequence.num_computed = min(sequence.num_prompt, len(sequence.blocks) * self.pool.block_tokens)
+        original(self, sequence)
+        sequence.num_computed = computed
+
+    return _instead(Holdings, "publish", publish)
+
+
+def tenants_share_prefixes() -> AbstractContextManager[None]:
+    """The chain begins with nothing instead of the tenant's root."""
+
+    def rootless(key: bytes, root: bytes, token_ids: Sequence[int], start: int = 0) -> list[BlockIdentity]:
+        return chain(key, b"", token_ids, start)
+
+    return _instead(keys, "chain", rootless)
+
+
+def blocks_go_in_the_middle_of_a_step() -> AbstractContextManager[None]:
+    """A cancel frees the blocks that the running step writes."""
+    original = Lives.finish
+
+    def end(self: Lives, sequence: Live, doom: Doom) -> None:
+        if sequence.key in self.in_step:
+            self.holdings.release(sequence)
+            sequence.doom = sequence.doom or doom
+        else:
+            original(self, sequence, doom)
+
+    return _instead(Lives, "end", end)
+
+
+# ------------------------------------------------------------------ streams and epochs
+
+
+def old_epochs_are_heard() -> AbstractContextManager[None]:
+    """The router takes tokens of any dispatch of a request."""
+
+    def standing(self: delivery.Delivery, choice: int, epoch: Epoch) -> delivery.Verdict:
+        is_running = choice < len(self._choices) and self._choices[choice].finish is None
+        return delivery.Verdict.TAKE if is_running else delivery.Verdict.AFTER_END
+
+    return _instead(delivery.Delivery, "_standing", standing)
+
+
+def gaps_are_closed() -> AbstractContextManager[None]:
+    """The router takes tokens that do not follow."""
+
+    def tokens(self: delivery.Delivery, choice: int, epoch: Epoch, first_index: int, count: int) -> delivery.Verdict:
+        verdict = self._standing(choice, epoch)
+        if verdict is delivery.Verdict.TAKE:
+            self._choices[choice].next_index = first_index + count
+        return verdict
+
+    return _instead(delivery.Delivery, "tokens", tokens)
+
+
+def orphans_run_on() -> AbstractContextManager[None]:
+    """What a lost router had ordered is never cancelled."""
+    original = DecodeRun.cancel
+
+    def cancel(self: DecodeRun, reason: str, *rest: Any) -> None:
+        if reason != "router lost":
+            original(self, reason, *rest)
+
+    return _instead(DecodeRun, "cancel", cancel)
+
+
+def epochs_begin_anew_with_each_request() -> AbstractContextManager[None]:
+    """Was real: an id that comes again is dispatched under an epoch that its worker has seen."""
+
+    def next_epoch(self: RouterNode, run: RouterRun) -> Epoch:
+        return Epoch(self.process.life, len(run.dispatches) + 1)
+
+    return _instead(RouterNode, "next_epoch", next_epoch)
+
+
+def lost_last_tokens_are_not_missed() -> AbstractContextManager[None]:
+    """Was real: an end is taken though tokens before it never came."""
+    return _instead(delivery.Delivery, "is_awaited", lambda self, choice, epoch: False)
+
+
+PLANTED = (
+    Planted("digests_are_not_checked", digests_are_not_checked, 500),
+    Planted("duplicates_are_accepted", duplicates_are_accepted, 500),
+    Planted("refetch_is_ignored", refetch_is_ignored, 500),
+    Planted("slot_of_a_damaged_frame_is_kept", slot_of_a_damaged_frame_is_kept, 500),
+    Planted("silence_is_ignored", silence_is_ignored, 500),
+    Planted("first_token_is_sampled_again", first_token_is_sampled_again, 500),
+    Planted("everything_is_kept_after_a_loss", everything_is_kept_after_a_loss, 500),
+    Planted("bind_is_forgotten_after_not_yet", bind_is_forgotten_after_not_yet, 500),
+    Planted("promise_is_kept_after_cancel", promise_is_kept_after_cancel, 500),
+    Planted("prefix_is_taken_without_owning_it", prefix_is_taken_without_owning_it, 500),
+    Planted("prefix_is_published_before_it_is_computed", prefix_is_published_before_it_is_computed, 500),
+    Planted("tenants_share_prefixes", tenants_share_prefixes, 500),
+    Planted("blocks_go_in_the_middle_of_a_step", blocks_go_in_the_middle_of_a_step, 500),
+    Planted("old_epochs_are_heard", old_epochs_are_heard, 500),
+    Planted("gaps_are_closed", gaps_are_closed, 500),
+    Planted("orphans_run_on", orphans_run_on, 500),
+    Planted("epochs_begin_anew_with_each_request", epochs_begin_anew_with_each_request, 500),
+    Planted("lost_last_tokens_are_not_missed", lost_last_tokens_are_not_missed, 500),
+)

@@ -1,0 +1,85 @@
+"""500 schedules without a violation, every planted bug within its bound, and a seed that plays the same everywhere."""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+from typer.testing import CliRunner
+
+from twostroke.cli.main import app
+from twostroke.sim.faults import run_campaign, run_schedule, seeds_of
+from twostroke.sim.planted import PLANTED, Planted
+
+
+def test_500_schedules_hold_every_invariant():
+    happened: Counter[str] = Counter()
+    campaign = run_campaign(seeds_of(0, 500), heard=lambda outcome: happened.update(outcome.counters))
+    assert not campaign.failed, [f"{o.seed}: {o.violation}" for o in campaign.failed]
+    # The weather must bite and must not drown everything.
+    assert campaign.ends["finished"] > 500
+    for end in ("cancelled", "deadline_exceeded", "worker_lost", "router lost", "tokens_lost", "overloaded"):
+        assert campaign.ends[end], end
+    for counter in ("submitted", "ended_length", "ended_cancelled", "ended_deadline_exceeded", "ended_internal_error"):
+        assert happened[counter], (counter, happened)
+
+
+@pytest.mark.parametrize("bug", PLANTED, ids=lambda bug: bug.name)
+def test_a_planted_bug_is_found(bug: Planted):
+    with bug.plant():
+        campaign = run_campaign(seeds_of(0, bug.max_seeds))
+    assert campaign.failed, f"{bug.name} lived through {bug.max_seeds} schedules"
+    found = campaign.failed[0]
+    assert found.violation is not None
+    assert found.violation.invariant in bug.breaks, found.violation
+    assert run_schedule(found.seed).violation is None, "the bug went with its context"
+
+
+def test_a_seed_plays_the_same_twice_and_seeds_differ():
+    first = [run_schedule(seed).digest for seed in range(40)]
+    assert [run_schedule(seed).digest for seed in range(40)] == first
+    assert len(set(first)) == 40
+
+
+def test_a_seed_plays_the_same_in_every_process():
+    script = "from twostroke.sim.faults import run_schedule as r; print([r(s).digest for s in range(100, 130)])"
+    said = set()
+    for hash_seed in ("0", "1", "4711"):
+        environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "OMP_NUM_THREADS": "1"}
+        said.add(
+            subprocess.run([sys.executable, "-c", script], env=environment, check=True, capture_output=True).stdout
+        )
+    assert len(said) == 1
+
+
+def test_a_failing_seed_replays_byte_for_byte():
+    bug = next(bug for bug in PLANTED if bug.name == "digests_are_not_checked")
+    with bug.plant():
+        found = run_campaign(seeds_of(0, bug.max_seeds)).failed[0]
+        again = run_schedule(found.seed, keep_all=True)
+    assert again.digest == found.digest
+    assert str(again.violation) == str(found.violation)
+    assert again.lines[-len(found.lines) :] == found.lines
+    assert again.lines[-1].endswith(str(found.violation))
+
+
+def test_the_command_says_how_it_went():
+    runner = CliRunner()
+    result = runner.invoke(app, ["sim", "faults", "--schedules", "5", "--seed", "3", "--verbose"])
+    assert result.exit_code == 0, result.output
+    assert "5 schedules" in result.output
+    assert "schedules/s" in result.output
+    assert "3000004: " in result.output
+    replayed = runner.invoke(app, ["sim", "faults", "--replay", "3000004", "--verbose"])
+    assert replayed.exit_code == 0, replayed.output
+    assert run_schedule(3000004).digest in replayed.output
+
+
+def test_the_command_names_the_seed_of_a_violation():
+    bug = next(bug for bug in PLANTED if bug.name == "digests_are_not_checked")
+    with bug.plant():
+        result = CliRunner().invoke(app, ["sim", "faults", "--schedules", "100"])
+    assert result.exit_code == 1
+    assert "violated K4" in result.output
+    assert "--replay" in result.output
