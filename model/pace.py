@@ -1,7 +1,9 @@
 """How long steps take on this machine, learned while they run. Pure: is told milliseconds, has no clock.
 
 A step of u prompt tokens after h computed ones costs  a·u + b·u·(h + u/2)  beside its decodes: a is the linears' price
-per token, b the attention's per (query, key) pair. Both by least squares over the recent steps, old ones fading.
+per token, b the attention's per (query, key) pair. Both by least squares over the recent steps, old ones fading, b
+drawn towards zero until steps are long enough to show it: a few milliseconds of noise over short prompts, read as a
+price per pair, would make a long prompt look like an hour's work.
 """
 
 from __future__ import annotations
@@ -9,6 +11,8 @@ from __future__ import annotations
 from .plan import StepPlan
 
 _FADE = 0.95  # weight of the past at each new step: about 20 steps are remembered
+_TILE_TOKENS = 16  # fewer rows take as long (model/products.py)
+_PAIRS_TO_TELL = 1e4  # noise of 10 ms over a believable 1e-3 ms per pair: b counts from about so many pairs on
 
 
 class Pace:
@@ -33,6 +37,7 @@ class Pace:
             known = self.decode_step_ms or took_ms
             self.decode_step_ms = _FADE * known + (1 - _FADE) * took_ms
             return
+        tokens = max(tokens, _TILE_TOKENS)
         rest_ms = max(took_ms - (self.decode_step_ms if decodes else 0.0), 0.0)
         new = (tokens * tokens, tokens * pairs, pairs * pairs, tokens * rest_ms, pairs * rest_ms)
         self._moments = tuple(_FADE * old + fresh for old, fresh in zip(self._moments, new, strict=True))  # type: ignore[assignment]
@@ -41,6 +46,7 @@ class Pace:
     def _solve(self) -> None:
         """Normal equations of two unknowns, neither below zero."""
         uu, up, pp, ut, pt = self._moments
+        pp += _PAIRS_TO_TELL**2
         determinant = uu * pp - up * up
         if determinant > 1e-6 * uu * pp:
             a, b = (ut * pp - pt * up) / determinant, (pt * uu - ut * up) / determinant

@@ -23,8 +23,17 @@ def test_finds_the_price_of_tokens_and_pairs(a, b):
     for round_ in range(60):
         start, size = (round_ * 37) % 500, 16 + (round_ * 13) % 200
         pace.observe(StepPlan(round_, (chunk(start, size),)), a * size + b * size * (start + size / 2))
-    assert pace.prefill_ms_per_token == pytest.approx(a, abs=1e-6)
-    assert pace.prefill_ms_per_token_pair == pytest.approx(b, abs=1e-8)
+    assert pace.prefill_ms_per_token == pytest.approx(a, abs=0.02)
+    assert pace.prefill_ms_per_token_pair == pytest.approx(b, rel=0.05)
+
+
+def test_short_prompts_do_not_make_a_long_one_look_endless():
+    """Steps of about 30 ms whatever they hold: what a few short prompts on a busy machine look like."""
+    pace = Pace()
+    for round_ in range(12):
+        pace.observe(StepPlan(round_, (chunk(0, 4 + 3 * (round_ % 4)),)), 30.0 + 25.0 * (round_ % 3))
+        long_ms = pace.prefill_ms_per_token * 3000 + pace.prefill_ms_per_token_pair * 3000 * 1500
+        assert long_ms < 30_000
 
 
 def test_decodes_beside_a_chunk_are_not_counted_as_prefill():
