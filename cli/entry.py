@@ -13,6 +13,6 @@ def main() -> None:
         if (error.name or "").startswith("twostroke"):
             raise
         sys.exit(
-            f"twostroke: the command line needs {error.name}; pip install 'twostroke[all]' (this is the SDK alone)"
+            f"twostroke: the command line needs {error.name}; pip install 'twostroke[all]'"
         )
     run()
