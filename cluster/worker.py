@@ -178,7 +178,7 @@ class WorkerProcess:
             "clock": self._clock,
             "counters": self.counters,
         }
-        pull = PullTools(kv_spec=facts.model.kv_spec, **common)
+        pull = self._pull = PullTools(kv_spec=facts.model.kv_spec, **common)
         self.decode = DecodeService(RunTools(facts, pull, self._channels), room.tokenizer, settings.orphan_grace_s)
         job = JobTools(numerics_class=facts.model.numerics_class, **common)
         max_streams = settings.step.max_waiting + settings.step.max_num_seqs
@@ -188,7 +188,7 @@ class WorkerProcess:
         self.health = Health(self.dispatcher, self._clock, lambda: self.is_draining)
 
     def _face_load(self) -> FaceLoad:
-        return FaceLoad(self.role, self.is_draining)
+        return FaceLoad(self.role, self.is_draining, self._pull.speed.bytes_per_s)
 
     async def _dispatch(self) -> None:
         try:

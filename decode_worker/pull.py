@@ -7,7 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from ..core.clock import Clock
@@ -23,6 +23,7 @@ from ..kv.wire import Frame, WireError, decode_envelope, encode_message, verify_
 from ..model.dispatch import Dispatcher
 from ..model.link import WriteKv
 from ..protos import handover_pb2
+from .speed import Arrival, HandoverSpeed
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class PullTools:
     timing: Timing
     clock: Clock
     counters: Counter[str]
+    speed: HandoverSpeed = field(default_factory=HandoverSpeed)
 
 
 class PullOwner(Protocol):
@@ -76,6 +78,7 @@ class Pull:
         self._engine_key = engine_key
         self._owner = owner
         self._tools = tools
+        self._arrivals: list[Arrival] = []
         self._frame: Frame | None = None  # the one that the machine is looking at
         self._close: Close | None = None
         self._over = asyncio.Event()
@@ -159,6 +162,7 @@ class Pull:
         now_s = self._now_s()
         if is_intact:
             self.timeline.mark(Instant.FIRST_FRAME, now_s)
+            self._arrivals.append(Arrival(now_s, size_bytes))
         else:
             self._tools.counters["kv_corrupted_frames"] += 1
             log.warning("%s: frame %d did not match its digests", self._engine_key, frame.header.sequence)
@@ -208,6 +212,9 @@ class Pull:
                 self._owner.first_token_came(token_id)
             case Complete():
                 self.timeline.mark(Instant.LAST_FRAME, self._now_s())
+                prefilled_s = self.timeline.at_s(Instant.PREFILLED)
+                if prefilled_s is not None:
+                    self._tools.speed.observe(self._arrivals, prefilled_s)
                 self._owner.pull_completed()
             case Lost(reason):
                 self._tools.counters[f"handover_lost_{reason.value}"] += 1
