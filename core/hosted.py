@@ -17,6 +17,8 @@ from typing import Any, Protocol
 class Server(Protocol):
     """What can be hosted."""
 
+    ended: asyncio.Event  # set when it serves no more, by `stop` or by its own fault
+
     async def start(self) -> None:
         """Serve; returns when ready."""
         ...
@@ -42,14 +44,17 @@ class Hosted:
         self._thread.start()
         self._server = self._call(_build(build), None)
         self._call(self._server.start(), None)
+        asyncio.run_coroutine_threadsafe(self._notice_end(), self._loop)
 
     def run(self) -> str:
-        """Block until `stop` or SIGTERM, drain, and say how it ended."""
+        """Block until `stop`, SIGTERM or the server's own end, drain, and say how it ended."""
         self._wanted_gone.wait()
-        self._call(self._server.stop(self._grace_s), self._grace_s + 5.0)
+        is_broken = self._server.ended.is_set()
+        grace_s = 0.0 if is_broken else self._grace_s
+        self._call(self._server.stop(grace_s), grace_s + 5.0)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(5.0)
-        return "stopped"
+        return "ended by its own fault; its log has more" if is_broken else "stopped"
 
     def stop(self) -> None:
         """Ask `run` to drain and return."""
@@ -58,6 +63,10 @@ class Hosted:
     def pid(self) -> int:
         """The process this runs in."""
         return os.getpid()
+
+    async def _notice_end(self) -> None:
+        await self._server.ended.wait()
+        self._wanted_gone.set()
 
     def _call(self, coroutine: Coroutine[Any, Any, Any], timeout_s: float | None) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout_s)

@@ -36,6 +36,7 @@ class RouterProcess:
     """Start, serve, drain, stop. Ports are those of the settings."""
 
     def __init__(self, settings: RouterConfig, cluster_key: str) -> None:
+        self.ended = asyncio.Event()  # the HTTP server has ended, by `stop` or by its own fault
         self._settings = settings
         self._flow = Flow(settings, identity_key(cluster_key))
         self._front = Front(settings, self._flow)
@@ -73,6 +74,7 @@ class RouterProcess:
         )
         self._http = _HttpServer(config)
         self._http_task = asyncio.create_task(self._http.serve([listener]))
+        self._http_task.add_done_callback(lambda _: self.ended.set())
 
     async def stop(self, grace_s: float) -> None:
         """Refuse new requests, let the running ones end within `grace_s`, then close everything."""
@@ -110,12 +112,15 @@ async def _run(process: RouterProcess, grace_s: float, parent_pid: int | None) -
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
     await process.start()
-    while not stop.is_set():
+    while not stop.is_set() and not process.ended.is_set():
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), 1.0)
         if parent_pid is not None and os.getppid() != parent_pid:
             break  # whoever started us is gone
-    await process.stop(grace_s)
+    is_broken = process.ended.is_set()
+    await process.stop(0.0 if is_broken else grace_s)
+    if is_broken:
+        raise SystemExit(1)
 
 
 class _HttpServer(uvicorn.Server):

@@ -1,0 +1,47 @@
+"""A hosted server's end: asked for, or its own. Whoever waits in `run` hears of both."""
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from twostroke.core.hosted import Hosted
+
+
+class Quiet:
+    """Serves nobody; notes with which grace it was stopped."""
+
+    def __init__(self) -> None:
+        self.ended = asyncio.Event()
+        self.graces_s: list[float] = []
+
+    async def start(self) -> None:
+        self.loop = asyncio.get_running_loop()
+
+    async def stop(self, grace_s: float) -> None:
+        self.graces_s.append(grace_s)
+        self.ended.set()
+
+
+@pytest.fixture
+def hosted():
+    server = Quiet()
+    hosted = Hosted(lambda: server, 3.0)
+    with ThreadPoolExecutor(1) as pool:
+        yield hosted, server, pool.submit(hosted.run)
+        hosted.stop()
+
+
+def test_a_wanted_end_drains(hosted):
+    host, server, running = hosted
+    assert not running.done()
+    host.stop()
+    assert running.result(10) == "stopped"
+    assert server.graces_s == [3.0]
+
+
+def test_a_server_that_breaks_ends_its_process_without_a_drain(hosted):
+    _, server, running = hosted
+    server.loop.call_soon_threadsafe(server.ended.set)
+    assert running.result(10).startswith("ended by its own fault")
+    assert server.graces_s == [0.0]
