@@ -45,6 +45,7 @@ class RaySession:
                 include_dashboard=False,
                 num_cpus=1,  # actors ask for none: threads are ours to count (cluster/placement.py)
                 object_store_memory=_OBJECT_STORE_BYTES,
+                _system_config={"worker_niceness": 0},  # else 15: any neighbour makes our workers look dead
                 **common,
             )
         except Exception as error:
