@@ -64,7 +64,7 @@ class Schedule:
         process = self.processes[worker_id]
         process.is_alive = True
         worker = next(w for w in self.setting.workers if w.worker_id == worker_id)
-        node = WorkerNode(self.world, self.network, process, worker, self.setting, self.ledger)
+        node = WorkerNode(self.network, process, worker, self.setting, self.ledger)
         node.find = self.nodes.get
         self.nodes[worker_id] = node
         self.world.after(0.0, process, lambda: self._announce(node))

@@ -84,7 +84,7 @@ class Network:
     """Carries everything between processes."""
 
     def __init__(self, world: World, weather: Weather) -> None:
-        self._world = world
+        self.world = self._world = world
         self.weather = weather
         self._blocked_until_s: dict[tuple[str, str], float] = {}  # one-way partitions
         self._open: list[End] = []  # opening ends; swept at every crash

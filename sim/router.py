@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from ..core.errors import (
     Cancelled,
@@ -35,130 +34,18 @@ from ..router.views import count_work, views_of
 from ..router.wire import submit_to_wire
 from .engine import IDENTITY_KEY, root_of
 from .invariants import Violation
+from .links import Link
 from .network import End, Network
 from .setting import Setting
 from .workers import MODEL, ROUTER_MODEL, WorkerNode
 from .world import Process, Timer, World
 
 TICK_S = 0.2
-RECONNECT_S = 0.05
 
 
 def identities_of(request: Request) -> list[BlockIdentity]:
     """The prompt's chain as every worker names it."""
     return chain(IDENTITY_KEY, root_of(request.isolation_domain).digest(IDENTITY_KEY), request.prompt_ids)
-
-
-class Link:
-    """Session and watch to one life of one worker, kept open through breaks: router/sessions.py."""
-
-    def __init__(self, router: RouterNode, key: WorkerKey) -> None:
-        self.key = key
-        self.is_up = False
-        self.is_closed = False
-        self.watch: End | None = None
-        self._router = router
-        self._session: End | None = None
-        self._sequence = 0
-        self._open_session()
-        self._open_watch()
-        self._beat()
-
-    def send(self, **body: Any) -> bool:
-        """Queue an order. False: the session is down."""
-        if not self.is_up:
-            return False
-        self._say(**body)
-        return True
-
-    def reset(self) -> None:
-        """Break the session; it is tried again."""
-        if self._session is not None:
-            self._session.abort()
-            self._lost("reset")
-
-    def close(self) -> None:
-        """Leave this worker for good."""
-        self.is_closed = True
-        self.is_up = False
-        for end in (self._session, self.watch):
-            if end is not None:
-                end.abort()
-
-    # ------------------------------------------------------------------ inside
-
-    def _connect(self, what: str) -> End:
-        router = self._router
-        node = router.find(self.key.worker_id)
-        near, far = router.network.connect(router.process, node.process, f"{what}>{self.key.worker_id}")
-        far.on_message = lambda message: node.accept(far, message)
-        return near
-
-    def _open_session(self) -> None:
-        if self.is_closed:
-            return
-        end = self._session = self._connect("session")
-        end.on_message, end.on_end = self._hear, lambda: self._lost("broke")
-        self._sequence = 0
-        hello = worker_pb2.SessionHello(router_id="router", router_incarnation=self._router.process.life)
-        self._say(hello=hello)
-        # A first word may be lost, or never answered.
-        self._router.later(self._router.setting.session_silence_s, lambda: self._give_up(end))
-
-    def _give_up(self, end: End) -> None:
-        if self._session is end and not self.is_up and not self.is_closed:
-            self.reset()
-
-    def _say(self, **body: Any) -> None:
-        assert self._session is not None
-        self._sequence += 1
-        self._session.send(worker_pb2.SessionUp(sequence=self._sequence, **body))
-
-    def _beat(self) -> None:
-        if not self.is_closed:
-            if self.is_up:
-                self._say(beat=worker_pb2.Beat())
-            self._router.later(self._router.setting.session_beat_s, self._beat)
-
-    def _hear(self, message: worker_pb2.SessionDown) -> None:
-        body = message.WhichOneof("body")
-        if not self.is_up:
-            if body != "welcome" or message.welcome.incarnation != self.key.incarnation:
-                self.reset()
-                return
-            self.is_up = True
-            self._router.session_up(self.key)
-            return
-        self._router.hear(self.key, message)
-
-    def _lost(self, reason: str) -> None:
-        was_up, self.is_up, self._session = self.is_up, False, None
-        if was_up:
-            self._router.apply(self._router.fleet.session_down(self.key, self._router.world.now_s(), reason))
-        self._router.later(RECONNECT_S, self._open_session_again)
-
-    def _open_session_again(self) -> None:
-        if self._session is None:
-            self._open_session()
-
-    def _open_watch(self) -> None:
-        if self.is_closed:
-            return
-        end = self.watch = self._connect("watch")
-        self._router.prefixes.join(self.key.worker_id)
-
-        def hear(event: worker_pb2.WatchEvent) -> None:
-            if self.watch is end and not self._router.take_event(self.key, event):
-                end.abort()
-                again()
-
-        def again() -> None:
-            if self.watch is end:
-                self.watch = None
-                self._router.later(RECONNECT_S, self._open_watch)
-
-        end.on_message, end.on_end = hear, again
-        end.send(worker_pb2.WatchRequest(router_id="router"))
 
 
 @dataclass(slots=True, eq=False)
@@ -379,9 +266,7 @@ class RouterNode:
 
     def _check_epoch(self, run: Run, epoch: Epoch) -> None:
         if run.current is None or run.current.epoch != epoch:
-            raise Violation(
-                "R6", f"{run.request_id}: epoch {epoch} was heard, {run.current and run.current.epoch} lives"
-            )
+            raise Violation("R6", f"{run.request_id}: epoch {epoch} was heard, another lives")
 
     # ------------------------------------------------------------------ again, or over
 
