@@ -22,7 +22,7 @@ from twostroke.kv.transport import CHANNEL_OPTIONS
 from twostroke.model.checkpoint import resolve
 from twostroke.protos import common_pb2, worker_pb2, worker_pb2_grpc
 
-START_S = 120.0
+START_S = 300.0
 STOP_S = 15.0
 HIDDEN = 64
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -93,7 +93,7 @@ class WorkerChild:
         self.address = f"127.0.0.1:{port}"
         self.info = common_pb2.WorkerInfo()
         context = multiprocessing.get_context("spawn")
-        self._process = context.Process(target=run_worker, args=(self.settings, os.getpid()))
+        self._process = context.Process(target=run_worker, args=(self.settings, os.getpid()), daemon=True)
         self._process.start()
 
     async def serving(self) -> None:
