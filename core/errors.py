@@ -187,6 +187,11 @@ ERROR_BY_CODE["internal_error"] = InternalError
 def from_code(
     code: str, message: str, *, param: str | None = None, retry_after_s: float | None = None
 ) -> TwostrokeError:
-    """The error a peer named by its code; an unknown code (a newer release's) becomes an InternalError."""
+    """The error a peer named by its code; an unknown code (a newer release's) becomes an InternalError.
+
+    What always carries `retry_after_s` gets a second of it where the peer said none.
+    """
     kind = ERROR_BY_CODE.get(code, InternalError)
+    if retry_after_s is None and issubclass(kind, (Overloaded, Unavailable)):
+        retry_after_s = 1.0
     return kind(message, param=param, retry_after_s=retry_after_s)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..core.errors import Overloaded, TwostrokeError, from_code
+from ..core.errors import TwostrokeError, from_code
 from ..core.request import FinishReason
 from ..core.timeline import Instant, Timeline
 from ..kv.messages import epoch_to_wire, error_to_wire, finish_to_wire, instants_to_wire
@@ -14,8 +14,6 @@ from ..model import link
 from ..protos import common_pb2, worker_pb2
 from .order import Order
 from .pull import Pull
-
-OVERLOADED_RETRY_S = 1.0
 
 
 class Ending(NamedTuple):
@@ -97,8 +95,7 @@ def refusal_message(message: worker_pb2.Submit, error: TwostrokeError) -> worker
 
 
 def _error_of(event: link.Ended) -> TwostrokeError:
-    retry_after_s = OVERLOADED_RETRY_S if event.error_code == Overloaded.code else None
-    return from_code(event.error_code, event.error_message, retry_after_s=retry_after_s)
+    return from_code(event.error_code, event.error_message)
 
 
 def _handover(told: Told, spec: KvSpec) -> worker_pb2.HandoverReport:
