@@ -141,7 +141,7 @@ class AsyncClient:
         return await self._ask(calls.models())
 
     async def abort(self, request_id: str) -> bool:
-        """End a running request, whoever started it; true if it was there."""
+        """End a running request that was sent with the same key; true if it was there."""
         return await self._ask(calls.abort(request_id))
 
     async def explain(self, request_id: str) -> dict[str, Any]:

@@ -124,7 +124,7 @@ class Client:
         return self._ask(calls.models())
 
     def abort(self, request_id: str) -> bool:
-        """End a running request, whoever started it; true if it was there."""
+        """End a running request that was sent with the same key; true if it was there."""
         return self._ask(calls.abort(request_id))
 
     def explain(self, request_id: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
 
+from ..core.errors import Overloaded
 from ..core.request import Request
 from ..core.timeline import Instant, Timeline
 from .call import Call
@@ -42,6 +43,8 @@ class Front:
         self.flow = flow
         self.limits = Limits.of(config)
         self.models = ModelDirectory(flow)
+        self._max_reading = config.max_running
+        self._num_reading = 0  # calls between their body and admission
 
     def authenticate(self, api_key: str | None) -> str:
         """The isolation domain of a key. Raises Unauthenticated."""
@@ -52,15 +55,26 @@ class Front:
         explained = self.flow.explain(request_id)
         return explained if explained is not None and explained["isolation_domain"] == domain else None
 
+    async def abort(self, request_id: str, domain: str) -> bool:
+        """Cancel a tenant's own running request. False: it has none of that name."""
+        return self.explain(request_id, domain) is not None and await self.flow.abort(request_id)
+
     async def admit(self, call: Call) -> tuple[Request, ServedModel]:
         """Validate and tokenise a call.
 
         Raises:
             InvalidRequest and its kin, Unauthenticated, Unavailable: see router/validate.py and router/models.py.
+            Overloaded: as many calls as may run are being read already.
         """
         self.authenticate(call.api_key)  # before anything is told about models
-        model = await self.models.get(call.model)
-        return await asyncio.to_thread(validate, call, model, self.limits), model
+        if self._num_reading >= self._max_reading:
+            raise Overloaded(f"{self._num_reading} requests are being read, the most that are", retry_after_s=1.0)
+        self._num_reading += 1
+        try:
+            model = await self.models.get(call.model)
+            return await asyncio.to_thread(validate, call, model, self.limits), model
+        finally:
+            self._num_reading -= 1
 
     async def start(self, call: Call) -> Started:
         """Admit a call and run it up to its first piece.

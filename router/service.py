@@ -139,8 +139,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         return inference_pb2.ListModelsResponse(models=cards)
 
     async def _abort(self, message: inference_pb2.AbortRequest, context: Context) -> inference_pb2.AbortResponse:
-        self._front.authenticate(_api_key(context))
-        return inference_pb2.AbortResponse(found=await self._front.flow.abort(message.request_id))
+        domain = self._front.authenticate(_api_key(context))
+        return inference_pb2.AbortResponse(found=await self._front.abort(message.request_id, domain))
 
     async def _explain(self, message: inference_pb2.ExplainRequest, context: Context) -> inference_pb2.ExplainResponse:
         domain = self._front.authenticate(_api_key(context))
