@@ -15,6 +15,7 @@ class Call:
     prompt: str | Sequence[int] | None = None  # exactly one of prompt and messages
     messages: Sequence[Mapping[str, Any]] | None = None
     max_tokens: int | None = None
+    usual_max_tokens: int | None = None  # the face's own default for max_tokens; none: the router's
     min_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None

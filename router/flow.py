@@ -92,6 +92,11 @@ class Flow:
         await self._dispatcher.close()
         self._journal.close()
 
+    @property
+    def refusing(self) -> str | None:
+        """Why new requests are refused: the router drains or stops."""
+        return self._refusing
+
     # ------------------------------------------------------------------ the faces
 
     async def generate(self, request: Request, timeline: Timeline) -> AsyncGenerator[Piece, None]:

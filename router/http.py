@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
+import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from ..core.errors import BodyTooLarge, InternalError, RequestNotFound, TwostrokeError, Unavailable
+from ..core.errors import (
+    BodyTooLarge,
+    Cancelled,
+    DeadlineExceeded,
+    InternalError,
+    RequestNotFound,
+    TwostrokeError,
+    Unavailable,
+)
 from . import openai
 from .call import Call
 from .config import RouterConfig
 from .front import Front, Started
 from .pieces import Piece, Usage
 from .stream import EventStream, until_disconnect
+from .validate import is_request_id, new_request_id
 
 log = logging.getLogger(__name__)
+
+BODY_S = 60.0  # within which a body must be here
+REQUEST_ID = "x-request-id"
 
 Handler = Callable[[HttpRequest], Awaitable[Response]]
 
@@ -61,14 +77,16 @@ class _Face:
         return await self._run(http, call, "text_completion", bool(body.stream), body.include_usage)
 
     async def _run(self, http: HttpRequest, call: Call, kind: str, stream: bool, include_usage: bool) -> Response:
+        call = replace(call, request_id=call.request_id or new_request_id(call.messages is not None))
+        if is_request_id(call.request_id or ""):
+            http.state.request_id = call.request_id  # on errors too: `explain` knows it
         started = await until_disconnect(http, self._front.start(call))
         request = started.request
         head = {"id": request.request_id, "object": kind, "created": int(time.time()), "model": request.model}
-        headers = {"x-request-id": request.request_id}
         if stream:
             head["object"] = "chat.completion.chunk" if kind.startswith("chat") else kind
-            return EventStream(_events(started, head, include_usage), headers)
-        return JSONResponse(await until_disconnect(http, _whole(started, head)), headers=headers)
+            return EventStream(_events(started, head, include_usage), {}, self._config.slow_client_s)
+        return JSONResponse(await until_disconnect(http, _whole(started, head)))
 
     async def models(self, http: HttpRequest) -> Response:
         self._front.authenticate(_api_key(http))
@@ -101,6 +119,8 @@ class _Face:
         return JSONResponse(self._front.flow.cluster())
 
     async def health(self, http: HttpRequest) -> Response:
+        if self._front.flow.refusing:
+            raise Unavailable(self._front.flow.refusing, retry_after_s=2.0)
         if not self._front.flow.models():
             raise Unavailable("no worker is ready", retry_after_s=2.0)
         return JSONResponse({"status": "ok"})
@@ -116,10 +136,16 @@ class _Face:
         if announced.isdigit() and int(announced) > limit:
             raise BodyTooLarge(f"the body has {announced} bytes; at most {limit} (router.max_body_bytes)")
         data = bytearray()
-        async for part in http.stream():
-            data += part
-            if len(data) > limit:
-                raise BodyTooLarge(f"the body has more than {limit} bytes (router.max_body_bytes)")
+        try:
+            async with asyncio.timeout(BODY_S):
+                async for part in http.stream():
+                    data += part
+                    if len(data) > limit:
+                        raise BodyTooLarge(f"the body has more than {limit} bytes (router.max_body_bytes)")
+        except TimeoutError:
+            raise DeadlineExceeded(f"the body was not here within {BODY_S:g} s") from None
+        except ClientDisconnect:
+            raise Cancelled("the client left before its body was here") from None
         return bytes(data)
 
 
@@ -173,16 +199,22 @@ def _api_key(http: HttpRequest) -> str | None:
 
 
 def _typed(handler: Handler) -> Handler:
-    """Every failure leaves as `{"error": {...}}` with its status and, where it has one, Retry-After."""
+    """Every failure leaves as `{"error": {...}}` with its status and, where it has one, Retry-After.
+
+    Every answer has an x-request-id; it stands beside an unexpected failure in the log.
+    """
 
     async def wrapped(http: HttpRequest) -> Response:
+        http.state.request_id = _new_id()
         try:
-            return await handler(http)
+            response = await handler(http)
         except TwostrokeError as error:
-            return _error(error)
+            response = _error(error)
         except Exception:
-            log.exception("%s %s failed", http.method, http.url.path)
-            return _error(InternalError("the request failed; the router's log has more"))
+            log.exception("%s %s failed (%s)", http.method, http.url.path, http.state.request_id)
+            response = _error(InternalError("the request failed; the router's log has more"))
+        response.headers[REQUEST_ID] = http.state.request_id
+        return response
 
     return wrapped
 
@@ -196,11 +228,15 @@ def _error(error: TwostrokeError) -> Response:
     return JSONResponse(openai.error_body(error), status_code=error.http_status, headers=headers)
 
 
+def _new_id() -> str:
+    return f"req-{secrets.token_hex(12)}"
+
+
 async def _no_such_route(http: HttpRequest, error: Exception) -> Response:
     body = {"message": f"no route {http.method} {http.url.path}", "type": "invalid_request_error"}
-    return JSONResponse({"error": body | {"param": None, "code": "not_found"}}, status_code=404)
+    return JSONResponse({"error": body | {"param": None, "code": "not_found"}}, 404, {REQUEST_ID: _new_id()})
 
 
 async def _wrong_method(http: HttpRequest, error: Exception) -> Response:
     body = {"message": f"{http.url.path} does not take {http.method}", "type": "invalid_request_error"}
-    return JSONResponse({"error": body | {"param": None, "code": "method_not_allowed"}}, status_code=405)
+    return JSONResponse({"error": body | {"param": None, "code": "method_not_allowed"}}, 405, {REQUEST_ID: _new_id()})

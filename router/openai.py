@@ -103,8 +103,11 @@ def parse(data: bytes, kind: type[ChatBody] | type[CompletionBody]) -> ChatBody 
             if values[name] not in _OFF_VALUES[name]:
                 raise UnsupportedParameter(f"{name} is not served yet; leave it out", param=name)
             del values[name]
-    if isinstance(values.get("prompt"), list) and values["prompt"] and not isinstance(values["prompt"][0], int):
-        raise InvalidRequest("prompt is a list of prompts; send one request per prompt", param="prompt")
+    prompt = values.get("prompt")
+    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+        if len(prompt) > 1:
+            raise InvalidRequest("prompt is a list of prompts; send one request per prompt", param="prompt")
+        values["prompt"] = prompt[0]  # many clients wrap their one prompt in a list
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -121,8 +124,8 @@ def chat_call(body: ChatBody, api_key: str | None) -> Call:
 
 def completion_call(body: CompletionBody, api_key: str | None) -> Call:
     """The call that a completion body means."""
-    max_tokens = 16 if body.max_tokens is None else body.max_tokens  # OpenAI's default for this endpoint
-    return Call(prompt=body.prompt, **_common(body, max_tokens, api_key))
+    usual = 16  # OpenAI's default for this endpoint
+    return Call(prompt=body.prompt, usual_max_tokens=usual, **_common(body, body.max_tokens, api_key))
 
 
 def _common(body: _Body, max_tokens: int | None, api_key: str | None) -> dict[str, Any]:

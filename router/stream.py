@@ -17,13 +17,14 @@ T = TypeVar("T")
 
 
 class EventStream(Response):
-    """A text/event-stream over an async generator, which is closed when the client leaves."""
+    """A text/event-stream over an async generator, closed when the client leaves or takes nothing for `stall_s`."""
 
-    def __init__(self, events: AsyncGenerator[bytes, None], headers: dict[str, str]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], headers: dict[str, str], stall_s: float) -> None:
         super().__init__(headers=headers | {"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self.headers["content-type"] = "text/event-stream; charset=utf-8"
         self._events = events
+        self._stall_s = stall_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send events until their end or the client's."""
@@ -34,14 +35,15 @@ class EventStream(Response):
         finally:
             leaving.cancel()
             sending.cancel()
-            with contextlib.suppress(asyncio.CancelledError, OSError):  # OSError: the socket went first
+            with contextlib.suppress(asyncio.CancelledError, OSError):  # OSError: the socket went first, or stalls
                 await sending
             await self._events.aclose()
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async for event in self._events:
-            await send({"type": "http.response.body", "body": event, "more_body": True})
+            async with asyncio.timeout(self._stall_s):
+                await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

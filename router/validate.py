@@ -85,10 +85,20 @@ def validate(call: Call, model: ServedModel, limits: Limits) -> Request:
     )
 
 
+def new_request_id(is_chat: bool) -> str:
+    """A name for a request whose client gave none; nobody else can guess it."""
+    return ("chatcmpl-" if is_chat else "cmpl-") + secrets.token_hex(12)
+
+
+def is_request_id(text: str) -> bool:
+    """Whether a client may name its request so."""
+    return _REQUEST_ID.fullmatch(text) is not None
+
+
 def _request_id(call: Call) -> str:
     if not call.request_id:
-        return ("chatcmpl-" if call.messages is not None else "cmpl-") + secrets.token_hex(12)
-    if not _REQUEST_ID.fullmatch(call.request_id):
+        return new_request_id(call.messages is not None)
+    if not is_request_id(call.request_id):
         raise InvalidRequest(
             f"request_id is {call.request_id[:40]!r}; use 1 to 128 of letters, digits, '.', '_', ':' and '-'",
             param="request_id",
@@ -163,7 +173,7 @@ def _sampling(call: Call, model: ServedModel, limits: Limits, num_prompt: int) -
     room = model.max_model_len - num_prompt
     max_tokens = call.max_tokens
     if max_tokens is None:
-        max_tokens = min(room, limits.default_max_tokens)
+        max_tokens = min(room, call.usual_max_tokens or limits.default_max_tokens)
     _integer("max_tokens", max_tokens, max_tokens, 1, 2**31 - 1)
     if max_tokens > room:
         raise ContextLengthExceeded(
