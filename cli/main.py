@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from ..core.errors import TwostrokeError
-from . import chat, members, serve, sim, status
+from . import chat, members, serve, status
+from .sim import app as sim_app
 
 app = typer.Typer(
     name="twostroke",
@@ -39,7 +40,7 @@ app.command()(members.worker)
 app.command()(members.router)
 app.command()(status.status)
 app.command()(chat.chat)
-app.add_typer(sim.app, name="sim")
+app.add_typer(sim_app, name="sim")
 
 
 def main() -> None:

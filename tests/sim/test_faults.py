@@ -13,6 +13,7 @@ from twostroke.sim.faults import run_campaign, run_schedule, seeds_of
 from twostroke.sim.planted import PLANTED, Planted
 
 
+@pytest.mark.timeout(600)  # a minute at most on a quiet machine; a busy one may take its time
 def test_500_schedules_hold_every_invariant():
     happened: Counter[str] = Counter()
     campaign = run_campaign(seeds_of(0, 500), heard=lambda outcome: happened.update(outcome.counters))
@@ -25,6 +26,7 @@ def test_500_schedules_hold_every_invariant():
         assert happened[counter], (counter, happened)
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("bug", PLANTED, ids=lambda bug: bug.name)
 def test_a_planted_bug_is_found(bug: Planted):
     with bug.plant():
@@ -42,6 +44,7 @@ def test_a_seed_plays_the_same_twice_and_seeds_differ():
     assert len(set(first)) == 40
 
 
+@pytest.mark.timeout(600)
 def test_a_seed_plays_the_same_in_every_process():
     script = "from twostroke.sim.faults import run_schedule as r; print([r(s).digest for s in range(100, 130)])"
     said = set()
