@@ -4,7 +4,6 @@ K1 allocated - freed = live in every pool, and nothing is live after the drain
 K2 a block has as many owners as sequences claim it; states, promises and the prefix index agree
 K3 nobody writes (or reads) a block that changed hands, nobody writes one that others read
 K4 what a step attends to is the KV of exactly its tokens, in its domain, and was sealed before it left
-K5 what the prefix map says of a worker in contact is what that worker holds, once all news arrived
 R1 every request ends exactly once    R2 a stream is gapless    R3 every token was computed from what its client has
 L1 in weather that can be borne every request finishes, and no hand-over is lost but by a refusal or damage
 R5 usage = tokens delivered           R6 only the living epoch is heard           R7 nothing waits past its deadline
