@@ -25,7 +25,7 @@ serve: $(STAMP)-all
 	$(BIN)/twostroke serve
 
 test: $(STAMP)-all,test,redis
-	$(BIN)/python -m pytest tests -m "not slow"
+	$(BIN)/python -m pytest tests
 
 check: $(STAMP)-all,test,redis,check .venv-protos/.installed
 	$(BIN)/ruff check .
@@ -37,13 +37,15 @@ format: $(STAMP)-all,test,redis,check
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-campaigns: $(STAMP)-all,test,redis
-	$(BIN)/python -m pytest tests -m slow --timeout=3600
+# What is too long for CI. 500 other schedules run there.
+campaigns: $(STAMP)-all
+	$(BIN)/twostroke sim faults --schedules 20000 --seed 100000
 
 bench: $(STAMP)-all
 	$(BIN)/python bench/kernels.py
 	$(BIN)/python bench/handover.py
 	$(BIN)/python bench/serve.py
+	$(BIN)/python bench/quality.py
 
 # Generated with an older protoc, so that the code loads on every protobuf from 6.31 on (docs/decisions/0002).
 protos: .venv-protos/.installed
