@@ -16,6 +16,7 @@ class InProcessLauncher:
     def __init__(self, site: Site) -> None:
         self._site = site
         self._running: dict[str, tuple[WorkerProcess | RouterProcess, Ended]] = {}
+        self._watchers: set[asyncio.Task[None]] = set()
 
     async def start(self, member: Member, ended: Ended) -> None:
         """Build and start the member's object."""
@@ -26,8 +27,15 @@ class InProcessLauncher:
             process = RouterProcess(settings, config.cluster.key)
         else:
             process = WorkerProcess(worker_settings(self._site, member))
-        await process.start()
+        try:
+            await process.start()
+        except BaseException:
+            await process.stop(0.0)  # ports and threads of a failed start are this process's own
+            raise
         self._running[member.name] = (process, ended)
+        watcher = asyncio.create_task(self._watch(member.name, process))
+        self._watchers.add(watcher)
+        watcher.add_done_callback(self._watchers.discard)
 
     async def stop(self, name: str, grace_s: float) -> None:
         """Drain and stop it."""
@@ -43,3 +51,14 @@ class InProcessLauncher:
     async def close(self) -> None:
         """Stop what still runs."""
         await asyncio.gather(*(self.stop(name, 0.0) for name in list(self._running)))
+        for watcher in self._watchers:
+            watcher.cancel()
+        await asyncio.gather(*self._watchers, return_exceptions=True)
+
+    async def _watch(self, name: str, process: WorkerProcess | RouterProcess) -> None:
+        """Tell of a member that ended by its own fault."""
+        await process.ended.wait()
+        if self._running.get(name, (None,))[0] is process:
+            _, ended = self._running.pop(name)
+            await process.stop(0.0)
+            ended(name, "it ended by its own fault; the log has more")
