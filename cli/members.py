@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from ..cluster.config import Config
+from ..core.errors import ConfigError
 from ..core.request import Role
 from . import options as o
 
@@ -32,6 +34,7 @@ def worker(
     from ..model.checkpoint import resolve, served_name
 
     settings = o.config_from({"model": model, "served_model_name": served_model_name, "config": config})
+    _check_key(settings)
     run_worker(
         WorkerSettings(
             worker_id=worker_id or f"{role}-{os.getpid()}",
@@ -67,4 +70,19 @@ def router(
 
     flags = {"host": host, "port": port, "grpc_port": grpc_port, "insecure": insecure, "config": config}
     settings = o.config_from(flags)
+    _check_key(settings)
+    if settings.router.internal_port == 0:
+        raise ConfigError(
+            "router.internal_port is 0; workers announce themselves there, so it must be known: set "
+            "TWOSTROKE__ROUTER__INTERNAL_PORT, e.g. to 8002"
+        )
     run_router(settings.router, settings.cluster.key, settings.cluster.drain_timeout_s, parent_pid)
+
+
+def _check_key(settings: Config) -> None:
+    """Processes with keys of their own would take each other's blocks for damaged ones."""
+    if "key" not in settings.cluster.model_fields_set:
+        raise ConfigError(
+            "cluster.key is not set; all processes of a cluster share one: set TWOSTROKE__CLUSTER__KEY to the same "
+            "secret of 16 characters or more for each of them"
+        )

@@ -19,6 +19,8 @@ class Section(BaseModel):
 
 S = TypeVar("S", bound=Section)
 
+_SECRETS = frozenset({"key", "api_keys"})  # settings whose values appear in no message
+
 
 def load_section(kind: type[S], values: Mapping[str, Any], where: str = "") -> S:
     """Build a section from plain values.
@@ -43,7 +45,8 @@ def explain(kind: type[BaseModel], error: ValidationError, where: str = "") -> s
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
             lines.append(f"{path} is not a setting; {hint}")
         else:
-            lines.append(f"{path} is {problem['input']!r}: {problem['msg']}")
+            shown = "not shown" if _SECRETS & set(problem["loc"]) else repr(problem["input"])
+            lines.append(f"{path} is {shown}: {problem['msg']}")
     return "\n".join(lines)
 
 

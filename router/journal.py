@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any, TextIO
@@ -54,7 +55,7 @@ class Journal:
         try:
             if self._file is None:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = path.open("a", encoding="utf-8")
+                self._file = open(path, "a", encoding="utf-8", opener=_for_us_alone)  # noqa: SIM115  # stays open
             self._file.write(line + "\n")
             self._file.flush()
             if self._file.tell() > self._max_file_bytes:
@@ -65,3 +66,8 @@ class Journal:
             if self.num_lost_lines == 1:
                 log.warning("decision log %s: %s; lines are lost until it can be written again", path, error)
             self.close()
+
+
+def _for_us_alone(path: str, flags: int) -> int:
+    """Stop strings are a client's words."""
+    return os.open(path, flags, 0o600)

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from twostroke.cli import members
 from twostroke.cluster.config import Config, load_config
 from twostroke.core.errors import ConfigError
+from twostroke.core.request import Role
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -62,3 +64,24 @@ def test_two_clusters_do_not_share_a_key():
 
 def test_a_public_host_is_allowed_only_knowingly():
     assert load_config(flags={"router.host": "0.0.0.0", "router.insecure": True}).router.host == "0.0.0.0"
+
+
+def test_a_mistaken_secret_is_not_shown():
+    for flags in ({"cluster.key": "too-short"}, {"router.api_keys": {"too-short": 1}}):
+        with pytest.raises(ConfigError) as caught:
+            load_config(flags=flags)
+        assert "too-short" not in str(caught.value)
+        assert "not shown" in str(caught.value)
+
+
+@pytest.mark.parametrize(("command", "words"), [("worker", "cluster.key"), ("router", "cluster.key")])
+def test_a_process_of_a_cluster_wants_the_clusters_key(command: str, words: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("TWOSTROKE__CLUSTER__KEY", raising=False)
+    with pytest.raises(ConfigError, match=words):
+        members.worker(Role.DECODE, ["127.0.0.1:1"]) if command == "worker" else members.router()
+
+
+def test_a_router_wants_a_port_that_workers_can_know(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TWOSTROKE__CLUSTER__KEY", "k" * 16)
+    with pytest.raises(ConfigError, match="internal_port"):
+        members.router()

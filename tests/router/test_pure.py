@@ -168,6 +168,14 @@ def test_the_journal_is_bounded_and_survives_a_full_disk(tmp_path: Path) -> None
     full.close()
 
 
+def test_the_journals_file_is_for_us_alone(tmp_path: Path) -> None:
+    path = tmp_path / "decisions.jsonl"
+    journal = Journal(path)
+    journal.add({"request_id": "r"})
+    journal.close()
+    assert path.stat().st_mode & 0o077 == 0
+
+
 def test_the_journals_file_is_rotated(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     journal = Journal(path, max_file_bytes=100)
