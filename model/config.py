@@ -20,7 +20,11 @@ class ModelConfig(Section):
     max_model_len: int | None = Field(
         None, ge=16, description="prompt plus generated tokens; default: the checkpoint's"
     )
-    deterministic: bool = Field(True, description="logits do not depend on batch, chunking or cached prefix")
+    deterministic: bool = Field(
+        True,
+        description="hand-overs only between workers that compute the same bits; false allows mixed ones. "
+        "Within a worker, logits never depend on batch, chunking or cached prefix in this release",
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 

@@ -85,7 +85,7 @@ def prove(
     if not (torch.equal(definition[: len(few)], turned) and torch.equal(turned, threaded)):
         raise ConfigError(
             f"the {dtype} product of 16 x {inner} by {inner} x {columns} is not reproducible on this machine with "
-            f"{num_threads} threads: set step.num_threads to 1, or model.deterministic to false"
+            f"{num_threads} threads: set step.num_threads to 1"
         )
     row_steps = tuple(s for s in _ROW_STEPS if s <= tall and torch.equal(definition, _by_rows(x, right, s)))
     batch_steps: tuple[int, ...] = ()

@@ -92,7 +92,7 @@ class RouterProcess:
 
     async def _serve(self, server: grpc.aio.Server, host: str, port: int) -> None:
         try:
-            bound = server.add_insecure_port(f"{host}:{port}")
+            bound = server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
         except RuntimeError:
             bound = 0
         if bound == 0:
