@@ -9,11 +9,12 @@ from rich.console import Console
 
 from ..client.client import Client
 from ..core.errors import TwostrokeError
-from .status import Grpc
+from .status import ApiKey, Grpc
 
 
 def chat(
     grpc: Grpc = "127.0.0.1:8001",
+    api_key: ApiKey = None,
     system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1)] = 256,
     temperature: Annotated[float, typer.Option(min=0.0)] = 0.7,
@@ -21,7 +22,7 @@ def chat(
     """Chat, turn by turn. Ctrl-C stops an answer; Ctrl-D or an empty line ends."""
     console = Console()
     messages = [{"role": "system", "content": system}] if system else []
-    with Client(grpc) as client:
+    with Client(grpc, api_key=api_key) as client:
         while True:
             try:
                 question = console.input("[bold cyan]you[/bold cyan]  ")

@@ -12,7 +12,5 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("twostroke"):
             raise
-        sys.exit(
-            f"twostroke: the command line needs {error.name}; pip install 'twostroke[all]'"
-        )
+        sys.exit(f"twostroke: the command line needs {error.name}; pip install 'twostroke[all]'")
     run()

@@ -13,13 +13,18 @@ from ..client.client import Client
 
 Grpc = Annotated[str, typer.Option("--grpc", help="host:port of the router's gRPC face.")]
 
+ApiKey = Annotated[
+    str | None, typer.Option(envvar="TWOSTROKE_API_KEY", help="Where the router asks for one.", show_envvar=True)
+]
+
 
 def status(
     grpc: Grpc = "127.0.0.1:8001",
+    api_key: ApiKey = None,
     as_json: Annotated[bool, typer.Option("--json", help="The whole document.")] = False,
 ) -> None:
     """Show the cluster."""
-    with Client(grpc, timeout_s=5.0) as client:
+    with Client(grpc, api_key=api_key, timeout_s=5.0) as client:
         cluster = client.cluster()
     if as_json:
         typer.echo(json.dumps(cluster, indent=2))

@@ -50,12 +50,12 @@ class Supervisor:
     @property
     def http_url(self) -> str:
         """Where the OpenAI API answers."""
-        return f"http://{self.config.router.host}:{self.config.router.port}"
+        return f"http://{_reachable(self.config.router.host)}:{self.config.router.port}"
 
     @property
     def grpc_address(self) -> str:
         """Where the SDK connects."""
-        return f"{self.config.router.host}:{self.config.router.grpc_port}"
+        return f"{_reachable(self.config.router.host)}:{self.config.router.grpc_port}"
 
     async def start(self) -> None:
         """Start every member and wait until all of them serve.
@@ -126,7 +126,9 @@ class Supervisor:
 
     async def _observe(self) -> None:
         """Ask the router who serves; note it, and replace who has been of no use for too long."""
-        async with AsyncClient(self.grpc_address, timeout_s=2.0) as client:
+        router = self.config.router
+        key = router.api_keys[0] if router.api_keys else None
+        async with AsyncClient(self.grpc_address, api_key=key, timeout_s=2.0, insecure=router.insecure) as client:
             while True:
                 self._started.clear()
                 cluster = await _cluster_or_none(client)
@@ -203,6 +205,12 @@ def _with_fixed_ports(config: Config) -> Config:
         if getattr(config.router, name) == 0
     }
     return config.model_copy(update={"router": config.router.model_copy(update=free)})
+
+
+def _reachable(host: str) -> str:
+    """How a client on this machine names the address: "any" is reached by loopback; IPv6 wears brackets."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{host}]" if ":" in host else host
 
 
 def _free_port(host: str) -> int:

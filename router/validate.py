@@ -5,6 +5,7 @@ Nothing a client sends reaches a worker unchecked; what is refused here costs a 
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 import secrets
@@ -53,9 +54,10 @@ def authenticate(api_key: str | None, limits: Limits) -> str:
     """
     if not limits.api_keys:
         return DEFAULT_ISOLATION_DOMAIN
-    for index, known in enumerate(limits.api_keys):
+    for known in limits.api_keys:
         if secrets.compare_digest((api_key or "").encode(errors="replace"), known.encode()):
-            return f"key-{index}"
+            # Of the key itself: its place in the configuration may change, and must not hand cached prefixes over.
+            return "key-" + hashlib.blake2b(known.encode(), digest_size=8, person=b"twostroke-tenant").hexdigest()
     raise Unauthenticated("the API key is missing or unknown; send 'Authorization: Bearer KEY'")
 
 
