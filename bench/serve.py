@@ -1,7 +1,7 @@
 """Open-loop load on a served model: TTFT, ITL and throughput, disaggregated beside one piece on the same cores.
 
 Requests arrive by a Poisson process at a fixed rate, whatever the server does: an open loop shows queueing that a
-closed one hides. Both topologies get the same cores, the same requests and the same arrival times, in interleaved rounds.
+closed one hides. Both topologies get the same cores, requests and arrival times, in interleaved rounds.
 """
 
 from __future__ import annotations

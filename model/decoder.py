@@ -65,7 +65,7 @@ class Decoder:
     def _project(self, x: Tensor, layer: LayerWeights) -> tuple[Tensor, Tensor, Tensor]:
         spec = self.spec
         heads = self._linear("qkv", x, layer.qkv).view(len(x), -1, spec.head_dim)
-        q, k, v = heads.split((spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), dim=1)
+        q, k, v = torch.split(heads, [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1)
         return q, k, v  # each [rows, heads, head_dim]
 
     def _feed_forward(self, x: Tensor, layer: LayerWeights) -> Tensor:
