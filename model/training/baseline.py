@@ -9,7 +9,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from .corpus import Document, collect
-from .ngram import KneserNey, perplexity
+from .ngram import Ids, KneserNey, perplexity
 from .tokenizer import VOCAB_SIZE, encode_documents
 
 
@@ -20,6 +20,14 @@ class Split:
     train: list[npt.NDArray[np.int64]]
     held_out_text: list[npt.NDArray[np.int64]]  # sources and help topics
     held_out_conversations: list[npt.NDArray[np.int64]]
+
+
+BEGINNING_TOKENS = 64
+
+
+def beginnings(documents: Sequence[Ids]) -> list[Ids]:
+    """The first tokens of each document, where a long context helps nobody yet."""
+    return [document[: BEGINNING_TOKENS + 1] for document in documents]
 
 
 def load_split(folder: Path) -> Split:
@@ -44,6 +52,7 @@ def ngram_figures(split: Split, order: int = 5) -> dict[str, float]:
     return {
         "kneser_ney_5gram": round(perplexity(plain, split.held_out_text), 3),
         "modified_kneser_ney_5gram": round(perplexity(modified, split.held_out_text), 3),
+        "beginnings_kneser_ney_5gram": round(perplexity(plain, beginnings(split.held_out_text)), 3),
         "conversations_kneser_ney_5gram": round(perplexity(plain, split.held_out_conversations), 3),
         "conversations_modified_kneser_ney_5gram": round(perplexity(modified, split.held_out_conversations), 3),
     }

@@ -19,7 +19,7 @@ import tokenizers
 import torch
 from torch.nn import functional as F
 
-from .baseline import Split, load_split, ngram_figures
+from .baseline import Split, beginnings, load_split, ngram_figures
 from .card import write_card
 from .export import load_network
 from .network import Network
@@ -113,6 +113,7 @@ def evaluate(folder: Path, num_threads: int) -> None:
     figures: dict[str, float] = ngram_figures(split)
     print(figures, flush=True)
     figures["model"] = round(perplexity(network, split.held_out_text), 3)
+    figures["beginnings_model"] = round(perplexity(network, beginnings(split.held_out_text)), 3)
     figures["conversations_model"] = round(perplexity(network, split.held_out_conversations), 3)
     print(figures, flush=True)
     facts = {

@@ -145,14 +145,14 @@ class Run:
         self.optimizers = make_optimizers(self.network, plan)
         self.bases = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         self.step, self.elapsed_s, self.loss = 0, 0.0, 0.0
-        self.resumed_at_steps: list[int] = []
+        self.resumed: list[dict[str, float]] = []  # at which step, and how long the run was to be until then
         if self._file.exists():
             state = torch.load(self._file, weights_only=True)
             self.network.load_state_dict(state["network"])
             for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(kept)
             self.step, self.elapsed_s, self.loss = state["step"], state["elapsed_s"], state["loss"]
-            self.resumed_at_steps = [*state["resumed_at_steps"], self.step]
+            self.resumed = [*state["resumed"], {"step": self.step, "minutes_before": state["minutes"]}]
 
     @property
     def _file(self) -> Path:
@@ -177,7 +177,8 @@ class Run:
             "step": self.step,
             "elapsed_s": self.elapsed_s,
             "loss": self.loss,
-            "resumed_at_steps": self.resumed_at_steps,
+            "resumed": self.resumed,
+            "minutes": self.plan.minutes,
         }
         partial = self._file.with_suffix(".partial")
         torch.save(state, partial)
@@ -231,7 +232,7 @@ def _write_progress(run: Run) -> None:
         "compiled": plan.compiled,
         "steps": run.step,
         "tokens_seen": run.step * TOKENS_PER_STEP,
-        "resumed_at_steps": run.resumed_at_steps,
+        "resumed": run.resumed,
         "training_loss": round(run.loss, 4),
         "parameters": sum(parameter.numel() for parameter in run.network.parameters()),
     }

@@ -229,7 +229,7 @@ def test_a_run_goes_on_from_its_kept_state(tmp_path):
         assert (again.step, again.fraction) == (run.step, run.fraction)
         assert torch.equal(again.network(tokens), run.network(tokens))
         run = again
-    assert run.resumed_at_steps == [1, 2]
+    assert [one["step"] for one in run.resumed] == [1, 2]
     velocities = [state["velocity"].norm() for state in run.optimizers[0].state.values()]
     assert len(velocities) == 24
     assert max(velocities) > 0.0
