@@ -118,8 +118,7 @@ async def eight_at_once(client: AsyncOpenAI, model: str) -> list[Asked]:
 
 async def one_long_prompt(client: AsyncOpenAI, sdk: AsyncClient, model: str) -> Asked:
     """At least 2,000 tokens, so that KV frames travel while later chunks still compute."""
-    source = ""
-    number = 0
+    source, number = SHARED_PREFIX, 0
     while len((await sdk.tokenize(source)).ids) < 2000:
         source += SHARED_PREFIX.replace("read_lines", f"read_lines_{number}").replace("count_words", f"words_{number}")
         number += 1
