@@ -57,7 +57,7 @@ ENDINGS = (
     "def remove_file(path",
     "class WordCounter:\n",
 )
-QUESTIONS = ("What does os.path.join do?", "And os.path.split?", "Explain the with statement.")
+QUESTIONS = ("Hello!", "What does os.path.join do?", "Thanks!")
 
 
 @dataclass
