@@ -18,7 +18,7 @@ $(STAMP)-%: pyproject.toml | $(BIN)/python
 	@$(BIN)/pip install --disable-pip-version-check -e '.[$*]'
 	@touch $@
 
-demo: $(STAMP)-all
+demo: $(STAMP)-all,demo
 	$(BIN)/python examples/demo.py
 
 serve: $(STAMP)-all

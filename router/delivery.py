@@ -69,6 +69,11 @@ class Delivery:
             self._choices[index].epoch = epoch
         return self.unfinished
 
+    def recall(self) -> None:
+        """No epoch may add anything until the next `dispatch`: what still comes from the last one is stale."""
+        for index in self.unfinished:
+            self._choices[index].epoch = None
+
     def tokens(self, choice: int, epoch: Epoch, first_index: int, count: int) -> Verdict:
         """Tokens [first_index, +count) of a choice arrived: taken, or why not."""
         verdict = self._standing(choice, epoch)

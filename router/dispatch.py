@@ -205,6 +205,7 @@ class Dispatcher:
             self.fail(run, error)
             return
         self._cancel_on_worker(run, "sent elsewhere")
+        run.delivery.recall()  # a token that is under way now would make starting over impossible
         self._forget_work(run)
         run.excluded.add(current.decode)
         self.metrics.retries.inc()

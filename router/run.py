@@ -105,8 +105,7 @@ class Run:
         reason = finish_from_wire(end.reason)
         epoch = epoch_from_wire(end.epoch)
         if reason in (None, FinishReason.ERROR, FinishReason.CANCELLED):
-            current = self.current
-            if current is None or current.epoch != epoch or end.choice not in self.delivery.unfinished:
+            if not self.delivery.is_awaited(end.choice, epoch):
                 return Verdict.STALE_EPOCH
             self._note_report(end)
             return _failure(end)

@@ -278,6 +278,7 @@ class RouterNode:
             self.fail(run, error)
             return
         self._cancel_on_worker(run, "sent elsewhere")
+        run.delivery.recall()
         self._forget_work(run)
         run.excluded.add(current.decode)
         patience_s = self.setting.worker_patience_s

@@ -49,6 +49,18 @@ def test_whatever_arrives_the_stream_is_a_gapless_prefix_of_the_living_epochs(ar
         assert len({epoch for _, epoch in tokens}) <= 1
 
 
+def test_what_comes_from_a_recalled_epoch_is_stale():
+    """One choice is refused, the request goes elsewhere: the other choice's token, under way, must not pin it."""
+    delivery = Delivery(2)
+    delivery.dispatch(Epoch(1, 1))
+    delivery.recall()
+    assert delivery.tokens(0, Epoch(1, 1), 0, 1) is Verdict.STALE_EPOCH
+    assert delivery.end(0, Epoch(1, 1), FinishReason.STOP) is Verdict.STALE_EPOCH
+    assert delivery.may_start_over
+    delivery.dispatch(Epoch(1, 2))
+    assert delivery.tokens(0, Epoch(1, 2), 0, 1) is Verdict.TAKE
+
+
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 3)), max_size=60), st.integers(1, 5))
 def test_a_full_buffer_merges_and_loses_nothing(acts, room) -> None:
     buffer, sent, got = PieceBuffer(room), [], []
