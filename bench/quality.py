@@ -203,7 +203,7 @@ def agreement(ours: list[list[int]], reference: list[list[int]]) -> dict[str, fl
     ]
     return {
         "greedy_equal": 1 - len(places) / len(ours),
-        "first_difference_mean": statistics.mean(places) if places else math.nan,
+        "first_difference_mean": statistics.mean(places) if places else None,
     }
 
 
@@ -253,7 +253,7 @@ def page(results: dict[str, dict[str, Any]], sizes: Sizes, across: dict[str, flo
                 [dtype, cache, f["bytes_per_token"], f"{f['perplexity']:.4f}"]
                 + (["–"] * 6 if is_first else [f"{f['perplexity'] / base - 1:+.3%}"])
                 + ([] if is_first else [f"{f['kl_mean']:.2e}", f"{f['kl_max']:.2e}", f"{f['top1_agreement']:.2%}"])
-                + ([] if is_first else [f"{f['greedy_equal']:.0%}", "–" if math.isnan(first) else f"{first:.1f}"])
+                + ([] if is_first else [f"{f['greedy_equal']:.0%}", "–" if first is None else f"{first:.1f}"])
             )
     headings = ["compute", "cache", "bytes/token", "perplexity", "change", "KL mean", "KL max", "top-1 equal"]
     headings += ["greedy equal", "first difference"]
