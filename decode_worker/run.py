@@ -102,10 +102,6 @@ class Run:
         if self._pull is not None:
             self._pull.cancel(reason)
 
-    def move_to(self, outbox: Outbox) -> None:
-        """Whoever listens now."""
-        self._outbox = outbox
-
     # ------------------------------------------------------------------ from the engine
 
     def handle(self, event: SequenceEvent) -> None:

@@ -254,14 +254,6 @@ class Fleet:
         found = [w for w in self._workers.values() if w.facts.model.name == model and w.state is WorkerState.LIVE]
         return sorted(found, key=lambda w: w.facts.worker_id)
 
-    def prefill_workers(self, model: str) -> list[Worker]:
-        """Who may prefill for others."""
-        return [w for w in self.serving(model) if w.role is Role.PREFILL]
-
-    def decode_workers(self, model: str) -> list[Worker]:
-        """Who may decode; combined workers too, which prefill by themselves."""
-        return [w for w in self.serving(model) if w.role is not Role.PREFILL]
-
     def may_serve_soon(self, model: str) -> bool:
         """Whether a worker that could decode it joins or is only suspect: worth a moment's patience."""
         hopeful = (WorkerState.JOINING, WorkerState.SUSPECT, WorkerState.LIVE)

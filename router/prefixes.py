@@ -65,11 +65,6 @@ class PrefixMap:
     def __len__(self) -> int:
         return len(self._masks)
 
-    @property
-    def num_entries(self) -> int:
-        """(worker, block) pairs kept, those of dead workers included until they are swept."""
-        return self._num_entries
-
     # ------------------------------------------------------------------ workers' events
 
     def join(self, worker_id: str) -> None:

@@ -201,10 +201,6 @@ class Store:
             planes[self._world.random.randrange(len(planes))] ^= 4
         return (_section(planes, np.array(digests, np.uint64)),)
 
-    def check_written(self, block: BlockId, cells: Sequence[int]) -> bool:
-        """Whether a block begins with these cells, in its present use."""
-        return self._uses[block] == self._pool.generation(block) and self._cells[block][: len(cells)] == list(cells)
-
     def _write(self, table: Sequence[BlockId], generations: Sequence[int], start: int, cells: Sequence[int]) -> None:
         size = self._pool.block_tokens
         for place, cell in enumerate(cells, start):
