@@ -1,0 +1,122 @@
+"""What the decoder asks of a device: the seam between the model's definition and what computes it. Knows no model.
+
+Two implementations: `torch_ops.py` (torch, any machine; its answers are the definition) and `native_ops.py` (our own
+CPU kernels). Every op's answer for a row depends on that row alone, and for attention on its own prefix: never on the
+other rows, their number, or the number of threads. `x` is [rows, ...] contiguous in the compute dtype; arithmetic
+inside an op is float32, rounded to the compute dtype once at its end, except where an op says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from ..kernels.reference import Planes
+from ..kv.block import BlockId
+
+Activation = Literal["silu", "gelu_tanh"]
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """A root mean square norm. `weight` [width] multiplies what was normalised; Gemma's 1 + w is added at load."""
+
+    weight: Tensor
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionKind:
+    """How one layer attends. A query at position p sees keys j with j <= p, and p - window < j where there is one."""
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Rows of one sequence in a step: `count` queries from batch row `row`, the first at position `start`."""
+
+    row: int
+    start: int
+    count: int
+    blocks: tuple[BlockId, ...]  # covers start + count tokens, in order of position
+
+    @property
+    def end(self) -> int:
+        """Tokens in the cache once the step has stored its own."""
+        return self.start + self.count
+
+
+class Linear(Protocol):
+    """A packed matrix; only the ops that packed it can use it."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory it holds."""
+        ...
+
+
+class Ops(Protocol):
+    """One device in one compute dtype. One thread at a time."""
+
+    dtype: torch.dtype
+    row_multiple: int
+    """Batches are padded to this many rows (16 for torch's tiles, 1 where nothing is gained by it)."""
+    description: str
+    """Part of the numerics class: what a bit of an answer can depend on, besides the machine."""
+
+    def pack(self, matrix: Tensor, bias: Tensor | None = None, *, exact: bool = False) -> Linear:
+        """Take a matrix [out, in] for `linear`. `exact`: never quantise it (a router of experts, for one)."""
+        ...
+
+    def linear(self, x: Tensor, packed: Linear) -> Tensor:
+        """x [rows, in] times the matrix, plus its bias: [rows, out]."""
+        ...
+
+    def rms_norm(self, x: Tensor, norm: Norm) -> Tensor:
+        """Normalise the last axis of x [rows, ..., width]."""
+        ...
+
+    def add_rms_norm(self, x: Tensor, delta: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+        """(x + delta rounded, that normalised). May reuse the memory of x for the sum."""
+        ...
+
+    def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
+        """Rotate the first 2 * w numbers of each head of x [rows, heads, width]; cos, sin [rows, w] float32.
+
+        Pairs are (i, i + w), or (2i, 2i + 1) when interleaved. May reuse the memory of x. x may be a view whose rows
+        are wider than heads * width.
+        """
+        ...
+
+    def gated(self, gate_up: Tensor, activation: Activation) -> Tensor:
+        """activation(gate) * up, of gate_up [rows, 2 * width]: gate first; [rows, width]."""
+        ...
+
+    def write(self, parts: Sequence[Tensor], planes: Sequence[Planes], slots: Tensor) -> Tensor:
+        """Encode and store rows: part i [rows, heads_i, width_i] (perhaps a view) into planes i, at slots [rows] int64.
+
+        Negative slots (padding, last) are skipped. Returns int32 [rows]: numbers of vectors that were not finite.
+        """
+        ...
+
+    def lay_out(self, spans: Sequence[Span], block_tokens: int) -> Any:
+        """What `attend` needs of a step's spans, made once per step."""
+        ...
+
+    def attend(
+        self, queries: Sequence[Tensor], keys: Sequence[Planes], values: Planes, layout: Any, kind: AttentionKind
+    ) -> Tensor:
+        """Attention of a step's rows to what the cache holds, own tokens included (they were written before).
+
+        A score is the sum over parts of query part i [rows, heads, width_i] with key part i (planes of kv_heads_i = the
+        values' heads): one part for plain attention, two (latent and rotary) for MLA. Returns [rows, heads, value
+        width]; rows of no span are zero.
+        """
+        ...
