@@ -136,11 +136,17 @@ class KvStore:
             store.digests[:, :, blocks, units] = self._digest(store, held)
         self._mark_sealed(held, blocks, units, generations)
 
-    def verify(self, held: HeldTokens) -> bool:
-        """Whether a range is sealed for these uses of its blocks, and holds what was sealed."""
+    def is_sealed(self, held: HeldTokens) -> bool:
+        """Whether a range is sealed for these uses of its blocks; whether it holds that, `verify` says."""
         try:
             self._check_sealed(held)
         except KvCorrupted:
+            return False
+        return True
+
+    def verify(self, held: HeldTokens) -> bool:
+        """Whether a range is sealed for these uses of its blocks, and holds what was sealed."""
+        if not self.is_sealed(held):
             return False
         whole = self._sealed_extent(held)
         blocks, units, _ = self._places(whole)

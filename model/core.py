@@ -41,6 +41,7 @@ from .policy import Policy
 from .schedule import Scheduler
 from .sequence import QUEUE_STATES, Doom, Sequence, SequenceState
 from .store_op import StoreOp
+from .swap import SwapSpace
 
 _S = SequenceState
 
@@ -50,6 +51,7 @@ class CoreLimits:
     """Bounds that come with the model."""
 
     max_model_len: int | None = None  # prompt plus generated tokens
+    num_swap_blocks: int = 0  # host blocks for preempted sequences; 0: they are computed again
 
 
 class EngineCore:
@@ -66,7 +68,8 @@ class EngineCore:
         key: bytes,
     ) -> None:
         self.stopped = False  # a Stop came: nothing new is taken in
-        self._scheduler = Scheduler(Holdings(pool, prefix, key), policy)
+        swap = SwapSpace(limits.num_swap_blocks, pool.block_tokens) if limits.num_swap_blocks else None
+        self._scheduler = Scheduler(Holdings(pool, prefix, key, swap), policy)
         self._lives = Lives(self._scheduler, frozenset(eos_ids))
         self._commands = Commands(self._lives, limits.max_model_len)
         self._num_steps = 0
@@ -104,9 +107,13 @@ class EngineCore:
         return self._lives.drain()
 
     def plan(self, now_s: float) -> StepPlan | None:
-        """The next step, or None: nothing can run. Every plan is answered by `apply` or `fail_step`."""
+        """The next step, or None: nothing can run. Every plan is answered by `apply` or `fail_step`.
+
+        It may have preempted: execute what `drain` gives before the step runs, also when there is none.
+        """
         assert not self._lives.in_step, "the last step has not been applied"
         plan = self._scheduler.plan()
+        self._lives.outbox += self._scheduler.take_swap_ops()
         if plan is not None:
             self._lives.in_step = frozenset(step.key for step in plan.sequences)
         return plan
@@ -129,7 +136,7 @@ class EngineCore:
                 sequence.num_computed = step.end
                 lives.holdings.publish(sequence)
             if doom is None:
-                doom = self._take_tokens(sequence, step, token_ids, news)
+                doom = self._take_tokens(sequence, step, result, token_ids, news)
                 if sequence.source is Source.FOR_PEER:
                     progress.append(Progress(sequence.key, sequence.num_computed, began=not sequence.has_begun))
                     sequence.has_begun = True
@@ -158,8 +165,20 @@ class EngineCore:
             self._lives.end(sequence, Doom(FinishReason.ERROR, code, message))
         return self._lives.drain()
 
+    def swap_failed(self, key: SequenceKey) -> list[Event | StoreOp]:
+        """A `SwapOutOp` or `SwapInOp` was not carried out, or its digests do not hold: compute the sequence again.
+
+        Call it before anything else; nothing that was copied is published or attended to by then.
+        """
+        sequence = self._lives.get(key)
+        if sequence is not None:
+            assert key not in self._lives.in_step, f"{key} is computed before its blocks came back"
+            self._lives.counters["swaps_failed"] += 1
+            self._scheduler.recompute(sequence)
+        return self._lives.drain()
+
     def drain(self) -> list[Event | StoreOp]:
-        """What was decided and not handed out yet: only after a call that raised."""
+        """What was decided and not handed out yet: after `plan`, and after a call that raised."""
         return self._lives.drain()
 
     # ------------------------------------------------------------------ policy and reports
@@ -212,7 +231,7 @@ class EngineCore:
         scheduler, pool = self._scheduler, self._lives.holdings.pool
         running = scheduler.within(_S.PREFILLING, _S.DECODING)
         to_prefill = [s for s in scheduler.within(*QUEUE_STATES, _S.PREFILLING) if s.source is not Source.PEER]
-        counters = {**self.counters, "preemptions": scheduler.num_preemptions}
+        counters = {**self.counters, **_preemptions(scheduler)}
         return LoadNews(
             phase="idle",
             steps=self._num_steps,
@@ -231,13 +250,21 @@ class EngineCore:
         )
 
     def _take_tokens(
-        self, sequence: Sequence, step: SequenceStep, token_ids: tuple[int, ...], news: list[TokenNews]
+        self,
+        sequence: Sequence,
+        step: SequenceStep,
+        result: StepResult,
+        token_ids: tuple[int, ...],
+        news: list[TokenNews],
     ) -> Doom | None:
         """Append what was sampled, note it for the face, and say whether the sequence is over."""
         assert len(token_ids) == int(step.samples), f"{step.key}: {len(token_ids)} tokens for samples={step.samples}"
+        if sequence.scores is not None:  # computed again after a preemption: the known ones stay
+            sequence.scores += result.prompt_logprobs.get(step.key, ())[max(len(sequence.scores) - step.start, 0) :]
         if not token_ids:
             return None
-        news.append(TokenNews(sequence.key, sequence.num_generated, token_ids))
+        logprobs, scores = result.logprobs.get(step.key, ()), tuple(sequence.scores or ())
+        news.append(TokenNews(sequence.key, sequence.num_generated, token_ids, logprobs, scores))
         doom = self._lives.accept(sequence, token_ids[0])
         if sequence.source is Source.FOR_PEER:
             self._scheduler.move(sequence, _S.HELD)  # whatever the token says: decode fetches, then releases
@@ -245,3 +272,17 @@ class EngineCore:
         if doom is None and sequence.state is _S.PREFILLING:
             self._scheduler.move(sequence, _S.DECODING)
         return doom
+
+
+def _preemptions(scheduler: Scheduler) -> dict[str, int]:
+    """How often of which kind, and where the host blocks are."""
+    total, swaps, space = scheduler.num_preemptions, scheduler.num_swaps, scheduler.holdings.swap
+    counters = {"preemptions": total, "preemptions_recompute": total - swaps, "preemptions_swap": swaps}
+    if space is not None:
+        counters |= {
+            "swap_blocks": space.pool.num_blocks,
+            "swap_blocks_in_use": space.pool.num_live,
+            "swaps_refused": space.refused_total,
+            "swap_gaps": space.gaps_total,
+        }
+    return counters

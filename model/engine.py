@@ -15,6 +15,7 @@ from typing import Protocol
 from ..core.clock import Clock
 from ..core.errors import InternalError, TwostrokeError
 from ..core.request import FinishReason
+from ..kv.host_store import HostStore
 from ..kv.spec import HASH_BLOCK_TOKENS
 from ..kv.store import HeldTokens, KvStore
 from .core import EngineCore
@@ -22,7 +23,7 @@ from .link import BlocksFetched, Ended, Event, KvRead, KvWritten, LoadNews
 from .pace import Pace
 from .plan import StepPlan, StepResult
 from .policy import Policy
-from .store_op import FetchOp, ReadOp, StoreOp, WriteOp
+from .store_op import FetchOp, ReadOp, StoreOp, SwapInOp, SwapOp, SwapOutOp, WriteOp
 from .thread_link import ThreadLink
 
 BEAT_S = 0.1
@@ -48,11 +49,22 @@ class StepRunner(Protocol):
 class Engine:
     """One worker's engine in a thread of its own. `start` it once; it ends by a `Stop` command, or broken."""
 
-    def __init__(self, core: EngineCore, runner: StepRunner, store: KvStore, link: ThreadLink, clock: Clock) -> None:
+    def __init__(
+        self,
+        core: EngineCore,
+        runner: StepRunner,
+        store: KvStore,
+        link: ThreadLink,
+        clock: Clock,
+        *,
+        host: HostStore | None = None,
+    ) -> None:
+        """`host` has as many blocks as the core's limits say; None: it swaps nothing."""
         self.is_broken = False  # ended by its own fault: the process should end too, and be started anew
         self._core = core
         self._runner = runner
         self._store = store
+        self._host = host
         self._link = link
         self._clock = clock
         self._pace = Pace()
@@ -105,6 +117,7 @@ class Engine:
         now_s = self._clock.now_s()
         self._say(self._core.tick(now_s))
         plan = self._core.plan(now_s)
+        self._say(self._core.drain())
         if plan is None:
             self._phase = "idle"
             self._check(now_s)
@@ -151,11 +164,29 @@ class Engine:
         for item in outbox:
             if isinstance(item, ReadOp | WriteOp | FetchOp):
                 events += self._execute(item)
+            elif isinstance(item, SwapOutOp | SwapInOp):
+                events += self._swap(item)
             else:
                 events.append(item)
         self._link.emit(events)
 
-    def _execute(self, op: StoreOp) -> list[Event]:
+    def _swap(self, op: SwapOp) -> list[Event]:
+        """Copy out or back; what fails or comes back damaged is computed again."""
+        assert self._host is not None, "the core swaps and the engine has no host store"
+        held = HeldTokens(op.block_table, op.generations, op.token_start, op.token_count)
+        host = HeldTokens(op.host_table, op.host_generations, op.token_start, op.token_count)
+        try:
+            if isinstance(op, SwapOutOp):
+                self._host.swap_out(held, host)
+                return []
+            if self._host.swap_in(host, held):
+                return []
+            _log.warning("swapped tokens %d + %d came back damaged: computed again", op.token_start, op.token_count)
+        except Exception:
+            _log.exception("the store refused to swap tokens %d + %d: computed again", op.token_start, op.token_count)
+        return [item for item in self._core.swap_failed(op.key) if not isinstance(item, StoreOp)]
+
+    def _execute(self, op: ReadOp | WriteOp | FetchOp) -> list[Event]:
         held = HeldTokens(op.block_table, op.generations, op.token_start, op.token_count)
         try:
             if isinstance(op, ReadOp):
@@ -174,7 +205,7 @@ class Engine:
             if isinstance(op, ReadOp):
                 answer.append(KvRead(op.key, op.token_start, op.token_count, None))
             failed = self._core.fail(op.key, code, f"the KV store refused tokens of this request: {error}")
-            return answer + [event for event in failed if not isinstance(event, ReadOp | WriteOp | FetchOp)]
+            return answer + [event for event in failed if not isinstance(event, StoreOp)]
 
     def _load(self, now_s: float) -> LoadNews:
         return replace(

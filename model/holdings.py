@@ -11,6 +11,8 @@ from ..kv.prefix import PrefixCache
 from ..kv.spec import HASH_BLOCK_TOKENS
 from .link import CacheDelta, CacheSnapshot
 from .sequence import Sequence, Table
+from .store_op import SwapInOp, SwapOutOp
+from .swap import SwapSpace
 
 
 class Cost(NamedTuple):
@@ -24,9 +26,10 @@ class Cost(NamedTuple):
 class Holdings:
     """Takes, shares, publishes and gives back the blocks of sequences; numbers the cache's deltas."""
 
-    def __init__(self, pool: BlockPool, prefix: PrefixCache, key: bytes) -> None:
+    def __init__(self, pool: BlockPool, prefix: PrefixCache, key: bytes, swap: SwapSpace | None = None) -> None:
         self.pool = pool
         self.prefix = prefix
+        self.swap = swap  # None: no host blocks, preemption is recompute
         self._key = key  # the cluster's, for the chain over generated tokens
         self._delta = 0
 
@@ -72,6 +75,41 @@ class Holdings:
         sequence.blocks, sequence.table = [], None
         sequence.num_computed = sequence.num_published = 0
         sequence.written.clear()
+        if self.swap is not None:
+            self.swap.drop(sequence)
+
+    def swap_out(self, sequence: Sequence) -> SwapOutOp | None:
+        """Give the blocks back; what is in those that it shares with nobody is to be copied out before they are written.
+
+        None: computing again is cheaper, or there is no host block for it; nothing has changed.
+        """
+        shared = 0
+        while shared < len(sequence.blocks) and self.pool.owners(sequence.blocks[shared]) > 1:
+            shared += 1
+        start, end = shared * self.pool.block_tokens, sequence.num_computed
+        if self.swap is None or end <= start or not self.swap.accepts(end - start, self.blocks_for(end) - shared):
+            return None
+        table, swapped = self.table(sequence, end), self.swap.put(start, end)
+        self.release(sequence)
+        sequence.swapped, sequence.num_computed = swapped, end
+        return SwapOutOp(sequence.key, start, end - start, *table, *self.swap.table(swapped))
+
+    def swap_in(self, sequence: Sequence) -> SwapInOp | None:
+        """After `attach` and `extend` of a swapped sequence: what is to be copied back. Its host blocks are given back.
+
+        None: the cache holds it all; or the prefix it shared is gone, and it is computed again from where that ends.
+        """
+        swapped, found = sequence.swapped, sequence.num_computed
+        assert swapped is not None and self.swap is not None, f"{sequence.key} is not swapped"
+        host = self.swap.table(swapped)
+        self.swap.drop(sequence)
+        if found < swapped.start:
+            self.swap.gaps_total += 1
+        if not swapped.start <= found < swapped.end:
+            return None
+        sequence.num_computed = swapped.end
+        table = self.table(sequence, swapped.end)
+        return SwapInOp(sequence.key, found, swapped.end - found, *table, *host)
 
     def publish(self, sequence: Sequence) -> None:
         """Make newly computed full blocks findable. A block may be swapped for the canonical copy."""

@@ -8,7 +8,8 @@ how far ahead to begin, how full the pool may get, who may overtake whom.
    (LOCAL), promise (PEER) or offer (FOR_PEER). The first one that lacks room or a seat stops all behind it, so that
    nobody starves for blocks; one that only waits for its turn does not.
 2. `plan`: decoding sequences grow by a block where they must, oldest first. When no block is left, the lowest-ranked
-   running sequence is preempted: it gives its blocks back and waits to be computed again, keeping its tokens.
+   running sequence is preempted: it gives its blocks back and waits, keeping its tokens; either to be computed again,
+   or swapped: what it had computed is copied to host blocks (`swap.py` says when) and copied back when its turn comes.
    Hand-overs (bound, prefilling for a peer, held) are never preempted: they end by their lease at the latest.
 
 Why every schedule drains: the first in rank is never preempted for another one; alone it fits (else it was refused),
@@ -28,7 +29,8 @@ from .holdings import Cost, Holdings
 from .link import Bound, Event, NotYet, Offered, Progress, Promised, Source
 from .plan import SequenceStep, StepPlan
 from .policy import Ahead, Policy, PrefillWork, Room
-from .sequence import NEXT_STATES, Sequence, SequenceState
+from .sequence import NEXT_STATES, QUEUE_STATES, Sequence, SequenceState
+from .store_op import StoreOp, SwapOp
 
 _S = SequenceState
 _SEATED = (_S.PROMISED, _S.BOUND, _S.PREFILLING, _S.DECODING)
@@ -43,6 +45,8 @@ class Scheduler:
         self.by_key: dict[SequenceKey, Sequence] = {}
         self.num_promised = 0  # blocks promised and not taken, of all sequences
         self.num_preemptions = 0
+        self.num_swaps = 0  # preemptions that were swaps
+        self._swap_ops: list[SwapOp] = []  # decided by `plan`, not handed out yet
         self._by_state: dict[SequenceState, dict[SequenceKey, Sequence]] = {state: {} for state in _S}
         self._next_step = 0
 
@@ -82,21 +86,21 @@ class Scheduler:
 
     # ------------------------------------------------------------------ admission
 
-    def admit(self) -> list[Event]:
-        """Let in whoever may begin now; what their faces must hear."""
-        events: list[Event] = []
+    def admit(self) -> list[Event | StoreOp]:
+        """Let in whoever may begin now; what their faces must hear, and what must be copied back for them."""
+        events: list[Event | StoreOp] = []
         for sequence in self.within(_S.PROMISED, _S.READY):
             if sequence.state is _S.READY:
                 if not self._begin_for_peer(sequence, events):
                     break
             elif sequence.wants_bind and not self.bind(sequence, events):
                 break
-        for sequence in self.within(_S.WAITING, _S.QUEUED):
+        for sequence in self.within(_S.WAITING, _S.QUEUED, _S.SWAPPED):
             if not self._admit_one(sequence, events):
                 break
         return events
 
-    def bind(self, sequence: Sequence, events: list[Event]) -> bool:
+    def bind(self, sequence: Sequence, events: list[Event | StoreOp]) -> bool:
         """PROMISED: take the blocks of the whole prompt and the first decode. False: no room just now."""
         try:
             self.holdings.extend(sequence, sequence.tokens_to_hold)
@@ -107,10 +111,10 @@ class Scheduler:
         events.append(Bound(sequence.key))
         return True
 
-    def try_bind(self, sequence: Sequence) -> list[Event]:
+    def try_bind(self, sequence: Sequence) -> list[Event | StoreOp]:
         """The answer to a `Bind`: `Bound`, or `NotYet` and it is tried at every admission."""
         sequence.wants_bind = True
-        events: list[Event] = []
+        events: list[Event | StoreOp] = []
         first = all(s.rank >= sequence.rank for s in self.within(_S.PROMISED, _S.READY) if s.wants_bind)
         if not (first and self.bind(sequence, events)):
             events.append(NotYet(sequence.key))
@@ -133,12 +137,13 @@ class Scheduler:
         self.holdings.release(sequence)
         self.move(sequence, _S.WAITING)
 
-    def _admit_one(self, sequence: Sequence, events: list[Event]) -> bool:
+    def _admit_one(self, sequence: Sequence, events: list[Event | StoreOp]) -> bool:
         """False: it lacks room or a seat, and nobody behind it may take them."""
         is_offer = sequence.state is _S.QUEUED
         if is_offer and self.count(_S.OFFERED, _S.READY) >= self.policy.max_offers:
             return True
-        if sequence.source is not Source.PEER and not self._is_near(sequence):
+        is_decode = sequence.state is _S.SWAPPED and sequence.num_remaining == 1
+        if sequence.source is not Source.PEER and not is_decode and not self._is_near(sequence):
             return True
         if not is_offer and self.count(*_SEATED) >= self.policy.budget(self.count(_S.DECODING)).max_seqs:
             return False
@@ -156,21 +161,23 @@ class Scheduler:
             self.move(sequence, _S.PROMISED)
             events.append(Promised(sequence.key, cost.held_tokens))
         else:
-            self._begin(sequence)
+            events += self._begin(sequence)
             if not sequence.has_begun:
                 sequence.has_begun = True
                 sequence.cached_tokens = min(cost.held_tokens, sequence.num_prompt)
                 events.append(Promised(sequence.key, cost.held_tokens))
         return True
 
-    def _begin(self, sequence: Sequence) -> None:
-        """Take the cached prefix and all blocks it needs to begin."""
+    def _begin(self, sequence: Sequence) -> list[SwapOp]:
+        """Take the cached prefix and all blocks it needs to begin, or to go on; what is to be copied back into them."""
         self.holdings.attach(sequence)
         self.holdings.extend(sequence, sequence.tokens_to_hold)
         self._promise(sequence, 0)
-        self.move(sequence, _S.PREFILLING)
+        copy = None if sequence.swapped is None else self.holdings.swap_in(sequence)
+        self.move(sequence, _S.PREFILLING if copy is None or sequence.num_remaining > 1 else _S.DECODING)
+        return [] if copy is None else [copy]
 
-    def _begin_for_peer(self, sequence: Sequence, events: list[Event]) -> bool:
+    def _begin_for_peer(self, sequence: Sequence, events: list[Event | StoreOp]) -> bool:
         """READY: begin when it is near and blocks are there. False: blocks are lacking."""
         budget = self.policy.budget(self.count(_S.DECODING))
         if self.count(*_SEATED) >= budget.max_seqs or not self._is_near(sequence):
@@ -252,6 +259,8 @@ class Scheduler:
             params=sequence.params,
             num_generated=sequence.num_generated,
             seals_tail=samples and sequence.source is Source.FOR_PEER,
+            history=sequence.history if samples else None,
+            targets=sequence.targets(start, end),
         )
 
     def _grow(self, sequence: Sequence) -> bool:
@@ -272,13 +281,28 @@ class Scheduler:
         return [s for s in candidates if s.source is not Source.FOR_PEER][-1]
 
     def preempt(self, sequence: Sequence) -> None:
-        """Give its blocks back; it waits to be computed again, prompt and generated tokens, from what stays cached."""
-        self.holdings.release(sequence)
+        """Give its blocks back; it waits to be copied back, or computed again from what stays cached."""
         sequence.source = Source.LOCAL
         sequence.has_begun = True
         sequence.preemptions += 1
         self.num_preemptions += 1
+        copy = self.holdings.swap_out(sequence)
+        if copy is None:
+            self.recompute(sequence)
+        else:
+            self.num_swaps += 1
+            self._swap_ops.append(copy)
+            self.move(sequence, _S.SWAPPED)
+
+    def recompute(self, sequence: Sequence) -> None:
+        """It owns nothing any more and waits to be computed again, prompt and generated tokens."""
+        self.holdings.release(sequence)
         self.move(sequence, _S.WAITING)
+
+    def take_swap_ops(self) -> list[SwapOp]:
+        """The copies that `plan` decided, once: they are made before its step writes anything."""
+        ops, self._swap_ops = self._swap_ops, []
+        return ops
 
     # ------------------------------------------------------------------ integrity
 
@@ -299,6 +323,8 @@ class Scheduler:
         self._check_owners()
         self.holdings.pool.check_integrity()
         self.holdings.prefix.check_integrity()
+        if self.holdings.swap is not None:
+            self.holdings.swap.check_integrity(list(self.by_key.values()))
 
     def _check_owners(self) -> None:
         claims = Counter(block for sequence in self.by_key.values() for block in sequence.blocks)
@@ -311,10 +337,14 @@ class Scheduler:
 def _check_sequence(sequence: Sequence, holdings: Holdings) -> None:
     covered = len(sequence.blocks) * holdings.pool.block_tokens
     where = f"{sequence.key} ({sequence.state.name})"
-    if sequence.state in (_S.WAITING, _S.QUEUED, _S.OFFERED, _S.PARKED, _S.READY):
+    if sequence.state in QUEUE_STATES:
         assert not sequence.blocks, f"{where} waits and owns {sequence.blocks}"
-    table = sequence.table
+    table, swapped = sequence.table, sequence.swapped
     assert table is None or table == holdings.table_of(sequence.blocks), f"{where} has a table of other blocks"
+    assert (swapped is not None) == (sequence.state is _S.SWAPPED), f"{where} has host blocks {swapped}"
+    if swapped is not None:
+        assert sequence.num_computed == swapped.end, f"{where} computed {sequence.num_computed}, swapped {swapped.end}"
+        return
     assert sequence.num_computed <= covered, f"{where} has {sequence.num_computed} computed in {covered}"
     if sequence.state in (_S.BOUND, _S.PREFILLING):
         assert covered >= sequence.num_prompt, f"{where} covers {covered} of {sequence.num_prompt}"

@@ -8,7 +8,8 @@ The states, by source. Every arrow to `ended` is left out: cancel, deadline and 
 
     LOCAL     waiting ──▶ prefilling ──▶ decoding ──▶ ended
                  ▲             │ preempted   │
-                 └─────────────┴─────────────┘
+                 ├─────────────┴─────────────┤
+                 └──damaged── swapped ◀──────┘        back to where it was: prefilling or decoding
     PEER      waiting ──▶ promised ──Bind──▶ bound ──KvComplete──▶ decoding ──▶ ended
                  │            │                │                      │ preempted: goes on as LOCAL, waiting
                  └────────────┴────────────────┴──PrefillLocally──▶ LOCAL, waiting (or prefilling in its bound blocks)
@@ -22,10 +23,11 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import NamedTuple
 
-from ..core.request import FinishReason, SamplingParams, SequenceKey
+from ..core.request import FinishReason, SamplingParams, SequenceKey, TokenLogprobs
 from ..kv.block import BlockId, BlockIdentity
 from ..kv.spec import HASH_BLOCK_TOKENS
 from .link import Source, Submit
+from .plan import History
 
 
 class SequenceState(Enum):
@@ -41,6 +43,7 @@ class SequenceState(Enum):
     PREFILLING = auto()  # blocks for everything known are taken; chunks are computed
     DECODING = auto()  # everything but the last token is computed
     HELD = auto()  # FOR_PEER: computed; blocks stay for the hand-over
+    SWAPPED = auto()  # LOCAL: preempted; what it had computed lies in host blocks
     ENDED = auto()
 
 
@@ -50,6 +53,7 @@ QUEUE_STATES = (
     SequenceState.OFFERED,
     SequenceState.PARKED,
     SequenceState.READY,
+    SequenceState.SWAPPED,
 )
 """States without blocks: what the bounds of the waiting queue count."""
 
@@ -62,8 +66,9 @@ NEXT_STATES: dict[SequenceState, frozenset[SequenceState]] = {
     _S.OFFERED: frozenset({_S.READY, _S.PARKED}),
     _S.PARKED: frozenset({_S.READY}),
     _S.READY: frozenset({_S.PREFILLING}),
-    _S.PREFILLING: frozenset({_S.DECODING, _S.HELD, _S.WAITING}),
-    _S.DECODING: frozenset({_S.WAITING}),
+    _S.PREFILLING: frozenset({_S.DECODING, _S.HELD, _S.WAITING, _S.SWAPPED}),
+    _S.DECODING: frozenset({_S.WAITING, _S.SWAPPED}),
+    _S.SWAPPED: frozenset({_S.PREFILLING, _S.DECODING, _S.WAITING}),
     _S.HELD: frozenset(),
     _S.ENDED: frozenset(),
 }
@@ -86,6 +91,15 @@ class Table(NamedTuple):
     generations: tuple[int, ...]
 
 
+class Swapped(NamedTuple):
+    """Tokens [start, end) of a sequence in host blocks, each in one use; everything before was shared."""
+
+    start: int
+    end: int
+    blocks: tuple[BlockId, ...]
+    generations: tuple[int, ...]
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """A live sequence. Only the scheduler and the core change it."""
@@ -101,6 +115,8 @@ class Sequence:
     deadline_s: float | None
     rank: tuple[int, int]  # (-priority, arrival), the scheduler's one order: the greatest is preempted first
     state: SequenceState
+    prompt_ids: tuple[int, ...]  # without what earlier dispatches generated
+    scores: list[TokenLogprobs] | None  # of prompt ids from the second on, as far as known; None: nobody waits for them
     blocks: list[BlockId] = field(default_factory=list)  # owned, in order
     table: Table | None = None  # of `blocks`, until they change
     num_computed: int = 0
@@ -111,6 +127,7 @@ class Sequence:
     passes: int = 0  # younger prompts that went before it while it was being chunked
     last_step: int = -1  # step that computed for it last
     written: set[int] = field(default_factory=set)  # BOUND: hash blocks whose KV arrived
+    swapped: Swapped | None = None  # SWAPPED: `num_computed` is its end
     wants_bind: bool = False
     has_begun: bool = False  # Promised (LOCAL) or the first Progress (FOR_PEER) went out
     doom: Doom | None = None
@@ -131,14 +148,31 @@ class Sequence:
         return self.num_prompt if self.source is Source.FOR_PEER else len(self.tokens) + 1
 
     @property
+    def num_skippable(self) -> int:
+        """Leading tokens that need no computing where their KV is at hand: all but those whose logits are wanted."""
+        return len(self.tokens) - 1 if self.scores is None else len(self.scores)
+
+    @property
     def findable(self) -> list[BlockIdentity]:
-        """Identities that a cached prefix may cover: at least the last known token is always computed."""
-        return self.identities[: (len(self.tokens) - 1) // HASH_BLOCK_TOKENS]
+        """Identities that a cached prefix may cover."""
+        return self.identities[: self.num_skippable // HASH_BLOCK_TOKENS]
+
+    @property
+    def history(self) -> History | None:
+        """What the sampler must know of the past, where it must."""
+        if not self.params.needs_history:
+            return None
+        return History(self.prompt_ids, tuple(self.tokens[len(self.prompt_ids) :]))
+
+    def targets(self, start: int, end: int) -> tuple[int, ...]:
+        """Prompt ids that the rows [start, end) predict, where their logprobs are wanted."""
+        return () if self.scores is None else self.prompt_ids[start + 1 : end + 1]
 
 
 def new_sequence(submit: Submit, arrival: int) -> Sequence:
     """The sequence of a `Submit`, in its first state."""
     num_prompt = len(submit.prompt_ids)
+    wants_scores = submit.params.prompt_logprobs is not None and submit.num_emitted == 0
     return Sequence(
         key=submit.key,
         source=submit.source,
@@ -150,5 +184,7 @@ def new_sequence(submit: Submit, arrival: int) -> Sequence:
         identity_root=submit.identity_root,
         deadline_s=submit.deadline_s,
         rank=(-submit.priority, arrival),
+        prompt_ids=submit.prompt_ids[: num_prompt - submit.num_emitted],
+        scores=[] if wants_scores else None,
         state=SequenceState.QUEUED if submit.source is Source.FOR_PEER else SequenceState.WAITING,
     )

@@ -49,4 +49,31 @@ class FetchOp:
     generations: tuple[int, ...]
 
 
-StoreOp = ReadOp | WriteOp | FetchOp
+@dataclass(frozen=True, slots=True)
+class SwapOutOp:
+    """Copy a preempted sequence's tokens with their seals to host blocks, before anybody writes its blocks again."""
+
+    key: SequenceKey
+    token_start: int  # a block begins here
+    token_count: int
+    block_table: tuple[BlockId, ...]  # of the sequence as it was
+    generations: tuple[int, ...]
+    host_table: tuple[BlockId, ...]  # indexed like `block_table`; entries before `token_start` mean nothing
+    host_generations: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SwapInOp:
+    """Copy tokens back from host blocks into fresh ones; `EngineCore.swap_failed` where their digests do not hold."""
+
+    key: SequenceKey
+    token_start: int
+    token_count: int
+    block_table: tuple[BlockId, ...]  # of the sequence as it is now
+    generations: tuple[int, ...]
+    host_table: tuple[BlockId, ...]
+    host_generations: tuple[int, ...]
+
+
+SwapOp = SwapOutOp | SwapInOp
+StoreOp = ReadOp | WriteOp | FetchOp | SwapOutOp | SwapInOp
