@@ -1,4 +1,4 @@
-"""Where a preempted sequence's blocks wait in host memory, with their seals. Knows bytes; not who waits, nor for how long.
+"""Where a preempted sequence's blocks wait in host memory, with their seals. Knows bytes, not who waits nor how long.
 
 The host side is a store of its own with the same planes and seals, so whatever the device store can hand to a peer it
 can hand to the host: on a GPU only the copy between the two differs, not this order of steps.

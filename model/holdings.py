@@ -79,7 +79,7 @@ class Holdings:
             self.swap.drop(sequence)
 
     def swap_out(self, sequence: Sequence) -> SwapOutOp | None:
-        """Give the blocks back; what is in those that it shares with nobody is to be copied out before they are written.
+        """Give the blocks back; what lies in those it shares with nobody is to be copied out before they are written.
 
         None: computing again is cheaper, or there is no host block for it; nothing has changed.
         """
@@ -100,7 +100,8 @@ class Holdings:
         None: the cache holds it all; or the prefix it shared is gone, and it is computed again from where that ends.
         """
         swapped, found = sequence.swapped, sequence.num_computed
-        assert swapped is not None and self.swap is not None, f"{sequence.key} is not swapped"
+        assert swapped is not None, f"{sequence.key} is not swapped"
+        assert self.swap is not None, f"{sequence.key} is swapped, and there are no host blocks"
         host = self.swap.table(swapped)
         self.swap.drop(sequence)
         if found < swapped.start:

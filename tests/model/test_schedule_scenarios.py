@@ -1,10 +1,11 @@
 """Runs the transcripts of the scheduler and both policies: commands in, events and plans out, one file per behaviour.
 
-A transcript opens with facts (`pool 8 blocks of 16`, `policy combined`, `seqs 8`, `batch 64`, `waiting 10`), then has
-commands, each with everything that must come of it, indented:
+A transcript opens with facts (`pool 8 blocks of 16`, `policy combined`, `seqs 8`, `batch 64`, `waiting 10`, `swap 0`: host
+blocks), then has commands, each with everything that must come of it, indented:
 
     submit a local 40 max=4          # like=b:32 shares b's first 32 tokens, generated ones too; emitted=, priority=, …
     step                             # tick, plan, apply; `step 3`: thrice; `quiet 3`: without a word; `broken`: fails
+    spoil b                          # what b copies back next is damaged
         promised a held=0
         plan a[0,40)*                # computed positions; * samples
         tokens a#0
@@ -53,7 +54,7 @@ from twostroke.model.link import (
 )
 from twostroke.model.plan import StepResult
 from twostroke.model.policy import StepLimits
-from twostroke.model.store_op import FetchOp, ReadOp, WriteOp
+from twostroke.model.store_op import FetchOp, ReadOp, SwapInOp, SwapOutOp, WriteOp
 from twostroke.prefill_worker.policy import PrefillPolicy
 
 FOLDER = Path(__file__).parents[1] / "scenarios"
@@ -86,10 +87,11 @@ def play(lines: list[str]) -> list[str]:
 
 class Stage:
     def __init__(self):
-        self.facts = {"pool": 8, "block": 16, "policy": "combined", "seqs": 8, "batch": 64, "waiting": 10}
+        self.facts = {"pool": 8, "block": 16, "policy": "combined", "seqs": 8, "batch": 64, "waiting": 10, "swap": 0}
         self.core = None
         self.now_s = 0.0
         self.prompts, self.eos = {}, {}
+        self.spoiled = set()
 
     def play(self, line: str) -> list[str]:
         word, *rest = line.split()
@@ -101,7 +103,9 @@ class Stage:
         if self.core is None:
             self.pool = BlockPool(self.facts["pool"], self.facts["block"])
             prefix = PrefixCache(self.pool)
-            self.core = EngineCore(CoreLimits(512), self.pool, prefix, self.policy(), eos_ids=[EOS], key=KEY)
+            self.core = EngineCore(
+                CoreLimits(512, self.facts["swap"]), self.pool, prefix, self.policy(), eos_ids=[EOS], key=KEY
+            )
         out = self.do(word, rest)
         self.core.check_integrity()
         return [text for item in out for text in ([item] if isinstance(item, str) else said(item))]
@@ -126,6 +130,9 @@ class Stage:
         if word == "quiet":
             for _ in range(int(names[0])):
                 self.step(fails=False)
+            return []
+        if word == "spoil":
+            self.spoiled.add(SequenceKey(names[0], 0))
             return []
         if word == "tick":
             return self.core.tick(self.now_s)
@@ -189,7 +196,11 @@ class Stage:
 
     def step(self, *, fails: bool) -> list:
         out = self.core.tick(self.now_s)
+        for key in [op.key for op in out if isinstance(op, SwapInOp) and op.key in self.spoiled]:
+            self.spoiled.discard(key)
+            out += self.core.swap_failed(key)
         plan = self.core.plan(self.now_s)
+        out += self.core.drain()
         if plan is None:
             return [*out, "plan nothing"]
         parts = [f"{s.key.request_id}[{s.start},{s.end}){'*' if s.samples else ''}" for s in plan.sequences]
@@ -207,7 +218,9 @@ class Stage:
     def state(self) -> str:
         states = ", ".join(f"{key.request_id} {state.name.lower()}" for key, state in self.core.states().items())
         promised = self.core.load(self.now_s).promised_blocks
-        return f"{states or 'nothing'} | free {self.pool.num_free}, promised {promised}"
+        load = dict(self.core.load(self.now_s).counters)
+        host = f", swapped {load['swap_blocks_in_use']}" if "swap_blocks" in load else ""
+        return f"{states or 'nothing'} | free {self.pool.num_free}, promised {promised}{host}"
 
 
 def said(item) -> list[str]:
@@ -242,6 +255,9 @@ def said(item) -> list[str]:
             return [f"read {name} {item.token_start}+{item.token_count} from {len(item.block_table)} blocks"]
         case WriteOp():
             return [f"write {name} {item.token_start}+{item.token_count} into {len(item.block_table)} blocks"]
+        case SwapOutOp() | SwapInOp():
+            way = "swap_out" if isinstance(item, SwapOutOp) else "swap_in"
+            return [f"{way} {name} {item.token_start}+{item.token_count}"]
         case FetchOp():
             return [f"fetch {item.token_start}+{item.token_count}"]
     raise AssertionError(f"no words for {item}")
