@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from twostroke.kernels import reference
+from twostroke.kernels import reference, reference_attention
 from twostroke.kernels.reference import Planes
 from twostroke.kv import codec, digest
 
@@ -87,7 +87,7 @@ def bench_store(sizes: Sizes, device: str, limit: float) -> None:
 def bench_attention(sizes: Sizes, device: str, limit: float) -> None:
     from twostroke.kernels.paged_decode import paged_decode_attention
 
-    attend = paged_decode_attention if device == "cuda" else reference.paged_decode_attention
+    attend = paged_decode_attention if device == "cuda" else reference_attention.paged_decode_attention
     blocks_each = -(-sizes.context // BLOCK_TOKENS)
     planes = [empty_planes(sizes.sequences * blocks_each, device) for _ in "kv"]
     tables = torch.randperm(sizes.sequences * blocks_each, device=device).view(sizes.sequences, -1).int()
@@ -102,7 +102,7 @@ def bench_attention(sizes: Sizes, device: str, limit: float) -> None:
     def run() -> torch.Tensor:
         return attend(q, *planes, tables, contexts, scale=WIDTH**-0.5)
 
-    expected = reference.paged_decode_attention(q, *planes, tables, contexts, scale=WIDTH**-0.5)
+    expected = reference_attention.paged_decode_attention(q, *planes, tables, contexts, scale=WIDTH**-0.5)
     torch.testing.assert_close(run(), expected, rtol=2e-2, atol=2e-3)
     moved = 2 * sizes.sequences * sizes.context * KV_HEADS * ROW_BYTES
     name = f"paged_decode_attention, {sizes.sequences} x {sizes.context}"

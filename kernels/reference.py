@@ -7,9 +7,11 @@ numbers lie in a payload plane `uint8 [num_blocks, heads, block_tokens, row_byte
 that a range of heads is contiguous) and, for fp8, a scale plane `uint8 [num_blocks, heads, block_tokens]`. A *row* is
 the `width` (head_dim) numbers of one (token, head). A *slot* is `block * block_tokens + offset`.
 The codec shows in the planes: scales present = fp8; else the row bytes over the width, 2 = bf16, 4 = fp32.
+
+Attention is in `reference_attention.py`; digests, and what moves stored blocks, in `reference_kv.py`.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +19,8 @@ from torch import Tensor
 MIN_SCALE_BYTE = 11
 MAX_SCALE_BYTE = 246
 LARGEST_E4M3 = 0x7E  # 448
-KEY_TILE = 64  # absolute positions that attention sums together; every block size divides it
-QUERY_TILE = 16
+
+Activation = Literal["silu", "gelu_tanh"]
 
 
 class Planes(NamedTuple):
@@ -41,35 +43,65 @@ class Stored(NamedTuple):
     non_finite: Tensor  # [num_tokens] int32: rows of this token (heads of k and of v) with a NaN or an infinity
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+class Normed(NamedTuple):
+    """What `add_rms_norm` returns."""
+
+    residual: Tensor  # [..., width] x + delta, rounded to x's dtype
+    normed: Tensor  # [..., width] that, normalised
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False) -> Tensor:
     """`x / sqrt(mean(x**2) + eps) * weight` over the last axis; rounded once, at the end.
 
+    x [..., width], weight [width]: hidden rows or heads (qk-norm). `unit_offset`: the factor is 1 + weight (Gemma).
     Source: Zhang and Sennrich 2019.
     """
-    wide = x.float()
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
+    wide, factor = x.float(), weight.float()
+    if unit_offset:
+        factor = 1.0 + factor
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * factor).to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False) -> Normed:
+    """Add a layer's output to the residual stream, round the sum to x's dtype, and normalise what was rounded."""
+    residual = (x.float() + delta.float()).to(x.dtype)
+    return Normed(residual, rms_norm(residual, weight, eps, unit_offset=unit_offset))
 
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate number i of each row with number i + head_dim / 2 (the order Hugging Face checkpoints are stored in).
+    """Rotate number i of each row with number i + w, for i < w; what lies from 2 * w on stays.
 
-    q [num_tokens, q_heads, head_dim], k [num_tokens, kv_heads, head_dim]; cos and sin [num_tokens, head_dim / 2]
-    float32, of position times inverse frequency (the first half of what Hugging Face passes).
-    Source: RoFormer (Su et al. 2021).
+    q [num_tokens, q_heads, head_dim], k [num_tokens, kv_heads, head_dim]; cos and sin [num_tokens, w] float32, of
+    position times inverse frequency (the first half of what Hugging Face passes); 2 * w <= head_dim. This is the order
+    in which Hugging Face checkpoints are stored. Source: RoFormer (Su et al. 2021).
     """
     return _rotate(q, cos, sin), _rotate(k, cos, sin)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    low, high = x.float().chunk(2, dim=-1)
+    half = cos.shape[-1]
+    low, high = x[..., :half].float(), x[..., half : 2 * half].float()
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x.dtype)
+    turned = torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+    return torch.cat((turned.to(x.dtype), x[..., 2 * half :]), dim=-1)
+
+
+def act_mul(gate_up: Tensor, activation: Activation) -> Tensor:
+    """`activation(gate) * up` of gate_up [..., 2 * ffn], gate first; [..., ffn]. Rounded once, at the end.
+
+    Source: SwiGLU and GEGLU, Shazeer 2020; "gelu_tanh" is the tanh form of Hendrycks and Gimpel 2016.
+    """
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    if activation == "silu":
+        active = torch.nn.functional.silu(gate)
+    else:
+        active = torch.nn.functional.gelu(gate, approximate="tanh")
+    return (active * up).to(gate_up.dtype)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """`silu(gate) * up` of gate_up [..., 2 * ffn], gate first; [..., ffn]."""
-    gate, up = gate_up.float().chunk(2, dim=-1)
-    return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
+    """`act_mul` with "silu"."""
+    return act_mul(gate_up, "silu")
 
 
 def fp8_encode(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -155,143 +187,3 @@ def decode_rows(planes: Planes, width: int) -> tuple[Tensor, Tensor | None]:
     if planes.payload.shape[-1] == 2 * width:
         return planes.payload.view(torch.bfloat16).float(), None
     return planes.payload.view(torch.float32), None
-
-
-def paged_decode_attention(
-    q: Tensor, k_planes: Planes, v_planes: Planes, block_tables: Tensor, context_lens: Tensor, *, scale: float
-) -> Tensor:
-    """Attention of each sequence's newest token to what the cache holds.
-
-    q [num_seqs, q_heads, width] with q_heads a multiple of the planes' heads (head h reads KV head h // group);
-    block_tables [num_seqs, max_blocks] integer block ids, of which the first ceil(context / block_tokens) are read;
-    context_lens [num_seqs] counts the newest token, which is already stored; 0 is padding and gives zeros.
-    Returns [num_seqs, q_heads, width] in q's dtype. Bytes beyond a context are never read for their value.
-
-    The result of a row depends on its own sequence only, bit for bit: keys are taken in tiles of 64 absolute positions
-    and summed in that order, queries in tiles of 16 absolute positions, of a shape that no batch changes; prefill and
-    decode share it. K scales multiply score columns and V scales probability columns.
-    Source: paged attention, Kwon et al. 2023; splits over keys, Flash-Decoding (Dao et al. 2023).
-    """
-    group = q.shape[1] // k_planes.payload.shape[1]
-    contexts = context_lens.to(torch.int64)
-    rows = (contexts - 1).clamp(min=0) % QUERY_TILE
-    tile = q.new_zeros((q.shape[0], QUERY_TILE, q.shape[1], q.shape[2]), dtype=torch.float32)
-    tile[torch.arange(q.shape[0], device=q.device), rows] = q.float()
-    longest = int(contexts.max()) if len(contexts) else 0
-    keys, values = (_key_tiles(p, block_tables, contexts, longest, q.shape[-1]) for p in (k_planes, v_planes))
-    out = _attend(_QueryTiles(tile, (contexts - 1).clamp(min=0) - rows, contexts), keys, values, group, scale)
-    return out[torch.arange(q.shape[0], device=q.device), rows].to(q.dtype)
-
-
-def ragged_prefill_attention(
-    q: Tensor,
-    k_planes: Planes,
-    v_planes: Planes,
-    block_tables: Tensor,
-    context_lens: Tensor,
-    *,
-    query_starts: Tensor,
-    scale: float,
-) -> Tensor:
-    """Causal attention of several sequences' newest chunks, back to back in q, to what the cache holds.
-
-    q [num_tokens, q_heads, width]; query_starts [num_seqs + 1] from 0 to num_tokens; the queries of sequence s are the
-    last `query_starts[s + 1] - query_starts[s]` of its context_lens[s] positions, all stored already. A chunk of one is
-    a decode step: the rest is as in `paged_decode_attention`, the bits too, however a prompt was cut into chunks.
-    """
-    group = q.shape[1] // k_planes.payload.shape[1]
-    out = torch.empty_like(q)
-    starts = query_starts.tolist()
-    for s, context in enumerate(context_lens.tolist()):
-        first, last = starts[s], starts[s + 1]
-        if first == last:
-            continue
-        contexts = context_lens[s : s + 1].to(torch.int64)
-        keys, values = (
-            _key_tiles(p, block_tables[s : s + 1], contexts, context, q.shape[-1]) for p in (k_planes, v_planes)
-        )
-        position, token = context - (last - first), first
-        while token < last:
-            row = position % QUERY_TILE
-            count = min(QUERY_TILE - row, last - token)
-            tile = q.new_zeros((1, QUERY_TILE, q.shape[1], q.shape[2]), dtype=torch.float32)
-            tile[0, row : row + count] = q[token : token + count].float()
-            seen = (position + count - 1) // KEY_TILE + 1
-            queries = _QueryTiles(tile, contexts.new_full((1,), position - row), contexts)
-            done = _attend(queries, keys.first(seen), values.first(seen), group, scale)
-            out[token : token + count] = done[0, row : row + count].to(q.dtype)
-            position, token = position + count, token + count
-    return out
-
-
-class _QueryTiles(NamedTuple):
-    numbers: Tensor  # [n, QUERY_TILE, q_heads, width] float32, zeros where there is no query
-    first_positions: Tensor  # [n] int64, multiples of QUERY_TILE
-    contexts: Tensor  # [n] int64
-
-
-class _KeyTiles(NamedTuple):
-    numbers: Tensor  # [n, tiles, kv_heads, KEY_TILE, width] float32 before scaling, zeros beyond the context
-    scales: Tensor | None  # [n, tiles, kv_heads, KEY_TILE] float32
-
-    def first(self, tiles: int) -> "_KeyTiles":
-        return _KeyTiles(self.numbers[:, :tiles], None if self.scales is None else self.scales[:, :tiles])
-
-
-def _key_tiles(planes: Planes, block_tables: Tensor, contexts: Tensor, longest: int, width: int) -> _KeyTiles:
-    """The first `longest` tokens of each sequence, in tiles of absolute position."""
-    num_tiles = max(1, -(-longest // KEY_TILE))
-    tables = block_tables[:, : -(-longest // planes.block_tokens)].long()
-    missing = num_tiles * KEY_TILE // planes.block_tokens - tables.shape[1]
-    tables = torch.nn.functional.pad(tables, (0, missing))
-    positions = torch.arange(num_tiles * KEY_TILE, device=tables.device).view(num_tiles, 1, KEY_TILE)
-    beyond = positions >= contexts.view(-1, 1, 1, 1)  # [n, tiles, 1, KEY_TILE]
-    # What a table says past its context is arbitrary: read block 0 there, and nothing of it.
-    first_positions = torch.arange(tables.shape[1], device=tables.device) * planes.block_tokens
-    tables = tables.masked_fill(first_positions >= contexts.view(-1, 1), 0)
-
-    def tiled(plane: Tensor) -> Tensor:
-        gathered = plane[tables]  # [n, blocks, kv_heads, block_tokens, ...]
-        heads, rest = gathered.shape[2], gathered.shape[4:]
-        parts = gathered.view(
-            len(tables), num_tiles, KEY_TILE // planes.block_tokens, heads, planes.block_tokens, *rest
-        ).transpose(2, 3)
-        return parts.reshape(len(tables), num_tiles, heads, KEY_TILE, *rest)
-
-    raw = Planes(tiled(planes.payload), None if planes.scales is None else tiled(planes.scales))
-    numbers, scales = decode_rows(raw, width)
-    return _KeyTiles(
-        numbers.masked_fill(beyond.unsqueeze(-1), 0.0), None if scales is None else scales.masked_fill(beyond, 1.0)
-    )
-
-
-def _attend(queries: _QueryTiles, keys: _KeyTiles, values: _KeyTiles, group: int, scale: float) -> Tensor:
-    """Softmax attention of query tiles to key tiles; [n, QUERY_TILE, q_heads, width] float32."""
-    n, num_tiles, heads, _, width = keys.numbers.shape
-    device = keys.numbers.device
-    rows = queries.numbers.view(n, QUERY_TILE, heads, group, width).transpose(1, 2)
-    rows = rows.reshape(n, 1, heads, QUERY_TILE * group, width)
-    scores = torch.matmul(rows, keys.numbers.transpose(-1, -2))  # [n, tiles, heads, rows, KEY_TILE]
-    if keys.scales is not None:
-        scores *= keys.scales.unsqueeze(-2)
-    key_positions = torch.arange(num_tiles * KEY_TILE, device=device).view(num_tiles, 1, 1, KEY_TILE)
-    row_positions = torch.arange(QUERY_TILE, device=device).repeat_interleave(group).view(-1, 1)
-    row_positions = queries.first_positions.view(n, 1, 1, 1, 1) + row_positions
-    hidden = (key_positions > row_positions) | (key_positions >= queries.contexts.view(n, 1, 1, 1, 1))
-    scores = (scores * scale).masked_fill(hidden, -torch.inf)
-    # The maximum has no order; everything that is summed over tiles is summed in theirs, where absent tiles add 0.
-    top = scores.amax(dim=(1, 4), keepdim=True).clamp(min=torch.finfo(torch.float32).min)
-    weights = torch.exp(scores - top)
-    total = _sum_in_order(weights.sum(-1, keepdim=True))
-    if values.scales is not None:
-        weights *= values.scales.unsqueeze(-2)
-    out = _sum_in_order(torch.matmul(weights, values.numbers)) / total.masked_fill(total == 0, 1.0)
-    return out.view(n, heads, QUERY_TILE, group, width).transpose(1, 2).reshape(n, QUERY_TILE, heads * group, width)
-
-
-def _sum_in_order(parts: Tensor) -> Tensor:
-    """Sum over axis 1, first to last."""
-    total = parts[:, 0].clone()
-    for tile in range(1, parts.shape[1]):
-        total += parts[:, tile]
-    return total

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from twostroke.kernels import paged_decode, reference
+from twostroke.kernels import paged_decode, reference_attention
 from twostroke.kernels.paged_decode import paged_decode_attention
 
 LENGTHS = [1, 15, 16, 17, 63, 64, 65, 500]
@@ -51,7 +51,7 @@ def test_widths_and_groups_that_are_no_power_of_two(make_cache: Any, width: int,
 def test_agrees_with_the_reference_under_large_scores(make_cache: Any) -> None:
     cache = make_cache([300, 64])
     q = 30 * queries(2, 2, 64, torch.float32)
-    expected = reference.paged_decode_attention(
+    expected = reference_attention.paged_decode_attention(
         q, cache.k_planes, cache.v_planes, cache.block_tables, cache.context_lens, scale=0.125
     )
     torch.testing.assert_close(run(cache, q), expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())

@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
 )
 
-from twostroke.kernels import reference
+from twostroke.kernels import reference, reference_attention
 from twostroke.kernels.reference import Planes
 
 LENGTHS = [1, 15, 16, 17, 63, 64, 65, 500]
@@ -116,11 +116,13 @@ def test_attention_equals_float64_at_odd_lengths(make_cache: Any, codec: str, bl
     q = [normal(length, 2 * group, 64, seed=length) for length in LENGTHS]
     starts = torch.tensor([0, *LENGTHS]).cumsum(0)
     tables, contexts = cache.block_tables, cache.context_lens
-    whole = reference.ragged_prefill_attention(
+    whole = reference_attention.ragged_prefill_attention(
         torch.cat(q), cache.k_planes, cache.v_planes, tables, contexts, query_starts=starts, scale=0.125
     )
     newest = torch.stack([rows[-1] for rows in q])
-    last = reference.paged_decode_attention(newest, cache.k_planes, cache.v_planes, tables, contexts, scale=0.125)
+    last = reference_attention.paged_decode_attention(
+        newest, cache.k_planes, cache.v_planes, tables, contexts, scale=0.125
+    )
     for s in range(len(LENGTHS)):
         expected = cache.attend(s, q[s], 0.125)
         tolerance = 2e-6 * cache.v[s].abs().max().item()
@@ -143,12 +145,12 @@ def test_attention_has_the_same_bits_in_any_batch_chunk_and_block_size(
             assert torch.equal(run_chunks(cache, 0, q[0], cuts), bits[size][0])
         for position in (0, 15, 16, 63, 64, 129):
             args = cache.k_planes, cache.v_planes, cache.block_tables[:1], torch.tensor([position + 1])
-            alone = reference.paged_decode_attention(q[0][position : position + 1], *args, scale=0.125)
+            alone = reference_attention.paged_decode_attention(q[0][position : position + 1], *args, scale=0.125)
             assert torch.equal(alone[0], bits[size][0][position])
         # In a batch whose longest context is longer than its own.
         newest = torch.stack([rows[-1] for rows in q])
         args = cache.k_planes, cache.v_planes, cache.block_tables, cache.context_lens
-        together = reference.paged_decode_attention(newest, *args, scale=0.125)
+        together = reference_attention.paged_decode_attention(newest, *args, scale=0.125)
         assert torch.equal(together, torch.stack([rows[-1] for rows in bits[size]]))
     for small, large in zip(bits[16], bits[64], strict=True):
         assert torch.equal(small, large)
@@ -159,7 +161,9 @@ def run_chunks(cache: Any, sequence: int, q: torch.Tensor, cuts: list[int]) -> t
     for cut in cuts:
         args = cache.k_planes, cache.v_planes, cache.block_tables[sequence : sequence + 1], torch.tensor([done + cut])
         starts = torch.tensor([0, cut])
-        out.append(reference.ragged_prefill_attention(q[done : done + cut], *args, query_starts=starts, scale=0.125))
+        out.append(
+            reference_attention.ragged_prefill_attention(q[done : done + cut], *args, query_starts=starts, scale=0.125)
+        )
         done += cut
     return torch.cat(out)
 
@@ -168,11 +172,13 @@ def test_padding_sequences_give_zeros(make_cache: Any) -> None:
     cache = make_cache([5, 20])
     contexts = torch.tensor([0, 20], dtype=torch.int32)
     args = cache.k_planes, cache.v_planes, cache.block_tables, contexts
-    out = reference.paged_decode_attention(normal(2, 2, 64), *args, scale=0.125)
+    out = reference_attention.paged_decode_attention(normal(2, 2, 64), *args, scale=0.125)
     assert not out[0].any()
     assert out[1].any()
     empty = torch.zeros(0, dtype=torch.int32)
-    none = reference.paged_decode_attention(normal(0, 2, 64), *args[:2], cache.block_tables[:0], empty, scale=0.125)
+    none = reference_attention.paged_decode_attention(
+        normal(0, 2, 64), *args[:2], cache.block_tables[:0], empty, scale=0.125
+    )
     assert none.shape == (0, 2, 64)
 
 
