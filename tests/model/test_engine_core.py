@@ -42,7 +42,7 @@ from twostroke.model.link import (
 )
 from twostroke.model.plan import StepPlan, StepResult
 from twostroke.model.policy import StepLimits
-from twostroke.model.store_op import FetchOp, ReadOp, WriteOp
+from twostroke.model.store_op import FetchOp, ReadOp, SwapInOp, SwapOutOp, WriteOp
 from twostroke.prefill_worker.policy import PrefillPolicy
 
 EOS, KEY, ROOT = 0, b"cluster", b"root"
@@ -82,6 +82,14 @@ class FakeStore:
     def __init__(self, block_tokens: int) -> None:
         self.block_tokens = block_tokens
         self.cells: dict[tuple[int, int], tuple[int, bytes]] = {}
+        self.host: FakeStore | None = None
+
+    def swap(self, op: SwapOutOp | SwapInOp) -> None:
+        device, host = (op.block_table, op.generations), (op.host_table, op.host_generations)
+        if isinstance(op, SwapOutOp):
+            self.host.write(*host, op.token_start, self.read(*device, op.token_start, op.token_count))
+        else:
+            self.write(*device, op.token_start, self.host.read(*host, op.token_start, op.token_count))
 
     def read(self, table, generations, start: int, count: int) -> list[bytes]:
         found = []
@@ -130,13 +138,18 @@ class CoreMachine(RuleBasedStateMachine):
         span=st.sampled_from([16, 16, 32]),
         seqs=st.integers(1, 5),
         batch=st.sampled_from([16, 32, 48, 96]),
+        num_host=st.sampled_from([0, 2, 6, 20]),
     )
-    def begin(self, num_blocks, span, seqs, batch):
+    def begin(self, num_blocks, span, seqs, batch, num_host):
         self.limits = StepLimits(seqs, batch, 8, 600)
         self.pool = BlockPool(num_blocks, span)
         prefix = PrefixCache(self.pool)
-        self.core = EngineCore(CoreLimits(), self.pool, prefix, combined_policy(self.limits), eos_ids=[EOS], key=KEY)
+        self.core = EngineCore(
+            CoreLimits(None, num_host), self.pool, prefix, combined_policy(self.limits), eos_ids=[EOS], key=KEY
+        )
         self.store = FakeStore(span)
+        self.store.host = FakeStore(span)
+        self.spoiled = 0  # copies that come back damaged from now on
         self.faces: dict[SequenceKey, Face] = {}
         self.known: set[bytes] = set()  # what a watcher of the cache believes
         self.last_delta = 0
@@ -265,6 +278,10 @@ class CoreMachine(RuleBasedStateMachine):
     def ask_snapshot(self):
         self.hear(self.core.handle(AskSnapshot(), self.now_s))
 
+    @rule(copies=st.integers(1, 2))
+    def spoil(self, copies):
+        self.spoiled = copies
+
     @rule(kind=st.sampled_from([PrefillPolicy, DecodePolicy, combined_policy]))
     def change_role(self, kind):
         self.core.set_policy(kind(self.limits))
@@ -277,6 +294,7 @@ class CoreMachine(RuleBasedStateMachine):
         self.now_s += pause_s
         self.hear(self.core.tick(self.now_s))
         self.flight = self.core.plan(self.now_s)
+        self.hear(self.core.drain())
         if self.flight is not None:
             self.check_plan(self.flight)
 
@@ -302,6 +320,14 @@ class CoreMachine(RuleBasedStateMachine):
                 break
             self.end_step("fine")
 
+    @precondition(lambda self: self.flight is None)
+    @rule(length=st.integers(1, 40), family=st.integers(0, 2), steps=st.integers(20, 60))
+    def crowd(self, length, family, steps):
+        """More growth than the pool holds: somebody is preempted."""
+        for place in range(3):
+            self.submit_one(Source.LOCAL, (length + 8 * place, 60, 0), family, None)
+        self.run(steps)
+
     def check_plan(self, plan: StepPlan) -> None:
         budget = self.core.policy.budget(0)
         assert 0 < plan.num_tokens <= budget.max_batch_tokens
@@ -318,6 +344,11 @@ class CoreMachine(RuleBasedStateMachine):
         for item in outbox:
             face = self.faces.get(getattr(item, "key", None))
             match item:
+                case SwapOutOp() | SwapInOp() if self.spoiled:
+                    self.spoiled -= 1
+                    self.hear(self.core.swap_failed(item.key))
+                case SwapOutOp() | SwapInOp():
+                    self.store.swap(item)
                 case ReadOp() | WriteOp() | FetchOp():
                     self.execute(item)
                 case Promised():
@@ -392,6 +423,7 @@ class CoreMachine(RuleBasedStateMachine):
         self.hear(self.core.handle(AskSnapshot(), self.now_s))
         assert self.pool.num_live == 0
         assert self.core.load(self.now_s).promised_blocks == 0
+        assert dict(self.core.load(self.now_s).counters).get("swap_blocks_in_use", 0) == 0
 
     def carry_on(self, key: SequenceKey, face: Face) -> None:
         """A frame at a time; every other hand-over is lost after its first one, and its end claims too much."""

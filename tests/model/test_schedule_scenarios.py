@@ -1,7 +1,7 @@
 """Runs the transcripts of the scheduler and both policies: commands in, events and plans out, one file per behaviour.
 
-A transcript opens with facts (`pool 8 blocks of 16`, `policy combined`, `seqs 8`, `batch 64`, `waiting 10`, `swap 0`: host
-blocks), then has commands, each with everything that must come of it, indented:
+A transcript opens with facts (`pool 8 blocks of 16`, `policy combined`, `seqs 8`, `batch 64`, `waiting 10`, `swap 0`:
+host blocks), then has commands, each with everything that must come of it, indented:
 
     submit a local 40 max=4          # like=b:32 shares b's first 32 tokens, generated ones too; emitted=, priority=, …
     step                             # tick, plan, apply; `step 3`: thrice; `quiet 3`: without a word; `broken`: fails
