@@ -15,7 +15,7 @@ from ..kv.prefix import PrefixCache
 from ..model.core import CoreLimits, EngineCore
 from ..model.link import BlocksFetched, Command, Ended, Event, KvRead, KvWritten, LoadNews, Submit
 from ..model.plan import StepPlan, StepResult
-from ..model.store_op import FetchOp, ReadOp, StoreOp, WriteOp
+from ..model.store_op import FetchOp, ReadOp, StoreOp, SwapInOp, SwapOutOp, WriteOp
 from .invariants import check_core, check_deadlines
 from .setting import DOMAINS, Setting, WorkerSetting
 from .store import EOS, Known, Ledger, Store, mix
@@ -42,8 +42,16 @@ class Engine:
         noise = mix(int.from_bytes(worker.worker_id.encode(), "little"), process.life) if setting.is_noisy else 0
         self.pool = BlockPool(worker.num_blocks, worker.block_tokens)
         self.prefix = PrefixCache(self.pool)
-        self.store = Store(world, self.pool, ledger, noise=noise, read_damage=setting.read_damage)
-        self.core = EngineCore(CoreLimits(), self.pool, self.prefix, worker.policy(), eos_ids=[EOS], key=IDENTITY_KEY)
+        self.store = Store(
+            world,
+            self.pool,
+            ledger,
+            noise=noise,
+            read_damage=setting.read_damage,
+            swap_damage=setting.swap_damage,
+        )
+        limits = CoreLimits(num_swap_blocks=worker.num_swap_blocks)
+        self.core = EngineCore(limits, self.pool, self.prefix, worker.policy(), eos_ids=[EOS], key=IDENTITY_KEY)
         self.tell: Callable[[Sequence[Event]], None] = lambda _: None
         self._world = world
         self._process = process
@@ -105,6 +113,7 @@ class Engine:
         now_s = self._world.now_s()
         self._say(self.core.tick(now_s))
         plan = self.core.plan(now_s)
+        self._say(self.core.drain())
         if plan is None:
             self._arm()
             return
@@ -161,6 +170,12 @@ class Engine:
             elif isinstance(item, FetchOp):
                 sections = self.store.read_tokens(item)
                 events.append(BlocksFetched(item.fetch_id, item.token_count // 16, sections))
+            elif isinstance(item, SwapOutOp):
+                self.store.swap_out(item)
+            elif isinstance(item, SwapInOp):
+                if not self.store.swap_in(item):
+                    self._world.note(self._process, f"{item.key} comes back damaged")
+                    self._say(self.core.swap_failed(item.key))
             else:
                 if isinstance(item, Ended):
                     self.store.known.pop(item.key, None)

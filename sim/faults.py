@@ -151,7 +151,7 @@ class Schedule:
         ends = Counter(outcome for client in self.clients for outcome in client.outcomes)
         counters: Counter[str] = Counter()
         for node in self.nodes.values():
-            counters.update(node.engine.core.counters)
+            counters.update(dict(node.engine.load().counters))
         transcript = self.world.transcript
         if violation is not None:
             self.world.note("violated", str(violation))

@@ -56,5 +56,7 @@ def check_drained(who: str, core: EngineCore, pool: BlockPool) -> None:
     """K1 after the drain: nothing is owned, nothing is promised, nothing runs."""
     if core.num_live:
         raise Violation("K1", f"{who}: after the drain live {core.states()}")
+    if dict(core.load(0.0).counters).get("swap_blocks_in_use"):
+        raise Violation("K1", f"{who}: after the drain host blocks are live")
     if pool.num_live or pool.allocated_total != pool.freed_total:
         raise Violation("K1", f"{who}: after the drain {pool.num_live} blocks are live")

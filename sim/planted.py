@@ -27,8 +27,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from ..core.request import Epoch
 from ..decode_worker.run import Run as DecodeRun
@@ -44,9 +45,11 @@ from ..model.lives import Lives
 from ..model.schedule import Scheduler
 from ..model.sequence import Doom, SequenceState
 from ..model.sequence import Sequence as Live
+from ..model.store_op import SwapInOp, SwapOp
+from ..model.swap import SwapSpace
 from ..router import delivery
 from ..router.run import Run as RouterRun
-from . import handovers
+from . import handovers, store
 from .router import RouterNode
 
 
@@ -218,6 +221,49 @@ def blocks_go_in_the_middle_of_a_step() -> AbstractContextManager[None]:
     return _instead(Lives, "end", end)
 
 
+# ------------------------------------------------------------------ swapping
+
+
+def stale_generation_comes_back() -> AbstractContextManager[None]:
+    """What is copied back goes into the blocks under the generation of their last use."""
+    original = Holdings.swap_in
+
+    def swap_in(self: Holdings, sequence: Live) -> SwapInOp | None:
+        op = original(self, sequence)
+        return None if op is None else replace(op, generations=tuple([g - 1 for g in op.generations]))
+
+    return _instead(Holdings, "swap_in", swap_in)
+
+
+def host_blocks_leak() -> AbstractContextManager[None]:
+    """Whoever ends while swapped leaves its host blocks behind."""
+    original = SwapSpace.drop
+
+    def drop(self: SwapSpace, sequence: Live) -> None:
+        if sequence.state is SequenceState.SWAPPED and not sequence.blocks:
+            sequence.swapped = None
+        original(self, sequence)
+
+    return _instead(SwapSpace, "drop", drop)
+
+
+def damaged_swaps_are_served() -> AbstractContextManager[None]:
+    """Nobody looks at the digests of what comes back from host memory."""
+    return _instead(store, "swap_holds", lambda _: True)
+
+
+def blocks_are_copied_out_after_the_step() -> AbstractContextManager[None]:
+    """A preempted sequence's blocks are copied when their next owner has written them."""
+    original = Scheduler.take_swap_ops
+    late: WeakKeyDictionary[Scheduler, list[SwapOp]] = WeakKeyDictionary()
+
+    def take_swap_ops(self: Scheduler) -> list[SwapOp]:
+        now, late[self] = late.get(self, []), original(self)
+        return now
+
+    return _instead(Scheduler, "take_swap_ops", take_swap_ops)
+
+
 # ------------------------------------------------------------------ streams and epochs
 
 
@@ -266,6 +312,10 @@ PLANTED = (
     Planted(prefix_is_published_before_it_is_computed, ("K3",), 50),
     Planted(tenants_share_prefixes, ("K4",), 50),
     Planted(blocks_go_in_the_middle_of_a_step, ("K2",), 50),
+    Planted(stale_generation_comes_back, ("K3",), 500),
+    Planted(host_blocks_leak, ("K2",), 500),
+    Planted(damaged_swaps_are_served, ("K4",), 500),
+    Planted(blocks_are_copied_out_after_the_step, ("K3", "K4"), 500),
     Planted(old_epochs_are_heard, ("R6",), 300),
     Planted(gaps_are_closed, ("R2",), 50),
     Planted(epochs_begin_anew_with_each_request, ("L1",), 200),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..core.request import Role, SamplingParams
 from ..decode_worker.policy import DecodePolicy, combined_policy
@@ -34,6 +34,7 @@ class WorkerSetting:
     link_s: float
     watermark: float  # above 1 decode promises what it does not have: Bind is often answered by NotYet
     is_overlapping: bool  # commands are taken in while a step runs
+    num_swap_blocks: int = 0  # host blocks for preempted sequences
 
     def policy(self) -> Policy:
         """Its role's taste."""
@@ -89,6 +90,7 @@ class Setting:
     is_noisy: bool  # sampling depends on who samples, as without deterministic mode
     read_damage: float
     step_failure: float
+    swap_damage: float  # how often a copy in host memory is damaged
     workers: tuple[WorkerSetting, ...]
     orders: tuple[Order, ...]
     mishaps: tuple[Mishap, ...]
@@ -102,6 +104,8 @@ def draw(seed: int) -> Setting:
     is_bearable = rng.random() < 0.25
     orders = _orders(rng, 0.5, (BEARABLE_TIMEOUT_S,)) if is_bearable else _orders(rng, 0.0, (0.3, 2.0, 5.0))
     workers = _workers(rng, max(len(o.prompt_ids) + o.sampling.max_tokens for o in orders))
+    swap = random.Random(f"swap {seed}")  # of its own: schedules without preemption stay what they were
+    workers = tuple(replace(worker, num_swap_blocks=swap.choice((0, 2, 4, 16))) for worker in workers)
     return Setting(
         weather=_bearable_weather(rng) if is_bearable else _weather(rng),
         timing=Timing(beat_s, beat_s * rng.choice((2.5, 4.0))),
@@ -116,6 +120,7 @@ def draw(seed: int) -> Setting:
         is_noisy=rng.random() < 0.5,
         read_damage=_rate(rng, 0.1),
         step_failure=0.0 if is_bearable else _rate(rng, 0.02),
+        swap_damage=_rate(swap, 0.5),
         workers=workers,
         orders=orders,
         mishaps=() if is_bearable else _mishaps(rng, [worker.worker_id for worker in workers]),

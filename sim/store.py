@@ -19,7 +19,8 @@ from ..kv.pool import BlockPool
 from ..kv.spec import HASH_BLOCK_TOKENS, Component, KvSpec, LayerGroup
 from ..kv.wire import SectionData, covers, verify_sections
 from ..model.plan import SequenceStep, StepPlan, StepResult
-from ..model.store_op import FetchOp, ReadOp, WriteOp
+from ..model.store_op import FetchOp, ReadOp, SwapInOp, SwapOutOp, WriteOp
+from .host import Host, SealedCells
 from .invariants import Violation
 from .world import World
 
@@ -118,6 +119,11 @@ def digests_hold(sections: Sequence[SectionData], token_start: int, token_count:
     return _verified(sections[0].payload.tobytes(), sections[0].digests.tobytes(), token_start)
 
 
+def swap_holds(units: Sequence[SealedCells]) -> bool:
+    """Whether what came back from host memory is what was sealed."""
+    return all(seal(sealed.cells, sealed.unit) == sealed.digest for sealed in units)
+
+
 def _section(planes: np.ndarray, digests: np.ndarray) -> SectionData:
     payload = planes.reshape(1, 1, -1, CELL_BYTES)
     return SectionData("main", "k", 0, 1, 0, 1, 3, CELL_BYTES, payload, None, digests.reshape(1, 1, -1))
@@ -126,12 +132,16 @@ def _section(planes: np.ndarray, digests: np.ndarray) -> SectionData:
 class Store:
     """One worker's KV memory and its runner. Every access checks whose blocks those are, and what is in them."""
 
-    def __init__(self, world: World, pool: BlockPool, ledger: Ledger, *, noise: int, read_damage: float) -> None:
+    def __init__(
+        self, world: World, pool: BlockPool, ledger: Ledger, *, noise: int, read_damage: float, swap_damage: float
+    ) -> None:
         self._world = world
         self._pool = pool
         self._ledger = ledger
         self._noise = noise  # 0: a token depends on its prefix alone
         self._read_damage = read_damage
+        self._swap_damage = swap_damage
+        self._host = Host(pool.block_tokens)
         size = pool.block_tokens
         self._cells = [[_POISON] * size for _ in range(pool.num_blocks)]
         self._seals: list[dict[int, int]] = [{} for _ in range(pool.num_blocks)]  # by hash block of the sequence
@@ -200,6 +210,36 @@ class Store:
         if self._world.chance(self._read_damage):
             planes[self._world.random.randrange(len(planes))] ^= 4
         return (_section(planes, np.array(digests, np.uint64)),)
+
+    def swap_out(self, op: SwapOutOp) -> None:
+        """To host memory, before the blocks' next owner writes; now and then memory goes bad there."""
+        size, units = self._pool.block_tokens, []
+        stop = op.token_start + op.token_count
+        for start in range(op.token_start, stop, HASH_BLOCK_TOKENS):
+            index, unit = start // size, start // HASH_BLOCK_TOKENS
+            block = op.block_table[index]
+            if self._uses[block] != op.generations[index]:
+                raise Violation("K3", f"{op.key} is copied out of block {block}, which was written by another since")
+            cells = self._cells[block][start % size : start % size + min(HASH_BLOCK_TOKENS, stop - start)]
+            digest = self._seals[block].get(unit) if len(cells) == HASH_BLOCK_TOKENS else seal(cells, unit)
+            if digest is None:
+                raise Violation("K4", f"hash block {unit} in block {block} is copied out before it was sealed")
+            if self._world.chance(self._swap_damage):
+                cells[self._world.random.randrange(len(cells))] ^= 4
+            units.append(SealedCells(unit, tuple(cells), digest))
+        self._host.put(op, units)
+
+    def swap_in(self, op: SwapInOp) -> bool:
+        """Back into fresh blocks; whether the digests hold."""
+        units = self._host.get(op)
+        cells = [cell for sealed in units for cell in sealed.cells]
+        if len(cells) != op.token_count:
+            raise Violation("K4", f"{op.key} gets {len(cells)} tokens back of {op.token_count}")
+        self._write(op.block_table, op.generations, op.token_start, cells)
+        for sealed in units:
+            block = op.block_table[sealed.unit * HASH_BLOCK_TOKENS // self._pool.block_tokens]
+            self._seals[block][sealed.unit] = sealed.digest
+        return swap_holds(units)
 
     def _write(self, table: Sequence[BlockId], generations: Sequence[int], start: int, cells: Sequence[int]) -> None:
         size = self._pool.block_tokens
