@@ -1,0 +1,78 @@
+// A library's own test, run once in a process of its own after building: whether this machine computes what it should.
+#include <cmath>
+#include <cstdlib>
+#include <vector>
+
+#include "api.h"
+#include "simd.h"
+#include "threads.h"
+
+extern "C" {
+int64_t twostroke_panel_bytes(int32_t kind, int32_t columns, int32_t inner, int32_t pairs);
+void twostroke_pack(const void* from, int32_t size, int32_t columns, int32_t inner, int32_t pairs, void* to);
+void twostroke_linear(Threads* threads, const Matrix* matrix, const Rows* x, const Rows* out, uint32_t* scratch);
+}
+
+namespace {
+
+float number(uint32_t& state) {
+    state = state * 1664525u + 1013904223u;
+    return (float)(int32_t)(state >> 16 & 0xFF) / 64.0f - 2.0f;  // eight bits: exact in bfloat16
+}
+void write(void* to, int64_t i, float x, int kind) {
+    if (kind == FLOAT32) ((float*)to)[i] = x;
+    if (kind == INT8) ((int8_t*)to)[i] = (int8_t)x;
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if (kind == BFLOAT16) ((uint16_t*)to)[i] = (uint16_t)(bits >> 16);
+}
+float read(const void* from, int64_t i, int kind) {
+    return kind == FLOAT32 ? ((const float*)from)[i] : simd::to_float(((const uint16_t*)from)[i]);
+}
+int bytes(int kind) { return kind == FLOAT32 ? 4 : kind == BFLOAT16 ? 2 : 1; }
+
+struct Buffer {
+    explicit Buffer(int64_t size) : data(std::aligned_alloc(64, (size + 127) / 64 * 64)) {}
+    ~Buffer() { std::free(data); }
+    void* data;
+};
+
+bool right(int kind, int x_kind, int rows, int columns, int inner) {
+    const bool pairs = x_kind == BFLOAT16;
+    uint32_t seed = 7;
+    Buffer x(4l * rows * inner), w(4l * columns * inner), out(4l * rows * columns);
+    Buffer panels(twostroke_panel_bytes(kind, columns, inner, pairs)), scratch(4l * (rows + 32) * inner);
+    std::vector<float> xs((int64_t)rows * inner), ws((int64_t)columns * inner), scales(columns + 16, 0.5f);
+    for (int64_t i = 0; i < (int64_t)xs.size(); i++) write(x.data, i, xs[i] = number(seed), x_kind);
+    for (int64_t i = 0; i < (int64_t)ws.size(); i++) {
+        ws[i] = kind == INT8 ? std::rint(number(seed) * 60.0f) : number(seed);
+        write(w.data, i, ws[i], kind);
+    }
+    twostroke_pack(w.data, bytes(kind), columns, inner, pairs, panels.data);
+    Threads threads(2);
+    Matrix matrix{panels.data, kind == INT8 ? scales.data() : nullptr, nullptr, kind, columns, inner, 0};
+    Rows in{x.data, inner, rows, x_kind}, to{out.data, columns, rows, FLOAT32};
+    twostroke_linear(&threads, &matrix, &in, &to, (uint32_t*)scratch.data);
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < columns; c++) {
+            double sum = 0, size = 0;
+            for (int k = 0; k < inner; k++) {
+                const double product = (double)xs[(int64_t)r * inner + k] * ws[(int64_t)c * inner + k];
+                sum += product, size += std::fabs(product);
+            }
+            const double factor = kind == INT8 ? 0.5 : 1.0, got = read(out.data, (int64_t)r * columns + c, FLOAT32);
+            if (!(std::fabs(got - sum * factor) <= 1e-5 * size * factor)) return false;
+        }
+    return true;
+}
+
+}  // namespace
+
+extern "C" int twostroke_self_check() {
+    for (int rows : {1, 3, 12, 16, 17, 50})
+        for (int inner : {32, 70})
+            for (int kind : {FLOAT32, BFLOAT16, INT8})
+                for (int x_kind : {FLOAT32, BFLOAT16})
+                    if ((kind == INT8 || kind == x_kind) && !right(kind, x_kind, rows, 40, inner)) return 1;
+    return 0;
+}

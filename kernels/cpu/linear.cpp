@@ -1,0 +1,240 @@
+// Linear layers over packed matrices. One order of summation per output, whatever the number of rows or threads.
+//
+// A matrix [columns, inner] lies in panels of 16 columns. Within a panel numbers stand as the kernel reads them, front
+// to back: for bfloat16 and int8 [inner / 2][16 columns][2 neighbours in k], for float32 [inner][16 columns]. The same
+// copy serves one row and a thousand.
+//
+// out[r, c] = ( sum over k = 0, 1, 2 ... of x[r, k] * w[c, k] ) * scale[c] + bias[c], each output in one float32
+// accumulator lane from first k to last; k pairs go through dot_pairs. Int8 weights become exact bfloat16 on the way.
+// So an output's bits depend on its own row and column alone.
+#include <algorithm>
+#include <vector>
+
+#include "api.h"
+#include "simd.h"
+#include "threads.h"
+
+using namespace simd;
+
+namespace {
+
+// Rows and panels that one inner kernel keeps in registers.
+#if defined(__AVX512F__)
+constexpr int WIDE_ROWS = 12, WIDE_PANELS = 2;  // 24 accumulators of 32 registers
+constexpr int TALL_ROWS = 16;                   // one panel: a decode batch of 16 reads its weights once
+#else
+constexpr int WIDE_ROWS = 4, WIDE_PANELS = 1;
+constexpr int TALL_ROWS = 4;
+#endif
+constexpr int PREFETCH_BYTES = 2048;
+
+// What one k-step of a panel is: as stored, and as multiplied.
+template <int KIND, bool PAIRS>
+struct Panel;
+
+template <>
+struct Panel<BFLOAT16, true> {
+    static constexpr int STEP_BYTES = 64;
+    static U32 weights(const char* p) { return load<U32>(p); }
+    static F32 add(F32 acc, U32 w, uint32_t x) { return dot_pairs(acc, w, splat_u32(x)); }
+};
+template <>
+struct Panel<INT8, true> {
+    static constexpr int STEP_BYTES = 32;
+    static U32 weights(const char* p) {
+        return pack_exact(widen_i8(p), widen_i8(p + 16));
+    }
+    static F32 add(F32 acc, U32 w, uint32_t x) { return dot_pairs(acc, w, splat_u32(x)); }
+};
+template <>
+struct Panel<FLOAT32, false> {
+    static constexpr int STEP_BYTES = 64;
+    static U32 weights(const char* p) { return load<U32>(p); }
+    static F32 add(F32 acc, U32 w, uint32_t x) { return fma((F32)w, (F32)splat_u32(x), acc); }
+};
+template <>
+struct Panel<INT8, false> {
+    static constexpr int STEP_BYTES = 16;
+    static U32 weights(const char* p) { return (U32)widen_i8(p); }
+    static F32 add(F32 acc, U32 w, uint32_t x) { return fma((F32)w, (F32)splat_u32(x), acc); }
+};
+
+struct Job {
+    const Matrix* matrix;
+    Rows out;
+    const uint32_t* packed;  // x by blocks of rows: [steps][rows of the block]
+    int steps, num_rows;
+};
+
+void put(const Job& job, int row, int panel, F32 acc) {
+    const Matrix& m = *job.matrix;
+    int column = panel * LANES;
+    if (m.scales) acc = acc * load<F32>(m.scales + column);
+    if (m.bias) acc = acc + load<F32>(m.bias + column);
+    int count = std::min(LANES, m.columns - column);
+    int64_t at = row * job.out.stride + column;
+    if (job.out.kind == BFLOAT16) {
+        uint16_t* to = (uint16_t*)job.out.data + at;
+        if (count == LANES) {
+            store_bf16(to, acc);
+        } else {
+            U16x16 bits = narrow(acc);
+            std::memcpy(to, &bits, 2 * count);
+        }
+    } else {
+        std::memcpy((float*)job.out.data + at, &acc, 4 * count);
+    }
+}
+
+// ROWS packed rows by PANELS panels; only `real_rows` are stored.
+template <class P, int ROWS, int PANELS>
+void kernel(const Job& job, const uint32_t* x, int first_row, int real_rows, int panel) {
+    const int64_t panel_bytes = (int64_t)job.steps * P::STEP_BYTES;
+    const char* w = (const char*)job.matrix->panels + panel * panel_bytes;
+    F32 acc[ROWS][PANELS];
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 2
+        for (int p = 0; p < PANELS; p++) acc[r][p] = F32{};
+    for (int k = 0; k < job.steps; k++) {
+        U32 weights[PANELS];
+#pragma GCC unroll 2
+        for (int p = 0; p < PANELS; p++) {
+            __builtin_prefetch(w + p * panel_bytes + PREFETCH_BYTES);
+            weights[p] = P::weights(w + p * panel_bytes);
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 2
+            for (int p = 0; p < PANELS; p++) acc[r][p] = P::add(acc[r][p], weights[p], x[r]);
+        w += P::STEP_BYTES;
+        x += ROWS;
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; r++)
+        if (r < real_rows)
+#pragma GCC unroll 2
+            for (int p = 0; p < PANELS; p++) put(job, first_row + r, panel + p, acc[r][p]);
+}
+
+// The number of rows that a block of `rows` is padded to: the kernels that exist.
+int padded_rows(int rows) {
+    for (int size : {1, 2, 4, 6, 8, 12, 16})
+        if (rows <= size) return size;
+    return TALL_ROWS;
+}
+
+template <class P, int PANELS>
+void block(const Job& job, const uint32_t* x, int first, int rows, int panel) {
+    switch (padded_rows(rows)) {
+        case 1: return kernel<P, 1, PANELS>(job, x, first, rows, panel);
+        case 2: return kernel<P, 2, PANELS>(job, x, first, rows, panel);
+        case 4: return kernel<P, 4, PANELS>(job, x, first, rows, panel);
+#if defined(__AVX512F__)
+        case 6: return kernel<P, 6, PANELS>(job, x, first, rows, panel);
+        case 8: return kernel<P, 8, PANELS>(job, x, first, rows, panel);
+        case 12: return kernel<P, 12, PANELS>(job, x, first, rows, panel);
+        case 16:
+            for (int p = 0; p < PANELS; p++) kernel<P, 16, 1>(job, x, first, rows, panel + p);
+#endif
+    }
+}
+
+int block_rows(int num_rows) { return num_rows <= TALL_ROWS ? TALL_ROWS : WIDE_ROWS; }
+
+// Rows of x as [steps][block], 32 bits per step: two bfloat16 or one float32.
+void pack_rows(const Rows& x, int first, int rows, int steps, uint32_t* to) {
+    const int width = padded_rows(rows);
+    const int64_t row_words = x.kind == BFLOAT16 ? 1 : 2;  // half words
+    auto row = [&](int r) {
+        return (const char*)x.data + (int64_t)(first + r) * x.stride * 2 * row_words;
+    };
+    int k = 0;
+    for (; k + LANES <= steps; k += LANES) {
+        U32 m[16];
+        for (int r = 0; r < 16; r++) m[r] = r < rows ? load<U32>(row(r) + 4 * k) : U32{};
+        transpose(m);
+        for (int i = 0; i < LANES; i++) std::memcpy(to + (int64_t)(k + i) * width, &m[i], 4 * width);
+    }
+    for (; k < steps; k++)
+        for (int r = 0; r < width; r++) {
+            uint32_t word = 0;
+            if (r < rows) std::memcpy(&word, row(r) + 4 * k, 4);
+            to[(int64_t)k * width + r] = word;
+        }
+}
+
+template <class P>
+void multiply(const Job& job, Threads& threads) {
+    const int num_panels = (job.matrix->columns + LANES - 1) / LANES;
+    const int size = block_rows(job.num_rows);
+    // A part is so many panels that a cache holds them while all rows pass, and that every thread gets several.
+    const int group = std::max(WIDE_PANELS, std::min(8, num_panels / (threads.count() * 4)) / WIDE_PANELS * WIDE_PANELS);
+    threads.share((num_panels + group - 1) / group, [&](int part) {
+        const int end = std::min(num_panels, (part + 1) * group);
+        for (int panel = part * group; panel < end; panel += WIDE_PANELS) {
+            const int panels = std::min(WIDE_PANELS, end - panel);
+            for (int first = 0; first < job.num_rows; first += size) {
+                const int rows = std::min(size, job.num_rows - first);
+                const uint32_t* x = job.packed + (int64_t)first * job.steps;
+                if (panels == WIDE_PANELS)
+                    block<P, WIDE_PANELS>(job, x, first, rows, panel);
+                else
+                    block<P, 1>(job, x, first, rows, panel);
+            }
+        }
+    });
+}
+
+}  // namespace
+
+extern "C" {
+
+// Bytes of the panels of a matrix [columns, inner].
+int64_t twostroke_panel_bytes(int32_t kind, int32_t columns, int32_t inner, int32_t pairs) {
+    int64_t panels = (columns + LANES - 1) / LANES;
+    int64_t padded = pairs ? (inner + 1) / 2 * 2 : inner;
+    return panels * LANES * padded * (kind == FLOAT32 ? 4 : kind == BFLOAT16 ? 2 : 1);
+}
+
+// Rearrange rows [columns, inner] of numbers of `size` bytes into panels; missing columns and neighbours are zeros.
+void twostroke_pack(const void* from, int32_t size, int32_t columns, int32_t inner, int32_t pairs, void* to) {
+    const int steps = pairs ? (inner + 1) / 2 : inner, neighbours = pairs ? 2 : 1;
+    char* out = (char*)to;
+    for (int panel = 0; panel < (columns + LANES - 1) / LANES; panel++)
+        for (int k = 0; k < steps; k++)
+            for (int c = 0; c < LANES; c++)
+                for (int j = 0; j < neighbours; j++, out += size) {
+                    const int column = panel * LANES + c, at = k * neighbours + j;
+                    if (column < columns && at < inner)
+                        std::memcpy(out, (const char*)from + ((int64_t)column * inner + at) * size, size);
+                    else
+                        std::memset(out, 0, size);
+                }
+}
+
+// out [rows, columns] = x [rows, inner] times the matrix. x: bfloat16 with even inner, or float32.
+// scratch holds at least (rows rounded up to 16, plus 16) * inner numbers of x, 64-byte aligned.
+void twostroke_linear(Threads* threads, const Matrix* matrix, const Rows* x, const Rows* out, uint32_t* scratch) {
+    const bool pairs = x->kind == BFLOAT16;
+    Job job{matrix, *out, scratch, pairs ? matrix->inner / 2 : matrix->inner, x->rows};
+    const int size = block_rows(x->rows);
+    const auto pack = [&](int b) {
+        const int first = b * size;
+        pack_rows(*x, first, std::min(size, x->rows - first), job.steps, scratch + (int64_t)first * job.steps);
+    };
+    threads->share((x->rows + size - 1) / size, pack);
+    if (matrix->kind == FLOAT32)
+        multiply<Panel<FLOAT32, false>>(job, *threads);
+    else if (matrix->kind == BFLOAT16)
+        multiply<Panel<BFLOAT16, true>>(job, *threads);
+    else if (pairs)
+        multiply<Panel<INT8, true>>(job, *threads);
+    else
+        multiply<Panel<INT8, false>>(job, *threads);
+}
+
+Threads* twostroke_start_threads(int32_t count) { return new Threads(count); }
+void twostroke_stop_threads(Threads* threads) { delete threads; }
+
+}  // extern "C"

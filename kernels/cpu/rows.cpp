@@ -1,0 +1,218 @@
+// What happens to single rows between two linear layers: norms, rotation, gates, and storing keys and values.
+//
+// Every row is computed by itself, in float32, lane sums in one fixed order, and rounded once.
+#include <algorithm>
+
+#include "api.h"
+#include "simd.h"
+#include "threads.h"
+
+using namespace simd;
+
+namespace {
+
+constexpr int ROWS_PER_PART = 16;
+
+void share_rows(Threads& threads, int rows, const std::function<void(int)>& each) {
+    threads.share((rows + ROWS_PER_PART - 1) / ROWS_PER_PART, [&](int part) {
+        const int end = std::min(rows, (part + 1) * ROWS_PER_PART);
+        for (int r = part * ROWS_PER_PART; r < end; r++) each(r);
+    });
+}
+
+// Sixteen numbers from `at` on, the missing ones zero.
+F32 get(const void* data, int kind, int64_t at, int count) {
+    if (count >= LANES)
+        return kind == BFLOAT16 ? load_bf16((const uint16_t*)data + at) : load<F32>((const float*)data + at);
+    if (kind == BFLOAT16) {
+        U16x16 bits{};
+        std::memcpy(&bits, (const uint16_t*)data + at, 2 * std::max(count, 0));
+        return widen(bits);
+    }
+    F32 v{};
+    std::memcpy(&v, (const float*)data + at, 4 * std::max(count, 0));
+    return v;
+}
+void put(void* data, int kind, int64_t at, int count, F32 v) {
+    count = std::min(count, LANES);
+    if (kind == BFLOAT16) {
+        U16x16 bits = narrow(v);
+        if (count == LANES)
+            store((uint16_t*)data + at, bits);
+        else
+            std::memcpy((uint16_t*)data + at, &bits, 2 * count);
+    } else if (count == LANES) {
+        store((float*)data + at, v);
+    } else {
+        std::memcpy((float*)data + at, &v, 4 * count);
+    }
+}
+F32 rounded(F32 v, int kind) { return kind == BFLOAT16 ? widen(narrow(v)) : v; }
+
+}  // namespace
+
+extern "C" {
+
+// out = x / sqrt(mean(x**2) + eps) * weight, over `width` numbers; weight in x's kind.
+// With delta: x becomes x + delta, rounded, before that. A row holds x.stride / width... vectors one after another.
+void twostroke_rms_norm(Threads* threads, const Rows* x, const Rows* delta, const void* weight, float eps, int32_t width,
+                        const Rows* out) {
+    share_rows(*threads, x->rows, [&](int r) {
+        const int64_t at = r * x->stride, to = r * out->stride;
+        F32 total{};
+        for (int i = 0; i < width; i += LANES) {
+            F32 v = get(x->data, x->kind, at + i, width - i);
+            if (delta) {
+                v = rounded(v + get(delta->data, delta->kind, r * delta->stride + i, width - i), x->kind);
+                put(x->data, x->kind, at + i, width - i, v);
+            }
+            total = fma(v, v, total);
+        }
+        const F32 scale = splat(1.0f / __builtin_sqrtf(sum(total) / (float)width + eps));
+        for (int i = 0; i < width; i += LANES) {
+            F32 v = get(x->data, x->kind, at + i, width - i) * scale * get(weight, x->kind, i, width - i);
+            put(out->data, out->kind, to + i, width - i, v);
+        }
+    });
+}
+
+// Rotate, in place, the first 2 * half numbers of each of `heads` vectors of `width` numbers per row.
+// cos and sin [rows, half] float32. Pairs are (i, i + half), or (2i, 2i + 1) when interleaved.
+void twostroke_rotary(Threads* threads, const Rows* x, int32_t heads, int32_t width, const float* cos, const float* sin,
+                      int32_t half, int32_t interleaved) {
+    share_rows(*threads, x->rows, [&](int r) {
+        const float *c = cos + (int64_t)r * half, *s = sin + (int64_t)r * half;
+        for (int h = 0; h < heads; h++) {
+            const int64_t at = r * x->stride + (int64_t)h * width;
+            if (interleaved) {
+                for (int i = 0; i < half; i++) {
+                    const int64_t p = at + 2 * i;
+                    const float a = x->kind == BFLOAT16 ? to_float(((uint16_t*)x->data)[p]) : ((float*)x->data)[p];
+                    const float b =
+                        x->kind == BFLOAT16 ? to_float(((uint16_t*)x->data)[p + 1]) : ((float*)x->data)[p + 1];
+                    F32 pair{};
+                    pair[0] = a * c[i] - b * s[i];
+                    pair[1] = b * c[i] + a * s[i];
+                    put(x->data, x->kind, p, 2, pair);
+                }
+                continue;
+            }
+            for (int i = 0; i < half; i += LANES) {
+                F32 cosine = get(c, FLOAT32, i, half - i), sine = get(s, FLOAT32, i, half - i);
+                F32 a = get(x->data, x->kind, at + i, half - i), b = get(x->data, x->kind, at + half + i, half - i);
+                put(x->data, x->kind, at + i, half - i, a * cosine - b * sine);
+                put(x->data, x->kind, at + half + i, half - i, b * cosine + a * sine);
+            }
+        }
+    });
+}
+
+// out [rows, width] = activation(gate) * up of x [rows, 2 * width], gate first. activation 0: silu, 1: tanh gelu.
+void twostroke_gated(Threads* threads, const Rows* x, int32_t width, int32_t activation, const Rows* out) {
+    share_rows(*threads, x->rows, [&](int r) {
+        for (int i = 0; i < width; i += LANES) {
+            F32 gate = get(x->data, x->kind, r * x->stride + i, width - i);
+            F32 up = get(x->data, x->kind, r * x->stride + width + i, width - i);
+            F32 factor;
+            if (activation == 0) {
+                factor = splat(1.0f) / (splat(1.0f) + exponential(-gate));
+            } else {
+                F32 inner = splat(0.7978845608028654f) * fma(splat(0.044715f) * gate * gate, gate, gate);
+                factor = splat(0.5f) * (splat(1.0f) + hyperbolic_tangent(inner));
+            }
+            put(out->data, out->kind, r * out->stride + i, width - i, gate * factor * up);
+        }
+    });
+}
+
+// One part of what a token leaves in the cache: x [rows, heads * width] into planes [blocks, heads, block_tokens, ...].
+struct StorePart {
+    Rows x;
+    uint8_t *payload, *scales;
+    int32_t heads, width, codec, block_tokens;
+};
+
+}  // extern "C"
+
+namespace {
+
+// An e4m3 row with its power-of-two scale; the definition is kernels/reference.py: fp8_encode. False: not finite.
+bool encode_fp8(const Rows& x, int64_t at, int width, uint8_t* payload, uint8_t* scale) {
+    U32 top{};
+    for (int i = 0; i < width; i += LANES) {
+        U32 bits = (U32)absolute(get(x.data, x.kind, at + i, width - i));
+        top = (U32)(((I32)bits & (I32)(bits > top)) | ((I32)top & ~(I32)(bits > top)));
+    }
+    uint32_t amax = 0;
+    for (int i = 0; i < LANES; i++) amax = std::max(amax, (uint32_t)top[i]);
+    const bool finite = amax < 0x7F800000u;
+    int byte = (int)(amax >> 23) - 8 + ((amax & 0x7FFFFFu) > 0x600000u);
+    byte = finite ? std::min(std::max(byte, 11), 246) : 0;
+    const uint32_t inverse = (uint32_t)(254 - byte) << 23;
+    for (int i = 0; i < width; i += LANES) {
+        F32 v = get(x.data, x.kind, at + i, width - i) * (F32)splat_u32(inverse);
+        U32 bits = (U32)v, magnitude = bits & 0x7FFFFFFFu;
+        I32 normal = (I32)((magnitude + 0x7FFFFu + ((magnitude >> 20) & 1u)) >> 20) - 960;
+        normal = (normal & (I32)(normal < 0x7E)) | (0x7E & ~(I32)(normal < 0x7E));
+        I32 small = (I32)((U32)((F32)magnitude + splat(16384.0f)) & 0xFFu);
+        I32 is_small = (I32)(magnitude < 0x3C800000u);
+        I32 code = (small & is_small) | (normal & ~is_small) | (I32)((bits >> 24) & 0x80u);
+        if (!finite) code = I32{};
+        U8x16 bytes;
+#if defined(__AVX512F__)
+        bytes = (U8x16)_mm512_cvtepi32_epi8((__m512i)code);
+#else
+        bytes = __builtin_convertvector(code, U8x16);
+#endif
+        std::memcpy(payload + i, &bytes, std::min(LANES, width - i));
+    }
+    *scale = (uint8_t)byte;
+    return finite;
+}
+
+bool encode_plain(const Rows& x, int64_t at, int width, uint8_t* payload, int codec) {
+    I32 bad{};
+    for (int i = 0; i < width; i += LANES)
+        bad |= (I32)((U32)absolute(get(x.data, x.kind, at + i, width - i)) >= 0x7F800000u);
+    bool finite = true;
+    for (int i = 0; i < LANES; i++) finite = finite && !bad[i];
+    for (int i = 0; i < width; i += LANES) {
+        F32 v = finite ? get(x.data, x.kind, at + i, width - i) : F32{};
+        if (codec == BFLOAT16) {
+            const F32 limit = splat(3.3895313892515355e38f);
+            v = select(v < limit, v, limit);
+            v = select(v > -limit, v, -limit);
+        }
+        put(payload, codec, i, width - i, v);
+    }
+    return finite;
+}
+
+}  // namespace
+
+extern "C" {
+
+// Encode and store rows at `slots` (negative: skipped); counts, per row, the vectors that were not finite.
+void twostroke_write(Threads* threads, const StorePart* parts, int32_t num_parts, const int64_t* slots, int32_t rows,
+                     int32_t* non_finite) {
+    share_rows(*threads, rows, [&](int r) {
+        non_finite[r] = 0;
+        if (slots[r] < 0) return;
+        for (int p = 0; p < num_parts; p++) {
+            const StorePart& part = parts[p];
+            const int64_t block = slots[r] / part.block_tokens, offset = slots[r] % part.block_tokens;
+            const int row_bytes = part.width * (part.codec == FP8 ? 1 : part.codec == BFLOAT16 ? 2 : 4);
+            for (int h = 0; h < part.heads; h++) {
+                const int64_t place = (block * part.heads + h) * part.block_tokens + offset;
+                const int64_t at = r * part.x.stride + (int64_t)h * part.width;
+                uint8_t* payload = part.payload + place * row_bytes;
+                const bool finite = part.codec == FP8
+                                        ? encode_fp8(part.x, at, part.width, payload, part.scales + place)
+                                        : encode_plain(part.x, at, part.width, payload, part.codec);
+                non_finite[r] += !finite;
+            }
+        }
+    });
+}
+
+}  // extern "C"

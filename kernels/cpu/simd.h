@@ -1,0 +1,237 @@
+// Sixteen float32 lanes, and the few operations our kernels need of them, for AVX-512, AVX2 and any other machine.
+//
+// Everything else uses the compiler's vector arithmetic on these types. Build with -ffp-contract=off: a product and a
+// sum are fused where fma() says so and nowhere else, so that bits do not depend on how code was inlined.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace simd {
+
+typedef float F32 __attribute__((vector_size(64)));
+typedef int32_t I32 __attribute__((vector_size(64)));
+typedef uint32_t U32 __attribute__((vector_size(64)));
+typedef uint16_t U16x16 __attribute__((vector_size(32)));
+typedef uint8_t U8x16 __attribute__((vector_size(16)));
+typedef int8_t I8x16 __attribute__((vector_size(16)));
+
+constexpr int LANES = 16;
+
+template <class V>
+inline V load(const void* p) {
+    V v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+template <class V>
+inline void store(void* p, V v) {
+    std::memcpy(p, &v, sizeof v);
+}
+inline F32 splat(float x) { return F32{} + x; }
+inline U32 splat_u32(uint32_t x) { return U32{} + x; }
+
+inline F32 fma(F32 a, F32 b, F32 c) {
+#if defined(__AVX512F__)
+    return (F32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    union {
+        F32 whole;
+        __m256 half[2];
+    } x{a}, y{b}, z{c};
+    z.half[0] = _mm256_fmadd_ps(x.half[0], y.half[0], z.half[0]);
+    z.half[1] = _mm256_fmadd_ps(x.half[1], y.half[1], z.half[1]);
+    return z.whole;
+#else
+    return a * b + c;
+#endif
+}
+
+inline F32 select(I32 mask, F32 yes, F32 no) { return (F32)(((I32)yes & mask) | ((I32)no & ~mask)); }
+inline F32 larger(F32 a, F32 b) { return select(a > b, a, b); }
+inline F32 absolute(F32 a) { return (F32)((U32)a & 0x7FFFFFFFu); }
+
+// Lane 0 with 8, 1 with 9 ...: a fixed tree, so that a sum has one order on every machine.
+inline float sum(F32 v) {
+    float x[LANES];
+    store(x, v);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) x[i] += x[i + half];
+    return x[0];
+}
+inline float largest(F32 v) {
+    float x[LANES];
+    store(x, v);
+    float top = x[0];
+    for (int i = 1; i < LANES; i++) top = x[i] > top ? x[i] : top;
+    return top;
+}
+
+// ---------------------------------------------------------------- bfloat16
+
+// Widening by intrinsics where there are any: compilers take GCC's general conversion apart into single lanes.
+inline U32 widen_u16(U16x16 v) {
+#if defined(__AVX512F__)
+    return (U32)_mm512_cvtepu16_epi32((__m256i)v);
+#else
+    return __builtin_convertvector(v, U32);
+#endif
+}
+inline F32 widen_i8(const void* p) {
+#if defined(__AVX512F__)
+    return (F32)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__)
+    union {
+        __m256 half[2];
+        F32 whole;
+    } v;
+    __m128i bytes = _mm_loadu_si128((const __m128i*)p);
+    v.half[0] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+    v.half[1] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)));
+    return v.whole;
+#else
+    return __builtin_convertvector(__builtin_convertvector(load<I8x16>(p), I32), F32);
+#endif
+}
+inline F32 widen(U16x16 bits) { return (F32)(widen_u16(bits) << 16); }
+inline F32 load_bf16(const uint16_t* p) { return widen(load<U16x16>(p)); }
+
+// Round to nearest even; NaN stays NaN.
+inline U16x16 narrow(F32 v) {
+#if defined(__AVX512F__)
+    __m512i bits = (__m512i)v;
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
+    __mmask16 is_nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+    rounded = _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x400000));
+    return (U16x16)_mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+#else
+    U32 bits = (U32)v;
+    U32 rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+    U32 quiet = (bits >> 16) | 0x40u;
+    I32 is_nan = v != v;
+    return __builtin_convertvector((U32)(((I32)quiet & is_nan) | ((I32)rounded & ~is_nan)), U16x16);
+#endif
+}
+inline void store_bf16(uint16_t* p, F32 v) { store(p, narrow(v)); }
+
+inline float to_float(uint16_t bits) {
+    uint32_t wide = (uint32_t)bits << 16;
+    float x;
+    std::memcpy(&x, &wide, 4);
+    return x;
+}
+
+// acc[lane] += w[lane].low * x.low + w[lane].high * x.high, for pairs of bfloat16 in 32 bits.
+inline F32 dot_pairs(F32 acc, U32 w, U32 x) {
+#if defined(__AVX512BF16__)
+    return (F32)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)x);
+#else
+    acc = fma((F32)(w << 16), (F32)(x << 16), acc);
+    return fma((F32)(w & 0xFFFF0000u), (F32)(x & 0xFFFF0000u), acc);
+#endif
+}
+
+// Two vectors that bfloat16 holds exactly, as 32 of them: first `low`, then `high`.
+inline U32 pack_exact(F32 low, F32 high) {
+#if defined(__AVX512BF16__)
+    return (U32)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+#else
+    typedef uint16_t U16x32 __attribute__((vector_size(64)));
+    union {
+        U16x16 half[2];
+        U16x32 whole;
+    } both;
+    both.half[0] = __builtin_convertvector((U32)low >> 16, U16x16);
+    both.half[1] = __builtin_convertvector((U32)high >> 16, U16x16);
+    return (U32)both.whole;
+#endif
+}
+
+// ---------------------------------------------------------------- e4m3
+
+// The values of sixteen codes divided by 256: a half with the exponent's bias moved. Exact, subnormals included.
+inline F32 decode_e4m3_by_256(U8x16 codes) {
+#if defined(__AVX512F__)
+    __m256i wide = _mm256_cvtepu8_epi16((__m128i)codes);
+    __m256i sign = _mm256_and_si256(_mm256_slli_epi16(wide, 8), _mm256_set1_epi16((short)0x8000));
+    __m256i rest = _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(0x3F80));
+    return (F32)_mm512_cvtph_ps(_mm256_or_si256(sign, rest));
+#else
+    U32 wide = __builtin_convertvector(codes, U32);
+    F32 value = (F32)(((wide & 0x80u) << 24) | ((wide & 0x7Fu) << 20));
+    return value * splat(0x1p112f);  // e4m3's bias is 120 below float32's; 2**8 of that stays out
+#endif
+}
+
+// ---------------------------------------------------------------- elementary functions
+
+// e**x to 1 unit in the last place or so: 2**n * p(r), r = x - n ln 2 in two parts. Below -87.3 it is 0.
+// Source: the polynomial of Cephes' expf (Moshier 1989).
+inline F32 exponential(F32 x) {
+    F32 bounded = select(x < splat(88.72283f), x, splat(88.72283f));
+    F32 n = fma(bounded, splat(1.44269504088896341f), splat(12582912.0f)) - splat(12582912.0f);  // nearest integer
+    F32 r = fma(n, splat(-0.693359375f), bounded);
+    r = fma(n, splat(2.12194440e-4f), r);
+    F32 p = splat(1.9875691500e-4f);
+    p = fma(p, r, splat(1.3981999507e-3f));
+    p = fma(p, r, splat(8.3334519073e-3f));
+    p = fma(p, r, splat(4.1665795894e-2f));
+    p = fma(p, r, splat(1.6666665459e-1f));
+    p = fma(p, r, splat(5.0000001201e-1f));
+    p = fma(p, r * r, r + splat(1.0f));
+    I32 power = __builtin_convertvector(n, I32);
+    I32 first = power >> 1;  // in two factors: 2**128 is no float32
+    F32 scaled = p * (F32)((first + 127) << 23) * (F32)((power - first + 127) << 23);
+    return select(x < splat(-87.33654f), splat(0.0f), scaled);
+}
+
+inline F32 hyperbolic_tangent(F32 x) {
+    F32 a = absolute(x);
+    F32 e = exponential(a * splat(-2.0f));
+    F32 wide = (splat(1.0f) - e) / (splat(1.0f) + e);
+    F32 square = a * a;  // near zero the quotient cancels: the series is exact enough below 0.05
+    F32 series = fma(square * a, fma(square, splat(2.0f / 15.0f), splat(-1.0f / 3.0f)), a);
+    F32 result = select(a < splat(0.05f), series, wide);
+    return (F32)((U32)result | ((U32)x & 0x80000000u));
+}
+
+// ---------------------------------------------------------------- transposing
+
+// Sixteen rows of sixteen 32-bit numbers, in place.
+inline void transpose(U32 (&m)[16]) {
+#if defined(__AVX512F__)
+    __m512i a[16], b[16];
+    for (int i = 0; i < 16; i += 2) {
+        a[i] = _mm512_unpacklo_epi32((__m512i)m[i], (__m512i)m[i + 1]);
+        a[i + 1] = _mm512_unpackhi_epi32((__m512i)m[i], (__m512i)m[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            b[i + 2 * j] = _mm512_unpacklo_epi64(a[i + j], a[i + j + 2]);
+            b[i + 2 * j + 1] = _mm512_unpackhi_epi64(a[i + j], a[i + j + 2]);
+        }
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < 2; j++) {
+            a[8 * j + i] = _mm512_shuffle_i32x4(b[8 * j + i], b[8 * j + i + 4], 0x88);
+            a[8 * j + i + 4] = _mm512_shuffle_i32x4(b[8 * j + i], b[8 * j + i + 4], 0xDD);
+        }
+    for (int i = 0; i < 8; i++) {
+        m[i] = (U32)_mm512_shuffle_i32x4(a[i], a[i + 8], 0x88);
+        m[i + 8] = (U32)_mm512_shuffle_i32x4(a[i], a[i + 8], 0xDD);
+    }
+#else
+    for (int i = 0; i < 16; i++)
+        for (int j = i + 1; j < 16; j++) {
+            uint32_t t = m[i][j];
+            m[i][j] = m[j][i];
+            m[j][i] = t;
+        }
+#endif
+}
+
+}  // namespace simd
