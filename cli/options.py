@@ -19,6 +19,7 @@ SETTING_BY_FLAG = {
     "block_size": "cache.block_size",
     "kv_cache_tokens": "cache.tokens",
     "kv_cache_memory_fraction": "cache.memory_fraction",
+    "swap_space": "cache.swap_space",
     "max_num_seqs": "step.max_num_seqs",
     "max_num_batched_tokens": "step.max_num_batched_tokens",
     "threads": "step.num_threads",
@@ -43,6 +44,10 @@ BlockSize = Annotated[int | None, typer.Option(help="Tokens per KV block: 16, 32
 KvCacheTokens = Annotated[int | None, typer.Option(help="Most tokens a worker's KV pool holds.")]
 KvCacheMemoryFraction = Annotated[
     float | None, typer.Option(help="Share of the memory left after the weights that the pool may take. Default: 0.9.")
+]
+SwapSpace = Annotated[
+    float | None,
+    typer.Option(help="GiB of host memory per worker for preempted sequences' KV. Default: 0, they are recomputed."),
 ]
 MaxNumSeqs = Annotated[int | None, typer.Option(help="Most sequences per step.")]
 MaxNumBatchedTokens = Annotated[int | None, typer.Option(help="Most tokens per step: the prefill chunk.")]

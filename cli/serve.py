@@ -37,6 +37,7 @@ def serve(
     max_num_batched_tokens: o.MaxNumBatchedTokens = None,
     kv_cache_tokens: o.KvCacheTokens = None,
     kv_cache_memory_fraction: o.KvCacheMemoryFraction = None,
+    swap_space: o.SwapSpace = None,
     threads: o.Threads = None,
     insecure: o.Insecure = None,
     config: o.ConfigFile = None,
@@ -68,6 +69,12 @@ def show_plan(config: Config, plan: Plan, out: Console) -> None:
             table.add_row(member.name, str(member.role), str(member.num_threads), memory, pool)
     out.print(table)
     out.print(f"pool of each worker: {plan.pool.arithmetic}")
+    if plan.pool.num_swap_blocks:
+        swap_tokens = plan.pool.num_swap_blocks * plan.pool.block_tokens
+        out.print(
+            f"swap space of each worker: {config.cache.swap_space:g} GiB = {plan.pool.num_swap_blocks:,} blocks "
+            f"= {swap_tokens:,} tokens of preempted sequences"
+        )
     out.print(
         f"weights {plan.model.weight_bytes / 2**20:,.1f} MiB · context {plan.model.max_model_len:,} tokens · "
         f"KV {plan.model.kv_spec.bytes_per_token:,} bytes/token"

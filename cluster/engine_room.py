@@ -10,6 +10,7 @@ from ..core.clock import Clock
 from ..core.errors import ConfigError
 from ..core.request import Role
 from ..decode_worker.policy import DecodePolicy, combined_policy
+from ..kv.host_store import HostStore
 from ..kv.keys import Namer, digest_key, identity_key
 from ..kv.pool import BlockPool
 from ..kv.prefix import PrefixCache
@@ -76,7 +77,7 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> EngineRoom:
         return DecodePolicy(limits) if role is Role.DECODE else combined_policy(limits)
 
     pool = BlockPool(pool_size.num_blocks, cache.block_size)
-    bounds, policy = CoreLimits(model.max_model_len), policy_of(settings.role)
+    bounds, policy = CoreLimits(model.max_model_len, pool_size.num_swap_blocks), policy_of(settings.role)
     core = EngineCore(
         bounds, pool, PrefixCache(pool, enabled=cache.prefix_caching), policy, eos_ids=model.eos_ids, key=key
     )
@@ -93,7 +94,10 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> EngineRoom:
         max_num_seqs=step.max_num_seqs,
         max_batch_tokens=step.max_num_batched_tokens,
     )
-    engine = Engine(core, runner, runner.store, link, clock)
+    host = None
+    if pool_size.num_swap_blocks:
+        host = HostStore(runner.store, pool_size.num_swap_blocks, options.digest_key)
+    engine = Engine(core, runner, runner.store, link, clock, host=host)
     return EngineRoom(engine, link, facts, tokenizer, pool_size, policy_of)
 
 
@@ -119,5 +123,5 @@ def _pool_size(settings: WorkerSettings, directory: Path, model: ModelFacts) -> 
     weight_bytes = spec.weight_bytes(compute_dtype(spec, settings.model.dtype))
     memory_bytes = settings.memory_bytes or machine_facts().memory_bytes
     cache = settings.cache
-    facts = MemoryFacts(memory_bytes, weight_bytes)
+    facts = MemoryFacts(memory_bytes, weight_bytes, cache.swap_bytes)
     return size_pool(model.kv_spec, cache.block_size, cache.tokens, cache.memory_fraction, facts)

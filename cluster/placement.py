@@ -76,7 +76,7 @@ def place(config: Config, machine: MachineFacts, model: ModelFacts) -> Plan:
         config.cache.block_size,
         config.cache.tokens,
         config.cache.memory_fraction,
-        MemoryFacts(share, model.weight_bytes),
+        MemoryFacts(share, model.weight_bytes, config.cache.swap_bytes),
     )
     counts: dict[str, int] = {}
     members = [Member("router-0", "router")]

@@ -20,6 +20,17 @@ class CacheConfig(Section):
     memory_fraction: float = Field(
         0.9, gt=0, le=1, description="share of the memory left after the weights that the pool may take"
     )
+    swap_space: float = Field(
+        0.0,
+        ge=0,
+        le=1 << 20,
+        description="GiB of host memory per worker for the blocks of preempted sequences; 0: they are computed again",
+    )
     prefix_caching: bool = Field(True, description="keep finished blocks findable by the prompts that come later")
     frame_bytes: int = Field(1 << 20, ge=4096, le=16 << 20, description="planes per hand-over frame, at most")
     frame_slots: int = Field(8, ge=1, le=256, description="frames under way per hand-over")
+
+    @property
+    def swap_bytes(self) -> int:
+        """`swap_space` in bytes."""
+        return int(self.swap_space * 2**30)

@@ -14,6 +14,7 @@ class MemoryFacts:
 
     memory_bytes: int  # this worker's share of the device or machine
     weight_bytes: int
+    swap_bytes: int = 0  # of the same memory, for preempted sequences' blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,7 @@ class PoolSize:
     block_tokens: int
     pool_bytes: int
     arithmetic: str
+    num_swap_blocks: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -35,15 +37,23 @@ def size_pool(spec: KvSpec, block_tokens: int, max_tokens: int | None, fraction:
     """The smaller of `max_tokens` and `fraction` of the memory left after the weights, in whole blocks.
 
     Raises:
-        DoesNotFit: not even one block is left; the message carries the arithmetic.
+        DoesNotFit: not even one block is left, or the swap space holds none; the message carries the arithmetic.
     """
-    left = facts.memory_bytes - facts.weight_bytes
-    by_memory = int(max(0, left) * fraction) // (spec.bytes_per_token * block_tokens)
+    block_bytes = spec.bytes_per_token * block_tokens
+    num_swap_blocks = facts.swap_bytes // block_bytes
+    if facts.swap_bytes and not num_swap_blocks:
+        raise DoesNotFit(
+            f"cache.swap_space is {facts.swap_bytes:,} bytes and one KV block takes {block_bytes:,}; "
+            "give it more GiB, or 0 for none"
+        )
+    left = facts.memory_bytes - facts.weight_bytes - facts.swap_bytes
+    by_memory = int(max(0, left) * fraction) // block_bytes
     by_tokens = None if max_tokens is None else max_tokens // block_tokens
     num_blocks = by_memory if by_tokens is None else min(by_memory, by_tokens)
     limit = "no token limit" if by_tokens is None else f"{max_tokens:,} tokens asked = {by_tokens:,} blocks"
+    swap = f" − swap space {_mib(facts.swap_bytes)}" if facts.swap_bytes else ""
     arithmetic = (
-        f"memory {_mib(facts.memory_bytes)} − weights {_mib(facts.weight_bytes)} = {_mib(left)}; "
+        f"memory {_mib(facts.memory_bytes)} − weights {_mib(facts.weight_bytes)}{swap} = {_mib(left)}; "
         f"× {fraction:g} ÷ ({spec.bytes_per_token:,} bytes/token × {block_tokens} tokens/block) "
         f"= {by_memory:,} blocks; "
         f"{limit}"
@@ -51,9 +61,9 @@ def size_pool(spec: KvSpec, block_tokens: int, max_tokens: int | None, fraction:
     if num_blocks < 1:
         raise DoesNotFit(
             f"no KV block fits: {arithmetic}. Use a smaller model or dtype, fewer workers, a larger "
-            "cache.memory_fraction, or more cache.tokens"
+            "cache.memory_fraction, less cache.swap_space, or more cache.tokens"
         )
-    return PoolSize(num_blocks, block_tokens, num_blocks * block_tokens * spec.bytes_per_token, arithmetic)
+    return PoolSize(num_blocks, block_tokens, num_blocks * block_bytes, arithmetic, num_swap_blocks)
 
 
 def _mib(num_bytes: int) -> str:

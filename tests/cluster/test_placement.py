@@ -47,3 +47,21 @@ def test_what_cannot_fit_is_refused_with_the_arithmetic(memory_bytes: int):
         size_pool(SPEC, 16, 65536, 0.9, MemoryFacts(memory_bytes, 16 << 30))
     assert "weights 16,384 MiB" in str(caught.value)
     assert "66,048 bytes/token" in str(caught.value)
+
+
+def test_swap_space_is_taken_from_the_same_memory_and_counted_in_blocks():
+    block_bytes = SPEC.bytes_per_token * 16
+    config = load_config(flags={"cluster.prefill": 0, "cluster.decode": 1, "cache.swap_space": 2, "cache.tokens": None})
+    machine = MachineFacts(1, (20 << 30) + (400 << 20))
+    plan = place(config, machine, MODEL)
+    assert plan.pool.num_swap_blocks == (2 << 30) // block_bytes
+    assert "swap space 2,048 MiB" in plan.pool.arithmetic
+    without = place(load_config(flags={"cluster.prefill": 0, "cluster.decode": 1}), machine, MODEL)
+    assert without.pool.num_swap_blocks == 0
+    by_memory = size_pool(SPEC, 16, None, 0.5, MemoryFacts(20 << 30, 16 << 30, 2 << 30))
+    assert by_memory.num_blocks == (1 << 30) // block_bytes
+
+
+def test_a_swap_space_that_holds_no_block_is_refused():
+    with pytest.raises(DoesNotFit, match=r"cache.swap_space is 1,000 bytes and one KV block takes 1,056,768"):
+        size_pool(SPEC, 16, None, 0.5, MemoryFacts(20 << 30, 16 << 30, 1000))

@@ -195,8 +195,10 @@ def test_a_dead_worker_is_started_again(served: Served):
 
 
 def test_dry_run_prints_the_plan_and_starts_nothing():
-    done = _twostroke("serve", "--dry-run", "--prefill", "2", "--decode", "3", "--kv-cache-tokens", "8192")
+    amounts = ("--kv-cache-tokens", "8192", "--swap-space", "0.25")
+    done = _twostroke("serve", "--dry-run", "--prefill", "2", "--decode", "3", *amounts)
     assert done.returncode == 0, done.stderr
+    assert "swap space of each worker: 0.25 GiB = " in done.stdout
     for member in ("router-0", "prefill-0", "prefill-1", "decode-0", "decode-1", "decode-2"):
         assert member in done.stdout
     assert "512 × 16 = 8,192 tokens" in done.stdout
