@@ -1,4 +1,4 @@
-"""Host memory of one simulated worker: cells of swapped sequences, each hash block with its seal. Knows no scheduler."""
+"""Host memory of a simulated worker: cells of swapped sequences, each hash block with its seal. Knows no scheduler."""
 
 from __future__ import annotations
 

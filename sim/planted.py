@@ -18,7 +18,11 @@ bound is about four times the number of seeds that finding it took, counted from
 | prefix_is_published_before_it_is_computed | K3     |           3 |    50 |
 | tenants_share_prefixes                    | K4     |           7 |    50 |
 | blocks_go_in_the_middle_of_a_step         | K2     |           3 |    50 |
-| old_epochs_are_heard                      | R6     |          72 |   300 |
+| stale_generation_comes_back               | K3     |          40 |   200 |
+| host_blocks_leak                          | K2     |         127 |   500 |
+| damaged_swaps_are_served                  | K4     |         112 |   500 |
+| blocks_are_copied_out_after_the_step      | K3     |          54 |   300 |
+| old_epochs_are_heard                      | R6     |           7 |   300 |
 | gaps_are_closed                           | R2     |           2 |    50 |
 | epochs_begin_anew_with_each_request       | L1     |          45 |   200 |
 """
@@ -312,10 +316,10 @@ PLANTED = (
     Planted(prefix_is_published_before_it_is_computed, ("K3",), 50),
     Planted(tenants_share_prefixes, ("K4",), 50),
     Planted(blocks_go_in_the_middle_of_a_step, ("K2",), 50),
-    Planted(stale_generation_comes_back, ("K3",), 500),
+    Planted(stale_generation_comes_back, ("K3",), 200),
     Planted(host_blocks_leak, ("K2",), 500),
     Planted(damaged_swaps_are_served, ("K4",), 500),
-    Planted(blocks_are_copied_out_after_the_step, ("K3", "K4"), 500),
+    Planted(blocks_are_copied_out_after_the_step, ("K3", "K4"), 300),
     Planted(old_epochs_are_heard, ("R6",), 300),
     Planted(gaps_are_closed, ("R2",), 50),
     Planted(epochs_begin_anew_with_each_request, ("L1",), 200),
