@@ -12,7 +12,7 @@ class SamplingParams:
     """How tokens are chosen. Already validated: ranges hold, `seed` and `max_tokens` are set.
 
     A token is argmax(filtered logits / temperature + Gumbel noise), the noise keyed by (seed, choice, position,
-    token id); temperature 0 is greedy.
+    token id); temperature 0 is greedy. In which order everything applies: model/sampler.py.
     """
 
     max_tokens: int
@@ -24,6 +24,30 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     min_tokens: int = 0
+    min_p: float = 0.0  # least probability, as a part of the likeliest token's; 0: off
+    repetition_penalty: float = 1.0  # of tokens in prompt or output; 1: off
+    frequency_penalty: float = 0.0  # per occurrence in the output
+    presence_penalty: float = 0.0  # of tokens in the output
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit)
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token ids of words that must not come about
+    include_stop: bool = False  # what ended the choice stays in its text
+    logprobs: int | None = None  # of every generated token, with so many of the likeliest; None: none
+    prompt_logprobs: int | None = None  # the same of every prompt token but the first
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether the choice of a token depends on the ids before it."""
+        penalties = (self.repetition_penalty, self.frequency_penalty, self.presence_penalty)
+        return penalties != (1.0, 0.0, 0.0) or bool(self.bad_words)
+
+
+class TokenLogprobs(NamedTuple):
+    """How likely one token was, under the model's own distribution: before penalties, temperature and filters."""
+
+    token_id: int
+    logprob: float
+    rank: int  # 1: the likeliest
+    top: tuple[tuple[int, float], ...]  # (token id, logprob), likeliest first, as many as were asked for
 
 
 class Epoch(NamedTuple):

@@ -166,7 +166,7 @@ class Commands:
             self._lives.end(sequence, doom)
         elif sequence.state is _S.BOUND:
             kept = max(min(kept_tokens, sequence.num_computed), sequence.cached_tokens)
-            kept = min(kept, len(sequence.tokens) - 1)
+            kept = min(kept, sequence.num_skippable)
             sequence.num_computed = kept - kept % HASH_BLOCK_TOKENS
             sequence.written.clear()
             self._lives.holdings.publish(sequence)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
-from ..core.request import FinishReason, SamplingParams, SequenceKey
+from ..core.request import FinishReason, SamplingParams, SequenceKey, TokenLogprobs
 from ..kv.block import BlockIdentity
 
 if TYPE_CHECKING:
@@ -211,6 +211,8 @@ class TokenNews:
     key: SequenceKey
     first_index: int  # among the generated tokens, emitted ones of an earlier dispatch included
     token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()  # of each, if asked for
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # if asked for, with the first: of the prompt from its second on
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,7 @@ class Lives:
     def accept(self, sequence: Sequence, token_id: int) -> Doom | None:
         """Append a generated token; the end it brings, or None."""
         sequence.tokens.append(token_id)
+        sequence.scores = None  # the face has them, or the peer's face
         reason = finish_reason(token_id, sequence.num_generated, sequence.params, self._eos_ids)
         return None if reason is None else Doom(reason)
 

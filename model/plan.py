@@ -6,9 +6,11 @@ earlier step (`SampledPlace`). Rolling a sequence back is setting its `num_compu
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from ..core.request import SamplingParams, SequenceKey
+from ..core.request import SamplingParams, SequenceKey, TokenLogprobs
 from ..kv.block import BlockId
 
 
@@ -18,6 +20,13 @@ class SampledPlace:
 
     step: int
     row: int
+
+
+class History(NamedTuple):
+    """The ids that penalties and bad words look at. Tokens of earlier dispatches are output, like those made here."""
+
+    prompt_ids: tuple[int, ...]
+    output_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +46,8 @@ class SequenceStep:
     adapter_slot: int = 0  # 0: none
     logits_mask: bytes | None = None  # packed bits over the vocabulary
     draft_ids: tuple[int, ...] = ()
+    history: History | None = None  # where `params` need it; lacks a token that `from_place` names
+    targets: tuple[int, ...] = ()  # prompt ids that follow the step's first rows, and whose logprobs are wanted
 
     @property
     def num_tokens(self) -> int:
@@ -71,3 +82,5 @@ class StepResult:
     non_finite: frozenset[SequenceKey] = field(
         default_factory=frozenset
     )  # their keys, values or logits were not numbers
+    logprobs: Mapping[SequenceKey, tuple[TokenLogprobs, ...]] = field(default_factory=dict)  # of `tokens`, if asked for
+    prompt_logprobs: Mapping[SequenceKey, tuple[TokenLogprobs, ...]] = field(default_factory=dict)  # of `targets`

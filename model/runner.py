@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from .batch import StepBatch, build_batch
 from .decoder import Decoder
 from .plan import SequenceStep, StepPlan, StepResult
 from .products import TILE_ROWS
-from .sampler import Draw, sample
+from .sampling.step import Spoken, StepSampler
 from .spec import ModelSpec
 from .weights import Weights
 
@@ -47,6 +48,7 @@ class Runner:
         self.max_model_len = max_model_len or spec.max_model_len
         self._decoder: Decoder | None = None
         self._results: OrderedDict[int, StepResult] = OrderedDict()
+        self._sampler: StepSampler | None = None
 
     def warm_up(self) -> None:
         """Choose the forms of all products and touch the weights. Call it in the thread that runs the steps.
@@ -82,11 +84,12 @@ class Runner:
         with torch.inference_mode():
             hidden = self._decoder.hidden(batch, self.store)
             bad = _bad_sequences(plan, batch, hidden.non_finite)
-            tokens = self._sample(plan, batch, hidden.rows, bad)
+            spoken = self._sample(plan, batch, hidden.rows, bad, [row[-1] for row in ids])
         for step in plan.sequences:
             if step.key not in bad:
                 self._seal(step)
-        return self._remember(StepResult(plan.step, tuple(tokens), frozenset(bad)))
+        result = StepResult(plan.step, tuple(spoken.tokens), frozenset(bad), spoken.logprobs, spoken.prompt_logprobs)
+        return self._remember(result)
 
     def _resolve(self, step: SequenceStep) -> tuple[int, ...]:
         """The sequence's ids, the first one looked up where an earlier step sampled it."""
@@ -98,20 +101,13 @@ class Runner:
         # A sequence that failed in that step has no token; its rows are computed for nothing and dropped by the caller.
         return (sampled[-1] if sampled else 0, *step.token_ids[1:])
 
-    def _sample(self, plan: StepPlan, batch: StepBatch, rows: Tensor, bad: set[SequenceKey]) -> list[tuple[int, ...]]:
-        tokens: list[tuple[int, ...]] = [() for _ in plan.sequences]
-        if not batch.sampled:
-            return tokens
+    def _sample(
+        self, plan: StepPlan, batch: StepBatch, rows: Tensor, bad: set[SequenceKey], last: Sequence[int]
+    ) -> Spoken:
         assert self._decoder is not None
-        logits = self._decoder.logits(rows[batch.sample_rows])[: len(batch.sampled)]
-        steps = [plan.sequences[i] for i in batch.sampled]
-        draws = [Draw(s.params, s.key.choice, s.num_generated, s.logits_mask) for s in steps]
-        for i, step, token in zip(batch.sampled, steps, sample(logits.numpy(), draws, self.spec.eos_ids), strict=True):
-            if token is None:
-                bad.add(step.key)
-            elif step.key not in bad:
-                tokens[i] = (token,)
-        return tokens
+        if self._sampler is None:
+            self._sampler = StepSampler(self.spec.eos_ids, self._decoder.logits)
+        return self._sampler.run(plan, batch, rows, bad, last)
 
     def _seal(self, step: SequenceStep) -> None:
         first = step.start - step.start % HASH_BLOCK_TOKENS

@@ -1,27 +1,37 @@
-"""Which token follows: argmax of filtered logits / temperature + Gumbel noise. Numpy, row by row, float64 inside.
+"""Which token follows: argmax of filtered logits / temperature + Gumbel noise. Numpy, row by row.
 
-The noise is a pure function of (seed, choice, position, token id), so a token depends on no worker, batch, attempt or
-order of sampling. Candidates have one total order, logit falling, then id rising, so that ties never depend on a sort.
-Source: Gumbel-max (Gumbel 1954; Maddison et al. 2014), noise from splitmix64 (Steele, Lea and Flood 2014).
+The order of everything that a request may say about a token (vLLM's order; every step sees what the one before left):
+
+    1. logprobs are read off: they are the model's own (sampling/logprobs.py)
+    2. the logits mask: what structured output allows
+    3. bad_words: the last token of a word is forbidden when its beginning was just generated
+    4. min_tokens: ends of sequence and stop_token_ids are forbidden until then
+    5. logit_bias is added
+    6. repetition_penalty (prompt and output), then frequency_penalty and presence_penalty (output)
+    7. temperature; below 1e-5 it means greedy: the largest logit wins, of equals the lowest id
+    8. min_p, then top_k, then top_p of what they left (sampling/filters.py). transformers applies min_p last: it has
+       the same threshold there, but top_p then counts the probability of what min_p drops as well
+    9. noise (sampling/noise.py), and the largest total wins
+
+The noise is keyed by (seed, choice, position, token id), and everything else is a function of the request, its ids and
+the row: a token depends on no worker, batch, attempt or order of sampling.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
+from ..core.request import SamplingParams, TokenLogprobs
+from .plan import History
+from .sampling.adjust import Adjuster, changes_row
+from .sampling.filters import RoughTopP, before_top_p, exact_top_p
+from .sampling.logprobs import token_logprobs
+from .sampling.noise import F32, winner
 
-from ..core.request import SamplingParams
-
-F32 = NDArray[np.float32]
-F64 = NDArray[np.float64]
-I64 = NDArray[np.int64]
-U64 = NDArray[np.uint64]
-
-_GOLDEN = 0x9E3779B97F4A7C15
-_WORD = (1 << 64) - 1
+GREEDY_BELOW = 1e-5
+_NO_HISTORY = History((), ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,79 +42,67 @@ class Draw:
     choice: int
     position: int  # tokens generated before this one
     logits_mask: bytes | None = None  # packed bits, least significant first; a set bit allows a token
+    history: History | None = None  # needed where `params.needs_history`
 
 
-def sample(logits: F32, draws: Sequence[Draw], eos_ids: Sequence[int]) -> list[int | None]:
-    """One token per row of logits [len(draws), vocab]; None where a row is not a distribution.
+class Sampled(NamedTuple):
+    """One row's outcome."""
 
-    That is: it holds a NaN or positive infinity, or nothing is allowed.
+    token_id: int
+    logprobs: TokenLogprobs | None  # where they were asked for
+
+
+class Sampler:
+    """Draws tokens for one model. What it remembers only saves time."""
+
+    def __init__(self, eos_ids: Sequence[int]) -> None:
+        self._eos_ids = tuple(eos_ids)
+        self._adjuster = Adjuster()
+
+    def sample(self, logits: F32, draws: Sequence[Draw]) -> list[Sampled | None]:
+        """One token per row of logits [len(draws), vocab], which are left as they are.
+
+        None where a row is not a distribution: it holds a number that is not finite, or nothing is allowed.
+        """
+        assert len(logits) == len(draws), (logits.shape, len(draws))
+        lowest = logits.min(1) if len(draws) else ()
+        likeliest = logits.argmax(1) if len(draws) else ()
+        return [
+            # A NaN is its row's minimum; minus infinity too.
+            self._sample_row(row, draw, int(best)) if -low < float("inf") and row[best] < float("inf") else None
+            for row, draw, low, best in zip(logits, draws, lowest, likeliest, strict=True)
+        ]
+
+    def _sample_row(self, raw: F32, draw: Draw, best: int) -> Sampled | None:
+        params = draw.params
+        row = raw
+        if changes_row(params, draw.position, draw.logits_mask):
+            row = raw.copy()
+            is_early = draw.position < params.min_tokens
+            ends = (*self._eos_ids, *params.stop_token_ids) if is_early else ()
+            assert draw.history is not None or not params.needs_history, "penalties need the ids before"
+            self._adjuster.adjust(row, params, draw.history or _NO_HISTORY, ends, draw.logits_mask)
+            best = int(row.argmax())
+            if not abs(row[best]) < float("inf"):
+                return None
+        token_id = best
+        if params.temperature >= GREEDY_BELOW:
+            token_id = _drawn(row, params, (params.seed, draw.choice, draw.position))
+        logprobs = None if params.logprobs is None else token_logprobs(raw, token_id, params.logprobs)
+        return Sampled(token_id, logprobs)
+
+
+def _drawn(row: F32, params: SamplingParams, key: tuple[int, int, int]) -> int:
+    """The winner among what the filters leave.
+
+    Whoever wins among more than these wins among these, if it is one of them; and that is known of most winners before
+    it is known where exactly top_p ends.
     """
-    return [_sample_row(row, draw, eos_ids) for row, draw in zip(logits, draws, strict=True)]
-
-
-def gumbel(seed: int, choice: int, position: int, token_ids: I64) -> F64:
-    """Standard Gumbel noise of some tokens, each keyed by all four."""
-    key = _mix_word((_mix_word((_mix_word(seed & _WORD) + choice) & _WORD) + position) & _WORD)
-    bits = _mix(np.uint64(key) + (token_ids.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN))
-    uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53  # never 0 or 1
-    noise: F64 = -np.log(-np.log(uniform))
-    return noise
-
-
-def _sample_row(row: F32, draw: Draw, eos_ids: Sequence[int]) -> int | None:
-    params = draw.params
-    if not np.isfinite(row).all():
-        return None
-    if draw.position < params.min_tokens or draw.logits_mask is not None:
-        row = row.copy()
-        if draw.position < params.min_tokens:
-            row[[*eos_ids, *params.stop_token_ids]] = -np.inf
-        if draw.logits_mask is not None:
-            packed = np.frombuffer(draw.logits_mask, np.uint8)
-            row[np.unpackbits(packed, count=len(row), bitorder="little") == 0] = -np.inf
-    best = int(row.argmax())  # the first of equals: the lowest id
-    if row[best] == -np.inf:
-        return None
-    if params.temperature == 0.0:
-        return best
-    ids = np.flatnonzero(row != -np.inf)
-    ids = _top_k(row, ids, params.top_k)
-    scores = (row[ids].astype(np.float64) - float(row[best])) / params.temperature
-    ids, scores = _top_p(ids, scores, params.top_p)
-    return int(ids[(scores + gumbel(params.seed, draw.choice, draw.position, ids)).argmax()])
-
-
-def _top_k(row: F32, ids: I64, top_k: int) -> I64:
-    """The first `top_k` in the total order, as rising ids; 0 keeps all."""
-    if not 0 < top_k < len(ids):
-        return ids
-    values = row[ids]
-    threshold = np.partition(values, len(values) - top_k)[len(values) - top_k]
-    above = values > threshold
-    ties = np.flatnonzero(values == threshold)[: top_k - int(above.sum())]
-    above[ties] = True
-    kept: I64 = ids[above]
-    return kept
-
-
-def _top_p(ids: I64, scores: F64, top_p: float) -> tuple[I64, F64]:
-    """The shortest leading part of the total order that holds `top_p` of the probability, as rising ids."""
-    if top_p >= 1.0:
-        return ids, scores
-    order = np.argsort(-scores, kind="stable")
-    weights = np.exp(scores[order])
-    before = np.cumsum(weights) - weights
-    kept = np.sort(order[before < top_p * weights.sum()])
-    return (ids[kept], scores[kept]) if len(kept) else (ids[order[:1]], scores[order[:1]])
-
-
-def _mix(x: U64) -> U64:
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def _mix_word(x: int) -> int:
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _WORD
-    return x ^ (x >> 31)
+    kept = before_top_p(row, params)
+    if params.top_p < 1.0:
+        rough = RoughTopP(kept, params)
+        likely = winner(*rough.near, params.temperature, key)
+        if rough.keeps(likely):
+            return likely
+        kept = exact_top_p(kept, params)
+    return winner(*kept, params.temperature, key)

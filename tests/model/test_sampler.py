@@ -8,11 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twostroke.core.request import SamplingParams
-from twostroke.model.sampler import Draw, gumbel, sample
+from twostroke.model.sampler import Draw, Sampler
+from twostroke.model.sampling.noise import gumbel
 
 EOS = (2,)
 PARAMS = SamplingParams(max_tokens=8)
 PINNED = [-0.530578389358, -0.497188887797]
+
+
+def sample(logits: np.ndarray, draws: list[Draw], eos_ids: tuple[int, ...]) -> list[int | None]:
+    return [None if one is None else one.token_id for one in Sampler(eos_ids).sample(logits, draws)]
 
 
 def draw_one(logits: list[float], position: int = 0, **changes: object) -> int | None:

@@ -1,0 +1,140 @@
+"""Which tokens may be drawn at all: min_p, top_k, top_p, in this order. Knows values and ids, no noise.
+
+Candidates have one total order: value falling, then id rising, so that ties never depend on a sort. Each filter keeps a
+leading part of it:
+
+    min_p   tokens with at least min_p of the likeliest one's probability, at this temperature
+    top_k   the first k
+    top_p   the shortest part that holds top_p of the probability of what min_p and top_k kept
+
+Probabilities of top_p are counted in whole units of 2^-40 of the likeliest one's: sums of integers do not depend on
+their order, so that only the likeliest tokens are ever sorted. Less than 2^-40 counts as nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...core.request import SamplingParams
+from .noise import F32, I64
+
+_UNITS = np.float32(2.0**40)
+_DEEPEST = 16.0
+_FEW = 1024
+_DEPTHS = (5.0, 10.0)  # the same, within which a rough look goes first
+
+
+class Candidates(NamedTuple):
+    """Values of some tokens, ids rising; `ids` None: of the whole vocabulary."""
+
+    values: F32
+    ids: I64 | None
+
+    def at(self, places: NDArray[np.intp]) -> Candidates:
+        """Some of them; `places` rising."""
+        return Candidates(self.values[places], places if self.ids is None else self.ids[places])
+
+
+def apply_filters(row: F32, params: SamplingParams) -> Candidates:
+    """What is left of a row of logits, in which some may be minus infinity and at least one is not."""
+    candidates = before_top_p(row, params)
+    return candidates if params.top_p >= 1.0 else exact_top_p(candidates, params)
+
+
+def before_top_p(row: F32, params: SamplingParams) -> Candidates:
+    """What min_p and top_k leave."""
+    candidates = Candidates(row, None)
+    if params.min_p > 0.0:
+        lowest = float(row.max()) + params.temperature * math.log(params.min_p)
+        candidates = candidates.at(np.flatnonzero(row >= _not_below(lowest)))
+    if 0 < params.top_k < len(candidates.values):
+        candidates = first(candidates, params.top_k)
+    return candidates
+
+
+def first(candidates: Candidates, count: int) -> Candidates:
+    """The first `count` in the total order; 0 < count < their number."""
+    values = candidates.values
+    last = np.partition(values, len(values) - count)[len(values) - count]
+    places = np.flatnonzero(values >= last)
+    if len(places) > count:  # of those that equal the last one, the lowest ids
+        above = values[places] > last
+        ties = np.flatnonzero(~above)[: count - int(above.sum())]
+        above[ties] = True
+        places = places[above]
+    return candidates.at(places)
+
+
+def exact_top_p(candidates: Candidates, params: SamplingParams) -> Candidates:
+    """What top_p leaves."""
+    scores = _scores(candidates.values, params.temperature)
+    weights = (np.exp(scores) * _UNITS).astype(np.int64)
+    count, lightest = _leading(weights, math.ceil(params.top_p * int(weights.sum())))
+    if count >= len(weights):
+        return candidates
+    near = np.flatnonzero(weights >= lightest - (lightest >> 16))  # `exp` may turn neighbours around, not more
+    return first(candidates.at(near), count) if count < len(near) else candidates.at(near)
+
+
+class RoughTopP:
+    """What top_p leaves, from above and from below, in float32: enough to know it of nearly every token.
+
+    Its sums are right to 1e-5; whatever is closer to top_p than 1e-3 of it is left to `exact_top_p`.
+    """
+
+    def __init__(self, candidates: Candidates, params: SamplingParams) -> None:
+        self._scores = _scores(candidates.values, params.temperature)
+        self._weights = np.exp(self._scores)
+        self._limit = params.top_p * float(self._weights.sum())
+        self.near = candidates  # holds everything that top_p keeps
+        for depth in _DEPTHS:
+            places = np.flatnonzero(self._scores >= np.float32(-depth))
+            if float(self._weights[places].sum()) >= self._limit * 1.001:
+                self.near = candidates.at(places)
+                self._scores, self._weights = self._scores[places], self._weights[places]
+                break
+
+    def keeps(self, token_id: int) -> bool:
+        """Whether top_p surely keeps one of `near`."""
+        ids = self.near.ids
+        place = token_id if ids is None else int(np.searchsorted(ids, token_id))
+        likelier = np.flatnonzero(self._scores >= self._scores[place])  # itself and its equals included
+        return float(self._weights[likelier].sum()) - float(self._weights[place]) < self._limit * 0.999
+
+
+def _leading(weights: I64, limit: int) -> tuple[int, int]:
+    """How many of the heaviest have less than `limit` before them, and the weight of the last of these.
+
+    Bisects the weights down to a few, which alone are sorted; `before` and `count` are those heavier than all of them.
+    """
+    before = count = 0
+    low, high = 0.0, _DEEPEST  # -log of the weights that are left, relative to the heaviest
+    while len(weights) > _FEW and high - low > 1e-3:
+        middle = (low + high) / 2
+        bound = int(float(_UNITS) * math.exp(-middle))
+        is_heavy = weights >= bound
+        heavy = weights[np.flatnonzero(is_heavy)]
+        mass = int(heavy.sum())
+        if before + mass >= limit:
+            weights, high = heavy, middle
+        else:
+            weights, low = weights[np.flatnonzero(~is_heavy)], middle
+            before, count = before + mass, count + len(heavy)
+    falling = np.sort(weights)[::-1]
+    more = 1 + int((np.cumsum(falling)[:-1] < limit - before).sum())
+    return count + more, int(falling[more - 1])
+
+
+def _scores(values: F32, temperature: float) -> F32:
+    scores: F32 = (values - values.max()) / np.float32(temperature)
+    return scores
+
+
+def _not_below(bound: float) -> np.float32:
+    """The least float32 that is not below a float64: comparing with either is the same."""
+    rounded = np.float32(bound)
+    return rounded if float(rounded) >= bound else np.nextafter(rounded, np.float32(np.inf))

@@ -1,0 +1,108 @@
+"""Gumbel noise keyed by (seed, choice, position, token id), and the token that wins by it. Knows no filters.
+
+The noise is a pure function of its key, so a token depends on no worker, batch, attempt or order of sampling.
+Source: Gumbel-max (Gumbel 1954; Maddison et al. 2014), noise from splitmix64 (Steele, Lea and Flood 2014).
+
+A vocabulary has many tokens, and two logarithms for each are most of a sampler's time. `winner` needs them for few:
+with u the uniform number of a token, its noise -log(-log u) is below -log(1 - u). A token whose u is at most 1 - 2^-8
+hence has less than 8 log 2 of noise, and cannot win if its score is more than that below a total that another one has
+for sure. The others are few (1 in 256 by their noise, and those near the top by their score) and are computed as they
+are defined.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+I64 = NDArray[np.int64]
+U64 = NDArray[np.uint64]
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_WORD = (1 << 64) - 1
+_FEW = 512  # candidates for which nothing is saved by looking twice
+_RARE_BITS = 8
+_RARE = np.uint64(_WORD << (64 - _RARE_BITS) & _WORD)  # a uniform number at or above 1 - 2^-8
+_COMMON_NOISE = _RARE_BITS * math.log(2.0)  # more than the noise of any number below
+_MARGIN = 1e-6  # far above what rounding can do to a score or to noise
+
+
+def gumbel(seed: int, choice: int, position: int, token_ids: I64) -> F64:
+    """Standard Gumbel noise of some tokens, each keyed by all four."""
+    return _noise(_mixed(_half_mixed(_key(seed, choice, position), len(token_ids), token_ids)))
+
+
+def winner(values: F32, ids: I64 | None, temperature: float, key: tuple[int, int, int]) -> int:
+    """The token with the largest (value - largest value) / temperature + noise; of equals the lowest id.
+
+    `ids`: of the values, rising; None: they are a whole row. `key`: seed, choice, position.
+    """
+    best = float(values.max())
+    if len(values) <= _FEW:
+        chosen = np.arange(len(values)) if ids is None else ids
+        return int(chosen[_totals(values, best, temperature, gumbel(*key, chosen)).argmax()])
+    half_mixed = _half_mixed(_key(*key), len(values), ids)
+
+    def lead(places: NDArray[np.intp]) -> tuple[float, int]:
+        totals = _totals(values[places], best, temperature, _noise(_mixed(half_mixed[places])))
+        leader = int(totals.argmax())
+        return float(totals[leader]), -int(places[leader])
+
+    rare = np.flatnonzero(half_mixed >= _RARE)
+    sure = lead(np.append(rare, values.argmax()))
+    # Below this value, and without rare noise, nothing reaches `sure`.
+    lowest = np.nextafter(np.float32(best + temperature * (sure[0] - _COMMON_NOISE - _MARGIN)), np.float32(-np.inf))
+    high = np.flatnonzero(values >= lowest)
+    place = -(max(sure, lead(high)) if len(high) else sure)[1]
+    return int(place if ids is None else ids[place])
+
+
+def _totals(values: F32, best: float, temperature: float, noise: F64) -> F64:
+    totals: F64 = (values.astype(np.float64) - best) / temperature + noise
+    return totals
+
+
+def _noise(bits: U64) -> F64:
+    uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53  # never 0
+    uniform = np.minimum(uniform, 1.0 - 2.0**-53)  # the last one would round to 1
+    noise: F64 = -np.log(-np.log(uniform))
+    return noise
+
+
+def _key(seed: int, choice: int, position: int) -> int:
+    return _mix_word((_mix_word((_mix_word(seed & _WORD) + choice) & _WORD) + position) & _WORD)
+
+
+@functools.lru_cache(maxsize=4)
+def _steps(num_ids: int) -> U64:
+    """(id + 1) * golden of a whole vocabulary."""
+    return (np.arange(num_ids, dtype=np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN)
+
+
+def _half_mixed(key: int, count: int, ids: I64 | None) -> U64:
+    """splitmix64 of (id + 1) * golden + key, before the last of its steps, which leaves the upper 31 bits alone."""
+    x = _steps(count) if ids is None else (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN)
+    x = x + np.uint64(key)
+    scratch = x >> np.uint64(30)
+    x ^= scratch
+    x *= np.uint64(0xBF58476D1CE4E5B9)
+    np.right_shift(x, np.uint64(27), out=scratch)
+    x ^= scratch
+    x *= np.uint64(0x94D049BB133111EB)
+    return x
+
+
+def _mixed(half_mixed: U64) -> U64:
+    """The last step of splitmix64."""
+    return half_mixed ^ (half_mixed >> np.uint64(31))
+
+
+def _mix_word(x: int) -> int:
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _WORD
+    return x ^ (x >> 31)
