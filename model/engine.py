@@ -165,26 +165,29 @@ class Engine:
             if isinstance(item, ReadOp | WriteOp | FetchOp):
                 events += self._execute(item)
             elif isinstance(item, SwapOutOp | SwapInOp):
-                events += self._swap(item)
+                if not self._swap(item):
+                    self._link.emit(events)
+                    events = []
+                    self._say(self._core.swap_failed(item.key))
             else:
                 events.append(item)
         self._link.emit(events)
 
-    def _swap(self, op: SwapOp) -> list[Event]:
-        """Copy out or back; what fails or comes back damaged is computed again."""
+    def _swap(self, op: SwapOp) -> bool:
+        """Copy out or back; false: it failed or came back damaged."""
         assert self._host is not None, "the core swaps and the engine has no host store"
         held = HeldTokens(op.block_table, op.generations, op.token_start, op.token_count)
         host = HeldTokens(op.host_table, op.host_generations, op.token_start, op.token_count)
         try:
             if isinstance(op, SwapOutOp):
                 self._host.swap_out(held, host)
-                return []
+                return True
             if self._host.swap_in(host, held):
-                return []
+                return True
             _log.warning("swapped tokens %d + %d came back damaged: computed again", op.token_start, op.token_count)
         except Exception:
             _log.exception("the store refused to swap tokens %d + %d: computed again", op.token_start, op.token_count)
-        return [item for item in self._core.swap_failed(op.key) if not isinstance(item, StoreOp)]
+        return False
 
     def _execute(self, op: ReadOp | WriteOp | FetchOp) -> list[Event]:
         held = HeldTokens(op.block_table, op.generations, op.token_start, op.token_count)
