@@ -168,13 +168,16 @@ class EngineCore:
     def swap_failed(self, key: SequenceKey) -> list[Event | StoreOp]:
         """A `SwapOutOp` or `SwapInOp` was not carried out, or its digests do not hold: compute the sequence again.
 
-        Call it before anything else; nothing that was copied is published or attended to by then.
+        Call it before anything else; nothing that was copied is published or attended to by then. Before a step it may
+        begin anew at once, else an engine with nothing else to do would sleep over it.
         """
         sequence = self._lives.get(key)
         if sequence is not None:
             assert key not in self._lives.in_step, f"{key} is computed before its blocks came back"
             self._lives.counters["swaps_failed"] += 1
             self._scheduler.recompute(sequence)
+            if not self._lives.in_step:
+                self._lives.outbox += self._scheduler.admit()
         return self._lives.drain()
 
     def drain(self) -> list[Event | StoreOp]:
