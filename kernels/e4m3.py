@@ -1,4 +1,4 @@
-"""The e4m3fn arithmetic that the FP8 kernels share, in integers. The definition is `reference.py: fp8_encode`.
+"""The FP8 and bf16 arithmetic that kernels share, in integers. The definition is `reference.py: fp8_encode`.
 
 Why integers: sm_80 and gfx942 have no cast to this format, and the interpreter's cast loses a carry. Why no division
 and no logarithm: a power of two is an exponent field.
@@ -48,3 +48,19 @@ def decode_e4m3_by_256(code):
 def scale_times_256(scale_byte):
     """The float32 scale of int32 scale bytes 0..246, times 256."""
     return ((scale_byte + 8) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def bf16_bits(x):
+    """The int32 bits of float32 x rounded to bf16, to nearest even; not for NaN. The interpreter's cast only cuts."""
+    bits = x.to(tl.int32, bitcast=True)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) & 0xFFFF
+
+
+@triton.jit
+def round_to(x, dtype: tl.constexpr):
+    """float32 x, rounded to what `dtype` (bf16 or float32) holds."""
+    if dtype == tl.bfloat16:
+        is_number = (x.to(tl.int32, bitcast=True) & 0x7FFFFFFF) <= 0x7F800000
+        x = tl.where(is_number, (bf16_bits(x) << 16).to(tl.float32, bitcast=True), x)
+    return x

@@ -1,0 +1,58 @@
+"""How kernels are launched on each architecture: one small table, and what all of them share. Knows no kernel's code.
+
+Fusing multiplications with additions stays off everywhere: a compiler's default must not change bits. Warps and stages
+are pinned for the same reason. What a table entry changes is speed and memory, and, for attention, only on machines
+whose tensor cores sum in another order anyway: a numerics class names its architecture.
+"""
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+LIMITED = ("sm_86", "sm_89", "sm_120")  # 99 KiB of shared memory for one block
+
+
+class Attention(NamedTuple):
+    """Launch of an attention kernel."""
+
+    num_warps: int
+    num_stages: int
+    rows: int  # rows of scores per program: query tokens times the query heads that share a KV head
+
+
+def options(num_warps: int, num_stages: int = 1) -> dict[str, Any]:
+    """Keyword arguments of every launch."""
+    return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": False}
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def architecture(device: torch.device) -> str:
+    """The target's name, such as "sm_90" or "gfx942"; "interpreter" where kernels are interpreted."""
+    return "interpreter" if interpreted() else _architecture(device.index)
+
+
+@lru_cache
+def _architecture(index: int | None) -> str:
+    if torch.version.hip is not None:
+        return str(torch.cuda.get_device_properties(index).gcnArchName).split(":", maxsplit=1)[0]
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{major}{minor}"
+
+
+def prefill(arch: str, width: int, group: int) -> Attention:
+    """Launch of ragged prefill attention. Wide heads keep two accumulators in registers, so they take more warps."""
+    rows = max(32 if width > 128 and arch in LIMITED else 64, triton.next_power_of_2(group))
+    stages = 1 if width > 128 or arch.startswith("gfx") else 2
+    return Attention(8 if width > 128 else 4, stages, rows)
+
+
+def decode(arch: str, width: int, group: int) -> Attention:
+    """Launch of split decode attention: one token, so the rows are the group, padded to what `tl.dot` takes."""
+    stages = 1 if width > 128 or arch.startswith("gfx") else 2
+    return Attention(4, stages, max(16, triton.next_power_of_2(group)))
