@@ -53,25 +53,27 @@ F32 rounded(F32 v, int kind) { return kind == BFLOAT16 ? widen(narrow(v)) : v; }
 
 extern "C" {
 
-// out = x / sqrt(mean(x**2) + eps) * weight, over `width` numbers; weight in x's kind.
-// With delta: x becomes x + delta, rounded, before that. A row holds x.stride / width... vectors one after another.
-void twostroke_rms_norm(Threads* threads, const Rows* x, const Rows* delta, const void* weight, float eps, int32_t width,
-                        const Rows* out) {
+// out = x / sqrt(mean(x**2) + eps) * weight, for each of `vectors` vectors of `width` numbers per row.
+// With delta (then one vector per row): x becomes x + delta, rounded, before that.
+void twostroke_rms_norm(Threads* threads, const Rows* x, const Rows* delta, const float* weight, float eps,
+                        int32_t vectors, int32_t width, const Rows* out) {
     share_rows(*threads, x->rows, [&](int r) {
-        const int64_t at = r * x->stride, to = r * out->stride;
-        F32 total{};
-        for (int i = 0; i < width; i += LANES) {
-            F32 v = get(x->data, x->kind, at + i, width - i);
-            if (delta) {
-                v = rounded(v + get(delta->data, delta->kind, r * delta->stride + i, width - i), x->kind);
-                put(x->data, x->kind, at + i, width - i, v);
+        for (int n = 0; n < vectors; n++) {
+            const int64_t at = r * x->stride + (int64_t)n * width, to = r * out->stride + (int64_t)n * width;
+            F32 total{};
+            for (int i = 0; i < width; i += LANES) {
+                F32 v = get(x->data, x->kind, at + i, width - i);
+                if (delta) {
+                    v = rounded(v + get(delta->data, delta->kind, r * delta->stride + i, width - i), x->kind);
+                    put(x->data, x->kind, at + i, width - i, v);
+                }
+                total = fma(v, v, total);
             }
-            total = fma(v, v, total);
-        }
-        const F32 scale = splat(1.0f / __builtin_sqrtf(sum(total) / (float)width + eps));
-        for (int i = 0; i < width; i += LANES) {
-            F32 v = get(x->data, x->kind, at + i, width - i) * scale * get(weight, x->kind, i, width - i);
-            put(out->data, out->kind, to + i, width - i, v);
+            const F32 scale = splat(1.0f / __builtin_sqrtf(sum(total) / (float)width + eps));
+            for (int i = 0; i < width; i += LANES) {
+                F32 v = get(x->data, x->kind, at + i, width - i) * scale * get(weight, FLOAT32, i, width - i);
+                put(out->data, out->kind, to + i, width - i, v);
+            }
         }
     });
 }

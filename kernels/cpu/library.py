@@ -1,0 +1,130 @@
+"""The native CPU kernels as Python calls: the structs of api.h, and functions over addresses. Knows no tensor library.
+
+Calls release the GIL. One thread at a time may use one `Threads`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
+from pathlib import Path
+from typing import Any
+
+from .build import built_library
+
+FLOAT32, BFLOAT16, INT8, FP8 = range(4)
+LANES = 16  # columns per panel
+ALIGNMENT = 64
+
+
+class Matrix(ctypes.Structure):
+    """A matrix in panels of 16 columns."""
+
+    _fields_ = (
+        ("panels", c_void_p),
+        ("scales", c_void_p),
+        ("bias", c_void_p),
+        ("kind", c_int32),
+        ("columns", c_int32),
+        ("inner", c_int32),
+        ("reserved", c_int32),
+    )
+
+
+class Rows(ctypes.Structure):
+    """Rows of numbers; the stride counts numbers."""
+
+    _fields_ = (("data", c_void_p), ("stride", c_int64), ("rows", c_int32), ("kind", c_int32))
+
+
+class StorePart(ctypes.Structure):
+    """One component of the cache, and the rows that go into it."""
+
+    _fields_ = (
+        ("x", Rows),
+        ("payload", c_void_p),
+        ("scales", c_void_p),
+        ("heads", c_int32),
+        ("width", c_int32),
+        ("codec", c_int32),
+        ("block_tokens", c_int32),
+    )
+
+
+class Plane(ctypes.Structure):
+    """One component of one layer, as attention reads it."""
+
+    _fields_ = (
+        ("payload", c_void_p),
+        ("scales", c_void_p),
+        ("codec", c_int32),
+        ("heads", c_int32),
+        ("block_tokens", c_int32),
+        ("width", c_int32),
+    )
+
+
+class AttendSpan(ctypes.Structure):
+    """Rows of one sequence, and its blocks (int32)."""
+
+    _fields_ = (("blocks", c_void_p), ("row", c_int32), ("start", c_int32), ("count", c_int32), ("reserved", c_int32))
+
+
+class Attend(ctypes.Structure):
+    """One layer's attention."""
+
+    _fields_ = (
+        ("queries", Rows * 2),
+        ("keys", Plane * 2),
+        ("values", Plane),
+        ("out", Rows),
+        ("spans", POINTER(AttendSpan)),
+        ("num_parts", c_int32),
+        ("num_spans", c_int32),
+        ("heads", c_int32),
+        ("window", c_int32),
+        ("scale", c_float),
+        ("softcap", c_float),
+    )
+
+
+_ROWS = POINTER(Rows)
+_SIGNATURES = {
+    "start_threads": (c_void_p, (c_int32,)),
+    "stop_threads": (None, (c_void_p,)),
+    "panel_bytes": (c_int64, (c_int32, c_int32, c_int32, c_int32)),
+    "pack": (None, (c_void_p, c_int32, c_int32, c_int32, c_int32, c_void_p)),
+    "linear": (None, (c_void_p, POINTER(Matrix), _ROWS, _ROWS, c_void_p)),
+    "rms_norm": (None, (c_void_p, _ROWS, _ROWS, c_void_p, c_float, c_int32, c_int32, _ROWS)),
+    "rotary": (None, (c_void_p, _ROWS, c_int32, c_int32, c_void_p, c_void_p, c_int32, c_int32)),
+    "gated": (None, (c_void_p, _ROWS, c_int32, c_int32, _ROWS)),
+    "write": (None, (c_void_p, POINTER(StorePart), c_int32, c_void_p, c_int32, c_void_p)),
+    "attend": (None, (c_void_p, POINTER(Attend))),
+    "self_check": (c_int32, ()),
+}
+
+
+class Library:
+    """The functions of one built library, by their names without prefix."""
+
+    def __init__(self, path: Path) -> None:
+        handle = ctypes.CDLL(str(path))
+        for name, (result, arguments) in _SIGNATURES.items():
+            # By index and not by attribute: every Library has function objects of its own.
+            function = handle[f"twostroke_{name}"]
+            function.restype, function.argtypes = result, arguments
+            setattr(self, name, function)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"the native library has no {name!r}")
+
+
+@functools.cache
+def load() -> Library:
+    """The library of this machine.
+
+    Raises:
+        NativeUnavailable: see `build.py`.
+    """
+    return Library(built_library())

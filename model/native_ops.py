@@ -1,0 +1,230 @@
+"""The decoder's ops by our own CPU kernels: memory speed for one row, arithmetic speed for a thousand. Knows no model.
+
+Weights are packed once, into panels that serve decode and prefill alike. A row's bits depend on nothing but itself (see
+`kernels/cpu/linear.cpp`, `attention.cpp`, `rows.cpp`), so batches need no padding and threads change nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..kernels.cpu import library as native
+from ..kernels.cpu.build import cpu_features
+from ..kernels.reference import Planes
+from .ops import Activation, AttentionKind, Linear, Norm, Quantization, Span
+
+_KINDS = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16}
+_LEVELS = ("avx512_bf16", "avx512f", "avx2")  # instruction sets that change how numbers are summed
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedLinear:
+    """A matrix [out, in] in panels, with what it owns."""
+
+    matrix: native.Matrix
+    panels: Tensor  # uint8
+    scales: Tensor | None  # [columns padded to 16] float32: int8 only
+    bias: Tensor | None  # likewise
+    dtype: torch.dtype  # of the rows it takes
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory it holds."""
+        return sum(part.nbytes for part in (self.panels, self.scales, self.bias) if part is not None)
+
+
+@dataclass(slots=True, eq=False)
+class StepSpans:
+    """A step's spans as the kernel reads them."""
+
+    spans: ctypes.Array[native.AttendSpan]
+    count: int
+    num_rows: int
+    tables: list[NDArray[np.int32]] = field(default_factory=list)  # what the spans point to
+
+
+class NativeOps:
+    """`ops.Ops` on the CPU. One thread at a time calls it; it uses `num_threads`.
+
+    Raises:
+        NativeUnavailable: the kernels cannot be built here.
+    """
+
+    row_multiple = 1
+
+    def __init__(self, dtype: torch.dtype, num_threads: int = 1, quantization: Quantization = "none") -> None:
+        self.dtype = dtype
+        self.num_threads = num_threads
+        self.quantization = quantization
+        features = cpu_features()
+        level = next((name for name in _LEVELS if name in features), "plain")
+        self.description = f"native {level}" + ("" if quantization == "none" else ", int8 weights")
+        self._library = native.load()
+        self._threads = ctypes.c_void_p(self._library.start_threads(num_threads))
+        self._scratch = _aligned(1 << 20)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_threads"):
+            self._library.stop_threads(self._threads)
+
+    def pack(self, matrix: Tensor, bias: Tensor | None = None, *, exact: bool = False) -> PackedLinear:
+        """Copy a matrix [out, in] into panels: in the compute dtype, or int8 with one scale per output."""
+        columns, inner = matrix.shape
+        scales: Tensor | None = None
+        takes = torch.float32 if exact or inner % 2 else self.dtype
+        if exact or self.quantization == "none":
+            held, kind = matrix.to(takes), _KINDS[takes]
+        else:
+            held, scales = _to_int8(matrix)
+            kind = native.INT8
+        held, pairs = held.contiguous(), int(takes == torch.bfloat16)
+        panels = _aligned(self._library.panel_bytes(kind, columns, inner, pairs))
+        self._library.pack(held.data_ptr(), held.element_size(), columns, inner, pairs, panels.data_ptr())
+        scales, bias = _whole_panels(scales), _whole_panels(bias)
+        packed = native.Matrix(panels.data_ptr(), _address(scales), _address(bias), kind, columns, inner, int(exact))
+        return PackedLinear(packed, panels, scales, bias, takes)
+
+    def prepare(self) -> None:
+        """Nothing to choose."""
+        torch.set_num_threads(self.num_threads)
+
+    def linear(self, x: Tensor, packed: Linear) -> Tensor:
+        """x [rows, in] times the matrix, plus its bias."""
+        assert isinstance(packed, PackedLinear)
+        matrix = packed.matrix
+        x = x.to(packed.dtype)
+        rows = x.shape[0]
+        needed = (rows + 32) * matrix.inner * x.element_size()
+        if needed > len(self._scratch):
+            self._scratch = _aligned(needed)
+        out = torch.empty(rows, matrix.columns, dtype=torch.float32 if matrix.reserved else self.dtype)
+        self._library.linear(self._threads, matrix, _rows(x), _rows(out), self._scratch.data_ptr())
+        return out
+
+    def rms_norm(self, x: Tensor, norm: Norm) -> Tensor:
+        """Normalise the last axis; x may be a view with wider rows."""
+        out = torch.empty(x.shape, dtype=x.dtype)
+        width = x.shape[-1]
+        vectors = x[0].numel() // width
+        self._library.rms_norm(
+            self._threads, _rows(x), None, norm.weight.data_ptr(), norm.eps, vectors, width, _rows(out)
+        )
+        return out
+
+    def add_rms_norm(self, x: Tensor, delta: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+        """(x + delta in x's memory, that normalised)."""
+        out = torch.empty_like(x)
+        self._library.rms_norm(
+            self._threads, _rows(x), _rows(delta), norm.weight.data_ptr(), norm.eps, 1, x.shape[-1], _rows(out)
+        )
+        return x, out
+
+    def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
+        """Rotate in place."""
+        _, heads, width = x.shape
+        self._library.rotary(
+            self._threads, _rows(x), heads, width, cos.data_ptr(), sin.data_ptr(), cos.shape[1], int(interleaved)
+        )
+        return x
+
+    def gated(self, gate_up: Tensor, activation: Activation) -> Tensor:
+        """activation(gate) * up."""
+        rows, twice = gate_up.shape
+        out = torch.empty(rows, twice // 2, dtype=gate_up.dtype)
+        self._library.gated(self._threads, _rows(gate_up), twice // 2, int(activation != "silu"), _rows(out))
+        return out
+
+    def write(self, parts: Sequence[Tensor], planes: Sequence[Planes], slots: Tensor) -> Tensor:
+        """Encode and store rows; int32 [rows] of vectors that were not finite."""
+        non_finite = torch.empty(len(slots), dtype=torch.int32)
+        jobs = (native.StorePart * len(parts))()
+        for job, x, plane in zip(jobs, parts, planes, strict=True):
+            heads, width = x.shape[1:]
+            job.x, job.payload, job.scales = _rows(x), plane.payload.data_ptr(), _address(plane.scales)
+            job.heads, job.width, job.codec = heads, width, _codec(plane, width)
+            job.block_tokens = plane.block_tokens
+        self._library.write(self._threads, jobs, len(jobs), slots.data_ptr(), len(slots), non_finite.data_ptr())
+        return non_finite
+
+    def lay_out(self, spans: Sequence[Span], block_tokens: int) -> StepSpans:
+        """Block tables as the kernel reads them."""
+        layout = StepSpans((native.AttendSpan * len(spans))(), len(spans), sum(span.count for span in spans))
+        for job, span in zip(layout.spans, spans, strict=True):
+            table = np.array(span.blocks, np.int32)
+            layout.tables.append(table)
+            job.blocks, job.row, job.start, job.count = table.ctypes.data, span.row, span.start, span.count
+        return layout
+
+    def attend(
+        self,
+        queries: Sequence[Tensor],
+        keys: Sequence[Planes],
+        values: Planes,
+        layout: StepSpans,
+        kind: AttentionKind,
+    ) -> Tensor:
+        """See `kernels/cpu/attention.cpp`."""
+        rows, heads, width = queries[0].shape
+        row_bytes = values.payload.shape[-1]
+        value_width = row_bytes * width // keys[0].payload.shape[-1]  # of one codec, all of them
+        make = torch.empty if rows == layout.num_rows else torch.zeros
+        out = make(rows, heads, value_width, dtype=self.dtype)
+        job = native.Attend(num_parts=len(queries), num_spans=layout.count, heads=heads, spans=layout.spans)
+        job.window, job.scale, job.softcap = kind.window or 0, kind.scale, kind.softcap or 0.0
+        for i, (q, plane) in enumerate(zip(queries, keys, strict=True)):
+            job.queries[i], job.keys[i] = _rows(q), _plane(plane, q.shape[-1])
+        job.values, job.out = _plane(values, value_width), _rows(out)
+        self._library.attend(self._threads, job)
+        return out
+
+
+def _rows(x: Tensor) -> native.Rows:
+    """A tensor [rows, ...] whose rows are dense, however far apart they lie."""
+    assert x.stride(-1) == 1, "rows must be dense"
+    return native.Rows(x.data_ptr(), x.stride(0), x.shape[0], _KINDS[x.dtype])
+
+
+def _codec(plane: Planes, width: int) -> int:
+    if plane.scales is not None:
+        return native.FP8
+    return native.BFLOAT16 if plane.payload.shape[-1] == 2 * width else native.FLOAT32
+
+
+def _plane(plane: Planes, width: int) -> native.Plane:
+    heads, block_tokens = plane.payload.shape[1:3]
+    return native.Plane(
+        plane.payload.data_ptr(), _address(plane.scales), _codec(plane, width), heads, block_tokens, width
+    )
+
+
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _aligned(num_bytes: int) -> Tensor:
+    """uint8 [num_bytes] that begins at a cache line."""
+    whole = torch.empty(num_bytes + native.ALIGNMENT, dtype=torch.uint8)
+    start = -whole.data_ptr() % native.ALIGNMENT
+    return whole[start : start + num_bytes]
+
+
+def _whole_panels(x: Tensor | None) -> Tensor | None:
+    """float32 [columns], padded to whole panels."""
+    if x is None:
+        return None
+    return torch.nn.functional.pad(x.float(), (0, -len(x) % native.LANES)).contiguous()
+
+
+def _to_int8(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Per-channel symmetric int8 [out, in], and the step of each row: its largest magnitude / 127."""
+    wide = matrix.float()
+    step = wide.abs().amax(dim=1) / 127.0
+    step = torch.where(step == 0, torch.ones_like(step), step)
+    return torch.round(wide / step.unsqueeze(1)).clamp_(-127, 127).to(torch.int8), step

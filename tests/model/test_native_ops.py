@@ -1,0 +1,232 @@
+"""Our CPU kernels give the answers of the torch ops, to rounding, and bits that depend on a row alone."""
+
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+
+from twostroke.kernels.cpu import library as native
+from twostroke.kernels.cpu.build import NativeUnavailable, build
+from twostroke.kernels.reference import Planes
+from twostroke.kv.block import BlockId
+from twostroke.model.native_ops import NativeOps
+from twostroke.model.ops import AttentionKind, Norm, Quantization, Span
+from twostroke.model.torch_ops import TorchOps
+
+F32, BF16 = torch.float32, torch.bfloat16
+DTYPES = pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+BLOCK = 16
+NUM_BLOCKS = 96
+OLDER = (("-march=x86-64-v4",), ("-march=x86-64-v3",), ("-march=x86-64",))
+
+
+@pytest.fixture(autouse=True)
+def _one_seed() -> Iterator[None]:
+    torch.manual_seed(11)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def native_ops(dtype: torch.dtype, threads: int = 1, quantization: Quantization = "none") -> NativeOps:
+    try:
+        return NativeOps(dtype, threads, quantization)
+    except NativeUnavailable as error:
+        pytest.skip(str(error))
+
+
+def close(got: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> None:
+    """Equal to a few units in the last place of the compute dtype, at the size of the largest number."""
+    assert got.dtype == wanted.dtype
+    assert got.shape == wanted.shape
+    unit = 2.0**-19 if dtype == F32 else 2.0**-7
+    worst = (got.double() - wanted.double()).abs().max().item()
+    assert worst <= unit * wanted.double().abs().max().item(), worst
+
+
+def padded(x: torch.Tensor) -> torch.Tensor:
+    return torch.cat((x, x.new_zeros(-len(x) % 16, *x.shape[1:])))
+
+
+@DTYPES
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+@pytest.mark.parametrize("inner", [64, 70])
+def test_linear_is_the_definition_for_every_number_of_rows(
+    dtype: torch.dtype, quantization: Quantization, inner: int
+) -> None:
+    matrix, bias = torch.randn(90, inner), torch.randn(90)
+    ours, torchs = native_ops(dtype, 2, quantization), TorchOps(dtype, 1, quantization)
+    packed, theirs = ours.pack(matrix, bias), torchs.pack(matrix, bias)
+    for rows in (1, 2, 3, 5, 7, 8, 11, 12, 13, 16, 17, 25, 60):
+        x = torch.randn(rows, inner).to(dtype)
+        close(ours.linear(x, packed), torchs.linear(padded(x), theirs)[:rows], dtype)
+
+
+def test_an_exact_linear_is_neither_quantised_nor_rounded() -> None:
+    ours = native_ops(BF16, 1, "int8")
+    matrix, x = torch.randn(9, 64), torch.randn(5, 64).to(BF16)
+    close(ours.linear(x, ours.pack(matrix, exact=True)), x.float() @ matrix.t(), F32)
+
+
+@DTYPES
+def test_a_row_of_a_linear_has_the_same_bits_in_any_company_and_with_any_threads(dtype: torch.dtype) -> None:
+    one, two = native_ops(dtype, 1), native_ops(dtype, 2)
+    matrix = torch.randn(200, 96)
+    alone, shared = one.pack(matrix), two.pack(matrix)
+    x = torch.randn(70, 96).to(dtype)
+    whole = two.linear(x, shared)
+    for first in (0, 1, 12, 15, 40, 69):
+        for count in (1, 2, 5, 16, 17):
+            part = one.linear(x[first : first + count].contiguous(), alone)
+            assert torch.equal(part, whole[first : first + count]), (first, count)
+
+
+@DTYPES
+@pytest.mark.parametrize("width", [64, 72, 20])
+def test_norms_are_the_definition(dtype: torch.dtype, width: int) -> None:
+    ours, torchs = native_ops(dtype), TorchOps(dtype)
+    norm = Norm(torch.rand(width) + 0.5, 1e-5)
+    x, delta = torch.randn(19, width).to(dtype), torch.randn(19, width).to(dtype)
+    close(ours.rms_norm(x, norm), torchs.rms_norm(x, norm), dtype)
+    wanted = torchs.add_rms_norm(x.clone(), delta, norm)
+    for got, want in zip(ours.add_rms_norm(x.clone(), delta, norm), wanted, strict=True):
+        close(got, want, dtype)
+    heads = torch.randn(7, 5, width).to(dtype)[:, 1:4]  # a view with wider rows
+    close(ours.rms_norm(heads, norm), torchs.rms_norm(heads, norm), dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("half", [32, 12])
+def test_rotation_is_the_definition(dtype: torch.dtype, interleaved: bool, half: int) -> None:
+    angles = torch.randn(6, half)
+    x = torch.randn(6, 9, 64).to(dtype)
+    wanted = TorchOps(dtype).rotary(x[:, 2:7], angles.cos(), angles.sin(), interleaved=interleaved)
+    got = native_ops(dtype).rotary(x.clone()[:, 2:7], angles.cos(), angles.sin(), interleaved=interleaved)
+    close(got.contiguous(), wanted, dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_gates_are_the_definition(dtype: torch.dtype, activation: str) -> None:
+    x = (torch.randn(5, 2 * 70) * 4).to(dtype)
+    x[0, :4] = torch.tensor([-100.0, 100.0, -1e-4, 0.0])
+    close(native_ops(dtype).gated(x, activation), TorchOps(dtype).gated(x, activation), dtype)  # type: ignore[arg-type]
+
+
+def planes(heads: int, width: int, codec: str) -> Planes:
+    """Poisoned: what was never written reads as NaN or as huge numbers."""
+    size = {"fp8": 1, "bf16": 2, "fp32": 4}[codec] * width
+    payload = torch.full((NUM_BLOCKS, heads, BLOCK, size), 0xFF if codec != "fp8" else 0x7E, dtype=torch.uint8)
+    scales = torch.full((NUM_BLOCKS, heads, BLOCK), 200, dtype=torch.uint8) if codec == "fp8" else None
+    return Planes(payload, scales)
+
+
+@DTYPES
+@pytest.mark.parametrize("codec", ["fp8", "bf16", "fp32"])
+@pytest.mark.parametrize("width", [64, 40])
+def test_stored_bytes_are_the_definition(dtype: torch.dtype, codec: str, width: int) -> None:
+    x = torch.randn(40, 5, width) * torch.logspace(-6, 4, 40).view(-1, 1, 1)
+    x[3, 1, 2], x[5, 0, 0], x[6, 4] = float("nan"), float("inf"), 0.0
+    x[7] = torch.rand(5, width) * 2.0**-12 * torch.sign(torch.randn(5, width))  # subnormal codes
+    x[7, :, 0] = 1.0
+    x = x.to(dtype)
+    slots = torch.cat((torch.randperm(NUM_BLOCKS * BLOCK)[:37], torch.full((3,), -1)))
+    results = []
+    for ops in (native_ops(dtype), TorchOps(dtype)):
+        stored = (planes(2, width, codec), planes(3, width, codec))
+        refused = ops.write((x[:, :2], x[:, 2:]), stored, slots)
+        results.append((refused, *(part for plane in stored for part in plane if part is not None)))
+    for got, wanted in zip(*results, strict=True):
+        assert torch.equal(got, wanted)
+
+
+class Cache:
+    """Sequences whose tokens are stored, in scattered blocks of poisoned planes."""
+
+    def __init__(self, ops: NativeOps | TorchOps, lengths: Sequence[int], parts: Sequence[torch.Tensor], codec: str):
+        numbers = iter(torch.randperm(NUM_BLOCKS, generator=torch.Generator().manual_seed(5)).tolist())
+        self.tables = [tuple(BlockId(next(numbers)) for _ in range(-(-n // BLOCK))) for n in lengths]
+        self.planes = [planes(p.shape[1], p.shape[2], codec) for p in parts]
+        slots = [table[i // BLOCK] * BLOCK + i % BLOCK for table, n in zip(self.tables, lengths, strict=True) for i in range(n)]
+        ops.write(parts, self.planes, torch.tensor(slots))
+
+
+KINDS = {
+    "plain": AttentionKind(0.125),
+    "window": AttentionKind(0.125, window=37),
+    "softcap": AttentionKind(0.3, softcap=5.0),
+}
+LENGTHS = (150, 1, 64, 65, 300)
+
+
+@DTYPES
+@pytest.mark.parametrize("codec", ["fp8", "bf16", "fp32"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_is_the_definition(dtype: torch.dtype, codec: str, kind: str) -> None:
+    total, heads, kv_heads, width = sum(LENGTHS), 6, 2, 40 if codec == "bf16" else 64
+    kv = [torch.randn(total, kv_heads, width).to(dtype) for _ in range(2)]
+    spans_of = [(150, 70), (1, 1), (64, 1), (65, 2), (300, 1)]  # (length, last rows attended)
+    q = torch.randn(75, heads + 3, width).to(dtype)[:, :heads]
+    answers = []
+    for ops in (native_ops(dtype, 2), TorchOps(dtype)):
+        cache, spans, row = Cache(ops, LENGTHS, kv, codec), [], 0
+        for (length, count), table in zip(spans_of, cache.tables, strict=True):
+            spans.append(Span(row, length - count, count, table))
+            row += count
+        rows = q if ops.row_multiple == 1 else padded(q)
+        layout = ops.lay_out(spans, BLOCK)
+        answers.append(ops.attend((rows,), cache.planes[:1], cache.planes[1], layout, KINDS[kind])[:75])
+    close(answers[0], answers[1], dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("codec", ["fp8", "bf16", "fp32"])
+def test_latent_attention_adds_the_scores_of_two_parts(dtype: torch.dtype, codec: str) -> None:
+    latent, rope = torch.randn(130, 1, 96).to(dtype), torch.randn(130, 1, 32).to(dtype)
+    q = (torch.randn(16, 20, 96).to(dtype), torch.randn(16, 20, 32).to(dtype))
+    answers = []
+    for ops in (native_ops(dtype), TorchOps(dtype)):
+        cache = Cache(ops, (130,), (latent, rope), codec)
+        layout = ops.lay_out([Span(0, 114, 16, cache.tables[0])], BLOCK)
+        answers.append(ops.attend(q, cache.planes, cache.planes[0], layout, AttentionKind(0.1)))
+    close(answers[0], answers[1], dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_of_attention_has_the_same_bits_however_it_is_computed(dtype: torch.dtype, kind: str) -> None:
+    length, heads, kv_heads, width = 260, 6, 2, 64
+    kv = [torch.randn(length, kv_heads, width).to(dtype) for _ in range(2)]
+    q = torch.randn(length, heads, width).to(dtype)
+    one, two = native_ops(dtype, 1), native_ops(dtype, 2)
+    cache = Cache(one, (length,), kv, "fp8")
+
+    def attend(ops: NativeOps, start: int, count: int) -> torch.Tensor:
+        layout = ops.lay_out([Span(0, start, count, cache.tables[0])], BLOCK)
+        rows = q[start : start + count].contiguous()
+        return ops.attend((rows,), cache.planes[:1], cache.planes[1], layout, KINDS[kind])
+
+    whole = attend(two, 0, length)
+    for start, count in ((0, 1), (0, 17), (17, 100), (63, 2), (64, 64), (200, 1), (255, 5), (259, 1)):
+        assert torch.equal(attend(one, start, count), whole[start : start + count]), (start, count)
+
+
+@pytest.mark.parametrize("machine_flags", OLDER, ids=lambda flags: flags[0].removeprefix("-march="))
+def test_older_machines_compute_the_same_to_rounding(
+    machine_flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The forms for AVX-512 without bf16, for AVX2 and for neither run here too."""
+    try:
+        older = native.Library(build(machine_flags))
+    except NativeUnavailable as error:
+        pytest.skip(str(error))
+    monkeypatch.setattr(native, "load", lambda: older)
+    for dtype in (F32, BF16):
+        test_linear_is_the_definition_for_every_number_of_rows(dtype, "int8", 70)
+        test_linear_is_the_definition_for_every_number_of_rows(dtype, "none", 64)
+        test_a_row_of_a_linear_has_the_same_bits_in_any_company_and_with_any_threads(dtype)
+        test_stored_bytes_are_the_definition(dtype, "fp8", 64)
+        test_attention_is_the_definition(dtype, "fp8", "window")
+        test_a_row_of_attention_has_the_same_bits_however_it_is_computed(dtype, "softcap")
+        test_gates_are_the_definition(dtype, "gelu_tanh")
