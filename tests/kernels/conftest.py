@@ -29,14 +29,26 @@ class Cache:
     k: list[torch.Tensor]  # per sequence [context, heads, width] float64, as stored
     v: list[torch.Tensor]
 
-    def attend(self, sequence: int, q: torch.Tensor, scale: float) -> torch.Tensor:
+    def attend(
+        self,
+        sequence: int,
+        q: torch.Tensor,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
         """The oracle: causal float64 attention of the last len(q) positions, [tokens, q_heads, width]."""
         k, v = self.k[sequence], self.v[sequence]
         group = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
         scores = torch.einsum("thw,chw->htc", q.double(), k) * scale
-        future = torch.ones(len(q), len(k), dtype=torch.bool).triu(len(k) - len(q) + 1)
-        return torch.einsum("htc,chw->thw", scores.masked_fill(future, -torch.inf).softmax(-1), v)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        query, key = torch.arange(len(k) - len(q), len(k)).unsqueeze(1), torch.arange(len(k))
+        hidden = key > query
+        if window is not None:
+            hidden |= key <= query - window
+        return torch.einsum("htc,chw->thw", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
 
 
 def filled(

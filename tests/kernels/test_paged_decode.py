@@ -15,17 +15,16 @@ def queries(count: int, heads: int, width: int, dtype: torch.dtype) -> torch.Ten
     return torch.randn(count, heads, width, generator=torch.Generator().manual_seed(count * heads)).to(dtype)
 
 
-def run(cache: Any, q: torch.Tensor, scale: float = 0.125) -> torch.Tensor:
-    return paged_decode_attention(
-        q, cache.k_planes, cache.v_planes, cache.block_tables, cache.context_lens, scale=scale
-    )
+def run(cache: Any, q: torch.Tensor, scale: float = 0.125, **options: Any) -> torch.Tensor:
+    args = cache.k_planes, cache.v_planes, cache.block_tables, cache.context_lens
+    return paged_decode_attention(q, *args, scale=scale, **options)
 
 
-def relative_error(out: torch.Tensor, cache: Any, q: torch.Tensor, scale: float = 0.125) -> float:
+def relative_error(out: torch.Tensor, cache: Any, q: torch.Tensor, scale: float = 0.125, **options: Any) -> float:
     """Largest over sequences and heads of the error's norm over the oracle's."""
     worst = 0.0
     for s in range(len(q)):
-        expected = cache.attend(s, q[s : s + 1], scale)[0]
+        expected = cache.attend(s, q[s : s + 1], scale, **options)[0]
         worst = max(worst, ((out[s].double() - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item())
     return worst
 
@@ -46,6 +45,17 @@ def test_widths_and_groups_that_are_no_power_of_two(make_cache: Any, width: int,
     cache = make_cache([33, 257], heads=1, width=width)
     q = queries(2, group, width, torch.float32)
     assert relative_error(run(cache, q, 0.1), cache, q, 0.1) < 3e-5
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(1, None), (64, 2.0), (256, None), (300, 0.5), (None, 5.0)])
+@pytest.mark.parametrize("codec", ["fp8", "bf16"])
+def test_windows_and_softcaps_over_both_codecs(
+    make_cache: Any, codec: str, window: int | None, softcap: float | None
+) -> None:
+    cache = make_cache([1, 65, 257, 600], heads=1, width=32, codec=codec)
+    q = 3 * queries(4, 2, 32, torch.float32)
+    out = run(cache, q, 0.2, window=window, softcap=softcap)
+    assert relative_error(out, cache, q, 0.2, window=window, softcap=softcap) < 5e-5
 
 
 def test_agrees_with_the_reference_under_large_scores(make_cache: Any) -> None:
@@ -72,17 +82,17 @@ def test_every_number_of_the_output_is_written(make_cache: Any, monkeypatch: pyt
     cache = make_cache([65, 300])
     cache.context_lens[0] = 0  # padding
     q = queries(2, 4, 64, torch.float32)
-    honest = torch.empty, torch.empty_like
-    monkeypatch.setattr(paged_decode.torch, "empty", lambda *a, **k: honest[0](*a, **k).fill_(torch.nan))
-    monkeypatch.setattr(paged_decode.torch, "empty_like", lambda *a, **k: honest[1](*a, **k).fill_(torch.nan))
-    out = run(cache, q)
-    assert not out[0].any()
-    assert torch.isfinite(out[1]).all()
-    assert out[1].any()
+    honest = torch.empty
+    monkeypatch.setattr(paged_decode.torch, "empty", lambda *a, **k: honest(*a, **k).fill_(torch.nan))
+    for window in (None, 20):
+        out = run(cache, q, window=window)
+        assert not out[0].any()
+        assert torch.isfinite(out[1]).all()
+        assert out[1].any()
 
 
 def test_what_does_not_fit_is_refused(make_cache: Any) -> None:
-    cache = make_cache([5], codec="bf16")
+    cache = make_cache([5], codec="fp32")
     with pytest.raises(ValueError, match="FP8"):
         run(cache, queries(1, 2, 64, torch.float32))
     cache = make_cache([5])

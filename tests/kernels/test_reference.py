@@ -156,6 +156,26 @@ def test_attention_has_the_same_bits_in_any_batch_chunk_and_block_size(
         assert torch.equal(small, large)
 
 
+@pytest.mark.parametrize("codec", ["fp8", "bf16"])
+@pytest.mark.parametrize(("window", "softcap"), [(1, None), (64, 2.0), (100, None), (None, 0.5)])
+def test_windows_and_softcaps_equal_float64(
+    make_cache: Any, codec: str, window: int | None, softcap: float | None
+) -> None:
+    lengths = [1, 65, 200]
+    cache = make_cache(lengths, codec=codec)
+    q = [3 * normal(length, 4, 64, seed=length) for length in lengths]
+    args = cache.k_planes, cache.v_planes, cache.block_tables, cache.context_lens
+    options = {"scale": 0.125, "window": window, "softcap": softcap}
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    whole = reference_attention.ragged_prefill_attention(torch.cat(q), *args, query_starts=starts, **options)
+    last = reference_attention.paged_decode_attention(torch.stack([rows[-1] for rows in q]), *args, **options)
+    for s, rows in enumerate(whole.split(lengths)):
+        expected = cache.attend(s, q[s], **options)
+        tolerance = 2e-6 * cache.v[s].abs().max().item()
+        torch.testing.assert_close(rows.double(), expected, rtol=2e-5, atol=tolerance)
+        assert torch.equal(last[s], rows[-1])
+
+
 def run_chunks(cache: Any, sequence: int, q: torch.Tensor, cuts: list[int]) -> torch.Tensor:
     done, out = 0, []
     for cut in cuts:
