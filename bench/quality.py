@@ -33,12 +33,13 @@ from twostroke.kv.block import BlockId
 from twostroke.kv.store import KvStore
 from twostroke.model.batch import build_batch
 from twostroke.model.checkpoint import resolve
+from twostroke.model.config_json import load_spec
 from twostroke.model.decoder import Decoder
-from twostroke.model.loader import torch_dtype
+from twostroke.model.loader import make_ops, torch_dtype
 from twostroke.model.plan import SequenceStep, StepPlan
-from twostroke.model.products import TILE_ROWS
 from twostroke.model.runner import Runner
-from twostroke.model.spec import DType, ModelSpec, load_spec
+from twostroke.model.spec import DType, ModelSpec
+from twostroke.model.tensors import open_source
 from twostroke.model.training.corpus import Document, is_held_out, source_files
 from twostroke.model.training.evaluate import STRIDE_TOKENS, WINDOW_TOKENS
 from twostroke.model.training.tokenizer import encode_documents
@@ -77,9 +78,9 @@ class Forced:
         ids = tuple(tokens)
         key, generations = SequenceKey("forced", 0), (1,) * len(self._table)
         step = SequenceStep(key, 0, ids, self._table, generations, samples=False, params=GREEDY, num_generated=0)
-        batch = build_batch(StepPlan(0, (step,)), [ids], BLOCK_TOKENS, self._decoder.attention)
+        batch = build_batch(StepPlan(0, (step,)), [ids], BLOCK_TOKENS, self._decoder.ops)
         stale = len(ids) - fresh
-        cut = stale - stale % TILE_ROWS  # rows are padded to whole tiles, and logits take whole tiles
+        cut = stale - stale % self._decoder.ops.row_multiple  # logits take as many rows as the ops do
         rows = self._decoder.hidden(batch, self._store).rows[cut:]
         return self._decoder.logits(rows)[stale - cut :][:fresh]
 
@@ -225,16 +226,17 @@ def measure(
 ) -> tuple[dict[str, Any], dict[CacheName, list[list[int]]]]:
     """All caches under one compute dtype: figures, and the greedy texts."""
     spec = load_spec(folder)
-    weights = load_weights(folder, spec, torch_dtype(dtype))
-    torch.set_num_threads(sizes.threads)
-    decoder = Decoder(spec, weights, spec.max_model_len)
+    ops = make_ops(torch_dtype(dtype), num_threads=sizes.threads)
+    weights = load_weights(open_source(folder), spec, ops)
+    ops.prepare()
+    decoder = Decoder(spec, weights, ops, spec.max_model_len)
     figures, num_tokens = teacher_forced(spec, decoder, documents, sizes.tokens)
     prompts = choose_prompts(documents, sizes.prompts, seed=1)
     texts = {}
     for cache in CACHES:
         num_blocks = len(prompts) * -(-(512 + sizes.new_tokens) // BLOCK_TOKENS)
         store = KvStore(spec.kv_spec(cache), num_blocks, BLOCK_TOKENS)
-        runner = Runner(spec, weights, store, sizes.threads)
+        runner = Runner(spec, weights, ops, store)
         texts[cache] = continuations(runner, prompts, sizes.new_tokens)
         figures[cache] |= agreement(texts[cache], texts[CACHES[0]])
         figures[cache]["bytes_per_token"] = spec.kv_spec(cache).bytes_per_token

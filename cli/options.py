@@ -14,6 +14,7 @@ SETTING_BY_FLAG = {
     "model": "model.path",
     "served_model_name": "model.name",
     "dtype": "model.dtype",
+    "quantization": "model.quantization",
     "max_model_len": "model.max_model_len",
     "kv_cache_dtype": "cache.dtype",
     "block_size": "cache.block_size",
@@ -35,6 +36,9 @@ SETTING_BY_FLAG = {
 Model = Annotated[str | None, typer.Option(help="Checkpoint directory or hub name. Default: the bundled model.")]
 ServedModelName = Annotated[str | None, typer.Option(help="What clients call the model.")]
 DType = Annotated[str | None, typer.Option(help="auto, bfloat16 or float32; auto is the checkpoint's dtype.")]
+Quantization = Annotated[
+    str | None, typer.Option(help="none or int8: 8-bit weights, rounded per output channel while loading.")
+]
 KvCacheDType = Annotated[
     str | None,
     typer.Option(help="auto, fp8, bfloat16 or float32. Unlike vLLM, auto is FP8, not the model's dtype."),

@@ -30,6 +30,7 @@ def serve(
     port: o.Port = None,
     grpc_port: o.GrpcPort = None,
     dtype: o.DType = None,
+    quantization: o.Quantization = None,
     kv_cache_dtype: o.KvCacheDType = None,
     block_size: o.BlockSize = None,
     max_model_len: o.MaxModelLen = None,

@@ -15,14 +15,15 @@ from ..kv.keys import Namer, digest_key, identity_key
 from ..kv.pool import BlockPool
 from ..kv.prefix import PrefixCache
 from ..kv.sizing import MemoryFacts, PoolSize, size_pool
+from ..model.config_json import load_spec
 from ..model.core import CoreLimits, EngineCore
 from ..model.engine import Engine
 from ..model.facts import FaceFacts, ModelFacts
+from ..model.layout import weight_bytes
 from ..model.loader import RunnerOptions, load_runner, numerics_class
 from ..model.policy import Policy, StepLimits
-from ..model.spec import load_spec
+from ..model.tensors import weights_fingerprint
 from ..model.thread_link import ThreadLink
-from ..model.weights import weights_fingerprint
 from ..prefill_worker.policy import PrefillPolicy
 from ..text.incremental import check_decoder
 from ..text.tokenizer import Tokenizer
@@ -67,6 +68,7 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> EngineRoom:
         num_threads=settings.num_threads,
         max_model_len=model.max_model_len,
         digest_key=digest_key(settings.cluster_key),
+        quantization=settings.model.quantization,
     )
     runner = load_runner(directory, options)
     limits = StepLimits(step.max_num_seqs, step.max_num_batched_tokens, step.max_waiting)
@@ -103,12 +105,20 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> EngineRoom:
 
 def _model_facts(settings: WorkerSettings, directory: Path) -> ModelFacts:
     spec = load_spec(directory)
-    numerics = numerics_class(directory, settings.model.dtype, settings.cache.dtype)
+    max_model_len = context_length(spec, settings.model.max_model_len)
+    options = RunnerOptions(
+        num_blocks=0,
+        dtype=settings.model.dtype,
+        kv_dtype=settings.cache.dtype,
+        max_model_len=max_model_len,
+        quantization=settings.model.quantization,
+    )
+    numerics = numerics_class(directory, options)
     return ModelFacts(
         name=settings.model_name,
         directory=str(directory),
         vocab_size=spec.vocab_size,
-        max_model_len=context_length(spec, settings.model.max_model_len),
+        max_model_len=max_model_len,
         eos_ids=frozenset(spec.eos_ids),
         weights_fingerprint=weights_fingerprint(directory),
         numerics_class=numerics.digest,
@@ -120,8 +130,8 @@ def _model_facts(settings: WorkerSettings, directory: Path) -> ModelFacts:
 
 def _pool_size(settings: WorkerSettings, directory: Path, model: ModelFacts) -> PoolSize:
     spec = load_spec(directory)
-    weight_bytes = spec.weight_bytes(compute_dtype(spec, settings.model.dtype))
+    weights = weight_bytes(spec, compute_dtype(spec, settings.model.dtype), settings.model.quantization)
     memory_bytes = settings.memory_bytes or machine_facts().memory_bytes
     cache = settings.cache
-    facts = MemoryFacts(memory_bytes, weight_bytes, cache.swap_bytes)
+    facts = MemoryFacts(memory_bytes, weights, cache.swap_bytes)
     return size_pool(model.kv_spec, cache.block_size, cache.tokens, cache.memory_fraction, facts)

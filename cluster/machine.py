@@ -8,7 +8,9 @@ from pathlib import Path
 from ..core.errors import ConfigError
 from ..kv.spec import CODEC_NAMES
 from ..model.checkpoint import resolve, served_name
-from ..model.spec import DType, ModelSpec, load_spec
+from ..model.config_json import load_spec
+from ..model.layout import weight_bytes
+from ..model.spec import DType, ModelSpec
 from .config import Config
 from .placement import MachineFacts, ModelFacts
 
@@ -30,7 +32,7 @@ def model_facts(config: Config) -> ModelFacts:
     return ModelFacts(
         name=served_name(config.model.path, config.model.name),
         directory=str(directory),
-        weight_bytes=spec.weight_bytes(compute_dtype(spec, config.model.dtype)),
+        weight_bytes=weight_bytes(spec, compute_dtype(spec, config.model.dtype), config.model.quantization),
         kv_spec=spec.kv_spec(cache_codec(config.cache.dtype)),
         max_model_len=context_length(spec, config.model.max_model_len),
     )

@@ -11,6 +11,7 @@ HASH_BLOCK_TOKENS = 16  # tokens per hash block: the unit of identity and digest
 CODEC_NAMES = {"fp8": 1, "bfloat16": 2, "float32": 3}  # names of --kv-cache-dtype to ids of kv/codec.py
 _CODEC_BYTES = {1: 1, 2: 2, 3: 4}
 _CODEC_SCALE_BYTES = {1: 1, 2: 0, 3: 0}
+COMPONENT_NUMBERS = {"k": 0, "v": 1, "latent": 2, "rope": 3}  # of a component in its digests' places: never reused
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,3 +80,10 @@ def attention_spec(num_layers: int, kv_heads: int, head_dim: int, codec: int) ->
     k = Component("k", kv_heads, head_dim, codec)
     v = Component("v", kv_heads, head_dim, codec)
     return KvSpec((LayerGroup("main", num_layers, (k, v)),))
+
+
+def mla_spec(num_layers: int, latent_width: int, rope_width: int, codec: int) -> KvSpec:
+    """The spec of multi-head latent attention: one "latent" and one "rope" row per token, whole on every TP rank."""
+    latent = Component("latent", 1, latent_width, codec, "replicate")
+    rope = Component("rope", 1, rope_width, codec, "replicate")
+    return KvSpec((LayerGroup("main", num_layers, (latent, rope)),))

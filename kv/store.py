@@ -16,14 +16,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ..core.errors import KvCorrupted
-from ..kernels.reference import Planes, fp8_encode, store_kv
+from ..kernels.reference import Planes
 from .block import BlockId
 from .codec import U8, Codec, transcode
 from .digest import U64, frame_digests, places, unit_digests
-from .spec import HASH_BLOCK_TOKENS, Component, KvSpec
+from .spec import COMPONENT_NUMBERS, HASH_BLOCK_TOKENS, Component, KvSpec
 from .wire import SectionData
 
 _NOT_SEALED = -1
@@ -89,30 +88,9 @@ class KvStore:
 
     # ------------------------------------------------------------------ the step
 
-    def planes(self, layer: int) -> tuple[Planes, Planes]:
-        """Planes of one layer's keys and values: the store's own memory."""
-        keys, values = self._components
-        return keys.planes(layer), values.planes(layer)
-
-    def write(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
-        """Quantise and store rows of one layer: what `kernels.reference.store_kv` does, without its scratch.
-
-        k and v [rows, heads, width]; slots [rows] int64, padding (negative) last. Returns int32 [rows]: how many keys
-        and values of each row were not finite; its request must fail.
-        """
-        k_planes, v_planes = self.planes(layer)
-        if k_planes.scales is None or v_planes.scales is None or k.shape != v.shape:
-            return store_kv(k, v, slots, k_planes, v_planes).non_finite
-        used, heads = int((slots >= 0).sum()), k.shape[1]
-        payload, scales, refused = fp8_encode(torch.cat((k[:used], v[:used]), dim=1))  # one pass for both
-        blocks, offsets = slots[:used] // self.block_tokens, slots[:used] % self.block_tokens
-        for planes, part in ((k_planes, slice(heads)), (v_planes, slice(heads, None))):
-            assert planes.scales is not None
-            planes.payload[blocks, :, offsets] = payload[:, part]
-            planes.scales[blocks, :, offsets] = scales[:, part]
-        non_finite = torch.zeros(len(slots), dtype=torch.int32)
-        non_finite[:used] = refused.sum(-1)
-        return non_finite
+    def planes(self, layer: int) -> tuple[Planes, ...]:
+        """Planes of one layer, one per component of the spec: the store's own memory."""
+        return tuple(component.planes(layer) for component in self._components)
 
     def seal(self, held: HeldTokens) -> None:
         """Digest the hash blocks of a range that was just computed; the last one may be partial.
@@ -258,9 +236,9 @@ class KvStore:
         return frame_digests(payload, scales, words, self._key, HASH_BLOCK_TOKENS)
 
     def _place_words(self, store: _ComponentStore, hash_blocks: NDArray[np.int64]) -> U64:
-        component = self._components.index(store)
         heads = np.arange(store.component.heads)
-        return places(self._layers[:, None, None], component, heads[:, None], hash_blocks)
+        number = COMPONENT_NUMBERS[store.component.name]
+        return places(self._layers[:, None, None], number, heads[:, None], hash_blocks)
 
     def _gather(self, store: _ComponentStore, held: HeldTokens) -> tuple[U8, U8 | None]:
         """Copies: payload [layers, heads, tokens, row_bytes] and scales [layers, heads, tokens]."""

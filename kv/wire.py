@@ -26,7 +26,7 @@ from .block import IDENTITY_BYTES
 from .codec import Codec, payload_bytes, scale_bytes
 from .digest import frame_digests, places
 from .handover import Label
-from .spec import HASH_BLOCK_TOKENS, KvSpec
+from .spec import COMPONENT_NUMBERS, HASH_BLOCK_TOKENS, KvSpec
 
 VERSION = 1
 MAX_ENVELOPE_BYTES = 64 << 20
@@ -43,7 +43,6 @@ _MAX_LAYERS_OR_HEADS = 1 << 16
 _MAX_TOKENS = HASH_BLOCK_TOKENS << 24  # as far as digests count
 _MAX_SECTIONS = 4096
 _MAIN = "main"
-_DIGEST_NUMBERS = {"k": 0, "v": 1}  # a component's number in its digests' place: its index in attention_spec
 
 
 class WireError(Exception):
@@ -330,12 +329,12 @@ def damaged_ranges(
     for section in sections:
         if section.group != _MAIN:
             continue
-        if section.component not in _DIGEST_NUMBERS:
+        if section.component not in COMPONENT_NUMBERS:
             return [(token_start, token_count)]
         layers = section.layer_start + np.arange(section.layer_count)
         heads = section.head_start + np.arange(section.head_count)
         blocks = first + np.arange(len(bad))
-        place = places(layers[:, None, None], _DIGEST_NUMBERS[section.component], heads[:, None], blocks)
+        place = places(layers[:, None, None], COMPONENT_NUMBERS[section.component], heads[:, None], blocks)
         found = frame_digests(section.payload, section.scales, place, key, HASH_BLOCK_TOKENS)
         bad |= (found != section.digests).any(axis=(0, 1))
     edges = np.flatnonzero(np.diff(bad, prepend=False, append=False)).reshape(-1, 2)

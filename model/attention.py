@@ -1,4 +1,4 @@
-"""Paged causal attention on CPU whose bits depend on nothing but a token's own prefix.
+"""Paged causal attention in torch whose bits depend on nothing but a token's own prefix. Knows planes, no model.
 
 Every query row sees its keys in tiles of `KV_TILE` positions that begin at fixed absolute positions. Scores of all
 tiles come first, then the row's maximum (exact in any order), then weights and sums tile by tile in order of position:
@@ -6,20 +6,23 @@ tiles come first, then the row's maximum (exact in any order), then weights and 
     m = max_j s_j      l = sum_tiles sum_in_tile exp(s_j - m)      o = sum_tiles (exp(s - m) @ v) / l
 
 A tile that a row cannot see adds exact zeros, so a decode step (one row), a chunk and a whole prompt give the same
-bits. All products go through `products.py`; everything else is element by element in float32. Values of positions that
-hold no token are zeroed before use, whatever the cache holds there.
+bits, and tiles that lie before a window need not be computed. All products go through `products.py`; everything else is
+element by element in float32. Values of positions that hold no token are zeroed before use, whatever the cache holds.
 Source: softmax by tiles as in FlashAttention (Dao et al. 2022), with the maximum taken first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..kernels.reference import Planes, decode_rows
+from .elementwise import softcapped
+from .ops import AttentionKind, Span
 from .products import TILE_ROWS, Product, padded
 
 KV_TILE = 256
@@ -29,32 +32,21 @@ _NEGATIVE = float("-inf")
 _SIGN_AND_MAGNITUDE = 0x87F00000 - (1 << 32)
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Rows of one sequence in a step: `count` queries from batch row `row`, the first at position `start`."""
+class HeadShape(NamedTuple):
+    """Sizes that attention is made for."""
 
-    row: int
-    start: int
-    count: int
-    blocks: Tensor  # [ceil(tiles * KV_TILE / block_tokens)] int64: physical blocks; entries past the end are any block
-
-    @property
-    def end(self) -> int:
-        """Tokens in the cache once the step has stored its own."""
-        return self.start + self.count
-
-    @property
-    def num_tiles(self) -> int:
-        """KV tiles that the last query sees."""
-        return -(-self.end // KV_TILE)
+    kv_heads: int
+    group: int  # query heads per KV head
+    key_widths: tuple[int, ...]  # of each part of queries and keys
+    value_width: int
 
 
 @dataclass(frozen=True, slots=True)
 class Narrow:
     """Short spans (decodes above all) of a step laid out as pairs (span, KV tile), for products in batches.
 
-    Spans stand by falling number of tiles and pairs tile-major, so that the pairs of tile j are those of the first
-    `per_tile[j]` spans: ranges instead of indices.
+    Spans stand by falling number of tiles and pairs by tile (each span's own first tile is 0), so that the pairs of
+    tile j are those of the first `per_tile[j]` spans: ranges instead of indices.
     """
 
     rows: Tensor  # [num_spans, queries] int64: batch rows of the longest span's queries, last ones repeated as padding
@@ -71,115 +63,146 @@ class AttentionLayout:
 
     wide: tuple[Span, ...]
     narrow: Narrow | None
+    block_tokens: int
 
 
 class Attention:
-    """Attention for one model shape; `lay_out` once per step, then a call per layer."""
+    """Attention for one shape of heads; `lay_out` once per step and window, then a call per layer."""
 
-    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
-        self.num_kv_heads = num_kv_heads
-        self.group = num_heads // num_kv_heads
-        self.head_dim = head_dim
-        self.queries_per_tile = TILE_ROWS // self.group  # 0: groups too large for a tile, every span is wide
-        self.scores = Product(head_dim, KV_TILE, torch.float32, transposed=True)
-        self.mix = Product(KV_TILE, head_dim, torch.float32, transposed=False)
+    def __init__(self, shape: HeadShape, product: Callable[[int, int, bool], Product]) -> None:
+        """`product(inner, columns, transposed)` gives float32 products."""
+        self.shape = shape
+        self.queries_per_tile = TILE_ROWS // shape.group  # 0: groups too large for a tile, every span is wide
+        self.scores = tuple(product(width, KV_TILE, True) for width in shape.key_widths)
+        self.mix = product(KV_TILE, shape.value_width, False)
 
-    def lay_out(self, spans: list[Span], block_tokens: int) -> AttentionLayout:
+    def lay_out(self, spans: Sequence[Span], block_tokens: int, window: int | None) -> AttentionLayout:
         """Sort a step's spans into wide and narrow ones."""
         wide = tuple(span for span in spans if span.count > self.queries_per_tile)
-        narrow = sorted((s for s in spans if s.count <= self.queries_per_tile), key=lambda s: -s.num_tiles)
-        return AttentionLayout(wide, self._lay_out_narrow(narrow, block_tokens) if narrow else None)
+        narrow = [span for span in spans if span.count <= self.queries_per_tile]
+        laid_out = self._lay_out_narrow(narrow, block_tokens, window) if narrow else None
+        return AttentionLayout(wide, laid_out, block_tokens)
 
-    def _lay_out_narrow(self, spans: list[Span], block_tokens: int) -> Narrow:
-        tiles = [span.num_tiles for span in spans]
+    def _lay_out_narrow(self, spans: list[Span], block_tokens: int, window: int | None) -> Narrow:
+        spans = sorted(spans, key=lambda span: -len(_seen_tiles(span.start, span.count, window)))
+        ranges = [_seen_tiles(span.start, span.count, window) for span in spans]
+        tiles = [len(seen) for seen in ranges]
         per_tile = tuple(sum(n > j for n in tiles) for j in range(tiles[0]))
         pair_span = torch.cat([torch.arange(n) for n in per_tile])
-        pair_tile = torch.repeat_interleave(torch.arange(len(per_tile)), torch.tensor(per_tile))
-        blocks_per_tile = KV_TILE // block_tokens
-        blocks = torch.stack(
-            [
-                spans[s].blocks[j * blocks_per_tile : (j + 1) * blocks_per_tile]
-                for j, n in enumerate(per_tile)
-                for s in range(n)
-            ]
-        )
+        pair_tile = torch.tensor([ranges[i].start + j for j, n in enumerate(per_tile) for i in range(n)])
+        blocks = [
+            _blocks(spans[i], range(ranges[i].start + j, ranges[i].start + j + 1), block_tokens)
+            for j, n in enumerate(per_tile)
+            for i in range(n)
+        ]
         query = torch.arange(max(span.count for span in spans))
         last = torch.tensor([span.count - 1 for span in spans]).unsqueeze(1)
         offset = torch.minimum(query, last)  # [num_spans, queries]
         rows = torch.tensor([span.row for span in spans]).unsqueeze(1) + offset
         positions = torch.tensor([span.start for span in spans]).unsqueeze(1) + offset
-        row_position = positions.repeat_interleave(self.group, dim=1)
-        column = pair_tile.unsqueeze(1) * KV_TILE + torch.arange(KV_TILE)
-        hidden = column[:, None, None, :] > row_position[pair_span][:, None, :, None]
+        row_position = positions.repeat_interleave(self.shape.group, dim=1)[pair_span][:, None, :, None]
+        column = (pair_tile.unsqueeze(1) * KV_TILE + torch.arange(KV_TILE))[:, None, None, :]
+        hidden = _hidden(column, row_position, window)
         first_pair = [sum(per_tile[:j]) for j in range(len(per_tile))]
-        tails = tuple((first_pair[n - 1] + i, spans[i].end - (n - 1) * KV_TILE) for i, n in enumerate(tiles))
-        return Narrow(rows, per_tile, pair_span, _head_rows(blocks, self.num_kv_heads), hidden, tails)
+        tails = tuple(
+            (first_pair[n - 1] + i, spans[i].end - (ranges[i].stop - 1) * KV_TILE) for i, n in enumerate(tiles)
+        )
+        head_rows = _head_rows(torch.tensor(blocks), self.shape.kv_heads)
+        return Narrow(rows, per_tile, pair_span, head_rows, hidden, tails)
 
-    def __call__(self, q: Tensor, k_planes: Planes, v_planes: Planes, layout: AttentionLayout) -> Tensor:
-        """Attend with q [rows, heads, head_dim], whose keys and values are already stored; [rows, heads, head_dim]."""
-        scaled = q.float() * self.head_dim**-0.5
-        out = torch.zeros_like(scaled)
+    def __call__(
+        self,
+        queries: Sequence[Tensor],
+        keys: Sequence[Planes],
+        values: Planes,
+        layout: AttentionLayout,
+        kind: AttentionKind,
+    ) -> Tensor:
+        """Attend with queries [rows, heads, width] of each part; keys and values are already stored."""
+        scaled = [part.float() * kind.scale for part in queries]
+        rows, heads = scaled[0].shape[:2]
+        out = scaled[0].new_zeros(rows, heads, self.shape.value_width)
         for span in layout.wide:
-            self._attend_wide(scaled, k_planes, v_planes, span, out)
+            self._attend_wide(scaled, (*keys, values), span, (kind, layout.block_tokens), out)
         if layout.narrow is not None:
-            self._attend_narrow(scaled, k_planes, v_planes, layout.narrow, out)
-        return out.to(q.dtype)
+            self._attend_narrow(scaled, (*keys, values), layout.narrow, kind, out)
+        return out.to(queries[0].dtype)
 
-    def _attend_wide(self, q: Tensor, k_planes: Planes, v_planes: Planes, span: Span, out: Tensor) -> None:
-        head_rows = _head_rows(span.blocks.unsqueeze(0), self.num_kv_heads)
-        keys = _tiles(k_planes, head_rows, self.head_dim)[0]  # [kv_heads, tokens, head_dim]
-        values = _tiles(v_planes, head_rows, self.head_dim)[0]
-        values[:, span.end :] = 0.0
-        per_slab = _SLAB_ROWS // self.group
+    def _numbers(self, planes: Sequence[Planes], head_rows: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Keys of each part and values [n, kv_heads, tokens, width] float32 of some blocks."""
+        keys = [_tiles(part, head_rows, w) for part, w in zip(planes, self.shape.key_widths, strict=False)]
+        if any(part.payload is planes[-1].payload for part in planes[:-1]):  # a latent is key and value at once
+            shared = next(i for i, part in enumerate(planes) if part.payload is planes[-1].payload)
+            return keys, keys[shared]
+        return keys, _tiles(planes[-1], head_rows, self.shape.value_width)
+
+    def _attend_wide(
+        self, q: list[Tensor], planes: Sequence[Planes], span: Span, how: tuple[AttentionKind, int], out: Tensor
+    ) -> None:
+        (kind, block_tokens), group = how, self.shape.group
+        seen = _seen_tiles(span.start, span.count, kind.window)
+        blocks = torch.tensor([_blocks(span, seen, block_tokens)])
+        key_parts, value_parts = self._numbers(planes, _head_rows(blocks, self.shape.kv_heads))
+        offset = seen.start * KV_TILE  # position of the first key at hand
+        value_parts[:, :, span.end - offset :] = 0.0
+        per_slab = max(1, _SLAB_ROWS // group)
         for first in range(0, span.count, per_slab):
             count = min(per_slab, span.count - first)
             rows = slice(span.row + first, span.row + first + count)
             start = span.start + first
-            hidden_from = start // KV_TILE  # tiles before it are seen whole by every row
-            num_tiles = (start + count - 1) // KV_TILE + 1
-            positions = torch.arange(start, start + count).repeat_interleave(self.group)
+            tiles = _seen_tiles(start, count, kind.window)
+            masked = tiles.start if kind.window is not None else start // KV_TILE  # tiles before are seen whole
+            positions = torch.arange(start, start + count).repeat_interleave(group)
             spare = padded(len(positions)) - len(positions)
             positions = torch.cat((positions, positions[-1:].expand(spare)))
-            column = torch.arange(hidden_from * KV_TILE, num_tiles * KV_TILE).view(-1, 1, KV_TILE)
-            hidden = column > positions.view(1, -1, 1)
-            for head in range(self.num_kv_heads):
-                heads = slice(head * self.group, (head + 1) * self.group)
-                queries = q[rows, heads].reshape(-1, self.head_dim)
-                queries = torch.cat((queries, queries.new_zeros(spare, self.head_dim)))
-                mixed = self._slab(queries, keys[head], values[head], hidden, num_tiles)
-                out[rows, heads] = mixed[: count * self.group].view(count, self.group, self.head_dim)
+            column = torch.arange(masked * KV_TILE, tiles.stop * KV_TILE).view(-1, 1, KV_TILE)
+            hidden = _hidden(column, positions.view(1, -1, 1), kind.window)
+            at = slice(tiles.start * KV_TILE - offset, tiles.stop * KV_TILE - offset)
+            for head in range(self.shape.kv_heads):
+                heads = slice(head * group, (head + 1) * group)
+                taken = [_with_spare(part[rows, heads].flatten(0, 1), spare) for part in q]
+                keys = [part[0, head, at] for part in key_parts]
+                mixed = self._slab(taken, keys, value_parts[0, head, at], hidden, kind.softcap)
+                out[rows, heads] = mixed[: count * group].view(count, group, -1)
 
-    def _slab(self, queries: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, num_tiles: int) -> Tensor:
-        """Attention of some rows [rows, head_dim] of one KV head; `hidden` [last tiles, rows, KV_TILE]."""
-        tiles = [slice(j * KV_TILE, (j + 1) * KV_TILE) for j in range(num_tiles)]
-        scores = queries.new_empty(num_tiles, len(queries), KV_TILE)
+    def _slab(
+        self, queries: list[Tensor], keys: list[Tensor], values: Tensor, hidden: Tensor, softcap: float | None
+    ) -> Tensor:
+        """Attention of some rows [rows, width] of one KV head; `hidden` [last tiles, rows, KV_TILE]."""
+        tiles = [slice(start, start + KV_TILE) for start in range(0, len(values), KV_TILE)]
+        scores = queries[0].new_empty(len(tiles), len(queries[0]), KV_TILE)
         for j, tile in enumerate(tiles):
-            self.scores.rows(queries, keys[tile].t(), scores[j])
-        scores[num_tiles - len(hidden) :].masked_fill_(hidden, _NEGATIVE)
+            self.scores[0].rows(queries[0], keys[0][tile].t(), scores[j])
+            for product, part, key in zip(self.scores[1:], queries[1:], keys[1:], strict=True):
+                scores[j] += product.rows(part, key[tile].t())
+        if softcap is not None:
+            scores = softcapped(scores, softcap)
+        scores[len(tiles) - len(hidden) :].masked_fill_(hidden, _NEGATIVE)
         largest = scores.amax(-1).amax(0)
         weights = torch.exp(scores.sub_(largest.view(1, -1, 1)), out=scores)
         sums = weights.sum(-1)
         total, mixed = sums[0], self.mix.rows(weights[0], values[tiles[0]])
-        for j in range(1, num_tiles):
+        for j in range(1, len(tiles)):
             total = total + sums[j]
             mixed = mixed + self.mix.rows(weights[j], values[tiles[j]])
         return (mixed + 0.0) / total.unsqueeze(-1)  # + 0.0: a negative zero must not tell whether a blank tile came
 
-    def _attend_narrow(self, q: Tensor, k_planes: Planes, v_planes: Planes, narrow: Narrow, out: Tensor) -> None:
+    def _attend_narrow(
+        self, q: list[Tensor], planes: Sequence[Planes], narrow: Narrow, kind: AttentionKind, out: Tensor
+    ) -> None:
         num_spans, queries = narrow.rows.shape
-        used, kv_heads, width = queries * self.group, self.num_kv_heads, self.head_dim
-        pairs = len(narrow.pair_span)
-        taken = q.index_select(0, narrow.rows.flatten()).view(num_spans, queries, kv_heads, self.group, width)
-        tiles = q.new_zeros(num_spans, kv_heads, TILE_ROWS, width)
-        tiles[:, :, :used] = taken.transpose(1, 2).reshape(num_spans, kv_heads, used, width)
-        keys = _tiles(k_planes, narrow.head_rows, width)  # [pairs, kv_heads, KV_TILE, head_dim]
-        values = _tiles(v_planes, narrow.head_rows, width)
+        kv_heads, group, _, width = self.shape
+        used, pairs = queries * group, len(narrow.pair_span)
+        keys, values = self._numbers(planes, narrow.head_rows)  # [pairs, kv_heads, KV_TILE, width]
         for pair, tokens in narrow.tails:
             values[pair, :, tokens:] = 0.0
-        queries_of_pairs = tiles.index_select(0, narrow.pair_span).flatten(0, 1)
-        whole = self.scores.batch(queries_of_pairs, keys.flatten(0, 1).transpose(1, 2))
-        whole = whole.view(pairs, kv_heads, TILE_ROWS, KV_TILE)
-        scores = whole[:, :, :used].masked_fill(narrow.hidden, _NEGATIVE)  # the rest of a tile is padding
+        whole = self._narrow_scores(q[0], keys[0], self.scores[0], narrow)
+        for part, key, product in zip(q[1:], keys[1:], self.scores[1:], strict=True):
+            whole += self._narrow_scores(part, key, product, narrow)
+        scores = whole[:, :, :used]  # the rest of a tile is padding
+        if kind.softcap is not None:
+            scores = softcapped(scores, kind.softcap)
+        scores = scores.masked_fill(narrow.hidden, _NEGATIVE)
         ranges = _ranges(narrow.per_tile)
         largest = _fold(torch.maximum, scores.amax(-1), ranges)
         weights = torch.exp(scores.sub_(largest.index_select(0, narrow.pair_span).unsqueeze(-1)), out=scores)
@@ -187,9 +210,44 @@ class Attention:
         parts = self.mix.batch(whole.flatten(0, 1), values.flatten(0, 1)).view(pairs, kv_heads, TILE_ROWS, width)
         total = _fold(torch.add, weights.sum(-1), ranges)
         mixed = _fold(torch.add, parts[:, :, :used], ranges)
-        result = ((mixed + 0.0) / total.unsqueeze(-1)).view(num_spans, kv_heads, queries, self.group, width)
+        result = ((mixed + 0.0) / total.unsqueeze(-1)).view(num_spans, kv_heads, queries, group, width)
         # Padding repeats a span's last row, whose result is the same number: writing it twice changes nothing.
-        out[narrow.rows.flatten()] = result.transpose(1, 2).reshape(num_spans * queries, kv_heads * self.group, width)
+        out[narrow.rows.flatten()] = result.transpose(1, 2).reshape(num_spans * queries, kv_heads * group, width)
+
+    def _narrow_scores(self, q: Tensor, keys: Tensor, product: Product, narrow: Narrow) -> Tensor:
+        """Scores of one part: q [rows, heads, width] and keys of pairs; [pairs, kv_heads, TILE_ROWS, KV_TILE]."""
+        num_spans, queries = narrow.rows.shape
+        kv_heads, group, width = self.shape.kv_heads, self.shape.group, q.shape[-1]
+        taken = q.index_select(0, narrow.rows.flatten()).view(num_spans, queries, kv_heads, group, width)
+        tiles = q.new_zeros(num_spans, kv_heads, TILE_ROWS, width)
+        tiles[:, :, : queries * group] = taken.transpose(1, 2).reshape(num_spans, kv_heads, queries * group, width)
+        of_pairs = tiles.index_select(0, narrow.pair_span).flatten(0, 1)
+        whole = product.batch(of_pairs, keys.flatten(0, 1).transpose(1, 2))
+        return whole.view(len(narrow.pair_span), kv_heads, TILE_ROWS, KV_TILE)
+
+
+def _seen_tiles(start: int, count: int, window: int | None) -> range:
+    """KV tiles that the queries at positions [start, start + count) see."""
+    first = 0 if window is None else max(0, start - window + 1) // KV_TILE
+    return range(first, (start + count - 1) // KV_TILE + 1)
+
+
+def _hidden(column: Tensor, position: Tensor, window: int | None) -> Tensor:
+    """Whether the query at `position` must not see the key at `column`."""
+    later = column > position
+    return later if window is None else later | (column <= position - window)
+
+
+def _blocks(span: Span, tiles: range, block_tokens: int) -> list[int]:
+    """The blocks of whole tiles; past the sequence's last token any block does, its own first one here."""
+    used = span.blocks[: -(-span.end // block_tokens)]
+    per_tile = KV_TILE // block_tokens
+    wanted = used[tiles.start * per_tile : tiles.stop * per_tile]
+    return [*wanted, *[span.blocks[0]] * (len(tiles) * per_tile - len(wanted))]
+
+
+def _with_spare(rows: Tensor, spare: int) -> Tensor:
+    return torch.cat((rows, rows.new_zeros(spare, rows.shape[1])))
 
 
 def _ranges(per_tile: tuple[int, ...]) -> list[slice]:

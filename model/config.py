@@ -17,6 +17,9 @@ class ModelConfig(Section):
     path: str = Field(BUNDLED, description="checkpoint directory, hub name, or 'bundled'")
     name: str | None = Field(None, description="what clients call it; default: the directory's name")
     dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="auto = the checkpoint's")
+    quantization: Literal["none", "int8"] = Field(
+        "none", description="int8: 8-bit weights, rounded per output channel while loading"
+    )
     max_model_len: int | None = Field(
         None, ge=16, description="prompt plus generated tokens; default: the checkpoint's"
     )

@@ -1,25 +1,30 @@
-"""The decoder: token ids to logits, in one readable pass. Knows layers; no scheduler, no sampling, no digests.
+"""The decoder: token ids to logits, in one readable pass, for every family. Knows layers; no device, no scheduler.
 
-Row by row its arithmetic is float32, rounded to the compute dtype after each step of the paper; every product has fixed
-bits for every row count (`products.py`, `attention.py`), so a row's logits depend on its own prefix alone.
-Source: Llama (Touvron et al. 2023), with grouped queries (Ainslie et al. 2023).
+What a layer does is data (`spec.py`); who computes it is `ops.py`. Row by row the bits are a function of the row's own
+prefix alone. A plain layer, with normalisation before each part and, in some families, after it:
+
+    h = norm(x);  x += [norm](attention(h));  h = norm(x);  x += [norm](ffn(h))
+
+Source: Llama (Touvron et al. 2023); Gemma 2 (2024) for the second norms; DeepSeek-V2 (2024) for latent attention.
 """
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..kernels.reference import rms_norm, rotary
 from ..kv.store import KvStore
-from .attention import Attention
 from .batch import StepBatch
-from .products import Product
-from .spec import ModelSpec, RopeScaling
-from .weights import LayerWeights, Weights
+from .elementwise import softcapped
+from .experts import mix_experts
+from .latent import attend_latent
+from .ops import AttentionKind, Ops
+from .rope import rotary_table
+from .spec import ExpertsFfn, LatentAttention, ModelSpec, PlainAttention
+from .step import LayerStep
+from .weights import DenseWeights, ExpertsWeights, LatentWeights, PlainWeights, Weights
 
 
 class Hidden(NamedTuple):
@@ -30,91 +35,85 @@ class Hidden(NamedTuple):
 
 
 class Decoder:
-    """One model on one CPU. Stateless between steps but for the cache that it is handed."""
+    """One model on one device. Stateless between steps but for the cache that it is handed."""
 
-    def __init__(self, spec: ModelSpec, weights: Weights, max_model_len: int) -> None:
+    def __init__(self, spec: ModelSpec, weights: Weights, ops: Ops, max_model_len: int) -> None:
         self.spec = spec
         self.weights = weights
-        self.attention = Attention(spec.num_heads, spec.num_kv_heads, spec.head_dim)
-        self._products = {
-            name: Product(matrix.shape[1], matrix.shape[0], matrix.dtype, transposed=True)
-            for name, matrix in _matrices(weights).items()
-        }
-        self._cos, self._sin = rotary_table(spec, max_model_len)
+        self.ops = ops
+        self._tables = [rotary_table(rope, max_model_len) for rope in spec.ropes]
+        self._kinds = [_attention_kind(spec, layer.window) for layer in spec.layers]
 
     def hidden(self, batch: StepBatch, store: KvStore) -> Hidden:
         """Run all layers over a step's rows, storing their keys and values on the way."""
-        x = self.weights.embedding.index_select(0, batch.token_ids)  # [rows, hidden]
-        cos, sin = self._cos.index_select(0, batch.positions), self._sin.index_select(0, batch.positions)
+        ops, layers = self.ops, self.weights.layers
+        x = self._embed(batch.token_ids)  # [rows, hidden]
+        angles = [tuple(t.index_select(0, batch.positions) for t in table) for table in self._tables]
         non_finite = torch.zeros(len(x), dtype=torch.int32)
-        for index, layer in enumerate(self.weights.layers):
-            q, k, v = self._project(rms_norm(x, layer.attention_norm, self.spec.rms_eps), layer)
-            q, k = rotary(q, k, cos, sin)
-            # Stored first, attended to after: attention reads what the cache holds, rounding included.
-            non_finite += store.write(index, k, v, batch.slots)
-            k_planes, v_planes = store.planes(index)
-            mixed = self.attention(q, k_planes, v_planes, batch.attention).flatten(1)
-            x = x + self._linear("output", mixed, layer.output)
-            x = x + self._feed_forward(rms_norm(x, layer.ffn_norm, self.spec.rms_eps), layer)
+        h = ops.rms_norm(x, layers[0].attention_norm)
+        for index, (layer, shape) in enumerate(zip(layers, self.spec.layers, strict=True)):
+            cos, sin = angles[shape.rope]
+            step = LayerStep(ops, cos, sin, store.planes(index), batch.slots, batch.attention, self._kinds[index])
+            delta, refused = self._attend(h, layer.attention, step)
+            non_finite += refused
+            if layer.after_attention is not None:
+                delta = ops.rms_norm(delta, layer.after_attention)
+            x, h = ops.add_rms_norm(x, delta, layer.ffn_norm)
+            delta = self._feed_forward(h, layer.ffn, shape.ffn)
+            if layer.after_ffn is not None:
+                delta = ops.rms_norm(delta, layer.after_ffn)
+            if index + 1 < len(layers):
+                x, h = ops.add_rms_norm(x, delta, layers[index + 1].attention_norm)
+            else:
+                x = x + delta
         return Hidden(x, non_finite)
 
     def logits(self, rows: Tensor) -> Tensor:
-        """Logits of rows [n, hidden], n a multiple of 16, of the residual stream; [n, vocab] float32."""
-        return self._linear("head", rms_norm(rows, self.weights.norm, self.spec.rms_eps), self.weights.head).float()
+        """Logits of rows [n, hidden] of the residual stream, n a multiple of the ops'; [n, vocab] float32."""
+        logits = self.ops.linear(self.ops.rms_norm(rows, self.weights.norm), self.weights.head).float()
+        return logits if self.spec.final_softcap is None else softcapped(logits, self.spec.final_softcap)
 
-    def _project(self, x: Tensor, layer: LayerWeights) -> tuple[Tensor, Tensor, Tensor]:
-        spec = self.spec
-        heads = self._linear("qkv", x, layer.qkv).view(len(x), -1, spec.head_dim)
-        q, k, v = torch.split(heads, [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1)
-        return q, k, v  # each [rows, heads, head_dim]
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        x = self.weights.embedding.index_select(0, token_ids)
+        if self.spec.embedding_scale is None:
+            return x
+        return x * torch.tensor(self.spec.embedding_scale, dtype=x.dtype)  # rounded first, as Gemma was trained
 
-    def _feed_forward(self, x: Tensor, layer: LayerWeights) -> Tensor:
-        return self._linear("down", silu_mul(self._linear("gate_up", x, layer.gate_up)), layer.down)
+    def _attend(self, h: Tensor, weights: PlainWeights | LatentWeights, step: LayerStep) -> tuple[Tensor, Tensor]:
+        """Attention of rows [rows, hidden]: what it adds, and rows of keys and values that were not finite."""
+        shape = self.spec.attention
+        if isinstance(weights, LatentWeights):
+            assert isinstance(shape, LatentAttention)
+            return attend_latent(h, weights, shape, step)
+        assert isinstance(shape, PlainAttention)
+        return _attend_plain(h, weights, shape, step)
 
-    def _linear(self, name: str, x: Tensor, matrix: Tensor) -> Tensor:
-        return self._products[name].rows(x, matrix.t())
-
-
-def _matrices(weights: Weights) -> dict[str, Tensor]:
-    layer = weights.layers[0]
-    return {
-        "qkv": layer.qkv,
-        "output": layer.output,
-        "gate_up": layer.gate_up,
-        "down": layer.down,
-        "head": weights.head,
-    }
-
-
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """`kernels.reference.silu_mul`, to one unit in the last place, from steps that round alike wherever a number lies.
-
-    torch's own silu computes the last few numbers of each thread's range with another exponential than the rest, so
-    its bits depend on the number of rows and threads; `exp` alone does not.
-    """
-    gate, up = gate_up.float().chunk(2, dim=-1)
-    return (gate / (1.0 + torch.exp(-gate)) * up).to(gate_up.dtype)
+    def _feed_forward(self, h: Tensor, weights: DenseWeights | ExpertsWeights, shape: object) -> Tensor:
+        if isinstance(weights, ExpertsWeights):
+            assert isinstance(shape, ExpertsFfn)
+            return mix_experts(self.ops, h, weights, shape, self.spec.activation)
+        gated = self.ops.gated(self.ops.linear(h, weights.gate_up), self.spec.activation)
+        return self.ops.linear(gated, weights.down)
 
 
-def rotary_table(spec: ModelSpec, max_model_len: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [max_model_len, head_dim / 2] float32 by absolute position.
+def _attend_plain(h: Tensor, weights: PlainWeights, shape: PlainAttention, step: LayerStep) -> tuple[Tensor, Tensor]:
+    ops, heads, kv_heads = step.ops, shape.num_heads, shape.num_kv_heads
+    qkv = ops.linear(h, weights.qkv).view(len(h), heads + 2 * kv_heads, shape.head_dim)
+    v = qkv[:, heads + kv_heads :]
+    if weights.q_norm is not None and weights.k_norm is not None:
+        q = ops.rotary(ops.rms_norm(qkv[:, :heads].contiguous(), weights.q_norm), step.cos, step.sin)
+        k = qkv[:, heads : heads + kv_heads].contiguous()
+        k = ops.rotary(ops.rms_norm(k, weights.k_norm), step.cos, step.sin)
+    else:
+        turned = ops.rotary(qkv[:, : heads + kv_heads], step.cos, step.sin)
+        q, k = turned[:, :heads], turned[:, heads:]
+    # Stored first, attended to after: attention reads what the cache holds, rounding included.
+    refused = ops.write((k, v), step.planes, step.slots)
+    keys, values = step.planes
+    mixed = ops.attend((q,), (keys,), values, step.layout, step.kind)
+    return ops.linear(mixed.flatten(1), weights.output), refused
 
-    Angles are float32 products, as the models were trained; their cosines are taken in float64 and rounded once, so
-    that an entry does not depend on the length of the table.
-    """
-    exponent = torch.arange(0, spec.head_dim, 2, dtype=torch.int64).float() / spec.head_dim
-    frequency = _stretched(1.0 / (spec.rope_theta**exponent), spec.rope_scaling)
-    angles = (torch.arange(max_model_len, dtype=torch.float32).unsqueeze(1) * frequency).double()
-    return torch.cos(angles).float(), torch.sin(angles).float()
 
-
-def _stretched(frequency: Tensor, scaling: RopeScaling | None) -> Tensor:
-    """Frequencies after scaling. "llama3" keeps short wavelengths, divides long ones and blends between."""
-    if scaling is None:
-        return frequency
-    if scaling.kind == "linear":
-        return frequency / scaling.factor
-    wavelength = 2 * math.pi / frequency
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    blend = ((scaling.original_max_len / wavelength - low) / (high - low)).clamp(0.0, 1.0)
-    return (1 - blend) * frequency / scaling.factor + blend * frequency
+def _attention_kind(spec: ModelSpec, window: int | None) -> AttentionKind:
+    shape = spec.attention
+    return AttentionKind(shape.scale, window, shape.softcap if isinstance(shape, PlainAttention) else None)

@@ -12,13 +12,18 @@ import torch
 
 from ..core.errors import ConfigError
 from ..kv.store import KvStore
+from .config_json import load_spec
+from .ops import Ops
 from .runner import Runner
-from .spec import DType, ModelSpec, load_spec
-from .weights import load_weights, weights_fingerprint
+from .spec import DType, ModelSpec, Quantization
+from .tensors import open_source, weights_fingerprint
+from .torch_ops import TorchOps
+from .weights import load_weights
 
-KERNEL_SET_VERSION = 1  # one more whenever a change of ours can change a bit of any logit
+KERNEL_SET_VERSION = 2  # one more whenever a change of ours can change a bit of any logit
 
 KvDType = Literal["auto", "fp8", "bfloat16", "float32"]
+Kernels = Literal["auto", "native", "torch"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +37,8 @@ class RunnerOptions:
     num_threads: int = 1
     max_model_len: int | None = None
     digest_key: int = 0  # the cluster's 64-bit key
+    quantization: Quantization = "none"
+    kernels: Kernels = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +61,25 @@ def load_runner(directory: Path, options: RunnerOptions) -> Runner:
         raise ConfigError(
             f"model.max_model_len is {options.max_model_len}; {directory} was made for {spec.max_model_len} at most"
         )
-    weights = load_weights(directory, spec, torch_dtype(compute_dtype(spec, options.dtype)))
+    dtype = torch_dtype(compute_dtype(spec, options.dtype))
+    ops = make_ops(dtype, options.quantization, options.num_threads, kernels=options.kernels)
+    weights = load_weights(open_source(directory), spec, ops)
     kv_spec = spec.kv_spec(kv_codec(options.kv_dtype))
     store = KvStore(kv_spec, options.num_blocks, options.block_tokens, digest_key=options.digest_key)
-    return Runner(spec, weights, store, options.num_threads, options.max_model_len)
+    return Runner(spec, weights, ops, store, options.max_model_len)
+
+
+def make_ops(
+    dtype: torch.dtype, quantization: Quantization = "none", num_threads: int = 1, *, kernels: Kernels = "auto"
+) -> Ops:
+    """The ops of this machine: the fastest there are (`auto`), or the ones asked for.
+
+    Raises:
+        ConfigError: the asked-for kernels cannot run here.
+    """
+    if kernels == "native":
+        raise ConfigError("model.kernels is 'native'; this release has 'torch' only")
+    return TorchOps(dtype, num_threads, quantization)
 
 
 def compute_dtype(spec: ModelSpec, dtype: Literal["auto", "bfloat16", "float32"]) -> DType:
@@ -75,18 +97,20 @@ def torch_dtype(dtype: DType) -> torch.dtype:
     return torch.bfloat16 if dtype == "bfloat16" else torch.float32
 
 
-def numerics_class(
-    directory: Path, dtype: Literal["auto", "bfloat16", "float32"], kv_dtype: KvDType, tp: int = 1
-) -> NumericsClass:
-    """All that a bit of a logit can depend on: weights, compute dtype, cache codec, TP, our kernels, the machine.
+def numerics_class(directory: Path, options: RunnerOptions, tp: int = 1) -> NumericsClass:
+    """All that a bit of a logit can depend on: weights, compute dtype, cache codec, TP, the ops, the machine, and the
+    served context length where rotary angles depend on it.
 
     Not the number of threads, nor sizes of blocks, batches and chunks: those change no bit.
     """
     spec = load_spec(directory)
     weights = weights_fingerprint(directory)
+    dtype = compute_dtype(spec, options.dtype)
+    ops = make_ops(torch_dtype(dtype), options.quantization, kernels=options.kernels)
+    length = f", for {options.max_model_len or spec.max_model_len} tokens" if spec.length_matters else ""
     arithmetic = (
-        f"{compute_dtype(spec, dtype)}, {kv_codec(kv_dtype)} cache, TP {tp}, kernels {KERNEL_SET_VERSION}, "
-        f"torch {torch.__version__} on {machine_description()}"
+        f"{dtype}, {kv_codec(options.kv_dtype)} cache{length}, TP {tp}, kernels {KERNEL_SET_VERSION}, "
+        f"{ops.description} on {machine_description()}"
     )
     digest = hashlib.blake2b(weights + arithmetic.encode(), digest_size=16, person=b"twostroke-numer").digest()
     return NumericsClass(digest, f"weights {weights.hex()[:8]}, {arithmetic}")

@@ -19,11 +19,12 @@ from ..kernels.reference import Planes
 from ..kv.block import BlockId
 
 Activation = Literal["silu", "gelu_tanh"]
+Quantization = Literal["none", "int8"]
 
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """A root mean square norm. `weight` [width] multiplies what was normalised; Gemma's 1 + w is added at load."""
+    """A root mean square norm. `weight` [width] float32 multiplies what was normalised (Gemma's 1 is in it)."""
 
     weight: Tensor
     eps: float
@@ -72,11 +73,18 @@ class Ops(Protocol):
     """Part of the numerics class: what a bit of an answer can depend on, besides the machine."""
 
     def pack(self, matrix: Tensor, bias: Tensor | None = None, *, exact: bool = False) -> Linear:
-        """Take a matrix [out, in] for `linear`. `exact`: never quantise it (a router of experts, for one)."""
+        """Take a matrix [out, in] and a bias [out] for `linear`, of any dtype, perhaps views of a file.
+
+        `exact` (a router of experts, for one): never quantised, and `linear` answers in float32, not rounded.
+        """
+        ...
+
+    def prepare(self) -> None:
+        """Choose forms and threads. Called once, after packing, in the thread that will run the steps."""
         ...
 
     def linear(self, x: Tensor, packed: Linear) -> Tensor:
-        """x [rows, in] times the matrix, plus its bias: [rows, out]."""
+        """x [rows, in] times the matrix, plus its bias: [rows, out]; rows a multiple of `row_multiple`."""
         ...
 
     def rms_norm(self, x: Tensor, norm: Norm) -> Tensor:
@@ -116,7 +124,8 @@ class Ops(Protocol):
         """Attention of a step's rows to what the cache holds, own tokens included (they were written before).
 
         A score is the sum over parts of query part i [rows, heads, width_i] with key part i (planes of kv_heads_i = the
-        values' heads): one part for plain attention, two (latent and rotary) for MLA. Returns [rows, heads, value
-        width]; rows of no span are zero.
+        values' heads): one part for plain attention, two (latent and rotary) for MLA, where the values are the planes
+        of the first part. Parts may be views. All planes are of one codec. Returns [rows, heads, value width]; rows of
+        no span are zero.
         """
         ...

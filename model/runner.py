@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..core.errors import ConfigError
 from ..core.request import SequenceKey
 from ..kv.spec import HASH_BLOCK_TOKENS
 from ..kv.store import HeldTokens, KvStore
-from .batch import StepBatch, build_batch
+from .batch import StepBatch, build_batch, warm_up_batch
 from .decoder import Decoder
+from .ops import Ops
 from .plan import SequenceStep, StepPlan, StepResult
-from .products import TILE_ROWS
 from .sampling.step import Spoken, StepSampler
 from .spec import ModelSpec
 from .weights import Weights
 
 _REMEMBERED_STEPS = 4  # a plan may name tokens of this many steps back
-
-_log = logging.getLogger(__name__)
 
 
 class Runner:
@@ -37,36 +33,26 @@ class Runner:
         self,
         spec: ModelSpec,
         weights: Weights,
+        ops: Ops,
         store: KvStore,
-        num_threads: int = 1,
         max_model_len: int | None = None,
     ) -> None:
         self.spec = spec
         self.weights = weights
         self.store = store
-        self.num_threads = num_threads
+        self.ops = ops
         self.max_model_len = max_model_len or spec.max_model_len
         self._decoder: Decoder | None = None
         self._results: OrderedDict[int, StepResult] = OrderedDict()
         self._sampler: StepSampler | None = None
 
     def warm_up(self) -> None:
-        """Choose the forms of all products and touch the weights. Call it in the thread that runs the steps.
-
-        Where this machine's products depend on the number of threads, one thread is used instead.
-        """
-        torch.set_num_threads(self.num_threads)
-        try:
-            self._decoder = Decoder(self.spec, self.weights, self.max_model_len)
-        except ConfigError as error:
-            if self.num_threads == 1:
-                raise
-            _log.warning("%s; going on with one thread", error)
-            self.num_threads = 1
-            torch.set_num_threads(1)
-            self._decoder = Decoder(self.spec, self.weights, self.max_model_len)
+        """Let the ops choose their forms, and run a step that writes nothing. Call it in the thread of the steps."""
+        self.ops.prepare()
+        self._decoder = Decoder(self.spec, self.weights, self.ops, self.max_model_len)
         with torch.inference_mode():
-            self._decoder.logits(self.weights.embedding[:1].expand(TILE_ROWS, -1).contiguous())
+            hidden = self._decoder.hidden(warm_up_batch(self.store.block_tokens, self.ops), self.store)
+            self._decoder.logits(hidden.rows)
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute a plan: its keys and values are in the store, finished hash blocks sealed, tokens sampled.
@@ -80,7 +66,7 @@ class Runner:
         if not plan.sequences:
             return self._remember(StepResult(plan.step, ()))
         ids = [self._resolve(step) for step in plan.sequences]
-        batch = build_batch(plan, ids, self.store.block_tokens, self._decoder.attention)
+        batch = build_batch(plan, ids, self.store.block_tokens, self.ops)
         with torch.inference_mode():
             hidden = self._decoder.hidden(batch, self.store)
             bad = _bad_sequences(plan, batch, hidden.non_finite)

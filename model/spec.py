@@ -1,36 +1,122 @@
-"""What a checkpoint's config.json says, in the field's terms. Knows shapes and names, no tensor.
+"""The shape of a decoder, in the field's terms: what a config.json comes down to. Knows no file, no tensor.
 
-Accepts the keys of transformers 4 (`rope_theta`, `rope_scaling`, `torch_dtype`) and of transformers 5
-(`rope_parameters`, `dtype`). Whatever would change the numbers and is not served is refused by name.
+One `ModelSpec` describes every family that we serve; `config_json.py` reads it from a checkpoint.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from ..core.errors import CheckpointError
-from ..kv.spec import CODEC_NAMES, KvSpec, attention_spec
+from ..kv.spec import CODEC_NAMES, KvSpec, attention_spec, mla_spec
 
 DType = Literal["bfloat16", "float32"]
+Quantization = Literal["none", "int8"]
+Activation = Literal["silu", "gelu_tanh"]
 DTYPE_BYTES: dict[str, int] = {"bfloat16": 2, "float32": 4}
-
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
-_REFUSED_FLAGS = ("attention_bias", "mlp_bias", "quantization_config", "sliding_window", "num_local_experts")
 
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
-    """How rotary frequencies are stretched for a longer context. Source: the Llama 3.1 release ("llama3")."""
+    """How rotary frequencies are stretched for a longer context; `rope.py` says what each kind does."""
 
-    kind: Literal["linear", "llama3"]
+    kind: Literal["linear", "dynamic", "llama3", "yarn", "longrope"]
     factor: float
-    low_freq_factor: float = 1.0
+    original_max_len: int = 8192  # what the model was first trained for
+    low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0
-    original_max_len: int = 8192
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factors: tuple[float, ...] = ()  # longrope: a divisor per frequency
+    long_factors: tuple[float, ...] = ()
+    magnitude: float = 1.0  # what cosines and sines are multiplied by (yarn, longrope)
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether angles depend on the served context length."""
+        return self.kind in ("dynamic", "longrope")
+
+
+@dataclass(frozen=True, slots=True)
+class RopeSpec:
+    """Rotary positions of some layers: `width` of a head's numbers are rotated, the rest passes."""
+
+    theta: float
+    width: int
+    scaling: RopeScaling | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PlainAttention:
+    """Grouped-query attention (Ainslie et al. 2023); one key and one value per KV head in the cache."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    softcap: float | None = None
+    qkv_bias: bool = False
+    output_bias: bool = False
+    head_norms: bool = False  # queries and keys are normalised per head, before they are rotated
+
+
+@dataclass(frozen=True, slots=True)
+class LatentAttention:
+    """Multi-head latent attention (DeepSeek-V2, 2024): the cache holds one latent and one rotary key per token."""
+
+    num_heads: int
+    query_rank: int | None  # None: queries come straight from the hidden state
+    latent_width: int
+    rope_width: int
+    key_width: int  # of a head's part without positions
+    value_width: int
+    scale: float
+    interleaved: bool
+    bias: bool = False  # of the two projections down, and of the output
+    norm_eps: float = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class DenseFfn:
+    """A gated feed-forward layer."""
+
+    width: int
+    bias: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """How a token chooses its experts; `experts.py` says what each field does."""
+
+    num_experts: int
+    per_token: int
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    normalised: bool = False  # the chosen weights sum to one
+    scale: float = 1.0
+    num_groups: int = 1
+    groups_per_token: int = 1
+    correction: bool = False  # a bias that counts for the choice alone, and groups by their two best
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsFfn:
+    """Experts of one width, and perhaps one that every token takes."""
+
+    width: int
+    routing: Routing
+    shared_width: int | None = None
+    shared_gate: bool = False  # the shared expert counts by the sigmoid of a score of its own
+    shared_bias: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """What differs from layer to layer."""
+
+    ffn: DenseFfn | ExpertsFfn
+    window: int | None = None
+    rope: int = 0  # index of ModelSpec.ropes
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,183 +125,36 @@ class ModelSpec:
 
     architecture: str
     hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
     vocab_size: int
+    attention: PlainAttention | LatentAttention
+    layers: tuple[LayerSpec, ...]
+    ropes: tuple[RopeSpec, ...]
+    activation: Activation
     rms_eps: float
-    rope_theta: float
-    rope_scaling: RopeScaling | None
     tied_embeddings: bool
     max_model_len: int
     bos_id: int | None
     eos_ids: tuple[int, ...]
     dtype: DType
+    norm_offset: float = 0.0  # Gemma stores norms less one
+    sandwich_norms: bool = False  # each part of a layer is normalised after it, too
+    embedding_scale: float | None = None
+    final_softcap: float | None = None
+    extra_layers: int = 0  # in the checkpoint behind the decoder's (multi-token prediction); not loaded
 
     @property
-    def qkv_size(self) -> int:
-        """Columns of the fused query, key and value projection."""
-        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return len(self.layers)
 
     @property
-    def num_parameters(self) -> int:
-        """Numbers in the checkpoint; tied embeddings count once."""
-        attention = self.hidden_size * self.qkv_size + self.num_heads * self.head_dim * self.hidden_size
-        layer = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
-        return embeddings + self.num_layers * layer + self.hidden_size
-
-    def weight_bytes(self, dtype: DType) -> int:
-        """Bytes of the weights held in `dtype`."""
-        return self.num_parameters * DTYPE_BYTES[dtype]
+    def length_matters(self) -> bool:
+        """Whether rotary angles, and so every bit, depend on the served context length."""
+        return any(rope.scaling is not None and rope.scaling.depends_on_length for rope in self.ropes)
 
     def kv_spec(self, codec: str) -> KvSpec:
         """What one token leaves in the cache. `codec`: a name of `--kv-cache-dtype` other than auto."""
-        return attention_spec(self.num_layers, self.num_kv_heads, self.head_dim, CODEC_NAMES[codec])
-
-
-def load_spec(directory: Path) -> ModelSpec:
-    """Read config.json, and the ids of generation_config.json where there is one.
-
-    Raises:
-        CheckpointError: a file is missing or no JSON, or the model is one that we do not serve; names the field.
-    """
-    config = _read_json(directory / "config.json")
-    generation_file = directory / "generation_config.json"
-    generation = _read_json(generation_file) if generation_file.exists() else {}
-    return spec_from_config(config, generation, str(directory))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; give a directory in Hugging Face's format") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}); fetch it again") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object; fetch it again")
-    return value
-
-
-def spec_from_config(config: Mapping[str, Any], generation: Mapping[str, Any], where: str) -> ModelSpec:
-    """`load_spec` on values already read; `where` names the checkpoint in errors."""
-    fields = _Fields(config, where)
-    names = config.get("architectures") or [f"(none; model_type {config.get('model_type')!r})"]
-    if names[0] not in ARCHITECTURES:
-        raise CheckpointError(f"{where}: architecture {names[0]} is not served; served: {', '.join(ARCHITECTURES)}")
-    for flag in _REFUSED_FLAGS:
-        if config.get(flag):
-            raise CheckpointError(f"{where}: config.json sets {flag} = {config[flag]!r}, which is not served yet")
-    if config.get("hidden_act", "silu") != "silu":
-        raise CheckpointError(f"{where}: hidden_act is {config['hidden_act']!r}; only 'silu' is served")
-    hidden_size, num_heads = fields.count("hidden_size"), fields.count("num_attention_heads")
-    num_kv_heads = fields.count("num_key_value_heads", num_heads)
-    head_dim = fields.count("head_dim", hidden_size // num_heads)
-    if num_heads % num_kv_heads or head_dim % 2:
-        raise CheckpointError(
-            f"{where}: {num_heads} heads, {num_kv_heads} KV heads, head_dim {head_dim}: "
-            "heads must be a multiple of KV heads, head_dim even; config.json is damaged"
-        )
-    theta, scaling = _rope(config, fields)
-    return ModelSpec(
-        architecture=names[0],
-        hidden_size=hidden_size,
-        num_layers=fields.count("num_hidden_layers"),
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        intermediate_size=fields.count("intermediate_size"),
-        vocab_size=fields.count("vocab_size"),
-        rms_eps=fields.number("rms_norm_eps", 1e-6),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-        max_model_len=fields.count("max_position_embeddings", 2048),
-        bos_id=_first(_ids(config, "bos_token_id", where) or _ids(generation, "bos_token_id", where)),
-        eos_ids=tuple(
-            dict.fromkeys(_ids(config, "eos_token_id", where) + _ids(generation, "eos_token_id", where)),
-        ),
-        dtype=_dtype(config, where),
-    )
-
-
-class _Fields:
-    """Typed look-ups in a config that name the field they fail on."""
-
-    def __init__(self, config: Mapping[str, Any], where: str) -> None:
-        self.config = config
-        self.where = where
-
-    def count(self, name: str, default: int | None = None) -> int:
-        value = self._get(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise CheckpointError(f"{self.where}: {name} is {value!r}; must be a whole number above 0")
-        return value
-
-    def number(self, name: str, default: float | None = None) -> float:
-        value = self._get(name, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-            raise CheckpointError(f"{self.where}: {name} is {value!r}; must be a number above 0")
-        return float(value)
-
-    def _get(self, name: str, default: float | None) -> Any:
-        value = self.config.get(name)
-        if value is None:
-            value = default
-        if value is None:
-            raise CheckpointError(f"{self.where}: config.json has no {name}; fetch it again")
-        return value
-
-
-def _rope(config: Mapping[str, Any], outer: _Fields) -> tuple[float, RopeScaling | None]:
-    """Base and scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4)."""
-    where = outer.where
-    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(parameters, dict):
-        raise CheckpointError(f"{where}: rope parameters are {parameters!r}; must be an object")
-    inner = _Fields(parameters, f"{where} (rope)")
-    theta = inner.number("rope_theta") if "rope_theta" in parameters else outer.number("rope_theta", 10000.0)
-    partial = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-    if partial not in (None, 1, 1.0):
-        raise CheckpointError(f"{where}: partial_rotary_factor is {partial!r}; only whole heads are rotated yet")
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind == "linear":
-        return theta, RopeScaling("linear", inner.number("factor"))
-    if kind == "llama3":
-        scaling = RopeScaling(
-            "llama3",
-            inner.number("factor"),
-            inner.number("low_freq_factor"),
-            inner.number("high_freq_factor"),
-            inner.count("original_max_position_embeddings"),
-        )
-        if scaling.high_freq_factor <= scaling.low_freq_factor:
-            raise CheckpointError(f"{where}: rope high_freq_factor must be above low_freq_factor; got {parameters!r}")
-        return theta, scaling
-    raise CheckpointError(f"{where}: rope type {kind!r} is not served yet; served: default, linear, llama3")
-
-
-def _ids(config: Mapping[str, Any], name: str, where: str) -> tuple[int, ...]:
-    value = config.get(name)
-    ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
-    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-        raise CheckpointError(f"{where}: {name} is {value!r}; must be token ids")
-    return ids
-
-
-def _first(ids: tuple[int, ...]) -> int | None:
-    return ids[0] if ids else None
-
-
-def _dtype(config: Mapping[str, Any], where: str) -> DType:
-    name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
-    if name == "float32":
-        return "float32"
-    if name in ("bfloat16", "float16"):
-        return "bfloat16"
-    raise CheckpointError(f"{where}: dtype is {name!r}; served: float32, bfloat16, float16 (as bfloat16)")
+        shape, codec_id = self.attention, CODEC_NAMES[codec]
+        if isinstance(shape, LatentAttention):
+            return mla_spec(self.num_layers, shape.latent_width, shape.rope_width, codec_id)
+        return attention_spec(self.num_layers, shape.num_kv_heads, shape.head_dim, codec_id)

@@ -15,6 +15,7 @@ from twostroke.core.errors import ConfigError, DoesNotFit
 from twostroke.core.request import Role
 from twostroke.kv.config import CacheConfig
 from twostroke.model.config import ModelConfig
+from twostroke.model.layout import weight_bytes
 
 MAIN = textwrap.dedent("""
     import logging, sys
@@ -90,7 +91,7 @@ async def test_a_pool_that_does_not_fit_is_refused_with_the_arithmetic(tiny_chec
 async def test_the_pool_is_the_smaller_of_tokens_and_memory(start_worker):
     by_tokens = await start_worker(Role.COMBINED, cache=CacheConfig(tokens=1024))
     per_block = 16 * 2 * 2 * 2 * (16 + 1)  # tokens, k and v, layers, heads, fp8 row and its scale
-    weights = by_tokens._room.engine._runner.spec.weight_bytes("float32")
+    weights = weight_bytes(by_tokens._room.engine._runner.spec, "float32")
     memory = weights + 10 * per_block * 2
     by_memory = await start_worker(
         Role.COMBINED, cache=CacheConfig(tokens=1024, memory_fraction=0.5), memory_bytes=memory

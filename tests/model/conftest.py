@@ -15,11 +15,14 @@ from twostroke.core.request import SamplingParams, SequenceKey
 from twostroke.kv.block import BlockId
 from twostroke.kv.store import KvStore
 from twostroke.model.batch import build_batch
+from twostroke.model.config_json import load_spec
 from twostroke.model.decoder import Decoder
-from twostroke.model.loader import RunnerOptions, load_runner, torch_dtype
+from twostroke.model.loader import RunnerOptions, load_runner, make_ops, torch_dtype
+from twostroke.model.ops import Ops
 from twostroke.model.plan import SequenceStep, StepPlan
 from twostroke.model.runner import Runner
-from twostroke.model.spec import DType, ModelSpec, load_spec
+from twostroke.model.spec import DType, ModelSpec
+from twostroke.model.tensors import open_source
 from twostroke.model.weights import Weights, load_weights
 
 GREEDY = SamplingParams(max_tokens=64, temperature=0.0)
@@ -116,7 +119,7 @@ class Hand:
         ]
         plan = StepPlan(0, tuple(steps))
         with torch.inference_mode():
-            batch = build_batch(plan, [s.token_ids for s in steps], self.store.block_tokens, self.decoder.attention)
+            batch = build_batch(plan, [s.token_ids for s in steps], self.store.block_tokens, self.decoder.ops)
             logits = self.decoder.logits(self.decoder.hidden(batch, self.store).rows)
         return [logits[row : row + s.num_tokens] for row, s in zip(batch.first_rows, steps, strict=True)]
 
@@ -132,21 +135,29 @@ def poison(store: KvStore) -> None:
 @pytest.fixture(scope="session")
 def make_hand() -> Callable[..., Hand]:
     """A hand over a checkpoint."""
-    loaded: dict[tuple[Path, DType], tuple[ModelSpec, Weights]] = {}
+    loaded: dict[tuple[Path, DType], tuple[ModelSpec, Weights, Ops]] = {}
 
     def make(
-        directory: Path, dtype: DType = "float32", kv: str = "float32", block_tokens: int = 16, tokens: int = 4096
+        directory: Path,
+        dtype: DType = "float32",
+        kv: str = "float32",
+        block_tokens: int = 16,
+        tokens: int = 4096,
+        *,
+        max_model_len: int | None = None,
     ) -> Hand:
         if (directory, dtype) not in loaded:
             spec = load_spec(directory)
-            loaded[directory, dtype] = (spec, load_weights(directory, spec, torch_dtype(dtype)))
-        spec, weights = loaded[directory, dtype]
+            ops = make_ops(torch_dtype(dtype), kernels="torch")
+            loaded[directory, dtype] = (spec, load_weights(open_source(directory), spec, ops), ops)
+        spec, weights, ops = loaded[directory, dtype]
+        ops.prepare()
         num_blocks = tokens // block_tokens | 1
         while num_blocks % 7 == 0:
             num_blocks += 2
         store = KvStore(spec.kv_spec(kv), num_blocks, block_tokens, digest_key=99)
         poison(store)
-        return Hand(spec, Decoder(spec, weights, spec.max_model_len), store)
+        return Hand(spec, Decoder(spec, weights, ops, max_model_len or spec.max_model_len), store)
 
     return make
 

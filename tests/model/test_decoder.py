@@ -6,9 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from twostroke.kernels.reference import silu_mul as silu_mul_definition
-from twostroke.model.decoder import silu_mul
-
 LLAMA3 = (
     ("rope_type", "llama3"),
     ("rope_theta", 500000.0),
@@ -81,18 +78,3 @@ def test_agrees_with_transformers_on_the_bundled_model(make_hand) -> None:
     short, long = prompts(hand.spec.vocab_size, (40, 700))
     for ids, ours in zip((short, long), hand.logits([("a", 0, short), ("b", 0, long)]), strict=True):
         assert_same_logits(ours, expected(ids))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_silu_is_the_definitions_to_one_unit_in_the_last_place(dtype: torch.dtype) -> None:
-    gate_up = (torch.randn(16, 2 * 96, generator=torch.Generator().manual_seed(0)) * 20).to(dtype)
-    ours, definition = silu_mul(gate_up), silu_mul_definition(gate_up)
-    assert torch.allclose(ours, definition, rtol=4 * torch.finfo(dtype).eps, atol=1e-30)
-
-
-def test_silu_of_a_number_does_not_depend_on_where_it_lies() -> None:
-    gate, up = torch.randn(2, 16, 200, generator=torch.Generator().manual_seed(1)) * 5
-    wide = silu_mul(torch.cat((gate, up), dim=1))
-    for width in (1, 7, 31, 33, 100, 199):
-        narrow = silu_mul(torch.cat((gate[:, :width], up[:, :width]), dim=1))
-        assert torch.equal(narrow, wide[:, :width])

@@ -11,9 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from twostroke.core.errors import CheckpointError, ConfigError
-from twostroke.model.loader import RunnerOptions, load_runner, machine_description, numerics_class
-from twostroke.model.spec import RopeScaling, load_spec, spec_from_config
-from twostroke.model.weights import load_weights, weights_fingerprint
+from twostroke.model.config_json import load_spec, spec_from_config
+from twostroke.model.layout import num_parameters, weight_bytes
+from twostroke.model.loader import RunnerOptions, load_runner, machine_description, make_ops, numerics_class
+from twostroke.model.spec import ModelSpec, RopeScaling
+from twostroke.model.tensors import open_source, weights_fingerprint
+from twostroke.model.weights import Weights, load_weights
 
 BASE: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -31,7 +34,7 @@ BASE: dict[str, Any] = {
 }
 
 
-def spec(**changes: Any) -> Any:
+def spec(**changes: Any) -> ModelSpec:
     generation = changes.pop("generation", {})
     return spec_from_config({**BASE, **changes}, generation, "ckpt")
 
@@ -51,8 +54,9 @@ def test_reads_the_keys_of_transformers_4_and_5_alike() -> None:
         dtype="bfloat16",
     )
     assert old == new
-    assert old.rope_scaling == RopeScaling("linear", 2.0)
-    assert (old.head_dim, old.dtype) == (16, "bfloat16")
+    (rope,) = old.ropes
+    assert rope.scaling == RopeScaling("linear", 2.0)
+    assert (rope.theta, rope.width, old.dtype) == (500000.0, 16, "bfloat16")
 
 
 def test_merges_the_end_ids_of_both_files_and_keeps_each_once() -> None:
@@ -64,8 +68,8 @@ def test_merges_the_end_ids_of_both_files_and_keeps_each_once() -> None:
 def test_counts_parameters_as_the_checkpoint_does(checkpoint: Path) -> None:
     tensors = load_file(checkpoint / "model.safetensors")
     loaded = load_spec(checkpoint)
-    assert loaded.num_parameters == sum(tensor.numel() for tensor in tensors.values())
-    assert loaded.weight_bytes("bfloat16") == 2 * loaded.num_parameters
+    assert num_parameters(loaded) == sum(tensor.numel() for tensor in tensors.values())
+    assert weight_bytes(loaded, "bfloat16") == 2 * num_parameters(loaded)
     assert loaded.kv_spec("fp8").bytes_per_token == 2 * 2 * 2 * (32 + 1)
 
 
@@ -74,12 +78,11 @@ def test_counts_parameters_as_the_checkpoint_does(checkpoint: Path) -> None:
     [
         ({"architectures": ["GemmaForCausalLM"]}, "GemmaForCausalLM"),
         ({"architectures": None, "model_type": "gpt2"}, "gpt2"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"mlp_bias": True}, "mlp_bias"),
+        ({"architectures": ["MistralForCausalLM"], "attention_bias": True}, "attention_bias"),
         ({"sliding_window": 4096}, "sliding_window"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         ({"hidden_act": "gelu"}, "gelu"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+        ({"rope_scaling": {"rope_type": "proportional", "factor": 4.0}}, "proportional"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"hidden_size": None}, "hidden_size"),
@@ -105,8 +108,8 @@ def test_refuses_a_missing_or_broken_config(tmp_path: Path) -> None:
         load_spec(tmp_path)
 
 
-def load(checkpoint: Path) -> None:
-    load_weights(checkpoint, load_spec(checkpoint), torch.float32)
+def load(checkpoint: Path) -> Weights:
+    return load_weights(open_source(checkpoint), load_spec(checkpoint), make_ops(torch.float32, kernels="torch"))
 
 
 def _rewrite(checkpoint: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
@@ -171,9 +174,8 @@ def test_refuses_damaged_weights_by_name(checkpoint: Path, damage: Callable[[Pat
 def test_loads_shards_and_ignores_old_extras(write_tiny: Callable[[dict[str, object]], Path], checkpoint: Path) -> None:
     sharded = write_tiny({"shard_size": "60KB"})
     assert len(list(sharded.glob("*.safetensors"))) > 1
-    whole = load_weights(checkpoint, load_spec(checkpoint), torch.float32)
-    parts = load_weights(sharded, load_spec(sharded), torch.float32)
-    assert torch.equal(whole.layers[1].qkv, parts.layers[1].qkv)
+    whole, parts = load(checkpoint), load(sharded)
+    assert torch.equal(whole.layers[1].attention.qkv.matrix, parts.layers[1].attention.qkv.matrix)
     _rewrite(checkpoint, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(16)}))
     load(checkpoint)
 
@@ -189,14 +191,15 @@ def test_the_fingerprint_changes_with_config_and_with_content(checkpoint: Path) 
 
 
 def test_the_numerics_class_names_all_that_bits_depend_on(checkpoint: Path) -> None:
-    base = numerics_class(checkpoint, "auto", "auto")
-    assert base == numerics_class(checkpoint, "float32", "fp8")  # what auto means here
+    base = numerics_class(checkpoint, RunnerOptions(4))
+    assert base == numerics_class(checkpoint, RunnerOptions(4, dtype="float32", kv_dtype="fp8", max_model_len=64))
     others = [
-        numerics_class(checkpoint, "bfloat16", "auto"),
-        numerics_class(checkpoint, "auto", "bfloat16"),
-        numerics_class(checkpoint, "auto", "auto", tp=2),
+        numerics_class(checkpoint, RunnerOptions(4, dtype="bfloat16")),
+        numerics_class(checkpoint, RunnerOptions(4, kv_dtype="bfloat16")),
+        numerics_class(checkpoint, RunnerOptions(4, quantization="int8")),
+        numerics_class(checkpoint, RunnerOptions(4), tp=2),
     ]
-    assert len({base.digest, *(other.digest for other in others)}) == 4
+    assert len({base.digest, *(other.digest for other in others)}) == 5
     assert machine_description() in base.description
 
 

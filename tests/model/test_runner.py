@@ -150,7 +150,8 @@ def test_one_sequences_nan_fails_that_sequence_only(make_runner: MakeRunner, tin
     runner = make_runner(tiny)
     clean = runner.run(StepPlan(0, (Sequence("clean", ids_of(4, 50), GREEDY, 0, 16).step(),)))
     runner.weights.embedding[2] = torch.nan  # only prompts that hold token 2 meet it; tied: its logit is NaN as well
-    object.__setattr__(runner.weights, "head", torch.nan_to_num(runner.weights.head))
+    head = runner.weights.head
+    object.__setattr__(runner.weights, "head", replace(head, matrix=torch.nan_to_num(head.matrix)))
     bad_ids = ids_of(5, 40)
     bad_ids[17] = 2
     good, bad = Sequence("good", ids_of(4, 50), GREEDY, 20, 16), Sequence("bad", bad_ids, GREEDY, 40, 16)
@@ -163,7 +164,7 @@ def test_one_sequences_nan_fails_that_sequence_only(make_runner: MakeRunner, tin
 
 def test_logits_that_are_no_numbers_fail_their_sequence_too(make_runner: MakeRunner, tiny: Path) -> None:
     runner = make_runner(tiny)
-    runner.weights.norm[0] = torch.inf
+    runner.weights.norm.weight[0] = torch.inf
     sequence = Sequence("s", ids_of(6, 10), GREEDY, 0, 16)
     result = advance(runner, [sequence])
     assert result.non_finite == {sequence.key}

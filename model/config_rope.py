@@ -1,0 +1,118 @@
+"""Rotary positions as config.json says them, in the keys of transformers 4 and of transformers 5. Knows no tensor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from ..core.errors import CheckpointError
+from .config_fields import Fields
+from .spec import RopeScaling, RopeSpec
+
+_SERVED = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+
+
+class Rope(NamedTuple):
+    """What `read_rope` finds."""
+
+    spec: RopeSpec
+    max_len: int  # positions that these angles were made for
+    mscale_all_dim: float | None = None  # yarn, for DeepSeek's attention scale
+
+
+def read_rope(config: Fields, head_dim: int, *, theta: float = 10000.0, partial: bool = False) -> Rope:
+    """Rotary positions that all layers share, from `rope_parameters` (5) or `rope_theta` and `rope_scaling` (4).
+
+    `theta`: where the config says none. `partial`: whether this family may rotate a part of a head.
+    """
+    parameters = config.object("rope_parameters") or config.object("rope_scaling")
+    return rope_of(config, parameters, head_dim, theta=config.number("rope_theta", theta), partial=partial)
+
+
+def rope_of(
+    config: Fields, parameters: Mapping[str, Any], head_dim: int, *, theta: float, partial: bool = False
+) -> Rope:
+    """Rotary positions by `parameters`; `theta` where they name none."""
+    inner = Fields(parameters, f"{config.where} (rope)")
+    factor = parameters.get("partial_rotary_factor", config.config.get("partial_rotary_factor"))
+    width = head_dim
+    if factor not in (None, 1, 1.0):
+        if not partial:
+            raise CheckpointError(
+                f"{config.where}: partial_rotary_factor is {factor!r}; {config.architecture} is served with whole "
+                "heads rotated only"
+            )
+        width = int(head_dim * Fields({"partial_rotary_factor": factor}, config.where).number("partial_rotary_factor"))
+    if width % 2 or width < 2 or width > head_dim:
+        raise CheckpointError(f"{config.where}: {width} of {head_dim} numbers of a head are rotated; must be even")
+    max_len = config.count("max_position_embeddings", 2048)
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    base = inner.number("rope_theta", theta)
+    if kind == "default":
+        return Rope(RopeSpec(base, width), max_len)
+    scaling, longest = _scaling(kind, config, inner, width, max_len)
+    all_dim = inner.optional_number("mscale_all_dim") if kind == "yarn" and parameters.get("mscale_all_dim") else None
+    return Rope(RopeSpec(base, width, scaling), longest, all_dim)
+
+
+def _scaling(kind: object, config: Fields, inner: Fields, width: int, max_len: int) -> tuple[RopeScaling, int]:
+    """The scaling, and the positions that it serves."""
+    if kind in ("longrope", "su"):
+        return _longrope(config, inner, width, max_len), max_len
+    if kind == "linear":
+        return RopeScaling("linear", inner.number("factor")), max_len
+    if kind == "dynamic":
+        factor = inner.number("factor")
+        return RopeScaling("dynamic", factor, original_max_len=max_len), int(max_len * factor)
+    original = inner.count("original_max_position_embeddings", max_len)
+    if kind == "llama3":
+        low, high = inner.number("low_freq_factor"), inner.number("high_freq_factor")
+        if high <= low:
+            raise CheckpointError(f"{inner.where}: high_freq_factor {high} must be above low_freq_factor {low}")
+        return RopeScaling("llama3", inner.number("factor"), original, low, high), max_len
+    if kind == "yarn":
+        scaling = _yarn(inner, original, max_len)
+        return scaling, max(max_len, int(original * scaling.factor))
+    raise CheckpointError(f"{config.where}: rope type {kind!r} is not served; served: {', '.join(_SERVED)}")
+
+
+def _yarn(inner: Fields, original: int, max_len: int) -> RopeScaling:
+    factor = inner.number("factor", max_len / original)
+    mscale, all_dim = inner.config.get("mscale"), inner.config.get("mscale_all_dim")
+    magnitude = yarn_magnitude(factor)
+    if mscale and all_dim:
+        magnitude = yarn_magnitude(factor, inner.number("mscale")) / yarn_magnitude(
+            factor, inner.number("mscale_all_dim")
+        )
+    return RopeScaling(
+        "yarn",
+        factor,
+        original,
+        beta_fast=inner.number("beta_fast", 32.0),
+        beta_slow=inner.number("beta_slow", 1.0),
+        truncate=inner.flag("truncate", True),
+        magnitude=inner.number("attention_factor", magnitude),
+    )
+
+
+def yarn_magnitude(factor: float, weight: float = 1.0) -> float:
+    """How much larger YaRN makes what it stretches. Source: Peng et al. 2023, section 3.4."""
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+
+def _longrope(config: Fields, inner: Fields, width: int, max_len: int) -> RopeScaling:
+    # Phi keeps the original length beside the rope's parameters; that one counts.
+    original = config.optional_count("original_max_position_embeddings")
+    if original is None:
+        original = inner.count("original_max_position_embeddings", max_len)
+    factor = inner.number("factor", max_len / original)
+    magnitude = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    return RopeScaling(
+        "longrope",
+        factor,
+        original,
+        short_factors=inner.numbers("short_factor", width // 2),
+        long_factors=inner.numbers("long_factor", width // 2),
+        magnitude=inner.number("attention_factor", magnitude),
+    )

@@ -1,0 +1,200 @@
+"""Each family's config.json as a `ModelSpec`: what differs between them, and nothing else. Knows no tensor.
+
+A field that a family does not name has the default of that family's releases. What would change the numbers and is not
+served is refused by name; what has no tensor of its own here shows as an extra tensor when weights are loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..core.errors import CheckpointError
+from .config_fields import Fields
+from .config_rope import read_rope, rope_of
+from .family_parts import (
+    Family,
+    act,
+    checked,
+    deepseek,
+    gemma,
+    gemma_attention,
+    num_experts,
+    plain_attention,
+    plain_layers,
+    qwen_windows,
+    sliding_flags,
+    sparse_layers,
+    windows_of,
+)
+from .spec import DenseFfn, ExpertsFfn, LayerSpec, Routing
+
+_EXPERT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts")
+_CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
+
+
+def llama(config: Fields) -> Family:
+    """Llama 2, 3, 3.1."""
+    config.refuse(*_EXPERT_FIELDS, *_CAPS, "sliding_window", "layer_types")
+    bias = config.flag("attention_bias")
+    attention = plain_attention(config, qkv_bias=bias, output_bias=bias)
+    ffn = DenseFfn(config.count("intermediate_size"), config.flag("mlp_bias"))
+    return Family(attention, plain_layers(config, ffn), read_rope(config, attention.head_dim), activation=act(config))
+
+
+def mistral(config: Fields) -> Family:
+    """Mistral; Ministral's `layer_types` alternate windows. An absent window is 4,096, null is none."""
+    config.refuse(*_EXPERT_FIELDS, *_CAPS, "attention_bias", "mlp_bias")
+    attention = plain_attention(config)
+    window = config.optional_count("sliding_window", 4096)
+    windows = windows_of(config, window, [window] * config.count("num_hidden_layers"))
+    layers = plain_layers(config, DenseFfn(config.count("intermediate_size")), windows)
+    return Family(attention, layers, read_rope(config, attention.head_dim), activation=act(config))
+
+
+def qwen2(config: Fields) -> Family:
+    """Qwen 2 and 2.5: biases on queries, keys and values."""
+    config.refuse(*_EXPERT_FIELDS, *_CAPS, "attention_bias", "mlp_bias")
+    attention = plain_attention(config, qkv_bias=True)
+    layers = plain_layers(config, DenseFfn(config.count("intermediate_size")), qwen_windows(config))
+    return Family(attention, layers, read_rope(config, attention.head_dim), activation=act(config))
+
+
+def qwen3(config: Fields) -> Family:
+    """Qwen 3: queries and keys normalised per head."""
+    config.refuse(*_EXPERT_FIELDS, *_CAPS, "mlp_bias")
+    bias = config.flag("attention_bias")
+    attention = plain_attention(config, head_dim=128, qkv_bias=bias, output_bias=bias, head_norms=True)
+    layers = plain_layers(config, DenseFfn(config.count("intermediate_size")), qwen_windows(config))
+    return Family(attention, layers, read_rope(config, attention.head_dim), activation=act(config))
+
+
+def phi3(config: Fields) -> Family:
+    """Phi-3 and Phi-4-mini: fused projections, longrope, a part of each head rotated."""
+    config.refuse(*_EXPERT_FIELDS, *_CAPS, "attention_bias", "mlp_bias")
+    attention = plain_attention(config)
+    parameters = config.object("rope_parameters") or config.object("rope_scaling")
+    if parameters.get("rope_type", parameters.get("type")) == "yarn":  # what its first release called longrope
+        parameters = {**parameters, "rope_type": "longrope"}
+    theta = config.number("rope_theta", 10000.0)
+    rope = rope_of(config, parameters, attention.head_dim, theta=theta, partial=True)
+    windows = [config.optional_count("sliding_window")] * config.count("num_hidden_layers")
+    layers = plain_layers(config, DenseFfn(config.count("intermediate_size")), windows)
+    return Family(attention, layers, rope, activation=act(config), rms_eps=1e-5)
+
+
+def gemma2(config: Fields) -> Family:
+    """Gemma 2: softcaps, every other layer windowed, norms before and after."""
+    window = config.optional_count("sliding_window", 4096)
+    count = config.count("num_hidden_layers")
+    windows = windows_of(config, window, [None if i % 2 else window for i in range(count)])
+    attention = gemma_attention(config, cap=50.0)
+    layers = plain_layers(config, DenseFfn(config.count("intermediate_size")), windows)
+    return gemma(config, attention, layers, (read_rope(config, attention.head_dim),), final_cap=30.0)
+
+
+def gemma3(config: Fields) -> Family:
+    """Gemma 3's text model: windowed layers turn by a base of their own, queries and keys are normalised per head."""
+    window, count = config.optional_count("sliding_window", 4096), config.count("num_hidden_layers")
+    pattern = config.count("sliding_window_pattern", 6)
+    windows = windows_of(config, window, [window if (i + 1) % pattern else None for i in range(count)])
+    attention = gemma_attention(config, cap=None, head_norms=True)
+    parameters = config.object("rope_parameters")
+    if "full_attention" in parameters or "sliding_attention" in parameters:
+        inner = Fields(parameters, config.where)
+        whole, local = inner.object("full_attention"), inner.object("sliding_attention")
+    else:
+        whole, local = parameters or config.object("rope_scaling"), {}
+    rope = rope_of(config, whole, attention.head_dim, theta=config.number("rope_theta", 1e6))
+    local_theta = config.number("rope_local_base_freq", 10000.0)
+    local_rope = rope_of(config, local, attention.head_dim, theta=local_theta)
+    ffn = DenseFfn(config.count("intermediate_size"))
+    sliding = sliding_flags(config, [w is not None for w in windows])
+    layers = tuple(LayerSpec(ffn, w, rope=int(s)) for w, s in zip(windows, sliding, strict=True))
+    config.refuse("attn_logit_softcapping")
+    return gemma(config, attention, layers, (rope, local_rope), final_cap=None)
+
+
+def mixtral(config: Fields) -> Family:
+    """Mixtral: experts in every layer, the chosen ones' weights sum to one."""
+    config.refuse(*_CAPS, "attention_bias", "mlp_bias")
+    attention = plain_attention(config)
+    routing = Routing(num_experts(config, 8), config.count("num_experts_per_tok", 2), normalised=True)
+    ffn = ExpertsFfn(config.count("intermediate_size"), checked(config, routing))
+    windows = [config.optional_count("sliding_window")] * config.count("num_hidden_layers")
+    rope = read_rope(config, attention.head_dim, theta=1e6)
+    return Family(attention, plain_layers(config, ffn, windows), rope, activation=act(config), rms_eps=1e-5)
+
+
+def qwen2_moe(config: Fields) -> Family:
+    """Qwen 1.5 and 2 with experts, and one more expert that all tokens share behind a gate."""
+    config.refuse(*_CAPS, "attention_bias", "mlp_bias")
+    attention = plain_attention(config, qkv_bias=config.flag("qkv_bias", True))
+    count = config.count("num_hidden_layers")
+    window = config.optional_count("sliding_window", 4096) if config.flag("use_sliding_window") else None
+    last = config.whole("max_window_layers", 28)
+    windows = windows_of(config, window, [window if i % 2 == 0 and i < last else None for i in range(count)])
+    shared = config.count("shared_expert_intermediate_size", 5632)
+    layers = sparse_layers(config, windows, shared_width=shared, shared_gate=True)
+    return Family(attention, layers, read_rope(config, attention.head_dim), activation=act(config))
+
+
+def qwen3_moe(config: Fields) -> Family:
+    """Qwen 3 with experts."""
+    config.refuse(*_CAPS, "mlp_bias")
+    bias = config.flag("attention_bias")
+    attention = plain_attention(config, qkv_bias=bias, output_bias=bias, head_norms=True)
+    window = config.optional_count("sliding_window", 4096) if config.flag("use_sliding_window") else None
+    layers = sparse_layers(config, [window] * config.count("num_hidden_layers"))
+    return Family(attention, layers, read_rope(config, attention.head_dim), activation=act(config))
+
+
+def deepseek_v2(config: Fields) -> Family:
+    """DeepSeek-V2: latent attention, experts chosen greedily or within the best groups."""
+    config.refuse(*_CAPS, "norm_topk_prob")
+    method = config.config.get("topk_method", "greedy")
+    if method not in ("greedy", "group_limited_greedy"):
+        raise CheckpointError(f"{config.where}: topk_method is {method!r}; served: greedy, group_limited_greedy")
+    grouped = method == "group_limited_greedy"
+    routing = Routing(
+        num_experts(config, 64),
+        config.count("num_experts_per_tok"),
+        scale=config.number("routed_scaling_factor", 1.0),
+        num_groups=config.count("n_group") if grouped else 1,
+        groups_per_token=config.count("topk_group") if grouped else 1,
+    )
+    return deepseek(config, routing, dense_layers=0, shared=2, moe_width=1407, mlp_bias=config.flag("mlp_bias"))
+
+
+def deepseek_v3(config: Fields) -> Family:
+    """DeepSeek-V3 and R1: sigmoid scores with a correction that balances the choice."""
+    config.refuse(*_CAPS, "mlp_bias")
+    for name, served in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc")):
+        if config.config.get(name, served) != served:
+            raise CheckpointError(f"{config.where}: {name} is {config.config[name]!r}; served: {served}")
+    routing = Routing(
+        num_experts(config, 256),
+        config.count("num_experts_per_tok", 8),
+        scores="sigmoid",
+        normalised=config.flag("norm_topk_prob", True),
+        scale=config.number("routed_scaling_factor", 2.5),
+        num_groups=config.count("n_group", 8),
+        groups_per_token=config.count("topk_group", 4),
+        correction=True,
+    )
+    return deepseek(config, routing, dense_layers=3, shared=1, moe_width=2048, mlp_bias=False)
+
+
+FAMILIES: dict[str, Callable[[Fields], Family]] = {
+    "LlamaForCausalLM": llama,
+    "MistralForCausalLM": mistral,
+    "Qwen2ForCausalLM": qwen2,
+    "Qwen3ForCausalLM": qwen3,
+    "Gemma2ForCausalLM": gemma2,
+    "Gemma3ForCausalLM": gemma3,
+    "Phi3ForCausalLM": phi3,
+    "MixtralForCausalLM": mixtral,
+    "Qwen2MoeForCausalLM": qwen2_moe,
+    "Qwen3MoeForCausalLM": qwen3_moe,
+    "DeepseekV2ForCausalLM": deepseek_v2,
+    "DeepseekV3ForCausalLM": deepseek_v3,
+}

@@ -1,0 +1,207 @@
+"""Which tensors make a model, under which names and in which shapes, and so how many bytes. Knows no tensor's numbers.
+
+Names are Hugging Face's. Projections that some exports fuse (`qkv_proj`, `gate_up_proj`) are taken either way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator
+from dataclasses import dataclass, field
+
+from .spec import (
+    DTYPE_BYTES,
+    DenseFfn,
+    DType,
+    ExpertsFfn,
+    LatentAttention,
+    ModelSpec,
+    PlainAttention,
+    Quantization,
+)
+
+EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A matrix of the decoder: tensors of `columns` columns, one below the other."""
+
+    parts: tuple[tuple[str, int], ...]  # name without ".weight", rows
+    columns: int
+    bias: bool = False
+    exact: bool = False  # never quantised
+
+    @property
+    def rows(self) -> int:
+        """Rows of all parts."""
+        return sum(rows for _, rows in self.parts)
+
+
+@dataclass(slots=True)
+class LayerLayout:
+    """One layer's matrices and vectors by the decoder's names for them; vectors are (full name, width)."""
+
+    matrices: dict[str, Matrix] = field(default_factory=dict)
+    vectors: dict[str, tuple[str, int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Names:
+    """What a family calls the tensors of its experts."""
+
+    block: str = "mlp"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    shared: str = "shared_experts"
+
+
+_MIXTRAL = _Names("block_sparse_moe", "w1", "w3", "w2")
+_EXPERT_NAMES = {"MixtralForCausalLM": _MIXTRAL, "Qwen2MoeForCausalLM": _Names(shared="shared_expert")}
+
+
+def layer_layout(spec: ModelSpec, index: int, present: Container[str]) -> LayerLayout:
+    """Tensors of layer `index`; `present` says which names there are, and so whether projections are fused."""
+    at, layout = f"model.layers.{index}.", LayerLayout()
+    norms = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+    if spec.sandwich_norms:
+        norms |= {
+            "after_attention": "post_attention_layernorm",
+            "ffn_norm": "pre_feedforward_layernorm",
+            "after_ffn": "post_feedforward_layernorm",
+        }
+    for ours, theirs in norms.items():
+        layout.vectors[ours] = (f"{at}{theirs}.weight", spec.hidden_size)
+    if isinstance(spec.attention, LatentAttention):
+        _latent(layout, spec.attention, spec.hidden_size, at + "self_attn.")
+    else:
+        _plain(layout, spec.attention, spec.hidden_size, at + "self_attn.", present)
+    ffn = spec.layers[index].ffn
+    if isinstance(ffn, ExpertsFfn):
+        _experts(layout, ffn, spec, at, present)
+    else:
+        layout.matrices.update(_dense(ffn, spec.hidden_size, at + "mlp.", present))
+    return layout
+
+
+def _plain(layout: LayerLayout, a: PlainAttention, hidden: int, at: str, present: Container[str]) -> None:
+    q_size, kv_size = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
+    parts: tuple[tuple[str, int], ...] = ((at + "q_proj", q_size), (at + "k_proj", kv_size), (at + "v_proj", kv_size))
+    if at + "qkv_proj.weight" in present:
+        parts = ((at + "qkv_proj", q_size + 2 * kv_size),)
+    layout.matrices["qkv"] = Matrix(parts, hidden, a.qkv_bias)
+    layout.matrices["output"] = Matrix(((at + "o_proj", hidden),), q_size, a.output_bias)
+    if a.head_norms:
+        layout.vectors.update(
+            {"q_norm": (at + "q_norm.weight", a.head_dim), "k_norm": (at + "k_norm.weight", a.head_dim)}
+        )
+
+
+def _latent(layout: LayerLayout, a: LatentAttention, hidden: int, at: str) -> None:
+    q_size = a.num_heads * (a.key_width + a.rope_width)
+    if a.query_rank is None:
+        layout.matrices["q"] = Matrix(((at + "q_proj", q_size),), hidden)
+    else:
+        layout.matrices["q_down"] = Matrix(((at + "q_a_proj", a.query_rank),), hidden, a.bias)
+        layout.matrices["q"] = Matrix(((at + "q_b_proj", q_size),), a.query_rank)
+        layout.vectors["q_norm"] = (at + "q_a_layernorm.weight", a.query_rank)
+    layout.matrices["kv_down"] = Matrix(((at + "kv_a_proj_with_mqa", a.latent_width + a.rope_width),), hidden, a.bias)
+    layout.vectors["kv_norm"] = (at + "kv_a_layernorm.weight", a.latent_width)
+    kv_size = a.num_heads * (a.key_width + a.value_width)
+    layout.matrices["kv_up"] = Matrix(((at + "kv_b_proj", kv_size),), a.latent_width)
+    layout.matrices["output"] = Matrix(((at + "o_proj", hidden),), a.num_heads * a.value_width, a.bias)
+
+
+def _dense(
+    ffn: DenseFfn, hidden: int, at: str, present: Container[str], *, names: _Names = _Names(), prefix: str = ""
+) -> dict[str, Matrix]:
+    parts: tuple[tuple[str, int], ...] = ((at + names.gate, ffn.width), (at + names.up, ffn.width))
+    if at + "gate_up_proj.weight" in present:
+        parts = ((at + "gate_up_proj", 2 * ffn.width),)
+    return {
+        prefix + "gate_up": Matrix(parts, hidden, ffn.bias),
+        prefix + "down": Matrix(((at + names.down, hidden),), ffn.width, ffn.bias),
+    }
+
+
+def _experts(layout: LayerLayout, ffn: ExpertsFfn, spec: ModelSpec, at: str, present: Container[str]) -> None:
+    names, hidden, routing = _EXPERT_NAMES.get(spec.architecture, _Names()), spec.hidden_size, ffn.routing
+    at += names.block + "."
+    scored = [(at + "gate", routing.num_experts)]
+    if ffn.shared_gate:
+        scored.append((at + "shared_expert_gate", 1))
+    layout.matrices["router"] = Matrix(tuple(scored), hidden, exact=True)
+    if routing.correction:
+        layout.vectors["correction"] = (at + "gate.e_score_correction_bias", routing.num_experts)
+    for expert in range(routing.num_experts):
+        one = DenseFfn(ffn.width)
+        layout.matrices.update(
+            _dense(one, hidden, f"{at}experts.{expert}.", present, names=names, prefix=f"expert {expert} ")
+        )
+    if ffn.shared_width is not None:
+        shared = DenseFfn(ffn.shared_width, ffn.shared_bias)
+        layout.matrices.update(_dense(shared, hidden, f"{at}{names.shared}.", present, prefix="shared "))
+
+
+def expected_shapes(spec: ModelSpec, present: Container[str] = ()) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a checkpoint of this spec; projections fused where `present` names them so."""
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (spec.vocab_size, spec.hidden_size)}
+    for index in range(spec.num_layers):
+        layout = layer_layout(spec, index, present)
+        shapes |= {name: (width,) for name, width in layout.vectors.values()}
+        for matrix in layout.matrices.values():
+            for name, rows in matrix.parts:
+                shapes[name + ".weight"] = (rows, matrix.columns)
+                if matrix.bias:
+                    shapes[name + ".bias"] = (rows,)
+    shapes[FINAL_NORM] = (spec.hidden_size,)
+    if not spec.tied_embeddings:
+        shapes[HEAD] = (spec.vocab_size, spec.hidden_size)
+    return shapes
+
+
+def is_ignored(spec: ModelSpec, name: str) -> bool:
+    """Whether a checkpoint may hold this tensor although the decoder has no place for it.
+
+    Old exports carry frequencies and tied heads beside what they follow from; others, layers that predict further
+    tokens.
+    """
+    if name.endswith("rotary_emb.inv_freq") or (name == HEAD and spec.tied_embeddings):
+        return True
+    extra = range(spec.num_layers, spec.num_layers + spec.extra_layers)
+    return any(name.startswith(f"model.layers.{index}.") for index in extra)
+
+
+def num_parameters(spec: ModelSpec) -> int:
+    """Numbers in the checkpoint; tied embeddings count once."""
+    return sum(_size(shape) for shape in expected_shapes(spec).values())
+
+
+def weight_bytes(spec: ModelSpec, dtype: DType, quantization: Quantization = "none") -> int:
+    """Bytes of the weights held in `dtype`; under int8, one byte and a share of a row's scale for quantised numbers.
+
+    The embedding stays a table in `dtype`; where a tied one is quantised, it is held as both.
+    """
+    whole = num_parameters(spec) * DTYPE_BYTES[dtype]
+    if quantization == "none":
+        return whole
+    saved = sum(_saved_by_int8(matrix, dtype) for matrix in _matrices(spec))
+    head = Matrix((("lm_head", spec.vocab_size),), spec.hidden_size)
+    head_bytes = spec.vocab_size * (spec.hidden_size + 4)
+    return whole - saved + (head_bytes if spec.tied_embeddings else -_saved_by_int8(head, dtype))
+
+
+def _matrices(spec: ModelSpec) -> Iterator[Matrix]:
+    for index in range(spec.num_layers):
+        yield from (m for m in layer_layout(spec, index, ()).matrices.values() if not m.exact)
+
+
+def _saved_by_int8(matrix: Matrix, dtype: DType) -> int:
+    return matrix.rows * (matrix.columns * (DTYPE_BYTES[dtype] - 1) - 4)
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for side in shape:
+        size *= side
+    return size

@@ -1,0 +1,149 @@
+"""Safetensors files of a checkpoint: found, checked, mapped, named. Knows bytes; never unpickles anything."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..core.errors import CheckpointError
+
+_STORED_DTYPES = ("F32", "BF16", "F16")
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+_WHOLE_FILE_BYTES = 64 << 20  # files up to this size are hashed whole
+_SAMPLED_PAGES = 256
+_PAGE_BYTES = 4096
+
+
+class SafetensorsFiles:
+    """The tensors of one file, or of shards with an index; a `TensorSource`. Tensors are views of the mapped files."""
+
+    def __init__(self, directory: Path) -> None:
+        """Read all headers.
+
+        Raises:
+            CheckpointError: names the file or tensor that is missing, damaged, cut short or of a dtype not served.
+        """
+        self.where = str(directory)
+        self._directory = directory
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._path_by_name: dict[str, Path] = {}
+        self._handles: dict[Path, Any] = {}
+        for path in checkpoint_files(directory):
+            for name, entry in read_header(path)[1].items():
+                if name in self._path_by_name:
+                    raise CheckpointError(
+                        f"{path} holds {name}, and so does {self._path_by_name[name]}; fetch it again"
+                    )
+                if entry["dtype"] not in _STORED_DTYPES:
+                    raise CheckpointError(f"{path}: {name} is {entry['dtype']}; served: {', '.join(_STORED_DTYPES)}")
+                self._shapes[name] = tuple(entry["shape"])
+                self._path_by_name[name] = path
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Every tensor's shape."""
+        return self._shapes
+
+    def take(self, name: str) -> Tensor:
+        """One tensor, a view of its mapped file."""
+        path = self._path_by_name[name]
+        try:
+            if path not in self._handles:
+                self._handles[path] = safe_open(path, framework="pt", device="cpu")
+            tensor: Tensor = self._handles[path].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: {name} cannot be read ({error}); fetch the file again") from None
+        return tensor
+
+    def fingerprint(self) -> bytes:
+        """See `safetensors_fingerprint`."""
+        return safetensors_fingerprint(self._directory)
+
+
+def checkpoint_files(directory: Path) -> tuple[Path, ...]:
+    """The safetensors files of a checkpoint, sorted by name.
+
+    Raises:
+        CheckpointError: there are none (pickled weights are refused with the remedy), or the index names a file that
+            is missing or lies elsewhere.
+    """
+    index_file = directory / "model.safetensors.index.json"
+    single = directory / "model.safetensors"
+    if index_file.exists():
+        return _indexed_files(index_file)
+    if single.exists():
+        return (single,)
+    if directory.is_dir():
+        pickled = sorted(path.name for path in directory.iterdir() if path.suffix in _PICKLED)
+        if pickled:
+            raise CheckpointError(
+                f"{directory / pickled[0]} is a pickle, which can run code when it is read; "
+                "convert it: AutoModelForCausalLM.from_pretrained(...).save_pretrained(..., safe_serialization=True)"
+            )
+    raise CheckpointError(f"{single} is missing; give a directory with model.safetensors or its shards and index")
+
+
+def _indexed_files(index_file: Path) -> tuple[Path, ...]:
+    try:
+        names = set(json.loads(index_file.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index_file} is no index of shards ({error!r}); fetch it again") from None
+    files = []
+    for name in sorted(str(name) for name in names):
+        path = index_file.parent / name
+        if Path(name).name != name or path.suffix != ".safetensors":
+            raise CheckpointError(f"{index_file} names {name!r}; shards are .safetensors files beside it")
+        if not path.exists():
+            raise CheckpointError(f"{path} is named by the index but missing; fetch it")
+        files.append(path)
+    return tuple(files)
+
+
+def read_header(path: Path) -> tuple[bytes, dict[str, Any]]:
+    """The header of a safetensors file, raw and parsed, after checking that the file is as long as it says.
+
+    Raises:
+        CheckpointError: the file is cut short or no safetensors.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise CheckpointError(f"{path} is cut short or no safetensors ({size} bytes); fetch it again")
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"{path} has a damaged header ({error!r}); fetch it again") from None
+    if size != 8 + length + end:
+        raise CheckpointError(f"{path} has {size} bytes where its header asks for {8 + length + end}; fetch it again")
+    return raw, header
+
+
+def safetensors_fingerprint(directory: Path) -> bytes:
+    """16 bytes that name a checkpoint's numbers: config.json, and of every file name, size, header and content.
+
+    Files above 64 MiB count by 256 evenly spaced pages, so that 16 GB take milliseconds: a checkpoint that was trained
+    on differs in nearly every page, a hand-edited number may go unseen.
+    """
+    hasher = hashlib.blake2b((directory / "config.json").read_bytes(), digest_size=16)
+    for path in checkpoint_files(directory):
+        raw, _ = read_header(path)
+        size = path.stat().st_size
+        hasher.update(f"{path.name}:{size}:{len(raw)}".encode() + raw)
+        with path.open("rb") as file:
+            if size <= _WHOLE_FILE_BYTES:
+                while chunk := file.read(1 << 20):
+                    hasher.update(chunk)
+                continue
+            for page in range(_SAMPLED_PAGES):
+                file.seek((size - _PAGE_BYTES) * page // (_SAMPLED_PAGES - 1))
+                hasher.update(file.read(_PAGE_BYTES))
+    return hasher.digest()
