@@ -16,12 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..kernels.cpu import library as native
-from ..kernels.cpu.build import cpu_features
 from ..kernels.reference import Planes
 from .ops import Activation, AttentionKind, Linear, Norm, Quantization, Span
 
 _KINDS = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16}
-_LEVELS = ("avx512_bf16", "avx512f", "avx2")  # instruction sets that change how numbers are summed
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,10 +61,9 @@ class NativeOps:
         self.dtype = dtype
         self.num_threads = num_threads
         self.quantization = quantization
-        features = cpu_features()
-        level = next((name for name in _LEVELS if name in features), "plain")
-        self.description = f"native {level}" + ("" if quantization == "none" else ", int8 weights")
         self._library = native.load()
+        level = self._library.level().decode()
+        self.description = f"native {level}" + ("" if quantization == "none" else ", int8 weights")
         self._threads = ctypes.c_void_p(self._library.start_threads(num_threads))
         self._scratch = _aligned(1 << 20)
 

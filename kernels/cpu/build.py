@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 SOURCES = ("linear.cpp", "rows.cpp", "attention.cpp", "check.cpp")
-HEADERS = ("api.h", "simd.h", "threads.h")
+HEADERS = ("api.h", "simd.h", "threads.h", "tiles.h")
 FLAGS = (
     "-O3",
     "-std=c++17",
@@ -45,7 +45,13 @@ def built_library() -> Path:
     Raises:
         NativeUnavailable: no compiler, a failed build, or a library that does not compute right.
     """
-    return build(("-march=native",) if platform.machine() in ("x86_64", "AMD64") else ())
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return build(())
+    try:
+        return build(("-march=native",))
+    except NativeUnavailable:
+        # Tiles are the one thing that a CPU may have and its system (a container's seccomp, an old kernel) refuse.
+        return build(("-march=native", "-mno-amx-tile", "-mno-amx-bf16"))
 
 
 def build(machine_flags: tuple[str, ...]) -> Path:

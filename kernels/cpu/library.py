@@ -91,6 +91,7 @@ class Attend(ctypes.Structure):
 
 _ROWS = POINTER(Rows)
 _SIGNATURES = {
+    "level": (ctypes.c_char_p, ()),
     "start_threads": (c_void_p, (c_int32,)),
     "stop_threads": (None, (c_void_p,)),
     "panel_bytes": (c_int64, (c_int32, c_int32, c_int32, c_int32)),

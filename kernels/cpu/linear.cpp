@@ -6,13 +6,15 @@
 //
 // out[r, c] = ( sum over k = 0, 1, 2 ... of x[r, k] * w[c, k] ) * scale[c] + bias[c], each output in one float32
 // accumulator lane from first k to last; k pairs go through dot_pairs. Int8 weights become exact bfloat16 on the way.
-// So an output's bits depend on its own row and column alone.
+// So an output's bits depend on its own row and column alone. Where the machine has AMX tiles, bfloat16 goes through them
+// instead, for every number of rows: 32 k at a time in the instruction's order.
 #include <algorithm>
 #include <vector>
 
 #include "api.h"
 #include "simd.h"
 #include "threads.h"
+#include "tiles.h"
 
 using namespace simd;
 
@@ -186,6 +188,97 @@ void multiply(const Job& job, Threads& threads) {
     });
 }
 
+#if defined(TWOSTROKE_TILES)
+
+constexpr int TILE_STEPS = 16;  // k-steps (pairs) per tile: a panel's sixteen steps are one tile as they lie
+
+bool by_tiles(const Matrix& m, bool pairs) { return pairs && m.inner % (2 * TILE_STEPS) == 0 && tiles::permitted(); }
+
+// Rows of x as tiles [blocks of 16 rows][inner / 32][16 rows][64 bytes], missing rows zero.
+void pack_tiles(const Rows& x, int first, int steps, char* to) {
+    const int rows = std::min(tiles::ROWS, x.rows - first);
+    for (int k = 0; k < steps; k += TILE_STEPS)
+        for (int r = 0; r < tiles::ROWS; r++, to += tiles::ROW_BYTES) {
+            if (r < rows)
+                std::memcpy(to, (const char*)x.data + ((int64_t)(first + r) * x.stride + 2 * k) * 2, tiles::ROW_BYTES);
+            else
+                std::memset(to, 0, tiles::ROW_BYTES);
+        }
+}
+
+template <int KIND, int T>
+void load_weights(const char* panel, int step) {
+    if (KIND == BFLOAT16) {
+        __builtin_prefetch(panel + (int64_t)step * 64 + 8192);
+        return tiles::load<T>(panel + (int64_t)step * 64);
+    }
+    alignas(64) U32 wide[TILE_STEPS];
+    for (int k = 0; k < TILE_STEPS; k++) wide[k] = Panel<INT8, true>::weights(panel + (int64_t)(step + k) * 32);
+    tiles::load<T>(wide);
+}
+
+template <int T>
+void put_tile(const Job& job, int row, int panel) {
+    alignas(64) float numbers[tiles::ROWS][LANES];
+    tiles::save<T>(numbers);
+    for (int r = 0; r < std::min(tiles::ROWS, job.num_rows - row); r++) put(job, row + r, panel, load<F32>(numbers[r]));
+}
+
+// One block of 16 rows by up to four panels: what streams weights. A missing panel repeats the last and is not stored.
+template <int KIND>
+void tile_strip(const Job& job, int row, int panel, int panels) {
+    const int64_t bytes = (int64_t)job.steps * (KIND == BFLOAT16 ? 64 : 32);
+    const char* x = (const char*)job.packed + (int64_t)row * job.steps * 4;
+    const char* w[4];
+    for (int p = 0; p < 4; p++) w[p] = (const char*)job.matrix->panels + (panel + std::min(p, panels - 1)) * bytes;
+    tiles::zero<0>(), tiles::zero<1>(), tiles::zero<2>(), tiles::zero<3>();
+    for (int k = 0; k < job.steps; k += TILE_STEPS, x += tiles::TILE_BYTES) {
+        tiles::load<4>(x);
+        load_weights<KIND, 5>(w[0], k), tiles::dot<0, 4, 5>();
+        load_weights<KIND, 6>(w[1], k), tiles::dot<1, 4, 6>();
+        load_weights<KIND, 7>(w[2], k), tiles::dot<2, 4, 7>();
+        load_weights<KIND, 5>(w[3], k), tiles::dot<3, 4, 5>();
+    }
+    put_tile<0>(job, row, panel);
+    if (panels > 1) put_tile<1>(job, row, panel + 1);
+    if (panels > 2) put_tile<2>(job, row, panel + 2);
+    if (panels > 3) put_tile<3>(job, row, panel + 3);
+}
+
+// Two blocks of rows by two panels: what computes prompts.
+template <int KIND>
+void tile_square(const Job& job, int row, int panel) {
+    const int64_t bytes = (int64_t)job.steps * (KIND == BFLOAT16 ? 64 : 32);
+    const char* x = (const char*)job.packed + (int64_t)row * job.steps * 4;
+    const char *below = x + (int64_t)tiles::ROWS * job.steps * 4, *w = (const char*)job.matrix->panels + panel * bytes;
+    tiles::zero<0>(), tiles::zero<1>(), tiles::zero<2>(), tiles::zero<3>();
+    for (int k = 0; k < job.steps; k += TILE_STEPS, x += tiles::TILE_BYTES, below += tiles::TILE_BYTES) {
+        tiles::load<4>(x), tiles::load<5>(below);
+        load_weights<KIND, 6>(w, k), load_weights<KIND, 7>(w + bytes, k);
+        tiles::dot<0, 4, 6>(), tiles::dot<1, 4, 7>(), tiles::dot<2, 5, 6>(), tiles::dot<3, 5, 7>();
+    }
+    put_tile<0>(job, row, panel), put_tile<1>(job, row, panel + 1);
+    put_tile<2>(job, row + tiles::ROWS, panel), put_tile<3>(job, row + tiles::ROWS, panel + 1);
+}
+
+template <int KIND>
+void multiply_tiles(const Job& job, Threads& threads) {
+    const int num_panels = (job.matrix->columns + LANES - 1) / LANES;
+    threads.share((num_panels + 3) / 4, [&](int part) {
+        const int panel = part * 4, panels = std::min(4, num_panels - panel);
+        tiles::begin();
+        int row = 0;
+        for (; panels == 4 && row + tiles::ROWS < job.num_rows; row += 2 * tiles::ROWS) {
+            tile_square<KIND>(job, row, panel);
+            tile_square<KIND>(job, row, panel + 2);
+        }
+        for (; row < job.num_rows; row += tiles::ROWS) tile_strip<KIND>(job, row, panel, panels);
+        tiles::end();
+    });
+}
+
+#endif
+
 }  // namespace
 
 extern "C" {
@@ -218,6 +311,14 @@ void twostroke_pack(const void* from, int32_t size, int32_t columns, int32_t inn
 void twostroke_linear(Threads* threads, const Matrix* matrix, const Rows* x, const Rows* out, uint32_t* scratch) {
     const bool pairs = x->kind == BFLOAT16;
     Job job{matrix, *out, scratch, pairs ? matrix->inner / 2 : matrix->inner, x->rows};
+#if defined(TWOSTROKE_TILES)
+    if (by_tiles(*matrix, pairs)) {
+        threads->share((x->rows + tiles::ROWS - 1) / tiles::ROWS, [&](int b) {
+            pack_tiles(*x, b * tiles::ROWS, job.steps, (char*)scratch + (int64_t)b * tiles::ROWS * job.steps * 4);
+        });
+        return matrix->kind == INT8 ? multiply_tiles<INT8>(job, *threads) : multiply_tiles<BFLOAT16>(job, *threads);
+    }
+#endif
     const int size = block_rows(x->rows);
     const auto pack = [&](int b) {
         const int first = b * size;
@@ -232,6 +333,22 @@ void twostroke_linear(Threads* threads, const Matrix* matrix, const Rows* x, con
         multiply<Panel<INT8, true>>(job, *threads);
     else
         multiply<Panel<INT8, false>>(job, *threads);
+}
+
+// The instructions that decide the bits of an answer.
+const char* twostroke_level() {
+#if defined(TWOSTROKE_TILES)
+    if (tiles::permitted()) return "amx-bf16";
+#endif
+#if defined(__AVX512BF16__)
+    return "avx512-bf16";
+#elif defined(__AVX512F__)
+    return "avx512";
+#elif defined(__FMA__)
+    return "avx2";
+#else
+    return "plain";
+#endif
 }
 
 Threads* twostroke_start_threads(int32_t count) { return new Threads(count); }

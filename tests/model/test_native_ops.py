@@ -18,6 +18,7 @@ DTYPES = pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
 BLOCK = 16
 NUM_BLOCKS = 96
 OLDER = (("-march=x86-64-v4",), ("-march=x86-64-v3",), ("-march=x86-64",))
+TILES = ("-march=native", "-DTWOSTROKE_EMULATE_TILES")
 
 
 @pytest.fixture(autouse=True)
@@ -230,3 +231,16 @@ def test_older_machines_compute_the_same_to_rounding(
         test_attention_is_the_definition(dtype, "fp8", "window")
         test_a_row_of_attention_has_the_same_bits_however_it_is_computed(dtype, "softcap")
         test_gates_are_the_definition(dtype, "gelu_tanh")
+
+
+def test_tiles_compute_the_same_to_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code around AMX's instructions, with these emulated."""
+    try:
+        emulated = native.Library(build(TILES))
+    except NativeUnavailable as error:
+        pytest.skip(str(error))
+    monkeypatch.setattr(native, "load", lambda: emulated)
+    for quantization in ("none", "int8"):
+        test_linear_is_the_definition_for_every_number_of_rows(BF16, quantization, 64)  # type: ignore[arg-type]
+        test_linear_is_the_definition_for_every_number_of_rows(BF16, quantization, 70)  # type: ignore[arg-type]
+    test_a_row_of_a_linear_has_the_same_bits_in_any_company_and_with_any_threads(BF16)

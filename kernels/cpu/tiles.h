@@ -1,0 +1,106 @@
+// AMX tiles as functions: 16 rows of 64 bytes each, eight of them. Or the same in plain C++, for machines without.
+//
+// With TWOSTROKE_EMULATE_TILES the code above this file can be tested anywhere; the arithmetic follows the order that
+// the instruction is specified with.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "simd.h"
+
+#if defined(TWOSTROKE_EMULATE_TILES)
+#define TWOSTROKE_TILES 1
+#elif defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__linux__)
+#define TWOSTROKE_TILES 1
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#if defined(TWOSTROKE_TILES)
+
+namespace tiles {
+
+constexpr int ROWS = 16, ROW_BYTES = 64, TILE_BYTES = ROWS * ROW_BYTES;
+
+#if defined(TWOSTROKE_EMULATE_TILES)
+
+inline float (&memory(int tile))[ROWS][16] {
+    static thread_local float tiles[8][ROWS][16];
+    return tiles[tile];
+}
+inline bool permitted() { return true; }
+inline void begin() {}
+inline void end() {}
+template <int T>
+void zero() {
+    std::memset(memory(T), 0, TILE_BYTES);
+}
+template <int T>
+void load(const void* p) {
+    std::memcpy(memory(T), p, TILE_BYTES);
+}
+template <int T>
+void save(void* p) {
+    std::memcpy(p, memory(T), TILE_BYTES);
+}
+template <int C, int A, int B>
+void dot() {
+    for (int m = 0; m < ROWS; m++)
+        for (int n = 0; n < 16; n++) {
+            float even = 0.0f, odd = 0.0f;
+            for (int k = 0; k < 16; k++) {
+                uint32_t a, b;
+                std::memcpy(&a, &memory(A)[m][k], 4);
+                std::memcpy(&b, &memory(B)[k][n], 4);
+                even += simd::to_float((uint16_t)a) * simd::to_float((uint16_t)b);
+                odd += simd::to_float((uint16_t)(a >> 16)) * simd::to_float((uint16_t)(b >> 16));
+            }
+            memory(C)[m][n] += even + odd;
+        }
+}
+
+#else
+
+// The system hands the tile registers out on request only, once per process.
+inline bool permitted() {
+    constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+    static const bool granted = syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+    return granted;
+}
+// All eight tiles whole. Each thread configures its own.
+inline void begin() {
+    struct alignas(64) Config {
+        uint8_t palette, start_row, reserved[14];
+        uint16_t row_bytes[16];
+        uint8_t rows[16];
+    } config{};
+    config.palette = 1;
+    for (int i = 0; i < 8; i++) config.row_bytes[i] = ROW_BYTES, config.rows[i] = ROWS;
+    asm volatile("ldtilecfg %0" ::"m"(config));
+}
+inline void end() { asm volatile("tilerelease"); }
+
+// In assembly, because compilers' intrinsics take a tile's number as a literal only.
+template <int T>
+void zero() {
+    asm volatile("tilezero %%tmm%c0" ::"i"(T));
+}
+template <int T>
+void load(const void* p) {
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"((int64_t)ROW_BYTES), "i"(T) : "memory");
+}
+template <int T>
+void save(void* p) {
+    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"((int64_t)ROW_BYTES), "i"(T) : "memory");
+}
+template <int C, int A, int B>
+void dot() {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+}
+
+#endif
+
+}  // namespace tiles
+
+#endif
