@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..model.policy import FAIRNESS, Ahead, Fairness, PrefillWork, Queue, Room, StepBudget, StepLimits
+from ..kv.spec import HASH_BLOCK_TOKENS
+from ..model.policy import FAIRNESS, Ahead, Fairness, Queue, Room, StepBudget, StepLimits
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,24 +19,28 @@ class DecodePolicy:
 
     limits: StepLimits
     prefill_share: float = 0.25  # of a step's tokens, while anything decodes
-    max_offers: int = 1  # it is no prefill worker, but finishes what it took on as one
+    max_offers: int = 1  # of short prompts, and of others; it is no prefill worker, but finishes what it took on as one
     watermark: float = 0.95  # the rest is for the growth of what runs
     fairness: Fairness = FAIRNESS
 
     def budget(self, num_decodes: int) -> StepBudget:
-        """All decodes, and beside them a share for prefill; never less than a hash block of it."""
+        """All decodes, and beside them a share for prefill: two hash blocks at least, for a long and a short prompt."""
         limits = self.limits
         prefill = limits.max_batch_tokens
         if num_decodes:
-            prefill = max(16, int(prefill * self.prefill_share))
+            prefill = min(prefill, max(2 * HASH_BLOCK_TOKENS, int(prefill * self.prefill_share)))
         return StepBudget(limits.max_batch_tokens, limits.max_num_seqs, prefill)
 
+    def may_offer(self, num_tokens: int, offered: Sequence[int]) -> bool:
+        """Few of each kind: what decode binds for them it cannot use meanwhile."""
+        return self.fairness.may_offer(num_tokens, self.limits.max_batch_tokens, offered, self.max_offers)
+
     def is_near(self, num_tokens: int, ahead: Ahead) -> bool:
-        """Near: less than a step's prefill is ahead; or short enough to overtake, while passes last."""
+        """Near: less than a step's prefill is ahead; or short enough to pass."""
         budget = self.budget(ahead.decodes).prefill_tokens
         if ahead.tokens < budget:
             return True
-        return self.fairness.may_pass(num_tokens, budget, ahead.passes + ahead.prompts - 1)
+        return self.fairness.may_pass(num_tokens, budget, ahead)
 
     def has_room(self, room: Room) -> bool:
         """Everything up to the watermark."""
@@ -45,9 +50,9 @@ class DecodePolicy:
         """Bounded in items and tokens."""
         return self.limits.refusal(queue, prompt_tokens)
 
-    def share(self, works: Sequence[PrefillWork], num_tokens: int) -> list[int]:
-        """First come, first served, short ones passing."""
-        return self.fairness.share(works, num_tokens)
+    def share(self, remaining: Sequence[int], num_tokens: int) -> list[int]:
+        """First come, first served, half of it for short ones first."""
+        return self.fairness.share(remaining, num_tokens)
 
 
 def combined_policy(limits: StepLimits) -> DecodePolicy:

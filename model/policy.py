@@ -31,19 +31,15 @@ class Room(NamedTuple):
 
 
 class Ahead(NamedTuple):
-    """What would be computed before a prompt that wants to begin."""
+    """What would be computed before a prompt that wants to begin, or beside it."""
 
-    tokens: int
-    prompts: int
-    passes: int  # times the foremost of them was overtaken already
+    prompts: tuple[int, ...]  # tokens left of each
     decodes: int
 
-
-class PrefillWork(NamedTuple):
-    """A prompt in the middle of its prefill."""
-
-    remaining: int
-    passes: int  # times it was overtaken
+    @property
+    def tokens(self) -> int:
+        """Of all prompts ahead."""
+        return sum(self.prompts)
 
 
 class Queue(NamedTuple):
@@ -81,9 +77,8 @@ class StepLimits:
 class Policy(Protocol):
     """A role's taste. Pure: the same question always has the same answer."""
 
-    @property
-    def max_offers(self) -> int:
-        """FOR_PEER prompts that decode may be asked to bind before they run."""
+    def may_offer(self, num_tokens: int, offered: Sequence[int]) -> bool:
+        """Whether decode may be asked to bind for one more FOR_PEER prompt, beside those it was asked for already."""
         ...
 
     def budget(self, num_decodes: int) -> StepBudget:
@@ -102,47 +97,58 @@ class Policy(Protocol):
         """Why one more prompt cannot even wait, with the numbers; None: it can."""
         ...
 
-    def share(self, works: Sequence[PrefillWork], num_tokens: int) -> list[int]:
-        """Split the step's prefill tokens; per work, in order. The sum is at most `num_tokens`."""
+    def share(self, remaining: Sequence[int], num_tokens: int) -> list[int]:
+        """Split the step's prefill tokens among prompts, given what is left of each, in order; `num_tokens` at most."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Fairness:
-    """How far short prompts may go before a long one that is being chunked."""
+    """Half of every step's prefill is for short prompts first, the other half goes by order of arrival.
 
-    max_passes: int = 4  # per long prompt: then it has the budget to itself until it is done
+    So a short prompt never waits for a long one, and a long one, whatever passes it, needs twice its steps at most.
+    With a budget below two hash blocks there is nothing to halve: then it is first come, first served.
+    """
 
-    def may_pass(self, num_tokens: int, budget: int, passes: int) -> bool:
-        """Half of a budget stays with the long one at every pass."""
-        return num_tokens <= budget // 2 and passes < self.max_passes
+    short_tokens: int = 64  # short in any step; else: what fits into half of one
 
-    def share(self, works: Sequence[PrefillWork], num_tokens: int) -> list[int]:
-        """First come, first served; where the first does not fit as a whole, short ones behind it may pass it.
+    def is_short(self, num_tokens: int, budget: int) -> bool:
+        """Whether a prompt with so many tokens left may pass others, in steps with that many for prefill."""
+        return num_tokens <= max(budget // 2, self.short_tokens)
 
-        1. From the front, prompts that fit as a whole get all they need.
-        2. The first that does not fit is the long one. Prompts behind it that fit whole into what is left of half the
-           budget go before it, while its passes last.
-        3. The long one gets the rest.
+    def may_pass(self, num_tokens: int, budget: int, ahead: Ahead) -> bool:
+        """A short prompt may begin beside long ones while the short ones before it leave some of their half."""
+        before = sum(size for size in ahead.prompts if self.is_short(size, budget))
+        return self.is_short(num_tokens, budget) and before < budget // 2
+
+    def may_offer(self, num_tokens: int, budget: int, offered: Sequence[int], max_offers: int) -> bool:
+        """So many short ones and so many others: neither kind takes the other's offers."""
+        is_short = self.is_short(num_tokens, budget)
+        return sum(self.is_short(size, budget) is is_short for size in offered) < max_offers
+
+    def share(self, remaining: Sequence[int], num_tokens: int) -> list[int]:
+        """Split a step's tokens.
+
+        1. In order, short prompts get what they need, in whole hash blocks where that is not all, up to half the step.
+        2. In order, all prompts get what they still need of the rest.
         """
-        shares = [0] * len(works)
-        left = num_tokens
-        for place, work in enumerate(works):
-            if work.remaining <= left:
-                shares[place] = work.remaining
-                left -= work.remaining
-                continue
-            for_short, passes = left // 2, work.passes
-            for behind in range(place + 1, len(works)):
-                size = works[behind].remaining
-                if self.may_pass(size, left, passes) and size <= for_short:
-                    shares[behind] = size
-                    for_short -= size
-                    left -= size
-                    passes += 1
-            shares[place] = left
-            break
+        shares = [0] * len(remaining)
+        half = _whole_blocks(num_tokens // 2)
+        left = num_tokens - half
+        for place, size in enumerate(remaining):
+            if self.is_short(size, num_tokens):
+                shares[place] = size if size <= half else _whole_blocks(half)
+                half -= shares[place]
+        left += half
+        for place, size in enumerate(remaining):
+            more = min(size - shares[place], left)
+            shares[place] += more
+            left -= more
         return shares
+
+
+def _whole_blocks(num_tokens: int) -> int:
+    return num_tokens - num_tokens % HASH_BLOCK_TOKENS
 
 
 FAIRNESS = Fairness()

@@ -28,7 +28,7 @@ from ..kv.spec import HASH_BLOCK_TOKENS
 from .holdings import Cost, Holdings
 from .link import Bound, Event, NotYet, Offered, Progress, Promised, Source
 from .plan import SequenceStep, StepPlan
-from .policy import Ahead, Policy, PrefillWork, Room
+from .policy import Ahead, Policy, Room
 from .sequence import NEXT_STATES, QUEUE_STATES, Sequence, SequenceState
 from .store_op import StoreOp, SwapOp
 
@@ -140,7 +140,7 @@ class Scheduler:
     def _admit_one(self, sequence: Sequence, events: list[Event | StoreOp]) -> bool:
         """False: it lacks room or a seat, and nobody behind it may take them."""
         is_offer = sequence.state is _S.QUEUED
-        if is_offer and self.count(_S.OFFERED, _S.READY) >= self.policy.max_offers:
+        if is_offer and not self.policy.may_offer(sequence.num_remaining, self._lengths(_S.OFFERED, _S.READY)):
             return True
         is_decode = sequence.state is _S.SWAPPED and sequence.num_remaining == 1
         if sequence.source is not Source.PEER and not is_decode and not self._is_near(sequence):
@@ -194,10 +194,11 @@ class Scheduler:
     def _is_near(self, sequence: Sequence) -> bool:
         """Whether the policy sees it in one of the next steps."""
         before = (_S.PREFILLING, _S.READY, _S.OFFERED) if sequence.state is _S.QUEUED else (_S.PREFILLING,)
-        running = self.within(_S.PREFILLING)
-        passes = running[0].passes if running else 0
-        ahead = Ahead(self.remaining(*before), self.count(*before), passes, self.count(_S.DECODING))
-        return self.policy.is_near(sequence.num_remaining, ahead)
+        return self.policy.is_near(sequence.num_remaining, Ahead(self._lengths(*before), self.count(_S.DECODING)))
+
+    def _lengths(self, *states: SequenceState) -> tuple[int, ...]:
+        """Tokens left of each sequence in these states, in no order."""
+        return tuple([s.num_remaining for state in states for s in self._by_state[state].values()])
 
     def _has_room(self, cost: Cost) -> bool:
         pool = self.holdings.pool
@@ -233,13 +234,12 @@ class Scheduler:
     def _chunks(self, num_tokens: int, num_seqs: int) -> list[SequenceStep]:
         """Prefill chunks; each ends at a hash block, so that all it computed is sealed, or at the prompt's end."""
         works = self.within(_S.PREFILLING)
-        shares = self.policy.share([PrefillWork(s.num_remaining, s.passes) for s in works], num_tokens)
+        shares = self.policy.share([s.num_remaining for s in works], num_tokens)
         steps: list[SequenceStep] = []
-        for place, (sequence, share) in enumerate(zip(works, shares, strict=True)):
+        for sequence, share in zip(works, shares, strict=True):
             size = min(share, sequence.num_remaining)
             if size < sequence.num_remaining:
                 size -= (sequence.num_computed + size) % HASH_BLOCK_TOKENS
-                sequence.passes += sum(1 for later in shares[place + 1 :] if later > 0)
             if size > 0 and len(steps) < num_seqs:
                 steps.append(self._step(sequence, size))
         return steps

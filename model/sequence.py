@@ -124,7 +124,6 @@ class Sequence:
     num_promised: int = 0  # blocks counted for it and not taken yet
     cached_tokens: int = 0  # prompt tokens found here when it first began
     preemptions: int = 0
-    passes: int = 0  # younger prompts that went before it while it was being chunked
     last_step: int = -1  # step that computed for it last
     written: set[int] = field(default_factory=set)  # BOUND: hash blocks whose KV arrived
     swapped: Swapped | None = None  # SWAPPED: `num_computed` is its end

@@ -1,7 +1,7 @@
 """What the prefill role wants of the shared scheduler: whole batches of prompt, first come first served. Pure.
 
-Decode binds its blocks only for prompts that run soon, so few are offered ahead. Short prompts may overtake a long one
-that is being chunked, a bounded number of times.
+Decode binds its blocks only for prompts that run soon, so few are offered ahead. Short prompts pass long ones: half of
+every step is for them first.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..model.policy import FAIRNESS, Ahead, Fairness, PrefillWork, Queue, Room, StepBudget, StepLimits
+from ..model.policy import FAIRNESS, Ahead, Fairness, Queue, Room, StepBudget, StepLimits
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +17,7 @@ class PrefillPolicy:
     """Satisfies model.policy.Policy."""
 
     limits: StepLimits
-    max_offers: int = 4
+    max_offers: int = 4  # of short prompts, and of others
     watermark: float = 1.0  # nothing grows here: the pool may be filled
     fairness: Fairness = FAIRNESS
 
@@ -27,12 +27,16 @@ class PrefillPolicy:
         limits = self.limits
         return StepBudget(limits.max_batch_tokens, limits.max_num_seqs, limits.max_batch_tokens)
 
+    def may_offer(self, num_tokens: int, offered: Sequence[int]) -> bool:
+        """Few of each kind: what decode binds for them it cannot use meanwhile."""
+        return self.fairness.may_offer(num_tokens, self.limits.max_batch_tokens, offered, self.max_offers)
+
     def is_near(self, num_tokens: int, ahead: Ahead) -> bool:
-        """Near: less than two steps of prompt are ahead; or short enough to overtake, while passes last."""
+        """Near: less than two steps of prompt are ahead; or short enough to pass."""
         budget = self.limits.max_batch_tokens
         if ahead.tokens < 2 * budget:
             return True
-        return self.fairness.may_pass(num_tokens, budget, ahead.passes + ahead.prompts - 1)
+        return self.fairness.may_pass(num_tokens, budget, ahead)
 
     def has_room(self, room: Room) -> bool:
         """Everything up to the watermark."""
@@ -42,6 +46,6 @@ class PrefillPolicy:
         """Bounded in items and tokens."""
         return self.limits.refusal(queue, prompt_tokens)
 
-    def share(self, works: Sequence[PrefillWork], num_tokens: int) -> list[int]:
-        """First come, first served, short ones passing."""
-        return self.fairness.share(works, num_tokens)
+    def share(self, remaining: Sequence[int], num_tokens: int) -> list[int]:
+        """First come, first served, half of it for short ones first."""
+        return self.fairness.share(remaining, num_tokens)

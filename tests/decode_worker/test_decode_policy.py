@@ -15,7 +15,8 @@ def test_prefill_alone_has_the_whole_step_and_beside_decodes_a_share():
     assert combined_policy(LIMITS).budget(1) == StepBudget(256, 8, 128)
 
 
-def test_the_share_is_never_less_than_a_hash_block():
+def test_the_share_is_never_less_than_two_hash_blocks_or_the_step():
+    assert DecodePolicy(StepLimits(max_num_seqs=2, max_batch_tokens=64)).budget(1).prefill_tokens == 32
     assert DecodePolicy(StepLimits(max_num_seqs=2, max_batch_tokens=16)).budget(1).prefill_tokens == 16
 
 
@@ -27,10 +28,10 @@ def test_the_last_blocks_are_kept_for_growth():
 @pytest.mark.parametrize(
     ("tokens", "ahead", "is_near"),
     [
-        (500, Ahead(255, 2, 0, 0), True),
-        (500, Ahead(255, 2, 0, 3), False),  # decodes run: only 64 a step
-        (32, Ahead(255, 1, 0, 3), True),  # short enough to pass
-        (32, Ahead(255, 1, 4, 3), False),
+        (500, Ahead((200, 55), 0), True),
+        (500, Ahead((200, 55), 3), False),  # decodes run: only 64 a step
+        (32, Ahead((255,), 3), True),  # short enough to pass
+        (32, Ahead((255, 20, 12), 3), False),  # others pass already
     ],
 )
 def test_who_is_near(tokens, ahead, is_near):

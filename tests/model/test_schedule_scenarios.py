@@ -1,7 +1,7 @@
 """Runs the transcripts of the scheduler and both policies: commands in, events and plans out, one file per behaviour.
 
 A transcript opens with facts (`pool 8 blocks of 16`, `policy combined`, `seqs 8`, `batch 64`, `waiting 10`, `swap 0`:
-host blocks), then has commands, each with everything that must come of it, indented:
+host blocks, `context 512`), then has commands, each with everything that must come of it, indented:
 
     submit a local 40 max=4          # like=b:32 shares b's first 32 tokens, generated ones too; emitted=, priority=, …
     step                             # tick, plan, apply; `step 3`: thrice; `quiet 3`: without a word; `broken`: fails
@@ -57,6 +57,17 @@ from twostroke.model.policy import StepLimits
 from twostroke.model.store_op import FetchOp, ReadOp, SwapInOp, SwapOutOp, WriteOp
 from twostroke.prefill_worker.policy import PrefillPolicy
 
+FACTS = {
+    "pool": 8,
+    "block": 16,
+    "policy": "combined",
+    "seqs": 8,
+    "batch": 64,
+    "waiting": 10,
+    "swap": 0,
+    "context": 512,
+}
+
 FOLDER = Path(__file__).parents[1] / "scenarios"
 SCENARIOS = sorted(p for part in ("schedule", "prefill_policy", "decode_policy") for p in (FOLDER / part).glob("*.txt"))
 POLICIES = {"prefill": PrefillPolicy, "decode": DecodePolicy, "combined": combined_policy}
@@ -87,7 +98,7 @@ def play(lines: list[str]) -> list[str]:
 
 class Stage:
     def __init__(self):
-        self.facts = {"pool": 8, "block": 16, "policy": "combined", "seqs": 8, "batch": 64, "waiting": 10, "swap": 0}
+        self.facts = dict(FACTS)
         self.core = None
         self.now_s = 0.0
         self.prompts, self.eos = {}, {}
@@ -103,16 +114,17 @@ class Stage:
         if self.core is None:
             self.pool = BlockPool(self.facts["pool"], self.facts["block"])
             prefix = PrefixCache(self.pool)
-            self.core = EngineCore(
-                CoreLimits(512, self.facts["swap"]), self.pool, prefix, self.policy(), eos_ids=[EOS], key=KEY
-            )
+            limits = CoreLimits(self.facts["context"], self.facts["swap"])
+            self.core = EngineCore(limits, self.pool, prefix, self.policy(), eos_ids=[EOS], key=KEY)
         out = self.do(word, rest)
         self.core.check_integrity()
         return [text for item in out for text in ([item] if isinstance(item, str) else said(item))]
 
     def policy(self):
         facts = self.facts
-        return POLICIES[facts["policy"]](StepLimits(facts["seqs"], facts["batch"], facts["waiting"], 2000))
+        return POLICIES[facts["policy"]](
+            StepLimits(facts["seqs"], facts["batch"], facts["waiting"], max(2000, 3 * facts["context"]))
+        )
 
     def do(self, word: str, rest: list[str]) -> list:
         names = [w for w in rest if "=" not in w]

@@ -4,51 +4,58 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twostroke.model.policy import Ahead, PrefillWork, Queue, Room, StepLimits
+from twostroke.model.policy import Ahead, Queue, Room, StepLimits
 from twostroke.prefill_worker.policy import PrefillPolicy
 
 POLICY = PrefillPolicy(StepLimits(max_num_seqs=8, max_batch_tokens=64, max_waiting=3, max_waiting_tokens=100))
 
 
-def works(*remaining: int, passes: int = 0) -> list[PrefillWork]:
-    return [PrefillWork(remaining[0], passes), *(PrefillWork(size, 0) for size in remaining[1:])]
-
-
 def test_first_come_first_served_while_prompts_fit():
-    assert POLICY.share(works(20, 30, 40), 64) == [20, 30, 14]
+    assert POLICY.share([20, 30, 40], 64) == [20, 30, 14]
 
 
-def test_short_prompts_share_half_a_step_and_the_long_one_keeps_the_rest():
-    assert POLICY.share(works(500, 20, 33, 12), 64) == [32, 20, 0, 12]
+def test_short_prompts_have_half_a_step_and_the_long_one_keeps_the_rest():
+    assert POLICY.share([500, 20, 33, 12], 64) == [32, 20, 0, 12]
 
 
-def test_passes_are_bounded():
-    assert POLICY.share(works(500, 8, 8, 8, passes=2), 64) == [48, 8, 8, 0]
-    assert POLICY.share(works(500, 8, 8, 8, passes=4), 64) == [64, 0, 0, 0]
+def test_a_short_prompt_that_does_not_fit_into_its_half_comes_in_hash_blocks():
+    assert POLICY.share([500, 60], 64) == [32, 32]
+    assert POLICY.share([500, 20, 60], 96) == [60, 20, 16]
 
 
-@given(st.lists(st.tuples(st.integers(1, 300), st.integers(0, 6)), max_size=8), st.integers(16, 200))
-def test_shares_spend_the_budget_and_never_starve_the_first(sizes, budget):
-    given_works = [PrefillWork(*size) for size in sizes]
-    shares = POLICY.share(given_works, budget)
-    assert sum(shares) == min(budget, sum(work.remaining for work in given_works)) or sum(shares) == budget
-    assert all(0 <= share <= work.remaining for share, work in zip(shares, given_works, strict=True))
+def test_prompts_that_are_not_short_wait_for_those_before_them():
+    assert POLICY.share([500, 65, 200], 64) == [64, 0, 0]
+    assert POLICY.share([500, 33], 16) == [16, 0], "there is nothing to halve"
+
+
+@given(st.lists(st.integers(1, 300), max_size=8), st.integers(16, 200))
+def test_shares_spend_the_budget_and_never_starve_the_first(remaining, budget):
+    shares = POLICY.share(remaining, budget)
+    assert sum(shares) == min(budget, sum(remaining))
+    assert all(0 <= share <= size for share, size in zip(shares, remaining, strict=True))
     if shares:
-        assert shares[0] >= min(given_works[0].remaining, budget - budget // 2)
+        assert shares[0] >= min(remaining[0], budget - budget // 2)
 
 
 @pytest.mark.parametrize(
     ("tokens", "ahead", "is_near"),
     [
-        (1000, Ahead(127, 3, 0, 0), True),  # less than two steps are ahead
-        (33, Ahead(128, 1, 0, 0), False),  # too long to overtake
-        (32, Ahead(128, 1, 0, 0), True),
-        (32, Ahead(128, 1, 4, 0), False),  # no passes left
-        (32, Ahead(128, 5, 0, 0), False),  # four are overtaking already
+        (1000, Ahead((100, 27), 0), True),  # less than two steps are ahead
+        (65, Ahead((128,), 0), False),  # too long to pass
+        (64, Ahead((128,), 0), True),
+        (32, Ahead((4000, 4000, 31), 0), True),
+        (32, Ahead((4000, 20, 12), 0), False),  # half a step of short ones is ahead
     ],
 )
 def test_who_is_near(tokens, ahead, is_near):
     assert POLICY.is_near(tokens, ahead) is is_near
+
+
+def test_neither_short_nor_long_prompts_take_the_others_offers():
+    assert POLICY.may_offer(20, [500, 500, 500, 500])
+    assert POLICY.may_offer(500, [20, 20, 20, 20, 500])
+    assert not POLICY.may_offer(20, [20, 20, 20, 20])
+    assert not POLICY.may_offer(500, [500, 500, 500, 500])
 
 
 def test_the_pool_may_be_filled():
