@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypedDict, TypeVar
 
 from ..core.errors import InternalError, InvalidRequest, TokensLost
-from ..core.request import FinishReason
+from ..core.request import FinishReason, TokenLogprobs
 from ..protos import common_pb2, inference_pb2
 from .values import Choice, Chunk, Completion, ModelCard, Tokens, Usage
 
@@ -34,18 +34,32 @@ class Options(TypedDict, total=False):
     temperature: float  # 0 = greedy
     top_p: float
     top_k: int  # 0 = off
+    min_p: float  # least probability as a part of the likeliest token's; 0 = off
+    repetition_penalty: float  # of tokens in prompt or output; 1 = off
+    frequency_penalty: float  # of the output, per occurrence
+    presence_penalty: float  # of the output
+    logit_bias: Mapping[int, float]  # by token id, -100 to 100
+    bad_words: Sequence[str]  # never said
     seed: int
     stop: str | Sequence[str]
     stop_token_ids: Sequence[int]
+    include_stop_str_in_output: bool
     ignore_eos: bool
     min_tokens: int
+    logprobs: int  # how likely every token was, with so many of the likeliest
+    prompt_logprobs: int  # the same of every prompt token but the first
     n: int  # choices
     request_id: str  # for `abort` and `explain`; made by the server when left out
     user: str
     timeout_s: float  # of the whole call, a stream to its end included
 
 
-_SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop_token_ids", "ignore_eos", "min_tokens")
+_SAMPLING = (
+    *("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop_token_ids", "ignore_eos", "min_tokens"),
+    *("repetition_penalty", "frequency_penalty", "presence_penalty", "bad_words", "include_stop_str_in_output"),
+    *("logprobs", "prompt_logprobs"),
+)
+_LISTS = ("stop_token_ids", "bad_words")
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,10 +187,21 @@ def _fill(request: inference_pb2.GenerateRequest | inference_pb2.ChatRequest, op
     for name in _SAMPLING:
         value = options.get(name)
         if value is not None:
-            _set(request.sampling, name, _list(value, name) if name == "stop_token_ids" else value)
+            _set(request.sampling, name, _list(value, name) if name in _LISTS else value)
+    _set_biases(request.sampling, options.get("logit_bias"))
     stop = options.get("stop")
     if stop is not None:
         _set(request.sampling, "stop", [stop] if isinstance(stop, str) else _list(stop, "stop"))
+
+
+def _set_biases(sampling: common_pb2.SamplingParams, biases: Any) -> None:
+    if biases is None:
+        return
+    try:
+        sampling.logit_bias.update(dict(biases))
+    except (TypeError, ValueError) as error:
+        shown = repr(biases)[:80]
+        raise InvalidRequest(f"logit_bias is {shown}; give {{token id: bias}}: {error}", param="logit_bias") from None
 
 
 def _list(values: Any, param: str) -> list[Any]:
@@ -219,8 +244,12 @@ def read_completion(reply: inference_pb2.GenerateResponse) -> Completion:
     return Completion(
         request_id=reply.request_id,
         model=reply.model,
-        choices=tuple(Choice(c.index, c.text, tuple(c.token_ids), _finish(c.finish_reason)) for c in reply.choices),
+        choices=tuple(
+            Choice(c.index, c.text, tuple(c.token_ids), _finish(c.finish_reason), _logprobs(c.logprobs))
+            for c in reply.choices
+        ),
         usage=_usage(reply.usage),
+        prompt_logprobs=_logprobs(reply.prompt_logprobs),
     )
 
 
@@ -259,6 +288,8 @@ class StreamReader:
             finish_reason=_finish(message.finish_reason),
             usage=_usage(message.usage) if message.HasField("usage") else None,
             cursor=message.cursor,
+            logprobs=_logprobs(message.logprobs),
+            prompt_logprobs=_logprobs(message.prompt_logprobs),
         )
         self._check(chunk)
         return chunk
@@ -291,6 +322,13 @@ class StreamReader:
 
 def _finish(value: int) -> FinishReason | None:
     return _FINISH.get(value, FinishReason.ERROR)  # an end that only a newer release knows
+
+
+def _logprobs(messages: Iterable[common_pb2.TokenLogprobs]) -> tuple[TokenLogprobs, ...]:
+    return tuple(
+        TokenLogprobs(m.token_id, m.logprob, m.rank, tuple(zip(m.top_ids, m.top_logprobs, strict=False)))
+        for m in messages
+    )
 
 
 def _usage(usage: common_pb2.Usage) -> Usage:

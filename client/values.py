@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..core.request import FinishReason
+from ..core.request import FinishReason, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,7 @@ class Choice:
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
+    logprobs: tuple[TokenLogprobs, ...] = ()  # one per token id, where asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ class Completion:
     model: str
     choices: tuple[Choice, ...]
     usage: Usage
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # of the prompt's tokens from the second on, where asked for
 
     @property
     def text(self) -> str:
@@ -59,6 +61,8 @@ class Chunk:
     finish_reason: FinishReason | None  # set on a choice's last piece
     usage: Usage | None  # set on the stream's last piece
     cursor: str  # where the stream could be resumed; empty when the server cannot
+    logprobs: tuple[TokenLogprobs, ...] = ()  # one per token id, where asked for
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # where asked for, with the first piece of choice 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from ..core.errors import InternalError
-from ..core.request import FinishReason, SamplingParams
+from ..core.request import FinishReason, SamplingParams, TokenLogprobs
 from ..model.stopping import finish_reason
 from ..text.stop import TextStream
 from ..text.tokenizer import Tokenizer
@@ -20,12 +20,14 @@ class Spoken(NamedTuple):
     text: str
     ended: FinishReason | None  # why the choice ends with the last of them
     is_by_text: bool = False  # a stop string ended it, which the ids alone do not show
+    logprobs: tuple[TokenLogprobs, ...] = ()  # of the token ids, if asked for
 
 
 class Choice:
     """The one place that decides which tokens count.
 
-    A token that ends the choice counts but adds no text; what follows it, or a stop string, does not count.
+    A token that ends the choice counts but adds no text (unless the request includes what stopped it); what follows it,
+    or a stop string, does not count.
     """
 
     def __init__(
@@ -38,15 +40,20 @@ class Choice:
         """
         self._params = params
         self._eos_ids = eos_ids
-        self._text = TextStream(tokenizer, params.stop)
+        self._text = TextStream(tokenizer, params.stop, min_tokens=params.min_tokens, include_stop=params.include_stop)
         self._text.push(emitted_ids)
         self.num_tokens = len(emitted_ids)
         self.ended: FinishReason | None = FinishReason.STOP if self._text.is_stopped else None
 
-    def push(self, first_index: int, token_ids: Sequence[int]) -> Spoken:
+    @property
+    def num_shown(self) -> int:
+        """Leading tokens whose text is out; what a stop string cut off is not among them."""
+        return self._text.num_shown
+
+    def push(self, first_index: int, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] = ()) -> Spoken:
         """Take tokens from `first_index` on. What is known already (said again after a fall-back) does not count.
 
-        Nor does anything after the end.
+        Nor does anything after the end. `logprobs`: one per token, or none.
 
         Raises:
             InternalError: tokens between the known ones and `first_index` are missing.
@@ -65,12 +72,13 @@ class Choice:
             counted.append(token_id)
             self.num_tokens += 1
             self.ended = finish_reason(token_id, self.num_tokens, self._params, self._eos_ids)
-            if self.ended is not FinishReason.STOP:
+            if self.ended is not FinishReason.STOP or self._params.include_stop:
                 piece = self._text.push((token_id,))
                 texts.append(piece.text)
                 if piece.is_stopped:
                     self.ended, is_by_text = FinishReason.STOP, True
-        return Spoken(start, tuple(counted), "".join(texts), self.ended if counted else None, is_by_text)
+        told = tuple(logprobs[start - first_index :][: len(counted)])
+        return Spoken(start, tuple(counted), "".join(texts), self.ended if counted else None, is_by_text, told)
 
     def flush(self) -> str:
         """The choice is over: text that was withheld in case a stop string or a character went on.

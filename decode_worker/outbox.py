@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from ..core.request import Epoch, SequenceKey
-from ..kv.messages import epoch_to_wire
-from ..protos import worker_pb2
+from ..core.request import Epoch, SequenceKey, TokenLogprobs
+from ..kv.messages import epoch_to_wire, logprobs_to_wire
+from ..protos import common_pb2, worker_pb2
 
 MAX_PENDING_TOKENS = 65_536
 MAX_PENDING_ENDS = 4_096
@@ -20,6 +21,20 @@ class _Pending:
     first_index: int
     token_ids: list[int] = field(default_factory=list)
     text: list[str] = field(default_factory=list)
+    logprobs: list[common_pb2.TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[common_pb2.TokenLogprobs] = field(default_factory=list)
+    num_shown: int = 0
+
+
+class Scores(NamedTuple):
+    """What goes with new tokens where logprobs were asked for."""
+
+    logprobs: tuple[TokenLogprobs, ...] = ()  # one per token
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    num_shown: int = 0  # of the choice so far
+
+
+NO_SCORES = Scores()
 
 
 class Outbox:
@@ -48,13 +63,24 @@ class Outbox:
         return self._num_tokens >= self._max_tokens or len(self._ends) >= self._max_ends
 
     def add_tokens(
-        self, key: SequenceKey, epoch: Epoch, first_index: int, token_ids: tuple[int, ...], text: str
+        self,
+        key: SequenceKey,
+        epoch: Epoch,
+        first_index: int,
+        token_ids: tuple[int, ...],
+        text: str,
+        *,
+        scores: Scores = NO_SCORES,
     ) -> None:
         """New tokens of one choice; `first_index` continues what was added before."""
         pending = self._tokens.setdefault((key, epoch), _Pending(first_index))
         assert first_index == pending.first_index + len(pending.token_ids), (key, first_index)
         pending.token_ids.extend(token_ids)
         pending.text.append(text)
+        if scores is not NO_SCORES:
+            pending.logprobs += logprobs_to_wire(scores.logprobs)
+            pending.prompt_logprobs += logprobs_to_wire(scores.prompt_logprobs)
+            pending.num_shown = scores.num_shown
         self._num_tokens += len(token_ids)
         self._changed()
 
@@ -98,6 +124,9 @@ class Outbox:
                 first_index=pending.first_index,
                 token_ids=pending.token_ids,
                 text="".join(pending.text),
+                logprobs=pending.logprobs,
+                prompt_logprobs=pending.prompt_logprobs,
+                shown_tokens=pending.num_shown,
             )
         self._tokens, self._ends, self._news, self._num_tokens = {}, [], [], 0
         self._waiting.clear()

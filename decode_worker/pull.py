@@ -51,7 +51,7 @@ class PullOwner(Protocol):
         """Have the engine bind, and answer with `Pull.bound` or `Pull.not_yet`."""
         ...
 
-    def first_token_came(self, token_id: int) -> None:
+    def first_token_came(self, first: GotFirstToken) -> None:
         """Forward it."""
         ...
 
@@ -208,8 +208,8 @@ class Pull:
                 self._tools.dispatcher.send(WriteKv(self._engine_key, token_start, token_count, sections))
             case AskBind():
                 self._owner.bind_wanted()
-            case GotFirstToken(token_id):
-                self._owner.first_token_came(token_id)
+            case GotFirstToken():
+                self._owner.first_token_came(action)
             case Complete():
                 self.timeline.mark(Instant.LAST_FRAME, self._now_s())
                 prefilled_s = self.timeline.at_s(Instant.PREFILLED)

@@ -23,6 +23,7 @@ class Ending(NamedTuple):
     reason: FinishReason
     tail_text: str
     num_tokens: int  # generated, those of earlier dispatches included
+    num_shown: int  # of these, how many have a part in the text
 
 
 @dataclass(slots=True)
@@ -76,6 +77,7 @@ def end_message(order: Order, ending: Ending, told: Told, timeline: Timeline, sp
         timeline=instants_to_wire(merged, received_at_s),
         handover=_handover(told, spec),
         tail_text=ending.tail_text,
+        shown_tokens=ending.num_shown,
     )
     if ending.reason is FinishReason.ERROR:
         end.error.CopyFrom(error_to_wire(_error_of(ending.event)))

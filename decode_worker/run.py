@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from ..core.request import FinishReason
 from ..core.timeline import Instant, Timeline
-from ..kv.handover import Label, Lost
+from ..kv.handover import GotFirstToken, Label, Lost
 from ..kv.handover_receiver import Receiver
 from ..kv.messages import sampling_to_wire, spec_to_wire
 from ..kv.spec import HASH_BLOCK_TOKENS
@@ -27,7 +27,7 @@ from ..model.facts import FaceFacts
 from ..protos import handover_pb2
 from .choice import Choice
 from .order import Order
-from .outbox import Outbox
+from .outbox import NO_SCORES, Outbox, Scores
 from .pull import REFUSALS, Pull, PullTools
 from .report import Ending, Told, end_message
 
@@ -117,8 +117,8 @@ class Run:
             case link.KvWritten(_, token_start, token_count):
                 if self._pull is not None:
                     self._pull.written(token_start, token_count)
-            case link.TokenNews(_, first_index, token_ids):
-                self._say(first_index, token_ids)
+            case link.TokenNews():
+                self._say(event)
             case link.Ended():
                 self._end(event)
             case _:
@@ -188,9 +188,10 @@ class Run:
             self._has_asked = True
             self._tools.pull.dispatcher.send(link.Bind(self.order.engine_key))
 
-    def first_token_came(self, token_id: int) -> None:
+    def first_token_came(self, first: GotFirstToken) -> None:
         """See PullOwner."""
-        self._say(self.order.num_emitted, (token_id,))
+        key, index = self.order.engine_key, self.order.num_emitted
+        self._say(link.TokenNews(key, index, (first.token_id,), first.logprobs, first.prompt_logprobs))
 
     def pull_completed(self) -> None:
         """See PullOwner."""
@@ -230,18 +231,22 @@ class Run:
 
     # ------------------------------------------------------------------ to the router
 
-    def _say(self, first_index: int, token_ids: tuple[int, ...]) -> None:
+    def _say(self, news: link.TokenNews) -> None:
         """Tokens for the client; those after an end do not count."""
         if self._verdict is not None:
             return
         now_s = self._tools.pull.clock.now_s()
-        spoken = self._choice.push(first_index, token_ids)
+        spoken = self._choice.push(news.first_index, news.token_ids, news.logprobs)
         if not spoken.token_ids:
             return
         self.timeline.mark(Instant.FIRST_TOKEN, now_s)
         if spoken.first_index + len(spoken.token_ids) - self.order.num_emitted > 1:
             self.timeline.mark(Instant.SECOND_TOKEN, now_s)
-        self._outbox.add_tokens(self.order.key, self.order.epoch, spoken.first_index, spoken.token_ids, spoken.text)
+        scores = NO_SCORES
+        if spoken.logprobs or news.prompt_logprobs:
+            scores = Scores(spoken.logprobs, news.prompt_logprobs, self._choice.num_shown)
+        key, epoch = self.order.key, self.order.epoch
+        self._outbox.add_tokens(key, epoch, spoken.first_index, spoken.token_ids, spoken.text, scores=scores)
         if spoken.ended is not None and (spoken.is_by_text or self._pull is not None):
             # The engine does not know (a stop string), or not yet (the first token of a peer).
             self.cancel("finished", spoken.ended)
@@ -261,7 +266,7 @@ class Run:
         tail = self._choice.flush() if reason in (FinishReason.STOP, FinishReason.LENGTH) else ""
         if reason is FinishReason.LENGTH and self._choice.ended is not None:
             reason = self._choice.ended  # the withheld text completed a stop string
-        ending = Ending(event, reason, tail, self._choice.num_tokens)
+        ending = Ending(event, reason, tail, self._choice.num_tokens, self._choice.num_shown)
         spec = self._tools.facts.model.kv_spec
         self._outbox.add_end(end_message(self.order, ending, self.told, self.timeline, spec))
         self._ended(self)

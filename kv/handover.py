@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, TypeAlias
 
-from ..core.request import Epoch
+from ..core.request import Epoch, TokenLogprobs
 from ..protos import common_pb2, worker_pb2
 from ..protos import handover_pb2 as pb
 
@@ -96,6 +96,8 @@ class GotFirstToken:
     """Receiver: the first generated token, to be forwarded at once."""
 
     token_id: int
+    logprobs: tuple[TokenLogprobs, ...] = ()  # its own, if asked for
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # if asked for
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ from .handover import (
     Verdict,
     Write,
 )
+from .messages import logprobs_from_wire
 from .spec import HASH_BLOCK_TOKENS
 
 _MISSING, _VERIFIED, _STORED = 0, 1, 2
@@ -150,7 +151,7 @@ class Receiver:
         if body == "started":
             return self._started(now_s)
         if body == "first_token":
-            return self._first_token(message.first_token.token_id, now_s)
+            return self._first_token(message.first_token, now_s)
         if body == "done":
             return self._done(message.done, now_s)
         if body == "failed":
@@ -265,11 +266,12 @@ class Receiver:
         self.state = ReceiverState.ASKING
         return [AskBind()]
 
-    def _first_token(self, token_id: int, now_s: float) -> list[Action]:
+    def _first_token(self, first: pb.FirstToken, now_s: float) -> list[Action]:
         if self.first_token is not None:
             return self._lose(End.PROTOCOL, now_s, "a second first token")
-        self.first_token = token_id
-        return [GotFirstToken(token_id)]
+        self.first_token = first.token_id
+        logprobs = logprobs_from_wire([first.logprobs]) if first.HasField("logprobs") else ()
+        return [GotFirstToken(first.token_id, logprobs, logprobs_from_wire(first.prompt_logprobs))]
 
     def _done(self, done: pb.Done, now_s: float) -> list[Action]:
         if self._is_done or self.first_token is None or self.state is not ReceiverState.RECEIVING:

@@ -15,7 +15,6 @@ FirstToken and beats overtake the reading. Knows no bytes and no store.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
 from enum import StrEnum
 
 from ..core.errors import DeadlineExceeded, InternalError, InvalidRequest
@@ -178,13 +177,13 @@ class Sender:
         self._sealed = max(self._sealed, num_computed)
         return self._pump()
 
-    def first_token(self, token_id: int, now_s: float, timeline: Iterable[common_pb2.Instant] = ()) -> list[Action]:
+    def first_token(self, first: pb.FirstToken, now_s: float) -> list[Action]:
         """The first token is sampled: it leaves at once, whatever else is under way."""
         if self._is_late():
             return []
         assert not self._said_first_token, "the first token comes once"
         self._said_first_token = True
-        return [self._send(pb.FirstToken(token_id=token_id, timeline=timeline), now_s), *self._perhaps_done(now_s)]
+        return [self._send(first, now_s), *self._perhaps_done(now_s)]
 
     def frame_read(self, token_start: int, token_count: int, num_bytes: int, now_s: float) -> list[Action]:
         """The planes that a Read asked for are at hand, `num_bytes` of them."""

@@ -5,11 +5,12 @@ What arrives is a peer's input: `..._from` functions never trust ranges that mat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Literal
 
 from ..core.errors import InvalidRequest, TwostrokeError, from_code
-from ..core.request import Epoch, FinishReason, Role, SamplingParams
+from ..core.request import Epoch, FinishReason, Role, SamplingParams, TokenLogprobs
 from ..core.timeline import Timeline
 from ..protos import common_pb2, worker_pb2
 from .codec import Codec
@@ -45,6 +46,15 @@ def sampling_to_wire(params: SamplingParams) -> common_pb2.SamplingParams:
         stop_token_ids=params.stop_token_ids,
         ignore_eos=params.ignore_eos,
         min_tokens=params.min_tokens,
+        min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty,
+        frequency_penalty=params.frequency_penalty,
+        presence_penalty=params.presence_penalty,
+        logit_bias=dict(params.logit_bias),
+        bad_word_ids=[common_pb2.TokenIds(ids=word) for word in params.bad_words],
+        include_stop_str_in_output=params.include_stop,
+        logprobs=params.logprobs,
+        prompt_logprobs=params.prompt_logprobs,
     )
 
 
@@ -52,7 +62,8 @@ def sampling_from_wire(message: common_pb2.SamplingParams) -> SamplingParams:
     """A router's sampling parameters. It validated them for the client; here only what would break a worker is refused.
 
     Raises:
-        InvalidRequest: `max_tokens` or `seed` is absent, or a number has no meaning (NaN, negative temperature).
+        InvalidRequest: `max_tokens` or `seed` is absent, a number has no meaning (NaN, negative temperature), or a
+            bad word has no token.
     """
     if not message.HasField("max_tokens") or not message.HasField("seed"):
         raise InvalidRequest("max_tokens and seed must be set on an order to a worker", param="sampling")
@@ -64,6 +75,18 @@ def sampling_from_wire(message: common_pb2.SamplingParams) -> SamplingParams:
         raise InvalidRequest(f"top_p is {top_p}; must be above 0 and at most 1", param="top_p")
     if message.max_tokens < 1:
         raise InvalidRequest("max_tokens is 0; must be 1 or more", param="max_tokens")
+    repetition_penalty = message.repetition_penalty if message.HasField("repetition_penalty") else 1.0
+    if not 0.0 < repetition_penalty < math.inf:
+        raise InvalidRequest(
+            f"repetition_penalty is {repetition_penalty}; must be above 0 and finite", param="repetition_penalty"
+        )
+    if not 0.0 <= message.min_p <= 1.0:
+        raise InvalidRequest(f"min_p is {message.min_p}; must be from 0 to 1", param="min_p")
+    addends = (message.frequency_penalty, message.presence_penalty, *message.logit_bias.values())
+    if not all(map(math.isfinite, addends)):
+        raise InvalidRequest("a penalty or a bias is not finite", param="sampling")
+    if not all(word.ids for word in message.bad_word_ids):
+        raise InvalidRequest("bad_word_ids holds a word without tokens", param="bad_words")
     return SamplingParams(
         max_tokens=message.max_tokens,
         temperature=temperature,
@@ -74,6 +97,37 @@ def sampling_from_wire(message: common_pb2.SamplingParams) -> SamplingParams:
         stop_token_ids=tuple(message.stop_token_ids),
         ignore_eos=message.ignore_eos,
         min_tokens=message.min_tokens,
+        min_p=message.min_p,
+        repetition_penalty=repetition_penalty,
+        frequency_penalty=message.frequency_penalty,
+        presence_penalty=message.presence_penalty,
+        logit_bias=tuple(sorted(message.logit_bias.items())),
+        bad_words=tuple(tuple(word.ids) for word in message.bad_word_ids),
+        include_stop=message.include_stop_str_in_output,
+        logprobs=message.logprobs if message.HasField("logprobs") else None,
+        prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
+    )
+
+
+def logprobs_to_wire(logprobs: Iterable[TokenLogprobs]) -> list[common_pb2.TokenLogprobs]:
+    """How likely tokens were, for the wire."""
+    return [
+        common_pb2.TokenLogprobs(
+            token_id=one.token_id,
+            logprob=one.logprob,
+            rank=one.rank,
+            top_ids=[token_id for token_id, _ in one.top],
+            top_logprobs=[logprob for _, logprob in one.top],
+        )
+        for one in logprobs
+    ]
+
+
+def logprobs_from_wire(messages: Iterable[common_pb2.TokenLogprobs]) -> tuple[TokenLogprobs, ...]:
+    """How likely tokens were, from the wire; alternatives without a partner are dropped."""
+    return tuple(
+        TokenLogprobs(m.token_id, m.logprob, m.rank, tuple(zip(m.top_ids, m.top_logprobs, strict=False)))
+        for m in messages
     )
 
 

@@ -27,7 +27,7 @@ from ..kv.handover import (
     Timing,
 )
 from ..kv.handover_sender import Sender
-from ..kv.messages import error_to_wire, instants_to_wire
+from ..kv.messages import error_to_wire, instants_to_wire, logprobs_to_wire
 from ..kv.transport import ByteStream
 from ..kv.wire import FrameLabel, SectionData, WireError, decode_envelope, encode_frame, encode_message, verify_sections
 from ..model import link
@@ -123,10 +123,9 @@ class Job:
                 if began:
                     self._timeline.mark(Instant.PREFILL_BEGAN, now_s)
                 self._do(self._sender.progress(num_computed, now_s))
-            case link.TokenNews(_, _, token_ids):
+            case link.TokenNews():
                 self._timeline.mark(Instant.PREFILLED, now_s)
-                instants = instants_to_wire(self._timeline, self._seen_at_s)
-                self._do(self._sender.first_token(token_ids[0], now_s, instants))
+                self._do(self._sender.first_token(self._first_token(event), now_s))
             case link.KvRead(_, token_start, token_count, sections):
                 if sections is not None and not self._sender.is_over:
                     task = asyncio.create_task(self._check(token_start, token_count, sections))
@@ -137,6 +136,16 @@ class Job:
                 self._do(self._sender.failed(error_to_wire(_why(event)), now_s))
             case _:
                 log.debug("%s: %s is nothing to a job", self.key, type(event).__name__)
+
+    def _first_token(self, news: link.TokenNews) -> handover_pb2.FirstToken:
+        first = handover_pb2.FirstToken(
+            token_id=news.token_ids[0],
+            timeline=instants_to_wire(self._timeline, self._seen_at_s),
+            prompt_logprobs=logprobs_to_wire(news.prompt_logprobs),
+        )
+        for logprobs in logprobs_to_wire(news.logprobs):
+            first.logprobs.CopyFrom(logprobs)
+        return first
 
     async def _check(self, token_start: int, token_count: int, sections: tuple[SectionData, ...]) -> None:
         """Planes leave only if they match the seals that they got at birth."""

@@ -24,33 +24,41 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dtwostroke/protos/common.proto\x12\x0ctwostroke.v1\"\x9c\x02\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x12\x17\n\nmin_tokens\x18\t \x01(\rH\x05\x88\x01\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\r\n\x0b_min_tokens\"M\n\x05\x45rror\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05param\x18\x03 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x04 \x01(\x04\".\n\x07Instant\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rsince_seen_ns\x18\x02 \x01(\x04\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"Z\n\tComponent\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05heads\x18\x02 \x01(\r\x12\r\n\x05width\x18\x03 \x01(\r\x12\r\n\x05\x63odec\x18\x04 \x01(\r\x12\x12\n\nreplicated\x18\x05 \x01(\x08\"[\n\nLayerGroup\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nnum_layers\x18\x02 \x01(\r\x12+\n\ncomponents\x18\x03 \x03(\x0b\x32\x17.twostroke.v1.Component\"2\n\x06KvSpec\x12(\n\x06groups\x18\x01 \x03(\x0b\x32\x18.twostroke.v1.LayerGroup\"\xc9\x02\n\nWorkerInfo\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12 \n\x04role\x18\x03 \x01(\x0e\x32\x12.twostroke.v1.Role\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x16\n\x0e\x64\x61ta_addresses\x18\x05 \x03(\t\x12\x14\n\x0c\x63\x61pabilities\x18\x06 \x03(\t\x12&\n\x05model\x18\x07 \x01(\x0b\x32\x17.twostroke.v1.ModelInfo\x12\x0f\n\x07\x64p_rank\x18\x08 \x01(\r\x12\x15\n\rnum_kv_blocks\x18\t \x01(\x04\x12\x14\n\x0c\x62lock_tokens\x18\n \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x0b \x01(\r\x12\x18\n\x10max_batch_tokens\x18\x0c \x01(\r\x12\x0f\n\x07release\x18\r \x01(\t\x12\x0b\n\x03pid\x18\x0e \x01(\r\"\xe3\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1b\n\x13weights_fingerprint\x18\x02 \x01(\x0c\x12\x16\n\x0enumerics_class\x18\x03 \x01(\x0c\x12\x1c\n\x14numerics_description\x18\x04 \x01(\t\x12\x15\n\rmax_model_len\x18\x05 \x01(\r\x12\x12\n\nvocab_size\x18\x06 \x01(\r\x12%\n\x07kv_spec\x18\x07 \x01(\x0b\x32\x14.twostroke.v1.KvSpec\x12\x15\n\rdeterministic\x18\x08 \x01(\x08\x12\x0c\n\x04path\x18\t \x01(\t*\x95\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04*R\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_PREFILL\x10\x01\x12\x0f\n\x0bROLE_DECODE\x10\x02\x12\x11\n\rROLE_COMBINED\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dtwostroke/protos/common.proto\x12\x0ctwostroke.v1\"\x8a\x06\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x12\x17\n\nmin_tokens\x18\t \x01(\rH\x05\x88\x01\x01\x12\x12\n\x05min_p\x18\n \x01(\x01H\x06\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x0b \x01(\x01H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0c \x01(\x01H\x08\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\r \x01(\x01H\t\x88\x01\x01\x12?\n\nlogit_bias\x18\x0e \x03(\x0b\x32+.twostroke.v1.SamplingParams.LogitBiasEntry\x12\x11\n\tbad_words\x18\x0f \x03(\t\x12,\n\x0c\x62\x61\x64_word_ids\x18\x10 \x03(\x0b\x32\x16.twostroke.v1.TokenIds\x12\"\n\x1ainclude_stop_str_in_output\x18\x11 \x01(\x08\x12\x15\n\x08logprobs\x18\x12 \x01(\rH\n\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x13 \x01(\rH\x0b\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\r\n\x0b_min_tokensB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x14\n\x12_frequency_penaltyB\x13\n\x11_presence_penaltyB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"g\n\rTokenLogprobs\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x0f\n\x07top_ids\x18\x04 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x05 \x03(\x02\"M\n\x05\x45rror\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05param\x18\x03 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x04 \x01(\x04\".\n\x07Instant\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rsince_seen_ns\x18\x02 \x01(\x04\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"Z\n\tComponent\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05heads\x18\x02 \x01(\r\x12\r\n\x05width\x18\x03 \x01(\r\x12\r\n\x05\x63odec\x18\x04 \x01(\r\x12\x12\n\nreplicated\x18\x05 \x01(\x08\"[\n\nLayerGroup\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nnum_layers\x18\x02 \x01(\r\x12+\n\ncomponents\x18\x03 \x03(\x0b\x32\x17.twostroke.v1.Component\"2\n\x06KvSpec\x12(\n\x06groups\x18\x01 \x03(\x0b\x32\x18.twostroke.v1.LayerGroup\"\xc9\x02\n\nWorkerInfo\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12 \n\x04role\x18\x03 \x01(\x0e\x32\x12.twostroke.v1.Role\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x16\n\x0e\x64\x61ta_addresses\x18\x05 \x03(\t\x12\x14\n\x0c\x63\x61pabilities\x18\x06 \x03(\t\x12&\n\x05model\x18\x07 \x01(\x0b\x32\x17.twostroke.v1.ModelInfo\x12\x0f\n\x07\x64p_rank\x18\x08 \x01(\r\x12\x15\n\rnum_kv_blocks\x18\t \x01(\x04\x12\x14\n\x0c\x62lock_tokens\x18\n \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x0b \x01(\r\x12\x18\n\x10max_batch_tokens\x18\x0c \x01(\r\x12\x0f\n\x07release\x18\r \x01(\t\x12\x0b\n\x03pid\x18\x0e \x01(\r\"\xe3\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1b\n\x13weights_fingerprint\x18\x02 \x01(\x0c\x12\x16\n\x0enumerics_class\x18\x03 \x01(\x0c\x12\x1c\n\x14numerics_description\x18\x04 \x01(\t\x12\x15\n\rmax_model_len\x18\x05 \x01(\r\x12\x12\n\nvocab_size\x18\x06 \x01(\r\x12%\n\x07kv_spec\x18\x07 \x01(\x0b\x32\x14.twostroke.v1.KvSpec\x12\x15\n\rdeterministic\x18\x08 \x01(\x08\x12\x0c\n\x04path\x18\t \x01(\t*\x95\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04*R\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_PREFILL\x10\x01\x12\x0f\n\x0bROLE_DECODE\x10\x02\x12\x11\n\rROLE_COMBINED\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'twostroke.protos.common_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=1343
-  _globals['_FINISHREASON']._serialized_end=1492
-  _globals['_ROLE']._serialized_start=1494
-  _globals['_ROLE']._serialized_end=1576
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
+  _globals['_FINISHREASON']._serialized_start=1967
+  _globals['_FINISHREASON']._serialized_end=2116
+  _globals['_ROLE']._serialized_start=2118
+  _globals['_ROLE']._serialized_end=2200
   _globals['_SAMPLINGPARAMS']._serialized_start=48
-  _globals['_SAMPLINGPARAMS']._serialized_end=332
-  _globals['_ERROR']._serialized_start=334
-  _globals['_ERROR']._serialized_end=411
-  _globals['_INSTANT']._serialized_start=413
-  _globals['_INSTANT']._serialized_end=459
-  _globals['_USAGE']._serialized_start=461
-  _globals['_USAGE']._serialized_end=541
-  _globals['_COMPONENT']._serialized_start=543
-  _globals['_COMPONENT']._serialized_end=633
-  _globals['_LAYERGROUP']._serialized_start=635
-  _globals['_LAYERGROUP']._serialized_end=726
-  _globals['_KVSPEC']._serialized_start=728
-  _globals['_KVSPEC']._serialized_end=778
-  _globals['_WORKERINFO']._serialized_start=781
-  _globals['_WORKERINFO']._serialized_end=1110
-  _globals['_MODELINFO']._serialized_start=1113
-  _globals['_MODELINFO']._serialized_end=1340
+  _globals['_SAMPLINGPARAMS']._serialized_end=826
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=594
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=642
+  _globals['_TOKENIDS']._serialized_start=828
+  _globals['_TOKENIDS']._serialized_end=851
+  _globals['_TOKENLOGPROBS']._serialized_start=853
+  _globals['_TOKENLOGPROBS']._serialized_end=956
+  _globals['_ERROR']._serialized_start=958
+  _globals['_ERROR']._serialized_end=1035
+  _globals['_INSTANT']._serialized_start=1037
+  _globals['_INSTANT']._serialized_end=1083
+  _globals['_USAGE']._serialized_start=1085
+  _globals['_USAGE']._serialized_end=1165
+  _globals['_COMPONENT']._serialized_start=1167
+  _globals['_COMPONENT']._serialized_end=1257
+  _globals['_LAYERGROUP']._serialized_start=1259
+  _globals['_LAYERGROUP']._serialized_end=1350
+  _globals['_KVSPEC']._serialized_start=1352
+  _globals['_KVSPEC']._serialized_end=1402
+  _globals['_WORKERINFO']._serialized_start=1405
+  _globals['_WORKERINFO']._serialized_end=1734
+  _globals['_MODELINFO']._serialized_start=1737
+  _globals['_MODELINFO']._serialized_end=1964
 # @@protoc_insertion_point(module_scope)

@@ -369,18 +369,30 @@ class FirstToken(_message.Message):
 
     TOKEN_ID_FIELD_NUMBER: _builtins.int
     TIMELINE_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     token_id: _builtins.int
     @_builtins.property
     def timeline(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Instant]: ...
+    @_builtins.property
+    def logprobs(self) -> _common_pb2.TokenLogprobs:
+        """where asked for"""
+
+    @_builtins.property
+    def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.TokenLogprobs]:
+        """where asked for: of prompt tokens from the second on"""
+
     def __init__(
         self,
         *,
         token_id: _builtins.int = ...,
         timeline: _abc.Iterable[_common_pb2.Instant] | None = ...,
+        logprobs: _common_pb2.TokenLogprobs | None = ...,
+        prompt_logprobs: _abc.Iterable[_common_pb2.TokenLogprobs] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["timeline", b"timeline", "token_id", b"token_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "timeline", b"timeline", "token_id", b"token_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

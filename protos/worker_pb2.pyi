@@ -410,16 +410,29 @@ class TokenOutput(_message.Message):
     FIRST_INDEX_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    SHOWN_TOKENS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     choice: _builtins.int
     first_index: _builtins.int
     """place of token_ids[0] among the generated tokens"""
     text: _builtins.str
     """what these tokens add to the text; withheld parts come with a later token"""
+    shown_tokens: _builtins.int
+    """of the choice so far: how many leading tokens have all their text out"""
     @_builtins.property
     def epoch(self) -> Global___Epoch: ...
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.TokenLogprobs]:
+        """one per token id, where asked for"""
+
+    @_builtins.property
+    def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.TokenLogprobs]:
+        """where asked for, with the first token"""
+
     def __init__(
         self,
         *,
@@ -429,10 +442,13 @@ class TokenOutput(_message.Message):
         first_index: _builtins.int = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         text: _builtins.str = ...,
+        logprobs: _abc.Iterable[_common_pb2.TokenLogprobs] | None = ...,
+        prompt_logprobs: _abc.Iterable[_common_pb2.TokenLogprobs] | None = ...,
+        shown_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "epoch", b"epoch", "first_index", b"first_index", "request_id", b"request_id", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "epoch", b"epoch", "first_index", b"first_index", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "request_id", b"request_id", "shown_tokens", b"shown_tokens", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -453,11 +469,14 @@ class RequestEnd(_message.Message):
     TIMELINE_FIELD_NUMBER: _builtins.int
     HANDOVER_FIELD_NUMBER: _builtins.int
     TAIL_TEXT_FIELD_NUMBER: _builtins.int
+    SHOWN_TOKENS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     choice: _builtins.int
     reason: _common_pb2.FinishReason.ValueType
     tail_text: _builtins.str
     """withheld text that the end sets free"""
+    shown_tokens: _builtins.int
+    """of the whole choice: how many leading tokens have a part in its text"""
     @_builtins.property
     def epoch(self) -> Global___Epoch: ...
     @_builtins.property
@@ -482,10 +501,11 @@ class RequestEnd(_message.Message):
         timeline: _abc.Iterable[_common_pb2.Instant] | None = ...,
         handover: Global___HandoverReport | None = ...,
         tail_text: _builtins.str = ...,
+        shown_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "error", b"error", "handover", b"handover", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "epoch", b"epoch", "error", b"error", "handover", b"handover", "reason", b"reason", "request_id", b"request_id", "tail_text", b"tail_text", "timeline", b"timeline", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "epoch", b"epoch", "error", b"error", "handover", b"handover", "reason", b"reason", "request_id", b"request_id", "shown_tokens", b"shown_tokens", "tail_text", b"tail_text", "timeline", b"timeline", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -25,6 +25,16 @@ class Call:
     stop: Sequence[str] = field(default_factory=tuple)
     stop_token_ids: Sequence[int] = field(default_factory=tuple)
     ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: Mapping[str, float] | Mapping[int, float] | None = None  # by token id
+    bad_words: Sequence[str] = field(default_factory=tuple)
+    logprobs: int | None = None  # how many of the likeliest beside each token
+    top_logprobs: int | None = None  # the same under the name that chats have for it; one of the two
+    prompt_logprobs: int | None = None
     request_id: str | None = None
     api_key: str | None = None
     timeout_s: float | None = None  # what the client's own deadline leaves

@@ -146,4 +146,7 @@ def _joined(first: Piece, second: Piece) -> Piece:
         first.text + second.text,
         second.finish_reason,
         second.usage,
+        first.logprobs + second.logprobs,
+        first.prompt_logprobs + second.prompt_logprobs,
+        max(first.num_shown, second.num_shown),
     )

@@ -23,6 +23,7 @@ class Started:
     """A request under way. `first` is there already: whatever could be refused has been."""
 
     request: Request
+    model: ServedModel
     first: Piece
     rest: AsyncGenerator[Piece, None]
 
@@ -84,11 +85,11 @@ class Front:
         """
         timeline = Timeline()
         timeline.mark(Instant.ARRIVED, self.flow.clock.now_s())
-        request, _ = await self.admit(call)
+        request, model = await self.admit(call)
         pieces = self.flow.generate(request, timeline)
         try:
             first = await anext(pieces)
         except BaseException:
             await pieces.aclose()
             raise
-        return Started(request, first, pieces)
+        return Started(request, model, first, pieces)

@@ -28,6 +28,7 @@ from ..core.errors import (
     Unavailable,
 )
 from . import openai
+from .answers import Answer, Wants, error_body, usage_body
 from .call import Call
 from .config import RouterConfig
 from .front import Front, Started
@@ -68,25 +69,28 @@ class _Face:
         body = openai.parse(await self._body(http), openai.ChatBody)
         assert isinstance(body, openai.ChatBody)
         call = openai.chat_call(body, _api_key(http))
-        return await self._run(http, call, "chat.completion", bool(body.stream), body.include_usage)
+        return await self._run(http, call, "chat.completion", body)
 
     async def completions(self, http: HttpRequest) -> Response:
         body = openai.parse(await self._body(http), openai.CompletionBody)
         assert isinstance(body, openai.CompletionBody)
         call = openai.completion_call(body, _api_key(http))
-        return await self._run(http, call, "text_completion", bool(body.stream), body.include_usage)
+        return await self._run(http, call, "text_completion", body)
 
-    async def _run(self, http: HttpRequest, call: Call, kind: str, stream: bool, include_usage: bool) -> Response:
+    async def _run(self, http: HttpRequest, call: Call, kind: str, body: openai.Body) -> Response:
         call = replace(call, request_id=call.request_id or new_request_id(call.messages is not None))
         if is_request_id(call.request_id or ""):
             http.state.request_id = call.request_id  # on errors too: `explain` knows it
         started = await until_disconnect(http, self._front.start(call))
         request = started.request
         head = {"id": request.request_id, "object": kind, "created": int(time.time()), "model": request.model}
-        if stream:
+        if body.stream:
             head["object"] = "chat.completion.chunk" if kind.startswith("chat") else kind
-            return EventStream(_events(started, head, include_usage), {}, self._config.slow_client_s)
-        return JSONResponse(await until_disconnect(http, _whole(started, head)))
+            head |= {"usage": None} if body.include_usage else {}
+        answer = Answer(head, request, started.model, _wants(body, started))
+        if body.stream:
+            return EventStream(_events(started, answer, body.include_usage), {}, self._config.slow_client_s)
+        return JSONResponse(await until_disconnect(http, _whole(started, answer)))
 
     async def models(self, http: HttpRequest) -> Response:
         self._front.authenticate(_api_key(http))
@@ -149,42 +153,40 @@ class _Face:
         return bytes(data)
 
 
-async def _whole(started: Started, head: dict[str, Any]) -> dict[str, Any]:
+def _wants(body: openai.Body, started: Started) -> Wants:
+    echo: str | None = None
+    if isinstance(body, openai.CompletionBody) and body.echo:
+        echo = body.prompt if isinstance(body.prompt, str) else started.model.tokenizer.decode(body.prompt)
+    return Wants(started.request.sampling.logprobs, body.prompt_logprobs, echo)
+
+
+async def _whole(started: Started, answer: Answer) -> dict[str, Any]:
     """All pieces as one response object."""
-    texts: list[str] = [""] * started.request.num_choices
-    reasons: list[str | None] = [None] * started.request.num_choices
-    usage: Usage | None = None
     pieces = started.pieces()
     try:
         async for piece in pieces:
-            texts[piece.choice] += piece.text
-            if piece.finish_reason is not None:
-                reasons[piece.choice] = piece.finish_reason.value
-            usage = piece.usage or usage
+            answer.add(piece)
     finally:
         await pieces.aclose()
-    return openai.answer(head, texts, reasons, usage)
+    return answer.whole()
 
 
-async def _events(started: Started, head: dict[str, Any], include_usage: bool) -> AsyncGenerator[bytes, None]:
+async def _events(started: Started, answer: Answer, include_usage: bool) -> AsyncGenerator[bytes, None]:
     """Server-sent events of a stream; an error within it becomes its last event."""
-    begun: set[int] = set()
     usage: Usage | None = None
     pieces: AsyncGenerator[Piece, None] = started.pieces()
-    nothing = {"usage": None} if include_usage else {}
     try:
         async for piece in pieces:
             usage = piece.usage or usage
-            yield _event(openai.chunk(head | nothing, piece, piece.choice not in begun))
-            begun.add(piece.choice)
+            yield _event(answer.chunk(piece))
         if include_usage and usage is not None:
-            yield _event(head | {"choices": [], "usage": openai.usage_body(usage)})
+            yield _event(answer.head | {"choices": [], "usage": usage_body(usage)})
         yield b"data: [DONE]\n\n"
     except TwostrokeError as error:
-        yield _event(openai.error_body(error))
+        yield _event(error_body(error))
     except Exception:
         log.exception("request %s failed within its stream", started.request.request_id)
-        yield _event(openai.error_body(InternalError("the request failed; the router's log has more")))
+        yield _event(error_body(InternalError("the request failed; the router's log has more")))
     finally:
         await pieces.aclose()
 
@@ -225,7 +227,7 @@ def _error(error: TwostrokeError) -> Response:
         headers["retry-after"] = str(max(1, round(error.retry_after_s)))
     if error.http_status == 401:
         headers["www-authenticate"] = "Bearer"
-    return JSONResponse(openai.error_body(error), status_code=error.http_status, headers=headers)
+    return JSONResponse(error_body(error), status_code=error.http_status, headers=headers)
 
 
 def _new_id() -> str:

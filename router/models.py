@@ -10,6 +10,7 @@ from typing import Protocol
 
 from ..core.errors import ModelNotFound, Unavailable
 from ..text.template import ChatTemplate
+from ..text.token_text import TokenTexts
 from ..text.tokenizer import Tokenizer
 from .facts import ModelFacts
 
@@ -31,6 +32,7 @@ class ServedModel:
     vocab_size: int
     tokenizer: Tokenizer
     template: ChatTemplate | None  # none: a base model, which completes but does not chat
+    token_texts: TokenTexts
 
 
 class ModelDirectory:
@@ -79,10 +81,12 @@ class ModelDirectory:
 
 def _load(facts: ModelFacts) -> ServedModel:
     directory = Path(facts.path)
+    tokenizer = Tokenizer.load(directory)
     return ServedModel(
         name=facts.name,
         max_model_len=facts.max_model_len,
         vocab_size=facts.vocab_size,
-        tokenizer=Tokenizer.load(directory),
+        tokenizer=tokenizer,
         template=ChatTemplate.load(directory),
+        token_texts=TokenTexts(tokenizer),
     )

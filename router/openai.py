@@ -1,4 +1,4 @@
-"""OpenAI's words: request bodies in, response and chunk objects out. Knows no HTTP."""
+"""OpenAI's words for what is asked: request bodies to calls. Knows no HTTP; answers.py has the words back."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ..core.errors import InvalidRequest, TwostrokeError, UnsupportedParameter
+from ..core.errors import InvalidRequest, UnsupportedParameter
 from .call import Call
-from .pieces import Piece, Usage
 
 # Known to OpenAI's or vLLM's API and harmless to leave alone.
 _IGNORED = frozenset(
@@ -19,17 +18,8 @@ _IGNORED = frozenset(
 )
 # Known, not served yet: refused unless the value means "off".
 _OFF_VALUES: dict[str, tuple[Any, ...]] = {
-    "logprobs": (None, False, 0),
-    "top_logprobs": (None, 0),
-    "prompt_logprobs": (None, 0),
-    "echo": (None, False),
     "best_of": (None, 1),
     "suffix": (None, ""),
-    "logit_bias": (None, {}),
-    "frequency_penalty": (None, 0),
-    "presence_penalty": (None, 0),
-    "repetition_penalty": (None, 1),
-    "min_p": (None, 0),
     "tools": (None, []),
     "tool_choice": (None, "none", "auto"),
     "functions": (None, []),
@@ -51,7 +41,9 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool = False  # accepted, without effect
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
+    """What both endpoints take."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str | None = None
@@ -65,6 +57,14 @@ class _Body(BaseModel):
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    bad_words: list[str] | None = None
+    prompt_logprobs: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     request_id: str | None = None
@@ -75,17 +75,21 @@ class _Body(BaseModel):
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-class ChatBody(_Body):
+class ChatBody(Body):
     """POST /v1/chat/completions."""
 
     messages: list[dict[str, Any]]
     max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
 
 
-class CompletionBody(_Body):
+class CompletionBody(Body):
     """POST /v1/completions."""
 
     prompt: str | list[int]
+    logprobs: int | None = None
+    echo: bool | None = None
 
 
 def parse(data: bytes, kind: type[ChatBody] | type[CompletionBody]) -> ChatBody | CompletionBody:
@@ -119,16 +123,28 @@ def chat_call(body: ChatBody, api_key: str | None) -> Call:
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
         raise InvalidRequest("max_tokens and max_completion_tokens differ; give one", param="max_completion_tokens")
     max_tokens = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
-    return Call(messages=body.messages, **_common(body, max_tokens, api_key))
+    if body.top_logprobs and not body.logprobs:
+        raise InvalidRequest(
+            f"top_logprobs is {body.top_logprobs} without logprobs; set logprobs to true", param="top_logprobs"
+        )
+    top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    return Call(messages=body.messages, top_logprobs=top_logprobs, **_common(body, max_tokens, api_key))
 
 
 def completion_call(body: CompletionBody, api_key: str | None) -> Call:
     """The call that a completion body means."""
     usual = 16  # OpenAI's default for this endpoint
-    return Call(prompt=body.prompt, usual_max_tokens=usual, **_common(body, body.max_tokens, api_key))
+    common = _common(body, body.max_tokens, api_key)
+    if body.echo and body.logprobs is not None:
+        if body.stream and (body.n or 1) > 1:
+            raise InvalidRequest("echo with logprobs is streamed for n 1 only; set stream to false", param="echo")
+        common["prompt_logprobs"] = max(body.logprobs, body.prompt_logprobs or 0)
+    return Call(prompt=body.prompt, usual_max_tokens=usual, logprobs=body.logprobs, **common)
 
 
-def _common(body: _Body, max_tokens: int | None, api_key: str | None) -> dict[str, Any]:
+def _common(body: Body, max_tokens: int | None, api_key: str | None) -> dict[str, Any]:
+    if body.stream and body.prompt_logprobs is not None:
+        raise InvalidRequest("prompt_logprobs are not streamed; set stream to false", param="prompt_logprobs")
     stop = [body.stop] if isinstance(body.stop, str) else (body.stop or ())
     return {
         "model": body.model,
@@ -142,51 +158,17 @@ def _common(body: _Body, max_tokens: int | None, api_key: str | None) -> dict[st
         "stop": tuple(stop),
         "stop_token_ids": tuple(body.stop_token_ids or ()),
         "ignore_eos": bool(body.ignore_eos),
+        "include_stop_str_in_output": bool(body.include_stop_str_in_output),
+        "min_p": body.min_p,
+        "repetition_penalty": body.repetition_penalty,
+        "frequency_penalty": body.frequency_penalty,
+        "presence_penalty": body.presence_penalty,
+        "logit_bias": body.logit_bias,
+        "bad_words": tuple(body.bad_words or ()),
+        "prompt_logprobs": body.prompt_logprobs,
         "request_id": body.request_id,
         "api_key": api_key,
     }
-
-
-# ------------------------------------------------------------------ answers
-
-
-def error_body(error: TwostrokeError) -> dict[str, Any]:
-    """`{"error": {...}}` as the official clients read it."""
-    return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
-
-
-def usage_body(usage: Usage) -> dict[str, Any]:
-    """Token counts; cached prompt tokens where OpenAI puts them."""
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-    }
-
-
-def answer(head: dict[str, Any], texts: list[str], reasons: list[str | None], usage: Usage | None) -> dict[str, Any]:
-    """A whole response. `head` has id, object, created and model."""
-    is_chat = head["object"].startswith("chat")
-    choices = [
-        {"index": index, "finish_reason": reason, "logprobs": None}
-        | ({"message": {"role": "assistant", "content": text, "refusal": None}} if is_chat else {"text": text})
-        for index, (text, reason) in enumerate(zip(texts, reasons, strict=True))
-    ]
-    return head | {"choices": choices, "usage": usage_body(usage) if usage else None}
-
-
-def chunk(head: dict[str, Any], piece: Piece, first: bool) -> dict[str, Any]:
-    """One streamed chunk of one choice; the choice's first carries the role."""
-    reason = piece.finish_reason.value if piece.finish_reason else None
-    choice: dict[str, Any] = {"index": piece.choice, "finish_reason": reason, "logprobs": None}
-    if head["object"].startswith("chat"):
-        role = {"role": "assistant"} if first else {}
-        content = {"content": piece.text} if piece.text or first else {}
-        choice["delta"] = role | content
-    else:
-        choice["text"] = piece.text
-    return head | {"choices": [choice]}
 
 
 # ------------------------------------------------------------------ details

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..core.request import FinishReason
+from ..core.request import FinishReason, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,3 +26,6 @@ class Piece:
     text: str
     finish_reason: FinishReason | None = None
     usage: Usage | None = None  # with the last piece of the last choice: of the whole request
+    logprobs: tuple[TokenLogprobs, ...] = ()  # of each of `token_ids`, where asked for
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # of the prompt from its second token on; once, with choice 0
+    num_shown: int = 0  # with logprobs: how many leading tokens of the choice have their text out by now

@@ -10,7 +10,7 @@ from typing import Any
 from ..core.errors import TokensLost, TwostrokeError, WorkerLost
 from ..core.request import Epoch, FinishReason, Request
 from ..core.timeline import Instant, Timeline
-from ..kv.messages import adopt_instants, epoch_from_wire, error_from_wire, finish_from_wire
+from ..kv.messages import adopt_instants, epoch_from_wire, error_from_wire, finish_from_wire, logprobs_from_wire
 from ..protos import worker_pb2
 from .delivery import Delivery, PieceBuffer, Verdict
 from .facts import ModelFacts, WorkerKey
@@ -96,7 +96,15 @@ class Run:
         verdict = self.delivery.tokens(output.choice, epoch_from_wire(output.epoch), output.first_index, count)
         if verdict is Verdict.TAKE:
             self._note_pace(output.choice, count, now_s)
-            piece = Piece(output.choice, output.first_index, tuple(output.token_ids), output.text)
+            piece = Piece(
+                output.choice,
+                output.first_index,
+                tuple(output.token_ids),
+                output.text,
+                logprobs=logprobs_from_wire(output.logprobs),
+                prompt_logprobs=logprobs_from_wire(output.prompt_logprobs),
+                num_shown=output.shown_tokens,
+            )
             self._put(piece, now_s)
         return verdict
 
@@ -120,7 +128,8 @@ class Run:
         self._note_report(end)
         first_index = self.delivery.tokens_of(end.choice)
         usage = None if self.delivery.unfinished else self.usage
-        self._put(Piece(end.choice, first_index, (), end.tail_text, reason, usage), now_s)
+        last = Piece(end.choice, first_index, (), end.tail_text, reason, usage, num_shown=end.shown_tokens)
+        self._put(last, now_s)
         return verdict
 
     def _note_pace(self, choice: int, count: int, now_s: float) -> None:

@@ -13,6 +13,7 @@ import grpc.aio
 from ..client.status import to_rpc_status
 from ..core.errors import InternalError, InvalidRequest, RequestNotFound, TwostrokeError
 from ..core.request import FinishReason
+from ..kv.messages import logprobs_to_wire
 from ..protos import common_pb2, inference_pb2, inference_pb2_grpc
 from .call import Call
 from .front import Front
@@ -29,6 +30,12 @@ _REASONS = {
     FinishReason.CANCELLED: common_pb2.FINISH_REASON_CANCELLED,
     FinishReason.ERROR: common_pb2.FINISH_REASON_ERROR,
 }
+
+
+_OPTIONAL = (
+    *("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "seed"),
+    *("repetition_penalty", "frequency_penalty", "presence_penalty", "logprobs", "prompt_logprobs"),
+)
 
 
 class InferenceService(inference_pb2_grpc.InferenceServicer):
@@ -86,6 +93,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         request = started.request
         choices = [inference_pb2.Choice(index=index) for index in range(request.num_choices)]
         usage: Usage | None = None
+        prompt_logprobs: list[common_pb2.TokenLogprobs] = []
         pieces = started.pieces()
         try:
             async for piece in pieces:
@@ -93,11 +101,17 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 choice.text += piece.text
                 choice.token_ids.extend(piece.token_ids)
                 choice.finish_reason = _REASONS[piece.finish_reason]
+                choice.logprobs.extend(logprobs_to_wire(piece.logprobs))
+                prompt_logprobs += logprobs_to_wire(piece.prompt_logprobs)
                 usage = piece.usage or usage
         finally:
             await pieces.aclose()
         return inference_pb2.GenerateResponse(
-            request_id=request.request_id, model=request.model, choices=choices, usage=_usage(usage)
+            request_id=request.request_id,
+            model=request.model,
+            choices=choices,
+            usage=_usage(usage),
+            prompt_logprobs=prompt_logprobs,
         )
 
     async def _chunks(self, read: Any, message: Any, context: Context) -> AsyncIterator[inference_pb2.GenerateChunk]:
@@ -177,11 +191,9 @@ def _messages(messages: Any) -> list[dict[str, str]]:
 
 def _common(message: Any, context: Context) -> dict[str, Any]:
     sampling = message.sampling
-    given = {
-        name: getattr(sampling, name)
-        for name in ("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "seed")
-        if sampling.HasField(name)
-    }
+    given = {name: getattr(sampling, name) for name in _OPTIONAL if sampling.HasField(name)}
+    if sampling.bad_word_ids:
+        raise InvalidRequest("bad_word_ids are the router's to make; give bad_words", param="bad_word_ids")
     if "seed" in given and given["seed"] >= 1 << 63:
         given["seed"] -= 1 << 64  # the validator's range is the signed one of JSON clients
     left_s = context.time_remaining()
@@ -191,6 +203,9 @@ def _common(message: Any, context: Context) -> dict[str, Any]:
         "stop": tuple(sampling.stop),
         "stop_token_ids": tuple(sampling.stop_token_ids),
         "ignore_eos": sampling.ignore_eos,
+        "include_stop_str_in_output": sampling.include_stop_str_in_output,
+        "logit_bias": dict(sampling.logit_bias),
+        "bad_words": tuple(sampling.bad_words),
         "request_id": message.request_id or None,
         "api_key": _api_key(context),
         "timeout_s": left_s if left_s and left_s > 0 else None,
@@ -207,6 +222,8 @@ def _chunk(piece: Piece, request_id: str, model: str) -> inference_pb2.GenerateC
         first_index=piece.first_index,
         finish_reason=_REASONS[piece.finish_reason],
         usage=_usage(piece.usage),
+        logprobs=logprobs_to_wire(piece.logprobs),
+        prompt_logprobs=logprobs_to_wire(piece.prompt_logprobs),
     )
 
 

@@ -6,7 +6,6 @@ Nothing a client sends reaches a worker unchecked; what is refused here costs a 
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 import secrets
 from collections.abc import Mapping, Sequence
@@ -14,17 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..core.errors import ContextLengthExceeded, InvalidRequest, Unauthenticated
-from ..core.request import Request, SamplingParams
+from ..core.request import Request
 from .call import Call
 from .config import RouterConfig
 from .models import ServedModel
+from .sampling import sampling_of
+from .words import integer, short, text_of
 
-MAX_STOPS = 16
-MAX_STOP_CHARS = 256
-MAX_STOP_IDS = 256
 MAX_MESSAGES = 2048
-MAX_SEED = 2**63
-MAX_TEMPERATURE = 100.0
 DEFAULT_ISOLATION_DOMAIN = "public"
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -70,10 +66,10 @@ def validate(call: Call, model: ServedModel, limits: Limits) -> Request:
         Unauthenticated: see `authenticate`.
     """
     domain = authenticate(call.api_key, limits)
-    num_choices = _integer("n", call.n, 1, 1, limits.max_choices)
+    num_choices = integer("n", call.n, 1, 1, limits.max_choices)
     request_id = _request_id(call)
     prompt_ids = _prompt_ids(call, model)
-    sampling = _sampling(call, model, limits, len(prompt_ids))
+    sampling = sampling_of(call, model, prompt_ids, limits.default_max_tokens)
     timeout_s = min(call.timeout_s or limits.request_timeout_s, limits.request_timeout_s)
     return Request(
         request_id=request_id,
@@ -117,10 +113,10 @@ def _prompt_ids(call: Call, model: ServedModel) -> tuple[int, ...]:
         if model.template is None:
             raise InvalidRequest(f"{model.name} has no chat template; use completions", param="messages")
         text = model.template.render(_messages(call.messages), add_generation_prompt=True)
-        ids: Sequence[int] = model.tokenizer.encode(_text("messages", text), add_special_tokens=False)
+        ids: Sequence[int] = model.tokenizer.encode(text_of("messages", text), add_special_tokens=False)
         where = "messages"
     elif isinstance(call.prompt, str):
-        ids = model.tokenizer.encode(_text("prompt", call.prompt), add_special_tokens=True)
+        ids = model.tokenizer.encode(text_of("prompt", call.prompt), add_special_tokens=True)
         where = "prompt"
     else:
         ids, where = _token_ids(call.prompt or (), model), "prompt"
@@ -162,94 +158,10 @@ def _messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _content(content: Any, where: str) -> str:
     """Text, or OpenAI's list of parts as long as all of them are text."""
     if isinstance(content, str):
-        return _text(where, content)
+        return text_of(where, content)
     if isinstance(content, Sequence) and content and all(isinstance(part, Mapping) for part in content):
         kinds = {part.get("type") for part in content}
         if kinds == {"text"} and all(isinstance(part.get("text"), str) for part in content):
-            return _text(where, "".join(part["text"] for part in content))
+            return text_of(where, "".join(part["text"] for part in content))
         raise InvalidRequest(f"{where} has parts of type {sorted(map(str, kinds))}; only text is served", param=where)
-    raise InvalidRequest(f"{where} is {_short(content)}; must be a string or a list of text parts", param=where)
-
-
-def _sampling(call: Call, model: ServedModel, limits: Limits, num_prompt: int) -> SamplingParams:
-    room = model.max_model_len - num_prompt
-    max_tokens = call.max_tokens
-    if max_tokens is None:
-        max_tokens = min(room, call.usual_max_tokens or limits.default_max_tokens)
-    _integer("max_tokens", max_tokens, max_tokens, 1, 2**31 - 1)
-    if max_tokens > room:
-        raise ContextLengthExceeded(
-            f"max_tokens is {max_tokens}, and the prompt has {num_prompt} tokens; together at most "
-            f"{model.max_model_len}: ask for {room} or less",
-            param="max_tokens",
-        )
-    return SamplingParams(
-        max_tokens=max_tokens,
-        temperature=_number("temperature", call.temperature, 1.0, 0.0, MAX_TEMPERATURE),
-        top_p=_top_p(call.top_p),
-        top_k=_integer("top_k", None if call.top_k == -1 else call.top_k, 0, 0, model.vocab_size),  # -1: vLLM's "off"
-        seed=_integer("seed", call.seed, secrets.randbits(62), -MAX_SEED, MAX_SEED - 1) % (1 << 64),
-        stop=_stops(call.stop),
-        stop_token_ids=_stop_ids(call.stop_token_ids, model),
-        ignore_eos=bool(call.ignore_eos),
-        min_tokens=_integer("min_tokens", call.min_tokens, 0, 0, max_tokens),
-    )
-
-
-def _top_p(value: float | None) -> float:
-    top_p = _number("top_p", value, 1.0, 0.0, 1.0)
-    if top_p == 0.0:
-        raise InvalidRequest("top_p is 0; must be above 0 and at most 1", param="top_p")
-    return top_p
-
-
-def _stops(stops: Sequence[str]) -> tuple[str, ...]:
-    if len(stops) > MAX_STOPS:
-        raise InvalidRequest(f"stop has {len(stops)} strings; at most {MAX_STOPS}", param="stop")
-    for place, stop in enumerate(stops):
-        if not isinstance(stop, str) or not 1 <= len(stop) <= MAX_STOP_CHARS:
-            raise InvalidRequest(
-                f"stop[{place}] is {_short(stop)}; must be a string of 1 to {MAX_STOP_CHARS} characters", param="stop"
-            )
-        _text("stop", stop)
-    return tuple(stops)
-
-
-def _stop_ids(ids: Sequence[int], model: ServedModel) -> tuple[int, ...]:
-    if len(ids) > MAX_STOP_IDS:
-        raise InvalidRequest(f"stop_token_ids has {len(ids)} entries; at most {MAX_STOP_IDS}", param="stop_token_ids")
-    for place, token_id in enumerate(ids):
-        _integer(f"stop_token_ids[{place}]", token_id, 0, 0, model.vocab_size - 1)
-    return tuple(ids)
-
-
-def _integer(name: str, value: Any, default: int, low: int, high: int) -> int:
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise InvalidRequest(f"{name} is {_short(value)}; must be a whole number from {low} to {high}", param=name)
-    return value
-
-
-def _number(name: str, value: Any, default: float, low: float, high: float) -> float:
-    if value is None:
-        return default
-    good = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not good or not math.isfinite(value) or not low <= value <= high:
-        raise InvalidRequest(f"{name} is {_short(value)}; must be a number from {low:g} to {high:g}", param=name)
-    return float(value)
-
-
-def _text(name: str, text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidRequest(
-            f"{name} holds a lone surrogate at character {error.start}; send valid Unicode", param=name
-        ) from None
-    return text
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    raise InvalidRequest(f"{where} is {short(content)}; must be a string or a list of text parts", param=where)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ..core.errors import InvalidRequest
 from ..core.request import Epoch, Request
@@ -66,13 +67,14 @@ def load_from_wire(report: worker_pb2.LoadReport) -> LoadFacts:
 def submit_to_wire(
     request: Request, choice: int, epoch: Epoch, peers: Sequence[WorkerView], left_s: float
 ) -> worker_pb2.Submit:
-    """The order to run one choice of a request."""
+    """The order to run one choice of a request. Its prompt is the same for all: the first one's logprobs are enough."""
+    sampling = request.sampling if choice == 0 else replace(request.sampling, prompt_logprobs=None)
     return worker_pb2.Submit(
         request_id=request.request_id,
         choice=choice,
         epoch=epoch_to_wire(epoch),
         prompt_ids=request.prompt_ids,
-        sampling=sampling_to_wire(request.sampling),
+        sampling=sampling_to_wire(sampling),
         isolation_domain=request.isolation_domain,
         prefill_peers=[
             worker_pb2.PrefillPeer(worker_id=p.worker_id, incarnation=p.key.incarnation, address=p.address)

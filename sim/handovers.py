@@ -170,8 +170,8 @@ class SimJob(Machinery):
                 self.do(self.sender.started(cached_tokens, now_s))
             case link.Progress(_, num_computed):
                 self.do(self.sender.progress(num_computed, now_s))
-            case link.TokenNews(_, _, token_ids):
-                self.do(self.sender.first_token(token_ids[0], now_s))
+            case link.TokenNews(_, _, token_ids):  # nobody asks for logprobs here
+                self.do(self.sender.first_token(handover_pb2.FirstToken(token_id=token_ids[0]), now_s))
             case link.KvRead(_, token_start, token_count, sections):
                 if sections is not None and not self.sender.is_over:
                     self._check(token_start, token_count, sections)
@@ -313,8 +313,8 @@ class SimPull(Machinery):
                 self.place.dispatcher.send(link.WriteKv(self._key, token_start, token_count, self._frame.sections))
             case AskBind():
                 self._owner.bind_wanted()
-            case GotFirstToken(token_id):
-                self._owner.first_token_came(token_id)
+            case GotFirstToken():
+                self._owner.first_token_came(action)
             case Complete():
                 self._owner.pull_completed()
             case Lost(reason, _, _, detail):

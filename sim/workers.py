@@ -51,6 +51,7 @@ class NoText:
     """Text of nothing: ids are all that is checked here."""
 
     is_stopped = False
+    num_shown = 0
 
     def push(self, ids: Sequence[int]) -> TextPiece:
         """No text."""

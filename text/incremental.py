@@ -72,7 +72,7 @@ class _ByteLevelGrowth:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, ids: Sequence[int]) -> str:
-        return self._decoder.decode(b"".join(_token_bytes(self._tokenizer.token(id_) or "") for id_ in ids))
+        return self._decoder.decode(b"".join(byte_level_bytes(self._tokenizer.token(id_) or "") for id_ in ids))
 
     def flush(self) -> str:
         return self._decoder.decode(b"", final=True)
@@ -89,7 +89,8 @@ def _byte_by_character() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(0x100 + place): b for place, b in enumerate(hidden)}
 
 
-def _token_bytes(token: str) -> bytes:
+def byte_level_bytes(token: str) -> bytes:
+    """The bytes that a token of a byte-level vocabulary stands for."""
     table = _byte_by_character()
     try:
         return bytes(table[character] for character in token)

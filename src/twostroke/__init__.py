@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .core.errors import UnsupportedParameter as UnsupportedParameter
     from .core.errors import WorkerLost as WorkerLost
     from .core.request import FinishReason as FinishReason
+    from .core.request import TokenLogprobs as TokenLogprobs
 
 __version__ = "0.1.0"
 
@@ -55,7 +56,7 @@ _NAMES_BY_MODULE = {
         *("Overloaded", "RequestNotFound", "TokensLost", "TwostrokeError", "Unauthenticated", "Unavailable"),
         *("UnsupportedParameter", "WorkerLost"),
     ),
-    ".core.request": ("FinishReason",),
+    ".core.request": ("FinishReason", "TokenLogprobs"),
 }
 _MODULE_BY_NAME = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names}
 

@@ -312,7 +312,11 @@ class Run:
         if self.computed < self.num_tokens:
             self.at(self.soon(), self.up, self.compute)
         else:
-            self.at(self.soon(), self.up, lambda: self.do(self.up, self.sender.first_token(FIRST_TOKEN, self.now_s)))
+            self.at(
+                self.soon(),
+                self.up,
+                lambda: self.do(self.up, self.sender.first_token(pb.FirstToken(token_id=FIRST_TOKEN), self.now_s)),
+            )
 
 
 def play(seed: int, faults: Faults) -> Run:

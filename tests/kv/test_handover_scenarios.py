@@ -84,7 +84,8 @@ class Stage:
             actions = self.hear(side, rest, now_s)
         else:
             self.machine = self.machine_by_side[side]
-            actions = getattr(self.machine, event)(*map(argument, numbers(rest)), now_s)
+            given = [pb.FirstToken(token_id=int(rest[0]))] if event == "first_token" else map(argument, numbers(rest))
+            actions = getattr(self.machine, event)(*given, now_s)
         return [render(action) for action in actions]
 
     def hear(self, side: str, words: list[str], now_s: float) -> list[Action]:

@@ -150,8 +150,8 @@ def test_every_answer_has_an_id_that_explain_knows(cluster, client):
 
 def test_the_classes_of_errors(client):
     with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(model=MODEL, messages=HELLO, logprobs=True)
-    assert (caught.value.code, caught.value.param) == ("unsupported_parameter", "logprobs")
+        client.completions.create(model=MODEL, prompt="x", best_of=3)
+    assert (caught.value.code, caught.value.param) == ("unsupported_parameter", "best_of")
     with pytest.raises(openai.BadRequestError) as caught:
         client.completions.create(model=MODEL, prompt=[5] * 5000)
     assert caught.value.code == "context_length_exceeded"

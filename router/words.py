@@ -1,0 +1,44 @@
+"""Single values of a call, checked: whole numbers, numbers, texts. A refusal names value, field and remedy."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ..core.errors import InvalidRequest
+
+
+def integer(name: str, value: Any, default: int, low: int, high: int) -> int:
+    """A whole number from `low` to `high`; `default` where nothing was said."""
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise InvalidRequest(f"{name} is {short(value)}; must be a whole number from {low} to {high}", param=name)
+    return value
+
+
+def number(name: str, value: Any, default: float, low: float, high: float) -> float:
+    """A number from `low` to `high`; `default` where nothing was said."""
+    if value is None:
+        return default
+    good = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not good or not math.isfinite(value) or not low <= value <= high:
+        raise InvalidRequest(f"{name} is {short(value)}; must be a number from {low:g} to {high:g}", param=name)
+    return float(value)
+
+
+def text_of(name: str, text: str) -> str:
+    """Text that can be encoded."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            f"{name} holds a lone surrogate at character {error.start}; send valid Unicode", param=name
+        ) from None
+    return text
+
+
+def short(value: Any) -> str:
+    """A value as an error shows it."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
