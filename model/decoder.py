@@ -41,6 +41,7 @@ class Decoder:
         self.spec = spec
         self.weights = weights
         self.ops = ops
+        self.max_model_len = max_model_len
         self._tables = [rotary_table(rope, max_model_len) for rope in spec.ropes]
         self._kinds = [_attention_kind(spec, layer.window) for layer in spec.layers]
 

@@ -187,6 +187,7 @@ def deepseek_v3(config: Fields) -> Family:
 FAMILIES: dict[str, Callable[[Fields], Family]] = {
     "LlamaForCausalLM": llama,
     "MistralForCausalLM": mistral,
+    "MinistralForCausalLM": mistral,
     "Qwen2ForCausalLM": qwen2,
     "Qwen3ForCausalLM": qwen3,
     "Gemma2ForCausalLM": gemma2,

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parent))  # for the helpers beside the tests
 
 from twostroke.core.request import SamplingParams, SequenceKey
 from twostroke.kv.block import BlockId
@@ -79,6 +81,22 @@ def write_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[dict[str, 
         return made[tiny]
 
     return write
+
+
+@pytest.fixture(scope="session")
+def family_directory(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The tiny checkpoint of a family, by its name in `tiny_families.py`; written once."""
+    from tiny_families import FAMILIES, write_family
+
+    made: dict[str, Path] = {}
+
+    def directory(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name)
+            write_family(next(family for family in FAMILIES if family.name == name), made[name])
+        return made[name]
+
+    return directory
 
 
 @dataclass

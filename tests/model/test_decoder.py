@@ -1,10 +1,10 @@
 """Logits against transformers: whole, batched, chunked and behind a cached prefix."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from logits_oracle import assert_same_logits, oracle
 
 LLAMA3 = (
     ("rope_type", "llama3"),
@@ -20,30 +20,6 @@ SHAPES = [
     {"heads": 4, "kv_heads": 2, "head_dim": 64, "tied": True},
     {"heads": 4, "kv_heads": 1, "head_dim": 32, "hidden": 80, "tied": False, "rope": LLAMA3, "shard_size": "60KB"},
 ]
-
-
-def assert_same_logits(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    """Per row max|a-b| <= 1e-4 * max|b|, and the same top token wherever its margin is above 1e-3."""
-    assert ours.shape == theirs.shape
-    assert torch.isfinite(ours).all()
-    error = (ours - theirs).abs().amax(-1) / theirs.abs().amax(-1)
-    assert error.max() <= 1e-4
-    top = theirs.topk(2, dim=-1)
-    clear = top.values[:, 0] - top.values[:, 1] > 1e-3
-    assert torch.equal(ours.argmax(-1)[clear], top.indices[:, 0][clear])
-
-
-def oracle(directory: Path) -> Callable[[list[int]], torch.Tensor]:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
-
-    def logits(ids: list[int]) -> torch.Tensor:
-        with torch.inference_mode():
-            result: torch.Tensor = model(torch.tensor([ids])).logits[0]
-        return result
-
-    return logits
 
 
 def prompts(vocab: int, lengths: tuple[int, ...]) -> list[list[int]]:

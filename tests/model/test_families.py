@@ -1,0 +1,166 @@
+"""Every family against transformers: logits and greedy texts, whole and chunked, cached and not, batched and alone."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from logits_oracle import assert_same_logits, oracle
+from tiny_families import FAMILIES, VOCAB, TinyFamily
+
+from twostroke.model import decoder as decoder_module
+from twostroke.model.config_json import load_spec
+from twostroke.model.experts import Choice
+from twostroke.model.layout import num_parameters
+from twostroke.model.spec import ExpertsFfn, ModelSpec, PlainAttention
+from twostroke.model.tensors import open_source
+
+LENGTHS = (1, 15, 16, 17, 63, 250)
+NEW_TOKENS = 64
+NAMES = [family.name for family in FAMILIES]
+BY_NAME = dict(zip(NAMES, FAMILIES, strict=True))
+
+
+def prompts(lengths: tuple[int, ...] = LENGTHS) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(VOCAB, (n,), generator=generator).tolist() for n in lengths]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_agrees_with_transformers(name: str, family_directory: Callable[[str], Path], make_hand: Callable) -> None:
+    family: TinyFamily = BY_NAME[name]
+    directory = family_directory(name)
+    hand = make_hand(directory, max_model_len=family.served_len)
+    texts = prompts()
+    ours = hand.logits([(str(i), 0, ids) for i, ids in enumerate(texts)])
+    for _ in range(NEW_TOKENS):
+        for ids, logits in zip(texts, ours, strict=True):
+            ids.append(int(logits[-1].argmax()))
+        step = hand.logits([(str(i), len(ids) - 1, ids[-1:]) for i, ids in enumerate(texts)])
+        ours = [torch.cat(pair) for pair in zip(ours, step, strict=True)]
+    expected = oracle(directory)
+    for ids, logits in zip(texts, ours, strict=True):
+        # One pass over prompt and our continuation: the top token of every row is the text that transformers writes.
+        assert_same_logits(logits, expected(ids))
+    longest, whole = texts[-1], ours[-1]
+    chunked = [
+        hand.logits([("chunked", start, longest[start:end])])[0]
+        for start, end in ((0, 3), (3, 17), (17, 18), (18, 170), (170, 314))
+    ]
+    assert torch.equal(torch.cat(chunked), whole)
+    hand.share("cached", "chunked", 240)
+    assert torch.equal(hand.logits([("cached", 240, longest[240:])])[0], whole[240:])
+
+
+def test_counts_the_parameters_of_every_family(family_directory: Callable[[str], Path]) -> None:
+    for name in NAMES:
+        shapes = open_source(family_directory(name)).shapes()
+        sizes = [torch.Size(shape).numel() for shape in shapes.values()]
+        assert num_parameters(load_spec(family_directory(name))) == sum(sizes), name
+
+
+# ------------------------------------------------------------------ what is compared above would show a missing feature
+
+
+def _without_windows(spec: ModelSpec) -> ModelSpec:
+    return dataclasses.replace(spec, layers=tuple(dataclasses.replace(layer, window=None) for layer in spec.layers))
+
+
+def _without_scaling(spec: ModelSpec) -> ModelSpec:
+    return dataclasses.replace(spec, ropes=tuple(dataclasses.replace(rope, scaling=None) for rope in spec.ropes))
+
+
+def _one_rope(spec: ModelSpec) -> ModelSpec:
+    return dataclasses.replace(spec, layers=tuple(dataclasses.replace(layer, rope=0) for layer in spec.layers))
+
+
+def _without_softcap(spec: ModelSpec) -> ModelSpec:
+    assert isinstance(spec.attention, PlainAttention)
+    return dataclasses.replace(spec, attention=dataclasses.replace(spec.attention, softcap=None))
+
+
+def _without_final_softcap(spec: ModelSpec) -> ModelSpec:
+    return dataclasses.replace(spec, final_softcap=None)
+
+
+def _without_embedding_scale(spec: ModelSpec) -> ModelSpec:
+    return dataclasses.replace(spec, embedding_scale=None)
+
+
+def _routing(**changes: object) -> Callable[[ModelSpec], ModelSpec]:
+    def change(spec: ModelSpec) -> ModelSpec:
+        layers = []
+        for layer in spec.layers:
+            ffn = layer.ffn
+            if isinstance(ffn, ExpertsFfn):
+                ffn = dataclasses.replace(ffn, routing=dataclasses.replace(ffn.routing, **changes))
+            layers.append(dataclasses.replace(layer, ffn=ffn))
+        return dataclasses.replace(spec, layers=tuple(layers))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("mistral", _without_windows),
+        ("ministral", _without_windows),
+        ("qwen2-windows", _without_windows),
+        ("qwen3-windows", _without_windows),
+        ("gemma2", _without_windows),
+        ("gemma3", _without_windows),
+        ("phi3", _without_windows),
+        ("mixtral", _without_windows),
+        ("qwen2-moe-windows", _without_windows),
+        ("qwen3-moe-windows", _without_windows),
+        ("llama-llama3", _without_scaling),
+        ("llama-linear", _without_scaling),
+        ("llama-yarn", _without_scaling),
+        ("phi3-longrope-short", _without_scaling),
+        ("gemma3", _without_scaling),
+        ("deepseek-v2", _without_scaling),
+        ("gemma3", _one_rope),
+        ("gemma2", _without_softcap),
+        ("gemma2", _without_final_softcap),
+        ("gemma2", _without_embedding_scale),
+        ("qwen2-moe-windows", _routing(normalised=False)),
+        ("deepseek-v2", _routing(num_groups=1, groups_per_token=1)),
+        ("deepseek-v2", _routing(scale=1.0)),
+        ("deepseek-v3", _routing(num_groups=1, groups_per_token=1)),
+        ("deepseek-v3", _routing(normalised=False)),
+    ],
+)
+def test_every_feature_acts_in_these_models(
+    name: str, change: Callable[[ModelSpec], ModelSpec], family_directory: Callable[[str], Path], make_hand: Callable
+) -> None:
+    family = BY_NAME[name]
+    ids = prompts((120,))[0]
+    hand = make_hand(family_directory(name), max_model_len=family.served_len)
+    (real,) = hand.logits([("a", 0, ids)])
+    other = change(hand.spec)
+    assert other != hand.spec
+    hand.decoder = decoder_module.Decoder(other, hand.decoder.weights, hand.decoder.ops, hand.decoder.max_model_len)
+    (changed,) = hand.logits([("b", 0, ids)])
+    assert ((changed - real).abs().amax(-1) / real.abs().amax(-1)).max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2-moe", "qwen3-moe", "deepseek-v2", "deepseek-v3"])
+def test_tokens_choose_different_experts(
+    name: str, family_directory: Callable[[str], Path], make_hand: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from twostroke.model import experts
+
+    choices: list[Choice] = []
+    real = experts.route
+
+    def route(*arguments: object) -> Choice:
+        choices.append(real(*arguments))  # type: ignore[arg-type]
+        return choices[-1]
+
+    monkeypatch.setattr(experts, "route", route)
+    make_hand(family_directory(name)).logits([("a", 0, prompts((120,))[0])])
+    for choice in choices:
+        taken = {tuple(sorted(row)) for row in choice.experts[:120].tolist()}
+        assert len(taken) >= 4
+        assert all(len(set(row)) == choice.experts.shape[1] for row in taken)
