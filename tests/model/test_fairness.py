@@ -1,7 +1,7 @@
 """Short prompts behind long ones, in random crowds: begun within two steps; and the long ones end within their bound.
 
-The promise holds where seats and blocks are there, and while the short prompts that wait leave something of half a step:
-beyond that it is a queue of short prompts, not a long one in the way.
+The promise holds where seats and blocks are there, and while the short prompts that wait leave something of half a
+step: beyond that it is a queue of short prompts, not a long one in the way.
 """
 
 from dataclasses import dataclass
