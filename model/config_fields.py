@@ -63,7 +63,7 @@ class Fields:
             raise self.wrong(name, value, f"{length} numbers above 0")
         return tuple(float(x) for x in value)
 
-    def object(self, name: str) -> Mapping[str, Any]:
+    def mapping(self, name: str) -> Mapping[str, Any]:
         """A JSON object, empty where the field is absent."""
         value = self.config.get(name)
         if value is None:

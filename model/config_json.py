@@ -62,7 +62,7 @@ def spec_from_config(config: Mapping[str, Any], generation: Mapping[str, Any], w
     if names[0] not in FAMILIES:
         raise CheckpointError(f"{where}: architecture {names[0]} is not served; {_remedy(config)}")
     if config.get("quantization_config"):
-        method = fields.object("quantization_config").get("quant_method")
+        method = fields.mapping("quantization_config").get("quant_method")
         raise CheckpointError(
             f"{where}: config.json sets quantization_config ({method}); weights quantised elsewhere are not served: "
             "give the float checkpoint, and model.quantization: int8 for 8-bit weights"

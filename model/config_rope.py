@@ -26,7 +26,7 @@ def read_rope(config: Fields, head_dim: int, *, theta: float = 10000.0, partial:
 
     `theta`: where the config says none. `partial`: whether this family may rotate a part of a head.
     """
-    parameters = config.object("rope_parameters") or config.object("rope_scaling")
+    parameters = config.mapping("rope_parameters") or config.mapping("rope_scaling")
     return rope_of(config, parameters, head_dim, theta=config.number("rope_theta", theta), partial=partial)
 
 

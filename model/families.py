@@ -72,7 +72,7 @@ def phi3(config: Fields) -> Family:
     """Phi-3 and Phi-4-mini: fused projections, longrope, a part of each head rotated."""
     config.refuse(*_EXPERT_FIELDS, *_CAPS, "attention_bias", "mlp_bias")
     attention = plain_attention(config)
-    parameters = config.object("rope_parameters") or config.object("rope_scaling")
+    parameters = config.mapping("rope_parameters") or config.mapping("rope_scaling")
     if parameters.get("rope_type", parameters.get("type")) == "yarn":  # what its first release called longrope
         parameters = {**parameters, "rope_type": "longrope"}
     theta = config.number("rope_theta", 10000.0)
@@ -98,12 +98,12 @@ def gemma3(config: Fields) -> Family:
     pattern = config.count("sliding_window_pattern", 6)
     windows = windows_of(config, window, [window if (i + 1) % pattern else None for i in range(count)])
     attention = gemma_attention(config, cap=None, head_norms=True)
-    parameters = config.object("rope_parameters")
+    parameters = config.mapping("rope_parameters")
     if "full_attention" in parameters or "sliding_attention" in parameters:
         inner = Fields(parameters, config.where)
-        whole, local = inner.object("full_attention"), inner.object("sliding_attention")
+        whole, local = inner.mapping("full_attention"), inner.mapping("sliding_attention")
     else:
-        whole, local = parameters or config.object("rope_scaling"), {}
+        whole, local = parameters or config.mapping("rope_scaling"), {}
     rope = rope_of(config, whole, attention.head_dim, theta=config.number("rope_theta", 1e6))
     local_theta = config.number("rope_local_base_freq", 10000.0)
     local_rope = rope_of(config, local, attention.head_dim, theta=local_theta)

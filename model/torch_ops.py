@@ -73,8 +73,10 @@ class TorchOps:
         return TorchLinear(held, None if bias is None else bias.float(), exact)
 
     def prepare(self) -> None:
-        """Choose the forms of all products."""
+        """Choose the forms of all products for this number of threads."""
         torch.set_num_threads(self.num_threads)
+        self._products.clear()
+        self._attentions.clear()
         for inner, columns, dtype, transposed in sorted(self._packed, key=str):
             self._product(inner, columns, dtype, transposed)
 

@@ -19,12 +19,12 @@ from twostroke.kv.store import KvStore
 from twostroke.model.batch import build_batch
 from twostroke.model.config_json import load_spec
 from twostroke.model.decoder import Decoder
-from twostroke.model.loader import RunnerOptions, load_runner, make_ops, torch_dtype
-from twostroke.model.ops import Ops
+from twostroke.model.loader import RunnerOptions, load_runner, torch_dtype
 from twostroke.model.plan import SequenceStep, StepPlan
 from twostroke.model.runner import Runner
 from twostroke.model.spec import DType, ModelSpec
 from twostroke.model.tensors import open_source
+from twostroke.model.torch_ops import TorchOps
 from twostroke.model.weights import Weights, load_weights
 
 GREEDY = SamplingParams(max_tokens=64, temperature=0.0)
@@ -153,7 +153,7 @@ def poison(store: KvStore) -> None:
 @pytest.fixture(scope="session")
 def make_hand() -> Callable[..., Hand]:
     """A hand over a checkpoint."""
-    loaded: dict[tuple[Path, DType], tuple[ModelSpec, Weights, Ops]] = {}
+    loaded: dict[tuple[Path, DType], tuple[ModelSpec, Weights, TorchOps]] = {}
 
     def make(
         directory: Path,
@@ -166,9 +166,10 @@ def make_hand() -> Callable[..., Hand]:
     ) -> Hand:
         if (directory, dtype) not in loaded:
             spec = load_spec(directory)
-            ops = make_ops(torch_dtype(dtype), kernels="torch")
+            ops = TorchOps(torch_dtype(dtype))
             loaded[directory, dtype] = (spec, load_weights(open_source(directory), spec, ops), ops)
         spec, weights, ops = loaded[directory, dtype]
+        ops.num_threads = torch.get_num_threads()
         ops.prepare()
         num_blocks = tokens // block_tokens | 1
         while num_blocks % 7 == 0:
