@@ -58,51 +58,48 @@ struct Unit {
     int span, head, first, rows;  // rows [first, first + rows) of the span's (token, head of the group)
 };
 
-// One row of a plane, sixteen numbers from `at` on, without its scale; fp8 comes divided by 256.
-template <int CODEC>
+int number_bytes(int codec) { return codec == FP8 ? 1 : codec == BFLOAT16 ? 2 : 4; }
+
+// Sixteen numbers of a row from `at` on, without its scale; fp8 comes divided by 256. WHOLE: they are all there.
+template <int CODEC, bool WHOLE>
 F32 numbers(const uint8_t* row, int at, int width) {
-    const int count = std::min(LANES, width - at);
-    if (count <= 0) return F32{};
-    if (CODEC == FP8) {
-        U8x16 codes{};
-        if (count == LANES)
-            codes = load<U8x16>(row + at);
-        else
-            std::memcpy(&codes, row + at, count);
-        return decode_e4m3_by_256(codes);
-    }
-    if (CODEC == BFLOAT16) {
-        U16x16 bits{};
-        std::memcpy(&bits, (const uint16_t*)row + at, 2 * count);
-        return widen(bits);
-    }
+    const int count = WHOLE ? LANES : std::min(LANES, width - at);
+    if (!WHOLE && count <= 0) return F32{};
+    U8x16 codes{};
+    U16x16 bits{};
     F32 v{};
-    std::memcpy(&v, (const float*)row + at, 4 * count);
-    return v;
+    void* to = CODEC == FP8 ? (void*)&codes : CODEC == BFLOAT16 ? (void*)&bits : (void*)&v;
+    const int size = CODEC == FP8 ? 1 : CODEC == BFLOAT16 ? 2 : 4;
+    if (WHOLE)
+        std::memcpy(to, row + (int64_t)at * size, LANES * size);
+    else
+        std::memcpy(to, row + (int64_t)at * size, count * size);
+    return CODEC == FP8 ? decode_e4m3_by_256(codes) : CODEC == BFLOAT16 ? widen(bits) : v;
 }
 
-struct PlaneRow {
-    const uint8_t* payload;
-    float scale;
-};
+// A tile's rows of one plane: blocks are multiples of 16 tokens, so that 16 rows always lie together.
+struct TileRows {
+    const uint8_t* rows[GROUPS];
+    F32 scales[GROUPS];  // of fp8 times 256; else 1
 
-PlaneRow find(const Plane& plane, const AttendSpan& span, int head, int position) {
-    const int64_t block = span.blocks[position / plane.block_tokens];
-    const int64_t place = (block * plane.heads + head) * plane.block_tokens + position % plane.block_tokens;
-    const int bytes = plane.codec == FP8 ? 1 : plane.codec == BFLOAT16 ? 2 : 4;
-    float scale = 1.0f;
-    if (plane.codec == FP8) {
-        uint32_t bits = (uint32_t)(plane.scales[place] + 8) << 23;  // times 256; at most 246 + 8
-        std::memcpy(&scale, &bits, 4);
+    TileRows(const Plane& plane, const AttendSpan& span, int head, int tile, int held) {
+        for (int g = 0; g < GROUPS; g++) {
+            rows[g] = nullptr;
+            scales[g] = splat(1.0f);
+            if (g * LANES >= held) continue;
+            const int position = tile * TILE + g * LANES;
+            const int64_t block = span.blocks[position / plane.block_tokens];
+            const int64_t place = (block * plane.heads + head) * plane.block_tokens + position % plane.block_tokens;
+            rows[g] = plane.payload + place * plane.width * number_bytes(plane.codec);
+            if (plane.codec == FP8) scales[g] = (F32)((widen_u8(plane.scales + place) + 8u) << 23);
+        }
     }
-    return {plane.payload + place * plane.width * bytes, scale};
-}
+};
 
 // Scratch of one thread.
 struct Scratch {
-    std::vector<uint32_t> queries, keys;          // [parts' steps][rows]; per part [group][steps][16]
-    std::vector<float> values, mixed, weights;    // [TILE][width], [rows][width], [rows][TILE]
-    alignas(64) float key_scales[2][TILE];
+    std::vector<uint32_t> queries, keys;        // [parts' steps][rows]; per part [group][steps][16]
+    std::vector<float> values, mixed, weights;  // [TILE][width], [rows][width], [rows][TILE]
     float top[UNIT_ROWS], total[UNIT_ROWS], shrink[UNIT_ROWS];
 };
 
@@ -110,24 +107,30 @@ template <bool PAIRS>
 class Worker {
    public:
     Worker(const Attend& job, const Unit& unit, Scratch& scratch)
-        : job_(job), span_(job.spans[unit.span]), unit_(unit), s_(scratch), group_(job.heads / job.values.heads) {}
+        : job_(job),
+          span_(job.spans[unit.span]),
+          unit_(unit),
+          s_(scratch),
+          group_(job.heads / job.values.heads),
+          width_(padded(job.values.width)) {}
 
     void run() {
         const int last = position(unit_.rows - 1), earliest = position(0);
         const int from = job_.window ? std::max(0, earliest - job_.window + 1) / TILE : 0;
-        const int width = padded(job_.values.width);
         take_queries();
-        s_.values.resize(TILE * width);
-        s_.mixed.assign((int64_t)unit_.rows * width, 0.0f);
+        s_.mixed.assign((int64_t)unit_.rows * width_, 0.0f);
         s_.weights.resize(UNIT_ROWS * TILE);
         std::fill(s_.top, s_.top + unit_.rows, NEVER);
         std::fill(s_.total, s_.total + unit_.rows, 0.0f);
         for (int tile = from; tile <= last / TILE; tile++) {
             const int held = std::min(TILE, span_.start + span_.count - tile * TILE);
-            take_keys(tile, held);
-            scores(tile);
-            take_values(tile, held);
-            mix(held);
+            const TileRows values(job_.values, span_, unit_.head, tile, held);
+            score_tile(tile, held, values);
+            switch (job_.values.codec) {
+                case FP8: mix_tile<FP8>(values, held); break;
+                case BFLOAT16: mix_tile<BFLOAT16>(values, held); break;
+                default: mix_tile<FLOAT32>(values, held);
+            }
         }
         give();
     }
@@ -139,71 +142,75 @@ class Worker {
     void take_queries() {
         int total = 0;
         for (int p = 0; p < job_.num_parts; p++) total += steps(p);
-        s_.queries.assign((int64_t)total * UNIT_ROWS, 0);
+        s_.queries.resize((int64_t)total * unit_.rows);
         uint32_t* to = s_.queries.data();
-        for (int p = 0; p < job_.num_parts; to += (int64_t)steps(p) * UNIT_ROWS, p++) {
+        for (int p = 0; p < job_.num_parts; to += (int64_t)steps(p) * unit_.rows, p++) {
             const Rows& q = job_.queries[p];
-            const int width = job_.keys[p].width;
+            const int width = job_.keys[p].width, size = PAIRS ? 2 : 4, whole = width * size / 4;
             for (int r = 0; r < unit_.rows; r++) {
                 const int at = unit_.first + r, head = unit_.head * group_ + at % group_;
-                const int64_t number = (span_.row + at / group_) * q.stride + (int64_t)head * width;
-                const char* from = (const char*)q.data + number * (PAIRS ? 2 : 4);
-                for (int k = 0; k < width; k += PAIRS ? 2 : 1)
-                    std::memcpy(to + (int64_t)(PAIRS ? k / 2 : k) * UNIT_ROWS + r, from + k * (PAIRS ? 2 : 4),
-                                PAIRS ? std::min(2, width - k) * 2 : 4);
+                const char* from = (const char*)q.data + ((span_.row + at / group_) * q.stride + (int64_t)head * width) * size;
+                for (int k = 0; k < whole; k++) std::memcpy(to + (int64_t)k * unit_.rows + r, from + 4 * k, 4);
+                for (int k = whole; k < steps(p); k++) to[(int64_t)k * unit_.rows + r] = 0;
+                if (width * size % 4) std::memcpy(to + (int64_t)whole * unit_.rows + r, from + 4 * whole, 2);
             }
         }
     }
 
-    template <int CODEC>
-    void take_key_part(int part, int tile, int held) {
-        const Plane& plane = job_.keys[part];
-        uint32_t* to = s_.keys.data() + (part ? (int64_t)steps(0) * TILE : 0);
-        for (int g = 0; g < GROUPS; g++) {
-            const uint8_t* rows[LANES];
-            for (int j = 0; j < LANES; j++) {
-                const int in_tile = g * LANES + j;
-                rows[j] = nullptr;
-                s_.key_scales[part][in_tile] = 0.0f;
-                if (in_tile < held) {
-                    PlaneRow row = find(plane, span_, unit_.head, tile * TILE + in_tile);
-                    rows[j] = row.payload;
-                    s_.key_scales[part][in_tile] = row.scale;
-                }
-            }
-            for (int k = 0; k < steps(part); k += LANES) {
+    // ------------------------------------------------------------ scores
+
+    // A tile's keys side by side: [group][steps][16 keys], 32 bits each.
+    template <int CODEC, bool WHOLE>
+    void take_keys(const Plane& plane, const TileRows& tile, int n, uint32_t* to) {
+        const int row_bytes = plane.width * number_bytes(CODEC);
+        for (int g = 0; g < GROUPS && tile.rows[g]; g++)
+            for (int k = 0; k < n; k += LANES) {
                 U32 m[16];
+#pragma GCC unroll 16
                 for (int j = 0; j < LANES; j++) {
-                    if (!rows[j])
-                        m[j] = U32{};
-                    else if (PAIRS)
-                        m[j] = pack_exact(numbers<CODEC>(rows[j], 2 * k, plane.width),
-                                          numbers<CODEC>(rows[j], 2 * k + LANES, plane.width));
+                    const uint8_t* row = tile.rows[g] + j * row_bytes;
+                    if (PAIRS)
+                        m[j] = pack_exact(numbers<CODEC, WHOLE>(row, 2 * k, plane.width),
+                                          numbers<CODEC, WHOLE>(row, 2 * k + LANES, plane.width));
                     else
-                        m[j] = (U32)numbers<CODEC>(rows[j], k, plane.width);
+                        m[j] = (U32)numbers<CODEC, WHOLE>(row, k, plane.width);
                 }
                 transpose(m);
-                for (int j = 0; j < LANES; j++) store(to + ((int64_t)g * steps(part) + k + j) * LANES, m[j]);
+#pragma GCC unroll 16
+                for (int j = 0; j < LANES; j++) store(to + ((int64_t)g * n + k + j) * LANES, m[j]);
             }
-        }
+    }
+    template <int CODEC>
+    void take_keys_of(const Plane& plane, const TileRows& tile, int n, uint32_t* to) {
+        plane.width % 32 ? take_keys<CODEC, false>(plane, tile, n, to) : take_keys<CODEC, true>(plane, tile, n, to);
     }
 
-    void take_keys(int tile, int held) {
+    void score_tile(int tile, int held, const TileRows& values) {
         int total = 0;
         for (int p = 0; p < job_.num_parts; p++) total += steps(p);
         s_.keys.resize((int64_t)total * TILE);
-        for (int p = 0; p < job_.num_parts; p++) switch (job_.keys[p].codec) {
-                case FP8: take_key_part<FP8>(p, tile, held); break;
-                case BFLOAT16: take_key_part<BFLOAT16>(p, tile, held); break;
-                default: take_key_part<FLOAT32>(p, tile, held);
+        uint32_t* to = s_.keys.data();
+        F32 scales[2][GROUPS];
+        for (int p = 0; p < job_.num_parts; to += steps(p) * TILE, p++) {
+            const Plane& plane = job_.keys[p];
+            const TileRows rows(plane, span_, unit_.head, tile, held);
+            for (int g = 0; g < GROUPS; g++) scales[p][g] = rows.scales[g] * splat(job_.scale);
+            switch (plane.codec) {
+                case FP8: take_keys_of<FP8>(plane, rows, steps(p), to); break;
+                case BFLOAT16: take_keys_of<BFLOAT16>(plane, rows, steps(p), to); break;
+                default: take_keys_of<FLOAT32>(plane, rows, steps(p), to);
             }
+        }
+        int row = 0;
+        for (; row + SCORE_ROWS <= unit_.rows; row += SCORE_ROWS) score_rows<SCORE_ROWS>(row, tile, scales, values);
+        for (; row + 2 <= unit_.rows; row += 2) score_rows<2>(row, tile, scales, values);
+        if (row < unit_.rows) score_rows<1>(row, tile, scales, values);
     }
 
     template <int ROWS>
-    void score_rows(int first, int tile) {
+    void score_rows(int first, int tile, const F32 (&scales)[2][GROUPS], const TileRows& values) {
         F32 score[ROWS][GROUPS];
-        const uint32_t* q = s_.queries.data() + first;
-        const uint32_t* k = s_.keys.data();
+        const uint32_t *q = s_.queries.data() + first, *k = s_.keys.data();
         for (int p = 0; p < job_.num_parts; p++) {
             const int n = steps(p);
             F32 acc[ROWS][GROUPS];
@@ -211,40 +218,40 @@ class Worker {
             for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
                 for (int g = 0; g < GROUPS; g++) acc[r][g] = F32{};
-            for (int i = 0; i < n; i++, q += UNIT_ROWS) {
+            for (int i = 0; i < n; i++, q += unit_.rows) {
+                U32 keys[GROUPS];
+#pragma GCC unroll 4
+                for (int g = 0; g < GROUPS; g++) keys[g] = load<U32>(k + ((int64_t)g * n + i) * LANES);
 #pragma GCC unroll 8
                 for (int r = 0; r < ROWS; r++) {
                     const U32 x = splat_u32(q[r]);
 #pragma GCC unroll 4
-                    for (int g = 0; g < GROUPS; g++) {
-                        const U32 key = load<U32>(k + ((int64_t)g * n + i) * LANES);
-                        acc[r][g] = PAIRS ? dot_pairs(acc[r][g], key, x) : fma((F32)key, (F32)x, acc[r][g]);
-                    }
+                    for (int g = 0; g < GROUPS; g++)
+                        acc[r][g] = PAIRS ? dot_pairs(acc[r][g], keys[g], x) : fma((F32)keys[g], (F32)x, acc[r][g]);
                 }
             }
             k += (int64_t)n * TILE;
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
-                for (int g = 0; g < GROUPS; g++) {
-                    const F32 scale = load<F32>(s_.key_scales[p] + g * LANES) * splat(job_.scale);
-                    score[r][g] = p ? fma(acc[r][g], scale, score[r][g]) : acc[r][g] * scale;
-                }
+                for (int g = 0; g < GROUPS; g++)
+                    score[r][g] = p ? fma(acc[r][g], scales[p][g], score[r][g]) : acc[r][g] * scales[p][g];
         }
-        for (int r = 0; r < ROWS; r++) weigh(first + r, tile, score[r]);
+        for (int r = 0; r < ROWS; r++) weigh(first + r, tile, score[r], values);
     }
 
-    // One row's scores of a tile become weights, and its running maximum and total follow.
-    void weigh(int row, int tile, F32 (&score)[GROUPS]) {
+    // One row's scores of a tile become weights (times the values' scales); its running maximum and total follow.
+    void weigh(int row, int tile, F32 (&score)[GROUPS], const TileRows& values) {
         static const I32 COUNT = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-        const int last = position(row) - tile * TILE;                               // the last key it sees
-        const int first = job_.window ? last - job_.window + 1 : -1;                // and the first
+        const int last = position(row) - tile * TILE;                 // the last key it sees
+        const int first = job_.window ? last - job_.window + 1 : -1;  // and the first
         F32 best = splat(NEVER);
         for (int g = 0; g < GROUPS; g++) {
             if (job_.softcap != 0.0f)
                 score[g] = splat(job_.softcap) * hyperbolic_tangent(score[g] / splat(job_.softcap));
             const I32 key = COUNT + g * LANES;
-            score[g] = select((key <= last) & (key >= first), score[g], splat(NEVER));
+            if (last < TILE - 1 || first > 0)
+                score[g] = select((I32)(key <= last) & (I32)(key >= first), score[g], splat(NEVER));
             best = larger(best, score[g]);
         }
         const float top = std::max(s_.top[row], largest(best));
@@ -254,87 +261,99 @@ class Worker {
             std::fill(weights, weights + TILE, 0.0f);
             return;
         }
-        s_.shrink[row] = exponential(splat(s_.top[row]) - splat(top))[0];
+        s_.shrink[row] = top == s_.top[row] ? 1.0f : exponential(splat(s_.top[row] - top))[0];
         F32 totals[GROUPS];
         for (int g = 0; g < GROUPS; g++) {
             totals[g] = exponential(score[g] - splat(top));
-            store(weights + g * LANES, totals[g]);
+            store(weights + g * LANES, totals[g] * values.scales[g]);
         }
         s_.total[row] = s_.total[row] * s_.shrink[row] + sum((totals[0] + totals[1]) + (totals[2] + totals[3]));
         s_.top[row] = top;
     }
 
-    void scores(int tile) {
-        int row = 0;
-        for (; row + SCORE_ROWS <= unit_.rows; row += SCORE_ROWS) score_rows<SCORE_ROWS>(row, tile);
-        for (; row + 2 <= unit_.rows; row += 2) score_rows<2>(row, tile);
-        if (row < unit_.rows) score_rows<1>(row, tile);
-    }
+    // ------------------------------------------------------------ values
+
+    // Where sixteen values of key j come from: the cache itself, or a copy already widened.
+    template <int CODEC, bool WHOLE>
+    struct Direct {
+        const TileRows& tile;
+        int width;
+        F32 get(int j, int column) const {
+            const uint8_t* row = tile.rows[j / LANES] + (j % LANES) * width * number_bytes(CODEC);
+            return numbers<CODEC, WHOLE>(row, column, width);
+        }
+    };
+    struct Widened {
+        const float* values;
+        int width;
+        F32 get(int j, int column) const { return load<F32>(values + j * width + column); }
+    };
 
     template <int CODEC>
-    void take_values_of(int tile, int held, int width) {
-        for (int j = 0; j < held; j++) {
-            PlaneRow row = find(job_.values, span_, unit_.head, tile * TILE + j);
-            for (int i = 0; i < width; i += LANES)
-                store(s_.values.data() + j * width + i,
-                      numbers<CODEC>(row.payload, i, job_.values.width) * splat(row.scale));
-        }
+    void mix_tile(const TileRows& tile, int held) {
+        const int width = job_.values.width;
+        if (width % 32)
+            mix_from(Direct<CODEC, false>{tile, width}, held);
+        else
+            mix_from(Direct<CODEC, true>{tile, width}, held);
     }
-    void take_values(int tile, int held) {
-        const int width = padded(job_.values.width);
-        switch (job_.values.codec) {
-            case FP8: return take_values_of<FP8>(tile, held, width);
-            case BFLOAT16: return take_values_of<BFLOAT16>(tile, held, width);
-            default: return take_values_of<FLOAT32>(tile, held, width);
-        }
+    template <class Source>
+    void mix_from(const Source& source, int held) {
+        if (unit_.rows <= MIX_ROWS) return mix(source, held);
+        s_.values.resize(TILE * width_);
+        for (int j = 0; j < held; j++)
+            for (int i = 0; i < width_; i += LANES) store(s_.values.data() + j * width_ + i, source.get(j, i));
+        mix(Widened{s_.values.data(), width_}, held);
     }
-
-    template <int ROWS, int WIDE>
-    void mix_rows(int first, int column, int held, int width) {
+    template <class Source>
+    void mix(const Source& source, int held) {
+        int row = 0;
+        for (; row + MIX_ROWS <= unit_.rows; row += MIX_ROWS) mix_columns<MIX_ROWS>(source, row, held);
+        for (; row + 2 <= unit_.rows; row += 2) mix_columns<2>(source, row, held);
+        if (row < unit_.rows) mix_columns<1>(source, row, held);
+    }
+    template <int ROWS, class Source>
+    void mix_columns(const Source& source, int row, int held) {
+        int column = 0;
+        for (; column + MIX_LANES * LANES <= width_; column += MIX_LANES * LANES)
+            mix_rows<ROWS, MIX_LANES>(source, row, column, held);
+        for (; column < width_; column += 2 * LANES) mix_rows<ROWS, 2>(source, row, column, held);
+    }
+    template <int ROWS, int WIDE, class Source>
+    void mix_rows(const Source& source, int first, int column, int held) {
         F32 acc[ROWS][WIDE];
-        float* mixed = s_.mixed.data() + (int64_t)first * width + column;
-        const float *values = s_.values.data() + column, *weights = s_.weights.data() + first * TILE;
+        float* mixed = s_.mixed.data() + (int64_t)first * width_ + column;
+        const float* weights = s_.weights.data() + first * TILE;
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
             for (int c = 0; c < WIDE; c++)
-                acc[r][c] = load<F32>(mixed + r * width + c * LANES) * splat(s_.shrink[first + r]);
-        for (int j = 0; j < held; j++)
+                acc[r][c] = load<F32>(mixed + r * width_ + c * LANES) * splat(s_.shrink[first + r]);
+        for (int j = 0; j < held; j++) {
+            F32 value[WIDE];
+#pragma GCC unroll 4
+            for (int c = 0; c < WIDE; c++) value[c] = source.get(j, column + c * LANES);
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; r++) {
                 const F32 weight = splat(weights[r * TILE + j]);
 #pragma GCC unroll 4
-                for (int c = 0; c < WIDE; c++)
-                    acc[r][c] = fma(weight, load<F32>(values + j * width + c * LANES), acc[r][c]);
+                for (int c = 0; c < WIDE; c++) acc[r][c] = fma(weight, value[c], acc[r][c]);
             }
+        }
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
-            for (int c = 0; c < WIDE; c++) store(mixed + r * width + c * LANES, acc[r][c]);
-    }
-    template <int ROWS>
-    void mix_columns(int row, int held, int width) {
-        int column = 0;
-        for (; column + MIX_LANES * LANES <= width; column += MIX_LANES * LANES)
-            mix_rows<ROWS, MIX_LANES>(row, column, held, width);
-        for (; column < width; column += 2 * LANES) mix_rows<ROWS, 2>(row, column, held, width);
-    }
-    void mix(int held) {
-        const int width = padded(job_.values.width);
-        int row = 0;
-        for (; row + MIX_ROWS <= unit_.rows; row += MIX_ROWS) mix_columns<MIX_ROWS>(row, held, width);
-        for (; row + 2 <= unit_.rows; row += 2) mix_columns<2>(row, held, width);
-        if (row < unit_.rows) mix_columns<1>(row, held, width);
+            for (int c = 0; c < WIDE; c++) store(mixed + r * width_ + c * LANES, acc[r][c]);
     }
 
     void give() {
-        const int width = job_.values.width, stride = padded(width);
+        const int width = job_.values.width;
         for (int r = 0; r < unit_.rows; r++) {
             const int at = unit_.first + r, head = unit_.head * group_ + at % group_;
             const int64_t to = (span_.row + at / group_) * job_.out.stride + (int64_t)head * width;
             for (int i = 0; i < width; i += LANES) {
                 // + 0: a negative zero must not tell whether a tile without weight was there.
-                F32 v = (load<F32>(s_.mixed.data() + (int64_t)r * stride + i) + splat(0.0f)) / splat(s_.total[r]);
+                F32 v = (load<F32>(s_.mixed.data() + (int64_t)r * width_ + i) + splat(0.0f)) / splat(s_.total[r]);
                 const int count = std::min(LANES, width - i);
                 if (PAIRS) {
                     U16x16 bits = narrow(v);
@@ -350,7 +369,7 @@ class Worker {
     const AttendSpan& span_;
     const Unit unit_;
     Scratch& s_;
-    const int group_;
+    const int group_, width_;
 };
 
 }  // namespace

@@ -52,23 +52,37 @@ inline F32 fma(F32 a, F32 b, F32 c) {
 }
 
 inline F32 select(I32 mask, F32 yes, F32 no) { return (F32)(((I32)yes & mask) | ((I32)no & ~mask)); }
-inline F32 larger(F32 a, F32 b) { return select(a > b, a, b); }
+inline F32 larger(F32 a, F32 b) {
+#if defined(__AVX512F__)
+    return (F32)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return select(a > b, a, b);
+#endif
+}
 inline F32 absolute(F32 a) { return (F32)((U32)a & 0x7FFFFFFFu); }
 
-// Lane 0 with 8, 1 with 9 ...: a fixed tree, so that a sum has one order on every machine.
+// Lane 0 with 8, 1 with 9 ... then 0 with 4 ...: a fixed tree.
 inline float sum(F32 v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)v);
+#else
     float x[LANES];
     store(x, v);
     for (int half = LANES / 2; half; half /= 2)
         for (int i = 0; i < half; i++) x[i] += x[i + half];
     return x[0];
+#endif
 }
 inline float largest(F32 v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)v);
+#else
     float x[LANES];
     store(x, v);
     float top = x[0];
     for (int i = 1; i < LANES; i++) top = x[i] > top ? x[i] : top;
     return top;
+#endif
 }
 
 // ---------------------------------------------------------------- bfloat16
@@ -153,6 +167,14 @@ inline U32 pack_exact(F32 low, F32 high) {
 }
 
 // ---------------------------------------------------------------- e4m3
+
+inline U32 widen_u8(const void* p) {
+#if defined(__AVX512F__)
+    return (U32)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+#else
+    return __builtin_convertvector(load<U8x16>(p), U32);
+#endif
+}
 
 // The values of sixteen codes divided by 256: a half with the exponent's bias moved. Exact, subnormals included.
 inline F32 decode_e4m3_by_256(U8x16 codes) {
