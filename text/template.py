@@ -11,6 +11,8 @@ import jinja2
 
 from ..core.errors import CheckpointError, InvalidRequest
 from .files import read_json, read_text, special_tokens
+from .gguf_file import GgufFile, is_gguf
+from .gguf_tokenizer import read_templates, special_tokens_of
 from .sandbox import LimitExceeded, Limits, MeteredEnvironment
 
 MAX_TEMPLATE_CHARS = 256 * 1024
@@ -40,17 +42,17 @@ class ChatTemplate:
         """The template of a checkpoint; None where it has none (a base model).
 
         `chat_template.jinja` and `additional_chat_templates/*.jinja` go before tokenizer_config.json's
-        `chat_template`, which is a string or a list of `{"name", "template"}`.
+        `chat_template`, which is a string or a list of `{"name", "template"}`. A GGUF file holds its own.
 
         Raises:
             CheckpointError: a file is broken; names it.
         """
-        directory = Path(directory)
-        sources = _sources(directory)
+        directory, file = Path(directory), GgufFile(directory) if is_gguf(directory) else None
+        sources = read_templates(file) if file else _sources(directory)
         if not sources:
             return None
         try:
-            return cls(sources, special_tokens(directory), limits)
+            return cls(sources, special_tokens_of(file) if file else special_tokens(directory), limits)
         except CheckpointError as error:
             raise CheckpointError(f"{directory}: {error.message}") from None
 

@@ -11,6 +11,8 @@ import tokenizers
 
 from ..core.errors import CheckpointError, InvalidRequest
 from .files import read_json, read_text, special_tokens
+from .gguf_file import GgufFile, is_gguf
+from .gguf_tokenizer import read_vocabulary
 
 
 class Tokenizer:
@@ -38,11 +40,13 @@ class Tokenizer:
     @classmethod
     def load(cls, directory: str | Path) -> Tokenizer:
         """Read tokenizer.json and, where present, tokenizer_config.json, special_tokens_map.json and
-        generation_config.json (whose `eos_token_id` also end a text, e.g. a chat's end of turn).
+        generation_config.json (whose `eos_token_id` also end a text, e.g. a chat's end of turn); or a GGUF file.
 
         Raises:
             CheckpointError: a file is missing or broken; names it.
         """
+        if is_gguf(directory):
+            return cls(*read_vocabulary(GgufFile(directory)))
         directory = Path(directory)
         path = directory / "tokenizer.json"
         if not path.is_file():

@@ -1,0 +1,237 @@
+"""A tokenizer, its special tokens and chat templates out of a GGUF file's metadata. Knows no tensor, no model.
+
+Two kinds: byte-level BPE with merges (`tokenizer.ggml.model` "gpt2"), and SentencePiece's BPE by scores ("llama").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+
+from ..core.errors import CheckpointError
+from .gguf_file import GgufFile
+from .gguf_words import RULES
+
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+_SPECIAL_KEYS = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "pad_token": "padding_token_id",
+    "unk_token": "unknown_token_id",
+    "sep_token": "seperator_token_id",  # GGUF spells it so
+    "cls_token": "cls_token_id",
+    "mask_token": "mask_token_id",
+}
+# Files name one end of a text, but chats end in these too; Hugging Face's generation_config.json is not in the file.
+_ENDS = frozenset(
+    {
+        *("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>", "<|end|>", "<end_of_turn>"),
+        *("<EOT>", "_<EOT>", "[EOT]", "<\uff5cend\u2581of\u2581sentence\uff5c>"),
+    }
+)
+
+
+class Vocabulary(NamedTuple):
+    """What `text/tokenizer.py` makes a tokenizer of."""
+
+    backend: tokenizers.Tokenizer
+    special: dict[str, str]  # by the names that chat templates know
+    eos_ids: tuple[int, ...]
+
+
+def read_vocabulary(file: GgufFile) -> Vocabulary:
+    """The tokenizer of a file.
+
+    Raises:
+        CheckpointError: it holds none, or one of a kind that is not served; names the key.
+    """
+    tokens, kind = _tokens(file), file.text("tokenizer.ggml.model")
+    if kind == "gpt2":
+        backend, begins = _byte_level(file, tokens)
+    elif kind == "llama":
+        backend, begins = _by_scores(file, tokens)
+    else:
+        raise CheckpointError(
+            f"{file.path}: tokenizer.ggml.model is {kind!r}; served: gpt2, llama. Give the model in safetensors "
+            "with its tokenizer.json"
+        )
+    _add_tokens(backend, tokens, _token_kinds(file, tokens), special_ids(file))
+    _add_ends(file, backend, tokens, begins)
+    return Vocabulary(backend, special_tokens_of(file, tokens), end_ids(file, tokens))
+
+
+def read_templates(file: GgufFile) -> dict[str, str]:
+    """Chat templates by name; "default" is the one without a name."""
+    found = {}
+    for key, value in file.metadata.items():
+        if isinstance(value, str) and key.startswith("tokenizer.chat_template"):
+            found[key.removeprefix("tokenizer.chat_template").removeprefix(".") or "default"] = value
+    return found
+
+
+def special_tokens_of(file: GgufFile, tokens: Sequence[str] | None = None) -> dict[str, str]:
+    """The special tokens by the names that chat templates know."""
+    tokens = _tokens(file) if tokens is None else tokens
+    named = {name: _token_id(file, key) for name, key in _SPECIAL_KEYS.items()}
+    return {name: tokens[id_] for name, id_ in named.items() if id_ is not None}
+
+
+def special_ids(file: GgufFile) -> frozenset[int]:
+    """All ids that the file names as special."""
+    keys = (*_SPECIAL_KEYS.values(), "eot_token_id", "eom_token_id")
+    return frozenset(
+        id_ for id_ in (_token_id(file, key) for key in keys if key != "unknown_token_id") if id_ is not None
+    )
+
+
+def beginning_id(file: GgufFile) -> int | None:
+    """The beginning-of-sequence token, where there is one."""
+    return _token_id(file, "bos_token_id")
+
+
+def end_ids(file: GgufFile, tokens: Sequence[str] | None = None) -> tuple[int, ...]:
+    """What ends a text: the ids that the file names, and the chat ends that its vocabulary holds as special tokens."""
+    tokens = _tokens(file) if tokens is None else tokens
+    named = [_token_id(file, key) for key in ("eos_token_id", "eot_token_id", "eom_token_id")]
+    kinds = _token_kinds(file, tokens)
+    by_text = [i for i, token in enumerate(tokens) if token in _ENDS and kinds[i] in (_CONTROL, _USER_DEFINED)]
+    return tuple(dict.fromkeys([id_ for id_ in named if id_ is not None] + by_text))
+
+
+# ---------------------------------------------------------------- the two kinds
+
+
+def _byte_level(file: GgufFile, tokens: list[str]) -> tuple[tokenizers.Tokenizer, bool]:
+    name = file.metadata.get("tokenizer.ggml.pre", "default")
+    rule = RULES.get(str(name))
+    if rule is None:
+        raise CheckpointError(
+            f"{file.path}: tokenizer.ggml.pre is {name!r}; served: {', '.join(RULES)}. Give the model in safetensors "
+            "with its tokenizer.json"
+        )
+    merges = [_split_merge(merge) for merge in file.strings("tokenizer.ggml.merges")]
+    if not merges:
+        raise CheckpointError(f"{file.path} has no tokenizer.ggml.merges; fetch or convert it again")
+    try:
+        backend = tokenizers.Tokenizer(models.BPE(_ids(tokens), merges, ignore_merges=rule.whole_words))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise CheckpointError(f"{file.path}: tokenizer.ggml.merges do not fit the tokens: {error}") from None
+    if rule.composed:
+        backend.normalizer = normalizers.NFC()
+    cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in rule.patterns]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return backend, rule.begins
+
+
+def _split_merge(merge: str) -> tuple[str, str]:
+    left, _, right = merge[1:].partition(" ")  # a part may begin with a space, but is never one
+    return merge[:1] + left, right
+
+
+def _by_scores(file: GgufFile, tokens: list[str]) -> tuple[tokenizers.Tokenizer, bool]:
+    scores = file.numbers("tokenizer.ggml.scores")
+    if len(scores) != len(tokens):
+        raise CheckpointError(
+            f"{file.path}: {len(scores)} tokenizer.ggml.scores for {len(tokens)} tokens; fetch or convert it again"
+        )
+    unknown = _token_id(file, "unknown_token_id")
+    kinds = _token_kinds(file, tokens)
+    if unknown is None:
+        unknown = next((i for i, kind in enumerate(kinds) if kind == _UNKNOWN), 0)
+    merges = _merges(tokens, scores, kinds)
+    backend = tokenizers.Tokenizer(
+        models.BPE(_ids(tokens), merges, unk_token=tokens[unknown], fuse_unk=True, byte_fallback=True)
+    )
+    prefixed = file.flag("tokenizer.ggml.add_space_prefix", True)
+    spaces = normalizers.Replace(" ", "\u2581")
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), spaces]) if prefixed else spaces
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefixed else steps)
+    return backend, True
+
+
+def _merges(tokens: list[str], scores: list[float], kinds: list[int]) -> list[tuple[str, str]]:
+    """Every way to make a token of two others, best score first: SentencePiece's rule as a list of merges."""
+    by_text = _ids(tokens)
+    found: list[tuple[float, int, int, int]] = []
+    for id_, token in enumerate(tokens):
+        if kinds[id_] != _NORMAL or len(token) < 2:
+            continue
+        for place in range(1, len(token)):
+            left, right = by_text.get(token[:place]), by_text.get(token[place:])
+            if left is not None and right is not None:
+                found.append((-scores[id_], id_, left, right))
+    found.sort()
+    return [(tokens[left], tokens[right]) for _, _, left, right in found]
+
+
+# ---------------------------------------------------------------- what both have
+
+
+def _tokens(file: GgufFile) -> list[str]:
+    tokens = file.strings("tokenizer.ggml.tokens")
+    if not tokens:
+        raise CheckpointError(f"{file.path} has no tokenizer.ggml.tokens; give a file that holds its vocabulary")
+    return tokens
+
+
+def _ids(tokens: Sequence[str]) -> dict[str, int]:
+    """Ids by token; of equal ones the first, the others have no text."""
+    ids: dict[str, int] = {}
+    for id_, token in enumerate(tokens):
+        if token:
+            ids.setdefault(token, id_)
+    return ids
+
+
+def _token_kinds(file: GgufFile, tokens: Sequence[str]) -> list[int]:
+    kinds = file.numbers("tokenizer.ggml.token_type")
+    if kinds and len(kinds) != len(tokens):
+        raise CheckpointError(
+            f"{file.path}: {len(kinds)} tokenizer.ggml.token_type for {len(tokens)} tokens; fetch or convert it again"
+        )
+    return kinds or [_NORMAL] * len(tokens)
+
+
+def _token_id(file: GgufFile, key: str) -> int | None:
+    found = file.metadata.get("tokenizer.ggml." + key)
+    array = file.metadata.get("tokenizer.ggml.tokens")
+    count = getattr(array, "count", 0)
+    if found is None or found in (-1, 0xFFFFFFFF):  # some converters write "none" so
+        return None
+    if not isinstance(found, int) or isinstance(found, bool) or not 0 <= found < count:
+        raise CheckpointError(f"{file.path}: tokenizer.ggml.{key} is {found!r}; must be below {count}")
+    return found
+
+
+def _add_tokens(
+    backend: tokenizers.Tokenizer, tokens: Sequence[str], kinds: Sequence[int], named: frozenset[int]
+) -> None:
+    """Mark tokens that stand for themselves wherever they are written; special ones give no text."""
+    first = _ids(tokens)
+    added = []
+    for id_, token in enumerate(tokens):
+        special = kinds[id_] == _CONTROL or id_ in named or (token in _ENDS and kinds[id_] == _USER_DEFINED)
+        if (special or kinds[id_] == _USER_DEFINED) and first.get(token) == id_:
+            added.append(AddedToken(token, special=special, normalized=False))
+    backend.add_tokens(added)
+
+
+def _add_ends(file: GgufFile, backend: tokenizers.Tokenizer, tokens: Sequence[str], begins: bool) -> None:
+    """Put the beginning and end of sequence around a text where the file asks for it."""
+    around: list[tuple[str, int]] = []
+    template = ["$A"]
+    if file.flag("tokenizer.ggml.add_bos_token", begins) and (bos := _token_id(file, "bos_token_id")) is not None:
+        template.insert(0, "BOS")
+        around.append(("BOS", bos))
+    if file.flag("tokenizer.ggml.add_eos_token", False) and (eos := _token_id(file, "eos_token_id")) is not None:
+        template.append("EOS")
+        around.append(("EOS", eos))
+    if around:
+        backend.post_processor = processors.TemplateProcessing(single=" ".join(template), special_tokens=around)
