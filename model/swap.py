@@ -21,8 +21,9 @@ class SwapRule:
     """What one swap costs (out, in, and the check of its digests), in tokens that could be computed meanwhile.
 
     What a sequence owns alone counts as lost by recompute: its cached blocks are free, and it was preempted because
-    free blocks are gone. On the 254 M-parameter shape on CPU a block of 16 tokens costs less than a token to copy;
-    tiny models compute as fast as they copy, and swap too early by this rule: nothing breaks, little is lost.
+    free blocks are gone. Measured on one CPU core with 16 layers of 8 heads of 64, FP8: 0.3 ms per block of 16 tokens
+    out, in and verified, which is about a token of that model's prefill; twice that is charged, so that a doubtful
+    swap is not made. A much smaller model computes as fast as it copies: then little is won, and nothing breaks.
     """
 
     tokens_per_block: float = 2.0
