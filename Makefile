@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PROTOC := PATH="$(CURDIR)/.venv-protos/bin:$$PATH" .venv-protos/bin/python
 
-.PHONY: setup check format test campaigns demo serve bench protos docs clean
+.PHONY: setup check format test campaigns demo serve bench bench-engine protos docs clean
 
 setup: $(STAMP)-all
 
@@ -46,6 +46,10 @@ bench: $(STAMP)-all
 	$(BIN)/python bench/handover.py
 	$(BIN)/python bench/serve.py
 	$(BIN)/python bench/quality.py
+
+# Beside transformers, llama.cpp, OpenVINO and vLLM: installs them (into .bench-envs/) the first time, which takes long.
+bench-engine: $(STAMP)-all,test
+	$(BIN)/python bench/engine/campaign.py $(BENCH_ENGINE)
 
 # Generated with an older protoc, so that the code loads on every protobuf from 6.31 on (docs/decisions/0002).
 protos: .venv-protos/.installed

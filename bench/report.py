@@ -56,12 +56,12 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows])
 
 
-def save(name: str, title: str, body: str, data: dict[str, Any]) -> Path:
-    """Write `results/<name>.md` (for people) and `.json` (for scripts)."""
-    facts = machine()
+def save(name: str, title: str, body: str, data: dict[str, Any], facts: dict[str, Any] | None = None) -> Path:
+    """Write `results/<name>.md` (for people) and `.json` (for scripts). `facts`: `machine()` taken before the work."""
+    facts = machine() if facts is None else facts
     command = "python " + " ".join(sys.argv)
     lines = [f"# {title}", "", f"`{command}`", "", ", ".join(f"{k} {v}" for k, v in facts.items()), "", body, ""]
-    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / name).parent.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps({"command": command, "machine": facts} | data, indent=1) + "\n")
     path = RESULTS / f"{name}.md"
     path.write_text("\n".join(lines))

@@ -1,0 +1,157 @@
+"""Contestant: Twostroke's real engine: scheduler, paged cache, sampling, and tokens streamed through its link.
+
+Variants: `none`, `int8` (what `RunnerOptions.quantization` takes). The decoder's own time is taken by wrapping the two
+calls that the runner makes to it; what remains of a step is scheduler, batch, sampling, seals and streaming.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import checkpoint
+from protocol import MAX_BATCH, NEW_TOKENS, PROMPT_TOKENS, RAMP_TOKENS, Trace, arguments, serve
+
+from twostroke.core.clock import MonotonicClock
+from twostroke.core.request import FinishReason, SamplingParams, SequenceKey
+from twostroke.decode_worker.policy import combined_policy
+from twostroke.kv.block import chain
+from twostroke.kv.pool import BlockPool
+from twostroke.kv.prefix import PrefixCache
+from twostroke.model.config import StepConfig
+from twostroke.model.core import CoreLimits, EngineCore
+from twostroke.model.engine import Engine
+from twostroke.model.link import Ended, LoadNews, Source, StepTokens, Stop, Submit
+from twostroke.model.loader import RunnerOptions, load_runner
+from twostroke.model.policy import StepLimits
+from twostroke.model.runner import Runner
+from twostroke.model.thread_link import ThreadLink
+
+BLOCK_TOKENS = 16
+POOL_TOKENS = 2 * MAX_BATCH * (PROMPT_TOKENS + NEW_TOKENS + RAMP_TOKENS)  # as in service: half of it holds old prefixes
+KEY, ROOT = b"bench", b"root"
+TIMEOUT_S = 300.0
+
+
+class Ours:
+    """Satisfies protocol.Contestant. The face is this thread's event loop, the engine has a thread of its own."""
+
+    ramp_tokens = RAMP_TOKENS
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        self.given = given
+        self.count = 0
+        self.loop = asyncio.new_event_loop()
+        self.spans_s: list[tuple[float, float]] = []
+
+    def prepare(self) -> dict[str, Any]:
+        options = {"num_blocks": POOL_TOKENS // BLOCK_TOKENS, "num_threads": self.given.threads}
+        if self.given.variant != "none":
+            if "quantization" not in {field.name for field in dataclasses.fields(RunnerOptions)}:
+                raise NotImplementedError(f"this release has no {self.given.variant} weights")
+            options["quantization"] = self.given.variant
+        runner = load_runner(self.given.checkpoint / "hf", RunnerOptions(block_tokens=BLOCK_TOKENS, **options))
+        step = StepConfig()
+        limits = StepLimits(step.max_num_seqs, step.max_num_batched_tokens, step.max_waiting)
+        pool = BlockPool(options["num_blocks"], BLOCK_TOKENS)
+        self.link = ThreadLink()
+        core = EngineCore(
+            CoreLimits(runner.max_model_len),
+            pool,
+            PrefixCache(pool),
+            combined_policy(limits),
+            eos_ids=runner.spec.eos_ids,
+            key=KEY,
+        )
+        self.engine = Engine(core, runner, runner.store, self.link, MonotonicClock())
+        self.engine.start()
+        self.loop.run_until_complete(asyncio.wait_for(self._ready(), TIMEOUT_S))
+        self._time_the_decoder(runner)
+        return {
+            "weight_bytes": _weight_bytes(self.given.variant),
+            "kv_pool_bytes": POOL_TOKENS * runner.store.spec.bytes_per_token,
+            "arithmetic": runner.ops.description,
+            "max_batch_tokens": limits.max_batch_tokens,
+        }
+
+    def generate(self, prompts: list[list[int]], new_tokens: int) -> Trace:
+        self.spans_s.clear()
+        self._began_s = time.perf_counter()
+        return self.loop.run_until_complete(asyncio.wait_for(self._generate(prompts, new_tokens), TIMEOUT_S))
+
+    def extra(self) -> dict[str, Any]:
+        """When the decoder computed, of the last repeat."""
+        return {"decoder_spans": [(a - self._began_s, b - self._began_s) for a, b in self.spans_s]}
+
+    async def _generate(self, prompts: list[list[int]], new_tokens: int) -> Trace:
+        trace = Trace(len(prompts))
+        params = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
+        places: dict[SequenceKey, int] = {}
+        for place, prompt in enumerate(prompts):
+            self.count += 1
+            key = SequenceKey(str(self.count), 0)
+            places[key] = place
+            identities = tuple(chain(KEY, ROOT, prompt))
+            self.link.send(Submit(key, Source.LOCAL, tuple(prompt), identities, ROOT, params))
+        left = len(prompts)
+        while left:
+            for event in await self.link.receive():
+                if isinstance(event, StepTokens):
+                    trace.note({places[news.key]: news.token_ids for news in event.news})
+                elif isinstance(event, Ended):
+                    left -= 1
+                    if event.reason is not FinishReason.LENGTH:
+                        raise RuntimeError(f"a sequence ended by {event.reason}: {event.error_message}")
+        return trace
+
+    async def _ready(self) -> None:
+        """The first beat that does not say "loading"."""
+        while True:
+            events = await self.link.receive()
+            if not events:
+                raise RuntimeError("the engine ended while it loaded")
+            if any(isinstance(event, LoadNews) and event.phase == "idle" for event in events):
+                return
+
+    def _time_the_decoder(self, runner: Runner) -> None:
+        """Between two generations, with the engine idle: its thread reads these attributes at the next step."""
+        decoder: Any = runner._decoder
+        decoder.hidden = self._timed(decoder.hidden)
+        decoder.logits = self._timed(decoder.logits)
+
+    def _timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any, **named: Any) -> Any:
+            began_s = time.perf_counter()
+            try:
+                return call(*arguments, **named)
+            finally:
+                self.spans_s.append((began_s, time.perf_counter()))
+
+        return timed
+
+    def close(self) -> None:
+        """End the engine's thread."""
+        self.link.send(Stop())
+        self.engine.join(TIMEOUT_S)
+
+
+def _weight_bytes(quantization: str) -> int:
+    """bf16 throughout; int8: a byte per number of every matrix that is multiplied by, and a float32 per its row."""
+    hidden, ffn = checkpoint.HIDDEN, checkpoint.FFN
+    query, key = checkpoint.HEADS * checkpoint.HEAD_DIM, checkpoint.KV_HEADS * checkpoint.HEAD_DIM
+    layer = [(query + 2 * key, hidden), (hidden, query), (2 * ffn, hidden), (hidden, ffn)]
+    matrices = [*layer * checkpoint.LAYERS, (checkpoint.VOCABULARY, hidden)]
+    numbers = sum(rows * columns for rows, columns in matrices)
+    others = 2 * (checkpoint.VOCABULARY * hidden + (2 * checkpoint.LAYERS + 1) * hidden)  # embedding and norms
+    return others + (2 * numbers if quantization == "none" else numbers + 4 * sum(rows for rows, _ in matrices))
+
+
+if __name__ == "__main__":
+    contestant = Ours(arguments())
+    serve(contestant)
+    if hasattr(contestant, "engine"):
+        contestant.close()
