@@ -220,7 +220,8 @@ def test_a_frame_must_hold_all_that_the_cache_needs():
 def test_auxiliary_sections_are_left_alone_and_unknown_ones_distrusted():
     k, v = section("k"), section("v")
     assert damaged_ranges([k, v, replace(v, group="draft", component="x")], 16, 40, KEY) == []
-    assert damaged_ranges([k, replace(v, component="latent")], 16, 40, KEY) == [(16, 40)]
+    assert damaged_ranges([k, replace(v, component="unheard")], 16, 40, KEY) == [(16, 40)]
+    assert damaged_ranges([k, replace(v, component="latent")], 16, 40, KEY) == [(16, 40)]  # known, but not its place
 
 
 def test_frames_have_whole_hash_blocks_and_one_at_least():

@@ -112,15 +112,25 @@ def test_only_sequences_that_sample_get_a_token_and_finished_hash_blocks_are_sea
     assert runner.store.verify(prompt.held(48))
 
 
-@pytest.mark.parametrize("kv", ["fp8", "bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("model", "kv"), [("llama", "fp8"), ("llama", "bfloat16"), ("llama", "float32"), ("deepseek-v3", "fp8")]
+)
 @pytest.mark.parametrize(("prefill_block", "decode_block"), [(16, 64), (32, 16)])
 def test_a_hand_over_between_stores_changes_no_token(
-    make_runner: MakeRunner, tiny: Path, kv: str, prefill_block: int, decode_block: int
+    make_runner: MakeRunner,
+    tiny: Path,
+    family_directory: Callable[[str], Path],
+    *,
+    model: str,
+    kv: str,
+    prefill_block: int,
+    decode_block: int,
 ) -> None:
+    directory = tiny if model == "llama" else family_directory(model)  # the latter caches a latent and a rotary key
     ids = ids_of(9, 75)
-    expected = generate_alone(make_runner, tiny, Sequence("s", ids, SEEDED, 0, 16), 10, kv_dtype=kv)
-    prefill = make_runner(tiny, kv_dtype=kv, block_tokens=prefill_block)
-    decode = make_runner(tiny, kv_dtype=kv, block_tokens=decode_block)
+    expected = generate_alone(make_runner, directory, Sequence("s", ids, SEEDED, 0, 16), 10, kv_dtype=kv)
+    prefill = make_runner(directory, kv_dtype=kv, block_tokens=prefill_block)
+    decode = make_runner(directory, kv_dtype=kv, block_tokens=decode_block)
     here = Sequence("p", ids, SEEDED, 2, prefill_block)
     there = Sequence("d", ids, SEEDED, 5, decode_block)
     while len(here.ids) == len(ids):

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-VOCAB = 128
+VOCAB = 160
 
 
 @dataclass(frozen=True)
