@@ -9,11 +9,11 @@ bound is about four times the number of seeds that finding it took, counted from
 | duplicates_are_accepted                   | L1     |          21 |   100 |
 | refetch_is_ignored                        | L1     |          65 |   300 |
 | slot_of_a_damaged_frame_is_kept           | L1     |          65 |   300 |
-| silence_is_ignored                        | R7     |           3 |    50 |
+| silence_is_ignored                        | R7     |          16 |    60 |
 | first_token_is_sampled_again              | R3     |          42 |   200 |
 | everything_is_kept_after_a_loss           | K4     |           3 |    50 |
 | bind_is_forgotten_after_not_yet           | L1     |          66 |   300 |
-| promise_is_kept_after_cancel              | K2     |           3 |    50 |
+| promise_is_kept_after_cancel              | K2     |           4 |    50 |
 | prefix_is_taken_without_owning_it         | K2     |           2 |    50 |
 | prefix_is_published_before_it_is_computed | K3     |           3 |    50 |
 | tenants_share_prefixes                    | K4     |           7 |    50 |
@@ -307,7 +307,7 @@ PLANTED = (
     Planted(duplicates_are_accepted, ("L1",), 100),
     Planted(refetch_is_ignored, ("L1",), 300),
     Planted(slot_of_a_damaged_frame_is_kept, ("L1",), 300),
-    Planted(silence_is_ignored, ("R7",), 50),
+    Planted(silence_is_ignored, ("R7",), 60),
     Planted(first_token_is_sampled_again, ("R3",), 200),
     Planted(everything_is_kept_after_a_loss, ("K4",), 50),
     Planted(bind_is_forgotten_after_not_yet, ("L1",), 300),
