@@ -19,7 +19,7 @@ from .reference import Activation
 _COLUMNS = 1024
 
 
-@triton.jit(do_not_specialize=["stride"])
+@triton.jit
 def _act_mul_kernel(gate_up_ptr, out_ptr, stride, FFN: tl.constexpr, GELU: tl.constexpr, COLUMNS: tl.constexpr):  # noqa: PLR0917
     """Grid: (rows, ceil(FFN / COLUMNS))."""
     row = tl.program_id(0).to(tl.int64)

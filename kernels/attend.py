@@ -53,13 +53,12 @@ def _tanh(x):
 
 
 @triton.jit
-def take_tile(  # noqa: PLR0917
-    q, k, k_scale, v, v_scale, seen, top, total, out, score_scale, cap,
-    CAPPED: tl.constexpr, PRECISE: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """The running maximum, sum of weights and weighted values after one more tile.
+def weigh_keys(  # noqa: PLR0917
+    q, k, k_scale, seen, top, total, out, score_scale, cap, CAPPED: tl.constexpr, INTERPRETED: tl.constexpr
+):
+    """Weights [rows, tokens] of one more tile, and the running maximum, sum and values, brought to its maximum.
 
-    q [rows, width]; k and v [tokens, width] bf16 with scales [tokens]; seen [rows, tokens]. Scores are in base 2:
+    q [rows, width]; k [tokens, width] bf16 with scales [tokens]; seen [rows, tokens]. Scores are in base 2:
     `score_scale` times the product, or `cap * tanh` of it. A tile of which a row sees nothing leaves the row's bits.
     """
     k = tl.trans(_operand(k.to(q.dtype), INTERPRETED))
@@ -71,9 +70,12 @@ def take_tile(  # noqa: PLR0917
     base = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen yet
     weights = tl.exp2(scores - base[:, None])
     shrink = tl.exp2(top - base)
-    total = total * shrink + tl.sum(weights, axis=1)
-    out = out * shrink[:, None]
+    return weights, higher, total * shrink + tl.sum(weights, axis=1), out * shrink[:, None]
 
+
+@triton.jit
+def add_values(weights, v, v_scale, out, PRECISE: tl.constexpr, INTERPRETED: tl.constexpr):  # noqa: PLR0917
+    """`out` plus the tile's values v [tokens, width] bf16 with scales [tokens], weighted."""
     weights = weights * v_scale[None, :]
     v = _operand(v, INTERPRETED)
     coarse = weights.to(tl.bfloat16)
@@ -81,12 +83,11 @@ def take_tile(  # noqa: PLR0917
         # A bf16 weight alone would cost 2**-9. Its remainder, also bf16, brings that to 2**-17; v is exact.
         fine = (weights - coarse.to(tl.float32)).to(tl.bfloat16)
         out = tl.dot(_operand(fine, INTERPRETED), v, out, input_precision="ieee")
-    out = tl.dot(_operand(coarse, INTERPRETED), v, out, input_precision="ieee")
-    return higher, total, out
+    return tl.dot(_operand(coarse, INTERPRETED), v, out, input_precision="ieee")
 
 
 def score_factors(scale: float, softcap: float | None) -> tuple[float, float]:
-    """`score_scale` and `cap` of `take_tile`, in base 2."""
+    """`score_scale` and `cap` of `weigh_keys`, in base 2."""
     return (scale * _LOG2_E, 0.0) if softcap is None else (scale / softcap, softcap * _LOG2_E)
 
 

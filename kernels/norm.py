@@ -19,7 +19,7 @@ from .reference import Normed
 _NUMBERS = 2048  # of narrow rows in one program
 
 
-@triton.jit(do_not_specialize=["num_rows", "x_row_stride", "x_head_stride", "delta_stride"])
+@triton.jit(do_not_specialize=["num_rows"])
 def _rms_norm_kernel(  # noqa: PLR0917
     x_ptr, delta_ptr, weight_ptr, sum_ptr, out_ptr, num_rows, x_row_stride, x_head_stride, delta_stride, eps,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, WIDTH_PADDED: tl.constexpr,

@@ -16,7 +16,16 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .attend import SPLIT_TOKENS, TILE_TOKENS, check_attention, load_stored, numbers_of, score_factors, take_tile
+from .attend import (
+    SPLIT_TOKENS,
+    TILE_TOKENS,
+    add_values,
+    check_attention,
+    load_stored,
+    numbers_of,
+    score_factors,
+    weigh_keys,
+)
 from .reference import Planes
 
 
@@ -52,11 +61,12 @@ def _attend_split_kernel(  # noqa: PLR0917
         block = tl.load(tables_ptr + sequence * table_stride + position // BLOCK_TOKENS, mask=stored, other=0)
         row = (block.to(tl.int64) * KV_HEADS + head) * BLOCK_TOKENS + position % BLOCK_TOKENS
         k, k_scale = load_stored(k_payload_ptr, k_scales_ptr, row, column, stored, WIDTH, FP8)
-        v, v_scale = load_stored(v_payload_ptr, v_scales_ptr, row, column, stored, WIDTH, FP8)
         seen = (stored & (position >= first))[None, :]
-        top, total, out = take_tile(
-            q, k, k_scale, v, v_scale, seen, top, total, out, score_scale, cap, CAPPED, True, INTERPRETED
+        weights, top, total, out = weigh_keys(
+            q, k, k_scale, seen, top, total, out, score_scale, cap, CAPPED, INTERPRETED
         )
+        v, v_scale = load_stored(v_payload_ptr, v_scales_ptr, row, column, stored, WIDTH, FP8)
+        out = add_values(weights, v, v_scale, out, True, INTERPRETED)
 
     part = query_head * num_splits + split
     tl.store(out_ptr + part[:, None] * WIDTH + column[None, :], out, mask=real)

@@ -23,7 +23,16 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .attend import SPLIT_TOKENS, TILE_TOKENS, check_attention, load_stored, numbers_of, score_factors, take_tile
+from .attend import (
+    SPLIT_TOKENS,
+    TILE_TOKENS,
+    add_values,
+    check_attention,
+    load_stored,
+    numbers_of,
+    score_factors,
+    weigh_keys,
+)
 from .reference import Planes
 from .reference_attention import Chunk
 
@@ -45,21 +54,15 @@ def _sequence_of(program, starts_ptr, num_seqs, TOKENS: tl.constexpr):
 @triton.jit
 def _load_tile(  # noqa: PLR0917
     payload_ptr, scales_ptr, chunk_ptr, row, chunk_row, column, in_prefix, in_chunk,
-    WIDTH: tl.constexpr, FP8: tl.constexpr, PREFIX: tl.constexpr, CHUNK: tl.constexpr,
+    WIDTH: tl.constexpr, FP8: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Keys or values of a tile that lies in the prefix, in the chunk, or across both: numbers and their scales."""
-    if PREFIX:
-        numbers, scale = load_stored(payload_ptr, scales_ptr, row, column, in_prefix, WIDTH, FP8)
+    """Keys or values of a tile that lies in blocks and, with CHUNK, perhaps in scratch: numbers and their scales."""
+    numbers, scale = load_stored(payload_ptr, scales_ptr, row, column, in_prefix, WIDTH, FP8)
     if CHUNK:
         real = in_chunk[:, None] & (column < WIDTH)[None, :]
         scratch = tl.load(chunk_ptr + chunk_row[:, None] * WIDTH + column[None, :], mask=real, other=0.0)
-        scratch = scratch.to(tl.bfloat16)
-        if PREFIX:
-            numbers = tl.where(in_chunk[:, None], scratch, numbers)
-            scale = tl.where(in_chunk, 1.0, scale)
-        else:
-            numbers = scratch
-            scale = tl.full(chunk_row.shape, 1.0, tl.float32)
+        numbers = tl.where(in_chunk[:, None], scratch.to(tl.bfloat16), numbers)
+        scale = tl.where(in_chunk, 1.0, scale)
     return numbers, scale
 
 
@@ -70,28 +73,27 @@ def _take_keys(  # noqa: PLR0917
     top, total, out, score_scale, cap, window,
     KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_TOKENS: tl.constexpr, TILE: tl.constexpr,
     FP8: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, PRECISE: tl.constexpr,
-    INTERPRETED: tl.constexpr, PREFIX: tl.constexpr, CHUNK: tl.constexpr,
+    INTERPRETED: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys and values, loaded and taken; which of the two sources it may lie in is known beforehand."""
+    """One tile of keys and values, loaded and taken; without CHUNK all of it lies in blocks."""
     position = tile + tl.arange(0, TILE)
     in_prefix, in_chunk = position < prefix, (position >= prefix) & (position < context)
-    row = tl.zeros_like(position).to(tl.int64)
-    if PREFIX:
-        block = tl.load(table_ptr + position // BLOCK_TOKENS, mask=in_prefix, other=0).to(tl.int64)
-        row = (block * KV_HEADS + head) * BLOCK_TOKENS + position % BLOCK_TOKENS
+    block = tl.load(table_ptr + position // BLOCK_TOKENS, mask=in_prefix, other=0).to(tl.int64)
+    row = (block * KV_HEADS + head) * BLOCK_TOKENS + position % BLOCK_TOKENS
     chunk_row = (chunk_start + position - prefix).to(tl.int64) * KV_HEADS + head
     k, k_scale = _load_tile(
         k_payload_ptr, k_scales_ptr, k_chunk_ptr, row, chunk_row, column, in_prefix, in_chunk,
-        WIDTH, FP8, PREFIX, CHUNK,
-    )  # fmt: skip
-    v, v_scale = _load_tile(
-        v_payload_ptr, v_scales_ptr, v_chunk_ptr, row, chunk_row, column, in_prefix, in_chunk,
-        WIDTH, FP8, PREFIX, CHUNK,
+        WIDTH, FP8, CHUNK,
     )  # fmt: skip
     seen = position[None, :] <= query_position[:, None]
     if WINDOWED:
         seen = seen & (position[None, :] > query_position[:, None] - window)
-    return take_tile(q, k, k_scale, v, v_scale, seen, top, total, out, score_scale, cap, CAPPED, PRECISE, INTERPRETED)
+    weights, top, total, out = weigh_keys(q, k, k_scale, seen, top, total, out, score_scale, cap, CAPPED, INTERPRETED)
+    v, v_scale = _load_tile(
+        v_payload_ptr, v_scales_ptr, v_chunk_ptr, row, chunk_row, column, in_prefix, in_chunk,
+        WIDTH, FP8, CHUNK,
+    )  # fmt: skip
+    return top, total, add_values(weights, v, v_scale, out, PRECISE, INTERPRETED)
 
 
 @triton.jit(do_not_specialize=["num_seqs", "window", "table_stride"])
@@ -137,32 +139,24 @@ def _attend_chunks_kernel(  # noqa: PLR0917
         total = tl.zeros((ROWS,), tl.float32)
         out = tl.zeros((ROWS, WIDTH_PADDED), tl.float32)
         low, high = tl.maximum(split * SPLIT, begin), tl.minimum(split * SPLIT + SPLIT, end)
-        # [low, whole) lies in blocks, [whole, mixed) across, [mixed, high) in scratch.
-        whole, mixed = high, high
+        # [low, whole) lies in blocks; [whole, high) in scratch, but for the tile that lies across.
+        whole = high
         if SCRATCH:
             whole = tl.minimum(high, tl.maximum(low, prefix // TILE * TILE))
-            mixed = tl.minimum(high, tl.maximum(low, (prefix + TILE - 1) // TILE * TILE))
         for tile in range(low, whole, TILE):
             top, total, out = _take_keys(
                 q, query_position, tile, prefix, context, start, table_ptr, head, column,
                 k_payload_ptr, k_scales_ptr, v_payload_ptr, v_scales_ptr, k_chunk_ptr, v_chunk_ptr,
                 top, total, out, score_scale, cap, window, KV_HEADS, WIDTH, BLOCK_TOKENS, TILE,
-                FP8, WINDOWED, CAPPED, PRECISE, INTERPRETED, True, False,
+                FP8, WINDOWED, CAPPED, PRECISE, INTERPRETED, False,
             )  # fmt: skip
         if SCRATCH:
-            for tile in range(whole, mixed, TILE):
+            for tile in range(whole, high, TILE):
                 top, total, out = _take_keys(
                     q, query_position, tile, prefix, context, start, table_ptr, head, column,
                     k_payload_ptr, k_scales_ptr, v_payload_ptr, v_scales_ptr, k_chunk_ptr, v_chunk_ptr,
                     top, total, out, score_scale, cap, window, KV_HEADS, WIDTH, BLOCK_TOKENS, TILE,
-                    FP8, WINDOWED, CAPPED, PRECISE, INTERPRETED, True, True,
-                )  # fmt: skip
-            for tile in range(mixed, high, TILE):
-                top, total, out = _take_keys(
-                    q, query_position, tile, prefix, context, start, table_ptr, head, column,
-                    k_payload_ptr, k_scales_ptr, v_payload_ptr, v_scales_ptr, k_chunk_ptr, v_chunk_ptr,
-                    top, total, out, score_scale, cap, window, KV_HEADS, WIDTH, BLOCK_TOKENS, TILE,
-                    FP8, WINDOWED, CAPPED, PRECISE, INTERPRETED, False, True,
+                    FP8, WINDOWED, CAPPED, PRECISE, INTERPRETED, True,
                 )  # fmt: skip
         higher = tl.maximum(top_all, top)
         base = tl.where(higher == float("-inf"), 0.0, higher)

@@ -36,6 +36,20 @@ def _rotated(rows_ptr, cos_ptr, sin_ptr, position, column, real, HALF: tl.conste
 
 
 @triton.jit
+def _turn_queries(  # noqa: PLR0917
+    q_ptr, q_out_ptr, cos_ptr, sin_ptr, token, part, position, q_token_stride, q_head_stride,
+    Q_HEADS: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, Q_ROWS: tl.constexpr, WIDTH_PADDED: tl.constexpr,
+):  # fmt: skip
+    """Rotate some of one token's query heads."""
+    head, column = part * Q_ROWS + tl.arange(0, Q_ROWS), tl.arange(0, WIDTH_PADDED)
+    real = (head < Q_HEADS)[:, None] & (column < WIDTH)[None, :]
+    rows = q_ptr + token * q_token_stride + head[:, None] * q_head_stride
+    q = _rotated(rows, cos_ptr, sin_ptr, position, column, real, HALF)
+    target = q_out_ptr + (token * Q_HEADS + head[:, None]) * WIDTH + column[None, :]
+    tl.store(target, q.to(q_out_ptr.dtype.element_ty), mask=real)
+
+
+@triton.jit
 def _finish_rows(  # noqa: PLR0917
     x, payload_ptr, scales_ptr, scratch_ptr, digests_ptr, word_keys_ptr, scale_keys_ptr, seeds_ptr,
     token, slot, position, layer, component, first_head,
@@ -59,12 +73,7 @@ def _finish_rows(  # noqa: PLR0917
     return tl.sum((refused & (head < HEADS)).to(tl.int32), axis=0)
 
 
-@triton.jit(
-    do_not_specialize=[
-        *("num_tokens", "q_token_stride", "q_head_stride", "k_token_stride", "k_head_stride"),
-        *("v_token_stride", "v_head_stride", "layer", "first_head", "k_component", "v_component"),
-    ]
-)
+@triton.jit(do_not_specialize=["num_tokens", "layer", "first_head", "k_component", "v_component"])
 def _rotary_store_kv_kernel(  # noqa: PLR0917
     q_ptr, k_ptr, v_ptr, slots_ptr, positions_ptr, cos_ptr, sin_ptr,
     k_payload_ptr, k_scales_ptr, v_payload_ptr, v_scales_ptr,
@@ -79,17 +88,14 @@ def _rotary_store_kv_kernel(  # noqa: PLR0917
     """Grid: (num_tokens, 1 + ceil(Q_HEADS / Q_ROWS)). Part 0 has the keys and values of a token, the others queries."""
     token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     position = tl.load(positions_ptr + token)
-    column = tl.arange(0, WIDTH_PADDED)
     if part > 0:
-        head = (part - 1) * Q_ROWS + tl.arange(0, Q_ROWS)
-        real = (head < Q_HEADS)[:, None] & (column < WIDTH)[None, :]
-        rows = q_ptr + token * q_token_stride + head[:, None] * q_head_stride
-        q = _rotated(rows, cos_ptr, sin_ptr, position, column, real, HALF)
-        target = q_out_ptr + (token * Q_HEADS + head[:, None]) * WIDTH + column[None, :]
-        tl.store(target, q.to(q_out_ptr.dtype.element_ty), mask=real)
+        _turn_queries(
+            q_ptr, q_out_ptr, cos_ptr, sin_ptr, token, part - 1, position, q_token_stride, q_head_stride,
+            Q_HEADS, WIDTH, HALF, Q_ROWS, WIDTH_PADDED,
+        )  # fmt: skip
     else:
         slot = tl.load(slots_ptr + token)
-        head = tl.arange(0, HEADS_PADDED)
+        head, column = tl.arange(0, HEADS_PADDED), tl.arange(0, WIDTH_PADDED)
         real = (head < HEADS)[:, None] & (column < WIDTH)[None, :]
         rows = k_ptr + token * k_token_stride + head[:, None] * k_head_stride
         k = _rotated(rows, cos_ptr, sin_ptr, position, column, real, HALF)

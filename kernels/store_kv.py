@@ -36,7 +36,7 @@ def _store_rows(  # noqa: PLR0917
     return tl.sum((refused & (head < HEADS)).to(tl.int32), axis=0)
 
 
-@triton.jit(do_not_specialize=["k_token_stride", "k_head_stride", "v_token_stride", "v_head_stride"])
+@triton.jit
 def _store_kv_kernel(  # noqa: PLR0917
     k_ptr, v_ptr, slots_ptr, k_payload_ptr, k_scales_ptr, v_payload_ptr, v_scales_ptr,
     k_scratch_ptr, v_scratch_ptr, non_finite_ptr,
