@@ -25,30 +25,6 @@ def draw_one(logits: list[float], position: int = 0, **changes: object) -> int |
     return sample(np.array([logits], np.float32), [Draw(params, 0, position)], EOS)[0]
 
 
-def chi_square(counts: np.ndarray, probabilities: np.ndarray) -> float:
-    expected = probabilities * counts.sum()
-    return float(((counts - expected) ** 2 / expected).sum())
-
-
-@pytest.mark.parametrize(("temperature", "num_draws"), [(0.5, 20_000), (1.0, 100_000), (2.0, 20_000)])
-def test_draws_follow_the_distribution(temperature: float, num_draws: int) -> None:
-    logits = np.array([0.3, -1.0, 2.0, 1.1, 0.0, -0.4, 1.9, 0.7], np.float32)
-    scaled = logits.astype(np.float64) / temperature
-    probabilities = np.exp(scaled) / np.exp(scaled).sum()
-    ids = np.arange(len(logits))
-    seeds = range(5)
-    counts = np.zeros(len(logits), int)
-    for seed in seeds:  # a tenth through `sample` itself, the rest by its formula, so that 10^5 draws stay quick
-        own = num_draws // len(seeds)
-        draws = [Draw(replace(PARAMS, seed=seed, temperature=temperature), 0, p) for p in range(own // 10)]
-        tokens = sample(np.broadcast_to(logits, (len(draws), 8)), draws, EOS)
-        counts += np.bincount(np.array(tokens), minlength=8)
-        noisy = np.array([scaled + gumbel(seed, 0, p, ids) for p in range(own // 10, own)])
-        counts += np.bincount(noisy.argmax(1), minlength=8)
-    assert counts.sum() == num_draws
-    assert chi_square(counts, probabilities) < 24.3  # 99.9 % point at 7 degrees of freedom
-
-
 def test_noise_is_gumbel_and_independent_across_every_part_of_its_key() -> None:
     ids = np.arange(50_000)
     streams = [gumbel(*key, ids) for key in ((1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, 1), (0, 1, 1))]

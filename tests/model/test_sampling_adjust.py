@@ -1,0 +1,172 @@
+"""Penalties, bans and biases against transformers' processors and the formulas that vLLM has; and in which order."""
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from twostroke.core.request import SamplingParams
+from twostroke.model.plan import History
+from twostroke.model.sampler import Draw, Sampler
+from twostroke.model.sampling.adjust import Adjuster
+from twostroke.model.sampling.filters import apply_filters
+from twostroke.model.sampling.logprobs import token_logprobs
+
+VOCAB = 60
+PARAMS = SamplingParams(max_tokens=8, temperature=0.0)
+
+
+def random_case(seed: int) -> tuple[np.ndarray, History]:
+    chance = random.Random(seed)
+    row = np.random.default_rng(seed).normal(0, 4, VOCAB).astype(np.float32)
+    row[chance.randrange(VOCAB)] = 0.0
+    draw = lambda count: tuple(chance.randrange(VOCAB) for _ in range(count))  # noqa: E731
+    return row, History(draw(chance.randrange(1, 30)), draw(chance.randrange(0, 30)))
+
+
+def adjusted(row: np.ndarray, history: History, ends: tuple[int, ...] = (), **fields: object) -> np.ndarray:
+    changed = row.copy()
+    Adjuster().adjust(changed, replace(PARAMS, **fields), history, ends, None)  # type: ignore[arg-type]
+    return changed
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.3, 2.0])
+def test_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
+    for seed in range(50):
+        row, history = random_case(seed)
+        ids = torch.tensor([[*history.prompt_ids, *history.output_ids]])
+        want = RepetitionPenaltyLogitsProcessor(penalty)(ids, torch.from_numpy(row)[None].clone())[0].numpy()
+        assert np.array_equal(adjusted(row, history, repetition_penalty=penalty), want)
+
+
+def vllm_penalties(row: np.ndarray, history: History, repetition: float, frequency: float, presence: float):
+    """Its three formulas in their order, from dense counts."""
+    output = np.bincount(history.output_ids, minlength=VOCAB) if history.output_ids else np.zeros(VOCAB)
+    prompt = np.bincount(history.prompt_ids, minlength=VOCAB)
+    row = row.astype(np.float64)
+    scale = np.where((prompt > 0) | (output > 0), repetition, 1.0)
+    row = np.where(row > 0, row / scale, row * scale)
+    return row - frequency * output - presence * (output > 0)
+
+
+def test_all_penalties_together_are_those_of_vllm() -> None:
+    for seed in range(100):
+        row, history = random_case(seed)
+        chance = random.Random(seed)
+        numbers = (chance.choice((0.7, 1.0, 1.4)), chance.uniform(-2, 2), chance.uniform(-2, 2))
+        names = ("repetition_penalty", "frequency_penalty", "presence_penalty")
+        got = adjusted(row, history, **dict(zip(names, numbers, strict=True)))
+        assert got == pytest.approx(vllm_penalties(row, history, *numbers), abs=1e-5)
+
+
+def test_frequency_and_presence_penalty_leave_the_prompt_alone() -> None:
+    row = np.zeros(VOCAB, np.float32)
+    got = adjusted(row, History((1, 2, 2), (2, 3, 3)), frequency_penalty=0.5, presence_penalty=1.0)
+    assert got[[1, 2, 3, 4]].tolist() == [0.0, -1.5, -2.0, 0.0]
+
+
+def test_bad_words_forbid_what_those_of_transformers_forbid_within_the_output() -> None:
+    for seed in range(200):
+        chance = random.Random(seed)
+        row = np.zeros(6, np.float32)
+        output = tuple(chance.randrange(6) for _ in range(chance.randrange(0, 6)))
+        words = [[chance.randrange(6) for _ in range(chance.randrange(1, 4))] for _ in range(3)]
+        processor = NoBadWordsLogitsProcessor(words, eos_token_id=torch.tensor([99]))
+        ids = torch.tensor([output], dtype=torch.long).reshape(1, -1)
+        want = processor(ids, torch.zeros(1, 6))[0].numpy()
+        # The prompt begins no bad word.
+        history = History(tuple(words[0][:-1]), output)
+        assert np.array_equal(adjusted(row, history, bad_words=tuple(map(tuple, words))), want)
+
+
+def test_ends_are_forbidden_for_as_long_as_transformers_forbids_them() -> None:
+    sampler = Sampler((2, 5))
+    row = np.zeros((1, 8), np.float32)
+    row[0, [2, 5, 7]] = (9.0, 8.0, 7.0)
+    for position in range(5):
+        processor = MinNewTokensLengthLogitsProcessor(3, 3, torch.tensor([2, 5, 7]))
+        ids = torch.zeros(1, 3 + position, dtype=torch.long)
+        want = int(processor(ids, torch.from_numpy(row).clone())[0].argmax())
+        (got,) = sampler.sample(row, [Draw(replace(PARAMS, min_tokens=3, stop_token_ids=(7,)), 0, position)])
+        assert got is not None
+        assert got.token_id == want
+
+
+def test_a_bias_is_added_before_the_penalties_and_a_bans_result_is_not_moved_by_it() -> None:
+    row = np.array([-1.0, 1.0, 0.0, 5.0], np.float32)
+    fields = {"logit_bias": ((0, 3.0), (3, 100.0)), "repetition_penalty": 2.0, "bad_words": ((3,),)}
+    got = adjusted(row, History((0, 1), ()), **fields)
+    assert got.tolist() == [1.0, 0.5, 0.0, -np.inf]
+
+
+def test_the_callers_logits_stay_as_they_are() -> None:
+    rows = np.random.default_rng(1).normal(0, 1, (2, VOCAB)).astype(np.float32)
+    before = rows.copy()
+    params = replace(PARAMS, repetition_penalty=1.5, logit_bias=((3, 5.0),), bad_words=((4,),), min_tokens=3)
+    Sampler((2,)).sample(rows, [Draw(params, 0, 0, None, History((1, 2), (3,)))] * 2)
+    assert np.array_equal(rows, before)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_filters_keep_what_transformers_warpers_keep(seed: int) -> None:
+    """In the order min_p, top_k, top_p: each of its warpers normalises what the one before left."""
+    chance = random.Random(seed)
+    row = np.random.default_rng(seed).normal(0, 2, VOCAB).astype(np.float32)
+    temperature, top_k, top_p, min_p = chance.uniform(0.3, 2), chance.randrange(1, 40), chance.uniform(0.3, 0.99), 0.03
+    scores = torch.from_numpy(row)[None]
+    for warp in (
+        TemperatureLogitsWarper(temperature),
+        MinPLogitsWarper(min_p),
+        TopKLogitsWarper(top_k),
+        TopPLogitsWarper(top_p),
+    ):
+        scores = warp(None, scores)  # type: ignore[arg-type]
+    params = replace(PARAMS, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    kept = apply_filters(row, params)
+    assert kept.ids is not None
+    assert kept.ids.tolist() == torch.isfinite(scores[0]).nonzero().flatten().tolist()
+
+
+def test_a_temperature_next_to_nothing_is_greedy() -> None:
+    row = np.array([[1.0, 3.0, 3.0, 2.0]], np.float32)
+    for temperature in (0.0, 1e-300, 1e-6):
+        (got,) = Sampler(()).sample(row, [Draw(replace(PARAMS, temperature=temperature), 0, 0)])
+        assert got is not None
+        assert got.token_id == 1
+
+
+@pytest.mark.parametrize("num_top", [0, 1, 5, 60, 80])
+def test_logprobs_are_those_of_torch_with_ranks_and_ties_by_id(num_top: int) -> None:
+    for seed in range(20):
+        row, _ = random_case(seed)
+        row[7] = row[9] = row.max() + 1
+        want = torch.log_softmax(torch.from_numpy(row).double(), -1)
+        order = sorted(range(VOCAB), key=lambda i: (-row[i], i))
+        for token_id in (7, 9, 30):
+            got = token_logprobs(row, token_id, num_top)
+            assert got.logprob == pytest.approx(float(want[token_id]), abs=1e-5)
+            assert got.rank == order.index(token_id) + 1
+            assert [i for i, _ in got.top] == order[:num_top]
+            assert [lp for _, lp in got.top] == pytest.approx(want[order[:num_top]].tolist(), abs=1e-5)
+
+
+def test_logprobs_are_read_before_anything_is_changed() -> None:
+    row = np.array([[0.0, 1.0, 2.0]], np.float32)
+    params = replace(PARAMS, logprobs=2, logit_bias=((0, 50.0),), temperature=5.0, top_k=1)
+    (got,) = Sampler(()).sample(row, [Draw(params, 0, 0)])
+    assert got is not None
+    assert got.token_id == 0
+    assert got.logprobs == token_logprobs(row[0], 0, 2)
+    assert [i for i, _ in got.logprobs.top] == [2, 1]
+    assert got.logprobs.rank == 3
