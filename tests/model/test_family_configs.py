@@ -268,7 +268,7 @@ class Watched:
 
     def take(self, name: str) -> torch.Tensor:
         tensor = self._source.take(name).clone()
-        if tensor.ndim == 2:
+        if tensor.ndim == 2 and "gate." not in name:  # a router of float32 is kept as it is
             self._given.append(weakref.ref(tensor))
         self.most = max(self.most, sum(ref() is not None for ref in self._given))
         return tensor
