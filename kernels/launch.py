@@ -46,10 +46,14 @@ def _architecture(index: int | None) -> str:
 
 
 def prefill(arch: str, width: int, group: int) -> Attention:
-    """Launch of ragged prefill attention. Wide heads keep two accumulators in registers, so they take more warps."""
-    rows = max(32 if width > 128 and arch in LIMITED else 64, triton.next_power_of_2(group))
-    stages = 1 if width > 128 or arch.startswith("gfx") else 2
-    return Attention(8 if width > 128 else 4, stages, rows)
+    """Launch of ragged prefill attention: as many rows as keep both accumulators in registers on sm_90."""
+    if width <= 64:
+        warps, stages, rows = 4, 2, 64
+    else:
+        warps, stages, rows = 8, 2 if width <= 128 else 1, 32
+    if arch.startswith("gfx") or arch in LIMITED:
+        stages = 1
+    return Attention(warps, stages, max(rows, triton.next_power_of_2(group)))
 
 
 def decode(arch: str, width: int, group: int) -> Attention:
