@@ -1,41 +1,52 @@
-"""Where a checkpoint lies: the bundled model, a directory, or a hub name. Opens no tensor."""
+"""Where a checkpoint lies: the bundled model, a directory, a GGUF file, or a hub name. Opens no tensor."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from ..core.errors import CheckpointError
+from ..text.gguf_file import GgufFile
 from .config import BUNDLED
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]  # never pickles
 
 
 def resolve(path: str) -> Path:
-    """The checkpoint's directory; a hub name is downloaded first.
+    """The checkpoint's directory, or its one GGUF file; a hub name is downloaded first.
 
     Raises:
-        CheckpointError: nothing of that name here or at the hub, or no config.json in it.
+        CheckpointError: nothing of that name here or at the hub, no config.json in it, or a file that is no GGUF.
     """
     directory = Path(__file__).resolve().parent / BUNDLED if path == BUNDLED else Path(path).expanduser()
+    if directory.is_file():
+        GgufFile(directory)  # or it raises, with the remedy
+        return directory
     if not directory.is_dir():
         directory = _download(path)
     if not (directory / "config.json").is_file():
-        raise CheckpointError(f"model.path is {path!r}: no config.json there; name a directory in Hugging Face format")
+        files = sorted(file.name for file in directory.glob("*.gguf"))
+        remedy = f"name one of its files, e.g. {directory / files[0]}" if files else "name one in Hugging Face's format"
+        raise CheckpointError(f"model.path is {path!r}: no config.json in that directory; {remedy}, or a GGUF file")
     return directory
 
 
 def served_name(path: str, name: str | None) -> str:
-    """What clients call the model: the given name, the hub name, or the directory's."""
+    """What clients call the model: the given name, the hub name, the directory's, or the file's without .gguf."""
     if name:
         return name
-    return "twostroke-bundled" if path == BUNDLED else (Path(path).name if Path(path).expanduser().is_dir() else path)
+    if path == BUNDLED:
+        return "twostroke-bundled"
+    place = Path(path).expanduser()
+    if place.is_file():
+        return place.stem
+    return Path(path).name if place.is_dir() else path
 
 
 def _download(path: str) -> Path:
     looks_like_a_hub_name = path.count("/") == 1 and not path.startswith((".", "/", "~"))
     if not looks_like_a_hub_name:
         raise CheckpointError(
-            f"model.path is {path!r}: no such directory; give a directory or a hub name 'owner/model'"
+            f"model.path is {path!r}: no such directory or file; give one, or a hub name 'owner/model'"
         )
     try:
         from huggingface_hub import snapshot_download

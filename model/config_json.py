@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import CheckpointError
+from ..text.gguf_file import is_gguf
 from .config_fields import Fields
 from .families import FAMILIES
+from .gguf_config import read_config
 from .spec import DType, ModelSpec
 
 # Of no family that we serve, but they would change its numbers.
@@ -32,11 +34,13 @@ _NEVER_SERVED = (
 
 
 def load_spec(path: Path) -> ModelSpec:
-    """The spec of a checkpoint: config.json, and the ids of generation_config.json where there is one.
+    """The spec of a checkpoint: config.json, and the ids of generation_config.json where there is one; or a GGUF file.
 
     Raises:
         CheckpointError: a file is missing or no JSON, or the model is one that we do not serve; names the field.
     """
+    if is_gguf(path):
+        return spec_from_config(*read_config(path), str(path))
     config = _read_json(path / "config.json")
     generation_file = path / "generation_config.json"
     generation = _read_json(generation_file) if generation_file.exists() else {}

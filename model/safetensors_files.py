@@ -138,12 +138,18 @@ def safetensors_fingerprint(directory: Path) -> bytes:
         raw, _ = read_header(path)
         size = path.stat().st_size
         hasher.update(f"{path.name}:{size}:{len(raw)}".encode() + raw)
-        with path.open("rb") as file:
-            if size <= _WHOLE_FILE_BYTES:
-                while chunk := file.read(1 << 20):
-                    hasher.update(chunk)
-                continue
-            for page in range(_SAMPLED_PAGES):
-                file.seek((size - _PAGE_BYTES) * page // (_SAMPLED_PAGES - 1))
-                hasher.update(file.read(_PAGE_BYTES))
+        hash_content(hasher, path)
     return hasher.digest()
+
+
+def hash_content(hasher: hashlib.blake2b, path: Path) -> None:
+    """Add a file's content, or of a large file its sampled pages."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size <= _WHOLE_FILE_BYTES:
+            while chunk := file.read(1 << 20):
+                hasher.update(chunk)
+            return
+        for page in range(_SAMPLED_PAGES):
+            file.seek((size - _PAGE_BYTES) * page // (_SAMPLED_PAGES - 1))
+            hasher.update(file.read(_PAGE_BYTES))

@@ -1,6 +1,6 @@
 """Where a model's numbers come from, by Hugging Face's names. Knows no model.
 
-Two formats: safetensors (`safetensors_files.py`) and GGUF. Nothing of a checkpoint is ever executed.
+Two formats: safetensors (`safetensors_files.py`) and GGUF (`gguf_source.py`). Nothing of a checkpoint is ever executed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from ..text.gguf_file import is_gguf
+from .gguf_source import GgufSource, gguf_fingerprint
 from .safetensors_files import SafetensorsFiles, safetensors_fingerprint
 
 
@@ -38,14 +40,14 @@ class TensorSource(Protocol):
 
 
 def open_source(path: Path) -> TensorSource:
-    """Open a checkpoint: a directory with safetensors.
+    """Open a checkpoint: a directory with safetensors, or a GGUF file.
 
     Raises:
         CheckpointError: it is none, or damaged; names the file.
     """
-    return SafetensorsFiles(path)
+    return GgufSource(path) if is_gguf(path) else SafetensorsFiles(path)
 
 
 def weights_fingerprint(path: Path) -> bytes:
     """`TensorSource.fingerprint` without opening the tensors."""
-    return safetensors_fingerprint(path)
+    return gguf_fingerprint(path) if is_gguf(path) else safetensors_fingerprint(path)
