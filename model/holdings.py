@@ -51,6 +51,10 @@ class Holdings:
         new_blocks = self.blocks_for(sequence.tokens_to_hold) - num_held
         return Cost(held * HASH_BLOCK_TOKENS, new_blocks, new_blocks + asleep)
 
+    def cached_tokens(self, sequence: Sequence) -> int:
+        """Leading tokens of `sequence` that are cached here now."""
+        return self.prefix.match(sequence.findable) * HASH_BLOCK_TOKENS
+
     def attach(self, sequence: Sequence) -> None:
         """Retain the cached prefix; `num_computed` follows."""
         assert not sequence.blocks, f"{sequence.key} holds blocks already"

@@ -86,7 +86,7 @@ class Policy(Protocol):
         ...
 
     def is_near(self, num_tokens: int, ahead: Ahead) -> bool:
-        """Whether a prompt of `num_tokens` tokens (cached ones included) would run in one of the next steps."""
+        """Whether a prompt with `num_tokens` tokens to compute would run in one of the next steps."""
         ...
 
     def has_room(self, room: Room) -> bool:

@@ -55,6 +55,7 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """A new sequence in its first state."""
         self.by_key[sequence.key] = sequence
+        sequence.likely_cached = self.holdings.cached_tokens(sequence)
         self._by_state[sequence.state][sequence.key] = sequence
 
     def move(self, sequence: Sequence, state: SequenceState) -> None:
@@ -140,7 +141,7 @@ class Scheduler:
     def _admit_one(self, sequence: Sequence, events: list[Event | StoreOp]) -> bool:
         """False: it lacks room or a seat, and nobody behind it may take them."""
         is_offer = sequence.state is _S.QUEUED
-        if is_offer and not self.policy.may_offer(sequence.num_remaining, self._lengths(_S.OFFERED, _S.READY)):
+        if is_offer and not self.policy.may_offer(sequence.num_expected, self._lengths(_S.OFFERED, _S.READY)):
             return True
         is_decode = sequence.state is _S.SWAPPED and sequence.num_remaining == 1
         if sequence.source is not Source.PEER and not is_decode and not self._is_near(sequence):
@@ -173,6 +174,7 @@ class Scheduler:
         self.holdings.attach(sequence)
         self.holdings.extend(sequence, sequence.tokens_to_hold)
         self._promise(sequence, 0)
+        sequence.likely_cached = 0  # from now on it is known
         copy = None if sequence.swapped is None else self.holdings.swap_in(sequence)
         self.move(sequence, _S.PREFILLING if copy is None or sequence.num_remaining > 1 else _S.DECODING)
         return [] if copy is None else [copy]
@@ -194,11 +196,11 @@ class Scheduler:
     def _is_near(self, sequence: Sequence) -> bool:
         """Whether the policy sees it in one of the next steps."""
         before = (_S.PREFILLING, _S.READY, _S.OFFERED) if sequence.state is _S.QUEUED else (_S.PREFILLING,)
-        return self.policy.is_near(sequence.num_remaining, Ahead(self._lengths(*before), self.count(_S.DECODING)))
+        return self.policy.is_near(sequence.num_expected, Ahead(self._lengths(*before), self.count(_S.DECODING)))
 
     def _lengths(self, *states: SequenceState) -> tuple[int, ...]:
-        """Tokens left of each sequence in these states, in no order."""
-        return tuple([s.num_remaining for state in states for s in self._by_state[state].values()])
+        """Tokens to be computed for each sequence in these states, in no order."""
+        return tuple([s.num_expected for state in states for s in self._by_state[state].values()])
 
     def _has_room(self, cost: Cost) -> bool:
         pool = self.holdings.pool
@@ -297,6 +299,7 @@ class Scheduler:
     def recompute(self, sequence: Sequence) -> None:
         """It owns nothing any more and waits to be computed again, prompt and generated tokens."""
         self.holdings.release(sequence)
+        sequence.likely_cached = 0  # it may be there still, but blocks are short
         self.move(sequence, _S.WAITING)
 
     def take_swap_ops(self) -> list[SwapOp]:

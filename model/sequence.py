@@ -120,6 +120,7 @@ class Sequence:
     blocks: list[BlockId] = field(default_factory=list)  # owned, in order
     table: Table | None = None  # of `blocks`, until they change
     num_computed: int = 0
+    likely_cached: int = 0  # leading tokens that were cached when it began to wait: a hint, never a claim
     num_published: int = 0  # leading blocks that were given to the prefix cache
     num_promised: int = 0  # blocks counted for it and not taken yet
     cached_tokens: int = 0  # prompt tokens found here when it first began
@@ -140,6 +141,11 @@ class Sequence:
     def num_remaining(self) -> int:
         """Known tokens whose KV is still to be computed."""
         return len(self.tokens) - self.num_computed
+
+    @property
+    def num_expected(self) -> int:
+        """Tokens that will be computed for it, as far as can be told while it waits."""
+        return self.num_remaining if self.num_computed else self.num_remaining - self.likely_cached
 
     @property
     def tokens_to_hold(self) -> int:
