@@ -46,7 +46,7 @@ def _yarn(keys: Keys, factor: float | None, original: int | None) -> dict[str, A
     if keys.has("rope.scaling.yarn_attn_factor"):
         yarn["attention_factor"] = keys.number("rope.scaling.yarn_attn_factor")
     if keys.has("rope.scaling.yarn_log_multiplier"):  # DeepSeek's, a tenth of it; both of its weights are equal
-        yarn["mscale"] = yarn["mscale_all_dim"] = keys.number("rope.scaling.yarn_log_multiplier") * 10.0
+        yarn["mscale"] = yarn["mscale_all_dim"] = round(keys.number("rope.scaling.yarn_log_multiplier") * 10.0, 7)
     return yarn
 
 
