@@ -1,6 +1,6 @@
 """Our engine beside its peers on the reference work: one interleaved run, everybody asked the same in every round.
 
-    python bench/engine/campaign.py [--rounds 5] [--only NAME ...] [--quick]
+    python bench/engine/campaign.py [--rounds 5] [--only NAME ...] [--measures NAME ...] [--quick]
 
 For every round, for every measure, one contestant after the other computes while all others are stopped; who begins
 changes from round to round. Peers are installed first where they are missing (environments.py); one that cannot be had
@@ -37,6 +37,7 @@ class Results:
 
     rounds: int
     threads: int
+    measures: tuple[Measure, ...] = MEASURES
     figures: dict[str, dict[str, list[float | None]]] = field(default_factory=dict)  # by measure, by contestant
     outside: dict[str, list[float]] = field(default_factory=dict)  # ours: share of a step that is not the decoder
     limits: dict[str, list[float]] = field(default_factory=dict)
@@ -62,7 +63,7 @@ class Campaign:
         try:
             self._prepare_all()
             for number in range(self.results.rounds):
-                for measure in MEASURES:
+                for measure in self.results.measures:
                     self._ask_all(number, measure)
                 self._measure_limits()
             self._close_peers()
@@ -102,7 +103,7 @@ class Campaign:
 
     def _warm_up(self, entry: Entry, seat: Seat) -> None:
         """Every shape that will be measured, once; the first tokens show whether all compute the same model."""
-        for measure in MEASURES:
+        for measure in self.results.measures:
             answer = seat.ask({"do": measure.kind, "batch": measure.batch, "seed": WARM_UP_SEED, "repeats": 1}, 900.0)
         self.results.first_ids[entry.name] = answer["traces"][0]["first_ids"]
 
@@ -186,6 +187,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="contestants whose names begin so")
+    parser.add_argument("--measures", nargs="+", default=[], choices=[m.name for m in MEASURES], metavar="NAME")
     parser.add_argument("--quick", action="store_true", help="one round, transformers and us; writes nothing")
     given = parser.parse_args()
     entries = chosen(QUICK if given.quick else given.only)
@@ -193,12 +195,13 @@ def main() -> None:
     folder.mkdir(exist_ok=True)
     ensure_checkpoint(folder / "checkpoint")
     facts = report.machine()  # before: the load that is reported is not our own
-    results = Results(1 if given.quick else given.rounds, given.threads)
+    measures = tuple(m for m in MEASURES if not given.measures or m.name in given.measures)
+    results = Results(1 if given.quick else given.rounds, given.threads, measures)
     Campaign(entries, results, folder).run()
     text = body(entries, results)
     print(text)
-    if given.quick or given.only:
-        print("not all contestants: nothing is written")
+    if given.quick or given.only or given.measures:
+        print("not the whole campaign: nothing is written")
         return
     title = "The engine beside its peers, on the reference work"
     print(report.save("engine/reference", title, text, to_json(entries, results), facts))

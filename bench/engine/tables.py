@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from figures import (
     GOALS,
     MAX_OVERHEAD,
-    MEASURES,
     MEMORY_FACTOR,
     MEMORY_SLACK_BYTES,
     Goal,
@@ -69,12 +68,19 @@ def _throughput(entries: Sequence[Entry], results: Results) -> str:
     rows = []
     for entry in entries:
         cells = []
-        for measure in MEASURES:
+        for measure in results.measures:
             values = [v for v in results.figures.get(measure.name, {}).get(entry.name, []) if v is not None]
-            cells.append(spread(values) if values else "–")
+            cells.append(_rates(values) if values else "–")
         share = f"{same[entry.name]:.0%}" if entry.name in same else "–"
         rows.append([entry.name, entry.group, *cells, share])
-    return table(["contestant", "weights", *(m.name for m in MEASURES), f"first tokens as {REFERENCE}"], rows)
+    return table(["contestant", "weights", *(m.name for m in results.measures), f"first tokens as {REFERENCE}"], rows)
+
+
+def _rates(values: Sequence[float]) -> str:
+    """Median and range of tokens per second: whole ones from a hundred on."""
+    three = (statistics.median(values), min(values), max(values))
+    middle, low, high = (f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in three)
+    return f"{middle} ({low}–{high})"
 
 
 def _goals(entries: Sequence[Entry], results: Results) -> str:
