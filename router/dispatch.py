@@ -96,7 +96,8 @@ class Dispatcher:
         request = run.request
         views = self.members.views(request.model, run.excluded)
         identities = self.members.identities(request, run.model)
-        held = self.members.prefixes.expected(identities, now_s)
+        usable = identities if request.sampling.prompt_logprobs is None else []  # a scored prompt is computed anew
+        held = self.members.prefixes.expected(usable, now_s)
         choice = choose(run.facts, views, held, self._policy)
         if choice is not None:
             # Siblings may wait behind it where it is computed. Where it is handed to, it helps nobody yet.

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
 from twostroke.core.errors import InternalError
-from twostroke.core.request import FinishReason, SamplingParams
+from twostroke.core.request import FinishReason, SamplingParams, TokenLogprobs
 from twostroke.decode_worker.choice import Choice
 from twostroke.text.tokenizer import Tokenizer
 
@@ -98,3 +98,31 @@ def test_any_cut_into_dispatches_and_pushes_gives_the_same_text(text, cut, stop,
         place += size
     assert given_text + rest + after.flush() == expected_text
     assert after.num_tokens == whole.num_tokens
+
+
+def scored(text, *more):
+    return [TokenLogprobs(i, -float(n), 1, ()) for n, i in enumerate([*ids(text), *more])]
+
+
+def test_logprobs_go_with_the_tokens_that_count():
+    it = choice(stop=("xy",))
+    first = it.push(0, ids("ab"), scored("ab"))
+    assert [one.token_id for one in first.logprobs] == ids("ab")
+    again = it.push(1, ids("bxyz"), scored("bxyz"))
+    assert [one.token_id for one in again.logprobs] == ids("xy") == list(again.token_ids)
+    assert it.num_shown == 2
+
+
+def test_the_end_token_is_not_shown_unless_its_text_is():
+    plain, included = choice(stop_token_ids=(98,)), choice(stop_token_ids=(98,), include_stop=True)
+    for it, text in ((plain, "a"), (included, "a" + TOKENIZER.decode([98]))):
+        spoken = it.push(0, [*ids("a"), 98])
+        assert (spoken.text + it.flush(), spoken.ended) == (text, FinishReason.STOP)
+        assert it.num_shown == len(text)
+
+
+def test_a_stop_string_waits_for_min_tokens_also_after_a_fall_back():
+    whole = choice(stop=("b",), min_tokens=3)
+    assert whole.push(0, ids("abcab")).text == "abca"
+    again = choice(ids("ab"), stop=("b",), min_tokens=3)
+    assert (again.push(2, ids("cab")).text, again.ended) == ("ca", FinishReason.STOP)

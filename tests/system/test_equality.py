@@ -34,6 +34,14 @@ def mixed_prompts(vocab_size: int) -> list[dict[str, Any]]:
         if number % 2:
             sampling = {"temperature": chance.choice((0.3, 0.8, 1.3)), "seed": chance.randrange(2**31)}
             sampling |= chance.choice(({}, {"top_k": 20}, {"top_p": 0.9}, {"top_k": 50, "top_p": 0.8}))
+        if number % 5 == 0:
+            sampling |= chance.choice(
+                (
+                    {"repetition_penalty": 1.2},
+                    {"frequency_penalty": 0.8, "presence_penalty": 0.5},
+                    {"min_p": 0.02, "bad_words": ["def", " the"], "logit_bias": {40: 3.0}},
+                )
+            )
         prompts.append({"prompt": ids, "max_tokens": chance.choice((1, 2, 17, 24)), "ignore_eos": True, **sampling})
     return prompts
 
