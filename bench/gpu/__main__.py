@@ -2,8 +2,9 @@
 
 First what the machine can do (reads, copies, products), then every kernel: held against its definition, then timed in
 turn with torch's best for the same work. Then the engine, where `bench/gpu/engine.py` is there: its `run(directory)`
-returns what belongs into the report under "engine". Without a GPU, or with --interpret, tiny shapes run through
-Triton's interpreter: right or wrong, no speed. Needs no other part of the project than `kernels/`.
+writes a report of its own and returns what belongs into kernels.json under "engine". Without a GPU, or with
+--interpret, tiny shapes run through Triton's interpreter: right or wrong, no speed. Needs no other part of the project
+than `kernels/`.
 """
 
 from __future__ import annotations
@@ -175,6 +176,13 @@ def report(data: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def save(directory: Path, data: dict[str, Any]) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "kernels.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    (directory / "kernels.md").write_text(report(data), encoding="utf-8")
+    print(f"written to {directory}", flush=True)
+
+
 def main() -> int:
     """Return 0 where every kernel was right."""
     parser = argparse.ArgumentParser(prog="python bench/gpu", description=__doc__)
@@ -198,16 +206,12 @@ def main() -> int:
 
         data["facts"] = shared_bits("cuda")
     print("\n".join(f"{name}: {value}" for name, value in data["facts"].items()))
-    out = arguments.out
-    if out is None and not interpret:
-        out = RESULTS
-    if importlib.util.find_spec("engine") is not None and not interpret:
-        data["engine"] = importlib.import_module("engine").run(out)
+    out = arguments.out or (None if interpret else RESULTS)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "kernels.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-        (out / "kernels.md").write_text(report(data), encoding="utf-8")
-        print(f"written to {out}")
+        save(out, data)
+    if not interpret and importlib.util.find_spec("engine") is not None:
+        data["engine"] = importlib.import_module("engine").run(out)
+        save(out, data)
     return 0 if all(found["right"] for found in data["kernels"]) else 1
 
 
