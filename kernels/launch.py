@@ -47,10 +47,7 @@ def _architecture(index: int | None) -> str:
 
 def prefill(arch: str, width: int, group: int) -> Attention:
     """Launch of ragged prefill attention: as many rows as keep both accumulators in registers on sm_90."""
-    if width <= 64:
-        warps, stages, rows = 4, 2, 64
-    else:
-        warps, stages, rows = 8, 2 if width <= 128 else 1, 32
+    warps, stages, rows = (4, 2, 64) if width <= 64 else (8, 1, 32)
     if arch.startswith("gfx") or arch in LIMITED:
         stages = 1
     return Attention(warps, stages, max(rows, triton.next_power_of_2(group)))
