@@ -25,7 +25,7 @@ from .noise import F32, I64
 _UNITS = np.float32(2.0**40)
 _DEEPEST = 16.0
 _FEW = 1024
-_DEPTHS = (5.0, 10.0)  # the same, within which a rough look goes first
+_DEPTHS = (10.0, 7.5, 5.0, 2.5)  # the same, within which a rough look goes, as far as it may
 
 
 class Candidates(NamedTuple):
@@ -92,11 +92,15 @@ class RoughTopP:
         self._limit = params.top_p * float(self._weights.sum())
         self.near = candidates  # holds everything that top_p keeps
         for depth in _DEPTHS:
-            places = np.flatnonzero(self._scores >= np.float32(-depth))
-            if float(self._weights[places].sum()) >= self._limit * 1.001:
-                self.near = candidates.at(places)
-                self._scores, self._weights = self._scores[places], self._weights[places]
+            is_near = self._scores >= np.float32(-depth)
+            if 2 * np.count_nonzero(is_near) > len(is_near):
+                continue  # not worth the copies
+            places = np.flatnonzero(is_near)
+            weights = self._weights[places]
+            if float(weights.sum()) < self._limit * 1.001:
                 break
+            self.near = self.near.at(places)
+            self._scores, self._weights = self._scores[places], weights
 
     def keeps(self, token_id: int) -> bool:
         """Whether top_p surely keeps one of `near`."""

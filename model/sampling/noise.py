@@ -85,9 +85,13 @@ def _steps(num_ids: int) -> U64:
 
 
 def _half_mixed(key: int, count: int, ids: I64 | None) -> U64:
-    """splitmix64 of (id + 1) * golden + key, before the last of its steps, which leaves the upper 31 bits alone."""
-    x = _steps(count) if ids is None else (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN)
-    x = x + np.uint64(key)
+    """splitmix64 of (id + 1) * golden + key, all but the last of its steps, which leaves the upper 31 bits alone."""
+    steps = _steps(count) if ids is None else (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN)
+    return _half_mix(steps + np.uint64(key))
+
+
+def _half_mix(x: U64) -> U64:
+    """In place."""
     scratch = x >> np.uint64(30)
     x ^= scratch
     x *= np.uint64(0xBF58476D1CE4E5B9)

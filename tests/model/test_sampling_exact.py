@@ -10,6 +10,7 @@ import pytest
 from twostroke.core.request import SamplingParams
 from twostroke.model.plan import History
 from twostroke.model.sampler import Draw, Sampler
+from twostroke.model.sampling import noise
 from twostroke.model.sampling.filters import RoughTopP, apply_filters, before_top_p, exact_top_p
 from twostroke.model.sampling.noise import gumbel, winner
 
@@ -119,8 +120,6 @@ def test_a_rough_look_at_top_p_never_says_more_than_is_so() -> None:
 
 
 def test_equal_totals_give_the_lowest_id_on_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
-    from twostroke.model.sampling import noise
-
     monkeypatch.setattr(noise, "_noise", lambda bits: np.zeros(len(bits)))
     assert winner(np.array([0, 5, 5, 1], np.float32), None, 1.0, (1, 0, 0)) == 1
     row = np.zeros(4000, np.float32)
@@ -142,6 +141,15 @@ FILTERS = [
     {"temperature": 1.3, "min_p": 0.1, "top_k": 6, "top_p": 0.9},
     {"temperature": 0.7, "top_k": 5, "top_p": 0.95},
 ]
+
+
+def noise_of_many(seed: int, positions: range, ids: np.ndarray) -> np.ndarray:
+    """`gumbel` of many positions at once: [positions, ids]."""
+    keys = np.array([noise._key(seed, 0, position) for position in positions], np.uint64)
+    starts = keys[:, None] + (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(noise._GOLDEN)
+    many = noise._noise(noise._mixed(noise._half_mix(starts)))
+    assert np.array_equal(many[7], gumbel(seed, 0, positions[7], ids))
+    return many
 
 
 def exact_distribution(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
@@ -172,7 +180,7 @@ def test_a_hundred_thousand_draws_follow_the_exact_distribution(fields: dict[str
         draws = [Draw(replace(params, seed=seed), 0, p) for p in range(1000)]
         tokens = [s.token_id for s in Sampler(()).sample(np.broadcast_to(LOGITS, (1000, 10)), draws) if s]
         counts += np.bincount(tokens, minlength=10)
-        noisy = np.array([scaled + gumbel(seed, 0, p, ids) for p in range(1000, 10_000)])
+        noisy = scaled + noise_of_many(seed, range(1000, 10_000), ids)
         counts += np.bincount(ids[noisy.argmax(1)], minlength=10)
     assert counts.sum() == 100_000
     assert (counts[want == 0] == 0).all()
