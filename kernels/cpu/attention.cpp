@@ -58,6 +58,9 @@ struct Unit {
     int span, head, first, rows;  // rows [first, first + rows) of the span's (token, head of the group)
 };
 
+// Whether a plane's rows are decoded by 64 numbers, which come in another order (simd.h).
+bool by_64(const Plane& plane) { return DECODES_64 && plane.codec == FP8 && plane.width % 64 == 0; }
+
 int number_bytes(int codec) { return codec == FP8 ? 1 : codec == BFLOAT16 ? 2 : 4; }
 
 // Sixteen numbers of a row from `at` on, without its scale; fp8 comes divided by 256. WHOLE: they are all there.
@@ -80,9 +83,9 @@ F32 numbers(const uint8_t* row, int at, int width) {
 // A tile's rows of one plane: blocks are multiples of 16 tokens, so that 16 rows always lie together.
 struct TileRows {
     const uint8_t* rows[GROUPS];
-    F32 scales[GROUPS];  // of fp8 times 256; else 1
+    F32 scales[GROUPS];  // of fp8, times 256 where its numbers come divided by that; else 1
 
-    TileRows(const Plane& plane, const AttendSpan& span, int head, int tile, int held) {
+    TileRows(const Plane& plane, const AttendSpan& span, int head, int tile, int held, bool scaled_down) {
         for (int g = 0; g < GROUPS; g++) {
             rows[g] = nullptr;
             scales[g] = splat(1.0f);
@@ -91,7 +94,7 @@ struct TileRows {
             const int64_t block = span.blocks[position / plane.block_tokens];
             const int64_t place = (block * plane.heads + head) * plane.block_tokens + position % plane.block_tokens;
             rows[g] = plane.payload + place * plane.width * number_bytes(plane.codec);
-            if (plane.codec == FP8) scales[g] = (F32)((widen_u8(plane.scales + place) + 8u) << 23);
+            if (plane.codec == FP8) scales[g] = (F32)((widen_u8(plane.scales + place) + (scaled_down ? 8u : 0u)) << 23);
         }
     }
 };
@@ -124,8 +127,13 @@ class Worker {
         std::fill(s_.total, s_.total + unit_.rows, 0.0f);
         for (int tile = from; tile <= last / TILE; tile++) {
             const int held = std::min(TILE, span_.start + span_.count - tile * TILE);
-            const TileRows values(job_.values, span_, unit_.head, tile, held);
+            prefetch(span_, unit_.head, tile + 1);
+            const TileRows values(job_.values, span_, unit_.head, tile, held, !by_64(job_.values));
             score_tile(tile, held, values);
+            if (by_64(job_.values)) {
+                mix_from(Direct64{values, job_.values.width}, held);
+                continue;
+            }
             switch (job_.values.codec) {
                 case FP8: mix_tile<FP8>(values, held); break;
                 case BFLOAT16: mix_tile<BFLOAT16>(values, held); break;
@@ -139,6 +147,18 @@ class Worker {
     int position(int row) const { return span_.start + (unit_.first + row) / group_; }
     int steps(int part) const { return PAIRS ? padded(job_.keys[part].width) / 2 : padded(job_.keys[part].width); }
 
+    // Blocks lie scattered: no hardware guesses where the next tile is.
+    void prefetch(const AttendSpan& span, int head, int tile) const {
+        const int held = std::min(TILE, span.start + span.count - tile * TILE);
+        for (int p = 0; p <= job_.num_parts; p++) {
+            const Plane& plane = p < job_.num_parts ? job_.keys[p] : job_.values;
+            const TileRows rows(plane, span, head, tile, held, false);
+            const int bytes = LANES * plane.width * number_bytes(plane.codec);
+            for (int g = 0; g < GROUPS && rows.rows[g]; g++)
+                for (int at = 0; at < bytes; at += 64) __builtin_prefetch(rows.rows[g] + at);
+        }
+    }
+
     void take_queries() {
         int total = 0;
         for (int p = 0; p < job_.num_parts; p++) total += steps(p);
@@ -147,15 +167,30 @@ class Worker {
         for (int p = 0; p < job_.num_parts; to += (int64_t)steps(p) * unit_.rows, p++) {
             const Rows& q = job_.queries[p];
             const int width = job_.keys[p].width, size = PAIRS ? 2 : 4, whole = width * size / 4;
+            const bool reordered = PAIRS && by_64(job_.keys[p]);
             for (int r = 0; r < unit_.rows; r++) {
                 const int at = unit_.first + r, head = unit_.head * group_ + at % group_;
-                const char* from = (const char*)q.data + ((span_.row + at / group_) * q.stride + (int64_t)head * width) * size;
-                for (int k = 0; k < whole; k++) std::memcpy(to + (int64_t)k * unit_.rows + r, from + 4 * k, 4);
-                for (int k = whole; k < steps(p); k++) to[(int64_t)k * unit_.rows + r] = 0;
+                const int64_t number = (span_.row + at / group_) * q.stride + (int64_t)head * width;
+                const char* from = (const char*)q.data + number * size;
+                uint32_t* words = to + r;
+                if (reordered) {
+                    static const Order order;
+                    for (int k = 0; k < whole; k += 32, from += 128)
+                        for (int i = 0; i < 32; i++, words += unit_.rows) std::memcpy(words, from + order.bytes[i], 4);
+                    continue;
+                }
+                for (int k = 0; k < whole; k++, words += unit_.rows) std::memcpy(words, from + 4 * k, 4);
+                for (int k = whole; k < steps(p); k++, words += unit_.rows) *words = 0;
                 if (width * size % 4) std::memcpy(to + (int64_t)whole * unit_.rows + r, from + 4 * whole, 2);
             }
         }
     }
+    struct Order {
+        int bytes[32];
+        Order() {
+            for (int i = 0; i < 32; i++) bytes[i] = 4 * pair_of_64(i);
+        }
+    };
 
     // ------------------------------------------------------------ scores
 
@@ -180,6 +215,21 @@ class Worker {
                 for (int j = 0; j < LANES; j++) store(to + ((int64_t)g * n + k + j) * LANES, m[j]);
             }
     }
+    void take_keys_by_64(const Plane& plane, const TileRows& tile, int n, uint32_t* to) {
+        for (int g = 0; g < GROUPS && tile.rows[g]; g++)
+            for (int k = 0; k < n; k += 2 * LANES) {
+                U32 low[16], high[16];
+#pragma GCC unroll 16
+                for (int j = 0; j < LANES; j++) decode_64(tile.rows[g] + j * plane.width + 2 * k, low[j], high[j]);
+                uint32_t* at = to + ((int64_t)g * n + k) * LANES;
+                transpose(low);
+#pragma GCC unroll 16
+                for (int j = 0; j < LANES; j++) store(at + j * LANES, low[j]);
+                transpose(high);
+#pragma GCC unroll 16
+                for (int j = 0; j < LANES; j++) store(at + (j + LANES) * LANES, high[j]);
+            }
+    }
     template <int CODEC>
     void take_keys_of(const Plane& plane, const TileRows& tile, int n, uint32_t* to) {
         plane.width % 32 ? take_keys<CODEC, false>(plane, tile, n, to) : take_keys<CODEC, true>(plane, tile, n, to);
@@ -193,8 +243,12 @@ class Worker {
         F32 scales[2][GROUPS];
         for (int p = 0; p < job_.num_parts; to += steps(p) * TILE, p++) {
             const Plane& plane = job_.keys[p];
-            const TileRows rows(plane, span_, unit_.head, tile, held);
+            const TileRows rows(plane, span_, unit_.head, tile, held, !(PAIRS && by_64(plane)));
             for (int g = 0; g < GROUPS; g++) scales[p][g] = rows.scales[g] * splat(job_.scale);
+            if (PAIRS && by_64(plane)) {
+                take_keys_by_64(plane, rows, steps(p), to);
+                continue;
+            }
             switch (plane.codec) {
                 case FP8: take_keys_of<FP8>(plane, rows, steps(p), to); break;
                 case BFLOAT16: take_keys_of<BFLOAT16>(plane, rows, steps(p), to); break;
@@ -278,15 +332,33 @@ class Worker {
     struct Direct {
         const TileRows& tile;
         int width;
-        F32 get(int j, int column) const {
+        template <int WIDE>
+        void take(int j, int column, F32 (&to)[WIDE]) const {
             const uint8_t* row = tile.rows[j / LANES] + (j % LANES) * width * number_bytes(CODEC);
-            return numbers<CODEC, WHOLE>(row, column, width);
+#pragma GCC unroll 4
+            for (int c = 0; c < WIDE; c++) to[c] = numbers<CODEC, WHOLE>(row, column + c * LANES, width);
+        }
+    };
+    struct Direct64 {
+        const TileRows& tile;
+        int width;
+        template <int WIDE>
+        void take(int j, int column, F32 (&to)[WIDE]) const {
+            U32 low, high;
+            decode_64(tile.rows[j / LANES] + (j % LANES) * width + column, low, high);
+            const F32 all[4] = {(F32)(low << 16), (F32)(low & 0xFFFF0000u), (F32)(high << 16), (F32)(high & 0xFFFF0000u)};
+#pragma GCC unroll 4
+            for (int c = 0; c < WIDE; c++) to[c] = all[c];  // WIDE is 4 wherever rows come by 64
         }
     };
     struct Widened {
         const float* values;
         int width;
-        F32 get(int j, int column) const { return load<F32>(values + j * width + column); }
+        template <int WIDE>
+        void take(int j, int column, F32 (&to)[WIDE]) const {
+#pragma GCC unroll 4
+            for (int c = 0; c < WIDE; c++) to[c] = load<F32>(values + j * width + column + c * LANES);
+        }
     };
 
     template <int CODEC>
@@ -301,9 +373,18 @@ class Worker {
     void mix_from(const Source& source, int held) {
         if (unit_.rows <= MIX_ROWS) return mix(source, held);
         s_.values.resize(TILE * width_);
-        for (int j = 0; j < held; j++)
-            for (int i = 0; i < width_; i += LANES) store(s_.values.data() + j * width_ + i, source.get(j, i));
+        int i = 0;
+        for (; i + MIX_LANES * LANES <= width_; i += MIX_LANES * LANES) widen_columns<MIX_LANES>(source, i, held);
+        for (; i < width_; i += 2 * LANES) widen_columns<2>(source, i, held);
         mix(Widened{s_.values.data(), width_}, held);
+    }
+    template <int WIDE, class Source>
+    void widen_columns(const Source& source, int column, int held) {
+        for (int j = 0; j < held; j++) {
+            F32 value[WIDE];
+            source.take(j, column, value);
+            for (int c = 0; c < WIDE; c++) store(s_.values.data() + j * width_ + column + c * LANES, value[c]);
+        }
     }
     template <class Source>
     void mix(const Source& source, int held) {
@@ -331,8 +412,7 @@ class Worker {
                 acc[r][c] = load<F32>(mixed + r * width_ + c * LANES) * splat(s_.shrink[first + r]);
         for (int j = 0; j < held; j++) {
             F32 value[WIDE];
-#pragma GCC unroll 4
-            for (int c = 0; c < WIDE; c++) value[c] = source.get(j, column + c * LANES);
+            source.take(j, column, value);
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; r++) {
                 const F32 weight = splat(weights[r * TILE + j]);
@@ -351,6 +431,14 @@ class Worker {
         for (int r = 0; r < unit_.rows; r++) {
             const int at = unit_.first + r, head = unit_.head * group_ + at % group_;
             const int64_t to = (span_.row + at / group_) * job_.out.stride + (int64_t)head * width;
+            if (by_64(job_.values))
+                for (int i = 0; i < width; i += 4 * LANES) {
+                    F32 v[4];
+                    float* mixed = s_.mixed.data() + (int64_t)r * width_ + i;
+                    for (int c = 0; c < 4; c++) v[c] = load<F32>(mixed + c * LANES);
+                    restore_order(v);
+                    for (int c = 0; c < 4; c++) store(mixed + c * LANES, v[c]);
+                }
             for (int i = 0; i < width; i += LANES) {
                 // + 0: a negative zero must not tell whether a tile without weight was there.
                 F32 v = (load<F32>(s_.mixed.data() + (int64_t)r * width_ + i) + splat(0.0f)) / splat(s_.total[r]);

@@ -190,6 +190,52 @@ inline F32 decode_e4m3_by_256(U8x16 codes) {
 #endif
 }
 
+// Sixty-four codes at once, by tables of bytes: bfloat16 in the order that interleaving the bytes leaves them in. In `low`
+// elements 0-7, 16-23, 32-39, 48-55; in `high` the others. Their even and odd numbers are then a shift and a mask away.
+#if defined(__AVX512VBMI__) && defined(__AVX512BF16__)
+constexpr bool DECODES_64 = true;
+
+struct E4m3Tables {
+    alignas(64) uint8_t low[128], high[128];
+    E4m3Tables() {
+        for (int code = 0; code < 128; code++) {
+            const float value = (code >> 3) ? (float)(8 + (code & 7)) * __builtin_ldexpf(1.0f, (code >> 3) - 10)
+                                            : (float)code * __builtin_ldexpf(1.0f, -9);
+            uint32_t bits;
+            std::memcpy(&bits, &value, 4);
+            low[code] = (uint8_t)(bits >> 16), high[code] = (uint8_t)(bits >> 24);
+        }
+    }
+};
+inline const E4m3Tables E4M3_TABLES;
+
+inline void decode_64(const void* codes, U32& low, U32& high) {
+    const E4m3Tables& t = E4M3_TABLES;
+    const __m512i code = _mm512_loadu_si512(codes);
+    const __m512i lows = _mm512_permutex2var_epi8(load<__m512i>(t.low), code, load<__m512i>(t.low + 64));
+    __m512i highs = _mm512_permutex2var_epi8(load<__m512i>(t.high), code, load<__m512i>(t.high + 64));
+    highs = _mm512_ternarylogic_epi32(highs, code, _mm512_set1_epi8((char)0x80), 0xF8);  // the code's sign
+    low = (U32)_mm512_unpacklo_epi8(lows, highs);
+    high = (U32)_mm512_unpackhi_epi8(lows, highs);
+}
+
+// float32 [even of low, odd of low, even of high, odd of high], as decode_64 leaves them, in their true order.
+inline void restore_order(F32 (&v)[4]) {
+    const __m512 a = _mm512_unpacklo_ps((__m512)v[0], (__m512)v[1]), b = _mm512_unpackhi_ps((__m512)v[0], (__m512)v[1]);
+    const __m512 c = _mm512_unpacklo_ps((__m512)v[2], (__m512)v[3]), d = _mm512_unpackhi_ps((__m512)v[2], (__m512)v[3]);
+    const __m512 ab = _mm512_shuffle_f32x4(a, b, 0x44), cd = _mm512_shuffle_f32x4(c, d, 0x44);
+    const __m512 ab2 = _mm512_shuffle_f32x4(a, b, 0xEE), cd2 = _mm512_shuffle_f32x4(c, d, 0xEE);
+    v[0] = (F32)_mm512_shuffle_f32x4(ab, cd, 0x88), v[1] = (F32)_mm512_shuffle_f32x4(ab, cd, 0xDD);
+    v[2] = (F32)_mm512_shuffle_f32x4(ab2, cd2, 0x88), v[3] = (F32)_mm512_shuffle_f32x4(ab2, cd2, 0xDD);
+}
+#else
+constexpr bool DECODES_64 = false;
+inline void decode_64(const void*, U32&, U32&) {}
+inline void restore_order(F32 (&)[4]) {}
+#endif
+// The place, among 32 pairs, of the i-th pair that decode_64 gives.
+inline int pair_of_64(int i) { return (i % 16) / 4 * 8 + i / 16 * 4 + i % 4; }
+
 // ---------------------------------------------------------------- elementary functions
 
 // e**x to 1 unit in the last place or so: 2**n * p(r), r = x - n ln 2 in two parts. Below -87.3 it is 0.
