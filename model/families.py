@@ -151,6 +151,8 @@ def qwen3_moe(config: Fields) -> Family:
 def deepseek_v2(config: Fields) -> Family:
     """DeepSeek-V2: latent attention, experts chosen greedily or within the best groups."""
     config.refuse(*_CAPS, "norm_topk_prob")
+    if config.config.get("scoring_func", "softmax") != "softmax":
+        raise CheckpointError(f"{config.where}: scoring_func is {config.config['scoring_func']!r}; served: softmax")
     method = config.config.get("topk_method", "greedy")
     if method not in ("greedy", "group_limited_greedy"):
         raise CheckpointError(f"{config.where}: topk_method is {method!r}; served: greedy, group_limited_greedy")

@@ -105,7 +105,8 @@ class TorchOps:
         low, high = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.chunk(2, dim=-1)
         parts = (low * cos - high * sin, high * cos + low * sin)
         pairs = torch.stack(parts, dim=-1).flatten(-2) if interleaved else torch.cat(parts, dim=-1)
-        return torch.cat((pairs.to(x.dtype), x[..., 2 * width :]), dim=-1)
+        pairs = pairs.to(x.dtype)
+        return pairs if 2 * width == x.shape[-1] else torch.cat((pairs, x[..., 2 * width :]), dim=-1)
 
     def gated(self, gate_up: Tensor, activation: Activation) -> Tensor:
         """activation(gate) * up."""
@@ -117,8 +118,8 @@ class TorchOps:
         used, block_tokens = int((slots >= 0).sum()), planes[0].block_tokens
         blocks, offsets = slots[:used] // block_tokens, slots[:used] % block_tokens
         non_finite = torch.zeros(len(slots), dtype=torch.int32)
-        for part, plane in zip(parts, planes, strict=True):
-            payload, scales, refused = _encode(part[:used], plane)
+        encoded = _encode_all([part[:used] for part in parts], planes)
+        for plane, (payload, scales, refused) in zip(planes, encoded, strict=True):
             plane.payload[blocks, :, offsets] = payload
             if plane.scales is not None and scales is not None:
                 plane.scales[blocks, :, offsets] = scales
@@ -170,6 +171,15 @@ def _rounded_to_int8(matrix: Tensor) -> Tensor:
     step = wide.abs().amax(dim=1, keepdim=True) / 127.0
     step = torch.where(step == 0, torch.ones_like(step), step)
     return torch.round(wide / step).clamp_(-127, 127) * step
+
+
+def _encode_all(parts: Sequence[Tensor], planes: Sequence[Planes]) -> list[tuple[Tensor, Tensor | None, Tensor]]:
+    """`_encode` of each part; in one pass where all are fp8 rows of one width."""
+    if len({part.shape[-1] for part in parts}) > 1 or any(plane.scales is None for plane in planes):
+        return [_encode(part, plane) for part, plane in zip(parts, planes, strict=True)]
+    heads = [part.shape[1] for part in parts]
+    columns = [torch.split(whole, heads, dim=1) for whole in fp8_encode(torch.cat(list(parts), dim=1))]
+    return list(zip(*columns, strict=True))
 
 
 def _encode(x: Tensor, planes: Planes) -> tuple[Tensor, Tensor | None, Tensor]:

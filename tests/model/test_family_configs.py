@@ -154,6 +154,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("MixtralForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 5}, "5 experts per token"),
     ("DeepseekV2ForCausalLM", {**MLA, "topk_method": "noaux_tc"}, "noaux_tc"),
     ("DeepseekV2ForCausalLM", {**MLA, "norm_topk_prob": True}, "norm_topk_prob"),
+    ("DeepseekV2ForCausalLM", {**MLA, "scoring_func": "sigmoid"}, "scoring_func"),
     ("DeepseekV3ForCausalLM", {**MLA, "scoring_func": "softmax"}, "scoring_func"),
     ("DeepseekV3ForCausalLM", {**MLA, "moe_layer_freq": 2}, "moe_layer_freq"),
     ("DeepseekV3ForCausalLM", {**MLA, "n_group": 3}, "3 groups"),
