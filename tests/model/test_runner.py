@@ -159,9 +159,11 @@ def test_a_plan_may_name_a_token_by_its_place_in_an_earlier_step(make_runner: Ma
 def test_one_sequences_nan_fails_that_sequence_only(make_runner: MakeRunner, tiny: Path) -> None:
     runner = make_runner(tiny)
     clean = runner.run(StepPlan(0, (Sequence("clean", ids_of(4, 50), GREEDY, 0, 16).step(),)))
-    runner.weights.embedding[2] = torch.nan  # only prompts that hold token 2 meet it; tied: its logit is NaN as well
-    head = runner.weights.head
-    object.__setattr__(runner.weights, "head", replace(head, matrix=torch.nan_to_num(head.matrix)))
+    head = runner.ops.pack(runner.weights.embedding.clone())
+    object.__setattr__(runner.weights, "head", head)  # tied: else its logit would be NaN as well
+    # Only prompts that hold token 2 shall meet a NaN; the output matrix is tied to the embedding, but not to its memory.
+    object.__setattr__(runner.weights, "head", runner.ops.pack(runner.weights.embedding.clone()))
+    runner.weights.embedding[2] = torch.nan
     bad_ids = ids_of(5, 40)
     bad_ids[17] = 2
     good, bad = Sequence("good", ids_of(4, 50), GREEDY, 20, 16), Sequence("bad", bad_ids, GREEDY, 40, 16)
