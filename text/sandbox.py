@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import string
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -222,8 +223,22 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
             return False
         return super().is_safe_attribute(obj, attr, value)
 
-    def wrap_str_format(self, value: Any) -> None:
-        """None: `str.format`, which can pad, is as forbidden as the other padding methods."""
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """`str.format` with bare fields; one that could pad or look into its arguments is refused."""
+        owner = getattr(value, "__self__", None)
+        if not isinstance(owner, str) or getattr(value, "__name__", "") != "format":
+            return None
+
+        def formatted(*args: Any, **kwargs: Any) -> str:
+            for _, name, width, conversion in string.Formatter().parse(owner):
+                if name is None:
+                    continue
+                if width or conversion or not (name == "" or name.isidentifier() or name.isdecimal()):
+                    raise jinja2.exceptions.SecurityError("text formats must have bare fields, like {} or {name}")
+                self._meter.charge_size((args, kwargs))
+            return owner.format(*args, **kwargs)
+
+        return formatted
 
     def _foresee(self, name: str, owner: str, args: tuple[Any, ...]) -> None:
         if name == "replace" and len(args) >= 2 and isinstance(args[0], str) and isinstance(args[1], str):

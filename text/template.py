@@ -16,6 +16,7 @@ from .gguf_tokenizer import read_templates, special_tokens_of
 from .sandbox import LimitExceeded, Limits, MeteredEnvironment
 
 MAX_TEMPLATE_CHARS = 256 * 1024
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # the first is the one that most templates read
 
 
 class ChatTemplate:
@@ -61,8 +62,13 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt. Has its special tokens written out: encode it without adding any.
+
+        `options`: what some templates also ask for, e.g. `enable_thinking`; they hide nothing that is given otherwise.
 
         Raises:
             InvalidRequest: the template refuses the messages (e.g. an unknown role, or roles out of turn), fails on
@@ -73,9 +79,10 @@ class ChatTemplate:
         template = self._choose(tools)
         variables = {
             **self._special,
-            "messages": [dict(message) for message in messages],
+            **(options or {}),
+            "messages": [_as_templates_know_it(message) for message in messages],
             "tools": [dict(tool) for tool in tools] if tools is not None else None,
-            "documents": None,
+            "documents": [dict(document) for document in documents] if documents is not None else None,
             "add_generation_prompt": add_generation_prompt,
         }
         try:
@@ -107,6 +114,13 @@ class ChatTemplate:
             raise CheckpointError(f"chat template {name!r}, line {error.lineno}: {error.message}") from None
         except (LimitExceeded, RecursionError, MemoryError, SyntaxError, ValueError) as error:
             raise CheckpointError(f"chat template {name!r} cannot be compiled: {error}") from None
+
+
+def _as_templates_know_it(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message without nulls, which many templates fail on, and with its reasoning under the names they ask for."""
+    kept = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((kept[name] for name in _REASONING if name in kept), None)
+    return kept if reasoning is None else {"thinking": reasoning, **kept, "reasoning_content": reasoning}
 
 
 def _refusal(reason: str, messages: Sequence[Mapping[str, Any]]) -> InvalidRequest:
