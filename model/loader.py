@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,10 @@ from typing import Literal
 import torch
 
 from ..core.errors import ConfigError
+from ..kernels.cpu.build import NativeUnavailable
 from ..kv.store import KvStore
 from .config_json import load_spec
+from .native_ops import NativeOps
 from .ops import Ops
 from .runner import Runner
 from .spec import DType, ModelSpec, Quantization
@@ -24,6 +27,8 @@ KERNEL_SET_VERSION = 2  # one more whenever a change of ours can change a bit of
 
 KvDType = Literal["auto", "fp8", "bfloat16", "float32"]
 Kernels = Literal["auto", "native", "torch"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +82,15 @@ def make_ops(
     Raises:
         ConfigError: the asked-for kernels cannot run here.
     """
-    if kernels == "native":
-        raise ConfigError("model.kernels is 'native'; this release has 'torch' only")
-    return TorchOps(dtype, num_threads, quantization)
+    if kernels == "torch":
+        return TorchOps(dtype, num_threads, quantization)
+    try:
+        return NativeOps(dtype, num_threads, quantization)
+    except NativeUnavailable as error:
+        if kernels == "native":
+            raise ConfigError(f"model.kernels is 'native', but {error}") from None
+        _log.warning("running without native kernels, several times slower: %s", error)
+        return TorchOps(dtype, num_threads, quantization)
 
 
 def compute_dtype(spec: ModelSpec, dtype: Literal["auto", "bfloat16", "float32"]) -> DType:
