@@ -61,11 +61,13 @@ def order_from_wire(message: worker_pb2.Submit, model: ModelFacts) -> Order:
             f"emitted_tokens is {message.emitted_tokens} of {len(prompt_ids)} prompt ids; must be fewer",
             param="emitted_tokens",
         )
+    params = sampling_from_wire(message.sampling)
+    model.check_sampling(params)
     return Order(
         key=key_of(message),
         epoch=epoch_from_wire(message.epoch),
         prompt_ids=prompt_ids,
-        params=sampling_from_wire(message.sampling),
+        params=params,
         isolation_domain=message.isolation_domain,
         adapter=message.adapter,
         peers=tuple(Peer(p.worker_id, p.incarnation, p.address) for p in message.prefill_peers),

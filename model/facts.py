@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..core.errors import ContextLengthExceeded, InvalidRequest
+from ..core.request import SamplingParams
 from ..kv.keys import Namer
 from ..kv.spec import KvSpec
 
@@ -41,6 +42,18 @@ class ModelFacts:
                 f"the prompt has {len(prompt_ids)} tokens; the model takes {self.max_model_len} with what it generates",
                 param="prompt",
             )
+
+    def check_sampling(self, params: SamplingParams) -> None:
+        """Whether the parameters name tokens of this model only: another one would break a step that others share.
+
+        Raises:
+            InvalidRequest: they name one outside the vocabulary.
+        """
+        words = (token_id for word in params.bad_words for token_id in word)
+        named = (*params.stop_token_ids, *words, *(token_id for token_id, _ in params.logit_bias))
+        largest = max(named, default=0)
+        if largest >= self.vocab_size:
+            raise InvalidRequest(f"token id {largest} is outside the vocabulary of {self.vocab_size}", param="sampling")
 
 
 @dataclass(frozen=True, slots=True)

@@ -134,6 +134,8 @@ class PrefillService:
         order = sender.order
         prompt_ids = tuple(order.prompt_ids)
         self._facts.model.check_prompt(prompt_ids)
+        params = sampling_from_wire(order.sampling)
+        self._facts.model.check_sampling(params)
         names = self._facts.namer.name(prompt_ids, order.isolation_domain, order.adapter)
         return link.Submit(
             key=self._engine_key(sender.label),
@@ -141,7 +143,7 @@ class PrefillService:
             prompt_ids=prompt_ids,
             identities=names.identities,
             identity_root=names.root,
-            params=sampling_from_wire(order.sampling),
+            params=params,
             num_emitted=order.emitted_tokens,
             peer_held_tokens=order.held_tokens,
             priority=order.priority,

@@ -293,3 +293,19 @@ async def test_a_draining_prefill_worker_refuses_and_decode_goes_on_alone(
     assert answer.end.reason == LENGTH
     assert answer.end.handover.local_reason == "peer_refused"
     await all_free(prefill, decode)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [{"logit_bias": {1 << 30: 1.0}}, {"stop_token_ids": [1 << 30], "min_tokens": 2}],
+    ids=["bias", "stop"],
+)
+async def test_an_order_that_names_tokens_of_another_vocabulary_breaks_no_step(
+    start_worker, router_of, make_prompt, sampling
+):
+    worker = await start_worker(Role.DECODE)
+    hand = await router_of(worker)
+    good = await hand.submit("good", make_prompt(20))
+    refused = await (await hand.submit("bad", make_prompt(20), sampling=sampling)).ended()
+    assert refused.end.error.code == "invalid_value"
+    assert (await good.ended()).end.error.code == ""

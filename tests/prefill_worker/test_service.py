@@ -171,6 +171,8 @@ async def test_the_engine_waits_for_room_over_there(bench):
         ({"prompt_ids": []}, "invalid_value", "held_tokens"),
         ({"prompt_ids": [1] * 64}, "context_length_exceeded", "64"),
         ({"prompt_ids": [100]}, "invalid_value", "vocabulary"),
+        ({"sampling": sampling_to_wire(SamplingParams(4, stop_token_ids=(100,)))}, "invalid_value", "vocabulary"),
+        ({"sampling": sampling_to_wire(SamplingParams(4, bad_words=((7, 100),)))}, "invalid_value", "vocabulary"),
         ({"held_tokens": 8}, "invalid_value", "multiple of 16"),
         ({"frame_slots": 0}, "invalid_value", "frame_slots"),
     ],
