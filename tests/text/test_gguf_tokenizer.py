@@ -107,13 +107,20 @@ def test_the_file_says_what_stands_around_a_text(tmp_path: Path, asked: dict[str
     assert ours.encode("some text") == [*ids[:1], *plain, *ids[1:]]
 
 
+def test_some_families_compose_their_text_first(tmp_path: Path) -> None:
+    plain = Tokenizer.load(write(tmp_path / "a.gguf", bundled_metadata()))
+    composing = Tokenizer.load(write(tmp_path / "b.gguf", bundled_metadata(**{"tokenizer.ggml.pre": "qwen2"})))
+    assert plain.encode("cafe\u0301") != plain.encode("caf\u00e9")
+    assert composing.encode("cafe\u0301") == composing.encode("caf\u00e9")
+
+
 def test_chats_end_where_the_vocabulary_has_an_end_of_turn(tmp_path: Path) -> None:
     metadata = bundled_metadata()
     tokens, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
     tokens[4000], kinds[4000] = "<|eot_id|>", CONTROL
-    tokens[4001] = "<|end|>"  # of no special kind: text
+    tokens[4001] = "<|im_end|>"  # of no special kind: text
     file = GgufFile(write(tmp_path / "m.gguf", {**metadata, "tokenizer.ggml.eom_token_id": 7}))
-    assert end_ids(file) == (1, 7, tokens.index("<|im_end|>"), 4000)
+    assert end_ids(file) == (1, 7, tokens.index("<|end|>"), 4000)
 
 
 def test_templates_by_name_with_the_files_own_tokens(tmp_path: Path) -> None:
