@@ -13,18 +13,19 @@ import torch
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))  # for the helpers beside the tests
 
+from twostroke.core.errors import ConfigError
 from twostroke.core.request import SamplingParams, SequenceKey
 from twostroke.kv.block import BlockId
 from twostroke.kv.store import KvStore
 from twostroke.model.batch import build_batch
 from twostroke.model.config_json import load_spec
 from twostroke.model.decoder import Decoder
-from twostroke.model.loader import RunnerOptions, load_runner, torch_dtype
+from twostroke.model.loader import Kernels, RunnerOptions, load_runner, make_ops, torch_dtype
+from twostroke.model.ops import Ops
 from twostroke.model.plan import SequenceStep, StepPlan
 from twostroke.model.runner import Runner
 from twostroke.model.spec import DType, ModelSpec
 from twostroke.model.tensors import open_source
-from twostroke.model.torch_ops import TorchOps
 from twostroke.model.weights import Weights, load_weights
 
 GREEDY = SamplingParams(max_tokens=64, temperature=0.0)
@@ -152,8 +153,8 @@ def poison(store: KvStore) -> None:
 
 @pytest.fixture(scope="session")
 def make_hand() -> Callable[..., Hand]:
-    """A hand over a checkpoint."""
-    loaded: dict[tuple[Path, DType], tuple[ModelSpec, Weights, TorchOps]] = {}
+    """A hand over a checkpoint, on as many threads as torch has now."""
+    loaded: dict[tuple[Path, DType, Kernels, int], tuple[ModelSpec, Weights, Ops]] = {}
 
     def make(
         directory: Path,
@@ -163,13 +164,17 @@ def make_hand() -> Callable[..., Hand]:
         tokens: int = 4096,
         *,
         max_model_len: int | None = None,
+        kernels: Kernels = "torch",
     ) -> Hand:
-        if (directory, dtype) not in loaded:
+        key = (directory, dtype, kernels, torch.get_num_threads())
+        if key not in loaded:
             spec = load_spec(directory)
-            ops = TorchOps(torch_dtype(dtype))
-            loaded[directory, dtype] = (spec, load_weights(open_source(directory), spec, ops), ops)
-        spec, weights, ops = loaded[directory, dtype]
-        ops.num_threads = torch.get_num_threads()
+            try:
+                ops = make_ops(torch_dtype(dtype), num_threads=torch.get_num_threads(), kernels=kernels)
+            except ConfigError as error:
+                pytest.skip(str(error))
+            loaded[key] = (spec, load_weights(open_source(directory), spec, ops), ops)
+        spec, weights, ops = loaded[key]
         ops.prepare()
         num_blocks = tokens // block_tokens | 1
         while num_blocks % 7 == 0:

@@ -55,6 +55,20 @@ def test_agrees_with_transformers(name: str, family_directory: Callable[[str], P
     assert torch.equal(hand.logits([("cached", 240, longest[240:])])[0], whole[240:])
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_native_kernels_agree_with_the_torch_ops(
+    name: str, family_directory: Callable[[str], Path], make_hand: Callable
+) -> None:
+    directory, texts = family_directory(name), prompts((1, 17, 250))
+    hands = [make_hand(directory, max_model_len=BY_NAME[name].served_len, kernels=k) for k in ("torch", "native")]
+    torchs, natives = [h.logits([(str(i), 0, ids) for i, ids in enumerate(texts)]) for h in hands]
+    for expected, ours in zip(torchs, natives, strict=True):
+        assert_same_logits(ours, expected)
+    decoded = [h.logits([(str(i), len(ids), [7]) for i, ids in enumerate(texts)]) for h in hands]
+    for expected, ours in zip(*decoded, strict=True):
+        assert_same_logits(ours, expected)
+
+
 @pytest.mark.parametrize("quantization", ["none", "int8"])
 @pytest.mark.parametrize("name", ["llama-biases", "qwen3", "gemma2", "gemma3", "phi3", "deepseek-v2"])
 def test_fewer_bits_give_nearly_the_same_logits(
