@@ -219,9 +219,12 @@ def test_penalties_make_a_text_that_repeats_less(client, sdk):
         assert variety(**penalty) > free
 
 
-def test_min_p_of_one_leaves_the_likeliest_alone(client):
-    assert text_of(client, temperature=1.5, seed=3, min_p=1.0) == text_of(client)
-    assert text_of(client, temperature=1.5, seed=3) != text_of(client)
+def test_min_p_of_one_leaves_the_likeliest_alone(client, sdk):
+    """And its equals: bfloat16 logits have some."""
+    asked: dict[str, Any] = {"max_tokens": 12, "temperature": 1.5, "seed": 3, "ignore_eos": True, "logprobs": 1}
+    said = sdk.generate(PROMPT, min_p=1.0, **asked).choices[0]
+    assert all(one.logprob == one.top[0][1] for one in said.logprobs)
+    assert text_of(client, min_p=1.0, **asked) == said.text != text_of(client, **asked)
 
 
 def test_min_tokens_holds_stop_strings_back_and_an_included_one_stays(client):
