@@ -33,7 +33,7 @@ SETTING_BY_FLAG = {
     "insecure": "router.insecure",
 }
 
-Model = Annotated[str | None, typer.Option(help="Checkpoint directory or hub name. Default: the bundled model.")]
+Model = Annotated[str | None, typer.Option(help="Directory, GGUF file or hub name. Default: the bundled model.")]
 ServedModelName = Annotated[str | None, typer.Option(help="What clients call the model.")]
 DType = Annotated[str | None, typer.Option(help="auto, bfloat16 or float32; auto is the checkpoint's dtype.")]
 Quantization = Annotated[

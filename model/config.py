@@ -14,8 +14,8 @@ BUNDLED = "bundled"  # the name of the model that travels with the package
 class ModelConfig(Section):
     """Which checkpoint, under which name, in which arithmetic."""
 
-    path: str = Field(BUNDLED, description="checkpoint directory, hub name, or 'bundled'")
-    name: str | None = Field(None, description="what clients call it; default: the directory's name")
+    path: str = Field(BUNDLED, description="checkpoint directory, GGUF file, hub name, or 'bundled'")
+    name: str | None = Field(None, description="what clients call it; default: the directory's or file's name")
     dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="auto = the checkpoint's")
     quantization: Literal["none", "int8"] = Field(
         "none", description="int8: 8-bit weights, rounded per output channel while loading"

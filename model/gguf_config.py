@@ -18,6 +18,12 @@ from .gguf_keys import Keys, heads_of
 from .gguf_rope import read_rope
 
 _GATING_SOFTMAX, _GATING_SIGMOID = 1, 2
+_PLAIN_ROUTING = {
+    "expert_gating_func": _GATING_SOFTMAX,
+    "expert_weights_scale": 1.0,
+    "expert_group_count": 1,
+    "expert_group_used_count": 1,
+}
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -90,6 +96,7 @@ def _llama(keys: Keys) -> dict[str, Any]:
     config["rope_scaling"] = read_rope(keys, config["head_dim"])
     window, experts = keys.optional("attention.sliding_window"), keys.optional("expert_count")
     if experts:
+        keys.neutral(**_PLAIN_ROUTING)
         config |= {
             "architectures": ["MixtralForCausalLM"],
             "num_local_experts": experts,
@@ -118,6 +125,7 @@ def _qwen3(keys: Keys) -> dict[str, Any]:
 def _qwen_experts(keys: Keys) -> dict[str, Any]:
     """What both of Qwen's families with experts have."""
     config, tensors = _qwen2(keys), keys.file.tensors
+    keys.neutral(**_PLAIN_ROUTING)
     experts = tensors.get("blk.0.ffn_gate_exps.weight")
     width = keys.optional("expert_feed_forward_length") or (experts.shape[-2] if experts else None)
     dense = [i for i in range(config["num_hidden_layers"]) if f"blk.{i}.ffn_gate_inp.weight" not in tensors]

@@ -15,12 +15,9 @@ _HARMLESS = frozenset(
         "rope.scaling.finetuned",
         "tensor_data_layout",
         "rope.scaling.original_context_length",
-        "rope.scaling.attn_factor",
         "attention.layer_norm_epsilon",  # of layer norms; the served families have none
         "expert_used_count",  # of dense models, which have them as 0
         "expert_count",
-        "expert_group_count",
-        "expert_group_used_count",
     }
 )
 
@@ -59,6 +56,12 @@ class Keys:
     def optional(self, name: str) -> Any:
         """A number, or None where there is none or it is 0."""
         return self.number(name, 0) or None
+
+    def neutral(self, **values: float) -> None:
+        """Refuse keys that say anything but the value at which they change nothing."""
+        for name, value in values.items():
+            if self.number(name, value) not in (0, value):
+                raise self.wrong(name, self.number(name), f"{value:g} for this architecture")
 
     def flag(self, name: str, default: bool = False) -> bool:
         """True or false."""

@@ -77,7 +77,7 @@ class Heads:
 
 def pieces(architecture: str, tensors: Mapping[str, StoredTensor], heads: Heads) -> dict[str, Piece]:
     """Hugging Face's tensors by name. What has no name there keeps its own, and so is found to be extra."""
-    found = {}
+    found: dict[str, Piece] = {}
     for name, tensor in tensors.items():
         if name not in FACTORS:
             found.update(_pieces_of(architecture, name, tensor.shape, heads, tensors))

@@ -329,6 +329,17 @@ def test_a_description_that_is_not_served_is_refused_by_name(
         load_spec(path)
 
 
+def test_routing_that_is_not_the_families_own_is_refused_by_name(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    for name in ("mixtral", "qwen2-moe", "qwen3-moe"):
+        write_gguf(tiny(name), path, metadata={"ARCH.expert_gating_func": 1, "ARCH.expert_weights_scale": 1.0})
+        load_spec(path)
+        for key, value in (("expert_gating_func", 2), ("expert_weights_scale", 2.5), ("expert_group_count", 4)):
+            write_gguf(tiny(name), path, metadata={"ARCH." + key: value})
+            with pytest.raises(CheckpointError, match=f"{key} is {value}; served: 1 for this architecture"):
+                load_spec(path)
+
+
 def test_missing_extra_and_wrong_tensors_are_refused_by_name(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     directory, path = tiny("qwen2"), tmp_path / "m.gguf"
     cases: list[tuple[dict[str, Any], str]] = [
