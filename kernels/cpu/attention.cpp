@@ -115,7 +115,8 @@ class Worker {
           unit_(unit),
           s_(scratch),
           group_(job.heads / job.values.heads),
-          width_(padded(job.values.width)) {}
+          width_(padded(job.values.width)),
+          row_stride_((unit.rows + LANES - 1) / LANES * LANES) {}
 
     void run() {
         const int last = position(unit_.rows - 1), earliest = position(0);
@@ -159,38 +160,40 @@ class Worker {
         }
     }
 
+    // The unit's queries side by side: per part [steps][rows, padded to 16], 32 bits each.
     void take_queries() {
         int total = 0;
         for (int p = 0; p < job_.num_parts; p++) total += steps(p);
-        s_.queries.resize((int64_t)total * unit_.rows);
+        s_.queries.resize((int64_t)total * row_stride_);
         uint32_t* to = s_.queries.data();
-        for (int p = 0; p < job_.num_parts; to += (int64_t)steps(p) * unit_.rows, p++) {
-            const Rows& q = job_.queries[p];
-            const int width = job_.keys[p].width, size = PAIRS ? 2 : 4, whole = width * size / 4;
-            const bool reordered = PAIRS && by_64(job_.keys[p]);
-            for (int r = 0; r < unit_.rows; r++) {
-                const int at = unit_.first + r, head = unit_.head * group_ + at % group_;
-                const int64_t number = (span_.row + at / group_) * q.stride + (int64_t)head * width;
-                const char* from = (const char*)q.data + number * size;
-                uint32_t* words = to + r;
-                if (reordered) {
-                    static const Order order;
-                    for (int k = 0; k < whole; k += 32, from += 128)
-                        for (int i = 0; i < 32; i++, words += unit_.rows) std::memcpy(words, from + order.bytes[i], 4);
-                    continue;
-                }
-                for (int k = 0; k < whole; k++, words += unit_.rows) std::memcpy(words, from + 4 * k, 4);
-                for (int k = whole; k < steps(p); k++, words += unit_.rows) *words = 0;
-                if (width * size % 4) std::memcpy(to + (int64_t)whole * unit_.rows + r, from + 4 * whole, 2);
+        for (int p = 0; p < job_.num_parts; to += (int64_t)steps(p) * row_stride_, p++)
+            for (int first = 0; first < unit_.rows; first += LANES) take_sixteen(p, first, to + first);
+    }
+    void take_sixteen(int part, int first, uint32_t* to) {
+        const Rows& q = job_.queries[part];
+        const int width = job_.keys[part].width, size = PAIRS ? 2 : 4, whole = width * size / 64 * LANES;
+        const bool reordered = PAIRS && by_64(job_.keys[part]);
+        const char* rows[LANES];
+        for (int j = 0; j < LANES; j++) {
+            const int at = unit_.first + std::min(first + j, unit_.rows - 1), head = unit_.head * group_ + at % group_;
+            rows[j] = (const char*)q.data + ((span_.row + at / group_) * q.stride + (int64_t)head * width) * size;
+        }
+        for (int k = 0; k < whole; k += LANES) {
+            U32 m[16];
+            for (int j = 0; j < LANES; j++) m[j] = load<U32>(rows[j] + 4 * k);
+            transpose(m);
+            for (int i = 0; i < LANES; i++) {
+                const int step = reordered ? k / 32 * 32 + place_in_64((k + i) % 32) : k + i;
+                store(to + (int64_t)step * row_stride_, m[i]);
             }
         }
+        for (int k = whole; k < steps(part); k++)
+            for (int j = 0; j < LANES; j++) {
+                uint32_t word = 0;
+                std::memcpy(&word, rows[j] + 4 * k, std::max(0, std::min(4, width * size - 4 * k)));
+                to[(int64_t)k * row_stride_ + j] = word;
+            }
     }
-    struct Order {
-        int bytes[32];
-        Order() {
-            for (int i = 0; i < 32; i++) bytes[i] = 4 * pair_of_64(i);
-        }
-    };
 
     // ------------------------------------------------------------ scores
 
@@ -272,7 +275,7 @@ class Worker {
             for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
                 for (int g = 0; g < GROUPS; g++) acc[r][g] = F32{};
-            for (int i = 0; i < n; i++, q += unit_.rows) {
+            for (int i = 0; i < n; i++, q += row_stride_) {
                 U32 keys[GROUPS];
 #pragma GCC unroll 4
                 for (int g = 0; g < GROUPS; g++) keys[g] = load<U32>(k + ((int64_t)g * n + i) * LANES);
@@ -431,33 +434,33 @@ class Worker {
         for (int r = 0; r < unit_.rows; r++) {
             const int at = unit_.first + r, head = unit_.head * group_ + at % group_;
             const int64_t to = (span_.row + at / group_) * job_.out.stride + (int64_t)head * width;
+            const float* mixed = s_.mixed.data() + (int64_t)r * width_;
             if (by_64(job_.values))
                 for (int i = 0; i < width; i += 4 * LANES) {
-                    F32 v[4];
-                    float* mixed = s_.mixed.data() + (int64_t)r * width_ + i;
-                    for (int c = 0; c < 4; c++) v[c] = load<F32>(mixed + c * LANES);
+                    F32 v[4] = {load<F32>(mixed + i), load<F32>(mixed + i + LANES), load<F32>(mixed + i + 2 * LANES),
+                                load<F32>(mixed + i + 3 * LANES)};
                     restore_order(v);
-                    for (int c = 0; c < 4; c++) store(mixed + c * LANES, v[c]);
+                    for (int c = 0; c < 4; c++) put(to + i + c * LANES, LANES, v[c], s_.total[r]);
                 }
-            for (int i = 0; i < width; i += LANES) {
-                // + 0: a negative zero must not tell whether a tile without weight was there.
-                F32 v = (load<F32>(s_.mixed.data() + (int64_t)r * width_ + i) + splat(0.0f)) / splat(s_.total[r]);
-                const int count = std::min(LANES, width - i);
-                if (PAIRS) {
-                    U16x16 bits = narrow(v);
-                    std::memcpy((uint16_t*)job_.out.data + to + i, &bits, 2 * count);
-                } else {
-                    std::memcpy((float*)job_.out.data + to + i, &v, 4 * count);
-                }
-            }
+            else
+                for (int i = 0; i < width; i += LANES)
+                    put(to + i, std::min(LANES, width - i), load<F32>(mixed + i), s_.total[r]);
         }
+    }
+    void put(int64_t at, int count, F32 v, float total) {
+        v = (v + splat(0.0f)) / splat(total);  // + 0: a negative zero must not tell whether a blank tile was there
+        if (PAIRS && count == LANES) return store_bf16((uint16_t*)job_.out.data + at, v);
+        if (!PAIRS && count == LANES) return store((float*)job_.out.data + at, v);
+        const U16x16 bits = narrow(v);
+        PAIRS ? std::memcpy((uint16_t*)job_.out.data + at, &bits, 2 * count)
+              : std::memcpy((float*)job_.out.data + at, &v, 4 * count);
     }
 
     const Attend& job_;
     const AttendSpan& span_;
     const Unit unit_;
     Scratch& s_;
-    const int group_, width_;
+    const int group_, width_, row_stride_;
 };
 
 }  // namespace

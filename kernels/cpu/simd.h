@@ -233,8 +233,8 @@ constexpr bool DECODES_64 = false;
 inline void decode_64(const void*, U32&, U32&) {}
 inline void restore_order(F32 (&)[4]) {}
 #endif
-// The place, among 32 pairs, of the i-th pair that decode_64 gives.
-inline int pair_of_64(int i) { return (i % 16) / 4 * 8 + i / 16 * 4 + i % 4; }
+// Where decode_64 leaves the i-th of 32 pairs of numbers.
+inline int place_in_64(int i) { return i % 8 / 4 * 16 + i / 8 * 4 + i % 4; }
 
 // ---------------------------------------------------------------- elementary functions
 
