@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import random
 import shutil
 import struct
 from collections.abc import Callable
@@ -24,6 +25,8 @@ from twostroke.model.config_json import load_spec
 from twostroke.model.gguf_source import GgufSource
 from twostroke.model.loader import RunnerOptions, load_runner, numerics_class
 from twostroke.model.tensors import open_source, weights_fingerprint
+from twostroke.model.weights import check_tensors
+from twostroke.text.gguf_file import GgufFile
 from twostroke.text.template import ChatTemplate
 from twostroke.text.tokenizer import Tokenizer
 
@@ -303,6 +306,26 @@ def test_a_damaged_file_is_refused_by_name(tiny: Callable[[str], Path], tmp_path
     with pytest.raises(CheckpointError, match=words) as caught:
         open_source(bad)
     assert "bad.gguf" in caught.value.message
+
+
+def test_a_description_with_wrong_bytes_is_served_or_refused(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    path, wrong = tmp_path / "m.gguf", tmp_path / "wrong.gguf"
+    write_gguf(tiny("deepseek-v3"), path)
+    raw, end = path.read_bytes(), GgufFile(path).data_at
+    generator, refused = random.Random(1), 0
+    for _ in range(120):
+        changed = bytearray(raw)
+        for _ in range(generator.choice((1, 1, 4))):
+            at = generator.randrange(end)
+            new = generator.choice((bytes([generator.randrange(256)]), b"\xff" * 4, b"\0" * 8, b"\xff" * 8))
+            changed[at : at + len(new)] = new
+        wrong.write_bytes(changed)
+        try:
+            check_tensors(open_source(wrong), load_spec(wrong))
+            Tokenizer.load(wrong)
+        except CheckpointError:  # and nothing else
+            refused += 1
+    assert 40 < refused < 120
 
 
 @pytest.mark.parametrize(
