@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..kernels.cpu import library as native
+from ..kernels.cpu.memory import take_memory
 from ..kernels.reference import Planes
 from .ops import Activation, AttentionKind, Linear, Norm, Quantization, Span
 
@@ -65,7 +66,7 @@ class NativeOps:
         level = self._library.level().decode()
         self.description = f"native {level}" + ("" if quantization == "none" else ", int8 weights")
         self._threads = ctypes.c_void_p(self._library.start_threads(num_threads))
-        self._scratch = _aligned(1 << 20)
+        self._scratch = take_memory(1 << 20)
 
     def __del__(self) -> None:
         if hasattr(self, "_threads"):
@@ -82,7 +83,7 @@ class NativeOps:
             held, scales = _to_int8(matrix)
             kind = native.INT8
         held, pairs = held.contiguous(), int(takes == torch.bfloat16)
-        panels = _aligned(self._library.panel_bytes(kind, columns, inner, pairs))
+        panels = take_memory(self._library.panel_bytes(kind, columns, inner, pairs))
         self._library.pack(held.data_ptr(), held.element_size(), columns, inner, pairs, panels.data_ptr())
         scales, bias = _whole_panels(scales), _whole_panels(bias)
         packed = native.Matrix(panels.data_ptr(), _address(scales), _address(bias), kind, columns, inner, int(exact))
@@ -100,7 +101,7 @@ class NativeOps:
         rows = x.shape[0]
         needed = (rows + 32) * matrix.inner * x.element_size()
         if needed > len(self._scratch):
-            self._scratch = _aligned(needed)
+            self._scratch = take_memory(needed)
         out = torch.empty(rows, matrix.columns, dtype=torch.float32 if matrix.reserved else self.dtype)
         self._library.linear(self._threads, matrix, _rows(x), _rows(out), self._scratch.data_ptr())
         return out
@@ -203,13 +204,6 @@ def _plane(plane: Planes, width: int) -> native.Plane:
 
 def _address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
-
-
-def _aligned(num_bytes: int) -> Tensor:
-    """uint8 [num_bytes] that begins at a cache line."""
-    whole = torch.empty(num_bytes + native.ALIGNMENT, dtype=torch.uint8)
-    start = -whole.data_ptr() % native.ALIGNMENT
-    return whole[start : start + num_bytes]
 
 
 def _whole_panels(x: Tensor | None) -> Tensor | None:
