@@ -12,18 +12,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ..core.errors import KvCorrupted
 from ..kernels.reference import Planes
 from .block import BlockId
 from .codec import U8, Codec, transcode
 from .digest import U64, frame_digests, places, unit_digests
+from .planes_cpu import CpuPlanes
 from .spec import COMPONENT_NUMBERS, HASH_BLOCK_TOKENS, Component, KvSpec
 from .wire import SectionData
+
+if TYPE_CHECKING:  # needs triton, which machines without a device may lack
+    from .planes_device import Births, DevicePlanes, StepBirths
+
+    ComponentStore = CpuPlanes | DevicePlanes
 
 _NOT_SEALED = -1
 
@@ -46,45 +54,52 @@ class HeldTokens:
         return self.start + self.count
 
 
-class _ComponentStore:
-    """One component's planes and seals."""
-
-    def __init__(self, component: Component, num_layers: int, num_blocks: int, block_tokens: int) -> None:
-        self.component = component
-        self.codec = Codec(component.codec)
-        shape = (num_layers, num_blocks, component.heads, block_tokens)
-        self.payload = torch.zeros((*shape, component.row_bytes), dtype=torch.uint8)
-        self.scales = torch.zeros(shape, dtype=torch.uint8) if self.codec is Codec.FP8_E4M3 else None
-        self.payload_view: U8 = self.payload.numpy()
-        self.scales_view: U8 | None = None if self.scales is None else self.scales.numpy()
-        units = (num_layers, component.heads, num_blocks, block_tokens // HASH_BLOCK_TOKENS)
-        self.digests: U64 = np.zeros(units, np.uint64)
-
-    def planes(self, layer: int) -> Planes:
-        return Planes(self.payload[layer], None if self.scales is None else self.scales[layer])
-
-
 class KvStore:
     """The store of one rank. One thread at a time: the engine's."""
 
     def __init__(
-        self, spec: KvSpec, num_blocks: int, block_tokens: int, device: str = "cpu", digest_key: int = 0
+        self,
+        spec: KvSpec,
+        num_blocks: int,
+        block_tokens: int,
+        device: torch.device | str = "cpu",
+        digest_key: int = 0,
+        *,
+        by_kernels: bool | None = None,
     ) -> None:
-        """`digest_key`: the cluster's 64-bit key, the same on every worker."""
-        if device != "cpu":
-            raise NotImplementedError(f"a KV store on {device!r}; only 'cpu' yet")
+        """`digest_key`: the cluster's 64-bit key, the same on every worker.
+
+        `by_kernels`: bytes are moved and digests born by our Triton kernels. None: wherever the device is no CPU (on a
+        CPU they need Triton's interpreter).
+        """
+        self.device = torch.device(device)
         self.spec = spec
         self.num_blocks = num_blocks
         self.block_tokens = block_tokens
         self._key = digest_key
-        self._components = [
-            _ComponentStore(component, spec.main.num_layers, num_blocks, block_tokens)
-            for component in spec.main.components
-        ]
+        uses_kernels = self.device.type != "cpu" if by_kernels is None else by_kernels
+        self._births: Births | None = None
+        self._components: list[ComponentStore] = []
+        if uses_kernels:
+            self._use_kernels()
+        else:
+            self._components += [CpuPlanes(c, *self._shape) for c in spec.main.components]
         self._layers = np.arange(spec.main.num_layers)
         per_block = block_tokens // HASH_BLOCK_TOKENS
         self._sealed_generation = np.full((num_blocks, per_block), _NOT_SEALED, np.int64)
         self._sealed_tokens = np.zeros((num_blocks, per_block), np.int64)
+
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        return self.spec.main.num_layers, self.num_blocks, self.block_tokens
+
+    def _use_kernels(self) -> None:
+        from .planes_device import Births, DevicePlanes
+
+        planes = [DevicePlanes(c, *self._shape, self.device) for c in self.spec.main.components]
+        self._components += planes
+        if [c.name for c in self.spec.main.components] == ["k", "v"]:
+            self._births = Births(planes[0], planes[1], self._key)
 
     # ------------------------------------------------------------------ the step
 
@@ -92,13 +107,17 @@ class KvStore:
         """Planes of one layer, one per component of the spec: the store's own memory."""
         return tuple(component.planes(layer) for component in self._components)
 
+    def births(self, slots: Tensor) -> StepBirths | None:
+        """Where a step that writes the tokens at slots [rows] leaves their digests; None: seals read the bytes."""
+        return None if self._births is None else self._births.begin(slots)
+
     def seal(self, held: HeldTokens) -> None:
         """Digest the hash blocks of a range that was just computed; the last one may be partial.
 
         A hash block whose first tokens are sealed already (a prompt's tail) keeps that seal and adds the rest, so that
         damage done in between is not sealed in.
         """
-        if held.count == 0:
+        if held.count == 0 or self._seal_by_birth(held):
             return
         first = held.start // HASH_BLOCK_TOKENS
         block, unit, generation = self._place(held, first)
@@ -113,6 +132,7 @@ class KvStore:
         for store in self._components:
             store.digests[:, :, blocks, units] = self._digest(store, held)
         self._mark_sealed(held, blocks, units, generations)
+        self._tell_births(held)
 
     def is_sealed(self, held: HeldTokens) -> bool:
         """Whether a range is sealed for these uses of its blocks; whether it holds that, `verify` says."""
@@ -177,6 +197,7 @@ class KvStore:
             if any(Codec(section.codec) is not store.codec for section in mine):
                 store.digests[:, :, blocks, units] = self._digest(store, held)
         self._mark_sealed(held, blocks, units, generations)
+        self._tell_births(held)
 
     # ------------------------------------------------------------------ inside
 
@@ -196,15 +217,14 @@ class KvStore:
     def _mark_sealed(
         self, held: HeldTokens, blocks: NDArray[np.int64], units: NDArray[np.int64], generations: NDArray[np.int64]
     ) -> None:
-        starts = np.arange(held.start, held.end, HASH_BLOCK_TOKENS)
-        self._sealed_tokens[blocks, units] = np.minimum(held.end - starts, HASH_BLOCK_TOKENS)
+        self._sealed_tokens[blocks, units] = self._counts(held)
         self._sealed_generation[blocks, units] = generations
 
     def _check_sealed(self, held: HeldTokens) -> None:
         blocks, units, generations = self._places(held)
-        starts = np.arange(held.start, held.end, HASH_BLOCK_TOKENS)
-        needed = np.minimum(held.end - starts, HASH_BLOCK_TOKENS)
-        good = (self._sealed_generation[blocks, units] == generations) & (self._sealed_tokens[blocks, units] >= needed)
+        good = (self._sealed_generation[blocks, units] == generations) & (
+            self._sealed_tokens[blocks, units] >= self._counts(held)
+        )
         if not good.all():
             block = blocks[int(np.argmin(good))]
             raise KvCorrupted(f"block {block} is not sealed for this use of it")
@@ -215,6 +235,30 @@ class KvStore:
         last = held.end - (held.end - 1) % HASH_BLOCK_TOKENS - 1
         end = last + int(self._sealed_tokens[blocks[-1], units[-1]])
         return HeldTokens(held.block_table, held.generations, held.start, end - held.start)
+
+    def _seal_by_birth(self, held: HeldTokens) -> bool:
+        """Seal with the digests that the steps left, if they are of exactly these tokens."""
+        if self._births is None:
+            return False
+        blocks, units, generations = self._places(held)
+        digests = self._births.digests(blocks, units, self._counts(held))
+        if digests is None:
+            return False
+        for store, born in zip(self._components, digests, strict=True):
+            store.digests[:, :, blocks, units] = born
+        self._mark_sealed(held, blocks, units, generations)
+        return True
+
+    def _tell_births(self, held: HeldTokens) -> None:
+        """What was sealed otherwise, as a beginning for the tokens that follow."""
+        if self._births is not None and held.count:
+            blocks, units, _ = self._places(held)
+            digests = [store.digests[:, :, blocks, units] for store in self._components]
+            self._births.set(blocks, units, self._counts(held), digests)
+
+    def _counts(self, held: HeldTokens) -> NDArray[np.int64]:
+        """Tokens of the range in each of its hash blocks."""
+        return np.minimum(held.end - np.arange(held.start, held.end, HASH_BLOCK_TOKENS), HASH_BLOCK_TOKENS)
 
     def _extend_seal(self, held: HeldTokens, sealed: int, present: int) -> None:
         hash_block = held.start // HASH_BLOCK_TOKENS
@@ -227,48 +271,35 @@ class KvStore:
             rest = np.ascontiguousarray(payload[..., sealed:, :])
             store.digests[:, :, block, unit] += unit_digests(rest, rest_scales, place, self._key, sealed)
         self._sealed_tokens[block, unit] = present
+        self._tell_births(part)
 
-    def _digest(self, store: _ComponentStore, held: HeldTokens) -> U64:
+    def _digest(self, store: ComponentStore, held: HeldTokens) -> U64:
         """Digests [layers, heads, hash blocks] of what the planes hold now."""
         payload, scales = self._gather(store, held)
         first = held.start // HASH_BLOCK_TOKENS
         words = self._place_words(store, np.arange(first, first - (-held.count // HASH_BLOCK_TOKENS)))
         return frame_digests(payload, scales, words, self._key, HASH_BLOCK_TOKENS)
 
-    def _place_words(self, store: _ComponentStore, hash_blocks: NDArray[np.int64]) -> U64:
+    def _place_words(self, store: ComponentStore, hash_blocks: NDArray[np.int64]) -> U64:
         heads = np.arange(store.component.heads)
         number = COMPONENT_NUMBERS[store.component.name]
         return places(self._layers[:, None, None], number, heads[:, None], hash_blocks)
 
-    def _gather(self, store: _ComponentStore, held: HeldTokens) -> tuple[U8, U8 | None]:
+    def _gather(self, store: ComponentStore, held: HeldTokens) -> tuple[U8, U8 | None]:
         """Copies: payload [layers, heads, tokens, row_bytes] and scales [layers, heads, tokens]."""
-        first, last = held.start // self.block_tokens, -(-held.end // self.block_tokens)
-        blocks = np.asarray(held.block_table[first:last], np.int64)
-        tokens = slice(held.start - first * self.block_tokens, held.end - first * self.block_tokens)
+        return store.gather(held.block_table, range(held.start, held.end))
 
-        def take(plane: U8) -> U8:
-            picked = plane[:, blocks].swapaxes(1, 2)  # [layers, heads, blocks, block_tokens, ...]
-            flat = picked.reshape(*picked.shape[:2], -1, *picked.shape[4:])
-            return np.ascontiguousarray(flat[:, :, tokens])
-
-        return take(store.payload_view), None if store.scales_view is None else take(store.scales_view)
-
-    def _write_section(self, store: _ComponentStore, held: HeldTokens, section: SectionData) -> None:
+    def _write_section(self, store: ComponentStore, held: HeldTokens, section: SectionData) -> None:
         encoded = transcode(section.payload, section.scales, Codec(section.codec), store.codec)
         if encoded.non_finite:
             raise KvCorrupted(f"{encoded.non_finite} rows of {section.component} are not finite")
-        layers = slice(section.layer_start, section.layer_start + section.layer_count)
-        heads = slice(section.head_start, section.head_start + section.head_count)
-        positions = np.arange(held.start, held.end)
-        blocks = np.asarray(held.block_table, np.int64)[positions // self.block_tokens]
-        offsets = positions % self.block_tokens
-        # Indices on both sides of a slice put the tokens first.
-        store.payload_view[layers, blocks, heads, offsets] = encoded.payload.transpose(2, 0, 1, 3)
-        if store.scales_view is not None:
-            assert encoded.scales is not None, "fp8 rows come with scales"
-            store.scales_view[layers, blocks, heads, offsets] = encoded.scales.transpose(2, 0, 1)
+        layers = range(section.layer_start, section.layer_start + section.layer_count)
+        heads = range(section.head_start, section.head_start + section.head_count)
+        rows = (encoded.payload, encoded.scales)
+        store.scatter(held.block_table, range(held.start, held.end), layers, heads, rows)
         hash_blocks, units, _ = self._places(held)
-        store.digests[layers, heads, hash_blocks, units] = section.digests
+        part, row = slice(layers.start, layers.stop), slice(heads.start, heads.stop)
+        store.digests[part, row, hash_blocks, units] = section.digests
 
 
 def _section(component: Component, payload: U8, scales: U8 | None, digests: U64) -> SectionData:

@@ -22,7 +22,15 @@ FLOOR = {
 STRANGERS = {("router", "model")}  # same floor, and yet the router knows of no engine
 
 ROOMS = {
-    "torch": ("kernels/", "model/", "kv/store.py", "prefill_worker/", "decode_worker/", "cluster/worker.py"),
+    "torch": (
+        "kernels/",
+        "model/",
+        "kv/store.py",
+        "kv/planes_",
+        "prefill_worker/",
+        "decode_worker/",
+        "cluster/worker.py",
+    ),
     "triton": ("kernels/", "model/"),
     "ray": ("cluster/", "prefill_worker/actor.py", "decode_worker/actor.py", "router/actor.py"),
 }

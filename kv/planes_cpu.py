@@ -1,0 +1,65 @@
+"""One component's planes in host memory: ranges of tokens out of blocks and into them. Knows no seal's meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import numpy as np
+import torch
+
+from ..kernels.cpu.memory import take_memory
+from ..kernels.reference import Planes
+from .block import BlockId
+from .codec import U8, Codec
+from .digest import U64
+from .spec import HASH_BLOCK_TOKENS, Component
+
+
+class CpuPlanes:
+    """Payload, scales and digests of a component, in the layout that `kv/store.py` draws."""
+
+    def __init__(self, component: Component, num_layers: int, num_blocks: int, block_tokens: int) -> None:
+        self.component = component
+        self.codec = Codec(component.codec)
+        self.block_tokens = block_tokens
+        shape = (num_layers, num_blocks, component.heads, block_tokens)
+        payload = take_memory(prod(shape) * component.row_bytes)
+        self.payload = payload.view(*shape, component.row_bytes)
+        self.scales = torch.zeros(shape, dtype=torch.uint8) if self.codec is Codec.FP8_E4M3 else None
+        self.payload_view: U8 = self.payload.numpy()
+        self.scales_view: U8 | None = None if self.scales is None else self.scales.numpy()
+        units = (num_layers, component.heads, num_blocks, block_tokens // HASH_BLOCK_TOKENS)
+        self.digests: U64 = np.zeros(units, np.uint64)
+
+    def planes(self, layer: int) -> Planes:
+        """One layer's own memory."""
+        return Planes(self.payload[layer], None if self.scales is None else self.scales[layer])
+
+    def gather(self, block_table: Sequence[BlockId], tokens: range) -> tuple[U8, U8 | None]:
+        """Copies: payload [layers, heads, tokens, row_bytes] and scales [layers, heads, tokens]."""
+        first, last = tokens.start // self.block_tokens, -(-tokens.stop // self.block_tokens)
+        blocks = np.asarray(block_table[first:last], np.int64)
+        within = slice(tokens.start - first * self.block_tokens, tokens.stop - first * self.block_tokens)
+
+        def take(plane: U8) -> U8:
+            picked = plane[:, blocks].swapaxes(1, 2)  # [layers, heads, blocks, block_tokens, ...]
+            flat = picked.reshape(*picked.shape[:2], -1, *picked.shape[4:])
+            return np.ascontiguousarray(flat[:, :, within])
+
+        return take(self.payload_view), None if self.scales_view is None else take(self.scales_view)
+
+    def scatter(
+        self, block_table: Sequence[BlockId], tokens: range, layers: range, heads: range, rows: tuple[U8, U8 | None]
+    ) -> None:
+        """Write `rows`, as `gather` gives them, of some layers and heads."""
+        payload, scales = rows
+        positions = np.arange(tokens.start, tokens.stop)
+        blocks = np.asarray(block_table, np.int64)[positions // self.block_tokens]
+        offsets = positions % self.block_tokens
+        part, row = slice(layers.start, layers.stop), slice(heads.start, heads.stop)
+        # Indices on both sides of a slice put the tokens first.
+        self.payload_view[part, blocks, row, offsets] = payload.transpose(2, 0, 1, 3)
+        if self.scales_view is not None:
+            assert scales is not None, "fp8 rows come with scales"
+            self.scales_view[part, blocks, row, offsets] = scales.transpose(2, 0, 1)
