@@ -117,7 +117,7 @@ class KvStore:
         A hash block whose first tokens are sealed already (a prompt's tail) keeps that seal and adds the rest, so that
         damage done in between is not sealed in.
         """
-        if held.count == 0 or self._seal_by_birth(held):
+        if held.count == 0 or self._seal_by_birth([held]):
             return
         first = held.start // HASH_BLOCK_TOKENS
         block, unit, generation = self._place(held, first)
@@ -133,6 +133,12 @@ class KvStore:
             store.digests[:, :, blocks, units] = self._digest(store, held)
         self._mark_sealed(held, blocks, units, generations)
         self._tell_births(held)
+
+    def seal_all(self, ranges: Sequence[HeldTokens]) -> None:
+        """`seal` each of a step's ranges, none of them empty; on a device, all are asked for at once."""
+        if ranges and not self._seal_by_birth(ranges):
+            for held in ranges:
+                self.seal(held)
 
     def is_sealed(self, held: HeldTokens) -> bool:
         """Whether a range is sealed for these uses of its blocks; whether it holds that, `verify` says."""
@@ -236,17 +242,19 @@ class KvStore:
         end = last + int(self._sealed_tokens[blocks[-1], units[-1]])
         return HeldTokens(held.block_table, held.generations, held.start, end - held.start)
 
-    def _seal_by_birth(self, held: HeldTokens) -> bool:
+    def _seal_by_birth(self, ranges: Sequence[HeldTokens]) -> bool:
         """Seal with the digests that the steps left, if they are of exactly these tokens."""
         if self._births is None:
             return False
-        blocks, units, generations = self._places(held)
-        digests = self._births.digests(blocks, units, self._counts(held))
+        each = [self._places(held) for held in ranges]
+        blocks, units, _ = (np.concatenate(parts) for parts in zip(*each, strict=True))
+        digests = self._births.digests(blocks, units, np.concatenate([self._counts(held) for held in ranges]))
         if digests is None:
             return False
         for store, born in zip(self._components, digests, strict=True):
             store.digests[:, :, blocks, units] = born
-        self._mark_sealed(held, blocks, units, generations)
+        for held, places_of in zip(ranges, each, strict=True):
+            self._mark_sealed(held, *places_of)
         return True
 
     def _tell_births(self, held: HeldTokens) -> None:

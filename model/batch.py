@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,11 +12,15 @@ from torch import Tensor
 from ..kv.block import BlockId
 from .ops import Ops, Span
 from .plan import StepPlan
+from .upload import upload
 
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """Inputs of one step. Rows are padded to `ops.row_multiple`; padding has token 0, position 0 and slot -1."""
+    """Inputs of one step. Rows are padded to `ops.row_multiple`; padding has token 0, position 0 and slot -1.
+
+    `build_batch` leaves all but `attention` on the CPU; `on_device` brings the rest after it.
+    """
 
     token_ids: Tensor  # [rows] int64
     positions: Tensor  # [rows] int64
@@ -25,6 +29,14 @@ class StepBatch:
     first_rows: tuple[int, ...]  # of each sequence of the plan; its rows follow
     sampled: tuple[int, ...]  # indices into plan.sequences
     sample_rows: Tensor  # [padded len(sampled)] int64: the row whose logits each of them samples from
+
+
+def on_device(batch: StepBatch, device: torch.device) -> StepBatch:
+    """The batch with its rows where the ops are; `sample_rows` stay, they only index."""
+    if device.type == "cpu":
+        return batch
+    token_ids, positions, slots = upload((batch.token_ids, batch.positions, batch.slots), device)
+    return replace(batch, token_ids=token_ids, positions=positions, slots=slots)
 
 
 def build_batch(plan: StepPlan, token_ids: Sequence[Sequence[int]], block_tokens: int, ops: Ops) -> StepBatch:
@@ -54,15 +66,15 @@ def build_batch(plan: StepPlan, token_ids: Sequence[Sequence[int]], block_tokens
     )
 
 
-def warm_up_batch(block_tokens: int, ops: Ops) -> StepBatch:
-    """A step that writes nothing: one token that reads the store's block 0, whatever is there."""
-    rows = ops.row_multiple
+def warm_up_batch(block_tokens: int, ops: Ops, num_tokens: int = 1) -> StepBatch:
+    """A step that writes nothing: tokens (a block's at most) that read the store's block 0, whatever is there."""
+    rows = num_tokens + -num_tokens % ops.row_multiple
     return StepBatch(
         token_ids=torch.zeros(rows, dtype=torch.int64),
         positions=torch.zeros(rows, dtype=torch.int64),
         slots=torch.full((rows,), -1),
-        attention=ops.lay_out((Span(0, 0, 1, (BlockId(0),)),), block_tokens),
+        attention=ops.lay_out((Span(0, 0, num_tokens, (BlockId(0),)),), block_tokens),
         first_rows=(0,),
         sampled=(0,),
-        sample_rows=torch.zeros(rows, dtype=torch.int64),
+        sample_rows=torch.zeros(ops.row_multiple, dtype=torch.int64),
     )

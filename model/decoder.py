@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels.reference_kv import Rotation
 from ..kv.store import KvStore
 from .batch import StepBatch
 from .elementwise import softcapped
@@ -42,7 +43,8 @@ class Decoder:
         self.weights = weights
         self.ops = ops
         self.max_model_len = max_model_len
-        self._tables = [rotary_table(rope, max_model_len) for rope in spec.ropes]
+        tables = (rotary_table(rope, max_model_len) for rope in spec.ropes)
+        self._tables = [(cos.to(ops.device), sin.to(ops.device)) for cos, sin in tables]
         self._kinds = [_attention_kind(spec, layer.window) for layer in spec.layers]
 
     def hidden(self, batch: StepBatch, store: KvStore) -> Hidden:
@@ -50,11 +52,16 @@ class Decoder:
         ops, layers = self.ops, self.weights.layers
         x = self._embed(batch.token_ids)  # [rows, hidden]
         angles = [tuple(t.index_select(0, batch.positions) for t in table) for table in self._tables]
-        non_finite = torch.zeros(len(x), dtype=torch.int32)
+        rotations = [Rotation(batch.positions, *table) for table in self._tables]
+        births = store.births(batch.slots)
+        non_finite = torch.zeros(len(x), dtype=torch.int32, device=x.device)
         h = ops.rms_norm(x, layers[0].attention_norm)
         for index, (layer, shape) in enumerate(zip(layers, self.spec.layers, strict=True)):
             cos, sin = angles[shape.rope]
-            step = LayerStep(ops, cos, sin, store.planes(index), batch.slots, batch.attention, self._kinds[index])
+            step = LayerStep(
+                ops, cos, sin, store.planes(index), batch.slots, batch.attention, self._kinds[index],
+                index, rotations[shape.rope], births,
+            )  # fmt: skip
             delta, refused = self._attend(h, layer.attention, step)
             non_finite += refused
             if layer.after_attention is not None:
@@ -98,18 +105,13 @@ class Decoder:
 
 
 def _attend_plain(h: Tensor, weights: PlainWeights, shape: PlainAttention, step: LayerStep) -> tuple[Tensor, Tensor]:
-    ops, heads, kv_heads = step.ops, shape.num_heads, shape.num_kv_heads
-    qkv = ops.linear(h, weights.qkv).view(len(h), heads + 2 * kv_heads, shape.head_dim)
-    v = qkv[:, heads + kv_heads :]
+    ops, heads = step.ops, shape.num_heads
+    qkv = ops.linear(h, weights.qkv).view(len(h), heads + 2 * shape.num_kv_heads, shape.head_dim)
+    norms = None
     if weights.q_norm is not None and weights.k_norm is not None:
-        q = ops.rotary(ops.rms_norm(qkv[:, :heads].contiguous(), weights.q_norm), step.cos, step.sin)
-        k = qkv[:, heads : heads + kv_heads].contiguous()
-        k = ops.rotary(ops.rms_norm(k, weights.k_norm), step.cos, step.sin)
-    else:
-        turned = ops.rotary(qkv[:, : heads + kv_heads], step.cos, step.sin)
-        q, k = turned[:, :heads], turned[:, heads:]
+        norms = weights.q_norm, weights.k_norm
     # Stored first, attended to after: attention reads what the cache holds, rounding included.
-    refused = ops.write((k, v), step.planes, step.slots)
+    q, refused = ops.store_heads(qkv, heads, norms, step)
     keys, values = step.planes
     mixed = ops.attend((q,), (keys,), values, step.layout, step.kind)
     return ops.linear(mixed.flatten(1), weights.output), refused

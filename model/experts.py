@@ -30,7 +30,7 @@ def mix_experts(ops: Ops, h: Tensor, weights: ExpertsWeights, shape: ExpertsFfn,
     routing = shape.routing
     scores = ops.linear(h, weights.router)  # [rows, num_experts (+ 1)] float32
     choice = route(scores[:, : routing.num_experts], weights.correction, routing)
-    total = torch.zeros(h.shape, dtype=torch.float32)
+    total = torch.zeros(h.shape, dtype=torch.float32, device=h.device)
     for expert in torch.unique(choice.experts).tolist():  # in order of their numbers
         rows, place = (choice.experts == expert).nonzero().unbind(1)  # rows that take it, and which of their choices
         spare = -len(rows) % ops.row_multiple

@@ -18,7 +18,9 @@ from torch import Tensor
 from ..kernels.cpu import library as native
 from ..kernels.cpu.memory import take_memory
 from ..kernels.reference import Planes
+from .composed import store_heads
 from .ops import Activation, AttentionKind, Linear, Norm, Quantization, Span
+from .step import LayerStep
 
 _KINDS = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16}
 
@@ -57,6 +59,7 @@ class NativeOps:
     """
 
     row_multiple = 1
+    device = torch.device("cpu")
 
     def __init__(self, dtype: torch.dtype, num_threads: int = 1, quantization: Quantization = "none") -> None:
         self.dtype = dtype
@@ -150,6 +153,12 @@ class NativeOps:
             job.block_tokens = plane.block_tokens
         self._library.write(self._threads, jobs, len(jobs), slots.data_ptr(), len(slots), non_finite.data_ptr())
         return non_finite
+
+    def store_heads(
+        self, qkv: Tensor, num_heads: int, norms: tuple[Norm, Norm] | None, step: LayerStep
+    ) -> tuple[Tensor, Tensor]:
+        """Norms, rotations and a write, one after the other."""
+        return store_heads(self, qkv, num_heads, norms, step)
 
     def lay_out(self, spans: Sequence[Span], block_tokens: int) -> StepSpans:
         """Block tables as the kernel reads them."""

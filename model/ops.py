@@ -1,22 +1,26 @@
 """What the decoder asks of a device: the seam between the model's definition and what computes it. Knows no model.
 
-Two implementations: `torch_ops.py` (torch, any machine; its answers are the definition) and `native_ops.py` (our own
-CPU kernels). Every op's answer for a row depends on that row alone, and for attention on its own prefix: never on the
-other rows, their number, or the number of threads. `x` is [rows, ...] contiguous in the compute dtype; arithmetic
-inside an op is float32, rounded to the compute dtype once at its end, except where an op says otherwise.
+Three implementations: `torch_ops.py` (torch, any machine; its answers are the definition), `native_ops.py` (our own CPU
+kernels) and `triton_ops.py` (a GPU). On a CPU every op's answer for a row depends on that row alone, and for attention
+on its own prefix: never on the other rows, their number, or the number of threads; on a GPU all but products keep that.
+`x` is [rows, ...] contiguous in the compute dtype; arithmetic inside an op is float32, rounded to the compute dtype
+once at its end, except where an op says otherwise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from ..kernels.reference import Planes
 from ..kv.block import BlockId
+
+if TYPE_CHECKING:
+    from .step import LayerStep
 
 Activation = Literal["silu", "gelu_tanh"]
 Quantization = Literal["none", "int8"]
@@ -67,6 +71,8 @@ class Ops(Protocol):
     """One device in one compute dtype. One thread at a time."""
 
     dtype: torch.dtype
+    device: torch.device
+    """Where rows and weights are; results of `lay_out` too."""
     row_multiple: int
     """Batches are padded to this many rows (16 for torch's tiles, 1 where nothing is gained by it)."""
     description: str
@@ -111,6 +117,16 @@ class Ops(Protocol):
         """Encode and store rows: part i [rows, heads_i, width_i] (perhaps a view) into planes i, at slots [rows] int64.
 
         Negative slots (padding, last) are skipped. Returns int32 [rows]: numbers of vectors that were not finite.
+        """
+        ...
+
+    def store_heads(
+        self, qkv: Tensor, num_heads: int, norms: tuple[Norm, Norm] | None, step: LayerStep
+    ) -> tuple[Tensor, Tensor]:
+        """Of qkv [rows, num_heads + 2 * kv_heads, width]: queries, keys and values of one layer of plain attention.
+
+        Queries and keys are normalised (where there are norms, in this order) and rotated; keys and values written.
+        Returns the queries [rows, num_heads, width], and what `write` returns. In one pass where the device can.
         """
         ...
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,13 +12,17 @@ from torch import Tensor
 from ..core.request import SequenceKey
 from ..kv.spec import HASH_BLOCK_TOKENS
 from ..kv.store import HeldTokens, KvStore
-from .batch import StepBatch, build_batch, warm_up_batch
-from .decoder import Decoder
+from .batch import StepBatch, build_batch, on_device, warm_up_batch
+from .decoder import Decoder, Hidden
+from .greedy import all_greedy, speak_greedily
 from .ops import Ops
 from .plan import SequenceStep, StepPlan, StepResult
 from .sampling.step import Spoken, StepSampler
 from .spec import ModelSpec
 from .weights import Weights
+
+if TYPE_CHECKING:  # needs triton
+    from .graphs import DecodeGraphs
 
 _REMEMBERED_STEPS = 4  # a plan may name tokens of this many steps back
 
@@ -36,23 +41,33 @@ class Runner:
         ops: Ops,
         store: KvStore,
         max_model_len: int | None = None,
+        *,
+        graph_seqs: int = 0,
     ) -> None:
+        """`graph_seqs`: decode steps of up to so many sequences run as graphs (on a device only)."""
         self.spec = spec
         self.weights = weights
         self.store = store
         self.ops = ops
         self.max_model_len = max_model_len or spec.max_model_len
+        self._graph_seqs = graph_seqs
         self._decoder: Decoder | None = None
+        self._graphs: DecodeGraphs | None = None
         self._results: OrderedDict[int, StepResult] = OrderedDict()
         self._sampler: StepSampler | None = None
 
     def warm_up(self) -> None:
-        """Let the ops choose their forms, and run a step that writes nothing. Call it in the thread of the steps."""
+        """Let the ops choose their forms, run steps that write nothing, capture graphs. In the thread of the steps."""
         self.ops.prepare()
         self._decoder = Decoder(self.spec, self.weights, self.ops, self.max_model_len)
+        device = self.ops.device
         with torch.inference_mode():
-            hidden = self._decoder.hidden(warm_up_batch(self.store.block_tokens, self.ops), self.store)
-            self._decoder.logits(hidden.rows)
+            for num_tokens in (1,) if device.type == "cpu" else (1, 2):  # a device has other kernels for chunks
+                batch = on_device(warm_up_batch(self.store.block_tokens, self.ops, num_tokens), device)
+                hidden = self._decoder.hidden(batch, self.store)
+                self._decoder.logits(hidden.rows[batch.sample_rows])
+            if self._graph_seqs:
+                self._graphs = self._captured(self._decoder)
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute a plan: its keys and values are in the store, finished hash blocks sealed, tokens sampled.
@@ -66,16 +81,28 @@ class Runner:
         if not plan.sequences:
             return self._remember(StepResult(plan.step, ()))
         ids = [self._resolve(step) for step in plan.sequences]
-        batch = build_batch(plan, ids, self.store.block_tokens, self.ops)
         with torch.inference_mode():
-            hidden = self._decoder.hidden(batch, self.store)
-            bad = _bad_sequences(plan, batch, hidden.non_finite)
+            batch, hidden = self._compute(self._decoder, plan, ids)
+            bad = _bad_sequences(plan, batch, hidden.non_finite.cpu())
             spoken = self._sample(plan, batch, hidden.rows, bad, [row[-1] for row in ids])
-        for step in plan.sequences:
-            if step.key not in bad:
-                self._seal(step)
+        self._seal([step for step in plan.sequences if step.key not in bad])
         result = StepResult(plan.step, tuple(spoken.tokens), frozenset(bad), spoken.logprobs, spoken.prompt_logprobs)
         return self._remember(result)
+
+    def _captured(self, decoder: Decoder) -> DecodeGraphs | None:
+        from .graphs import DecodeGraphs, can_capture
+
+        if not can_capture(self.spec):
+            return None
+        graphs = DecodeGraphs(decoder, self.store, self._graph_seqs)
+        graphs.capture()
+        return graphs
+
+    def _compute(self, decoder: Decoder, plan: StepPlan, ids: Sequence[tuple[int, ...]]) -> tuple[StepBatch, Hidden]:
+        if self._graphs is not None and self._graphs.serves(plan):
+            return self._graphs.run(plan, ids)
+        batch = on_device(build_batch(plan, ids, self.store.block_tokens, self.ops), self.ops.device)
+        return batch, decoder.hidden(batch, self.store)
 
     def _resolve(self, step: SequenceStep) -> tuple[int, ...]:
         """The sequence's ids, the first one looked up where an earlier step sampled it."""
@@ -90,16 +117,28 @@ class Runner:
     def _sample(
         self, plan: StepPlan, batch: StepBatch, rows: Tensor, bad: set[SequenceKey], last: Sequence[int]
     ) -> Spoken:
-        assert self._decoder is not None
+        decoder = self._decoder
+        assert decoder is not None
+        if self._stays_on_device and batch.sampled and all_greedy(plan):
+            logits = decoder.logits(rows[batch.sample_rows])[: len(batch.sampled)]
+            return speak_greedily(plan, batch, logits, bad)
         if self._sampler is None:
-            self._sampler = StepSampler(self.spec.eos_ids, self._decoder.logits)
+            self._sampler = StepSampler(self.spec.eos_ids, lambda rows: decoder.logits(rows).cpu())
         return self._sampler.run(plan, batch, rows, bad, last)
 
-    def _seal(self, step: SequenceStep) -> None:
-        first = step.start - step.start % HASH_BLOCK_TOKENS
-        end = step.end if step.seals_tail else step.end - step.end % HASH_BLOCK_TOKENS
-        if end > first:
-            self.store.seal(HeldTokens(step.block_table, step.generations, first, end - first))
+    @property
+    def _stays_on_device(self) -> bool:
+        """Whether whole rows of logits are better not copied to the sampler."""
+        return self._graphs is not None or self.ops.device.type != "cpu"
+
+    def _seal(self, steps: Sequence[SequenceStep]) -> None:
+        ranges = []
+        for step in steps:
+            first = step.start - step.start % HASH_BLOCK_TOKENS
+            end = step.end if step.seals_tail else step.end - step.end % HASH_BLOCK_TOKENS
+            if end > first:
+                ranges.append(HeldTokens(step.block_table, step.generations, first, end - first))
+        self.store.seal_all(ranges)
 
     def _remember(self, result: StepResult) -> StepResult:
         self._results[result.step] = result

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
 from ..kernels.reference import Planes
+from ..kernels.reference_kv import Rotation
 from .ops import AttentionKind, Ops
+
+if TYPE_CHECKING:
+    from ..kv.planes_device import StepBirths
 
 
 class LayerStep(NamedTuple):
@@ -20,3 +24,6 @@ class LayerStep(NamedTuple):
     slots: Tensor  # [rows] int64
     layout: Any  # of `ops.lay_out`
     kind: AttentionKind
+    layer: int
+    rotation: Rotation  # cos and sin again, by position
+    births: StepBirths | None  # where a device leaves the digests of what it stores

@@ -17,9 +17,11 @@ from torch import Tensor
 from ..core.errors import ConfigError
 from ..kernels.reference import Planes, fp8_encode, rms_norm
 from .attention import Attention, AttentionLayout, HeadShape
+from .composed import store_heads
 from .elementwise import activated
 from .ops import Activation, AttentionKind, Linear, Norm, Quantization, Span
 from .products import TILE_ROWS, Product
+from .step import LayerStep
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +53,7 @@ class TorchOps:
     """`ops.Ops` in torch. Where this machine's products depend on the number of threads, one thread is used."""
 
     row_multiple = TILE_ROWS
+    device = torch.device("cpu")
 
     def __init__(self, dtype: torch.dtype, num_threads: int = 1, quantization: Quantization = "none") -> None:
         self.dtype = dtype
@@ -66,7 +69,7 @@ class TorchOps:
         if exact:
             held = matrix.float().contiguous()
         elif self.quantization == "int8":
-            held = _rounded_to_int8(matrix).to(self.dtype)
+            held = rounded_to_int8(matrix).to(self.dtype)
         else:
             held = matrix.to(self.dtype).contiguous()
         self._packed.add((held.shape[1], held.shape[0], held.dtype, True))
@@ -126,6 +129,12 @@ class TorchOps:
             non_finite[:used] += refused.sum(-1, dtype=torch.int32)
         return non_finite
 
+    def store_heads(
+        self, qkv: Tensor, num_heads: int, norms: tuple[Norm, Norm] | None, step: LayerStep
+    ) -> tuple[Tensor, Tensor]:
+        """Norms, rotations and a write, one after the other."""
+        return store_heads(self, qkv, num_heads, norms, step)
+
     def lay_out(self, spans: Sequence[Span], block_tokens: int) -> StepSpans:
         """Layouts are made when a layer first asks for them."""
         return StepSpans(tuple(spans), block_tokens)
@@ -165,7 +174,7 @@ class TorchOps:
         return self._products[key]
 
 
-def _rounded_to_int8(matrix: Tensor) -> Tensor:
+def rounded_to_int8(matrix: Tensor) -> Tensor:
     """Per-channel symmetric int8 and back: each row [in] in steps of its largest magnitude / 127; float32."""
     wide = matrix.float()
     step = wide.abs().amax(dim=1, keepdim=True) / 127.0

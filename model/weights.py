@@ -90,7 +90,7 @@ def load_weights(source: TensorSource, spec: ModelSpec, ops: Ops) -> Weights:
     """
     check_tensors(source, spec)
     loader = _Loader(source, spec, ops)
-    embedding = source.take(EMBEDDING).to(ops.dtype).contiguous()
+    embedding = source.take(EMBEDDING).to(ops.device, ops.dtype).contiguous()
     return Weights(
         embedding=embedding,
         layers=tuple(loader.layer(index) for index in range(spec.num_layers)),
@@ -142,7 +142,7 @@ class _Loader:
 
     def norm(self, name: str, eps: float | None = None) -> Norm:
         weight = self.source.take(name).float() + self.spec.norm_offset
-        return Norm(weight.contiguous(), self.spec.rms_eps if eps is None else eps)
+        return Norm(weight.to(self.ops.device).contiguous(), self.spec.rms_eps if eps is None else eps)
 
     def _optional_norm(self, layout: LayerLayout, key: str) -> Norm | None:
         return self.norm(layout.vectors[key][0]) if key in layout.vectors else None
@@ -179,7 +179,7 @@ class _Loader:
         correction = layout.vectors.get("correction")
         return ExpertsWeights(
             router=self._linear(layout.matrices["router"]),
-            correction=self.source.take(correction[0]).float() if correction else None,
+            correction=self.source.take(correction[0]).float().to(self.ops.device) if correction else None,
             experts=tuple(self._dense(layout, f"expert {e} ") for e in range(ffn.routing.num_experts)),
             shared=None if ffn.shared_width is None else self._dense(layout, "shared "),
         )

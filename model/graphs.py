@@ -1,0 +1,135 @@
+"""Decode steps as CUDA graphs, keyed (padded batch, query length 1). Knows the decoder, no sampling, no request.
+
+A graph replays on the memory that it was captured on: each size has an arena of inputs that one copy fills. Steps with
+prompt chunks, more sequences than the largest size, or a context beyond `GRAPH_CONTEXT` run eagerly, with the same
+kernels on the same rows. Padding rows have slot -1 and context 0: they store nothing and attend to nothing.
+
+    arena of size n:  token ids, positions, slots [n] int64 | contexts [n] int32 | block tables [n, blocks] int32
+
+On a CPU (Triton's interpreter) nothing is captured: the same arenas feed the decoder step by step.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..kv.store import KvStore
+from .batch import StepBatch
+from .decoder import Decoder, Hidden
+from .plan import StepPlan
+from .spec import ExpertsFfn, ModelSpec
+from .triton_ops import Layout
+from .upload import Arena
+
+GRAPH_CONTEXT = 8192  # a longer table would cost every short step splits that have nothing to do
+
+
+def graph_sizes(max_num_seqs: int) -> tuple[int, ...]:
+    """Batch sizes to capture, rising: powers of two, and the largest batch itself."""
+    sizes = [1 << power for power in range(max_num_seqs.bit_length()) if 1 << power <= max_num_seqs]
+    return tuple(sizes) if sizes[-1] == max_num_seqs else (*sizes, max_num_seqs)
+
+
+def padded_size(sizes: Sequence[int], num_seqs: int) -> int | None:
+    """The smallest captured size that holds a batch; None: it is too large."""
+    place = bisect_left(sizes, num_seqs)
+    return sizes[place] if place < len(sizes) else None
+
+
+def can_capture(spec: ModelSpec) -> bool:
+    """Whether a step's launches depend on no number of it. Experts choose their rows by what the router says."""
+    return not any(isinstance(layer.ffn, ExpertsFfn) for layer in spec.layers)
+
+
+@dataclass(slots=True, eq=False)
+class _Captured:
+    """One size: its inputs, and what leaves their hidden rows in `hidden`."""
+
+    arena: Arena
+    batch: StepBatch
+    graph: torch.cuda.CUDAGraph | None = None
+    hidden: Hidden | None = None
+
+
+class DecodeGraphs:
+    """All sizes of one decoder on one store. In the thread and the inference mode of the steps."""
+
+    def __init__(self, decoder: Decoder, store: KvStore, max_num_seqs: int) -> None:
+        self._decoder = decoder
+        self._store = store
+        self._device = decoder.ops.device
+        self._max_context = min(decoder.max_model_len, GRAPH_CONTEXT)
+        self.sizes = graph_sizes(max_num_seqs)
+        self._captured: dict[int, _Captured] = {}
+
+    def capture(self) -> None:
+        """Capture every size, the largest first, so that the others find its memory in their shared pool."""
+        pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
+        for size in reversed(self.sizes):
+            self._captured[size] = captured = self._prepared(size)
+            if pool is None:
+                continue
+            self._decoder.hidden(captured.batch, self._store)  # compiles, and lets cuBLAS choose
+            torch.cuda.synchronize(self._device)
+            captured.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(captured.graph, pool=pool):
+                captured.hidden = self._decoder.hidden(captured.batch, self._store)
+
+    def serves(self, plan: StepPlan) -> bool:
+        """Whether a plan is one decode step of a captured size."""
+        return len(plan.sequences) <= self.sizes[-1] and all(
+            step.num_tokens == 1 and step.end <= self._max_context for step in plan.sequences
+        )
+
+    def run(self, plan: StepPlan, token_ids: Sequence[Sequence[int]]) -> tuple[StepBatch, Hidden]:
+        """Compute a step that `serves`: its batch, and its rows with padding behind them, valid until the next step."""
+        size = padded_size(self.sizes, len(plan.sequences))
+        assert size is not None, "the plan is not served"
+        captured = self._captured[size]
+        self._fill(captured.arena, plan, token_ids)
+        captured.arena.send()
+        if captured.graph is None:
+            hidden = self._decoder.hidden(captured.batch, self._store)
+        else:
+            captured.graph.replay()
+            assert captured.hidden is not None
+            hidden = captured.hidden
+        sampled = tuple(i for i, step in enumerate(plan.sequences) if step.samples)
+        batch = StepBatch(
+            token_ids=captured.batch.token_ids,
+            positions=captured.batch.positions,
+            slots=captured.batch.slots,
+            attention=captured.batch.attention,
+            first_rows=tuple(range(len(plan.sequences))),
+            sampled=sampled,
+            sample_rows=torch.tensor(sampled, dtype=torch.int64),
+        )
+        return batch, hidden
+
+    def _prepared(self, size: int) -> _Captured:
+        blocks = -(-self._max_context // self._store.block_tokens)
+        rows, ids = ((size,), torch.int64), torch.int32
+        arena = Arena([rows, rows, rows, ((size,), ids), ((size, blocks), ids)], self._device)
+        arena.host[2].fill_(-1)
+        arena.send()
+        token_ids, positions, slots, contexts, tables = arena.device
+        layout = Layout.of_singles(tables, contexts)
+        return _Captured(arena, StepBatch(token_ids, positions, slots, layout, (), (), torch.zeros(0).long()))
+
+    def _fill(self, arena: Arena, plan: StepPlan, token_ids: Sequence[Sequence[int]]) -> None:
+        ids, positions, slots, contexts, tables = (part.numpy() for part in arena.host)
+        used, block_tokens = len(plan.sequences), self._store.block_tokens
+        place = np.array([step.start for step in plan.sequences])
+        ids[:used], ids[used:] = [row[0] for row in token_ids], 0
+        positions[:used], positions[used:] = place, 0
+        contexts[:used], contexts[used:] = place + 1, 0
+        for row, step in zip(tables, plan.sequences, strict=False):
+            blocks = -(-step.end // block_tokens)
+            row[:blocks] = step.block_table[:blocks]
+        blocks_now = tables[np.arange(used), place // block_tokens].astype(np.int64)
+        slots[:used], slots[used:] = blocks_now * block_tokens + place % block_tokens, -1
