@@ -100,8 +100,7 @@ class Decoder:
         if isinstance(weights, ExpertsWeights):
             assert isinstance(shape, ExpertsFfn)
             return mix_experts(self.ops, h, weights, shape, self.spec.activation)
-        gated = self.ops.gated(self.ops.linear(h, weights.gate_up), self.spec.activation)
-        return self.ops.linear(gated, weights.down)
+        return self.ops.linear(self.ops.gated_linear(h, weights.gate_up, self.spec.activation), weights.down)
 
 
 def _attend_plain(h: Tensor, weights: PlainWeights, shape: PlainAttention, step: LayerStep) -> tuple[Tensor, Tensor]:

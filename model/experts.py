@@ -71,4 +71,4 @@ def route(logits: Tensor, correction: Tensor | None, routing: Routing) -> Choice
 
 
 def _dense(ops: Ops, x: Tensor, weights: DenseWeights, activation: Activation) -> Tensor:
-    return ops.linear(ops.gated(ops.linear(x, weights.gate_up), activation), weights.down)
+    return ops.linear(ops.gated_linear(x, weights.gate_up, activation), weights.down)

@@ -22,6 +22,7 @@ from .composed import store_heads
 from .ops import Activation, AttentionKind, Linear, Norm, Quantization, Span
 from .step import LayerStep
 
+_ACTIVATIONS = ("silu", "gelu_tanh")  # by their numbers in kernels/cpu/simd.h
 _KINDS = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16}
 
 
@@ -34,6 +35,7 @@ class PackedLinear:
     scales: Tensor | None  # [columns padded to 16] float32: int8 only
     bias: Tensor | None  # likewise
     dtype: torch.dtype  # of the rows it takes
+    width: int  # numbers per row of its answer
 
     @property
     def num_bytes(self) -> int:
@@ -75,8 +77,16 @@ class NativeOps:
         if hasattr(self, "_threads"):
             self._library.stop_threads(self._threads)
 
-    def pack(self, matrix: Tensor, bias: Tensor | None = None, *, exact: bool = False) -> PackedLinear:
-        """Copy a matrix [out, in] into panels: in the compute dtype, or int8 with one scale per output."""
+    def pack(
+        self, matrix: Tensor, bias: Tensor | None = None, *, exact: bool = False, gated: bool = False
+    ) -> PackedLinear:
+        """Copy a matrix [out, in] into panels: in the compute dtype, or int8 with one scale per output.
+
+        Panels of a gated one alternate between gate and up, so that one pass has both numbers in registers.
+        """
+        width = len(matrix) // 2 if gated else len(matrix)
+        if gated:
+            matrix, bias = _alternating(matrix), None if bias is None else _alternating(bias.unsqueeze(1)).squeeze(1)
         columns, inner = matrix.shape
         scales: Tensor | None = None
         takes = torch.float32 if exact or inner % 2 else self.dtype
@@ -90,7 +100,7 @@ class NativeOps:
         self._library.pack(held.data_ptr(), held.element_size(), columns, inner, pairs, panels.data_ptr())
         scales, bias = _whole_panels(scales), _whole_panels(bias)
         packed = native.Matrix(panels.data_ptr(), _address(scales), _address(bias), kind, columns, inner, int(exact))
-        return PackedLinear(packed, panels, scales, bias, takes)
+        return PackedLinear(packed, panels, scales, bias, takes, width)
 
     def prepare(self) -> None:
         """Leave the cores to our own threads: torch's would spin beside them after every small op."""
@@ -98,6 +108,13 @@ class NativeOps:
 
     def linear(self, x: Tensor, packed: Linear) -> Tensor:
         """x [rows, in] times the matrix, plus its bias."""
+        return self._multiply(x, packed, -1)
+
+    def gated_linear(self, x: Tensor, packed: Linear, activation: Activation) -> Tensor:
+        """activation(gate) * up, in the same pass."""
+        return self._multiply(x, packed, _ACTIVATIONS.index(activation))
+
+    def _multiply(self, x: Tensor, packed: Linear, activation: int) -> Tensor:
         assert isinstance(packed, PackedLinear)
         matrix = packed.matrix
         x = x.to(packed.dtype)
@@ -105,8 +122,10 @@ class NativeOps:
         needed = (rows + 32) * matrix.inner * x.element_size()
         if needed > len(self._scratch):
             self._scratch = take_memory(needed)
-        out = torch.empty(rows, matrix.columns, dtype=torch.float32 if matrix.reserved else self.dtype)
-        self._library.linear(self._threads, matrix, _rows(x), _rows(out), self._scratch.data_ptr())
+        out = torch.empty(rows, packed.width, dtype=torch.float32 if matrix.reserved else self.dtype)
+        self._library.linear(
+            self._threads, matrix, _rows(x), _rows(out), activation, packed.width, self._scratch.data_ptr()
+        )
         return out
 
     def rms_norm(self, x: Tensor, norm: Norm) -> Tensor:
@@ -134,13 +153,6 @@ class NativeOps:
             self._threads, _rows(x), heads, width, cos.data_ptr(), sin.data_ptr(), cos.shape[1], int(interleaved)
         )
         return x
-
-    def gated(self, gate_up: Tensor, activation: Activation) -> Tensor:
-        """activation(gate) * up."""
-        rows, twice = gate_up.shape
-        out = torch.empty(rows, twice // 2, dtype=gate_up.dtype)
-        self._library.gated(self._threads, _rows(gate_up), twice // 2, int(activation != "silu"), _rows(out))
-        return out
 
     def write(self, parts: Sequence[Tensor], planes: Sequence[Planes], slots: Tensor) -> Tensor:
         """Encode and store rows; int32 [rows] of vectors that were not finite."""
@@ -220,6 +232,13 @@ def _whole_panels(x: Tensor | None) -> Tensor | None:
     if x is None:
         return None
     return torch.nn.functional.pad(x.float(), (0, -len(x) % native.LANES)).contiguous()
+
+
+def _alternating(matrix: Tensor) -> Tensor:
+    """[2 * width, in], gate first, as sixteen rows of the gate, sixteen of up, and so on; filled up with zeros."""
+    halves = matrix.view(2, len(matrix) // 2, -1)
+    padded = torch.nn.functional.pad(halves, (0, 0, 0, -halves.shape[1] % native.LANES))
+    return padded.unflatten(1, (-1, native.LANES)).transpose(0, 1).flatten(0, 2)
 
 
 def _to_int8(matrix: Tensor) -> tuple[Tensor, Tensor]:

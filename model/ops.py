@@ -78,10 +78,10 @@ class Ops(Protocol):
     description: str
     """Part of the numerics class: what a bit of an answer can depend on, besides the machine."""
 
-    def pack(self, matrix: Tensor, bias: Tensor | None = None, *, exact: bool = False) -> Linear:
+    def pack(self, matrix: Tensor, bias: Tensor | None = None, *, exact: bool = False, gated: bool = False) -> Linear:
         """Take a matrix [out, in] and a bias [out] for `linear`, of any dtype, perhaps views of a file.
 
-        `exact` (a router of experts, for one): never quantised, and `linear` answers in float32, not rounded.
+        `gated`: for `gated_linear`, its upper half the gate. `exact` (a router of experts, for one): never quantised, and `linear` answers in float32, not rounded.
         """
         ...
 
@@ -91,6 +91,10 @@ class Ops(Protocol):
 
     def linear(self, x: Tensor, packed: Linear) -> Tensor:
         """x [rows, in] times the matrix, plus its bias: [rows, out]; rows a multiple of `row_multiple`."""
+        ...
+
+    def gated_linear(self, x: Tensor, packed: Linear, activation: Activation) -> Tensor:
+        """activation(gate) * up for the halves of what `linear` would give: [rows, width], gate and up rounded before."""
         ...
 
     def rms_norm(self, x: Tensor, norm: Norm) -> Tensor:
@@ -107,10 +111,6 @@ class Ops(Protocol):
         Pairs are (i, i + w), or (2i, 2i + 1) when interleaved. May reuse the memory of x. x may be a view whose rows
         are wider than heads * width.
         """
-        ...
-
-    def gated(self, gate_up: Tensor, activation: Activation) -> Tensor:
-        """activation(gate) * up, of gate_up [rows, 2 * width]: gate first; [rows, width]."""
         ...
 
     def write(self, parts: Sequence[Tensor], planes: Sequence[Planes], slots: Tensor) -> Tensor:

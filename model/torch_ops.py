@@ -64,7 +64,9 @@ class TorchOps:
         self._packed: set[tuple[int, int, torch.dtype, bool]] = set()
         self._attentions: dict[HeadShape, Attention] = {}
 
-    def pack(self, matrix: Tensor, bias: Tensor | None = None, *, exact: bool = False) -> TorchLinear:
+    def pack(
+        self, matrix: Tensor, bias: Tensor | None = None, *, exact: bool = False, gated: bool = False
+    ) -> TorchLinear:
         """Keep a matrix [out, in] in the compute dtype (no copy where it is in it already)."""
         if exact:
             held = matrix.float().contiguous()
@@ -111,10 +113,10 @@ class TorchOps:
         pairs = pairs.to(x.dtype)
         return pairs if 2 * width == x.shape[-1] else torch.cat((pairs, x[..., 2 * width :]), dim=-1)
 
-    def gated(self, gate_up: Tensor, activation: Activation) -> Tensor:
+    def gated_linear(self, x: Tensor, packed: Linear, activation: Activation) -> Tensor:
         """activation(gate) * up."""
-        gate, up = gate_up.float().chunk(2, dim=-1)
-        return (activated(gate, activation) * up).to(gate_up.dtype)
+        gate, up = self.linear(x, packed).float().chunk(2, dim=-1)
+        return (activated(gate, activation) * up).to(x.dtype)
 
     def write(self, parts: Sequence[Tensor], planes: Sequence[Planes], slots: Tensor) -> Tensor:
         """What `kernels.reference.store_kv` does, for parts of any widths and without its scratch."""

@@ -173,7 +173,7 @@ class _Loader:
 
     def _dense(self, layout: LayerLayout, prefix: str = "") -> DenseWeights:
         matrices = layout.matrices
-        return DenseWeights(self._linear(matrices[prefix + "gate_up"]), self._linear(matrices[prefix + "down"]))
+        return DenseWeights(self._linear(matrices[prefix + "gate_up"], gated=True), self._linear(matrices[prefix + "down"]))
 
     def _experts(self, layout: LayerLayout, ffn: ExpertsFfn) -> ExpertsWeights:
         correction = layout.vectors.get("correction")
@@ -184,9 +184,9 @@ class _Loader:
             shared=None if ffn.shared_width is None else self._dense(layout, "shared "),
         )
 
-    def _linear(self, matrix: Matrix) -> Linear:
+    def _linear(self, matrix: Matrix, *, gated: bool = False) -> Linear:
         bias = self._joined(matrix, ".bias") if matrix.bias else None
-        return self.ops.pack(self._taken(matrix), bias, exact=matrix.exact)
+        return self.ops.pack(self._taken(matrix), bias, exact=matrix.exact, gated=gated)
 
     def _taken(self, matrix: Matrix) -> Tensor:
         return self._joined(matrix, ".weight")

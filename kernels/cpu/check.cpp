@@ -10,7 +10,8 @@
 extern "C" {
 int64_t twostroke_panel_bytes(int32_t kind, int32_t columns, int32_t inner, int32_t pairs);
 void twostroke_pack(const void* from, int32_t size, int32_t columns, int32_t inner, int32_t pairs, void* to);
-void twostroke_linear(Threads* threads, const Matrix* matrix, const Rows* x, const Rows* out, uint32_t* scratch);
+void twostroke_linear(Threads* threads, const Matrix* matrix, const Rows* x, const Rows* out, int32_t activation,
+                      int32_t out_columns, uint32_t* scratch);
 }
 
 namespace {
@@ -52,7 +53,7 @@ bool right(int kind, int x_kind, int rows, int columns, int inner) {
     Threads threads(2);
     Matrix matrix{panels.data, kind == INT8 ? scales.data() : nullptr, nullptr, kind, columns, inner, 0};
     Rows in{x.data, inner, rows, x_kind}, to{out.data, columns, rows, FLOAT32};
-    twostroke_linear(&threads, &matrix, &in, &to, (uint32_t*)scratch.data);
+    twostroke_linear(&threads, &matrix, &in, &to, simd::NONE, columns, (uint32_t*)scratch.data);
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < columns; c++) {
             double sum = 0, size = 0;

@@ -64,33 +64,41 @@ struct Panel<INT8, false> {
 struct Job {
     const Matrix* matrix;
     Rows out;
+    int out_columns;
     const uint32_t* packed;  // x by blocks of rows: [steps][rows of the block]
-    int steps, num_rows;
+    int steps, num_rows, activation;  // NONE, or panels alternate between a gate and what it lets through
 };
 
-void put(const Job& job, int row, int panel, F32 acc) {
-    const Matrix& m = *job.matrix;
-    int column = panel * LANES;
-    if (m.scales) acc = acc * load<F32>(m.scales + column);
-    if (m.bias) acc = acc + load<F32>(m.bias + column);
-    int count = std::min(LANES, m.columns - column);
-    int64_t at = row * job.out.stride + column;
+F32 finished(const Matrix& m, int panel, F32 acc) {
+    if (m.scales) acc = acc * load<F32>(m.scales + panel * LANES);
+    if (m.bias) acc = acc + load<F32>(m.bias + panel * LANES);
+    return acc;
+}
+void put(const Job& job, int row, int column, F32 v) {
+    const int count = std::min(LANES, job.out_columns - column);
+    const int64_t at = row * job.out.stride + column;
     if (job.out.kind == BFLOAT16) {
         uint16_t* to = (uint16_t*)job.out.data + at;
-        if (count == LANES) {
-            store_bf16(to, acc);
-        } else {
-            U16x16 bits = narrow(acc);
-            std::memcpy(to, &bits, 2 * count);
-        }
+        if (count == LANES) return store_bf16(to, v);
+        const U16x16 bits = narrow(v);
+        std::memcpy(to, &bits, 2 * count);
     } else {
-        std::memcpy((float*)job.out.data + at, &acc, 4 * count);
+        std::memcpy((float*)job.out.data + at, &v, 4 * count);
     }
+}
+void put_linear(const Job& job, int row, int panel, F32 acc) {
+    put(job, row, panel * LANES, finished(*job.matrix, panel, acc));
+}
+// Gate and up are rounded as if they had been stored, so that the fused form changes no bit.
+void put_gated(const Job& job, int row, int panel, F32 gate, F32 up) {
+    gate = finished(*job.matrix, panel, gate), up = finished(*job.matrix, panel + 1, up);
+    if (job.out.kind == BFLOAT16) gate = widen(narrow(gate)), up = widen(narrow(up));
+    put(job, row, panel / 2 * LANES, activate(gate, job.activation) * up);
 }
 
 // ROWS packed rows by PANELS panels; only `real_rows` are stored.
 template <class P, int ROWS, int PANELS>
-void kernel(const Job& job, const uint32_t* x, int first_row, int real_rows, int panel) {
+void kernel(const Job& job, const uint32_t* x, int first_row, int real_rows, int panel, F32* gates) {
     const int64_t panel_bytes = (int64_t)job.steps * P::STEP_BYTES;
     const char* w = (const char*)job.matrix->panels + panel * panel_bytes;
     F32 acc[ROWS][PANELS];
@@ -114,9 +122,18 @@ void kernel(const Job& job, const uint32_t* x, int first_row, int real_rows, int
     }
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; r++)
-        if (r < real_rows)
+        if (r < real_rows) {
+            if (job.activation == NONE) {
 #pragma GCC unroll 2
-            for (int p = 0; p < PANELS; p++) put(job, first_row + r, panel + p, acc[r][p]);
+                for (int p = 0; p < PANELS; p++) put_linear(job, first_row + r, panel + p, acc[r][p]);
+            } else if (PANELS == 2) {
+                put_gated(job, first_row + r, panel, acc[r][0], acc[r][PANELS - 1]);
+            } else if (panel % 2 == 0) {
+                gates[r] = acc[r][0];
+            } else {
+                put_gated(job, first_row + r, panel - 1, gates[r], acc[r][0]);
+            }
+        }
 }
 
 // The number of rows that a block of `rows` is padded to: the kernels that exist.
@@ -127,17 +144,17 @@ int padded_rows(int rows) {
 }
 
 template <class P, int PANELS>
-void block(const Job& job, const uint32_t* x, int first, int rows, int panel) {
+void block(const Job& job, const uint32_t* x, int first, int rows, int panel, F32* gates) {
     switch (padded_rows(rows)) {
-        case 1: return kernel<P, 1, PANELS>(job, x, first, rows, panel);
-        case 2: return kernel<P, 2, PANELS>(job, x, first, rows, panel);
-        case 4: return kernel<P, 4, PANELS>(job, x, first, rows, panel);
+        case 1: return kernel<P, 1, PANELS>(job, x, first, rows, panel, gates);
+        case 2: return kernel<P, 2, PANELS>(job, x, first, rows, panel, gates);
+        case 4: return kernel<P, 4, PANELS>(job, x, first, rows, panel, gates);
 #if defined(__AVX512F__)
-        case 6: return kernel<P, 6, PANELS>(job, x, first, rows, panel);
-        case 8: return kernel<P, 8, PANELS>(job, x, first, rows, panel);
-        case 12: return kernel<P, 12, PANELS>(job, x, first, rows, panel);
+        case 6: return kernel<P, 6, PANELS>(job, x, first, rows, panel, gates);
+        case 8: return kernel<P, 8, PANELS>(job, x, first, rows, panel, gates);
+        case 12: return kernel<P, 12, PANELS>(job, x, first, rows, panel, gates);
         case 16:
-            for (int p = 0; p < PANELS; p++) kernel<P, 16, 1>(job, x, first, rows, panel + p);
+            for (int p = 0; p < PANELS; p++) kernel<P, 16, 1>(job, x, first, rows, panel + p, gates);
 #endif
     }
 }
@@ -171,20 +188,20 @@ void multiply(const Job& job, Threads& threads) {
     const int num_panels = (job.matrix->columns + LANES - 1) / LANES;
     const int size = block_rows(job.num_rows);
     // A part is so many panels that a cache holds them while all rows pass, and that every thread gets several.
-    const int group = std::max(WIDE_PANELS, std::min(8, num_panels / (threads.count() * 4)) / WIDE_PANELS * WIDE_PANELS);
+    const int group = std::max(2, std::min(8, num_panels / (threads.count() * 4)) / 2 * 2);
     threads.share((num_panels + group - 1) / group, [&](int part) {
         const int end = std::min(num_panels, (part + 1) * group);
-        for (int panel = part * group; panel < end; panel += WIDE_PANELS) {
-            const int panels = std::min(WIDE_PANELS, end - panel);
+        F32 gates[TALL_ROWS];
+        for (int panel = part * group; panel < end; panel += 2)
             for (int first = 0; first < job.num_rows; first += size) {
                 const int rows = std::min(size, job.num_rows - first);
                 const uint32_t* x = job.packed + (int64_t)first * job.steps;
-                if (panels == WIDE_PANELS)
-                    block<P, WIDE_PANELS>(job, x, first, rows, panel);
-                else
-                    block<P, 1>(job, x, first, rows, panel);
+                if (panel + 1 < end && WIDE_PANELS == 2) {
+                    block<P, WIDE_PANELS>(job, x, first, rows, panel, gates);
+                    continue;
+                }
+                for (int p = panel; p < std::min(panel + 2, end); p++) block<P, 1>(job, x, first, rows, p, gates);
             }
-        }
     });
 }
 
@@ -217,11 +234,19 @@ void load_weights(const char* panel, int step) {
     tiles::load<T>(wide);
 }
 
-template <int T>
-void put_tile(const Job& job, int row, int panel) {
-    alignas(64) float numbers[tiles::ROWS][LANES];
-    tiles::save<T>(numbers);
-    for (int r = 0; r < std::min(tiles::ROWS, job.num_rows - row); r++) put(job, row + r, panel, load<F32>(numbers[r]));
+// Two panels' tiles; only the first when there is no second.
+template <int T, int U>
+void put_tiles(const Job& job, int row, int panel, bool second) {
+    alignas(64) float one[tiles::ROWS][LANES], other[tiles::ROWS][LANES];
+    tiles::save<T>(one), tiles::save<U>(other);
+    for (int r = 0; r < std::min(tiles::ROWS, job.num_rows - row); r++) {
+        if (job.activation != NONE) {
+            put_gated(job, row + r, panel, load<F32>(one[r]), load<F32>(other[r]));
+            continue;
+        }
+        put_linear(job, row + r, panel, load<F32>(one[r]));
+        if (second) put_linear(job, row + r, panel + 1, load<F32>(other[r]));
+    }
 }
 
 // One block of 16 rows by up to four panels: what streams weights. A missing panel repeats the last and is not stored.
@@ -239,10 +264,8 @@ void tile_strip(const Job& job, int row, int panel, int panels) {
         load_weights<KIND, 7>(w[2], k), tiles::dot<2, 4, 7>();
         load_weights<KIND, 5>(w[3], k), tiles::dot<3, 4, 5>();
     }
-    put_tile<0>(job, row, panel);
-    if (panels > 1) put_tile<1>(job, row, panel + 1);
-    if (panels > 2) put_tile<2>(job, row, panel + 2);
-    if (panels > 3) put_tile<3>(job, row, panel + 3);
+    put_tiles<0, 1>(job, row, panel, panels > 1);
+    if (panels > 2) put_tiles<2, 3>(job, row, panel + 2, panels > 3);
 }
 
 // Two blocks of rows by two panels: what computes prompts.
@@ -257,8 +280,8 @@ void tile_square(const Job& job, int row, int panel) {
         load_weights<KIND, 6>(w, k), load_weights<KIND, 7>(w + bytes, k);
         tiles::dot<0, 4, 6>(), tiles::dot<1, 4, 7>(), tiles::dot<2, 5, 6>(), tiles::dot<3, 5, 7>();
     }
-    put_tile<0>(job, row, panel), put_tile<1>(job, row, panel + 1);
-    put_tile<2>(job, row + tiles::ROWS, panel), put_tile<3>(job, row + tiles::ROWS, panel + 1);
+    put_tiles<0, 1>(job, row, panel, true);
+    put_tiles<2, 3>(job, row + tiles::ROWS, panel, true);
 }
 
 template <int KIND>
@@ -308,9 +331,12 @@ void twostroke_pack(const void* from, int32_t size, int32_t columns, int32_t inn
 
 // out [rows, columns] = x [rows, inner] times the matrix. x: bfloat16 with even inner, or float32.
 // scratch holds at least (rows rounded up to 16, plus 16) * inner numbers of x, 64-byte aligned.
-void twostroke_linear(Threads* threads, const Matrix* matrix, const Rows* x, const Rows* out, uint32_t* scratch) {
+// With an activation the matrix's panels alternate between gate and up, and out [rows, up's columns] is
+// activation(gate) * up; out_columns says how many those are.
+void twostroke_linear(Threads* threads, const Matrix* matrix, const Rows* x, const Rows* out, int32_t activation,
+                      int32_t out_columns, uint32_t* scratch) {
     const bool pairs = x->kind == BFLOAT16;
-    Job job{matrix, *out, scratch, pairs ? matrix->inner / 2 : matrix->inner, x->rows};
+    Job job{matrix, *out, out_columns, scratch, pairs ? matrix->inner / 2 : matrix->inner, x->rows, activation};
 #if defined(TWOSTROKE_TILES)
     if (by_tiles(*matrix, pairs)) {
         threads->share((x->rows + tiles::ROWS - 1) / tiles::ROWS, [&](int b) {

@@ -21,7 +21,7 @@ void share_rows(Threads& threads, int rows, const std::function<void(int)>& each
 }
 
 // Sixteen numbers from `at` on, the missing ones zero.
-F32 get(const void* data, int kind, int64_t at, int count) {
+inline F32 get(const void* data, int kind, int64_t at, int count) {
     if (count >= LANES)
         return kind == BFLOAT16 ? load_bf16((const uint16_t*)data + at) : load<F32>((const float*)data + at);
     if (kind == BFLOAT16) {
@@ -33,21 +33,38 @@ F32 get(const void* data, int kind, int64_t at, int count) {
     std::memcpy(&v, (const float*)data + at, 4 * std::max(count, 0));
     return v;
 }
-void put(void* data, int kind, int64_t at, int count, F32 v) {
-    count = std::min(count, LANES);
+inline void put(void* data, int kind, int64_t at, int count, F32 v) {
     if (kind == BFLOAT16) {
         U16x16 bits = narrow(v);
-        if (count == LANES)
+        if (count >= LANES)
             store((uint16_t*)data + at, bits);
         else
             std::memcpy((uint16_t*)data + at, &bits, 2 * count);
-    } else if (count == LANES) {
+    } else if (count >= LANES) {
         store((float*)data + at, v);
     } else {
         std::memcpy((float*)data + at, &v, 4 * count);
     }
 }
 F32 rounded(F32 v, int kind) { return kind == BFLOAT16 ? widen(narrow(v)) : v; }
+
+// One vector; x, delta and out of one kind.
+template <int KIND>
+void norm(void* x, int64_t at, const void* delta, int64_t from, const float* weight, float eps, int width, void* out,
+          int64_t to) {
+    F32 total{};
+    for (int i = 0; i < width; i += LANES) {
+        F32 v = get(x, KIND, at + i, width - i);
+        if (delta) {
+            v = rounded(v + get(delta, KIND, from + i, width - i), KIND);
+            put(x, KIND, at + i, width - i, v);
+        }
+        total = fma(v, v, total);
+    }
+    const F32 scale = splat(1.0f / __builtin_sqrtf(sum(total) / (float)width + eps));
+    for (int i = 0; i < width; i += LANES)
+        put(out, KIND, to + i, width - i, get(x, KIND, at + i, width - i) * scale * get(weight, FLOAT32, i, width - i));
+}
 
 }  // namespace
 
@@ -60,20 +77,11 @@ void twostroke_rms_norm(Threads* threads, const Rows* x, const Rows* delta, cons
     share_rows(*threads, x->rows, [&](int r) {
         for (int n = 0; n < vectors; n++) {
             const int64_t at = r * x->stride + (int64_t)n * width, to = r * out->stride + (int64_t)n * width;
-            F32 total{};
-            for (int i = 0; i < width; i += LANES) {
-                F32 v = get(x->data, x->kind, at + i, width - i);
-                if (delta) {
-                    v = rounded(v + get(delta->data, delta->kind, r * delta->stride + i, width - i), x->kind);
-                    put(x->data, x->kind, at + i, width - i, v);
-                }
-                total = fma(v, v, total);
-            }
-            const F32 scale = splat(1.0f / __builtin_sqrtf(sum(total) / (float)width + eps));
-            for (int i = 0; i < width; i += LANES) {
-                F32 v = get(x->data, x->kind, at + i, width - i) * scale * get(weight, FLOAT32, i, width - i);
-                put(out->data, out->kind, to + i, width - i, v);
-            }
+            const int64_t from = delta ? r * delta->stride : 0;
+            if (x->kind == BFLOAT16)
+                norm<BFLOAT16>(x->data, at, delta ? delta->data : nullptr, from, weight, eps, width, out->data, to);
+            else
+                norm<FLOAT32>(x->data, at, delta ? delta->data : nullptr, from, weight, eps, width, out->data, to);
         }
     });
 }
@@ -105,24 +113,6 @@ void twostroke_rotary(Threads* threads, const Rows* x, int32_t heads, int32_t wi
                 put(x->data, x->kind, at + i, half - i, a * cosine - b * sine);
                 put(x->data, x->kind, at + half + i, half - i, b * cosine + a * sine);
             }
-        }
-    });
-}
-
-// out [rows, width] = activation(gate) * up of x [rows, 2 * width], gate first. activation 0: silu, 1: tanh gelu.
-void twostroke_gated(Threads* threads, const Rows* x, int32_t width, int32_t activation, const Rows* out) {
-    share_rows(*threads, x->rows, [&](int r) {
-        for (int i = 0; i < width; i += LANES) {
-            F32 gate = get(x->data, x->kind, r * x->stride + i, width - i);
-            F32 up = get(x->data, x->kind, r * x->stride + width + i, width - i);
-            F32 factor;
-            if (activation == 0) {
-                factor = splat(1.0f) / (splat(1.0f) + exponential(-gate));
-            } else {
-                F32 inner = splat(0.7978845608028654f) * fma(splat(0.044715f) * gate * gate, gate, gate);
-                factor = splat(0.5f) * (splat(1.0f) + hyperbolic_tangent(inner));
-            }
-            put(out->data, out->kind, r * out->stride + i, width - i, gate * factor * up);
         }
     });
 }

@@ -268,6 +268,15 @@ inline F32 hyperbolic_tangent(F32 x) {
     return (F32)((U32)result | ((U32)x & 0x80000000u));
 }
 
+// A gate's factor: silu, or gelu by its tanh formula.
+enum Activation : int { NONE = -1, SILU = 0, GELU_TANH = 1 };
+
+inline F32 activate(F32 gate, int activation) {
+    if (activation == SILU) return gate / (splat(1.0f) + exponential(-gate));
+    F32 inner = splat(0.7978845608028654f) * fma(splat(0.044715f) * gate * gate, gate, gate);
+    return gate * (splat(0.5f) * (splat(1.0f) + hyperbolic_tangent(inner)));
+}
+
 // ---------------------------------------------------------------- transposing
 
 // Sixteen rows of sixteen 32-bit numbers, in place.
