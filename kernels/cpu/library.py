@@ -90,7 +90,7 @@ class Attend(ctypes.Structure):
 
 
 _ROWS = POINTER(Rows)
-_SIGNATURES = {
+_SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "level": (ctypes.c_char_p, ()),
     "start_threads": (c_void_p, (c_int32,)),
     "stop_threads": (None, (c_void_p,)),
