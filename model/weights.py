@@ -173,7 +173,9 @@ class _Loader:
 
     def _dense(self, layout: LayerLayout, prefix: str = "") -> DenseWeights:
         matrices = layout.matrices
-        return DenseWeights(self._linear(matrices[prefix + "gate_up"], gated=True), self._linear(matrices[prefix + "down"]))
+        return DenseWeights(
+            self._linear(matrices[prefix + "gate_up"], gated=True), self._linear(matrices[prefix + "down"])
+        )
 
     def _experts(self, layout: LayerLayout, ffn: ExpertsFfn) -> ExpertsWeights:
         correction = layout.vectors.get("correction")
