@@ -81,7 +81,8 @@ class Ops(Protocol):
     def pack(self, matrix: Tensor, bias: Tensor | None = None, *, exact: bool = False, gated: bool = False) -> Linear:
         """Take a matrix [out, in] and a bias [out] for `linear`, of any dtype, perhaps views of a file.
 
-        `gated`: for `gated_linear`, its upper half the gate. `exact` (a router of experts, for one): never quantised, and `linear` answers in float32, not rounded.
+        `gated`: for `gated_linear`, its upper half the gate. `exact` (a router of experts, for one): never quantised,
+        and `linear` answers in float32, not rounded.
         """
         ...
 
@@ -94,7 +95,7 @@ class Ops(Protocol):
         ...
 
     def gated_linear(self, x: Tensor, packed: Linear, activation: Activation) -> Tensor:
-        """activation(gate) * up for the halves of what `linear` would give: [rows, width], gate and up rounded before."""
+        """activation(gate) * up: [rows, width]. Gate and up are the halves of what `linear` would give, rounded."""
         ...
 
     def rms_norm(self, x: Tensor, norm: Norm) -> Tensor:
