@@ -66,7 +66,9 @@ def show_plan(config: Config, plan: Plan, out: Console) -> None:
             table.add_row(member.name, "router", "", "", "")
         else:
             pool = f"{plan.pool.num_blocks:,} × {plan.pool.block_tokens} = {plan.pool.num_tokens:,} tokens"
-            memory = f"≤ {member.memory_bytes / 2**20:,.0f} MiB"
+            memory = (
+                f"{f'GPU {member.gpu} ' if member.device == 'cuda' else ''}≤ {member.memory_bytes / 2**20:,.0f} MiB"
+            )
             table.add_row(member.name, str(member.role), str(member.num_threads), memory, pool)
     out.print(table)
     out.print(f"pool of each worker: {plan.pool.arithmetic}")

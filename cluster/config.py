@@ -108,8 +108,6 @@ def _check(config: Config) -> None:
             f"router.host is {router.host!r}, which others can reach, and there are no certificates; "
             "keep 127.0.0.1 behind a proxy that authenticates, or accept the risk with --insecure"
         )
-    if config.model.device == "cuda":  # here too, so that --dry-run says it and no worker dies of it
-        raise ConfigError("model.device is 'cuda'; this release computes on 'cpu' only")
     ports = [port for port in (router.port, router.grpc_port, router.internal_port) if port]
     if len(set(ports)) != len(ports):
         raise ConfigError(f"router.port, router.grpc_port and router.internal_port are {ports}; they must differ")

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.clock import Clock
-from ..core.errors import ConfigError
 from ..core.request import Role
 from ..decode_worker.policy import DecodePolicy, combined_policy
 from ..kv.host_store import HostStore
@@ -17,9 +16,9 @@ from ..kv.prefix import PrefixCache
 from ..kv.sizing import MemoryFacts, PoolSize, size_pool
 from ..model.config_json import load_spec
 from ..model.core import CoreLimits, EngineCore
+from ..model.device import resolve_device
 from ..model.engine import Engine
 from ..model.facts import FaceFacts, ModelFacts
-from ..model.layout import weight_bytes
 from ..model.loader import RunnerOptions, load_runner, numerics_class
 from ..model.policy import Policy, StepLimits
 from ..model.tensors import weights_fingerprint
@@ -27,7 +26,7 @@ from ..model.thread_link import ThreadLink
 from ..prefill_worker.policy import PrefillPolicy
 from ..text.incremental import check_decoder
 from ..text.tokenizer import Tokenizer
-from .machine import cache_codec, compute_dtype, context_length, machine_facts
+from .machine import cache_codec, context_length, held_bytes, machine_facts
 from .settings import WorkerSettings
 
 
@@ -51,8 +50,6 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> EngineRoom:
         DoesNotFit: nothing is left for the KV pool, or the longest context does not fit it; with the arithmetic.
         ConfigError: a setting that cannot work here.
     """
-    if settings.model.device == "cuda":
-        raise ConfigError("model.device is 'cuda'; this release computes on 'cpu' only")
     directory = Path(settings.model_directory)
     model = _model_facts(settings, directory)
     pool_size = _pool_size(settings, directory, model)
@@ -69,6 +66,9 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> EngineRoom:
         max_model_len=model.max_model_len,
         digest_key=digest_key(settings.cluster_key),
         quantization=settings.model.quantization,
+        device=settings.model.device,
+        gpu=settings.gpu,
+        graph_seqs=step.max_num_seqs,
     )
     runner = load_runner(directory, options)
     limits = StepLimits(step.max_num_seqs, step.max_num_batched_tokens, step.max_waiting)
@@ -112,6 +112,8 @@ def _model_facts(settings: WorkerSettings, directory: Path) -> ModelFacts:
         kv_dtype=settings.cache.dtype,
         max_model_len=max_model_len,
         quantization=settings.model.quantization,
+        device=settings.model.device,
+        gpu=settings.gpu,
     )
     numerics = numerics_class(directory, options)
     return ModelFacts(
@@ -130,8 +132,9 @@ def _model_facts(settings: WorkerSettings, directory: Path) -> ModelFacts:
 
 def _pool_size(settings: WorkerSettings, directory: Path, model: ModelFacts) -> PoolSize:
     spec = load_spec(directory)
-    weights = weight_bytes(spec, compute_dtype(spec, settings.model.dtype), settings.model.quantization)
-    memory_bytes = settings.memory_bytes or machine_facts().memory_bytes
-    cache = settings.cache
-    facts = MemoryFacts(memory_bytes, weights, cache.swap_bytes)
+    cache, device = settings.cache, resolve_device(settings.model.device, settings.gpu)
+    weights, is_gpu = held_bytes(spec, settings.model, device.type), device.type != "cpu"
+    machine = machine_facts()
+    available = machine.gpu_bytes[settings.gpu] if is_gpu else machine.memory_bytes
+    facts = MemoryFacts(settings.memory_bytes or available, weights, cache.swap_bytes, swaps_elsewhere=is_gpu)
     return size_pool(model.kv_spec, cache.block_size, cache.tokens, cache.memory_fraction, facts)

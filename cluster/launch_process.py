@@ -85,7 +85,13 @@ class ProcessLauncher:
     def _environment(self, member: Member) -> dict[str, str]:
         threads = str(member.num_threads)
         kept = {k: v for k, v in os.environ.items() if not k.startswith("TWOSTROKE__")}  # the file has them already
-        return kept | {"OMP_NUM_THREADS": threads, "TWOSTROKE__STEP__NUM_THREADS": threads}
+        given = {"OMP_NUM_THREADS": threads, "TWOSTROKE__STEP__NUM_THREADS": threads}
+        if member.kind == "worker":
+            given["TWOSTROKE__MODEL__DEVICE"] = member.device
+        if member.device == "cuda":
+            visible = kept.get("CUDA_VISIBLE_DEVICES", "").split(",")
+            given["CUDA_VISIBLE_DEVICES"] = visible[member.gpu] if visible[0] else str(member.gpu)
+        return kept | given
 
     async def _watch(self, name: str, process: asyncio.subprocess.Process, log: Path, ended: Ended) -> None:
         code = await process.wait()

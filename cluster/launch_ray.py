@@ -125,7 +125,10 @@ def _actor(kind: type[Hosted], member: Member) -> Any:
         num_cpus=0,
         max_restarts=0,
         max_task_retries=0,
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(member.num_threads)}},
+        # We place GPUs ourselves (settings.gpu), so Ray must not hide them from an actor that asked for none.
+        runtime_env={
+            "env_vars": {"OMP_NUM_THREADS": str(member.num_threads), "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+        },
     )
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from ..core.errors import ConfigError
 from ..kv.spec import CODEC_NAMES
 from ..model.checkpoint import resolve, served_name
+from ..model.config import ModelConfig
 from ..model.config_json import load_spec
+from ..model.device import chosen_kind, gpu_free_bytes, refuse_unserved
 from ..model.layout import weight_bytes
 from ..model.spec import DType, ModelSpec
 from .config import Config
@@ -16,8 +18,9 @@ from .placement import MachineFacts, ModelFacts
 
 
 def machine_facts() -> MachineFacts:
-    """Cores that we may run on, and memory that is available now (a cgroup's limit counts)."""
-    return MachineFacts(len(os.sched_getaffinity(0)), min(_available_bytes(), _cgroup_left_bytes()))
+    """Cores that we may run on, and memory that is available now (a cgroup's limit counts), of each GPU too."""
+    memory_bytes = min(_available_bytes(), _cgroup_left_bytes())
+    return MachineFacts(len(os.sched_getaffinity(0)), memory_bytes, gpu_free_bytes())
 
 
 def model_facts(config: Config) -> ModelFacts:
@@ -25,17 +28,25 @@ def model_facts(config: Config) -> ModelFacts:
 
     Raises:
         CheckpointError: it cannot be found or is not supported.
-        ConfigError: the asked-for context is longer than the checkpoint's.
+        ConfigError: the asked-for context is longer than the checkpoint's, or the device cannot serve it.
     """
     directory = resolve(config.model.path)
     spec = load_spec(directory)
+    kind = chosen_kind(config.model.device, len(gpu_free_bytes()))
+    if kind == "cuda":
+        refuse_unserved(spec, cache_codec(config.cache.dtype))
     return ModelFacts(
         name=served_name(config.model.path, config.model.name),
         directory=str(directory),
-        weight_bytes=weight_bytes(spec, compute_dtype(spec, config.model.dtype), config.model.quantization),
+        weight_bytes=held_bytes(spec, config.model, kind),
         kv_spec=spec.kv_spec(cache_codec(config.cache.dtype)),
         max_model_len=context_length(spec, config.model.max_model_len),
     )
+
+
+def held_bytes(spec: ModelSpec, model: ModelConfig, kind: str) -> int:
+    """Bytes of the weights on a device. A GPU holds int8 weights as what they were rounded to, in the compute dtype."""
+    return weight_bytes(spec, compute_dtype(spec, model.dtype), "none" if kind == "cuda" else model.quantization)
 
 
 def compute_dtype(spec: ModelSpec, wanted: str) -> DType:

@@ -8,6 +8,7 @@ from typing import Literal
 from ..core.request import Role
 from ..kv.sizing import MemoryFacts, PoolSize, size_pool
 from ..kv.spec import KvSpec
+from ..model.device import chosen_kind
 from .config import Config
 
 
@@ -17,6 +18,7 @@ class MachineFacts:
 
     num_cores: int
     memory_bytes: int  # available now
+    gpu_bytes: tuple[int, ...] = ()  # likewise, of each GPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,9 @@ class Member:
     kind: Literal["worker", "router"]
     role: Role | None = None
     num_threads: int = 1
-    memory_bytes: int = 0
+    memory_bytes: int = 0  # of its device
+    device: Literal["cpu", "cuda"] = "cpu"
+    gpu: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,29 +63,41 @@ ROUTER_BYTES = 400 << 20  # a router without torch, and the launcher beside it
 
 
 def place(config: Config, machine: MachineFacts, model: ModelFacts) -> Plan:
-    """One router, then prefill, then decode workers; cores and memory in equal shares.
+    """One router, then prefill, then decode workers; cores and memory in equal shares, GPUs in turn.
 
     Raises:
         DoesNotFit: weights and pool of so many workers do not fit the machine.
+        ConfigError: a GPU is asked for where there is none.
     """
     cluster = config.cluster
     if cluster.prefill:
         roles = [("prefill", Role.PREFILL)] * cluster.prefill + [("decode", Role.DECODE)] * cluster.decode
     else:
         roles = [("combined", Role.COMBINED)] * cluster.decode
-    share = max(0, machine.memory_bytes - ROUTER_BYTES) // len(roles)
+    device = chosen_kind(config.model.device, len(machine.gpu_bytes))
+    share = _share(machine, device, len(roles))
     threads = config.step.num_threads or max(1, machine.num_cores // len(roles))
     pool = size_pool(
         model.kv_spec,
         config.cache.block_size,
         config.cache.tokens,
         config.cache.memory_fraction,
-        MemoryFacts(share, model.weight_bytes, config.cache.swap_bytes),
+        MemoryFacts(share, model.weight_bytes, config.cache.swap_bytes, swaps_elsewhere=device == "cuda"),
     )
     counts: dict[str, int] = {}
     members = [Member("router-0", "router")]
     for prefix, role in roles:
         index = counts.setdefault(prefix, 0)
         counts[prefix] += 1
-        members.append(Member(f"{prefix}-{index}", "worker", role, threads, share))
+        gpu = (len(members) - 1) % len(machine.gpu_bytes) if device == "cuda" else 0
+        members.append(Member(f"{prefix}-{index}", "worker", role, threads, share, device, gpu))
     return Plan(tuple(members), model, pool)
+
+
+def _share(machine: MachineFacts, device: str, num_workers: int) -> int:
+    """Memory of each worker, on the fullest device."""
+    if device == "cpu":
+        return max(0, machine.memory_bytes - ROUTER_BYTES) // num_workers
+    num_gpus = len(machine.gpu_bytes)
+    workers = [len(range(gpu, num_workers, num_gpus)) for gpu in range(num_gpus)]
+    return min(free // count for free, count in zip(machine.gpu_bytes, workers, strict=True) if count)

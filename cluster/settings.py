@@ -20,6 +20,7 @@ class WorkerSettings(Section):
     step: StepConfig = StepConfig()
     memory_bytes: int | None = None  # share of the machine or device; none: all that is available now
     num_threads: int = 1
+    gpu: int = 0  # which one of those that the process sees
     host: str = "127.0.0.1"
     port: int = 0  # 0: any
     routers: tuple[str, ...] = ()  # host:port of their Announce services

@@ -14,7 +14,8 @@ class MemoryFacts:
 
     memory_bytes: int  # this worker's share of the device or machine
     weight_bytes: int
-    swap_bytes: int = 0  # of the same memory, for preempted sequences' blocks
+    swap_bytes: int = 0  # for preempted sequences' blocks
+    swaps_elsewhere: bool = False  # they lie in another memory: a GPU's in the host's
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +47,13 @@ def size_pool(spec: KvSpec, block_tokens: int, max_tokens: int | None, fraction:
             f"cache.swap_space is {facts.swap_bytes:,} bytes and one KV block takes {block_bytes:,}; "
             "give it more GiB, or 0 for none"
         )
-    left = facts.memory_bytes - facts.weight_bytes - facts.swap_bytes
+    swap_bytes = 0 if facts.swaps_elsewhere else facts.swap_bytes
+    left = facts.memory_bytes - facts.weight_bytes - swap_bytes
     by_memory = int(max(0, left) * fraction) // block_bytes
     by_tokens = None if max_tokens is None else max_tokens // block_tokens
     num_blocks = by_memory if by_tokens is None else min(by_memory, by_tokens)
     limit = "no token limit" if by_tokens is None else f"{max_tokens:,} tokens asked = {by_tokens:,} blocks"
-    swap = f" − swap space {_mib(facts.swap_bytes)}" if facts.swap_bytes else ""
+    swap = f" − swap space {_mib(swap_bytes)}" if swap_bytes else ""
     arithmetic = (
         f"memory {_mib(facts.memory_bytes)} − weights {_mib(facts.weight_bytes)}{swap} = {_mib(left)}; "
         f"× {fraction:g} ÷ ({spec.bytes_per_token:,} bytes/token × {block_tokens} tokens/block) "

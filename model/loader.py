@@ -15,6 +15,7 @@ from ..core.errors import ConfigError
 from ..kernels.cpu.build import NativeUnavailable
 from ..kv.store import KvStore
 from .config_json import load_spec
+from .device import DeviceChoice, describe_device, refuse_unserved, resolve_device
 from .native_ops import NativeOps
 from .ops import Ops
 from .runner import Runner
@@ -43,7 +44,10 @@ class RunnerOptions:
     max_model_len: int | None = None
     digest_key: int = 0  # the cluster's 64-bit key
     quantization: Quantization = "none"
-    kernels: Kernels = "auto"
+    kernels: Kernels = "auto"  # on a CPU
+    device: DeviceChoice = "cpu"
+    gpu: int = 0  # which one, where there are several
+    graph_seqs: int = 0  # on a GPU: the largest decode step that runs as a graph
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,29 +63,42 @@ def load_runner(directory: Path, options: RunnerOptions) -> Runner:
 
     Raises:
         CheckpointError: the directory holds no model that we serve.
-        ConfigError: max_model_len is more than the checkpoint was made for.
+        ConfigError: max_model_len is more than the checkpoint was made for, or the device cannot serve it.
     """
     spec = load_spec(directory)
+    device = resolve_device(options.device, options.gpu)
     if options.max_model_len is not None and options.max_model_len > spec.max_model_len:
         raise ConfigError(
             f"model.max_model_len is {options.max_model_len}; {directory} was made for {spec.max_model_len} at most"
         )
     dtype = torch_dtype(compute_dtype(spec, options.dtype))
-    ops = make_ops(dtype, options.quantization, options.num_threads, kernels=options.kernels)
+    if device.type != "cpu":
+        refuse_unserved(spec, kv_codec(options.kv_dtype))
+    ops = make_ops(dtype, options.quantization, options.num_threads, kernels=options.kernels, device=device)
     weights = load_weights(open_source(directory), spec, ops)
     kv_spec = spec.kv_spec(kv_codec(options.kv_dtype))
-    store = KvStore(kv_spec, options.num_blocks, options.block_tokens, digest_key=options.digest_key)
-    return Runner(spec, weights, ops, store, options.max_model_len)
+    store = KvStore(kv_spec, options.num_blocks, options.block_tokens, device, options.digest_key)
+    graph_seqs = options.graph_seqs if device.type != "cpu" else 0
+    return Runner(spec, weights, ops, store, options.max_model_len, graph_seqs=graph_seqs)
 
 
 def make_ops(
-    dtype: torch.dtype, quantization: Quantization = "none", num_threads: int = 1, *, kernels: Kernels = "auto"
+    dtype: torch.dtype,
+    quantization: Quantization = "none",
+    num_threads: int = 1,
+    *,
+    kernels: Kernels = "auto",
+    device: torch.device | None = None,
 ) -> Ops:
-    """The ops of this machine: the fastest there are (`auto`), or the ones asked for.
+    """The ops of a device (None: the CPU); there, the fastest there are (`auto`), or the ones asked for.
 
     Raises:
         ConfigError: the asked-for kernels cannot run here.
     """
+    if device is not None and device.type != "cpu":
+        from .triton_ops import TritonOps  # needs triton
+
+        return TritonOps(dtype, device, quantization)
     if kernels == "torch":
         return TorchOps(dtype, num_threads, quantization)
     try:
@@ -117,11 +134,13 @@ def numerics_class(directory: Path, options: RunnerOptions, tp: int = 1) -> Nume
     spec = load_spec(directory)
     weights = weights_fingerprint(directory)
     dtype = compute_dtype(spec, options.dtype)
-    ops = make_ops(torch_dtype(dtype), options.quantization, kernels=options.kernels)
+    device = resolve_device(options.device, options.gpu)
+    ops = make_ops(torch_dtype(dtype), options.quantization, kernels=options.kernels, device=device)
+    machine = machine_description() if device.type == "cpu" else describe_device(device)
     length = f", for {options.max_model_len or spec.max_model_len} tokens" if spec.length_matters else ""
     arithmetic = (
         f"{dtype}, {kv_codec(options.kv_dtype)} cache{length}, TP {tp}, kernels {KERNEL_SET_VERSION}, "
-        f"{ops.description} on {machine_description()}"
+        f"{ops.description} on {machine}"
     )
     digest = hashlib.blake2b(weights + arithmetic.encode(), digest_size=16, person=b"twostroke-numer").digest()
     return NumericsClass(digest, f"weights {weights.hex()[:8]}, {arithmetic}")

@@ -25,25 +25,9 @@ from ..kernels.reference_attention import Chunk
 from ..kernels.rotary_store import rotary_store_kv
 from ..kernels.store_kv import store_kv
 from .ops import Activation, AttentionKind, Linear, Norm, Quantization, Span
-from .spec import LatentAttention, ModelSpec
 from .step import LayerStep
 from .torch_ops import rounded_to_int8
 from .upload import upload
-
-
-def refuse_unserved(spec: ModelSpec, codec: str) -> None:
-    """Say what the kernels do not cover, before anything is loaded. `codec`: a name of `kv.spec.CODEC_NAMES`.
-
-    Raises:
-        ConfigError: the model or the cache needs something else; names the remedy.
-    """
-    if isinstance(spec.attention, LatentAttention):
-        raise ConfigError(
-            f"{spec.architecture} attends to a latent cache, which model.device 'cuda' does not serve yet; "
-            "use model.device: cpu"
-        )
-    if codec == "float32":
-        raise ConfigError("cache.dtype is 'float32', which model.device 'cuda' does not serve; use fp8 or bfloat16")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

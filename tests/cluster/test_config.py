@@ -35,7 +35,6 @@ def test_the_example_file_is_valid():
         ({"cache.block_size": 24}, ["cache.block_size", "24", "16, 32 or 64"]),
         ({"cache.memory_fraction": float("nan")}, ["cache.memory_fraction"]),
         ({"router.host": "0.0.0.0"}, ["0.0.0.0", "--insecure"]),
-        ({"model.device": "cuda"}, ["model.device", "cuda", "'cpu' only"]),
         ({"router.port": 9000, "router.grpc_port": 9000}, ["must differ"]),
         ({"step.max_num_batched_tokens": 16, "cache.block_size": 64}, ["max_num_batched_tokens", "at least"]),
     ],

@@ -4,7 +4,7 @@ import pytest
 
 from twostroke.cluster.config import load_config
 from twostroke.cluster.placement import MachineFacts, ModelFacts, place
-from twostroke.core.errors import DoesNotFit
+from twostroke.core.errors import ConfigError, DoesNotFit
 from twostroke.core.request import Role
 from twostroke.kv.sizing import MemoryFacts, size_pool
 from twostroke.kv.spec import attention_spec
@@ -26,6 +26,19 @@ def test_roles_threads_and_memory_are_shared_out():
     assert [m.role for m in plan.workers] == [Role.PREFILL, Role.PREFILL, Role.DECODE, Role.DECODE]
     assert {m.num_threads for m in plan.workers} == {2}
     assert {m.memory_bytes for m in plan.workers} == {50 << 30}
+
+
+def test_gpus_are_given_out_in_turn_and_their_memory_shared():
+    config = load_config(flags={"cluster.prefill": 1, "cluster.decode": 2, "cache.tokens": None, "cache.swap_space": 4})
+    plan = place(config, MachineFacts(8, 8 << 30, (80 << 30, 60 << 30)), MODEL)
+    assert [(m.device, m.gpu) for m in plan.workers] == [("cuda", 0), ("cuda", 1), ("cuda", 0)]
+    assert {m.memory_bytes for m in plan.workers} == {40 << 30}
+    assert "swap" not in plan.pool.arithmetic  # it lies in the host's memory
+    on_cpu = load_config(flags={"model.device": "cpu"})
+    assert {m.device for m in place(on_cpu, MachineFacts(8, 200 << 30, (80 << 30,)), MODEL).workers} == {"cpu"}
+    asked = load_config(flags={"model.device": "cuda"})
+    with pytest.raises(ConfigError, match=r"model.device is 'cuda', and torch sees no GPU"):
+        place(asked, MachineFacts(8, 200 << 30), MODEL)
 
 
 def test_no_prefill_workers_means_combined_ones():

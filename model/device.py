@@ -1,0 +1,80 @@
+"""Which device computes, what it can serve, and how much memory it has left. Imports torch only where a GPU may be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from ..core.errors import ConfigError
+from .spec import LatentAttention, ModelSpec
+
+if TYPE_CHECKING:
+    import torch
+
+DeviceChoice = Literal["auto", "cpu", "cuda"]
+
+_DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/kfd"), Path("/dev/dxg"))  # NVIDIA, AMD, either under WSL
+
+
+def gpu_free_bytes() -> tuple[int, ...]:
+    """Free memory of each GPU that torch sees, now; empty without one. A launcher on a CPU never imports torch here."""
+    if not any(driver.exists() for driver in _DRIVERS):
+        return ()
+    import torch
+
+    if not torch.cuda.is_available():
+        return ()
+    return tuple(torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count()))
+
+
+def chosen_kind(wanted: DeviceChoice, num_gpus: int) -> Literal["cpu", "cuda"]:
+    """What `model.device` means where there are so many GPUs.
+
+    Raises:
+        ConfigError: it asks for one, and there is none.
+    """
+    if wanted == "cuda" and not num_gpus:
+        raise ConfigError(
+            "model.device is 'cuda', and torch sees no GPU here; install torch for CUDA or ROCm, or use auto or cpu"
+        )
+    return "cuda" if wanted != "cpu" and num_gpus else "cpu"
+
+
+def resolve_device(wanted: DeviceChoice, index: int = 0) -> torch.device:
+    """The device that a worker computes on.
+
+    Raises:
+        ConfigError: it asks for a GPU that is not there.
+    """
+    import torch
+
+    num_gpus = torch.cuda.device_count() if wanted != "cpu" and torch.cuda.is_available() else 0
+    if chosen_kind(wanted, num_gpus) == "cpu":
+        return torch.device("cpu")
+    if index >= num_gpus:
+        raise ConfigError(f"this worker was given GPU {index}, and torch sees {num_gpus}; start fewer workers")
+    return torch.device("cuda", index)
+
+
+def describe_device(device: torch.device) -> str:
+    """A GPU as far as libraries choose their kernels by it."""
+    import torch
+
+    found = torch.cuda.get_device_properties(device)
+    return f"{found.name} with {found.multi_processor_count} processors"
+
+
+def refuse_unserved(spec: ModelSpec, codec: str) -> None:
+    """Say what a GPU's kernels do not cover, before anything is loaded. `codec`: a name of `kv.spec.CODEC_NAMES`.
+
+    Raises:
+        ConfigError: the model or the cache needs something else; names the remedy.
+    """
+    if isinstance(spec.attention, LatentAttention):
+        raise ConfigError(
+            f"{spec.architecture} attends to a latent cache, which is not served on a GPU yet; use model.device: cpu"
+        )
+    if codec == "float32":
+        raise ConfigError(
+            "cache.dtype is 'float32', which is not served on a GPU; use fp8 or bfloat16, or model.device: cpu"
+        )

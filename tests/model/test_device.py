@@ -1,0 +1,37 @@
+"""Which device a worker computes on, and what a GPU refuses by name."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from twostroke.core.errors import ConfigError
+from twostroke.model import device as device_module
+from twostroke.model.device import chosen_kind, gpu_free_bytes, resolve_device
+
+
+def test_auto_is_a_gpu_where_there_is_one():
+    assert chosen_kind("auto", 0) == "cpu"
+    assert chosen_kind("auto", 2) == "cuda"
+    assert chosen_kind("cpu", 2) == "cpu"
+    with pytest.raises(ConfigError, match="torch sees no GPU here"):
+        chosen_kind("cuda", 0)
+
+
+def test_a_worker_takes_the_gpu_it_was_given(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve_device("auto", 1) == torch.device("cuda", 1)
+    assert resolve_device("cpu", 1) == torch.device("cpu")
+    with pytest.raises(ConfigError, match="was given GPU 2, and torch sees 2"):
+        resolve_device("cuda", 2)
+
+
+def test_memory_is_asked_of_each_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(device_module, "_DRIVERS", (tmp_path,))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (10 + index, 80))
+    assert gpu_free_bytes() == (10, 11)
+    monkeypatch.setattr(device_module, "_DRIVERS", (tmp_path / "none",))
+    assert gpu_free_bytes() == ()
