@@ -56,9 +56,7 @@ def built_library() -> Path:
 
 def build(machine_flags: tuple[str, ...]) -> Path:
     """`built_library` for flags that name a machine: tests build for older ones too."""
-    compiler = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
-    if compiler is None:
-        raise NativeUnavailable("no C++ compiler was found: install g++ or clang (Debian: apt install g++)")
+    compiler = find_compiler()
     directory = _cache_directory()
     library = directory / f"{_name(compiler, machine_flags)}.so"
     with (directory / "lock").open("w") as lock:
@@ -66,6 +64,18 @@ def build(machine_flags: tuple[str, ...]) -> Path:
         if not library.exists():
             _compile(compiler, machine_flags, library)
     return library
+
+
+def find_compiler() -> str:
+    """The machine's C++ compiler.
+
+    Raises:
+        NativeUnavailable: there is none.
+    """
+    compiler = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
+    if compiler is None:
+        raise NativeUnavailable("no C++ compiler was found: install g++ or clang (Debian: apt install g++)")
+    return compiler
 
 
 def _compile(compiler: str, machine_flags: tuple[str, ...], library: Path) -> None:
@@ -129,3 +139,14 @@ def _cache_directory() -> Path:
 @functools.cache
 def _own_directory() -> Path:
     return Path(tempfile.mkdtemp(prefix="twostroke-kernels-"))
+
+
+def _main() -> None:
+    try:
+        print(f"native kernels: {built_library()}")
+    except NativeUnavailable as error:
+        print(f"no native kernels, everything runs without them but slower: {error}")
+
+
+if __name__ == "__main__":
+    _main()
