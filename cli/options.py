@@ -15,6 +15,7 @@ SETTING_BY_FLAG = {
     "served_model_name": "model.name",
     "dtype": "model.dtype",
     "quantization": "model.quantization",
+    "kernels": "model.kernels",
     "max_model_len": "model.max_model_len",
     "kv_cache_dtype": "cache.dtype",
     "block_size": "cache.block_size",
@@ -38,6 +39,10 @@ ServedModelName = Annotated[str | None, typer.Option(help="What clients call the
 DType = Annotated[str | None, typer.Option(help="auto, bfloat16 or float32; auto is the checkpoint's dtype.")]
 Quantization = Annotated[
     str | None, typer.Option(help="none or int8: 8-bit weights, rounded per output channel while loading.")
+]
+Kernels = Annotated[
+    str | None,
+    typer.Option(help="On a CPU: auto, native (needs a C++ compiler once) or torch. auto is native where it can be."),
 ]
 KvCacheDType = Annotated[
     str | None,

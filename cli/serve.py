@@ -31,6 +31,7 @@ def serve(
     grpc_port: o.GrpcPort = None,
     dtype: o.DType = None,
     quantization: o.Quantization = None,
+    kernels: o.Kernels = None,
     kv_cache_dtype: o.KvCacheDType = None,
     block_size: o.BlockSize = None,
     max_model_len: o.MaxModelLen = None,
@@ -57,7 +58,7 @@ def serve(
 
 
 def show_plan(config: Config, plan: Plan, out: Console) -> None:
-    """Workers, threads, memory and ports, as a table and two lines of arithmetic."""
+    """Workers, threads, memory and ports, as a table and lines of arithmetic."""
     table = Table(title=f"{plan.model.name} — launcher {config.cluster.launcher}", title_justify="left")
     for heading in ("member", "role", "threads", "memory", "KV pool"):
         table.add_column(heading)
@@ -71,6 +72,7 @@ def show_plan(config: Config, plan: Plan, out: Console) -> None:
             )
             table.add_row(member.name, str(member.role), str(member.num_threads), memory, pool)
     out.print(table)
+    out.print(f"computes in {plan.model.arithmetic}")
     out.print(f"pool of each worker: {plan.pool.arithmetic}")
     if plan.pool.num_swap_blocks:
         swap_tokens = plan.pool.num_swap_blocks * plan.pool.block_tokens

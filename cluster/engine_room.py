@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..core.clock import Clock
 from ..core.request import Role
 from ..decode_worker.policy import DecodePolicy, combined_policy
+from ..kernels.cpu.build import built_library
 from ..kv.host_store import HostStore
 from ..kv.keys import Namer, digest_key, identity_key
 from ..kv.pool import BlockPool
@@ -16,7 +17,7 @@ from ..kv.prefix import PrefixCache
 from ..kv.sizing import MemoryFacts, PoolSize, size_pool
 from ..model.config_json import load_spec
 from ..model.core import CoreLimits, EngineCore
-from ..model.device import resolve_device
+from ..model.device import chosen_kernels, resolve_device
 from ..model.engine import Engine
 from ..model.facts import FaceFacts, ModelFacts
 from ..model.loader import RunnerOptions, load_runner, numerics_class
@@ -57,19 +58,7 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> EngineRoom:
     cache, step = settings.cache, settings.step
     tokenizer = Tokenizer.load(directory)
     check_decoder(tokenizer)
-    options = RunnerOptions(
-        num_blocks=pool_size.num_blocks,
-        block_tokens=cache.block_size,
-        dtype=settings.model.dtype,
-        kv_dtype=cache.dtype,
-        num_threads=settings.num_threads,
-        max_model_len=model.max_model_len,
-        digest_key=digest_key(settings.cluster_key),
-        quantization=settings.model.quantization,
-        device=settings.model.device,
-        gpu=settings.gpu,
-        graph_seqs=step.max_num_seqs,
-    )
+    options = replace(_runner_options(settings, model.max_model_len), num_blocks=pool_size.num_blocks)
     runner = load_runner(directory, options)
     limits = StepLimits(step.max_num_seqs, step.max_num_batched_tokens, step.max_waiting)
 
@@ -106,16 +95,7 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> EngineRoom:
 def _model_facts(settings: WorkerSettings, directory: Path) -> ModelFacts:
     spec = load_spec(directory)
     max_model_len = context_length(spec, settings.model.max_model_len)
-    options = RunnerOptions(
-        num_blocks=0,
-        dtype=settings.model.dtype,
-        kv_dtype=settings.cache.dtype,
-        max_model_len=max_model_len,
-        quantization=settings.model.quantization,
-        device=settings.model.device,
-        gpu=settings.gpu,
-    )
-    numerics = numerics_class(directory, options)
+    numerics = numerics_class(directory, _runner_options(settings, max_model_len))
     return ModelFacts(
         name=settings.model_name,
         directory=str(directory),
@@ -130,10 +110,30 @@ def _model_facts(settings: WorkerSettings, directory: Path) -> ModelFacts:
     )
 
 
+def _runner_options(settings: WorkerSettings, max_model_len: int) -> RunnerOptions:
+    """Of a runner without blocks: the same for what it computes and for the name of it."""
+    return RunnerOptions(
+        num_blocks=0,
+        block_tokens=settings.cache.block_size,
+        dtype=settings.model.dtype,
+        kv_dtype=settings.cache.dtype,
+        num_threads=settings.num_threads,
+        max_model_len=max_model_len,
+        digest_key=digest_key(settings.cluster_key),
+        quantization=settings.model.quantization,
+        kernels=settings.model.kernels,
+        device=settings.model.device,
+        gpu=settings.gpu,
+        graph_seqs=settings.step.max_num_seqs,
+    )
+
+
 def _pool_size(settings: WorkerSettings, directory: Path, model: ModelFacts) -> PoolSize:
     spec = load_spec(directory)
     cache, device = settings.cache, resolve_device(settings.model.device, settings.gpu)
-    weights, is_gpu = held_bytes(spec, settings.model, device.type), device.type != "cpu"
+    is_gpu = device.type != "cpu"
+    kernels = chosen_kernels(settings.model.kernels, "cuda" if is_gpu else "cpu", built_library)
+    weights = held_bytes(directory, spec, settings.model, kernels)
     machine = machine_facts()
     available = machine.gpu_bytes[settings.gpu] if is_gpu else machine.memory_bytes
     facts = MemoryFacts(settings.memory_bytes or available, weights, cache.swap_bytes, swaps_elsewhere=is_gpu)

@@ -10,8 +10,9 @@ from ..kv.spec import CODEC_NAMES
 from ..model.checkpoint import resolve, served_name
 from ..model.config import ModelConfig
 from ..model.config_json import load_spec
-from ..model.device import chosen_kind, gpu_free_bytes, refuse_unserved
-from ..model.layout import weight_bytes
+from ..model.device import Kernels, chosen_kernels, chosen_kind, gpu_free_bytes, refuse_unserved
+from ..model.layout import EMBEDDING, weight_bytes
+from ..model.safetensors_files import stored_dtype
 from ..model.spec import DType, ModelSpec
 from .config import Config
 from .placement import MachineFacts, ModelFacts
@@ -33,20 +34,37 @@ def model_facts(config: Config) -> ModelFacts:
     directory = resolve(config.model.path)
     spec = load_spec(directory)
     kind = chosen_kind(config.model.device, len(gpu_free_bytes()))
+    kernels = chosen_kernels(config.model.kernels, kind)
     if kind == "cuda":
         refuse_unserved(spec, cache_codec(config.cache.dtype))
     return ModelFacts(
         name=served_name(config.model.path, config.model.name),
         directory=str(directory),
-        weight_bytes=held_bytes(spec, config.model, kind),
+        weight_bytes=held_bytes(directory, spec, config.model, kernels),
         kv_spec=spec.kv_spec(cache_codec(config.cache.dtype)),
         max_model_len=context_length(spec, config.model.max_model_len),
+        arithmetic=(
+            f"{compute_dtype(spec, config.model.dtype)}, weights "
+            f"{'as they are' if config.model.quantization == 'none' else 'rounded to ' + config.model.quantization}, "
+            f"{kernels} kernels on {kind}"
+        ),
     )
 
 
-def held_bytes(spec: ModelSpec, model: ModelConfig, kind: str) -> int:
-    """Bytes of the weights on a device. A GPU holds int8 weights as what they were rounded to, in the compute dtype."""
-    return weight_bytes(spec, compute_dtype(spec, model.dtype), "none" if kind == "cuda" else model.quantization)
+def held_bytes(path: Path, spec: ModelSpec, model: ModelConfig, kernels: Kernels) -> int:
+    """Bytes of memory that a worker's weights take with these kernels.
+
+    Native ones pack every matrix, a tied head too, and leave the embedding in its file where it has the compute dtype.
+    The others hold int8 weights as what they were rounded to, in the compute dtype.
+    """
+    dtype = compute_dtype(spec, model.dtype)
+    return weight_bytes(
+        spec,
+        dtype,
+        model.quantization if kernels == "native" else "none",
+        packs_head=kernels == "native" or model.quantization != "none",
+        maps_table=kernels != "triton" and stored_dtype(path, EMBEDDING) == dtype,
+    )
 
 
 def compute_dtype(spec: ModelSpec, wanted: str) -> DType:

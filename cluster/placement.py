@@ -30,6 +30,7 @@ class ModelFacts:
     weight_bytes: int
     kv_spec: KvSpec
     max_model_len: int
+    arithmetic: str = ""  # dtype, weights, kernels, device: for people
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,6 +84,7 @@ class WorkerProcess:
             CheckpointError, DoesNotFit, ConfigError: it cannot be started with these settings.
         """
         room = self._room = await asyncio.to_thread(build_engine, self.settings, self._clock)
+        log.info("%s computes with %s", self.settings.worker_id, room.facts.model.numerics_description)
         log.info("%s: %s", self.settings.worker_id, room.pool_size.arithmetic)
         self.dispatcher = Dispatcher(room.link)
         self._make_faces(room)

@@ -20,6 +20,9 @@ class ModelConfig(Section):
     quantization: Literal["none", "int8"] = Field(
         "none", description="int8: 8-bit weights, rounded per output channel while loading"
     )
+    kernels: Literal["auto", "native", "torch"] = Field(
+        "auto", description="on a CPU; native: built on first use, by the machine's C++ compiler; auto: torch without"
+    )
     max_model_len: int | None = Field(
         None, ge=16, description="prompt plus generated tokens; default: the checkpoint's"
     )

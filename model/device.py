@@ -1,17 +1,27 @@
-"""Which device computes, what it can serve, and how much memory it has left. Imports torch only where a GPU may be."""
+"""Which device computes, with which kernels, what it can serve, and how much memory it has left.
+
+Imports torch only where a GPU may be.
+"""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ..core.errors import ConfigError
+from ..kernels.cpu.build import NativeUnavailable, find_compiler
 from .spec import LatentAttention, ModelSpec
 
 if TYPE_CHECKING:
     import torch
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
+KernelsChoice = Literal["auto", "native", "torch"]
+Kernels = Literal["native", "torch", "triton"]
+
+_log = logging.getLogger(__name__)
 
 _DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/kfd"), Path("/dev/dxg"))  # NVIDIA, AMD, either under WSL
 
@@ -38,6 +48,31 @@ def chosen_kind(wanted: DeviceChoice, num_gpus: int) -> Literal["cpu", "cuda"]:
             "model.device is 'cuda', and torch sees no GPU here; install torch for CUDA or ROCm, or use auto or cpu"
         )
     return "cuda" if wanted != "cpu" and num_gpus else "cpu"
+
+
+def chosen_kernels(
+    wanted: KernelsChoice, kind: Literal["cpu", "cuda"], find: Callable[[], object] = find_compiler
+) -> Kernels:
+    """What `model.kernels` means on such a device.
+
+    `find` raises NativeUnavailable where there are no native kernels. A launcher looks for a compiler; who is going to
+    use them passes what builds them.
+
+    Raises:
+        ConfigError: it asks for native ones, and they cannot be had.
+    """
+    if kind == "cuda":
+        return "triton"
+    if wanted == "torch":
+        return "torch"
+    try:
+        find()
+    except NativeUnavailable as error:
+        if wanted == "native":
+            raise ConfigError(f"model.kernels is 'native', but {error}; or use auto or torch") from None
+        _log.warning("running without native kernels, several times slower: %s", error)
+        return "torch"
+    return "native"
 
 
 def resolve_device(wanted: DeviceChoice, index: int = 0) -> torch.device:

@@ -177,18 +177,30 @@ def num_parameters(spec: ModelSpec) -> int:
     return sum(_size(shape) for shape in expected_shapes(spec).values())
 
 
-def weight_bytes(spec: ModelSpec, dtype: DType, quantization: Quantization = "none") -> int:
+def weight_bytes(
+    spec: ModelSpec,
+    dtype: DType,
+    quantization: Quantization = "none",
+    *,
+    packs_head: bool = False,
+    maps_table: bool = False,
+) -> int:
     """Bytes of the weights held in `dtype`; under int8, one byte and a share of a row's scale for quantised numbers.
 
-    The embedding stays a table in `dtype`; where a tied one is quantised, it is held as both.
+    The embedding is a table in `dtype`. A tied head is the same memory, unless it is quantised or `packs_head`: then
+    both are held. `maps_table`: a table that no product reads is a view of its file, and not counted.
     """
-    whole = num_parameters(spec) * DTYPE_BYTES[dtype]
-    if quantization == "none":
-        return whole
-    saved = sum(_saved_by_int8(matrix, dtype) for matrix in _matrices(spec))
-    head = Matrix((("lm_head", spec.vocab_size),), spec.hidden_size)
-    head_bytes = spec.vocab_size * (spec.hidden_size + 4)
-    return whole - saved + (head_bytes if spec.tied_embeddings else -_saved_by_int8(head, dtype))
+    table, head = _size((spec.vocab_size, spec.hidden_size)), Matrix((("lm_head", spec.vocab_size),), spec.hidden_size)
+    quantised = quantization == "int8"
+    layers = num_parameters(spec) - table * (1 if spec.tied_embeddings else 2)
+    held = layers * DTYPE_BYTES[dtype]
+    head_bytes = table * DTYPE_BYTES[dtype]
+    if quantised:
+        held -= sum(_saved_by_int8(matrix, dtype) for matrix in _matrices(spec))
+        head_bytes -= _saved_by_int8(head, dtype)
+    if spec.tied_embeddings and not (quantised or packs_head):
+        return held + head_bytes
+    return held + head_bytes + (0 if maps_table else table * DTYPE_BYTES[dtype])
 
 
 def _matrices(spec: ModelSpec) -> Iterator[Matrix]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,17 @@ from typing import Literal
 import torch
 
 from ..core.errors import ConfigError
-from ..kernels.cpu.build import NativeUnavailable
+from ..kernels.cpu import library as native
 from ..kv.store import KvStore
 from .config_json import load_spec
-from .device import DeviceChoice, describe_device, refuse_unserved, resolve_device
+from .device import (
+    DeviceChoice,
+    KernelsChoice,
+    chosen_kernels,
+    describe_device,
+    refuse_unserved,
+    resolve_device,
+)
 from .native_ops import NativeOps
 from .ops import Ops
 from .runner import Runner
@@ -27,9 +33,6 @@ from .weights import load_weights
 KERNEL_SET_VERSION = 3  # one more whenever a change of ours can change a bit of any logit
 
 KvDType = Literal["auto", "fp8", "bfloat16", "float32"]
-Kernels = Literal["auto", "native", "torch"]
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +47,7 @@ class RunnerOptions:
     max_model_len: int | None = None
     digest_key: int = 0  # the cluster's 64-bit key
     quantization: Quantization = "none"
-    kernels: Kernels = "auto"  # on a CPU
+    kernels: KernelsChoice = "auto"  # on a CPU
     device: DeviceChoice = "cpu"
     gpu: int = 0  # which one, where there are several
     graph_seqs: int = 0  # on a GPU: the largest decode step that runs as a graph
@@ -87,7 +90,7 @@ def make_ops(
     quantization: Quantization = "none",
     num_threads: int = 1,
     *,
-    kernels: Kernels = "auto",
+    kernels: KernelsChoice = "auto",
     device: torch.device | None = None,
 ) -> Ops:
     """The ops of a device (None: the CPU); there, the fastest there are (`auto`), or the ones asked for.
@@ -99,15 +102,9 @@ def make_ops(
         from .triton_ops import TritonOps  # needs triton
 
         return TritonOps(dtype, device, quantization)
-    if kernels == "torch":
-        return TorchOps(dtype, num_threads, quantization)
-    try:
+    if chosen_kernels(kernels, "cpu", native.load) == "native":
         return NativeOps(dtype, num_threads, quantization)
-    except NativeUnavailable as error:
-        if kernels == "native":
-            raise ConfigError(f"model.kernels is 'native', but {error}") from None
-        _log.warning("running without native kernels, several times slower: %s", error)
-        return TorchOps(dtype, num_threads, quantization)
+    return TorchOps(dtype, num_threads, quantization)
 
 
 def compute_dtype(spec: ModelSpec, dtype: Literal["auto", "bfloat16", "float32"]) -> DType:

@@ -6,14 +6,17 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from ..core.errors import CheckpointError
 
-_STORED_DTYPES = ("F32", "BF16", "F16")
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_STORED_DTYPES = tuple(_DTYPE_NAMES)
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _WHOLE_FILE_BYTES = 64 << 20  # files up to this size are hashed whole
 _SAMPLED_PAGES = 256
@@ -63,6 +66,21 @@ class SafetensorsFiles:
     def fingerprint(self) -> bytes:
         """See `safetensors_fingerprint`."""
         return safetensors_fingerprint(self._directory)
+
+
+def stored_dtype(path: Path, name: str) -> str | None:
+    """The dtype of a tensor as its file has it ("float32", "bfloat16", "float16"); None for what is not safetensors.
+
+    Raises:
+        CheckpointError: see `checkpoint_files`; or a header is damaged.
+    """
+    if not path.is_dir():
+        return None
+    for file in checkpoint_files(path):
+        entry = read_header(file)[1].get(name)
+        if entry is not None:
+            return _DTYPE_NAMES.get(entry["dtype"])
+    return None
 
 
 def checkpoint_files(directory: Path) -> tuple[Path, ...]:

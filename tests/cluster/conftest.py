@@ -93,7 +93,7 @@ async def start_worker(tiny_checkpoint: Path) -> AsyncIterator[Start]:
             role=role,
             model_directory=str(tiny_checkpoint),
             model_name="tiny",
-            model=ModelConfig(path=str(tiny_checkpoint)),
+            model=ModelConfig(path=str(tiny_checkpoint), **changes.pop("model", {})),
             cache=changes.pop("cache", CacheConfig(tokens=8192, frame_bytes=8192)),
             step=changes.pop("step", StepConfig(max_num_batched_tokens=64)),
             cluster_key="a key of the tests",
@@ -270,7 +270,10 @@ async def hand_to() -> AsyncIterator[Callable[[str], Awaitable[RouterHand]]]:
 
 @pytest.fixture
 def all_free() -> Callable[..., Awaitable[float]]:
-    """Wait until workers hold nothing for anyone: every block free or merely cached. Returns the seconds it took."""
+    """Wait until workers hold nothing for anyone: every block free or merely cached, none swapped out.
+
+    Returns the seconds that it took.
+    """
 
     async def wait(*workers: WorkerProcess, timeout_s: float = 5.0) -> float:
         loop = asyncio.get_running_loop()
@@ -278,7 +281,9 @@ def all_free() -> Callable[..., Awaitable[float]]:
 
         def is_free(worker: WorkerProcess) -> bool:
             load = worker.dispatcher.last_load
-            return worker.dispatcher.num_owned == 0 and load is not None and load.free_blocks == load.total_blocks
+            if worker.dispatcher.num_owned or load is None or load.free_blocks < load.total_blocks:
+                return False
+            return not dict(load.counters).get("swap_blocks_in_use")  # a load may be told while all are swapped out
 
         while not all(is_free(worker) for worker in workers):
             assert loop.time() - began_s < timeout_s, [

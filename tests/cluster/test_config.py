@@ -32,6 +32,7 @@ def test_the_example_file_is_valid():
         ({"cluster.prefil": 1}, ["cluster.prefil", "did you mean 'prefill'"]),
         ({"cash.dtype": "fp8"}, ["cash", "did you mean 'cache'"]),
         ({"cluster.decode": 0}, ["cluster.decode", "0", "greater than or equal to 1"]),
+        ({"model.kernels": "avx"}, ["model.kernels", "avx", "'auto', 'native' or 'torch'"]),
         ({"cache.block_size": 24}, ["cache.block_size", "24", "16, 32 or 64"]),
         ({"cache.memory_fraction": float("nan")}, ["cache.memory_fraction"]),
         ({"router.host": "0.0.0.0"}, ["0.0.0.0", "--insecure"]),

@@ -100,6 +100,18 @@ async def test_the_pool_is_the_smaller_of_tokens_and_memory(start_worker):
     assert by_memory.info().num_kv_blocks == 10
 
 
+@pytest.mark.parametrize("model", [{}, {"kernels": "torch"}, {"kernels": "torch", "quantization": "int8"}])
+async def test_says_with_which_kernels_it_computes_and_does(start_worker, caplog, model):
+    caplog.set_level("INFO", "twostroke")
+    worker = await start_worker(Role.COMBINED, model=model)
+    ops = worker._room.engine._runner.ops
+    assert ops.description in worker.info().model.numerics_description
+    assert f"computes with {worker.info().model.numerics_description}" in caplog.text
+    if "kernels" in model:
+        assert ops.description.startswith("torch")
+    assert ("int8 weights" in ops.description) == ("quantization" in model)
+
+
 async def test_a_taken_port_is_an_error_that_names_it(start_worker, tiny_checkpoint):
     first = await start_worker(Role.COMBINED)
     port = int(first.address.split(":")[1])

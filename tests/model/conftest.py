@@ -20,7 +20,8 @@ from twostroke.kv.store import KvStore
 from twostroke.model.batch import build_batch
 from twostroke.model.config_json import load_spec
 from twostroke.model.decoder import Decoder
-from twostroke.model.loader import Kernels, RunnerOptions, load_runner, make_ops, torch_dtype
+from twostroke.model.device import KernelsChoice
+from twostroke.model.loader import RunnerOptions, load_runner, make_ops, torch_dtype
 from twostroke.model.ops import Ops
 from twostroke.model.plan import SequenceStep, StepPlan
 from twostroke.model.runner import Runner
@@ -154,7 +155,7 @@ def poison(store: KvStore) -> None:
 @pytest.fixture(scope="session")
 def make_hand() -> Callable[..., Hand]:
     """A hand over a checkpoint, on as many threads as torch has now."""
-    loaded: dict[tuple[Path, DType, Kernels, int], tuple[ModelSpec, Weights, Ops]] = {}
+    loaded: dict[tuple[Path, DType, KernelsChoice, int], tuple[ModelSpec, Weights, Ops]] = {}
 
     def make(
         directory: Path,
@@ -164,7 +165,7 @@ def make_hand() -> Callable[..., Hand]:
         tokens: int = 4096,
         *,
         max_model_len: int | None = None,
-        kernels: Kernels = "torch",
+        kernels: KernelsChoice = "torch",
     ) -> Hand:
         key = (directory, dtype, kernels, torch.get_num_threads())
         if key not in loaded:

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from twostroke.core.errors import ConfigError
+from twostroke.kernels.cpu.build import NativeUnavailable
 from twostroke.model import device as device_module
-from twostroke.model.device import chosen_kind, gpu_free_bytes, resolve_device
+from twostroke.model.device import chosen_kernels, chosen_kind, gpu_free_bytes, resolve_device
 
 
 def test_auto_is_a_gpu_where_there_is_one():
@@ -16,6 +17,20 @@ def test_auto_is_a_gpu_where_there_is_one():
     assert chosen_kind("cpu", 2) == "cpu"
     with pytest.raises(ConfigError, match="torch sees no GPU here"):
         chosen_kind("cuda", 0)
+
+
+def test_auto_kernels_are_native_where_they_can_be_had(caplog: pytest.LogCaptureFixture):
+    def none() -> None:
+        raise NativeUnavailable("nothing builds here")
+
+    assert chosen_kernels("auto", "cpu", lambda: None) == "native"
+    assert chosen_kernels("torch", "cpu", none) == "torch"
+    assert chosen_kernels("native", "cuda", none) == "triton"
+    assert not caplog.text
+    assert chosen_kernels("auto", "cpu", none) == "torch"
+    assert "slower: nothing builds here" in caplog.text
+    with pytest.raises(ConfigError, match=r"model.kernels is 'native', but nothing builds here"):
+        chosen_kernels("native", "cpu", none)
 
 
 def test_a_worker_takes_the_gpu_it_was_given(monkeypatch: pytest.MonkeyPatch):

@@ -1,0 +1,80 @@
+"""What a plan says of a checkpoint before anything is loaded: its memory, its arithmetic."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from twostroke.cluster.config import load_config
+from twostroke.cluster.machine import held_bytes, model_facts
+from twostroke.core.errors import ConfigError
+from twostroke.kernels.cpu import build
+from twostroke.model.config import ModelConfig
+from twostroke.model.config_json import load_spec
+from twostroke.model.device import chosen_kernels
+from twostroke.model.loader import make_ops
+from twostroke.model.native_ops import PackedLinear
+from twostroke.model.tensors import open_source
+from twostroke.model.torch_ops import TorchLinear
+from twostroke.model.weights import load_weights
+
+BUNDLED = Path(__file__).resolve().parents[2] / "model" / "bundled"  # tied, bfloat16
+
+
+def storages(held: object) -> dict[int, int]:
+    """Address and size of all memory behind a structure of weights."""
+    if isinstance(held, torch.Tensor):
+        return {held.untyped_storage().data_ptr(): held.nbytes}
+    if isinstance(held, PackedLinear):
+        return storages([part for part in (held.panels, held.scales, held.bias) if part is not None])
+    if isinstance(held, TorchLinear):
+        return storages([part for part in (held.matrix, held.bias) if part is not None])
+    if dataclasses.is_dataclass(held):
+        held = [getattr(held, field.name) for field in dataclasses.fields(held)]
+    if isinstance(held, list | tuple):
+        return {address: size for part in held for address, size in storages(part).items()}
+    return {}
+
+
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_memory_of_the_plan_is_what_weights_take(dtype: str, quantization: str, kernels: str) -> None:
+    model = ModelConfig(path=str(BUNDLED), dtype=dtype, quantization=quantization)
+    spec = load_spec(BUNDLED)
+    weights = load_weights(open_source(BUNDLED), spec, make_ops(getattr(torch, dtype), quantization, kernels=kernels))
+    memory = storages(weights)
+    found = chosen_kernels(kernels, "cpu", build.built_library)
+    if dtype == "bfloat16" and (found == "native" or quantization == "int8"):
+        del memory[weights.embedding.untyped_storage().data_ptr()]  # a view of the file, read by single rows
+    planned = held_bytes(BUNDLED, spec, model, found)
+    assert sum(memory.values()) == pytest.approx(planned, rel=0.002)  # norms are held in float32
+
+
+def test_a_table_that_must_be_copied_counts(tmp_path: Path) -> None:
+    spec = load_spec(BUNDLED)
+    table = spec.vocab_size * spec.hidden_size * 2
+    as_file = held_bytes(BUNDLED, spec, ModelConfig(path=str(BUNDLED)), "native")
+    shutil.copytree(BUNDLED, tmp_path / "m")
+    assert held_bytes(tmp_path / "m", spec, ModelConfig(dtype="float32"), "native") == 2 * (as_file + table)
+    assert held_bytes(tmp_path / "m.gguf", spec, ModelConfig(), "native") == as_file + table
+    assert held_bytes(BUNDLED, spec, ModelConfig(), "triton") == as_file  # the head is the table
+    untied = json.loads((tmp_path / "m" / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(untied))
+    other = load_spec(tmp_path / "m")
+    assert held_bytes(BUNDLED, other, ModelConfig(), "native") == as_file
+    assert held_bytes(BUNDLED, other, ModelConfig(), "triton") == as_file + table
+
+
+def test_the_plan_says_how_it_will_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = {"model.quantization": "int8", "model.device": "cpu", "model.kernels": "torch"}
+    assert model_facts(load_config(flags=flags)).arithmetic == (
+        "bfloat16, weights rounded to int8, torch kernels on cpu"
+    )
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ConfigError, match=r"model.kernels is 'native', but no C\+\+ compiler"):
+        model_facts(load_config(flags=flags | {"model.kernels": "native"}))
+    assert "torch kernels" in model_facts(load_config(flags=flags | {"model.kernels": "auto"})).arithmetic
