@@ -12,9 +12,10 @@ from google.protobuf.message import DecodeError
 from ..core.request import Epoch
 from ..kv.block import IDENTITY_BYTES, BlockIdentity
 from ..kv.handover import Label
+from ..kv.section import SectionData
 from ..kv.spec import HASH_BLOCK_TOKENS
 from ..kv.transport import ServerContext
-from ..kv.wire import FrameLabel, SectionData, encode_frame
+from ..kv.wire import FrameLabel, encode_frame
 from ..model.dispatch import Dispatcher
 from ..model.facts import FaceFacts
 from ..protos import handover_pb2

@@ -25,8 +25,8 @@ from .block import BlockId
 from .codec import U8, Codec, transcode
 from .digest import U64, frame_digests, places, unit_digests
 from .planes_cpu import CpuPlanes
+from .section import SectionData
 from .spec import COMPONENT_NUMBERS, HASH_BLOCK_TOKENS, Component, KvSpec
-from .wire import SectionData
 
 if TYPE_CHECKING:  # needs triton, which machines without a device may lack
     from .planes_device import Births, DevicePlanes, StepBirths
@@ -85,6 +85,7 @@ class KvStore:
         else:
             self._components += [CpuPlanes(c, *self._shape) for c in spec.main.components]
         self._layers = np.arange(spec.main.num_layers)
+        self._planes = [tuple(c.planes(layer) for c in self._components) for layer in range(spec.main.num_layers)]
         per_block = block_tokens // HASH_BLOCK_TOKENS
         self._sealed_generation = np.full((num_blocks, per_block), _NOT_SEALED, np.int64)
         self._sealed_tokens = np.zeros((num_blocks, per_block), np.int64)
@@ -105,7 +106,7 @@ class KvStore:
 
     def planes(self, layer: int) -> tuple[Planes, ...]:
         """Planes of one layer, one per component of the spec: the store's own memory."""
-        return tuple(component.planes(layer) for component in self._components)
+        return self._planes[layer]
 
     def births(self, slots: Tensor) -> StepBirths | None:
         """Where a step that writes the tokens at slots [rows] leaves their digests; None: seals read the bytes."""
@@ -283,9 +284,14 @@ class KvStore:
 
     def _digest(self, store: ComponentStore, held: HeldTokens) -> U64:
         """Digests [layers, heads, hash blocks] of what the planes hold now."""
-        payload, scales = self._gather(store, held)
         first = held.start // HASH_BLOCK_TOKENS
         words = self._place_words(store, np.arange(first, first - (-held.count // HASH_BLOCK_TOKENS)))
+        if isinstance(store, CpuPlanes):
+            blocks, units, _ = self._places(held)
+            digests = store.digests_in_place(blocks, units * HASH_BLOCK_TOKENS, self._counts(held), words, self._key)
+            if digests is not None:
+                return digests
+        payload, scales = self._gather(store, held)
         return frame_digests(payload, scales, words, self._key, HASH_BLOCK_TOKENS)
 
     def _place_words(self, store: ComponentStore, hash_blocks: NDArray[np.int64]) -> U64:

@@ -26,6 +26,7 @@ from .block import IDENTITY_BYTES
 from .codec import Codec, payload_bytes, scale_bytes
 from .digest import frame_digests, places
 from .handover import Label
+from .section import SectionData
 from .spec import COMPONENT_NUMBERS, HASH_BLOCK_TOKENS, KvSpec
 
 VERSION = 1
@@ -47,28 +48,6 @@ _MAIN = "main"
 
 class WireError(Exception):
     """Bytes that no peer of this release sends: torn, damaged, or made up."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class SectionData:
-    """One component over a layer and head range of a token range. Arrays may be views of an envelope."""
-
-    group: str
-    component: str
-    layer_start: int
-    layer_count: int
-    head_start: int
-    head_count: int
-    codec: int
-    row_bytes: int
-    payload: NDArray[np.uint8]  # [layers, heads, tokens, row_bytes]
-    scales: NDArray[np.uint8] | None  # [layers, heads, tokens]
-    digests: NDArray[np.uint64]  # [layers, heads, ceil(tokens / 16)]
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of payload and scales."""
-        return self.payload.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
 
 class FrameLabel(NamedTuple):

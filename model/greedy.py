@@ -27,7 +27,7 @@ def likeliest(logits: Tensor) -> Tensor:
     """
     top = logits.amax(1, keepdim=True)
     is_number = (-logits.amin(1) < float("inf")) & (top.squeeze(1) < float("inf"))  # false for NaN
-    ids = torch.arange(logits.shape[1], device=logits.device)
+    ids = torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device)
     first = torch.where(logits == top, ids, logits.shape[1]).amin(1)
     return torch.where(is_number, first, _NOTHING)
 

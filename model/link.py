@@ -17,7 +17,7 @@ from ..core.request import FinishReason, SamplingParams, SequenceKey, TokenLogpr
 from ..kv.block import BlockIdentity
 
 if TYPE_CHECKING:
-    from ..kv.wire import SectionData
+    from ..kv.section import SectionData
 
 # ------------------------------------------------------------------ face to engine
 

@@ -12,7 +12,7 @@ from ..core.request import SequenceKey
 from ..kv.block import BlockId
 
 if TYPE_CHECKING:
-    from ..kv.wire import SectionData
+    from ..kv.section import SectionData
 
 
 @dataclass(frozen=True, slots=True)

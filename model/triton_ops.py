@@ -129,7 +129,7 @@ class TritonOps:
     ) -> tuple[Tensor, Tensor]:
         """One kernel rotates, quantises, stores and digests; norms of heads go before it."""
         num_kv_heads = (qkv.shape[1] - num_heads) // 2
-        q, k, v = qkv.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+        q, k, v = torch.split(qkv, [num_heads, num_kv_heads, num_kv_heads], dim=1)
         if norms is not None:
             q, k = self.rms_norm(q, norms[0]), self.rms_norm(k, norms[1])
         k_planes, v_planes = step.planes
@@ -153,7 +153,8 @@ class TritonOps:
             assert span.row == num_singles + starts[-1], "rows of spans lie back to back"
             starts.append(starts[-1] + span.count)
         parts = (_tables(singles), _contexts(singles), _tables(chunks), _contexts(chunks))
-        return Layout(num_singles, *upload((*parts, torch.tensor(starts, dtype=torch.int32)), self.device))
+        one, two, three, four, five = upload((*parts, torch.tensor(starts, dtype=torch.int32)), self.device)
+        return Layout(num_singles, one, two, three, four, five)
 
     def attend(
         self, queries: Sequence[Tensor], keys: Sequence[Planes], values: Planes, layout: Layout, kind: AttentionKind

@@ -28,8 +28,9 @@ from ..kv.handover import (
 )
 from ..kv.handover_sender import Sender
 from ..kv.messages import error_to_wire, instants_to_wire, logprobs_to_wire
+from ..kv.section import SectionData
 from ..kv.transport import ByteStream
-from ..kv.wire import FrameLabel, SectionData, WireError, decode_envelope, encode_frame, encode_message, verify_sections
+from ..kv.wire import FrameLabel, WireError, decode_envelope, encode_frame, encode_message, verify_sections
 from ..model import link
 from ..model.dispatch import Dispatcher, SequenceEvent
 from ..protos import handover_pb2

@@ -16,8 +16,9 @@ from ..core.request import SequenceKey
 from ..kv.block import BlockId
 from ..kv.digest import frame_digests, places
 from ..kv.pool import BlockPool
+from ..kv.section import SectionData
 from ..kv.spec import HASH_BLOCK_TOKENS, Component, KvSpec, LayerGroup
-from ..kv.wire import SectionData, covers, verify_sections
+from ..kv.wire import covers, verify_sections
 from ..model.plan import SequenceStep, StepPlan, StepResult
 from ..model.store_op import FetchOp, ReadOp, SwapInOp, SwapOutOp, WriteOp
 from .host import Host, SealedCells
