@@ -136,6 +136,11 @@ def _table(key: int, first_token: int, tokens: int, columns: U64) -> U64:
     return table
 
 
+def stream_seeds(key: int) -> tuple[int, int]:
+    """What the places are mixed with: for multipliers, and for addends."""
+    return int(_seed(key, _MULTIPLIER)[0]), int(_seed(key, _ADDEND)[0])
+
+
 @lru_cache(maxsize=64)
 def _seed(key: int, stream: int) -> U64:
     """The start of one stream of keys, uint64 [1]."""

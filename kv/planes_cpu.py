@@ -7,13 +7,25 @@ from math import prod
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from ..kernels.cpu import library as native
+from ..kernels.cpu.build import NativeUnavailable
 from ..kernels.cpu.memory import take_memory
 from ..kernels.reference import Planes
 from .block import BlockId
 from .codec import U8, Codec
-from .digest import U64
+from .digest import U64, key_table, scale_keys, stream_seeds
 from .spec import HASH_BLOCK_TOKENS, Component
+
+I64 = NDArray[np.int64]
+
+
+def _library() -> native.Library | None:
+    try:
+        return native.load()
+    except NativeUnavailable:
+        return None
 
 
 class CpuPlanes:
@@ -29,6 +41,7 @@ class CpuPlanes:
         self.scales = torch.zeros(shape, dtype=torch.uint8) if self.codec is Codec.FP8_E4M3 else None
         self.payload_view: U8 = self.payload.numpy()
         self.scales_view: U8 | None = None if self.scales is None else self.scales.numpy()
+        self._library = _library() if component.row_bytes % 4 == 0 else None
         units = (num_layers, component.heads, num_blocks, block_tokens // HASH_BLOCK_TOKENS)
         self.digests: U64 = np.zeros(units, np.uint64)
 
@@ -48,6 +61,28 @@ class CpuPlanes:
             return np.ascontiguousarray(flat[:, :, within])
 
         return take(self.payload_view), None if self.scales_view is None else take(self.scales_view)
+
+    def digests_in_place(self, blocks: I64, offsets: I64, tokens: I64, place: U64, key: int) -> U64 | None:
+        """Digests uint64 [layers, heads, n] of hash blocks where they lie, without a copy; None: it takes the kernels.
+
+        Hash block i begins at token offsets[i] of block blocks[i], and tokens[i] of its tokens are present.
+        """
+        if self._library is None:
+            return None
+        words = self.component.row_bytes // 4
+        keys, column = (
+            key_table(key, 0, HASH_BLOCK_TOKENS, words),
+            np.ascontiguousarray(scale_keys(key, 0, HASH_BLOCK_TOKENS)),
+        )
+        planes = native.SealedPlanes(
+            self.payload.data_ptr(), None if self.scales is None else self.scales.data_ptr(),
+            keys.ctypes.data, column.ctypes.data, *stream_seeds(key),
+            self.payload.shape[1], self.payload.shape[0], self.component.heads, self.block_tokens, words,
+        )  # fmt: skip
+        parts = [np.ascontiguousarray(part) for part in (blocks, offsets, tokens, place)]
+        digests = np.empty(place.shape, np.uint64)
+        self._library.digest(planes, len(blocks), *(part.ctypes.data for part in parts), digests.ctypes.data)
+        return digests
 
     def scatter(
         self, block_table: Sequence[BlockId], tokens: range, layers: range, heads: range, rows: tuple[U8, U8 | None]

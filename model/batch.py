@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,11 +45,12 @@ def build_batch(plan: StepPlan, token_ids: Sequence[Sequence[int]], block_tokens
     first_rows, positions, slots, spans = [], [], [], []
     row = 0
     for step in plan.sequences:
-        table = torch.tensor(step.block_table, dtype=torch.int64)
-        place = torch.arange(step.start, step.end)
+        place = np.arange(step.start, step.end)
+        first = step.start // block_tokens
+        table = np.array(step.block_table[first : -(-step.end // block_tokens)])
         first_rows.append(row)
         positions.append(place)
-        slots.append(table[place // block_tokens] * block_tokens + place % block_tokens)
+        slots.append(table[place // block_tokens - first] * block_tokens + place % block_tokens)
         spans.append(Span(row, step.start, step.num_tokens, step.block_table[: -(-step.end // block_tokens)]))
         row += step.num_tokens
     spare = -row % ops.row_multiple
@@ -57,8 +59,8 @@ def build_batch(plan: StepPlan, token_ids: Sequence[Sequence[int]], block_tokens
     last_rows += [0] * (-len(last_rows) % ops.row_multiple)
     return StepBatch(
         token_ids=torch.tensor([i for ids in token_ids for i in ids] + [0] * spare),
-        positions=torch.cat([*positions, torch.zeros(spare, dtype=torch.int64)]),
-        slots=torch.cat([*slots, torch.full((spare,), -1)]),
+        positions=torch.from_numpy(np.concatenate([*positions, np.zeros(spare, np.int64)])),
+        slots=torch.from_numpy(np.concatenate([*slots, np.full(spare, -1)])),
         attention=ops.lay_out(spans, block_tokens),
         first_rows=tuple(first_rows),
         sampled=sampled,

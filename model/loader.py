@@ -22,9 +22,11 @@ from .device import (
     refuse_unserved,
     resolve_device,
 )
+from .host_memory import give_back_after_load
 from .native_ops import NativeOps
 from .ops import Ops
 from .runner import Runner
+from .safetensors_files import checkpoint_files
 from .spec import DType, ModelSpec, Quantization
 from .tensors import open_source, weights_fingerprint
 from .torch_ops import TorchOps
@@ -79,6 +81,7 @@ def load_runner(directory: Path, options: RunnerOptions) -> Runner:
         refuse_unserved(spec, kv_codec(options.kv_dtype))
     ops = make_ops(dtype, options.quantization, options.num_threads, kernels=options.kernels, device=device)
     weights = load_weights(open_source(directory), spec, ops)
+    give_back_after_load(checkpoint_files(directory) if directory.is_dir() else (directory,))
     kv_spec = spec.kv_spec(kv_codec(options.kv_dtype))
     store = KvStore(kv_spec, options.num_blocks, options.block_tokens, device, options.digest_key)
     graph_seqs = options.graph_seqs if device.type != "cpu" else 0

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_float, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,24 @@ class Attend(ctypes.Structure):
     )
 
 
+class SealedPlanes(ctypes.Structure):
+    """One component's planes over all layers, and the keys of their seals."""
+
+    _fields_ = (
+        ("payload", c_void_p),
+        ("scales", c_void_p),
+        ("keys", c_void_p),
+        ("scale_keys", c_void_p),
+        ("multiplier_seed", c_uint64),
+        ("addend_seed", c_uint64),
+        ("num_blocks", c_int64),
+        ("layers", c_int32),
+        ("heads", c_int32),
+        ("block_tokens", c_int32),
+        ("words", c_int32),
+    )
+
+
 _ROWS = POINTER(Rows)
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "level": (ctypes.c_char_p, ()),
@@ -101,6 +119,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "rotary": (None, (c_void_p, _ROWS, c_int32, c_int32, c_void_p, c_void_p, c_int32, c_int32)),
     "write": (None, (c_void_p, POINTER(StorePart), c_int32, c_void_p, c_int32, c_void_p)),
     "attend": (None, (c_void_p, POINTER(Attend))),
+    "digest": (None, (POINTER(SealedPlanes), c_int32, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p)),
     "self_check": (c_int32, ()),
 }
 
