@@ -238,7 +238,7 @@ def _alternating(matrix: Tensor) -> Tensor:
     """[2 * width, in], gate first, as sixteen rows of the gate, sixteen of up, and so on; filled up with zeros."""
     halves = matrix.view(2, len(matrix) // 2, -1)
     padded = torch.nn.functional.pad(halves, (0, 0, 0, -halves.shape[1] % native.LANES))
-    return padded.unflatten(1, (-1, native.LANES)).transpose(0, 1).flatten(0, 2)
+    return padded.view(2, -1, native.LANES, matrix.shape[1]).transpose(0, 1).reshape(-1, matrix.shape[1])
 
 
 def _to_int8(matrix: Tensor) -> tuple[Tensor, Tensor]:
