@@ -111,11 +111,11 @@ def test_families_answer_as_by_torch(
     assert (ours.runner._graphs is None) == (family == "qwen2-moe")
     assert ours.texts == definition.texts
     for mine, theirs in zip(last_rows(ours), last_rows(definition), strict=True):
-        # A last bit of a key may turn a code of the cache into its neighbour.
+        # A last bit of a value may turn a number of the cache into its neighbour, and that all that follows.
         assert (mine - theirs).abs().max() <= 5e-3 * theirs.abs().max()
         assert (mine - theirs).abs().median() <= 1e-3 * theirs.abs().max()
     for mine_of, theirs_of in zip(ours.runner.store._components, definition.runner.store._components, strict=True):
-        assert (mine_of.payload != theirs_of.payload).float().mean() < 1e-3
+        assert (mine_of.payload[0] != theirs_of.payload[0]).float().mean() < 1e-4
     for name, prompt in PROMPTS.items():  # what the steps left as seals is what the bytes say
         whole = ours.done[name] - ours.done[name] % 16
         assert ours.runner.store.verify(HeldTokens(ours.table(name), (1, 2, 3), 0, whole or len(prompt)))
