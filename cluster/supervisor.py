@@ -151,7 +151,8 @@ class Supervisor:
             if is_new and lives[name].serves and name in self._membership.starting():
                 self._life[name] = lives[name].incarnation
                 self._membership.ready(name, now_s)
-                self._say(f"{name} is ready")
+                arithmetic = lives[name].arithmetic
+                self._say(f"{name} is ready" + (f": {arithmetic}" if arithmetic else ""))
             is_heard = cluster is not None or self._members[name].kind == "router"
             self._membership.seen(name, is_new and lives[name].is_present if is_heard else None, now_s)
 
@@ -162,6 +163,7 @@ class _Life(NamedTuple):
     incarnation: str
     serves: bool
     is_present: bool  # serves, or drains
+    arithmetic: str = ""  # of a worker: what its numbers depend on
 
 
 def make_launcher(site: Site) -> Launcher:
@@ -193,7 +195,9 @@ def _lives(cluster: dict[str, Any] | None) -> dict[str, _Life]:
     found = {"router-0": _Life(cluster["router"]["incarnation"], serves=True, is_present=True)}
     for worker in cluster["workers"]:
         state = worker["state"]
-        found[worker["worker_id"]] = _Life(worker["incarnation"], state == "live", state in ("live", "draining"))
+        found[worker["worker_id"]] = _Life(
+            worker["incarnation"], state == "live", state in ("live", "draining"), worker["numerics"]
+        )
     return found
 
 

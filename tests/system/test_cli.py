@@ -117,7 +117,10 @@ def test_serves_answers_reports_drains_and_leaves_nothing(served: Served):
     assert [(w["worker_id"], w["state"]) for w in document["workers"]] == [("decode-0", "live"), ("prefill-0", "live")]
     table = _twostroke("status", "--grpc", served.grpc)
     assert table.returncode == 0, table.stderr
+    said = re.sub(r"serve\.py:\d+|\s", "", served.output)  # lines are wrapped, with their origin at the right
     for worker in document["workers"]:
+        assert ", bfloat16, fp8 cache, " in worker["numerics"]
+        assert f"{worker['worker_id']} is ready: {worker['numerics']}".replace(" ", "") in said
         line = next(line for line in table.stdout.splitlines() if worker["worker_id"] in line)
         assert str(worker["pid"]) in line
         assert f"0 of {worker['blocks']['total']:,}" in line
@@ -196,8 +199,11 @@ def test_a_dead_worker_is_started_again(served: Served):
 
 def test_dry_run_prints_the_plan_and_starts_nothing():
     amounts = ("--kv-cache-tokens", "8192", "--swap-space", "0.25")
-    done = _twostroke("serve", "--dry-run", "--prefill", "2", "--decode", "3", *amounts)
+    arithmetic = ("--quantization", "int8", "--kernels", "torch")
+    on_cpu = {"TWOSTROKE__MODEL__DEVICE": "cpu"}
+    done = _twostroke("serve", "--dry-run", "--prefill", "2", "--decode", "3", *amounts, *arithmetic, **on_cpu)
     assert done.returncode == 0, done.stderr
+    assert "computes in bfloat16, weights rounded to int8, torch kernels on cpu" in done.stdout
     assert "swap space of each worker: 0.25 GiB = " in done.stdout
     for member in ("router-0", "prefill-0", "prefill-1", "decode-0", "decode-1", "decode-2"):
         assert member in done.stdout
