@@ -132,13 +132,13 @@ class Worker {
             const TileRows values(job_.values, span_, unit_.head, tile, held, !by_64(job_.values));
             score_tile(tile, held, values);
             if (by_64(job_.values)) {
-                mix_from(Direct64{values, job_.values.width}, held);
+                mix_from(Direct64{values, job_.values.width}, tile, held);
                 continue;
             }
             switch (job_.values.codec) {
-                case FP8: mix_tile<FP8>(values, held); break;
-                case BFLOAT16: mix_tile<BFLOAT16>(values, held); break;
-                default: mix_tile<FLOAT32>(values, held);
+                case FP8: mix_tile<FP8>(values, tile, held); break;
+                case BFLOAT16: mix_tile<BFLOAT16>(values, tile, held); break;
+                default: mix_tile<FLOAT32>(values, tile, held);
             }
         }
         give();
@@ -146,6 +146,10 @@ class Worker {
 
    private:
     int position(int row) const { return span_.start + (unit_.first + row) / group_; }
+    // The first row that sees anything of a tile; those before it are left as they are.
+    int first_seeing(int tile) const {
+        return std::max(0, (tile * TILE - span_.start) * group_ - unit_.first);
+    }
     int steps(int part) const { return PAIRS ? padded(job_.keys[part].width) / 2 : padded(job_.keys[part].width); }
 
     // Blocks lie scattered: no hardware guesses where the next tile is.
@@ -258,7 +262,7 @@ class Worker {
                 default: take_keys_of<FLOAT32>(plane, rows, steps(p), to);
             }
         }
-        int row = 0;
+        int row = first_seeing(tile);
         for (; row + SCORE_ROWS <= unit_.rows; row += SCORE_ROWS) score_rows<SCORE_ROWS>(row, tile, scales, values);
         for (; row + 2 <= unit_.rows; row += 2) score_rows<2>(row, tile, scales, values);
         if (row < unit_.rows) score_rows<1>(row, tile, scales, values);
@@ -365,21 +369,21 @@ class Worker {
     };
 
     template <int CODEC>
-    void mix_tile(const TileRows& tile, int held) {
+    void mix_tile(const TileRows& rows, int tile, int held) {
         const int width = job_.values.width;
         if (width % 32)
-            mix_from(Direct<CODEC, false>{tile, width}, held);
+            mix_from(Direct<CODEC, false>{rows, width}, tile, held);
         else
-            mix_from(Direct<CODEC, true>{tile, width}, held);
+            mix_from(Direct<CODEC, true>{rows, width}, tile, held);
     }
     template <class Source>
-    void mix_from(const Source& source, int held) {
-        if (unit_.rows <= MIX_ROWS) return mix(source, held);
+    void mix_from(const Source& source, int tile, int held) {
+        if (unit_.rows <= MIX_ROWS) return mix(source, tile, held);
         s_.values.resize(TILE * width_);
         int i = 0;
         for (; i + MIX_LANES * LANES <= width_; i += MIX_LANES * LANES) widen_columns<MIX_LANES>(source, i, held);
         for (; i < width_; i += 2 * LANES) widen_columns<2>(source, i, held);
-        mix(Widened{s_.values.data(), width_}, held);
+        mix(Widened{s_.values.data(), width_}, tile, held);
     }
     template <int WIDE, class Source>
     void widen_columns(const Source& source, int column, int held) {
@@ -390,11 +394,14 @@ class Worker {
         }
     }
     template <class Source>
-    void mix(const Source& source, int held) {
-        int row = 0;
-        for (; row + MIX_ROWS <= unit_.rows; row += MIX_ROWS) mix_columns<MIX_ROWS>(source, row, held);
-        for (; row + 2 <= unit_.rows; row += 2) mix_columns<2>(source, row, held);
-        if (row < unit_.rows) mix_columns<1>(source, row, held);
+    void mix(const Source& source, int tile, int held) {
+        // Keys that none of a few rows sees have no weight: they are not taken.
+        const auto seen = [&](int last_row) { return std::min(held, position(last_row) - tile * TILE + 1); };
+        int row = first_seeing(tile);
+        for (; row + MIX_ROWS <= unit_.rows; row += MIX_ROWS)
+            mix_columns<MIX_ROWS>(source, row, seen(row + MIX_ROWS - 1));
+        for (; row + 2 <= unit_.rows; row += 2) mix_columns<2>(source, row, seen(row + 1));
+        if (row < unit_.rows) mix_columns<1>(source, row, seen(row));
     }
     template <int ROWS, class Source>
     void mix_columns(const Source& source, int row, int held) {
