@@ -36,10 +36,10 @@ from ..kv.handover import (
 from ..kv.handover_receiver import FrameArrived, Receiver
 from ..kv.handover_sender import Sender
 from ..kv.messages import error_to_wire
+from ..kv.section import SectionData
 from ..kv.wire import (
     Frame,
     FrameLabel,
-    SectionData,
     WireError,
     decode_envelope,
     encode_frame,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any
@@ -49,15 +48,16 @@ class Ours:
         self.spans_s: list[tuple[float, float]] = []
 
     def prepare(self) -> dict[str, Any]:
-        options = {"num_blocks": POOL_TOKENS // BLOCK_TOKENS, "num_threads": self.given.threads}
-        if self.given.variant != "none":
-            if "quantization" not in {field.name for field in dataclasses.fields(RunnerOptions)}:
-                raise NotImplementedError(f"this release has no {self.given.variant} weights")
-            options["quantization"] = self.given.variant
-        runner = load_runner(self.given.checkpoint / "hf", RunnerOptions(block_tokens=BLOCK_TOKENS, **options))
+        options = RunnerOptions(
+            num_blocks=POOL_TOKENS // BLOCK_TOKENS,
+            block_tokens=BLOCK_TOKENS,
+            num_threads=self.given.threads,
+            quantization=self.given.variant,
+        )
+        runner = load_runner(self.given.checkpoint / "hf", options)
         step = StepConfig()
         limits = StepLimits(step.max_num_seqs, step.max_num_batched_tokens, step.max_waiting)
-        pool = BlockPool(options["num_blocks"], BLOCK_TOKENS)
+        pool = BlockPool(options.num_blocks, BLOCK_TOKENS)
         self.link = ThreadLink()
         core = EngineCore(
             CoreLimits(runner.max_model_len),
