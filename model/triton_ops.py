@@ -73,7 +73,9 @@ class TritonOps:
 
     def __init__(self, dtype: torch.dtype, device: torch.device | str, quantization: Quantization = "none") -> None:
         self.dtype = dtype
-        self.device = torch.device(device)
+        device = torch.device(device)
+        is_unnumbered = device.type == "cuda" and device.index is None
+        self.device = torch.device("cuda", torch.cuda.current_device()) if is_unnumbered else device
         self.quantization = quantization
         self.description = (
             f"triton {triton.__version__} {launch.architecture(self.device)}, torch {torch.__version__} "

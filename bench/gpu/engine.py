@@ -55,6 +55,8 @@ def run_cache(shape: Shape, ops: Any, weights: Any, cache: str, limits: dict[str
     from llama import Engine
 
     batches = [n for n in shape.batches if fits(shape, cache, n)]
+    if not batches:
+        return {"skipped": f"no room for {shape.batches[0]} contexts beside the weights"}
     began_s = time.perf_counter()
     engine = Engine(shape, ops, weights, cache, batches)
     engine.eager.warm_up()
@@ -196,11 +198,14 @@ def is_right(data: dict[str, Any]) -> bool:
         and found["hand_over"]["arrived_across"]
         and all(each["tokens_equal"] for each in found["decode"])
         for found in data["caches"].values()
+        if "skipped" not in found
     )
 
 
 def lines(cache: str, found: dict[str, Any]) -> list[str]:
     """One cache's results, for people."""
+    if "skipped" in found:
+        return [f"{cache} cache: {found['skipped']}"]
     text = []
     for each in found["prefill"]:
         line = f"{cache} cache, prefill {each['sequences']} x {each['tokens']}"

@@ -48,7 +48,7 @@ class Shape:
 
     @classmethod
     def tiny(cls) -> Shape:
-        return cls("cpu", 2, 48, 64, 4, 2, 16, 96, ((1, 20), (2, 5)), (1, 2), 3, 16, 2)
+        return cls("cpu", 1, 48, 64, 4, 2, 16, 96, ((1, 20), (2, 3)), (1, 2), 3, 16, 2)
 
     @property
     def spec(self) -> ModelSpec:

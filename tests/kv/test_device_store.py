@@ -37,7 +37,7 @@ def slots_of(where: HeldTokens, block_tokens: int) -> torch.Tensor:
     return torch.tensor(where.block_table)[place // block_tokens] * block_tokens + place % block_tokens
 
 
-def step(kv: KvStore, where: HeldTokens) -> None:
+def step(kv: KvStore, where: HeldTokens, seed: int = 0) -> None:
     """Write a range's tokens in every layer as a step does, with a row of padding at its end."""
     slots = torch.cat((slots_of(where, kv.block_tokens), torch.tensor([-1])))
     positions = torch.cat((torch.arange(where.start, where.end), torch.tensor([0])))
@@ -45,7 +45,7 @@ def step(kv: KvStore, where: HeldTokens) -> None:
     assert births is not None
     angles = torch.arange(64).unsqueeze(1) * torch.ones(1, WIDTH // 2)
     for layer in range(LAYERS):
-        numbers = torch.randn(64, 3, HEADS, WIDTH, generator=torch.Generator().manual_seed(layer))[positions]
+        numbers = torch.randn(64, 3, HEADS, WIDTH, generator=torch.Generator().manual_seed(seed + layer))[positions]
         q, k, v = numbers.bfloat16().unbind(1)
         k_planes, v_planes = kv.planes(layer)
         stored = rotary_store_kv(
@@ -72,8 +72,7 @@ def same_sections(a: KvStore, b: KvStore, where: HeldTokens) -> None:
         assert np.array_equal(mine.digests, theirs.digests)
 
 
-@pytest.mark.parametrize("codec", CODECS)
-@pytest.mark.parametrize("block_tokens", [16, 32])
+@pytest.mark.parametrize(("codec", "block_tokens"), [("fp8", 32), ("bfloat16", 16)])
 def test_seals_born_in_the_step_are_those_of_the_bytes(codec: str, block_tokens: int, monkeypatch: pytest.MonkeyPatch):
     device, cpu = (store(codec, by_kernels=k, block_tokens=block_tokens) for k in (True, False))
     whole = held(39, 0, block_tokens)
@@ -125,6 +124,7 @@ def test_a_handed_over_tail_goes_on_with_its_seal_and_damage_in_between_shows(co
     first.seal(held(37))
     here = held(41, 0, 16, 3)
     arrived = replace(here, count=37)
+    step(device, replace(here, start=32, count=5), seed=9)  # of another sequence, as long as what comes next
     device.write_tokens(arrived, first.read_tokens(held(37)))
     assert device.verify(arrived)
     step(device, replace(here, start=37, count=4))
