@@ -35,6 +35,7 @@ def contestants(threads: int) -> dict[str, Callable[[int], float]]:
         return {inner: torch.randn(rows, inner, generator=generator).bfloat16() for inner in (HIDDEN, FFN)}
 
     def timed(call: Callable[[], object]) -> float:
+        time.sleep(0.1)  # torch's threads spin for a while after their work, and would do so into the next one's time
         began_s = time.perf_counter()
         call()
         return time.perf_counter() - began_s

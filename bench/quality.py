@@ -1,4 +1,4 @@
-"""What the FP8 cache costs in quality on the bundled model: perplexity, distributions, and greedy texts.
+"""What the FP8 cache and 8-bit weights cost in quality on the bundled model: perplexity, distributions, greedy texts.
 
 Everything runs on the production decoder over the production store: attention reads what the cache holds, rounding
 included. (A chunk of a prompt and single decode steps give the same bits, so whole windows stand for decoding too.)
@@ -38,7 +38,7 @@ from twostroke.model.decoder import Decoder
 from twostroke.model.loader import make_ops, torch_dtype
 from twostroke.model.plan import SequenceStep, StepPlan
 from twostroke.model.runner import Runner
-from twostroke.model.spec import DType, ModelSpec
+from twostroke.model.spec import DType, ModelSpec, Quantization
 from twostroke.model.tensors import open_source
 from twostroke.model.training.corpus import Document, is_held_out, source_files
 from twostroke.model.training.evaluate import STRIDE_TOKENS, WINDOW_TOKENS
@@ -47,6 +47,11 @@ from twostroke.model.weights import load_weights
 
 CacheName = Literal["float32", "bfloat16", "fp8"]
 CACHES: tuple[CacheName, ...] = ("float32", "bfloat16", "fp8")  # the first is what the others are compared with
+COMPUTES: dict[str, tuple[DType, Quantization]] = {
+    "float32": ("float32", "none"),
+    "bfloat16": ("bfloat16", "none"),
+    "int8": ("bfloat16", "int8"),  # weights of 8 bits, everything else as in bfloat16
+}
 BLOCK_TOKENS = 16
 GREEDY = SamplingParams(max_tokens=1 << 20, temperature=0.0)
 
@@ -222,11 +227,12 @@ class Sizes:
 
 
 def measure(
-    folder: Path, dtype: DType, documents: list[list[int]], sizes: Sizes
+    folder: Path, compute: str, documents: list[list[int]], sizes: Sizes
 ) -> tuple[dict[str, Any], dict[CacheName, list[list[int]]]]:
-    """All caches under one compute dtype: figures, and the greedy texts."""
+    """All caches under one way to compute: figures, and the greedy texts."""
+    dtype, quantization = COMPUTES[compute]
     spec = load_spec(folder)
-    ops = make_ops(torch_dtype(dtype), num_threads=sizes.threads)
+    ops = make_ops(torch_dtype(dtype), quantization, sizes.threads)
     weights = load_weights(open_source(folder), spec, ops)
     ops.prepare()
     decoder = Decoder(spec, weights, ops, spec.max_model_len)
@@ -243,7 +249,7 @@ def measure(
     return {"tokens": num_tokens, "caches": figures}, texts
 
 
-def page(results: dict[str, dict[str, Any]], sizes: Sizes, across: dict[str, float] | None) -> str:
+def page(results: dict[str, dict[str, Any]], sizes: Sizes, across: dict[str, dict[str, float]]) -> str:
     """The table, and how to read it."""
     rows = []
     for dtype, result in results.items():
@@ -267,18 +273,18 @@ def page(results: dict[str, dict[str, Any]], sizes: Sizes, across: dict[str, flo
         "float32 cache's, and the mean place of the first difference where they do not. Comparisons are within one "
         "compute dtype, so that they show the cache alone.\n\n" + table([*headings], rows)
     )
-    if across is not None:
-        body += (
-            f"\n\nFor scale: with a float32 cache, computing in bfloat16 instead of float32 leaves "
-            f"{across['greedy_equal']:.0%} of the greedy texts equal."
-        )
+    for pair, agreed in across.items():
+        body += f"\n\nWith a float32 cache, {pair} leaves {agreed['greedy_equal']:.0%} of the greedy texts equal."
+    if {"int8", "bfloat16"} <= results.keys():
+        plain, rounded = (results[c]["caches"][CACHES[0]]["perplexity"] for c in ("bfloat16", "int8"))
+        body += f" 8-bit weights change the perplexity by {rounded / plain - 1:+.3%}."
     return body
 
 
 def main() -> None:
     """Measure and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--compute", choices=("float32", "bfloat16"), nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--compute", choices=COMPUTES, nargs="+", default=list(COMPUTES))
     parser.add_argument("--tokens", type=int, default=40_000, help="held-out tokens, about; all are 120,000")
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--new-tokens", type=int, default=64)
@@ -288,13 +294,17 @@ def main() -> None:
     folder = resolve("bundled")
     documents = held_out_documents(folder)
     results, texts = {}, {}
-    for dtype in given.compute:
-        results[dtype], texts[dtype] = measure(folder, dtype, documents, sizes)
-        print(dtype, results[dtype], flush=True)
-    across = agreement(*(texts[d][CACHES[0]] for d in given.compute)) if len(set(given.compute)) == 2 else None
+    for compute in given.compute:
+        results[compute], texts[compute] = measure(folder, compute, documents, sizes)
+        print(compute, results[compute], flush=True)
+    across = {
+        f"computing in {mine} instead of {other}": agreement(texts[mine][CACHES[0]], texts[other][CACHES[0]])
+        for mine, other in (("bfloat16", "float32"), ("int8", "bfloat16"))
+        if {mine, other} <= texts.keys()
+    }
     body = page(results, sizes, across)
-    data = {"compute": results, "bfloat16_compute_against_float32": across}
-    print(body, save("quality", "What the FP8 cache costs", body, data), sep="\n")
+    data = {"compute": results, "across": across}
+    print(body, save("quality", "What the FP8 cache and 8-bit weights cost", body, data), sep="\n")
 
 
 if __name__ == "__main__":
