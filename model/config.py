@@ -29,9 +29,12 @@ class ModelConfig(Section):
     deterministic: bool = Field(
         True,
         description="hand-overs only between workers that compute the same bits; false allows mixed ones. "
-        "Within a worker, logits never depend on batch, chunking or cached prefix in this release",
+        "Within a worker on a CPU, logits never depend on batch, chunking or cached prefix; on a GPU, last bits may: "
+        "cuBLAS chooses by the number of rows",
     )
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: a GPU where torch sees one; workers take GPUs in turn"
+    )
 
 
 class StepConfig(Section):

@@ -6,6 +6,7 @@ Imports torch only where a GPU may be.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -34,7 +35,24 @@ def gpu_free_bytes() -> tuple[int, ...]:
 
     if not torch.cuda.is_available():
         return ()
+    from_driver = None if "CUDA_VISIBLE_DEVICES" in os.environ else _driver_free_bytes()
+    if from_driver is not None and len(from_driver) == torch.cuda.device_count():
+        return from_driver
     return tuple(torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count()))
+
+
+def _driver_free_bytes() -> tuple[int, ...] | None:
+    """What NVIDIA's driver says of all GPUs, if nvidia-ml-py is installed: unlike torch, it takes no memory to ask."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        free = tuple(int(pynvml.nvmlDeviceGetMemoryInfo(handle).free) for handle in handles)
+        pynvml.nvmlShutdown()
+    except Exception:  # the package's errors cannot be named without it
+        return None
+    return free
 
 
 def chosen_kind(wanted: DeviceChoice, num_gpus: int) -> Literal["cpu", "cuda"]:

@@ -1,17 +1,16 @@
 """`python bench/gpu [--out DIR] [--interpret]`: one command for a machine that has torch and triton only.
 
 First what the machine can do (reads, copies, products), then every kernel: held against its definition, then timed in
-turn with torch's best for the same work. Then the engine, where `bench/gpu/engine.py` is there: its `run(directory)`
-writes a report of its own and returns what belongs into kernels.json under "engine". Without a GPU, or with
---interpret, tiny shapes run through Triton's interpreter: right or wrong, no speed. Needs no other part of the project
-than `kernels/`.
+turn with torch's best for the same work. Then the engine (`bench/gpu/engine.py`, which writes a report of its own and
+whose results stand in kernels.json under "engine"). Without a GPU, or with --interpret, tiny shapes of the kernels run
+through Triton's interpreter: right or wrong, no speed; `python bench/gpu/engine.py --interpret` does that for the
+engine. The kernels need no other part of the project than `kernels/`.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import json
 import os
 import platform
@@ -184,7 +183,7 @@ def save(directory: Path, data: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    """Return 0 where every kernel was right."""
+    """Return 0 where every kernel was right, and the engine."""
     parser = argparse.ArgumentParser(prog="python bench/gpu", description=__doc__)
     parser.add_argument("--interpret", action="store_true", help="check tiny shapes in Triton's interpreter, no speed")
     parser.add_argument(
@@ -209,10 +208,13 @@ def main() -> int:
     out = arguments.out or (None if interpret else RESULTS)
     if out is not None:
         save(out, data)
-    if not interpret and importlib.util.find_spec("engine") is not None:
-        data["engine"] = importlib.import_module("engine").run(out)
+    right = all(found["right"] for found in data["kernels"])
+    if not interpret:  # `engine.py --interpret` does that, which takes longer
+        engine = importlib.import_module("engine")
+        data["engine"] = engine.run(out)
         save(out, data)
-    return 0 if all(found["right"] for found in data["kernels"]) else 1
+        right &= engine.is_right(data["engine"])
+    return 0 if right else 1
 
 
 if __name__ == "__main__":

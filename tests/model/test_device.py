@@ -1,5 +1,7 @@
 """Which device a worker computes on, and what a GPU refuses by name."""
 
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -46,7 +48,29 @@ def test_memory_is_asked_of_each_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(device_module, "_DRIVERS", (tmp_path,))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,2")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (10 + index, 80))
     assert gpu_free_bytes() == (10, 11)
     monkeypatch.setattr(device_module, "_DRIVERS", (tmp_path / "none",))
     assert gpu_free_bytes() == ()
+
+
+def test_the_driver_is_asked_where_it_can_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(device_module, "_DRIVERS", (tmp_path,))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    driver = types.ModuleType("pynvml")
+    vars(driver).update(
+        nvmlInit=lambda: None,
+        nvmlShutdown=lambda: None,
+        nvmlDeviceGetCount=lambda: 2,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetMemoryInfo=lambda index: types.SimpleNamespace(free=70 + index),
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", driver)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert gpu_free_bytes() == (70, 71)
+    monkeypatch.setitem(sys.modules, "pynvml", None)  # not installed: torch is asked
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (5, 80))
+    assert gpu_free_bytes() == (5,)

@@ -14,7 +14,7 @@ from twostroke.model.config_json import load_spec
 from twostroke.model.device import refuse_unserved
 from twostroke.model.graphs import DecodeGraphs, can_capture, graph_sizes, padded_size
 from twostroke.model.greedy import all_greedy, likeliest
-from twostroke.model.ops import Ops
+from twostroke.model.ops import Ops, Span
 from twostroke.model.plan import SequenceStep, StepPlan
 from twostroke.model.runner import Runner
 from twostroke.model.sampler import Draw, Sampler
@@ -131,6 +131,18 @@ def test_bf16_is_close_to_torch_in_bf16(family_directory: Callable[[str], Path],
         talk.step(0, {"c": 1, "a": 20})
     theirs, mine = (talk.logits[0][:2] for talk in talks)
     assert (mine - theirs).abs().max() <= 0.05 * theirs.abs().max()
+
+
+def test_single_rows_are_decoded_and_chunks_prefilled():
+    spans = [Span(0, 40, 1, (BlockId(3), BlockId(1), BlockId(2))), Span(1, 0, 1, (BlockId(4),))]
+    chunks = [Span(2, 10, 7, (BlockId(5), BlockId(6))), Span(9, 0, 1, (BlockId(7),))]
+    layout = TritonOps(torch.float32, CPU).lay_out(spans + chunks, 16)
+    assert layout.num_singles == 2
+    assert layout.single_tables.tolist() == [[3, 1, 2], [4, 0, 0]]
+    assert layout.single_contexts.tolist() == [41, 1]
+    assert layout.chunk_tables.tolist() == [[5, 6], [7, 0]]
+    assert layout.chunk_contexts.tolist() == [17, 1]
+    assert layout.chunk_starts.tolist() == [0, 7, 8]
 
 
 def test_int8_weights_are_those_of_the_definition():
