@@ -5,101 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
 
-import grpc.aio
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from fake_worker import FINGERPRINT, MODEL, Behaviour, FakeWorker, reborn, token_at
+from fake_worker import FINGERPRINT, MODEL, Behaviour, FakeWorker
+from flow_cluster import KEY, PROMPT, cluster, collect, collect_into, dropped, expected, request, tokens_of, until
 
 from twostroke.core import errors
 from twostroke.core.request import FinishReason, Request, Role, SamplingParams
 from twostroke.core.timeline import Timeline
 from twostroke.kv.block import IdentityRoot, chain
-from twostroke.protos import common_pb2, worker_pb2, worker_pb2_grpc
-from twostroke.router.config import RouterConfig
-from twostroke.router.flow import Flow
+from twostroke.protos import common_pb2
 from twostroke.router.pieces import Piece
-
-KEY = b"cluster key of the tests"
-PROMPT = tuple(range(100))
-
-
-class Cluster:
-    def __init__(self, flow: Flow, internal: str) -> None:
-        self.flow = flow
-        self.internal = internal
-        self.workers: list[FakeWorker] = []
-
-    async def add(self, *workers: FakeWorker) -> FakeWorker:
-        for worker in workers:
-            await worker.start(self.internal)
-            self.workers.append(worker)
-            await until(lambda w=worker: self.state(w.worker_id) == "live" and w.watchers)
-        return workers[-1]
-
-    def state(self, worker_id: str) -> str | None:
-        return {w["worker_id"]: w["state"] for w in self.flow.cluster()["workers"]}.get(worker_id)
-
-
-async def until(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
-    loop = asyncio.get_running_loop()
-    end_s = loop.time() + timeout_s
-    while not condition():
-        assert loop.time() < end_s, "it did not become true in time"
-        await asyncio.sleep(0.005)
-
-
-@asynccontextmanager
-async def cluster(**settings: object) -> AsyncIterator[Cluster]:
-    flow = Flow(RouterConfig(**{"worker_patience_s": 0.5, **settings}), KEY)
-    server = grpc.aio.server()
-    flow.add_announce(server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    await flow.start()
-    there = Cluster(flow, f"127.0.0.1:{port}")
-    try:
-        yield there
-    finally:
-        await flow.close()
-        await asyncio.gather(*(worker.die() for worker in there.workers))
-        await server.stop(None)
-
-
-def request(name: str = "r1", **fields: object) -> Request:
-    sampling = SamplingParams(max_tokens=fields.pop("max_tokens", 5))  # type: ignore[arg-type]
-    values = {"prompt_ids": PROMPT, "num_choices": 1, "isolation_domain": "tenant", "timeout_s": 20.0, **fields}
-    return Request(request_id=name, model=MODEL, sampling=sampling, **values)  # type: ignore[arg-type]
-
-
-async def collect(flow: Flow, asked: Request) -> list[Piece]:
-    return [piece async for piece in flow.generate(asked, Timeline())]
-
-
-async def collect_into(got: list[Piece], stream: AsyncIterator[Piece]) -> None:
-    async for piece in stream:
-        got.append(piece)
-
-
-def tokens_of(pieces: list[Piece], choice: int = 0) -> list[int]:
-    tokens: list[int] = []
-    for piece in pieces:
-        if piece.choice == choice:
-            assert piece.first_index == len(tokens), "the stream has a gap"
-            tokens += piece.token_ids
-    return tokens
-
-
-def expected(count: int, choice: int = 0, prompt: tuple[int, ...] = PROMPT) -> list[int]:
-    return [token_at(list(prompt), choice, index) for index in range(count)]
-
-
-def dropped(flow: Flow, reason: str) -> float:
-    return flow.metrics.registry.get_sample_value("twostroke_tokens_dropped_total", {"reason": reason}) or 0.0
 
 
 async def test_streams_a_request_and_explains_it() -> None:
@@ -223,137 +142,6 @@ async def test_the_deadline_cancels_and_names_itself() -> None:
             await collect(c.flow, request(timeout_s=0.3))
         await until(lambda: worker.cancels)
         assert worker.submits[0].timeout_ms <= 300
-
-
-async def test_a_worker_that_dies_before_the_first_token_costs_nothing() -> None:
-    async with cluster() as c:
-        first, second = FakeWorker("a"), FakeWorker("b")
-        for worker in (first, second):
-            worker.behaviour.hold_first = asyncio.Event()
-        await c.add(first, second)
-        task = asyncio.create_task(collect(c.flow, request(num_choices=2)))
-        await until(lambda: len(first.submits) + len(second.submits) == 2)
-        victim, heir = (first, second) if first.submits else (second, first)
-        heir.behaviour.hold_first.set()  # type: ignore[union-attr]
-        await victim.die()
-        pieces = await task
-        assert tokens_of(pieces) == expected(5)
-        assert tokens_of(pieces, 1) == expected(5, 1)
-        assert heir.submits[0].epoch.counter == 2
-        assert heir.submits[0].epoch.incarnation == victim.submits[0].epoch.incarnation
-        explained = c.flow.explain("r1")
-        assert explained is not None
-        assert [d["decode_worker"] for d in explained["dispatches"]] == [victim.worker_id, heir.worker_id]
-
-
-async def test_a_worker_that_dies_after_the_first_token_ends_its_requests_typed_and_at_once() -> None:
-    async with cluster() as c:
-        await c.add(FakeWorker("a"), FakeWorker("b"))
-        for worker in c.workers:
-            worker.behaviour.stop_after = 2
-        stream = c.flow.generate(request(), Timeline())
-        got = [await anext(stream), await anext(stream)]
-        victim, other = sorted(c.workers, key=lambda worker: not worker.submits)
-        await victim.die()
-        loop = asyncio.get_running_loop()
-        died_s = loop.time()
-        with pytest.raises(errors.WorkerLost) as caught:
-            await anext(stream)
-        assert loop.time() - died_s < 1.0
-        assert caught.value.retry_after_s
-        assert tokens_of(got) == expected(2)
-        assert not other.submits, "it cannot go on elsewhere: the client has tokens"
-        await until(lambda: c.state(victim.worker_id) is None)
-
-
-async def test_a_stuck_session_is_opened_anew() -> None:
-    async with cluster() as c:
-        worker = await c.add(FakeWorker("a"))
-        stuck = set(worker.sessions)
-        worker.behaviour.mute_session = True
-        await until(lambda: c.state("a") == "suspect", 2.0)
-        await until(lambda: not stuck & worker.sessions, 3.0)
-        worker.behaviour.mute_session = False
-        await until(lambda: c.state("a") == "live", 3.0)
-        assert tokens_of(await collect(c.flow, request())) == expected(5)
-
-
-async def test_another_life_that_answers_at_the_address_is_not_trusted() -> None:
-    async with cluster() as c:
-        worker = FakeWorker("a")
-        worker.behaviour.welcome_as = 99
-        c.workers.append(await worker.start(c.internal))
-        await until(lambda: c.state("a") == "joining")
-        with pytest.raises(errors.Unavailable):
-            await collect(c.flow, request())
-        assert not worker.submits
-
-
-async def test_a_malformed_announcement_is_refused_and_others_are_heard() -> None:
-    async with cluster() as c:
-        async with grpc.aio.insecure_channel(c.internal) as channel:
-            call = worker_pb2_grpc.AnnounceStub(channel).Announce()
-            await call.write(worker_pb2.Announcement(worker=common_pb2.WorkerInfo(worker_id="x")))
-            assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
-        await c.add(FakeWorker("a"))
-
-
-async def test_a_silent_worker_is_suspected_then_its_requests_are_lost_and_the_thawed_one_comes_back() -> None:
-    async with cluster() as c:
-        worker = await c.add(FakeWorker("a"))
-        worker.behaviour.stop_after = 1
-        stream = c.flow.generate(request(), Timeline())
-        await anext(stream)
-        worker.behaviour.mute = True
-        await until(lambda: c.state("a") == "suspect", 2.0)
-        with pytest.raises(errors.WorkerLost):
-            await asyncio.wait_for(anext(stream), 3.0)
-        await until(lambda: c.state("a") is None, 3.0)
-        with pytest.raises(errors.Unavailable):
-            await collect(c.flow, request("r2"))
-        worker.behaviour.mute, worker.behaviour.stop_after = False, None
-        await until(lambda: c.state("a") == "live", 5.0)
-        assert tokens_of(await collect(c.flow, request("r3"))) == expected(5)
-
-
-async def test_a_new_incarnation_replaces_the_old_one() -> None:
-    async with cluster() as c:
-        old = await c.add(FakeWorker("a"))
-        await old.die()
-        new = await c.add(reborn(old))
-        assert tokens_of(await collect(c.flow, request())) == expected(5)
-        assert len(new.submits) == 1
-
-
-async def test_a_refusing_worker_is_passed_over_and_a_verdict_on_the_request_is_final() -> None:
-    async with cluster() as c:
-        first, second = FakeWorker("a"), FakeWorker("b")
-        await c.add(first, second)
-        first.behaviour.refuse = common_pb2.Error(code="unavailable", message="draining", retry_after_ms=100)
-        for number in range(6):
-            assert tokens_of(await collect(c.flow, request(f"r{number}"))) == expected(5)
-        assert first.submits, "the test must have met the refusing worker"
-        for worker in (first, second):
-            worker.behaviour.refuse = common_pb2.Error(code="non_finite_kv", message="layer 3")
-        with pytest.raises(errors.NonFiniteKv, match="layer 3"):
-            await collect(c.flow, request("bad"))
-        assert len([o for w in (first, second) for o in w.submits if o.request_id == "bad"]) == 1
-
-
-async def test_a_draining_worker_gets_nothing_new_and_ends_what_it_runs() -> None:
-    async with cluster() as c:
-        leaving, staying = FakeWorker("a"), FakeWorker("b")
-        await c.add(leaving)
-        leaving.behaviour.token_s = 0.05
-        task = asyncio.create_task(collect(c.flow, request("r1", max_tokens=10)))
-        await until(lambda: leaving.submits)
-        leaving.leaving = True
-        await until(lambda: c.state("a") == "draining")
-        await c.add(staying)
-        for number in range(3):
-            await collect(c.flow, request(f"s{number}"))
-        assert len(leaving.submits) == 1
-        assert tokens_of(await task) == expected(10)
 
 
 async def test_a_slow_client_is_dropped_and_others_are_not() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 from fake_worker import MODEL, Behaviour, FakeWorker
-from test_flow import cluster, collect, request, until
+from flow_cluster import cluster, collect, request, until
 
 from twostroke.core import errors
 from twostroke.router import front as front_module
