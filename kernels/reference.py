@@ -157,7 +157,7 @@ def store_kv(k: Tensor, v: Tensor, slots: Tensor, k_planes: Planes, v_planes: Pl
 
 
 def _store(x: Tensor, slots: Tensor, planes: Planes) -> tuple[Tensor, Tensor]:
-    payload, scales, non_finite = _encode(x, planes)
+    payload, scales, non_finite = encode_rows(x, planes)
     kept = slots >= 0
     blocks = torch.div(slots[kept], planes.block_tokens, rounding_mode="floor")
     offsets = slots[kept] % planes.block_tokens
@@ -168,8 +168,11 @@ def _store(x: Tensor, slots: Tensor, planes: Planes) -> tuple[Tensor, Tensor]:
     return (raw if scale is None else raw * scale.unsqueeze(-1)).to(x.dtype), non_finite
 
 
-def _encode(x: Tensor, planes: Planes) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Rows x [..., width] in the codec of `planes`; see `fp8_encode`. bf16 saturates at its largest number."""
+def encode_rows(x: Tensor, planes: Planes) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Rows x [..., width] in the codec of `planes`: payload, scales, and which are not finite (zeros instead).
+
+    See `fp8_encode`. bf16 saturates at its largest number.
+    """
     if planes.scales is not None:
         return fp8_encode(x)
     non_finite = ~torch.isfinite(x).all(-1)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import ConfigError
-from ..kernels.reference import Planes, fp8_encode, rms_norm
+from ..kernels.reference import Planes, encode_rows, fp8_encode, rms_norm
 from .attention import Attention, AttentionLayout, HeadShape
 from .composed import store_heads
 from .elementwise import activated
@@ -185,21 +185,9 @@ def rounded_to_int8(matrix: Tensor) -> Tensor:
 
 
 def _encode_all(parts: Sequence[Tensor], planes: Sequence[Planes]) -> list[tuple[Tensor, Tensor | None, Tensor]]:
-    """`_encode` of each part; in one pass where all are fp8 rows of one width."""
+    """`encode_rows` of each part; in one pass where all are fp8 rows of one width."""
     if len({part.shape[-1] for part in parts}) > 1 or any(plane.scales is None for plane in planes):
-        return [_encode(part, plane) for part, plane in zip(parts, planes, strict=True)]
+        return [encode_rows(part, plane) for part, plane in zip(parts, planes, strict=True)]
     heads = [part.shape[1] for part in parts]
     columns = [torch.split(whole, heads, dim=1) for whole in fp8_encode(torch.cat(list(parts), dim=1))]
     return list(zip(*columns, strict=True))
-
-
-def _encode(x: Tensor, planes: Planes) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Rows x [..., width] in the codec of `planes`: payload, scales, and which are not finite (stored as zeros)."""
-    if planes.scales is not None:
-        return fp8_encode(x)
-    non_finite = ~torch.isfinite(x).all(-1)
-    numbers = x.float().masked_fill(non_finite.unsqueeze(-1), 0.0)
-    if planes.payload.shape[-1] == 2 * x.shape[-1]:
-        largest = torch.finfo(torch.bfloat16).max
-        return numbers.clamp(-largest, largest).to(torch.bfloat16).view(torch.uint8), None, non_finite
-    return numbers.view(torch.uint8), None, non_finite
