@@ -29,16 +29,21 @@ _DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/kfd"), Path("/dev/dxg"))  # NVIDI
 
 def gpu_free_bytes() -> tuple[int, ...]:
     """Free memory of each GPU that torch sees, now; empty without one. A launcher on a CPU never imports torch here."""
-    if not any(driver.exists() for driver in _DRIVERS):
+    if not any(driver.exists() for driver in _DRIVERS) or not _sees_gpus():
         return ()
     import torch
 
-    if not torch.cuda.is_available():
-        return ()
     from_driver = None if "CUDA_VISIBLE_DEVICES" in os.environ else _driver_free_bytes()
     if from_driver is not None and len(from_driver) == torch.cuda.device_count():
         return from_driver
     return tuple(torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count()))
+
+
+def _sees_gpus() -> bool:
+    """Whether torch does; interpreted kernels (Triton's way of testing them) want CPU tensors."""
+    import torch
+
+    return os.environ.get("TRITON_INTERPRET") != "1" and torch.cuda.is_available()
 
 
 def _driver_free_bytes() -> tuple[int, ...] | None:
@@ -101,7 +106,7 @@ def resolve_device(wanted: DeviceChoice, index: int = 0) -> torch.device:
     """
     import torch
 
-    num_gpus = torch.cuda.device_count() if wanted != "cpu" and torch.cuda.is_available() else 0
+    num_gpus = torch.cuda.device_count() if wanted != "cpu" and _sees_gpus() else 0
     if chosen_kind(wanted, num_gpus) == "cpu":
         return torch.device("cpu")
     if index >= num_gpus:

@@ -13,6 +13,11 @@ from twostroke.model import device as device_module
 from twostroke.model.device import chosen_kernels, chosen_kind, gpu_free_bytes, resolve_device
 
 
+@pytest.fixture(autouse=True)
+def _compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
 def test_auto_is_a_gpu_where_there_is_one():
     assert chosen_kind("auto", 0) == "cpu"
     assert chosen_kind("auto", 2) == "cuda"
@@ -42,6 +47,8 @@ def test_a_worker_takes_the_gpu_it_was_given(monkeypatch: pytest.MonkeyPatch):
     assert resolve_device("cpu", 1) == torch.device("cpu")
     with pytest.raises(ConfigError, match="was given GPU 2, and torch sees 2"):
         resolve_device("cuda", 2)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # interpreted kernels take CPU tensors
+    assert resolve_device("auto") == torch.device("cpu")
 
 
 def test_memory_is_asked_of_each_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
