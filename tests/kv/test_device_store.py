@@ -117,8 +117,8 @@ def test_rows_written_twice_are_digested_from_the_bytes():
     same_sections(device, cpu, held(23))
 
 
-@pytest.mark.parametrize("codec", CODECS)
-def test_a_handed_over_tail_goes_on_with_its_seal_and_damage_in_between_shows(codec: str):
+def test_a_handed_over_tail_goes_on_with_its_seal_and_damage_in_between_shows():
+    codec = "fp8"
     first, device = store(codec, by_kernels=True), store(codec, by_kernels=True)
     step(first, held(37))
     first.seal(held(37))
