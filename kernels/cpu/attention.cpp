@@ -227,7 +227,7 @@ class Worker {
             for (int k = 0; k < n; k += 2 * LANES) {
                 U32 low[16], high[16];
 #pragma GCC unroll 16
-                for (int j = 0; j < LANES; j++) decode_64(tile.rows[g] + j * plane.width + 2 * k, low[j], high[j]);
+                for (int j = 0; j < LANES; j++) decode_64(E4M3_TABLES, tile.rows[g] + j * plane.width + 2 * k, low[j], high[j]);
                 uint32_t* at = to + ((int64_t)g * n + k) * LANES;
                 transpose(low);
 #pragma GCC unroll 16
@@ -352,7 +352,7 @@ class Worker {
         template <int WIDE>
         void take(int j, int column, F32 (&to)[WIDE]) const {
             U32 low, high;
-            decode_64(tile.rows[j / LANES] + (j % LANES) * width + column, low, high);
+            decode_64(E4M3_TABLES, tile.rows[j / LANES] + (j % LANES) * width + column, low, high);
             const F32 all[4] = {(F32)(low << 16), (F32)(low & 0xFFFF0000u), (F32)(high << 16), (F32)(high & 0xFFFF0000u)};
 #pragma GCC unroll 4
             for (int c = 0; c < WIDE; c++) to[c] = all[c];  // WIDE is 4 wherever rows come by 64

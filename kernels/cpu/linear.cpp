@@ -1,8 +1,9 @@
 // Linear layers over packed matrices. One order of summation per output, whatever the number of rows or threads.
 //
 // A matrix [columns, inner] lies in panels of 16 columns. Within a panel numbers stand as the kernel reads them, front
-// to back: for bfloat16 and int8 [inner / 2][16 columns][2 neighbours in k], for float32 [inner][16 columns]. The same
-// copy serves one row and a thousand.
+// to back: for bfloat16 and int8 [inner / 2][16 columns][2 neighbours in k], for float32 [inner][16 columns]. Where 64
+// int8 can be decoded at once they stand as a sign and a magnitude, two k-steps to 64 bytes, eight bytes of one step and
+// eight of the other by turns. The same copy serves one row and a thousand.
 //
 // out[r, c] = ( sum over k = 0, 1, 2 ... of x[r, k] * w[c, k] ) * scale[c] + bias[c], each output in one float32
 // accumulator lane from first k to last; k pairs go through dot_pairs. Int8 weights become exact bfloat16 on the way.
@@ -28,7 +29,8 @@ constexpr int TALL_ROWS = 16;                   // one panel: a decode batch of 
 constexpr int WIDE_ROWS = 4, WIDE_PANELS = 1;
 constexpr int TALL_ROWS = 4;
 #endif
-constexpr int PREFETCH_BYTES = 2048;
+// How far ahead of the kernel weights are asked for: measured. One panel alone is one long stream.
+constexpr int PREFETCH_BYTES = 2048, PREFETCH_ONE_PANEL_BYTES = 8192;
 
 // What one k-step of a panel is: as stored, and as multiplied.
 template <int KIND, bool PAIRS>
@@ -36,30 +38,35 @@ struct Panel;
 
 template <>
 struct Panel<BFLOAT16, true> {
-    static constexpr int STEP_BYTES = 64;
-    static U32 weights(const char* p) { return load<U32>(p); }
+    static constexpr int STEP_BYTES = 64, STEPS = 1;
+    static void take(const char* p, U32 (&w)[1]) { w[0] = load<U32>(p); }
     static F32 add(F32 acc, U32 w, uint32_t x) { return dot_pairs(acc, w, splat_u32(x)); }
 };
 template <>
 struct Panel<INT8, true> {
-    static constexpr int STEP_BYTES = 32;
-    static U32 weights(const char* p) {
-        return pack_exact(widen_i8(p), widen_i8(p + 16));
-    }
+    static constexpr int STEP_BYTES = 32, STEPS = 1;
+    static void take(const char* p, U32 (&w)[1]) { w[0] = pack_exact(widen_i8(p), widen_i8(p + 16)); }
     static F32 add(F32 acc, U32 w, uint32_t x) { return dot_pairs(acc, w, splat_u32(x)); }
 };
 template <>
 struct Panel<FLOAT32, false> {
-    static constexpr int STEP_BYTES = 64;
-    static U32 weights(const char* p) { return load<U32>(p); }
+    static constexpr int STEP_BYTES = 64, STEPS = 1;
+    static void take(const char* p, U32 (&w)[1]) { w[0] = load<U32>(p); }
     static F32 add(F32 acc, U32 w, uint32_t x) { return fma((F32)w, (F32)splat_u32(x), acc); }
 };
 template <>
 struct Panel<INT8, false> {
-    static constexpr int STEP_BYTES = 16;
-    static U32 weights(const char* p) { return (U32)widen_i8(p); }
+    static constexpr int STEP_BYTES = 16, STEPS = 1;
+    static void take(const char* p, U32 (&w)[1]) { w[0] = (U32)widen_i8(p); }
     static F32 add(F32 acc, U32 w, uint32_t x) { return fma((F32)w, (F32)splat_u32(x), acc); }
 };
+
+struct Int8By64 {
+    static constexpr int STEP_BYTES = 32, STEPS = 2;
+    static void take(const char* p, U32 (&w)[2]) { decode_64(INTEGER_TABLES, p, w[0], w[1]); }
+    static F32 add(F32 acc, U32 w, uint32_t x) { return dot_pairs(acc, w, splat_u32(x)); }
+};
+bool int8_by_64(int inner, bool pairs) { return DECODES_64 && pairs && inner % 4 == 0; }
 
 struct Job {
     const Matrix* matrix;
@@ -106,19 +113,22 @@ void kernel(const Job& job, const uint32_t* x, int first_row, int real_rows, int
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 2
         for (int p = 0; p < PANELS; p++) acc[r][p] = F32{};
-    for (int k = 0; k < job.steps; k++) {
-        U32 weights[PANELS];
+    for (int k = 0; k < job.steps; k += P::STEPS) {
+        U32 weights[PANELS][P::STEPS];
 #pragma GCC unroll 2
         for (int p = 0; p < PANELS; p++) {
-            __builtin_prefetch(w + p * panel_bytes + PREFETCH_BYTES);
-            weights[p] = P::weights(w + p * panel_bytes);
+            __builtin_prefetch(w + p * panel_bytes + (PANELS == 1 ? PREFETCH_ONE_PANEL_BYTES : PREFETCH_BYTES));
+            P::take(w + p * panel_bytes, weights[p]);
         }
-#pragma GCC unroll 16
-        for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 2
-            for (int p = 0; p < PANELS; p++) acc[r][p] = P::add(acc[r][p], weights[p], x[r]);
-        w += P::STEP_BYTES;
-        x += ROWS;
+        for (int step = 0; step < P::STEPS; step++)
+#pragma GCC unroll 16
+            for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 2
+                for (int p = 0; p < PANELS; p++)
+                    acc[r][p] = P::add(acc[r][p], weights[p][step], x[step * ROWS + r]);
+        w += P::STEPS * P::STEP_BYTES;
+        x += P::STEPS * ROWS;
     }
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; r++)
@@ -230,7 +240,13 @@ void load_weights(const char* panel, int step) {
         return tiles::load<T>(panel + (int64_t)step * 64);
     }
     alignas(64) U32 wide[TILE_STEPS];
-    for (int k = 0; k < TILE_STEPS; k++) wide[k] = Panel<INT8, true>::weights(panel + (int64_t)(step + k) * 32);
+    for (int k = 0; k < TILE_STEPS; k += DECODES_64 ? 2 : 1) {
+        const char* from = panel + (int64_t)(step + k) * 32;
+        if (DECODES_64)
+            decode_64(INTEGER_TABLES, from, wide[k], wide[(k + 1) % TILE_STEPS]);
+        else
+            wide[k] = pack_exact(widen_i8(from), widen_i8(from + 16));
+    }
     tiles::load<T>(wide);
 }
 
@@ -304,6 +320,16 @@ void multiply_tiles(const Job& job, Threads& threads) {
 
 }  // namespace
 
+namespace {
+
+// Where element `element` (of 32) of step k goes, when `out` is where it would stand one after the other.
+char* place_of_64(char* out, int k, int element) {
+    char* both = out - element - (k % 2) * 32;
+    return both + element / 8 * 16 + k % 2 * 8 + element % 8;
+}
+
+}  // namespace
+
 extern "C" {
 
 // Bytes of the panels of a matrix [columns, inner].
@@ -316,16 +342,22 @@ int64_t twostroke_panel_bytes(int32_t kind, int32_t columns, int32_t inner, int3
 // Rearrange rows [columns, inner] of numbers of `size` bytes into panels; missing columns and neighbours are zeros.
 void twostroke_pack(const void* from, int32_t size, int32_t columns, int32_t inner, int32_t pairs, void* to) {
     const int steps = pairs ? (inner + 1) / 2 : inner, neighbours = pairs ? 2 : 1;
+    const bool by_64 = size == 1 && int8_by_64(inner, pairs);
     char* out = (char*)to;
     for (int panel = 0; panel < (columns + LANES - 1) / LANES; panel++)
         for (int k = 0; k < steps; k++)
             for (int c = 0; c < LANES; c++)
                 for (int j = 0; j < neighbours; j++, out += size) {
-                    const int column = panel * LANES + c, at = k * neighbours + j;
-                    if (column < columns && at < inner)
-                        std::memcpy(out, (const char*)from + ((int64_t)column * inner + at) * size, size);
+                    const int column = panel * LANES + c, at = k * neighbours + j, element = c * 2 + j;
+                    if (column >= columns || at >= inner) {
+                        std::memset(by_64 ? place_of_64(out, k, element) : out, 0, size);
+                        continue;
+                    }
+                    const char* number = (const char*)from + ((int64_t)column * inner + at) * size;
+                    if (by_64)
+                        *place_of_64(out, k, element) = (char)(*number < 0 ? 0x80 | -*number : *number);
                     else
-                        std::memset(out, 0, size);
+                        std::memcpy(out, number, size);
                 }
 }
 
@@ -355,6 +387,8 @@ void twostroke_linear(Threads* threads, const Matrix* matrix, const Rows* x, con
         multiply<Panel<FLOAT32, false>>(job, *threads);
     else if (matrix->kind == BFLOAT16)
         multiply<Panel<BFLOAT16, true>>(job, *threads);
+    else if (int8_by_64(matrix->inner, pairs))
+        multiply<Int8By64>(job, *threads);
     else if (pairs)
         multiply<Panel<INT8, true>>(job, *threads);
     else

@@ -190,27 +190,30 @@ inline F32 decode_e4m3_by_256(U8x16 codes) {
 #endif
 }
 
-// Sixty-four codes at once, by tables of bytes: bfloat16 in the order that interleaving the bytes leaves them in. In `low`
+// Sixty-four codes of a sign and seven bits at once, by tables of bytes: bfloat16 in the order that interleaving the bytes leaves them in. In `low`
 // elements 0-7, 16-23, 32-39, 48-55; in `high` the others. Their even and odd numbers are then a shift and a mask away.
 #if defined(__AVX512VBMI__) && defined(__AVX512BF16__)
 constexpr bool DECODES_64 = true;
 
-struct E4m3Tables {
+// The bfloat16 of seven bits, by their low and their high byte.
+struct ByteTables {
     alignas(64) uint8_t low[128], high[128];
-    E4m3Tables() {
+    explicit ByteTables(float (*value_of)(int)) {
         for (int code = 0; code < 128; code++) {
-            const float value = (code >> 3) ? (float)(8 + (code & 7)) * __builtin_ldexpf(1.0f, (code >> 3) - 10)
-                                            : (float)code * __builtin_ldexpf(1.0f, -9);
+            const float value = value_of(code);
             uint32_t bits;
             std::memcpy(&bits, &value, 4);
             low[code] = (uint8_t)(bits >> 16), high[code] = (uint8_t)(bits >> 24);
         }
     }
 };
-inline const E4m3Tables E4M3_TABLES;
+inline const ByteTables E4M3_TABLES([](int code) {
+    return (code >> 3) ? (float)(8 + (code & 7)) * __builtin_ldexpf(1.0f, (code >> 3) - 10)
+                       : (float)code * __builtin_ldexpf(1.0f, -9);
+});
+inline const ByteTables INTEGER_TABLES([](int code) { return (float)code; });
 
-inline void decode_64(const void* codes, U32& low, U32& high) {
-    const E4m3Tables& t = E4M3_TABLES;
+inline void decode_64(const ByteTables& t, const void* codes, U32& low, U32& high) {
     const __m512i code = _mm512_loadu_si512(codes);
     const __m512i lows = _mm512_permutex2var_epi8(load<__m512i>(t.low), code, load<__m512i>(t.low + 64));
     __m512i highs = _mm512_permutex2var_epi8(load<__m512i>(t.high), code, load<__m512i>(t.high + 64));
@@ -230,7 +233,9 @@ inline void restore_order(F32 (&v)[4]) {
 }
 #else
 constexpr bool DECODES_64 = false;
-inline void decode_64(const void*, U32&, U32&) {}
+struct ByteTables {};
+inline const ByteTables E4M3_TABLES, INTEGER_TABLES;
+inline void decode_64(const ByteTables&, const void*, U32&, U32&) {}
 inline void restore_order(F32 (&)[4]) {}
 #endif
 // Where decode_64 leaves the i-th of 32 pairs of numbers.
