@@ -21,6 +21,7 @@ from .batch import StepBatch
 from .elementwise import softcapped
 from .experts import mix_experts
 from .latent import attend_latent
+from .native_stack import NativeStack
 from .ops import AttentionKind, Ops
 from .rope import rotary_table
 from .spec import ExpertsFfn, LatentAttention, ModelSpec, PlainAttention
@@ -45,6 +46,7 @@ class Decoder:
         self.max_model_len = max_model_len
         tables = (rotary_table(rope, max_model_len) for rope in spec.ropes)
         self._tables = [(cos.to(ops.device), sin.to(ops.device)) for cos, sin in tables]
+        self._stack = NativeStack.make(spec, weights, ops)
         self._kinds = [_attention_kind(spec, layer.window) for layer in spec.layers]
 
     def hidden(self, batch: StepBatch, store: KvStore) -> Hidden:
@@ -53,6 +55,8 @@ class Decoder:
         x = self._embed(batch.token_ids)  # [rows, hidden]
         angles = [tuple(t.index_select(0, batch.positions) for t in table) for table in self._tables]
         rotations = [Rotation(batch.positions, *table) for table in self._tables]
+        if self._stack is not None:
+            return Hidden(x, self._stack.run(x, angles, batch, store))
         births = store.births(batch.slots)
         non_finite = torch.zeros(len(x), dtype=torch.int32, device=x.device)
         h = ops.rms_norm(x, layers[0].attention_norm)

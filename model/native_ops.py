@@ -22,8 +22,8 @@ from .composed import store_heads
 from .ops import Activation, AttentionKind, Linear, Norm, Quantization, Span
 from .step import LayerStep
 
-_ACTIVATIONS = ("silu", "gelu_tanh")  # by their numbers in kernels/cpu/simd.h
-_KINDS = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16}
+ACTIVATIONS = ("silu", "gelu_tanh")  # by their numbers in kernels/cpu/simd.h
+KINDS = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,7 +91,7 @@ class NativeOps:
         scales: Tensor | None = None
         takes = torch.float32 if exact or inner % 2 else self.dtype
         if exact or self.quantization == "none":
-            held, kind = matrix.to(takes), _KINDS[takes]
+            held, kind = matrix.to(takes), KINDS[takes]
         else:
             held, scales = _to_int8(matrix)
             kind = native.INT8
@@ -112,21 +112,28 @@ class NativeOps:
 
     def gated_linear(self, x: Tensor, packed: Linear, activation: Activation) -> Tensor:
         """activation(gate) * up, in the same pass."""
-        return self._multiply(x, packed, _ACTIVATIONS.index(activation))
+        return self._multiply(x, packed, ACTIVATIONS.index(activation))
 
     def _multiply(self, x: Tensor, packed: Linear, activation: int) -> Tensor:
         assert isinstance(packed, PackedLinear)
         matrix = packed.matrix
         x = x.to(packed.dtype)
         rows = x.shape[0]
-        needed = (rows + 32) * matrix.inner * x.element_size()
+        scratch = self.scratch_for(rows, matrix.inner, x.element_size())
+        out = torch.empty(rows, packed.width, dtype=torch.float32 if matrix.reserved else self.dtype)
+        self._library.linear(self._threads, matrix, _rows(x), _rows(out), activation, packed.width, scratch)
+        return out
+
+    def scratch_for(self, rows: int, inner: int, number_bytes: int = 4) -> int:
+        """The address of what `linear` packs rows [rows, inner] into, until the next call."""
+        needed = (rows + 32) * inner * number_bytes
         if needed > len(self._scratch):
             self._scratch = take_memory(needed)
-        out = torch.empty(rows, packed.width, dtype=torch.float32 if matrix.reserved else self.dtype)
-        self._library.linear(
-            self._threads, matrix, _rows(x), _rows(out), activation, packed.width, self._scratch.data_ptr()
-        )
-        return out
+        return self._scratch.data_ptr()
+
+    def run_layers(self, layers: ctypes.Array[native.Layer], step: native.Step) -> None:
+        """See `native_stack.py`."""
+        self._library.layers(self._threads, layers, len(layers), step)
 
     def rms_norm(self, x: Tensor, norm: Norm) -> Tensor:
         """Normalise the last axis; x may be a view with wider rows."""
@@ -198,8 +205,8 @@ class NativeOps:
         job = native.Attend(num_parts=len(queries), num_spans=layout.count, heads=heads, spans=layout.spans)
         job.window, job.scale, job.softcap = kind.window or 0, kind.scale, kind.softcap or 0.0
         for i, (q, plane) in enumerate(zip(queries, keys, strict=True)):
-            job.queries[i], job.keys[i] = _rows(q), _plane(plane, q.shape[-1])
-        job.values, job.out = _plane(values, value_width), _rows(out)
+            job.queries[i], job.keys[i] = _rows(q), native_plane(plane, q.shape[-1])
+        job.values, job.out = native_plane(values, value_width), _rows(out)
         self._library.attend(self._threads, job)
         return out
 
@@ -207,7 +214,7 @@ class NativeOps:
 def _rows(x: Tensor) -> native.Rows:
     """A tensor [rows, ...] whose rows are dense, however far apart they lie."""
     assert x.stride(-1) == 1, "rows must be dense"
-    return native.Rows(x.data_ptr(), x.stride(0), x.shape[0], _KINDS[x.dtype])
+    return native.Rows(x.data_ptr(), x.stride(0), x.shape[0], KINDS[x.dtype])
 
 
 def _codec(plane: Planes, width: int) -> int:
@@ -216,7 +223,8 @@ def _codec(plane: Planes, width: int) -> int:
     return native.BFLOAT16 if plane.payload.shape[-1] == 2 * width else native.FLOAT32
 
 
-def _plane(plane: Planes, width: int) -> native.Plane:
+def native_plane(plane: Planes, width: int) -> native.Plane:
+    """One layer's plane as the kernels read it."""
     heads, block_tokens = plane.payload.shape[1:3]
     return native.Plane(
         plane.payload.data_ptr(), _address(plane.scales), _codec(plane, width), heads, block_tokens, width

@@ -18,7 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-SOURCES = ("linear.cpp", "rows.cpp", "attention.cpp", "digest.cpp", "check.cpp")
+SOURCES = ("linear.cpp", "rows.cpp", "attention.cpp", "digest.cpp", "layers.cpp", "check.cpp")
 HEADERS = ("api.h", "simd.h", "threads.h", "tiles.h")
 FLAGS = (
     "-O3",

@@ -89,6 +89,45 @@ class Attend(ctypes.Structure):
     )
 
 
+class NormWeight(ctypes.Structure):
+    """A norm, or (without a weight) none."""
+
+    _fields_ = (("weight", c_void_p), ("eps", c_float), ("reserved", c_int32))
+
+
+class Layer(ctypes.Structure):
+    """A decoder layer with plain attention and a dense gate, and where it keeps its keys and values."""
+
+    _fields_ = (
+        *((name, NormWeight) for name in ("attention_norm", "after_attention", "ffn_norm", "after_ffn")),
+        *((name, NormWeight) for name in ("q_norm", "k_norm")),
+        *((name, Matrix) for name in ("qkv", "output", "gate_up", "down")),
+        ("keys", Plane),
+        ("values", Plane),
+        ("scale", c_float),
+        ("softcap", c_float),
+        ("window", c_int32),
+        ("rope", c_int32),
+    )
+
+
+class Step(ctypes.Structure):
+    """A step's rows on their way through all layers."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "h", "qkv", "mixed", "gated", "delta", "scratch")),
+        ("cos", c_void_p * 2),
+        ("sin", c_void_p * 2),
+        ("slots", c_void_p),
+        ("spans", POINTER(AttendSpan)),
+        ("refused", c_void_p),
+        ("non_finite", c_void_p),
+        *((name, c_int32) for name in ("rows", "kind", "num_spans", "hidden", "heads", "kv_heads", "width", "ffn")),
+        ("activation", c_int32),
+        ("half", c_int32 * 2),
+    )
+
+
 class SealedPlanes(ctypes.Structure):
     """One component's planes over all layers, and the keys of their seals."""
 
@@ -119,6 +158,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "rotary": (None, (c_void_p, _ROWS, c_int32, c_int32, c_void_p, c_void_p, c_int32, c_int32)),
     "write": (None, (c_void_p, POINTER(StorePart), c_int32, c_void_p, c_int32, c_void_p)),
     "attend": (None, (c_void_p, POINTER(Attend))),
+    "layers": (None, (c_void_p, POINTER(Layer), c_int32, POINTER(Step))),
     "digest": (None, (POINTER(SealedPlanes), c_int32, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p)),
     "self_check": (c_int32, ()),
 }

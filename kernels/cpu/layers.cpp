@@ -1,0 +1,153 @@
+// All layers of a plain decoder in one call: the same ops in the same order as decoder.py asks for them one by one, so the
+// same bits, without Python between them. Knows what decoder.py says of a layer with plain attention and a dense gate.
+#include <cstdint>
+
+#include "api.h"
+#include "simd.h"
+#include "threads.h"
+
+extern "C" {
+
+// As attention.cpp and rows.cpp have them.
+struct Plane {
+    const uint8_t *payload, *scales;
+    int32_t codec, heads, block_tokens, width;
+};
+struct AttendSpan;
+struct Attend {
+    Rows queries[2];
+    Plane keys[2];
+    Plane values;
+    Rows out;
+    const AttendSpan* spans;
+    int32_t num_parts, num_spans, heads, window;
+    float scale, softcap;
+};
+struct StorePart {
+    Rows x;
+    uint8_t *payload, *scales;
+    int32_t heads, width, codec, block_tokens;
+};
+
+void twostroke_linear(Threads*, const Matrix*, const Rows*, const Rows*, int32_t, int32_t, uint32_t*);
+void twostroke_rms_norm(Threads*, const Rows*, const Rows*, const float*, float, int32_t, int32_t, const Rows*);
+void twostroke_rotary(Threads*, const Rows*, int32_t, int32_t, const float*, const float*, int32_t, int32_t);
+void twostroke_write(Threads*, const StorePart*, int32_t, const int64_t*, int32_t, int32_t*);
+void twostroke_attend(Threads*, const Attend*);
+
+struct NormWeight {
+    const float* weight;  // null: there is no such norm
+    float eps;
+    int32_t reserved;
+};
+
+struct Layer {
+    NormWeight attention_norm, after_attention, ffn_norm, after_ffn, q_norm, k_norm;
+    Matrix qkv, output, gate_up, down;
+    Plane keys, values;
+    float scale, softcap;
+    int32_t window, rope;
+};
+
+struct Step {
+    void *x, *h, *qkv, *mixed, *gated, *delta;  // [rows, ...]: hidden, hidden, qkv's columns, q's, ffn, hidden
+    uint32_t* scratch;                          // as twostroke_linear wants it, for the widest input
+    const float *cos[2], *sin[2];               // per rope [rows, half]
+    const int64_t* slots;
+    const AttendSpan* spans;
+    int32_t *refused, *non_finite;  // [rows]: scratch, and the sum over layers (zeros at first)
+    int32_t rows, kind, num_spans, hidden, heads, kv_heads, width, ffn, activation, half[2];
+};
+
+}  // extern "C"
+
+namespace {
+
+class Stack {
+   public:
+    Stack(Threads* threads, const Step& step) : threads_(threads), s_(step) {}
+
+    void run(const Layer* layers, int count) {
+        norm(s_.x, nullptr, layers[0].attention_norm, s_.h);
+        for (int i = 0; i < count; i++) {
+            const Layer& layer = layers[i];
+            attend(layer);
+            if (layer.after_attention.weight) norm(s_.delta, nullptr, layer.after_attention, s_.delta);
+            norm(s_.x, s_.delta, layer.ffn_norm, s_.h);
+            linear(layer.gate_up, s_.h, s_.hidden, s_.gated, s_.ffn, s_.activation);
+            linear(layer.down, s_.gated, s_.ffn, s_.delta, s_.hidden, simd::NONE);
+            if (layer.after_ffn.weight) norm(s_.delta, nullptr, layer.after_ffn, s_.delta);
+            if (i + 1 < count)
+                norm(s_.x, s_.delta, layers[i + 1].attention_norm, s_.h);
+            else
+                add();
+        }
+    }
+
+   private:
+    Rows rows(void* data, int64_t stride, int64_t first = 0) const {
+        return {(char*)data + first * (s_.kind == BFLOAT16 ? 2 : 4), stride, s_.rows, s_.kind};
+    }
+    void norm(void* x, void* delta, const NormWeight& by, void* out) {
+        const Rows from = rows(x, s_.hidden), to = rows(out, s_.hidden), more = rows(delta, s_.hidden);
+        twostroke_rms_norm(threads_, &from, delta ? &more : nullptr, by.weight, by.eps, 1, s_.hidden, &to);
+    }
+    void linear(const Matrix& by, void* x, int in, void* out, int columns, int activation) {
+        const Rows from = rows(x, in), to = rows(out, columns);
+        twostroke_linear(threads_, &by, &from, &to, activation, columns, s_.scratch);
+    }
+
+    void attend(const Layer& layer) {
+        const int q = s_.heads * s_.width, kv = s_.kv_heads * s_.width, all = q + 2 * kv, rope = layer.rope;
+        linear(layer.qkv, s_.h, s_.hidden, s_.qkv, all, simd::NONE);
+        const Rows queries = rows(s_.qkv, all), keys = rows(s_.qkv, all, q), values = rows(s_.qkv, all, q + kv);
+        if (layer.q_norm.weight) {
+            twostroke_rms_norm(threads_, &queries, nullptr, layer.q_norm.weight, layer.q_norm.eps, s_.heads, s_.width,
+                               &queries);
+            twostroke_rms_norm(threads_, &keys, nullptr, layer.k_norm.weight, layer.k_norm.eps, s_.kv_heads, s_.width,
+                               &keys);
+        }
+        twostroke_rotary(threads_, &queries, s_.heads + s_.kv_heads, s_.width, s_.cos[rope], s_.sin[rope],
+                         s_.half[rope], 0);
+        store(layer, keys, values);
+        Attend job{};
+        job.queries[0] = queries, job.keys[0] = layer.keys, job.values = layer.values;
+        job.out = rows(s_.mixed, q), job.spans = s_.spans, job.num_parts = 1, job.num_spans = s_.num_spans;
+        job.heads = s_.heads, job.window = layer.window, job.scale = layer.scale, job.softcap = layer.softcap;
+        twostroke_attend(threads_, &job);
+        linear(layer.output, s_.mixed, q, s_.delta, s_.hidden, simd::NONE);
+    }
+
+    void store(const Layer& layer, const Rows& keys, const Rows& values) {
+        const StorePart parts[2] = {part(layer.keys, keys), part(layer.values, values)};
+        twostroke_write(threads_, parts, 2, s_.slots, s_.rows, s_.refused);
+        for (int r = 0; r < s_.rows; r++) s_.non_finite[r] += s_.refused[r];
+    }
+    static StorePart part(const Plane& plane, const Rows& x) {
+        return {x, (uint8_t*)plane.payload, (uint8_t*)plane.scales, plane.heads, plane.width, plane.codec,
+                plane.block_tokens};
+    }
+
+    // x += delta, rounded.
+    void add() {
+        const int64_t numbers = (int64_t)s_.rows * s_.hidden;
+        for (int64_t i = 0; i < numbers; i++) {
+            if (s_.kind == FLOAT32) {
+                ((float*)s_.x)[i] += ((const float*)s_.delta)[i];
+            } else {
+                uint16_t* x = (uint16_t*)s_.x + i;
+                const float sum = simd::to_float(*x) + simd::to_float(((const uint16_t*)s_.delta)[i]);
+                *x = simd::narrow(simd::splat(sum))[0];
+            }
+        }
+    }
+
+    Threads* threads_;
+    const Step& s_;
+};
+
+}  // namespace
+
+extern "C" void twostroke_layers(Threads* threads, const Layer* layers, int32_t count, const Step* step) {
+    Stack(threads, *step).run(layers, count);
+}

@@ -1,0 +1,110 @@
+"""A plain decoder's layers as one call of our CPU kernels: the decoder's own order of ops without Python between them.
+
+Serves models whose layers all have plain attention and a dense gate; the decoder goes op by op for the others. The bits
+are those of op by op. While it runs, the GIL is free for the worker's face.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from ..kernels.cpu import library as native
+from ..kv.store import KvStore
+from .batch import StepBatch
+from .native_ops import ACTIVATIONS, KINDS, NativeOps, PackedLinear, StepSpans, native_plane
+from .ops import Linear, Norm, Ops
+from .spec import DenseFfn, ModelSpec, PlainAttention
+from .weights import DenseWeights, LayerWeights, PlainWeights, Weights
+
+_MAX_ROPES = 2
+Angles = list[tuple[Tensor, ...]]  # per rope: cos and sin [rows, half] float32
+
+
+class NativeStack:
+    """All layers of one model. `make` it; one thread at a time."""
+
+    def __init__(self, spec: ModelSpec, weights: Weights, ops: NativeOps) -> None:
+        self._spec = spec
+        self._weights = weights
+        self._ops = ops
+        self._layers: WeakKeyDictionary[KvStore, ctypes.Array[native.Layer]] = WeakKeyDictionary()
+
+    @staticmethod
+    def make(spec: ModelSpec, weights: Weights, ops: Ops) -> NativeStack | None:
+        """None: other ops, or a model with layers of another kind."""
+        if not isinstance(ops, NativeOps) or not isinstance(spec.attention, PlainAttention):
+            return None
+        ffns = {layer.ffn for layer in spec.layers}
+        if len(ffns) > 1 or not isinstance(ffns.pop(), DenseFfn) or len(spec.ropes) > _MAX_ROPES:
+            return None
+        takes = {part.dtype for layer in weights.layers for part in _linears(layer)}
+        return NativeStack(spec, weights, ops) if takes == {ops.dtype} else None
+
+    def run(self, x: Tensor, angles: Angles, batch: StepBatch, store: KvStore) -> Tensor:
+        """All layers over rows x [rows, hidden], which become the residual stream; int32 [rows] as `Hidden` has it."""
+        layers = self._layers.get(store)
+        if layers is None:
+            layers = self._layers[store] = self._describe(store)
+        spec, rows = self._spec, len(x)
+        attention, ffn = spec.attention, spec.layers[0].ffn
+        assert isinstance(attention, PlainAttention)
+        assert isinstance(ffn, DenseFfn)
+        q_width = attention.num_heads * attention.head_dim
+        qkv_width = q_width + 2 * attention.num_kv_heads * attention.head_dim
+        spans: StepSpans = batch.attention
+        made = torch.zeros if rows != spans.num_rows else torch.empty  # rows of no span must read as zero
+        mixed = made(rows, q_width, dtype=x.dtype)
+        buffers = [torch.empty(rows, n, dtype=x.dtype) for n in (spec.hidden_size, qkv_width, ffn.width)]
+        h, qkv, gated = buffers
+        delta = torch.empty_like(h)
+        refused, non_finite = torch.empty(rows, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32)
+        widest = max(spec.hidden_size, q_width, ffn.width)
+        step = native.Step(
+            x.data_ptr(), h.data_ptr(), qkv.data_ptr(), mixed.data_ptr(), gated.data_ptr(), delta.data_ptr(),
+            self._ops.scratch_for(rows, widest), slots=batch.slots.data_ptr(), spans=spans.spans,
+            refused=refused.data_ptr(), non_finite=non_finite.data_ptr(), rows=rows, kind=KINDS[x.dtype],
+            num_spans=spans.count, hidden=spec.hidden_size, heads=attention.num_heads,
+            kv_heads=attention.num_kv_heads, width=attention.head_dim, ffn=ffn.width,
+            activation=ACTIVATIONS.index(spec.activation),
+        )  # fmt: skip
+        for i, (cos, sin) in enumerate(angles):
+            step.cos[i], step.sin[i], step.half[i] = cos.data_ptr(), sin.data_ptr(), cos.shape[1]
+        self._ops.run_layers(layers, step)
+        return non_finite
+
+    def _describe(self, store: KvStore) -> ctypes.Array[native.Layer]:
+        attention = self._spec.attention
+        assert isinstance(attention, PlainAttention)
+        layers = (native.Layer * len(self._spec.layers))()
+        for i, (layer, shape) in enumerate(zip(self._weights.layers, self._spec.layers, strict=True)):
+            assert isinstance(layer.attention, PlainWeights)
+            to = layers[i]
+            for name in ("attention_norm", "after_attention", "ffn_norm", "after_ffn"):
+                setattr(to, name, _norm(getattr(layer, name)))
+            to.q_norm, to.k_norm = _norm(layer.attention.q_norm), _norm(layer.attention.k_norm)
+            to.qkv, to.output, to.gate_up, to.down = (part.matrix for part in _linears(layer))
+            keys, values = store.planes(i)
+            to.keys, to.values = native_plane(keys, attention.head_dim), native_plane(values, attention.head_dim)
+            to.scale, to.softcap = attention.scale, attention.softcap or 0.0
+            to.window, to.rope = shape.window or 0, shape.rope
+        return layers
+
+
+def _linears(layer: LayerWeights) -> tuple[PackedLinear, ...]:
+    """The four of a layer with plain attention and a dense gate."""
+    assert isinstance(layer.attention, PlainWeights)
+    assert isinstance(layer.ffn, DenseWeights)
+    return tuple(map(_packed, (layer.attention.qkv, layer.attention.output, layer.ffn.gate_up, layer.ffn.down)))
+
+
+def _packed(linear: Linear) -> PackedLinear:
+    assert isinstance(linear, PackedLinear)
+    return linear
+
+
+def _norm(norm: Norm | None) -> native.NormWeight:
+    return native.NormWeight(None, 0.0) if norm is None else native.NormWeight(norm.weight.data_ptr(), norm.eps)
