@@ -55,7 +55,7 @@ constexpr float NEVER = -INFINITY;
 int padded(int width) { return (width + 31) / 32 * 32; }
 
 struct Unit {
-    int span, head, first, rows;  // rows [first, first + rows) of the span's (token, head of the group)
+    int span, head, heads, first, rows;  // KV heads, and rows [first, first + rows) of the span's (token, head of the group)
 };
 
 // Whether a plane's rows are decoded by 64 numbers, which come in another order (simd.h).
@@ -99,49 +99,54 @@ struct TileRows {
     }
 };
 
+// What a unit keeps of one KV head from tile to tile.
+struct State {
+    std::vector<uint32_t> queries;  // [parts' steps][rows]
+    std::vector<float> mixed;       // [rows][width]
+    float top[UNIT_ROWS], total[UNIT_ROWS], shrink[UNIT_ROWS];
+};
 // Scratch of one thread.
 struct Scratch {
-    std::vector<uint32_t> queries, keys;        // [parts' steps][rows]; per part [group][steps][16]
-    std::vector<float> values, mixed, weights;  // [TILE][width], [rows][width], [rows][TILE]
-    float top[UNIT_ROWS], total[UNIT_ROWS], shrink[UNIT_ROWS];
+    std::vector<uint32_t> keys;          // per part [group][steps][16]
+    std::vector<float> values, weights;  // [TILE][width], [rows][TILE]
+    std::vector<State> states;
 };
 
 template <bool PAIRS>
 class Worker {
    public:
-    Worker(const Attend& job, const Unit& unit, Scratch& scratch)
+    Worker(const Attend& job, const Unit& unit, int head, Scratch& scratch, State& state)
         : job_(job),
           span_(job.spans[unit.span]),
           unit_(unit),
+          head_(head),
           s_(scratch),
+          state_(state),
           group_(job.heads / job.values.heads),
           width_(padded(job.values.width)),
           row_stride_((unit.rows + LANES - 1) / LANES * LANES) {}
 
-    void run() {
-        const int last = position(unit_.rows - 1), earliest = position(0);
-        const int from = job_.window ? std::max(0, earliest - job_.window + 1) / TILE : 0;
+    void begin() {
         take_queries();
-        s_.mixed.assign((int64_t)unit_.rows * width_, 0.0f);
+        state_.mixed.assign((int64_t)unit_.rows * width_, 0.0f);
         s_.weights.resize(UNIT_ROWS * TILE);
-        std::fill(s_.top, s_.top + unit_.rows, NEVER);
-        std::fill(s_.total, s_.total + unit_.rows, 0.0f);
-        for (int tile = from; tile <= last / TILE; tile++) {
-            const int held = std::min(TILE, span_.start + span_.count - tile * TILE);
-            prefetch(span_, unit_.head, tile + 1);
-            const TileRows values(job_.values, span_, unit_.head, tile, held, !by_64(job_.values));
-            score_tile(tile, held, values);
-            if (by_64(job_.values)) {
-                mix_from(Direct64{values, job_.values.width}, tile, held);
-                continue;
-            }
-            switch (job_.values.codec) {
-                case FP8: mix_tile<FP8>(values, tile, held); break;
-                case BFLOAT16: mix_tile<BFLOAT16>(values, tile, held); break;
-                default: mix_tile<FLOAT32>(values, tile, held);
-            }
+        std::fill(state_.top, state_.top + unit_.rows, NEVER);
+        std::fill(state_.total, state_.total + unit_.rows, 0.0f);
+    }
+    int first_tile() const { return job_.window ? std::max(0, position(0) - job_.window + 1) / TILE : 0; }
+    int last_tile() const { return position(unit_.rows - 1) / TILE; }
+
+    void attend(int tile) {
+        const int held = std::min(TILE, span_.start + span_.count - tile * TILE);
+        prefetch(tile);
+        const TileRows values(job_.values, span_, head_, tile, held, !by_64(job_.values));
+        score_tile(tile, held, values);
+        if (by_64(job_.values)) return mix_from(Direct64{values, job_.values.width}, tile, held);
+        switch (job_.values.codec) {
+            case FP8: return mix_tile<FP8>(values, tile, held);
+            case BFLOAT16: return mix_tile<BFLOAT16>(values, tile, held);
+            default: mix_tile<FLOAT32>(values, tile, held);
         }
-        give();
     }
 
    private:
@@ -152,15 +157,18 @@ class Worker {
     }
     int steps(int part) const { return PAIRS ? padded(job_.keys[part].width) / 2 : padded(job_.keys[part].width); }
 
-    // Blocks lie scattered: no hardware guesses where the next tile is.
-    void prefetch(const AttendSpan& span, int head, int tile) const {
-        const int held = std::min(TILE, span.start + span.count - tile * TILE);
+    // Blocks lie scattered: no hardware guesses where the next tile is. A unit of several heads passes through each tile's
+    // blocks from end to end, and asks for its next head there.
+    void prefetch(int tile) const {
+        const bool wraps = head_ + 1 == unit_.head + unit_.heads;
+        const int head = wraps ? unit_.head : head_ + 1, next = tile + wraps;
+        const int held = std::min(TILE, span_.start + span_.count - next * TILE);
         for (int p = 0; p <= job_.num_parts; p++) {
             const Plane& plane = p < job_.num_parts ? job_.keys[p] : job_.values;
-            const TileRows rows(plane, span, head, tile, held, false);
+            const TileRows rows(plane, span_, head, next, held, false);
             const int bytes = LANES * plane.width * number_bytes(plane.codec);
             for (int g = 0; g < GROUPS && rows.rows[g]; g++)
-                for (int at = 0; at < bytes; at += 64) __builtin_prefetch(rows.rows[g] + at);
+                for (int at = 0; at < bytes; at += 64) __builtin_prefetch(rows.rows[g] + at, 0, 2);
         }
     }
 
@@ -168,8 +176,8 @@ class Worker {
     void take_queries() {
         int total = 0;
         for (int p = 0; p < job_.num_parts; p++) total += steps(p);
-        s_.queries.resize((int64_t)total * row_stride_);
-        uint32_t* to = s_.queries.data();
+        state_.queries.resize((int64_t)total * row_stride_);
+        uint32_t* to = state_.queries.data();
         for (int p = 0; p < job_.num_parts; to += (int64_t)steps(p) * row_stride_, p++)
             for (int first = 0; first < unit_.rows; first += LANES) take_sixteen(p, first, to + first);
     }
@@ -179,7 +187,7 @@ class Worker {
         const bool reordered = PAIRS && by_64(job_.keys[part]);
         const char* rows[LANES];
         for (int j = 0; j < LANES; j++) {
-            const int at = unit_.first + std::min(first + j, unit_.rows - 1), head = unit_.head * group_ + at % group_;
+            const int at = unit_.first + std::min(first + j, unit_.rows - 1), head = head_ * group_ + at % group_;
             rows[j] = (const char*)q.data + ((span_.row + at / group_) * q.stride + (int64_t)head * width) * size;
         }
         for (int k = 0; k < whole; k += LANES) {
@@ -250,7 +258,7 @@ class Worker {
         F32 scales[2][GROUPS];
         for (int p = 0; p < job_.num_parts; to += steps(p) * TILE, p++) {
             const Plane& plane = job_.keys[p];
-            const TileRows rows(plane, span_, unit_.head, tile, held, !(PAIRS && by_64(plane)));
+            const TileRows rows(plane, span_, head_, tile, held, !(PAIRS && by_64(plane)));
             for (int g = 0; g < GROUPS; g++) scales[p][g] = rows.scales[g] * splat(job_.scale);
             if (PAIRS && by_64(plane)) {
                 take_keys_by_64(plane, rows, steps(p), to);
@@ -271,7 +279,7 @@ class Worker {
     template <int ROWS>
     void score_rows(int first, int tile, const F32 (&scales)[2][GROUPS], const TileRows& values) {
         F32 score[ROWS][GROUPS];
-        const uint32_t *q = s_.queries.data() + first, *k = s_.keys.data();
+        const uint32_t *q = state_.queries.data() + first, *k = s_.keys.data();
         for (int p = 0; p < job_.num_parts; p++) {
             const int n = steps(p);
             F32 acc[ROWS][GROUPS];
@@ -315,21 +323,21 @@ class Worker {
                 score[g] = select((I32)(key <= last) & (I32)(key >= first), score[g], splat(NEVER));
             best = larger(best, score[g]);
         }
-        const float top = std::max(s_.top[row], largest(best));
+        const float top = std::max(state_.top[row], largest(best));
         float* weights = s_.weights.data() + row * TILE;
         if (top == NEVER) {
-            s_.shrink[row] = 1.0f;
+            state_.shrink[row] = 1.0f;
             std::fill(weights, weights + TILE, 0.0f);
             return;
         }
-        s_.shrink[row] = top == s_.top[row] ? 1.0f : exponential(splat(s_.top[row] - top))[0];
+        state_.shrink[row] = top == state_.top[row] ? 1.0f : exponential(splat(state_.top[row] - top))[0];
         F32 totals[GROUPS];
         for (int g = 0; g < GROUPS; g++) {
             totals[g] = exponential(score[g] - splat(top));
             store(weights + g * LANES, totals[g] * values.scales[g]);
         }
-        s_.total[row] = s_.total[row] * s_.shrink[row] + sum((totals[0] + totals[1]) + (totals[2] + totals[3]));
-        s_.top[row] = top;
+        state_.total[row] = state_.total[row] * state_.shrink[row] + sum((totals[0] + totals[1]) + (totals[2] + totals[3]));
+        state_.top[row] = top;
     }
 
     // ------------------------------------------------------------ values
@@ -340,7 +348,7 @@ class Worker {
         const TileRows& tile;
         int width;
         template <int WIDE>
-        void take(int j, int column, F32 (&to)[WIDE]) const {
+        __attribute__((always_inline)) void take(int j, int column, F32 (&to)[WIDE]) const {
             const uint8_t* row = tile.rows[j / LANES] + (j % LANES) * width * number_bytes(CODEC);
 #pragma GCC unroll 4
             for (int c = 0; c < WIDE; c++) to[c] = numbers<CODEC, WHOLE>(row, column + c * LANES, width);
@@ -350,7 +358,7 @@ class Worker {
         const TileRows& tile;
         int width;
         template <int WIDE>
-        void take(int j, int column, F32 (&to)[WIDE]) const {
+        __attribute__((always_inline)) void take(int j, int column, F32 (&to)[WIDE]) const {
             U32 low, high;
             decode_64(E4M3_TABLES, tile.rows[j / LANES] + (j % LANES) * width + column, low, high);
             const F32 all[4] = {(F32)(low << 16), (F32)(low & 0xFFFF0000u), (F32)(high << 16), (F32)(high & 0xFFFF0000u)};
@@ -362,7 +370,7 @@ class Worker {
         const float* values;
         int width;
         template <int WIDE>
-        void take(int j, int column, F32 (&to)[WIDE]) const {
+        __attribute__((always_inline)) void take(int j, int column, F32 (&to)[WIDE]) const {
 #pragma GCC unroll 4
             for (int c = 0; c < WIDE; c++) to[c] = load<F32>(values + j * width + column + c * LANES);
         }
@@ -413,13 +421,13 @@ class Worker {
     template <int ROWS, int WIDE, class Source>
     void mix_rows(const Source& source, int first, int column, int held) {
         F32 acc[ROWS][WIDE];
-        float* mixed = s_.mixed.data() + (int64_t)first * width_ + column;
+        float* mixed = state_.mixed.data() + (int64_t)first * width_ + column;
         const float* weights = s_.weights.data() + first * TILE;
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
             for (int c = 0; c < WIDE; c++)
-                acc[r][c] = load<F32>(mixed + r * width_ + c * LANES) * splat(s_.shrink[first + r]);
+                acc[r][c] = load<F32>(mixed + r * width_ + c * LANES) * splat(state_.shrink[first + r]);
         for (int j = 0; j < held; j++) {
             F32 value[WIDE];
             source.take(j, column, value);
@@ -436,24 +444,26 @@ class Worker {
             for (int c = 0; c < WIDE; c++) store(mixed + r * width_ + c * LANES, acc[r][c]);
     }
 
+   public:
     void give() {
         const int width = job_.values.width;
         for (int r = 0; r < unit_.rows; r++) {
-            const int at = unit_.first + r, head = unit_.head * group_ + at % group_;
+            const int at = unit_.first + r, head = head_ * group_ + at % group_;
             const int64_t to = (span_.row + at / group_) * job_.out.stride + (int64_t)head * width;
-            const float* mixed = s_.mixed.data() + (int64_t)r * width_;
+            const float* mixed = state_.mixed.data() + (int64_t)r * width_;
             if (by_64(job_.values))
                 for (int i = 0; i < width; i += 4 * LANES) {
                     F32 v[4] = {load<F32>(mixed + i), load<F32>(mixed + i + LANES), load<F32>(mixed + i + 2 * LANES),
                                 load<F32>(mixed + i + 3 * LANES)};
                     restore_order(v);
-                    for (int c = 0; c < 4; c++) put(to + i + c * LANES, LANES, v[c], s_.total[r]);
+                    for (int c = 0; c < 4; c++) put(to + i + c * LANES, LANES, v[c], state_.total[r]);
                 }
             else
                 for (int i = 0; i < width; i += LANES)
-                    put(to + i, std::min(LANES, width - i), load<F32>(mixed + i), s_.total[r]);
+                    put(to + i, std::min(LANES, width - i), load<F32>(mixed + i), state_.total[r]);
         }
     }
+   private:
     void put(int64_t at, int count, F32 v, float total) {
         v = (v + splat(0.0f)) / splat(total);  // + 0: a negative zero must not tell whether a blank tile was there
         if (PAIRS && count == LANES) return store_bf16((uint16_t*)job_.out.data + at, v);
@@ -466,9 +476,26 @@ class Worker {
     const Attend& job_;
     const AttendSpan& span_;
     const Unit unit_;
+    const int head_;
     Scratch& s_;
+    State& state_;
     const int group_, width_, row_stride_;
 };
+
+template <bool PAIRS>
+void run(const Attend& job, const Unit& unit) {
+    static thread_local Scratch scratch;
+    if ((int)scratch.states.size() < unit.heads) scratch.states.resize(unit.heads);
+    std::vector<Worker<PAIRS>> workers;
+    workers.reserve(unit.heads);
+    for (int h = 0; h < unit.heads; h++) {
+        workers.emplace_back(job, unit, unit.head + h, scratch, scratch.states[h]);
+        workers.back().begin();
+    }
+    for (int tile = workers[0].first_tile(); tile <= workers[0].last_tile(); tile++)
+        for (auto& worker : workers) worker.attend(tile);
+    for (auto& worker : workers) worker.give();
+}
 
 }  // namespace
 
@@ -476,18 +503,23 @@ extern "C" {
 
 // Rows of no span are left as they are.
 void twostroke_attend(Threads* threads, const Attend* job) {
-    const int group = job->heads / job->values.heads;
+    const int kv_heads = job->values.heads, group = job->heads / kv_heads;
+    // Few rows leave little to compute: there a unit takes several heads, whose bytes lie side by side in every block.
+    int together = kv_heads;
+    while (together % 2 == 0 && job->num_spans * (kv_heads / together) < 2 * threads->count()) together /= 2;
+    if (together % 2) together = 1;
     std::vector<Unit> units;
-    for (int s = 0; s < job->num_spans; s++)
-        for (int first = 0, rows = job->spans[s].count * group; first < rows; first += UNIT_ROWS)
-            for (int head = 0; head < job->values.heads; head++)
-                units.push_back({s, head, first, std::min(UNIT_ROWS, rows - first)});
+    for (int s = 0; s < job->num_spans; s++) {
+        const int rows = job->spans[s].count * group, heads = rows <= MIX_ROWS ? together : 1;
+        for (int first = 0; first < rows; first += UNIT_ROWS)
+            for (int head = 0; head < kv_heads; head += heads)
+                units.push_back({s, head, heads, first, std::min(UNIT_ROWS, rows - first)});
+    }
     threads->share((int)units.size(), [&](int i) {
-        static thread_local Scratch scratch;
         if (job->out.kind == BFLOAT16)
-            Worker<true>(*job, units[i], scratch).run();
+            run<true>(*job, units[i]);
         else
-            Worker<false>(*job, units[i], scratch).run();
+            run<false>(*job, units[i]);
     });
 }
 

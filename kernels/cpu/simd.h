@@ -213,7 +213,7 @@ inline const ByteTables E4M3_TABLES([](int code) {
 });
 inline const ByteTables INTEGER_TABLES([](int code) { return (float)code; });
 
-inline void decode_64(const ByteTables& t, const void* codes, U32& low, U32& high) {
+__attribute__((always_inline)) inline void decode_64(const ByteTables& t, const void* codes, U32& low, U32& high) {
     const __m512i code = _mm512_loadu_si512(codes);
     const __m512i lows = _mm512_permutex2var_epi8(load<__m512i>(t.low), code, load<__m512i>(t.low + 64));
     __m512i highs = _mm512_permutex2var_epi8(load<__m512i>(t.high), code, load<__m512i>(t.high + 64));
@@ -285,7 +285,7 @@ inline F32 activate(F32 gate, int activation) {
 // ---------------------------------------------------------------- transposing
 
 // Sixteen rows of sixteen 32-bit numbers, in place.
-inline void transpose(U32 (&m)[16]) {
+__attribute__((always_inline)) inline void transpose(U32 (&m)[16]) {
 #if defined(__AVX512F__)
     __m512i a[16], b[16];
     for (int i = 0; i < 16; i += 2) {
