@@ -136,10 +136,41 @@ class KvStore:
         self._tell_births(held)
 
     def seal_all(self, ranges: Sequence[HeldTokens]) -> None:
-        """`seal` each of a step's ranges, none of them empty; on a device, all are asked for at once."""
-        if ranges and not self._seal_by_birth(ranges):
-            for held in ranges:
+        """`seal` each of a step's ranges, none of them empty; all that begin a seal are asked for at once."""
+        if not ranges or self._seal_by_birth(ranges):
+            return
+        fresh = [held for held in ranges if not self._begins_sealed(held)]
+        if len(fresh) < 2 or not self._seal_in_place(fresh):
+            fresh = []
+        for held in ranges:
+            if held not in fresh:
                 self.seal(held)
+
+    def _begins_sealed(self, held: HeldTokens) -> bool:
+        block, unit, generation = self._place(held, held.start // HASH_BLOCK_TOKENS)
+        return bool(self._sealed_generation[block, unit] == generation)
+
+    def _seal_in_place(self, ranges: Sequence[HeldTokens]) -> bool:
+        """Seal ranges of which nothing is sealed yet, by one call per component. False: nothing was done."""
+        each = [self._places(held) for held in ranges]
+        blocks, units, _ = (np.concatenate(parts) for parts in zip(*each, strict=True))
+        counts = np.concatenate([self._counts(held) for held in ranges])
+        numbers = [np.arange(held.start // HASH_BLOCK_TOKENS, -(-held.end // HASH_BLOCK_TOKENS)) for held in ranges]
+        sealed = []
+        for store in self._components:
+            if not isinstance(store, CpuPlanes):
+                return False
+            words = self._place_words(store, np.concatenate(numbers))
+            digests = store.digests_in_place(blocks, units * HASH_BLOCK_TOKENS, counts, words, self._key)
+            if digests is None:
+                return False
+            sealed.append(digests)
+        for store, digests in zip(self._components, sealed, strict=True):
+            store.digests[:, :, blocks, units] = digests
+        for held, places_of in zip(ranges, each, strict=True):
+            self._mark_sealed(held, *places_of)
+            self._tell_births(held)
+        return True
 
     def is_sealed(self, held: HeldTokens) -> bool:
         """Whether a range is sealed for these uses of its blocks; whether it holds that, `verify` says."""

@@ -2,12 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 
 from twostroke.kernels.cpu import library
 from twostroke.kernels.cpu.build import NativeUnavailable
 from twostroke.kv.digest import frame_digests, places
 from twostroke.kv.planes_cpu import CpuPlanes
-from twostroke.kv.spec import CODEC_NAMES, HASH_BLOCK_TOKENS, Component
+from twostroke.kv.spec import CODEC_NAMES, HASH_BLOCK_TOKENS, Component, attention_spec
+from twostroke.kv.store import HeldTokens, KvStore
 
 LAYERS, NUM_BLOCKS, KEY = 3, 7, 0xFEDCBA9876543210
 
@@ -35,3 +37,29 @@ def test_equals_the_definition(codec: str, block_tokens: int, width: int) -> Non
     got = planes.digests_in_place(table[starts // block_tokens], starts % block_tokens, tokens, words, KEY)
     assert got is not None
     assert np.array_equal(got, frame_digests(payload, scales, words, KEY, HASH_BLOCK_TOKENS))
+
+
+def test_sealing_several_ranges_at_once_is_sealing_each() -> None:
+    spec = attention_spec(2, 2, 16, CODEC_NAMES["fp8"])
+    stores = [KvStore(spec, 12, 16, digest_key=KEY) for _ in range(2)]
+    random = np.random.default_rng(3)
+    bytes_of = [random.integers(0, 120, c.payload_view.shape, np.uint8) for c in stores[0]._components]  # type: ignore[union-attr]
+    for store in stores:
+        for component, numbers in zip(store._components, bytes_of, strict=True):
+            component.payload.copy_(torch.from_numpy(numbers))
+    tables = ([1, 2, 3], [7, 5], [9], [4, 6])
+    first = [HeldTokens(t, [3] * len(t), 0, n) for t, n in zip(tables, (40, 16, 5, 32), strict=True)]
+    then = [
+        HeldTokens(t, [3] * len(t), start, n)
+        for t, start, n in ((tables[0], 32, 16), (tables[1], 16, 9), (tables[2], 0, 16))
+    ]
+    for ranges in (first, then):
+        stores[0].seal_all(ranges)
+        for held in ranges:
+            stores[1].seal(held)
+    for mine, theirs in zip(stores[0]._components, stores[1]._components, strict=True):
+        assert np.array_equal(mine.digests, theirs.digests)
+    for held in (*first[3:], HeldTokens(tables[0], [3] * 3, 0, 48), HeldTokens(tables[2], [3], 0, 16)):
+        assert stores[0].verify(held)
+        stores[0]._components[0].payload[:, held.block_table[0], 0, 1] ^= 1
+        assert not stores[0].verify(held)
