@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..kv.block import BlockId
@@ -42,9 +43,19 @@ def on_device(batch: StepBatch, device: torch.device) -> StepBatch:
 
 def build_batch(plan: StepPlan, token_ids: Sequence[Sequence[int]], block_tokens: int, ops: Ops) -> StepBatch:
     """Lay a plan out. `token_ids`: per sequence, with ids from earlier steps filled in."""
-    first_rows, positions, slots, spans = [], [], [], []
+    first_rows, spans = [], []
+    positions: list[Sequence[int] | NDArray[np.int64]] = []
+    slots: list[Sequence[int] | NDArray[np.int64]] = []
     row = 0
     for step in plan.sequences:
+        if step.num_tokens == 1:  # a decode: most steps have nothing else
+            block, offset = divmod(step.start, block_tokens)
+            first_rows.append(row)
+            positions.append((step.start,))
+            slots.append((step.block_table[block] * block_tokens + offset,))
+            spans.append(Span(row, step.start, 1, step.block_table[: block + 1]))
+            row += 1
+            continue
         place = np.arange(step.start, step.end)
         first = step.start // block_tokens
         table = np.array(step.block_table[first : -(-step.end // block_tokens)])
@@ -59,13 +70,20 @@ def build_batch(plan: StepPlan, token_ids: Sequence[Sequence[int]], block_tokens
     last_rows += [0] * (-len(last_rows) % ops.row_multiple)
     return StepBatch(
         token_ids=torch.tensor([i for ids in token_ids for i in ids] + [0] * spare),
-        positions=torch.from_numpy(np.concatenate([*positions, np.zeros(spare, np.int64)])),
-        slots=torch.from_numpy(np.concatenate([*slots, np.full(spare, -1)])),
+        positions=_joined(positions, spare, 0),
+        slots=_joined(slots, spare, -1),
         attention=ops.lay_out(spans, block_tokens),
         first_rows=tuple(first_rows),
         sampled=sampled,
         sample_rows=torch.tensor(last_rows, dtype=torch.int64),
     )
+
+
+def _joined(parts: Sequence[Sequence[int] | NDArray[np.int64]], spare: int, padding: int) -> Tensor:
+    """int64 [rows]: all parts, then padding."""
+    if all(len(part) == 1 for part in parts):
+        return torch.tensor([int(part[0]) for part in parts] + [padding] * spare, dtype=torch.int64)
+    return torch.from_numpy(np.concatenate([*parts, np.full(spare, padding)]).astype(np.int64, copy=False))
 
 
 def warm_up_batch(block_tokens: int, ops: Ops, num_tokens: int = 1) -> StepBatch:
