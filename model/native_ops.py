@@ -19,6 +19,7 @@ from ..kernels.cpu import library as native
 from ..kernels.cpu.memory import take_memory
 from ..kernels.reference import Planes
 from .composed import store_heads
+from .int8 import to_int8
 from .ops import Activation, AttentionKind, Linear, Norm, Quantization, Span
 from .step import LayerStep
 
@@ -93,7 +94,7 @@ class NativeOps:
         if exact or self.quantization == "none":
             held, kind = matrix.to(takes), KINDS[takes]
         else:
-            held, scales = _to_int8(matrix)
+            held, scales = to_int8(matrix)
             kind = native.INT8
         held, pairs = held.contiguous(), int(takes == torch.bfloat16)
         panels = take_memory(self._library.panel_bytes(kind, columns, inner, pairs))
@@ -247,11 +248,3 @@ def _alternating(matrix: Tensor) -> Tensor:
     halves = matrix.view(2, len(matrix) // 2, -1)
     padded = torch.nn.functional.pad(halves, (0, 0, 0, -halves.shape[1] % native.LANES))
     return padded.view(2, -1, native.LANES, matrix.shape[1]).transpose(0, 1).reshape(-1, matrix.shape[1])
-
-
-def _to_int8(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Per-channel symmetric int8 [out, in], and the step of each row: its largest magnitude / 127."""
-    wide = matrix.float()
-    step = wide.abs().amax(dim=1) / 127.0
-    step = torch.where(step == 0, torch.ones_like(step), step)
-    return torch.round(wide / step.unsqueeze(1)).clamp_(-127, 127).to(torch.int8), step

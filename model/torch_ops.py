@@ -19,6 +19,7 @@ from ..kernels.reference import Planes, encode_rows, fp8_encode, rms_norm
 from .attention import Attention, AttentionLayout, HeadShape
 from .composed import store_heads
 from .elementwise import activated
+from .int8 import rounded_to_int8
 from .ops import Activation, AttentionKind, Linear, Norm, Quantization, Span
 from .products import TILE_ROWS, Product
 from .step import LayerStep
@@ -174,14 +175,6 @@ class TorchOps:
                 torch.set_num_threads(1)
                 self._products[key] = Product(inner, columns, dtype, transposed=transposed)
         return self._products[key]
-
-
-def rounded_to_int8(matrix: Tensor) -> Tensor:
-    """Per-channel symmetric int8 and back: each row [in] in steps of its largest magnitude / 127; float32."""
-    wide = matrix.float()
-    step = wide.abs().amax(dim=1, keepdim=True) / 127.0
-    step = torch.where(step == 0, torch.ones_like(step), step)
-    return torch.round(wide / step).clamp_(-127, 127) * step
 
 
 def _encode_all(parts: Sequence[Tensor], planes: Sequence[Planes]) -> list[tuple[Tensor, Tensor | None, Tensor]]:

@@ -24,9 +24,9 @@ from ..kernels.reference import Planes
 from ..kernels.reference_attention import Chunk
 from ..kernels.rotary_store import rotary_store_kv
 from ..kernels.store_kv import store_kv
+from .int8 import rounded_to_int8
 from .ops import Activation, AttentionKind, Linear, Norm, Quantization, Span
 from .step import LayerStep
-from .torch_ops import rounded_to_int8
 from .upload import upload
 
 

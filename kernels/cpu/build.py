@@ -16,7 +16,9 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+from typing import IO
 
 SOURCES = ("linear.cpp", "rows.cpp", "attention.cpp", "digest.cpp", "layers.cpp", "check.cpp")
 HEADERS = ("api.h", "simd.h", "threads.h", "tiles.h")
@@ -60,7 +62,7 @@ def build(machine_flags: tuple[str, ...]) -> Path:
     directory = _cache_directory()
     library = directory / f"{_name(compiler, machine_flags)}.so"
     with (directory / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # whoever comes second finds it built
+        _wait_for(lock)  # whoever comes second finds it built
         if not library.exists():
             _compile(compiler, machine_flags, library)
     return library
@@ -76,6 +78,22 @@ def find_compiler() -> str:
     if compiler is None:
         raise NativeUnavailable("no C++ compiler was found: install g++ or clang (Debian: apt install g++)")
     return compiler
+
+
+def _wait_for(lock: IO[str]) -> None:
+    """Take the lock, for as long as another process may take to build and try.
+
+    Raises:
+        NativeUnavailable: that process does not come to an end.
+    """
+    give_up_s = time.monotonic() + 2 * _BUILD_S
+    while True:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > give_up_s:
+                raise NativeUnavailable(f"another process has held {lock.name} for {2 * _BUILD_S} s") from None
+            time.sleep(0.1)
 
 
 def _compile(compiler: str, machine_flags: tuple[str, ...], library: Path) -> None:
