@@ -19,3 +19,32 @@ struct Rows {
     int64_t stride;  // in numbers
     int32_t rows, kind;
 };
+
+// One component of one layer in the cache: payload [blocks, heads, block_tokens, row bytes], scales [blocks, heads, block_tokens].
+struct Plane {
+    const uint8_t *payload, *scales;
+    int32_t codec, heads, block_tokens, width;
+};
+
+// One part of what tokens leave in the cache: x [rows, heads * width], into such planes.
+struct StorePart {
+    Rows x;
+    uint8_t *payload, *scales;
+    int32_t heads, width, codec, block_tokens;
+};
+
+// Rows of one sequence, `count` from batch row `row` on, the first at position `start`; its blocks.
+struct AttendSpan {
+    const int32_t* blocks;
+    int32_t row, start, count, reserved;
+};
+
+struct Attend {
+    Rows queries[2];  // per part: heads * width numbers per row
+    Plane keys[2];
+    Plane values;
+    Rows out;
+    const AttendSpan* spans;
+    int32_t num_parts, num_spans, heads, window;  // window 0: none
+    float scale, softcap;                         // softcap 0: none
+};

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO
 
 SOURCES = ("linear.cpp", "rows.cpp", "attention.cpp", "digest.cpp", "layers.cpp", "check.cpp")
-HEADERS = ("api.h", "simd.h", "threads.h", "tiles.h")
+HEADERS = ("api.h", "cache.h", "simd.h", "threads.h", "tiles.h")
 FLAGS = (
     "-O3",
     "-std=c++17",

@@ -8,27 +8,6 @@
 
 extern "C" {
 
-// As attention.cpp and rows.cpp have them.
-struct Plane {
-    const uint8_t *payload, *scales;
-    int32_t codec, heads, block_tokens, width;
-};
-struct AttendSpan;
-struct Attend {
-    Rows queries[2];
-    Plane keys[2];
-    Plane values;
-    Rows out;
-    const AttendSpan* spans;
-    int32_t num_parts, num_spans, heads, window;
-    float scale, softcap;
-};
-struct StorePart {
-    Rows x;
-    uint8_t *payload, *scales;
-    int32_t heads, width, codec, block_tokens;
-};
-
 void twostroke_linear(Threads*, const Matrix*, const Rows*, const Rows*, int32_t, int32_t, uint32_t*);
 void twostroke_rms_norm(Threads*, const Rows*, const Rows*, const float*, float, int32_t, int32_t, const Rows*);
 void twostroke_rotary(Threads*, const Rows*, int32_t, int32_t, const float*, const float*, int32_t, int32_t);

@@ -63,7 +63,7 @@ struct Panel<INT8, false> {
 
 struct Int8By64 {
     static constexpr int STEP_BYTES = 32, STEPS = 2;
-    static void take(const char* p, U32 (&w)[2]) { decode_64(INTEGER_TABLES, p, w[0], w[1]); }
+    static void take(const char* p, U32 (&w)[2]) { decode_64(INTEGER_TABLES, load<U32>(p), w[0], w[1]); }
     static F32 add(F32 acc, U32 w, uint32_t x) { return dot_pairs(acc, w, splat_u32(x)); }
 };
 bool int8_by_64(int inner, bool pairs) { return DECODES_64 && pairs && inner % 4 == 0; }
@@ -243,7 +243,7 @@ void load_weights(const char* panel, int step) {
     for (int k = 0; k < TILE_STEPS; k += DECODES_64 ? 2 : 1) {
         const char* from = panel + (int64_t)(step + k) * 32;
         if (DECODES_64)
-            decode_64(INTEGER_TABLES, from, wide[k], wide[(k + 1) % TILE_STEPS]);
+            decode_64(INTEGER_TABLES, load<U32>(from), wide[k], wide[(k + 1) % TILE_STEPS]);
         else
             wide[k] = pack_exact(widen_i8(from), widen_i8(from + 16));
     }

@@ -117,13 +117,6 @@ void twostroke_rotary(Threads* threads, const Rows* x, int32_t heads, int32_t wi
     });
 }
 
-// One part of what a token leaves in the cache: x [rows, heads * width] into planes [blocks, heads, block_tokens, ...].
-struct StorePart {
-    Rows x;
-    uint8_t *payload, *scales;
-    int32_t heads, width, codec, block_tokens;
-};
-
 }  // extern "C"
 
 namespace {

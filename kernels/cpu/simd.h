@@ -166,6 +166,15 @@ inline U32 pack_exact(F32 low, F32 high) {
 #endif
 }
 
+// Two vectors rounded to bfloat16, as 32 of them: first `low`, then `high`. Subnormals become zero where the CPU does so.
+inline U32 pack_rounded(F32 low, F32 high) {
+#if defined(__AVX512BF16__)
+    return (U32)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+#else
+    return pack_exact(widen(narrow(low)), widen(narrow(high)));
+#endif
+}
+
 // ---------------------------------------------------------------- e4m3
 
 inline U32 widen_u8(const void* p) {
@@ -191,7 +200,7 @@ inline F32 decode_e4m3_by_256(U8x16 codes) {
 }
 
 // Sixty-four codes of a sign and seven bits at once, by tables of bytes: bfloat16 in the order that interleaving the bytes leaves them in. In `low`
-// elements 0-7, 16-23, 32-39, 48-55; in `high` the others. Their even and odd numbers are then a shift and a mask away.
+// elements 0-7, 16-23, 32-39, 48-55; in `high` the others.
 #if defined(__AVX512VBMI__) && defined(__AVX512BF16__)
 constexpr bool DECODES_64 = true;
 
@@ -213,8 +222,8 @@ inline const ByteTables E4M3_TABLES([](int code) {
 });
 inline const ByteTables INTEGER_TABLES([](int code) { return (float)code; });
 
-__attribute__((always_inline)) inline void decode_64(const ByteTables& t, const void* codes, U32& low, U32& high) {
-    const __m512i code = _mm512_loadu_si512(codes);
+__attribute__((always_inline)) inline void decode_64(const ByteTables& t, U32 codes, U32& low, U32& high) {
+    const __m512i code = (__m512i)codes;
     const __m512i lows = _mm512_permutex2var_epi8(load<__m512i>(t.low), code, load<__m512i>(t.low + 64));
     __m512i highs = _mm512_permutex2var_epi8(load<__m512i>(t.high), code, load<__m512i>(t.high + 64));
     highs = _mm512_ternarylogic_epi32(highs, code, _mm512_set1_epi8((char)0x80), 0xF8);  // the code's sign
@@ -222,24 +231,49 @@ __attribute__((always_inline)) inline void decode_64(const ByteTables& t, const 
     high = (U32)_mm512_unpackhi_epi8(lows, highs);
 }
 
-// float32 [even of low, odd of low, even of high, odd of high], as decode_64 leaves them, in their true order.
-inline void restore_order(F32 (&v)[4]) {
-    const __m512 a = _mm512_unpacklo_ps((__m512)v[0], (__m512)v[1]), b = _mm512_unpackhi_ps((__m512)v[0], (__m512)v[1]);
-    const __m512 c = _mm512_unpacklo_ps((__m512)v[2], (__m512)v[3]), d = _mm512_unpackhi_ps((__m512)v[2], (__m512)v[3]);
-    const __m512 ab = _mm512_shuffle_f32x4(a, b, 0x44), cd = _mm512_shuffle_f32x4(c, d, 0x44);
-    const __m512 ab2 = _mm512_shuffle_f32x4(a, b, 0xEE), cd2 = _mm512_shuffle_f32x4(c, d, 0xEE);
+// Sixty-four e4m3 codes of each of two rows, as pairs of bfloat16 (one of each row): columns 0-3, 16-19, 32-35, 48-51 in
+// the first vector, 4-7 ... in the second, 8-11 ... in the third, 12-15 ... in the fourth.
+__attribute__((always_inline)) inline void decode_two_rows(const void* a, const void* b, U32 (&to)[4]) {
+    const __m512i x = _mm512_loadu_si512(a), y = _mm512_loadu_si512(b);
+    const __m512i low = _mm512_unpacklo_epi8(x, y), high = _mm512_unpackhi_epi8(x, y);
+    decode_64(E4M3_TABLES, (U32)low, to[0], to[1]);
+    decode_64(E4M3_TABLES, (U32)high, to[2], to[3]);
+}
+
+// Four such vectors of float32 in the order of their columns.
+inline void restore_columns(F32 (&v)[4]) {
+    const __m512 ab = _mm512_shuffle_f32x4((__m512)v[0], (__m512)v[1], 0x44), cd = _mm512_shuffle_f32x4((__m512)v[2], (__m512)v[3], 0x44);
+    const __m512 ab2 = _mm512_shuffle_f32x4((__m512)v[0], (__m512)v[1], 0xEE), cd2 = _mm512_shuffle_f32x4((__m512)v[2], (__m512)v[3], 0xEE);
     v[0] = (F32)_mm512_shuffle_f32x4(ab, cd, 0x88), v[1] = (F32)_mm512_shuffle_f32x4(ab, cd, 0xDD);
     v[2] = (F32)_mm512_shuffle_f32x4(ab2, cd2, 0x88), v[3] = (F32)_mm512_shuffle_f32x4(ab2, cd2, 0xDD);
+}
+
+// Sixteen bytes of each of sixteen rows, side by side: codes[i] holds elements 4i to 4i + 3 of all rows, in the order from
+// which decode_64 makes the first two of every row (one row to a lane), and the last two. Loads do half of the work.
+__attribute__((always_inline)) inline void load_side_by_side(const uint8_t* rows, int row_bytes, U32 (&codes)[4]) {
+    __m512i a[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        const uint8_t* from = rows + j * row_bytes;
+        a[j] = _mm512_castsi128_si512(load<__m128i>(from));
+        a[j] = _mm512_mask_broadcast_i32x4(a[j], 0x00F0, load<__m128i>(from + 4 * row_bytes));
+        a[j] = _mm512_mask_broadcast_i32x4(a[j], 0x0F00, load<__m128i>(from + 8 * row_bytes));
+        a[j] = _mm512_mask_broadcast_i32x4(a[j], 0xF000, load<__m128i>(from + 12 * row_bytes));
+    }
+    const __m512i b0 = _mm512_unpacklo_epi16(a[0], a[1]), b1 = _mm512_unpackhi_epi16(a[0], a[1]);
+    const __m512i b2 = _mm512_unpacklo_epi16(a[2], a[3]), b3 = _mm512_unpackhi_epi16(a[2], a[3]);
+    codes[0] = (U32)_mm512_unpacklo_epi32(b0, b2), codes[1] = (U32)_mm512_unpackhi_epi32(b0, b2);
+    codes[2] = (U32)_mm512_unpacklo_epi32(b1, b3), codes[3] = (U32)_mm512_unpackhi_epi32(b1, b3);
 }
 #else
 constexpr bool DECODES_64 = false;
 struct ByteTables {};
 inline const ByteTables E4M3_TABLES, INTEGER_TABLES;
-inline void decode_64(const ByteTables&, const void*, U32&, U32&) {}
-inline void restore_order(F32 (&)[4]) {}
+inline void decode_64(const ByteTables&, U32, U32&, U32&) {}
+inline void decode_two_rows(const void*, const void*, U32 (&)[4]) {}
+inline void restore_columns(F32 (&)[4]) {}
+inline void load_side_by_side(const uint8_t*, int, U32 (&)[4]) {}
 #endif
-// Where decode_64 leaves the i-th of 32 pairs of numbers.
-inline int place_in_64(int i) { return i % 8 / 4 * 16 + i / 8 * 4 + i % 4; }
 
 // ---------------------------------------------------------------- elementary functions
 
@@ -261,6 +295,27 @@ inline F32 exponential(F32 x) {
     I32 first = power >> 1;  // in two factors: 2**128 is no float32
     F32 scaled = p * (F32)((first + 127) << 23) * (F32)((power - first + 127) << 23);
     return select(x < splat(-87.33654f), splat(0.0f), scaled);
+}
+
+// 2**x for x up to 127, to 1 unit in the last place or so; below -126 it may be 0. Half the work of `exponential`.
+// Source: the polynomial of Cephes' exp2f (Moshier 1989).
+inline F32 power_of_two(F32 x) {
+    F32 bounded = larger(x, splat(-200.0f));
+    F32 n = (bounded + splat(12582912.0f)) - splat(12582912.0f);  // the nearest integer
+    F32 r = bounded - n;
+    F32 p = splat(1.535336188319500e-4f);
+    p = fma(p, r, splat(1.339887440266574e-3f));
+    p = fma(p, r, splat(9.618437357674640e-3f));
+    p = fma(p, r, splat(5.550332471162809e-2f));
+    p = fma(p, r, splat(2.402264791363012e-1f));
+    p = fma(p, r, splat(6.931472028550421e-1f));
+    p = fma(p, r, splat(1.0f));
+#if defined(__AVX512F__)
+    return (F32)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+    F32 scaled = p * (F32)((__builtin_convertvector(n, I32) + 127) << 23);
+    return select(x < splat(-126.0f), splat(0.0f), scaled);
+#endif
 }
 
 inline F32 hyperbolic_tangent(F32 x) {
