@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from twostroke.core.request import SamplingParams, SequenceKey
 from twostroke.kv.block import BlockId
 from twostroke.kv.store import KvStore
-from twostroke.model.batch import build_batch
+from twostroke.model.batch import build_batch, read_whole
 from twostroke.model.checkpoint import resolve
 from twostroke.model.config_json import load_spec
 from twostroke.model.decoder import Decoder
@@ -83,7 +83,7 @@ class Forced:
         ids = tuple(tokens)
         key, generations = SequenceKey("forced", 0), (1,) * len(self._table)
         step = SequenceStep(key, 0, ids, self._table, generations, samples=False, params=GREEDY, num_generated=0)
-        batch = build_batch(StepPlan(0, (step,)), [ids], BLOCK_TOKENS, self._decoder.ops)
+        batch = read_whole(build_batch(StepPlan(0, (step,)), [ids], BLOCK_TOKENS, self._decoder.ops))
         stale = len(ids) - fresh
         cut = stale - stale % self._decoder.ops.row_multiple  # logits take as many rows as the ops do
         rows = self._decoder.hidden(batch, self._store).rows[cut:]

@@ -31,6 +31,12 @@ class StepBatch:
     first_rows: tuple[int, ...]  # of each sequence of the plan; its rows follow
     sampled: tuple[int, ...]  # indices into plan.sequences
     sample_rows: Tensor  # [padded len(sampled)] int64: the row whose logits each of them samples from
+    read_rows: Tensor  # int64, rising: rows whose residual stream is read after the last layer; others' may be anything
+
+
+def read_whole(batch: StepBatch) -> StepBatch:
+    """The batch for a caller who reads every row of the residual stream."""
+    return replace(batch, read_rows=torch.arange(len(batch.token_ids)))
 
 
 def on_device(batch: StepBatch, device: torch.device) -> StepBatch:
@@ -67,7 +73,9 @@ def build_batch(plan: StepPlan, token_ids: Sequence[Sequence[int]], block_tokens
     spare = -row % ops.row_multiple
     sampled = tuple(i for i, step in enumerate(plan.sequences) if step.samples)
     last_rows = [first_rows[i] + plan.sequences[i].num_tokens - 1 for i in sampled]
-    last_rows += [0] * (-len(last_rows) % ops.row_multiple)
+    scored = [first + i for first, step in zip(first_rows, plan.sequences, strict=True) for i in range(len(step.targets))]
+    read_rows = sorted({*last_rows, *scored}) if scored else last_rows
+    last_rows = last_rows + [0] * (-len(last_rows) % ops.row_multiple)
     return StepBatch(
         token_ids=torch.tensor([i for ids in token_ids for i in ids] + [0] * spare),
         positions=_joined(positions, spare, 0),
@@ -76,6 +84,7 @@ def build_batch(plan: StepPlan, token_ids: Sequence[Sequence[int]], block_tokens
         first_rows=tuple(first_rows),
         sampled=sampled,
         sample_rows=torch.tensor(last_rows, dtype=torch.int64),
+        read_rows=torch.tensor(read_rows, dtype=torch.int64),
     )
 
 
@@ -97,4 +106,5 @@ def warm_up_batch(block_tokens: int, ops: Ops, num_tokens: int = 1) -> StepBatch
         first_rows=(0,),
         sampled=(0,),
         sample_rows=torch.zeros(ops.row_multiple, dtype=torch.int64),
+        read_rows=torch.zeros(1, dtype=torch.int64),
     )

@@ -108,6 +108,7 @@ class DecodeGraphs:
             first_rows=tuple(range(len(plan.sequences))),
             sampled=sampled,
             sample_rows=torch.tensor(sampled, dtype=torch.int64),
+            read_rows=captured.batch.read_rows,
         )
         return batch, hidden
 
@@ -119,7 +120,8 @@ class DecodeGraphs:
         arena.send()
         token_ids, positions, slots, contexts, tables = arena.device
         layout = Layout.of_singles(tables, contexts)
-        return _Captured(arena, StepBatch(token_ids, positions, slots, layout, (), (), torch.zeros(0).long()))
+        none = torch.zeros(0, dtype=torch.int64)
+        return _Captured(arena, StepBatch(token_ids, positions, slots, layout, (), (), none, torch.arange(size)))
 
     def _fill(self, arena: Arena, plan: StepPlan, token_ids: Sequence[Sequence[int]]) -> None:
         ids, positions, slots, contexts, tables = (part.numpy() for part in arena.host)

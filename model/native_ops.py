@@ -100,7 +100,7 @@ class NativeOps:
         panels = take_memory(self._library.panel_bytes(kind, columns, inner, pairs))
         self._library.pack(held.data_ptr(), held.element_size(), columns, inner, pairs, panels.data_ptr())
         scales, bias = _whole_panels(scales), _whole_panels(bias)
-        packed = native.Matrix(panels.data_ptr(), _address(scales), _address(bias), kind, columns, inner, int(exact))
+        packed = native.Matrix(panels.data_ptr(), address(scales), address(bias), kind, columns, inner, int(exact))
         return PackedLinear(packed, panels, scales, bias, takes, width)
 
     def prepare(self) -> None:
@@ -168,7 +168,7 @@ class NativeOps:
         jobs = (native.StorePart * len(parts))()
         for job, x, plane in zip(jobs, parts, planes, strict=True):
             heads, width = x.shape[1:]
-            job.x, job.payload, job.scales = _rows(x), plane.payload.data_ptr(), _address(plane.scales)
+            job.x, job.payload, job.scales = _rows(x), plane.payload.data_ptr(), address(plane.scales)
             job.heads, job.width, job.codec = heads, width, _codec(plane, width)
             job.block_tokens = plane.block_tokens
         self._library.write(self._threads, jobs, len(jobs), slots.data_ptr(), len(slots), non_finite.data_ptr())
@@ -212,6 +212,18 @@ class NativeOps:
         return out
 
 
+def single_rows(spans: StepSpans, rows: Sequence[int]) -> StepSpans:
+    """Some rows of a step (in order), each as a span of its own, in a batch that holds nothing else."""
+    layout = StepSpans((native.AttendSpan * len(rows))(), len(rows), len(rows), spans.tables)
+    place = 0
+    for i, row in enumerate(rows):
+        while row >= spans.spans[place].row + spans.spans[place].count:
+            place += 1
+        span, job = spans.spans[place], layout.spans[i]
+        job.blocks, job.row, job.start, job.count = span.blocks, i, span.start + row - span.row, 1
+    return layout
+
+
 def _rows(x: Tensor) -> native.Rows:
     """A tensor [rows, ...] whose rows are dense, however far apart they lie."""
     assert x.stride(-1) == 1, "rows must be dense"
@@ -228,11 +240,12 @@ def native_plane(plane: Planes, width: int) -> native.Plane:
     """One layer's plane as the kernels read it."""
     heads, block_tokens = plane.payload.shape[1:3]
     return native.Plane(
-        plane.payload.data_ptr(), _address(plane.scales), _codec(plane, width), heads, block_tokens, width
+        plane.payload.data_ptr(), address(plane.scales), _codec(plane, width), heads, block_tokens, width
     )
 
 
-def _address(x: Tensor | None) -> int | None:
+def address(x: Tensor | None) -> int | None:
+    """Where it begins."""
     return None if x is None else x.data_ptr()
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..kernels.cpu import library as native
 from ..kv.store import KvStore
 from .batch import StepBatch
-from .native_ops import ACTIVATIONS, KINDS, NativeOps, PackedLinear, StepSpans, native_plane
+from .native_ops import ACTIVATIONS, KINDS, NativeOps, PackedLinear, StepSpans, address, native_plane, single_rows
 from .ops import Linear, Norm, Ops
 from .spec import DenseFfn, ModelSpec, PlainAttention
 from .weights import DenseWeights, LayerWeights, PlainWeights, Weights
@@ -31,6 +31,10 @@ class NativeStack:
         self._spec = spec
         self._weights = weights
         self._ops = ops
+        attention = spec.attention
+        assert isinstance(attention, PlainAttention)
+        # Keys begin a panel of their own: they can be computed without the queries before them.
+        self._splits = attention.num_heads * attention.head_dim % native.LANES == 0
         self._layers: WeakKeyDictionary[KvStore, ctypes.Array[native.Layer]] = WeakKeyDictionary()
 
     @staticmethod
@@ -45,36 +49,61 @@ class NativeStack:
         return NativeStack(spec, weights, ops) if takes == {ops.dtype} else None
 
     def run(self, x: Tensor, angles: Angles, batch: StepBatch, store: KvStore) -> Tensor:
-        """All layers over rows x [rows, hidden], which become the residual stream; int32 [rows] as `Hidden` has it."""
+        """All layers over rows x [rows, hidden], which become the residual stream; int32 [rows] as `Hidden` has it.
+
+        Of rows that are not in `batch.read_rows` the last layer leaves keys and values alone, and their x means nothing.
+        """
         layers = self._layers.get(store)
         if layers is None:
             layers = self._layers[store] = self._describe(store)
+        non_finite = torch.zeros(len(x), dtype=torch.int32)
+        spans: StepSpans = batch.attention
+        if not self._splits or len(batch.read_rows) == len(x):
+            self._run(layers, x, angles, spans, batch.slots, non_finite, native.WHOLE)
+            return non_finite
+        self._run(layers, x, angles, spans, batch.slots, non_finite, native.KEYS_ONLY)
+        read = batch.read_rows
+        if len(read):
+            rows, angles = x[read], [tuple(part[read] for part in rope) for rope in angles]
+            last = (native.Layer * 1)(layers[len(layers) - 1])
+            self._run(last, rows, angles, single_rows(spans, read.tolist()), None, None, native.QUERIES_ONLY)
+            x[read] = rows
+        return non_finite
+
+    def _run(
+        self,
+        layers: ctypes.Array[native.Layer],
+        x: Tensor,
+        angles: Angles,
+        spans: StepSpans,
+        slots: Tensor | None,
+        non_finite: Tensor | None,
+        last_layer: int,
+    ) -> None:
         spec, rows = self._spec, len(x)
         attention, ffn = spec.attention, spec.layers[0].ffn
         assert isinstance(attention, PlainAttention)
         assert isinstance(ffn, DenseFfn)
         q_width = attention.num_heads * attention.head_dim
         qkv_width = q_width + 2 * attention.num_kv_heads * attention.head_dim
-        spans: StepSpans = batch.attention
         made = torch.zeros if rows != spans.num_rows else torch.empty  # rows of no span must read as zero
         mixed = made(rows, q_width, dtype=x.dtype)
         buffers = [torch.empty(rows, n, dtype=x.dtype) for n in (spec.hidden_size, qkv_width, ffn.width)]
         h, qkv, gated = buffers
         delta = torch.empty_like(h)
-        refused, non_finite = torch.empty(rows, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32)
+        refused = torch.empty(rows, dtype=torch.int32)
         widest = max(spec.hidden_size, q_width, ffn.width)
         step = native.Step(
             x.data_ptr(), h.data_ptr(), qkv.data_ptr(), mixed.data_ptr(), gated.data_ptr(), delta.data_ptr(),
-            self._ops.scratch_for(rows, widest), slots=batch.slots.data_ptr(), spans=spans.spans,
-            refused=refused.data_ptr(), non_finite=non_finite.data_ptr(), rows=rows, kind=KINDS[x.dtype],
+            self._ops.scratch_for(rows, widest), slots=address(slots), spans=spans.spans,
+            refused=refused.data_ptr(), non_finite=address(non_finite), rows=rows, kind=KINDS[x.dtype],
             num_spans=spans.count, hidden=spec.hidden_size, heads=attention.num_heads,
             kv_heads=attention.num_kv_heads, width=attention.head_dim, ffn=ffn.width,
-            activation=ACTIVATIONS.index(spec.activation),
+            activation=ACTIVATIONS.index(spec.activation), last_layer=last_layer,
         )  # fmt: skip
         for i, (cos, sin) in enumerate(angles):
             step.cos[i], step.sin[i], step.half[i] = cos.data_ptr(), sin.data_ptr(), cos.shape[1]
         self._ops.run_layers(layers, step)
-        return non_finite
 
     def _describe(self, store: KvStore) -> ctypes.Array[native.Layer]:
         attention = self._spec.attention

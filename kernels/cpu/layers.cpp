@@ -8,6 +8,7 @@
 
 extern "C" {
 
+int64_t twostroke_panel_bytes(int32_t kind, int32_t columns, int32_t inner, int32_t pairs);
 void twostroke_linear(Threads*, const Matrix*, const Rows*, const Rows*, int32_t, int32_t, uint32_t*);
 void twostroke_rms_norm(Threads*, const Rows*, const Rows*, const float*, float, int32_t, int32_t, const Rows*);
 void twostroke_rotary(Threads*, const Rows*, int32_t, int32_t, const float*, const float*, int32_t, int32_t);
@@ -36,7 +37,11 @@ struct Step {
     const AttendSpan* spans;
     int32_t *refused, *non_finite;  // [rows]: scratch, and the sum over layers (zeros at first)
     int32_t rows, kind, num_spans, hidden, heads, kv_heads, width, ffn, activation, half[2];
+    // Rows whose last layer nobody reads leave keys and values there and nothing else: first a call for all rows that ends
+    // with those (1), then one of the last layer alone for the rows that are read, whose keys are stored already (2).
+    int32_t last_layer;
 };
+enum LastLayer : int32_t { WHOLE = 0, KEYS_ONLY = 1, QUERIES_ONLY = 2 };
 
 }  // extern "C"
 
@@ -50,6 +55,7 @@ class Stack {
         norm(s_.x, nullptr, layers[0].attention_norm, s_.h);
         for (int i = 0; i < count; i++) {
             const Layer& layer = layers[i];
+            if (i + 1 == count && s_.last_layer == KEYS_ONLY) return keep(layer);
             attend(layer);
             if (layer.after_attention.weight) norm(s_.delta, nullptr, layer.after_attention, s_.delta);
             norm(s_.x, s_.delta, layer.ffn_norm, s_.h);
@@ -76,29 +82,63 @@ class Stack {
         twostroke_linear(threads_, &by, &from, &to, activation, columns, s_.scratch);
     }
 
-    void attend(const Layer& layer) {
-        const int q = s_.heads * s_.width, kv = s_.kv_heads * s_.width, all = q + 2 * kv, rope = layer.rope;
-        linear(layer.qkv, s_.h, s_.hidden, s_.qkv, all, simd::NONE);
-        const Rows queries = rows(s_.qkv, all), keys = rows(s_.qkv, all, q), values = rows(s_.qkv, all, q + kv);
-        if (layer.q_norm.weight) {
-            twostroke_rms_norm(threads_, &queries, nullptr, layer.q_norm.weight, layer.q_norm.eps, s_.heads, s_.width,
-                               &queries);
-            twostroke_rms_norm(threads_, &keys, nullptr, layer.k_norm.weight, layer.k_norm.eps, s_.kv_heads, s_.width,
-                               &keys);
-        }
-        twostroke_rotary(threads_, &queries, s_.heads + s_.kv_heads, s_.width, s_.cos[rope], s_.sin[rope],
-                         s_.half[rope], 0);
-        store(layer, keys, values);
-        Attend job{};
-        job.queries[0] = queries, job.keys[0] = layer.keys, job.values = layer.values;
-        job.out = rows(s_.mixed, q), job.spans = s_.spans, job.num_parts = 1, job.num_spans = s_.num_spans;
-        job.heads = s_.heads, job.window = layer.window, job.scale = layer.scale, job.softcap = layer.softcap;
-        twostroke_attend(threads_, &job);
-        linear(layer.output, s_.mixed, q, s_.delta, s_.hidden, simd::NONE);
+    // Columns [first, first + columns) of a matrix; `first` begins a panel.
+    Matrix slice(const Matrix& by, int first, int columns) const {
+        Matrix part = by;
+        part.panels = (const char*)by.panels + twostroke_panel_bytes(by.kind, first, by.inner, s_.kind == BFLOAT16);
+        if (by.scales) part.scales = by.scales + first;
+        if (by.bias) part.bias = by.bias + first;
+        part.columns = columns;
+        return part;
     }
 
-    void store(const Layer& layer, const Rows& keys, const Rows& values) {
-        const StorePart parts[2] = {part(layer.keys, keys), part(layer.values, values)};
+    int queries() const { return s_.heads * s_.width; }
+    int kept() const { return s_.kv_heads * s_.width; }
+    Rows head_rows(int first) const { return rows(s_.qkv, queries() + 2 * kept(), first); }
+
+    void project(const Matrix& by, int first, int columns) {
+        const Rows from = rows(s_.h, s_.hidden), to = head_rows(first);
+        twostroke_linear(threads_, &by, &from, &to, simd::NONE, columns, s_.scratch);
+    }
+    void norm_heads(const NormWeight& by, const Rows& x, int heads) {
+        if (by.weight) twostroke_rms_norm(threads_, &x, nullptr, by.weight, by.eps, heads, s_.width, &x);
+    }
+    void rotate(const Layer& layer, const Rows& x, int heads) {
+        const int rope = layer.rope;
+        twostroke_rotary(threads_, &x, heads, s_.width, s_.cos[rope], s_.sin[rope], s_.half[rope], 0);
+    }
+
+    void attend(const Layer& layer) {
+        const bool stores = s_.last_layer != QUERIES_ONLY;
+        const Rows q = head_rows(0), k = head_rows(queries());
+        if (stores)
+            project(layer.qkv, 0, queries() + 2 * kept());
+        else
+            project(slice(layer.qkv, 0, queries()), 0, queries());
+        norm_heads(layer.q_norm, q, s_.heads);
+        if (stores) norm_heads(layer.k_norm, k, s_.kv_heads);
+        rotate(layer, q, s_.heads + (stores ? s_.kv_heads : 0));
+        if (stores) store(layer);
+        Attend job{};
+        job.queries[0] = q, job.keys[0] = layer.keys, job.values = layer.values;
+        job.out = rows(s_.mixed, queries()), job.spans = s_.spans, job.num_parts = 1, job.num_spans = s_.num_spans;
+        job.heads = s_.heads, job.window = layer.window, job.scale = layer.scale, job.softcap = layer.softcap;
+        twostroke_attend(threads_, &job);
+        linear(layer.output, s_.mixed, queries(), s_.delta, s_.hidden, simd::NONE);
+    }
+
+    // Keys and values alone.
+    void keep(const Layer& layer) {
+        const Rows k = head_rows(queries());
+        project(slice(layer.qkv, queries(), 2 * kept()), queries(), 2 * kept());
+        norm_heads(layer.k_norm, k, s_.kv_heads);
+        rotate(layer, k, s_.kv_heads);
+        store(layer);
+    }
+
+    void store(const Layer& layer) {
+        const StorePart parts[2] = {part(layer.keys, head_rows(queries())),
+                                    part(layer.values, head_rows(queries() + kept()))};
         twostroke_write(threads_, parts, 2, s_.slots, s_.rows, s_.refused);
         for (int r = 0; r < s_.rows; r++) s_.non_finite[r] += s_.refused[r];
     }

@@ -14,6 +14,7 @@ from typing import Any
 from .build import built_library
 
 FLOAT32, BFLOAT16, INT8, FP8 = range(4)
+WHOLE, KEYS_ONLY, QUERIES_ONLY = range(3)  # what a call does of its last layer
 LANES = 16  # columns per panel
 ALIGNMENT = 64
 
@@ -125,6 +126,7 @@ class Step(ctypes.Structure):
         *((name, c_int32) for name in ("rows", "kind", "num_spans", "hidden", "heads", "kv_heads", "width", "ffn")),
         ("activation", c_int32),
         ("half", c_int32 * 2),
+        ("last_layer", c_int32),
     )
 
 

@@ -30,7 +30,8 @@ constexpr int WIDE_ROWS = 4, WIDE_PANELS = 1;
 constexpr int TALL_ROWS = 4;
 #endif
 // How far ahead of the kernel weights are asked for: measured. One panel alone is one long stream.
-constexpr int PREFETCH_BYTES = 2048, PREFETCH_ONE_PANEL_BYTES = 8192;
+constexpr int PREFETCH_BYTES = 4096, PREFETCH_ONE_PANEL_BYTES = 4096;
+constexpr int64_t CACHED_BYTES = 512 << 10;  // of panels that stay in a core's own cache while rows pass
 
 // What one k-step of a panel is: as stored, and as multiplied.
 template <int KIND, bool PAIRS>
@@ -87,7 +88,7 @@ void put(const Job& job, int row, int column, F32 v) {
     if (job.out.kind == BFLOAT16) {
         uint16_t* to = (uint16_t*)job.out.data + at;
         if (count == LANES) return store_bf16(to, v);
-        const U16x16 bits = narrow(v);
+        const U16x16 bits = rounded(v);
         std::memcpy(to, &bits, 2 * count);
     } else {
         std::memcpy((float*)job.out.data + at, &v, 4 * count);
@@ -99,7 +100,7 @@ void put_linear(const Job& job, int row, int panel, F32 acc) {
 // Gate and up are rounded as if they had been stored, so that the fused form changes no bit.
 void put_gated(const Job& job, int row, int panel, F32 gate, F32 up) {
     gate = finished(*job.matrix, panel, gate), up = finished(*job.matrix, panel + 1, up);
-    if (job.out.kind == BFLOAT16) gate = widen(narrow(gate)), up = widen(narrow(up));
+    if (job.out.kind == BFLOAT16) gate = widen(rounded(gate)), up = widen(rounded(up));
     put(job, row, panel / 2 * LANES, activate(gate, job.activation) * up);
 }
 
@@ -117,7 +118,7 @@ void kernel(const Job& job, const uint32_t* x, int first_row, int real_rows, int
         U32 weights[PANELS][P::STEPS];
 #pragma GCC unroll 2
         for (int p = 0; p < PANELS; p++) {
-            __builtin_prefetch(w + p * panel_bytes + (PANELS == 1 ? PREFETCH_ONE_PANEL_BYTES : PREFETCH_BYTES));
+            __builtin_prefetch(w + p * panel_bytes + (PANELS == 1 ? PREFETCH_ONE_PANEL_BYTES : PREFETCH_BYTES), 0, 2);
             P::take(w + p * panel_bytes, weights[p]);
         }
 #pragma GCC unroll 2
@@ -198,15 +199,16 @@ void multiply(const Job& job, Threads& threads) {
     const int num_panels = (job.matrix->columns + LANES - 1) / LANES;
     const int size = block_rows(job.num_rows);
     // A part is so many panels that a cache holds them while all rows pass, and that every thread gets several.
-    const int group = std::max(2, std::min(8, num_panels / (threads.count() * 4)) / 2 * 2);
+    const int held = (int)(CACHED_BYTES / ((int64_t)job.steps * P::STEP_BYTES));
+    const int group = std::max(2, std::min({8, held, num_panels / (threads.count() * 4)}) / 2 * 2);
     threads.share((num_panels + group - 1) / group, [&](int part) {
         const int end = std::min(num_panels, (part + 1) * group);
         F32 gates[TALL_ROWS];
-        for (int panel = part * group; panel < end; panel += 2)
-            for (int first = 0; first < job.num_rows; first += size) {
+        for (int first = 0; first < job.num_rows; first += size)
+            for (int panel = part * group; panel < end; panel += 2) {
                 const int rows = std::min(size, job.num_rows - first);
                 const uint32_t* x = job.packed + (int64_t)first * job.steps;
-                if (panel + 1 < end && WIDE_PANELS == 2) {
+                if (panel + 1 < end && WIDE_PANELS == 2 && job.num_rows > 1) {
                     block<P, WIDE_PANELS>(job, x, first, rows, panel, gates);
                     continue;
                 }

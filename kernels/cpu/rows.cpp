@@ -33,9 +33,10 @@ inline F32 get(const void* data, int kind, int64_t at, int count) {
     std::memcpy(&v, (const float*)data + at, 4 * std::max(count, 0));
     return v;
 }
+template <U16x16 (*ROUND)(F32) = rounded>
 inline void put(void* data, int kind, int64_t at, int count, F32 v) {
     if (kind == BFLOAT16) {
-        U16x16 bits = narrow(v);
+        U16x16 bits = ROUND(v);
         if (count >= LANES)
             store((uint16_t*)data + at, bits);
         else
@@ -46,8 +47,6 @@ inline void put(void* data, int kind, int64_t at, int count, F32 v) {
         std::memcpy((float*)data + at, &v, 4 * count);
     }
 }
-F32 rounded(F32 v, int kind) { return kind == BFLOAT16 ? widen(narrow(v)) : v; }
-
 // One vector; x, delta and out of one kind.
 template <int KIND>
 void norm(void* x, int64_t at, const void* delta, int64_t from, const float* weight, float eps, int width, void* out,
@@ -56,7 +55,8 @@ void norm(void* x, int64_t at, const void* delta, int64_t from, const float* wei
     for (int i = 0; i < width; i += LANES) {
         F32 v = get(x, KIND, at + i, width - i);
         if (delta) {
-            v = rounded(v + get(delta, KIND, from + i, width - i), KIND);
+            v = v + get(delta, KIND, from + i, width - i);
+            if (KIND == BFLOAT16) v = widen(rounded(v));
             put(x, KIND, at + i, width - i, v);
         }
         total = fma(v, v, total);
@@ -124,12 +124,9 @@ namespace {
 // An e4m3 row with its power-of-two scale; the definition is kernels/reference.py: fp8_encode. False: not finite.
 bool encode_fp8(const Rows& x, int64_t at, int width, uint8_t* payload, uint8_t* scale) {
     U32 top{};
-    for (int i = 0; i < width; i += LANES) {
-        U32 bits = (U32)absolute(get(x.data, x.kind, at + i, width - i));
-        top = (U32)(((I32)bits & (I32)(bits > top)) | ((I32)top & ~(I32)(bits > top)));
-    }
-    uint32_t amax = 0;
-    for (int i = 0; i < LANES; i++) amax = std::max(amax, (uint32_t)top[i]);
+    for (int i = 0; i < width; i += LANES)
+        top = larger_u32(top, (U32)absolute(get(x.data, x.kind, at + i, width - i)));
+    const uint32_t amax = largest_u32(top);
     const bool finite = amax < 0x7F800000u;
     int byte = (int)(amax >> 23) - 8 + ((amax & 0x7FFFFFu) > 0x600000u);
     byte = finite ? std::min(std::max(byte, 11), 246) : 0;
@@ -168,7 +165,7 @@ bool encode_plain(const Rows& x, int64_t at, int width, uint8_t* payload, int co
             v = select(v < limit, v, limit);
             v = select(v > -limit, v, -limit);
         }
-        put(payload, codec, i, width - i, v);
+        put<narrow>(payload, codec, i, width - i, v);  // stored bytes are the definition's, subnormals too
     }
     return finite;
 }

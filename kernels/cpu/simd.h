@@ -61,6 +61,24 @@ inline F32 larger(F32 a, F32 b) {
 }
 inline F32 absolute(F32 a) { return (F32)((U32)a & 0x7FFFFFFFu); }
 
+inline U32 larger_u32(U32 a, U32 b) {
+#if defined(__AVX512F__)
+    return (U32)_mm512_max_epu32((__m512i)a, (__m512i)b);
+#else
+    const I32 greater = (I32)(a > b);
+    return (U32)(((I32)a & greater) | ((I32)b & ~greater));
+#endif
+}
+inline uint32_t largest_u32(U32 v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_epu32((__m512i)v);
+#else
+    uint32_t top = 0;
+    for (int i = 0; i < LANES; i++) top = v[i] > top ? v[i] : top;
+    return top;
+#endif
+}
+
 // Lane 0 with 8, 1 with 9 ... then 0 with 4 ...: a fixed tree.
 inline float sum(F32 v) {
 #if defined(__AVX512F__)
@@ -131,7 +149,15 @@ inline U16x16 narrow(F32 v) {
     return __builtin_convertvector((U32)(((I32)quiet & is_nan) | ((I32)rounded & ~is_nan)), U16x16);
 #endif
 }
-inline void store_bf16(uint16_t* p, F32 v) { store(p, narrow(v)); }
+// The same where subnormals may become zero: what a CPU's own instruction does.
+inline U16x16 rounded(F32 v) {
+#if defined(__AVX512BF16__)
+    return (U16x16)_mm512_cvtneps_pbh((__m512)v);
+#else
+    return narrow(v);
+#endif
+}
+inline void store_bf16(uint16_t* p, F32 v) { store(p, rounded(v)); }
 
 inline float to_float(uint16_t bits) {
     uint32_t wide = (uint32_t)bits << 16;
@@ -291,9 +317,13 @@ inline F32 exponential(F32 x) {
     p = fma(p, r, splat(1.6666665459e-1f));
     p = fma(p, r, splat(5.0000001201e-1f));
     p = fma(p, r * r, r + splat(1.0f));
+#if defined(__AVX512F__)
+    F32 scaled = (F32)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
     I32 power = __builtin_convertvector(n, I32);
     I32 first = power >> 1;  // in two factors: 2**128 is no float32
     F32 scaled = p * (F32)((first + 127) << 23) * (F32)((power - first + 127) << 23);
+#endif
     return select(x < splat(-87.33654f), splat(0.0f), scaled);
 }
 

@@ -1,17 +1,22 @@
 // A few threads that share one piece of work at a time, taken in small parts. Knows nothing of what is computed.
+//
+// Each thread begins with a stretch of its own, so that it reads what lies together and finds in its cache what it wrote
+// there before; who is done takes from the others.
 #pragma once
 
 #include <atomic>
 #include <condition_variable>
+#include <cstdint>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
 
 class Threads {
    public:
-    explicit Threads(int count) {
-        for (int i = 1; i < count; i++) others_.emplace_back([this] { serve(); });
+    explicit Threads(int count) : stretches_(new Stretch[count]) {
+        for (int i = 1; i < count; i++) others_.emplace_back([this, i] { serve(i); });
     }
     ~Threads() {
         {
@@ -31,15 +36,17 @@ class Threads {
             return;
         }
         part_ = &part;
-        num_parts_ = num_parts;
-        next_.store(0, std::memory_order_relaxed);
+        for (int t = 0; t < count(); t++) {
+            stretches_[t].next.store((int)((int64_t)num_parts * t / count()), std::memory_order_relaxed);
+            stretches_[t].end = (int)((int64_t)num_parts * (t + 1) / count());
+        }
         busy_.store((int)others_.size(), std::memory_order_relaxed);
         turn_.fetch_add(1, std::memory_order_seq_cst);
         if (asleep_.load(std::memory_order_seq_cst)) {
             std::lock_guard<std::mutex> guard(mutex_);
             wake_.notify_all();
         }
-        take_parts();
+        take_parts(0);
         for (int spin = 0; busy_.load(std::memory_order_acquire); spin++) rest(spin);
     }
 
@@ -55,10 +62,13 @@ class Threads {
             std::this_thread::yield();
         }
     }
-    void take_parts() {
-        for (int i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < num_parts_;) (*part_)(i);
+    void take_parts(int thread) {
+        for (int t = 0; t < count(); t++) {
+            Stretch& stretch = stretches_[(thread + t) % count()];
+            for (int i; (i = stretch.next.fetch_add(1, std::memory_order_relaxed)) < stretch.end;) (*part_)(i);
+        }
     }
-    void serve() {
+    void serve(int thread) {
         unsigned seen = 0;
         for (;;) {
             int spin = 0;
@@ -71,17 +81,22 @@ class Threads {
             }
             seen++;
             if (ends_) return;
-            take_parts();
+            take_parts(thread);
             busy_.fetch_sub(1, std::memory_order_release);
         }
     }
 
+    struct alignas(64) Stretch {
+        std::atomic<int> next{0};
+        int end = 0;
+    };
+
+    std::unique_ptr<Stretch[]> stretches_;
     std::vector<std::thread> others_;
     std::mutex mutex_;
     std::condition_variable wake_;
     std::atomic<unsigned> turn_{0};
-    std::atomic<int> next_{0}, busy_{0}, asleep_{0};
+    std::atomic<int> busy_{0}, asleep_{0};
     const std::function<void(int)>* part_ = nullptr;
-    int num_parts_ = 0;
     bool ends_ = false;
 };

@@ -4,7 +4,7 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, replace, replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from twostroke.core.errors import ConfigError
 from twostroke.core.request import SamplingParams, SequenceKey
 from twostroke.kv.block import BlockId
 from twostroke.kv.store import KvStore
-from twostroke.model.batch import build_batch
+from twostroke.model.batch import build_batch, read_whole
 from twostroke.model.config_json import load_spec
 from twostroke.model.decoder import Decoder
 from twostroke.model.device import KernelsChoice
@@ -122,8 +122,10 @@ class Hand:
         """Let a new sequence hold the leading whole blocks of another's."""
         self.tables[name] = self.tables[other][: tokens // self.store.block_tokens]
 
-    def logits(self, work: Sequence[tuple[str, int, Sequence[int]]]) -> list[torch.Tensor]:
-        """One step over (sequence, start, ids); logits [len(ids), vocab] of each."""
+    def logits(
+        self, work: Sequence[tuple[str, int, Sequence[int]]], read_rows: Sequence[int] | None = None
+    ) -> list[torch.Tensor]:
+        """One step over (sequence, start, ids); logits [len(ids), vocab] of each. `read_rows`: only these mean anything."""
         steps = [
             SequenceStep(
                 SequenceKey(name, 0),
@@ -140,6 +142,7 @@ class Hand:
         plan = StepPlan(0, tuple(steps))
         with torch.inference_mode():
             batch = build_batch(plan, [s.token_ids for s in steps], self.store.block_tokens, self.decoder.ops)
+            batch = read_whole(batch) if read_rows is None else replace(batch, read_rows=torch.tensor(read_rows).long())
             logits = self.decoder.logits(self.decoder.hidden(batch, self.store).rows)
         return [logits[row : row + s.num_tokens] for row, s in zip(batch.first_rows, steps, strict=True)]
 
