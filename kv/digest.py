@@ -39,6 +39,8 @@ U64 = NDArray[np.uint64]
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _SCALE_WORD = 0xFFFF  # the column of the key table that belongs to the scale byte
 _MULTIPLIER, _ADDEND, _TABLE = 1, 2, 3  # one stream of keys each
+_HASH_BLOCK_BITS = 24
+MAX_HASH_BLOCKS = 1 << _HASH_BLOCK_BITS
 _CHUNK_BYTES = 1 << 20  # digest this much at a time: the widened words stay in the cache
 
 
@@ -51,7 +53,7 @@ def places(layers: ArrayLike, component: int, heads: ArrayLike, hash_blocks: Arr
         ValueError: a number is outside its limit.
     """
     words = [_bounded("layers", layers, 16), _bounded("component", component, 8)]
-    words += [_bounded("heads", heads, 16), _bounded("hash_blocks", hash_blocks, 24)]
+    words += [_bounded("heads", heads, 16), _bounded("hash_blocks", hash_blocks, _HASH_BLOCK_BITS)]
     layer, part, head, block = words
     place: U64 = (layer << np.uint64(48)) | (part << np.uint64(40)) | (head << np.uint64(24)) | block
     return place

@@ -23,7 +23,7 @@ from ..core.errors import KvCorrupted
 from ..kernels.reference import Planes
 from .block import BlockId
 from .codec import U8, Codec, transcode
-from .digest import U64, frame_digests, places, unit_digests
+from .digest import MAX_HASH_BLOCKS, U64, frame_digests, places, unit_digests
 from .planes_cpu import CpuPlanes
 from .section import SectionData
 from .spec import COMPONENT_NUMBERS, HASH_BLOCK_TOKENS, Component, KvSpec
@@ -85,6 +85,7 @@ class KvStore:
         else:
             self._components += [CpuPlanes(c, *self._shape) for c in spec.main.components]
         self._layers = np.arange(spec.main.num_layers)
+        self._first_places = {c.name: self._place_words_of(c, np.zeros(1, np.int64)) for c in spec.main.components}
         self._planes = [tuple(c.planes(layer) for c in self._components) for layer in range(spec.main.num_layers)]
         per_block = block_tokens // HASH_BLOCK_TOKENS
         self._sealed_generation = np.full((num_blocks, per_block), _NOT_SEALED, np.int64)
@@ -326,9 +327,14 @@ class KvStore:
         return frame_digests(payload, scales, words, self._key, HASH_BLOCK_TOKENS)
 
     def _place_words(self, store: ComponentStore, hash_blocks: NDArray[np.int64]) -> U64:
-        heads = np.arange(store.component.heads)
-        number = COMPONENT_NUMBERS[store.component.name]
-        return places(self._layers[:, None, None], number, heads[:, None], hash_blocks)
+        """Of rising hash blocks. Where they are, only the lowest bits differ from those of the first."""
+        if hash_blocks[-1] >= MAX_HASH_BLOCKS:
+            return self._place_words_of(store.component, hash_blocks)  # which refuses it
+        return self._first_places[store.component.name] | hash_blocks.astype(np.uint64)
+
+    def _place_words_of(self, component: Component, hash_blocks: NDArray[np.int64]) -> U64:
+        heads = np.arange(component.heads)
+        return places(self._layers[:, None, None], COMPONENT_NUMBERS[component.name], heads[:, None], hash_blocks)
 
     def _gather(self, store: ComponentStore, held: HeldTokens) -> tuple[U8, U8 | None]:
         """Copies: payload [layers, heads, tokens, row_bytes] and scales [layers, heads, tokens]."""

@@ -73,25 +73,31 @@ def build_batch(plan: StepPlan, token_ids: Sequence[Sequence[int]], block_tokens
     spare = -row % ops.row_multiple
     sampled = tuple(i for i, step in enumerate(plan.sequences) if step.samples)
     last_rows = [first_rows[i] + plan.sequences[i].num_tokens - 1 for i in sampled]
-    scored = [first + i for first, step in zip(first_rows, plan.sequences, strict=True) for i in range(len(step.targets))]
+    scored = [
+        first + i for first, step in zip(first_rows, plan.sequences, strict=True) for i in range(len(step.targets))
+    ]
     read_rows = sorted({*last_rows, *scored}) if scored else last_rows
     last_rows = last_rows + [0] * (-len(last_rows) % ops.row_multiple)
     return StepBatch(
-        token_ids=torch.tensor([i for ids in token_ids for i in ids] + [0] * spare),
+        token_ids=_int64([i for ids in token_ids for i in ids] + [0] * spare),
         positions=_joined(positions, spare, 0),
         slots=_joined(slots, spare, -1),
         attention=ops.lay_out(spans, block_tokens),
         first_rows=tuple(first_rows),
         sampled=sampled,
-        sample_rows=torch.tensor(last_rows, dtype=torch.int64),
-        read_rows=torch.tensor(read_rows, dtype=torch.int64),
+        sample_rows=_int64(last_rows),
+        read_rows=_int64(read_rows),
     )
+
+
+def _int64(numbers: Sequence[int]) -> Tensor:
+    return torch.from_numpy(np.array(numbers, np.int64))  # `torch.tensor` takes several times as long for a short list
 
 
 def _joined(parts: Sequence[Sequence[int] | NDArray[np.int64]], spare: int, padding: int) -> Tensor:
     """int64 [rows]: all parts, then padding."""
     if all(len(part) == 1 for part in parts):
-        return torch.tensor([int(part[0]) for part in parts] + [padding] * spare, dtype=torch.int64)
+        return _int64([int(part[0]) for part in parts] + [padding] * spare)
     return torch.from_numpy(np.concatenate([*parts, np.full(spare, padding)]).astype(np.int64, copy=False))
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from ..kernels.reference import Planes
 from .composed import store_heads
 from .int8 import to_int8
 from .ops import Activation, AttentionKind, Linear, Norm, Quantization, Span
+from .sampling.extremes import Extremes
+from .sampling.noise import F32
 from .step import LayerStep
 
 ACTIVATIONS = ("silu", "gelu_tanh")  # by their numbers in kernels/cpu/simd.h
@@ -44,14 +47,27 @@ class PackedLinear:
         return sum(part.nbytes for part in (self.panels, self.scales, self.bias) if part is not None)
 
 
-@dataclass(slots=True, eq=False)
+_SPAN = np.dtype([("blocks", np.uint64), *((name, np.int32) for name in ("row", "start", "count", "reserved"))])
+assert _SPAN.itemsize == ctypes.sizeof(native.AttendSpan)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class StepSpans:
     """A step's spans as the kernel reads them."""
 
-    spans: ctypes.Array[native.AttendSpan]
-    count: int
+    spans: NDArray[np.void]  # native.AttendSpan each
     num_rows: int
-    tables: list[NDArray[np.int32]] = field(default_factory=list)  # what the spans point to
+    blocks: NDArray[np.int32]  # what the spans point to
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self.spans)
+
+    @property
+    def address(self) -> int:
+        """Of the first."""
+        return self.spans.ctypes.data
 
 
 class NativeOps:
@@ -79,7 +95,13 @@ class NativeOps:
             self._library.stop_threads(self._threads)
 
     def pack(
-        self, matrix: Tensor, bias: Tensor | None = None, *, exact: bool = False, gated: bool = False
+        self,
+        matrix: Tensor,
+        bias: Tensor | None = None,
+        *,
+        exact: bool = False,
+        gated: bool = False,
+        wide: bool = False,
     ) -> PackedLinear:
         """Copy a matrix [out, in] into panels: in the compute dtype, or int8 with one scale per output.
 
@@ -100,7 +122,9 @@ class NativeOps:
         panels = take_memory(self._library.panel_bytes(kind, columns, inner, pairs))
         self._library.pack(held.data_ptr(), held.element_size(), columns, inner, pairs, panels.data_ptr())
         scales, bias = _whole_panels(scales), _whole_panels(bias)
-        packed = native.Matrix(panels.data_ptr(), address(scales), address(bias), kind, columns, inner, int(exact))
+        packed = native.Matrix(
+            panels.data_ptr(), address(scales), address(bias), kind, columns, inner, int(exact or wide)
+        )
         return PackedLinear(packed, panels, scales, bias, takes, width)
 
     def prepare(self) -> None:
@@ -135,6 +159,15 @@ class NativeOps:
     def run_layers(self, layers: ctypes.Array[native.Layer], step: native.Step) -> None:
         """See `native_stack.py`."""
         self._library.layers(self._threads, layers, len(layers), step)
+
+    def extremes(self, logits: F32) -> Extremes:
+        """See `kernels/cpu/rows.cpp`."""
+        assert logits.flags.c_contiguous
+        found = Extremes(np.empty(len(logits), np.float32), np.empty(len(logits), np.int32))
+        rows = native.Rows(logits.ctypes.data, logits.shape[1], len(logits), native.FLOAT32)
+        least, greatest = found.least.ctypes.data, found.greatest.ctypes.data
+        self._library.extremes(self._threads, rows, logits.shape[1], least, greatest)
+        return found
 
     def rms_norm(self, x: Tensor, norm: Norm) -> Tensor:
         """Normalise the last axis; x may be a view with wider rows."""
@@ -182,12 +215,13 @@ class NativeOps:
 
     def lay_out(self, spans: Sequence[Span], block_tokens: int) -> StepSpans:
         """Block tables as the kernel reads them."""
-        layout = StepSpans((native.AttendSpan * len(spans))(), len(spans), sum(span.count for span in spans))
-        for job, span in zip(layout.spans, spans, strict=True):
-            table = np.array(span.blocks, np.int32)
-            layout.tables.append(table)
-            job.blocks, job.row, job.start, job.count = table.ctypes.data, span.row, span.start, span.count
-        return layout
+        sizes = [len(span.blocks) for span in spans]
+        blocks = np.fromiter(chain.from_iterable(span.blocks for span in spans), np.int32, sum(sizes))
+        described = np.zeros(len(spans), _SPAN)
+        described["blocks"] = blocks.ctypes.data + blocks.itemsize * (np.cumsum(sizes) - sizes)
+        for name in ("row", "start", "count"):
+            described[name] = [getattr(span, name) for span in spans]
+        return StepSpans(described, int(described["count"].sum()), blocks)
 
     def attend(
         self,
@@ -203,7 +237,7 @@ class NativeOps:
         value_width = row_bytes * width // keys[0].payload.shape[-1]  # of one codec, all of them
         make = torch.empty if rows == layout.num_rows else torch.zeros
         out = make(rows, heads, value_width, dtype=self.dtype)
-        job = native.Attend(num_parts=len(queries), num_spans=layout.count, heads=heads, spans=layout.spans)
+        job = native.Attend(num_parts=len(queries), num_spans=layout.count, heads=heads, spans=layout.address)
         job.window, job.scale, job.softcap = kind.window or 0, kind.scale, kind.softcap or 0.0
         for i, (q, plane) in enumerate(zip(queries, keys, strict=True)):
             job.queries[i], job.keys[i] = _rows(q), native_plane(plane, q.shape[-1])
@@ -212,16 +246,12 @@ class NativeOps:
         return out
 
 
-def single_rows(spans: StepSpans, rows: Sequence[int]) -> StepSpans:
+def single_rows(spans: StepSpans, rows: NDArray[np.int64]) -> StepSpans:
     """Some rows of a step (in order), each as a span of its own, in a batch that holds nothing else."""
-    layout = StepSpans((native.AttendSpan * len(rows))(), len(rows), len(rows), spans.tables)
-    place = 0
-    for i, row in enumerate(rows):
-        while row >= spans.spans[place].row + spans.spans[place].count:
-            place += 1
-        span, job = spans.spans[place], layout.spans[i]
-        job.blocks, job.row, job.start, job.count = span.blocks, i, span.start + row - span.row, 1
-    return layout
+    of = spans.spans[np.searchsorted(spans.spans["row"], rows, side="right") - 1]  # each row's own
+    single = of.copy()
+    single["row"], single["start"], single["count"] = np.arange(len(rows)), of["start"] + rows - of["row"], 1
+    return StepSpans(single, len(rows), spans.blocks)
 
 
 def _rows(x: Tensor) -> native.Rows:

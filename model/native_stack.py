@@ -7,12 +7,15 @@ are those of op by op. While it runs, the GIL is free for the worker's face.
 from __future__ import annotations
 
 import ctypes
+from itertools import accumulate
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from ..kernels.cpu import library as native
+from ..kernels.cpu.memory import take_memory
 from ..kv.store import KvStore
 from .batch import StepBatch
 from .native_ops import ACTIVATIONS, KINDS, NativeOps, PackedLinear, StepSpans, address, native_plane, single_rows
@@ -22,6 +25,16 @@ from .weights import DenseWeights, LayerWeights, PlainWeights, Weights
 
 _MAX_ROPES = 2
 Angles = list[tuple[Tensor, ...]]  # per rope: cos and sin [rows, half] float32
+
+
+class _Rows(NamedTuple):
+    """Rows of a step on their way through layers; the last two are None where keys and values are stored already."""
+
+    x: Tensor  # [rows, hidden], becomes the residual stream
+    angles: Angles
+    spans: StepSpans
+    slots: Tensor | None
+    non_finite: Tensor | None
 
 
 class NativeStack:
@@ -35,6 +48,7 @@ class NativeStack:
         assert isinstance(attention, PlainAttention)
         # Keys begin a panel of their own: they can be computed without the queries before them.
         self._splits = attention.num_heads * attention.head_dim % native.LANES == 0
+        self._memory = take_memory(0)
         self._layers: WeakKeyDictionary[KvStore, ctypes.Array[native.Layer]] = WeakKeyDictionary()
 
     @staticmethod
@@ -51,59 +65,59 @@ class NativeStack:
     def run(self, x: Tensor, angles: Angles, batch: StepBatch, store: KvStore) -> Tensor:
         """All layers over rows x [rows, hidden], which become the residual stream; int32 [rows] as `Hidden` has it.
 
-        Of rows that are not in `batch.read_rows` the last layer leaves keys and values alone, and their x means nothing.
+        Of rows outside `batch.read_rows` the last layer leaves keys and values and nothing else: their x means nothing.
         """
         layers = self._layers.get(store)
         if layers is None:
             layers = self._layers[store] = self._describe(store)
         non_finite = torch.zeros(len(x), dtype=torch.int32)
-        spans: StepSpans = batch.attention
-        if not self._splits or len(batch.read_rows) == len(x):
-            self._run(layers, x, angles, spans, batch.slots, non_finite, native.WHOLE)
-            return non_finite
-        self._run(layers, x, angles, spans, batch.slots, non_finite, native.KEYS_ONLY)
+        rows = _Rows(x, angles, batch.attention, batch.slots, non_finite)
         read = batch.read_rows
+        if not self._splits or len(read) == len(x):
+            self._run(layers, rows, native.WHOLE)
+            return non_finite
+        self._run(layers, rows, native.KEYS_ONLY)
         if len(read):
-            rows, angles = x[read], [tuple(part[read] for part in rope) for rope in angles]
             last = (native.Layer * 1)(layers[len(layers) - 1])
-            self._run(last, rows, angles, single_rows(spans, read.tolist()), None, None, native.QUERIES_ONLY)
-            x[read] = rows
+            spoken = x[read]
+            turned = [tuple(part[read] for part in rope) for rope in angles]
+            rows = _Rows(spoken, turned, single_rows(batch.attention, read.numpy()), None, None)
+            self._run(last, rows, native.QUERIES_ONLY)
+            x[read] = spoken
         return non_finite
 
-    def _run(
-        self,
-        layers: ctypes.Array[native.Layer],
-        x: Tensor,
-        angles: Angles,
-        spans: StepSpans,
-        slots: Tensor | None,
-        non_finite: Tensor | None,
-        last_layer: int,
-    ) -> None:
-        spec, rows = self._spec, len(x)
+    def _run(self, layers: ctypes.Array[native.Layer], rows: _Rows, last_layer: int) -> None:
+        spec, x, spans, count = self._spec, rows.x, rows.spans, len(rows.x)
         attention, ffn = spec.attention, spec.layers[0].ffn
         assert isinstance(attention, PlainAttention)
         assert isinstance(ffn, DenseFfn)
         q_width = attention.num_heads * attention.head_dim
         qkv_width = q_width + 2 * attention.num_kv_heads * attention.head_dim
-        made = torch.zeros if rows != spans.num_rows else torch.empty  # rows of no span must read as zero
-        mixed = made(rows, q_width, dtype=x.dtype)
-        buffers = [torch.empty(rows, n, dtype=x.dtype) for n in (spec.hidden_size, qkv_width, ffn.width)]
-        h, qkv, gated = buffers
-        delta = torch.empty_like(h)
-        refused = torch.empty(rows, dtype=torch.int32)
-        widest = max(spec.hidden_size, q_width, ffn.width)
+        widths = (spec.hidden_size, qkv_width, q_width, ffn.width, spec.hidden_size)
+        h, qkv, mixed, gated, delta = self._room(count, widths, x.dtype)
+        if count != spans.num_rows:
+            mixed.zero_()  # rows of no span must read as zero
+        refused = torch.empty(count, dtype=torch.int32)
         step = native.Step(
             x.data_ptr(), h.data_ptr(), qkv.data_ptr(), mixed.data_ptr(), gated.data_ptr(), delta.data_ptr(),
-            self._ops.scratch_for(rows, widest), slots=address(slots), spans=spans.spans,
-            refused=refused.data_ptr(), non_finite=address(non_finite), rows=rows, kind=KINDS[x.dtype],
-            num_spans=spans.count, hidden=spec.hidden_size, heads=attention.num_heads,
+            self._ops.scratch_for(count, max(spec.hidden_size, q_width, ffn.width)), slots=address(rows.slots),
+            spans=spans.address, refused=refused.data_ptr(), non_finite=address(rows.non_finite), rows=count,
+            kind=KINDS[x.dtype], num_spans=spans.count, hidden=spec.hidden_size, heads=attention.num_heads,
             kv_heads=attention.num_kv_heads, width=attention.head_dim, ffn=ffn.width,
             activation=ACTIVATIONS.index(spec.activation), last_layer=last_layer,
         )  # fmt: skip
-        for i, (cos, sin) in enumerate(angles):
+        for i, (cos, sin) in enumerate(rows.angles):
             step.cos[i], step.sin[i], step.half[i] = cos.data_ptr(), sin.data_ptr(), cos.shape[1]
         self._ops.run_layers(layers, step)
+
+    def _room(self, count: int, widths: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """What rows pass through, [count, width] each, until the next call: as much memory as the largest step took."""
+        sizes = [count * width * dtype.itemsize for width in widths]
+        sizes = [size + -size % native.ALIGNMENT for size in sizes]
+        if sum(sizes) > len(self._memory):
+            self._memory = take_memory(sum(sizes))
+        ends = list(accumulate(sizes))
+        return tuple(self._memory[end - size : end].view(dtype) for size, end in zip(sizes, ends, strict=True))
 
     def _describe(self, store: KvStore) -> ctypes.Array[native.Layer]:
         attention = self._spec.attention

@@ -20,6 +20,8 @@ from ..kernels.reference import Planes
 from ..kv.block import BlockId
 
 if TYPE_CHECKING:
+    from .sampling.extremes import Extremes
+    from .sampling.noise import F32
     from .step import LayerStep
 
 Activation = Literal["silu", "gelu_tanh"]
@@ -78,11 +80,19 @@ class Ops(Protocol):
     description: str
     """Part of the numerics class: what a bit of an answer can depend on, besides the machine."""
 
-    def pack(self, matrix: Tensor, bias: Tensor | None = None, *, exact: bool = False, gated: bool = False) -> Linear:
+    def pack(
+        self,
+        matrix: Tensor,
+        bias: Tensor | None = None,
+        *,
+        exact: bool = False,
+        gated: bool = False,
+        wide: bool = False,
+    ) -> Linear:
         """Take a matrix [out, in] and a bias [out] for `linear`, of any dtype, perhaps views of a file.
 
         `gated`: for `gated_linear`, its upper half the gate. `exact` (a router of experts, for one): never quantised,
-        and `linear` answers in float32, not rounded.
+        and `linear` answers in float32, not rounded. `wide` (the head): it may answer in float32, where that is cheap.
         """
         ...
 
@@ -92,6 +102,10 @@ class Ops(Protocol):
 
     def linear(self, x: Tensor, packed: Linear) -> Tensor:
         """x [rows, in] times the matrix, plus its bias: [rows, out]; rows a multiple of `row_multiple`."""
+        ...
+
+    def extremes(self, logits: F32) -> Extremes:
+        """Of logits on the CPU, whole rows one after the other."""
         ...
 
     def gated_linear(self, x: Tensor, packed: Linear, activation: Activation) -> Tensor:

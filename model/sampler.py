@@ -19,13 +19,14 @@ the row: a token depends on no worker, batch, attempt or order of sampling.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..core.request import SamplingParams, TokenLogprobs
 from .plan import History
 from .sampling.adjust import Adjuster, changes_row
+from .sampling.extremes import Extremes, extremes
 from .sampling.filters import RoughTopP, before_top_p, exact_top_p
 from .sampling.logprobs import token_logprobs
 from .sampling.noise import F32, winner
@@ -55,7 +56,9 @@ class Sampled(NamedTuple):
 class Sampler:
     """Draws tokens for one model. What it remembers only saves time."""
 
-    def __init__(self, eos_ids: Sequence[int]) -> None:
+    def __init__(self, eos_ids: Sequence[int], extremes: Callable[[F32], Extremes] = extremes) -> None:
+        """`extremes`: as fast as the device has it."""
+        self._extremes = extremes
         self._eos_ids = tuple(eos_ids)
         self._adjuster = Adjuster()
 
@@ -65,12 +68,13 @@ class Sampler:
         None where a row is not a distribution: it holds a number that is not finite, or nothing is allowed.
         """
         assert len(logits) == len(draws), (logits.shape, len(draws))
-        lowest = logits.min(1) if len(draws) else ()
-        likeliest = logits.argmax(1) if len(draws) else ()
+        if not draws:
+            return []
+        least, greatest = self._extremes(logits)
         return [
-            # A NaN is its row's minimum; minus infinity too.
+            # A NaN is its row's least number; minus infinity too.
             self._sample_row(row, draw, int(best)) if -low < float("inf") and row[best] < float("inf") else None
-            for row, draw, low, best in zip(logits, draws, lowest, likeliest, strict=True)
+            for row, draw, low, best in zip(logits, draws, least, greatest, strict=True)
         ]
 
     def _sample_row(self, raw: F32, draw: Draw, best: int) -> Sampled | None:

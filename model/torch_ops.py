@@ -22,6 +22,8 @@ from .elementwise import activated
 from .int8 import rounded_to_int8
 from .ops import Activation, AttentionKind, Linear, Norm, Quantization, Span
 from .products import TILE_ROWS, Product
+from .sampling.extremes import Extremes, extremes
+from .sampling.noise import F32
 from .step import LayerStep
 
 _log = logging.getLogger(__name__)
@@ -66,7 +68,13 @@ class TorchOps:
         self._attentions: dict[HeadShape, Attention] = {}
 
     def pack(
-        self, matrix: Tensor, bias: Tensor | None = None, *, exact: bool = False, gated: bool = False
+        self,
+        matrix: Tensor,
+        bias: Tensor | None = None,
+        *,
+        exact: bool = False,
+        gated: bool = False,
+        wide: bool = False,
     ) -> TorchLinear:
         """Keep a matrix [out, in] in the compute dtype (no copy where it is in it already)."""
         if exact:
@@ -93,6 +101,10 @@ class TorchOps:
         product = self._product(matrix.shape[1], matrix.shape[0], matrix.dtype, True)
         result = product.rows(x.to(matrix.dtype), matrix.t())
         return result if packed.bias is None else (result.float() + packed.bias).to(result.dtype)
+
+    def extremes(self, logits: F32) -> Extremes:
+        """By numpy."""
+        return extremes(logits)
 
     def rms_norm(self, x: Tensor, norm: Norm) -> Tensor:
         """As the definition in `kernels.reference`."""

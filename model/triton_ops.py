@@ -26,6 +26,8 @@ from ..kernels.rotary_store import rotary_store_kv
 from ..kernels.store_kv import store_kv
 from .int8 import rounded_to_int8
 from .ops import Activation, AttentionKind, Linear, Norm, Quantization, Span
+from .sampling.extremes import Extremes, extremes
+from .sampling.noise import F32
 from .step import LayerStep
 from .upload import upload
 
@@ -83,7 +85,13 @@ class TritonOps:
         ) + ("" if quantization == "none" else ", int8 weights")
 
     def pack(
-        self, matrix: Tensor, bias: Tensor | None = None, *, exact: bool = False, gated: bool = False
+        self,
+        matrix: Tensor,
+        bias: Tensor | None = None,
+        *,
+        exact: bool = False,
+        gated: bool = False,
+        wide: bool = False,
     ) -> DeviceLinear:
         """Copy a matrix [out, in] to the device, in the compute dtype."""
         dtype = torch.float32 if exact else self.dtype
@@ -104,6 +112,10 @@ class TritonOps:
         """x [rows, in] times the matrix, plus its bias."""
         assert isinstance(packed, DeviceLinear)
         return linear(x.to(packed.matrix.dtype), packed.matrix, packed.bias)
+
+    def extremes(self, logits: F32) -> Extremes:
+        """By numpy."""
+        return extremes(logits)
 
     def rms_norm(self, x: Tensor, norm_: Norm) -> Tensor:
         """See `kernels/norm.py`."""

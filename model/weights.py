@@ -95,7 +95,7 @@ def load_weights(source: TensorSource, spec: ModelSpec, ops: Ops) -> Weights:
         embedding=embedding,
         layers=tuple(loader.layer(index) for index in range(spec.num_layers)),
         norm=loader.norm(FINAL_NORM),
-        head=ops.pack(embedding if spec.tied_embeddings else source.take(HEAD)),
+        head=ops.pack(embedding if spec.tied_embeddings else source.take(HEAD), wide=True),
         fingerprint=source.fingerprint(),
     )
 

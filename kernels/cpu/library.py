@@ -80,7 +80,7 @@ class Attend(ctypes.Structure):
         ("keys", Plane * 2),
         ("values", Plane),
         ("out", Rows),
-        ("spans", POINTER(AttendSpan)),
+        ("spans", c_void_p),  # of AttendSpan
         ("num_parts", c_int32),
         ("num_spans", c_int32),
         ("heads", c_int32),
@@ -120,7 +120,7 @@ class Step(ctypes.Structure):
         ("cos", c_void_p * 2),
         ("sin", c_void_p * 2),
         ("slots", c_void_p),
-        ("spans", POINTER(AttendSpan)),
+        ("spans", c_void_p),  # of AttendSpan
         ("refused", c_void_p),
         ("non_finite", c_void_p),
         *((name, c_int32) for name in ("rows", "kind", "num_spans", "hidden", "heads", "kv_heads", "width", "ffn")),
@@ -158,6 +158,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "linear": (None, (c_void_p, POINTER(Matrix), _ROWS, _ROWS, c_int32, c_int32, c_void_p)),
     "rms_norm": (None, (c_void_p, _ROWS, _ROWS, c_void_p, c_float, c_int32, c_int32, _ROWS)),
     "rotary": (None, (c_void_p, _ROWS, c_int32, c_int32, c_void_p, c_void_p, c_int32, c_int32)),
+    "extremes": (None, (c_void_p, _ROWS, c_int32, c_void_p, c_void_p)),
     "write": (None, (c_void_p, POINTER(StorePart), c_int32, c_void_p, c_int32, c_void_p)),
     "attend": (None, (c_void_p, POINTER(Attend))),
     "layers": (None, (c_void_p, POINTER(Layer), c_int32, POINTER(Step))),

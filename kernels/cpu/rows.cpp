@@ -2,6 +2,7 @@
 //
 // Every row is computed by itself, in float32, lane sums in one fixed order, and rounded once.
 #include <algorithm>
+#include <cmath>
 
 #include "api.h"
 #include "simd.h"
@@ -114,6 +115,39 @@ void twostroke_rotary(Threads* threads, const Rows* x, int32_t heads, int32_t wi
                 put(x->data, x->kind, at + half + i, half - i, b * cosine + a * sine);
             }
         }
+    });
+}
+
+// Of each row of x [rows, width] float32: its least number, NaN where it holds one, and where its greatest is, the first of
+// equals.
+void twostroke_extremes(Threads* threads, const Rows* x, int32_t width, float* least, int32_t* greatest) {
+    threads->share(x->rows, [&](int r) {
+        const float* row = (const float*)x->data + r * x->stride;
+        F32 low = splat(INFINITY), high = splat(-INFINITY);
+        I32 place{}, at = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, is_nan{};
+        int i = 0;
+        for (; i + LANES <= width; i += LANES, at += LANES) {
+            const F32 v = load<F32>(row + i);
+            const I32 greater = v > high;
+            is_nan |= v != v;
+            low = select(v < low, v, low), high = select(greater, v, high);
+            place = (at & greater) | (place & ~greater);
+        }
+        float first = INFINITY, top = -INFINITY;
+        int32_t where = 0;
+        bool any_nan = false;
+        for (int lane = 0; lane < LANES; lane++) {
+            first = std::min(first, low[lane]);
+            any_nan = any_nan || is_nan[lane];
+            if (high[lane] > top || (high[lane] == top && place[lane] < where)) top = high[lane], where = place[lane];
+        }
+        for (; i < width; i++) {
+            first = std::min(first, row[i]);
+            any_nan = any_nan || row[i] != row[i];
+            if (row[i] > top) top = row[i], where = i;
+        }
+        least[r] = any_nan ? NAN : first;
+        greatest[r] = where;
     });
 }
 

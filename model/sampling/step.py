@@ -13,6 +13,7 @@ from ..batch import StepBatch
 from ..plan import SequenceStep, StepPlan
 from ..products import TILE_ROWS
 from ..sampler import Draw, Sampler
+from .extremes import Extremes
 from .logprobs import token_logprobs
 from .noise import F32
 
@@ -31,8 +32,8 @@ class Spoken(NamedTuple):
 class StepSampler:
     """The sampler over steps. `bad` sequences get no token; rows that are no distribution make theirs bad."""
 
-    def __init__(self, eos_ids: Sequence[int], to_logits: ToLogits) -> None:
-        self._sampler = Sampler(eos_ids)
+    def __init__(self, eos_ids: Sequence[int], to_logits: ToLogits, extremes: Callable[[F32], Extremes]) -> None:
+        self._sampler = Sampler(eos_ids, extremes)
         self._to_logits = to_logits
 
     def run(self, plan: StepPlan, batch: StepBatch, rows: Tensor, bad: set[SequenceKey], last: Sequence[int]) -> Spoken:
@@ -43,7 +44,9 @@ class StepSampler:
                 self._score(step, rows[batch.first_rows[i] :], bad, spoken)
         if not batch.sampled:
             return spoken
-        logits = self._to_logits(rows[batch.sample_rows])[: len(batch.sampled)].numpy()
+        if len(batch.sampled) < len(rows):  # else each row speaks, in order
+            rows = rows[batch.sample_rows]
+        logits = self._to_logits(rows)[: len(batch.sampled)].numpy()
         draws = [_draw(plan.sequences[i], last[i]) for i in batch.sampled]
         for i, sampled in zip(batch.sampled, self._sampler.sample(logits, draws), strict=True):
             key = plan.sequences[i].key

@@ -4,7 +4,7 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -125,7 +125,7 @@ class Hand:
     def logits(
         self, work: Sequence[tuple[str, int, Sequence[int]]], read_rows: Sequence[int] | None = None
     ) -> list[torch.Tensor]:
-        """One step over (sequence, start, ids); logits [len(ids), vocab] of each. `read_rows`: only these mean anything."""
+        """One step over (sequence, start, ids); logits [len(ids), vocab] of each, or of `read_rows` alone."""
         steps = [
             SequenceStep(
                 SequenceKey(name, 0),

@@ -267,7 +267,7 @@ def test_a_frozen_decode_worker_is_avoided_and_its_peers_free_what_they_hold(clu
         frozen_s = time.monotonic()
         try:
             for handover in handovers:
-                handover.leave()  # and is not sent elsewhere: what prefill workers hold now, they hold for the frozen one
+                handover.leave()  # and is not sent elsewhere: what prefill holds now, it holds for the frozen one
             observer.until(lambda workers: not _busy("prefill")(workers), 30.0, "the peers hold nothing")
             freed_s = time.monotonic() - frozen_s
             assert freed_s < 5.0 or _is_busy_machine(), freed_s
