@@ -327,23 +327,26 @@ inline F32 exponential(F32 x) {
     return select(x < splat(-87.33654f), splat(0.0f), scaled);
 }
 
-// 2**x for x up to 127, to 1 unit in the last place or so; below -126 it may be 0. Half the work of `exponential`.
-// Source: the polynomial of Cephes' exp2f (Moshier 1989).
+// 2**x for x up to 127, to 2 units in the last place or so; below -126 it may be 0. A third of the work of `exponential`.
+// 2**floor(x) * p(r), r in [0, 1): p is 1 at 0 and has the least largest relative error, 8.2e-8 (a fit of our own).
 inline F32 power_of_two(F32 x) {
-    F32 bounded = larger(x, splat(-200.0f));
-    F32 n = (bounded + splat(12582912.0f)) - splat(12582912.0f);  // the nearest integer
-    F32 r = bounded - n;
-    F32 p = splat(1.535336188319500e-4f);
-    p = fma(p, r, splat(1.339887440266574e-3f));
-    p = fma(p, r, splat(9.618437357674640e-3f));
-    p = fma(p, r, splat(5.550332471162809e-2f));
-    p = fma(p, r, splat(2.402264791363012e-1f));
-    p = fma(p, r, splat(6.931472028550421e-1f));
-    p = fma(p, r, splat(1.0f));
-#if defined(__AVX512F__)
-    return (F32)_mm512_scalef_ps((__m512)p, (__m512)n);
+#if defined(__AVX512DQ__)
+    const F32 r = (F32)_mm512_reduce_ps((__m512)x, 0x09);  // x - floor(x); of minus infinity 0
 #else
-    F32 scaled = p * (F32)((__builtin_convertvector(n, I32) + 127) << 23);
+    const F32 bounded = larger(x, splat(-200.0f));
+    const F32 nearest = (bounded + splat(12582912.0f)) - splat(12582912.0f);
+    const F32 floor = select(nearest > bounded, nearest - splat(1.0f), nearest), r = bounded - floor;
+#endif
+    F32 p = splat(0.0018671300495043397f);
+    p = fma(p, r, splat(0.009017030708491802f));
+    p = fma(p, r, splat(0.05579991266131401f));
+    p = fma(p, r, splat(0.24016444385051727f));
+    p = fma(p, r, splat(0.6931512951850891f));
+    p = fma(p, r, splat(1.0f));
+#if defined(__AVX512DQ__)
+    return (F32)_mm512_scalef_ps((__m512)p, (__m512)x);  // times 2**floor(x)
+#else
+    const F32 scaled = p * (F32)((__builtin_convertvector(floor, I32) + 127) << 23);
     return select(x < splat(-126.0f), splat(0.0f), scaled);
 #endif
 }

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ from twostroke.kernels.reference import Planes
 from twostroke.kv.block import BlockId
 from twostroke.model.native_ops import NativeOps
 from twostroke.model.ops import Activation, AttentionKind, Norm, Quantization, Span
+from twostroke.model.sampling.extremes import extremes
 from twostroke.model.torch_ops import TorchOps
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -225,6 +227,24 @@ def test_a_row_of_attention_has_the_same_bits_however_it_is_computed(dtype: torc
         assert torch.equal(attend(one, start, count), whole[start : start + count]), (start, count)
 
 
+@pytest.mark.parametrize("vocab", [1, 15, 16, 33, 400])
+def test_extremes_are_numpys(vocab: int) -> None:
+    logits = torch.randn(9, vocab).mul(4).round().numpy()  # many are equal: the first one counts
+    infinities = (float("inf"), float("-inf"))
+    for row, odd in enumerate((float("nan"), *infinities), start=1):
+        logits[row, vocab // 2] = odd
+    logits[4] = float("-inf")
+    logits[5], logits[5, -1] = 0.0, float("nan")
+    logits[6] = -1.0
+    for threads in (1, 2):
+        least, greatest = native_ops(F32, threads).extremes(logits)
+        wanted = extremes(logits)
+        np.testing.assert_array_equal(least, wanted.least)
+        known = ~np.isnan(wanted.least)  # where a NaN is the greatest means nothing
+        np.testing.assert_array_equal(greatest[known], wanted.greatest[known])
+        assert ((greatest >= 0) & (greatest < vocab)).all()
+
+
 @pytest.mark.parametrize("machine_flags", OLDER, ids=lambda flags: flags[0].removeprefix("-march="))
 def test_older_machines_compute_the_same_to_rounding(
     machine_flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
@@ -243,6 +263,7 @@ def test_older_machines_compute_the_same_to_rounding(
         test_attention_is_the_definition(dtype, "fp8", "window")
         test_a_row_of_attention_has_the_same_bits_however_it_is_computed(dtype, "softcap")
         test_gates_are_the_definition(dtype, "gelu_tanh", "none")
+    test_extremes_are_numpys(33)
 
 
 def test_tiles_compute_the_same_to_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
