@@ -8,8 +8,7 @@ from torch import Tensor
 from ..core.request import SequenceKey
 from .batch import StepBatch
 from .plan import SequenceStep, StepPlan
-from .sampler import GREEDY_BELOW
-from .sampling.adjust import changes_row
+from .sampler import Draw
 from .sampling.step import Spoken
 
 _NOTHING = -1
@@ -45,9 +44,4 @@ def speak_greedily(plan: StepPlan, batch: StepBatch, logits: Tensor, bad: set[Se
 
 
 def _is_plain(step: SequenceStep) -> bool:
-    params = step.params
-    return (
-        params.temperature < GREEDY_BELOW
-        and params.logprobs is None
-        and not changes_row(params, step.num_generated, step.logits_mask)
-    )
+    return Draw(step.params, step.key.choice, step.num_generated, step.logits_mask).is_plain

@@ -7,9 +7,10 @@ Weights are packed once, into panels that serve decode and prefill alike. A row'
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from ..kernels.cpu import library as native
 from ..kernels.cpu.memory import take_memory
 from ..kernels.reference import Planes
+from ..kv.block import BlockId
 from .composed import store_heads
 from .int8 import to_int8
 from .ops import Activation, AttentionKind, Linear, Norm, Quantization, Span
@@ -27,6 +29,7 @@ from .sampling.noise import F32
 from .step import LayerStep
 
 ACTIVATIONS = ("silu", "gelu_tanh")  # by their numbers in kernels/cpu/simd.h
+_REMEMBERED_TABLES = 512
 KINDS = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16}
 
 
@@ -47,6 +50,20 @@ class PackedLinear:
         return sum(part.nbytes for part in (self.panels, self.scales, self.bias) if part is not None)
 
 
+class _Table(NamedTuple):
+    """A sequence's blocks as the kernel reads them."""
+
+    blocks: NDArray[np.int32]
+    address: int
+
+
+@functools.lru_cache(maxsize=_REMEMBERED_TABLES)
+def _table(blocks: tuple[BlockId, ...]) -> _Table:
+    """The same one for many steps: a decoding sequence takes a new block only now and then."""
+    table = np.array(blocks, np.int32)
+    return _Table(table, table.ctypes.data)
+
+
 _SPAN = np.dtype([("blocks", np.uint64), *((name, np.int32) for name in ("row", "start", "count", "reserved"))])
 assert _SPAN.itemsize == ctypes.sizeof(native.AttendSpan)
 
@@ -57,7 +74,7 @@ class StepSpans:
 
     spans: NDArray[np.void]  # native.AttendSpan each
     num_rows: int
-    blocks: NDArray[np.int32]  # what the spans point to
+    tables: list[_Table]  # what the spans point to
 
     @property
     def count(self) -> int:
@@ -215,13 +232,9 @@ class NativeOps:
 
     def lay_out(self, spans: Sequence[Span], block_tokens: int) -> StepSpans:
         """Block tables as the kernel reads them."""
-        sizes = [len(span.blocks) for span in spans]
-        blocks = np.fromiter(chain.from_iterable(span.blocks for span in spans), np.int32, sum(sizes))
-        described = np.zeros(len(spans), _SPAN)
-        described["blocks"] = blocks.ctypes.data + blocks.itemsize * (np.cumsum(sizes) - sizes)
-        for name in ("row", "start", "count"):
-            described[name] = [getattr(span, name) for span in spans]
-        return StepSpans(described, int(described["count"].sum()), blocks)
+        tables = [_table(span.blocks) for span in spans]
+        described = [(t.address, s.row, s.start, s.count, 0) for t, s in zip(tables, spans, strict=True)]
+        return StepSpans(np.array(described, _SPAN), sum(span.count for span in spans), tables)
 
     def attend(
         self,
@@ -251,7 +264,7 @@ def single_rows(spans: StepSpans, rows: NDArray[np.int64]) -> StepSpans:
     of = spans.spans[np.searchsorted(spans.spans["row"], rows, side="right") - 1]  # each row's own
     single = of.copy()
     single["row"], single["start"], single["count"] = np.arange(len(rows)), of["start"] + rows - of["row"], 1
-    return StepSpans(single, len(rows), spans.blocks)
+    return StepSpans(single, len(rows), spans.tables)
 
 
 def _rows(x: Tensor) -> native.Rows:

@@ -29,8 +29,7 @@ class History(NamedTuple):
     output_ids: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceStep:
+class SequenceStep(NamedTuple):
     """What one sequence does in one step: computes `token_ids` at positions `start` …, then maybe samples."""
 
     key: SequenceKey

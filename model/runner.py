@@ -51,6 +51,7 @@ class Runner:
         self.ops = ops
         self.max_model_len = max_model_len or spec.max_model_len
         self._graph_seqs = graph_seqs
+        self._is_cpu = ops.device.type == "cpu"
         self._decoder: Decoder | None = None
         self._graphs: DecodeGraphs | None = None
         self._results: OrderedDict[int, StepResult] = OrderedDict()
@@ -83,7 +84,7 @@ class Runner:
         ids = [self._resolve(step) for step in plan.sequences]
         with torch.inference_mode():
             batch, hidden = self._compute(self._decoder, plan, ids)
-            bad = _bad_sequences(plan, batch, hidden.non_finite.cpu())
+            bad = _bad_sequences(plan, batch, hidden.non_finite)
             spoken = self._sample(plan, batch, hidden.rows, bad, [row[-1] for row in ids])
         self._seal([step for step in plan.sequences if step.key not in bad])
         result = StepResult(plan.step, tuple(spoken.tokens), frozenset(bad), spoken.logprobs, spoken.prompt_logprobs)
@@ -101,7 +102,9 @@ class Runner:
     def _compute(self, decoder: Decoder, plan: StepPlan, ids: Sequence[tuple[int, ...]]) -> tuple[StepBatch, Hidden]:
         if self._graphs is not None and self._graphs.serves(plan):
             return self._graphs.run(plan, ids)
-        batch = on_device(build_batch(plan, ids, self.store.block_tokens, self.ops), self.ops.device)
+        batch = build_batch(plan, ids, self.store.block_tokens, self.ops)
+        if not self._is_cpu:
+            batch = on_device(batch, self.ops.device)
         return batch, decoder.hidden(batch, self.store)
 
     def _resolve(self, step: SequenceStep) -> tuple[int, ...]:
@@ -123,14 +126,14 @@ class Runner:
             logits = decoder.logits(rows[batch.sample_rows])[: len(batch.sampled)]
             return speak_greedily(plan, batch, logits, bad)
         if self._sampler is None:
-            to_logits = lambda rows: decoder.logits(rows).cpu()  # noqa: E731
+            to_logits = decoder.logits if self._is_cpu else lambda rows: decoder.logits(rows).cpu()
             self._sampler = StepSampler(self.spec.eos_ids, to_logits, self.ops.extremes)
         return self._sampler.run(plan, batch, rows, bad, last)
 
     @property
     def _stays_on_device(self) -> bool:
         """Whether whole rows of logits are better not copied to the sampler."""
-        return self._graphs is not None or self.ops.device.type != "cpu"
+        return self._graphs is not None or not self._is_cpu
 
     def _seal(self, steps: Sequence[SequenceStep]) -> None:
         ranges = []

@@ -20,7 +20,6 @@ the row: a token depends on no worker, batch, attempt or order of sampling.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..core.request import SamplingParams, TokenLogprobs
@@ -35,8 +34,7 @@ GREEDY_BELOW = 1e-5
 _NO_HISTORY = History((), ())
 
 
-@dataclass(frozen=True, slots=True)
-class Draw:
+class Draw(NamedTuple):
     """What one row of logits is sampled for."""
 
     params: SamplingParams
@@ -44,6 +42,16 @@ class Draw:
     position: int  # tokens generated before this one
     logits_mask: bytes | None = None  # packed bits, least significant first; a set bit allows a token
     history: History | None = None  # needed where `params.needs_history`
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the likeliest token is wanted, and nothing else of the logits."""
+        params = self.params
+        return (
+            params.temperature < GREEDY_BELOW
+            and params.logprobs is None
+            and not changes_row(params, self.position, self.logits_mask)
+        )
 
 
 class Sampled(NamedTuple):
@@ -73,9 +81,11 @@ class Sampler:
         least, greatest = self._extremes(logits)
         return [
             # A NaN is its row's least number; minus infinity too.
-            self._sample_row(row, draw, int(best)) if -low < float("inf") and row[best] < float("inf") else None
-            for row, draw, low, best in zip(logits, draws, least, greatest, strict=True)
-        ]
+            None if not (-low < float("inf") and row[best] < float("inf"))
+            else Sampled(best, None) if draw.is_plain
+            else self._sample_row(row, draw, best)
+            for row, draw, low, best in zip(logits, draws, least.tolist(), greatest.tolist(), strict=True)
+        ]  # fmt: skip
 
     def _sample_row(self, raw: F32, draw: Draw, best: int) -> Sampled | None:
         params = draw.params

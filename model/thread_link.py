@@ -86,7 +86,7 @@ class ThreadLink:
     def take(self, max_commands: int, timeout_s: float | None) -> list[Command]:
         """Up to `max_commands` commands; waits for the first one, or a `wake`, for `timeout_s` (None: for ever)."""
         with self._lock:
-            if not self._commands and not self._is_awake:
+            if not self._commands and not self._is_awake and timeout_s != 0:
                 self._commands_came.wait(timeout_s)
             self._is_awake = False
             return [self._commands.popleft() for _ in range(min(max_commands, len(self._commands)))]

@@ -59,6 +59,28 @@ inline F32 larger(F32 a, F32 b) {
     return select(a > b, a, b);
 #endif
 }
+// Whether any number looked at was a NaN.
+class SeesNan {
+   public:
+#if defined(__AVX512F__)
+    void look(F32 v) { seen_ |= _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q); }
+    bool any() const { return seen_; }
+
+   private:
+    __mmask16 seen_ = 0;
+#else
+    void look(F32 v) { seen_ |= v != v; }
+    bool any() const {
+        int32_t all = 0;
+        for (int i = 0; i < LANES; i++) all |= seen_[i];
+        return all;
+    }
+
+   private:
+    I32 seen_{};
+#endif
+};
+
 inline F32 absolute(F32 a) { return (F32)((U32)a & 0x7FFFFFFFu); }
 
 inline U32 larger_u32(U32 a, U32 b) {

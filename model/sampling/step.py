@@ -46,7 +46,7 @@ class StepSampler:
             return spoken
         if len(batch.sampled) < len(rows):  # else each row speaks, in order
             rows = rows[batch.sample_rows]
-        logits = self._to_logits(rows)[: len(batch.sampled)].numpy()
+        logits = self._to_logits(rows).numpy()[: len(batch.sampled)]
         draws = [_draw(plan.sequences[i], last[i]) for i in batch.sampled]
         for i, sampled in zip(batch.sampled, self._sampler.sample(logits, draws), strict=True):
             key = plan.sequences[i].key

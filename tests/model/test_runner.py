@@ -1,7 +1,6 @@
 """Steps through the whole runner: tokens, seals, hand-overs between stores, and numbers that are not numbers."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -151,7 +150,7 @@ def test_a_plan_may_name_a_token_by_its_place_in_an_earlier_step(make_runner: Ma
     runner = make_runner(tiny)
     other, sequence = Sequence("o", ids_of(3, 20), GREEDY, 50, 16), Sequence("s", ids_of(2, 30), SEEDED, 0, 16)
     first = advance(runner, [other, sequence], number=7)
-    unknown = replace(sequence.step(), token_ids=(0,), from_place=SampledPlace(7, 1))
+    unknown = sequence.step()._replace(token_ids=(0,), from_place=SampledPlace(7, 1))
     second = runner.run(StepPlan(8, (unknown,)))
     assert [first.tokens[1][0], second.tokens[0][0]] == expected[:2]
 
