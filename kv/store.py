@@ -327,8 +327,12 @@ class KvStore:
         return frame_digests(payload, scales, words, self._key, HASH_BLOCK_TOKENS)
 
     def _place_words(self, store: ComponentStore, hash_blocks: NDArray[np.int64]) -> U64:
-        """Of rising hash blocks. Where they are, only the lowest bits differ from those of the first."""
-        if hash_blocks[-1] >= MAX_HASH_BLOCKS:
+        """uint64 [layers, heads, n]: only the lowest bits differ from those of hash block 0.
+
+        Raises:
+            ValueError: a hash block is outside the limit of `places`.
+        """
+        if hash_blocks.size and hash_blocks.max() >= MAX_HASH_BLOCKS:
             return self._place_words_of(store.component, hash_blocks)  # which refuses it
         return self._first_places[store.component.name] | hash_blocks.astype(np.uint64)
 

@@ -29,8 +29,8 @@ constexpr int TALL_ROWS = 16;                   // one panel: a decode batch of 
 constexpr int WIDE_ROWS = 4, WIDE_PANELS = 1;
 constexpr int TALL_ROWS = 4;
 #endif
-// How far ahead of the kernel weights are asked for: measured. One panel alone is one long stream.
-constexpr int PREFETCH_BYTES = 4096, PREFETCH_ONE_PANEL_BYTES = 4096;
+// How far ahead of the kernel weights are asked for, into the core's own second-level cache: measured.
+constexpr int PREFETCH_BYTES = 4096;
 constexpr int64_t CACHED_BYTES = 512 << 10;  // of panels that stay in a core's own cache while rows pass
 
 // What one k-step of a panel is: as stored, and as multiplied.
@@ -118,7 +118,7 @@ void kernel(const Job& job, const uint32_t* x, int first_row, int real_rows, int
         U32 weights[PANELS][P::STEPS];
 #pragma GCC unroll 2
         for (int p = 0; p < PANELS; p++) {
-            __builtin_prefetch(w + p * panel_bytes + (PANELS == 1 ? PREFETCH_ONE_PANEL_BYTES : PREFETCH_BYTES), 0, 2);
+            __builtin_prefetch(w + p * panel_bytes + PREFETCH_BYTES, 0, 2);
             P::take(w + p * panel_bytes, weights[p]);
         }
 #pragma GCC unroll 2
@@ -208,7 +208,7 @@ void multiply(const Job& job, Threads& threads) {
             for (int panel = part * group; panel < end; panel += 2) {
                 const int rows = std::min(size, job.num_rows - first);
                 const uint32_t* x = job.packed + (int64_t)first * job.steps;
-                if (panel + 1 < end && WIDE_PANELS == 2 && job.num_rows > 1) {
+                if (panel + 1 < end && WIDE_PANELS == 2 && job.num_rows > 1) {  // one row waits for memory: one long stream
                     block<P, WIDE_PANELS>(job, x, first, rows, panel, gates);
                     continue;
                 }
