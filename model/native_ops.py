@@ -22,7 +22,7 @@ from ..kernels.cpu.memory import take_memory
 from ..kernels.reference import Planes
 from ..kv.block import BlockId
 from .composed import store_heads
-from .int8 import to_int8
+from .int8 import described, to_int8
 from .ops import Activation, AttentionKind, Linear, Norm, Quantization, Span
 from .sampling.extremes import Extremes
 from .sampling.noise import F32
@@ -103,7 +103,7 @@ class NativeOps:
         self.quantization = quantization
         self._library = native.load()
         level = self._library.level().decode()
-        self.description = f"native {level}" + ("" if quantization == "none" else ", int8 weights")
+        self.description = f"native {level}" + described(quantization, dtype)
         self._threads = ctypes.c_void_p(self._library.start_threads(num_threads))
         self._scratch = take_memory(1 << 20)
 
@@ -129,15 +129,16 @@ class NativeOps:
             matrix, bias = _alternating(matrix), None if bias is None else _alternating(bias.unsqueeze(1)).squeeze(1)
         columns, inner = matrix.shape
         scales: Tensor | None = None
-        takes = torch.float32 if exact or inner % 2 else self.dtype
-        if exact or self.quantization == "none":
+        rounds = self.quantization == "int8" and not exact
+        takes = torch.float32 if exact or (inner % 2 and not rounds) else self.dtype
+        if not rounds:
             held, kind = matrix.to(takes), KINDS[takes]
         else:
             held, scales = to_int8(matrix)
             kind = native.INT8
         held, pairs = held.contiguous(), int(takes == torch.bfloat16)
         panels = take_memory(self._library.panel_bytes(kind, columns, inner, pairs))
-        self._library.pack(held.data_ptr(), held.element_size(), columns, inner, pairs, panels.data_ptr())
+        self._library.pack(held.data_ptr(), kind, columns, inner, pairs, panels.data_ptr())
         scales, bias = _whole_panels(scales), _whole_panels(bias)
         packed = native.Matrix(
             panels.data_ptr(), address(scales), address(bias), kind, columns, inner, int(exact or wide)
@@ -168,7 +169,7 @@ class NativeOps:
 
     def scratch_for(self, rows: int, inner: int, number_bytes: int = 4) -> int:
         """The address of what `linear` packs rows [rows, inner] into, until the next call."""
-        needed = (rows + 32) * inner * number_bytes
+        needed = (rows + 32) * (inner * number_bytes + 16)
         if needed > len(self._scratch):
             self._scratch = take_memory(needed)
         return self._scratch.data_ptr()

@@ -1,8 +1,8 @@
 """The decoder's ops in torch: slow, on any machine, and the definition of the others' answers. Knows no model.
 
 A product has the bits of a 16-row tile on one thread (`products.py`), attention those of tiles of absolute positions
-(`attention.py`). Biases are added after the product was rounded. int8 weights are rounded to 8 bits when packed and
-held in the compute dtype: the answers of 8-bit weights, without their speed or size.
+(`attention.py`). Biases are added after the product was rounded. int8 weights are rounded to 8 bits when packed, and
+bfloat16 rows before they meet them, and held in the compute dtype: the answers of 8 bits, without their speed or size.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..kernels.reference import Planes, encode_rows, fp8_encode, rms_norm
 from .attention import Attention, AttentionLayout, HeadShape
 from .composed import store_heads
 from .elementwise import activated
-from .int8 import rounded_to_int8
+from .int8 import described, rounded_rows, rounded_to_int8
 from .ops import Activation, AttentionKind, Linear, Norm, Quantization, Span
 from .products import TILE_ROWS, Product
 from .sampling.extremes import Extremes, extremes
@@ -62,7 +62,7 @@ class TorchOps:
         self.dtype = dtype
         self.num_threads = num_threads
         self.quantization = quantization
-        self.description = f"torch {torch.__version__} tiles" + ("" if quantization == "none" else ", int8 weights")
+        self.description = f"torch {torch.__version__} tiles" + described(quantization, dtype)
         self._products: dict[tuple[int, int, torch.dtype, bool], Product] = {}
         self._packed: set[tuple[int, int, torch.dtype, bool]] = set()
         self._attentions: dict[HeadShape, Attention] = {}
@@ -98,6 +98,8 @@ class TorchOps:
         """x [rows, in], rows a multiple of 16."""
         assert isinstance(packed, TorchLinear)
         matrix = packed.matrix
+        if self.quantization == "int8" and matrix.dtype == torch.bfloat16:
+            x = rounded_rows(x)
         product = self._product(matrix.shape[1], matrix.shape[0], matrix.dtype, True)
         result = product.rows(x.to(matrix.dtype), matrix.t())
         return result if packed.bias is None else (result.float() + packed.bias).to(result.dtype)

@@ -20,8 +20,8 @@ import time
 from pathlib import Path
 from typing import IO
 
-SOURCES = ("linear.cpp", "rows.cpp", "attention.cpp", "digest.cpp", "layers.cpp", "check.cpp")
-HEADERS = ("api.h", "cache.h", "simd.h", "threads.h", "tiles.h")
+SOURCES = ("linear.cpp", "linear_int8.cpp", "rows.cpp", "attention.cpp", "digest.cpp", "layers.cpp", "check.cpp")
+HEADERS = ("api.h", "cache.h", "linear.h", "simd.h", "threads.h", "tiles.h")
 FLAGS = (
     "-O3",
     "-std=c++17",

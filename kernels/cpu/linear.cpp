@@ -1,23 +1,18 @@
 // Linear layers over packed matrices. One order of summation per output, whatever the number of rows or threads.
 //
 // A matrix [columns, inner] lies in panels of 16 columns. Within a panel numbers stand as the kernel reads them, front
-// to back: for bfloat16 and int8 [inner / 2][16 columns][2 neighbours in k], for float32 [inner][16 columns]. Where 64
-// int8 can be decoded at once they stand as a sign and a magnitude, two k-steps to 64 bytes, eight bytes of one step and
-// eight of the other by turns. The same copy serves one row and a thousand.
+// to back: for bfloat16 [inner / 2][16 columns][2 neighbours in k], for float32 [inner][16 columns]; so too for int8 that
+// meets float32 rows. The same copy serves one row and a thousand.
 //
 // out[r, c] = ( sum over k = 0, 1, 2 ... of x[r, k] * w[c, k] ) * scale[c] + bias[c], each output in one float32
-// accumulator lane from first k to last; k pairs go through dot_pairs. Int8 weights become exact bfloat16 on the way.
-// So an output's bits depend on its own row and column alone. Where the machine has AMX tiles, bfloat16 goes through them
-// instead, for every number of rows: 32 k at a time in the instruction's order.
-#include <algorithm>
-#include <vector>
+// accumulator lane from first k to last; k pairs go through dot_pairs. So an output's bits depend on its own row and column
+// alone. Where the machine has AMX tiles, bfloat16 goes through them instead, for every number of rows: 32 k at a time in
+// the instruction's order. Int8 that meets bfloat16 rows: see linear_int8.cpp.
+#include "linear.h"
 
-#include "api.h"
-#include "simd.h"
-#include "threads.h"
 #include "tiles.h"
 
-using namespace simd;
+using namespace linear;
 
 namespace {
 
@@ -29,80 +24,28 @@ constexpr int TALL_ROWS = 16;                   // one panel: a decode batch of 
 constexpr int WIDE_ROWS = 4, WIDE_PANELS = 1;
 constexpr int TALL_ROWS = 4;
 #endif
-// How far ahead of the kernel weights are asked for, into the core's own second-level cache: measured.
-constexpr int PREFETCH_BYTES = 4096;
-constexpr int64_t CACHED_BYTES = 512 << 10;  // of panels that stay in a core's own cache while rows pass
-
 // What one k-step of a panel is: as stored, and as multiplied.
-template <int KIND, bool PAIRS>
+template <int KIND>
 struct Panel;
 
 template <>
-struct Panel<BFLOAT16, true> {
-    static constexpr int STEP_BYTES = 64, STEPS = 1;
-    static void take(const char* p, U32 (&w)[1]) { w[0] = load<U32>(p); }
+struct Panel<BFLOAT16> {
+    static constexpr int STEP_BYTES = 64;
+    static U32 take(const char* p) { return load<U32>(p); }
     static F32 add(F32 acc, U32 w, uint32_t x) { return dot_pairs(acc, w, splat_u32(x)); }
 };
 template <>
-struct Panel<INT8, true> {
-    static constexpr int STEP_BYTES = 32, STEPS = 1;
-    static void take(const char* p, U32 (&w)[1]) { w[0] = pack_exact(widen_i8(p), widen_i8(p + 16)); }
-    static F32 add(F32 acc, U32 w, uint32_t x) { return dot_pairs(acc, w, splat_u32(x)); }
-};
-template <>
-struct Panel<FLOAT32, false> {
-    static constexpr int STEP_BYTES = 64, STEPS = 1;
-    static void take(const char* p, U32 (&w)[1]) { w[0] = load<U32>(p); }
+struct Panel<FLOAT32> {
+    static constexpr int STEP_BYTES = 64;
+    static U32 take(const char* p) { return load<U32>(p); }
     static F32 add(F32 acc, U32 w, uint32_t x) { return fma((F32)w, (F32)splat_u32(x), acc); }
 };
 template <>
-struct Panel<INT8, false> {
-    static constexpr int STEP_BYTES = 16, STEPS = 1;
-    static void take(const char* p, U32 (&w)[1]) { w[0] = (U32)widen_i8(p); }
+struct Panel<INT8> {
+    static constexpr int STEP_BYTES = 16;
+    static U32 take(const char* p) { return (U32)widen_i8(p); }
     static F32 add(F32 acc, U32 w, uint32_t x) { return fma((F32)w, (F32)splat_u32(x), acc); }
 };
-
-struct Int8By64 {
-    static constexpr int STEP_BYTES = 32, STEPS = 2;
-    static void take(const char* p, U32 (&w)[2]) { decode_64(INTEGER_TABLES, load<U32>(p), w[0], w[1]); }
-    static F32 add(F32 acc, U32 w, uint32_t x) { return dot_pairs(acc, w, splat_u32(x)); }
-};
-bool int8_by_64(int inner, bool pairs) { return DECODES_64 && pairs && inner % 4 == 0; }
-
-struct Job {
-    const Matrix* matrix;
-    Rows out;
-    int out_columns;
-    const uint32_t* packed;  // x by blocks of rows: [steps][rows of the block]
-    int steps, num_rows, activation;  // NONE, or panels alternate between a gate and what it lets through
-};
-
-F32 finished(const Matrix& m, int panel, F32 acc) {
-    if (m.scales) acc = acc * load<F32>(m.scales + panel * LANES);
-    if (m.bias) acc = acc + load<F32>(m.bias + panel * LANES);
-    return acc;
-}
-void put(const Job& job, int row, int column, F32 v) {
-    const int count = std::min(LANES, job.out_columns - column);
-    const int64_t at = row * job.out.stride + column;
-    if (job.out.kind == BFLOAT16) {
-        uint16_t* to = (uint16_t*)job.out.data + at;
-        if (count == LANES) return store_bf16(to, v);
-        const U16x16 bits = rounded(v);
-        std::memcpy(to, &bits, 2 * count);
-    } else {
-        std::memcpy((float*)job.out.data + at, &v, 4 * count);
-    }
-}
-void put_linear(const Job& job, int row, int panel, F32 acc) {
-    put(job, row, panel * LANES, finished(*job.matrix, panel, acc));
-}
-// Gate and up are rounded as if they had been stored, so that the fused form changes no bit.
-void put_gated(const Job& job, int row, int panel, F32 gate, F32 up) {
-    gate = finished(*job.matrix, panel, gate), up = finished(*job.matrix, panel + 1, up);
-    if (job.out.kind == BFLOAT16) gate = widen(rounded(gate)), up = widen(rounded(up));
-    put(job, row, panel / 2 * LANES, activate(gate, job.activation) * up);
-}
 
 // ROWS packed rows by PANELS panels; only `real_rows` are stored.
 template <class P, int ROWS, int PANELS>
@@ -114,37 +57,21 @@ void kernel(const Job& job, const uint32_t* x, int first_row, int real_rows, int
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 2
         for (int p = 0; p < PANELS; p++) acc[r][p] = F32{};
-    for (int k = 0; k < job.steps; k += P::STEPS) {
-        U32 weights[PANELS][P::STEPS];
+    for (int k = 0; k < job.steps; k++, w += P::STEP_BYTES, x += ROWS) {
+        U32 weights[PANELS];
 #pragma GCC unroll 2
         for (int p = 0; p < PANELS; p++) {
             __builtin_prefetch(w + p * panel_bytes + PREFETCH_BYTES, 0, 2);
-            P::take(w + p * panel_bytes, weights[p]);
+            weights[p] = P::take(w + p * panel_bytes);
         }
-#pragma GCC unroll 2
-        for (int step = 0; step < P::STEPS; step++)
 #pragma GCC unroll 16
-            for (int r = 0; r < ROWS; r++)
+        for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 2
-                for (int p = 0; p < PANELS; p++)
-                    acc[r][p] = P::add(acc[r][p], weights[p][step], x[step * ROWS + r]);
-        w += P::STEPS * P::STEP_BYTES;
-        x += P::STEPS * ROWS;
+            for (int p = 0; p < PANELS; p++) acc[r][p] = P::add(acc[r][p], weights[p], x[r]);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; r++)
-        if (r < real_rows) {
-            if (job.activation == NONE) {
-#pragma GCC unroll 2
-                for (int p = 0; p < PANELS; p++) put_linear(job, first_row + r, panel + p, acc[r][p]);
-            } else if (PANELS == 2) {
-                put_gated(job, first_row + r, panel, acc[r][0], acc[r][PANELS - 1]);
-            } else if (panel % 2 == 0) {
-                gates[r] = acc[r][0];
-            } else {
-                put_gated(job, first_row + r, panel - 1, gates[r], acc[r][0]);
-            }
-        }
+        if (r < real_rows) put_row<PANELS>(job, first_row + r, panel, acc[r], gates[r]);
 }
 
 // The number of rows that a block of `rows` is padded to: the kernels that exist.
@@ -196,16 +123,11 @@ void pack_rows(const Rows& x, int first, int rows, int steps, uint32_t* to) {
 
 template <class P>
 void multiply(const Job& job, Threads& threads) {
-    const int num_panels = (job.matrix->columns + LANES - 1) / LANES;
     const int size = block_rows(job.num_rows);
-    // A part is so many panels that a cache holds them while all rows pass, and that every thread gets several.
-    const int held = (int)(CACHED_BYTES / ((int64_t)job.steps * P::STEP_BYTES));
-    const int group = std::max(2, std::min({8, held, num_panels / (threads.count() * 4)}) / 2 * 2);
-    threads.share((num_panels + group - 1) / group, [&](int part) {
-        const int end = std::min(num_panels, (part + 1) * group);
+    share_panels(job, threads, (int64_t)job.steps * P::STEP_BYTES, [&](int begin, int end) {
         F32 gates[TALL_ROWS];
         for (int first = 0; first < job.num_rows; first += size)
-            for (int panel = part * group; panel < end; panel += 2) {
+            for (int panel = begin; panel < end; panel += 2) {
                 const int rows = std::min(size, job.num_rows - first);
                 const uint32_t* x = job.packed + (int64_t)first * job.steps;
                 if (panel + 1 < end && WIDE_PANELS == 2 && job.num_rows > 1) {  // one row waits for memory: one long stream
@@ -235,21 +157,10 @@ void pack_tiles(const Rows& x, int first, int steps, char* to) {
         }
 }
 
-template <int KIND, int T>
+template <int T>
 void load_weights(const char* panel, int step) {
-    if (KIND == BFLOAT16) {
-        __builtin_prefetch(panel + (int64_t)step * 64 + 8192);
-        return tiles::load<T>(panel + (int64_t)step * 64);
-    }
-    alignas(64) U32 wide[TILE_STEPS];
-    for (int k = 0; k < TILE_STEPS; k += DECODES_64 ? 2 : 1) {
-        const char* from = panel + (int64_t)(step + k) * 32;
-        if (DECODES_64)
-            decode_64(INTEGER_TABLES, load<U32>(from), wide[k], wide[(k + 1) % TILE_STEPS]);
-        else
-            wide[k] = pack_exact(widen_i8(from), widen_i8(from + 16));
-    }
-    tiles::load<T>(wide);
+    __builtin_prefetch(panel + (int64_t)step * 64 + 8192);
+    tiles::load<T>(panel + (int64_t)step * 64);
 }
 
 // Two panels' tiles; only the first when there is no second.
@@ -268,52 +179,49 @@ void put_tiles(const Job& job, int row, int panel, bool second) {
 }
 
 // One block of 16 rows by up to four panels: what streams weights. A missing panel repeats the last and is not stored.
-template <int KIND>
 void tile_strip(const Job& job, int row, int panel, int panels) {
-    const int64_t bytes = (int64_t)job.steps * (KIND == BFLOAT16 ? 64 : 32);
+    const int64_t bytes = (int64_t)job.steps * 64;
     const char* x = (const char*)job.packed + (int64_t)row * job.steps * 4;
     const char* w[4];
     for (int p = 0; p < 4; p++) w[p] = (const char*)job.matrix->panels + (panel + std::min(p, panels - 1)) * bytes;
     tiles::zero<0>(), tiles::zero<1>(), tiles::zero<2>(), tiles::zero<3>();
     for (int k = 0; k < job.steps; k += TILE_STEPS, x += tiles::TILE_BYTES) {
         tiles::load<4>(x);
-        load_weights<KIND, 5>(w[0], k), tiles::dot<0, 4, 5>();
-        load_weights<KIND, 6>(w[1], k), tiles::dot<1, 4, 6>();
-        load_weights<KIND, 7>(w[2], k), tiles::dot<2, 4, 7>();
-        load_weights<KIND, 5>(w[3], k), tiles::dot<3, 4, 5>();
+        load_weights<5>(w[0], k), tiles::dot<0, 4, 5>();
+        load_weights<6>(w[1], k), tiles::dot<1, 4, 6>();
+        load_weights<7>(w[2], k), tiles::dot<2, 4, 7>();
+        load_weights<5>(w[3], k), tiles::dot<3, 4, 5>();
     }
     put_tiles<0, 1>(job, row, panel, panels > 1);
     if (panels > 2) put_tiles<2, 3>(job, row, panel + 2, panels > 3);
 }
 
 // Two blocks of rows by two panels: what computes prompts.
-template <int KIND>
 void tile_square(const Job& job, int row, int panel) {
-    const int64_t bytes = (int64_t)job.steps * (KIND == BFLOAT16 ? 64 : 32);
+    const int64_t bytes = (int64_t)job.steps * 64;
     const char* x = (const char*)job.packed + (int64_t)row * job.steps * 4;
     const char *below = x + (int64_t)tiles::ROWS * job.steps * 4, *w = (const char*)job.matrix->panels + panel * bytes;
     tiles::zero<0>(), tiles::zero<1>(), tiles::zero<2>(), tiles::zero<3>();
     for (int k = 0; k < job.steps; k += TILE_STEPS, x += tiles::TILE_BYTES, below += tiles::TILE_BYTES) {
         tiles::load<4>(x), tiles::load<5>(below);
-        load_weights<KIND, 6>(w, k), load_weights<KIND, 7>(w + bytes, k);
+        load_weights<6>(w, k), load_weights<7>(w + bytes, k);
         tiles::dot<0, 4, 6>(), tiles::dot<1, 4, 7>(), tiles::dot<2, 5, 6>(), tiles::dot<3, 5, 7>();
     }
     put_tiles<0, 1>(job, row, panel, true);
     put_tiles<2, 3>(job, row + tiles::ROWS, panel, true);
 }
 
-template <int KIND>
 void multiply_tiles(const Job& job, Threads& threads) {
-    const int num_panels = (job.matrix->columns + LANES - 1) / LANES;
-    threads.share((num_panels + 3) / 4, [&](int part) {
-        const int panel = part * 4, panels = std::min(4, num_panels - panel);
+    const int count = num_panels(*job.matrix);
+    threads.share((count + 3) / 4, [&](int part) {
+        const int panel = part * 4, panels = std::min(4, count - panel);
         tiles::begin();
         int row = 0;
         for (; panels == 4 && row + tiles::ROWS < job.num_rows; row += 2 * tiles::ROWS) {
-            tile_square<KIND>(job, row, panel);
-            tile_square<KIND>(job, row, panel + 2);
+            tile_square(job, row, panel);
+            tile_square(job, row, panel + 2);
         }
-        for (; row < job.num_rows; row += tiles::ROWS) tile_strip<KIND>(job, row, panel, panels);
+        for (; row < job.num_rows; row += tiles::ROWS) tile_strip(job, row, panel, panels);
         tiles::end();
     });
 }
@@ -322,79 +230,60 @@ void multiply_tiles(const Job& job, Threads& threads) {
 
 }  // namespace
 
-namespace {
-
-// Where element `element` (of 32) of step k goes, when `out` is where it would stand one after the other.
-char* place_of_64(char* out, int k, int element) {
-    char* both = out - element - (k % 2) * 32;
-    return both + element / 8 * 16 + k % 2 * 8 + element % 8;
-}
-
-}  // namespace
-
 extern "C" {
 
-// Bytes of the panels of a matrix [columns, inner].
+// Bytes of the panels of a matrix [columns, inner]. `pairs`: the rows that it meets are bfloat16.
 int64_t twostroke_panel_bytes(int32_t kind, int32_t columns, int32_t inner, int32_t pairs) {
-    int64_t panels = (columns + LANES - 1) / LANES;
-    int64_t padded = pairs ? (inner + 1) / 2 * 2 : inner;
+    const int64_t panels = (columns + LANES - 1) / LANES;
+    if (kind == INT8 && pairs) return panels * int8_panel_bytes(inner);
+    const int64_t padded = pairs ? (inner + 1) / 2 * 2 : inner;
     return panels * LANES * padded * (kind == FLOAT32 ? 4 : kind == BFLOAT16 ? 2 : 1);
 }
 
-// Rearrange rows [columns, inner] of numbers of `size` bytes into panels; missing columns and neighbours are zeros.
-void twostroke_pack(const void* from, int32_t size, int32_t columns, int32_t inner, int32_t pairs, void* to) {
-    const int steps = pairs ? (inner + 1) / 2 : inner, neighbours = pairs ? 2 : 1;
-    const bool by_64 = size == 1 && int8_by_64(inner, pairs);
+// Rearrange rows [columns, inner] of numbers of `kind` into panels; missing columns and neighbours are zeros.
+void twostroke_pack(const void* from, int32_t kind, int32_t columns, int32_t inner, int32_t pairs, void* to) {
+    if (kind == INT8 && pairs) return pack_int8((const int8_t*)from, columns, inner, (uint8_t*)to);
+    const int neighbours = pairs ? 2 : 1, steps = (inner + neighbours - 1) / neighbours;
+    const int size = kind == FLOAT32 ? 4 : kind == BFLOAT16 ? 2 : 1;
     char* out = (char*)to;
-    for (int panel = 0; panel < (columns + LANES - 1) / LANES; panel++)
+    for (int first = 0; first < columns; first += LANES)
         for (int k = 0; k < steps; k++)
-            for (int c = 0; c < LANES; c++)
-                for (int j = 0; j < neighbours; j++, out += size) {
-                    const int column = panel * LANES + c, at = k * neighbours + j, element = c * 2 + j;
-                    if (column >= columns || at >= inner) {
-                        std::memset(by_64 ? place_of_64(out, k, element) : out, 0, size);
-                        continue;
-                    }
-                    const char* number = (const char*)from + ((int64_t)column * inner + at) * size;
-                    if (by_64)
-                        *place_of_64(out, k, element) = (char)(*number < 0 ? 0x80 | -*number : *number);
+            for (int column = first; column < first + LANES; column++)
+                for (int at = k * neighbours; at < (k + 1) * neighbours; at++, out += size)
+                    if (column < columns && at < inner)
+                        std::memcpy(out, (const char*)from + ((int64_t)column * inner + at) * size, size);
                     else
-                        std::memcpy(out, number, size);
-                }
+                        std::memset(out, 0, size);
 }
 
-// out [rows, columns] = x [rows, inner] times the matrix. x: bfloat16 with even inner, or float32.
-// scratch holds at least (rows rounded up to 16, plus 16) * inner numbers of x, 64-byte aligned.
+// out [rows, columns] = x [rows, inner] times the matrix. x: float32, or bfloat16 (with even inner, unless weights are int8).
+// scratch holds at least (rows + 32) * (inner numbers of x + 16 bytes), 64-byte aligned.
 // With an activation the matrix's panels alternate between gate and up, and out [rows, up's columns] is
 // activation(gate) * up; out_columns says how many those are.
 void twostroke_linear(Threads* threads, const Matrix* matrix, const Rows* x, const Rows* out, int32_t activation,
                       int32_t out_columns, uint32_t* scratch) {
     const bool pairs = x->kind == BFLOAT16;
     Job job{matrix, *out, out_columns, scratch, pairs ? matrix->inner / 2 : matrix->inner, x->rows, activation};
+    if (matrix->kind == INT8 && pairs) return multiply_int8(job, *x, scratch, *threads);
 #if defined(TWOSTROKE_TILES)
     if (by_tiles(*matrix, pairs)) {
         threads->share((x->rows + tiles::ROWS - 1) / tiles::ROWS, [&](int b) {
             pack_tiles(*x, b * tiles::ROWS, job.steps, (char*)scratch + (int64_t)b * tiles::ROWS * job.steps * 4);
         });
-        return matrix->kind == INT8 ? multiply_tiles<INT8>(job, *threads) : multiply_tiles<BFLOAT16>(job, *threads);
+        return multiply_tiles(job, *threads);
     }
 #endif
     const int size = block_rows(x->rows);
-    const auto pack = [&](int b) {
+    threads->share((x->rows + size - 1) / size, [&](int b) {
         const int first = b * size;
         pack_rows(*x, first, std::min(size, x->rows - first), job.steps, scratch + (int64_t)first * job.steps);
-    };
-    threads->share((x->rows + size - 1) / size, pack);
+    });
     if (matrix->kind == FLOAT32)
-        multiply<Panel<FLOAT32, false>>(job, *threads);
+        multiply<Panel<FLOAT32>>(job, *threads);
     else if (matrix->kind == BFLOAT16)
-        multiply<Panel<BFLOAT16, true>>(job, *threads);
-    else if (int8_by_64(matrix->inner, pairs))
-        multiply<Int8By64>(job, *threads);
-    else if (pairs)
-        multiply<Panel<INT8, true>>(job, *threads);
+        multiply<Panel<BFLOAT16>>(job, *threads);
     else
-        multiply<Panel<INT8, false>>(job, *threads);
+        multiply<Panel<INT8>>(job, *threads);
 }
 
 // The instructions that decide the bits of an answer.

@@ -223,6 +223,51 @@ inline U32 pack_rounded(F32 low, F32 high) {
 #endif
 }
 
+// ---------------------------------------------------------------- bytes
+
+// acc[lane] += the sum of four products, unsigned bytes of w by signed bytes of x.
+inline I32 dot_quads(I32 acc, U32 w, U32 x) {
+#if defined(__AVX512VNNI__)
+    return (I32)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)x);
+#elif defined(__AVX2__)
+    union {
+        U32 whole;
+        __m256i half[2];
+    } a{(U32)acc}, b{w}, c{x};
+    for (int i = 0; i < 2; i++) {
+#if defined(__AVXVNNI__)
+        a.half[i] = _mm256_dpbusd_avx_epi32(a.half[i], b.half[i], c.half[i]);
+#else
+        // By pairs of 16 bits: the instruction for pairs of bytes saturates.
+        const __m256i even = _mm256_and_si256(b.half[i], _mm256_set1_epi32(0x00FF00FF));
+        const __m256i odd = _mm256_srli_epi16(b.half[i], 8);
+        const __m256i by_even = _mm256_srai_epi16(_mm256_slli_epi16(c.half[i], 8), 8);
+        const __m256i by_odd = _mm256_srai_epi16(c.half[i], 8);
+        a.half[i] = _mm256_add_epi32(a.half[i], _mm256_madd_epi16(even, by_even));
+        a.half[i] = _mm256_add_epi32(a.half[i], _mm256_madd_epi16(odd, by_odd));
+#endif
+    }
+    return (I32)a.whole;
+#else
+    for (int j = 0; j < 32; j += 8) acc += (I32)(w >> j & 0xFFu) * ((I32)(x << (24 - j)) >> 24);
+    return acc;
+#endif
+}
+inline F32 to_floats(I32 v) { return __builtin_convertvector(v, F32); }
+inline int32_t sum_integers(I32 v) {
+    int32_t sum = 0;
+    for (int i = 0; i < LANES; i++) sum += v[i];
+    return sum;
+}
+// The low byte of every lane.
+inline void store_bytes(int8_t* p, I32 v) {
+#if defined(__AVX512F__)
+    _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)v));
+#else
+    store(p, __builtin_convertvector(v, I8x16));
+#endif
+}
+
 // ---------------------------------------------------------------- e4m3
 
 inline U32 widen_u8(const void* p) {
@@ -268,7 +313,6 @@ inline const ByteTables E4M3_TABLES([](int code) {
     return (code >> 3) ? (float)(8 + (code & 7)) * __builtin_ldexpf(1.0f, (code >> 3) - 10)
                        : (float)code * __builtin_ldexpf(1.0f, -9);
 });
-inline const ByteTables INTEGER_TABLES([](int code) { return (float)code; });
 
 __attribute__((always_inline)) inline void decode_64(const ByteTables& t, U32 codes, U32& low, U32& high) {
     const __m512i code = (__m512i)codes;
@@ -316,7 +360,7 @@ __attribute__((always_inline)) inline void load_side_by_side(const uint8_t* rows
 #else
 constexpr bool DECODES_64 = false;
 struct ByteTables {};
-inline const ByteTables E4M3_TABLES, INTEGER_TABLES;
+inline const ByteTables E4M3_TABLES;
 inline void decode_64(const ByteTables&, U32, U32&, U32&) {}
 inline void decode_two_rows(const void*, const void*, U32 (&)[4]) {}
 inline void restore_columns(F32 (&)[4]) {}

@@ -10,6 +10,7 @@ from twostroke.kernels.cpu import library as native
 from twostroke.kernels.cpu.build import NativeUnavailable, build
 from twostroke.kernels.reference import Planes
 from twostroke.kv.block import BlockId
+from twostroke.model.int8 import rows_to_int8, to_int8
 from twostroke.model.native_ops import NativeOps
 from twostroke.model.ops import Activation, AttentionKind, Norm, Quantization, Span
 from twostroke.model.sampling.extremes import extremes
@@ -71,9 +72,55 @@ def test_an_exact_linear_is_neither_quantised_nor_rounded() -> None:
     close(ours.linear(x, ours.pack(matrix, exact=True)), x.float() @ matrix.t(), F32)
 
 
+ROWS_OF_8_BITS = (1, 2, 5, 8, 12, 13, 16, 17, 24, 25, 60)
+
+
+def int8_answers(inner: int) -> list[torch.Tensor]:
+    """Float32 answers of 8-bit weights to bfloat16 rows of all sizes of number, for every number of rows."""
+    generator = torch.Generator().manual_seed(inner)
+    ops = native_ops(BF16, 2, "int8")
+    packed = ops.pack(torch.randn(90, inner, generator=generator), torch.randn(90, generator=generator), wide=True)
+    x = torch.randn(60, inner, generator=generator) * torch.logspace(-20, 6, 60).unsqueeze(1)
+    x[3], x[7], x[9, -1] = 0.0, 1e-38, 1e4
+    return [ops.linear(x[:rows].to(BF16).contiguous(), packed) for rows in ROWS_OF_8_BITS]
+
+
+@pytest.mark.parametrize("inner", [4, 63, 64, 200, 1027])
+def test_rows_of_8_bits_meet_weights_as_integers(inner: int) -> None:
+    generator = torch.Generator().manual_seed(inner)
+    weights, step = to_int8(torch.randn(90, inner, generator=generator))
+    bias = torch.randn(90, generator=generator)
+    x = torch.randn(60, inner, generator=generator) * torch.logspace(-20, 6, 60).unsqueeze(1)
+    x[3], x[7], x[9, -1] = 0.0, 1e-38, 1e4
+    numbers, scale = rows_to_int8(x.to(BF16))
+    wide = torch.nn.functional.pad(weights.double(), (0, -inner % 64)).unflatten(1, (-1, 64))
+    sums = torch.einsum("rgk,cgk,rg->rc", numbers.double(), wide, scale.double())
+    sizes = torch.einsum("rgk,cgk,rg->rc", numbers.double().abs(), wide.abs(), scale.double())
+    for rows, got in zip(ROWS_OF_8_BITS, int8_answers(inner), strict=True):
+        wanted = sums[:rows] * step.double() + bias.double()
+        allowed = 2.0**-20 * (sizes[:rows] * step.double() + bias.double().abs())
+        assert ((got.double() - wanted).abs() <= allowed).all(), rows
+
+
+def test_what_is_not_finite_in_a_row_of_8_bits_makes_all_of_its_answer_so_and_no_other() -> None:
+    ops = native_ops(BF16, 2, "int8")
+    packed = ops.pack(torch.randn(40, 200))
+    for odd in (float("nan"), float("inf"), float("-inf")):
+        x = torch.randn(20, 200).to(BF16)
+        clean = ops.linear(x, packed)
+        x[5, 150] = odd
+        got = ops.linear(x, packed)
+        assert got[5].isnan().all()
+        assert torch.equal(got[:5], clean[:5])
+        assert torch.equal(got[6:], clean[6:])
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
 @DTYPES
-def test_a_row_of_a_linear_has_the_same_bits_in_any_company_and_with_any_threads(dtype: torch.dtype) -> None:
-    one, two = native_ops(dtype, 1), native_ops(dtype, 2)
+def test_a_row_of_a_linear_has_the_same_bits_in_any_company_and_with_any_threads(
+    dtype: torch.dtype, quantization: Quantization
+) -> None:
+    one, two = native_ops(dtype, 1, quantization), native_ops(dtype, 2, quantization)
     matrix = torch.randn(200, 96)
     alone, shared = one.pack(matrix), two.pack(matrix)
     x = torch.randn(70, 96).to(dtype)
@@ -250,15 +297,22 @@ def test_older_machines_compute_the_same_to_rounding(
     machine_flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The forms for AVX-512 without bf16, for AVX2 and for neither run here too."""
+    newest = int8_answers(1027)
     try:
         older = native.Library(build(machine_flags))
     except NativeUnavailable as error:
         pytest.skip(str(error))
     monkeypatch.setattr(native, "load", lambda: older)
+    for got, wanted in zip(int8_answers(1027), newest, strict=True):
+        close(got, wanted, F32)
+        if machine_flags != OLDER[-1]:  # the last one has no fused products
+            assert torch.equal(got, wanted)
+    test_rows_of_8_bits_meet_weights_as_integers(200)
     for dtype in (F32, BF16):
         test_linear_is_the_definition_for_every_number_of_rows(dtype, "int8", 70)
         test_linear_is_the_definition_for_every_number_of_rows(dtype, "none", 64)
-        test_a_row_of_a_linear_has_the_same_bits_in_any_company_and_with_any_threads(dtype)
+        test_a_row_of_a_linear_has_the_same_bits_in_any_company_and_with_any_threads(dtype, "int8")
+        test_a_row_of_a_linear_has_the_same_bits_in_any_company_and_with_any_threads(dtype, "none")
         test_stored_bytes_are_the_definition(dtype, "fp8", 64)
         test_attention_is_the_definition(dtype, "fp8", "window")
         test_a_row_of_attention_has_the_same_bits_however_it_is_computed(dtype, "softcap")
@@ -277,4 +331,4 @@ def test_tiles_compute_the_same_to_rounding(monkeypatch: pytest.MonkeyPatch) -> 
         test_linear_is_the_definition_for_every_number_of_rows(BF16, quantization, 64)  # type: ignore[arg-type]
         test_linear_is_the_definition_for_every_number_of_rows(BF16, quantization, 70)  # type: ignore[arg-type]
         test_gates_are_the_definition(BF16, "silu", quantization)  # type: ignore[arg-type]
-    test_a_row_of_a_linear_has_the_same_bits_in_any_company_and_with_any_threads(BF16)
+    test_a_row_of_a_linear_has_the_same_bits_in_any_company_and_with_any_threads(BF16, "none")

@@ -1,0 +1,86 @@
+// What linear layers of every kind share: the job, its division among threads, and how a sum becomes an answer.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "api.h"
+#include "simd.h"
+#include "threads.h"
+
+namespace linear {
+
+using namespace simd;
+
+// How far ahead of a kernel weights are asked for, into the core's own second-level cache: measured.
+constexpr int PREFETCH_BYTES = 4096;
+constexpr int64_t CACHED_BYTES = 512 << 10;  // of panels that stay in a core's own cache while rows pass
+
+struct Job {
+    const Matrix* matrix;
+    Rows out;
+    int out_columns;
+    const uint32_t* packed;  // x as the kernel reads it, by blocks of rows
+    int steps, num_rows, activation;  // NONE, or panels alternate between a gate and what it lets through
+};
+
+inline int num_panels(const Matrix& m) { return (m.columns + LANES - 1) / LANES; }
+
+inline F32 finished(const Matrix& m, int panel, F32 acc) {
+    if (m.scales) acc = acc * load<F32>(m.scales + panel * LANES);
+    if (m.bias) acc = acc + load<F32>(m.bias + panel * LANES);
+    return acc;
+}
+inline void put(const Job& job, int row, int column, F32 v) {
+    const int count = std::min(LANES, job.out_columns - column);
+    const int64_t at = row * job.out.stride + column;
+    if (job.out.kind == BFLOAT16) {
+        uint16_t* to = (uint16_t*)job.out.data + at;
+        if (count == LANES) return store_bf16(to, v);
+        const U16x16 bits = rounded(v);
+        std::memcpy(to, &bits, 2 * count);
+    } else {
+        std::memcpy((float*)job.out.data + at, &v, 4 * count);
+    }
+}
+inline void put_linear(const Job& job, int row, int panel, F32 acc) {
+    put(job, row, panel * LANES, finished(*job.matrix, panel, acc));
+}
+// Gate and up are rounded as if they had been stored, so that the fused form changes no bit.
+inline void put_gated(const Job& job, int row, int panel, F32 gate, F32 up) {
+    gate = finished(*job.matrix, panel, gate), up = finished(*job.matrix, panel + 1, up);
+    if (job.out.kind == BFLOAT16) gate = widen(rounded(gate)), up = widen(rounded(up));
+    put(job, row, panel / 2 * LANES, activate(gate, job.activation) * up);
+}
+// One row of a kernel of one or two panels. A gate that is alone waits for its other half.
+template <int PANELS>
+void put_row(const Job& job, int row, int panel, const F32 (&sums)[PANELS], F32& gate) {
+    if (job.activation == NONE) {
+#pragma GCC unroll 2
+        for (int p = 0; p < PANELS; p++) put_linear(job, row, panel + p, sums[p]);
+    } else if (PANELS == 2) {
+        put_gated(job, row, panel, sums[0], sums[PANELS - 1]);
+    } else if (panel % 2 == 0) {
+        gate = sums[0];
+    } else {
+        put_gated(job, row, panel - 1, gate, sums[0]);
+    }
+}
+
+// Call `panels_of(first, end)` for stretches of panels: so many that a cache holds them while all rows pass, and that every
+// thread gets several. `first` is even.
+template <class F>
+void share_panels(const Job& job, Threads& threads, int64_t panel_bytes, const F& panels_of) {
+    const int count = num_panels(*job.matrix), held = (int)(CACHED_BYTES / panel_bytes);
+    const int group = std::max(2, std::min({8, held, count / (threads.count() * 4)}) / 2 * 2);
+    threads.share((count + group - 1) / group,
+                  [&](int part) { panels_of(part * group, std::min(count, (part + 1) * group)); });
+}
+
+// linear_int8.cpp: rows as integers by matrices of integers.
+int64_t int8_panel_bytes(int inner);
+void pack_int8(const int8_t* from, int columns, int inner, uint8_t* to);
+void multiply_int8(Job job, const Rows& x, uint32_t* scratch, Threads& threads);
+
+}  // namespace linear

@@ -1,0 +1,206 @@
+// Linear layers of 8-bit weights and rows rounded to 8 bits: sums of integers, which no order of summation can change.
+//
+// A row x is cut into groups of 64 neighbours. Each has its own scale, its largest magnitude / 127, and becomes integers
+// q[k] = round(x[k] / scale), to nearest even. Then
+//   out[r, c] = ( sum over groups of float( sum over k of q[r, k] * w[c, k] ) * scale[r, group] ) * scale[c] + bias[c]
+// with exact inner sums and one float32 lane per output that meets the groups from first to last. An output's bits depend
+// on its row and column alone, whatever the number of rows or threads, and on no instruction set that has fused products.
+//
+// Weights lie in panels of 16 columns, [inner / 4][16 columns][4 neighbours in k], as w + 128: the instruction multiplies
+// unsigned by signed bytes. What that adds to a group's sum is 128 * sum(q), which sums begin without.
+#include "linear.h"
+
+namespace linear {
+
+namespace {
+
+constexpr int GROUP = 64, QUAD = 4, OFFSET = 128;  // numbers of k
+// Rows that one inner kernel keeps in registers with two panels, and such parts that share a pass over a group's weights.
+#if defined(__AVX512F__)
+constexpr int PART_ROWS = 12;
+#else
+constexpr int PART_ROWS = 4;
+#endif
+constexpr int BLOCK_PARTS = 2, BLOCK_ROWS = PART_ROWS * BLOCK_PARTS;
+
+int quads(int inner) { return (inner + QUAD - 1) / QUAD; }
+int num_groups(int inner) { return (inner + GROUP - 1) / GROUP; }
+// 32-bit words of a row: its integers, and of each group where sums begin and the scale.
+int row_words(int inner) { return quads(inner) + 2 * num_groups(inner); }
+
+// The number of rows that a part is padded to: the kernels that exist.
+int padded_rows(int rows) {
+    for (int size : {1, 2, 4, 6, 8, 12})
+        if (rows <= size) return size;
+    return PART_ROWS;
+}
+struct Division {
+    int parts, rows;  // of each part
+    explicit Division(int block) : parts(block > PART_ROWS ? 2 : 1), rows(padded_rows((block + parts - 1) / parts)) {}
+};
+
+// Sixteen numbers of a row from k on; zeros past its end.
+F32 numbers(const Rows& x, int row, int k, int inner) {
+    const int64_t at = row * x.stride + k;
+    const int count = std::min(LANES, inner - k);
+    if (x.kind == BFLOAT16) {
+        if (count == LANES) return load_bf16((const uint16_t*)x.data + at);
+        U16x16 some{};
+        std::memcpy(&some, (const uint16_t*)x.data + at, 2 * count);
+        return widen(some);
+    }
+    F32 some{};
+    std::memcpy(&some, (const float*)x.data + at, 4 * count);
+    return some;
+}
+
+// One row of a group.
+struct Rounded {
+    alignas(64) int8_t numbers[GROUP];
+    int32_t begin;  // of sums: what unsigned weights add to them, taken off
+    float scale;    // NaN where a number is not finite, so that every output is
+};
+
+void round_group(const Rows& x, int row, int first, int inner, Rounded& to) {
+    const int count = std::min(GROUP, inner - first);
+    F32 v[GROUP / LANES];
+    U32 top{};
+    for (int i = 0; i * LANES < count; i++) {
+        v[i] = numbers(x, row, first + i * LANES, inner);
+        top = larger_u32(top, (U32)v[i] & 0x7FFFFFFFu);  // bits of magnitudes are in order, and NaN above all
+    }
+    const uint32_t bits = largest_u32(top);
+    float largest, inverse = 0.0f;
+    std::memcpy(&largest, &bits, 4);
+    to.scale = 0.0f;
+    if (bits >= 0x7F800000u)
+        to.scale = __builtin_nanf("");
+    else if (largest >= 0x1p-100f)  // below, 127 / largest may not be finite
+        to.scale = largest / 127.0f, inverse = 127.0f / largest;
+    constexpr float INTEGERS = 12582912.0f;  // 1.5 * 2**23: added, it leaves a small number as an integer in the low bits
+    I32 sum{};
+    for (int i = 0; i * LANES < count; i++) {
+        const F32 rounded = v[i] * splat(inverse) + splat(INTEGERS);
+        const I32 q = (I32)rounded - (I32)splat(INTEGERS);
+        sum += q;
+        store_bytes(to.numbers + i * LANES, q);
+    }
+    to.begin = -OFFSET * sum_integers(sum);
+}
+
+// One row of a block as the kernel reads it: by parts, by groups { begin [rows], scale [rows], numbers [quads][rows] }.
+void pack_row(const Rows& x, int first, int in_block, int inner, Division d, uint32_t* block) {
+    const int row = first + in_block, r = in_block % d.rows;
+    uint32_t* to = block + (int64_t)(in_block / d.rows) * d.rows * row_words(inner);
+    Rounded group{};
+    for (int k = 0; k < inner; k += GROUP) {
+        const int steps = quads(std::min(GROUP, inner - k));
+        if (row < x.rows) round_group(x, row, k, inner, group);
+        std::memcpy(to + r, &group.begin, 4), std::memcpy(to + d.rows + r, &group.scale, 4);
+        to += 2 * d.rows;
+        for (int step = 0; step < steps; step++, to += d.rows) std::memcpy(to + r, group.numbers + step * QUAD, 4);
+    }
+}
+
+// A group's integer sums, `ROWS` packed rows by PANELS panels, added to the rows' sums.
+template <int ROWS, int PANELS, bool ASKS_AHEAD>
+void add_group(const uint32_t* x, const char* w, int64_t panel_bytes, int steps, F32 (*sums)[PANELS]) {
+    const float* scales = (const float*)x + ROWS;
+    I32 acc[ROWS][PANELS];
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 2
+        for (int p = 0; p < PANELS; p++) acc[r][p] = (I32)splat_u32(x[r]);
+    x += 2 * ROWS;
+    for (int k = 0; k < steps; k++, x += ROWS, w += LANES * QUAD) {
+        U32 weights[PANELS];
+#pragma GCC unroll 2
+        for (int p = 0; p < PANELS; p++) {
+            if (ASKS_AHEAD) __builtin_prefetch(w + p * panel_bytes + PREFETCH_BYTES, 0, 2);
+            weights[p] = load<U32>(w + p * panel_bytes);
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < ROWS; r++) {
+            const U32 quad = splat_u32(x[r]);
+#pragma GCC unroll 2
+            for (int p = 0; p < PANELS; p++) acc[r][p] = dot_quads(acc[r][p], weights[p], quad);
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 2
+        for (int p = 0; p < PANELS; p++) sums[r][p] = fma(to_floats(acc[r][p]), splat(scales[r]), sums[r][p]);
+}
+
+template <int ROWS, int PANELS>
+void kernel(const Job& job, const uint32_t* x, int first, int rows, int panel, F32* gates) {
+    const int inner = job.matrix->inner, parts = Division(rows).parts;
+    const int64_t panel_bytes = int8_panel_bytes(inner), part_words = (int64_t)ROWS * row_words(inner);
+    const char* w = (const char*)job.matrix->panels + panel * panel_bytes;
+    F32 sums[BLOCK_PARTS * ROWS][PANELS] = {};
+    for (int k = 0; k < inner; k += GROUP) {
+        const int steps = quads(std::min(GROUP, inner - k));
+        add_group<ROWS, PANELS, true>(x, w, panel_bytes, steps, sums);
+        if (parts > 1) add_group<ROWS, PANELS, false>(x + part_words, w, panel_bytes, steps, sums + ROWS);
+        x += (2 + steps) * ROWS, w += (int64_t)steps * LANES * QUAD;
+    }
+    for (int r = 0; r < rows; r++) put_row<PANELS>(job, first + r, panel, sums[r], gates[r]);
+}
+
+template <int PANELS>
+void block(const Job& job, const uint32_t* x, int first, int rows, int panel, F32* gates) {
+    switch (Division(rows).rows) {
+        case 1: return kernel<1, PANELS>(job, x, first, rows, panel, gates);
+        case 2: return kernel<2, PANELS>(job, x, first, rows, panel, gates);
+        case 4: return kernel<4, PANELS>(job, x, first, rows, panel, gates);
+#if defined(__AVX512F__)
+        case 6: return kernel<6, PANELS>(job, x, first, rows, panel, gates);
+        case 8: return kernel<8, PANELS>(job, x, first, rows, panel, gates);
+        case 12: return kernel<12, PANELS>(job, x, first, rows, panel, gates);
+#endif
+    }
+}
+
+}  // namespace
+
+int64_t int8_panel_bytes(int inner) { return (int64_t)quads(inner) * QUAD * LANES; }
+
+// Missing columns and neighbours are zeros.
+void pack_int8(const int8_t* from, int columns, int inner, uint8_t* to) {
+    for (int first = 0; first < columns; first += LANES)
+        for (int k = 0; k < inner; k += QUAD)
+            for (int c = first; c < first + LANES; c++)
+                for (int j = k; j < k + QUAD; j++)
+                    *to++ = (uint8_t)((c < columns && j < inner ? from[(int64_t)c * inner + j] : 0) + OFFSET);
+}
+
+// scratch: row_words for every row, and for BLOCK_ROWS rows more.
+void multiply_int8(Job job, const Rows& x, uint32_t* scratch, Threads& threads) {
+    const int inner = job.matrix->inner;
+    const auto block_of = [&](int first) { return scratch + (int64_t)first * row_words(inner); };
+    constexpr int SHARE = 4;  // rows that a thread rounds at a time
+    threads.share((x.rows + SHARE - 1) / SHARE, [&](int part) {
+        for (int row = part * SHARE; row < std::min(x.rows, (part + 1) * SHARE); row++) {
+            const int first = row / BLOCK_ROWS * BLOCK_ROWS, rows = std::min(BLOCK_ROWS, x.rows - first);
+            const Division d(rows);
+            pack_row(x, first, row - first, inner, d, block_of(first));
+            if (row + 1 == x.rows)  // what a last part is padded with
+                for (int r = rows; r < d.parts * d.rows; r++) pack_row(x, first, r, inner, d, block_of(first));
+        }
+    });
+    share_panels(job, threads, int8_panel_bytes(inner), [&](int begin, int end) {
+        F32 gates[BLOCK_ROWS];
+        for (int first = 0; first < job.num_rows; first += BLOCK_ROWS)
+            for (int panel = begin; panel < end; panel += 2) {
+                const int rows = std::min(BLOCK_ROWS, job.num_rows - first);
+                if (panel + 1 < end && job.num_rows > 1) {  // one row waits for memory: one long stream
+                    block<2>(job, block_of(first), first, rows, panel, gates);
+                    continue;
+                }
+                for (int p = panel; p < std::min(panel + 2, end); p++)
+                    block<1>(job, block_of(first), first, rows, p, gates);
+            }
+    });
+}
+
+}  // namespace linear
