@@ -33,7 +33,7 @@ def rounded_to_int8(matrix: Tensor) -> Tensor:
 
 
 def rows_to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows [rows, in] as int8 [rows, groups, GROUP] (filled up with zeros), and each group's scale, float32 [rows, groups].
+    """Rows [rows, in] as int8 [rows, groups, GROUP], filled up with zeros; each group's scale, float32 [rows, groups].
 
     A group's scale is its largest magnitude / 127; NaN where one of its numbers is not finite.
     """

@@ -53,7 +53,7 @@ def built_library() -> Path:
         return build(("-march=native",))
     except NativeUnavailable:
         # Tiles are the one thing that a CPU may have and its system (a container's seccomp, an old kernel) refuse.
-        return build(("-march=native", "-mno-amx-tile", "-mno-amx-bf16"))
+        return build(("-march=native", "-mno-amx-tile", "-mno-amx-bf16", "-mno-amx-int8"))
 
 
 def build(machine_flags: tuple[str, ...]) -> Path:

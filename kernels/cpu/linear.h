@@ -81,6 +81,6 @@ void share_panels(const Job& job, Threads& threads, int64_t panel_bytes, const F
 // linear_int8.cpp: rows as integers by matrices of integers.
 int64_t int8_panel_bytes(int inner);
 void pack_int8(const int8_t* from, int columns, int inner, uint8_t* to);
-void multiply_int8(Job job, const Rows& x, uint32_t* scratch, Threads& threads);
+void multiply_int8(const Job& job, const Rows& x, uint32_t* scratch, Threads& threads);
 
 }  // namespace linear

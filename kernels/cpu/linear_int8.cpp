@@ -7,8 +7,11 @@
 // on its row and column alone, whatever the number of rows or threads, and on no instruction set that has fused products.
 //
 // Weights lie in panels of 16 columns, [inner / 4][16 columns][4 neighbours in k], as w + 128: the instruction multiplies
-// unsigned by signed bytes. What that adds to a group's sum is 128 * sum(q), which sums begin without.
+// unsigned by signed bytes. What that adds to a group's sum is 128 * sum(q), which sums begin without. Where the machine
+// has AMX tiles, prompts go through them: integers, so the same bits.
 #include "linear.h"
+
+#include "tiles.h"
 
 namespace linear {
 
@@ -88,6 +91,15 @@ void round_group(const Rows& x, int row, int first, int inner, Rounded& to) {
     to.begin = -OFFSET * sum_integers(sum);
 }
 
+// Call `pack(row)` for all rows, a few at a time.
+template <class F>
+void share_rows(int rows, Threads& threads, const F& pack) {
+    constexpr int SHARE = 4;
+    threads.share((rows + SHARE - 1) / SHARE, [&](int part) {
+        for (int row = part * SHARE; row < std::min(rows, (part + 1) * SHARE); row++) pack(row);
+    });
+}
+
 // One row of a block as the kernel reads it: by parts, by groups { begin [rows], scale [rows], numbers [quads][rows] }.
 void pack_row(const Rows& x, int first, int in_block, int inner, Division d, uint32_t* block) {
     const int row = first + in_block, r = in_block % d.rows;
@@ -161,32 +173,16 @@ void block(const Job& job, const uint32_t* x, int first, int rows, int panel, F3
     }
 }
 
-}  // namespace
-
-int64_t int8_panel_bytes(int inner) { return (int64_t)quads(inner) * QUAD * LANES; }
-
-// Missing columns and neighbours are zeros.
-void pack_int8(const int8_t* from, int columns, int inner, uint8_t* to) {
-    for (int first = 0; first < columns; first += LANES)
-        for (int k = 0; k < inner; k += QUAD)
-            for (int c = first; c < first + LANES; c++)
-                for (int j = k; j < k + QUAD; j++)
-                    *to++ = (uint8_t)((c < columns && j < inner ? from[(int64_t)c * inner + j] : 0) + OFFSET);
-}
-
 // scratch: row_words for every row, and for BLOCK_ROWS rows more.
-void multiply_int8(Job job, const Rows& x, uint32_t* scratch, Threads& threads) {
+void multiply_rows(const Job& job, const Rows& x, uint32_t* scratch, Threads& threads) {
     const int inner = job.matrix->inner;
     const auto block_of = [&](int first) { return scratch + (int64_t)first * row_words(inner); };
-    constexpr int SHARE = 4;  // rows that a thread rounds at a time
-    threads.share((x.rows + SHARE - 1) / SHARE, [&](int part) {
-        for (int row = part * SHARE; row < std::min(x.rows, (part + 1) * SHARE); row++) {
-            const int first = row / BLOCK_ROWS * BLOCK_ROWS, rows = std::min(BLOCK_ROWS, x.rows - first);
-            const Division d(rows);
-            pack_row(x, first, row - first, inner, d, block_of(first));
-            if (row + 1 == x.rows)  // what a last part is padded with
-                for (int r = rows; r < d.parts * d.rows; r++) pack_row(x, first, r, inner, d, block_of(first));
-        }
+    share_rows(x.rows, threads, [&](int row) {
+        const int first = row / BLOCK_ROWS * BLOCK_ROWS, rows = std::min(BLOCK_ROWS, x.rows - first);
+        const Division d(rows);
+        pack_row(x, first, row - first, inner, d, block_of(first));
+        if (row + 1 == x.rows)  // what the last part is padded with
+            for (int r = rows; r < d.parts * d.rows; r++) pack_row(x, first, r, inner, d, block_of(first));
     });
     share_panels(job, threads, int8_panel_bytes(inner), [&](int begin, int end) {
         F32 gates[BLOCK_ROWS];
@@ -201,6 +197,95 @@ void multiply_int8(Job job, const Rows& x, uint32_t* scratch, Threads& threads) 
                     block<1>(job, block_of(first), first, rows, p, gates);
             }
     });
+}
+
+#if defined(TWOSTROKE_TILES)
+
+constexpr int SQUARE_ROWS = 2 * tiles::ROWS;
+static_assert(GROUP == tiles::ROW_BYTES, "a group of a row is one row of a tile");
+
+// A group of a block of rows. A panel's share of a group is a tile as it lies.
+struct TileGroup {
+    int8_t numbers[SQUARE_ROWS][GROUP];
+    int32_t begin[SQUARE_ROWS];
+    float scale[SQUARE_ROWS];
+};
+
+void pack_tile_row(const Rows& x, int row, int inner, TileGroup* to) {
+    Rounded group{};
+    for (int k = 0; k < inner; k += GROUP, to++) {
+        if (row < x.rows) round_group(x, row, k, inner, group);
+        const int r = row % SQUARE_ROWS;
+        std::memcpy(to->numbers[r], group.numbers, GROUP);
+        to->begin[r] = group.begin, to->scale[r] = group.scale;
+    }
+}
+
+// Two blocks of 16 rows by two panels, or by one.
+template <int PANELS>
+void tile_square(const Job& job, const TileGroup* x, int first, int panel) {
+    const int64_t panel_bytes = int8_panel_bytes(job.matrix->inner);
+    const char* w = (const char*)job.matrix->panels + panel * panel_bytes;
+    F32 sums[SQUARE_ROWS][PANELS] = {};
+    for (int k = 0; k < job.matrix->inner; k += GROUP, x++, w += tiles::TILE_BYTES) {
+        alignas(64) int32_t integers[PANELS][SQUARE_ROWS][LANES];
+        tiles::zero<0>(), tiles::zero<1>(), tiles::zero<2>(), tiles::zero<3>();
+        tiles::load<4>(x->numbers[0]), tiles::load<5>(x->numbers[tiles::ROWS]), tiles::load<6>(w);
+        tiles::dot_bytes<0, 4, 6>(), tiles::dot_bytes<1, 5, 6>();
+        tiles::save<0>(integers[0][0]), tiles::save<1>(integers[0][tiles::ROWS]);
+        if (PANELS == 2) {
+            tiles::load<7>(w + panel_bytes);
+            tiles::dot_bytes<2, 4, 7>(), tiles::dot_bytes<3, 5, 7>();
+            tiles::save<2>(integers[PANELS - 1][0]), tiles::save<3>(integers[PANELS - 1][tiles::ROWS]);
+        }
+        for (int r = 0; r < SQUARE_ROWS; r++)
+            for (int p = 0; p < PANELS; p++) {
+                const I32 sum = load<I32>(integers[p][r]) + (I32)splat_u32(x->begin[r]);
+                sums[r][p] = fma(to_floats(sum), splat(x->scale[r]), sums[r][p]);
+            }
+    }
+    F32 gate{};
+    for (int r = 0; r < std::min(SQUARE_ROWS, job.num_rows - first); r++)
+        put_row<PANELS>(job, first + r, panel, sums[r], gate);
+}
+
+void multiply_tiles(const Job& job, const Rows& x, TileGroup* scratch, Threads& threads) {
+    const int inner = job.matrix->inner, groups = num_groups(inner);
+    const auto block_of = [&](int row) { return scratch + (int64_t)(row / SQUARE_ROWS) * groups; };
+    share_rows((x.rows + SQUARE_ROWS - 1) / SQUARE_ROWS * SQUARE_ROWS, threads,
+               [&](int row) { pack_tile_row(x, row, inner, block_of(row)); });
+    share_panels(job, threads, int8_panel_bytes(inner), [&](int begin, int end) {
+        tiles::begin();
+        for (int first = 0; first < job.num_rows; first += SQUARE_ROWS) {
+            int panel = begin;
+            for (; panel + 1 < end; panel += 2) tile_square<2>(job, block_of(first), first, panel);
+            if (panel < end) tile_square<1>(job, block_of(first), first, panel);
+        }
+        tiles::end();
+    });
+}
+
+#endif
+
+}  // namespace
+
+int64_t int8_panel_bytes(int inner) { return (int64_t)quads(inner) * QUAD * LANES; }
+
+// Missing columns and neighbours are zeros.
+void pack_int8(const int8_t* from, int columns, int inner, uint8_t* to) {
+    for (int first = 0; first < columns; first += LANES)
+        for (int k = 0; k < inner; k += QUAD)
+            for (int c = first; c < first + LANES; c++)
+                for (int j = k; j < k + QUAD; j++)
+                    *to++ = (uint8_t)((c < columns && j < inner ? from[(int64_t)c * inner + j] : 0) + OFFSET);
+}
+
+void multiply_int8(const Job& job, const Rows& x, uint32_t* scratch, Threads& threads) {
+#if defined(TWOSTROKE_TILES)
+    if (job.num_rows > BLOCK_ROWS && job.matrix->inner % GROUP == 0 && tiles::permitted())
+        return multiply_tiles(job, x, (TileGroup*)scratch, threads);
+#endif
+    multiply_rows(job, x, scratch, threads);
 }
 
 }  // namespace linear

@@ -11,7 +11,7 @@
 
 #if defined(TWOSTROKE_EMULATE_TILES)
 #define TWOSTROKE_TILES 1
-#elif defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__linux__)
+#elif defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__linux__)
 #define TWOSTROKE_TILES 1
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -59,6 +59,22 @@ void dot() {
             memory(C)[m][n] += even + odd;
         }
 }
+template <int C, int A, int B>
+void dot_bytes() {
+    for (int m = 0; m < ROWS; m++)
+        for (int n = 0; n < 16; n++) {
+            int32_t sum;
+            std::memcpy(&sum, &memory(C)[m][n], 4);
+            for (int k = 0; k < 16; k++) {
+                int8_t a[4];
+                uint8_t b[4];
+                std::memcpy(a, &memory(A)[m][k], 4);
+                std::memcpy(b, &memory(B)[k][n], 4);
+                for (int j = 0; j < 4; j++) sum += a[j] * b[j];
+            }
+            std::memcpy(&memory(C)[m][n], &sum, 4);
+        }
+}
 
 #else
 
@@ -97,6 +113,11 @@ void save(void* p) {
 template <int C, int A, int B>
 void dot() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+}
+// Signed bytes of A by unsigned bytes of B, sums of 32 bits.
+template <int C, int A, int B>
+void dot_bytes() {
+    asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
 
 #endif

@@ -321,12 +321,15 @@ def test_older_machines_compute_the_same_to_rounding(
 
 
 def test_tiles_compute_the_same_to_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The code around AMX's instructions, with these emulated."""
+    """The code around AMX's instructions, with these emulated. Those of integers leave no bit open."""
+    answers = [int8_answers(inner) for inner in (192, 1027)]
     try:
         emulated = native.Library(build(TILES))
     except NativeUnavailable as error:
         pytest.skip(str(error))
     monkeypatch.setattr(native, "load", lambda: emulated)
+    for inner, wanted in zip((192, 1027), answers, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(int8_answers(inner), wanted, strict=True)), inner
     for quantization in ("none", "int8"):
         test_linear_is_the_definition_for_every_number_of_rows(BF16, quantization, 64)  # type: ignore[arg-type]
         test_linear_is_the_definition_for_every_number_of_rows(BF16, quantization, 70)  # type: ignore[arg-type]
