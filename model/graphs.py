@@ -11,6 +11,7 @@ On a CPU (Triton's interpreter) nothing is captured: the same arenas feed the de
 
 from __future__ import annotations
 
+import threading
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from .triton_ops import Layout
 from .upload import Arena
 
 GRAPH_CONTEXT = 8192  # a longer table would cost every short step splits that have nothing to do
+
+_one_capture = threading.Lock()  # torch: no two at a time in one process, and workers may share one
 
 
 def graph_sizes(max_num_seqs: int) -> tuple[int, ...]:
@@ -69,15 +72,18 @@ class DecodeGraphs:
 
     def capture(self) -> None:
         """Capture every size, the largest first, so that the others find its memory in their shared pool."""
-        pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
         for size in reversed(self.sizes):
-            self._captured[size] = captured = self._prepared(size)
-            if pool is None:
-                continue
+            self._captured[size] = self._prepared(size)
+        if self._device.type == "cpu":
+            return
+        pool = torch.cuda.graph_pool_handle()
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        for captured in self._captured.values():
             self._decoder.hidden(captured.batch, self._store)  # compiles, and lets cuBLAS choose
-            torch.cuda.synchronize(self._device)
             captured.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(captured.graph, pool=pool):
+            # What other threads ask of the device meanwhile (memory, say) is not ours to forbid.
+            graph = torch.cuda.graph(captured.graph, pool, stream, capture_error_mode="thread_local")
+            with _one_capture, graph:
                 captured.hidden = self._decoder.hidden(captured.batch, self._store)
 
     def serves(self, plan: StepPlan) -> bool:

@@ -1,4 +1,4 @@
-"""8 bits: how matrices are rounded, for every device alike, and rows where products are of integers. Knows no device."""
+"""8 bits: how every device rounds matrices, and a CPU rows where products are of integers. Knows no device."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def rows_to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
 
     A group's scale is its largest magnitude / 127; NaN where one of its numbers is not finite.
     """
-    groups = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+    groups = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % GROUP)).reshape(len(x), -1, GROUP)
     largest = groups.abs().amax(dim=2)
     counts = largest >= _LEAST
     steps = torch.full_like(largest, 127.0)  # a tensor: torch divides a number by way of the reciprocal, rounded twice

@@ -1,5 +1,10 @@
-"""What must be set before any test imports: Triton kernels run in the interpreter, on CPU tensors."""
+"""What must be set before any test imports: Triton kernels run in the interpreter, on CPU tensors.
+
+With TWOSTROKE_TEST_GPU=1 they are compiled and run on a GPU: of use to the tests of kernels, of the store on a device
+and of the ops over both (`tests/kernels tests/kv/test_device_store.py tests/model/test_triton_ops.py`).
+"""
 
 import os
 
-os.environ["TRITON_INTERPRET"] = "1"
+if os.environ.get("TWOSTROKE_TEST_GPU") != "1":
+    os.environ["TRITON_INTERPRET"] = "1"

@@ -9,6 +9,7 @@ numpy and safetensors.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import sys
@@ -43,10 +44,11 @@ def run(directory: Path | None, *, interpret: bool = False) -> dict[str, Any]:
     data["arithmetic"] = ops.description
     weights = random_weights(shape, ops)
     for cache in CACHES:
+        if not interpret:  # what came before holds no memory that a batch would be left out for
+            gc.collect()
+            torch.cuda.empty_cache()
         data["caches"][cache] = run_cache(shape, ops, weights, cache, data["limits"])
         save(directory, data)  # what is measured stays, whatever comes after
-        if not interpret:
-            torch.cuda.empty_cache()
     return data
 
 

@@ -1,13 +1,21 @@
 """A poisoned paged cache for kernel tests: what nobody wrote is NaN."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 
-from twostroke.kernels import reference
+from twostroke.kernels import launch, reference
 from twostroke.kernels.reference import Planes
+
+if not launch.interpreted():
+    sys.path.insert(0, str(Path(__file__).parent))  # for the helper beside the tests
+    from on_gpu import move_kernels_to_gpu
+
+    move_kernels_to_gpu()
 
 ROW_BYTES = {"fp8": 1, "bf16": 2, "fp32": 4}
 

@@ -10,13 +10,17 @@ from typing import Any
 import pytest
 
 import twostroke
+from twostroke.kernels import launch
 
 ROOT = Path(twostroke.__file__).resolve().parents[2]
 SHARED_KIB = {
     "sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64,
 }  # fmt: skip # one block may have this much
 COMPILE_S = 900  # about a minute on two quiet cores, but a busy machine may take many times that
-pytestmark = pytest.mark.timeout(COMPILE_S + 10)
+pytestmark = [
+    pytest.mark.timeout(COMPILE_S + 10),
+    pytest.mark.skipif(not launch.interpreted(), reason="a minute of compiling that no GPU changes"),
+]
 
 
 @pytest.fixture(scope="module")

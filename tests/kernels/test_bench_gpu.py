@@ -13,9 +13,11 @@ import pytest
 import torch
 
 import twostroke
+from twostroke.kernels import launch
 
 ROOT = Path(twostroke.__file__).resolve().parents[2]
 FOLDER = ROOT / "bench" / "gpu"
+pytestmark = pytest.mark.skipif(not launch.interpreted(), reason="of what `bench/gpu` is without a GPU")
 # What the machines we bench on lack, and what a kernel has no business with.
 ABSENT = ["pydantic", "ray", "fastapi", "redis", "kubernetes", "grpc", "google", "transformers", "tokenizers", "yaml"]
 WITHOUT = f"""

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from twostroke.kernels import paged_decode, reference_attention
+from twostroke.kernels import launch, paged_decode, reference_attention
 from twostroke.kernels.paged_decode import paged_decode_attention
 
 LENGTHS = [1, 15, 16, 17, 63, 64, 65, 500]
@@ -36,8 +36,12 @@ def test_equals_float64_at_odd_lengths(make_cache: Any, block_tokens: int, heads
     wide = run(cache, q.float())
     assert relative_error(wide, cache, q) < 3e-5
     narrow = run(cache, q)
-    cut = (wide.view(torch.int32) & -0x10000).view(torch.float32).bfloat16()  # how the interpreter makes bf16
-    assert ((narrow == cut) | (narrow == wide.bfloat16())).all()
+    if launch.interpreted():
+        cut = (wide.view(torch.int32) & -0x10000).view(torch.float32).bfloat16()  # how the interpreter makes bf16
+        assert ((narrow == cut) | (narrow == wide.bfloat16())).all()
+    else:  # rounds to nearest; tensor cores, which take bf16 alone, sum in another order
+        assert relative_error(narrow, cache, q) < 2**-8
+        assert (narrow == wide.bfloat16()).double().mean() > 0.99
 
 
 @pytest.mark.parametrize(("width", "group"), [(80, 3), (128, 1)])

@@ -1,4 +1,4 @@
-"""The store on a device, kernels in Triton's interpreter: bytes, digests and refusals of the store on the CPU."""
+"""The store on a device, or on the CPU with kernels in Triton's interpreter, against the store on the CPU."""
 
 from dataclasses import replace
 
@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from twostroke.core.errors import KvCorrupted
+from twostroke.kernels import launch
 from twostroke.kernels.reference_kv import Rotation
 from twostroke.kernels.rotary_store import rotary_store_kv
 from twostroke.kv.block import BlockId
@@ -16,11 +17,13 @@ from twostroke.kv.store import HeldTokens, KvStore
 
 LAYERS, HEADS, WIDTH, KEY, BLOCKS = 2, 2, 16, 0xFEED_0123_4567_89AB, 9
 CODECS = ["fp8", "bfloat16"]
+CPU, DEVICE = torch.device("cpu"), torch.device("cpu" if launch.interpreted() else "cuda")
 
 
 def store(codec: str, *, by_kernels: bool, block_tokens: int = 16) -> KvStore:
     spec = attention_spec(LAYERS, HEADS, WIDTH, CODEC_NAMES[codec])
-    made = KvStore(spec, BLOCKS, block_tokens, digest_key=KEY, by_kernels=by_kernels)
+    device = DEVICE if by_kernels else CPU
+    made = KvStore(spec, BLOCKS, block_tokens, device, digest_key=KEY, by_kernels=by_kernels)
     for component in made._components:
         component.payload.fill_(0xFF)  # what nobody wrote must never come out
     return made
@@ -39,14 +42,14 @@ def slots_of(where: HeldTokens, block_tokens: int) -> torch.Tensor:
 
 def step(kv: KvStore, where: HeldTokens, seed: int = 0) -> None:
     """Write a range's tokens in every layer as a step does, with a row of padding at its end."""
-    slots = torch.cat((slots_of(where, kv.block_tokens), torch.tensor([-1])))
-    positions = torch.cat((torch.arange(where.start, where.end), torch.tensor([0])))
+    slots = torch.cat((slots_of(where, kv.block_tokens), torch.tensor([-1]))).to(kv.device)
+    positions = torch.cat((torch.arange(where.start, where.end), torch.tensor([0]))).to(kv.device)
     births = kv.births(slots)
     assert births is not None
-    angles = torch.arange(64).unsqueeze(1) * torch.ones(1, WIDTH // 2)
+    angles = (torch.arange(64).unsqueeze(1) * torch.ones(1, WIDTH // 2)).to(kv.device)
     for layer in range(LAYERS):
-        numbers = torch.randn(64, 3, HEADS, WIDTH, generator=torch.Generator().manual_seed(seed + layer))[positions]
-        q, k, v = numbers.bfloat16().unbind(1)
+        numbers = torch.randn(64, 3, HEADS, WIDTH, generator=torch.Generator().manual_seed(seed + layer))
+        q, k, v = numbers.to(kv.device, torch.bfloat16)[positions].unbind(1)
         k_planes, v_planes = kv.planes(layer)
         stored = rotary_store_kv(
             q, k, v, slots, Rotation(positions, angles.cos(), angles.sin()),
@@ -179,11 +182,12 @@ def test_a_swap_goes_out_and_comes_back(codec: str):
 
 def test_a_latent_cache_moves_by_kernels_too():
     spec = mla_spec(LAYERS, 24, 8, CODEC_NAMES["fp8"])
-    device, cpu = (KvStore(spec, BLOCKS, 16, digest_key=KEY, by_kernels=k) for k in (True, False))
-    for component in device._components:
+    device = KvStore(spec, BLOCKS, 16, DEVICE, digest_key=KEY, by_kernels=True)
+    cpu = KvStore(spec, BLOCKS, 16, digest_key=KEY, by_kernels=False)
+    for component in cpu._components:
         component.payload.random_(0, 255, generator=torch.Generator().manual_seed(1))
-    copied(device, cpu)
-    assert device.births(torch.tensor([0])) is None
+    copied(cpu, device)
+    assert device.births(torch.tensor([0], device=DEVICE)) is None
     for kv in (device, cpu):
         kv.seal(held(21))
     same_sections(device, cpu, held(21))

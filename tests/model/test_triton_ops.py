@@ -1,4 +1,4 @@
-"""The decoder over Triton kernels, in Triton's interpreter: the answers of the torch ops, and graphs of any size."""
+"""The decoder over Triton kernels, in Triton's interpreter or on a GPU: torch's answers, and graphs of any size."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +8,7 @@ import torch
 
 from twostroke.core.errors import ConfigError
 from twostroke.core.request import SamplingParams, SequenceKey
+from twostroke.kernels import launch
 from twostroke.kv.block import BlockId
 from twostroke.kv.store import HeldTokens, KvStore
 from twostroke.model.config_json import load_spec
@@ -25,7 +26,7 @@ from twostroke.model.upload import Arena, upload
 from twostroke.model.weights import load_weights
 
 GREEDY = SamplingParams(max_tokens=64, temperature=0.0)
-BLOCKS, CPU = 16, torch.device("cpu")
+BLOCKS, DEVICE = 16, torch.device("cpu" if launch.interpreted() else "cuda")
 PROMPTS = {
     "a": [5, 9, 33, 7, 2, 70, 71, 90, 10, 11, 3, 45, 66, 77, 88, 12, 13, 14, 15, 100],
     "b": [4, 8, 15],
@@ -36,7 +37,7 @@ PROMPTS = {
 def runner(directory: Path, ops: Ops, kv: str, *, by_kernels: bool, graph_seqs: int = 0) -> Runner:
     spec = load_spec(directory)
     weights = load_weights(open_source(directory), spec, ops)
-    store = KvStore(spec.kv_spec(kv), BLOCKS, 16, digest_key=5, by_kernels=by_kernels)
+    store = KvStore(spec.kv_spec(kv), BLOCKS, 16, ops.device, digest_key=5, by_kernels=by_kernels)
     for component in store._components:
         component.payload.fill_(0x7F)  # what nobody wrote must never come out
     made = Runner(spec, weights, ops, store, 64, graph_seqs=graph_seqs)
@@ -93,7 +94,7 @@ class Talk:
 
 def last_rows(talk: Talk) -> list[torch.Tensor]:
     """Logits of the sampled rows of each step, without padding."""
-    return [logits[:n] for logits, n in zip(talk.logits, (1, 3, 3, 3, 1), strict=True)]
+    return [logits[:n].cpu() for logits, n in zip(talk.logits, (1, 3, 3, 3, 1), strict=True)]
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,7 @@ def test_families_answer_as_by_torch(
 ):
     directory = family_directory(family)
     definition = Talk(runner(directory, TorchOps(torch.float32), kv, by_kernels=False), monkeypatch)
-    ours = Talk(runner(directory, TritonOps(torch.float32, CPU), kv, by_kernels=True, graph_seqs=4), monkeypatch)
+    ours = Talk(runner(directory, TritonOps(torch.float32, DEVICE), kv, by_kernels=True, graph_seqs=4), monkeypatch)
     definition.run()
     ours.run()
     assert (ours.runner._graphs is None) == (family == "qwen2-moe")
@@ -115,7 +116,7 @@ def test_families_answer_as_by_torch(
         assert (mine - theirs).abs().max() <= 5e-3 * theirs.abs().max()
         assert (mine - theirs).abs().median() <= 1e-3 * theirs.abs().max()
     for mine_of, theirs_of in zip(ours.runner.store._components, definition.runner.store._components, strict=True):
-        assert (mine_of.payload[0] != theirs_of.payload[0]).float().mean() < 1e-4
+        assert (mine_of.payload[0].cpu() != theirs_of.payload[0]).float().mean() < 1e-4
     for name, prompt in PROMPTS.items():  # what the steps left as seals is what the bytes say
         whole = ours.done[name] - ours.done[name] % 16
         assert ours.runner.store.verify(HeldTokens(ours.table(name), (1, 2, 3), 0, whole or len(prompt)))
@@ -125,18 +126,18 @@ def test_bf16_is_close_to_torch_in_bf16(family_directory: Callable[[str], Path],
     directory = family_directory("llama-llama3")
     talks = [
         Talk(runner(directory, TorchOps(torch.bfloat16), "fp8", by_kernels=False), monkeypatch),
-        Talk(runner(directory, TritonOps(torch.bfloat16, CPU), "fp8", by_kernels=True), monkeypatch),
+        Talk(runner(directory, TritonOps(torch.bfloat16, DEVICE), "fp8", by_kernels=True), monkeypatch),
     ]
     for talk in talks:
         talk.step(0, {"c": 1, "b": 3})
-    theirs, mine = (talk.logits[0][:2] for talk in talks)
+    theirs, mine = (talk.logits[0][:2].cpu() for talk in talks)
     assert (mine - theirs).abs().max() <= 0.05 * theirs.abs().max()
 
 
 def test_single_rows_are_decoded_and_chunks_prefilled():
     spans = [Span(0, 40, 1, (BlockId(3), BlockId(1), BlockId(2))), Span(1, 0, 1, (BlockId(4),))]
     chunks = [Span(2, 10, 7, (BlockId(5), BlockId(6))), Span(9, 0, 1, (BlockId(7),))]
-    layout = TritonOps(torch.float32, CPU).lay_out(spans + chunks, 16)
+    layout = TritonOps(torch.float32, DEVICE).lay_out(spans + chunks, 16)
     assert layout.num_singles == 2
     assert layout.single_tables.tolist() == [[3, 1, 2], [4, 0, 0]]
     assert layout.single_contexts.tolist() == [41, 1]
@@ -147,11 +148,13 @@ def test_single_rows_are_decoded_and_chunks_prefilled():
 
 def test_int8_weights_are_those_of_the_definition():
     matrix, x = torch.randn(24, 32, generator=torch.Generator().manual_seed(3)), torch.randn(16, 32)
-    ours, torchs = TritonOps(torch.float32, CPU, "int8"), TorchOps(torch.float32, 1, "int8")
-    torch.testing.assert_close(ours.linear(x, ours.pack(matrix)), torchs.linear(x, torchs.pack(matrix)))
+    ours, torchs = TritonOps(torch.float32, DEVICE, "int8"), TorchOps(torch.float32, 1, "int8")
+    torch.testing.assert_close(
+        ours.linear(x.to(DEVICE), ours.pack(matrix)).cpu(), torchs.linear(x, torchs.pack(matrix))
+    )
     exact = ours.pack(matrix.bfloat16(), exact=True)
     assert exact.matrix.dtype == torch.float32
-    assert torch.equal(exact.matrix, matrix.bfloat16().float())
+    assert torch.equal(exact.matrix.cpu(), matrix.bfloat16().float())
 
 
 def test_what_the_kernels_do_not_cover_is_refused_by_name(family_directory: Callable[[str], Path]):
@@ -162,7 +165,7 @@ def test_what_the_kernels_do_not_cover_is_refused_by_name(family_directory: Call
         refuse_unserved(llama, "float32")
     refuse_unserved(llama, "fp8")
     with pytest.raises(ConfigError, match="outside plain attention"):
-        TritonOps(torch.float32, CPU).rotary(torch.zeros(1), torch.zeros(1), torch.zeros(1))
+        TritonOps(torch.float32, DEVICE).rotary(torch.zeros(1), torch.zeros(1), torch.zeros(1))
     assert can_capture(llama)
     assert not can_capture(load_spec(family_directory("qwen2-moe")))
 
@@ -180,7 +183,7 @@ def test_sizes_hold_every_batch_and_waste_less_than_half():
 
 
 def test_graphs_serve_decode_steps_that_fit_and_nothing_else(family_directory: Callable[[str], Path]):
-    made = runner(family_directory("llama-llama3"), TritonOps(torch.float32, CPU), "fp8", by_kernels=True)
+    made = runner(family_directory("llama-llama3"), TritonOps(torch.float32, DEVICE), "fp8", by_kernels=True)
     assert made._decoder is not None
     graphs = DecodeGraphs(made._decoder, made.store, 2)
 
@@ -202,7 +205,7 @@ def test_the_likeliest_token_is_the_samplers():
     logits[1, [7, 30, 299]] = logits[1].max() + 1  # equals: the lowest id
     logits[2, 5], logits[3, 5], logits[4, 5] = float("nan"), float("inf"), float("-inf")
     wanted = Sampler(()).sample(logits.numpy(), [Draw(GREEDY, 0, 0)] * 7)
-    assert likeliest(logits).tolist() == [-1 if s is None else s.token_id for s in wanted]
+    assert likeliest(logits.to(DEVICE)).tolist() == [-1 if s is None else s.token_id for s in wanted]
 
 
 @pytest.mark.parametrize(
@@ -223,11 +226,11 @@ def test_only_plain_greedy_steps_stay_on_the_device(params: dict[str, float], is
 
 def test_an_arena_keeps_its_tensors_apart():
     parts = [torch.arange(5), torch.arange(3, dtype=torch.int32).reshape(3, 1), torch.zeros((0, 4), dtype=torch.int32)]
-    for mine, theirs in zip(upload(parts, CPU), parts, strict=True):
+    for mine, theirs in zip(upload(parts, DEVICE), parts, strict=True):
         assert mine.dtype == theirs.dtype
-        assert torch.equal(mine, theirs)
+        assert torch.equal(mine.cpu(), theirs)
         assert mine.numel() == 0 or mine.data_ptr() % 16 == 0
-    arena = Arena([((2,), torch.int64), ((1,), torch.int32)], CPU)
+    arena = Arena([((2,), torch.int64), ((1,), torch.int32)], DEVICE)
     arena.host[0].fill_(7)
     assert arena.device[0].tolist() == [0, 0]
     arena.send()
