@@ -174,15 +174,58 @@ void twostroke_extremes(Threads* threads, const Rows* x, int32_t width, float* l
 
 namespace {
 
+// The byte of a row's power-of-two scale, whose largest magnitude has these bits.
+int scale_byte(uint32_t amax) {
+    const int byte = (int)(amax >> 23) - 8 + ((amax & 0x7FFFFFu) > 0x600000u);
+    return amax < 0x7F800000u ? std::min(std::max(byte, 11), 246) : 0;
+}
+
+#if defined(__AVX512BW__)
+// `encode_fp8` of bfloat16, 32 at a time in integers: scaling moves the exponent, and eight bits are rounded to four.
+bool encode_by_32(const uint16_t* x, int width, uint8_t* payload, uint8_t* scale) {
+    const auto all = [](int value) { return _mm512_set1_epi16((short)value); };
+    __m512i top = _mm512_setzero_si512();
+    for (int i = 0; i < width; i += 32)
+        top = _mm512_max_epu16(top, _mm512_and_si512(_mm512_loadu_si512(x + i), all(0x7FFF)));
+    top = _mm512_max_epu16(top, _mm512_srli_epi32(top, 16));
+    const uint32_t amax = (_mm512_reduce_max_epu32(_mm512_and_si512(top, _mm512_set1_epi32(0xFFFF)))) << 16;
+    const bool finite = amax < 0x7F800000u;
+    *scale = (uint8_t)scale_byte(amax);
+    if (!finite) return std::memset(payload, 0, width), false;
+    const __m512i shift = all((127 - *scale) * 128);
+    for (int i = 0; i < width; i += 32) {
+        const __m512i bits = _mm512_loadu_si512(x + i);
+        const __m512i magnitude = _mm512_add_epi16(_mm512_and_si512(bits, all(0x7FFF)), shift);  // perhaps below zero
+        // RNE of the low four bits; codes count from 2**-6, whose exponent is 120 above e4m3's.
+        __m512i odd = _mm512_and_si512(_mm512_srli_epi16(magnitude, 4), all(1));
+        __m512i normal = _mm512_srai_epi16(_mm512_add_epi16(_mm512_add_epi16(magnitude, all(7)), odd), 4);
+        normal = _mm512_min_epi16(_mm512_sub_epi16(normal, all(960)), all(0x7E));
+        // Below that, multiples of 2**-9: the eight bits of the number, shifted by what its exponent lacks.
+        const __m512i number = _mm512_or_si512(_mm512_and_si512(bits, all(0x7F)), all(0x80));
+        const __m512i lacks = _mm512_min_epi16(_mm512_sub_epi16(all(125), _mm512_srai_epi16(magnitude, 7)), all(15));
+        odd = _mm512_and_si512(_mm512_srlv_epi16(number, lacks), all(1));
+        const __m512i below_half = _mm512_sub_epi16(_mm512_srlv_epi16(_mm512_sllv_epi16(all(1), lacks), all(1)), all(1));
+        const __m512i small = _mm512_srlv_epi16(_mm512_add_epi16(_mm512_add_epi16(number, below_half), odd), lacks);
+        const __mmask32 is_small = _mm512_cmplt_epi16_mask(magnitude, all(0x3C80));
+        const __m512i sign = _mm512_and_si512(_mm512_srli_epi16(bits, 8), all(0x80));
+        const __m512i code = _mm512_or_si512(_mm512_mask_blend_epi16(is_small, normal, small), sign);
+        _mm256_storeu_si256((__m256i*)(payload + i), _mm512_cvtepi16_epi8(code));
+    }
+    return true;
+}
+#endif
+
 // An e4m3 row with its power-of-two scale; the definition is kernels/reference.py: fp8_encode. False: not finite.
 bool encode_fp8(const Rows& x, int64_t at, int width, uint8_t* payload, uint8_t* scale) {
+#if defined(__AVX512BW__)
+    if (x.kind == BFLOAT16 && width % 32 == 0) return encode_by_32((const uint16_t*)x.data + at, width, payload, scale);
+#endif
     U32 top{};
     for (int i = 0; i < width; i += LANES)
         top = larger_u32(top, (U32)absolute(get(x.data, x.kind, at + i, width - i)));
     const uint32_t amax = largest_u32(top);
     const bool finite = amax < 0x7F800000u;
-    int byte = (int)(amax >> 23) - 8 + ((amax & 0x7FFFFFu) > 0x600000u);
-    byte = finite ? std::min(std::max(byte, 11), 246) : 0;
+    const int byte = scale_byte(amax);
     const uint32_t inverse = (uint32_t)(254 - byte) << 23;
     for (int i = 0; i < width; i += LANES) {
         F32 v = get(x.data, x.kind, at + i, width - i) * (F32)splat_u32(inverse);

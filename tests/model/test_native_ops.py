@@ -199,6 +199,19 @@ def test_stored_bytes_are_the_definition(dtype: torch.dtype, codec: str, width: 
         assert torch.equal(got, wanted)
 
 
+@pytest.mark.parametrize("spread", [1, 997])
+def test_every_bfloat16_is_stored_as_the_definition_says(spread: int) -> None:
+    """Beside neighbours of its own size and of any other."""
+    every = torch.arange(1 << 16, dtype=torch.int32)
+    x = every.mul(spread).bitwise_and(0xFFFF).to(torch.int16).view(BF16).view(-1, 4, 64)
+    results = []
+    for ops in (native_ops(BF16), TorchOps(BF16)):
+        stored = planes(4, 64, "fp8")
+        results.append((ops.write((x,), (stored,), torch.arange(len(x))), *stored))
+    for got, wanted in zip(*results, strict=True):
+        assert torch.equal(got, wanted)
+
+
 class Cache:
     """Sequences whose tokens are stored, in scattered blocks of poisoned planes."""
 
