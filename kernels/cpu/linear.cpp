@@ -47,17 +47,28 @@ struct Panel<INT8> {
     static F32 add(F32 acc, U32 w, uint32_t x) { return fma((F32)w, (F32)splat_u32(x), acc); }
 };
 
-// ROWS packed rows by PANELS panels; only `real_rows` are stored.
+// Rows of x as they lie, words of 32 bits: two bfloat16 or one float32.
+struct Block {
+    const char* x;
+    int64_t stride;  // bytes
+    int first, rows;
+};
+
+// ROWS rows by PANELS panels; only those that the block has are stored. Four rows to an address: an address of each row's own
+// would take more registers than there are.
 template <class P, int ROWS, int PANELS>
-void kernel(const Job& job, const uint32_t* x, int first_row, int real_rows, int panel, F32* gates) {
-    const int64_t panel_bytes = (int64_t)job.steps * P::STEP_BYTES;
-    const char* w = (const char*)job.matrix->panels + panel * panel_bytes;
+void kernel(const Job& job, const Block& block, int panel, F32* gates) {
+    const int64_t panel_bytes = (int64_t)job.steps * P::STEP_BYTES, stride = block.stride;
+    const int64_t places[4] = {0, stride, 2 * stride, 3 * stride};
+    const char *w = (const char*)job.matrix->panels + panel * panel_bytes, *x[(ROWS + 3) / 4];
     F32 acc[ROWS][PANELS];
 #pragma GCC unroll 16
-    for (int r = 0; r < ROWS; r++)
+    for (int r = 0; r < ROWS; r++) {
+        if (r % 4 == 0) x[r / 4] = block.x + r * stride;
 #pragma GCC unroll 2
         for (int p = 0; p < PANELS; p++) acc[r][p] = F32{};
-    for (int k = 0; k < job.steps; k++, w += P::STEP_BYTES, x += ROWS) {
+    }
+    for (int k = 0; k < job.steps; k++, w += P::STEP_BYTES) {
         U32 weights[PANELS];
 #pragma GCC unroll 2
         for (int p = 0; p < PANELS; p++) {
@@ -65,13 +76,21 @@ void kernel(const Job& job, const uint32_t* x, int first_row, int real_rows, int
             weights[p] = P::take(w + p * panel_bytes);
         }
 #pragma GCC unroll 16
-        for (int r = 0; r < ROWS; r++)
+        for (int r = 0; r < ROWS; r++) {
+            uint32_t word;
+            std::memcpy(&word, x[r / 4] + places[r % 4], 4);
 #pragma GCC unroll 2
-            for (int p = 0; p < PANELS; p++) acc[r][p] = P::add(acc[r][p], weights[p], x[r]);
+            for (int p = 0; p < PANELS; p++) acc[r][p] = P::add(acc[r][p], weights[p], word);
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < (ROWS + 3) / 4; i++) {
+            x[i] += 4;
+            asm("" : "+r"(x[i]));  // the compiler would make an address per row of it
+        }
     }
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; r++)
-        if (r < real_rows) put_row<PANELS>(job, first_row + r, panel, acc[r], gates[r]);
+        if (r < block.rows) put_row<PANELS>(job, block.first + r, panel, acc[r], gates[r]);
 }
 
 // The number of rows that a block of `rows` is padded to: the kernels that exist.
@@ -82,59 +101,63 @@ int padded_rows(int rows) {
 }
 
 template <class P, int PANELS>
-void block(const Job& job, const uint32_t* x, int first, int rows, int panel, F32* gates) {
-    switch (padded_rows(rows)) {
-        case 1: return kernel<P, 1, PANELS>(job, x, first, rows, panel, gates);
-        case 2: return kernel<P, 2, PANELS>(job, x, first, rows, panel, gates);
-        case 4: return kernel<P, 4, PANELS>(job, x, first, rows, panel, gates);
+void multiply_block(const Job& job, const Block& block, int panel, F32* gates) {
+    switch (padded_rows(block.rows)) {
+        case 1: return kernel<P, 1, PANELS>(job, block, panel, gates);
+        case 2: return kernel<P, 2, PANELS>(job, block, panel, gates);
+        case 4: return kernel<P, 4, PANELS>(job, block, panel, gates);
 #if defined(__AVX512F__)
-        case 6: return kernel<P, 6, PANELS>(job, x, first, rows, panel, gates);
-        case 8: return kernel<P, 8, PANELS>(job, x, first, rows, panel, gates);
-        case 12: return kernel<P, 12, PANELS>(job, x, first, rows, panel, gates);
+        case 6: return kernel<P, 6, PANELS>(job, block, panel, gates);
+        case 8: return kernel<P, 8, PANELS>(job, block, panel, gates);
+        case 12: return kernel<P, 12, PANELS>(job, block, panel, gates);
         case 16:
-            for (int p = 0; p < PANELS; p++) kernel<P, 16, 1>(job, x, first, rows, panel + p, gates);
+            for (int p = 0; p < PANELS; p++) kernel<P, 16, 1>(job, block, panel + p, gates);
 #endif
     }
 }
 
 int block_rows(int num_rows) { return num_rows <= TALL_ROWS ? TALL_ROWS : WIDE_ROWS; }
 
-// Rows of x as [steps][block], 32 bits per step: two bfloat16 or one float32.
-void pack_rows(const Rows& x, int first, int rows, int steps, uint32_t* to) {
-    const int width = padded_rows(rows);
-    const int64_t row_words = x.kind == BFLOAT16 ? 1 : 2;  // half words
-    auto row = [&](int r) {
-        return (const char*)x.data + (int64_t)(first + r) * x.stride * 2 * row_words;
-    };
-    int k = 0;
-    for (; k + LANES <= steps; k += LANES) {
-        U32 m[16];
-        for (int r = 0; r < 16; r++) m[r] = r < rows ? load<U32>(row(r) + 4 * k) : U32{};
-        transpose(m);
-        for (int i = 0; i < LANES; i++) std::memcpy(to + (int64_t)(k + i) * width, &m[i], 4 * width);
+// x in blocks of rows for which there are kernels: as it lies, but for a last block that is filled up with zeros in scratch.
+class Blocks {
+   public:
+    Blocks(const Rows& x, int steps, char* scratch)
+        : x_((const char*)x.data),
+          stride_(x.stride * (x.kind == BFLOAT16 ? 2 : 4)),
+          bytes_(4 * (int64_t)steps),
+          num_rows_(x.rows),
+          size_(block_rows(x.rows)) {
+        const int rows = (num_rows_ - 1) % size_ + 1, padded = padded_rows(rows);
+        if (rows == padded) return;
+        filled_up_ = scratch;
+        for (int r = 0; r < rows; r++) std::memcpy(scratch + r * bytes_, x_ + (num_rows_ - rows + r) * stride_, bytes_);
+        std::memset(scratch + rows * bytes_, 0, (padded - rows) * bytes_);
     }
-    for (; k < steps; k++)
-        for (int r = 0; r < width; r++) {
-            uint32_t word = 0;
-            if (r < rows) std::memcpy(&word, row(r) + 4 * k, 4);
-            to[(int64_t)k * width + r] = word;
-        }
-}
+    int size() const { return size_; }
+    Block from(int first) const {
+        const int rows = std::min(size_, num_rows_ - first);
+        if (filled_up_ && first + rows == num_rows_) return {filled_up_, bytes_, first, rows};
+        return {x_ + first * stride_, stride_, first, rows};
+    }
+
+   private:
+    const char *x_, *filled_up_ = nullptr;
+    int64_t stride_, bytes_;
+    int num_rows_, size_;
+};
 
 template <class P>
-void multiply(const Job& job, Threads& threads) {
-    const int size = block_rows(job.num_rows);
+void multiply(const Job& job, const Blocks& x, Threads& threads) {
     share_panels(job, threads, (int64_t)job.steps * P::STEP_BYTES, [&](int begin, int end) {
         F32 gates[TALL_ROWS];
-        for (int first = 0; first < job.num_rows; first += size)
+        for (int first = 0; first < job.num_rows; first += x.size())
             for (int panel = begin; panel < end; panel += 2) {
-                const int rows = std::min(size, job.num_rows - first);
-                const uint32_t* x = job.packed + (int64_t)first * job.steps;
+                const Block block = x.from(first);
                 if (panel + 1 < end && WIDE_PANELS == 2 && job.num_rows > 1) {  // one row waits for memory: one long stream
-                    block<P, WIDE_PANELS>(job, x, first, rows, panel, gates);
+                    multiply_block<P, WIDE_PANELS>(job, block, panel, gates);
                     continue;
                 }
-                for (int p = panel; p < std::min(panel + 2, end); p++) block<P, 1>(job, x, first, rows, p, gates);
+                for (int p = panel; p < std::min(panel + 2, end); p++) multiply_block<P, 1>(job, block, p, gates);
             }
     });
 }
@@ -257,7 +280,7 @@ void twostroke_pack(const void* from, int32_t kind, int32_t columns, int32_t inn
 }
 
 // out [rows, columns] = x [rows, inner] times the matrix. x: float32, or bfloat16 (with even inner, unless weights are int8).
-// scratch holds at least (rows + 32) * (inner numbers of x + 16 bytes), 64-byte aligned.
+// scratch holds at least (rows + 32) * (inner numbers of x + 16 bytes), 64-byte aligned; out must not lie over x.
 // With an activation the matrix's panels alternate between gate and up, and out [rows, up's columns] is
 // activation(gate) * up; out_columns says how many those are.
 void twostroke_linear(Threads* threads, const Matrix* matrix, const Rows* x, const Rows* out, int32_t activation,
@@ -273,17 +296,13 @@ void twostroke_linear(Threads* threads, const Matrix* matrix, const Rows* x, con
         return multiply_tiles(job, *threads);
     }
 #endif
-    const int size = block_rows(x->rows);
-    threads->share((x->rows + size - 1) / size, [&](int b) {
-        const int first = b * size;
-        pack_rows(*x, first, std::min(size, x->rows - first), job.steps, scratch + (int64_t)first * job.steps);
-    });
+    const Blocks blocks(*x, job.steps, (char*)scratch);
     if (matrix->kind == FLOAT32)
-        multiply<Panel<FLOAT32>>(job, *threads);
+        multiply<Panel<FLOAT32>>(job, blocks, *threads);
     else if (matrix->kind == BFLOAT16)
-        multiply<Panel<BFLOAT16>>(job, *threads);
+        multiply<Panel<BFLOAT16>>(job, blocks, *threads);
     else
-        multiply<Panel<INT8>>(job, *threads);
+        multiply<Panel<INT8>>(job, blocks, *threads);
 }
 
 // The instructions that decide the bits of an answer.

@@ -21,7 +21,7 @@ struct Job {
     const Matrix* matrix;
     Rows out;
     int out_columns;
-    const uint32_t* packed;  // x as the kernel reads it, by blocks of rows
+    const uint32_t* packed;           // x as tiles want it
     int steps, num_rows, activation;  // NONE, or panels alternate between a gate and what it lets through
 };
 
@@ -55,7 +55,7 @@ inline void put_gated(const Job& job, int row, int panel, F32 gate, F32 up) {
 }
 // One row of a kernel of one or two panels. A gate that is alone waits for its other half.
 template <int PANELS>
-void put_row(const Job& job, int row, int panel, const F32 (&sums)[PANELS], F32& gate) {
+__attribute__((always_inline)) inline void put_row(const Job& job, int row, int panel, const F32 (&sums)[PANELS], F32& gate) {
     if (job.activation == NONE) {
 #pragma GCC unroll 2
         for (int p = 0; p < PANELS; p++) put_linear(job, row, panel + p, sums[p]);
