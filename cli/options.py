@@ -38,7 +38,7 @@ Model = Annotated[str | None, typer.Option(help="Directory, GGUF file or hub nam
 ServedModelName = Annotated[str | None, typer.Option(help="What clients call the model.")]
 DType = Annotated[str | None, typer.Option(help="auto, bfloat16 or float32; auto is the checkpoint's dtype.")]
 Quantization = Annotated[
-    str | None, typer.Option(help="none or int8: 8-bit weights, rounded per output channel while loading.")
+    str | None, typer.Option(help="none or int8: 8-bit weights, rounded while loading.")
 ]
 Kernels = Annotated[
     str | None,

@@ -18,7 +18,7 @@ class ModelConfig(Section):
     name: str | None = Field(None, description="what clients call it; default: the directory's or file's name")
     dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="auto = the checkpoint's")
     quantization: Literal["none", "int8"] = Field(
-        "none", description="int8: 8-bit weights, rounded per output channel while loading"
+        "none", description="int8: 8-bit weights, rounded while loading; on a CPU what meets them is rounded too"
     )
     kernels: Literal["auto", "native", "torch"] = Field(
         "auto", description="on a CPU; native: built on first use, by the machine's C++ compiler; auto: torch without"
