@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .e4m3 import decode_e4m3_by_256, scale_times_256
+from .e4m3 import cast_e4m3, decode_e4m3_by_256, scale_of, scale_times_256
 from .reference import Planes
 
 SPLIT_TOKENS = 256
@@ -24,16 +24,35 @@ _LOG2_E = math.log2(math.e)
 
 
 @triton.jit
-def load_stored(payload_ptr, scales_ptr, row, column, seen, WIDTH: tl.constexpr, FP8: tl.constexpr):  # noqa: PLR0917
-    """Rows of the store: exact bf16 numbers [tokens, width], and the float32 powers of two [tokens] they are in."""
-    numbers = payload_ptr + row[:, None] * WIDTH + column[None, :]
+def load_stored(  # noqa: PLR0917
+    payload_ptr, scales_ptr, row, column, seen, WIDTH: tl.constexpr, FP8: tl.constexpr, CASTS: tl.constexpr
+):
+    """Rows of the store: exact bf16 numbers [tokens, width], and the float32 powers of two [tokens] they are in.
+
+    CASTS: the processor decodes FP8. Numbers and scales then lack the factors 1 / 256 and 256: their products do not.
+    """
+    numbers = payload_ptr + row[:, None].to(tl.int64) * WIDTH + column[None, :]
     real = seen[:, None] & (column < WIDTH)[None, :]
     if FP8:
-        code = tl.load(numbers, mask=real, other=0).to(tl.int32)
+        code = tl.load(numbers, mask=real, other=0)
         byte = tl.load(scales_ptr + row, mask=seen, other=0).to(tl.int32)
-        return decode_e4m3_by_256(code).to(tl.bfloat16), scale_times_256(byte)
-    else:  # noqa: RET505 - the compiler wants both returns at one depth
+        if CASTS:
+            return cast_e4m3(code), scale_of(byte)
+        else:  # noqa: RET505
+            return decode_e4m3_by_256(code.to(tl.int32)).to(tl.bfloat16), scale_times_256(byte)
+    else:
         return tl.load(numbers, mask=real, other=0.0), tl.full(row.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def load_scaled(  # noqa: PLR0917
+    payload_ptr, scales_ptr, row, column, seen, WIDTH: tl.constexpr, FP8: tl.constexpr, CASTS: tl.constexpr
+):
+    """As `load_stored`, scales multiplied in: exact in bf16, as in the scratch that the store leaves."""
+    numbers, scale = load_stored(payload_ptr, scales_ptr, row, column, seen, WIDTH, FP8, CASTS)
+    if FP8:
+        numbers = (numbers.to(tl.float32) * scale[:, None]).to(tl.bfloat16)
+    return numbers
 
 
 @triton.jit
@@ -54,18 +73,21 @@ def _tanh(x):
 
 @triton.jit
 def weigh_keys(  # noqa: PLR0917
-    q, k, k_scale, seen, top, total, out, score_scale, cap, CAPPED: tl.constexpr, INTERPRETED: tl.constexpr
-):
+    q, k, k_scale, seen, top, total, out, score_scale, cap,
+    MASKED: tl.constexpr, CAPPED: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
     """Weights [rows, tokens] of one more tile, and the running maximum, sum and values, brought to its maximum.
 
-    q [rows, width]; k [tokens, width] bf16 with scales [tokens]; seen [rows, tokens]. Scores are in base 2:
-    `score_scale` times the product, or `cap * tanh` of it. A tile of which a row sees nothing leaves the row's bits.
+    q [rows, width]; k [tokens, width] bf16 with scales [tokens]; seen [rows, tokens], which
+    counts where MASKED. Scores are in base 2: `score_scale` times the product, or `cap * tanh` of it. A tile of which a
+    row sees nothing leaves the row's bits.
     """
     k = tl.trans(_operand(k.to(q.dtype), INTERPRETED))
     scores = tl.dot(_operand(q, INTERPRETED), k, input_precision="ieee") * k_scale[None, :] * score_scale
     if CAPPED:
         scores = cap * _tanh(scores)
-    scores = tl.where(seen, scores, float("-inf"))
+    if MASKED:
+        scores = tl.where(seen, scores, float("-inf"))
     higher = tl.maximum(top, tl.max(scores, axis=1))
     base = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen yet
     weights = tl.exp2(scores - base[:, None])

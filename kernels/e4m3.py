@@ -1,7 +1,8 @@
 """The FP8 and bf16 arithmetic that kernels share, in integers. The definition is `reference.py: fp8_encode`.
 
 Why integers: sm_80 and gfx942 have no cast to this format, and the interpreter's cast loses a carry. Why no division
-and no logarithm: a power of two is an exponent field.
+and no logarithm: a power of two is an exponent field. Only attention, which decodes more than all else, takes the
+processor's own decoding where there is one.
 """
 
 # Triton has no types: its kernels are checked by their tests.
@@ -48,6 +49,42 @@ def decode_e4m3_by_256(code):
 def scale_times_256(scale_byte):
     """The float32 scale of int32 scale bytes 0..246, times 256."""
     return ((scale_byte + 8) << 23).to(tl.float32, bitcast=True)
+
+
+_CAST_FOUR = tl.constexpr("""
+{
+    .reg .b16 codes<2>, half<4>;
+    .reg .b32 halves<2>;
+    .reg .f32 number<4>;
+    mov.b32 {codes0, codes1}, $2;
+    cvt.rn.f16x2.e4m3x2 halves0, codes0;
+    cvt.rn.f16x2.e4m3x2 halves1, codes1;
+    mov.b32 {half0, half1}, halves0;
+    mov.b32 {half2, half3}, halves1;
+    cvt.f32.f16 number0, half0;
+    cvt.f32.f16 number1, half1;
+    cvt.f32.f16 number2, half2;
+    cvt.f32.f16 number3, half3;
+    cvt.rn.bf16x2.f32 $0, number1, number0;
+    cvt.rn.bf16x2.f32 $1, number3, number2;
+}
+""")
+
+
+@triton.jit
+def cast_e4m3(code):
+    """The bf16 numbers of uint8 codes, no factor, by the instruction of sm_89 and later; 0x7f and 0xff are NaN.
+
+    In assembly and called impure because the compiler's own way is slow: it would decode after changing to the layout
+    of a product's operand, byte by byte, and go from half to bf16 on the one unit that is an eighth as wide.
+    """
+    return tl.inline_asm_elementwise(_CAST_FOUR, "=r,=r,r", [code], dtype=tl.bfloat16, is_pure=False, pack=4)
+
+
+@triton.jit
+def scale_of(scale_byte):
+    """The float32 scale of int32 scale bytes 1..246; that of 0, whose row is zeros, reads as 0."""
+    return (scale_byte << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -45,9 +45,19 @@ def _architecture(index: int | None) -> str:
     return f"sm_{major}{minor}"
 
 
+def casts_fp8(arch: str) -> bool:
+    """Whether the target decodes e4m3 by an instruction."""
+    return arch.startswith("sm_") and int(arch.removeprefix("sm_")) >= 89
+
+
 def prefill(arch: str, width: int, group: int) -> Attention:
-    """Launch of ragged prefill attention: as many rows as keep both accumulators in registers on sm_90."""
-    warps, stages, rows = (4, 2, 64) if width <= 64 else (8, 1, 32)
+    """Launch of ragged prefill attention: as many rows as keep both accumulators in registers on sm_90.
+
+    There, groups of four warps multiply 64 rows at a time, with keys and values in flight to shared memory.
+    """
+    warps, stages, rows = (4, 2, 64) if width <= 64 else (8, 1, 32) if width <= 128 else (8, 1, 16)
+    if arch == "sm_90" and width <= 128:
+        warps, stages, rows = 8, 3, 128
     if arch.startswith("gfx") or arch in LIMITED:
         stages = 1
     return Attention(warps, stages, max(rows, triton.next_power_of_2(group)))
@@ -55,5 +65,7 @@ def prefill(arch: str, width: int, group: int) -> Attention:
 
 def decode(arch: str, width: int, group: int) -> Attention:
     """Launch of split decode attention: one token, so the rows are the group, padded to what `tl.dot` takes."""
-    stages = 1 if width > 128 or arch.startswith("gfx") else 2
-    return Attention(4, stages, max(16, triton.next_power_of_2(group)))
+    warps, stages = 4, 1 if width > 128 or arch.startswith("gfx") else 2
+    if arch == "sm_90" and width <= 128:
+        warps, stages = 2, 3
+    return Attention(warps, stages, max(16, triton.next_power_of_2(group)))

@@ -35,7 +35,8 @@ def _attend_split_kernel(  # noqa: PLR0917
     out_ptr, top_ptr, total_ptr, score_scale, cap, window, table_stride, num_splits,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
     ROWS: tl.constexpr, WIDTH_PADDED: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr,
-    FP8: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, INTERPRETED: tl.constexpr,
+    FP8: tl.constexpr, CASTS: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Grid: (num_seqs, kv_heads, num_splits). A split that its row does not see writes nothing; stage 2 skips it."""
     sequence, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
@@ -60,12 +61,12 @@ def _attend_split_kernel(  # noqa: PLR0917
         stored = position < context
         block = tl.load(tables_ptr + sequence * table_stride + position // BLOCK_TOKENS, mask=stored, other=0)
         row = (block.to(tl.int64) * KV_HEADS + head) * BLOCK_TOKENS + position % BLOCK_TOKENS
-        k, k_scale = load_stored(k_payload_ptr, k_scales_ptr, row, column, stored, WIDTH, FP8)
+        k, k_scale = load_stored(k_payload_ptr, k_scales_ptr, row, column, stored, WIDTH, FP8, CASTS)
         seen = (stored & (position >= first))[None, :]
         weights, top, total, out = weigh_keys(
-            q, k, k_scale, seen, top, total, out, score_scale, cap, CAPPED, INTERPRETED
+            q, k, k_scale, seen, top, total, out, score_scale, cap, True, CAPPED, INTERPRETED
         )
-        v, v_scale = load_stored(v_payload_ptr, v_scales_ptr, row, column, stored, WIDTH, FP8)
+        v, v_scale = load_stored(v_payload_ptr, v_scales_ptr, row, column, stored, WIDTH, FP8, CASTS)
         out = add_values(weights, v, v_scale, out, True, INTERPRETED)
 
     part = query_head * num_splits + split
@@ -91,7 +92,7 @@ def _combine_splits_kernel(  # noqa: PLR0917
     top = tl.full((), float("-inf"), tl.float32)
     total = tl.full((), 0.0, tl.float32)
     out = tl.zeros((WIDTH_PADDED,), tl.float32)
-    for split in range(first, (context + SPLIT - 1) // SPLIT):
+    for split in tl.range(first, (context + SPLIT - 1) // SPLIT, loop_unroll_factor=4):  # so that loads overlap
         part = row * num_splits + split
         part_top = tl.load(top_ptr + part)
         higher = tl.maximum(top, part_top)
@@ -129,14 +130,16 @@ def paged_decode_attention(
     top = torch.empty((num_seqs, q_heads, num_splits), dtype=torch.float32, device=q.device)
     total = torch.empty((num_seqs, q_heads, num_splits), dtype=torch.float32, device=q.device)
     width_padded = max(16, triton.next_power_of_2(width))
-    config = launch.decode(launch.architecture(q.device), width_padded, group)
+    arch = launch.architecture(q.device)
+    config = launch.decode(arch, width_padded, group)
     k, v = numbers_of(k_planes), numbers_of(v_planes)
     _attend_split_kernel[(num_seqs, kv_heads, num_splits)](
         q, k, k_planes.scales if fp8 else k, v, v_planes.scales if fp8 else v, block_tables, context_lens,
         parts, top, total, *score_factors(scale, softcap), window or 0, block_tables.stride(0), num_splits,
         KV_HEADS=kv_heads, GROUP=group, WIDTH=width, BLOCK_TOKENS=block_tokens,
         ROWS=config.rows, WIDTH_PADDED=width_padded, SPLIT=SPLIT_TOKENS, TILE=TILE_TOKENS,
-        FP8=fp8, WINDOWED=window is not None, CAPPED=softcap is not None, INTERPRETED=launch.interpreted(),
+        FP8=fp8, CASTS=launch.casts_fp8(arch), WINDOWED=window is not None, CAPPED=softcap is not None,
+        INTERPRETED=launch.interpreted(),
         **launch.options(config.num_warps, config.num_stages),
     )  # fmt: skip
     _combine_splits_kernel[(num_seqs, q_heads)](

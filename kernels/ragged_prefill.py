@@ -28,7 +28,7 @@ from .attend import (
     TILE_TOKENS,
     add_values,
     check_attention,
-    load_stored,
+    load_scaled,
     numbers_of,
     score_factors,
     weigh_keys,
@@ -52,18 +52,27 @@ def _sequence_of(program, starts_ptr, num_seqs, TOKENS: tl.constexpr):
 
 
 @triton.jit
+def _load_scratch(chunk_ptr, row, column, seen, WIDTH: tl.constexpr):
+    """Rows of the scratch, bf16 [tokens, width]: those of the chunk's keys or values that are `seen`."""
+    real = seen[:, None] & (column < WIDTH)[None, :]
+    numbers = chunk_ptr + row[:, None].to(tl.int64) * WIDTH + column[None, :]
+    return tl.load(numbers, mask=real, other=0.0).to(tl.bfloat16)
+
+
+@triton.jit
 def _load_tile(  # noqa: PLR0917
     payload_ptr, scales_ptr, chunk_ptr, row, chunk_row, column, in_prefix, in_chunk,
-    WIDTH: tl.constexpr, FP8: tl.constexpr, CHUNK: tl.constexpr,
+    WIDTH: tl.constexpr, FP8: tl.constexpr, CASTS: tl.constexpr, BLOCKS: tl.constexpr, SCRATCH: tl.constexpr,
 ):  # fmt: skip
-    """Keys or values of a tile that lies in blocks and, with CHUNK, perhaps in scratch: numbers and their scales."""
-    numbers, scale = load_stored(payload_ptr, scales_ptr, row, column, in_prefix, WIDTH, FP8)
-    if CHUNK:
-        real = in_chunk[:, None] & (column < WIDTH)[None, :]
-        scratch = tl.load(chunk_ptr + chunk_row[:, None] * WIDTH + column[None, :], mask=real, other=0.0)
-        numbers = tl.where(in_chunk[:, None], scratch.to(tl.bfloat16), numbers)
-        scale = tl.where(in_chunk, 1.0, scale)
-    return numbers, scale
+    """Keys or values of a tile that lies in blocks, in scratch or across both, in bf16."""
+    if SCRATCH:
+        numbers = _load_scratch(chunk_ptr, chunk_row, column, in_chunk, WIDTH)
+        if BLOCKS:
+            stored = load_scaled(payload_ptr, scales_ptr, row, column, in_prefix, WIDTH, FP8, CASTS)
+            numbers = tl.where(in_chunk[:, None], numbers, stored)
+        return numbers
+    else:  # noqa: RET505 - the compiler wants both returns at one depth
+        return load_scaled(payload_ptr, scales_ptr, row, column, in_prefix, WIDTH, FP8, CASTS)
 
 
 @triton.jit
@@ -72,28 +81,50 @@ def _take_keys(  # noqa: PLR0917
     k_payload_ptr, k_scales_ptr, v_payload_ptr, v_scales_ptr, k_chunk_ptr, v_chunk_ptr,
     top, total, out, score_scale, cap, window,
     KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_TOKENS: tl.constexpr, TILE: tl.constexpr,
-    FP8: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, PRECISE: tl.constexpr,
-    INTERPRETED: tl.constexpr, CHUNK: tl.constexpr,
+    FP8: tl.constexpr, CASTS: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, PRECISE: tl.constexpr,
+    INTERPRETED: tl.constexpr, BLOCKS: tl.constexpr, SCRATCH: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys and values, loaded and taken; without CHUNK all of it lies in blocks."""
+    """One tile of keys and values, loaded and taken. BLOCKS, SCRATCH: where it lies; not MASKED: every row sees it."""
     position = tile + tl.arange(0, TILE)
     in_prefix, in_chunk = position < prefix, (position >= prefix) & (position < context)
-    block = tl.load(table_ptr + position // BLOCK_TOKENS, mask=in_prefix, other=0).to(tl.int64)
-    row = (block * KV_HEADS + head) * BLOCK_TOKENS + position % BLOCK_TOKENS
-    chunk_row = (chunk_start + position - prefix).to(tl.int64) * KV_HEADS + head
-    k, k_scale = _load_tile(
+    row = position
+    if BLOCKS:
+        block = tl.load(table_ptr + position // BLOCK_TOKENS, mask=in_prefix, other=0)
+        row = (block * KV_HEADS + head) * BLOCK_TOKENS + position % BLOCK_TOKENS
+    chunk_row = (chunk_start + position - prefix) * KV_HEADS + head
+    k = _load_tile(
         k_payload_ptr, k_scales_ptr, k_chunk_ptr, row, chunk_row, column, in_prefix, in_chunk,
-        WIDTH, FP8, CHUNK,
+        WIDTH, FP8, CASTS, BLOCKS, SCRATCH,
+    )  # fmt: skip
+    # Before the scores: both halves of a tile that lies across would, beside the weights, not fit the registers.
+    v = _load_tile(
+        v_payload_ptr, v_scales_ptr, v_chunk_ptr, row, chunk_row, column, in_prefix, in_chunk,
+        WIDTH, FP8, CASTS, BLOCKS, SCRATCH,
     )  # fmt: skip
     seen = position[None, :] <= query_position[:, None]
     if WINDOWED:
         seen = seen & (position[None, :] > query_position[:, None] - window)
-    weights, top, total, out = weigh_keys(q, k, k_scale, seen, top, total, out, score_scale, cap, CAPPED, INTERPRETED)
-    v, v_scale = _load_tile(
-        v_payload_ptr, v_scales_ptr, v_chunk_ptr, row, chunk_row, column, in_prefix, in_chunk,
-        WIDTH, FP8, CHUNK,
-    )  # fmt: skip
-    return top, total, add_values(weights, v, v_scale, out, PRECISE, INTERPRETED)
+    one = tl.full((TILE,), 1.0, tl.float32)
+    weights, top, total, out = weigh_keys(
+        q, k, one, seen, top, total, out, score_scale, cap, MASKED, CAPPED, INTERPRETED
+    )
+    return top, total, add_values(weights, v, one, out, PRECISE, INTERPRETED)
+
+
+@triton.jit
+def _nothing(ROWS: tl.constexpr, WIDTH_PADDED: tl.constexpr):
+    """A running maximum, sum and values of no keys."""
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    return top, tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, WIDTH_PADDED), tl.float32)
+
+
+@triton.jit
+def _combine(top_all, total_all, out_all, top, total, out):  # noqa: PLR0917
+    """The splits so far and one more."""
+    higher = tl.maximum(top_all, top)
+    base = tl.where(higher == float("-inf"), 0.0, higher)
+    shrink, share = tl.exp2(top_all - base), tl.exp2(top - base)
+    return higher, total_all * shrink + total * share, out_all * shrink[:, None] + out * share[:, None]
 
 
 @triton.jit(do_not_specialize=["num_seqs", "window", "table_stride"])
@@ -102,12 +133,13 @@ def _attend_chunks_kernel(  # noqa: PLR0917
     tables_ptr, contexts_ptr, starts_ptr, out_ptr, score_scale, cap, window, table_stride, num_seqs,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
     ROWS: tl.constexpr, WIDTH_PADDED: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr,
-    FP8: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, PRECISE: tl.constexpr,
+    FP8: tl.constexpr, CASTS: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, PRECISE: tl.constexpr,
     SCRATCH: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Grid: (num_tokens // TOKENS + num_seqs, kv_heads), TOKENS = ROWS // GROUP. Some programs have no token."""
     TOKENS: tl.constexpr = ROWS // GROUP
-    program, head = tl.program_id(0), tl.program_id(1)
+    # Last rows first: they see the most keys, and what is long must not start last.
+    program, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     sequence = _sequence_of(program, starts_ptr, num_seqs, TOKENS)
     start = tl.load(starts_ptr + sequence).to(tl.int32)
     count = tl.load(starts_ptr + sequence + 1).to(tl.int32) - start
@@ -122,8 +154,9 @@ def _attend_chunks_kernel(  # noqa: PLR0917
     column = tl.arange(0, WIDTH_PADDED)
     owned = (token < count) & (member < TOKENS * GROUP)
     real = owned[:, None] & (column < WIDTH)[None, :]
-    query_row = ((start + token).to(tl.int64) * KV_HEADS + head) * GROUP + member % GROUP
-    q = tl.load(q_ptr + query_row[:, None] * WIDTH + column[None, :], mask=real, other=0.0)  # [rows, width]
+    query_row = ((start + token) * KV_HEADS + head) * GROUP + member % GROUP
+    q_numbers = q_ptr + query_row[:, None].to(tl.int64) * WIDTH + column[None, :]
+    q = tl.load(q_numbers, mask=real, other=0.0)  # [rows, width]
     query_position = before + tl.minimum(token, count - 1)
     end = tl.minimum(before + first + TOKENS, context)  # the last row sees the positions before this
     begin = 0
@@ -131,41 +164,53 @@ def _attend_chunks_kernel(  # noqa: PLR0917
         begin = tl.maximum(before + first + 1 - window, 0) // TILE * TILE
     table_ptr = tables_ptr + tl.cast(sequence, tl.int64) * table_stride
 
-    top_all = tl.full((ROWS,), float("-inf"), tl.float32)
-    total_all = tl.zeros((ROWS,), tl.float32)
-    out_all = tl.zeros((ROWS, WIDTH_PADDED), tl.float32)
-    for split in range(begin // SPLIT, (end + SPLIT - 1) // SPLIT):
-        top = tl.full((ROWS,), float("-inf"), tl.float32)
-        total = tl.zeros((ROWS,), tl.float32)
-        out = tl.zeros((ROWS, WIDTH_PADDED), tl.float32)
-        low, high = tl.maximum(split * SPLIT, begin), tl.minimum(split * SPLIT + SPLIT, end)
-        # [low, whole) lies in blocks; [whole, high) in scratch, but for the tile that lies across.
-        whole = high
-        if SCRATCH:
-            whole = tl.minimum(high, tl.maximum(low, prefix // TILE * TILE))
-        for tile in range(low, whole, TILE):
+    # [begin, whole) lies in blocks; then, with SCRATCH, perhaps one tile across, and the rest in scratch.
+    whole = end
+    if SCRATCH:
+        whole = tl.maximum(begin, prefix // TILE * TILE)
+    top_all, total_all, out_all = _nothing(ROWS, WIDTH_PADDED)
+    top, total, out = _nothing(ROWS, WIDTH_PADDED)
+    for tile in range(begin, whole, TILE):
+        if (tile % SPLIT == 0) & (tile > begin):
+            top_all, total_all, out_all = _combine(top_all, total_all, out_all, top, total, out)
+            top, total, out = _nothing(ROWS, WIDTH_PADDED)
+        top, total, out = _take_keys(
+            q, query_position, tile, prefix, context, start, table_ptr, head, column,
+            k_payload_ptr, k_scales_ptr, v_payload_ptr, v_scales_ptr, k_chunk_ptr, v_chunk_ptr,
+            top, total, out, score_scale, cap, window, KV_HEADS, WIDTH, BLOCK_TOKENS, TILE,
+            FP8, CASTS, WINDOWED, CAPPED, PRECISE, INTERPRETED, True, False, WINDOWED or not SCRATCH,
+        )  # fmt: skip
+    if SCRATCH:
+        across = whole + TILE if whole < prefix else whole
+        for tile in tl.range(whole, across, TILE, num_stages=1):  # once or not at all; a branch would spill
+            if (tile % SPLIT == 0) & (tile > begin):
+                top_all, total_all, out_all = _combine(top_all, total_all, out_all, top, total, out)
+                top, total, out = _nothing(ROWS, WIDTH_PADDED)
             top, total, out = _take_keys(
                 q, query_position, tile, prefix, context, start, table_ptr, head, column,
                 k_payload_ptr, k_scales_ptr, v_payload_ptr, v_scales_ptr, k_chunk_ptr, v_chunk_ptr,
                 top, total, out, score_scale, cap, window, KV_HEADS, WIDTH, BLOCK_TOKENS, TILE,
-                FP8, WINDOWED, CAPPED, PRECISE, INTERPRETED, False,
+                FP8, CASTS, WINDOWED, CAPPED, PRECISE, INTERPRETED, True, True, True,
             )  # fmt: skip
-        if SCRATCH:
-            for tile in range(whole, high, TILE):
-                top, total, out = _take_keys(
-                    q, query_position, tile, prefix, context, start, table_ptr, head, column,
-                    k_payload_ptr, k_scales_ptr, v_payload_ptr, v_scales_ptr, k_chunk_ptr, v_chunk_ptr,
-                    top, total, out, score_scale, cap, window, KV_HEADS, WIDTH, BLOCK_TOKENS, TILE,
-                    FP8, WINDOWED, CAPPED, PRECISE, INTERPRETED, True,
-                )  # fmt: skip
-        higher = tl.maximum(top_all, top)
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        shrink, share = tl.exp2(top_all - base), tl.exp2(top - base)
-        total_all = total_all * shrink + total * share
-        out_all = out_all * shrink[:, None] + out * share[:, None]
-        top_all = higher
+        for tile in range(across, end, TILE):
+            if (tile % SPLIT == 0) & (tile > begin):
+                top_all, total_all, out_all = _combine(top_all, total_all, out_all, top, total, out)
+                top, total, out = _nothing(ROWS, WIDTH_PADDED)
+            top, total, out = _take_keys(
+                q, query_position, tile, prefix, context, start, table_ptr, head, column,
+                k_payload_ptr, k_scales_ptr, v_payload_ptr, v_scales_ptr, k_chunk_ptr, v_chunk_ptr,
+                top, total, out, score_scale, cap, window, KV_HEADS, WIDTH, BLOCK_TOKENS, TILE,
+                FP8, CASTS, WINDOWED, CAPPED, PRECISE, INTERPRETED, False, True, True,
+            )  # fmt: skip
+    top_all, total_all, out_all = _combine(top_all, total_all, out_all, top, total, out)
     out_all = out_all / tl.where(total_all == 0.0, 1.0, total_all)[:, None]
-    target = out_ptr + query_row[:, None] * WIDTH + column[None, :]
+    # Rows and masks anew, from a number read anew: not one of them is to lie in registers throughout the loops.
+    start = tl.load(starts_ptr + sequence, volatile=True).to(tl.int32)
+    first = (program - start // TOKENS - sequence) * TOKENS
+    token = first + member // GROUP
+    real = ((token < count) & (member < TOKENS * GROUP))[:, None] & (column < WIDTH)[None, :]
+    query_row = ((start + token) * KV_HEADS + head) * GROUP + member % GROUP
+    target = out_ptr + query_row[:, None].to(tl.int64) * WIDTH + column[None, :]
     tl.store(target, out_all.to(out_ptr.dtype.element_ty), mask=real)
 
 
@@ -193,7 +238,8 @@ def ragged_prefill_attention(
     if num_tokens == 0:
         return out
     width_padded = max(16, triton.next_power_of_2(width))
-    config = launch.prefill(launch.architecture(q.device), width_padded, group)
+    arch = launch.architecture(q.device)
+    config = launch.prefill(arch, width_padded, group)
     k, v = numbers_of(k_planes), numbers_of(v_planes)
     _attend_chunks_kernel[(num_tokens // (config.rows // group) + num_seqs, kv_heads)](
         q, k if chunk is None else chunk.k, v if chunk is None else chunk.v,
@@ -202,8 +248,8 @@ def ragged_prefill_attention(
         *score_factors(scale, softcap), window or 0, block_tables.stride(0), num_seqs,
         KV_HEADS=kv_heads, GROUP=group, WIDTH=width, BLOCK_TOKENS=block_tokens,
         ROWS=config.rows, WIDTH_PADDED=width_padded, SPLIT=SPLIT_TOKENS, TILE=TILE_TOKENS,
-        FP8=fp8, WINDOWED=window is not None, CAPPED=softcap is not None, PRECISE=precise,
-        SCRATCH=chunk is not None, INTERPRETED=launch.interpreted(),
+        FP8=fp8, CASTS=launch.casts_fp8(arch), WINDOWED=window is not None, CAPPED=softcap is not None,
+        PRECISE=precise, SCRATCH=chunk is not None, INTERPRETED=launch.interpreted(),
         **launch.options(config.num_warps, config.num_stages),
     )  # fmt: skip
     return out

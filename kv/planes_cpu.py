@@ -42,6 +42,7 @@ class CpuPlanes:
         self.payload_view: U8 = self.payload.numpy()
         self.scales_view: U8 | None = None if self.scales is None else self.scales.numpy()
         self._library = _library() if component.row_bytes % 4 == 0 else None
+        self._described: dict[int, tuple[native.SealedPlanes, tuple[U64, U64]]] = {}  # with what the planes point to
         units = (num_layers, component.heads, num_blocks, block_tokens // HASH_BLOCK_TOKENS)
         self.digests: U64 = np.zeros(units, np.uint64)
 
@@ -69,20 +70,25 @@ class CpuPlanes:
         """
         if self._library is None:
             return None
-        words = self.component.row_bytes // 4
-        keys, column = (
-            key_table(key, 0, HASH_BLOCK_TOKENS, words),
-            np.ascontiguousarray(scale_keys(key, 0, HASH_BLOCK_TOKENS)),
-        )
-        planes = native.SealedPlanes(
-            self.payload.data_ptr(), None if self.scales is None else self.scales.data_ptr(),
-            keys.ctypes.data, column.ctypes.data, *stream_seeds(key),
-            self.payload.shape[1], self.payload.shape[0], self.component.heads, self.block_tokens, words,
-        )  # fmt: skip
+        planes = self._sealed_planes(key)
         parts = [np.ascontiguousarray(part) for part in (blocks, offsets, tokens, place)]
         digests = np.empty(place.shape, np.uint64)
         self._library.digest(planes, len(blocks), *(part.ctypes.data for part in parts), digests.ctypes.data)
         return digests
+
+    def _sealed_planes(self, key: int) -> native.SealedPlanes:
+        """These planes and a key's numbers as the kernel reads them."""
+        if key not in self._described:
+            words = self.component.row_bytes // 4
+            keys = key_table(key, 0, HASH_BLOCK_TOKENS, words)
+            column = np.ascontiguousarray(scale_keys(key, 0, HASH_BLOCK_TOKENS))
+            planes = native.SealedPlanes(
+                self.payload.data_ptr(), None if self.scales is None else self.scales.data_ptr(),
+                keys.ctypes.data, column.ctypes.data, *stream_seeds(key),
+                self.payload.shape[1], self.payload.shape[0], self.component.heads, self.block_tokens, words,
+            )  # fmt: skip
+            self._described = {key: (planes, (keys, column))}
+        return self._described[key][0]
 
     def scatter(
         self, block_table: Sequence[BlockId], tokens: range, layers: range, heads: range, rows: tuple[U8, U8 | None]

@@ -141,7 +141,7 @@ class KvStore:
         if not ranges or self._seal_by_birth(ranges):
             return
         fresh = [held for held in ranges if not self._begins_sealed(held)]
-        if len(fresh) < 2 or not self._seal_in_place(fresh):
+        if not fresh or not self._seal_in_place(fresh):
             fresh = []
         for held in ranges:
             if held not in fresh:
@@ -153,23 +153,27 @@ class KvStore:
 
     def _seal_in_place(self, ranges: Sequence[HeldTokens]) -> bool:
         """Seal ranges of which nothing is sealed yet, by one call per component. False: nothing was done."""
-        each = [self._places(held) for held in ranges]
-        blocks, units, _ = (np.concatenate(parts) for parts in zip(*each, strict=True))
-        counts = np.concatenate([self._counts(held) for held in ranges])
-        numbers = [np.arange(held.start // HASH_BLOCK_TOKENS, -(-held.end // HASH_BLOCK_TOKENS)) for held in ranges]
+        # A decoding sequence has one hash block to seal: lists of numbers cost less than arrays per range.
+        places = [
+            (*self._place(held, number), number, min(held.end - number * HASH_BLOCK_TOKENS, HASH_BLOCK_TOKENS))
+            for held in ranges
+            for number in range(held.start // HASH_BLOCK_TOKENS, -(-held.end // HASH_BLOCK_TOKENS))
+        ]
+        blocks, units, generations, numbers, counts = np.array(places, np.int64).T.copy()
         sealed = []
         for store in self._components:
             if not isinstance(store, CpuPlanes):
                 return False
-            words = self._place_words(store, np.concatenate(numbers))
+            words = self._place_words(store, numbers)
             digests = store.digests_in_place(blocks, units * HASH_BLOCK_TOKENS, counts, words, self._key)
             if digests is None:
                 return False
             sealed.append(digests)
         for store, digests in zip(self._components, sealed, strict=True):
             store.digests[:, :, blocks, units] = digests
-        for held, places_of in zip(ranges, each, strict=True):
-            self._mark_sealed(held, *places_of)
+        self._sealed_tokens[blocks, units] = counts
+        self._sealed_generation[blocks, units] = generations
+        for held in ranges:
             self._tell_births(held)
         return True
 
@@ -248,9 +252,10 @@ class KvStore:
         """Block, hash block within it, and generation of each hash block of a range."""
         assert held.start % HASH_BLOCK_TOKENS == 0, "seals begin at a hash block"
         starts = np.arange(held.start, held.end, HASH_BLOCK_TOKENS)
-        index = starts // self.block_tokens
-        blocks = np.asarray(held.block_table, np.int64)[index]
-        generations = np.asarray(held.generations, np.int64)[index]
+        first, last = held.start // self.block_tokens, -(-held.end // self.block_tokens)
+        index = starts // self.block_tokens - first
+        blocks = np.array(held.block_table[first:last], np.int64)[index]
+        generations = np.array(held.generations[first:last], np.int64)[index]
         return blocks, starts % self.block_tokens // HASH_BLOCK_TOKENS, generations
 
     def _mark_sealed(

@@ -13,9 +13,10 @@ _WARM_UPS = 3
 def interleaved_seconds(actions: Mapping[str, Callable[[], object]], rounds: int = 20) -> dict[str, list[float]]:
     """Device times of each action, taken in turn so that a drift of clocks meets all alike.
 
-    The L2 cache is overwritten before each: a step of a real model finds it full of other layers.
+    The L2 cache is overwritten before each: a step of a real model finds it full of other layers. That takes long
+    enough for the host to be ahead, so that no launch is timed.
     """
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    flush = torch.empty(2 << 30, dtype=torch.uint8, device="cuda")
     for action in actions.values():
         for _ in range(_WARM_UPS):
             action()

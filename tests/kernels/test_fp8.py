@@ -1,9 +1,11 @@
-"""The FP8 codec's definition against torch's cast, and against the wire's numpy: byte for byte."""
+"""The FP8 codec's definition against torch's cast, the wire's numpy and a GPU's own decoding: byte for byte."""
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
-from twostroke.kernels import reference
+from twostroke.kernels import e4m3, launch, reference
 from twostroke.kv import codec as wire
 
 
@@ -75,3 +77,22 @@ def test_decoding_to_bf16_is_exact_and_encoding_again_changes_no_value() -> None
     assert torch.equal(narrow.float(), reference.fp8_decode(payload, scales, torch.float32))
     payload, scales, _ = reference.fp8_encode(narrow)
     assert torch.equal(reference.fp8_decode(payload, scales, torch.bfloat16), narrow)
+
+
+@triton.jit
+def _cast_kernel(codes_ptr, numbers_ptr):
+    place = tl.arange(0, 256)
+    tl.store(numbers_ptr + place, e4m3.cast_e4m3(tl.load(codes_ptr + place)))
+
+
+@pytest.mark.skipif(launch.interpreted(), reason="the instruction is a GPU's")
+def test_a_gpu_s_own_cast_gives_torch_s_number_of_every_code() -> None:
+    if not launch.casts_fp8(launch.architecture(torch.device("cuda", 0))):
+        pytest.skip("this GPU has no such instruction")
+    codes = torch.arange(256, dtype=torch.uint8, device="cuda")
+    numbers = torch.empty(256, dtype=torch.bfloat16, device="cuda")
+    _cast_kernel[(1,)](codes, numbers)
+    wanted = codes.view(torch.float8_e4m3fn).to(torch.bfloat16)
+    assert torch.equal(numbers.isnan(), wanted.isnan())
+    known = ~wanted.isnan()
+    assert torch.equal(numbers[known].view(torch.int16), wanted[known].view(torch.int16))
