@@ -37,9 +37,7 @@ SETTING_BY_FLAG = {
 Model = Annotated[str | None, typer.Option(help="Directory, GGUF file or hub name. Default: the bundled model.")]
 ServedModelName = Annotated[str | None, typer.Option(help="What clients call the model.")]
 DType = Annotated[str | None, typer.Option(help="auto, bfloat16 or float32; auto is the checkpoint's dtype.")]
-Quantization = Annotated[
-    str | None, typer.Option(help="none or int8: 8-bit weights, rounded while loading.")
-]
+Quantization = Annotated[str | None, typer.Option(help="none or int8: 8-bit weights, rounded while loading.")]
 Kernels = Annotated[
     str | None,
     typer.Option(help="On a CPU: auto, native (needs a C++ compiler once) or torch. auto is native where it can be."),
