@@ -41,8 +41,7 @@ class CpuPlanes:
         self.scales = torch.zeros(shape, dtype=torch.uint8) if self.codec is Codec.FP8_E4M3 else None
         self.payload_view: U8 = self.payload.numpy()
         self.scales_view: U8 | None = None if self.scales is None else self.scales.numpy()
-        self._library = _library() if component.row_bytes % 4 == 0 else None
-        self._described: dict[int, tuple[native.SealedPlanes, tuple[U64, U64]]] = {}  # with what the planes point to
+        self.library = _library() if component.row_bytes % 4 == 0 else None  # None: seals take copies
         units = (num_layers, component.heads, num_blocks, block_tokens // HASH_BLOCK_TOKENS)
         self.digests: U64 = np.zeros(units, np.uint64)
 
@@ -68,27 +67,27 @@ class CpuPlanes:
 
         Hash block i begins at token offsets[i] of block blocks[i], and tokens[i] of its tokens are present.
         """
-        if self._library is None:
+        if self.library is None:
             return None
-        planes = self._sealed_planes(key)
+        planes = self.sealed_planes(key)
         parts = [np.ascontiguousarray(part) for part in (blocks, offsets, tokens, place)]
         digests = np.empty(place.shape, np.uint64)
-        self._library.digest(planes, len(blocks), *(part.ctypes.data for part in parts), digests.ctypes.data)
+        self.library.digest(planes, len(blocks), *(part.ctypes.data for part in parts), digests.ctypes.data)
         return digests
 
-    def _sealed_planes(self, key: int) -> native.SealedPlanes:
-        """These planes and a key's numbers as the kernel reads them."""
-        if key not in self._described:
-            words = self.component.row_bytes // 4
-            keys = key_table(key, 0, HASH_BLOCK_TOKENS, words)
-            column = np.ascontiguousarray(scale_keys(key, 0, HASH_BLOCK_TOKENS))
-            planes = native.SealedPlanes(
-                self.payload.data_ptr(), None if self.scales is None else self.scales.data_ptr(),
-                keys.ctypes.data, column.ctypes.data, *stream_seeds(key),
-                self.payload.shape[1], self.payload.shape[0], self.component.heads, self.block_tokens, words,
-            )  # fmt: skip
-            self._described = {key: (planes, (keys, column))}
-        return self._described[key][0]
+    def sealed_planes(self, key: int, first_places: U64 | None = None) -> native.SealedPlanes:
+        """These planes and a key's numbers as the kernels read them; first_places [layers, heads, 1] for `seal`."""
+        words = self.component.row_bytes // 4
+        keys = key_table(key, 0, HASH_BLOCK_TOKENS, words)
+        column = np.ascontiguousarray(scale_keys(key, 0, HASH_BLOCK_TOKENS))
+        planes = native.SealedPlanes(
+            self.payload.data_ptr(), None if self.scales is None else self.scales.data_ptr(),
+            keys.ctypes.data, column.ctypes.data, None if first_places is None else first_places.ctypes.data,
+            self.digests.ctypes.data, *stream_seeds(key),
+            self.payload.shape[1], self.payload.shape[0], self.component.heads, self.block_tokens, words,
+        )  # fmt: skip
+        planes.points_to = keys, column, first_places
+        return planes
 
     def scatter(
         self, block_table: Sequence[BlockId], tokens: range, layers: range, heads: range, rows: tuple[U8, U8 | None]

@@ -25,6 +25,7 @@ from .block import BlockId
 from .codec import U8, Codec, transcode
 from .digest import MAX_HASH_BLOCKS, U64, frame_digests, places, unit_digests
 from .planes_cpu import CpuPlanes
+from .sealer import Marks, Sealer
 from .section import SectionData
 from .spec import COMPONENT_NUMBERS, HASH_BLOCK_TOKENS, Component, KvSpec
 
@@ -90,6 +91,8 @@ class KvStore:
         per_block = block_tokens // HASH_BLOCK_TOKENS
         self._sealed_generation = np.full((num_blocks, per_block), _NOT_SEALED, np.int64)
         self._sealed_tokens = np.zeros((num_blocks, per_block), np.int64)
+        marks = Marks(self._sealed_generation, self._sealed_tokens)
+        self._sealer = Sealer.make(self._components, list(self._first_places.values()), digest_key, marks)
 
     @property
     def _shape(self) -> tuple[int, int, int]:
@@ -152,29 +155,14 @@ class KvStore:
         return bool(self._sealed_generation[block, unit] == generation)
 
     def _seal_in_place(self, ranges: Sequence[HeldTokens]) -> bool:
-        """Seal ranges of which nothing is sealed yet, by one call per component. False: nothing was done."""
-        # A decoding sequence has one hash block to seal: lists of numbers cost less than arrays per range.
-        places = [
+        """Seal ranges of which nothing is sealed yet, by one call of our CPU kernels. False: there are none."""
+        if self._sealer is None:
+            return False
+        self._sealer.seal([
             (*self._place(held, number), number, min(held.end - number * HASH_BLOCK_TOKENS, HASH_BLOCK_TOKENS))
             for held in ranges
             for number in range(held.start // HASH_BLOCK_TOKENS, -(-held.end // HASH_BLOCK_TOKENS))
-        ]
-        blocks, units, generations, numbers, counts = np.array(places, np.int64).T.copy()
-        sealed = []
-        for store in self._components:
-            if not isinstance(store, CpuPlanes):
-                return False
-            words = self._place_words(store, numbers)
-            digests = store.digests_in_place(blocks, units * HASH_BLOCK_TOKENS, counts, words, self._key)
-            if digests is None:
-                return False
-            sealed.append(digests)
-        for store, digests in zip(self._components, sealed, strict=True):
-            store.digests[:, :, blocks, units] = digests
-        self._sealed_tokens[blocks, units] = counts
-        self._sealed_generation[blocks, units] = generations
-        for held in ranges:
-            self._tell_births(held)
+        ])  # fmt: skip
         return True
 
     def is_sealed(self, held: HeldTokens) -> bool:

@@ -26,32 +26,71 @@ uint64_t keyed_sum(const uint8_t* payload, const uint64_t* keys, int64_t words) 
 
 extern "C" {
 
-// One component's planes [layers, num_blocks, heads, block_tokens, ...], and the keys of a hash block's tokens.
+// One component's planes [layers, num_blocks, heads, block_tokens, ...], the keys of a hash block's tokens, and where seals go.
 struct SealedPlanes {
     const uint8_t *payload, *scales;  // scales: or null
     const uint64_t *keys, *scale_keys;  // [tokens of a hash block, words], [tokens of a hash block]
+    const uint64_t* first_places;       // [layers, heads]: of a sequence's first hash block
+    uint64_t* digests;                  // [layers, heads, num_blocks, hash blocks per block]
     uint64_t multiplier_seed, addend_seed;
     int64_t num_blocks;
     int32_t layers, heads, block_tokens, words;  // words of 32 bits per row
 };
 
+// A hash block of a sequence: its place in a block's use, its number in the sequence, and how many of its tokens are there.
+struct HashBlock {
+    int64_t block, unit, generation, number, tokens;
+};
+
+}  // extern "C"
+
+namespace {
+
+uint64_t digest_of(const SealedPlanes& p, int64_t row, int64_t tokens, uint64_t place) {
+    uint64_t sum = keyed_sum(p.payload + row * p.words * 4, p.keys, tokens * p.words);
+    if (p.scales)
+        for (int64_t t = 0; t < tokens; t++) sum += p.scale_keys[t] * p.scales[row + t];
+    return sum * (mixed(place ^ p.multiplier_seed) | 1) + (mixed(place ^ p.addend_seed) | 1) * (uint64_t)tokens;
+}
+
+// Call `each(layer, head, row)` for the rows [tokens] of a block, from token `offset` on.
+template <class F>
+void each_row(const SealedPlanes& p, int64_t block, int64_t offset, const F& each) {
+    for (int64_t layer = 0; layer < p.layers; layer++)
+        for (int64_t head = 0; head < p.heads; head++)
+            each(layer, head, ((layer * p.num_blocks + block) * p.heads + head) * p.block_tokens + offset);
+}
+
+}  // namespace
+
+extern "C" {
+
 // Digest `count` hash blocks: number i lies in block blocks[i] from token offsets[i] on, tokens[i] of it are there.
 // places and digests [layers, heads, count].
 void twostroke_digest(const SealedPlanes* planes, int32_t count, const int64_t* blocks, const int64_t* offsets,
                       const int64_t* tokens, const uint64_t* places, uint64_t* digests) {
-    const SealedPlanes& p = *planes;
-    for (int64_t layer = 0; layer < p.layers; layer++)
-        for (int64_t head = 0; head < p.heads; head++)
-            for (int64_t i = 0; i < count; i++) {
-                const int64_t row = ((layer * p.num_blocks + blocks[i]) * p.heads + head) * p.block_tokens + offsets[i];
-                uint64_t sum = keyed_sum(p.payload + row * p.words * 4, p.keys, tokens[i] * p.words);
-                if (p.scales)
-                    for (int64_t t = 0; t < tokens[i]; t++) sum += p.scale_keys[t] * p.scales[row + t];
-                const int64_t at = (layer * p.heads + head) * count + i;
-                const uint64_t multiplier = mixed(places[at] ^ p.multiplier_seed) | 1;
-                const uint64_t addend = mixed(places[at] ^ p.addend_seed) | 1;
-                digests[at] = sum * multiplier + addend * (uint64_t)tokens[i];
-            }
+    for (int64_t i = 0; i < count; i++)
+        each_row(*planes, blocks[i], offsets[i], [&](int64_t layer, int64_t head, int64_t row) {
+            const int64_t at = (layer * planes->heads + head) * count + i;
+            digests[at] = digest_of(*planes, row, tokens[i], places[at]);
+        });
+}
+
+// Seal `count` hash blocks of all components, and note for which use of their blocks and how far they are sealed
+// (generations and tokens [num_blocks, hash blocks per block]).
+void twostroke_seal(const SealedPlanes* planes, int32_t components, const HashBlock* sealed, int32_t count,
+                    int32_t block_units, int64_t* generations, int64_t* tokens) {
+    for (int32_t i = 0; i < count; i++) {
+        const HashBlock& b = sealed[i];
+        const int64_t unit = b.block * block_units + b.unit;
+        for (const SealedPlanes* p = planes; p < planes + components; p++)
+            each_row(*p, b.block, b.unit * (p->block_tokens / block_units), [&](int64_t layer, int64_t head, int64_t row) {
+                const int64_t pair = layer * p->heads + head;
+                const uint64_t place = p->first_places[pair] | (uint64_t)b.number;
+                p->digests[pair * p->num_blocks * block_units + unit] = digest_of(*p, row, b.tokens, place);
+            });
+        generations[unit] = b.generation, tokens[unit] = b.tokens;
+    }
 }
 
 }  // extern "C"

@@ -131,13 +131,15 @@ class Step(ctypes.Structure):
 
 
 class SealedPlanes(ctypes.Structure):
-    """One component's planes over all layers, and the keys of their seals."""
+    """One component's planes over all layers, the keys of their seals, and where these go."""
 
     _fields_ = (
         ("payload", c_void_p),
         ("scales", c_void_p),
         ("keys", c_void_p),
         ("scale_keys", c_void_p),
+        ("first_places", c_void_p),
+        ("digests", c_void_p),
         ("multiplier_seed", c_uint64),
         ("addend_seed", c_uint64),
         ("num_blocks", c_int64),
@@ -163,6 +165,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "attend": (None, (c_void_p, POINTER(Attend))),
     "layers": (None, (c_void_p, POINTER(Layer), c_int32, POINTER(Step))),
     "digest": (None, (POINTER(SealedPlanes), c_int32, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p)),
+    "seal": (None, (POINTER(SealedPlanes), c_int32, c_void_p, c_int32, c_int32, c_void_p, c_void_p)),
     "self_check": (c_int32, ()),
 }
 
