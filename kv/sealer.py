@@ -27,6 +27,7 @@ class Sealer:
         self._library = library
         self._points_to = planes, marks
         self._planes = (native.SealedPlanes * len(planes))(*planes)
+        self._num_blocks = len(marks.generations)
         self._to = marks.generations.shape[1], marks.generations.ctypes.data, marks.tokens.ctypes.data
 
     @staticmethod
@@ -45,9 +46,13 @@ class Sealer:
         Each: block, hash block within it, generation of the block's use, number in the sequence, tokens present.
 
         Raises:
+            IndexError: the store has no such block.
             ValueError: a number is outside the limit of `digest.places`.
         """
         sealed = np.array(hash_blocks, np.int64)
-        if max(number for _, _, _, number, _ in hash_blocks) >= MAX_HASH_BLOCKS:
-            raise ValueError(f"a sequence has at most {MAX_HASH_BLOCKS} hash blocks")
+        block, _, _, number, _ = sealed.view(np.uint64).max(axis=0).tolist()  # of what is below zero, far too much
+        if block >= self._num_blocks:  # the kernel would write there
+            raise IndexError(f"the store has {self._num_blocks} blocks; to be sealed is block {block}")
+        if number >= MAX_HASH_BLOCKS:
+            raise ValueError(f"hash block {number} of a sequence; the limit is {MAX_HASH_BLOCKS}")
         self._library.seal(self._planes, len(self._planes), sealed.ctypes.data, len(sealed), *self._to)

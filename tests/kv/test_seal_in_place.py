@@ -39,9 +39,10 @@ def test_equals_the_definition(codec: str, block_tokens: int, width: int) -> Non
     assert np.array_equal(got, frame_digests(payload, scales, words, KEY, HASH_BLOCK_TOKENS))
 
 
-def test_sealing_several_ranges_at_once_is_sealing_each() -> None:
+@pytest.mark.parametrize("block_tokens", [16, 32])
+def test_sealing_several_ranges_at_once_is_sealing_each(block_tokens: int) -> None:
     spec = attention_spec(2, 2, 16, CODEC_NAMES["fp8"])
-    stores = [KvStore(spec, 12, 16, digest_key=KEY) for _ in range(2)]
+    stores = [KvStore(spec, 12, block_tokens, digest_key=KEY) for _ in range(2)]
     random = np.random.default_rng(3)
     bytes_of = [random.integers(0, 120, c.payload_view.shape, np.uint8) for c in stores[0]._components]  # type: ignore[union-attr]
     for store in stores:
@@ -63,3 +64,13 @@ def test_sealing_several_ranges_at_once_is_sealing_each() -> None:
         assert stores[0].verify(held)
         stores[0]._components[0].payload[:, held.block_table[0], 0, 1] ^= 1
         assert not stores[0].verify(held)
+
+
+@pytest.mark.parametrize("block", [12, 1 << 40, -1])
+def test_a_block_that_the_store_has_not_is_never_written(block: int) -> None:
+    store = KvStore(attention_spec(2, 2, 16, CODEC_NAMES["fp8"]), 12, 16, digest_key=KEY)
+    if store._sealer is None:
+        pytest.skip("no native kernels here")
+    with pytest.raises(IndexError, match="12 blocks"):
+        store._sealer.seal([(3, 0, 1, 0, 16), (block, 0, 1, 1, 16)])
+    assert (store._sealed_generation == -1).all()
