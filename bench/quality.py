@@ -87,7 +87,7 @@ class Forced:
         stale = len(ids) - fresh
         cut = stale - stale % self._decoder.ops.row_multiple  # logits take as many rows as the ops do
         rows = self._decoder.hidden(batch, self._store).rows[cut:]
-        return self._decoder.logits(rows)[stale - cut :][:fresh]
+        return self._decoder.logits(rows).rows[stale - cut :][:fresh]
 
 
 @dataclass

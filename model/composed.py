@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .ops import Norm, Ops
+from .ops import Linear, Logits, Norm, Ops
 from .step import LayerStep
+
+
+def head(ops: Ops, x: Tensor, norm: Norm, packed: Linear) -> Logits:
+    """`Ops.head` as a norm and a product."""
+    return Logits(ops.linear(ops.rms_norm(x, norm), packed).float(), None)
 
 
 def store_heads(

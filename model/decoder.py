@@ -22,7 +22,7 @@ from .elementwise import softcapped
 from .experts import mix_experts
 from .latent import attend_latent
 from .native_stack import NativeStack
-from .ops import AttentionKind, Ops
+from .ops import AttentionKind, Logits, Ops
 from .rope import rotary_table
 from .spec import ExpertsFfn, LatentAttention, ModelSpec, PlainAttention
 from .step import LayerStep
@@ -80,10 +80,12 @@ class Decoder:
                 x = x + delta
         return Hidden(x, non_finite)
 
-    def logits(self, rows: Tensor) -> Tensor:
-        """Logits of rows [n, hidden] of the residual stream, n a multiple of the ops'; [n, vocab] float32."""
-        logits = self.ops.linear(self.ops.rms_norm(rows, self.weights.norm), self.weights.head).float()
-        return logits if self.spec.final_softcap is None else softcapped(logits, self.spec.final_softcap)
+    def logits(self, rows: Tensor) -> Logits:
+        """Of rows [n, hidden] of the residual stream, n a multiple of the ops'."""
+        logits = self.ops.head(rows, self.weights.norm, self.weights.head)
+        if self.spec.final_softcap is None:
+            return logits
+        return Logits(softcapped(logits.rows, self.spec.final_softcap), None)
 
     def _embed(self, token_ids: Tensor) -> Tensor:
         x = self.weights.embedding.index_select(0, token_ids)

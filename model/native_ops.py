@@ -21,9 +21,9 @@ from ..kernels.cpu import library as native
 from ..kernels.cpu.memory import take_memory
 from ..kernels.reference import Planes
 from ..kv.block import BlockId
-from .composed import store_heads
+from .composed import head, store_heads
 from .int8 import described, to_int8
-from .ops import Activation, AttentionKind, Linear, Norm, Quantization, Span
+from .ops import Activation, AttentionKind, Linear, Logits, Norm, Quantization, Span
 from .sampling.extremes import Extremes
 from .sampling.noise import F32
 from .step import LayerStep
@@ -178,13 +178,25 @@ class NativeOps:
         """See `native_stack.py`."""
         self._library.layers(self._threads, layers, len(layers), step)
 
+    def head(self, x: Tensor, norm: Norm, packed: Linear) -> Logits:
+        """See `kernels/cpu/head.cpp`."""
+        assert isinstance(packed, PackedLinear)
+        if packed.dtype != x.dtype:
+            return head(self, x, norm, packed)
+        h, out = torch.empty_like(x), torch.empty(len(x), packed.width)
+        found, places = _room_for_extremes(len(x))
+        self._library.head(
+            self._threads, packed.matrix, norm.weight.data_ptr(), norm.eps, _rows(x), _rows(h), _rows(out),
+            self.scratch_for(len(x), x.shape[1], x.element_size()), *places,
+        )  # fmt: skip
+        return Logits(out, found)
+
     def extremes(self, logits: F32) -> Extremes:
         """See `kernels/cpu/rows.cpp`."""
         assert logits.flags.c_contiguous
-        found = Extremes(np.empty(len(logits), np.float32), np.empty(len(logits), np.int32))
+        found, places = _room_for_extremes(len(logits))
         rows = native.Rows(logits.ctypes.data, logits.shape[1], len(logits), native.FLOAT32)
-        least, greatest = found.least.ctypes.data, found.greatest.ctypes.data
-        self._library.extremes(self._threads, rows, logits.shape[1], least, greatest)
+        self._library.extremes(self._threads, rows, logits.shape[1], *places)
         return found
 
     def rms_norm(self, x: Tensor, norm: Norm) -> Tensor:
@@ -266,6 +278,13 @@ def single_rows(spans: StepSpans, rows: NDArray[np.int64]) -> StepSpans:
     single = of.copy()
     single["row"], single["start"], single["count"] = np.arange(len(rows)), of["start"] + rows - of["row"], 1
     return StepSpans(single, len(rows), spans.tables)
+
+
+def _room_for_extremes(count: int) -> tuple[Extremes, tuple[int, int, int]]:
+    """Of so many rows, not found yet, and the addresses of the three arrays."""
+    room = np.empty((3, count), np.float32)
+    at = room.ctypes.data
+    return Extremes(room[0], room[1], room[2].view(np.int32)), (at, at + 4 * count, at + 8 * count)
 
 
 def _rows(x: Tensor) -> native.Rows:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -60,6 +60,13 @@ class Span:
         return self.start + self.count
 
 
+class Logits(NamedTuple):
+    """Of some rows."""
+
+    rows: Tensor  # [n, vocab] float32
+    extremes: Extremes | None  # where they were found on the way
+
+
 class Linear(Protocol):
     """A packed matrix; only the ops that packed it can use it."""
 
@@ -102,6 +109,10 @@ class Ops(Protocol):
 
     def linear(self, x: Tensor, packed: Linear) -> Tensor:
         """x [rows, in] times the matrix, plus its bias: [rows, out]; rows a multiple of `row_multiple`."""
+        ...
+
+    def head(self, x: Tensor, norm: Norm, packed: Linear) -> Logits:
+        """The matrix of logits, packed `wide`, times rows x [rows, hidden] once they are normalised."""
         ...
 
     def extremes(self, logits: F32) -> Extremes:

@@ -15,7 +15,7 @@ from ..kv.store import HeldTokens, KvStore
 from .batch import StepBatch, build_batch, on_device, warm_up_batch
 from .decoder import Decoder, Hidden
 from .greedy import all_greedy, speak_greedily
-from .ops import Ops
+from .ops import Logits, Ops
 from .plan import SequenceStep, StepPlan, StepResult
 from .sampling.step import Spoken, StepSampler
 from .spec import ModelSpec
@@ -123,10 +123,10 @@ class Runner:
         decoder = self._decoder
         assert decoder is not None
         if self._stays_on_device and batch.sampled and all_greedy(plan):
-            logits = decoder.logits(rows[batch.sample_rows])[: len(batch.sampled)]
+            logits = decoder.logits(rows[batch.sample_rows]).rows[: len(batch.sampled)]
             return speak_greedily(plan, batch, logits, bad)
         if self._sampler is None:
-            to_logits = decoder.logits if self._is_cpu else lambda rows: decoder.logits(rows).cpu()
+            to_logits = decoder.logits if self._is_cpu else lambda rows: Logits(decoder.logits(rows).rows.cpu(), None)
             self._sampler = StepSampler(self.spec.eos_ids, to_logits, self.ops.extremes)
         return self._sampler.run(plan, batch, rows, bad, last)
 

@@ -31,6 +31,7 @@ from .sampling.logprobs import token_logprobs
 from .sampling.noise import F32, winner
 
 GREEDY_BELOW = 1e-5
+_INFINITY = float("inf")
 _NO_HISTORY = History((), ())
 
 
@@ -70,21 +71,22 @@ class Sampler:
         self._eos_ids = tuple(eos_ids)
         self._adjuster = Adjuster()
 
-    def sample(self, logits: F32, draws: Sequence[Draw]) -> list[Sampled | None]:
-        """One token per row of logits [len(draws), vocab], which are left as they are.
+    def sample(self, logits: F32, draws: Sequence[Draw], known: Extremes | None = None) -> list[Sampled | None]:
+        """One token per row of logits [len(draws), vocab], which are left as they are. `known`: of these rows.
 
         None where a row is not a distribution: it holds a number that is not finite, or nothing is allowed.
         """
         assert len(logits) == len(draws), (logits.shape, len(draws))
         if not draws:
             return []
-        least, greatest = self._extremes(logits)
+        found = known or self._extremes(logits)
+        least, greatest, best = (part.tolist() for part in found)
         return [
             # A NaN is its row's least number; minus infinity too.
-            None if not (-low < float("inf") and row[best] < float("inf"))
-            else Sampled(best, None) if draw.is_plain
-            else self._sample_row(row, draw, best)
-            for row, draw, low, best in zip(logits, draws, least.tolist(), greatest.tolist(), strict=True)
+            None if not (-least[i] < _INFINITY and greatest[i] < _INFINITY)
+            else Sampled(best[i], None) if draw.is_plain
+            else self._sample_row(logits[i], draw, best[i])
+            for i, draw in enumerate(draws)
         ]  # fmt: skip
 
     def _sample_row(self, raw: F32, draw: Draw, best: int) -> Sampled | None:
@@ -97,7 +99,7 @@ class Sampler:
             assert draw.history is not None or not params.needs_history, "penalties need the ids before"
             self._adjuster.adjust(row, params, draw.history or _NO_HISTORY, ends, draw.logits_mask)
             best = int(row.argmax())
-            if not abs(row[best]) < float("inf"):
+            if not abs(row[best]) < _INFINITY:
                 return None
         token_id = best
         if params.temperature >= GREEDY_BELOW:

@@ -17,10 +17,10 @@ from torch import Tensor
 from ..core.errors import ConfigError
 from ..kernels.reference import Planes, encode_rows, fp8_encode, rms_norm
 from .attention import Attention, AttentionLayout, HeadShape
-from .composed import store_heads
+from .composed import head, store_heads
 from .elementwise import activated
 from .int8 import described, rounded_rows, rounded_to_int8
-from .ops import Activation, AttentionKind, Linear, Norm, Quantization, Span
+from .ops import Activation, AttentionKind, Linear, Logits, Norm, Quantization, Span
 from .products import TILE_ROWS, Product
 from .sampling.extremes import Extremes, extremes
 from .sampling.noise import F32
@@ -103,6 +103,10 @@ class TorchOps:
         product = self._product(matrix.shape[1], matrix.shape[0], matrix.dtype, True)
         result = product.rows(x.to(matrix.dtype), matrix.t())
         return result if packed.bias is None else (result.float() + packed.bias).to(result.dtype)
+
+    def head(self, x: Tensor, norm: Norm, packed: Linear) -> Logits:
+        """A norm and a product."""
+        return head(self, x, norm, packed)
 
     def extremes(self, logits: F32) -> Extremes:
         """By numpy."""

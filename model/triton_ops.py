@@ -24,8 +24,9 @@ from ..kernels.reference import Planes
 from ..kernels.reference_attention import Chunk
 from ..kernels.rotary_store import rotary_store_kv
 from ..kernels.store_kv import store_kv
+from .composed import head
 from .int8 import rounded_to_int8
-from .ops import Activation, AttentionKind, Linear, Norm, Quantization, Span
+from .ops import Activation, AttentionKind, Linear, Logits, Norm, Quantization, Span
 from .sampling.extremes import Extremes, extremes
 from .sampling.noise import F32
 from .step import LayerStep
@@ -112,6 +113,10 @@ class TritonOps:
         """x [rows, in] times the matrix, plus its bias."""
         assert isinstance(packed, DeviceLinear)
         return linear(x.to(packed.matrix.dtype), packed.matrix, packed.bias)
+
+    def head(self, x: Tensor, norm: Norm, packed: Linear) -> Logits:
+        """A norm and a product."""
+        return head(self, x, norm, packed)
 
     def extremes(self, logits: F32) -> Extremes:
         """By numpy."""

@@ -20,7 +20,9 @@ import time
 from pathlib import Path
 from typing import IO
 
-SOURCES = ("linear.cpp", "linear_int8.cpp", "rows.cpp", "attention.cpp", "digest.cpp", "layers.cpp", "check.cpp")
+SOURCES = tuple(
+    f"{name}.cpp" for name in ("linear", "linear_int8", "head", "rows", "attention", "digest", "layers", "check")
+)
 HEADERS = ("api.h", "cache.h", "linear.h", "simd.h", "threads.h", "tiles.h")
 FLAGS = (
     "-O3",

@@ -147,7 +147,7 @@ class Blocks {
 };
 
 template <class P>
-void multiply(const Job& job, const Blocks& x, Threads& threads) {
+void multiply_blocks(const Job& job, const Blocks& x, Threads& threads) {
     share_panels(job, threads, (int64_t)job.steps * P::STEP_BYTES, [&](int begin, int end) {
         F32 gates[TALL_ROWS];
         for (int first = 0; first < job.num_rows; first += x.size())
@@ -235,9 +235,8 @@ void tile_square(const Job& job, int row, int panel) {
 }
 
 void multiply_tiles(const Job& job, Threads& threads) {
-    const int count = num_panels(*job.matrix);
-    threads.share((count + 3) / 4, [&](int part) {
-        const int panel = part * 4, panels = std::min(4, count - panel);
+    share_groups(job, threads, 4, [&](int panel, int end) {
+        const int panels = end - panel;
         tiles::begin();
         int row = 0;
         for (; panels == 4 && row + tiles::ROWS < job.num_rows; row += 2 * tiles::ROWS) {
@@ -252,6 +251,29 @@ void multiply_tiles(const Job& job, Threads& threads) {
 #endif
 
 }  // namespace
+
+void linear::multiply(Threads& threads, const Matrix& matrix, const Rows& x, const Rows& out, int activation, int out_columns,
+                      uint32_t* scratch, extremes::Search* search) {
+    const bool pairs = x.kind == BFLOAT16;
+    const int steps = pairs ? matrix.inner / 2 : matrix.inner;
+    Job job{&matrix, out, out_columns, scratch, steps, x.rows, activation, search};
+    if (matrix.kind == INT8 && pairs) return multiply_int8(job, x, scratch, threads);
+#if defined(TWOSTROKE_TILES)
+    if (by_tiles(matrix, pairs)) {
+        threads.share((x.rows + tiles::ROWS - 1) / tiles::ROWS, [&](int b) {
+            pack_tiles(x, b * tiles::ROWS, steps, (char*)scratch + (int64_t)b * tiles::ROWS * steps * 4);
+        });
+        return multiply_tiles(job, threads);
+    }
+#endif
+    const Blocks blocks(x, steps, (char*)scratch);
+    if (matrix.kind == FLOAT32)
+        multiply_blocks<Panel<FLOAT32>>(job, blocks, threads);
+    else if (matrix.kind == BFLOAT16)
+        multiply_blocks<Panel<BFLOAT16>>(job, blocks, threads);
+    else
+        multiply_blocks<Panel<INT8>>(job, blocks, threads);
+}
 
 extern "C" {
 
@@ -285,24 +307,7 @@ void twostroke_pack(const void* from, int32_t kind, int32_t columns, int32_t inn
 // activation(gate) * up; out_columns says how many those are.
 void twostroke_linear(Threads* threads, const Matrix* matrix, const Rows* x, const Rows* out, int32_t activation,
                       int32_t out_columns, uint32_t* scratch) {
-    const bool pairs = x->kind == BFLOAT16;
-    Job job{matrix, *out, out_columns, scratch, pairs ? matrix->inner / 2 : matrix->inner, x->rows, activation};
-    if (matrix->kind == INT8 && pairs) return multiply_int8(job, *x, scratch, *threads);
-#if defined(TWOSTROKE_TILES)
-    if (by_tiles(*matrix, pairs)) {
-        threads->share((x->rows + tiles::ROWS - 1) / tiles::ROWS, [&](int b) {
-            pack_tiles(*x, b * tiles::ROWS, job.steps, (char*)scratch + (int64_t)b * tiles::ROWS * job.steps * 4);
-        });
-        return multiply_tiles(job, *threads);
-    }
-#endif
-    const Blocks blocks(*x, job.steps, (char*)scratch);
-    if (matrix->kind == FLOAT32)
-        multiply<Panel<FLOAT32>>(job, blocks, *threads);
-    else if (matrix->kind == BFLOAT16)
-        multiply<Panel<BFLOAT16>>(job, blocks, *threads);
-    else
-        multiply<Panel<INT8>>(job, blocks, *threads);
+    multiply(*threads, *matrix, *x, *out, activation, out_columns, scratch, nullptr);
 }
 
 // The instructions that decide the bits of an answer.

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "api.h"
+#include "extremes.h"
 #include "simd.h"
 #include "threads.h"
 
@@ -23,6 +24,7 @@ struct Job {
     int out_columns;
     const uint32_t* packed;           // x as tiles want it
     int steps, num_rows, activation;  // NONE, or panels alternate between a gate and what it lets through
+    extremes::Search* search;         // looks at answers while they are in a cache; or null
 };
 
 inline int num_panels(const Matrix& m) { return (m.columns + LANES - 1) / LANES; }
@@ -68,15 +70,27 @@ __attribute__((always_inline)) inline void put_row(const Job& job, int row, int 
     }
 }
 
-// Call `panels_of(first, end)` for stretches of panels: so many that a cache holds them while all rows pass, and that every
-// thread gets several. `first` is even.
+// Call `panels_of(first, end)` for stretches of `group` panels.
+template <class F>
+void share_groups(const Job& job, Threads& threads, int group, const F& panels_of) {
+    const int count = num_panels(*job.matrix);
+    if (job.search) job.search->begin(group * LANES);
+    threads.share((count + group - 1) / group, [&](int part) {
+        panels_of(part * group, std::min(count, (part + 1) * group));
+        if (job.search) job.search->look(part);
+    });
+}
+// The same for stretches of so many that a cache holds them while all rows pass, and that every thread gets several. `first`
+// is even.
 template <class F>
 void share_panels(const Job& job, Threads& threads, int64_t panel_bytes, const F& panels_of) {
     const int count = num_panels(*job.matrix), held = (int)(CACHED_BYTES / panel_bytes);
-    const int group = std::max(2, std::min({8, held, count / (threads.count() * 4)}) / 2 * 2);
-    threads.share((count + group - 1) / group,
-                  [&](int part) { panels_of(part * group, std::min(count, (part + 1) * group)); });
+    share_groups(job, threads, std::max(2, std::min({8, held, count / (threads.count() * 4)}) / 2 * 2), panels_of);
 }
+
+// linear.cpp: what twostroke_linear says, with a search over `out` (float32, then) or without.
+void multiply(Threads& threads, const Matrix& matrix, const Rows& x, const Rows& out, int activation, int out_columns,
+              uint32_t* scratch, extremes::Search* search);
 
 // linear_int8.cpp: rows as integers by matrices of integers.
 int64_t int8_panel_bytes(int inner);

@@ -3,9 +3,9 @@
 // Every row is computed by itself, in float32, lane sums in one fixed order, and rounded once.
 #include <algorithm>
 #include <cmath>
-#include <vector>
 
 #include "api.h"
+#include "extremes.h"
 #include "simd.h"
 #include "threads.h"
 
@@ -70,29 +70,6 @@ void norm(void* x, int64_t at, const void* delta, int64_t from, const float* wei
 
 constexpr int EXTREMES_COLUMNS = 2048;
 
-struct Extremes {
-    float least = INFINITY, greatest = -INFINITY;
-    bool any_nan = false;
-};
-
-Extremes extremes(const float* row, int first, int end) {
-    F32 low = splat(INFINITY), high = splat(-INFINITY);
-    SeesNan sees;
-    Extremes found;
-    int i = first;
-    for (; i + LANES <= end; i += LANES) {
-        const F32 v = load<F32>(row + i);
-        sees.look(v);
-        low = -larger(-v, -low), high = larger(v, high);  // of a NaN and another: the other
-    }
-    found.least = -largest(-low), found.greatest = largest(high), found.any_nan = sees.any();
-    for (; i < end; i++) {
-        found.least = std::min(found.least, row[i]), found.greatest = std::max(found.greatest, row[i]);
-        found.any_nan = found.any_nan || row[i] != row[i];
-    }
-    return found;
-}
-
 }  // namespace
 
 extern "C" {
@@ -144,30 +121,13 @@ void twostroke_rotary(Threads* threads, const Rows* x, int32_t heads, int32_t wi
     });
 }
 
-// Of each row of x [rows, width] float32: its least number, NaN where it holds one, and where its greatest is, the first of
-// equals. Threads share columns, as they did in the product that left them: each finds its own in its cache.
-void twostroke_extremes(Threads* threads, const Rows* x, int32_t width, float* least, int32_t* greatest) {
-    const int parts = (width + EXTREMES_COLUMNS - 1) / EXTREMES_COLUMNS;
-    const auto row = [&](int r) { return (const float*)x->data + r * x->stride; };
-    const auto end = [&](int part) { return std::min(width, (part + 1) * EXTREMES_COLUMNS); };
-    std::vector<Extremes> found((int64_t)parts * x->rows);
-    threads->share(parts, [&](int part) {
-        for (int r = 0; r < x->rows; r++)
-            found[(int64_t)part * x->rows + r] = extremes(row(r), part * EXTREMES_COLUMNS, end(part));
-    });
-    for (int r = 0; r < x->rows; r++) {
-        int best = 0;
-        bool any_nan = false;
-        float low = INFINITY, high = -INFINITY;
-        for (int part = 0; part < parts; part++) {
-            const Extremes& here = found[(int64_t)part * x->rows + r];
-            low = std::min(low, here.least), any_nan = any_nan || here.any_nan;
-            if (here.greatest > high) high = here.greatest, best = part;
-        }
-        least[r] = any_nan ? NAN : low;
-        const float* first = std::find(row(r) + best * EXTREMES_COLUMNS, row(r) + end(best), high);
-        greatest[r] = (int32_t)std::min<int64_t>(first - row(r), width - 1);  // past the end: nothing but NaN was there
-    }
+// Of each row of x [rows, width] float32: see extremes.h. Threads share columns, as they did in the product that left them:
+// each finds its own in its cache.
+void twostroke_extremes(Threads* threads, const Rows* x, int32_t width, float* least, float* greatest, int32_t* best) {
+    extremes::Search search(*x, width);
+    search.begin(EXTREMES_COLUMNS);
+    threads->share(search.pieces(), [&](int piece) { search.look(piece); });
+    search.settle(least, greatest, best);
 }
 
 }  // extern "C"

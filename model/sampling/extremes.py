@@ -1,4 +1,4 @@
-"""What sampling asks of every row before anything else: its least number and where its greatest is. Numpy."""
+"""What sampling asks of every row before anything else: its least number, its greatest, and where that is. Numpy."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from .noise import F32
 
 
 class Extremes(NamedTuple):
-    """Of rows [n, vocab]."""
+    """Of rows [n, vocab]. No promise of `greatest` and `best` in a row with a NaN."""
 
     least: F32  # [n]; NaN where a row holds one
-    greatest: NDArray[np.integer]  # [n]: the place of the greatest number, the first of equals; no promise with a NaN
+    greatest: F32  # [n]
+    best: NDArray[np.integer]  # [n]: the place of the greatest number, the first of equals
 
 
 def extremes(logits: F32) -> Extremes:
     """The definition."""
-    return Extremes(logits.min(1), logits.argmax(1))
+    return Extremes(logits.min(1), logits.max(1), logits.argmax(1))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...core.request import SequenceKey, TokenLogprobs
 from ..batch import StepBatch
+from ..ops import Logits
 from ..plan import SequenceStep, StepPlan
 from ..products import TILE_ROWS
 from ..sampler import Draw, Sampler
@@ -17,8 +18,8 @@ from .extremes import Extremes
 from .logprobs import token_logprobs
 from .noise import F32
 
-ToLogits = Callable[[Tensor], Tensor]
-"""Hidden rows [n, hidden], n whole tiles, to logits [n, vocab] float32. A row's bits do not depend on its company."""
+ToLogits = Callable[[Tensor], Logits]
+"""Of hidden rows [n, hidden], n whole tiles, in host memory. A row's bits do not depend on its company."""
 
 
 class Spoken(NamedTuple):
@@ -46,9 +47,9 @@ class StepSampler:
             return spoken
         if len(batch.sampled) < len(rows):  # else each row speaks, in order
             rows = rows[batch.sample_rows]
-        logits = self._to_logits(rows).numpy()[: len(batch.sampled)]
+        logits = self._to_logits(rows)
         draws = [_draw(plan.sequences[i], last[i]) for i in batch.sampled]
-        for i, sampled in zip(batch.sampled, self._sampler.sample(logits, draws), strict=True):
+        for i, sampled in zip(batch.sampled, self._sampler.sample(logits.rows.numpy()[: len(draws)], draws, logits.extremes), strict=True):
             key = plan.sequences[i].key
             if sampled is None:
                 bad.add(key)
@@ -74,7 +75,7 @@ class StepSampler:
         """Logits of the first `count` rows, a tile at a time, so that a long prompt needs no more memory than that."""
         for start in range(0, count, TILE_ROWS):
             places = torch.arange(start, start + TILE_ROWS).clamp_(max=count - 1)
-            yield from self._to_logits(rows[places])[: count - start].numpy()
+            yield from self._to_logits(rows[places]).rows[: count - start].numpy()
 
 
 def _draw(step: SequenceStep, last_id: int) -> Draw:

@@ -13,7 +13,8 @@ from twostroke.kv.block import BlockId
 from twostroke.model.int8 import rows_to_int8, to_int8
 from twostroke.model.native_ops import NativeOps
 from twostroke.model.ops import Activation, AttentionKind, Norm, Quantization, Span
-from twostroke.model.sampling.extremes import extremes
+from twostroke.model.sampling.extremes import Extremes, extremes
+from twostroke.model.sampling.noise import F32 as Floats
 from twostroke.model.torch_ops import TorchOps
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -297,12 +298,36 @@ def test_extremes_are_numpys(vocab: int) -> None:
     logits[5], logits[5, -1] = 0.0, float("nan")
     logits[6] = -1.0
     for threads in (1, 2):
-        least, greatest = native_ops(F32, threads).extremes(logits)
-        wanted = extremes(logits)
-        np.testing.assert_array_equal(least, wanted.least)
-        known = ~np.isnan(wanted.least)  # where a NaN is the greatest means nothing
-        np.testing.assert_array_equal(greatest[known], wanted.greatest[known])
-        assert ((greatest >= 0) & (greatest < vocab)).all()
+        assert_same_extremes(native_ops(F32, threads).extremes(logits), logits)
+
+
+def assert_same_extremes(found: Extremes | None, logits: Floats) -> None:
+    assert found is not None
+    wanted = extremes(logits)
+    np.testing.assert_array_equal(found.least, wanted.least)
+    known = ~np.isnan(wanted.least)  # where a NaN is the greatest means nothing
+    np.testing.assert_array_equal(found.greatest[known], wanted.greatest[known])
+    np.testing.assert_array_equal(found.best[known], wanted.best[known])
+    assert ((found.best >= 0) & (found.best < logits.shape[1])).all()
+
+
+@DTYPES
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_a_head_is_a_norm_and_a_product_and_finds_the_extremes(dtype: torch.dtype, quantization: Quantization) -> None:
+    norm = Norm(torch.rand(128) + 0.5, 1e-5)
+    for vocab, threads in ((5, 1), (48, 2), (1000, 1), (1027, 2)):
+        ops = native_ops(dtype, threads, quantization)
+        matrix = torch.randn(vocab, 128)
+        matrix[vocab // 2 :] = matrix[: vocab - vocab // 2].clone()  # equals: the first one counts
+        packed = ops.pack(matrix, wide=True)
+        for rows in (1, 2, 5, 16, 17, 40):
+            x = torch.randn(rows, 128).to(dtype)
+            x[rows // 2, 7] = float("nan") if rows == 5 else float("inf") if rows == 17 else 1.0
+            logits = ops.head(x.clone(), norm, packed)
+            assert torch.equal(
+                logits.rows.nan_to_num(), ops.linear(ops.rms_norm(x, norm), packed).float().nan_to_num()
+            ), (vocab, rows)
+            assert_same_extremes(logits.extremes, logits.rows.numpy())
 
 
 @pytest.mark.parametrize("machine_flags", OLDER, ids=lambda flags: flags[0].removeprefix("-march="))
@@ -330,6 +355,8 @@ def test_older_machines_compute_the_same_to_rounding(
         test_attention_is_the_definition(dtype, "fp8", "window")
         test_a_row_of_attention_has_the_same_bits_however_it_is_computed(dtype, "softcap")
         test_gates_are_the_definition(dtype, "gelu_tanh", "none")
+        test_a_head_is_a_norm_and_a_product_and_finds_the_extremes(dtype, "none")
+        test_a_head_is_a_norm_and_a_product_and_finds_the_extremes(dtype, "int8")
     test_extremes_are_numpys(33)
 
 
@@ -347,4 +374,5 @@ def test_tiles_compute_the_same_to_rounding(monkeypatch: pytest.MonkeyPatch) -> 
         test_linear_is_the_definition_for_every_number_of_rows(BF16, quantization, 64)  # type: ignore[arg-type]
         test_linear_is_the_definition_for_every_number_of_rows(BF16, quantization, 70)  # type: ignore[arg-type]
         test_gates_are_the_definition(BF16, "silu", quantization)  # type: ignore[arg-type]
+        test_a_head_is_a_norm_and_a_product_and_finds_the_extremes(BF16, quantization)  # type: ignore[arg-type]
     test_a_row_of_a_linear_has_the_same_bits_in_any_company_and_with_any_threads(BF16, "none")
