@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -27,8 +29,8 @@ class Sealer:
         self._library = library
         self._points_to = planes, marks
         self._planes = (native.SealedPlanes * len(planes))(*planes)
-        self._num_blocks = len(marks.generations)
-        self._to = marks.generations.shape[1], marks.generations.ctypes.data, marks.tokens.ctypes.data
+        self._num_blocks, self._block_units = marks.generations.shape
+        self._to = self._block_units, marks.generations.ctypes.data, marks.tokens.ctypes.data
 
     @staticmethod
     def make(components: Sequence[object], first_places: Sequence[U64], key: int, marks: Marks) -> Sealer | None:
@@ -49,10 +51,11 @@ class Sealer:
             IndexError: the store has no such block.
             ValueError: a number is outside the limit of `digest.places`.
         """
-        sealed = np.array(hash_blocks, np.int64)
-        block, _, _, number, _ = sealed.view(np.uint64).max(axis=0).tolist()  # of what is below zero, far too much
-        if block >= self._num_blocks:  # the kernel would write there
-            raise IndexError(f"the store has {self._num_blocks} blocks; to be sealed is block {block}")
-        if number >= MAX_HASH_BLOCKS:
-            raise ValueError(f"hash block {number} of a sequence; the limit is {MAX_HASH_BLOCKS}")
-        self._library.seal(self._planes, len(self._planes), sealed.ctypes.data, len(sealed), *self._to)
+        for block, unit, _, number, _ in hash_blocks:
+            if not (0 <= block < self._num_blocks and 0 <= unit < self._block_units):  # the kernel would write there
+                raise IndexError(f"the store has {self._num_blocks} blocks; to be sealed is block {block}, {unit}")
+            if not 0 <= number < MAX_HASH_BLOCKS:
+                raise ValueError(f"hash block {number} of a sequence; the limit is {MAX_HASH_BLOCKS}")
+        numbers = array("q", chain.from_iterable(hash_blocks))
+        address, _ = numbers.buffer_info()
+        self._library.seal(self._planes, len(self._planes), address, len(hash_blocks), *self._to)

@@ -143,27 +143,23 @@ class KvStore:
         """`seal` each of a step's ranges, none of them empty; all that begin a seal are asked for at once."""
         if not ranges or self._seal_by_birth(ranges):
             return
-        fresh = [held for held in ranges if not self._begins_sealed(held)]
-        if not fresh or not self._seal_in_place(fresh):
-            fresh = []
+        fresh: list[HeldTokens] = []
         for held in ranges:
-            if held not in fresh:
-                self.seal(held)
+            (self.seal if self._sealer is None or self._begins_sealed(held) else fresh.append)(held)
+        if self._sealer is not None and fresh:
+            self._seal_in_place(self._sealer, fresh)
 
     def _begins_sealed(self, held: HeldTokens) -> bool:
         block, unit, generation = self._place(held, held.start // HASH_BLOCK_TOKENS)
         return bool(self._sealed_generation[block, unit] == generation)
 
-    def _seal_in_place(self, ranges: Sequence[HeldTokens]) -> bool:
-        """Seal ranges of which nothing is sealed yet, by one call of our CPU kernels. False: there are none."""
-        if self._sealer is None:
-            return False
-        self._sealer.seal([
+    def _seal_in_place(self, sealer: Sealer, ranges: Sequence[HeldTokens]) -> None:
+        """Seal ranges of which nothing is sealed yet, by one call of our CPU kernels."""
+        sealer.seal([
             (*self._place(held, number), number, min(held.end - number * HASH_BLOCK_TOKENS, HASH_BLOCK_TOKENS))
             for held in ranges
             for number in range(held.start // HASH_BLOCK_TOKENS, -(-held.end // HASH_BLOCK_TOKENS))
         ])  # fmt: skip
-        return True
 
     def is_sealed(self, held: HeldTokens) -> bool:
         """Whether a range is sealed for these uses of its blocks; whether it holds that, `verify` says."""

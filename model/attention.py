@@ -78,14 +78,14 @@ class Attention:
 
     def lay_out(self, spans: Sequence[Span], block_tokens: int, window: int | None) -> AttentionLayout:
         """Sort a step's spans into wide and narrow ones."""
-        wide = tuple(span for span in spans if span.count > self.queries_per_tile)
-        narrow = [span for span in spans if span.count <= self.queries_per_tile]
+        wide = tuple(span for span in spans if span.num_rows > self.queries_per_tile)
+        narrow = [span for span in spans if span.num_rows <= self.queries_per_tile]
         laid_out = self._lay_out_narrow(narrow, block_tokens, window) if narrow else None
         return AttentionLayout(wide, laid_out, block_tokens)
 
     def _lay_out_narrow(self, spans: list[Span], block_tokens: int, window: int | None) -> Narrow:
-        spans = sorted(spans, key=lambda span: -len(_seen_tiles(span.start, span.count, window)))
-        ranges = [_seen_tiles(span.start, span.count, window) for span in spans]
+        spans = sorted(spans, key=lambda span: -len(_seen_tiles(span.start, span.num_rows, window)))
+        ranges = [_seen_tiles(span.start, span.num_rows, window) for span in spans]
         tiles = [len(seen) for seen in ranges]
         per_tile = tuple(sum(n > j for n in tiles) for j in range(tiles[0]))
         pair_span = torch.cat([torch.arange(n) for n in per_tile])
@@ -95,8 +95,8 @@ class Attention:
             for j, n in enumerate(per_tile)
             for i in range(n)
         ]
-        query = torch.arange(max(span.count for span in spans))
-        last = torch.tensor([span.count - 1 for span in spans]).unsqueeze(1)
+        query = torch.arange(max(span.num_rows for span in spans))
+        last = torch.tensor([span.num_rows - 1 for span in spans]).unsqueeze(1)
         offset = torch.minimum(query, last)  # [num_spans, queries]
         rows = torch.tensor([span.row for span in spans]).unsqueeze(1) + offset
         positions = torch.tensor([span.start for span in spans]).unsqueeze(1) + offset
@@ -140,14 +140,14 @@ class Attention:
         self, q: list[Tensor], planes: Sequence[Planes], span: Span, how: tuple[AttentionKind, int], out: Tensor
     ) -> None:
         (kind, block_tokens), group = how, self.shape.group
-        seen = _seen_tiles(span.start, span.count, kind.window)
+        seen = _seen_tiles(span.start, span.num_rows, kind.window)
         blocks = torch.tensor([_blocks(span, seen, block_tokens)])
         key_parts, value_parts = self._numbers(planes, _head_rows(blocks, self.shape.kv_heads))
         offset = seen.start * KV_TILE  # position of the first key at hand
         value_parts[:, :, span.end - offset :] = 0.0
         per_slab = max(1, _SLAB_ROWS // group)
-        for first in range(0, span.count, per_slab):
-            count = min(per_slab, span.count - first)
+        for first in range(0, span.num_rows, per_slab):
+            count = min(per_slab, span.num_rows - first)
             rows = slice(span.row + first, span.row + first + count)
             start = span.start + first
             tiles = _seen_tiles(start, count, kind.window)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..kv.block import BlockId
@@ -28,19 +27,24 @@ class StepBatch:
     positions: Tensor  # [rows] int64
     slots: Tensor  # [rows] int64: block * block_tokens + offset
     attention: Any  # what `ops.lay_out` made of the step's spans
-    first_rows: tuple[int, ...]  # of each sequence of the plan; its rows follow
-    sampled: tuple[int, ...]  # indices into plan.sequences
-    sample_rows: Tensor  # [padded len(sampled)] int64: the row whose logits each of them samples from
-    read_rows: Tensor  # int64, rising: rows whose residual stream is read after the last layer; others' may be anything
+    num_rows: int  # with padding
+    first_rows: Sequence[int]  # of each sequence of the plan; its rows follow
+    sampled: Sequence[int]  # indices into plan.sequences
+    sample_rows: Sequence[int]  # the row whose logits each of them samples from; padded as rows are
+    read_rows: Sequence[int]  # rising: rows whose residual stream is read after the last layer; others' may be anything
+
+    def spoken(self, rows: Tensor) -> Tensor:
+        """Of all rows those that are sampled from, in their order, then padding."""
+        return rows if len(self.sampled) == self.num_rows else rows[torch.tensor(self.sample_rows, dtype=torch.int64)]
 
 
 def read_whole(batch: StepBatch) -> StepBatch:
     """The batch for a caller who reads every row of the residual stream."""
-    return replace(batch, read_rows=torch.arange(len(batch.token_ids)))
+    return replace(batch, read_rows=range(batch.num_rows))
 
 
 def on_device(batch: StepBatch, device: torch.device) -> StepBatch:
-    """The batch with its rows where the ops are; `sample_rows` stay, they only index."""
+    """The batch with its rows where the ops are."""
     if device.type == "cpu":
         return batch
     token_ids, positions, slots = upload((batch.token_ids, batch.positions, batch.slots), device)
@@ -49,56 +53,60 @@ def on_device(batch: StepBatch, device: torch.device) -> StepBatch:
 
 def build_batch(plan: StepPlan, token_ids: Sequence[Sequence[int]], block_tokens: int, ops: Ops) -> StepBatch:
     """Lay a plan out. `token_ids`: per sequence, with ids from earlier steps filled in."""
-    first_rows, spans = [], []
-    positions: list[Sequence[int] | NDArray[np.int64]] = []
-    slots: list[Sequence[int] | NDArray[np.int64]] = []
-    row = 0
+    first_rows: list[int] = []
+    spans: list[Span] = []
+    positions: list[int] = []
+    slots: list[int] = []
     for step in plan.sequences:
-        if step.num_tokens == 1:  # a decode: most steps have nothing else
-            block, offset = divmod(step.start, block_tokens)
-            first_rows.append(row)
-            positions.append((step.start,))
-            slots.append((step.block_table[block] * block_tokens + offset,))
-            spans.append(Span(row, step.start, 1, step.block_table[: block + 1]))
-            row += 1
-            continue
-        place = np.arange(step.start, step.end)
-        first = step.start // block_tokens
-        table = np.array(step.block_table[first : -(-step.end // block_tokens)])
+        start, count, row = step.start, len(step.token_ids), len(positions)
+        table = step.block_table[: -(-(start + count) // block_tokens)]
         first_rows.append(row)
-        positions.append(place)
-        slots.append(table[place // block_tokens - first] * block_tokens + place % block_tokens)
-        spans.append(Span(row, step.start, step.num_tokens, step.block_table[: -(-step.end // block_tokens)]))
-        row += step.num_tokens
-    spare = -row % ops.row_multiple
-    sampled = tuple(i for i, step in enumerate(plan.sequences) if step.samples)
-    last_rows = [first_rows[i] + plan.sequences[i].num_tokens - 1 for i in sampled]
-    scored = [
-        first + i for first, step in zip(first_rows, plan.sequences, strict=True) for i in range(len(step.targets))
-    ]
-    read_rows = sorted({*last_rows, *scored}) if scored else last_rows
-    last_rows = last_rows + [0] * (-len(last_rows) % ops.row_multiple)
+        spans.append(Span(row, start, count, table))
+        if count == 1:  # a decode: most steps have nothing else
+            positions.append(start)
+            slots.append(start + _ahead(table, len(table) - 1, block_tokens))
+        else:
+            positions += range(start, start + count)
+            slots += _slots(table, range(start, start + count), block_tokens)
+    rows = len(positions)
+    spare = -rows % ops.row_multiple
+    sampled = [i for i, step in enumerate(plan.sequences) if step.samples]
+    last_rows = [first_rows[i] + len(plan.sequences[i].token_ids) - 1 for i in sampled]
+    read_rows = sorted({*last_rows, *_scored_rows(plan, first_rows)})
+    last_rows += [0] * (-len(last_rows) % ops.row_multiple)
     return StepBatch(
         token_ids=_int64([i for ids in token_ids for i in ids] + [0] * spare),
-        positions=_joined(positions, spare, 0),
-        slots=_joined(slots, spare, -1),
+        positions=_int64(positions + [0] * spare),
+        slots=_int64(slots + [-1] * spare),
         attention=ops.lay_out(spans, block_tokens),
-        first_rows=tuple(first_rows),
+        num_rows=rows + spare,
+        first_rows=first_rows,
         sampled=sampled,
-        sample_rows=_int64(last_rows),
-        read_rows=_int64(read_rows),
+        sample_rows=last_rows,
+        read_rows=read_rows,
     )
 
 
-def _int64(numbers: Sequence[int]) -> Tensor:
-    return torch.from_numpy(np.array(numbers, np.int64))  # `torch.tensor` takes several times as long for a short list
+def _ahead(table: Sequence[BlockId], index: int, block_tokens: int) -> int:
+    """How far the slots of a sequence's `index`-th block are ahead of its positions."""
+    return (table[index] - index) * block_tokens
 
 
-def _joined(parts: Sequence[Sequence[int] | NDArray[np.int64]], spare: int, padding: int) -> Tensor:
-    """int64 [rows]: all parts, then padding."""
-    if all(len(part) == 1 for part in parts):
-        return _int64([int(part[0]) for part in parts] + [padding] * spare)
-    return torch.from_numpy(np.concatenate([*parts, np.full(spare, padding)]).astype(np.int64, copy=False))
+def _slots(table: Sequence[BlockId], positions: range, block_tokens: int) -> Iterator[int]:
+    for index in range(positions.start // block_tokens, len(table)):
+        ahead, first = _ahead(table, index, block_tokens), index * block_tokens
+        yield from range(ahead + max(first, positions.start), ahead + min(first + block_tokens, positions.stop))
+
+
+def _scored_rows(plan: StepPlan, first_rows: Sequence[int]) -> Iterator[int]:
+    """Those whose next token is known, and wanted to be told how likely it was."""
+    for first, step in zip(first_rows, plan.sequences, strict=True):
+        if step.targets:
+            yield from range(first, first + len(step.targets))
+
+
+def _int64(numbers: list[int]) -> Tensor:
+    return torch.frombuffer(array("q", numbers), dtype=torch.int64)  # `torch.tensor` takes several times as long
 
 
 def warm_up_batch(block_tokens: int, ops: Ops, num_tokens: int = 1) -> StepBatch:
@@ -109,8 +117,9 @@ def warm_up_batch(block_tokens: int, ops: Ops, num_tokens: int = 1) -> StepBatch
         positions=torch.zeros(rows, dtype=torch.int64),
         slots=torch.full((rows,), -1),
         attention=ops.lay_out((Span(0, 0, num_tokens, (BlockId(0),)),), block_tokens),
+        num_rows=rows,
         first_rows=(0,),
         sampled=(0,),
-        sample_rows=torch.zeros(ops.row_multiple, dtype=torch.int64),
-        read_rows=torch.zeros(1, dtype=torch.int64),
+        sample_rows=(0,) * ops.row_multiple,
+        read_rows=(0,),
     )

@@ -34,6 +34,7 @@ class Hidden(NamedTuple):
 
     rows: Tensor  # [padded rows, hidden] compute dtype
     non_finite: Tensor  # [padded rows] int32: refused rows of keys and values, over all layers
+    num_refused: int | None = None  # their sum, where it is known without a look at them
 
 
 class Decoder:
@@ -49,14 +50,19 @@ class Decoder:
         self._stack = NativeStack.make(spec, weights, ops)
         self._kinds = [_attention_kind(spec, layer.window) for layer in spec.layers]
 
+    @property
+    def is_fused(self) -> bool:
+        """Whether all layers are one call."""
+        return self._stack is not None
+
     def hidden(self, batch: StepBatch, store: KvStore) -> Hidden:
         """Run all layers over a step's rows, storing their keys and values on the way."""
         ops, layers = self.ops, self.weights.layers
         x = self._embed(batch.token_ids)  # [rows, hidden]
         angles = [tuple(t.index_select(0, batch.positions) for t in table) for table in self._tables]
-        rotations = [Rotation(batch.positions, *table) for table in self._tables]
         if self._stack is not None:
-            return Hidden(x, self._stack.run(x, angles, batch, store))
+            return Hidden(x, *self._stack.run(x, angles, batch, store))
+        rotations = [Rotation(batch.positions, *table) for table in self._tables]
         births = store.births(batch.slots)
         non_finite = torch.zeros(len(x), dtype=torch.int32, device=x.device)
         h = ops.rms_norm(x, layers[0].attention_norm)

@@ -105,15 +105,16 @@ class DecodeGraphs:
             captured.graph.replay()
             assert captured.hidden is not None
             hidden = captured.hidden
-        sampled = tuple(i for i, step in enumerate(plan.sequences) if step.samples)
+        sampled = [i for i, step in enumerate(plan.sequences) if step.samples]
         batch = StepBatch(
             token_ids=captured.batch.token_ids,
             positions=captured.batch.positions,
             slots=captured.batch.slots,
             attention=captured.batch.attention,
-            first_rows=tuple(range(len(plan.sequences))),
+            num_rows=size,
+            first_rows=range(len(plan.sequences)),
             sampled=sampled,
-            sample_rows=torch.tensor(sampled, dtype=torch.int64),
+            sample_rows=sampled,
             read_rows=captured.batch.read_rows,
         )
         return batch, hidden
@@ -126,8 +127,7 @@ class DecodeGraphs:
         arena.send()
         token_ids, positions, slots, contexts, tables = arena.device
         layout = Layout.of_singles(tables, contexts)
-        none = torch.zeros(0, dtype=torch.int64)
-        return _Captured(arena, StepBatch(token_ids, positions, slots, layout, (), (), none, torch.arange(size)))
+        return _Captured(arena, StepBatch(token_ids, positions, slots, layout, size, (), (), (), range(size)))
 
     def _fill(self, arena: Arena, plan: StepPlan, token_ids: Sequence[Sequence[int]]) -> None:
         ids, positions, slots, contexts, tables = (part.numpy() for part in arena.host)

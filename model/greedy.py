@@ -1,4 +1,7 @@
-"""Greedy tokens found on the device, so that whole rows of logits stay there. Gives what `sampler.py` would."""
+"""Greedy tokens without the sampler: nothing of a row but its likeliest token. Gives what `sampler.py` would.
+
+On a device whole rows of logits stay there; on a CPU nobody looks at them again.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,22 @@ from torch import Tensor
 
 from ..core.request import SequenceKey
 from .batch import StepBatch
-from .plan import SequenceStep, StepPlan
-from .sampler import Draw
+from .ops import Logits
+from .plan import StepPlan
+from .sampler import is_plain
+from .sampling.extremes import Extremes
 from .sampling.step import Spoken
 
 _NOTHING = -1
+_INFINITY = float("inf")
 
 
 def all_greedy(plan: StepPlan) -> bool:
     """Whether every sequence wants its likeliest token and nothing else of its logits."""
-    return all(not step.targets and (not step.samples or _is_plain(step)) for step in plan.sequences)
+    for step in plan.sequences:
+        if step.targets or (step.samples and not is_plain(step.params, step.num_generated, step.logits_mask)):
+            return False
+    return True
 
 
 def likeliest(logits: Tensor) -> Tensor:
@@ -25,23 +34,28 @@ def likeliest(logits: Tensor) -> Tensor:
     `argmax` promises no order among equals on a device.
     """
     top = logits.amax(1, keepdim=True)
-    is_number = (-logits.amin(1) < float("inf")) & (top.squeeze(1) < float("inf"))  # false for NaN
+    is_number = (-logits.amin(1) < _INFINITY) & (top.squeeze(1) < _INFINITY)  # false for NaN
     ids = torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device)
     first = torch.where(logits == top, ids, logits.shape[1]).amin(1)
     return torch.where(is_number, first, _NOTHING)
 
 
-def speak_greedily(plan: StepPlan, batch: StepBatch, logits: Tensor, bad: set[SequenceKey]) -> Spoken:
-    """What the sampler says of logits [len(batch.sampled), vocab], for a plan that is `all_greedy`."""
-    spoken = Spoken([() for _ in plan.sequences], {}, {})
-    for i, token_id in zip(batch.sampled, likeliest(logits).tolist(), strict=True):
-        key = plan.sequences[i].key
+def speak_greedily(plan: StepPlan, batch: StepBatch, logits: Logits, bad: set[SequenceKey]) -> Spoken:
+    """What the sampler says of logits [>= len(batch.sampled), vocab], for a plan that is `all_greedy`."""
+    spoken = Spoken([()] * len(plan.sequences), {}, {})
+    known = logits.extremes
+    found = likeliest(logits.rows).tolist() if known is None else _known(known)
+    for i, token_id in zip(batch.sampled, found, strict=False):
         if token_id == _NOTHING:
-            bad.add(key)
-        elif key not in bad:
+            bad.add(plan.sequences[i].key)
+        elif not bad or plan.sequences[i].key not in bad:
             spoken.tokens[i] = (token_id,)
     return spoken
 
 
-def _is_plain(step: SequenceStep) -> bool:
-    return Draw(step.params, step.key.choice, step.num_generated, step.logits_mask).is_plain
+def _known(extremes: Extremes) -> list[int]:
+    least, greatest, best = (part.tolist() for part in extremes)
+    return [
+        place if -low < _INFINITY and high < _INFINITY else _NOTHING
+        for low, high, place in zip(least, greatest, best, strict=True)
+    ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -53,15 +54,15 @@ class PackedLinear:
 class _Table(NamedTuple):
     """A sequence's blocks as the kernel reads them."""
 
-    blocks: NDArray[np.int32]
+    blocks: array[int]  # 32 bits each
     address: int
 
 
 @functools.lru_cache(maxsize=_REMEMBERED_TABLES)
 def _table(blocks: tuple[BlockId, ...]) -> _Table:
     """The same one for many steps: a decoding sequence takes a new block only now and then."""
-    table = np.array(blocks, np.int32)
-    return _Table(table, table.ctypes.data)
+    table = array("i", blocks)
+    return _Table(table, table.buffer_info()[0])
 
 
 _SPAN = np.dtype([("blocks", np.uint64), *((name, np.int32) for name in ("row", "start", "count", "reserved"))])
@@ -70,21 +71,21 @@ assert _SPAN.itemsize == ctypes.sizeof(native.AttendSpan)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepSpans:
-    """A step's spans as the kernel reads them."""
+    """A step's spans as the kernel reads them. Arrays and not numpy's: they are half as long in the making."""
 
-    spans: NDArray[np.void]  # native.AttendSpan each
+    words: array[int]  # three of 64 bits per span: native.AttendSpan
     num_rows: int
     tables: list[_Table]  # what the spans point to
 
     @property
     def count(self) -> int:
         """How many there are."""
-        return len(self.spans)
+        return len(self.tables)
 
     @property
     def address(self) -> int:
         """Of the first."""
-        return self.spans.ctypes.data
+        return self.words.buffer_info()[0]
 
 
 class NativeOps:
@@ -174,9 +175,9 @@ class NativeOps:
             self._scratch = take_memory(needed)
         return self._scratch.data_ptr()
 
-    def run_layers(self, layers: ctypes.Array[native.Layer], step: native.Step) -> None:
+    def run_layers(self, layers: ctypes.Array[native.Layer], step: native.Step) -> int:
         """See `native_stack.py`."""
-        self._library.layers(self._threads, layers, len(layers), step)
+        return int(self._library.layers(self._threads, layers, len(layers), step))
 
     def head(self, x: Tensor, norm: Norm, packed: Linear) -> Logits:
         """See `kernels/cpu/head.cpp`."""
@@ -246,8 +247,12 @@ class NativeOps:
     def lay_out(self, spans: Sequence[Span], block_tokens: int) -> StepSpans:
         """Block tables as the kernel reads them."""
         tables = [_table(span.blocks) for span in spans]
-        described = [(t.address, s.row, s.start, s.count, 0) for t, s in zip(tables, spans, strict=True)]
-        return StepSpans(np.array(described, _SPAN), sum(span.count for span in spans), tables)
+        words = [
+            word
+            for table, span in zip(tables, spans, strict=True)
+            for word in (table.address, span.start << 32 | span.row, span.num_rows)
+        ]
+        return StepSpans(array("q", words), sum([span.num_rows for span in spans]), tables)
 
     def attend(
         self,
@@ -274,10 +279,11 @@ class NativeOps:
 
 def single_rows(spans: StepSpans, rows: NDArray[np.int64]) -> StepSpans:
     """Some rows of a step (in order), each as a span of its own, in a batch that holds nothing else."""
-    of = spans.spans[np.searchsorted(spans.spans["row"], rows, side="right") - 1]  # each row's own
-    single = of.copy()
-    single["row"], single["start"], single["count"] = np.arange(len(rows)), of["start"] + rows - of["row"], 1
-    return StepSpans(single, len(rows), spans.tables)
+    each = np.frombuffer(spans.words, _SPAN)
+    of = np.searchsorted(each["row"], rows, side="right") - 1  # each row's own
+    single = each[of]
+    single["row"], single["start"], single["count"] = np.arange(len(rows)), single["start"] + rows - single["row"], 1
+    return StepSpans(array("q", single.tobytes()), len(rows), [spans.tables[i] for i in of])
 
 
 def _room_for_extremes(count: int) -> tuple[Extremes, tuple[int, int, int]]:

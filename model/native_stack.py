@@ -62,8 +62,8 @@ class NativeStack:
         takes = {part.dtype for layer in weights.layers for part in _linears(layer)}
         return NativeStack(spec, weights, ops) if takes == {ops.dtype} else None
 
-    def run(self, x: Tensor, angles: Angles, batch: StepBatch, store: KvStore) -> Tensor:
-        """All layers over rows x [rows, hidden], which become the residual stream; int32 [rows] as `Hidden` has it.
+    def run(self, x: Tensor, angles: Angles, batch: StepBatch, store: KvStore) -> tuple[Tensor, int]:
+        """All layers over rows x [rows, hidden], which become the residual stream; `non_finite` of `Hidden`, its sum.
 
         Of rows outside `batch.read_rows` the last layer leaves keys and values and nothing else: their x means nothing.
         """
@@ -73,20 +73,21 @@ class NativeStack:
         non_finite = torch.zeros(len(x), dtype=torch.int32)
         rows = _Rows(x, angles, batch.attention, batch.slots, non_finite)
         read = batch.read_rows
-        if not self._splits or len(read) == len(x):
-            self._run(layers, rows, native.WHOLE)
-            return non_finite
-        self._run(layers, rows, native.KEYS_ONLY)
-        if len(read):
+        if not self._splits or len(read) == batch.num_rows:
+            return non_finite, self._run(layers, rows, native.WHOLE)
+        refused = self._run(layers, rows, native.KEYS_ONLY)
+        if read:
             last = (native.Layer * 1)(layers[len(layers) - 1])
-            spoken = x[read]
-            turned = [tuple(part[read] for part in rope) for rope in angles]
-            rows = _Rows(spoken, turned, single_rows(batch.attention, read.numpy()), None, None)
+            places = torch.tensor(read, dtype=torch.int64)
+            spoken = x[places]
+            turned = [tuple(part[places] for part in rope) for rope in angles]
+            rows = _Rows(spoken, turned, single_rows(batch.attention, places.numpy()), None, None)
             self._run(last, rows, native.QUERIES_ONLY)
-            x[read] = spoken
-        return non_finite
+            x[places] = spoken
+        return non_finite, refused
 
-    def _run(self, layers: ctypes.Array[native.Layer], rows: _Rows, last_layer: int) -> None:
+    def _run(self, layers: ctypes.Array[native.Layer], rows: _Rows, last_layer: int) -> int:
+        """How many rows of keys and values were not finite."""
         spec, x, spans, count = self._spec, rows.x, rows.spans, len(rows.x)
         attention, ffn = spec.attention, spec.layers[0].ffn
         assert isinstance(attention, PlainAttention)
@@ -108,7 +109,7 @@ class NativeStack:
         )  # fmt: skip
         for i, (cos, sin) in enumerate(rows.angles):
             step.cos[i], step.sin[i], step.half[i] = cos.data_ptr(), sin.data_ptr(), cos.shape[1]
-        self._ops.run_layers(layers, step)
+        return self._ops.run_layers(layers, step)
 
     def _room(self, count: int, widths: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
         """What rows pass through, [count, width] each, until the next call: as much memory as the largest step took."""

@@ -45,19 +45,18 @@ class AttentionKind:
     softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Rows of one sequence in a step: `count` queries from batch row `row`, the first at position `start`."""
+class Span(NamedTuple):
+    """Rows of one sequence in a step: `num_rows` queries from batch row `row`, the first at position `start`."""
 
     row: int
     start: int
-    count: int
-    blocks: tuple[BlockId, ...]  # covers start + count tokens, in order of position
+    num_rows: int
+    blocks: tuple[BlockId, ...]  # covers start + num_rows tokens, in order of position
 
     @property
     def end(self) -> int:
         """Tokens in the cache once the step has stored its own."""
-        return self.start + self.count
+        return self.start + self.num_rows
 
 
 class Logits(NamedTuple):

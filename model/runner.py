@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +25,7 @@ from .weights import Weights
 if TYPE_CHECKING:  # needs triton
     from .graphs import DecodeGraphs
 
+_NO_MODE = nullcontext()
 _REMEMBERED_STEPS = 4  # a plan may name tokens of this many steps back
 
 
@@ -53,6 +55,7 @@ class Runner:
         self._graph_seqs = graph_seqs
         self._is_cpu = ops.device.type == "cpu"
         self._decoder: Decoder | None = None
+        self._has_many_ops = True  # of torch, which are quicker in inference mode; entering it costs more than a few
         self._graphs: DecodeGraphs | None = None
         self._results: OrderedDict[int, StepResult] = OrderedDict()
         self._sampler: StepSampler | None = None
@@ -61,12 +64,13 @@ class Runner:
         """Let the ops choose their forms, run steps that write nothing, capture graphs. In the thread of the steps."""
         self.ops.prepare()
         self._decoder = Decoder(self.spec, self.weights, self.ops, self.max_model_len)
+        self._has_many_ops = not self._decoder.is_fused
         device = self.ops.device
         with torch.inference_mode():
             for num_tokens in (1,) if device.type == "cpu" else (1, 2):  # a device has other kernels for chunks
                 batch = on_device(warm_up_batch(self.store.block_tokens, self.ops, num_tokens), device)
                 hidden = self._decoder.hidden(batch, self.store)
-                self._decoder.logits(hidden.rows[batch.sample_rows])
+                self._decoder.logits(batch.spoken(hidden.rows))
             if self._graph_seqs:
                 self._graphs = self._captured(self._decoder)
 
@@ -82,11 +86,11 @@ class Runner:
         if not plan.sequences:
             return self._remember(StepResult(plan.step, ()))
         ids = [self._resolve(step) for step in plan.sequences]
-        with torch.inference_mode():
+        with torch.inference_mode() if self._has_many_ops else _NO_MODE:
             batch, hidden = self._compute(self._decoder, plan, ids)
-            bad = _bad_sequences(plan, batch, hidden.non_finite)
+            bad = _bad_sequences(plan, batch, hidden)
             spoken = self._sample(plan, batch, hidden.rows, bad, [row[-1] for row in ids])
-        self._seal([step for step in plan.sequences if step.key not in bad])
+        self._seal([step for step in plan.sequences if step.key not in bad] if bad else plan.sequences)
         result = StepResult(plan.step, tuple(spoken.tokens), frozenset(bad), spoken.logprobs, spoken.prompt_logprobs)
         return self._remember(result)
 
@@ -122,24 +126,20 @@ class Runner:
     ) -> Spoken:
         decoder = self._decoder
         assert decoder is not None
-        if self._stays_on_device and batch.sampled and all_greedy(plan):
-            logits = decoder.logits(rows[batch.sample_rows]).rows[: len(batch.sampled)]
-            return speak_greedily(plan, batch, logits, bad)
+        if batch.sampled and all_greedy(plan):
+            return speak_greedily(plan, batch, decoder.logits(batch.spoken(rows)), bad)
         if self._sampler is None:
             to_logits = decoder.logits if self._is_cpu else lambda rows: Logits(decoder.logits(rows).rows.cpu(), None)
             self._sampler = StepSampler(self.spec.eos_ids, to_logits, self.ops.extremes)
         return self._sampler.run(plan, batch, rows, bad, last)
 
-    @property
-    def _stays_on_device(self) -> bool:
-        """Whether whole rows of logits are better not copied to the sampler."""
-        return self._graphs is not None or not self._is_cpu
-
     def _seal(self, steps: Sequence[SequenceStep]) -> None:
         ranges = []
         for step in steps:
-            first = step.start - step.start % HASH_BLOCK_TOKENS
-            end = step.end if step.seals_tail else step.end - step.end % HASH_BLOCK_TOKENS
+            start, end = step.start, step.start + len(step.token_ids)
+            first = start - start % HASH_BLOCK_TOKENS
+            if not step.seals_tail:
+                end -= end % HASH_BLOCK_TOKENS
             if end > first:
                 ranges.append(HeldTokens(step.block_table, step.generations, first, end - first))
         self.store.seal_all(ranges)
@@ -151,11 +151,12 @@ class Runner:
         return result
 
 
-def _bad_sequences(plan: StepPlan, batch: StepBatch, non_finite: Tensor) -> set[SequenceKey]:
-    if not any(non_finite.tolist()):  # few numbers: torch's own `any` takes thirty times as long
+def _bad_sequences(plan: StepPlan, batch: StepBatch, hidden: Hidden) -> set[SequenceKey]:
+    refused = hidden.num_refused
+    if not (any(hidden.non_finite.tolist()) if refused is None else refused):  # torch's own `any` takes far longer
         return set()
     return {
         step.key
         for row, step in zip(batch.first_rows, plan.sequences, strict=True)
-        if bool(non_finite[row : row + step.num_tokens].any())
+        if bool(hidden.non_finite[row : row + step.num_tokens].any())
     }

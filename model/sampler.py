@@ -44,15 +44,12 @@ class Draw(NamedTuple):
     logits_mask: bytes | None = None  # packed bits, least significant first; a set bit allows a token
     history: History | None = None  # needed where `params.needs_history`
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether the likeliest token is wanted, and nothing else of the logits."""
-        params = self.params
-        return (
-            params.temperature < GREEDY_BELOW
-            and params.logprobs is None
-            and not changes_row(params, self.position, self.logits_mask)
-        )
+
+def is_plain(params: SamplingParams, position: int, logits_mask: bytes | None) -> bool:
+    """Whether the likeliest token is wanted, and nothing else of the logits."""
+    return (
+        params.temperature < GREEDY_BELOW and params.logprobs is None and not changes_row(params, position, logits_mask)
+    )
 
 
 class Sampled(NamedTuple):
@@ -84,7 +81,7 @@ class Sampler:
         return [
             # A NaN is its row's least number; minus infinity too.
             None if not (-least[i] < _INFINITY and greatest[i] < _INFINITY)
-            else Sampled(best[i], None) if draw.is_plain
+            else Sampled(best[i], None) if is_plain(draw.params, draw.position, draw.logits_mask)
             else self._sample_row(logits[i], draw, best[i])
             for i, draw in enumerate(draws)
         ]  # fmt: skip

@@ -165,12 +165,12 @@ class TritonOps:
 
     def lay_out(self, spans: Sequence[Span], block_tokens: int) -> Layout:
         """Leading spans of one row go to the decode kernel, the rest to the prefill kernel; no row moves."""
-        num_singles = next((i for i, span in enumerate(spans) if span.count > 1), len(spans))
+        num_singles = next((i for i, span in enumerate(spans) if span.num_rows > 1), len(spans))
         singles, chunks = spans[:num_singles], spans[num_singles:]
         starts = [0]
         for span in chunks:
             assert span.row == num_singles + starts[-1], "rows of spans lie back to back"
-            starts.append(starts[-1] + span.count)
+            starts.append(starts[-1] + span.num_rows)
         parts = (_tables(singles), _contexts(singles), _tables(chunks), _contexts(chunks))
         one, two, three, four, five = upload((*parts, torch.tensor(starts, dtype=torch.int32)), self.device)
         return Layout(num_singles, one, two, three, four, five)

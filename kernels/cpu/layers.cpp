@@ -69,6 +69,8 @@ class Stack {
         }
     }
 
+    int64_t refused() const { return refused_; }
+
    private:
     Rows rows(void* data, int64_t stride, int64_t first = 0) const {
         return {(char*)data + first * (s_.kind == BFLOAT16 ? 2 : 4), stride, s_.rows, s_.kind};
@@ -140,7 +142,7 @@ class Stack {
         const StorePart parts[2] = {part(layer.keys, head_rows(queries())),
                                     part(layer.values, head_rows(queries() + kept()))};
         twostroke_write(threads_, parts, 2, s_.slots, s_.rows, s_.refused);
-        for (int r = 0; r < s_.rows; r++) s_.non_finite[r] += s_.refused[r];
+        for (int r = 0; r < s_.rows; r++) s_.non_finite[r] += s_.refused[r], refused_ += s_.refused[r];
     }
     static StorePart part(const Plane& plane, const Rows& x) {
         return {x, (uint8_t*)plane.payload, (uint8_t*)plane.scales, plane.heads, plane.width, plane.codec,
@@ -163,10 +165,14 @@ class Stack {
 
     Threads* threads_;
     const Step& s_;
+    int64_t refused_ = 0;
 };
 
 }  // namespace
 
-extern "C" void twostroke_layers(Threads* threads, const Layer* layers, int32_t count, const Step* step) {
-    Stack(threads, *step).run(layers, count);
+// Returns how many rows of keys and values were not finite, over all layers.
+extern "C" int64_t twostroke_layers(Threads* threads, const Layer* layers, int32_t count, const Step* step) {
+    Stack stack(threads, *step);
+    stack.run(layers, count);
+    return stack.refused();
 }

@@ -164,7 +164,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "head": (None, (c_void_p, POINTER(Matrix), c_void_p, c_float, _ROWS, _ROWS, _ROWS, *[c_void_p] * 4)),
     "write": (None, (c_void_p, POINTER(StorePart), c_int32, c_void_p, c_int32, c_void_p)),
     "attend": (None, (c_void_p, POINTER(Attend))),
-    "layers": (None, (c_void_p, POINTER(Layer), c_int32, POINTER(Step))),
+    "layers": (c_int64, (c_void_p, POINTER(Layer), c_int32, POINTER(Step))),
     "digest": (None, (POINTER(SealedPlanes), c_int32, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p)),
     "seal": (None, (POINTER(SealedPlanes), c_int32, c_void_p, c_int32, c_int32, c_void_p, c_void_p)),
     "self_check": (c_int32, ()),

@@ -45,11 +45,11 @@ class StepSampler:
                 self._score(step, rows[batch.first_rows[i] :], bad, spoken)
         if not batch.sampled:
             return spoken
-        if len(batch.sampled) < len(rows):  # else each row speaks, in order
-            rows = rows[batch.sample_rows]
-        logits = self._to_logits(rows)
+        logits = self._to_logits(batch.spoken(rows))
         draws = [_draw(plan.sequences[i], last[i]) for i in batch.sampled]
-        for i, sampled in zip(batch.sampled, self._sampler.sample(logits.rows.numpy()[: len(draws)], draws, logits.extremes), strict=True):
+        for i, sampled in zip(
+            batch.sampled, self._sampler.sample(logits.rows.numpy()[: len(draws)], draws, logits.extremes), strict=True
+        ):
             key = plan.sequences[i].key
             if sampled is None:
                 bad.add(key)

@@ -142,7 +142,7 @@ class Hand:
         plan = StepPlan(0, tuple(steps))
         with torch.inference_mode():
             batch = build_batch(plan, [s.token_ids for s in steps], self.store.block_tokens, self.decoder.ops)
-            batch = read_whole(batch) if read_rows is None else replace(batch, read_rows=torch.tensor(read_rows).long())
+            batch = read_whole(batch) if read_rows is None else replace(batch, read_rows=read_rows)
             logits = self.decoder.logits(self.decoder.hidden(batch, self.store).rows).rows
         return [logits[row : row + s.num_tokens] for row, s in zip(batch.first_rows, steps, strict=True)]
 

@@ -15,7 +15,7 @@ from twostroke.model.config_json import load_spec
 from twostroke.model.device import refuse_unserved
 from twostroke.model.graphs import DecodeGraphs, can_capture, graph_sizes, padded_size
 from twostroke.model.greedy import all_greedy, likeliest
-from twostroke.model.ops import Ops, Span
+from twostroke.model.ops import Logits, Ops, Span
 from twostroke.model.plan import SequenceStep, StepPlan
 from twostroke.model.runner import Runner
 from twostroke.model.sampler import Draw, Sampler
@@ -56,9 +56,10 @@ class Talk:
         assert decoder is not None
         compute = decoder.logits
 
-        def logits(rows: torch.Tensor) -> torch.Tensor:
-            self.logits.append(compute(rows))
-            return self.logits[-1]
+        def logits(rows: torch.Tensor) -> Logits:
+            found = compute(rows)
+            self.logits.append(found.rows)
+            return found
 
         monkeypatch.setattr(decoder, "logits", logits)
 
