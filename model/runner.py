@@ -127,7 +127,10 @@ class Runner:
         decoder = self._decoder
         assert decoder is not None
         if batch.sampled and all_greedy(plan):
-            return speak_greedily(plan, batch, decoder.logits(batch.spoken(rows)), bad)
+            logits = decoder.logits(batch.spoken(rows))
+            if self._is_cpu and logits.extremes is None:
+                logits = Logits(logits.rows, self.ops.extremes(logits.rows.numpy()))
+            return speak_greedily(plan, batch, logits, bad)
         if self._sampler is None:
             to_logits = decoder.logits if self._is_cpu else lambda rows: Logits(decoder.logits(rows).rows.cpu(), None)
             self._sampler = StepSampler(self.spec.eos_ids, to_logits, self.ops.extremes)

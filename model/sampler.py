@@ -76,7 +76,7 @@ class Sampler:
         assert len(logits) == len(draws), (logits.shape, len(draws))
         if not draws:
             return []
-        found = known or self._extremes(logits)
+        found = self._extremes(logits) if known is None else known
         least, greatest, best = (part.tolist() for part in found)
         return [
             # A NaN is its row's least number; minus infinity too.

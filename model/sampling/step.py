@@ -47,9 +47,8 @@ class StepSampler:
             return spoken
         logits = self._to_logits(batch.spoken(rows))
         draws = [_draw(plan.sequences[i], last[i]) for i in batch.sampled]
-        for i, sampled in zip(
-            batch.sampled, self._sampler.sample(logits.rows.numpy()[: len(draws)], draws, logits.extremes), strict=True
-        ):
+        tokens = self._sampler.sample(logits.rows.numpy()[: len(draws)], draws, logits.extremes)
+        for i, sampled in zip(batch.sampled, tokens, strict=True):
             key = plan.sequences[i].key
             if sampled is None:
                 bad.add(key)
