@@ -145,7 +145,10 @@ class KvStore:
             return
         fresh: list[HeldTokens] = []
         for held in ranges:
-            (self.seal if self._sealer is None or self._begins_sealed(held) else fresh.append)(held)
+            if self._sealer is None or self._begins_sealed(held):
+                self.seal(held)
+            else:
+                fresh.append(held)
         if self._sealer is not None and fresh:
             self._seal_in_place(self._sealer, fresh)
 

@@ -184,7 +184,7 @@ class NativeOps:
         assert isinstance(packed, PackedLinear)
         if packed.dtype != x.dtype:
             return head(self, x, norm, packed)
-        h, out = torch.empty_like(x), torch.empty(len(x), packed.width)
+        h, out = torch.empty_like(x), torch.empty(len(x), packed.width, dtype=torch.float32)
         found, places = _room_for_extremes(len(x))
         self._library.head(
             self._threads, packed.matrix, norm.weight.data_ptr(), norm.eps, _rows(x), _rows(h), _rows(out),
