@@ -52,9 +52,10 @@ def model_facts(config: Config) -> ModelFacts:
 
 
 def held_bytes(path: Path, spec: ModelSpec, model: ModelConfig, kernels: Kernels) -> int:
-    """Bytes of memory that a worker's weights take with these kernels.
+    """Bytes of memory that a worker's weights take with these kernels, at most.
 
     Native ones pack every matrix, a tied head too, and leave the embedding in its file where it has the compute dtype.
+    That bfloat16 most often takes them twelve bits and not sixteen is known only of weights that have been read.
     The others hold int8 weights as what they were rounded to, in the compute dtype.
     """
     dtype = compute_dtype(spec, model.dtype)

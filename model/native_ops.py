@@ -123,6 +123,8 @@ class NativeOps:
     ) -> PackedLinear:
         """Copy a matrix [out, in] into panels: in the compute dtype, or int8 with one scale per output.
 
+        bfloat16 takes twelve bits where its exponents allow that (`kernels/cpu/coded.h`); no bit of it is lost.
+
         Panels of a gated one alternate between gate and up, so that one pass has both numbers in registers.
         """
         width = len(matrix) // 2 if gated else len(matrix)
@@ -138,11 +140,16 @@ class NativeOps:
             held, scales = to_int8(matrix)
             kind = native.INT8
         held, pairs = held.contiguous(), int(takes == torch.bfloat16)
-        panels = take_memory(self._library.panel_bytes(kind, columns, inner, pairs))
-        self._library.pack(held.data_ptr(), kind, columns, inner, pairs, panels.data_ptr())
+        panel_bytes = self._library.panel_bytes(kind, inner, pairs)
+        if kind == native.BFLOAT16:
+            coded_bytes = self._library.coded_panel_bytes(self._threads, held.data_ptr(), columns, inner)
+            if coded_bytes:
+                kind, panel_bytes = native.CODED, coded_bytes
+        panels = take_memory(-(-columns // native.LANES) * panel_bytes)
+        self._library.pack(self._threads, held.data_ptr(), kind, columns, inner, pairs, panel_bytes, panels.data_ptr())
         scales, bias = _whole_panels(scales), _whole_panels(bias)
         packed = native.Matrix(
-            panels.data_ptr(), address(scales), address(bias), kind, columns, inner, int(exact or wide)
+            panels.data_ptr(), address(scales), address(bias), panel_bytes, kind, columns, inner, int(exact or wide)
         )
         return PackedLinear(packed, panels, scales, bias, takes, width)
 

@@ -3,13 +3,14 @@
 
 #include <cstdint>
 
-enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, FP8 = 3 };
+enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, FP8 = 3, CODED = 4 };
 
-// A matrix [columns, inner] as panels of 16 columns; see linear.cpp.
+// A matrix [columns, inner] as panels of 16 columns, one every panel_bytes; see linear.cpp.
 struct Matrix {
     const void* panels;
     const float* scales;  // INT8: one per column; else null
     const float* bias;    // or null
+    int64_t panel_bytes;
     int32_t kind, columns, inner, reserved;
 };
 

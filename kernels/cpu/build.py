@@ -1,6 +1,6 @@
 """Builds the native CPU kernels on the machine that runs them, once, and keeps the library. Knows no tensor.
 
-The sources beside this file are compiled for exactly this CPU with the machine's own C++ compiler, take a few seconds,
+The sources beside this file are compiled for exactly this CPU with the machine's own C++ compiler, take some twenty seconds,
 and are tried in a process of their own before anybody uses them. Without a compiler, everything runs without them.
 """
 
@@ -21,9 +21,12 @@ from pathlib import Path
 from typing import IO
 
 SOURCES = tuple(
-    f"{name}.cpp" for name in ("linear", "linear_int8", "head", "rows", "attention", "digest", "layers", "check")
+    f"{name}.cpp"
+    for name in ("pack", "linear", "linear_int8", "head", "rows", "attention", "digest", "layers", "check")
 )
-HEADERS = ("api.h", "cache.h", "linear.h", "simd.h", "threads.h", "tiles.h")
+HEADERS = tuple(
+    f"{name}.h" for name in ("api", "cache", "coded", "extremes", "linear", "row_blocks", "simd", "threads", "tiles")
+)
 FLAGS = (
     "-O3",
     "-std=c++17",

@@ -8,8 +8,10 @@
 #include "threads.h"
 
 extern "C" {
-int64_t twostroke_panel_bytes(int32_t kind, int32_t columns, int32_t inner, int32_t pairs);
-void twostroke_pack(const void* from, int32_t kind, int32_t columns, int32_t inner, int32_t pairs, void* to);
+int64_t twostroke_panel_bytes(int32_t kind, int32_t inner, int32_t pairs);
+int64_t twostroke_coded_panel_bytes(Threads* threads, const uint16_t* from, int32_t columns, int32_t inner);
+void twostroke_pack(Threads* threads, const void* from, int32_t kind, int32_t columns, int32_t inner, int32_t pairs,
+                    int64_t panel_bytes, void* to);
 void twostroke_linear(Threads* threads, const Matrix* matrix, const Rows* x, const Rows* out, int32_t activation,
                       int32_t out_columns, uint32_t* scratch);
 }
@@ -25,7 +27,7 @@ void write(void* to, int64_t i, float x, int kind) {
     if (kind == INT8) ((int8_t*)to)[i] = (int8_t)x;
     uint32_t bits;
     std::memcpy(&bits, &x, 4);
-    if (kind == BFLOAT16) ((uint16_t*)to)[i] = (uint16_t)(bits >> 16);
+    if (kind == BFLOAT16 || kind == CODED) ((uint16_t*)to)[i] = (uint16_t)(bits >> 16);
 }
 float read(const void* from, int64_t i, int kind) {
     return kind == FLOAT32 ? ((const float*)from)[i] : simd::to_float(((const uint16_t*)from)[i]);
@@ -42,7 +44,7 @@ bool right(int kind, int x_kind, int rows, int columns, int inner) {
     const bool pairs = x_kind == BFLOAT16;
     uint32_t seed = 7;
     Buffer x(4l * rows * inner), w(4l * columns * inner), out(4l * rows * columns);
-    Buffer panels(twostroke_panel_bytes(kind, columns, inner, pairs)), scratch(4l * (rows + 32) * (inner + 4));
+    Buffer scratch(4l * (rows + 32) * (inner + 4));
     std::vector<float> xs((int64_t)rows * inner), ws((int64_t)columns * inner), scales(columns + 16, 0.5f);
     for (int64_t i = 0; i < (int64_t)xs.size(); i++) {
         xs[i] = number(seed);
@@ -53,9 +55,13 @@ bool right(int kind, int x_kind, int rows, int columns, int inner) {
         ws[i] = kind == INT8 ? std::rint(number(seed) * 60.0f) : number(seed);
         write(w.data, i, ws[i], kind);
     }
-    twostroke_pack(w.data, kind, columns, inner, pairs, panels.data);
     Threads threads(2);
-    Matrix matrix{panels.data, kind == INT8 ? scales.data() : nullptr, nullptr, kind, columns, inner, 0};
+    const int64_t panel_bytes = kind == CODED ? twostroke_coded_panel_bytes(&threads, (uint16_t*)w.data, columns, inner)
+                                              : twostroke_panel_bytes(kind, inner, pairs);
+    if (!panel_bytes) return false;
+    Buffer panels((columns + 15) / 16 * panel_bytes);
+    twostroke_pack(&threads, w.data, kind, columns, inner, pairs, panel_bytes, panels.data);
+    Matrix matrix{panels.data, kind == INT8 ? scales.data() : nullptr, nullptr, panel_bytes, kind, columns, inner, 0};
     Rows in{x.data, inner, rows, x_kind}, to{out.data, columns, rows, FLOAT32};
     twostroke_linear(&threads, &matrix, &in, &to, simd::NONE, columns, (uint32_t*)scratch.data);
     for (int r = 0; r < rows; r++)
@@ -79,5 +85,7 @@ extern "C" int twostroke_self_check() {
             for (int kind : {FLOAT32, BFLOAT16, INT8})
                 for (int x_kind : {FLOAT32, BFLOAT16})
                     if ((kind == INT8 || kind == x_kind) && !right(kind, x_kind, rows, 40, inner)) return 1;
+    for (int rows : {1, 3, 16, 50})
+        if (!right(CODED, BFLOAT16, rows, 40, 264)) return 1;
     return 0;
 }

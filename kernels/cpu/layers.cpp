@@ -8,7 +8,6 @@
 
 extern "C" {
 
-int64_t twostroke_panel_bytes(int32_t kind, int32_t columns, int32_t inner, int32_t pairs);
 void twostroke_linear(Threads*, const Matrix*, const Rows*, const Rows*, int32_t, int32_t, uint32_t*);
 void twostroke_rms_norm(Threads*, const Rows*, const Rows*, const float*, float, int32_t, int32_t, const Rows*);
 void twostroke_rotary(Threads*, const Rows*, int32_t, int32_t, const float*, const float*, int32_t, int32_t);
@@ -87,7 +86,7 @@ class Stack {
     // Columns [first, first + columns) of a matrix; `first` begins a panel.
     Matrix slice(const Matrix& by, int first, int columns) const {
         Matrix part = by;
-        part.panels = (const char*)by.panels + twostroke_panel_bytes(by.kind, first, by.inner, s_.kind == BFLOAT16);
+        part.panels = (const char*)by.panels + first / simd::LANES * by.panel_bytes;
         if (by.scales) part.scales = by.scales + first;
         if (by.bias) part.bias = by.bias + first;
         part.columns = columns;

@@ -13,7 +13,7 @@ from typing import Any
 
 from .build import built_library
 
-FLOAT32, BFLOAT16, INT8, FP8 = range(4)
+FLOAT32, BFLOAT16, INT8, FP8, CODED = range(5)
 WHOLE, KEYS_ONLY, QUERIES_ONLY = range(3)  # what a call does of its last layer
 LANES = 16  # columns per panel
 ALIGNMENT = 64
@@ -26,6 +26,7 @@ class Matrix(ctypes.Structure):
         ("panels", c_void_p),
         ("scales", c_void_p),
         ("bias", c_void_p),
+        ("panel_bytes", c_int64),
         ("kind", c_int32),
         ("columns", c_int32),
         ("inner", c_int32),
@@ -155,8 +156,9 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "level": (ctypes.c_char_p, ()),
     "start_threads": (c_void_p, (c_int32,)),
     "stop_threads": (None, (c_void_p,)),
-    "panel_bytes": (c_int64, (c_int32, c_int32, c_int32, c_int32)),
-    "pack": (None, (c_void_p, c_int32, c_int32, c_int32, c_int32, c_void_p)),
+    "panel_bytes": (c_int64, (c_int32, c_int32, c_int32)),
+    "coded_panel_bytes": (c_int64, (c_void_p, c_void_p, c_int32, c_int32)),
+    "pack": (None, (c_void_p, c_void_p, c_int32, c_int32, c_int32, c_int32, c_int64, c_void_p)),
     "linear": (None, (c_void_p, POINTER(Matrix), _ROWS, _ROWS, c_int32, c_int32, c_void_p)),
     "rms_norm": (None, (c_void_p, _ROWS, _ROWS, c_void_p, c_float, c_int32, c_int32, _ROWS)),
     "rotary": (None, (c_void_p, _ROWS, c_int32, c_int32, c_void_p, c_void_p, c_int32, c_int32)),

@@ -273,11 +273,10 @@ int64_t int8_panel_bytes(int inner) { return (int64_t)quads(inner) * QUAD * LANE
 
 // Missing columns and neighbours are zeros.
 void pack_int8(const int8_t* from, int columns, int inner, uint8_t* to) {
-    for (int first = 0; first < columns; first += LANES)
-        for (int k = 0; k < inner; k += QUAD)
-            for (int c = first; c < first + LANES; c++)
-                for (int j = k; j < k + QUAD; j++)
-                    *to++ = (uint8_t)((c < columns && j < inner ? from[(int64_t)c * inner + j] : 0) + OFFSET);
+    for (int k = 0; k < inner; k += QUAD)
+        for (int c = 0; c < LANES; c++)
+            for (int j = k; j < k + QUAD; j++)
+                *to++ = (uint8_t)((c < columns && j < inner ? from[(int64_t)c * inner + j] : 0) + OFFSET);
 }
 
 void multiply_int8(const Job& job, const Rows& x, uint32_t* scratch, Threads& threads) {

@@ -73,6 +73,55 @@ def test_an_exact_linear_is_neither_quantised_nor_rounded() -> None:
     close(ours.linear(x, ours.pack(matrix, exact=True)), x.float() @ matrix.t(), F32)
 
 
+def weights_with_odd_ones(columns: int, inner: int, num_odd: int) -> torch.Tensor:
+    """bfloat16 like a model's, and some of every other size: zeros, subnormals, huge, not finite; of both signs."""
+    generator = torch.Generator().manual_seed(inner)
+    matrix = (torch.randn(columns, inner, generator=generator) * 0.02).to(BF16)
+    bits = matrix.view(torch.int16)
+    for column in range(columns):
+        places = torch.randperm(inner, generator=generator)[:num_odd]
+        exponents = torch.randint(0, 256, (num_odd,), generator=generator) << 7
+        odd = exponents | torch.randint(0, 128, (num_odd,), generator=generator)
+        bits[column, places] = (odd - 0x8000 * torch.randint(0, 2, (num_odd,), generator=generator)).to(torch.int16)
+    matrix[0, :5] = torch.tensor([0.0, -0.0, 1e-40, float("inf"), float("nan")]).to(BF16)
+    return matrix
+
+
+def as_bits(x: torch.Tensor) -> torch.Tensor:
+    """Integers that are equal where numbers are, all kinds of NaN being one."""
+    return torch.where(x.isnan(), torch.full_like(x, float("nan")), x).view(torch.int32)
+
+
+@pytest.mark.parametrize(("inner", "num_odd"), [(8, 0), (264, 0), (2048, 1)])
+@pytest.mark.parametrize("gated", [False, True])
+def test_bfloat16_in_twelve_bits_gives_every_bit_of_sixteen(
+    inner: int, num_odd: int, gated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ops = native_ops(BF16, 2)
+    matrix, bias = weights_with_odd_ones(88, inner, num_odd), torch.randn(88)
+    coded = ops.pack(matrix, bias, gated=gated, wide=True)
+    monkeypatch.setattr(ops._library, "coded_panel_bytes", lambda *_: 0)
+    plain = ops.pack(matrix, bias, gated=gated, wide=True)
+    assert (coded.matrix.kind, plain.matrix.kind) == (native.CODED, native.BFLOAT16)
+    for rows in (1, 2, 3, 5, 8, 11, 16, 17, 29, 63, 64, 100):
+        x = torch.randn(rows, inner).to(BF16)
+        answers = [ops.gated_linear(x, packed, "silu") if gated else ops.linear(x, packed) for packed in (coded, plain)]
+        assert torch.equal(*map(as_bits, answers)), rows
+
+
+def test_weights_that_twelve_bits_would_not_pay_for_keep_sixteen() -> None:
+    ops = native_ops(BF16)
+    like_a_model = torch.randn(320, 1024) * 0.02
+    assert ops.pack(like_a_model).num_bytes < 0.76 * 2 * like_a_model.numel()
+    any_size = torch.randn(320, 1024) * torch.logspace(-20, 20, 1024)  # neighbours in k share no size
+    one_wild_panel = like_a_model.clone()
+    one_wild_panel[100] = any_size[100]
+    for matrix in (any_size, one_wild_panel, torch.randn(320, 1028), weights_with_odd_ones(48, 1024, 30)):
+        packed = ops.pack(matrix)
+        assert packed.matrix.kind == native.BFLOAT16
+        assert packed.num_bytes == 2 * matrix.numel()
+
+
 ROWS_OF_8_BITS = (1, 2, 5, 8, 12, 13, 16, 17, 24, 25, 60)
 
 
@@ -346,6 +395,9 @@ def test_older_machines_compute_the_same_to_rounding(
         if machine_flags != OLDER[-1]:  # the last one has no fused products
             assert torch.equal(got, wanted)
     test_rows_of_8_bits_meet_weights_as_integers(200)
+    for inner, num_odd, gated in ((264, 0, True), (2048, 1, False)):
+        with monkeypatch.context() as within:
+            test_bfloat16_in_twelve_bits_gives_every_bit_of_sixteen(inner, num_odd, gated, within)
     for dtype in (F32, BF16):
         test_linear_is_the_definition_for_every_number_of_rows(dtype, "int8", 70)
         test_linear_is_the_definition_for_every_number_of_rows(dtype, "none", 64)
@@ -370,6 +422,9 @@ def test_tiles_compute_the_same_to_rounding(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(native, "load", lambda: emulated)
     for inner, wanted in zip((192, 1027), answers, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(int8_answers(inner), wanted, strict=True)), inner
+    for inner, num_odd, gated in ((64, 0, True), (2048, 1, False)):
+        with monkeypatch.context() as within:
+            test_bfloat16_in_twelve_bits_gives_every_bit_of_sixteen(inner, num_odd, gated, within)
     for quantization in ("none", "int8"):
         test_linear_is_the_definition_for_every_number_of_rows(BF16, quantization, 64)  # type: ignore[arg-type]
         test_linear_is_the_definition_for_every_number_of_rows(BF16, quantization, 70)  # type: ignore[arg-type]

@@ -1,0 +1,65 @@
+// Rows in blocks of as many as a kernel keeps in registers.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "api.h"
+
+namespace linear {
+
+// Rows and panels that one inner kernel keeps in registers.
+#if defined(__AVX512F__)
+constexpr int WIDE_ROWS = 12, WIDE_PANELS = 2;  // 24 accumulators of 32 registers
+constexpr int TALL_ROWS = 16;                   // one panel: a decode batch of 16 reads its weights once
+#else
+constexpr int WIDE_ROWS = 4, WIDE_PANELS = 1;
+constexpr int TALL_ROWS = 4;
+#endif
+
+// Rows of x as they lie, words of 32 bits: two bfloat16 or one float32.
+struct Block {
+    const char* x;
+    int64_t stride;  // bytes
+    int first, rows;
+};
+
+// The number of rows that a block of `rows` is padded to: the kernels that exist.
+inline int padded_rows(int rows) {
+    for (int size : {1, 2, 4, 6, 8, 12, 16})
+        if (rows <= size) return size;
+    return TALL_ROWS;
+}
+
+inline int block_rows(int num_rows) { return num_rows <= TALL_ROWS ? TALL_ROWS : WIDE_ROWS; }
+
+// x in blocks of rows for which there are kernels: as it lies, but for a last block that is filled up with zeros in scratch.
+class Blocks {
+   public:
+    Blocks(const Rows& x, int steps, char* scratch)
+        : x_((const char*)x.data),
+          stride_(x.stride * (x.kind == BFLOAT16 ? 2 : 4)),
+          bytes_(4 * (int64_t)steps),
+          num_rows_(x.rows),
+          size_(block_rows(x.rows)) {
+        const int rows = (num_rows_ - 1) % size_ + 1, padded = padded_rows(rows);
+        if (rows == padded) return;
+        filled_up_ = scratch;
+        for (int r = 0; r < rows; r++) std::memcpy(scratch + r * bytes_, x_ + (num_rows_ - rows + r) * stride_, bytes_);
+        std::memset(scratch + rows * bytes_, 0, (padded - rows) * bytes_);
+    }
+    int size() const { return size_; }
+    Block from(int first) const {
+        const int rows = std::min(size_, num_rows_ - first);
+        if (filled_up_ && first + rows == num_rows_) return {filled_up_, bytes_, first, rows};
+        return {x_ + first * stride_, stride_, first, rows};
+    }
+
+   private:
+    const char *x_, *filled_up_ = nullptr;
+    int64_t stride_, bytes_;
+    int num_rows_, size_;
+};
+
+}  // namespace linear
