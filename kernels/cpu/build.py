@@ -1,7 +1,8 @@
 """Builds the native CPU kernels on the machine that runs them, once, and keeps the library. Knows no tensor.
 
-The sources beside this file are compiled for exactly this CPU with the machine's own C++ compiler, take some twenty seconds,
-and are tried in a process of their own before anybody uses them. Without a compiler, everything runs without them.
+The sources beside this file are compiled for exactly this CPU with the machine's own C++ compiler, which takes some
+twenty seconds, and are tried in a process of their own before anybody uses them. Without a compiler, everything runs
+without them.
 """
 
 from __future__ import annotations
