@@ -19,6 +19,7 @@ from .digest import U64, key_table, scale_keys, stream_seeds
 from .spec import HASH_BLOCK_TOKENS, Component
 
 I64 = NDArray[np.int64]
+_TOUCHED_BYTES = 256 << 20  # of a component's blocks, those that a pool hands out first
 
 
 def _library() -> native.Library | None:
@@ -41,9 +42,17 @@ class CpuPlanes:
         self.scales = torch.zeros(shape, dtype=torch.uint8) if self.codec is Codec.FP8_E4M3 else None
         self.payload_view: U8 = self.payload.numpy()
         self.scales_view: U8 | None = None if self.scales is None else self.scales.numpy()
+        self._touch(num_layers * component.heads * block_tokens * component.row_bytes)
         self.library = _library() if component.row_bytes % 4 == 0 else None  # None: seals take copies
         units = (num_layers, component.heads, num_blocks, block_tokens // HASH_BLOCK_TOKENS)
         self.digests: U64 = np.zeros(units, np.uint64)
+
+    def _touch(self, block_bytes: int) -> None:
+        """Let the system find pages for the first blocks now: it took 2 % of the first prompts' time."""
+        first = slice(_TOUCHED_BYTES // block_bytes)
+        self.payload[:, first] = 0
+        if self.scales is not None:
+            self.scales[:, first] = 0
 
     def planes(self, layer: int) -> Planes:
         """One layer's own memory."""

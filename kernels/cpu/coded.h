@@ -39,6 +39,13 @@ inline int64_t groups_bytes(int inner) { return (int64_t)(inner / INNER_MULTIPLE
 
 inline int byte_of(int step, int number) { return 16 * (number / 8) + 8 * (step % 2) + number % 8; }
 
+// Only where registers hold tables of bytes: elsewhere decoding would take longer than reading.
+#if defined(__AVX2__)
+constexpr bool DECODES = true;
+#else
+constexpr bool DECODES = false;
+#endif
+
 // What a code stands for, as the two bytes of a bfloat16 see it.
 struct Tables {
 #if defined(__AVX512BW__)
@@ -56,8 +63,7 @@ struct Tables {
         high = _mm256_and_si256(_mm256_srli_epi16(each, 1), _mm256_set1_epi8(0x7F));
     }
 #else
-    const uint8_t* exponents;
-    explicit Tables(const uint8_t* of) : exponents(of) {}
+    explicit Tables(const uint8_t*) {}
 #endif
 };
 
@@ -103,16 +109,6 @@ __attribute__((always_inline)) inline void decode(const Tables& tables, const ch
         }
         steps[2 * half] = first.whole, steps[2 * half + 1] = second.whole;
     }
-#else
-    uint16_t to[STEPS][STEP_NUMBERS];
-    for (int step = 0; step < STEPS; step++)
-        for (int number = 0; number < STEP_NUMBERS; number++) {
-            const int i = byte_of(step, number);
-            const uint8_t rest = (uint8_t)group[step / 2 * LINE + i], codes = (uint8_t)group[2 * LINE + i];
-            const uint16_t exponent = tables.exponents[step < 2 ? codes & 15 : codes >> 4];
-            to[step][number] = (uint16_t)((rest & 0x80) << 8 | exponent << 7 | (rest & 0x7F));
-        }
-    std::memcpy(&steps, to, sizeof to);
 #endif
 }
 

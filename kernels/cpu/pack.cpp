@@ -94,10 +94,11 @@ int64_t twostroke_panel_bytes(int32_t kind, int32_t inner, int32_t pairs) {
     return (int64_t)LANES * (pairs ? (inner + 1) / 2 * 2 : inner) * number_bytes(kind);
 }
 
-// The same of this matrix of bfloat16 once coded; 0 where it would gain little, because too many of its weights are odd.
+// The same of this matrix of bfloat16 once coded; 0 where that would not pay: too many of its weights are odd, or the machine
+// has no instructions for it.
 int64_t twostroke_coded_panel_bytes(Threads* threads, const uint16_t* from, int32_t columns, int32_t inner) {
     constexpr int NUMBERS_PER_ODD = 1024;  // each costs a kernel as much as some 60 others
-    if (inner % coded::INNER_MULTIPLE) return 0;
+    if (!coded::DECODES || inner % coded::INNER_MULTIPLE) return 0;
     std::atomic<int> most{0};
     for_panels(*threads, columns, [&](int, int64_t first, int count) {
         const int odd = Exponents(from + first * inner, count, inner).num_odd();

@@ -87,6 +87,11 @@ def weights_with_odd_ones(columns: int, inner: int, num_odd: int) -> torch.Tenso
     return matrix
 
 
+def decodes(ops: NativeOps) -> bool:
+    """Whether the machine has the instructions that decode twelve bits."""
+    return ops._library.level() != b"plain"
+
+
 def as_bits(x: torch.Tensor) -> torch.Tensor:
     """Integers that are equal where numbers are, all kinds of NaN being one."""
     return torch.where(x.isnan(), torch.full_like(x, float("nan")), x).view(torch.int32)
@@ -102,7 +107,8 @@ def test_bfloat16_in_twelve_bits_gives_every_bit_of_sixteen(
     coded = ops.pack(matrix, bias, gated=gated, wide=True)
     monkeypatch.setattr(ops._library, "coded_panel_bytes", lambda *_: 0)
     plain = ops.pack(matrix, bias, gated=gated, wide=True)
-    assert (coded.matrix.kind, plain.matrix.kind) == (native.CODED, native.BFLOAT16)
+    assert coded.matrix.kind == (native.CODED if decodes(ops) else native.BFLOAT16)
+    assert plain.matrix.kind == native.BFLOAT16
     for rows in (1, 2, 3, 5, 8, 11, 16, 17, 29, 63, 64, 100):
         x = torch.randn(rows, inner).to(BF16)
         answers = [ops.gated_linear(x, packed, "silu") if gated else ops.linear(x, packed) for packed in (coded, plain)]
@@ -111,6 +117,8 @@ def test_bfloat16_in_twelve_bits_gives_every_bit_of_sixteen(
 
 def test_weights_that_twelve_bits_would_not_pay_for_keep_sixteen() -> None:
     ops = native_ops(BF16)
+    if not decodes(ops):
+        pytest.skip("this machine does not decode")
     like_a_model = torch.randn(320, 1024) * 0.02
     assert ops.pack(like_a_model).num_bytes < 0.76 * 2 * like_a_model.numel()
     any_size = torch.randn(320, 1024) * torch.logspace(-20, 20, 1024)  # neighbours in k share no size
