@@ -29,36 +29,19 @@ struct Stretch {
 
 // A panel as the kernel meets it, front to back, so many k-steps at a time.
 template <int KIND>
-class Panel {  // of BFLOAT16 or FLOAT32: what is stored is what is multiplied
+class Panel {  // of what is multiplied as it is stored, and of INT8
    public:
     static constexpr int STEPS = 1, MOST_TOGETHER = WIDE_PANELS;
     static constexpr bool TAKES_CODED = false;
     Panel(const Matrix&, const char* panel) : at_(panel) {}
     void next(U32 (&steps)[STEPS]) {
         __builtin_prefetch(at_ + PREFETCH_BYTES, 0, 2);
-        steps[0] = load<U32>(at_);
-        at_ += sizeof(U32);
+        steps[0] = KIND == INT8 ? (U32)widen_i8(at_) : load<U32>(at_);
+        at_ += KIND == INT8 ? LANES : sizeof(U32);
     }
     static F32 add(F32 acc, U32 w, uint32_t x) {
         return KIND == BFLOAT16 ? dot_pairs(acc, w, splat_u32(x)) : fma((F32)w, (F32)splat_u32(x), acc);
     }
-
-   private:
-    const char* at_;
-};
-
-template <>
-class Panel<INT8> {
-   public:
-    static constexpr int STEPS = 1, MOST_TOGETHER = WIDE_PANELS;
-    static constexpr bool TAKES_CODED = false;
-    Panel(const Matrix&, const char* panel) : at_(panel) {}
-    void next(U32 (&steps)[STEPS]) {
-        __builtin_prefetch(at_ + PREFETCH_BYTES, 0, 2);
-        steps[0] = (U32)widen_i8(at_);
-        at_ += LANES;
-    }
-    static F32 add(F32 acc, U32 w, uint32_t x) { return fma((F32)w, (F32)splat_u32(x), acc); }
 
    private:
     const char* at_;

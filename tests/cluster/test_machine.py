@@ -12,6 +12,7 @@ from twostroke.cluster.config import load_config
 from twostroke.cluster.machine import held_bytes, model_facts
 from twostroke.core.errors import ConfigError
 from twostroke.kernels.cpu import build
+from twostroke.kernels.cpu import library as native
 from twostroke.model.config import ModelConfig
 from twostroke.model.config_json import load_spec
 from twostroke.model.device import chosen_kernels
@@ -52,7 +53,8 @@ def test_the_memory_of_the_plan_is_what_weights_take_at_most(dtype: str, quantiz
         del memory[weights.embedding.untyped_storage().data_ptr()]  # a view of the file, read by single rows
     planned = held_bytes(BUNDLED, spec, model, found)
     if dtype == "bfloat16" and found == "native" and quantization == "none":
-        assert 0.75 * planned < sum(memory.values()) <= 1.002 * planned  # twelve bits each, where the machine decodes them
+        part = 0.76 if native.load().level() != b"plain" else 1.0  # twelve bits each, where the machine decodes them
+        assert sum(memory.values()) == pytest.approx(part * planned, rel=0.01)
     else:
         assert sum(memory.values()) == pytest.approx(planned, rel=0.002)  # norms are held in float32
 
