@@ -24,7 +24,8 @@ namespace {
 struct Stretch {
     const char* panels;
     int64_t panel_bytes;
-    Stretch from(int panel) const { return {panels + panel * panel_bytes, panel_bytes}; }
+    int64_t ahead = PREFETCH_BYTES;  // how far from where a kernel reads it asks for what will be needed
+    Stretch from(int panel) const { return {panels + panel * panel_bytes, panel_bytes, ahead}; }
 };
 
 // A panel as the kernel meets it, front to back, so many k-steps at a time.
@@ -33,9 +34,9 @@ class Panel {  // of what is multiplied as it is stored, and of INT8
    public:
     static constexpr int STEPS = 1, MOST_TOGETHER = WIDE_PANELS;
     static constexpr bool TAKES_CODED = false;
-    Panel(const Matrix&, const char* panel) : at_(panel) {}
+    Panel(const Matrix&, const Stretch& from) : at_(from.panels), ahead_(from.ahead) {}
     void next(U32 (&steps)[STEPS]) {
-        __builtin_prefetch(at_ + PREFETCH_BYTES, 0, 2);
+        __builtin_prefetch(at_ + ahead_, 0, 2);
         steps[0] = KIND == INT8 ? (U32)widen_i8(at_) : load<U32>(at_);
         at_ += KIND == INT8 ? LANES : sizeof(U32);
     }
@@ -45,6 +46,7 @@ class Panel {  // of what is multiplied as it is stored, and of INT8
 
    private:
     const char* at_;
+    const int64_t ahead_;
 };
 
 template <>
@@ -52,7 +54,7 @@ class Panel<CODED> {
    public:
     static constexpr int STEPS = coded::STEPS, MOST_TOGETHER = 1;
     static constexpr bool TAKES_CODED = true;
-    Panel(const Matrix& m, const char* panel) : groups_(panel, m.panel_bytes, m.inner) {}
+    Panel(const Matrix& m, const Stretch& from) : groups_(from.panels, m.panel_bytes, m.inner) {}
     void next(U32 (&steps)[STEPS]) { groups_.next(steps, PREFETCH_BYTES); }
     static F32 add(F32 acc, U32 w, uint32_t x) { return dot_pairs(acc, w, splat_u32(x)); }
 
@@ -65,15 +67,13 @@ class Panel<CODED> {
 template <class P, int ROWS, int PANELS>
 void kernel(const Job& job, const Block& block, const Stretch& w, int panel, F32* gates) {
     const int64_t stride = block.stride, places[4] = {0, stride, 2 * stride, 3 * stride};
-    const char* x[(ROWS + 3) / 4];
+    const char *x0 = block.x, *x4 = x0 + 4 * stride, *x8 = x4 + 4 * stride, *x12 = x8 + 4 * stride;
     F32 acc[ROWS][PANELS];
 #pragma GCC unroll 16
-    for (int r = 0; r < ROWS; r++) {
-        if (r % 4 == 0) x[r / 4] = block.x + r * stride;
+    for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 2
         for (int p = 0; p < PANELS; p++) acc[r][p] = F32{};
-    }
-    P one(*job.matrix, w.panels), other(*job.matrix, w.from(PANELS - 1).panels);
+    P one(*job.matrix, w), other(*job.matrix, w.from(PANELS - 1));
     for (int k = 0; k < job.steps; k += P::STEPS) {
         U32 weights[PANELS][P::STEPS];
         one.next(weights[0]);
@@ -83,21 +83,29 @@ void kernel(const Job& job, const Block& block, const Stretch& w, int panel, F32
 #pragma GCC unroll 16
             for (int r = 0; r < ROWS; r++) {
                 uint32_t word;
-                std::memcpy(&word, x[r / 4] + places[r % 4] + 4 * step, 4);
+                std::memcpy(&word, (r < 4 ? x0 : r < 8 ? x4 : r < 12 ? x8 : x12) + places[r % 4] + 4 * step, 4);
 #pragma GCC unroll 2
                 for (int p = 0; p < PANELS; p++) acc[r][p] = P::add(acc[r][p], weights[p][step], word);
             }
-#pragma GCC unroll 4
-        for (int i = 0; i < (ROWS + 3) / 4; i++) {
-            x[i] += 4 * P::STEPS;
-            asm("" : "+r"(x[i]));  // the compiler would make an address per row of it
-        }
+        x0 += 4 * P::STEPS, x4 += 4 * P::STEPS, x8 += 4 * P::STEPS, x12 += 4 * P::STEPS;
+        asm("" : "+r"(x0));  // the compiler would make an address per row of it
+        if (ROWS > 4) asm("" : "+r"(x4));
+        if (ROWS > 8) asm("" : "+r"(x8));
+        if (ROWS > 12) asm("" : "+r"(x12));
+    }
+    const bool plain = PANELS == 2 && is_plain(job, panel);
+    if (plain && job.activation == NONE && block.rows == ROWS) {
+        uint16_t* to = place(job, block.first, panel);
+#pragma GCC unroll 16
+        for (int r = 0; r < ROWS; r++, to += job.out.stride) store(to, pack_rounded(acc[r][0], acc[r][PANELS - 1]));
+        return;
     }
     F32 sums[ROWS][PANELS];  // in memory, so that what follows is there once and not once per row
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 2
         for (int p = 0; p < PANELS; p++) sums[r][p] = acc[r][p];
+    if (plain && job.activation != NONE) return put_gates(job, block.first, panel, block.rows, sums[0]);
 #pragma GCC unroll 1
     for (int r = 0; r < block.rows; r++) put_row<PANELS>(job, block.first + r, panel, sums[r], gates[r]);
 }
@@ -148,18 +156,23 @@ template <class P>
 void multiply_blocks(const Job& job, const Blocks& x, Threads& threads) {
     const Matrix& m = *job.matrix;
     share_panels(job, threads, P::TAKES_CODED ? m.panel_bytes : decoded_bytes(m), [&](int begin, int end) {
-        const Stretch stretch = P::TAKES_CODED ? stored(m, begin) : decoded(m, begin, end);
+        Stretch stretch = P::TAKES_CODED ? stored(m, begin) : decoded(m, begin, end);
         F32 gates[TALL_ROWS];
-        for (int first = 0; first < job.num_rows; first += x.size())
+        for (int first = 0; first < job.num_rows; first += x.size()) {
+            const Block block = x.from(first);
+            // The last of several blocks finds its weights in the cache: it asks for the next stretch's.
+            if (first && first + x.size() >= job.num_rows && end < num_panels(m))
+                stretch.ahead = stored(m, end).panels - stretch.panels;
             for (int panel = begin; panel < end; panel += 2) {
-                const Block block = x.from(first);
+                const Stretch w = stretch.from(panel - begin);
                 if (panel + 1 < end && P::MOST_TOGETHER == 2 && job.num_rows > 1) {  // one row waits for memory: one stream
-                    multiply_block<P, P::MOST_TOGETHER>(job, block, stretch.from(panel - begin), panel, gates);
+                    multiply_block<P, P::MOST_TOGETHER>(job, block, w, panel, gates);
                     continue;
                 }
-                for (int p = panel; p < std::min(panel + 2, end); p++)
-                    multiply_block<P, 1>(job, block, stretch.from(p - begin), p, gates);
+                multiply_block<P, 1>(job, block, w, panel, gates);
+                if (panel + 1 < end) multiply_block<P, 1>(job, block, w.from(1), panel + 1, gates);
             }
+        }
     });
 }
 

@@ -53,7 +53,7 @@ inline void put_linear(const Job& job, int row, int panel, F32 acc) {
 inline void put_gated(const Job& job, int row, int panel, F32 gate, F32 up) {
     gate = finished(*job.matrix, panel, gate), up = finished(*job.matrix, panel + 1, up);
     if (job.out.kind == BFLOAT16) gate = widen(rounded(gate)), up = widen(rounded(up));
-    put(job, row, panel / 2 * LANES, activate(gate, job.activation) * up);
+    put(job, row, panel / 2 * LANES, activate(gate, job.activation, job.out.kind == BFLOAT16) * up);
 }
 // One row of a kernel of one or two panels. A gate that is alone waits for its other half.
 template <int PANELS>
@@ -67,6 +67,24 @@ __attribute__((always_inline)) inline void put_row(const Job& job, int row, int 
         gate = sums[0];
     } else {
         put_gated(job, row, panel - 1, gate, sums[0]);
+    }
+}
+
+// Whether two panels' sums become bfloat16 as they are, and all of them.
+inline bool is_plain(const Job& job, int panel) {
+    const Matrix& m = *job.matrix;
+    const int end = job.activation == NONE ? (panel + 2) * LANES : (panel + 2) / 2 * LANES;
+    return job.out.kind == BFLOAT16 && !m.scales && !m.bias && end <= job.out_columns;
+}
+inline uint16_t* place(const Job& job, int row, int panel) {
+    return (uint16_t*)job.out.data + row * job.out.stride + (job.activation == NONE ? panel : panel / 2) * LANES;
+}
+// As `put_gated`, where that is so: sums [rows][gate and up].
+inline void put_gates(const Job& job, int row, int panel, int rows, const F32* sums) {
+    uint16_t* to = place(job, row, panel);
+    for (int r = 0; r < rows; r++, to += job.out.stride, sums += 2) {
+        const F32 gate = widen(rounded(sums[0])), up = widen(rounded(sums[1]));
+        store_bf16(to, activate(gate, job.activation, true) * up);
     }
 }
 

@@ -230,6 +230,24 @@ def test_gates_are_the_definition(dtype: torch.dtype, activation: Activation, qu
             assert torch.equal(got[row], ours.gated_linear(x[row : row + 1].contiguous(), packed, activation)[0])
 
 
+@DTYPES
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_gates_of_every_size_are_the_definition(dtype: torch.dtype, activation: Activation, rows: int) -> None:
+    gates = torch.logspace(-20, 20, 31 * rows, dtype=torch.float64).view(rows, 31)
+    x = torch.cat((torch.ones(rows, 2), gates, -gates), dim=1).to(dtype)
+    up = torch.zeros(64, 64)
+    up[:, 0] = 1.0
+    ops = native_ops(dtype)
+    got = ops.gated_linear(x, ops.pack(torch.cat((torch.eye(64), up)), gated=True), activation).double()
+    gate = x.double()
+    inner = gate if activation == "silu" else 2 * (2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3)
+    wanted = gate * torch.sigmoid(inner)
+    # What a gate lets through of the least that a float32 can be is as good as nothing.
+    allowed = wanted.abs() * (2.0**-8 if dtype == BF16 else 2.0**-15) + gate.abs() * 2.0**-120
+    assert ((got - wanted).abs() <= allowed).all(), (gate, got, wanted)
+
+
 def planes(heads: int, width: int, codec: str) -> Planes:
     """Poisoned: what was never written reads as NaN or as huge numbers."""
     size = {"fp8": 1, "bf16": 2, "fp32": 4}[codec] * width
@@ -415,6 +433,7 @@ def test_older_machines_compute_the_same_to_rounding(
         test_attention_is_the_definition(dtype, "fp8", "window")
         test_a_row_of_attention_has_the_same_bits_however_it_is_computed(dtype, "softcap")
         test_gates_are_the_definition(dtype, "gelu_tanh", "none")
+        test_gates_of_every_size_are_the_definition(dtype, "silu", 40)
         test_a_head_is_a_norm_and_a_product_and_finds_the_extremes(dtype, "none")
         test_a_head_is_a_norm_and_a_product_and_finds_the_extremes(dtype, "int8")
     test_extremes_are_numpys(33)
