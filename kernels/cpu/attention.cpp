@@ -9,26 +9,26 @@
 // Keys and values of positions beyond the sequence change nothing.
 // Source: online softmax, Milakov and Gimelshein 2018; tiles and rounded weights as in FlashAttention, Dao et al. 2022.
 #include <algorithm>
-#include <cmath>
 #include <vector>
 
 #include "api.h"
 #include "cache.h"
 #include "simd.h"
+#include "softmax.h"
 #include "threads.h"
 
 using namespace simd;
 using namespace cache;
+using softmax::LOG2_E;
 
 namespace {
 
-constexpr int UNIT_ROWS = 96;  // query rows (token, head) that share a tile's unpacked keys and values
+constexpr int UNIT_ROWS = softmax::MOST_ROWS;  // query rows (token, head) that share a tile's unpacked keys and values
 #if defined(__AVX512F__)
 constexpr int SCORE_ROWS = 6, MIX_ROWS = 6, MIX_LANES = 4, DIRECT_ROWS = 4;
 #else
 constexpr int SCORE_ROWS = 2, MIX_ROWS = 2, MIX_LANES = 2, DIRECT_ROWS = 2;
 #endif
-constexpr float NEVER = -INFINITY, LOG2_E = 1.44269504088896341f;
 
 int padded(int width) { return (width + 31) / 32 * 32; }
 
@@ -37,39 +37,44 @@ struct Unit {
 };
 
 // What a unit keeps of one KV head from tile to tile, and between a tile's phases.
+template <bool PAIRS>
 struct State {
-    std::vector<uint32_t> queries;  // [parts' steps][rows, padded to 16]
-    std::vector<float> mixed;       // [rows][width]
-    std::vector<float> weights;     // [rows][TILE]: scores, then weights (as pairs of bfloat16 in the first half)
-    float top[UNIT_ROWS], total[UNIT_ROWS], shrink[UNIT_ROWS];
+    std::vector<U32> queries;  // [rows][parts' steps]
+    std::vector<F32> mixed;    // [rows][width]
+    softmax::Softmax<PAIRS> softmax;
 };
 // Scratch of one thread.
+template <bool PAIRS>
 struct Scratch {
-    std::vector<uint32_t> keys;    // per part [group][steps][16]
-    std::vector<uint32_t> values;  // [TILE's steps][width]
-    std::vector<State> states;
+    std::vector<U32> keys;    // per part [group][steps][16]
+    std::vector<U32> values;  // [TILE's steps][width]
+    std::vector<State<PAIRS>> states;
 };
 
 template <bool PAIRS>
 class Worker {
    public:
-    Worker(const Attend& job, const Unit& unit, int head, Scratch& scratch, State& state)
+    Worker(const Attend& job, const Unit& unit, int head, Scratch<PAIRS>& scratch, State<PAIRS>& state)
         : job_(job),
           span_(job.spans[unit.span]),
           unit_(unit),
           head_(head),
           s_(scratch),
           state_(state),
+          softmax_(state.softmax),
           group_(job.heads / job.values.heads),
           width_(padded(job.values.width)),
-          row_stride_((unit.rows + LANES - 1) / LANES * LANES) {}
+          query_steps_(steps(0) + (job.num_parts > 1 ? steps(1) : 0)) {}
 
     void begin() {
+        int position = span_.start + unit_.first / group_, head = unit_.first % group_;
+        for (int r = 0; r < unit_.rows; r++) {
+            softmax_.position[r] = position;
+            if (++head == group_) head = 0, position++;
+        }
+        softmax_.begin(unit_.rows);
         take_queries();
-        state_.mixed.assign((int64_t)unit_.rows * width_, 0.0f);
-        state_.weights.resize(UNIT_ROWS * TILE);
-        std::fill(state_.top, state_.top + unit_.rows, NEVER);
-        std::fill(state_.total, state_.total + unit_.rows, 0.0f);
+        state_.mixed.assign((int64_t)unit_.rows * width_ / LANES, F32{});
     }
     int first_tile() const { return job_.window ? std::max(0, position(0) - job_.window + 1) / TILE : 0; }
     int last_tile() const { return position(unit_.rows - 1) / TILE; }
@@ -79,8 +84,8 @@ class Worker {
         F32 scales[2][GROUPS];
         int64_t words = 0;
         for (int p = 0; p < job_.num_parts; p++) words += (int64_t)steps(p) * TILE;
-        s_.keys.resize(words);
-        uint32_t* to = s_.keys.data();
+        s_.keys.resize(words / LANES);
+        uint32_t* to = keys();
         for (int p = 0; p < job_.num_parts; to += (int64_t)steps(p) * TILE, p++) {
             const Plane& plane = job_.keys[p];
             const TileRows rows = rows_of(plane, tile);
@@ -92,19 +97,26 @@ class Worker {
                 take_group(plane, rows.rows[g], steps(p), to + (int64_t)g * steps(p) * LANES);
         }
         int row = first_seeing(tile);
-        for (; row + SCORE_ROWS <= unit_.rows; row += SCORE_ROWS) score_rows<SCORE_ROWS>(row, scales);
-        for (; row + 2 <= unit_.rows; row += 2) score_rows<2>(row, scales);
-        if (row < unit_.rows) score_rows<1>(row, scales);
+        for (; row + SCORE_ROWS <= unit_.rows; row += SCORE_ROWS) {
+            switch ((position(row + SCORE_ROWS - 1) - tile * TILE) / LANES) {  // the last group that the last of them sees
+                case 0: score_rows<SCORE_ROWS, 1>(row, scales); break;
+                case 1: score_rows<SCORE_ROWS, 2>(row, scales); break;
+                case 2: score_rows<SCORE_ROWS, 3>(row, scales); break;
+                default: score_rows<SCORE_ROWS, GROUPS>(row, scales);
+            }
+        }
+        for (; row + 2 <= unit_.rows; row += 2) score_rows<2, GROUPS>(row, scales);
+        if (row < unit_.rows) score_rows<1, GROUPS>(row, scales);
     }
 
     // Scores become weights.
     void weigh(int tile) {
         const TileRows values = rows_of(job_.values, tile);
-        const int count = held(tile);
-        F32 scales[GROUPS];
+        softmax::Tile kind{tile * TILE, job_.window, job_.softcap, {}};
         for (int g = 0; g < GROUPS; g++)  // beyond the sequence scales are anything: times a weight of zero that is no zero
-            scales[g] = select((I32)(COUNT + g * LANES < count), values.scales(g, !by_64(job_.values)), splat(1.0f));
-        for (int row = first_seeing(tile); row < unit_.rows; row++) weigh(row, tile, scales);
+            kind.scales[g] =
+                select((I32)(COUNT + g * LANES < held(tile)), values.scales(g, !by_64(job_.values)), splat(1.0f));
+        softmax_.weigh(first_seeing(tile), unit_.rows, kind);
     }
 
     // The weighted values of a tile are added.
@@ -124,17 +136,17 @@ class Worker {
     void give() {
         const int width = job_.values.width;
         for (int r = 0; r < unit_.rows; r++) {
-            const int at = unit_.first + r, head = head_ * group_ + at % group_;
-            const int64_t to = (span_.row + at / group_) * job_.out.stride + (int64_t)head * width;
-            const float* mixed = state_.mixed.data() + (int64_t)r * width_;
+            const int64_t to = row_of(r) * job_.out.stride + (int64_t)head_of(r) * width;
+            const float* from = mixed() + (int64_t)r * width_;
+            const F32 share = splat(1.0f / softmax_.total[r]);
             for (int i = 0; i < width && by_64(job_.values); i += 4 * LANES) {
-                F32 v[4] = {load<F32>(mixed + i), load<F32>(mixed + i + LANES), load<F32>(mixed + i + 2 * LANES),
-                            load<F32>(mixed + i + 3 * LANES)};
+                F32 v[4] = {load<F32>(from + i), load<F32>(from + i + LANES), load<F32>(from + i + 2 * LANES),
+                            load<F32>(from + i + 3 * LANES)};
                 restore_columns(v);
-                for (int c = 0; c < 4; c++) put(to + i + c * LANES, LANES, v[c], state_.total[r]);
+                for (int c = 0; c < 4; c++) put(to + i + c * LANES, LANES, v[c] * share);
             }
             for (int i = 0; i < width && !by_64(job_.values); i += LANES)
-                put(to + i, std::min(LANES, width - i), load<F32>(mixed + i), state_.total[r]);
+                put(to + i, std::min(LANES, width - i), load<F32>(from + i) * share);
         }
     }
 
@@ -142,7 +154,13 @@ class Worker {
     inline static const I32 COUNT = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     static constexpr int KEYS = PAIRS ? 2 : 1;  // whose values are multiplied in one step
 
-    int position(int row) const { return span_.start + (unit_.first + row) / group_; }
+    uint32_t* queries() const { return (uint32_t*)state_.queries.data(); }
+    float* mixed() const { return (float*)state_.mixed.data(); }
+    uint32_t* keys() const { return (uint32_t*)s_.keys.data(); }
+    uint32_t* values() const { return (uint32_t*)s_.values.data(); }
+    int position(int row) const { return softmax_.position[row]; }
+    int row_of(int row) const { return span_.row + position(row) - span_.start; }  // of the batch
+    int head_of(int row) const { return head_ * group_ + unit_.first + row - (position(row) - span_.start) * group_; }
     int held(int tile) const { return std::min(TILE, span_.start + span_.count - tile * TILE); }
     // The first row that sees anything of a tile; those before it are left as they are.
     int first_seeing(int tile) const { return std::max(0, (tile * TILE - span_.start) * group_ - unit_.first); }
@@ -151,34 +169,20 @@ class Worker {
     // Whether a plane's rows are decoded by 64 numbers at once.
     static bool by_64(const Plane& plane) { return DECODES_64 && PAIRS && plane.codec == FP8 && plane.width % 64 == 0; }
 
-    // The unit's queries side by side: per part [steps][rows, padded to 16], 32 bits each.
+    // The unit's queries one after the other, 32 bits to a step: [rows][parts' steps].
     void take_queries() {
-        int total = 0;
-        for (int p = 0; p < job_.num_parts; p++) total += steps(p);
-        state_.queries.resize((int64_t)total * row_stride_);
-        uint32_t* to = state_.queries.data();
-        for (int p = 0; p < job_.num_parts; to += (int64_t)steps(p) * row_stride_, p++)
-            for (int first = 0; first < unit_.rows; first += LANES) take_sixteen(p, first, to + first);
-    }
-    void take_sixteen(int part, int first, uint32_t* to) {
-        const Rows& q = job_.queries[part];
-        const int width = job_.keys[part].width, size = PAIRS ? 2 : 4, whole = width * size / 64 * LANES;
-        const char* rows[LANES];
-        for (int j = 0; j < LANES; j++) {
-            const int at = unit_.first + std::min(first + j, unit_.rows - 1), head = head_ * group_ + at % group_;
-            rows[j] = (const char*)q.data + ((span_.row + at / group_) * q.stride + (int64_t)head * width) * size;
-        }
-        for (int k = 0; k < whole; k += LANES) {
-            U32 m[16];
-            for (int j = 0; j < LANES; j++) m[j] = load<U32>(rows[j] + 4 * k);
-            transpose(m);
-            for (int i = 0; i < LANES; i++) store(to + (int64_t)(k + i) * row_stride_, m[i]);
-        }
-        for (int k = whole; k < steps(part); k++)
-            for (int j = 0; j < LANES; j++) {
-                uint32_t word = 0;
-                std::memcpy(&word, rows[j] + 4 * k, std::max(0, std::min(4, width * size - 4 * k)));
-                to[(int64_t)k * row_stride_ + j] = word;
+        state_.queries.resize((int64_t)unit_.rows * query_steps_ / LANES);
+        char* to = (char*)queries();
+        for (int r = 0; r < unit_.rows; r++)
+            for (int p = 0; p < job_.num_parts; to += steps(p) * 4, p++) {
+                const Rows& q = job_.queries[p];
+                const int size = PAIRS ? 2 : 4, bytes = job_.keys[p].width * size;
+                const char* from = (const char*)q.data + (row_of(r) * q.stride * size + (int64_t)head_of(r) * bytes);
+                int at = 0;
+                for (; at + 64 <= bytes; at += 64) store(to + at, load<U32>(from + at));
+                if (at == steps(p) * 4) continue;
+                std::memset(to + at, 0, steps(p) * 4 - at);
+                std::memcpy(to + at, from + at, bytes - at);
             }
     }
 
@@ -221,7 +225,7 @@ class Worker {
         const uint32_t* q[ROWS];
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; r++) {
-            q[r] = state_.queries.data() + std::min(r, unit_.rows - 1);
+            q[r] = queries() + std::min(r, unit_.rows - 1) * query_steps_;
 #pragma GCC unroll 4
             for (int g = 0; g < GROUPS; g++) acc[r][g] = F32{};
         }
@@ -239,37 +243,41 @@ class Worker {
                     decode_64(E4M3_TABLES, codes[i], first, last);
 #pragma GCC unroll 4
                     for (int r = 0; r < ROWS; r++) {
-                        acc[r][g] = dot_pairs(acc[r][g], first, splat_u32(q[r][2 * i * LANES]));
-                        acc[r][g] = dot_pairs(acc[r][g], last, splat_u32(q[r][(2 * i + 1) * LANES]));
+                        acc[r][g] = dot_pairs(acc[r][g], first, splat_u32(q[r][2 * i]));
+                        acc[r][g] = dot_pairs(acc[r][g], last, splat_u32(q[r][2 * i + 1]));
                     }
                 }
             }
-            for (int r = 0; r < ROWS; r++) q[r] += 8 * LANES;
+            for (int r = 0; r < ROWS; r++) q[r] += 8;
         }
         for (int r = 0; r < std::min(ROWS, unit_.rows); r++)
-            for (int g = 0; g < GROUPS; g++) store(state_.weights.data() + r * TILE + g * LANES, acc[r][g] * scales[g]);
+            for (int g = 0; g < GROUPS; g++) store(softmax_.scores + r * TILE + g * LANES, acc[r][g] * scales[g]);
     }
 
-    template <int ROWS>
+    // ROWS rows' scores of the first SEEN groups of keys; what stands beyond means nothing.
+    template <int ROWS, int SEEN>
     void score_rows(int first, const F32 (&scales)[2][GROUPS]) {
-        F32 score[ROWS][GROUPS];
-        const uint32_t *q = state_.queries.data() + first, *k = s_.keys.data();
+        F32 score[ROWS][SEEN];
+        // Three rows to an address, as in linear.cpp.
+        const int64_t places[3] = {0, query_steps_, 2 * query_steps_};
+        const uint32_t *q0 = queries() + first * query_steps_, *q3 = q0 + 3 * query_steps_, *k = keys();
         for (int p = 0; p < job_.num_parts; p++) {
             const int n = steps(p);
-            F32 acc[ROWS][GROUPS];
+            F32 acc[ROWS][SEEN];
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
-                for (int g = 0; g < GROUPS; g++) acc[r][g] = F32{};
-            for (int i = 0; i < n; i++, q += row_stride_) {
-                U32 keys[GROUPS];
+                for (int g = 0; g < SEEN; g++) acc[r][g] = F32{};
+            for (int i = 0; i < n; i++, q0++, q3++) {
+                asm("" : "+r"(q0), "+r"(q3));
+                U32 keys[SEEN];
 #pragma GCC unroll 4
-                for (int g = 0; g < GROUPS; g++) keys[g] = load<U32>(k + ((int64_t)g * n + i) * LANES);
+                for (int g = 0; g < SEEN; g++) keys[g] = load<U32>(k + ((int64_t)g * n + i) * LANES);
 #pragma GCC unroll 8
                 for (int r = 0; r < ROWS; r++) {
-                    const U32 x = splat_u32(q[r]);
+                    const U32 x = splat_u32((r < 3 ? q0 : q3)[places[r % 3]]);
 #pragma GCC unroll 4
-                    for (int g = 0; g < GROUPS; g++)
+                    for (int g = 0; g < SEEN; g++)
                         acc[r][g] = PAIRS ? dot_pairs(acc[r][g], keys[g], x) : fma((F32)keys[g], (F32)x, acc[r][g]);
                 }
             }
@@ -277,47 +285,11 @@ class Worker {
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
-                for (int g = 0; g < GROUPS; g++)
+                for (int g = 0; g < SEEN; g++)
                     score[r][g] = p ? fma(acc[r][g], scales[p][g], score[r][g]) : acc[r][g] * scales[p][g];
         }
         for (int r = 0; r < ROWS; r++)
-            for (int g = 0; g < GROUPS; g++) store(state_.weights.data() + (first + r) * TILE + g * LANES, score[r][g]);
-    }
-
-    // One row's scores of a tile become weights (times the values' scales); its running maximum and total follow.
-    void weigh(int row, int tile, const F32 (&scales)[GROUPS]) {
-        const int last = position(row) - tile * TILE;                 // the last key it sees
-        const int first = job_.window ? last - job_.window + 1 : -1;  // and the first
-        float* weights = state_.weights.data() + row * TILE;
-        F32 score[GROUPS], best = splat(NEVER);
-        for (int g = 0; g < GROUPS; g++) {
-            score[g] = load<F32>(weights + g * LANES);
-            if (job_.softcap != 0.0f)
-                score[g] = splat(job_.softcap * LOG2_E) * hyperbolic_tangent(score[g] / splat(job_.softcap));
-            const I32 key = COUNT + g * LANES;
-            if (last < TILE - 1 || first > 0)
-                score[g] = select((I32)(key <= last) & (I32)(key >= first), score[g], splat(NEVER));
-            best = larger(best, score[g]);
-        }
-        const float top = std::max(state_.top[row], largest(best));
-        if (top == NEVER) {
-            state_.shrink[row] = 1.0f;
-            std::fill(weights, weights + TILE, 0.0f);
-            return;
-        }
-        state_.shrink[row] = top == state_.top[row] ? 1.0f : power_of_two(splat(state_.top[row] - top))[0];
-        F32 weight[GROUPS];
-        for (int g = 0; g < GROUPS; g++) weight[g] = power_of_two(score[g] - splat(top));
-        const float total = sum((weight[0] + weight[1]) + (weight[2] + weight[3]));
-        state_.total[row] = state_.total[row] * state_.shrink[row] + total;
-        state_.top[row] = top;
-        for (int g = 0; g < GROUPS; g++) weight[g] = weight[g] * scales[g];
-        for (int g = 0; g < GROUPS; g += KEYS) {
-            if (PAIRS)
-                store(weights + g / 2 * LANES, pack_rounded(weight[g], weight[g + 1]));
-            else
-                store(weights + g * LANES, weight[g]);
-        }
+            for (int g = 0; g < SEEN; g++) store(softmax_.scores + (first + r) * TILE + g * LANES, score[r][g]);
     }
 
     // ------------------------------------------------------------ values
@@ -335,18 +307,18 @@ class Worker {
     void mix_from(const Source& source, int tile) {
         if (unit_.rows <= MIX_ROWS) return mix_all(source, tile);
         const int count = (held(tile) + KEYS - 1) / KEYS;
-        s_.values.resize(TILE * width_);
+        s_.values.resize(TILE * width_ / LANES);
         int i = 0;
         for (; i + MIX_LANES * LANES <= width_; i += MIX_LANES * LANES) keep_columns<MIX_LANES>(source, i, count);
         for (; i < width_; i += 2 * LANES) keep_columns<2>(source, i, count);
-        mix_all(ValuesKept{s_.values.data(), width_}, tile);
+        mix_all(ValuesKept{values(), width_}, tile);
     }
     template <int WIDE, class Source>
     void keep_columns(const Source& source, int column, int count) {
         for (int step = 0; step < count; step++) {
             U32 value[WIDE];
             source.take(step, column, value);
-            for (int c = 0; c < WIDE; c++) store(s_.values.data() + step * width_ + column + c * LANES, value[c]);
+            for (int c = 0; c < WIDE; c++) store(values() + step * width_ + column + c * LANES, value[c]);
         }
     }
     template <class Source>
@@ -371,13 +343,13 @@ class Worker {
     template <int ROWS, int WIDE, class Source>
     void mix_rows(const Source& source, int first, int column, int count) {
         F32 acc[ROWS][WIDE];
-        float* mixed = state_.mixed.data() + (int64_t)first * width_ + column;
-        const uint32_t* weights = (const uint32_t*)state_.weights.data() + first * TILE;
+        float* to = mixed() + (int64_t)first * width_ + column;
+        const uint32_t* weights = (const uint32_t*)softmax_.scores + first * TILE;
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
             for (int c = 0; c < WIDE; c++)
-                acc[r][c] = load<F32>(mixed + r * width_ + c * LANES) * splat(state_.shrink[first + r]);
+                acc[r][c] = load<F32>(to + r * width_ + c * LANES) * splat(softmax_.shrink[first + r]);
         for (int step = 0; step < count; step++) {
             U32 value[WIDE];
             source.take(step, column, value);
@@ -392,11 +364,11 @@ class Worker {
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
-            for (int c = 0; c < WIDE; c++) store(mixed + r * width_ + c * LANES, acc[r][c]);
+            for (int c = 0; c < WIDE; c++) store(to + r * width_ + c * LANES, acc[r][c]);
     }
 
-    void put(int64_t at, int count, F32 v, float total) {
-        v = (v + splat(0.0f)) / splat(total);  // + 0: a negative zero must not tell whether a blank tile was there
+    void put(int64_t at, int count, F32 v) {
+        v = v + splat(0.0f);  // a negative zero must not tell whether a blank tile was there
         if (PAIRS && count == LANES) return store_bf16((uint16_t*)job_.out.data + at, v);
         if (!PAIRS && count == LANES) return store((float*)job_.out.data + at, v);
         const U16x16 bits = narrow(v);
@@ -408,15 +380,16 @@ class Worker {
     const AttendSpan& span_;
     const Unit unit_;
     const int head_;
-    Scratch& s_;
-    State& state_;
-    const int group_, width_, row_stride_;
+    Scratch<PAIRS>& s_;
+    State<PAIRS>& state_;
+    softmax::Softmax<PAIRS>& softmax_;
+    const int group_, width_, query_steps_;
 };
 
 // Phase by phase over the unit's heads: each phase of a head needs the one before, and heads are independent.
 template <bool PAIRS>
 void run(const Attend& job, const Unit& unit) {
-    static thread_local Scratch scratch;
+    static thread_local Scratch<PAIRS> scratch;
     if ((int)scratch.states.size() < unit.heads) scratch.states.resize(unit.heads);
     std::vector<Worker<PAIRS>> workers;
     workers.reserve(unit.heads);

@@ -26,7 +26,7 @@ SOURCES = tuple(
     for name in ("pack", "linear", "linear_int8", "head", "rows", "attention", "digest", "layers", "check")
 )
 HEADERS = tuple(
-    f"{name}.h" for name in ("api", "cache", "coded", "extremes", "linear", "row_blocks", "simd", "threads", "tiles")
+    f"{name}.h" for name in ("api", "cache", "coded", "extremes", "linear", "row_blocks", "simd", "softmax", "threads", "tiles")
 )
 FLAGS = (
     "-O3",
