@@ -68,6 +68,18 @@ void norm(void* x, int64_t at, const void* delta, int64_t from, const float* wei
         put(out, KIND, to + i, width - i, get(x, KIND, at + i, width - i) * scale * get(weight, FLOAT32, i, width - i));
 }
 
+// The pairs (i, i + half) of one vector. WHOLE: half is a multiple of 16.
+template <int KIND, bool WHOLE>
+void rotate(void* x, int64_t at, const float* cos, const float* sin, int half) {
+    for (int i = 0; i < half; i += LANES) {
+        const int count = WHOLE ? LANES : half - i;
+        const F32 cosine = get(cos, FLOAT32, i, count), sine = get(sin, FLOAT32, i, count);
+        const F32 a = get(x, KIND, at + i, count), b = get(x, KIND, at + half + i, count);
+        put(x, KIND, at + i, count, a * cosine - b * sine);
+        put(x, KIND, at + half + i, count, b * cosine + a * sine);
+    }
+}
+
 constexpr int EXTREMES_COLUMNS = 2048;
 
 }  // namespace
@@ -94,6 +106,9 @@ void twostroke_rms_norm(Threads* threads, const Rows* x, const Rows* delta, cons
 // cos and sin [rows, half] float32. Pairs are (i, i + half), or (2i, 2i + 1) when interleaved.
 void twostroke_rotary(Threads* threads, const Rows* x, int32_t heads, int32_t width, const float* cos, const float* sin,
                       int32_t half, int32_t interleaved) {
+    const bool whole = half % LANES == 0;
+    const auto one = x->kind == BFLOAT16 ? (whole ? rotate<BFLOAT16, true> : rotate<BFLOAT16, false>)
+                                         : (whole ? rotate<FLOAT32, true> : rotate<FLOAT32, false>);
     share_rows(*threads, x->rows, [&](int r) {
         const float *c = cos + (int64_t)r * half, *s = sin + (int64_t)r * half;
         for (int h = 0; h < heads; h++) {
@@ -111,12 +126,7 @@ void twostroke_rotary(Threads* threads, const Rows* x, int32_t heads, int32_t wi
                 }
                 continue;
             }
-            for (int i = 0; i < half; i += LANES) {
-                F32 cosine = get(c, FLOAT32, i, half - i), sine = get(s, FLOAT32, i, half - i);
-                F32 a = get(x->data, x->kind, at + i, half - i), b = get(x->data, x->kind, at + half + i, half - i);
-                put(x->data, x->kind, at + i, half - i, a * cosine - b * sine);
-                put(x->data, x->kind, at + half + i, half - i, b * cosine + a * sine);
-            }
+            one(x->data, at, c, s, half);
         }
     });
 }
