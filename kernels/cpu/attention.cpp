@@ -19,7 +19,6 @@
 
 using namespace simd;
 using namespace cache;
-using softmax::LOG2_E;
 
 namespace {
 

@@ -215,7 +215,8 @@ void put_tiles(const Job& job, int row, int panel, bool second) {
     }
 }
 
-// One block of 16 rows by up to four panels, `panel` and what follows: what streams weights. A missing panel repeats the last and is not stored.
+// One block of 16 rows by up to four panels, `panel` and what follows: what streams weights. A missing panel repeats the
+// last and is not stored.
 void tile_strip(const Job& job, const Stretch& stretch, int row, int panel, int panels) {
     const char* x = (const char*)job.packed + (int64_t)row * job.steps * 4;
     const char* w[4];

@@ -292,8 +292,8 @@ inline F32 decode_e4m3_by_256(U8x16 codes) {
 #endif
 }
 
-// Sixty-four codes of a sign and seven bits at once, by tables of bytes: bfloat16 in the order that interleaving the bytes leaves them in. In `low`
-// elements 0-7, 16-23, 32-39, 48-55; in `high` the others.
+// Sixty-four codes of a sign and seven bits at once, by tables of bytes: bfloat16 in the order that interleaving the bytes
+// leaves them in. In `low` elements 0-7, 16-23, 32-39, 48-55; in `high` the others.
 #if defined(__AVX512VBMI__) && defined(__AVX512BF16__)
 constexpr bool DECODES_64 = true;
 
@@ -334,8 +334,9 @@ __attribute__((always_inline)) inline void decode_two_rows(const void* a, const 
 
 // Four such vectors of float32 in the order of their columns.
 inline void restore_columns(F32 (&v)[4]) {
-    const __m512 ab = _mm512_shuffle_f32x4((__m512)v[0], (__m512)v[1], 0x44), cd = _mm512_shuffle_f32x4((__m512)v[2], (__m512)v[3], 0x44);
-    const __m512 ab2 = _mm512_shuffle_f32x4((__m512)v[0], (__m512)v[1], 0xEE), cd2 = _mm512_shuffle_f32x4((__m512)v[2], (__m512)v[3], 0xEE);
+    const __m512 a = (__m512)v[0], b = (__m512)v[1], c = (__m512)v[2], d = (__m512)v[3];
+    const __m512 ab = _mm512_shuffle_f32x4(a, b, 0x44), cd = _mm512_shuffle_f32x4(c, d, 0x44);
+    const __m512 ab2 = _mm512_shuffle_f32x4(a, b, 0xEE), cd2 = _mm512_shuffle_f32x4(c, d, 0xEE);
     v[0] = (F32)_mm512_shuffle_f32x4(ab, cd, 0x88), v[1] = (F32)_mm512_shuffle_f32x4(ab, cd, 0xDD);
     v[2] = (F32)_mm512_shuffle_f32x4(ab2, cd2, 0x88), v[3] = (F32)_mm512_shuffle_f32x4(ab2, cd2, 0xDD);
 }
@@ -369,11 +370,13 @@ inline void load_side_by_side(const uint8_t*, int, U32 (&)[4]) {}
 
 // ---------------------------------------------------------------- elementary functions
 
+constexpr float LOG2_E = 1.44269504088896341f;
+
 // e**x to 1 unit in the last place or so: 2**n * p(r), r = x - n ln 2 in two parts. Below -87.3 it is 0.
 // Source: the polynomial of Cephes' expf (Moshier 1989).
 inline F32 exponential(F32 x) {
     F32 bounded = select(x < splat(88.72283f), x, splat(88.72283f));
-    F32 n = fma(bounded, splat(1.44269504088896341f), splat(12582912.0f)) - splat(12582912.0f);  // nearest integer
+    F32 n = fma(bounded, splat(LOG2_E), splat(12582912.0f)) - splat(12582912.0f);  // nearest integer
     F32 r = fma(n, splat(-0.693359375f), bounded);
     r = fma(n, splat(2.12194440e-4f), r);
     F32 p = splat(1.9875691500e-4f);
@@ -435,7 +438,7 @@ enum Activation : int { NONE = -1, SILU = 0, GELU_TANH = 1 };
 inline F32 activate(F32 gate, int activation, bool bfloat16) {
     F32 t = gate;
     if (activation == GELU_TANH) t = splat(1.5957691216057308f) * fma(splat(0.044715f) * gate * gate, gate, gate);
-    const F32 e = bfloat16 ? power_of_two(t * splat(-1.44269504088896341f)) : exponential(-t);
+    const F32 e = bfloat16 ? power_of_two(t * splat(-LOG2_E)) : exponential(-t);
     return gate / (splat(1.0f) + e);
 }
 

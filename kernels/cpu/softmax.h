@@ -17,7 +17,7 @@ using namespace simd;
 using cache::GROUPS, cache::TILE;
 
 constexpr int MOST_ROWS = 192;
-constexpr float NEVER = -INFINITY, LOG2_E = 1.44269504088896341f;
+constexpr float NEVER = -INFINITY;
 
 // What becomes of a tile's scores.
 struct Tile {
