@@ -25,9 +25,6 @@ SOURCES = tuple(
     f"{name}.cpp"
     for name in ("pack", "linear", "linear_int8", "head", "rows", "attention", "digest", "layers", "check")
 )
-HEADERS = tuple(
-    f"{name}.h" for name in ("api", "cache", "coded", "extremes", "linear", "row_blocks", "simd", "softmax", "threads", "tiles")
-)
 FLAGS = (
     "-O3",
     "-std=c++17",
@@ -128,8 +125,8 @@ def _name(compiler: str, machine_flags: tuple[str, ...]) -> str:
     """One name per sources, flags, compiler and CPU: none is ever used for another."""
     here = Path(__file__).parent
     hasher = hashlib.blake2b(digest_size=12)
-    for name in (*SOURCES, *HEADERS):
-        hasher.update((here / name).read_bytes() + b"\0")
+    for source in (*(here / name for name in SOURCES), *sorted(here.glob("*.h"))):
+        hasher.update(source.read_bytes() + b"\0")
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=30, check=False).stdout
     hasher.update(repr((FLAGS, machine_flags, version, cpu_features())).encode())
     return hasher.hexdigest()
