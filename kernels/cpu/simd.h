@@ -104,7 +104,12 @@ inline uint32_t largest_u32(U32 v) {
 // Lane 0 with 8, 1 with 9 ... then 0 with 4 ...: a fixed tree.
 inline float sum(F32 v) {
 #if defined(__AVX512F__)
-    return _mm512_reduce_add_ps((__m512)v);
+    // By hand: a compiler may choose another tree for its own reduction.
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256((__m512)v),
+                                       _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd((__m512)v), 1)));
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 #else
     float x[LANES];
     store(x, v);

@@ -1,15 +1,14 @@
 """Our CPU kernels give the answers of the torch ops, to rounding, and bits that depend on a row alone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
+from native_cache import BLOCK, NUM_BLOCKS, Cache, planes
 
 from twostroke.kernels.cpu import library as native
 from twostroke.kernels.cpu.build import NativeUnavailable, build
-from twostroke.kernels.reference import Planes
-from twostroke.kv.block import BlockId
 from twostroke.model.int8 import rows_to_int8, to_int8
 from twostroke.model.native_ops import NativeOps
 from twostroke.model.ops import Activation, AttentionKind, Norm, Quantization, Span
@@ -19,8 +18,6 @@ from twostroke.model.torch_ops import TorchOps
 
 F32, BF16 = torch.float32, torch.bfloat16
 DTYPES = pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
-BLOCK = 16
-NUM_BLOCKS = 96
 OLDER = (("-march=x86-64-v4",), ("-march=x86-64-v3",), ("-march=x86-64",))
 TILES = ("-march=native", "-DTWOSTROKE_EMULATE_TILES")
 
@@ -248,14 +245,6 @@ def test_gates_of_every_size_are_the_definition(dtype: torch.dtype, activation: 
     assert ((got - wanted).abs() <= allowed).all(), (gate, got, wanted)
 
 
-def planes(heads: int, width: int, codec: str) -> Planes:
-    """Poisoned: what was never written reads as NaN or as huge numbers."""
-    size = {"fp8": 1, "bf16": 2, "fp32": 4}[codec] * width
-    payload = torch.full((NUM_BLOCKS, heads, BLOCK, size), 0xFF if codec != "fp8" else 0x7E, dtype=torch.uint8)
-    scales = torch.full((NUM_BLOCKS, heads, BLOCK), 200, dtype=torch.uint8) if codec == "fp8" else None
-    return Planes(payload, scales)
-
-
 @DTYPES
 @pytest.mark.parametrize("codec", ["fp8", "bf16", "fp32"])
 @pytest.mark.parametrize("width", [64, 40])
@@ -286,21 +275,6 @@ def test_every_bfloat16_is_stored_as_the_definition_says(spread: int) -> None:
         results.append((ops.write((x,), (stored,), torch.arange(len(x))), *stored))
     for got, wanted in zip(*results, strict=True):
         assert torch.equal(got, wanted)
-
-
-class Cache:
-    """Sequences whose tokens are stored, in scattered blocks of poisoned planes."""
-
-    def __init__(self, ops: NativeOps | TorchOps, lengths: Sequence[int], parts: Sequence[torch.Tensor], codec: str):
-        numbers = iter(torch.randperm(NUM_BLOCKS, generator=torch.Generator().manual_seed(5)).tolist())
-        self.tables = [tuple(BlockId(next(numbers)) for _ in range(-(-n // BLOCK))) for n in lengths]
-        self.planes = [planes(p.shape[1], p.shape[2], codec) for p in parts]
-        slots = [
-            table[i // BLOCK] * BLOCK + i % BLOCK
-            for table, n in zip(self.tables, lengths, strict=True)
-            for i in range(n)
-        ]
-        ops.write(parts, self.planes, torch.tensor(slots))
 
 
 KINDS = {

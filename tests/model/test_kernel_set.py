@@ -1,0 +1,86 @@
+"""The bits of our CPU kernels, written down: who changes one counts KERNEL_SET_VERSION up.
+
+Workers exchange KV where their numerics are the same, and that number stands in these: bits that moved behind it would be
+KV that is silently wrong after an update of half a cluster.
+"""
+
+import hashlib
+from math import prod
+
+import pytest
+import torch
+from native_cache import BLOCK, Cache
+
+from twostroke.kernels.cpu import library as native
+from twostroke.kernels.cpu.build import NativeUnavailable, build
+from twostroke.model.loader import KERNEL_SET_VERSION
+from twostroke.model.native_ops import NativeOps
+from twostroke.model.ops import AttentionKind, Norm, Quantization, Span
+
+RECORDED_VERSION = 6
+RECORDED = {  # by the level of instructions that decides them
+    "avx512-bf16": "f7de1a1e82b8e7b3",
+    "avx512": "a4399f80fc5b4006",
+    "avx2": "de0450e0a6b704dd",
+    "plain": "84ae6d57582dd92c",
+}
+ROWS = 40
+
+
+def numbers(seed: int, *shape: int) -> torch.Tensor:
+    """From -1 to 1 in steps of 2**-23, the same on every machine."""
+    i = torch.arange(prod(shape), dtype=torch.int64) + seed * 1_000_003
+    i = (i ^ (i >> 7)) * 2_654_435_761 & 0xFFFF_FFFF
+    i = (i ^ (i >> 15)) * 2_246_822_519 & 0xFFFF_FFFF
+    return ((i >> 8).double() * 2.0**-23 - 1.0).float().view(shape)
+
+
+def answers(dtype: torch.dtype, quantization: Quantization) -> list[torch.Tensor]:
+    """One of every op whose order of computing is ours to choose."""
+    ops = NativeOps(dtype, 2, quantization)
+    x = numbers(1, ROWS, 256).to(dtype)
+    norm = Norm(numbers(2, 256) + 1.5, 1e-5)
+    gates = ops.pack(numbers(3, 2 * 70, 256), numbers(4, 2 * 70), gated=True)
+    plain_gates = ops.pack(numbers(5, 2 * 64, 256) * 4, gated=True)
+    found = [
+        ops.linear(x, ops.pack(numbers(6, 90, 256))),
+        ops.gated_linear(x, gates, "silu"),
+        ops.gated_linear(x, plain_gates, "silu"),
+        ops.gated_linear(x, plain_gates, "gelu_tanh"),
+        ops.rms_norm(x, norm),
+        ops.rotary(x.clone().view(ROWS, 4, 64), numbers(7, ROWS, 32), numbers(8, ROWS, 32)),
+    ]
+    kv = [numbers(seed, 300, 2, 64).to(dtype) * 2 for seed in (9, 10)]
+    q = numbers(11, 300, 6, 64).to(dtype) * 3
+    cache = Cache(ops, (300,), kv, "fp8")
+    layout = ops.lay_out([Span(0, 0, 300, cache.tables[0])], BLOCK)
+    for kind in (AttentionKind(0.125), AttentionKind(0.3, window=37, softcap=5.0)):
+        found.append(ops.attend((q,), cache.planes[:1], cache.planes[1], layout, kind))
+    return found
+
+
+def digest() -> str:
+    hasher = hashlib.sha256()
+    for dtype in (torch.float32, torch.bfloat16):
+        for quantization in ("none", "int8"):
+            for answer in answers(dtype, quantization):  # type: ignore[arg-type]
+                hasher.update(answer.contiguous().view(torch.uint8).numpy().tobytes())
+    return hasher.hexdigest()[:16]
+
+
+@pytest.mark.parametrize("machine", ["native", "x86-64-v4", "x86-64-v3", "x86-64"])
+def test_bits_are_those_of_the_version_that_stands_in_the_numerics(
+    machine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    try:
+        library = native.Library(build((f"-march={machine}",)))
+    except NativeUnavailable as error:
+        pytest.skip(str(error))
+    monkeypatch.setattr(native, "load", lambda: library)
+    level = library.level().decode()
+    if level not in RECORDED:
+        pytest.skip(f"no bits are written down of {level}")
+    found = digest()
+    assert (KERNEL_SET_VERSION, found) == (RECORDED_VERSION, RECORDED[level]), (
+        f"of {level}; see this file's first lines"
+    )
