@@ -1,7 +1,7 @@
 """The bits of our CPU kernels, written down: who changes one counts KERNEL_SET_VERSION up.
 
-Workers exchange KV where their numerics are the same, and that number stands in these: bits that moved behind it would be
-KV that is silently wrong after an update of half a cluster.
+Workers exchange KV where their numerics are the same, and that number stands in these: bits that moved behind it would
+be KV that is silently wrong after an update of half a cluster.
 """
 
 import hashlib
