@@ -257,7 +257,7 @@ class Worker {
     template <int ROWS, int SEEN>
     void score_rows(int first, const F32 (&scales)[2][GROUPS]) {
         F32 score[ROWS][SEEN];
-        // Three rows to an address, as in linear.cpp.
+        static_assert(ROWS <= 6, "three rows to an address, as in linear.cpp, and two addresses");
         const int64_t places[3] = {0, query_steps_, 2 * query_steps_};
         const uint32_t *q0 = queries() + first * query_steps_, *q3 = q0 + 3 * query_steps_, *k = keys();
         for (int p = 0; p < job_.num_parts; p++) {

@@ -162,7 +162,7 @@ void multiply_blocks(const Job& job, const Blocks& x, Threads& threads) {
             const Block block = x.from(first);
             // The last of several blocks finds its weights in the cache: it asks for the next stretch's.
             if (first && first + x.size() >= job.num_rows && end < num_panels(m))
-                stretch.ahead = stored(m, end).panels - stretch.panels;
+                stretch.ahead = (int64_t)((uintptr_t)stored(m, end).panels - (uintptr_t)stretch.panels);
             for (int panel = begin; panel < end; panel += 2) {
                 const Stretch w = stretch.from(panel - begin);
                 if (panel + 1 < end && P::MOST_TOGETHER == 2 && job.num_rows > 1) {  // one row waits for memory: one stream

@@ -101,34 +101,39 @@ inline uint32_t largest_u32(U32 v) {
 #endif
 }
 
-// Lane 0 with 8, 1 with 9 ... then 0 with 4 ...: a fixed tree.
-inline float sum(F32 v) {
+// Lane 0 with 8, 1 with 9 ... then 0 with 4 ...: a fixed tree, by hand, because a compiler may choose another one for its own
+// reductions. The lower lane comes first: of a maximum that decides which NaNs are seen.
 #if defined(__AVX512F__)
-    // By hand: a compiler may choose another tree for its own reduction.
-    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256((__m512)v),
-                                       _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd((__m512)v), 1)));
-    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+template <class EIGHT, class FOUR>
+inline float fold(F32 v, const EIGHT& by_eight, const FOUR& by_four) {
+    const __m256 eight = by_eight(_mm512_castps512_ps256((__m512)v),
+                                  _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd((__m512)v), 1)));
+    const __m128 four = by_four(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = by_four(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(by_four(two, _mm_movehdup_ps(two)));
+}
+inline float sum(F32 v) {
+    return fold(v, [](__m256 a, __m256 b) { return a + b; }, [](__m128 a, __m128 b) { return a + b; });
+}
+inline float largest(F32 v) {
+    return fold(v, [](__m256 a, __m256 b) { return _mm256_max_ps(a, b); }, [](__m128 a, __m128 b) { return _mm_max_ps(a, b); });
+}
 #else
+inline float sum(F32 v) {
     float x[LANES];
     store(x, v);
     for (int half = LANES / 2; half; half /= 2)
         for (int i = 0; i < half; i++) x[i] += x[i + half];
     return x[0];
-#endif
 }
 inline float largest(F32 v) {
-#if defined(__AVX512F__)
-    return _mm512_reduce_max_ps((__m512)v);
-#else
     float x[LANES];
     store(x, v);
     float top = x[0];
     for (int i = 1; i < LANES; i++) top = x[i] > top ? x[i] : top;
     return top;
-#endif
 }
+#endif
 
 // ---------------------------------------------------------------- bfloat16
 
@@ -377,10 +382,10 @@ inline void load_side_by_side(const uint8_t*, int, U32 (&)[4]) {}
 
 constexpr float LOG2_E = 1.44269504088896341f;
 
-// e**x to 1 unit in the last place or so: 2**n * p(r), r = x - n ln 2 in two parts. Below -87.3 it is 0.
+// e**x to 1 unit in the last place or so: 2**n * p(r), r = x - n ln 2 in two parts. Below -87.3 it is 0; of NaN it is NaN.
 // Source: the polynomial of Cephes' expf (Moshier 1989).
 inline F32 exponential(F32 x) {
-    F32 bounded = select(x < splat(88.72283f), x, splat(88.72283f));
+    F32 bounded = select(x > splat(88.72283f), splat(88.72283f), x);  // NaN stays
     F32 n = fma(bounded, splat(LOG2_E), splat(12582912.0f)) - splat(12582912.0f);  // nearest integer
     F32 r = fma(n, splat(-0.693359375f), bounded);
     r = fma(n, splat(2.12194440e-4f), r);
@@ -407,7 +412,7 @@ inline F32 power_of_two(F32 x) {
 #if defined(__AVX512DQ__)
     const F32 r = (F32)_mm512_reduce_ps((__m512)x, 0x09);  // x - floor(x); of minus infinity 0
 #else
-    const F32 bounded = larger(x, splat(-200.0f));
+    const F32 bounded = select(x < splat(-200.0f), splat(-200.0f), x);  // NaN stays
     const F32 nearest = (bounded + splat(12582912.0f)) - splat(12582912.0f);
     const F32 floor = select(nearest > bounded, nearest - splat(1.0f), nearest), r = bounded - floor;
 #endif

@@ -1,7 +1,7 @@
 // The online softmax over tiles of keys: what rows keep from tile to tile, and how a tile's scores become weights.
 //
 //     m' = max(m, max_j s_j)      l = l * 2**(m - m') + sum_j 2**(s_j - m')      shrink = 2**(m - m')
-// Sixteen rows together, where there are as many, get the bits of a row by itself: a sum of lanes is the same tree.
+// Sixteen rows together, where there are as many, get the bits of a row by itself: lanes are put together by the same tree.
 // Source: Milakov and Gimelshein 2018.
 #pragma once
 
@@ -51,7 +51,7 @@ class Softmax {
     inline static const I32 COUNT = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
     void weigh_one(int row, const Tile& tile) {
-        const float greatest = std::max(top[row], largest(see(row, tile)));
+        const float greatest = larger(splat(top[row]), splat(largest(see(row, tile))))[0];
         if (greatest == NEVER) {
             shrink[row] = 1.0f;
             std::fill(scores + row * TILE, scores + (row + 1) * TILE, 0.0f);
@@ -91,7 +91,7 @@ class Softmax {
     // A row's scores as they count: capped, and those of keys that it does not see NEVER. Returns the largest of every lane.
     F32 see(int row, const Tile& tile) {
         float* at = scores + row * TILE;
-        const int last = position[row] - tile.start;                    // the last key that it sees
+        const int last = position[row] - tile.start;                  // the last key that it sees
         const int first = tile.window ? last - tile.window + 1 : -1;  // and the first
         const bool some = last < TILE - 1 || first > 0;
         F32 score[GROUPS];

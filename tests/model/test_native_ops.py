@@ -46,6 +46,11 @@ def close(got: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype, roundings
     assert worst <= roundings * unit * wanted.double().abs().max().item(), worst
 
 
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Bit by bit, but for which NaN a NaN is."""
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
 def padded(x: torch.Tensor) -> torch.Tensor:
     return torch.cat((x, x.new_zeros(-len(x) % 16, *x.shape[1:])))
 
@@ -332,9 +337,23 @@ def test_a_row_of_attention_has_the_same_bits_however_it_is_computed(dtype: torc
         rows = q[start : start + count].contiguous()
         return ops.attend((rows,), cache.planes[:1], cache.planes[1], layout, KINDS[kind])
 
+    q[130], q[131, 0, 0], q[132], q[133, 3] = q[130] * 1e38, float("nan"), float("inf"), float("-inf")
     whole = attend(two, 0, length)
-    for start, count in ((0, 1), (0, 17), (17, 100), (63, 2), (64, 64), (200, 1), (255, 5), (259, 1)):
-        assert torch.equal(attend(one, start, count), whole[start : start + count]), (start, count)
+    assert whole[131, 0].isnan().all() and whole[132].isnan().all() and whole[133, 3].isnan().all()
+    assert whole[134:].isfinite().all()
+    for start, count in (
+        (0, 1),
+        (0, 17),
+        (17, 100),
+        (63, 2),
+        (64, 64),
+        (128, 3),
+        (130, 1),
+        (131, 5),
+        (200, 1),
+        (259, 1),
+    ):
+        assert same(attend(one, start, count), whole[start : start + count]), (start, count)
 
 
 @pytest.mark.parametrize("vocab", [1, 15, 16, 33, 400])
