@@ -339,20 +339,10 @@ def test_a_row_of_attention_has_the_same_bits_however_it_is_computed(dtype: torc
 
     q[130], q[131, 0, 0], q[132], q[133, 3] = q[130] * 1e38, float("nan"), float("inf"), float("-inf")
     whole = attend(two, 0, length)
-    assert whole[131, 0].isnan().all() and whole[132].isnan().all() and whole[133, 3].isnan().all()
+    assert torch.cat((whole[131, :1], whole[132], whole[133, 3:4])).isnan().all()
     assert whole[134:].isfinite().all()
-    for start, count in (
-        (0, 1),
-        (0, 17),
-        (17, 100),
-        (63, 2),
-        (64, 64),
-        (128, 3),
-        (130, 1),
-        (131, 5),
-        (200, 1),
-        (259, 1),
-    ):
+    pieces = ((0, 1), (0, 17), (17, 100), (63, 2), (64, 64), (128, 3), (130, 1), (131, 5), (200, 1), (255, 5), (259, 1))
+    for start, count in pieces:
         assert same(attend(one, start, count), whole[start : start + count]), (start, count)
 
 
