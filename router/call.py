@@ -35,6 +35,13 @@ class Call:
     logprobs: int | None = None  # how many of the likeliest beside each token
     top_logprobs: int | None = None  # the same under the name that chats have for it; one of the two
     prompt_logprobs: int | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None  # chats only, like the next three
+    continue_final_message: bool | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
+    documents: Sequence[Mapping[str, Any]] | None = None
+    cache_salt: str | None = None  # only requests of the same tenant and salt share cached prefixes
     request_id: str | None = None
     api_key: str | None = None
     timeout_s: float | None = None  # what the client's own deadline leaves
