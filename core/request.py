@@ -93,6 +93,7 @@ class Request:
     isolation_domain: str  # who shares cached prefixes with it: its tenant, or those of its tenant with its salt
     timeout_s: float
     is_chat: bool = False
+    ignored_fields: tuple[str, ...] = ()  # what the client sent and nothing reads, by name
     tenant: str | None = None  # whose it is; None: the isolation domain's
 
     @property

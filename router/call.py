@@ -14,6 +14,11 @@ class Call:
     model: str | None = None
     prompt: str | Sequence[int] | None = None  # exactly one of prompt and messages
     messages: Sequence[Mapping[str, Any]] | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None  # these five go with messages only
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    documents: Sequence[Mapping[str, Any]] | None = None
+    reasoning_effort: str | None = None
     max_tokens: int | None = None
     usual_max_tokens: int | None = None  # the face's own default for max_tokens; none: the router's
     min_tokens: int | None = None
@@ -37,10 +42,6 @@ class Call:
     prompt_logprobs: int | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
-    add_generation_prompt: bool | None = None  # chats only, like the next three
-    continue_final_message: bool | None = None
-    chat_template_kwargs: Mapping[str, Any] | None = None
-    documents: Sequence[Mapping[str, Any]] | None = None
     cache_salt: str | None = None  # only requests of the same tenant and salt share cached prefixes
     request_id: str | None = None
     api_key: str | None = None

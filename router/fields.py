@@ -42,7 +42,7 @@ def _number_of_scores(value: Any) -> Any:
 
 
 Whole = Annotated[int, BeforeValidator(_whole)]
-Texts = Annotated[list[str], BeforeValidator(_listed)]
+Stops = Annotated[list[str], Field(max_length=MAX_STOPS, fail_fast=True), BeforeValidator(_listed)]
 Biases = Annotated[dict[str, float], BeforeValidator(_bounded)]
 
 
@@ -78,7 +78,7 @@ class Body(Known):
     presence_penalty: float | None = None
     logit_bias: Biases | None = None
     bad_words: list[str] | None = Field(None, max_length=MAX_BAD_WORDS, fail_fast=True)
-    stop: Texts | None = Field(None, max_length=MAX_STOPS, fail_fast=True)
+    stop: Stops | None = None
     stop_token_ids: list[Whole] | None = Field(None, max_length=MAX_STOP_IDS, fail_fast=True)
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
@@ -96,12 +96,13 @@ class ChatBody(Body):
     """POST /v1/chat/completions."""
 
     messages: list[dict[str, Any]] = Field(max_length=MAX_MESSAGES, fail_fast=True)
-    logprobs: bool | None = None
-    top_logprobs: Whole | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
     documents: list[dict[str, Any]] | None = Field(None, max_length=MAX_MESSAGES, fail_fast=True)
+    reasoning_effort: str | None = None
+    logprobs: bool | None = None
+    top_logprobs: Whole | None = None
 
 
 class CompletionBody(Body):
@@ -163,8 +164,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "prediction": (),
     "web_search_options": (),
-    # Reasoning that is bounded or steered.
-    "reasoning_effort": (),
+    # Reasoning that is bounded.
     "thinking_token_budget": (-1,),
     # What the prompt is made of.
     "suffix": ("",),
@@ -207,4 +207,4 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "ec_transfer_params": ({},),
 }
 REFUSED_OF_CHATS: dict[str, tuple[Any, ...]] = {"echo": _NO, "add_special_tokens": _NO}
-REFUSED_OF_COMPLETIONS: dict[str, tuple[Any, ...]] = {"add_special_tokens": (True,)}
+REFUSED_OF_COMPLETIONS: dict[str, tuple[Any, ...]] = {"add_special_tokens": (True,), "reasoning_effort": ()}

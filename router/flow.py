@@ -140,8 +140,8 @@ class Flow:
 
         Keys: request_id, tenant, isolation_domain, model, state ("running", "finished", "cancelled", "failed",
         "rejected"), num_choices, sampling, timeout_s, tokens {prompt, cached, completion}, prefill_worker (None:
-        prefilled locally), decode_worker, kv_bytes_moved, kv_bytes_as_bf16, handover, ttft_ms, itl_ms {mean, p50, max} or None,
-        finish_reasons, error {code, message} or None, timeline {instant: ms since arrived, in order},
+        prefilled locally), decode_worker, kv_bytes_moved, kv_bytes_as_bf16, handover, ttft_ms, itl_ms {mean, p50, max}
+        or None, finish_reasons, error {code, message} or None, timeline {instant: ms since arrived, in order},
         choice {reason, winner, prefill_peers, candidates}, dispatches.
         """
         run = self._runs.open.get(request_id)

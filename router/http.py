@@ -6,7 +6,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -88,16 +88,19 @@ class _Face:
     async def _parse(self, http: HttpRequest, kind: type[openai.B]) -> openai.B:
         data = await read_body(http, self._config.max_body_bytes)
         body, ignored = openai.parse(data, kind, strict=self._config.strict)
-        if ignored.num_fields:
-            http.state.ignored = str(ignored)  # on an error behind this, too
-            self._front.flow.metrics.ignored_fields.inc(ignored.num_fields)
+        self._note_ignored(http, ignored)  # an error behind this has the header, too
         return body
+
+    def _note_ignored(self, http: HttpRequest, names: Sequence[str]) -> None:
+        http.state.ignored += names
+        self._front.flow.metrics.ignored_fields.inc(len(names))
 
     async def _run(self, http: HttpRequest, calls: list[Call], kind: str, body: Body) -> Response:
         name = body.request_id or new_request_id(kind.startswith("chat"))
         if is_request_id(name):
             http.state.request_id = name  # on errors too: `explain` knows it
         started = await until_disconnect(http, self._front.start_list(name, calls))
+        self._note_ignored(http, started.request.ignored_fields)
         head = {"id": name, "object": kind, "created": int(time.time()), "model": started.request.model}
         wants = _wants(body, started)
         if body.stream:
@@ -230,7 +233,7 @@ def _typed(handler: Handler) -> Handler:
     """
 
     async def wrapped(http: HttpRequest) -> Response:
-        http.state.request_id = _new_id()
+        http.state.request_id, http.state.ignored = _new_id(), []
         try:
             response = await handler(http)
         except TwostrokeError as error:
@@ -239,8 +242,8 @@ def _typed(handler: Handler) -> Handler:
             log.exception("%s %s failed (%s)", http.method, http.url.path, http.state.request_id)
             response = _error(InternalError("the request failed; the router's log has more"))
         response.headers[REQUEST_ID] = http.state.request_id
-        if ignored := getattr(http.state, "ignored", None):
-            response.headers[IGNORED] = ignored
+        if http.state.ignored:
+            response.headers[IGNORED] = openai.names_of_ignored(http.state.ignored)
         return response
 
     return wrapped

@@ -6,7 +6,7 @@ import difflib
 import json
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -30,30 +30,15 @@ B = TypeVar("B", ChatBody, CompletionBody)
 
 USUAL_COMPLETION_TOKENS = 16  # OpenAI's default for max_tokens of completions
 UNTIL_FULL = 2**31 - 1  # as the usual max_tokens: whatever the context leaves
+LEAST_TOP_P = 1e-12  # OpenAI's range begins at 0, which keeps the likeliest token; so does this
 MAX_NAMED = 16  # unknown fields that a response names
 MAX_NAME_CHARS = 64
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.\[\]-]")
 
 
-class Ignored(NamedTuple):
-    """Unknown fields of a body: the first of their names, cut and safe in a header, and how many there were."""
-
-    names: tuple[str, ...]
-    num_fields: int
-
-    @classmethod
-    def of(cls, names: Sequence[str]) -> Ignored:
-        """The names as the body has them, made presentable."""
-        return cls(tuple(_shown(name) for name in names[:MAX_NAMED]), len(names))
-
-    def __str__(self) -> str:
-        more = self.num_fields - len(self.names)
-        return ", ".join([*self.names, *([f"{more} more"] if more else [])])
-
-
-def parse(data: bytes, kind: type[B], *, strict: bool = False) -> tuple[B, Ignored]:
-    """A checked body, and what of it is unknown. The cost grows with the body's bytes, never with its mistakes.
+def parse(data: bytes, kind: type[B], *, strict: bool = False) -> tuple[B, list[str]]:
+    """A checked body, and the names of its unknown fields. The cost grows with the body's bytes, never with its mistakes.
 
     Raises:
         InvalidRequest: not UTF-8, not JSON, a field of the wrong type; with `strict` also an unknown field.
@@ -76,7 +61,13 @@ def parse(data: bytes, kind: type[B], *, strict: bool = False) -> tuple[B, Ignor
         body = kind.model_validate(served)
     except ValidationError as error:
         raise _explain(error, values) from None
-    return body, Ignored.of(unknown)
+    return body, unknown
+
+
+def names_of_ignored(names: Sequence[str]) -> str:
+    """For a header: the first names, cut and made safe, and how many more there are."""
+    more = len(names) - MAX_NAMED
+    return ", ".join([*map(_shown, names[:MAX_NAMED]), *([f"{more} more"] if more > 0 else [])])
 
 
 def prompts_of(body: CompletionBody, most: int) -> list[str | list[int]]:
@@ -117,11 +108,12 @@ def chat_call(body: ChatBody, api_key: str | None) -> Call:
     top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
     return Call(
         messages=body.messages,
-        top_logprobs=top_logprobs,
+        chat_template_kwargs=body.chat_template_kwargs,
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
-        chat_template_kwargs=body.chat_template_kwargs,
         documents=body.documents,
+        reasoning_effort=body.reasoning_effort,
+        top_logprobs=top_logprobs,
         **_common(body, None, api_key),
     )
 
@@ -155,7 +147,7 @@ def _common(body: Body, usual_max_tokens: int | None, api_key: str | None) -> di
         "usual_max_tokens": usual_max_tokens,
         "min_tokens": body.min_tokens,
         "temperature": body.temperature,
-        "top_p": body.top_p,
+        "top_p": LEAST_TOP_P if body.top_p == 0 else body.top_p,
         "top_k": body.top_k,
         "seed": None if body.seed == -1 else body.seed,
         "n": body.n,

@@ -18,7 +18,6 @@ MAX_STOP_IDS = 256
 MAX_SEED = 2**64 - 1
 MIN_SEED = -(2**63)  # 64 bits, with a sign or without
 MAX_TEMPERATURE = 100.0
-LEAST_TOP_P = 1e-12
 MAX_REPETITION_PENALTY = 10.0
 MAX_PENALTY = 2.0  # either way, as OpenAI has it
 MAX_BIAS = 100.0
@@ -75,8 +74,10 @@ def _max_tokens(call: Call, model: ServedModel, num_prompt: int, default: int) -
 
 
 def _top_p(value: float | None) -> float:
-    """OpenAI's range begins at 0: of no probability at all the likeliest token is kept, as of very little."""
-    return max(LEAST_TOP_P, number("top_p", value, 1.0, 0.0, 1.0))
+    top_p = number("top_p", value, 1.0, 0.0, 1.0)
+    if top_p == 0.0:
+        raise InvalidRequest("top_p is 0; must be above 0 and at most 1", param="top_p")
+    return top_p
 
 
 def _top_k(value: int | None, vocab_size: int) -> int:
