@@ -38,7 +38,7 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9_.\[\]-]")
 
 
 def parse(data: bytes, kind: type[B], *, strict: bool = False) -> tuple[B, list[str]]:
-    """A checked body, and the names of its unknown fields. The cost grows with the body's bytes, never with its mistakes.
+    """A checked body, and the names of its unknown fields. Costs grow with the bytes, never with their mistakes.
 
     Raises:
         InvalidRequest: not UTF-8, not JSON, a field of the wrong type; with `strict` also an unknown field.
