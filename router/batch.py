@@ -89,9 +89,13 @@ class Lists:
         return [name_of(name, prompt) for prompt in range(self._num_prompts.get((tenant, name), 0))]
 
 
-def explain_list(name: str, names: Sequence[str], explain: Callable[[str], dict[str, Any] | None]) -> dict[str, Any]:
-    """What is known of a list: its state, and everything of each of its requests that is still known."""
+def explain_list(
+    name: str, names: Sequence[str], explain: Callable[[str], dict[str, Any] | None]
+) -> dict[str, Any] | None:
+    """What is known of a list: its state, and everything of each of its requests that is still known; None: nothing."""
     known = [explained for one in names if (explained := explain(one)) is not None]
     states = {explained["state"] for explained in known}
-    state = next((state for state in _STATES if state in states), None)
+    if not known:
+        return None
+    state = next(state for state in _STATES if state in states)
     return {"request_id": name, "state": state, "num_prompts": len(names), "prompts": known}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from urllib.parse import urlsplit
-
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
@@ -42,7 +40,7 @@ def refuse_foreign_page(http: HttpRequest, config: RouterConfig) -> None:
     if origin is None or config.api_keys or {"*", origin} & set(config.allowed_origins):
         return
     is_own = http.headers.get("sec-fetch-site") == "same-origin"  # also behind a proxy that changes the host
-    if not is_own and urlsplit(origin).netloc != http.headers.get("host"):
+    if not is_own and origin.partition("://")[2] != http.headers.get("host"):
         raise OriginForbidden(
             f"a page of {short(origin)} asks, which may not use this router; allow it with --allowed-origins"
         )

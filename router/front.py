@@ -61,21 +61,21 @@ class Front:
 
     def explain(self, request_id: str, domain: str) -> dict[str, Any] | None:
         """What is known of a request or a list, for its own tenant only; None: nothing (any more)."""
-        explained = self.flow.explain(request_id)
-        if explained is not None and explained["tenant"] == domain:
+        explained = self._explain_own(request_id, domain)
+        if explained is not None:
             return explained
         names = self._lists.requests(domain, request_id)
-        return explain_list(request_id, names, lambda name: self.explain(name, domain)) if names else None
+        return explain_list(request_id, names, lambda name: self._explain_own(name, domain))
 
     async def abort(self, request_id: str, domain: str) -> bool:
         """Cancel a tenant's own running request, or all of a list. False: it has none of that name."""
         names = self._lists.requests(domain, request_id) or [request_id]
-        own = [name for name in names if self._is_own(name, domain)]
+        own = [name for name in names if self._explain_own(name, domain) is not None]
         return any([await self.flow.abort(name) for name in own])
 
-    def _is_own(self, request_id: str, domain: str) -> bool:
+    def _explain_own(self, request_id: str, domain: str) -> dict[str, Any] | None:
         explained = self.flow.explain(request_id)
-        return explained is not None and explained["tenant"] == domain
+        return explained if explained is not None and explained["tenant"] == domain else None
 
     async def admit(self, call: Call) -> tuple[Request, ServedModel]:
         """Validate and tokenise a call.

@@ -263,14 +263,17 @@ def _new_id() -> str:
 
 
 async def _no_such_route(http: HttpRequest, error: Exception) -> Response:
-    return _no_route(http, 404, f"no route {http.method} {http.url.path[:200]}", "not_found", {})
+    path = http.url.path[:200]
+    is_below = any(isinstance(route, Route) and route.path == f"/v1{path}" for route in http.app.routes)
+    hint = f"; it is /v1{path}: base URLs end in /v1" if is_below else ""
+    return _no_route(404, f"no route {http.method} {path}{hint}", "not_found", {})
 
 
 async def _wrong_method(http: HttpRequest, error: Exception) -> Response:
     allowed = error.headers if isinstance(error, HTTPException) else None
-    return _no_route(http, 405, f"{http.url.path[:200]} does not take {http.method}", "method_not_allowed", allowed)
+    return _no_route(405, f"{http.url.path[:200]} does not take {http.method}", "method_not_allowed", allowed)
 
 
-def _no_route(http: HttpRequest, status: int, message: str, code: str, headers: Mapping[str, str] | None) -> Response:
+def _no_route(status: int, message: str, code: str, headers: Mapping[str, str] | None) -> Response:
     body = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
     return JsonAnswer({"error": body}, status, {REQUEST_ID: _new_id(), **(headers or {})})

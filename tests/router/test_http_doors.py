@@ -93,6 +93,10 @@ async def test_by_default_a_page_can_neither_ask_nor_read():
         reply = await client.post(COMPLETIONS, content=BODY, headers={"origin": PAGE, "content-type": "text/plain"})
         assert code(reply) == (403, "origin_not_allowed")
         assert "--allowed-origins" in reply.json()["error"]["message"]
+        for odd in ("null", "", "http://[", "x" * 10_000):
+            reply = await client.post(COMPLETIONS, content=BODY, headers={"origin": odd})
+            assert code(reply) == (403, "origin_not_allowed")
+            assert len(reply.content) < 400
         reply = await client.get("/v1/models", headers={"origin": PAGE})
         assert "access-control-allow-origin" not in reply.headers
 
@@ -212,6 +216,9 @@ async def test_where_balancers_and_clients_probe():
         reply = await client.get("/version", headers={"api-key": "secret"})
         assert reply.json() == {"version": __version__}
         assert code(await client.get("/")) == (404, "not_found")
+        reply = await client.post("/chat/completions", content=BODY)
+        assert code(reply) == (404, "not_found")
+        assert "/v1/chat/completions" in reply.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("path", ["/v1/models/", "/v1//models", "/v1//models//"])
