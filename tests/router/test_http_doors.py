@@ -6,6 +6,7 @@ No worker is there, so whatever passes is answered with 503.
 import asyncio
 import gzip
 import json
+import tracemalloc
 import zlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,6 +16,7 @@ import httpx
 import pytest
 
 from twostroke import __version__
+from twostroke.cli.options import config_from
 from twostroke.cluster.config import load_config
 from twostroke.core.errors import ConfigError
 from twostroke.router.config import RouterConfig
@@ -181,12 +183,15 @@ async def test_other_ways_to_pack_are_refused_with_the_remedy(encoding: str):
 
 
 async def test_a_packed_body_is_bounded_as_it_unpacks():
-    async with doors(max_body_bytes=1024) as client:
-        bomb = gzip.compress(b" " * 1_000_000)
-        assert len(bomb) < 1024 * 2
-        reply = await client.post(COMPLETIONS, content=bomb[:1024], headers={"content-encoding": "gzip"})
+    bomb = gzip.compress(b" " * 30_000_000)
+    async with doors(max_body_bytes=len(bomb)) as client:
+        tracemalloc.start()
+        reply = await client.post(COMPLETIONS, content=bomb, headers={"content-encoding": "gzip"})
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
         assert code(reply) == (413, "body_too_large")
-        fits = gzip.compress(b" " * (1024 - len(BODY)) + BODY)
+        assert peak_bytes < 3_000_000
+        fits = gzip.compress(b" " * (len(bomb) - len(BODY)) + BODY)
         reply = await client.post(COMPLETIONS, content=fits, headers={"content-encoding": "gzip"})
         assert reply.status_code == PASSED
 
@@ -236,3 +241,10 @@ async def test_strict_refuses_what_is_named_otherwise():
         reply = await client.post(COMPLETIONS, content=odd)
         assert code(reply) == (400, "invalid_value")
         assert "did you mean temperature?" in reply.json()["error"]["message"]
+
+
+def test_the_flags_are_the_settings_of_these_names():
+    given = {"strict": True, "allowed_origins": f'["{PAGE}"]', "allowed_methods": "POST", "allow_credentials": True}
+    router = config_from(given | {"allowed_headers": '["*"]'}).router
+    assert (router.strict, router.allowed_origins, router.allowed_methods) == (True, (PAGE,), ("POST",))
+    assert (router.allowed_headers, router.allow_credentials) == (("*",), True)
