@@ -31,6 +31,7 @@ class Call:
     stop_token_ids: Sequence[int] = field(default_factory=tuple)
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
     min_p: float | None = None
     repetition_penalty: float | None = None
     frequency_penalty: float | None = None
@@ -40,8 +41,6 @@ class Call:
     logprobs: int | None = None  # how many of the likeliest beside each token
     top_logprobs: int | None = None  # the same under the name that chats have for it; one of the two
     prompt_logprobs: int | None = None
-    skip_special_tokens: bool | None = None
-    spaces_between_special_tokens: bool | None = None
     cache_salt: str | None = None  # only requests of the same tenant and salt share cached prefixes
     request_id: str | None = None
     api_key: str | None = None

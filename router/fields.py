@@ -83,7 +83,6 @@ class Body(Known):
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
-    spaces_between_special_tokens: bool | None = None
     prompt_logprobs: Whole | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
@@ -125,6 +124,8 @@ ACCEPTED = frozenset(
         *("parallel_tool_calls", "mm_processor_kwargs", "media_io_kwargs", "images_config", "return_mm_kwargs"),
         *("length_penalty", "early_stopping", "guided_decoding_backend", "guided_whitespace_pattern"),
         *("include_reasoning", "separate_reasoning", "stream_reasoning"),
+        # Fast tokenizers put no spaces there.
+        "spaces_between_special_tokens",
         # A wish that a model may follow or not; it says nothing about the answer that could be broken.
         "verbosity",
         # How an answer is cut into chunks, and what else is told about it.
