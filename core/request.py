@@ -90,6 +90,13 @@ class Request:
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     num_choices: int
-    isolation_domain: str
+    isolation_domain: str  # who shares cached prefixes with it: its tenant, or those of its tenant with its salt
     timeout_s: float
     is_chat: bool = False
+    ignored_fields: tuple[str, ...] = ()  # what the client sent and nothing reads, by name
+    tenant: str | None = None  # whose it is; None: the isolation domain's
+
+    @property
+    def owner(self) -> str:
+        """The tenant that may explain and abort it, and whose share of the cluster it uses."""
+        return self.tenant or self.isolation_domain

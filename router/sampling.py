@@ -15,7 +15,8 @@ from .words import integer, number, short, text_of
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_STOP_IDS = 256
-MAX_SEED = 2**63
+MAX_SEED = 2**64 - 1
+MIN_SEED = -(2**63)  # 64 bits, with a sign or without
 MAX_TEMPERATURE = 100.0
 MAX_REPETITION_PENALTY = 10.0
 MAX_PENALTY = 2.0  # either way, as OpenAI has it
@@ -35,14 +36,13 @@ def sampling_of(call: Call, model: ServedModel, prompt_ids: Sequence[int], defau
         ContextLengthExceeded: prompt and `max_tokens` do not fit the model together.
     """
     max_tokens = _max_tokens(call, model, len(prompt_ids), default_max_tokens)
-    top_k = None if call.top_k == -1 else call.top_k  # -1: vLLM's "off"
     return SamplingParams(
         max_tokens=max_tokens,
         temperature=number("temperature", call.temperature, 1.0, 0.0, MAX_TEMPERATURE),
         top_p=_top_p(call.top_p),
-        top_k=integer("top_k", top_k, 0, 0, model.vocab_size),
+        top_k=_top_k(call.top_k, model.vocab_size),
         min_p=number("min_p", call.min_p, 0.0, 0.0, 1.0),
-        seed=integer("seed", call.seed, secrets.randbits(62), -MAX_SEED, MAX_SEED - 1) % (1 << 64),
+        seed=integer("seed", call.seed, secrets.randbits(62), MIN_SEED, MAX_SEED) % (1 << 64),
         repetition_penalty=_repetition_penalty(call.repetition_penalty),
         frequency_penalty=number("frequency_penalty", call.frequency_penalty, 0.0, -MAX_PENALTY, MAX_PENALTY),
         presence_penalty=number("presence_penalty", call.presence_penalty, 0.0, -MAX_PENALTY, MAX_PENALTY),
@@ -78,6 +78,12 @@ def _top_p(value: float | None) -> float:
     if top_p == 0.0:
         raise InvalidRequest("top_p is 0; must be above 0 and at most 1", param="top_p")
     return top_p
+
+
+def _top_k(value: int | None, vocab_size: int) -> int:
+    """0, vLLM's -1, and whatever keeps the whole vocabulary: off."""
+    top_k = 0 if value == -1 else integer("top_k", value, 0, 0, 2**63 - 1)
+    return 0 if top_k >= vocab_size else top_k
 
 
 def _repetition_penalty(value: float | None) -> float:

@@ -21,6 +21,7 @@ from .sampling import sampling_of
 from .words import integer, short, text_of
 
 MAX_MESSAGES = 2048
+MAX_SALT_CHARS = 1024
 DEFAULT_ISOLATION_DOMAIN = "public"
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -65,7 +66,7 @@ def validate(call: Call, model: ServedModel, limits: Limits) -> Request:
         ContextLengthExceeded: the prompt leaves no room for a token, or not for `max_tokens`.
         Unauthenticated: see `authenticate`.
     """
-    domain = authenticate(call.api_key, limits)
+    tenant = authenticate(call.api_key, limits)
     num_choices = integer("n", call.n, 1, 1, limits.max_choices)
     request_id = _request_id(call)
     prompt_ids = _prompt_ids(call, model)
@@ -77,10 +78,24 @@ def validate(call: Call, model: ServedModel, limits: Limits) -> Request:
         prompt_ids=prompt_ids,
         sampling=sampling,
         num_choices=num_choices,
-        isolation_domain=domain,
+        isolation_domain=_isolation_domain(tenant, call.cache_salt),
         timeout_s=timeout_s,
         is_chat=call.messages is not None,
+        tenant=tenant,
     )
+
+
+def _isolation_domain(tenant: str, salt: str | None) -> str:
+    """A tenant's own domain, or the one that its requests with this salt share. The salt itself is shown nowhere."""
+    if salt is None:
+        return tenant
+    if not 1 <= len(salt) <= MAX_SALT_CHARS:
+        raise InvalidRequest(
+            f"cache_salt has {len(salt)} characters; must have 1 to {MAX_SALT_CHARS}, or be left out",
+            param="cache_salt",
+        )
+    digest = hashlib.blake2b(text_of("cache_salt", salt).encode(), digest_size=16, person=b"twostroke-salt")
+    return f"{tenant}/salt-{digest.hexdigest()}"
 
 
 def new_request_id(is_chat: bool) -> str:
@@ -133,7 +148,8 @@ def _token_ids(ids: Sequence[int], model: ServedModel) -> Sequence[int]:
     for place, token_id in enumerate(ids):
         if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < model.vocab_size:
             raise InvalidRequest(
-                f"prompt[{place}] is {token_id!r}; must be a token id from 0 to {model.vocab_size - 1}", param="prompt"
+                f"prompt[{place}] is {short(token_id)}; must be a token id from 0 to {model.vocab_size - 1}",
+                param="prompt",
             )
     return ids
 

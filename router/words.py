@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from reprlib import Repr
 from typing import Any
 
 from ..core.errors import InvalidRequest
+
+_BRIEF = Repr()
+_BRIEF.maxlevel, _BRIEF.maxstring = 3, 60
 
 
 def integer(name: str, value: Any, default: int, low: int, high: int) -> int:
@@ -39,6 +43,6 @@ def text_of(name: str, text: str) -> str:
 
 
 def short(value: Any) -> str:
-    """A value as an error shows it."""
-    text = repr(value)
+    """A value as an error shows it: at most 80 characters, at a cost that does not grow with the value."""
+    text = repr(value[:80]) if isinstance(value, (str, bytes)) else _BRIEF.repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
