@@ -1,0 +1,200 @@
+"""What a chat template can show, found by rendering small chats with it. Knows no request.
+
+Templates are programs, and the same thing is written in a hundred ways; so nothing is guessed from their source. A
+probe puts a marker into a message and looks for it in the output. All probes of a template take some milliseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+Message = Mapping[str, Any]
+Render = Callable[[Sequence[Message]], str | None]  # the output, or None where the template raised
+
+_MARK = "qzjxkv"  # has no place in any template
+_QUESTION: Message = {"role": "user", "content": "q"}
+_ANSWER: Message = {"role": "assistant", "content": "b"}
+_CALL_ID = "call12345"  # nine letters and digits: Mistral's templates take no others
+
+
+class ContentForm(Enum):
+    """What a role's `content` must be."""
+
+    TEXT = "text"
+    PARTS = "parts"  # a list of {"type": "text", "text": ...}
+    EITHER = "either"  # both, with the same output
+
+
+class NoContent(Enum):
+    """How a template wants a message without text, beside tool calls."""
+
+    ABSENT = "absent"  # as transformers gives it
+    EMPTY = "empty"  # the empty string
+    NULL = "null"
+
+
+@dataclass(frozen=True, slots=True)
+class CallForm:
+    """How tool calls of an assistant message reach the prompt."""
+
+    no_content: NoContent = NoContent.ABSENT
+    arguments_as_text: bool = False  # JSON text instead of an object
+    beside_empty_text: bool = True  # also where the content is the empty string
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateTraits:
+    """What one chat template does with what the API allows. The defaults are those of a template that takes all."""
+
+    knows_developer: bool = False
+    vanishing_roles: frozenset[str] = frozenset()  # rendered without complaint, and not in the output
+    takes_one_system: bool = False  # of several leading system messages it shows not all, or refuses them
+    drops_late_system: bool = False  # system messages after the first turn are not in the output
+    content_forms: Mapping[str, ContentForm] = field(default_factory=dict)  # by role; a missing one: text
+    call_form: CallForm | None = field(default_factory=CallForm)  # None: it shows no tool calls
+
+
+def find_traits(render: Render) -> TemplateTraits:
+    """Probe a template. `render` must be bounded."""
+    forms = {role: _content_form(render, role) for role in ("system", "user", "assistant", "tool")}
+    calls = _call_form(render, forms)
+    talk = _Talk(render, forms)
+    knows_developer = _knows_developer(render, talk)
+    if knows_developer:
+        forms["developer"] = _content_form(render, "developer")
+    roles = ("system", "user", "assistant", "tool")
+    return TemplateTraits(
+        knows_developer=knows_developer,
+        vanishing_roles=frozenset(role for role in roles if _shows(render, talk.about(role)) is False),
+        takes_one_system=not _shows_both(render, talk, knows_developer),
+        drops_late_system=_shows(render, [talk.of("system", "a"), _QUESTION, _ANSWER, talk.of("system"), _QUESTION])
+        is False,
+        content_forms=forms,
+        call_form=calls,
+    )
+
+
+def as_parts(text: str) -> list[dict[str, str]]:
+    """A text as a list of parts."""
+    return [{"type": "text", "text": text}]
+
+
+@dataclass(frozen=True, slots=True)
+class _Talk:
+    """Small chats in the form that the template takes."""
+
+    render: Render
+    forms: Mapping[str, ContentForm]
+
+    def of(self, role: str, text: str = _MARK) -> Message:
+        form = self.forms.get(role, self.forms["system"])
+        return {"role": role, "content": as_parts(text) if form is ContentForm.PARTS else text}
+
+    def about(self, role: str) -> list[Message]:
+        return _with_forms(_probe(self.render, role, self.of(role)["content"]), self.forms)
+
+
+def _chat_about(role: str, content: Any, form: CallForm | None = None) -> list[Message]:
+    """The shortest chat in which a role has its ordinary place; `form` is of the call before a tool's result."""
+    if role == "user":
+        return [{"role": "user", "content": content}]
+    if role == "assistant":
+        return [_QUESTION, {"role": "assistant", "content": content}, _QUESTION]
+    if role == "tool":
+        return [*_call_chat(form or CallForm(), "v")[:2], _result(content)]
+    return [{"role": role, "content": content}, _QUESTION]
+
+
+def _result(content: Any) -> Message:
+    return {"role": "tool", "tool_call_id": _CALL_ID, "name": "look", "content": content}
+
+
+def _call_chat(form: CallForm, value: str) -> list[Message]:
+    arguments = f'{{"key": "{value}"}}' if form.arguments_as_text else {"key": value}
+    function = {"name": "look", "arguments": arguments}
+    message: dict[str, Any] = {
+        "role": "assistant",
+        "tool_calls": [{"id": _CALL_ID, "type": "function", "function": function}],
+    }
+    if form.no_content is not NoContent.ABSENT:
+        message["content"] = "" if form.no_content is NoContent.EMPTY else None
+    return [_QUESTION, message, _result("x")]
+
+
+def _shows(render: Render, chat: Sequence[Message]) -> bool | None:
+    """Whether the marker is in the output; None: the template refuses the chat."""
+    output = render(chat)
+    return None if output is None else _MARK in output
+
+
+def _content_form(render: Render, role: str) -> ContentForm:
+    texts = parts = None
+    for _ in range(2):  # twice: an output may hold the time
+        texts, parts = render(_probe(render, role, _MARK)), render(_probe(render, role, as_parts(_MARK)))
+        if texts is not None and texts == parts:
+            break
+    if texts is not None and _MARK in texts:
+        return ContentForm.EITHER if texts == parts else ContentForm.TEXT
+    return ContentForm.PARTS if parts is not None and _MARK in parts else ContentForm.TEXT
+
+
+def _probe(render: Render, role: str, content: Any) -> list[Message]:
+    """`_chat_about`, and for tool results the first form of the calls before them that is not refused."""
+    if role != "tool":
+        return _chat_about(role, content)
+    chats = [_chat_about(role, content, form) for form in _CALL_FORMS]
+    return next((chat for chat in chats if render(chat) is not None), chats[0])
+
+
+_CALL_FORMS = tuple(CallForm(no_content, as_text) for as_text in (False, True) for no_content in NoContent)
+
+
+def _call_form(render: Render, forms: Mapping[str, ContentForm]) -> CallForm | None:
+    """The first form in which the marker reaches the output; objects before text, as transformers has them."""
+    refused = True
+    for form in _CALL_FORMS:
+        output = render(_with_forms(_call_chat(form, _MARK), forms))
+        refused &= output is None
+        if output is None or _MARK not in output:
+            continue
+        if f"{{'key': '{_MARK}'}}" in output:  # Python's own writing of an object: it was meant to be text
+            textual = CallForm(form.no_content, arguments_as_text=True)
+            if _shows(render, _with_forms(_call_chat(textual, _MARK), forms)):
+                form = textual
+        empty = CallForm(NoContent.EMPTY, form.arguments_as_text)
+        beside_empty = bool(_shows(render, _with_forms(_call_chat(empty, _MARK), forms)))
+        return CallForm(form.no_content, form.arguments_as_text, beside_empty)
+    return CallForm() if refused else None
+
+
+def _with_forms(chat: list[Message], forms: Mapping[str, ContentForm]) -> list[Message]:
+    return [
+        {**message, "content": as_parts(message["content"])}
+        if isinstance(message.get("content"), str) and forms.get(message["role"]) is ContentForm.PARTS
+        else message
+        for message in chat
+    ]
+
+
+def _knows_developer(render: Render, talk: _Talk) -> bool:
+    """Whether `developer` does something that a role nobody knows does not."""
+    other = "wizzzard"
+    known, unknown = render(talk.about("developer")), render(talk.about(other))
+    if known is None or _MARK not in known:
+        return False
+    return unknown is None or known != unknown.replace(other, "developer")
+
+
+def _shows_both(render: Render, talk: _Talk, knows_developer: bool) -> bool:
+    pairs = [("system", "system")]
+    if knows_developer:
+        pairs += [("system", "developer"), ("developer", "system"), ("developer", "developer")]
+    first = _MARK[::-1]
+    for one, other in pairs:
+        output = render([talk.of(one, first), talk.of(other), _QUESTION])
+        if output is None or _MARK not in output or first not in output:
+            return False
+    return True
