@@ -93,3 +93,4 @@ class Request:
     isolation_domain: str
     timeout_s: float
     is_chat: bool = False
+    ignored_fields: tuple[str, ...] = ()  # what the client sent and nothing reads, by name

@@ -14,6 +14,11 @@ class Call:
     model: str | None = None
     prompt: str | Sequence[int] | None = None  # exactly one of prompt and messages
     messages: Sequence[Mapping[str, Any]] | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None  # these five go with messages only
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    documents: Sequence[Mapping[str, Any]] | None = None
+    reasoning_effort: str | None = None
     max_tokens: int | None = None
     usual_max_tokens: int | None = None  # the face's own default for max_tokens; none: the router's
     min_tokens: int | None = None

@@ -28,7 +28,7 @@ _OFF_VALUES: dict[str, tuple[Any, ...]] = {
     "modalities": (None, ["text"]),
     "audio": (None,),
     "prediction": (None,),
-    "reasoning_effort": (None,),
+    "chat_template": (None,),  # a client's template is never run
     "web_search_options": (None,),
 }
 
@@ -79,6 +79,11 @@ class ChatBody(Body):
     """POST /v1/chat/completions."""
 
     messages: list[dict[str, Any]]
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    documents: list[dict[str, Any]] | None = None
+    reasoning_effort: str | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -128,7 +133,16 @@ def chat_call(body: ChatBody, api_key: str | None) -> Call:
             f"top_logprobs is {body.top_logprobs} without logprobs; set logprobs to true", param="top_logprobs"
         )
     top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return Call(messages=body.messages, top_logprobs=top_logprobs, **_common(body, max_tokens, api_key))
+    return Call(
+        messages=body.messages,
+        chat_template_kwargs=body.chat_template_kwargs,
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+        documents=body.documents,
+        reasoning_effort=body.reasoning_effort,
+        top_logprobs=top_logprobs,
+        **_common(body, max_tokens, api_key),
+    )
 
 
 def completion_call(body: CompletionBody, api_key: str | None) -> Call:

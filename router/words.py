@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from ..core.errors import InvalidRequest
@@ -42,3 +43,23 @@ def short(value: Any) -> str:
     """A value as an error shows it."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def deeper_than(value: Any, levels: int) -> bool:
+    """Whether lists and objects nest more than `levels` deep."""
+    layer = [value]
+    for _ in range(levels + 1):
+        layer = [
+            inner
+            for outer in layer
+            if isinstance(outer, (list, tuple, Mapping))
+            for inner in (outer.values() if isinstance(outer, Mapping) else outer)
+        ]
+        if not layer:
+            return False
+    return True
+
+
+def refuse_constant(name: str) -> float:
+    """For `json.loads(parse_constant=...)`: NaN and infinities are Python's, not JSON's."""
+    raise ValueError(f"{name} is not a JSON number")

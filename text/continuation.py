@@ -1,4 +1,4 @@
-"""A prompt that ends within its last message: the template renders the message with a tag, and the prompt ends there."""
+"""A prompt that ends within its last message: rendered with a tag after the message's text, and cut there."""
 
 from __future__ import annotations
 

@@ -46,8 +46,8 @@ def adapt(messages: Sequence[Mapping[str, Any]], traits: TemplateTraits) -> list
             )
         if role in INSTRUCTIONS and in_turns and traits.drops_late_system:
             raise InvalidRequest(
-                f"messages[{place}].role is {role!r} after the first turn; the model's chat template shows such messages "
-                "only at the start: put it there, or make it a user message",
+                f"messages[{place}].role is {role!r} after the first turn; the model's chat template shows such "
+                "messages only at the start: put it there, or make it a user message",
                 param=f"messages[{place}].role",
             )
         in_turns = in_turns or role not in INSTRUCTIONS

@@ -13,16 +13,20 @@ import jinja2
 from jinja2 import nodes
 
 from ..core.errors import CheckpointError, InvalidRequest
+from .continuation import cut_at_tag, with_tag
 from .files import SPECIAL_NAMES, read_json, read_text, special_tokens
 from .gguf_file import GgufFile, is_gguf
 from .gguf_tokenizer import read_templates, special_tokens_of
-from .continuation import cut_at_tag, with_tag
 from .sandbox import LimitExceeded, Limits, MeteredEnvironment
 from .tracked import TrackedMessage, unread
 from .traits import Render, TemplateTraits, find_traits
 
 MAX_TEMPLATE_CHARS = 256 * 1024
 REASONING = ("reasoning_content", "thinking", "reasoning")  # the first is the one that most templates read
+_RESERVED = frozenset(
+    {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
+    | {"self", "super", "loop", "caller", "varargs", "kwargs"}  # jinja2's own
+)
 _PROBE_WORK = 200_000  # of one probe for the template's traits; small chats need a few thousand
 
 
@@ -51,7 +55,8 @@ class ChatTemplate:
         self._limits = limits or Limits()
         self._environment = MeteredEnvironment()
         self._special = dict(special or {})
-        self._names: set[str] = set()  # that the templates mention, as variables or fields
+        self._variables: set[str] = set()  # names that the templates have as variables
+        self._fields: set[str] = set()  # and as fields of anything
         self._template_by_name = {name: self._compile(name, source) for name, source in source_by_name.items()}
         self._traits: TemplateTraits | None = None
         self._finding_traits = threading.Lock()
@@ -83,14 +88,13 @@ class ChatTemplate:
                 self._traits = find_traits(self._probe())
             return self._traits
 
-    def mentions(self, name: str) -> bool:
-        """Whether the template has a variable or a field of that name anywhere."""
-        return name in self._names
+    def asks_for(self, name: str) -> bool:
+        """Whether the template has a variable of that name."""
+        return name in self._variables
 
     def is_reserved(self, name: str) -> bool:
         """Whether an option of that name would hide what the template gets otherwise."""
-        given = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
-        return name in given or name in SPECIAL_NAMES or name in self._special or name in self._environment.globals
+        return any(name in names for names in (_RESERVED, SPECIAL_NAMES, self._special, self._environment.globals))
 
     def render(
         self,
@@ -143,7 +147,7 @@ class ChatTemplate:
         text = self._run(template, variables, messages, limits or self._limits)
         if continue_final_message:
             text = cut_at_tag(text, messages[-1]["content"])
-        return Rendered(text, tuple(unread(message) for message in tracked))
+        return Rendered(text, tuple(map(_unread, messages, tracked)))
 
     def _run(
         self,
@@ -190,7 +194,7 @@ class ChatTemplate:
         return self._template_by_name[name]
 
     def _as_templates_know_it(self, message: Mapping[str, Any], keep_null_content: bool) -> dict[str, Any]:
-        """A message without nulls, which many templates fail on, and with its reasoning under the names they ask for."""
+        """A message without nulls, which many templates fail on, and its reasoning under the names they ask for."""
         kept = {
             name: value
             for name, value in message.items()
@@ -199,7 +203,7 @@ class ChatTemplate:
         reasoning = next((kept[name] for name in REASONING if name in kept), None)
         if reasoning is None:
             return kept
-        if not self.mentions("reasoning_content") and not self.mentions("thinking"):
+        if self._fields.isdisjoint(("reasoning_content", "thinking")):
             kept.setdefault("reasoning", reasoning)
         return {"thinking": reasoning, **kept, "reasoning_content": reasoning}
 
@@ -208,7 +212,9 @@ class ChatTemplate:
             raise CheckpointError(f"chat template {name!r} has {len(source)} characters; at most {MAX_TEMPLATE_CHARS}")
         try:
             compiled = self._environment.compile_metered(source, self._limits)
-            self._names |= _names_in(self._environment.parse(source))
+            tree = self._environment.parse(source)
+            self._variables |= {node.name for node in tree.find_all(nodes.Name)}
+            self._fields |= _fields_in(tree)
             return compiled
         except jinja2.TemplateSyntaxError as error:
             raise CheckpointError(f"chat template {name!r}, line {error.lineno}: {error.message}") from None
@@ -216,10 +222,18 @@ class ChatTemplate:
             raise CheckpointError(f"chat template {name!r} cannot be compiled: {error}") from None
 
 
-def _names_in(tree: nodes.Template) -> set[str]:
-    """Everything that could name a variable or a field: `x`, `m.x`, `m["x"]`, `m.get("x")`, `attribute="x"`."""
-    found: set[str] = {node.name for node in tree.find_all(nodes.Name)}
-    found |= {node.attr for node in tree.find_all(nodes.Getattr)}
+def _unread(given: Mapping[str, Any], tracked: TrackedMessage) -> tuple[str, ...]:
+    """Fields that were given and not read; reasoning is read under any of its names."""
+    names = unread(tracked)
+    aliases = [name for name in REASONING if dict.__contains__(tracked, name)]
+    if not set(aliases) <= set(names):
+        names = tuple(name for name in names if name not in aliases)
+    return tuple(name for name in names if given.get(name) is not None)
+
+
+def _fields_in(tree: nodes.Template) -> set[str]:
+    """Everything that could name a field: `m.x`, `m["x"]`, `m.get("x")`, `attribute="x"`."""
+    found: set[str] = {node.attr for node in tree.find_all(nodes.Getattr)}
     return found | {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
 
 

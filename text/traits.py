@@ -7,7 +7,7 @@ probe puts a marker into a message and looks for it in the output. All probes of
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -160,13 +160,13 @@ def _call_form(render: Render, forms: Mapping[str, ContentForm]) -> CallForm | N
         refused &= output is None
         if output is None or _MARK not in output:
             continue
-        if f"{{'key': '{_MARK}'}}" in output:  # Python's own writing of an object: it was meant to be text
-            textual = CallForm(form.no_content, arguments_as_text=True)
-            if _shows(render, _with_forms(_call_chat(textual, _MARK), forms)):
-                form = textual
-        empty = CallForm(NoContent.EMPTY, form.arguments_as_text)
-        beside_empty = bool(_shows(render, _with_forms(_call_chat(empty, _MARK), forms)))
-        return CallForm(form.no_content, form.arguments_as_text, beside_empty)
+        textual = replace(form, arguments_as_text=True)
+        if f"{{'key': '{_MARK}'}}" in output and _shows(render, _with_forms(_call_chat(textual, _MARK), forms)):
+            found = textual  # the template prints an object in Python's way: it was meant for text
+        else:
+            found = form
+        empty = replace(found, no_content=NoContent.EMPTY)
+        return replace(found, beside_empty_text=bool(_shows(render, _with_forms(_call_chat(empty, _MARK), forms))))
     return CallForm() if refused else None
 
 
