@@ -10,6 +10,7 @@ from typing import Any
 from ..core.errors import InvalidRequest, UnsupportedParameter
 from ..text.conversation import Placed, adapt
 from ..text.template import ChatTemplate, Rendered
+from ..text.traits import CallForm
 from .call import Call
 from .ignored import Ignored
 from .messages import check_messages
@@ -54,13 +55,15 @@ def chat_prompt(call: Call, model: ServedModel, ignored: Ignored) -> str:
         continue_final_message=wishes.continue_final_message,
         keep_null_content=True,
     )
-    _tell_unread(placed, rendered, ignored)
+    _tell_unread(placed, rendered, template.traits.call_form, ignored)
     return text_of("messages", rendered.text)
 
 
-def _tell_unread(placed: Sequence[Placed], rendered: Rendered, ignored: Ignored) -> None:
+def _tell_unread(placed: Sequence[Placed], rendered: Rendered, form: CallForm | None, ignored: Ignored) -> None:
     """Refuse what must not vanish, note the rest."""
     for (place, message), unread in zip(placed, rendered.unread, strict=True):
+        if "tool_calls" in message and message.get("content") and form is not None and not form.shows_text:
+            ignored.add("messages", "content")
         for name in unread:
             if name == "tool_calls":
                 raise InvalidRequest(

@@ -44,7 +44,24 @@ def check_messages(messages: Sequence[Any], ignored: Ignored) -> list[dict[str, 
         raise InvalidRequest("messages is empty; give at least one message", param="messages")
     if len(messages) > MAX_MESSAGES:
         raise InvalidRequest(f"messages has {len(messages)} entries; at most {MAX_MESSAGES}", param="messages")
-    return [_message(message, f"messages[{place}]", ignored) for place, message in enumerate(messages)]
+    checked = [_message(message, f"messages[{place}]", ignored) for place, message in enumerate(messages)]
+    _give_ids(checked)
+    return checked
+
+
+def _give_ids(messages: list[dict[str, Any]]) -> None:
+    """An id for calls that have none, as `function_call` had none, and for the result that follows.
+
+    Nine letters and digits: Mistral's templates take no others.
+    """
+    latest: str | None = None
+    for place, message in enumerate(messages):
+        for call in message.get("tool_calls", ()):
+            if "id" not in call:
+                latest = call["id"] = f"call{place:05}"
+        if message["role"] == "tool" and latest is not None:
+            message.setdefault("tool_call_id", latest)
+            latest = None
 
 
 def _message(given: Any, where: str, ignored: Ignored) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..core.errors import InvalidRequest
-from .traits import CallForm, ContentForm, NoContent, TemplateTraits, as_parts
+from .traits import LISTS, CallForm, ContentForm, NoContent, TemplateTraits, as_parts
 
 INSTRUCTIONS = ("system", "developer")
 
@@ -66,8 +66,8 @@ def text_of_parts(content: str | Sequence[Mapping[str, Any]]) -> str:
 def _in_form(content: Any, form: ContentForm) -> Any:
     if form is ContentForm.TEXT:
         return text_of_parts(content)
-    if form is ContentForm.PARTS and isinstance(content, str):
-        return as_parts(content)
+    if form is ContentForm.PART or (form in LISTS and isinstance(content, str)):
+        return as_parts(text_of_parts(content))
     return content
 
 
@@ -87,6 +87,12 @@ def _put_calls(place: int, message: dict[str, Any], form: CallForm | None) -> No
     if form is None:
         raise InvalidRequest(
             f"messages[{place}].tool_calls: the model's chat template shows no tool calls; leave them out",
+            param=f"messages[{place}].tool_calls",
+        )
+    if len(message["tool_calls"]) > 1 and not form.shows_several:
+        raise InvalidRequest(
+            f"messages[{place}].tool_calls has {len(message['tool_calls'])} calls; the model's chat template shows one "
+            "per message: give each call a message of its own, before its result",
             param=f"messages[{place}].tool_calls",
         )
     if form.arguments_as_text:

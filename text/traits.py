@@ -15,6 +15,7 @@ Message = Mapping[str, Any]
 Render = Callable[[Sequence[Message]], str | None]  # the output, or None where the template raised
 
 _MARK = "qzjxkv"  # has no place in any template
+_OTHER = _MARK[::-1]
 _QUESTION: Message = {"role": "user", "content": "q"}
 _ANSWER: Message = {"role": "assistant", "content": "b"}
 _CALL_ID = "call12345"  # nine letters and digits: Mistral's templates take no others
@@ -24,8 +25,12 @@ class ContentForm(Enum):
     """What a role's `content` must be."""
 
     TEXT = "text"
-    PARTS = "parts"  # a list of {"type": "text", "text": ...}
-    EITHER = "either"  # both, with the same output
+    PART = "part"  # a list of one {"type": "text", "text": ...}
+    PARTS = "parts"  # a list of them
+    EITHER = "either"  # text or a list, with the same output
+
+
+LISTS = (ContentForm.PART, ContentForm.PARTS)  # where text must become a list
 
 
 class NoContent(Enum):
@@ -43,6 +48,8 @@ class CallForm:
     no_content: NoContent = NoContent.ABSENT
     arguments_as_text: bool = False  # JSON text instead of an object
     beside_empty_text: bool = True  # also where the content is the empty string
+    shows_text: bool = True  # the text of a message with calls is in the output, too
+    shows_several: bool = True  # all calls of a message are
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +59,7 @@ class TemplateTraits:
     knows_developer: bool = False
     vanishing_roles: frozenset[str] = frozenset()  # rendered without complaint, and not in the output
     takes_one_system: bool = False  # of several leading system messages it shows not all, or refuses them
-    drops_late_system: bool = False  # system messages after the first turn are not in the output
+    drops_late_system: bool = False  # with a system message after the first turn, it or the first one is left out
     content_forms: Mapping[str, ContentForm] = field(default_factory=dict)  # by role; a missing one: text
     call_form: CallForm | None = field(default_factory=CallForm)  # None: it shows no tool calls
 
@@ -70,7 +77,9 @@ def find_traits(render: Render) -> TemplateTraits:
         knows_developer=knows_developer,
         vanishing_roles=frozenset(role for role in roles if _shows(render, talk.about(role)) is False),
         takes_one_system=not _shows_both(render, talk, knows_developer),
-        drops_late_system=_shows(render, [talk.of("system", "a"), _QUESTION, _ANSWER, talk.of("system"), _QUESTION])
+        drops_late_system=_shows(
+            render, [talk.of("system", _OTHER), _QUESTION, _ANSWER, talk.of("system"), _QUESTION], (_MARK, _OTHER)
+        )
         is False,
         content_forms=forms,
         call_form=calls,
@@ -91,7 +100,7 @@ class _Talk:
 
     def of(self, role: str, text: str = _MARK) -> Message:
         form = self.forms.get(role, self.forms["system"])
-        return {"role": role, "content": as_parts(text) if form is ContentForm.PARTS else text}
+        return {"role": role, "content": as_parts(text) if form in LISTS else text}
 
     def about(self, role: str) -> list[Message]:
         return _with_forms(_probe(self.render, role, self.of(role)["content"]), self.forms)
@@ -109,25 +118,27 @@ def _chat_about(role: str, content: Any, form: CallForm | None = None) -> list[M
 
 
 def _result(content: Any) -> Message:
-    return {"role": "tool", "tool_call_id": _CALL_ID, "name": "look", "content": content}
+    return {"role": "tool", "tool_call_id": f"{_CALL_ID[:-1]}0", "name": "look", "content": content}
 
 
-def _call_chat(form: CallForm, value: str) -> list[Message]:
-    arguments = f'{{"key": "{value}"}}' if form.arguments_as_text else {"key": value}
-    function = {"name": "look", "arguments": arguments}
-    message: dict[str, Any] = {
-        "role": "assistant",
-        "tool_calls": [{"id": _CALL_ID, "type": "function", "function": function}],
-    }
+def _call_chat(form: CallForm, *values: str) -> list[Message]:
+    """A chat whose second message calls a tool once for each value."""
+    calls = []
+    for place, value in enumerate(values):
+        arguments = f'{{"key": "{value}"}}' if form.arguments_as_text else {"key": value}
+        function = {"name": "look", "arguments": arguments}
+        calls.append({"id": f"{_CALL_ID[:-1]}{place}", "type": "function", "function": function})
+    message: dict[str, Any] = {"role": "assistant", "tool_calls": calls}
     if form.no_content is not NoContent.ABSENT:
         message["content"] = "" if form.no_content is NoContent.EMPTY else None
-    return [_QUESTION, message, _result("x")]
+    results = [{**_result("x"), "tool_call_id": call["id"]} for call in calls]
+    return [_QUESTION, message, *results]
 
 
-def _shows(render: Render, chat: Sequence[Message]) -> bool | None:
-    """Whether the marker is in the output; None: the template refuses the chat."""
+def _shows(render: Render, chat: Sequence[Message], marks: Sequence[str] = (_MARK,)) -> bool | None:
+    """Whether all markers are in the output; None: the template refuses the chat."""
     output = render(chat)
-    return None if output is None else _MARK in output
+    return None if output is None else all(mark in output for mark in marks)
 
 
 def _content_form(render: Render, role: str) -> ContentForm:
@@ -136,9 +147,12 @@ def _content_form(render: Render, role: str) -> ContentForm:
         texts, parts = render(_probe(render, role, _MARK)), render(_probe(render, role, as_parts(_MARK)))
         if texts is not None and texts == parts:
             break
+    shows_several = _shows(render, _probe(render, role, as_parts(_MARK) + as_parts(_OTHER)), (_MARK, _OTHER))
     if texts is not None and _MARK in texts:
-        return ContentForm.EITHER if texts == parts else ContentForm.TEXT
-    return ContentForm.PARTS if parts is not None and _MARK in parts else ContentForm.TEXT
+        return ContentForm.EITHER if texts == parts and shows_several else ContentForm.TEXT
+    if parts is None or _MARK not in parts:
+        return ContentForm.TEXT
+    return ContentForm.PARTS if shows_several else ContentForm.PART
 
 
 def _probe(render: Render, role: str, content: Any) -> list[Message]:
@@ -165,15 +179,31 @@ def _call_form(render: Render, forms: Mapping[str, ContentForm]) -> CallForm | N
             found = textual  # the template prints an object in Python's way: it was meant for text
         else:
             found = form
-        empty = replace(found, no_content=NoContent.EMPTY)
-        return replace(found, beside_empty_text=bool(_shows(render, _with_forms(_call_chat(empty, _MARK), forms))))
+        return _with_details(render, found, forms)
     return CallForm() if refused else None
+
+
+def _with_details(render: Render, form: CallForm, forms: Mapping[str, ContentForm]) -> CallForm:
+    """The form with what is beside the call, or a second call, does to the output."""
+
+    def shows(chat: list[Message], *marks: str) -> bool | None:
+        return _shows(render, _with_forms(chat, forms), marks)
+
+    empty = _call_chat(replace(form, no_content=NoContent.EMPTY), _MARK)
+    spoken = _call_chat(form, _MARK)
+    spoken[1] = {**spoken[1], "content": _OTHER}
+    return replace(
+        form,
+        beside_empty_text=bool(shows(empty, _MARK)),
+        shows_text=shows(spoken, _MARK, _OTHER) is not False,
+        shows_several=shows(_call_chat(form, _MARK, _OTHER), _MARK, _OTHER) is not False,
+    )
 
 
 def _with_forms(chat: list[Message], forms: Mapping[str, ContentForm]) -> list[Message]:
     return [
         {**message, "content": as_parts(message["content"])}
-        if isinstance(message.get("content"), str) and forms.get(message["role"]) is ContentForm.PARTS
+        if isinstance(message.get("content"), str) and forms.get(message["role"]) in LISTS
         else message
         for message in chat
     ]
@@ -192,9 +222,6 @@ def _shows_both(render: Render, talk: _Talk, knows_developer: bool) -> bool:
     pairs = [("system", "system")]
     if knows_developer:
         pairs += [("system", "developer"), ("developer", "system"), ("developer", "developer")]
-    first = _MARK[::-1]
-    for one, other in pairs:
-        output = render([talk.of(one, first), talk.of(other), _QUESTION])
-        if output is None or _MARK not in output or first not in output:
-            return False
-    return True
+    return all(
+        _shows(render, [talk.of(one, _OTHER), talk.of(other), _QUESTION], (_MARK, _OTHER)) for one, other in pairs
+    )
