@@ -10,7 +10,7 @@ from typing import Any
 from ..core.errors import InvalidRequest, UnsupportedParameter
 from ..text.conversation import Placed, adapt
 from ..text.template import ChatTemplate, Rendered
-from ..text.traits import CallForm
+from ..text.traits import TemplateTraits
 from .call import Call
 from .ignored import Ignored
 from .messages import check_messages
@@ -46,7 +46,8 @@ def chat_prompt(call: Call, model: ServedModel, ignored: Ignored) -> str:
     if template is None:
         raise InvalidRequest(f"{model.name} has no chat template; use completions", param="messages")
     wishes = _wishes(call, template, ignored)
-    placed = adapt(check_messages(call.messages or (), ignored), template.traits)
+    sent = call.messages or ()
+    placed = adapt(check_messages(sent, ignored), template.traits)
     rendered = template.render_traced(
         [message for _, message in placed],
         wishes.add_generation_prompt,
@@ -55,14 +56,21 @@ def chat_prompt(call: Call, model: ServedModel, ignored: Ignored) -> str:
         continue_final_message=wishes.continue_final_message,
         keep_null_content=True,
     )
-    _tell_unread(placed, rendered, template.traits.call_form, ignored)
+    _tell_unread(sent, placed, rendered, template.traits, ignored)
     return text_of("messages", rendered.text)
 
 
-def _tell_unread(placed: Sequence[Placed], rendered: Rendered, form: CallForm | None, ignored: Ignored) -> None:
-    """Refuse what must not vanish, note the rest."""
+def _tell_unread(
+    sent: Sequence[Mapping[str, Any]],
+    placed: Sequence[Placed],
+    rendered: Rendered,
+    traits: TemplateTraits,
+    ignored: Ignored,
+) -> None:
+    """Refuse what must not vanish of the messages that were `sent`, note the rest."""
     for (place, message), unread in zip(placed, rendered.unread, strict=True):
-        if "tool_calls" in message and message.get("content") and form is not None and not form.shows_text:
+        without_text = "tool_calls" in message and traits.call_form is not None and not traits.call_form.shows_text
+        if message.get("content") and (without_text or message["role"] in traits.vanishing_roles):
             ignored.add("messages", "content")
         for name in unread:
             if name == "tool_calls":
@@ -71,7 +79,8 @@ def _tell_unread(placed: Sequence[Placed], rendered: Rendered, form: CallForm | 
                     "leave them out, or send the message without content",
                     param=f"messages[{place}].tool_calls",
                 )
-            if name != "role" and message[name]:
+            given = name != "tool_call_id" or name in sent[place]  # an older result is given one
+            if name != "role" and message[name] and given:
                 ignored.add("messages", name)
 
 

@@ -47,17 +47,17 @@ def short(value: Any) -> str:
 
 def deeper_than(value: Any, levels: int) -> bool:
     """Whether lists and objects nest more than `levels` deep."""
-    layer = [value]
-    for _ in range(levels + 1):
+    layer = [value] if isinstance(value, (list, tuple, Mapping)) else []
+    for _ in range(levels):
         layer = [
             inner
             for outer in layer
-            if isinstance(outer, (list, tuple, Mapping))
             for inner in (outer.values() if isinstance(outer, Mapping) else outer)
+            if isinstance(inner, (list, tuple, Mapping))
         ]
         if not layer:
-            return False
-    return True
+            break
+    return bool(layer)
 
 
 def refuse_constant(name: str) -> float:

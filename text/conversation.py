@@ -28,7 +28,7 @@ def adapt(messages: Sequence[Mapping[str, Any]], traits: TemplateTraits) -> list
     - arguments of tool calls become JSON text, and absent content empty or null, where only that is shown.
 
     Raises:
-        InvalidRequest: the template would leave a message or its tool calls out; names the message.
+        InvalidRequest: the template would leave out instructions, a tool's result or tool calls; names the message.
     """
     placed = [Placed(place, dict(message)) for place, message in enumerate(messages)]
     for _, message in placed:
@@ -39,7 +39,7 @@ def adapt(messages: Sequence[Mapping[str, Any]], traits: TemplateTraits) -> list
     in_turns = False
     for place, message in placed:
         role = message["role"]
-        if role in traits.vanishing_roles:
+        if role in traits.vanishing_roles and role not in ("user", "assistant"):  # those are the template's to choose
             raise InvalidRequest(
                 f"messages[{place}].role is {role!r}; the model's chat template leaves such messages out",
                 param=f"messages[{place}].role",

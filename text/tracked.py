@@ -64,6 +64,10 @@ class TrackedMessage(dict[str, Any]):
         self._asked.update(dict.keys(self))
 
 
+# What jinja2 calls a message in its own complaints, which reach the client.
+TrackedMessage.__module__, TrackedMessage.__name__ = dict.__module__, dict.__name__
+
+
 def unread(message: TrackedMessage) -> tuple[str, ...]:
     """The fields that nobody asked for, in their order."""
     return tuple(name for name in dict.keys(message) if name not in message._asked)

@@ -170,7 +170,8 @@ def _call_form(render: Render, forms: Mapping[str, ContentForm]) -> CallForm | N
     """The first form in which the marker reaches the output; objects before text, as transformers has them."""
     refused = True
     for form in _CALL_FORMS:
-        output = render(_with_forms(_call_chat(form, _MARK), forms))
+        chat = _with_forms(_call_chat(form, _MARK), forms)
+        output = render(chat) or render(chat[:2])  # without the result, where the template knows no tools
         refused &= output is None
         if output is None or _MARK not in output:
             continue
