@@ -11,6 +11,8 @@ from ..protos import inference_pb2
 from .messages import MAX_MESSAGES
 from .words import refuse_constant, short
 
+MAX_ITEMS = 16_384  # parts and calls of all messages
+
 
 def chat_messages(messages: Sequence[inference_pb2.ChatMessage]) -> list[dict[str, Any]]:
     """The messages as HTTP has them.
@@ -20,6 +22,9 @@ def chat_messages(messages: Sequence[inference_pb2.ChatMessage]) -> list[dict[st
     """
     if len(messages) > MAX_MESSAGES:
         raise InvalidRequest(f"messages has {len(messages)} entries; at most {MAX_MESSAGES}", param="messages")
+    num_items = sum(len(message.parts) + len(message.tool_calls) for message in messages)
+    if num_items > MAX_ITEMS:
+        raise InvalidRequest(f"messages have {num_items} parts and calls; at most {MAX_ITEMS}", param="messages")
     return [_message(message) for message in messages]
 
 

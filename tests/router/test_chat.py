@@ -275,6 +275,11 @@ def test_looking_for_a_message_does_not_read_it():
     assert prompt(template_of(source), [{**user("x"), "agent": "b"}]) == ("x", ("messages.agent",))
 
 
+def test_asking_whether_a_field_is_there_reads_it():
+    source = "{% for m in messages %}{{ m.content }}{% if 'wait' in m %}...{% endif %}{% endfor %}"
+    assert prompt(template_of(source), [{**user("x"), "wait": True, "go": True}]) == ("x...", ("messages.go",))
+
+
 def test_text_beside_calls_that_the_template_leaves_out_is_named():
     for style, lost in (("one_call", True), ("strict", True), ("json_calls", False)):
         assert ("messages.content" in prompt(style, SHAPES["calls beside a text"])[1]) is lost

@@ -10,7 +10,7 @@ import pytest
 from twostroke.client.messages import add_messages
 from twostroke.core.errors import InvalidRequest
 from twostroke.protos import inference_pb2
-from twostroke.router.chat_wire import chat_messages
+from twostroke.router.chat_wire import MAX_ITEMS, chat_messages
 from twostroke.router.ignored import MAX_NAMES, Ignored
 from twostroke.router.messages import MAX_MESSAGES, MAX_PARTS, check_messages
 from twostroke.router.toolcalls import MAX_CALLS, MAX_DEPTH
@@ -54,6 +54,7 @@ GOOD: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "developer": ({"role": "developer", "content": "x"}, {"role": "developer", "content": "x"}),
     "a name": ({**USER, "name": "ann"}, {**USER, "name": "ann"}),
     "calls": (assistant("let me look", tool_calls=[CALL]), assistant("let me look", tool_calls=[PARSED])),
+    "calls and an empty text": (assistant("", tool_calls=[CALL]), assistant("", tool_calls=[PARSED])),
     "calls and null": (assistant(None, tool_calls=[CALL]), assistant(None, tool_calls=[PARSED])),
     "calls and no content": ({"role": "assistant", "tool_calls": [CALL]}, assistant(None, tool_calls=[PARSED])),
     "calls and no parts": (assistant([], tool_calls=[CALL]), assistant(None, tool_calls=[PARSED])),
@@ -112,6 +113,18 @@ def test_a_message_means_the_same_over_grpc(name):
     add_messages(request, [USER, GOOD[name][0]])
     arrived = chat_messages(inference_pb2.ChatRequest.FromString(request.SerializeToString()).messages)
     assert checked(arrived) == checked([USER, GOOD[name][0]])
+
+
+def test_the_wire_holds_no_more_than_is_built():
+    request = inference_pb2.ChatRequest()
+    for count, field in ((MAX_MESSAGES + 1, None), (MAX_ITEMS + 1, "parts"), (MAX_ITEMS + 1, "tool_calls")):
+        request.Clear()
+        message = request.messages.add(role="user")
+        for _ in range(count):
+            request.messages.add() if field is None else getattr(message, field).add()
+        with pytest.raises(InvalidRequest) as caught:
+            chat_messages(request.messages)
+        assert caught.value.param == "messages"
 
 
 def test_an_older_call_and_its_result_share_an_id():

@@ -44,6 +44,11 @@ def test_content_is_text_or_parts_as_the_template_reads_it(form, styles):
     assert styles_with(lambda traits: traits.content_forms["user"] is form) == styles
 
 
+def test_parts_of_which_only_the_first_is_read_become_text():
+    source = "{% for m in messages %}{{ m.content if m.content is string else m.content[0].text }}{% endfor %}"
+    assert ChatTemplate({"default": source}).traits.content_forms["user"] is ContentForm.TEXT
+
+
 def test_the_form_is_found_for_each_role():
     source = STYLES["either"].replace(
         "text(m.content)", "(m.content | tojson if m.role == 'tool' else text(m.content))"
