@@ -27,6 +27,7 @@ def explain_run(run: Run, state: str) -> dict[str, Any]:
         "state": state,
         "num_choices": run.request.num_choices,
         "sampling": asdict(run.request.sampling),
+        "ignored_fields": list(run.request.ignored_fields),
         "timeout_s": run.request.timeout_s,
         "tokens": {
             "prompt": usage.prompt_tokens,

@@ -24,7 +24,7 @@ from .fields import (
     Known,
     StreamOptions,
 )
-from .words import short
+from .words import refuse_constant, short
 
 B = TypeVar("B", ChatBody, CompletionBody)
 
@@ -205,7 +205,7 @@ def _json_object(data: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"the body is not UTF-8 (byte {error.start}); encode it as UTF-8") from None
     try:
-        values = json.loads(text, parse_constant=_refuse_constant)
+        values = json.loads(text, parse_constant=refuse_constant)
     except RecursionError:
         raise InvalidRequest("the body is nested too deeply; a request needs five levels") from None
     except ValueError as error:
@@ -213,10 +213,6 @@ def _json_object(data: bytes) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InvalidRequest(f"the body is a JSON {type(values).__name__}; must be an object")
     return values
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a JSON number")
 
 
 def _unknown(name: str, kind: type[Body]) -> InvalidRequest:

@@ -15,6 +15,7 @@ from twostroke.protos import common_pb2, inference_pb2, inference_pb2_grpc
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
 HELLO = [{"role": "user", "content": "hello"}]
+CALLING = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
 
 # path, body, status, code, param
 BAD_BODIES: list[tuple[str, Any, int, str, str | None]] = [
@@ -79,6 +80,40 @@ BAD_BODIES: list[tuple[str, Any, int, str, str | None]] = [
     (CHAT, {"messages": HELLO, "tools": [{"type": "function"}]}, 400, "unsupported_parameter", "tools"),
     (CHAT, {"messages": [{"role": "user", "content": "word " * 6000}]}, 400, "context_length_exceeded", "messages"),
     (CHAT, b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400, "invalid_value", "messages[0].content"),
+    (
+        CHAT,
+        {"messages": [{"role": "user", "content": [{"type": ["text"], "text": "x"}]}]},
+        400,
+        "invalid_value",
+        "messages[0].content[0].type",
+    ),
+    (
+        CHAT,
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+        400,
+        "invalid_value",
+        "messages[0].content[0].type",
+    ),
+    (CHAT, {"messages": [{"role": ["user"], "content": "x"}]}, 400, "invalid_value", "messages[0].role"),
+    (CHAT, {"messages": [*HELLO, CALLING]}, 400, "invalid_value", "messages[1].tool_calls"),
+    (CHAT, {"messages": HELLO, "chat_template": "{{ x }}"}, 400, "unsupported_parameter", "chat_template"),
+    (
+        CHAT,
+        {"messages": HELLO, "chat_template_kwargs": {"messages": []}},
+        400,
+        "invalid_value",
+        "chat_template_kwargs.messages",
+    ),
+    (CHAT, {"messages": HELLO, "chat_template_kwargs": [1]}, 400, "invalid_value", "chat_template_kwargs"),
+    (CHAT, {"messages": HELLO, "documents": [{"text": "x"}]}, 400, "unsupported_parameter", "documents"),
+    (CHAT, {"messages": HELLO, "reasoning_effort": "a lot"}, 400, "invalid_value", "reasoning_effort"),
+    (
+        CHAT,
+        {"messages": HELLO, "continue_final_message": True, "add_generation_prompt": True},
+        400,
+        "invalid_value",
+        "continue_final_message",
+    ),
     (TEXT, {"prompt": ""}, 400, "invalid_value", "prompt"),
     (TEXT, {"prompt": []}, 400, "invalid_value", "prompt"),
     (TEXT, {"messages": HELLO}, 400, "invalid_value", "prompt"),
