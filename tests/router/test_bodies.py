@@ -1,6 +1,7 @@
 """Request bodies as clients send them (bodies/*.json), each through the HTTP face as whole answer or stream."""
 
 import json
+import re
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -97,8 +98,8 @@ async def test_what_would_change_the_answer_is_refused_by_name(http, sent):
     response = await send(http, sent)
     assert response.status_code == 400, response.text
     error = response.json()["error"]
-    assert error["param"] == sent.names
-    assert str(sent.names) in error["message"]
+    assert re.split(r"[.\[]", error["param"])[0] == sent.names  # or a part of that field
+    assert sent.names in error["message"]
 
 
 def check_whole(sent: Sent, answer: dict[str, Any]) -> None:
