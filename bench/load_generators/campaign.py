@@ -20,13 +20,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from exports import Outcome, UnreadableExport
+from exports import Outcome, UnreadableExport, verdict
 from server import outcomes, served
 from tools import OUTPUT_TOKENS, PROMPT_TOKENS, TOOLS, USUAL, Run, Tool
 
-sys.path[1:1] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "engine")]
-import environments
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import report
+from environments import ensure
+from environments import versions as installed_versions
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -45,23 +46,6 @@ class Result:
     outcome: Outcome | None
     router: dict[str, int]  # requests by outcome, during this run
     wrong: tuple[str, ...]  # empty: it passed
-
-
-def verdict(run: Run, outcome: Outcome, router: dict[str, int]) -> list[str]:
-    """All that is wrong with a run whose tool came to its end."""
-    wrong = []
-    if outcome.failed:
-        wrong.append(f"{outcome.failed} requests failed or were not finished")
-    if outcome.finished < run.finished or (outcome.finished > run.finished and not run.at_least):
-        wrong.append(f"{outcome.finished} requests finished; expected {run.finished}")
-    if run.output_tokens is not None and outcome.output_tokens != run.output_tokens:
-        wrong.append(f"{outcome.output_tokens} output tokens; expected {run.output_tokens}")
-    for bad in ("rejected", "failed"):
-        if router.get(bad):
-            wrong.append(f"the router counts {router[bad]} {bad}")
-    if run.per_request is not None and router.get("finished") != round(outcome.finished * run.per_request):
-        wrong.append(f"the router counts {router.get('finished')} finished")
-    return wrong
 
 
 def run_tool(tool: Tool, run: Run, url: str, folder: Path) -> Result:
@@ -90,7 +74,7 @@ def run_tool(tool: Tool, run: Run, url: str, folder: Path) -> Result:
     router = {name: count - before.get(name, 0) for name, count in outcomes(url).items()}
     try:
         outcome = tool.read(folder)
-        wrong += verdict(run, outcome, router)
+        wrong += verdict(run.expected, outcome, router)
     except (UnreadableExport, KeyError, ValueError) as error:
         wrong.append(f"export: {type(error).__name__}: {error}")
     shown = {**places, "url": "URL", "tokenizer": "model/bundled", "out": "OUT", "here": "bench/load_generators"}
@@ -115,9 +99,9 @@ def campaign(
     tools: list[Tool], folder: Path, port: int
 ) -> tuple[list[Result], dict[str, dict[str, str]], dict[str, str]]:
     """All runs of all tools against one cluster; versions by tool; why a tool is absent."""
-    absent = {tool.name: reason for tool in tools if (reason := environments.ensure(tool.environment))}
+    absent = {tool.name: reason for tool in tools if (reason := ensure(tool.environment))}
     there = [tool for tool in tools if tool.name not in absent]
-    versions = {tool.name: environments.versions(tool.environment) for tool in there}
+    versions = {tool.name: installed_versions(tool.environment) for tool in there}
     results: list[Result] = []
     with served(folder / "serve.log", port=port) as url:
         for tool in there:
@@ -146,8 +130,8 @@ def body(results: list[Result], versions: dict[str, dict[str, str]], absent: dic
     ]
     parts = [
         f"`twostroke serve --launcher process`, the bundled model, one prefill and one decode worker; prompts of about "
-        f"{PROMPT_TOKENS} tokens, {OUTPUT_TOKENS} new tokens each where the tool can say so. Figures are each tool's own, "
-        f"from its export; all run beside the server on the same cores, so they are no measure of the server alone.",
+        f"{PROMPT_TOKENS} tokens, {OUTPUT_TOKENS} new tokens each where the tool can say so. Figures are each tool's "
+        f"own, from its export. All run beside the server on the same cores: this is no measure of the server alone.",
         report.table(headings, rows),
         report.table(("tool", "versions"), installed + [[tool, f"absent: {why}"] for tool, why in absent.items()]),
         "Commands (OUT is an empty folder, URL the server's address):",

@@ -1,4 +1,4 @@
-"""What each load generator's own export says: how many requests finished, what failed, how fast. Knows files only."""
+"""What each load generator says in its own export, and whether that was expected. Knows no tool and no server."""
 
 from __future__ import annotations
 
@@ -26,6 +26,31 @@ class Outcome:
     latency_p50_ms: float | None = None
     output_tokens_per_s: float | None = None
     note: str = ""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What an outcome must be for a run to pass."""
+
+    finished: int
+    output_tokens: int | None = None  # None: the tool counts in another way
+    at_least: bool = False  # the tool begins new requests until it is told to stop, so more may finish
+    router_counts_all: bool = True  # False: the tool sends requests, or cuts them off, that it does not count
+
+
+def verdict(expected: Expected, outcome: Outcome, router: dict[str, int]) -> list[str]:
+    """All that is wrong with an outcome. `router`: its own count of requests by how they ended, during the run."""
+    wrong = []
+    if outcome.failed:
+        wrong.append(f"{outcome.failed} requests failed or were not finished")
+    if outcome.finished < expected.finished or (outcome.finished > expected.finished and not expected.at_least):
+        wrong.append(f"{outcome.finished} requests finished; expected {expected.finished}")
+    if expected.output_tokens not in (None, outcome.output_tokens):
+        wrong.append(f"{outcome.output_tokens} output tokens; expected {expected.output_tokens}")
+    wrong += [f"the router counts {router[bad]} {bad}" for bad in ("rejected", "failed") if router.get(bad)]
+    if expected.router_counts_all and router.get("finished") != outcome.finished:
+        wrong.append(f"the router counts {router.get('finished')} finished")
+    return wrong
 
 
 Reader = Callable[[Path], Outcome]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import exports
-from exports import Reader
+from exports import Expected, Reader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "engine"))
 from environments import BY_NAME, Environment
@@ -25,14 +25,11 @@ NUM_QUESTIONS = 24  # lines of questions/questions.jsonl
 
 @dataclass(frozen=True)
 class Run:
-    """One call of a tool, and what its export must say."""
+    """One call of a tool, and what must come of it."""
 
     name: str
     arguments: tuple[str, ...]
-    finished: int  # requests that must be finished
-    output_tokens: int | None = None  # that they must have brought; None: the tool counts in another way
-    at_least: bool = False  # the tool begins new requests until it is told to stop, so more may finish
-    per_request: float | None = 1.0  # finished requests of the server for one of the tool; None: not fixed
+    expected: Expected
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ def _guidellm_run(name: str, endpoint: str, profile: str, num_requests: int, loa
         *("--output", "kind=json,path={out}/report.json", "--disable-progress"),
     )
     finished = num_requests * loads
-    return Run(name, arguments, finished, finished * OUTPUT_TOKENS)
+    return Run(name, arguments, Expected(finished, finished * OUTPUT_TOKENS))
 
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -87,7 +84,7 @@ def _aiperf_run(name: str, endpoint: str, num_requests: int, *more: str, tokens:
         *("--request-count", str(num_requests), "--random-seed", "1"),
         *("--artifact-dir", "{out}", "--ui-type", "none", *more),
     )
-    return Run(name, arguments, num_requests, num_requests * OUTPUT_TOKENS if tokens else None)
+    return Run(name, arguments, Expected(num_requests, num_requests * OUTPUT_TOKENS if tokens else None))
 
 
 _COUNTED = ("--use-server-token-count",)  # else it counts the tokens that the answer's text makes
@@ -122,13 +119,13 @@ AIPERF = Tool(
 )
 
 
-def _lm_eval_run(name: str, task: str, batch: int, answers: int, per_answer: float) -> Run:
+def _lm_eval_run(name: str, task: str, batch: int, answers: int) -> Run:
     model = f"model={MODEL},base_url={{url}}/v1/completions,tokenizer={{tokenizer}},num_concurrent=2,max_length=2048"
     arguments = (
         *("--model", "local-completions", "--model_args", model, "--batch_size", str(batch)),
         *("--include_path", "{here}/questions", "--tasks", task, "--output_path", "{out}", "--log_samples"),
     )
-    return Run(name, arguments, answers, per_request=per_answer)
+    return Run(name, arguments, Expected(answers))
 
 
 LM_EVAL = Tool(
@@ -141,9 +138,9 @@ LM_EVAL = Tool(
     ("lm_eval",),
     exports.lm_eval,
     (
-        _lm_eval_run("scores of 3 choices, 4 prompts a request", "twostroke_choice", 4, 3 * NUM_QUESTIONS, 1.0),
-        _lm_eval_run("perplexity, one prompt a request", "twostroke_perplexity", 1, NUM_QUESTIONS, 1.0),
-        _lm_eval_run("texts, 4 prompts a request", "twostroke_text", 4, NUM_QUESTIONS, 1.0),
+        _lm_eval_run("scores of 3 choices, 4 prompts a request", "twostroke_choice", 4, 3 * NUM_QUESTIONS),
+        _lm_eval_run("perplexity, one prompt a request", "twostroke_perplexity", 1, NUM_QUESTIONS),
+        _lm_eval_run("texts, 4 prompts a request", "twostroke_text", 4, NUM_QUESTIONS),
     ),
 )
 
@@ -153,7 +150,7 @@ LLMETER = Tool(
     ("python", "{here}/run_llmeter.py"),
     exports.llmeter,
     tuple(
-        Run(name, ("{url}", "{out}", MODEL, kind, "4", "10", str(OUTPUT_TOKENS)), 40)
+        Run(name, ("{url}", "{out}", MODEL, kind, "4", "10", str(OUTPUT_TOKENS)), Expected(40))
         for name, kind in (("chat, streamed, 4 at a time", "stream"), ("chat, whole, 4 at a time", "whole"))
     ),
 )
@@ -174,9 +171,8 @@ GENAI_BENCH = Tool(
                 *("--max-time-per-run", "1", "--max-requests-per-run", "20"),
                 *("--experiment-base-dir", "{out}", "--experiment-folder-name", "report", "--log-dir", "{out}"),
             ),
-            40,
-            at_least=True,
-            per_request=None,  # what is under way when it stops is cut off and not counted
+            # What is under way when it stops is cut off and not counted.
+            Expected(40, at_least=True, router_counts_all=False),
         ),
     ),
 )
@@ -195,9 +191,8 @@ VLLM_BENCH = Tool(
                 *("--random-output-len", str(OUTPUT_TOKENS), "--num-prompts", "50", "--request-rate", "2"),
                 *("--ignore-eos", "--save-result", "--result-dir", "{out}", "--result-filename", "report.json"),
             ),
-            50,
-            50 * OUTPUT_TOKENS,
-            per_request=None,  # it sends one request ahead to see whether the server answers
+            # It sends one request ahead to see whether the server answers.
+            Expected(50, 50 * OUTPUT_TOKENS, router_counts_all=False),
         )
         for name, backend, endpoint in (("completions", "openai", COMPLETIONS), ("chat", "openai-chat", CHAT))
     ),
