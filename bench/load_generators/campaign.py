@@ -166,7 +166,7 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep exports and logs in this new folder")
     given = parser.parse_args()
     wanted = given.only or (names if given.all else USUAL)
-    tools = [tool for tool in TOOLS if tool.name in wanted and sys.version_info >= tool.least_python]
+    tools = [tool for tool in TOOLS if tool.name in wanted]
     facts = report.machine()
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.keep or Path(temporary)

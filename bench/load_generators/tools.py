@@ -42,11 +42,11 @@ class Tool:
     read: Reader
     runs: tuple[Run, ...]
     surroundings: dict[str, str] = field(default_factory=lambda: dict(OFFLINE))
-    least_python: tuple[int, int] = (3, 11)
 
 
-def _guidellm_run(name: str, endpoint: str, profile: str, num_requests: int, loads: int = 1, **more: object) -> Run:
-    stream, turns = more.get("stream", True), more.get("turns", 1)
+def _guidellm_run(
+    name: str, endpoint: str, profile: str, num_requests: int, *, loads: int = 1, stream: bool = True, turns: int = 1
+) -> Run:
     arguments = (
         *("--backend", f"kind=openai_http,target={{url}},request_format={endpoint},stream={str(stream).lower()}"),
         *("--profile", profile, "--constraint", f"kind=max_requests,count={num_requests}"),

@@ -1,4 +1,9 @@
-"""Request bodies as clients send them (bodies/*.json), each through the HTTP face as whole answer or stream."""
+"""Request bodies as clients send them (bodies/*.json), each through the HTTP face as whole answer or stream.
+
+The fields are those that each client's release of November 2026 sent to a server that writes down what it gets, and for
+chat interfaces, plain pass-through and older releases those of their public sources; texts, names and ids are our own.
+`expect` is the status; `names` is the field that a refusal names.
+"""
 
 import json
 import re
