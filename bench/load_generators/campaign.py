@@ -4,7 +4,7 @@
 
 Each tool has an environment of its own under .bench-envs/. A run passes when the tool exits with 0, its own export has
 the expected number of finished requests and tokens and not one error, and the router counted as many. guidellm and
-aiperf always run; `--all` adds lm-eval, llmeter, genai-bench and vLLM's client, each where it installs. The results are
+aiperf always run; `--all` adds lm-eval, llmeter and genai-bench, each where it installs. The results are
 written when nothing was left out by `--only`. Exit status 1: a run did not pass.
 """
 
@@ -33,6 +33,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 TOKENIZER = ROOT / "model" / "bundled"
 RUN_TIMEOUT_S = 600.0
+LOG_LINES = 30  # of a tool whose run did not pass
 
 
 @dataclass(frozen=True)
@@ -68,15 +69,17 @@ def run_tool(tool: Tool, run: Run, url: str, folder: Path) -> Result:
                 stderr=subprocess.STDOUT,
                 timeout=RUN_TIMEOUT_S,
             )
-        except (OSError, subprocess.SubprocessError) as error:
-            wrong.append(f"{type(error).__name__}: {str(error)[-80:]}")
+        except subprocess.CalledProcessError as error:
+            wrong.append(f"it ended with status {error.returncode}")
+        except subprocess.TimeoutExpired:
+            wrong.append(f"it was not at its end after {RUN_TIMEOUT_S:g} s")
     seconds = time.monotonic() - began_s
     router = {name: count - before.get(name, 0) for name, count in outcomes(url).items()}
     try:
         outcome = tool.read(folder)
         wrong += verdict(run.expected, outcome, router)
     except (UnreadableExport, KeyError, ValueError) as error:
-        wrong.append(f"export: {type(error).__name__}: {error}")
+        wrong.append(f"its export is not as expected: {type(error).__name__}: {error}")
     shown = {**places, "url": "URL", "tokenizer": "model/bundled", "out": "OUT", "here": "bench/load_generators"}
     command = " ".join(_filled(word, shown) for word in (*tool.program, *run.arguments))
     return Result(tool.name, run.name, command, seconds, outcome, router, tuple(wrong))
@@ -109,6 +112,8 @@ def campaign(
                 place = folder / tool.name.replace(" ", "_") / str(number)
                 result = run_tool(tool, run, url, place)
                 results.append(result)
+                if result.wrong:
+                    print("".join((place / "said.log").read_text(errors="replace").splitlines(True)[-LOG_LINES:]))
                 print(
                     f"{tool.name}: {run.name}: {'; '.join(result.wrong) or 'passed'} ({result.seconds:.0f} s)",
                     flush=True,

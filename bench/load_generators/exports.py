@@ -136,7 +136,7 @@ def llmeter(folder: Path) -> Outcome:
     return Outcome(
         finished=told["total_requests"] - told["failed_requests"],
         failed=told["failed_requests"],
-        output_tokens=told.get("total_output_tokens"),
+        output_tokens=round(told["total_output_tokens"]),
         ttft_p50_ms=milliseconds("time_to_first_token-p50"),
         latency_p50_ms=milliseconds("time_to_last_token-p50"),
     )
@@ -162,23 +162,9 @@ def genai_bench(folder: Path) -> Outcome:
     )
 
 
-def vllm_bench(folder: Path) -> Outcome:
-    """`--save-result --result-filename report.json`."""
-    told = _load(folder / "report.json")
-    return Outcome(
-        finished=told["completed"],
-        failed=told.get("failed", told["num_prompts"] - told["completed"]),
-        output_tokens=told["total_output_tokens"],
-        ttft_p50_ms=told.get("median_ttft_ms"),
-        itl_p50_ms=told.get("median_itl_ms"),
-        latency_p50_ms=told.get("median_e2el_ms"),
-        output_tokens_per_s=told["output_throughput"],
-    )
-
-
 def _load(file: Path) -> dict[str, Any]:
     try:
         told: dict[str, Any] = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise UnreadableExport(f"{file.name}: {error}") from None
+        raise UnreadableExport(f"{file.name} cannot be read ({type(error).__name__})") from None
     return told

@@ -14,7 +14,7 @@ import exports
 from exports import Expected, Reader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "engine"))
-from environments import BY_NAME, Environment
+from environments import Environment
 
 MODEL = "twostroke-bundled"
 PROMPT_TOKENS = 128
@@ -177,26 +177,5 @@ GENAI_BENCH = Tool(
     ),
 )
 
-VLLM_BENCH = Tool(
-    "vllm bench serve",
-    BY_NAME["vllm"],
-    ("vllm", "bench", "serve"),
-    exports.vllm_bench,
-    tuple(
-        Run(
-            f"{name}, streamed, 2/s, Poisson",
-            (
-                *("--backend", backend, "--endpoint", endpoint, "--base-url", "{url}", "--model", MODEL),
-                *("--tokenizer", "{tokenizer}", "--dataset-name", "random", "--random-input-len", str(PROMPT_TOKENS)),
-                *("--random-output-len", str(OUTPUT_TOKENS), "--num-prompts", "50", "--request-rate", "2"),
-                *("--ignore-eos", "--save-result", "--result-dir", "{out}", "--result-filename", "report.json"),
-            ),
-            # It sends one request ahead to see whether the server answers.
-            Expected(50, 50 * OUTPUT_TOKENS, router_counts_all=False),
-        )
-        for name, backend, endpoint in (("completions", "openai", COMPLETIONS), ("chat", "openai-chat", CHAT))
-    ),
-)
-
-TOOLS = (GUIDELLM, AIPERF, LM_EVAL, LLMETER, GENAI_BENCH, VLLM_BENCH)
+TOOLS = (GUIDELLM, AIPERF, LM_EVAL, LLMETER, GENAI_BENCH)
 USUAL = ("guidellm", "aiperf")  # what must run on every machine; the others where they install
