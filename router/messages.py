@@ -5,7 +5,7 @@ where tool calls or reasoning stand for it), and of the other fields those that 
 
     tool_calls            arguments are objects: the API has JSON text, chat templates print objects
     function_call         becomes a tool call, the role `function` becomes `tool`: their older names
-    reasoning_content     also given as `reasoning` or `thinking`
+    reasoning_content     also given as `reasoning` or `thinking`, as an object, as blocks, or as parts of the content
     refusal               is the content of a message that has no other
     anything else         is kept; the caller finds out whether the template reads it
 """
@@ -31,6 +31,8 @@ _TEXT_PARTS = {
     "output_text": "text",
     "refusal": "refusal",
 }  # the field of each kind
+_THOUGHT_PARTS = ("thinking", "reasoning")
+_THOUGHT_FIELDS = ("content", "text", "thinking", "reasoning")  # where an object has its text
 
 
 def check_messages(messages: Sequence[Any], ignored: Ignored) -> list[dict[str, Any]]:
@@ -75,9 +77,12 @@ def _message(given: Any, where: str, ignored: Ignored) -> dict[str, Any]:
         )
     if "audio" in fields:
         raise UnsupportedParameter(f"{where}.audio is not served; give the answer's text", param=f"{where}.audio")
-    content = _content(fields.pop("content", None), f"{where}.content", ignored)
+    content, thoughts = _apart(fields.pop("content", None), role)
+    content = _content(content, f"{where}.content", ignored)
     calls = calls_of(Calls(fields.pop("tool_calls", None), fields.pop("function_call", None)), role, where, ignored)
-    reasoning = _reasoning(fields, where)
+    reasoning = _reasoning(fields | ({"thinking": thoughts} if thoughts else {}), where, ignored)
+    for name in REASONING:
+        fields.pop(name, None)
     refusal = fields.pop("refusal", None)
     if refusal is not None:
         if not isinstance(refusal, str):
@@ -112,17 +117,50 @@ def _without_content(role: str, has_other: bool, given: Any, where: str) -> str 
     )
 
 
-def _reasoning(fields: dict[str, Any], where: str) -> dict[str, str]:
-    """The reasoning under its first name, taken out of `fields`."""
-    found: dict[str, str] = {}
+def _apart(content: Any, role: str) -> tuple[Any, list[Any]]:
+    """An assistant's content without its parts of reasoning, and those."""
+    if role != "assistant" or not isinstance(content, (list, tuple)):
+        return content, []
+    thoughts = [part for part in content if _is_thought(part)]
+    return ([part for part in content if not _is_thought(part)] if thoughts else content), thoughts
+
+
+def _is_thought(part: Any) -> bool:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    return isinstance(kind, str) and kind in _THOUGHT_PARTS
+
+
+def _reasoning(fields: Mapping[str, Any], where: str, ignored: Ignored) -> dict[str, str]:
+    """The reasoning under its first name. What else an object of it holds, e.g. a signature, is added to `ignored`."""
     for name in REASONING:
-        value = fields.pop(name, None)
-        if value is None:
-            continue
-        if not isinstance(value, str):
-            raise InvalidRequest(f"{where}.{name} is {short(value)}; must be a string", param=f"{where}.{name}")
-        found.setdefault("reasoning_content", value)
-    return found
+        text = "".join(_thoughts(fields.get(name), f"{where}.{name}", ignored))
+        if text:
+            return {"reasoning_content": text_of(f"{where}.{name}", text)}
+    return {}
+
+
+def _thoughts(value: Any, where: str, ignored: Ignored) -> list[str]:
+    """The texts in a text, an object, or a list of either."""
+    parts = value if isinstance(value, (list, tuple)) else () if value is None else (value,)
+    if len(parts) > MAX_PARTS:
+        raise InvalidRequest(f"{where} has {len(parts)} parts; at most {MAX_PARTS}", param=where)
+    return [_thought(part, where, ignored) for part in parts]
+
+
+def _thought(value: Any, where: str, ignored: Ignored) -> str:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, Mapping):
+        raise InvalidRequest(f"{where} is {short(value)}; must be a string, or objects with text", param=where)
+    name = where.rpartition(".")[2]
+    field = next((field for field in _THOUGHT_FIELDS if isinstance(value.get(field), str)), None)
+    if field is None:
+        ignored.add("messages", name)
+        return ""
+    for other, said in value.items():
+        if other not in ("type", field) and not _says_nothing(said):
+            ignored.add("messages", name, str(other))
+    return str(value[field])
 
 
 def _content(content: Any, where: str, ignored: Ignored) -> str | list[dict[str, str]] | None:

@@ -144,6 +144,31 @@ def test_what_nothing_knows_is_kept_for_the_template_and_parts_lose_it_by_name()
     assert ignored == ("messages.content.cache_control", "messages.tool_calls.index", "messages.tool_calls.strict")
 
 
+@pytest.mark.parametrize(
+    ("given", "ignored"),
+    [
+        (assistant(thinking={"content": "why", "signature": "s"}), ("messages.thinking.signature",)),
+        (assistant(reasoning={"text": "why"}), ()),
+        (assistant(thinking=[{"type": "thinking", "thinking": "wh"}, "y"]), ()),
+        (assistant([{"type": "thinking", "thinking": "why"}, {"type": "text", "text": "ok"}]), ()),
+        (assistant("ok", reasoning_content="why", thinking={"signature": "s"}), ()),
+    ],
+)
+def test_reasoning_comes_as_gateways_write_it(given, ignored):
+    (message,), names = checked([given])
+    assert message["reasoning_content"] == "why"
+    assert message["content"] in ("ok", text("ok"))
+    assert "thinking" not in message
+    assert "reasoning" not in message
+    assert names == ignored
+
+
+def test_reasoning_without_text_is_named():
+    (message,), names = checked([assistant(thinking=[{"type": "redacted_thinking", "data": "x"}])])
+    assert message == assistant()
+    assert names == ("messages.thinking",)
+
+
 def test_the_names_of_what_is_ignored_are_few_and_safe_to_show():
     part = {"type": "text", "text": "a", "x\r\nset-cookie: 1": 1, "ü" * 500: 1} | {f"k{n}": 1 for n in range(200)}
     _, ignored = checked([{"role": "user", "content": [part]}])
@@ -186,7 +211,7 @@ BAD: list[tuple[Any, str]] = [
     ([{"role": "user", "content": [{"type": "text", "text": ["x"]}]}], "messages[0].content[0].text"),
     ([{**USER, "name": ["x"]}], "messages[0].name"),
     ([{**RESULT, "tool_call_id": 7}], "messages[0].tool_call_id"),
-    ([assistant(reasoning_content={"a": 1})], "messages[0].reasoning_content"),
+    ([assistant(reasoning_content=5)], "messages[0].reasoning_content"),
     ([assistant(thinking=[1])], "messages[0].thinking"),
     ([assistant(refusal=7)], "messages[0].refusal"),
     ([assistant(None, audio={"id": "a"})], "messages[0].audio"),
