@@ -1,5 +1,7 @@
 """OpenAI's words for what comes back: whole answers and chunks, with logprobs. Knows no HTTP.
 
+`text_offset` counts characters of the choice's own text, the echo included (text/places.py says where a token is).
+
 A token's logprob is given out with the text that it is part of: what may be the beginning of a stop string is withheld
 with its logprobs, and what a stop string cut off, or an end-of-sequence token, has none here. (The SDK's are one per
 token id, these included.) Of a token that was cut in two the logprob is there.
@@ -9,12 +11,15 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ..core.errors import TwostrokeError
 from ..core.request import Request, TokenLogprobs
+from ..text.places import TokenPlaces
 from ..text.token_text import TokenTexts
+from .echo import Echo
 from .models import ServedModel
 from .pieces import Piece, Usage
 
@@ -24,7 +29,7 @@ class Wants(NamedTuple):
 
     logprobs: int | None = None  # of generated tokens, with so many alternatives
     prompt_logprobs: int | None = None  # vLLM's extra
-    echo: str | None = None  # the prompt's text, to stand before the answer's; completions only
+    echo: Echo | None = None  # the prompt, to stand before the answer; completions only
 
 
 def error_body(error: TwostrokeError) -> dict[str, Any]:
@@ -46,12 +51,12 @@ def usage_body(usage: Usage) -> dict[str, Any]:
 class _Choice:
     """One choice as far as it came."""
 
+    places: TokenPlaces  # in its text
     text: str = ""
     reason: str | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # given out, or to be given out in one
     waiting: deque[TokenLogprobs] = field(default_factory=deque)  # of tokens whose text is withheld
     num_shown: int = 0
-    offset: int = 0  # characters of the tokens given out before
     has_begun: bool = False
 
     def add(self, piece: Piece) -> list[TokenLogprobs]:
@@ -74,9 +79,13 @@ class Answer:
         """`head` has id, object, created and model."""
         self.head = head
         self._request = request
-        self._words = LogprobWords(model.token_texts, model.tokenizer.special_ids)
+        self._words = LogprobWords(model.token_texts)
         self._wants = wants
-        self._choices = [_Choice() for _ in range(request.num_choices)]
+        self._echo_text = wants.echo.text if wants.echo else ""
+        skip, start = request.sampling.skip_special_tokens, len(self._echo_text)
+        self._choices = [
+            _Choice(TokenPlaces(model.tokenizer, skip, request.prompt_ids, start)) for _ in range(request.num_choices)
+        ]
         self._prompt: tuple[TokenLogprobs, ...] = ()
         self._usage: Usage | None = None
 
@@ -104,7 +113,7 @@ class Answer:
             return said | {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
         if self._wants.prompt_logprobs is not None:
             said["prompt_logprobs"] = self._words.prompt(self._prompt, self._wants.prompt_logprobs)
-        return said | {"text": (self._wants.echo or "") + choice.text}
+        return said | {"text": self._echo_text + choice.text}
 
     # ------------------------------------------------------------------ in chunks
 
@@ -121,7 +130,7 @@ class Answer:
             role = {"role": "assistant"} if is_first else {}
             said["delta"] = role | ({"content": piece.text} if piece.text or is_first else {})
         else:
-            said["text"] = (self._wants.echo or "" if is_first else "") + piece.text
+            said["text"] = (self._echo_text if is_first else "") + piece.text
         return self.head | {"choices": [said]}
 
     def _logprobs(self, choice: _Choice, fresh: list[TokenLogprobs], *, is_first: bool) -> dict[str, Any] | None:
@@ -131,21 +140,20 @@ class Answer:
             return None
         if self._request.is_chat:
             return {"content": [self._words.chat(one) for one in fresh], "refusal": None} if fresh else None
-        echoed = self._request.prompt_ids if is_first and self._wants.echo is not None else ()
-        if not fresh and not echoed:
-            return None
-        told: list[tuple[int, TokenLogprobs | None]] = list(itertools.zip_longest(echoed, (None, *self._prompt)))
-        told = told[: len(echoed)] + [(one.token_id, one) for one in fresh]
-        body, choice.offset = self._words.completion(told, num_top, choice.offset)
-        return body
+        told: list[tuple[int, TokenLogprobs | None]] = [(one.token_id, one) for one in fresh]
+        places = choice.places.of([one.token_id for one in fresh])
+        if is_first and self._wants.echo is not None:
+            prompt_ids = self._request.prompt_ids
+            told = [*itertools.zip_longest(prompt_ids, (None, *self._prompt)[: len(prompt_ids)]), *told]
+            places = [*self._wants.echo.places, *places]
+        return self._words.completion(told, num_top, places) if told else None
 
 
 class LogprobWords:
     """Logprobs in the words of OpenAI's two interfaces and of vLLM's extra."""
 
-    def __init__(self, texts: TokenTexts, special_ids: frozenset[int]) -> None:
+    def __init__(self, texts: TokenTexts) -> None:
         self._texts = texts
-        self._special_ids = special_ids
 
     def chat(self, one: TokenLogprobs) -> dict[str, Any]:
         """An entry of a chat's `logprobs.content`."""
@@ -157,25 +165,18 @@ class LogprobWords:
         return {"token": text, "logprob": logprob, "bytes": list(raw)}
 
     def completion(
-        self, told: list[tuple[int, TokenLogprobs | None]], num_top: int, offset: int
-    ) -> tuple[dict[str, Any], int]:
-        """A completion's `logprobs` and where its text ends. `told`: token ids, each with what is known of it.
+        self, told: Sequence[tuple[int, TokenLogprobs | None]], num_top: int, places: list[int]
+    ) -> dict[str, Any]:
+        """A completion's `logprobs`. `told`: token ids, each with what is known of it; `places`: of each in the text.
 
-        The alternatives hold the token itself too, so there may be one more than asked for. Offsets count characters of
-        the tokens before; special tokens have none.
+        The alternatives hold the token itself too, so there may be one more than asked for.
         """
-        offsets, texts = [], []
-        for token_id, _ in told:
-            texts.append(self._texts.of(token_id).text)
-            offsets.append(offset)
-            offset += 0 if token_id in self._special_ids else len(texts[-1])
-        body = {
-            "tokens": texts,
+        return {
+            "tokens": [self._texts.of(token_id).text for token_id, _ in told],
             "token_logprobs": [one and one.logprob for _, one in told],
             "top_logprobs": [one and self._alternatives(one, num_top) for _, one in told],
-            "text_offset": offsets,
+            "text_offset": places,
         }
-        return body, offset
 
     def _alternatives(self, one: TokenLogprobs, num_top: int) -> dict[str, float]:
         named: dict[str, float] = {}

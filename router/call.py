@@ -26,6 +26,7 @@ class Call:
     stop_token_ids: Sequence[int] = field(default_factory=tuple)
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
     min_p: float | None = None
     repetition_penalty: float | None = None
     frequency_penalty: float | None = None

@@ -31,6 +31,7 @@ from . import openai
 from .answers import Answer, Wants, error_body, usage_body
 from .call import Call
 from .config import RouterConfig
+from .echo import Echo, echo_of
 from .front import Front, Started
 from .pieces import Piece, Usage
 from .stream import EventStream, until_disconnect
@@ -154,9 +155,9 @@ class _Face:
 
 
 def _wants(body: openai.Body, started: Started) -> Wants:
-    echo: str | None = None
+    echo: Echo | None = None
     if isinstance(body, openai.CompletionBody) and body.echo:
-        echo = body.prompt if isinstance(body.prompt, str) else started.model.tokenizer.decode(body.prompt)
+        echo = echo_of(body.prompt, started.request, started.model.tokenizer)
     return Wants(started.request.sampling.logprobs, body.prompt_logprobs, echo)
 
 

@@ -58,6 +58,8 @@ class Body(BaseModel):
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None  # without effect: fast tokenizers put none there
     min_p: float | None = None
     repetition_penalty: float | None = None
     frequency_penalty: float | None = None
@@ -159,6 +161,7 @@ def _common(body: Body, max_tokens: int | None, api_key: str | None) -> dict[str
         "stop_token_ids": tuple(body.stop_token_ids or ()),
         "ignore_eos": bool(body.ignore_eos),
         "include_stop_str_in_output": bool(body.include_stop_str_in_output),
+        "skip_special_tokens": body.skip_special_tokens is not False,
         "min_p": body.min_p,
         "repetition_penalty": body.repetition_penalty,
         "frequency_penalty": body.frequency_penalty,

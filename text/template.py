@@ -10,10 +10,11 @@ from typing import Any
 import jinja2
 
 from ..core.errors import CheckpointError, InvalidRequest
-from .files import read_json, read_text, special_tokens
+from .files import read_json, read_text
 from .gguf_file import GgufFile, is_gguf
 from .gguf_tokenizer import read_templates, special_tokens_of
 from .sandbox import LimitExceeded, Limits, MeteredEnvironment
+from .special_tokens import special_tokens
 
 MAX_TEMPLATE_CHARS = 256 * 1024
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # the first is the one that most templates read

@@ -14,7 +14,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from twostroke.core.errors import CheckpointError, InvalidRequest
 from twostroke.text.incremental import IncrementalText
-from twostroke.text.stop import StopText, TextStream
+from twostroke.text.stop import StopText
+from twostroke.text.stream import TextStream
 from twostroke.text.tokenizer import Tokenizer
 
 BUNDLED = Path(__file__).parents[2] / "model" / "bundled"
