@@ -17,9 +17,10 @@ from tokenizers import AddedToken
 from ..core.errors import CheckpointError
 from .files import read_json
 
-SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
-_LISTS = ("extra_special_tokens", "additional_special_tokens")  # the same thing, transformers 5's name and the old one
-_BY_NAME = "model_specific_special_tokens"
+# In the order in which they get ids where they have none.
+SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_EXTRA, _EXTRA_BEFORE = "extra_special_tokens", "additional_special_tokens"  # what it was called before transformers 5
+_OWN = "model_specific_special_tokens"
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 
 
@@ -52,16 +53,25 @@ def read_named_tokens(directory: Path) -> NamedTokens:
         CheckpointError: a file is broken, or names something that is no token; names both.
     """
     path = directory / "tokenizer_config.json"
-    fields = {key: (value, path) for key, value in read_json(path, optional=True).items() if value is not None}
+    fields = {key: _Field(value, path, key) for key, value in read_json(path, optional=True).items()}
     decoder = fields.pop("added_tokens_decoder", None)
-    is_split, _ = fields.pop("split_special_tokens", (False, path))
+    is_split = fields.pop("split_special_tokens", _Field(False, path, "")).value
     if not isinstance(is_split, bool):
         raise CheckpointError(f"{path}: split_special_tokens is {is_split!r}; must be true or false")
+    own = {key: fields.pop(key) for key in list(fields) if _is_own(key) and isinstance(fields[key].value, str)}
+    if _EXTRA_BEFORE in fields and not (_EXTRA in fields and fields[_EXTRA].value):
+        fields[_EXTRA] = fields.pop(_EXTRA_BEFORE)
+    own |= _pop_names(fields, _EXTRA)
+    own = own or _pop_names(fields, _OWN)
     if decoder is None:
         _take_older(fields, directory / "special_tokens_map.json")
-    by_name, extra = _by_name(fields), _without_name(fields)
+        own |= _pop_names(fields, _EXTRA)
+    usual = {name: fields[name] for name in SPECIAL_NAMES if name in fields and fields[name].value is not None}
+    typed = {key: field for key, field in fields.items() if _is_own(key) and _is_token(field.value)}
+    by_name = {name: _token(field) for name, field in (usual | typed | own).items()}
+    extra = _listed(fields.get(_EXTRA) or fields.get(_EXTRA_BEFORE))
     if decoder is not None:
-        return NamedTokens(by_name, extra, _decoder(*decoder), path.name, is_split)
+        return NamedTokens(by_name, extra, _decoder(decoder), path.name, is_split)
     added = directory / "added_tokens.json"
     special = {token.content for token in (*by_name.values(), *extra)}
     return NamedTokens(by_name, extra, _added(added, special), added.name, is_split)
@@ -94,50 +104,61 @@ def add_named_tokens(backend: tokenizers.Tokenizer, named: NamedTokens) -> None:
 # ---------------------------------------------------------------- reading
 
 
-def _take_older(fields: dict[str, tuple[Any, Path]], path: Path) -> None:
+class _Field(NamedTuple):
+    """What a file says, and where."""
+
+    value: Any
+    path: Path
+    key: str
+
+    def refused(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: {self.key} is {self.value!r}; must be {what}")
+
+
+def _take_older(fields: dict[str, _Field], path: Path) -> None:
     """Add what special_tokens_map.json says. It wins, but for the tokens without a name, which add up."""
     for key, said in read_json(path, optional=True).items():
-        value = {**said, "special": True} if isinstance(said, Mapping) and _is_token(said) else said
-        listed, _ = next((fields[name] for name in _LISTS if name in fields and fields[name][0]), (None, path))
-        if key not in _LISTS or not listed:
-            fields[key] = (value, path)
-        elif key == _LISTS[0] and isinstance(value, list) and isinstance(listed, list):
-            fields[key] = ([*listed, *(one for one in value if one not in listed)], path)
+        value = {**said, "special": True} if _is_token(said) and isinstance(said, Mapping) else said
+        listed = (fields[key].value if key in fields else None) or []
+        if key == _EXTRA and isinstance(value, list) and isinstance(listed, list):
+            value = [*listed, *(one for one in value if one not in listed)]
+        fields[key] = _Field(value, path, key)
 
 
-def _by_name(fields: Mapping[str, tuple[Any, Path]]) -> dict[str, AddedToken]:
-    """Tokens that have a name: the usual ones, and whatever else is called a token."""
-    found = {}
-    for key, (value, path) in fields.items():
-        is_own = key == _BY_NAME or (key in _LISTS and isinstance(value, Mapping))
-        if is_own and not isinstance(value, Mapping):
-            raise CheckpointError(f"{path}: {key} is {value!r}; must be an object with names and tokens")
-        if is_own:
-            found.update({name: _token(token, f"{path}: {name}") for name, token in value.items()})
-        elif (key in SPECIAL_NAMES and value is not None) or (key.endswith("_token") and _is_token(value)):
-            found[key] = _token(value, f"{path}: {key}")
-    return found
+def _pop_names(fields: dict[str, _Field], key: str) -> dict[str, _Field]:
+    """A field that is an object with names and tokens, if it is there; `extra_special_tokens` need not be one."""
+    field = fields.get(key)
+    if field is None or (key == _EXTRA and not isinstance(field.value, Mapping)):
+        return {}
+    del fields[key]
+    if not isinstance(field.value, Mapping):
+        raise field.refused("an object with names and tokens")
+    return {name: _Field(token, field.path, name) for name, token in field.value.items()}
 
 
-def _without_name(fields: Mapping[str, tuple[Any, Path]]) -> tuple[AddedToken, ...]:
-    """`extra_special_tokens`, or else what it was called before."""
-    key = next((name for name in _LISTS if name in fields and fields[name][0]), None)
-    value, path = fields[key] if key else ([], None)
-    if isinstance(value, Mapping):
-        return ()  # they have names
-    if not isinstance(value, list):
-        raise CheckpointError(f"{path}: {key} is {value!r}; must be a list of tokens, or an object with their names")
-    return tuple(_token(token, f"{path}: {key}[{place}]") for place, token in enumerate(value))
+def _listed(field: _Field | None) -> tuple[AddedToken, ...]:
+    if field is None or not field.value:
+        return ()
+    if not isinstance(field.value, list):
+        raise field.refused("a list of tokens, or an object with their names")
+    places = enumerate(field.value)
+    return tuple(_token(_Field(token, field.path, f"{field.key}[{place}]")) for place, token in places)
+
+
+def _is_own(key: str) -> bool:
+    """Whether it can be a model's own name for a special token."""
+    return key.endswith("_token") and key not in SPECIAL_NAMES
 
 
 def _is_token(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, Mapping) and isinstance(value.get("content"), str))
 
 
-def _token(value: Any, where: str) -> AddedToken:
+def _token(field: _Field) -> AddedToken:
     """A token from its text, which makes it special, or from an object with its flags."""
+    value = field.value
     if not _is_token(value):
-        raise CheckpointError(f"{where} is {value!r}; must be a string, or an object with content")
+        raise field.refused("a string, or an object with content")
     if isinstance(value, str):
         return AddedToken(value, special=True)
     return AddedToken(value["content"], **{name: value[name] for name in _FLAGS if isinstance(value.get(name), bool)})
@@ -147,11 +168,12 @@ def _with(token: AddedToken, **flags: bool) -> AddedToken:
     return AddedToken(token.content, **({name: getattr(token, name) for name in _FLAGS} | flags))
 
 
-def _decoder(value: Any, path: Path) -> tuple[tuple[int, AddedToken], ...]:
-    if not isinstance(value, Mapping) or not all(key.isdecimal() and len(key) < 10 for key in value):
-        raise CheckpointError(f"{path}: added_tokens_decoder is no object with a token id for each token")
-    where = f"{path}: added_tokens_decoder"
-    return tuple(sorted(((int(id_), _token(token, f"{where}[{id_}]")) for id_, token in value.items()), key=_id))
+def _decoder(field: _Field) -> tuple[tuple[int, AddedToken], ...]:
+    value, path, key = field
+    if not isinstance(value, Mapping) or not all(id_.isdecimal() and len(id_) < 10 for id_ in value):
+        raise CheckpointError(f"{path}: {key} is no object with a token for each token id")
+    found = ((int(id_), _token(_Field(token, path, f"{key}[{id_}]"))) for id_, token in value.items())
+    return tuple(sorted(found, key=_id))
 
 
 def _added(path: Path, special: set[str]) -> tuple[tuple[int, AddedToken], ...]:

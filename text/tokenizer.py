@@ -120,11 +120,16 @@ class Tokenizer:
         """
         encoding = self._encoding(text, add_special_tokens)
         places: list[int] = []
-        end = 0
-        for (start, stop), is_added in zip(encoding.offsets, encoding.special_tokens_mask, strict=True):
-            # Some tokenizers leave the space before a word out of its token, so the gap belongs to the next one.
-            places.append(end if is_added else min(start, end))
-            end = end if is_added else max(stop, end)
+        end, chunk, num_chars = 0, (0, 0), 0
+        for id_, place, is_added in zip(encoding.ids, encoding.offsets, encoding.special_tokens_mask, strict=True):
+            start, stop = (end, end) if is_added else place
+            if place != chunk or id_ not in self.byte_by_id:
+                chunk, num_chars = place, 0
+            # Some tokenizers give all bytes of several characters the place of the first.
+            num_chars += not 0x80 <= self.byte_by_id.get(id_, 0) < 0xC0
+            # Some leave the space before a word out of its token, so the gap belongs to the next one.
+            places.append(min(max(start, min(start + num_chars, stop) - 1), end))
+            end = max(stop, end)
         return places
 
     def _encoding(self, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
