@@ -1,4 +1,4 @@
-"""Text of a model whose words hold the space before them, through a real cluster: whole, streamed, echoed, both faces."""
+"""Text of a model whose words hold the space before them: whole, streamed, echoed, over both faces of a cluster."""
 
 import json
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in NAMES[:3]])
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     backend.save(str(directory / "tokenizer.json"))
-    named = {"bos_token": "<s>", "eos_token": "</s>", "additional_special_tokens": ["<tool>"]}
+    named = {"bos_token": "<s>", "eos_token": "</s>", "additional_special_tokens": ["<tool>", "<t1>", "<t2>", "<t3>"]}
     (directory / "tokenizer_config.json").write_text(json.dumps(named))
     return directory
 
@@ -105,7 +105,18 @@ def test_echo_and_logprobs_are_of_the_one_text(client, sdk):
             assert places[-2:] == [len(shown), len(shown) + 3]
             assert places == sorted(places)
             if shown == "日 é":
-                assert places == [0, 0, 0, 0, 0, 1, 2, 2, 3, 6]  # <s>, the space in front, three bytes, space, two bytes
+                assert places == [
+                    0,
+                    0,
+                    0,
+                    0,
+                    0,
+                    1,
+                    2,
+                    2,
+                    3,
+                    6,
+                ]  # <s>, the space in front, three bytes, space, two bytes
 
 
 def test_special_tokens_show_where_they_are_asked_for_and_stop_where_they_are_named(client, sdk):
@@ -121,8 +132,15 @@ def test_special_tokens_show_where_they_are_asked_for_and_stop_where_they_are_na
         assert answer.usage.completion_tokens == stop.count("<tool>")
         answer = whole(client, **asked, stop=[stop], skip_special_tokens=skip, include_stop_str_in_output=True)
         assert answer.choices[0].text == stop
-    over_grpc = {name: value for name, value in asked.items() if name not in ("prompt", "spaces_between_special_tokens")}
+    over_grpc = {
+        name: value for name, value in asked.items() if name not in ("prompt", "spaces_between_special_tokens")
+    }
     assert sdk.generate("hello", **over_grpc).text == ""
     assert sdk.generate("hello", **over_grpc, skip_special_tokens=False).text == "<tool><tool>"
     assert sdk.generate("hello", **over_grpc, stop="<tool>").choices[0].finish_reason == "stop"
     assert TOOL in sdk.tokenize("a<tool>b").ids
+
+
+def test_a_token_that_the_model_has_no_row_for_is_refused_by_name(client):
+    with pytest.raises(openai.BadRequestError, match="prompt holds '<t3>'"):
+        client.completions.create(model=MODEL, prompt="a <t3>")

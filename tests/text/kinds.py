@@ -1,6 +1,7 @@
 """Tokenizers of every kind whose texts grow, trained here, and the bundled model's."""
 
 import json
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -99,3 +100,16 @@ MAKERS = [byte_level, llama_style, gemma_style, metaspace, word_piece, word_ends
 if (BUNDLED / "tokenizer.json").exists():
     MAKERS.append(bundled)
 each_tokenizer = pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
+
+
+def lengths_decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of every decoding from now on: how many ids it took."""
+    lengths: list[int] = []
+    decode = Tokenizer.decode
+
+    def counted(self: Tokenizer, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        lengths.append(len(ids))
+        return decode(self, ids, skip_special_tokens)
+
+    monkeypatch.setattr(Tokenizer, "decode", counted)
+    return lengths

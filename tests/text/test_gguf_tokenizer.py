@@ -207,8 +207,10 @@ def test_scores_merge_as_sentencepiece_does(tmp_path: Path, prefixed: bool) -> N
 def test_the_unknown_token_gives_no_text(tmp_path: Path, kind: int) -> None:
     """Its kind says so, or else its name does."""
     metadata = spm_metadata()
-    kinds = [kind, *metadata["tokenizer.ggml.token_type"][1:]]
-    ours = Tokenizer.load(write(tmp_path / "m.gguf", {**metadata, "tokenizer.ggml.token_type": kinds}))
+    metadata["tokenizer.ggml.token_type"][0] = kind
+    if kind == UNKNOWN:
+        del metadata["tokenizer.ggml.unknown_token_id"]
+    ours = Tokenizer.load(write(tmp_path / "m.gguf", metadata))
     letter = metadata["tokenizer.ggml.tokens"].index("b")
     assert ours.decode([letter, 0, letter]) == "bb"
     assert ours.decode([0, 0], skip_special_tokens=False) == "<unk><unk>"
