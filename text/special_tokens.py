@@ -2,7 +2,7 @@
 
 tokenizer_config.json, special_tokens_map.json and added_tokens.json are read as transformers 5 reads them: each token
 that they name is one token, and gets the next free id where tokenizer.json does not hold it. One difference: whatever
-they name as special gives no text, though tokenizer.json does not flag it.
+they name as special is, though tokenizer.json does not flag it: it gives no text, and `split_special_tokens` splits it.
 """
 
 from __future__ import annotations
