@@ -46,6 +46,7 @@ class Options(TypedDict, total=False):
     stop: str | Sequence[str]
     stop_token_ids: Sequence[int]
     include_stop_str_in_output: bool
+    skip_special_tokens: bool  # False: special tokens give text, and stop strings can hold it
     ignore_eos: bool
     min_tokens: int
     logprobs: int  # how likely every token was, with so many of the likeliest
@@ -63,7 +64,7 @@ class ChatOptions(Options, TemplateOptions, total=False):
 _SAMPLING = (
     *("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop_token_ids", "ignore_eos", "min_tokens"),
     *("repetition_penalty", "frequency_penalty", "presence_penalty", "bad_words", "include_stop_str_in_output"),
-    *("logprobs", "prompt_logprobs"),
+    *("skip_special_tokens", "logprobs", "prompt_logprobs"),
 )
 _LISTS = ("stop_token_ids", "bad_words")
 

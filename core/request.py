@@ -31,6 +31,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit)
     bad_words: tuple[tuple[int, ...], ...] = ()  # token ids of words that must not come about
     include_stop: bool = False  # what ended the choice stays in its text
+    skip_special_tokens: bool = True  # they give no text
     logprobs: int | None = None  # of every generated token, with so many of the likeliest; None: none
     prompt_logprobs: int | None = None  # the same of every prompt token but the first
 

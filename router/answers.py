@@ -1,5 +1,7 @@
 """OpenAI's words for what comes back: whole answers and chunks, with logprobs. Knows no HTTP.
 
+`text_offset` counts characters of the choice's own text, the echo included (text/places.py says where a token is).
+
 A token's logprob is given out with the text that it is part of: what may be the beginning of a stop string is withheld
 with its logprobs, and what a stop string cut off, or an end-of-sequence token, has none here. (The SDK's are one per
 token id, these included.) Of a token that was cut in two the logprob is there.
@@ -15,7 +17,9 @@ from typing import Any, NamedTuple
 
 from ..core.errors import TwostrokeError
 from ..core.request import FinishReason, Request, TokenLogprobs
+from ..text.places import TokenPlaces
 from ..text.token_text import TokenTexts
+from .echo import Echo
 from .models import ServedModel
 from .pieces import Piece, Usage
 
@@ -25,7 +29,7 @@ class Wants(NamedTuple):
 
     logprobs: int | None = None  # of generated tokens, with so many alternatives
     prompt_logprobs: int | None = None  # vLLM's extra
-    echo: tuple[str, ...] | None = None  # each prompt's text, to stand before its answers'; completions only
+    echo: tuple[Echo, ...] | None = None  # each prompt, to stand before its answers; completions only
     token_ids: bool = False  # of prompts and answers, beside their texts
     tokens_as_ids: bool = False  # logprobs name tokens "token_id:7"
     usage_so_far: bool = False  # in every chunk
@@ -59,8 +63,13 @@ class _Prompt:
     """One prompt of a request, and what became known of it."""
 
     ids: tuple[int, ...]
-    echo: str | None
+    echo: Echo | None
     logprobs: tuple[TokenLogprobs, ...] = ()
+
+    @property
+    def echo_text(self) -> str:
+        """What stands before an answer to it."""
+        return self.echo.text if self.echo else ""
 
 
 @dataclass(slots=True)
@@ -68,13 +77,13 @@ class _Choice:
     """One choice as far as it came."""
 
     prompt: _Prompt
+    places: TokenPlaces  # in its text
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     reason: str | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # given out, or to be given out in one
     waiting: deque[TokenLogprobs] = field(default_factory=deque)  # of tokens whose text is withheld
     num_shown: int = 0
-    offset: int = 0  # characters of the tokens given out before
     has_begun: bool = False
 
     def add(self, piece: Piece) -> list[TokenLogprobs]:
@@ -99,11 +108,16 @@ class Answer:
         """`head` has id, object, created and model."""
         self.head = head
         self._is_chat = requests[0].is_chat
-        self._words = LogprobWords(model.token_texts, model.tokenizer.special_ids, as_ids=wants.tokens_as_ids)
+        self._words = LogprobWords(model.token_texts, as_ids=wants.tokens_as_ids)
         self._wants = wants
         echoes = wants.echo or itertools.repeat(None)
         self._prompts = [_Prompt(request.prompt_ids, echo) for request, echo in zip(requests, echoes, strict=False)]
-        self._choices = [_Choice(prompt) for prompt in self._prompts for _ in range(requests[0].num_choices)]
+        skip, tokenizer = requests[0].sampling.skip_special_tokens, model.tokenizer
+        self._choices = [
+            _Choice(prompt, TokenPlaces(tokenizer, skip, prompt.ids, len(prompt.echo_text)))
+            for prompt in self._prompts
+            for _ in range(requests[0].num_choices)
+        ]
         self._num_generated = 0
         self._usage: Usage | None = None
 
@@ -135,7 +149,7 @@ class Answer:
             said["prompt_token_ids"] = choice.prompt.ids
         if self._wants.prompt_logprobs is not None:
             said["prompt_logprobs"] = self._prompt_logprobs(choice)
-        return said | {"text": (choice.prompt.echo or "") + choice.text}
+        return said | {"text": choice.prompt.echo_text + choice.text}
 
     def _prompt_logprobs(self, choice: _Choice) -> list[dict[str, Any] | None]:
         return self._words.prompt(choice.prompt.logprobs, self._wants.prompt_logprobs or 0)
@@ -158,7 +172,7 @@ class Answer:
             role = {"role": "assistant"} if is_first else {}
             said["delta"] = role | ({"content": piece.text} if piece.text or is_first else {})
         else:
-            said["text"] = (choice.prompt.echo or "" if is_first else "") + piece.text
+            said["text"] = (choice.prompt.echo_text if is_first else "") + piece.text
         if self._wants.usage_so_far:
             chunk["usage"] = self._usage_so_far()
         return chunk
@@ -192,23 +206,21 @@ class Answer:
             return None
         if self._is_chat:
             return {"content": [self._words.chat(one) for one in fresh], "refusal": None} if fresh else None
-        echoed = choice.prompt.ids if is_first and choice.prompt.echo is not None else ()
-        if not fresh and not echoed:
-            return None
-        known = (None, *choice.prompt.logprobs)
-        told: list[tuple[int, TokenLogprobs | None]] = list(itertools.zip_longest(echoed, known))
-        told = told[: len(echoed)] + [(one.token_id, one) for one in fresh]
-        body, choice.offset = self._words.completion(told, num_top, choice.offset)
-        return body
+        told: list[tuple[int, TokenLogprobs | None]] = [(one.token_id, one) for one in fresh]
+        places = choice.places.of([one.token_id for one in fresh])
+        prompt = choice.prompt
+        if is_first and prompt.echo is not None:
+            told = [*itertools.zip_longest(prompt.ids, (None, *prompt.logprobs)[: len(prompt.ids)]), *told]
+            places = [*prompt.echo.places, *places]
+        return self._words.completion(told, num_top, places) if told else None
 
 
 class LogprobWords:
     """Logprobs in the words of OpenAI's two interfaces and of vLLM's extra."""
 
-    def __init__(self, texts: TokenTexts, special_ids: frozenset[int], *, as_ids: bool = False) -> None:
+    def __init__(self, texts: TokenTexts, *, as_ids: bool = False) -> None:
         """`as_ids`: tokens are named "token_id:7", for several may have one text. Bytes and offsets stay the text's."""
         self._texts = texts
-        self._special_ids = special_ids
         self._as_ids = as_ids
 
     def _name(self, token_id: int) -> str:
@@ -223,24 +235,18 @@ class LogprobWords:
         return {"token": self._name(token_id), "logprob": logprob, "bytes": list(self._texts.of(token_id).raw)}
 
     def completion(
-        self, told: list[tuple[int, TokenLogprobs | None]], num_top: int, offset: int
-    ) -> tuple[dict[str, Any], int]:
-        """A completion's `logprobs` and where its text ends. `told`: token ids, each with what is known of it.
+        self, told: Sequence[tuple[int, TokenLogprobs | None]], num_top: int, places: list[int]
+    ) -> dict[str, Any]:
+        """A completion's `logprobs`. `told`: token ids, each with what is known of it; `places`: of each in the text.
 
-        The alternatives hold the token itself too, so there may be one more than asked for. Offsets count characters of
-        the tokens before; special tokens have none.
+        The alternatives hold the token itself too, so there may be one more than asked for.
         """
-        offsets = []
-        for token_id, _ in told:
-            offsets.append(offset)
-            offset += 0 if token_id in self._special_ids else len(self._texts.of(token_id).text)
-        body = {
+        return {
             "tokens": [self._name(token_id) for token_id, _ in told],
             "token_logprobs": [one and one.logprob for _, one in told],
             "top_logprobs": [one and self._alternatives(one, num_top) for _, one in told],
-            "text_offset": offsets,
+            "text_offset": places,
         }
-        return body, offset
 
     def _alternatives(self, one: TokenLogprobs, num_top: int) -> dict[str, float]:
         named: dict[str, float] = {}

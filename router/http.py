@@ -26,6 +26,7 @@ from .bodies import read_body
 from .browser import cors, refuse_foreign_page
 from .call import Call
 from .config import RouterConfig
+from .echo import Echo, echo_of
 from .fields import Body, ChatBody, CompletionBody
 from .front import Front, Started
 from .pieces import Piece
@@ -159,11 +160,12 @@ class _Face:
 
 
 def _wants(body: Body, started: Started) -> Wants:
-    echo, options = None, body.stream_options
+    echo: tuple[Echo, ...] | None = None
+    options = body.stream_options
     if isinstance(body, CompletionBody) and body.echo:
-        decode = started.model.tokenizer.decode
-        prompts = openai.prompts_of(body, len(started.requests))
-        echo = tuple(prompt if isinstance(prompt, str) else decode(prompt) for prompt in prompts)
+        prompts, tokenizer = openai.prompts_of(body, len(started.requests)), started.model.tokenizer
+        pairs = zip(prompts, started.requests, strict=True)
+        echo = tuple(echo_of(prompt, request, tokenizer) for prompt, request in pairs)
     return Wants(
         logprobs=started.request.sampling.logprobs,
         prompt_logprobs=body.prompt_logprobs,

@@ -52,6 +52,7 @@ def sampling_of(call: Call, model: ServedModel, prompt_ids: Sequence[int], defau
         stop_token_ids=_stop_ids(call.stop_token_ids, model),
         ignore_eos=bool(call.ignore_eos),
         include_stop=bool(call.include_stop_str_in_output),
+        skip_special_tokens=bool(call.skip_special_tokens),
         min_tokens=integer("min_tokens", call.min_tokens, 0, 0, max_tokens),
         logprobs=_logprobs(call),
         prompt_logprobs=_prompt_logprobs(call.prompt_logprobs, len(prompt_ids)),

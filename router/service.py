@@ -207,6 +207,7 @@ def _common(message: Any, context: Context) -> dict[str, Any]:
         "stop_token_ids": tuple(sampling.stop_token_ids),
         "ignore_eos": sampling.ignore_eos,
         "include_stop_str_in_output": sampling.include_stop_str_in_output,
+        "skip_special_tokens": sampling.skip_special_tokens if sampling.HasField("skip_special_tokens") else True,
         "logit_bias": dict(sampling.logit_bias),
         "bad_words": tuple(sampling.bad_words),
         "request_id": message.request_id or None,

@@ -140,6 +140,12 @@ def _prompt_ids(call: Call, model: ServedModel, ignored: Ignored) -> tuple[int, 
         raise ContextLengthExceeded(
             f"{where} has {len(ids)} tokens; the model's context is {model.max_model_len}: shorten it", param=where
         )
+    if (beyond := max(ids)) >= model.vocab_size:  # a token that files beside the model name, and it was not made for
+        raise InvalidRequest(
+            f"{where} holds {model.tokenizer.token(beyond)!r}, token {beyond} of the tokenizer; the model has "
+            f"{model.vocab_size}: leave it out",
+            param=where,
+        )
     return tuple(ids)
 
 
