@@ -83,12 +83,16 @@ def add_named_tokens(backend: tokenizers.Tokenizer, named: NamedTokens) -> None:
     Raises:
         CheckpointError: a token cannot have the id that its file gives it; names token, ids and file.
     """
-    special = {token.content: token for token in (*named.by_name.values(), *named.extra)}
+    special = [*named.by_name.values(), *named.extra]
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     added = [token for _, token in named.added]
     backend.add_tokens([token for token in added if token.content])
     known.update(token.content for token in added)
-    backend.add_tokens([token for content, token in special.items() if content and content not in known])
+    fresh: list[AddedToken] = []  # of one that is named twice with other flags, the later ones hold
+    for token in special:
+        if token.content and token.content not in known and token not in fresh:
+            fresh.append(token)
+    backend.add_tokens(fresh)
     for id_, token in named.added:
         found = backend.token_to_id(token.content)
         if found != id_:
@@ -96,8 +100,9 @@ def add_named_tokens(backend: tokenizers.Tokenizer, named: NamedTokens) -> None:
                 f"{named.added_by} gives the token {token.content!r} the id {id_}, tokenizer.json the id {found}; "
                 "save the tokenizer again with the transformers that the model was trained with"
             )
-    flagged = [token for token in backend.get_added_tokens_decoder().values() if token.content in special]
-    backend.add_tokens([_with(token, special=True) for token in flagged if not token.special])
+    contents = {token.content for token in special}
+    now = [token for token in backend.get_added_tokens_decoder().values() if token.content in contents]
+    backend.add_tokens([_special(token) for token in now if not token.special])
     backend.encode_special_tokens = named.is_split
 
 
@@ -164,8 +169,8 @@ def _token(field: _Field) -> AddedToken:
     return AddedToken(value["content"], **{name: value[name] for name in _FLAGS if isinstance(value.get(name), bool)})
 
 
-def _with(token: AddedToken, **flags: bool) -> AddedToken:
-    return AddedToken(token.content, **({name: getattr(token, name) for name in _FLAGS} | flags))
+def _special(token: AddedToken) -> AddedToken:
+    return AddedToken(token.content, **({name: getattr(token, name) for name in _FLAGS} | {"special": True}))
 
 
 def _decoder(field: _Field) -> tuple[tuple[int, AddedToken], ...]:
