@@ -66,7 +66,7 @@ def router(
     parent_pid: ParentPid = None,
 ) -> None:
     """Run one router: both client faces, and the port where workers announce themselves."""
-    from ..router.process import run_router
+    from ..router.process import RouterProcess, run_router
 
     flags = {"host": host, "port": port, "grpc_port": grpc_port, "insecure": insecure, "config": config}
     settings = o.config_from(flags)
@@ -76,7 +76,9 @@ def router(
             "router.internal_port is 0; workers announce themselves there, so it must be known: set "
             "TWOSTROKE__ROUTER__INTERNAL_PORT, e.g. to 8002"
         )
-    run_router(settings.router, settings.cluster.key, settings.cluster.drain_timeout_s, parent_pid)
+    reads_defaults = settings.model.generation_config == "auto"
+    process = RouterProcess(settings.router, settings.cluster.key, reads_defaults=reads_defaults)
+    run_router(process, settings.cluster.drain_timeout_s, parent_pid)
 
 
 def _check_key(settings: Config) -> None:

@@ -17,6 +17,7 @@ SETTING_BY_FLAG = {
     "quantization": "model.quantization",
     "kernels": "model.kernels",
     "max_model_len": "model.max_model_len",
+    "generation_config": "model.generation_config",
     "kv_cache_dtype": "cache.dtype",
     "block_size": "cache.block_size",
     "kv_cache_tokens": "cache.tokens",
@@ -47,6 +48,10 @@ KvCacheDType = Annotated[
     typer.Option(help="auto, fp8, bfloat16 or float32. Unlike vLLM, auto is FP8, not the model's dtype."),
 ]
 MaxModelLen = Annotated[int | None, typer.Option(help="Most prompt plus generated tokens. Default: the checkpoint's.")]
+GenerationConfig = Annotated[
+    str | None,
+    typer.Option(help="Sampling where a request says nothing: auto, as the checkpoint recommends, or none."),
+]
 BlockSize = Annotated[int | None, typer.Option(help="Tokens per KV block: 16, 32 or 64.")]
 KvCacheTokens = Annotated[int | None, typer.Option(help="Most tokens a worker's KV pool holds.")]
 KvCacheMemoryFraction = Annotated[

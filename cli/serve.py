@@ -35,6 +35,7 @@ def serve(
     kv_cache_dtype: o.KvCacheDType = None,
     block_size: o.BlockSize = None,
     max_model_len: o.MaxModelLen = None,
+    generation_config: o.GenerationConfig = None,
     max_num_seqs: o.MaxNumSeqs = None,
     max_num_batched_tokens: o.MaxNumBatchedTokens = None,
     kv_cache_tokens: o.KvCacheTokens = None,

@@ -32,6 +32,11 @@ class ModelConfig(Section):
         "Within a worker on a CPU, logits never depend on batch, chunking or cached prefix; on a GPU, last bits may: "
         "cuBLAS chooses by the number of rows",
     )
+    generation_config: Literal["auto", "none"] = Field(
+        "auto",
+        description="sampling where a request says nothing; auto: as the checkpoint's generation_config.json (or GGUF) "
+        "recommends; none: temperature 1 and no filters. Its end-of-sequence ids count either way",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto: a GPU where torch sees one; workers take GPUs in turn"
     )

@@ -40,10 +40,11 @@ class Started:
 class Front:
     """The door behind the doors: one per router process."""
 
-    def __init__(self, config: RouterConfig, flow: Flow) -> None:
+    def __init__(self, config: RouterConfig, flow: Flow, *, reads_defaults: bool = True) -> None:
+        """`reads_defaults`: see `ModelDirectory`."""
         self.flow = flow
         self.limits = Limits.of(config)
-        self.models = ModelDirectory(flow)
+        self.models = ModelDirectory(flow, reads_defaults=reads_defaults)
         self._max_reading = config.max_running
         self._num_reading = 0  # calls between their body and admission
 

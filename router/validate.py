@@ -17,7 +17,7 @@ from ..core.request import Request
 from .call import Call
 from .config import RouterConfig
 from .models import ServedModel
-from .sampling import sampling_of
+from .sampling import is_bounded, sampling_of
 from .words import integer, short, text_of
 
 MAX_MESSAGES = 2048
@@ -32,7 +32,7 @@ class Limits:
     """What the router's configuration allows."""
 
     max_choices: int
-    default_max_tokens: int
+    default_max_tokens: int | None  # none: as much as fits
     request_timeout_s: float
     api_keys: tuple[str, ...]
 
@@ -80,6 +80,7 @@ def validate(call: Call, model: ServedModel, limits: Limits) -> Request:
         isolation_domain=domain,
         timeout_s=timeout_s,
         is_chat=call.messages is not None,
+        is_bounded=is_bounded(call, model, limits.default_max_tokens),
     )
 
 

@@ -1,4 +1,4 @@
-"""Fields of config.json beside the ones that a family usually has: read as transformers reads them, or refused by name."""
+"""Fields of config.json beside the ones that a family usually has: read as transformers does, or refused by name."""
 
 import json
 import shutil
