@@ -29,6 +29,7 @@ def worker(
     """Run one worker and announce it to the routers. The cluster's key is TWOSTROKE__CLUSTER__KEY."""
     import os
 
+    from ..cluster.machine import machine_facts
     from ..cluster.settings import WorkerSettings
     from ..cluster.worker import run_worker
     from ..model.checkpoint import resolve, served_name
@@ -45,7 +46,7 @@ def worker(
             cache=settings.cache,
             step=settings.step,
             memory_bytes=memory_bytes,
-            num_threads=settings.step.num_threads or os.cpu_count() or 1,
+            num_threads=settings.step.num_threads or machine_facts().num_cores,
             host=host,
             port=port,
             routers=tuple(router),

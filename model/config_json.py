@@ -91,7 +91,7 @@ def spec_from_config(config: Mapping[str, Any], generation: Mapping[str, Any], w
     vocab_size, dtype = fields.count("vocab_size"), _dtype(config, where)
     eos_ids, remarks = _ends(fields.ids("eos_token_id") + more.ids("eos_token_id"), vocab_size, where)
     if dtype == "float16":
-        remarks += ("float16 weights are computed with in bfloat16, which rounds them; model.dtype float32 keeps them",)
+        remarks += ("float16 weights count as bfloat16, which rounds them; model.dtype: float32 keeps them",)
     ropes = (family.rope.spec,) + ((family.local_rope.spec,) if family.local_rope else ())
     return ModelSpec(
         architecture=names[0],

@@ -20,9 +20,16 @@ class RouterConfig(Section):
     api_keys: tuple[str, ...] = Field((), description="accepted keys; none: no authentication (loopback only)")
     max_body_bytes: int = Field(4 << 20, ge=1024)
     max_choices: int = Field(8, ge=1, le=128, description="largest n")
-    max_running: int = Field(512, ge=1, description="requests under way; more are refused with 429")
+    max_running: int = Field(
+        512,
+        ge=1,
+        description="requests under way, more get a 429; default: twice what decode workers run, 512 at least",
+    )
     max_running_tokens: int = Field(
-        2_000_000, ge=1, description="prompt and asked-for tokens under way; 1,024 are counted where none are asked for"
+        2_000_000,
+        ge=1,
+        description="prompt and asked-for tokens under way, 1,024 where none are asked for; default: twice what decode "
+        "workers hold, 2,000,000 at least",
     )
     default_max_tokens: int | None = Field(
         None, ge=1, description="of a chat that says nothing; none: until it ends or the context is full"

@@ -133,7 +133,7 @@ def test_an_end_that_the_model_cannot_say_is_left_out_and_told() -> None:
 def test_halves_are_told_to_become_bfloat16() -> None:
     found = spec("LlamaForCausalLM", torch_dtype="float16")
     assert found.dtype == "bfloat16"
-    assert "float16 weights are computed with in bfloat16" in found.remarks[0]
+    assert "float16 weights count as bfloat16" in found.remarks[0]
     assert spec("LlamaForCausalLM", torch_dtype="bfloat16").remarks == ()
 
 
