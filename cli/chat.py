@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ..client.calls import Options
 from ..client.client import Client
 from ..core.errors import TwostrokeError
 from .status import ApiKey, Grpc
@@ -16,12 +17,17 @@ def chat(
     grpc: Grpc = "127.0.0.1:8001",
     api_key: ApiKey = None,
     system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1)] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0)] = 0.7,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Default: until the answer ends.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0.0, help="Default: the model's.")] = None,
 ) -> None:
     """Chat, turn by turn. Ctrl-C stops an answer; Ctrl-D or an empty line ends."""
     console = Console()
     messages = [{"role": "system", "content": system}] if system else []
+    options: Options = {}
+    if max_tokens is not None:
+        options["max_tokens"] = max_tokens
+    if temperature is not None:
+        options["temperature"] = temperature
     with Client(grpc, api_key=api_key) as client:
         while True:
             try:
@@ -31,21 +37,19 @@ def chat(
             if not question.strip():
                 return
             messages.append({"role": "user", "content": question})
-            answer = _answer(client, messages, max_tokens, temperature, console)
+            answer = _answer(client, messages, options, console)
             if answer is None:
                 messages.pop()
             else:
                 messages.append({"role": "assistant", "content": answer})
 
 
-def _answer(
-    client: Client, messages: list[dict[str, str]], max_tokens: int, temperature: float, console: Console
-) -> str | None:
+def _answer(client: Client, messages: list[dict[str, str]], options: Options, console: Console) -> str | None:
     """The streamed answer; what there is of it after Ctrl-C; None after an error, which is shown."""
     text = ""
     console.print("[bold green]model[/bold green]", end="  ")
     try:
-        with client.chat_stream(messages, max_tokens=max_tokens, temperature=temperature) as stream:
+        with client.chat_stream(messages, **options) as stream:
             for chunk in stream:
                 console.print(chunk.text, end="", markup=False, highlight=False, soft_wrap=True)
                 text += chunk.text

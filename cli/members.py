@@ -29,6 +29,7 @@ def worker(
     """Run one worker and announce it to the routers. The cluster's key is TWOSTROKE__CLUSTER__KEY."""
     import os
 
+    from ..cluster.machine import machine_facts
     from ..cluster.settings import WorkerSettings
     from ..cluster.worker import run_worker
     from ..model.checkpoint import resolve, served_name
@@ -45,7 +46,7 @@ def worker(
             cache=settings.cache,
             step=settings.step,
             memory_bytes=memory_bytes,
-            num_threads=settings.step.num_threads or os.cpu_count() or 1,
+            num_threads=settings.step.num_threads or machine_facts().num_cores,
             host=host,
             port=port,
             routers=tuple(router),
@@ -72,7 +73,7 @@ def router(
 ) -> None:
     """Run one router: both client faces, and the port where workers announce themselves."""
     settings = o.config_from(locals())
-    from ..router.process import run_router
+    from ..router.process import RouterProcess, run_router
 
     _check_key(settings)
     if settings.router.internal_port == 0:
@@ -80,7 +81,9 @@ def router(
             "router.internal_port is 0; workers announce themselves there, so it must be known: set "
             "TWOSTROKE__ROUTER__INTERNAL_PORT, e.g. to 8002"
         )
-    run_router(settings.router, settings.cluster.key, settings.cluster.drain_timeout_s, parent_pid)
+    reads_defaults = settings.model.generation_config == "auto"
+    process = RouterProcess(settings.router, settings.cluster.key, reads_defaults=reads_defaults)
+    run_router(process, settings.cluster.drain_timeout_s, parent_pid)
 
 
 def _check_key(settings: Config) -> None:

@@ -17,6 +17,7 @@ SETTING_BY_FLAG = {
     "quantization": "model.quantization",
     "kernels": "model.kernels",
     "max_model_len": "model.max_model_len",
+    "generation_config": "model.generation_config",
     "kv_cache_dtype": "cache.dtype",
     "block_size": "cache.block_size",
     "kv_cache_tokens": "cache.tokens",
@@ -51,11 +52,19 @@ KvCacheDType = Annotated[
     str | None,
     typer.Option(help="auto, fp8, bfloat16 or float32. Unlike vLLM, auto is FP8, not the model's dtype."),
 ]
-MaxModelLen = Annotated[int | None, typer.Option(help="Most prompt plus generated tokens. Default: the checkpoint's.")]
+MaxModelLen = Annotated[
+    int | None,
+    typer.Option(help="Most prompt plus generated tokens. Default: the checkpoint's, as far as it fits."),
+]
+GenerationConfig = Annotated[
+    str | None,
+    typer.Option(help="Sampling where a request says nothing: auto, as the checkpoint recommends, or none."),
+]
 BlockSize = Annotated[int | None, typer.Option(help="Tokens per KV block: 16, 32 or 64.")]
 KvCacheTokens = Annotated[int | None, typer.Option(help="Most tokens a worker's KV pool holds.")]
 KvCacheMemoryFraction = Annotated[
-    float | None, typer.Option(help="Share of the memory left after the weights that the pool may take. Default: 0.9.")
+    float | None,
+    typer.Option(help="Share of what the weights leave that the pool may take. Default: 0.9, on a CPU 0.5."),
 ]
 SwapSpace = Annotated[
     float | None,
@@ -63,7 +72,7 @@ SwapSpace = Annotated[
 ]
 MaxNumSeqs = Annotated[int | None, typer.Option(help="Most sequences per step.")]
 MaxNumBatchedTokens = Annotated[int | None, typer.Option(help="Most tokens per step: the prefill chunk.")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads per worker. Default: cores / workers.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads per worker. Default: physical cores / workers.")]
 Prefill = Annotated[int | None, typer.Option(help="Prefill workers. 0: combined workers, no disaggregation.")]
 Decode = Annotated[int | None, typer.Option(help="Decode workers.")]
 Launcher = Annotated[str | None, typer.Option(help="ray, process or inprocess.")]

@@ -35,6 +35,7 @@ def serve(
     kv_cache_dtype: o.KvCacheDType = None,
     block_size: o.BlockSize = None,
     max_model_len: o.MaxModelLen = None,
+    generation_config: o.GenerationConfig = None,
     max_num_seqs: o.MaxNumSeqs = None,
     max_num_batched_tokens: o.MaxNumBatchedTokens = None,
     kv_cache_tokens: o.KvCacheTokens = None,
@@ -86,10 +87,21 @@ def show_plan(config: Config, plan: Plan, out: Console) -> None:
             f"= {swap_tokens:,} tokens of preempted sequences"
         )
     out.print(
-        f"weights {plan.model.weight_bytes / 2**20:,.1f} MiB · context {plan.model.max_model_len:,} tokens · "
+        f"weights {plan.model.weight_bytes / 2**20:,.1f} MiB per worker · context {plan.model.max_model_len:,} · "
         f"KV {plan.model.kv_spec.bytes_per_token:,} bytes/token"
     )
+    out.print(f"where a request says nothing: {plan.model.sampling or 'temperature 1.0, no filters'}")
+    for remark in plan.model.remarks:
+        out.print(f"note: {remark}")
     out.print(f"ports: HTTP {config.router.host}:{config.router.port} · gRPC {config.router.grpc_port} · workers: any")
+    reasons = Table(title="settings that this machine decides, unless given", title_justify="left")
+    for heading in ("setting", "value", "why"):
+        reasons.add_column(heading)
+    flags = {setting: f"--{flag.replace('_', '-')}" for flag, setting in o.SETTING_BY_FLAG.items()}
+    for decision in plan.decisions:
+        name = f"{decision.setting} ({flags[decision.setting]})" if decision.setting in flags else decision.setting
+        reasons.add_row(name, decision.value, decision.reason)
+    out.print(reasons)
 
 
 async def _serve(config: Config, plan: Plan) -> int:
@@ -98,6 +110,8 @@ async def _serve(config: Config, plan: Plan) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
     supervisor = Supervisor(config, plan, say=lambda line: console.log(line, markup=False))
+    for remark in _remarks(plan):
+        console.log(remark, markup=False)
     try:
         with console.status(f"starting {len(plan.members)} processes"):
             started = asyncio.create_task(supervisor.start())
@@ -116,6 +130,18 @@ async def _serve(config: Config, plan: Plan) -> int:
     finally:
         console.log("draining and stopping")
         await supervisor.stop()
+
+
+def _remarks(plan: Plan) -> list[str]:
+    """What a user may not expect of this model here."""
+    remarks = [f"note: {remark}" for remark in plan.model.remarks]
+    if plan.model.sampling:
+        remarks.append(
+            f"where a request says nothing: {plan.model.sampling}, as the checkpoint recommends; "
+            "--generation-config none turns it off"
+        )
+    shortened = [d for d in plan.decisions if d.setting == "model.max_model_len" and "pool" in d.reason]
+    return remarks + [f"{d.setting} is {d.value}: {d.reason}" for d in shortened]
 
 
 def _greet(supervisor: Supervisor, plan: Plan) -> None:

@@ -33,7 +33,9 @@ class ClusterConfig(Section):
         min_length=16,
         description="shared secret of all processes: keys block identities and digests",
     )
-    ready_timeout_s: float = Field(120.0, gt=0)
+    ready_timeout_s: float = Field(
+        120.0, gt=0, description="for a member to serve; default: 120, and the time to read the weights at 100 MiB/s"
+    )
     replace_after_s: float = Field(20.0, gt=0, description="how long a frozen or unreachable member is waited for")
     drain_timeout_s: float = Field(10.0, ge=0)
     orphan_grace_s: float = Field(5.0, ge=0, le=60, description="how long a lost router's requests run on")

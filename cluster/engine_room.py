@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from ..core.clock import Clock
 from ..core.request import Role
@@ -14,7 +16,7 @@ from ..kv.host_store import HostStore
 from ..kv.keys import Namer, digest_key, identity_key
 from ..kv.pool import BlockPool
 from ..kv.prefix import PrefixCache
-from ..kv.sizing import MemoryFacts, PoolSize, size_pool
+from ..kv.sizing import MemoryFacts, PoolSize
 from ..model.config_json import load_spec
 from ..model.core import CoreLimits, EngineCore
 from ..model.device import chosen_kernels, resolve_device
@@ -27,8 +29,11 @@ from ..model.thread_link import ThreadLink
 from ..prefill_worker.policy import PrefillPolicy
 from ..text.incremental import check_decoder
 from ..text.tokenizer import Tokenizer
+from .automatic import decided_context, decided_pool, decided_step
 from .machine import cache_codec, context_length, held_bytes, machine_facts
 from .settings import WorkerSettings
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +57,8 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> EngineRoom:
         ConfigError: a setting that cannot work here.
     """
     directory = Path(settings.model_directory)
+    settings, pool_size = _decided(settings, directory)
     model = _model_facts(settings, directory)
-    pool_size = _pool_size(settings, directory, model)
     key = identity_key(settings.cluster_key)
     cache, step = settings.cache, settings.step
     tokenizer = Tokenizer.load(directory)
@@ -94,6 +99,8 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> EngineRoom:
 
 def _model_facts(settings: WorkerSettings, directory: Path) -> ModelFacts:
     spec = load_spec(directory)
+    for remark in spec.remarks:
+        _log.warning("%s: %s", settings.model_name, remark)
     max_model_len = context_length(spec, settings.model.max_model_len)
     numerics = numerics_class(directory, _runner_options(settings, max_model_len))
     return ModelFacts(
@@ -128,13 +135,22 @@ def _runner_options(settings: WorkerSettings, max_model_len: int) -> RunnerOptio
     )
 
 
-def _pool_size(settings: WorkerSettings, directory: Path, model: ModelFacts) -> PoolSize:
+def _decided(settings: WorkerSettings, directory: Path) -> tuple[WorkerSettings, PoolSize]:
+    """What nobody gave, decided: nothing, where a plan has done so for the whole cluster."""
     spec = load_spec(directory)
     cache, device = settings.cache, resolve_device(settings.model.device, settings.gpu)
-    is_gpu = device.type != "cpu"
-    kernels = chosen_kernels(settings.model.kernels, "cuda" if is_gpu else "cpu", built_library)
+    kind: Literal["cpu", "cuda"] = "cpu" if device.type == "cpu" else "cuda"
+    kernels = chosen_kernels(settings.model.kernels, kind, built_library)
     weights = held_bytes(directory, spec, settings.model, kernels)
     machine = machine_facts()
-    available = machine.gpu_bytes[settings.gpu] if is_gpu else machine.memory_bytes
-    facts = MemoryFacts(settings.memory_bytes or available, weights, cache.swap_bytes, swaps_elsewhere=is_gpu)
-    return size_pool(model.kv_spec, cache.block_size, cache.tokens, cache.memory_fraction, facts)
+    available = machine.memory_bytes if kind == "cpu" else machine.gpu_bytes[settings.gpu]
+    step, _ = decided_step(settings.step, kind, available)
+    facts = MemoryFacts(settings.memory_bytes or available, weights, cache.swap_bytes, swaps_elsewhere=kind == "cuda")
+    context, wanted = context_length(spec, settings.model.max_model_len), settings.model.max_model_len
+    kv_spec = spec.kv_spec(cache_codec(cache.dtype))
+    size, cache, _ = decided_pool(kv_spec, cache, kind, facts, step.max_num_seqs * context)
+    context, decision = decided_context(context, wanted, size)
+    if wanted is None:
+        _log.info("%s is %s: %s", decision.setting, decision.value, decision.reason)
+    model = settings.model.model_copy(update={"max_model_len": context})
+    return settings.model_copy(update={"step": step, "cache": cache, "model": model}), size

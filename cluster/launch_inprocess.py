@@ -24,7 +24,8 @@ class InProcessLauncher:
         if member.kind == "router":
             config = self._site.config
             settings = config.router.model_copy(update={"internal_port": self._site.internal_port})
-            process = RouterProcess(settings, config.cluster.key)
+            reads_defaults = config.model.generation_config == "auto"
+            process = RouterProcess(settings, config.cluster.key, reads_defaults=reads_defaults)
         else:
             process = WorkerProcess(worker_settings(self._site, member))
         try:

@@ -73,7 +73,9 @@ class RayLauncher:
         site, grace_s = self._site, self._site.config.cluster.drain_timeout_s
         if member.kind == "router":
             settings = site.config.router.model_copy(update={"internal_port": site.internal_port})
-            return _actor(Router, member).remote(_BuildRouter(settings, site.config.cluster.key), grace_s)
+            reads_defaults = site.config.model.generation_config == "auto"
+            build = _BuildRouter(settings, site.config.cluster.key, reads_defaults=reads_defaults)
+            return _actor(Router, member).remote(build, grace_s)
         kind = PrefillWorker if member.role is Role.PREFILL else DecodeWorker
         return _actor(kind, member).remote(_BuildWorker(worker_settings(site, member)), grace_s)
 
@@ -92,13 +94,13 @@ class RayLauncher:
 class _BuildRouter:
     """Pickled to the actor's process, called there: only that process imports what it runs."""
 
-    def __init__(self, settings: RouterConfig, key: str) -> None:
-        self._settings, self._key = settings, key
+    def __init__(self, settings: RouterConfig, key: str, *, reads_defaults: bool) -> None:
+        self._settings, self._key, self._reads_defaults = settings, key, reads_defaults
 
     def __call__(self) -> RouterProcess:
         from ..router.process import RouterProcess
 
-        return RouterProcess(self._settings, self._key)
+        return RouterProcess(self._settings, self._key, reads_defaults=self._reads_defaults)
 
 
 class _BuildWorker:

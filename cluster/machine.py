@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Set
 from pathlib import Path
 
 from ..core.errors import ConfigError
@@ -14,14 +15,31 @@ from ..model.device import Kernels, chosen_kernels, chosen_kind, gpu_free_bytes,
 from ..model.layout import EMBEDDING, weight_bytes
 from ..model.safetensors_files import stored_dtype
 from ..model.spec import DType, ModelSpec
+from ..router.defaults import SamplingDefaults, described
+from .cgroup import left_bytes, quota_cores
 from .config import Config
 from .placement import MachineFacts, ModelFacts
 
 
 def machine_facts() -> MachineFacts:
-    """Cores that we may run on, and memory that is available now (a cgroup's limit counts), of each GPU too."""
-    memory_bytes = min(_available_bytes(), _cgroup_left_bytes())
-    return MachineFacts(len(os.sched_getaffinity(0)), memory_bytes, gpu_free_bytes())
+    """Cores that we may run on, and memory that is available now (a cgroup's limits count), of each GPU too."""
+    in_group = left_bytes()
+    memory_bytes = _available_bytes() if in_group is None else min(_available_bytes(), in_group)
+    cores, reason = usable_cores(os.sched_getaffinity(0), quota_cores(), _siblings)
+    return MachineFacts(cores, memory_bytes, gpu_free_bytes(), reason)
+
+
+def usable_cores(allowed: Set[int], quota: float | None, siblings: Callable[[int], str]) -> tuple[int, str]:
+    """How many threads can compute at once, and why so many.
+
+    `allowed`: logical processors of our affinity mask. `siblings`: which ones share a processor's physical core, as
+    Linux lists them; two threads on one core get in each other's way here. `quota`: a cgroup's, in cores.
+    """
+    physical = len({siblings(processor) or str(processor) for processor in allowed})
+    told = f"{physical} physical" + (f" of {len(allowed)} logical" if len(allowed) != physical else "")
+    if quota is None or quota >= physical:
+        return physical, told
+    return max(1, int(quota)), f"a cgroup's quota of {quota:g}, {told}"
 
 
 def model_facts(config: Config) -> ModelFacts:
@@ -43,6 +61,9 @@ def model_facts(config: Config) -> ModelFacts:
         weight_bytes=held_bytes(directory, spec, config.model, kernels),
         kv_spec=spec.kv_spec(cache_codec(config.cache.dtype)),
         max_model_len=context_length(spec, config.model.max_model_len),
+        asked_max_model_len=config.model.max_model_len,
+        remarks=spec.remarks,
+        sampling=_sampling(directory, spec, config.model),
         arithmetic=(
             f"{compute_dtype(spec, config.model.dtype)}, weights "
             f"{'as they are' if config.model.quantization == 'none' else 'rounded to ' + config.model.quantization}, "
@@ -96,10 +117,12 @@ def _available_bytes() -> int:
     return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
-def _cgroup_left_bytes() -> int:
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+def _siblings(processor: int) -> str:
     try:
-        text = limit.read_text().strip()
-        return 1 << 62 if text == "max" else int(text) - int(used.read_text())
-    except (OSError, ValueError):
-        return 1 << 62
+        return Path(f"/sys/devices/system/cpu/cpu{processor}/topology/thread_siblings_list").read_text()
+    except OSError:
+        return ""
+
+
+def _sampling(directory: Path, spec: ModelSpec, model: ModelConfig) -> str:
+    return described(SamplingDefaults.load(directory, spec.vocab_size)) if model.generation_config == "auto" else ""

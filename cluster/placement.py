@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..core.request import Role
-from ..kv.sizing import MemoryFacts, PoolSize, size_pool
+from ..kv.sizing import MemoryFacts, PoolSize
 from ..kv.spec import KvSpec
 from ..model.device import chosen_kind
+from .automatic import Decision, decided_context, decided_patience, decided_pool, decided_router, decided_step
 from .config import Config
 
 
@@ -16,9 +17,10 @@ from .config import Config
 class MachineFacts:
     """What there is to place on."""
 
-    num_cores: int
+    num_cores: int  # that we may keep busy
     memory_bytes: int  # available now
     gpu_bytes: tuple[int, ...] = ()  # likewise, of each GPU
+    cores_reason: str = ""  # why so many
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,9 @@ class ModelFacts:
     kv_spec: KvSpec
     max_model_len: int
     arithmetic: str = ""  # dtype, weights, kernels, device: for people
+    asked_max_model_len: int | None = None  # as configured
+    remarks: tuple[str, ...] = ()  # what was read otherwise than the checkpoint says
+    sampling: str = ""  # what holds where a request says nothing; empty: nothing special
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +58,27 @@ class Plan:
     members: tuple[Member, ...]
     model: ModelFacts
     pool: PoolSize  # of each worker
+    config: Config  # with all that nobody gave decided
+    decisions: tuple[Decision, ...]
 
     @property
     def workers(self) -> tuple[Member, ...]:
         """Members that hold an engine."""
         return tuple(member for member in self.members if member.kind == "worker")
+
+    def settle(self, config: Config) -> Config:
+        """`config`, with what this plan decided: every process of the cluster must go by the same."""
+        found = self.config
+        router = {name: getattr(found.router, name) for name in ("max_running", "max_running_tokens")}
+        return config.model_copy(
+            update={
+                "step": found.step,
+                "cache": found.cache,
+                "model": config.model.model_copy(update={"max_model_len": self.model.max_model_len}),
+                "router": config.router.model_copy(update=router),
+                "cluster": config.cluster.model_copy(update={"ready_timeout_s": found.cluster.ready_timeout_s}),
+            }
+        )
 
 
 ROUTER_BYTES = 400 << 20  # a router without torch, and the launcher beside it
@@ -67,7 +88,7 @@ def place(config: Config, machine: MachineFacts, model: ModelFacts) -> Plan:
     """One router, then prefill, then decode workers; cores and memory in equal shares, GPUs in turn.
 
     Raises:
-        DoesNotFit: weights and pool of so many workers do not fit the machine.
+        DoesNotFit: weights and pool of so many workers do not fit the machine, or not the context that was asked for.
         ConfigError: a GPU is asked for where there is none.
     """
     cluster = config.cluster
@@ -78,13 +99,19 @@ def place(config: Config, machine: MachineFacts, model: ModelFacts) -> Plan:
     device = chosen_kind(config.model.device, len(machine.gpu_bytes))
     share = _share(machine, device, len(roles))
     threads = config.step.num_threads or max(1, machine.num_cores // len(roles))
-    pool = size_pool(
-        model.kv_spec,
-        config.cache.block_size,
-        config.cache.tokens,
-        config.cache.memory_fraction,
-        MemoryFacts(share, model.weight_bytes, config.cache.swap_bytes, swaps_elsewhere=device == "cuda"),
-    )
+    step, decisions = decided_step(config.step, device, max(machine.gpu_bytes, default=0))
+    memory = MemoryFacts(share, model.weight_bytes, config.cache.swap_bytes, swaps_elsewhere=device == "cuda")
+    most_tokens = step.max_num_seqs * model.max_model_len
+    pool, cache, more = decided_pool(model.kv_spec, config.cache, device, memory, most_tokens)
+    decisions += more
+    context, decision = decided_context(model.max_model_len, model.asked_max_model_len, pool)
+    decisions.append(decision)
+    reason = f"{machine.num_cores} cores{machine.cores_reason and f' ({machine.cores_reason})'} ÷ {len(roles)} workers"
+    decisions.append(Decision("step.num_threads", str(threads), "as given" if config.step.num_threads else reason))
+    router, more = decided_router(config.router, cluster.decode, step.max_num_seqs, pool)
+    decisions += more
+    patience, more = decided_patience(cluster, model.weight_bytes, len(roles))
+    decisions += more
     counts: dict[str, int] = {}
     members = [Member("router-0", "router")]
     for prefix, role in roles:
@@ -92,7 +119,8 @@ def place(config: Config, machine: MachineFacts, model: ModelFacts) -> Plan:
         counts[prefix] += 1
         gpu = (len(members) - 1) % len(machine.gpu_bytes) if device == "cuda" else 0
         members.append(Member(f"{prefix}-{index}", "worker", role, threads, share, device, gpu))
-    return Plan(tuple(members), model, pool)
+    settled = config.model_copy(update={"step": step, "cache": cache, "router": router, "cluster": patience})
+    return Plan(tuple(members), replace(model, max_model_len=context), pool, settled, tuple(decisions))
 
 
 def _share(machine: MachineFacts, device: str, num_workers: int) -> int:

@@ -33,7 +33,7 @@ class Supervisor:
         self._plan = plan
         self._clock = clock or MonotonicClock()
         self._say = say or log.info
-        self.config = _with_fixed_ports(config)
+        self.config = _with_fixed_ports(plan.settle(config))
         site = Site(self.config, plan.model.directory, plan.model.name, self.config.router.internal_port)
         self._launcher = make_launcher(site)
         cluster = self.config.cluster

@@ -182,7 +182,7 @@ class WorkerProcess:
         pull = self._pull = PullTools(kv_spec=facts.model.kv_spec, **common)
         self.decode = DecodeService(RunTools(facts, pull, self._channels), room.tokenizer, settings.orphan_grace_s)
         job = JobTools(numerics_class=facts.model.numerics_class, **common)
-        max_streams = settings.step.max_waiting + settings.step.max_num_seqs
+        max_streams = settings.step.max_waiting + facts.max_num_seqs
         self.prefill = PrefillService(facts, job, lambda: self.role, max_streams)
         self.fetch = FetchService(facts, self.dispatcher)
         self.watchers = Watchers(self.dispatcher, self.incarnation, self._face_load, self.counters)

@@ -82,6 +82,9 @@ class Role(StrEnum):
     COMBINED = "combined"  # prefills what it decodes; takes no hand-overs
 
 
+USUAL_ANSWER_TOKENS = 1024  # counted for an answer whose length nobody bounded
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One admitted request in the router: the same value whether it came over HTTP or gRPC."""
@@ -94,6 +97,14 @@ class Request:
     isolation_domain: str  # who shares cached prefixes with it: its tenant, or those of its tenant with its salt
     timeout_s: float
     is_chat: bool = False
+    is_bounded: bool = True  # false: nobody said how long an answer may be, and `max_tokens` is all that fits
+
+    @property
+    def expected_tokens(self) -> int:
+        """How many new tokens per choice admission and routing count: what was asked for, else a usual answer's."""
+        most = self.sampling.max_tokens
+        return most if self.is_bounded else min(most, USUAL_ANSWER_TOKENS)
+
     ignored_fields: tuple[str, ...] = ()  # what the client sent and nothing reads, by name
     tenant: str | None = None  # whose it is; None: the isolation domain's
 

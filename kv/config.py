@@ -16,9 +16,18 @@ class CacheConfig(Section):
         "auto", description="auto = FP8 (unlike vLLM, whose auto is the model's dtype)"
     )
     block_size: Literal[16, 32, 64] = Field(16, description="tokens per physical block")
-    tokens: int | None = Field(65536, ge=64, description="most tokens the pool holds; none: by memory alone")
-    memory_fraction: float = Field(
-        0.9, gt=0, le=1, description="share of the memory left after the weights that the pool may take"
+    tokens: int | None = Field(
+        None,
+        ge=64,
+        description="most tokens the pool holds; default: what memory allows, on a CPU no more than all sequences of a "
+        "step with the whole context each",
+    )
+    memory_fraction: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="share of the memory left after the weights that the pool may take; default: 0.9 on a GPU, 0.5 on "
+        "a CPU, whose memory others use too",
     )
     swap_space: float = Field(
         0.0,

@@ -141,13 +141,15 @@ class BlockPool:
 
     # ------------------------------------------------------------------ integrity
 
-    def check_integrity(self, owned: Mapping[str, Sequence[BlockId]] | None = None) -> None:
+    def check_integrity(self, owned: Mapping[str, Sequence[BlockId]] | None = None, among: range | None = None) -> None:
         """Prove the pool's invariants; with `owned` (owner to its blocks) also that owners add up.
+
+        `among`: blocks to look at, where all of a large pool would take too long.
 
         Raises:
             AssertionError: names the fault and the block.
         """
-        for block in map(BlockId, range(self.num_blocks)):
+        for block in map(BlockId, range(self.num_blocks) if among is None else among):
             owners, cached = self._owners[block], bool(self._is_cached[block])
             free_as = [name for name, queue in (("plain", self._plain), ("cached", self._cached)) if block in queue]
             expected = [] if owners else ["cached" if cached else "plain"]

@@ -141,30 +141,36 @@ class PrefixCache:
             seen.update(dict.fromkeys(entry.identities))
         return list(seen)
 
-    def check_integrity(self) -> None:
-        """Prove that index, tree and pool agree.
+    def check_integrity(self, among: range | None = None) -> None:
+        """Prove that index, tree and pool agree; with `among`, as far as these blocks show it.
 
         Raises:
             AssertionError: names the fault and the block.
         """
-        for block, entry in self._entry_by_block.items():
-            assert entry.block == block, f"entry of block {entry.block} stands under {block}"
-            assert self._entry_by_key.get(entry.key) is entry, f"block {block} cannot be found by its identity"
-            assert self._pool.is_cached(block), f"block {block} is in the index but plain in the pool"
-            if entry.parent is not None:
-                assert self._entry_by_key.get(entry.parent.key) is entry.parent, f"block {block} outlived its parent"
-                assert entry in entry.parent.children, f"block {block} is no child of its parent"
-            for inner in entry.identities[:-1]:
-                assert block in self._holders_by_inner[inner], f"block {block} is missing as a holder"
+        for block in map(BlockId, range(self._pool.num_blocks) if among is None else among):
+            entry = self._entry_by_block.get(block)
+            if entry is not None:
+                self._check_entry(block, entry)
+            elif self._pool.is_cached(block):
+                raise AssertionError(f"block {block} is cached in the pool but not in the index")
         assert len(self._entry_by_key) == len(self._entry_by_block), "two identities lead to one block"
-        for block in map(BlockId, range(self._pool.num_blocks)):
-            known = block in self._entry_by_block
-            assert known == self._pool.is_cached(block), f"block {block} is cached in the pool but not in the index"
+        if among is not None:
+            return
         holders = sum(len(blocks) for blocks in self._holders_by_inner.values())
         assert holders == len(self) * (self._span - 1), "a removed block is still a holder"
         assert sum(1 for _ in self._parents_first()) == len(self), "part of the tree hangs in the air"
 
     # ------------------------------------------------------------------ inside
+
+    def _check_entry(self, block: BlockId, entry: _Entry) -> None:
+        assert entry.block == block, f"entry of block {entry.block} stands under {block}"
+        assert self._entry_by_key.get(entry.key) is entry, f"block {block} cannot be found by its identity"
+        assert self._pool.is_cached(block), f"block {block} is in the index but plain in the pool"
+        if entry.parent is not None:
+            assert self._entry_by_key.get(entry.parent.key) is entry.parent, f"block {block} outlived its parent"
+            assert entry in entry.parent.children, f"block {block} is no child of its parent"
+        for inner in entry.identities[:-1]:
+            assert block in self._holders_by_inner[inner], f"block {block} is missing as a holder"
 
     def _key(self, identities: Sequence[BlockIdentity], i: int) -> BlockIdentity:
         """Identity of the sequence's `i`-th physical block."""

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from ..core.errors import DoesNotFit
 from .spec import KvSpec
 
+MAX_POOL_BLOCKS = 1 << 20  # beyond, the bookkeeping of free blocks takes seconds to make and gigabytes to keep
+
 
 @dataclass(frozen=True, slots=True)
 class MemoryFacts:
@@ -51,8 +53,8 @@ def size_pool(spec: KvSpec, block_tokens: int, max_tokens: int | None, fraction:
     left = facts.memory_bytes - facts.weight_bytes - swap_bytes
     by_memory = int(max(0, left) * fraction) // block_bytes
     by_tokens = None if max_tokens is None else max_tokens // block_tokens
-    num_blocks = by_memory if by_tokens is None else min(by_memory, by_tokens)
-    limit = "no token limit" if by_tokens is None else f"{max_tokens:,} tokens asked = {by_tokens:,} blocks"
+    num_blocks = min(by_memory, MAX_POOL_BLOCKS) if by_tokens is None else min(by_memory, by_tokens, MAX_POOL_BLOCKS)
+    limit = "no token limit" if by_tokens is None else f"at most {max_tokens:,} tokens = {by_tokens:,} blocks"
     swap = f" − swap space {_mib(swap_bytes)}" if swap_bytes else ""
     arithmetic = (
         f"memory {_mib(facts.memory_bytes)} − weights {_mib(facts.weight_bytes)}{swap} = {_mib(left)}; "

@@ -24,7 +24,7 @@ class ModelConfig(Section):
         "auto", description="on a CPU; native: built on first use, by the machine's C++ compiler; auto: torch without"
     )
     max_model_len: int | None = Field(
-        None, ge=16, description="prompt plus generated tokens; default: the checkpoint's"
+        None, ge=16, description="prompt plus generated tokens; default: the checkpoint's, or what the pool holds"
     )
     deterministic: bool = Field(
         True,
@@ -32,15 +32,25 @@ class ModelConfig(Section):
         "Within a worker on a CPU, logits never depend on batch, chunking or cached prefix; on a GPU, last bits may: "
         "cuBLAS chooses by the number of rows",
     )
+    generation_config: Literal["auto", "none"] = Field(
+        "auto",
+        description="sampling where a request says nothing; auto: as the checkpoint's generation_config.json (or GGUF) "
+        "recommends; none: temperature 1 and no filters. Its end-of-sequence ids count either way",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto: a GPU where torch sees one; workers take GPUs in turn"
     )
 
 
 class StepConfig(Section):
-    """Bounds of one engine step and of the queues before it."""
+    """Bounds of one engine step and of the queues before it. What is not given is a CPU's; for a GPU see the plan."""
 
-    max_num_seqs: int = Field(64, ge=1, le=4096, description="sequences per step")
-    max_num_batched_tokens: int = Field(1024, ge=16, le=65536, description="tokens per step: the prefill chunk")
+    max_num_seqs: int = Field(64, ge=1, le=4096, description="sequences per step; default: 64, on a GPU 256")
+    max_num_batched_tokens: int = Field(
+        1024,
+        ge=16,
+        le=65536,
+        description="tokens per step: the prefill chunk; default: 1,024, on a GPU 2,048, with 64 GiB free 8,192",
+    )
     max_waiting: int = Field(256, ge=1, description="sequences that may wait on one worker")
-    num_threads: int | None = Field(None, ge=1, description="CPU threads per worker; default: cores / workers")
+    num_threads: int | None = Field(None, ge=1, description="CPU threads per worker; default: physical cores / workers")

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..core.errors import CheckpointError
 from ..text.gguf_file import is_gguf
 from .config_fields import Fields
 from .families import FAMILIES
 from .gguf_config import read_config
+from .layout import EMBEDDING, HEAD
+from .safetensors_files import differ
 from .spec import DType, ModelSpec
 
 # Of no family that we serve, but they would change its numbers.
@@ -36,6 +39,8 @@ _NEVER_SERVED = (
 def load_spec(path: Path) -> ModelSpec:
     """The spec of a checkpoint: config.json, and the ids of generation_config.json where there is one; or a GGUF file.
 
+    Where config.json ties the head to the embedding and the checkpoint holds another head, that one counts.
+
     Raises:
         CheckpointError: a file is missing or no JSON, or the model is one that we do not serve; names the field.
     """
@@ -44,7 +49,11 @@ def load_spec(path: Path) -> ModelSpec:
     config = _read_json(path / "config.json")
     generation_file = path / "generation_config.json"
     generation = _read_json(generation_file) if generation_file.exists() else {}
-    return spec_from_config(config, generation, str(path))
+    spec = spec_from_config(config, generation, str(path))
+    if spec.tied_embeddings and differ(path, EMBEDDING, HEAD):
+        remark = f"config.json ties {HEAD} to the embedding; the checkpoint holds another one, which is used"
+        return replace(spec, tied_embeddings=False, remarks=(*spec.remarks, remark))
+    return spec
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -73,13 +82,21 @@ def spec_from_config(config: Mapping[str, Any], generation: Mapping[str, Any], w
         )
     if config.get("vision_config"):
         raise CheckpointError(f"{where}: config.json sets vision_config; {_remedy(config)}")
+    if config.get("text_config"):
+        raise CheckpointError(
+            f"{where}: config.json nests text_config beside its own fields; give the config of the text model alone"
+        )
     fields.refuse(*_NEVER_SERVED)
     family = FAMILIES[names[0]](fields)
+    vocab_size, dtype = fields.count("vocab_size"), _dtype(config, where)
+    eos_ids, remarks = _ends(fields.ids("eos_token_id") + more.ids("eos_token_id"), vocab_size, where)
+    if dtype == "float16":
+        remarks += ("float16 weights count as bfloat16, which rounds them; model.dtype: float32 keeps them",)
     ropes = (family.rope.spec,) + ((family.local_rope.spec,) if family.local_rope else ())
     return ModelSpec(
         architecture=names[0],
         hidden_size=fields.count("hidden_size"),
-        vocab_size=fields.count("vocab_size"),
+        vocab_size=vocab_size,
         attention=family.attention,
         layers=family.layers,
         ropes=ropes,
@@ -88,8 +105,9 @@ def spec_from_config(config: Mapping[str, Any], generation: Mapping[str, Any], w
         tied_embeddings=fields.flag("tie_word_embeddings", family.gemma is not None),
         max_model_len=family.rope.max_len,
         bos_id=next(iter(fields.ids("bos_token_id") or more.ids("bos_token_id")), None),
-        eos_ids=tuple(dict.fromkeys(fields.ids("eos_token_id") + more.ids("eos_token_id"))),
-        dtype=_dtype(config, where),
+        eos_ids=eos_ids,
+        dtype="float32" if dtype == "float32" else "bfloat16",
+        remarks=remarks,
         extra_layers=family.extra_layers,
         **(family.gemma or {}),
     )
@@ -101,10 +119,29 @@ def _remedy(config: Mapping[str, Any]) -> str:
     return f"served: {', '.join(FAMILIES)}"
 
 
-def _dtype(config: Mapping[str, Any], where: str) -> DType:
+def _ends(ids: tuple[int, ...], vocab_size: int, where: str) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """The ids that end a text, each once; and a remark on those that the model cannot say.
+
+    Raises:
+        CheckpointError: it can say none of them.
+    """
+    inside = tuple(dict.fromkeys(i for i in ids if i < vocab_size))
+    outside = sorted({i for i in ids if i >= vocab_size})
+    if outside and not inside:
+        raise CheckpointError(
+            f"{where}: eos_token_id is {outside[0]}, and the vocabulary has {vocab_size} tokens; set it to the one "
+            "that ends a text"
+        )
+    told = ", ".join(map(str, outside))
+    return inside, (f"eos_token_id {told} is outside the vocabulary of {vocab_size}, and ignored",) if outside else ()
+
+
+def _dtype(config: Mapping[str, Any], where: str) -> DType | Literal["float16"]:
     name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
     if name == "float32":
         return "float32"
-    if name in ("bfloat16", "float16"):
+    if name == "bfloat16":
         return "bfloat16"
+    if name == "float16":
+        return "float16"
     raise CheckpointError(f"{where}: dtype is {name!r}; served: float32, bfloat16, float16 (as bfloat16)")

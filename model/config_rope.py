@@ -12,6 +12,21 @@ from .spec import RopeScaling, RopeSpec
 
 _SERVED = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
+# max_position_embeddings where a config.json names none: the defaults of each family's config class in transformers 5.
+_LONGEST = {
+    "MistralForCausalLM": 131072,
+    "MinistralForCausalLM": 131072,
+    "Qwen2ForCausalLM": 32768,
+    "Qwen3ForCausalLM": 32768,
+    "Gemma2ForCausalLM": 8192,
+    "Gemma3ForCausalLM": 131072,
+    "Phi3ForCausalLM": 4096,
+    "MixtralForCausalLM": 131072,
+    "Qwen2MoeForCausalLM": 32768,
+    "Qwen3MoeForCausalLM": 32768,
+    "DeepseekV3ForCausalLM": 4096,
+}
+
 
 class Rope(NamedTuple):
     """What `read_rope` finds."""
@@ -26,14 +41,54 @@ def read_rope(config: Fields, head_dim: int, *, theta: float = 10000.0, partial:
 
     `theta`: where the config says none. `partial`: whether this family may rotate a part of a head.
     """
-    parameters = config.mapping("rope_parameters") or config.mapping("rope_scaling")
+    parameters = shared_parameters(config)
     return rope_of(config, parameters, head_dim, theta=config.number("rope_theta", theta), partial=partial)
 
 
+def shared_parameters(config: Fields) -> Mapping[str, Any]:
+    """What `rope_parameters` or `rope_scaling` say for all layers.
+
+    Raises:
+        CheckpointError: both are there and differ (transformers 5 drops what the first one says, its base too), or they
+            tell layers apart.
+    """
+    parameters = given_parameters(config)
+    kinds = [name for name, value in parameters.items() if isinstance(value, Mapping)]
+    if kinds:
+        raise CheckpointError(
+            f"{config.where}: rope parameters of {kinds[0]} alone are not served for {config.architecture}; give one "
+            "set for all layers"
+        )
+    return parameters
+
+
+def given_parameters(config: Fields) -> Mapping[str, Any]:
+    """`rope_parameters` or `rope_scaling`, whichever is there.
+
+    Raises:
+        CheckpointError: both are there and differ.
+    """
+    new, old = config.mapping("rope_parameters"), config.mapping("rope_scaling")
+    if new and old and new != old:
+        raise CheckpointError(
+            f"{config.where}: rope_parameters and rope_scaling are both set and differ; keep the one that holds"
+        )
+    return new or old
+
+
 def rope_of(
-    config: Fields, parameters: Mapping[str, Any], head_dim: int, *, theta: float, partial: bool = False
+    config: Fields,
+    parameters: Mapping[str, Any],
+    head_dim: int,
+    *,
+    theta: float,
+    partial: bool = False,
+    of_a_kind: bool = False,
 ) -> Rope:
-    """Rotary positions by `parameters`; `theta` where they name none."""
+    """Rotary positions by `parameters`; `theta` where they name none.
+
+    `of_a_kind`: they are those of one kind of layer, and what stands beside them in config.json is not about them.
+    """
     inner = Fields(parameters, f"{config.where} (rope)")
     factor = parameters.get("partial_rotary_factor", config.config.get("partial_rotary_factor"))
     width = head_dim
@@ -46,26 +101,27 @@ def rope_of(
         width = int(head_dim * Fields({"partial_rotary_factor": factor}, config.where).number("partial_rotary_factor"))
     if width % 2 or width < 2 or width > head_dim:
         raise CheckpointError(f"{config.where}: {width} of {head_dim} numbers of a head are rotated; must be even")
-    max_len = config.count("max_position_embeddings", 2048)
+    max_len = config.count("max_position_embeddings", _LONGEST.get(config.architecture, 2048))
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     base = inner.number("rope_theta", theta)
     if kind == "default":
         return Rope(RopeSpec(base, width), max_len)
-    scaling, longest = _scaling(kind, config, inner, width, max_len)
-    all_dim = inner.optional_number("mscale_all_dim") if kind == "yarn" and parameters.get("mscale_all_dim") else None
+    beside = None if of_a_kind else config.optional_count("original_max_position_embeddings")
+    original = beside or inner.count("original_max_position_embeddings", max_len)  # beside them it counts, as for Phi
+    scaling, longest = _scaling(kind, inner, width, original, max_len)
+    all_dim = inner.optional_number("mscale_all_dim") if parameters.get("mscale_all_dim") else None
     return Rope(RopeSpec(base, width, scaling), longest, all_dim)
 
 
-def _scaling(kind: object, config: Fields, inner: Fields, width: int, max_len: int) -> tuple[RopeScaling, int]:
+def _scaling(kind: object, inner: Fields, width: int, original: int, max_len: int) -> tuple[RopeScaling, int]:
     """The scaling, and the positions that it serves."""
     if kind in ("longrope", "su"):
-        return _longrope(config, inner, width, max_len), max_len
+        return _longrope(inner, width, original, max_len), max_len
     if kind == "linear":
         return RopeScaling("linear", inner.number("factor")), max_len
     if kind == "dynamic":
         factor = inner.number("factor")
         return RopeScaling("dynamic", factor, original_max_len=max_len), int(max_len * factor)
-    original = inner.count("original_max_position_embeddings", max_len)
     if kind == "llama3":
         low, high = inner.number("low_freq_factor"), inner.number("high_freq_factor")
         if high <= low:
@@ -74,7 +130,7 @@ def _scaling(kind: object, config: Fields, inner: Fields, width: int, max_len: i
     if kind == "yarn":
         scaling = _yarn(inner, original, max_len)
         return scaling, max(max_len, int(original * scaling.factor))
-    raise CheckpointError(f"{config.where}: rope type {kind!r} is not served; served: {', '.join(_SERVED)}")
+    raise CheckpointError(f"{inner.where}: rope type {kind!r} is not served; served: {', '.join(_SERVED)}")
 
 
 def _yarn(inner: Fields, original: int, max_len: int) -> RopeScaling:
@@ -89,8 +145,8 @@ def _yarn(inner: Fields, original: int, max_len: int) -> RopeScaling:
         "yarn",
         factor,
         original,
-        beta_fast=inner.number("beta_fast", 32.0),
-        beta_slow=inner.number("beta_slow", 1.0),
+        beta_fast=inner.number("beta_fast") if inner.config.get("beta_fast") else 32.0,
+        beta_slow=inner.number("beta_slow") if inner.config.get("beta_slow") else 1.0,
         truncate=inner.flag("truncate", True),
         magnitude=inner.number("attention_factor", magnitude),
     )
@@ -101,11 +157,7 @@ def yarn_magnitude(factor: float, weight: float = 1.0) -> float:
     return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 
-def _longrope(config: Fields, inner: Fields, width: int, max_len: int) -> RopeScaling:
-    # Phi keeps the original length beside the rope's parameters; that one counts.
-    original = config.optional_count("original_max_position_embeddings")
-    if original is None:
-        original = inner.count("original_max_position_embeddings", max_len)
+def _longrope(inner: Fields, width: int, original: int, max_len: int) -> RopeScaling:
     factor = inner.number("factor", max_len / original)
     magnitude = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     return RopeScaling(

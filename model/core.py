@@ -219,13 +219,18 @@ class EngineCore:
         deadlines = [s.deadline_s for s in self._scheduler.by_key.values() if s.deadline_s is not None]
         return min(deadlines, default=None)
 
-    def check_integrity(self) -> None:
-        """Prove that pool, prefix cache, promises and states agree.
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the pool."""
+        return self._lives.holdings.pool.num_blocks
+
+    def check_integrity(self, among: range | None = None) -> None:
+        """Prove that pool, prefix cache, promises and states agree. `among`: blocks to look at; none: all.
 
         Raises:
             AssertionError: names the fault.
         """
-        self._scheduler.check_integrity()
+        self._scheduler.check_integrity(among)
         for sequence in self._scheduler.by_key.values():
             assert sequence.doom is None or sequence.key in self._lives.in_step, f"{sequence.key} is doomed, lives on"
 

@@ -28,6 +28,7 @@ from .thread_link import ThreadLink
 
 BEAT_S = 0.1
 INTEGRITY_S = 5.0
+CHECKED_BLOCKS = 4096  # of a large pool, at each time: all of a million would take a quarter of a second
 COMMANDS_PER_TURN = 256
 FAILURES_TO_BREAK = 3
 
@@ -73,6 +74,7 @@ class Engine:
         self._next_policy: Policy | None = None
         self._next_beat_s = 0.0
         self._next_check_s = 0.0
+        self._next_checked = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # ------------------------------------------------------------------ from other threads
@@ -226,7 +228,10 @@ class Engine:
     def _check(self, now_s: float) -> None:
         if now_s >= self._next_check_s:
             self._next_check_s = now_s + INTEGRITY_S
-            self._core.check_integrity()
+            first, num_blocks = self._next_checked, self._core.num_blocks
+            last = min(first + CHECKED_BLOCKS, num_blocks)
+            self._core.check_integrity(None if num_blocks <= CHECKED_BLOCKS else range(first, last))
+            self._next_checked = last % num_blocks
 
     def _break(self) -> None:
         """Say the last words without trusting anything: every sequence ends, and the beat says "broken"."""

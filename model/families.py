@@ -6,12 +6,14 @@ served is refused by name; what has no tensor of its own here shows as an extra 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from ..core.errors import CheckpointError
 from .config_fields import Fields
-from .config_rope import read_rope, rope_of
+from .config_rope import Rope, given_parameters, read_rope, rope_of, shared_parameters
 from .family_parts import (
+    EXPERT_FIELDS,
     Family,
     act,
     checked,
@@ -28,13 +30,12 @@ from .family_parts import (
 )
 from .spec import DenseFfn, ExpertsFfn, LayerSpec, Routing
 
-_EXPERT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts")
 _CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 
 
 def llama(config: Fields) -> Family:
     """Llama 2, 3, 3.1."""
-    config.refuse(*_EXPERT_FIELDS, *_CAPS, "sliding_window", "layer_types")
+    config.refuse(*EXPERT_FIELDS, *_CAPS, "sliding_window", "layer_types")
     bias = config.flag("attention_bias")
     attention = plain_attention(config, qkv_bias=bias, output_bias=bias)
     ffn = DenseFfn(config.count("intermediate_size"), config.flag("mlp_bias"))
@@ -43,7 +44,7 @@ def llama(config: Fields) -> Family:
 
 def mistral(config: Fields) -> Family:
     """Mistral; Ministral's `layer_types` alternate windows. An absent window is 4,096, null is none."""
-    config.refuse(*_EXPERT_FIELDS, *_CAPS, "attention_bias", "mlp_bias")
+    config.refuse(*EXPERT_FIELDS, *_CAPS, "attention_bias", "mlp_bias")
     attention = plain_attention(config)
     window = config.optional_count("sliding_window", 4096)
     windows = windows_of(config, window, [window] * config.count("num_hidden_layers"))
@@ -53,7 +54,7 @@ def mistral(config: Fields) -> Family:
 
 def qwen2(config: Fields) -> Family:
     """Qwen 2 and 2.5: biases on queries, keys and values."""
-    config.refuse(*_EXPERT_FIELDS, *_CAPS, "attention_bias", "mlp_bias")
+    config.refuse(*EXPERT_FIELDS, *_CAPS, "attention_bias", "mlp_bias")
     attention = plain_attention(config, qkv_bias=True)
     layers = plain_layers(config, DenseFfn(config.count("intermediate_size")), qwen_windows(config))
     return Family(attention, layers, read_rope(config, attention.head_dim), activation=act(config))
@@ -61,7 +62,7 @@ def qwen2(config: Fields) -> Family:
 
 def qwen3(config: Fields) -> Family:
     """Qwen 3: queries and keys normalised per head."""
-    config.refuse(*_EXPERT_FIELDS, *_CAPS, "mlp_bias")
+    config.refuse(*EXPERT_FIELDS, *_CAPS, "mlp_bias")
     bias = config.flag("attention_bias")
     attention = plain_attention(config, head_dim=128, qkv_bias=bias, output_bias=bias, head_norms=True)
     layers = plain_layers(config, DenseFfn(config.count("intermediate_size")), qwen_windows(config))
@@ -70,9 +71,9 @@ def qwen3(config: Fields) -> Family:
 
 def phi3(config: Fields) -> Family:
     """Phi-3 and Phi-4-mini: fused projections, longrope, a part of each head rotated."""
-    config.refuse(*_EXPERT_FIELDS, *_CAPS, "attention_bias", "mlp_bias")
+    config.refuse(*EXPERT_FIELDS, *_CAPS, "attention_bias", "mlp_bias")
     attention = plain_attention(config)
-    parameters = config.mapping("rope_parameters") or config.mapping("rope_scaling")
+    parameters = shared_parameters(config)
     if parameters.get("rope_type", parameters.get("type")) == "yarn":  # what its first release called longrope
         parameters = {**parameters, "rope_type": "longrope"}
     theta = config.number("rope_theta", 10000.0)
@@ -98,20 +99,41 @@ def gemma3(config: Fields) -> Family:
     pattern = config.count("sliding_window_pattern", 6)
     windows = windows_of(config, window, [window if (i + 1) % pattern else None for i in range(count)])
     attention = gemma_attention(config, cap=None, head_norms=True)
-    parameters = config.mapping("rope_parameters")
-    if "full_attention" in parameters or "sliding_attention" in parameters:
-        inner = Fields(parameters, config.where)
-        whole, local = inner.mapping("full_attention"), inner.mapping("sliding_attention")
-    else:
-        whole, local = parameters or config.mapping("rope_scaling"), {}
-    rope = rope_of(config, whole, attention.head_dim, theta=config.number("rope_theta", 1e6))
-    local_theta = config.number("rope_local_base_freq", 10000.0)
-    local_rope = rope_of(config, local, attention.head_dim, theta=local_theta)
+    ropes = gemma3_ropes(config, attention.head_dim)
     ffn = DenseFfn(config.count("intermediate_size"))
     sliding = sliding_flags(config, [w is not None for w in windows])
     layers = tuple(LayerSpec(ffn, w, rope=int(s)) for w, s in zip(windows, sliding, strict=True))
     config.refuse("attn_logit_softcapping")
-    return gemma(config, attention, layers, (rope, local_rope), final_cap=None)
+    return gemma(config, attention, layers, ropes, final_cap=None)
+
+
+def gemma3_ropes(config: Fields, head_dim: int) -> tuple[Rope, Rope]:
+    """Of layers that see everything, and of windowed ones. `rope_scaling` is about the first alone.
+
+    Raises:
+        CheckpointError: the config says something of them that transformers leaves out for this family.
+    """
+    parameters = given_parameters(config)
+    whole: Mapping[str, Any] = parameters
+    local: Mapping[str, Any] = {}
+    if config.config.get("rope_parameters"):
+        inner = Fields(parameters, config.where)
+        whole, local = inner.mapping("full_attention"), inner.mapping("sliding_attention")
+        unknown = parameters.keys() - {"full_attention", "sliding_attention"}
+        if unknown:
+            raise CheckpointError(
+                f"{config.where}: rope_parameters has {min(unknown)!r}; for {config.architecture} they stand under "
+                "full_attention and sliding_attention"
+            )
+    elif "type" in whole and "rope_type" not in whole:
+        raise config.wrong("rope_scaling", dict(whole), f"one with rope_type for {config.architecture}, not type")
+    if "truncate" in whole and whole["truncate"] is not True:
+        raise config.wrong("truncate", whole["truncate"], f"true for {config.architecture}")
+    theta, local_theta = config.number("rope_theta", 1e6), config.number("rope_local_base_freq", 10000.0)
+    return (
+        rope_of(config, whole, head_dim, theta=theta, of_a_kind=True),
+        rope_of(config, local, head_dim, theta=local_theta, of_a_kind=True),
+    )
 
 
 def mixtral(config: Fields) -> Family:
@@ -164,7 +186,9 @@ def deepseek_v2(config: Fields) -> Family:
         num_groups=config.count("n_group") if grouped else 1,
         groups_per_token=config.count("topk_group") if grouped else 1,
     )
-    return deepseek(config, routing, dense_layers=0, shared=2, moe_width=1407, mlp_bias=config.flag("mlp_bias"))
+    # Its queries and keys always lie in pairs: `rope_interleave` is a field of V3's.
+    found = Fields({**config.config, "rope_interleave": True}, config.where)
+    return deepseek(found, routing, dense_layers=0, shared=2, moe_width=1407, mlp_bias=config.flag("mlp_bias"))
 
 
 def deepseek_v3(config: Fields) -> Family:

@@ -99,7 +99,13 @@ def windows_of(config: Fields, window: int | None, default: Sequence[int | None]
     """Each layer's window: by `layer_types`, else `default`."""
     if config.config.get("layer_types") is None:
         return list(default)
-    return [window if sliding else None for sliding in sliding_flags(config, [False] * len(default))]
+    flags = sliding_flags(config, [False] * len(default))
+    if window is None and any(flags):
+        raise CheckpointError(
+            f"{config.where}: layer_types names sliding_attention, and no sliding_window is set or in use; set it, "
+            "or make them full_attention"
+        )
+    return [window if sliding else None for sliding in flags]
 
 
 def qwen_windows(config: Fields) -> list[int | None]:
@@ -112,13 +118,15 @@ def qwen_windows(config: Fields) -> list[int | None]:
 
 # ------------------------------------------------------------------ experts
 
+EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts")
+
 
 def num_experts(config: Fields, default: int) -> int:
     """How many experts a layer has, under any of the names that releases use."""
-    for name in ("num_experts", "num_local_experts", "n_routed_experts"):
-        if config.config.get(name) is not None:
-            return config.count(name)
-    return default
+    named = {n: config.count(n) for n in EXPERT_FIELDS if config.config.get(n) is not None}
+    if len(set(named.values())) > 1:
+        raise CheckpointError(f"{config.where}: config.json counts experts as {named}; keep the one that holds")
+    return next(iter(named.values()), default)
 
 
 def checked(config: Fields, routing: Routing) -> Routing:

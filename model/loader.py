@@ -32,7 +32,7 @@ from .tensors import open_source, weights_fingerprint
 from .torch_ops import TorchOps
 from .weights import load_weights
 
-KERNEL_SET_VERSION = 6  # one more whenever a change of ours can change a bit of any logit
+KERNEL_SET_VERSION = 7  # one more whenever a change of ours can change a bit of any logit
 
 KvDType = Literal["auto", "fp8", "bfloat16", "float32"]
 

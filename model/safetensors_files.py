@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _WHOLE_FILE_BYTES = 64 << 20  # files up to this size are hashed whole
 _SAMPLED_PAGES = 256
 _PAGE_BYTES = 4096
+_CHUNK_BYTES = 4 << 20
 
 
 class SafetensorsFiles:
@@ -81,6 +83,43 @@ def stored_dtype(path: Path, name: str) -> str | None:
         if entry is not None:
             return _DTYPE_NAMES.get(entry["dtype"])
     return None
+
+
+def differ(directory: Path, first: str, second: str) -> bool:
+    """Whether a checkpoint holds both tensors, and not with the same bytes. Reads both, once per process.
+
+    False where it has no files; who loads them will say so.
+
+    Raises:
+        CheckpointError: a header is damaged.
+    """
+    try:
+        files = checkpoint_files(directory)
+    except CheckpointError:
+        return False
+    return _differ(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files), first, second)
+
+
+@functools.cache
+def _differ(files: tuple[tuple[Path, int, int], ...], first: str, second: str) -> bool:
+    places = []
+    for path, _, _ in files:
+        raw, header = read_header(path)
+        places += [(path, 8 + len(raw), header[name]) for name in (first, second) if name in header]
+    if len(places) < 2:
+        return False
+    (_, _, one), (_, _, other) = places
+    if (one["dtype"], one["shape"]) != (other["dtype"], other["shape"]):
+        return True
+    pairs = zip(*(_chunks(path, at, *entry["data_offsets"]) for path, at, entry in places), strict=True)
+    return any(a != b for a, b in pairs)
+
+
+def _chunks(path: Path, at: int, start: int, end: int) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        file.seek(at + start)
+        for left in range(end - start, 0, -_CHUNK_BYTES):
+            yield file.read(min(left, _CHUNK_BYTES))
 
 
 def checkpoint_files(directory: Path) -> tuple[Path, ...]:

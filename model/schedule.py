@@ -309,8 +309,8 @@ class Scheduler:
 
     # ------------------------------------------------------------------ integrity
 
-    def check_integrity(self) -> None:
-        """Prove that states, promises and blocks agree.
+    def check_integrity(self, among: range | None = None) -> None:
+        """Prove that states, promises and blocks agree. `among`: blocks to look at; none: all.
 
         Raises:
             AssertionError: names the fault and the sequence.
@@ -323,16 +323,16 @@ class Scheduler:
         assert self.count(*_S) == len(self.by_key), "a live sequence stands under no state"
         promised = sum(s.num_promised for s in self.by_key.values())
         assert promised == self.num_promised, f"{self.num_promised} blocks promised, sequences say {promised}"
-        self._check_owners()
-        self.holdings.pool.check_integrity()
-        self.holdings.prefix.check_integrity()
+        self._check_owners(range(self.holdings.pool.num_blocks) if among is None else among)
+        self.holdings.pool.check_integrity(among=among)
+        self.holdings.prefix.check_integrity(among)
         if self.holdings.swap is not None:
             self.holdings.swap.check_integrity(list(self.by_key.values()))
 
-    def _check_owners(self) -> None:
+    def _check_owners(self, among: range) -> None:
         claims = Counter(block for sequence in self.by_key.values() for block in sequence.blocks)
         pool = self.holdings.pool
-        for block in map(BlockId, range(pool.num_blocks)):
+        for block in map(BlockId, among):
             owners = pool.owners(block)
             assert owners == claims[block], f"block {block} counts {owners} owners, {claims[block]} sequences claim it"
 

@@ -5,7 +5,7 @@ One `ModelSpec` describes every family that we serve; `config_json.py` reads it 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from ..kv.spec import CODEC_NAMES, KvSpec, attention_spec, mla_spec
@@ -141,6 +141,7 @@ class ModelSpec:
     embedding_scale: float | None = None
     final_softcap: float | None = None
     extra_layers: int = 0  # in the checkpoint behind the decoder's (multi-token prediction); not loaded
+    remarks: tuple[str, ...] = field(default=(), compare=False)  # for people: where it is not what the config says
 
     @property
     def num_layers(self) -> int:

@@ -32,7 +32,7 @@ class Offer:
 
     request_id: str
     tenant: str
-    tokens: int  # prompt and all that may be generated, of all choices
+    tokens: int  # prompt and what is expected to be generated, of all choices
     timeout_s: float
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+UNTIL_FULL = 2**31 - 1  # as the usual max_tokens: whatever the context leaves
+
 
 @dataclass(frozen=True, slots=True)
 class Call:

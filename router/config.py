@@ -40,10 +40,23 @@ class RouterConfig(Section):
     allow_credentials: bool = Field(False, description="whether browsers may send cookies along")
     max_choices: int = Field(8, ge=1, le=128, description="largest n")
     max_prompts: int = Field(256, ge=1, description="most prompts in one request; more than one: completions only")
-    max_running: int = Field(512, ge=1, description="requests under way; more are refused with 429")
-    max_running_tokens: int = Field(2_000_000, ge=1, description="prompt and asked-for tokens under way")
-    default_max_tokens: int = Field(256, ge=1, description="when a request says nothing")
-    request_timeout_s: float = Field(600.0, gt=0)
+    max_running: int = Field(
+        512,
+        ge=1,
+        description="requests under way, more get a 429; default: twice what decode workers run, 512 at least",
+    )
+    max_running_tokens: int = Field(
+        2_000_000,
+        ge=1,
+        description="prompt and asked-for tokens under way, 1,024 where none are asked for; default: twice what decode "
+        "workers hold, 2,000,000 at least",
+    )
+    default_max_tokens: int | None = Field(
+        None, ge=1, description="of a chat that says nothing; none: until it ends or the context is full"
+    )
+    request_timeout_s: float = Field(
+        3600.0, gt=0, description="longest life of a request; clients give theirs, and leaving ends it at once"
+    )
     client_buffer_pieces: int = Field(1024, ge=16, description="pieces kept for a slow client before it is dropped")
     slow_client_s: float = Field(10.0, gt=0, description="how long a client may leave that buffer full")
     worker_patience_s: float = Field(2.0, ge=0, description="how long a request waits for a worker that is on its way")

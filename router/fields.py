@@ -15,8 +15,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from .defaults import MAX_STOPS
 from .messages import MAX_MESSAGES
-from .sampling import MAX_BAD_WORDS, MAX_BIASES, MAX_STOP_IDS, MAX_STOPS
+from .sampling import MAX_BAD_WORDS, MAX_BIASES, MAX_STOP_IDS
 
 # ------------------------------------------------------------------ served
 

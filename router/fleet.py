@@ -10,7 +10,7 @@ Only live workers get new work. What was dispatched is counted at once and recon
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -264,15 +264,11 @@ class Fleet:
 
     def models(self) -> dict[str, ModelFacts]:
         """What announced workers serve, by name."""
-        return {w.facts.model.name: w.facts.model for w in self._workers.values()}
+        return _by_name(w.facts.model for w in self._workers.values())
 
     def ready_models(self) -> dict[str, ModelFacts]:
         """What can be served now: somebody who decodes it is connected."""
-        return {
-            w.facts.model.name: w.facts.model
-            for w in self._workers.values()
-            if w.session_up and w.role is not Role.PREFILL
-        }
+        return _by_name(w.facts.model for w in self._workers.values() if w.session_up and w.role is not Role.PREFILL)
 
     # ------------------------------------------------------------------ inside
 
@@ -295,3 +291,13 @@ class Fleet:
                 worker.heard_s = min(now_s, worker.heard_s + pause_s)
                 worker.beat_s = min(now_s, worker.beat_s + pause_s)
                 worker.step_changed_s = min(now_s, worker.step_changed_s + pause_s)
+
+
+def _by_name(models: Iterable[ModelFacts]) -> dict[str, ModelFacts]:
+    """Of workers with unlike contexts the shortest: any of them may be given a request."""
+    found: dict[str, ModelFacts] = {}
+    for model in models:
+        known = found.get(model.name)
+        if known is None or model.max_model_len <= known.max_model_len:
+            found[model.name] = model
+    return found

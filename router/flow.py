@@ -189,7 +189,7 @@ class Flow:
         if request.request_id in self._runs.open:
             raise InvalidRequest(f"request_id {request.request_id!r} is in use; choose another", param="request_id")
         model = self._model_of(request)
-        tokens = request.num_choices * (len(request.prompt_ids) + request.sampling.max_tokens)
+        tokens = request.num_choices * (len(request.prompt_ids) + request.expected_tokens)
         offer = Offer(request.request_id, request.owner, tokens, request.timeout_s)
         try:
             if self._refusing:

@@ -46,11 +46,12 @@ class Started:
 class Front:
     """The door behind the doors: one per router process."""
 
-    def __init__(self, config: RouterConfig, flow: Flow) -> None:
+    def __init__(self, config: RouterConfig, flow: Flow, *, reads_defaults: bool = True) -> None:
+        """`reads_defaults`: see `ModelDirectory`."""
         self.flow = flow
         self.limits = Limits.of(config)
-        self.models = ModelDirectory(flow)
         self._lists = Lists()
+        self.models = ModelDirectory(flow, reads_defaults=reads_defaults)
         self._max_reading = config.max_running
         self._max_tokens = config.max_running_tokens
         self._num_reading = 0  # calls between their body and admission
@@ -136,7 +137,7 @@ class Front:
 
     def _check_room(self, requests: Sequence[Request]) -> None:
         """Refuse a list for good that could never be under way at once; "come back later" would not be true."""
-        tokens = sum(r.num_choices * (len(r.prompt_ids) + r.sampling.max_tokens) for r in requests)
+        tokens = sum(r.num_choices * (len(r.prompt_ids) + r.expected_tokens) for r in requests)
         if tokens > self._max_tokens:
             raise InvalidRequest(
                 f"the {len(requests)} prompts have {tokens} tokens with those that they ask for; at most "

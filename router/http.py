@@ -115,20 +115,21 @@ class _Face:
 
     async def models(self, http: HttpRequest) -> Response:
         self._front.authenticate(_api_key(http))
-        return JsonAnswer({"object": "list", "data": [self._card(name) for name in self._front.models.names()]})
+        return JsonAnswer({"object": "list", "data": [await self._card(name) for name in self._front.models.names()]})
 
     async def model(self, http: HttpRequest) -> Response:
         self._front.authenticate(_api_key(http))
-        return JsonAnswer(self._card(http.path_params["name"]))
+        return JsonAnswer(await self._card(http.path_params["name"]))
 
-    def _card(self, name: str) -> dict[str, Any]:
-        facts = self._front.models.facts(name)
+    async def _card(self, name: str) -> dict[str, Any]:
+        facts, served = self._front.models.facts(name), await self._front.models.get(name)
         return {
             "id": facts.name,
             "object": "model",
             "created": 0,  # unknown: a checkpoint does not say
             "owned_by": "twostroke",
             "max_model_len": facts.max_model_len,
+            "default_sampling_params": served.defaults.told,
         }
 
     async def explain(self, http: HttpRequest) -> Response:

@@ -12,6 +12,7 @@ from ..core.errors import ModelNotFound, Unavailable
 from ..text.template import ChatTemplate
 from ..text.token_text import TokenTexts
 from ..text.tokenizer import Tokenizer
+from .defaults import NO_DEFAULTS, SamplingDefaults
 from .facts import ModelFacts
 
 
@@ -33,13 +34,16 @@ class ServedModel:
     tokenizer: Tokenizer
     template: ChatTemplate | None  # none: a base model, which completes but does not chat
     token_texts: TokenTexts
+    defaults: SamplingDefaults = NO_DEFAULTS  # of what a request leaves out
 
 
 class ModelDirectory:
     """Models by name. Loading takes some ten milliseconds and happens in a thread."""
 
-    def __init__(self, source: OffersModels) -> None:
+    def __init__(self, source: OffersModels, *, reads_defaults: bool = True) -> None:
+        """`reads_defaults` false: what a checkpoint recommends for sampling does not count."""
         self._source = source
+        self._reads_defaults = reads_defaults
         self._loaded: dict[tuple[str, str, int], ServedModel] = {}
         self._loading = asyncio.Lock()
 
@@ -69,17 +73,17 @@ class ModelDirectory:
 
         Raises:
             ModelNotFound, Unavailable: see `facts`.
-            CheckpointError: its tokenizer or template cannot be read.
+            CheckpointError: its tokenizer, template or sampling defaults cannot be read.
         """
         facts = self.facts(name or "")
         key = (facts.name, facts.path, facts.max_model_len)
         async with self._loading:
             if key not in self._loaded:
-                self._loaded[key] = await asyncio.to_thread(_load, facts)
+                self._loaded[key] = await asyncio.to_thread(_load, facts, self._reads_defaults)
         return self._loaded[key]
 
 
-def _load(facts: ModelFacts) -> ServedModel:
+def _load(facts: ModelFacts, reads_defaults: bool) -> ServedModel:
     directory = Path(facts.path)
     tokenizer, template = Tokenizer.load(directory), ChatTemplate.load(directory)
     if template is not None:
@@ -91,4 +95,5 @@ def _load(facts: ModelFacts) -> ServedModel:
         tokenizer=tokenizer,
         template=template,
         token_texts=TokenTexts(tokenizer),
+        defaults=SamplingDefaults.load(directory, facts.vocab_size) if reads_defaults else NO_DEFAULTS,
     )

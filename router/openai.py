@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from ..core.errors import InvalidRequest, UnsupportedParameter
-from .call import Call
+from .call import UNTIL_FULL, Call
 from .fields import (
     ACCEPTED,
     ACCEPTED_STREAM_OPTIONS,
@@ -29,7 +29,6 @@ from .words import refuse_constant, short
 B = TypeVar("B", ChatBody, CompletionBody)
 
 USUAL_COMPLETION_TOKENS = 16  # OpenAI's default for max_tokens of completions
-UNTIL_FULL = 2**31 - 1  # as the usual max_tokens: whatever the context leaves
 LEAST_TOP_P = 1e-12  # OpenAI's range begins at 0, which keeps the likeliest token; so does this
 MAX_NAMED = 16  # unknown fields that a response names
 MAX_NAME_CHARS = 64

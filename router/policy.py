@@ -45,7 +45,7 @@ class RequestFacts:
 
     request_id: str
     prompt_tokens: int
-    max_tokens: int
+    expected_tokens: int  # that each choice will generate
     num_choices: int = 1
 
 
@@ -223,10 +223,10 @@ class _Costs:
     def _decode_queue_ms(self, worker: WorkerView) -> float:
         """Until a place and room are free: as many steps as sequences must end first, at their mean pace."""
         request = self._request
-        each = request.prompt_tokens + request.max_tokens
+        each = request.prompt_tokens + request.expected_tokens
         excess_seqs = float(worker.num_decoding + request.num_choices - worker.max_num_seqs)
         excess_room = request.num_choices - worker.free_kv_tokens / each
-        mean_life_ms = worker.coefficients.decode_step_ms * min(request.max_tokens, 256)
+        mean_life_ms = worker.coefficients.decode_step_ms * min(request.expected_tokens, 256)
         excess = max(0.0, excess_seqs, excess_room)
         return excess * mean_life_ms / max(1, min(worker.num_decoding, worker.max_num_seqs))
 

@@ -35,11 +35,12 @@ _GRPC_OPTIONS = (
 class RouterProcess:
     """Start, serve, drain, stop. Ports are those of the settings."""
 
-    def __init__(self, settings: RouterConfig, cluster_key: str) -> None:
+    def __init__(self, settings: RouterConfig, cluster_key: str, *, reads_defaults: bool = True) -> None:
+        """`reads_defaults`: whether a checkpoint's sampling defaults count (model.generation_config)."""
         self.ended = asyncio.Event()  # the HTTP server has ended, by `stop` or by its own fault
         self._settings = settings
         self._flow = Flow(settings, identity_key(cluster_key))
-        self._front = Front(settings, self._flow)
+        self._front = Front(settings, self._flow, reads_defaults=reads_defaults)
         self._health = health.aio.HealthServicer()
         self._servers: list[grpc.aio.Server] = []
         self._http: uvicorn.Server | None = None
@@ -101,9 +102,9 @@ class RouterProcess:
         self._servers.append(server)
 
 
-def run_router(settings: RouterConfig, cluster_key: str, grace_s: float, parent_pid: int | None = None) -> None:
+def run_router(process: RouterProcess, grace_s: float, parent_pid: int | None = None) -> None:
     """The main function of a router process: serve until SIGTERM or SIGINT, then drain."""
-    asyncio.run(_run(RouterProcess(settings, cluster_key), grace_s, parent_pid))
+    asyncio.run(_run(process, grace_s, parent_pid))
 
 
 async def _run(process: RouterProcess, grace_s: float, parent_pid: int | None) -> None:

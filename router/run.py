@@ -41,8 +41,8 @@ class Run:
         self.model = model
         self.delivery = Delivery(request.num_choices)
         self.dispatches: list[Dispatch] = []
-        prompt_tokens, max_tokens = len(request.prompt_ids), request.sampling.max_tokens
-        self.facts = RequestFacts(request.request_id, prompt_tokens, max_tokens, request.num_choices)
+        prompt_tokens, expected = len(request.prompt_ids), request.expected_tokens
+        self.facts = RequestFacts(request.request_id, prompt_tokens, expected, request.num_choices)
         self.excluded: set[WorkerKey] = set()  # workers that failed it
         self.error: TwostrokeError | None = None
         self.settled = False  # the workers owe it nothing any more

@@ -8,17 +8,20 @@ from typing import Any
 
 from ..core.errors import ContextLengthExceeded, InvalidRequest
 from ..core.request import SamplingParams
-from .call import Call
+from .call import UNTIL_FULL, Call
+from .defaults import (
+    LEAST_REPETITION_PENALTY,
+    MAX_REPETITION_PENALTY,
+    MAX_STOPS,
+    MAX_TEMPERATURE,
+)
 from .models import ServedModel
 from .words import integer, number, short, text_of
 
-MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_STOP_IDS = 256
 MAX_SEED = 2**64 - 1
 MIN_SEED = -(2**63)  # 64 bits, with a sign or without
-MAX_TEMPERATURE = 100.0
-MAX_REPETITION_PENALTY = 10.0
 MAX_PENALTY = 2.0  # either way, as OpenAI has it
 MAX_BIAS = 100.0
 MAX_BIASES = 1024
@@ -28,42 +31,46 @@ MAX_LOGPROBS = 20  # OpenAI's bound for chats; its completions stop at 5
 MAX_PROMPT_SCORES = 1 << 18  # prompt tokens times what is said of each: they travel in one message
 
 
-def sampling_of(call: Call, model: ServedModel, prompt_ids: Sequence[int], default_max_tokens: int) -> SamplingParams:
-    """The parameters of a call whose prompt is known.
+def sampling_of(
+    call: Call, model: ServedModel, prompt_ids: Sequence[int], default_max_tokens: int | None
+) -> SamplingParams:
+    """The parameters of a call whose prompt is known; what it leaves out is the checkpoint's default, or neutral.
 
     Raises:
         InvalidRequest: a field is out of range or of the wrong type; `param` names it.
         ContextLengthExceeded: prompt and `max_tokens` do not fit the model together.
     """
+    defaults = model.defaults
     max_tokens = _max_tokens(call, model, len(prompt_ids), default_max_tokens)
     return SamplingParams(
         max_tokens=max_tokens,
-        temperature=number("temperature", call.temperature, 1.0, 0.0, MAX_TEMPERATURE),
-        top_p=_top_p(call.top_p),
-        top_k=_top_k(call.top_k, model.vocab_size),
-        min_p=number("min_p", call.min_p, 0.0, 0.0, 1.0),
+        temperature=number("temperature", call.temperature, defaults.temperature, 0.0, MAX_TEMPERATURE),
+        top_p=_top_p(call.top_p, defaults.top_p),
+        top_k=_top_k(call.top_k, defaults.top_k, model.vocab_size),
+        min_p=number("min_p", call.min_p, defaults.min_p, 0.0, 1.0),
         seed=integer("seed", call.seed, secrets.randbits(62), MIN_SEED, MAX_SEED) % (1 << 64),
-        repetition_penalty=_repetition_penalty(call.repetition_penalty),
+        repetition_penalty=_repetition_penalty(call.repetition_penalty, defaults.repetition_penalty),
         frequency_penalty=number("frequency_penalty", call.frequency_penalty, 0.0, -MAX_PENALTY, MAX_PENALTY),
         presence_penalty=number("presence_penalty", call.presence_penalty, 0.0, -MAX_PENALTY, MAX_PENALTY),
         logit_bias=_biases(call.logit_bias or {}, model),
-        bad_words=_bad_words(call.bad_words, model),
-        stop=_stops(call.stop),
+        bad_words=_bad_words(call.bad_words, model) or defaults.bad_words,
+        stop=_stops(call.stop) or defaults.stop,
         stop_token_ids=_stop_ids(call.stop_token_ids, model),
         ignore_eos=bool(call.ignore_eos),
         include_stop=bool(call.include_stop_str_in_output),
         skip_special_tokens=bool(call.skip_special_tokens),
-        min_tokens=integer("min_tokens", call.min_tokens, 0, 0, max_tokens),
+        min_tokens=integer("min_tokens", call.min_tokens, min(defaults.min_tokens, max_tokens), 0, max_tokens),
         logprobs=_logprobs(call),
         prompt_logprobs=_prompt_logprobs(call.prompt_logprobs, len(prompt_ids)),
     )
 
 
-def _max_tokens(call: Call, model: ServedModel, num_prompt: int, default: int) -> int:
+def _max_tokens(call: Call, model: ServedModel, num_prompt: int, default: int | None) -> int:
+    """As asked for; else what the face, the operator or the checkpoint says, the first that does; else all there is."""
     room = model.max_model_len - num_prompt
     max_tokens = call.max_tokens
     if max_tokens is None:
-        max_tokens = min(room, call.usual_max_tokens or default)
+        max_tokens = min(room, _usual(call, model, default) or room)
     integer("max_tokens", max_tokens, max_tokens, 1, 2**31 - 1)
     if max_tokens > room:
         raise ContextLengthExceeded(
@@ -74,24 +81,34 @@ def _max_tokens(call: Call, model: ServedModel, num_prompt: int, default: int) -
     return max_tokens
 
 
-def _top_p(value: float | None) -> float:
-    top_p = number("top_p", value, 1.0, 0.0, 1.0)
+def _usual(call: Call, model: ServedModel, default: int | None) -> int | None:
+    return call.usual_max_tokens or default or model.defaults.max_tokens
+
+
+def is_bounded(call: Call, model: ServedModel, default_max_tokens: int | None) -> bool:
+    """Whether anybody said how long an answer may be."""
+    return call.max_tokens is not None or (_usual(call, model, default_max_tokens) or UNTIL_FULL) < UNTIL_FULL
+
+
+def _top_p(value: float | None, default: float) -> float:
+    top_p = number("top_p", value, default, 0.0, 1.0)
     if top_p == 0.0:
         raise InvalidRequest("top_p is 0; must be above 0 and at most 1", param="top_p")
     return top_p
 
 
-def _top_k(value: int | None, vocab_size: int) -> int:
+def _top_k(value: int | None, default: int, vocab_size: int) -> int:
     """0, vLLM's -1, and whatever keeps the whole vocabulary: off."""
-    top_k = 0 if value == -1 else integer("top_k", value, 0, 0, 2**63 - 1)
+    top_k = 0 if value == -1 else integer("top_k", value, default, 0, 2**63 - 1)
     return 0 if top_k >= vocab_size else top_k
 
 
-def _repetition_penalty(value: float | None) -> float:
-    penalty = number("repetition_penalty", value, 1.0, 0.0, MAX_REPETITION_PENALTY)
-    if penalty < 0.01:
+def _repetition_penalty(value: float | None, default: float) -> float:
+    penalty = number("repetition_penalty", value, default, 0.0, MAX_REPETITION_PENALTY)
+    if penalty < LEAST_REPETITION_PENALTY:
         raise InvalidRequest(
-            f"repetition_penalty is {penalty:g}; must be from 0.01 to {MAX_REPETITION_PENALTY:g}, 1 is off",
+            f"repetition_penalty is {penalty:g}; must be from {LEAST_REPETITION_PENALTY:g} to "
+            f"{MAX_REPETITION_PENALTY:g}, 1 is off",
             param="repetition_penalty",
         )
     return penalty

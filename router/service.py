@@ -33,6 +33,7 @@ _REASONS = {
 }
 
 
+_USUAL_COMPLETION = 256  # tokens of a completion that asks for none: no template makes it end
 _OPTIONAL = (
     *("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "seed"),
     *("repetition_penalty", "frequency_penalty", "presence_penalty", "logprobs", "prompt_logprobs"),
@@ -183,7 +184,7 @@ def _generate_call(message: inference_pb2.GenerateRequest, context: Context) -> 
     if which is None:
         raise InvalidRequest("prompt is missing; give text or token_ids", param="prompt")
     prompt = message.text if which == "text" else list(message.token_ids.ids)
-    return Call(prompt=prompt, **_common(message, context))
+    return Call(prompt=prompt, usual_max_tokens=_USUAL_COMPLETION, **_common(message, context))
 
 
 def _chat_call(message: inference_pb2.ChatRequest, context: Context) -> Call:

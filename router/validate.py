@@ -18,7 +18,7 @@ from .chat import chat_prompt
 from .config import RouterConfig
 from .ignored import Ignored
 from .models import ServedModel
-from .sampling import sampling_of
+from .sampling import is_bounded, sampling_of
 from .words import integer, short, text_of
 
 MAX_SALT_CHARS = 1024
@@ -32,7 +32,7 @@ class Limits:
     """What the router's configuration allows."""
 
     max_choices: int
-    default_max_tokens: int
+    default_max_tokens: int | None  # none: as much as fits
     request_timeout_s: float
     api_keys: tuple[str, ...]
 
@@ -83,6 +83,7 @@ def validate(call: Call, model: ServedModel, limits: Limits) -> Request:
         is_chat=call.messages is not None,
         tenant=tenant,
         ignored_fields=ignored.names(),
+        is_bounded=is_bounded(call, model, limits.default_max_tokens),
     )
 
 

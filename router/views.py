@@ -38,7 +38,7 @@ def count_work(fleet: Fleet, request: RequestFacts, index: int, choice: Choice, 
     winner = choice.winner
     # The choices share the prompt: only the first one's prefill is work.
     uncached = request.prompt_tokens - winner.prefill_held_tokens if index == 0 else 1
-    context = request.prompt_tokens + request.max_tokens
+    context = request.prompt_tokens + request.expected_tokens
     local = winner.prefill is None
     fleet.dispatched(winner.decode.worker_id, key, Dispatched(now_s, uncached if local else 0, context))
     if winner.prefill is not None:

@@ -145,7 +145,7 @@ class RouterNode:
         try:
             if request.request_id in self.open:
                 raise InvalidRequest(f"request_id {request.request_id!r} is in use", param="request_id")
-            tokens = request.num_choices * (len(request.prompt_ids) + request.sampling.max_tokens)
+            tokens = request.num_choices * (len(request.prompt_ids) + request.expected_tokens)
             self.admission.offer(Offer(request.request_id, request.isolation_domain, tokens, request.timeout_s), now_s)
         except TwostrokeError as error:
             end.send(error)

@@ -7,13 +7,14 @@ from collections import defaultdict
 
 import pytest
 
+import twostroke.model.engine as engine_module
 from twostroke.core.clock import MonotonicClock
 from twostroke.core.request import FinishReason, SamplingParams, SequenceKey
 from twostroke.decode_worker.policy import DecodePolicy, combined_policy
 from twostroke.kv.pool import BlockPool
 from twostroke.kv.prefix import PrefixCache
 from twostroke.model.core import CoreLimits, EngineCore
-from twostroke.model.engine import Engine
+from twostroke.model.engine import INTEGRITY_S, Engine
 from twostroke.model.link import (
     Bind,
     BlocksFetched,
@@ -314,3 +315,17 @@ async def test_the_beat_goes_on_and_learns_the_pace_of_steps(start):
         await in_one_piece(desk, 20 + round_, GREEDY)
     load = await desk.until(lambda e: isinstance(e, LoadNews) and e.decode_step_ms > 0 and e.steps >= 36)
     assert load.prefill_ms_per_token + load.prefill_ms_per_token_pair > 0
+
+
+def test_a_large_pool_is_checked_a_part_at_a_time_and_wholly_in_the_end(monkeypatch):
+    monkeypatch.setattr(engine_module, "CHECKED_BLOCKS", 16)
+    pool = BlockPool(40, 16)
+    core = EngineCore(CoreLimits(), pool, PrefixCache(pool), combined_policy(StepLimits()), eos_ids=[1], key=b"cluster")
+    engine = Engine(core, None, None, ThreadLink(), MonotonicClock())
+    for turn in range(4):
+        engine._check(turn * INTEGRITY_S)
+    pool._is_cached[39] = 1  # plain, and yet marked; blocks 16 to 31 come first
+    engine._check(4 * INTEGRITY_S)
+    engine._check(4.5 * INTEGRITY_S)  # not due
+    with pytest.raises(AssertionError, match="block 39"):
+        engine._check(5 * INTEGRITY_S)

@@ -17,7 +17,7 @@ from twostroke.model.loader import KERNEL_SET_VERSION
 from twostroke.model.native_ops import NativeOps
 from twostroke.model.ops import AttentionKind, Norm, Quantization, Span
 
-RECORDED_VERSION = 6
+RECORDED_VERSION = 7
 RECORDED = {  # by the level of instructions that decides them
     "avx512-bf16": "ae0ceaab957608fe",
     "avx512": "8403a7253d355f97",
