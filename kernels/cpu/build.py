@@ -275,7 +275,8 @@ def _main() -> None:
         threading.Thread(target=_outlive, args=(int(sys.argv[1]),), daemon=True).start()
 
     def show(num_done: int, total: int) -> None:
-        print(f"compiling native kernels for this CPU: {num_done} of {total} files", flush=True)
+        what = "compiling native kernels for this CPU (about 20 s)"
+        print(f"{what} … {num_done} of {total} files", flush=True)
 
     try:
         print(f"native kernels: {built_library(show)}")
