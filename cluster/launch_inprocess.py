@@ -12,7 +12,6 @@ from .launch import Ended, Site, worker_settings
 from .placement import Member
 from .worker import WorkerProcess
 
-
 ABORT_S = 0.5
 
 

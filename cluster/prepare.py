@@ -20,6 +20,7 @@ from ..router.ports import check_ports
 from .config import Config
 from .machine import machine_facts, model_facts
 from .placement import Plan, place
+from .supervisor import launcher_class
 
 Show = Callable[[str], None]
 """Shows what is under way; the next line replaces it."""
@@ -39,6 +40,7 @@ async def prepare(config: Config, show: Show) -> tuple[Config, Plan]:
     """
     check_ports(config.router)
     _check_launcher(config)
+    await asyncio.to_thread(launcher_class, config)  # importing an engine takes seconds, and signals want to be heard
     config = await asyncio.to_thread(_with_checkpoint, config)
     config = await _with_kernels(config, show)
     plan = await asyncio.to_thread(lambda: place(config, machine_facts(), model_facts(config)))

@@ -1,6 +1,7 @@
-"""The processes of one local Ray, found by the folder that their environment names, and ended. Knows no Ray.
+"""The processes of one local Ray, found by the folder that they name and by who started them, and ended. Knows no Ray.
 
-They cannot be found as children: when Ray's own parent of them dies, they become somebody else's.
+Names alone would not do: some of them overwrite their command and most of their environment. Nor would children alone:
+when Ray's own parent of them dies, they become somebody else's.
 """
 
 from __future__ import annotations
@@ -16,22 +17,48 @@ _POLL_S = 0.02
 
 
 def end_processes(folder: Path) -> None:
-    """SIGKILL every process whose environment or command names `folder`, until there is none. A second at most."""
+    """SIGKILL every process that names `folder`, and those that it started, until there is none. A second at most.
+
+    They are stopped first, so that none starts another one meanwhile.
+    """
     give_up_s = time.monotonic() + _WITHIN_S
-    while (found := _naming(str(folder).encode())) and time.monotonic() < give_up_s:
-        for process in found:
-            with suppress(ProcessLookupError, PermissionError):
-                os.kill(process, signal.SIGKILL)
+    stopped: set[int] = set()
+    while (found := _of(str(folder).encode()) - stopped) and time.monotonic() < give_up_s:
+        _send(found, signal.SIGSTOP)
+        stopped |= found
+    _send(stopped, signal.SIGKILL)
+    while any(_lives(process) for process in stopped) and time.monotonic() < give_up_s:
         time.sleep(_POLL_S)
 
 
-def _naming(folder: bytes) -> list[int]:
-    """Living processes of ours but this one; where there is no /proc, none."""
-    found = []
+def _send(processes: set[int], number: int) -> None:
+    for process in processes:
+        with suppress(ProcessLookupError, PermissionError):
+            os.kill(process, number)
+
+
+def _of(folder: bytes) -> set[int]:
+    """Processes that name `folder` and their descendants, but this one; where there is no /proc, none."""
+    naming, parent_of = set[int](), dict[int, int]()
     for entry in Path("/proc").glob("[0-9]*"):
         with suppress(OSError, ValueError):
             process = int(entry.name)
-            told = (entry / "environ").read_bytes() + (entry / "cmdline").read_bytes()
-            if process != os.getpid() and folder in told:
-                found.append(process)
-    return found
+            parent_of[process] = int(_facts(process)[1])
+            if folder in (entry / "cmdline").read_bytes() or folder in (entry / "environ").read_bytes():
+                naming.add(process)
+    found = naming - {os.getpid()}
+    while more := {child for child, parent in parent_of.items() if parent in found} - found:
+        found |= more
+    return found - {os.getpid()}
+
+
+def _facts(process: int) -> list[str]:
+    """State, parent and so on: what follows the name, in which anything may stand."""
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+
+
+def _lives(process: int) -> bool:
+    try:
+        return _facts(process)[0] not in "ZX"
+    except OSError:
+        return False

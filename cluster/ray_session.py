@@ -21,7 +21,7 @@ NAMESPACE = "twostroke"
 _OBJECT_STORE_BYTES = 80 << 20  # about the smallest Ray takes; no KV ever goes through it
 _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set for programs that `ray job submit` runs
 _LEAVE_S = 1.0
-_ELSEWHERE = (  # what sends a local Ray, or its workers, elsewhere: to another cluster, store, port, folder or environment
+_ELSEWHERE = (  # what sends a local Ray or its workers to another cluster, store, port, folder or environment
     "RAY_ADDRESS",
     "RAY_NAMESPACE",
     "RAY_REDIS_ADDRESS",

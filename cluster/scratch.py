@@ -1,4 +1,4 @@
-"""A temporary folder of one run, readable by its owner alone. What killed runs left behind is removed by the next one."""
+"""A temporary folder of one run, for its owner alone. What killed runs left behind is removed by the next one."""
 
 from __future__ import annotations
 

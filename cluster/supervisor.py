@@ -36,7 +36,7 @@ class Supervisor:
         self._say = say or log.info
         self.config = _with_fixed_ports(config)
         site = Site(self.config, plan.model.directory, plan.model.name, self.config.router.internal_port)
-        self._launcher = make_launcher(site)
+        self._launcher = launcher_class(self.config)(site)
         cluster = self.config.cluster
         self._membership = Membership(patience=Patience(cluster.replace_after_s, cluster.ready_timeout_s))
         self._life: dict[str, str] = {}  # incarnation of each member that serves or served
@@ -188,19 +188,19 @@ class _Life(NamedTuple):
     arithmetic: str = ""  # of a worker: what its numbers depend on
 
 
-def make_launcher(site: Site) -> Launcher:
-    """The launcher that the configuration names. Ray is imported only when it is wanted."""
-    if site.config.cluster.launcher == "ray":
+def launcher_class(config: Config) -> Callable[[Site], Launcher]:
+    """The launcher that the configuration names. Only the wanted one is imported."""
+    if config.cluster.launcher == "ray":
         from .launch_ray import RayLauncher
 
-        return RayLauncher(site)
-    if site.config.cluster.launcher == "process":
+        return RayLauncher
+    if config.cluster.launcher == "process":
         from .launch_process import ProcessLauncher
 
-        return ProcessLauncher(site)
+        return ProcessLauncher
     from .launch_inprocess import InProcessLauncher
 
-    return InProcessLauncher(site)
+    return InProcessLauncher
 
 
 async def _cluster_or_none(client: AsyncClient) -> dict[str, Any] | None:

@@ -84,7 +84,7 @@ def _num_cores() -> int:
 
 
 def _start(command: Sequence[str], folder: Path) -> _Running:
-    output = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115: `_check` closes it
+    output = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - `_check` closes it
     try:
         process = subprocess.Popen(
             command,
