@@ -13,7 +13,8 @@ import sys
 from collections.abc import Callable
 
 from ..core.errors import CheckpointError, ConfigError
-from ..kernels.cpu.build import NativeUnavailable, forget_empty_cache, found_library
+from ..kernels.cpu.build import NativeUnavailable, found_library
+from ..kernels.cpu.folder import forget_empty_folder
 from ..model.checkpoint import resolve, served_name
 from ..model.device import chosen_kind, gpu_free_bytes
 from ..router.ports import check_ports
@@ -122,4 +123,4 @@ async def _end(builder: asyncio.subprocess.Process) -> None:
     except TimeoutError:
         builder.kill()
         await builder.wait()
-        forget_empty_cache()
+        forget_empty_folder()

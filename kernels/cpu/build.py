@@ -7,26 +7,22 @@ without them.
 
 from __future__ import annotations
 
-import atexit
-import fcntl
 import functools
 import hashlib
 import os
 import platform
 import shutil
 import signal
-import stat
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
-from .commands import POLL_S, CommandFailed, Commands
+from .commands import POLL_S, CommandFailed, Commands, CommandsStopped
+from .folder import forget_empty_folder, library_folder, take_lock
 
 SOURCES = tuple(  # what takes longest first, so that the cores end together
     f"{name}.cpp"
@@ -54,6 +50,10 @@ class NativeUnavailable(Exception):
     """The kernels cannot be had here; the message says why and what would help."""
 
 
+class BuildStopped(NativeUnavailable):
+    """`stop_building` was called."""
+
+
 def built_library(progress: Progress | None = None) -> Path:
     """The shared library for this machine, built if it is not there yet (several processes may ask at once).
 
@@ -73,6 +73,8 @@ def _outcome(progress: Progress | None) -> Path | str:
     for machine_flags in _machine_flags():
         try:
             return build(machine_flags, progress)
+        except BuildStopped:
+            raise
         except NativeUnavailable as error:
             failure = failure or str(error)
     return failure
@@ -84,7 +86,7 @@ def found_library() -> Path | None:
     Raises:
         NativeUnavailable: no compiler, so that nobody can tell, and nobody could build it.
     """
-    compiler, directory = find_compiler(), _cache_directory()
+    compiler, directory = find_compiler(), library_folder()
     names = (directory / f"{_name(compiler, flags)}.so" for flags in _machine_flags())
     return next((library for library in names if library.exists()), None)
 
@@ -100,6 +102,8 @@ def build(machine_flags: tuple[str, ...], progress: Progress | None = None) -> P
             if not library.exists():
                 _compile(compiler, machine_flags, library, commands, progress)
             return library
+    except CommandsStopped as error:
+        raise BuildStopped(f"building the native kernels was given up: {error}") from None
     except (CommandFailed, OSError) as error:
         raise NativeUnavailable(f"building the native kernels failed: {error}") from None
     finally:
@@ -144,24 +148,15 @@ def _locked_cache(commands: Commands) -> Iterator[Path]:
     """
     give_up_s = time.monotonic() + 2 * _BUILD_S
     while True:
-        directory = _cache_directory()
+        directory = library_folder()
         with (directory / "lock").open("w") as lock:
-            if _is_taken(lock):
+            if take_lock(lock):
                 yield directory
                 return
         if time.monotonic() > give_up_s:
             raise CommandFailed(f"another process has held {directory / 'lock'} for {2 * _BUILD_S} s")
         commands.check_wanted()
         time.sleep(0.1)
-
-
-def _is_taken(lock: IO[str]) -> bool:
-    """Whether the lock is ours now, and still lies where others look for it."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.path.samestat(os.fstat(lock.fileno()), os.stat(lock.name))
-    except OSError:
-        return False
 
 
 def _compile(
@@ -189,6 +184,8 @@ def _compile(
         commands.run(folder, [link])
         try:
             commands.run(folder, [[sys.executable, "-I", "-c", _CHECK, str(unfinished)]])
+        except CommandsStopped:
+            raise
         except CommandFailed as error:
             raise NativeUnavailable(f"the native kernels do not compute right here: {error}") from None
         unfinished.replace(library)
@@ -217,53 +214,6 @@ def cpu_features() -> str:
     return " ".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))
 
 
-def _cache_directory() -> Path:
-    """A folder of this user's that nobody else can write to: what lies in it is executed."""
-    for directory in (_home_cache(), _shared_folder()):
-        if directory is not None and _is_ours(directory):
-            return directory
-    return _own_directory()
-
-
-def _home_cache() -> Path | None:
-    try:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:
-        return None  # a user without a home
-    return base / "twostroke" / "kernels" if base.is_absolute() else None  # none of the folder that somebody stands in
-
-
-def _shared_folder() -> Path:
-    """Of all processes of this user where the cache cannot be written: else each would build for itself."""
-    return Path(tempfile.gettempdir()).absolute() / f"twostroke-kernels-{os.getuid()}"
-
-
-def _is_ours(directory: Path) -> bool:
-    """Whether it is there, now, for us alone to write to. In a folder of everybody's, a link is not trusted."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        facts = directory.stat(follow_symlinks=not directory.parent.stat().st_mode & stat.S_IWOTH)
-    except OSError:
-        return False
-    is_safe = stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid()
-    return is_safe and not facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and os.access(directory, os.W_OK)
-
-
-@functools.cache
-def _own_directory() -> Path:
-    directory = Path(tempfile.mkdtemp(prefix="twostroke-kernels-"))
-    atexit.register(shutil.rmtree, directory, ignore_errors=True)
-    return directory
-
-
-def forget_empty_cache() -> None:
-    """Remove the folder under the temporary one if no library came to lie in it."""
-    directory = _shared_folder()
-    with suppress(OSError), (directory / "lock").open("r+") as lock:
-        if _is_taken(lock) and not any(directory.glob("*.so")):
-            shutil.rmtree(directory)
-
-
 def _main() -> None:
     """Build and report, a line at a time: for `make setup`, and for a launcher that shows the lines.
 
@@ -283,7 +233,7 @@ def _main() -> None:
     except NativeUnavailable as error:
         print(f"no native kernels, everything runs without them but slower: {error}")
     finally:
-        forget_empty_cache()
+        forget_empty_folder()
 
 
 def _leave(number: int, _: object) -> None:
@@ -294,9 +244,10 @@ def _leave(number: int, _: object) -> None:
 
 
 def _outlive(parent_pid: int) -> None:
-    while os.getppid() == parent_pid:
-        time.sleep(0.2)
-    stop_building(0.0)
+    while True:
+        if os.getppid() != parent_pid:
+            stop_building(0.0)  # again and again: one may begin just now
+        time.sleep(0.1)
 
 
 if __name__ == "__main__":

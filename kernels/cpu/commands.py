@@ -24,6 +24,10 @@ class CommandFailed(Exception):
     """A command ended badly, took too long or was stopped. The message is what it said of that."""
 
 
+class CommandsStopped(CommandFailed):
+    """Nobody wants them any more."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Running:
     process: subprocess.Popen[bytes]
@@ -46,10 +50,10 @@ class Commands:
         """Go on, or not.
 
         Raises:
-            CommandFailed: `stop` was called, or the first command was started too long ago.
+            CommandFailed: `stop` was called (CommandsStopped), or the first command was started too long ago.
         """
         if self._stopped.is_set():
-            raise CommandFailed("it was stopped")
+            raise CommandsStopped("it was stopped")
         if self._began_s is not None and time.monotonic() - self._began_s > self._timeout_s:
             raise CommandFailed(f"it was not done after {self._timeout_s:g} s")
 
