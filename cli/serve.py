@@ -13,8 +13,10 @@ from ..cluster.machine import machine_facts, model_facts
 from ..cluster.placement import Plan, place
 from ..cluster.prepare import prepare
 from ..cluster.supervisor import Supervisor
+from ..core.errors import TwostrokeError
 from ..core.foreground import Stop, run, unless
 from . import options as o
+from .failure import fail
 
 console = Console(stderr=True)
 
@@ -98,9 +100,11 @@ async def _serve(config: Config, stop: Stop) -> int:
         console.log("draining and stopping; Ctrl-C once more stops without waiting")
         await unless(stop.asked_again, supervisor.stop())
         return 0
-    except BaseException:
+    except BaseException as error:
         if supervisor is not None:
             await supervisor.abort()
+        if isinstance(error, TwostrokeError):
+            fail(error)
         raise
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ NAMESPACE = "twostroke"
 _OBJECT_STORE_BYTES = 80 << 20  # about the smallest Ray takes; no KV ever goes through it
 _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set for programs that `ray job submit` runs
 _LEAVE_S = 1.0
+_ANSWER_S = 5.0
 _ELSEWHERE = (  # what sends a local Ray or its workers to another cluster, store, port, folder or environment
     "RAY_ADDRESS",
     "RAY_NAMESPACE",
@@ -41,7 +43,7 @@ class RaySession:
     """Ray, from `open` to `close` or `abort`. `open` is for one thread, which must live as long as Ray."""
 
     def __init__(self, address: str | None) -> None:
-        self._address = address
+        self._address = None if address == "local" else address
         self._scratch = Scratch("ts-ray-")  # short: Ray keeps unix sockets below it
         self._opener: threading.Thread | None = None
         self._is_aborted = False
@@ -90,6 +92,7 @@ class RaySession:
     def _join(self, address: str, empty: Path) -> None:
         import ray
 
+        _check_answers(address)  # Ray itself would try for minutes
         # A submitted job's own folder is where its author wanted it, and Ray takes no second one.
         ray.init(address=address, **_common(None if _SUBMITTED in os.environ else empty))
 
@@ -130,6 +133,13 @@ class RaySession:
         self._scratch.remove()
         _set(self._before)
         self._before = {}
+
+
+def _check_answers(address: str) -> None:
+    """Raises OSError when nobody listens at host:port. Other forms of an address are Ray's to explain."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), _ANSWER_S).close()
 
 
 def _shut_down() -> None:

@@ -66,11 +66,12 @@ class Supervisor:
         """
         for name in self._members:
             self._membership.want(name, self._clock.now_s())
-        await self._start_due()  # before any gRPC of ours runs: a launcher may fork
-        self._tasks = [asyncio.create_task(self._keep()), asyncio.create_task(self._observe())]
         patience_s = self.config.cluster.ready_timeout_s
         try:
-            await asyncio.wait_for(self._settled.wait(), patience_s)
+            async with asyncio.timeout(patience_s):
+                await self._start_due()  # before any gRPC of ours runs: a launcher may fork
+                self._tasks = [asyncio.create_task(self._keep()), asyncio.create_task(self._observe())]
+                await self._settled.wait()
         except TimeoutError:
             raise Unavailable(self._lateness(patience_s), retry_after_s=5.0) from None
         if self._hopeless:

@@ -14,7 +14,7 @@ Traceback (most recent call last):
   File "/somewhere/_server.py", line 1, in __del__
 RuntimeError: Event loop is closed
 """
-RAY_ERROR = """The actor died because of an error raised in its creation task, \x1b[36mray::Router.__init__()\x1b[39m (pid=7)
+RAY_ERROR = """The actor died because of an error raised in its creation task, ray::Router.__init__() (pid=7)
   File "/somewhere/hosted.py", line 50, in __init__
     self._call(self._server.start(), None)
 twostroke.core.errors.DoesNotFit: memory 1 MiB
