@@ -18,7 +18,7 @@ import grpc.aio
 from .. import __version__
 from ..core.clock import Clock, MonotonicClock
 from ..core.errors import ConfigError, InternalError
-from ..core.foreground import Stop, Stopped, leave, unless
+from ..core.foreground import Stop, Stopped, first, leave, orphaned, unless
 from ..core.ports import check_port, numeric_host, target
 from ..core.request import Role
 from ..decode_worker.pull import PullTools
@@ -44,8 +44,8 @@ log = logging.getLogger(__name__)
 
 CAPABILITIES = ("handover.grpc.1", "blocks.fetch.1", "session.1")
 READY_S = 600.0  # loading and warming up a large model
-PARENT_CHECK_S = 0.5
 STOP_BUILDING_S = 1.0
+ORPHANED = 2  # place among what a serving worker waits for
 PORT_REMEDY = "--port, or 0 for any"
 STOP_S = 5.0  # the engine's last step
 
@@ -273,35 +273,22 @@ async def _serve(worker: WorkerProcess, grace_s: float, parent_pid: int | None) 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.hear, number)
-    orphaned = asyncio.create_task(_orphaned(parent_pid))
+    starter_pid = None if parent_pid is None else os.getppid()
     starting = asyncio.create_task(worker.start())
-    asked = asyncio.create_task(stop.asked.wait())
+    await first(asyncio.wait([starting]), stop.asked.wait(), orphaned(starter_pid))
+    if not starting.done():  # nobody waits for an answer, and the thread that loads cannot be ended
+        await asyncio.to_thread(stop_building, STOP_BUILDING_S)
+        leave(stop.exit_code if stop.number else 0)
+    await starting
+    if await first(worker.ended.wait(), stop.asked.wait(), orphaned(parent_pid)) == ORPHANED:
+        log.warning("%s: whoever started us is gone", worker.settings.worker_id)
+    is_broken = worker.ended.is_set()
     try:
-        await asyncio.wait([starting, asked, orphaned], return_when=asyncio.FIRST_COMPLETED)
-        if not starting.done():  # nobody waits for an answer, and the thread that loads cannot be ended
-            await asyncio.to_thread(stop_building, STOP_BUILDING_S)
-            leave(stop.exit_code)
-        await starting
-        broken = asyncio.create_task(worker.ended.wait())
-        await asyncio.wait([broken, asked, orphaned], return_when=asyncio.FIRST_COMPLETED)
-        if orphaned.done():
-            log.warning("%s: whoever started us is gone", worker.settings.worker_id)
-        is_broken = worker.ended.is_set()
         await unless(stop.asked_again, worker.stop(0.0 if is_broken else grace_s))
-        if is_broken:
-            raise SystemExit(1)
     except Stopped:
         leave(stop.exit_code)
-    finally:
-        for task in (starting, asked, orphaned):
-            task.cancel()
-        await asyncio.gather(starting, asked, orphaned, return_exceptions=True)
-
-
-async def _orphaned(parent_pid: int | None) -> None:
-    """Return when whoever started us is gone; without a parent to watch, never."""
-    while parent_pid is None or os.getppid() == parent_pid:
-        await asyncio.sleep(PARENT_CHECK_S)
+    if is_broken:
+        raise SystemExit(1)
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:

@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
 
+PARENT_CHECK_S = 0.5
 CANCEL_S = 1.2  # how long cancelled work may take to let go
 
 
@@ -60,6 +61,23 @@ async def unless(event: asyncio.Event, work: Awaitable[T]) -> T:
         for task in (working, waiting):
             task.cancel()
         await asyncio.wait({working}, timeout=CANCEL_S)
+
+
+async def first(*waits: Coroutine[Any, Any, Any]) -> int:
+    """Which of them ended first; the others are given up."""
+    tasks = [asyncio.create_task(wait) for wait in waits]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    place = next(place for place, task in enumerate(tasks) if task.done())
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    return place
+
+
+async def orphaned(parent_pid: int | None) -> None:
+    """Return when the parent is another process than this one; without a parent to watch, never."""
+    while parent_pid is None or os.getppid() == parent_pid:
+        await asyncio.sleep(PARENT_CHECK_S)
 
 
 def run(main: Callable[[Stop], Coroutine[Any, Any, int]]) -> int:

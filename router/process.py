@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
 import socket
 from collections.abc import Generator
@@ -15,7 +14,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from ..core.errors import ConfigError
-from ..core.foreground import Stop, Stopped, leave, unless
+from ..core.foreground import Stop, Stopped, first, leave, orphaned, unless
 from ..core.ports import bound_socket, check_port, numeric_host, target
 from ..kv.keys import identity_key
 from ..protos import inference_pb2, inference_pb2_grpc
@@ -121,11 +120,7 @@ async def _run(process: RouterProcess, grace_s: float, parent_pid: int | None) -
     except BaseException:
         await process.stop(0.0)
         raise
-    while not stop.asked.is_set() and not process.ended.is_set():
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(stop.asked.wait(), 1.0)
-        if parent_pid is not None and os.getppid() != parent_pid:
-            break  # whoever started us is gone
+    await first(process.ended.wait(), stop.asked.wait(), orphaned(parent_pid))
     is_broken = process.ended.is_set()
     try:
         await unless(stop.asked_again, process.stop(0.0 if is_broken else grace_s))
