@@ -37,7 +37,9 @@ class ClusterConfig(Section):
     replace_after_s: float = Field(20.0, gt=0, description="how long a frozen or unreachable member is waited for")
     drain_timeout_s: float = Field(10.0, ge=0)
     orphan_grace_s: float = Field(5.0, ge=0, le=60, description="how long a lost router's requests run on")
-    ray_address: str | None = Field(None, description="join this Ray cluster; none: a local one of our own, whatever RAY_ADDRESS says")
+    ray_address: str | None = Field(
+        None, description="join this Ray cluster; none: a local one of our own, whatever RAY_ADDRESS says"
+    )
 
 
 class Config(Section):

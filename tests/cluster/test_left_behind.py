@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
 
 from twostroke.cluster.environment import member_environment
 from twostroke.cluster.ray_processes import end_processes
+from twostroke.cluster.ray_session import RaySession
 from twostroke.cluster.scratch import Scratch
 
 HOLD = "from twostroke.cluster.scratch import Scratch; s = Scratch('twostroke-'); print(s.path, flush=True); input()"
@@ -66,6 +68,51 @@ def test_all_processes_that_name_a_folder_end_and_their_children_too(tmp_path: P
 
 def _exists(process: int) -> bool:
     return Path(f"/proc/{process}").exists()
+
+
+def test_an_aborted_start_of_ray_makes_nothing_more(temporary: Path):
+    session = RaySession(None)
+    opened, aborted, outcome = threading.Event(), threading.Event(), list[str]()
+
+    def open_slowly() -> None:
+        session._opener = threading.current_thread()
+        opened.set()
+        aborted.wait(30)
+        for make in (lambda: subprocess.Popen(["true"]), (temporary / "more").mkdir):
+            try:
+                make()
+                outcome.append("made")
+            except RuntimeError as error:
+                outcome.append(str(error))
+
+    thread = threading.Thread(target=open_slowly)
+    thread.start()
+    opened.wait(30)
+    session.abort()
+    aborted.set()
+    thread.join(30)
+    assert outcome == ["Ray's start was aborted"] * 2
+    assert list(temporary.iterdir()) == []
+    session.open()  # too late: it does nothing
+
+
+def test_a_local_ray_is_ours_whatever_the_environment_says(temporary: Path, monkeypatch: pytest.MonkeyPatch):
+    given = {
+        "RAY_ADDRESS": "10.0.0.1:6379",
+        "RAY_REDIS_ADDRESS": "10.0.0.1",
+        "RAY_RUNTIME_ENV_HOOK": "x",
+        "RAY_TMPDIR": "/x",
+    }
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    session = RaySession(None)
+    with session._environment(session._scratch.path):
+        assert not {"RAY_ADDRESS", "RAY_REDIS_ADDRESS", "RAY_RUNTIME_ENV_HOOK"} & set(os.environ)
+        assert os.environ["RAY_TMPDIR"] == str(session._scratch.path)
+        assert os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] == "0"
+    assert {name: os.environ[name] for name in given} == given
+    session.close()
+    assert not list(temporary.iterdir())
 
 
 def test_members_never_look_into_the_working_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
