@@ -16,7 +16,7 @@ $(BIN)/python:
 $(STAMP)-%: pyproject.toml | $(BIN)/python
 	@echo "installing twostroke[$*] into $(VENV) (once; a few minutes on a slow line)"
 	@$(BIN)/pip install --disable-pip-version-check -e '.[$*]'
-	@$(BIN)/python -m twostroke.kernels.cpu.build # the native kernels, for this CPU; without a compiler it says so
+	@$(BIN)/python -P -m twostroke.kernels.cpu.build # the native kernels, for this CPU; without a compiler it says so
 	@touch $@
 
 demo: $(STAMP)-all,demo

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
 
 from ..core.errors import TwostrokeError
 from . import chat, members, serve, status
+from .failure import fail
 from .sim import app as sim_app
 
 app = typer.Typer(
@@ -48,8 +48,7 @@ def main() -> None:
     try:
         app()
     except TwostrokeError as error:
-        typer.echo(f"twostroke: {error}", err=True)
-        sys.exit(2)
+        fail(error)
 
 
 if __name__ == "__main__":

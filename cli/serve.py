@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import signal
 from typing import Annotated
 
 import typer
@@ -14,8 +11,12 @@ from rich.table import Table
 from ..cluster.config import Config
 from ..cluster.machine import machine_facts, model_facts
 from ..cluster.placement import Plan, place
+from ..cluster.prepare import prepare
 from ..cluster.supervisor import Supervisor
+from ..core.errors import TwostrokeError
+from ..core.foreground import Stop, run, unless
 from . import options as o
+from .failure import fail
 
 console = Console(stderr=True)
 
@@ -56,11 +57,10 @@ def serve(
     Every setting is also a key of --config and an environment variable TWOSTROKE__SECTION__KEY.
     """
     settings = o.config_from(locals())
-    plan = place(settings, machine_facts(), model_facts(settings))
     if dry_run:
-        show_plan(settings, plan, Console())
+        show_plan(settings, place(settings, machine_facts(), model_facts(settings)), Console())
         return
-    raise typer.Exit(asyncio.run(_serve(settings, plan)))
+    raise typer.Exit(run(lambda stop: _serve(settings, stop)))
 
 
 def show_plan(config: Config, plan: Plan, out: Console) -> None:
@@ -104,32 +104,50 @@ def show_plan(config: Config, plan: Plan, out: Console) -> None:
     out.print(reasons)
 
 
-async def _serve(config: Config, plan: Plan) -> int:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
-    supervisor = Supervisor(config, plan, say=lambda line: console.log(line, markup=False))
-    for remark in _remarks(plan):
-        console.log(remark, markup=False)
+async def _serve(config: Config, stop: Stop) -> int:
+    supervisor: Supervisor | None = None
     try:
-        with console.status(f"starting {len(plan.members)} processes"):
-            started = asyncio.create_task(supervisor.start())
-            stopping = asyncio.create_task(stop.wait())
-            await asyncio.wait({started, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            if started.done():
-                started.result()
-            else:
-                started.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await started
-        if not stop.is_set():
-            _greet(supervisor, plan)
-            await stopping
+        with _Progress() as progress:
+            config, plan = await unless(stop.asked, prepare(config, progress.show))
+            supervisor = Supervisor(config, plan, say=lambda line: console.log(line, markup=False))
+            for remark in _remarks(plan):
+                console.log(remark, markup=False)
+            progress.show(f"starting {len(plan.members)} processes")
+            await unless(stop.asked, supervisor.start())
+        _greet(supervisor, plan)
+        await stop.asked.wait()
+        console.log("draining and stopping; Ctrl-C once more stops without waiting")
+        await unless(stop.asked_again, supervisor.stop())
         return 0
-    finally:
-        console.log("draining and stopping")
-        await supervisor.stop()
+    except BaseException as error:
+        if supervisor is not None:
+            await supervisor.abort()
+        if isinstance(error, TwostrokeError):
+            fail(error)
+        raise
+
+
+class _Progress:
+    """The line that says what is under way; where nobody can see a line change, each kind of work is said once."""
+
+    def __init__(self) -> None:
+        self._status = console.status("")
+        self._said = ""
+
+    def __enter__(self) -> _Progress:
+        self._status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._status.stop()
+
+    def show(self, line: str) -> None:
+        """Replace the line."""
+        self._status.update(line)
+        work = line.partition(" … ")[0]
+        if not console.is_terminal and work != self._said:
+            console.log(work, markup=False)
+        self._said = work
 
 
 def _remarks(plan: Plan) -> list[str]:

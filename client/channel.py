@@ -42,7 +42,11 @@ class Tls:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where the server is and how to speak to it. Checked when it is built."""
+    """Where the server is and how to speak to it. Checked when it is built.
+
+    A proxy of the environment (`https_proxy` and its like) is asked for TLS to another machine alone: it passes bytes
+    that it cannot read. This machine needs none, and without TLS a proxy would read keys and prompts.
+    """
 
     address: str
     api_key: str | None = None
@@ -73,6 +77,7 @@ class Endpoint:
             ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
             ("grpc.enable_retries", 1),
             ("grpc.service_config", json.dumps(service_config())),
+            ("grpc.enable_http_proxy", int(self.tls is not None and not is_loopback(self.address))),
         ]
         if self.tls is not None and self.tls.server_name is not None:
             options.append(("grpc.ssl_target_name_override", self.tls.server_name))

@@ -39,7 +39,9 @@ class ClusterConfig(Section):
     replace_after_s: float = Field(20.0, gt=0, description="how long a frozen or unreachable member is waited for")
     drain_timeout_s: float = Field(10.0, ge=0)
     orphan_grace_s: float = Field(5.0, ge=0, le=60, description="how long a lost router's requests run on")
-    ray_address: str | None = Field(None, description="join this Ray cluster; none: a local one of our own")
+    ray_address: str | None = Field(
+        None, description="join this Ray cluster; none: a local one of our own, whatever RAY_ADDRESS says"
+    )
 
 
 class Config(Section):
@@ -74,13 +76,22 @@ def load_config(
 def _read_file(file: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(file.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config {file}: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {file}: {_yaml_mistake(error)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {file}: {getattr(error, 'strerror', None) or error}") from None
     if not isinstance(values or {}, dict):
         raise ConfigError(
             f"--config {file}: the top level must be a mapping of sections, e.g. 'cluster: {{prefill: 2}}'"
         )
     return values or {}
+
+
+def _yaml_mistake(error: yaml.YAMLError) -> str:
+    """What is wrong and where, without the lines themselves: they may hold a key."""
+    mark = getattr(error, "problem_mark", None)
+    what = getattr(error, "problem", None) or "it is no YAML"
+    return f"line {mark.line + 1}, column {mark.column + 1}: {what}" if mark else what
 
 
 def _from_environment(environment: Mapping[str, str]) -> Iterable[tuple[str, Any]]:
@@ -98,7 +109,8 @@ def _put(values: dict[str, Any], path: list[str], value: Any) -> None:
     for index, part in enumerate(parents):
         inner = values.setdefault(part, {})
         if not isinstance(inner, dict):
-            raise ConfigError(f"{'.'.join(parents[: index + 1])} is {inner!r}; it must be a section with keys")
+            where = ".".join(parents[: index + 1])  # and not its value, which may be a key
+            raise ConfigError(f"{'.'.join(path)} is not a setting; {where} is given as one value, without keys in it")
         values = inner
     values[last] = value
 

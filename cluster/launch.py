@@ -8,11 +8,12 @@ from typing import Protocol
 
 from ..core.request import Role
 from .config import Config
+from .last_words import End
 from .placement import Member
 from .settings import WorkerSettings
 
-Ended = Callable[[str, str], None]
-"""Called on the supervisor's loop with a member's name and its last words, once per start."""
+Ended = Callable[[str, End], None]
+"""Called on the supervisor's loop with a member's name and how it ended, once per start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,14 @@ class Launcher(Protocol):
 
     async def close(self) -> None:
         """Leave nothing behind: no process, no session, no file."""
+        ...
+
+    async def abort(self) -> None:
+        """`close`, but at once, whatever is under way: nobody waits for an answer. Takes a second at most."""
+        ...
+
+    def said(self, name: str) -> str:
+        """The last line of a running member's log, where there is one."""
         ...
 
 

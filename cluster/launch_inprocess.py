@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
+from ..kernels.cpu.build import stop_building
 from ..router.process import RouterProcess
+from .last_words import End
 from .launch import Ended, Site, worker_settings
 from .placement import Member
 from .worker import WorkerProcess
+
+ABORT_S = 0.5
 
 
 class InProcessLauncher:
@@ -43,7 +48,7 @@ class InProcessLauncher:
         if name in self._running:
             process, ended = self._running.pop(name)
             await process.stop(grace_s)
-            ended(name, "stopped")
+            ended(name, End("stopped"))
 
     async def kill(self, name: str) -> None:
         """Stop it without a drain."""
@@ -56,10 +61,20 @@ class InProcessLauncher:
             watcher.cancel()
         await asyncio.gather(*self._watchers, return_exceptions=True)
 
+    async def abort(self) -> None:
+        """Stop what runs. A thread that builds an engine cannot be ended: only the kernels' compilers are."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.close(), ABORT_S)
+        await asyncio.to_thread(stop_building, ABORT_S)
+
+    def said(self, _: str) -> str:
+        """Nothing: its log is this process's own."""
+        return ""
+
     async def _watch(self, name: str, process: WorkerProcess | RouterProcess) -> None:
         """Tell of a member that ended by its own fault."""
         await process.ended.wait()
         if self._running.get(name, (None,))[0] is process:
             _, ended = self._running.pop(name)
             await process.stop(0.0)
-            ended(name, "it ended by its own fault; the log has more")
+            ended(name, End("it ended by its own fault; the log has more"))

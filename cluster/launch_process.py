@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
-import shutil
 import signal
 import sys
-import tempfile
 from pathlib import Path
 
 import yaml
 
+from .environment import member_environment
+from .last_words import cause_of, end_of_process
 from .launch import Ended, Site
 from .placement import Member
+from .scratch import Scratch
 
-_LAST_WORDS_BYTES = 2000
+_LAST_WORDS_BYTES = 8000
+_ABORT_S = 0.5
 
 
 class ProcessLauncher:
@@ -23,7 +26,8 @@ class ProcessLauncher:
 
     def __init__(self, site: Site) -> None:
         self._site = site
-        self._directory = Path(tempfile.mkdtemp(prefix="twostroke-"))
+        self._scratch = Scratch("twostroke-")
+        self._directory = self._scratch.path
         self._processes: dict[str, asyncio.subprocess.Process] = {}
         self._watchers: set[asyncio.Task[None]] = set()
         self._config_file = self._directory / "config.yaml"
@@ -59,24 +63,36 @@ class ProcessLauncher:
         try:
             await asyncio.wait_for(process.wait(), grace_s + 2.0)
         except TimeoutError:
-            process.kill()
+            _end(process)
             await process.wait()
 
     async def kill(self, name: str) -> None:
         """SIGKILL, which a stopped process hears too."""
         process = self._processes.get(name)
-        if process is not None and process.returncode is None:
-            process.kill()
+        if process is not None:
+            _end(process)
 
     async def close(self) -> None:
         """End what still runs and remove the files."""
         await asyncio.gather(*(self.stop(name, 0.0) for name in list(self._processes)))
         if self._watchers:
             await asyncio.wait(self._watchers, timeout=2.0)
-        shutil.rmtree(self._directory, ignore_errors=True)
+        self._scratch.remove()
+
+    async def abort(self) -> None:
+        """SIGKILL for all, and remove the files."""
+        for process in self._processes.values():
+            _end(process)
+        if self._watchers:
+            await asyncio.wait(self._watchers, timeout=_ABORT_S)
+        self._scratch.remove()
+
+    def said(self, name: str) -> str:
+        """The last line of its log."""
+        return cause_of(_tail(self._directory / f"{name}.log"))
 
     def _command(self, member: Member) -> list[str]:
-        command = [sys.executable, "-m", "twostroke.cli.main", member.kind, "--config", str(self._config_file)]
+        command = [sys.executable, "-P", "-m", "twostroke.cli.main", member.kind, "--config", str(self._config_file)]
         if member.kind == "worker":
             command += ["--role", str(member.role), "--worker-id", member.name]
             command += ["--router", self._site.internal_address, "--memory-bytes", str(member.memory_bytes)]
@@ -84,7 +100,7 @@ class ProcessLauncher:
 
     def _environment(self, member: Member) -> dict[str, str]:
         threads = str(member.num_threads)
-        kept = {k: v for k, v in os.environ.items() if not k.startswith("TWOSTROKE__")}  # the file has them already
+        kept = member_environment()
         given = {"OMP_NUM_THREADS": threads, "TWOSTROKE__STEP__NUM_THREADS": threads}
         if member.kind == "worker":
             given["TWOSTROKE__MODEL__DEVICE"] = member.device
@@ -97,7 +113,14 @@ class ProcessLauncher:
         code = await process.wait()
         if self._processes.get(name) is process:
             del self._processes[name]
-        ended(name, f"exit code {code}\n{_tail(log)}")
+        ended(name, end_of_process(code, _tail(log)))
+
+
+def _end(process: asyncio.subprocess.Process) -> None:
+    """SIGKILL, for whatever it started too: each member leads a group of its own."""
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _tail(log: Path) -> str:

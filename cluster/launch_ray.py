@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from ..core.hosted import Hosted
@@ -12,6 +13,7 @@ from ..decode_worker.actor import DecodeWorker
 from ..prefill_worker.actor import PrefillWorker
 from ..router.actor import Router
 from ..router.config import RouterConfig
+from .last_words import End, end_of_error
 from .launch import Ended, Site, worker_settings
 from .placement import Member
 from .ray_session import RaySession
@@ -29,13 +31,14 @@ class RayLauncher:
         self._site = site
         self._session = RaySession(site.config.cluster.ray_address)
         self._opened = False
+        self._executor = ThreadPoolExecutor(1, "ray")  # Ray's processes end with the thread that started them
         self._actors: dict[str, Any] = {}
         self._watchers: dict[str, asyncio.Task[None]] = {}
 
     async def start(self, member: Member, ended: Ended) -> None:
         """Create the actor; it starts serving in its constructor."""
         if not self._opened:
-            await asyncio.to_thread(self._session.open)
+            await asyncio.get_running_loop().run_in_executor(self._executor, self._session.open)
             self._opened = True
         actor = self._create(member)
         self._actors[member.name] = actor
@@ -65,9 +68,20 @@ class RayLauncher:
     async def close(self) -> None:
         """Shut our Ray down and remove its files."""
         await asyncio.gather(*(self.stop(name, 0.0) for name in list(self._actors)))
-        if self._opened:
-            await asyncio.to_thread(self._session.close)
-            self._opened = False
+        await asyncio.get_running_loop().run_in_executor(self._executor, self._session.close)
+        self._opened = False
+        self._executor.shutdown(wait=False)
+
+    async def abort(self) -> None:
+        """End our Ray with all its processes; leave one that we joined, which ends our actors."""
+        for watcher in self._watchers.values():
+            watcher.cancel()
+        await asyncio.to_thread(self._session.abort)
+        self._executor.shutdown(wait=False)
+
+    def said(self, _: str) -> str:
+        """Nothing: what actors write is in Ray's own files."""
+        return ""
 
     def _create(self, member: Member) -> Any:
         site, grace_s = self._site, self._site.config.cluster.drain_timeout_s
@@ -83,12 +97,12 @@ class RayLauncher:
         import ray
 
         try:
-            words = str(await _settled(actor.run.remote()))
+            end = End(str(await _settled(actor.run.remote())))
         except ray.exceptions.RayError as error:
-            words = str(error).strip()
+            end = end_of_error(str(error))
         if self._actors.get(name) is actor:
             del self._actors[name], self._watchers[name]
-        ended(name, words)
+        ended(name, end)
 
 
 class _BuildRouter:

@@ -4,24 +4,50 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
+import socket
 import sys
-import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import ConfigError
+from .environment import member_environment
+from .last_words import cause_of
+from .ray_processes import end_processes
+from .scratch import Scratch
 
 NAMESPACE = "twostroke"
 _OBJECT_STORE_BYTES = 80 << 20  # about the smallest Ray takes; no KV ever goes through it
+_SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set for programs that `ray job submit` runs
+_LEAVE_S = 1.0
+_ANSWER_S = 5.0
+_ELSEWHERE = (  # what sends a local Ray or its workers to another cluster, store, port, folder or environment
+    "RAY_ADDRESS",
+    "RAY_NAMESPACE",
+    "RAY_REDIS_ADDRESS",
+    "RAY_GCS_SERVER_PORT",
+    "RAY_RUNTIME_ENV",
+    "RAY_RUNTIME_ENV_HOOK",
+    "RAY_OVERRIDE_RESOURCES",
+    "RAY_OVERRIDE_LABELS",
+    "RAY_LOG_TO_STDERR",
+    "RAY_AUTH_TOKEN",
+    _SUBMITTED,
+)
+_tokens: list[str] = []  # at most one
 
 
 class RaySession:
-    """Ray, from `open` to `close`."""
+    """Ray, from `open` to `close` or `abort`. `open` is for one thread, which must live as long as Ray."""
 
     def __init__(self, address: str | None) -> None:
-        self._address = address
-        self._directory: Path | None = None
+        self._address = None if address == "local" else address
+        self._scratch = Scratch("ts-ray-")  # short: Ray keeps unix sockets below it
+        self._opener: threading.Thread | None = None
+        self._is_aborted = False
+        self._before: dict[str, str | None] = {}
 
     def open(self) -> None:
         """Start or join Ray. Takes 3 to 6 seconds.
@@ -29,50 +55,131 @@ class RaySession:
         Raises:
             ConfigError: Ray did not start or the cluster was not found.
         """
-        common: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "ERROR"}
+        if self._is_aborted:
+            return
+        self._opener = threading.current_thread()
+        empty = self._scratch.path / "empty"
         try:
+            empty.mkdir()
             if self._address:
-                import ray
+                self._join(self._address, empty)
+            else:
+                self._start(self._scratch.path, empty)
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"{error}: pip install 'twostroke[ray]', or use --launcher process") from None
+        except Exception as error:
+            what = f"the Ray cluster at {self._address} cannot be joined" if self._address else "Ray did not start"
+            raise ConfigError(f"{what}: {cause_of(str(error))}; --launcher process needs no Ray") from error
 
-                ray.init(address=self._address, **common)
-                return
-            self._directory = Path(tempfile.mkdtemp(prefix="ts-ray-"))  # short: Ray keeps unix sockets below it
-            self._write_token(self._directory)
+    def close(self) -> None:
+        """Shut down what `open` started and remove its files."""
+        if self._opener is not None:
+            _shut_down()
+        self._remove_files()
+
+    def abort(self) -> None:
+        """End our Ray at once, also one on its way up; of a joined one, leave. Nothing of ours is left then."""
+        self._is_aborted = True
+        if self._address:
+            leaving = threading.Thread(target=_shut_down, daemon=True)
+            leaving.start()
+            leaving.join(_LEAVE_S)
+        else:
+            sys.addaudithook(self._refuse)  # whatever `open` still wants to make: a process, a folder
+            end_processes(self._scratch.path)
+        self._remove_files()
+
+    def _join(self, address: str, empty: Path) -> None:
+        import ray
+
+        _check_answers(address)  # Ray itself would try for minutes
+        # A submitted job's own folder is where its author wanted it, and Ray takes no second one.
+        ray.init(address=address, **_common(None if _SUBMITTED in os.environ else empty))
+
+    def _start(self, folder: Path, empty: Path) -> None:
+        with self._environment(folder):
             import ray
 
             ray.init(
-                _temp_dir=str(self._directory),
+                address="local",  # whatever else runs here
+                _temp_dir=str(folder),
                 include_dashboard=False,
                 num_cpus=1,  # actors ask for none: threads are ours to count (cluster/placement.py)
                 object_store_memory=_OBJECT_STORE_BYTES,
                 _system_config={"worker_niceness": 0},  # else 15: any neighbour makes our workers look dead
-                **common,
+                **_common(empty),
             )
-        except Exception as error:
-            self._remove_files()
-            raise ConfigError(f"Ray did not start: {error}. --launcher process needs no Ray") from error
 
-    def close(self) -> None:
-        """Shut down what `open` started and remove its files."""
-        import ray
+    @contextmanager
+    def _environment(self, folder: Path) -> Iterator[None]:
+        """What Ray reads while it starts, and its processes inherit. The token's place is told until `close`."""
+        search = member_environment()
+        wanted: dict[str, str | None] = {name: search.get(name) for name in ("PYTHONPATH", "PYTHONSAFEPATH")}
+        wanted |= dict.fromkeys(_ELSEWHERE)
+        wanted |= {"RAY_TMPDIR": str(folder), "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+        self._before = _set(_token(folder))
+        before = _set(wanted)
+        try:
+            yield
+        finally:
+            _set(before)
 
-        ray.shutdown()
-        self._remove_files()
-
-    def _write_token(self, directory: Path) -> None:
-        # Ray reads its authentication mode once, when it is first imported; a program that imported it earlier keeps
-        # the mode it chose.
-        if "ray" in sys.modules or os.environ.get("RAY_AUTH_MODE"):
-            return
-        token = directory / "token"
-        token.touch(mode=0o600)
-        token.write_text(secrets.token_hex(32))
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+    def _refuse(self, _event: str, _arguments: object) -> None:
+        """The audit hook of an aborted `open`: nothing more happens in its thread."""
+        if threading.current_thread() is self._opener:
+            raise RuntimeError("Ray's start was aborted")
 
     def _remove_files(self) -> None:
-        if self._directory:
-            shutil.rmtree(self._directory, ignore_errors=True)
-            if os.environ.get("RAY_AUTH_TOKEN_PATH", "").startswith(str(self._directory)):
-                del os.environ["RAY_AUTH_TOKEN_PATH"], os.environ["RAY_AUTH_MODE"]
-            self._directory = None
+        self._scratch.remove()
+        _set(self._before)
+        self._before = {}
+
+
+def _check_answers(address: str) -> None:
+    """Raises OSError when nobody listens at host:port. Other forms of an address are Ray's to explain."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), _ANSWER_S).close()
+
+
+def _shut_down() -> None:
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
+
+
+def _common(empty: Path | None) -> dict[str, Any]:
+    """Options of every `ray.init`.
+
+    Ray puts the driver's working folder, and its script's, on its workers' search path, in front of all else, unless
+    the job has a folder of its own: ours is empty.
+    """
+    given: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "ERROR"}
+    return given | ({"runtime_env": {"working_dir": str(empty)}} if empty else {})
+
+
+def _token(folder: Path) -> dict[str, str | None]:
+    """Where Ray finds its token.
+
+    Ray reads mode and token once, when it is first imported. So this process has one token; and a program that
+    imported Ray before we did keeps the mode it chose.
+    """
+    if "ray" in sys.modules and not _tokens:
+        return {}
+    if not _tokens:
+        _tokens.append(secrets.token_hex(32))
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(_tokens[0])
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+
+
+def _set(values: dict[str, str | None]) -> dict[str, str | None]:
+    """Set or (None) remove variables of this process; gives what they were before."""
+    before = {name: os.environ.get(name) for name in values}
+    for name, value in values.items():
+        with suppress(KeyError):
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+    return before

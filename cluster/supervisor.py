@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import socket
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ..client.async_client import AsyncClient
 from ..core.clock import Clock, MonotonicClock
 from ..core.errors import TwostrokeError, Unavailable
+from ..core.ports import free_port, target
 from .config import Config
+from .last_words import End
 from .launch import Launcher, Site
 from .membership import Membership, Patience, Standing
 from .placement import Plan
@@ -35,7 +36,7 @@ class Supervisor:
         self._say = say or log.info
         self.config = _with_fixed_ports(plan.settle(config))
         site = Site(self.config, plan.model.directory, plan.model.name, self.config.router.internal_port)
-        self._launcher = make_launcher(site)
+        self._launcher = launcher_class(self.config)(site)
         cluster = self.config.cluster
         self._membership = Membership(patience=Patience(cluster.replace_after_s, cluster.ready_timeout_s))
         self._life: dict[str, str] = {}  # incarnation of each member that serves or served
@@ -50,12 +51,12 @@ class Supervisor:
     @property
     def http_url(self) -> str:
         """Where the OpenAI API answers."""
-        return f"http://{_reachable(self.config.router.host)}:{self.config.router.port}"
+        return f"http://{target(_reachable(self.config.router.host), self.config.router.port)}"
 
     @property
     def grpc_address(self) -> str:
         """Where the SDK connects."""
-        return f"{_reachable(self.config.router.host)}:{self.config.router.grpc_port}"
+        return target(_reachable(self.config.router.host), self.config.router.grpc_port)
 
     async def start(self) -> None:
         """Start every member and wait until all of them serve.
@@ -65,17 +66,14 @@ class Supervisor:
         """
         for name in self._members:
             self._membership.want(name, self._clock.now_s())
-        await self._start_due()  # before any gRPC of ours runs: a launcher may fork
-        self._tasks = [asyncio.create_task(self._keep()), asyncio.create_task(self._observe())]
         patience_s = self.config.cluster.ready_timeout_s
         try:
-            await asyncio.wait_for(self._settled.wait(), patience_s)
+            async with asyncio.timeout(patience_s):
+                await self._start_due()  # before any gRPC of ours runs: a launcher may fork
+                self._tasks = [asyncio.create_task(self._keep()), asyncio.create_task(self._observe())]
+                await self._settled.wait()
         except TimeoutError:
-            missing = [name for name in self._members if self._membership.standing(name) is not Standing.READY]
-            raise Unavailable(
-                f"{', '.join(missing)} not ready within {patience_s:g} s; raise cluster.ready_timeout_s or see the log",
-                retry_after_s=5.0,
-            ) from None
+            raise Unavailable(self._lateness(patience_s), retry_after_s=5.0) from None
         if self._hopeless:
             raise Unavailable(self._hopeless, retry_after_s=30.0)
 
@@ -91,6 +89,23 @@ class Supervisor:
         await asyncio.gather(*(self._launcher.stop(name, grace_s) for name in routers))
         await asyncio.gather(*(self._launcher.stop(name, grace_s) for name in workers))
         await self._launcher.close()
+
+    async def abort(self) -> None:
+        """End everything at once: nobody is served yet, or nobody waits any longer. Nothing stays behind."""
+        for name in self._members:
+            self._membership.stop(name)
+        for task in self._tasks:
+            task.cancel()
+        await self._launcher.abort()
+
+    def _lateness(self, patience_s: float) -> str:
+        """Who is not there yet, what each said last, and the remedy."""
+        late = [name for name in self._members if self._membership.standing(name) is not Standing.READY]
+        said = [f"{name} (its last line: {line})" if (line := self._launcher.said(name)) else name for name in late]
+        return (
+            f"not ready within {patience_s:g} s: {', '.join(said)}; a large model or a slow disk needs more: "
+            "raise cluster.ready_timeout_s (TWOSTROKE__CLUSTER__READY_TIMEOUT_S)"
+        )
 
     async def _keep(self) -> None:
         """Start what is due; sleep until something ends or a back-off runs out."""
@@ -111,18 +126,26 @@ class Supervisor:
             try:
                 await self._launcher.start(self._members[name], self._ended)
             except TwostrokeError as error:
-                self._ended(name, str(error))
+                self._ended(name, End(str(error), is_certain=True))
 
-    def _ended(self, name: str, last_words: str) -> None:
-        due_s = self._membership.ended(name, last_words, self._clock.now_s())
+    def _ended(self, name: str, end: End) -> None:
+        due_s = self._membership.ended(name, end.cause, self._clock.now_s())
         self._ended_life[name] = self._life.get(name, "")
         if due_s is not None:
-            wait_s = max(0.0, due_s - self._clock.now_s())
-            self._say(f"{name} ended ({last_words.strip()[-600:]}); starting it again in {wait_s:.1f} s")
-            if not self._settled.is_set() and self._membership.restarts(name) >= _TRIES_ON_THE_WAY_UP:
-                self._hopeless = f"{name} keeps dying on its way up: {last_words.strip()[-600:]}"
-                self._settled.set()
+            self._note_end(name, end, max(0.0, due_s - self._clock.now_s()))
         self._changed.set()
+
+    def _note_end(self, name: str, end: End, wait_s: float) -> None:
+        """Say it; and on the way up, give up when another start would end the same way."""
+        if not self._settled.is_set():
+            if end.is_certain:
+                self._hopeless = f"{name} cannot start: {end.cause}"
+            elif self._membership.restarts(name) >= _TRIES_ON_THE_WAY_UP:
+                self._hopeless = f"{name} keeps dying on its way up: {end.cause}"
+            if self._hopeless:
+                self._settled.set()
+                return
+        self._say(f"{name} ended ({end.cause}); starting it again in {wait_s:.1f} s")
 
     async def _observe(self) -> None:
         """Ask the router who serves; note it, and replace who has been of no use for too long."""
@@ -166,19 +189,19 @@ class _Life(NamedTuple):
     arithmetic: str = ""  # of a worker: what its numbers depend on
 
 
-def make_launcher(site: Site) -> Launcher:
-    """The launcher that the configuration names. Ray is imported only when it is wanted."""
-    if site.config.cluster.launcher == "ray":
+def launcher_class(config: Config) -> Callable[[Site], Launcher]:
+    """The launcher that the configuration names. Only the wanted one is imported."""
+    if config.cluster.launcher == "ray":
         from .launch_ray import RayLauncher
 
-        return RayLauncher(site)
-    if site.config.cluster.launcher == "process":
+        return RayLauncher
+    if config.cluster.launcher == "process":
         from .launch_process import ProcessLauncher
 
-        return ProcessLauncher(site)
+        return ProcessLauncher
     from .launch_inprocess import InProcessLauncher
 
-    return InProcessLauncher(site)
+    return InProcessLauncher
 
 
 async def _cluster_or_none(client: AsyncClient) -> dict[str, Any] | None:
@@ -204,7 +227,7 @@ def _lives(cluster: dict[str, Any] | None) -> dict[str, _Life]:
 def _with_fixed_ports(config: Config) -> Config:
     """Ports of 0 become free ones now, so that a restarted router comes back where everybody looks for it."""
     free = {
-        name: _free_port(config.router.host)
+        name: free_port(config.router.host)
         for name in ("port", "grpc_port", "internal_port")
         if getattr(config.router, name) == 0
     }
@@ -212,13 +235,5 @@ def _with_fixed_ports(config: Config) -> Config:
 
 
 def _reachable(host: str) -> str:
-    """How a client on this machine names the address: "any" is reached by loopback; IPv6 wears brackets."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"[{host}]" if ":" in host else host
-
-
-def _free_port(host: str) -> int:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+    """How a client on this machine names the address: "any" is reached by loopback."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1", "localhost": "127.0.0.1"}.get(host, host)

@@ -18,10 +18,13 @@ import grpc.aio
 from .. import __version__
 from ..core.clock import Clock, MonotonicClock
 from ..core.errors import ConfigError, InternalError
+from ..core.foreground import Stop, Stopped, first, leave, orphaned, unless
+from ..core.ports import check_port, numeric_host, target
 from ..core.request import Role
 from ..decode_worker.pull import PullTools
 from ..decode_worker.run import RunTools
 from ..decode_worker.service import DecodeService
+from ..kernels.cpu.build import stop_building
 from ..kv.handover import Timing
 from ..kv.messages import role_to_wire, spec_to_wire
 from ..kv.transport import SERVER_OPTIONS, Channels, handlers
@@ -41,7 +44,9 @@ log = logging.getLogger(__name__)
 
 CAPABILITIES = ("handover.grpc.1", "blocks.fetch.1", "session.1")
 READY_S = 600.0  # loading and warming up a large model
-PARENT_CHECK_S = 0.5
+STOP_BUILDING_S = 1.0
+ORPHANED = 2  # place among what a serving worker waits for
+PORT_REMEDY = "--port, or 0 for any"
 STOP_S = 5.0  # the engine's last step
 
 
@@ -68,7 +73,7 @@ class WorkerProcess:
     @property
     def address(self) -> str:
         """host:port of all services; known after `start`."""
-        return f"{self.settings.host}:{self._port}"
+        return target(self.settings.host, self._port)
 
     @property
     def is_draining(self) -> bool:
@@ -83,6 +88,7 @@ class WorkerProcess:
         Raises:
             CheckpointError, DoesNotFit, ConfigError: it cannot be started with these settings.
         """
+        check_port(self.settings.host, self.settings.port, PORT_REMEDY)  # before minutes of loading
         room = self._room = await asyncio.to_thread(build_engine, self.settings, self._clock)
         log.info("%s computes with %s", self.settings.worker_id, room.facts.model.numerics_description)
         log.info("%s: %s", self.settings.worker_id, room.pool_size.arithmetic)
@@ -216,13 +222,13 @@ class WorkerProcess:
         worker_pb2_grpc.add_WorkerServicer_to_server(_Worker(self), server)
         self.health.add_to(server)
         enable_reflection(server)
-        wanted = f"{self.settings.host}:{self.settings.port}"
+        host, port = self.settings.host, self.settings.port
+        wanted = target(numeric_host(host), port)
         try:
             self._port = server.add_insecure_port(wanted)
         except RuntimeError as error:
+            check_port(host, port, PORT_REMEDY)  # which knows why
             raise ConfigError(f"{wanted} cannot be bound: {error}") from None
-        if not self._port:
-            raise ConfigError(f"{wanted} cannot be bound; choose another port, or 0 for any")
         await server.start()
         self._server = server
 
@@ -263,30 +269,26 @@ def run_worker(settings: WorkerSettings, parent_pid: int | None = None) -> None:
 
 
 async def _serve(worker: WorkerProcess, grace_s: float, parent_pid: int | None) -> None:
-    stop = asyncio.Event()
+    stop = Stop()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, stop.hear, number)
+    starter_pid = None if parent_pid is None else os.getppid()
     starting = asyncio.create_task(worker.start())
-    waits = [asyncio.create_task(event.wait()) for event in (stop, worker.ended)]
+    await first(asyncio.wait([starting]), stop.asked.wait(), orphaned(starter_pid))
+    if not starting.done():  # nobody waits for an answer, and the thread that loads cannot be ended
+        await asyncio.to_thread(stop_building, STOP_BUILDING_S)
+        leave(stop.exit_code if stop.number else 0)
+    await starting
+    if await first(worker.ended.wait(), stop.asked.wait(), orphaned(parent_pid)) == ORPHANED:
+        log.warning("%s: whoever started us is gone", worker.settings.worker_id)
+    is_broken = worker.ended.is_set()
     try:
-        await asyncio.wait([starting, waits[0]], return_when=asyncio.FIRST_COMPLETED)
-        if not starting.done():
-            return  # told to go while still loading: nobody waits for an answer
-        await starting
-        while not stop.is_set() and not worker.ended.is_set():
-            await asyncio.wait(waits, timeout=PARENT_CHECK_S, return_when=asyncio.FIRST_COMPLETED)
-            if parent_pid is not None and os.getppid() != parent_pid:
-                log.warning("%s: whoever started us is gone", worker.settings.worker_id)
-                break
-        is_broken = worker.ended.is_set()
-        await worker.stop(0.0 if is_broken else grace_s)
-        if is_broken:
-            raise SystemExit(1)
-    finally:
-        for task in (starting, *waits):
-            task.cancel()
-        await asyncio.gather(starting, *waits, return_exceptions=True)
+        await unless(stop.asked_again, worker.stop(0.0 if is_broken else grace_s))
+    except Stopped:
+        leave(stop.exit_code)
+    if is_broken:
+        raise SystemExit(1)
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:

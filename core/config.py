@@ -45,7 +45,9 @@ def explain(kind: type[BaseModel], error: ValidationError, where: str = "") -> s
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
             lines.append(f"{path} is not a setting; {hint}")
         else:
-            shown = "not shown" if _SECRETS & set(problem["loc"]) else repr(problem["input"])
+            value = problem["input"]
+            is_secret = _SECRETS & set(problem["loc"]) or isinstance(value, (dict, list))  # which may hold one
+            shown = "not shown" if is_secret else repr(value)
             lines.append(f"{path} is {shown}: {problem['msg']}")
     return "\n".join(lines)
 

@@ -10,18 +10,21 @@ import argparse
 import asyncio
 import sys
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 from rich.console import Console
 from rich.table import Table
 
 from twostroke import AsyncClient
 from twostroke.cluster.config import Config, load_config
-from twostroke.cluster.machine import machine_facts, model_facts
-from twostroke.cluster.placement import place
+from twostroke.cluster.prepare import prepare
 from twostroke.cluster.supervisor import Supervisor
+from twostroke.core.errors import TwostrokeError
+from twostroke.core.foreground import Stop, run, unless
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 130)
 
@@ -157,25 +160,35 @@ def show_table(all_asked: list[Asked]) -> None:
     console.print(table)
 
 
-async def start(config: Config, what: str) -> Supervisor:
-    """A cluster, up and serving, behind a progress display."""
-    plan = place(config, machine_facts(), model_facts(config))
-    supervisor = Supervisor(config, plan, say=lambda line: console.print(f"  [dim]{line}[/dim]"))
+@asynccontextmanager
+async def serving(config: Config, what: str) -> AsyncIterator[Supervisor]:
+    """A cluster, up and serving, behind a progress display; at the end it drains, after a failure or Ctrl-C it ends."""
     began = time.monotonic()
-    with console.status(f"starting {what}"):
-        try:
+    with console.status(f"starting {what}") as status:
+        config, plan = await prepare(config, status.update)
+        status.update(f"starting {what}")
+        supervisor = Supervisor(config, plan, say=lambda line: console.print(f"  [dim]{line}[/dim]"))
+    try:
+        with status:
             await supervisor.start()
-        except BaseException:
+        console.print(f"{what}: up after {time.monotonic() - began:.1f} s at {supervisor.http_url}")
+        yield supervisor
+        with console.status("stopping the cluster"):
             await supervisor.stop()
-            raise
-    console.print(f"{what}: up after {time.monotonic() - began:.1f} s at {supervisor.http_url}")
-    return supervisor
+    except BaseException:
+        await supervisor.abort()
+        raise
+
+
+def openai_client(supervisor: Supervisor) -> AsyncOpenAI:
+    """The official client. A proxy that the environment names is not for this machine."""
+    direct = DefaultAsyncHttpxClient(trust_env=False)
+    return AsyncOpenAI(base_url=supervisor.http_url + "/v1", api_key="none", http_client=direct)
 
 
 async def traffic(supervisor: Supervisor) -> list[Asked]:
     """All requests of the demo, explained."""
-    url = supervisor.http_url + "/v1"
-    async with AsyncOpenAI(base_url=url, api_key="none") as client, AsyncClient(supervisor.grpc_address) as sdk:
+    async with openai_client(supervisor) as client, AsyncClient(supervisor.grpc_address) as sdk:
         model = (await client.models.list()).data[0].id
         all_asked = await chat_of_three_turns(client, model)
         all_asked += await eight_at_once(client, model)
@@ -188,19 +201,15 @@ async def traffic(supervisor: Supervisor) -> list[Asked]:
 async def in_one_piece(config: Config, all_asked: list[Asked]) -> list[str]:
     """The same requests one at a time, each with an empty cache, on one combined worker. Gives what differs."""
     different = []
-    supervisor = await start(config, "the same model in one piece")
-    try:
-        async with AsyncOpenAI(base_url=supervisor.http_url + "/v1", api_key="none") as client:
-            model = (await client.models.list()).data[0].id
-            with console.status("") as status:
-                for number, asked in enumerate(all_asked, start=1):
-                    status.update(f"comparing {number} of {len(all_asked)}")
-                    again = Asked(asked.label, asked.messages, asked.prompt, asked.max_tokens)
-                    await ask(client, model, again, show=False)
-                    if again.text != asked.text:
-                        different.append(f"{asked.label}: {asked.text!r} but in one piece {again.text!r}")
-    finally:
-        await supervisor.stop()
+    async with serving(config, "the same model in one piece") as supervisor, openai_client(supervisor) as client:
+        model = (await client.models.list()).data[0].id
+        with console.status("") as status:
+            for number, asked in enumerate(all_asked, start=1):
+                status.update(f"comparing {number} of {len(all_asked)}")
+                again = Asked(asked.label, asked.messages, asked.prompt, asked.max_tokens)
+                await ask(client, model, again, show=False)
+                if again.text != asked.text:
+                    different.append(f"{asked.label}: {asked.text!r} but in one piece {again.text!r}")
     return different
 
 
@@ -215,12 +224,8 @@ async def demo(launcher: str) -> int:
         "router.local_prefill": False,
     }
     apart = load_config(flags={**two_and_two, **threads})
-    supervisor = await start(apart, f"2 prefill + 2 decode workers + 1 router ({launcher})")
-    try:
+    async with serving(apart, f"2 prefill + 2 decode workers + 1 router ({launcher})") as supervisor:
         all_asked = await traffic(supervisor)
-    finally:
-        with console.status("stopping the cluster"):
-            await supervisor.stop()
     show_table(all_asked)
     alone = {"cluster.prefill": 0, "cluster.decode": 1, "cluster.launcher": "process", "cache.prefix_caching": False}
     whole = load_config(flags={**alone, **threads})
@@ -235,11 +240,20 @@ async def demo(launcher: str) -> int:
     return 0
 
 
+async def until_stopped(stop: Stop, launcher: str) -> int:
+    """The demo, or its end at Ctrl-C."""
+    return await unless(stop.asked, demo(launcher))
+
+
 def main() -> None:
     """Parse the launcher and run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--launcher", choices=("ray", "process"), default="ray")
-    sys.exit(asyncio.run(demo(parser.parse_args().launcher)))
+    launcher = parser.parse_args().launcher
+    try:
+        sys.exit(run(lambda stop: until_stopped(stop, launcher)))
+    except TwostrokeError as error:
+        sys.exit(f"demo: {error}")
 
 
 if __name__ == "__main__":

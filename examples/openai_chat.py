@@ -10,7 +10,9 @@ import openai
 
 def main() -> int:
     """Stream one answer and print its usage."""
-    client = openai.OpenAI(base_url="http://localhost:8000/v1", api_key="none")
+    # trust_env=False: a proxy that the environment names is not for this machine.
+    direct = openai.DefaultHttpxClient(trust_env=False)
+    client = openai.OpenAI(base_url="http://localhost:8000/v1", api_key="none", http_client=direct)
     try:
         model = client.models.list().data[0].id
         stream = client.chat.completions.create(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
 import socket
 from collections.abc import Generator
@@ -15,12 +14,15 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from ..core.errors import ConfigError
+from ..core.foreground import Stop, Stopped, first, leave, orphaned, unless
+from ..core.ports import bound_socket, check_port, numeric_host, target
 from ..kv.keys import identity_key
 from ..protos import inference_pb2, inference_pb2_grpc
 from .config import RouterConfig
 from .flow import Flow
 from .front import Front
 from .http import make_app
+from .ports import INTERNAL_HOST, PORT_REMEDIES, check_ports
 from .service import InferenceService
 
 _INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
@@ -53,17 +55,19 @@ class RouterProcess:
             ConfigError: a port is taken; names it.
         """
         settings = self._settings
-        listener = _listen(settings.host, settings.port)
+        check_ports(settings)  # all of them before any is bound
+        listener = bound_socket(settings.host, settings.port, PORT_REMEDIES["port"])
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         await self._flow.start()
         internal = grpc.aio.server(options=_GRPC_OPTIONS)
         self._flow.add_announce(internal)
-        await self._serve(internal, "127.0.0.1", settings.internal_port)
+        await self._serve(internal, INTERNAL_HOST, "internal_port")
         limits = [("grpc.max_receive_message_length", settings.max_body_bytes)]
         clients = grpc.aio.server(options=[*_GRPC_OPTIONS, *limits])
         inference_pb2_grpc.add_InferenceServicer_to_server(InferenceService(self._front), clients)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, clients)
         reflection.enable_server_reflection((_INFERENCE, health.SERVICE_NAME, reflection.SERVICE_NAME), clients)
-        await self._serve(clients, settings.host, settings.grpc_port)
+        await self._serve(clients, settings.host, "grpc_port")
         for service in ("", _INFERENCE):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         config = uvicorn.Config(
@@ -91,13 +95,13 @@ class RouterProcess:
                 await asyncio.wait_for(self._http_task, 1.0)
         await asyncio.gather(*(server.stop(0.5) for server in self._servers))
 
-    async def _serve(self, server: grpc.aio.Server, host: str, port: int) -> None:
+    async def _serve(self, server: grpc.aio.Server, host: str, name: str) -> None:
+        port = getattr(self._settings, name)
         try:
-            bound = server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
-        except RuntimeError:
-            bound = 0
-        if bound == 0:
-            raise ConfigError(f"port {port} on {host} is taken; choose another with --grpc-port, or 0 for any")
+            server.add_insecure_port(target(numeric_host(host), port))
+        except RuntimeError as error:
+            check_port(host, port, PORT_REMEDIES[name])  # which knows why
+            raise ConfigError(f"port {port} cannot be bound: {error}") from None
         await server.start()
         self._servers.append(server)
 
@@ -108,18 +112,21 @@ def run_router(process: RouterProcess, grace_s: float, parent_pid: int | None = 
 
 
 async def _run(process: RouterProcess, grace_s: float, parent_pid: int | None) -> None:
-    stop = asyncio.Event()
+    stop = Stop()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
-    await process.start()
-    while not stop.is_set() and not process.ended.is_set():
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(stop.wait(), 1.0)
-        if parent_pid is not None and os.getppid() != parent_pid:
-            break  # whoever started us is gone
+        loop.add_signal_handler(number, stop.hear, number)
+    try:
+        await process.start()
+    except BaseException:
+        await process.stop(0.0)
+        raise
+    await first(process.ended.wait(), stop.asked.wait(), orphaned(parent_pid))
     is_broken = process.ended.is_set()
-    await process.stop(0.0 if is_broken else grace_s)
+    try:
+        await unless(stop.asked_again, process.stop(0.0 if is_broken else grace_s))
+    except Stopped:
+        leave(stop.exit_code)
     if is_broken:
         raise SystemExit(1)
 
@@ -129,16 +136,3 @@ class _HttpServer(uvicorn.Server):
     def capture_signals(self) -> Generator[None, None, None]:
         """Signals belong to the process, not to one of its servers."""
         yield
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        raise ConfigError(f"port {port} on {host}: {error.strerror}; choose another with --port") from None
-    return listener

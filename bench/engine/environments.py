@@ -35,7 +35,7 @@ for line in requires(package):
         need.marker = None
         need.extras = set() if need.name.lower() == "mistral_common" else need.extras
         wanted.append(str(need))
-sys.exit(subprocess.call([sys.executable, "-m", "pip", "install", *wanted]))
+sys.exit(subprocess.call([sys.executable, "-P", "-m", "pip", "install", *wanted]))
 """
 
 
@@ -141,9 +141,9 @@ def ensure(environment: Environment, jobs: int = 1) -> str | None:
 def _commands(environment: Environment) -> list[list[str]]:
     python = str(environment.python)
     return [
-        [sys.executable, "-m", "venv", str(environment.folder)],
-        *([python, "-m", "pip", "install", *packages] for packages in environment.packages),
-        *([python, "-c", *script] for script in environment.scripts),
+        [sys.executable, "-P", "-m", "venv", str(environment.folder)],
+        *([python, "-P", "-m", "pip", "install", *packages] for packages in environment.packages),
+        *([python, "-P", "-c", *script] for script in environment.scripts),
     ]
 
 
@@ -162,7 +162,7 @@ def versions(environment: Environment) -> dict[str, str]:
         "print(json.dumps({n: version(n) for n in sys.argv[1:]}))"
     )
     answer = subprocess.run(
-        [str(environment.python), "-c", code, *environment.shown], check=True, capture_output=True, text=True
+        [str(environment.python), "-P", "-c", code, *environment.shown], check=True, capture_output=True, text=True
     )
     found: dict[str, str] = json.loads(answer.stdout)
     return found

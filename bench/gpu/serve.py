@@ -56,8 +56,8 @@ def served(device: str, *flags: str) -> Iterator[tuple[Faces, str]]:
     """
     settings = {"MODEL__DEVICE": device, "ROUTER__LOCAL_PREFILL": "false", "CACHE__PREFIX_CACHING": "false"}
     environment = os.environ | {f"TWOSTROKE__{name}": value for name, value in settings.items()}
-    environment["PYTHONPATH"] = os.pathsep.join((sys.path[0], os.environ.get("PYTHONPATH", "")))
-    command = [sys.executable, "-m", "twostroke.cli.main", "serve", "--launcher", "process"]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (sys.path[0], os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "-P", "-m", "twostroke.cli.main", "serve", "--launcher", "process"]
     process = subprocess.Popen(
         [*command, "--port", "0", "--grpc-port", "0", *flags],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
@@ -99,7 +99,8 @@ def ask(faces: Faces, path: str, body: dict[str, Any] | None = None) -> Any:
     """One HTTP call; of a stream the texts of its pieces, joined."""
     data = None if body is None else json.dumps(body | {"temperature": 0, "max_tokens": MAX_TOKENS}).encode()
     request = urllib.request.Request(faces.http + path, data, {"content-type": "application/json"})
-    with urllib.request.urlopen(request, timeout=ANSWER_S) as answer:
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # this machine, whatever the environment says
+    with direct.open(request, timeout=ANSWER_S) as answer:
         if not (body or {}).get("stream"):
             return json.loads(answer.read())
         events = [line[6:].strip() for line in answer if line.startswith(b"data: ")]

@@ -16,7 +16,7 @@ from twostroke_test_client_peer import API_KEY, serving
 
 import twostroke
 from twostroke import Client, Tls
-from twostroke.client.channel import is_loopback, service_config
+from twostroke.client.channel import Endpoint, is_loopback, service_config
 from twostroke.core.errors import (
     ERROR_BY_CODE,
     Cancelled,
@@ -43,6 +43,34 @@ def test_another_machine_needs_tls_or_a_word(address):
         Client(address)
     Client(address, insecure=True).close()
     Client(address, tls=Tls()).close()
+
+
+@pytest.fixture
+def dead_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
+    for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.usefixtures("dead_proxy")
+def test_a_proxy_of_the_environment_is_not_for_this_machine(address):
+    with Client(address, api_key=API_KEY, timeout_s=20) as client:
+        assert client.models()
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "may_use_it"),
+    [
+        (Endpoint("127.8.8.8:1"), 0),
+        (Endpoint("[::1]:1", tls=Tls()), 0),
+        (Endpoint("unix:/tmp/x"), 0),
+        (Endpoint("router:1", insecure=True), 0),  # it would read keys and prompts
+        (Endpoint("router:1", tls=Tls()), 1),
+    ],
+)
+def test_only_what_a_proxy_cannot_read_goes_through_one(endpoint, may_use_it):
+    assert dict(endpoint.options())["grpc.enable_http_proxy"] == may_use_it
 
 
 @pytest.mark.parametrize("address", ["", "http://localhost:8000"])

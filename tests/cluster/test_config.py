@@ -75,6 +75,27 @@ def test_a_mistaken_secret_is_not_shown():
         assert "not shown" in str(caught.value)
 
 
+SECRET = "my-secret-key-0123456789"
+
+
+@pytest.mark.parametrize(
+    ("file", "environment"),
+    [
+        (f"cluster: {{key: {SECRET}}}", {"TWOSTROKE__CLUSTER__KEY__X": "1"}),
+        (f"cluster: [{{key: {SECRET}}}]", {}),
+        (f"router: {{api_keys: [{SECRET}]}}", {"TWOSTROKE__ROUTER__API_KEYS__X": "1"}),
+        (f"cluster: {{key: {SECRET}", {}),
+        (f"cluster: {{key: '{SECRET}'}}}}\n", {}),
+    ],
+)
+def test_no_mistake_around_a_secret_shows_it(tmp_path, file: str, environment: dict[str, str]):
+    (tmp_path / "config.yaml").write_text(file)
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path / "config.yaml", environment)
+    assert SECRET not in str(caught.value)
+    assert "cluster" in str(caught.value) or "api_keys" in str(caught.value) or "line 1" in str(caught.value)
+
+
 @pytest.mark.parametrize(("command", "words"), [("worker", "cluster.key"), ("router", "cluster.key")])
 def test_a_process_of_a_cluster_wants_the_clusters_key(command: str, words: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("TWOSTROKE__CLUSTER__KEY", raising=False)

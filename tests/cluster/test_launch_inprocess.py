@@ -6,6 +6,7 @@ import socket
 import pytest
 
 from twostroke.cluster.config import load_config
+from twostroke.cluster.last_words import End
 from twostroke.cluster.launch import Site
 from twostroke.cluster.launch_inprocess import InProcessLauncher
 from twostroke.cluster.placement import Member
@@ -27,8 +28,8 @@ async def test_a_worker_whose_engine_ends_is_told_of_once_and_can_be_started_aga
     ends: list[str] = []
     told = asyncio.Event()
 
-    def ended(name: str, words: str) -> None:
-        ends.append(words)
+    def ended(name: str, end: End) -> None:
+        ends.append(end.cause)
         told.set()
 
     member = Member("w", "worker", Role.COMBINED, 1, 1 << 30)
@@ -55,7 +56,7 @@ async def test_a_router_that_cannot_start_lets_its_ports_go(launcher):
         router = config.router.model_copy(update=update)
         launcher._site = Site(config.model_copy(update={"router": router}), "", "", 0)
         before = asyncio.all_tasks()
-        with pytest.raises(ConfigError, match="is taken"):
+        with pytest.raises(ConfigError, match=r"is in use; choose another with --grpc-port"):
             await launcher.start(Member("router-0", "router"), lambda *_: None)
     assert asyncio.all_tasks() <= before
     with socket.socket() as again:

@@ -81,6 +81,34 @@ async def test_a_worker_does_not_outlive_its_parent(tiny_checkpoint):
             await process.wait()
 
 
+PARENT = textwrap.dedent("""
+    import os, subprocess, sys
+    subprocess.run([sys.executable, "-c", sys.argv[1], sys.argv[2], str(os.getpid())])
+""")
+
+
+LOADS_FOR_EVER = """
+import time, twostroke.cluster.worker
+twostroke.cluster.worker.build_engine = lambda *_: print("it loads", flush=True) or time.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize(("before", "until"), [(LOADS_FOR_EVER, "it loads"), ("", "serves at")])
+async def test_a_worker_does_not_outlive_a_killed_parent_while_it_loads_or_serves(tiny_checkpoint, before, until):
+    main = before + MAIN
+    parent = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", PARENT, main, settings_for(tiny_checkpoint).model_dump_json()),
+        stdout=asyncio.subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    async with asyncio.timeout(60):
+        while until.encode() not in (line := await parent.stdout.readline()):
+            assert line, "it died before that"
+        parent.kill()
+        await parent.wait()
+        await parent.stdout.read()  # to its end: the worker is gone too
+
+
 async def test_a_pool_that_does_not_fit_is_refused_with_the_arithmetic(tiny_checkpoint):
     worker = WorkerProcess(settings_for(tiny_checkpoint, memory_bytes=10_000))
     with pytest.raises(DoesNotFit, match=r"memory .* weights .* = 0 blocks"):

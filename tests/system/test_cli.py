@@ -171,8 +171,9 @@ def test_ctrl_c_on_the_way_up_stops_at_once(served: Served):
         time.sleep(POLL_S)
     footprint = served.footprint()
     served.process.send_signal(signal.SIGINT)
-    assert served.process.wait(HOME_S) == 0, served.output
+    assert served.process.wait(HOME_S) == 130, served.output
     footprint.until_gone(5.0)
+    assert [path.name for path in served.directory.iterdir()] == ["output"]
 
 
 def test_a_dead_worker_is_started_again(served: Served):

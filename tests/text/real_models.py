@@ -39,7 +39,19 @@ def _fetched() -> Path | str:
     if folder.is_dir():
         return folder
     with tempfile.TemporaryDirectory() as temporary:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--retries", "0", "--timeout", "20"]
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--retries",
+            "0",
+            "--timeout",
+            "20",
+        ]
         wanted = ["--no-binary", "llama-cpp-python", f"llama-cpp-python=={VERSION}", "--dest", temporary]
         try:
             subprocess.run([*command, *wanted], check=True, capture_output=True, text=True, timeout=90)

@@ -1,0 +1,71 @@
+"""Ports that our servers want: whether they can be bound, and what a user is told when not. Knows no server."""
+
+from __future__ import annotations
+
+import errno
+import socket
+
+from .errors import ConfigError
+
+
+def check_port(host: str, port: int, remedy: str) -> None:
+    """Bind and let go, as a server would. `remedy` names the flag or setting that chooses another port.
+
+    A port that another server shares by SO_REUSEPORT counts as taken.
+
+    Raises:
+        ConfigError: the port is taken or forbidden, or `host` is no address of this machine.
+    """
+    bound_socket(host, port, remedy).close()
+
+
+def bound_socket(host: str, port: int, remedy: str) -> socket.socket:
+    """A TCP socket that is bound, and does not listen yet. The caller closes it.
+
+    Raises:
+        ConfigError: see `check_port`.
+    """
+    address = numeric_host(host)
+    bound = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what the last server left behind is no server
+    try:
+        bound.bind((address, port))
+    except OSError as error:
+        bound.close()
+        raise ConfigError(_complaint(host, port, remedy, error)) from None
+    return bound
+
+
+def free_port(host: str) -> int:
+    """A port that nobody holds just now."""
+    with bound_socket(host, 0, "another host") as probe:
+        return int(probe.getsockname()[1])
+
+
+def numeric_host(host: str) -> str:
+    """The one address that `host` means, so that no server binds one of several and leaves the others to a stranger.
+
+    Raises:
+        ConfigError: the name cannot be resolved.
+    """
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"host {host!r} cannot be resolved ({error}); give an address of this machine") from None
+    addresses = [str(address[0]) for *_, address in found]
+    return next((address for address in addresses if ":" not in address), addresses[0])
+
+
+def target(host: str, port: int) -> str:
+    """host:port as gRPC writes it: IPv6 wears brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _complaint(host: str, port: int, remedy: str, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"port {port} is in use; choose another with {remedy}"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return f"port {port} may not be bound by this user ({error.strerror}); choose one above 1023 with {remedy}"
+    if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+        return f"host {host!r} is no address of this machine; use 127.0.0.1, or 0.0.0.0 for all of its addresses"
+    return f"port {port} on {host!r} cannot be bound: {error.strerror or error}; choose another with {remedy}"

@@ -1,0 +1,119 @@
+"""Runs compilers: several at once, with a deadline, and all of them ended when one fails or nobody wants them any more.
+
+Knows no source, no flag and no library.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+POLL_S = 0.05
+
+
+class CommandFailed(Exception):
+    """A command ended badly, took too long or was stopped. The message is what it said of that."""
+
+
+class CommandsStopped(CommandFailed):
+    """Nobody wants them any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    process: subprocess.Popen[bytes]
+    output: IO[bytes]  # an unnamed file: a pipe that nobody reads could fill
+
+
+class Commands:
+    """Commands of one build. `run` is for one thread; `stop` may come from any other."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._began_s: float | None = None
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        """Have `run` end what it runs and raise."""
+        self._stopped.set()
+
+    def check_wanted(self) -> None:
+        """Go on, or not.
+
+        Raises:
+            CommandFailed: `stop` was called (CommandsStopped), or the first command was started too long ago.
+        """
+        if self._stopped.is_set():
+            raise CommandsStopped("it was stopped")
+        if self._began_s is not None and time.monotonic() - self._began_s > self._timeout_s:
+            raise CommandFailed(f"it was not done after {self._timeout_s:g} s")
+
+    def run(self, folder: Path, commands: Sequence[Sequence[str]], done: Callable[[int], None] | None = None) -> None:
+        """Run all in `folder`, as many at a time as there are cores; `done` hears how many have ended well.
+
+        Raises:
+            CommandFailed: nothing runs any more. Temporary files may lie in `folder`, and nowhere else.
+        """
+        self._began_s = time.monotonic() if self._began_s is None else self._began_s
+        waiting, running, num_done = list(commands), list[_Running](), 0
+        try:
+            while waiting or running:
+                self.check_wanted()
+                while waiting and len(running) < _num_cores():
+                    running.append(_start(waiting.pop(0), folder))
+                for command in [command for command in running if command.process.poll() is not None]:
+                    running.remove(command)
+                    _check(command)
+                    num_done += 1
+                    if done is not None:
+                        done(num_done)
+                if running:
+                    time.sleep(POLL_S)
+        finally:
+            for command in running:
+                _end(command.process)
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _start(command: Sequence[str], folder: Path) -> _Running:
+    output = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - `_check` closes it
+    try:
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=os.environ | {"TMPDIR": str(folder)},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            process_group=0,  # Ctrl-C reaches us alone; `_end` reaches what the compiler's driver started, too
+        )
+    except OSError as error:
+        raise CommandFailed(str(error)) from None
+    return _Running(process, output)
+
+
+def _check(command: _Running) -> None:
+    code = command.process.returncode
+    with command.output as output:
+        if code:
+            output.seek(0)
+            lines = output.read().decode(errors="replace").strip().splitlines() or [f"status {code}"]
+            raise CommandFailed(next((line for line in lines if "error" in line.lower()), lines[-1]))
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -1,0 +1,130 @@
+"""What killed runs leave behind, and what running ones must not lose: folders, processes of Ray, the environment."""
+
+import fcntl
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+import pytest
+
+from twostroke.cluster.environment import member_environment
+from twostroke.cluster.ray_processes import end_processes
+from twostroke.cluster.ray_session import RaySession
+from twostroke.cluster.scratch import Scratch
+
+HOLD = "from twostroke.cluster.scratch import Scratch; s = Scratch('twostroke-'); print(s.path, flush=True); input()"
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    return tmp_path
+
+
+def test_the_folder_of_a_killed_run_is_removed_by_the_next_and_that_of_a_living_one_is_not(temporary: Path):
+    (temporary / "twostroke-of-somebody-else").mkdir()
+    with subprocess.Popen([sys.executable, "-c", HOLD], stdout=subprocess.PIPE, stdin=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        held = Path(holder.stdout.readline().decode().strip())
+        living = Scratch("twostroke-")
+        assert held.is_dir()
+        assert held.stat().st_mode & 0o77 == 0
+        holder.kill()
+    again = Scratch("twostroke-")
+    assert not held.exists()
+    assert {path.name for path in temporary.iterdir()} == {
+        "twostroke-of-somebody-else",
+        living.path.name,
+        again.path.name,
+    }
+    for scratch in (living, again):
+        scratch.remove()
+        scratch.remove()
+        assert not scratch.path.exists()
+
+
+def test_all_processes_that_name_a_folder_end_and_their_children_too(tmp_path: Path):
+    children = "import subprocess; print(subprocess.Popen(['sleep', '100']).pid, flush=True); input()"
+    ours = subprocess.Popen(
+        [sys.executable, "-c", children], stdout=subprocess.PIPE, stdin=subprocess.PIPE, env={"AT": str(tmp_path)}
+    )
+    other = subprocess.Popen(["sleep", "100"])
+    assert ours.stdout is not None
+    child = int(ours.stdout.readline())
+    try:
+        end_processes(tmp_path)
+        assert ours.wait(10) == -9
+        assert Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] == "Z" if _exists(child) else True
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait()
+        ours.communicate()
+
+
+def _exists(process: int) -> bool:
+    return Path(f"/proc/{process}").exists()
+
+
+def test_an_aborted_start_of_ray_makes_nothing_more(temporary: Path):
+    session = RaySession(None)
+    opened, aborted, outcome = threading.Event(), threading.Event(), list[str]()
+
+    def open_slowly() -> None:
+        session._opener = threading.current_thread()
+        opened.set()
+        aborted.wait(30)
+        for make in (lambda: subprocess.Popen(["true"]), (temporary / "more").mkdir):
+            try:
+                make()
+                outcome.append("made")
+            except RuntimeError as error:
+                outcome.append(str(error))
+
+    thread = threading.Thread(target=open_slowly)
+    thread.start()
+    opened.wait(30)
+    session.abort()
+    aborted.set()
+    thread.join(30)
+    assert outcome == ["Ray's start was aborted"] * 2
+    assert list(temporary.iterdir()) == []
+    session.open()  # too late: it does nothing
+
+
+def test_a_local_ray_is_ours_whatever_the_environment_says(temporary: Path, monkeypatch: pytest.MonkeyPatch):
+    given = {
+        "RAY_ADDRESS": "10.0.0.1:6379",
+        "RAY_REDIS_ADDRESS": "10.0.0.1",
+        "RAY_RUNTIME_ENV_HOOK": "x",
+        "RAY_TMPDIR": "/x",
+    }
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    session = RaySession(None)
+    with session._environment(session._scratch.path):
+        assert not {"RAY_ADDRESS", "RAY_REDIS_ADDRESS", "RAY_RUNTIME_ENV_HOOK"} & set(os.environ)
+        assert os.environ["RAY_TMPDIR"] == str(session._scratch.path)
+        assert os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] == "0"
+    assert {name: os.environ[name] for name in given} == given
+    session.close()
+    assert not list(temporary.iterdir())
+
+
+def test_members_never_look_into_the_working_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.chdir(tmp_path)
+    given = {"PYTHONPATH": f":src{os.pathsep}/opt/lib:", "TWOSTROKE__CLUSTER__KEY": "k", "HOME": "/root"}
+    found = member_environment(given)
+    assert found == {"PYTHONPATH": f"{tmp_path}/src:/opt/lib", "HOME": "/root", "PYTHONSAFEPATH": "1"}
+    assert "PYTHONPATH" not in member_environment({"PYTHONPATH": ":"})
+
+
+def test_a_folder_is_locked_for_as_long_as_it_is_in_use(temporary: Path):
+    scratch = Scratch("twostroke-")
+    with (scratch.path / "in-use").open("r+") as lock, pytest.raises(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    scratch.remove()
