@@ -84,7 +84,17 @@ def show_plan(config: Config, plan: Plan, out: Console) -> None:
         f"weights {plan.model.weight_bytes / 2**20:,.1f} MiB · context {plan.model.max_model_len:,} tokens · "
         f"KV {plan.model.kv_spec.bytes_per_token:,} bytes/token"
     )
-    out.print(f"ports: HTTP {config.router.host}:{config.router.port} · gRPC {config.router.grpc_port} · workers: any")
+    out.print(
+        f"ports: HTTP {config.router.host}:{config.router.port} · gRPC {config.router.grpc_port} · "
+        f"workers: any · their metrics: {_metrics_ports(plan)}"
+    )
+
+
+def _metrics_ports(plan: Plan) -> str:
+    ports = [worker.metrics_port for worker in plan.workers]
+    if ports[0] is None:
+        return "none"
+    return f"{ports[0]} to {ports[-1]}" if ports[0] else "any"
 
 
 async def _serve(config: Config, plan: Plan) -> int:

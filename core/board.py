@@ -5,7 +5,7 @@ Values are plain numbers, changed on one event loop and read by the scrape on th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -41,8 +41,12 @@ class Metric:
 class Board(Collector):
     """The values of metrics, by label values. All metrics of one board share the leading labels."""
 
-    def __init__(self, registry: CollectorRegistry, labels: tuple[str, ...]) -> None:
+    def __init__(
+        self, registry: CollectorRegistry, labels: tuple[str, ...], refresh: Callable[[], None] | None = None
+    ) -> None:
+        """`refresh` is called before every scrape, for values that are counted elsewhere."""
         self._labels = labels
+        self._refresh = refresh
         self._numbers: dict[Metric, dict[tuple[str, ...], float]] = {}
         self._histograms: dict[Metric, dict[tuple[str, ...], Tally | Spread]] = {}
         registry.register(self)
@@ -80,6 +84,8 @@ class Board(Collector):
 
     def collect(self) -> Iterator[Family]:
         """All families, as the text format's encoders want them."""
+        if self._refresh is not None:
+            self._refresh()
         for metric, series in self._numbers.items():
             kind = CounterMetricFamily if metric.kind is Kind.COUNTER else GaugeMetricFamily
             family = kind(metric.name, metric.help, labels=[*self._labels, *metric.labels])
@@ -115,5 +121,5 @@ def _cumulative(bounds: Sequence[float], counts: Sequence[int]) -> list[tuple[st
     buckets, below = [], 0
     for bound, count in zip((*bounds, float("inf")), counts, strict=True):
         below += count
-        buckets.append((floatToGoString(bound), float(below)))
+        buckets.append((floatToGoString(bound), float(below)))  # type: ignore[no-untyped-call]
     return buckets

@@ -23,14 +23,15 @@ class Life:
 
     prompt_tokens: int
     max_tokens: int
-    generated: tuple[int, ...]  # tokens of each choice
+    generated: tuple[int, ...]  # tokens of each choice; the first one is whose phases these are
     reasons: tuple[FinishReason, ...]  # of each choice
     phases: Phases
     ttft_s: float | None
     e2e_s: float
     gaps_s: Sequence[float] = ()  # between tokens
     cached_tokens: int = 0  # of the prompt, that a prefix cache had
-    asked_tokens: int = 0  # of the prompt, that were asked of a prefill worker
+    computed_tokens: int = 0  # of the prompt, whose KV was computed for it (at a worker: by this one)
+    asked_tokens: int = 0  # of the prompt, that a prefill worker was asked for
     moved_tokens: int = 0  # of those, how many came
     transfers: tuple[Transfer, ...] = ()
 
@@ -38,3 +39,7 @@ class Life:
     def is_finished(self) -> bool:
         """Whether it came to the end that was asked for: no error, no cancel."""
         return not {FinishReason.ERROR, FinishReason.CANCELLED} & set(self.reasons)
+
+
+def forget(life: Life) -> None:
+    """For who keeps no metrics."""

@@ -4,79 +4,86 @@ Source of names, types and labels: vLLM's metrics (docs/design/metrics, v1/metri
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from collections.abc import Mapping
 
 from . import buckets
 from .board import Board, Kind, Metric
 from .life import Life
 from .request import FinishReason
-
-_COUNTER, _GAUGE, _HISTOGRAM = Kind.COUNTER, Kind.GAUGE, Kind.HISTOGRAM
+from .tally import Spread
 
 # ------------------------------------------------------------------ of requests, at their end
 
-TTFT = Metric("vllm:time_to_first_token_seconds", _HISTOGRAM, "From arrival to the first token", buckets.TTFT_S)
-ITL = Metric("vllm:inter_token_latency_seconds", _HISTOGRAM, "From one token of a choice to its next", buckets.ITL_S)
-E2E = Metric("vllm:e2e_request_latency_seconds", _HISTOGRAM, "From arrival to the end of a request", buckets.LATENCY_S)
+TTFT = Metric("vllm:time_to_first_token_seconds", Kind.HISTOGRAM, "From arrival to the first token", buckets.TTFT_S)
+ITL = Metric(
+    "vllm:inter_token_latency_seconds", Kind.HISTOGRAM, "From one token of a choice to its next", buckets.ITL_S
+)
+E2E = Metric(
+    "vllm:e2e_request_latency_seconds", Kind.HISTOGRAM, "From arrival to the end of a request", buckets.LATENCY_S
+)
 QUEUE = Metric(
     "vllm:request_queue_time_seconds",
-    _HISTOGRAM,
+    Kind.HISTOGRAM,
     "From admission until the prompt's first chunk entered a step",
     buckets.LATENCY_S,
 )
 PREFILL = Metric(
     "vllm:request_prefill_time_seconds",
-    _HISTOGRAM,
+    Kind.HISTOGRAM,
     "From the first chunk in a step to the first token",
     buckets.LATENCY_S,
 )
-DECODE = Metric("vllm:request_decode_time_seconds", _HISTOGRAM, "From the first token to the last", buckets.LATENCY_S)
+DECODE = Metric(
+    "vllm:request_decode_time_seconds", Kind.HISTOGRAM, "From the first token to the last", buckets.LATENCY_S
+)
 INFERENCE = Metric(
     "vllm:request_inference_time_seconds",
-    _HISTOGRAM,
+    Kind.HISTOGRAM,
     "From the first chunk in a step to the last token",
     buckets.LATENCY_S,
 )
 TIME_PER_TOKEN = Metric(
-    "vllm:request_time_per_output_token_seconds", _HISTOGRAM, "Decode time per token after the first", buckets.ITL_S
+    "vllm:request_time_per_output_token_seconds", Kind.HISTOGRAM, "Decode time per token after the first", buckets.ITL_S
 )
-PROMPT_LENGTH = Metric("vllm:request_prompt_tokens", _HISTOGRAM, "Prompt tokens of a request", buckets.TOKENS)
-GENERATION_LENGTH = Metric("vllm:request_generation_tokens", _HISTOGRAM, "Generated tokens of a choice", buckets.TOKENS)
+PROMPT_LENGTH = Metric("vllm:request_prompt_tokens", Kind.HISTOGRAM, "Prompt tokens of a request", buckets.TOKENS)
+GENERATION_LENGTH = Metric(
+    "vllm:request_generation_tokens", Kind.HISTOGRAM, "Generated tokens of a choice", buckets.TOKENS
+)
 LONGEST_GENERATION = Metric(
     "vllm:request_max_num_generation_tokens",
-    _HISTOGRAM,
+    Kind.HISTOGRAM,
     "Generated tokens of a request's longest choice",
     buckets.TOKENS,
 )
 PARAMS_N = Metric(
-    "vllm:request_params_n", _HISTOGRAM, "n of a request; a worker's sequences are single", (1, 2, 5, 10, 20)
+    "vllm:request_params_n", Kind.HISTOGRAM, "n of a request; a worker's sequences are single", (1, 2, 5, 10, 20)
 )
-PARAMS_MAX_TOKENS = Metric("vllm:request_params_max_tokens", _HISTOGRAM, "max_tokens of a request", buckets.TOKENS)
+PARAMS_MAX_TOKENS = Metric("vllm:request_params_max_tokens", Kind.HISTOGRAM, "max_tokens of a request", buckets.TOKENS)
 PREFILL_COMPUTED = Metric(
     "vllm:request_prefill_kv_computed_tokens",
-    _HISTOGRAM,
+    Kind.HISTOGRAM,
     "Prompt tokens of a request whose KV was computed for it: neither cached nor, at a worker, handed over",
     buckets.TOKENS,
 )
-SUCCESS = Metric("vllm:request_success", _COUNTER, "Ended choices by reason", labels=("finished_reason",))
-PROMPT_TOKENS = Metric("vllm:prompt_tokens", _COUNTER, "Prompt tokens of finished requests")
+SUCCESS = Metric("vllm:request_success", Kind.COUNTER, "Ended choices by reason", labels=("finished_reason",))
+PROMPT_TOKENS = Metric("vllm:prompt_tokens", Kind.COUNTER, "Prompt tokens of finished requests")
 CACHED_TOKENS = Metric(
-    "vllm:prompt_tokens_cached", _COUNTER, "Prompt tokens whose KV was cached or, at a worker, handed over"
+    "vllm:prompt_tokens_cached", Kind.COUNTER, "Prompt tokens whose KV was cached or, at a worker, handed over"
 )
-PREFIX_QUERIES = Metric("vllm:prefix_cache_queries", _COUNTER, "Prompt tokens looked up in prefix caches")
-PREFIX_HITS = Metric("vllm:prefix_cache_hits", _COUNTER, "Prompt tokens found in prefix caches")
+PREFIX_QUERIES = Metric("vllm:prefix_cache_queries", Kind.COUNTER, "Prompt tokens looked up in prefix caches")
+PREFIX_HITS = Metric("vllm:prefix_cache_hits", Kind.COUNTER, "Prompt tokens found in prefix caches")
 EXTERNAL_QUERIES = Metric(
-    "vllm:external_prefix_cache_queries", _COUNTER, "Prompt tokens that decode workers asked prefill workers for"
+    "vllm:external_prefix_cache_queries", Kind.COUNTER, "Prompt tokens that decode workers asked prefill workers for"
 )
-EXTERNAL_HITS = Metric("vllm:external_prefix_cache_hits", _COUNTER, "Prompt tokens whose KV was handed over")
+EXTERNAL_HITS = Metric("vllm:external_prefix_cache_hits", Kind.COUNTER, "Prompt tokens whose KV was handed over")
 TRANSFER_SECONDS = Metric(
     "twostroke_handover_transfer_seconds",
-    _HISTOGRAM,
+    Kind.HISTOGRAM,
     "From a hand-over's first frame to its last; it overlaps the prefill of later chunks",
     buckets.TRANSFER_S,
 )
 TRANSFER_BYTES = Metric(
-    "twostroke_handover_bytes", _HISTOGRAM, "Bytes of a hand-over: planes, scales, headers", buckets.TRANSFER_BYTES
+    "twostroke_handover_bytes", Kind.HISTOGRAM, "Bytes of a hand-over: planes, scales, headers", buckets.TRANSFER_BYTES
 )
 
 OF_REQUESTS = (
@@ -88,40 +95,40 @@ OF_REQUESTS = (
 
 # ------------------------------------------------------------------ of engines, while they run
 
-GENERATION_TOKENS = Metric("vllm:generation_tokens", _COUNTER, "Generated tokens")
-PREEMPTIONS = Metric("vllm:num_preemptions", _COUNTER, "Running sequences that gave their blocks back for others")
-CORRUPTED = Metric("vllm:corrupted_requests", _COUNTER, "Requests that ended because a number in them was not finite")
+GENERATION_TOKENS = Metric("vllm:generation_tokens", Kind.COUNTER, "Generated tokens")
+PREEMPTIONS = Metric("vllm:num_preemptions", Kind.COUNTER, "Running sequences that gave their blocks back for others")
+CORRUPTED = Metric(
+    "vllm:corrupted_requests", Kind.COUNTER, "Requests that ended because a number in them was not finite"
+)
 HANDOVER_FAILURES = Metric(
-    "twostroke_handover_failures", _COUNTER, "Hand-overs that broke, fell silent, came damaged or were refused"
+    "twostroke_handover_failures", Kind.COUNTER, "Hand-overs that broke, fell silent, came damaged or were refused"
 )
 HANDOVER_EXPIRED = Metric(
-    "twostroke_handover_expired", _COUNTER, "Prompts whose KV a prefill worker freed because decode fell silent"
+    "twostroke_handover_expired", Kind.COUNTER, "Prompts whose KV a prefill worker freed because decode fell silent"
 )
 ITERATION_TOKENS = Metric(
-    "vllm:iteration_tokens_total", _HISTOGRAM, "Tokens computed in an engine step", buckets.STEP_TOKENS
+    "vllm:iteration_tokens_total", Kind.HISTOGRAM, "Tokens computed in an engine step", buckets.STEP_TOKENS
 )
 BLOCK_LIFETIME = Metric(
     "vllm:kv_block_lifetime_seconds",
-    _HISTOGRAM,
+    Kind.HISTOGRAM,
     "From a block's taking to the eviction of its cached KV (sampled)",
     buckets.RESIDENCY_S,
 )
 BLOCK_IDLE = Metric(
     "vllm:kv_block_idle_before_evict_seconds",
-    _HISTOGRAM,
+    Kind.HISTOGRAM,
     "From the last time that a sequence took or found a block to its eviction (sampled)",
     buckets.RESIDENCY_S,
 )
 BLOCK_REUSE_GAP = Metric(
     "vllm:kv_block_reuse_gap_seconds",
-    _HISTOGRAM,
+    Kind.HISTOGRAM,
     "From one use of a cached block to its next (sampled)",
     buckets.RESIDENCY_S,
 )
 
-Counters: TypeAlias = dict[Metric, tuple[str, ...]]
-
-COUNTED_BY_ENGINES: Counters = {
+COUNTED_BY_ENGINES = {
     PREEMPTIONS: ("preemptions",),
     CORRUPTED: ("ended_non_finite_kv",),
     HANDOVER_FAILURES: tuple(f"handover_lost_{end}" for end in ("failed", "closed", "silent", "protocol", "corrupted")),
@@ -139,11 +146,45 @@ SPREAD_BY_ENGINES = {
 
 OF_ENGINES = (GENERATION_TOKENS, *COUNTED_BY_ENGINES, *SPREAD_BY_ENGINES.values())
 
-RUNNING = Metric("vllm:num_requests_running", _GAUGE, "Sequences that steps compute")
-WAITING = Metric("vllm:num_requests_waiting", _GAUGE, "Sequences before their first step")
-KV_USAGE = Metric("vllm:kv_cache_usage_perc", _GAUGE, "KV blocks in use, 1 = all of them")
+RUNNING = Metric("vllm:num_requests_running", Kind.GAUGE, "Sequences that steps compute")
+WAITING = Metric("vllm:num_requests_waiting", Kind.GAUGE, "Sequences before their first step")
+KV_USAGE = Metric("vllm:kv_cache_usage_perc", Kind.GAUGE, "KV blocks in use, 1 = all of them")
 
 GAUGES = (RUNNING, WAITING, KV_USAGE)
+
+CACHE_CONFIG = Metric(
+    "vllm:cache_config_info",
+    Kind.GAUGE,
+    "A worker's KV pool; always 1, the labels say it",
+    labels=(
+        *("block_size", "num_gpu_blocks", "num_cpu_blocks", "cache_dtype"),
+        *("enable_prefix_caching", "gpu_memory_utilization", "swap_space"),
+    ),
+)
+CACHE_POOL = Metric(
+    "vllm:cache_config_info",
+    Kind.GAUGE,
+    "The KV pools of the connected workers; always 1, the labels say it",
+    labels=("block_size", "num_gpu_blocks"),
+)
+WAITING_BY_REASON = Metric(
+    "vllm:num_requests_waiting_by_reason",
+    Kind.GAUGE,
+    "Of the waiting: for blocks and seats here (capacity), or for the other worker of a hand-over (deferred)",
+    labels=("reason",),
+)
+TOKENS_BY_SOURCE = Metric(
+    "vllm:prompt_tokens_by_source", Kind.COUNTER, "Prompt tokens by where their KV came from", labels=("source",)
+)
+SLEEP_STATE = Metric(
+    "vllm:engine_sleep_state", Kind.GAUGE, "An engine that answers is awake; none ever sleeps", labels=("sleep_state",)
+)
+LORA = Metric(
+    "vllm:lora_requests_info",
+    Kind.GAUGE,
+    "Adapters in use: none, max_lora 0 says that none can be",
+    labels=("max_lora", "waiting_lora_adapters", "running_lora_adapters"),
+)
 
 # ------------------------------------------------------------------ counting
 
@@ -184,13 +225,23 @@ def count_life(board: Board, life: Life, *labels: str) -> None:
         _count_finished(board, life, *labels)
 
 
+def count_engines(board: Board, counters: Mapping[str, int], spreads: Mapping[str, Spread], *labels: str) -> None:
+    """What engines have counted since their start. A histogram with other buckets than ours is left out."""
+    for metric, names in COUNTED_BY_ENGINES.items():
+        board.set(metric, *labels, value=sum(counters.get(name, 0) for name in names))
+    for name, metric in SPREAD_BY_ENGINES.items():
+        spread = spreads.get(name)
+        if spread is not None and len(spread.counts) == len(metric.bounds) + 1:
+            board.put(metric, *labels, spread=spread)
+
+
 def _count_finished(board: Board, life: Life, *labels: str) -> None:
     board.add(PROMPT_TOKENS, *labels, amount=life.prompt_tokens)
-    board.add(CACHED_TOKENS, *labels, amount=life.cached_tokens + life.moved_tokens)
+    board.add(CACHED_TOKENS, *labels, amount=life.prompt_tokens - life.computed_tokens)
     board.add(PREFIX_QUERIES, *labels, amount=life.prompt_tokens)
     board.add(PREFIX_HITS, *labels, amount=life.cached_tokens)
     phases, decode_s = life.phases, life.phases.decode_s
-    after_first = life.generated[0] - 1  # of the choice that the phases are of
+    after_first = life.generated[0] - 1
     values: dict[Metric, float | None] = {
         E2E: life.e2e_s,
         QUEUE: phases.queue_s,
@@ -202,7 +253,7 @@ def _count_finished(board: Board, life: Life, *labels: str) -> None:
         LONGEST_GENERATION: max(life.generated),
         PARAMS_N: len(life.generated),
         PARAMS_MAX_TOKENS: life.max_tokens,
-        PREFILL_COMPUTED: life.prompt_tokens - life.cached_tokens - life.moved_tokens,
+        PREFILL_COMPUTED: life.computed_tokens,
     }
     for metric, value in values.items():
         if value is not None:

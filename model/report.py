@@ -1,4 +1,4 @@
-"""What an engine tells of itself in its beat: counts by state, blocks, counters, histograms. Pure; reads, never changes."""
+"""What an engine tells of itself in its beat: counts by state, blocks, counters, histograms. Pure, and only reads."""
 
 from __future__ import annotations
 

@@ -11,7 +11,6 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
@@ -131,7 +130,8 @@ class _Face:
 
     async def metrics(self, http: HttpRequest) -> Response:
         self._front.authenticate(_api_key(http))
-        return Response(generate_latest(self._front.flow.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        body, content_type = self._front.flow.metrics.render(http.headers.get("accept", ""))
+        return Response(body, headers={"content-type": content_type})
 
     async def _body(self, http: HttpRequest) -> bytes:
         """The body, refused as soon as it is too long: by its header, else by its bytes."""
