@@ -18,6 +18,7 @@ from ..kv.sizing import PoolSize
 from ..model.dispatch import Dispatcher
 from ..model.facts import FaceFacts
 from ..model.link import LoadNews
+from .machine import cache_codec
 from .scrape import Answer, Page
 from .settings import WorkerSettings
 
@@ -36,7 +37,7 @@ class WorkerMetrics:
             "block_size": facts.block_tokens,
             "num_gpu_blocks": facts.num_blocks,
             "num_cpu_blocks": pool.num_swap_blocks,
-            "cache_dtype": settings.cache.dtype,
+            "cache_dtype": cache_codec(settings.cache.dtype),
             "enable_prefix_caching": settings.cache.prefix_caching,
             "gpu_memory_utilization": settings.cache.memory_fraction,
             "swap_space": settings.cache.swap_space,

@@ -100,8 +100,9 @@ class WorkerProcess:
         self._tasks.append(asyncio.create_task(self.health.keep()))
         self._announcer = Announcer(self.settings.routers, self.info())
         self._announcer.start()
-        where = f"{self.address}, metrics at {self.metrics_address or 'no port'}"
-        log.info("%s (%s) serves at %s", self.settings.worker_id, self.role.value, where)
+        if self.metrics_address:
+            log.info("%s exports metrics at http://%s/metrics", self.settings.worker_id, self.metrics_address)
+        log.info("%s (%s) serves at %s", self.settings.worker_id, self.role.value, self.address)
 
     async def stop(self, grace_s: float) -> None:
         """Tell the routers, drain for at most `grace_s`, end the engine, free everything. Idempotent."""

@@ -262,7 +262,8 @@ class EngineCore:
         if not token_ids:
             return None
         logprobs, scores = result.logprobs.get(step.key, ()), tuple(sequence.scores or ())
-        news.append(TokenNews(sequence.key, sequence.num_generated, token_ids, logprobs, scores))
+        began_s = sequence.began_s if sequence.source is Source.FOR_PEER else None
+        news.append(TokenNews(sequence.key, sequence.num_generated, token_ids, logprobs, scores, began_s))
         doom = self._lives.accept(sequence, token_ids[0])
         if sequence.source is Source.FOR_PEER:
             self._scheduler.move(sequence, _S.HELD)  # whatever the token says: decode fetches, then releases

@@ -215,6 +215,7 @@ class TokenNews:
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] = ()  # of each, if asked for
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # if asked for, with the first: of the prompt from its second on
+    began_s: float | None = field(default=None, compare=False)  # FOR_PEER, as in `Progress`, which follows
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,9 +124,10 @@ class Job:
                 self._do(self._sender.started(cached_tokens, now_s))
             case link.Progress(_, num_computed, began, began_s):
                 if began:
-                    self._timeline.mark(Instant.PREFILL_BEGAN, now_s if began_s is None else began_s)
+                    self._mark_began(began_s, now_s)
                 self._do(self._sender.progress(num_computed, now_s))
             case link.TokenNews():
+                self._mark_began(event.began_s, now_s)  # before the news of its progress, after a single chunk
                 self._timeline.mark(Instant.PREFILLED, now_s)
                 self._do(self._sender.first_token(self._first_token(event), now_s))
             case link.KvRead(_, token_start, token_count, sections):
@@ -140,6 +141,9 @@ class Job:
                 self._do(self._sender.failed(error_to_wire(_why(event)), now_s))
             case _:
                 log.debug("%s: %s is nothing to a job", self.key, type(event).__name__)
+
+    def _mark_began(self, began_s: float | None, now_s: float) -> None:
+        self._timeline.mark(Instant.PREFILL_BEGAN, now_s if began_s is None else began_s)
 
     def _life(self, event: link.Ended, now_s: float) -> Life:
         """What it leaves in this worker's metrics. A job is a sequence that wants one token."""
