@@ -23,7 +23,7 @@ ENVIRONMENT_PREFIX = "TWOSTROKE__"
 
 
 MetricsPort = Annotated[
-    int | None, BeforeValidator(lambda value: None if value == "none" else value), Field(ge=0, le=65535)
+    Annotated[int, Field(ge=0, le=65535)] | None, BeforeValidator(lambda value: None if value == "none" else value)
 ]
 """A port, 0 for any, or the word "none" (YAML's null) for no port."""
 

@@ -133,7 +133,7 @@ class EngineCore:
         lives.in_step = frozenset()
         lives.holdings.residency.now_s = now_s
         self._num_steps += 1
-        self._step_tokens.add(plan.num_tokens)
+        self._step_tokens.add(sum([len(step.token_ids) for step in plan.sequences]))
         news: list[TokenNews] = []
         progress: list[Progress] = []
         ends: list[tuple[Sequence, Doom]] = []
@@ -157,7 +157,7 @@ class EngineCore:
                 ends.append((sequence, doom))
         if news:
             lives.outbox.append(StepTokens(plan.step, tuple(news)))
-            lives.counters["generated_tokens"] += sum(len(tokens.token_ids) for tokens in news)
+            lives.counters["generated_tokens"] += sum([len(tokens.token_ids) for tokens in news])
         lives.outbox += progress
         for sequence, doom in ends:
             lives.finish(sequence, doom)

@@ -8,6 +8,7 @@ import pytest
 from twostroke.cluster import scrape
 from twostroke.cluster.scrape import ScrapeServer
 from twostroke.core.errors import ConfigError
+from twostroke.core.request import Role
 
 
 def page(accept: str):
@@ -75,3 +76,22 @@ async def test_a_taken_port_is_named_with_the_remedy(server):
     host, port = server
     with pytest.raises(ConfigError, match=rf"127\.0\.0\.1:{port} cannot be bound.*--metrics-port"):
         await ScrapeServer({}).start(host, port)
+
+
+async def test_a_worker_without_the_port_announces_none(start_worker):
+    worker = await start_worker(Role.COMBINED, metrics_port=None)
+    assert worker.info().metrics_address == ""
+
+
+async def test_a_workers_port_ends_with_it(start_worker):
+    worker = await start_worker(Role.COMBINED)
+    host, port = worker.info().metrics_address.split(":")
+    status, body = await ask((host, int(port)), b"GET /metrics HTTP/1.1\r\n\r\n")
+    assert status == "HTTP/1.1 200 OK"
+    assert b'vllm:num_requests_running{engine="combined-0",model_name="tiny"} 0.0' in body
+    assert (await ask((host, int(port)), b"GET /health HTTP/1.1\r\n\r\n"))[0] == "HTTP/1.1 200 OK"
+    worker.decode.is_draining = True
+    assert (await ask((host, int(port)), b"GET /health HTTP/1.1\r\n\r\n"))[0] == "HTTP/1.1 503 Service Unavailable"
+    await worker.stop(0.0)
+    with pytest.raises(ConnectionError):
+        await asyncio.open_connection(host, int(port))
