@@ -4,6 +4,7 @@ The tables are ours: which metrics vLLM's Grafana dashboards (examples/observabi
 vLLM read, in which form and by which labels.
 """
 
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -113,6 +114,13 @@ def queries() -> Iterator[tuple[str, str]]:
             yield from (("all", form.format(m=name, f=f"model_name='{MODEL}'")) for form in FORMS[kind])
 
 
+def our_queries() -> list[str]:
+    """Those of the dashboard that stands in this repository."""
+    file = Path(__file__).parents[2] / "deploy/dashboards/handover.json"
+    found = [target["expr"] for panel in json.loads(file.read_text())["panels"] for target in panel["targets"]]
+    return [query.replace("$model_name", MODEL).replace("$engine", ".*") for query in found]
+
+
 @pytest.fixture(scope="module")
 def doors(cluster) -> dict[str, str]:
     """Metrics of the router and of each worker, by name: their URLs."""
@@ -157,6 +165,8 @@ def test_every_query_finds_a_series_before_the_first_request(doors):
         for who, query in asked:
             if who == "all" or name != "router":
                 assert not unanswered(query, series), (name, query)
+        for query in our_queries():
+            assert not unanswered(query, series), (name, query)
 
 
 def test_schedulers_find_the_size_of_each_pool(doors):
@@ -213,6 +223,8 @@ def test_one_hand_over_is_told_by_everybody_in_the_same_numbers(cluster, doors):
         assert spans[0] > 0
         assert spans[0] + spans[1] == pytest.approx(spans[2])
         assert grown(who, "request_queue_time_seconds_sum") + spans[2] <= grown(who, "e2e_request_latency_seconds_sum")
+    decode_s = grown("decode-0", "request_decode_time_seconds_sum")
+    assert grown("decode-0", "inter_token_latency_seconds_sum") == pytest.approx(decode_s)
     assert value(now["router"], "twostroke_handover_transfer_seconds_count") == 1
     moved = value(now["router"], "twostroke_handover_bytes_sum")
     assert moved == value(now["decode-0"], "twostroke_handover_bytes_sum") > 0
