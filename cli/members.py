@@ -20,6 +20,10 @@ def worker(
     worker_id: Annotated[str | None, typer.Option(help="Unique name. Default: role and process id.")] = None,
     host: Annotated[str, typer.Option(help="Address of the worker's gRPC services.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port of them; 0 = any.")] = 0,
+    metrics_port: Annotated[
+        str | None,
+        typer.Option(help="GET /metrics and /health, on the same address; 0 = any (the default), none = off."),
+    ] = None,
     memory_bytes: Annotated[int | None, typer.Option(help="Memory to use. Default: what is available.")] = None,
     model: o.Model = None,
     served_model_name: o.ServedModelName = None,
@@ -34,7 +38,8 @@ def worker(
     from ..cluster.worker import run_worker
     from ..model.checkpoint import resolve, served_name
 
-    settings = o.config_from({"model": model, "served_model_name": served_model_name, "config": config})
+    flags = {"model": model, "served_model_name": served_model_name, "config": config}
+    settings = o.config_from(flags | {"worker_metrics_port": metrics_port})
     _check_key(settings)
     run_worker(
         WorkerSettings(
@@ -49,6 +54,7 @@ def worker(
             num_threads=settings.step.num_threads or machine_facts().num_cores,
             host=host,
             port=port,
+            metrics_port=settings.cluster.worker_metrics_port,
             routers=tuple(router),
             cluster_key=settings.cluster.key,
             orphan_grace_s=settings.cluster.orphan_grace_s,

@@ -29,6 +29,7 @@ SETTING_BY_FLAG = {
     "prefill": "cluster.prefill",
     "decode": "cluster.decode",
     "launcher": "cluster.launcher",
+    "worker_metrics_port": "cluster.worker_metrics_port",
     "host": "router.host",
     "port": "router.port",
     "grpc_port": "router.grpc_port",

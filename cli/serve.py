@@ -93,7 +93,10 @@ def show_plan(config: Config, plan: Plan, out: Console) -> None:
     out.print(f"where a request says nothing: {plan.model.sampling or 'temperature 1.0, no filters'}")
     for remark in plan.model.remarks:
         out.print(f"note: {remark}")
-    out.print(f"ports: HTTP {config.router.host}:{config.router.port} · gRPC {config.router.grpc_port} · workers: any")
+    out.print(
+        f"ports: HTTP {config.router.host}:{config.router.port} · gRPC {config.router.grpc_port} · "
+        f"workers: any · their metrics: {_metrics_ports(plan)}"
+    )
     reasons = Table(title="settings that this machine decides, unless given", title_justify="left")
     for heading in ("setting", "value", "why"):
         reasons.add_column(heading)
@@ -102,6 +105,13 @@ def show_plan(config: Config, plan: Plan, out: Console) -> None:
         name = f"{decision.setting} ({flags[decision.setting]})" if decision.setting in flags else decision.setting
         reasons.add_row(name, decision.value, decision.reason)
     out.print(reasons)
+
+
+def _metrics_ports(plan: Plan) -> str:
+    ports = [worker.metrics_port for worker in plan.workers]
+    if ports[0] is None:
+        return "none"
+    return f"{ports[0]} to {ports[-1]}" if ports[0] else "any"
 
 
 async def _serve(config: Config, stop: Stop) -> int:

@@ -34,8 +34,8 @@ def status(
 
 def _table(cluster: dict[str, Any]) -> Table:
     table = Table(title="workers", title_justify="left")
-    for heading in ("worker", "role", "state", "pid", "running", "waiting", "blocks used", "cached"):
-        table.add_column(heading, no_wrap=True)  # addresses and the rest: --json
+    for heading in ("worker", "role", "state", "pid", "running", "waiting", "blocks used", "cached", "metrics"):
+        table.add_column(heading, no_wrap=True)  # the rest: --json
     for worker in cluster["workers"]:
         load, blocks = worker["load"], worker["blocks"]
         table.add_row(
@@ -47,5 +47,6 @@ def _table(cluster: dict[str, Any]) -> Table:
             str(load["waiting"]),
             f"{blocks['total'] - blocks['free']:,} of {blocks['total']:,}",
             f"{blocks['cached']:,}",
+            worker.get("metrics_address") or "none",
         )
     return table

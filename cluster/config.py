@@ -8,10 +8,10 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from ..core.config import Section, load_section
 from ..core.errors import ConfigError
@@ -20,6 +20,12 @@ from ..model.config import ModelConfig, StepConfig
 from ..router.config import RouterConfig
 
 ENVIRONMENT_PREFIX = "TWOSTROKE__"
+
+
+MetricsPort = Annotated[
+    Annotated[int, Field(ge=0, le=65535)] | None, BeforeValidator(lambda value: None if value == "none" else value)
+]
+"""A port, 0 for any, or the word "none" (YAML's null) for no port."""
 
 
 class ClusterConfig(Section):
@@ -41,6 +47,9 @@ class ClusterConfig(Section):
     orphan_grace_s: float = Field(5.0, ge=0, le=60, description="how long a lost router's requests run on")
     ray_address: str | None = Field(
         None, description="join this Ray cluster; none: a local one of our own, whatever RAY_ADDRESS says"
+    )
+    worker_metrics_port: MetricsPort = Field(
+        0, description="GET /metrics and /health of the first worker, each next one +1; 0: any, none: off"
     )
 
 

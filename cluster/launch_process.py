@@ -96,6 +96,7 @@ class ProcessLauncher:
         if member.kind == "worker":
             command += ["--role", str(member.role), "--worker-id", member.name]
             command += ["--router", self._site.internal_address, "--memory-bytes", str(member.memory_bytes)]
+            command += ["--metrics-port", "none" if member.metrics_port is None else str(member.metrics_port)]
         return [*command, "--parent-pid", str(os.getpid())]
 
     def _environment(self, member: Member) -> dict[str, str]:

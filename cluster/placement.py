@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from ..core.errors import ConfigError
 from ..core.request import Role
 from ..kv.sizing import MemoryFacts, PoolSize
 from ..kv.spec import KvSpec
@@ -49,6 +50,7 @@ class Member:
     memory_bytes: int = 0  # of its device
     device: Literal["cpu", "cuda"] = "cpu"
     gpu: int = 0
+    metrics_port: int | None = None  # of a worker; 0: any, none: off
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,7 @@ def place(config: Config, machine: MachineFacts, model: ModelFacts) -> Plan:
 
     Raises:
         DoesNotFit: weights and pool of so many workers do not fit the machine, or not the context that was asked for.
-        ConfigError: a GPU is asked for where there is none.
+        ConfigError: a GPU is asked for where there is none, or two members would have one port.
     """
     cluster = config.cluster
     if cluster.prefill:
@@ -99,6 +101,7 @@ def place(config: Config, machine: MachineFacts, model: ModelFacts) -> Plan:
     device = chosen_kind(config.model.device, len(machine.gpu_bytes))
     share = _share(machine, device, len(roles))
     threads = config.step.num_threads or max(1, machine.num_cores // len(roles))
+    _check_metrics_ports(config, len(roles))
     step, decisions = decided_step(config.step, device, max(machine.gpu_bytes, default=0))
     memory = MemoryFacts(share, model.weight_bytes, config.cache.swap_bytes, swaps_elsewhere=device == "cuda")
     most_tokens = step.max_num_seqs * model.max_model_len
@@ -117,8 +120,10 @@ def place(config: Config, machine: MachineFacts, model: ModelFacts) -> Plan:
     for prefix, role in roles:
         index = counts.setdefault(prefix, 0)
         counts[prefix] += 1
-        gpu = (len(members) - 1) % len(machine.gpu_bytes) if device == "cuda" else 0
-        members.append(Member(f"{prefix}-{index}", "worker", role, threads, share, device, gpu))
+        place_of_worker = len(members) - 1
+        gpu = place_of_worker % len(machine.gpu_bytes) if device == "cuda" else 0
+        port = cluster.worker_metrics_port and cluster.worker_metrics_port + place_of_worker
+        members.append(Member(f"{prefix}-{index}", "worker", role, threads, share, device, gpu, port))
     settled = config.model_copy(update={"step": step, "cache": cache, "router": router, "cluster": patience})
     return Plan(tuple(members), replace(model, max_model_len=context), pool, settled, tuple(decisions))
 
@@ -130,3 +135,17 @@ def _share(machine: MachineFacts, device: str, num_workers: int) -> int:
     num_gpus = len(machine.gpu_bytes)
     workers = [len(range(gpu, num_workers, num_gpus)) for gpu in range(num_gpus)]
     return min(free // count for free, count in zip(machine.gpu_bytes, workers, strict=True) if count)
+
+
+def _check_metrics_ports(config: Config, num_workers: int) -> None:
+    first, router = config.cluster.worker_metrics_port, config.router
+    if not first:
+        return
+    ports = range(first, first + num_workers)
+    shared = [port for port in (router.port, router.grpc_port, router.internal_port) if port in ports]
+    if shared or ports[-1] > 65535:
+        what = f"the router has {shared[0]}" if shared else "65535 is the last port"
+        raise ConfigError(
+            f"cluster.worker_metrics_port is {first}, so {num_workers} workers take {first} to {ports[-1]}, and "
+            f"{what}; choose another, 0 for any, or none"
+        )

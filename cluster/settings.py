@@ -23,6 +23,7 @@ class WorkerSettings(Section):
     gpu: int = 0  # which one of those that the process sees
     host: str = "127.0.0.1"
     port: int = 0  # 0: any
+    metrics_port: int | None = 0  # GET /metrics and /health, on the same host; 0: any, none: off
     routers: tuple[str, ...] = ()  # host:port of their Announce services
     cluster_key: str
     orphan_grace_s: float = 5.0

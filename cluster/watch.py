@@ -110,6 +110,7 @@ class Watchers:
             decode_step_ms=load.decode_step_ms,
             handover_bytes_per_s=face.handover_bytes_per_s,
             counters=dict(counters),
+            spreads={name: worker_pb2.Spread(counts=s.counts, total=s.total) for name, s in load.spreads},
         )
 
     def _on_cache(self, event: CacheDelta | CacheSnapshot) -> None:

@@ -8,7 +8,7 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
@@ -32,13 +32,16 @@ from ..model import link
 from ..model.dispatch import Dispatcher
 from ..prefill_worker.job import JobTools
 from ..prefill_worker.service import PrefillService
-from ..protos import common_pb2, worker_pb2, worker_pb2_grpc
+from ..protos import common_pb2, worker_pb2_grpc
 from .announce import Announcer
 from .engine_room import EngineRoom, build_engine
 from .fetch import FetchService
 from .health import Health, enable_reflection
+from .metrics import WorkerMetrics, pages
+from .scrape import ScrapeServer
 from .settings import WorkerSettings
 from .watch import FaceLoad, Watchers
+from .worker_service import WorkerService
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +62,7 @@ class WorkerProcess:
         self.incarnation = time.time_ns()
         self.ended = asyncio.Event()  # the engine has ended, by `stop` or by its own fault
         self.counters: Counter[str] = Counter()
+        self.metrics_address = ""  # host:port of GET /metrics and /health, after `start`; empty: none
         self._clock = clock or MonotonicClock()
         self._timing = timing or Timing()
         self._port = 0
@@ -67,6 +71,7 @@ class WorkerProcess:
         self._channels = Channels()
         self._room: EngineRoom | None = None
         self._server: grpc.aio.Server | None = None
+        self._scrapes: ScrapeServer | None = None
         self._announcer: Announcer | None = None
         self._is_stopping = False
 
@@ -101,6 +106,8 @@ class WorkerProcess:
         self._tasks.append(asyncio.create_task(self.health.keep()))
         self._announcer = Announcer(self.settings.routers, self.info())
         self._announcer.start()
+        if self.metrics_address:
+            log.info("%s exports metrics at http://%s/metrics", self.settings.worker_id, self.metrics_address)
         log.info("%s (%s) serves at %s", self.settings.worker_id, self.role.value, self.address)
 
     async def stop(self, grace_s: float) -> None:
@@ -114,6 +121,8 @@ class WorkerProcess:
             await self.drain(grace_s)
         if self._server is not None:
             await self._server.stop(0.2)
+        if self._scrapes is not None:
+            await self._scrapes.close()
         if self._room is not None:
             self._room.link.send(link.Stop())
             if not await asyncio.to_thread(self._room.engine.join, STOP_S):
@@ -171,12 +180,14 @@ class WorkerProcess:
             max_batch_tokens=facts.max_batch_tokens,
             release=__version__,
             pid=os.getpid(),
+            metrics_address=self.metrics_address,
         )
 
     # ------------------------------------------------------------------ inside
 
     def _make_faces(self, room: EngineRoom) -> None:
         facts, settings = room.facts, self.settings
+        self._metrics = WorkerMetrics(settings, facts, room.pool_size, self.counters)
         common: dict[str, Any] = {
             "dispatcher": self.dispatcher,
             "executor": self._executor,
@@ -184,6 +195,7 @@ class WorkerProcess:
             "timing": self._timing,
             "clock": self._clock,
             "counters": self.counters,
+            "ended": self._metrics.ended,
         }
         pull = self._pull = PullTools(kv_spec=facts.model.kv_spec, **common)
         self.decode = DecodeService(RunTools(facts, pull, self._channels), room.tokenizer, settings.orphan_grace_s)
@@ -219,7 +231,7 @@ class WorkerProcess:
     async def _bind(self) -> None:
         server = grpc.aio.server(options=SERVER_OPTIONS)
         server.add_generic_rpc_handlers(handlers(self.prefill.transfer, self.fetch.fetch))
-        worker_pb2_grpc.add_WorkerServicer_to_server(_Worker(self), server)
+        worker_pb2_grpc.add_WorkerServicer_to_server(WorkerService(self), server)
         self.health.add_to(server)
         enable_reflection(server)
         host, port = self.settings.host, self.settings.port
@@ -231,31 +243,13 @@ class WorkerProcess:
             raise ConfigError(f"{wanted} cannot be bound: {error}") from None
         await server.start()
         self._server = server
+        if self.settings.metrics_port is not None:
+            self._scrapes = ScrapeServer(pages(self._metrics, self.dispatcher, self.health.is_serving))
+            self.metrics_address = await self._scrapes.start(self.settings.host, self.settings.metrics_port)
 
     async def _all_ended(self) -> None:
         while self.dispatcher.num_owned:
             await self.dispatcher.next_end()
-
-
-class _Worker(worker_pb2_grpc.WorkerServicer):
-    """The service Worker: hands every call to whoever answers it."""
-
-    def __init__(self, worker: WorkerProcess) -> None:
-        self._worker = worker
-
-    async def Session(self, _: Any, context: Any) -> None:  # type: ignore[override]
-        await self._worker.decode.session(context, self._worker.info())
-
-    async def Describe(self, _: worker_pb2.DescribeRequest, context: Any) -> common_pb2.WorkerInfo:
-        return self._worker.info()
-
-    async def Watch(self, _: worker_pb2.WatchRequest, context: Any) -> AsyncIterator[worker_pb2.WatchEvent]:
-        async for event in self._worker.watchers.watch():
-            yield event
-
-    async def Drain(self, request: worker_pb2.DrainRequest, context: Any) -> worker_pb2.DrainResponse:
-        cancelled = await self._worker.drain(request.timeout_ms / 1000)
-        return worker_pb2.DrainResponse(empty=cancelled == 0, cancelled=cancelled)
 
 
 def run_worker(settings: WorkerSettings, parent_pid: int | None = None) -> None:

@@ -1,7 +1,7 @@
 """The named instants of a request's life. Every latency, metric and plot is a difference of two of them.
 
 router:   arrived → admitted → routed → … → first_sent → finished
-decode:   received → promised → bound → first_frame → first_token → last_frame → second_token → decoded
+decode:   received → promised → bound → first_frame → first_token → last_frame → second_token → last_token
 prefill:  offered (queued) → started → prefilled
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
+from typing import NamedTuple
 
 
 class Instant(StrEnum):
@@ -28,8 +29,18 @@ class Instant(StrEnum):
     FIRST_TOKEN = "first_token"
     LAST_FRAME = "last_frame"  # decode: the prompt's KV is complete
     SECOND_TOKEN = "second_token"
+    LAST_TOKEN = "last_token"  # decode: the last one that counts
     FIRST_SENT = "first_sent"  # router: first piece handed to the client
     FINISHED = "finished"
+
+
+class Phases(NamedTuple):
+    """How long a request was in each phase, in seconds. None: it did not come so far."""
+
+    queue_s: float | None  # until its first chunk entered a step
+    prefill_s: float | None  # from there to the first token
+    decode_s: float | None  # from the first token to the last
+    inference_s: float | None  # prefill and decode
 
 
 class Timeline:
@@ -57,6 +68,16 @@ class Timeline:
             return None
         return self._at_s[end] - self._at_s[start]
 
+    def phases(self, queued_s: float) -> Phases:
+        """The phases of a request that began to wait at `queued_s`."""
+        began, first = self.at_s(Instant.PREFILL_BEGAN), self.at_s(Instant.FIRST_TOKEN)
+        first = self.at_s(Instant.PREFILLED) if first is None else first  # a prefill worker samples it, and no more
+        last = self.at_s(Instant.LAST_TOKEN)
+        last = first if last is None else last
+        return Phases(
+            _length_s(queued_s, began), _length_s(began, first), _length_s(first, last), _length_s(began, last)
+        )
+
     def since_ns(self, origin_s: float) -> dict[str, int]:
         """Every instant as nanoseconds since `origin_s`, never negative: the form that crosses the wire."""
         return {name.value: max(0, round((at - origin_s) * 1e9)) for name, at in self._at_s.items()}
@@ -67,3 +88,7 @@ class Timeline:
         for name, ns in dict(since_ns).items():
             if name in known:
                 self.mark(known[name], origin_s + ns * 1e-9)
+
+
+def _length_s(start_s: float | None, end_s: float | None) -> float | None:
+    return None if start_s is None or end_s is None else max(0.0, end_s - start_s)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from ..core.clock import Clock
+from ..core.life import Life, forget
 from ..core.request import SequenceKey
 from ..core.timeline import Instant, Timeline
 from ..kv.driver import Driver
@@ -42,6 +43,7 @@ class PullTools:
     clock: Clock
     counters: Counter[str]
     speed: HandoverSpeed = field(default_factory=HandoverSpeed)
+    ended: Callable[[Life], None] = forget  # hears of every run that is over
 
 
 class PullOwner(Protocol):

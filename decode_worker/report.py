@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ..core.errors import TwostrokeError, from_code
+from ..core.life import Life, Transfer
 from ..core.request import FinishReason
 from ..core.timeline import Instant, Timeline
 from ..kv.messages import epoch_to_wire, error_to_wire, finish_to_wire, instants_to_wire
@@ -34,12 +36,14 @@ class Told:
     local_reason: str = ""
     is_complete: bool = False  # a peer computed the prompt
     tokens_held: int = 0
+    tokens_asked: int = 0  # of a peer
     tokens_moved: int = 0
     bytes_moved: int = 0
     prefill_cached_tokens: int = 0
     refetched_blocks: int = 0
     recomputed_tokens: int = 0
     timeline: Timeline | None = None  # of the last hand-over
+    transfers: list[Transfer] = field(default_factory=list)
 
     def add(self, pull: Pull) -> None:
         """Take over what a hand-over did, whether it came through or not."""
@@ -50,17 +54,48 @@ class Told:
         self.prefill_cached_tokens = pull.prefill_cached_tokens
         self.timeline = pull.timeline
 
+    def complete(self, pull: Pull) -> None:
+        """A peer computed the prompt, and all of its KV is here."""
+        self.is_complete = True
+        duration_s = pull.timeline.between_s(Instant.FIRST_FRAME, Instant.LAST_FRAME)
+        self.transfers.append(Transfer(pull.receiver.counters.frame_bytes, duration_s))
+
+    def complete_timeline(self, own: Timeline) -> Timeline:
+        """A run's instants and those of its last hand-over; where both have one, the run's counts."""
+        whole = Timeline()
+        for part in (own, self.timeline):
+            for instant in Instant:
+                at_s = part.at_s(instant) if part else None
+                if at_s is not None:
+                    whole.mark(instant, at_s)
+        return whole
+
+
+def life_of(order: Order, ending: Ending, told: Told, timeline: Timeline, gaps_s: Sequence[float]) -> Life:
+    """What a run that is over leaves in this worker's metrics."""
+    received_s = _received_s(timeline)
+    num_prompt = len(order.prompt_ids) - order.num_emitted
+    cached = min(ending.event.cached_tokens or told.tokens_held, num_prompt)
+    moved = min(told.tokens_moved, num_prompt - cached)
+    return Life(
+        prompt_tokens=num_prompt,
+        max_tokens=order.params.max_tokens,
+        generated=(ending.num_tokens - order.num_emitted,),
+        reasons=(ending.reason,),
+        phases=timeline.phases(received_s),
+        ttft_s=timeline.between_s(Instant.RECEIVED, Instant.FIRST_TOKEN),
+        e2e_s=timeline.between_s(Instant.RECEIVED, Instant.FINISHED) or 0.0,
+        gaps_s=gaps_s,
+        cached_tokens=cached,
+        computed_tokens=num_prompt - cached - moved,
+        asked_tokens=told.tokens_asked,
+        moved_tokens=moved,
+        transfers=tuple(told.transfers),
+    )
+
 
 def end_message(order: Order, ending: Ending, told: Told, timeline: Timeline, spec: KvSpec) -> worker_pb2.RequestEnd:
-    """The one RequestEnd of a (request, choice, epoch)."""
-    received_at_s = timeline.at_s(Instant.RECEIVED)
-    assert received_at_s is not None, "every run was received"
-    merged = Timeline()
-    for part in (timeline, told.timeline):
-        for instant in Instant:
-            at_s = part.at_s(instant) if part else None
-            if at_s is not None:
-                merged.mark(instant, at_s)
+    """The one RequestEnd of a (request, choice, epoch). `timeline` is the complete one."""
     cached = ending.event.cached_tokens or told.tokens_held
     if told.is_complete:
         cached = max(cached, told.prefill_cached_tokens)
@@ -74,7 +109,7 @@ def end_message(order: Order, ending: Ending, told: Told, timeline: Timeline, sp
             completion_tokens=ending.num_tokens,
             cached_tokens=min(cached, len(order.prompt_ids)),
         ),
-        timeline=instants_to_wire(merged, received_at_s),
+        timeline=instants_to_wire(timeline, _received_s(timeline)),
         handover=_handover(told, spec),
         tail_text=ending.tail_text,
         shown_tokens=ending.num_shown,
@@ -96,6 +131,12 @@ def refusal_message(message: worker_pb2.Submit, error: TwostrokeError) -> worker
     )
 
 
+def _received_s(timeline: Timeline) -> float:
+    at_s = timeline.at_s(Instant.RECEIVED)
+    assert at_s is not None, "every run was received"
+    return at_s
+
+
 def _error_of(event: link.Ended) -> TwostrokeError:
     return from_code(event.error_code, event.error_message)
 
@@ -112,4 +153,5 @@ def _handover(told: Told, spec: KvSpec) -> worker_pb2.HandoverReport:
         refetched_blocks=told.refetched_blocks,
         recomputed_tokens=told.recomputed_tokens,
         local_reason=told.local_reason,
+        tokens_asked=told.tokens_asked,
     )

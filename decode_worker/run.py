@@ -11,6 +11,7 @@ string, a cancel, the deadline) is kept in `_verdict` until then.
 from __future__ import annotations
 
 import logging
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -29,7 +30,7 @@ from .choice import Choice
 from .order import Order
 from .outbox import NO_SCORES, Outbox, Scores
 from .pull import REFUSALS, Pull, PullTools
-from .report import Ending, Told, end_message
+from .report import Ending, Told, end_message, life_of
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,8 @@ class Run:
         self._has_asked = False
         self._pull_waits = False  # the present pull asked for Bind and has no answer
         self._held_tokens = 0
+        self._last_token_s: float | None = None
+        self._gaps_s = array("d")  # between tokens
         self.told = Told()
         self.timeline.mark(Instant.RECEIVED, self._received_at_s)
 
@@ -150,6 +153,7 @@ class Run:
         now_s = tools.pull.clock.now_s()
         receiver = Receiver(label, self._open(now_s), tools.pull.timing, self._deadline_s, now_s)
         self.told.prefill_worker = peer.worker_id
+        self.told.tokens_asked = len(order.prompt_ids) - self._held_tokens
         self._pull_waits = False
         self._pull = self._open_pull(receiver, peer.address)
 
@@ -198,7 +202,7 @@ class Run:
         pull = self._finish_pull()
         first_token = pull.receiver.first_token
         assert first_token is not None, "complete without a first token"
-        self.told.is_complete = True
+        self.told.complete(pull)
         if self._verdict is None:
             self._tools.pull.dispatcher.send(link.KvComplete(self.order.engine_key, first_token))
 
@@ -242,6 +246,10 @@ class Run:
         self.timeline.mark(Instant.FIRST_TOKEN, now_s)
         if spoken.first_index + len(spoken.token_ids) - self.order.num_emitted > 1:
             self.timeline.mark(Instant.SECOND_TOKEN, now_s)
+        if self._last_token_s is not None:
+            count = len(spoken.token_ids)
+            self._gaps_s.extend([(now_s - self._last_token_s) / count] * count)
+        self._last_token_s = now_s
         scores = NO_SCORES
         if spoken.logprobs or news.prompt_logprobs:
             scores = Scores(spoken.logprobs, news.prompt_logprobs, self._choice.num_shown)
@@ -261,12 +269,17 @@ class Run:
             self._pull.cancel("ended")
             self.told.add(self._pull)
             self._pull = None
+        if event.began_s is not None and not self.told.is_complete:
+            self.timeline.mark(Instant.PREFILL_BEGAN, event.began_s)
+        if self._last_token_s is not None:
+            self.timeline.mark(Instant.LAST_TOKEN, self._last_token_s)
         self.timeline.mark(Instant.FINISHED, self._tools.pull.clock.now_s())
         reason = self._verdict or event.reason
         tail = self._choice.flush() if reason in (FinishReason.STOP, FinishReason.LENGTH) else ""
         if reason is FinishReason.LENGTH and self._choice.ended is not None:
             reason = self._choice.ended  # the withheld text completed a stop string
         ending = Ending(event, reason, tail, self._choice.num_tokens, self._choice.num_shown)
-        spec = self._tools.facts.model.kv_spec
-        self._outbox.add_end(end_message(self.order, ending, self.told, self.timeline, spec))
+        spec, timeline = self._tools.facts.model.kv_spec, self.told.complete_timeline(self.timeline)
+        self._outbox.add_end(end_message(self.order, ending, self.told, timeline, spec))
+        self._tools.pull.ended(life_of(self.order, ending, self.told, timeline, self._gaps_s))
         self._ended(self)

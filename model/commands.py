@@ -74,7 +74,7 @@ class Commands:
         self._lives.counters["submitted"] += 1
         doom = self._refusal(submit, now_s, stopped=stopped)
         if doom is not None:
-            self._lives.say_ended(submit.key, doom)
+            self._lives.refuse(submit.key, doom)
             return
         self._num_arrivals += 1
         self._lives.scheduler.add(new_sequence(submit, self._num_arrivals))

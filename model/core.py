@@ -15,8 +15,10 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from ..core.buckets import STEP_TOKENS
 from ..core.errors import DeadlineExceeded, NonFiniteKv
 from ..core.request import FinishReason, SequenceKey
+from ..core.tally import Tally
 from ..kv.pool import BlockPool
 from ..kv.prefix import PrefixCache
 from .commands import Commands
@@ -38,6 +40,7 @@ from .link import (
 from .lives import Lives
 from .plan import SequenceStep, StepPlan, StepResult
 from .policy import Policy
+from .report import load_news
 from .schedule import Scheduler
 from .sequence import QUEUE_STATES, Doom, Sequence, SequenceState
 from .store_op import StoreOp
@@ -73,12 +76,15 @@ class EngineCore:
         self._lives = Lives(self._scheduler, frozenset(eos_ids))
         self._commands = Commands(self._lives, limits.max_model_len)
         self._num_steps = 0
+        self._step_tokens = Tally(STEP_TOKENS)
+        self._planned_s = 0.0
 
     # ------------------------------------------------------------------ the doors
 
     def handle(self, command: Command, now_s: float) -> list[Event | StoreOp]:
         """Take one command in. Operations for the store are executed before the core's next call."""
         lives = self._lives
+        lives.holdings.residency.now_s = now_s
         if isinstance(command, Submit):
             self._commands.submit(command, now_s, stopped=self.stopped)
         elif isinstance(command, ReadKv):
@@ -98,6 +104,7 @@ class EngineCore:
 
     def tick(self, now_s: float) -> list[Event | StoreOp]:
         """Let time pass: end what is past its deadline, let in whoever may begin. Call it before every `plan`."""
+        self._lives.holdings.residency.now_s = now_s
         for sequence in list(self._scheduler.by_key.values()):
             if sequence.deadline_s is not None and sequence.deadline_s <= now_s:
                 message = f"the deadline passed while the request was {sequence.state.name.lower()}"
@@ -112,6 +119,7 @@ class EngineCore:
         It may have preempted: execute what `drain` gives before the step runs, also when there is none.
         """
         assert not self._lives.in_step, "the last step has not been applied"
+        self._planned_s = self._lives.holdings.residency.now_s = now_s
         plan = self._scheduler.plan()
         self._lives.outbox += self._scheduler.take_swap_ops()
         if plan is not None:
@@ -123,13 +131,17 @@ class EngineCore:
         assert plan.step == result.step, f"step {plan.step} was planned, {result.step} came back"
         lives = self._lives
         lives.in_step = frozenset()
+        lives.holdings.residency.now_s = now_s
         self._num_steps += 1
+        self._step_tokens.add(sum([len(step.token_ids) for step in plan.sequences]))
         news: list[TokenNews] = []
         progress: list[Progress] = []
         ends: list[tuple[Sequence, Doom]] = []
         for step, token_ids in zip(plan.sequences, result.tokens, strict=True):
             sequence = self._scheduler.by_key[step.key]
             doom = sequence.doom
+            if sequence.began_s is None:
+                sequence.began_s = self._planned_s
             if step.key in result.non_finite:
                 doom = doom or Doom(FinishReason.ERROR, NonFiniteKv.code, "a key, a value or a logit was not finite")
             else:
@@ -138,12 +150,14 @@ class EngineCore:
             if doom is None:
                 doom = self._take_tokens(sequence, step, result, token_ids, news)
                 if sequence.source is Source.FOR_PEER:
-                    progress.append(Progress(sequence.key, sequence.num_computed, began=not sequence.has_begun))
+                    began = not sequence.has_begun
+                    progress.append(Progress(sequence.key, sequence.num_computed, began, sequence.began_s))
                     sequence.has_begun = True
             if doom is not None:
                 ends.append((sequence, doom))
         if news:
             lives.outbox.append(StepTokens(plan.step, tuple(news)))
+            lives.counters["generated_tokens"] += sum([len(tokens.token_ids) for tokens in news])
         lives.outbox += progress
         for sequence, doom in ends:
             lives.finish(sequence, doom)
@@ -236,26 +250,7 @@ class EngineCore:
 
     def load(self, now_s: float) -> LoadNews:
         """The beat's values; the engine fills in phase and coefficients, which need a clock."""
-        scheduler, pool = self._scheduler, self._lives.holdings.pool
-        running = scheduler.within(_S.PREFILLING, _S.DECODING)
-        to_prefill = [s for s in scheduler.within(*QUEUE_STATES, _S.PREFILLING) if s.source is not Source.PEER]
-        counters = {**self.counters, **_preemptions(scheduler)}
-        return LoadNews(
-            phase="idle",
-            steps=self._num_steps,
-            waiting=self.num_waiting,
-            running=len(running),
-            queued_prefill_tokens=sum(s.num_remaining for s in to_prefill),
-            running_context_tokens=sum(s.num_computed for s in running),
-            free_blocks=pool.num_free,
-            cached_blocks=pool.num_cached,
-            promised_blocks=scheduler.num_promised,
-            total_blocks=pool.num_blocks,
-            prefill_ms_per_token=0.0,
-            prefill_ms_per_token_pair=0.0,
-            decode_step_ms=0.0,
-            counters=tuple(sorted(counters.items())),
-        )
+        return load_news(self._scheduler, self.counters, self._num_steps, self._step_tokens)
 
     def _take_tokens(
         self,
@@ -272,7 +267,8 @@ class EngineCore:
         if not token_ids:
             return None
         logprobs, scores = result.logprobs.get(step.key, ()), tuple(sequence.scores or ())
-        news.append(TokenNews(sequence.key, sequence.num_generated, token_ids, logprobs, scores))
+        began_s = sequence.began_s if sequence.source is Source.FOR_PEER else None
+        news.append(TokenNews(sequence.key, sequence.num_generated, token_ids, logprobs, scores, began_s))
         doom = self._lives.accept(sequence, token_ids[0])
         if sequence.source is Source.FOR_PEER:
             self._scheduler.move(sequence, _S.HELD)  # whatever the token says: decode fetches, then releases
@@ -280,17 +276,3 @@ class EngineCore:
         if doom is None and sequence.state is _S.PREFILLING:
             self._scheduler.move(sequence, _S.DECODING)
         return doom
-
-
-def _preemptions(scheduler: Scheduler) -> dict[str, int]:
-    """How often of which kind, and where the host blocks are."""
-    total, swaps, space = scheduler.num_preemptions, scheduler.num_swaps, scheduler.holdings.swap
-    counters = {"preemptions": total, "preemptions_recompute": total - swaps, "preemptions_swap": swaps}
-    if space is not None:
-        counters |= {
-            "swap_blocks": space.pool.num_blocks,
-            "swap_blocks_in_use": space.pool.num_live,
-            "swaps_refused": space.refused_total,
-            "swap_gaps": space.gaps_total,
-        }
-    return counters

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from ..kv.block import BlockId, chain
 from ..kv.pool import BlockPool
 from ..kv.prefix import PrefixCache
+from ..kv.residency import Residency
 from ..kv.spec import HASH_BLOCK_TOKENS
 from .link import CacheDelta, CacheSnapshot
 from .sequence import Sequence, Table
@@ -30,6 +31,7 @@ class Holdings:
         self.pool = pool
         self.prefix = prefix
         self.swap = swap  # None: no host blocks, preemption is recompute
+        self.residency = Residency(pool.num_blocks)
         self._key = key  # the cluster's, for the chain over generated tokens
         self._delta = 0
 
@@ -61,6 +63,7 @@ class Holdings:
         sequence.blocks, sequence.table = self.prefix.acquire(sequence.findable), None
         sequence.num_computed = len(sequence.blocks) * self.pool.block_tokens
         sequence.num_published = len(sequence.blocks)
+        self.residency.found(sequence.blocks)
 
     def extend(self, sequence: Sequence, num_tokens: int) -> None:
         """Take what is missing to cover `num_tokens` tokens. All or nothing.
@@ -70,7 +73,9 @@ class Holdings:
         """
         missing = self.blocks_for(num_tokens) - len(sequence.blocks)
         if missing > 0:
-            sequence.blocks += self.pool.take(missing)
+            taken = self.pool.take(missing)
+            self.residency.taken(taken)
+            sequence.blocks += taken
             sequence.table = None
 
     def release(self, sequence: Sequence) -> None:
@@ -129,6 +134,7 @@ class Holdings:
             sequence.identities += chain(self._key, link, fresh)
         identities = sequence.identities[:num_hashed]
         sequence.blocks = self.prefix.publish(identities, sequence.blocks, sequence.num_published)
+        self.residency.published(sequence.blocks[sequence.num_published : num_full])
         sequence.table = None
         sequence.num_published = num_full
 

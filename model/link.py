@@ -9,11 +9,12 @@ machines) or two processes (GPUs). KV planes travel in them by value.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
 from ..core.request import FinishReason, SamplingParams, SequenceKey, TokenLogprobs
+from ..core.tally import Spread
 from ..kv.block import BlockIdentity
 
 if TYPE_CHECKING:
@@ -202,6 +203,7 @@ class Progress:
     key: SequenceKey
     num_computed: int
     began: bool = False  # the first chunk of it
+    began_s: float | None = field(default=None, compare=False)  # of the engine's clock: when a step took it in
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +215,7 @@ class TokenNews:
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] = ()  # of each, if asked for
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # if asked for, with the first: of the prompt from its second on
+    began_s: float | None = field(default=None, compare=False)  # FOR_PEER, as in `Progress`, which follows
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +255,7 @@ class Ended:
     error_message: str = ""
     cached_tokens: int = 0  # prompt tokens found in this worker's own cache
     preemptions: int = 0
+    began_s: float | None = field(default=None, compare=False)  # of the engine's clock: when a step took it in
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,6 +293,9 @@ class LoadNews:
     prefill_ms_per_token_pair: float
     decode_step_ms: float
     counters: tuple[tuple[str, int], ...]
+    waiting_for_peer: int = 0  # sequences whose turn depends on the other worker of a hand-over
+    waiting_for_room: int = 0  # sequences whose turn depends on blocks and seats here
+    spreads: tuple[tuple[str, Spread], ...] = ()  # histograms by name, since the start: core/metrics.py
 
 
 Event = (

@@ -50,12 +50,15 @@ class Lives:
     def finish(self, sequence: Sequence, doom: Doom) -> None:
         """It owns nothing any more, and its face hears so."""
         self.scheduler.remove(sequence)
-        self.say_ended(sequence.key, doom, sequence.cached_tokens, sequence.preemptions)
+        self._say_ended(_ended(sequence.key, doom, sequence))
 
-    def say_ended(self, key: SequenceKey, doom: Doom, cached_tokens: int = 0, preemptions: int = 0) -> None:
-        """The last word on a `Submit`."""
-        self.counters[f"ended_{doom.error_code or doom.reason.value}"] += 1
-        self.outbox.append(Ended(key, doom.reason, doom.error_code, doom.error_message, cached_tokens, preemptions))
+    def refuse(self, key: SequenceKey, doom: Doom) -> None:
+        """The last word on a `Submit` that became no sequence."""
+        self._say_ended(_ended(key, doom))
+
+    def _say_ended(self, ended: Ended) -> None:
+        self.counters[f"ended_{ended.error_code or ended.reason.value}"] += 1
+        self.outbox.append(ended)
 
     def collect_news(self) -> None:
         """Put what changed in the prefix cache into the outbox."""
@@ -67,3 +70,10 @@ class Lives:
         """Everything to be said and done since the last call, in order."""
         outbox, self.outbox = self.outbox, []
         return outbox
+
+
+def _ended(key: SequenceKey, doom: Doom, sequence: Sequence | None = None) -> Ended:
+    told = (doom.reason, doom.error_code, doom.error_message)
+    if sequence is None:
+        return Ended(key, *told)
+    return Ended(key, *told, sequence.cached_tokens, sequence.preemptions, sequence.began_s)

@@ -130,6 +130,7 @@ class Sequence:
     swapped: Swapped | None = None  # SWAPPED: `num_computed` is its end
     wants_bind: bool = False
     has_begun: bool = False  # Promised (LOCAL) or the first Progress (FOR_PEER) went out
+    began_s: float | None = None  # when the first step that computes it here was planned
     doom: Doom | None = None
 
     @property

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
 from ..core.clock import Clock
 from ..core.errors import InternalError, KvCorrupted, TwostrokeError, from_code
+from ..core.life import Life, forget
 from ..core.request import FinishReason, SequenceKey
 from ..core.timeline import Instant, Timeline
 from ..kv.driver import Driver
@@ -51,6 +52,7 @@ class JobTools:
     timing: Timing
     clock: Clock
     counters: Counter[str]
+    ended: Callable[[Life], None] = forget  # hears of every job that is over
 
 
 class Job:
@@ -120,11 +122,12 @@ class Job:
             case link.Offered(_, cached_tokens):
                 self._timeline.mark(Instant.OFFERED, now_s)
                 self._do(self._sender.started(cached_tokens, now_s))
-            case link.Progress(_, num_computed, began):
+            case link.Progress(_, num_computed, began, began_s):
                 if began:
-                    self._timeline.mark(Instant.PREFILL_BEGAN, now_s)
+                    self._mark_began(began_s, now_s)
                 self._do(self._sender.progress(num_computed, now_s))
             case link.TokenNews():
+                self._mark_began(event.began_s, now_s)  # before the news of its progress, after a single chunk
                 self._timeline.mark(Instant.PREFILLED, now_s)
                 self._do(self._sender.first_token(self._first_token(event), now_s))
             case link.KvRead(_, token_start, token_count, sections):
@@ -134,9 +137,29 @@ class Job:
                     task.add_done_callback(self._verifying.discard)
             case link.Ended():
                 self._gone.set()
+                self._tools.ended(self._life(event, now_s))
                 self._do(self._sender.failed(error_to_wire(_why(event)), now_s))
             case _:
                 log.debug("%s: %s is nothing to a job", self.key, type(event).__name__)
+
+    def _mark_began(self, began_s: float | None, now_s: float) -> None:
+        self._timeline.mark(Instant.PREFILL_BEGAN, now_s if began_s is None else began_s)
+
+    def _life(self, event: link.Ended, now_s: float) -> Life:
+        """What it leaves in this worker's metrics. A job is a sequence that wants one token."""
+        prefilled_s = self._timeline.at_s(Instant.PREFILLED)
+        is_done = event.reason is FinishReason.STOP  # its blocks were released
+        return Life(
+            prompt_tokens=len(self._submit.prompt_ids),
+            max_tokens=self._submit.params.max_tokens,
+            generated=(0 if prefilled_s is None else 1,),
+            reasons=(FinishReason.LENGTH if is_done else event.reason,),
+            phases=self._timeline.phases(self._seen_at_s),
+            ttft_s=None if prefilled_s is None else prefilled_s - self._seen_at_s,
+            e2e_s=now_s - self._seen_at_s,
+            cached_tokens=event.cached_tokens,
+            computed_tokens=len(self._submit.prompt_ids) - event.cached_tokens,
+        )
 
     def _first_token(self, news: link.TokenNews) -> handover_pb2.FirstToken:
         first = handover_pb2.FirstToken(

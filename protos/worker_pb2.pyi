@@ -557,6 +557,7 @@ class HandoverReport(_message.Message):
     REFETCHED_BLOCKS_FIELD_NUMBER: _builtins.int
     RECOMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
     LOCAL_REASON_FIELD_NUMBER: _builtins.int
+    TOKENS_ASKED_FIELD_NUMBER: _builtins.int
     prefill_worker: _builtins.str
     """empty: prefilled locally"""
     transport: _builtins.str
@@ -573,6 +574,8 @@ class HandoverReport(_message.Message):
     recomputed_tokens: _builtins.int
     local_reason: _builtins.str
     """why the prefill was local, if it was: "ordered", "peer_lost", ..."""
+    tokens_asked: _builtins.int
+    """of a prefill worker, whether they came or not"""
     def __init__(
         self,
         *,
@@ -586,10 +589,11 @@ class HandoverReport(_message.Message):
         refetched_blocks: _builtins.int = ...,
         recomputed_tokens: _builtins.int = ...,
         local_reason: _builtins.str = ...,
+        tokens_asked: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_as_bf16", b"bytes_as_bf16", "bytes_moved", b"bytes_moved", "local_reason", b"local_reason", "prefill_cached_tokens", b"prefill_cached_tokens", "prefill_worker", b"prefill_worker", "recomputed_tokens", b"recomputed_tokens", "refetched_blocks", b"refetched_blocks", "tokens_held", b"tokens_held", "tokens_moved", b"tokens_moved", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_as_bf16", b"bytes_as_bf16", "bytes_moved", b"bytes_moved", "local_reason", b"local_reason", "prefill_cached_tokens", b"prefill_cached_tokens", "prefill_worker", b"prefill_worker", "recomputed_tokens", b"recomputed_tokens", "refetched_blocks", b"refetched_blocks", "tokens_asked", b"tokens_asked", "tokens_held", b"tokens_held", "tokens_moved", b"tokens_moved", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -739,6 +743,27 @@ class LoadReport(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class SpreadsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> Global___Spread: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: Global___Spread | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     ROLE_FIELD_NUMBER: _builtins.int
     WAITING_FIELD_NUMBER: _builtins.int
     RUNNING_FIELD_NUMBER: _builtins.int
@@ -756,6 +781,7 @@ class LoadReport(_message.Message):
     DECODE_STEP_MS_FIELD_NUMBER: _builtins.int
     HANDOVER_BYTES_PER_S_FIELD_NUMBER: _builtins.int
     COUNTERS_FIELD_NUMBER: _builtins.int
+    SPREADS_FIELD_NUMBER: _builtins.int
     role: _common_pb2.Role.ValueType
     waiting: _builtins.int
     running: _builtins.int
@@ -775,6 +801,10 @@ class LoadReport(_message.Message):
     handover_bytes_per_s: _builtins.float
     @_builtins.property
     def counters(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]: ...
+    @_builtins.property
+    def spreads(self) -> _containers.MessageMap[_builtins.str, Global___Spread]:
+        """histograms since the worker's start, by name"""
+
     def __init__(
         self,
         *,
@@ -795,14 +825,41 @@ class LoadReport(_message.Message):
         decode_step_ms: _builtins.float = ...,
         handover_bytes_per_s: _builtins.float = ...,
         counters: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        spreads: _abc.Mapping[_builtins.str, Global___Spread] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_blocks", b"cached_blocks", "counters", b"counters", "decode_step_ms", b"decode_step_ms", "draining", b"draining", "free_blocks", b"free_blocks", "handover_bytes_per_s", b"handover_bytes_per_s", "phase", b"phase", "prefill_ms_per_token", b"prefill_ms_per_token", "prefill_ms_per_token_pair", b"prefill_ms_per_token_pair", "promised_blocks", b"promised_blocks", "queued_prefill_tokens", b"queued_prefill_tokens", "role", b"role", "running", b"running", "running_context_tokens", b"running_context_tokens", "steps", b"steps", "total_blocks", b"total_blocks", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_blocks", b"cached_blocks", "counters", b"counters", "decode_step_ms", b"decode_step_ms", "draining", b"draining", "free_blocks", b"free_blocks", "handover_bytes_per_s", b"handover_bytes_per_s", "phase", b"phase", "prefill_ms_per_token", b"prefill_ms_per_token", "prefill_ms_per_token_pair", b"prefill_ms_per_token_pair", "promised_blocks", b"promised_blocks", "queued_prefill_tokens", b"queued_prefill_tokens", "role", b"role", "running", b"running", "running_context_tokens", b"running_context_tokens", "spreads", b"spreads", "steps", b"steps", "total_blocks", b"total_blocks", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LoadReport: _TypeAlias = LoadReport  # noqa: Y015
+
+@_typing.final
+class Spread(_message.Message):
+    """Counts per bucket of a histogram whose bounds both sides know by its name; the last one is of what exceeds them all."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COUNTS_FIELD_NUMBER: _builtins.int
+    TOTAL_FIELD_NUMBER: _builtins.int
+    total: _builtins.float
+    """of the values"""
+    @_builtins.property
+    def counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        counts: _abc.Iterable[_builtins.int] | None = ...,
+        total: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "total", b"total"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Spread: _TypeAlias = Spread  # noqa: Y015
 
 @_typing.final
 class DrainRequest(_message.Message):

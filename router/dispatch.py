@@ -156,6 +156,7 @@ class Dispatcher:
             if verdict is Verdict.GAP:
                 self._retry_or_fail(run, TokensLost("a worker skipped tokens", retry_after_s=RETRY_AFTER_S))
             return
+        self.metrics.generated(run.request.model, len(tokens.token_ids))
         if tokens.first_index == 0:
             self.members.fleet.first_token(SequenceKey(run.request_id, tokens.choice))
         if is_first and run.current is not None:

@@ -81,6 +81,7 @@ def explain_worker(worker: Worker, coefficients: Coefficients, now_s: float) -> 
         "role": worker.role.value,
         "state": worker.state.value,
         "address": facts.address,
+        "metrics_address": facts.metrics_address or None,
         "pid": facts.pid,
         "release": facts.release,
         "model": facts.model.name,

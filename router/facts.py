@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from ..core.request import Role
+from ..core.tally import Spread
 
 
 class WorkerKey(NamedTuple):
@@ -53,6 +54,7 @@ class WorkerFacts:
     pid: int = 0
     release: str = ""
     capabilities: tuple[str, ...] = ()
+    metrics_address: str = ""  # host:port of its GET /metrics; empty: none
 
     @property
     def key(self) -> WorkerKey:
@@ -85,6 +87,7 @@ class LoadFacts:
     decode_step_ms: float = 0.0
     handover_bytes_per_s: float = 0.0
     counters: tuple[tuple[str, int], ...] = ()
+    spreads: tuple[tuple[str, Spread], ...] = ()
 
 
 class WorkerState(StrEnum):

@@ -30,8 +30,9 @@ from .dispatch import RETRY_AFTER_S, Dispatcher
 from .explain import explain_run
 from .facts import ModelFacts
 from .journal import Journal
+from .life import life_of
 from .members import Identity
-from .metrics import TRANSPORTS, RequestFigures, RouterMetrics
+from .metrics import TRANSPORTS, RouterMetrics
 from .pieces import Piece
 from .run import Run
 
@@ -243,25 +244,10 @@ def _state_of(run: Run) -> str:
 
 
 def _measure(metrics: RouterMetrics, run: Run, now_s: float) -> None:
-    usage, model = run.usage, run.request.model
-    ttft_s = run.timeline.between_s(Instant.ARRIVED, Instant.FIRST_SENT)
-    if ttft_s is not None:
-        metrics.ttft.labels(model).observe(ttft_s)
-    for gap_s in run.token_gaps_s:
-        metrics.itl.labels(model).observe(gap_s)
     for _, report in run.handovers:
         transport = report["transport"] if report["transport"] in TRANSPORTS else "none"
         metrics.kv_bytes.labels(transport).inc(report["bytes_moved"])
         metrics.kv_bytes_as_bf16.inc(report["bytes_as_bf16"])
         metrics.refetched.inc(report["refetched_blocks"])
-    if run.error is None:
-        metrics.finished(
-            RequestFigures(
-                model,
-                usage.prompt_tokens,
-                usage.completion_tokens,
-                usage.cached_tokens,
-                run.finish_reasons,
-                now_s - run.arrived_s,
-            )
-        )
+    if run.dispatches:
+        metrics.ended(run.request.model, life_of(run, now_s))

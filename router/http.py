@@ -9,7 +9,6 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -153,7 +152,8 @@ class _Face:
 
     async def metrics(self, http: HttpRequest) -> Response:
         self._front.authenticate(_api_key(http))
-        return Response(generate_latest(self._front.flow.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        body, content_type = self._front.flow.metrics.render(http.headers.get("accept", ""))
+        return Response(body, headers={"content-type": content_type})
 
     async def version(self, http: HttpRequest) -> Response:
         self._front.authenticate(_api_key(http))

@@ -144,7 +144,7 @@ class Members:
     def _on_up(self, key: WorkerKey, facts: WorkerFacts) -> None:
         self.fleet.session_up(key, facts, self._clock.now_s())
         log.info("%s: session is up (%s, %s)", key.worker_id, facts.role.value, facts.address)
-        self._metrics.know_model(facts.model.name)
+        self._metrics.know_worker(facts)
         self.wake()
 
     def _on_down(self, key: WorkerKey, reason: str) -> None:
@@ -179,10 +179,14 @@ class Members:
         return heard
 
     def _on_load(self, key: WorkerKey, report: worker_pb2.LoadReport) -> bool:
+        load = load_from_wire(report)
         try:
-            self.fleet.loaded(key, load_from_wire(report), role_from_wire(report.role), self._clock.now_s())
+            self.fleet.loaded(key, load, role_from_wire(report.role), self._clock.now_s())
         except InvalidRequest:
             log.warning("%s: a load report with an unknown role", key.worker_id)
+        worker = self.fleet.get(key.worker_id)
+        if worker is not None and worker.facts.key == key:
+            self._metrics.engine(worker.facts, load)
         return True
 
     # ------------------------------------------------------------------ what follows from it
@@ -199,7 +203,7 @@ class Members:
             if change.change is Change.LOST and key in self._links:
                 self._links[key].reset()
             elif change.change is Change.GONE:
-                self._disconnect(key)
+                self._disconnect(change.worker)
             self._handlers.lost(key, change.reason)
         if changes:
             self._metrics.workers_lost.inc(self.fleet.num_lost - self._num_lost)
@@ -217,11 +221,12 @@ class Members:
         self._links[facts.key] = link
         link.open()
 
-    def _disconnect(self, key: WorkerKey) -> None:
+    def _disconnect(self, facts: WorkerFacts) -> None:
+        key = facts.key
         link = self._links.pop(key, None)
         if link is not None:
             self.prefixes.leave(key.worker_id)
-            self._metrics.forget_worker(key.worker_id)
+            self._metrics.forget_worker(facts)
             task = asyncio.create_task(link.close(), name=f"close {key.worker_id}")
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)

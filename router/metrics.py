@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from ..core.request import FinishReason
+from ..core import metrics
+from ..core.board import Board, render
+from ..core.life import Life
 from .coefficients import FIELDS
-from .facts import LoadFacts, WorkerState
+from .engine_totals import EngineTotals
+from .facts import LoadFacts, WorkerFacts, WorkerState
 
-_TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
-_ITL_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
-_E2E_BUCKETS = (0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
 _ERROR_BUCKETS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 4, 8)
 
 DROP_REASONS = ("unknown_request", "stale_epoch", "wrong_worker", "repeated", "gap", "after_end")
@@ -25,25 +24,15 @@ OUTCOMES = ("finished", "rejected", "cancelled", "failed")
 TRANSPORTS = ("grpc", "none")
 
 
-@dataclass(frozen=True, slots=True)
-class RequestFigures:
-    """What one finished request leaves in the metrics."""
-
-    model: str
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
-    finish_reasons: tuple[FinishReason, ...]
-    e2e_s: float
-
-
 class RouterMetrics:
     """The collectors, in a registry of their own: several routers can live in one process."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._totals: dict[str, EngineTotals] = {}
+        self._board = Board(self.registry, ("model_name",), self._refresh)
+        self._pools = Board(self.registry, ("model_name", "engine"))
         self._own()
-        self._like_vllm()
         self.fleet([])
 
     def _own(self) -> None:
@@ -88,50 +77,50 @@ class RouterMetrics:
         for transport in TRANSPORTS:
             self.kv_bytes.labels(transport)
 
-    def _like_vllm(self) -> None:
-        registry, model = self.registry, ["model_name"]
-        self.running = Gauge("vllm:num_requests_running", "Requests in decode", model, registry=registry)
-        self.waiting = Gauge("vllm:num_requests_waiting", "Requests before their first step", model, registry=registry)
-        self.kv_usage = Gauge("vllm:kv_cache_usage_perc", "KV in use, 1 = all of it", model, registry=registry)
-        self.ttft = Histogram(
-            "vllm:time_to_first_token_seconds", "TTFT", model, registry=registry, buckets=_TTFT_BUCKETS
-        )
-        self.itl = Histogram("vllm:inter_token_latency_seconds", "ITL", model, registry=registry, buckets=_ITL_BUCKETS)
-        self.e2e = Histogram(
-            "vllm:e2e_request_latency_seconds", "Whole requests", model, registry=registry, buckets=_E2E_BUCKETS
-        )
-        self.prompt_tokens = Counter("vllm:prompt_tokens", "Prompt tokens", model, registry=registry)
-        self.generation_tokens = Counter("vllm:generation_tokens", "Generated tokens", model, registry=registry)
-        self.success = Counter(
-            "vllm:request_success", "Finished requests", ["model_name", "finished_reason"], registry=registry
-        )
-        self.prefix_queries = Counter("vllm:prefix_cache_queries", "Tokens looked up", model, registry=registry)
-        self.prefix_hits = Counter("vllm:prefix_cache_hits", "Tokens found", model, registry=registry)
-
     def know_model(self, model: str) -> None:
         """Create every series of a model, with zero."""
-        for collector in (self.running, self.waiting, self.kv_usage, self.ttft, self.itl, self.e2e):
-            collector.labels(model)
-        for counter in (self.prompt_tokens, self.generation_tokens, self.prefix_queries, self.prefix_hits):
-            counter.labels(model)
-        for reason in (FinishReason.STOP, FinishReason.LENGTH, FinishReason.CANCELLED, FinishReason.ERROR):
-            self.success.labels(model, reason.value)
+        if model not in self._totals:
+            self._totals[model] = EngineTotals()
+            metrics.know(self._board, model)
 
-    def forget_worker(self, worker_id: str) -> None:
+    def know_worker(self, facts: WorkerFacts) -> None:
+        """A worker is connected: its model, and the size of its KV pool."""
+        self.know_model(facts.model.name)
+        self._pools.set(
+            metrics.CACHE_POOL,
+            facts.model.name,
+            facts.worker_id,
+            str(facts.block_tokens),
+            str(facts.num_kv_blocks),
+            value=1,
+        )
+
+    def forget_worker(self, facts: WorkerFacts) -> None:
         """Drop the series of a worker that is gone."""
+        worker_id = facts.worker_id
+        self._pools.forget(metrics.CACHE_POOL, facts.model.name, worker_id)
+        if totals := self._totals.get(facts.model.name):
+            totals.forget(facts.key)
         for name in FIELDS:
             with contextlib.suppress(KeyError):
                 self.coefficient.remove(worker_id, name)
 
-    def finished(self, figures: RequestFigures) -> None:
-        """A request reached its end."""
-        self.e2e.labels(figures.model).observe(figures.e2e_s)
-        self.prompt_tokens.labels(figures.model).inc(figures.prompt_tokens)
-        self.generation_tokens.labels(figures.model).inc(figures.completion_tokens)
-        self.prefix_queries.labels(figures.model).inc(figures.prompt_tokens)
-        self.prefix_hits.labels(figures.model).inc(figures.cached_tokens)
-        for reason in figures.finish_reasons:
-            self.success.labels(figures.model, reason.value).inc()
+    def generated(self, model: str, num_tokens: int) -> None:
+        """Tokens of some choices arrived."""
+        self._board.add(metrics.GENERATION_TOKENS, model, amount=num_tokens)
+
+    def ended(self, model: str, life: Life) -> None:
+        """A request is over."""
+        metrics.count_life(self._board, life, model)
+
+    def engine(self, worker: WorkerFacts, load: LoadFacts) -> None:
+        """A worker's load report: what its engine has counted."""
+        self.know_model(worker.model.name)
+        self._totals[worker.model.name].take(worker.key, load)
+
+    def render(self, accept: str) -> tuple[bytes, str]:
+        """Everything, in the format that an Accept header asks for: the body and its content type."""
+        return render(self.registry, accept)
 
     def fleet(self, states: Iterable[tuple[str, WorkerState]]) -> None:
         """How many workers of which role stand where."""
@@ -147,6 +136,10 @@ class RouterMetrics:
         reports = list(loads)
         used = sum(r.total_blocks - r.free_blocks for r in reports)
         total = sum(r.total_blocks for r in reports)
-        self.running.labels(model).set(sum(r.running for r in reports))
-        self.waiting.labels(model).set(sum(r.waiting for r in reports))
-        self.kv_usage.labels(model).set(used / total if total else 0.0)
+        self._board.set(metrics.RUNNING, model, value=sum(r.running for r in reports))
+        self._board.set(metrics.WAITING, model, value=sum(r.waiting for r in reports))
+        self._board.set(metrics.KV_USAGE, model, value=used / total if total else 0.0)
+
+    def _refresh(self) -> None:
+        for model, totals in self._totals.items():
+            metrics.count_engines(self._board, totals.counters, totals.spreads, model)

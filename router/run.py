@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..core.errors import TokensLost, TwostrokeError, WorkerLost
+from ..core.life import Transfer
 from ..core.request import Epoch, FinishReason, Request
 from ..core.timeline import Instant, Timeline
 from ..kv.messages import adopt_instants, epoch_from_wire, error_from_wire, finish_from_wire, logprobs_from_wire
@@ -16,6 +17,7 @@ from .delivery import Delivery, PieceBuffer, Verdict
 from .facts import ModelFacts, WorkerKey
 from .pieces import Piece, Usage
 from .policy import Choice, RequestFacts
+from .wire import transfer_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +51,9 @@ class Run:
         self.token_gaps_s = array("d")
         self.first_token_s: float | None = None
         self.handovers: list[tuple[int, dict[str, Any]]] = []
+        self.transfers: list[Transfer] = []
         self.deadline: asyncio.TimerHandle | None = None
-        self._first_choice: int | None = None  # whose token came first: its instants are the request's
+        self.first_choice: int | None = None  # whose token came first: its instants are the request's
         self._last_token_s: dict[int, float] = {}
         self._cached: dict[int, int] = {}
         self._buffer = PieceBuffer(max_pieces)
@@ -134,7 +137,7 @@ class Run:
 
     def _note_pace(self, choice: int, count: int, now_s: float) -> None:
         if self.first_token_s is None:
-            self.first_token_s, self._first_choice = now_s, choice
+            self.first_token_s, self.first_choice = now_s, choice
         last_s = self._last_token_s.get(choice)
         if last_s is not None and count:
             self.token_gaps_s.extend([(now_s - last_s) / count] * count)
@@ -143,10 +146,13 @@ class Run:
     def _note_report(self, end: worker_pb2.RequestEnd) -> None:
         current = self.current
         assert current is not None
-        if self._first_choice in (None, end.choice):
+        if self.first_choice in (None, end.choice):
             adopt_instants(self.timeline, end.timeline, current.at_s)
         report = {field.name: getattr(end.handover, field.name) for field in end.handover.DESCRIPTOR.fields}
         self.handovers.append((end.choice, report))
+        transfer = transfer_of(end)
+        if transfer is not None:
+            self.transfers.append(transfer)
 
     # ------------------------------------------------------------------ what the client fetches
 

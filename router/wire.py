@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ..core.errors import InvalidRequest
+from ..core.life import Transfer
 from ..core.request import Epoch, Request
-from ..kv.messages import epoch_to_wire, role_from_wire, sampling_to_wire, spec_from_wire
+from ..core.tally import Spread
+from ..core.timeline import Instant, Timeline
+from ..kv.messages import adopt_instants, epoch_to_wire, role_from_wire, sampling_to_wire, spec_from_wire
 from ..protos import common_pb2, worker_pb2
 from .facts import LoadFacts, ModelFacts, WorkerFacts
 from .policy import WorkerView
 
-_LOAD_FIELDS = [name for name in LoadFacts.__dataclass_fields__ if name != "counters"]
+_LOAD_FIELDS = [name for name in LoadFacts.__dataclass_fields__ if name not in ("counters", "spreads")]
 
 
 def worker_from_wire(info: common_pb2.WorkerInfo) -> WorkerFacts:
@@ -39,6 +42,7 @@ def worker_from_wire(info: common_pb2.WorkerInfo) -> WorkerFacts:
         pid=info.pid,
         release=info.release,
         capabilities=tuple(info.capabilities),
+        metrics_address=info.metrics_address,
     )
 
 
@@ -61,7 +65,8 @@ def _model_from(model: common_pb2.ModelInfo) -> ModelFacts:
 def load_from_wire(report: worker_pb2.LoadReport) -> LoadFacts:
     """What a worker said about its load."""
     values = {name: getattr(report, name) for name in _LOAD_FIELDS}
-    return LoadFacts(**values, counters=tuple(sorted(report.counters.items())))
+    spreads = tuple((name, Spread(tuple(spread.counts), spread.total)) for name, spread in report.spreads.items())
+    return LoadFacts(**values, counters=tuple(sorted(report.counters.items())), spreads=spreads)
 
 
 def submit_to_wire(
@@ -82,3 +87,12 @@ def submit_to_wire(
         ],
         timeout_ms=max(1, round(left_s * 1e3)),
     )
+
+
+def transfer_of(end: worker_pb2.RequestEnd) -> Transfer | None:
+    """The hand-over that an end tells of; None: none came whole."""
+    if not end.handover.prefill_worker or not end.handover.bytes_moved:
+        return None
+    timeline = Timeline()
+    adopt_instants(timeline, end.timeline, 0.0)
+    return Transfer(end.handover.bytes_moved, timeline.between_s(Instant.FIRST_FRAME, Instant.LAST_FRAME))

@@ -35,8 +35,10 @@ ROOMS = {
     "ray": ("cluster/", "prefill_worker/actor.py", "decode_worker/actor.py", "router/actor.py"),
 }
 PURE = (
+    "core/tally.py",
     "kv/pool.py",
     "kv/prefix.py",
+    "kv/residency.py",
     "kv/handover*.py",
     "model/schedule.py",
     "model/sequence.py",
@@ -46,6 +48,7 @@ PURE = (
     "model/holdings.py",
     "model/policy.py",
     "model/pace.py",
+    "model/report.py",
     "model/stopping.py",
     "prefill_worker/policy.py",
     "decode_worker/policy.py",

@@ -41,6 +41,23 @@ def test_gpus_are_given_out_in_turn_and_their_memory_shared():
         place(asked, MachineFacts(8, 200 << 30), MODEL)
 
 
+@pytest.mark.parametrize(
+    ("asked", "ports"), [(0, [0, 0, 0]), ("none", [None] * 3), ("9100", [9100, 9101, 9102]), (None, [0, 0, 0])]
+)
+def test_each_worker_has_a_metrics_port_of_its_own(asked: object, ports: list[int | None]):
+    config = load_config(flags={"cluster.decode": 2, "cluster.worker_metrics_port": asked})
+    plan = place(config, MachineFacts(8, 200 << 30), MODEL)
+    assert [worker.metrics_port for worker in plan.workers] == ports
+    assert plan.members[0].metrics_port is None  # the router has its own door
+
+
+@pytest.mark.parametrize(("first", "words"), [(7999, "the router has 8000"), (65535, "65535 is the last port")])
+def test_a_metrics_port_that_another_needs_is_refused(first: int, words: str):
+    config = load_config(flags={"cluster.worker_metrics_port": first})
+    with pytest.raises(ConfigError, match=words):
+        place(config, MachineFacts(8, 200 << 30), MODEL)
+
+
 def test_no_prefill_workers_means_combined_ones():
     plan = place(load_config(flags={"cluster.prefill": 0, "cluster.decode": 2}), MachineFacts(1, 100 << 30), MODEL)
     assert [m.role for m in plan.workers] == [Role.COMBINED, Role.COMBINED]

@@ -124,6 +124,8 @@ def test_serves_answers_reports_drains_and_leaves_nothing(served: Served):
         line = next(line for line in table.stdout.splitlines() if worker["worker_id"] in line)
         assert str(worker["pid"]) in line
         assert f"0 of {worker['blocks']['total']:,}" in line
+        assert worker["metrics_address"] in line
+        assert httpx.get(f"http://{worker['metrics_address']}/health", timeout=20).status_code == 200
     _interrupt_in_mid_stream(served, url)
 
 
@@ -201,7 +203,7 @@ def test_a_dead_worker_is_started_again(served: Served):
 def test_dry_run_prints_the_plan_and_starts_nothing():
     amounts = ("--kv-cache-tokens", "8192", "--swap-space", "0.25")
     arithmetic = ("--quantization", "int8", "--kernels", "torch")
-    on_cpu = {"TWOSTROKE__MODEL__DEVICE": "cpu"}
+    on_cpu = {"TWOSTROKE__MODEL__DEVICE": "cpu", "TWOSTROKE__CLUSTER__WORKER_METRICS_PORT": "9100"}
     done = _twostroke("serve", "--dry-run", "--prefill", "2", "--decode", "3", *amounts, *arithmetic, **on_cpu)
     assert done.returncode == 0, done.stderr
     assert "computes in bfloat16, weights rounded to int8, torch kernels on cpu" in done.stdout
@@ -210,6 +212,7 @@ def test_dry_run_prints_the_plan_and_starts_nothing():
         assert member in done.stdout
     assert "512 × 16 = 8,192 tokens" in done.stdout
     assert "HTTP 127.0.0.1:8000" in done.stdout
+    assert "their metrics: 9100 to 9104" in done.stdout
 
 
 MISTAKES: list[tuple[list[str], dict[str, str], list[str]]] = [
@@ -217,6 +220,7 @@ MISTAKES: list[tuple[list[str], dict[str, str], list[str]]] = [
     (["--decode", "0"], {}, ["cluster.decode", "0", "greater than or equal to 1"]),
     (["--host", "0.0.0.0"], {}, ["router.host", "0.0.0.0", "--insecure"]),
     (["--port", "7000", "--grpc-port", "7000"], {}, ["7000", "must differ"]),
+    ([], {"TWOSTROKE__CLUSTER__WORKER_METRICS_PORT": "some"}, ["cluster.worker_metrics_port", "some"]),
     (["--model", "/nowhere/at-all"], {}, ["/nowhere/at-all"]),
     (["--config", "/nowhere.yaml"], {}, ["--config /nowhere.yaml"]),
     ([], {"TWOSTROKE__CACHE__BLOK_SIZE": "16"}, ["cache.blok_size", "did you mean 'block_size'?"]),

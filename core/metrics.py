@@ -1,0 +1,262 @@
+"""The metrics that dashboards and schedulers read by vLLM's names, and what each one means here.
+
+Source of names, types and labels: vLLM's metrics (docs/design/metrics, v1/metrics)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from . import buckets
+from .board import Board, Kind, Metric
+from .life import Life
+from .request import FinishReason
+from .tally import Spread
+
+# ------------------------------------------------------------------ of requests, at their end
+
+TTFT = Metric("vllm:time_to_first_token_seconds", Kind.HISTOGRAM, "From arrival to the first token", buckets.TTFT_S)
+ITL = Metric(
+    "vllm:inter_token_latency_seconds", Kind.HISTOGRAM, "From one token of a choice to its next", buckets.ITL_S
+)
+E2E = Metric(
+    "vllm:e2e_request_latency_seconds", Kind.HISTOGRAM, "From arrival to the end of a request", buckets.LATENCY_S
+)
+QUEUE = Metric(
+    "vllm:request_queue_time_seconds",
+    Kind.HISTOGRAM,
+    "From admission until the prompt's first chunk entered a step",
+    buckets.LATENCY_S,
+)
+PREFILL = Metric(
+    "vllm:request_prefill_time_seconds",
+    Kind.HISTOGRAM,
+    "From the first chunk in a step to the first token",
+    buckets.LATENCY_S,
+)
+DECODE = Metric(
+    "vllm:request_decode_time_seconds", Kind.HISTOGRAM, "From the first token to the last", buckets.LATENCY_S
+)
+INFERENCE = Metric(
+    "vllm:request_inference_time_seconds",
+    Kind.HISTOGRAM,
+    "From the first chunk in a step to the last token",
+    buckets.LATENCY_S,
+)
+TIME_PER_TOKEN = Metric(
+    "vllm:request_time_per_output_token_seconds", Kind.HISTOGRAM, "Decode time per token after the first", buckets.ITL_S
+)
+PROMPT_LENGTH = Metric("vllm:request_prompt_tokens", Kind.HISTOGRAM, "Prompt tokens of a request", buckets.TOKENS)
+GENERATION_LENGTH = Metric(
+    "vllm:request_generation_tokens", Kind.HISTOGRAM, "Generated tokens of a choice", buckets.TOKENS
+)
+LONGEST_GENERATION = Metric(
+    "vllm:request_max_num_generation_tokens",
+    Kind.HISTOGRAM,
+    "Generated tokens of a request's longest choice",
+    buckets.TOKENS,
+)
+PARAMS_N = Metric(
+    "vllm:request_params_n", Kind.HISTOGRAM, "n of a request; a worker's sequences are single", (1, 2, 5, 10, 20)
+)
+PARAMS_MAX_TOKENS = Metric("vllm:request_params_max_tokens", Kind.HISTOGRAM, "max_tokens of a request", buckets.TOKENS)
+PREFILL_COMPUTED = Metric(
+    "vllm:request_prefill_kv_computed_tokens",
+    Kind.HISTOGRAM,
+    "Prompt tokens of a request whose KV was computed for it: neither cached nor, at a worker, handed over",
+    buckets.TOKENS,
+)
+SUCCESS = Metric("vllm:request_success", Kind.COUNTER, "Ended choices by reason", labels=("finished_reason",))
+PROMPT_TOKENS = Metric("vllm:prompt_tokens", Kind.COUNTER, "Prompt tokens of finished requests")
+CACHED_TOKENS = Metric(
+    "vllm:prompt_tokens_cached", Kind.COUNTER, "Prompt tokens whose KV was cached or, at a worker, handed over"
+)
+PREFIX_QUERIES = Metric("vllm:prefix_cache_queries", Kind.COUNTER, "Prompt tokens looked up in prefix caches")
+PREFIX_HITS = Metric("vllm:prefix_cache_hits", Kind.COUNTER, "Prompt tokens found in prefix caches")
+EXTERNAL_QUERIES = Metric(
+    "vllm:external_prefix_cache_queries", Kind.COUNTER, "Prompt tokens that decode workers asked prefill workers for"
+)
+EXTERNAL_HITS = Metric("vllm:external_prefix_cache_hits", Kind.COUNTER, "Prompt tokens whose KV was handed over")
+TRANSFER_SECONDS = Metric(
+    "twostroke_handover_transfer_seconds",
+    Kind.HISTOGRAM,
+    "From a hand-over's first frame to its last; it overlaps the prefill of later chunks",
+    buckets.TRANSFER_S,
+)
+TRANSFER_BYTES = Metric(
+    "twostroke_handover_bytes", Kind.HISTOGRAM, "Bytes of a hand-over: planes, scales, headers", buckets.TRANSFER_BYTES
+)
+
+OF_REQUESTS = (
+    *(TTFT, ITL, E2E, QUEUE, PREFILL, DECODE, INFERENCE, TIME_PER_TOKEN),
+    *(PROMPT_LENGTH, GENERATION_LENGTH, LONGEST_GENERATION, PARAMS_N, PARAMS_MAX_TOKENS, PREFILL_COMPUTED),
+    *(PROMPT_TOKENS, CACHED_TOKENS, PREFIX_QUERIES, PREFIX_HITS, EXTERNAL_QUERIES, EXTERNAL_HITS),
+    *(TRANSFER_SECONDS, TRANSFER_BYTES),
+)
+
+# ------------------------------------------------------------------ of engines, while they run
+
+GENERATION_TOKENS = Metric("vllm:generation_tokens", Kind.COUNTER, "Generated tokens")
+PREEMPTIONS = Metric("vllm:num_preemptions", Kind.COUNTER, "Running sequences that gave their blocks back for others")
+CORRUPTED = Metric(
+    "vllm:corrupted_requests", Kind.COUNTER, "Requests that ended because a number in them was not finite"
+)
+HANDOVER_FAILURES = Metric(
+    "twostroke_handover_failures", Kind.COUNTER, "Hand-overs that broke, fell silent, came damaged or were refused"
+)
+HANDOVER_EXPIRED = Metric(
+    "twostroke_handover_expired", Kind.COUNTER, "Prompts whose KV a prefill worker freed because decode fell silent"
+)
+ITERATION_TOKENS = Metric(
+    "vllm:iteration_tokens_total", Kind.HISTOGRAM, "Tokens computed in an engine step", buckets.STEP_TOKENS
+)
+BLOCK_LIFETIME = Metric(
+    "vllm:kv_block_lifetime_seconds",
+    Kind.HISTOGRAM,
+    "From a block's taking to the eviction of its cached KV (sampled)",
+    buckets.RESIDENCY_S,
+)
+BLOCK_IDLE = Metric(
+    "vllm:kv_block_idle_before_evict_seconds",
+    Kind.HISTOGRAM,
+    "From the last time that a sequence took or found a block to its eviction (sampled)",
+    buckets.RESIDENCY_S,
+)
+BLOCK_REUSE_GAP = Metric(
+    "vllm:kv_block_reuse_gap_seconds",
+    Kind.HISTOGRAM,
+    "From one use of a cached block to its next (sampled)",
+    buckets.RESIDENCY_S,
+)
+
+COUNTED_BY_ENGINES = {
+    PREEMPTIONS: ("preemptions",),
+    CORRUPTED: ("ended_non_finite_kv",),
+    HANDOVER_FAILURES: tuple(f"handover_lost_{end}" for end in ("failed", "closed", "silent", "protocol", "corrupted")),
+    HANDOVER_EXPIRED: ("handover_aborted_silent",),
+}
+"""Each metric is the sum of these counters of a load report."""
+
+SPREAD_BY_ENGINES = {
+    "iteration_tokens": ITERATION_TOKENS,
+    "block_lifetime_s": BLOCK_LIFETIME,
+    "block_idle_s": BLOCK_IDLE,
+    "block_reuse_gap_s": BLOCK_REUSE_GAP,
+}
+"""Histograms by their name in a load report."""
+
+OF_ENGINES = (GENERATION_TOKENS, *COUNTED_BY_ENGINES, *SPREAD_BY_ENGINES.values())
+
+RUNNING = Metric("vllm:num_requests_running", Kind.GAUGE, "Sequences that steps compute")
+WAITING = Metric("vllm:num_requests_waiting", Kind.GAUGE, "Sequences before their first step")
+KV_USAGE = Metric("vllm:kv_cache_usage_perc", Kind.GAUGE, "KV blocks in use, 1 = all of them")
+
+GAUGES = (RUNNING, WAITING, KV_USAGE)
+
+CACHE_CONFIG = Metric(
+    "vllm:cache_config_info",
+    Kind.GAUGE,
+    "A worker's KV pool; always 1, the labels say it",
+    labels=(
+        *("block_size", "num_gpu_blocks", "num_cpu_blocks", "cache_dtype"),
+        *("enable_prefix_caching", "gpu_memory_utilization", "swap_space"),
+    ),
+)
+CACHE_POOL = Metric(
+    "vllm:cache_config_info",
+    Kind.GAUGE,
+    "The KV pools of the connected workers; always 1, the labels say it",
+    labels=("block_size", "num_gpu_blocks"),
+)
+WAITING_BY_REASON = Metric(
+    "vllm:num_requests_waiting_by_reason",
+    Kind.GAUGE,
+    "Of the waiting: for blocks and seats here (capacity), or for the other worker of a hand-over (deferred)",
+    labels=("reason",),
+)
+TOKENS_BY_SOURCE = Metric(
+    "vllm:prompt_tokens_by_source", Kind.COUNTER, "Prompt tokens by where their KV came from", labels=("source",)
+)
+SLEEP_STATE = Metric(
+    "vllm:engine_sleep_state", Kind.GAUGE, "An engine that answers is awake; none ever sleeps", labels=("sleep_state",)
+)
+LORA = Metric(
+    "vllm:lora_requests_info",
+    Kind.GAUGE,
+    "Adapters in use: none, max_lora 0 says that none can be",
+    labels=("max_lora", "waiting_lora_adapters", "running_lora_adapters"),
+)
+
+# ------------------------------------------------------------------ counting
+
+REASONS = {
+    FinishReason.STOP: "stop",
+    FinishReason.LENGTH: "length",
+    FinishReason.CANCELLED: "abort",
+    FinishReason.ERROR: "error",
+}
+"""vLLM's words for why a choice ended."""
+
+
+def know(board: Board, *labels: str) -> None:
+    """Let every series of requests and engines exist, with zero, for these leading labels."""
+    board.know((*OF_REQUESTS, *OF_ENGINES, *GAUGES), *labels)
+    for word in REASONS.values():
+        board.know((SUCCESS,), *labels, word)
+
+
+def count_life(board: Board, life: Life, *labels: str) -> None:
+    """What a request that is over leaves. One that was cancelled or failed leaves no length and no whole latency."""
+
+    def observe(metric: Metric, value: float | None) -> None:
+        if value is not None:
+            board.observe(metric, *labels, value=value)
+
+    for reason in life.reasons:
+        board.add(SUCCESS, *labels, REASONS[reason])
+    observe(TTFT, life.ttft_s)
+    for gap_s in life.gaps_s:
+        board.observe(ITL, *labels, value=gap_s)
+    board.add(EXTERNAL_QUERIES, *labels, amount=life.asked_tokens)
+    board.add(EXTERNAL_HITS, *labels, amount=life.moved_tokens)
+    for transfer in life.transfers:
+        observe(TRANSFER_SECONDS, transfer.duration_s)
+        observe(TRANSFER_BYTES, transfer.num_bytes)
+    if life.is_finished:
+        _count_finished(board, life, *labels)
+
+
+def count_engines(board: Board, counters: Mapping[str, int], spreads: Mapping[str, Spread], *labels: str) -> None:
+    """What engines have counted since their start. A histogram with other buckets than ours is left out."""
+    for metric, names in COUNTED_BY_ENGINES.items():
+        board.set(metric, *labels, value=sum(counters.get(name, 0) for name in names))
+    for name, metric in SPREAD_BY_ENGINES.items():
+        spread = spreads.get(name)
+        if spread is not None and len(spread.counts) == len(metric.bounds) + 1:
+            board.put(metric, *labels, spread=spread)
+
+
+def _count_finished(board: Board, life: Life, *labels: str) -> None:
+    board.add(PROMPT_TOKENS, *labels, amount=life.prompt_tokens)
+    board.add(CACHED_TOKENS, *labels, amount=life.prompt_tokens - life.computed_tokens)
+    board.add(PREFIX_QUERIES, *labels, amount=life.prompt_tokens)
+    board.add(PREFIX_HITS, *labels, amount=life.cached_tokens)
+    phases, decode_s = life.phases, life.phases.decode_s
+    after_first = life.generated[0] - 1
+    values: dict[Metric, float | None] = {
+        E2E: life.e2e_s,
+        QUEUE: phases.queue_s,
+        PREFILL: phases.prefill_s,
+        DECODE: decode_s,
+        INFERENCE: phases.inference_s,
+        TIME_PER_TOKEN: decode_s / after_first if decode_s is not None and after_first > 0 else None,
+        PROMPT_LENGTH: life.prompt_tokens,
+        LONGEST_GENERATION: max(life.generated),
+        PARAMS_N: len(life.generated),
+        PARAMS_MAX_TOKENS: life.max_tokens,
+        PREFILL_COMPUTED: life.computed_tokens,
+    }
+    for metric, value in values.items():
+        if value is not None:
+            board.observe(metric, *labels, value=value)
+    for count in life.generated:
+        board.observe(GENERATION_LENGTH, *labels, value=count)

@@ -1,0 +1,97 @@
+"""A worker's HTTP port against clients of every kind: scrapers, probes, and those that only hold a connection."""
+
+import asyncio
+from http import HTTPStatus
+
+import pytest
+
+from twostroke.cluster import scrape
+from twostroke.cluster.scrape import ScrapeServer
+from twostroke.core.errors import ConfigError
+from twostroke.core.request import Role
+
+
+def page(accept: str):
+    return HTTPStatus.OK, "text/plain", f"accepts {accept}".encode()
+
+
+def broken(accept: str):
+    raise ZeroDivisionError(accept)
+
+
+@pytest.fixture
+async def server():
+    server = ScrapeServer({"/metrics": page, "/broken": broken}, exchange_s=1.0)
+    host, port = (await server.start("127.0.0.1", 0)).split(":")
+    yield host, int(port)
+    await server.close()
+
+
+async def ask(server, request: bytes) -> tuple[str, bytes]:
+    """Status line and body of the answer; empty ones when the connection was cut off."""
+    reader, writer = await asyncio.open_connection(*server)
+    try:
+        writer.write(request)
+        answer = await asyncio.wait_for(reader.read(), 10)
+    except ConnectionError:
+        return "", b""
+    finally:
+        writer.close()
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return head.decode().split("\r\n")[0], body
+
+
+CASES = {
+    b"GET /metrics HTTP/1.1\r\nHost: x\r\nAccept: text/plain\r\n\r\n": ("HTTP/1.1 200 OK", b"accepts text/plain"),
+    b"GET /metrics?x=1 HTTP/1.0\r\n\r\n": ("HTTP/1.1 200 OK", b"accepts "),
+    b"HEAD /metrics HTTP/1.1\r\n\r\n": ("HTTP/1.1 200 OK", b""),
+    b"GET / HTTP/1.1\r\n\r\n": ("HTTP/1.1 404 Not Found", b"no such page here; known: /broken, /metrics\n"),
+    b"POST /metrics HTTP/1.1\r\n\r\n": ("HTTP/1.1 405 Method Not Allowed", b"GET only\n"),
+    b"GET /broken HTTP/1.1\r\n\r\n": ("HTTP/1.1 500 Internal Server Error", b"the worker's log has more\n"),
+    b"\x00\xff\xff\r\n\r\n": ("HTTP/1.1 404 Not Found", b"no such page here; known: /broken, /metrics\n"),
+    b"GET /metrics HTTP/1.1\r\nX: " + b"x" * 2 * scrape.MAX_HEAD_BYTES + b"\r\n\r\n": ("", b""),
+}
+
+
+@pytest.mark.parametrize("request_", CASES, ids=lambda value: value[:20].decode("latin-1"))
+async def test_answers(server, request_: bytes):
+    assert await ask(server, request_) == CASES[request_]
+
+
+async def test_a_silent_client_is_let_go_of(server):
+    assert await ask(server, b"GET /metr") == ("", b"")  # at the deadline of the exchange, not of this test
+
+
+async def test_connections_are_bounded_and_room_comes_back(server):
+    idle = [await asyncio.open_connection(*server) for _ in range(scrape.MAX_CONNECTIONS)]
+    assert await ask(server, b"GET /metrics HTTP/1.1\r\n\r\n") == ("", b"")
+    for _, writer in idle:
+        writer.close()
+    async with asyncio.timeout(10):
+        while (await ask(server, b"GET /metrics HTTP/1.1\r\n\r\n"))[0] != "HTTP/1.1 200 OK":
+            await asyncio.sleep(0.01)
+
+
+async def test_a_taken_port_is_named_with_the_remedy(server):
+    host, port = server
+    with pytest.raises(ConfigError, match=rf"127\.0\.0\.1:{port} cannot be bound.*--metrics-port"):
+        await ScrapeServer({}).start(host, port)
+
+
+async def test_a_worker_without_the_port_announces_none(start_worker):
+    worker = await start_worker(Role.COMBINED, metrics_port=None)
+    assert worker.info().metrics_address == ""
+
+
+async def test_a_workers_port_ends_with_it(start_worker):
+    worker = await start_worker(Role.COMBINED)
+    host, port = worker.info().metrics_address.split(":")
+    status, body = await ask((host, int(port)), b"GET /metrics HTTP/1.1\r\n\r\n")
+    assert status == "HTTP/1.1 200 OK"
+    assert b'vllm:num_requests_running{engine="combined-0",model_name="tiny"} 0.0' in body
+    assert (await ask((host, int(port)), b"GET /health HTTP/1.1\r\n\r\n"))[0] == "HTTP/1.1 200 OK"
+    worker.decode.is_draining = True
+    assert (await ask((host, int(port)), b"GET /health HTTP/1.1\r\n\r\n"))[0] == "HTTP/1.1 503 Service Unavailable"
+    await worker.stop(0.0)
+    with pytest.raises(ConnectionError):
+        await asyncio.open_connection(host, int(port))
