@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -58,12 +58,16 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> EngineRoom:
     """
     directory = Path(settings.model_directory)
     settings, pool_size = _decided(settings, directory)
-    model = _model_facts(settings, directory)
-    key = identity_key(settings.cluster_key)
-    cache, step = settings.cache, settings.step
     tokenizer = Tokenizer.load(directory)
     check_decoder(tokenizer)
-    options = replace(_runner_options(settings, model.max_model_len), num_blocks=pool_size.num_blocks)
+    model = _model_facts(settings, directory, tokenizer.eos_ids)
+    key = identity_key(settings.cluster_key)
+    cache, step = settings.cache, settings.step
+    options = replace(
+        _runner_options(settings, model.max_model_len),
+        num_blocks=pool_size.num_blocks,
+        end_ids=tuple(sorted(model.eos_ids)),
+    )
     runner = load_runner(directory, options)
     limits = StepLimits(step.max_num_seqs, step.max_num_batched_tokens, step.max_waiting)
 
@@ -97,7 +101,8 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> EngineRoom:
     return EngineRoom(engine, link, facts, tokenizer, pool_size, policy_of)
 
 
-def _model_facts(settings: WorkerSettings, directory: Path) -> ModelFacts:
+def _model_facts(settings: WorkerSettings, directory: Path, end_ids: Sequence[int]) -> ModelFacts:
+    """`end_ids`: the tokenizer's ends. A chat model often names its end of turn in its tokenizer alone."""
     spec = load_spec(directory)
     for remark in spec.remarks:
         _log.warning("%s: %s", settings.model_name, remark)
@@ -108,7 +113,7 @@ def _model_facts(settings: WorkerSettings, directory: Path) -> ModelFacts:
         directory=str(directory),
         vocab_size=spec.vocab_size,
         max_model_len=max_model_len,
-        eos_ids=frozenset(spec.eos_ids),
+        eos_ids=frozenset((*spec.eos_ids, *(id_ for id_ in end_ids if id_ < spec.vocab_size))),
         weights_fingerprint=weights_fingerprint(directory),
         numerics_class=numerics.digest,
         numerics_description=numerics.description,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -53,6 +53,7 @@ class RunnerOptions:
     device: DeviceChoice = "cpu"
     gpu: int = 0  # which one, where there are several
     graph_seqs: int = 0  # on a GPU: the largest decode step that runs as a graph
+    end_ids: tuple[int, ...] = ()  # what ends a text beside the ids that the config names: the tokenizer's own end
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,7 @@ def load_runner(directory: Path, options: RunnerOptions) -> Runner:
         ConfigError: max_model_len is more than the checkpoint was made for, or the device cannot serve it.
     """
     spec = load_spec(directory)
+    spec = replace(spec, eos_ids=tuple(dict.fromkeys((*spec.eos_ids, *options.end_ids))))
     device = resolve_device(options.device, options.gpu)
     if options.max_model_len is not None and options.max_model_len > spec.max_model_len:
         raise ConfigError(

@@ -139,7 +139,8 @@ class Tokenizer:
             raise InvalidRequest(
                 f"prompt is no valid Unicode: {error.reason} at {error.start}", param="prompt"
             ) from None
-        return self._backend.encode(text, add_special_tokens=add_special_tokens)
+        # One text as a batch: `encode` holds the GIL, and with it every other thread, `encode_batch` does not.
+        return self._backend.encode_batch([text], add_special_tokens=add_special_tokens)[0]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`. Ids outside the vocabulary give no text."""

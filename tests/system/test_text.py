@@ -16,7 +16,8 @@ MODEL = "words"
 LETTERS = "▁abcdehlot"
 NAMES = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *LETTERS, "▁a", "▁b", "▁h", "▁he"]
 ID = {name: place for place, name in enumerate(NAMES)}
-TOOL = len(NAMES)  # only the configuration names it
+TURN = len(NAMES)  # what the tokenizer's configuration calls its end; the model's calls </s> one
+TOOL = TURN + 1  # only that configuration names these
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     directory = tmp_path_factory.mktemp(MODEL)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(vocab_size=TOOL + 3, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, **sizes)
+    config = LlamaConfig(vocab_size=TURN + 3, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, **sizes)
     LlamaForCausalLM(config).save_pretrained(directory)
     merges = [("▁", "a"), ("▁", "b"), ("▁", "h"), ("▁h", "e")]
     backend = tokenizers.Tokenizer(models.BPE(ID, merges, byte_fallback=True, unk_token="<unk>"))
@@ -36,7 +37,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in NAMES[:3]])
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     backend.save(str(directory / "tokenizer.json"))
-    named = {"bos_token": "<s>", "eos_token": "</s>", "additional_special_tokens": ["<tool>", "<t1>", "<t2>", "<t3>"]}
+    named = {"bos_token": "<s>", "eos_token": "<t1>", "additional_special_tokens": ["<tool>", "<t1>", "<t2>", "<t3>"]}
     (directory / "tokenizer_config.json").write_text(json.dumps(named))
     return directory
 
@@ -105,18 +106,8 @@ def test_echo_and_logprobs_are_of_the_one_text(client, sdk):
             assert places[-2:] == [len(shown), len(shown) + 3]
             assert places == sorted(places)
             if shown == "日 é":
-                assert places == [
-                    0,
-                    0,
-                    0,
-                    0,
-                    0,
-                    1,
-                    2,
-                    2,
-                    3,
-                    6,
-                ]  # <s>, the space in front, three bytes, space, two bytes
+                # <s>, the space in front, three bytes, a space, two bytes
+                assert places == [0, 0, 0, 0, 0, 1, 2, 2, 3, 6]
 
 
 def test_special_tokens_show_where_they_are_asked_for_and_stop_where_they_are_named(client, sdk):
@@ -144,3 +135,19 @@ def test_special_tokens_show_where_they_are_asked_for_and_stop_where_they_are_na
 def test_a_token_that_the_model_has_no_row_for_is_refused_by_name(client):
     with pytest.raises(openai.BadRequestError, match="prompt holds '<t3>'"):
         client.completions.create(model=MODEL, prompt="a <t3>")
+
+
+@pytest.mark.parametrize("end", [TURN, ID["</s>"]])
+def test_a_text_ends_where_tokenizer_or_model_name_an_end(client, end):
+    answer = whole(client, **forced(end, max_tokens=9))
+    assert (answer.choices[0].text, answer.choices[0].finish_reason) == ("", "stop")
+    assert answer.usage.completion_tokens == 1
+    late = client.completions.create(
+        model=MODEL,
+        prompt="hello",
+        max_tokens=9,
+        temperature=0,
+        logit_bias={str(end): 100},
+        extra_body={"min_tokens": 3},
+    )
+    assert late.usage.completion_tokens == 4

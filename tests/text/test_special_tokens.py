@@ -126,7 +126,8 @@ decoder = st.lists(contents, max_size=3, unique=True).map(
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    config=fields(values, st.lists(values, max_size=3)),
+    # Of one that a list names twice with other flags, transformers takes now the first, now the last.
+    config=fields(values, st.lists(values, max_size=3, unique_by=lambda v: v if isinstance(v, str) else v["content"])),
     older=fields(contents, st.lists(contents, max_size=3)),
     added=st.one_of(st.none(), decoder),
 )
