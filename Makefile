@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PROTOC := PATH="$(CURDIR)/.venv-protos/bin:$$PATH" .venv-protos/bin/python
 
-.PHONY: setup check format test campaigns demo serve bench bench-engine protos docs clean
+.PHONY: setup check format test campaigns demo serve bench bench-engine load-generators protos docs clean
 
 setup: $(STAMP)-all
 
@@ -51,6 +51,10 @@ bench: $(STAMP)-all
 # Beside transformers, llama.cpp, OpenVINO and vLLM: installs them (into .bench-envs/) the first time, which takes long.
 bench-engine: $(STAMP)-all,test
 	$(BIN)/python bench/engine/campaign.py $(BENCH_ENGINE)
+
+# guidellm and aiperf from PyPI against `serve`; LOAD_GENERATORS=--all: every tool that installs. First time: installs them.
+load-generators: $(STAMP)-all
+	$(BIN)/python bench/load_generators/campaign.py $(LOAD_GENERATORS)
 
 # Generated with an older protoc, so that the code loads on every protobuf from 6.31 on (docs/decisions/0002).
 protos: .venv-protos/.installed

@@ -63,14 +63,18 @@ def router(
     port: o.Port = None,
     grpc_port: o.GrpcPort = None,
     insecure: o.Insecure = None,
+    strict: o.Strict = None,
+    allowed_origins: o.AllowedOrigins = None,
+    allowed_methods: o.AllowedMethods = None,
+    allowed_headers: o.AllowedHeaders = None,
+    allow_credentials: o.AllowCredentials = None,
     config: o.ConfigFile = None,
     parent_pid: ParentPid = None,
 ) -> None:
     """Run one router: both client faces, and the port where workers announce themselves."""
+    settings = o.config_from(locals())
     from ..router.process import RouterProcess, run_router
 
-    flags = {"host": host, "port": port, "grpc_port": grpc_port, "insecure": insecure, "config": config}
-    settings = o.config_from(flags)
     _check_key(settings)
     if settings.router.internal_port == 0:
         raise ConfigError(

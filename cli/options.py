@@ -33,6 +33,11 @@ SETTING_BY_FLAG = {
     "port": "router.port",
     "grpc_port": "router.grpc_port",
     "insecure": "router.insecure",
+    "strict": "router.strict",
+    "allowed_origins": "router.allowed_origins",
+    "allowed_methods": "router.allowed_methods",
+    "allowed_headers": "router.allowed_headers",
+    "allow_credentials": "router.allow_credentials",
 }
 
 Model = Annotated[str | None, typer.Option(help="Directory, GGUF file or hub name. Default: the bundled model.")]
@@ -75,6 +80,17 @@ Host = Annotated[str | None, typer.Option(help="Address of both faces. Another t
 Port = Annotated[int | None, typer.Option(help="HTTP: OpenAI API and metrics. Default: 8000.")]
 GrpcPort = Annotated[int | None, typer.Option(help="gRPC: the SDK. Default: 8001.")]
 Insecure = Annotated[bool | None, typer.Option("--insecure", help="Allow a public host without certificates.")]
+Strict = Annotated[
+    bool | None, typer.Option("--strict", help="Refuse unknown fields of a body; else they are named in the response.")
+]
+AllowedOrigins = Annotated[
+    str | None, typer.Option(help="""Origins whose web pages may use the HTTP face: '["http://localhost:3000"]'.""")
+]
+AllowedMethods = Annotated[str | None, typer.Option(help="""Methods that those pages may use. Default: '["*"]'.""")]
+AllowedHeaders = Annotated[str | None, typer.Option(help="""Headers that those pages may send. Default: '["*"]'.""")]
+AllowCredentials = Annotated[
+    bool | None, typer.Option("--allow-credentials", help="Let browsers send cookies along for those pages.")
+]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file; flags and environment win over it.")]
 
 

@@ -43,6 +43,11 @@ def serve(
     swap_space: o.SwapSpace = None,
     threads: o.Threads = None,
     insecure: o.Insecure = None,
+    strict: o.Strict = None,
+    allowed_origins: o.AllowedOrigins = None,
+    allowed_methods: o.AllowedMethods = None,
+    allowed_headers: o.AllowedHeaders = None,
+    allow_credentials: o.AllowCredentials = None,
     config: o.ConfigFile = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
 ) -> None:

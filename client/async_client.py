@@ -12,8 +12,9 @@ import grpc
 
 from ..core.errors import Cancelled
 from . import calls
-from .calls import Call, Message, Options
+from .calls import Call, ChatOptions, Options
 from .channel import AsyncReplies, AsyncTransport, Endpoint, GrpcAsyncTransport, Tls, check_timeout
+from .messages import Message, TemplateOptions
 from .status import from_rpc_error
 from .values import Chunk, Completion, ModelCard, Tokens
 
@@ -124,17 +125,19 @@ class AsyncClient:
         """Complete a text (or token ids), piece by piece. Not awaited: iterate it."""
         return self._stream(calls.generate_stream(prompt, options))
 
-    async def chat(self, messages: Sequence[Message], **options: Unpack[Options]) -> Completion:
+    async def chat(self, messages: Sequence[Message], **options: Unpack[ChatOptions]) -> Completion:
         """Answer a conversation of `{"role": ..., "content": ...}` and wait for all of it."""
         return await self._ask(calls.chat(messages, options))
 
-    def chat_stream(self, messages: Sequence[Message], **options: Unpack[Options]) -> AsyncCompletionStream:
+    def chat_stream(self, messages: Sequence[Message], **options: Unpack[ChatOptions]) -> AsyncCompletionStream:
         """Answer a conversation, piece by piece. Not awaited: iterate it."""
         return self._stream(calls.chat_stream(messages, options))
 
-    async def tokenize(self, prompt: str | Sequence[Message], *, model: str = "") -> Tokens:
+    async def tokenize(
+        self, prompt: str | Sequence[Message], *, model: str = "", **options: Unpack[TemplateOptions]
+    ) -> Tokens:
         """The ids that a text, or a conversation under the chat template, becomes."""
-        return await self._ask(calls.tokenize(prompt, model))
+        return await self._ask(calls.tokenize(prompt, model, options))
 
     async def models(self) -> tuple[ModelCard, ...]:
         """What is served."""

@@ -14,6 +14,9 @@ from typing import Any, Generic, Literal, TypedDict, TypeVar
 from ..core.errors import InternalError, InvalidRequest, TokensLost
 from ..core.request import FinishReason, TokenLogprobs
 from ..protos import common_pb2, inference_pb2
+from .fields import as_list as _list
+from .fields import set_field as _set
+from .messages import Message, TemplateOptions, add_messages, set_template_options
 from .values import Choice, Chunk, Completion, ModelCard, Tokens, Usage
 
 Rpc = Literal[
@@ -22,7 +25,6 @@ Rpc = Literal[
 STREAMS: frozenset[Rpc] = frozenset({"GenerateStream", "ChatStream"})
 UNARY: tuple[Rpc, ...] = ("Generate", "Chat", "Tokenize", "ListModels", "Abort", "Explain", "Cluster")
 
-Message = Mapping[str, str]
 Result = TypeVar("Result")
 
 
@@ -44,6 +46,7 @@ class Options(TypedDict, total=False):
     stop: str | Sequence[str]
     stop_token_ids: Sequence[int]
     include_stop_str_in_output: bool
+    skip_special_tokens: bool  # False: special tokens give text, and stop strings can hold it
     ignore_eos: bool
     min_tokens: int
     logprobs: int  # how likely every token was, with so many of the likeliest
@@ -54,10 +57,14 @@ class Options(TypedDict, total=False):
     timeout_s: float  # of the whole call, a stream to its end included
 
 
+class ChatOptions(Options, TemplateOptions, total=False):
+    """What `chat` takes by keyword."""
+
+
 _SAMPLING = (
     *("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop_token_ids", "ignore_eos", "min_tokens"),
     *("repetition_penalty", "frequency_penalty", "presence_penalty", "bad_words", "include_stop_str_in_output"),
-    *("logprobs", "prompt_logprobs"),
+    *("skip_special_tokens", "logprobs", "prompt_logprobs"),
 )
 _LISTS = ("stop_token_ids", "bad_words")
 
@@ -94,26 +101,33 @@ def generate_stream(prompt: str | Sequence[int], options: Options) -> Call[Chunk
     )
 
 
-def chat(messages: Sequence[Message], options: Options) -> Call[Completion]:
+def chat(messages: Sequence[Message], options: ChatOptions) -> Call[Completion]:
     """Answer a conversation of `{"role": ..., "content": ...}`."""
     return Call("Chat", _chat_request(messages, options), read_completion, options.get("timeout_s"))
 
 
-def chat_stream(messages: Sequence[Message], options: Options) -> Call[Chunk]:
+def chat_stream(messages: Sequence[Message], options: ChatOptions) -> Call[Chunk]:
     """Like `chat`, piece by piece."""
     reader = StreamReader(options.get("n", 1))
     return Call("ChatStream", _chat_request(messages, options), reader.read, options.get("timeout_s"), reader.finish)
 
 
-def tokenize(prompt: str | Sequence[Message], model: str) -> Call[Tokens]:
-    """The ids of a text, or of a conversation under the model's chat template."""
+def tokenize(prompt: str | Sequence[Message], model: str, options: TemplateOptions) -> Call[Tokens]:
+    """The ids of a text, or of a conversation under the model's chat template.
+
+    Raises:
+        InvalidRequest: see `add_messages`.
+        TypeError: an option does not exist, or goes with a text.
+    """
+    _check_names(options, {} if isinstance(prompt, str) else TemplateOptions.__annotations__)
     request = inference_pb2.TokenizeRequest()
     _set(request, "model", model)
     if isinstance(prompt, str):
         _set(request, "text", prompt, "prompt")
     else:
         request.chat.SetInParent()
-        _add_messages(request.chat, prompt)
+        add_messages(request.chat, prompt)
+        set_template_options(request.chat.options, options)
     return Call("Tokenize", request, lambda reply: Tokens(tuple(reply.token_ids), reply.max_model_len))
 
 
@@ -145,37 +159,28 @@ def _generate_request(prompt: str | Sequence[int], options: Options) -> inferenc
     else:
         request.token_ids.SetInParent()  # an empty prompt is the server's to refuse, not ours to lose
         _set(request.token_ids, "ids", _list(prompt, "prompt"), "prompt")
+    _check_names(options, Options.__annotations__)
     _fill(request, options)
     return request
 
 
-def _chat_request(messages: Sequence[Message], options: Options) -> inference_pb2.ChatRequest:
+def _chat_request(messages: Sequence[Message], options: ChatOptions) -> inference_pb2.ChatRequest:
     request = inference_pb2.ChatRequest()
-    _add_messages(request, messages)
+    add_messages(request, messages)
+    _check_names(options, ChatOptions.__annotations__)
     _fill(request, options)
+    set_template_options(request.options, options)
     return request
 
 
-def _add_messages(request: inference_pb2.ChatRequest | inference_pb2.TokenizeChat, messages: Sequence[Message]) -> None:
-    if isinstance(messages, (str, bytes, Mapping)):
-        raise InvalidRequest(
-            f"messages is a {type(messages).__name__}; give a list of {{'role': ..., 'content': ...}}", param="messages"
-        )
-    for place, message in enumerate(messages):
-        where = f"messages[{place}]"
-        if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
-            raise InvalidRequest(f"{where} is {message!r}; give exactly role and content", param=where)
-        added = request.messages.add()
-        _set(added, "role", message["role"], f"{where}.role")
-        _set(added, "content", message["content"], f"{where}.content")
-
-
-def _fill(request: inference_pb2.GenerateRequest | inference_pb2.ChatRequest, options: Options) -> None:
-    known = Options.__annotations__
+def _check_names(options: Mapping[str, Any], known: Mapping[str, Any]) -> None:
     for name in options:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             raise TypeError(f"unknown option {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"{list(known)}"))
+
+
+def _fill(request: inference_pb2.GenerateRequest | inference_pb2.ChatRequest, options: Options) -> None:
     for name in ("model", "request_id", "user"):
         if name in options:
             _set(request, name, options[name])  # type: ignore[literal-required, unused-ignore]
@@ -202,30 +207,6 @@ def _set_biases(sampling: common_pb2.SamplingParams, biases: Any) -> None:
     except (TypeError, ValueError) as error:
         shown = repr(biases)[:80]
         raise InvalidRequest(f"logit_bias is {shown}; give {{token id: bias}}: {error}", param="logit_bias") from None
-
-
-def _list(values: Any, param: str) -> list[Any]:
-    try:
-        return list(values)
-    except TypeError:
-        raise InvalidRequest(f"{param} is {values!r}; give a list", param=param) from None
-
-
-Wire = TypeVar("Wire")
-
-
-def _set(message: Wire, field: str, value: Any, param: str | None = None) -> Wire:
-    """Set a field; what protobuf refuses (type, range, unpaired surrogates) is the caller's mistake, with a name."""
-    try:
-        if isinstance(value, list):
-            getattr(message, field).extend(value)
-        else:
-            setattr(message, field, value)
-    except (TypeError, ValueError) as error:  # UnicodeEncodeError is a ValueError
-        shown = repr(value)
-        shown = shown if len(shown) <= 80 else shown[:77] + "..."
-        raise InvalidRequest(f"{param or field} is {shown}: {error}", param=param or field) from None
-    return message
 
 
 # ---------------------------------------------------------------- answers

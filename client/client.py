@@ -10,8 +10,9 @@ from typing import Any, Self, TypeVar, Unpack
 import grpc
 
 from . import calls
-from .calls import Call, Message, Options
+from .calls import Call, ChatOptions, Options
 from .channel import Endpoint, GrpcTransport, Replies, Tls, Transport, check_timeout
+from .messages import Message, TemplateOptions
 from .status import from_rpc_error
 from .values import Chunk, Completion, ModelCard, Tokens
 
@@ -107,17 +108,19 @@ class Client:
         """Complete a text (or token ids), piece by piece."""
         return self._stream(calls.generate_stream(prompt, options))
 
-    def chat(self, messages: Sequence[Message], **options: Unpack[Options]) -> Completion:
+    def chat(self, messages: Sequence[Message], **options: Unpack[ChatOptions]) -> Completion:
         """Answer a conversation of `{"role": ..., "content": ...}` and wait for all of it."""
         return self._ask(calls.chat(messages, options))
 
-    def chat_stream(self, messages: Sequence[Message], **options: Unpack[Options]) -> CompletionStream:
+    def chat_stream(self, messages: Sequence[Message], **options: Unpack[ChatOptions]) -> CompletionStream:
         """Answer a conversation, piece by piece."""
         return self._stream(calls.chat_stream(messages, options))
 
-    def tokenize(self, prompt: str | Sequence[Message], *, model: str = "") -> Tokens:
+    def tokenize(
+        self, prompt: str | Sequence[Message], *, model: str = "", **options: Unpack[TemplateOptions]
+    ) -> Tokens:
         """The ids that a text, or a conversation under the chat template, becomes."""
-        return self._ask(calls.tokenize(prompt, model))
+        return self._ask(calls.tokenize(prompt, model, options))
 
     def models(self) -> tuple[ModelCard, ...]:
         """What is served."""

@@ -76,6 +76,22 @@ class BodyTooLarge(InvalidRequest):
     grpc_status = "RESOURCE_EXHAUSTED"
 
 
+class UnsupportedEncoding(InvalidRequest):
+    """The request's body is compressed in a way that is not read here."""
+
+    code = "unsupported_encoding"
+    http_status = 415
+
+
+class OriginForbidden(TwostrokeError):
+    """A web page of another origin asks, and nobody allowed that origin."""
+
+    code = "origin_not_allowed"
+    type = "permission_error"
+    http_status = 403
+    grpc_status = "PERMISSION_DENIED"
+
+
 class Unauthenticated(TwostrokeError):
     """The API key is missing or wrong."""
 

@@ -31,6 +31,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit)
     bad_words: tuple[tuple[int, ...], ...] = ()  # token ids of words that must not come about
     include_stop: bool = False  # what ended the choice stays in its text
+    skip_special_tokens: bool = True  # they give no text
     logprobs: int | None = None  # of every generated token, with so many of the likeliest; None: none
     prompt_logprobs: int | None = None  # the same of every prompt token but the first
 
@@ -93,7 +94,7 @@ class Request:
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     num_choices: int
-    isolation_domain: str
+    isolation_domain: str  # who shares cached prefixes with it: its tenant, or those of its tenant with its salt
     timeout_s: float
     is_chat: bool = False
     is_bounded: bool = True  # false: nobody said how long an answer may be, and `max_tokens` is all that fits
@@ -103,3 +104,11 @@ class Request:
         """How many new tokens per choice admission and routing count: what was asked for, else a usual answer's."""
         most = self.sampling.max_tokens
         return most if self.is_bounded else min(most, USUAL_ANSWER_TOKENS)
+
+    ignored_fields: tuple[str, ...] = ()  # what the client sent and nothing reads, by name
+    tenant: str | None = None  # whose it is; None: the isolation domain's
+
+    @property
+    def owner(self) -> str:
+        """The tenant that may explain and abort it, and whose share of the cluster it uses."""
+        return self.tenant or self.isolation_domain

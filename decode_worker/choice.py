@@ -8,7 +8,7 @@ from typing import NamedTuple
 from ..core.errors import InternalError
 from ..core.request import FinishReason, SamplingParams, TokenLogprobs
 from ..model.stopping import finish_reason
-from ..text.stop import TextStream
+from ..text.stream import TextStream
 from ..text.tokenizer import Tokenizer
 
 
@@ -31,16 +31,31 @@ class Choice:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, params: SamplingParams, eos_ids: Collection[int], emitted_ids: Sequence[int] = ()
+        self,
+        tokenizer: Tokenizer,
+        params: SamplingParams,
+        eos_ids: Collection[int],
+        emitted_ids: Sequence[int] = (),
+        *,
+        prompt_ids: Sequence[int] = (),
     ) -> None:
         """`emitted_ids`: what an earlier dispatch gave the client already; text state is rebuilt from them.
+
+        `prompt_ids`: without these; the text goes on from the prompt's.
 
         Raises:
             InvalidRequest: a stop string is empty.
         """
         self._params = params
         self._eos_ids = eos_ids
-        self._text = TextStream(tokenizer, params.stop, min_tokens=params.min_tokens, include_stop=params.include_stop)
+        self._text = TextStream(
+            tokenizer,
+            params.stop,
+            params.skip_special_tokens,
+            min_tokens=params.min_tokens,
+            include_stop=params.include_stop,
+            prompt_ids=prompt_ids,
+        )
         self._text.push(emitted_ids)
         self.num_tokens = len(emitted_ids)
         self.ended: FinishReason | None = FinishReason.STOP if self._text.is_stopped else None
@@ -72,7 +87,8 @@ class Choice:
             counted.append(token_id)
             self.num_tokens += 1
             self.ended = finish_reason(token_id, self.num_tokens, self._params, self._eos_ids)
-            if self.ended is not FinishReason.STOP or self._params.include_stop:
+            has_text = self.ended is not FinishReason.STOP or self._params.include_stop
+            if has_text or self._text.may_stop_at(token_id):
                 piece = self._text.push((token_id,))
                 texts.append(piece.text)
                 if piece.is_stopped:

@@ -148,8 +148,10 @@ class DecodeService:
     def _run_of(self, message: worker_pb2.Submit, outbox: Outbox) -> Run:
         """Raises TwostrokeError where the order cannot be carried out."""
         order = order_from_wire(message, self._tools.facts.model)
-        emitted = order.prompt_ids[len(order.prompt_ids) - order.num_emitted :]
-        choice = Choice(self._tokenizer, order.params, self._tools.facts.model.eos_ids, emitted)
+        start = len(order.prompt_ids) - order.num_emitted
+        prompt, emitted = order.prompt_ids[:start], order.prompt_ids[start:]
+        eos_ids = self._tools.facts.model.eos_ids
+        choice = Choice(self._tokenizer, order.params, eos_ids, emitted, prompt_ids=prompt)
         return Run(order, choice, outbox, self._tools, self._on_end)
 
     def _known_epoch(self, key: SequenceKey) -> Epoch | None:

@@ -53,6 +53,7 @@ def sampling_to_wire(params: SamplingParams) -> common_pb2.SamplingParams:
         logit_bias=dict(params.logit_bias),
         bad_word_ids=[common_pb2.TokenIds(ids=word) for word in params.bad_words],
         include_stop_str_in_output=params.include_stop,
+        skip_special_tokens=params.skip_special_tokens,
         logprobs=params.logprobs,
         prompt_logprobs=params.prompt_logprobs,
     )
@@ -104,6 +105,7 @@ def sampling_from_wire(message: common_pb2.SamplingParams) -> SamplingParams:
         logit_bias=tuple(sorted(message.logit_bias.items())),
         bad_words=tuple(tuple(word.ids) for word in message.bad_word_ids),
         include_stop=message.include_stop_str_in_output,
+        skip_special_tokens=message.skip_special_tokens if message.HasField("skip_special_tokens") else True,
         logprobs=message.logprobs if message.HasField("logprobs") else None,
         prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
     )

@@ -1,5 +1,7 @@
 """OpenAI's words for what comes back: whole answers and chunks, with logprobs. Knows no HTTP.
 
+`text_offset` counts characters of the choice's own text, the echo included (text/places.py says where a token is).
+
 A token's logprob is given out with the text that it is part of: what may be the beginning of a stop string is withheld
 with its logprobs, and what a stop string cut off, or an end-of-sequence token, has none here. (The SDK's are one per
 token id, these included.) Of a token that was cut in two the logprob is there.
@@ -9,12 +11,15 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from ..core.errors import TwostrokeError
-from ..core.request import Request, TokenLogprobs
+from ..core.request import FinishReason, Request, TokenLogprobs
+from ..text.places import TokenPlaces
 from ..text.token_text import TokenTexts
+from .echo import Echo
 from .models import ServedModel
 from .pieces import Piece, Usage
 
@@ -24,7 +29,11 @@ class Wants(NamedTuple):
 
     logprobs: int | None = None  # of generated tokens, with so many alternatives
     prompt_logprobs: int | None = None  # vLLM's extra
-    echo: str | None = None  # the prompt's text, to stand before the answer's; completions only
+    echo: tuple[Echo, ...] | None = None  # each prompt, to stand before its answers; completions only
+    token_ids: bool = False  # of prompts and answers, beside their texts
+    tokens_as_ids: bool = False  # logprobs name tokens "token_id:7"
+    usage_so_far: bool = False  # in every chunk
+    prompt_only: bool = False  # nothing of what was generated
 
 
 def error_body(error: TwostrokeError) -> dict[str, Any]:
@@ -42,21 +51,46 @@ def usage_body(usage: Usage) -> dict[str, Any]:
     }
 
 
+def _without_output(piece: Piece) -> Piece:
+    """A piece as if nothing had been asked for behind the prompt. Workers generate at least one token."""
+    usage = piece.usage and replace(piece.usage, completion_tokens=0)
+    reason = piece.finish_reason and FinishReason.LENGTH
+    return replace(piece, token_ids=(), text="", logprobs=(), num_shown=0, usage=usage, finish_reason=reason)
+
+
+@dataclass(slots=True)
+class _Prompt:
+    """One prompt of a request, and what became known of it."""
+
+    ids: tuple[int, ...]
+    echo: Echo | None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+    @property
+    def echo_text(self) -> str:
+        """What stands before an answer to it."""
+        return self.echo.text if self.echo else ""
+
+
 @dataclass(slots=True)
 class _Choice:
     """One choice as far as it came."""
 
+    prompt: _Prompt
+    places: TokenPlaces  # in its text
     text: str = ""
+    token_ids: list[int] = field(default_factory=list)
     reason: str | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # given out, or to be given out in one
     waiting: deque[TokenLogprobs] = field(default_factory=deque)  # of tokens whose text is withheld
     num_shown: int = 0
-    offset: int = 0  # characters of the tokens given out before
     has_begun: bool = False
 
     def add(self, piece: Piece) -> list[TokenLogprobs]:
         """Take a piece in; the logprobs that its text sets free."""
         self.text += piece.text
+        self.token_ids += piece.token_ids
+        self.prompt.logprobs = piece.prompt_logprobs or self.prompt.logprobs
         self.waiting += piece.logprobs
         if piece.finish_reason is not None:
             self.reason = piece.finish_reason.value
@@ -68,84 +102,129 @@ class _Choice:
 
 
 class Answer:
-    """Builds the objects of one request's answer from its pieces."""
+    """Builds the objects of one answer from its pieces: to one prompt, or to several with `n` choices each."""
 
-    def __init__(self, head: dict[str, Any], request: Request, model: ServedModel, wants: Wants) -> None:
+    def __init__(self, head: dict[str, Any], requests: Sequence[Request], model: ServedModel, wants: Wants) -> None:
         """`head` has id, object, created and model."""
         self.head = head
-        self._request = request
-        self._words = LogprobWords(model.token_texts, model.tokenizer.special_ids)
+        self._is_chat = requests[0].is_chat
+        self._words = LogprobWords(model.token_texts, as_ids=wants.tokens_as_ids)
         self._wants = wants
-        self._choices = [_Choice() for _ in range(request.num_choices)]
-        self._prompt: tuple[TokenLogprobs, ...] = ()
+        echoes = wants.echo or itertools.repeat(None)
+        self._prompts = [_Prompt(request.prompt_ids, echo) for request, echo in zip(requests, echoes, strict=False)]
+        skip, tokenizer = requests[0].sampling.skip_special_tokens, model.tokenizer
+        self._choices = [
+            _Choice(prompt, TokenPlaces(tokenizer, skip, prompt.ids, len(prompt.echo_text)))
+            for prompt in self._prompts
+            for _ in range(requests[0].num_choices)
+        ]
+        self._num_generated = 0
         self._usage: Usage | None = None
 
     # ------------------------------------------------------------------ in one
 
     def add(self, piece: Piece) -> None:
         """Take a piece of a whole answer."""
-        choice = self._choices[piece.choice]
-        choice.logprobs += choice.add(piece)
-        self._prompt = piece.prompt_logprobs or self._prompt
-        self._usage = piece.usage or self._usage
+        _, choice, fresh = self._take(piece)
+        choice.logprobs += fresh
 
     def whole(self) -> dict[str, Any]:
         """The response, after the last piece."""
         choices = [self._whole_choice(index, choice) for index, choice in enumerate(self._choices)]
         answer = self.head | {"choices": choices, "usage": usage_body(self._usage) if self._usage else None}
-        if self._request.is_chat and self._wants.prompt_logprobs is not None:
-            answer["prompt_logprobs"] = self._words.prompt(self._prompt, self._wants.prompt_logprobs)
+        if self._is_chat and self._wants.prompt_logprobs is not None:
+            answer["prompt_logprobs"] = self._prompt_logprobs(self._choices[0])
+        if self._is_chat and self._wants.token_ids:
+            answer["prompt_token_ids"] = self._prompts[0].ids
         return answer
 
     def _whole_choice(self, index: int, choice: _Choice) -> dict[str, Any]:
         logprobs = self._logprobs(choice, choice.logprobs, is_first=True)
         said: dict[str, Any] = {"index": index, "finish_reason": choice.reason, "logprobs": logprobs}
-        if self._request.is_chat:
+        if self._wants.token_ids:
+            said["token_ids"] = choice.token_ids
+        if self._is_chat:
             return said | {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
+        if self._wants.token_ids:
+            said["prompt_token_ids"] = choice.prompt.ids
         if self._wants.prompt_logprobs is not None:
-            said["prompt_logprobs"] = self._words.prompt(self._prompt, self._wants.prompt_logprobs)
-        return said | {"text": (self._wants.echo or "") + choice.text}
+            said["prompt_logprobs"] = self._prompt_logprobs(choice)
+        return said | {"text": choice.prompt.echo_text + choice.text}
+
+    def _prompt_logprobs(self, choice: _Choice) -> list[dict[str, Any] | None]:
+        return self._words.prompt(choice.prompt.logprobs, self._wants.prompt_logprobs or 0)
 
     # ------------------------------------------------------------------ in chunks
 
     def chunk(self, piece: Piece) -> dict[str, Any]:
         """One streamed chunk of one choice; the choice's first carries the role, or the echo."""
-        choice = self._choices[piece.choice]
-        fresh = choice.add(piece)
-        self._prompt = piece.prompt_logprobs or self._prompt
+        piece, choice, fresh = self._take(piece)
         is_first, choice.has_begun = not choice.has_begun, True
         reason = piece.finish_reason.value if piece.finish_reason else None
         logprobs = self._logprobs(choice, fresh, is_first=is_first)
         said: dict[str, Any] = {"index": piece.choice, "finish_reason": reason, "logprobs": logprobs}
-        if self._request.is_chat:
+        chunk = self.head | {"choices": [said]}
+        if self._wants.token_ids:
+            said["token_ids"] = piece.token_ids
+            if is_first:
+                (chunk if self._is_chat else said)["prompt_token_ids"] = choice.prompt.ids
+        if self._is_chat:
             role = {"role": "assistant"} if is_first else {}
             said["delta"] = role | ({"content": piece.text} if piece.text or is_first else {})
         else:
-            said["text"] = (self._wants.echo or "" if is_first else "") + piece.text
-        return self.head | {"choices": [said]}
+            said["text"] = (choice.prompt.echo_text if is_first else "") + piece.text
+        if self._wants.usage_so_far:
+            chunk["usage"] = self._usage_so_far()
+        return chunk
+
+    def last_chunk(self) -> dict[str, Any] | None:
+        """The chunk behind all choices, with the usage; None: the stream did not come to its end."""
+        return None if self._usage is None else self.head | {"choices": [], "usage": usage_body(self._usage)}
+
+    def _usage_so_far(self) -> dict[str, Any]:
+        """Of all choices together; what was cached is known at the end."""
+        prompt = sum(len(prompt.ids) for prompt in self._prompts)
+        counts = {"prompt_tokens": prompt, "completion_tokens": self._num_generated}
+        return counts | {"total_tokens": prompt + self._num_generated}
+
+    # ------------------------------------------------------------------ both
+
+    def _take(self, piece: Piece) -> tuple[Piece, _Choice, list[TokenLogprobs]]:
+        """Take a piece in: as it is told, its choice, and the logprobs that its text sets free."""
+        if self._wants.prompt_only:
+            piece = _without_output(piece)
+        choice = self._choices[piece.choice]
+        fresh = choice.add(piece)
+        self._num_generated += len(piece.token_ids)
+        self._usage = piece.usage or self._usage
+        return piece, choice, fresh
 
     def _logprobs(self, choice: _Choice, fresh: list[TokenLogprobs], *, is_first: bool) -> dict[str, Any] | None:
         """What stands under `logprobs`; None: not asked for, or nothing of it here."""
         num_top = self._wants.logprobs
         if num_top is None:
             return None
-        if self._request.is_chat:
+        if self._is_chat:
             return {"content": [self._words.chat(one) for one in fresh], "refusal": None} if fresh else None
-        echoed = self._request.prompt_ids if is_first and self._wants.echo is not None else ()
-        if not fresh and not echoed:
-            return None
-        told: list[tuple[int, TokenLogprobs | None]] = list(itertools.zip_longest(echoed, (None, *self._prompt)))
-        told = told[: len(echoed)] + [(one.token_id, one) for one in fresh]
-        body, choice.offset = self._words.completion(told, num_top, choice.offset)
-        return body
+        told: list[tuple[int, TokenLogprobs | None]] = [(one.token_id, one) for one in fresh]
+        places = choice.places.of([one.token_id for one in fresh])
+        prompt = choice.prompt
+        if is_first and prompt.echo is not None:
+            told = [*itertools.zip_longest(prompt.ids, (None, *prompt.logprobs)[: len(prompt.ids)]), *told]
+            places = [*prompt.echo.places, *places]
+        return self._words.completion(told, num_top, places) if told else None
 
 
 class LogprobWords:
     """Logprobs in the words of OpenAI's two interfaces and of vLLM's extra."""
 
-    def __init__(self, texts: TokenTexts, special_ids: frozenset[int]) -> None:
+    def __init__(self, texts: TokenTexts, *, as_ids: bool = False) -> None:
+        """`as_ids`: tokens are named "token_id:7", for several may have one text. Bytes and offsets stay the text's."""
         self._texts = texts
-        self._special_ids = special_ids
+        self._as_ids = as_ids
+
+    def _name(self, token_id: int) -> str:
+        return f"token_id:{token_id}" if self._as_ids else self._texts.of(token_id).text
 
     def chat(self, one: TokenLogprobs) -> dict[str, Any]:
         """An entry of a chat's `logprobs.content`."""
@@ -153,34 +232,26 @@ class LogprobWords:
         return self._entry(one.token_id, one.logprob) | {"top_logprobs": top}
 
     def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
-        text, raw = self._texts.of(token_id)
-        return {"token": text, "logprob": logprob, "bytes": list(raw)}
+        return {"token": self._name(token_id), "logprob": logprob, "bytes": list(self._texts.of(token_id).raw)}
 
     def completion(
-        self, told: list[tuple[int, TokenLogprobs | None]], num_top: int, offset: int
-    ) -> tuple[dict[str, Any], int]:
-        """A completion's `logprobs` and where its text ends. `told`: token ids, each with what is known of it.
+        self, told: Sequence[tuple[int, TokenLogprobs | None]], num_top: int, places: list[int]
+    ) -> dict[str, Any]:
+        """A completion's `logprobs`. `told`: token ids, each with what is known of it; `places`: of each in the text.
 
-        The alternatives hold the token itself too, so there may be one more than asked for. Offsets count characters of
-        the tokens before; special tokens have none.
+        The alternatives hold the token itself too, so there may be one more than asked for.
         """
-        offsets, texts = [], []
-        for token_id, _ in told:
-            texts.append(self._texts.of(token_id).text)
-            offsets.append(offset)
-            offset += 0 if token_id in self._special_ids else len(texts[-1])
-        body = {
-            "tokens": texts,
+        return {
+            "tokens": [self._name(token_id) for token_id, _ in told],
             "token_logprobs": [one and one.logprob for _, one in told],
             "top_logprobs": [one and self._alternatives(one, num_top) for _, one in told],
-            "text_offset": offsets,
+            "text_offset": places,
         }
-        return body, offset
 
     def _alternatives(self, one: TokenLogprobs, num_top: int) -> dict[str, float]:
         named: dict[str, float] = {}
         for token_id, logprob in (*one.top[:num_top], (one.token_id, one.logprob)):
-            named.setdefault(self._texts.of(token_id).text, logprob)
+            named.setdefault(self._name(token_id), logprob)
         return named
 
     def prompt(self, prompt: tuple[TokenLogprobs, ...], num_top: int) -> list[dict[str, Any] | None]:

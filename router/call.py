@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+UNTIL_FULL = 2**31 - 1  # as the usual max_tokens: whatever the context leaves
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
@@ -14,6 +16,11 @@ class Call:
     model: str | None = None
     prompt: str | Sequence[int] | None = None  # exactly one of prompt and messages
     messages: Sequence[Mapping[str, Any]] | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None  # these five go with messages only
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    documents: Sequence[Mapping[str, Any]] | None = None
+    reasoning_effort: str | None = None
     max_tokens: int | None = None
     usual_max_tokens: int | None = None  # the face's own default for max_tokens; none: the router's
     min_tokens: int | None = None
@@ -26,6 +33,7 @@ class Call:
     stop_token_ids: Sequence[int] = field(default_factory=tuple)
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
     min_p: float | None = None
     repetition_penalty: float | None = None
     frequency_penalty: float | None = None
@@ -35,6 +43,7 @@ class Call:
     logprobs: int | None = None  # how many of the likeliest beside each token
     top_logprobs: int | None = None  # the same under the name that chats have for it; one of the two
     prompt_logprobs: int | None = None
+    cache_salt: str | None = None  # only requests of the same tenant and salt share cached prefixes
     request_id: str | None = None
     api_key: str | None = None
     timeout_s: float | None = None  # what the client's own deadline leaves

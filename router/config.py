@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from ..core.config import Section
+
+
+def _listed(value: Any) -> Any:
+    """A flag's text: a JSON list, as vLLM takes it, or words with commas between them."""
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith("["):
+        return json.loads(value)
+    return [word.strip() for word in value.split(",") if word.strip()]
+
+
+Words = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 
 
 class RouterConfig(Section):
@@ -19,7 +33,13 @@ class RouterConfig(Section):
     insecure: bool = Field(False, description="allow a public host without certificates and keys")
     api_keys: tuple[str, ...] = Field((), description="accepted keys; none: no authentication (loopback only)")
     max_body_bytes: int = Field(4 << 20, ge=1024)
+    strict: bool = Field(False, description="refuse unknown fields of a body instead of naming them in the response")
+    allowed_origins: Words = Field((), description="origins whose web pages may use this router; '*': all")
+    allowed_methods: Words = Field(("*",), description="methods that pages of these origins may use")
+    allowed_headers: Words = Field(("*",), description="headers that pages of these origins may send")
+    allow_credentials: bool = Field(False, description="whether browsers may send cookies along")
     max_choices: int = Field(8, ge=1, le=128, description="largest n")
+    max_prompts: int = Field(256, ge=1, description="most prompts in one request; more than one: completions only")
     max_running: int = Field(
         512,
         ge=1,

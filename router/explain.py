@@ -21,11 +21,13 @@ def explain_run(run: Run, state: str) -> dict[str, Any]:
     usage = run.usage
     return {
         "request_id": run.request_id,
+        "tenant": run.request.owner,
         "isolation_domain": run.request.isolation_domain,
         "model": run.request.model,
         "state": state,
         "num_choices": run.request.num_choices,
         "sampling": asdict(run.request.sampling),
+        "ignored_fields": list(run.request.ignored_fields),
         "timeout_s": run.request.timeout_s,
         "tokens": {
             "prompt": usage.prompt_tokens,

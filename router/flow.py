@@ -138,10 +138,10 @@ class Flow:
     def explain(self, request_id: str) -> dict[str, Any] | None:
         """Everything known about a running or recent request, JSON-able; None: not known (any more).
 
-        Keys: request_id, isolation_domain, model, state ("running", "finished", "cancelled", "failed", "rejected"),
-        num_choices, sampling, timeout_s, tokens {prompt, cached, completion}, prefill_worker (None: prefilled locally),
-        decode_worker, kv_bytes_moved, kv_bytes_as_bf16, handover, ttft_ms, itl_ms {mean, p50, max} or None,
-        finish_reasons, error {code, message} or None, timeline {instant: ms since arrived, in order},
+        Keys: request_id, tenant, isolation_domain, model, state ("running", "finished", "cancelled", "failed",
+        "rejected"), num_choices, sampling, timeout_s, tokens {prompt, cached, completion}, prefill_worker (None:
+        prefilled locally), decode_worker, kv_bytes_moved, kv_bytes_as_bf16, handover, ttft_ms, itl_ms {mean, p50, max}
+        or None, finish_reasons, error {code, message} or None, timeline {instant: ms since arrived, in order},
         choice {reason, winner, prefill_peers, candidates}, dispatches.
         """
         run = self._runs.open.get(request_id)
@@ -190,7 +190,7 @@ class Flow:
             raise InvalidRequest(f"request_id {request.request_id!r} is in use; choose another", param="request_id")
         model = self._model_of(request)
         tokens = request.num_choices * (len(request.prompt_ids) + request.expected_tokens)
-        offer = Offer(request.request_id, request.isolation_domain, tokens, request.timeout_s)
+        offer = Offer(request.request_id, request.owner, tokens, request.timeout_s)
         try:
             if self._refusing:
                 raise Unavailable(self._refusing, retry_after_s=RETRY_AFTER_S)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ..core.errors import Overloaded
+from ..core.errors import InvalidRequest, Overloaded
 from ..core.request import Request
 from ..core.timeline import Instant, Timeline
+from .batch import Lists, explain_list, merged, name_of
 from .call import Call
 from .config import RouterConfig
 from .flow import Flow
@@ -20,12 +21,17 @@ from .validate import Limits, authenticate, validate
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A request under way. `first` is there already: whatever could be refused has been."""
+    """A request under way, or a list of them. `first` is there already: whatever could be refused has been."""
 
-    request: Request
+    requests: tuple[Request, ...]
     model: ServedModel
     first: Piece
     rest: AsyncGenerator[Piece, None]
+
+    @property
+    def request(self) -> Request:
+        """The request, or the list's first."""
+        return self.requests[0]
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """All pieces in order. Closing it cancels the request."""
@@ -44,8 +50,10 @@ class Front:
         """`reads_defaults`: see `ModelDirectory`."""
         self.flow = flow
         self.limits = Limits.of(config)
+        self._lists = Lists()
         self.models = ModelDirectory(flow, reads_defaults=reads_defaults)
         self._max_reading = config.max_running
+        self._max_tokens = config.max_running_tokens
         self._num_reading = 0  # calls between their body and admission
 
     def authenticate(self, api_key: str | None) -> str:
@@ -53,13 +61,22 @@ class Front:
         return authenticate(api_key, self.limits)
 
     def explain(self, request_id: str, domain: str) -> dict[str, Any] | None:
-        """What is known of a request, for its own tenant only; None: nothing (any more)."""
-        explained = self.flow.explain(request_id)
-        return explained if explained is not None and explained["isolation_domain"] == domain else None
+        """What is known of a request or a list, for its own tenant only; None: nothing (any more)."""
+        explained = self._explain_own(request_id, domain)
+        if explained is not None:
+            return explained
+        names = self._lists.requests(domain, request_id)
+        return explain_list(request_id, names, lambda name: self._explain_own(name, domain))
 
     async def abort(self, request_id: str, domain: str) -> bool:
-        """Cancel a tenant's own running request. False: it has none of that name."""
-        return self.explain(request_id, domain) is not None and await self.flow.abort(request_id)
+        """Cancel a tenant's own running request, or all of a list. False: it has none of that name."""
+        names = self._lists.requests(domain, request_id) or [request_id]
+        own = [name for name in names if self._explain_own(name, domain) is not None]
+        return any([await self.flow.abort(name) for name in own])
+
+    def _explain_own(self, request_id: str, domain: str) -> dict[str, Any] | None:
+        explained = self.flow.explain(request_id)
+        return explained if explained is not None and explained["tenant"] == domain else None
 
     async def admit(self, call: Call) -> tuple[Request, ServedModel]:
         """Validate and tokenise a call.
@@ -68,15 +85,19 @@ class Front:
             InvalidRequest and its kin, Unauthenticated, Unavailable: see router/validate.py and router/models.py.
             Overloaded: as many calls as may run are being read already.
         """
-        self.authenticate(call.api_key)  # before anything is told about models
-        if self._num_reading >= self._max_reading:
+        (request,), model = await self._admit([call])
+        return request, model
+
+    async def _admit(self, calls: Sequence[Call]) -> tuple[tuple[Request, ...], ServedModel]:
+        self.authenticate(calls[0].api_key)  # before anything is told about models
+        if self._num_reading + len(calls) > self._max_reading:
             raise Overloaded(f"{self._num_reading} requests are being read, the most that are", retry_after_s=1.0)
-        self._num_reading += 1
+        self._num_reading += len(calls)
         try:
-            model = await self.models.get(call.model)
-            return await asyncio.to_thread(validate, call, model, self.limits), model
+            model = await self.models.get(calls[0].model)
+            return await asyncio.to_thread(_validate, calls, model, self.limits), model
         finally:
-            self._num_reading -= 1
+            self._num_reading -= len(calls)
 
     async def start(self, call: Call) -> Started:
         """Admit a call and run it up to its first piece.
@@ -84,13 +105,61 @@ class Front:
         Raises:
             TwostrokeError: whatever `admit` or `Flow.generate` refuse it for.
         """
-        timeline = Timeline()
-        timeline.mark(Instant.ARRIVED, self.flow.clock.now_s())
-        request, model = await self.admit(call)
-        pieces = self.flow.generate(request, timeline)
+        return await self._start([call])
+
+    async def start_list(self, name: str, calls: Sequence[Call]) -> Started:
+        """Admit the calls of a list of prompts, which differ in nothing else, and run them up to the first piece.
+
+        A list of one is a request of that name.
+
+        Raises:
+            TwostrokeError: whatever one of them is refused for; then none of them runs.
+        """
+        if len(calls) == 1:
+            return await self.start(replace(calls[0], request_id=name))
+        named = [replace(call, request_id=name_of(name, place)) for place, call in enumerate(calls)]
+        return await self._start(named, name)
+
+    async def _start(self, calls: Sequence[Call], name: str | None = None) -> Started:
+        arrived_s = self.flow.clock.now_s()
+        requests, model = await self._admit(calls)
+        if name is not None:
+            self._check_room(requests)
+            self._lists.add(requests[0].owner, name, len(requests))
+        streams = [self.flow.generate(request, _begun(arrived_s)) for request in requests]
+        pieces = streams[0] if name is None else merged(streams, requests[0].num_choices)
         try:
             first = await anext(pieces)
         except BaseException:
             await pieces.aclose()
             raise
-        return Started(request, model, first, pieces)
+        return Started(requests, model, first, pieces)
+
+    def _check_room(self, requests: Sequence[Request]) -> None:
+        """Refuse a list for good that could never be under way at once; "come back later" would not be true."""
+        tokens = sum(r.num_choices * (len(r.prompt_ids) + r.expected_tokens) for r in requests)
+        if tokens > self._max_tokens:
+            raise InvalidRequest(
+                f"the {len(requests)} prompts have {tokens} tokens with those that they ask for; at most "
+                f"{self._max_tokens} are under way at once (router.max_running_tokens): send fewer prompts per request",
+                param="prompt",
+            )
+
+
+def _begun(arrived_s: float) -> Timeline:
+    timeline = Timeline()
+    timeline.mark(Instant.ARRIVED, arrived_s)
+    return timeline
+
+
+def _validate(calls: Sequence[Call], model: ServedModel, limits: Limits) -> tuple[Request, ...]:
+    """All calls as requests, or the first one's error, which says which prompt it is about."""
+    requests = []
+    for place, call in enumerate(calls):
+        try:
+            requests.append(validate(call, model, limits))
+        except InvalidRequest as error:
+            if len(calls) == 1 or error.param != "prompt":
+                raise
+            raise type(error)(f"prompt {place} of {len(calls)}: {error.message}", param="prompt") from None
+    return tuple(requests)

@@ -2,44 +2,41 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 import logging
+import re
 import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from dataclasses import replace
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
-from starlette.requests import ClientDisconnect
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ..core.errors import (
-    BodyTooLarge,
-    Cancelled,
-    DeadlineExceeded,
-    InternalError,
-    RequestNotFound,
-    TwostrokeError,
-    Unavailable,
-)
+from .. import __version__
+from ..core.errors import InternalError, RequestNotFound, TwostrokeError, Unavailable
 from . import openai
-from .answers import Answer, Wants, error_body, usage_body
+from .answers import Answer, Wants, error_body
+from .bodies import read_body
+from .browser import cors, refuse_foreign_page
 from .call import Call
 from .config import RouterConfig
+from .echo import Echo, echo_of
+from .fields import Body, ChatBody, CompletionBody
 from .front import Front, Started
-from .pieces import Piece, Usage
-from .stream import EventStream, until_disconnect
+from .pieces import Piece
+from .stream import EventStream, JsonAnswer, event, until_disconnect
 from .validate import is_request_id, new_request_id
 
 log = logging.getLogger(__name__)
 
-BODY_S = 60.0  # within which a body must be here
 REQUEST_ID = "x-request-id"
+IGNORED = "x-twostroke-ignored"
 
 Handler = Callable[[HttpRequest], Awaitable[Response]]
 
@@ -55,9 +52,15 @@ def make_app(config: RouterConfig, front: Front) -> Starlette:
         Route("/v1/requests/{request_id}/explain", _typed(face.explain), methods=["GET"]),
         Route("/v1/cluster", _typed(face.cluster), methods=["GET"]),
         Route("/health", _typed(face.health), methods=["GET"]),
+        Route("/ping", _typed(face.health), methods=["GET", "POST"]),  # where SageMaker asks, as vLLM has it
+        Route("/version", _typed(face.version), methods=["GET"]),
         Route("/metrics", _typed(face.metrics), methods=["GET"]),
     ]
-    return Starlette(routes=routes, exception_handlers={404: _no_such_route, 405: _wrong_method})
+    return Starlette(
+        routes=routes,
+        middleware=[*cors(config), Middleware(_TidyPaths)],
+        exception_handlers={404: _no_such_route, 405: _wrong_method},
+    )
 
 
 class _Face:
@@ -66,39 +69,57 @@ class _Face:
         self._front = front
 
     async def chat(self, http: HttpRequest) -> Response:
-        body = openai.parse(await self._body(http), openai.ChatBody)
-        assert isinstance(body, openai.ChatBody)
-        call = openai.chat_call(body, _api_key(http))
-        return await self._run(http, call, "chat.completion", body)
+        api_key = self._admit(http)
+        body = await self._parse(http, ChatBody)
+        return await self._run(http, [openai.chat_call(body, api_key)], "chat.completion", body)
 
     async def completions(self, http: HttpRequest) -> Response:
-        body = openai.parse(await self._body(http), openai.CompletionBody)
-        assert isinstance(body, openai.CompletionBody)
-        call = openai.completion_call(body, _api_key(http))
-        return await self._run(http, call, "text_completion", body)
+        api_key = self._admit(http)
+        body = await self._parse(http, CompletionBody)
+        most = min(self._config.max_prompts, self._config.max_running)
+        return await self._run(http, openai.completion_calls(body, api_key, most), "text_completion", body)
 
-    async def _run(self, http: HttpRequest, call: Call, kind: str, body: openai.Body) -> Response:
-        call = replace(call, request_id=call.request_id or new_request_id(call.messages is not None))
-        if is_request_id(call.request_id or ""):
-            http.state.request_id = call.request_id  # on errors too: `explain` knows it
-        started = await until_disconnect(http, self._front.start(call))
-        request = started.request
-        head = {"id": request.request_id, "object": kind, "created": int(time.time()), "model": request.model}
+    def _admit(self, http: HttpRequest) -> str | None:
+        """The key of somebody who may ask, before anything of the body is read."""
+        refuse_foreign_page(http, self._config)
+        api_key = _api_key(http)
+        self._front.authenticate(api_key)
+        return api_key
+
+    async def _parse(self, http: HttpRequest, kind: type[openai.B]) -> openai.B:
+        data = await read_body(http, self._config.max_body_bytes)
+        body, ignored = openai.parse(data, kind, strict=self._config.strict)
+        self._note_ignored(http, ignored)  # an error behind this has the header, too
+        return body
+
+    def _note_ignored(self, http: HttpRequest, names: Sequence[str]) -> None:
+        http.state.ignored += names
+        self._front.flow.metrics.ignored_fields.inc(len(names))
+
+    async def _run(self, http: HttpRequest, calls: list[Call], kind: str, body: Body) -> Response:
+        name = body.request_id or new_request_id(kind.startswith("chat"))
+        if is_request_id(name):
+            http.state.request_id = name  # on errors too: `explain` knows it
+        started = await until_disconnect(http, self._front.start_list(name, calls))
+        self._note_ignored(http, started.request.ignored_fields)
+        head = {"id": name, "object": kind, "created": int(time.time()), "model": started.request.model}
+        wants = _wants(body, started)
         if body.stream:
+            with_usage = bool(body.stream_options and body.stream_options.include_usage)
             head["object"] = "chat.completion.chunk" if kind.startswith("chat") else kind
-            head |= {"usage": None} if body.include_usage else {}
-        answer = Answer(head, request, started.model, _wants(body, started))
-        if body.stream:
-            return EventStream(_events(started, answer, body.include_usage), {}, self._config.slow_client_s)
-        return JSONResponse(await until_disconnect(http, _whole(started, answer)))
+            head |= {"usage": None} if with_usage else {}
+            answer = Answer(head, started.requests, started.model, wants)
+            return EventStream(_events(started, answer, with_usage), {}, self._config.slow_client_s)
+        answer = Answer(head, started.requests, started.model, wants)
+        return JsonAnswer(await until_disconnect(http, _whole(started, answer)))
 
     async def models(self, http: HttpRequest) -> Response:
         self._front.authenticate(_api_key(http))
-        return JSONResponse({"object": "list", "data": [await self._card(name) for name in self._front.models.names()]})
+        return JsonAnswer({"object": "list", "data": [await self._card(name) for name in self._front.models.names()]})
 
     async def model(self, http: HttpRequest) -> Response:
         self._front.authenticate(_api_key(http))
-        return JSONResponse(await self._card(http.path_params["name"]))
+        return JsonAnswer(await self._card(http.path_params["name"]))
 
     async def _card(self, name: str) -> dict[str, Any]:
         facts, served = self._front.models.facts(name), await self._front.models.get(name)
@@ -117,48 +138,44 @@ class _Face:
         explained = self._front.explain(request_id, domain)
         if explained is None:
             raise RequestNotFound(f"no request {request_id[:128]!r} is known here (any more)", param="request_id")
-        return JSONResponse(explained)
+        return JsonAnswer(explained)
 
     async def cluster(self, http: HttpRequest) -> Response:
         self._front.authenticate(_api_key(http))
-        return JSONResponse(self._front.flow.cluster())
+        return JsonAnswer(self._front.flow.cluster())
 
     async def health(self, http: HttpRequest) -> Response:
         if self._front.flow.refusing:
             raise Unavailable(self._front.flow.refusing, retry_after_s=2.0)
         if not self._front.flow.models():
             raise Unavailable("no worker is ready", retry_after_s=2.0)
-        return JSONResponse({"status": "ok"})
+        return JsonAnswer({"status": "ok"})
 
     async def metrics(self, http: HttpRequest) -> Response:
         self._front.authenticate(_api_key(http))
         return Response(generate_latest(self._front.flow.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    async def _body(self, http: HttpRequest) -> bytes:
-        """The body, refused as soon as it is too long: by its header, else by its bytes."""
-        limit = self._config.max_body_bytes
-        announced = http.headers.get("content-length", "0")
-        if announced.isdigit() and int(announced) > limit:
-            raise BodyTooLarge(f"the body has {announced} bytes; at most {limit} (router.max_body_bytes)")
-        data = bytearray()
-        try:
-            async with asyncio.timeout(BODY_S):
-                async for part in http.stream():
-                    data += part
-                    if len(data) > limit:
-                        raise BodyTooLarge(f"the body has more than {limit} bytes (router.max_body_bytes)")
-        except TimeoutError:
-            raise DeadlineExceeded(f"the body was not here within {BODY_S:g} s") from None
-        except ClientDisconnect:
-            raise Cancelled("the client left before its body was here") from None
-        return bytes(data)
+    async def version(self, http: HttpRequest) -> Response:
+        self._front.authenticate(_api_key(http))
+        return JsonAnswer({"version": __version__})
 
 
-def _wants(body: openai.Body, started: Started) -> Wants:
-    echo: str | None = None
-    if isinstance(body, openai.CompletionBody) and body.echo:
-        echo = body.prompt if isinstance(body.prompt, str) else started.model.tokenizer.decode(body.prompt)
-    return Wants(started.request.sampling.logprobs, body.prompt_logprobs, echo)
+def _wants(body: Body, started: Started) -> Wants:
+    echo: tuple[Echo, ...] | None = None
+    options = body.stream_options
+    if isinstance(body, CompletionBody) and body.echo:
+        prompts, tokenizer = openai.prompts_of(body, len(started.requests)), started.model.tokenizer
+        pairs = zip(prompts, started.requests, strict=True)
+        echo = tuple(echo_of(prompt, request, tokenizer) for prompt, request in pairs)
+    return Wants(
+        logprobs=started.request.sampling.logprobs,
+        prompt_logprobs=body.prompt_logprobs,
+        echo=echo,
+        token_ids=bool(body.return_token_ids),
+        tokens_as_ids=bool(body.return_tokens_as_token_ids),
+        usage_so_far=bool(options and options.include_usage and options.continuous_usage_stats),
+        prompt_only=openai.is_scored_only(body),
+    )
 
 
 async def _whole(started: Started, answer: Answer) -> dict[str, Any]:
@@ -172,33 +189,44 @@ async def _whole(started: Started, answer: Answer) -> dict[str, Any]:
     return answer.whole()
 
 
-async def _events(started: Started, answer: Answer, include_usage: bool) -> AsyncGenerator[bytes, None]:
+async def _events(started: Started, answer: Answer, with_usage: bool) -> AsyncGenerator[bytes, None]:
     """Server-sent events of a stream; an error within it becomes its last event."""
-    usage: Usage | None = None
     pieces: AsyncGenerator[Piece, None] = started.pieces()
     try:
         async for piece in pieces:
-            usage = piece.usage or usage
-            yield _event(answer.chunk(piece))
-        if include_usage and usage is not None:
-            yield _event(answer.head | {"choices": [], "usage": usage_body(usage)})
+            yield event(answer.chunk(piece))
+        last = answer.last_chunk()
+        if with_usage and last is not None:
+            yield event(last)
         yield b"data: [DONE]\n\n"
     except TwostrokeError as error:
-        yield _event(error_body(error))
+        yield event(error_body(error))
     except Exception:
-        log.exception("request %s failed within its stream", started.request.request_id)
-        yield _event(error_body(InternalError("the request failed; the router's log has more")))
+        log.exception("request %s failed within its stream", answer.head["id"])
+        yield event(error_body(InternalError("the request failed; the router's log has more")))
     finally:
         await pieces.aclose()
 
 
-def _event(value: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
-
-
 def _api_key(http: HttpRequest) -> str | None:
+    """OpenAI's header, else Azure's or Anthropic's: gateways send whichever their own clients know."""
     scheme, _, key = http.headers.get("authorization", "").partition(" ")
-    return key.strip() if scheme.lower() == "bearer" else None
+    if scheme.lower() == "bearer":
+        return key.strip()
+    return http.headers.get("api-key") or http.headers.get("x-api-key")
+
+
+class _TidyPaths:
+    """Lets a path with a slash too many mean what it means without: base URLs end in one as often as not."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            path = re.sub("/{2,}", "/", scope["path"])
+            scope = {**scope, "path": path.rstrip("/") or "/"}
+        await self._app(scope, receive, send)
 
 
 def _typed(handler: Handler) -> Handler:
@@ -208,7 +236,7 @@ def _typed(handler: Handler) -> Handler:
     """
 
     async def wrapped(http: HttpRequest) -> Response:
-        http.state.request_id = _new_id()
+        http.state.request_id, http.state.ignored = _new_id(), []
         try:
             response = await handler(http)
         except TwostrokeError as error:
@@ -217,6 +245,8 @@ def _typed(handler: Handler) -> Handler:
             log.exception("%s %s failed (%s)", http.method, http.url.path, http.state.request_id)
             response = _error(InternalError("the request failed; the router's log has more"))
         response.headers[REQUEST_ID] = http.state.request_id
+        if http.state.ignored:
+            response.headers[IGNORED] = openai.names_of_ignored(http.state.ignored)
         return response
 
     return wrapped
@@ -228,7 +258,7 @@ def _error(error: TwostrokeError) -> Response:
         headers["retry-after"] = str(max(1, round(error.retry_after_s)))
     if error.http_status == 401:
         headers["www-authenticate"] = "Bearer"
-    return JSONResponse(error_body(error), status_code=error.http_status, headers=headers)
+    return JsonAnswer(error_body(error), status_code=error.http_status, headers=headers)
 
 
 def _new_id() -> str:
@@ -236,10 +266,17 @@ def _new_id() -> str:
 
 
 async def _no_such_route(http: HttpRequest, error: Exception) -> Response:
-    body = {"message": f"no route {http.method} {http.url.path}", "type": "invalid_request_error"}
-    return JSONResponse({"error": body | {"param": None, "code": "not_found"}}, 404, {REQUEST_ID: _new_id()})
+    path = http.url.path[:200]
+    is_below = any(isinstance(route, Route) and route.path == f"/v1{path}" for route in http.app.routes)
+    hint = f"; it is /v1{path}: base URLs end in /v1" if is_below else ""
+    return _no_route(404, f"no route {http.method} {path}{hint}", "not_found", {})
 
 
 async def _wrong_method(http: HttpRequest, error: Exception) -> Response:
-    body = {"message": f"{http.url.path} does not take {http.method}", "type": "invalid_request_error"}
-    return JSONResponse({"error": body | {"param": None, "code": "method_not_allowed"}}, 405, {REQUEST_ID: _new_id()})
+    allowed = error.headers if isinstance(error, HTTPException) else None
+    return _no_route(405, f"{http.url.path[:200]} does not take {http.method}", "method_not_allowed", allowed)
+
+
+def _no_route(status: int, message: str, code: str, headers: Mapping[str, str] | None) -> Response:
+    body = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
+    return JsonAnswer({"error": body}, status, {REQUEST_ID: _new_id(), **(headers or {})})

@@ -56,6 +56,9 @@ class RouterMetrics:
         self.usage_disagreements = Counter(
             "twostroke_usage_disagreements", "Ends whose worker counted other tokens than arrived", registry=registry
         )
+        self.ignored_fields = Counter(
+            "twostroke_ignored_fields", "Fields of request bodies that are unknown and were ignored", registry=registry
+        )
         self.kv_bytes = Counter("twostroke_kv_bytes_moved", "KV handed over", ["transport"], registry=registry)
         self.kv_bytes_as_bf16 = Counter("twostroke_kv_bytes_as_bf16", "The same KV in bf16", registry=registry)
         self.refetched = Counter("twostroke_kv_blocks_refetched", "KV blocks that arrived damaged", registry=registry)

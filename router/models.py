@@ -85,13 +85,15 @@ class ModelDirectory:
 
 def _load(facts: ModelFacts, reads_defaults: bool) -> ServedModel:
     directory = Path(facts.path)
-    tokenizer = Tokenizer.load(directory)
+    tokenizer, template = Tokenizer.load(directory), ChatTemplate.load(directory)
+    if template is not None:
+        _ = template.traits  # found now, not while the first request waits
     return ServedModel(
         name=facts.name,
         max_model_len=facts.max_model_len,
         vocab_size=facts.vocab_size,
         tokenizer=tokenizer,
-        template=ChatTemplate.load(directory),
+        template=template,
         token_texts=TokenTexts(tokenizer),
         defaults=SamplingDefaults.load(directory, facts.vocab_size) if reads_defaults else NO_DEFAULTS,
     )

@@ -4,161 +4,157 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
-from typing import Any
+import re
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from ..core.errors import InvalidRequest, UnsupportedParameter
-from .call import Call
-
-# Known to OpenAI's or vLLM's API and harmless to leave alone.
-_IGNORED = frozenset(
-    {"user", "metadata", "store", "service_tier", "prompt_cache_key", "safety_identifier", "parallel_tool_calls"}
+from .call import UNTIL_FULL, Call
+from .fields import (
+    ACCEPTED,
+    ACCEPTED_STREAM_OPTIONS,
+    REFUSED,
+    REFUSED_OF_CHATS,
+    REFUSED_OF_COMPLETIONS,
+    Body,
+    ChatBody,
+    CompletionBody,
+    Known,
+    StreamOptions,
 )
-# Known, not served yet: refused unless the value means "off".
-_OFF_VALUES: dict[str, tuple[Any, ...]] = {
-    "best_of": (None, 1),
-    "suffix": (None, ""),
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "functions": (None, []),
-    "function_call": (None, "none", "auto"),
-    "response_format": (None, {"type": "text"}),
-    "modalities": (None, ["text"]),
-    "audio": (None,),
-    "prediction": (None,),
-    "reasoning_effort": (None,),
-    "web_search_options": (None,),
-}
+from .words import refuse_constant, short
+
+B = TypeVar("B", ChatBody, CompletionBody)
+
+USUAL_COMPLETION_TOKENS = 16  # OpenAI's default for max_tokens of completions
+LEAST_TOP_P = 1e-12  # OpenAI's range begins at 0, which keeps the likeliest token; so does this
+MAX_NAMED = 16  # unknown fields that a response names
+MAX_NAME_CHARS = 64
+
+_UNSAFE = re.compile(r"[^A-Za-z0-9_.\[\]-]")
 
 
-class StreamOptions(BaseModel):
-    """`stream_options` of a body."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    include_usage: bool = False
-    include_obfuscation: bool = False  # accepted, without effect
-
-
-class Body(BaseModel):
-    """What both endpoints take."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    model: str | None = None
-    max_tokens: int | None = None
-    min_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    seed: int | None = None
-    n: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
-    ignore_eos: bool | None = None
-    include_stop_str_in_output: bool | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    bad_words: list[str] | None = None
-    prompt_logprobs: int | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    request_id: str | None = None
-
-    @property
-    def include_usage(self) -> bool:
-        """Whether the stream ends with a usage chunk."""
-        return bool(self.stream_options and self.stream_options.include_usage)
-
-
-class ChatBody(Body):
-    """POST /v1/chat/completions."""
-
-    messages: list[dict[str, Any]]
-    max_completion_tokens: int | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
-
-
-class CompletionBody(Body):
-    """POST /v1/completions."""
-
-    prompt: str | list[int]
-    logprobs: int | None = None
-    echo: bool | None = None
-
-
-def parse(data: bytes, kind: type[ChatBody] | type[CompletionBody]) -> ChatBody | CompletionBody:
-    """A checked body.
+def parse(data: bytes, kind: type[B], *, strict: bool = False) -> tuple[B, list[str]]:
+    """A checked body, and the names of its unknown fields. Costs grow with the bytes, never with their mistakes.
 
     Raises:
-        InvalidRequest: not UTF-8, not JSON, a field of the wrong type, an unknown field (names the nearest).
+        InvalidRequest: not UTF-8, not JSON, a field of the wrong type; with `strict` also an unknown field.
         UnsupportedParameter: a field that the API knows and this release does not serve.
     """
     values = _json_object(data)
-    for name in list(values):
-        if name in _IGNORED:
-            del values[name]
-        elif name in _OFF_VALUES:
-            if values[name] not in _OFF_VALUES[name]:
-                raise UnsupportedParameter(f"{name} is not served yet; leave it out", param=name)
-            del values[name]
-    prompt = values.get("prompt")
-    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
-        if len(prompt) > 1:
-            raise InvalidRequest("prompt is a list of prompts; send one request per prompt", param="prompt")
-        values["prompt"] = prompt[0]  # many clients wrap their one prompt in a list
+    refused = REFUSED | (REFUSED_OF_CHATS if kind is ChatBody else REFUSED_OF_COMPLETIONS)
+    if values.get("best_of") is not None and values["best_of"] == values.get("n"):
+        del values["best_of"]  # all that are made are returned
+    unknown: list[str] = []
+    served = _served(values, kind, ACCEPTED, refused, unknown)
+    options = served.get("stream_options")
+    if isinstance(options, dict):
+        inner: list[str] = []
+        served["stream_options"] = _served(options, StreamOptions, ACCEPTED_STREAM_OPTIONS, {}, inner)
+        unknown += [f"stream_options.{name}" for name in inner]
+    if strict and unknown:
+        raise _unknown(unknown[0], kind)
     try:
-        return kind.model_validate(values)
+        body = kind.model_validate(served)
     except ValidationError as error:
-        raise _explain(error, kind) from None
+        raise _explain(error, values) from None
+    return body, unknown
+
+
+def names_of_ignored(names: Sequence[str]) -> str:
+    """For a header: the first names, cut and made safe, and how many more there are."""
+    more = len(names) - MAX_NAMED
+    return ", ".join([*map(_shown, names[:MAX_NAMED]), *([f"{more} more"] if more > 0 else [])])
+
+
+def prompts_of(body: CompletionBody, most: int) -> list[str | list[int]]:
+    """The prompts of a completion body: one, or as many as it lists. What token ids hold is the validator's to check.
+
+    Raises:
+        InvalidRequest: neither text nor token ids nor a list of them, or more than `most`.
+    """
+    prompt = body.prompt
+    if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and not isinstance(prompt[0], (str, list))):
+        return [prompt]
+    if not isinstance(prompt, list):
+        what = "must be a text, a list of token ids, or a list of either"
+        raise InvalidRequest(f"prompt is {short(prompt)}; {what}", param="prompt")
+    if not prompt:
+        raise InvalidRequest("prompt is empty; give at least one text or token id", param="prompt")
+    if len(prompt) > most:
+        raise InvalidRequest(
+            f"prompt lists {len(prompt)} prompts; at most {most} (router.max_prompts, router.max_running): send "
+            "them in several requests",
+            param="prompt",
+        )
+    for place, one in enumerate(prompt):
+        if not isinstance(one, (str, list)):
+            raise InvalidRequest(
+                f"prompt[{place}] is {short(one)}; must be a text or a list of token ids, as prompt[0] is",
+                param="prompt",
+            )
+    return prompt
 
 
 def chat_call(body: ChatBody, api_key: str | None) -> Call:
     """The call that a chat body means."""
-    if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
-        raise InvalidRequest("max_tokens and max_completion_tokens differ; give one", param="max_completion_tokens")
-    max_tokens = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
     if body.top_logprobs and not body.logprobs:
         raise InvalidRequest(
             f"top_logprobs is {body.top_logprobs} without logprobs; set logprobs to true", param="top_logprobs"
         )
     top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return Call(messages=body.messages, top_logprobs=top_logprobs, **_common(body, max_tokens, api_key))
+    return Call(
+        messages=body.messages,
+        chat_template_kwargs=body.chat_template_kwargs,
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+        documents=body.documents,
+        reasoning_effort=body.reasoning_effort,
+        top_logprobs=top_logprobs,
+        **_common(body, None, api_key),
+    )
 
 
-def completion_call(body: CompletionBody, api_key: str | None) -> Call:
-    """The call that a completion body means."""
-    usual = 16  # OpenAI's default for this endpoint
-    common = _common(body, body.max_tokens, api_key)
+def completion_calls(body: CompletionBody, api_key: str | None, max_prompts: int) -> list[Call]:
+    """The calls that a completion body means: one for each of its prompts."""
+    common = _common(body, USUAL_COMPLETION_TOKENS, api_key)
     if body.echo and body.logprobs is not None:
         if body.stream and (body.n or 1) > 1:
             raise InvalidRequest("echo with logprobs is streamed for n 1 only; set stream to false", param="echo")
         common["prompt_logprobs"] = max(body.logprobs, body.prompt_logprobs or 0)
-    return Call(prompt=body.prompt, usual_max_tokens=usual, logprobs=body.logprobs, **common)
+    if is_scored_only(body):
+        common["max_tokens"] = 1  # the workers' least; answers.py keeps it to itself
+    return [Call(prompt=prompt, logprobs=body.logprobs, **common) for prompt in prompts_of(body, max_prompts)]
 
 
-def _common(body: Body, max_tokens: int | None, api_key: str | None) -> dict[str, Any]:
+def is_scored_only(body: Body) -> bool:
+    """Whether a completion asks for its prompt back, with scores if it likes, and for nothing behind it."""
+    return isinstance(body, CompletionBody) and bool(body.echo) and _max_tokens(body) == 0
+
+
+def _common(body: Body, usual_max_tokens: int | None, api_key: str | None) -> dict[str, Any]:
     if body.stream and body.prompt_logprobs is not None:
         raise InvalidRequest("prompt_logprobs are not streamed; set stream to false", param="prompt_logprobs")
-    stop = [body.stop] if isinstance(body.stop, str) else (body.stop or ())
+    max_tokens = _max_tokens(body)
+    if max_tokens == -1:
+        max_tokens, usual_max_tokens = None, UNTIL_FULL
     return {
         "model": body.model,
         "max_tokens": max_tokens,
+        "usual_max_tokens": usual_max_tokens,
         "min_tokens": body.min_tokens,
         "temperature": body.temperature,
-        "top_p": body.top_p,
+        "top_p": LEAST_TOP_P if body.top_p == 0 else body.top_p,
         "top_k": body.top_k,
-        "seed": body.seed,
+        "seed": None if body.seed == -1 else body.seed,
         "n": body.n,
-        "stop": tuple(stop),
+        "stop": tuple(body.stop or ()),
         "stop_token_ids": tuple(body.stop_token_ids or ()),
         "ignore_eos": bool(body.ignore_eos),
         "include_stop_str_in_output": bool(body.include_stop_str_in_output),
+        "skip_special_tokens": body.skip_special_tokens is not False,
         "min_p": body.min_p,
         "repetition_penalty": body.repetition_penalty,
         "frequency_penalty": body.frequency_penalty,
@@ -166,21 +162,49 @@ def _common(body: Body, max_tokens: int | None, api_key: str | None) -> dict[str
         "logit_bias": body.logit_bias,
         "bad_words": tuple(body.bad_words or ()),
         "prompt_logprobs": body.prompt_logprobs,
+        "cache_salt": body.cache_salt,
         "request_id": body.request_id,
         "api_key": api_key,
     }
 
 
+def _max_tokens(body: Body) -> int | None:
+    if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
+        raise InvalidRequest("max_tokens and max_completion_tokens differ; give one", param="max_completion_tokens")
+    return body.max_completion_tokens if body.max_tokens is None else body.max_tokens
+
+
 # ------------------------------------------------------------------ details
+
+
+def _served(
+    values: dict[str, Any],
+    kind: type[Known],
+    accepted: frozenset[str],
+    refused: dict[str, tuple[Any, ...]],
+    unknown: list[str],
+) -> dict[str, Any]:
+    """Those fields that have a value and are served. Adds the names of unknown ones to `unknown`."""
+    known, served = kind.model_fields, {}
+    for name, value in values.items():
+        if name in known:
+            if value is not None:
+                served[name] = value
+        elif name in refused:
+            if value is not None and value not in refused[name]:
+                raise UnsupportedParameter(f"{name} is not served yet; leave it out", param=name)
+        elif name not in accepted:
+            unknown.append(name)
+    return served
 
 
 def _json_object(data: bytes) -> dict[str, Any]:
     try:
-        text = data.decode()
+        text = data.decode("utf-8-sig")  # some clients begin with a byte order mark
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"the body is not UTF-8 (byte {error.start}); encode it as UTF-8") from None
     try:
-        values = json.loads(text, parse_constant=_refuse_constant)
+        values = json.loads(text, parse_constant=refuse_constant)
     except RecursionError:
         raise InvalidRequest("the body is nested too deeply; a request needs five levels") from None
     except ValueError as error:
@@ -190,20 +214,23 @@ def _json_object(data: bytes) -> dict[str, Any]:
     return values
 
 
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a JSON number")
+def _unknown(name: str, kind: type[Body]) -> InvalidRequest:
+    known = [*kind.model_fields, *(f"stream_options.{option}" for option in StreamOptions.model_fields)]
+    near = difflib.get_close_matches(_shown(name), known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return InvalidRequest(f"{_shown(name)} is not a field of this API{hint}", param=_shown(name))
 
 
-def _explain(error: ValidationError, kind: type[BaseModel]) -> InvalidRequest:
-    problem = error.errors(include_url=False)[0]
+def _shown(name: str) -> str:
+    """A client's name for a field, as a header and an error may hold it."""
+    return _UNSAFE.sub("?", name[:MAX_NAME_CHARS]) or "?"
+
+
+def _explain(error: ValidationError, values: dict[str, Any]) -> InvalidRequest:
+    problem = error.errors(include_url=False, include_context=False)[0]
     param = str(problem["loc"][0]) if problem["loc"] else None
     path = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(problem["loc"][-1]), kind.model_fields, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        return InvalidRequest(f"{path[:100]} is not a field of this API{hint}", param=param)
     if problem["type"] == "missing":
-        return InvalidRequest(f"{path} is missing", param=param)
-    value = problem["input"]
-    shown = repr(value)[:80] if not (isinstance(value, float) and not math.isfinite(value)) else str(value)
-    return InvalidRequest(f"{path} is {shown}: {problem['msg']}", param=param)
+        elsewhere = "; chats go to /v1/chat/completions" if param == "prompt" and "messages" in values else ""
+        return InvalidRequest(f"{path} is missing{elsewhere}", param=param)
+    return InvalidRequest(f"{path[:100]} is {short(problem['input'])}: {problem['msg'][:200]}", param=param)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..core.errors import ContextLengthExceeded, InvalidRequest
 from ..core.request import SamplingParams
-from .call import Call
+from .call import UNTIL_FULL, Call
 from .defaults import (
     LEAST_REPETITION_PENALTY,
     MAX_REPETITION_PENALTY,
@@ -20,7 +20,8 @@ from .words import integer, number, short, text_of
 
 MAX_STOP_CHARS = 256
 MAX_STOP_IDS = 256
-MAX_SEED = 2**63
+MAX_SEED = 2**64 - 1
+MIN_SEED = -(2**63)  # 64 bits, with a sign or without
 MAX_PENALTY = 2.0  # either way, as OpenAI has it
 MAX_BIAS = 100.0
 MAX_BIASES = 1024
@@ -41,14 +42,13 @@ def sampling_of(
     """
     defaults = model.defaults
     max_tokens = _max_tokens(call, model, len(prompt_ids), default_max_tokens)
-    top_k = None if call.top_k == -1 else call.top_k  # -1: vLLM's "off"
     return SamplingParams(
         max_tokens=max_tokens,
         temperature=number("temperature", call.temperature, defaults.temperature, 0.0, MAX_TEMPERATURE),
         top_p=_top_p(call.top_p, defaults.top_p),
-        top_k=integer("top_k", top_k, defaults.top_k, 0, model.vocab_size),
+        top_k=_top_k(call.top_k, defaults.top_k, model.vocab_size),
         min_p=number("min_p", call.min_p, defaults.min_p, 0.0, 1.0),
-        seed=integer("seed", call.seed, secrets.randbits(62), -MAX_SEED, MAX_SEED - 1) % (1 << 64),
+        seed=integer("seed", call.seed, secrets.randbits(62), MIN_SEED, MAX_SEED) % (1 << 64),
         repetition_penalty=_repetition_penalty(call.repetition_penalty, defaults.repetition_penalty),
         frequency_penalty=number("frequency_penalty", call.frequency_penalty, 0.0, -MAX_PENALTY, MAX_PENALTY),
         presence_penalty=number("presence_penalty", call.presence_penalty, 0.0, -MAX_PENALTY, MAX_PENALTY),
@@ -58,6 +58,7 @@ def sampling_of(
         stop_token_ids=_stop_ids(call.stop_token_ids, model),
         ignore_eos=bool(call.ignore_eos),
         include_stop=bool(call.include_stop_str_in_output),
+        skip_special_tokens=bool(call.skip_special_tokens),
         min_tokens=integer("min_tokens", call.min_tokens, min(defaults.min_tokens, max_tokens), 0, max_tokens),
         logprobs=_logprobs(call),
         prompt_logprobs=_prompt_logprobs(call.prompt_logprobs, len(prompt_ids)),
@@ -86,7 +87,7 @@ def _usual(call: Call, model: ServedModel, default: int | None) -> int | None:
 
 def is_bounded(call: Call, model: ServedModel, default_max_tokens: int | None) -> bool:
     """Whether anybody said how long an answer may be."""
-    return call.max_tokens is not None or _usual(call, model, default_max_tokens) is not None
+    return call.max_tokens is not None or (_usual(call, model, default_max_tokens) or UNTIL_FULL) < UNTIL_FULL
 
 
 def _top_p(value: float | None, default: float) -> float:
@@ -94,6 +95,12 @@ def _top_p(value: float | None, default: float) -> float:
     if top_p == 0.0:
         raise InvalidRequest("top_p is 0; must be above 0 and at most 1", param="top_p")
     return top_p
+
+
+def _top_k(value: int | None, default: int, vocab_size: int) -> int:
+    """0, vLLM's -1, and whatever keeps the whole vocabulary: off."""
+    top_k = 0 if value == -1 else integer("top_k", value, default, 0, 2**63 - 1)
+    return 0 if top_k >= vocab_size else top_k
 
 
 def _repetition_penalty(value: float | None, default: float) -> float:

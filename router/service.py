@@ -12,10 +12,11 @@ import grpc.aio
 
 from ..client.status import to_rpc_status
 from ..core.errors import InternalError, InvalidRequest, RequestNotFound, TwostrokeError
-from ..core.request import FinishReason
+from ..core.request import FinishReason, Request
 from ..kv.messages import logprobs_to_wire
 from ..protos import common_pb2, inference_pb2, inference_pb2_grpc
 from .call import Call
+from .chat_wire import chat_messages, template_options
 from .front import Front
 from .pieces import Piece, Usage
 
@@ -92,6 +93,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def _whole(self, read: Any, message: Any, context: Context) -> inference_pb2.GenerateResponse:
         started = await self._front.start(read(message, context))
         request = started.request
+        await _tell_ignored(request, context)
         choices = [inference_pb2.Choice(index=index) for index in range(request.num_choices)]
         usage: Usage | None = None
         prompt_logprobs: list[common_pb2.TokenLogprobs] = []
@@ -120,6 +122,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             started = await self._front.start(read(message, context))
             pieces = started.pieces()
             try:
+                await _tell_ignored(started.request, context)
                 async for piece in pieces:
                     yield _chunk(piece, started.request.request_id, started.request.model)
             finally:
@@ -138,11 +141,13 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         call = Call(
             model=message.model or None,
             prompt=message.text if which == "text" else None,
-            messages=_messages(message.chat.messages) if which == "chat" else None,
+            messages=chat_messages(message.chat.messages) if which == "chat" else None,
+            **template_options(message.chat.options),
             max_tokens=1,
             api_key=_api_key(context),
         )
         request, model = await self._front.admit(call)
+        await _tell_ignored(request, context)
         return inference_pb2.TokenizeResponse(token_ids=request.prompt_ids, max_model_len=model.max_model_len)
 
     async def _list_models(self, context: Context) -> inference_pb2.ListModelsResponse:
@@ -183,11 +188,9 @@ def _generate_call(message: inference_pb2.GenerateRequest, context: Context) -> 
 
 
 def _chat_call(message: inference_pb2.ChatRequest, context: Context) -> Call:
-    return Call(messages=_messages(message.messages), **_common(message, context))
-
-
-def _messages(messages: Any) -> list[dict[str, str]]:
-    return [{"role": message.role, "content": message.content} for message in messages]
+    return Call(
+        messages=chat_messages(message.messages), **template_options(message.options), **_common(message, context)
+    )
 
 
 def _common(message: Any, context: Context) -> dict[str, Any]:
@@ -205,6 +208,7 @@ def _common(message: Any, context: Context) -> dict[str, Any]:
         "stop_token_ids": tuple(sampling.stop_token_ids),
         "ignore_eos": sampling.ignore_eos,
         "include_stop_str_in_output": sampling.include_stop_str_in_output,
+        "skip_special_tokens": sampling.skip_special_tokens if sampling.HasField("skip_special_tokens") else True,
         "logit_bias": dict(sampling.logit_bias),
         "bad_words": tuple(sampling.bad_words),
         "request_id": message.request_id or None,
@@ -236,6 +240,12 @@ def _usage(usage: Usage | None) -> common_pb2.Usage | None:
         completion_tokens=usage.completion_tokens,
         cached_tokens=usage.cached_tokens,
     )
+
+
+async def _tell_ignored(request: Request, context: Context) -> None:
+    """Name what nothing reads in the metadata before the answer, as the HTTP face does in a header."""
+    if request.ignored_fields:
+        await context.send_initial_metadata((("x-twostroke-ignored", ", ".join(request.ignored_fields)),))
 
 
 def _api_key(context: Context) -> str | None:

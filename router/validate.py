@@ -8,23 +8,23 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ..core.errors import ContextLengthExceeded, InvalidRequest, Unauthenticated
 from ..core.request import Request
 from .call import Call
+from .chat import chat_prompt
 from .config import RouterConfig
+from .ignored import Ignored
 from .models import ServedModel
 from .sampling import is_bounded, sampling_of
 from .words import integer, short, text_of
 
-MAX_MESSAGES = 2048
+MAX_SALT_CHARS = 1024
 DEFAULT_ISOLATION_DOMAIN = "public"
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +65,11 @@ def validate(call: Call, model: ServedModel, limits: Limits) -> Request:
         ContextLengthExceeded: the prompt leaves no room for a token, or not for `max_tokens`.
         Unauthenticated: see `authenticate`.
     """
-    domain = authenticate(call.api_key, limits)
+    tenant = authenticate(call.api_key, limits)
     num_choices = integer("n", call.n, 1, 1, limits.max_choices)
     request_id = _request_id(call)
-    prompt_ids = _prompt_ids(call, model)
+    ignored = Ignored()
+    prompt_ids = _prompt_ids(call, model, ignored)
     sampling = sampling_of(call, model, prompt_ids, limits.default_max_tokens)
     timeout_s = min(call.timeout_s or limits.request_timeout_s, limits.request_timeout_s)
     return Request(
@@ -77,11 +78,26 @@ def validate(call: Call, model: ServedModel, limits: Limits) -> Request:
         prompt_ids=prompt_ids,
         sampling=sampling,
         num_choices=num_choices,
-        isolation_domain=domain,
+        isolation_domain=_isolation_domain(tenant, call.cache_salt),
         timeout_s=timeout_s,
         is_chat=call.messages is not None,
+        tenant=tenant,
+        ignored_fields=ignored.names(),
         is_bounded=is_bounded(call, model, limits.default_max_tokens),
     )
+
+
+def _isolation_domain(tenant: str, salt: str | None) -> str:
+    """A tenant's own domain, or the one that its requests with this salt share. The salt itself is shown nowhere."""
+    if salt is None:
+        return tenant
+    if not 1 <= len(salt) <= MAX_SALT_CHARS:
+        raise InvalidRequest(
+            f"cache_salt has {len(salt)} characters; must have 1 to {MAX_SALT_CHARS}, or be left out",
+            param="cache_salt",
+        )
+    digest = hashlib.blake2b(text_of("cache_salt", salt).encode(), digest_size=16, person=b"twostroke-salt")
+    return f"{tenant}/salt-{digest.hexdigest()}"
 
 
 def new_request_id(is_chat: bool) -> str:
@@ -105,16 +121,14 @@ def _request_id(call: Call) -> str:
     return call.request_id
 
 
-def _prompt_ids(call: Call, model: ServedModel) -> tuple[int, ...]:
+def _prompt_ids(call: Call, model: ServedModel, ignored: Ignored) -> tuple[int, ...]:
     if (call.prompt is None) == (call.messages is None):
         raise InvalidRequest("give exactly one of prompt and messages", param="prompt")
     if call.prompt is not None and len(call.prompt) == 0:
         raise InvalidRequest("prompt is empty; give at least one character or token", param="prompt")
     if call.messages is not None:
-        if model.template is None:
-            raise InvalidRequest(f"{model.name} has no chat template; use completions", param="messages")
-        text = model.template.render(_messages(call.messages), add_generation_prompt=True)
-        ids: Sequence[int] = model.tokenizer.encode(text_of("messages", text), add_special_tokens=False)
+        text = chat_prompt(call, model, ignored)
+        ids: Sequence[int] = model.tokenizer.encode(text, add_special_tokens=False)
         where = "messages"
     elif isinstance(call.prompt, str):
         ids = model.tokenizer.encode(text_of("prompt", call.prompt), add_special_tokens=True)
@@ -127,6 +141,12 @@ def _prompt_ids(call: Call, model: ServedModel) -> tuple[int, ...]:
         raise ContextLengthExceeded(
             f"{where} has {len(ids)} tokens; the model's context is {model.max_model_len}: shorten it", param=where
         )
+    if (beyond := max(ids)) >= model.vocab_size:  # a token that files beside the model name, and it was not made for
+        raise InvalidRequest(
+            f"{where} holds {model.tokenizer.token(beyond)!r}, token {beyond} of the tokenizer; the model has "
+            f"{model.vocab_size}: leave it out",
+            param=where,
+        )
     return tuple(ids)
 
 
@@ -134,35 +154,7 @@ def _token_ids(ids: Sequence[int], model: ServedModel) -> Sequence[int]:
     for place, token_id in enumerate(ids):
         if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < model.vocab_size:
             raise InvalidRequest(
-                f"prompt[{place}] is {token_id!r}; must be a token id from 0 to {model.vocab_size - 1}", param="prompt"
+                f"prompt[{place}] is {short(token_id)}; must be a token id from 0 to {model.vocab_size - 1}",
+                param="prompt",
             )
     return ids
-
-
-def _messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    if not messages:
-        raise InvalidRequest("messages is empty; give at least one message", param="messages")
-    if len(messages) > MAX_MESSAGES:
-        raise InvalidRequest(f"messages has {len(messages)} entries; at most {MAX_MESSAGES}", param="messages")
-    checked = []
-    for place, message in enumerate(messages):
-        role, content = message.get("role"), message.get("content")
-        if role not in _ROLES:
-            raise InvalidRequest(
-                f"messages[{place}].role is {role!r}; must be one of {', '.join(_ROLES)}",
-                param=f"messages[{place}].role",
-            )
-        checked.append({"role": role, "content": _content(content, f"messages[{place}].content")})
-    return checked
-
-
-def _content(content: Any, where: str) -> str:
-    """Text, or OpenAI's list of parts as long as all of them are text."""
-    if isinstance(content, str):
-        return text_of(where, content)
-    if isinstance(content, Sequence) and content and all(isinstance(part, Mapping) for part in content):
-        kinds = {part.get("type") for part in content}
-        if kinds == {"text"} and all(isinstance(part.get("text"), str) for part in content):
-            return text_of(where, "".join(part["text"] for part in content))
-        raise InvalidRequest(f"{where} has parts of type {sorted(map(str, kinds))}; only text is served", param=where)
-    raise InvalidRequest(f"{where} is {short(content)}; must be a string or a list of text parts", param=where)

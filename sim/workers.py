@@ -31,7 +31,7 @@ from ..model.dispatch import Dispatcher, Owner, SequenceEvent
 from ..model.facts import FaceFacts, ModelFacts
 from ..protos import common_pb2, handover_pb2, worker_pb2
 from ..router import facts as router_facts
-from ..text.stop import TextPiece
+from ..text.stream import TextPiece
 from ..text.tokenizer import Tokenizer
 from .engine import FINGERPRINT, IDENTITY_KEY, NUMERICS, Engine
 from .faces import SessionFace, WatchFace
@@ -56,6 +56,10 @@ class NoText:
     def push(self, ids: Sequence[int]) -> TextPiece:
         """No text."""
         return TextPiece("", len(ids), False)
+
+    def may_stop_at(self, token_id: int) -> bool:
+        """No text, no stop string."""
+        return False
 
     def flush(self) -> str:
         """No text."""

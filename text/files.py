@@ -9,8 +9,6 @@ from typing import Any
 
 from ..core.errors import CheckpointError
 
-SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
-
 
 def read_text(path: Path) -> str:
     """A UTF-8 file.
@@ -39,18 +37,3 @@ def read_json(path: Path, *, optional: bool = False) -> Mapping[str, Any]:
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: holds a JSON {type(found).__name__}; must be an object")
     return found
-
-
-def special_tokens(directory: Path) -> dict[str, str]:
-    """The special tokens by their names ("bos_token": "<s>"), as tokenizer and chat template know them."""
-    tokens: dict[str, str] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the later one wins
-        path = directory / name
-        for key, value in read_json(path, optional=True).items():
-            if key not in SPECIAL_NAMES or value is None:
-                continue
-            content = value.get("content") if isinstance(value, dict) else value
-            if not isinstance(content, str):
-                raise CheckpointError(f"{path}: {key} is {value!r}; must be a string, or an object with content")
-            tokens[key] = content
-    return tokens

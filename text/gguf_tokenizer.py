@@ -58,7 +58,10 @@ def read_vocabulary(file: GgufFile) -> Vocabulary:
             f"{file.path}: tokenizer.ggml.model is {kind!r}; served: gpt2, llama. Give the model in safetensors "
             "with its tokenizer.json"
         )
-    _add_tokens(backend, tokens, _token_kinds(file, tokens), special_ids(file))
+    named = special_ids(file)
+    if kind == "llama" and (unknown := _token_id(file, "unknown_token_id")) is not None:
+        named |= {unknown}  # never text; byte-level vocabularies need none, and some files name just any
+    _add_tokens(backend, tokens, _token_kinds(file, tokens), named)
     _add_ends(file, backend, tokens, begins)
     return Vocabulary(backend, special_tokens_of(file, tokens), end_ids(file, tokens))
 
@@ -213,11 +216,12 @@ def _token_id(file: GgufFile, key: str) -> int | None:
 def _add_tokens(
     backend: tokenizers.Tokenizer, tokens: Sequence[str], kinds: Sequence[int], named: frozenset[int]
 ) -> None:
-    """Mark tokens that stand for themselves wherever they are written; special ones give no text."""
+    """Mark tokens that stand for themselves wherever they are written; special and unknown ones give no text."""
     first = _ids(tokens)
     added = []
     for id_, token in enumerate(tokens):
-        special = kinds[id_] == _CONTROL or id_ in named or (token in _ENDS and kinds[id_] == _USER_DEFINED)
+        is_end = token in _ENDS and kinds[id_] == _USER_DEFINED
+        special = kinds[id_] in (_CONTROL, _UNKNOWN) or id_ in named or is_end
         if (special or kinds[id_] == _USER_DEFINED) and first.get(token) == id_:
             added.append(AddedToken(token, special=special, normalized=False))
     backend.add_tokens(added)

@@ -114,6 +114,10 @@ class Meter:
             elif isinstance(one, (list, tuple, set, frozenset)):
                 self.charge(len(one) + 1)
                 waiting.extend(one)
+            elif isinstance(one, dict):  # its own methods: looking at the size of a message reads nothing of it
+                self.charge(len(one) + 1)
+                waiting.extend(dict.keys(one))
+                waiting.extend(dict.values(one))
             elif isinstance(one, Mapping):
                 self.charge(len(one) + 1)
                 waiting.extend(one.keys())

@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from jinja2 import nodes
 
 from ..core.errors import CheckpointError, InvalidRequest
-from .files import read_json, read_text, special_tokens
+from .continuation import cut_at_tag, with_tag
+from .files import read_json, read_text
 from .gguf_file import GgufFile, is_gguf
 from .gguf_tokenizer import read_templates, special_tokens_of
 from .sandbox import LimitExceeded, Limits, MeteredEnvironment
+from .special_tokens import SPECIAL_NAMES, special_tokens
+from .tracked import TrackedMessage, unread
+from .traits import Render, TemplateTraits, find_traits
 
 MAX_TEMPLATE_CHARS = 256 * 1024
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # the first is the one that most templates read
+REASONING = ("reasoning_content", "thinking", "reasoning")  # the first is the one that most templates read
+_RESERVED = frozenset(
+    {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
+    | {"self", "super", "loop", "caller", "varargs", "kwargs"}  # jinja2's own
+)
+_PROBE_WORK = 200_000  # of one probe for the template's traits; small chats need a few thousand
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A prompt, and what of the messages the template never asked for."""
+
+    text: str
+    unread: tuple[tuple[str, ...], ...]  # by message: names of its fields
 
 
 class ChatTemplate:
@@ -36,7 +56,11 @@ class ChatTemplate:
         self._limits = limits or Limits()
         self._environment = MeteredEnvironment()
         self._special = dict(special or {})
+        self._variables: set[str] = set()  # names that the templates have as variables
+        self._fields: set[str] = set()  # and as fields of anything
         self._template_by_name = {name: self._compile(name, source) for name, source in source_by_name.items()}
+        self._traits: TemplateTraits | None = None
+        self._finding_traits = threading.Lock()
 
     @classmethod
     def load(cls, directory: str | Path, limits: Limits | None = None) -> ChatTemplate | None:
@@ -57,6 +81,22 @@ class ChatTemplate:
         except CheckpointError as error:
             raise CheckpointError(f"{directory}: {error.message}") from None
 
+    @property
+    def traits(self) -> TemplateTraits:
+        """What the default template can show; found when first asked for, in some milliseconds."""
+        with self._finding_traits:
+            if self._traits is None:
+                self._traits = find_traits(self._probe())
+            return self._traits
+
+    def asks_for(self, name: str) -> bool:
+        """Whether the template has a variable of that name."""
+        return name in self._variables
+
+    def is_reserved(self, name: str) -> bool:
+        """Whether an option of that name would hide what the template gets otherwise."""
+        return any(name in names for names in (_RESERVED, SPECIAL_NAMES, self._special, self._environment.globals))
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -66,9 +106,26 @@ class ChatTemplate:
         documents: Sequence[Mapping[str, Any]] | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> str:
+        """The prompt; see `render_traced`."""
+        return self.render_traced(messages, add_generation_prompt, tools, documents=documents, options=options).text
+
+    def render_traced(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        options: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
+        keep_null_content: bool = False,
+        limits: Limits | None = None,
+    ) -> Rendered:
         """The prompt. Has its special tokens written out: encode it without adding any.
 
         `options`: what some templates also ask for, e.g. `enable_thinking`; they hide nothing that is given otherwise.
+        `continue_final_message`: the prompt ends within the last message, right after its text.
+        `keep_null_content`: null content reaches the template; else it is absent, as all nulls are.
 
         Raises:
             InvalidRequest: the template refuses the messages (e.g. an unknown role, or roles out of turn), fails on
@@ -77,16 +134,31 @@ class ChatTemplate:
         if not messages:
             raise InvalidRequest("messages is empty; give at least one", param="messages")
         template = self._choose(tools)
+        tracked = [TrackedMessage(self._as_templates_know_it(message, keep_null_content)) for message in messages]
+        if continue_final_message:
+            tracked[-1] = TrackedMessage(with_tag(tracked[-1]))
         variables = {
             **self._special,
             **(options or {}),
-            "messages": [_as_templates_know_it(message) for message in messages],
+            "messages": list(tracked),
             "tools": [dict(tool) for tool in tools] if tools is not None else None,
             "documents": [dict(document) for document in documents] if documents is not None else None,
             "add_generation_prompt": add_generation_prompt,
         }
+        text = self._run(template, variables, messages, limits or self._limits)
+        if continue_final_message:
+            text = cut_at_tag(text, messages[-1]["content"])
+        return Rendered(text, tuple(map(_unread, messages, tracked)))
+
+    def _run(
+        self,
+        template: jinja2.Template,
+        variables: Mapping[str, Any],
+        messages: Sequence[Mapping[str, Any]],
+        limits: Limits,
+    ) -> str:
         try:
-            return self._environment.render_metered(template, self._limits, variables)
+            return self._environment.render_metered(template, limits, variables)
         except LimitExceeded as error:
             raise InvalidRequest(
                 f"messages: rendering them with the model's chat template takes {error}; send less", param="messages"
@@ -98,6 +170,23 @@ class ChatTemplate:
         except Exception as error:  # a template is foreign code; whatever it raises, its input was not for it
             raise _refusal(f"{type(error).__name__}: {error}", messages) from None
 
+    def _probe(self) -> Render:
+        """Renders small chats; gives up for good when the template takes more than it should for one."""
+        limits = replace(self._limits, max_work=min(_PROBE_WORK, self._limits.max_work))
+        given_up = False
+
+        def render(messages: Sequence[Mapping[str, Any]]) -> str | None:
+            nonlocal given_up
+            if given_up:
+                return None
+            try:
+                return self.render_traced(messages, keep_null_content=True, limits=limits).text
+            except InvalidRequest as error:
+                given_up = isinstance(error.__context__, LimitExceeded)
+                return None
+
+        return render
+
     def _choose(self, tools: Sequence[Mapping[str, Any]] | None) -> jinja2.Template:
         name = "tool_use" if tools is not None and "tool_use" in self._template_by_name else "default"
         if name not in self._template_by_name:
@@ -105,22 +194,48 @@ class ChatTemplate:
             raise InvalidRequest(f"the model has no default chat template, only: {known}", param="messages")
         return self._template_by_name[name]
 
+    def _as_templates_know_it(self, message: Mapping[str, Any], keep_null_content: bool) -> dict[str, Any]:
+        """A message without nulls, which many templates fail on, and its reasoning under the names they ask for."""
+        kept = {
+            name: value
+            for name, value in message.items()
+            if value is not None or (keep_null_content and name == "content")
+        }
+        reasoning = next((kept[name] for name in REASONING if name in kept), None)
+        if reasoning is None:
+            return kept
+        if self._fields.isdisjoint(("reasoning_content", "thinking")):
+            kept.setdefault("reasoning", reasoning)
+        return {"thinking": reasoning, **kept, "reasoning_content": reasoning}
+
     def _compile(self, name: str, source: str) -> jinja2.Template:
         if len(source) > MAX_TEMPLATE_CHARS:
             raise CheckpointError(f"chat template {name!r} has {len(source)} characters; at most {MAX_TEMPLATE_CHARS}")
         try:
-            return self._environment.compile_metered(source, self._limits)
+            compiled = self._environment.compile_metered(source, self._limits)
+            tree = self._environment.parse(source)
+            self._variables |= {node.name for node in tree.find_all(nodes.Name)}
+            self._fields |= _fields_in(tree)
+            return compiled
         except jinja2.TemplateSyntaxError as error:
             raise CheckpointError(f"chat template {name!r}, line {error.lineno}: {error.message}") from None
         except (LimitExceeded, RecursionError, MemoryError, SyntaxError, ValueError) as error:
             raise CheckpointError(f"chat template {name!r} cannot be compiled: {error}") from None
 
 
-def _as_templates_know_it(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message without nulls, which many templates fail on, and with its reasoning under the names they ask for."""
-    kept = {key: value for key, value in message.items() if value is not None}
-    reasoning = next((kept[name] for name in _REASONING if name in kept), None)
-    return kept if reasoning is None else {"thinking": reasoning, **kept, "reasoning_content": reasoning}
+def _unread(given: Mapping[str, Any], tracked: TrackedMessage) -> tuple[str, ...]:
+    """Fields that were given and not read; reasoning is read under any of its names."""
+    names = unread(tracked)
+    aliases = [name for name in REASONING if dict.__contains__(tracked, name)]
+    if not set(aliases) <= set(names):
+        names = tuple(name for name in names if name not in aliases)
+    return tuple(name for name in names if given.get(name) is not None)
+
+
+def _fields_in(tree: nodes.Template) -> set[str]:
+    """Everything that could name a field: `m.x`, `m["x"]`, `m.get("x")`, `attribute="x"`."""
+    found: set[str] = {node.attr for node in tree.find_all(nodes.Getattr)}
+    return found | {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
 
 
 def _refusal(reason: str, messages: Sequence[Mapping[str, Any]]) -> InvalidRequest:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .incremental import BYTE_TOKEN, byte_level_bytes
+from .incremental import byte_level_bytes
 from .tokenizer import Tokenizer
 
 
@@ -39,8 +39,8 @@ class TokenTexts:
             return token.encode()
         if self._is_byte_level:
             return byte_level_bytes(token)
-        if BYTE_TOKEN.fullmatch(token) and "ByteFallback" in self._tokenizer.decoder_kinds:
-            return bytes([int(token[3:5], 16)])
+        if token_id in self._tokenizer.byte_by_id:
+            return bytes([self._tokenizer.byte_by_id[token_id]])
         # Behind itself, so that nothing that is special about a text's beginning shows.
         alone = self._tokenizer.decode([token_id], skip_special_tokens=False)
         return self._tokenizer.decode([token_id, token_id], skip_special_tokens=False)[len(alone) :].encode()

@@ -32,12 +32,14 @@ if TYPE_CHECKING:
     from .core.errors import KvCorrupted as KvCorrupted
     from .core.errors import ModelNotFound as ModelNotFound
     from .core.errors import NonFiniteKv as NonFiniteKv
+    from .core.errors import OriginForbidden as OriginForbidden
     from .core.errors import Overloaded as Overloaded
     from .core.errors import RequestNotFound as RequestNotFound
     from .core.errors import TokensLost as TokensLost
     from .core.errors import TwostrokeError as TwostrokeError
     from .core.errors import Unauthenticated as Unauthenticated
     from .core.errors import Unavailable as Unavailable
+    from .core.errors import UnsupportedEncoding as UnsupportedEncoding
     from .core.errors import UnsupportedParameter as UnsupportedParameter
     from .core.errors import WorkerLost as WorkerLost
     from .core.request import FinishReason as FinishReason
@@ -53,8 +55,8 @@ _NAMES_BY_MODULE = {
     ".core.errors": (
         *("BodyTooLarge", "Cancelled", "CheckpointError", "ConfigError", "ContextLengthExceeded", "DeadlineExceeded"),
         *("DoesNotFit", "InternalError", "InvalidRequest", "KvCorrupted", "ModelNotFound", "NonFiniteKv"),
-        *("Overloaded", "RequestNotFound", "TokensLost", "TwostrokeError", "Unauthenticated", "Unavailable"),
-        *("UnsupportedParameter", "WorkerLost"),
+        *("OriginForbidden", "Overloaded", "RequestNotFound", "TokensLost", "TwostrokeError", "Unauthenticated"),
+        *("Unavailable", "UnsupportedEncoding", "UnsupportedParameter", "WorkerLost"),
     ),
     ".core.request": ("FinishReason", "TokenLogprobs"),
 }

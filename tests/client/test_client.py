@@ -85,6 +85,50 @@ def test_chats(client, peer):
         assert [{"role": m.role, "content": m.content} for m in seen.messages] == messages
 
 
+def test_an_answer_of_the_openai_client_is_a_message(client, peer):
+    function = {"name": "look", "arguments": '{"city": "Paris"}'}
+    answer = {
+        "role": "assistant",
+        "content": None,
+        "refusal": None,
+        "annotations": [],
+        "audio": None,
+        "function_call": None,
+        "tool_calls": [{"id": "c1", "type": "function", "function": function}],
+        "reasoning": "why",
+    }
+    question = {
+        "role": "user",
+        "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
+        "name": "ann",
+    }
+    client.chat([question, answer, {"role": "tool", "tool_call_id": "c1", "content": "x"}])
+    asked, called, result = peer.seen[-1].messages
+    assert [part.text for part in asked.parts] == ["a", "b"]
+    assert (asked.HasField("content"), asked.name) == (False, "ann")
+    call = called.tool_calls[0]
+    assert (call.id, call.name, call.arguments) == ("c1", "look", '{"city": "Paris"}')
+    assert (called.HasField("content"), called.reasoning_content) == (False, "why")
+    assert (result.tool_call_id, result.content) == ("c1", "x")
+
+
+def test_what_the_chat_template_is_told(client, peer):
+    messages = [{"role": "user", "content": "hi"}]
+    client.chat(messages, chat_template_kwargs={"enable_thinking": False}, reasoning_effort="low")
+    client.tokenize(messages, add_generation_prompt=False, documents=[{"text": "x"}])
+    told, asked = peer.seen[-2].options, peer.seen[-1].chat.options
+    assert (told.chat_template_kwargs, told.reasoning_effort) == ('{"enable_thinking": false}', "low")
+    assert not told.HasField("add_generation_prompt")
+    assert (asked.HasField("add_generation_prompt"), asked.add_generation_prompt) == (True, False)
+    assert asked.documents == '[{"text": "x"}]'
+    for ask in (client.generate, client.tokenize):
+        with pytest.raises(TypeError, match="add_generation_prompt"):
+            ask("text", add_generation_prompt=True)
+    with pytest.raises(InvalidRequest) as caught:
+        client.chat(messages, chat_template_kwargs={"a": float("nan")})
+    assert caught.value.param == "chat_template_kwargs"
+
+
 def test_asks_the_smaller_questions(client):
     assert client.tokenize("abc").ids == (97, 98, 99)
     assert bytes(client.tokenize([{"role": "user", "content": "é"}]).ids).decode() == "user:é;"
@@ -331,6 +375,22 @@ def test_a_value_that_cannot_be_sent_is_named(client, peer, options, param):
         ([{"role": "user"}], "messages[0]"),
         ([{"role": "user", "content": "x"}, {"role": "user", "content": 3}], "messages[1].content"),
         (["hi"], "messages[0]"),
+        ([{"content": "x"}], "messages[0]"),
+        ([{"role": "user", "content": "x", "agent": "build"}], "messages[0].agent"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "messages[0].content[0].type"),
+        ([{"role": "user", "content": [{"type": ["text"], "text": "x"}]}], "messages[0].content[0].type"),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": "x", "cache_control": {"a": 1}}]}],
+            "messages[0].content[0].cache_control",
+        ),
+        ([{"role": "assistant", "content": "x", "name": 3}], "messages[0].name"),
+        ([{"role": "assistant", "content": "x", "audio": {"id": "a"}}], "messages[0].audio"),
+        ([{"role": "assistant", "tool_calls": "x"}], "messages[0].tool_calls"),
+        ([{"role": "assistant", "tool_calls": [{"type": "custom"}]}], "messages[0].tool_calls[0]"),
+        (
+            [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {1, 2}}}]}],
+            "messages[0].tool_calls[0].function.arguments",
+        ),
     ],
 )
 def test_messages_of_the_wrong_form_are_named(client, peer, messages, param):

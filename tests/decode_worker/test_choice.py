@@ -32,6 +32,43 @@ def choice(emitted=(), **params):
     return Choice(TOKENIZER, SamplingParams(**{"max_tokens": 100} | params), {EOS}, emitted)
 
 
+WORDS = {"<unk>": 0, "</s>": 1, "▁a": 2, "▁b": 3, "c": 4}
+
+
+def spaced(emitted=(), prompt=(2,), **params):
+    """Of a vocabulary whose words hold the space before them, behind a prompt."""
+    backend = tokenizers.Tokenizer(models.WordLevel(WORDS, unk_token="<unk>"))
+    backend.decoder = decoders.Metaspace()
+    backend.add_special_tokens(["<unk>", "</s>"])
+    params = SamplingParams(**{"max_tokens": 9} | params)
+    return Choice(Tokenizer(backend, {}, [1]), params, {1}, emitted, prompt_ids=prompt)
+
+
+def test_the_first_word_keeps_its_space_also_after_a_fall_back():
+    assert spaced().push(0, [2, 3]).text == " a b"
+    assert spaced(prompt=()).push(0, [2, 3]).text == "a b"
+    assert spaced(emitted=[3]).push(1, [2]).text == " a"
+    it = spaced(stop=(" b",))
+    assert (it.push(0, [3]).text, it.ended) == ("", FinishReason.STOP)
+
+
+def test_special_tokens_show_where_they_are_asked_for():
+    assert spaced(ignore_eos=True).push(0, [2, 1, 3]).text == " a b"
+    assert spaced(ignore_eos=True, skip_special_tokens=False).push(0, [2, 1, 3]).text == " a</s> b"
+    assert spaced(skip_special_tokens=False).push(0, [2, 1]).text == " a"  # what ends it is no part of it
+    assert spaced(skip_special_tokens=False, include_stop=True).push(0, [2, 1]).text == " a</s>"
+
+
+@pytest.mark.parametrize(("included", "text"), [(False, " a"), (True, " a</s>")])
+def test_a_stop_string_can_name_a_special_token(included, text):
+    for ignored in (False, True):  # it ends the choice anyway, or by its name alone
+        it = spaced(stop=("</s>",), include_stop=included, ignore_eos=ignored)
+        spoken = it.push(0, [2, 1, 3])
+        assert (spoken.text + it.flush(), spoken.token_ids, spoken.ended) == (text, (2, 1), FinishReason.STOP)
+    it = spaced(stop=("a</s>",))  # cut, though the end token alone would have left it
+    assert it.push(0, [2, 1]).text + it.flush() == " "
+
+
 def test_tokens_that_are_known_already_do_not_count_again():
     it = choice()
     it.push(0, ids("ab"))

@@ -26,6 +26,7 @@ FULL = SamplingParams(
     logit_bias=((5, -100.0), (900, 0.1)),
     bad_words=((1, 2), (3,)),
     include_stop=True,
+    skip_special_tokens=False,
     logprobs=0,
     prompt_logprobs=20,
 )

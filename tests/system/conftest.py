@@ -74,6 +74,7 @@ def cluster() -> Iterator[Cluster]:
         step__num_threads=1,
         cache__tokens=16384,
         router__max_body_bytes=256 * 1024,
+        router__local_prefill=False,  # whichever way this machine predicts to be quicker, KV is handed over
     ) as running:
         yield running
 

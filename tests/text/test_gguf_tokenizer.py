@@ -203,6 +203,26 @@ def test_scores_merge_as_sentencepiece_does(tmp_path: Path, prefixed: bool) -> N
     assert 4 not in ours.special_ids
 
 
+@pytest.mark.parametrize("kind", [UNKNOWN, NORMAL])
+def test_the_unknown_token_gives_no_text(tmp_path: Path, kind: int) -> None:
+    """Its kind says so, or else its name does."""
+    metadata = spm_metadata()
+    metadata["tokenizer.ggml.token_type"][0] = kind
+    if kind == UNKNOWN:
+        del metadata["tokenizer.ggml.unknown_token_id"]
+    ours = Tokenizer.load(write(tmp_path / "m.gguf", metadata))
+    letter = metadata["tokenizer.ggml.tokens"].index("b")
+    assert ours.decode([letter, 0, letter]) == "bb"
+    assert ours.decode([0, 0], skip_special_tokens=False) == "<unk><unk>"
+    assert IncrementalText(ours).push([letter, 0]) == "b"
+
+
+def test_a_byte_level_vocabulary_has_no_unknown_token(tmp_path: Path) -> None:
+    """Some files name just any."""
+    ours = Tokenizer.load(write(tmp_path / "m.gguf", bundled_metadata(**{"tokenizer.ggml.unknown_token_id": 70})))
+    assert ours.decode([70]) != ""
+
+
 # ---------------------------------------------------------------- real ones
 
 

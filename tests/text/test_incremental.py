@@ -2,86 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from functools import cache
-from pathlib import Path
-
 import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from kinds import byte_level, each_tokenizer, gemma_style, lengths_decoded, llama_style, metaspace
+from tokenizers import decoders
 
 from twostroke.core.errors import CheckpointError, InvalidRequest
 from twostroke.text.incremental import IncrementalText
-from twostroke.text.stop import StopText, TextStream
+from twostroke.text.stop import StopText
+from twostroke.text.stream import TextStream
 from twostroke.text.tokenizer import Tokenizer
-
-BUNDLED = Path(__file__).parents[2] / "model" / "bundled"
-CORPUS = [
-    "def add(a, b):\n    return a + b  # naïve façade",
-    "Die Größe des Würfels beträgt drei Meter, nicht vier.",
-    "日本語の文章も少し。 and an emoji 👩‍👩‍👧 here",
-    "the quick brown fox  jumps over   the lazy dog " * 3,
-]
-
-
-@cache
-def byte_level() -> Tokenizer:
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<|bos|>", "<|eos|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(CORPUS, trainer)
-    backend.add_tokens(["größer als", "→"])  # not special, and not in the byte disguise
-    return Tokenizer(backend, {"bos_token": "<|bos|>", "eos_token": "<|eos|>"}, ())
-
-
-def _sentencepiece(decoder: decoders.Decoder) -> Tokenizer:
-    """A unigram vocabulary with metaspace and byte tokens, as Llama 2's and Gemma's have."""
-    trained = tokenizers.Tokenizer(models.Unigram())
-    trained.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    trained.train_from_iterator(CORPUS, trainers.UnigramTrainer(vocab_size=120, show_progress=False, unk_token="<unk>"))
-    pieces = json.loads(trained.to_str())["model"]["vocab"]
-    vocab = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((f"<0x{byte:02X}>", -20.0) for byte in range(256))]
-    vocab += [(piece, score) for piece, score in pieces if piece != "<unk>"]
-    backend = tokenizers.Tokenizer(models.Unigram([tuple(entry) for entry in vocab], 0, True))
-    backend.normalizer = trained.normalizer
-    backend.decoder = decoder
-    backend.add_special_tokens(["<s>", "</s>"])
-    return Tokenizer(backend, {"bos_token": "<s>", "eos_token": "</s>"}, ())
-
-
-@cache
-def llama_style() -> Tokenizer:
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    return _sentencepiece(decoders.Sequence(steps))
-
-
-@cache
-def gemma_style() -> Tokenizer:
-    return _sentencepiece(decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]))
-
-
-@cache
-def metaspace() -> Tokenizer:
-    return _sentencepiece(decoders.Metaspace())
-
-
-@cache
-def bundled() -> Tokenizer:
-    return Tokenizer.load(BUNDLED)
-
-
-MAKERS = [byte_level, llama_style, gemma_style, metaspace]
-if (BUNDLED / "tokenizer.json").exists():
-    MAKERS.append(bundled)
-each_tokenizer = pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
 
 
 def grow(tokenizer: Tokenizer, ids: list[int], sizes: list[int], skip: bool = True) -> str:
@@ -150,21 +82,13 @@ def test_broken_bytes_are_not_withheld_for_ever():
 
 def test_a_token_is_decoded_a_bounded_number_of_times(monkeypatch):
     tokenizer = llama_style()
-    decoded = 0
-    decode = Tokenizer.decode
-
-    def counted(self, ids, skip_special_tokens=True):
-        nonlocal decoded
-        decoded += len(ids)
-        return decode(self, ids, skip_special_tokens)
-
-    monkeypatch.setattr(Tokenizer, "decode", counted)
+    lengths = lengths_decoded(monkeypatch)
     text = IncrementalText(tokenizer)
     euro = [tokenizer.backend.token_to_id(f"<0x{byte:02X}>") for byte in "€".encode()]
     for id_ in [*tokenizer.encode("the lazy dog " * 100, False), *(euro * 500)]:
         text.push([id_])
     text.flush()
-    assert decoded < 4 * 4000
+    assert sum(lengths) < 4 * 4000
 
 
 def test_a_decoder_that_rewrites_given_text_is_refused_by_name():

@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
-from twostroke.text.stop import StopText, TextStream
+from twostroke.text.stop import StopText
+from twostroke.text.stream import TextStream
 from twostroke.text.token_text import TokenTexts
 from twostroke.text.tokenizer import Tokenizer
 
