@@ -175,7 +175,8 @@ def _remarks(plan: Plan) -> list[str]:
 def _greet(supervisor: Supervisor, plan: Plan) -> None:
     out = Console()
     url, name = supervisor.http_url, plan.model.name
-    body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "What does os.path.join do?"}}]}}'
+    messages = '[{"role": "user", "content": "What does os.path.join do?"}]'
+    body = f'{{"model": "{name}", "messages": {messages}, "max_tokens": 100}}'
     out.print(f"\n[bold]{name}[/bold] is served at [bold]{url}/v1[/bold] (OpenAI API)\n")
     print(f"  curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'")
     sdk = f"from twostroke import Client; print(Client('{supervisor.grpc_address}').generate('def add(a, b):').text)"

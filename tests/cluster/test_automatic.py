@@ -104,6 +104,7 @@ def test_every_process_goes_by_what_was_decided():
     assert worker.step.max_num_batched_tokens == 8192
     again = place(load_config(flags=settled.model_dump()), machine, LLAMA_8B)  # as a file that a launcher wrote
     assert again.pool.num_tokens == plan.pool.num_tokens
+    assert (settled.cache.tokens, settled.cache.memory_fraction) == (plan.pool.num_tokens, 0.9)
     assert settled.router.port == config.router.port
     assert settled.cluster.key == config.cluster.key
 

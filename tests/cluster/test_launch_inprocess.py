@@ -1,10 +1,14 @@
 """Members in this process: one that ends by its own fault is told of, like any other."""
 
 import asyncio
+import shutil
 import socket
+from pathlib import Path
 
+import httpx
 import pytest
 
+from twostroke.client.async_client import AsyncClient
 from twostroke.cluster.config import load_config
 from twostroke.cluster.last_words import End
 from twostroke.cluster.launch import Site
@@ -61,6 +65,34 @@ async def test_a_router_that_cannot_start_lets_its_ports_go(launcher):
     assert asyncio.all_tasks() <= before
     with socket.socket() as again:
         again.bind(("127.0.0.1", free))
+
+
+@pytest.mark.parametrize("setting", ["auto", "none"])
+async def test_a_checkpoints_sampling_defaults_reach_both_faces_unless_turned_off(setting, tiny_checkpoint, tmp_path):
+    checkpoint = Path(shutil.copytree(tiny_checkpoint, tmp_path / "m"))
+    (checkpoint / "generation_config.json").write_text('{"top_k": 3, "temperature": 0.25, "max_new_tokens": 5}')
+    http, grpc = _free_port(), _free_port()
+    flags = {"router.port": http, "router.grpc_port": grpc, "model.generation_config": setting, "cache.tokens": 1024}
+    launcher = InProcessLauncher(Site(load_config(flags=flags), str(checkpoint), "tiny", _free_port()))
+    try:
+        for member in (Member("router-0", "router"), Member("w", "worker", Role.COMBINED, 1, 1 << 30)):
+            await launcher.start(member, lambda *_: None)
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{http}") as client:
+            async with asyncio.timeout(60):
+                while (await client.get("/health")).status_code != 200:
+                    await asyncio.sleep(0.05)
+            card = (await client.get("/v1/models")).json()["data"][0]
+            answer = await client.post("/v1/completions", json={"prompt": "hi", "ignore_eos": True, "temperature": 0.5})
+            found = (await client.get(f"/v1/requests/{answer.json()['id']}/explain")).json()["sampling"]
+        async with AsyncClient(f"127.0.0.1:{grpc}") as sdk:
+            told = (await sdk.explain((await sdk.generate("hi", ignore_eos=True)).request_id))["sampling"]
+    finally:
+        await launcher.close()
+    is_on = setting == "auto"
+    assert card["max_model_len"] == 1024  # the checkpoint was made for 2,048, and the pool holds no more
+    assert card["default_sampling_params"] == ({"top_k": 3, "temperature": 0.25, "max_tokens": 5} if is_on else {})
+    assert (found["top_k"], found["temperature"], found["max_tokens"]) == (3 if is_on else 0, 0.5, 16)
+    assert (told["top_k"], told["temperature"]) == ((3, 0.25) if is_on else (0, 1.0))
 
 
 def _free_port() -> int:

@@ -10,7 +10,7 @@ import torch
 
 from twostroke.cluster.config import load_config
 from twostroke.cluster.machine import held_bytes, model_facts
-from twostroke.core.errors import ConfigError
+from twostroke.core.errors import CheckpointError, ConfigError
 from twostroke.kernels.cpu import build
 from twostroke.kernels.cpu import library as native
 from twostroke.model.config import ModelConfig
@@ -72,6 +72,20 @@ def test_a_table_that_must_be_copied_counts(tmp_path: Path) -> None:
     other = load_spec(tmp_path / "m")
     assert held_bytes(BUNDLED, other, ModelConfig(), "native") == as_file
     assert held_bytes(BUNDLED, other, ModelConfig(), "triton") == as_file + table
+
+
+def test_sampling_defaults_that_cannot_be_served_are_refused_before_anything_starts(
+    tmp_path: Path,
+) -> None:
+    shutil.copytree(BUNDLED, tmp_path / "m")
+    flags = {"model.path": str(tmp_path / "m"), "model.device": "cpu"}
+    file = tmp_path / "m" / "generation_config.json"
+    file.write_text(json.dumps({"eos_token_id": 1, "temperature": 0.6}))
+    assert model_facts(load_config(flags=flags)).sampling == "temperature 0.6"
+    file.write_text(json.dumps({"eos_token_id": 1, "no_repeat_ngram_size": 3}))
+    with pytest.raises(CheckpointError, match=r"generation_config.json: no_repeat_ngram_size is 3"):
+        model_facts(load_config(flags=flags))
+    assert model_facts(load_config(flags=flags | {"model.generation_config": "none"})).sampling == ""
 
 
 def test_the_plan_says_how_it_will_compute(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,7 +138,7 @@ def test_reads_what_a_gguf_file_recommends(tmp_path: Path) -> None:
 
 class Offers:
     def __init__(self, path: Path) -> None:
-        self._facts = ModelFacts("m", b"f", b"n", "", 256, VOCAB, True, str(path), 1, 1)
+        self._facts = ModelFacts("m", b"f", b"n", "", 1024, VOCAB, True, str(path), 1, 1)
 
     def models(self) -> list[ModelFacts]:
         return [self._facts]
@@ -169,14 +169,14 @@ async def test_holds_where_a_request_says_nothing_and_yields_where_it_speaks(tmp
 async def test_a_chat_runs_until_it_ends_or_the_context_is_full(tmp_path: Path) -> None:
     model, chat = await served(tmp_path), Call(messages=[{"role": "user", "content": "hi"}])
     request = validate(chat, model, LIMITS)
-    assert request.sampling.max_tokens == 256 - len(request.prompt_ids)
+    assert request.sampling.max_tokens == 1024 - len(request.prompt_ids)
     assert not request.is_bounded
     capped = validate(chat, model, Limits(8, 50, 3600.0, ()))
     assert (capped.sampling.max_tokens, capped.is_bounded) == (50, True)
     completion = validate(Call(prompt="hi", usual_max_tokens=16), model, LIMITS)
     assert (completion.sampling.max_tokens, completion.is_bounded) == (16, True)
     with pytest.raises(ContextLengthExceeded):
-        validate(Call(prompt="hi", max_tokens=256), model, LIMITS)
+        validate(Call(prompt="hi", max_tokens=1024), model, LIMITS)
 
 
 def test_an_answer_without_a_bound_counts_as_a_usual_one() -> None:

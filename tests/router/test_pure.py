@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,7 +13,8 @@ from twostroke.core.request import Epoch, FinishReason, Role, TokenLogprobs
 from twostroke.router.admission import Admission, AdmissionLimits, Offer
 from twostroke.router.coefficients import Coefficients
 from twostroke.router.delivery import Delivery, PieceBuffer, Verdict
-from twostroke.router.facts import WorkerKey
+from twostroke.router.facts import ModelFacts, WorkerFacts, WorkerKey
+from twostroke.router.fleet import Fleet
 from twostroke.router.journal import Journal
 from twostroke.router.pieces import Piece
 from twostroke.router.policy import PolicyLimits, RequestFacts, WorkerView, choose
@@ -211,3 +213,15 @@ def test_merged_pieces_keep_every_logprob_and_the_latest_count_of_shown_tokens()
         (two,),
         2,
     )
+
+
+@pytest.mark.parametrize("lengths", [(4096, 1024), (1024, 4096)])
+def test_a_model_has_the_context_that_each_of_its_workers_can_hold(lengths: tuple[int, int]) -> None:
+    fleet = Fleet()
+    for number, length in enumerate(lengths):
+        model = ModelFacts("m", b"f" * 16, b"n", "", length, 1000, True, "", 1000, 2000)
+        facts = WorkerFacts(f"w{number}", 1, Role.COMBINED, "w:1", model, 64, 16, 8, 64)
+        fleet.announced(facts, 0.0)
+        fleet.session_up(facts.key, facts, 0.0)
+    assert fleet.models()["m"].max_model_len == 1024
+    assert fleet.ready_models()["m"].max_model_len == 1024
