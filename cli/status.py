@@ -34,8 +34,9 @@ def status(
 
 def _table(cluster: dict[str, Any]) -> Table:
     table = Table(title="workers", title_justify="left")
-    for heading in ("worker", "role", "state", "pid", "running", "waiting", "blocks used", "cached", "metrics"):
-        table.add_column(heading, no_wrap=True)  # the rest: --json
+    for heading in ("worker", "role", "state", "pid", "runs", "waits", "blocks used", "cached", "metrics"):
+        # Numbers may wrap, names and addresses never: they are copied. The rest: --json.
+        table.add_column(heading, no_wrap=heading in ("worker", "metrics"), overflow="fold")
     for worker in cluster["workers"]:
         load, blocks = worker["load"], worker["blocks"]
         table.add_row(
