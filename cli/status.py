@@ -33,10 +33,9 @@ def status(
 
 
 def _table(cluster: dict[str, Any]) -> Table:
-    table = Table(title="workers", title_justify="left")
-    for heading in ("worker", "role", "state", "pid", "runs", "waits", "blocks used", "cached", "metrics"):
-        # Numbers may wrap, names and addresses never: they are copied. The rest: --json.
-        table.add_column(heading, no_wrap=heading in ("worker", "metrics"), overflow="fold")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))  # 80 columns are enough for it
+    for heading in ("worker", "role", "state", "pid", "runs", "waits", "KV blocks", "metrics"):
+        table.add_column(heading, no_wrap=True)  # the rest: --json
     for worker in cluster["workers"]:
         load, blocks = worker["load"], worker["blocks"]
         table.add_row(
@@ -46,8 +45,7 @@ def _table(cluster: dict[str, Any]) -> Table:
             str(worker["pid"]),
             str(load["running"]),
             str(load["waiting"]),
-            f"{blocks['total'] - blocks['free']:,} of {blocks['total']:,}",
-            f"{blocks['cached']:,}",
+            f"{blocks['total'] - blocks['free']:,}/{blocks['total']:,}",
             worker.get("metrics_address") or "none",
         )
     return table
