@@ -33,6 +33,7 @@ def chat(
             try:
                 question = console.input("[bold cyan]you[/bold cyan]  ")
             except (EOFError, KeyboardInterrupt):
+                console.print()
                 return
             if not question.strip():
                 return

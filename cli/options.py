@@ -42,6 +42,7 @@ SETTING_BY_FLAG = {
 }
 
 Model = Annotated[str | None, typer.Option(help="Directory, GGUF file or hub name. Default: the bundled model.")]
+Checkpoint = Annotated[str | None, typer.Argument(metavar="[MODEL]", help="The same as --model.", show_default=False)]
 ServedModelName = Annotated[str | None, typer.Option(help="What clients call the model.")]
 DType = Annotated[str | None, typer.Option(help="auto, bfloat16 or float32; auto is the checkpoint's dtype.")]
 Quantization = Annotated[str | None, typer.Option(help="none or int8: 8-bit weights, rounded while loading.")]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,15 +15,16 @@ from ..cluster.machine import machine_facts, model_facts
 from ..cluster.placement import Plan, place
 from ..cluster.prepare import prepare
 from ..cluster.supervisor import Supervisor
-from ..core.errors import TwostrokeError
+from ..core.errors import ConfigError, TwostrokeError
 from ..core.foreground import Stop, run, unless
 from . import options as o
 from .failure import fail
 
-console = Console(stderr=True)
+console = Console(stderr=True, log_path=False, soft_wrap=True)
 
 
 def serve(
+    checkpoint: o.Checkpoint = None,
     model: o.Model = None,
     served_model_name: o.ServedModelName = None,
     prefill: o.Prefill = None,
@@ -56,6 +59,9 @@ def serve(
 
     Every setting is also a key of --config and an environment variable TWOSTROKE__SECTION__KEY.
     """
+    if checkpoint is not None and model not in (None, checkpoint):
+        raise ConfigError(f"the model is given twice, as {checkpoint!r} and as --model {model!r}; give one")
+    model = model or checkpoint
     settings = o.config_from(locals())
     if dry_run:
         show_plan(settings, place(settings, machine_facts(), model_facts(settings)), Console())
@@ -66,18 +72,21 @@ def serve(
 def show_plan(config: Config, plan: Plan, out: Console) -> None:
     """Workers, threads, memory and ports, as a table and lines of arithmetic."""
     table = Table(title=f"{plan.model.name} — launcher {config.cluster.launcher}", title_justify="left")
-    for heading in ("member", "role", "threads", "memory", "KV pool"):
+    for heading in ("member", "role", "threads", "memory at most", "KV pool"):
         table.add_column(heading)
     for member in plan.members:
         if member.kind == "router":
             table.add_row(member.name, "router", "", "", "")
         else:
             pool = f"{plan.pool.num_blocks:,} × {plan.pool.block_tokens} = {plan.pool.num_tokens:,} tokens"
-            memory = (
-                f"{f'GPU {member.gpu} ' if member.device == 'cuda' else ''}≤ {member.memory_bytes / 2**20:,.0f} MiB"
-            )
+            memory = f"{f'GPU {member.gpu}: ' if member.device == 'cuda' else ''}{member.memory_bytes / 2**20:,.0f} MiB"
             table.add_row(member.name, str(member.role), str(member.num_threads), memory, pool)
     out.print(table)
+    taken = (plan.model.weight_bytes + plan.pool.pool_bytes) / 2**20
+    out.print(
+        f"each worker takes {taken:,.0f} MiB for weights and KV pool, as requests fill it; at most: its share of what "
+        "is free now"
+    )
     out.print(f"computes in {plan.model.arithmetic}")
     out.print(f"pool of each worker: {plan.pool.arithmetic}")
     if plan.pool.num_swap_blocks:
@@ -126,8 +135,13 @@ async def _serve(config: Config, stop: Stop) -> int:
             await unless(stop.asked, supervisor.start())
         _greet(supervisor, plan)
         await stop.asked.wait()
-        console.log("draining and stopping; Ctrl-C once more stops without waiting")
+        grace_s = config.cluster.drain_timeout_s
+        console.log(
+            f"draining: answers have {grace_s:g} s to end (cluster.drain_timeout_s); "
+            "Ctrl-C once more stops without waiting"
+        )
         await unless(stop.asked_again, supervisor.stop())
+        console.log("stopped")
         return 0
     except BaseException as error:
         if supervisor is not None:
@@ -172,6 +186,12 @@ def _remarks(plan: Plan) -> list[str]:
     return remarks + [f"{d.setting} is {d.value}: {d.reason}" for d in shortened]
 
 
+def _shown(program: str) -> str:
+    """A program as it can be typed in this folder."""
+    path = Path(program)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else program
+
+
 def _greet(supervisor: Supervisor, plan: Plan) -> None:
     out = Console()
     url, name = supervisor.http_url, plan.model.name
@@ -180,8 +200,9 @@ def _greet(supervisor: Supervisor, plan: Plan) -> None:
     out.print(f"\n[bold]{name}[/bold] is served at [bold]{url}/v1[/bold] (OpenAI API)\n")
     print(f"  curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'")
     sdk = f"from twostroke import Client; print(Client('{supervisor.grpc_address}').generate('def add(a, b):').text)"
-    print(f'  python -c "{sdk}"')
-    print(
-        f"  twostroke chat --grpc {supervisor.grpc_address}   ·   twostroke status --grpc {supervisor.grpc_address}\n"
-    )
+    print(f'  {_shown(sys.executable)} -c "{sdk}"')
+    command = _shown(sys.argv[0])
+    for what in ("chat", "status"):
+        print(f"  {command} {what} --grpc {supervisor.grpc_address}")
+    print()
     print("Ctrl-C drains and stops.", flush=True)

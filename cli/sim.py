@@ -58,4 +58,10 @@ def faults(
         f"{campaign.num_schedules} schedules, {campaign.num_events} events, {campaign.virtual_s:.0f} virtual seconds "
         f"in {campaign.real_s:.1f} s: {campaign.schedules_per_s:.0f} schedules/s"
     )
+    bad = len(campaign.failed)
+    typer.echo(
+        f"FAILED: {bad} schedules broke an invariant"
+        if bad
+        else "passed: every invariant held (requests may fail in this weather; what they got may not be wrong)"
+    )
     raise typer.Exit(1 if campaign.failed else 0)

@@ -33,8 +33,8 @@ def status(
 
 
 def _table(cluster: dict[str, Any]) -> Table:
-    table = Table(title="workers", title_justify="left")
-    for heading in ("worker", "role", "state", "pid", "running", "waiting", "blocks used", "cached", "metrics"):
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))  # 80 columns are enough for it
+    for heading in ("worker", "role", "state", "pid", "runs", "waits", "KV blocks", "metrics"):
         table.add_column(heading, no_wrap=True)  # the rest: --json
     for worker in cluster["workers"]:
         load, blocks = worker["load"], worker["blocks"]
@@ -45,8 +45,7 @@ def _table(cluster: dict[str, Any]) -> Table:
             str(worker["pid"]),
             str(load["running"]),
             str(load["waiting"]),
-            f"{blocks['total'] - blocks['free']:,} of {blocks['total']:,}",
-            f"{blocks['cached']:,}",
+            f"{blocks['total'] - blocks['free']:,}/{blocks['total']:,}",
             worker.get("metrics_address") or "none",
         )
     return table

@@ -112,8 +112,8 @@ def decided_router(
         "max_running_tokens": max(router.max_running_tokens, 2 * num_decoders * pool.num_tokens),
     }
     reasons = {
-        "max_running": f"twice {num_decoders} × {seats} sequences, or {router.max_running:,}",
-        "max_running_tokens": f"twice {num_decoders} × {pool.num_tokens:,} tokens, or {router.max_running_tokens:,}",
+        "max_running": f"twice {num_decoders} × {seats} sequences, at least {router.max_running:,}",
+        "max_running_tokens": f"twice {num_decoders} × {pool.num_tokens:,}, at least {router.max_running_tokens:,}",
     }
     return _decide("router", router, wanted, reasons)
 
@@ -122,7 +122,8 @@ def decided_patience(cluster: S, weight_bytes: int, num_workers: int) -> tuple[S
     """How long a member may take to be ready: starting, and reading the weights."""
     least_s: float = cluster.__class__.model_fields["ready_timeout_s"].default
     load_s = weight_bytes * num_workers / LOADED_BYTES_PER_S
-    reason = f"{least_s:g} s, and {num_workers} × {_gib(weight_bytes)} of weights at {LOADED_BYTES_PER_S >> 20} MiB/s"
+    weights = f"{num_workers} × {weight_bytes / 2**20:,.0f} MiB of weights"
+    reason = f"{least_s:g} s, and {weights} at {LOADED_BYTES_PER_S >> 20} MiB/s"
     return _decide("cluster", cluster, {"ready_timeout_s": float(round(least_s + load_s))}, {"ready_timeout_s": reason})
 
 

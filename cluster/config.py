@@ -43,7 +43,7 @@ class ClusterConfig(Section):
         120.0, gt=0, description="for a member to serve; default: 120, and the time to read the weights at 100 MiB/s"
     )
     replace_after_s: float = Field(20.0, gt=0, description="how long a frozen or unreachable member is waited for")
-    drain_timeout_s: float = Field(10.0, ge=0)
+    drain_timeout_s: float = Field(10.0, ge=0, description="how long answers may go on when a member is told to stop")
     orphan_grace_s: float = Field(5.0, ge=0, le=60, description="how long a lost router's requests run on")
     ray_address: str | None = Field(
         None, description="join this Ray cluster; none: a local one of our own, whatever RAY_ADDRESS says"
@@ -133,7 +133,10 @@ def _check(config: Config) -> None:
         )
     ports = [port for port in (router.port, router.grpc_port, router.internal_port) if port]
     if len(set(ports)) != len(ports):
-        raise ConfigError(f"router.port, router.grpc_port and router.internal_port are {ports}; they must differ")
+        raise ConfigError(
+            f"router.port is {router.port}, router.grpc_port {router.grpc_port}, router.internal_port "
+            f"{router.internal_port}; they must differ (--port, --grpc-port)"
+        )
     largest = config.step.max_num_batched_tokens
     if largest < config.cache.block_size:
         raise ConfigError(

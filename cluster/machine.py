@@ -65,11 +65,16 @@ def model_facts(config: Config) -> ModelFacts:
         remarks=spec.remarks,
         sampling=_sampling(directory, spec, config.model),
         arithmetic=(
-            f"{compute_dtype(spec, config.model.dtype)}, weights "
-            f"{'as they are' if config.model.quantization == 'none' else 'rounded to ' + config.model.quantization}, "
+            f"{compute_dtype(spec, config.model.dtype)}, {_rounding(config.model.quantization, kernels)}, "
             f"{kernels} kernels on {kind}"
         ),
     )
+
+
+def _rounding(quantization: str, kernels: Kernels) -> str:
+    if quantization == "none":
+        return "weights as they are"
+    return f"weights{' and what they multiply' if kernels == 'native' else ''} rounded to {quantization}"
 
 
 def held_bytes(path: Path, spec: ModelSpec, model: ModelConfig, kernels: Kernels) -> int:

@@ -134,7 +134,7 @@ class Run:
             return
         if len(self.order.prompt_ids) - held_tokens < HASH_BLOCK_TOKENS:
             # Not one whole block is missing: asking for it would take longer than computing it.
-            self._go_local("held", held_tokens, None)
+            self._go_local("under_a_block_missing", held_tokens, None)
         else:
             self._pull_from_next()
 

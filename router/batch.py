@@ -12,10 +12,16 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from ..core.errors import Overloaded
 from .pieces import Piece, Usage
 
 MAX_NAMES = 2_000  # lists whose name is remembered: as many as the journal remembers requests
 _PIECES_AHEAD = 4  # per prompt: beyond them the streams wait, and their own bounds hold
+_RETRY_S = 0.5
+CHOICES_AT_ONCE = 64  # of a list: a quarter of what a worker lets wait, so that others' requests find room
+TOKENS_AT_ONCE = 65_536  # of its prompts, likewise
+
+Start = Callable[[], AsyncGenerator[Piece, None]]
 
 # Of several states the first of these tells most.
 _STATES = ("running", "failed", "rejected", "cancelled", "finished")
@@ -26,14 +32,27 @@ def name_of(name: str, prompt: int) -> str:
     return f"{name}-{prompt}"
 
 
-async def merged(streams: Sequence[AsyncGenerator[Piece, None]], num_choices: int) -> AsyncGenerator[Piece, None]:
+def streams_at_once(num_choices: int, most_prompt_tokens: int) -> int:
+    """How many prompts of a list run at once: what a worker's queue holds easily."""
+    return max(1, min(CHOICES_AT_ONCE // num_choices, TOKENS_AT_ONCE // most_prompt_tokens))
+
+
+async def merged(
+    starts: Sequence[Start], num_choices: int, at_once: int, patience_s: float
+) -> AsyncGenerator[Piece, None]:
     """The pieces of all streams as they come, `usage` of all with the very last one; each stream's last has its own.
 
-    The first error of any ends it, and it ends the others; so does closing it.
+    `at_once` streams run; the others begin when one of these has ended, and try again for `patience_s` where the
+    cluster is full then. The first error of any ends it, and it ends the others; so does closing it.
     """
-    arrived: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue(_PIECES_AHEAD * len(streams))
-    pumps = [asyncio.create_task(_pump(place, stream, arrived)) for place, stream in enumerate(streams)]
-    usage, num_unfinished = Usage(0, 0, 0), len(streams)
+    arrived: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue(_PIECES_AHEAD * at_once)
+    slots = asyncio.Semaphore(at_once)
+    patience = [0.0 if place < at_once else patience_s for place in range(len(starts))]
+    pumps = [
+        asyncio.create_task(_pump(place, _in_turn(start, patience[place]), slots, arrived))
+        for place, start in enumerate(starts)
+    ]
+    usage, num_unfinished = Usage(0, 0, 0), len(starts)
     try:
         while num_unfinished:
             place, piece = await arrived.get()
@@ -53,14 +72,33 @@ async def merged(streams: Sequence[AsyncGenerator[Piece, None]], num_choices: in
 async def _pump(
     place: int,
     stream: AsyncGenerator[Piece, None],
+    slots: asyncio.Semaphore,
     arrived: asyncio.Queue[tuple[int, Piece | Exception]],
 ) -> None:
-    async with contextlib.aclosing(stream):
+    async with slots, contextlib.aclosing(stream):
         try:
             async for piece in stream:
                 await arrived.put((place, piece))
         except Exception as error:
             await arrived.put((place, error))
+
+
+async def _in_turn(start: Start, patience_s: float) -> AsyncGenerator[Piece, None]:
+    """The stream; begun again while the cluster is full and nothing of it has come, for `patience_s`."""
+    loop = asyncio.get_running_loop()
+    end_s = loop.time() + patience_s
+    while True:
+        has_begun = False
+        try:
+            async with contextlib.aclosing(start()) as stream:
+                async for piece in stream:
+                    has_begun = True
+                    yield piece
+            return
+        except Overloaded as error:
+            if has_begun or loop.time() >= end_s:
+                raise
+            await asyncio.sleep(min(error.retry_after_s or _RETRY_S, _RETRY_S))
 
 
 def _sum(one: Usage, other: Usage) -> Usage:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from ..core.errors import InvalidRequest, Overloaded
 from ..core.request import Request
 from ..core.timeline import Instant, Timeline
-from .batch import Lists, explain_list, merged, name_of
+from .batch import Lists, Start, explain_list, merged, name_of, streams_at_once
 from .call import Call
 from .config import RouterConfig
 from .flow import Flow
@@ -126,14 +127,17 @@ class Front:
         if name is not None:
             self._check_room(requests)
             self._lists.add(requests[0].owner, name, len(requests))
-        streams = [self.flow.generate(request, _begun(arrived_s)) for request in requests]
-        pieces = streams[0] if name is None else merged(streams, requests[0].num_choices)
+        starts = [partial(self._generate, request, arrived_s) for request in requests]
+        pieces = starts[0]() if name is None else _merged(starts, requests)
         try:
             first = await anext(pieces)
         except BaseException:
             await pieces.aclose()
             raise
         return Started(requests, model, first, pieces)
+
+    def _generate(self, request: Request, arrived_s: float) -> AsyncGenerator[Piece, None]:
+        return self.flow.generate(request, _begun(arrived_s))
 
     def _check_room(self, requests: Sequence[Request]) -> None:
         """Refuse a list for good that could never be under way at once; "come back later" would not be true."""
@@ -144,6 +148,12 @@ class Front:
                 f"{self._max_tokens} are under way at once (router.max_running_tokens): send fewer prompts per request",
                 param="prompt",
             )
+
+
+def _merged(starts: Sequence[Start], requests: Sequence[Request]) -> AsyncGenerator[Piece, None]:
+    num_choices = requests[0].num_choices
+    at_once = streams_at_once(num_choices, max(len(request.prompt_ids) for request in requests))
+    return merged(starts, num_choices, at_once, requests[0].timeout_s)
 
 
 def _begun(arrived_s: float) -> Timeline:

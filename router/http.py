@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import secrets
@@ -102,15 +103,18 @@ class _Face:
         started = await until_disconnect(http, self._front.start_list(name, calls))
         self._note_ignored(http, started.request.ignored_fields)
         head = {"id": name, "object": kind, "created": int(time.time()), "model": started.request.model}
-        wants = _wants(body, started)
-        if body.stream:
-            with_usage = bool(body.stream_options and body.stream_options.include_usage)
-            head["object"] = "chat.completion.chunk" if kind.startswith("chat") else kind
-            head |= {"usage": None} if with_usage else {}
-            answer = Answer(head, started.requests, started.model, wants)
-            return EventStream(_events(started, answer, with_usage), {}, self._config.slow_client_s)
-        answer = Answer(head, started.requests, started.model, wants)
-        return JsonAnswer(await until_disconnect(http, _whole(started, answer)))
+        try:
+            if isinstance(body, CompletionBody) and body.echo:  # takes long for long prompts: their tokens are placed
+                answer = await asyncio.to_thread(_answer_to, body, head, started)
+            else:
+                answer = _answer_to(body, head, started)
+            if not body.stream:
+                return JsonAnswer(await until_disconnect(http, _whole(started, answer)))
+        except BaseException:
+            await started.rest.aclose()
+            raise
+        events = _events(started, answer, _with_usage(body))
+        return EventStream(events, {}, self._config.slow_client_s, source=started.rest)
 
     async def models(self, http: HttpRequest) -> Response:
         self._front.authenticate(_api_key(http))
@@ -158,6 +162,17 @@ class _Face:
     async def version(self, http: HttpRequest) -> Response:
         self._front.authenticate(_api_key(http))
         return JsonAnswer({"version": __version__})
+
+
+def _with_usage(body: Body) -> bool:
+    return bool(body.stream_options and body.stream_options.include_usage)
+
+
+def _answer_to(body: Body, head: dict[str, Any], started: Started) -> Answer:
+    if body.stream:
+        head["object"] = "chat.completion.chunk" if started.request.is_chat else head["object"]
+        head |= {"usage": None} if _with_usage(body) else {}
+    return Answer(head, started.requests, started.model, _wants(body, started))
 
 
 def _wants(body: Body, started: Started) -> Wants:

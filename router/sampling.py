@@ -71,6 +71,12 @@ def _max_tokens(call: Call, model: ServedModel, num_prompt: int, default: int | 
     max_tokens = call.max_tokens
     if max_tokens is None:
         max_tokens = min(room, _usual(call, model, default) or room)
+    if isinstance(max_tokens, int) and not isinstance(max_tokens, bool) and max_tokens < 1:
+        raise InvalidRequest(
+            f"max_tokens is {short(max_tokens)}; must be 1 or more (over HTTP also -1: until the context is full, "
+            "and 0 with echo: the prompt alone)",
+            param="max_tokens",
+        )
     integer("max_tokens", max_tokens, max_tokens, 1, 2**31 - 1)
     if max_tokens > room:
         raise ContextLengthExceeded(

@@ -41,13 +41,23 @@ class JsonAnswer(JSONResponse):
 
 
 class EventStream(Response):
-    """A text/event-stream over an async generator, closed when the client leaves or takes nothing for `stall_s`."""
+    """A text/event-stream over an async generator, closed when the client leaves or takes nothing for `stall_s`.
 
-    def __init__(self, events: AsyncGenerator[bytes, None], headers: dict[str, str], stall_s: float) -> None:
+    `source` is what the events come from: closed with them, for events that never began close nothing.
+    """
+
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        headers: dict[str, str],
+        stall_s: float,
+        source: AsyncGenerator[Any, None] | None = None,
+    ) -> None:
         super().__init__(headers=headers | {"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self.headers["content-type"] = "text/event-stream; charset=utf-8"
         self._events = events
+        self._source = source
         self._stall_s = stall_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -62,9 +72,12 @@ class EventStream(Response):
             with contextlib.suppress(asyncio.CancelledError, OSError):  # OSError: the socket went first, or stalls
                 await sending
             await self._events.aclose()
+            if self._source is not None:
+                await self._source.aclose()
 
     async def _send(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        async with asyncio.timeout(self._stall_s):
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async for event in self._events:
             async with asyncio.timeout(self._stall_s):
                 await send({"type": "http.response.body", "body": event, "more_body": True})

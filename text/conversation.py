@@ -86,7 +86,8 @@ def _with_one_system(placed: list[Placed]) -> list[Placed]:
 def _put_calls(place: int, message: dict[str, Any], form: CallForm | None) -> None:
     if form is None:
         raise InvalidRequest(
-            f"messages[{place}].tool_calls: the model's chat template shows no tool calls; leave them out",
+            f"messages[{place}].tool_calls: the model's chat template shows no tool calls with their arguments; "
+            "leave them out",
             param=f"messages[{place}].tool_calls",
         )
     if len(message["tool_calls"]) > 1 and not form.shows_several:

@@ -28,6 +28,6 @@ async def test_disaggregated_equals_local_token_for_token(start_worker, router_o
             assert handover.tokens_moved == length
             assert handover.bytes_moved > 0
         else:
-            assert handover.local_reason == "held"
+            assert handover.local_reason == "under_a_block_missing"
         assert local.end.handover.local_reason == "ordered"
     await all_free(prefill, decode, alone)

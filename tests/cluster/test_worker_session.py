@@ -113,7 +113,7 @@ async def test_what_is_cached_is_neither_moved_nor_computed_again(start_worker, 
     elsewhere = await (await hand.submit("d", make_prompt(100), [prefill], domain="somebody else")).ended()
     assert again.token_ids == first.token_ids
     assert again.end.handover.tokens_held == 96
-    assert again.end.handover.local_reason == "held"  # 4 tokens are missing: less than a block
+    assert again.end.handover.local_reason == "under_a_block_missing"  # 4 tokens are missing: less than a block
     assert more.end.handover.tokens_held == 96
     assert more.end.handover.tokens_moved == 160 - 96
     assert more.end.usage.cached_tokens == 96

@@ -7,7 +7,7 @@ import pytest
 
 from twostroke.core.errors import Overloaded, WorkerLost
 from twostroke.core.request import FinishReason
-from twostroke.router.batch import MAX_NAMES, Lists, explain_list, merged
+from twostroke.router.batch import MAX_NAMES, Lists, explain_list, merged, streams_at_once
 from twostroke.router.pieces import Piece, Usage
 
 
@@ -35,7 +35,7 @@ class Source:
 
 
 def stream_of(*sources: Source) -> AsyncGenerator[Piece, None]:
-    return merged([source.pieces() for source in sources], num_choices=2)
+    return merged([source.pieces for source in sources], 2, at_once=len(sources), patience_s=0)
 
 
 async def test_choices_are_numbered_through_and_usage_is_summed_once():
@@ -117,3 +117,43 @@ def test_a_lists_state_is_the_one_that_tells_most(states: tuple[str, ...], state
     assert explained is not None
     assert (explained["state"], explained["prompts"]) == (state, list(known.values()))
     assert explain_list("x", ["x-forgotten"], known.get) is None
+
+
+async def test_only_so_many_prompts_run_at_once():
+    sources = [Source(2) for _ in range(5)]
+    stream = merged([source.pieces for source in sources], 2, at_once=2, patience_s=5)
+    await anext(stream)
+    await asyncio.sleep(0)
+    assert [source.num_taken > 0 for source in sources] == [True, True, False, False, False]
+    for source in sources:
+        source.may_end.set()
+    rest = [piece async for piece in stream]
+    assert len(rest) == 14
+    assert rest[-1].usage == Usage(15, 10, 5)
+
+
+async def test_a_prompt_in_turn_waits_for_room_and_one_of_the_first_does_not():
+    refusals = iter([Overloaded("full", retry_after_s=0.001)] * 2)
+    waiting = Source(2)
+    waiting.may_end.set()
+
+    def start() -> AsyncGenerator[Piece, None]:
+        error = next(refusals, None)
+        refused = Source(0, error)
+        refused.may_end.set()
+        return waiting.pieces() if error is None else refused.pieces()
+
+    first = Source(1)
+    first.may_end.set()
+    pieces = [piece async for piece in merged([first.pieces, start], 2, at_once=1, patience_s=5)]
+    assert pieces[-1].usage == Usage(6, 3, 2)
+    refusals = iter([Overloaded("full", retry_after_s=0.001)])
+    with pytest.raises(Overloaded):
+        [piece async for piece in merged([start], 2, at_once=1, patience_s=5)]
+
+
+def test_long_prompts_and_many_choices_run_fewer_at_once():
+    assert [streams_at_once(1, 10), streams_at_once(8, 10), streams_at_once(1, 8192), streams_at_once(128, 1)] == [
+        *(64, 8, 8, 1)
+    ]
+    assert streams_at_once(1, 10**6) == 1

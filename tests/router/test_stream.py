@@ -86,3 +86,15 @@ async def test_headers(header):
 
     await EventStream(nothing(), {"x-a": "b"}, 1.0)({"type": "http"}, played.receive, played.send)
     assert header.encode() in dict(played.sent[0]["headers"])
+
+
+async def test_a_client_that_takes_not_even_the_head_is_given_up_and_what_it_came_for_closed():
+    played, source = Played(), Events()
+    played.room.clear()
+    pieces = source()
+    await anext(pieces)  # the request runs already
+    stream = EventStream(Events()(), {}, 0.1, source=pieces)
+    async with asyncio.timeout(5):
+        await stream({"type": "http"}, played.receive, played.send)
+    assert played.sent == []
+    assert source.is_closed
