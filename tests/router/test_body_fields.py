@@ -39,6 +39,20 @@ def test_no_field_is_in_two_classes():
     assert not set(CompletionBody.model_fields) & set(fields.REFUSED_OF_COMPLETIONS)
 
 
+def test_what_clients_of_others_ask_for_and_would_miss_is_known():
+    tools = {"tools", "tool_choice", "functions", "function_call", "response_format", "structured_outputs"}
+    guided = {"guided_json", "guided_regex", "guided_choice", "guided_grammar", "grammar", "json_schema"}
+    others = {
+        "suffix",
+        "best_of",
+        "use_beam_search",
+        "logits_processors",
+        "allowed_token_ids",
+        "truncate_prompt_tokens",
+    }
+    assert tools | guided | others <= set(fields.REFUSED)
+
+
 @pytest.mark.parametrize(("kind", "usual"), USUAL)
 @pytest.mark.parametrize("strict", [False, True])
 def test_accepted_fields_change_nothing_whatever_they_hold(kind, usual, strict: bool):

@@ -64,7 +64,8 @@ async def test_a_key_is_found_where_clients_put_it(headers: dict[str, str]):
         assert code(await client.get("/v1/models", headers={"x-api-key": "other"})) == (401, "invalid_api_key")
 
 
-async def test_nobodys_body_is_read_without_a_key():
+@pytest.mark.parametrize("path", [COMPLETIONS, "/v1/chat/completions"])
+async def test_nobodys_body_is_read_without_a_key(path: str):
     """Not even waited for: the answer is there before any of it."""
 
     async def never() -> AsyncIterator[bytes]:
@@ -73,7 +74,7 @@ async def test_nobodys_body_is_read_without_a_key():
 
     async with doors(api_keys=("secret",)) as client:
         async with asyncio.timeout(5):
-            reply = await client.post(COMPLETIONS, content=never(), headers={"authorization": "Bearer wrong"})
+            reply = await client.post(path, content=never(), headers={"authorization": "Bearer wrong"})
         assert code(reply) == (401, "invalid_api_key")
 
 
@@ -95,8 +96,8 @@ async def test_by_default_a_page_can_neither_ask_nor_read():
         reply = await client.post(COMPLETIONS, content=BODY, headers={"origin": PAGE, "content-type": "text/plain"})
         assert code(reply) == (403, "origin_not_allowed")
         assert "--allowed-origins" in reply.json()["error"]["message"]
-        for odd in ("null", "", "http://[", "x" * 10_000):
-            reply = await client.post(COMPLETIONS, content=BODY, headers={"origin": odd})
+        for odd in ("null", "", "http://[", "x" * 10_000, "http://evilrouter:8000", "http://router:8000.evil"):
+            reply = await client.post(COMPLETIONS, content=BODY, headers={"origin": odd, "sec-fetch-site": "same-site"})
             assert code(reply) == (403, "origin_not_allowed")
             assert len(reply.content) < 400
         reply = await client.get("/v1/models", headers={"origin": PAGE})

@@ -163,6 +163,18 @@ def test_reasoning_comes_as_gateways_write_it(given, ignored):
     assert names == ignored
 
 
+def test_one_result_answers_one_call():
+    call = assistant(None, function_call={"name": "look", "arguments": "{}"})
+    result = {"role": "function", "name": "look", "content": "x"}
+    _, first, second = checked([call, result, result])[0]
+    assert first["tool_call_id"] == "call00000"
+    assert "tool_call_id" not in second
+
+
+def test_a_refusal_beside_content_is_named():
+    assert checked([assistant("ok", refusal="no")]) == ([assistant("ok")], ("messages.refusal",))
+
+
 def test_reasoning_without_text_is_named():
     (message,), names = checked([assistant(thinking=[{"type": "redacted_thinking", "data": "x"}])])
     assert message == assistant()

@@ -82,6 +82,35 @@ def test_token_ids_come_in_lists_too(client):
     assert [choice.text for choice in whole.choices][0::2] == [alone.choices[0].text] * 2
     assert [choice.prompt_token_ids for choice in whole.choices] == lists
     assert client.completions.create(**GREEDY, prompt=[[5, 6, 7]]).choices[0].text == alone.choices[0].text
+    told = {"return_token_ids": True}
+    told_of: dict[int, Any] = {}
+    for chunk in client.completions.create(**GREEDY, prompt=lists, stream=True, extra_body=told):
+        for choice in chunk.choices:
+            if (ids := getattr(choice, "prompt_token_ids", None)) is not None:
+                told_of[choice.index] = ids
+    assert told_of == dict(enumerate(lists))
+
+
+def test_usage_so_far_counts_every_prompt_of_a_list(cluster):
+    lists = [[5, 6, 7], [8, 9]]
+    options = USAGE | {"continuous_usage_stats": True}
+    *chunks, last = events(cluster, prompt=lists, stream_options=options)
+    assert {chunk["usage"]["prompt_tokens"] for chunk in chunks} == {5} == {last["usage"]["prompt_tokens"]}
+
+
+def test_only_a_chats_first_chunk_has_the_role(cluster):
+    body = {"messages": [{"role": "user", "content": "x"}], "n": 2, "ignore_eos": True}
+    chunks = events(cluster, "/v1/chat/completions", **body)
+    for index in range(2):
+        deltas = [c["choices"][0]["delta"] for c in chunks if c["choices"][0]["index"] == index]
+        assert [delta.get("role") for delta in deltas] == ["assistant"] + [None] * (len(deltas) - 1)
+        assert len(deltas) > 1
+
+
+def test_an_echo_with_more_prompt_logprobs_than_logprobs_gives_both(cluster):
+    (choice,) = post(cluster, prompt="def add", echo=True, logprobs=1, prompt_logprobs=3).json()["choices"]
+    assert len(choice["prompt_logprobs"][1]) in (3, 4)
+    assert len(choice["logprobs"]["top_logprobs"][1]) in (1, 2)
 
 
 def test_every_prompt_of_a_list_is_explained(cluster, client):

@@ -118,6 +118,9 @@ def test_the_first_word_keeps_its_space(make):
     assert stream.push([the]) == ("", 1, True)
 
 
+EMOJI = (["<0xF0>", "<0x9F>", "<0x8E>", "<0x89>"], ["ð", "Ł", "İ", "ī"])  # 🎉 by its bytes
+
+
 def test_a_character_that_the_prompt_began_comes_whole():
     for tokenizer, names in (
         (llama_style(), ["<0xE2>", "<0x82>", "<0xAC>"]),
@@ -126,6 +129,11 @@ def test_a_character_that_the_prompt_began_comes_whole():
         *begun, last = (tokenizer.backend.token_to_id(name) for name in names)
         x = tokenizer.encode("e", add_special_tokens=False)
         assert grown(tokenizer, [*x, *begun], [last, *x], [1], True).startswith("€")
+        emoji = [tokenizer.backend.token_to_id(n) for n in EMOJI[tokenizer.decoder_kinds == ("ByteLevel",)]]
+        for cut in range(1, 4):
+            assert grown(tokenizer, [*x, *emoji[:cut]], [*emoji[cut:], *x], [1], True).startswith("🎉")
+            places = TokenPlaces(tokenizer, True, [*x, *emoji[:cut]]).of([*emoji[cut:], *x])
+            assert places[: 5 - cut] == [0] * (4 - cut) + [1]
         # Bytes that were characters in the prompt already stay so, whatever the output's are.
         assert grown(tokenizer, [*x, *begun, last], [begun[0]], [1], True) == "\ufffd"
 
@@ -188,6 +196,13 @@ def test_tokens_of_one_character_are_where_it_is():
         assert tokenizer.decode(ids).startswith("a€e\ufffde")
         expected = [0, 1, 1, 1, 2, 2, 3, 3, 4] if "<|bos|>" in names else [0, 1, 1, 1, 2, 2, 3, 4, 5]
         assert TokenPlaces(tokenizer).of(ids) == expected
+
+
+def test_each_byte_of_a_broken_run_is_where_it_shows():
+    tokenizer = llama_style()
+    ids = [tokenizer.backend.token_to_id(name) for name in ("e", "<0xE2>", "<0xE2>", "<0xAC>", "e")]
+    assert tokenizer.decode(ids) == "e\ufffd\ufffd\ufffde"
+    assert TokenPlaces(tokenizer).of(ids) == [0, 1, 2, 3, 4]
 
 
 def test_what_is_added_around_a_prompt_has_no_room_in_it():
