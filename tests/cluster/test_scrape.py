@@ -19,9 +19,13 @@ def broken(accept: str):
     raise ZeroDivisionError(accept)
 
 
+def huge(accept: str):
+    return HTTPStatus.OK, "text/plain", bytes(64 << 20)  # more than sockets hold
+
+
 @pytest.fixture
 async def server():
-    server = ScrapeServer({"/metrics": page, "/broken": broken}, exchange_s=1.0)
+    server = ScrapeServer({"/metrics": page, "/broken": broken, "/huge": huge}, exchange_s=1.0)
     host, port = (await server.start("127.0.0.1", 0)).split(":")
     yield host, int(port)
     await server.close()
@@ -45,10 +49,10 @@ CASES = {
     b"GET /metrics HTTP/1.1\r\nHost: x\r\nAccept: text/plain\r\n\r\n": ("HTTP/1.1 200 OK", b"accepts text/plain"),
     b"GET /metrics?x=1 HTTP/1.0\r\n\r\n": ("HTTP/1.1 200 OK", b"accepts "),
     b"HEAD /metrics HTTP/1.1\r\n\r\n": ("HTTP/1.1 200 OK", b""),
-    b"GET / HTTP/1.1\r\n\r\n": ("HTTP/1.1 404 Not Found", b"no such page here; known: /broken, /metrics\n"),
+    b"GET / HTTP/1.1\r\n\r\n": ("HTTP/1.1 404 Not Found", b"no such page here; known: /broken, /huge, /metrics\n"),
     b"POST /metrics HTTP/1.1\r\n\r\n": ("HTTP/1.1 405 Method Not Allowed", b"GET only\n"),
     b"GET /broken HTTP/1.1\r\n\r\n": ("HTTP/1.1 500 Internal Server Error", b"the worker's log has more\n"),
-    b"\x00\xff\xff\r\n\r\n": ("HTTP/1.1 404 Not Found", b"no such page here; known: /broken, /metrics\n"),
+    b"\x00\xff\xff\r\n\r\n": ("HTTP/1.1 404 Not Found", b"no such page here; known: /broken, /huge, /metrics\n"),
     b"GET /metrics HTTP/1.1\r\nX: " + b"x" * 2 * scrape.MAX_HEAD_BYTES + b"\r\n\r\n": ("", b""),
 }
 
@@ -70,6 +74,17 @@ async def test_connections_are_bounded_and_room_comes_back(server):
     async with asyncio.timeout(10):
         while (await ask(server, b"GET /metrics HTTP/1.1\r\n\r\n"))[0] != "HTTP/1.1 200 OK":
             await asyncio.sleep(0.01)
+
+
+async def test_a_client_that_reads_nothing_is_let_go_of(server, monkeypatch):
+    monkeypatch.setattr(scrape, "MAX_CONNECTIONS", 1)
+    reader, writer = await asyncio.open_connection(*server)
+    writer.write(b"GET /huge HTTP/1.1\r\n\r\n")
+    await reader.readexactly(10)  # it is being answered
+    async with asyncio.timeout(10):
+        while (await ask(server, b"GET /metrics HTTP/1.1\r\n\r\n"))[0] != "HTTP/1.1 200 OK":
+            await asyncio.sleep(0.05)
+    writer.close()
 
 
 async def test_a_taken_port_is_named_with_the_remedy(server):
