@@ -123,7 +123,7 @@ def test_serves_answers_reports_drains_and_leaves_nothing(served: Served):
         assert f"{worker['worker_id']} is ready: {worker['numerics']}".replace(" ", "") in said
         line = next(line for line in table.stdout.splitlines() if worker["worker_id"] in line)
         assert str(worker["pid"]) in line
-        assert f"0 of {worker['blocks']['total']:,}" in line
+        assert f"0/{worker['blocks']['total']:,}" in line
         assert worker["metrics_address"] in line
         assert httpx.get(f"http://{worker['metrics_address']}/health", timeout=20).status_code == 200
     _interrupt_in_mid_stream(served, url)
