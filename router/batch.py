@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..core.errors import Overloaded
+from ..core.errors import InternalError, Overloaded
 from .pieces import Piece, Usage
 
 MAX_NAMES = 2_000  # lists whose name is remembered: as many as the journal remembers requests
@@ -76,9 +76,13 @@ async def _pump(
     arrived: asyncio.Queue[tuple[int, Piece | Exception]],
 ) -> None:
     async with slots, contextlib.aclosing(stream):
+        usage = None
         try:
             async for piece in stream:
+                usage = piece.usage
                 await arrived.put((place, piece))
+            if usage is None:  # whoever reads would wait for it for ever
+                raise InternalError(f"prompt {place} ended without its last piece")
         except Exception as error:
             await arrived.put((place, error))
 

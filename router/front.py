@@ -140,7 +140,7 @@ class Front:
         return self.flow.generate(request, _begun(arrived_s))
 
     def _check_room(self, requests: Sequence[Request]) -> None:
-        """Refuse a list for good that could never be under way at once; "come back later" would not be true."""
+        """Refuse a list that asks for more tokens than the router admits in all: a bound on the work of one request."""
         tokens = sum(r.num_choices * (len(r.prompt_ids) + r.expected_tokens) for r in requests)
         if tokens > self._max_tokens:
             raise InvalidRequest(

@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator
 
 import pytest
 
-from twostroke.core.errors import Overloaded, WorkerLost
+from twostroke.core.errors import InternalError, Overloaded, WorkerLost
 from twostroke.core.request import FinishReason
 from twostroke.router.batch import MAX_NAMES, Lists, explain_list, merged, streams_at_once
 from twostroke.router.pieces import Piece, Usage
@@ -157,3 +157,12 @@ def test_long_prompts_and_many_choices_run_fewer_at_once():
         *(64, 8, 8, 1)
     ]
     assert streams_at_once(1, 10**6) == 1
+
+
+async def test_a_stream_that_ends_without_its_last_piece_is_an_error_and_no_wait():
+    async def cut_short() -> AsyncGenerator[Piece, None]:
+        yield Piece(0, 0, (1,), "a")
+
+    async with asyncio.timeout(5):
+        with pytest.raises(InternalError):
+            [piece async for piece in merged([cut_short], 1, at_once=1, patience_s=0)]
