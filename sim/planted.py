@@ -52,9 +52,9 @@ from ..model.sequence import Sequence as Live
 from ..model.store_op import SwapInOp, SwapOp
 from ..model.swap import SwapSpace
 from ..router import delivery
+from ..router.lifecycle import Lifecycle
 from ..router.run import Run as RouterRun
 from . import handovers, store
-from .router import RouterNode
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,10 +296,10 @@ def gaps_are_closed() -> AbstractContextManager[None]:
 def epochs_begin_anew_with_each_request() -> AbstractContextManager[None]:
     """Was real: an id that comes again is dispatched under an epoch that its worker has seen."""
 
-    def next_epoch(self: RouterNode, run: RouterRun) -> Epoch:
-        return Epoch(self.process.life, len(run.dispatches) + 1)
+    def next_epoch(self: Lifecycle, run: RouterRun) -> Epoch:
+        return Epoch(self._incarnation, len(run.dispatches) + 1)
 
-    return _instead(RouterNode, "next_epoch", next_epoch)
+    return _instead(Lifecycle, "_next_epoch", next_epoch)
 
 
 PLANTED = (
