@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 from ..core.request import FinishReason
 from ..core.timeline import Instant, Timeline
+from ..kv.carrier import StreamHost
+from ..kv.driver import ClientDriver
 from ..kv.handover import GotFirstToken, Label, Lost
 from ..kv.handover_receiver import Receiver
 from ..kv.messages import sampling_to_wire, spec_to_wire
@@ -155,11 +157,12 @@ class Run:
         self.told.prefill_worker = peer.worker_id
         self.told.tokens_asked = len(order.prompt_ids) - self._held_tokens
         self._pull_waits = False
-        self._pull = self._open_pull(receiver, peer.address)
+        self._pull = Pull(receiver, self._connect(peer.address), order.engine_key, self, tools.pull)
 
-    def _open_pull(self, receiver: Receiver, address: str) -> Pull:
-        tools = self._tools
-        return Pull(receiver, tools.channels.transfer(address), self.order.engine_key, self, tools.pull)
+    def _connect(self, address: str) -> StreamHost:
+        tools = self._tools.pull
+        stream = self._tools.channels.transfer(address)
+        return ClientDriver(stream, tools.clock, tools.executor, linger_s=tools.timing.silence_s)
 
     def _open(self, now_s: float) -> handover_pb2.Open:
         order, facts = self.order, self._tools.facts
