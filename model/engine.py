@@ -16,8 +16,8 @@ from ..core.clock import Clock
 from ..core.errors import InternalError
 from ..core.request import FinishReason
 from ..kv.host_store import HostStore
-from ..kv.section import SectionData
-from ..kv.store import HeldTokens, KvStore
+from ..kv.section import HeldTokens, SectionData
+from ..kv.store import KvStore
 from .core import EngineCore
 from .link import Ended, Event, LoadNews
 from .pace import Pace

@@ -10,36 +10,36 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from typing import Any, cast
 
-from ..core.errors import Overloaded, TwostrokeError, Unavailable
-from ..core.request import Role, SequenceKey
+from ..core.request import SequenceKey
 from ..decode_worker.choice import Choice
 from ..decode_worker.order import order_from_wire
 from ..decode_worker.outbox import Outbox
-from ..decode_worker.pull import Pull, PullTools
+from ..decode_worker.pull import PullTools
 from ..decode_worker.run import Run, RunTools
 from ..decode_worker.service import DecodeService
 from ..decode_worker.session import Session
-from ..kv.handover import Label
-from ..kv.handover_receiver import Receiver
-from ..kv.handover_sender import Sender, refuse
+from ..kv.carrier import StreamHost
+from ..kv.handover import SendFrame
 from ..kv.keys import Namer
-from ..kv.messages import error_to_wire, sampling_from_wire
 from ..kv.transport import Channels
-from ..kv.wire import WireError, decode_envelope, encode_message
+from ..kv.wire import WireError, decode_envelope
 from ..model import link
 from ..model.dispatch import Dispatcher, Owner, SequenceEvent
 from ..model.facts import FaceFacts, ModelFacts
+from ..prefill_worker.job import Job, JobTools
+from ..prefill_worker.service import PrefillService
 from ..protos import common_pb2, handover_pb2, worker_pb2
 from ..router import facts as router_facts
 from ..text.stream import TextPiece
 from ..text.tokenizer import Tokenizer
 from .engine import FINGERPRINT, IDENTITY_KEY, NUMERICS, Engine
 from .faces import SessionFace, WatchFace
-from .handovers import Machinery, Place, SimJob, SimPull, refused
+from .handovers import Place, SimHost
 from .invariants import Violation, check_drained
 from .network import End, Network
 from .setting import Setting, WorkerSetting
-from .store import DIGEST_KEY, EOS, SPEC, VOCABULARY, Ledger
+from .cells import CELL_BYTES, DIGEST_KEY, SPEC
+from .store import EOS, VOCABULARY, Ledger
 from .world import Process
 
 MODEL = "model"
@@ -87,10 +87,10 @@ class SimChoice(Choice):
 class SimRun(Run):
     """The production run; only its streams are ours."""
 
-    connect: Callable[[Receiver, SequenceKey, Run, str], SimPull]
+    connect: Callable[[SequenceKey, str], StreamHost]
 
-    def _open_pull(self, receiver: Receiver, address: str) -> Pull:
-        return cast(Pull, self.connect(receiver, self.order.engine_key, self, address))
+    def _connect(self, address: str) -> StreamHost:
+        return self.connect(self.order.engine_key, address)
 
 
 class SimService(DecodeService):
@@ -102,7 +102,7 @@ class SimService(DecodeService):
         order = order_from_wire(message, self._tools.facts.model)
         emitted = order.prompt_ids[len(order.prompt_ids) - order.num_emitted :]
         run = SimRun(order, SimChoice(order.params, emitted), outbox, self._tools, self._on_end)
-        run.connect = self.node.connect_pull
+        run.connect = self.node.connect_peer
         return run
 
     def open(self, session: Session) -> None:
@@ -144,12 +144,13 @@ class WorkerNode:
         pull = PullTools(self.dispatcher, cast(Executor, None), DIGEST_KEY, SPEC, setting.timing, world, Counter())
         self.service = SimService(RunTools(self.facts, pull, cast(Channels, None)), cast(Tokenizer, None))
         self.service.node = self
+        jobs = JobTools(self.dispatcher, pull.executor, DIGEST_KEY, NUMERICS, setting.timing, world, Counter())
+        self.prefill = PrefillService(self.facts, jobs, lambda: worker.role, worker.max_handovers)
         self.sessions: list[SessionFace] = []
         self.watches: list[WatchFace] = []
-        self.jobs: list[SimJob] = []
+        self.jobs: dict[Job, SimHost] = {}
         self.find: Callable[[str], WorkerNode | None] = lambda _: None  # by worker id, whoever lives there now
-        self._num_jobs = 0
-        self._place = Place(world, process, self.dispatcher, setting.is_bearable)
+        self._place = Place(world, process, setting.is_bearable, worker.check_s, setting.stray)
         self._orphans: dict[SequenceKey, float] = {}  # sequences whose hand-over ended, and when
         self.dispatcher.on_cache(self._on_cache)
 
@@ -192,17 +193,17 @@ class WorkerNode:
 
     # ------------------------------------------------------------------ hand-overs
 
-    def connect_pull(self, receiver: Receiver, key: SequenceKey, owner: Run, address: str) -> SimPull:
+    def connect_peer(self, key: SequenceKey, address: str) -> StreamHost:
         """The decode side opens a stream to whoever lives at the address."""
         peer = self.find(address)
         assert peer is not None, address
         near, far = self.network.connect(self.process, peer.process, f"{key.request_id}>{address}")
         if peer.process.is_alive:
             far.on_message = lambda envelope: peer.accept_handover(far, envelope)
-        return SimPull(receiver, near, key, owner, self._place)
+        return SimHost(self._place, near, f"{key.request_id}#{key.choice} receiver")
 
     def accept_handover(self, end: End, envelope: bytes) -> None:
-        """The first message of a hand-over: prefill_worker/service.py's judgement."""
+        """The first message of a hand-over."""
         try:
             message = decode_envelope(envelope)
         except WireError:
@@ -211,45 +212,31 @@ class WorkerNode:
         if not isinstance(message, handover_pb2.HandoverUp):
             end.abort()
             return
-        try:
-            job = self._job(message, end)
-        except TwostrokeError as error:
-            self.world.note(self.process, refused(error))
-            end.send(encode_message(refuse(message, error_to_wire(error))))
-            end.finish()
-            end.is_deaf = True
-            return
-        self.jobs.append(job)
-        job.start()
+        found: list[Job] = []
+        name = f"{message.request_id}#{message.choice} sender"
+        host = SimHost(self._place, end, name, closed=lambda: self._job_over(found))
+        job = self.prefill.open(message, host)
+        if job is not None:
+            found.append(job)
+            self.jobs[job] = host
+            host.sends = lambda frame, envelope: self._check_frame(job.key, frame, envelope)
 
-    def _job(self, message: handover_pb2.HandoverUp, end: End) -> SimJob:
-        if self.worker.role is Role.COMBINED:
-            raise Unavailable("this worker is combined", retry_after_s=1.0)
-        if len(self.jobs) >= self.worker.max_handovers:
-            raise Overloaded(f"{len(self.jobs)} hand-overs are under way", retry_after_s=1.0)
-        now_s, worker = self.world.now_s(), self.worker
-        sender = Sender(message, worker.frame_tokens, worker.frame_slots, self.setting.timing, now_s)
-        order, label = sender.order, Label.of(message)
-        prompt_ids = tuple(order.prompt_ids)
-        self.facts.model.check_prompt(prompt_ids)
-        names = self.facts.namer.name(prompt_ids, order.isolation_domain, order.adapter)
-        self._num_jobs += 1
-        submit = link.Submit(
-            key=SequenceKey(f"{label.request_id}/p{self._num_jobs}", label.choice),
-            source=link.Source.FOR_PEER,
-            prompt_ids=prompt_ids,
-            identities=names.identities,
-            identity_root=names.root,
-            params=sampling_from_wire(order.sampling),
-            num_emitted=order.emitted_tokens,
-            peer_held_tokens=order.held_tokens,
-            deadline_s=now_s + order.timeout_ms / 1000,
-        )
-        return SimJob(sender, submit, end, self._place, self._job_over)
+    def _job_over(self, found: list[Job]) -> None:
+        """After the actions under way: a stream ends when its handler returns."""
+        for job in found:
+            self.world.after(0.0, self.process, lambda job=job: self._leave(job))  # type: ignore[misc]
 
-    def _job_over(self, job: SimJob) -> None:
-        self.jobs.remove(job)
-        self._orphans[job.submit.key] = self.world.now_s()
+    def _leave(self, job: Job) -> None:
+        if job in self.jobs:
+            del self.jobs[job]
+            self.prefill.leave(job)
+            self._orphans[job.key] = self.world.now_s()
+
+    def _check_frame(self, key: SequenceKey, frame: SendFrame, envelope: bytes) -> None:
+        """K4: what leaves is what was computed."""
+        planes = envelope[len(envelope) - frame.token_count * CELL_BYTES :]
+        if not self.engine.store.leaves_as_computed(key, frame.token_start, planes):
+            raise Violation("K4", f"{key}: a frame leaves that is not the KV of its tokens")
 
     # ------------------------------------------------------------------ inside
 
@@ -275,9 +262,11 @@ class WorkerNode:
         if len(speaking) != len(set(speaking)):
             raise Violation("R6", f"{self.process}: two epochs of one request speak: {sorted(speaking)}")
 
-        for machine in (*self.jobs, *(run._pull for run in self.service._running)):
-            if isinstance(machine, Machinery):
-                machine.check()
+        for job, host in self.jobs.items():
+            host.check_deadline(job.sender.next_deadline_s)
+        for run in self.service._running:
+            if run._pull is not None:
+                cast(SimHost, run._pull._host).check_deadline(run._pull.receiver.next_deadline_s)
         self._check_orphans()
 
     def _check_orphans(self) -> None:
@@ -295,7 +284,7 @@ class WorkerNode:
         """K1 at the end, and that no machine is left behind."""
         check_drained(str(self.process), self.engine.core, self.engine.pool)
         if self.jobs or self.service.num_running or self.dispatcher.num_owned:
-            raise Violation("K1", f"{self.process}: jobs or runs are left: {[job.name for job in self.jobs]}")
+            raise Violation("K1", f"{self.process}: jobs or runs are left: {[host.name for host in self.jobs.values()]}")
 
 
 ROUTER_MODEL = router_facts.ModelFacts(
