@@ -40,10 +40,11 @@ class SessionFace:
         if message.HasField("hello"):
             if self._sequence:
                 return  # said twice
+            self.session.greet(message.hello)
             self._node.service.open(self.session)
             self._send(welcome=self._node.info())
-        elif self.session in self._node.service._sessions:
-            self.session._take(message)
+        elif self._sequence:
+            self.session.take(message)
         self.flush()
 
     def flush(self) -> None:
@@ -75,7 +76,7 @@ class SessionFace:
             self._is_over = True
             self._end.abort()
             self._node.sessions.remove(self)
-            self._node.service.lose(self.session, self._node.setting.grace_s)
+            self._node.service.lose(self.session)
 
 
 class WatchFace:

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
+from dataclasses import dataclass
 from typing import Any, cast
 
 from ..core.request import SequenceKey
 from ..decode_worker.choice import Choice
-from ..decode_worker.order import order_from_wire
-from ..decode_worker.outbox import Outbox
+from ..decode_worker.order import Order
 from ..decode_worker.pull import PullTools
 from ..decode_worker.run import Run, RunTools
 from ..decode_worker.service import DecodeService
@@ -84,47 +84,41 @@ class SimChoice(Choice):
         self.ended = None
 
 
-class SimRun(Run):
-    """The production run; only its streams are ours."""
-
-    connect: Callable[[SequenceKey, str], StreamHost]
-
-    def _connect(self, address: str) -> StreamHost:
-        return self.connect(self.order.engine_key, address)
-
-
 class SimService(DecodeService):
-    """The production decode service; runs and timers are ours."""
+    """The production decode service; text, timers and the way to peers are ours."""
 
     node: WorkerNode
 
-    def _run_of(self, message: worker_pb2.Submit, outbox: Outbox) -> Run:
-        order = order_from_wire(message, self._tools.facts.model)
-        emitted = order.prompt_ids[len(order.prompt_ids) - order.num_emitted :]
-        run = SimRun(order, SimChoice(order.params, emitted), outbox, self._tools, self._on_end)
-        run.connect = self.node.connect_peer
-        return run
+    def _choice(self, order: Order) -> Choice:
+        return SimChoice(order.params, order.prompt_ids[len(order.prompt_ids) - order.num_emitted :])
 
-    def open(self, session: Session) -> None:
-        """A router said hello."""
-        self._sessions[session] = set()
+    def _broken(self, message: worker_pb2.Submit, error: Exception) -> None:
+        raise error
 
-    def lose(self, session: Session, grace_s: float) -> None:
-        """As `_lost`: its runs go on for the grace."""
-        runs = self._sessions.pop(session, set())
-        listed = [run for run in self._run_by_key.values() if run in runs]
+    def _after(self, delay_s: float, act: Callable[[], None]) -> None:
+        self.node.world.after(delay_s, self.node.process, act)
 
-        def end() -> None:
-            for run in listed:
-                if run in self._running:
-                    run.cancel("router lost")
-            self.node.world.after(ORPHAN_SLACK_S, self.node.process, check)
+    def lose(self, session: Session) -> None:
+        """As production; and when the grace is over, none of its runs may go on."""
+        orphans = [run for run in self.runs if self._ledger.router_of(run) == session.router]
+        orphans = [run for run in orphans if run._outbox is session.outbox]
+        super().lose(session)
+        self._after(self._orphan_grace_s + ORPHAN_SLACK_S, lambda: self._check_gone(orphans))
 
-        def check() -> None:
-            if any(run in self._running for run in listed):
-                raise Violation("R7", f"{self.node.process}: requests of a lost router run on")
+    def _check_gone(self, orphans: list[Run]) -> None:
+        if any(run in self.runs for run in orphans):
+            raise Violation("R7", f"{self.node.process}: requests of a lost router run on")
 
-        self.node.world.after(grace_s, self.node.process, end)
+
+@dataclass(frozen=True)
+class SimRunTools(RunTools):
+    """The production tools of a run; its streams are ours."""
+
+    node: WorkerNode
+
+    def connect(self, key: SequenceKey, address: str) -> StreamHost:
+        """See RunTools."""
+        return self.node.connect_peer(key, address)
 
 
 class WorkerNode:
@@ -142,7 +136,8 @@ class WorkerNode:
         self.facts = _face_facts(worker)
         self.session_timing = cast(Any, None)  # our own timers watch the session
         pull = PullTools(self.dispatcher, cast(Executor, None), DIGEST_KEY, SPEC, setting.timing, world, Counter())
-        self.service = SimService(RunTools(self.facts, pull, cast(Channels, None)), cast(Tokenizer, None))
+        tools = SimRunTools(self.facts, pull, cast(Channels, None), self)
+        self.service = SimService(tools, cast(Tokenizer, None), setting.grace_s)
         self.service.node = self
         jobs = JobTools(self.dispatcher, pull.executor, DIGEST_KEY, NUMERICS, setting.timing, world, Counter())
         self.prefill = PrefillService(self.facts, jobs, lambda: worker.role, worker.max_handovers)
@@ -258,13 +253,14 @@ class WorkerNode:
     def check(self) -> None:
         """What must hold after every event: the engine's invariants, and R6 inside one worker."""
         self.engine.check()
-        speaking = [run.order.key for run in self.service._running if run._verdict is None]
+        owner_of = self.service._ledger.router_of
+        speaking = [(owner_of(run), run.order.key) for run in self.service.runs if run._verdict is None]
         if len(speaking) != len(set(speaking)):
             raise Violation("R6", f"{self.process}: two epochs of one request speak: {sorted(speaking)}")
 
         for job, host in self.jobs.items():
             host.check_deadline(job.sender.next_deadline_s)
-        for run in self.service._running:
+        for run in self.service.runs:
             if run._pull is not None:
                 cast(SimHost, run._pull._host).check_deadline(run._pull.receiver.next_deadline_s)
         self._check_orphans()
