@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..decode_worker.outbox import Outbox
 from ..decode_worker.session import Session
 from ..model import link
 from ..protos import worker_pb2
@@ -25,6 +26,7 @@ class SessionFace:
         self._end = end
         self._sequence = 0
         self.session = Session(node.service, node.session_timing, node.engine.load)
+        self.session.outbox = Outbox(max_message_bytes=node.setting.message_bytes)
         self._heard_s = node.world.now_s()
         self._is_over = False
         self._flush_due: Timer | None = None
@@ -48,9 +50,8 @@ class SessionFace:
         self.flush()
 
     def flush(self) -> None:
-        """Everything that waits leaves in one message."""
-        output = None if self._is_over else self.session.outbox.take()
-        if output is not None:
+        """Everything that waits leaves."""
+        while not self._is_over and (output := self.session.outbox.take()) is not None:
             self._send(step=output)
 
     def _send(self, **body: Any) -> None:

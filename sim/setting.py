@@ -92,6 +92,8 @@ class Setting:
     read_damage: float
     step_failure: float
     swap_damage: float  # how often a copy in host memory is damaged
+    message_bytes: int  # bound of what a worker tells its router at once
+    echo: float  # how often a router's word to a worker comes once more, much later
     stray: float  # how often a message of an older dispatch comes before one of a hand-over, under its number
     workers: tuple[WorkerSetting, ...]
     orders: tuple[Order, ...]
@@ -125,6 +127,8 @@ def draw(seed: int) -> Setting:
         read_damage=_rate(rng, 0.1),
         step_failure=0.0 if is_bearable else _rate(rng, 0.02),
         swap_damage=_rate(swap, 0.5),
+        message_bytes=late.choice((20, 1 << 20)),
+        echo=_rate(late, 0.5),
         stray=_rate(late, 0.2),
         workers=workers,
         orders=orders,
