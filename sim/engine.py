@@ -13,12 +13,11 @@ from ..kv.block import IdentityRoot
 from ..kv.pool import BlockPool
 from ..kv.prefix import PrefixCache
 from ..model.core import CoreLimits, EngineCore
-from ..model.link import Command, Ended, Event, LoadNews, Promised, Submit
+from ..model.link import Command, Ended, Event, LoadNews, Offered, Promised, Submit
 from ..model.plan import StepPlan, StepResult
-from ..model.policy import Room
 from ..model.store_op import StoreOp
 from ..model.turn import Turn
-from .invariants import check_core, check_deadlines
+from .invariants import check_core, check_deadlines, check_promises
 from .setting import DOMAINS, Setting, WorkerSetting
 from .cells import mix
 from .store import EOS, Known, Ledger, Store
@@ -164,6 +163,8 @@ class Engine:
         for event in events:
             if isinstance(event, Ended):
                 self.store.known.pop(event.key, None)
+            elif isinstance(event, Promised | Offered):
+                check_promises(self._process.name, self.core, self.pool, self._worker.most_taken)
         if events:
             self._world.after(self._worker.link_s, self._process, lambda: self.tell(events))
 

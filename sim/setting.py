@@ -37,6 +37,11 @@ class WorkerSetting:
     num_swap_blocks: int = 0  # host blocks for preempted sequences
     check_s: float = 0.0  # what verifying digests takes, away from the loop; 0: on the loop
 
+    @property
+    def most_taken(self) -> float:
+        """The share of its blocks that may be in use and promised when somebody is let in."""
+        return {Role.PREFILL: 1.0, Role.DECODE: self.watermark, Role.COMBINED: 0.95}[self.role]
+
     def policy(self) -> Policy:
         """Its role's taste."""
         if self.role is Role.PREFILL:

@@ -11,6 +11,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, cast
 
+from ..cluster.watch import FaceLoad, Watchers
 from ..core.request import SequenceKey
 from ..decode_worker.choice import Choice
 from ..decode_worker.order import Order
@@ -147,7 +148,8 @@ class WorkerNode:
         self.find: Callable[[str], WorkerNode | None] = lambda _: None  # by worker id, whoever lives there now
         self._place = Place(world, process, setting.is_bearable, worker.check_s, setting.stray)
         self._orphans: dict[SequenceKey, float] = {}  # sequences whose hand-over ended, and when
-        self.dispatcher.on_cache(self._on_cache)
+        face = FaceLoad(worker.role)
+        self.watchers = Watchers(self.dispatcher, process.life, lambda: face, Counter(), piece_identities=3)
 
     @property
     def is_idle(self) -> bool:
@@ -245,10 +247,8 @@ class WorkerNode:
         """Let everything that waits for routers leave."""
         for session in list(self.sessions):
             session.flush()
-
-    def _on_cache(self, event: link.CacheDelta | link.CacheSnapshot) -> None:
         for watch in list(self.watches):
-            watch.hear_cache(event)
+            watch.flush()
 
     def check(self) -> None:
         """What must hold after every event: the engine's invariants, and R6 inside one worker."""
@@ -277,8 +277,12 @@ class WorkerNode:
                 raise Violation("R7", f"{self.process}: {key} lives {slack_s} s after its hand-over ended")
 
     def check_drained(self) -> None:
-        """K1 at the end, and that no machine is left behind."""
+        """K1 and K5 at the end, and that no machine is left behind."""
         check_drained(str(self.process), self.engine.core, self.engine.pool)
+        findable = set(self.engine.prefix.snapshot())
+        for watch in self.watches:
+            if watch.is_up_to_date and watch.told != findable and not self.engine.has_waiting_commands:
+                raise Violation("K5", f"{self.process}: told {len(watch.told)} blocks, {len(findable)} are findable")
         if self.jobs or self.service.num_running or self.dispatcher.num_owned:
             raise Violation("K1", f"{self.process}: jobs or runs are left: {[host.name for host in self.jobs.values()]}")
 
