@@ -96,7 +96,7 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> EngineRoom:
     )
     host = None
     if pool_size.num_swap_blocks:
-        host = HostStore(runner.store, pool_size.num_swap_blocks, options.digest_key)
+        host = HostStore(runner.store, runner.store.on_host(pool_size.num_swap_blocks))
     engine = Engine(core, runner, runner.store, link, clock, host=host)
     return EngineRoom(engine, link, facts, tokenizer, pool_size, policy_of)
 

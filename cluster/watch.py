@@ -36,13 +36,15 @@ class Watchers:
         face: Callable[[], FaceLoad],
         counters: Counter[str],
         max_pending: int = MAX_PENDING_IDENTITIES,
+        piece_identities: int = PIECE_IDENTITIES,
     ) -> None:
         self._dispatcher = dispatcher
         self._incarnation = incarnation
         self._face = face
         self._counters = counters
         self._max_pending = max_pending
-        self._open: set[_Watcher] = set()
+        self._piece_identities = piece_identities
+        self._open: dict[Watcher, None] = {}  # in the order they came
         dispatcher.on_cache(self._on_cache)
         dispatcher.on_load(self._on_load)
 
@@ -54,37 +56,46 @@ class Watchers:
 
         A snapshot that follows deltas replaces everything before it: this watcher read too slowly to be told each.
         """
-        watcher = _Watcher(self._max_pending)
-        self._open.add(watcher)
-        if self._dispatcher.last_load is not None:
-            watcher.hear_load(self._dispatcher.last_load)
-        self._dispatcher.ask_snapshot()
-        sequence = 0
+        watcher = self.open()
         try:
             while True:
                 await watcher.news.wait()
-                if watcher.lost_count:
-                    watcher.await_snapshot()
-                    self._counters["watch_resyncs"] += 1
-                    self._dispatcher.ask_snapshot()
-                for event in self._events(watcher):
-                    sequence += event.HasField("load") is False
-                    event.incarnation, event.sequence = self._incarnation, sequence
+                for event in self.events(watcher):
                     yield event
         finally:
-            self._open.discard(watcher)
+            self.leave(watcher)
 
-    def _events(self, watcher: _Watcher) -> list[worker_pb2.WatchEvent]:
-        """Everything that waits, in order; the newest load report last."""
+    def open(self) -> Watcher:
+        """A router begins to watch; `leave` must follow."""
+        watcher = Watcher(self._max_pending)
+        self._open[watcher] = None
+        if self._dispatcher.last_load is not None:
+            watcher.hear_load(self._dispatcher.last_load)
+        self._dispatcher.ask_snapshot()
+        return watcher
+
+    def leave(self, watcher: Watcher) -> None:
+        """A router watches no more."""
+        self._open.pop(watcher, None)
+
+    def events(self, watcher: Watcher) -> list[worker_pb2.WatchEvent]:
+        """Everything that waits for a watcher, in order and numbered; the newest load report last."""
+        if watcher.lost_count:
+            watcher.await_snapshot()
+            self._counters["watch_resyncs"] += 1
+            self._dispatcher.ask_snapshot()
         snapshot, deltas, load = watcher.take()
         events = []
         if snapshot is not None:
-            events += [worker_pb2.WatchEvent(snapshot=piece) for piece in _pieces(snapshot)]
+            events += [worker_pb2.WatchEvent(snapshot=piece) for piece in self._pieces(snapshot)]
         for delta in deltas:
             message = worker_pb2.BlocksDelta(stored=b"".join(delta.stored), removed=b"".join(delta.removed))
             events.append(worker_pb2.WatchEvent(delta=message))
         if load is not None:
             events.append(worker_pb2.WatchEvent(load=self.report(load)))
+        for event in events:
+            watcher.sequence += event.HasField("load") is False
+            event.incarnation, event.sequence = self._incarnation, watcher.sequence
         return events
 
     def report(self, load: LoadNews) -> worker_pb2.LoadReport:
@@ -113,6 +124,15 @@ class Watchers:
             spreads={name: worker_pb2.Spread(counts=s.counts, total=s.total) for name, s in load.spreads},
         )
 
+    def _pieces(self, snapshot: CacheSnapshot) -> list[worker_pb2.BlocksSnapshot]:
+        identities, size = snapshot.identities, self._piece_identities
+        pieces = [
+            worker_pb2.BlocksSnapshot(identities=b"".join(identities[first : first + size]))
+            for first in range(0, max(1, len(identities)), size)
+        ]
+        pieces[-1].last = True
+        return pieces
+
     def _on_cache(self, event: CacheDelta | CacheSnapshot) -> None:
         for watcher in self._open:
             watcher.hear_cache(event)
@@ -122,7 +142,7 @@ class Watchers:
             watcher.hear_load(load)
 
 
-class _Watcher:
+class Watcher:
     """What one router has not been sent yet."""
 
     def __init__(self, max_pending: int) -> None:
@@ -135,6 +155,7 @@ class _Watcher:
         self._load: LoadNews | None = None
         self._num_pending = 0
         self.lost_count = False
+        self.sequence = 0  # of the last event that was numbered; load reports repeat it
         self.news = asyncio.Event()
 
     def await_snapshot(self) -> None:
@@ -171,13 +192,3 @@ class _Watcher:
         self._deltas.clear()
         self.news.clear()
         return taken
-
-
-def _pieces(snapshot: CacheSnapshot) -> list[worker_pb2.BlocksSnapshot]:
-    identities = snapshot.identities
-    pieces = [
-        worker_pb2.BlocksSnapshot(identities=b"".join(identities[first : first + PIECE_IDENTITIES]))
-        for first in range(0, max(1, len(identities)), PIECE_IDENTITIES)
-    ]
-    pieces[-1].last = True
-    return pieces

@@ -34,12 +34,12 @@ class Order:
     timeout_s: float | None
     num_emitted: int  # trailing prompt ids that the client has already
     priority: int
+    serial: int  # of this worker's orders
 
     @property
     def engine_key(self) -> SequenceKey:
-        """The name inside this worker: an older dispatch of the request may still be ending."""
-        epoch = self.epoch
-        return SequenceKey(f"{self.key.request_id}/d{epoch.incarnation:x}.{epoch.counter}", self.key.choice)
+        """The name inside this worker: another router may call its request the same, under an equal epoch."""
+        return SequenceKey(f"{self.key.request_id}/d{self.serial}", self.key.choice)
 
 
 def key_of(message: worker_pb2.Submit) -> SequenceKey:
@@ -47,7 +47,7 @@ def key_of(message: worker_pb2.Submit) -> SequenceKey:
     return SequenceKey(message.request_id, message.choice)
 
 
-def order_from_wire(message: worker_pb2.Submit, model: ModelFacts) -> Order:
+def order_from_wire(message: worker_pb2.Submit, model: ModelFacts, serial: int) -> Order:
     """Check an order against this worker's model. The router checked the client's words; this guards the engine.
 
     Raises:
@@ -74,4 +74,5 @@ def order_from_wire(message: worker_pb2.Submit, model: ModelFacts) -> Order:
         timeout_s=message.timeout_ms / 1000 if message.timeout_ms else None,
         num_emitted=message.emitted_tokens,
         priority=message.priority,
+        serial=serial,
     )

@@ -15,8 +15,10 @@ from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..core.request import FinishReason
+from ..core.request import FinishReason, SequenceKey
 from ..core.timeline import Instant, Timeline
+from ..kv.carrier import StreamHost
+from ..kv.driver import ClientDriver
 from ..kv.handover import GotFirstToken, Label, Lost
 from ..kv.handover_receiver import Receiver
 from ..kv.messages import sampling_to_wire, spec_to_wire
@@ -45,6 +47,12 @@ class RunTools:
     facts: FaceFacts
     pull: PullTools
     channels: Channels
+
+    def connect(self, key: SequenceKey, address: str) -> StreamHost:
+        """Open a hand-over stream to a prefill worker for a sequence."""
+        del key
+        pull = self.pull
+        return ClientDriver(self.channels.transfer(address), pull.clock, pull.executor, pull.timing.silence_s)
 
 
 class Run:
@@ -155,11 +163,8 @@ class Run:
         self.told.prefill_worker = peer.worker_id
         self.told.tokens_asked = len(order.prompt_ids) - self._held_tokens
         self._pull_waits = False
-        self._pull = self._open_pull(receiver, peer.address)
-
-    def _open_pull(self, receiver: Receiver, address: str) -> Pull:
-        tools = self._tools
-        return Pull(receiver, tools.channels.transfer(address), self.order.engine_key, self, tools.pull)
+        host = tools.connect(order.engine_key, peer.address)
+        self._pull = Pull(receiver, host, order.engine_key, self, tools.pull)
 
     def _open(self, now_s: float) -> handover_pb2.Open:
         order, facts = self.order, self._tools.facts

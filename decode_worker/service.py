@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter, OrderedDict
+from collections import Counter
+from collections.abc import Callable
 
-from ..core.errors import RequestNotFound, TwostrokeError, Unavailable
-from ..core.request import Epoch, FinishReason, SequenceKey
+from ..core.errors import InternalError, RequestNotFound, TwostrokeError, Unavailable
+from ..core.request import FinishReason
 from ..kv.messages import epoch_from_wire, error_to_wire
 from ..protos import common_pb2, worker_pb2
 from ..text.tokenizer import Tokenizer
 from .choice import Choice
-from .order import key_of, order_from_wire
-from .outbox import Outbox
+from .ledger import Ledger, Standing
+from .order import Order, key_of, order_from_wire
 from .report import refusal_message
 from .run import Run, RunTools
 from .session import Session, SessionContext, SessionTiming
 
 log = logging.getLogger(__name__)
 
-REMEMBERED_ENDS = 4_096  # of ended choices, so that a late duplicate of their order is not run again
 DRAIN_RETRY_S = 1.0
 
 
@@ -28,8 +28,8 @@ class DecodeService:
     """All sessions and runs of one worker.
 
     An order with a lower epoch than the one that runs is dropped, one with the same epoch is a duplicate and ignored, a
-    higher one ends the older run. When a session is lost its runs go on for `orphan_grace_s`, unheard but bounded, and
-    are cancelled then.
+    higher one ends the older run; runs of other routers are not touched (ledger.py). When a session is lost its runs go
+    on for `orphan_grace_s`, unheard but bounded, and are cancelled then.
     """
 
     def __init__(
@@ -45,11 +45,8 @@ class DecodeService:
         self._orphan_grace_s = orphan_grace_s
         self._timing = timing or SessionTiming()
         self._counters: Counter[str] = tools.pull.counters
-        self._run_by_key: dict[SequenceKey, Run] = {}
-        self._ended_epochs: OrderedDict[SequenceKey, Epoch] = OrderedDict()
-        self._running: set[Run] = set()  # also older epochs that are still ending
-        self._sessions: dict[Session, set[Run]] = {}
-        self._session_of: dict[Run, Session] = {}
+        self._ledger: Ledger[Run, Session] = Ledger()
+        self._num_orders = 0
         self._timers: set[asyncio.TimerHandle] = set()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -58,16 +55,21 @@ class DecodeService:
     @property
     def num_running(self) -> int:
         """Choices that have not ended."""
-        return len(self._running)
+        return len(self._ledger)
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """Choices that have not ended."""
+        return self._ledger.runs
 
     async def session(self, context: SessionContext, info: common_pb2.WorkerInfo) -> None:
         """Serve one router until it is gone; what it started runs on for the grace."""
         session = Session(self, self._timing, lambda: self._tools.pull.dispatcher.last_load)
-        self._sessions[session] = set()
+        self.open(session)
         try:
             await session.run(context, info)
         finally:
-            self._lost(session)
+            self.lose(session)
 
     async def drain(self, timeout_s: float) -> int:
         """Take no orders any more, let what runs end. How many were cancelled at the deadline."""
@@ -80,9 +82,9 @@ class DecodeService:
 
     def cancel_all(self, reason: str) -> int:
         """End everything that runs; how many that were."""
-        for run in list(self._running):
+        for run in self._ledger.runs:
             run.cancel(reason)
-        return len(self._running)
+        return len(self._ledger)
 
     def close(self) -> None:
         """Stop the timers."""
@@ -92,40 +94,36 @@ class DecodeService:
 
     # ------------------------------------------------------------------ from the sessions
 
+    def open(self, session: Session) -> None:
+        """A router opened a session; `lose` must follow."""
+        self._ledger.open(session)
+
     def submit(self, session: Session, message: worker_pb2.Submit) -> None:
         """See SessionOwner."""
-        key, epoch = key_of(message), epoch_from_wire(message.epoch)
-        known = self._known_epoch(key)
-        if known is not None and epoch <= known:
-            self._counters["orders_duplicate" if epoch == known else "orders_stale"] += 1
+        router, key, epoch = session.router, key_of(message), epoch_from_wire(message.epoch)
+        standing = self._ledger.standing(router, key, epoch)
+        if standing is not Standing.NEW:
+            self._counters[f"orders_{standing.value}"] += 1
             return
-        older = self._run_by_key.get(key)
+        older = self._ledger.older(router, key)
         if older is not None:
             older.cancel("a newer dispatch")
         try:
-            if self.is_draining:
-                raise Unavailable("the worker is draining", retry_after_s=DRAIN_RETRY_S)
-            run = self._run_of(message, session.outbox)
+            run = self._begin(session, message)
         except TwostrokeError as error:
             self._counters["orders_refused"] += 1
-            self._remember(key, epoch)
+            self._ledger.refuse(router, key, epoch)
             session.outbox.add_end(refusal_message(message, error))
             return
-        self._run_by_key[key] = run
-        self._running.add(run)
+        self._ledger.begin(run, session, router, key, epoch)
         self._idle.clear()
-        self._sessions[session].add(run)
-        self._session_of[run] = session
-        run.start()
 
-    def cancel(self, message: worker_pb2.CancelRequest) -> None:
+    def cancel(self, session: Session, message: worker_pb2.CancelRequest) -> None:
         """See SessionOwner. A cancel of an older epoch means a run that is ending anyway."""
-        epoch = epoch_from_wire(message.epoch)
-        for run in [r for r in self._run_by_key.values() if r.order.key.request_id == message.request_id]:
-            if epoch < run.order.epoch:
-                self._counters["cancels_stale"] += 1
-            else:
-                run.cancel(message.reason or "cancelled")
+        named = self._ledger.named(session.router, message.request_id, epoch_from_wire(message.epoch))
+        self._counters["cancels_stale"] += named.num_stale
+        for run in named.runs:
+            run.cancel(message.reason or "cancelled")
 
     def attach(self, session: Session, message: worker_pb2.Attach) -> None:
         """See SessionOwner. Nothing can be taken over yet: a typed end says so for every choice that was asked for."""
@@ -143,56 +141,66 @@ class DecodeService:
                 )
             )
 
+    def lose(self, session: Session) -> None:
+        """A router is gone: its runs go on for the grace, unless nobody could take them over anyway."""
+        orphans = self._ledger.lose(session)
+        if not orphans:
+            return
+        self._counters["sessions_lost"] += 1
+        grace_s = self._orphan_grace_s
+        log.warning("router %s lost; %d requests run on for %.1f s", session.router_id, len(orphans), grace_s)
+        self._after(grace_s, lambda: self._end_orphans(orphans))
+
     # ------------------------------------------------------------------ inside
 
-    def _run_of(self, message: worker_pb2.Submit, outbox: Outbox) -> Run:
-        """Raises TwostrokeError where the order cannot be carried out."""
-        order = order_from_wire(message, self._tools.facts.model)
+    def _begin(self, session: Session, message: worker_pb2.Submit) -> Run:
+        """Make a run of an order, and give it to the engine.
+
+        Raises:
+            TwostrokeError: it cannot be carried out.
+        """
+        if self.is_draining:
+            raise Unavailable("the worker is draining", retry_after_s=DRAIN_RETRY_S)
+        try:
+            self._num_orders += 1
+            order = order_from_wire(message, self._tools.facts.model, self._num_orders)
+            run = Run(order, self._choice(order), session.outbox, self._tools, self._on_end)
+            run.start()
+        except TwostrokeError:
+            raise
+        except Exception as error:
+            self._broken(message, error)
+            raise InternalError("this order could not be taken; the worker's log has more") from error
+        return run
+
+    def _broken(self, message: worker_pb2.Submit, error: Exception) -> None:
+        """Our own fault in one order: the others of its session go on."""
+        log.error("the order of %s#%d could not be taken", message.request_id, message.choice, exc_info=error)
+
+    def _choice(self, order: Order) -> Choice:
         start = len(order.prompt_ids) - order.num_emitted
         prompt, emitted = order.prompt_ids[:start], order.prompt_ids[start:]
-        eos_ids = self._tools.facts.model.eos_ids
-        choice = Choice(self._tokenizer, order.params, eos_ids, emitted, prompt_ids=prompt)
-        return Run(order, choice, outbox, self._tools, self._on_end)
-
-    def _known_epoch(self, key: SequenceKey) -> Epoch | None:
-        run = self._run_by_key.get(key)
-        return run.order.epoch if run is not None else self._ended_epochs.get(key)
-
-    def _remember(self, key: SequenceKey, epoch: Epoch) -> None:
-        self._ended_epochs[key] = epoch
-        self._ended_epochs.move_to_end(key)
-        while len(self._ended_epochs) > REMEMBERED_ENDS:
-            self._ended_epochs.popitem(last=False)
+        return Choice(self._tokenizer, order.params, self._tools.facts.model.eos_ids, emitted, prompt_ids=prompt)
 
     def _on_end(self, run: Run) -> None:
-        key = run.order.key
-        if self._run_by_key.get(key) is run:
-            del self._run_by_key[key]
-            self._remember(key, run.order.epoch)
-        self._running.discard(run)
-        session = self._session_of.pop(run)
-        self._sessions.get(session, set()).discard(run)
-        if not self._running:
+        self._ledger.end(run)
+        if not len(self._ledger):
             self._idle.set()
 
     def _at_step(self, step: int) -> None:
-        for session in self._sessions:
+        for session in self._ledger.sessions:
             session.outbox.at_step(step)
 
-    def _lost(self, session: Session) -> None:
-        """The router is gone: its runs go on for the grace, unless nobody could take them over anyway."""
-        runs = self._sessions.pop(session)
-        if not runs:
-            return
-        self._counters["sessions_lost"] += 1
-        log.warning("router %s lost; %d requests run on for %.1f s", session.router_id, len(runs), self._orphan_grace_s)
-        loop = asyncio.get_running_loop()
-
-        def end() -> None:
-            self._timers.discard(timer)
-            for run in list(runs & self._running):
+    def _end_orphans(self, orphans: tuple[Run, ...]) -> None:
+        for run in orphans:
+            if run in self._ledger:
                 self._counters["orphans_cancelled"] += 1
                 run.cancel("router lost", FinishReason.CANCELLED)
 
-        timer = loop.call_later(self._orphan_grace_s, end)
+    def _after(self, delay_s: float, act: Callable[[], None]) -> None:
+        def fire() -> None:
+            self._timers.discard(timer)
+            act()
+
+        timer = asyncio.get_running_loop().call_later(delay_s, fire)
         self._timers.add(timer)

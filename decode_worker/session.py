@@ -14,6 +14,7 @@ import grpc.aio
 
 from ..model.link import LoadNews
 from ..protos import common_pb2, worker_pb2
+from .ledger import RouterKey
 from .outbox import Outbox
 
 log = logging.getLogger(__name__)
@@ -39,8 +40,8 @@ class SessionOwner(Protocol):
         """Start a choice, or put its refusal into the outbox."""
         ...
 
-    def cancel(self, message: worker_pb2.CancelRequest) -> None:
-        """End all choices of a request."""
+    def cancel(self, session: Session, message: worker_pb2.CancelRequest) -> None:
+        """End all choices of a request of this session's router."""
         ...
 
     def attach(self, session: Session, message: worker_pb2.Attach) -> None:
@@ -53,13 +54,21 @@ class Session:
 
     def __init__(self, owner: SessionOwner, timing: SessionTiming, load: Callable[[], LoadNews | None]) -> None:
         self.outbox = Outbox()
-        self.router_id = ""
-        self.router_incarnation = 0
+        self.router = RouterKey("", 0)  # until its hello
         self._owner = owner
         self._timing = timing
         self._load = load
         self._sequence = 0
         self._has_beaten = False
+
+    @property
+    def router_id(self) -> str:
+        """The router's name."""
+        return self.router.router_id
+
+    def greet(self, hello: worker_pb2.SessionHello) -> None:
+        """The router says who it is."""
+        self.router = RouterKey(hello.router_id, hello.router_incarnation)
 
     async def run(self, context: SessionContext, info: common_pb2.WorkerInfo) -> None:
         """Welcome the router and serve it until it is gone."""
@@ -83,7 +92,7 @@ class Session:
             return False
         if not isinstance(first, worker_pb2.SessionUp) or not first.HasField("hello"):
             return False
-        self.router_id, self.router_incarnation = first.hello.router_id, first.hello.router_incarnation
+        self.greet(first.hello)
         self._sequence += 1
         await context.write(worker_pb2.SessionDown(sequence=self._sequence, welcome=info))
         return True
@@ -101,14 +110,15 @@ class Session:
                 return
             if not isinstance(message, worker_pb2.SessionUp):
                 return  # grpc.aio.EOF
-            self._take(message)
+            self.take(message)
 
-    def _take(self, message: worker_pb2.SessionUp) -> None:
+    def take(self, message: worker_pb2.SessionUp) -> None:
+        """One word of the router, after its hello."""
         match message.WhichOneof("body"):
             case "submit":
                 self._owner.submit(self, message.submit)
             case "cancel":
-                self._owner.cancel(message.cancel)
+                self._owner.cancel(self, message.cancel)
             case "attach":
                 self._owner.attach(self, message.attach)
             case "beat":

@@ -1,25 +1,55 @@
-"""Where a preempted sequence's blocks wait in host memory, with their seals. Knows bytes, not who waits nor how long.
+"""Where a preempted sequence's blocks wait in host memory, with their seals. Knows seals, not who waits nor how long.
 
-The host side is a store of its own with the same planes and seals, so whatever the device store can hand to a peer it
-can hand to the host: on a GPU only the copy between the two differs, not this order of steps.
+Both sides are stores of sealed planes, so whatever the device store can hand to a peer it can hand to the host: on a
+GPU only the copy between the two differs, not this order of steps.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Protocol
 
 from ..core.errors import KvCorrupted
+from .section import HeldTokens, SectionData
 from .spec import HASH_BLOCK_TOKENS
-from .store import HeldTokens, KvStore
+
+
+class SealedStore(Protocol):
+    """What gives planes with their seals, and takes them: kv/store.py's `KvStore`, and the simulator's cells."""
+
+    def is_sealed(self, held: HeldTokens) -> bool:
+        """Whether a range is sealed for these uses of its blocks."""
+        ...
+
+    def seal(self, held: HeldTokens) -> None:
+        """Seal a range as it is."""
+        ...
+
+    def read_tokens(self, held: HeldTokens) -> tuple[SectionData, ...]:
+        """Copies of a range's planes, with their seals.
+
+        Raises:
+            KvCorrupted: it is not sealed.
+        """
+        ...
+
+    def write_tokens(self, held: HeldTokens, sections: Sequence[SectionData]) -> None:
+        """Store planes under the seals that they came with."""
+        ...
+
+    def verify(self, held: HeldTokens) -> bool:
+        """Whether a range holds what was sealed."""
+        ...
 
 
 class HostStore:
     """Host blocks beside one rank's store. One thread at a time: the engine's."""
 
-    def __init__(self, store: KvStore, num_blocks: int, digest_key: int = 0) -> None:
-        """`digest_key`: the one of `store`."""
-        self._device = store
-        self._host = KvStore(store.spec, num_blocks, store.block_tokens, digest_key=digest_key)
+    def __init__(self, device: SealedStore, host: SealedStore) -> None:
+        """`host`: of the same spec and digest key as `device`."""
+        self._device = device
+        self._host = host
 
     def swap_out(self, held: HeldTokens, host: HeldTokens) -> None:
         """Copy tokens out to host blocks, with the digests sealed at their birth.

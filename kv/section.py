@@ -1,11 +1,32 @@
-"""A piece of a sequence's cache with its digests: what a store gives and takes, and what frames carry."""
+"""A piece of a sequence's cache: where it lies, and its bytes with their digests as stores and frames carry them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .block import BlockId
+
+
+@dataclass(frozen=True, slots=True)
+class HeldTokens:
+    """Tokens [start, start + count) of one sequence, and the blocks (each in one use) that hold it from token 0 on.
+
+    Seals are per hash block, so `start` stands at a hash block's beginning.
+    """
+
+    block_table: Sequence[BlockId]
+    generations: Sequence[int]
+    start: int
+    count: int
+
+    @property
+    def end(self) -> int:
+        """The first token after the range."""
+        return self.start + self.count
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -11,7 +11,6 @@ Knows planes, blocks and seals; not what prompt a block belongs to, nor which bl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,7 +25,7 @@ from .codec import U8, Codec, transcode
 from .digest import MAX_HASH_BLOCKS, U64, frame_digests, places, unit_digests
 from .planes_cpu import CpuPlanes
 from .sealer import Marks, Sealer
-from .section import SectionData
+from .section import HeldTokens, SectionData
 from .spec import COMPONENT_NUMBERS, HASH_BLOCK_TOKENS, Component, KvSpec
 
 if TYPE_CHECKING:  # needs triton, which machines without a device may lack
@@ -35,24 +34,6 @@ if TYPE_CHECKING:  # needs triton, which machines without a device may lack
     ComponentStore = CpuPlanes | DevicePlanes
 
 _NOT_SEALED = -1
-
-
-@dataclass(frozen=True, slots=True)
-class HeldTokens:
-    """Tokens [start, start + count) of one sequence, and the blocks (each in one use) that hold it from token 0 on.
-
-    Seals are per hash block, so `start` stands at a hash block's beginning.
-    """
-
-    block_table: Sequence[BlockId]
-    generations: Sequence[int]
-    start: int
-    count: int
-
-    @property
-    def end(self) -> int:
-        """The first token after the range."""
-        return self.start + self.count
 
 
 class KvStore:
@@ -105,6 +86,10 @@ class KvStore:
         self._components += planes
         if [c.name for c in self.spec.main.components] == ["k", "v"]:
             self._births = Births(planes[0], planes[1], self._key)
+
+    def on_host(self, num_blocks: int) -> KvStore:
+        """An empty store in host memory that can take what this one holds."""
+        return KvStore(self.spec, num_blocks, self.block_tokens, digest_key=self._key)
 
     # ------------------------------------------------------------------ the step
 

@@ -13,18 +13,19 @@ from dataclasses import replace
 from typing import Protocol
 
 from ..core.clock import Clock
-from ..core.errors import InternalError, TwostrokeError
+from ..core.errors import InternalError
 from ..core.request import FinishReason
 from ..kv.host_store import HostStore
-from ..kv.spec import HASH_BLOCK_TOKENS
-from ..kv.store import HeldTokens, KvStore
+from ..kv.section import HeldTokens, SectionData
+from ..kv.store import KvStore
 from .core import EngineCore
-from .link import BlocksFetched, Ended, Event, KvRead, KvWritten, LoadNews
+from .link import Ended, Event, LoadNews
 from .pace import Pace
 from .plan import StepPlan, StepResult
 from .policy import Policy
 from .store_op import FetchOp, ReadOp, StoreOp, SwapInOp, SwapOp, SwapOutOp, WriteOp
 from .thread_link import ThreadLink
+from .turn import Turn
 
 BEAT_S = 0.1
 INTEGRITY_S = 5.0
@@ -47,6 +48,32 @@ class StepRunner(Protocol):
         ...
 
 
+class EngineStore:
+    """The device's store and host memory behind the core's operations. Satisfies model/turn.py's Store."""
+
+    def __init__(self, store: KvStore, host: HostStore | None) -> None:
+        self._store = store
+        self._host = host
+
+    def read(self, op: ReadOp | FetchOp) -> tuple[SectionData, ...]:
+        """See Store."""
+        return self._store.read_tokens(_held(op))
+
+    def write(self, op: WriteOp) -> None:
+        """See Store."""
+        self._store.write_tokens(_held(op), op.sections)
+
+    def swap_out(self, op: SwapOutOp) -> None:
+        """See Store."""
+        assert self._host is not None, "the core swaps and the engine has no host store"
+        self._host.swap_out(_held(op), _on_host(op))
+
+    def swap_in(self, op: SwapInOp) -> bool:
+        """See Store."""
+        assert self._host is not None, "the core swaps and the engine has no host store"
+        return self._host.swap_in(_on_host(op), _held(op))
+
+
 class Engine:
     """One worker's engine in a thread of its own. `start` it once; it ends by a `Stop` command, or broken."""
 
@@ -64,8 +91,7 @@ class Engine:
         self.is_broken = False  # ended by its own fault: the process should end too, and be started anew
         self._core = core
         self._runner = runner
-        self._store = store
-        self._host = host
+        self._turns = Turn(core, EngineStore(store, host), link.emit, _log_refusal)
         self._link = link
         self._clock = clock
         self._pace = Pace()
@@ -112,14 +138,12 @@ class Engine:
     def _turn(self) -> None:
         """Commands, time, one step, and the beat."""
         for command in self._link.take(COMMANDS_PER_TURN, self._wait_s()):
-            self._say(self._core.handle(command, self._clock.now_s()))
+            self._turns.take(command, self._clock.now_s())
         policy, self._next_policy = self._next_policy, None
         if policy is not None:
             self._core.set_policy(policy)
         now_s = self._clock.now_s()
-        self._say(self._core.tick(now_s))
-        plan = self._core.plan(now_s)
-        self._say(self._core.drain())
+        plan = self._turns.plan(now_s)
         if plan is None:
             self._phase = "idle"
             self._check(now_s)
@@ -147,70 +171,18 @@ class Engine:
             _log.exception("step %d failed with %d sequences", plan.step, len(plan.sequences))
             self._failures_in_a_row += 1
             message = f"a step failed: {type(error).__name__}; the worker's log has more"
-            self._say(self._core.fail_step(plan, InternalError.code, message))
+            self._turns.fail(plan, InternalError.code, message)
             if self._failures_in_a_row >= FAILURES_TO_BREAK:
                 raise
             return
         self._failures_in_a_row = 0
         now_s = self._clock.now_s()
         self._pace.observe(plan, (now_s - began_s) * 1000)
-        self._say(self._core.apply(plan, result, now_s))
+        self._turns.apply(plan, result, now_s)
         if self._core.num_waiting:
             self._beat(now_s)
 
-    # ------------------------------------------------------------------ store and face
-
-    def _say(self, outbox: Sequence[Event | StoreOp]) -> None:
-        """Execute the store's operations where they stand, and give the face all events in order."""
-        events: list[Event] = []
-        for item in outbox:
-            if isinstance(item, ReadOp | WriteOp | FetchOp):
-                events += self._execute(item)
-            elif isinstance(item, SwapOutOp | SwapInOp):
-                if not self._swap(item):
-                    self._link.emit(events)
-                    events = []
-                    self._say(self._core.swap_failed(item.key))
-            else:
-                events.append(item)
-        self._link.emit(events)
-
-    def _swap(self, op: SwapOp) -> bool:
-        """Copy out or back; false: it failed or came back damaged."""
-        assert self._host is not None, "the core swaps and the engine has no host store"
-        held = HeldTokens(op.block_table, op.generations, op.token_start, op.token_count)
-        host = HeldTokens(op.host_table, op.host_generations, op.token_start, op.token_count)
-        try:
-            if isinstance(op, SwapOutOp):
-                self._host.swap_out(held, host)
-                return True
-            if self._host.swap_in(host, held):
-                return True
-            _log.warning("swapped tokens %d + %d came back damaged: computed again", op.token_start, op.token_count)
-        except Exception:
-            _log.exception("the store refused to swap tokens %d + %d: computed again", op.token_start, op.token_count)
-        return False
-
-    def _execute(self, op: ReadOp | WriteOp | FetchOp) -> list[Event]:
-        held = HeldTokens(op.block_table, op.generations, op.token_start, op.token_count)
-        try:
-            if isinstance(op, ReadOp):
-                return [KvRead(op.key, op.token_start, op.token_count, self._store.read_tokens(held))]
-            if isinstance(op, WriteOp):
-                self._store.write_tokens(held, op.sections)
-                return [KvWritten(op.key, op.token_start, op.token_count)]
-            sections = self._store.read_tokens(held)
-            return [BlocksFetched(op.fetch_id, op.token_count // HASH_BLOCK_TOKENS, sections)]
-        except Exception as error:
-            _log.exception("the store refused %s of tokens %d + %d", type(op).__name__, op.token_start, op.token_count)
-            if isinstance(op, FetchOp):
-                return [BlocksFetched(op.fetch_id, 0, ())]
-            code = error.code if isinstance(error, TwostrokeError) else InternalError.code
-            answer: list[Event] = []
-            if isinstance(op, ReadOp):
-                answer.append(KvRead(op.key, op.token_start, op.token_count, None))
-            failed = self._core.fail(op.key, code, f"the KV store refused tokens of this request: {error}")
-            return answer + [event for event in failed if not isinstance(event, StoreOp)]
+    # ------------------------------------------------------------------ what the face hears between steps
 
     def _load(self, now_s: float) -> LoadNews:
         return replace(
@@ -251,3 +223,19 @@ def _phase(plan: StepPlan) -> str:
     if decodes == len(plan.sequences):
         return "decode"
     return "mixed" if decodes else "prefill"
+
+
+def _held(op: StoreOp) -> HeldTokens:
+    return HeldTokens(op.block_table, op.generations, op.token_start, op.token_count)
+
+
+def _on_host(op: SwapOp) -> HeldTokens:
+    return HeldTokens(op.host_table, op.host_generations, op.token_start, op.token_count)
+
+
+def _log_refusal(op: StoreOp, error: Exception | None) -> None:
+    what = f"{type(op).__name__} of tokens {op.token_start} + {op.token_count}"
+    if error is None:
+        _log.warning("%s came back damaged: computed again", what)
+    else:
+        _log.error("the store refused %s", what, exc_info=error)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..core.request import SequenceKey
 from ..kv.spec import HASH_BLOCK_TOKENS
-from ..kv.store import HeldTokens, KvStore
+from ..kv.section import HeldTokens
+from ..kv.store import KvStore
 from .batch import StepBatch, build_batch, on_device, warm_up_batch
 from .decoder import Decoder, Hidden
 from .greedy import all_greedy, speak_greedily

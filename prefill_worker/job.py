@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 
 from ..core.clock import Clock
 from ..core.errors import InternalError, KvCorrupted, TwostrokeError, from_code
 from ..core.life import Life, forget
 from ..core.request import FinishReason, SequenceKey
 from ..core.timeline import Instant, Timeline
-from ..kv.driver import Driver
+from ..kv.carrier import Carrier, Check, CheckLine, StreamHost
 from ..kv.handover import (
     Abort,
     Action,
@@ -30,7 +30,6 @@ from ..kv.handover import (
 from ..kv.handover_sender import Sender
 from ..kv.messages import error_to_wire, instants_to_wire, logprobs_to_wire
 from ..kv.section import SectionData
-from ..kv.transport import ByteStream
 from ..kv.wire import FrameLabel, WireError, decode_envelope, encode_frame, encode_message, verify_sections
 from ..model import link
 from ..model.dispatch import Dispatcher, SequenceEvent
@@ -46,7 +45,7 @@ class JobTools:
     """What all jobs of a worker share."""
 
     dispatcher: Dispatcher
-    executor: Executor  # verifies digests; numpy frees the interpreter meanwhile
+    executor: Executor  # verifies digests
     digest_key: int
     numerics_class: bytes
     timing: Timing
@@ -56,89 +55,76 @@ class JobTools:
 
 
 class Job:
-    """From an accepted Open until its stream and its sequence are gone."""
+    """From an accepted Open until its stream and its sequence are gone. The host reads the stream."""
 
-    def __init__(self, sender: Sender, submit: link.Submit, stream: ByteStream, tools: JobTools) -> None:
-        self._sender = sender
+    def __init__(self, sender: Sender, submit: link.Submit, host: StreamHost, tools: JobTools) -> None:
+        self.sender = sender
         self._submit = submit
-        self._stream = stream
+        self._host = host
         self._tools = tools
         self._timeline = Timeline()
-        self._seen_at_s = tools.clock.now_s()
-        self._planes: dict[tuple[int, int], tuple[SectionData, ...]] = {}  # read, waiting to be sent
-        self._reads: Counter[tuple[int, int]] = Counter()  # mismatching reads of each range
-        self._verifying: set[asyncio.Task[None]] = set()
-        self._in_order = asyncio.Lock()  # leading tokens leave first: only a gapless beginning is worth keeping
-        self._close: Close | None = None
-        self._over = asyncio.Event()
-        self._gone = asyncio.Event()  # the engine's Ended
-        self._todo: list[Action] = []
-        self._is_doing = False
-        self._driver = Driver(stream, lambda: sender.next_deadline_s, self._tick)
+        self._seen_at_s = host.now_s()
+        self._planes: dict[tuple[int, int], tuple[SectionData, ...]] = {}  # verified, about to be sent
+        self._mismatches: Counter[tuple[int, int]] = Counter()  # reads of each range that did not match its seals
+        self._has_ended = False  # the engine's Ended came
+        self._carrier = Carrier(sender, host, self._act)
+        # One after the other, so that leading tokens leave first: only a gapless beginning is worth keeping.
+        self._read_planes: CheckLine[link.KvRead] = CheckLine(host, self._check_of)
+        host.listen(self._take)
 
     @property
     def key(self) -> SequenceKey:
         """Its name inside this worker."""
         return self._submit.key
 
-    async def run(self) -> None:
-        """Compute and send; returns when the stream may be closed. The sequence's blocks are freed or about to be."""
-        tools = self._tools
-        tools.dispatcher.own(self.key, self.handle)
-        tools.dispatcher.send(self._submit)
-        self._driver.rearm()
-        reader = asyncio.create_task(self._read())
-        over = asyncio.create_task(self._over.wait())
-        try:
-            await asyncio.wait([over])
-            await self._driver.flush()
-        finally:
-            self._do(self._sender.closed(self._now_s()))  # the stream was cancelled from outside: give everything back
-            self._driver.stop()
-            tasks = [reader, over, *self._verifying]
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+    def start(self) -> None:
+        """Give the sequence to the engine."""
+        self._tools.dispatcher.own(self.key, self.handle)
+        self._tools.dispatcher.send(self._submit)
+        self._carrier.rearm()
 
-    async def _read(self) -> None:
-        while (envelope := await self._stream.receive()) is not None:
-            try:
-                message = decode_envelope(envelope)
-                if not isinstance(message, handover_pb2.HandoverUp):
-                    raise WireError("a message of the other direction")
-            except WireError as error:
-                self._tools.counters["handover_garbled"] += 1
-                self._do(self._sender.garbled(self._now_s(), str(error)))
-            else:
-                self._do(self._sender.on_message(message, self._now_s()))
-        self._do(self._sender.closed(self._now_s()))
+    def leave(self) -> None:
+        """The stream is over, by itself or from outside: whatever is not given back yet is given back now."""
+        self._carrier.do(self.sender.closed(self._host.now_s()))
+
+    def _take(self, envelope: bytes | None) -> None:
+        now_s = self._host.now_s()
+        if envelope is None:
+            self._carrier.do(self.sender.closed(now_s))
+            return
+        try:
+            message = decode_envelope(envelope)
+            if not isinstance(message, handover_pb2.HandoverUp):
+                raise WireError("a message of the other direction")
+        except WireError as error:
+            self._tools.counters["handover_garbled"] += 1
+            self._carrier.do(self.sender.garbled(now_s, str(error)))
+        else:
+            self._carrier.do(self.sender.on_message(message, now_s))
 
     # ------------------------------------------------------------------ the engine's events
 
     def handle(self, event: SequenceEvent) -> None:
         """One event of our sequence."""
-        now_s = self._now_s()
+        now_s = self._host.now_s()
         match event:
             case link.Offered(_, cached_tokens):
                 self._timeline.mark(Instant.OFFERED, now_s)
-                self._do(self._sender.started(cached_tokens, now_s))
+                self._carrier.do(self.sender.started(cached_tokens, now_s))
             case link.Progress(_, num_computed, began, began_s):
                 if began:
                     self._mark_began(began_s, now_s)
-                self._do(self._sender.progress(num_computed, now_s))
+                self._carrier.do(self.sender.progress(num_computed, now_s))
             case link.TokenNews():
                 self._mark_began(event.began_s, now_s)  # before the news of its progress, after a single chunk
                 self._timeline.mark(Instant.PREFILLED, now_s)
-                self._do(self._sender.first_token(self._first_token(event), now_s))
-            case link.KvRead(_, token_start, token_count, sections):
-                if sections is not None and not self._sender.is_over:
-                    task = asyncio.create_task(self._check(token_start, token_count, sections))
-                    self._verifying.add(task)
-                    task.add_done_callback(self._verifying.discard)
+                self._carrier.do(self.sender.first_token(self._first_token(event), now_s))
+            case link.KvRead():
+                self._read_planes.put(event)
             case link.Ended():
-                self._gone.set()
+                self._has_ended = True
                 self._tools.ended(self._life(event, now_s))
-                self._do(self._sender.failed(error_to_wire(_why(event)), now_s))
+                self._carrier.do(self.sender.failed(error_to_wire(_why(event)), now_s))
             case _:
                 log.debug("%s: %s is nothing to a job", self.key, type(event).__name__)
 
@@ -171,55 +157,46 @@ class Job:
             first.logprobs.CopyFrom(logprobs)
         return first
 
-    async def _check(self, token_start: int, token_count: int, sections: tuple[SectionData, ...]) -> None:
+    def _check_of(self, read: link.KvRead) -> Check | None:
         """Planes leave only if they match the seals that they got at birth."""
-        loop, tools = asyncio.get_running_loop(), self._tools
-        async with self._in_order:
-            matches = await loop.run_in_executor(
-                tools.executor, verify_sections, sections, token_start, token_count, tools.digest_key
-            )
-        place = (token_start, token_count)
+        sections = read.sections
+        if sections is None or self.sender.is_over:
+            return None
+        place = (read.token_start, read.token_count)
+        size_bytes = sum(section.num_bytes for section in sections)
+        holds = partial(verify_sections, sections, *place, self._tools.digest_key)
+        return Check(holds, size_bytes, partial(self._judge, place, sections))
+
+    def _judge(self, place: tuple[int, int], sections: tuple[SectionData, ...], matches: bool) -> None:
+        """Planes were verified: they leave, or are read once more, or the hand-over fails."""
+        tools = self._tools
+        if self.sender.is_over:
+            return
         if matches:
             self._planes[place] = sections
             size_bytes = sum(section.num_bytes for section in sections)
-            self._do(self._sender.frame_read(token_start, token_count, size_bytes, self._now_s()))
+            self._carrier.do(self.sender.frame_read(*place, size_bytes, self._host.now_s()))
             return
-        self._reads[place] += 1
+        self._mismatches[place] += 1
         tools.counters["kv_corrupted_reads"] += 1
-        log.warning("%s: tokens %d+%d do not match their seals", self.key, token_start, token_count)
-        if self._reads[place] < MAX_READS:
-            tools.dispatcher.send(link.ReadKv(self.key, token_start, token_count))
+        log.warning("%s: tokens %d+%d do not match their seals", self.key, *place)
+        if self._mismatches[place] < MAX_READS:
+            tools.dispatcher.send(link.ReadKv(self.key, *place))
         else:
-            error = KvCorrupted(f"tokens {token_start}+{token_count} do not match their seals on the prefill worker")
-            self._do(self._sender.failed(error_to_wire(error), self._now_s()))
+            error = KvCorrupted(f"tokens {place[0]}+{place[1]} do not match their seals on the prefill worker")
+            self._carrier.do(self.sender.failed(error_to_wire(error), self._host.now_s()))
 
     # ------------------------------------------------------------------ the machine
-
-    def _tick(self) -> None:
-        self._do(self._sender.tick(self._now_s()))
-
-    def _do(self, actions: Sequence[Action]) -> None:
-        """Carry actions out in order; those that an answer adds come after the ones before it."""
-        self._todo += actions
-        if self._is_doing:
-            return
-        self._is_doing = True
-        try:
-            while self._todo:
-                self._act(self._todo.pop(0))
-        finally:
-            self._is_doing = False
-        self._driver.rearm()
 
     def _act(self, action: Action) -> None:
         send = self._tools.dispatcher.send
         match action:
             case Send(message):
                 if message.WhichOneof("body") == "started":
-                    self._timeline.mark(Instant.STARTED, self._now_s())
-                self._driver.put(encode_message(message))
+                    self._timeline.mark(Instant.STARTED, self._host.now_s())
+                self._host.send(encode_message(message))
             case SendFrame():
-                self._driver.put(self._frame(action))
+                self._host.send(self._frame(action))
             case Read(token_start, token_count):
                 send(link.ReadKv(self.key, token_start, token_count))
             case EngineBound():
@@ -230,23 +207,19 @@ class Job:
                 send(link.Release(self.key))
             case Abort(reason):
                 self._tools.counters[f"handover_aborted_{reason.value}"] += 1
-                if not self._gone.is_set():
+                if not self._has_ended:
                     send(link.CancelSequence(self.key))
-            case Close():
-                self._close = action
-                self._over.set()
+            case Close(now):
+                self._host.close(now=now)
             case _:
                 raise AssertionError(action)
 
     def _frame(self, action: SendFrame) -> bytes:
         sections = self._planes.pop((action.token_start, action.token_count))
         label = FrameLabel(
-            self._sender.label, action.sequence, self._tools.numerics_class, action.token_start, action.token_count
+            self.sender.label, action.sequence, self._tools.numerics_class, action.token_start, action.token_count
         )
         return encode_frame(label, sections, is_last=action.is_last)
-
-    def _now_s(self) -> float:
-        return self._tools.clock.now_s()
 
 
 def _why(event: link.Ended) -> TwostrokeError:

@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator, Callable
 
 from ..core.errors import InvalidRequest, Overloaded, TwostrokeError, Unavailable
 from ..core.request import Role, SequenceKey
+from ..kv.carrier import StreamHost
+from ..kv.driver import Driver
 from ..kv.handover import Label
 from ..kv.handover_sender import Sender, refuse
 from ..kv.messages import error_to_wire, sampling_from_wire, spec_from_wire
@@ -37,7 +39,8 @@ class PrefillService:
         self._tools = tools
         self._role = role
         self._max_streams = max_streams
-        self._jobs: dict[SequenceKey, asyncio.Task[None]] = {}
+        self._jobs: dict[SequenceKey, Job] = {}
+        self._tasks: set[asyncio.Task[None]] = set()  # one per stream that has a job
         self._count = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -56,23 +59,40 @@ class PrefillService:
         message = await self._first(stream)
         if message is None:
             return
+        driver = Driver(stream, self._tools.clock, self._tools.executor)
+        job = self.open(message, driver)
+        task = asyncio.current_task()
+        assert task is not None, "serve runs in a task"
+        if job is not None:
+            self._tasks.add(task)
         try:
-            job = self._accept(message, stream)
+            await driver.run()
+        finally:
+            self._tasks.discard(task)
+            if job is not None:
+                self.leave(job)
+
+    def open(self, message: handover_pb2.HandoverUp, host: StreamHost) -> Job | None:
+        """Begin what an opening message asks for; `leave` must follow. None: the peer is told why not."""
+        try:
+            job = self._accept(message, host)
         except TwostrokeError as error:
             self._tools.counters["handovers_refused"] += 1
             log.info("hand-over of %s refused: %s", message.request_id, error)
-            await _answer(stream, refuse(message, error_to_wire(error)))
-            return
-        task = asyncio.current_task()
-        assert task is not None, "serve runs in a task"
-        self._jobs[job.key] = task
+            host.send(encode_message(refuse(message, error_to_wire(error))))
+            host.close(now=True)
+            return None
+        self._jobs[job.key] = job
         self._idle.clear()
-        try:
-            await job.run()
-        finally:
-            del self._jobs[job.key]
-            if not self._jobs:
-                self._idle.set()
+        job.start()
+        return job
+
+    def leave(self, job: Job) -> None:
+        """A job's stream is over: what it still has is given back."""
+        job.leave()
+        del self._jobs[job.key]
+        if not self._jobs:
+            self._idle.set()
 
     async def drain(self, timeout_s: float) -> int:
         """Take no hand-overs any more, let the running ones end. How many were cancelled at the deadline."""
@@ -85,9 +105,9 @@ class PrefillService:
 
     def cancel_all(self) -> int:
         """End everything that runs; how many that were."""
-        for task in self._jobs.values():
+        for task in self._tasks:
             task.cancel()
-        return len(self._jobs)
+        return len(self._tasks)
 
     # ------------------------------------------------------------------ inside
 
@@ -101,7 +121,7 @@ class PrefillService:
             return None
         return message if isinstance(message, handover_pb2.HandoverUp) else None
 
-    def _accept(self, message: handover_pb2.HandoverUp, stream: ByteStream) -> Job:
+    def _accept(self, message: handover_pb2.HandoverUp, host: StreamHost) -> Job:
         """The job of an order that can be carried out.
 
         Raises:
@@ -118,7 +138,7 @@ class PrefillService:
         frame_tokens = tokens_per_frame(facts.model.kv_spec, facts.frame_bytes)
         sender = Sender(message, frame_tokens, facts.frame_slots, tools.timing, now_s)
         self._check_compatible(sender.order)
-        return Job(sender, self._submit(sender, now_s), stream, tools)
+        return Job(sender, self._submit(sender, now_s), host, tools)
 
     def _check_compatible(self, order: handover_pb2.Open) -> None:
         model = self._facts.model
@@ -170,10 +190,3 @@ def check_specs(wanted: KvSpec, ours: KvSpec) -> None:
     theirs = {c.name: (c.heads, c.width) for c in wanted.main.components}
     if mine != theirs:
         raise InvalidRequest(f"kv_spec has components {theirs} as (heads, width), ours {mine}", param="kv_spec")
-
-
-async def _answer(stream: ByteStream, message: handover_pb2.HandoverDown) -> None:
-    try:
-        await stream.send(encode_message(message))
-    except ConnectionError:
-        pass  # nobody waits for the answer any more

@@ -12,7 +12,8 @@ from .invariants import Samples, Violation
 from .network import End, Network
 from .router import RouterNode
 from .setting import Order, Setting
-from .store import EOS, cells_after, domain_cell
+from .cells import cells_after, domain_cell
+from .store import EOS
 from .workers import MODEL
 from .world import Process, World
 

@@ -1,4 +1,4 @@
-"""One worker's engine in virtual time: model/engine.py's loop around the production core, with a store that checks.
+"""One worker's engine in virtual time: the production core and its turns, with a store that checks.
 
 Commands and events cross the link with a delay; a step takes time. Knows no hand-over and no request.
 """
@@ -8,17 +8,19 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from ..core.errors import InternalError
+from ..core.errors import InternalError, TwostrokeError
 from ..kv.block import IdentityRoot
 from ..kv.pool import BlockPool
 from ..kv.prefix import PrefixCache
 from ..model.core import CoreLimits, EngineCore
-from ..model.link import BlocksFetched, Command, Ended, Event, KvRead, KvWritten, LoadNews, Submit
+from ..model.link import Command, Ended, Event, LoadNews, Offered, Promised, Submit
 from ..model.plan import StepPlan, StepResult
-from ..model.store_op import FetchOp, ReadOp, StoreOp, SwapInOp, SwapOutOp, WriteOp
-from .invariants import check_core, check_deadlines
+from ..model.store_op import StoreOp
+from ..model.turn import Turn
+from .invariants import check_core, check_deadlines, check_promises
 from .setting import DOMAINS, Setting, WorkerSetting
-from .store import EOS, Known, Ledger, Store, mix
+from .cells import mix
+from .store import EOS, Known, Ledger, Store
 from .world import Process, Timer, World
 
 IDENTITY_KEY = b"sim"
@@ -52,6 +54,7 @@ class Engine:
         )
         limits = CoreLimits(num_swap_blocks=worker.num_swap_blocks)
         self.core = EngineCore(limits, self.pool, self.prefix, worker.policy(), eos_ids=[EOS], key=IDENTITY_KEY)
+        self._turns = Turn(self.core, self.store, self._emit, self._refused)
         self.tell: Callable[[Sequence[Event]], None] = lambda _: None
         self._world = world
         self._process = process
@@ -102,7 +105,7 @@ class Engine:
             self._turn_due = self._world.after(delay_s, self._process, self._turn)
 
     def _turn(self) -> None:
-        """Commands, time, one step: as model/engine.py does it."""
+        """Commands, time, one step."""
         self._turn_due = None
         self.num_turns += 1
         if self._plan is not None:
@@ -111,9 +114,7 @@ class Engine:
             return
         self._take_commands()
         now_s = self._world.now_s()
-        self._say(self.core.tick(now_s))
-        plan = self.core.plan(now_s)
-        self._say(self.core.drain())
+        plan = self._turns.plan(now_s)
         if plan is None:
             self._arm()
             return
@@ -126,7 +127,7 @@ class Engine:
             command = self._inbox.popleft()
             if isinstance(command, Submit):
                 self._know(command)
-            self._say(self.core.handle(command, self._world.now_s()))
+            self._turns.take(command, self._world.now_s())
 
     def _know(self, submit: Submit) -> None:
         """The store learns what this sequence must contain."""
@@ -141,11 +142,11 @@ class Engine:
         now_s = self._world.now_s()
         if self._world.chance(self._step_failure):
             self._world.note(self._process, f"step {plan.step} fails")
-            self._say(self.core.fail_step(plan, InternalError.code, "the step failed"))
+            self._turns.fail(plan, InternalError.code, "the step failed")
         else:
             result = self.store.run(plan)
             self._world.note(self._process, f"step {plan.step}: {_described(plan, result)}")
-            self._say(self.core.apply(plan, result, now_s))
+            self._turns.apply(plan, result, now_s)
         self._turn()
 
     def _arm(self) -> None:
@@ -156,32 +157,22 @@ class Engine:
         if due_s is not None:
             self._deadline_due = self._world.after(due_s - self._world.now_s(), self._process, lambda: self._wake(0.0))
 
-    # ------------------------------------------------------------------ store and face
+    # ------------------------------------------------------------------ towards the face
 
-    def _say(self, outbox: Sequence[Event | StoreOp]) -> None:
-        """Execute the store's operations where they stand, and give the face all events in order."""
-        events: list[Event] = []
-        for item in outbox:
-            if isinstance(item, ReadOp):
-                events.append(KvRead(item.key, item.token_start, item.token_count, self.store.read_tokens(item)))
-            elif isinstance(item, WriteOp):
-                self.store.write_tokens(item)
-                events.append(KvWritten(item.key, item.token_start, item.token_count))
-            elif isinstance(item, FetchOp):
-                sections = self.store.read_tokens(item)
-                events.append(BlocksFetched(item.fetch_id, item.token_count // 16, sections))
-            elif isinstance(item, SwapOutOp):
-                self.store.swap_out(item)
-            elif isinstance(item, SwapInOp):
-                if not self.store.swap_in(item):
-                    self._world.note(self._process, f"{item.key} comes back damaged")
-                    self._say(self.core.swap_failed(item.key))
-            else:
-                if isinstance(item, Ended):
-                    self.store.known.pop(item.key, None)
-                events.append(item)
+    def _emit(self, events: Sequence[Event]) -> None:
+        for event in events:
+            if isinstance(event, Ended):
+                self.store.known.pop(event.key, None)
+            elif isinstance(event, Promised | Offered):
+                check_promises(self._process.name, self.core, self.pool, self._worker.most_taken)
         if events:
             self._world.after(self._worker.link_s, self._process, lambda: self.tell(events))
+
+    def _refused(self, op: StoreOp, error: Exception | None) -> None:
+        """Damage is in the schedule; whatever else the store raises is a finding."""
+        if error is not None and not isinstance(error, TwostrokeError):
+            raise error
+        self._world.note(self._process, f"{type(op).__name__} {op.token_start}+{op.token_count}: {error or 'damaged'}")
 
 
 def _described(plan: StepPlan, result: StepResult) -> str:

@@ -1,14 +1,15 @@
 """What a router has of a worker in virtual time: its session and its watch. Knows no engine and no hand-over.
 
-The session's words and its outbox are production's (decode_worker/session.py); streams and timers are ours.
+Words, outbox and watchers are production's (decode_worker/session.py, cluster/watch.py); streams and timers are ours.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..decode_worker.outbox import Outbox
 from ..decode_worker.session import Session
-from ..model import link
+from ..kv.block import IDENTITY_BYTES
 from ..protos import worker_pb2
 from .network import End
 from .world import Timer
@@ -25,10 +26,12 @@ class SessionFace:
         self._end = end
         self._sequence = 0
         self.session = Session(node.service, node.session_timing, node.engine.load)
+        self.session.outbox = Outbox(max_message_bytes=node.setting.message_bytes)
         self._heard_s = node.world.now_s()
         self._is_over = False
         self._flush_due: Timer | None = None
         end.on_message, end.on_end = self.hear, self._over
+        end.peer.echo = node.setting.echo
         self._sent_s = node.world.now_s()
         self._beat()
 
@@ -40,16 +43,16 @@ class SessionFace:
         if message.HasField("hello"):
             if self._sequence:
                 return  # said twice
+            self.session.greet(message.hello)
             self._node.service.open(self.session)
             self._send(welcome=self._node.info())
-        elif self.session in self._node.service._sessions:
-            self.session._take(message)
+        elif self._sequence:
+            self.session.take(message)
         self.flush()
 
     def flush(self) -> None:
-        """Everything that waits leaves in one message."""
-        output = None if self._is_over else self.session.outbox.take()
-        if output is not None:
+        """Everything that waits leaves."""
+        while not self._is_over and (output := self.session.outbox.take()) is not None:
             self._send(step=output)
 
     def _send(self, **body: Any) -> None:
@@ -75,38 +78,48 @@ class SessionFace:
             self._is_over = True
             self._end.abort()
             self._node.sessions.remove(self)
-            self._node.service.lose(self.session, self._node.setting.grace_s)
+            self._node.service.lose(self.session)
 
 
 class WatchFace:
-    """A router's watch: a snapshot in pieces, then numbered deltas, and load reports between."""
+    """A router's watch: the production watcher's events on our stream."""
 
     def __init__(self, node: WorkerNode, end: End) -> None:
+        self.told: set[bytes] = set()  # identities that the router must believe to be held
         self._node = node
         self._end = end
-        self._sequence = 0
-        self._has_snapshot = False
+        self._watcher = node.watchers.open()
         end.on_end = self._over
-        node.dispatcher.ask_snapshot()
 
-    def hear_cache(self, event: link.CacheDelta | link.CacheSnapshot) -> None:
-        """News of the prefix cache."""
-        if isinstance(event, link.CacheDelta):
-            if self._has_snapshot:
-                delta = worker_pb2.BlocksDelta(stored=b"".join(event.stored), removed=b"".join(event.removed))
-                self._send(delta=delta)
-            return
-        self._has_snapshot = True
-        identities = event.identities
-        pieces = [identities[i : i + 3] for i in range(0, len(identities), 3)] or [()]
-        for piece in pieces:
-            is_last = piece is pieces[-1]
-            self._send(snapshot=worker_pb2.BlocksSnapshot(identities=b"".join(piece), last=is_last))
+    @property
+    def is_up_to_date(self) -> bool:
+        """Whether everything that was heard of the cache has been told."""
+        return self._watcher.sequence > 0 and not self._watcher.news.is_set()
 
-    def _send(self, **body: Any) -> None:
-        self._sequence += 1
-        self._end.send(worker_pb2.WatchEvent(incarnation=self._node.process.life, sequence=self._sequence, **body))
+    def flush(self) -> None:
+        """Everything that waits leaves."""
+        if self._watcher.news.is_set():
+            for event in self._node.watchers.events(self._watcher):
+                self._remember(event)
+                self._end.send(event)
+
+    def _remember(self, event: worker_pb2.WatchEvent) -> None:
+        if event.HasField("snapshot"):
+            if self._begins:
+                self.told.clear()
+            self._begins = event.snapshot.last
+            self.told.update(_split(event.snapshot.identities))
+        else:
+            self.told.update(_split(event.delta.stored))
+            self.told.difference_update(_split(event.delta.removed))
+
+    _begins = True  # the next piece of a snapshot is its first
 
     def _over(self) -> None:
         if self in self._node.watches:
             self._node.watches.remove(self)
+            self._node.watchers.leave(self._watcher)
+
+
+def _split(identities: bytes) -> list[bytes]:
+    return [identities[i : i + IDENTITY_BYTES] for i in range(0, len(identities), IDENTITY_BYTES)]

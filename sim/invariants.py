@@ -4,6 +4,8 @@ K1 allocated - freed = live in every pool, and nothing is live after the drain
 K2 a block has as many owners as sequences claim it; states, promises and the prefix index agree
 K3 nobody writes (or reads) a block that changed hands, nobody writes one that others read
 K4 what a step attends to is the KV of exactly its tokens, in its domain, and was sealed before it left
+K5 routers are told of exactly the blocks that are findable
+K6 whoever is let in has room: blocks in use and promised stay within the policy's watermark, or it is alone
 R1 every request ends exactly once    R2 a stream is gapless    R3 every token was computed from what its client has
 L1 in weather that can be borne every request finishes, and no hand-over is lost but by a refusal or damage
 R5 usage = tokens delivered           R6 only the living epoch is heard           R7 nothing waits past its deadline
@@ -52,10 +54,20 @@ def check_deadlines(who: str, core: EngineCore, now_s: float, slack_s: float) ->
         raise Violation("R7", f"{who}: a sequence outlives its deadline by {now_s - due_s:.2f} s")
 
 
+def check_promises(who: str, core: EngineCore, pool: BlockPool, watermark: float) -> None:
+    """K6 of one worker, just after it let somebody in."""
+    holders = sum(bool(s.blocks or s.num_promised) for s in core._scheduler.by_key.values())
+    promised = core.load(0.0).promised_blocks
+    if holders > 1 and pool.num_live + promised > watermark * pool.num_blocks:
+        raise Violation("K6", f"{who}: {pool.num_live} blocks in use and {promised} promised of {pool.num_blocks}")
+
+
 def check_drained(who: str, core: EngineCore, pool: BlockPool) -> None:
     """K1 after the drain: nothing is owned, nothing is promised, nothing runs."""
     if core.num_live:
         raise Violation("K1", f"{who}: after the drain live {core.states()}")
+    if core.load(0.0).promised_blocks:
+        raise Violation("K1", f"{who}: after the drain {core.load(0.0).promised_blocks} blocks are promised")
     if dict(core.load(0.0).counters).get("swap_blocks_in_use"):
         raise Violation("K1", f"{who}: after the drain host blocks are live")
     if pool.num_live or pool.allocated_total != pool.freed_total:

@@ -1,7 +1,7 @@
 """A hostile network: ordered streams that lose, double, cut, garble, stall and break. Knows bytes and values, no words.
 
-Within a stream direction nothing overtakes; streams overtake each other freely. A message that is lost is a hole in
-its direction. Bytes can be cut or garbled at any place; other values (what in production TCP and gRPC protect) can't.
+Within a stream direction nothing overtakes, but for echoes; streams overtake each other freely. A message that is lost
+is a hole in its direction. Bytes can be cut or garbled at any place; other values (what in production TCP and gRPC protect) can't.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 from .world import Process, World
 
+ECHO_S = 1.0  # at most, until a message comes once more
 PROTECTED = 0.3  # share of the loss and doubling rates that streams of protected values suffer
 
 
@@ -47,6 +48,7 @@ class End:
         self.is_open = True  # we may send
         self.is_deaf = False  # nothing arrives any more
         self.is_calm = False
+        self.echo = 0.0  # how often a message that we send comes a second time, after others
         self._network = network
         self._arrival_s = 0.0  # of the last thing on its way to us
 
@@ -150,6 +152,8 @@ class Network:
             message = self._harm(source, message)
         for _ in range(copies):
             self._arrive(target, lambda: target.hear(message))
+        if world.chance(source.echo):
+            world.after(world.random.random() * ECHO_S, target.process, lambda: target.hear(message))
 
     def end(self, source: End, *, overtaking: bool) -> None:
         """The end of a direction towards the peer."""

@@ -35,6 +35,12 @@ class WorkerSetting:
     watermark: float  # above 1 decode promises what it does not have: Bind is often answered by NotYet
     is_overlapping: bool  # commands are taken in while a step runs
     num_swap_blocks: int = 0  # host blocks for preempted sequences
+    check_s: float = 0.0  # what verifying digests takes, away from the loop; 0: on the loop
+
+    @property
+    def most_taken(self) -> float:
+        """The share of its blocks that may be in use and promised when somebody is let in."""
+        return {Role.PREFILL: 1.0, Role.DECODE: self.watermark, Role.COMBINED: 0.95}[self.role]
 
     def policy(self) -> Policy:
         """Its role's taste."""
@@ -91,6 +97,9 @@ class Setting:
     read_damage: float
     step_failure: float
     swap_damage: float  # how often a copy in host memory is damaged
+    message_bytes: int  # bound of what a worker tells its router at once
+    echo: float  # how often a router's word to a worker comes once more, much later
+    stray: float  # how often a message of an older dispatch comes before one of a hand-over, under its number
     workers: tuple[WorkerSetting, ...]
     orders: tuple[Order, ...]
     mishaps: tuple[Mishap, ...]
@@ -106,6 +115,8 @@ def draw(seed: int) -> Setting:
     workers = _workers(rng, max(len(o.prompt_ids) + o.sampling.max_tokens for o in orders))
     swap = random.Random(f"swap {seed}")  # of its own: schedules without preemption stay what they were
     workers = tuple(replace(worker, num_swap_blocks=swap.choice((0, 2, 4, 16))) for worker in workers)
+    late = random.Random(f"late {seed}")  # of its own too
+    workers = tuple(replace(worker, check_s=late.choice((0.0, 0.0, 0.001, 0.02))) for worker in workers)
     return Setting(
         weather=_bearable_weather(rng) if is_bearable else _weather(rng),
         timing=Timing(beat_s, beat_s * rng.choice((2.5, 4.0))),
@@ -121,6 +132,9 @@ def draw(seed: int) -> Setting:
         read_damage=_rate(rng, 0.1),
         step_failure=0.0 if is_bearable else _rate(rng, 0.02),
         swap_damage=_rate(swap, 0.5),
+        message_bytes=late.choice((20, 1 << 20)),
+        echo=_rate(late, 0.5),
+        stray=_rate(late, 0.2),
         workers=workers,
         orders=orders,
         mishaps=() if is_bearable else _mishaps(rng, [worker.worker_id for worker in workers]),

@@ -8,38 +8,39 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
+from dataclasses import dataclass
 from typing import Any, cast
 
-from ..core.errors import Overloaded, TwostrokeError, Unavailable
-from ..core.request import Role, SequenceKey
+from ..cluster.watch import FaceLoad, Watchers
+from ..core.request import SequenceKey
 from ..decode_worker.choice import Choice
-from ..decode_worker.order import order_from_wire
-from ..decode_worker.outbox import Outbox
-from ..decode_worker.pull import Pull, PullTools
+from ..decode_worker.order import Order
+from ..decode_worker.pull import PullTools
 from ..decode_worker.run import Run, RunTools
 from ..decode_worker.service import DecodeService
 from ..decode_worker.session import Session
-from ..kv.handover import Label
-from ..kv.handover_receiver import Receiver
-from ..kv.handover_sender import Sender, refuse
+from ..kv.carrier import StreamHost
+from ..kv.handover import SendFrame
 from ..kv.keys import Namer
-from ..kv.messages import error_to_wire, sampling_from_wire
 from ..kv.transport import Channels
-from ..kv.wire import WireError, decode_envelope, encode_message
+from ..kv.wire import WireError, decode_envelope
 from ..model import link
 from ..model.dispatch import Dispatcher, Owner, SequenceEvent
 from ..model.facts import FaceFacts, ModelFacts
+from ..prefill_worker.job import Job, JobTools
+from ..prefill_worker.service import PrefillService
 from ..protos import common_pb2, handover_pb2, worker_pb2
 from ..router import facts as router_facts
 from ..text.stream import TextPiece
 from ..text.tokenizer import Tokenizer
 from .engine import FINGERPRINT, IDENTITY_KEY, NUMERICS, Engine
 from .faces import SessionFace, WatchFace
-from .handovers import Machinery, Place, SimJob, SimPull, refused
+from .handovers import Place, SimHost
 from .invariants import Violation, check_drained
 from .network import End, Network
 from .setting import Setting, WorkerSetting
-from .store import DIGEST_KEY, EOS, SPEC, VOCABULARY, Ledger
+from .cells import CELL_BYTES, DIGEST_KEY, SPEC
+from .store import EOS, VOCABULARY, Ledger
 from .world import Process
 
 MODEL = "model"
@@ -84,47 +85,41 @@ class SimChoice(Choice):
         self.ended = None
 
 
-class SimRun(Run):
-    """The production run; only its streams are ours."""
-
-    connect: Callable[[Receiver, SequenceKey, Run, str], SimPull]
-
-    def _open_pull(self, receiver: Receiver, address: str) -> Pull:
-        return cast(Pull, self.connect(receiver, self.order.engine_key, self, address))
-
-
 class SimService(DecodeService):
-    """The production decode service; runs and timers are ours."""
+    """The production decode service; text, timers and the way to peers are ours."""
 
     node: WorkerNode
 
-    def _run_of(self, message: worker_pb2.Submit, outbox: Outbox) -> Run:
-        order = order_from_wire(message, self._tools.facts.model)
-        emitted = order.prompt_ids[len(order.prompt_ids) - order.num_emitted :]
-        run = SimRun(order, SimChoice(order.params, emitted), outbox, self._tools, self._on_end)
-        run.connect = self.node.connect_pull
-        return run
+    def _choice(self, order: Order) -> Choice:
+        return SimChoice(order.params, order.prompt_ids[len(order.prompt_ids) - order.num_emitted :])
 
-    def open(self, session: Session) -> None:
-        """A router said hello."""
-        self._sessions[session] = set()
+    def _broken(self, message: worker_pb2.Submit, error: Exception) -> None:
+        raise error
 
-    def lose(self, session: Session, grace_s: float) -> None:
-        """As `_lost`: its runs go on for the grace."""
-        runs = self._sessions.pop(session, set())
-        listed = [run for run in self._run_by_key.values() if run in runs]
+    def _after(self, delay_s: float, act: Callable[[], None]) -> None:
+        self.node.world.after(delay_s, self.node.process, act)
 
-        def end() -> None:
-            for run in listed:
-                if run in self._running:
-                    run.cancel("router lost")
-            self.node.world.after(ORPHAN_SLACK_S, self.node.process, check)
+    def lose(self, session: Session) -> None:
+        """As production; and when the grace is over, none of its runs may go on."""
+        orphans = [run for run in self.runs if self._ledger.router_of(run) == session.router]
+        orphans = [run for run in orphans if run._outbox is session.outbox]
+        super().lose(session)
+        self._after(self._orphan_grace_s + ORPHAN_SLACK_S, lambda: self._check_gone(orphans))
 
-        def check() -> None:
-            if any(run in self._running for run in listed):
-                raise Violation("R7", f"{self.node.process}: requests of a lost router run on")
+    def _check_gone(self, orphans: list[Run]) -> None:
+        if any(run in self.runs for run in orphans):
+            raise Violation("R7", f"{self.node.process}: requests of a lost router run on")
 
-        self.node.world.after(grace_s, self.node.process, end)
+
+@dataclass(frozen=True)
+class SimRunTools(RunTools):
+    """The production tools of a run; its streams are ours."""
+
+    node: WorkerNode
+
+    def connect(self, key: SequenceKey, address: str) -> StreamHost:
+        """See RunTools."""
+        return self.node.connect_peer(key, address)
 
 
 class WorkerNode:
@@ -142,16 +137,19 @@ class WorkerNode:
         self.facts = _face_facts(worker)
         self.session_timing = cast(Any, None)  # our own timers watch the session
         pull = PullTools(self.dispatcher, cast(Executor, None), DIGEST_KEY, SPEC, setting.timing, world, Counter())
-        self.service = SimService(RunTools(self.facts, pull, cast(Channels, None)), cast(Tokenizer, None))
+        tools = SimRunTools(self.facts, pull, cast(Channels, None), self)
+        self.service = SimService(tools, cast(Tokenizer, None), setting.grace_s)
         self.service.node = self
+        jobs = JobTools(self.dispatcher, pull.executor, DIGEST_KEY, NUMERICS, setting.timing, world, Counter())
+        self.prefill = PrefillService(self.facts, jobs, lambda: worker.role, worker.max_handovers)
         self.sessions: list[SessionFace] = []
         self.watches: list[WatchFace] = []
-        self.jobs: list[SimJob] = []
+        self.jobs: dict[Job, SimHost] = {}
         self.find: Callable[[str], WorkerNode | None] = lambda _: None  # by worker id, whoever lives there now
-        self._num_jobs = 0
-        self._place = Place(world, process, self.dispatcher, setting.is_bearable)
+        self._place = Place(world, process, setting.is_bearable, worker.check_s, setting.stray)
         self._orphans: dict[SequenceKey, float] = {}  # sequences whose hand-over ended, and when
-        self.dispatcher.on_cache(self._on_cache)
+        face = FaceLoad(worker.role)
+        self.watchers = Watchers(self.dispatcher, process.life, lambda: face, Counter(), piece_identities=3)
 
     @property
     def is_idle(self) -> bool:
@@ -192,17 +190,17 @@ class WorkerNode:
 
     # ------------------------------------------------------------------ hand-overs
 
-    def connect_pull(self, receiver: Receiver, key: SequenceKey, owner: Run, address: str) -> SimPull:
+    def connect_peer(self, key: SequenceKey, address: str) -> StreamHost:
         """The decode side opens a stream to whoever lives at the address."""
         peer = self.find(address)
         assert peer is not None, address
         near, far = self.network.connect(self.process, peer.process, f"{key.request_id}>{address}")
         if peer.process.is_alive:
             far.on_message = lambda envelope: peer.accept_handover(far, envelope)
-        return SimPull(receiver, near, key, owner, self._place)
+        return SimHost(self._place, near, f"{key.request_id}#{key.choice} receiver")
 
     def accept_handover(self, end: End, envelope: bytes) -> None:
-        """The first message of a hand-over: prefill_worker/service.py's judgement."""
+        """The first message of a hand-over."""
         try:
             message = decode_envelope(envelope)
         except WireError:
@@ -211,45 +209,31 @@ class WorkerNode:
         if not isinstance(message, handover_pb2.HandoverUp):
             end.abort()
             return
-        try:
-            job = self._job(message, end)
-        except TwostrokeError as error:
-            self.world.note(self.process, refused(error))
-            end.send(encode_message(refuse(message, error_to_wire(error))))
-            end.finish()
-            end.is_deaf = True
-            return
-        self.jobs.append(job)
-        job.start()
+        found: list[Job] = []
+        name = f"{message.request_id}#{message.choice} sender"
+        host = SimHost(self._place, end, name, closed=lambda: self._job_over(found))
+        job = self.prefill.open(message, host)
+        if job is not None:
+            found.append(job)
+            self.jobs[job] = host
+            host.sends = lambda frame, envelope: self._check_frame(job.key, frame, envelope)
 
-    def _job(self, message: handover_pb2.HandoverUp, end: End) -> SimJob:
-        if self.worker.role is Role.COMBINED:
-            raise Unavailable("this worker is combined", retry_after_s=1.0)
-        if len(self.jobs) >= self.worker.max_handovers:
-            raise Overloaded(f"{len(self.jobs)} hand-overs are under way", retry_after_s=1.0)
-        now_s, worker = self.world.now_s(), self.worker
-        sender = Sender(message, worker.frame_tokens, worker.frame_slots, self.setting.timing, now_s)
-        order, label = sender.order, Label.of(message)
-        prompt_ids = tuple(order.prompt_ids)
-        self.facts.model.check_prompt(prompt_ids)
-        names = self.facts.namer.name(prompt_ids, order.isolation_domain, order.adapter)
-        self._num_jobs += 1
-        submit = link.Submit(
-            key=SequenceKey(f"{label.request_id}/p{self._num_jobs}", label.choice),
-            source=link.Source.FOR_PEER,
-            prompt_ids=prompt_ids,
-            identities=names.identities,
-            identity_root=names.root,
-            params=sampling_from_wire(order.sampling),
-            num_emitted=order.emitted_tokens,
-            peer_held_tokens=order.held_tokens,
-            deadline_s=now_s + order.timeout_ms / 1000,
-        )
-        return SimJob(sender, submit, end, self._place, self._job_over)
+    def _job_over(self, found: list[Job]) -> None:
+        """After the actions under way: a stream ends when its handler returns."""
+        for job in found:
+            self.world.after(0.0, self.process, lambda job=job: self._leave(job))  # type: ignore[misc]
 
-    def _job_over(self, job: SimJob) -> None:
-        self.jobs.remove(job)
-        self._orphans[job.submit.key] = self.world.now_s()
+    def _leave(self, job: Job) -> None:
+        if job in self.jobs:
+            del self.jobs[job]
+            self.prefill.leave(job)
+            self._orphans[job.key] = self.world.now_s()
+
+    def _check_frame(self, key: SequenceKey, frame: SendFrame, envelope: bytes) -> None:
+        """K4: what leaves is what was computed."""
+        planes = envelope[len(envelope) - frame.token_count * CELL_BYTES :]
+        if not self.engine.store.leaves_as_computed(key, frame.token_start, planes):
+            raise Violation("K4", f"{key}: a frame leaves that is not the KV of its tokens")
 
     # ------------------------------------------------------------------ inside
 
@@ -263,21 +247,22 @@ class WorkerNode:
         """Let everything that waits for routers leave."""
         for session in list(self.sessions):
             session.flush()
-
-    def _on_cache(self, event: link.CacheDelta | link.CacheSnapshot) -> None:
         for watch in list(self.watches):
-            watch.hear_cache(event)
+            watch.flush()
 
     def check(self) -> None:
         """What must hold after every event: the engine's invariants, and R6 inside one worker."""
         self.engine.check()
-        speaking = [run.order.key for run in self.service._running if run._verdict is None]
+        owner_of = self.service._ledger.router_of
+        speaking = [(owner_of(run), run.order.key) for run in self.service.runs if run._verdict is None]
         if len(speaking) != len(set(speaking)):
             raise Violation("R6", f"{self.process}: two epochs of one request speak: {sorted(speaking)}")
 
-        for machine in (*self.jobs, *(run._pull for run in self.service._running)):
-            if isinstance(machine, Machinery):
-                machine.check()
+        for job, host in self.jobs.items():
+            host.check_deadline(job.sender.next_deadline_s)
+        for run in self.service.runs:
+            if run._pull is not None:
+                cast(SimHost, run._pull._host).check_deadline(run._pull.receiver.next_deadline_s)
         self._check_orphans()
 
     def _check_orphans(self) -> None:
@@ -292,10 +277,14 @@ class WorkerNode:
                 raise Violation("R7", f"{self.process}: {key} lives {slack_s} s after its hand-over ended")
 
     def check_drained(self) -> None:
-        """K1 at the end, and that no machine is left behind."""
+        """K1 and K5 at the end, and that no machine is left behind."""
         check_drained(str(self.process), self.engine.core, self.engine.pool)
+        findable = set(self.engine.prefix.snapshot())
+        for watch in self.watches:
+            if watch.is_up_to_date and watch.told != findable and not self.engine.has_waiting_commands:
+                raise Violation("K5", f"{self.process}: told {len(watch.told)} blocks, {len(findable)} are findable")
         if self.jobs or self.service.num_running or self.dispatcher.num_owned:
-            raise Violation("K1", f"{self.process}: jobs or runs are left: {[job.name for job in self.jobs]}")
+            raise Violation("K1", f"{self.process}: jobs or runs are left: {[host.name for host in self.jobs.values()]}")
 
 
 ROUTER_MODEL = router_facts.ModelFacts(

@@ -145,7 +145,8 @@ def hand_over(engine: Engine, limits: dict[str, float]) -> dict[str, Any]:
     from twostroke.kernels.move_tokens import gather_tokens, scatter_tokens
     from twostroke.kernels.reference import Planes
     from twostroke.kv.block import BlockId
-    from twostroke.kv.store import HeldTokens, KvStore
+    from twostroke.kv.section import HeldTokens
+    from twostroke.kv.store import KvStore
 
     shape, source, count = engine.shape, engine.store, engine.shape.context
     engine.prefill(0, 1, count)

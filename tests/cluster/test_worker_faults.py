@@ -122,7 +122,7 @@ async def test_a_damaged_frame_is_fetched_again(pair, tap, make_prompt, all_free
 async def test_what_arrives_damaged_twice_is_recomputed_here(pair, tap, make_prompt, all_free):
     prefill, decode, hand, expected = pair
     tap.damage = set(range(2, 100))
-    tap.damage_when = lambda: any(run._pull is None or run._pull.receiver.stored_upto for run in decode.decode._running)
+    tap.damage_when = lambda: any(run._pull is None or run._pull.receiver.stored_upto for run in decode.decode.runs)
     answer = await (await hand.submit("r", make_prompt(LONG), [prefill])).ended()
     assert answer.token_ids == expected.token_ids
     assert answer.end.handover.local_reason == "peer_corrupted"

@@ -13,7 +13,8 @@ from twostroke.kernels.rotary_store import rotary_store_kv
 from twostroke.kv.block import BlockId
 from twostroke.kv.host_store import HostStore
 from twostroke.kv.spec import CODEC_NAMES, attention_spec, mla_spec
-from twostroke.kv.store import HeldTokens, KvStore
+from twostroke.kv.section import HeldTokens
+from twostroke.kv.store import KvStore
 
 LAYERS, HEADS, WIDTH, KEY, BLOCKS = 2, 2, 16, 0xFEED_0123_4567_89AB, 9
 CODECS = ["fp8", "bfloat16"]
@@ -161,7 +162,7 @@ def test_between_codecs_and_kinds_of_store_the_same_arrives():
 @pytest.mark.parametrize("codec", CODECS)
 def test_a_swap_goes_out_and_comes_back(codec: str):
     device = store(codec, by_kernels=True)
-    host = HostStore(device, 4, KEY)
+    host = HostStore(device, device.on_host(4))
     was = held(43)
     step(device, was)
     device.seal(replace(was, count=32))  # the generated tail is not sealed yet

@@ -11,7 +11,8 @@ from twostroke.kernels.reference import store_kv
 from twostroke.kv.block import BlockId
 from twostroke.kv.host_store import HostStore
 from twostroke.kv.spec import CODEC_NAMES, attention_spec
-from twostroke.kv.store import HeldTokens, KvStore
+from twostroke.kv.section import HeldTokens
+from twostroke.kv.store import KvStore
 
 LAYERS, HEADS, WIDTH, KEY = 2, 3, 16, 0xC0FFEE
 CODECS = ["fp8", "bfloat16"]
@@ -19,7 +20,7 @@ CODECS = ["fp8", "bfloat16"]
 
 def make(codec: str, block_tokens: int = 16) -> tuple[KvStore, HostStore]:
     store = KvStore(attention_spec(LAYERS, HEADS, WIDTH, CODEC_NAMES[codec]), 24, block_tokens, digest_key=KEY)
-    host = HostStore(store, 9, KEY)
+    host = HostStore(store, store.on_host(9))
     for component in (*store._components, *host._host._components):
         component.payload.fill_(0xFF)  # what nobody wrote must never come out
     return store, host

@@ -8,7 +8,7 @@ import torch
 
 from twostroke.core.request import SamplingParams, SequenceKey
 from twostroke.kv.block import BlockId
-from twostroke.kv.store import HeldTokens
+from twostroke.kv.section import HeldTokens
 from twostroke.model.plan import SampledPlace, SequenceStep, StepPlan, StepResult
 from twostroke.model.runner import Runner
 

@@ -12,7 +12,7 @@ from twostroke.decode_worker.policy import combined_policy
 from twostroke.kv.host_store import HostStore
 from twostroke.kv.pool import BlockPool
 from twostroke.kv.prefix import PrefixCache
-from twostroke.kv.store import HeldTokens
+from twostroke.kv.section import HeldTokens
 from twostroke.model.core import CoreLimits, EngineCore
 from twostroke.model.engine import Engine
 from twostroke.model.link import CancelSequence, Ended, LoadNews, Source, StepTokens, Stop, Submit

@@ -10,7 +10,8 @@ from twostroke.core.errors import ConfigError
 from twostroke.core.request import SamplingParams, SequenceKey
 from twostroke.kernels import launch
 from twostroke.kv.block import BlockId
-from twostroke.kv.store import HeldTokens, KvStore
+from twostroke.kv.section import HeldTokens
+from twostroke.kv.store import KvStore
 from twostroke.model.config_json import load_spec
 from twostroke.model.device import refuse_unserved
 from twostroke.model.graphs import DecodeGraphs, can_capture, graph_sizes, padded_size

@@ -1,0 +1,146 @@
+"""Which runs of which router are under way, under which epochs, and who hears of them. Pure.
+
+    session ──▶ router (id, incarnation) ──▶ request, choice ──▶ the one run of the highest epoch; epochs of ended ones
+
+Names that clients choose are unique within one life of one router only: a router replaces, cancels and hears of its
+own runs and never of another's, though both call their request the same. A router that was started anew is another
+one. Runs whose session is lost go on as orphans until their grace is over.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable
+from enum import StrEnum
+from typing import Generic, NamedTuple, TypeVar
+
+from ..core.request import Epoch, SequenceKey
+
+MAX_ENDED_EPOCHS = 4_096  # of ended choices, so that a late duplicate of their order is not run again
+
+RunT = TypeVar("RunT", bound=Hashable)
+SessionT = TypeVar("SessionT", bound=Hashable)
+
+
+class RouterKey(NamedTuple):
+    """One life of one router, as its hello says."""
+
+    router_id: str
+    incarnation: int
+
+
+class Standing(StrEnum):
+    """What an order is beside those before it."""
+
+    NEW = "new"
+    DUPLICATE = "duplicate"
+    STALE = "stale"
+
+
+class Named(NamedTuple, Generic[RunT]):
+    """Runs that a cancel is about."""
+
+    runs: tuple[RunT, ...]
+    num_stale: int  # runs of a newer dispatch, which it is not about
+
+
+class _Entry(NamedTuple, Generic[SessionT]):
+    router: RouterKey
+    key: SequenceKey
+    epoch: Epoch
+    session: SessionT
+
+
+class Ledger(Generic[RunT, SessionT]):
+    """All runs of one worker. Sessions and runs are compared by identity."""
+
+    def __init__(self, max_ended: int = MAX_ENDED_EPOCHS) -> None:
+        self._max_ended = max_ended
+        self._entries: dict[RunT, _Entry[SessionT]] = {}  # also of older epochs that are still ending
+        self._newest: dict[RouterKey, dict[SequenceKey, RunT]] = {}
+        self._ended: OrderedDict[tuple[RouterKey, SequenceKey], Epoch] = OrderedDict()
+        self._sessions: dict[SessionT, None] = {}  # in the order they came
+
+    # ------------------------------------------------------------------ sessions
+
+    def open(self, session: SessionT) -> None:
+        """A router's stream is here."""
+        self._sessions[session] = None
+
+    def is_open(self, session: SessionT) -> bool:
+        """Whether a session is not lost."""
+        return session in self._sessions
+
+    @property
+    def sessions(self) -> tuple[SessionT, ...]:
+        """Those that are open."""
+        return tuple(self._sessions)
+
+    def lose(self, session: SessionT) -> tuple[RunT, ...]:
+        """A router's stream is gone: its runs are orphans now."""
+        self._sessions.pop(session, None)
+        return tuple(run for run, entry in self._entries.items() if entry.session is session)
+
+    # ------------------------------------------------------------------ orders
+
+    def standing(self, router: RouterKey, key: SequenceKey, epoch: Epoch) -> Standing:
+        """Whether an order is to be carried out."""
+        older = self.older(router, key)
+        known = self._entries[older].epoch if older is not None else self._ended.get((router, key))
+        if known is None or epoch > known:
+            return Standing.NEW
+        return Standing.DUPLICATE if epoch == known else Standing.STALE
+
+    def older(self, router: RouterKey, key: SequenceKey) -> RunT | None:
+        """The run that a new order of the same choice takes the place of."""
+        return self._newest.get(router, {}).get(key)
+
+    def begin(self, run: RunT, session: SessionT, router: RouterKey, key: SequenceKey, epoch: Epoch) -> None:
+        """An order became a run."""
+        self._entries[run] = _Entry(router, key, epoch, session)
+        self._newest.setdefault(router, {})[key] = run
+
+    def refuse(self, router: RouterKey, key: SequenceKey, epoch: Epoch) -> None:
+        """An order ended before it became a run."""
+        self._remember(router, key, epoch)
+
+    def end(self, run: RunT) -> None:
+        """A run is over: it owns nothing any more."""
+        router, key, epoch, _ = self._entries.pop(run)
+        newest = self._newest[router]
+        if newest.get(key) is run:
+            del newest[key]
+            if not newest:
+                del self._newest[router]
+            self._remember(router, key, epoch)
+
+    # ------------------------------------------------------------------ cancels
+
+    def named(self, router: RouterKey, request_id: str, epoch: Epoch) -> Named[RunT]:
+        """The choices of a router's request that a cancel under `epoch` is about."""
+        runs = [run for key, run in self._newest.get(router, {}).items() if key.request_id == request_id]
+        meant = tuple(run for run in runs if epoch >= self._entries[run].epoch)
+        return Named(meant, len(runs) - len(meant))
+
+    # ------------------------------------------------------------------ what runs
+
+    @property
+    def runs(self) -> tuple[RunT, ...]:
+        """Everything that has not ended, older epochs that are still ending included."""
+        return tuple(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, run: RunT) -> bool:
+        return run in self._entries
+
+    def router_of(self, run: RunT) -> RouterKey:
+        """Whose a run is."""
+        return self._entries[run].router
+
+    def _remember(self, router: RouterKey, key: SequenceKey, epoch: Epoch) -> None:
+        self._ended[router, key] = epoch
+        self._ended.move_to_end((router, key))
+        while len(self._ended) > self._max_ended:
+            self._ended.popitem(last=False)
