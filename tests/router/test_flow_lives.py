@@ -197,8 +197,10 @@ async def test_a_refusing_worker_is_passed_over_and_a_verdict_on_the_request_is_
         first, second = FakeWorker("a"), FakeWorker("b")
         await c.add(first, second)
         first.behaviour.refuse = common_pb2.Error(code="unavailable", message="draining", retry_after_ms=100)
-        for number in range(6):
+        for number in range(40):  # equally good workers take turns at random
             assert tokens_of(await collect(c.flow, request(f"r{number}"))) == expected(5)
+            if first.submits:
+                break
         assert first.submits, "the test must have met the refusing worker"
         for worker in (first, second):
             worker.behaviour.refuse = common_pb2.Error(code="non_finite_kv", message="layer 3")
