@@ -29,6 +29,11 @@ class Link:
         self._open_watch()
         self._beat()
 
+    @property
+    def session(self) -> End | None:
+        """Our end of the session, if it is up."""
+        return self._session if self.is_up else None
+
     def send(self, **body: Any) -> bool:
         """Queue an order. False: the session is down."""
         if not self.is_up:
@@ -65,7 +70,9 @@ class Link:
         end = self._session = self._connect("session")
         end.on_message, end.on_end = self._hear, lambda: self._lost("broke")
         self._sequence = 0
-        hello = worker_pb2.SessionHello(router_id="router", router_incarnation=self._router.incarnation)
+        hello = worker_pb2.SessionHello(
+            router_id=self._router.process.name, router_incarnation=self._router.incarnation
+        )
         self._say(hello=hello)
         # A first word may be lost, or never answered.
         self._router.after(self._router.setting.session_silence_s, lambda: self._give_up(end))
@@ -125,4 +132,4 @@ class Link:
                 self._router.after(RECONNECT_S, self._open_watch)
 
         end.on_message, end.on_end = hear, again
-        end.send(worker_pb2.WatchRequest(router_id="router"))
+        end.send(worker_pb2.WatchRequest(router_id=self._router.process.name))

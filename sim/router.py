@@ -7,15 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+from weakref import WeakKeyDictionary
 
 from ..core.errors import Cancelled, TwostrokeError
-from ..core.request import Epoch, Request
+from ..core.request import Epoch, Request, SequenceKey
 from ..core.timeline import Instant, Timeline
 from ..kv.block import BlockIdentity, chain
 from ..protos import worker_pb2
 from ..router.admission import AdmissionLimits
+from ..router.explain import explain_run
 from ..router.facts import ModelFacts, WorkerFacts, WorkerKey
 from ..router.fleet import Fleet, FleetChange
+from ..router.journal import Journal
 from ..router.lifecycle import Lifecycle
 from ..router.policy import PolicyLimits
 from ..router.prefixes import PrefixMap
@@ -31,6 +35,7 @@ from .workers import WorkerNode
 from .world import Process, Timer, World
 
 TICK_S = 0.2
+PREDICTIONS_END_S = 60.0  # none lasts so long
 
 
 class RouterNode:
@@ -38,7 +43,10 @@ class RouterNode:
 
     def __init__(self, world: World, network: Network, process: Process, setting: Setting) -> None:
         self.world, self.network, self.process, self.setting = world, network, process, setting
-        self.incarnation = process.life
+        self.incarnation = 16 * process.life + setting.routers.index(process.name)  # every life's own
+        self.journal = Journal()
+        self._num_streams = 0
+        self._sent_again: WeakKeyDictionary[Run, int] = WeakKeyDictionary()  # its dispatches at that time
         self.roster = Roster(Fleet(setting.fleet), PrefixMap(max_entries=200), self)
         self.links: dict[WorkerKey, Link] = {}
         self.find: Callable[[str], WorkerNode]  # by worker id, whoever lives there now
@@ -64,13 +72,24 @@ class RouterNode:
             end.send(error)
             end.finish()
             return
+        self._num_streams += 1
         run.on_news = lambda: self._pump(run, end)
         end.on_end = lambda: self._client_left(run)
         self.life.begin(run, now_s)
 
     def _client_left(self, run: Run) -> None:
         self.life.fail(run, Cancelled("the client went away"), self.world.now_s())
-        self.life.conclude(run)
+        self._conclude(run)
+
+    def _conclude(self, run: Run) -> None:
+        if self.life.conclude(run):
+            self._num_streams -= 1
+            self.journal.add(explain_run(run, "over"))
+
+    def explain(self, tenant: str, request_id: str) -> dict[str, Any] | None:
+        """As flow.py."""
+        run = self.life.runs.find(tenant, request_id)
+        return explain_run(run, "running") if run is not None else self.journal.find(tenant, request_id)
 
     def _pump(self, run: Run, end: End) -> None:
         """Give the client what is there, and the end after it."""
@@ -80,7 +99,7 @@ class RouterNode:
             end.send(run.error)
         if run.is_over:
             end.finish()
-            self.life.conclude(run)
+            self._conclude(run)
 
     # ------------------------------------------------------------------ workers
 
@@ -162,7 +181,10 @@ class RouterNode:
     def dispatched(self, run: Run) -> None:
         """See Observer."""
         if run.living is not None:
-            winner = run.living.choice.winner.name
+            pair = run.living.choice.winner
+            if pair.prefill is not None and pair.prefill.numerics != pair.decode.numerics:
+                raise Violation("R10", f"{run.name}: {pair.name} differ in their numerics")
+            winner = pair.name
             self.world.note(self.process, f"{run.name} goes to {winner} under epoch {run.living.epoch}")
 
     def dropped(self, name: str, reason: str) -> None:
@@ -182,7 +204,10 @@ class RouterNode:
         raise Violation("R5", f"{run.name}: the worker says {said} tokens, {had} were delivered")
 
     def sent_again(self, run: Run, error: TwostrokeError) -> None:
-        """See Observer."""
+        """R9: one loss, one dispatch."""
+        if self._sent_again.get(run) == len(run.dispatches):
+            raise Violation("R9", f"{run.name} is sent again twice after one dispatch")
+        self._sent_again[run] = len(run.dispatches)
         self.world.note(self.process, f"{run.name} is sent again: {error.code}: {error.message}")
 
     def settled(self, run: Run) -> None:
@@ -191,6 +216,14 @@ class RouterNode:
             self.world.note(self.process, f"{run.name} fails: {run.error.code}: {run.error.message}")
 
     # ------------------------------------------------------------------ what must hold
+
+    def waits_for(self, key: WorkerKey, sequence: SequenceKey, epoch: Epoch) -> bool:
+        """Whether this worker is to compute this choice under this epoch now."""
+        run = self.life.runs.active.get(sequence.request_id)
+        living = None if run is None else run.living
+        if run is None or living is None or (living.decode, living.epoch) != (key, epoch):
+            return False
+        return sequence.choice in run.delivery.unfinished
 
     @property
     def is_idle(self) -> bool:
@@ -202,6 +235,8 @@ class RouterNode:
         admission, active = self.life.admission, self.life.runs.active
         if admission.offered != admission.accepted + admission.rejected + admission.cancelled:
             raise Violation("R1", "offered is not accepted + rejected + cancelled")
+        if len(self.life.runs.open) != self._num_streams:
+            raise Violation("R1", f"{self._num_streams} streams are open, {len(self.life.runs.open)} are known")
         if len(admission) != len(active):
             raise Violation("R1", f"{len(admission)} requests are admitted, {len(active)} are under way")
 
@@ -214,3 +249,10 @@ class RouterNode:
         counted = [w.facts.worker_id for w in self.roster.fleet if w.in_flight]
         if counted:
             raise Violation("R1", f"after the drain work is still counted against {counted}")
+        admission, prefixes = self.life.admission, self.roster.prefixes
+        if admission.tokens or admission._share_by_tenant:
+            raise Violation("R1", f"after the drain tenants still have {admission._share_by_tenant}")
+        prefixes.check_integrity()
+        prefixes.tick(self.world.now_s() + PREDICTIONS_END_S)
+        if prefixes.num_predicted:
+            raise Violation("K5", f"after the drain {prefixes.num_predicted} blocks are still expected")
