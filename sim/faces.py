@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..core.request import Epoch
 from ..decode_worker.outbox import Outbox
 from ..decode_worker.session import Session
 from ..kv.block import IDENTITY_BYTES
+from ..kv.messages import epoch_from_wire
 from ..protos import worker_pb2
+from .invariants import Violation
 from .network import End
-from .world import Timer
 
 if TYPE_CHECKING:
     from .workers import WorkerNode
@@ -29,7 +31,7 @@ class SessionFace:
         self.session.outbox = Outbox(max_message_bytes=node.setting.message_bytes)
         self._heard_s = node.world.now_s()
         self._is_over = False
-        self._flush_due: Timer | None = None
+        self._ended: set[tuple[str, int, Epoch]] = set()
         end.on_message, end.on_end = self.hear, self._over
         end.peer.echo = node.setting.echo
         self._sent_s = node.world.now_s()
@@ -53,7 +55,15 @@ class SessionFace:
     def flush(self) -> None:
         """Everything that waits leaves."""
         while not self._is_over and (output := self.session.outbox.take()) is not None:
+            self._check(output)
             self._send(step=output)
+
+    def _check(self, output: worker_pb2.StepOutput) -> None:
+        """R1: a choice is over with its end."""
+        for tokens in output.tokens:
+            if (tokens.request_id, tokens.choice, epoch_from_wire(tokens.epoch)) in self._ended:
+                raise Violation("R1", f"{tokens.request_id}#{tokens.choice}: tokens leave after the end")
+        self._ended.update((end.request_id, end.choice, epoch_from_wire(end.epoch)) for end in output.ends)
 
     def _send(self, **body: Any) -> None:
         self._sequence += 1

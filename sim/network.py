@@ -162,7 +162,7 @@ class Network:
         for _ in range(copies):
             self._arrive(target, lambda: target.hear(message))
         if world.chance(source.echo):
-            world.after(world.random.random() * ECHO_S, target.process, lambda: target.hear(message))
+            world.after(world.random.random() ** 3 * ECHO_S, target.process, lambda: target.hear(message))
 
     def end(self, source: End, *, overtaking: bool) -> None:
         """The end of a direction towards the peer."""

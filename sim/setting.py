@@ -136,12 +136,12 @@ def draw(seed: int) -> Setting:
         step_failure=0.0 if is_bearable else _rate(rng, 0.02),
         swap_damage=_rate(swap, 0.5),
         message_bytes=late.choice((20, 1 << 20)),
-        echo=_rate(late, 0.5),
+        echo=late.choice((0.0, 0.0, late.random())),
         stray=_rate(late, 0.2),
         workers=workers,
         routers=("router",),
         orders=orders,
-        mishaps=() if is_bearable else _mishaps(rng, [worker.worker_id for worker in workers]),
+        mishaps=() if is_bearable else (*_mishaps(rng, [worker.worker_id for worker in workers]), *_router_lost(late)),
     )
     return _with_others(random.Random(f"others {seed}"), setting)
 
@@ -266,3 +266,9 @@ def _mishaps(rng: random.Random, worker_ids: list[str]) -> tuple[Mishap, ...]:
         at_s = rng.random() * rng.choice((0.2, 1.0))
         found.append(Mishap(at_s, kind, rng.choice(everybody), rng.choice(everybody), seconds))
     return tuple(found)
+
+
+def _router_lost(rng: random.Random) -> tuple[Mishap, ...]:
+    """Now and then a router that dies while much is under way."""
+    at_s, seconds = rng.random() * 0.5, rng.choice((0.3, 2.5))
+    return (Mishap(at_s, "crash", "router", "router", seconds),) if rng.random() < 0.2 else ()

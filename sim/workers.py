@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from ..cluster.watch import FaceLoad, Watchers
-from ..core.request import SequenceKey
+from ..core.request import Epoch, SequenceKey
 from ..decode_worker.choice import Choice
+from ..decode_worker.ledger import RouterKey
 from ..decode_worker.order import Order
 from ..decode_worker.pull import PullTools
 from ..decode_worker.run import Run, RunTools
@@ -22,6 +23,7 @@ from ..decode_worker.session import Session
 from ..kv.carrier import StreamHost
 from ..kv.handover import SendFrame
 from ..kv.keys import Namer
+from ..kv.messages import epoch_from_wire
 from ..kv.transport import Channels
 from ..kv.wire import WireError, decode_envelope
 from ..model import link
@@ -45,6 +47,7 @@ from .world import Process
 
 MODEL = "model"
 MAX_MODEL_LEN = 1 << 20
+NO_EPOCH = Epoch(0, 0)
 ORPHAN_SLACK_S = 0.5  # commands under way, and the step that must end first
 
 
@@ -89,6 +92,7 @@ class SimService(DecodeService):
     """The production decode service; text, timers and the way to peers are ours."""
 
     node: WorkerNode
+    highest: dict[tuple[RouterKey, SequenceKey], Epoch]  # of each choice that was ever run
 
     def _choice(self, order: Order) -> Choice:
         return SimChoice(order.params, order.prompt_ids[len(order.prompt_ids) - order.num_emitted :])
@@ -99,16 +103,41 @@ class SimService(DecodeService):
     def _after(self, delay_s: float, act: Callable[[], None]) -> None:
         self.node.world.after(delay_s, self.node.process, act)
 
+    def submit(self, session: Session, message: worker_pb2.Submit) -> None:
+        """As production; and R6: no choice is run twice under one epoch, or again under an older one."""
+        before = set(self.runs)
+        super().submit(session, message)
+        for run in self.runs:
+            if run not in before:
+                place = session.router, run.order.key
+                if run.order.epoch <= self.highest.get(place, NO_EPOCH):
+                    raise Violation("R6", f"{run.order.key} runs under {run.order.epoch}, which is not its newest")
+                self.highest[place] = run.order.epoch
+
+    def cancel(self, session: Session, message: worker_pb2.CancelRequest) -> None:
+        """As production; and R6: a cancel ends no run of another router or of a newer dispatch."""
+        epoch, router_of = epoch_from_wire(message.epoch), self._ledger.router_of
+        others = [run for run in self.runs if run.order.epoch > epoch or router_of(run) != session.router]
+        others = [run for run in others if run._verdict is None]
+        super().cancel(session, message)
+        for run in others:
+            if run._verdict is not None:
+                raise Violation("R6", f"{run.order.key} under {run.order.epoch} was cancelled by a word about {epoch}")
+
     def lose(self, session: Session) -> None:
-        """As production; and when the grace is over, none of its runs may go on."""
-        orphans = [run for run in self.runs if self._ledger.router_of(run) == session.router]
-        orphans = [run for run in orphans if run._outbox is session.outbox]
+        """As production; and R7: when the grace is over, none of its runs may go on."""
+        orphans = [run for run in self.runs if run._outbox is session.outbox]
         super().lose(session)
-        self._after(self._orphan_grace_s + ORPHAN_SLACK_S, lambda: self._check_gone(orphans))
+        self._after(self._orphan_grace_s, lambda: self._check_cancelled(orphans))
+
+    def _check_cancelled(self, orphans: list[Run]) -> None:
+        if any(run in self.runs and run._verdict is None for run in orphans):
+            raise Violation("R7", f"{self.node.process}: requests of a lost router run on")
+        self._after(ORPHAN_SLACK_S, lambda: self._check_gone(orphans))
 
     def _check_gone(self, orphans: list[Run]) -> None:
         if any(run in self.runs for run in orphans):
-            raise Violation("R7", f"{self.node.process}: requests of a lost router run on")
+            raise Violation("R7", f"{self.node.process}: requests of a lost router do not end")
 
 
 @dataclass(frozen=True)
@@ -139,7 +168,7 @@ class WorkerNode:
         pull = PullTools(self.dispatcher, cast(Executor, None), DIGEST_KEY, SPEC, setting.timing, world, Counter())
         tools = SimRunTools(self.facts, pull, cast(Channels, None), self)
         self.service = SimService(tools, cast(Tokenizer, None), setting.grace_s)
-        self.service.node = self
+        self.service.node, self.service.highest = self, {}
         jobs = JobTools(self.dispatcher, pull.executor, DIGEST_KEY, NUMERICS, setting.timing, world, Counter())
         self.prefill = PrefillService(self.facts, jobs, lambda: worker.role, worker.max_handovers)
         self.sessions: list[SessionFace] = []

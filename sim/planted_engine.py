@@ -1,0 +1,224 @@
+"""Bugs of one worker's engine: scheduler, pool, prefix cache, swapping, and what follows from a store's answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from ..kv import keys
+from ..kv.block import BlockIdentity, chain
+from ..kv.host_store import HostStore
+from ..kv.pool import BlockPool
+from ..kv.prefix import PrefixCache
+from ..kv.section import HeldTokens
+from ..model.commands import Commands
+from ..model.holdings import Cost, Holdings
+from ..model.link import Event
+from ..model.lives import Lives
+from ..model.schedule import Scheduler
+from ..model.sequence import Doom, SequenceState
+from ..model.sequence import Sequence as Live
+from ..model.store_op import StoreOp, SwapInOp, SwapOp
+from ..model.swap import SwapSpace
+from ..model.turn import Turn
+from .planting import Planted, instead
+
+
+def everything_is_kept_after_a_loss() -> AbstractContextManager[None]:
+    """After a fall-back, tokens count as stored that never came: face and engine agree on the wrong number."""
+    original = Commands._go_local
+
+    def go_local(self: Commands, sequence: Live, kept_tokens: int, first_token: int | None) -> None:
+        if sequence.state is SequenceState.BOUND:
+            kept_tokens = sequence.num_computed = sequence.num_prompt
+        original(self, sequence, kept_tokens, first_token)
+
+    return instead(Commands, "_go_local", go_local)
+
+
+def bind_is_forgotten_after_not_yet() -> AbstractContextManager[None]:
+    """The engine says NotYet and never tries again."""
+    original = Scheduler.try_bind
+
+    def try_bind(self: Scheduler, sequence: Live) -> Any:
+        events = original(self, sequence)
+        sequence.wants_bind = False
+        return events
+
+    return instead(Scheduler, "try_bind", try_bind)
+
+
+def promise_is_kept_after_cancel() -> AbstractContextManager[None]:
+    """Room promised to a sequence that ends stays counted."""
+
+    def remove(self: Scheduler, sequence: Live) -> None:
+        self.holdings.release(sequence)
+        del self._by_state[sequence.state][sequence.key]
+        del self.by_key[sequence.key]
+        sequence.state = SequenceState.ENDED
+
+    return instead(Scheduler, "remove", remove)
+
+
+def prefix_is_taken_without_owning_it() -> AbstractContextManager[None]:
+    """Cached blocks are read by somebody who does not own them: eviction may take them away."""
+
+    def acquire(self: PrefixCache, identities: Sequence[BlockIdentity]) -> Any:
+        return [self._entry_by_key[self._key(identities, i)].block for i in range(self._held_blocks(identities))]
+
+    return instead(PrefixCache, "acquire", acquire)
+
+
+def prefix_is_published_before_it_is_computed() -> AbstractContextManager[None]:
+    """A sequence's blocks are findable as soon as the first of them is computed."""
+    original = Holdings.publish
+
+    def publish(self: Holdings, sequence: Live) -> None:
+        computed = sequence.num_computed
+        sequence.num_computed = min(sequence.num_prompt, len(sequence.blocks) * self.pool.block_tokens)
+        original(self, sequence)
+        sequence.num_computed = computed
+
+    return instead(Holdings, "publish", publish)
+
+
+def tenants_share_prefixes() -> AbstractContextManager[None]:
+    """The chain begins with nothing instead of the tenant's root."""
+
+    def rootless(key: bytes, root: bytes, token_ids: Sequence[int], start: int = 0) -> list[BlockIdentity]:
+        return chain(key, b"", token_ids, start)
+
+    return instead(keys, "chain", rootless)
+
+
+def blocks_go_in_the_middle_of_a_step() -> AbstractContextManager[None]:
+    """A cancel frees the blocks that the running step writes."""
+    original = Lives.finish
+
+    def end(self: Lives, sequence: Live, doom: Doom) -> None:
+        if sequence.key in self.in_step:
+            self.holdings.release(sequence)
+            sequence.doom = sequence.doom or doom
+        else:
+            original(self, sequence, doom)
+
+    return instead(Lives, "end", end)
+
+
+def stale_generation_comes_back() -> AbstractContextManager[None]:
+    """What is copied back goes into the blocks under the generation of their last use."""
+    original = Holdings.swap_in
+
+    def swap_in(self: Holdings, sequence: Live) -> SwapInOp | None:
+        op = original(self, sequence)
+        return None if op is None else replace(op, generations=tuple([g - 1 for g in op.generations]))
+
+    return instead(Holdings, "swap_in", swap_in)
+
+
+def host_blocks_leak() -> AbstractContextManager[None]:
+    """Whoever ends while swapped leaves its host blocks behind."""
+    original = SwapSpace.drop
+
+    def drop(self: SwapSpace, sequence: Live) -> None:
+        if sequence.state is SequenceState.SWAPPED and not sequence.blocks:
+            sequence.swapped = None
+        original(self, sequence)
+
+    return instead(SwapSpace, "drop", drop)
+
+
+def blocks_are_copied_out_after_the_step() -> AbstractContextManager[None]:
+    """A preempted sequence's blocks are copied when their next owner has written them."""
+    original = Scheduler.take_swap_ops
+    late: WeakKeyDictionary[Scheduler, list[SwapOp]] = WeakKeyDictionary()
+
+    def take_swap_ops(self: Scheduler) -> list[SwapOp]:
+        now, late[self] = late.get(self, []), original(self)
+        return now
+
+    return instead(Scheduler, "take_swap_ops", take_swap_ops)
+
+
+def promises_are_not_counted() -> AbstractContextManager[None]:
+    """Whoever asks for room is told of what is in use, not of what is promised to others."""
+
+    def has_room(self: Scheduler, cost: Cost) -> bool:
+        promised, self.num_promised = self.num_promised, 0
+        try:
+            return original(self, cost)
+        finally:
+            self.num_promised = promised
+
+    original = Scheduler._has_room
+    return instead(Scheduler, "_has_room", has_room)
+
+
+def everybody_is_let_in() -> AbstractContextManager[None]:
+    """Nobody looks at the watermark."""
+    return instead(Scheduler, "_has_room", lambda self, cost: cost.from_free <= self.holdings.pool.num_free)
+
+
+def evictions_are_not_told() -> AbstractContextManager[None]:
+    """Blocks that are evicted stay in the routers' maps."""
+    original = PrefixCache._remove
+
+    def remove(self: PrefixCache, entry: Any) -> None:
+        note, self._note = self._note, lambda *_, **__: None  # type: ignore[method-assign]
+        original(self, entry)
+        self._note = note  # type: ignore[method-assign]
+
+    return instead(PrefixCache, "_remove", remove)
+
+
+def damaged_swaps_are_served() -> AbstractContextManager[None]:
+    """Nobody looks at the seals of what comes back from host memory."""
+    original = HostStore.swap_in
+
+    def swap_in(self: HostStore, host: HeldTokens, held: HeldTokens) -> bool:
+        original(self, host, held)
+        return True
+
+    return instead(HostStore, "swap_in", swap_in)
+
+
+def failed_swaps_are_served() -> AbstractContextManager[None]:
+    """The store says that what came back is damaged, and the engine goes on with it."""
+    original = Turn._failed
+
+    def failed(self: Turn, op: StoreOp, error: Exception | None) -> tuple[list[Event], list[Event | StoreOp]]:
+        return ([], []) if isinstance(op, SwapInOp) else original(self, op, error)
+
+    return instead(Turn, "_failed", failed)
+
+
+def tails_go_out_unsealed() -> AbstractContextManager[None]:
+    """Generated tokens that do not fill a hash block are copied out under no seal of theirs."""
+
+    def swap_out(self: HostStore, held: HeldTokens, host: HeldTokens) -> None:
+        self._host.write_tokens(host, self._device.read_tokens(held))
+
+    return instead(HostStore, "swap_out", swap_out)
+
+
+BUGS = (
+    Planted(everything_is_kept_after_a_loss, ("K4",), 50),
+    Planted(bind_is_forgotten_after_not_yet, ("L1",), 300),
+    Planted(promise_is_kept_after_cancel, ("K2",), 50),
+    Planted(promises_are_not_counted, ("K6",), 300),
+    Planted(everybody_is_let_in, ("K6",), 300),
+    Planted(prefix_is_taken_without_owning_it, ("K2",), 50),
+    Planted(prefix_is_published_before_it_is_computed, ("K3",), 50),
+    Planted(evictions_are_not_told, ("K5",), 300),
+    Planted(tenants_share_prefixes, ("K4",), 50),
+    Planted(blocks_go_in_the_middle_of_a_step, ("K2",), 50),
+    Planted(stale_generation_comes_back, ("K3",), 200),
+    Planted(host_blocks_leak, ("K2",), 500),
+    Planted(damaged_swaps_are_served, ("K4",), 500),
+    Planted(failed_swaps_are_served, ("K4",), 500),
+    Planted(tails_go_out_unsealed, ("K4",), 500),
+    Planted(blocks_are_copied_out_after_the_step, ("K3", "K4"), 300),
+)

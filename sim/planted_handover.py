@@ -1,0 +1,131 @@
+"""Bugs of the hand-over: its machines, their carrier, and what `Pull`, `Job` and `Run` make of their actions."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+from weakref import WeakSet
+
+from ..decode_worker import pull
+from ..decode_worker.run import Run as DecodeRun
+from ..kv.carrier import Carrier, CheckLine
+from ..kv.handover import Action, Label, Lost, Stream, Verdict
+from ..kv.handover_receiver import FrameArrived, Receiver
+from ..kv.handover_sender import Sender
+from ..kv.section import SectionData
+from ..prefill_worker.job import Job
+from .planting import Planted, instead
+
+
+def digests_are_not_checked() -> AbstractContextManager[None]:
+    """Decode takes every frame for intact."""
+    return instead(pull, "verify_frame", lambda *_: True)
+
+
+def planes_leave_though_they_mismatch() -> AbstractContextManager[None]:
+    """Prefill sends what it read, whatever the seals say."""
+    original = Job._judge
+
+    def judge(self: Job, place: tuple[int, int], sections: tuple[SectionData, ...], matches: bool) -> None:
+        original(self, place, sections, True)
+
+    return instead(Job, "_judge", judge)
+
+
+def duplicates_are_accepted() -> AbstractContextManager[None]:
+    """What was seen before is taken again."""
+    original = Stream.admit
+
+    def admit(self: Stream, label: Label, sequence: int, now_s: float) -> Verdict:
+        verdict = original(self, label, sequence, now_s)
+        return Verdict.ACCEPT if verdict is Verdict.DROP else verdict
+
+    return instead(Stream, "admit", admit)
+
+
+def refetch_is_ignored() -> AbstractContextManager[None]:
+    """Prefill does not send a damaged range again."""
+    return instead(Sender, "_refetch", lambda self, wanted, now_s: [])
+
+
+def slot_of_a_damaged_frame_is_kept() -> AbstractContextManager[None]:
+    """Decode asks again and forgets to free the slot."""
+    original = Receiver._refetch
+
+    def refetch(self: Receiver, frame: FrameArrived, units: range, now_s: float) -> list[Action]:
+        actions = original(self, frame, units, now_s)
+        if not any(isinstance(action, Lost) for action in actions):
+            self._stream._sent -= 1  # the number of the word that is swallowed
+            actions.pop()
+        return actions
+
+    return instead(Receiver, "_refetch", refetch)
+
+
+def silence_is_ignored() -> AbstractContextManager[None]:
+    """A peer that says nothing is waited for until the deadline."""
+    original = Sender._abort
+
+    def abort(self: Sender, reason: Any, now_s: float, *rest: Any) -> list[Action]:
+        actions = original(self, reason, now_s, *rest)
+        return [a for a in actions if type(a).__name__ != "Abort"] if reason in ("silent", "closed") else actions
+
+    return instead(Sender, "_abort", abort)
+
+
+def first_token_is_sampled_again() -> AbstractContextManager[None]:
+    """After a fall-back, the first token that the client has is forgotten, and another one sampled."""
+    original = DecodeRun.pull_lost
+
+    def pull_lost(self: DecodeRun, lost: Lost) -> None:
+        original(self, Lost(lost.reason, lost.stored_upto, None, lost.detail, lost.error_code, lost.error_message))
+
+    return instead(DecodeRun, "pull_lost", pull_lost)
+
+
+def older_epochs_are_admitted() -> AbstractContextManager[None]:
+    """A message of an older dispatch counts as one of this."""
+    original = Stream.admit
+
+    def admit(self: Stream, label: Label, sequence: int, now_s: float) -> Verdict:
+        return original(self, self.label if label.epoch < self.label.epoch else label, sequence, now_s)
+
+    return instead(Stream, "admit", admit)
+
+
+def frames_are_overtaken_by_what_follows() -> AbstractContextManager[None]:
+    """What stands behind a frame is handled while its digests are still being verified."""
+    original = CheckLine._move
+
+    def move(self: CheckLine[Any]) -> None:
+        self._is_checking = False
+        original(self)
+
+    return instead(CheckLine, "_move", move)
+
+
+def the_timer_is_set_once() -> AbstractContextManager[None]:
+    """A machine's next deadline is forgotten when the first one has passed."""
+    original = Carrier.rearm
+    armed: WeakSet[Carrier] = WeakSet()
+
+    def rearm(self: Carrier) -> None:
+        if self not in armed:
+            armed.add(self)
+            original(self)
+
+    return instead(Carrier, "rearm", rearm)
+
+
+BUGS = (
+    Planted(digests_are_not_checked, ("K4",), 100),
+    Planted(planes_leave_though_they_mismatch, ("K4",), 100),
+    Planted(duplicates_are_accepted, ("L1",), 100),
+    Planted(refetch_is_ignored, ("L1",), 300),
+    Planted(slot_of_a_damaged_frame_is_kept, ("L1",), 300),
+    Planted(silence_is_ignored, ("R7",), 60),
+    Planted(first_token_is_sampled_again, ("R3",), 200),
+    Planted(older_epochs_are_admitted, ("L1",), 300),
+    Planted(frames_are_overtaken_by_what_follows, ("L1",), 300),
+    Planted(the_timer_is_set_once, ("R7",), 300),
+)

@@ -1,0 +1,85 @@
+"""Bugs of a worker's faces towards its routers: runs and epochs, what is told, and who is forgotten."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+from ..cluster.watch import Watcher
+from ..core.request import Epoch, SequenceKey
+from ..decode_worker.ledger import Ledger, Named, RouterKey, Standing
+from ..decode_worker.outbox import Outbox
+from ..model.link import CacheDelta, CacheSnapshot
+from ..protos import worker_pb2
+from .planting import Planted, instead
+
+
+def stale_orders_run() -> AbstractContextManager[None]:
+    """An order of an older dispatch takes the place of the newer run."""
+    original = Ledger.standing
+
+    def standing(self: Ledger[Any, Any], router: RouterKey, key: SequenceKey, epoch: Epoch) -> Standing:
+        found = original(self, router, key, epoch)
+        return Standing.NEW if found is Standing.STALE else found
+
+    return instead(Ledger, "standing", standing)
+
+
+def stale_cancels_kill() -> AbstractContextManager[None]:
+    """A cancel of an older dispatch ends the newer run."""
+    original = Ledger.named
+
+    def named(self: Ledger[Any, Any], router: RouterKey, request_id: str, epoch: Epoch) -> Named[Any]:
+        return original(self, router, request_id, Epoch(epoch.incarnation + 1, 0))
+
+    return instead(Ledger, "named", named)
+
+
+def one_orphan_survives() -> AbstractContextManager[None]:
+    """The first run of a lost session is forgotten when its grace is over."""
+    original = Ledger.lose
+
+    def lose(self: Ledger[Any, Any], session: Any) -> tuple[Any, ...]:
+        return original(self, session)[1:]
+
+    return instead(Ledger, "lose", lose)
+
+
+def ends_are_forgotten() -> AbstractContextManager[None]:
+    """A late copy of an order whose run has ended is run again."""
+    return instead(Ledger, "_remember", lambda *_: None)
+
+
+def removals_are_not_told() -> AbstractContextManager[None]:
+    """A watching router hears of new blocks only."""
+    original = Watcher.hear_cache
+
+    def hear_cache(self: Watcher, event: CacheDelta | CacheSnapshot) -> None:
+        original(self, replace(event, removed=()) if isinstance(event, CacheDelta) else event)
+
+    return instead(Watcher, "hear_cache", hear_cache)
+
+
+def ends_overtake_tokens() -> AbstractContextManager[None]:
+    """Where a message is full, a choice's end leaves before its last tokens."""
+    original = Outbox.take
+
+    def take(self: Outbox) -> worker_pb2.StepOutput | None:
+        output = original(self)
+        if output is not None:
+            output.ends.extend(self._ends)
+            self._ends = []
+        return output
+
+    return instead(Outbox, "take", take)
+
+
+BUGS = (
+    Planted(stale_orders_run, ("R1", "R2", "L1"), 500),
+    Planted(stale_cancels_kill, ("R1", "L1"), 500),
+    Planted(one_orphan_survives, ("R7",), 300),
+    Planted(ends_are_forgotten, ("R1",), 500),
+    Planted(removals_are_not_told, ("K5",), 300),
+    Planted(ends_overtake_tokens, ("L1",), 500),
+)
