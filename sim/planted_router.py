@@ -185,7 +185,7 @@ def other_numerics_are_paired() -> AbstractContextManager[None]:
     return instead(lifecycle, "choose", choose_any)
 
 
-class _both(AbstractContextManager[None]):  # noqa: N801  # reads as a function
+class _both(AbstractContextManager[None]):  # reads as a function
     """Two changes at once."""
 
     def __init__(self, one: AbstractContextManager[None], other: AbstractContextManager[None]) -> None:
