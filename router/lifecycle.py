@@ -145,7 +145,7 @@ class Lifecycle:
         """A worker is lost: those of its requests that gave nothing yet go elsewhere, the others end now."""
         for run in self.runs.on(key):
             error = WorkerLost(f"worker {key.worker_id} was lost: {reason}", retry_after_s=RETRY_AFTER_S)
-            self._retry_or_fail(run, error, now_s)
+            self._retry_or_fail(run, error, now_s, is_lost=True)
 
     def workers_changed(self) -> None:
         """A worker came, went or changed, or a request left room: requests that wait for a worker look again."""
@@ -288,26 +288,34 @@ class Lifecycle:
 
     # ------------------------------------------------------------------ again, or over
 
-    def _retry_or_fail(self, run: Run, error: TwostrokeError, now_s: float) -> None:
-        """Send it to another worker if its client has nothing yet and the budget allows; else it ends in `error`."""
+    def _retry_or_fail(self, run: Run, error: TwostrokeError, now_s: float, *, is_lost: bool = False) -> None:
+        """Send it to a worker anew if its client has nothing yet and the budget allows; else it ends in `error`.
+
+        `is_lost`: its worker did not refuse it, but was lost, and may come back.
+        """
         living = run.living
         assert living is not None
         may_retry = run.delivery.may_start_over and len(run.dispatches) < MAX_DISPATCHES
         if not may_retry or not self.admission.may_retry():
             self.fail(run, error, now_s)
             return
-        self._recall(run, living, "sent elsewhere")
+        self._recall(run, living, "sent elsewhere", may_return=is_lost)
         run.cause, run.patience_end_s = error, now_s + self._limits.worker_patience_s
         self._observer.sent_again(run, error)
         # Not at once: the caller is in the middle of a worker's words, or of its loss.
         self._waiting[run.name] = self._driver.later(0.0, lambda now_s: self._look_again(run.name, now_s))
 
-    def _recall(self, run: Run, dispatch: Dispatch, reason: str) -> None:
-        """Take a request back from its worker, which is told and not chosen for it again."""
+    def _recall(self, run: Run, dispatch: Dispatch, reason: str, *, may_return: bool = False) -> None:
+        """Take a request back from its worker, which is told and not chosen for it again.
+
+        A worker whose session broke cannot be told, and has done nothing wrong: it may get the request once more when
+        it is back, under a higher epoch, which ends what still runs there.
+        """
         self._cancel_on_worker(run, reason)
         run.recall()  # a token that is under way now would make starting over impossible
         self._forget_work(run)
-        run.excluded.add(dispatch.decode)
+        if not may_return:
+            run.excluded.add(dispatch.decode)
 
     def _cancel_on_worker(self, run: Run, reason: str) -> None:
         if run.living is not None:

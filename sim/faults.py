@@ -150,9 +150,12 @@ class Schedule:
                     self.routers[process.name].check()
 
     def _has_news(self) -> bool:
-        """Whether news of a prefix cache is under way to a router."""
+        """Whether news of a prefix cache is under way to a router, or waits there because it stood still until now."""
+        now_s = self.world.now_s()
+        if any(router.process.frozen_until_s >= now_s for router in self.routers.values()):
+            return True
         watches = [link.watch for router in self.routers.values() for link in router.links.values()]
-        return any(watch is not None and watch.arrival_s >= self.world.now_s() for watch in watches)
+        return any(watch is not None and watch.arrival_s >= now_s for watch in watches)
 
     def _check_drained(self) -> None:
         for node in self.nodes.values():

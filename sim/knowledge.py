@@ -49,12 +49,14 @@ class Idleness:
         router = self._routers.get(owner.router_id)
         if router is None or router.incarnation != owner.incarnation or not router.process.is_alive:
             return None
+        if router.waits_for(key, run.order.key, run.order.epoch):
+            return None
         link = router.links.get(key)
         session = None if link is None else link.session
         face = next((face for face in node.sessions if face.session.outbox is run._outbox), None)
         if session is None or face is None or session.peer is not face._end or session.is_deaf:
             return None
-        return None if router.waits_for(key, run.order.key, run.order.epoch) else face._end
+        return face._end
 
 
 def check_beliefs(router: RouterNode, node: WorkerNode) -> None:

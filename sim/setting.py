@@ -252,6 +252,8 @@ def _with_others(rng: random.Random, setting: Setting) -> Setting:
     if rng.random() < 0.1:
         place = rng.randrange(len(workers))
         workers[place] = replace(workers[place], numerics=b"other numerics")
+    patience_s = 3.0 if rng.random() < 0.3 else setting.worker_patience_s  # longer than a silent worker is kept
+    setting = replace(setting, worker_patience_s=patience_s)
     return replace(
         setting, routers=tuple(routers), orders=tuple(orders), mishaps=tuple(mishaps), workers=tuple(workers)
     )

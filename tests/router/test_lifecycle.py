@@ -248,6 +248,30 @@ def test_siblings_that_were_ordered_before_a_queue_was_full_are_cancelled() -> N
     router.assert_nothing_is_left()
 
 
+def test_a_worker_whose_session_broke_gets_the_request_once_more_when_it_is_back() -> None:
+    router = Router("a")
+    run = router.ask()
+    key = placed(run)
+    router.roster.session_down(key, "broke", router.now_s)
+    router.pass_s(0.05)
+    assert run.stage is Stage.ROUTING
+    router.join("a")
+    router.pass_s(0.0)
+    assert placed(run) == key
+    assert [d.epoch.counter for d in run.dispatches] == [1, 2], "the higher one ends what still runs there"
+    stale = router.drops.copy()
+    router.tokens(run, epoch=run.dispatches[0].epoch)
+    assert router.drops == [*stale, "stale_epoch"]
+
+
+def test_what_a_recalled_dispatch_still_sends_is_stale() -> None:
+    router = Router("a")
+    run = router.ask()
+    epoch = run.dispatches[0].epoch
+    run.recall()
+    assert not run.delivery.is_awaited(0, epoch)
+
+
 def test_after_its_first_token_a_lost_request_ends() -> None:
     router = Router("a", "b")
     run = router.ask()
