@@ -56,6 +56,7 @@ class WorkerLink:
         self._session: asyncio.Task[None] | None = None
         self._keepers: list[asyncio.Task[None]] = []
         self._is_up = False
+        self._reset_reason = "reset"
 
     def open(self) -> None:
         """Begin; returns at once."""
@@ -75,8 +76,9 @@ class WorkerLink:
             return False
         return True
 
-    def reset(self) -> None:
+    def reset(self, reason: str = "reset") -> None:
         """Break the session, e.g. because its worker fell silent. It is tried again."""
+        self._reset_reason = reason
         if self._session is not None:
             self._session.cancel()
 
@@ -106,14 +108,17 @@ class WorkerLink:
             await asyncio.sleep(wait_s)
 
     async def _run_once(self, run: Callable[[], Awaitable[None]], is_session: bool) -> str:
-        """One attempt; why it ended. A session runs in a task of its own, so that `reset` can end it."""
+        """One attempt; why it ended.
+
+        A session runs in a task of its own, so that `reset` can end it; however it ends, it is marked down here.
+        """
         try:
             if is_session:
                 self._session = asyncio.ensure_future(_awaited(run))
                 await asyncio.wait({self._session})
                 if not self._session.cancelled():
                     self._session.result()
-                reason = "reset"
+                reason = self._reset_reason
             else:
                 await run()
                 reason = "ended"
@@ -137,8 +142,6 @@ class WorkerLink:
                 if writer is None:
                     self._welcome(message)
                     writer = asyncio.create_task(self._write(call))
-                elif writer.done():
-                    raise _Broken("orders cannot be written")
                 self._handle(message)
             raise _Broken("the worker ended the session")
         finally:
@@ -163,6 +166,15 @@ class WorkerLink:
             self._handlers.step(self.key, message.step)
 
     async def _write(self, call: grpc.aio.StreamStreamCall[worker_pb2.SessionUp, worker_pb2.SessionDown]) -> None:
+        """Send what waits until the session is over; what cannot be sent ends it at once, not at the next word."""
+        try:
+            await self._write_for_ever(call)
+        except _STREAM_ERRORS as error:
+            self.reset(f"orders cannot be written: {_words(error)}")
+
+    async def _write_for_ever(
+        self, call: grpc.aio.StreamStreamCall[worker_pb2.SessionUp, worker_pb2.SessionDown]
+    ) -> None:
         sequence = 1
         while True:
             sequence += 1

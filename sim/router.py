@@ -24,7 +24,7 @@ from ..router.lifecycle import Lifecycle
 from ..router.policy import PolicyLimits
 from ..router.prefixes import PrefixMap
 from ..router.roster import Roster
-from ..router.run import Run
+from ..router.run import Run, Stage
 from ..router.surroundings import LifeLimits, Order
 from .engine import IDENTITY_KEY, root_of
 from .invariants import Violation
@@ -237,6 +237,9 @@ class RouterNode:
             raise Violation("R1", "offered is not accepted + rejected + cancelled")
         if len(self.life.runs.open) != self._num_streams:
             raise Violation("R1", f"{self._num_streams} streams are open, {len(self.life.runs.open)} are known")
+        for run in active.values():
+            if run.stage is Stage.ROUTING and run.name not in self.life._waiting:
+                raise Violation("R7", f"{run.name} belongs to no worker, and none is looked for")
         if len(admission) != len(active):
             raise Violation("R1", f"{len(admission)} requests are admitted, {len(active)} are under way")
 

@@ -253,6 +253,10 @@ def _with_others(rng: random.Random, setting: Setting) -> Setting:
         place = rng.randrange(len(workers))
         workers[place] = replace(workers[place], numerics=b"other numerics")
     patience_s = 3.0 if rng.random() < 0.3 else setting.worker_patience_s  # longer than a silent worker is kept
+    if not setting.is_bearable and rng.random() < 0.15:  # one machine holds all decode workers, and fails
+        at_s, patience_s = rng.random() * 0.5, 3.0
+        decoders = [worker.worker_id for worker in workers if worker.role is not Role.PREFILL]
+        mishaps += [Mishap(at_s + 0.02 * place, "crash", who, who, 2.0) for place, who in enumerate(decoders)]
     setting = replace(setting, worker_patience_s=patience_s)
     return replace(
         setting, routers=tuple(routers), orders=tuple(orders), mishaps=tuple(mishaps), workers=tuple(workers)

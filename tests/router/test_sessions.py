@@ -1,0 +1,44 @@
+"""A link to one worker: however its session ends, its owner hears of it at once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import grpc.aio
+
+sys.path.insert(0, str(Path(__file__).parent))
+from fake_worker import FakeWorker
+from flow_cluster import cluster, collect, request, until
+
+from twostroke.router import sessions
+
+
+async def test_a_session_whose_orders_cannot_be_written_is_lost_at_once(monkeypatch) -> None:
+    async with cluster(worker_patience_s=0.1) as c:
+        worker = FakeWorker("a")
+        await c.add(worker)
+        downs: list[str] = []
+        link = next(iter(c.flow._members._links.values()))
+        original = link._handlers.down
+        handlers = sessions.LinkHandlers(
+            *(getattr(link._handlers, name) for name in sessions.LinkHandlers.__dataclass_fields__)
+        )
+        object.__setattr__(handlers, "down", lambda key, reason: (downs.append(reason), original(key, reason)))
+        link._handlers = handlers
+
+        class Unwritable:
+            def __init__(self, call: grpc.aio.StreamStreamCall) -> None:
+                self._call = call
+
+            async def write(self, message: object) -> None:
+                raise grpc.aio.UsageError("the stream is gone")
+
+        write = link._write_for_ever
+        monkeypatch.setattr(link, "_write_for_ever", lambda call: write(Unwritable(call)))
+        link.reset()  # the next session's orders cannot be written
+        await until(lambda: any("cannot be written: the stream is gone" in reason for reason in downs), 3.0)
+        await until(lambda: c.state("a") == "suspect", 3.0)
+        monkeypatch.undo()
+        await until(lambda: c.state("a") == "live", 3.0)
+        assert len(await collect(c.flow, request())) > 0
