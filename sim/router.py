@@ -38,6 +38,10 @@ TICK_S = 0.2
 PREDICTIONS_END_S = 60.0  # none lasts so long
 
 
+def _repeating_name(request: Request) -> str:
+    return f"{request.owner}/{request.request_id}"
+
+
 class RouterNode:
     """One life of the router."""
 
@@ -57,6 +61,8 @@ class RouterNode:
             policy=PolicyLimits(local_prefill=setting.local_prefill),
         )
         self.life = Lifecycle(self.incarnation, limits, self.roster, self, self)
+        if setting.names_repeat:
+            self.life._next_name = _repeating_name  # type: ignore[method-assign]
         self._tick()
 
     # ------------------------------------------------------------------ clients

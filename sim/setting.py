@@ -104,6 +104,7 @@ class Setting:
     stray: float  # how often a message of an older dispatch comes before one of a hand-over, under its number
     workers: tuple[WorkerSetting, ...]
     routers: tuple[str, ...]
+    names_repeat: bool  # routers call a request of a tenant's id as they called the one before: epochs alone differ
     orders: tuple[Order, ...]
     mishaps: tuple[Mishap, ...]
 
@@ -140,6 +141,7 @@ def draw(seed: int) -> Setting:
         stray=_rate(late, 0.2),
         workers=workers,
         routers=("router",),
+        names_repeat=False,
         orders=orders,
         mishaps=() if is_bearable else (*_mishaps(rng, [worker.worker_id for worker in workers]), *_router_lost(late)),
     )
@@ -257,7 +259,7 @@ def _with_others(rng: random.Random, setting: Setting) -> Setting:
         at_s, patience_s = rng.random() * 0.5, 3.0
         decoders = [worker.worker_id for worker in workers if worker.role is not Role.PREFILL]
         mishaps += [Mishap(at_s + 0.02 * place, "crash", who, who, 2.0) for place, who in enumerate(decoders)]
-    setting = replace(setting, worker_patience_s=patience_s)
+    setting = replace(setting, worker_patience_s=patience_s, names_repeat=rng.random() < 0.3)
     return replace(
         setting, routers=tuple(routers), orders=tuple(orders), mishaps=tuple(mishaps), workers=tuple(workers)
     )
