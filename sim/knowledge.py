@@ -31,6 +31,7 @@ class Idleness:
     def check(self, node: WorkerNode) -> None:
         """After an event on this worker."""
         now_s, frozen_s = self._world.now_s(), node.process.frozen_s
+        slack_s = SLACK_S + node.worker.step_s[1] + 2 * node.worker.link_s  # the step under way ends first
         for run in node.service.runs:
             if run._verdict is not None:
                 continue
@@ -38,7 +39,7 @@ class Idleness:
             if road is None or road.peer.num_lost:
                 self._due_s.pop(run, None)
                 continue
-            due_s = self._due_s.setdefault(run, max(now_s, road.arrival_s) + SLACK_S - frozen_s)
+            due_s = self._due_s.setdefault(run, max(now_s, road.arrival_s) + slack_s - frozen_s)
             if now_s > due_s + frozen_s:
                 raise Violation("R8", f"{node.process} computes {run.order.key} for nobody")
 
