@@ -200,7 +200,7 @@ class Network:
             at_s += self.weather.stall_s * world.random.random()
         blocked_s = self._blocked_until_s.get((target.peer.process.name, target.process.name), 0.0)
         target._arrival_s = max(target._arrival_s, at_s, blocked_s)
-        world.after(target._arrival_s - world.now_s(), target.process, act)
+        world.at(target._arrival_s, target.process, act)
 
     def _delay_s(self) -> float:
         return self._world.random.random() * 2 * self.weather.delay_s

@@ -91,6 +91,12 @@ class World:
         self._push(self._now_s + max(0.0, delay_s), timer)
         return timer
 
+    def at(self, at_s: float, process: Process | None, act: Callable[[], None]) -> Timer:
+        """As `after`, at an exact time: what is planned for one time happens in the order of planning."""
+        timer = Timer(act, process, 0 if process is None else process.life)
+        self._push(max(self._now_s, at_s), timer)
+        return timer
+
     def freeze(self, process: Process, seconds: float) -> None:
         """The process stands still."""
         until_s = self._now_s + seconds
