@@ -23,6 +23,7 @@ from twostroke.protos import handover_pb2 as pb
 
 SPEC = attention_spec(2, 2, 16, Codec.FP8_E4M3)
 CLASS = b"c" * 16
+NAMER = Namer(b"k" * 32, b"w" * 16, CLASS)
 
 
 class Recorder:
@@ -94,6 +95,7 @@ def order(**changes):
         "deterministic": True,
         "frame_slots": 4,
         "timeout_ms": 5000,
+        "identity_root": NAMER.name((), "tests").root,
     }
     return pb.Open(**fields | changes)
 
@@ -103,7 +105,7 @@ class Bench:
 
     def __init__(self, deterministic=True, role=Role.PREFILL, max_streams=2, timing=None):
         model = ModelFacts("m", "", 100, 64, frozenset({1}), b"w" * 16, CLASS, "here", deterministic, SPEC)
-        facts = FaceFacts("p", model, Namer(b"k" * 32, b"w" * 16, CLASS), 7, 10, 16, 8192, 4, 8, 64)
+        facts = FaceFacts("p", model, NAMER, 7, 10, 16, 8192, 4, 8, 64)
         self.link = Recorder()
         dispatcher = Dispatcher(self.link)
         self._executor = ThreadPoolExecutor(1)
