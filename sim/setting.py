@@ -132,7 +132,7 @@ def draw(seed: int) -> Setting:
         read_damage=_rate(rng, 0.1),
         step_failure=0.0 if is_bearable else _rate(rng, 0.02),
         swap_damage=_rate(swap, 0.5),
-        message_bytes=late.choice((20, 1 << 20)),
+        message_bytes=late.choice((8, 1 << 20)),
         echo=late.choice((0.0, 0.0, late.random())),
         stray=_rate(late, 0.2),
         workers=workers,
