@@ -21,6 +21,7 @@ def explain_run(run: Run, state: str) -> dict[str, Any]:
     usage = run.usage
     return {
         "request_id": run.request_id,
+        "name": run.name,
         "tenant": run.request.owner,
         "isolation_domain": run.request.isolation_domain,
         "model": run.request.model,

@@ -1,6 +1,6 @@
-"""The life of a request in the router: admitted, routed, dispatched, streamed, ended, explained.
+"""Requests from a face to the workers and back as a stream, and what is known of them. Knows no client protocol.
 
-Knows no client protocol. What decides is elsewhere and pure: admission, policy, prefixes, fleet, delivery.
+What decides is elsewhere and pure: router/lifecycle.py and what it asks.
 """
 
 from __future__ import annotations
@@ -14,19 +14,11 @@ from typing import Any
 import grpc.aio
 
 from ..core.clock import Clock, MonotonicClock
-from ..core.errors import (
-    Cancelled,
-    ContextLengthExceeded,
-    InvalidRequest,
-    ModelNotFound,
-    TwostrokeError,
-    Unavailable,
-)
+from ..core.errors import Cancelled
 from ..core.request import Request
 from ..core.timeline import Instant, Timeline
-from .admission import Offer
 from .config import RouterConfig
-from .dispatch import RETRY_AFTER_S, Dispatcher
+from .dispatch import Dispatcher, PieceStream
 from .explain import explain_run
 from .facts import ModelFacts
 from .journal import Journal
@@ -62,11 +54,9 @@ class Flow:
         self._identity = Identity(f"router-{os.getpid()}", time.time_ns(), identity_key)
         self._dispatcher = Dispatcher(config, self._identity, self.metrics, self.clock)
         self._members = self._dispatcher.members
-        self._admission = self._dispatcher.admission
-        self._runs = self._dispatcher.runs
+        self._life = self._dispatcher.life
         self._journal = Journal(config.decision_log)
         self._began_s = self.clock.now_s()
-        self._refusing: str | None = None
 
     # ------------------------------------------------------------------ the process
 
@@ -80,23 +70,23 @@ class Flow:
 
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new requests (`Unavailable`, Retry-After) and wait for the running ones. False: some still run."""
-        self._refusing = "the router is draining"
+        self._life.refusing = "the router is draining"
         loop = asyncio.get_running_loop()
         end_s = loop.time() + timeout_s
-        while self._runs.open and loop.time() < end_s:
+        while self._life.runs.open and loop.time() < end_s:
             await self._members.wait_for_change(end_s - loop.time())
-        return not self._runs.open
+        return not self._life.runs.open
 
     async def close(self) -> None:
         """Cancel what still runs (their clients get `Unavailable`) and leave all workers. Idempotent."""
-        self._refusing = "the router is stopping"
+        self._life.refusing = "the router is stopping"
         await self._dispatcher.close()
         self._journal.close()
 
     @property
     def refusing(self) -> str | None:
         """Why new requests are refused: the router drains or stops."""
-        return self._refusing
+        return self._life.refusing
 
     # ------------------------------------------------------------------ the faces
 
@@ -115,43 +105,40 @@ class Flow:
             Cancelled: `abort`, or the client read too slowly.
         """
         timeline.mark(Instant.ARRIVED, self.clock.now_s())
-        run = self._admit(request, timeline)
+        run = self._life.admit(request, timeline, self.clock.now_s())
+        self.metrics.in_flight_tokens.set(self._life.admission.tokens)
         try:
-            await self._dispatcher.route(run)
-            while (piece := await run.next_piece()) is not None:
+            stream = PieceStream(run)
+            self._life.begin(run, self.clock.now_s())
+            while (piece := await stream.next_piece()) is not None:
                 timeline.mark(Instant.FIRST_SENT, self.clock.now_s())
                 yield piece
-        except TwostrokeError as error:
-            self._dispatcher.fail(run, error)
-            raise
         finally:
             self._dispatcher.fail(run, Cancelled("the client went away"))  # nothing, if it is settled
             self._conclude(run)
 
-    async def abort(self, request_id: str) -> bool:
-        """Cancel a running request: its stream ends in `Cancelled`. False: no such request runs here."""
-        run = self._runs.active.get(request_id)
-        if run is None:
-            return False
-        self._dispatcher.fail(run, Cancelled("the request was aborted"))
-        return True
+    async def abort(self, tenant: str, request_id: str) -> bool:
+        """Cancel a tenant's running request: its stream ends in `Cancelled`. False: it has none of that id here."""
+        return self._life.abort(tenant, request_id, self.clock.now_s())
 
-    def explain(self, request_id: str) -> dict[str, Any] | None:
-        """Everything known about a running or recent request, JSON-able; None: not known (any more).
+    def explain(self, tenant: str, request_id: str) -> dict[str, Any] | None:
+        """Everything known about a tenant's running or recent request, JSON-able; None: not known (any more).
 
-        Keys: request_id, tenant, isolation_domain, model, state ("running", "finished", "cancelled", "failed",
-        "rejected"), num_choices, sampling, timeout_s, tokens {prompt, cached, completion}, prefill_worker (None:
-        prefilled locally), decode_worker, kv_bytes_moved, kv_bytes_as_bf16, handover, ttft_ms, itl_ms {mean, p50, max}
-        or None, finish_reasons, error {code, message} or None, timeline {instant: ms since arrived, in order},
-        choice {reason, winner, prefill_peers, candidates}, dispatches.
+        Every tenant has request ids of its own.
+
+        Keys: request_id, name (what workers call it), tenant, isolation_domain, model, state ("running", "finished",
+        "cancelled", "failed", "rejected"), num_choices, sampling, timeout_s, tokens {prompt, cached, completion},
+        prefill_worker (None: prefilled locally), decode_worker, kv_bytes_moved, kv_bytes_as_bf16, handover, ttft_ms,
+        itl_ms {mean, p50, max} or None, finish_reasons, error {code, message} or None, timeline {instant: ms since
+        arrived, in order}, choice {reason, winner, prefill_peers, candidates}, dispatches.
         """
-        run = self._runs.open.get(request_id)
-        return explain_run(run, "running") if run is not None else self._journal.find(request_id)
+        run = self._life.runs.find(tenant, request_id)
+        return explain_run(run, "running") if run is not None else self._journal.find(tenant, request_id)
 
     def cluster(self) -> dict[str, Any]:
         """Workers {worker_id, role, state, address, pid, model, load, ...}, router facts and counters, JSON-able."""
         now_s = self.clock.now_s()
-        admission = self._admission
+        admission = self._life.admission
         return {
             "workers": self._members.facts(now_s),
             "models": [model.name for model in self.models()],
@@ -159,7 +146,7 @@ class Flow:
                 "router_id": self._identity.router_id,
                 "incarnation": str(self._identity.incarnation),
                 "pid": os.getpid(),
-                "state": "draining" if self._refusing else "serving",
+                "state": "draining" if self._life.refusing else "serving",
                 "uptime_s": round(now_s - self._began_s, 3),
                 "in_flight_requests": len(admission),
                 "in_flight_tokens": admission.tokens,
@@ -183,50 +170,9 @@ class Flow:
         ready = self._members.fleet.ready_models()
         return [ready[name] for name in sorted(ready)]
 
-    # ------------------------------------------------------------------ in
-
-    def _admit(self, request: Request, timeline: Timeline) -> Run:
-        now_s = self.clock.now_s()
-        if request.request_id in self._runs.open:
-            raise InvalidRequest(f"request_id {request.request_id!r} is in use; choose another", param="request_id")
-        model = self._model_of(request)
-        tokens = request.num_choices * (len(request.prompt_ids) + request.expected_tokens)
-        offer = Offer(request.request_id, request.owner, tokens, request.timeout_s)
-        try:
-            if self._refusing:
-                raise Unavailable(self._refusing, retry_after_s=RETRY_AFTER_S)
-            self._admission.offer(offer, now_s)
-        except TwostrokeError:
-            self.metrics.requests.labels("rejected").inc()
-            raise
-        timeline.mark(Instant.ADMITTED, now_s)
-        run = Run(request, timeline, model, self._config.client_buffer_pieces)
-        self._dispatcher.take(run)
-        self.metrics.in_flight_tokens.set(self._admission.tokens)
-        return run
-
-    def _model_of(self, request: Request) -> ModelFacts:
-        models = self._members.fleet.models()
-        if not models:
-            raise Unavailable("no worker has announced itself yet", retry_after_s=RETRY_AFTER_S)
-        model = models.get(request.model)
-        if model is None:
-            raise ModelNotFound(
-                f"no worker serves {request.model!r}; known: {', '.join(sorted(models))}", param="model"
-            )
-        needed = len(request.prompt_ids) + request.sampling.max_tokens
-        room = max(w.facts.num_kv_tokens for w in self._members.fleet if w.facts.model.name == model.name)
-        bound = min(room, model.max_model_len or room)
-        if not request.prompt_ids:
-            raise InvalidRequest("the prompt has no tokens", param="prompt")
-        if needed > bound:
-            what = f"{len(request.prompt_ids)} prompt tokens and {request.sampling.max_tokens} asked for"
-            raise ContextLengthExceeded(f"{what} make {needed}; at most {bound} fit", param="max_tokens")
-        return model
-
     def _conclude(self, run: Run) -> None:
         """The stream is closed: write down what became of the request."""
-        if self._runs.open.pop(run.request_id, None) is None:
+        if not self._life.conclude(run):
             return
         state = _state_of(run)
         self.metrics.requests.labels(state).inc()

@@ -63,21 +63,16 @@ class Front:
 
     def explain(self, request_id: str, domain: str) -> dict[str, Any] | None:
         """What is known of a request or a list, for its own tenant only; None: nothing (any more)."""
-        explained = self._explain_own(request_id, domain)
+        explained = self.flow.explain(domain, request_id)
         if explained is not None:
             return explained
         names = self._lists.requests(domain, request_id)
-        return explain_list(request_id, names, lambda name: self._explain_own(name, domain))
+        return explain_list(request_id, names, lambda name: self.flow.explain(domain, name))
 
     async def abort(self, request_id: str, domain: str) -> bool:
         """Cancel a tenant's own running request, or all of a list. False: it has none of that name."""
         names = self._lists.requests(domain, request_id) or [request_id]
-        own = [name for name in names if self._explain_own(name, domain) is not None]
-        return any([await self.flow.abort(name) for name in own])
-
-    def _explain_own(self, request_id: str, domain: str) -> dict[str, Any] | None:
-        explained = self.flow.explain(request_id)
-        return explained if explained is not None and explained["tenant"] == domain else None
+        return any([await self.flow.abort(domain, name) for name in names])
 
     async def admit(self, call: Call) -> tuple[Request, ServedModel]:
         """Validate and tokenise a call.

@@ -19,7 +19,7 @@ class Journal:
     """The decision log. Entries are what `explain` shows."""
 
     def __init__(self, file: Path | None = None, max_entries: int = 2_000, max_file_bytes: int = 256 << 20) -> None:
-        self._entries: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        self._entries: OrderedDict[tuple[str, str], dict[str, Any]] = OrderedDict()  # by tenant and id
         self._max_entries = max_entries
         self._max_file_bytes = max_file_bytes
         self._path = file
@@ -31,16 +31,17 @@ class Journal:
 
     def add(self, entry: dict[str, Any]) -> None:
         """Note a request that is over; the oldest entry makes room."""
-        self._entries[entry["request_id"]] = entry
-        self._entries.move_to_end(entry["request_id"])
+        key = entry["tenant"], entry["request_id"]
+        self._entries[key] = entry
+        self._entries.move_to_end(key)
         while len(self._entries) > self._max_entries:
             self._entries.popitem(last=False)
         if self._path is not None:
             self._write(self._path, json.dumps(entry, separators=(",", ":")))
 
-    def find(self, request_id: str) -> dict[str, Any] | None:
-        """A recent request, or None."""
-        return self._entries.get(request_id)
+    def find(self, tenant: str, request_id: str) -> dict[str, Any] | None:
+        """A tenant's recent request, or None."""
+        return self._entries.get((tenant, request_id))
 
     def close(self) -> None:
         """Flush and close the file."""

@@ -1,6 +1,6 @@
-"""The workers as the router has them: announced, linked, watched, heard. Knows no request's life.
+"""The router's connections to its workers: announce streams, sessions, watches, and the tick. Knows no request's life.
 
-Joins the pure parts (fleet, prefix map) with their wires (announce, sessions) and the clock.
+What follows from what they say is decided in router/roster.py.
 """
 
 from __future__ import annotations
@@ -14,23 +14,20 @@ from typing import Any
 import grpc.aio
 
 from ..core.clock import Clock
-from ..core.errors import InvalidRequest
 from ..core.request import Request
 from ..kv.block import BlockIdentity
 from ..kv.keys import Namer
-from ..kv.messages import role_from_wire
 from ..protos import worker_pb2, worker_pb2_grpc
 from .announce import AnnounceHandlers, AnnounceService
 from .coefficients import FIELDS, coefficients_of, guess
 from .explain import explain_worker
 from .facts import ModelFacts, WorkerFacts, WorkerKey
-from .fleet import Change, Fleet, FleetChange
+from .fleet import Fleet, FleetChange
 from .metrics import RouterMetrics
-from .policy import WorkerView
 from .prefixes import PrefixMap
+from .roster import Roster
 from .sessions import LinkHandlers, WorkerLink
-from .views import views_of
-from .wire import load_from_wire
+from .surroundings import Order
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +50,7 @@ class MemberHandlers:
 
     lost: Callable[[WorkerKey, str], None]  # the requests on this worker are lost
     step: Callable[[WorkerKey, worker_pb2.StepOutput], None]
+    changed: Callable[[], None]  # a worker came, went or changed
     ticked: Callable[[float], None]
 
 
@@ -62,6 +60,7 @@ class Members:
     def __init__(self, identity: Identity, handlers: MemberHandlers, metrics: RouterMetrics, clock: Clock) -> None:
         self.fleet = Fleet()
         self.prefixes = PrefixMap()
+        self.roster = Roster(self.fleet, self.prefixes, self)
         self._identity = identity
         self._handlers = handlers
         self._metrics = metrics
@@ -77,7 +76,7 @@ class Members:
 
     def add_announce(self, server: grpc.aio.Server) -> None:
         """Register the Announce service."""
-        handlers = AnnounceHandlers(self._on_announced, self._on_leaving, self._on_announce_ended)
+        handlers = AnnounceHandlers(self._on_announced, self.roster.leaving, self._on_announce_ended)
         service = AnnounceService(self._identity.router_id, self._identity.incarnation, handlers)
         worker_pb2_grpc.add_AnnounceServicer_to_server(service, server)
 
@@ -109,14 +108,14 @@ class Members:
 
     # ------------------------------------------------------------------ for the flow
 
-    def send(self, key: WorkerKey, message: worker_pb2.SessionUp) -> bool:
-        """Queue an order to a worker. False: it has no session."""
+    def send(self, key: WorkerKey, order: Order) -> bool:
+        """Queue an order to a worker. False: it has no session, or its queue is full."""
         link = self._links.get(key)
-        return link is not None and link.send(message)
-
-    def views(self, model: str, excluded: set[WorkerKey]) -> list[WorkerView]:
-        """The workers that may get new work of this model, as the policy sees them."""
-        return views_of(w for w in self.fleet.serving(model) if w.facts.key not in excluded)
+        if link is None:
+            return False
+        if isinstance(order, worker_pb2.Submit):
+            return link.send(worker_pb2.SessionUp(submit=order))
+        return link.send(worker_pb2.SessionUp(cancel=order))
 
     def identities(self, request: Request, model: ModelFacts) -> tuple[BlockIdentity, ...]:
         """The prompt's chain as workers of this model name it."""
@@ -132,104 +131,77 @@ class Members:
     # ------------------------------------------------------------------ what the wires say
 
     def _on_announced(self, facts: WorkerFacts) -> None:
-        self._apply(self.fleet.announced(facts, self._clock.now_s()))
-
-    def _on_leaving(self, key: WorkerKey) -> None:
-        self.fleet.leaving(key)
-        self.wake()
+        if not self._is_closed:
+            self.roster.announced(facts, self._clock.now_s())
 
     def _on_announce_ended(self, key: WorkerKey) -> None:
-        self._apply(self.fleet.announce_ended(key))
+        if not self._is_closed:
+            self.roster.announce_ended(key)
 
     def _on_up(self, key: WorkerKey, facts: WorkerFacts) -> None:
-        self.fleet.session_up(key, facts, self._clock.now_s())
         log.info("%s: session is up (%s, %s)", key.worker_id, facts.role.value, facts.address)
         self._metrics.know_worker(facts)
-        self.wake()
+        self.roster.session_up(key, facts, self._clock.now_s())
 
     def _on_down(self, key: WorkerKey, reason: str) -> None:
-        self._apply(self.fleet.session_down(key, self._clock.now_s(), reason))
+        if not self._is_closed:
+            self.roster.session_down(key, reason, self._clock.now_s())
 
     def _on_beat(self, key: WorkerKey, beat: worker_pb2.Beat | None) -> None:
-        if beat is None:
-            self.fleet.beat(key, self._clock.now_s())
-        else:
-            self.fleet.beat(key, self._clock.now_s(), beat.phase, beat.steps)
-
-    def _on_watching(self, key: WorkerKey) -> None:
-        if key in self._links:
-            self.prefixes.join(key.worker_id)
+        self.roster.beat(key, beat, self._clock.now_s())
 
     def _on_event(self, key: WorkerKey, event: worker_pb2.WatchEvent) -> bool:
-        if key not in self._links:
-            return False  # an earlier life's link, which is closing
-        match event.WhichOneof("body"):
-            case "snapshot":
-                piece = event.snapshot
-                heard = self.prefixes.snapshot(key.worker_id, event.sequence, piece.identities, piece.last)
-            case "delta":
-                delta = event.delta
-                heard = self.prefixes.delta(key.worker_id, event.sequence, delta.stored, delta.removed)
-            case "load":
-                heard = self._on_load(key, event.load)
-            case _:
-                heard = True  # a newer release's event
+        heard = self.roster.take_event(key, event, self._clock.now_s())
         if not heard:
             self._metrics.resyncs.inc()
+        elif event.HasField("load"):
+            worker = self.fleet.get(key.worker_id)
+            if worker is not None and worker.facts.key == key:
+                self._metrics.engine(worker.facts, worker.load)
         return heard
 
-    def _on_load(self, key: WorkerKey, report: worker_pb2.LoadReport) -> bool:
-        load = load_from_wire(report)
-        try:
-            self.fleet.loaded(key, load, role_from_wire(report.role), self._clock.now_s())
-        except InvalidRequest:
-            log.warning("%s: a load report with an unknown role", key.worker_id)
-        worker = self.fleet.get(key.worker_id)
-        if worker is not None and worker.facts.key == key:
-            self._metrics.engine(worker.facts, load)
-        return True
+    # ------------------------------------------------------------------ what the roster asks (see Wires)
 
-    # ------------------------------------------------------------------ what follows from it
-
-    def _apply(self, changes: list[FleetChange]) -> None:
-        if self._is_closed:
-            return
-        for change in changes:
-            key = change.worker.key
-            if change.change is Change.CONNECT:
-                self._connect(change.worker)
-                continue
-            log.warning("%s: %s (%s)", key.worker_id, change.change.value, change.reason)
-            if change.change is Change.LOST and key in self._links:
-                self._links[key].reset()
-            elif change.change is Change.GONE:
-                self._disconnect(change.worker)
-            self._handlers.lost(key, change.reason)
-        if changes:
-            self._metrics.workers_lost.inc(self.fleet.num_lost - self._num_lost)
-            self._num_lost = self.fleet.num_lost
-            self.wake()
-
-    def _connect(self, facts: WorkerFacts) -> None:
+    def connect(self, facts: WorkerFacts) -> None:
+        """See Wires."""
         hello = worker_pb2.SessionHello(
             router_id=self._identity.router_id, router_incarnation=self._identity.incarnation
         )
         handlers = LinkHandlers(
-            self._on_up, self._on_down, self._on_beat, self._handlers.step, self._on_watching, self._on_event
+            self._on_up, self._on_down, self._on_beat, self._handlers.step, self.roster.watching, self._on_event
         )
         link = WorkerLink(facts, hello, handlers)
         self._links[facts.key] = link
         link.open()
 
-    def _disconnect(self, facts: WorkerFacts) -> None:
-        key = facts.key
-        link = self._links.pop(key, None)
+    def reset(self, key: WorkerKey) -> None:
+        """See Wires."""
+        if key in self._links:
+            self._links[key].reset()
+
+    def disconnect(self, facts: WorkerFacts) -> None:
+        """See Wires."""
+        link = self._links.pop(facts.key, None)
         if link is not None:
-            self.prefixes.leave(key.worker_id)
             self._metrics.forget_worker(facts)
-            task = asyncio.create_task(link.close(), name=f"close {key.worker_id}")
+            task = asyncio.create_task(link.close(), name=f"close {facts.worker_id}")
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
+
+    def lost(self, change: FleetChange) -> None:
+        """See Wires."""
+        key = change.worker.key
+        log.warning("%s: %s (%s)", key.worker_id, change.change.value, change.reason)
+        self._handlers.lost(key, change.reason)
+
+    def changed(self) -> None:
+        """See Wires."""
+        self._metrics.workers_lost.inc(self.fleet.num_lost - self._num_lost)
+        self._num_lost = self.fleet.num_lost
+        self._handlers.changed()
+        self.wake()
+
+    # ------------------------------------------------------------------ time
 
     async def _tick_for_ever(self) -> None:
         ticks = 0
@@ -237,9 +209,7 @@ class Members:
             await asyncio.sleep(TICK_S)
             now_s = self._clock.now_s()
             try:
-                self._apply(self.fleet.tick(now_s))
-                self.prefixes.tick(now_s)
-                self.prefixes.sweep(SWEEP_ENTRIES)
+                self.roster.tick(now_s, SWEEP_ENTRIES)
                 self._handlers.ticked(now_s)
                 ticks += 1
                 if ticks % 10 == 0:

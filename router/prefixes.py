@@ -93,10 +93,9 @@ class PrefixMap:
         slot = self._slot_by_worker.get(worker_id)
         if slot is None:
             return False
-        if slot.in_snapshot:
-            if sequence != (slot.sequence or 0) + 1:
-                return self._gap(slot)
-        elif slot.sequence is not None or slot.entries:
+        if slot.sequence is not None and sequence != slot.sequence + 1:
+            return self._gap(slot)  # also a piece that comes twice: it is not the beginning of another snapshot
+        if not slot.in_snapshot and (slot.sequence is not None or slot.entries):
             self.join(worker_id)  # sweeping the old slot later is cheaper than comparing now
             slot = self._slot_by_worker[worker_id]
         if len(identities) % IDENTITY_BYTES:
@@ -163,6 +162,18 @@ class PrefixMap:
             self._rotate(self._generation_began_s + self._ttl_s)
 
     # ------------------------------------------------------------------ questions
+
+    def believed(self, worker_id: str) -> frozenset[bytes] | None:
+        """All blocks that a worker is taken to hold; None: it matches nothing before its next snapshot."""
+        slot = self._slot_by_worker.get(worker_id)
+        if slot is None or not self._live & slot.bit or slot.in_snapshot:
+            return None
+        return frozenset(slot.entries)
+
+    @property
+    def num_predicted(self) -> int:
+        """Blocks that some worker is expected to hold soon."""
+        return len(self._young.keys() | self._old.keys())
 
     def held(self, identities: Sequence[BlockIdentity]) -> dict[str, int]:
         """Leading blocks of a prompt's identity chain that each worker holds; workers that hold none are absent."""

@@ -1,16 +1,21 @@
-"""One request under way: what was ordered, what came back, what the client still has to fetch. Knows no network."""
+"""One request under way: what was ordered, what came back, what the client still has to fetch. Pure.
+
+Knows no network and no event loop: `on_news` tells the owner of the client's stream that there is something to fetch.
+"""
 
 from __future__ import annotations
 
-import asyncio
 from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from enum import Enum
+from typing import Any, Protocol
 
 from ..core.errors import TokensLost, TwostrokeError, WorkerLost
 from ..core.life import Transfer
 from ..core.request import Epoch, FinishReason, Request
 from ..core.timeline import Instant, Timeline
+from ..kv.block import BlockIdentity
 from ..kv.messages import adopt_instants, epoch_from_wire, error_from_wire, finish_from_wire, logprobs_from_wire
 from ..protos import worker_pb2
 from .delivery import Delivery, PieceBuffer, Verdict
@@ -18,6 +23,22 @@ from .facts import ModelFacts, WorkerKey
 from .pieces import Piece, Usage
 from .policy import Choice, RequestFacts
 from .wire import transfer_of
+
+
+class Stage(Enum):
+    """Where a request stands between its client and the workers."""
+
+    ROUTING = "routing"  # no worker computes it; one is being looked for
+    DISPATCHED = "dispatched"  # one worker computes it, under the epoch of its last dispatch
+    SETTLED = "settled"  # the workers owe it nothing any more
+
+
+class Timer(Protocol):
+    """Something that will happen unless it is cancelled."""
+
+    def cancel(self) -> None:
+        """It will not happen. Harmless afterwards."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,37 +58,60 @@ class Dispatch:
 class Run:
     """The state of one request, from admission until its stream is closed."""
 
-    def __init__(self, request: Request, timeline: Timeline, model: ModelFacts, max_pieces: int) -> None:
+    def __init__(self, name: str, request: Request, timeline: Timeline, model: ModelFacts, max_pieces: int) -> None:
+        """`name`: its key inside the cluster, unique over tenants, routers and time; clients know `request_id`."""
+        self.name = name
         self.request = request
         self.timeline = timeline
         self.model = model
         self.delivery = Delivery(request.num_choices)
         self.dispatches: list[Dispatch] = []
         prompt_tokens, expected = len(request.prompt_ids), request.expected_tokens
-        self.facts = RequestFacts(request.request_id, prompt_tokens, expected, request.num_choices)
+        self.facts = RequestFacts(name, prompt_tokens, expected, request.num_choices)
         self.excluded: set[WorkerKey] = set()  # workers that failed it
+        self.stage = Stage.ROUTING
+        self.patience_end_s = 0.0  # while ROUTING: when looking for a worker ends
+        self.cause: TwostrokeError | None = None  # why it is routed again
         self.error: TwostrokeError | None = None
-        self.settled = False  # the workers owe it nothing any more
+        self.on_news: Callable[[], None] = lambda: None  # a piece can be fetched, or the stream is over
+        self.identities: Sequence[BlockIdentity] | None = None  # of its prompt; None: not computed yet
         self.token_gaps_s = array("d")
         self.first_token_s: float | None = None
         self.handovers: list[tuple[int, dict[str, Any]]] = []
         self.transfers: list[Transfer] = []
-        self.deadline: asyncio.TimerHandle | None = None
+        self.deadline: Timer | None = None
         self.first_choice: int | None = None  # whose token came first: its instants are the request's
         self._last_token_s: dict[int, float] = {}
         self._cached: dict[int, int] = {}
         self._buffer = PieceBuffer(max_pieces)
-        self._wake = asyncio.Event()
 
     @property
     def request_id(self) -> str:
-        """Its name everywhere."""
+        """What its client calls it. Never a key inside: other tenants may use the same."""
         return self.request.request_id
 
     @property
     def current(self) -> Dispatch | None:
-        """The living dispatch."""
+        """The last dispatch, also when it is over."""
         return self.dispatches[-1] if self.dispatches else None
+
+    @property
+    def living(self) -> Dispatch | None:
+        """The dispatch whose worker computes it now; None while it is routed, and when it is settled."""
+        return self.dispatches[-1] if self.stage is Stage.DISPATCHED else None
+
+    def dispatched(self, dispatch: Dispatch) -> tuple[int, ...]:
+        """It belongs to this dispatch from now on. Returns the choices to order: those that have not ended."""
+        assert self.stage is Stage.ROUTING
+        self.stage = Stage.DISPATCHED
+        self.dispatches.append(dispatch)
+        self.timeline.mark(Instant.ROUTED, dispatch.at_s)
+        return self.delivery.dispatch(dispatch.epoch)
+
+    def recall(self) -> None:
+        """No worker computes it any more: whatever the last dispatch still sends is stale."""
+        self.stage = Stage.ROUTING
+        self.delivery.recall()
 
     @property
     def usage(self) -> Usage:
@@ -158,35 +202,25 @@ class Run:
 
     def _put(self, piece: Piece, now_s: float) -> None:
         self._buffer.put(piece, now_s)
-        self._wake.set()
 
     def fail(self, error: TwostrokeError) -> None:
         """The stream ends in this error, after the pieces that are there already. The first one counts."""
         if self.error is None:
             self.error = error
-        self._wake.set()
 
     def is_slow(self, now_s: float, patience_s: float) -> bool:
         """Whether the client has left its buffer full for too long."""
         since_s = self._buffer.full_since_s
         return since_s is not None and now_s - since_s > patience_s
 
-    async def next_piece(self) -> Piece | None:
-        """The next piece; None after the last one.
+    def take_piece(self) -> Piece | None:
+        """The next piece for the client; None: nothing is there now."""
+        return self._buffer.take()
 
-        Raises:
-            TwostrokeError: the request failed, and everything before was fetched.
-        """
-        while True:
-            piece = self._buffer.take()
-            if piece is not None:
-                return piece
-            if self.error is not None:
-                raise self.error
-            if not self.delivery.unfinished:
-                return None
-            self._wake.clear()
-            await self._wake.wait()
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing will be added to what is there: every choice ended, or it failed."""
+        return self.error is not None or not self.delivery.unfinished
 
 
 def _failure(end: worker_pb2.RequestEnd) -> TwostrokeError:
@@ -197,11 +231,15 @@ def _failure(end: worker_pb2.RequestEnd) -> TwostrokeError:
 
 @dataclass(slots=True)
 class Runs:
-    """Requests by name: those that workers still owe something, and those whose stream is open."""
+    """Requests that workers still owe something, by name, and those whose stream is open, by tenant and client's id."""
 
     active: dict[str, Run] = field(default_factory=dict)
-    open: dict[str, Run] = field(default_factory=dict)
+    open: dict[tuple[str, str], Run] = field(default_factory=dict)
+
+    def find(self, tenant: str, request_id: str) -> Run | None:
+        """A tenant's request whose stream is open. Every tenant has ids of its own."""
+        return self.open.get((tenant, request_id))
 
     def on(self, key: WorkerKey) -> list[Run]:
-        """Active requests whose tokens come from this worker."""
-        return [run for run in self.active.values() if run.current is not None and run.current.decode == key]
+        """Active requests that this worker computes."""
+        return [run for run in self.active.values() if run.living is not None and run.living.decode == key]

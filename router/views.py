@@ -4,10 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..core.request import SequenceKey
+from ..core.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound, Unavailable
+from ..core.request import Request, SequenceKey
 from .coefficients import coefficients_of, guess
+from .facts import ModelFacts
 from .fleet import Dispatched, Fleet, Worker
 from .policy import Choice, RequestFacts, WorkerView
+
+RETRY_AFTER_S = 1.0
+
+
+def model_of(fleet: Fleet, request: Request) -> ModelFacts:
+    """The model that a request is for.
+
+    Raises:
+        Unavailable: no worker is known at all.
+        ModelNotFound, InvalidRequest, ContextLengthExceeded: no worker could ever serve the request.
+    """
+    models = fleet.models()
+    if not models:
+        raise Unavailable("no worker has announced itself yet", retry_after_s=RETRY_AFTER_S)
+    model = models.get(request.model)
+    if model is None:
+        raise ModelNotFound(f"no worker serves {request.model!r}; known: {', '.join(sorted(models))}", param="model")
+    needed = len(request.prompt_ids) + request.sampling.max_tokens
+    room = max(w.facts.num_kv_tokens for w in fleet if w.facts.model.name == model.name)
+    bound = min(room, model.max_model_len or room)
+    if not request.prompt_ids:
+        raise InvalidRequest("the prompt has no tokens", param="prompt")
+    if needed > bound:
+        what = f"{len(request.prompt_ids)} prompt tokens and {request.sampling.max_tokens} asked for"
+        raise ContextLengthExceeded(f"{what} make {needed}; at most {bound} fit", param="max_tokens")
+    return model
 
 
 def views_of(workers: Iterable[Worker]) -> list[WorkerView]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ..core.errors import InvalidRequest
 from ..core.life import Transfer
-from ..core.request import Epoch, Request
+from ..core.request import Epoch, Request, SequenceKey
 from ..core.tally import Spread
 from ..core.timeline import Instant, Timeline
 from ..kv.messages import adopt_instants, epoch_to_wire, role_from_wire, sampling_to_wire, spec_from_wire
@@ -70,13 +70,16 @@ def load_from_wire(report: worker_pb2.LoadReport) -> LoadFacts:
 
 
 def submit_to_wire(
-    request: Request, choice: int, epoch: Epoch, peers: Sequence[WorkerView], left_s: float
+    key: SequenceKey, request: Request, epoch: Epoch, peers: Sequence[WorkerView], left_s: float
 ) -> worker_pb2.Submit:
-    """The order to run one choice of a request. Its prompt is the same for all: the first one's logprobs are enough."""
-    sampling = request.sampling if choice == 0 else replace(request.sampling, prompt_logprobs=None)
+    """The order to run one choice of a request, which workers know by `key`.
+
+    The prompt is the same for all choices: the first one's logprobs of it are enough.
+    """
+    sampling = request.sampling if key.choice == 0 else replace(request.sampling, prompt_logprobs=None)
     return worker_pb2.Submit(
-        request_id=request.request_id,
-        choice=choice,
+        request_id=key.request_id,
+        choice=key.choice,
         epoch=epoch_to_wire(epoch),
         prompt_ids=request.prompt_ids,
         sampling=sampling_to_wire(sampling),
@@ -87,6 +90,11 @@ def submit_to_wire(
         ],
         timeout_ms=max(1, round(left_s * 1e3)),
     )
+
+
+def cancel_to_wire(name: str, epoch: Epoch, reason: str) -> worker_pb2.CancelRequest:
+    """The order to end all choices of a request that were ordered under this epoch or an older one."""
+    return worker_pb2.CancelRequest(request_id=name, epoch=epoch_to_wire(epoch), reason=reason)
 
 
 def transfer_of(end: worker_pb2.RequestEnd) -> Transfer | None:

@@ -188,6 +188,4 @@ class CellStore:
 
 def _units(held: HeldTokens) -> list[tuple[int, int, int]]:
     """Each hash block of a range: its number, and the tokens [start, end) of it."""
-    return [
-        (start // _UNIT, start, min(start + _UNIT, held.end)) for start in range(held.start, held.end, _UNIT)
-    ]
+    return [(start // _UNIT, start, min(start + _UNIT, held.end)) for start in range(held.start, held.end, _UNIT)]

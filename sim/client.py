@@ -8,11 +8,11 @@ from dataclasses import replace
 from ..core.errors import TwostrokeError
 from ..core.request import FinishReason, Request
 from ..router.pieces import Piece
+from .cells import cells_after, domain_cell
 from .invariants import Samples, Violation
 from .network import End, Network
 from .router import RouterNode
 from .setting import Order, Setting
-from .cells import cells_after, domain_cell
 from .store import EOS
 from .workers import MODEL
 from .world import Process, World
@@ -44,6 +44,10 @@ class Attempt:
         self._router_life = router.process.life if router.process.is_alive else None
         self._deadline = client.world.after(request.timeout_s + SLACK_S, client.process, self._overdue)
         end.on_message, end.on_end = self._hear, self._heard_end
+
+    def is_of(self, router: RouterNode) -> bool:
+        """Whether that life of a router serves it."""
+        return router is self._router and router.process.is_alive
 
     def cancel(self) -> None:
         """The user closes the window."""
@@ -119,7 +123,8 @@ class Client:
 
     def __init__(self, world: World, network: Network, order: Order, setting: Setting, samples: Samples) -> None:
         self.world, self.network, self.samples = world, network, samples
-        self.process = Process(f"client-{order.request_id}")
+        self.router_name = order.router
+        self.process = Process(f"client-{order.router}-{order.domain}-{order.request_id}")
         self.router: Callable[[], RouterNode]
         self.outcomes: list[str] = []
         self.num_tokens = 0
@@ -153,8 +158,23 @@ class Client:
         self.outcomes.append(outcome)
         if self._setting.is_bearable and outcome not in BEARABLE:
             raise Violation("L1", f"{self._order.request_id} ended as {outcome}, and nothing was in its way")
+        self._check_known(attempt)
         self.num_tokens += sum(len(s.tokens) for s in attempt.streams)
         if outcome == "finished" or len(self.outcomes) >= self._order.attempts:
             self.is_done = True
             return
         self.world.after(self.world.random.random() * 0.1, self.process, self._ask)
+
+    def _check_known(self, attempt: Attempt) -> None:
+        """S1: a tenant's names are its own, running and afterwards."""
+        request, router = attempt.request, self.router()
+        if attempt.outcome == "invalid_value" and len(self.outcomes) == 1:
+            raise Violation("S1", f"{request.request_id} of {request.owner} is in use by another tenant")
+        if not attempt.is_of(router):
+            return
+        known = router.explain(request.owner, request.request_id)
+        if known is None:
+            if attempt.outcome == "finished":
+                raise Violation("S1", f"nothing is known of {request.request_id} of {request.owner}")
+        elif (known["tenant"], known["tokens"]["prompt"]) != (request.owner, len(request.prompt_ids)):
+            raise Violation("S1", f"{request.owner} asked about {request.request_id} and heard of another's")

@@ -17,9 +17,9 @@ from ..model.link import Command, Ended, Event, LoadNews, Offered, Promised, Sub
 from ..model.plan import StepPlan, StepResult
 from ..model.store_op import StoreOp
 from ..model.turn import Turn
+from .cells import mix
 from .invariants import check_core, check_deadlines, check_promises
 from .setting import DOMAINS, Setting, WorkerSetting
-from .cells import mix
 from .store import EOS, Known, Ledger, Store
 from .world import Process, Timer, World
 

@@ -7,9 +7,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 from .client import Client
 from .invariants import Violation
+from .knowledge import Idleness, check_beliefs
 from .network import Network
 from .router import RouterNode
 from .setting import Mishap, Setting, draw
@@ -45,17 +47,19 @@ class Schedule:
         self.network = Network(self.world, self.setting.weather)
         self.ledger = Ledger()
         self.processes = {worker.worker_id: Process(worker.worker_id) for worker in self.setting.workers}
-        self.processes["router"] = Process("router")
+        self.processes |= {name: Process(name) for name in self.setting.routers}
         self.nodes: dict[str, WorkerNode] = {}
-        for worker_id in self.processes:
-            if worker_id != "router":
-                self._start_worker(worker_id)
-        self._start_router()
+        self.routers: dict[str, RouterNode] = {}
+        self.idleness = Idleness(self.world, self.routers)
+        for worker in self.setting.workers:
+            self._start_worker(worker.worker_id)
+        for name in self.setting.routers:
+            self._start_router(name)
         self.clients = [
             Client(self.world, self.network, order, self.setting, self.ledger) for order in self.setting.orders
         ]
         for client in self.clients:
-            client.router = lambda: self.router
+            client.router = partial(self.routers.__getitem__, client.router_name)
         for mishap in self.setting.mishaps:
             self._plan(mishap)
 
@@ -73,15 +77,15 @@ class Schedule:
     def _announce(self, node: WorkerNode) -> None:
         """A word to whatever router lives now, again and again."""
         facts = node.router_facts()
-        router = self.router
-        self.network.tell(node.process, router.process, lambda: router.announced(facts))
+        for router in self.routers.values():
+            self.network.tell(node.process, router.process, partial(router.announced, facts))
         self.world.after(self.setting.fleet.silent_after_s * 0.3, node.process, lambda: self._announce(node))
 
-    def _start_router(self) -> None:
-        process = self.processes["router"]
+    def _start_router(self, name: str) -> None:
+        process = self.processes[name]
         process.is_alive = True
-        self.router = RouterNode(self.world, self.network, process, self.setting)
-        self.router.find = self.nodes.__getitem__
+        self.routers[name] = RouterNode(self.world, self.network, process, self.setting)
+        self.routers[name].find = self.nodes.__getitem__
 
     def _plan(self, mishap: Mishap) -> None:
         world, process, other = self.world, self.processes[mishap.who], self.processes[mishap.other]
@@ -97,8 +101,8 @@ class Schedule:
             else:
                 self.network.crashed(process)
                 world.kill(process)
-                again = self._start_router if mishap.who == "router" else lambda: self._start_worker(mishap.who)
-                world.after(mishap.seconds, None, again)
+                start = self._start_router if mishap.who in self.routers else self._start_worker
+                world.after(mishap.seconds, None, lambda: start(mishap.who))
 
         world.after(mishap.at_s, None, happen)
 
@@ -121,7 +125,9 @@ class Schedule:
             raise Violation("crash", f"{type(error).__name__}: {error}") from error
 
     def _is_quiet(self) -> bool:
-        return self._is_whole() and self.router.is_idle and all(node.is_idle for node in self.nodes.values())
+        is_idle = all(router.is_idle for router in self.routers.values())
+        is_idle = is_idle and all(node.is_idle for node in self.nodes.values())
+        return is_idle and self._is_whole() and not self._has_news()
 
     def _is_whole(self) -> bool:
         now_s = self.world.now_s()
@@ -132,20 +138,29 @@ class Schedule:
         while not is_over():
             process = world.step()
             if process is False or world.now_s() > until_s or world.num_events > MAX_EVENTS:
-                left = [str(node.process) for node in self.nodes.values() if not node.is_idle]
-                left += [] if self.router.is_idle else ["router"]
+                everybody: list[WorkerNode | RouterNode] = [*self.nodes.values(), *self.routers.values()]
+                left = [str(node.process) for node in everybody if not node.is_idle]
                 raise Violation(invariant, f"it does not come to an end; busy are {left}")
             if isinstance(process, Process):
                 node = self.nodes.get(process.name)
                 if node is not None:
                     node.check()
-                elif process.name == "router":
-                    self.router.check()
+                    self.idleness.check(node)
+                elif process.name in self.routers:
+                    self.routers[process.name].check()
+
+    def _has_news(self) -> bool:
+        """Whether news of a prefix cache is under way to a router."""
+        watches = [link.watch for router in self.routers.values() for link in router.links.values()]
+        return any(watch is not None and watch.arrival_s >= self.world.now_s() for watch in watches)
 
     def _check_drained(self) -> None:
         for node in self.nodes.values():
             node.check_drained()
-        self.router.check_drained()
+        for router in self.routers.values():
+            router.check_drained()
+            for node in self.nodes.values():
+                check_beliefs(router, node)
 
     def outcome(self, seed: int, violation: Violation | None) -> Outcome:
         """What became of it."""

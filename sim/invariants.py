@@ -4,11 +4,14 @@ K1 allocated - freed = live in every pool, and nothing is live after the drain
 K2 a block has as many owners as sequences claim it; states, promises and the prefix index agree
 K3 nobody writes (or reads) a block that changed hands, nobody writes one that others read
 K4 what a step attends to is the KV of exactly its tokens, in its domain, and was sealed before it left
-K5 routers are told of exactly the blocks that are findable
+K5 routers are told of exactly the blocks that are findable, and believe what they were told
 K6 whoever is let in has room: blocks in use and promised stay within the policy's watermark, or it is alone
 R1 every request ends exactly once    R2 a stream is gapless    R3 every token was computed from what its client has
 L1 in weather that can be borne every request finishes, and no hand-over is lost but by a refusal or damage
 R5 usage = tokens delivered           R6 only the living epoch is heard           R7 nothing waits past its deadline
+R8 a worker computes a choice only while its router waits for it: so at most one worker computes it
+R9 one loss is one dispatch           R10 a pair has one numerics class
+S1 a tenant's request ids are its own: no other tenant's use is felt, nothing of another tenant's is explained
 """
 
 from __future__ import annotations

@@ -29,6 +29,11 @@ class Link:
         self._open_watch()
         self._beat()
 
+    @property
+    def session(self) -> End | None:
+        """Our end of the session, if it is up."""
+        return self._session if self.is_up else None
+
     def send(self, **body: Any) -> bool:
         """Queue an order. False: the session is down."""
         if not self.is_up:
@@ -65,10 +70,12 @@ class Link:
         end = self._session = self._connect("session")
         end.on_message, end.on_end = self._hear, lambda: self._lost("broke")
         self._sequence = 0
-        hello = worker_pb2.SessionHello(router_id="router", router_incarnation=self._router.process.life)
+        hello = worker_pb2.SessionHello(
+            router_id=self._router.process.name, router_incarnation=self._router.incarnation
+        )
         self._say(hello=hello)
         # A first word may be lost, or never answered.
-        self._router.later(self._router.setting.session_silence_s, lambda: self._give_up(end))
+        self._router.after(self._router.setting.session_silence_s, lambda: self._give_up(end))
 
     def _give_up(self, end: End) -> None:
         if self._session is end and not self.is_up and not self.is_closed:
@@ -83,7 +90,7 @@ class Link:
         if not self.is_closed:
             if self.is_up:
                 self._say(beat=worker_pb2.Beat())
-            self._router.later(self._router.setting.session_beat_s, self._beat)
+            self._router.after(self._router.setting.session_beat_s, self._beat)
 
     def _hear(self, message: worker_pb2.SessionDown) -> None:
         body = message.WhichOneof("body")
@@ -92,15 +99,15 @@ class Link:
                 self.reset()
                 return
             self.is_up = True
-            self._router.session_up(self.key)
+            self._router.roster.session_up(self.key, None, self._router.world.now_s())
             return
         self._router.hear(self.key, message)
 
     def _lost(self, reason: str) -> None:
         was_up, self.is_up, self._session = self.is_up, False, None
         if was_up:
-            self._router.apply(self._router.fleet.session_down(self.key, self._router.world.now_s(), reason))
-        self._router.later(RECONNECT_S, self._open_session_again)
+            self._router.roster.session_down(self.key, reason, self._router.world.now_s())
+        self._router.after(RECONNECT_S, self._open_session_again)
 
     def _open_session_again(self) -> None:
         if self._session is None:
@@ -110,17 +117,19 @@ class Link:
         if self.is_closed:
             return
         end = self.watch = self._connect("watch")
-        self._router.prefixes.join(self.key.worker_id)
+        self._router.roster.watching(self.key)
 
         def hear(event: worker_pb2.WatchEvent) -> None:
-            if self.watch is end and not self._router.take_event(self.key, event):
+            if self.watch is not end:
+                return
+            if not self._router.roster.take_event(self.key, event, self._router.world.now_s()):
                 end.abort()
                 again()
 
         def again() -> None:
             if self.watch is end:
                 self.watch = None
-                self._router.later(RECONNECT_S, self._open_watch)
+                self._router.after(RECONNECT_S, self._open_watch)
 
         end.on_message, end.on_end = hear, again
-        end.send(worker_pb2.WatchRequest(router_id="router"))
+        end.send(worker_pb2.WatchRequest(router_id=self._router.process.name))

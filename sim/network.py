@@ -1,7 +1,8 @@
 """A hostile network: ordered streams that lose, double, cut, garble, stall and break. Knows bytes and values, no words.
 
 Within a stream direction nothing overtakes, but for echoes; streams overtake each other freely. A message that is lost
-is a hole in its direction. Bytes can be cut or garbled at any place; other values (what in production TCP and gRPC protect) can't.
+is a hole in its direction. Bytes can be cut or garbled at any place; other values (what in production TCP and gRPC
+protect) can't.
 """
 
 from __future__ import annotations
@@ -48,9 +49,15 @@ class End:
         self.is_open = True  # we may send
         self.is_deaf = False  # nothing arrives any more
         self.is_calm = False
+        self.num_lost = 0  # messages that we sent and that never arrive
         self.echo = 0.0  # how often a message that we send comes a second time, after others
         self._network = network
         self._arrival_s = 0.0  # of the last thing on its way to us
+
+    @property
+    def arrival_s(self) -> float:
+        """When the last thing on its way to us arrives, or arrived."""
+        return self._arrival_s
 
     def send(self, message: Any) -> None:
         """Let a message leave after those before it. Lost silently when the stream is over."""
@@ -139,12 +146,14 @@ class Network:
         is_raw = isinstance(message, bytes)
         share = 1.0 if is_raw else 0.0 if source.is_calm else PROTECTED
         if world.chance(weather.break_ * share):
+            source.num_lost += 1
             world.note(source.process, f"{source.name} breaks")
             for end in (source, target):
                 end.is_open = False
                 self._arrive(end, end.hear_end)
             return
         if world.chance(weather.drop * share):
+            source.num_lost += 1
             world.note(source.process, f"{source.name} loses a message")
             return
         copies = 2 if world.chance(weather.duplicate * share) else 1

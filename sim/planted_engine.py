@@ -11,7 +11,6 @@ from weakref import WeakKeyDictionary
 from ..kv import keys
 from ..kv.block import BlockIdentity, chain
 from ..kv.host_store import HostStore
-from ..kv.pool import BlockPool
 from ..kv.prefix import PrefixCache
 from ..kv.section import HeldTokens
 from ..model.commands import Commands

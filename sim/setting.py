@@ -34,6 +34,7 @@ class WorkerSetting:
     link_s: float
     watermark: float  # above 1 decode promises what it does not have: Bind is often answered by NotYet
     is_overlapping: bool  # commands are taken in while a step runs
+    numerics: bytes = b"numerics"  # the class that it announces
     num_swap_blocks: int = 0  # host blocks for preempted sequences
     check_s: float = 0.0  # what verifying digests takes, away from the loop; 0: on the loop
 
@@ -66,6 +67,7 @@ class Order:
     timeout_s: float
     cancel_after_s: float | None
     attempts: int  # how often the same id is asked for, when it failed or was cancelled
+    router: str = "router"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,7 @@ class Setting:
     echo: float  # how often a router's word to a worker comes once more, much later
     stray: float  # how often a message of an older dispatch comes before one of a hand-over, under its number
     workers: tuple[WorkerSetting, ...]
+    routers: tuple[str, ...]
     orders: tuple[Order, ...]
     mishaps: tuple[Mishap, ...]
 
@@ -114,10 +117,10 @@ def draw(seed: int) -> Setting:
     orders = _orders(rng, 0.5, (BEARABLE_TIMEOUT_S,)) if is_bearable else _orders(rng, 0.0, (0.3, 2.0, 5.0))
     workers = _workers(rng, max(len(o.prompt_ids) + o.sampling.max_tokens for o in orders))
     swap = random.Random(f"swap {seed}")  # of its own: schedules without preemption stay what they were
-    workers = tuple(replace(worker, num_swap_blocks=swap.choice((0, 2, 4, 16))) for worker in workers)
+    workers = tuple(replace(worker, num_swap_blocks=swap.choice((0, 4, 16, 16))) for worker in workers)
     late = random.Random(f"late {seed}")  # of its own too
     workers = tuple(replace(worker, check_s=late.choice((0.0, 0.0, 0.001, 0.02))) for worker in workers)
-    return Setting(
+    setting = Setting(
         weather=_bearable_weather(rng) if is_bearable else _weather(rng),
         timing=Timing(beat_s, beat_s * rng.choice((2.5, 4.0))),
         session_beat_s=rng.choice((0.25, 0.5)),
@@ -136,9 +139,11 @@ def draw(seed: int) -> Setting:
         echo=late.choice((0.0, 0.0, late.random())),
         stray=_rate(late, 0.2),
         workers=workers,
+        routers=("router",),
         orders=orders,
         mishaps=() if is_bearable else (*_mishaps(rng, [worker.worker_id for worker in workers]), *_router_lost(late)),
     )
+    return _with_others(random.Random(f"others {seed}"), setting)
 
 
 def _rate(rng: random.Random, most: float) -> float:
@@ -229,6 +234,27 @@ def _orders(rng: random.Random, after_s: float, timeouts_s: tuple[float, ...]) -
             )
         )
     return tuple(orders)
+
+
+def _with_others(rng: random.Random, setting: Setting) -> Setting:
+    """Tenants and routers whose clients call their requests the same, and a worker that computes otherwise."""
+    first, second, *rest = setting.orders
+    if rng.random() < 0.2 and first.domain != second.domain:
+        second = replace(second, request_id=first.request_id)
+    orders, mishaps, workers = [first, second, *rest], list(setting.mishaps), list(setting.workers)
+    routers = ["router"]
+    if rng.random() < 0.2:
+        routers.append("router-b")
+        copies = [replace(order, router="router-b") for order in (first, second) if rng.random() < 0.7]
+        orders += copies or [replace(first, router="router-b")]
+        if not setting.is_bearable and rng.random() < 0.4:
+            mishaps.append(Mishap(rng.random(), "crash", "router-b", "router-b", rng.choice((0.05, 0.3, 1.0))))
+    if rng.random() < 0.1:
+        place = rng.randrange(len(workers))
+        workers[place] = replace(workers[place], numerics=b"other numerics")
+    return replace(
+        setting, routers=tuple(routers), orders=tuple(orders), mishaps=tuple(mishaps), workers=tuple(workers)
+    )
 
 
 def _mishaps(rng: random.Random, worker_ids: list[str]) -> tuple[Mishap, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from ..cluster.watch import FaceLoad, Watchers
@@ -35,13 +35,13 @@ from ..protos import common_pb2, handover_pb2, worker_pb2
 from ..router import facts as router_facts
 from ..text.stream import TextPiece
 from ..text.tokenizer import Tokenizer
+from .cells import CELL_BYTES, DIGEST_KEY, SPEC
 from .engine import FINGERPRINT, IDENTITY_KEY, NUMERICS, Engine
 from .faces import SessionFace, WatchFace
 from .handovers import Place, SimHost
 from .invariants import Violation, check_drained
 from .network import End, Network
 from .setting import Setting, WorkerSetting
-from .cells import CELL_BYTES, DIGEST_KEY, SPEC
 from .store import EOS, VOCABULARY, Ledger
 from .world import Process
 
@@ -210,7 +210,7 @@ class WorkerNode:
             incarnation=self.process.life,
             role=worker.role,
             address=worker.worker_id,
-            model=ROUTER_MODEL,
+            model=replace(ROUTER_MODEL, numerics_class=worker.numerics),
             num_kv_blocks=worker.num_blocks,
             block_tokens=worker.block_tokens,
             max_num_seqs=worker.limits.max_num_seqs,
@@ -313,7 +313,9 @@ class WorkerNode:
             if watch.is_up_to_date and watch.told != findable and not self.engine.has_waiting_commands:
                 raise Violation("K5", f"{self.process}: told {len(watch.told)} blocks, {len(findable)} are findable")
         if self.jobs or self.service.num_running or self.dispatcher.num_owned:
-            raise Violation("K1", f"{self.process}: jobs or runs are left: {[host.name for host in self.jobs.values()]}")
+            raise Violation(
+                "K1", f"{self.process}: jobs or runs are left: {[host.name for host in self.jobs.values()]}"
+            )
 
 
 ROUTER_MODEL = router_facts.ModelFacts(

@@ -34,6 +34,7 @@ class Behaviour:
     repeat_tokens: bool = False
     skip_index: int | None = None
     refuse: common_pb2.Error | None = None
+    refuse_choice: int | None = None  # this one alone is refused, as if there were no room
     mute: bool = False  # says nothing at all, as if frozen
     mute_session: bool = False  # its session alone is stuck
     welcome_as: int | None = None  # another incarnation answers at the address
@@ -57,13 +58,15 @@ class FakeWorker:
         self.cancels: list[worker_pb2.CancelRequest] = []
         self.beats_heard = 0
         self.running: dict[tuple[str, int], asyncio.Task[None]] = {}
-        self.sessions: set[asyncio.Queue[worker_pb2.SessionDown]] = set()
+        self.sessions: set[asyncio.Queue[worker_pb2.SessionDown | None]] = set()
         self.watchers: set[asyncio.Queue[worker_pb2.WatchEvent]] = set()
         self.num_watches = 0
         self.server: grpc.aio.Server | None = None
         self.address = ""
         self._announcing: asyncio.Task[None] | None = None
+        self._announcing_also: asyncio.Task[None] | None = None
         self.leaving = False
+        self.refuses_sessions = False
 
     # -------------------------------------------------------------- life
 
@@ -75,11 +78,16 @@ class FakeWorker:
         self._announcing = asyncio.create_task(self._announce(announce_to))
         return self
 
+    async def announce_also(self, address: str) -> None:
+        """To a second router."""
+        self._announcing_also = asyncio.create_task(self._announce(address))
+
     async def die(self) -> None:
         """As kill -9: every stream breaks at once."""
-        for task in [*self.running.values(), *([self._announcing] if self._announcing else [])]:
+        announcing = [task for task in (self._announcing, self._announcing_also) if task is not None]
+        for task in [*self.running.values(), *announcing]:
             task.cancel()
-        await asyncio.gather(*self.running.values(), self._announcing or asyncio.sleep(0), return_exceptions=True)
+        await asyncio.gather(*self.running.values(), *announcing, return_exceptions=True)
         if self.server is not None:
             await self.server.stop(None)
             self.server = None
@@ -129,6 +137,12 @@ class FakeWorker:
 
     # -------------------------------------------------------------- events
 
+    def break_sessions(self) -> None:
+        """Sessions end now and none can be opened any more; the worker still announces itself."""
+        self.refuses_sessions = True
+        for queue in self.sessions:
+            queue.put_nowait(None)
+
     def say(self, message: worker_pb2.SessionDown) -> None:
         for queue in self.sessions:
             queue.put_nowait(message)
@@ -164,6 +178,10 @@ class FakeWorker:
     async def _generate(self, order: worker_pb2.Submit) -> None:
         how = self.behaviour
         key = (order.request_id, order.choice)
+        if order.choice == how.refuse_choice:
+            full = common_pb2.Error(code="overloaded", message="full", retry_after_ms=100)
+            self._end(order, common_pb2.FINISH_REASON_ERROR, 0, error=full)
+            return
         if how.refuse is not None:
             self._end(order, common_pb2.FINISH_REASON_ERROR, 0, error=how.refuse)
             return
@@ -245,7 +263,9 @@ class _Servicer(worker_pb2_grpc.WorkerServicer):
         self, request_iterator: AsyncIterator[worker_pb2.SessionUp], context: Any
     ) -> AsyncIterator[worker_pb2.SessionDown]:
         worker = self._worker
-        out: asyncio.Queue[worker_pb2.SessionDown] = asyncio.Queue()
+        if worker.refuses_sessions:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "no sessions now")
+        out: asyncio.Queue[worker_pb2.SessionDown | None] = asyncio.Queue()
         hello = await anext(aiter(request_iterator))
         assert hello.WhichOneof("body") == "hello"
         welcome = worker_pb2.SessionDown(sequence=1, welcome=worker.info())
@@ -261,6 +281,8 @@ class _Servicer(worker_pb2_grpc.WorkerServicer):
                     message = await asyncio.wait_for(out.get(), 0.1)
                 except TimeoutError:
                     message = worker_pb2.SessionDown(beat=worker_pb2.Beat(phase="idle", steps=sequence))
+                if message is None:
+                    return
                 while worker.behaviour.mute or worker.behaviour.mute_session:
                     await asyncio.sleep(0.02)
                 message.sequence = sequence

@@ -35,7 +35,7 @@ async def test_streams_a_request_and_explains_it() -> None:
         assert pieces[-1].usage.completion_tokens == 5
         assert [p.usage for p in pieces[:-1]] == [None] * (len(pieces) - 1)
         assert decode.submits[0].prefill_peers[0].address == prefill.address
-        explained = c.flow.explain("r1")
+        explained = c.flow.explain("tenant", "r1")
         assert explained is not None
         json.dumps(explained)
         assert explained["state"] == "finished"
@@ -52,7 +52,7 @@ async def test_streams_a_request_and_explains_it() -> None:
         assert len(explained["choice"]["candidates"]) == 2  # the pair, and decode by itself
         json.dumps(c.flow.cluster())
         assert [model.name for model in c.flow.models()] == [MODEL]
-        assert c.flow.explain("unknown") is None
+        assert c.flow.explain("tenant", "unknown") is None
 
 
 async def test_choices_are_merged_gapless_and_usage_comes_once() -> None:
@@ -101,7 +101,7 @@ async def test_closing_the_stream_cancels_on_the_worker_within_a_moment() -> Non
         await stream.aclose()
         await until(lambda: worker.cancels and not worker.running, 1.0)
         assert c.flow.cluster()["router"]["in_flight_requests"] == 0
-        explained = c.flow.explain("r1")
+        explained = c.flow.explain("tenant", "r1")
         assert explained is not None
         assert (explained["state"], explained["error"]["code"]) == ("cancelled", "cancelled")
         counters = c.flow.cluster()["counters"]
@@ -127,8 +127,8 @@ async def test_abort_ends_the_stream_typed() -> None:
         worker.behaviour.stop_after = 2
         task = asyncio.create_task(collect(c.flow, request()))
         await until(lambda: worker.submits)
-        assert await c.flow.abort("r1")
-        assert not await c.flow.abort("r1")
+        assert await c.flow.abort("tenant", "r1")
+        assert not await c.flow.abort("tenant", "r1")
         with pytest.raises(errors.Cancelled):
             await task
         await until(lambda: worker.cancels)
@@ -215,7 +215,7 @@ async def test_goes_where_the_prefix_is_held_and_resyncs_after_a_gap() -> None:
         for number in range(4):
             await collect(c.flow, request(f"r{number}", prompt_ids=prompt))
         assert len(holder.submits) == 4
-        explained = c.flow.explain("r0")
+        explained = c.flow.explain("tenant", "r0")
         assert explained is not None
         assert explained["choice"]["winner"]["decode_held_tokens"] == 1599
         holder.push_delta([b"x" * 16], sequence=7)
@@ -231,7 +231,7 @@ async def test_other_tenants_do_not_share_the_prefix() -> None:
     async with cluster() as c:
         await c.add(FakeWorker("holder", held=blocks))
         await collect(c.flow, request(prompt_ids=prompt, isolation_domain="somebody else"))
-        explained = c.flow.explain("r1")
+        explained = c.flow.explain("somebody else", "r1")
         assert explained is not None
         assert explained["choice"]["winner"]["decode_held_tokens"] == 0
 

@@ -23,7 +23,7 @@ async def test_a_tenant_cannot_abort_anothers_request():
         await c.add(FakeWorker("w0", behaviour=Behaviour(stop_after=2)))
         front = Front(RouterConfig(), c.flow)
         running = asyncio.create_task(collect(c.flow, request("r1", isolation_domain="key-0")))
-        await until(lambda: c.flow.explain("r1") and c.flow.explain("r1")["tokens"]["completion"] == 2)
+        await until(lambda: (known := front.explain("r1", "key-0")) and known["tokens"]["completion"] == 2)
         assert not await front.abort("r1", "key-1")
         assert not running.done()
         assert await front.abort("r1", "key-0")

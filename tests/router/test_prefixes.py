@@ -58,9 +58,22 @@ def test_an_unasked_snapshot_replaces_everything() -> None:
     old, new = prompt_chain(5, branch=1), prompt_chain(5, branch=2)
     prefixes.join("a")
     prefixes.snapshot("a", 1, b"".join(old), last=True)
-    assert prefixes.snapshot("a", 9, b"".join(new), last=True)
+    assert prefixes.snapshot("a", 2, b"".join(new), last=True)
     assert prefixes.held(old) == {}
     assert prefixes.held(new) == {"a": 5}
+
+
+def test_a_piece_that_comes_twice_is_no_other_snapshot() -> None:
+    prefixes = PrefixMap()
+    blocks = prompt_chain(4)
+    prefixes.join("a")
+    assert prefixes.snapshot("a", 1, b"".join(blocks[:3]), last=False)
+    assert prefixes.snapshot("a", 2, blocks[3], last=True)
+    assert not prefixes.snapshot("a", 2, blocks[3], last=True)
+    assert prefixes.needs_snapshot("a"), "not what the second piece alone says"
+    assert prefixes.believed("a") is None
+    assert prefixes.snapshot("a", 3, b"".join(blocks), last=True)
+    assert prefixes.believed("a") == frozenset(blocks)
 
 
 def test_a_dead_workers_slot_is_not_reused_before_it_is_swept() -> None:

@@ -170,22 +170,23 @@ def replaced(view: WorkerView, number: int) -> WorkerView:
 def test_the_journal_is_bounded_and_survives_a_full_disk(tmp_path: Path) -> None:
     journal = Journal(max_entries=3)
     for number in range(5):
-        journal.add({"request_id": f"r{number}"})
+        journal.add({"tenant": "t", "request_id": f"r{number}"})
     assert len(journal) == 3
-    assert journal.find("r1") is None
-    assert journal.find("r4") == {"request_id": "r4"}
+    assert journal.find("t", "r1") is None
+    assert journal.find("t", "r4") == {"tenant": "t", "request_id": "r4"}
+    assert journal.find("u", "r4") is None
     full = Journal(Path("/dev/full"))
-    full.add({"request_id": "r"})
-    full.add({"request_id": "s"})
+    full.add({"tenant": "t", "request_id": "r"})
+    full.add({"tenant": "t", "request_id": "s"})
     assert full.num_lost_lines == 2
-    assert full.find("s") is not None
+    assert full.find("t", "s") is not None
     full.close()
 
 
 def test_the_journals_file_is_for_us_alone(tmp_path: Path) -> None:
     path = tmp_path / "decisions.jsonl"
     journal = Journal(path)
-    journal.add({"request_id": "r"})
+    journal.add({"tenant": "t", "request_id": "r"})
     journal.close()
     assert path.stat().st_mode & 0o077 == 0
 
@@ -194,7 +195,7 @@ def test_the_journals_file_is_rotated(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     journal = Journal(path, max_file_bytes=100)
     for number in range(10):
-        journal.add({"request_id": f"r{number}"})
+        journal.add({"tenant": "t", "request_id": f"r{number}"})
     journal.close()
     assert sum(p.stat().st_size for p in tmp_path.iterdir()) < 300
     assert {p.name for p in tmp_path.iterdir()} <= {"log.jsonl", "log.jsonl.1"}

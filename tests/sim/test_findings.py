@@ -19,9 +19,8 @@ def run_that_was_dispatched() -> Run:
     timeline = Timeline()
     timeline.mark(Instant.ARRIVED, 0.0)
     request = Request("r", "model", (1, 2, 3), SamplingParams(max_tokens=2), 1, "acme", 5.0)
-    run = Run(request, timeline, ROUTER_MODEL, 16)
-    run.delivery.dispatch(EPOCH)
-    run.dispatches.append(Dispatch(EPOCH, None, 0.0))
+    run = Run("r", request, timeline, ROUTER_MODEL, 16)
+    run.dispatched(Dispatch(EPOCH, None, 0.0))
     return run
 
 

@@ -1,0 +1,219 @@
+"""Bugs of the router: of the life of requests, of the prefix map, of names, of the choice of workers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+from ..core.errors import WorkerLost
+from ..core.request import Epoch, Request
+from ..protos import worker_pb2
+from ..router import delivery, lifecycle
+from ..router.facts import WorkerKey
+from ..router.journal import Journal
+from ..router.lifecycle import Lifecycle
+from ..router.policy import Choice, PolicyLimits, RequestFacts, WorkerView, choose
+from ..router.roster import Roster
+from ..router.run import Run, Runs, Stage
+from .planting import Planted, instead
+
+# ------------------------------------------------------------------ streams and epochs
+
+
+def old_epochs_are_heard() -> AbstractContextManager[None]:
+    """The router takes tokens of any dispatch of a request, from any worker."""
+
+    def run_from(self: Lifecycle, key: WorkerKey, name: str) -> Run | None:
+        return self.runs.active.get(name)
+
+    def standing(self: delivery.Delivery, choice: int, epoch: Epoch) -> delivery.Verdict:
+        is_running = choice < len(self._choices) and self._choices[choice].finish is None
+        return delivery.Verdict.TAKE if is_running else delivery.Verdict.AFTER_END
+
+    return _both(instead(Lifecycle, "_run_from", run_from), instead(delivery.Delivery, "_standing", standing))
+
+
+def gaps_are_closed() -> AbstractContextManager[None]:
+    """The router takes tokens that do not follow."""
+
+    def tokens(self: delivery.Delivery, choice: int, epoch: Epoch, first_index: int, count: int) -> delivery.Verdict:
+        verdict = self._standing(choice, epoch)
+        if verdict is delivery.Verdict.TAKE:
+            self._choices[choice].next_index = first_index + count
+        return verdict
+
+    return instead(delivery.Delivery, "tokens", tokens)
+
+
+def epochs_begin_anew_with_each_request() -> AbstractContextManager[None]:
+    """Was real: an id that comes again is dispatched under an epoch that its worker has seen."""
+
+    def next_name(self: Lifecycle, request: Request) -> str:
+        return f"{request.owner}/{request.request_id}"
+
+    def next_epoch(self: Lifecycle, run: Run) -> Epoch:
+        return Epoch(self._incarnation, len(run.dispatches) + 1)
+
+    return _both(instead(Lifecycle, "_next_name", next_name), instead(Lifecycle, "_next_epoch", next_epoch))
+
+
+# ------------------------------------------------------------------ dispatches
+
+
+def old_worker_is_not_told() -> AbstractContextManager[None]:
+    """A request that is sent elsewhere is not cancelled on the worker that had it."""
+    return instead(Lifecycle, "_cancel_on_worker", _telling(lambda reason: reason != "sent elsewhere"))
+
+
+def worker_is_not_told_of_the_end() -> AbstractContextManager[None]:
+    """A request that fails or is left by its client is not cancelled on its worker."""
+    return instead(Lifecycle, "_cancel_on_worker", _telling(lambda reason: reason == "sent elsewhere"))
+
+
+def _telling(tells: Any) -> Any:
+    original = Lifecycle._cancel_on_worker
+
+    def cancel_on_worker(self: Lifecycle, run: Run, reason: str) -> None:
+        if tells(reason):
+            original(self, run, reason)
+
+    return cancel_on_worker
+
+
+def one_loss_is_two_dispatches() -> AbstractContextManager[None]:
+    """Was real: a request that waits for a worker still counts as its last worker's."""
+
+    def lost(self: Lifecycle, key: WorkerKey, reason: str, now_s: float) -> None:
+        for run in list(self.runs.active.values()):
+            if run.current is not None and run.current.decode == key:
+                run.stage = Stage.DISPATCHED
+                self._retry_or_fail(run, WorkerLost(reason, retry_after_s=1.0), now_s)
+
+    return instead(Lifecycle, "lost", lost)
+
+
+def work_is_counted_for_ever() -> AbstractContextManager[None]:
+    """What was dispatched still counts against the worker after the request left it."""
+    return instead(Lifecycle, "_forget_work", lambda self, run: None)
+
+
+def waiting_requests_are_forgotten() -> AbstractContextManager[None]:
+    """A request that is to be sent again is looked at only when its deadline passes."""
+
+    def look_again(self: Lifecycle, name: str, now_s: float) -> None:
+        self._waiting.pop(name, None)
+
+    return instead(Lifecycle, "_look_again", look_again)
+
+
+def admission_keeps_what_failed() -> AbstractContextManager[None]:
+    """A request that ends in an error still counts as admitted."""
+    original = Lifecycle._settle
+
+    def settle(self: Lifecycle, run: Run, now_s: float) -> None:
+        offer = self.admission._under_way.get(run.name)
+        original(self, run, now_s)
+        if run.error is not None and offer is not None:
+            self.admission._under_way[run.name] = offer
+
+    return instead(Lifecycle, "_settle", settle)
+
+
+# ------------------------------------------------------------------ names
+
+
+def ids_are_names() -> AbstractContextManager[None]:
+    """Was real: inside, a request is called as its client calls it."""
+    return instead(Lifecycle, "_next_name", lambda self, request: request.request_id)
+
+
+def ids_in_use_are_everybodys() -> AbstractContextManager[None]:
+    """Was real: a tenant may not use an id that another tenant's running request has."""
+
+    def find(self: Runs, tenant: str, request_id: str) -> Run | None:
+        return next((run for (_, name), run in self.open.items() if name == request_id), None)
+
+    return instead(Runs, "find", find)
+
+
+def ids_in_use_are_taken() -> AbstractContextManager[None]:
+    """A second request of a tenant under an id in use takes the first one's place."""
+    return instead(Runs, "find", lambda self, tenant, request_id: None)
+
+
+def everybodys_requests_are_explained() -> AbstractContextManager[None]:
+    """The journal does not ask whose a request was."""
+
+    def find(self: Journal, tenant: str, request_id: str) -> dict[str, Any] | None:
+        return next((entry for (_, name), entry in self._entries.items() if name == request_id), None)
+
+    return instead(Journal, "find", find)
+
+
+# ------------------------------------------------------------------ workers
+
+
+def removals_are_not_heard() -> AbstractContextManager[None]:
+    """The router takes in what a worker stores, and not what it drops."""
+    original = Roster.take_event
+
+    def take_event(self: Roster, key: WorkerKey, event: worker_pb2.WatchEvent, now_s: float) -> bool:
+        if event.HasField("delta"):
+            event = worker_pb2.WatchEvent.FromString(event.SerializeToString())
+            event.delta.removed = b""
+        return original(self, key, event, now_s)
+
+    return instead(Roster, "take_event", take_event)
+
+
+def other_numerics_are_paired() -> AbstractContextManager[None]:
+    """The policy takes every prefill worker for as good as any."""
+
+    def choose_any(
+        request: RequestFacts, workers: Sequence[WorkerView], held: Any, limits: PolicyLimits
+    ) -> Choice | None:
+        known = {view.key: view for view in workers}
+        choice = choose(request, [replace(view, numerics=b"") for view in workers], held, limits)
+        if choice is None:
+            return None
+        pair = choice.winner
+        prefill = None if pair.prefill is None else known[pair.prefill.key]
+        return replace(choice, winner=replace(pair, prefill=prefill, decode=known[pair.decode.key]))
+
+    return instead(lifecycle, "choose", choose_any)
+
+
+class _both(AbstractContextManager[None]):  # reads as a function
+    """Two changes at once."""
+
+    def __init__(self, one: AbstractContextManager[None], other: AbstractContextManager[None]) -> None:
+        self._changes = (one, other)
+
+    def __enter__(self) -> None:
+        for change in self._changes:
+            change.__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        for change in self._changes:
+            change.__exit__(*raised)
+
+
+BUGS = (
+    Planted(old_epochs_are_heard, ("R6",), 300),
+    Planted(gaps_are_closed, ("R2",), 50),
+    Planted(epochs_begin_anew_with_each_request, ("L1", "R8"), 200),
+    Planted(old_worker_is_not_told, ("R8",), 200),
+    Planted(worker_is_not_told_of_the_end, ("R8",), 200),
+    Planted(one_loss_is_two_dispatches, ("R9",), 200),
+    Planted(work_is_counted_for_ever, ("R1",), 200),
+    Planted(waiting_requests_are_forgotten, ("R1", "L1", "crash"), 200),
+    Planted(admission_keeps_what_failed, ("R1",), 200),
+    Planted(ids_are_names, ("R1", "crash"), 200),
+    Planted(ids_in_use_are_everybodys, ("S1",), 200),
+    Planted(ids_in_use_are_taken, ("R1",), 200),
+    Planted(everybodys_requests_are_explained, ("S1",), 200),
+    Planted(removals_are_not_heard, ("K5",), 200),
+    Planted(other_numerics_are_paired, ("R10",), 200),
+)

@@ -1,0 +1,408 @@
+"""The life of requests as a pure machine: what is sent, what is taken, and that everything is given back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import pytest
+
+from twostroke.core import errors
+from twostroke.core.request import Epoch, Request, Role, SamplingParams
+from twostroke.core.timeline import Instant, Timeline
+from twostroke.kv.block import BlockIdentity
+from twostroke.protos import common_pb2, worker_pb2
+from twostroke.router.admission import AdmissionLimits
+from twostroke.router.facts import ModelFacts, WorkerFacts, WorkerKey
+from twostroke.router.fleet import Fleet
+from twostroke.router.lifecycle import Lifecycle
+from twostroke.router.prefixes import PrefixMap
+from twostroke.router.roster import Roster
+from twostroke.router.run import Run, Stage
+from twostroke.router.surroundings import LifeLimits
+
+MODEL = ModelFacts("m", b"f" * 16, b"n" * 16, "", 4096, 1000, True, "", 1000, 2000)
+LENGTH = common_pb2.FINISH_REASON_LENGTH
+ERROR = common_pb2.FINISH_REASON_ERROR
+
+
+class FakeTimer:
+    def __init__(self, at_s: float, act: Callable[[float], None]) -> None:
+        self.at_s, self.act, self.is_cancelled = at_s, act, False
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+
+
+class Router:
+    """A lifecycle whose surroundings are lists."""
+
+    def __init__(self, *names: str, **limits: object) -> None:
+        self.now_s = 0.0
+        self.sent: list[tuple[str, str]] = []  # worker, what
+        self.full: set[str] = set()  # workers that take no order beyond the first that is sent to them
+        self.timers: list[FakeTimer] = []
+        self.drops: list[str] = []
+        self.lost_runs: list[str] = []
+        self.up: set[WorkerKey] = set()
+        self.roster = Roster(Fleet(), PrefixMap(), self)
+        self.life = Lifecycle(7, LifeLimits(**limits), self.roster, self, self)  # type: ignore[arg-type]
+        for name in names:
+            self.join(name)
+
+    # ---------------------------------------------------------------- workers
+
+    def join(self, name: str, incarnation: int = 1, role: Role = Role.COMBINED) -> WorkerKey:
+        facts = WorkerFacts(name, incarnation, role, f"{name}:1", MODEL, 1000, 16, 16, 2048)
+        self.roster.announced(facts, self.now_s)
+        self.roster.session_up(facts.key, facts, self.now_s)
+        self.up.add(facts.key)
+        return facts.key
+
+    def connect(self, facts: WorkerFacts) -> None: ...
+    def reset(self, key: WorkerKey) -> None: ...
+    def disconnect(self, facts: WorkerFacts) -> None: ...
+
+    def lost(self, change) -> None:
+        self.up.discard(change.worker.key)
+        self.life.lost(change.worker.key, change.reason, self.now_s)
+
+    def changed(self) -> None:
+        if hasattr(self, "life"):
+            self.life.workers_changed()
+
+    # ---------------------------------------------------------------- driver
+
+    def send(self, key, order) -> bool:
+        if key not in self.up:
+            return False
+        if isinstance(order, worker_pb2.Submit):
+            if key.worker_id in self.full and any(w == key.worker_id and "submit" in what for w, what in self.sent):
+                return False
+            self.sent.append((key.worker_id, f"submit {order.request_id}#{order.choice} @{order.epoch.counter}"))
+        else:
+            self.sent.append((key.worker_id, f"cancel {order.request_id} @{order.epoch.counter}"))
+        return True
+
+    def later(self, delay_s: float, act: Callable[[float], None]) -> FakeTimer:
+        timer = FakeTimer(self.now_s + delay_s, act)
+        self.timers.append(timer)
+        return timer
+
+    def identities(self, request, model) -> list[BlockIdentity]:
+        return []
+
+    def pass_s(self, seconds: float) -> None:
+        """Let the timers of the next seconds act."""
+        end_s = self.now_s + seconds
+        while due := [t for t in self.timers if not t.is_cancelled and t.at_s <= end_s]:
+            timer = min(due, key=lambda t: t.at_s)
+            self.timers.remove(timer)
+            self.now_s = max(self.now_s, timer.at_s)
+            timer.act(self.now_s)
+        self.now_s = end_s
+
+    @property
+    def num_timers(self) -> int:
+        return sum(not timer.is_cancelled for timer in self.timers)
+
+    # ---------------------------------------------------------------- observer
+
+    def choosing(self):
+        return nullcontext()
+
+    def dropped(self, name: str, reason: str) -> None:
+        self.drops.append(reason)
+
+    def sent_again(self, run: Run, error: errors.TwostrokeError) -> None:
+        self.lost_runs.append(run.request_id)
+
+    def usage_differs(self, run: Run, said: int, had: int) -> None:
+        raise AssertionError((said, had))
+
+    def refused(self, *_: object) -> None: ...
+    def dispatched(self, *_: object) -> None: ...
+    def heard(self, *_: object) -> None: ...
+    def first_token(self, *_: object) -> None: ...
+    def settled(self, *_: object) -> None: ...
+
+    # ---------------------------------------------------------------- requests
+
+    def ask(self, request_id: str = "r", num_choices: int = 1, domain: str = "acme", **fields: object) -> Run:
+        sampling = fields.pop("sampling", SamplingParams(max_tokens=5))
+        request = Request(
+            request_id, "m", tuple(range(50)), sampling, num_choices, domain, fields.pop("timeout_s", 9.0)
+        )
+        timeline = Timeline()
+        timeline.mark(Instant.ARRIVED, self.now_s)
+        run = self.life.admit(request, timeline, self.now_s)
+        self.life.begin(run, self.now_s)
+        return run
+
+    def tokens(self, run: Run, count: int = 1, choice: int = 0, epoch: Epoch | None = None) -> None:
+        epoch = epoch or run.dispatches[-1].epoch
+        output = worker_pb2.TokenOutput(request_id=run.name, choice=choice, token_ids=[1] * count)
+        output.first_index = run.delivery.tokens_of(choice)
+        output.epoch.incarnation, output.epoch.counter = epoch
+        self.life.take_step(run.dispatches[-1].decode, worker_pb2.StepOutput(tokens=[output]), self.now_s)
+
+    def end(self, run: Run, choice: int = 0, code: str | None = None, key: WorkerKey | None = None) -> None:
+        end = worker_pb2.RequestEnd(request_id=run.name, choice=choice, reason=ERROR if code else LENGTH)
+        end.epoch.incarnation, end.epoch.counter = run.dispatches[-1].epoch
+        end.usage.completion_tokens = run.delivery.tokens_of(choice)
+        if code:
+            end.error.code, end.error.message = code, "no"
+        key = key or run.dispatches[-1].decode
+        self.life.take_step(key, worker_pb2.StepOutput(ends=[end]), self.now_s)
+
+    def assert_nothing_is_left(self) -> None:
+        admission = self.life.admission
+        assert self.life.is_idle
+        assert (len(admission), admission.tokens, admission._share_by_tenant) == (0, 0, {})
+        assert admission.offered == admission.accepted + admission.rejected + admission.cancelled
+        assert not [w.facts.worker_id for w in self.roster.fleet if w.in_flight]
+        assert self.num_timers == 0
+
+
+def placed(run: Run) -> WorkerKey:
+    assert run.living is not None
+    return run.living.decode
+
+
+def test_a_request_is_ordered_heard_and_settled_and_nothing_is_left() -> None:
+    router = Router("a", "b")
+    run = router.ask()
+    key = placed(run)
+    assert router.sent == [(key.worker_id, f"submit {run.name}#0 @1")]
+    router.tokens(run, 2)
+    router.end(run)
+    assert run.stage is Stage.SETTLED
+    assert [len(piece.token_ids) for piece in iter(run.take_piece, None)] == [2, 0]
+    assert run.is_over
+    assert router.life.conclude(run)
+    assert not router.life.conclude(run)
+    assert router.life.admission.accepted == 1
+    router.assert_nothing_is_left()
+
+
+def test_one_loss_is_one_dispatch_even_if_it_is_told_twice_while_nobody_is_there() -> None:
+    router = Router("a")
+    run = router.ask()
+    key = placed(run)
+    router.roster.session_down(key, "broke", router.now_s)  # lost
+    assert run.stage is Stage.ROUTING
+    router.pass_s(0.6)
+    assert run.stage is Stage.ROUTING, "nobody is there"
+    router.roster.announce_ended(key)  # gone: the same loss once more
+    router.join("b")
+    router.join("d")
+    router.pass_s(0.1)
+    assert [what for _, what in router.sent if what.startswith("submit")] == [
+        f"submit {run.name}#0 @1",
+        f"submit {run.name}#0 @2",
+    ]
+    assert router.lost_runs == ["r"]
+    reserve = router.life.admission.limits.retry_reserve
+    assert reserve - 1 <= router.life.admission._retry_tokens < reserve
+    assert len(run.dispatches) == 2
+    assert placed(run).worker_id in ("b", "d")
+
+
+def test_the_old_worker_is_told_when_a_request_is_sent_elsewhere() -> None:
+    router = Router("a", "b")
+    run = router.ask(num_choices=2)
+    first = placed(run)
+    router.end(run, choice=1, code="overloaded")  # its sibling runs on there
+    assert router.sent[-1] == (first.worker_id, f"cancel {run.name} @1")
+    router.tokens(run, choice=0)  # under way meanwhile: stale
+    assert router.drops == ["wrong_worker"]
+    assert not [w for w in router.roster.fleet if w.in_flight], "it counts against nobody while it is routed"
+    router.pass_s(0.0)
+    second = placed(run)
+    assert second != first, "the worker that refused it is passed over"
+    assert [what for name, what in router.sent if name == second.worker_id] == [
+        f"submit {run.name}#0 @2",
+        f"submit {run.name}#1 @2",
+    ]
+    for choice in (0, 1):
+        router.end(run, choice)
+    router.life.conclude(run)
+    router.assert_nothing_is_left()
+
+
+def test_siblings_that_were_ordered_before_a_queue_was_full_are_cancelled() -> None:
+    router = Router("a", "b")
+    router.full = {"a", "b"}
+    run = router.ask(num_choices=3)
+    tried = {name for name, _ in router.sent}
+    assert tried == {"a", "b"}
+    for name, counter in zip(dict(router.sent), (1, 2), strict=True):
+        assert [what for who, what in router.sent if who == name] == [
+            f"submit {run.name}#0 @{counter}",
+            f"cancel {run.name} @{counter}",
+        ]
+    assert not [w for w in router.roster.fleet if w.in_flight]
+    router.pass_s(3.0)
+    assert isinstance(run.error, errors.Unavailable)
+    router.life.conclude(run)
+    router.assert_nothing_is_left()
+
+
+def test_after_its_first_token_a_lost_request_ends() -> None:
+    router = Router("a", "b")
+    run = router.ask()
+    router.tokens(run)
+    router.roster.session_down(placed(run), "broke", router.now_s)
+    assert isinstance(run.error, errors.WorkerLost)
+    assert len(run.dispatches) == 1
+
+
+@pytest.mark.parametrize("code", ["unavailable", "overloaded", "worker_lost", "tokens_lost"])
+def test_a_request_is_sent_three_times_at_most(code: str) -> None:
+    router = Router("a", "b", "c", "d")
+    run = router.ask()
+    workers = []
+    while run.stage is not Stage.SETTLED:
+        workers.append(placed(run))
+        router.end(run, code=code)
+        router.pass_s(0.0)
+    assert len(workers) == len(set(workers)) == 3
+    assert run.error is not None
+    assert run.error.code == code
+
+
+def test_the_retry_budget_is_charged_once_per_second_dispatch() -> None:
+    router = Router("a", "b", admission=AdmissionLimits(retry_reserve=1.0, retry_share=0.0))
+    first, second = router.ask("r1"), router.ask("r2")
+    for run in (first, second):
+        router.end(run, code="unavailable")
+    assert first.stage is Stage.ROUTING
+    assert isinstance(second.error, errors.Unavailable), "the budget is spent"
+
+
+def test_a_request_waits_for_a_worker_and_gives_up_when_its_patience_is_over() -> None:
+    router = Router("p")
+    router.roster.session_down(WorkerKey("p", 1), "broke", 0.0)
+    waits, gives_up = router.ask("r1"), router.ask("r2", timeout_s=0.5)
+    router.pass_s(1.0)
+    assert waits.stage is Stage.ROUTING
+    assert isinstance(gives_up.error, errors.DeadlineExceeded)
+    router.join("q")
+    router.pass_s(0.0)
+    assert placed(waits).worker_id == "q"
+    late = Router("p")
+    late.roster.session_down(WorkerKey("p", 1), "broke", 0.0)
+    run = late.ask()
+    late.pass_s(2.1)
+    assert isinstance(run.error, errors.Unavailable)
+    assert late.life.admission.rejected == 1
+    late.life.conclude(run)
+    late.assert_nothing_is_left()
+
+
+def test_a_settled_request_wakes_those_that_wait() -> None:
+    router = Router("a")
+    router.roster.session_down(WorkerKey("a", 1), "broke", 0.0)
+    one, other = router.ask("r1"), router.ask("r2")
+    looked: list[str] = []
+    route = router.life._route
+    router.life._route = lambda run, now_s: (looked.append(run.request_id), route(run, now_s))  # type: ignore[method-assign]
+    router.life.fail(one, errors.Cancelled("gone"), 0.0)
+    router.pass_s(0.0)
+    assert looked == ["r2"]
+    assert other.stage is Stage.ROUTING
+
+
+def test_the_clients_id_is_no_key_inside() -> None:
+    router = Router("a")
+    one, other = router.ask("same", domain="acme"), router.ask("same", domain="umbrella")
+    assert one.name != other.name
+    assert all(run.name.startswith("same@") for run in (one, other))
+    with pytest.raises(errors.InvalidRequest, match="in use"):
+        router.ask("same", domain="acme")
+    assert router.life.runs.find("umbrella", "same") is other
+    assert not router.life.abort("nobody", "same", 0.0)
+    assert router.life.abort("umbrella", "same", 0.0)
+    assert (one.error, other.stage) == (None, Stage.SETTLED)
+    router.end(one)
+    for run in (one, other):
+        router.life.conclude(run)
+    again = router.ask("same", domain="acme")
+    assert again.name not in (one.name, other.name)
+    long = router.ask("x" * 1000)
+    assert len(long.name) < 200
+
+
+def test_names_of_two_routers_and_of_two_lives_differ() -> None:
+    names = set()
+    for incarnation in (1, 2):
+        router = Router("a")
+        router.life._incarnation = incarnation
+        names.add(router.ask().name)
+    assert len(names) == 2
+
+
+def test_every_way_out_cancels_the_deadline_and_gives_everything_back() -> None:
+    ways = {
+        "end": lambda router, run: router.end(run),
+        "verdict": lambda router, run: router.end(run, code="non_finite_kv"),
+        "abort": lambda router, run: router.life.abort("acme", "r", router.now_s),
+        "left": lambda router, run: router.life.fail(run, errors.Cancelled("left"), router.now_s),
+        "deadline": lambda router, run: router.pass_s(9.1),
+        "lost": lambda router, run: (
+            router.tokens(run),
+            router.roster.session_down(placed(run), "broke", router.now_s),
+        ),
+    }
+    expected = {"end": "accepted", "abort": "cancelled", "left": "cancelled"}
+    for way, leave in ways.items():
+        router = Router("a")
+        run = router.ask()
+        leave(router, run)
+        assert run.stage is Stage.SETTLED, way
+        router.life.conclude(run)
+        assert getattr(router.life.admission, expected.get(way, "accepted")) == 1, way
+        router.assert_nothing_is_left()
+
+
+def test_a_client_that_does_not_read_is_given_up() -> None:
+    router = Router("a", buffer_pieces=2, slow_client_s=1.0)
+    run = router.ask()
+    for _ in range(4):
+        router.tokens(run)
+    router.life.tick(0.9)
+    assert run.error is None
+    router.life.tick(1.1)
+    assert isinstance(run.error, errors.Cancelled)
+    assert router.sent[-1][1].startswith("cancel")
+
+
+def test_prompts_that_are_scored_expect_nothing_cached() -> None:
+    blocks = [BlockIdentity(bytes([n] * 16)) for n in range(3)]
+    for scored, held in ((None, 48), (0, 0)):
+        router = Router("a")
+        router.identities = lambda *_: blocks  # type: ignore[method-assign]
+        router.roster.watching(WorkerKey("a", 1))
+        event = worker_pb2.WatchEvent(incarnation=1, sequence=1)
+        event.snapshot.identities, event.snapshot.last = b"".join(blocks), True
+        assert router.roster.take_event(WorkerKey("a", 1), event, 0.0)
+        run = router.ask(sampling=SamplingParams(max_tokens=5, prompt_logprobs=scored))
+        assert run.dispatches[0].choice.winner.decode_held_tokens == held
+
+
+def test_what_workers_drop_is_dropped_from_the_map() -> None:
+    router = Router("a")
+    blocks = [BlockIdentity(bytes([n] * 16)) for n in range(3)]
+    key = WorkerKey("a", 1)
+    router.roster.watching(key)
+    snapshot = worker_pb2.WatchEvent(incarnation=1, sequence=1)
+    snapshot.snapshot.identities, snapshot.snapshot.last = b"".join(blocks), True
+    delta = worker_pb2.WatchEvent(incarnation=1, sequence=2)
+    delta.delta.removed = blocks[2]
+    other_life = worker_pb2.WatchEvent(incarnation=2, sequence=3)
+    other_life.delta.stored = blocks[2]
+    assert router.roster.take_event(key, snapshot, 0.0)
+    assert router.roster.take_event(key, delta, 0.0)
+    assert not router.roster.take_event(key, other_life, 0.0)
+    assert not router.roster.take_event(WorkerKey("b", 1), delta, 0.0)
+    assert router.roster.prefixes.held(blocks) == {"a": 2}
