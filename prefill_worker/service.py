@@ -159,8 +159,8 @@ class PrefillService:
         names = self._facts.namer.name(prompt_ids, order.isolation_domain, order.adapter)
         if order.identity_root != names.root:
             raise InvalidRequest(
-                f"identity_root is {order.identity_root.hex()}, ours {names.root.hex()}: cluster key, weights, numerics "
-                "or adapter differ, so this KV is not the peer's",
+                f"identity_root is {order.identity_root.hex()}, ours {names.root.hex()}: cluster key, weights, "
+                "numerics or adapter differ, so this KV is not the peer's",
                 param="identity_root",
             )
         return link.Submit(

@@ -198,11 +198,11 @@ async def test_a_late_cancel_of_an_older_dispatch_ends_nothing(alone, hand, make
     await all_free(alone)
 
 
-@pytest.mark.parametrize(("incarnation", "router_id"), [(7, "other"), (8, "hand"), (6, "hand")])
+@pytest.mark.parametrize("another", [(7, "other"), (8, "hand"), (6, "hand")], ids=str)
 async def test_another_routers_request_of_the_same_name_touches_nothing(
-    alone, hand, router_of, make_prompt, all_free, incarnation, router_id
+    alone, router_of, make_prompt, all_free, another
 ):
-    other = await router_of(alone, incarnation, router_id)
+    hand, other = await router_of(alone), await router_of(alone, *another)
     mine = await hand.submit("r", make_prompt(20), sampling={"max_tokens": 60, **FREE})
     await mine.until(lambda a: len(a.token_ids) > 1)
     theirs = await other.submit("r", make_prompt(30, 5), sampling={"max_tokens": 60, **FREE})

@@ -1,4 +1,4 @@
-"""Frames of every size through the real `Pull` and its driver: what is damaged, doubled or out of place is not stored."""
+"""Frames of every size through the real `Pull` and its driver: damage, doubles and strangers are not stored."""
 
 import asyncio
 from collections import Counter
@@ -236,9 +236,7 @@ async def test_a_damaged_header_ends_the_hand_over(bench, size, place):
     assert it.written == []
 
 
-@pytest.mark.parametrize(
-    ("start", "count"), [(0, 72), (0, 16), (32, 40), (16, 32), (64, 8)], ids=lambda place: str(place)
-)
+@pytest.mark.parametrize(("start", "count"), [(0, 72), (0, 16), (32, 40), (16, 32), (64, 8)], ids=str)
 @pytest.mark.parametrize("size", ["small", "1 MiB"])
 async def test_what_is_held_is_not_written_over(bench, size, start, count):
     it = bench(SPECS[size])

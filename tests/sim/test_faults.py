@@ -9,8 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from twostroke.cli.main import app
-from twostroke.sim.faults import run_campaign, run_schedule, seeds_of
 from twostroke.sim import planting
+from twostroke.sim.faults import run_campaign, run_schedule, seeds_of
 from twostroke.sim.planted import PLANTED
 from twostroke.sim.planting import Planted, instead, owner_module
 from twostroke.sim.store import Store
