@@ -134,7 +134,7 @@ def draw(seed: int) -> Setting:
         is_noisy=rng.random() < 0.5,
         read_damage=_rate(rng, 0.1),
         step_failure=0.0 if is_bearable else _rate(rng, 0.02),
-        swap_damage=_rate(swap, 0.5),
+        swap_damage=swap.choice((0.0, 0.0, swap.random() * 0.5)),
         message_bytes=late.choice((8, 1 << 20)),
         echo=late.choice((0.0, 0.0, late.random())),
         stray=_rate(late, 0.2),
