@@ -33,8 +33,8 @@ from twostroke.core.timeline import Instant
 from twostroke.kv.block import BlockId
 from twostroke.kv.config import CacheConfig
 from twostroke.kv.handover import Label
-from twostroke.kv.spec import CODEC_NAMES, HASH_BLOCK_TOKENS, KvSpec, attention_spec
 from twostroke.kv.section import HeldTokens
+from twostroke.kv.spec import CODEC_NAMES, HASH_BLOCK_TOKENS, KvSpec, attention_spec
 from twostroke.kv.store import KvStore
 from twostroke.kv.wire import Frame, FrameLabel, decode_envelope, encode_frame, verify_frame
 from twostroke.model.config import ModelConfig, StepConfig

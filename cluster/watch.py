@@ -35,6 +35,7 @@ class Watchers:
         incarnation: int,
         face: Callable[[], FaceLoad],
         counters: Counter[str],
+        *,
         max_pending: int = MAX_PENDING_IDENTITIES,
         piece_identities: int = PIECE_IDENTITIES,
     ) -> None:

@@ -1,4 +1,4 @@
-"""What one router is still to be told, merged per choice, bounded in all and per message. Knows no stream, no engine."""
+"""What one router is still to be told, merged per choice, bounded in all and per message. Knows no stream."""
 
 from __future__ import annotations
 

@@ -71,6 +71,7 @@ class Run:
         self._deadline_s = self._received_at_s + (order.timeout_s or DEFAULT_TIMEOUT_S)
         self._verdict: FinishReason | None = None
         self._pull: Pull | None = None
+        self._identity_root = b""  # of the prompt's names, once they are known
         self._peers = list(order.peers)
         self._has_bound = False
         self._has_asked = False
@@ -87,6 +88,7 @@ class Run:
         """Give the sequence to the engine."""
         order, facts = self.order, self._tools.facts
         names = facts.namer.name(order.prompt_ids, order.isolation_domain, order.adapter)
+        self._identity_root = names.root
         dispatcher = self._tools.pull.dispatcher
         dispatcher.own(order.engine_key, self.handle)
         dispatcher.send(
@@ -183,6 +185,7 @@ class Run:
             worker_id=facts.worker_id,
             priority=order.priority,
             emitted_tokens=order.num_emitted,
+            identity_root=self._identity_root,
         )
 
     def bind_wanted(self) -> None:

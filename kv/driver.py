@@ -96,8 +96,10 @@ class Driver:
         finally:
             self._closing.set()
             tasks = (reader, writer, closing)
-            for task in (*tasks, *self._checks):
+            for task in tasks:
                 task.cancel()
+            for check in self._checks:
+                check.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _end(self, reader: asyncio.Task[None]) -> None:

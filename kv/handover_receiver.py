@@ -70,11 +70,13 @@ class FrameArrived:
     token_count: int
     is_intact: bool
     num_bytes: int
+    numerics_class: bytes = b""
 
     @classmethod
     def of(cls, header: pb.FrameHeader, *, is_intact: bool, num_bytes: int) -> FrameArrived:
         """From the frame's header."""
-        return cls(Label.of(header), header.sequence, header.token_start, header.token_count, is_intact, num_bytes)
+        place = (header.sequence, header.token_start, header.token_count)
+        return cls(Label.of(header), *place, is_intact, num_bytes, header.numerics_class)
 
 
 class Receiver:
@@ -290,6 +292,8 @@ class Receiver:
             return "a frame before Bind"
         if len(self._writing) >= self._order.frame_slots:
             return f"more than {self._order.frame_slots} frames under way"
+        if self._order.deterministic and frame.numerics_class != self._order.numerics_class:
+            return f"a frame of numerics class {frame.numerics_class.hex()}, not {self._order.numerics_class.hex()}"
         if (
             frame.token_count < 1
             or frame.token_start % HASH_BLOCK_TOKENS

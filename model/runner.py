@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..core.request import SequenceKey
-from ..kv.spec import HASH_BLOCK_TOKENS
 from ..kv.section import HeldTokens
+from ..kv.spec import HASH_BLOCK_TOKENS
 from ..kv.store import KvStore
 from .batch import StepBatch, build_batch, on_device, warm_up_batch
 from .decoder import Decoder, Hidden

@@ -1,6 +1,7 @@
 """What an engine does around its core, in the order that the core's contract wants. Pure: knows no thread, no clock.
 
-    command ─▶ core.handle ─▶ say      now ─▶ core.tick ─▶ say ─▶ core.plan ─▶ say(core.drain) ─▶ the step ─▶ core.apply ─▶ say
+    command ─▶ core.handle ─▶ say
+    now     ─▶ core.tick ─▶ say ─▶ core.plan ─▶ say(core.drain) ─▶ the step ─▶ core.apply ─▶ say
 
 `say` carries out the store's operations where they stand, decides what follows from their outcome, and gives the face
 all events in order. model/engine.py drives it in a thread with a real store, sim/ in virtual time with a checking one.

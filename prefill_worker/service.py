@@ -157,6 +157,12 @@ class PrefillService:
         params = sampling_from_wire(order.sampling)
         self._facts.model.check_sampling(params)
         names = self._facts.namer.name(prompt_ids, order.isolation_domain, order.adapter)
+        if order.identity_root != names.root:
+            raise InvalidRequest(
+                f"identity_root is {order.identity_root.hex()}, ours {names.root.hex()}: cluster key, weights, "
+                "numerics or adapter differ, so this KV is not the peer's",
+                param="identity_root",
+            )
         return link.Submit(
             key=self._engine_key(sender.label),
             source=link.Source.FOR_PEER,

@@ -11,10 +11,10 @@ from ..core.request import Epoch
 from ..decode_worker.outbox import Outbox
 from ..decode_worker.session import Session
 from ..kv.block import IDENTITY_BYTES
-from ..kv.messages import epoch_from_wire
+from ..kv.messages import epoch_from_wire, epoch_to_wire
 from ..protos import worker_pb2
 from .invariants import Violation
-from .network import End
+from .network import ECHO_S, End
 
 if TYPE_CHECKING:
     from .workers import WorkerNode
@@ -50,7 +50,20 @@ class SessionFace:
             self._send(welcome=self._node.info())
         elif self._sequence:
             self.session.take(message)
+            if message.HasField("submit") and self._node.world.chance(self._node.setting.echo):
+                self._hear_of_older(message.submit)
         self.flush()
+
+    def _hear_of_older(self, order: worker_pb2.Submit) -> None:
+        """Words about an older dispatch of a choice come late: its order, or its cancel."""
+        world, epoch = self._node.world, epoch_to_wire(Epoch(order.epoch.incarnation, order.epoch.counter - 1))
+        if world.chance(0.5):
+            older = worker_pb2.SessionUp(submit=order)
+            older.submit.epoch.CopyFrom(epoch)
+        else:
+            older = worker_pb2.SessionUp(cancel=worker_pb2.CancelRequest(request_id=order.request_id, epoch=epoch))
+        late_s = world.random.random() ** 3 * ECHO_S
+        world.after(late_s, self._node.process, lambda: None if self._is_over else self.session.take(older))
 
     def flush(self) -> None:
         """Everything that waits leaves."""

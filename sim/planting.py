@@ -22,6 +22,10 @@ class Planted:
         return self.plant.__name__
 
 
+def heard(owner: Any) -> None:
+    """Told of every owner that a bug patches; for tests."""
+
+
 def owner_module(owner: Any) -> str:
     """Where a class or module that a bug patches is defined."""
     return str(getattr(owner, "__module__", None) or owner.__name__)
@@ -31,12 +35,7 @@ def owner_module(owner: Any) -> str:
 def instead(owner: Any, name: str, replacement: Any) -> Iterator[None]:
     """The attribute is another one for a while. A bug in the simulator itself would prove nothing."""
     assert ".sim." not in owner_module(owner), f"{owner} is the simulator's"
-    with _patched(owner, name, replacement):
-        yield
-
-
-@contextmanager
-def _patched(owner: Any, name: str, replacement: Any) -> Iterator[None]:
+    heard(owner)
     original = getattr(owner, name)
     setattr(owner, name, replacement)
     try:

@@ -118,7 +118,7 @@ def draw(seed: int) -> Setting:
     orders = _orders(rng, 0.5, (BEARABLE_TIMEOUT_S,)) if is_bearable else _orders(rng, 0.0, (0.3, 2.0, 5.0))
     workers = _workers(rng, max(len(o.prompt_ids) + o.sampling.max_tokens for o in orders))
     swap = random.Random(f"swap {seed}")  # of its own: schedules without preemption stay what they were
-    workers = tuple(replace(worker, num_swap_blocks=swap.choice((0, 2, 4, 16))) for worker in workers)
+    workers = tuple(replace(worker, num_swap_blocks=swap.choice((0, 4, 16, 16))) for worker in workers)
     late = random.Random(f"late {seed}")  # of its own too
     workers = tuple(replace(worker, check_s=late.choice((0.0, 0.0, 0.001, 0.02))) for worker in workers)
     setting = Setting(
@@ -135,8 +135,8 @@ def draw(seed: int) -> Setting:
         is_noisy=rng.random() < 0.5,
         read_damage=_rate(rng, 0.1),
         step_failure=0.0 if is_bearable else _rate(rng, 0.02),
-        swap_damage=_rate(swap, 0.5),
-        message_bytes=late.choice((20, 1 << 20)),
+        swap_damage=swap.choice((0.0, 0.0, swap.random() * 0.5)),
+        message_bytes=late.choice((8, 1 << 20)),
         echo=late.choice((0.0, 0.0, late.random())),
         stray=_rate(late, 0.2),
         workers=workers,

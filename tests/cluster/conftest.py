@@ -144,8 +144,9 @@ class Answer:
 class RouterHand:
     """One session with one worker."""
 
-    def __init__(self, address: str, incarnation: int = 7) -> None:
+    def __init__(self, address: str, incarnation: int = 7, router_id: str = "hand") -> None:
         self.incarnation = incarnation
+        self.router_id = router_id
         self.answers: dict[tuple[str, int], Answer] = {}
         self.messages: list[worker_pb2.SessionDown] = []
         self.welcome: common_pb2.WorkerInfo | None = None
@@ -161,7 +162,7 @@ class RouterHand:
         await self._call.write(
             worker_pb2.SessionUp(
                 sequence=1,
-                hello=worker_pb2.SessionHello(router_id="hand", router_incarnation=self.incarnation),
+                hello=worker_pb2.SessionHello(router_id=self.router_id, router_incarnation=self.incarnation),
             )
         )
         first = await self._call.read()
@@ -251,8 +252,8 @@ async def router_of() -> AsyncIterator[Callable[[WorkerProcess], Awaitable[Route
     """Open sessions with workers; closed at the test's end."""
     async with contextlib.AsyncExitStack() as stack:
 
-        async def open_session(worker: WorkerProcess, incarnation: int = 7) -> RouterHand:
-            return await stack.enter_async_context(RouterHand(worker.address, incarnation))
+        async def open_session(worker: WorkerProcess, incarnation: int = 7, router_id: str = "hand") -> RouterHand:
+            return await stack.enter_async_context(RouterHand(worker.address, incarnation, router_id))
 
         yield open_session
 

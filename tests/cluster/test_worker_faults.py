@@ -130,6 +130,31 @@ async def test_what_arrives_damaged_twice_is_recomputed_here(pair, tap, make_pro
     await all_free(prefill, decode)
 
 
+@pytest.mark.parametrize("is_lasting", [False, True])
+async def test_memory_that_goes_bad_under_a_prefill_worker_changes_no_text(pair, make_prompt, all_free, is_lasting):
+    prefill, decode, hand, expected = pair
+    store = prefill._room.engine._turns._store
+    read, num_flips = store.read, 0
+
+    def damaged(op):
+        nonlocal num_flips
+        sections = read(op)
+        if is_lasting or num_flips == 0:
+            num_flips += 1
+            sections[0].payload.reshape(-1)[0] ^= 0x40
+        return sections
+
+    store.read = damaged
+    answer = await (await hand.submit("r", make_prompt(LONG), [prefill])).ended()
+    assert answer.token_ids == expected.token_ids
+    assert answer.text == expected.text
+    corrupted = prefill.counters["kv_corrupted_reads"]
+    assert corrupted >= 2 if is_lasting else corrupted == 1
+    assert decode.counters["kv_corrupted_frames"] == 0
+    assert answer.end.handover.local_reason == ("peer_refused" if is_lasting else "")
+    await all_free(prefill, decode)
+
+
 async def test_a_prefill_worker_that_goes_away_in_the_middle_does_not_change_the_text(pair, tap, make_prompt, all_free):
     prefill, decode, hand, expected = pair
     tap.hold_after = 2

@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from twostroke.core.request import Role
+from twostroke.decode_worker import service
 from twostroke.decode_worker.session import SessionTiming
 from twostroke.model.config import StepConfig
 from twostroke.protos import common_pb2, worker_pb2
@@ -183,6 +184,72 @@ async def test_a_newer_dispatch_ends_the_older_and_an_older_is_dropped(alone, ha
     await hand.cancel("r", counter=1)
     await asyncio.sleep(0.2)
     assert alone.counters["orders_stale"] == 1
+    await all_free(alone)
+
+
+async def test_a_late_cancel_of_an_older_dispatch_ends_nothing(alone, hand, make_prompt, all_free):
+    answer = await hand.submit("r", make_prompt(20), counter=2, sampling={"max_tokens": 40, **FREE})
+    await answer.until(lambda a: len(a.token_ids) > 1)
+    await hand.cancel("r", counter=1)
+    await answer.ended()
+    assert answer.end.reason == LENGTH
+    assert len(answer.token_ids) == 40
+    assert alone.counters["cancels_stale"] == 1
+    await all_free(alone)
+
+
+@pytest.mark.parametrize("another", [(7, "other"), (8, "hand"), (6, "hand")], ids=str)
+async def test_another_routers_request_of_the_same_name_touches_nothing(
+    alone, router_of, make_prompt, all_free, another
+):
+    hand, other = await router_of(alone), await router_of(alone, *another)
+    mine = await hand.submit("r", make_prompt(20), sampling={"max_tokens": 60, **FREE})
+    await mine.until(lambda a: len(a.token_ids) > 1)
+    theirs = await other.submit("r", make_prompt(30, 5), sampling={"max_tokens": 60, **FREE})
+    await theirs.until(lambda a: len(a.token_ids) > 1)
+    await other.cancel("r", counter=9)
+    await theirs.ended()
+    await mine.ended()
+    assert theirs.end.reason == CANCELLED
+    assert mine.end.reason == LENGTH
+    assert len(mine.token_ids) == 60
+    await all_free(alone)
+
+
+async def test_a_router_that_comes_back_may_cancel_and_replace_what_it_left(
+    start_worker, router_of, make_prompt, all_free
+):
+    worker = await start_worker(Role.COMBINED, orphan_grace_s=30.0)
+    first = await router_of(worker)
+    for name in ("a", "b"):
+        answer = await first.submit(name, make_prompt(20), sampling={"max_tokens": 1500, **FREE})
+        await answer.until(lambda a: len(a.token_ids) > 1)
+    await first.lose()
+    second = await router_of(worker)
+    await second.cancel("a")
+    again = await second.submit("b", make_prompt(20), counter=2)
+    assert (await again.ended()).end.reason == LENGTH
+    await all_free(worker, timeout_s=5.0)
+    assert worker.counters["orphans_cancelled"] == 0
+
+
+async def test_an_order_that_breaks_our_own_code_ends_alone(alone, hand, make_prompt, all_free, monkeypatch):
+    running = await hand.submit("good", make_prompt(20), sampling={"max_tokens": 60, **FREE})
+    await running.until(lambda a: len(a.token_ids) > 1)
+    make = service.order_from_wire
+
+    def order_from_wire(message, *rest):
+        if message.request_id == "bad":
+            raise ZeroDivisionError("a bug of ours")
+        return make(message, *rest)
+
+    monkeypatch.setattr(service, "order_from_wire", order_from_wire)
+    broken = await (await hand.submit("bad", make_prompt(20))).ended()
+    assert broken.end.error.code == "internal_error"
+    assert "log" in broken.end.error.message
+    assert "ZeroDivision" not in broken.end.error.message
+    assert (await running.ended()).end.reason == LENGTH
+    assert (await (await hand.submit("next", make_prompt(20))).ended()).end.reason == LENGTH
     await all_free(alone)
 
 

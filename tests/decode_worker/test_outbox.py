@@ -2,8 +2,9 @@ import asyncio
 
 import pytest
 
-from twostroke.core.request import Epoch, SequenceKey
-from twostroke.decode_worker.outbox import Outbox
+from twostroke.core.request import Epoch, SequenceKey, TokenLogprobs
+from twostroke.decode_worker.outbox import Outbox, Scores
+from twostroke.kv.messages import epoch_to_wire
 from twostroke.protos import worker_pb2
 
 KEY, OTHER = SequenceKey("r", 0), SequenceKey("other", 1)
@@ -67,3 +68,74 @@ async def test_the_writer_sleeps_until_something_waits():
     assert not waiting.done()
     outbox.add_news(KEY, EPOCH, "promised")
     await asyncio.wait_for(waiting, 0.1)
+
+
+def end_of(key, epoch=EPOCH):
+    return worker_pb2.RequestEnd(request_id=key.request_id, choice=key.choice, epoch=epoch_to_wire(epoch))
+
+
+def taken(outbox):
+    messages = []
+    while (message := outbox.take()) is not None:
+        messages.append(message)
+    return messages
+
+
+def scores(num_tokens, num_top=20):
+    top = tuple((place, -1.5) for place in range(num_top))
+    return tuple(TokenLogprobs(7, -1.0, 3, top) for _ in range(num_tokens))
+
+
+def test_prompt_scores_of_many_requests_leave_in_messages_of_a_bounded_size():
+    outbox, told = Outbox(max_message_bytes=300_000), scores(1000)
+    keys = [SequenceKey(f"r{number}", 0) for number in range(12)]
+    for key in keys:  # each alone more than half a message
+        outbox.add_tokens(key, EPOCH, 0, (7,), "a", scores=Scores((), told, 1))
+        outbox.add_end(end_of(key))
+    messages = taken(outbox)
+    assert len(messages) > 2
+    assert max(message.ByteSize() for message in messages) < 600_000
+    ended, spoken = set(), []
+    for message in messages:
+        spoken += [tokens.request_id for tokens in message.tokens]
+        assert not ended & {tokens.request_id for tokens in message.tokens}
+        ended |= {end.request_id for end in message.ends}
+        assert ended <= set(spoken), "an end before its tokens"
+    assert spoken == [key.request_id for key in keys]
+    assert ended == set(spoken)
+    assert sum(len(tokens.prompt_logprobs) for message in messages for tokens in message.tokens) == 12 * len(told)
+
+
+def test_one_choice_that_has_much_to_tell_is_split_in_order():
+    outbox = Outbox(max_message_bytes=1000)
+    for place in range(40):
+        outbox.add_tokens(KEY, EPOCH, place, (place,), f"{place} ", scores=Scores(scores(1), (), place))
+    outbox.add_end(end_of(KEY))
+    messages = taken(outbox)
+    assert len(messages) > 2
+    assert max(message.ByteSize() for message in messages) < 2000
+    parts = [tokens for message in messages for tokens in message.tokens]
+    assert [token_id for part in parts for token_id in part.token_ids] == list(range(40))
+    assert "".join(part.text for part in parts) == "".join(f"{place} " for place in range(40))
+    assert [part.first_index for part in parts] == [sum(len(p.token_ids) for p in parts[:i]) for i in range(len(parts))]
+    assert [len(message.ends) for message in messages] == [0] * (len(messages) - 1) + [1]
+    assert parts[-1].shown_tokens == 39
+
+
+async def test_bytes_count_as_being_behind_too():
+    outbox = Outbox(max_bytes=2000)
+    outbox.add_tokens(KEY, EPOCH, 0, (1,), "", scores=Scores((), scores(30), 0))
+    assert outbox.is_full
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(outbox.wait_for_room(), 0.02)
+    outbox.take()
+    await asyncio.wait_for(outbox.wait_for_room(), 0.1)
+    assert outbox.take() is None
+    assert (outbox._num_bytes, outbox._num_tokens) == (0, 0)
+
+
+def test_a_gap_between_parts_is_our_own_error():
+    outbox = Outbox(max_message_bytes=10)
+    outbox.add_tokens(KEY, EPOCH, 0, (1,), "")
+    with pytest.raises(AssertionError):
+        outbox.add_tokens(KEY, EPOCH, 2, (1,), "")

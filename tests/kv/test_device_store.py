@@ -12,8 +12,8 @@ from twostroke.kernels.reference_kv import Rotation
 from twostroke.kernels.rotary_store import rotary_store_kv
 from twostroke.kv.block import BlockId
 from twostroke.kv.host_store import HostStore
-from twostroke.kv.spec import CODEC_NAMES, attention_spec, mla_spec
 from twostroke.kv.section import HeldTokens
+from twostroke.kv.spec import CODEC_NAMES, attention_spec, mla_spec
 from twostroke.kv.store import KvStore
 
 LAYERS, HEADS, WIDTH, KEY, BLOCKS = 2, 2, 16, 0xFEED_0123_4567_89AB, 9

@@ -10,8 +10,8 @@ from twostroke.core.errors import KvCorrupted
 from twostroke.kernels.reference import store_kv
 from twostroke.kv.block import BlockId
 from twostroke.kv.host_store import HostStore
-from twostroke.kv.spec import CODEC_NAMES, attention_spec
 from twostroke.kv.section import HeldTokens
+from twostroke.kv.spec import CODEC_NAMES, attention_spec
 from twostroke.kv.store import KvStore
 
 LAYERS, HEADS, WIDTH, KEY = 2, 3, 16, 0xC0FFEE

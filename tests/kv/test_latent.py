@@ -12,8 +12,8 @@ from twostroke.kernels.reference import store_kv
 from twostroke.kv.block import BlockId
 from twostroke.kv.handover import Label
 from twostroke.kv.messages import spec_from_wire, spec_to_wire
-from twostroke.kv.spec import CODEC_NAMES, COMPONENT_NUMBERS, mla_spec
 from twostroke.kv.section import HeldTokens
+from twostroke.kv.spec import CODEC_NAMES, COMPONENT_NUMBERS, mla_spec
 from twostroke.kv.store import KvStore
 from twostroke.kv.wire import Frame, FrameLabel, covers, decode_envelope, encode_frame, verify_frame
 

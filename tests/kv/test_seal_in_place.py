@@ -8,8 +8,8 @@ from twostroke.kernels.cpu import library
 from twostroke.kernels.cpu.build import NativeUnavailable
 from twostroke.kv.digest import frame_digests, places
 from twostroke.kv.planes_cpu import CpuPlanes
-from twostroke.kv.spec import CODEC_NAMES, HASH_BLOCK_TOKENS, Component, attention_spec
 from twostroke.kv.section import HeldTokens
+from twostroke.kv.spec import CODEC_NAMES, HASH_BLOCK_TOKENS, Component, attention_spec
 from twostroke.kv.store import KvStore
 
 LAYERS, NUM_BLOCKS, KEY = 3, 7, 0xFEDCBA9876543210

@@ -11,9 +11,8 @@ from twostroke.kernels.reference import store_kv
 from twostroke.kv.block import BlockId
 from twostroke.kv.codec import Codec, decode
 from twostroke.kv.digest import frame_digests, places
-from twostroke.kv.section import SectionData
+from twostroke.kv.section import HeldTokens, SectionData
 from twostroke.kv.spec import CODEC_NAMES, attention_spec
-from twostroke.kv.section import HeldTokens
 from twostroke.kv.store import KvStore
 
 LAYERS, HEADS, WIDTH, KEY = 2, 3, 16, 0xC0FFEE

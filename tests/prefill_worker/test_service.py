@@ -3,6 +3,7 @@
 import asyncio
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 
@@ -23,6 +24,7 @@ from twostroke.protos import handover_pb2 as pb
 
 SPEC = attention_spec(2, 2, 16, Codec.FP8_E4M3)
 CLASS = b"c" * 16
+NAMER = Namer(b"k" * 32, b"w" * 16, CLASS)
 
 
 class Recorder:
@@ -94,6 +96,7 @@ def order(**changes):
         "deterministic": True,
         "frame_slots": 4,
         "timeout_ms": 5000,
+        "identity_root": NAMER.name((), "tests").root,
     }
     return pb.Open(**fields | changes)
 
@@ -103,7 +106,7 @@ class Bench:
 
     def __init__(self, deterministic=True, role=Role.PREFILL, max_streams=2, timing=None):
         model = ModelFacts("m", "", 100, 64, frozenset({1}), b"w" * 16, CLASS, "here", deterministic, SPEC)
-        facts = FaceFacts("p", model, Namer(b"k" * 32, b"w" * 16, CLASS), 7, 10, 16, 8192, 4, 8, 64)
+        facts = FaceFacts("p", model, NAMER, 7, 10, 16, 8192, 4, 8, 64)
         self.link = Recorder()
         dispatcher = Dispatcher(self.link)
         self._executor = ThreadPoolExecutor(1)
@@ -184,6 +187,30 @@ async def test_an_order_that_cannot_be_carried_out_is_refused_typed(bench, chang
     assert failed.code == code
     assert word in failed.message
     await asyncio.wait_for(task, 1)
+    assert it.link.commands == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"key": b"x" * 32}, {"weights_fingerprint": b"x" * 16}, {"numerics_class": b"x" * 16}],
+    ids=lambda changes: next(iter(changes)),
+)
+@pytest.mark.parametrize("deterministic", [True, False])
+async def test_a_peer_that_names_its_blocks_otherwise_is_refused(bench, changes, deterministic):
+    it = bench(deterministic=deterministic)
+    root = replace(NAMER, **changes).name((), "tests").root
+    pipe, task = it.open(order(identity_root=root, deterministic=deterministic))
+    failed = (await pipe.read("failed")).failed
+    assert (failed.code, failed.param) == ("invalid_value", "identity_root")
+    await asyncio.wait_for(task, 1)
+    assert it.link.commands == []
+
+
+@pytest.mark.parametrize("changes", [{"isolation_domain": "others"}, {"adapter": b"a"}, {"identity_root": b""}])
+async def test_an_order_whose_names_do_not_follow_from_it_is_refused(bench, changes):
+    it = bench()
+    pipe, _ = it.open(order(**changes))
+    assert (await pipe.read("failed")).failed.param == "identity_root"
     assert it.link.commands == []
 
 

@@ -9,8 +9,11 @@ import pytest
 from typer.testing import CliRunner
 
 from twostroke.cli.main import app
+from twostroke.sim import planting
 from twostroke.sim.faults import run_campaign, run_schedule, seeds_of
-from twostroke.sim.planted import PLANTED, Planted
+from twostroke.sim.planted import PLANTED
+from twostroke.sim.planting import Planted, instead, owner_module
+from twostroke.sim.store import Store
 
 
 @pytest.mark.timeout(600)  # a minute at most on a quiet machine; a busy one may take its time
@@ -36,6 +39,21 @@ def test_a_planted_bug_is_found(bug: Planted):
     assert found.violation is not None
     assert found.violation.invariant in bug.breaks, found.violation
     assert run_schedule(found.seed).violation is None, "the bug went with its context"
+
+
+@pytest.mark.parametrize("bug", PLANTED, ids=lambda bug: bug.name)
+def test_a_planted_bug_is_in_production_code(bug: Planted, monkeypatch: pytest.MonkeyPatch):
+    owners: list[str] = []
+    monkeypatch.setattr(planting, "heard", lambda owner: owners.append(owner_module(owner)))
+    with bug.plant():
+        pass
+    assert owners
+    assert not [owner for owner in owners if ".sim." in owner]
+
+
+def test_a_bug_in_the_simulator_cannot_be_planted():
+    with pytest.raises(AssertionError), instead(Store, "run", lambda *_: None):
+        pass
 
 
 def test_a_seed_plays_the_same_twice_and_seeds_differ():
