@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections import Counter, OrderedDict
 
-from ..core.errors import RequestNotFound, TwostrokeError, Unavailable
+from ..core.errors import InternalError, RequestNotFound, TwostrokeError, Unavailable
 from ..core.request import Epoch, FinishReason, SequenceKey
 from ..kv.messages import epoch_from_wire, error_to_wire
 from ..protos import common_pb2, worker_pb2
@@ -106,10 +106,10 @@ class DecodeService:
             if self.is_draining:
                 raise Unavailable("the worker is draining", retry_after_s=DRAIN_RETRY_S)
             run = self._run_of(message, session.outbox)
-        except TwostrokeError as error:
+        except Exception as error:
             self._counters["orders_refused"] += 1
             self._remember(key, epoch)
-            session.outbox.add_end(refusal_message(message, error))
+            session.outbox.add_end(refusal_message(message, _refusal(key, error)))
             return
         self._run_by_key[key] = run
         self._running.add(run)
@@ -196,3 +196,11 @@ class DecodeService:
 
         timer = loop.call_later(self._orphan_grace_s, end)
         self._timers.add(timer)
+
+
+def _refusal(key: SequenceKey, error: Exception) -> TwostrokeError:
+    """What is told of an order that could not be begun: its own trouble must not end the session of all."""
+    if isinstance(error, TwostrokeError):
+        return error
+    log.error("%s: the order could not be begun", key, exc_info=error)
+    return InternalError("this choice could not be begun on its worker, whose log has more")

@@ -33,7 +33,7 @@ SequenceEvent = Event | TokenNews
 """What an owner hears: any event with its key; a step's tokens arrive as its own `TokenNews` only."""
 
 Owner = Callable[[SequenceEvent], None]
-"""Called on the face's loop. Must not block; slow work goes to a task of the owner. Where it raises, its sequence ends."""
+"""Called on the face's loop. Must not block; slow work goes to a task of the owner. If it raises, its sequence ends."""
 
 CacheListener = Callable[[CacheDelta | CacheSnapshot], None]
 LoadListener = Callable[[LoadNews], None]

@@ -138,7 +138,7 @@ class Engine:
         return max(wake_s - self._clock.now_s(), 0.0)
 
     def _step(self, plan: StepPlan) -> None:
-        """Run a plan. A failure ends the sequences that cause it, and only a row of steps without any result the engine."""
+        """Run a plan. A failure ends the sequences that cause it; steps without any result, in a row, the engine."""
         began_s = self._clock.now_s()
         self._phase = _phase(plan)
         try:

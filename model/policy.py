@@ -11,10 +11,11 @@ from typing import NamedTuple, Protocol
 
 from ..kv.spec import HASH_BLOCK_TOKENS
 
-
 MAX_SCORED_LOGITS = 1 << 24
-"""Logits of prompt rows that one step scores. A core takes 2.5 to 3 ns for each, so all of them about 45 ms, which every
-sequence of the step waits for; a plain row costs nothing of the kind. 96 rows of a vocabulary of 152,000, 4,096 of 4,096.
+"""Logits of prompt rows that one step scores: 96 rows of a vocabulary of 152,000, 4,096 rows of one of 4,096.
+
+A core takes 2.5 to 3 ns for each, so at most about 50 ms, for which every sequence of the step waits; a row that is not
+scored costs nothing of the kind. (bench/scoring.py measures it.)
 """
 
 

@@ -29,7 +29,7 @@ from .integrity import check_holdings
 from .link import Bound, Event, NotYet, Offered, Progress, Promised, Source
 from .plan import SequenceStep, StepPlan
 from .policy import Ahead, Policy, Room, Want, bound_scored
-from .sequence import NEXT_STATES, QUEUE_STATES, Sequence, SequenceState
+from .sequence import NEXT_STATES, Sequence, SequenceState
 from .store_op import StoreOp, SwapOp
 
 _S = SequenceState

@@ -20,10 +20,10 @@ from transformers import (
 from twostroke.core.request import SamplingParams, TokenLogprobs
 from twostroke.model.plan import History
 from twostroke.model.sampler import Draw, Sampler
-from twostroke.model.sampling.adjust import Adjuster
-from twostroke.model.sampling.filters import apply_filters
 from twostroke.model.sampling import logprobs as logprobs_module
 from twostroke.model.sampling import memo as memo_module
+from twostroke.model.sampling.adjust import Adjuster
+from twostroke.model.sampling.filters import apply_filters
 from twostroke.model.sampling.logprobs import Scorer
 from twostroke.model.sampling.memo import Memo
 from twostroke.model.sampling.words import WordIndex
