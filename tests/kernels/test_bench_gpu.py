@@ -22,6 +22,10 @@ pytestmark = pytest.mark.skipif(not launch.interpreted(), reason="of what `bench
 ABSENT = ["pydantic", "ray", "fastapi", "redis", "kubernetes", "grpc", "google", "transformers", "tokenizers", "yaml"]
 WITHOUT = f"""
 import runpy, sys
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from quick_interpreter import quicken
+quicken()
+del sys.path[0]
 for name in {ABSENT}:
     sys.modules[name] = None  # importing it raises ImportError
 sys.argv = sys.argv[1:]
