@@ -12,16 +12,18 @@ from typing import NamedTuple, Protocol
 from ..kv.spec import HASH_BLOCK_TOKENS
 
 MAX_SCORED_LOGITS = 1 << 24
-"""Logits of prompt rows that one step scores: 96 rows of a vocabulary of 152,000, 4,096 rows of one of 4,096.
+"""Logits of prompt rows that one step scores: 96 rows of a vocabulary of 152,000, 816 rows of one of 4,096.
 
 A core takes 2.5 to 3 ns for each, so at most about 50 ms, for which every sequence of the step waits; a row that is not
 scored costs nothing of the kind. (bench/scoring.py measures it.)
 """
+SCORED_ROW_LOGITS = 1 << 14
+"""What a row costs whatever the vocabulary, in logits: its likeliest tokens become values one by one."""
 
 
 def scored_rows(vocab_size: int) -> int:
     """How many prompt rows a step may score: whole hash blocks, at least one."""
-    return max(HASH_BLOCK_TOKENS, _whole_blocks(MAX_SCORED_LOGITS // vocab_size))
+    return max(HASH_BLOCK_TOKENS, _whole_blocks(MAX_SCORED_LOGITS // (vocab_size + SCORED_ROW_LOGITS)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,21 +54,24 @@ class Scorer:
 def _told(row: F32, token_id: int, log_total: float, num_top: int) -> TokenLogprobs:
     own = row[token_id]
     rank = 1 + int(np.count_nonzero(row > own)) + int(np.count_nonzero(row[:token_id] == own))
-    top = tuple((token, _logprob(value, log_total)) for token, value in likeliest(row, num_top))
-    return TokenLogprobs(token_id, _logprob(float(own), log_total), rank, top)
+    ids, values = [token_id], [own]
+    if num_top > 0:
+        top = likeliest(row, num_top)
+        assert top.ids is not None
+        ids += top.ids.tolist()
+        values += list(top.values)
+    logprobs = np.minimum(np.array(values, np.float64) - log_total, 0.0).astype(np.float32).tolist()
+    return TokenLogprobs(token_id, logprobs[0], rank, tuple(zip(ids[1:], logprobs[1:], strict=True)))
 
 
-def likeliest(row: F32, count: int) -> list[tuple[int, float]]:
+def likeliest(row: F32, count: int) -> Candidates:
     """The `count` largest logits of a row (all, where it has fewer) with their ids, largest first, equals by id."""
-    if count <= 0:
-        return []
     near = _near(row, count)
-    assert near.ids is not None
     if count < len(near.values):
         near = first(near, count)
     assert near.ids is not None
     order = np.lexsort((near.ids, -near.values))
-    return list(zip(near.ids[order].tolist(), near.values[order].tolist(), strict=True))
+    return Candidates(near.values[order], near.ids[order])
 
 
 def _near(row: F32, count: int) -> Candidates:
@@ -83,7 +86,3 @@ def _near(row: F32, count: int) -> Candidates:
     peaks.partition(num_groups - count)
     places = np.flatnonzero(row >= peaks[num_groups - count])
     return Candidates(row[places], places)
-
-
-def _logprob(value: float, log_total: float) -> float:
-    return float(np.float32(min(value - log_total, 0.0)))

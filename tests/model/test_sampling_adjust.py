@@ -19,6 +19,7 @@ from transformers import (
 
 from twostroke.core.request import SamplingParams, TokenLogprobs
 from twostroke.model.plan import History
+from twostroke.model.policy import scored_rows
 from twostroke.model.sampler import Draw, Sampler
 from twostroke.model.sampling import logprobs as logprobs_module
 from twostroke.model.sampling import memo as memo_module
@@ -238,3 +239,11 @@ def test_logprobs_are_read_before_anything_is_changed() -> None:
     assert [got.logprobs] == Scorer().score(row, (0,), 2)
     assert [i for i, _ in got.logprobs.top] == [2, 1]
     assert got.logprobs.rank == 3
+
+
+def test_what_a_step_may_score_follows_the_vocabulary() -> None:
+    sizes = [scored_rows(vocab) for vocab in (1, 4096, 32_000, 128_256, 151_936, 262_144, 1 << 30)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert all(size % 16 == 0 for size in sizes)
+    assert sizes[-1] == 16  # a scored prompt always gets on
+    assert (sizes[1], sizes[4]) == (816, 96)
