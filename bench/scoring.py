@@ -1,13 +1,12 @@
 """What scoring a prompt row costs a step, and what the fields of a request add to a sampled row. On one core.
 
-`python bench/scoring.py` prints a table; the definition (one row at a time, in fresh memory) runs between the repeats of
+`python bench/scoring.py` prints tables; the definition (a row at a time, in fresh memory) runs between the repeats of
 what is served, so that a busy machine slows both.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,22 +27,22 @@ PLAIN = SamplingParams(max_tokens=4096, temperature=0.0)
 def plain_score(row: np.ndarray, token_id: int) -> tuple[float, int, list[int]]:
     """Logprob, rank and the likeliest, by the formulas."""
     best = row.max()
-    total = math.log(float(np.exp(row - best).sum(dtype=np.float64)))
+    log_total = math.log(float(np.exp(row - best).sum(dtype=np.float64)))
     rank = 1 + int((row > row[token_id]).sum()) + int((row[:token_id] == row[token_id]).sum())
     last = np.partition(row, len(row) - TOP)[len(row) - TOP]
     top = sorted(np.flatnonzero(row >= last).tolist(), key=lambda i: (-row[i], i))[:TOP]
-    return float(row[token_id] - best) - total, rank, top
+    return float(row[token_id] - best) - log_total, rank, top
 
 
 def interleaved(first: Callable[[], object], second: Callable[[], object]) -> tuple[float, float]:
-    """Median milliseconds of each."""
+    """Milliseconds of each, in its quickest repeat: what nothing else disturbed."""
     spent_ms: tuple[list[float], list[float]] = ([], [])
     for _ in range(REPEATS):
         for work, into in zip((first, second), spent_ms, strict=True):
             began_s = time.perf_counter()
             work()
             into.append((time.perf_counter() - began_s) * 1000)
-    return statistics.median(spent_ms[0]), statistics.median(spent_ms[1])
+    return min(spent_ms[0]), min(spent_ms[1])
 
 
 def scoring(vocab: int) -> str:

@@ -301,6 +301,7 @@ def test_a_row_that_cannot_be_sampled_is_its_sequences_failure_alone(make_room, 
         assert told(room, name) == told(one, name)
         assert room.ended[name].reason is FinishReason.LENGTH
     assert sum(record.levelname == "ERROR" for record in caplog.records) == 1
+    assert ("fails alone" in caplog.text) == ("temperature" in fields)  # the others never break the step
     room.run(submit("b", ids_of(25, 3), BASE))  # nothing of it is left
     assert len(room.tokens["b"]) == BASE.max_tokens
 
