@@ -23,7 +23,7 @@ from ..model.device import chosen_kernels, resolve_device
 from ..model.engine import Engine
 from ..model.facts import FaceFacts, ModelFacts
 from ..model.loader import RunnerOptions, load_runner, numerics_class
-from ..model.policy import Policy, StepLimits
+from ..model.policy import Policy, StepLimits, scored_rows
 from ..model.tensors import weights_fingerprint
 from ..model.thread_link import ThreadLink
 from ..prefill_worker.policy import PrefillPolicy
@@ -77,7 +77,8 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> EngineRoom:
         return DecodePolicy(limits) if role is Role.DECODE else combined_policy(limits)
 
     pool = BlockPool(pool_size.num_blocks, cache.block_size)
-    bounds, policy = CoreLimits(model.max_model_len, pool_size.num_swap_blocks), policy_of(settings.role)
+    bounds = CoreLimits(model.max_model_len, pool_size.num_swap_blocks, scored_rows(model.vocab_size))
+    policy = policy_of(settings.role)
     core = EngineCore(
         bounds, pool, PrefixCache(pool, enabled=cache.prefix_caching), policy, eos_ids=model.eos_ids, key=key
     )

@@ -138,7 +138,8 @@ def _received_s(timeline: Timeline) -> float:
 
 
 def _error_of(event: link.Ended) -> TwostrokeError:
-    return from_code(event.error_code, event.error_message)
+    # Without a code the engine ended it in peace: it failed here, while its text was made.
+    return from_code(event.error_code, event.error_message or "this choice failed on its worker, whose log has more")
 
 
 def _handover(told: Told, spec: KvSpec) -> worker_pb2.HandoverReport:

@@ -248,7 +248,12 @@ class Run:
         if self._verdict is not None:
             return
         now_s = self._tools.pull.clock.now_s()
-        spoken = self._choice.push(news.first_index, news.token_ids, news.logprobs)
+        try:
+            spoken = self._choice.push(news.first_index, news.token_ids, news.logprobs)
+        except Exception:  # its text's failure, and nobody else's
+            log.exception("%s: tokens from %d on gave no text; the choice ends", self.order.key, news.first_index)
+            self.cancel("failed", FinishReason.ERROR)
+            return
         if not spoken.token_ids:
             return
         self.timeline.mark(Instant.FIRST_TOKEN, now_s)
@@ -283,7 +288,13 @@ class Run:
             self.timeline.mark(Instant.LAST_TOKEN, self._last_token_s)
         self.timeline.mark(Instant.FINISHED, self._tools.pull.clock.now_s())
         reason = self._verdict or event.reason
-        tail = self._choice.flush() if reason in (FinishReason.STOP, FinishReason.LENGTH) else ""
+        tail = ""
+        try:
+            if reason in (FinishReason.STOP, FinishReason.LENGTH):
+                tail = self._choice.flush()
+        except Exception:
+            log.exception("%s: the last text could not be made; the choice ends with an error", self.order.key)
+            reason = FinishReason.ERROR
         if reason is FinishReason.LENGTH and self._choice.ended is not None:
             reason = self._choice.ended  # the withheld text completed a stop string
         ending = Ending(event, reason, tail, self._choice.num_tokens, self._choice.num_shown)

@@ -158,13 +158,13 @@ class BlockPool:
         live = self.allocated_total - self.freed_total
         assert live == self.num_live, f"allocated - freed is {live}, live are {self.num_live}"
         if owned is not None:
-            self._check_owners(owned)
+            self._check_owners(owned, among)
 
-    def _check_owners(self, owned: Mapping[str, Sequence[BlockId]]) -> None:
+    def _check_owners(self, owned: Mapping[str, Sequence[BlockId]], among: range | None) -> None:
         claims: Counter[BlockId] = Counter()
         for blocks in owned.values():
             claims.update(blocks)
-        for block in map(BlockId, range(self.num_blocks)):
+        for block in map(BlockId, range(self.num_blocks) if among is None else among):
             if self._owners[block] != claims[block]:
                 names = [name for name, blocks in owned.items() if block in blocks]
                 counted = f"block {block} counts {self._owners[block]} owners"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..core.errors import ContextLengthExceeded, DeadlineExceeded, InvalidRequest, Overloaded
+from ..core.errors import ContextLengthExceeded, DeadlineExceeded, InternalError, InvalidRequest, Overloaded
 from ..core.request import FinishReason
 from ..kv.block import BlockId
 from ..kv.spec import HASH_BLOCK_TOKENS
@@ -110,7 +110,11 @@ class Commands:
         return None if full is None else Doom(FinishReason.ERROR, Overloaded.code, full)
 
     def _cancel(self, command: CancelSequence, sequence: Sequence) -> bool:
-        self._lives.end(sequence, Doom(command.reason))
+        if command.reason is FinishReason.ERROR:
+            message = "what this choice brought could not be handled; the worker's log has more"
+            self._lives.end(sequence, Doom(FinishReason.ERROR, InternalError.code, message))
+        else:
+            self._lives.end(sequence, Doom(command.reason))
         return True
 
     def _bind(self, command: Bind, sequence: Sequence) -> bool:

@@ -16,7 +16,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from ..core.buckets import STEP_TOKENS
-from ..core.errors import DeadlineExceeded, NonFiniteKv
+from ..core.errors import DeadlineExceeded, InternalError, NonFiniteKv
 from ..core.request import FinishReason, SequenceKey
 from ..core.tally import Tally
 from ..kv.pool import BlockPool
@@ -55,6 +55,7 @@ class CoreLimits:
 
     max_model_len: int | None = None  # prompt plus generated tokens
     num_swap_blocks: int = 0  # host blocks for preempted sequences; 0: they are computed again
+    max_scored_rows: int | None = None  # prompt rows whose logprobs one step gives: `policy.scored_rows`
 
 
 class EngineCore:
@@ -72,7 +73,7 @@ class EngineCore:
     ) -> None:
         self.stopped = False  # a Stop came: nothing new is taken in
         swap = SwapSpace(limits.num_swap_blocks, pool.block_tokens) if limits.num_swap_blocks else None
-        self._scheduler = Scheduler(Holdings(pool, prefix, key, swap), policy)
+        self._scheduler = Scheduler(Holdings(pool, prefix, key, swap), policy, limits.max_scored_rows)
         self._lives = Lives(self._scheduler, frozenset(eos_ids))
         self._commands = Commands(self._lives, limits.max_model_len)
         self._num_steps = 0
@@ -144,6 +145,8 @@ class EngineCore:
                 sequence.began_s = self._planned_s
             if step.key in result.non_finite:
                 doom = doom or Doom(FinishReason.ERROR, NonFiniteKv.code, "a key, a value or a logit was not finite")
+            elif step.key in result.failed:
+                doom = doom or Doom(FinishReason.ERROR, InternalError.code, result.failed[step.key])
             else:
                 sequence.num_computed = step.end
                 lives.holdings.publish(sequence)
@@ -235,11 +238,14 @@ class EngineCore:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of the pool."""
-        return self._lives.holdings.pool.num_blocks
+        """Blocks of the pool, or in host memory where there are more."""
+        holdings = self._lives.holdings
+        return max(holdings.pool.num_blocks, holdings.swap.pool.num_blocks if holdings.swap is not None else 0)
 
     def check_integrity(self, among: range | None = None) -> None:
-        """Prove that pool, prefix cache, promises and states agree. `among`: blocks to look at; none: all.
+        """Prove that pool, prefix cache, promises and states agree.
+
+        `among`: numbers of blocks to look at, of the pool's and of the host's; none: all.
 
         Raises:
             AssertionError: names the fault.

@@ -16,6 +16,7 @@ from .link import (
     BlocksFetched,
     CacheDelta,
     CacheSnapshot,
+    CancelSequence,
     Command,
     Ended,
     Event,
@@ -32,7 +33,7 @@ SequenceEvent = Event | TokenNews
 """What an owner hears: any event with its key; a step's tokens arrive as its own `TokenNews` only."""
 
 Owner = Callable[[SequenceEvent], None]
-"""Called on the face's loop. Must not block and must not raise; slow work goes to a task of the owner."""
+"""Called on the face's loop. Must not block; slow work goes to a task of the owner. If it raises, its sequence ends."""
 
 CacheListener = Callable[[CacheDelta | CacheSnapshot], None]
 LoadListener = Callable[[LoadNews], None]
@@ -52,7 +53,10 @@ class FaceLink(Protocol):
 
 
 class Dispatcher:
-    """One per worker. Owners register before they submit and are forgotten with their `Ended`."""
+    """One per worker. Owners register before they submit and are forgotten with their `Ended`.
+
+    When the engine ends, everything that waits here ends too: owners hear `Ended`, fetches raise.
+    """
 
     def __init__(self, link: FaceLink) -> None:
         self._link = link
@@ -63,6 +67,7 @@ class Dispatcher:
         self._load_listeners: list[LoadListener] = []
         self._step_listeners: list[StepListener] = []
         self._ended = asyncio.Event()
+        self._is_over = False  # the engine has ended: nothing is answered any more
         self.last_load: LoadNews | None = None
 
     # -------------------------------------------------------------- to the engine
@@ -82,7 +87,13 @@ class Dispatcher:
             asyncio.get_running_loop().call_soon(self._route, ended)
 
     async def fetch(self, identities: Sequence[BlockIdentity], first_token: int) -> BlocksFetched:
-        """Read cached hash blocks by identity."""
+        """Read cached hash blocks by identity.
+
+        Raises:
+            Unavailable: the engine has ended, or ends meanwhile.
+        """
+        if self._is_over:
+            raise _engine_ended()
         fetch_id = next(self._fetch_ids)
         future: asyncio.Future[BlocksFetched] = asyncio.get_running_loop().create_future()
         self._fetches[fetch_id] = future
@@ -116,7 +127,10 @@ class Dispatcher:
         return len(self._owner_by_key)
 
     async def next_end(self) -> None:
-        """Return when some sequence has ended."""
+        """Return when some sequence has ended, or the engine."""
+        if self._is_over:
+            await asyncio.sleep(0)  # for a `Submit` that is being answered
+            return
         self._ended.clear()
         await self._ended.wait()
 
@@ -124,12 +138,23 @@ class Dispatcher:
 
     async def run(self) -> None:
         """Route events until the engine ends. The only reader of the link."""
-        while events := await self._link.receive():
-            for event in events:
-                self._route(event)
+        try:
+            while events := await self._link.receive():
+                for event in events:
+                    self._route(event)
+        finally:
+            self._release_all()
+
+    def _release_all(self) -> None:
+        """Nothing comes any more: let nobody wait for it."""
+        self._is_over = True
+        error = _engine_ended()
         for future in self._fetches.values():
             if not future.done():
-                future.set_exception(Unavailable("this worker's engine has ended", retry_after_s=1.0))
+                future.set_exception(error)
+        for key in list(self._owner_by_key):
+            self._route(Ended(key, FinishReason.ERROR, error.code, error.message))
+        self._ended.set()
 
     def _route(self, event: Event) -> None:
         match event:
@@ -166,4 +191,22 @@ class Dispatcher:
         try:
             owner(event)
         except Exception:  # one sequence's trouble must not stop the others
-            log.exception("event %s was not handled", type(event).__name__)
+            self._fail(owner, event)
+
+    def _fail(self, owner: Owner, event: SequenceEvent) -> None:
+        """Called within an `except`: end the sequence whose owner raised; of what comes now only the end is told."""
+        log.exception("event %s was not handled; its sequence ends", type(event).__name__)
+        key = getattr(event, "key", None)
+        if key is None or isinstance(event, Ended) or self._owner_by_key.get(key) is not owner:
+            return
+
+        def hear(later: SequenceEvent) -> None:
+            if isinstance(later, Ended):
+                owner(later)
+
+        self._owner_by_key[key] = hear
+        self._link.send(CancelSequence(key, FinishReason.ERROR))
+
+
+def _engine_ended() -> Unavailable:
+    return Unavailable("this worker's engine has ended; it is being restarted", retry_after_s=1.0)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
 from ..core.clock import Clock
 from ..core.errors import InternalError
-from ..core.request import FinishReason
+from ..core.request import FinishReason, SequenceKey
 from ..kv.host_store import HostStore
 from ..kv.section import HeldTokens, SectionData
 from ..kv.store import KvStore
@@ -161,25 +162,45 @@ class Engine:
         return max(wake_s - self._clock.now_s(), 0.0)
 
     def _step(self, plan: StepPlan) -> None:
-        """Run a plan; a failure ends the sequences within it, and only a row of failures the engine."""
+        """Run a plan. A failure ends the sequences that cause it; steps without any result, in a row, the engine."""
         began_s = self._clock.now_s()
         self._phase = _phase(plan)
         try:
             result = self._runner.run(plan)
         except Exception as error:
             _log.exception("step %d failed with %d sequences", plan.step, len(plan.sequences))
-            self._failures_in_a_row += 1
-            message = f"a step failed: {type(error).__name__}; the worker's log has more"
-            self._turns.fail(plan, InternalError.code, message)
-            if self._failures_in_a_row >= FAILURES_TO_BREAK:
-                raise
-            return
+            found = self._one_by_one(plan)
+            if found is None:
+                self._failures_in_a_row += 1
+                self._turns.fail(plan, InternalError.code, _failure(error))
+                if self._failures_in_a_row >= FAILURES_TO_BREAK:
+                    raise
+                return
+            result = found
         self._failures_in_a_row = 0
         now_s = self._clock.now_s()
         self._pace.observe(plan, (now_s - began_s) * 1000)
         self._turns.apply(plan, result, now_s)
         if self._core.num_waiting:
             self._beat(now_s)
+
+    def _one_by_one(self, plan: StepPlan) -> StepResult | None:
+        """Take a failed step again, a sequence at a time, to know whose failure it is. None: nobody's comes through.
+
+        Whatever the failed step left in the store is written again, with the same bits.
+        """
+        if len(plan.sequences) == 1:
+            return None
+        results: list[StepResult] = []
+        failed: dict[SequenceKey, str] = {}
+        for step in plan.sequences:
+            try:
+                results.append(self._runner.run(StepPlan(plan.step, (step,))))
+            except Exception as error:
+                _log.warning("%s fails alone too: it ends with %r", step.key, error)
+                failed[step.key] = _failure(error)
+                results.append(StepResult(plan.step, ((),)))
+        return None if len(failed) == len(results) else _joined(plan.step, results, failed)
 
     # ------------------------------------------------------------------ what the face hears between steps
 
@@ -215,6 +236,24 @@ class Engine:
         except Exception:
             _log.exception("not even the load can be told")
         self._link.close(last)
+
+
+def _failure(error: Exception) -> str:
+    return f"a step failed: {type(error).__name__}; the worker's log has more"
+
+
+def _joined(step: int, results: Sequence[StepResult], failed: dict[SequenceKey, str]) -> StepResult:
+    """The result of a step whose sequences were computed one by one, in the plan's order."""
+    for result in results:
+        failed = {**result.failed, **failed}
+    return StepResult(
+        step,
+        tuple(tokens for result in results for tokens in result.tokens),
+        frozenset(key for result in results for key in result.non_finite),
+        {key: told for result in results for key, told in result.logprobs.items()},
+        {key: told for result in results for key, told in result.prompt_logprobs.items()},
+        failed,
+    )
 
 
 def _phase(plan: StepPlan) -> str:

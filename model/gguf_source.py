@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from torch import Tensor
 
 from ..core.errors import CheckpointError
 from ..text.gguf_file import GgufFile, StoredTensor
+from .fingerprint import hash_content
 from .gguf_keys import heads_of
 from .gguf_names import Piece, pieces
-from .safetensors_files import hash_content
 
 _SERVED = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 
@@ -94,7 +95,8 @@ def gguf_fingerprint(path: Path) -> bytes:
 def _fingerprint(file: GgufFile) -> bytes:
     head = file.head()
     hasher = hashlib.blake2b(f"gguf:{file.size_bytes}:{len(head)}".encode() + head, digest_size=16)
-    hash_content(hasher, file.path)
+    starts = sorted(tensor.at for tensor in file.tensors.values())
+    hash_content(hasher, file.path, [range(*ends) for ends in pairwise([*starts, file.size_bytes])])
     return hasher.digest()
 
 

@@ -52,7 +52,7 @@ class CancelSequence:
     """Free everything of a sequence at the next step boundary. Answered by `Ended` unless it had ended already."""
 
     key: SequenceKey
-    reason: FinishReason = FinishReason.CANCELLED  # STOP: the face found a stop string
+    reason: FinishReason = FinishReason.CANCELLED  # STOP: the face found a stop string; ERROR: it failed there
 
 
 @dataclass(frozen=True, slots=True)

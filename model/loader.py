@@ -72,7 +72,8 @@ def load_runner(directory: Path, options: RunnerOptions) -> Runner:
         ConfigError: max_model_len is more than the checkpoint was made for, or the device cannot serve it.
     """
     spec = load_spec(directory)
-    spec = replace(spec, eos_ids=tuple(dict.fromkeys((*spec.eos_ids, *options.end_ids))))
+    more_ends = (id_ for id_ in options.end_ids if id_ < spec.vocab_size)  # a tokenizer may know more than the model
+    spec = replace(spec, eos_ids=tuple(dict.fromkeys((*spec.eos_ids, *more_ends))))
     device = resolve_device(options.device, options.gpu)
     if options.max_model_len is not None and options.max_model_len > spec.max_model_len:
         raise ConfigError(

@@ -25,7 +25,9 @@ class Pace:
         self._moments = (0.0, 0.0, 0.0, 0.0, 0.0)  # faded sums: uu, up, pp, ut, pt
 
     def observe(self, plan: StepPlan, took_ms: float) -> None:
-        """One step took so long."""
+        """One step took so long. One that scored prompt rows says nothing of what steps without take."""
+        if any(step.targets for step in plan.sequences):
+            return
         tokens, pairs, decodes = 0.0, 0.0, 0
         for step in plan.sequences:
             if step.num_tokens == 1 and step.samples and step.num_generated:

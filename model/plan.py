@@ -74,7 +74,7 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step brought: 0 … k+1 tokens per sequence, in the plan's order."""
+    """What a step brought: 0 … k+1 tokens per sequence, in the plan's order; none for who is not finite or failed."""
 
     step: int
     tokens: tuple[tuple[int, ...], ...]  # per plan.sequences
@@ -83,3 +83,4 @@ class StepResult:
     )  # their keys, values or logits were not numbers
     logprobs: Mapping[SequenceKey, tuple[TokenLogprobs, ...]] = field(default_factory=dict)  # of `tokens`, if asked for
     prompt_logprobs: Mapping[SequenceKey, tuple[TokenLogprobs, ...]] = field(default_factory=dict)  # of `targets`
+    failed: Mapping[SequenceKey, str] = field(default_factory=dict)  # sequences that end by our own fault, and why

@@ -11,6 +11,20 @@ from typing import NamedTuple, Protocol
 
 from ..kv.spec import HASH_BLOCK_TOKENS
 
+MAX_SCORED_LOGITS = 1 << 24
+"""Logits of prompt rows that one step scores: 96 rows of a vocabulary of 152,000, 816 rows of one of 4,096.
+
+A core takes 2.5 to 3 ns for each, so at most about 50 ms, for which every sequence of the step waits; a row that is not
+scored costs nothing of the kind. (bench/scoring.py measures it.)
+"""
+SCORED_ROW_LOGITS = 1 << 14
+"""What a row costs whatever the vocabulary, in logits: its likeliest tokens become values one by one."""
+
+
+def scored_rows(vocab_size: int) -> int:
+    """How many prompt rows a step may score: whole hash blocks, at least one."""
+    return max(HASH_BLOCK_TOKENS, _whole_blocks(MAX_SCORED_LOGITS // (vocab_size + SCORED_ROW_LOGITS)))
+
 
 @dataclass(frozen=True, slots=True)
 class StepBudget:
@@ -145,6 +159,29 @@ class Fairness:
             shares[place] += more
             left -= more
         return shares
+
+
+class Want(NamedTuple):
+    """What one prompt could use of a step."""
+
+    tokens: int  # left to compute
+    is_scored: bool  # their logprobs are wanted
+
+
+def bound_scored(shares: Sequence[int], wants: Sequence[Want], max_rows: int) -> list[int]:
+    """Cut the shares of scored prompts, in order, to `max_rows` in all; what that frees, others get, in order."""
+    bounded, freed = list(shares), 0
+    for place, want in enumerate(wants):
+        if want.is_scored:
+            bounded[place] = min(shares[place], max_rows)
+            max_rows -= bounded[place]
+            freed += shares[place] - bounded[place]
+    for place, want in enumerate(wants):
+        if not want.is_scored:
+            more = min(want.tokens - bounded[place], freed)
+            bounded[place] += more
+            freed -= more
+    return bounded
 
 
 def _whole_blocks(num_tokens: int) -> int:

@@ -79,7 +79,7 @@ class Runner:
         """Compute a plan: its keys and values are in the store, finished hash blocks sealed, tokens sampled.
 
         A sequence whose keys, values or logits are not finite is named in `non_finite`, gets no token, and its blocks
-        no seal; the others are untouched by it.
+        no seal. One whose token could not be sampled is named in `failed`. The others are untouched by either.
         """
         if self._decoder is None:
             self.warm_up()
@@ -92,7 +92,9 @@ class Runner:
             bad = _bad_sequences(plan, batch, hidden)
             spoken = self._sample(plan, batch, hidden.rows, bad, [row[-1] for row in ids])
         self._seal([step for step in plan.sequences if step.key not in bad] if bad else plan.sequences)
-        result = StepResult(plan.step, tuple(spoken.tokens), frozenset(bad), spoken.logprobs, spoken.prompt_logprobs)
+        result = StepResult(
+            plan.step, tuple(spoken.tokens), frozenset(bad), spoken.logprobs, spoken.prompt_logprobs, spoken.failed
+        )
         return self._remember(result)
 
     def _captured(self, decoder: Decoder) -> DecodeGraphs | None:
@@ -134,7 +136,7 @@ class Runner:
             return speak_greedily(plan, batch, logits, bad)
         if self._sampler is None:
             to_logits = decoder.logits if self._is_cpu else lambda rows: Logits(decoder.logits(rows).rows.cpu(), None)
-            self._sampler = StepSampler(self.spec.eos_ids, to_logits, self.ops.extremes)
+            self._sampler = StepSampler(self.spec.vocab_size, self.spec.eos_ids, to_logits, self.ops.extremes)
         return self._sampler.run(plan, batch, rows, bad, last)
 
     def _seal(self, steps: Sequence[SequenceStep]) -> None:

@@ -27,7 +27,7 @@ from .plan import History
 from .sampling.adjust import Adjuster, changes_row
 from .sampling.extremes import Extremes, extremes
 from .sampling.filters import RoughTopP, before_top_p, exact_top_p
-from .sampling.logprobs import token_logprobs
+from .sampling.logprobs import Scorer
 from .sampling.noise import F32, winner
 
 GREEDY_BELOW = 1e-5
@@ -59,6 +59,16 @@ class Sampled(NamedTuple):
     logprobs: TokenLogprobs | None  # where they were asked for
 
 
+class Failed(NamedTuple):
+    """A row that could not be sampled, for a reason of its own: other rows are not affected."""
+
+    error: Exception
+
+
+Outcome = Sampled | Failed | None
+"""None: the row is not a distribution; it holds a number that is not finite, or nothing is allowed."""
+
+
 class Sampler:
     """Draws tokens for one model. What it remembers only saves time."""
 
@@ -67,12 +77,10 @@ class Sampler:
         self._extremes = extremes
         self._eos_ids = tuple(eos_ids)
         self._adjuster = Adjuster()
+        self._scorer = Scorer()
 
-    def sample(self, logits: F32, draws: Sequence[Draw], known: Extremes | None = None) -> list[Sampled | None]:
-        """One token per row of logits [len(draws), vocab], which are left as they are. `known`: of these rows.
-
-        None where a row is not a distribution: it holds a number that is not finite, or nothing is allowed.
-        """
+    def sample(self, logits: F32, draws: Sequence[Draw], known: Extremes | None = None) -> list[Outcome]:
+        """One token per row of logits [len(draws), vocab], which are left as they are. `known`: of these rows."""
         assert len(logits) == len(draws), (logits.shape, len(draws))
         if not draws:
             return []
@@ -82,9 +90,15 @@ class Sampler:
             # A NaN is its row's least number; minus infinity too.
             None if not (-least[i] < _INFINITY and greatest[i] < _INFINITY)
             else Sampled(best[i], None) if is_plain(draw.params, draw.position, draw.logits_mask)
-            else self._sample_row(logits[i], draw, best[i])
+            else self._outcome(logits[i], draw, best[i])
             for i, draw in enumerate(draws)
         ]  # fmt: skip
+
+    def _outcome(self, raw: F32, draw: Draw, best: int) -> Outcome:
+        try:
+            return self._sample_row(raw, draw, best)
+        except Exception as error:
+            return Failed(error)
 
     def _sample_row(self, raw: F32, draw: Draw, best: int) -> Sampled | None:
         params = draw.params
@@ -101,7 +115,9 @@ class Sampler:
         token_id = best
         if params.temperature >= GREEDY_BELOW:
             token_id = _drawn(row, params, (params.seed, draw.choice, draw.position))
-        logprobs = None if params.logprobs is None else token_logprobs(raw, token_id, params.logprobs)
+        if params.logprobs is None:
+            return Sampled(token_id, None)
+        (logprobs,) = self._scorer.score(raw[None], (token_id,), params.logprobs)
         return Sampled(token_id, logprobs)
 
 

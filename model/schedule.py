@@ -18,18 +18,18 @@ and nobody behind it in the queue may take blocks before it does.
 
 from __future__ import annotations
 
-from collections import Counter
+import sys
 from collections.abc import Iterable
 
 from ..core.request import SequenceKey
-from ..kv.block import BlockId
 from ..kv.pool import OutOfBlocks
 from ..kv.spec import HASH_BLOCK_TOKENS
 from .holdings import Cost, Holdings
+from .integrity import check_holdings
 from .link import Bound, Event, NotYet, Offered, Progress, Promised, Source
 from .plan import SequenceStep, StepPlan
-from .policy import Ahead, Policy, Room
-from .sequence import NEXT_STATES, QUEUE_STATES, Sequence, SequenceState
+from .policy import Ahead, Policy, Room, Want, bound_scored
+from .sequence import NEXT_STATES, Sequence, SequenceState
 from .store_op import StoreOp, SwapOp
 
 _S = SequenceState
@@ -39,8 +39,10 @@ _SEATED = (_S.PROMISED, _S.BOUND, _S.PREFILLING, _S.DECODING)
 class Scheduler:
     """The live sequences by state, and the decisions over them."""
 
-    def __init__(self, holdings: Holdings, policy: Policy) -> None:
+    def __init__(self, holdings: Holdings, policy: Policy, max_scored_rows: int | None = None) -> None:
+        """`max_scored_rows`: prompt rows whose logprobs one step may give; None: any number."""
         self.holdings = holdings
+        self._max_scored_rows = sys.maxsize if max_scored_rows is None else max_scored_rows
         self.policy = policy
         self.by_key: dict[SequenceKey, Sequence] = {}
         self.num_promised = 0  # blocks promised and not taken, of all sequences
@@ -199,8 +201,15 @@ class Scheduler:
         return self.policy.is_near(sequence.num_expected, Ahead(self._lengths(*before), self.count(_S.DECODING)))
 
     def _lengths(self, *states: SequenceState) -> tuple[int, ...]:
-        """Tokens to be computed for each sequence in these states, in no order."""
-        return tuple([s.num_expected for state in states for s in self._by_state[state].values()])
+        """Tokens to be computed for each sequence in these states, in no order; of a scored one, in one step.
+
+        It takes many steps and leaves others room in each.
+        """
+        return tuple([self._near_tokens(s) for state in states for s in self._by_state[state].values()])
+
+    def _near_tokens(self, sequence: Sequence) -> int:
+        expected = sequence.num_expected
+        return min(expected, self._max_scored_rows) if sequence.is_scored else expected
 
     def _has_room(self, cost: Cost) -> bool:
         pool = self.holdings.pool
@@ -237,6 +246,9 @@ class Scheduler:
         """Prefill chunks; each ends at a hash block, so that all it computed is sealed, or at the prompt's end."""
         works = self.within(_S.PREFILLING)
         shares = self.policy.share([s.num_remaining for s in works], num_tokens)
+        if any(s.is_scored for s in works):
+            wants = [Want(s.num_remaining, s.is_scored) for s in works]
+            shares = bound_scored(shares, wants, self._max_scored_rows)
         steps: list[SequenceStep] = []
         for sequence, share in zip(works, shares, strict=True):
             size = min(share, sequence.num_remaining)
@@ -310,7 +322,7 @@ class Scheduler:
     # ------------------------------------------------------------------ integrity
 
     def check_integrity(self, among: range | None = None) -> None:
-        """Prove that states, promises and blocks agree. `among`: blocks to look at; none: all.
+        """Prove that states, promises and blocks agree. `among`: blocks to look at, here and in host memory; none: all.
 
         Raises:
             AssertionError: names the fault and the sequence.
@@ -319,39 +331,7 @@ class Scheduler:
             for key, sequence in sequences.items():
                 assert sequence.state is state, f"{key} is {sequence.state} and stands under {state}"
                 assert self.by_key.get(key) is sequence, f"{key} is {state} but not live"
-                _check_sequence(sequence, self.holdings)
         assert self.count(*_S) == len(self.by_key), "a live sequence stands under no state"
         promised = sum(s.num_promised for s in self.by_key.values())
         assert promised == self.num_promised, f"{self.num_promised} blocks promised, sequences say {promised}"
-        self._check_owners(range(self.holdings.pool.num_blocks) if among is None else among)
-        self.holdings.pool.check_integrity(among=among)
-        self.holdings.prefix.check_integrity(among)
-        if self.holdings.swap is not None:
-            self.holdings.swap.check_integrity(list(self.by_key.values()))
-
-    def _check_owners(self, among: range) -> None:
-        claims = Counter(block for sequence in self.by_key.values() for block in sequence.blocks)
-        pool = self.holdings.pool
-        for block in map(BlockId, among):
-            owners = pool.owners(block)
-            assert owners == claims[block], f"block {block} counts {owners} owners, {claims[block]} sequences claim it"
-
-
-def _check_sequence(sequence: Sequence, holdings: Holdings) -> None:
-    covered = len(sequence.blocks) * holdings.pool.block_tokens
-    where = f"{sequence.key} ({sequence.state.name})"
-    if sequence.state in QUEUE_STATES:
-        assert not sequence.blocks, f"{where} waits and owns {sequence.blocks}"
-    table, swapped = sequence.table, sequence.swapped
-    assert table is None or table == holdings.table_of(sequence.blocks), f"{where} has a table of other blocks"
-    assert (swapped is not None) == (sequence.state is _S.SWAPPED), f"{where} has host blocks {swapped}"
-    if swapped is not None:
-        assert sequence.num_computed == swapped.end, f"{where} computed {sequence.num_computed}, swapped {swapped.end}"
-        return
-    assert sequence.num_computed <= covered, f"{where} has {sequence.num_computed} computed in {covered}"
-    if sequence.state in (_S.BOUND, _S.PREFILLING):
-        assert covered >= sequence.num_prompt, f"{where} covers {covered} of {sequence.num_prompt}"
-    if sequence.state is _S.DECODING:
-        assert sequence.num_remaining == 1, f"{where} has {sequence.num_remaining} to compute"
-    if sequence.state not in (_S.PROMISED, _S.OFFERED, _S.READY):
-        assert sequence.num_promised == 0, f"{where} still counts {sequence.num_promised} promised"
+        check_holdings(self.holdings, list(self.by_key.values()), among)

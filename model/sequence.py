@@ -159,6 +159,11 @@ class Sequence:
         return len(self.tokens) - 1 if self.scores is None else len(self.scores)
 
     @property
+    def is_scored(self) -> bool:
+        """Whether logprobs of its prompt are still wanted: each of its rows costs a step more than a plain one."""
+        return self.scores is not None
+
+    @property
     def findable(self) -> list[BlockIdentity]:
         """Identities that a cached prefix may cover."""
         return self.identities[: self.num_skippable // HASH_BLOCK_TOKENS]

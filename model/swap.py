@@ -9,6 +9,7 @@ The host is another `BlockPool` without a prefix cache: a block's generation nam
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from ..kv.block import BlockId
@@ -69,14 +70,14 @@ class SwapSpace:
             self.pool.give_back(sequence.swapped.blocks)
             sequence.swapped = None
 
-    def check_integrity(self, sequences: list[Sequence]) -> None:
-        """Prove that every host block in use belongs to exactly one live sequence.
+    def check_integrity(self, sequences: Collection[Sequence], among: range | None = None) -> None:
+        """Prove that every host block in use belongs to exactly one live sequence. `among`: host blocks to look at.
 
         Raises:
             AssertionError: names the fault and the block.
         """
         owned = {str(s.key): s.swapped.blocks for s in sequences if s.swapped is not None}
-        self.pool.check_integrity(owned)
+        self.pool.check_integrity(owned, among)
         for sequence in sequences:
             swapped = sequence.swapped
             if swapped is not None:

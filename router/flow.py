@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -57,6 +58,7 @@ class Flow:
         self._life = self._dispatcher.life
         self._journal = Journal(config.decision_log)
         self._began_s = self.clock.now_s()
+        self._moved: Counter[str] = Counter()  # between workers, for requests that have ended
 
     # ------------------------------------------------------------------ the process
 
@@ -162,6 +164,8 @@ class Flow:
                 "workers_lost": self._members.fleet.num_lost,
                 "prefix_gaps": self._members.prefixes.num_gaps,
                 "decision_log_lines_lost": self._journal.num_lost_lines,
+                "handovers": self._moved["handovers"],
+                "kv_bytes_moved": self._moved["kv_bytes_moved"],
             },
         }
 
@@ -177,6 +181,9 @@ class Flow:
         state = _state_of(run)
         self.metrics.requests.labels(state).inc()
         _measure(self.metrics, run, self.clock.now_s())
+        for _, report in run.handovers:
+            self._moved["handovers"] += report["bytes_moved"] > 0
+            self._moved["kv_bytes_moved"] += report["bytes_moved"]
         self._journal.add(explain_run(run, state))
         self._members.wake()
 

@@ -7,6 +7,7 @@ the model thinks and not what the request made of it. Equal logits rank by id.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -14,21 +15,74 @@ from ...core.request import TokenLogprobs
 from .filters import Candidates, first
 from .noise import F32
 
+_SLICE_NUMBERS = 1 << 18  # logits looked at together: 1 MiB, which stays in a core's second cache
+_GROUP = 64  # logits of which only the largest is looked at, to find out where the likeliest are
 
-def token_logprobs(row: F32, token_id: int, num_top: int) -> TokenLogprobs:
-    """Of one token under a row of finite logits, with the `num_top` likeliest. Summed in float64, given in float32."""
-    best = row.max()
-    log_total = float(best) + math.log(float(np.exp(row - best).sum(dtype=np.float64)))
+
+class Scorer:
+    """Logprobs of one token per row. Keeps its working memory, since asking for it costs as much as the numbers."""
+
+    def __init__(self) -> None:
+        self._scratch = np.empty((0, 0), np.float32)
+
+    def score(self, rows: F32, token_ids: Sequence[int], num_top: int, best: F32 | None = None) -> list[TokenLogprobs]:
+        """Of one token per row of finite logits [n, vocab], with the `num_top` likeliest.
+
+        Summed in float64, given in float32; a row's numbers do not depend on its company. `best`: [n], the rows'
+        largest numbers where they are known.
+        """
+        step = max(1, _SLICE_NUMBERS // rows.shape[1])
+        if self._scratch.shape != (step, rows.shape[1]):
+            self._scratch = np.empty((step, rows.shape[1]), np.float32)
+        best = rows.max(1) if best is None else best
+        scores: list[TokenLogprobs] = []
+        for start in range(0, len(rows), step):
+            part = slice(start, start + step)
+            scores += self._slice(rows[part], best[part], token_ids[part], num_top)
+        return scores
+
+    def _slice(self, rows: F32, best: F32, token_ids: Sequence[int], num_top: int) -> list[TokenLogprobs]:
+        weights = self._scratch[: len(rows)]
+        np.subtract(rows, best[:, None], out=weights)
+        np.exp(weights, out=weights)
+        # Summed row by row: over a matrix numpy may sum in another order.
+        totals = [float(row.sum(dtype=np.float64)) for row in weights]
+        log_totals = [top + math.log(total) for top, total in zip(best.tolist(), totals, strict=True)]
+        return [_told(*told, num_top) for told in zip(rows, token_ids, log_totals, strict=True)]
+
+
+def _told(row: F32, token_id: int, log_total: float, num_top: int) -> TokenLogprobs:
     own = row[token_id]
     rank = 1 + int(np.count_nonzero(row > own)) + int(np.count_nonzero(row[:token_id] == own))
-    top: list[tuple[int, float]] = []
+    ids, values = [token_id], [own]
     if num_top > 0:
-        likely = first(Candidates(row, None), num_top) if num_top < len(row) else Candidates(row, np.arange(len(row)))
-        assert likely.ids is not None
-        order = np.lexsort((likely.ids, -likely.values))
-        top = [(int(likely.ids[i]), _logprob(likely.values[i], log_total)) for i in order]
-    return TokenLogprobs(token_id, _logprob(own, log_total), rank, tuple(top))
+        top = likeliest(row, num_top)
+        assert top.ids is not None
+        ids += top.ids.tolist()
+        values += list(top.values)
+    logprobs = np.minimum(np.array(values, np.float64) - log_total, 0.0).astype(np.float32).tolist()
+    return TokenLogprobs(token_id, logprobs[0], rank, tuple(zip(ids[1:], logprobs[1:], strict=True)))
 
 
-def _logprob(value: np.float32, log_total: float) -> float:
-    return float(np.float32(min(float(value) - log_total, 0.0)))
+def likeliest(row: F32, count: int) -> Candidates:
+    """The `count` largest logits of a row (all, where it has fewer) with their ids, largest first, equals by id."""
+    near = _near(row, count)
+    if count < len(near.values):
+        near = first(near, count)
+    assert near.ids is not None
+    order = np.lexsort((near.ids, -near.values))
+    return Candidates(near.values[order], near.ids[order])
+
+
+def _near(row: F32, count: int) -> Candidates:
+    """Few candidates among which are the `count` largest and all their equals.
+
+    The `count`-th largest of the groups' largest numbers: at least `count` numbers of the row reach it.
+    """
+    num_groups = len(row) // _GROUP
+    if num_groups < 2 * count:
+        return Candidates(row, np.arange(len(row)))
+    peaks = row[: num_groups * _GROUP].reshape(_GROUP, num_groups).max(0)  # the quick way through memory
+    peaks.partition(num_groups - count)
+    places = np.flatnonzero(row >= peaks[num_groups - count])
+    return Candidates(row[places], places)

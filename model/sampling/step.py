@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,10 +14,14 @@ from ..batch import StepBatch
 from ..ops import Logits
 from ..plan import SequenceStep, StepPlan
 from ..products import TILE_ROWS
-from ..sampler import Draw, Sampler
+from ..sampler import Draw, Failed, Sampler
 from .extremes import Extremes
-from .logprobs import token_logprobs
+from .logprobs import Scorer
 from .noise import F32
+
+_log = logging.getLogger(__name__)
+
+SCORED_NUMBERS = 1 << 22  # logits of prompt rows in memory at a time: 16 MiB, however long the prompt
 
 ToLogits = Callable[[Tensor], Logits]
 """Of hidden rows [n, hidden], n whole tiles, in host memory. A row's bits do not depend on its company."""
@@ -28,21 +33,33 @@ class Spoken(NamedTuple):
     tokens: list[tuple[int, ...]]
     logprobs: dict[SequenceKey, tuple[TokenLogprobs, ...]]
     prompt_logprobs: dict[SequenceKey, tuple[TokenLogprobs, ...]]
+    failed: dict[SequenceKey, str]
 
 
 class StepSampler:
-    """The sampler over steps. `bad` sequences get no token; rows that are no distribution make theirs bad."""
+    """The sampler over steps. `bad` sequences get no token; rows that are no distribution make theirs bad.
 
-    def __init__(self, eos_ids: Sequence[int], to_logits: ToLogits, extremes: Callable[[F32], Extremes]) -> None:
+    Whatever is raised over one sequence's rows is that sequence's failure.
+    """
+
+    def __init__(
+        self, vocab_size: int, eos_ids: Sequence[int], to_logits: ToLogits, extremes: Callable[[F32], Extremes]
+    ) -> None:
         self._sampler = Sampler(eos_ids, extremes)
+        self._scorer = Scorer()
         self._to_logits = to_logits
+        self._extremes = extremes
+        self._rows_at_once = max(1, SCORED_NUMBERS // (vocab_size * TILE_ROWS)) * TILE_ROWS
 
     def run(self, plan: StepPlan, batch: StepBatch, rows: Tensor, bad: set[SequenceKey], last: Sequence[int]) -> Spoken:
         """`rows`: hidden rows of the batch. `last`: per sequence the id of its last row, looked up where it must be."""
-        spoken = Spoken([() for _ in plan.sequences], {}, {})
+        spoken = Spoken([() for _ in plan.sequences], {}, {}, {})
         for i, step in enumerate(plan.sequences):
             if step.targets and step.key not in bad:
-                self._score(step, rows[batch.first_rows[i] :], bad, spoken)
+                try:
+                    self._score(step, rows[batch.first_rows[i] :], bad, spoken)
+                except Exception as error:
+                    _fail(step.key, error, spoken)
         if not batch.sampled:
             return spoken
         logits = self._to_logits(batch.spoken(rows))
@@ -52,7 +69,9 @@ class StepSampler:
             key = plan.sequences[i].key
             if sampled is None:
                 bad.add(key)
-            elif key not in bad:
+            elif isinstance(sampled, Failed):
+                _fail(key, sampled.error, spoken)
+            elif key not in bad and key not in spoken.failed:
                 spoken.tokens[i] = (sampled.token_id,)
                 if sampled.logprobs is not None:
                     spoken.logprobs[key] = (sampled.logprobs,)
@@ -63,18 +82,23 @@ class StepSampler:
         num_top = step.params.prompt_logprobs
         assert num_top is not None, "targets without prompt_logprobs"
         scores: list[TokenLogprobs] = []
-        for target, row in zip(step.targets, self._logits_of(rows, len(step.targets)), strict=True):
-            if not abs(row).max() < float("inf"):
+        for start in range(0, len(step.targets), self._rows_at_once):
+            targets = step.targets[start : start + self._rows_at_once]
+            # Whole tiles; what is missing in the last one repeats its last row.
+            places = torch.arange(start, start + -(-len(targets) // TILE_ROWS) * TILE_ROWS)
+            logits = self._to_logits(rows[places.clamp_(max=start + len(targets) - 1)]).rows[: len(targets)].numpy()
+            least, greatest, _ = self._extremes(logits)
+            if not (-least.max() < float("inf") and greatest.max() < float("inf")):
                 bad.add(step.key)
                 return
-            scores.append(token_logprobs(row, target, num_top))
+            scores += self._scorer.score(logits, targets, num_top, greatest)
         spoken.prompt_logprobs[step.key] = tuple(scores)
 
-    def _logits_of(self, rows: Tensor, count: int) -> Iterator[F32]:
-        """Logits of the first `count` rows, a tile at a time, so that a long prompt needs no more memory than that."""
-        for start in range(0, count, TILE_ROWS):
-            places = torch.arange(start, start + TILE_ROWS).clamp_(max=count - 1)
-            yield from self._to_logits(rows[places]).rows[: count - start].numpy()
+
+def _fail(key: SequenceKey, error: Exception, spoken: Spoken) -> None:
+    if key not in spoken.failed:
+        _log.error("%s: a token could not be sampled; the sequence ends", key, exc_info=error)
+        spoken.failed[key] = f"a token could not be sampled: {type(error).__name__}; the worker's log has more"
 
 
 def _draw(step: SequenceStep, last_id: int) -> Draw:

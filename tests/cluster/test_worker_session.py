@@ -1,6 +1,7 @@
 """The session between a router and a worker: one message per wake-up, one end per order, epochs, stops, drain."""
 
 import asyncio
+from itertools import count
 
 import pytest
 
@@ -9,6 +10,7 @@ from twostroke.decode_worker import service
 from twostroke.decode_worker.session import SessionTiming
 from twostroke.model.config import StepConfig
 from twostroke.protos import common_pb2, worker_pb2
+from twostroke.text.stream import TextStream
 
 LENGTH, STOP, ERROR, CANCELLED = (
     common_pb2.FINISH_REASON_LENGTH,
@@ -376,3 +378,40 @@ async def test_an_order_that_names_tokens_of_another_vocabulary_breaks_no_step(
     refused = await (await hand.submit("bad", make_prompt(20), sampling=sampling)).ended()
     assert refused.end.error.code == "invalid_value"
     assert (await good.ended()).end.error.code == ""
+
+
+@pytest.mark.parametrize("fails", ["__init__", "push", "flush"])
+@pytest.mark.parametrize("with_peer", [False, True])
+async def test_text_that_cannot_be_made_ends_its_own_choice_and_no_other(
+    start_worker, router_of, make_prompt, all_free, monkeypatch, *, fails, with_peer
+):
+    worker = await start_worker(Role.DECODE)
+    peers = [await start_worker(Role.PREFILL)] if with_peer else []
+    hand = await router_of(worker)
+    texts = count()
+    plain = getattr(TextStream, fails)
+
+    def broken(stream, *given):
+        if getattr(stream, "is_doomed", False) and given != ((),):  # () at its birth: nothing was emitted yet
+            raise ValueError("no text for these")
+        return plain(stream, *given)
+
+    def born(stream, *given, **named):
+        begun(stream, *given, **named)
+        stream.is_doomed = next(texts) == 1
+        if stream.is_doomed and fails == "__init__":
+            raise ValueError("no text at all")
+
+    begun = TextStream.__init__
+    monkeypatch.setattr(TextStream, "__init__", born)
+    if fails != "__init__":
+        monkeypatch.setattr(TextStream, fails, broken)
+    answers = [
+        await hand.submit(f"r{i}", make_prompt(40, i), peers, sampling={"max_tokens": 12, **FREE}) for i in range(3)
+    ]
+    ends = [(await answer.ended()).end for answer in answers]
+    assert [end.reason for end in ends] == [LENGTH, ERROR, LENGTH]
+    assert ends[1].error.code == "internal_error"
+    assert "log" in ends[1].error.message
+    assert [len(answer.token_ids) for answer in answers if answer is not answers[1]] == [12, 12]
+    await all_free(worker, *peers)

@@ -24,11 +24,16 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """The interpreter is chosen when triton is imported, so the compiler needs a process of its own."""
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The interpreter is chosen when triton is imported, so the compiler needs a process of its own.
+
+    What this checkout compiled before is not compiled again: triton finds it by its source, options and release.
+    """
+    kept = getattr(request.config, "cache", None)  # none where pytest's cache is switched off
+    folder = tmp_path_factory.mktemp("triton") if kept is None else kept.mkdir("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_DISABLE_LINE_INFO"] = "1"  # less to compile, the same machine code
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    environment["TRITON_CACHE_DIR"] = str(folder)
     environment["OMP_NUM_THREADS"] = "1"
     command = [sys.executable, str(ROOT / "bench" / "gpu" / "ahead.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=COMPILE_S, check=False)

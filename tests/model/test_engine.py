@@ -1,9 +1,11 @@
 """The step loop in its thread: with the real runner on a tiny random Llama, and with runners that fail."""
 
 import asyncio
+import sys
 import threading
 import time
 from collections import defaultdict
+from dataclasses import replace
 
 import pytest
 
@@ -263,6 +265,32 @@ async def test_a_failed_step_ends_its_sequences_and_not_the_engine(start, caplog
     assert core.num_live == 0
 
 
+class Poisoned(Steps):
+    """Fails every step that computes a sequence of that name."""
+
+    def run(self, plan):
+        if any(step.key.request_id == "poison" for step in plan.sequences):
+            self.count += 1
+            raise RuntimeError("boom")
+        return super().run(plan)
+
+
+async def test_who_makes_a_step_fail_ends_alone_and_never_the_engine(start):
+    runner = Poisoned()
+    engine, desk, core = start(runner, None)
+    runner.may_go.clear()
+    desk.link.send(submit("neighbour", Source.LOCAL, 20, replace(GREEDY, max_tokens=400)))
+    for length in range(20, 28):
+        desk.link.send(submit("poison", Source.LOCAL, length, GREEDY))
+        runner.may_go.set()
+        ended = await desk.of(Ended, SequenceKey("poison", 0))
+        assert (ended.error_code, "RuntimeError" in ended.error_message) == ("internal_error", True)
+    assert (await desk.of(Ended, SequenceKey("neighbour", 0))).reason is FinishReason.LENGTH
+    assert len(desk.tokens[SequenceKey("neighbour", 0)]) == 400
+    assert not engine.is_broken
+    assert core.num_live == 0
+
+
 async def test_three_failures_in_a_row_break_the_engine_and_everyone_hears(start):
     engine, desk, _ = start(Steps(fails=[1, 2, 3]), None, max_num_seqs=1)
     keys = [SequenceKey(name, 0) for name in "abcd"]
@@ -315,6 +343,54 @@ async def test_the_beat_goes_on_and_learns_the_pace_of_steps(start):
         await in_one_piece(desk, 20 + round_, GREEDY)
     load = await desk.until(lambda e: isinstance(e, LoadNews) and e.decode_step_ms > 0 and e.steps >= 36)
     assert load.prefill_ms_per_token + load.prefill_ms_per_token_pair > 0
+
+
+def lines_run(work) -> int:
+    """Lines of Python that `work` runs: what it costs, on any machine."""
+    count = 0
+
+    def trace(frame, event, arg):
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def test_one_check_of_a_pool_of_four_million_tokens_holds_the_thread_no_longer_than_of_a_small_one(monkeypatch):
+    monkeypatch.setattr(engine_module, "CHECKED_BLOCKS", 256)
+
+    def cost(num_blocks: int, num_swap_blocks: int) -> int:
+        pool = BlockPool(num_blocks, 16)
+        limits = CoreLimits(None, num_swap_blocks)
+        core = EngineCore(limits, pool, PrefixCache(pool), combined_policy(StepLimits()), eos_ids=[1], key=b"cluster")
+        engine = Engine(core, None, None, ThreadLink(), MonotonicClock())
+        costs = []
+        for turn in range(3):
+            costs.append(lines_run(lambda turn=turn: engine._check(turn * INTEGRITY_S)))
+        return max(costs)
+
+    assert cost(4_200_000 // 16, 300_000) <= cost(512, 512)
+
+
+def test_host_blocks_are_checked_in_the_same_parts(monkeypatch):
+    monkeypatch.setattr(engine_module, "CHECKED_BLOCKS", 16)
+    pool = BlockPool(20, 16)
+    core = EngineCore(
+        CoreLimits(None, 40), pool, PrefixCache(pool), combined_policy(StepLimits()), eos_ids=[1], key=b"cluster"
+    )
+    engine = Engine(core, None, None, ThreadLink(), MonotonicClock())
+    core._scheduler.holdings.swap.pool._owners[38] = 1
+    engine._check(0.0)
+    engine._check(INTEGRITY_S)
+    with pytest.raises(AssertionError, match="block 38"):
+        engine._check(2 * INTEGRITY_S)
 
 
 def test_a_large_pool_is_checked_a_part_at_a_time_and_wholly_in_the_end(monkeypatch):

@@ -10,9 +10,9 @@ from math import prod
 import pytest
 import torch
 from native_cache import BLOCK, Cache
+from older_machines import LEVELS, library_for
 
 from twostroke.kernels.cpu import library as native
-from twostroke.kernels.cpu.build import NativeUnavailable, build
 from twostroke.model.loader import KERNEL_SET_VERSION
 from twostroke.model.native_ops import NativeOps
 from twostroke.model.ops import AttentionKind, Norm, Quantization, Span
@@ -74,14 +74,11 @@ def digest() -> str:
     return hasher.hexdigest()[:16]
 
 
-@pytest.mark.parametrize("machine", ["native", "x86-64-v4", "x86-64-v3", "x86-64"])
+@pytest.mark.parametrize("machine", ["native", *LEVELS])
 def test_bits_are_those_of_the_version_that_stands_in_the_numerics(
     machine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    try:
-        library = native.Library(build((f"-march={machine}",)))
-    except NativeUnavailable as error:
-        pytest.skip(str(error))
+    library = library_for(machine)
     monkeypatch.setattr(native, "load", lambda: library)
     level = library.level().decode()
     if level not in RECORDED:

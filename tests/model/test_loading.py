@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from twostroke.core.errors import CheckpointError, ConfigError
+from twostroke.model import fingerprint
 from twostroke.model.config_json import load_spec, spec_from_config
 from twostroke.model.layout import num_parameters, weight_bytes
 from twostroke.model.loader import RunnerOptions, load_runner, machine_description, make_ops, numerics_class
+from twostroke.model.safetensors_files import read_header
 from twostroke.model.spec import ModelSpec, RopeScaling
 from twostroke.model.tensors import open_source, weights_fingerprint
 from twostroke.model.weights import Weights, load_weights
@@ -188,6 +191,40 @@ def test_the_fingerprint_changes_with_config_and_with_content(checkpoint: Path) 
     second = weights_fingerprint(checkpoint)
     (checkpoint / "config.json").write_text((checkpoint / "config.json").read_text() + "\n")
     assert len({first, second, weights_fingerprint(checkpoint)}) == 3
+
+
+def test_a_change_of_any_tensor_shows_in_a_large_file_too(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprint, "WHOLE_FILE_BYTES", 1000)
+    monkeypatch.setattr(fingerprint, "WHOLE_TENSOR_BYTES", 600)
+    monkeypatch.setattr(fingerprint, "SPACING_BYTES", 2000)
+    monkeypatch.setattr(fingerprint, "PAGE_BYTES", 16)
+    (file,) = checkpoint.glob("*.safetensors")
+    original, (raw, header) = file.read_bytes(), read_header(file)
+    name = weights_fingerprint(checkpoint)
+    for entry in header.values():
+        start, end = (8 + len(raw) + offset for offset in entry["data_offsets"])
+        middle = (start + end) // 2
+        for first, last in ((start, start + 1), (end - 1, end), (max(start, middle - 1000), min(middle + 1000, end))):
+            changed = bytearray(original)
+            changed[first:last] = bytes(byte ^ 1 for byte in changed[first:last])
+            file.write_bytes(changed)
+            assert weights_fingerprint(checkpoint) != name, (entry, first, last)
+    file.write_bytes(original)
+    assert weights_fingerprint(checkpoint) == name
+
+
+def test_what_is_read_of_a_large_checkpoint_is_bounded_and_leaves_no_gap() -> None:
+    sizes = [500 << 20, 8 << 20, 8192, 64 << 10, (64 << 10) + 1, 3 << 20, 117, 14_336 * 4096 * 2]
+    tensors, at = [], 1234
+    for size in sizes:
+        tensors.append(range(at, at + size))
+        at += size
+    pages = list(fingerprint.counted(reversed(tensors)))
+    assert sum(map(len, pages)) < 0.0025 * at
+    for tensor in tensors:
+        inside = [page for page in pages if tensor.start <= page.start and page.stop <= tensor.stop]
+        assert (inside[0].start, inside[-1].stop) == (tensor.start, tensor.stop)
+        assert all(b.start - a.stop < fingerprint.SPACING_BYTES for a, b in pairwise(inside))
 
 
 def test_the_numerics_class_names_all_that_bits_depend_on(checkpoint: Path) -> None:

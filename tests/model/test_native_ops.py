@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from native_cache import BLOCK, NUM_BLOCKS, Cache, planes
+from older_machines import LEVELS, library_for
 
 from twostroke.kernels.cpu import library as native
 from twostroke.kernels.cpu.build import NativeUnavailable, build
@@ -18,7 +19,6 @@ from twostroke.model.torch_ops import TorchOps
 
 F32, BF16 = torch.float32, torch.bfloat16
 DTYPES = pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
-OLDER = (("-march=x86-64-v4",), ("-march=x86-64-v3",), ("-march=x86-64",))
 TILES = ("-march=native", "-DTWOSTROKE_EMULATE_TILES")
 
 
@@ -388,20 +388,15 @@ def test_a_head_is_a_norm_and_a_product_and_finds_the_extremes(dtype: torch.dtyp
             assert_same_extremes(logits.extremes, logits.rows.numpy())
 
 
-@pytest.mark.parametrize("machine_flags", OLDER, ids=lambda flags: flags[0].removeprefix("-march="))
-def test_older_machines_compute_the_same_to_rounding(
-    machine_flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("level", LEVELS)
+def test_older_machines_compute_the_same_to_rounding(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The forms for AVX-512 without bf16, for AVX2 and for neither run here too."""
+    older = library_for(level)
     newest = int8_answers(1027)
-    try:
-        older = native.Library(build(machine_flags))
-    except NativeUnavailable as error:
-        pytest.skip(str(error))
     monkeypatch.setattr(native, "load", lambda: older)
     for got, wanted in zip(int8_answers(1027), newest, strict=True):
         close(got, wanted, F32)
-        if machine_flags != OLDER[-1]:  # the last one has no fused products
+        if level != "x86-64":  # which has no fused products
             assert torch.equal(got, wanted)
     test_rows_of_8_bits_meet_weights_as_integers(200)
     for inner, num_odd, gated in ((264, 0, True), (2048, 1, False)):

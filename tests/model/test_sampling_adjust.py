@@ -1,5 +1,6 @@
 """Penalties, bans and biases against transformers' processors and the formulas that vLLM has; and in which order."""
 
+import math
 import random
 from dataclasses import replace
 
@@ -16,12 +17,17 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from twostroke.core.request import SamplingParams
+from twostroke.core.request import SamplingParams, TokenLogprobs
 from twostroke.model.plan import History
+from twostroke.model.policy import scored_rows
 from twostroke.model.sampler import Draw, Sampler
+from twostroke.model.sampling import logprobs as logprobs_module
+from twostroke.model.sampling import memo as memo_module
 from twostroke.model.sampling.adjust import Adjuster
 from twostroke.model.sampling.filters import apply_filters
-from twostroke.model.sampling.logprobs import token_logprobs
+from twostroke.model.sampling.logprobs import Scorer
+from twostroke.model.sampling.memo import Memo
+from twostroke.model.sampling.words import WordIndex
 
 VOCAB = 60
 PARAMS = SamplingParams(max_tokens=8, temperature=0.0)
@@ -154,11 +160,74 @@ def test_logprobs_are_those_of_torch_with_ranks_and_ties_by_id(num_top: int) -> 
         want = torch.log_softmax(torch.from_numpy(row).double(), -1)
         order = sorted(range(VOCAB), key=lambda i: (-row[i], i))
         for token_id in (7, 9, 30):
-            got = token_logprobs(row, token_id, num_top)
+            (got,) = Scorer().score(row[None], (token_id,), num_top)
             assert got.logprob == pytest.approx(float(want[token_id]), abs=1e-5)
             assert got.rank == order.index(token_id) + 1
             assert [i for i, _ in got.top] == order[:num_top]
             assert [lp for _, lp in got.top] == pytest.approx(want[order[:num_top]].tolist(), abs=1e-5)
+
+
+def plain_logprobs(row: np.ndarray, token_id: int, num_top: int) -> TokenLogprobs:
+    """The definition, one row at a time and by a whole sort."""
+    best = row.max()
+    log_total = float(best) + math.log(float(np.exp(row - best).sum(dtype=np.float64)))
+    told = lambda value: float(np.float32(min(float(value) - log_total, 0.0)))  # noqa: E731
+    order = np.lexsort((np.arange(len(row)), -row))
+    rank = 1 + int(np.flatnonzero(order == token_id)[0])
+    return TokenLogprobs(token_id, told(row[token_id]), rank, tuple((int(i), told(row[i])) for i in order[:num_top]))
+
+
+@pytest.mark.parametrize("vocab", [1, 63, 129, 3000, 20_011])
+@pytest.mark.parametrize("num_top", [0, 1, 20])
+def test_many_rows_at_once_have_the_bits_of_one_row_alone(monkeypatch, vocab: int, num_top: int) -> None:
+    generator = np.random.default_rng(vocab)
+    rows = generator.normal(0, 4, (11, vocab)).astype(np.float32)
+    rows[3] = np.round(rows[3])  # full of equals
+    rows[4] = 1.0
+    targets = generator.integers(0, vocab, 11).tolist()
+    want = [plain_logprobs(row, target, num_top) for row, target in zip(rows, targets, strict=True)]
+    for rows_per_slice in (1, 4, 100):
+        monkeypatch.setattr(logprobs_module, "_SLICE_NUMBERS", rows_per_slice * vocab)
+        scorer = Scorer()
+        for _ in range(2):  # again over what the first time left in its memory
+            assert scorer.score(rows, targets, num_top) == want
+        assert scorer.score(rows[:2], targets[:2], num_top) == want[:2]
+
+
+def test_bad_words_are_found_as_by_comparing_each_with_the_output() -> None:
+    chance = random.Random(5)
+    hits = 0
+    for _ in range(300):
+        words = tuple(tuple(chance.randrange(3) for _ in range(chance.randrange(1, 6))) for _ in range(12))
+        output = tuple(chance.randrange(3) for _ in range(chance.randrange(0, 9)))
+        want = [w[-1] for w in words if len(w) - 1 <= len(output) and output[len(output) - len(w) + 1 :] == w[:-1]]
+        assert sorted(WordIndex(words).forbidden(output)) == sorted(want)
+        hits += any(len(w) > 2 for w in words if w[-1] in want)
+    assert hits > 100
+
+
+def test_a_step_looks_only_at_words_whose_beginning_may_just_have_been_said() -> None:
+    """Else a long list costs the neighbours of its request time at every token."""
+    index = WordIndex(tuple((*range(100, 350), place, 7 + place) for place in range(128)))
+    assert [len(words) for words in index._begun_by.values()] == [1] * 128
+    assert index.forbidden((*range(100, 350), 90)) == [97]
+    assert index.forbidden((90,)) == []
+    assert index.forbidden((89, 128)) == []
+
+
+def test_what_is_remembered_is_bounded_and_never_of_another_object(monkeypatch) -> None:
+    monkeypatch.setattr(memo_module, "REMEMBERED", 3)
+    made: list[tuple[int, ...]] = []
+    memo = Memo(lambda key: made.append(key) or sum(key))
+    keys = [tuple(range(n)) for n in range(5)]
+    assert [memo.of(key) for key in keys] == [0, 0, 1, 3, 6]
+    assert memo.of(keys[4]) == 6
+    assert len(made) == 5
+    assert memo.of(keys[1]) == 0  # was forgotten
+    assert len(made) == 6
+    assert len(memo._known) == 3
+    assert memo.of(tuple(range(2))) == 1  # equal to a known one, and another object
+    assert len(made) == 7
 
 
 def test_logprobs_are_read_before_anything_is_changed() -> None:
@@ -167,6 +236,14 @@ def test_logprobs_are_read_before_anything_is_changed() -> None:
     (got,) = Sampler(()).sample(row, [Draw(params, 0, 0)])
     assert got is not None
     assert got.token_id == 0
-    assert got.logprobs == token_logprobs(row[0], 0, 2)
+    assert [got.logprobs] == Scorer().score(row, (0,), 2)
     assert [i for i, _ in got.logprobs.top] == [2, 1]
     assert got.logprobs.rank == 3
+
+
+def test_what_a_step_may_score_follows_the_vocabulary() -> None:
+    sizes = [scored_rows(vocab) for vocab in (1, 4096, 32_000, 128_256, 151_936, 262_144, 1 << 30)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert all(size % 16 == 0 for size in sizes)
+    assert sizes[-1] == 16  # a scored prompt always gets on
+    assert (sizes[1], sizes[4]) == (816, 96)

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 
+from twostroke.core.clock import MonotonicClock
 from twostroke.core.request import FinishReason, SamplingParams, SequenceKey, TokenLogprobs
 from twostroke.decode_worker.policy import DecodePolicy, combined_policy
 from twostroke.kv.block import chain
 from twostroke.kv.pool import BlockPool
 from twostroke.kv.prefix import PrefixCache
 from twostroke.model.core import CoreLimits, EngineCore
+from twostroke.model.engine import Engine
 from twostroke.model.link import (
     Bind,
     Ended,
@@ -26,6 +28,7 @@ from twostroke.model.link import (
 )
 from twostroke.model.plan import History
 from twostroke.model.policy import StepLimits
+from twostroke.model.sampling import step as sampling_step
 from twostroke.model.sequence import new_sequence
 from twostroke.prefill_worker.policy import PrefillPolicy
 
@@ -95,6 +98,25 @@ class Room:
         return self
 
 
+class EngineRoom(Room):
+    """The same with an engine that takes the steps, without its thread."""
+
+    def __init__(self, runner):
+        super().__init__(runner)
+        self.engine = Engine(self.core, runner, runner.store, self, MonotonicClock())
+
+    def emit(self, events):
+        self.hear(events)
+
+    def step(self) -> bool:
+        self.hear(self.core.tick(0.0))
+        plan = self.core.plan(0.0)
+        if plan is not None:
+            self.engine._step(plan)
+        self.core.check_integrity()
+        return plan is not None
+
+
 def ids_of(length, seed=1):
     return tuple(torch.randint(3, 160, (length,), generator=torch.Generator().manual_seed(seed)).tolist())
 
@@ -110,6 +132,11 @@ def make_room(write_tiny, make_runner):
         return Room(make_runner(write_tiny({}), dtype="float32", kv_dtype="float32"), policy, **limits)
 
     return make
+
+
+@pytest.fixture
+def make_engine(write_tiny, make_runner):
+    return lambda: EngineRoom(make_runner(write_tiny({}), dtype="float32", kv_dtype="float32"))
 
 
 def test_logprobs_are_log_softmax_of_the_models_own_logits(write_tiny, make_room):
@@ -248,6 +275,49 @@ def test_kv_complete_with_gaps_goes_on_locally_without_scores(make_room):
     assert room.tokens["a"] == whole.tokens["a"][1:]
     assert "a" not in room.prompt_logprobs
     assert room.ended["a"].reason is FinishReason.LENGTH
+
+
+BROKEN = [
+    {"logit_bias": ((9999, 1.0),)},  # beyond the vocabulary: an IndexError in the middle of the step
+    {"min_tokens": 5, "stop_token_ids": (9999,)},
+    {"logprobs": "many"},
+    {"temperature": "hot"},  # raises before any row is looked at
+    {"prompt_logprobs": "many"},
+]
+
+
+@pytest.mark.parametrize("fields", BROKEN, ids=lambda fields: next(iter(fields)))
+def test_a_row_that_cannot_be_sampled_is_its_sequences_failure_alone(make_room, make_engine, caplog, fields):
+    """Whatever a request says, and whichever check let it through."""
+    others = {"a": ids_of(30), "c": ids_of(21, 5)}
+    alone = {name: make_room().run(submit(name, ids, SCORED)) for name, ids in others.items()}
+    room = make_engine()
+    broken = submit("b", ids_of(25, 3), replace(BASE, **fields))
+    room.run(submit("a", others["a"], SCORED), broken, submit("c", others["c"], SCORED))
+    assert (room.ended["b"].reason, room.ended["b"].error_code) == (FinishReason.ERROR, "internal_error")
+    assert "Error" in room.ended["b"].error_message
+    assert "b" not in room.tokens
+    for name, one in alone.items():
+        assert told(room, name) == told(one, name)
+        assert room.ended[name].reason is FinishReason.LENGTH
+    assert sum(record.levelname == "ERROR" for record in caplog.records) == 1
+    assert ("fails alone" in caplog.text) == ("temperature" in fields)  # the others never break the step
+    room.run(submit("b", ids_of(25, 3), BASE))  # nothing of it is left
+    assert len(room.tokens["b"]) == BASE.max_tokens
+
+
+def test_an_end_that_only_the_tokenizer_knows_and_the_model_cannot_say_is_ignored(write_tiny, make_runner):
+    runner = make_runner(write_tiny({}), dtype="float32", kv_dtype="float32", end_ids=(7, 160, 9999))
+    assert runner.spec.eos_ids == (1, 7)
+    room = Room(runner).run(submit("a", ids_of(20), replace(BASE, min_tokens=5)))
+    assert room.ended["a"].reason is FinishReason.LENGTH
+
+
+def test_scores_come_in_parts_of_whole_tiles(make_room, monkeypatch):
+    prompt = ids_of(50)
+    whole = make_room().run(submit("a", prompt, SCORED))
+    monkeypatch.setattr(sampling_step, "SCORED_NUMBERS", 1)
+    assert told(make_room().run(submit("a", prompt, SCORED)), "a") == told(whole, "a")
 
 
 def test_bad_words_never_come_about(make_room):

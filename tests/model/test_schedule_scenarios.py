@@ -1,9 +1,10 @@
 """Runs the transcripts of the scheduler and both policies: commands in, events and plans out, one file per behaviour.
 
 A transcript opens with facts (`pool 8 blocks of 16`, `policy combined`, `seqs 8`, `batch 64`, `waiting 10`, `swap 0`:
-host blocks, `context 512`), then has commands, each with everything that must come of it, indented:
+host blocks, `context 512`, `scored 64`: prompt rows per step whose logprobs are wanted), then has commands, each with
+everything that must come of it, indented:
 
-    submit a local 40 max=4          # like=b:32 shares b's first 32 tokens, generated ones too; emitted=, priority=, …
+    submit a local 40 max=4          # like=b:32 shares b's first 32 tokens, generated ones too; scored=0, emitted=, …
     step                             # tick, plan, apply; `step 3`: thrice; `quiet 3`: without a word; `broken`: fails
     spoil b                          # what b copies back next is damaged
         promised a held=0
@@ -66,6 +67,7 @@ FACTS = {
     "waiting": 10,
     "swap": 0,
     "context": 512,
+    "scored": 64,
 }
 
 FOLDER = Path(__file__).parents[1] / "scenarios"
@@ -114,7 +116,7 @@ class Stage:
         if self.core is None:
             self.pool = BlockPool(self.facts["pool"], self.facts["block"])
             prefix = PrefixCache(self.pool)
-            limits = CoreLimits(self.facts["context"], self.facts["swap"])
+            limits = CoreLimits(self.facts["context"], self.facts["swap"], self.facts["scored"])
             self.core = EngineCore(limits, self.pool, prefix, self.policy(), eos_ids=[EOS], key=KEY)
         out = self.do(word, rest)
         self.core.check_integrity()
@@ -200,7 +202,11 @@ class Stage:
             prompt_ids=tuple(prompt),
             identities=tuple(chain(KEY, ROOT, prompt)),
             identity_root=ROOT,
-            params=SamplingParams(max_tokens=int(values.get("max", 100)), min_tokens=int(values.get("min", 0))),
+            params=SamplingParams(
+                max_tokens=int(values.get("max", 100)),
+                min_tokens=int(values.get("min", 0)),
+                prompt_logprobs=int(values["scored"]) if "scored" in values else None,
+            ),
             num_emitted=int(values.get("emitted", 0)),
             priority=int(values.get("priority", 0)),
             deadline_s=float(values["deadline"]) if "deadline" in values else None,

@@ -1,12 +1,14 @@
 """The scripts that trained the bundled model: corpus, n-gram baseline, network, optimizer and schedule."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from twostroke.model.training import train
 from twostroke.model.training.conversations import from_source, from_topic
 from twostroke.model.training.corpus import is_held_out, source_files
 from twostroke.model.training.network import Network, Shape
@@ -213,7 +215,9 @@ def test_a_topic_goes_on_where_it_stopped():
         assert told[1].startswith("1 ")
 
 
-def test_a_run_goes_on_from_its_kept_state(tmp_path):
+def test_a_run_goes_on_from_its_kept_state(tmp_path, monkeypatch):
+    small = partial(Shape, vocab_size=160, hidden=96, num_heads=6, num_kv_heads=2, head_dim=16, ffn=80)
+    monkeypatch.setattr(train, "Shape", small)
     run = Run(Plan(minutes=10.0, out=tmp_path))
     tokens = torch.arange(7, 71)[None]
     for _ in range(2):

@@ -1,5 +1,6 @@
 """The decoder over Triton kernels, in Triton's interpreter or on a GPU: torch's answers, and graphs of any size."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +26,12 @@ from twostroke.model.torch_ops import TorchOps
 from twostroke.model.triton_ops import TritonOps
 from twostroke.model.upload import Arena, upload
 from twostroke.model.weights import load_weights
+
+if launch.interpreted():
+    sys.path.insert(0, str(Path(__file__).parents[1]))  # for the helper of several folders
+    from quick_interpreter import quicken
+
+    quicken()
 
 GREEDY = SamplingParams(max_tokens=64, temperature=0.0)
 BLOCKS, DEVICE = 16, torch.device("cpu" if launch.interpreted() else "cuda")
@@ -108,10 +115,12 @@ def test_families_answer_as_by_torch(
 ):
     directory = family_directory(family)
     definition = Talk(runner(directory, TorchOps(torch.float32), kv, by_kernels=False), monkeypatch)
-    ours = Talk(runner(directory, TritonOps(torch.float32, DEVICE), kv, by_kernels=True, graph_seqs=4), monkeypatch)
+    graph_seqs = 0 if family == "qwen3-windows" and launch.interpreted() else 4  # captures take half of the time
+    ops = TritonOps(torch.float32, DEVICE)
+    ours = Talk(runner(directory, ops, kv, by_kernels=True, graph_seqs=graph_seqs), monkeypatch)
     definition.run()
     ours.run()
-    assert (ours.runner._graphs is None) == (family == "qwen2-moe")
+    assert (ours.runner._graphs is None) == (family == "qwen2-moe" or not graph_seqs)
     assert ours.texts == definition.texts
     for mine, theirs in zip(last_rows(ours), last_rows(definition), strict=True):
         # A last bit of a value may turn a number of the cache into its neighbour, and that all that follows.

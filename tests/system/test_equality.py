@@ -1,4 +1,4 @@
-"""Disaggregated text is the text in one piece: the same tokens for 200 mixed prompts, in every cache dtype.
+"""Disaggregated text is the text in one piece: the same tokens for 216 mixed prompts, a third in each cache dtype.
 
 The oracle is one combined worker without a prefix cache that serves the requests one at a time. The other side is two
 prefill and two decode workers under concurrent load, with chunked prefill, prefix caches and hand-overs.
@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 
 from twostroke import AsyncClient, Client
+from twostroke.kv.spec import HASH_BLOCK_TOKENS
 
-NUM_PROMPTS = 200
+NUM_PROMPTS = 72
 CONCURRENCY = 24
 LENGTHS = (1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 130, 257, 400)
 
 
-def mixed_prompts(vocab_size: int) -> list[dict[str, Any]]:
+def mixed_prompts(vocab_size: int, seed: str) -> list[dict[str, Any]]:
     """Odd lengths, shared prefixes, greedy and seeded sampling with every filter."""
-    chance = random.Random(7)
+    chance = random.Random(seed)
     shared = [[chance.randrange(10, vocab_size) for _ in range(300)] for _ in range(4)]
     prompts = []
     for number in range(NUM_PROMPTS):
@@ -42,7 +43,8 @@ def mixed_prompts(vocab_size: int) -> list[dict[str, Any]]:
                     {"min_p": 0.02, "bad_words": ["def", " the"], "logit_bias": {40: 3.0}},
                 )
             )
-        prompts.append({"prompt": ids, "max_tokens": chance.choice((1, 2, 17, 24)), "ignore_eos": True, **sampling})
+        sampling["request_id"] = f"{seed}-{number}"
+        prompts.append({"prompt": ids, "max_tokens": chance.choice((1, 2, 5, 18)), "ignore_eos": True, **sampling})
     return prompts
 
 
@@ -57,21 +59,42 @@ async def _all_at_once(address: str, prompts: list[dict[str, Any]]) -> list[tupl
         return list(await asyncio.gather(*(one(dict(given)) for given in prompts)))
 
 
+def assert_all_were_handed_over(client: Client, prompts: list[dict[str, Any]]) -> None:
+    """Every prompt's KV came from a prefill worker, but where no whole block was missing or no second token wanted."""
+    explained = [client.explain(given["request_id"]) for given in prompts]
+    needed = 0
+    for given, found in zip(prompts, explained, strict=True):
+        report = found["handover"]
+        if given["max_tokens"] == 1:
+            continue  # the first token comes before the KV, and is the last
+        if found["tokens"]["prompt"] - report["tokens_held"] < HASH_BLOCK_TOKENS:
+            assert (found["kv_bytes_moved"], report["local_reason"]) == (0, "under_a_block_missing"), found
+        else:
+            assert found["kv_bytes_moved"] > 0, found
+            assert found["prefill_worker"], found
+            needed += 1
+    assert needed > len(prompts) // 3
+    moved = [found["kv_bytes_moved"] for found in explained if found["kv_bytes_moved"]]
+    counters = client.cluster()["counters"]
+    assert (counters["handovers"], counters["kv_bytes_moved"]) == (len(moved), sum(moved))
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("dtype", ["fp8", "bfloat16", "float32"])
 def test_disaggregated_equals_one_piece_token_for_token(run_cluster, dtype: str):
-    prompts = mixed_prompts(4096)
+    prompts = mixed_prompts(4096, seed=dtype)
     common = {"cluster__launcher": "inprocess", "step__num_threads": 1, "cache__dtype": dtype, "cache__tokens": 16384}
     whole = {"cluster__prefill": 0, "cluster__decode": 1, "cache__prefix_caching": False}
     with run_cluster(**common, **whole) as one_piece, Client(one_piece.grpc, timeout_s=300) as client:
         expected = [tuple(client.generate(**given).choices[0].token_ids) for given in prompts]
+        counters = client.cluster()["counters"]
     assert all(len(tokens) == given["max_tokens"] for tokens, given in zip(expected, prompts, strict=True))
+    assert (counters["handovers"], counters["kv_bytes_moved"]) == (0, 0)
     apart = {"cluster__prefill": 2, "cluster__decode": 2, "step__max_num_batched_tokens": 128}
     apart["router__local_prefill"] = False  # every prompt that can be handed over is
     with run_cluster(**common, **apart) as cluster:
         got = asyncio.run(_all_at_once(cluster.grpc, prompts))
         with Client(cluster.grpc) as client:
-            counters = client.cluster()
+            assert_all_were_handed_over(client, prompts)
     different = [n for n, (a, b) in enumerate(zip(expected, got, strict=True)) if a != b]
     assert not different, [(n, prompts[n], expected[n], got[n]) for n in different[:3]]
-    assert counters["workers"]

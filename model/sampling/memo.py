@@ -1,0 +1,34 @@
+"""What was made of a value, kept as long as the same object is asked for. Knows no sampling."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+Key = TypeVar("Key")
+Made = TypeVar("Made")
+
+REMEMBERED = 1024  # values; more sequences than that seldom run in one step
+
+
+class Memo(Generic[Key, Made]):
+    """The results of a pure function for the objects that were asked for last, found by identity.
+
+    Hashing a long tuple at every step would cost as much as what is saved.
+    """
+
+    def __init__(self, make: Callable[[Key], Made]) -> None:
+        self._make = make
+        self._known: OrderedDict[int, tuple[Key, Made]] = OrderedDict()
+
+    def of(self, key: Key) -> Made:
+        """What the function makes of `key`, which must not change."""
+        known = self._known.get(id(key))
+        if known is None or known[0] is not key:
+            known = (key, self._make(key))
+            self._known[id(key)] = known
+        self._known.move_to_end(id(key))
+        while len(self._known) > REMEMBERED:
+            self._known.popitem(last=False)
+        return known[1]
