@@ -20,6 +20,11 @@ def digest_key(cluster_key: str) -> int:
     return int.from_bytes(raw, "little")
 
 
+def proof_key(cluster_key: str) -> bytes:
+    """32 bytes that key the proofs of calls inside the cluster (core/proof.py)."""
+    return hashlib.blake2b(cluster_key.encode(), digest_size=32, person=b"twostroke-proof").digest()
+
+
 @dataclass(frozen=True, slots=True)
 class PromptNames:
     """The root of a prompt's chain, and the identities of its full hash blocks."""
