@@ -4,7 +4,7 @@ The caller's metadata has the claim (who is called, when, a nonce) and an HMAC-S
 The callee answers with the HMAC of the same claim in the other direction, which only the key's holders can make.
 
 What a proof guards: who calls, and who answers. What it does not guard: nothing on the wire is encrypted, and the
-messages after the proof have no HMAC of their own. Against somebody who reads or changes packets only certificates help.
+messages after the proof have no HMAC. Against somebody who reads or changes packets only certificates help.
 """
 
 from __future__ import annotations

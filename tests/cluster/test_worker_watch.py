@@ -147,8 +147,8 @@ async def test_fetch_gives_verified_frames_of_what_is_cached(start_worker, route
     unknown = facts.namer.name(ids, "somebody else").identities
     channels = Channels(KEY)
 
-    async def fetch(**wanted):
-        request = handover_pb2.FetchRequest(**wanted).SerializeToString()
+    async def fetch(domain="tests", **wanted):
+        request = handover_pb2.FetchRequest(isolation_domain=domain, **wanted).SerializeToString()
         return [decode_envelope(e) async for e in channels.fetch(worker.address, request, 5.0)]
 
     frames = await fetch(identities=[*names, unknown[-1]])
@@ -166,6 +166,8 @@ async def test_fetch_gives_verified_frames_of_what_is_cached(start_worker, route
     assert np.array_equal(section.payload[0, 0], whole.payload[1 - whole.layer_start, 1, :16])
     assert verify_frame(part, facts.digest_key)
     assert await fetch(identities=unknown) == []
+    assert await fetch(identities=names, domain="somebody else") == []  # the right names of another tenant's blocks
+    assert await fetch(identities=names, domain="") == []
     assert len(frames[0].header.identities) == 3
     (leading,) = await fetch(identities=[*names[:2], unknown[2], *names[3:]])  # nothing is served behind a gap
     assert list(leading.header.identities) == list(names[:2])
