@@ -72,6 +72,7 @@ class WorkerProcess:
         self._executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="digest")
         self._proof_key = proof_key(settings.cluster_key)
         self._channels = Channels(self._proof_key)
+        self._guard = Guard(self._proof_key, settings.worker_id, self._count_refusal)
         self._room: EngineRoom | None = None
         self._server: grpc.aio.Server | None = None
         self._scrapes: ScrapeServer | None = None
@@ -232,8 +233,7 @@ class WorkerProcess:
                 task.cancel()
 
     async def _bind(self) -> None:
-        guard = Guard(self._proof_key, self.settings.worker_id, self._count_refusal)
-        server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[guard])
+        server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[self._guard])
         server.add_generic_rpc_handlers(handlers(self.prefill.transfer, self.fetch.fetch))
         worker_pb2_grpc.add_WorkerServicer_to_server(WorkerService(self), server)
         self.health.add_to(server)
@@ -245,7 +245,7 @@ class WorkerProcess:
         except RuntimeError as error:
             check_port(host, port, PORT_REMEDY)  # which knows why
             raise ConfigError(f"{wanted} cannot be bound: {error}") from None
-        guard.audience = self.address
+        self._guard.audience = self.address
         await server.start()
         self._server = server
         if self.settings.metrics_port is not None:

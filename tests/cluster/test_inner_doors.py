@@ -236,6 +236,29 @@ async def test_no_prompt_leaves_for_a_prefill_worker_that_does_not_prove_the_key
     await server.stop(None)
 
 
+@pytest.mark.parametrize("form", ["unary_unary", "unary_stream", "stream_stream"])
+async def test_no_answer_of_an_impostor_is_used(form, monkeypatch):
+    monkeypatch.setattr(inside, "ANSWER_S", 0.2)
+    server = grpc.aio.server()
+
+    async def lie(_: Any, context: Any) -> None:
+        await context.write(b"trust me")
+
+    server.add_generic_rpc_handlers(
+        [grpc.method_handlers_generic_handler("a.B", {"C": grpc.stream_stream_rpc_method_handler(lie)})]
+    )
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    async with InsideChannel(address, KEY) as channel:
+        error = await refusal(channel, "/a.B/C", form)
+        assert isinstance(error, inside.Unproven)
+        assert f"{address} gave no proof of the cluster's key" in error.details()
+        if form != "unary_unary":
+            with pytest.raises(inside.Unproven):
+                await anext(aiter(call(channel, "/a.B/C", form)))
+    await server.stop(None)
+
+
 async def test_a_worker_tells_an_impostor_router_nothing_and_says_why_once(guards, caplog):
     impostor = Impostor(*guards)
     server, address = await impostor.listen()
