@@ -227,13 +227,15 @@ async def test_no_prompt_leaves_for_a_prefill_worker_that_does_not_prove_the_key
 ):
     impostor = Impostor(*guards)
     server, address = await impostor.listen()
-    worker = await start_worker(Role.DECODE)
-    answer = await (await router_of(worker)).submit("r", make_prompt(40), peers=[address])
-    await answer.ended()
+    try:
+        worker = await start_worker(Role.DECODE)
+        answer = await (await router_of(worker)).submit("r", make_prompt(40), peers=[address])
+        await answer.ended()
+    finally:
+        await server.stop(None)
     assert answer.end.reason == common_pb2.FINISH_REASON_LENGTH  # it computed the prompt itself
     assert answer.end.handover.local_reason
     assert not impostor.heard
-    await server.stop(None)
 
 
 @pytest.mark.parametrize("form", ["unary_unary", "unary_stream", "stream_stream"])
@@ -249,14 +251,16 @@ async def test_no_answer_of_an_impostor_is_used(form, monkeypatch):
     )
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
-    async with InsideChannel(address, KEY) as channel:
-        error = await refusal(channel, "/a.B/C", form)
-        assert isinstance(error, inside.Unproven)
-        assert f"{address} gave no proof of the cluster's key" in error.details()
-        if form != "unary_unary":
-            with pytest.raises(inside.Unproven):
-                await anext(aiter(call(channel, "/a.B/C", form)))
-    await server.stop(None)
+    try:
+        async with InsideChannel(address, KEY) as channel:
+            error = await refusal(channel, "/a.B/C", form)
+            assert isinstance(error, inside.Unproven)
+            assert f"{address} gave no proof of the cluster's key" in error.details()
+            if form != "unary_unary":
+                with pytest.raises(inside.Unproven):
+                    await anext(aiter(call(channel, "/a.B/C", form)))
+    finally:
+        await server.stop(None)
 
 
 async def test_a_worker_tells_an_impostor_router_nothing_and_says_why_once(guards, caplog):
@@ -264,12 +268,14 @@ async def test_a_worker_tells_an_impostor_router_nothing_and_says_why_once(guard
     server, address = await impostor.listen()
     announcer = Announcer([address], common_pb2.WorkerInfo(worker_id="w"), KEY, Retry(first_s=0.01, longest_s=0.01))
     announcer.start()
-    async with asyncio.timeout(10):
-        while "trying again" not in caplog.text:
-            await asyncio.sleep(0.01)
-    await asyncio.sleep(0.1)
-    await announcer.leave()
-    await server.stop(None)
+    try:
+        async with asyncio.timeout(10):
+            while "trying again" not in caplog.text:
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+    finally:
+        await announcer.leave()
+        await server.stop(None)
     assert not impostor.heard
     said = [record.message for record in caplog.records if "trying again" in record.message]
     assert len(said) == 1
