@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import grpc.aio
-
 from twostroke.cluster.settings import WorkerSettings
 from twostroke.cluster.worker import run_worker
+from twostroke.core.inside import InsideChannel
 from twostroke.core.timeline import Timeline
+from twostroke.kv.keys import proof_key
 from twostroke.kv.messages import adopt_instants
 from twostroke.kv.transport import CHANNEL_OPTIONS
 from twostroke.model.checkpoint import resolve
@@ -98,11 +98,8 @@ class WorkerChild:
 
     async def serving(self) -> None:
         """Wait until it answers."""
-        async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
-            stub: Any = worker_pb2_grpc.WorkerStub(channel)
-            ask = asyncio.ensure_future(
-                stub.Describe(worker_pb2.DescribeRequest(), wait_for_ready=True, timeout=START_S)
-            )
+        async with _channel(self) as channel:
+            ask = asyncio.ensure_future(asyncio.wait_for(_described(channel), START_S))
             while not ask.done():
                 await asyncio.wait([ask], timeout=0.5)
                 if not self._process.is_alive():
@@ -118,11 +115,22 @@ class WorkerChild:
             self._process.join()
 
 
+def _channel(worker: WorkerChild) -> InsideChannel:
+    return InsideChannel(worker.address, proof_key(worker.settings.cluster_key), CHANNEL_OPTIONS)
+
+
+async def _described(channel: InsideChannel) -> common_pb2.WorkerInfo:
+    await channel.channel_ready()  # a call that is older than its server is refused
+    stub: Any = worker_pb2_grpc.WorkerStub(channel)
+    info: common_pb2.WorkerInfo = await stub.Describe(worker_pb2.DescribeRequest())
+    return info
+
+
 class Hand:
     """One session with one decode worker, as a router holds it; one request at a time."""
 
     def __init__(self, worker: WorkerChild) -> None:
-        self._channel = grpc.aio.insecure_channel(worker.address, options=CHANNEL_OPTIONS)
+        self._channel = _channel(worker)
         self._count = 0
 
     async def __aenter__(self) -> Hand:

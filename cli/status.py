@@ -29,7 +29,14 @@ def status(
     if as_json:
         typer.echo(json.dumps(cluster, indent=2))
         return
-    Console().print(_table(cluster))
+    console = Console()
+    console.print(_table(cluster))
+    router = cluster["router"]
+    if router.get("calls_refused"):
+        console.print(
+            f"{router['calls_refused']:,} calls refused at the workers' port, last of {router['last_refused']}",
+            markup=False,
+        )
 
 
 def _table(cluster: dict[str, Any]) -> Table:

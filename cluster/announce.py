@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import grpc
 import grpc.aio
 
+from ..core.inside import InsideChannel
 from ..kv.transport import CHANNEL_OPTIONS
 from ..protos import common_pb2, worker_pb2, worker_pb2_grpc
 
@@ -18,6 +19,7 @@ log = logging.getLogger(__name__)
 
 BEAT_S = 0.5
 FAREWELL_S = 0.5  # how long a leaving worker waits for its last word to leave
+SAY_AGAIN_S = 60.0  # that a router and we have different keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +37,18 @@ class Retry:
 class Announcer:
     """Tells every router who this worker is, every 500 ms, until `leave`."""
 
-    def __init__(self, routers: Iterable[str], info: common_pb2.WorkerInfo, retry: Retry | None = None) -> None:
+    def __init__(
+        self, routers: Iterable[str], info: common_pb2.WorkerInfo, key: bytes, retry: Retry | None = None
+    ) -> None:
+        """`key` is kv.keys.proof_key, which the routers must know too."""
         self._routers = tuple(routers)
         self._info = info
+        self._key = key
         self._retry = retry or Retry()
         self._leaving = asyncio.Event()
         self._changed: dict[str, asyncio.Event] = {address: asyncio.Event() for address in self._routers}
         self._tasks: list[asyncio.Task[None]] = []
+        self._said_at_s: dict[str, float] = {}  # when we last complained of a router
 
     def start(self) -> None:
         """Begin; returns at once. A router that is not there yet is tried again."""
@@ -71,7 +78,7 @@ class Announcer:
         """Announce to one router until we leave, through any number of its deaths."""
         failures = 0
         while not self._leaving.is_set():
-            async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+            async with InsideChannel(address, self._key, CHANNEL_OPTIONS) as channel:
                 reached = await self._announce(channel, address)
             failures = 0 if reached else failures + 1
             with contextlib.suppress(TimeoutError):
@@ -85,8 +92,8 @@ class Announcer:
         listener = asyncio.create_task(_listen(call, answered))
         try:
             await self._say(call, self._changed[address], listener)
-        except (grpc.RpcError, grpc.aio.UsageError, grpc.aio.InternalError):
-            pass  # the router is gone or not there yet; `_keep` tries again
+        except (grpc.RpcError, grpc.aio.UsageError, grpc.aio.InternalError) as error:
+            self._complain(address, error)  # of strangers; a router that is not there yet is tried again by `_keep`
         finally:
             call.cancel()
             listener.cancel()
@@ -94,6 +101,14 @@ class Announcer:
         if answered.is_set():
             log.info("router %s: announce stream ended", address)
         return answered.is_set()
+
+    def _complain(self, address: str, error: BaseException) -> None:
+        if not isinstance(error, grpc.aio.AioRpcError) or error.code() is not grpc.StatusCode.UNAUTHENTICATED:
+            return
+        now_s = asyncio.get_running_loop().time()
+        if now_s - self._said_at_s.get(address, float("-inf")) >= SAY_AGAIN_S:
+            self._said_at_s[address] = now_s
+            log.warning("router %s: not announced, trying again: %s", address, error.details())
 
     async def _say(
         self,

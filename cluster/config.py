@@ -37,7 +37,8 @@ class ClusterConfig(Section):
     key: str = Field(
         default_factory=lambda: secrets.token_hex(16),
         min_length=16,
-        description="shared secret of all processes: keys block identities and digests",
+        repr=False,
+        description="shared secret of all processes: they prove it to each other; keys block identities and digests",
     )
     ready_timeout_s: float = Field(
         120.0, gt=0, description="for a member to serve; default: 120, and the time to read the weights at 100 MiB/s"

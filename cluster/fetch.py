@@ -24,22 +24,26 @@ MAX_IDENTITIES = 65_536  # a million tokens
 
 
 class FetchService:
-    """Serves what the prefix cache holds. Who can name a keyed identity knows the cluster's key: names authorise."""
+    """Serves what the prefix cache holds of one isolation domain. That the caller may ask, the guard has checked."""
 
     def __init__(self, facts: FaceFacts, dispatcher: Dispatcher) -> None:
         self._facts = facts
         self._dispatcher = dispatcher
 
     async def fetch(self, request: bytes, context: ServerContext) -> AsyncIterator[bytes]:
-        """The handler of Blocks.Fetch: frames of the longest leading part that is held, in order; then the end."""
+        """The handler of Blocks.Fetch: frames of the longest leading part that is held, in order; then the end.
+
+        Blocks of another isolation domain than the request's count as not held.
+        """
         wanted = await _parsed(request, context)
         identities = [BlockIdentity(identity) for identity in wanted.identities]
+        root = self._facts.namer.root(wanted.isolation_domain)
         step = self._identities_per_frame()
         sequence = 0
         for first in range(0, len(identities), step):
             asked = identities[first : first + step]
             first_token = wanted.first_token + first * HASH_BLOCK_TOKENS
-            found = await self._dispatcher.fetch(asked, first_token)
+            found = await self._dispatcher.fetch(asked, first_token, root)
             if found.num_blocks:
                 sequence += 1
                 names = tuple(asked[: found.num_blocks])

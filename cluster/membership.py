@@ -15,6 +15,14 @@ class Standing(Enum):
     STOPPED = "stopped"  # wanted gone
 
 
+class Use(Enum):
+    """Of what use the router finds a member."""
+
+    SERVES = "serves"
+    DRAINS = "drains"  # takes nothing new; nobody of us asked for it, else the member would be STOPPED
+    NONE = "none"  # unknown, silent or out of reach
+
+
 @dataclass(frozen=True, slots=True)
 class BackOff:
     """First restart at once, then doubling waits; a long healthy run forgives."""
@@ -36,6 +44,7 @@ class Patience:
     """How long a process that exists may be of no use before it is replaced, in seconds."""
 
     missing_s: float = 20.0  # it served before
+    draining_s: float = 20.0  # it takes nothing new, and what it runs may end; there is no way back from a drain
     starting_s: float = 120.0  # it has never served
 
 
@@ -47,7 +56,8 @@ class _Member:
     since_s: float = 0.0
     due_s: float = 0.0
     last_words: str = ""
-    missing_since_s: float | None = None  # READY, but the cluster cannot use it
+    use: Use = Use.SERVES  # as last seen
+    missing_since_s: float | None = None  # READY, but the cluster cannot use it, for the same reason since then
 
 
 @dataclass(slots=True)
@@ -74,6 +84,7 @@ class Membership:
         """Its process exists."""
         member = self._members[name]
         member.standing, member.since_s, member.missing_since_s = Standing.STARTING, now_s, None
+        member.use = Use.SERVES
 
     def ready(self, name: str, now_s: float) -> None:
         """It serves."""
@@ -81,23 +92,27 @@ class Membership:
         if member.standing is Standing.STARTING:
             member.standing, member.since_s = Standing.READY, now_s
 
-    def seen(self, name: str, is_present: bool | None, now_s: float) -> None:
-        """Whether the cluster could use a READY member just now. None: nobody can tell, and earlier absence is void."""
+    def seen(self, name: str, use: Use | None, now_s: float) -> None:
+        """Of what use a READY member is just now. None: nobody can tell, and earlier absence is void."""
         member = self._members[name]
-        if is_present is False and member.standing is Standing.READY:
-            member.missing_since_s = now_s if member.missing_since_s is None else member.missing_since_s
-        else:
+        if use in (None, Use.SERVES) or member.standing is not Standing.READY:
             member.missing_since_s = None
+        elif member.missing_since_s is None or member.use is not use:
+            member.missing_since_s = now_s
+        member.use = use or member.use
 
     def overdue(self, now_s: float) -> list[str]:
         """Members whose process exists but is of no use, for too long: end them, and they are started again.
 
-        A process that is frozen, or cannot be reached, never ends by itself. Each is named once per patience.
+        A process that is frozen, cannot be reached, or drains unasked, never ends by itself. Each is named once per
+        patience.
         """
         found = []
         for name, member in self._members.items():
             if member.standing is Standing.READY and member.missing_since_s is not None:
-                is_overdue = now_s - member.missing_since_s > self.patience.missing_s
+                is_draining = member.use is Use.DRAINS
+                patience_s = self.patience.draining_s if is_draining else self.patience.missing_s
+                is_overdue = now_s - member.missing_since_s > patience_s
             else:
                 is_overdue = member.standing is Standing.STARTING and now_s - member.since_s > self.patience.starting_s
             if is_overdue:
@@ -125,6 +140,10 @@ class Membership:
     def standing(self, name: str) -> Standing:
         """Where `name` stands."""
         return self._members[name].standing
+
+    def use(self, name: str) -> Use:
+        """Of what use `name` was when it was last seen."""
+        return self._members[name].use
 
     def restarts(self, name: str) -> int:
         """How often `name` has been started again."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from ..core.config import Section
 from ..core.request import Role
 from ..kv.config import CacheConfig
@@ -25,6 +27,6 @@ class WorkerSettings(Section):
     port: int = 0  # 0: any
     metrics_port: int | None = 0  # GET /metrics and /health, on the same host; 0: any, none: off
     routers: tuple[str, ...] = ()  # host:port of their Announce services
-    cluster_key: str
+    cluster_key: str = Field(min_length=16, repr=False)
     orphan_grace_s: float = 5.0
     drain_timeout_s: float = 10.0

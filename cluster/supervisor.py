@@ -15,13 +15,14 @@ from ..core.ports import free_port, target
 from .config import Config
 from .last_words import End
 from .launch import Launcher, Site
-from .membership import Membership, Patience, Standing
+from .membership import Membership, Patience, Standing, Use
 from .placement import Plan
 
 log = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
 
+_USE_BY_STATE = {"live": Use.SERVES, "draining": Use.DRAINS}
 _POLL_S = 0.1  # while somebody is on its way up
 _WATCH_S = 1.0  # else
 _TRIES_ON_THE_WAY_UP = 3
@@ -38,7 +39,8 @@ class Supervisor:
         site = Site(self.config, plan.model.directory, plan.model.name, self.config.router.internal_port)
         self._launcher = launcher_class(self.config)(site)
         cluster = self.config.cluster
-        self._membership = Membership(patience=Patience(cluster.replace_after_s, cluster.ready_timeout_s))
+        draining_s = max(cluster.replace_after_s, cluster.drain_timeout_s)
+        self._membership = Membership(patience=Patience(cluster.replace_after_s, draining_s, cluster.ready_timeout_s))
         self._life: dict[str, str] = {}  # incarnation of each member that serves or served
         self._ended_life: dict[str, str] = {}  # whose process is gone; the router may not know yet
         self._changed = asyncio.Event()
@@ -157,7 +159,9 @@ class Supervisor:
                 cluster = await _cluster_or_none(client)
                 self._note(cluster)
                 for name in self._membership.overdue(self._clock.now_s()):
-                    self._say(f"{name} runs but cannot be used; replacing it")
+                    is_draining = self._membership.use(name) is Use.DRAINS
+                    what = "drains, and nobody here asked for it" if is_draining else "runs but cannot be used"
+                    self._say(f"{name} {what}; replacing it")
                     await self._launcher.kill(name)
                 if not self._membership.starting():
                     self._settled.set()
@@ -171,21 +175,21 @@ class Supervisor:
         now_s = self._clock.now_s()
         for name in self._members:
             is_new = name in lives and lives[name].incarnation != self._ended_life.get(name)
-            if is_new and lives[name].serves and name in self._membership.starting():
+            if is_new and lives[name].use is Use.SERVES and name in self._membership.starting():
                 self._life[name] = lives[name].incarnation
                 self._membership.ready(name, now_s)
                 arithmetic = lives[name].arithmetic
                 self._say(f"{name} is ready" + (f": {arithmetic}" if arithmetic else ""))
             is_heard = cluster is not None or self._members[name].kind == "router"
-            self._membership.seen(name, is_new and lives[name].is_present if is_heard else None, now_s)
+            use = lives[name].use if is_new else Use.NONE
+            self._membership.seen(name, use if is_heard else None, now_s)
 
 
 class _Life(NamedTuple):
     """One member as the router reports it."""
 
     incarnation: str
-    serves: bool
-    is_present: bool  # serves, or drains
+    use: Use
     arithmetic: str = ""  # of a worker: what its numbers depend on
 
 
@@ -215,12 +219,10 @@ def _lives(cluster: dict[str, Any] | None) -> dict[str, _Life]:
     """The router, if it answered, and the workers it knows."""
     if cluster is None:
         return {}
-    found = {"router-0": _Life(cluster["router"]["incarnation"], serves=True, is_present=True)}
+    found = {"router-0": _Life(cluster["router"]["incarnation"], Use.SERVES)}
     for worker in cluster["workers"]:
-        state = worker["state"]
-        found[worker["worker_id"]] = _Life(
-            worker["incarnation"], state == "live", state in ("live", "draining"), worker["numerics"]
-        )
+        use = _USE_BY_STATE.get(worker["state"], Use.NONE)
+        found[worker["worker_id"]] = _Life(worker["incarnation"], use, worker["numerics"])
     return found
 
 

@@ -19,6 +19,7 @@ from .. import __version__
 from ..core.clock import Clock, MonotonicClock
 from ..core.errors import ConfigError, InternalError
 from ..core.foreground import Stop, Stopped, first, leave, orphaned, unless
+from ..core.guard import Guard
 from ..core.ports import check_port, numeric_host, target
 from ..core.request import Role
 from ..decode_worker.pull import PullTools
@@ -26,6 +27,7 @@ from ..decode_worker.run import RunTools
 from ..decode_worker.service import DecodeService
 from ..kernels.cpu.build import stop_building
 from ..kv.handover import Timing
+from ..kv.keys import proof_key
 from ..kv.messages import role_to_wire, spec_to_wire
 from ..kv.transport import SERVER_OPTIONS, Channels, handlers
 from ..model import link
@@ -68,7 +70,9 @@ class WorkerProcess:
         self._port = 0
         self._tasks: list[asyncio.Task[None]] = []
         self._executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="digest")
-        self._channels = Channels()
+        self._proof_key = proof_key(settings.cluster_key)
+        self._channels = Channels(self._proof_key)
+        self._guard = Guard(self._proof_key, settings.worker_id, self._count_refusal)
         self._room: EngineRoom | None = None
         self._server: grpc.aio.Server | None = None
         self._scrapes: ScrapeServer | None = None
@@ -104,7 +108,7 @@ class WorkerProcess:
         await self._ready()
         await self._bind()
         self._tasks.append(asyncio.create_task(self.health.keep()))
-        self._announcer = Announcer(self.settings.routers, self.info())
+        self._announcer = Announcer(self.settings.routers, self.info(), self._proof_key)
         self._announcer.start()
         if self.metrics_address:
             log.info("%s exports metrics at http://%s/metrics", self.settings.worker_id, self.metrics_address)
@@ -229,7 +233,7 @@ class WorkerProcess:
                 task.cancel()
 
     async def _bind(self) -> None:
-        server = grpc.aio.server(options=SERVER_OPTIONS)
+        server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[self._guard])
         server.add_generic_rpc_handlers(handlers(self.prefill.transfer, self.fetch.fetch))
         worker_pb2_grpc.add_WorkerServicer_to_server(WorkerService(self), server)
         self.health.add_to(server)
@@ -241,11 +245,15 @@ class WorkerProcess:
         except RuntimeError as error:
             check_port(host, port, PORT_REMEDY)  # which knows why
             raise ConfigError(f"{wanted} cannot be bound: {error}") from None
+        self._guard.audience = self.address
         await server.start()
         self._server = server
         if self.settings.metrics_port is not None:
             self._scrapes = ScrapeServer(pages(self._metrics, self.dispatcher, self.health.is_serving))
             self.metrics_address = await self._scrapes.start(self.settings.host, self.settings.metrics_port)
+
+    def _count_refusal(self) -> None:
+        self.counters["calls_refused"] += 1
 
     async def _all_ended(self) -> None:
         while self.dispatcher.num_owned:

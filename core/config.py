@@ -19,7 +19,7 @@ class Section(BaseModel):
 
 S = TypeVar("S", bound=Section)
 
-_SECRETS = frozenset({"key", "api_keys"})  # settings whose values appear in no message
+_SECRETS = frozenset({"key", "api_keys", "cluster_key"})  # settings whose values appear in no message
 
 
 def load_section(kind: type[S], values: Mapping[str, Any], where: str = "") -> S:

@@ -3,9 +3,25 @@
 from __future__ import annotations
 
 import errno
+import re
 import socket
 
-from .errors import ConfigError
+from .errors import ConfigError, InvalidRequest
+
+_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}(%[\w.-]{1,16})?\]|[A-Za-z0-9_.-]{1,253}):([0-9]{1,5})", re.ASCII)
+
+
+def check_address(address: str, param: str) -> str:
+    """`address`, which is host:port as `target` writes it: of the peers' many ways of naming a target, the only one.
+
+    Raises:
+        InvalidRequest: it is something else, e.g. a path or a URL; names the field `param` and the value.
+    """
+    found = _ADDRESS.fullmatch(address)
+    if found is None or not 0 < int(found[3]) < 65536:
+        shown = repr(address[:80])
+        raise InvalidRequest(f"{param} is {shown}; must be host:port, e.g. 10.0.0.7:8100 or [::1]:8100", param=param)
+    return address
 
 
 def check_port(host: str, port: int, remedy: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..core.errors import InvalidRequest
+from ..core.ports import check_address
 from ..core.request import Epoch, SamplingParams, SequenceKey
 from ..kv.messages import epoch_from_wire, sampling_from_wire
 from ..model.facts import ModelFacts
@@ -51,7 +52,7 @@ def order_from_wire(message: worker_pb2.Submit, model: ModelFacts, serial: int) 
     """Check an order against this worker's model. The router checked the client's words; this guards the engine.
 
     Raises:
-        InvalidRequest: no prompt, ids outside the vocabulary, impossible parameters or numbers.
+        InvalidRequest: no prompt, ids outside the vocabulary, impossible parameters, numbers or peers.
         ContextLengthExceeded: the prompt leaves no room for a token.
     """
     prompt_ids = tuple(message.prompt_ids)
@@ -70,9 +71,13 @@ def order_from_wire(message: worker_pb2.Submit, model: ModelFacts, serial: int) 
         params=params,
         isolation_domain=message.isolation_domain,
         adapter=message.adapter,
-        peers=tuple(Peer(p.worker_id, p.incarnation, p.address) for p in message.prefill_peers),
+        peers=tuple(_peer(p) for p in message.prefill_peers),
         timeout_s=message.timeout_ms / 1000 if message.timeout_ms else None,
         num_emitted=message.emitted_tokens,
         priority=message.priority,
         serial=serial,
     )
+
+
+def _peer(message: worker_pb2.PrefillPeer) -> Peer:
+    return Peer(message.worker_id, message.incarnation, check_address(message.address, "prefill_peers.address"))

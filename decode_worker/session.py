@@ -60,6 +60,9 @@ class Session:
         self._load = load
         self._sequence = 0
         self._has_beaten = False
+        self._is_over = (
+            False  # `wait_for` may swallow a cancellation (CPython before 3.12): reader and writer look here
+        )
 
     @property
     def router_id(self) -> str:
@@ -80,6 +83,7 @@ class Session:
         try:
             await asyncio.wait([reader, writer], return_when=asyncio.FIRST_COMPLETED)
         finally:
+            self._is_over = True
             for task in (reader, writer):
                 task.cancel()
             await asyncio.gather(reader, writer, return_exceptions=True)
@@ -98,7 +102,7 @@ class Session:
         return True
 
     async def _read(self, context: SessionContext) -> None:
-        while True:
+        while not self._is_over:
             await self.outbox.wait_for_room()  # a router that does not listen gets no new work done
             silence_s = self._timing.silence_s if self._has_beaten else None
             try:
@@ -128,7 +132,7 @@ class Session:
 
     async def _write(self, context: SessionContext) -> None:
         """Everything that waits leaves in one message; a beat where nothing does."""
-        while True:
+        while not self._is_over:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.outbox.wait(), self._timing.beat_s)
             output = self.outbox.take()

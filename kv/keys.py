@@ -20,6 +20,11 @@ def digest_key(cluster_key: str) -> int:
     return int.from_bytes(raw, "little")
 
 
+def proof_key(cluster_key: str) -> bytes:
+    """32 bytes that key the proofs of calls inside the cluster (core/proof.py)."""
+    return hashlib.blake2b(cluster_key.encode(), digest_size=32, person=b"twostroke-proof").digest()
+
+
 @dataclass(frozen=True, slots=True)
 class PromptNames:
     """The root of a prompt's chain, and the identities of its full hash blocks."""
@@ -36,7 +41,11 @@ class Namer:
     weights_fingerprint: bytes
     numerics_class: bytes  # empty unless deterministic
 
+    def root(self, isolation_domain: str, adapter: bytes = b"") -> bytes:
+        """The link before the first block of a domain's prompts."""
+        return IdentityRoot(isolation_domain, self.weights_fingerprint, self.numerics_class, adapter).digest(self.key)
+
     def name(self, prompt_ids: Sequence[int], isolation_domain: str, adapter: bytes = b"") -> PromptNames:
         """Root and identities of a prompt."""
-        root = IdentityRoot(isolation_domain, self.weights_fingerprint, self.numerics_class, adapter).digest(self.key)
+        root = self.root(isolation_domain, adapter)
         return PromptNames(root, tuple(chain(self.key, root, prompt_ids)))

@@ -21,12 +21,15 @@ MAX_PENDING_EVENTS = 65_536
 class _Entry:
     """One findable block: its hash blocks, and its place in the tree."""
 
-    __slots__ = ("block", "children", "identities", "parent")
+    __slots__ = ("block", "children", "identities", "parent", "root")
 
-    def __init__(self, block: BlockId, identities: tuple[BlockIdentity, ...], parent: _Entry | None) -> None:
+    def __init__(
+        self, block: BlockId, identities: tuple[BlockIdentity, ...], parent: _Entry | None, root: bytes
+    ) -> None:
         self.block = block
         self.identities = identities
         self.parent = parent
+        self.root = root  # of its chain: whose KV it is
         self.children: dict[_Entry, None] = {}  # ordered: what dies first must not hang on memory addresses
 
     @property
@@ -67,11 +70,14 @@ class PrefixCache:
         self._pool.retain(blocks)
         return blocks
 
-    def publish(self, identities: Sequence[BlockIdentity], blocks: list[BlockId], start: int = 0) -> list[BlockId]:
+    def publish(
+        self, identities: Sequence[BlockIdentity], blocks: list[BlockId], start: int = 0, root: bytes = b""
+    ) -> list[BlockId]:
         """Make the full blocks of a sequence findable, from its `start`-th block on; idempotent.
 
         `identities` are the sequence's hash blocks from its first token on, `blocks` the caller's own blocks from its
-        first token on; a partial last block, or one beyond `identities`, is left alone. Where another block already
+        first token on, `root` the link before them (kv/block.py). A partial last block, or one beyond `identities`, is
+        left alone. Where another block already
         holds an identity, the caller's copy is given back and replaced by the canonical one: the returned list is what
         the caller owns from now on. So a published block must be full and sealed, and nobody may write it any more;
         who still reads the old copy must own it too.
@@ -86,7 +92,7 @@ class PrefixCache:
             entry = self._entry_by_key.get(self._key(identities, i))
             if entry is None:
                 parent = self._entry_by_key[self._key(identities, i - 1)] if i else None
-                self._insert(result[i], tuple(identities[i * self._span : (i + 1) * self._span]), parent)
+                self._insert(result[i], tuple(identities[i * self._span : (i + 1) * self._span]), parent, root)
             elif entry.block != result[i]:
                 assert not self._pool.is_cached(result[i]), f"block {result[i]} is already published as another prefix"
                 self._pool.retain([entry.block])
@@ -101,6 +107,11 @@ class PrefixCache:
         if entry is not None:
             return entry.block
         return next(iter(self._holders_by_inner.get(identity, ())), None)
+
+    def is_of(self, block: BlockId, root: bytes) -> bool:
+        """Whether a findable block's chain begins at `root`: the same isolation domain, weights and numerics."""
+        entry = self._entry_by_block.get(block)
+        return entry is not None and entry.root == root
 
     def drop(self, block: BlockId) -> None:
         """Forget a block and all that continue it: evicted, or found damaged. Owners keep their blocks."""
@@ -169,6 +180,7 @@ class PrefixCache:
         if entry.parent is not None:
             assert self._entry_by_key.get(entry.parent.key) is entry.parent, f"block {block} outlived its parent"
             assert entry in entry.parent.children, f"block {block} is no child of its parent"
+            assert entry.root == entry.parent.root, f"block {block} belongs to another chain than its parent"
         for inner in entry.identities[:-1]:
             assert block in self._holders_by_inner[inner], f"block {block} is missing as a holder"
 
@@ -187,9 +199,11 @@ class PrefixCache:
                 high = middle - 1
         return low
 
-    def _insert(self, block: BlockId, identities: tuple[BlockIdentity, ...], parent: _Entry | None) -> None:
+    def _insert(
+        self, block: BlockId, identities: tuple[BlockIdentity, ...], parent: _Entry | None, root: bytes
+    ) -> None:
         assert block not in self._entry_by_block, f"block {block} is already published as another prefix"
-        entry = _Entry(block, identities, parent)
+        entry = _Entry(block, identities, parent, root)
         if parent is not None:
             parent.children[entry] = None
         self._pool.mark_cached(block)

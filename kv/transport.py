@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import grpc
 import grpc.aio
 
+from ..core.inside import InsideChannel
+
 HANDOVER_SERVICE = "twostroke.v1.Handover"
 BLOCKS_SERVICE = "twostroke.v1.Blocks"
 TRANSFER = f"/{HANDOVER_SERVICE}/Transfer"
@@ -118,14 +120,16 @@ class ClientStream:
 class Channels:
     """One channel per peer address, kept for all hand-overs to it."""
 
-    def __init__(self) -> None:
+    def __init__(self, key: bytes) -> None:
+        """`key` is kv.keys.proof_key: peers and we prove to each other that we know it."""
+        self._key = key
         self._channel_by_address: dict[str, grpc.aio.Channel] = {}
 
     def to(self, address: str) -> grpc.aio.Channel:
         """The channel to `address` (host:port), opened at the first use."""
         channel = self._channel_by_address.get(address)
         if channel is None:
-            channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+            channel = InsideChannel(address, self._key, CHANNEL_OPTIONS)
             self._channel_by_address[address] = channel
         return channel
 

@@ -220,7 +220,7 @@ class Commands:
         end = start
         for identity in command.identities if start >= 0 and start % HASH_BLOCK_TOKENS == 0 else ():
             block = holdings.prefix.locate(identity)
-            if block is None:
+            if block is None or not holdings.prefix.is_of(block, command.root):
                 break
             # Of two blocks that share their first hash block, the one that holds the later ones counts.
             blocks[end // block_tokens :] = [block]

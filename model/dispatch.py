@@ -86,8 +86,8 @@ class Dispatcher:
             ended = Ended(command.key, FinishReason.ERROR, error.code, error.message)
             asyncio.get_running_loop().call_soon(self._route, ended)
 
-    async def fetch(self, identities: Sequence[BlockIdentity], first_token: int) -> BlocksFetched:
-        """Read cached hash blocks by identity.
+    async def fetch(self, identities: Sequence[BlockIdentity], first_token: int, root: bytes) -> BlocksFetched:
+        """Read cached hash blocks by identity, as far as their chain begins at `root`.
 
         Raises:
             Unavailable: the engine has ended, or ends meanwhile.
@@ -98,7 +98,7 @@ class Dispatcher:
         future: asyncio.Future[BlocksFetched] = asyncio.get_running_loop().create_future()
         self._fetches[fetch_id] = future
         try:
-            self._link.send(FetchBlocks(fetch_id, tuple(identities), first_token))
+            self._link.send(FetchBlocks(fetch_id, tuple(identities), first_token, root))
             return await future
         finally:
             del self._fetches[fetch_id]

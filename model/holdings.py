@@ -133,7 +133,8 @@ class Holdings:
             fresh = sequence.tokens[known * HASH_BLOCK_TOKENS : num_hashed * HASH_BLOCK_TOKENS]
             sequence.identities += chain(self._key, link, fresh)
         identities = sequence.identities[:num_hashed]
-        sequence.blocks = self.prefix.publish(identities, sequence.blocks, sequence.num_published)
+        root = sequence.identity_root
+        sequence.blocks = self.prefix.publish(identities, sequence.blocks, sequence.num_published, root)
         self.residency.published(sequence.blocks[sequence.num_published : num_full])
         sequence.table = None
         sequence.num_published = num_full

@@ -119,6 +119,7 @@ class FetchBlocks:
     fetch_id: int
     identities: tuple[BlockIdentity, ...]
     first_token: int
+    root: bytes  # of their chain: blocks of another one are not given away
 
 
 @dataclass(frozen=True, slots=True)

@@ -573,6 +573,7 @@ class FetchRequest(_message.Message):
     head_count: _builtins.int
     """0: all"""
     isolation_domain: _builtins.str
+    """whose blocks; those of another domain count as not held"""
     timeout_ms: _builtins.int
     @_builtins.property
     def identities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:

@@ -9,13 +9,14 @@ import asyncio
 import os
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 import grpc.aio
 
 from ..core.clock import Clock, MonotonicClock
 from ..core.errors import Cancelled
+from ..core.guard import Guard
 from ..core.request import Request
 from ..core.timeline import Instant, Timeline
 from .config import RouterConfig
@@ -33,8 +34,8 @@ from .run import Run
 class Flow:
     """Takes admitted requests through the workers. One per router process, on one event loop.
 
-    Faces call `generate`, `abort`, `explain`, `cluster`, `models`; the process calls `add_announce` for its internal
-    server, then `start`, and at the end `drain` and `close`.
+    Faces call `generate`, `abort`, `explain`, `cluster`, `models`; the process calls `internal_server`, then `start`,
+    and at the end `drain` and `close`.
     """
 
     def __init__(
@@ -43,8 +44,12 @@ class Flow:
         identity_key: bytes,
         metrics: RouterMetrics | None = None,
         clock: Clock | None = None,
+        *,
+        proof_key: bytes,
     ) -> None:
         """`identity_key` names prompts as the workers do: `kv.keys.identity_key` of the cluster's shared secret.
+
+        `proof_key` is `kv.keys.proof_key` of it: what workers and routers prove to each other.
 
         `metrics` is what the face serves on /metrics; none: a registry of its own, see `self.metrics.registry`.
         """
@@ -52,7 +57,8 @@ class Flow:
         self.clock = clock or MonotonicClock()
         self._config = config
         # Only the order of incarnations matters: a restarted router must be above its former self.
-        self._identity = Identity(f"router-{os.getpid()}", time.time_ns(), identity_key)
+        self._identity = Identity(f"router-{os.getpid()}", time.time_ns(), identity_key, proof_key)
+        self._guard = Guard(proof_key, "router")
         self._dispatcher = Dispatcher(config, self._identity, self.metrics, self.clock)
         self._members = self._dispatcher.members
         self._life = self._dispatcher.life
@@ -62,9 +68,11 @@ class Flow:
 
     # ------------------------------------------------------------------ the process
 
-    def add_announce(self, server: grpc.aio.Server) -> None:
-        """Register the Announce service, by which workers come, on the router's internal server."""
+    def internal_server(self, options: Sequence[tuple[str, Any]] = ()) -> grpc.aio.Server:
+        """The server where workers announce themselves, behind its guard; not bound yet."""
+        server = grpc.aio.server(options=options, interceptors=[self._guard])
         self._members.add_announce(server)
+        return server
 
     async def start(self) -> None:
         """Begin to watch over workers and deadlines. Returns at once; workers announce themselves later."""
@@ -155,6 +163,8 @@ class Flow:
                 "prefix_blocks": len(self._members.prefixes),
                 "ttft_prediction_error": self._dispatcher.prediction.mean_ratio,
                 "kv_transport": "grpc",
+                "calls_refused": self._guard.refusals.total(),
+                "last_refused": self._guard.last_refused,
             },
             "counters": {
                 "offered": admission.offered,

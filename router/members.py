@@ -42,6 +42,7 @@ class Identity:
     router_id: str
     incarnation: int
     identity_key: bytes  # kv/keys.py: of the cluster's shared secret
+    proof_key: bytes  # likewise
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +171,7 @@ class Members:
         handlers = LinkHandlers(
             self._on_up, self._on_down, self._on_beat, self._handlers.step, self.roster.watching, self._on_event
         )
-        link = WorkerLink(facts, hello, handlers)
+        link = WorkerLink(facts, hello, handlers, self._identity.proof_key)
         self._links[facts.key] = link
         link.open()
 

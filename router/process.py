@@ -16,7 +16,7 @@ from grpc_reflection.v1alpha import reflection
 from ..core.errors import ConfigError
 from ..core.foreground import Stop, Stopped, first, leave, orphaned, unless
 from ..core.ports import bound_socket, check_port, numeric_host, target
-from ..kv.keys import identity_key
+from ..kv.keys import identity_key, proof_key
 from ..protos import inference_pb2, inference_pb2_grpc
 from .config import RouterConfig
 from .flow import Flow
@@ -41,7 +41,7 @@ class RouterProcess:
         """`reads_defaults`: whether a checkpoint's sampling defaults count (model.generation_config)."""
         self.ended = asyncio.Event()  # the HTTP server has ended, by `stop` or by its own fault
         self._settings = settings
-        self._flow = Flow(settings, identity_key(cluster_key))
+        self._flow = Flow(settings, identity_key(cluster_key), proof_key=proof_key(cluster_key))
         self._front = Front(settings, self._flow, reads_defaults=reads_defaults)
         self._health = health.aio.HealthServicer()
         self._servers: list[grpc.aio.Server] = []
@@ -59,9 +59,7 @@ class RouterProcess:
         listener = bound_socket(settings.host, settings.port, PORT_REMEDIES["port"])
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         await self._flow.start()
-        internal = grpc.aio.server(options=_GRPC_OPTIONS)
-        self._flow.add_announce(internal)
-        await self._serve(internal, INTERNAL_HOST, "internal_port")
+        await self._serve(self._flow.internal_server(_GRPC_OPTIONS), INTERNAL_HOST, "internal_port")
         limits = [("grpc.max_receive_message_length", settings.max_body_bytes)]
         clients = grpc.aio.server(options=[*_GRPC_OPTIONS, *limits])
         inference_pb2_grpc.add_InferenceServicer_to_server(InferenceService(self._front), clients)

@@ -12,6 +12,7 @@ import grpc
 import grpc.aio
 
 from ..core.errors import InvalidRequest
+from ..core.inside import InsideChannel
 from ..kv.transport import CHANNEL_OPTIONS
 from ..protos import worker_pb2, worker_pb2_grpc
 from .facts import WorkerFacts, WorkerKey
@@ -46,17 +47,21 @@ class LinkHandlers:
 class WorkerLink:
     """Everything between this router and one life of one worker."""
 
-    def __init__(self, facts: WorkerFacts, hello: worker_pb2.SessionHello, handlers: LinkHandlers) -> None:
+    def __init__(
+        self, facts: WorkerFacts, hello: worker_pb2.SessionHello, handlers: LinkHandlers, proof_key: bytes
+    ) -> None:
+        """`proof_key` (kv/keys.py): no order leaves for a worker that does not prove that it knows it."""
         self.key = facts.key
         self._hello = hello
         self._handlers = handlers
         self._orders: asyncio.Queue[worker_pb2.SessionUp] = asyncio.Queue(MAX_WAITING_ORDERS)
-        self._channel = grpc.aio.insecure_channel(facts.address, options=CHANNEL_OPTIONS)
+        self._channel = InsideChannel(facts.address, proof_key, CHANNEL_OPTIONS)
         self._stub: worker_pb2_grpc.WorkerAsyncStub = worker_pb2_grpc.WorkerStub(self._channel)
         self._session: asyncio.Task[None] | None = None
         self._keepers: list[asyncio.Task[None]] = []
         self._is_up = False
         self._reset_reason = "reset"
+        self._has_complained = False  # of a worker that is a stranger
 
     def open(self) -> None:
         """Begin; returns at once."""
@@ -124,6 +129,7 @@ class WorkerLink:
                 reason = "ended"
         except _STREAM_ERRORS as error:
             reason = _words(error)
+            self._complain(error, reason)
         except (_Broken, InvalidRequest) as error:
             reason = str(error)
         except Exception:  # whatever a worker sent must not end the link for ever
@@ -132,6 +138,13 @@ class WorkerLink:
         if is_session:
             self._mark_down(reason)
         return reason
+
+    def _complain(self, error: BaseException, reason: str) -> None:
+        """Say once that the worker at this address and we have different keys."""
+        is_strange = isinstance(error, grpc.aio.AioRpcError) and error.code() is grpc.StatusCode.UNAUTHENTICATED
+        if is_strange and not self._has_complained:
+            self._has_complained = True
+            log.warning("%s gets no orders: %s", self.key.worker_id, reason)
 
     async def _run_session(self) -> None:
         call = self._stub.Session()

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from ..core.errors import InvalidRequest
 from ..core.life import Transfer
+from ..core.ports import check_address
 from ..core.request import Epoch, Request, SequenceKey
 from ..core.tally import Spread
 from ..core.timeline import Instant, Timeline
@@ -22,7 +23,7 @@ def worker_from_wire(info: common_pb2.WorkerInfo) -> WorkerFacts:
     """Who a worker says it is.
 
     Raises:
-        InvalidRequest: a field that routing needs is absent, or from a release that we cannot read.
+        InvalidRequest: a field that routing needs is absent or impossible, or from a release that we cannot read.
     """
     for field in ("worker_id", "address", "incarnation", "num_kv_blocks", "block_tokens"):
         if not getattr(info, field):
@@ -33,7 +34,7 @@ def worker_from_wire(info: common_pb2.WorkerInfo) -> WorkerFacts:
         worker_id=info.worker_id,
         incarnation=info.incarnation,
         role=role_from_wire(info.role),
-        address=info.address,
+        address=check_address(info.address, "address"),
         model=_model_from(info.model),
         num_kv_blocks=info.num_kv_blocks,
         block_tokens=info.block_tokens,

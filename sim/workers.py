@@ -49,6 +49,7 @@ MODEL = "model"
 MAX_MODEL_LEN = 1 << 20
 NO_EPOCH = Epoch(0, 0)
 ORPHAN_SLACK_S = 0.5  # commands under way, and the step that must end first
+PORT = 1  # of every worker: an order names its peers by host and port
 
 
 class NoText:
@@ -209,7 +210,7 @@ class WorkerNode:
             worker_id=worker.worker_id,
             incarnation=self.process.life,
             role=worker.role,
-            address=worker.worker_id,
+            address=f"{worker.worker_id}:{PORT}",
             model=replace(ROUTER_MODEL, numerics_class=worker.numerics),
             num_kv_blocks=worker.num_blocks,
             block_tokens=worker.block_tokens,
@@ -221,7 +222,7 @@ class WorkerNode:
 
     def connect_peer(self, key: SequenceKey, address: str) -> StreamHost:
         """The decode side opens a stream to whoever lives at the address."""
-        peer = self.find(address)
+        peer = self.find(address.removesuffix(f":{PORT}"))
         assert peer is not None, address
         near, far = self.network.connect(self.process, peer.process, f"{key.request_id}>{address}")
         if peer.process.is_alive:

@@ -35,6 +35,7 @@ ROOMS = {
     "ray": ("cluster/", "prefill_worker/actor.py", "decode_worker/actor.py", "router/actor.py"),
 }
 PURE = (
+    "core/proof.py",
     "core/tally.py",
     "decode_worker/speed.py",
     "kv/pool.py",

@@ -16,14 +16,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from twostroke.cluster.settings import WorkerSettings
 from twostroke.cluster.worker import WorkerProcess
+from twostroke.core.inside import InsideChannel
 from twostroke.core.request import Role
 from twostroke.kv.config import CacheConfig
+from twostroke.kv.keys import proof_key
 from twostroke.kv.transport import CHANNEL_OPTIONS
 from twostroke.model.config import ModelConfig, StepConfig
 from twostroke.protos import common_pb2, worker_pb2, worker_pb2_grpc
 
 VOCAB = 260  # 256 bytes and four special tokens
 EOS = 257
+CLUSTER_KEY = "a key of the tests"
 
 
 @pytest.fixture(scope="session")
@@ -96,7 +99,7 @@ async def start_worker(tiny_checkpoint: Path) -> AsyncIterator[Start]:
             model=ModelConfig(path=str(tiny_checkpoint), **changes.pop("model", {})),
             cache=changes.pop("cache", CacheConfig(tokens=8192, frame_bytes=8192)),
             step=changes.pop("step", StepConfig(max_num_batched_tokens=64)),
-            cluster_key="a key of the tests",
+            cluster_key=CLUSTER_KEY,
             orphan_grace_s=changes.pop("orphan_grace_s", 0.3),
             **changes,
         )
@@ -150,8 +153,8 @@ class RouterHand:
         self.answers: dict[tuple[str, int], Answer] = {}
         self.messages: list[worker_pb2.SessionDown] = []
         self.welcome: common_pb2.WorkerInfo | None = None
-        self._channel = grpc.aio.insecure_channel(
-            address, options=[*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
+        self._channel = InsideChannel(
+            address, proof_key(CLUSTER_KEY), [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
         )
         self.stub: Any = worker_pb2_grpc.WorkerStub(self._channel)
         self._call: Any = None

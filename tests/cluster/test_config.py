@@ -6,6 +6,8 @@ import pytest
 
 from twostroke.cli import members
 from twostroke.cluster.config import Config, load_config
+from twostroke.cluster.settings import WorkerSettings
+from twostroke.core.config import load_section
 from twostroke.core.errors import ConfigError
 from twostroke.core.request import Role
 
@@ -94,6 +96,18 @@ def test_no_mistake_around_a_secret_shows_it(tmp_path, file: str, environment: d
         load_config(tmp_path / "config.yaml", environment)
     assert SECRET not in str(caught.value)
     assert "cluster" in str(caught.value) or "api_keys" in str(caught.value) or "line 1" in str(caught.value)
+
+
+def test_settings_that_are_shown_show_no_key():
+    config = load_config(flags={"cluster.key": SECRET})
+    settings = {"worker_id": "w", "role": "decode", "model_directory": "d", "model_name": "m"}
+    worker = load_section(WorkerSettings, settings | {"cluster_key": SECRET})
+    for shown in (repr(config), str(config), repr(config.cluster), repr(worker), str(worker)):
+        assert SECRET not in shown
+    with pytest.raises(ConfigError) as refused:
+        load_section(WorkerSettings, settings | {"cluster_key": "too-short"})
+    assert "cluster_key" in refused.value.message
+    assert "too-short" not in refused.value.message
 
 
 @pytest.mark.parametrize(("command", "words"), [("worker", "cluster.key"), ("router", "cluster.key")])

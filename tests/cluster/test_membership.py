@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twostroke.cluster.membership import BackOff, Membership, Patience, Standing
+from twostroke.cluster.membership import BackOff, Membership, Patience, Standing, Use
 
 
 def test_a_dead_member_is_due_at_once_the_first_time():
@@ -70,43 +70,67 @@ def _serving(name: str, patience: Patience) -> Membership:
 
 def test_a_member_that_is_missing_for_too_long_is_overdue_once():
     members = _serving("decode-0", Patience(missing_s=20.0))
-    members.seen("decode-0", False, 10.0)
-    members.seen("decode-0", False, 29.0)
+    members.seen("decode-0", Use.NONE, 10.0)
+    members.seen("decode-0", Use.NONE, 29.0)
     assert members.overdue(30.0) == []
     assert members.overdue(30.5) == ["decode-0"]
     assert members.overdue(30.6) == []  # it is being ended
-    members.seen("decode-0", False, 31.0)
+    members.seen("decode-0", Use.NONE, 31.0)
     assert members.overdue(51.5) == ["decode-0"]  # which did not help
 
 
 def test_a_member_that_comes_back_in_time_is_left_alone():
     members = _serving("decode-0", Patience(missing_s=20.0))
-    members.seen("decode-0", False, 10.0)
-    members.seen("decode-0", True, 29.0)
-    members.seen("decode-0", False, 30.0)
+    members.seen("decode-0", Use.NONE, 10.0)
+    members.seen("decode-0", Use.SERVES, 29.0)
+    members.seen("decode-0", Use.NONE, 30.0)
     assert members.overdue(49.0) == []
 
 
 def test_absence_that_nobody_can_attest_does_not_count():
     members = _serving("decode-0", Patience(missing_s=20.0))
-    members.seen("decode-0", False, 10.0)
+    members.seen("decode-0", Use.NONE, 10.0)
     members.seen("decode-0", None, 29.0)  # the router was away
-    members.seen("decode-0", False, 40.0)
+    members.seen("decode-0", Use.NONE, 40.0)
     assert members.overdue(59.0) == []
+
+
+def test_a_member_that_drains_though_nobody_asked_is_overdue_after_a_patience_of_its_own():
+    members = _serving("decode-0", Patience(missing_s=20.0, draining_s=60.0))
+    members.seen("decode-0", Use.DRAINS, 10.0)
+    members.seen("decode-0", Use.DRAINS, 69.0)
+    assert members.overdue(70.0) == []
+    assert members.overdue(70.5) == ["decode-0"]
+    assert members.use("decode-0") is Use.DRAINS
+
+
+def test_a_member_that_drains_and_then_cannot_be_reached_is_missing_from_then_on():
+    members = _serving("decode-0", Patience(missing_s=20.0, draining_s=60.0))
+    members.seen("decode-0", Use.DRAINS, 10.0)
+    members.seen("decode-0", Use.NONE, 50.0)
+    assert members.overdue(69.0) == []
+    assert members.overdue(70.5) == ["decode-0"]
+
+
+def test_a_member_that_was_told_to_stop_may_drain():
+    members = _serving("decode-0", Patience(draining_s=1.0))
+    members.stop("decode-0")
+    members.seen("decode-0", Use.DRAINS, 10.0)
+    assert members.overdue(1e6) == []
 
 
 def test_a_member_on_its_way_up_has_more_patience_and_is_not_missing():
     members = Membership(patience=Patience(missing_s=20.0, starting_s=120.0))
     members.want("decode-0", 0.0)
     members.started("decode-0", 0.0)
-    members.seen("decode-0", False, 1.0)
+    members.seen("decode-0", Use.NONE, 1.0)
     assert members.overdue(119.0) == []
     assert members.overdue(121.0) == ["decode-0"]
 
 
 def test_dead_and_stopped_members_are_never_overdue():
     members = _serving("decode-0", Patience(missing_s=1.0, starting_s=1.0))
-    members.seen("decode-0", False, 2.0)
+    members.seen("decode-0", Use.NONE, 2.0)
     members.ended("decode-0", "killed", 3.0)
     assert members.overdue(1e6) == []
     members.stop("decode-0")
@@ -115,7 +139,7 @@ def test_dead_and_stopped_members_are_never_overdue():
 
 def test_a_new_process_does_not_inherit_the_absence_of_the_old_one():
     members = _serving("decode-0", Patience(missing_s=20.0))
-    members.seen("decode-0", False, 2.0)
+    members.seen("decode-0", Use.NONE, 2.0)
     members.ended("decode-0", "killed", 3.0)
     members.started("decode-0", 3.0)
     members.ready("decode-0", 5.0)

@@ -221,6 +221,7 @@ async def test_cancel_while_decoding_frees_within_a_second(pair, make_prompt, al
 async def test_a_silent_peer_is_given_up_on_both_sides(pair, proxy, tap, make_prompt, all_free):
     prefill, decode, hand, expected = pair
     await proxy.start(prefill.address)
+    prefill._guard.audience = proxy.address  # by which it is known now
     tap.hold_after = 2
     answer = await hand.submit("r", make_prompt(LONG), [proxy.address])
     await asyncio.wait_for(tap.held.wait(), 10)

@@ -11,12 +11,16 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from twostroke.cluster.announce import Announcer, Retry
+from twostroke.core.guard import Guard
+from twostroke.core.inside import InsideChannel
 from twostroke.core.request import Role
 from twostroke.kv.config import CacheConfig
+from twostroke.kv.keys import proof_key
 from twostroke.kv.transport import Channels
 from twostroke.kv.wire import Frame, decode_envelope, verify_frame
 from twostroke.protos import common_pb2, handover_pb2, worker_pb2, worker_pb2_grpc
 
+KEY = proof_key("a key of the tests")
 SMALL = CacheConfig(tokens=1024, frame_bytes=8192)  # 64 blocks: evicts all the time
 
 
@@ -141,10 +145,10 @@ async def test_fetch_gives_verified_frames_of_what_is_cached(start_worker, route
     facts = worker._room.facts
     names = facts.namer.name(ids, "tests").identities
     unknown = facts.namer.name(ids, "somebody else").identities
-    channels = Channels()
+    channels = Channels(KEY)
 
-    async def fetch(**wanted):
-        request = handover_pb2.FetchRequest(**wanted).SerializeToString()
+    async def fetch(domain="tests", **wanted):
+        request = handover_pb2.FetchRequest(isolation_domain=domain, **wanted).SerializeToString()
         return [decode_envelope(e) async for e in channels.fetch(worker.address, request, 5.0)]
 
     frames = await fetch(identities=[*names, unknown[-1]])
@@ -162,6 +166,8 @@ async def test_fetch_gives_verified_frames_of_what_is_cached(start_worker, route
     assert np.array_equal(section.payload[0, 0], whole.payload[1 - whole.layer_start, 1, :16])
     assert verify_frame(part, facts.digest_key)
     assert await fetch(identities=unknown) == []
+    assert await fetch(identities=names, domain="somebody else") == []  # the right names of another tenant's blocks
+    assert await fetch(identities=names, domain="") == []
     assert len(frames[0].header.identities) == 3
     (leading,) = await fetch(identities=[*names[:2], unknown[2], *names[3:]])  # nothing is served behind a gap
     assert list(leading.header.identities) == list(names[:2])
@@ -198,7 +204,7 @@ async def test_health_follows_the_step_loop(start_worker, router_of, make_prompt
 
 async def test_reflection_lists_the_services(start_worker):
     worker = await start_worker(Role.COMBINED)
-    async with grpc.aio.insecure_channel(worker.address) as channel:
+    async with InsideChannel(worker.address, KEY) as channel:
         call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo()
         await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
         answer = await call.read()
@@ -232,7 +238,7 @@ class Ear(worker_pb2_grpc.AnnounceServicer):
         await asyncio.wait_for(wait(), timeout_s)
 
     async def listen(self, address="127.0.0.1:0"):
-        server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        server = grpc.aio.server(options=[("grpc.so_reuseport", 0)], interceptors=[Guard(KEY, "ear")])
         worker_pb2_grpc.add_AnnounceServicer_to_server(self, server)
         port = server.add_insecure_port(address)
         await server.start()
@@ -257,7 +263,7 @@ async def test_a_worker_announces_itself_changes_and_leaves(start_worker):
 async def test_a_router_that_comes_back_is_told_again():
     ear = Ear()
     server, address = await ear.listen()
-    announcer = Announcer([address], common_pb2.WorkerInfo(worker_id="w"), Retry(first_s=0.02, longest_s=0.1))
+    announcer = Announcer([address], common_pb2.WorkerInfo(worker_id="w"), KEY, Retry(first_s=0.02, longest_s=0.1))
     announcer.start()
     await ear.until(bool)
     await server.stop(0)

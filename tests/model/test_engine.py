@@ -209,11 +209,14 @@ async def test_cached_blocks_are_fetched_by_identity(write_tiny, make_runner, st
     _, desk, _ = start(runner, runner.store)
     await in_one_piece(desk, 70, GREEDY)
     stored = (await desk.until(lambda e: isinstance(e, CacheDelta))).stored
-    desk.link.send(FetchBlocks(9, stored[1:4], 16))
+    desk.link.send(FetchBlocks(9, stored[1:4], 16, b"root"))
     fetched = await desk.until(lambda e: isinstance(e, BlocksFetched))
     assert (fetched.fetch_id, fetched.num_blocks) == (9, 3)
     assert {section.component for section in fetched.sections} == {"k", "v"}
     assert all(section.payload.shape[2] == 48 for section in fetched.sections)
+    desk.link.send(FetchBlocks(10, stored[1:4], 16, b"another tenant's root"))
+    refused = await desk.until(lambda e: isinstance(e, BlocksFetched) and e.fetch_id == 10)
+    assert (refused.num_blocks, refused.sections) == (0, ())
 
 
 async def test_planes_the_store_refuses_end_their_sequence_only(write_tiny, make_runner, start):

@@ -93,7 +93,7 @@ def test_a_key_can_be_used_again_after_its_end():
 def test_reads_of_what_is_gone_are_answered():
     core = small_core()
     assert core.handle(ReadKv(SequenceKey("gone", 0), 0, 16), 0.0) == [KvRead(SequenceKey("gone", 0), 0, 16, None)]
-    assert core.handle(FetchBlocks(3, (b"x" * 16,), 0), 0.0) == [BlocksFetched(3, 0, ())]
+    assert core.handle(FetchBlocks(3, (b"x" * 16,), 0, ROOT), 0.0) == [BlocksFetched(3, 0, ())]
 
 
 def test_offers_are_made_once():

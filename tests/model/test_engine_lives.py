@@ -199,7 +199,7 @@ class CoreMachine(RuleBasedStateMachine):
         face = self.faces[self.some(data)]
         identities = face.submit.identities[first:]
         self.fetched_cells = face.cells[16 * first :]
-        self.hear(self.core.handle(FetchBlocks(1, identities, 16 * first), self.now_s))
+        self.hear(self.core.handle(FetchBlocks(1, identities, 16 * first, ROOT), self.now_s))
 
     @rule()
     def ask_snapshot(self):

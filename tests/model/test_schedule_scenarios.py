@@ -180,7 +180,7 @@ class Stage:
             case "fetch":
                 first = int(start)
                 identities = chain(KEY, ROOT, self.prompts[key.request_id])
-                return FetchBlocks(1, tuple(identities[first // 16 : (first + int(count)) // 16]), first)
+                return FetchBlocks(1, tuple(identities[first // 16 : (first + int(count)) // 16]), first, ROOT)
             case "snapshot":
                 return AskSnapshot()
             case "stop":

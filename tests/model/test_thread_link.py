@@ -32,7 +32,7 @@ async def test_a_full_link_refuses_new_work_with_an_answer_and_lets_the_rest_in(
     link.send(a_submit("a"))
     link.send(a_submit("b"))
     link.send(a_submit("c"))
-    link.send(FetchBlocks(4, (), 0))
+    link.send(FetchBlocks(4, (), 0, b"root"))
     others = [CancelSequence(KEY), Release(KEY), Stop()]
     for command in others:
         link.send(command)

@@ -9,6 +9,8 @@ from typing import Any
 
 import grpc.aio
 
+from twostroke.core.guard import Guard
+from twostroke.core.inside import InsideChannel
 from twostroke.core.request import Role
 from twostroke.kv.messages import role_to_wire, spec_to_wire
 from twostroke.kv.spec import attention_spec
@@ -16,6 +18,7 @@ from twostroke.protos import common_pb2, worker_pb2, worker_pb2_grpc
 
 MODEL = "tiny"
 FINGERPRINT = b"f" * 16
+PROOF_KEY = b"p" * 32
 
 
 def token_at(prompt: list[int], choice: int, index: int) -> int:
@@ -52,6 +55,7 @@ class FakeWorker:
     behaviour: Behaviour = field(default_factory=Behaviour)
     held: list[bytes] = field(default_factory=list)
     load: dict[str, Any] = field(default_factory=dict)
+    proof_key: bytes = PROOF_KEY
 
     def __post_init__(self) -> None:
         self.submits: list[worker_pb2.Submit] = []
@@ -67,11 +71,12 @@ class FakeWorker:
         self._announcing_also: asyncio.Task[None] | None = None
         self.leaving = False
         self.refuses_sessions = False
+        self.guards: list[grpc.aio.ServerInterceptor] = [Guard(self.proof_key, self.worker_id)]
 
     # -------------------------------------------------------------- life
 
     async def start(self, announce_to: str, port: int = 0) -> FakeWorker:
-        self.server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        self.server = grpc.aio.server(options=[("grpc.so_reuseport", 0)], interceptors=self.guards)
         worker_pb2_grpc.add_WorkerServicer_to_server(_Servicer(self), self.server)
         self.address = f"127.0.0.1:{self.server.add_insecure_port(f'127.0.0.1:{port}')}"
         await self.server.start()
@@ -119,7 +124,7 @@ class FakeWorker:
     async def _announce(self, address: str) -> None:
         while True:
             try:
-                async with grpc.aio.insecure_channel(address) as channel:
+                async with InsideChannel(address, self.proof_key) as channel:
                     stub = worker_pb2_grpc.AnnounceStub(channel)
                     call = stub.Announce()
                     sequence = 0

@@ -8,10 +8,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-import grpc.aio
-
 sys.path.insert(0, str(Path(__file__).parent))
-from fake_worker import MODEL, FakeWorker, token_at
+from fake_worker import MODEL, PROOF_KEY, FakeWorker, token_at
 
 from twostroke.core.request import Request, SamplingParams
 from twostroke.core.timeline import Timeline
@@ -50,9 +48,8 @@ async def until(condition: Callable[[], object], timeout_s: float = 5.0) -> None
 
 @asynccontextmanager
 async def cluster(**settings: object) -> AsyncIterator[Cluster]:
-    flow = Flow(RouterConfig(**{"worker_patience_s": 0.5, **settings}), KEY)
-    server = grpc.aio.server()
-    flow.add_announce(server)
+    flow = Flow(RouterConfig(**{"worker_patience_s": 0.5, **settings}), KEY, proof_key=PROOF_KEY)
+    server = flow.internal_server()
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     await flow.start()

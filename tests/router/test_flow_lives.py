@@ -10,10 +10,11 @@ import grpc.aio
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from fake_worker import FakeWorker, reborn
+from fake_worker import PROOF_KEY, FakeWorker, reborn
 from flow_cluster import PROMPT, cluster, collect, expected, request, tokens_of, until
 
 from twostroke.core import errors
+from twostroke.core.inside import InsideChannel
 from twostroke.core.timeline import Timeline
 from twostroke.protos import common_pb2, worker_pb2, worker_pb2_grpc
 
@@ -158,7 +159,7 @@ async def test_another_life_that_answers_at_the_address_is_not_trusted() -> None
 
 async def test_a_malformed_announcement_is_refused_and_others_are_heard() -> None:
     async with cluster() as c:
-        async with grpc.aio.insecure_channel(c.internal) as channel:
+        async with InsideChannel(c.internal, PROOF_KEY) as channel:
             call = worker_pb2_grpc.AnnounceStub(channel).Announce()
             await call.write(worker_pb2.Announcement(worker=common_pb2.WorkerInfo(worker_id="x")))
             assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT

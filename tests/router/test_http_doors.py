@@ -33,7 +33,7 @@ PASSED = 503
 @asynccontextmanager
 async def doors(**settings: Any) -> AsyncIterator[httpx.AsyncClient]:
     config = RouterConfig(**settings)
-    front = Front(config, Flow(config, b"k" * 32))
+    front = Front(config, Flow(config, b"k" * 32, proof_key=b"p" * 32))
     transport = httpx.ASGITransport(make_app(config, front))
     async with httpx.AsyncClient(transport=transport, base_url="http://router:8000") as client:
         yield client
