@@ -48,6 +48,7 @@ def serve(
     threads: o.Threads = None,
     insecure: o.Insecure = None,
     strict: o.Strict = None,
+    allowed_hosts: o.AllowedHosts = None,
     allowed_origins: o.AllowedOrigins = None,
     allowed_methods: o.AllowedMethods = None,
     allowed_headers: o.AllowedHeaders = None,

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, field_validator
 
 from ..core.config import Section, load_section
 from ..core.errors import ConfigError
+from ..core.ports import bindable_host
 from ..kv.config import CacheConfig
 from ..model.config import ModelConfig, StepConfig
 from ..router.config import RouterConfig
@@ -37,6 +38,7 @@ class ClusterConfig(Section):
     key: str = Field(
         default_factory=lambda: secrets.token_hex(16),
         min_length=16,
+        repr=False,
         description="shared secret of all processes: keys block identities and digests",
     )
     ready_timeout_s: float = Field(
@@ -51,6 +53,13 @@ class ClusterConfig(Section):
     worker_metrics_port: MetricsPort = Field(
         0, description="GET /metrics and /health of the first worker, each next one +1; 0: any, none: off"
     )
+
+    @field_validator("key")
+    @classmethod
+    def _is_bare(cls, key: str) -> str:
+        if key != key.strip():
+            raise ValueError("it begins or ends with a blank or a line end, which another process's may not; remove it")
+        return key
 
 
 class Config(Section):
@@ -126,11 +135,8 @@ def _put(values: dict[str, Any], path: list[str], value: Any) -> None:
 
 def _check(config: Config) -> None:
     router = config.router
-    if router.host not in ("127.0.0.1", "localhost", "::1") and not router.insecure:
-        raise ConfigError(
-            f"router.host is {router.host!r}, which others can reach, and there are no certificates; "
-            "keep 127.0.0.1 behind a proxy that authenticates, or accept the risk with --insecure"
-        )
+    if not router.insecure:
+        bindable_host(router.host, "router.host", insecure=False)
     ports = [port for port in (router.port, router.grpc_port, router.internal_port) if port]
     if len(set(ports)) != len(ports):
         raise ConfigError(

@@ -73,6 +73,7 @@ def worker_settings(site: Site, member: Member) -> WorkerSettings:
         step=config.step,
         memory_bytes=member.memory_bytes,
         num_threads=member.num_threads,
+        insecure=config.router.insecure,
         metrics_port=member.metrics_port,
         routers=(site.internal_address,),
         cluster_key=config.cluster.key,

@@ -6,12 +6,14 @@ imported Ray before us had set: both are set here, and looked at afterwards.
 
 from __future__ import annotations
 
+import importlib
 import ipaddress
 import os
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from ..core.errors import ConfigError
 
@@ -26,18 +28,16 @@ def token_settings(folder: Path) -> dict[str, str]:
 
 def read_settings() -> None:
     """Have Ray read mode and token from the environment as it is now. By itself it does so once, when imported."""
-    from ray._raylet import AuthenticationTokenLoader, Config
-
-    Config.initialize("")
-    AuthenticationTokenLoader.instance().reset_cache()
+    raylet = _raylet()
+    raylet.Config.initialize("")
+    raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
 def check_token() -> None:
     """Raises ConfigError when a Ray that was started now would let anybody in."""
-    from ray._raylet import AuthenticationMode, AuthenticationTokenLoader, get_authentication_mode
-
-    is_asked = get_authentication_mode() == AuthenticationMode.TOKEN
-    if not is_asked or not AuthenticationTokenLoader.instance().has_token():
+    raylet = _raylet()
+    is_asked = raylet.get_authentication_mode() == raylet.AuthenticationMode.TOKEN
+    if not is_asked or not raylet.AuthenticationTokenLoader.instance().has_token():
         raise ConfigError("it would ask nobody for a token (RAY_AUTH_MODE), and whoever reaches it could run code")
 
 
@@ -64,9 +64,15 @@ def check_loopback() -> None:
     """Raises ConfigError when the Ray that this process is connected to listens where other machines reach it."""
     import ray
 
-    address = ray.util.get_node_ip_address()
+    util: Any = ray.util
+    address = util.get_node_ip_address()
     if not ipaddress.ip_address(address).is_loopback:
         raise ConfigError(f"it listens on {address}, which others can reach")
+
+
+def _raylet() -> Any:
+    """Ray's own core, which its types do not know."""
+    return importlib.import_module("ray._raylet")
 
 
 def set_variables(values: Mapping[str, str | None]) -> dict[str, str | None]:

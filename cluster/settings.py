@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from ..core.config import Section
 from ..core.request import Role
 from ..kv.config import CacheConfig
@@ -22,9 +24,10 @@ class WorkerSettings(Section):
     num_threads: int = 1
     gpu: int = 0  # which one of those that the process sees
     host: str = "127.0.0.1"
+    insecure: bool = False  # whether `host` may be one that others can reach
     port: int = 0  # 0: any
     metrics_port: int | None = 0  # GET /metrics and /health, on the same host; 0: any, none: off
     routers: tuple[str, ...] = ()  # host:port of their Announce services
-    cluster_key: str
+    cluster_key: str = Field(repr=False)
     orphan_grace_s: float = 5.0
     drain_timeout_s: float = 10.0

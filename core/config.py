@@ -14,7 +14,7 @@ from .errors import ConfigError
 class Section(BaseModel):
     """A group of settings owned by one part. Frozen; validated where it is built."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, hide_input_in_errors=True)
 
 
 S = TypeVar("S", bound=Section)

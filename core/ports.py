@@ -6,6 +6,7 @@ import errno
 import socket
 
 from .errors import ConfigError
+from .hosts import is_loopback_name
 
 
 def check_port(host: str, port: int, remedy: str) -> None:
@@ -54,6 +55,21 @@ def numeric_host(host: str) -> str:
         raise ConfigError(f"host {host!r} cannot be resolved ({error}); give an address of this machine") from None
     addresses = [str(address[0]) for *_, address in found]
     return next((address for address in addresses if ":" not in address), addresses[0])
+
+
+def bindable_host(host: str, setting: str, *, insecure: bool) -> str:
+    """The numeric address that a server of ours may bind for `host`. Every listener asks here, so that none forgets to.
+
+    Raises:
+        ConfigError: others can reach it, and nobody accepted that. `setting` names where `host` came from.
+    """
+    address = numeric_host(host)
+    if not insecure and not is_loopback_name(address):
+        raise ConfigError(
+            f"{setting} is {host!r}, which others can reach, and there are no certificates; "
+            "keep 127.0.0.1 behind a proxy that authenticates, or accept the risk with --insecure (router.insecure)"
+        )
+    return address
 
 
 def target(host: str, port: int) -> str:
