@@ -101,7 +101,9 @@ AllowedHeaders = Annotated[str | None, typer.Option(help="""Headers that those p
 AllowCredentials = Annotated[
     bool | None, typer.Option("--allow-credentials", help="Let browsers send cookies along for those pages.")
 ]
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file; flags and environment win over it.")]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="YAML file, or - for standard input; flags and environment win over it.")
+]
 
 
 def config_from(flags: dict[str, Any]) -> Config:

@@ -6,6 +6,7 @@ Order of precedence: flags, environment (`TWOSTROKE__SECTION__KEY`), file (`--co
 from __future__ import annotations
 
 import secrets
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,6 +22,7 @@ from ..model.config import ModelConfig, StepConfig
 from ..router.config import RouterConfig
 
 ENVIRONMENT_PREFIX = "TWOSTROKE__"
+STDIN = Path("-")  # as a configuration file: one that holds keys need not lie anywhere
 
 
 MetricsPort = Annotated[
@@ -93,7 +95,7 @@ def load_config(
 
 def _read_file(file: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(file.read_text())
+        values = yaml.safe_load(sys.stdin.read() if file == STDIN else file.read_text())
     except yaml.YAMLError as error:
         raise ConfigError(f"--config {file}: {_yaml_mistake(error)}") from None
     except (OSError, UnicodeDecodeError) as error:
