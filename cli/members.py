@@ -59,6 +59,7 @@ def worker(
             insecure=settings.router.insecure,
             port=port,
             metrics_port=settings.cluster.worker_metrics_port,
+            metrics_keys=settings.router.api_keys,
             routers=tuple(router),
             cluster_key=settings.cluster.key,
             orphan_grace_s=settings.cluster.orphan_grace_s,

@@ -75,6 +75,7 @@ def worker_settings(site: Site, member: Member) -> WorkerSettings:
         num_threads=member.num_threads,
         insecure=config.router.insecure,
         metrics_port=member.metrics_port,
+        metrics_keys=config.router.api_keys,
         routers=(site.internal_address,),
         cluster_key=config.cluster.key,
         orphan_grace_s=config.cluster.orphan_grace_s,

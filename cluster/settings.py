@@ -27,6 +27,7 @@ class WorkerSettings(Section):
     insecure: bool = False  # whether `host` may be one that others can reach
     port: int = 0  # 0: any
     metrics_port: int | None = 0  # GET /metrics and /health, on the same host; 0: any, none: off
+    metrics_keys: tuple[str, ...] = Field((), repr=False)  # one of which GET /metrics wants; none: no key
     routers: tuple[str, ...] = ()  # host:port of their Announce services
     cluster_key: str = Field(repr=False)
     orphan_grace_s: float = 5.0

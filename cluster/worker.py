@@ -229,12 +229,12 @@ class WorkerProcess:
                 task.cancel()
 
     async def _bind(self) -> None:
+        host, port = self._host(), self.settings.port
         server = grpc.aio.server(options=SERVER_OPTIONS)
         server.add_generic_rpc_handlers(handlers(self.prefill.transfer, self.fetch.fetch))
         worker_pb2_grpc.add_WorkerServicer_to_server(WorkerService(self), server)
         self.health.add_to(server)
         enable_reflection(server)
-        host, port = self._host(), self.settings.port
         wanted = target(host, port)
         try:
             self._port = server.add_insecure_port(wanted)
@@ -244,7 +244,8 @@ class WorkerProcess:
         await server.start()
         self._server = server
         if self.settings.metrics_port is not None:
-            self._scrapes = ScrapeServer(pages(self._metrics, self.dispatcher, self.health.is_serving))
+            served = pages(self._metrics, self.dispatcher, self.health.is_serving)
+            self._scrapes = ScrapeServer(served, self.settings.metrics_keys)
             self.metrics_address = await self._scrapes.start(host, self.settings.metrics_port)
 
     def _host(self) -> str:
