@@ -23,6 +23,7 @@ from .scratch import Scratch
 NAMESPACE = "twostroke"
 _OBJECT_STORE_BYTES = 80 << 20  # about the smallest Ray takes; no KV ever goes through it
 _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set for programs that `ray job submit` runs
+_RAYS = "r"  # Ray lets everybody write into its folder, so that one lies within ours, which nobody else can enter
 _LEAVE_S = 1.0
 _ANSWER_S = 5.0
 _ELSEWHERE = (  # what sends a local Ray or its workers to another cluster, store, port, folder or environment
@@ -69,7 +70,7 @@ class RaySession:
             if self._address:
                 self._join(self._address, empty)
             else:
-                self._start(self._scratch.path, empty)
+                self._start(self._scratch.path / _RAYS, empty)
         except ModuleNotFoundError as error:
             raise ConfigError(f"{error}: pip install 'twostroke[ray]', or use --launcher process") from None
         except Exception as error:
@@ -102,6 +103,7 @@ class RaySession:
         ray.init(address=address, **_common(None if _SUBMITTED in os.environ else empty))
 
     def _start(self, folder: Path, empty: Path) -> None:
+        folder.mkdir()
         with self._environment(folder):
             import ray
 
@@ -128,7 +130,7 @@ class RaySession:
         wanted |= {name: None for name in os.environ if name.startswith(ENVIRONMENT_PREFIX)}  # keys may be among them
         wanted |= {"RAY_TMPDIR": str(folder), "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
         wanted |= {name: os.environ.get(name, limit) for name, limit in _LOG_LIMITS.items()}
-        self._before = set_variables(ray_guard.token_settings(folder))
+        self._before = set_variables(ray_guard.token_settings(self._scratch.path))
         before = set_variables(wanted)
         try:
             yield

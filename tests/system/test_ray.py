@@ -110,6 +110,7 @@ RAYS_OWN = {  # each on loopback alone; README names them
 
 def test_all_sockets_are_declared_and_on_loopback(cluster: Any, observer: Observer):
     here = psutil.Process()
+    assert all(folder.stat().st_mode & 0o77 == 0 for folder in _footprint(cluster).directories)
     processes = [here, *here.children(recursive=True), *_footprint(cluster).processes]
     ports = {"port": urlsplit(cluster.url).port or 0, "grpc_port": int(cluster.grpc.rpartition(":")[2])}
     ports["internal_port"] = cluster.supervisor.config.router.internal_port
