@@ -3,6 +3,7 @@
 import asyncio
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 from twostroke.cluster import launch_process
@@ -40,9 +41,11 @@ def test_a_log_that_is_not_there_is_empty(tmp_path: Path):
 
 
 CHILD = """
-import sys
+import os, sys
 config = sys.stdin.read()
-for _ in range(200):
+size = 0
+while os.fstat(1).st_size >= size:  # until the file was cut
+    size = os.fstat(1).st_size
     print("x" * 9_999, flush=True)
 print("twostroke: the last word; configured with", len(config), file=sys.stderr)
 sys.exit(2)
@@ -52,6 +55,7 @@ sys.exit(2)
 async def test_a_chatty_members_log_is_cut_while_it_runs_and_its_last_words_are_told(monkeypatch):
     """It gets the configuration whole, also one that no pipe holds, and is told what ended it by its exit code."""
     monkeypatch.setattr(launch_process, "_LOG_CHECK_S", 0.01)
+    monkeypatch.setattr(launch_process, "MemberLog", partial(MemberLog, max_bytes=100_000))
     keys = [f"key-{number:020d}" for number in range(20_000)]
     launcher = ProcessLauncher(Site(load_config(flags={"router.api_keys": keys}), "", "", 0))
     monkeypatch.setattr(launcher, "_command", lambda _: [sys.executable, "-c", CHILD])

@@ -6,12 +6,14 @@ No worker is there, so a completion that passes is answered with 503.
 import asyncio
 import contextlib
 from collections.abc import Sequence
+from dataclasses import replace
 from socket import create_connection
 from typing import Any
 
 import httpx
 import pytest
 
+from twostroke.core.errors import Unauthenticated
 from twostroke.core.hosts import is_allowed_name, is_loopback_name, name_in
 from twostroke.core.ports import free_port
 from twostroke.router.config import RouterConfig
@@ -19,6 +21,7 @@ from twostroke.router.flow import Flow
 from twostroke.router.front import Front
 from twostroke.router.http import make_app
 from twostroke.router.process import RouterProcess
+from twostroke.router.validate import Limits, authenticate
 
 ROUTES = ("/v1/models", "/v1/models/x", "/v1/cluster", "/v1/requests/x/explain", "/metrics", "/version", "/nowhere")
 BODY = b'{"prompt": "x"}'
@@ -240,3 +243,11 @@ async def test_a_null_origin_is_foreign_even_where_some_are_allowed():
     for method in ("GET", "POST"):
         headers = [("host", "localhost"), ("origin", "null"), ("content-type", "application/json")]
         assert code(await ask(config, method, "/v1/models", headers)) == (403, "origin_not_allowed")
+
+
+@pytest.mark.parametrize("given", [None, ""])
+def test_no_key_is_no_key_whatever_is_configured(given: str | None):
+    limits = Limits.of(RouterConfig())
+    for keys in (("",), ("None",), (KEY,)):
+        with pytest.raises(Unauthenticated):
+            authenticate(given, replace(limits, api_keys=keys))
