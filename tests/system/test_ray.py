@@ -122,6 +122,17 @@ def test_all_sockets_are_declared_and_on_loopback(cluster: Any, observer: Observ
     assert set(kinds) - {"idle worker"} == {*RAYS_OWN, "driver"} - {"idle worker"}, others
 
 
+def test_the_clusters_key_is_in_no_file_and_no_argument_of_ray(cluster: Any):
+    key = cluster.supervisor.config.cluster.key.encode()
+    footprint = _footprint(cluster)
+    files = [path for folder in footprint.directories for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > len(WORKERS)
+    assert [path for path in files if key in path.read_bytes()] == []
+    for process in footprint.processes:
+        for shown in (*process.cmdline(), *process.environ().values()):
+            assert key.decode() not in shown
+
+
 def test_a_client_of_ray_without_the_token_is_refused(cluster: Any):
     """Asks Ray's head for its id, as every client does first. The request has no field that must be set."""
     import ray
