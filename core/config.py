@@ -48,7 +48,7 @@ def explain(kind: type[BaseModel], error: ValidationError, where: str = "") -> s
             value = problem["input"]
             is_secret = _SECRETS & set(problem["loc"]) or isinstance(value, (dict, list))  # which may hold one
             shown = "not shown" if is_secret else repr(value)
-            lines.append(f"{path} is {shown}: {problem['msg']}")
+            lines.append(f"{path} is {shown}: {problem['msg'].removeprefix('Value error, ')}")
     return "\n".join(lines)
 
 
