@@ -18,7 +18,9 @@ def worker(
     role: Annotated[Role, typer.Option(help="prefill, decode or combined.")],
     router: Annotated[list[str], typer.Option(help="host:port where a router takes announcements; repeatable.")],
     worker_id: Annotated[str | None, typer.Option(help="Unique name. Default: role and process id.")] = None,
-    host: Annotated[str, typer.Option(help="Address of the worker's gRPC services.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address of the worker's gRPC services. Another than loopback needs --insecure.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port of them; 0 = any.")] = 0,
     metrics_port: Annotated[
         str | None,
@@ -28,6 +30,7 @@ def worker(
     model: o.Model = None,
     served_model_name: o.ServedModelName = None,
     config: o.ConfigFile = None,
+    insecure: o.Insecure = None,
     parent_pid: ParentPid = None,
 ) -> None:
     """Run one worker and announce it to the routers. The cluster's key is TWOSTROKE__CLUSTER__KEY."""
@@ -39,7 +42,7 @@ def worker(
     from ..model.checkpoint import resolve, served_name
 
     flags = {"model": model, "served_model_name": served_model_name, "config": config}
-    settings = o.config_from(flags | {"worker_metrics_port": metrics_port})
+    settings = o.config_from(flags | {"worker_metrics_port": metrics_port, "insecure": insecure})
     _check_key(settings)
     run_worker(
         WorkerSettings(
@@ -53,8 +56,10 @@ def worker(
             memory_bytes=memory_bytes,
             num_threads=settings.step.num_threads or machine_facts().num_cores,
             host=host,
+            insecure=settings.router.insecure,
             port=port,
             metrics_port=settings.cluster.worker_metrics_port,
+            metrics_keys=settings.router.api_keys,
             routers=tuple(router),
             cluster_key=settings.cluster.key,
             orphan_grace_s=settings.cluster.orphan_grace_s,
@@ -70,6 +75,7 @@ def router(
     grpc_port: o.GrpcPort = None,
     insecure: o.Insecure = None,
     strict: o.Strict = None,
+    allowed_hosts: o.AllowedHosts = None,
     allowed_origins: o.AllowedOrigins = None,
     allowed_methods: o.AllowedMethods = None,
     allowed_headers: o.AllowedHeaders = None,

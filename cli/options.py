@@ -35,6 +35,7 @@ SETTING_BY_FLAG = {
     "grpc_port": "router.grpc_port",
     "insecure": "router.insecure",
     "strict": "router.strict",
+    "allowed_hosts": "router.allowed_hosts",
     "allowed_origins": "router.allowed_origins",
     "allowed_methods": "router.allowed_methods",
     "allowed_headers": "router.allowed_headers",
@@ -81,9 +82,16 @@ Launcher = Annotated[str | None, typer.Option(help="ray, process or inprocess.")
 Host = Annotated[str | None, typer.Option(help="Address of both faces. Another than loopback needs --insecure.")]
 Port = Annotated[int | None, typer.Option(help="HTTP: OpenAI API and metrics. Default: 8000.")]
 GrpcPort = Annotated[int | None, typer.Option(help="gRPC: the SDK. Default: 8001.")]
-Insecure = Annotated[bool | None, typer.Option("--insecure", help="Allow a public host without certificates.")]
+Insecure = Annotated[
+    bool | None,
+    typer.Option("--insecure", help="Allow a host that others can reach; with keys too, as there are no certificates."),
+]
 Strict = Annotated[
     bool | None, typer.Option("--strict", help="Refuse unknown fields of a body; else they are named in the response.")
+]
+AllowedHosts = Annotated[
+    str | None,
+    typer.Option(help="Names that clients may ask by, beside loopback's: a proxy's, llm.example.com."),
 ]
 AllowedOrigins = Annotated[
     str | None, typer.Option(help="""Origins whose web pages may use the HTTP face: '["http://localhost:3000"]'.""")
@@ -93,7 +101,9 @@ AllowedHeaders = Annotated[str | None, typer.Option(help="""Headers that those p
 AllowCredentials = Annotated[
     bool | None, typer.Option("--allow-credentials", help="Let browsers send cookies along for those pages.")
 ]
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file; flags and environment win over it.")]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="YAML file, or - for standard input; flags and environment win over it.")
+]
 
 
 def config_from(flags: dict[str, Any]) -> Config:

@@ -17,6 +17,7 @@ from ..cluster.prepare import prepare
 from ..cluster.supervisor import Supervisor
 from ..core.errors import ConfigError, TwostrokeError
 from ..core.foreground import Stop, run, unless
+from ..router.config import GOOD_KEY_CHARS
 from . import options as o
 from .failure import fail
 
@@ -48,6 +49,7 @@ def serve(
     threads: o.Threads = None,
     insecure: o.Insecure = None,
     strict: o.Strict = None,
+    allowed_hosts: o.AllowedHosts = None,
     allowed_origins: o.AllowedOrigins = None,
     allowed_methods: o.AllowedMethods = None,
     allowed_headers: o.AllowedHeaders = None,
@@ -100,8 +102,8 @@ def show_plan(config: Config, plan: Plan, out: Console) -> None:
         f"KV {plan.model.kv_spec.bytes_per_token:,} bytes/token"
     )
     out.print(f"where a request says nothing: {plan.model.sampling or 'temperature 1.0, no filters'}")
-    for remark in plan.model.remarks:
-        out.print(f"note: {remark}")
+    for remark in [*(f"note: {remark}" for remark in plan.model.remarks), *settings_remarks(config)]:
+        out.print(remark)
     out.print(
         f"ports: HTTP {config.router.host}:{config.router.port} · gRPC {config.router.grpc_port} · "
         f"workers: any · their metrics: {_metrics_ports(plan)}"
@@ -129,7 +131,7 @@ async def _serve(config: Config, stop: Stop) -> int:
         with _Progress() as progress:
             config, plan = await unless(stop.asked, prepare(config, progress.show))
             supervisor = Supervisor(config, plan, say=lambda line: console.log(line, markup=False))
-            for remark in _remarks(plan):
+            for remark in [*_remarks(plan), *settings_remarks(config)]:
                 console.log(remark, markup=False)
             progress.show(f"starting {len(plan.members)} processes")
             await unless(stop.asked, supervisor.start())
@@ -184,6 +186,14 @@ def _remarks(plan: Plan) -> list[str]:
         )
     shortened = [d for d in plan.decisions if d.setting == "model.max_model_len" and "pool" in d.reason]
     return remarks + [f"{d.setting} is {d.value}: {d.reason}" for d in shortened]
+
+
+def settings_remarks(config: Config) -> list[str]:
+    """What is accepted and might be better."""
+    weak = config.router.num_weak_keys
+    if not weak:
+        return []
+    return [f"note: {weak} of router.api_keys {'has' if weak == 1 else 'have'} fewer than {GOOD_KEY_CHARS} characters"]
 
 
 def _shown(program: str) -> str:

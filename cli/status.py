@@ -10,11 +10,18 @@ from rich.console import Console
 from rich.table import Table
 
 from ..client.client import Client
+from .secret import read_key
 
 Grpc = Annotated[str, typer.Option("--grpc", help="host:port of the router's gRPC face.")]
 
 ApiKey = Annotated[
-    str | None, typer.Option(envvar="TWOSTROKE_API_KEY", help="Where the router asks for one.", show_envvar=True)
+    str | None,
+    typer.Option(
+        envvar="TWOSTROKE_API_KEY",
+        callback=read_key,
+        help="Where the router asks for one: @FILE, or - to type it. A key given as it is can be seen by `ps`.",
+        show_envvar=True,
+    ),
 ]
 
 

@@ -6,20 +6,23 @@ Order of precedence: flags, environment (`TWOSTROKE__SECTION__KEY`), file (`--co
 from __future__ import annotations
 
 import secrets
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, field_validator
 
 from ..core.config import Section, load_section
 from ..core.errors import ConfigError
+from ..core.ports import bindable_host
 from ..kv.config import CacheConfig
 from ..model.config import ModelConfig, StepConfig
 from ..router.config import RouterConfig
 
 ENVIRONMENT_PREFIX = "TWOSTROKE__"
+STDIN = Path("-")  # as a configuration file: one that holds keys need not lie anywhere
 
 
 MetricsPort = Annotated[
@@ -53,6 +56,13 @@ class ClusterConfig(Section):
         0, description="GET /metrics and /health of the first worker, each next one +1; 0: any, none: off"
     )
 
+    @field_validator("key")
+    @classmethod
+    def _is_bare(cls, key: str) -> str:
+        if key != key.strip():
+            raise ValueError("it begins or ends with a blank or a line end, which another process's may not; remove it")
+        return key
+
 
 class Config(Section):
     """Everything, in the sections of the parts that own them."""
@@ -85,7 +95,7 @@ def load_config(
 
 def _read_file(file: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(file.read_text())
+        values = yaml.safe_load(sys.stdin.read() if file == STDIN else file.read_text())
     except yaml.YAMLError as error:
         raise ConfigError(f"--config {file}: {_yaml_mistake(error)}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -127,11 +137,8 @@ def _put(values: dict[str, Any], path: list[str], value: Any) -> None:
 
 def _check(config: Config) -> None:
     router = config.router
-    if router.host not in ("127.0.0.1", "localhost", "::1") and not router.insecure:
-        raise ConfigError(
-            f"router.host is {router.host!r}, which others can reach, and there are no certificates; "
-            "keep 127.0.0.1 behind a proxy that authenticates, or accept the risk with --insecure"
-        )
+    if not router.insecure:
+        bindable_host(router.host, "router.host", insecure=False)
     ports = [port for port in (router.port, router.grpc_port, router.internal_port) if port]
     if len(set(ports)) != len(ports):
         raise ConfigError(

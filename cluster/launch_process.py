@@ -7,22 +7,24 @@ import contextlib
 import os
 import signal
 import sys
-from pathlib import Path
 
 import yaml
 
 from .environment import member_environment
 from .last_words import cause_of, end_of_process
 from .launch import Ended, Site
+from .member_log import MemberLog
 from .placement import Member
 from .scratch import Scratch
 
-_LAST_WORDS_BYTES = 8000
+_LOG_CHECK_S = 5.0
 _ABORT_S = 0.5
 
 
 class ProcessLauncher:
-    """Starts `twostroke worker` and `twostroke router` with one configuration file, readable by us alone."""
+    """Starts `twostroke worker` and `twostroke router`. Their configuration, which holds keys, is in no file and no
+    argument: each reads it from its standard input.
+    """
 
     def __init__(self, site: Site) -> None:
         self._site = site
@@ -30,26 +32,27 @@ class ProcessLauncher:
         self._directory = self._scratch.path
         self._processes: dict[str, asyncio.subprocess.Process] = {}
         self._watchers: set[asyncio.Task[None]] = set()
-        self._config_file = self._directory / "config.yaml"
         values = site.config.model_dump(mode="json")
         values["model"]["path"], values["model"]["name"] = site.model_directory, site.model_name
         values["router"]["internal_port"] = site.internal_port
-        self._config_file.touch(mode=0o600)  # it holds the cluster's key
-        self._config_file.write_text(yaml.safe_dump(values))
+        self._config = yaml.safe_dump(values).encode()
 
     async def start(self, member: Member, ended: Ended) -> None:
         """Start one child; its output goes to a log file whose end becomes its last words."""
-        log = self._directory / f"{member.name}.log"
-        with log.open("ab") as out:
+        log = MemberLog(self._directory, member.name)
+        with log.open() as out:
             process = await asyncio.create_subprocess_exec(
                 *self._command(member),
                 stdout=out,
                 stderr=out,
-                stdin=asyncio.subprocess.DEVNULL,
+                stdin=asyncio.subprocess.PIPE,
                 start_new_session=True,  # Ctrl-C reaches the supervisor alone, which drains
                 env=self._environment(member),
             )
         self._processes[member.name] = process
+        assert process.stdin is not None
+        process.stdin.write(self._config)  # all of it, as the child comes to read
+        process.stdin.close()
         watcher = asyncio.create_task(self._watch(member.name, process, log, ended))
         self._watchers.add(watcher)
         watcher.add_done_callback(self._watchers.discard)
@@ -89,10 +92,10 @@ class ProcessLauncher:
 
     def said(self, name: str) -> str:
         """The last line of its log."""
-        return cause_of(_tail(self._directory / f"{name}.log"))
+        return cause_of(MemberLog(self._directory, name).tail())
 
     def _command(self, member: Member) -> list[str]:
-        command = [sys.executable, "-P", "-m", "twostroke.cli.main", member.kind, "--config", str(self._config_file)]
+        command = [sys.executable, "-P", "-m", "twostroke.cli.main", member.kind, "--config", "-"]
         if member.kind == "worker":
             command += ["--role", str(member.role), "--worker-id", member.name]
             command += ["--router", self._site.internal_address, "--memory-bytes", str(member.memory_bytes)]
@@ -110,11 +113,14 @@ class ProcessLauncher:
             given["CUDA_VISIBLE_DEVICES"] = visible[member.gpu] if visible[0] else str(member.gpu)
         return kept | given
 
-    async def _watch(self, name: str, process: asyncio.subprocess.Process, log: Path, ended: Ended) -> None:
-        code = await process.wait()
+    async def _watch(self, name: str, process: asyncio.subprocess.Process, log: MemberLog, ended: Ended) -> None:
+        ending = asyncio.create_task(process.wait())
+        while not (await asyncio.wait({ending}, timeout=_LOG_CHECK_S))[0]:
+            await asyncio.to_thread(log.bound)
+        code = ending.result()
         if self._processes.get(name) is process:
             del self._processes[name]
-        ended(name, end_of_process(code, _tail(log)))
+        ended(name, end_of_process(code, log.tail()))
 
 
 def _end(process: asyncio.subprocess.Process) -> None:
@@ -122,13 +128,3 @@ def _end(process: asyncio.subprocess.Process) -> None:
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-
-
-def _tail(log: Path) -> str:
-    try:
-        with log.open("rb") as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - _LAST_WORDS_BYTES))
-            return file.read().decode(errors="replace").strip()
-    except OSError:
-        return ""

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import os
-import secrets
 import socket
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import ConfigError
+from . import ray_guard
+from .config import ENVIRONMENT_PREFIX
 from .environment import member_environment
 from .last_words import cause_of
+from .ray_guard import set_variables
 from .ray_processes import end_processes
 from .scratch import Scratch
 
 NAMESPACE = "twostroke"
 _OBJECT_STORE_BYTES = 80 << 20  # about the smallest Ray takes; no KV ever goes through it
 _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set for programs that `ray job submit` runs
+_RAYS = "r"  # Ray lets everybody write into its folder, so that one lies within ours, which nobody else can enter
 _LEAVE_S = 1.0
 _ANSWER_S = 5.0
 _ELSEWHERE = (  # what sends a local Ray or its workers to another cluster, store, port, folder or environment
@@ -36,7 +39,10 @@ _ELSEWHERE = (  # what sends a local Ray or its workers to another cluster, stor
     "RAY_AUTH_TOKEN",
     _SUBMITTED,
 )
-_tokens: list[str] = []  # at most one
+_LOG_LIMITS = {  # of each file; without them what an actor writes has no bound
+    "RAY_ROTATION_MAX_BYTES": str(16 << 20),
+    "RAY_ROTATION_BACKUP_COUNT": "1",
+}
 
 
 class RaySession:
@@ -64,7 +70,7 @@ class RaySession:
             if self._address:
                 self._join(self._address, empty)
             else:
-                self._start(self._scratch.path, empty)
+                self._start(self._scratch.path / _RAYS, empty)
         except ModuleNotFoundError as error:
             raise ConfigError(f"{error}: pip install 'twostroke[ray]', or use --launcher process") from None
         except Exception as error:
@@ -97,18 +103,23 @@ class RaySession:
         ray.init(address=address, **_common(None if _SUBMITTED in os.environ else empty))
 
     def _start(self, folder: Path, empty: Path) -> None:
+        folder.mkdir()
         with self._environment(folder):
             import ray
 
-            ray.init(
-                address="local",  # whatever else runs here
-                _temp_dir=str(folder),
-                include_dashboard=False,
-                num_cpus=1,  # actors ask for none: threads are ours to count (cluster/placement.py)
-                object_store_memory=_OBJECT_STORE_BYTES,
-                _system_config={"worker_niceness": 0},  # else 15: any neighbour makes our workers look dead
-                **_common(empty),
-            )
+            ray_guard.read_settings()
+            ray_guard.check_token()
+            with ray_guard.on_loopback():
+                ray.init(
+                    address="local",  # whatever else runs here
+                    _temp_dir=str(folder),
+                    include_dashboard=False,
+                    num_cpus=1,  # actors ask for none: threads are ours to count (cluster/placement.py)
+                    object_store_memory=_OBJECT_STORE_BYTES,
+                    _system_config={"worker_niceness": 0},  # else 15: any neighbour makes our workers look dead
+                    **_common(empty),
+                )
+            ray_guard.check_loopback()
 
     @contextmanager
     def _environment(self, folder: Path) -> Iterator[None]:
@@ -116,13 +127,15 @@ class RaySession:
         search = member_environment()
         wanted: dict[str, str | None] = {name: search.get(name) for name in ("PYTHONPATH", "PYTHONSAFEPATH")}
         wanted |= dict.fromkeys(_ELSEWHERE)
+        wanted |= {name: None for name in os.environ if name.startswith(ENVIRONMENT_PREFIX)}  # keys may be among them
         wanted |= {"RAY_TMPDIR": str(folder), "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
-        self._before = _set(_token(folder))
-        before = _set(wanted)
+        wanted |= {name: os.environ.get(name, limit) for name, limit in _LOG_LIMITS.items()}
+        self._before = set_variables(ray_guard.token_settings(self._scratch.path))
+        before = set_variables(wanted)
         try:
             yield
         finally:
-            _set(before)
+            set_variables(before)
 
     def _refuse(self, _event: str, _arguments: object) -> None:
         """The audit hook of an aborted `open`: nothing more happens in its thread."""
@@ -131,8 +144,11 @@ class RaySession:
 
     def _remove_files(self) -> None:
         self._scratch.remove()
-        _set(self._before)
-        self._before = {}
+        if self._before:
+            set_variables(self._before)
+            self._before = {}
+            if "ray" in sys.modules:
+                ray_guard.read_settings()  # a Ray that the program uses next is guarded as the program says
 
 
 def _check_answers(address: str) -> None:
@@ -155,31 +171,3 @@ def _common(empty: Path | None) -> dict[str, Any]:
     """
     given: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "ERROR"}
     return given | ({"runtime_env": {"working_dir": str(empty)}} if empty else {})
-
-
-def _token(folder: Path) -> dict[str, str | None]:
-    """Where Ray finds its token.
-
-    Ray reads mode and token once, when it is first imported. So this process has one token; and a program that
-    imported Ray before we did keeps the mode it chose.
-    """
-    if "ray" in sys.modules and not _tokens:
-        return {}
-    if not _tokens:
-        _tokens.append(secrets.token_hex(32))
-    token = folder / "token"
-    token.touch(mode=0o600)
-    token.write_text(_tokens[0])
-    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-
-
-def _set(values: dict[str, str | None]) -> dict[str, str | None]:
-    """Set or (None) remove variables of this process; gives what they were before."""
-    before = {name: os.environ.get(name) for name in values}
-    for name, value in values.items():
-        with suppress(KeyError):
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-    return before

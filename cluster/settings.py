@@ -24,8 +24,10 @@ class WorkerSettings(Section):
     num_threads: int = 1
     gpu: int = 0  # which one of those that the process sees
     host: str = "127.0.0.1"
+    insecure: bool = False  # whether `host` may be one that others can reach
     port: int = 0  # 0: any
     metrics_port: int | None = 0  # GET /metrics and /health, on the same host; 0: any, none: off
+    metrics_keys: tuple[str, ...] = Field((), repr=False)  # one of which GET /metrics wants; none: no key
     routers: tuple[str, ...] = ()  # host:port of their Announce services
     cluster_key: str = Field(min_length=16, repr=False)
     orphan_grace_s: float = 5.0

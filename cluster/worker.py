@@ -20,7 +20,7 @@ from ..core.clock import Clock, MonotonicClock
 from ..core.errors import ConfigError, InternalError
 from ..core.foreground import Stop, Stopped, first, leave, orphaned, unless
 from ..core.guard import Guard
-from ..core.ports import check_port, numeric_host, target
+from ..core.ports import bindable_host, check_port, target
 from ..core.request import Role
 from ..decode_worker.pull import PullTools
 from ..decode_worker.run import RunTools
@@ -97,7 +97,7 @@ class WorkerProcess:
         Raises:
             CheckpointError, DoesNotFit, ConfigError: it cannot be started with these settings.
         """
-        check_port(self.settings.host, self.settings.port, PORT_REMEDY)  # before minutes of loading
+        check_port(self._host(), self.settings.port, PORT_REMEDY)  # before minutes of loading
         room = self._room = await asyncio.to_thread(build_engine, self.settings, self._clock)
         log.info("%s computes with %s", self.settings.worker_id, room.facts.model.numerics_description)
         log.info("%s: %s", self.settings.worker_id, room.pool_size.arithmetic)
@@ -233,13 +233,13 @@ class WorkerProcess:
                 task.cancel()
 
     async def _bind(self) -> None:
+        host, port = self._host(), self.settings.port
         server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[self._guard])
         server.add_generic_rpc_handlers(handlers(self.prefill.transfer, self.fetch.fetch))
         worker_pb2_grpc.add_WorkerServicer_to_server(WorkerService(self), server)
         self.health.add_to(server)
         enable_reflection(server)
-        host, port = self.settings.host, self.settings.port
-        wanted = target(numeric_host(host), port)
+        wanted = target(host, port)
         try:
             self._port = server.add_insecure_port(wanted)
         except RuntimeError as error:
@@ -249,8 +249,13 @@ class WorkerProcess:
         await server.start()
         self._server = server
         if self.settings.metrics_port is not None:
-            self._scrapes = ScrapeServer(pages(self._metrics, self.dispatcher, self.health.is_serving))
-            self.metrics_address = await self._scrapes.start(self.settings.host, self.settings.metrics_port)
+            served = pages(self._metrics, self.dispatcher, self.health.is_serving)
+            self._scrapes = ScrapeServer(served, self.settings.metrics_keys)
+            self.metrics_address = await self._scrapes.start(host, self.settings.metrics_port)
+
+    def _host(self) -> str:
+        """Raises ConfigError when the address is public and may not be."""
+        return bindable_host(self.settings.host, "--host", insecure=self.settings.insecure)
 
     def _count_refusal(self) -> None:
         self.counters["calls_refused"] += 1

@@ -14,7 +14,7 @@ from .errors import ConfigError
 class Section(BaseModel):
     """A group of settings owned by one part. Frozen; validated where it is built."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, hide_input_in_errors=True)
 
 
 S = TypeVar("S", bound=Section)
@@ -48,7 +48,7 @@ def explain(kind: type[BaseModel], error: ValidationError, where: str = "") -> s
             value = problem["input"]
             is_secret = _SECRETS & set(problem["loc"]) or isinstance(value, (dict, list))  # which may hold one
             shown = "not shown" if is_secret else repr(value)
-            lines.append(f"{path} is {shown}: {problem['msg']}")
+            lines.append(f"{path} is {shown}: {problem['msg'].removeprefix('Value error, ')}")
     return "\n".join(lines)
 
 

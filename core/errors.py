@@ -83,6 +83,22 @@ class UnsupportedEncoding(InvalidRequest):
     http_status = 415
 
 
+class UnsupportedContentType(InvalidRequest):
+    """The request's body is of a kind that web pages can send unasked, and it may come from one."""
+
+    code = "unsupported_content_type"
+    http_status = 415
+
+
+class HostForbidden(TwostrokeError):
+    """The request asks for a name that is not known to be this server's."""
+
+    code = "host_not_allowed"
+    type = "permission_error"
+    http_status = 403
+    grpc_status = "PERMISSION_DENIED"
+
+
 class OriginForbidden(TwostrokeError):
     """A web page of another origin asks, and nobody allowed that origin."""
 

@@ -7,6 +7,7 @@ import re
 import socket
 
 from .errors import ConfigError, InvalidRequest
+from .hosts import is_loopback_name
 
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}(%[\w.-]{1,16})?\]|[A-Za-z0-9_.-]{1,253}):([0-9]{1,5})", re.ASCII)
 
@@ -70,6 +71,21 @@ def numeric_host(host: str) -> str:
         raise ConfigError(f"host {host!r} cannot be resolved ({error}); give an address of this machine") from None
     addresses = [str(address[0]) for *_, address in found]
     return next((address for address in addresses if ":" not in address), addresses[0])
+
+
+def bindable_host(host: str, setting: str, *, insecure: bool) -> str:
+    """The numeric address that a server of ours may bind for `host`. Every listener asks here, so that none forgets to.
+
+    Raises:
+        ConfigError: others can reach it, and nobody accepted that. `setting` names where `host` came from.
+    """
+    address = numeric_host(host)
+    if not insecure and not is_loopback_name(address):
+        raise ConfigError(
+            f"{setting} is {host!r}, which others can reach, and there are no certificates; "
+            "keep 127.0.0.1 behind a proxy that authenticates, or accept the risk with --insecure (router.insecure)"
+        )
+    return address
 
 
 def target(host: str, port: int) -> str:

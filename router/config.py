@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, field_validator
 
 from ..core.config import Section
 
@@ -23,6 +24,10 @@ def _listed(value: Any) -> Any:
 Words = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 
 
+MIN_KEY_CHARS = 8  # fewer can be tried out
+GOOD_KEY_CHARS = 16
+
+
 class RouterConfig(Section):
     """Where clients reach the router and what it accepts."""
 
@@ -30,10 +35,17 @@ class RouterConfig(Section):
     port: int = Field(8000, ge=0, le=65535, description="HTTP (OpenAI API, metrics)")
     grpc_port: int = Field(8001, ge=0, le=65535, description="gRPC (the SDK)")
     internal_port: int = Field(0, ge=0, le=65535, description="where workers announce themselves; 0 = any")
-    insecure: bool = Field(False, description="allow a public host without certificates and keys")
-    api_keys: tuple[str, ...] = Field((), description="accepted keys; none: no authentication (loopback only)")
+    insecure: bool = Field(
+        False, description="allow a host that others can reach, without certificates, with or without keys"
+    )
+    api_keys: tuple[str, ...] = Field(
+        (), repr=False, description="accepted keys, 16 characters or more; none: no authentication"
+    )
     max_body_bytes: int = Field(4 << 20, ge=1024)
     strict: bool = Field(False, description="refuse unknown fields of a body instead of naming them in the response")
+    allowed_hosts: Words = Field(
+        (), description="names that clients may ask this router by, '*.name': below it, '*': any; loopback ones always"
+    )
     allowed_origins: Words = Field((), description="origins whose web pages may use this router; '*': all")
     allowed_methods: Words = Field(("*",), description="methods that pages of these origins may use")
     allowed_headers: Words = Field(("*",), description="headers that pages of these origins may send")
@@ -62,3 +74,28 @@ class RouterConfig(Section):
     worker_patience_s: float = Field(2.0, ge=0, description="how long a request waits for a worker that is on its way")
     local_prefill: bool = Field(True, description="decode workers may prefill where that is predicted to be quicker")
     decision_log: Path | None = Field(None, description="JSONL file of every decision")
+
+    @field_validator("api_keys")
+    @classmethod
+    def _are_keys(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
+        """A key that is empty or can be guessed is a door that only looks shut. No message shows one."""
+        for place, key in enumerate(keys, 1):
+            which = f"key {place} of {len(keys)}"
+            if not key.strip():
+                raise ValueError(f"{which} is empty: is a variable unset? For no keys, leave the list out")
+            if not re.fullmatch("[!-~]+", key):
+                raise ValueError(
+                    f"{which} has a character that no header can carry, or a space; use letters, digits, -"
+                )
+            if len(key) < MIN_KEY_CHARS:
+                raise ValueError(
+                    f"{which} has {len(key)} characters; use {GOOD_KEY_CHARS} or more: openssl rand -hex 24"
+                )
+        if len(set(keys)) < len(keys):
+            raise ValueError("two of them are the same; give each tenant a key of its own")
+        return keys
+
+    @property
+    def num_weak_keys(self) -> int:
+        """How many keys are accepted though they are short."""
+        return sum(len(key) < GOOD_KEY_CHARS for key in self.api_keys)

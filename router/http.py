@@ -23,7 +23,7 @@ from ..core.errors import InternalError, RequestNotFound, TwostrokeError, Unavai
 from . import openai
 from .answers import Answer, Wants, error_body
 from .bodies import read_body
-from .browser import cors, refuse_foreign_page
+from .browser import middleware_for_pages
 from .call import Call
 from .config import RouterConfig
 from .echo import Echo, echo_of
@@ -58,7 +58,7 @@ def make_app(config: RouterConfig, front: Front) -> Starlette:
     ]
     return Starlette(
         routes=routes,
-        middleware=[*cors(config), Middleware(_TidyPaths)],
+        middleware=[*middleware_for_pages(config, _refusal), Middleware(_TidyPaths)],
         exception_handlers={404: _no_such_route, 405: _wrong_method},
     )
 
@@ -81,7 +81,6 @@ class _Face:
 
     def _admit(self, http: HttpRequest) -> str | None:
         """The key of somebody who may ask, before anything of the body is read."""
-        refuse_foreign_page(http, self._config)
         api_key = _api_key(http)
         self._front.authenticate(api_key)
         return api_key
@@ -274,6 +273,13 @@ def _error(error: TwostrokeError) -> Response:
     if error.http_status == 401:
         headers["www-authenticate"] = "Bearer"
     return JsonAnswer(error_body(error), status_code=error.http_status, headers=headers)
+
+
+def _refusal(error: TwostrokeError) -> Response:
+    """Of a request that reaches no handler."""
+    response = _error(error)
+    response.headers[REQUEST_ID] = _new_id()
+    return response
 
 
 def _new_id() -> str:

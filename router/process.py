@@ -15,7 +15,7 @@ from grpc_reflection.v1alpha import reflection
 
 from ..core.errors import ConfigError
 from ..core.foreground import Stop, Stopped, first, leave, orphaned, unless
-from ..core.ports import bound_socket, check_port, numeric_host, target
+from ..core.ports import bindable_host, bound_socket, check_port, target
 from ..kv.keys import identity_key, proof_key
 from ..protos import inference_pb2, inference_pb2_grpc
 from .config import RouterConfig
@@ -56,7 +56,8 @@ class RouterProcess:
         """
         settings = self._settings
         check_ports(settings)  # all of them before any is bound
-        listener = bound_socket(settings.host, settings.port, PORT_REMEDIES["port"])
+        host = bindable_host(settings.host, "router.host", insecure=settings.insecure)
+        listener = bound_socket(host, settings.port, PORT_REMEDIES["port"])
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         await self._flow.start()
         await self._serve(self._flow.internal_server(_GRPC_OPTIONS), INTERNAL_HOST, "internal_port")
@@ -65,7 +66,7 @@ class RouterProcess:
         inference_pb2_grpc.add_InferenceServicer_to_server(InferenceService(self._front), clients)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, clients)
         reflection.enable_server_reflection((_INFERENCE, health.SERVICE_NAME, reflection.SERVICE_NAME), clients)
-        await self._serve(clients, settings.host, "grpc_port")
+        await self._serve(clients, host, "grpc_port")
         for service in ("", _INFERENCE):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         config = uvicorn.Config(
@@ -96,7 +97,7 @@ class RouterProcess:
     async def _serve(self, server: grpc.aio.Server, host: str, name: str) -> None:
         port = getattr(self._settings, name)
         try:
-            server.add_insecure_port(target(numeric_host(host), port))
+            server.add_insecure_port(target(host, port))
         except RuntimeError as error:
             check_port(host, port, PORT_REMEDIES[name])  # which knows why
             raise ConfigError(f"port {port} cannot be bound: {error}") from None

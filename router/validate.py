@@ -51,7 +51,7 @@ def authenticate(api_key: str | None, limits: Limits) -> str:
     if not limits.api_keys:
         return DEFAULT_ISOLATION_DOMAIN
     for known in limits.api_keys:
-        if secrets.compare_digest((api_key or "").encode(errors="replace"), known.encode()):
+        if api_key and secrets.compare_digest(api_key.encode(errors="replace"), known.encode()):
             # Of the key itself: its place in the configuration may change, and must not hand cached prefixes over.
             return "key-" + hashlib.blake2b(known.encode(), digest_size=8, person=b"twostroke-tenant").hexdigest()
     raise Unauthenticated("the API key is missing or unknown; send 'Authorization: Bearer KEY'")

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .core.errors import ContextLengthExceeded as ContextLengthExceeded
     from .core.errors import DeadlineExceeded as DeadlineExceeded
     from .core.errors import DoesNotFit as DoesNotFit
+    from .core.errors import HostForbidden as HostForbidden
     from .core.errors import InternalError as InternalError
     from .core.errors import InvalidRequest as InvalidRequest
     from .core.errors import KvCorrupted as KvCorrupted
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from .core.errors import TwostrokeError as TwostrokeError
     from .core.errors import Unauthenticated as Unauthenticated
     from .core.errors import Unavailable as Unavailable
+    from .core.errors import UnsupportedContentType as UnsupportedContentType
     from .core.errors import UnsupportedEncoding as UnsupportedEncoding
     from .core.errors import UnsupportedParameter as UnsupportedParameter
     from .core.errors import WorkerLost as WorkerLost
@@ -54,9 +56,9 @@ _NAMES_BY_MODULE = {
     ".client.values": ("Choice", "Chunk", "Completion", "ModelCard", "Tokens", "Usage"),
     ".core.errors": (
         *("BodyTooLarge", "Cancelled", "CheckpointError", "ConfigError", "ContextLengthExceeded", "DeadlineExceeded"),
-        *("DoesNotFit", "InternalError", "InvalidRequest", "KvCorrupted", "ModelNotFound", "NonFiniteKv"),
+        *("DoesNotFit", "HostForbidden", "InternalError", "InvalidRequest", "KvCorrupted", "ModelNotFound", "NonFiniteKv"),
         *("OriginForbidden", "Overloaded", "RequestNotFound", "TokensLost", "TwostrokeError", "Unauthenticated"),
-        *("Unavailable", "UnsupportedEncoding", "UnsupportedParameter", "WorkerLost"),
+        *("Unavailable", "UnsupportedContentType", "UnsupportedEncoding", "UnsupportedParameter", "WorkerLost"),
     ),
     ".core.request": ("FinishReason", "TokenLogprobs"),
 }

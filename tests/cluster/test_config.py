@@ -1,5 +1,6 @@
 """One schema, four sources: flags win over environment, environment over file, file over defaults."""
 
+import io
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,13 @@ import pytest
 from twostroke.cli import members
 from twostroke.cluster.config import Config, load_config
 from twostroke.cluster.settings import WorkerSettings
+from twostroke.cluster.worker import WorkerProcess
 from twostroke.core.config import load_section
 from twostroke.core.errors import ConfigError
+from twostroke.core.ports import bindable_host, free_port
 from twostroke.core.request import Role
+from twostroke.router.config import RouterConfig
+from twostroke.router.process import RouterProcess
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -121,3 +126,118 @@ def test_a_router_wants_a_port_that_workers_can_know(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("TWOSTROKE__CLUSTER__KEY", "k" * 16)
     with pytest.raises(ConfigError, match="internal_port"):
         members.router()
+
+
+# ---------------------------------------------------------------- keys
+
+WEAK_KEYS = [
+    ([""], "empty"),
+    (["  \t"], "empty"),
+    (["sw0rd"], "5 characters"),
+    (["1234567"], "7 characters"),
+    (["a key with spaces"], "a space"),
+    (["long-enough-key\n"], "a space"),
+    (["sch\u00fcssel-der-t\u00fcr"], "no header can carry"),
+    (["long-enough\x00-key"], "no header can carry"),
+    (["good-key-number-1", ""], "key 2 of 2 is empty"),
+    (["same-key-twice-0", "same-key-twice-0"], "the same"),
+    ([None], "valid string"),
+    ([1234567890123456], "valid string"),
+    ("a-key-that-is-no-list", "valid tuple"),
+]
+
+
+@pytest.mark.parametrize(("keys", "word"), WEAK_KEYS, ids=lambda value: str(value)[:20])
+def test_a_key_that_guards_nothing_is_refused_and_not_shown(keys: object, word: str):
+    with pytest.raises(ConfigError, match=r"router\.api_keys") as caught:
+        load_config(flags={"router.api_keys": keys})
+    assert word in str(caught.value)
+    for key in keys if isinstance(keys, list) else [keys]:
+        assert not str(key).strip() or str(key).strip() not in str(caught.value)
+
+
+def test_an_unset_variable_is_no_open_door():
+    for text in ("['']", '[""]', "[null]", "['  ']"):
+        with pytest.raises(ConfigError, match=r"router\.api_keys"):
+            load_config(environment={"TWOSTROKE__ROUTER__API_KEYS": text})
+
+
+def test_short_keys_that_others_use_are_taken_and_counted():
+    for key in ("sk-local", "token-abc123"):  # the examples of vLLM and of OpenAI's clients
+        assert load_config(flags={"router.api_keys": [key, "a" * 16]}).router.num_weak_keys == 1
+
+
+@pytest.mark.parametrize("key", ["k" * 16 + "\n", " " * 16, "\t" + "k" * 16])
+def test_a_cluster_key_with_the_line_end_of_its_file_is_refused(key: str):
+    with pytest.raises(ConfigError, match=r"cluster\.key is not shown.*remove it"):
+        load_config(flags={"cluster.key": key})
+
+
+def test_no_key_is_in_what_python_shows_of_the_settings():
+    config = load_config(flags={"cluster.key": SECRET, "router.api_keys": [SECRET + "1"]})
+    worker = WorkerSettings(
+        worker_id="w", role=Role.DECODE, model_directory="", model_name="", cluster_key=SECRET, metrics_keys=(SECRET,)
+    )
+    assert SECRET not in f"{config!r} {config} {worker!r} {worker}"
+    with pytest.raises(ValueError) as caught:  # pydantic's own words, where nobody makes ours of them
+        WorkerSettings.model_validate({"worker_id": SECRET, "cluster_key": SECRET, "role": SECRET})
+    assert SECRET not in str(caught.value)
+
+
+def test_a_configuration_can_come_from_standard_input(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("cluster: {prefill: 3}"))
+    assert load_config(Path("-")).cluster.prefill == 3
+    monkeypatch.setattr("sys.stdin", io.StringIO("cluster: {"))
+    with pytest.raises(ConfigError, match="--config -: line 1"):
+        load_config(Path("-"))
+
+
+# ---------------------------------------------------------------- addresses
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7", "fe80::1", "255.255.255.255"])
+def test_a_public_address_needs_a_word_wherever_it_is_given(host: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TWOSTROKE__CLUSTER__KEY", "k" * 16)
+    with pytest.raises(ConfigError, match="--insecure"):
+        load_config(flags={"router.host": host})
+    with pytest.raises(ConfigError, match=r"--host is .*--insecure"):
+        members.worker(Role.DECODE, ["127.0.0.1:1"], host=host)
+    with pytest.raises(ConfigError, match=r"--host is .*--insecure"):
+        members.worker(Role.DECODE, ["127.0.0.1:1"], host=host, metrics_port="none")
+    with pytest.raises(ConfigError, match="--insecure"):
+        members.router(host=host)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "127.1.2.3", "::1"])
+def test_a_loopback_address_needs_none(host: str):
+    assert load_config(flags={"router.host": host}).router.host == host
+    assert bindable_host(host, "--host", insecure=False)
+
+
+def test_a_worker_takes_the_word_from_the_same_setting(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TWOSTROKE__CLUSTER__KEY", "k" * 16)
+    seen: list[WorkerSettings] = []
+    monkeypatch.setattr("twostroke.cluster.worker.run_worker", lambda settings, _: seen.append(settings))
+    members.worker(Role.DECODE, ["127.0.0.1:1"], host="0.0.0.0")
+    members.worker(Role.DECODE, ["127.0.0.1:1"], host="0.0.0.0", insecure=True)
+    monkeypatch.setenv("TWOSTROKE__ROUTER__INSECURE", "true")
+    members.worker(Role.DECODE, ["127.0.0.1:1"], host="0.0.0.0")
+    assert [settings.insecure for settings in seen] == [False, True, True]
+
+
+async def test_a_worker_that_may_not_binds_nothing(tiny_checkpoint: Path):
+    settings = {"worker_id": "w", "role": Role.COMBINED, "model_name": "m", "cluster_key": "k" * 16}
+    worker = WorkerProcess(WorkerSettings(**settings, model_directory=str(tiny_checkpoint), host="0.0.0.0"))
+    with pytest.raises(ConfigError, match=r"'0\.0\.0\.0'.*--insecure"):
+        await worker._bind()
+    assert worker._server is None
+    with pytest.raises(ConfigError, match="--insecure"):
+        await worker.start()
+    await worker.stop(0.0)
+
+
+async def test_a_router_that_may_not_binds_nothing():
+    router = RouterProcess(RouterConfig(host="0.0.0.0", port=free_port("127.0.0.1"), grpc_port=0), "k" * 16)
+    with pytest.raises(ConfigError, match="--insecure"):
+        await router.start()
+    await router.stop(0.0)

@@ -115,6 +115,54 @@ def test_a_local_ray_is_ours_whatever_the_environment_says(temporary: Path, monk
     assert not list(temporary.iterdir())
 
 
+IMPORTED_BEFORE = """
+import os, sys
+from pathlib import Path
+os.environ["RAY_AUTH_MODE"] = sys.argv[2]
+import ray
+from twostroke.cluster import ray_guard
+from twostroke.core.errors import ConfigError
+folder = Path(sys.argv[1])
+before = ray_guard.set_variables(ray_guard.token_settings(folder))
+assert (folder / "token").stat().st_mode & 0o77 == 0
+try:
+    ray_guard.check_token()
+    print("asks")
+except ConfigError as error:
+    print("refused:", error)
+ray_guard.read_settings()
+ray_guard.check_token()
+print("asks")
+ray_guard.token_settings(folder)
+ray_guard.read_settings()
+assert ray._raylet.AuthenticationTokenLoader.instance().get_raw_token() == (folder / "token").read_text()
+ray_guard.set_variables(before)
+ray_guard.read_settings()
+print("token" if ray._raylet.get_authentication_mode() == ray._raylet.AuthenticationMode.TOKEN else "disabled")
+with ray_guard.on_loopback():
+    ray_guard.check_loopback()
+    print(ray.util.get_node_ip_address())
+print(ray._private.ray_constants.ENABLE_RAY_CLUSTER, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" in os.environ)
+"""
+
+
+@pytest.mark.parametrize("mode", ["disabled", "token"])
+def test_a_ray_that_was_imported_before_asks_for_our_token_all_the_same(tmp_path: Path, mode: str):
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTED_BEFORE, str(tmp_path), mode],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    first, *others = done.stdout.splitlines()
+    assert first.startswith(
+        "refused: it would ask nobody for a token (RAY_AUTH_MODE)" if mode == "disabled" else "asks"
+    )
+    assert others == ["asks", mode, "127.0.0.1", f"{sys.platform == 'linux'} False"]
+
+
 def test_members_never_look_into_the_working_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.chdir(tmp_path)
     given = {"PYTHONPATH": f":src{os.pathsep}/opt/lib:", "TWOSTROKE__CLUSTER__KEY": "k", "HOME": "/root"}

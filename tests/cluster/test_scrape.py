@@ -46,7 +46,10 @@ async def ask(server, request: bytes) -> tuple[str, bytes]:
 
 
 CASES = {
-    b"GET /metrics HTTP/1.1\r\nHost: x\r\nAccept: text/plain\r\n\r\n": ("HTTP/1.1 200 OK", b"accepts text/plain"),
+    b"GET /metrics HTTP/1.1\r\nHost: localhost:1\r\nAccept: text/plain\r\n\r\n": (
+        "HTTP/1.1 200 OK",
+        b"accepts text/plain",
+    ),
     b"GET /metrics?x=1 HTTP/1.0\r\n\r\n": ("HTTP/1.1 200 OK", b"accepts "),
     b"HEAD /metrics HTTP/1.1\r\n\r\n": ("HTTP/1.1 200 OK", b""),
     b"GET / HTTP/1.1\r\n\r\n": ("HTTP/1.1 404 Not Found", b"no such page here; known: /broken, /huge, /metrics\n"),
@@ -60,6 +63,45 @@ CASES = {
 @pytest.mark.parametrize("request_", CASES, ids=lambda value: value[:20].decode("latin-1"))
 async def test_answers(server, request_: bytes):
     assert await ask(server, request_) == CASES[request_]
+
+
+@pytest.mark.parametrize("head", ["evil.example", "localhost.evil.example:1", "", "10.0.0.1"])
+async def test_a_rebound_name_reads_nothing(server, head: str):
+    for path in (b"/metrics", b"/nowhere"):
+        answer = await ask(server, b"GET " + path + b" HTTP/1.1\r\nHost: " + head.encode() + b"\r\n\r\n")
+        assert answer == ("HTTP/1.1 403 Forbidden", b"not by that name: ask for localhost\n")
+
+
+async def test_where_there_are_keys_metrics_want_one_and_probes_do_not():
+    server = ScrapeServer({"/metrics": page, "/health": page}, keys=("key-of-one-tenant", "key-of-another"))
+    host, port = (await server.start("127.0.0.1", 0)).split(":")
+    statuses = {}
+    for given in (
+        "",
+        "Bearer",
+        "Bearer wrong",
+        "Basic key-of-another",
+        "Bearer key-of-another",
+        "bearer  key-of-one-tenant",
+    ):
+        head = f"GET /metrics HTTP/1.1\r\nHost: worker.lan\r\nAuthorization: {given}\r\n\r\n"
+        statuses[given] = (await ask((host, int(port)), head.encode()))[0].split()[1]
+    try:
+        assert list(statuses.values()) == ["401"] * 4 + ["200"] * 2
+        assert (await ask((host, int(port)), b"GET /metrics HTTP/1.1\r\n\r\n"))[0] == "HTTP/1.1 401 Unauthorized"
+        assert (await ask((host, int(port)), b"GET /health HTTP/1.1\r\nHost: 10.0.0.1\r\n\r\n"))[0] == "HTTP/1.1 200 OK"
+    finally:
+        await server.close()
+
+
+async def test_on_a_public_address_any_name_will_do():
+    server = ScrapeServer({"/metrics": page})
+    _, port = (await server.start("0.0.0.0", 0)).split(":")
+    try:
+        answer = await ask(("127.0.0.1", int(port)), b"GET /metrics HTTP/1.1\r\nHost: worker.lan\r\n\r\n")
+        assert answer[0] == "HTTP/1.1 200 OK"
+    finally:
+        await server.close()
 
 
 async def test_a_silent_client_is_let_go_of(server):

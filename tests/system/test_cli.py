@@ -158,14 +158,6 @@ def _interrupt_in_mid_stream(served: Served, url: str) -> None:
     assert [path.name for path in served.directory.iterdir()] == ["output"]  # not even a log or a configuration
 
 
-def test_members_do_not_outlive_a_killed_supervisor(served: Served):
-    served.until_said("Ctrl-C drains and stops.")
-    footprint = served.footprint()
-    assert len(footprint.processes) == 3
-    served.process.kill()
-    footprint.until_gone(HOME_S)
-
-
 def test_ctrl_c_on_the_way_up_stops_at_once(served: Served):
     end_s = time.monotonic() + BUSY_MACHINE_S
     while len(psutil.Process(served.process.pid).children()) < 3:

@@ -1,13 +1,22 @@
 """A cluster with API keys on a public address: it becomes ready, lets in who has a key, and keeps tenants apart."""
 
+import sys
+from pathlib import Path
+from urllib.parse import urlsplit
+
 import httpx
+import psutil
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from sockets import check_listeners, declared_by, listeners
 
 from twostroke import Client, ConfigError, RequestNotFound, Unauthenticated
 
 
 @pytest.fixture(scope="module")
 def guarded(run_cluster):
+    before = {each.port for each in listeners([psutil.Process()])}
     with run_cluster(
         cluster__launcher="inprocess",
         cluster__prefill=0,
@@ -17,7 +26,17 @@ def guarded(run_cluster):
         router__insecure=True,
         router__api_keys=["first-secret", "second-secret"],
     ) as running:
+        running.listening_before = before
         yield running
+
+
+def test_on_a_public_address_only_what_clients_use_is_public(guarded):
+    with Client(guarded.grpc, api_key="first-secret") as client:
+        cluster = client.cluster()
+    ports = {"port": urlsplit(guarded.url).port, "grpc_port": int(guarded.grpc.rpartition(":")[2])}
+    ports["internal_port"] = guarded.supervisor.config.router.internal_port
+    found = [each for each in listeners([psutil.Process()]) if each.port not in guarded.listening_before]
+    assert check_listeners(found, declared_by(cluster, is_public=True, **ports)) == []
 
 
 def test_without_a_key_every_door_is_shut_but_liveness(guarded):

@@ -5,6 +5,7 @@ hanging on a busy machine. Every test begins with a whole, idle cluster, and so 
 """
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -13,12 +14,16 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import grpc
 import openai
+import psutil
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 from observer import Footprint, Observer, Workers, brief, send_signal
+from sockets import check_listeners, declared_by, listeners
 from visitors import MODEL, Crowd, OpenAiVisitor, SdkVisitor, SocketVisitor, Told, Visitor, prompt_of
 
 from twostroke import Client
@@ -89,6 +94,63 @@ def _without_fault(cluster: Any, all_told: list[Told], name: str) -> None:
         else:
             assert calm.text.startswith(told.text)
             assert calm.token_ids[: len(told.token_ids)] == told.token_ids
+
+
+# ---------------------------------------------------------------- what it listens on
+
+RAYS_OWN = {  # each on loopback alone; README names them
+    "gcs_server": r"/gcs_server ",
+    "raylet": r"/raylet/raylet ",
+    "autoscaler's monitor": r"/monitor\.py ",
+    "runtime environments": r"^ray::RuntimeEnvAgent",
+    "idle worker": r"^ray::IDLE",
+    "our actor": r"^ray::(Router|PrefillWorker|DecodeWorker)",
+}
+
+
+def test_all_sockets_are_declared_and_on_loopback(cluster: Any, observer: Observer):
+    here = psutil.Process()
+    assert all(folder.stat().st_mode & 0o77 == 0 for folder in _footprint(cluster).directories)
+    processes = [here, *here.children(recursive=True), *_footprint(cluster).processes]
+    ports = {"port": urlsplit(cluster.url).port or 0, "grpc_port": int(cluster.grpc.rpartition(":")[2])}
+    ports["internal_port"] = cluster.supervisor.config.router.internal_port
+    others = check_listeners(listeners(set(processes)), declared_by(observer.facts(), **ports))
+    kinds = Counter()
+    for other in others:
+        known = [kind for kind, name in RAYS_OWN.items() if re.search(name, other.process)]
+        kinds[known[0] if known else "driver" if other.process == " ".join(here.cmdline()) else other.process] += 1
+    assert set(kinds) - {"idle worker"} == {*RAYS_OWN, "driver"} - {"idle worker"}, others
+
+
+def test_the_clusters_key_is_in_no_file_and_no_argument_of_ray(cluster: Any):
+    key = cluster.supervisor.config.cluster.key.encode()
+    footprint = _footprint(cluster)
+    files = [path for folder in footprint.directories for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > len(WORKERS)
+    assert [path for path in files if key in path.read_bytes()] == []
+    for process in footprint.processes:
+        for shown in (*process.cmdline(), *process.environ().values()):
+            assert key.decode() not in shown
+
+
+def test_a_client_of_ray_without_the_token_is_refused(cluster: Any):
+    """Asks Ray's head for its id, as every client does first. The request has no field that must be set."""
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
+    assert token.stat().st_mode & 0o77 == 0
+    answers = {}
+    for shown in (None, "0" * 64, token.read_text()):
+        metadata = [("authorization", f"Bearer {shown}")] if shown else []
+        with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+            ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
+            try:
+                ask(b"", timeout=20, metadata=metadata)
+                answers[shown] = grpc.StatusCode.OK
+            except grpc.RpcError as error:
+                answers[shown] = error.code()
+    assert list(answers.values()) == [grpc.StatusCode.UNAUTHENTICATED] * 2 + [grpc.StatusCode.OK]
 
 
 # ---------------------------------------------------------------- all is well

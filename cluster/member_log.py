@@ -1,0 +1,56 @@
+"""What one child process writes, in a file that does not grow for ever. Knows no process.
+
+The child holds the file open and appends, so it cannot be renamed away from under it: what is there is copied to a
+second file, and the first one is cut to nothing. A line that is written in between may be lost.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import BinaryIO
+
+MAX_LOG_BYTES = 16 << 20  # of each of two files
+_TAIL_BYTES = 8000
+
+
+class MemberLog:
+    """`NAME.log` in a folder, and `NAME.log.1`, what was written before it."""
+
+    def __init__(self, folder: Path, name: str, max_bytes: int = MAX_LOG_BYTES) -> None:
+        self._file = folder / f"{name}.log"
+        self._older = folder / f"{name}.log.1"
+        self._max_bytes = max_bytes
+
+    def open(self) -> BinaryIO:
+        """For the child to append to."""
+        self._file.touch(mode=0o600)
+        return self._file.open("ab")
+
+    def bound(self) -> None:
+        """Begin anew when the file is full. To be called from time to time."""
+        try:
+            if self._file.stat().st_size > self._max_bytes:
+                self._older.touch(mode=0o600)
+                shutil.copyfile(self._file, self._older)
+                os.truncate(self._file, 0)
+        except OSError:
+            pass  # the folder is gone, or the disk is full: the next call tries again
+
+    def tail(self) -> str:
+        """The last that was written."""
+        newest = _tail(self._file)
+        if len(newest) < _TAIL_BYTES:
+            newest = _tail(self._older)[len(newest) - _TAIL_BYTES :] + newest
+        return newest.decode(errors="replace").strip()
+
+
+def _tail(file: Path) -> bytes:
+    try:
+        with file.open("rb") as opened:
+            opened.seek(0, os.SEEK_END)
+            opened.seek(max(0, opened.tell() - _TAIL_BYTES))
+            return opened.read()
+    except OSError:
+        return b""

@@ -1,0 +1,40 @@
+"""Every place that opens a port is known, and has its address from `bindable_host`, which lets no public one pass."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PARTS = (
+    "cli",
+    "client",
+    "cluster",
+    "core",
+    "decode_worker",
+    "kernels",
+    "kv",
+    "model",
+    "prefill_worker",
+    "router",
+    "sim",
+    "text",
+)
+OPENS = re.compile(
+    r"\.bind\((?=\()|add_(?:in)?secure_port\(|start_(?:unix_)?server\(|create_(?:unix_)?server\(|HTTPServer\("
+)
+KNOWN = {
+    "core/ports.py",  # a socket for the router's HTTP port, and probes
+    "router/process.py",  # the router's two gRPC ports
+    "cluster/worker.py",  # the worker's services
+    "cluster/scrape.py",  # the worker's metrics, at the address that its services have
+}
+
+
+def test_ports_are_opened_in_known_places_alone():
+    files = [path for part in PARTS for path in (ROOT / part).rglob("*.py") if "_pb2" not in path.name]
+    found = {str(path.relative_to(ROOT)) for path in files if OPENS.search(path.read_text())}
+    assert found == KNOWN
+
+
+def test_the_processes_that_open_ports_ask_for_their_address():
+    for name in ("router/process.py", "cluster/worker.py"):
+        assert "bindable_host(" in (ROOT / name).read_text()

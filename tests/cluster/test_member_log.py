@@ -1,0 +1,81 @@
+"""A child's output in two files of bounded size, while the child goes on writing."""
+
+import asyncio
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+from twostroke.cluster import launch_process
+from twostroke.cluster.config import load_config
+from twostroke.cluster.last_words import End
+from twostroke.cluster.launch import Site
+from twostroke.cluster.launch_process import ProcessLauncher
+from twostroke.cluster.member_log import MemberLog
+from twostroke.cluster.placement import Member
+
+
+def test_a_full_log_begins_anew_under_its_writer_and_its_end_is_still_known(tmp_path: Path):
+    log = MemberLog(tmp_path, "m", max_bytes=100_000)
+    with log.open() as out, subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=out) as child:
+        assert child.stdin is not None
+        for number in range(21):
+            child.stdin.write(b"x" * 39_990 + b" %8d\n" % number)
+            child.stdin.flush()
+            while not log.tail().endswith(f"{number:8d}"):
+                pass
+            log.bound()
+            sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+            assert set(sizes) <= {"m.log", "m.log.1"}
+            assert all(size <= 140_000 for size in sizes.values())
+        assert (tmp_path / "m.log").stat().st_size == 0
+        assert log.tail().endswith("20")
+        assert len(log.tail()) == 7999  # without the line end: all that is read of a log
+    assert all(path.stat().st_mode & 0o77 == 0 for path in tmp_path.iterdir())
+
+
+def test_a_log_that_is_not_there_is_empty(tmp_path: Path):
+    log = MemberLog(tmp_path / "gone", "m")
+    log.bound()
+    assert log.tail() == ""
+
+
+CHILD = """
+import os, sys
+config = sys.stdin.read()
+size = 0
+while os.fstat(1).st_size >= size:  # until the file was cut
+    size = os.fstat(1).st_size
+    print("x" * 9_999, flush=True)
+print("twostroke: the last word; configured with", len(config), file=sys.stderr)
+sys.exit(2)
+"""
+
+
+async def test_a_chatty_members_log_is_cut_while_it_runs_and_its_last_words_are_told(monkeypatch):
+    """It gets the configuration whole, also one that no pipe holds, and is told what ended it by its exit code."""
+    monkeypatch.setattr(launch_process, "_LOG_CHECK_S", 0.01)
+    monkeypatch.setattr(launch_process, "MemberLog", partial(MemberLog, max_bytes=100_000))
+    keys = [f"key-{number:020d}" for number in range(20_000)]
+    launcher = ProcessLauncher(Site(load_config(flags={"router.api_keys": keys}), "", "", 0))
+    monkeypatch.setattr(launcher, "_command", lambda _: [sys.executable, "-c", CHILD])
+    ends = asyncio.Queue[End]()
+    try:
+        await launcher.start(Member("router-0", "router"), lambda _, end: ends.put_nowait(end))
+        end = await asyncio.wait_for(ends.get(), 60)
+        assert end == End(f"the last word; configured with {len(launcher._config)}", is_certain=True)
+        assert len(launcher._config) > 500_000
+    finally:
+        await launcher.close()
+
+
+async def test_a_member_that_reads_nothing_ends_like_any_other(monkeypatch, caplog):
+    launcher = ProcessLauncher(Site(load_config(flags={"router.api_keys": ["k" * 500_000]}), "", "", 0))
+    monkeypatch.setattr(launcher, "_command", lambda _: ["false"])
+    ends = asyncio.Queue[End]()
+    try:
+        await launcher.start(Member("router-0", "router"), lambda _, end: ends.put_nowait(end))
+        assert await asyncio.wait_for(ends.get(), 60) == End("exit code 1")
+    finally:
+        await launcher.close()
+    assert caplog.text == ""
