@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -100,13 +100,13 @@ class Front:
         finally:
             self._num_reading -= len(calls)
 
-    async def start(self, call: Call) -> Started:
-        """Admit a call and run it up to its first piece.
+    async def start(self, call: Call, admitted: Callable[[], None] | None = None) -> Started:
+        """Admit a call and run it up to its first piece. `admitted` is called when nothing of `call` is read any more.
 
         Raises:
             TwostrokeError: whatever `admit` or `Flow.generate` refuse it for.
         """
-        return await self._start([call])
+        return await self._start([call], admitted=admitted)
 
     async def start_list(self, name: str, calls: Sequence[Call]) -> Started:
         """Admit the calls of a list of prompts, which differ in nothing else, and run them up to the first piece.
@@ -121,9 +121,13 @@ class Front:
         named = [replace(call, request_id=name_of(name, place)) for place, call in enumerate(calls)]
         return await self._start(named, name)
 
-    async def _start(self, calls: Sequence[Call], name: str | None = None) -> Started:
+    async def _start(
+        self, calls: Sequence[Call], name: str | None = None, admitted: Callable[[], None] | None = None
+    ) -> Started:
         arrived_s = self.flow.clock.now_s()
         requests, model = await self._admit(calls)
+        if admitted is not None:
+            admitted()
         if name is not None:
             self._check_room(requests)
             self._lists.add(requests[0].owner, name, len(requests))
