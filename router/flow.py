@@ -22,7 +22,7 @@ from ..core.errors import (
     TwostrokeError,
     Unavailable,
 )
-from ..core.request import Request
+from ..core.request import Request, Role
 from ..core.timeline import Instant, Timeline
 from .admission import Offer
 from .config import RouterConfig
@@ -215,7 +215,8 @@ class Flow:
                 f"no worker serves {request.model!r}; known: {', '.join(sorted(models))}", param="model"
             )
         needed = len(request.prompt_ids) + request.sampling.max_tokens
-        room = max(w.facts.num_kv_tokens for w in self._members.fleet if w.facts.model.name == model.name)
+        decoding = [w for w in self._members.fleet if w.facts.model.name == model.name and w.role is not Role.PREFILL]
+        room = max((w.facts.num_kv_tokens for w in decoding), default=needed)  # none: it waits for one
         bound = min(room, model.max_model_len or room)
         if not request.prompt_ids:
             raise InvalidRequest("the prompt has no tokens", param="prompt")

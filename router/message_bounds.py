@@ -20,7 +20,7 @@ from .defaults import MAX_STOPS
 from .messages import MAX_MESSAGES
 from .sampling import MAX_BAD_WORDS, MAX_BIASES, MAX_STOP_IDS
 
-MAX_FIELDS = 65_536  # of a whole message; 2,048 messages and 16,384 parts have 40,000
+MAX_FIELDS = 40_960  # of a whole message: 2,048 messages and 16,384 parts with their texts have 39,000
 
 # Entries of the repeated fields, over the whole message.
 MAX_ENTRIES: Mapping[str, int] = {

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import signal
 import socket
+import sys
 from collections.abc import Generator
 
 import grpc.aio
@@ -15,6 +16,7 @@ from grpc_reflection.v1alpha import reflection
 
 from ..core.errors import ConfigError
 from ..core.foreground import Stop, Stopped, first, leave, orphaned, unless
+from ..core.memory import give_large_memory_back
 from ..core.ports import bound_socket, check_port, numeric_host, target
 from ..kv.keys import identity_key
 from ..protos import inference_pb2, inference_pb2_grpc
@@ -48,6 +50,7 @@ _CLIENTS_OPTIONS = (
     ("grpc.server.max_pending_requests", 256),
     ("grpc.server.max_pending_requests_hard_limit", 1024),
 )
+SWITCH_S = 0.0005  # how long the event loop waits for a thread that reads a message, each time it has something to do
 
 
 class RouterProcess:
@@ -126,6 +129,8 @@ class RouterProcess:
 
 def run_router(process: RouterProcess, grace_s: float, parent_pid: int | None = None) -> None:
     """The main function of a router process: serve until SIGTERM or SIGINT, then drain."""
+    give_large_memory_back()
+    sys.setswitchinterval(SWITCH_S)
     asyncio.run(_run(process, grace_s, parent_pid))
 
 
