@@ -106,6 +106,7 @@ class Guard(grpc.aio.ServerInterceptor):
     async def _call(self, handler: Handler, method: str, tenant: str, _: Any, context: Context) -> None:
         is_own = method.startswith(self._own)
         self._num_calls[is_own] += 1
+        status: grpc.Status | None = None
         try:
             most = self._max_calls if is_own else MAX_STANDING
             if self._num_calls[is_own] > most:
@@ -115,19 +116,19 @@ class Guard(grpc.aio.ServerInterceptor):
             log.info("%s: the client took nothing for %g s; the call ends", method, self._stall_s)
             _let_go(_this_task())
         except TwostrokeError as error:
-            self._end_in_time()
-            await context.abort_with_status(to_rpc_status(error))
+            status = to_rpc_status(error)
         except grpc.aio.AbortError:
             raise
         except Exception:
             log.exception("%s failed", method)
-            self._end_in_time()
-            unexpected = InternalError("the call failed; the router's log has more")
-            await context.abort_with_status(to_rpc_status(unexpected))
-        else:
-            self._end_in_time()
+            status = to_rpc_status(InternalError("the call failed; the router's log has more"))
         finally:
             self._num_calls[is_own] -= 1
+        self._end_in_time()
+        if (
+            status is not None
+        ):  # not within `except`: aborting raises, and would keep the error and its frames' messages
+            await context.abort_with_status(status)
 
     async def _serve(self, handler: Handler, method: str, tenant: str, context: Context) -> None:
         write = partial(self._write, context, handler.response_serializer)

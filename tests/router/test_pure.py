@@ -177,9 +177,9 @@ def test_the_journal_is_bounded_and_survives_a_full_disk(tmp_path: Path) -> None
     full = Journal(Path("/dev/full"))
     full.add({"request_id": "r"})
     full.add({"request_id": "s"})
+    full.close()
     assert full.num_lost_lines == 2
     assert full.find("s") is not None
-    full.close()
 
 
 def test_the_journals_file_is_for_us_alone(tmp_path: Path) -> None:
