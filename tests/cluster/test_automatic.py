@@ -86,6 +86,13 @@ def test_what_is_given_holds_whatever_the_machine():
     assert reason(plan, "step.max_num_seqs") == reason(plan, "cluster.ready_timeout_s") == "as given"
 
 
+def test_null_is_not_given():
+    asked = [decision.setting for decision in planned(SMALL, LAPTOP).decisions]
+    for setting in asked:
+        plain, null = planned(SMALL, LAPTOP), planned(SMALL, LAPTOP, **{setting.replace(".", "__"): None})
+        assert null.decisions == plain.decisions, setting
+
+
 def test_limits_grow_with_the_cluster_and_patience_with_the_weights():
     flags = {"cluster.prefill": 2, "cluster.decode": 4}
     plan = place(load_config(flags=flags), MachineFacts(64, 1 << 40, (79 << 30,) * 6), LLAMA_8B)
