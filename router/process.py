@@ -23,7 +23,7 @@ from ..protos import inference_pb2, inference_pb2_grpc
 from .config import RouterConfig
 from .flow import Flow
 from .front import Front
-from .guard import Guard
+from .guard import SPARE_CALLS, Guard
 from .http import make_app
 from .ports import INTERNAL_HOST, PORT_REMEDIES, check_ports
 from .service import InferenceService
@@ -37,7 +37,6 @@ _GRPC_OPTIONS = (
 _INTERNAL_OPTIONS = (*_GRPC_OPTIONS, ("grpc.max_concurrent_streams", 4096))
 _CLIENTS_OPTIONS = (
     *_GRPC_OPTIONS,
-    ("grpc.max_concurrent_streams", 256),  # of one connection; more wait at the client
     ("grpc.max_allowed_incoming_connections", 1024),
     ("grpc.server_handshake_timeout_ms", 10_000),
     ("grpc.max_connection_idle_ms", 600_000),  # without a call; clients connect anew by themselves
@@ -45,10 +44,8 @@ _CLIENTS_OPTIONS = (
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.max_metadata_size", 8 << 10),
     ("grpc.absolute_max_metadata_size", 16 << 10),
-    ("grpc.http2.lookahead_bytes", 64 << 10),  # of a stream that nobody reads yet
+    ("grpc.http2.lookahead_bytes", 16 << 10),  # of a stream that nobody reads yet
     ("grpc.http2.bdp_probe", 0),  # would let these windows grow to megabytes
-    ("grpc.server.max_pending_requests", 256),
-    ("grpc.server.max_pending_requests_hard_limit", 1024),
 )
 SWITCH_S = 0.0005  # how long the event loop waits for a thread that reads a message, each time it has something to do
 
@@ -82,7 +79,11 @@ class RouterProcess:
         internal = grpc.aio.server(options=_INTERNAL_OPTIONS)
         self._flow.add_announce(internal)
         await self._serve(internal, INTERNAL_HOST, "internal_port")
-        options = [*_CLIENTS_OPTIONS, ("grpc.max_receive_message_length", settings.max_body_bytes)]
+        options = [
+            *_CLIENTS_OPTIONS,
+            ("grpc.max_receive_message_length", settings.max_body_bytes),
+            ("grpc.max_concurrent_streams", settings.max_running + SPARE_CALLS),  # of one connection: more wait there
+        ]
         clients = grpc.aio.server(interceptors=[self._guard], options=options)
         inference_pb2_grpc.add_InferenceServicer_to_server(InferenceService(self._front), clients)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, clients)

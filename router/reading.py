@@ -1,7 +1,7 @@
 """Room for messages that are being read: a budget of bytes, who waits for a part of it, and who stays too long.
 
 How long a message is, gRPC tells when all of it is here. So a read takes as much as a message may have, and gives back
-what it did not need; until then nothing beyond a stream's first 64 KiB is taken from the client.
+what it did not need; until then no more than a stream's first window is taken from the client.
 """
 
 from __future__ import annotations
