@@ -12,6 +12,7 @@ from .messages import MAX_MESSAGES
 from .words import refuse_constant, short
 
 MAX_ITEMS = 16_384  # parts and calls of all messages
+MAX_JSON_VALUES = 16_384  # of a template's options or documents
 
 
 def chat_messages(messages: Sequence[inference_pb2.ChatMessage]) -> list[dict[str, Any]]:
@@ -32,7 +33,7 @@ def template_options(options: inference_pb2.ChatOptions) -> dict[str, Any]:
     """The fields of a `Call` that are said in `options`.
 
     Raises:
-        InvalidRequest: one is no JSON.
+        InvalidRequest: one is no JSON, or has too many values to build them.
     """
     found: dict[str, Any] = {
         name: getattr(options, name)
@@ -68,9 +69,21 @@ def _call(call: inference_pb2.ToolCall) -> dict[str, Any]:
 
 
 def _json(text: str, name: str) -> Any:
+    _check_size(text, name)
     try:
         return json.loads(text, parse_constant=refuse_constant)
     except RecursionError:
         raise InvalidRequest(f"{name} is nested too deeply", param=name) from None
     except ValueError as error:
         raise InvalidRequest(f"{name} is {short(text)}: no JSON ({str(error)[:100]})", param=name) from None
+
+
+def _check_size(text: str, name: str) -> None:
+    """Refuse JSON with more values than are read: counted by what stands between them, outside of texts."""
+    num_quotes = text.count('"')
+    if num_quotes > 4 * MAX_JSON_VALUES:
+        raise InvalidRequest(f"{name} has {num_quotes // 2} texts; at most {2 * MAX_JSON_VALUES}", param=name)
+    outside = "".join(text.replace("\\\\", "").replace('\\"', "").split('"')[::2])
+    num_values = sum(outside.count(mark) for mark in "[{,")
+    if num_values > MAX_JSON_VALUES:
+        raise InvalidRequest(f"{name} has {num_values} values; at most {MAX_JSON_VALUES}", param=name)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from ..core.request import SamplingParams
 from ..core.timeline import Instant
 from .coefficients import FIELDS, Coefficients
 from .fleet import Worker
 from .policy import Candidate, Choice
 from .run import Run
+
+MAX_SHOWN = 32  # entries of a list; a longer one is told by its length
+MAX_TEXT = 64  # characters of a text in one
+MAX_MESSAGE = 1000  # characters of an error
 
 
 def explain_run(run: Run, state: str) -> dict[str, Any]:
@@ -27,8 +33,8 @@ def explain_run(run: Run, state: str) -> dict[str, Any]:
         "model": run.request.model,
         "state": state,
         "num_choices": run.request.num_choices,
-        "sampling": asdict(run.request.sampling),
-        "ignored_fields": list(run.request.ignored_fields),
+        "sampling": explain_sampling(run.request.sampling),
+        "ignored_fields": _shown(run.request.ignored_fields, "names"),
         "timeout_s": run.request.timeout_s,
         "tokens": {
             "prompt": usage.prompt_tokens,
@@ -43,7 +49,7 @@ def explain_run(run: Run, state: str) -> dict[str, Any]:
         "ttft_ms": _between_ms(run, Instant.ARRIVED, Instant.FIRST_SENT),
         "itl_ms": _pace(run),
         "finish_reasons": [reason.value if reason else None for reason in run.delivery.finish_reasons],
-        "error": {"code": run.error.code, "message": run.error.message} if run.error else None,
+        "error": {"code": run.error.code, "message": _cut(run.error.message, MAX_MESSAGE)} if run.error else None,
         "timeline": timeline_ms(run),
         "choice": explain_choice(current.choice) if current else None,
         "dispatches": [
@@ -55,6 +61,31 @@ def explain_run(run: Run, state: str) -> dict[str, Any]:
             for dispatch in run.dispatches
         ],
     }
+
+
+def explain_sampling(sampling: SamplingParams) -> dict[str, Any]:
+    """How tokens are chosen; of long lists how long they are."""
+    found: dict[str, Any] = {name: getattr(sampling, name) for name in sampling.__slots__}
+    num_ids = sum(map(len, sampling.bad_words))
+    return found | {
+        "stop": _shown(sampling.stop, "texts"),
+        "stop_token_ids": _shown(sampling.stop_token_ids, "token ids"),
+        "logit_bias": _shown(sampling.logit_bias, "entries"),
+        "bad_words": _shown(sampling.bad_words, "words")
+        if num_ids <= MAX_SHOWN
+        else f"{len(sampling.bad_words)} words",
+    }
+
+
+def _shown(values: Sequence[Any], what: str) -> list[Any] | str:
+    """A list with its texts cut; one that is too long as its length."""
+    if len(values) > MAX_SHOWN:
+        return f"{len(values)} {what}"
+    return [_cut(value, MAX_TEXT) if isinstance(value, str) else value for value in values]
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else text[:most] + "..."
 
 
 def timeline_ms(run: Run) -> dict[str, float]:

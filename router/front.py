@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -95,13 +95,13 @@ class Front:
         finally:
             self._num_reading -= len(calls)
 
-    async def start(self, call: Call) -> Started:
-        """Admit a call and run it up to its first piece.
+    async def start(self, call: Call, admitted: Callable[[], None] | None = None) -> Started:
+        """Admit a call and run it up to its first piece. `admitted` is called when nothing of `call` is read any more.
 
         Raises:
             TwostrokeError: whatever `admit` or `Flow.generate` refuse it for.
         """
-        return await self._start([call])
+        return await self._start([call], admitted=admitted)
 
     async def start_list(self, name: str, calls: Sequence[Call]) -> Started:
         """Admit the calls of a list of prompts, which differ in nothing else, and run them up to the first piece.
@@ -116,9 +116,13 @@ class Front:
         named = [replace(call, request_id=name_of(name, place)) for place, call in enumerate(calls)]
         return await self._start(named, name)
 
-    async def _start(self, calls: Sequence[Call], name: str | None = None) -> Started:
+    async def _start(
+        self, calls: Sequence[Call], name: str | None = None, admitted: Callable[[], None] | None = None
+    ) -> Started:
         arrived_s = self.flow.clock.now_s()
         requests, model = await self._admit(calls)
+        if admitted is not None:
+            admitted()
         if name is not None:
             self._check_room(requests)
             self._lists.add(requests[0].owner, name, len(requests))
@@ -135,20 +139,25 @@ class Front:
         return self.flow.generate(request, _begun(arrived_s))
 
     def _check_room(self, requests: Sequence[Request]) -> None:
-        """Refuse a list that asks for more tokens than the router admits in all: a bound on the work of one request."""
-        tokens = sum(r.num_choices * (len(r.prompt_ids) + r.expected_tokens) for r in requests)
+        """Refuse a list of which the router would never admit as much as runs at once; the rest waits its turn."""
+        sizes = sorted((r.num_choices * (len(r.prompt_ids) + r.expected_tokens) for r in requests), reverse=True)
+        at_once = _at_once(requests)
+        tokens = sum(sizes[:at_once])
         if tokens > self._max_tokens:
             raise InvalidRequest(
-                f"the {len(requests)} prompts have {tokens} tokens with those that they ask for; at most "
-                f"{self._max_tokens} are under way at once (router.max_running_tokens): send fewer prompts per request",
+                f"{min(at_once, len(requests))} of the {len(requests)} prompts run at once and have {tokens} tokens "
+                f"with those that they ask for; at most {self._max_tokens} may (router.max_running_tokens): "
+                "send fewer or shorter prompts per request",
                 param="prompt",
             )
 
 
 def _merged(starts: Sequence[Start], requests: Sequence[Request]) -> AsyncGenerator[Piece, None]:
-    num_choices = requests[0].num_choices
-    at_once = streams_at_once(num_choices, max(len(request.prompt_ids) for request in requests))
-    return merged(starts, num_choices, at_once, requests[0].timeout_s)
+    return merged(starts, requests[0].num_choices, _at_once(requests), requests[0].timeout_s)
+
+
+def _at_once(requests: Sequence[Request]) -> int:
+    return streams_at_once(requests[0].num_choices, max(len(request.prompt_ids) for request in requests))
 
 
 def _begun(arrived_s: float) -> Timeline:

@@ -1,74 +1,83 @@
 """What was decided and how it ended: the last requests in memory, and all of them as JSON lines if wanted.
 
-Bounded in both places. A disk that is full or broken costs the lines, never a request.
+Bounded in entries and in bytes: an entry is kept as the JSON that it is shown as, so its length is what it costs.
 """
 
 from __future__ import annotations
 
 import json
-import logging
-import os
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-log = logging.getLogger(__name__)
+from .decision_log import DecisionLog
+
+MAX_ENTRIES = 2_000
+MAX_BYTES = 16 << 20  # of all entries
+MAX_ENTRY_BYTES = 16 << 10
+_NAMES = ("request_id", "tenant", "isolation_domain", "state")  # by which an entry is found, and by whom
 
 
 class Journal:
     """The decision log. Entries are what `explain` shows."""
 
-    def __init__(self, file: Path | None = None, max_entries: int = 2_000, max_file_bytes: int = 256 << 20) -> None:
-        self._entries: OrderedDict[tuple[str, str], dict[str, Any]] = OrderedDict()  # by tenant and id
+    def __init__(
+        self,
+        file: Path | None = None,
+        max_entries: int = MAX_ENTRIES,
+        max_file_bytes: int = 256 << 20,
+        max_bytes: int = MAX_BYTES,
+    ) -> None:
+        self._entries: OrderedDict[tuple[str, str], str] = OrderedDict()  # JSON by tenant and id
         self._max_entries = max_entries
-        self._max_file_bytes = max_file_bytes
-        self._path = file
-        self._file: TextIO | None = None
-        self.num_lost_lines = 0
+        self._max_bytes = max_bytes
+        self._log = DecisionLog(file, max_file_bytes) if file is not None else None
+        self.num_bytes = 0
 
     def __len__(self) -> int:
         return len(self._entries)
 
+    @property
+    def num_lost_lines(self) -> int:
+        """Lines of the file that could not be written."""
+        return self._log.num_lost_lines if self._log is not None else 0
+
     def add(self, entry: dict[str, Any]) -> None:
-        """Note a request that is over; the oldest entry makes room."""
-        key = entry["tenant"], entry["request_id"]
-        self._entries[key] = entry
-        self._entries.move_to_end(key)
-        while len(self._entries) > self._max_entries:
-            self._entries.popitem(last=False)
-        if self._path is not None:
-            self._write(self._path, json.dumps(entry, separators=(",", ":")))
+        """Note a request that is over; the oldest entries make room."""
+        key, line = (entry["tenant"], entry["request_id"]), _line(entry)
+        self._forget(key)
+        self._entries[key] = line
+        self.num_bytes += len(line)
+        while len(self._entries) > self._max_entries or self.num_bytes > self._max_bytes:
+            self._forget(next(iter(self._entries)))
+        if self._log is not None:
+            self._log.add(line)
 
     def find(self, tenant: str, request_id: str) -> dict[str, Any] | None:
         """A tenant's recent request, or None."""
-        return self._entries.get((tenant, request_id))
+        line = self._entries.get((tenant, request_id))
+        entry: dict[str, Any] | None = None if line is None else json.loads(line)
+        return entry
 
     def close(self) -> None:
         """Flush and close the file."""
-        if self._file is not None:
-            try:
-                self._file.close()
-            except OSError as error:
-                log.warning("decision log %s: %s", self._path, error)
-            self._file = None
+        if self._log is not None:
+            self._log.close()
 
-    def _write(self, path: Path, line: str) -> None:
-        try:
-            if self._file is None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = open(path, "a", encoding="utf-8", opener=_for_us_alone)  # noqa: SIM115  # stays open
-            self._file.write(line + "\n")
-            self._file.flush()
-            if self._file.tell() > self._max_file_bytes:
-                self.close()
-                path.replace(path.with_name(path.name + ".1"))  # one old file is kept
-        except OSError as error:
-            self.num_lost_lines += 1
-            if self.num_lost_lines == 1:
-                log.warning("decision log %s: %s; lines are lost until it can be written again", path, error)
-            self.close()
+    def _forget(self, key: tuple[str, str]) -> None:
+        self.num_bytes -= len(self._entries.pop(key, ""))
 
 
-def _for_us_alone(path: str, flags: int) -> int:
-    """Stop strings are a client's words."""
-    return os.open(path, flags, 0o600)
+def _line(entry: dict[str, Any]) -> str:
+    """An entry as JSON of ASCII; of one that is too long, the longest values are left out."""
+    line = _json(entry)
+    while len(line) > MAX_ENTRY_BYTES:
+        sizes = {name: len(_json(value)) for name, value in entry.items() if name not in _NAMES}
+        longest = max(sizes, key=sizes.__getitem__)
+        entry = entry | {longest: f"left out: {sizes[longest]} bytes"}
+        line = _json(entry)
+    return line
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))

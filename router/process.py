@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import signal
 import socket
+import sys
 from collections.abc import Generator
 
 import grpc.aio
@@ -15,12 +16,14 @@ from grpc_reflection.v1alpha import reflection
 
 from ..core.errors import ConfigError
 from ..core.foreground import Stop, Stopped, first, leave, orphaned, unless
+from ..core.memory import give_large_memory_back
 from ..core.ports import bindable_host, bound_socket, check_port, target
 from ..kv.keys import identity_key, proof_key
 from ..protos import inference_pb2, inference_pb2_grpc
 from .config import RouterConfig
 from .flow import Flow
 from .front import Front
+from .guard import SPARE_CALLS, Guard
 from .http import make_app
 from .ports import INTERNAL_HOST, PORT_REMEDIES, check_ports
 from .service import InferenceService
@@ -30,8 +33,21 @@ _GRPC_OPTIONS = (
     ("grpc.so_reuseport", 0),  # a second router on the port must fail, not share it silently
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-    ("grpc.max_concurrent_streams", 4096),
 )
+_INTERNAL_OPTIONS = (*_GRPC_OPTIONS, ("grpc.max_concurrent_streams", 4096))
+_CLIENTS_OPTIONS = (
+    *_GRPC_OPTIONS,
+    ("grpc.max_allowed_incoming_connections", 1024),
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    ("grpc.max_connection_idle_ms", 600_000),  # without a call; clients connect anew by themselves
+    ("grpc.keepalive_time_ms", 30_000),  # a client that vanished without a word is noticed
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.max_metadata_size", 8 << 10),
+    ("grpc.absolute_max_metadata_size", 16 << 10),
+    ("grpc.http2.lookahead_bytes", 16 << 10),  # of a stream that nobody reads yet
+    ("grpc.http2.bdp_probe", 0),  # would let these windows grow to megabytes
+)
+SWITCH_S = 0.0005  # how long the event loop waits for a thread that reads a message, each time it has something to do
 
 
 class RouterProcess:
@@ -43,6 +59,7 @@ class RouterProcess:
         self._settings = settings
         self._flow = Flow(settings, identity_key(cluster_key), proof_key=proof_key(cluster_key))
         self._front = Front(settings, self._flow, reads_defaults=reads_defaults)
+        self._guard = Guard(settings, self._front.authenticate, _INFERENCE)
         self._health = health.aio.HealthServicer()
         self._servers: list[grpc.aio.Server] = []
         self._http: uvicorn.Server | None = None
@@ -60,9 +77,13 @@ class RouterProcess:
         listener = bound_socket(host, settings.port, PORT_REMEDIES["port"])
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         await self._flow.start()
-        await self._serve(self._flow.internal_server(_GRPC_OPTIONS), INTERNAL_HOST, "internal_port")
-        limits = [("grpc.max_receive_message_length", settings.max_body_bytes)]
-        clients = grpc.aio.server(options=[*_GRPC_OPTIONS, *limits])
+        await self._serve(self._flow.internal_server(_INTERNAL_OPTIONS), INTERNAL_HOST, "internal_port")
+        options = [
+            *_CLIENTS_OPTIONS,
+            ("grpc.max_receive_message_length", settings.max_body_bytes),
+            ("grpc.max_concurrent_streams", settings.max_running + SPARE_CALLS),  # of one connection: more wait there
+        ]
+        clients = grpc.aio.server(interceptors=[self._guard], options=options)
         inference_pb2_grpc.add_InferenceServicer_to_server(InferenceService(self._front), clients)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, clients)
         reflection.enable_server_reflection((_INFERENCE, health.SERVICE_NAME, reflection.SERVICE_NAME), clients)
@@ -93,6 +114,7 @@ class RouterProcess:
             with contextlib.suppress(TimeoutError, asyncio.CancelledError):
                 await asyncio.wait_for(self._http_task, 1.0)
         await asyncio.gather(*(server.stop(0.5) for server in self._servers))
+        self._guard.close()
 
     async def _serve(self, server: grpc.aio.Server, host: str, name: str) -> None:
         port = getattr(self._settings, name)
@@ -107,6 +129,8 @@ class RouterProcess:
 
 def run_router(process: RouterProcess, grace_s: float, parent_pid: int | None = None) -> None:
     """The main function of a router process: serve until SIGTERM or SIGINT, then drain."""
+    give_large_memory_back()
+    sys.setswitchinterval(SWITCH_S)
     asyncio.run(_run(process, grace_s, parent_pid))
 
 

@@ -27,6 +27,7 @@ MAX_BIAS = 100.0
 MAX_BIASES = 1024
 MAX_BAD_WORDS = 128
 MAX_BAD_WORD_CHARS = 256
+MAX_BAD_WORD_TOKENS = 8192  # of all: a running request keeps them here and on its worker
 MAX_LOGPROBS = 20  # OpenAI's bound for chats; its completions stop at 5
 MAX_PROMPT_SCORES = 1 << 18  # prompt tokens times what is said of each: they travel in one message
 
@@ -144,6 +145,7 @@ def _bad_words(words: Sequence[str], model: ServedModel) -> tuple[tuple[int, ...
     """
     _check_texts("bad_words", words, MAX_BAD_WORDS, MAX_BAD_WORD_CHARS)
     found: dict[tuple[int, ...], None] = {}
+    num_tokens = 0
     for word in words:
         bare = word.lstrip() or word
         alone = tuple(model.tokenizer.encode(bare, add_special_tokens=False))
@@ -151,6 +153,11 @@ def _bad_words(words: Sequence[str], model: ServedModel) -> tuple[tuple[int, ...
         found[alone] = None
         if spaced[-len(alone) :] != alone:
             found[spaced] = None
+        num_tokens += len(alone) + len(spaced)
+        if num_tokens > MAX_BAD_WORD_TOKENS:
+            raise InvalidRequest(
+                f"bad_words have more than {MAX_BAD_WORD_TOKENS} tokens; give fewer or shorter words", param="bad_words"
+            )
     found.pop((), None)
     return tuple(found)
 

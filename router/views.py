@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ..core.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound, Unavailable
-from ..core.request import Request, SequenceKey
+from ..core.request import Request, Role, SequenceKey
 from .coefficients import coefficients_of, guess
 from .facts import ModelFacts
 from .fleet import Dispatched, Fleet, Worker
@@ -28,7 +28,8 @@ def model_of(fleet: Fleet, request: Request) -> ModelFacts:
     if model is None:
         raise ModelNotFound(f"no worker serves {request.model!r}; known: {', '.join(sorted(models))}", param="model")
     needed = len(request.prompt_ids) + request.sampling.max_tokens
-    room = max(w.facts.num_kv_tokens for w in fleet if w.facts.model.name == model.name)
+    decoding = [w for w in fleet if w.facts.model.name == model.name and w.role is not Role.PREFILL]
+    room = max((w.facts.num_kv_tokens for w in decoding), default=needed)  # none: it waits for one
     bound = min(room, model.max_model_len or room)
     if not request.prompt_ids:
         raise InvalidRequest("the prompt has no tokens", param="prompt")

@@ -13,7 +13,7 @@ from twostroke.cluster.config import load_config
 from twostroke.cluster.launch import Site, worker_settings
 from twostroke.cluster.machine import usable_cores
 from twostroke.cluster.placement import MachineFacts, ModelFacts, Plan, place
-from twostroke.core.errors import DoesNotFit
+from twostroke.core.errors import ConfigError, DoesNotFit
 from twostroke.kv.sizing import MAX_POOL_BLOCKS, MemoryFacts, size_pool
 from twostroke.kv.spec import attention_spec
 
@@ -84,6 +84,21 @@ def test_what_is_given_holds_whatever_the_machine():
     assert plan.pool.pool_bytes == pytest.approx(0.25 * (63 << 30), rel=0.001)
     assert (plan.config.router.max_running, plan.config.cluster.ready_timeout_s) == (512, 5.0)
     assert reason(plan, "step.max_num_seqs") == reason(plan, "cluster.ready_timeout_s") == "as given"
+
+
+def test_null_in_a_file_is_not_given(tmp_path: Path):
+    plain = place(load_config(), LAPTOP, SMALL)
+    tried = 0
+    for decision in plain.decisions:
+        section, _, name = decision.setting.partition(".")
+        (tmp_path / "c.yaml").write_text(f"{section}:\n  {name}: null\n")
+        try:
+            config = load_config(tmp_path / "c.yaml")
+        except ConfigError:
+            continue  # a setting that has no null
+        tried += 1
+        assert place(config, LAPTOP, SMALL).decisions == plain.decisions, decision.setting
+    assert tried
 
 
 def test_limits_grow_with_the_cluster_and_patience_with_the_weights():

@@ -48,3 +48,14 @@ def test_a_sample_of_a_large_pool_is_watched():
     assert total == watched * 0.5
     spread = dict(residency.spreads)["block_lifetime_s"]
     assert spread == Spread(tuple(watched * (bound == 0.5) for bound in (*RESIDENCY_S, None)), total)
+
+
+def test_the_sample_is_spread_over_the_pool():
+    residency = Residency(1000, max_watched=10)
+    for start in range(0, 1000, 100):
+        residency.now_s = 0.0
+        residency.taken(range(start, start + 100))
+        residency.published(range(start, start + 100))
+        residency.now_s = 2.0
+        residency.taken(range(start, start + 100))
+        assert counted(residency)["block_lifetime_s"] == (1 + start // 100, 2.0 * (1 + start // 100))

@@ -8,13 +8,16 @@ from typing import Any
 import pytest
 from gguf import GGUFWriter
 
-from twostroke.core.errors import CheckpointError, ContextLengthExceeded
+from twostroke.core.errors import CheckpointError, ContextLengthExceeded, InvalidRequest
 from twostroke.core.request import USUAL_ANSWER_TOKENS, Request, SamplingParams
+from twostroke.router import defaults
 from twostroke.router.call import Call
 from twostroke.router.defaults import NO_DEFAULTS, SamplingDefaults, described
 from twostroke.router.facts import ModelFacts
 from twostroke.router.models import ModelDirectory, ServedModel
+from twostroke.router.sampling import sampling_of
 from twostroke.router.validate import Limits, validate
+from twostroke.text.tokenizer import Tokenizer
 
 BUNDLED = Path(__file__).resolve().parents[2] / "model" / "bundled"
 VOCAB = 4096
@@ -58,6 +61,35 @@ def test_says_nothing_where_nothing_is_recommended(tmp_path: Path) -> None:
     assert NO_DEFAULTS.told == {}
     assert described(NO_DEFAULTS) == ""
     assert SamplingDefaults.load(BUNDLED, VOCAB) == NO_DEFAULTS
+
+
+def test_null_and_false_say_nothing_of_what_is_not_served(tmp_path: Path) -> None:
+    assert load(tmp_path, **dict.fromkeys([*defaults._NOT_SERVED, *GIVEN])) == NO_DEFAULTS
+    assert load(tmp_path, **dict.fromkeys(defaults._NOT_SERVED, False)) == NO_DEFAULTS
+    for name, neutral in defaults._NOT_SERVED.items():
+        for value in neutral:
+            assert load(tmp_path, **{name: value}) == NO_DEFAULTS, name
+
+
+def test_a_seed_is_64_bits_with_a_sign_or_without() -> None:
+    for seed, meant in ((-1, 2**64 - 1), (2**64 - 1, 2**64 - 1), (-(2**63), 2**63), (0, 0), (7, 7)):
+        assert _seed(seed) == meant
+    assert _seed(None) != _seed(None)
+
+
+def test_bad_words_are_bounded_in_tokens() -> None:
+    tokenizer = Tokenizer.load(BUNDLED)
+    model = ServedModel("m", 100, VOCAB, tokenizer, None, None)  # type: ignore[arg-type]
+    words = [f"{n:03} of the words that are not wanted" for n in range(128)]
+    assert len(sampling_of(Call(prompt=[1], bad_words=words), model, (1,), None).bad_words) >= 128
+    with pytest.raises(InvalidRequest, match="more than 8192 tokens") as caught:
+        sampling_of(Call(prompt=[1], bad_words=["\U0001f600" * 256] * 9), model, (1,), None)
+    assert caught.value.param == "bad_words"
+
+
+def _seed(seed: int | None) -> int:
+    model = ServedModel("m", 100, VOCAB, None, None, None)  # type: ignore[arg-type]
+    return sampling_of(Call(prompt=[1], seed=seed), model, (1,), None).seed
 
 
 def test_no_sampling_means_greedy(tmp_path: Path) -> None:

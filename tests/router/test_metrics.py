@@ -173,3 +173,20 @@ def test_a_histogram_with_other_buckets_is_left_out():
     metrics.count_engines(counted.board, totals.counters, totals.spreads, "m")
     assert counted("vllm:num_preemptions_total") == 2
     assert counted("vllm:iteration_tokens_total_count") == 0
+
+
+def test_every_report_adds_what_it_counted_since_the_last_one():
+    totals = EngineTotals()
+    reports = {  # of two workers, and of a second life of the first: counters and a histogram, from their own start
+        WorkerKey("a", 1): [(3, (1, 0)), (3, (1, 0)), (10, (4, 2))],
+        WorkerKey("b", 1): [(5, (0, 1)), (6, (2, 1))],
+        WorkerKey("a", 2): [(2, (1, 1))],
+    }
+    for key, seen in reports.items():
+        for count, counts in seen:
+            spread = Spread(counts, float(sum(counts)))
+            totals.take(key, LoadFacts(counters=(("steps", count),), spreads=(("s", spread),)))
+    assert totals.counters == {"steps": 10 + 6 + 2}
+    assert totals.spreads == {"s": Spread((4 + 2 + 1, 2 + 1 + 1), 11.0)}
+    totals.forget(WorkerKey("b", 1))
+    assert totals.counters == {"steps": 18}

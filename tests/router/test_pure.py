@@ -178,9 +178,9 @@ def test_the_journal_is_bounded_and_survives_a_full_disk(tmp_path: Path) -> None
     full = Journal(Path("/dev/full"))
     full.add({"tenant": "t", "request_id": "r"})
     full.add({"tenant": "t", "request_id": "s"})
+    full.close()
     assert full.num_lost_lines == 2
     assert full.find("t", "s") is not None
-    full.close()
 
 
 def test_the_journals_file_is_for_us_alone(tmp_path: Path) -> None:

@@ -1,17 +1,31 @@
 """A cluster with API keys on a public address: it becomes ready, lets in who has a key, and keeps tenants apart."""
 
+import importlib.util
 import sys
+import threading
+import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import grpc
 import httpx
 import psutil
 import pytest
+from google.protobuf import descriptor_pb2
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 sys.path.insert(0, str(Path(__file__).parent))
 from sockets import check_listeners, declared_by, listeners
 
 from twostroke import Client, ConfigError, RequestNotFound, Unauthenticated
+from twostroke.client.status import from_rpc_error
+from twostroke.core.errors import InternalError
+from twostroke.protos import common_pb2, inference_pb2
+from twostroke.router.guard import OPEN
+
+KEY = "first-secret"
+GOOD = (("authorization", f"Bearer {KEY}"),)
+HOSTILE = Path(__file__).resolve().parents[2] / "bench" / "hostile" / "grpc_inputs.py"
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +38,9 @@ def guarded(run_cluster):
         step__num_threads=1,
         router__host="0.0.0.0",
         router__insecure=True,
-        router__api_keys=["first-secret", "second-secret"],
+        router__max_body_bytes=32 * 1024,
+        router__slow_client_s=1.0,
+        router__api_keys=[KEY, "second-secret"],
     ) as running:
         running.listening_before = before
         yield running
@@ -64,3 +80,100 @@ def test_one_tenant_sees_nothing_of_another(guarded):
 def test_a_public_host_needs_a_word(run_cluster):
     with pytest.raises(ConfigError, match="--insecure"), run_cluster(router__host="0.0.0.0"):
         pass
+
+
+# ---------------------------------------------------------------- the gRPC door
+
+
+def hostile(most_bytes: int):
+    """The campaign's list, under a name of its own: its folder stays out of the path."""
+    spec = importlib.util.spec_from_file_location("bench_hostile_grpc_inputs", HOSTILE)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return list(module.hostile_messages(most_bytes))
+
+
+def registered(channel: grpc.Channel) -> list[str]:
+    """Every method of every service, as the router's own reflection has them."""
+    ask = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo
+    request = reflection_pb2.ServerReflectionRequest
+    (listed,) = ask(iter([request(list_services="")]), metadata=GOOD)
+    found = []
+    for service in listed.list_services_response.service:
+        (reply,) = ask(iter([request(file_containing_symbol=service.name)]), metadata=GOOD)
+        for raw in reply.file_descriptor_response.file_descriptor_proto:
+            file = descriptor_pb2.FileDescriptorProto.FromString(raw)
+            for one in file.service:
+                if f"{file.package}.{one.name}" == service.name:
+                    found += [f"/{service.name}/{method.name}" for method in one.method]
+    return found
+
+
+def ended(call) -> grpc.RpcError:
+    with pytest.raises(grpc.RpcError) as caught:
+        next(call)
+    return caught.value
+
+
+def test_every_registered_method_asks_for_the_key_before_it_reads(guarded):
+    never = threading.Event()
+
+    def nothing_yet():
+        never.wait(20)
+        yield b""
+
+    with grpc.insecure_channel(guarded.grpc) as channel:
+        methods = registered(channel)
+        assert len(methods) >= 12
+        assert set(methods) >= OPEN
+        for method in {*methods, "/twostroke.v1.Inference/Nothing"} - OPEN:
+            error = ended(channel.stream_stream(method)(nothing_yet(), timeout=10))
+            assert error.code() is grpc.StatusCode.UNAUTHENTICATED, method
+        never.set()
+        (reply,) = channel.stream_stream(next(iter(OPEN)))(iter([b""]), timeout=10)
+        assert reply == b"\x08\x01"
+
+
+def test_hostile_messages_get_typed_errors_and_the_cluster_goes_on(guarded):
+    with grpc.insecure_channel(guarded.grpc) as channel:
+        for message in hostile(16 * 1024):
+            if message.method.endswith("Stream"):
+                continue  # as the method without
+            call = channel.stream_stream(message.method)(iter([message.raw()]), metadata=GOOD)
+            threading.Timer(0.2, call.cancel).start()  # what is served is not waited for
+            code = call.code()
+            assert code is not grpc.StatusCode.UNKNOWN, message.name
+            if code not in (grpc.StatusCode.OK, grpc.StatusCode.CANCELLED):
+                assert not isinstance(from_rpc_error(call), InternalError), (message.name, call.details())
+    with Client(guarded.grpc, api_key=KEY, timeout_s=60) as client:
+        assert client.generate("x", max_tokens=1).text is not None
+        workers = client.cluster()["workers"]
+        assert {worker["state"] for worker in workers} == {"live"}
+
+
+def state(client: Client, name: str) -> str | None:
+    try:
+        return client.explain(name)["state"]
+    except RequestNotFound:
+        return None
+
+
+def until(condition) -> None:
+    end_s = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end_s, "it did not become true in time"
+        time.sleep(0.02)
+
+
+def test_a_client_that_stops_reading_gives_its_request_and_its_name_back(guarded):
+    narrow = [("grpc.http2.lookahead_bytes", 0), ("grpc.http2.bdp_probe", 0), ("grpc.use_local_subchannel_pool", 1)]
+    sampling = common_pb2.SamplingParams(max_tokens=2000, ignore_eos=True)
+    raw = inference_pb2.GenerateRequest(text="x", request_id="stalled", sampling=sampling).SerializeToString()
+    with grpc.insecure_channel(guarded.grpc, options=narrow) as channel, Client(guarded.grpc, api_key=KEY) as client:
+        call = channel.stream_stream("/twostroke.v1.Inference/GenerateStream")(iter([raw]), metadata=GOOD)
+        until(lambda: state(client, "stalled") == "running")
+        until(lambda: state(client, "stalled") == "cancelled")
+        assert client.cluster()["router"]["in_flight_requests"] == 0
+        client.generate("x", max_tokens=1, request_id="stalled")
+        assert ended(call).code() is grpc.StatusCode.CANCELLED

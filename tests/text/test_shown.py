@@ -128,3 +128,11 @@ def test_a_word_token_keeps_its_space_and_a_byte_token_is_its_byte():
     texts = TokenTexts(metaspace())
     assert [texts.of(i).text for i in (1, 2, 3, 4)] == [" Hel", "lo", " ", " wor"]
     assert texts.of(6 + 0xC3).raw == b"\xc3"
+
+
+def test_text_that_the_end_sets_free_stops_only_behind_min_tokens():
+    half = TOKENIZER.encode("\u00e9")[:1]  # the first of two bytes: a replacement character once the text ends
+    for min_tokens, text, is_stopped in ((0, "", True), (1, "\ufffd", False), (5, "\ufffd", False)):
+        stream = TextStream(TOKENIZER, ["\ufffd"], min_tokens=min_tokens)
+        assert stream.push(half).text == ""
+        assert (stream.flush(), stream.is_stopped) == (text, is_stopped)
