@@ -33,6 +33,12 @@ class RouterConfig(Section):
     insecure: bool = Field(False, description="allow a public host without certificates and keys")
     api_keys: tuple[str, ...] = Field((), description="accepted keys; none: no authentication (loopback only)")
     max_body_bytes: int = Field(4 << 20, ge=1024)
+    max_bodies_bytes: int = Field(
+        32 << 20, ge=1024, description="bytes of all HTTP bodies that are being read at once; more wait, then get a 429"
+    )
+    max_connections: int = Field(
+        4096, ge=1, description="HTTP connections; at the bound the longest idle one is closed, or a new one gets a 503"
+    )
     strict: bool = Field(False, description="refuse unknown fields of a body instead of naming them in the response")
     allowed_origins: Words = Field((), description="origins whose web pages may use this router; '*': all")
     allowed_methods: Words = Field(("*",), description="methods that pages of these origins may use")
