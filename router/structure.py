@@ -1,6 +1,6 @@
-"""JSON text of a request, bounded before any of it becomes Python values, and built in slices. Knows no field and no HTTP.
+"""JSON text of a request, bounded before any of it becomes Python values, and built in slices. Knows no field.
 
-`json` builds a value in one call that nothing interrupts; its time and memory follow the number of values, not of bytes.
+`json` builds a value in one call that nothing interrupts; time and memory follow the number of values, not of bytes.
 So the raw bytes are scanned first for what stands outside strings, and long lists and objects are built run by run of
 their members. Whoever drives the generators does other work between two steps.
 """
@@ -110,7 +110,7 @@ def scanned(data: bytes | bytearray, bounds: Bounds) -> Generator[None, None, Ma
         places = np.flatnonzero((_KIND[chars] > 0) & ~inside)
         if places.size:
             kinds = _KIND[chars[places]]
-            depths = depth + np.cumsum(_STEP[kinds], dtype=np.int32)
+            depths = (depth + np.cumsum(_STEP[kinds])).astype(np.int32)
             num += np.bincount(kinds, minlength=5)
             depth = int(depths[-1])
             _check(bounds, num, int(depths.max()))

@@ -61,7 +61,8 @@ def check_texts(messages: Sequence[Any]) -> None:
         return  # without a look at which of them stand inside strings
     num_opening = 0
     for text in texts:
-        num_opening += num_containers(text)
+        num = num_containers(text)
+        num_opening += num if num <= ARGUMENTS.containers else 0  # more are refused by their own name: `_arguments`
         if num_opening > MAX_CONTAINERS:
             raise InvalidRequest(
                 f"the tool calls' arguments hold {num_opening} lists and objects or more; at most {MAX_CONTAINERS}",
@@ -73,16 +74,12 @@ def _argument_texts(message: Any) -> Iterator[str]:
     if not isinstance(message, Mapping):
         return
     calls = message.get("tool_calls")
-    functions = [message.get("function_call")]
-    functions += [call.get("function") for call in calls if isinstance(call, Mapping)] if _is_list(calls) else []
+    listed = calls if isinstance(calls, (list, tuple)) else ()
+    functions = [message.get("function_call"), *(call.get("function") for call in listed if isinstance(call, Mapping))]
     for function in functions:
         arguments = function.get("arguments") if isinstance(function, Mapping) else None
         if isinstance(arguments, str):
             yield arguments
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple))
 
 
 def _call(call: Any, where: str, ignored: Ignored) -> dict[str, Any]:
@@ -116,7 +113,7 @@ def _arguments(arguments: Any, where: str) -> Any:
         if not text.strip():
             return {}
         if len(text) > SMALL_CHARS:
-            check(text, ARGUMENTS)
+            _check_structure(text, where)
         try:
             arguments = json.loads(text, parse_constant=refuse_constant)
         except RecursionError:
@@ -128,6 +125,13 @@ def _arguments(arguments: Any, where: str) -> Any:
     if deeper_than(arguments, MAX_DEPTH):
         raise _too_deep(where)
     return arguments
+
+
+def _check_structure(text: str, where: str) -> None:
+    try:
+        check(text, ARGUMENTS)
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{where}: {error.message}", param=where) from None
 
 
 def _too_deep(where: str) -> InvalidRequest:
