@@ -102,6 +102,7 @@ class Connection(HttpToolsProtocol):
         self._took_s = 0.0  # when the client last took some
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to look at the connection; refuse it where there is no room."""
         super().connection_made(transport)
         self._since_s = self._took_s = self.loop.time()
         self._look_timer = self.loop.call_later(LOOK_S, self._look)
@@ -109,6 +110,7 @@ class Connection(HttpToolsProtocol):
             self._refuse("503 Service Unavailable")
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """The connection counts no more."""
         if self._look_timer is not None:
             self._look_timer.cancel()
         self._unset_keepalive_if_required()
@@ -149,6 +151,7 @@ class Connection(HttpToolsProtocol):
     # ------------------------------------------------------------ what the client sends
 
     def data_received(self, data: bytes) -> None:
+        """Feed the parser, within the bounds of a head."""
         if self.transport.is_closing():
             return
         self._unset_keepalive_if_required()
@@ -173,16 +176,19 @@ class Connection(HttpToolsProtocol):
         self._among.note_idle(self, False)
 
     def on_message_begin(self) -> None:
+        """A request's first line begins."""
         if not self._in_head:
             self._begin_head()
         self._in_message = True
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
+        """Part of the path."""
         self._count(len(url))
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        """One header."""
         self._num_headers += 1  # also those behind a chunked body
         self._count(len(name) + len(value))
         super().on_header(name, value)
@@ -194,17 +200,20 @@ class Connection(HttpToolsProtocol):
             raise ValueError("the head is too large")
 
     def on_headers_complete(self) -> None:
+        """The application is asked, unless too many requests wait already."""
         self._in_head = False
         if len(self.pipeline) >= MAX_PIPELINED:
             raise ValueError("too many requests wait for their answers")
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
+        """The request is whole."""
         self._in_message = False
         super().on_message_complete()
         self._settle()
 
     def on_response_complete(self) -> None:
+        """The answer is whole; the request may not be."""
         super().on_response_complete()
         self._since_s = self.loop.time()
         if self._in_message:
