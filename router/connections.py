@@ -127,7 +127,7 @@ class Connection(HttpToolsProtocol):
         now_s = self.loop.time()
         self._look_timer = self.loop.call_later(LOOK_S, self._look)
         unsent = self.transport.get_write_buffer_size()
-        if not unsent or unsent < self._unsent:
+        if not unsent or not self._unsent or unsent < self._unsent:
             self._took_s = now_s
         self._unsent = unsent
         if now_s - self._took_s > self._among.stall_s:

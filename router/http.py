@@ -79,6 +79,7 @@ class _Face:
     async def completions(self, http: HttpRequest) -> Response:
         api_key = self._admit(http)
         body = await self._parse(http, CompletionBody)
+        openai.refuse_endless(body, self._front.longest_context())  # before another big body is built beside it
         most = min(self._config.max_prompts, self._config.max_running)
         return await self._run(http, openai.completion_calls(body, api_key, most), "text_completion", body)
 

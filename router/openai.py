@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from ..core.errors import InvalidRequest, UnsupportedParameter
+from ..core.errors import ContextLengthExceeded, InvalidRequest, UnsupportedParameter
 from .call import UNTIL_FULL, Call
 from .fields import (
     ACCEPTED,
@@ -117,6 +117,20 @@ def prompts_of(body: CompletionBody, most: int) -> list[str | list[int]]:
                 param="prompt",
             )
     return prompt
+
+
+def refuse_endless(body: CompletionBody, longest: int | None) -> None:
+    """Refuse token ids that fit no model that is served, whichever was asked for.
+
+    Raises:
+        ContextLengthExceeded: they are as many as the longest context or more.
+    """
+    prompt = body.prompt
+    is_ids = isinstance(prompt, list) and prompt and not isinstance(prompt[0], (str, list))
+    if is_ids and longest is not None and len(prompt) >= longest:
+        raise ContextLengthExceeded(
+            f"prompt has {len(prompt)} tokens; the model's context is {longest}: shorten it", param="prompt"
+        )
 
 
 def chat_call(body: ChatBody, api_key: str | None) -> Call:

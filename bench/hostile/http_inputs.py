@@ -8,7 +8,9 @@ from typing import NamedTuple
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
 _TURN = b'{"role":"user","content":"x"}'
-_CALL = b'{"messages":[%s,{"role":"assistant","tool_calls":[{"type":"function","function":{"name":"a","arguments":%s}}]}]}'
+_CALL = (
+    b'{"messages":[%s,{"role":"assistant","tool_calls":[{"type":"function","function":{"name":"a","arguments":%s}}]}]}'
+)
 
 
 class Body(NamedTuple):

@@ -122,12 +122,13 @@ async def test_a_client_that_takes_nothing_of_an_answer_is_cut_off():
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"x" * (32 << 20)})
+        answered.set()
 
+    answered = asyncio.Event()
     async with served(stall_s=0.3, app=app) as (port, among):
         _, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
         writer.write(GET)
-        while not len(among):
-            await asyncio.sleep(0.01)
+        await answered.wait()
         while len(among):
             await asyncio.sleep(0.01)
         writer.transport.abort()

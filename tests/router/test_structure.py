@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from twostroke.core.errors import InvalidRequest
 from twostroke.router import structure
-from twostroke.router.messages import check_messages
 from twostroke.router.ignored import Ignored
+from twostroke.router.messages import check_messages
 from twostroke.router.openai import json_object
 from twostroke.router.structure import SLICE_BYTES, Bounds, built, finished
 
