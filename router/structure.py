@@ -110,11 +110,12 @@ def scanned(data: bytes | bytearray, bounds: Bounds) -> Generator[None, None, Ma
         places = np.flatnonzero((_KIND[chars] > 0) & ~inside)
         if places.size:
             kinds = _KIND[chars[places]]
-            depths = (depth + np.cumsum(_STEP[kinds])).astype(np.int32)
+            depths: npt.NDArray[np.int32] = (depth + np.cumsum(_STEP[kinds])).astype(np.int32)
             num += np.bincount(kinds, minlength=5)
             depth = int(depths[-1])
             _check(bounds, num, int(depths.max()))
-            found.append(Marks((places + start).astype(np.int32), kinds, depths))
+            offsets: npt.NDArray[np.int32] = np.asarray(places + start, np.int32)
+            found.append(Marks(offsets, kinds, depths))
         yield
     if not found:
         return Marks(np.zeros(0, np.int32), np.zeros(0, np.uint8), np.zeros(0, np.int32))

@@ -20,7 +20,8 @@ from twostroke.router.http import make_app
 
 _FILE = Path(__file__).parents[2] / "bench/hostile/http_inputs.py"
 _SPEC = importlib.util.spec_from_file_location("http_inputs", _FILE)
-assert _SPEC and _SPEC.loader
+assert _SPEC
+assert _SPEC.loader
 http_inputs = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(http_inputs)
 

@@ -18,7 +18,8 @@ from twostroke.router.structure import SLICE_BYTES, Bounds, built, finished
 
 _FILE = Path(__file__).parents[2] / "bench/hostile/http_inputs.py"
 _SPEC = importlib.util.spec_from_file_location("http_inputs", _FILE)
-assert _SPEC and _SPEC.loader
+assert _SPEC
+assert _SPEC.loader
 http_inputs = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(http_inputs)
 
@@ -78,8 +79,8 @@ def test_slices_make_what_json_makes(value: Any, is_ascii: bool, indent: int | N
 
 @pytest.mark.parametrize(
     "text",
-    ["[1,2,3,]", "[,1,2,3]", "[1,,2,3]", "[1,2,3}", '{"a":1,"b":2]', '{"a":1,"b":2,}', '{"a" 1,"b":[1,2]}', "[1,2] [3]"]
-    + ["[1,2,3", "1,2,3]", '{1:[1,2,3]}', "[1,NaN,2]", '["aaaaaaa]', '{"a":1}}', '{"aaaaaa":[1,2,3] 4}', '{[1,2,3]}'],
+    ["[1,2,3,]", "[,1,2,3]", "[1,,2,3]", "[1,2,3}", '{"a":1,"b":2]', '{"a":1,"b":2,}', '{"a" 1,"b":[1,2]}', "[1,2] [3]",
+     "[1,2,3", "1,2,3]", '{1:[1,2,3]}', "[1,NaN,2]", '["aaaaaaa]', '{"a":1}}', '{"aaaaaa":[1,2,3] 4}', '{[1,2,3]}'],
 )  # fmt: skip
 def test_what_is_no_json_is_none_in_slices(text: str):
     with pytest.MonkeyPatch.context() as patch:
