@@ -49,7 +49,7 @@ class Bounds:
 class Marks:
     """Brackets, braces, commas and colons outside strings, in order. All arrays: [num_marks]."""
 
-    places: npt.NDArray[np.int32]  # byte offset
+    places: npt.NDArray[np.signedinteger[Any]]  # byte offset; 32 bits
     kinds: npt.NDArray[np.uint8]
     depths: npt.NDArray[np.int32]  # behind the mark: an opening one is as deep as its members
 
@@ -114,8 +114,7 @@ def scanned(data: bytes | bytearray, bounds: Bounds) -> Generator[None, None, Ma
             num += np.bincount(kinds, minlength=5)
             depth = int(depths[-1])
             _check(bounds, num, int(depths.max()))
-            offsets: npt.NDArray[np.int32] = np.asarray(places + start, np.int32)
-            found.append(Marks(offsets, kinds, depths))
+            found.append(Marks((places + start).astype(np.int32), kinds, depths))
         yield
     if not found:
         return Marks(np.zeros(0, np.int32), np.zeros(0, np.uint8), np.zeros(0, np.int32))
