@@ -42,6 +42,12 @@ class RouterConfig(Section):
         (), repr=False, description="accepted keys, 16 characters or more; none: no authentication"
     )
     max_body_bytes: int = Field(4 << 20, ge=1024)
+    max_bodies_bytes: int = Field(
+        32 << 20, ge=1024, description="bytes of all HTTP bodies that are being read at once; more wait, then get a 429"
+    )
+    max_connections: int = Field(
+        4096, ge=1, description="HTTP connections; at the bound the longest idle one is closed, or a new one gets a 503"
+    )
     strict: bool = Field(False, description="refuse unknown fields of a body instead of naming them in the response")
     allowed_hosts: Words = Field(
         (), description="names that clients may ask this router by, '*.name': below it, '*': any; loopback ones always"

@@ -61,6 +61,10 @@ class Front:
         """The isolation domain of a key. Raises Unauthenticated."""
         return authenticate(api_key, self.limits)
 
+    def longest_context(self) -> int | None:
+        """Tokens of the longest context of all models that are served; None: none is."""
+        return max((self.models.facts(name).max_model_len for name in self.models.names()), default=None)
+
     def explain(self, request_id: str, domain: str) -> dict[str, Any] | None:
         """What is known of a request or a list, for its own tenant only; None: nothing (any more)."""
         explained = self.flow.explain(domain, request_id)

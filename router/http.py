@@ -7,8 +7,8 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -22,7 +22,7 @@ from .. import __version__
 from ..core.errors import InternalError, RequestNotFound, TwostrokeError, Unavailable
 from . import openai
 from .answers import Answer, Wants, error_body
-from .bodies import read_body
+from .bodies import Budget, read_body
 from .browser import middleware_for_pages
 from .call import Call
 from .config import RouterConfig
@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 REQUEST_ID = "x-request-id"
 IGNORED = "x-twostroke-ignored"
 
+T = TypeVar("T")
 Handler = Callable[[HttpRequest], Awaitable[Response]]
 
 
@@ -67,6 +68,8 @@ class _Face:
     def __init__(self, config: RouterConfig, front: Front) -> None:
         self._config = config
         self._front = front
+        self._bodies = Budget(max(config.max_bodies_bytes, 2 * config.max_body_bytes))  # packed and unpacked
+        self._building = asyncio.Lock()  # one at a time, so that several big bodies leave the loop as much time as one
 
     async def chat(self, http: HttpRequest) -> Response:
         api_key = self._admit(http)
@@ -76,6 +79,7 @@ class _Face:
     async def completions(self, http: HttpRequest) -> Response:
         api_key = self._admit(http)
         body = await self._parse(http, CompletionBody)
+        openai.refuse_endless(body, self._front.longest_context())  # before another big body is built beside it
         most = min(self._config.max_prompts, self._config.max_running)
         return await self._run(http, openai.completion_calls(body, api_key, most), "text_completion", body)
 
@@ -86,8 +90,11 @@ class _Face:
         return api_key
 
     async def _parse(self, http: HttpRequest, kind: type[openai.B]) -> openai.B:
-        data = await read_body(http, self._config.max_body_bytes)
-        body, ignored = openai.parse(data, kind, strict=self._config.strict)
+        async with self._bodies.share() as share:
+            data = await read_body(http, self._config.max_body_bytes, share)
+            async with self._building:
+                values = await _in_steps(openai.json_object(data))
+                body, ignored = openai.parse(values, kind, strict=self._config.strict)
         self._note_ignored(http, ignored)  # an error behind this has the header, too
         return body
 
@@ -161,6 +168,17 @@ class _Face:
     async def version(self, http: HttpRequest) -> Response:
         self._front.authenticate(_api_key(http))
         return JsonAnswer({"version": __version__})
+
+
+async def _in_steps(steps: Generator[None, None, T]) -> T:
+    """The result of a generator; between its steps whoever else waits for the loop goes first."""
+    while True:
+        await asyncio.sleep(0)
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: T = end.value
+            return result
 
 
 def _with_usage(body: Body) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..core.errors import InvalidRequest, UnsupportedParameter
 from .ignored import Ignored
-from .toolcalls import Calls, calls_of
+from .toolcalls import Calls, calls_of, check_texts
 from .words import short, text_of
 
 MAX_MESSAGES = 2048
@@ -46,6 +46,7 @@ def check_messages(messages: Sequence[Any], ignored: Ignored) -> list[dict[str, 
         raise InvalidRequest("messages is empty; give at least one message", param="messages")
     if len(messages) > MAX_MESSAGES:
         raise InvalidRequest(f"messages has {len(messages)} entries; at most {MAX_MESSAGES}", param="messages")
+    check_texts(messages)
     checked = [_message(message, f"messages[{place}]", ignored) for place, message in enumerate(messages)]
     _give_ids(checked)
     return checked

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
-import json
 import re
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from ..core.errors import InvalidRequest, UnsupportedParameter
+from ..core.errors import ContextLengthExceeded, InvalidRequest, UnsupportedParameter
 from .call import UNTIL_FULL, Call
 from .fields import (
     ACCEPTED,
@@ -24,7 +24,8 @@ from .fields import (
     Known,
     StreamOptions,
 )
-from .words import refuse_constant, short
+from .structure import built
+from .words import short
 
 B = TypeVar("B", ChatBody, CompletionBody)
 
@@ -36,14 +37,13 @@ MAX_NAME_CHARS = 64
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.\[\]-]")
 
 
-def parse(data: bytes, kind: type[B], *, strict: bool = False) -> tuple[B, list[str]]:
+def parse(values: dict[str, Any], kind: type[B], *, strict: bool = False) -> tuple[B, list[str]]:
     """A checked body, and the names of its unknown fields. Costs grow with the bytes, never with their mistakes.
 
     Raises:
-        InvalidRequest: not UTF-8, not JSON, a field of the wrong type; with `strict` also an unknown field.
+        InvalidRequest: a field of the wrong type; with `strict` also an unknown field.
         UnsupportedParameter: a field that the API knows and this release does not serve.
     """
-    values = _json_object(data)
     refused = REFUSED | (REFUSED_OF_CHATS if kind is ChatBody else REFUSED_OF_COMPLETIONS)
     if values.get("best_of") is not None and values["best_of"] == values.get("n"):
         del values["best_of"]  # all that are made are returned
@@ -61,6 +61,27 @@ def parse(data: bytes, kind: type[B], *, strict: bool = False) -> tuple[B, list[
     except ValidationError as error:
         raise _explain(error, values) from None
     return body, unknown
+
+
+def json_object(data: bytearray) -> Generator[None, None, dict[str, Any]]:
+    """The fields of a body, built in steps of a few milliseconds: see `structure`.
+
+    Raises:
+        InvalidRequest: not UTF-8, not JSON, not an object, or more lists, objects, keys or items than are taken.
+    """
+    if data.startswith(codecs.BOM_UTF8):  # some clients begin with a byte order mark
+        del data[: len(codecs.BOM_UTF8)]
+    try:
+        values = yield from built(data)
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"the body is not UTF-8 (byte {error.start}); encode it as UTF-8") from None
+    except RecursionError:
+        raise InvalidRequest("the body is nested too deeply; a request needs five levels") from None
+    except ValueError as error:
+        raise InvalidRequest(f"the body is not JSON: {str(error)[:200]}") from None
+    if not isinstance(values, dict):
+        raise InvalidRequest(f"the body is a JSON {type(values).__name__}; must be an object")
+    return values
 
 
 def names_of_ignored(names: Sequence[str]) -> str:
@@ -96,6 +117,20 @@ def prompts_of(body: CompletionBody, most: int) -> list[str | list[int]]:
                 param="prompt",
             )
     return prompt
+
+
+def refuse_endless(body: CompletionBody, longest: int | None) -> None:
+    """Refuse token ids that fit no model that is served, whichever was asked for.
+
+    Raises:
+        ContextLengthExceeded: they are as many as the longest context or more.
+    """
+    prompt = body.prompt
+    is_ids = isinstance(prompt, list) and prompt and not isinstance(prompt[0], (str, list))
+    if is_ids and longest is not None and len(prompt) >= longest:
+        raise ContextLengthExceeded(
+            f"prompt has {len(prompt)} tokens; the model's context is {longest}: shorten it", param="prompt"
+        )
 
 
 def chat_call(body: ChatBody, api_key: str | None) -> Call:
@@ -196,22 +231,6 @@ def _served(
         elif name not in accepted:
             unknown.append(name)
     return served
-
-
-def _json_object(data: bytes) -> dict[str, Any]:
-    try:
-        text = data.decode("utf-8-sig")  # some clients begin with a byte order mark
-    except UnicodeDecodeError as error:
-        raise InvalidRequest(f"the body is not UTF-8 (byte {error.start}); encode it as UTF-8") from None
-    try:
-        values = json.loads(text, parse_constant=refuse_constant)
-    except RecursionError:
-        raise InvalidRequest("the body is nested too deeply; a request needs five levels") from None
-    except ValueError as error:
-        raise InvalidRequest(f"the body is not JSON: {str(error)[:200]}") from None
-    if not isinstance(values, dict):
-        raise InvalidRequest(f"the body is a JSON {type(values).__name__}; must be an object")
-    return values
 
 
 def _unknown(name: str, kind: type[Body]) -> InvalidRequest:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import signal
 import socket
 import sys
 from collections.abc import Generator
+from typing import Any, cast
 
 import grpc.aio
 import uvicorn
@@ -21,6 +23,7 @@ from ..core.ports import bindable_host, bound_socket, check_port, target
 from ..kv.keys import identity_key, proof_key
 from ..protos import inference_pb2, inference_pb2_grpc
 from .config import RouterConfig
+from .connections import Connections, connections_within, raise_file_limit
 from .flow import Flow
 from .front import Front
 from .guard import SPARE_CALLS, Guard
@@ -72,6 +75,7 @@ class RouterProcess:
             ConfigError: a port is taken; names it.
         """
         settings = self._settings
+        num_files = raise_file_limit()
         check_ports(settings)  # all of them before any is bound
         host = bindable_host(settings.host, "router.host", insecure=settings.insecure)
         listener = bound_socket(host, settings.port, PORT_REMEDIES["port"])
@@ -90,8 +94,11 @@ class RouterProcess:
         await self._serve(clients, host, "grpc_port")
         for service in ("", _INFERENCE):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        connections = Connections(connections_within(settings.max_connections, num_files), settings.slow_client_s)
         config = uvicorn.Config(
             make_app(settings, self._front),
+            http=cast(Any, connections.protocol),
+            ws="none",
             log_level="warning",
             access_log=False,
             lifespan="off",
@@ -144,6 +151,8 @@ async def _run(process: RouterProcess, grace_s: float, parent_pid: int | None) -
     except BaseException:
         await process.stop(0.0)
         raise
+    gc.collect()
+    gc.freeze()  # what is here now stays: collections while requests run need not look at it
     await first(process.ended.wait(), stop.asked.wait(), orphaned(parent_pid))
     is_broken = process.ended.is_set()
     try:

@@ -81,7 +81,8 @@ class EventStream(Response):
         async for event in self._events:
             async with asyncio.timeout(self._stall_s):
                 await send({"type": "http.response.body", "body": event, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        async with asyncio.timeout(self._stall_s):
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def until_disconnect(http: HttpRequest, work: Coroutine[Any, Any, T]) -> T:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..core.errors import InvalidRequest
 from .ignored import Ignored
+from .structure import MAX_CONTAINERS, Bounds, check, num_containers
 from .words import deeper_than, refuse_constant, short, text_of
 
 MAX_CALLS = 128  # of one message
 MAX_DEPTH = 32  # of arguments
+SMALL_CHARS = 4096  # arguments that are built without a look at their structure
+ARGUMENTS = Bounds(containers=8192, keys=16_384, commas=65_536, depth=MAX_DEPTH)  # of one call's JSON text
 
 
 class Calls(NamedTuple):
@@ -47,6 +50,38 @@ def calls_of(given: Calls, role: str, where: str, ignored: Ignored) -> list[dict
     return [_call(call, f"{where}[{place}]", ignored) for place, call in enumerate(given.tool_calls)]
 
 
+def check_texts(messages: Sequence[Any]) -> None:
+    """Refuse messages whose arguments, as JSON texts, would become more values in all than one body may hold.
+
+    Raises:
+        InvalidRequest: they hold too many lists and objects.
+    """
+    texts = [text for message in messages for text in _argument_texts(message)]
+    if sum(text.count("[") + text.count("{") for text in texts) <= MAX_CONTAINERS:
+        return  # without a look at which of them stand inside strings
+    num_opening = 0
+    for text in texts:
+        num = num_containers(text)
+        num_opening += num if num <= ARGUMENTS.containers else 0  # more are refused by their own name: `_arguments`
+        if num_opening > MAX_CONTAINERS:
+            raise InvalidRequest(
+                f"the tool calls' arguments hold {num_opening} lists and objects or more; at most {MAX_CONTAINERS}",
+                param="messages",
+            )
+
+
+def _argument_texts(message: Any) -> Iterator[str]:
+    if not isinstance(message, Mapping):
+        return
+    calls = message.get("tool_calls")
+    listed = calls if isinstance(calls, (list, tuple)) else ()
+    functions = [message.get("function_call"), *(call.get("function") for call in listed if isinstance(call, Mapping))]
+    for function in functions:
+        arguments = function.get("arguments") if isinstance(function, Mapping) else None
+        if isinstance(arguments, str):
+            yield arguments
+
+
 def _call(call: Any, where: str, ignored: Ignored) -> dict[str, Any]:
     if not isinstance(call, Mapping):
         raise InvalidRequest(f"{where} is {short(call)}; must be an object with function", param=where)
@@ -77,6 +112,8 @@ def _arguments(arguments: Any, where: str) -> Any:
         text = text_of(where, arguments)
         if not text.strip():
             return {}
+        if len(text) > SMALL_CHARS:
+            _check_structure(text, where)
         try:
             arguments = json.loads(text, parse_constant=refuse_constant)
         except RecursionError:
@@ -88,6 +125,13 @@ def _arguments(arguments: Any, where: str) -> Any:
     if deeper_than(arguments, MAX_DEPTH):
         raise _too_deep(where)
     return arguments
+
+
+def _check_structure(text: str, where: str) -> None:
+    try:
+        check(text, ARGUMENTS)
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{where}: {error.message}", param=where) from None
 
 
 def _too_deep(where: str) -> InvalidRequest:

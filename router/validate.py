@@ -134,7 +134,9 @@ def _prompt_ids(call: Call, model: ServedModel, ignored: Ignored) -> tuple[int, 
         ids = model.tokenizer.encode(text_of("prompt", call.prompt), add_special_tokens=True)
         where = "prompt"
     else:
-        ids, where = _token_ids(call.prompt or (), model), "prompt"
+        ids, where = call.prompt or (), "prompt"
+        if len(ids) < model.max_model_len:  # else it is refused below, whatever they are
+            ids = _token_ids(ids, model)
     if not ids:
         raise InvalidRequest(f"{where} is empty; give at least one token", param=where)
     if len(ids) >= model.max_model_len:

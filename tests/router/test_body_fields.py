@@ -13,10 +13,12 @@ from twostroke.router.openai import (
     MAX_NAMED,
     chat_call,
     completion_calls,
+    json_object,
     names_of_ignored,
     parse,
     prompts_of,
 )
+from twostroke.router.structure import finished
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]}
 TEXT: dict[str, Any] = {"prompt": "x"}
@@ -24,7 +26,7 @@ USUAL = [(ChatBody, CHAT), (CompletionBody, TEXT)]
 
 
 def read(kind: Any, body: dict[str, Any], **options: Any) -> tuple[Any, list[str]]:
-    return parse(json.dumps(body).encode(), kind, **options)
+    return parse(json.loads(json.dumps(body)), kind, **options)
 
 
 # ---------------------------------------------------------------- the three classes
@@ -180,7 +182,7 @@ def test_what_is_no_prompt_is_refused(prompt: Any):
 
 
 def test_a_byte_order_mark_is_no_mistake():
-    assert parse(b"\xef\xbb\xbf" + json.dumps(TEXT).encode(), CompletionBody) == read(CompletionBody, TEXT)
+    assert finished(json_object(bytearray(b"\xef\xbb\xbf" + json.dumps(TEXT).encode()))) == TEXT
 
 
 # ---------------------------------------------------------------- what a body may cost

@@ -1,0 +1,65 @@
+"""HTTP requests that try to cost a router more than they cost their sender: bodies of at most 4 MiB, and heads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+
+_TURN = b'{"role":"user","content":"x"}'
+_CALL = (
+    b'{"messages":[%s,{"role":"assistant","tool_calls":[{"type":"function","function":{"name":"a","arguments":%s}}]}]}'
+)
+
+
+class Body(NamedTuple):
+    """A body for one path; `is_bounded` says whether its structure alone is refused."""
+
+    name: str
+    path: str
+    data: bytes
+    is_bounded: bool
+
+
+def bodies() -> Iterator[Body]:
+    """All hostile bodies, one at a time: each is megabytes."""
+    yield Body("lists", COMPLETIONS, _prompt(b"[1]", 900_000), True)
+    yield Body("ids of 2 M tokens", COMPLETIONS, _prompt(b"1", 2_000_000), True)
+    yield Body("ids of 500,000 tokens", COMPLETIONS, _prompt(b"3999", 500_000), False)
+    yield Body("integers of 4,300 digits", COMPLETIONS, _prompt(b"1" * 4300, 960), False)
+    yield Body("floats", COMPLETIONS, _prompt(b"1.5", 600_000), False)
+    yield Body("mixed prompt", COMPLETIONS, _prompt(b'1,"a"', 300_000), False)
+    yield Body("depth", COMPLETIONS, b'{"prompt":' + b"[" * 4_000_000, True)
+    yield Body("depth of objects", COMPLETIONS, b'{"prompt":' + b'{"a":' * 800_000, True)
+    yield Body("stops", COMPLETIONS, b'{"prompt":"x","stop":[' + b"1," * 600_000 + b"1]}", False)
+    yield Body("unknown fields", COMPLETIONS, b'{"prompt":"x",' + _fields(300_000) + b"}", True)
+    yield Body("one long unknown field", COMPLETIONS, b'{"prompt":"x","' + b"a" * 4_100_000 + b'":1}', False)
+    yield Body("escapes", COMPLETIONS, b'{"prompt":"' + b"\\\\" * 2_000_000 + b'"}', False)
+    yield Body("spaces", COMPLETIONS, b'{"prompt":1' + b" " * 4_100_000 + b"}", False)
+    yield Body("arguments", CHAT, _CALL % (_TURN, b"[" + b"[]," * 1_300_000 + b"[]]"), True)
+    yield Body("text of arguments", CHAT, _CALL % (_TURN, b'"[' + b"[]," * 1_300_000 + b'[]]"'), False)
+    fields = b'{"messages":[{"role":"user","content":"x",%s}]}' % _fields(270_000)
+    yield Body("fields of a message", CHAT, fields, True)
+    options = b'{"messages":[%s],"chat_template_kwargs":{%s}}' % (_TURN, _fields(270_000))
+    yield Body("template options", CHAT, options, True)
+    yield Body("messages", CHAT, b'{"messages":[' + b",".join([_TURN] * 130_000) + b"]}", True)
+
+
+def heads() -> Iterator[tuple[str, bytes]]:
+    """Heads that a server must not keep, each as a prefix to be sent and followed by nothing."""
+    start = b"GET /health HTTP/1.1\r\nhost: x\r\n"
+    yield "one header of 1 MiB", start + b"a: " + b"b" * (1 << 20)
+    yield "10,000 headers", start + b"".join(b"a%d: b\r\n" % place for place in range(10_000)) + b"\r\n"
+    yield "a path of 1 MiB", b"GET /" + b"a" * (1 << 20)
+    yield "1,000 pipelined requests", (start + b"\r\n") * 1000
+    yield "half a head", start
+    yield "no head", b""
+
+
+def _prompt(item: bytes, num_items: int) -> bytes:
+    return b'{"prompt":[' + b",".join([item] * num_items) + b"]}"
+
+
+def _fields(num_fields: int) -> bytes:
+    return b",".join(b'"f%d":1' % place for place in range(num_fields))

@@ -1,0 +1,241 @@
+"""HTTP connections within bounds: how many, how long a head may take and be, and how long a client may read nothing.
+
+The server under it times keep-alive only. Every connection here has one recurring look at its state; all bounds in time
+are checked there. Knows no route and no body.
+
+    idle     nothing of a request is here; the longest idle connection makes room for a new one
+    head     some of a request's line and headers are here
+    body     the headers are here, and the application answers
+    behind   the answer is complete, and the body is not: what still comes is thrown away
+"""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+from typing import Any
+
+import httptools
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+FIRST_BYTE_S = 30.0  # a new connection's wait for the first byte of its first request
+HEAD_S = 10.0  # from a head's first byte to its last
+BEHIND_S = 5.0  # for the rest of a body behind its answer
+LOOK_S = 1.0
+MAX_HEAD_BYTES = 32 << 10
+MAX_HEADERS = 128
+MAX_PIPELINED = 16  # requests that wait for the answer to the one before
+RESERVED_FILES = 256  # of the process, for anything but HTTP connections
+
+
+def raise_file_limit() -> int:
+    """Let this process open as many files as it may; returns how many."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (ValueError, OSError):  # where the hard limit is "none", some systems still have one
+        return soft
+    return hard
+
+
+def connections_within(asked: int, num_files: int) -> int:
+    """How many connections a process of so many files takes: as many as asked for, if files are left for the rest."""
+    if num_files < 0:  # RLIM_INFINITY
+        return asked
+    return max(1, min(asked, max(num_files - RESERVED_FILES, num_files // 2)))
+
+
+class Connections:
+    """All connections of one server."""
+
+    def __init__(self, most: int, stall_s: float) -> None:
+        """`stall_s`: how long a client may take nothing of what is written for it."""
+        self.stall_s = stall_s
+        self._most = most
+        self._all: set[Connection] = set()
+        self._idle: dict[Connection, None] = {}  # the longest idle one first
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def protocol(self, **known: Any) -> Connection:
+        """For `uvicorn.Config(http=...)`: the protocol of a new connection."""
+        return Connection(self, **known)
+
+    def add(self, connection: Connection) -> bool:
+        """A new connection; the longest idle one makes room for it. False: none is idle, and there is no room."""
+        if len(self._all) >= self._most:
+            if not self._idle:
+                return False
+            next(iter(self._idle)).give_up()
+        self._all.add(connection)
+        self._idle[connection] = None
+        return True
+
+    def note_idle(self, connection: Connection, is_idle: bool) -> None:
+        """A connection begins or ends to be idle."""
+        self._idle.pop(connection, None)
+        if is_idle and connection in self._all:
+            self._idle[connection] = None
+
+    def remove(self, connection: Connection) -> None:
+        """A connection that is gone."""
+        self._all.discard(connection)
+        self._idle.pop(connection, None)
+
+
+class Connection(HttpToolsProtocol):
+    """One connection; adds bounds to the server's own protocol."""
+
+    def __init__(self, connections: Connections, **known: Any) -> None:
+        super().__init__(**known)
+        self._among = connections
+        self._look_timer: asyncio.TimerHandle | None = None
+        self._in_head = False
+        self._in_message = False
+        self._head_bytes = 0
+        self._num_headers = 0
+        self._refusal = "400 Bad Request"
+        self._has_spoken = False
+        self._since_s = 0.0  # when the first byte, the head or the time behind the answer began
+        self._unsent = 0  # bytes at the last look
+        self._took_s = 0.0  # when the client last took some
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to look at the connection; refuse it where there is no room."""
+        super().connection_made(transport)
+        self._since_s = self._took_s = self.loop.time()
+        self._look_timer = self.loop.call_later(LOOK_S, self._look)
+        if not self._among.add(self):
+            self._refuse("503 Service Unavailable")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection counts no more."""
+        if self._look_timer is not None:
+            self._look_timer.cancel()
+        self._unset_keepalive_if_required()
+        self._among.remove(self)
+        super().connection_lost(exc)
+
+    def give_up(self) -> None:
+        """Close at once, whatever is unsent."""
+        self._among.remove(self)
+        self.transport.abort()
+
+    def _look(self) -> None:
+        """Close what has outlived a bound."""
+        now_s = self.loop.time()
+        self._look_timer = self.loop.call_later(LOOK_S, self._look)
+        unsent = self.transport.get_write_buffer_size()
+        if not unsent or not self._unsent or unsent < self._unsent:
+            self._took_s = now_s
+        self._unsent = unsent
+        if now_s - self._took_s > self._among.stall_s:
+            self.give_up()
+        elif not self.transport.is_closing():
+            self._look_at_request(now_s - self._since_s)
+
+    def _look_at_request(self, age_s: float) -> None:
+        is_answering = self.cycle is not None and not self.cycle.response_complete
+        if is_answering:
+            return
+        if self._in_message and not self._in_head:
+            if age_s > BEHIND_S:
+                self.transport.close()
+        elif self._in_head:
+            if age_s > HEAD_S:
+                self._refuse("408 Request Timeout")
+        elif age_s > (self.timeout_keep_alive if self._has_spoken else FIRST_BYTE_S):
+            self.transport.close()
+
+    # ------------------------------------------------------------ what the client sends
+
+    def data_received(self, data: bytes) -> None:
+        """Feed the parser, within the bounds of a head."""
+        if self.transport.is_closing():
+            return
+        self._unset_keepalive_if_required()
+        if not self._in_message and not self._in_head:
+            self._begin_head()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            pass  # to nothing that is spoken here: it is answered as it stands
+        except httptools.HttpParserError:  # also whatever a callback raised
+            self._refuse(self._refusal)
+            return
+        if self._in_head:  # one long header may not have come to a callback yet
+            self._head_bytes += len(data)
+            if self._head_bytes > 2 * MAX_HEAD_BYTES:
+                self._refuse("431 Request Header Fields Too Large")
+
+    def _begin_head(self) -> None:
+        self._in_head = self._has_spoken = True
+        self._head_bytes = self._num_headers = 0
+        self._since_s = self.loop.time()
+        self._among.note_idle(self, False)
+
+    def on_message_begin(self) -> None:
+        """A request's first line begins."""
+        if not self._in_head:
+            self._begin_head()
+        self._in_message = True
+        super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        """Part of the path."""
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """One header."""
+        self._num_headers += 1  # also those behind a chunked body
+        self._count(len(name) + len(value))
+        super().on_header(name, value)
+
+    def _count(self, num_bytes: int) -> None:
+        self._head_bytes += num_bytes
+        if self._head_bytes > MAX_HEAD_BYTES or self._num_headers > MAX_HEADERS:
+            self._refusal = "431 Request Header Fields Too Large"
+            raise ValueError("the head is too large")
+
+    def on_headers_complete(self) -> None:
+        """The application is asked, unless too many requests wait already."""
+        self._in_head = False
+        if len(self.pipeline) >= MAX_PIPELINED:
+            raise ValueError("too many requests wait for their answers")
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """The request is whole."""
+        self._in_message = False
+        super().on_message_complete()
+        self._settle()
+
+    def on_response_complete(self) -> None:
+        """The answer is whole; the request may not be."""
+        super().on_response_complete()
+        self._since_s = self.loop.time()
+        if self._in_message:
+            self._unset_keepalive_if_required()
+        self._settle()
+
+    def _settle(self) -> None:
+        is_answered = self.cycle is None or self.cycle.response_complete
+        if is_answered and not self._in_message and not self._in_head and not self.pipeline:
+            self._among.note_idle(self, True)
+
+    def _refuse(self, status: str) -> None:
+        """One answer without a request, and the end; in the midst of another answer just the end."""
+        is_answering = self.cycle is not None and not self.cycle.response_complete
+        if is_answering:
+            self.give_up()
+            return
+        body = b'{"error":{"message":"%s","type":"%s","param":null,"code":null}}' % (
+            status[4:].encode(),
+            b"server_error" if status.startswith("5") else b"invalid_request_error",
+        )
+        head = f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+        head += "retry-after: 1\r\n" if status.startswith("503") else ""
+        self.transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
+        self.transport.close()

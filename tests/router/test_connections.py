@@ -1,0 +1,180 @@
+"""Bounds on HTTP connections, over real sockets: their number, their heads, and clients that read nothing."""
+
+import asyncio
+import importlib.util
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import uvicorn
+
+from twostroke.router import bodies, connections
+from twostroke.router.config import RouterConfig
+from twostroke.router.connections import MAX_HEADERS, Connections, connections_within
+from twostroke.router.flow import Flow
+from twostroke.router.front import Front
+from twostroke.router.http import make_app
+
+_FILE = Path(__file__).parents[2] / "bench/hostile/http_inputs.py"
+_SPEC = importlib.util.spec_from_file_location("http_inputs", _FILE)
+assert _SPEC
+assert _SPEC.loader
+http_inputs = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(http_inputs)
+
+GET = b"GET /ping HTTP/1.1\r\nhost: x\r\n\r\n"
+
+
+@asynccontextmanager
+async def served(most: int = 64, stall_s: float = 5.0, app: Any = None) -> AsyncIterator[tuple[int, Connections]]:
+    """A server; its port and its connections."""
+    among = Connections(most, stall_s)
+    config = RouterConfig()
+    app = app or make_app(config, Front(config, Flow(config, b"k" * 32)))
+    listener = socket.create_server(("127.0.0.1", 0))
+    protocol = cast(Any, among.protocol)
+    server = uvicorn.Server(uvicorn.Config(app, http=protocol, ws="none", lifespan="off", log_level="critical"))
+    running = asyncio.create_task(server._serve([listener]))
+    try:
+        async with asyncio.timeout(20):
+            yield listener.getsockname()[1], among
+    finally:
+        server.should_exit = server.force_exit = True
+        await running
+
+
+async def answer(port: int, sent: bytes) -> bytes:
+    """All that comes back until the server closes, or nothing more comes for a while."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(sent)
+        got = b""
+        while part := await reader.read(1 << 16):
+            got += part
+    except ConnectionError:
+        pass
+    finally:
+        writer.transport.abort()
+    return got
+
+
+@pytest.fixture
+def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FIRST_BYTE_S", "HEAD_S", "BEHIND_S"):
+        monkeypatch.setattr(connections, name, 0.2)
+    monkeypatch.setattr(connections, "LOOK_S", 0.05)
+
+
+@pytest.mark.usefixtures("short_times")
+async def test_hostile_heads_are_refused_and_their_connections_closed():
+    expected = {
+        "one header of 1 MiB": b" 431 ",
+        "10,000 headers": b" 431 ",
+        "a path of 1 MiB": b" 431 ",
+        "1,000 pipelined requests": b"",
+        "half a head": b" 408 ",
+        "no head": b"",
+    }
+    async with served() as (port, among):
+        for name, head in http_inputs.heads():
+            got = await answer(port, head)
+            assert expected[name] in got[:20], name
+            assert got.count(b"HTTP/1.1") <= connections.MAX_PIPELINED + 1
+        while len(among):
+            await asyncio.sleep(0.01)
+
+
+async def test_a_head_of_usual_size_is_served():
+    headers = b"".join(b"a%d: %s\r\n" % (place, b"b" * 100) for place in range(MAX_HEADERS - 2))
+    async with served() as (port, _):
+        got = await answer(port, GET[:-2] + headers + b"connection: close\r\n\r\n")
+        assert got.startswith(b"HTTP/1.1 503")  # no worker is ready
+        assert b"no worker" in got
+
+
+async def test_the_longest_idle_connection_makes_room_for_a_new_one():
+    async with served(most=3) as (port, among):
+        idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
+        while len(among) < 3:
+            await asyncio.sleep(0.01)
+        assert b"no worker" in await answer(port, GET[:-2] + b"connection: close\r\n\r\n")
+        with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+            await idle[0][0].readexactly(1)
+        for _, writer in idle:
+            writer.transport.abort()
+
+
+async def test_where_no_connection_is_idle_a_new_one_is_refused():
+    async with served(most=1) as (port, _):
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n\r\n")
+        await writer.drain()
+        got = b""
+        while b" 503 Service" not in got or b"retry-after: 1" not in got:  # until its request has been seen
+            got = await answer(port, b"")
+        writer.transport.abort()
+
+
+@pytest.mark.usefixtures("short_times")
+async def test_a_client_that_takes_nothing_of_an_answer_is_cut_off():
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"x" * (32 << 20)})
+        answered.set()
+
+    answered = asyncio.Event()
+    async with served(stall_s=0.3, app=app) as (port, among):
+        _, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
+        writer.write(GET)
+        await answered.wait()
+        while len(among):
+            await asyncio.sleep(0.01)
+        writer.transport.abort()
+
+
+@pytest.mark.usefixtures("short_times")
+async def test_a_body_that_goes_on_behind_its_answer_ends_the_connection():
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\nexpect: 100-continue\r\n\r\n"
+    async with served() as (port, _):
+        got = await answer(port, head % (1 << 40))
+        assert got.startswith(b"HTTP/1.1 413")
+        assert b"100 Continue" not in got
+
+
+async def test_bodies_wait_for_room_and_then_are_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(bodies, "ROOM_S", 0.05)
+    budget = bodies.Budget(100)
+    async with budget.share() as one, budget.share() as other:
+        await one.take(60)
+        with pytest.raises(bodies.Overloaded) as caught:
+            await other.take(60)
+        assert caught.value.retry_after_s
+        assert budget.used == 60
+        monkeypatch.setattr(bodies, "ROOM_S", 5.0)
+        waiting = asyncio.create_task(other.take(40))
+        await waiting
+        assert budget.used == 100
+    assert budget.used == 0
+
+
+async def test_room_that_is_given_back_goes_to_who_waits():
+    budget = bodies.Budget(100)
+    async with budget.share() as other:
+        async with budget.share() as one:
+            await one.take(60)
+            waiting = asyncio.create_task(other.take(60))
+            await asyncio.sleep(0)
+            assert not waiting.done()
+        await waiting
+        assert budget.used == 60
+    assert budget.used == 0
+
+
+def test_files_are_left_for_what_is_no_connection():
+    assert connections_within(4096, 1 << 20) == 4096
+    assert connections_within(4096, 1024) == 768
+    assert connections_within(4096, 64) == 32
+    assert connections_within(4096, -1) == 4096
