@@ -24,8 +24,9 @@ from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-for folder in (HERE.parent / "load_generators", HERE.parent, HERE):
-    sys.path.insert(0, str(folder))
+sys.path.insert(0, str(HERE.parent / "load_generators"))
+sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(HERE))
 import report
 from attack import Attack, Input
 from fuzz import fuzzed

@@ -100,6 +100,13 @@ def _framed(number: int, data: bytes) -> bytes:
     return _tagged(number, 2) + _varint(len(data)) + data
 
 
+def _nested(number: int, size: int) -> bytes:
+    data = b""
+    while len(data) < min(size, 4096):
+        data = _framed(number, data)
+    return data * (size // len(data))
+
+
 MESSAGE_SHAPES: dict[str, Callable[[int, int], bytes]] = {
     "empty, again and again": lambda number, size: _framed(number, b"") * (size // 2),
     "a byte, again and again": lambda number, size: _framed(number, b"a") * (size // 3),
@@ -121,13 +128,6 @@ _RPCS = {
     "Abort": inference_pb2.AbortRequest,
     "Explain": inference_pb2.ExplainRequest,
 }
-
-
-def _nested(number: int, size: int) -> bytes:
-    data = b""
-    while len(data) < min(size, 4096):
-        data = _framed(number, data)
-    return data * (size // len(data))
 
 
 def _paths(descriptor: Descriptor, depth: int = 3) -> list[tuple[FieldDescriptor, ...]]:
