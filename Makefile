@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PROTOC := PATH="$(CURDIR)/.venv-protos/bin:$$PATH" .venv-protos/bin/python
 
-.PHONY: setup check format test campaigns demo serve bench bench-engine load-generators protos docs clean
+.PHONY: setup check format test campaigns mutants hostile demo serve bench bench-engine load-generators protos docs clean
 
 setup: $(STAMP)-all
 
@@ -41,6 +41,14 @@ format: $(STAMP)-all,test,redis,check
 # What is too long for CI. 500 other schedules run there.
 campaigns: $(STAMP)-all
 	$(BIN)/twostroke sim faults --schedules 20000 --seed 100000
+
+# Small bugs planted one at a time: does a test or the simulator see each? About an hour.
+mutants: $(STAMP)-all,test,redis
+	$(BIN)/python tests/mutants/campaign.py
+
+# Hostile inputs beside 24 running streams, and what they do to them. About a quarter of an hour.
+hostile: $(STAMP)-all
+	$(BIN)/python bench/hostile/campaign.py
 
 bench: $(STAMP)-all
 	$(BIN)/python bench/kernels.py

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import signal
 import socket
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 READY_S, STOP_S, POLL_S = 180.0, 30.0, 0.2
@@ -19,17 +20,21 @@ _OUTCOME = re.compile(r'^twostroke_requests_total\{[^}]*outcome="(\w+)"[^}]*\} (
 
 
 @contextlib.contextmanager
-def served(log: Path, *flags: str, port: int = 0) -> Iterator[str]:
+def served(log: Path, *flags: str, port: int = 0, environment: Mapping[str, str] | None = None) -> Iterator[str]:
     """A cluster of one prefill and one decode worker unless `flags` say otherwise; yields its address.
+
+    `environment` is added to ours.
 
     Raises:
         RuntimeError: it was not ready in time, or did not end with 0 in time after Ctrl-C.
     """
-    port = port or _free_port()
+    port = port or free_port()
     command = [sys.executable, "-m", "twostroke.cli.main", "serve", "--launcher", "process"]
-    ports = ["--port", str(port), "--grpc-port", str(_free_port())]
+    ports = ["--port", str(port), "--grpc-port", str(free_port())]
     with log.open("w") as said:
-        process = subprocess.Popen([*command, *ports, *flags], stdout=said, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            [*command, *ports, *flags], stdout=said, stderr=subprocess.STDOUT, env={**os.environ, **(environment or {})}
+        )
         try:
             url = f"http://127.0.0.1:{port}"
             _await_ready(process, url, log)
@@ -62,7 +67,8 @@ def _ended(process: subprocess.Popen[bytes]) -> int | None:
         return None
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Nobody's at this moment."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
     return port
