@@ -1,89 +1,40 @@
 """The bytes of a request's body: within their bounds in length, time and encoding, or a typed error.
 
-All bodies that are being read share one budget. It counts the bytes that have come, not those that were announced.
+A large body is a lease of the room that all messages share (reading.py), from before it is read until it is parsed.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
 import zlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 
-from ..core.errors import BodyTooLarge, Cancelled, DeadlineExceeded, InvalidRequest, Overloaded, UnsupportedEncoding
+from ..core.errors import BodyTooLarge, Cancelled, DeadlineExceeded, InvalidRequest, UnsupportedEncoding
+from .reading import READ_S, Room
 from .words import short
 
-BODY_S = 60.0  # within which a body must be here
-IDLE_S = 10.0  # longest wait for more of it
-LEAST_BYTES_PER_S = 1024  # behind the first IDLE_S
-ROOM_S = 5.0  # longest wait for other bodies to make room
+IDLE_S = 10.0  # longest wait for more of a body
+SMALL_BYTES = 64 << 10  # bodies up to here take no room: the server reads as much before it is asked for it
 
 _GZIP = 16 + zlib.MAX_WBITS
 
 
-class Budget:
-    """Bytes of all bodies that are held at once."""
-
-    def __init__(self, limit: int) -> None:
-        self.used = 0
-        self._limit = limit
-        self._freed = asyncio.Condition()
-
-    @asynccontextmanager
-    async def share(self) -> AsyncIterator[Share]:
-        """One body's part of it; given back at the end."""
-        share = Share(self)
-        try:
-            yield share
-        finally:
-            self.used -= share.used
-            async with self._freed:
-                self._freed.notify_all()
-
-    async def take(self, num_bytes: int) -> None:
-        """Wait for room, for `ROOM_S` at most.
-
-        Raises:
-            Overloaded: other bodies have all of it.
-        """
-        if self.used and self.used + num_bytes > self._limit:
-            try:
-                async with asyncio.timeout(ROOM_S), self._freed:
-                    await self._freed.wait_for(lambda: not self.used or self.used + num_bytes <= self._limit)
-            except TimeoutError:
-                raise Overloaded(
-                    f"{self.used} bytes of bodies are being read; at most {self._limit} are held at once "
-                    "(router.max_bodies_bytes)",
-                    retry_after_s=2.0,
-                ) from None
-        self.used += num_bytes
-
-
-class Share:
-    """What one body has of the budget."""
-
-    def __init__(self, budget: Budget) -> None:
-        self.used = 0
-        self._budget = budget
-
-    async def take(self, num_bytes: int) -> None:
-        """See `Budget.take`."""
-        await self._budget.take(num_bytes)
-        self.used += num_bytes
-
-
-async def read_body(http: HttpRequest, limit: int, share: Share) -> bytearray:
+@asynccontextmanager
+async def read_body(http: HttpRequest, limit: int, room: Room, tenant: str) -> AsyncIterator[bytearray]:
     """The body, unpacked where it is gzip; refused as soon as it is too long: by its header, else by its bytes.
+
+    Its part of the room is free when the context ends.
 
     Raises:
         BodyTooLarge: it has more than `limit` bytes, packed or unpacked.
         UnsupportedEncoding: it is packed in another way.
         InvalidRequest: it says that it is gzip, and is not.
-        Overloaded: other bodies have all of the budget.
+        Overloaded: other messages have all of the room.
         DeadlineExceeded, Cancelled: it came too slowly; the client left.
     """
     encoding = http.headers.get("content-encoding", "").strip().lower()
@@ -92,42 +43,45 @@ async def read_body(http: HttpRequest, limit: int, share: Share) -> bytearray:
     announced = http.headers.get("content-length", "0")
     if announced.isdigit() and (len(announced) > 20 or int(announced) > limit):
         raise _too_large(f"the body has {announced[:20]} bytes; at most {limit}")
+    is_packed = encoding.endswith("gzip")
+    size_bytes = int(announced) if "content-length" in http.headers and announced.isdigit() else limit
+    if size_bytes <= SMALL_BYTES and not is_packed:
+        yield await _received(http, size_bytes)
+        return
+    lease = await room.take(tenant, size_bytes + (limit if is_packed else 0))
     try:
-        async with asyncio.timeout(BODY_S):
-            data = await _received(http, limit, share)
+        data = await room.read(lease, partial(_received, http, limit))
+        if is_packed:
+            data = _unpacked(data, limit)
+        lease.shrink(len(data))
+        yield data
+    finally:
+        lease.give_back()
+
+
+async def _received(http: HttpRequest, limit: int) -> bytearray:
+    """All of the body as it came; each part of it in time."""
+    data = bytearray()
+    parts = http.stream()
+    try:
+        async with asyncio.timeout(READ_S):
+            while True:
+                async with asyncio.timeout(IDLE_S):
+                    part = await anext(parts, None)
+                if part is None:
+                    return data
+                if len(data) + len(part) > limit:
+                    raise _too_large(f"the body has more than {limit} bytes")
+                data += part
     except TimeoutError:
-        raise DeadlineExceeded(f"the body was not here within {BODY_S:g} s") from None
+        raise DeadlineExceeded(
+            f"the body was not here within {READ_S:g} s, or nothing of it came for {IDLE_S:g} s"
+        ) from None
     except ClientDisconnect:
         raise Cancelled("the client left before its body was here") from None
-    if not encoding.endswith("gzip"):
-        return data
-    unpacked = bytearray(_unpacked(data, limit))
-    await share.take(len(unpacked))
-    return unpacked
 
 
-async def _received(http: HttpRequest, limit: int, share: Share) -> bytearray:
-    """All of the body as it came; each part in time, and all of them quickly enough."""
-    data, begun_s = bytearray(), time.monotonic()
-    parts = http.stream()
-    while True:
-        try:
-            async with asyncio.timeout(IDLE_S):
-                part = await anext(parts)
-        except StopAsyncIteration:
-            return data
-        except TimeoutError:
-            raise DeadlineExceeded(f"nothing of the body came for {IDLE_S:g} s") from None
-        if len(data) + len(part) > limit:
-            raise _too_large(f"the body has more than {limit} bytes")
-        await share.take(len(part))
-        data += part
-        taken_s = time.monotonic() - begun_s
-        if taken_s > IDLE_S and len(data) < taken_s * LEAST_BYTES_PER_S:
-            raise DeadlineExceeded(f"the body has {len(data)} bytes after {taken_s:.0f} s; send it more quickly")
-
-
-def _unpacked(data: bytearray, limit: int) -> bytes:
+def _unpacked(data: bytearray, limit: int) -> bytearray:
     """One gzip member. Stops at the limit, however much more the bytes would become."""
     unpacker = zlib.decompressobj(_GZIP)
     try:
@@ -138,7 +92,7 @@ def _unpacked(data: bytearray, limit: int) -> bytes:
         raise _too_large(f"the unpacked body has more than {limit} bytes")
     if not unpacker.eof or unpacker.unused_data:
         raise InvalidRequest("the body is not one whole gzip member; send it whole, and nothing behind it")
-    return unpacked
+    return bytearray(unpacked)
 
 
 def _too_large(message: str) -> BodyTooLarge:

@@ -43,7 +43,9 @@ class RouterConfig(Section):
     )
     max_body_bytes: int = Field(4 << 20, ge=1024)
     max_bodies_bytes: int = Field(
-        32 << 20, ge=1024, description="bytes of all HTTP bodies that are being read at once; more wait, then get a 429"
+        32 << 20,
+        ge=1024,
+        description="of all messages that are read at once, over HTTP and gRPC; more wait, then get a 429",
     )
     max_connections: int = Field(
         4096, ge=1, description="HTTP connections; at the bound the longest idle one is closed, or a new one gets a 503"

@@ -17,6 +17,7 @@ from .config import RouterConfig
 from .flow import Flow
 from .models import ModelDirectory, ServedModel
 from .pieces import Piece
+from .reading import room_of
 from .validate import Limits, authenticate, validate
 
 
@@ -51,6 +52,7 @@ class Front:
         """`reads_defaults`: see `ModelDirectory`."""
         self.flow = flow
         self.limits = Limits.of(config)
+        self.room = room_of(config)  # for the messages that both faces read
         self._lists = Lists()
         self.models = ModelDirectory(flow, reads_defaults=reads_defaults)
         self._max_reading = config.max_running

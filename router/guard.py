@@ -38,7 +38,6 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Handler: TypeAlias = Any  # a grpc.RpcMethodHandler, whose types are those of servers without asyncio
 
 OPEN = frozenset({"/grpc.health.v1.Health/Check"})  # probes have no key
-ROOM_BYTES = 32 << 20
 SMALL_BYTES = 4096  # of messages of other services than ours: names
 MAX_STANDING = 64  # calls of other services under way: Watch and reflection stay open for as long as clients like
 SPARE_CALLS = 256  # beyond those that may run: they are refused one by one, with their reasons
@@ -68,7 +67,9 @@ class GuardedContext:
 class Guard(grpc.aio.ServerInterceptor):
     """One per router, for its clients' server."""
 
-    def __init__(self, config: RouterConfig, authenticate: Callable[[str | None], str], own_service: str) -> None:
+    def __init__(
+        self, config: RouterConfig, authenticate: Callable[[str | None], str], own_service: str, room: Room
+    ) -> None:
         """`authenticate` gives the tenant of a key; messages of other services than `own_service` are small."""
         self._authenticate = authenticate
         self._own = f"/{own_service}/"
@@ -76,8 +77,7 @@ class Guard(grpc.aio.ServerInterceptor):
         self._stall_s = config.slow_client_s
         self._max_calls = config.max_running + SPARE_CALLS
         self._num_calls = {True: 0, False: 0}  # of our service, of the others
-        size_bytes = max(ROOM_BYTES, 2 * config.max_body_bytes)
-        self._room = Room(size_bytes, one_tenant=len(config.api_keys) < 1)
+        self._room = room
         self._bench = Workbench()
 
     def close(self) -> None:

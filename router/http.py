@@ -22,7 +22,7 @@ from .. import __version__
 from ..core.errors import InternalError, RequestNotFound, TwostrokeError, Unavailable
 from . import openai
 from .answers import Answer, Wants, error_body
-from .bodies import Budget, read_body
+from .bodies import read_body
 from .browser import middleware_for_pages
 from .call import Call
 from .config import RouterConfig
@@ -68,33 +68,29 @@ class _Face:
     def __init__(self, config: RouterConfig, front: Front) -> None:
         self._config = config
         self._front = front
-        self._bodies = Budget(max(config.max_bodies_bytes, 2 * config.max_body_bytes))  # packed and unpacked
         self._building = asyncio.Lock()  # one at a time, so that several big bodies leave the loop as much time as one
 
     async def chat(self, http: HttpRequest) -> Response:
-        api_key = self._admit(http)
-        body = await self._parse(http, ChatBody)
+        api_key, tenant = self._admit(http)
+        body = await self._parse(http, ChatBody, tenant)
         return await self._run(http, [openai.chat_call(body, api_key)], "chat.completion", body)
 
     async def completions(self, http: HttpRequest) -> Response:
-        api_key = self._admit(http)
-        body = await self._parse(http, CompletionBody)
+        api_key, tenant = self._admit(http)
+        body = await self._parse(http, CompletionBody, tenant)
         openai.refuse_endless(body, self._front.longest_context())  # before another big body is built beside it
         most = min(self._config.max_prompts, self._config.max_running)
         return await self._run(http, openai.completion_calls(body, api_key, most), "text_completion", body)
 
-    def _admit(self, http: HttpRequest) -> str | None:
-        """The key of somebody who may ask, before anything of the body is read."""
+    def _admit(self, http: HttpRequest) -> tuple[str | None, str]:
+        """Key and tenant of somebody who may ask, before anything of the body is read."""
         api_key = _api_key(http)
-        self._front.authenticate(api_key)
-        return api_key
+        return api_key, self._front.authenticate(api_key)
 
-    async def _parse(self, http: HttpRequest, kind: type[openai.B]) -> openai.B:
-        async with self._bodies.share() as share:
-            data = await read_body(http, self._config.max_body_bytes, share)
-            async with self._building:
-                values = await _in_steps(openai.json_object(data))
-                body, ignored = openai.parse(values, kind, strict=self._config.strict)
+    async def _parse(self, http: HttpRequest, kind: type[openai.B], tenant: str) -> openai.B:
+        async with read_body(http, self._config.max_body_bytes, self._front.room, tenant) as data, self._building:
+            values = await _in_steps(openai.json_object(data))
+            body, ignored = openai.parse(values, kind, strict=self._config.strict)
         self._note_ignored(http, ignored)  # an error behind this has the header, too
         return body
 

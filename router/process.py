@@ -62,7 +62,7 @@ class RouterProcess:
         self._settings = settings
         self._flow = Flow(settings, identity_key(cluster_key), proof_key=proof_key(cluster_key))
         self._front = Front(settings, self._flow, reads_defaults=reads_defaults)
-        self._guard = Guard(settings, self._front.authenticate, _INFERENCE)
+        self._guard = Guard(settings, self._front.authenticate, _INFERENCE, self._front.room)
         self._health = health.aio.HealthServicer()
         self._servers: list[grpc.aio.Server] = []
         self._http: uvicorn.Server | None = None

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from ..core.errors import DeadlineExceeded, Overloaded
+from .config import RouterConfig
 
 T = TypeVar("T")
 
@@ -140,6 +141,12 @@ class Room:
                 when_s = lease.reading.when()
                 if when_s is None or soon_s < when_s:
                     lease.reading.reschedule(soon_s)
+
+
+def room_of(config: RouterConfig) -> Room:
+    """The room of one router, for the messages of both faces: at least a packed body and what it becomes."""
+    size_bytes = max(config.max_bodies_bytes, 2 * config.max_body_bytes)
+    return Room(size_bytes, one_tenant=not config.api_keys)
 
 
 class Workbench:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -147,7 +148,9 @@ def everybodys_requests_are_explained() -> AbstractContextManager[None]:
     """The journal does not ask whose a request was."""
 
     def find(self: Journal, tenant: str, request_id: str) -> dict[str, Any] | None:
-        return next((entry for (_, name), entry in self._entries.items() if name == request_id), None)
+        line = next((line for (_, name), line in self._entries.items() if name == request_id), None)
+        entry: dict[str, Any] | None = None if line is None else json.loads(line)
+        return entry
 
     return instead(Journal, "find", find)
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 import uvicorn
 
-from twostroke.router import bodies, connections
+from twostroke.router import connections
 from twostroke.router.config import RouterConfig
 from twostroke.router.connections import MAX_HEADERS, Connections, connections_within
 from twostroke.router.flow import Flow
@@ -25,7 +25,7 @@ assert _SPEC.loader
 http_inputs = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(http_inputs)
 
-GET = b"GET /ping HTTP/1.1\r\nhost: x\r\n\r\n"
+GET = b"GET /ping HTTP/1.1\r\nhost: localhost\r\n\r\n"
 
 
 @asynccontextmanager
@@ -33,7 +33,7 @@ async def served(most: int = 64, stall_s: float = 5.0, app: Any = None) -> Async
     """A server; its port and its connections."""
     among = Connections(most, stall_s)
     config = RouterConfig()
-    app = app or make_app(config, Front(config, Flow(config, b"k" * 32)))
+    app = app or make_app(config, Front(config, Flow(config, b"k" * 32, proof_key=b"p" * 32)))
     listener = socket.create_server(("127.0.0.1", 0))
     protocol = cast(Any, among.protocol)
     server = uvicorn.Server(uvicorn.Config(app, http=protocol, ws="none", lifespan="off", log_level="critical"))
@@ -110,7 +110,7 @@ async def test_the_longest_idle_connection_makes_room_for_a_new_one():
 async def test_where_no_connection_is_idle_a_new_one_is_refused():
     async with served(most=1) as (port, _):
         _, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n\r\n")
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 5\r\n\r\n")
         await writer.drain()
         got = b""
         while b" 503 Service" not in got or b"retry-after: 1" not in got:  # until its request has been seen
@@ -137,40 +137,11 @@ async def test_a_client_that_takes_nothing_of_an_answer_is_cut_off():
 
 @pytest.mark.usefixtures("short_times")
 async def test_a_body_that_goes_on_behind_its_answer_ends_the_connection():
-    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\nexpect: 100-continue\r\n\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\nexpect: 100-continue\r\n\r\n"
     async with served() as (port, _):
         got = await answer(port, head % (1 << 40))
         assert got.startswith(b"HTTP/1.1 413")
         assert b"100 Continue" not in got
-
-
-async def test_bodies_wait_for_room_and_then_are_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(bodies, "ROOM_S", 0.05)
-    budget = bodies.Budget(100)
-    async with budget.share() as one, budget.share() as other:
-        await one.take(60)
-        with pytest.raises(bodies.Overloaded) as caught:
-            await other.take(60)
-        assert caught.value.retry_after_s
-        assert budget.used == 60
-        monkeypatch.setattr(bodies, "ROOM_S", 5.0)
-        waiting = asyncio.create_task(other.take(40))
-        await waiting
-        assert budget.used == 100
-    assert budget.used == 0
-
-
-async def test_room_that_is_given_back_goes_to_who_waits():
-    budget = bodies.Budget(100)
-    async with budget.share() as other:
-        async with budget.share() as one:
-            await one.take(60)
-            waiting = asyncio.create_task(other.take(60))
-            await asyncio.sleep(0)
-            assert not waiting.done()
-        await waiting
-        assert budget.used == 60
-    assert budget.used == 0
 
 
 def test_files_are_left_for_what_is_no_connection():

@@ -19,9 +19,10 @@ from twostroke.router import guard as guard_module
 from twostroke.router import reading
 from twostroke.router.config import RouterConfig
 from twostroke.router.guard import Guard
+from twostroke.router.reading import room_of
 from twostroke.router.validate import Limits, authenticate
 
-KEY = "a key of the tests"
+KEY = "a-key-of-the-tests"
 GOOD = (("authorization", f"Bearer {KEY}"),)
 OWN = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 SERVICES = (OWN, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -62,7 +63,7 @@ class There:
 async def serving(**settings: Any) -> AsyncIterator[There]:
     config = RouterConfig(**{"api_keys": (KEY,), "slow_client_s": 0.3, **settings})
     limits = Limits.of(config)
-    guard = Guard(config, lambda key: authenticate(key, limits), OWN)
+    guard = Guard(config, lambda key: authenticate(key, limits), OWN, room_of(config))
     server = grpc.aio.server(interceptors=[guard])
     service, health_ = Answers(), health.aio.HealthServicer()
     inference_pb2_grpc.add_InferenceServicer_to_server(service, server)
