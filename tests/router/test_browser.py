@@ -33,7 +33,7 @@ Pairs = Sequence[tuple[str, str]]
 
 async def ask(config: RouterConfig, method: str, path: str, headers: Pairs, version: str = "1.1") -> httpx.Response:
     """One request with exactly these headers, in this order, through the whole application."""
-    app = make_app(config, Front(config, Flow(config, b"k" * 32)))
+    app = make_app(config, Front(config, Flow(config, b"k" * 32, proof_key=b"p" * 32)))
     scope: dict[str, Any] = {
         "type": "http",
         "asgi": {"version": "3.0"},
