@@ -44,6 +44,12 @@ def test_a_token_changes_the_names_of_its_block_and_all_behind_it(place):
     assert [a == b for a, b in zip(mine, theirs, strict=True)] == [number < place // 16 for number in range(3)]
 
 
+def test_a_tail_that_fills_no_block_has_no_name():
+    names = [chain(KEY, ROOT.digest(KEY), IDS[:length]) for length in (15, 16, 31, 32, 47)]
+    assert [len(name) for name in names] == [0, 1, 1, 2, 2]
+    assert names[4] == names[3]
+
+
 @pytest.mark.parametrize("field", [field.name for field in fields(Namer)])
 def test_namers_that_differ_in_one_field_agree_on_nothing(field):
     namer = Namer(KEY, b"weights", b"numerics")

@@ -173,6 +173,17 @@ def test_unsealed_tokens_are_not_read() -> None:
     assert len(store.read_tokens(replace(held, count=16))) == 2
 
 
+def test_tokens_behind_a_sealed_tail_are_not_sealed_with_it() -> None:
+    store = make_store()
+    held = scattered(store, 32)
+    write_rows(store, held)
+    store.seal(replace(held, count=20))
+    assert store.is_sealed(replace(held, count=20))
+    assert not store.is_sealed(replace(held, count=21))
+    with pytest.raises(KvCorrupted, match="not sealed"):
+        store.read_tokens(replace(held, start=16, count=16))
+
+
 def test_a_sealed_tail_grows_into_a_sealed_block_without_sealing_damage_in() -> None:
     whole, grown, damaged = make_store(), make_store(), make_store()
     held = filled(whole, 16)

@@ -146,10 +146,12 @@ class Router:
         output.epoch.incarnation, output.epoch.counter = epoch
         self.life.take_step(run.dispatches[-1].decode, worker_pb2.StepOutput(tokens=[output]), self.now_s)
 
-    def end(self, run: Run, choice: int = 0, code: str | None = None, key: WorkerKey | None = None) -> None:
+    def end(
+        self, run: Run, choice: int = 0, code: str | None = None, key: WorkerKey | None = None, missing: int = 0
+    ) -> None:
         end = worker_pb2.RequestEnd(request_id=run.name, choice=choice, reason=ERROR if code else LENGTH)
         end.epoch.incarnation, end.epoch.counter = run.dispatches[-1].epoch
-        end.usage.completion_tokens = run.delivery.tokens_of(choice)
+        end.usage.completion_tokens = run.delivery.tokens_of(choice) + missing
         if code:
             end.error.code, end.error.message = code, "no"
         key = key or run.dispatches[-1].decode
@@ -279,6 +281,18 @@ def test_after_its_first_token_a_lost_request_ends() -> None:
     router.roster.session_down(placed(run), "broke", router.now_s)
     assert isinstance(run.error, errors.WorkerLost)
     assert len(run.dispatches) == 1
+
+
+def test_an_end_before_all_tokens_came_is_no_end() -> None:
+    router = Router("a", "b")
+    first, second = router.ask("r1"), router.ask("r2")
+    router.tokens(first)
+    router.end(first, missing=1)  # the client has some of it already
+    assert isinstance(first.error, errors.TokensLost)
+    router.end(second, missing=5)
+    router.pass_s(0.0)
+    assert len(second.dispatches) == 2
+    assert first.finish_reasons == second.finish_reasons == ()
 
 
 @pytest.mark.parametrize("code", ["unavailable", "overloaded", "worker_lost", "tokens_lost"])
