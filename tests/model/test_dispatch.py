@@ -99,7 +99,7 @@ async def test_a_fetch_has_its_answer():
     fetch = asyncio.ensure_future(desk.dispatcher.fetch([], 16, b"root"))
     await desk.settle()
     (command,) = desk.link.take(9, 0)
-    assert command == FetchBlocks(command.fetch_id, (, b"root"), 16)
+    assert command == FetchBlocks(command.fetch_id, (), 16, b"root")
     desk.link.emit([BlocksFetched(command.fetch_id, 0, ())])
     assert (await asyncio.wait_for(fetch, TIMEOUT_S)).fetch_id == command.fetch_id
     desk.link.close()
