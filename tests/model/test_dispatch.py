@@ -57,7 +57,7 @@ class Desk:
 async def test_whoever_waits_when_the_engine_ends_is_released_with_a_typed_error():
     desk = Desk()
     desk.own(KEY)
-    fetch = asyncio.ensure_future(desk.dispatcher.fetch([], 0))
+    fetch = asyncio.ensure_future(desk.dispatcher.fetch([], 0, b"root"))
     end = asyncio.ensure_future(desk.dispatcher.next_end())
     await desk.settle()
     desk.link.close()  # without a word about KEY, as an engine that broke while it took commands
@@ -76,7 +76,7 @@ async def test_after_the_engines_end_nothing_waits_for_it():
     desk.link.close()
     await desk.until_over()
     with pytest.raises(Unavailable):
-        await asyncio.wait_for(desk.dispatcher.fetch([], 0), TIMEOUT_S)
+        await asyncio.wait_for(desk.dispatcher.fetch([], 0, b"root"), TIMEOUT_S)
     desk.own(KEY)
     desk.dispatcher.send(submit(KEY))
     while desk.dispatcher.num_owned:
@@ -87,7 +87,7 @@ async def test_after_the_engines_end_nothing_waits_for_it():
 
 async def test_a_reader_that_is_stopped_releases_them_too():
     desk = Desk()
-    fetch = asyncio.ensure_future(desk.dispatcher.fetch([], 0))
+    fetch = asyncio.ensure_future(desk.dispatcher.fetch([], 0, b"root"))
     await desk.settle()
     desk.running.cancel()
     with pytest.raises(Unavailable):
@@ -96,10 +96,10 @@ async def test_a_reader_that_is_stopped_releases_them_too():
 
 async def test_a_fetch_has_its_answer():
     desk = Desk()
-    fetch = asyncio.ensure_future(desk.dispatcher.fetch([], 16))
+    fetch = asyncio.ensure_future(desk.dispatcher.fetch([], 16, b"root"))
     await desk.settle()
     (command,) = desk.link.take(9, 0)
-    assert command == FetchBlocks(command.fetch_id, (), 16)
+    assert command == FetchBlocks(command.fetch_id, (), 16, b"root")
     desk.link.emit([BlocksFetched(command.fetch_id, 0, ())])
     assert (await asyncio.wait_for(fetch, TIMEOUT_S)).fetch_id == command.fetch_id
     desk.link.close()

@@ -97,7 +97,7 @@ def run(make_runner: MakeRunner, tiny: Path):
         kv: str, num_blocks: int, num_host: int = 0, *, kind: type[HostStore] = HostStore, prefix=True, cancel=""
     ):
         runner = make_runner(tiny, num_blocks=num_blocks, kv_dtype=kv)
-        host = kind(runner.store, num_host, digest_key=99) if num_host else None
+        host = kind(runner.store, runner.store.on_host(num_host)) if num_host else None
         return asyncio.run(serve(runner, num_blocks, host, num_host, prefix=prefix, cancel=cancel))
 
     return begin
