@@ -187,6 +187,33 @@ def test_a_request_is_ordered_heard_and_settled_and_nothing_is_left() -> None:
     router.assert_nothing_is_left()
 
 
+def test_what_each_choice_costs_is_counted_until_it_is_over() -> None:
+    router = Router("a")
+    run = router.ask(num_choices=2)
+    worker = router.roster.fleet.get("a")
+    assert worker is not None
+    assert router.life.admission.tokens == 2 * (50 + run.request.expected_tokens)
+    assert (worker.queued_prefill_tokens, worker.num_decoding) == (51, 2)
+    router.tokens(run, choice=0)
+    assert (worker.queued_prefill_tokens, worker.num_decoding) == (1, 2)
+    router.tokens(run, choice=1)
+    assert (worker.queued_prefill_tokens, worker.num_decoding) == (0, 2)
+    router.end(run, choice=0)
+    assert worker.num_decoding == 1
+
+
+def test_only_the_worker_that_was_asked_is_heard() -> None:
+    router = Router("a", "b")
+    run = router.ask()
+    other = next(key for key in router.up if key != placed(run))
+    output = worker_pb2.TokenOutput(request_id=run.name, token_ids=[1])
+    output.epoch.incarnation, output.epoch.counter = run.dispatches[-1].epoch
+    router.life.take_step(other, worker_pb2.StepOutput(tokens=[output]), router.now_s)
+    router.end(run, key=other)
+    assert (run.delivery.completion_tokens, run.stage) == (0, Stage.DISPATCHED)
+    assert router.drops == ["wrong_worker", "wrong_worker"]
+
+
 def test_one_loss_is_one_dispatch_even_if_it_is_told_twice_while_nobody_is_there() -> None:
     router = Router("a")
     run = router.ask()
