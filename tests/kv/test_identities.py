@@ -28,6 +28,7 @@ def test_another_key_names_everything_otherwise():
     assert ROOT.digest(KEY) != ROOT.digest(b"x" * 32)
     assert identity_key("one secret") != identity_key("another")
     assert digest_key("one secret") != digest_key("another")
+    assert all(2**56 <= digest_key(secret) < 2**64 for secret in ("one secret", "another"))
 
 
 @given(st.lists(st.binary(max_size=3), min_size=5, max_size=5), st.lists(st.binary(max_size=3), min_size=5, max_size=5))

@@ -223,3 +223,15 @@ async def test_a_draining_worker_gets_nothing_new_and_ends_what_it_runs() -> Non
             await collect(c.flow, request(f"s{number}"))
         assert len(leaving.submits) == 1
         assert tokens_of(await task) == expected(10)
+
+
+async def test_a_waiting_request_goes_as_soon_as_a_worker_is_there() -> None:
+    async with cluster(worker_patience_s=60.0) as c:
+        worker = FakeWorker("a")
+        worker.refuses_sessions = True
+        c.workers.append(await worker.start(c.internal))
+        await until(lambda: c.state("a") == "joining")
+        task = asyncio.create_task(collect(c.flow, request()))
+        await asyncio.sleep(0)
+        worker.refuses_sessions = False
+        assert tokens_of(await task) == expected(5)
