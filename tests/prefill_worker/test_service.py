@@ -236,6 +236,16 @@ async def test_streams_are_bounded(bench):
     assert failed.retry_after_ms > 0
 
 
+async def test_the_same_order_may_come_again_before_the_first_has_ended(bench):
+    it = bench()
+    for _ in range(2):
+        it.open(order())
+    async with asyncio.timeout(3):
+        while len(submits := [command for command in it.link.commands if isinstance(command, Submit)]) < 2:
+            await asyncio.sleep(0.001)
+    assert submits[0].key != submits[1].key
+
+
 @pytest.mark.parametrize("why", ["combined", "draining"])
 async def test_who_takes_no_hand_overs_says_so(bench, why):
     it = bench(role=Role.COMBINED if why == "combined" else Role.PREFILL)
