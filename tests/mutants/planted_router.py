@@ -31,7 +31,12 @@ _ROUTER = [
         "            self.accepted -= 1\n            self.cancelled += 1\n",
         "            self.cancelled += 1\n",
     ),
-    Mutant("router/admission.py", "if tenants > 1 and own and fill", "if own and fill"),
+    Mutant(
+        "router/admission.py",
+        "if tenants > 1 and own and fill",
+        "if own and fill",
+        survives="alone, a tenant has all that is used, and its fair part is all of it: never beyond",
+    ),
     Mutant(
         "router/prefixes.py",
         "                self._clear(identity, slot.bit)\n        self._store(slot, stored)\n",
@@ -73,7 +78,12 @@ _LIVES = [
     Mutant("router/lifecycle.py", "tokens = request.num_choices * (len(", "tokens = (len("),
     Mutant("router/lifecycle.py", "        self._cancel_on_worker(run, error.code)\n", ""),
     Mutant("router/lifecycle.py", "        self._cancel_on_worker(run, reason)\n", ""),
-    Mutant("router/lifecycle.py", "        run.recall()  # a token", "        run.stage = Stage.ROUTING  # a token"),
+    Mutant(
+        "router/lifecycle.py",
+        "        run.recall()  # a token",
+        "        run.stage = Stage.ROUTING  # a token",
+        survives="while it is routed no worker is heard (`_run_from`); the next dispatch has an epoch of its own",
+    ),
     Mutant(
         "router/lifecycle.py", "        self._forget_work(run)\n        if not may_return", "        if not may_return"
     ),
@@ -236,6 +246,7 @@ _DRIVEN = [
         "router/sessions.py",
         "                if event.incarnation != self.key.incarnation:\n",
         "                if False:\n",
+        survives="the roster refuses it too (`take_event`), and the watch begins again all the same",
     ),
     Mutant(
         "router/sessions.py",
@@ -243,7 +254,12 @@ _DRIVEN = [
         "                    pass\n",
     ),
     Mutant("router/sessions.py", "        while not self._orders.empty():", "        while False:"),
-    Mutant("router/sessions.py", '        if message.WhichOneof("body") != "welcome":\n', "        if False:\n"),
+    Mutant(
+        "router/sessions.py",
+        '        if message.WhichOneof("body") != "welcome":\n',
+        "        if False:\n",
+        survives="what is no welcome names no worker: the next lines refuse it as another one",
+    ),
     Mutant("router/sessions.py", "            self._has_complained = True\n", ""),
     Mutant("router/sessions.py", "            self._handlers.down(self.key, reason)\n", ""),
     Mutant(
@@ -272,6 +288,7 @@ _DRIVEN = [
         "router/journal.py",
         " for name, value in entry.items() if name not in _NAMES}",
         " for name, value in entry.items()}",
+        survives="names are bounded at the door: of 16 KiB another value is always longer",
     ),
 ]
 
