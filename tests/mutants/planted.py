@@ -22,8 +22,18 @@ _FLOW = ("tests/router/test_flow.py", "tests/router/test_sessions.py", "tests/ro
 # Of the first beginning that fits: the most specific and quickest files first.
 TESTS: dict[str, tuple[str, ...]] = {
     "kv/handover": (*_MACHINES, "tests/kv/test_handover_pair.py"),
-    "kv/carrier": (*_MACHINES, "tests/prefill_worker/test_service.py", "tests/cluster/test_worker_handover.py"),
-    "kv/driver": (*_MACHINES, "tests/prefill_worker/test_service.py", "tests/cluster/test_worker_handover.py"),
+    "kv/carrier": (
+        "tests/kv/test_carrier.py",
+        *_MACHINES,
+        "tests/prefill_worker/test_service.py",
+        "tests/cluster/test_worker_handover.py",
+    ),
+    "kv/driver": (
+        "tests/kv/test_carrier.py",
+        *_MACHINES,
+        "tests/prefill_worker/test_service.py",
+        "tests/cluster/test_worker_handover.py",
+    ),
     "kv/wire": ("tests/kv/test_wire.py", "tests/decode_worker/test_pull.py"),
     "kv/digest": ("tests/kv/test_digest.py", "tests/kv/test_wire.py"),
     "kv/store": ("tests/kv/test_store.py", "tests/kv/test_seal_in_place.py", "tests/kv/test_host_store.py"),
@@ -70,6 +80,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "router/browser": ("tests/router/test_browser.py", "tests/router/test_http_doors.py"),
     "router/validate": (
+        "tests/router/test_validate.py",
         "tests/router/test_defaults.py",
         "tests/router/test_messages.py",
         "tests/router/test_body_fields.py",
@@ -86,6 +97,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "text/": ("tests/text/test_incremental.py", "tests/text/test_behind_prompt.py"),
     "cluster/membership": ("tests/cluster/test_membership.py",),
     "cluster/supervisor": ("tests/cluster/test_membership.py", "tests/cluster/test_launch_inprocess.py"),
+    "cluster/watch": ("tests/cluster/test_watchers.py", "tests/cluster/test_worker_watch.py"),
     "cluster/": ("tests/cluster/test_worker_watch.py",),
 }
 

@@ -82,7 +82,8 @@ async def test_a_body_that_stands_still_gives_its_room_back(monkeypatch: pytest.
     room = Room(LIMIT, one_tenant=True)
     for size in (LIMIT, 100):
         with pytest.raises(DeadlineExceeded):
-            await read(room, FakeRequest(size, asyncio.Event()))
+            async with asyncio.timeout(5):
+                await read(room, FakeRequest(size, asyncio.Event()))
         assert room.free_bytes == LIMIT
 
 

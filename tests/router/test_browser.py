@@ -24,6 +24,7 @@ from twostroke.router.process import RouterProcess
 from twostroke.router.validate import Limits, authenticate
 
 ROUTES = ("/v1/models", "/v1/models/x", "/v1/cluster", "/v1/requests/x/explain", "/metrics", "/version", "/nowhere")
+ROUTES += ("/healthy", "/pings/x")  # begin as what balancers may ask
 BODY = b'{"prompt": "x"}'
 PASSED = 503
 KEY = "k" * 16
