@@ -161,3 +161,14 @@ def test_a_wanted_member_always_comes_back_within_the_longest_wait(steps):
         elif what == "ready":
             members.ready("m", now)
     assert members.due(now + members.back_off.longest_s) == ["m"] or members.standing("m") is not Standing.WAITING
+
+
+def test_a_new_process_is_of_use_until_the_opposite_is_seen():
+    members = Membership()
+    members.want("decode-0", 0.0)
+    members.started("decode-0", 0.0)
+    members.ready("decode-0", 1.0)
+    members.seen("decode-0", Use.DRAINS, 2.0)
+    members.ended("decode-0", "killed", 3.0)
+    members.started("decode-0", 3.0)
+    assert members.use("decode-0") is Use.SERVES

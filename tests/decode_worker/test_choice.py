@@ -113,6 +113,13 @@ def test_an_unfinished_character_may_complete_nothing_but_is_not_lost():
     assert it.flush() == "�"
 
 
+def test_a_stop_string_that_the_last_text_completes_is_the_reason():
+    it = choice(max_tokens=2, stop=("\ufffd",))
+    assert it.push(0, ids("aé")[:2]).ended is FinishReason.LENGTH
+    assert it.flush() == ""
+    assert it.ended is FinishReason.STOP
+
+
 def test_length_counts_what_earlier_dispatches_gave():
     spoken = choice(emitted=ids("abc"), max_tokens=5).push(3, ids("defg"))
     assert (spoken.first_index, spoken.token_ids, spoken.ended) == (3, tuple(ids("de")), FinishReason.LENGTH)

@@ -7,6 +7,7 @@ from twostroke.model.pace import Pace
 from twostroke.model.plan import SequenceStep, StepPlan
 
 PARAMS = SamplingParams(max_tokens=9)
+KEY = SequenceKey("p", 0)
 
 
 def chunk(start: int, size: int) -> SequenceStep:
@@ -55,3 +56,21 @@ def test_the_price_is_never_negative_and_old_steps_fade():
     for round_ in range(400):
         pace.observe(StepPlan(round_, (chunk(round_ % 7 * 16, 16 + round_ % 50),)), 2.0 * (16 + round_ % 50))
     assert pace.prefill_ms_per_token == pytest.approx(2.0, rel=1e-3)
+
+
+def test_a_step_that_scores_says_nothing_of_the_others():
+    pace = Pace()
+    scored = SequenceStep(KEY, 0, (1,) * 64, (), (), False, PARAMS, 0, targets=(1,) * 64)
+    for round_ in range(9):
+        pace.observe(StepPlan(round_, (chunk(0, 64),)), 64.0)
+        pace.observe(StepPlan(round_, (scored, decode(9))), 9000.0)
+    assert pace.prefill_ms_per_token == pytest.approx(1.0, rel=0.05)
+    assert pace.decode_step_ms == 0.0
+
+
+def test_the_last_token_of_a_prompt_is_prefill():
+    pace = Pace()
+    last = SequenceStep(KEY, 64, (1,), (), (), True, PARAMS, 0)
+    pace.observe(StepPlan(1, (last,)), 40.0)
+    assert pace.decode_step_ms == 0.0
+    assert pace.prefill_ms_per_token > 0

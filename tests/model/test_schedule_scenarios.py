@@ -180,7 +180,8 @@ class Stage:
             case "fetch":
                 first = int(start)
                 identities = chain(KEY, ROOT, self.prompts[key.request_id])
-                return FetchBlocks(1, tuple(identities[first // 16 : (first + int(count)) // 16]), first, ROOT)
+                root = values.get("root", "").encode() or ROOT
+                return FetchBlocks(1, tuple(identities[first // 16 : (first + int(count)) // 16]), first, root)
             case "snapshot":
                 return AskSnapshot()
             case "stop":

@@ -53,6 +53,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "model/turn": (*_ENGINE, "tests/model/test_swap.py", "tests/model/test_engine.py"),
     "model/swap": (*_ENGINE, "tests/model/test_swap.py"),
     "model/integrity": (*_ENGINE, "tests/model/test_engine_lives.py"),
+    "model/holdings": (*_ENGINE, "tests/model/test_holdings.py"),
     "model/": (*_ENGINE, "tests/model/test_fairness.py"),
     "decode_worker/choice": ("tests/decode_worker/test_choice.py",),
     "decode_worker/outbox": ("tests/decode_worker/test_outbox.py",),

@@ -112,6 +112,7 @@ _CARRIED = [
         "kv/driver.py",
         "        if not self._closing.is_set():\n            self._queue",
         "        if True:\n            self._queue",
+        survives="a machine that has closed says nothing more",
     ),
     Mutant("kv/driver.py", "        await self._client.finish()\n", ""),
     Mutant("kv/driver.py", "            self._client.close()\n", "            pass\n"),

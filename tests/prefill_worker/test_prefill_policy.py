@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twostroke.model.policy import Ahead, Queue, Room, StepLimits
+from twostroke.model.policy import Ahead, Queue, Room, StepLimits, Want, bound_scored, scored_rows
 from twostroke.prefill_worker.policy import PrefillPolicy
 
 POLICY = PrefillPolicy(StepLimits(max_num_seqs=8, max_batch_tokens=64, max_waiting=3, max_waiting_tokens=100))
@@ -68,3 +68,10 @@ def test_refusals_name_the_numbers():
     assert "3 requests wait" in (POLICY.refusal(Queue(3, 60), 1) or "")
     assert "60 prompt tokens wait" in (POLICY.refusal(Queue(2, 60), 41) or "")
     assert POLICY.refusal(Queue(0, 0), 5000) is None, "an empty queue takes every prompt"
+
+
+def test_what_scored_prompts_may_not_use_the_others_get_in_order():
+    wants = [Want(64, True), Want(100, False), Want(100, False), Want(64, True)]
+    assert bound_scored([64, 64, 64, 0], wants, 16) == [16, 100, 76, 0]
+    assert bound_scored([64, 0, 0, 64], wants, 96) == [64, 32, 0, 32]
+    assert scored_rows(1 << 40) == 16

@@ -1,0 +1,28 @@
+"""What routers are told of a cache, by number: a change that is not told as a change leaves a gap."""
+
+from __future__ import annotations
+
+from twostroke.kv.block import BlockIdentity
+from twostroke.kv.pool import BlockPool
+from twostroke.kv.prefix import PrefixCache
+from twostroke.model.holdings import Holdings
+from twostroke.model.link import CacheDelta, CacheSnapshot
+
+NAMES = [BlockIdentity(bytes([n] * 16)) for n in range(6)]
+
+
+def test_a_snapshot_after_too_many_changes_is_news_to_whoever_heard_the_last_one() -> None:
+    pool = BlockPool(8, 16)
+    cache = PrefixCache(pool, max_pending_events=2)
+    holdings = Holdings(pool, cache, b"k")
+    blocks = pool.take(6)
+    cache.publish(NAMES[:1], blocks[:1])
+    first = holdings.news()
+    assert first == CacheDelta(1, (NAMES[0],), ())
+    cache.publish(NAMES[:5], blocks[:5], 1)
+    second = holdings.news()
+    assert isinstance(second, CacheSnapshot)
+    assert (second.sequence, set(second.identities)) == (2, set(NAMES[:5]))
+    cache.publish(NAMES, blocks, 5)
+    assert holdings.news() == CacheDelta(3, (NAMES[5],), ())
+    assert holdings.news() is None
