@@ -50,7 +50,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "model/pace": ("tests/model/test_pace.py",),
     "model/dispatch": ("tests/model/test_dispatch.py", "tests/model/test_thread_link.py"),
     "model/engine": ("tests/model/test_engine.py",),
-    "model/turn": (*_ENGINE, "tests/model/test_swap.py", "tests/model/test_engine.py"),
+    "model/turn": ("tests/model/test_turn.py", *_ENGINE, "tests/model/test_swap.py"),
     "model/swap": (*_ENGINE, "tests/model/test_swap.py"),
     "model/integrity": (*_ENGINE, "tests/model/test_engine_lives.py"),
     "model/holdings": (*_ENGINE, "tests/model/test_holdings.py"),
