@@ -58,6 +58,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "decode_worker/choice": ("tests/decode_worker/test_choice.py",),
     "decode_worker/outbox": ("tests/decode_worker/test_outbox.py",),
     "decode_worker/pull": ("tests/decode_worker/test_pull.py", "tests/cluster/test_worker_handover.py"),
+    "decode_worker/run": ("tests/decode_worker/test_run.py", *_SESSION),
     "decode_worker/": (*_SESSION, "tests/cluster/test_worker_handover.py", "tests/cluster/test_worker_faults.py"),
     "prefill_worker/": (
         "tests/prefill_worker/test_job.py",

@@ -1,0 +1,155 @@
+"""One choice between engine and peers: which peer is asked, what is kept of a lost one, and that nothing runs on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from twostroke.core.clock import MonotonicClock
+from twostroke.core.request import Epoch, FinishReason, SamplingParams, SequenceKey
+from twostroke.decode_worker.order import Order, Peer
+from twostroke.decode_worker.outbox import Outbox
+from twostroke.decode_worker.pull import PullTools
+from twostroke.decode_worker.run import Run
+from twostroke.kv.codec import Codec
+from twostroke.kv.handover import End, Label, Lost, Timing
+from twostroke.kv.keys import Namer
+from twostroke.kv.spec import attention_spec
+from twostroke.kv.wire import decode_envelope, encode_message
+from twostroke.model import link
+from twostroke.model.facts import FaceFacts, ModelFacts
+from twostroke.protos import handover_pb2 as pb
+
+SPEC, CLASS = attention_spec(2, 2, 16, Codec.FP8_E4M3), b"c" * 16
+KEY, EPOCH, TOKENS = SequenceKey("r", 0), Epoch(1, 5), 72
+
+
+class Timer:
+    def cancel(self) -> None: ...
+
+
+class Peerage:
+    """The decode side's end of a stream to one peer; the test is the peer."""
+
+    def __init__(self, address: str) -> None:
+        self.address, self.sequence, self.said = address, 0, []
+        self.acts: list[Callable[[], None]] = []
+
+    def now_s(self) -> float:
+        return 1.0
+
+    def after(self, delay_s: float, act: Callable[[], None]) -> Timer:
+        if not delay_s:
+            self.acts.append(act)
+        return Timer()
+
+    def listen(self, hear: Callable[[bytes | None], None]) -> None:
+        self.hear = hear
+
+    def send(self, envelope: bytes) -> None:
+        self.said.append(decode_envelope(envelope).WhichOneof("body"))  # type: ignore[union-attr, call-overload]
+
+    def close(self, *, now: bool) -> None:
+        self.said.append("close")
+
+    def trace(self, action: Any) -> None: ...
+
+    def says(self, body: Any) -> None:
+        while self.acts:
+            self.acts.pop()()
+        self.sequence += 1
+        self.hear(encode_message(Label("r", 0, EPOCH).down(self.sequence, body)))
+
+
+class Text:
+    """A choice whose tokens are their own text."""
+
+    num_tokens, num_shown, ended = 0, 0, None
+
+
+class Bench:
+    def __init__(self, num_peers: int = 2, held_tokens: int = 0) -> None:
+        self.commands: list[Any] = []
+        self.peers: list[Peerage] = []
+        model = ModelFacts("m", "", 100, 64, frozenset({1}), b"w" * 16, CLASS, "here", True, SPEC)
+        self.facts = FaceFacts("d", model, Namer(b"k" * 32, b"w" * 16, CLASS), 7, 10, 16, 8192, 4, 8, 64)
+        self.pull = PullTools(self, None, 7, SPEC, Timing(), MonotonicClock(), Counter())  # type: ignore[arg-type]
+        peers = tuple(Peer(f"p{n}", 1, f"p{n}:1") for n in range(num_peers))
+        params = SamplingParams(max_tokens=9)
+        order = Order(KEY, EPOCH, tuple(range(TOKENS)), params, "t", b"", peers, 60.0, 0, 0, 1)
+        self.run = Run(order, Text(), Outbox(), self, lambda _: None)  # type: ignore[arg-type]
+        self.run.start()
+        self.run.handle(link.Promised(order.engine_key, held_tokens))
+        self.key = order.engine_key
+
+    def connect(self, key: SequenceKey, address: str) -> Peerage:
+        self.peers.append(Peerage(address))
+        return self.peers[-1]
+
+    def own(self, key: SequenceKey, owner: Any) -> None: ...
+
+    def send(self, command: Any) -> None:
+        self.commands.append(command)
+
+    def sent(self, kind: type) -> list[Any]:
+        return [command for command in self.commands if isinstance(command, kind)]
+
+
+def lost(stored: int = 0, first_token: int | None = None, reason: End = End.CLOSED) -> Lost:
+    return Lost(reason, stored, first_token)
+
+
+@pytest.mark.parametrize("reason", [End.FAILED, End.CLOSED, End.SILENT, End.PROTOCOL, End.CORRUPTED])
+@pytest.mark.parametrize("held", [0, 16])
+def test_the_next_peer_is_asked_where_nothing_came(held: int, reason: End) -> None:
+    it = Bench(held_tokens=held)
+    it.run.pull_lost(lost(held, reason=reason))
+    assert [peer.address for peer in it.peers] == ["p0:1", "p1:1"]
+    it.run.pull_lost(lost(held, reason=reason))
+    assert it.sent(link.PrefillLocally) == [link.PrefillLocally(it.key, held, None)]
+
+
+@pytest.mark.parametrize(("stored", "first_token"), [(32, None), (0, 7), (32, 7)])
+def test_what_came_is_kept_and_the_rest_computed_here(stored: int, first_token: int | None) -> None:
+    it = Bench()
+    it.run.pull_lost(lost(stored, first_token))
+    assert len(it.peers) == 1
+    assert it.sent(link.PrefillLocally) == [link.PrefillLocally(it.key, stored, first_token)]
+
+
+def test_a_request_that_ended_asks_nobody_and_computes_nothing() -> None:
+    it = Bench()
+    it.peers[0].says(pb.Started())
+    it.run.cancel("nobody wants it")
+    assert it.sent(link.CancelSequence) == [link.CancelSequence(it.key, FinishReason.CANCELLED)]
+    assert it.peers[0].said[-2:] == ["cancel", "close"]
+    it.run.pull_lost(lost())
+    assert (len(it.peers), it.sent(link.PrefillLocally)) == (1, [])
+    late = Bench()
+    late.peers.clear()
+    late.run.cancel("before the promise")
+    late.run.handle(link.Promised(late.key, 0))
+    assert late.peers == []
+
+
+def test_room_that_a_lost_peer_asked_for_waits_for_the_next_one_to_ask() -> None:
+    it = Bench()
+    it.peers[0].says(pb.Started())
+    it.run.handle(link.NotYet(it.key))
+    it.peers[0].hear(None)
+    assert len(it.peers) == 2
+    it.run.handle(link.Bound(it.key))
+    assert "bind" not in it.peers[1].said
+    it.peers[1].says(pb.Started())
+    assert it.peers[1].said == ["open", "bind"]
+    assert len(it.sent(link.Bind)) == 1
+
+
+def test_the_end_of_a_sequence_ends_its_hand_over() -> None:
+    it = Bench()
+    it.peers[0].says(pb.Started())
+    it.run.handle(link.Ended(it.key, FinishReason.ERROR, "deadline_exceeded", "late"))
+    assert it.peers[0].said[-2:] == ["cancel", "close"]
