@@ -98,7 +98,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "text/": ("tests/text/test_incremental.py", "tests/text/test_behind_prompt.py"),
     "cluster/membership": ("tests/cluster/test_membership.py",),
-    "cluster/supervisor": ("tests/cluster/test_membership.py", "tests/cluster/test_launch_inprocess.py"),
+    "cluster/supervisor": ("tests/cluster/test_supervisor.py", "tests/cluster/test_drained.py"),
     "cluster/watch": ("tests/cluster/test_watchers.py", "tests/cluster/test_worker_watch.py"),
     "cluster/": ("tests/cluster/test_worker_watch.py",),
 }

@@ -1,0 +1,82 @@
+"""What the supervisor makes of ends and of the router's words, without a process: who is ready, absent, or hopeless."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from twostroke.cluster.config import load_config
+from twostroke.cluster.last_words import End
+from twostroke.cluster.machine import machine_facts, model_facts
+from twostroke.cluster.membership import Standing
+from twostroke.cluster.placement import place
+from twostroke.cluster.supervisor import Supervisor
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.at_s = 0.0
+
+    def now_s(self) -> float:
+        return self.at_s
+
+
+@pytest.fixture
+async def made(tiny_checkpoint: Path) -> tuple[Supervisor, Clock]:
+    flags = {"model.path": str(tiny_checkpoint), "cluster.launcher": "inprocess", "cluster.prefill": 0}
+    config = load_config(flags={**flags, "model.max_model_len": 256, "cache.tokens": 1024})
+    clock = Clock()
+    plan = place(config, machine_facts(), model_facts(config))
+    supervisor = Supervisor(config, plan, clock, say=lambda _: None)  # type: ignore[arg-type]
+    for name in supervisor._members:
+        supervisor._membership.want(name, 0.0)
+        supervisor._membership.started(name, 0.0)
+    return supervisor, clock
+
+
+def worker_of(supervisor: Supervisor) -> str:
+    return next(name for name, member in supervisor._members.items() if member.kind == "worker")
+
+
+def seen(*workers: tuple[str, str, str]) -> dict[str, Any]:
+    """As the router shows workers: name, incarnation, state."""
+    shown = [{"worker_id": name, "incarnation": life, "state": state, "numerics": ""} for name, life, state in workers]
+    return {"router": {"incarnation": "1"}, "workers": shown}
+
+
+async def test_the_life_that_ended_does_not_pass_for_the_new_one(made: tuple[Supervisor, Clock]) -> None:
+    supervisor, clock = made
+    name, standing = worker_of(supervisor), supervisor._membership.standing
+    supervisor._note(seen((name, "first", "live")))
+    assert standing(name) is Standing.READY
+    supervisor._ended(name, End("killed"))
+    supervisor._membership.started(name, clock.at_s)
+    supervisor._note(seen((name, "first", "live")))  # the router has not heard of the end yet
+    assert standing(name) is Standing.STARTING
+    supervisor._note(seen((name, "second", "live")))
+    assert standing(name) is Standing.READY
+
+
+async def test_of_workers_a_router_that_is_away_says_nothing(made: tuple[Supervisor, Clock]) -> None:
+    supervisor, clock = made
+    name = worker_of(supervisor)
+    supervisor._note(seen((name, "first", "live")))
+    for clock.at_s in range(0, 1000, 100):
+        supervisor._note(None)
+    assert name not in supervisor._membership.overdue(clock.at_s)
+
+
+@pytest.mark.parametrize(("certain", "ends"), [(True, 1), (False, 3)])
+async def test_a_start_is_given_up_when_it_is_hopeless(
+    made: tuple[Supervisor, Clock], certain: bool, ends: int
+) -> None:
+    supervisor, clock = made
+    name = worker_of(supervisor)
+    for number in range(ends):
+        assert not supervisor._hopeless, number
+        supervisor._membership.started(name, clock.at_s)
+        supervisor._ended(name, End("no such file", is_certain=certain))
+    assert "no such file" in supervisor._hopeless
+    assert supervisor._settled.is_set()
