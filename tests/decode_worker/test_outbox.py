@@ -139,3 +139,10 @@ def test_a_gap_between_parts_is_our_own_error():
     outbox.add_tokens(KEY, EPOCH, 0, (1,), "")
     with pytest.raises(AssertionError):
         outbox.add_tokens(KEY, EPOCH, 2, (1,), "")
+
+
+def test_news_that_nobody_reads_is_forgotten():
+    outbox = Outbox(max_ends=2)
+    for number in range(5):
+        outbox.add_news(KEY, EPOCH, f"instant {number}")
+    assert [news.what for news in outbox.take().news] == ["instant 0", "instant 1"]

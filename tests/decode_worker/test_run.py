@@ -10,6 +10,7 @@ import pytest
 
 from twostroke.core.clock import MonotonicClock
 from twostroke.core.request import Epoch, FinishReason, SamplingParams, SequenceKey
+from twostroke.decode_worker.choice import Spoken
 from twostroke.decode_worker.order import Order, Peer
 from twostroke.decode_worker.outbox import Outbox
 from twostroke.decode_worker.pull import PullTools
@@ -65,9 +66,14 @@ class Peerage:
 
 
 class Text:
-    """A choice whose tokens are their own text."""
+    """A choice that any token ends: 5 by its text, others by their number."""
 
     num_tokens, num_shown, ended = 0, 0, None
+
+    def push(self, first_index: int, token_ids: tuple[int, ...], logprobs: Any) -> Spoken:
+        is_by_text = token_ids == (5,)
+        ended = FinishReason.STOP if is_by_text else FinishReason.LENGTH
+        return Spoken(first_index, token_ids, "x", ended, is_by_text)
 
 
 class Bench:
@@ -146,6 +152,25 @@ def test_room_that_a_lost_peer_asked_for_waits_for_the_next_one_to_ask() -> None
     it.peers[1].says(pb.Started())
     assert it.peers[1].said == ["open", "bind"]
     assert len(it.sent(link.Bind)) == 1
+
+
+def test_the_engine_knows_when_the_request_is_too_late() -> None:
+    (submit,) = Bench().sent(link.Submit)
+    assert 0 < submit.deadline_s - MonotonicClock().now_s() <= 60
+
+
+def test_what_its_text_or_a_peers_token_ended_is_computed_no_further() -> None:
+    it = Bench(num_peers=0)
+    it.run.handle(link.TokenNews(it.key, 0, (5,)))
+    assert it.sent(link.CancelSequence) == [link.CancelSequence(it.key, FinishReason.STOP)]
+    knows = Bench(num_peers=0)
+    knows.run.handle(link.TokenNews(knows.key, 0, (6,)))  # the engine counts too, and ends it
+    assert knows.sent(link.CancelSequence) == []
+    peer = Bench()
+    peer.peers[0].says(pb.Started())
+    peer.peers[0].says(pb.FirstToken(token_id=6))
+    assert peer.sent(link.CancelSequence) == [link.CancelSequence(peer.key, FinishReason.LENGTH)]
+    assert peer.peers[0].said[-2:] == ["cancel", "close"]
 
 
 def test_the_end_of_a_sequence_ends_its_hand_over() -> None:

@@ -29,7 +29,12 @@ _HANDOVER = [
     ),
     Mutant("kv/handover_receiver.py", "            or frame.token_start < self._order.held_tokens\n", ""),
     Mutant("kv/handover_receiver.py", "        if end > self._num_tokens or (", "        if ("),
-    Mutant("kv/handover_receiver.py", "        self._awaited.difference_update(units)\n", ""),
+    Mutant(
+        "kv/handover_receiver.py",
+        "        self._awaited.difference_update(units)\n",
+        "",
+        survives="only blocks that are missing are looked up there, and what came is missing no more",
+    ),
     Mutant("kv/handover_receiver.py", "            self._damaged[unit] += 1\n", "            pass\n"),
     Mutant("kv/handover_receiver.py", "        if done.num_frames != self.counters.frames:\n", "        if False:\n"),
     Mutant(
