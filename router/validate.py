@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from ..core.errors import ContextLengthExceeded, InvalidRequest, Unauthenticated
 from ..core.request import Request
+from ..text.tokenizer import TooManyTokens
 from .call import Call
 from .chat import chat_prompt
 from .config import RouterConfig
@@ -128,11 +129,11 @@ def _prompt_ids(call: Call, model: ServedModel, ignored: Ignored) -> tuple[int, 
         raise InvalidRequest("prompt is empty; give at least one character or token", param="prompt")
     if call.messages is not None:
         text = chat_prompt(call, model, ignored)
-        ids: Sequence[int] = model.tokenizer.encode(text, add_special_tokens=False)
         where = "messages"
+        ids: Sequence[int] = _encoded(where, text, model, add_special_tokens=False)
     elif isinstance(call.prompt, str):
-        ids = model.tokenizer.encode(text_of("prompt", call.prompt), add_special_tokens=True)
         where = "prompt"
+        ids = _encoded(where, text_of("prompt", call.prompt), model, add_special_tokens=True)
     else:
         ids, where = call.prompt or (), "prompt"
         if len(ids) < model.max_model_len:  # else it is refused below, whatever they are
@@ -150,6 +151,19 @@ def _prompt_ids(call: Call, model: ServedModel, ignored: Ignored) -> tuple[int, 
             param=where,
         )
     return tuple(ids)
+
+
+def _encoded(where: str, text: str, model: ServedModel, *, add_special_tokens: bool) -> Sequence[int]:
+    """The ids of a text; one that fits no context is refused as soon as that is certain, the most part of it unread."""
+    try:
+        return model.tokenizer.encode(text, add_special_tokens, most=model.max_model_len)
+    except TooManyTokens as error:
+        raise ContextLengthExceeded(
+            f"{where} has at least {error.least} tokens; the model's context is {model.max_model_len}: shorten it",
+            param=where,
+        ) from None
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{where}: {error.message}", param=where) from None
 
 
 def _token_ids(ids: Sequence[int], model: ServedModel) -> Sequence[int]:
