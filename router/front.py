@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +16,8 @@ from .config import RouterConfig
 from .flow import Flow
 from .models import ModelDirectory, ServedModel
 from .pieces import Piece
-from .validate import Limits, authenticate, validate
+from .text_work import TextWork
+from .validate import Limits, authenticate, num_chars_of, timeout_of, validate
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,7 @@ class Front:
         """`reads_defaults`: see `ModelDirectory`."""
         self.flow = flow
         self.limits = Limits.of(config)
+        self.texts = TextWork()
         self._lists = Lists()
         self.models = ModelDirectory(flow, reads_defaults=reads_defaults)
         self._max_reading = config.max_running
@@ -84,6 +85,7 @@ class Front:
         Raises:
             InvalidRequest and its kin, Unauthenticated, Unavailable: see router/validate.py and router/models.py.
             Overloaded: as many calls as may run are being read already.
+            DeadlineExceeded: rendering and tokenising took longer than the call has.
         """
         (request,), model = await self._admit([call])
         return request, model
@@ -92,12 +94,14 @@ class Front:
         self.authenticate(calls[0].api_key)  # before anything is told about models
         if self._num_reading + len(calls) > self._max_reading:
             raise Overloaded(f"{self._num_reading} requests are being read, the most that are", retry_after_s=1.0)
+        model = await self.models.get(calls[0].model)
         self._num_reading += len(calls)
-        try:
-            model = await self.models.get(calls[0].model)
-            return await asyncio.to_thread(_validate, calls, model, self.limits), model
-        finally:
-            self._num_reading -= len(calls)
+        work = partial(_validate, calls, model, self.limits)
+        num_chars, timeout_s = sum(map(num_chars_of, calls)), timeout_of(calls[0], self.limits)
+        return await self.texts.run(work, num_chars, timeout_s, partial(self._have_read, len(calls))), model
+
+    def _have_read(self, num_calls: int) -> None:
+        self._num_reading -= num_calls
 
     async def start(self, call: Call, admitted: Callable[[], None] | None = None) -> Started:
         """Admit a call and run it up to its first piece. `admitted` is called when nothing of `call` is read any more.

@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..core.errors import ContextLengthExceeded, InvalidRequest, Unauthenticated
 from ..core.request import Request
@@ -72,7 +73,6 @@ def validate(call: Call, model: ServedModel, limits: Limits) -> Request:
     ignored = Ignored()
     prompt_ids = _prompt_ids(call, model, ignored)
     sampling = sampling_of(call, model, prompt_ids, limits.default_max_tokens)
-    timeout_s = min(call.timeout_s or limits.request_timeout_s, limits.request_timeout_s)
     return Request(
         request_id=request_id,
         model=model.name,
@@ -80,12 +80,31 @@ def validate(call: Call, model: ServedModel, limits: Limits) -> Request:
         sampling=sampling,
         num_choices=num_choices,
         isolation_domain=_isolation_domain(tenant, call.cache_salt),
-        timeout_s=timeout_s,
+        timeout_s=timeout_of(call, limits),
         is_chat=call.messages is not None,
         tenant=tenant,
         ignored_fields=ignored.names(),
         is_bounded=is_bounded(call, model, limits.default_max_tokens),
     )
+
+
+def timeout_of(call: Call, limits: Limits) -> float:
+    """How long a request may live: as its client says, and no longer than the router allows."""
+    return min(call.timeout_s or limits.request_timeout_s, limits.request_timeout_s)
+
+
+def num_chars_of(call: Call) -> int:
+    """About as many characters as are rendered and tokenised for a call, its ids left out."""
+    if isinstance(call.prompt, str):
+        return len(call.prompt)
+    return sum(_num_chars(message.get("content")) for message in call.messages or () if isinstance(message, Mapping))
+
+
+def _num_chars(content: Any) -> int:
+    if isinstance(content, str):
+        return len(content)
+    parts = content if isinstance(content, (list, tuple)) else ()
+    return sum(_num_chars(part.get("text")) for part in parts if isinstance(part, Mapping))
 
 
 def _isolation_domain(tenant: str, salt: str | None) -> str:
