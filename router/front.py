@@ -94,8 +94,12 @@ class Front:
         self.authenticate(calls[0].api_key)  # before anything is told about models
         if self._num_reading + len(calls) > self._max_reading:
             raise Overloaded(f"{self._num_reading} requests are being read, the most that are", retry_after_s=1.0)
-        model = await self.models.get(calls[0].model)
         self._num_reading += len(calls)
+        try:
+            model = await self.models.get(calls[0].model)
+        except BaseException:
+            self._have_read(len(calls))
+            raise
         work = partial(_validate, calls, model, self.limits)
         num_chars, timeout_s = sum(map(num_chars_of, calls)), timeout_of(calls[0], self.limits)
         return await self.texts.run(work, num_chars, timeout_s, partial(self._have_read, len(calls))), model

@@ -16,6 +16,7 @@ from .cuts import Cuts, Piece, encode_all, is_long
 from .files import read_json, read_text
 from .gguf_file import GgufFile, is_gguf
 from .gguf_tokenizer import read_vocabulary
+from .slow_patterns import check_blanks, without_slow_patterns
 from .special_tokens import NamedTokens, add_named_tokens, read_named_tokens
 from .token_bounds import TokenBounds
 
@@ -31,8 +32,15 @@ class TooManyTokens(Exception):
 class Tokenizer:
     """A checkpoint's tokenizer. Never changes after it was loaded, and so is safe to share between threads."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, special: Mapping[str, str], eos_ids: Sequence[int]) -> None:
-        """Take over `backend`; `special` maps names like "bos_token" to tokens.
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        special: Mapping[str, str],
+        eos_ids: Sequence[int],
+        *,
+        bounds_blanks: bool = False,
+    ) -> None:
+        """Take over `backend`; `special` maps names like "bos_token" to tokens; `bounds_blanks`: see slow_patterns.py.
 
         Raises:
             CheckpointError: a special token or an end-of-sequence id is not in the vocabulary.
@@ -40,6 +48,7 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
+        self._bounds_blanks = bounds_blanks
         self._vocab_size = backend.get_vocab_size(with_added_tokens=True)
         self.special_tokens = dict(special)
         self.bos_id = self._special_id("bos_token")
@@ -67,7 +76,8 @@ class Tokenizer:
         if not path.is_file():
             raise CheckpointError(f"{path}: is missing; only checkpoints with a tokenizer.json can be served")
         try:
-            backend = tokenizers.Tokenizer.from_str(read_text(path))
+            source, bounds_blanks = without_slow_patterns(read_text(path))
+            backend = tokenizers.Tokenizer.from_str(source)
         except CheckpointError:
             raise
         except Exception as error:  # tokenizers raises bare Exception for every broken file
@@ -78,7 +88,7 @@ class Tokenizer:
             add_named_tokens(backend, named)
             _check_rows(backend, named, held, directory)
             special = {name: token.content for name, token in named.by_name.items()}
-            return cls(backend, special, _generation_eos_ids(directory))
+            return cls(backend, special, _generation_eos_ids(directory), bounds_blanks=bounds_blanks)
         except CheckpointError as error:
             raise CheckpointError(f"{directory}: {error.message}") from None
 
@@ -133,6 +143,8 @@ class Tokenizer:
         _check_unicode(text)
         if most is not None and len(text) > most and (least := self.least_tokens(text)) > most:
             raise TooManyTokens(least)
+        if self._bounds_blanks:
+            check_blanks(text)
         before, after = self._edges(text, add_special_tokens)
         ids = [*before]
         for piece, adds in self._pieces(text, add_special_tokens):

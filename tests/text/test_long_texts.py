@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import random
+import sys
+from pathlib import Path
+
 import pytest
+import tokenizers
 from kinds import MAKERS, bundled, byte_level, each_tokenizer
 from long_texts import mixed_text
 from real_models import VOCABULARIES, real_models
+from tokenizers import Regex, pre_tokenizers
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from ticking import ticked_while
 
 from twostroke.core.errors import InvalidRequest
 from twostroke.text import cuts as cuts_module
 from twostroke.text import tokenizer as tokenizer_module
+from twostroke.text.gguf_words import RULES
+from twostroke.text.slow_patterns import MAX_BLANKS
 from twostroke.text.tokenizer import Tokenizer, TooManyTokens
 
 
@@ -117,3 +128,48 @@ def test_a_stretch_without_a_place_to_cut_is_bounded(encoded):
     with pytest.raises(InvalidRequest, match="without a space between words or a line break"):
         tokenizer.encode("some words before it " * 1000 + stretch + " and behind it")
     assert max(encoded) <= cuts_module.PIECE_CHARS
+
+
+def test_other_threads_have_their_turn_while_a_long_text_is_tokenised():
+    tokenizer = bundled()
+    text = mixed_text(2, 1_000_000)
+    tokenizer.encode(text[:1000])
+    assert ticked_while(lambda: tokenizer.encode(text)).share < 0.5
+
+
+def test_the_ticking_thread_sees_who_holds_the_gil():
+    text = mixed_text(2, 300_000)
+    assert ticked_while(lambda: bundled().backend.encode(text)).share > 0.5
+
+
+def test_trailing_blanks_are_found_as_before_and_in_linear_time():
+    def cuts(pattern: str) -> pre_tokenizers.Sequence:
+        rules = [pattern if "$" in rule else rule for rule in RULES["deepseek-llm"].patterns]
+        return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(rule), "isolated") for rule in rules])
+
+    (ours,) = (rule for rule in RULES["deepseek-llm"].patterns if "$" in rule)
+    draw, old, new = random.Random(1), cuts(r"\s+$"), cuts(ours)
+    for _ in range(500):
+        few = [" " * draw.randint(1, 4), " " * draw.randint(1, 200), "\n", "\r", "\t", "\x85", "\u3000", *"a1。中!"]
+        text = "".join(draw.choices(few, k=draw.randint(1, 12)))
+        assert old.pre_tokenize_str(text) == new.pre_tokenize_str(text)
+    quick = ticked_while(lambda: new.pre_tokenize_str(" " * 30_000 + "1")).work_s
+    slow = ticked_while(lambda: old.pre_tokenize_str(" " * 10_000 + "1")).work_s
+    assert quick < slow  # although three times as long
+
+
+@pytest.mark.parametrize(("pattern", "is_bounded"), [(r"\s+$", False), (r"\p{N}|\s+$", True), (r"\s+(?!\S)", False)])
+def test_a_slow_pattern_of_a_file_is_replaced_or_its_runs_of_blanks_are_bounded(tmp_path, pattern, is_bounded):
+    backend = tokenizers.Tokenizer.from_str(bundled().backend.to_str())
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.load(tmp_path)
+    for text in ("a  \n  b  ", " " * 200 + "\n", "x" + " " * 200 + "1", "  \n \n  x  "):
+        assert tokenizer.encode(text) == backend.encode(text).ids
+    text = "x" + " " * (MAX_BLANKS + 1) + "1"
+    if not is_bounded:
+        assert tokenizer.encode(text)
+        return
+    with pytest.raises(InvalidRequest, match=f"{MAX_BLANKS + 1} blanks in a row at character 1;.*at most {MAX_BLANKS}"):
+        tokenizer.encode(text)
