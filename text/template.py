@@ -212,7 +212,7 @@ class ChatTemplate:
         if len(source) > MAX_TEMPLATE_CHARS:
             raise CheckpointError(f"chat template {name!r} has {len(source)} characters; at most {MAX_TEMPLATE_CHARS}")
         try:
-            compiled = self._environment.compile_metered(source, self._limits)
+            compiled = self._environment.compile_metered(source)
             tree = self._environment.parse(source)
             self._variables |= {node.name for node in tree.find_all(nodes.Name)}
             self._fields |= _fields_in(tree)
