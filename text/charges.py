@@ -8,9 +8,9 @@ that many bytes and more than a character's time. So a render of `max_work` unit
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from time import monotonic as _now_s
 from typing import Any
 
 from jinja2.utils import Namespace
@@ -41,16 +41,17 @@ class Meter:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._work_left = limits.max_work
-        self._ends_s = time.monotonic() + limits.max_seconds
+        self._max_step = min(limits.max_step, limits.max_work)
+        self._ends_s = _now_s() + limits.max_seconds
 
     def charge(self, work: int) -> None:
         """Take `work` off what is left; before the operation that it is for."""
-        if work > self._limits.max_step:
-            raise LimitExceeded(f"more than {self._limits.max_step} steps and characters of work in one operation")
+        if work > self._max_step:
+            raise LimitExceeded(f"more than {self._max_step} steps and characters of work in one operation")
         self._work_left -= work
         if self._work_left < 0:
             raise LimitExceeded(f"more than {self._limits.max_work} steps and characters of work")
-        if time.monotonic() > self._ends_s:
+        if _now_s() > self._ends_s:
             raise LimitExceeded(f"more than {self._limits.max_seconds:g} s")
 
     def foresee(self, work: int) -> None:
@@ -60,7 +61,7 @@ class Meter:
 
     def charge_size(self, value: Any) -> int:
         """Charge `value` as large as it is written out, and return that size."""
-        size = size_of(value, min(self._work_left, self._limits.max_step))
+        size = ELEMENT + len(value) if type(value) is str else size_of(value, min(self._work_left, self._max_step))
         self.charge(size)
         return size
 
@@ -114,9 +115,6 @@ def size_of(value: Any, at_most: int) -> int:
             if ELEMENT * len(one) > at_most:
                 return size + ELEMENT * len(one)
             waiting.extend(one)
-        elif isinstance(one, Mapping):
-            waiting.extend(one.keys())
-            waiting.extend(one.values())
         elif isinstance(one, Namespace):
             waiting.append(_attributes(one))
     return size

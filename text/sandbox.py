@@ -140,6 +140,9 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """An operator."""
+        if operator == "+" and type(left) is str and type(right) is str:
+            self._current().charge(ELEMENT + len(left) + len(right))
+            return left + right
         charge_operator(self._current(), operator, left, right)
         return checked(super().call_binop(context, operator, left, right))
 
@@ -199,7 +202,10 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
 
     @jinja2.pass_environment  # jinja2 cannot call it before a template is rendered
     def _output(self, _environment: jinja2.Environment, value: Any) -> Any:
-        self._current().charge_written(value)
+        if type(value) is str:
+            self._current().charge(ELEMENT + len(value))
+        else:
+            self._current().charge_written(value)
         return value
 
     # ------------------------------------------------------------ what templates may call

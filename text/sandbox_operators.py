@@ -61,7 +61,8 @@ def _charge_sum(meter: Meter, left: Any, right: Any) -> None:
 def _charge_product(meter: Meter, left: Any, right: Any) -> None:
     for sequence, count in ((left, right), (right, left)):
         if isinstance(sequence, (str, list, tuple)) and isinstance(count, int):
-            meter.charge(meter.charge_size(sequence) * max(1, count))
+            size = len(sequence) if isinstance(sequence, str) else meter.charge_size(sequence)
+            meter.charge(ELEMENT + size * max(0, count))
 
 
 def _charge_format(meter: Meter, left: str, right: Any) -> None:

@@ -219,7 +219,9 @@ class ChatTemplate:
             return compiled
         except jinja2.TemplateSyntaxError as error:
             raise CheckpointError(f"chat template {name!r}, line {error.lineno}: {error.message}") from None
-        except (LimitExceeded, RecursionError, MemoryError, SyntaxError, ValueError) as error:
+        except (RecursionError, MemoryError):
+            raise CheckpointError(f"chat template {name!r} cannot be compiled: it nests too deeply") from None
+        except (SyntaxError, ValueError) as error:
             raise CheckpointError(f"chat template {name!r} cannot be compiled: {error}") from None
 
 
