@@ -127,10 +127,7 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
         meter = self._current()
         instead = charge_call(meter, obj, args, kwargs)
         if instead is not None:
-            result = super().call(context, obj, *instead, **kwargs)
-            if type(result) is str or type(result) is list:
-                meter.charge(len(result))
-            return result
+            return super().call(context, obj, *instead, **kwargs)
         if isinstance(obj, Macro) and (obj.catch_varargs or obj.catch_kwargs):  # it makes containers of them
             meter.charge_size((args, kwargs))
         meter.charge(ELEMENT)
@@ -192,16 +189,20 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
             self._current().charge(ELEMENT + num_elements * (1 if isinstance(value, str) else ELEMENT))
         return value[part]
 
-    def _holder(self, value: Any) -> Any:
+    def _holder(self, value: Any, weight: int) -> Any:
         """What `in` searches."""
+        meter = self._current()
         if isinstance(value, dict):
-            self._current().charge(ELEMENT)
+            meter.charge(ELEMENT)
+        elif isinstance(value, str):
+            meter.charge_size(value)
+            meter.foresee(weight * len(value))
         else:
-            self._current().charge_size(value)
+            meter.charge_size(value)
         return value
 
-    @jinja2.pass_environment  # jinja2 cannot call it before a template is rendered
-    def _output(self, _environment: jinja2.Environment, value: Any) -> Any:
+    @jinja2.pass_context  # there is none when a template is compiled, so that jinja2 cannot call it, and folds nothing
+    def _output(self, _context: Context, value: Any) -> Any:
         if type(value) is str:
             self._current().charge(ELEMENT + len(value))
         else:

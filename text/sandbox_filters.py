@@ -15,7 +15,7 @@ from jinja2.exceptions import SecurityError
 from jinja2.runtime import Undefined
 
 from .charges import ELEMENT, Meter, checked
-from .sandbox_methods import ESCAPE_GROWTH, charge_join, charge_replace, charge_strip, split_lines
+from .sandbox_methods import ESCAPE_GROWTH, charge_join, charge_recase, charge_replace, charge_strip, split_lines
 
 MAX_PRECISION = 20
 MAX_ATTRIBUTE_CHARS = 256
@@ -39,22 +39,29 @@ def _text(growth: int) -> Rule:
     return rule
 
 
+def _written(meter: Meter, value: Any) -> str:
+    if not isinstance(value, str):
+        meter.charge_written(value)
+    return str(value)
+
+
+def _recase(meter: Meter, value: Any) -> None:
+    charge_recase(meter, _written(meter, value))
+
+
 def _trim(meter: Meter, value: Any, chars: Any = None) -> None:
-    meter.charge_written(value)
-    charge_strip(meter, str(value), chars)
+    charge_strip(meter, _written(meter, value), chars)
 
 
 def _replace(meter: Meter, value: Any, old: Any, new: Any, count: Any = None) -> None:
-    for text in (value, old, new):
-        meter.charge_written(text)
-    charge_replace(meter, str(value), str(old), str(new))
+    charge_replace(meter, _written(meter, value), _written(meter, old), _written(meter, new))
 
 
 def _indent(meter: Meter, value: Any, width: Any = 4, first: Any = False, blank: Any = False) -> None:
-    meter.charge_written(value)
-    if isinstance(value, str):
-        split_lines(meter, value)
-        meter.charge((len(value.splitlines()) + 2) * (len(width) if isinstance(width, str) else max(0, int(width))))
+    text = _written(meter, value)
+    split_lines(meter, text)
+    num_chars = len(width) if isinstance(width, str) else max(0, int(width))
+    meter.charge((len(text.splitlines()) + 2) * num_chars)  # jinja2 makes the indent even for what is no text
 
 
 def _truncate(meter: Meter, value: Any, length: Any = 255, killwords: Any = False, end: Any = "...", *_: Any) -> None:
@@ -160,7 +167,7 @@ def _divided(meter: Meter, value: Any, *others: Any) -> None:
 
 FILTERS: dict[str, Rule] = {
     **dict.fromkeys(("count", "length", "d", "default", "first", "last", "items"), _no_work),
-    **dict.fromkeys(("lower", "upper", "capitalize"), _text(3)),
+    **dict.fromkeys(("lower", "upper", "capitalize"), _recase),
     **dict.fromkeys(("title", "wordcount"), _text(ELEMENT)),
     **dict.fromkeys(("e", "escape"), _text(ESCAPE_GROWTH)),
     **dict.fromkeys(("string", "safe"), _text(1)),
@@ -182,7 +189,7 @@ FILTERS: dict[str, Rule] = {
     "trim": _trim,
     "truncate": _truncate,
 }
-_PICKING = frozenset({"d", "default", "first", "last", "min", "max", "attr", "safe", "list", "sort"})
+_CHARGED_BEFORE = frozenset({"attr", "safe", "string", "list", "sort", "min", "max", "trim", "lower", "upper", "capitalize"})
 TESTS: dict[str, Rule] = {
     **dict.fromkeys(("boolean", "callable", "defined", "undefined", "none", "false", "true", "float"), _no_work),
     **dict.fromkeys(("integer", "number", "string", "mapping", "sequence", "iterable", "escaped", "sameas"), _no_work),
@@ -194,10 +201,7 @@ TESTS: dict[str, Rule] = {
 
 
 def charged(meter: Callable[[], Meter], name: str, function: Callable[..., Any], rule: Rule) -> Callable[..., Any]:
-    """`function`, a filter or test, with `rule` before it; what it makes is charged after it.
-
-    Elements that it picks were charged when they were made.
-    """
+    """`function`, a filter or test, with `rule` before it; what it makes is charged once more where it can be larger."""
     if rule is _no_work:
         return function
     # jinja2 passes environment or context first where the function is marked so; the marks travel with `wraps`.
@@ -208,7 +212,7 @@ def charged(meter: Callable[[], Meter], name: str, function: Callable[..., Any],
         value, *rest = args[leading:]
         instead = rule(meter(), value, *rest, **kwargs)
         result = function(*args[:leading], value if instead is None else instead, *rest, **kwargs)
-        if name not in _PICKING:
+        if name not in _CHARGED_BEFORE:
             meter().charge_size(checked(result))
         return result
 

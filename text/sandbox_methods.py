@@ -25,11 +25,23 @@ Charge = Callable[..., "tuple[Any, ...] | None"]  # (meter, owner, *args, **kwar
 
 def _pass(meter: Meter, owner: str, *args: Any, **_kwargs: Any) -> None:
     meter.charge(ELEMENT + len(owner))
+    meter.foresee(len(owner) * search_weight(meter.charge_size(args) - 2 * ELEMENT))
+
+
+def _compare_ends(meter: Meter, _owner: str, *args: Any) -> None:
     meter.charge_size(args)
 
 
-def _recase(meter: Meter, owner: str) -> None:
-    meter.charge(ELEMENT + 3 * len(owner))  # Unicode has letters that become three
+def search_weight(pattern_chars: int) -> int:
+    """How many times longer a search for such a pattern takes per character than a pass."""
+    return 1 if pattern_chars <= MAX_PATTERN else 4
+
+
+def charge_recase(meter: Meter, owner: str) -> None:
+    """Charge a change of the letters' case."""
+    if not owner.isascii():
+        meter.foresee(8 * len(owner))  # it is slow, and Unicode has letters that become three
+    meter.charge(ELEMENT + len(owner))
 
 
 def charge_strip(meter: Meter, owner: str, chars: Any = None) -> None:
@@ -43,7 +55,7 @@ def _search_back(meter: Meter, owner: str, sub: Any = None, *_range: Any) -> Non
 
 def _split(meter: Meter, owner: str, sep: Any = None, maxsplit: Any = -1) -> None:
     if isinstance(sep, str) and sep:
-        meter.charge(2 * len(owner) + len(sep))
+        meter.charge(len(owner) + len(sep))
         meter.charge(ELEMENT * (2 + owner.count(sep)))
     else:
         split_lines(meter, owner)
@@ -62,7 +74,7 @@ def _split_back(meter: Meter, owner: str, sep: Any = None, maxsplit: Any = -1) -
 def charge_replace(meter: Meter, owner: str, old: Any, new: Any, _count: Any = -1, **_kwargs: Any) -> None:
     """Charge a replacement in `owner`."""
     if isinstance(old, str) and isinstance(new, str):
-        meter.charge(ELEMENT + 2 * len(owner) + len(old))
+        meter.charge(ELEMENT + len(owner) + len(old))
         meter.charge(owner.count(old) * len(new) * _growth(owner))
 
 
@@ -107,10 +119,11 @@ def _small(meter: Meter, *_args: Any) -> None:
 
 
 STR_METHODS: dict[str, Charge] = {
-    **dict.fromkeys(("startswith", "endswith", "find", "index", "count", "partition"), _pass),
+    **dict.fromkeys(("startswith", "endswith"), _compare_ends),
+    **dict.fromkeys(("find", "index", "count", "partition"), _pass),
     **dict.fromkeys(("removeprefix", "removesuffix", "isalnum", "isalpha", "isascii", "isdecimal", "isdigit"), _pass),
     **dict.fromkeys(("isidentifier", "islower", "isnumeric", "isprintable", "isspace", "istitle", "isupper"), _pass),
-    **dict.fromkeys(("lower", "upper", "title", "capitalize", "swapcase", "casefold"), _recase),
+    **dict.fromkeys(("lower", "upper", "title", "capitalize", "swapcase", "casefold"), charge_recase),
     **dict.fromkeys(("strip", "lstrip", "rstrip"), charge_strip),
     **dict.fromkeys(("rfind", "rindex", "rpartition"), _search_back),
     "split": _split,

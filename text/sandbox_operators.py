@@ -47,13 +47,14 @@ def _foresee_bits(operator: str, left: Any, right: Any) -> None:
     if operator == "*":
         num_bits = left.bit_length() + right.bit_length() - 1
     else:
-        num_bits = left.bit_length() * max(0, right) if abs(left) > 1 else 1
-    if num_bits > MAX_INT_BITS + 1:  # the result tells the rest
+        num_bits = (left.bit_length() - 1) * right
+    if num_bits > MAX_INT_BITS:  # at least so many; the result, of at most some hundred, tells the rest
         raise LimitExceeded(f"an integer of more than {MAX_INT_BITS} bits")
 
 
 def _charge_sum(meter: Meter, left: Any, right: Any) -> None:
     size = meter.charge_size(left) + meter.charge_size(right)
+    meter.foresee(size)
     if isinstance(left, Markup) or isinstance(right, Markup):
         meter.charge(size * ESCAPE_GROWTH)
 

@@ -9,6 +9,7 @@ from jinja2 import nodes
 from jinja2.exceptions import TemplateSyntaxError
 
 from .charges import MAX_INT_BITS
+from .sandbox_methods import MAX_PATTERN, search_weight
 
 TICK, SIZE, CONCAT, SLICE, HOLDER = (f"metered {what}" for what in ("tick", "size", "concat", "slice", "holder"))
 MAX_NODES = 50_000  # the largest known template has 5,000
@@ -23,7 +24,7 @@ def put_meters(tree: nodes.Template) -> None:
         TemplateSyntaxError: the tree is larger than any template needs, or has a larger number in it.
     """
     for index, node in enumerate(tree.find_all(nodes.Node)):
-        if index > MAX_NODES:
+        if index >= MAX_NODES:
             raise TemplateSyntaxError(f"more than {MAX_NODES} expressions and statements", node.lineno)
         if isinstance(node, nodes.Const) and isinstance(node.value, int) and node.value.bit_length() > MAX_INT_BITS:
             raise TemplateSyntaxError(f"an integer of more than {MAX_INT_BITS} bits", node.lineno)
@@ -76,11 +77,16 @@ def _meter_comparison(node: nodes.Compare) -> None:
     for index, operand in enumerate(node.ops, 1):
         left, right = constant[index - 1], constant[index]
         if operand.op in ("in", "notin") and not right:
-            operand.expr = _filter(operand.expr, HOLDER)
+            operand.expr = _filter(operand.expr, HOLDER, [nodes.Const(_weight(operands[index - 1]))])
         elif not left and not right:
             operand.expr = _filter(operand.expr, SIZE)
         if not left and not right and index == 1:
             node.expr = _filter(operands[0], SIZE)
+
+
+def _weight(wanted: nodes.Expr) -> int:
+    known = isinstance(wanted, nodes.Const) and isinstance(wanted.value, str)
+    return search_weight(len(wanted.value) if known else MAX_PATTERN + 1)  # type: ignore[attr-defined]
 
 
 def _is_constant(node: nodes.Node) -> bool:
