@@ -30,7 +30,7 @@ from jinja2 import nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.runtime import Context, Macro, Undefined
+from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
@@ -53,13 +53,12 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
 
     def __init__(self) -> None:
         # Optimizing would fold constants: it evaluates what no meter sees.
-        super().__init__(
-            trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[loopcontrols, _Generation]
-        )
+        super().__init__(trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[loopcontrols, _Generation])
         self._local = threading.local()
-        self.filters = {
-            name: charged(self._current, name, self.filters[name], rule) for name, rule in FILTERS.items()
-        } | {
+        # Any: jinja2's functions have no common type.
+        theirs: dict[str, Any] = dict(self.filters)
+        self.filters = {name: charged(self._current, name, theirs[name], rule) for name, rule in FILTERS.items()}
+        self.filters |= {
             "tojson": self._to_json,
             TICK: self._tick,
             SIZE: self._sized,
@@ -229,8 +228,7 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
         return found
 
     def _namespace(self, *args: Any, **kwargs: Any) -> Namespace:
-        found = Namespace(self._new_dict(*args, **kwargs))
-        return found
+        return Namespace(self._new_dict(*args, **kwargs))
 
     def _raise_exception(self, message: Any) -> None:
         self._current().charge_written(message)

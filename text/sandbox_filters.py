@@ -85,7 +85,7 @@ def _round(meter: Meter, value: Any, precision: Any = 0, method: Any = "common")
 
 
 def _items(meter: Meter, value: Any, *args: Any, **kwargs: Any) -> Any:
-    dots = max((_check_attribute(name) for name in (*args, kwargs.get("attribute"))))
+    dots = max(_check_attribute(name) for name in (*args, kwargs.get("attribute")))
     values = meter.taken(value)
     meter.charge(ELEMENT * dots * len(values))
     return values
@@ -189,7 +189,9 @@ FILTERS: dict[str, Rule] = {
     "trim": _trim,
     "truncate": _truncate,
 }
-_CHARGED_BEFORE = frozenset({"attr", "safe", "string", "list", "sort", "min", "max", "trim", "lower", "upper", "capitalize"})
+_CHARGED_BEFORE = frozenset(
+    {"attr", "safe", "string", "list", "sort", "min", "max", "trim", "lower", "upper", "capitalize"}
+)
 TESTS: dict[str, Rule] = {
     **dict.fromkeys(("boolean", "callable", "defined", "undefined", "none", "false", "true", "float"), _no_work),
     **dict.fromkeys(("integer", "number", "string", "mapping", "sequence", "iterable", "escaped", "sameas"), _no_work),
@@ -201,7 +203,7 @@ TESTS: dict[str, Rule] = {
 
 
 def charged(meter: Callable[[], Meter], name: str, function: Callable[..., Any], rule: Rule) -> Callable[..., Any]:
-    """`function`, a filter or test, with `rule` before it; what it makes is charged once more where it can be larger."""
+    """`function`, a filter or test, with `rule` before it; what it makes is charged after it where it can be larger."""
     if rule is _no_work:
         return function
     # jinja2 passes environment or context first where the function is marked so; the marks travel with `wraps`.

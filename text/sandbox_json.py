@@ -13,7 +13,7 @@ MAX_INDENT = 16
 MAX_SEPARATOR_CHARS = 32
 
 
-def to_json(
+def to_json(  # noqa: PLR0917  # templates give them in this order
     meter: Meter,
     value: Any,
     ensure_ascii: bool = False,

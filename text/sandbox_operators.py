@@ -44,10 +44,8 @@ def charge_operator(meter: Meter, operator: str, left: Any, right: Any) -> None:
 def _foresee_bits(operator: str, left: Any, right: Any) -> None:
     if not (isinstance(left, int) and isinstance(right, int)):
         return
-    if operator == "*":
-        num_bits = left.bit_length() + right.bit_length() - 1
-    else:
-        num_bits = (left.bit_length() - 1) * right
+    bits = left.bit_length()
+    num_bits = bits + right.bit_length() - 1 if operator == "*" else (bits - 1) * right
     if num_bits > MAX_INT_BITS:  # at least so many; the result, of at most some hundred, tells the rest
         raise LimitExceeded(f"an integer of more than {MAX_INT_BITS} bits")
 
