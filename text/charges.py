@@ -18,7 +18,7 @@ from jinja2.utils import Namespace
 ELEMENT = 16
 MAX_INT_BITS = 64
 WRITTEN_GROWTH = 10  # a character in a list may be printed as "\U000e0001"
-_VIEWS: tuple[type, ...] = (type({}.keys()), type({}.values()), type({}.items()))
+_CONTAINERS: tuple[type[Any], ...] = (list, tuple, set, frozenset, type({}.keys()), type({}.values()), type({}.items()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ def size_of(value: Any, at_most: int) -> int:
         elif isinstance(one, dict):  # its own methods: looking at the size of a message reads nothing of it
             waiting.extend(dict.keys(one))
             waiting.extend(dict.values(one))
-        elif isinstance(one, (list, tuple, set, frozenset, *_VIEWS)):
+        elif isinstance(one, _CONTAINERS):
             if ELEMENT * len(one) > at_most:
                 return size + ELEMENT * len(one)
             waiting.extend(one)

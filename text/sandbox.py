@@ -35,7 +35,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from .charges import ELEMENT, WRITTEN_GROWTH, LimitExceeded, Limits, Meter, checked
-from .sandbox_filters import FILTERS, TESTS, charged
+from .sandbox_filters import FILTERS, TESTS, all_charged
 from .sandbox_json import to_json
 from .sandbox_methods import charge_call, is_allowed
 from .sandbox_operators import charge_operator
@@ -55,9 +55,7 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
         # Optimizing would fold constants: it evaluates what no meter sees.
         super().__init__(trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[loopcontrols, _Generation])
         self._local = threading.local()
-        # Any: jinja2's functions have no common type.
-        theirs: dict[str, Any] = dict(self.filters)
-        self.filters = {name: charged(self._current, name, theirs[name], rule) for name, rule in FILTERS.items()}
+        self.filters = all_charged(self._current, self.filters, FILTERS)
         self.filters |= {
             "tojson": self._to_json,
             TICK: self._tick,
@@ -66,7 +64,7 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
             SLICE: self._sliced,
             HOLDER: self._holder,
         }
-        self.tests = {name: charged(self._current, name, self.tests[name], rule) for name, rule in TESTS.items()}
+        self.tests = all_charged(self._current, self.tests, TESTS)
         self.globals = {
             "range": self._range,
             "dict": self._new_dict,

@@ -202,7 +202,14 @@ TESTS: dict[str, Rule] = {
 }
 
 
-def charged(meter: Callable[[], Meter], name: str, function: Callable[..., Any], rule: Rule) -> Callable[..., Any]:
+def all_charged(
+    meter: Callable[[], Meter], functions: Mapping[str, Any], rules: Mapping[str, Rule]
+) -> dict[str, Callable[..., Any]]:
+    """Those of jinja2's filters or tests that have a rule, charged."""
+    return {name: _charged(meter, name, functions[name], rule) for name, rule in rules.items() if name in functions}
+
+
+def _charged(meter: Callable[[], Meter], name: str, function: Callable[..., Any], rule: Rule) -> Callable[..., Any]:
     """`function`, a filter or test, with `rule` before it; what it makes is charged after it where it can be larger."""
     if rule is _no_work:
         return function
