@@ -1,6 +1,7 @@
 """Every mutant of `make mutants` can still be planted. The campaign itself takes too long for here."""
 
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,3 +16,12 @@ def test_it_can_be_planted(mutant: Mutant) -> None:
     planted = mutant.planted((ROOT / mutant.file).read_text())
     compile(planted, mutant.file, "exec")
     assert any(mutant.file.startswith(part) for part in TESTS)
+
+
+def test_no_two_have_one_name() -> None:
+    assert [name for name, times in Counter(mutant.name for mutant in MUTANTS).items() if times > 1] == []
+
+
+def test_the_tests_that_are_asked_exist() -> None:
+    asked = {words for of_file in TESTS.values() for words in of_file} | {w for m in MUTANTS for w in m.found_by}
+    assert [words for words in asked if not (ROOT / words.split("::")[0]).exists()] == []

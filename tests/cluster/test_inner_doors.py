@@ -263,6 +263,32 @@ async def test_no_answer_of_an_impostor_is_used(form, monkeypatch):
         await server.stop(None)
 
 
+async def test_a_stream_whose_peer_gives_a_wrong_proof_is_ended():
+    ended = asyncio.Event()
+
+    async def wait(_: Any, context: Any) -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.set()
+
+    server = grpc.aio.server(interceptors=[Parrot()])
+    server.add_generic_rpc_handlers(
+        [grpc.method_handlers_generic_handler("a.B", {"C": grpc.stream_stream_rpc_method_handler(wait)})]
+    )
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    try:
+        async with InsideChannel(address, KEY) as channel:
+            held = channel.stream_stream("/a.B/C")()
+            with pytest.raises(inside.Unproven):
+                await held.read()
+            async with asyncio.timeout(5):
+                await ended.wait()
+    finally:
+        await server.stop(None)
+
+
 async def test_a_worker_tells_an_impostor_router_nothing_and_says_why_once(guards, caplog):
     impostor = Impostor(*guards)
     server, address = await impostor.listen()

@@ -6,7 +6,17 @@ from dataclasses import replace
 import pytest
 
 from twostroke.core import proof
-from twostroke.core.proof import WINDOW_MS, Claim, Direction, Fault, ProofRefused, Verifier, call_header, is_answer_to
+from twostroke.core.proof import (
+    WINDOW_MS,
+    Claim,
+    Direction,
+    Fault,
+    ProofRefused,
+    Verifier,
+    call_header,
+    is_answer_to,
+    sign,
+)
 
 KEY = b"k" * 32
 METHOD = "/twostroke.v1.Worker/Drain"
@@ -30,6 +40,12 @@ def fault_of(door: Verifier, header: bytes | None, method: str = METHOD, now_ms:
 
 def numbered(number: int, sent_ms: int = NOW_MS) -> Claim:
     return replace(CLAIM, nonce=number.to_bytes(16, "big"), sent_ms=sent_ms)
+
+
+def test_no_two_claims_are_signed_alike():
+    """What moves from the end of a text to the beginning of the next is another claim."""
+    moved = replace(CLAIM, method=METHOD[:-1], audience=METHOD[-1] + CLAIM.audience)
+    assert sign(KEY, CLAIM, Direction.CALL) != sign(KEY, moved, Direction.CALL)
 
 
 def test_the_right_key_passes_and_the_answer_proves_it_back():

@@ -236,6 +236,25 @@ async def test_a_damaged_header_ends_the_hand_over(bench, size, place):
     assert it.written == []
 
 
+@pytest.mark.parametrize(
+    ("envelope", "reason"),
+    [
+        (b"no envelope", "protocol"),
+        (encode_message(LABEL.up(2, pb.HandoverBeat())), "protocol"),  # our own direction's
+        (None, "closed"),
+    ],
+    ids=["garbled", "of the other direction", "the end"],
+)
+async def test_what_no_peer_says_ends_the_hand_over_at_once(bench, envelope, reason):
+    it = bench()
+    await it.settled()
+    it.give(envelope)
+    async with asyncio.timeout(1):
+        while it.lost is None:
+            await asyncio.sleep(0.001)
+    assert it.lost.reason == reason
+
+
 @pytest.mark.parametrize(("start", "count"), [(0, 72), (0, 16), (32, 40), (16, 32), (64, 8)], ids=str)
 @pytest.mark.parametrize("size", ["small", "1 MiB"])
 async def test_what_is_held_is_not_written_over(bench, size, start, count):

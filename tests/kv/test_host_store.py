@@ -93,11 +93,13 @@ def test_one_bit_that_flips_in_host_memory_is_found(codec, token):
     assert not host.swap_in(there, held(store, 59, 14, 70))
 
 
-def test_damage_done_before_the_swap_is_found_after_it():
+@pytest.mark.parametrize("token", [19, 58])
+def test_damage_done_before_the_swap_is_found_after_it(token):
     store, host = make("fp8")
     was, there = held(store, 59, 3, 7), held(store, 59, 1, 40)
     fill(store, was)
-    store._components[0].payload_view[0, was.block_table[1], 0, 3, 0] ^= 1
+    store.seal(replace(was, start=48, count=11))  # a prompt's tail, for a peer
+    store._components[0].payload_view[0, was.block_table[token // 16], 0, token % 16, 0] ^= 1
     host.swap_out(was, there)
     assert not host.swap_in(there, held(store, 59, 14, 70))
 

@@ -28,6 +28,7 @@ def test_another_key_names_everything_otherwise():
     assert ROOT.digest(KEY) != ROOT.digest(b"x" * 32)
     assert identity_key("one secret") != identity_key("another")
     assert digest_key("one secret") != digest_key("another")
+    assert all(2**56 <= digest_key(secret) < 2**64 for secret in ("one secret", "another"))
 
 
 @given(st.lists(st.binary(max_size=3), min_size=5, max_size=5), st.lists(st.binary(max_size=3), min_size=5, max_size=5))
@@ -42,6 +43,12 @@ def test_a_token_changes_the_names_of_its_block_and_all_behind_it(place):
     other = [*IDS[:place], 999, *IDS[place + 1 :]]
     mine, theirs = chain(KEY, ROOT.digest(KEY), IDS), chain(KEY, ROOT.digest(KEY), other)
     assert [a == b for a, b in zip(mine, theirs, strict=True)] == [number < place // 16 for number in range(3)]
+
+
+def test_a_tail_that_fills_no_block_has_no_name():
+    names = [chain(KEY, ROOT.digest(KEY), IDS[:length]) for length in (15, 16, 31, 32, 47)]
+    assert [len(name) for name in names] == [0, 1, 1, 2, 2]
+    assert names[4] == names[3]
 
 
 @pytest.mark.parametrize("field", [field.name for field in fields(Namer)])

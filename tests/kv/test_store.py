@@ -134,6 +134,17 @@ def test_translates_another_codec_and_seals_anew(theirs: str, ours: str) -> None
         assert np.array_equal(a, b) if theirs == "fp8" else np.allclose(b, a, rtol=2.0**-4, atol=2.0**-8)
 
 
+@pytest.mark.parametrize("number", [np.inf, np.nan])
+def test_a_number_that_is_not_finite_is_not_translated(number: float) -> None:
+    source, target = make_store("float32"), make_store("fp8")
+    held = filled(source, 16)
+    sections = source.read_tokens(held)
+    sections[1].payload.view(np.float32)[1, 2, 7, 3] = number
+    with pytest.raises(KvCorrupted, match="not finite"):
+        target.write_tokens(held, sections)
+    assert not target.is_sealed(held)
+
+
 @pytest.mark.parametrize("codec", CODECS)
 def test_finds_one_flipped_bit_anywhere(codec: str) -> None:
     store = make_store(codec, 32)
@@ -171,6 +182,17 @@ def test_unsealed_tokens_are_not_read() -> None:
     with pytest.raises(KvCorrupted):
         store.read_tokens(held)
     assert len(store.read_tokens(replace(held, count=16))) == 2
+
+
+def test_tokens_behind_a_sealed_tail_are_not_sealed_with_it() -> None:
+    store = make_store()
+    held = scattered(store, 32)
+    write_rows(store, held)
+    store.seal(replace(held, count=20))
+    assert store.is_sealed(replace(held, count=20))
+    assert not store.is_sealed(replace(held, count=21))
+    with pytest.raises(KvCorrupted, match="not sealed"):
+        store.read_tokens(replace(held, start=16, count=16))
 
 
 def test_a_sealed_tail_grows_into_a_sealed_block_without_sealing_damage_in() -> None:

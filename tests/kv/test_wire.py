@@ -215,6 +215,55 @@ def test_a_frame_must_hold_all_that_the_cache_needs():
     assert not covers([k, v], attention_spec(3, 2, 8, 1))
     assert not covers([k, v], attention_spec(2, 2, 16, 1))
     assert not covers([k, replace(v, group="draft")], spec)
+    assert not covers([k, replace(v, head_start=1)], spec)
+    assert not covers([k, replace(v, layer_start=1)], spec)
+
+
+def cut(whole: SectionData, layers: slice, heads: slice) -> SectionData:
+    shape = whole.payload[layers, heads].shape
+    return replace(
+        whole,
+        layer_start=layers.start,
+        layer_count=shape[0],
+        head_start=heads.start,
+        head_count=shape[1],
+        payload=whole.payload[layers, heads],
+        scales=whole.scales[layers, heads],
+        digests=whole.digests[layers, heads],
+    )
+
+
+ALL = slice(0, 4)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ((slice(0, 2), ALL), (slice(2, 4), ALL)),
+        ((ALL, slice(0, 3)), (ALL, slice(3, 4))),
+        ((slice(1, 2), slice(2, 4)), (slice(3, 4), slice(1, 4))),
+    ],
+)
+def test_parts_of_layers_and_heads_verify_by_themselves(one, other):
+    whole = section("k", layers=4, heads=4)
+    frame = decode_envelope(frame_bytes([cut(whole, *one), cut(whole, *other)]))
+    assert verify_frame(frame, KEY)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ((slice(0, 2), ALL), (slice(1, 3), ALL)),
+        ((slice(0, 3), ALL), (slice(1, 2), ALL)),
+        ((ALL, slice(0, 2)), (ALL, slice(1, 3))),
+        ((slice(0, 2), slice(0, 2)), (slice(1, 3), slice(2, 4))),
+        ((slice(0, 2), slice(0, 2)), (slice(0, 3), slice(2, 4))),
+    ],
+)
+def test_parts_that_overlap_are_refused(one, other):
+    whole = section("k", layers=4, heads=4)
+    with pytest.raises(WireError, match="overlap"):
+        decode_envelope(frame_bytes([cut(whole, *one), cut(whole, *other)]))
 
 
 def test_auxiliary_sections_are_left_alone_and_unknown_ones_distrusted():

@@ -102,6 +102,7 @@ async def test_a_fetch_has_its_answer():
     assert command == FetchBlocks(command.fetch_id, (), 16, b"root")
     desk.link.emit([BlocksFetched(command.fetch_id, 0, ())])
     assert (await asyncio.wait_for(fetch, TIMEOUT_S)).fetch_id == command.fetch_id
+    assert not desk.dispatcher._fetches
     desk.link.close()
     await desk.until_over()
 

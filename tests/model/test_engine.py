@@ -256,14 +256,16 @@ class Steps:
 
 
 async def test_a_failed_step_ends_its_sequences_and_not_the_engine(start, caplog):
-    engine, desk, core = start(Steps(fails=[1, 2]), None)
-    for name in ("a", "b"):
+    good = GREEDY.max_tokens  # steps of the one between them
+    engine, desk, core = start(Steps(fails=[1, 2, good + 3, good + 4]), None)
+    for name in ("a", "b", "good", "c", "d"):
         desk.link.send(submit(name, Source.LOCAL, 20, GREEDY))
         ended = await desk.of(Ended, SequenceKey(name, 0))
-        assert (ended.reason, ended.error_code) == (FinishReason.ERROR, "internal_error")
+        wanted = (FinishReason.LENGTH, "") if name == "good" else (FinishReason.ERROR, "internal_error")
+        assert (ended.reason, ended.error_code) == wanted
     assert "boom" in caplog.text
-    desk.link.send(submit("c", Source.LOCAL, 20, GREEDY))
-    assert (await desk.of(Ended, SequenceKey("c", 0))).reason is FinishReason.LENGTH
+    desk.link.send(submit("e", Source.LOCAL, 20, GREEDY))
+    assert (await desk.of(Ended, SequenceKey("e", 0))).reason is FinishReason.LENGTH
     assert not engine.is_broken
     assert core.num_live == 0
 
@@ -292,6 +294,26 @@ async def test_who_makes_a_step_fail_ends_alone_and_never_the_engine(start):
     assert len(desk.tokens[SequenceKey("neighbour", 0)]) == 400
     assert not engine.is_broken
     assert core.num_live == 0
+
+
+class Overflowing(Poisoned):
+    """Beside it, one whose logits are not finite."""
+
+    def run(self, plan):
+        result = super().run(plan)
+        bad = frozenset(step.key for step in plan.sequences if step.key.request_id == "overflows")
+        return replace(result, tokens=tuple(() if step.key in bad else (5,) for step in plan.sequences), non_finite=bad)
+
+
+async def test_what_is_told_of_a_neighbour_holds_also_where_a_step_is_taken_again(start):
+    runner = Overflowing()
+    _, desk, _ = start(runner, None)
+    runner.may_go.clear()
+    for name in ("first", "poison", "overflows"):
+        desk.link.send(submit(name, Source.LOCAL, 20, GREEDY))
+    runner.may_go.set()
+    ends = {name: await desk.of(Ended, SequenceKey(name, 0)) for name in ("first", "poison", "overflows")}
+    assert [ends[name].error_code for name in ends] == ["", "internal_error", "non_finite_kv"]
 
 
 async def test_three_failures_in_a_row_break_the_engine_and_everyone_hears(start):

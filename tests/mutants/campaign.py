@@ -1,20 +1,23 @@
 """Plants one small bug after another into a copy of the tree and asks tests and simulator whether they see it.
 
-    python tests/mutants/campaign.py [--only WORDS] [--jobs 2] [--timeout 120]
+    python tests/mutants/campaign.py [--only WORDS] [--ask both] [--jobs 2] [--timeout 120]
 
-For each: the quick tests of its file first, then 400 schedules of the simulator. Found: one of them fails. Exit status
-1: a bug was seen by nobody and is not explained, or an explained one was seen.
+For each: the quick tests of its file first, then 400 schedules of the simulator, if it plays that file. Found: one of
+them fails. Exit status 1: a bug was seen by nobody and is not explained, or an explained one was seen.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from mutant import ROOT, Mutant
 from planted import MUTANTS, TESTS
 
-SIMULATED = ("-P", "-m", "twostroke.cli.main", "sim", "faults", "--schedules", "400", "--seed", "910001")
+SCHEDULES = ("-P", "-m", "twostroke.cli.main", "sim", "faults", "--schedules", "400", "--seed", "910001")
 
 
 @dataclass(frozen=True)
@@ -40,71 +43,119 @@ class Verdict:
         return bool(self.seen_by) != bool(self.mutant.survives)
 
 
-class Copies:
-    """Copies of the tree, one for each job."""
+class Copy:
+    """A copy of the tree, compiled, and the process that runs its tests."""
 
-    def __init__(self, folder: Path, jobs: int) -> None:
+    def __init__(self, place: Path) -> None:
         listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True).stdout
-        names = [name for name in listed.decode().split("\0") if name]
-        self._free = [folder / str(job) for job in range(jobs)]
-        for copy in self._free:
-            for name in names:
-                place = copy / name
-                place.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(ROOT / name, place, follow_symlinks=False)
+        for name in listed.decode().strip("\0").split("\0"):
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, place / name, follow_symlinks=False)
+        self.place = place
+        by_content = ("-m", "compileall", "-q", "--invalidation-mode", "checked-hash", ".")
+        subprocess.run([sys.executable, *by_content], cwd=place, check=False)
+        nursery = [sys.executable, "-P", Path(__file__).with_name("nursery.py"), place]
+        self._nursery = subprocess.Popen(
+            nursery, env=environment(place), text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
 
-    def judge(self, mutant: Mutant, timeout_s: float) -> Verdict:
+    def tests_fail(self, tests: Sequence[str], timeout_s: float) -> str:
+        """What fails first; empty: nothing."""
+        asks, answers = self._nursery.stdin, self._nursery.stdout
+        assert asks is not None
+        assert answers is not None
+        print(json.dumps((["-x", "-q", "-p", "no:cacheprovider", *tests], timeout_s)), file=asks, flush=True)
+        failed: str = json.loads(answers.readline())
+        return failed
+
+    def schedules_fail(self, timeout_s: float) -> str:
+        """The simulator's first words of a violation; empty: there is none."""
+        try:
+            done = subprocess.run(
+                [sys.executable, *SCHEDULES],
+                cwd=self.place,
+                env=environment(self.place),
+                capture_output=True,
+                text=True,
+                timeout=timeout_s,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return f"not at its end after {timeout_s:g} s"
+        said = [line for line in done.stdout.splitlines() if "violated" in line]
+        return "" if done.returncode == 0 else said[0][:140] if said else f"exit status {done.returncode}"
+
+    def close(self) -> None:
+        """End its process."""
+        self._nursery.terminate()
+        self._nursery.wait()
+
+
+class Judges:
+    """Ask tests and simulator, each mutant in a copy that no other one has meanwhile."""
+
+    def __init__(self, copies: Sequence[Copy], asked: str, timeout_s: float) -> None:
+        self._free = list(copies)
+        self._asks_tests = asked != "simulator"
+        self._played = _played(copies[0].place) if asked != "tests" else frozenset()
+        self._timeout_s = timeout_s
+
+    def judge(self, mutant: Mutant) -> Verdict:
         """Plant, ask, take out again."""
         copy = self._free.pop()
-        place, began_s = copy / mutant.file, time.monotonic()
+        place, began_s = copy.place / mutant.file, time.monotonic()
         text = place.read_text()
         place.write_text(mutant.planted(text))
         try:
-            return Verdict(mutant, _seen_by(mutant, copy, timeout_s), time.monotonic() - began_s)
+            return Verdict(mutant, self._seen_by(mutant, copy), time.monotonic() - began_s)
         finally:
             place.write_text(text)
             self._free.append(copy)
 
-
-def _seen_by(mutant: Mutant, copy: Path, timeout_s: float) -> str:
-    tests = mutant.found_by or next(words for part, words in TESTS.items() if mutant.file.startswith(part))
-    asked = {"tests": ("-P", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests), "simulator": SIMULATED}
-    for who, words in asked.items():
-        failure = _fails([sys.executable, *words], copy, timeout_s)
-        if failure:
-            return f"{who} ({failure})"
-    return ""
-
-
-def _fails(command: list[str], copy: Path, timeout_s: float) -> str:
-    environment = os.environ | {"PYTHONPATH": str(copy / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
-    try:
-        done = subprocess.run(
-            command, cwd=copy, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return f"not at its end after {timeout_s:g} s"
-    if done.returncode == 0:
+    def _seen_by(self, mutant: Mutant, copy: Copy) -> str:
+        if self._asks_tests:
+            tests = mutant.found_by or next(words for part, words in TESTS.items() if mutant.file.startswith(part))
+            if failed := copy.tests_fail(tests, self._timeout_s):
+                return f"tests ({failed})"
+        if mutant.file in self._played and (failed := copy.schedules_fail(self._timeout_s)):
+            return f"simulator ({failed})"
         return ""
-    said = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR")) or "violated" in line]
-    return said[0][:140] if said else f"exit status {done.returncode}"
+
+
+def _played(copy: Path) -> frozenset[str]:
+    """The files that the simulator runs."""
+    tell = "import sys, twostroke.sim.faults; print(*(module.__file__ or '' for module in sys.modules.values() if "
+    tell += "module.__name__.startswith('twostroke.')), sep='\\n')"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", tell], env=environment(copy), check=True, capture_output=True, text=True
+    )
+    source = copy / "src" / "twostroke"
+    return frozenset(line.removeprefix(f"{source}/") for line in done.stdout.splitlines())
+
+
+def environment(copy: Path) -> dict[str, str]:
+    """In which Python runs a copy."""
+    return os.environ | {"PYTHONPATH": str(copy / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 def main() -> int:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="mutants whose name has this")
+    parser.add_argument("--only", default="", help="mutants whose name has this (a regular expression)")
+    parser.add_argument("--ask", choices=("both", "tests", "simulator"), default="both")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds for the tests, and for the simulator")
     given = parser.parse_args()
-    mutants = [mutant for mutant in MUTANTS if given.only in mutant.name]
+    mutants = [mutant for mutant in MUTANTS if re.search(given.only, mutant.name)]
     verdicts: list[Verdict] = []
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(given.jobs) as pool:
-        copies = Copies(Path(folder), given.jobs)
-        for verdict in pool.map(lambda mutant: copies.judge(mutant, given.timeout), mutants):
+        copies = [Copy(Path(folder) / str(job)) for job in range(given.jobs)]
+        for verdict in pool.map(Judges(copies, given.ask, given.timeout).judge, mutants):
             verdicts.append(verdict)
             told = verdict.seen_by or f"SURVIVES {verdict.mutant.survives}"
             print(f"{verdict.seconds:6.1f} s  {verdict.mutant.name}: {told}", flush=True)
+        for copy in copies:
+            copy.close()
     wrong = [verdict for verdict in verdicts if not verdict.is_right]
     print(f"{len(verdicts)} mutants, {sum(bool(v.seen_by) for v in verdicts)} seen, {len(wrong)} not as they should be")
     for verdict in wrong:

@@ -151,6 +151,17 @@ async def test_an_order_becomes_a_sequence_for_a_peer(bench):
     assert submit.prompt_ids == tuple(range(40))
     assert len(submit.identities) == 2
     assert (submit.peer_held_tokens, submit.priority, submit.num_emitted) == (16, 3, 2)
+    assert 0 < submit.deadline_s - MonotonicClock().now_s() <= 5
+
+
+async def test_a_drain_that_takes_too_long_ends_what_runs_and_says_how_many(bench):
+    it = bench()
+    _, task = it.open(order())
+    await it.link.until(Submit)
+    assert await it.service.drain(0.01) == 1
+    await it.link.until(CancelSequence)
+    await asyncio.wait([task], timeout=2)
+    assert task.done()
 
 
 async def test_the_engine_waits_for_room_over_there(bench):
@@ -220,6 +231,12 @@ async def test_another_class_is_welcome_where_nobody_is_deterministic(bench):
     await it.link.until(Submit)
 
 
+async def test_a_deterministic_worker_takes_no_other_class_whatever_the_order_says(bench):
+    it = bench()
+    pipe, _ = it.open(order(deterministic=False, numerics_class=b"x" * 16))
+    assert (await pipe.read("failed")).failed.param == "numerics_class"
+
+
 async def test_another_codec_is_welcome_where_nobody_is_deterministic(bench):
     it = bench(deterministic=False)
     it.open(order(deterministic=False, kv_spec=spec_to_wire(attention_spec(2, 2, 16, Codec.FP32))))
@@ -234,6 +251,16 @@ async def test_streams_are_bounded(bench):
     failed = (await pipe.read("failed")).failed
     assert failed.code == "overloaded"
     assert failed.retry_after_ms > 0
+
+
+async def test_the_same_order_may_come_again_before_the_first_has_ended(bench):
+    it = bench()
+    for _ in range(2):
+        it.open(order())
+    async with asyncio.timeout(3):
+        while len(submits := [command for command in it.link.commands if isinstance(command, Submit)]) < 2:
+            await asyncio.sleep(0.001)
+    assert submits[0].key != submits[1].key
 
 
 @pytest.mark.parametrize("why", ["combined", "draining"])

@@ -322,6 +322,21 @@ async def test_the_decision_log_has_a_line_per_request(tmp_path: Path) -> None:
     assert lines[0]["choice"]["reason"]
 
 
+async def test_nothing_of_a_running_request_is_explained_to_another_tenant() -> None:
+    async with cluster() as c:
+        worker = FakeWorker("w")
+        worker.behaviour.hold_first = asyncio.Event()
+        await c.add(worker)
+        task = asyncio.create_task(collect(c.flow, request("r1")))
+        await until(lambda: worker.submits)
+        assert c.flow.explain("tenant", "r1") is not None
+        assert c.flow.explain("another tenant", "r1") is None
+        worker.behaviour.hold_first.set()
+        await task
+        assert c.flow.explain("another tenant", "r1") is None
+        assert c.flow.cluster()["counters"]["handovers"] == 0
+
+
 async def test_metrics_exist_with_zero_and_then_count() -> None:
     async with cluster() as c:
         value = c.flow.metrics.registry.get_sample_value

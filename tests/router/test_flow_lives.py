@@ -10,7 +10,7 @@ import grpc.aio
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from fake_worker import PROOF_KEY, FakeWorker, reborn
+from fake_worker import MODEL, PROOF_KEY, FakeWorker, reborn
 from flow_cluster import PROMPT, cluster, collect, expected, request, tokens_of, until
 
 from twostroke.core import errors
@@ -223,3 +223,32 @@ async def test_a_draining_worker_gets_nothing_new_and_ends_what_it_runs() -> Non
             await collect(c.flow, request(f"s{number}"))
         assert len(leaving.submits) == 1
         assert tokens_of(await task) == expected(10)
+
+
+async def test_a_waiting_request_goes_as_soon_as_a_worker_is_there() -> None:
+    async with cluster(worker_patience_s=60.0) as c:
+        worker = FakeWorker("a")
+        worker.refuses_sessions = True
+        c.workers.append(await worker.start(c.internal))
+        await until(lambda: c.state("a") == "joining")
+        task = asyncio.create_task(collect(c.flow, request()))
+        await asyncio.sleep(0)
+        worker.refuses_sessions = False
+        assert tokens_of(await task) == expected(5)
+
+
+async def test_a_worker_that_is_gone_is_counted_once_and_leaves_nothing() -> None:
+    async with cluster() as c:
+        worker, other = FakeWorker("a", load={"counters": {"preemptions": 3}}), FakeWorker("b")
+        await c.add(worker, other)
+        value = c.flow.metrics.registry.get_sample_value
+        await until(lambda: value("vllm:num_preemptions_total", {"model_name": MODEL}) == 3)
+        await until(lambda: 'engine="a"' in c.flow.metrics.render("")[0].decode())
+        await worker.die()
+        await until(lambda: c.state("a") is None)
+        await c.add(FakeWorker("d"))  # the fleet changes once more
+        assert value("twostroke_workers_lost_total") == 1
+        assert 'engine="a"' not in c.flow.metrics.render("")[0].decode()
+        assert {key.worker_id for key in c.flow._members._links} == {"b", "d"}
+        await c.flow.close()
+        assert value("twostroke_workers_lost_total") == 1

@@ -225,3 +225,13 @@ async def test_a_watcher_that_stops_reading_holds_up_no_shutdown():
         await until(lambda: there.health._server_watchers)
         async with asyncio.timeout(5):
             await there.health.enter_graceful_shutdown()
+
+
+async def test_a_message_that_is_here_takes_no_more_room_than_it_has_bytes():
+    async with serving() as there, there.channel() as channel:
+        free = there.guard._room.free_bytes
+        stub = inference_pb2_grpc.InferenceStub(channel)
+        call = stub.Generate(inference_pb2.GenerateRequest(text="wait"), metadata=GOOD)
+        await until(lambda: 0 < free - there.guard._room.free_bytes < 100)
+        call.cancel()
+        await until(lambda: there.guard._room.free_bytes == free)

@@ -43,6 +43,7 @@ class Router:
         self.full: set[str] = set()  # workers that take no order beyond the first that is sent to them
         self.timers: list[FakeTimer] = []
         self.drops: list[str] = []
+        self.wires: list[str] = []
         self.lost_runs: list[str] = []
         self.up: set[WorkerKey] = set()
         self.roster = Roster(Fleet(), PrefixMap(), self)
@@ -59,9 +60,14 @@ class Router:
         self.up.add(facts.key)
         return facts.key
 
-    def connect(self, facts: WorkerFacts) -> None: ...
-    def reset(self, key: WorkerKey) -> None: ...
-    def disconnect(self, facts: WorkerFacts) -> None: ...
+    def connect(self, facts: WorkerFacts) -> None:
+        self.wires.append(f"connect {facts.worker_id} #{facts.incarnation}")
+
+    def reset(self, key: WorkerKey) -> None:
+        self.wires.append(f"reset {key.worker_id} #{key.incarnation}")
+
+    def disconnect(self, facts: WorkerFacts) -> None:
+        self.wires.append(f"disconnect {facts.worker_id} #{facts.incarnation}")
 
     def lost(self, change) -> None:
         self.up.discard(change.worker.key)
@@ -146,10 +152,12 @@ class Router:
         output.epoch.incarnation, output.epoch.counter = epoch
         self.life.take_step(run.dispatches[-1].decode, worker_pb2.StepOutput(tokens=[output]), self.now_s)
 
-    def end(self, run: Run, choice: int = 0, code: str | None = None, key: WorkerKey | None = None) -> None:
+    def end(
+        self, run: Run, choice: int = 0, code: str | None = None, key: WorkerKey | None = None, missing: int = 0
+    ) -> None:
         end = worker_pb2.RequestEnd(request_id=run.name, choice=choice, reason=ERROR if code else LENGTH)
         end.epoch.incarnation, end.epoch.counter = run.dispatches[-1].epoch
-        end.usage.completion_tokens = run.delivery.tokens_of(choice)
+        end.usage.completion_tokens = run.delivery.tokens_of(choice) + missing
         if code:
             end.error.code, end.error.message = code, "no"
         key = key or run.dispatches[-1].decode
@@ -183,6 +191,33 @@ def test_a_request_is_ordered_heard_and_settled_and_nothing_is_left() -> None:
     assert not router.life.conclude(run)
     assert router.life.admission.accepted == 1
     router.assert_nothing_is_left()
+
+
+def test_what_each_choice_costs_is_counted_until_it_is_over() -> None:
+    router = Router("a")
+    run = router.ask(num_choices=2)
+    worker = router.roster.fleet.get("a")
+    assert worker is not None
+    assert router.life.admission.tokens == 2 * (50 + run.request.expected_tokens)
+    assert (worker.queued_prefill_tokens, worker.num_decoding) == (51, 2)
+    router.tokens(run, choice=0)
+    assert (worker.queued_prefill_tokens, worker.num_decoding) == (1, 2)
+    router.tokens(run, choice=1)
+    assert (worker.queued_prefill_tokens, worker.num_decoding) == (0, 2)
+    router.end(run, choice=0)
+    assert worker.num_decoding == 1
+
+
+def test_only_the_worker_that_was_asked_is_heard() -> None:
+    router = Router("a", "b")
+    run = router.ask()
+    other = next(key for key in router.up if key != placed(run))
+    output = worker_pb2.TokenOutput(request_id=run.name, token_ids=[1])
+    output.epoch.incarnation, output.epoch.counter = run.dispatches[-1].epoch
+    router.life.take_step(other, worker_pb2.StepOutput(tokens=[output]), router.now_s)
+    router.end(run, key=other)
+    assert (run.delivery.completion_tokens, run.stage) == (0, Stage.DISPATCHED)
+    assert router.drops == ["wrong_worker", "wrong_worker"]
 
 
 def test_one_loss_is_one_dispatch_even_if_it_is_told_twice_while_nobody_is_there() -> None:
@@ -272,6 +307,20 @@ def test_what_a_recalled_dispatch_still_sends_is_stale() -> None:
     assert not run.delivery.is_awaited(0, epoch)
 
 
+def test_the_end_of_an_older_dispatch_on_the_same_worker_is_stale() -> None:
+    router = Router("a")
+    run = router.ask()
+    key, old = placed(run), run.dispatches[0].epoch
+    router.roster.session_down(key, "broke", router.now_s)
+    router.join("a")
+    router.pass_s(0.0)
+    assert placed(run) == key
+    end = worker_pb2.RequestEnd(request_id=run.name, reason=common_pb2.FINISH_REASON_CANCELLED)
+    end.epoch.incarnation, end.epoch.counter = old
+    router.life.take_step(key, worker_pb2.StepOutput(ends=[end]), router.now_s)
+    assert (run.stage, len(run.dispatches), router.drops) == (Stage.DISPATCHED, 2, ["stale_epoch"])
+
+
 def test_after_its_first_token_a_lost_request_ends() -> None:
     router = Router("a", "b")
     run = router.ask()
@@ -279,6 +328,18 @@ def test_after_its_first_token_a_lost_request_ends() -> None:
     router.roster.session_down(placed(run), "broke", router.now_s)
     assert isinstance(run.error, errors.WorkerLost)
     assert len(run.dispatches) == 1
+
+
+def test_an_end_before_all_tokens_came_is_no_end() -> None:
+    router = Router("a", "b")
+    first, second = router.ask("r1"), router.ask("r2")
+    router.tokens(first)
+    router.end(first, missing=1)  # the client has some of it already
+    assert isinstance(first.error, errors.TokensLost)
+    router.end(second, missing=5)
+    router.pass_s(0.0)
+    assert len(second.dispatches) == 2
+    assert first.finish_reasons == second.finish_reasons == ()
 
 
 @pytest.mark.parametrize("code", ["unavailable", "overloaded", "worker_lost", "tokens_lost"])
@@ -322,6 +383,14 @@ def test_a_request_waits_for_a_worker_and_gives_up_when_its_patience_is_over() -
     assert late.life.admission.rejected == 1
     late.life.conclude(run)
     late.assert_nothing_is_left()
+
+
+def test_who_gives_up_waiting_says_why_it_had_to_wait() -> None:
+    router = Router("a")
+    run = router.ask()
+    router.end(run, code="overloaded")
+    router.pass_s(9.0)
+    assert isinstance(run.error, errors.Overloaded)
 
 
 def test_a_settled_request_wakes_those_that_wait() -> None:
@@ -430,3 +499,37 @@ def test_what_workers_drop_is_dropped_from_the_map() -> None:
     assert not router.roster.take_event(key, other_life, 0.0)
     assert not router.roster.take_event(WorkerKey("b", 1), delta, 0.0)
     assert router.roster.prefixes.held(blocks) == {"a": 2}
+
+
+def test_a_worker_that_falls_silent_is_tried_again_and_one_that_goes_is_left() -> None:
+    router = Router("a", "b")
+    for beat in (0.5, 1.0, 1.5, 2.0, 2.5):
+        router.roster.beat(WorkerKey("b", 1), worker_pb2.Beat(phase="run", steps=7), beat)
+        router.roster.announced(WorkerFacts("a", 1, Role.COMBINED, "a:1", MODEL, 1000, 16, 16, 2048), beat)
+        router.roster.tick(beat, 100)
+    worker = router.roster.fleet.get("b")
+    assert worker is not None
+    assert (worker.phase, worker.steps) == ("run", 7)
+    router.roster.announce_ended(WorkerKey("b", 1))
+    router.roster.session_down(WorkerKey("b", 1), "broke", 2.6)
+    assert router.wires == ["connect a #1", "connect b #1", "reset a #1", "disconnect b #1"]
+
+
+def test_of_an_earlier_life_nothing_is_heard_and_nothing_stays() -> None:
+    router = Router("a")
+    blocks = [BlockIdentity(bytes([n] * 16)) for n in range(3)]
+    old, new, roster = WorkerKey("a", 1), WorkerKey("a", 2), router.roster
+    snapshot = worker_pb2.WatchEvent(incarnation=1, sequence=1)
+    snapshot.snapshot.identities, snapshot.snapshot.last = b"".join(blocks), True
+    roster.watching(old)
+    assert roster.take_event(old, snapshot, 0.0)
+    assert roster.prefixes.held(blocks) == {"a": 3}
+    router.join("a", incarnation=2)
+    assert roster.prefixes.held(blocks) == {}
+    roster.watching(old)  # its link is still closing
+    assert not roster.prefixes.needs_snapshot("a")
+    roster.watching(new)
+    assert not roster.take_event(old, snapshot, 0.0)
+    assert roster.prefixes.held(blocks) == {}
+    roster.tick(0.0, 100)
+    assert len(roster.prefixes) == 0

@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from fake_worker import FakeWorker
 from flow_cluster import cluster, collect, request, until
 
+from twostroke.protos import worker_pb2
 from twostroke.router import sessions
 
 
@@ -42,3 +43,19 @@ async def test_a_session_whose_orders_cannot_be_written_is_lost_at_once(monkeypa
         monkeypatch.undo()
         await until(lambda: c.state("a") == "live", 3.0)
         assert len(await collect(c.flow, request())) > 0
+
+
+async def test_orders_that_waited_when_a_session_broke_are_not_sent_in_the_next() -> None:
+    async with cluster() as c:
+        worker = FakeWorker("a")
+        await c.add(worker)
+        link = next(iter(c.flow._members._links.values()))
+        for number in range(500):
+            assert link.send(worker_pb2.SessionUp(submit=worker_pb2.Submit(request_id=f"r{number}")))
+        link.reset()
+        await until(lambda: c.state("a") == "suspect")
+        assert not link.send(worker_pb2.SessionUp(submit=worker_pb2.Submit(request_id="too early")))
+        await until(lambda: c.state("a") == "live")
+        assert link.send(worker_pb2.SessionUp(submit=worker_pb2.Submit(request_id="last")))
+        await until(lambda: worker.submits and worker.submits[-1].request_id == "last")
+        assert len(worker.submits) < 400

@@ -14,6 +14,7 @@ from flow_cluster import cluster, collect, expected, request, tokens_of, until
 
 from twostroke.core import errors, inside
 from twostroke.core.guard import Guard
+from twostroke.router.sessions import WorkerLink
 
 OTHER_KEY = b"q" * 32
 
@@ -39,6 +40,9 @@ async def test_a_worker_that_announces_itself_without_the_key_is_never_live() ->
 async def test_who_took_a_workers_address_gets_no_order_and_is_not_believed(guards, monkeypatch, caplog) -> None:
     """The announcement is a worker's own; somebody else answers at its address."""
     monkeypatch.setattr(inside, "ANSWER_S", 0.1)
+    refused: list[BaseException] = []
+    complain = WorkerLink._complain
+    monkeypatch.setattr(WorkerLink, "_complain", lambda *said: (refused.append(said[1]), complain(*said)))
     async with cluster(worker_patience_s=0.05) as c:
         impostor = FakeWorker("a", held=[b"i" * 16])
         impostor.guards = guards
@@ -54,6 +58,8 @@ async def test_who_took_a_workers_address_gets_no_order_and_is_not_believed(guar
         assert not impostor.sessions
         assert "TWOSTROKE__CLUSTER__KEY" in caplog.text
         assert PROOF_KEY.decode() not in caplog.text
+        await until(lambda: len(refused) > 3)
+        assert caplog.text.count("a gets no orders") == 1
 
 
 @pytest.mark.parametrize("address", ["unix:/run/x", "http://10.0.0.1:80", "a:0", "a"])

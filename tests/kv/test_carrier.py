@@ -1,0 +1,115 @@
+"""What carries a machine out: actions in their order, items that wait for a verdict, and the end of a stream."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from twostroke.core.clock import MonotonicClock
+from twostroke.kv.carrier import Carrier, Check, CheckLine
+from twostroke.kv.driver import INLINE_BYTES, ClientDriver
+
+
+class Host:
+    """A stream's end whose verdicts are given by the test."""
+
+    def __init__(self) -> None:
+        self.verdicts: list[Callable[[bool], None]] = []
+        self.traced: list[Any] = []
+
+    def now_s(self) -> float:
+        return 0.0
+
+    def trace(self, action: Any) -> None:
+        self.traced.append(action)
+
+    def check(self, check: Check, answered: Callable[[bool], None]) -> None:
+        self.verdicts.append(answered)
+
+
+class Machine:
+    next_deadline_s = None
+
+    def tick(self, now_s: float) -> list[Any]:
+        return []
+
+
+def test_what_an_action_brings_comes_after_the_actions_before_it() -> None:
+    host, done = Host(), []
+
+    def act(action: str) -> None:
+        if action == "ask":
+            carrier.do(["answer", "and more"])
+        done.append(action)
+
+    carrier = Carrier(Machine(), host, act)  # type: ignore[arg-type]
+    carrier.do(["ask", "second", "third"])  # type: ignore[list-item]
+    assert done == host.traced == ["ask", "second", "third", "answer", "and more"]
+
+
+def test_items_wait_for_the_verdict_of_the_one_before_them() -> None:
+    host, heard = Host(), []
+
+    def handle(item: str) -> Check | None:
+        heard.append(item)
+        return Check(lambda: True, 1, lambda holds: heard.append(f"{item} {holds}")) if item == "frame" else None
+
+    line: CheckLine[str] = CheckLine(host, handle)  # type: ignore[arg-type]
+    for item in ("word", "frame", "frame", "word"):
+        line.put(item)
+    assert heard == ["word", "frame"]
+    host.verdicts.pop()(False)
+    assert heard == ["word", "frame", "frame False", "frame"]
+    host.verdicts.pop()(True)
+    assert heard[4:] == ["frame True", "word"]
+
+
+class Stream:
+    def __init__(self) -> None:
+        self.what_happened: list[str] = []
+        self._over = asyncio.Event()
+
+    async def receive(self) -> None:
+        await self._over.wait()
+
+    async def send(self, envelope: bytes) -> None:
+        self.what_happened.append(envelope.decode())
+
+    async def finish(self) -> None:
+        self.what_happened.append("finish")
+        self._over.set()
+
+    def close(self) -> None:
+        self.what_happened.append("close")
+
+
+async def test_the_peer_is_told_that_nothing_follows_and_may_read_the_last_words() -> None:
+    stream = Stream()
+    with ThreadPoolExecutor(1) as executor:
+        driver = ClientDriver(stream, MonotonicClock(), executor, linger_s=60.0)  # type: ignore[arg-type]
+        driver.send(b"last words")
+        driver.close(now=False)
+        async with asyncio.timeout(10):
+            await driver.closed()
+    assert stream.what_happened == ["last words", "finish", "close"]
+
+
+@pytest.mark.parametrize("size_bytes", [1, INLINE_BYTES + 1])
+@pytest.mark.parametrize("holds", [False, True])
+async def test_a_verdict_is_what_the_digests_say_and_a_worker_that_ends_says_no(size_bytes: int, holds: bool) -> None:
+    stream, verdicts = Stream(), []
+    executor = ThreadPoolExecutor(1)
+    driver = ClientDriver(stream, MonotonicClock(), executor, linger_s=0.0)  # type: ignore[arg-type]
+    check = Check(lambda: holds, size_bytes, lambda _: None)
+    driver.check(check, verdicts.append)
+    while not verdicts:
+        await asyncio.sleep(0.001)
+    executor.shutdown()
+    driver.check(check, verdicts.append)
+    assert verdicts == [holds, holds and size_bytes <= INLINE_BYTES]
+    driver.close(now=True)
+    await driver.closed()

@@ -1,0 +1,295 @@
+"""Mutants of the router: what decides, and what drives it."""
+
+from __future__ import annotations
+
+from mutant import Mutant
+
+_ROUTER = [
+    Mutant("router/delivery.py", "            self._choices[index].epoch = epoch\n", "            pass\n"),
+    Mutant("router/delivery.py", "            self._choices[index].epoch = None\n", "            pass\n"),
+    Mutant(
+        "router/delivery.py",
+        "return Verdict.REPEATED if first_index < progress.next_index else Verdict.GAP",
+        "return Verdict.REPEATED",
+    ),
+    Mutant(
+        "router/delivery.py",
+        "        return all(progress.next_index == 0",
+        "        return any(progress.next_index == 0",
+    ),
+    Mutant(
+        "router/delivery.py",
+        "                if self._pieces[index].choice == piece.choice:\n",
+        "                if True:\n",
+    ),
+    Mutant("router/run.py", "            if missing > 0:\n", "            if False:\n"),
+    Mutant("router/admission.py", "        self.tokens -= offer.tokens\n", ""),
+    Mutant("router/admission.py", "        self._share_by_tenant[offer.tenant] -= self._size(offer)\n", ""),
+    Mutant("router/admission.py", "        self._retry_tokens -= 1.0\n", ""),
+    Mutant(
+        "router/admission.py",
+        "            self.accepted -= 1\n            self.cancelled += 1\n",
+        "            self.cancelled += 1\n",
+    ),
+    Mutant(
+        "router/admission.py",
+        "if tenants > 1 and own and fill",
+        "if own and fill",
+        survives="alone, a tenant has all that is used, and its fair part is all of it: never beyond",
+    ),
+    Mutant(
+        "router/prefixes.py",
+        "                self._clear(identity, slot.bit)\n        self._store(slot, stored)\n",
+        "        self._store(slot, stored)\n",
+    ),
+    Mutant("router/prefixes.py", "if slot.in_snapshot or sequence != slot.sequence + 1 or", "if slot.in_snapshot or"),
+    Mutant("router/prefixes.py", "            self._live &= ~slot.bit\n            slot.died", "            slot.died"),
+    Mutant("router/prefixes.py", "                    groups.append((mask ^ holders, low, middle - 1))\n", ""),
+    Mutant(
+        "router/prefixes.py",
+        "            self._generation >= self._swept[0].died_in_generation + 2 or",
+        "            self._generation >= self._swept[0].died_in_generation or",
+    ),
+    Mutant("router/policy.py", "        if p.numerics == d.numerics\n", ""),
+    Mutant("router/policy.py", "if home.role is Role.COMBINED or limits.local_prefill]", "if True]"),
+    Mutant("router/policy.py", "uncached = request.prompt_tokens - held\n", "uncached = request.prompt_tokens\n"),
+    Mutant(
+        "router/policy.py",
+        "return min(equal, key=lambda c: (c.in_flight,",
+        "return min(equal, key=lambda c: (-c.in_flight,",
+    ),
+    Mutant("router/fleet.py", "            return []  # a zombie of an earlier life\n", "            pass\n"),
+    Mutant(
+        "router/fleet.py",
+        "        worker.in_flight.clear()\n        return [FleetChange(Change.LOST",
+        "        return [FleetChange(Change.LOST",
+    ),
+    Mutant("router/fleet.py", "            worker.in_flight.pop(key, None)\n", "            pass\n"),
+    Mutant("router/fleet.py", "and w.state is WorkerState.LIVE]", "and w.session_up]"),
+    Mutant("router/fleet.py", "            worker.draining = worker.draining or load.draining\n", ""),
+]
+
+_LIVES = [
+    Mutant(
+        "router/lifecycle.py",
+        "        if self.runs.find(request.owner, request.request_id) is not None:\n",
+        "        if False:\n",
+    ),
+    Mutant("router/lifecycle.py", "tokens = request.num_choices * (len(", "tokens = (len("),
+    Mutant("router/lifecycle.py", "        self._cancel_on_worker(run, error.code)\n", ""),
+    Mutant("router/lifecycle.py", "        self._cancel_on_worker(run, reason)\n", ""),
+    Mutant(
+        "router/lifecycle.py",
+        "        run.recall()  # a token",
+        "        run.stage = Stage.ROUTING  # a token",
+        survives="while it is routed no worker is heard (`_run_from`); the next dispatch has an epoch of its own",
+    ),
+    Mutant(
+        "router/lifecycle.py", "        self._forget_work(run)\n        if not may_return", "        if not may_return"
+    ),
+    Mutant("router/lifecycle.py", "            run.excluded.add(dispatch.decode)\n", "            pass\n"),
+    Mutant(
+        "router/lifecycle.py",
+        "        elif run.living is None or run.living.decode != key:\n",
+        "        elif run.living is None:\n",
+    ),
+    Mutant(
+        "router/lifecycle.py",
+        "run.delivery.may_start_over and len(run.dispatches) < MAX_DISPATCHES",
+        "run.delivery.may_start_over",
+    ),
+    Mutant(
+        "router/lifecycle.py",
+        "may_retry = run.delivery.may_start_over and len(",
+        "may_retry = len(",
+    ),
+    Mutant(
+        "router/lifecycle.py",
+        "        if not may_retry or not self.admission.may_retry():\n",
+        "        if not may_retry:\n",
+    ),
+    Mutant(
+        "router/lifecycle.py",
+        "                timer.cancel()\n        self._forget_work(run)\n        del self",
+        "                timer.cancel()\n        del self",
+    ),
+    Mutant(
+        "router/lifecycle.py",
+        "        self._observer.settled(run)\n        self.workers_changed()\n",
+        "        self._observer.settled(run)\n",
+    ),
+    Mutant(
+        "router/lifecycle.py",
+        "for timer in (run.deadline, self._waiting.pop(run.name, None)):",
+        "for timer in (run.deadline,):",
+    ),
+    Mutant(
+        "router/lifecycle.py",
+        "            self._fleet.first_token(SequenceKey(run.name, tokens.choice))\n",
+        "            pass\n",
+    ),
+    Mutant("router/lifecycle.py", "        self._fleet.ended(SequenceKey(run.name, end.choice))\n", ""),
+    Mutant(
+        "router/lifecycle.py",
+        "usable = run.identities if request.sampling.prompt_logprobs is None else ()",
+        "usable = run.identities",
+    ),
+    Mutant(
+        "router/lifecycle.py",
+        "            self.fail(run, run.cause or nobody, now_s)",
+        "            self.fail(run, nobody, now_s)",
+    ),
+    Mutant(
+        "router/lifecycle.py", "        cancelled = isinstance(run.error, Cancelled)\n", "        cancelled = False\n"
+    ),
+    Mutant("router/lifecycle.py", "@{self._incarnation:x}.{self._num_admitted:x}", "@{self._num_admitted:x}"),
+    Mutant(
+        "router/lifecycle.py",
+        "computes = choice.winner.prefill or choice.winner.decode",
+        "computes = choice.winner.decode",
+    ),
+    Mutant(
+        "router/lifecycle.py",
+        '        self._recall(run, living, "sent elsewhere", may_return=is_lost)\n',
+        '        self._recall(run, living, "sent elsewhere")\n',
+    ),
+    Mutant("router/lifecycle.py", "if w.facts.key not in run.excluded)", "if True)"),
+    Mutant(
+        "router/roster.py",
+        "        if key in self._connected:\n            self.prefixes.join",
+        "        if True:\n            self.prefixes.join",
+    ),
+    Mutant(
+        "router/roster.py",
+        "        if key not in self._connected or event.incarnation != key.incarnation:\n",
+        "        if event.incarnation != key.incarnation:\n",
+    ),
+    Mutant("router/roster.py", "                self.prefixes.leave(key.worker_id)\n", ""),
+    Mutant("router/roster.py", "                self._wires.reset(key)\n", "                pass\n"),
+    Mutant("router/roster.py", "                self._connected.discard(key)\n", ""),
+    Mutant("router/roster.py", "        self.prefixes.sweep(sweep_entries)\n", ""),
+    Mutant(
+        "router/roster.py",
+        "            self.fleet.beat(key, now_s, beat.phase, beat.steps)\n",
+        "            self.fleet.beat(key, now_s)\n",
+    ),
+    Mutant("router/roster.py", "            self._wires.lost(change)\n", ""),
+    Mutant(
+        "router/roster.py",
+        "delta(key.worker_id, event.sequence, delta.stored, delta.removed)",
+        'delta(key.worker_id, event.sequence, delta.stored, b"")',
+    ),
+    Mutant("router/run.py", "        self.delivery.recall()\n", ""),
+    Mutant(
+        "router/run.py",
+        "            if not self.delivery.is_awaited(end.choice, epoch):\n                return",
+        "            if False:\n                return",
+    ),
+    Mutant(
+        "router/run.py",
+        "        usage = None if self.delivery.unfinished else self.usage\n",
+        "        usage = self.usage\n",
+    ),
+    Mutant(
+        "router/run.py",
+        "if run.living is not None and run.living.decode == key]",
+        "if run.current is not None and run.current.decode == key]",
+    ),
+    Mutant("router/run.py", "min(self._cached.values(), default=0)", "max(self._cached.values(), default=0)"),
+]
+
+_DRIVEN = [
+    Mutant("router/dispatch.py", "        self.life.tick(now_s)\n", "        pass\n"),
+    Mutant("router/dispatch.py", "        self.life.workers_changed()\n", "        pass\n"),
+    Mutant(
+        "router/dispatch.py",
+        '            self.fail(run, Unavailable("the router is stopping", retry_after_s=RETRY_AFTER_S))\n',
+        "            pass\n",
+    ),
+    Mutant("router/members.py", "                self._handlers.ticked(now_s)\n", ""),
+    Mutant("router/members.py", "        self._num_lost = self.fleet.num_lost\n", ""),
+    Mutant("router/members.py", "model.weights_fingerprint, model.identity_class)", 'model.weights_fingerprint, b"")'),
+    Mutant(
+        "router/members.py",
+        "namer.name(request.prompt_ids, request.isolation_domain)",
+        'namer.name(request.prompt_ids, "")',
+    ),
+    Mutant(
+        "router/members.py",
+        "        link = self._links.pop(facts.key, None)\n",
+        "        link = self._links.get(facts.key)\n",
+    ),
+    Mutant("router/members.py", "            self._metrics.forget_worker(facts)\n", ""),
+    Mutant(
+        "router/members.py",
+        "            if worker is not None and worker.facts.key == key:\n                self._metrics",
+        "            if False:\n                self._metrics",
+    ),
+    Mutant("router/members.py", "        self._is_closed = True\n", ""),
+    Mutant(
+        "router/flow.py",
+        '            self._dispatcher.fail(run, Cancelled("the client went away"))',
+        "            pass",
+    ),
+    Mutant("router/flow.py", "            self._conclude(run)\n", ""),
+    Mutant("router/flow.py", '        self._life.refusing = "the router is draining"\n', ""),
+    Mutant("router/flow.py", 'self._moved["handovers"] += report["bytes_moved"] > 0', 'self._moved["handovers"] += 1'),
+    Mutant("router/flow.py", "                timeline.mark(Instant.FIRST_SENT, self.clock.now_s())\n", ""),
+    Mutant("router/flow.py", "server(options=options, interceptors=[self._guard])", "server(options=options)"),
+    Mutant(
+        "router/flow.py",
+        "run = self._life.runs.find(tenant, request_id)\n        return",
+        "run = next((r for r in self._life.runs.open.values() if r.request_id == request_id), None)\n        return",
+    ),
+    Mutant("router/sessions.py", "        if facts.key != self.key:\n", "        if False:\n"),
+    Mutant(
+        "router/sessions.py",
+        "                if event.incarnation != self.key.incarnation:\n",
+        "                if False:\n",
+        survives="the roster refuses it too (`take_event`), and the watch begins again all the same",
+    ),
+    Mutant(
+        "router/sessions.py",
+        '                    raise _Broken("a gap in the worker\'s events")\n',
+        "                    pass\n",
+    ),
+    Mutant("router/sessions.py", "        while not self._orders.empty():", "        while False:"),
+    Mutant(
+        "router/sessions.py",
+        '        if message.WhichOneof("body") != "welcome":\n',
+        "        if False:\n",
+        survives="what is no welcome names no worker: the next lines refuse it as another one",
+    ),
+    Mutant("router/sessions.py", "            self._has_complained = True\n", ""),
+    Mutant("router/sessions.py", "            self._handlers.down(self.key, reason)\n", ""),
+    Mutant(
+        "router/sessions.py",
+        '            self.reset(f"orders cannot be written: {_words(error)}")\n',
+        "            pass\n",
+    ),
+    Mutant("router/sessions.py", "        if not self._is_up:\n            return False\n", ""),
+    Mutant(
+        "router/journal.py",
+        '(entry["tenant"], entry["request_id"]), _line(entry)',
+        '("", entry["request_id"]), _line(entry)',
+    ),
+    Mutant(
+        "router/journal.py",
+        "len(self._entries) > self._max_entries or self.num_bytes > self._max_bytes:",
+        "len(self._entries) > self._max_entries:",
+    ),
+    Mutant(
+        "router/journal.py",
+        "        self._forget(key)\n        self._entries[key] = line\n",
+        "        self._entries[key] = line\n",
+    ),
+    Mutant("router/journal.py", "    while len(line) > MAX_ENTRY_BYTES:\n", "    while False:\n"),
+    Mutant(
+        "router/journal.py",
+        " for name, value in entry.items() if name not in _NAMES}",
+        " for name, value in entry.items()}",
+        survives="names are bounded at the door: of 16 KiB another value is always longer",
+    ),
+]
+
+MUTANTS = [*_ROUTER, *_LIVES, *_DRIVEN]

@@ -1,0 +1,232 @@
+"""Mutants of the workers' faces: runs, sessions, what is told, and the cluster around them."""
+
+from __future__ import annotations
+
+from mutant import Mutant
+
+_DECODE = [
+    Mutant(
+        "decode_worker/choice.py",
+        "        for token_id in token_ids[start - first_index :]:\n",
+        "        for token_id in token_ids:\n",
+    ),
+    Mutant("decode_worker/choice.py", "        if first_index > self.num_tokens:\n", "        if False:\n"),
+    Mutant(
+        "decode_worker/choice.py",
+        "        if self._text.is_stopped and self.ended is FinishReason.LENGTH:\n",
+        "        if False:\n",
+    ),
+    Mutant("decode_worker/choice.py", "logprobs[start - first_index :][: len(counted)]", "logprobs[: len(counted)]"),
+    Mutant("decode_worker/run.py", "        self._pull_waits = False\n        host", "        host"),
+    Mutant(
+        "decode_worker/run.py",
+        "is_untouched = lost.stored_upto <= self._held_tokens and lost.first_token is None",
+        "is_untouched = lost.first_token is None",
+    ),
+    Mutant(
+        "decode_worker/run.py",
+        "lost.stored_upto <= self._held_tokens and lost.first_token is None",
+        "lost.stored_upto <= self._held_tokens",
+    ),
+    Mutant(
+        "decode_worker/run.py",
+        "        if self._verdict is not None:\n            return\n        is_untouched",
+        "        is_untouched",
+    ),
+    Mutant("decode_worker/run.py", "        if self._pull is not None:\n            self._pull.cancel(reason)\n", ""),
+    Mutant("decode_worker/run.py", '            self._pull.cancel("ended")\n', ""),
+    Mutant(
+        "decode_worker/run.py",
+        "        if not self.order.peers or self._verdict is not None:\n",
+        "        if not self.order.peers:\n",
+    ),
+    Mutant("decode_worker/run.py", "            identity_root=self._identity_root,\n", ""),
+    Mutant("decode_worker/run.py", "            emitted_tokens=order.num_emitted,\n", ""),
+    Mutant("decode_worker/run.py", "            isolation_domain=order.isolation_domain,\n", ""),
+    Mutant("decode_worker/run.py", "            held_tokens=self._held_tokens,\n", ""),
+    Mutant("decode_worker/run.py", '            self.cancel("finished", spoken.ended)\n', "            pass\n"),
+    Mutant("decode_worker/run.py", "(spoken.is_by_text or self._pull is not None)", "spoken.is_by_text"),
+    Mutant(
+        "decode_worker/run.py",
+        "        if self._has_bound:\n            self._pull.bound()\n",
+        "        if False:\n            self._pull.bound()\n",
+    ),
+    Mutant("decode_worker/run.py", "                deadline_s=self._deadline_s,\n", ""),
+    Mutant("decode_worker/run.py", "kept_tokens, first_token))\n", "kept_tokens, None))\n"),
+    Mutant("decode_worker/run.py", "        self._ended(self)\n", ""),
+    Mutant("decode_worker/run.py", "            self._pull.bound()  # else", "            pass  # else"),
+    Mutant(
+        "decode_worker/run.py",
+        "        if self._pull is not None and self._pull_waits:\n            self._pull.bound()",
+        "        if self._pull is not None:\n            self._pull.bound()",
+    ),
+    Mutant("decode_worker/service.py", '            older.cancel("a newer dispatch")\n', "            pass\n"),
+    Mutant("decode_worker/service.py", "            self._ledger.refuse(router, key, epoch)\n", ""),
+    Mutant("decode_worker/service.py", "        self._after(grace_s, lambda: self._end_orphans(orphans))\n", ""),
+    Mutant(
+        "decode_worker/service.py", '        return self.cancel_all("draining")\n', "        return self.num_running\n"
+    ),
+    Mutant("decode_worker/service.py", "            self.lose(session)\n", "            pass\n"),
+    Mutant("decode_worker/service.py", "            session.outbox.at_step(step)\n", "            pass\n"),
+    Mutant(
+        "decode_worker/service.py",
+        "        if standing is not Standing.NEW:\n",
+        "        if standing is Standing.STALE:\n",
+    ),
+    Mutant(
+        "decode_worker/service.py",
+        "        if self.is_draining:\n            raise",
+        "        if False:\n            raise",
+    ),
+    Mutant("decode_worker/service.py", "        self._ledger.end(run)\n        if not len", "        if not len"),
+    Mutant(
+        "decode_worker/service.py",
+        "prompt, emitted = order.prompt_ids[:start], order.prompt_ids[start:]",
+        "prompt, emitted = order.prompt_ids[:start], ()",
+    ),
+    Mutant("decode_worker/ledger.py", "if known is None or epoch > known:", "if known is None or epoch >= known:"),
+    Mutant("decode_worker/ledger.py", "if epoch >= self._entries[run].epoch)", "if True)"),
+    Mutant(
+        "decode_worker/ledger.py",
+        "epoch >= self._entries[run].epoch)\n        return",
+        "epoch == self._entries[run].epoch)\n        return",
+    ),
+    Mutant("decode_worker/ledger.py", "            self._remember(router, key, epoch)\n\n    # ", "\n    # "),
+    Mutant("decode_worker/ledger.py", "        if newest.get(key) is run:\n", "        if key in newest:\n"),
+    Mutant(
+        "decode_worker/ledger.py",
+        "for run, entry in self._entries.items() if entry.session is session)",
+        "for run in self._entries)",
+    ),
+    Mutant("decode_worker/ledger.py", "self._ended.popitem(last=False)", "self._ended.popitem(last=True)"),
+    Mutant("decode_worker/ledger.py", "        self._ended.move_to_end((router, key))\n", ""),
+    Mutant("decode_worker/ledger.py", "            if not newest:\n                del self._newest[router]\n", ""),
+    Mutant("decode_worker/outbox.py", "        self._room.set()\n        return output", "        return output"),
+    Mutant(
+        "decode_worker/outbox.py",
+        "(self._ends if place in self._tokens else output.ends).append(end)",
+        "output.ends.append(end)",
+    ),
+    Mutant("decode_worker/outbox.py", "                self._num_bytes -= pending.num_bytes\n", ""),
+    Mutant("decode_worker/outbox.py", "                self._num_tokens -= len(pending.token_ids)\n", ""),
+    Mutant("decode_worker/outbox.py", "is_long or self._num_bytes >= self._max_bytes", "is_long"),
+    Mutant(
+        "decode_worker/outbox.py",
+        "if num_bytes and num_bytes + pending.num_bytes > self._max_message_bytes:",
+        "if False:",
+    ),
+    Mutant(
+        "decode_worker/outbox.py",
+        "        if not self._tokens and not self._ends:\n            self._waiting",
+        "        if True:\n            self._waiting",
+    ),
+    Mutant("decode_worker/outbox.py", "                    prompt_logprobs=pending.prompt_logprobs,\n", ""),
+    Mutant("decode_worker/outbox.py", "        if len(self._news) < self._max_ends:\n", "        if True:\n"),
+    Mutant("decode_worker/session.py", "            await self.outbox.wait_for_room()", "            pass"),
+    Mutant("decode_worker/session.py", "                self._has_beaten = True\n", "                pass\n"),
+    Mutant(
+        "decode_worker/session.py",
+        "await asyncio.wait_for(context.write(message), self._timing.stall_s)",
+        "await context.write(message)",
+    ),
+    Mutant(
+        "decode_worker/session.py",
+        "RouterKey(hello.router_id, hello.router_incarnation)",
+        "RouterKey(hello.router_id, 0)",
+    ),
+    Mutant(
+        "decode_worker/session.py",
+        "(hello.router_id, hello.router_incarnation)\n\n    async",
+        '("", hello.router_incarnation)\n\n    async',
+    ),
+]
+
+_CLUSTER = [
+    Mutant("cluster/watch.py", "elif event.sequence != self._known + 1 or self._num_pending", "elif self._num_pending"),
+    Mutant(
+        "cluster/watch.py",
+        "event.sequence != self._known + 1 or self._num_pending > self._max_pending:",
+        "event.sequence != self._known + 1:",
+    ),
+    Mutant("cluster/watch.py", "            self.await_snapshot()  # whatever waits is older\n", ""),
+    Mutant("cluster/watch.py", "        if watcher.lost_count:\n", "        if False:\n"),
+    Mutant("cluster/watch.py", "        pieces[-1].last = True\n", ""),
+    Mutant(
+        "cluster/watch.py",
+        "            if self._known is not None and event.sequence <= self._known:\n                return  #",
+        "            if False:\n                return  #",
+    ),
+    Mutant("cluster/watch.py", "            self.leave(watcher)\n", "            pass\n"),
+    Mutant("cluster/watch.py", 'removed=b"".join(delta.removed)', 'removed=b""'),
+    Mutant(
+        "cluster/watch.py",
+        '            watcher.sequence += event.HasField("load") is False\n',
+        "            watcher.sequence += 1\n",
+    ),
+    Mutant("cluster/watch.py", "            self._num_pending += len(event.stored) + len(event.removed)\n", ""),
+    Mutant(
+        "cluster/watch.py",
+        "        elif self._known is None or self.lost_count or event.sequence <= self._known:\n",
+        "        elif self._known is None or self.lost_count:\n",
+    ),
+    Mutant(
+        "cluster/announce.py",
+        "Announcement(leaving=leaving, sequence=sequence)",
+        "Announcement(leaving=False, sequence=sequence)",
+    ),
+    Mutant("cluster/announce.py", "            if said is not self._info:\n", "            if said is None:\n"),
+    Mutant("cluster/announce.py", "                said = self._info\n", ""),
+    Mutant("cluster/announce.py", "        self._info = info\n        for event", "        for event"),
+    Mutant(
+        "cluster/announce.py", "            failures = 0 if reached else failures + 1\n", "            failures += 1\n"
+    ),
+    Mutant("cluster/fetch.py", "            if found.num_blocks < len(asked):\n                return\n", ""),
+    Mutant("cluster/fetch.py", "self._facts.namer.root(wanted.isolation_domain)", 'self._facts.namer.root("")'),
+    Mutant("cluster/fetch.py", "wanted.first_token + first * HASH_BLOCK_TOKENS", "wanted.first_token"),
+    Mutant("cluster/fetch.py", "                digests=section.digests[layers, heads],\n", ""),
+    Mutant("cluster/fetch.py", "    if len(wanted.identities) > MAX_IDENTITIES:\n", "    if False:\n"),
+    Mutant(
+        "cluster/fetch.py",
+        "                names = tuple(asked[: found.num_blocks])\n",
+        "                names = tuple(asked)\n",
+    ),
+    Mutant(
+        "cluster/membership.py",
+        "        member.failures = 1 if healthy else member.failures + 1\n",
+        "        member.failures = 1\n",
+    ),
+    Mutant("cluster/membership.py", "        if member.standing is Standing.STOPPED:\n            return None\n", ""),
+    Mutant(
+        "cluster/membership.py",
+        "                is_overdue = now_s - member.missing_since_s > patience_s\n",
+        "                is_overdue = False\n",
+    ),
+    Mutant("cluster/membership.py", "                member.since_s, member.missing_since_s = now_s, None\n", ""),
+    Mutant(
+        "cluster/membership.py",
+        "self.patience.draining_s if is_draining else self.patience.missing_s",
+        "self.patience.missing_s",
+    ),
+    Mutant(
+        "cluster/membership.py",
+        "        elif member.missing_since_s is None or member.use is not use:\n",
+        "        elif member.missing_since_s is None:\n",
+    ),
+    Mutant("cluster/membership.py", "        member.use = Use.SERVES\n\n", "\n"),
+    Mutant(
+        "cluster/membership.py",
+        "        if use in (None, Use.SERVES) or member",
+        "        if use is Use.SERVES or member",
+    ),
+    Mutant("cluster/supervisor.py", '        self._ended_life[name] = self._life.get(name, "")\n', ""),
+    Mutant(
+        "cluster/supervisor.py",
+        "            elif self._membership.restarts(name) >= _TRIES_ON_THE_WAY_UP:\n",
+        "            elif False:\n",
+    ),
+    Mutant("cluster/supervisor.py", "name, use if is_heard else None, now_s)", "name, use, now_s)"),
+    Mutant("cluster/supervisor.py", "            if end.is_certain:\n", "            if False:\n"),
+    Mutant("cluster/supervisor.py", "                    await self._launcher.kill(name)\n", ""),
+]
+
+MUTANTS = [*_DECODE, *_CLUSTER]
