@@ -202,9 +202,7 @@ TESTS: dict[str, Rule] = {
 }
 
 
-def all_charged(
-    meter: Callable[[], Meter], functions: Mapping[str, Any], rules: Mapping[str, Rule]
-) -> dict[str, Callable[..., Any]]:
+def all_charged(meter: Callable[[], Meter], functions: Mapping[str, Any], rules: Mapping[str, Rule]) -> dict[str, Any]:
     """Those of jinja2's filters or tests that have a rule, charged."""
     return {name: _charged(meter, name, functions[name], rule) for name, rule in rules.items() if name in functions}
 
