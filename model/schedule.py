@@ -34,6 +34,7 @@ from .store_op import StoreOp, SwapOp
 
 _S = SequenceState
 _SEATED = (_S.PROMISED, _S.BOUND, _S.PREFILLING, _S.DECODING)
+_GIVES_BACK = (_S.BOUND, _S.PREFILLING, _S.DECODING, _S.HELD)  # whose blocks will be free without anybody's promise
 
 
 class Scheduler:
@@ -96,8 +97,8 @@ class Scheduler:
             if sequence.state is _S.READY:
                 if not self._begin_for_peer(sequence, events):
                     break
-            elif sequence.wants_bind and not self.bind(sequence, events):
-                break
+            elif sequence.wants_bind and not self.bind(sequence, events) and self.count(*_GIVES_BACK):
+                break  # and where nobody will give blocks back, those behind it hold what it lacks: they go first
         for sequence in self.within(_S.WAITING, _S.QUEUED, _S.SWAPPED):
             if not self._admit_one(sequence, events):
                 break

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +17,8 @@ from .flow import Flow
 from .models import ModelDirectory, ServedModel
 from .pieces import Piece
 from .reading import room_of
-from .validate import Limits, authenticate, validate
+from .text_work import TextWork
+from .validate import Limits, authenticate, num_chars_of, timeout_of, validate
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,7 @@ class Front:
         self.flow = flow
         self.limits = Limits.of(config)
         self.room = room_of(config)  # for the messages that both faces read
+        self.texts = TextWork()
         self._lists = Lists()
         self.models = ModelDirectory(flow, reads_defaults=reads_defaults)
         self._max_reading = config.max_running
@@ -86,6 +87,7 @@ class Front:
         Raises:
             InvalidRequest and its kin, Unauthenticated, Unavailable: see router/validate.py and router/models.py.
             Overloaded: as many calls as may run are being read already.
+            DeadlineExceeded: rendering and tokenising took longer than the call has.
         """
         (request,), model = await self._admit([call])
         return request, model
@@ -97,9 +99,15 @@ class Front:
         self._num_reading += len(calls)
         try:
             model = await self.models.get(calls[0].model)
-            return await asyncio.to_thread(_validate, calls, model, self.limits), model
-        finally:
-            self._num_reading -= len(calls)
+        except BaseException:
+            self._have_read(len(calls))
+            raise
+        work = partial(_validate, calls, model, self.limits)
+        num_chars, timeout_s = sum(map(num_chars_of, calls)), timeout_of(calls[0], self.limits)
+        return await self.texts.run(work, num_chars, timeout_s, partial(self._have_read, len(calls))), model
+
+    def _have_read(self, num_calls: int) -> None:
+        self._num_reading -= num_calls
 
     async def start(self, call: Call, admitted: Callable[[], None] | None = None) -> Started:
         """Admit a call and run it up to its first piece. `admitted` is called when nothing of `call` is read any more.

@@ -8,6 +8,7 @@ import re
 import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
@@ -107,7 +108,9 @@ class _Face:
         head = {"id": name, "object": kind, "created": int(time.time()), "model": started.request.model}
         try:
             if isinstance(body, CompletionBody) and body.echo:  # takes long for long prompts: their tokens are placed
-                answer = await asyncio.to_thread(_answer_to, body, head, started)
+                sizes = sum(len(request.prompt_ids) for request in started.requests)
+                work = partial(_answer_to, body, head, started)
+                answer = await self._front.texts.run(work, sizes, started.request.timeout_s)
             else:
                 answer = _answer_to(body, head, started)
             if not body.stream:

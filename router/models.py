@@ -86,6 +86,7 @@ class ModelDirectory:
 def _load(facts: ModelFacts, reads_defaults: bool) -> ServedModel:
     directory = Path(facts.path)
     tokenizer, template = Tokenizer.load(directory), ChatTemplate.load(directory)
+    tokenizer.prepare()
     if template is not None:
         _ = template.traits  # found now, not while the first request waits
     return ServedModel(

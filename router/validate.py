@@ -8,11 +8,13 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..core.errors import ContextLengthExceeded, InvalidRequest, Unauthenticated
 from ..core.request import Request
+from ..text.tokenizer import TooManyTokens
 from .call import Call
 from .chat import chat_prompt
 from .config import RouterConfig
@@ -71,7 +73,6 @@ def validate(call: Call, model: ServedModel, limits: Limits) -> Request:
     ignored = Ignored()
     prompt_ids = _prompt_ids(call, model, ignored)
     sampling = sampling_of(call, model, prompt_ids, limits.default_max_tokens)
-    timeout_s = min(call.timeout_s or limits.request_timeout_s, limits.request_timeout_s)
     return Request(
         request_id=request_id,
         model=model.name,
@@ -79,12 +80,31 @@ def validate(call: Call, model: ServedModel, limits: Limits) -> Request:
         sampling=sampling,
         num_choices=num_choices,
         isolation_domain=_isolation_domain(tenant, call.cache_salt),
-        timeout_s=timeout_s,
+        timeout_s=timeout_of(call, limits),
         is_chat=call.messages is not None,
         tenant=tenant,
         ignored_fields=ignored.names(),
         is_bounded=is_bounded(call, model, limits.default_max_tokens),
     )
+
+
+def timeout_of(call: Call, limits: Limits) -> float:
+    """How long a request may live: as its client says, and no longer than the router allows."""
+    return min(call.timeout_s or limits.request_timeout_s, limits.request_timeout_s)
+
+
+def num_chars_of(call: Call) -> int:
+    """About as many characters as are rendered and tokenised for a call, its ids left out."""
+    if isinstance(call.prompt, str):
+        return len(call.prompt)
+    return sum(_num_chars(message.get("content")) for message in call.messages or () if isinstance(message, Mapping))
+
+
+def _num_chars(content: Any) -> int:
+    if isinstance(content, str):
+        return len(content)
+    parts = content if isinstance(content, (list, tuple)) else ()
+    return sum(_num_chars(part.get("text")) for part in parts if isinstance(part, Mapping))
 
 
 def _isolation_domain(tenant: str, salt: str | None) -> str:
@@ -128,11 +148,11 @@ def _prompt_ids(call: Call, model: ServedModel, ignored: Ignored) -> tuple[int, 
         raise InvalidRequest("prompt is empty; give at least one character or token", param="prompt")
     if call.messages is not None:
         text = chat_prompt(call, model, ignored)
-        ids: Sequence[int] = model.tokenizer.encode(text, add_special_tokens=False)
         where = "messages"
+        ids: Sequence[int] = _encoded(where, text, model, add_special_tokens=False)
     elif isinstance(call.prompt, str):
-        ids = model.tokenizer.encode(text_of("prompt", call.prompt), add_special_tokens=True)
         where = "prompt"
+        ids = _encoded(where, text_of("prompt", call.prompt), model, add_special_tokens=True)
     else:
         ids, where = call.prompt or (), "prompt"
         if len(ids) < model.max_model_len:  # else it is refused below, whatever they are
@@ -150,6 +170,19 @@ def _prompt_ids(call: Call, model: ServedModel, ignored: Ignored) -> tuple[int, 
             param=where,
         )
     return tuple(ids)
+
+
+def _encoded(where: str, text: str, model: ServedModel, *, add_special_tokens: bool) -> Sequence[int]:
+    """The ids of a text; one that fits no context is refused as soon as that is certain, the most part of it unread."""
+    try:
+        return model.tokenizer.encode(text, add_special_tokens, most=model.max_model_len)
+    except TooManyTokens as error:
+        raise ContextLengthExceeded(
+            f"{where} has at least {error.least} tokens; the model's context is {model.max_model_len}: shorten it",
+            param=where,
+        ) from None
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{where}: {error.message}", param=where) from None
 
 
 def _token_ids(ids: Sequence[int], model: ServedModel) -> Sequence[int]:

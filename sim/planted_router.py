@@ -206,7 +206,7 @@ class _both(AbstractContextManager[None]):  # reads as a function
 BUGS = (
     Planted(old_epochs_are_heard, ("R6",), 150),
     Planted(gaps_are_closed, ("R2",), 50),
-    Planted(epochs_begin_anew_with_each_request, ("L1",), 400),
+    Planted(epochs_begin_anew_with_each_request, ("L1", "R3"), 400),
     Planted(old_worker_is_not_told, ("R8",), 150),
     Planted(worker_is_not_told_of_the_end, ("R8",), 50),
     Planted(one_loss_is_two_dispatches, ("R9",), 550),
@@ -215,7 +215,7 @@ BUGS = (
     Planted(admission_keeps_what_failed, ("R1",), 50),
     Planted(ids_are_names, ("crash",), 420),
     Planted(ids_in_use_are_everybodys, ("S1",), 420),
-    Planted(ids_in_use_are_taken, ("R1",), 300),
+    Planted(ids_in_use_are_taken, ("R1", "crash"), 350),
     Planted(everybodys_requests_are_explained, ("S1",), 160),
     Planted(removals_are_not_heard, ("K5",), 50),
     Planted(other_numerics_are_paired, ("R10",), 100),

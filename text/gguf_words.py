@@ -74,7 +74,7 @@ RULES: dict[str, CuttingRule] = {
             r"[\r\n]",
             rf"\s?[{_CASED_LETTERS}]+",
             "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
-            r"\s+$",
+            r"(?<!\s)\s+$",  # as `\s+$`, tried once per run of blanks and not at each of them
             _CJK,
             r"\p{N}+",
         )

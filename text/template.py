@@ -212,14 +212,16 @@ class ChatTemplate:
         if len(source) > MAX_TEMPLATE_CHARS:
             raise CheckpointError(f"chat template {name!r} has {len(source)} characters; at most {MAX_TEMPLATE_CHARS}")
         try:
-            compiled = self._environment.compile_metered(source, self._limits)
+            compiled = self._environment.compile_metered(source)
             tree = self._environment.parse(source)
             self._variables |= {node.name for node in tree.find_all(nodes.Name)}
             self._fields |= _fields_in(tree)
             return compiled
         except jinja2.TemplateSyntaxError as error:
             raise CheckpointError(f"chat template {name!r}, line {error.lineno}: {error.message}") from None
-        except (LimitExceeded, RecursionError, MemoryError, SyntaxError, ValueError) as error:
+        except (RecursionError, MemoryError):
+            raise CheckpointError(f"chat template {name!r} cannot be compiled: it nests too deeply") from None
+        except (SyntaxError, ValueError) as error:
             raise CheckpointError(f"chat template {name!r} cannot be compiled: {error}") from None
 
 

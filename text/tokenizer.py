@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,35 @@ from typing import Any
 import tokenizers
 
 from ..core.errors import CheckpointError, InvalidRequest
+from .cuts import Cuts, Piece, encode_all, is_long
 from .files import read_json, read_text
 from .gguf_file import GgufFile, is_gguf
 from .gguf_tokenizer import read_vocabulary
+from .slow_patterns import check_blanks, without_slow_patterns
 from .special_tokens import NamedTokens, add_named_tokens, read_named_tokens
+from .token_bounds import TokenBounds
+
+
+class TooManyTokens(Exception):
+    """A text has more tokens than were asked for; it was not tokenised to its end."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__(f"{least} tokens or more")
+        self.least = least  # the text has at least so many
 
 
 class Tokenizer:
     """A checkpoint's tokenizer. Never changes after it was loaded, and so is safe to share between threads."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, special: Mapping[str, str], eos_ids: Sequence[int]) -> None:
-        """Take over `backend`; `special` maps names like "bos_token" to tokens.
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        special: Mapping[str, str],
+        eos_ids: Sequence[int],
+        *,
+        bounds_blanks: bool = False,
+    ) -> None:
+        """Take over `backend`; `special` maps names like "bos_token" to tokens; `bounds_blanks`: see slow_patterns.py.
 
         Raises:
             CheckpointError: a special token or an end-of-sequence id is not in the vocabulary.
@@ -30,6 +48,7 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
+        self._bounds_blanks = bounds_blanks
         self._vocab_size = backend.get_vocab_size(with_added_tokens=True)
         self.special_tokens = dict(special)
         self.bos_id = self._special_id("bos_token")
@@ -57,7 +76,8 @@ class Tokenizer:
         if not path.is_file():
             raise CheckpointError(f"{path}: is missing; only checkpoints with a tokenizer.json can be served")
         try:
-            backend = tokenizers.Tokenizer.from_str(read_text(path))
+            source, bounds_blanks = without_slow_patterns(read_text(path))
+            backend = tokenizers.Tokenizer.from_str(source)
         except CheckpointError:
             raise
         except Exception as error:  # tokenizers raises bare Exception for every broken file
@@ -68,7 +88,7 @@ class Tokenizer:
             add_named_tokens(backend, named)
             _check_rows(backend, named, held, directory)
             special = {name: token.content for name, token in named.by_name.items()}
-            return cls(backend, special, _generation_eos_ids(directory))
+            return cls(backend, special, _generation_eos_ids(directory), bounds_blanks=bounds_blanks)
         except CheckpointError as error:
             raise CheckpointError(f"{directory}: {error.message}") from None
 
@@ -102,15 +122,38 @@ class Tokenizer:
         words = sorted({token for id_ in self.special_ids if (token := self.token(id_))}, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, words)) or r"(?!)")
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def prepare(self) -> None:
+        """Find out now what long texts need, not while the first of them waits."""
+        _ = self._bounds, self._cuts, self._around
+
+    def least_tokens(self, text: str) -> int:
+        """The text has at least so many tokens, by its bytes alone; 0 where the tokenizer's kind sets no bound."""
+        return self._bounds.least(text)
+
+    def encode(self, text: str, add_special_tokens: bool = True, most: int | None = None) -> list[int]:
         """The ids of `text`. Special tokens written out in it count as themselves, as chat templates need it.
 
-        Lets other threads run meanwhile.
+        Lets other threads run meanwhile. A long text is tokenised piece by piece (cuts.py), so that what it costs
+        beyond its ids does not grow with it, and no further than `most` ids.
 
         Raises:
-            InvalidRequest: `text` has unpaired surrogates, and so is no Unicode text.
+            InvalidRequest: `text` has unpaired surrogates, and so is no Unicode text; or it cannot be cut anywhere.
+            TooManyTokens: it has more than `most`.
         """
-        ids: list[int] = self._encoding(text, add_special_tokens).ids
+        _check_unicode(text)
+        if most is not None and len(text) > most and (least := self.least_tokens(text)) > most:
+            raise TooManyTokens(least)
+        if self._bounds_blanks:
+            check_blanks(text)
+        before, after = self._edges(text, add_special_tokens)
+        ids = [*before]
+        for piece, adds in self._pieces(text, add_special_tokens):
+            ids += encode_all(self._backend, [piece.text], adds)[0].ids
+            if most is not None and len(ids) > most:
+                raise TooManyTokens(len(ids))
+        ids += after
+        if most is not None and len(ids) > most:
+            raise TooManyTokens(len(ids))
         return ids
 
     def places(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -118,10 +161,11 @@ class Tokenizer:
 
         What is added around the text is where the next token is, or the end. Raises what `encode` raises.
         """
-        encoding = self._encoding(text, add_special_tokens)
-        places: list[int] = []
+        _check_unicode(text)
+        before, after = self._edges(text, add_special_tokens)
+        places: list[int] = [0] * len(before)
         end, chunk, num_chars = 0, (0, 0), 0
-        for id_, place, is_added in zip(encoding.ids, encoding.offsets, encoding.special_tokens_mask, strict=True):
+        for id_, place, is_added in self._placed(text, add_special_tokens):
             start, stop = (end, end) if is_added else place
             if place != chunk or id_ not in self.byte_by_id:
                 chunk, num_chars = place, 0
@@ -130,17 +174,47 @@ class Tokenizer:
             # Some leave the space before a word out of its token, so the gap belongs to the next one.
             places.append(min(max(start, min(start + num_chars, stop) - 1), end))
             end = max(stop, end)
-        return places
+        return places + [end] * len(after)
 
-    def _encoding(self, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise InvalidRequest(
-                f"prompt is no valid Unicode: {error.reason} at {error.start}", param="prompt"
-            ) from None
-        # One text as a batch: `encode` holds the GIL, and with it every other thread, `encode_batch` does not.
-        return self._backend.encode_batch([text], add_special_tokens=add_special_tokens)[0]
+    def _placed(self, text: str, add_special_tokens: bool) -> Iterator[tuple[int, tuple[int, int], int]]:
+        """Id, [start, stop) in `text`, and whether it was added around it, of every token."""
+        for piece, adds in self._pieces(text, add_special_tokens):
+            # One text as a batch: `encode` holds the GIL, and with it every other thread, `encode_batch` does not.
+            found = self._backend.encode_batch([piece.text], add_special_tokens=adds)[0]
+            for id_, (start, stop), is_added in zip(found.ids, found.offsets, found.special_tokens_mask, strict=True):
+                yield id_, (start + piece.start, stop + piece.start), is_added
+
+    def _is_cut(self, text: str) -> bool:
+        return is_long(text) and self._around is not None
+
+    def _pieces(self, text: str, add_special_tokens: bool) -> Iterator[tuple[Piece, bool]]:
+        """The pieces of a text, and whether special tokens are to be added to each: only to a text in one piece."""
+        if not self._is_cut(text):
+            yield Piece(0, text), add_special_tokens
+            return
+        for piece in self._cuts.pieces(text):
+            yield piece, False
+
+    @cached_property
+    def _bounds(self) -> TokenBounds:
+        return TokenBounds(self._backend)
+
+    @cached_property
+    def _cuts(self) -> Cuts:
+        return Cuts(self._backend)
+
+    @cached_property
+    def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """The ids before and after every text, e.g. the beginning of sequence; None: they cannot be told apart."""
+        inner, whole = (encode_all(self._backend, ["a b"], adds)[0].ids for adds in (False, True))
+        for place in range(len(whole) - len(inner) + 1):
+            if inner and whole[place : place + len(inner)] == inner:
+                return tuple(whole[:place]), tuple(whole[place + len(inner) :])
+        return None
+
+    def _edges(self, text: str, add_special_tokens: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The ids around a text of several pieces; of one piece its encoding has them already."""
+        return (self._around if add_special_tokens and self._is_cut(text) else None) or ((), ())
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`. Ids outside the vocabulary give no text."""
@@ -160,6 +234,13 @@ class Tokenizer:
         if token_id is None:
             raise CheckpointError(f"tokenizer_config.json: {name} {token!r} is not in tokenizer.json's vocabulary")
         return token_id
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(f"prompt is no valid Unicode: {error.reason} at {error.start}", param="prompt") from None
 
 
 def _check_rows(backend: tokenizers.Tokenizer, named: NamedTokens, num_held: int, directory: Path) -> None:

@@ -1,8 +1,8 @@
 """Runs the transcripts of the scheduler and both policies: commands in, events and plans out, one file per behaviour.
 
 A transcript opens with facts (`pool 8 blocks of 16`, `policy combined`, `seqs 8`, `batch 64`, `waiting 10`, `swap 0`:
-host blocks, `context 512`, `scored 64`: prompt rows per step whose logprobs are wanted), then has commands, each with
-everything that must come of it, indented:
+host blocks, `watermark 200`: percent of the pool that decode promises, `context 512`, `scored 64`: prompt rows per step
+whose logprobs are wanted), then has commands, each with everything that must come of it, indented:
 
     submit a local 40 max=4          # like=b:32 shares b's first 32 tokens, generated ones too; scored=0, emitted=, …
     step                             # tick, plan, apply; `step 3`: thrice; `quiet 3`: without a word; `broken`: fails
@@ -62,6 +62,7 @@ FACTS = {
     "pool": 8,
     "block": 16,
     "policy": "combined",
+    "watermark": 0,  # percent of the pool that decode promises; 0: as usual
     "seqs": 8,
     "batch": 64,
     "waiting": 10,
@@ -124,9 +125,10 @@ class Stage:
 
     def policy(self):
         facts = self.facts
-        return POLICIES[facts["policy"]](
-            StepLimits(facts["seqs"], facts["batch"], facts["waiting"], max(2000, 3 * facts["context"]))
-        )
+        limits = StepLimits(facts["seqs"], facts["batch"], facts["waiting"], max(2000, 3 * facts["context"]))
+        if facts["watermark"]:
+            return DecodePolicy(limits, watermark=facts["watermark"] / 100)
+        return POLICIES[facts["policy"]](limits)
 
     def do(self, word: str, rest: list[str]) -> list:
         names = [w for w in rest if "=" not in w]
