@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 from ..core.errors import TwostrokeError
 from ..core.request import FinishReason, Request, TokenLogprobs
+from ..kv.messages import logprobs_from_wire
+from ..protos import common_pb2
 from ..text.places import TokenPlaces
 from ..text.token_text import TokenTexts
 from .echo import Echo
@@ -64,7 +66,12 @@ class _Prompt:
 
     ids: tuple[int, ...]
     echo: Echo | None
-    logprobs: tuple[TokenLogprobs, ...] = ()
+    scores: tuple[common_pb2.TokenLogprobs, ...] = ()
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprobs, ...]:
+        """How likely its tokens were, from the second on."""
+        return logprobs_from_wire(self.scores)
 
     @property
     def echo_text(self) -> str:
@@ -90,7 +97,7 @@ class _Choice:
         """Take a piece in; the logprobs that its text sets free."""
         self.text += piece.text
         self.token_ids += piece.token_ids
-        self.prompt.logprobs = piece.prompt_logprobs or self.prompt.logprobs
+        self.prompt.scores = piece.prompt_scores or self.prompt.scores
         self.waiting += piece.logprobs
         if piece.finish_reason is not None:
             self.reason = piece.finish_reason.value
@@ -127,6 +134,11 @@ class Answer:
         """Take a piece of a whole answer."""
         _, choice, fresh = self._take(piece)
         choice.logprobs += fresh
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether a prompt's scores came."""
+        return any(choice.prompt.scores for choice in self._choices)
 
     def whole(self) -> dict[str, Any]:
         """The response, after the last piece."""

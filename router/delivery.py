@@ -147,6 +147,6 @@ def _joined(first: Piece, second: Piece) -> Piece:
         second.finish_reason,
         second.usage,
         first.logprobs + second.logprobs,
-        first.prompt_logprobs + second.prompt_logprobs,
+        first.prompt_scores + second.prompt_scores,
         max(first.num_shown, second.num_shown),
     )

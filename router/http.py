@@ -31,7 +31,7 @@ from .echo import Echo, echo_of
 from .fields import Body, ChatBody, CompletionBody
 from .front import Front, Started
 from .pieces import Piece
-from .stream import EventStream, JsonAnswer, event, until_disconnect
+from .stream import EventStream, JsonAnswer, event, to_json_in_parts, until_disconnect
 from .validate import is_request_id, new_request_id
 
 log = logging.getLogger(__name__)
@@ -209,15 +209,17 @@ def _wants(body: Body, started: Started) -> Wants:
     )
 
 
-async def _whole(started: Started, answer: Answer) -> dict[str, Any]:
-    """All pieces as one response object."""
+async def _whole(started: Started, answer: Answer) -> dict[str, Any] | bytes:
+    """All pieces as one response object; with a prompt's scores, which may be many, its JSON."""
     pieces = started.pieces()
     try:
         async for piece in pieces:
             answer.add(piece)
     finally:
         await pieces.aclose()
-    return answer.whole()
+    if not answer.has_scores:
+        return answer.whole()
+    return await asyncio.to_thread(lambda: to_json_in_parts(answer.whole()))
 
 
 async def _events(started: Started, answer: Answer, with_usage: bool) -> AsyncGenerator[bytes, None]:
@@ -225,7 +227,10 @@ async def _events(started: Started, answer: Answer, with_usage: bool) -> AsyncGe
     pieces: AsyncGenerator[Piece, None] = started.pieces()
     try:
         async for piece in pieces:
-            yield event(answer.chunk(piece))
+            if piece.prompt_scores:
+                yield b"data: %s\n\n" % await asyncio.to_thread(_scored_chunk, answer, piece)
+            else:
+                yield event(answer.chunk(piece))
         last = answer.last_chunk()
         if with_usage and last is not None:
             yield event(last)
@@ -237,6 +242,10 @@ async def _events(started: Started, answer: Answer, with_usage: bool) -> AsyncGe
         yield event(error_body(InternalError("the request failed; the router's log has more")))
     finally:
         await pieces.aclose()
+
+
+def _scored_chunk(answer: Answer, piece: Piece) -> bytes:
+    return to_json_in_parts(answer.chunk(piece))
 
 
 def _api_key(http: HttpRequest) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..core.request import FinishReason, TokenLogprobs
+from ..protos import common_pb2
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,5 +28,7 @@ class Piece:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None  # with the last piece of the last choice: of the whole request
     logprobs: tuple[TokenLogprobs, ...] = ()  # of each of `token_ids`, where asked for
-    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # of the prompt from its second token on; once, with choice 0
+    # Of the prompt from its second token on; once, with choice 0. As they came: there may be hundreds of thousands, and
+    # who needs them otherwise makes them so off the event loop.
+    prompt_scores: tuple[common_pb2.TokenLogprobs, ...] = ()
     num_shown: int = 0  # with logprobs: how many leading tokens of the choice have their text out by now

@@ -149,7 +149,7 @@ class Run:
                 tuple(output.token_ids),
                 output.text,
                 logprobs=logprobs_from_wire(output.logprobs),
-                prompt_logprobs=logprobs_from_wire(output.prompt_logprobs),
+                prompt_scores=tuple(output.prompt_logprobs),
                 num_shown=output.shown_tokens,
             )
             self._put(piece, now_s)

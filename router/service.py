@@ -122,7 +122,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 choice.token_ids.extend(piece.token_ids)
                 choice.finish_reason = _REASONS[piece.finish_reason]
                 choice.logprobs.extend(logprobs_to_wire(piece.logprobs))
-                prompt_logprobs += await _scores(piece, context)
+                prompt_logprobs += piece.prompt_scores
                 usage = piece.usage or usage
         return inference_pb2.GenerateResponse(
             request_id=request.request_id,
@@ -139,7 +139,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             await _tell_ignored(started.request, context)
             async for piece in pieces:
                 chunk = _chunk(piece, started.request.request_id, started.request.model)
-                chunk.prompt_logprobs.extend(await _scores(piece, context))
+                chunk.prompt_logprobs.extend(piece.prompt_scores)
                 yield chunk
 
 
@@ -158,16 +158,6 @@ def _chunk(piece: Piece, request_id: str, model: str) -> inference_pb2.GenerateC
         usage=_usage(piece.usage),
         logprobs=logprobs_to_wire(piece.logprobs),
     )
-
-
-async def _scores(piece: Piece, context: Context) -> list[common_pb2.TokenLogprobs]:
-    """The prompt's logprobs; of long prompts off the event loop."""
-    scores = piece.prompt_logprobs
-    if not scores:
-        return []
-    size_bytes = len(scores) * (len(scores[0].top) + 1) * 8
-    found: list[common_pb2.TokenLogprobs] = await context.bench.run(size_bytes, partial(logprobs_to_wire, scores))
-    return found
 
 
 def _usage(usage: Usage | None) -> common_pb2.Usage | None:

@@ -17,6 +17,8 @@ from ..core.errors import Cancelled
 
 T = TypeVar("T")
 
+PART_ITEMS = 64  # of a list, each with some twenty likely tokens
+
 # Characters that JSON lets stand and that end a line for readers that split text as Unicode says.
 _LINE_END = re.compile("[\x85\u2028\u2029]")
 
@@ -27,17 +29,29 @@ def to_json(value: Any) -> bytes:
     return _LINE_END.sub(lambda end: f"\\u{ord(end[0]):04x}", text).encode()
 
 
+def to_json_in_parts(value: Any) -> bytes:
+    """The same of a long value. No part of it holds the interpreter for long, so call it off the event loop."""
+    if isinstance(value, dict):
+        return b"{%s}" % b",".join(to_json(name) + b":" + to_json_in_parts(inner) for name, inner in value.items())
+    if isinstance(value, list) and len(value) > PART_ITEMS:
+        parts = (value[start : start + PART_ITEMS] for start in range(0, len(value), PART_ITEMS))
+        return b"[%s]" % b",".join(to_json(part)[1:-1] for part in parts)
+    if isinstance(value, list):
+        return b"[%s]" % b",".join(map(to_json_in_parts, value))
+    return to_json(value)
+
+
 def event(value: Any) -> bytes:
     """One server-sent event."""
     return b"data: " + to_json(value) + b"\n\n"
 
 
 class JsonAnswer(JSONResponse):
-    """A whole answer."""
+    """A whole answer, or its bytes."""
 
     def render(self, content: Any) -> bytes:
         """See `to_json`."""
-        return to_json(content)
+        return content if isinstance(content, bytes) else to_json(content)
 
 
 class EventStream(Response):

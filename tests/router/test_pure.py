@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from twostroke.core.errors import Overloaded
 from twostroke.core.request import Epoch, FinishReason, Role, TokenLogprobs
+from twostroke.protos import common_pb2
 from twostroke.router.admission import Admission, AdmissionLimits, Offer
 from twostroke.router.coefficients import Coefficients
 from twostroke.router.delivery import Delivery, PieceBuffer, Verdict
@@ -212,15 +213,16 @@ def test_the_journals_file_is_rotated(tmp_path: Path) -> None:
 
 def test_merged_pieces_keep_every_logprob_and_the_latest_count_of_shown_tokens():
     one, two = (TokenLogprobs(i, -1.0, 1, ()) for i in (1, 2))
+    scored = common_pb2.TokenLogprobs(token_id=2)
     buffer = PieceBuffer(1)
-    buffer.put(Piece(0, 0, (1,), "a", logprobs=(one,), prompt_logprobs=(two,), num_shown=1), now_s=0.0)
+    buffer.put(Piece(0, 0, (1,), "a", logprobs=(one,), prompt_scores=(scored,), num_shown=1), now_s=0.0)
     buffer.put(Piece(0, 1, (2,), "b", logprobs=(two,), num_shown=2), now_s=0.0)
     merged = buffer.take()
     assert merged is not None
-    assert (merged.token_ids, merged.logprobs, merged.prompt_logprobs, merged.num_shown) == (
+    assert (merged.token_ids, merged.logprobs, merged.prompt_scores, merged.num_shown) == (
         (1, 2),
         (one, two),
-        (two,),
+        (scored,),
         2,
     )
 

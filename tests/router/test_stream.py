@@ -1,10 +1,11 @@
 """Event streams towards clients that leave or stall, against a server's side that is played by hand."""
 
 import asyncio
+from typing import Any
 
 import pytest
 
-from twostroke.router.stream import EventStream
+from twostroke.router.stream import EventStream, to_json, to_json_in_parts
 
 
 class Played:
@@ -98,3 +99,10 @@ async def test_a_client_that_takes_not_even_the_head_is_given_up_and_what_it_cam
         await stream({"type": "http"}, played.receive, played.send)
     assert played.sent == []
     assert source.is_closed
+
+
+@pytest.mark.parametrize(
+    "value", [{}, [], {"a": [1, "é\u2028", None] * 100, "b": {"c": [[{"d": 1}] * 3] * 2}}, [[]] * 500]
+)
+def test_json_in_parts_is_the_same_json(value: Any):
+    assert to_json_in_parts(value) == to_json(value)
