@@ -173,6 +173,7 @@ class EngineCore:
         for step in plan.sequences:
             sequence = self._scheduler.by_key[step.key]
             self._lives.finish(sequence, sequence.doom or Doom(FinishReason.ERROR, code, message))
+        self._lives.collect_news()  # its blocks were taken from somebody's prefix, and nothing may follow
         return self._lives.drain()
 
     def fail(self, key: SequenceKey, code: str, message: str) -> list[Event | StoreOp]:
