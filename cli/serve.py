@@ -17,6 +17,8 @@ from ..cluster.prepare import prepare
 from ..cluster.supervisor import Supervisor
 from ..core.errors import ConfigError, TwostrokeError
 from ..core.foreground import Stop, run, unless
+from ..core.hosts import is_loopback_name
+from ..core.ports import numeric_host
 from ..router.config import GOOD_KEY_CHARS
 from . import options as o
 from .failure import fail
@@ -190,10 +192,17 @@ def _remarks(plan: Plan) -> list[str]:
 
 def settings_remarks(config: Config) -> list[str]:
     """What is accepted and might be better."""
+    remarks = []
     weak = config.router.num_weak_keys
-    if not weak:
-        return []
-    return [f"note: {weak} of router.api_keys {'has' if weak == 1 else 'have'} fewer than {GOOD_KEY_CHARS} characters"]
+    if weak:
+        have = "has" if weak == 1 else "have"
+        remarks.append(f"note: {weak} of router.api_keys {have} fewer than {GOOD_KEY_CHARS} characters")
+    if not is_loopback_name(numeric_host(config.router.host)) and not config.router.api_keys:
+        remarks.append(
+            f"note: whoever reaches {config.router.host} may use this, for there are no router.api_keys "
+            "(TWOSTROKE__ROUTER__API_KEYS)"
+        )
+    return remarks
 
 
 def _shown(program: str) -> str:
@@ -208,9 +217,14 @@ def _greet(supervisor: Supervisor, plan: Plan) -> None:
     messages = '[{"role": "user", "content": "What does os.path.join do?"}]'
     body = f'{{"model": "{name}", "messages": {messages}, "max_tokens": 100}}'
     out.print(f"\n[bold]{name}[/bold] is served at [bold]{url}/v1[/bold] (OpenAI API)\n")
-    print(f"  curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'")
-    sdk = f"from twostroke import Client; print(Client('{supervisor.grpc_address}').generate('def add(a, b):').text)"
-    print(f'  {_shown(sys.executable)} -c "{sdk}"')
+    header = key = ""
+    if supervisor.config.router.api_keys:
+        print("  export TWOSTROKE_API_KEY=...  # one of router.api_keys")
+        header, key = ' -H "authorization: Bearer $TWOSTROKE_API_KEY"', ", api_key=os.environ['TWOSTROKE_API_KEY']"
+    print(f"  curl {url}/v1/chat/completions -H 'content-type: application/json'{header} -d '{body}'")
+    client = f"Client('{supervisor.grpc_address}'{key})"
+    sdk = f"{'import os; ' if key else ''}from twostroke import Client; print({client}.generate('def add(a, b):').text)"
+    print(f'  {_shown(sys.executable)} -P -c "{sdk}"')
     command = _shown(sys.argv[0])
     for what in ("chat", "status"):
         print(f"  {command} {what} --grpc {supervisor.grpc_address}")

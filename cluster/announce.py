@@ -19,7 +19,8 @@ log = logging.getLogger(__name__)
 
 BEAT_S = 0.5
 FAREWELL_S = 0.5  # how long a leaving worker waits for its last word to leave
-SAY_AGAIN_S = 60.0  # that a router and we have different keys
+SAY_AFTER_S = 15.0  # that a router is not there
+SAY_AGAIN_S = 60.0  # the same, or that we have different keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +49,12 @@ class Announcer:
         self._leaving = asyncio.Event()
         self._changed: dict[str, asyncio.Event] = {address: asyncio.Event() for address in self._routers}
         self._tasks: list[asyncio.Task[None]] = []
+        self._began_s = 0.0
         self._said_at_s: dict[str, float] = {}  # when we last complained of a router
 
     def start(self) -> None:
         """Begin; returns at once. A router that is not there yet is tried again."""
+        self._began_s = asyncio.get_running_loop().time()
         self._tasks = [
             asyncio.create_task(self._keep(address), name=f"announce {address}") for address in self._routers
         ]
@@ -93,7 +96,7 @@ class Announcer:
         try:
             await self._say(call, self._changed[address], listener)
         except (grpc.RpcError, grpc.aio.UsageError, grpc.aio.InternalError) as error:
-            self._complain(address, error)  # of strangers; a router that is not there yet is tried again by `_keep`
+            self._complain(address, error)  # and `_keep` tries again
         finally:
             call.cancel()
             listener.cancel()
@@ -103,12 +106,19 @@ class Announcer:
         return answered.is_set()
 
     def _complain(self, address: str, error: BaseException) -> None:
-        if not isinstance(error, grpc.aio.AioRpcError) or error.code() is not grpc.StatusCode.UNAUTHENTICATED:
+        """Once a minute. A router that is not there yet may be on its way: of it only after a while."""
+        if not isinstance(error, grpc.aio.AioRpcError):
             return
         now_s = asyncio.get_running_loop().time()
+        is_stranger = error.code() is grpc.StatusCode.UNAUTHENTICATED
+        if not is_stranger and now_s - self._began_s < SAY_AFTER_S:
+            return
         if now_s - self._said_at_s.get(address, float("-inf")) >= SAY_AGAIN_S:
             self._said_at_s[address] = now_s
-            log.warning("router %s: not announced, trying again: %s", address, error.details())
+            hint = (
+                "" if is_stranger else "; is it the port where the router takes announcements (router.internal_port)?"
+            )
+            log.warning("router %s: not announced, trying again: %s%s", address, error.details(), hint)
 
     async def _say(
         self,

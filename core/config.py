@@ -47,8 +47,10 @@ def explain(kind: type[BaseModel], error: ValidationError, where: str = "") -> s
         else:
             value = problem["input"]
             is_secret = _SECRETS & set(problem["loc"]) or isinstance(value, (dict, list))  # which may hold one
-            shown = "not shown" if is_secret else repr(value)
-            lines.append(f"{path} is {shown}: {problem['msg'].removeprefix('Value error, ')}")
+            text = problem["msg"].removeprefix("Value error, ")
+            if problem["type"] == "tuple_type":
+                text = f'must be a JSON list, e.g. ["…"], not {type(value).__name__}'
+            lines.append(f"{path}: {text}" if is_secret else f"{path} is {value!r}: {text}")
     return "\n".join(lines)
 
 

@@ -83,6 +83,24 @@ class RouterConfig(Section):
     local_prefill: bool = Field(True, description="decode workers may prefill where that is predicted to be quicker")
     decision_log: Path | None = Field(None, description="JSONL file of every decision")
 
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _are_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        """What could never be the name in a Host header is a mistake."""
+        for name in names:
+            if "/" in name or (name.count(":") == 1 and not name.startswith("[")):
+                raise ValueError(f"{name!r} is not the name of a host; give it without scheme, port and path")
+        return names
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def _are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        """What could never be an Origin header is a mistake."""
+        for origin in origins:
+            if origin not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/]+", origin):
+                raise ValueError(f"{origin!r} is not an origin; it has a scheme and no path: http://localhost:3000")
+        return origins
+
     @field_validator("api_keys")
     @classmethod
     def _are_keys(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
@@ -97,7 +115,8 @@ class RouterConfig(Section):
                 )
             if len(key) < MIN_KEY_CHARS:
                 raise ValueError(
-                    f"{which} has {len(key)} characters; use {GOOD_KEY_CHARS} or more: openssl rand -hex 24"
+                    f"{which} has {len(key)} characters; {MIN_KEY_CHARS} are the least, {GOOD_KEY_CHARS} or more are "
+                    "safe: openssl rand -hex 24"
                 )
         if len(set(keys)) < len(keys):
             raise ValueError("two of them are the same; give each tenant a key of its own")

@@ -79,7 +79,6 @@ def test_a_mistaken_secret_is_not_shown():
         with pytest.raises(ConfigError) as caught:
             load_config(flags=flags)
         assert "too-short" not in str(caught.value)
-        assert "not shown" in str(caught.value)
 
 
 SECRET = "my-secret-key-0123456789"
@@ -143,7 +142,7 @@ WEAK_KEYS = [
     (["same-key-twice-0", "same-key-twice-0"], "the same"),
     ([None], "valid string"),
     ([1234567890123456], "valid string"),
-    ("a-key-that-is-no-list", "valid tuple"),
+    ("a-key-that-is-no-list", "JSON list"),
 ]
 
 
@@ -169,7 +168,7 @@ def test_short_keys_that_others_use_are_taken_and_counted():
 
 @pytest.mark.parametrize("key", ["k" * 16 + "\n", " " * 16, "\t" + "k" * 16])
 def test_a_cluster_key_with_the_line_end_of_its_file_is_refused(key: str):
-    with pytest.raises(ConfigError, match=r"cluster\.key is not shown.*remove it"):
+    with pytest.raises(ConfigError, match=r"^cluster\.key: .*remove it"):
         load_config(flags={"cluster.key": key})
 
 
