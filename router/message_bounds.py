@@ -19,6 +19,7 @@ from .chat_wire import MAX_ITEMS
 from .defaults import MAX_STOPS
 from .messages import MAX_MESSAGES
 from .sampling import MAX_BAD_WORDS, MAX_BIASES, MAX_STOP_IDS
+from .structure import MAX_COMMAS
 
 MAX_FIELDS = 40_960  # of a whole message: 2,048 messages and 16,384 parts with their texts have 39,000
 
@@ -31,6 +32,7 @@ MAX_ENTRIES: Mapping[str, int] = {
     "stop_token_ids": MAX_STOP_IDS,
     "bad_words": MAX_BAD_WORDS,
     "logit_bias": MAX_BIASES,
+    "ids": MAX_COMMAS,  # of tokens: whether they fit the model is seen when they are here, eight bytes each
 }
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types; 3 and 4 are groups, which proto3 does not have

@@ -57,6 +57,11 @@ def test_one_entry_more_is_refused_by_name_and_bound(fields, param):
     assert str(len(next(iter(fields.values()))) - 1) in error.message
 
 
+def test_more_token_ids_than_any_prompt_has_are_not_built():
+    ids = common_pb2.TokenIds(ids=[1] * (message_bounds.MAX_ENTRIES["ids"] + 1))
+    assert refused(GENERATE, inference_pb2.GenerateRequest(token_ids=ids).SerializeToString()).param == "ids"
+
+
 def test_entries_count_over_the_whole_message_however_they_are_spread():
     once = b"\x22\x03\x32\x01x"  # sampling { stop: "x" }: repeated, it is merged
     check_bounds(once * 16, GENERATE)
