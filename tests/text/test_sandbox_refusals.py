@@ -187,7 +187,12 @@ UNBOUNDED = {
         WORK,
         "{{ range(1000) | map('attr', 'z') | map('default', 'x' * 100000) | list | length }}",
     ),
-    "long attribute of each": ("ticking", WORK, "{{ range(100000) | map(attribute='a' + '.a' * 20) | list | length }}"),
+    "parts of each attribute": (
+        "ticking",
+        WORK,
+        "{% set deep = [{'a': {'a': {'a': {'a': {'a': 1}}}}}] * 1000 %}{% for i in range(110) %}"
+        "{% for x in deep | map(attribute='a.a.a.a.a') %}{% endfor %}{% endfor %}",
+    ),
     "rounds of a generator": (
         "ticking",
         WORK,
