@@ -27,13 +27,13 @@ BITS = "an integer of more than 64 bits"
 # Each once took minutes or gigabytes in one call that held the interpreter's lock, or is a neighbour of one that did:
 # which function of the sandbox refuses it, what it says, and the template.
 UNBOUNDED = {
-    "round": ("_round", "must be a number of digits", "{{ 1.5 | round(30000000, 'floor') }}"),
+    "round": ("_round", "must be a number of digits", "{{ 1.5 | round(30000, 'floor') }}"),
     "round at a request": (
         "_round",
         "must be a number of digits",
-        "{{ (messages | length) | round(30000000, 'ceil') }}",
+        "{{ (messages | length) | round(30000, 'ceil') }}",
     ),
-    "round to the left": ("_round", "must be a number of digits", "{{ (messages | length) | round(-30000000) }}"),
+    "round to the left": ("_round", "must be a number of digits", "{{ (messages | length) | round(-30000) }}"),
     "round a text": ("_numeric", "a number is needed, not a str", "{{ 'abc' | round(9, 'floor') }}"),
     "strip": (
         "_pattern_chars",
@@ -186,6 +186,12 @@ UNBOUNDED = {
         "taken",
         WORK,
         "{{ range(1000) | map('attr', 'z') | map('default', 'x' * 100000) | list | length }}",
+    ),
+    "parts of each attribute": (
+        "ticking",
+        WORK,
+        "{% set deep = [{'a': {'a': {'a': {'a': {'a': 1}}}}}] * 1000 %}{% for i in range(110) %}"
+        "{% for x in deep | map(attribute='a.a.a.a.a') %}{% endfor %}{% endfor %}",
     ),
     "rounds of a generator": (
         "ticking",
