@@ -39,6 +39,8 @@ Handler: TypeAlias = Any  # a grpc.RpcMethodHandler, whose types are those of se
 
 OPEN = frozenset({"/grpc.health.v1.Health/Check"})  # probes have no key
 SMALL_BYTES = 4096  # of messages of other services than ours: names
+LARGE = frozenset({"Generate", "GenerateStream", "Chat", "ChatStream", "Tokenize"})  # methods that carry prompts
+SMALL_CALLS = "/small calls"  # whose part of the room all others have, as a tenant has one
 MAX_STANDING = 64  # calls of other services under way: Watch and reflection stay open for as long as clients like
 SPARE_CALLS = 256  # beyond those that may run: they are refused one by one, with their reasons
 
@@ -136,7 +138,7 @@ class Guard(grpc.aio.ServerInterceptor):
             messages = self._messages(handler, method, tenant, context)
             await _send_all(handler.stream_stream(messages, context), write)
             return
-        lease = await self._room.take(tenant, self._max_bytes)
+        lease = await self._lease(method, tenant)
         try:
             message = await self._message(handler, method, lease, context)
             if message is None:
@@ -151,7 +153,7 @@ class Guard(grpc.aio.ServerInterceptor):
 
     async def _messages(self, handler: Handler, method: str, tenant: str, context: Context) -> AsyncIterator[Any]:
         while True:
-            lease = await self._room.take(tenant, self._max_bytes)
+            lease = await self._lease(method, tenant)
             try:
                 message = await self._message(handler, method, lease, context)
             finally:
@@ -160,14 +162,23 @@ class Guard(grpc.aio.ServerInterceptor):
                 return
             yield message
 
+    def _is_large(self, method: str) -> bool:
+        return method.startswith(self._own) and method.removeprefix(self._own) in LARGE
+
+    async def _lease(self, method: str, tenant: str) -> Lease:
+        """Room for the next message. What looks after the router finds some however many prompts are being read."""
+        if self._is_large(method):
+            return await self._room.take(tenant, self._max_bytes)
+        return await self._room.take(SMALL_CALLS, SMALL_BYTES)
+
     async def _message(self, handler: Handler, method: str, lease: Lease, context: Context) -> Any:
         """The next message; None: there is none."""
         raw = await self._room.read(lease, context.read)
         if not isinstance(raw, bytes):
             return None
-        lease.shrink(len(raw))
-        if not method.startswith(self._own) and len(raw) > SMALL_BYTES:
+        if not self._is_large(method) and len(raw) > SMALL_BYTES:
             raise InvalidRequest(f"the message has {len(raw)} bytes; at most {SMALL_BYTES}")
+        lease.shrink(len(raw))
         return await self._bench.run(len(raw), partial(_parsed, raw, handler.request_deserializer))
 
     async def _write(self, context: Context, serialize: Any, message: Any) -> None:

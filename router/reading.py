@@ -145,8 +145,7 @@ class Room:
 
 def room_of(config: RouterConfig) -> Room:
     """The room of one router, for the messages of both faces: at least a packed body and what it becomes."""
-    size_bytes = max(config.max_bodies_bytes, 2 * config.max_body_bytes)
-    return Room(size_bytes, one_tenant=not config.api_keys)
+    return Room(max(config.max_bodies_bytes, 2 * config.max_body_bytes), one_tenant=False)
 
 
 class Workbench:

@@ -235,3 +235,20 @@ async def test_a_message_that_is_here_takes_no_more_room_than_it_has_bytes():
         await until(lambda: 0 < free - there.guard._room.free_bytes < 100)
         call.cancel()
         await until(lambda: there.guard._room.free_bytes == free)
+
+
+async def test_what_looks_after_the_router_is_served_however_many_prompts_are_being_read():
+    async with serving() as there:
+        room = there.guard._room
+        while True:  # everything that tenants of prompts may have
+            try:
+                async with asyncio.timeout(0.05):
+                    await room.take("tenant", 4 << 20)
+            except TimeoutError:
+                break
+        async with there.channel() as channel:
+            call = raw_call(channel, f"/{OWN}/ListModels")
+            await call.write(b"")
+            assert (await failure(call)).code() is grpc.StatusCode.INTERNAL  # it was read: `Answers` has none
+            check = health_pb2_grpc.HealthStub(channel).Check
+            await check(health_pb2.HealthCheckRequest(), timeout=5)
