@@ -271,25 +271,30 @@ async def test_a_failed_step_ends_its_sequences_and_not_the_engine(start, caplog
 
 
 class Poisoned(Steps):
-    """Fails every step that computes a sequence of that name."""
+    """Fails every step that computes a sequence of that name; takes others while `steps` lasts, where it is given."""
+
+    steps: threading.Semaphore | None = None
 
     def run(self, plan):
         if any(step.key.request_id == "poison" for step in plan.sequences):
             self.count += 1
             raise RuntimeError("boom")
+        if self.steps is not None:
+            self.steps.acquire(timeout=TIMEOUT_S)
         return super().run(plan)
 
 
 async def test_who_makes_a_step_fail_ends_alone_and_never_the_engine(start):
     runner = Poisoned()
+    runner.steps = threading.Semaphore(0)  # the neighbour stays until the last of the others has ended
     engine, desk, core = start(runner, None)
-    runner.may_go.clear()
     desk.link.send(submit("neighbour", Source.LOCAL, 20, replace(GREEDY, max_tokens=400)))
     for length in range(20, 28):
         desk.link.send(submit("poison", Source.LOCAL, length, GREEDY))
-        runner.may_go.set()
+        runner.steps.release(3)
         ended = await desk.of(Ended, SequenceKey("poison", 0))
         assert (ended.error_code, "RuntimeError" in ended.error_message) == ("internal_error", True)
+    runner.steps.release(400)
     assert (await desk.of(Ended, SequenceKey("neighbour", 0))).reason is FinishReason.LENGTH
     assert len(desk.tokens[SequenceKey("neighbour", 0)]) == 400
     assert not engine.is_broken
