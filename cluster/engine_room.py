@@ -69,7 +69,7 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> EngineRoom:
         end_ids=tuple(sorted(model.eos_ids)),
     )
     runner = load_runner(directory, options)
-    limits = StepLimits(step.max_num_seqs, step.max_num_batched_tokens, step.max_waiting)
+    limits = StepLimits(step.max_num_seqs, step.max_num_batched_tokens, step.max_waiting, target_ms=step.target_ms)
 
     def policy_of(role: Role) -> Policy:
         if role is Role.PREFILL:

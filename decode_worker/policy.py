@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..kv.spec import HASH_BLOCK_TOKENS
+from ..model.pace import StepTimes
 from ..model.policy import FAIRNESS, Ahead, Fairness, Queue, Room, StepBudget, StepLimits
 
 
@@ -30,6 +31,16 @@ class DecodePolicy:
         if num_decodes:
             prefill = min(prefill, max(2 * HASH_BLOCK_TOKENS, int(prefill * self.prefill_share)))
         return StepBudget(limits.max_batch_tokens, limits.max_num_seqs, prefill)
+
+    def prompt_tokens(self, num_tokens: int, times: StepTimes, num_computed: int) -> int:
+        """What fits into the target beside the decodes, or into as long as they take themselves, if that is more.
+
+        So a step with prompts takes `target_ms` or twice a step without, whatever the model and the machine. At least
+        two hash blocks.
+        """
+        budget_ms = max(self.limits.target_ms - times.decode_step_ms, times.decode_step_ms)
+        fits = max(times.tokens_within(budget_ms, num_computed), 2 * HASH_BLOCK_TOKENS)
+        return int(min(num_tokens, fits))
 
     def may_offer(self, num_tokens: int, offered: Sequence[int]) -> bool:
         """Few of each kind: what decode binds for them it cannot use meanwhile."""

@@ -52,5 +52,11 @@ class StepConfig(Section):
         le=65536,
         description="tokens per step: the prefill chunk; default: 1,024, on a GPU 2,048, with 64 GiB free 8,192",
     )
+    target_ms: float = Field(
+        80.0,
+        ge=1,
+        description="how long a step of a decode or combined worker may take where it computes prompts beside streams "
+        "(at least twice the streams' own time): less is a steadier stream, more a sooner first token",
+    )
     max_waiting: int = Field(256, ge=1, description="sequences that may wait on one worker")
     num_threads: int | None = Field(None, ge=1, description="CPU threads per worker; default: physical cores / workers")

@@ -38,6 +38,7 @@ from .link import (
     TokenNews,
 )
 from .lives import Lives
+from .pace import StepTimes
 from .plan import SequenceStep, StepPlan, StepResult
 from .policy import Policy
 from .report import load_news
@@ -212,6 +213,10 @@ class EngineCore:
     def set_policy(self, policy: Policy) -> None:
         """Change the role while running: what lives goes on, the next decisions are the new policy's."""
         self._scheduler.policy = policy
+
+    def set_times(self, times: StepTimes) -> None:
+        """What steps take on this machine: prompts beside decodes get as many tokens as the policy thinks fit."""
+        self._scheduler.times = times
 
     @property
     def num_live(self) -> int:

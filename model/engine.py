@@ -180,6 +180,7 @@ class Engine:
         self._failures_in_a_row = 0
         now_s = self._clock.now_s()
         self._pace.observe(plan, (now_s - began_s) * 1000)
+        self._core.set_times(self._pace.times)
         self._turns.apply(plan, result, now_s)
         if self._core.num_waiting:
             self._beat(now_s)

@@ -8,11 +8,26 @@ price per pair, would make a long prompt look like an hour's work.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from .plan import StepPlan
 
 _FADE = 0.95  # weight of the past at each new step: about 20 steps are remembered
 _TILE_TOKENS = 16  # fewer rows take as long (model/products.py)
 _PAIRS_TO_TELL = 1e4  # noise of 10 ms over a believable 1e-3 ms per pair: b counts from about so many pairs on
+
+
+class StepTimes(NamedTuple):
+    """What steps cost, in milliseconds; 0.0 until the first step of their kind."""
+
+    decode_step_ms: float = 0.0
+    prefill_ms_per_token: float = 0.0
+    prefill_ms_per_token_pair: float = 0.0
+
+    def tokens_within(self, budget_ms: float, num_computed: int) -> float:
+        """How many prompt tokens after `num_computed` ones a step computes in that time; infinite: not known yet."""
+        per_token_ms = self.prefill_ms_per_token + self.prefill_ms_per_token_pair * num_computed
+        return budget_ms / per_token_ms if per_token_ms > 0 else float("inf")
 
 
 class Pace:
@@ -23,6 +38,11 @@ class Pace:
         self.prefill_ms_per_token = 0.0
         self.prefill_ms_per_token_pair = 0.0
         self._moments = (0.0, 0.0, 0.0, 0.0, 0.0)  # faded sums: uu, up, pp, ut, pt
+
+    @property
+    def times(self) -> StepTimes:
+        """The coefficients as one value."""
+        return StepTimes(self.decode_step_ms, self.prefill_ms_per_token, self.prefill_ms_per_token_pair)
 
     def observe(self, plan: StepPlan, took_ms: float) -> None:
         """One step took so long. One that scored prompt rows says nothing of what steps without take."""

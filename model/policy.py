@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from ..kv.spec import HASH_BLOCK_TOKENS
+from .pace import StepTimes
 
 MAX_SCORED_LOGITS = 1 << 24
 """Logits of prompt rows that one step scores: 96 rows of a vocabulary of 152,000, 816 rows of one of 4,096.
@@ -71,6 +72,7 @@ class StepLimits:
     max_batch_tokens: int = 1024
     max_waiting: int = 256
     max_waiting_tokens: int = 262_144
+    target_ms: float = 80.0  # of a step in which prompts are computed beside decodes
 
     def __post_init__(self) -> None:
         assert self.max_batch_tokens >= HASH_BLOCK_TOKENS, self
@@ -97,6 +99,13 @@ class Policy(Protocol):
 
     def budget(self, num_decodes: int) -> StepBudget:
         """Bounds of the next step, with so many sequences decoding. `prefill_tokens` is at least 16."""
+        ...
+
+    def prompt_tokens(self, num_tokens: int, times: StepTimes, num_computed: int) -> int:
+        """How many of `num_tokens` prompt tokens a step computes beside decodes, for the sake of their next tokens.
+
+        `num_computed`: tokens before them, of the prompt with most.
+        """
         ...
 
     def is_near(self, num_tokens: int, ahead: Ahead) -> bool:

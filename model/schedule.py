@@ -27,6 +27,7 @@ from ..kv.spec import HASH_BLOCK_TOKENS
 from .holdings import Cost, Holdings
 from .integrity import check_holdings
 from .link import Bound, Event, NotYet, Offered, Progress, Promised, Source
+from .pace import StepTimes
 from .plan import SequenceStep, StepPlan
 from .policy import Ahead, Policy, Room, Want, bound_scored
 from .sequence import NEXT_STATES, Sequence, SequenceState
@@ -45,6 +46,7 @@ class Scheduler:
         self.holdings = holdings
         self._max_scored_rows = sys.maxsize if max_scored_rows is None else max_scored_rows
         self.policy = policy
+        self.times = StepTimes()  # what steps took so far, told by who runs them
         self.by_key: dict[SequenceKey, Sequence] = {}
         self.num_promised = 0  # blocks promised and not taken, of all sequences
         self.num_preemptions = 0
@@ -237,6 +239,9 @@ class Scheduler:
             if sequence.state is _S.DECODING and self._grow(sequence):
                 steps.append(self._step(sequence, sequence.num_remaining))
         num_tokens = min(budget.prefill_tokens, budget.max_batch_tokens - len(steps))
+        if steps:
+            longest = max((s.num_computed for s in self._by_state[_S.PREFILLING].values()), default=0)
+            num_tokens = self.policy.prompt_tokens(num_tokens, self.times, longest)
         steps += self._chunks(num_tokens, budget.max_seqs - len(steps))
         if not steps:
             return None

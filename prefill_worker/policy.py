@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..model.pace import StepTimes
 from ..model.policy import FAIRNESS, Ahead, Fairness, Queue, Room, StepBudget, StepLimits
 
 
@@ -26,6 +27,11 @@ class PrefillPolicy:
         del num_decodes
         limits = self.limits
         return StepBudget(limits.max_batch_tokens, limits.max_num_seqs, limits.max_batch_tokens)
+
+    def prompt_tokens(self, num_tokens: int, times: StepTimes, num_computed: int) -> int:
+        """All of them: nothing that decodes here belongs to this role."""
+        del times, num_computed
+        return num_tokens
 
     def may_offer(self, num_tokens: int, offered: Sequence[int]) -> bool:
         """Few of each kind: what decode binds for them it cannot use meanwhile."""

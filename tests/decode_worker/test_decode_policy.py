@@ -3,6 +3,7 @@
 import pytest
 
 from twostroke.decode_worker.policy import DecodePolicy, combined_policy
+from twostroke.model.pace import StepTimes
 from twostroke.model.policy import Ahead, Room, StepBudget, StepLimits
 
 LIMITS = StepLimits(max_num_seqs=8, max_batch_tokens=256)
@@ -18,6 +19,28 @@ def test_prefill_alone_has_the_whole_step_and_beside_decodes_a_share():
 def test_the_share_is_never_less_than_two_hash_blocks_or_the_step():
     assert DecodePolicy(StepLimits(max_num_seqs=2, max_batch_tokens=64)).budget(1).prefill_tokens == 32
     assert DecodePolicy(StepLimits(max_num_seqs=2, max_batch_tokens=16)).budget(1).prefill_tokens == 16
+
+
+@pytest.mark.parametrize(
+    ("times", "num_computed", "fits"),
+    [
+        (StepTimes(), 0, 500),  # nothing is known yet
+        (StepTimes(20.0, 0.5), 9_000, 120),  # 60 ms are left of 80
+        (StepTimes(20.0, 0.5, 0.001), 500, 60),  # and each token costs twice as much so late in a prompt
+        (StepTimes(70.0, 0.5), 0, 140),  # as long as the decodes themselves
+        (StepTimes(300.0, 1.0), 0, 300),
+        (StepTimes(20.0, 0.01), 0, 500),  # never more than was asked for
+        (StepTimes(20.0, 90.0), 0, 32),  # never less than a long prompt and a short one need
+    ],
+)
+def test_prompts_beside_decodes_get_the_rest_of_the_time(times, num_computed, fits):
+    for policy in (POLICY, combined_policy(LIMITS)):
+        assert policy.prompt_tokens(500, times, num_computed) == fits
+    assert POLICY.prompt_tokens(20, times, num_computed) == 20
+
+
+def test_the_time_of_a_step_is_configured():
+    assert DecodePolicy(StepLimits(target_ms=40.0)).prompt_tokens(500, StepTimes(10.0, 0.5), 0) == 60
 
 
 def test_the_last_blocks_are_kept_for_growth():

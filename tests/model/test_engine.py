@@ -93,13 +93,13 @@ def start():
     """Engines that are stopped after the test."""
     engines = []
 
-    def begin(runner, store, policy=combined_policy, *, num_blocks=64, **limits):
+    def begin(runner, store, policy=combined_policy, *, num_blocks=64, clock=None, **limits):
         link = ThreadLink()
         pool = BlockPool(num_blocks, 16)
         core = EngineCore(
             CoreLimits(), pool, PrefixCache(pool), policy(StepLimits(**limits)), eos_ids=[1], key=b"cluster"
         )
-        engine = Engine(core, runner, store, link, MonotonicClock())
+        engine = Engine(core, runner, store, link, clock or MonotonicClock())
         engine.start()
         engines.append((engine, link))
         return engine, Desk(link), core
@@ -373,6 +373,41 @@ async def test_the_beat_goes_on_and_learns_the_pace_of_steps(start):
         await in_one_piece(desk, 20 + round_, GREEDY)
     load = await desk.until(lambda e: isinstance(e, LoadNews) and e.decode_step_ms > 0 and e.steps >= 36)
     assert load.prefill_ms_per_token + load.prefill_ms_per_token_pair > 0
+
+
+class Slow(Steps):
+    """A token of a step takes a millisecond of a clock that only this runner moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time_s = 0.0
+        self.beside = []  # prompt tokens of every step that decodes as well
+        self.at_stream = None  # called once, in the stream's first step after its prompt
+
+    def now_s(self) -> float:
+        self.time_s += 1e-6
+        return self.time_s
+
+    def run(self, plan):
+        tokens = [step.num_tokens for step in plan.sequences]
+        self.time_s += sum(tokens) / 1000
+        if tokens == [1] and self.at_stream is not None:
+            self.at_stream()
+            self.at_stream = None
+        if len(tokens) > 1:
+            self.beside.append(sum(tokens) - 1)
+        return super().run(plan)
+
+
+async def test_a_prompt_beside_a_stream_comes_in_pieces_that_fit_the_time(start):
+    runner = Slow()
+    _, desk, _ = start(runner, None, max_batch_tokens=512, target_ms=51.0, clock=runner)
+    await in_one_piece(desk, 200, GREEDY)
+    runner.at_stream = lambda: desk.link.send(submit("long", Source.LOCAL, 300, GREEDY))
+    desk.link.send(submit("stream", Source.LOCAL, 20, replace(GREEDY, max_tokens=200)))
+    await desk.of(Ended, SequenceKey("long", 0))
+    assert max(runner.beside) == 48  # a millisecond is the stream's, and chunks end at hash blocks
+    assert sum(tokens for tokens in runner.beside if tokens > 1) == 300
 
 
 def lines_run(work) -> int:

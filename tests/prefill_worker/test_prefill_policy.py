@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from twostroke.model.pace import StepTimes
 from twostroke.model.policy import Ahead, Queue, Room, StepLimits, Want, bound_scored, scored_rows
 from twostroke.prefill_worker.policy import PrefillPolicy
 
@@ -75,3 +76,7 @@ def test_what_scored_prompts_may_not_use_the_others_get_in_order():
     assert bound_scored([64, 64, 64, 0], wants, 16) == [16, 100, 76, 0]
     assert bound_scored([64, 0, 0, 64], wants, 96) == [64, 32, 0, 32]
     assert scored_rows(1 << 40) == 16
+
+
+def test_time_is_no_bound_where_nothing_decodes_for_long():
+    assert POLICY.prompt_tokens(64, StepTimes(20.0, 90.0), 500) == 64
