@@ -1,13 +1,12 @@
 """What one child process writes, in a file that does not grow for ever. Knows no process.
 
 The child holds the file open and appends, so it cannot be renamed away from under it: what is there is copied to a
-second file, and the first one is cut to nothing. A line that is written in between may be lost.
+second file, its last `max_bytes`, and the first one is cut to nothing. A line that is written in between may be lost.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 from typing import BinaryIO
 
@@ -33,24 +32,25 @@ class MemberLog:
         try:
             if self._file.stat().st_size > self._max_bytes:
                 self._older.touch(mode=0o600)
-                shutil.copyfile(self._file, self._older)
+                self._older.write_bytes(_tail(self._file, self._max_bytes))
                 os.truncate(self._file, 0)
         except OSError:
             pass  # the folder is gone, or the disk is full: the next call tries again
 
     def tail(self) -> str:
         """The last that was written."""
-        newest = _tail(self._file)
+        newest = _tail(self._file, _TAIL_BYTES)
         if len(newest) < _TAIL_BYTES:
-            newest = _tail(self._older)[len(newest) - _TAIL_BYTES :] + newest
+            newest = _tail(self._older, _TAIL_BYTES)[len(newest) - _TAIL_BYTES :] + newest
         return newest.decode(errors="replace").strip()
 
 
-def _tail(file: Path) -> bytes:
+def _tail(file: Path, num_bytes: int) -> bytes:
+    """The end of a file, bounded also where its writer is faster than this reader."""
     try:
         with file.open("rb") as opened:
             opened.seek(0, os.SEEK_END)
-            opened.seek(max(0, opened.tell() - _TAIL_BYTES))
-            return opened.read()
+            opened.seek(max(0, opened.tell() - num_bytes))
+            return opened.read(num_bytes)
     except OSError:
         return b""

@@ -1,6 +1,7 @@
 """A child's output in two files of bounded size, while the child goes on writing."""
 
 import asyncio
+import os
 import subprocess
 import sys
 from functools import partial
@@ -32,6 +33,26 @@ def test_a_full_log_begins_anew_under_its_writer_and_its_end_is_still_known(tmp_
         assert log.tail().endswith("20")
         assert len(log.tail()) == 7999  # without the line end: all that is read of a log
     assert all(path.stat().st_mode & 0o77 == 0 for path in tmp_path.iterdir())
+
+
+def test_a_writer_that_is_faster_than_the_copy_does_not_make_it_endless(tmp_path: Path, monkeypatch):
+    log = MemberLog(tmp_path, "m", max_bytes=1_000)
+    (tmp_path / "m.log").write_bytes(b"x" * 1_001)
+    truncate = os.truncate
+
+    def late(path, size):
+        assert (tmp_path / "m.log.1").stat().st_size == 1_000
+        truncate(path, size)
+
+    monkeypatch.setattr(os, "truncate", late)
+    with log.open() as out, subprocess.Popen(["yes"], stdout=out) as child:
+        try:
+            for _ in range(5):
+                while (tmp_path / "m.log").stat().st_size <= 1_000:
+                    pass
+                log.bound()
+        finally:
+            child.kill()
 
 
 def test_a_log_that_is_not_there_is_empty(tmp_path: Path):
