@@ -10,17 +10,18 @@ from rich.console import Console
 from ..client.calls import Options
 from ..client.client import Client
 from ..core.errors import TwostrokeError
-from .status import ApiKey, Grpc
+from .status import ApiKey, Grpc, Insecure
 
 
 def chat(
     grpc: Grpc = "127.0.0.1:8001",
     api_key: ApiKey = None,
+    insecure: Insecure = False,
     system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Default: until the answer ends.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0.0, help="Default: the model's.")] = None,
 ) -> None:
-    """Chat, turn by turn. Ctrl-C stops an answer; Ctrl-D or an empty line ends."""
+    """Chat, turn by turn. Ctrl-C stops an answer; Ctrl-D or an empty line ends. Exit code 1: the last one failed."""
     console = Console()
     messages = [{"role": "system", "content": system}] if system else []
     options: Options = {}
@@ -28,21 +29,26 @@ def chat(
         options["max_tokens"] = max_tokens
     if temperature is not None:
         options["temperature"] = temperature
-    with Client(grpc, api_key=api_key) as client:
-        while True:
-            try:
-                question = console.input("[bold cyan]you[/bold cyan]  ")
-            except (EOFError, KeyboardInterrupt):
-                console.print()
-                return
-            if not question.strip():
-                return
+    with Client(grpc, api_key=api_key, insecure=insecure) as client:
+        answer: str | None = ""
+        while question := _question(console):
             messages.append({"role": "user", "content": question})
             answer = _answer(client, messages, options, console)
             if answer is None:
                 messages.pop()
             else:
                 messages.append({"role": "assistant", "content": answer})
+    if answer is None:
+        raise typer.Exit(1)
+
+
+def _question(console: Console) -> str:
+    """The next line; empty where the user ends."""
+    try:
+        return console.input("[bold cyan]you[/bold cyan]  ").strip()
+    except (EOFError, KeyboardInterrupt):
+        console.print()
+        return ""
 
 
 def _answer(client: Client, messages: list[dict[str, str]], options: Options, console: Console) -> str | None:

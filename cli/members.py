@@ -83,7 +83,10 @@ def router(
     config: o.ConfigFile = None,
     parent_pid: ParentPid = None,
 ) -> None:
-    """Run one router: both client faces, and the port where workers announce themselves."""
+    """Run one router: both client faces, and the port where workers announce themselves.
+
+    The cluster's key is TWOSTROKE__CLUSTER__KEY, the workers' port TWOSTROKE__ROUTER__INTERNAL_PORT.
+    """
     settings = o.config_from(locals())
     from ..router.process import RouterProcess, run_router
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..cluster.config import Config, load_config
+from .secret import read_key
 
 SETTING_BY_FLAG = {
     "model": "model.path",
@@ -35,6 +36,7 @@ SETTING_BY_FLAG = {
     "grpc_port": "router.grpc_port",
     "insecure": "router.insecure",
     "strict": "router.strict",
+    "api_keys": "router.api_keys",
     "allowed_hosts": "router.allowed_hosts",
     "allowed_origins": "router.allowed_origins",
     "allowed_methods": "router.allowed_methods",
@@ -88,6 +90,14 @@ Insecure = Annotated[
 ]
 Strict = Annotated[
     bool | None, typer.Option("--strict", help="Refuse unknown fields of a body; else they are named in the response.")
+]
+RouterApiKey = Annotated[
+    str | None,
+    typer.Option(
+        "--api-key",
+        callback=read_key,
+        help="Ask clients for this key: @FILE, or - to type it; more than one: router.api_keys. `ps` shows any other.",
+    ),
 ]
 AllowedHosts = Annotated[
     str | None,

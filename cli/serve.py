@@ -51,6 +51,7 @@ def serve(
     threads: o.Threads = None,
     insecure: o.Insecure = None,
     strict: o.Strict = None,
+    api_key: o.RouterApiKey = None,
     allowed_hosts: o.AllowedHosts = None,
     allowed_origins: o.AllowedOrigins = None,
     allowed_methods: o.AllowedMethods = None,
@@ -66,7 +67,8 @@ def serve(
     if checkpoint is not None and model not in (None, checkpoint):
         raise ConfigError(f"the model is given twice, as {checkpoint!r} and as --model {model!r}; give one")
     model = model or checkpoint
-    settings = o.config_from(locals())
+    api_keys = None if api_key is None else [api_key]
+    settings = o.config_from(locals() | {"api_keys": api_keys})
     if dry_run:
         show_plan(settings, place(settings, machine_facts(), model_facts(settings)), Console())
         return

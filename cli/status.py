@@ -24,14 +24,19 @@ ApiKey = Annotated[
     ),
 ]
 
+Insecure = Annotated[
+    bool, typer.Option("--insecure", help="Speak to another machine in the clear: others may read prompts and the key.")
+]
+
 
 def status(
     grpc: Grpc = "127.0.0.1:8001",
     api_key: ApiKey = None,
+    insecure: Insecure = False,
     as_json: Annotated[bool, typer.Option("--json", help="The whole document.")] = False,
 ) -> None:
     """Show the cluster."""
-    with Client(grpc, api_key=api_key, timeout_s=5.0) as client:
+    with Client(grpc, api_key=api_key, insecure=insecure, timeout_s=5.0) as client:
         cluster = client.cluster()
     if as_json:
         typer.echo(json.dumps(cluster, indent=2))

@@ -60,8 +60,8 @@ class Endpoint:
             raise ConfigError("tls=... and insecure=True contradict each other; give one of them")
         if self.tls is None and not self.insecure and not is_loopback(self.address):
             raise ConfigError(
-                f"{self.address} is another machine: give tls=Tls(...), or insecure=True to send prompts "
-                "and keys in the clear"
+                f"{self.address} is another machine: give tls=Tls(...), or insecure=True (--insecure) to send "
+                "prompts and keys in the clear"
             )
 
     def metadata(self) -> tuple[tuple[str, str], ...]:

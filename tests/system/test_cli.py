@@ -94,9 +94,10 @@ def _environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith("TWOSTROKE__")} | {"OMP_NUM_THREADS": "1"}
 
 
-def _twostroke(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def _twostroke(*words: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*TWOSTROKE, *words],
+        input=stdin,
         capture_output=True,
         text=True,
         timeout=BUSY_MACHINE_S,
@@ -214,6 +215,8 @@ MISTAKES: list[tuple[list[str], dict[str, str], list[str]]] = [
     (["--port", "7000", "--grpc-port", "7000"], {}, ["7000", "must differ"]),
     ([], {"TWOSTROKE__CLUSTER__WORKER_METRICS_PORT": "some"}, ["cluster.worker_metrics_port", "some"]),
     (["--model", "/nowhere/at-all"], {}, ["/nowhere/at-all"]),
+    (["--api-key", "seven77"], {}, ["router.api_keys", "8"]),
+    (["--api-key", "@/nowhere/key"], {}, ["--api-key", "/nowhere/key"]),
     (["--config", "/nowhere.yaml"], {}, ["--config /nowhere.yaml"]),
     ([], {"TWOSTROKE__CACHE__BLOK_SIZE": "16"}, ["cache.blok_size", "did you mean 'block_size'?"]),
 ]
@@ -230,6 +233,7 @@ def test_a_mistake_in_the_configuration_is_one_line_that_names_it(
     assert done.stderr.startswith("twostroke: ")
     for word in words:
         assert word in done.stderr
+    assert "seven77" not in done.stderr
 
 
 def test_status_of_nobody_says_where_it_looked():
@@ -238,3 +242,17 @@ def test_status_of_nobody_says_where_it_looked():
     assert done.returncode == 2
     assert f"127.0.0.1:{port}" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", ["status", "chat"])
+def test_another_machine_is_asked_in_the_clear_only_where_that_is_said(command: str):
+    done = _twostroke(command, "--grpc", "192.0.2.1:1")
+    assert done.returncode == 2
+    assert "--insecure" in done.stderr
+
+
+def test_a_chat_with_nobody_says_so_in_its_exit_code():
+    (port,) = _free_ports(1)
+    for text, code in (("hello\n", 1), ("", 0)):
+        done = _twostroke("chat", "--grpc", f"127.0.0.1:{port}", stdin=text)
+        assert (done.returncode, f"127.0.0.1:{port}" in done.stdout) == (code, bool(text)), done.stderr
