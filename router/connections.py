@@ -7,13 +7,15 @@ are checked there. Knows no route and no body.
     head     some of a request's line and headers are here
     body     the headers are here, and the application answers
     behind   the answer is complete, and the body is not: what still comes is thrown away
+    ending   nothing more is answered; what the client still sends is read and thrown away, for a socket that is closed
+             over unread bytes takes the answer back from a client that has not read it yet
 """
 
 from __future__ import annotations
 
 import asyncio
 import resource
-from typing import Any
+from typing import Any, cast
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -25,6 +27,7 @@ LOOK_S = 1.0
 MAX_HEAD_BYTES = 32 << 10
 MAX_HEADERS = 128
 MAX_PIPELINED = 16  # requests that wait for the answer to the one before
+_WISHES = (b"upgrade", b"http2-settings")  # for another protocol
 RESERVED_FILES = 256  # of the process, for anything but HTTP connections
 
 
@@ -97,6 +100,8 @@ class Connection(HttpToolsProtocol):
         self._num_headers = 0
         self._refusal = "400 Bad Request"
         self._has_spoken = False
+        self._is_ending = False
+        self._asks_for_upgrade = False
         self._since_s = 0.0  # when the first byte, the head or the time behind the answer began
         self._unsent = 0  # bytes at the last look
         self._took_s = 0.0  # when the client last took some
@@ -132,12 +137,14 @@ class Connection(HttpToolsProtocol):
         self._unsent = unsent
         if now_s - self._took_s > self._among.stall_s:
             self.give_up()
+        elif self._is_ending:
+            if now_s - self._since_s > BEHIND_S and not self._is_answering:
+                self.transport.close()
         elif not self.transport.is_closing():
             self._look_at_request(now_s - self._since_s)
 
     def _look_at_request(self, age_s: float) -> None:
-        is_answering = self.cycle is not None and not self.cycle.response_complete
-        if is_answering:
+        if self._is_answering:
             return
         if self._in_message and not self._in_head:
             if age_s > BEHIND_S:
@@ -152,15 +159,13 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Feed the parser, within the bounds of a head."""
-        if self.transport.is_closing():
+        if self.transport.is_closing() or self._is_ending:
             return
         self._unset_keepalive_if_required()
         if not self._in_message and not self._in_head:
             self._begin_head()
         try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            pass  # to nothing that is spoken here: it is answered as it stands
+            self._feed(data)
         except httptools.HttpParserError:  # also whatever a callback raised
             self._refuse(self._refusal)
             return
@@ -168,6 +173,24 @@ class Connection(HttpToolsProtocol):
             self._head_bytes += len(data)
             if self._head_bytes > 2 * MAX_HEAD_BYTES:
                 self._refuse("431 Request Header Fields Too Large")
+
+    def _feed(self, data: bytes) -> None:
+        """Parse; whoever asks for another protocol is answered in this one, which RFC 9110 7.8 allows.
+
+        The parser takes what follows such a head for the other protocol's. So the request is read once more without
+        its wish, by a new parser, and the rest as what it is: its body. (Java's client asks for h2c by default.)
+        """
+        while True:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                data = data[upgrade.args[0] :]
+                self._asks_for_upgrade = False
+                head = _without_upgrade(self.parser, self.url, self.headers)
+                self.parser = httptools.HttpRequestParser(self)
+                self._begin_head()
+                self.parser.feed_data(head)
 
     def _begin_head(self) -> None:
         self._in_head = self._has_spoken = True
@@ -202,13 +225,21 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """The application is asked, unless too many requests wait already."""
         self._in_head = False
+        if self.parser.should_upgrade():
+            if self.parser.get_method() == b"CONNECT":
+                raise ValueError("no tunnel begins here")
+            self._asks_for_upgrade = True
+            return
         if len(self.pipeline) >= MAX_PIPELINED:
             raise ValueError("too many requests wait for their answers")
         super().on_headers_complete()
+        self.cycle.transport = cast(asyncio.Transport, _Answering(self))
 
     def on_message_complete(self) -> None:
         """The request is whole."""
         self._in_message = False
+        if self._asks_for_upgrade:
+            return
         super().on_message_complete()
         self._settle()
 
@@ -221,15 +252,37 @@ class Connection(HttpToolsProtocol):
         self._settle()
 
     def _settle(self) -> None:
-        is_answered = self.cycle is None or self.cycle.response_complete
-        if is_answered and not self._in_message and not self._in_head and not self.pipeline:
+        if self._is_answering or self.pipeline:
+            return
+        if self._is_ending:
+            self._stop_writing()
+        elif not self._in_message and not self._in_head:
             self._among.note_idle(self, True)
 
+    @property
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def end(self) -> None:
+        """All is answered: what still comes of this client is thrown away, for `BEHIND_S` at most."""
+        self._is_ending = True
+        self.pipeline.clear()
+        if self._in_message:
+            self._stop_writing()
+        else:
+            self.transport.close()
+
+    def _stop_writing(self) -> None:
+        self._since_s = self.loop.time()
+        self._among.note_idle(self, True)
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.flow.resume_reading()
+
     def _refuse(self, status: str) -> None:
-        """One answer without a request, and the end; in the midst of another answer just the end."""
-        is_answering = self.cycle is not None and not self.cycle.response_complete
-        if is_answering:
-            self.give_up()
+        """One answer without a request, and the end; requests before it that wait for their answers get them first."""
+        self._is_ending = True
+        if self._is_answering:
             return
         body = b'{"error":{"message":"%s","type":"%s","param":null,"code":null}}' % (
             status[4:].encode(),
@@ -238,4 +291,32 @@ class Connection(HttpToolsProtocol):
         head = f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
         head += "retry-after: 1\r\n" if status.startswith("503") else ""
         self.transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
-        self.transport.close()
+        self._stop_writing()
+
+
+class _Answering:
+    """The transport as one answer sees it: it closes the connection by its end."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def close(self) -> None:
+        """The answer is complete and the connection not kept."""
+        self._connection.end()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connection.transport, name)
+
+
+def _without_upgrade(parser: httptools.HttpRequestParser, url: bytes, headers: list[tuple[bytes, bytes]]) -> bytes:
+    """The head that was parsed, without the wish for another protocol."""
+    lines = [b"%s %s HTTP/%s" % (parser.get_method(), url, parser.get_http_version().encode())]
+    for name, value in headers:
+        if name == b"connection":
+            kept = [
+                token for token in value.split(b",") if token.strip().lower() not in (b"upgrade", b"http2-settings")
+            ]
+            lines += [b"connection: " + b",".join(kept)] if kept else []
+        elif name not in _WISHES:
+            lines.append(name + b": " + value)
+    return b"\r\n".join(lines) + b"\r\n\r\n"

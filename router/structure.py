@@ -8,6 +8,7 @@ their members. Whoever drives the generators does other work between two steps.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -203,3 +204,7 @@ def _loads(data: bytes | bytearray, offset: int = 0) -> Any:
     except UnicodeDecodeError as error:
         start = offset + error.start
         raise UnicodeDecodeError(error.encoding, b"", start, start + 1, error.reason) from None
+    except ValueError as error:
+        if "set_int_max_str_digits" in str(error):  # Python's own remedy is none for a client
+            raise ValueError(f"a number has more than {sys.get_int_max_str_digits()} digits") from None
+        raise

@@ -110,3 +110,9 @@ def test_arguments_of_many_calls_are_bounded_together():
         check_messages([{"role": "assistant", "tool_calls": [call] * 26}], Ignored())
     quoted = {"type": "function", "function": {"name": "a", "arguments": json.dumps({"file": text})}}
     check_messages([{"role": "assistant", "tool_calls": [quoted] * 26}], Ignored())
+
+
+def test_a_number_of_too_many_digits_is_refused_in_words_for_a_client():
+    with pytest.raises(ValueError, match="more than 4300 digits") as refused:
+        finished(built(b'{"seed": ' + b"9" * 5_000 + b"}"))
+    assert "sys." not in str(refused.value)
