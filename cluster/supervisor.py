@@ -46,6 +46,7 @@ class Supervisor:
         self._changed = asyncio.Event()
         self._started = asyncio.Event()  # somebody is on its way up
         self._settled = asyncio.Event()  # everybody serves, or it is hopeless
+        self._replaced: set[str] = set()  # that we killed ourselves and whose end has not come
         self._hopeless = ""
         self._tasks: list[asyncio.Task[None]] = []
         self._members = {member.name: member for member in plan.members}
@@ -131,6 +132,9 @@ class Supervisor:
                 self._ended(name, End(str(error), is_certain=True))
 
     def _ended(self, name: str, end: End) -> None:
+        if name in self._replaced:
+            self._replaced.remove(name)
+            end = End("killed, to be replaced")
         due_s = self._membership.ended(name, end.cause, self._clock.now_s())
         self._ended_life[name] = self._life.get(name, "")
         if due_s is not None:
@@ -162,6 +166,7 @@ class Supervisor:
                     is_draining = self._membership.use(name) is Use.DRAINS
                     what = "drains, and nobody here asked for it" if is_draining else "runs but cannot be used"
                     self._say(f"{name} {what}; replacing it")
+                    self._replaced.add(name)
                     await self._launcher.kill(name)
                 if not self._membership.starting():
                     self._settled.set()

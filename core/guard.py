@@ -16,6 +16,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from .probes import Probes
 from .proof import ANSWER_HEADER, CALL_HEADER, Fault, ProofRefused, Verifier
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class Guard(grpc.aio.ServerInterceptor):
         self._refused = refused
         self._said_at_s: dict[Fault, float] = {}
         self._health_watches = 0
+        self._probes = Probes()
 
     @property
     def audience(self) -> str | None:
@@ -55,7 +57,7 @@ class Guard(grpc.aio.ServerInterceptor):
         method: str = handler_call_details.method
         header = _value(handler_call_details.invocation_metadata, CALL_HEADER)
         if header is None and method == HEALTH_CHECK:
-            return await continuation(handler_call_details)
+            return self._probes.handler(await continuation(handler_call_details))
         if header is None and method == HEALTH_WATCH:
             return _wrapped(await continuation(handler_call_details), self._watching)
         try:

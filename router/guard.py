@@ -27,6 +27,7 @@ from google.protobuf.message import DecodeError
 
 from ..client.status import to_rpc_status
 from ..core.errors import InternalError, InvalidRequest, Overloaded, TwostrokeError
+from ..core.probes import Probes
 from .config import RouterConfig
 from .message_bounds import check_bounds
 from .reading import Lease, Room, Workbench
@@ -81,6 +82,7 @@ class Guard(grpc.aio.ServerInterceptor):
         self._num_calls = {True: 0, False: 0}  # of our service, of the others
         self._room = room
         self._bench = Workbench()
+        self._probes = Probes()
 
     def close(self) -> None:
         """No more messages come."""
@@ -90,12 +92,13 @@ class Guard(grpc.aio.ServerInterceptor):
         self, continuation: Callable[[Any], Awaitable[Handler]], handler_call_details: grpc.HandlerCallDetails
     ) -> Handler:
         """The method's handler behind all this; without a key one that refuses and reads nothing."""
-        tenant, details = "", handler_call_details
-        if details.method not in OPEN:
-            try:
-                tenant = self._authenticate(api_key(details.invocation_metadata))
-            except TwostrokeError as error:
-                return _stream(partial(self._refuse, error))
+        details = handler_call_details
+        if details.method in OPEN:
+            return self._probes.handler(await continuation(details))
+        try:
+            tenant = self._authenticate(api_key(details.invocation_metadata))
+        except TwostrokeError as error:
+            return _stream(partial(self._refuse, error))
         handler = await continuation(details)
         if handler is None:
             return handler  # UNIMPLEMENTED

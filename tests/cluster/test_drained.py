@@ -46,5 +46,6 @@ async def test_a_worker_that_drains_unasked_is_replaced(tiny_checkpoint, monkeyp
             assert (await client.generate("hello", max_tokens=3, ignore_eos=True)).usage.completion_tokens == 3
         assert any("drains, and nobody here asked for it; replacing it" in line for line in said)
         assert sum("replacing it" in line for line in said) == 1
+        assert any("ended (killed, to be replaced); starting it again" in line for line in said)
     finally:
         await supervisor.stop()

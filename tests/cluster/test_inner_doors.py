@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 
 from twostroke.cluster.announce import Announcer, Retry
-from twostroke.core import inside
+from twostroke.core import inside, probes
 from twostroke.core.guard import HEALTH_CHECK, HEALTH_WATCH, MAX_HEALTH_WATCHES, Guard
 from twostroke.core.inside import InsideChannel
 from twostroke.core.ports import free_port
@@ -145,6 +145,13 @@ async def test_a_proof_that_was_seen_before_or_is_meant_for_another_is_refused(s
             with pytest.raises(grpc.RpcError, match=why):
                 await describe(other, path)
     assert not worker.is_draining
+
+
+async def test_probes_that_say_nothing_are_ended(start_worker, monkeypatch):
+    monkeypatch.setattr(probes, "PATIENCE_S", 0.2)
+    worker = await start_worker(Role.COMBINED)
+    async with grpc.aio.insecure_channel(worker.address) as plain:
+        assert await plain.stream_stream(HEALTH_CHECK)().code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
 async def test_probes_without_a_key_may_check_health_and_a_few_may_watch_it(start_worker):

@@ -55,8 +55,8 @@ _INSIDE = [
 _OUTSIDE = [
     Mutant(
         "router/guard.py",
-        "        if details.method not in OPEN:\n",
-        "        if details.method.startswith(self._own):\n",
+        "        if details.method in OPEN:\n",
+        "        if not details.method.startswith(self._own):\n",
     ),
     Mutant(
         "router/guard.py",

@@ -13,7 +13,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from twostroke.client.status import from_rpc_error
-from twostroke.core import errors
+from twostroke.core import errors, probes
 from twostroke.protos import inference_pb2, inference_pb2_grpc
 from twostroke.router import guard as guard_module
 from twostroke.router import reading
@@ -23,6 +23,8 @@ from twostroke.router.reading import room_of
 from twostroke.router.validate import Limits, authenticate
 
 KEY = "a-key-of-the-tests"
+CHECK = "/grpc.health.v1.Health/Check"
+SERVING = health_pb2.HealthCheckResponse.SERVING
 GOOD = (("authorization", f"Bearer {KEY}"),)
 OWN = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 SERVICES = (OWN, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -190,6 +192,30 @@ async def test_calls_beyond_the_bound_are_refused_with_advice(monkeypatch):
         waiting.cancel()
         watching.cancel()
         await until(lambda: there.guard._num_calls == {True: 0, False: 0})
+
+
+async def test_probes_that_say_nothing_are_ended_and_keep_nobody_out(monkeypatch):
+    monkeypatch.setattr(probes, "PATIENCE_S", 0.3)
+    async with serving() as there, there.channel() as silent, there.channel() as channel:
+        calls = [silent.stream_stream(CHECK)() for _ in range(3 * probes.MAX_WAITING)]
+        await until(lambda: len(there.guard._probes._waiting) == probes.MAX_WAITING)
+        check = health_pb2_grpc.HealthStub(channel).Check
+        for _ in range(3):
+            assert (await check(health_pb2.HealthCheckRequest(), timeout=10)).status == SERVING
+        for call in calls:
+            assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert not there.guard._probes._waiting
+
+
+@pytest.mark.parametrize("data", [b"\x0a\xff\x7f", b"\xff"])
+async def test_a_probe_of_anything_else_is_refused(data: bytes):
+    async with serving() as there, there.channel() as channel:
+        call = channel.stream_stream(CHECK)()
+        await call.write(data)
+        assert (await failure(call)).code() is grpc.StatusCode.INVALID_ARGUMENT
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service="other"))
+        assert refused.value.code() is grpc.StatusCode.NOT_FOUND
 
 
 async def test_an_unexpected_failure_is_a_typed_one():
