@@ -119,12 +119,14 @@ class Lists:
     def __init__(self) -> None:
         self._num_prompts: OrderedDict[tuple[str, str], int] = OrderedDict()
 
-    def add(self, tenant: str, name: str, num_prompts: int) -> None:
-        """Remember a list; the oldest one makes room."""
+    def add(self, tenant: str, name: str, num_prompts: int) -> int:
+        """Remember a list; the oldest one makes room. Returns how many prompts the last one of that name had, or 0."""
+        before = self._num_prompts.get((tenant, name), 0)
         self._num_prompts[tenant, name] = num_prompts
         self._num_prompts.move_to_end((tenant, name))
         while len(self._num_prompts) > MAX_NAMES:
             self._num_prompts.popitem(last=False)
+        return before
 
     def requests(self, tenant: str, name: str) -> list[str]:
         """The requests that a tenant's list became; none: it has no list of that name."""

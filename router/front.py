@@ -78,7 +78,7 @@ class Front:
 
     async def abort(self, request_id: str, domain: str) -> bool:
         """Cancel a tenant's own running request, or all of a list. False: it has none of that name."""
-        names = self._lists.requests(domain, request_id) or [request_id]
+        names = [request_id, *self._lists.requests(domain, request_id)]
         return any([await self.flow.abort(domain, name) for name in names])
 
     async def admit(self, call: Call) -> tuple[Request, ServedModel]:
@@ -137,15 +137,18 @@ class Front:
         requests, model = await self._admit(calls)
         if admitted is not None:
             admitted()
+        before = 0
         if name is not None:
             self._check_room(requests)
-            self._lists.add(requests[0].owner, name, len(requests))
+            before = self._lists.add(requests[0].owner, name, len(requests))
         starts = [partial(self._generate, request, arrived_s) for request in requests]
         pieces = starts[0]() if name is None else _merged(starts, requests)
         try:
             first = await anext(pieces)
         except BaseException:
             await pieces.aclose()
+            if name is not None and before:  # an older list of that name may still run
+                self._lists.add(requests[0].owner, name, before)
             raise
         return Started(requests, model, first, pieces)
 

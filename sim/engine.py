@@ -66,6 +66,7 @@ class Engine:
         self._deadline_due: Timer | None = None
         self.num_turns = 0
         self._num_checked = 0
+        self._num_untold = 0  # batches of events on their way to the face
 
     @property
     def num_live(self) -> int:
@@ -76,6 +77,11 @@ class Engine:
     def has_waiting_commands(self) -> bool:
         """Whether the face said something that the core has not heard."""
         return bool(self._inbox)
+
+    @property
+    def is_telling(self) -> bool:
+        """Whether the core said something that the face has not heard."""
+        return self._num_untold > 0
 
     def send(self, command: Command) -> None:
         """A command of the face; never waits."""
@@ -166,7 +172,12 @@ class Engine:
             elif isinstance(event, Promised | Offered):
                 check_promises(self._process.name, self.core, self.pool, self._worker.most_taken)
         if events:
-            self._world.after(self._worker.link_s, self._process, lambda: self.tell(events))
+            self._num_untold += 1
+            self._world.after(self._worker.link_s, self._process, lambda: self._tell(events))
+
+    def _tell(self, events: Sequence[Event]) -> None:
+        self._num_untold -= 1
+        self.tell(events)
 
     def _refused(self, op: StoreOp, error: Exception | None) -> None:
         """Damage is in the schedule; whatever else the store raises is a finding."""

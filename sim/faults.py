@@ -150,8 +150,10 @@ class Schedule:
                     self.routers[process.name].check()
 
     def _has_news(self) -> bool:
-        """Whether news of a prefix cache is under way to a router, or waits there because it stood still until now."""
+        """Whether news of a cache is under way to a face or a router, or waits where a router stood still until now."""
         now_s = self.world.now_s()
+        if any(node.engine.is_telling for node in self.nodes.values()):
+            return True
         if any(router.process.frozen_until_s >= now_s for router in self.routers.values()):
             return True
         watches = [link.watch for router in self.routers.values() for link in router.links.values()]

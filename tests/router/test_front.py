@@ -3,6 +3,7 @@
 import asyncio
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,30 @@ async def test_a_tenant_cannot_abort_anothers_request():
         with pytest.raises(errors.Cancelled):
             await running
         assert not await front.abort("r1", "key-0")
+
+
+async def test_a_name_is_a_list_and_a_request_and_stays_that_whatever_is_refused(monkeypatch):
+    monkeypatch.setattr(front_module, "validate", lambda call, *_: request(call.request_id, isolation_domain="key-0"))
+    async with cluster() as c:
+        await c.add(FakeWorker("w0", behaviour=Behaviour(stop_after=2)))
+        front = Front(RouterConfig(), c.flow)
+
+        async def model(_: object) -> None:
+            return None
+
+        monkeypatch.setattr(front.models, "get", model)
+        calls = [Call(model=MODEL, prompt="x", api_key="key-0")] * 3
+        listed = await front.start_list("L", calls)
+        with pytest.raises(errors.InvalidRequest, match="L-0"):  # its requests' names are in use
+            await front.start_list("L", calls[:2])
+        assert (front.explain("L", "key-0") or {})["num_prompts"] == 3
+        alone = await front.start(replace(calls[0], request_id="L"))
+        assert await front.abort("L", "key-0")
+        for started in (listed, alone):
+            with pytest.raises(errors.Cancelled):
+                async for _ in started.pieces():
+                    pass
+        assert not await front.abort("L", "key-0")
 
 
 async def test_calls_beyond_the_bound_are_refused_before_they_are_tokenised(monkeypatch):
