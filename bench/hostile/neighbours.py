@@ -18,7 +18,7 @@ import grpc.aio
 
 from twostroke.protos import common_pb2, inference_pb2
 
-TOKENS = 2_000  # of one stream; then the next one begins
+TOKENS = 500  # of one stream; then the next one begins: long ones make every step longer, and so every gap
 RETRY_S = 0.2
 
 
