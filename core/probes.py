@@ -11,8 +11,10 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from .farewell import Farewell
+
 MAX_WAITING = 64  # calls whose message has not come; one more ends the oldest
-PATIENCE_S = 5.0  # for the message
+PATIENCE_S = 5.0  # for the message, and for the answer to be taken
 MAX_BYTES = 4096  # of it: the name of a service
 
 
@@ -21,6 +23,7 @@ class Probes:
 
     def __init__(self) -> None:
         self._waiting: dict[asyncio.Timeout, None] = {}  # the oldest first
+        self._farewell = Farewell()
 
     def handler(self, check: Any) -> Any:
         """The handler of `grpc.health.v1.Health/Check` (None: there is none) within these bounds."""
@@ -29,6 +32,7 @@ class Probes:
 
         async def answer(_: Any, context: Any) -> None:
             raw = await self._message(context)
+            self._end_in_time()
             if not isinstance(raw, bytes) or len(raw) > MAX_BYTES:
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "no message came, or a long one")
             try:
@@ -40,6 +44,13 @@ class Probes:
             await context.write(check.response_serializer(await check.unary_unary(message, context)))
 
         return grpc.stream_stream_rpc_method_handler(answer)
+
+    def _end_in_time(self) -> None:
+        """The answer goes out next; a client that does not take it is let go of."""
+        call = asyncio.current_task()
+        assert call is not None
+        ending = asyncio.get_running_loop().call_later(PATIENCE_S, self._farewell.end, call)
+        call.add_done_callback(lambda _: ending.cancel())
 
     async def _message(self, context: Any) -> Any:
         """The first message, or no bytes where none came in time."""

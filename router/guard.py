@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
-import types
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from typing import Any, TypeAlias
@@ -27,6 +25,7 @@ from google.protobuf.message import DecodeError
 
 from ..client.status import to_rpc_status
 from ..core.errors import InternalError, InvalidRequest, Overloaded, TwostrokeError
+from ..core.farewell import Farewell
 from ..core.probes import Probes
 from .config import RouterConfig
 from .message_bounds import check_bounds
@@ -83,6 +82,7 @@ class Guard(grpc.aio.ServerInterceptor):
         self._room = room
         self._bench = Workbench()
         self._probes = Probes()
+        self._farewell = Farewell()
 
     def close(self) -> None:
         """No more messages come."""
@@ -119,7 +119,7 @@ class Guard(grpc.aio.ServerInterceptor):
             await self._serve(handler, method, tenant, context)
         except Stalled:
             log.info("%s: the client took nothing for %g s; the call ends", method, self._stall_s)
-            _let_go(_this_task())
+            self._farewell.end(_this_task())
         except TwostrokeError as error:
             status = to_rpc_status(error)
         except grpc.aio.AbortError:
@@ -194,7 +194,7 @@ class Guard(grpc.aio.ServerInterceptor):
     def _end_in_time(self) -> None:
         """The status goes out next; a client that does not take it is let go of."""
         task = _this_task()
-        ending = asyncio.get_running_loop().call_later(self._stall_s, _let_go, task)
+        ending = asyncio.get_running_loop().call_later(self._stall_s, self._farewell.end, task)
         task.add_done_callback(lambda _: ending.cancel())
 
 
@@ -241,18 +241,3 @@ def _this_task() -> asyncio.Task[Any]:
     task = asyncio.current_task()
     assert task is not None
     return task
-
-
-def _let_go(task: asyncio.Task[Any]) -> None:
-    """End a call that waits for its client, with everything that grpc.aio keeps of it.
-
-    A server cannot cancel a call there. A call is cancelled when nobody holds it any more, and beside its own task it
-    is held by one of grpc.aio, which waits for the client to leave. That one is compiled, and it holds `task`.
-    """
-    for other in asyncio.all_tasks():
-        work = other.get_coro()
-        if not isinstance(work, types.CoroutineType) and any(
-            held is task for scope in gc.get_referents(work) for held in gc.get_referents(scope)
-        ):
-            other.cancel()
-    task.cancel()

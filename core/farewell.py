@@ -1,0 +1,53 @@
+"""Ends calls whose clients neither take nor leave, with all that grpc.aio keeps of them. Knows no service.
+
+A server cannot cancel a call there. A call is cancelled when nobody holds it any more, and beside its own task it is
+held by one of grpc.aio, which waits for the client to leave. That one is compiled, and it holds the call's task.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import types
+from typing import Any
+
+DELAY_S = 0.05  # calls that stall together are looked for together
+TASKS_AT_ONCE = 100  # looked at without a pause: a few milliseconds
+
+
+class Farewell:
+    """The stalled calls of one server."""
+
+    def __init__(self) -> None:
+        self._stalled: set[asyncio.Task[Any]] = set()
+        self._sweep: asyncio.Task[None] | None = None
+
+    def end(self, call: asyncio.Task[Any]) -> None:
+        """End a call soon."""
+        self._stalled.add(call)
+        if self._sweep is None:
+            self._sweep = asyncio.create_task(self._end_all())
+
+    async def _end_all(self) -> None:
+        try:
+            while self._stalled:
+                await asyncio.sleep(DELAY_S)
+                calls, self._stalled = self._stalled, set()
+                ids = {id(call) for call in calls}
+                for place, task in enumerate(asyncio.all_tasks()):
+                    if place % TASKS_AT_ONCE == TASKS_AT_ONCE - 1:
+                        await asyncio.sleep(0)
+                    if _holds(task, ids):
+                        task.cancel()
+                for call in calls:
+                    call.cancel()
+        finally:
+            self._sweep = None
+
+
+def _holds(task: asyncio.Task[Any], ids: set[int]) -> bool:
+    """Whether a task is one of grpc.aio's that holds a call."""
+    work = task.get_coro()
+    if isinstance(work, types.CoroutineType):
+        return False
+    return any(id(held) in ids for scope in gc.get_referents(work) for held in gc.get_referents(scope))
