@@ -218,6 +218,11 @@ class EngineCore:
         """What steps take on this machine: prompts beside decodes get as many tokens as the policy thinks fit."""
         self._scheduler.times = times
 
+    def is_for_peers(self, plan: StepPlan) -> bool:
+        """Whether a plan computes a prompt whose blocks go to a decode worker."""
+        by_key = self._scheduler.by_key
+        return any(by_key[step.key].source is Source.FOR_PEER for step in plan.sequences)
+
     @property
     def num_live(self) -> int:
         """Sequences that were submitted and have not ended."""

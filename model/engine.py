@@ -32,6 +32,7 @@ INTEGRITY_S = 5.0
 CHECKED_BLOCKS = 4096  # of a large pool, at each time: all of a million would take a quarter of a second
 COMMANDS_PER_TURN = 256
 FAILURES_TO_BREAK = 3
+PEER_WAIT_S = 0.005  # for the face to ask for what a step computed for a peer: else that waits for the whole next step
 
 _log = logging.getLogger(__name__)
 
@@ -97,6 +98,7 @@ class Engine:
         self._pace = Pace()
         self._phase = "loading"
         self._failures_in_a_row = 0
+        self._is_for_peers = False  # the last step computed a prompt that a decode worker waits for
         self._next_policy: Policy | None = None
         self._next_beat_s = 0.0
         self._next_check_s = 0.0
@@ -154,9 +156,9 @@ class Engine:
             self._beat(now_s)
 
     def _wait_s(self) -> float:
-        """How long to sleep for commands: not at all while steps run, else until the beat or a deadline."""
+        """How long to sleep for commands: hardly or not at all while steps run, else until the beat or a deadline."""
         if self._phase != "idle":
-            return 0.0
+            return PEER_WAIT_S if self._is_for_peers else 0.0
         deadline_s = self._core.next_deadline_s()
         wake_s = self._next_beat_s if deadline_s is None else min(self._next_beat_s, deadline_s)
         return max(wake_s - self._clock.now_s(), 0.0)
@@ -165,6 +167,7 @@ class Engine:
         """Run a plan. A failure ends the sequences that cause it; steps without any result, in a row, the engine."""
         began_s = self._clock.now_s()
         self._phase = _phase(plan)
+        self._is_for_peers = self._core.is_for_peers(plan)
         try:
             result = self._runner.run(plan)
         except Exception as error:

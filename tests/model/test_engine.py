@@ -410,6 +410,46 @@ async def test_a_prompt_beside_a_stream_comes_in_pieces_that_fit_the_time(start)
     assert sum(tokens for tokens in runner.beside if tokens > 1) == 300
 
 
+class Gated(Steps):
+    """Says when it has begun the step that it may not take yet, and what happened in which order. A store of nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.has_begun = threading.Event()
+        self.order = []
+
+    def run(self, plan):
+        self.order += [step.key.request_id for step in plan.sequences]
+        self.has_begun.set()
+        return super().run(plan)
+
+    def read_tokens(self, _):
+        self.order.append("read")
+        return ()
+
+
+async def test_what_a_peer_waits_for_is_read_before_the_next_step(start, monkeypatch):
+    monkeypatch.setattr(engine_module, "PEER_WAIT_S", TIMEOUT_S)
+    runner = Gated()
+    _, desk, _ = start(runner, runner, PrefillPolicy, max_batch_tokens=64)
+    keys = [SequenceKey(name, 0) for name in ("one", "two")]
+    for key in keys:
+        desk.link.send(submit(key.request_id, Source.FOR_PEER, 64, GREEDY))
+        await desk.of(Offered, key)
+    runner.may_go.clear()
+    desk.link.send(submit("before", Source.LOCAL, 20, replace(GREEDY, max_tokens=1)))
+    assert runner.has_begun.wait(TIMEOUT_S)
+    for key in keys:
+        desk.link.send(PeerBound(key))
+    runner.may_go.set()
+    await desk.of(Progress, keys[0])
+    desk.link.send(ReadKv(keys[0], 0, 64))
+    await desk.of(KvRead, keys[0])
+    desk.link.send(Release(keys[0]))
+    await desk.of(Progress, keys[1])
+    assert runner.order == ["before", "one", "read", "two"]
+
+
 def lines_run(work) -> int:
     """Lines of Python that `work` runs: what it costs, on any machine."""
     count = 0
