@@ -411,7 +411,7 @@ async def test_a_prompt_beside_a_stream_comes_in_pieces_that_fit_the_time(start)
 
 
 class Gated(Steps):
-    """Says when it has begun the step that it may not take yet, and what happened in which order. A store of nothing."""
+    """Says when it has begun the step that it may not take yet, and in which order all happened. A store of nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -443,6 +443,7 @@ async def test_what_a_peer_waits_for_is_read_before_the_next_step(start, monkeyp
         desk.link.send(PeerBound(key))
     runner.may_go.set()
     await desk.of(Progress, keys[0])
+    await asyncio.sleep(0.02)  # an engine that does not wait goes on
     desk.link.send(ReadKv(keys[0], 0, 64))
     await desk.of(KvRead, keys[0])
     desk.link.send(Release(keys[0]))
