@@ -92,6 +92,17 @@ def test_the_snapshot_that_another_router_asked_for_is_no_news_to_who_knows_it()
     assert told(made, second) == [(1, "snapshot", A + B)]
 
 
+def test_who_reads_in_time_is_told_every_change_however_many_they_are() -> None:
+    engine, made = watchers(max_pending=4)
+    watcher = made.open()
+    engine.tell(CacheSnapshot(1, (A,)))
+    told(made, watcher)
+    for number in range(2, 40):
+        engine.tell(CacheDelta(number, (B,), ()))
+        assert [kind for _, kind, _ in told(made, watcher)] == ["delta"]
+    assert engine.asked == 1
+
+
 async def test_who_reads_no_more_is_forgotten() -> None:
     engine, made = watchers()
     events = made.watch()

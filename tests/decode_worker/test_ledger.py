@@ -95,6 +95,16 @@ def test_remembered_ends_are_bounded(ledger):
     assert len(ledger._ended) == 3
 
 
+def test_the_end_that_is_longest_ago_is_forgotten_first(ledger):
+    again = SequenceKey("r0", 0)
+    for key in (again, SequenceKey("r1", 0), SequenceKey("r2", 0)):
+        ledger.refuse(A, key, FIRST)
+    ledger.refuse(A, again, SECOND)
+    ledger.refuse(A, SequenceKey("r3", 0), FIRST)
+    assert ledger.standing(A, again, SECOND) is Standing.DUPLICATE
+    assert ledger.standing(A, SequenceKey("r1", 0), FIRST) is Standing.NEW
+
+
 def test_nothing_is_left_of_runs_that_ended(ledger):
     for number in range(4):
         ledger.begin(number, "to a", A, SequenceKey(f"r{number}", 0), FIRST)
