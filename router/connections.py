@@ -3,8 +3,9 @@
 The server under it times keep-alive only. Every connection here has one recurring look at its state; all bounds in time
 are checked there. Knows no route and no body.
 
-    idle     nothing of a request is here; the longest idle connection makes room for a new one
+    idle     nothing of a request is here
     head     some of a request's line and headers are here
+             (where there is no room, the longest idle connection makes some, then the longest in its head)
     body     the headers are here, and the application answers
     behind   the answer is complete, and the body is not: what still comes is thrown away
     ending   nothing more is answered; what the client still sends is read and thrown away, for a socket that is closed
@@ -57,6 +58,7 @@ class Connections:
         self._most = most
         self._all: set[Connection] = set()
         self._idle: dict[Connection, None] = {}  # the longest idle one first
+        self._heads: dict[Connection, None] = {}  # in a head, the longest first: one that is in earnest is short
 
     def __len__(self) -> int:
         return len(self._all)
@@ -66,25 +68,37 @@ class Connections:
         return Connection(self, **known)
 
     def add(self, connection: Connection) -> bool:
-        """A new connection; the longest idle one makes room for it. False: none is idle, and there is no room."""
+        """A new connection; another makes room for it. False: there is no room, and all have whole requests."""
         if len(self._all) >= self._most:
-            if not self._idle:
+            others = self._idle or self._heads
+            if not others:
                 return False
-            next(iter(self._idle)).give_up()
+            next(iter(others)).give_up()
         self._all.add(connection)
         self._idle[connection] = None
         return True
 
-    def note_idle(self, connection: Connection, is_idle: bool) -> None:
-        """A connection begins or ends to be idle."""
-        self._idle.pop(connection, None)
-        if is_idle and connection in self._all:
+    def note_idle(self, connection: Connection) -> None:
+        """A connection begins to be idle."""
+        self.note_busy(connection)
+        if connection in self._all:
             self._idle[connection] = None
+
+    def note_head(self, connection: Connection) -> None:
+        """A head begins on a connection that has no other request."""
+        self.note_busy(connection)
+        if connection in self._all:
+            self._heads[connection] = None
+
+    def note_busy(self, connection: Connection) -> None:
+        """A request is here."""
+        self._idle.pop(connection, None)
+        self._heads.pop(connection, None)
 
     def remove(self, connection: Connection) -> None:
         """A connection that is gone."""
         self._all.discard(connection)
-        self._idle.pop(connection, None)
+        self.note_busy(connection)
 
 
 class Connection(HttpToolsProtocol):
@@ -196,7 +210,10 @@ class Connection(HttpToolsProtocol):
         self._in_head = self._has_spoken = True
         self._head_bytes = self._num_headers = 0
         self._since_s = self.loop.time()
-        self._among.note_idle(self, False)
+        if self._is_answering or self.pipeline:
+            self._among.note_busy(self)
+        else:
+            self._among.note_head(self)
 
     def on_message_begin(self) -> None:
         """A request's first line begins."""
@@ -225,6 +242,7 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """The application is asked, unless too many requests wait already."""
         self._in_head = False
+        self._among.note_busy(self)
         if self.parser.should_upgrade():
             if self.parser.get_method() == b"CONNECT":
                 raise ValueError("no tunnel begins here")
@@ -257,7 +275,7 @@ class Connection(HttpToolsProtocol):
         if self._is_ending:
             self._stop_writing()
         elif not self._in_message and not self._in_head:
-            self._among.note_idle(self, True)
+            self._among.note_idle(self)
 
     @property
     def _is_answering(self) -> bool:
@@ -274,7 +292,7 @@ class Connection(HttpToolsProtocol):
 
     def _stop_writing(self) -> None:
         self._since_s = self.loop.time()
-        self._among.note_idle(self, True)
+        self._among.note_idle(self)
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self.flow.resume_reading()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from typing import Any, TypeAlias
@@ -41,12 +42,17 @@ OPEN = frozenset({"/grpc.health.v1.Health/Check"})  # probes have no key
 SMALL_BYTES = 4096  # of messages of other services than ours: names
 LARGE = frozenset({"Generate", "GenerateStream", "Chat", "ChatStream", "Tokenize"})  # methods that carry prompts
 SMALL_CALLS = "/small calls"  # whose part of the room all others have, as a tenant has one
+SMALL_READ_S = 5.0  # for a small message to come
 MAX_STANDING = 64  # calls of other services under way: Watch and reflection stay open for as long as clients like
 SPARE_CALLS = 256  # beyond those that may run: they are refused one by one, with their reasons
 
 
 class Stalled(Exception):  # no error of ours: it ends a call quietly
     """The client does not take what it asked for."""
+
+
+class Gone(Exception):  # likewise
+    """The client left in the midst of a reply."""
 
 
 class GuardedContext:
@@ -79,6 +85,8 @@ class Guard(grpc.aio.ServerInterceptor):
         self._stall_s = config.slow_client_s
         self._max_calls = config.max_running + SPARE_CALLS
         self._num_calls = {True: 0, False: 0}  # of our service, of the others
+        self._tenant_calls: Counter[str] = Counter()  # of our service
+        self._max_tenant_calls = self._max_calls if len(config.api_keys) < 2 else self._max_calls // 2
         self._room = room
         self._bench = Workbench()
         self._probes = Probes()
@@ -111,15 +119,21 @@ class Guard(grpc.aio.ServerInterceptor):
     async def _call(self, handler: Handler, method: str, tenant: str, _: Any, context: Context) -> None:
         is_own = method.startswith(self._own)
         self._num_calls[is_own] += 1
+        self._tenant_calls[tenant] += is_own
         status: grpc.Status | None = None
         try:
             most = self._max_calls if is_own else MAX_STANDING
             if self._num_calls[is_own] > most:
                 raise Overloaded(f"{most} calls are under way, the most that may", retry_after_s=1.0)
+            if self._tenant_calls[tenant] > self._max_tenant_calls:
+                most = self._max_tenant_calls
+                raise Overloaded(f"{most} calls of this key are under way, the most that may", retry_after_s=1.0)
             await self._serve(handler, method, tenant, context)
         except Stalled:
             log.info("%s: the client took nothing for %g s; the call ends", method, self._stall_s)
             self._farewell.end(_this_task())
+        except Gone:
+            log.debug("%s: the client left", method)
         except TwostrokeError as error:
             status = to_rpc_status(error)
         except grpc.aio.AbortError:
@@ -129,6 +143,9 @@ class Guard(grpc.aio.ServerInterceptor):
             status = to_rpc_status(InternalError("the call failed; the router's log has more"))
         finally:
             self._num_calls[is_own] -= 1
+            self._tenant_calls[tenant] -= is_own
+            if not self._tenant_calls[tenant]:
+                del self._tenant_calls[tenant]
         self._end_in_time()
         if (
             status is not None
@@ -176,10 +193,11 @@ class Guard(grpc.aio.ServerInterceptor):
 
     async def _message(self, handler: Handler, method: str, lease: Lease, context: Context) -> Any:
         """The next message; None: there is none."""
-        raw = await self._room.read(lease, context.read)
+        is_large = self._is_large(method)
+        raw = await self._room.read(lease, context.read, None if is_large else SMALL_READ_S)
         if not isinstance(raw, bytes):
             return None
-        if not self._is_large(method) and len(raw) > SMALL_BYTES:
+        if not is_large and len(raw) > SMALL_BYTES:
             raise InvalidRequest(f"the message has {len(raw)} bytes; at most {SMALL_BYTES}")
         lease.shrink(len(raw))
         return await self._bench.run(len(raw), partial(_parsed, raw, handler.request_deserializer))
@@ -190,6 +208,8 @@ class Guard(grpc.aio.ServerInterceptor):
                 await context.write(serialize(message))
         except TimeoutError:
             raise Stalled from None
+        except grpc.aio.BaseError as error:  # cygrpc's, when the batch of a write fails
+            raise Gone from error
 
     def _end_in_time(self) -> None:
         """The status goes out next; a client that does not take it is let go of."""

@@ -40,9 +40,9 @@ _GRPC_OPTIONS = (
 _INTERNAL_OPTIONS = (*_GRPC_OPTIONS, ("grpc.max_concurrent_streams", 4096))
 _CLIENTS_OPTIONS = (
     *_GRPC_OPTIONS,
-    ("grpc.max_allowed_incoming_connections", 1024),
-    ("grpc.server_handshake_timeout_ms", 10_000),
-    ("grpc.max_connection_idle_ms", 600_000),  # without a call; clients connect anew by themselves
+    ("grpc.max_allowed_incoming_connections", 4096),
+    ("grpc.server_handshake_timeout_ms", 5_000),
+    ("grpc.max_connection_idle_ms", 60_000),  # without a call; clients connect anew by themselves
     ("grpc.keepalive_time_ms", 30_000),  # a client that vanished without a word is noticed
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.max_metadata_size", 8 << 10),

@@ -85,8 +85,8 @@ class Room:
             raise
         return lease
 
-    async def read(self, lease: Lease, receive: Callable[[], Awaitable[T]]) -> T:
-        """What `receive` returns: the message of a lease.
+    async def read(self, lease: Lease, receive: Callable[[], Awaitable[T]], patience_s: float | None = None) -> T:
+        """What `receive` returns: the message of a lease, in `patience_s` (`READ_S`), less where others wait for room.
 
         Raises:
             DeadlineExceeded: it was not here in time.
@@ -94,7 +94,7 @@ class Room:
         loop = asyncio.get_running_loop()
         lease.since_s = loop.time()
         try:
-            async with asyncio.timeout(CONTENDED_READ_S if self._waiting else READ_S) as lease.reading:
+            async with asyncio.timeout(CONTENDED_READ_S if self._waiting else patience_s or READ_S) as lease.reading:
                 return await receive()
         except TimeoutError:
             waited_s = loop.time() - lease.since_s

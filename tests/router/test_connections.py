@@ -119,6 +119,40 @@ async def test_where_no_connection_is_idle_a_new_one_is_refused():
         writer.transport.abort()
 
 
+async def test_half_a_head_makes_room_for_a_new_connection():
+    async with served(most=3) as (port, among):
+        halves = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
+        for _, writer in halves:
+            writer.write(GET[:20])
+        while len(among._heads) < 3:
+            await asyncio.sleep(0.01)
+        for _ in range(3):
+            assert b"no worker" in await answer(port, GET[:-2] + b"connection: close\r\n\r\n")
+        with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+            await halves[0][0].readexactly(1)
+        for _, writer in halves:
+            writer.transport.abort()
+
+
+async def test_a_request_behind_another_ones_answer_is_no_half_head():
+    """A connection whose answer is under way keeps it, whatever it has begun to send behind it."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await go_on.wait()
+        await send({"type": "http.response.body", "body": b"whole"})
+
+    go_on = asyncio.Event()
+    async with served(most=1, app=app) as (port, _):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(GET + GET[:20])
+        await reader.readuntil(b"\r\n\r\n")
+        assert b" 503 Service" in await answer(port, b"")
+        go_on.set()
+        assert b"whole" in await reader.readuntil(b"whole")
+        writer.transport.abort()
+
+
 @pytest.mark.usefixtures("short_times")
 async def test_a_client_that_takes_nothing_of_an_answer_is_cut_off():
     async def app(scope: Any, receive: Any, send: Any) -> None:

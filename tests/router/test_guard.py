@@ -218,6 +218,40 @@ async def test_a_probe_of_anything_else_is_refused(data: bytes):
         assert refused.value.code() is grpc.StatusCode.NOT_FOUND
 
 
+async def test_calls_of_one_key_leave_room_for_anothers(monkeypatch):
+    monkeypatch.setattr(guard_module, "SPARE_CALLS", 0)
+    async with serving(max_running=4, api_keys=(KEY, "another-key")) as there, there.channel() as channel:
+        silent = [raw_call(channel, f"/{OWN}/ListModels") for _ in range(2)]
+        await until(lambda: there.guard._num_calls[True] == 2)
+        error = from_rpc_error(await failure(raw_call(channel, f"/{OWN}/ListModels")))
+        assert isinstance(error, errors.Overloaded)
+        assert "of this key" in str(error)
+        generate = inference_pb2_grpc.InferenceStub(channel).Generate
+        other = (("authorization", "Bearer another-key"),)
+        assert (await generate(inference_pb2.GenerateRequest(text="x"), metadata=other, timeout=10)).model
+        for call in silent:
+            call.cancel()
+        await until(lambda: there.guard._num_calls[True] == 0)
+        assert not there.guard._tenant_calls
+
+
+async def test_a_small_message_that_never_comes_ends_its_call_soon(monkeypatch):
+    monkeypatch.setattr(guard_module, "SMALL_READ_S", 0.05)
+    async with serving() as there, there.channel() as channel:
+        call = raw_call(channel, f"/{OWN}/ListModels")
+        assert (await failure(call)).code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+async def test_a_client_that_leaves_in_the_midst_of_a_reply_is_no_failure_of_ours(caplog):
+    class Left:
+        async def write(self, _: Any) -> None:
+            raise grpc.aio.UsageError("RPC already finished.")
+
+    async with serving() as there:
+        with pytest.raises(guard_module.Gone):
+            await there.guard._write(Left(), lambda message: message, b"")
+
+
 async def test_an_unexpected_failure_is_a_typed_one():
     async with serving() as there, there.channel() as channel:
         call = inference_pb2_grpc.InferenceStub(channel).Generate(

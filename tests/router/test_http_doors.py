@@ -172,9 +172,7 @@ def test_origins_that_are_no_list_are_refused():
 @pytest.mark.parametrize("encoding", ["gzip", "GZIP", "x-gzip"])
 async def test_a_packed_body_is_unpacked(encoding: str):
     async with doors() as client:
-        reply = await client.post(
-            COMPLETIONS, content=gzip.compress(BODY, mtime=0), headers={"content-encoding": encoding}
-        )
+        reply = await client.post(COMPLETIONS, content=gzip.compress(BODY), headers={"content-encoding": encoding})
         assert reply.status_code == PASSED
 
 
@@ -187,7 +185,7 @@ async def test_other_ways_to_pack_are_refused_with_the_remedy(encoding: str):
 
 
 async def test_a_packed_body_is_bounded_as_it_unpacks():
-    bomb = gzip.compress(b" " * 30_000_000, mtime=0)
+    bomb = gzip.compress(b" " * 30_000_000)
     async with doors(max_body_bytes=len(bomb)) as client:
         tracemalloc.start()
         reply = await client.post(COMPLETIONS, content=bomb, headers={"content-encoding": "gzip"})
@@ -200,7 +198,9 @@ async def test_a_packed_body_is_bounded_as_it_unpacks():
         assert reply.status_code == PASSED
 
 
-@pytest.mark.parametrize("data", [BODY, gzip.compress(BODY, mtime=0)[:-4], gzip.compress(BODY) * 2, b""])
+@pytest.mark.parametrize(
+    "data", [BODY, gzip.compress(BODY)[:-4], gzip.compress(BODY) * 2, b""], ids=["plain", "cut", "two", "none"]
+)
 async def test_what_is_not_gzip_is_said_to_be_none(data: bytes):
     async with doors() as client:
         reply = await client.post(COMPLETIONS, content=data, headers={"content-encoding": "gzip"})
