@@ -132,6 +132,7 @@ class Guard(grpc.aio.ServerInterceptor):
         except Stalled:
             log.info("%s: the client took nothing for %g s; the call ends", method, self._stall_s)
             self._farewell.end(_this_task())
+            await asyncio.Future()  # to be cancelled: a status cannot leave while a reply is under way
         except Gone:
             log.debug("%s: the client left", method)
         except TwostrokeError as error:
