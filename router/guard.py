@@ -121,6 +121,7 @@ class Guard(grpc.aio.ServerInterceptor):
         self._num_calls[is_own] += 1
         self._tenant_calls[tenant] += is_own
         status: grpc.Status | None = None
+        is_stalled = False
         try:
             most = self._max_calls if is_own else MAX_STANDING
             if self._num_calls[is_own] > most:
@@ -131,8 +132,7 @@ class Guard(grpc.aio.ServerInterceptor):
             await self._serve(handler, method, tenant, context)
         except Stalled:
             log.info("%s: the client took nothing for %g s; the call ends", method, self._stall_s)
-            self._farewell.end(_this_task())
-            await asyncio.Future()  # to be cancelled: a status cannot leave while a reply is under way
+            is_stalled = True
         except Gone:
             log.debug("%s: the client left", method)
         except TwostrokeError as error:
@@ -147,10 +147,12 @@ class Guard(grpc.aio.ServerInterceptor):
             self._tenant_calls[tenant] -= is_own
             if not self._tenant_calls[tenant]:
                 del self._tenant_calls[tenant]
+        # Not within `except`: what is raised here would keep the error and its frames' messages.
+        if is_stalled:
+            self._farewell.end(_this_task())
+            await asyncio.Future()  # to be cancelled: no status can leave while a reply is under way
         self._end_in_time()
-        if (
-            status is not None
-        ):  # not within `except`: aborting raises, and would keep the error and its frames' messages
+        if status is not None:
             await context.abort_with_status(status)
 
     async def _serve(self, handler: Handler, method: str, tenant: str, context: Context) -> None:
