@@ -23,7 +23,8 @@ class Farewell:
         self._sweep: asyncio.Task[None] | None = None
 
     def end(self, call: asyncio.Task[Any]) -> None:
-        """End a call soon."""
+        """Cancel a call, and soon the one that holds it."""
+        call.cancel()
         self._stalled.add(call)
         if self._sweep is None:
             self._sweep = asyncio.create_task(self._end_all())
@@ -39,8 +40,6 @@ class Farewell:
                         await asyncio.sleep(0)
                     if _holds(task, ids):
                         task.cancel()
-                for call in calls:
-                    call.cancel()
         finally:
             self._sweep = None
 

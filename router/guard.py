@@ -150,7 +150,7 @@ class Guard(grpc.aio.ServerInterceptor):
         # Not within `except`: what is raised here would keep the error and its frames' messages.
         if is_stalled:
             self._farewell.end(_this_task())
-            await asyncio.Future()  # to be cancelled: no status can leave while a reply is under way
+            return
         self._end_in_time()
         if status is not None:
             await context.abort_with_status(status)
