@@ -167,6 +167,14 @@ async def test_a_doubled_order_runs_once(alone, hand, make_prompt):
     assert alone.counters["orders_duplicate"] == 2
 
 
+async def test_a_doubled_order_is_refused_once(alone, hand, make_prompt):
+    refused = await (await hand.submit("r", [])).ended()
+    await hand.submit("r", [])
+    await (await hand.submit("other", make_prompt(20))).ended()
+    assert len(refused.ends) == 1
+    assert (alone.counters["orders_refused"], alone.counters["orders_duplicate"]) == (1, 1)
+
+
 async def test_a_newer_dispatch_ends_the_older_and_an_older_is_dropped(alone, hand, make_prompt, all_free):
     answer = await hand.submit("r", make_prompt(20), sampling={"max_tokens": 1500, **FREE})
     await answer.until(lambda a: len(a.token_ids) > 2)
