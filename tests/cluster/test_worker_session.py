@@ -46,6 +46,9 @@ async def test_all_requests_of_a_step_share_a_message(hand, make_prompt):
         await answer.ended()
     shared = [m for m in hand.messages if len({t.request_id for t in m.step.tokens}) >= 5]
     assert len(shared) > 10  # of about 40 steps
+    steps = [m.step.step for m in shared]
+    assert steps == sorted(steps)
+    assert len(set(steps)) > 10
     assert [m.sequence for m in hand.messages] == list(range(2, 2 + len(hand.messages)))
 
 
