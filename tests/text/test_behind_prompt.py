@@ -146,6 +146,7 @@ def test_a_prompt_costs_no_more_than_its_last_tokens(monkeypatch):
         [*tokenizer.encode("lazy dog ") * 500],
         euro * 500,
         [*euro * 500, euro[0]],
+        [euro[0]] * 500,
         [tokenizer.bos_id] * 500,
     ):
         text = IncrementalText(tokenizer, prompt_ids=prompt)
