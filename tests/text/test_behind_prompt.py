@@ -199,6 +199,15 @@ def test_tokens_of_one_character_are_where_it_is():
         assert TokenPlaces(tokenizer).of(ids) == expected
 
 
+def test_a_character_that_the_prompt_left_broken_takes_no_place_in_the_output():
+    tokenizer = byte_level()
+    e, first, second = (tokenizer.backend.token_to_id(name) for name in ("e", "â", "Ĥ"))
+    for output, places in (([e, e], [0, 1]), ([second, e, e], [0, 0, 1]), ([first, e], [0, 1])):
+        text = IncrementalText(tokenizer, prompt_ids=[e, first])
+        assert (text.push(output) + text.flush()).replace("\ufffd", "") == "e" * output.count(e)
+        assert TokenPlaces(tokenizer, prompt_ids=[e, first]).of(output) == places, output
+
+
 def test_each_byte_of_a_broken_run_is_where_it_shows():
     tokenizer = llama_style()
     ids = [tokenizer.backend.token_to_id(name) for name in ("e", "<0xE2>", "<0xE2>", "<0xAC>", "e")]
