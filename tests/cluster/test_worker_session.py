@@ -46,6 +46,9 @@ async def test_all_requests_of_a_step_share_a_message(hand, make_prompt):
         await answer.ended()
     shared = [m for m in hand.messages if len({t.request_id for t in m.step.tokens}) >= 5]
     assert len(shared) > 10  # of about 40 steps
+    steps = [m.step.step for m in shared]
+    assert steps == sorted(steps)
+    assert len(set(steps)) > 10
     assert [m.sequence for m in hand.messages] == list(range(2, 2 + len(hand.messages)))
 
 
@@ -165,6 +168,14 @@ async def test_a_doubled_order_runs_once(alone, hand, make_prompt):
     assert len(answer.ends) == 1
     assert len(answer.token_ids) == 8
     assert alone.counters["orders_duplicate"] == 2
+
+
+async def test_a_doubled_order_is_refused_once(alone, hand, make_prompt):
+    refused = await (await hand.submit("r", [])).ended()
+    await hand.submit("r", [])
+    await (await hand.submit("other", make_prompt(20))).ended()
+    assert len(refused.ends) == 1
+    assert (alone.counters["orders_refused"], alone.counters["orders_duplicate"]) == (1, 1)
 
 
 async def test_a_newer_dispatch_ends_the_older_and_an_older_is_dropped(alone, hand, make_prompt, all_free):

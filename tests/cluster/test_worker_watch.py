@@ -136,7 +136,9 @@ async def test_a_slow_watcher_gets_a_new_snapshot_instead_of_a_long_queue(start_
     await slow.aclose()
 
 
-async def test_fetch_gives_verified_frames_of_what_is_cached(start_worker, router_of, make_prompt, all_free):
+async def test_fetch_gives_verified_frames_of_what_is_cached(
+    start_worker, router_of, make_prompt, all_free, monkeypatch
+):
     worker = await start_worker(Role.COMBINED)
     hand = await router_of(worker)
     ids = make_prompt(330)
@@ -171,9 +173,12 @@ async def test_fetch_gives_verified_frames_of_what_is_cached(start_worker, route
     assert len(frames[0].header.identities) == 3
     (leading,) = await fetch(identities=[*names[:2], unknown[2], *names[3:]])  # nothing is served behind a gap
     assert list(leading.header.identities) == list(names[:2])
-    with pytest.raises(grpc.RpcError) as refusal:
-        await fetch(identities=[b"short"])
-    assert refusal.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    monkeypatch.setattr("twostroke.cluster.fetch.MAX_IDENTITIES", 3)
+    assert [list(frame.header.identities) for frame in await fetch(identities=names[:3])] == [list(names[:3])]
+    for refused in ([b"short"], names[:4]):
+        with pytest.raises(grpc.RpcError) as refusal:
+            await fetch(identities=refused)
+        assert refusal.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     await channels.close()
 
 

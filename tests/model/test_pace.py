@@ -28,6 +28,16 @@ def test_finds_the_price_of_tokens_and_pairs(a, b):
     assert pace.prefill_ms_per_token_pair == pytest.approx(b, rel=0.05)
 
 
+def test_a_price_that_only_pairs_can_have_is_given_to_no_token():
+    """Steps take no time at a prompt's start and much far behind it: the best fit gives tokens less than nothing."""
+    pace = Pace()
+    for round_ in range(40):
+        start = 1000 * (round_ % 2)
+        pace.observe(StepPlan(round_, (chunk(start, 100),)), 0.1 * start)
+    assert pace.prefill_ms_per_token == 0.0
+    assert pace.prefill_ms_per_token_pair == pytest.approx(100 / (100 * 1050), rel=0.02)
+
+
 def test_short_prompts_do_not_make_a_long_one_look_endless():
     """Steps of about 30 ms whatever they hold: what a few short prompts on a busy machine look like."""
     pace = Pace()

@@ -2,8 +2,9 @@
 
     python tests/mutants/campaign.py [--only WORDS] [--ask both] [--jobs 2] [--timeout 120]
 
-For each: the quick tests of its file first, then 400 schedules of the simulator, if it plays that file. Found: one of
-them fails. Exit status 1: a bug was seen by nobody and is not explained, or an explained one was seen.
+All of them must pass before anything is planted. For each bug: the quick tests of its file first, then 400 schedules of
+the simulator, if it plays that file. Found: one of them fails. Exit status 1: a bug was seen by nobody and is not
+explained, or an explained one was seen, or something failed without a bug.
 """
 
 from __future__ import annotations
@@ -100,6 +101,16 @@ class Judges:
         self._played = _played(copies[0].place) if asked != "tests" else frozenset()
         self._timeout_s = timeout_s
 
+    def fail_unplanted(self, mutants: Sequence[Mutant]) -> list[str]:
+        """What fails without a mutant, file by file: such a test sees nothing."""
+        copy, failed = self._free[-1], []
+        if self._asks_tests:
+            files = dict.fromkeys(file for mutant in mutants for file in _tests_of(mutant))
+            failed += [copy.tests_fail((file,), self._timeout_s) for file in files]
+        if any(mutant.file in self._played for mutant in mutants):
+            failed.append(copy.schedules_fail(self._timeout_s))
+        return [said for said in failed if said]
+
     def judge(self, mutant: Mutant) -> Verdict:
         """Plant, ask, take out again."""
         copy = self._free.pop()
@@ -113,13 +124,15 @@ class Judges:
             self._free.append(copy)
 
     def _seen_by(self, mutant: Mutant, copy: Copy) -> str:
-        if self._asks_tests:
-            tests = mutant.found_by or next(words for part, words in TESTS.items() if mutant.file.startswith(part))
-            if failed := copy.tests_fail(tests, self._timeout_s):
-                return f"tests ({failed})"
+        if self._asks_tests and (failed := copy.tests_fail(_tests_of(mutant), self._timeout_s)):
+            return f"tests ({failed})"
         if mutant.file in self._played and (failed := copy.schedules_fail(self._timeout_s)):
             return f"simulator ({failed})"
         return ""
+
+
+def _tests_of(mutant: Mutant) -> tuple[str, ...]:
+    return next(files for part, files in TESTS.items() if mutant.file.startswith(part))
 
 
 def _played(copy: Path) -> frozenset[str]:
@@ -131,6 +144,14 @@ def _played(copy: Path) -> frozenset[str]:
     )
     source = copy / "src" / "twostroke"
     return frozenset(line.removeprefix(f"{source}/") for line in done.stdout.splitlines())
+
+
+def _counted(verdicts: Sequence[Verdict]) -> str:
+    seen = [verdict.seen_by for verdict in verdicts if verdict.seen_by]
+    late = sum("not at its end" in said for said in seen)
+    tests = sum(said.startswith("tests") for said in seen)
+    words = f"{tests} seen by tests, {len(seen) - tests} by the simulator ({late} of all these by a time-out)"
+    return f"{words}, {len(verdicts) - len(seen)} by nobody"
 
 
 def environment(copy: Path) -> dict[str, str]:
@@ -150,14 +171,18 @@ def main() -> int:
     verdicts: list[Verdict] = []
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(given.jobs) as pool:
         copies = [Copy(Path(folder) / str(job)) for job in range(given.jobs)]
-        for verdict in pool.map(Judges(copies, given.ask, given.timeout).judge, mutants):
+        judges = Judges(copies, given.ask, given.timeout)
+        if failed := judges.fail_unplanted(mutants):
+            print("fails before anything is planted:", *failed, sep="\n  ")
+            return 1
+        for verdict in pool.map(judges.judge, mutants):
             verdicts.append(verdict)
             told = verdict.seen_by or f"SURVIVES {verdict.mutant.survives}"
             print(f"{verdict.seconds:6.1f} s  {verdict.mutant.name}: {told}", flush=True)
         for copy in copies:
             copy.close()
     wrong = [verdict for verdict in verdicts if not verdict.is_right]
-    print(f"{len(verdicts)} mutants, {sum(bool(v.seen_by) for v in verdicts)} seen, {len(wrong)} not as they should be")
+    print(f"{len(verdicts)} mutants: {_counted(verdicts)}; {len(wrong)} not as they should be")
     for verdict in wrong:
         print(f"  {verdict.mutant.name}\n    {verdict.mutant.old!r}\n    {verdict.mutant.new!r}")
     return 1 if wrong else 0

@@ -15,7 +15,6 @@ class Mutant:
     file: str
     old: str
     new: str
-    found_by: tuple[str, ...] = ()  # pytest's words; empty: those of its file (`campaign.py`)
     survives: str = ""  # why nobody sees it, where that is right
 
     @property

@@ -52,7 +52,7 @@ def _run(copy: Path, words: list[str], timeout_s: float, said: IO[str]) -> str:
     if status == 0:
         return ""
     said.seek(0)
-    failed = [line for line in said if line.startswith(("FAILED", "ERROR"))]
+    failed = [line for line in said if line.startswith(("FAILED ", "ERROR tests/"))]
     return failed[0].strip()[:140] if failed else f"exit status {os.waitstatus_to_exitcode(status)}"
 
 

@@ -58,6 +58,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "decode_worker/choice": ("tests/decode_worker/test_choice.py",),
     "decode_worker/outbox": ("tests/decode_worker/test_outbox.py",),
     "decode_worker/pull": ("tests/decode_worker/test_pull.py", "tests/cluster/test_worker_handover.py"),
+    "decode_worker/session": ("tests/decode_worker/test_session.py", *_SESSION),
     "decode_worker/run": ("tests/decode_worker/test_run.py", *_SESSION),
     "decode_worker/": (*_SESSION, "tests/cluster/test_worker_handover.py", "tests/cluster/test_worker_faults.py"),
     "prefill_worker/": (
@@ -100,6 +101,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "cluster/membership": ("tests/cluster/test_membership.py",),
     "cluster/supervisor": ("tests/cluster/test_supervisor.py", "tests/cluster/test_drained.py"),
     "cluster/watch": ("tests/cluster/test_watchers.py", "tests/cluster/test_worker_watch.py"),
+    "cluster/announce": ("tests/cluster/test_announce.py", "tests/cluster/test_worker_watch.py"),
     "cluster/": ("tests/cluster/test_worker_watch.py",),
 }
 

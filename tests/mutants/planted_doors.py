@@ -184,7 +184,12 @@ _TEXT = [
         "(self._spans[0][1] <= out or (self._stop.is_stopped and self._spans[0][0] < out))",
         "self._spans[0][1] <= out",
     ),
-    Mutant("text/stream.py", '        if self._stop.is_stopped:\n            return ""\n', ""),
+    Mutant(
+        "text/stream.py",
+        '        if self._stop.is_stopped:\n            return ""\n',
+        "",
+        survives="once stopped, `StopText` lets nothing through, and every token is settled: there is nothing to show",
+    ),
     Mutant("text/incremental.py", "        while len(data) < 3 and", "        while len(data) < 1 and"),
     Mutant("text/incremental.py", '        self._said = tail.decode("utf-8", "replace")\n', ""),
     Mutant("text/incremental.py", "            return run[error.start : error.end + 1]\n", "            return run\n"),

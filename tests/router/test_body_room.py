@@ -1,6 +1,7 @@
 """Bodies of many connections share the room of all messages, and none of them holds it by being slow."""
 
 import asyncio
+import gzip
 from collections.abc import AsyncIterator, Mapping
 
 import pytest
@@ -50,6 +51,21 @@ async def test_large_bodies_wait_for_room_and_small_ones_pass():
     assert not waits.done()
     gate.set()
     assert await asyncio.gather(*held, waits) == [LIMIT] * 3
+    assert room.free_bytes == 2 * LIMIT
+
+
+async def test_a_packed_body_takes_the_room_of_what_it_may_unpack_to():
+    room, packed = Room(2 * LIMIT, one_tenant=True), gzip.compress(b" " * LIMIT)
+    free: list[int] = []
+
+    class Packed(FakeRequest):
+        async def stream(self) -> AsyncIterator[bytes]:
+            free.append(room.free_bytes)
+            yield packed
+
+    request = Packed(len(packed), **{"content-encoding": "gzip"})
+    assert await read(room, request) == LIMIT
+    assert free == [2 * LIMIT - len(packed) - LIMIT]
     assert room.free_bytes == 2 * LIMIT
 
 

@@ -146,6 +146,7 @@ def test_a_prompt_costs_no_more_than_its_last_tokens(monkeypatch):
         [*tokenizer.encode("lazy dog ") * 500],
         euro * 500,
         [*euro * 500, euro[0]],
+        [euro[0]] * 500,
         [tokenizer.bos_id] * 500,
     ):
         text = IncrementalText(tokenizer, prompt_ids=prompt)
@@ -196,6 +197,15 @@ def test_tokens_of_one_character_are_where_it_is():
         assert tokenizer.decode(ids).startswith("a€e\ufffde")
         expected = [0, 1, 1, 1, 2, 2, 3, 3, 4] if "<|bos|>" in names else [0, 1, 1, 1, 2, 2, 3, 4, 5]
         assert TokenPlaces(tokenizer).of(ids) == expected
+
+
+def test_a_character_that_the_prompt_left_broken_takes_no_place_in_the_output():
+    tokenizer = byte_level()
+    e, first, second = (tokenizer.backend.token_to_id(name) for name in ("e", "â", "Ĥ"))
+    for output, places in (([e, e], [0, 1]), ([second, e, e], [0, 0, 1]), ([first, e], [0, 1])):
+        text = IncrementalText(tokenizer, prompt_ids=[e, first])
+        assert (text.push(output) + text.flush()).replace("\ufffd", "") == "e" * output.count(e)
+        assert TokenPlaces(tokenizer, prompt_ids=[e, first]).of(output) == places, output
 
 
 def test_each_byte_of_a_broken_run_is_where_it_shows():

@@ -65,6 +65,7 @@ def test_special_tokens_that_give_text_are_matched_in_it():
     assert said("ab<|eos|>c", ["|eos|>"], skip_special_tokens=False)[0] == "ab<"
     assert said("ab<|eos|>c", ["<|eos|>"], skip_special_tokens=False, include_stop=True)[0] == "ab<|eos|>"
     assert said("ab<|eos|>c", [], skip_special_tokens=False)[0] == "ab<|eos|>c"
+    assert said("ab<|eos|>c", ["<|eos|>d"], skip_special_tokens=False)[0] == "ab<|eos|>c"
 
 
 def test_min_tokens_holds_them_back_as_any_stop_string():

@@ -1,0 +1,64 @@
+"""A session beside a router that sends and does not read: over a stream that stands still when it is told to."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from twostroke.decode_worker.outbox import Outbox
+from twostroke.decode_worker.session import Session, SessionTiming
+from twostroke.protos import common_pb2, worker_pb2
+
+NUM_ORDERS = 50
+PATIENT = SessionTiming(hello_s=60.0, silence_s=60.0, stall_s=60.0)
+
+
+class Stream:
+    """A router's end: its messages, in order, then nothing; what is written to it waits for `reads`."""
+
+    def __init__(self, *messages: worker_pb2.SessionUp) -> None:
+        self._messages = list(messages)
+        self.reads = asyncio.Event()
+        self.written: list[worker_pb2.SessionDown] = []
+
+    async def read(self) -> worker_pb2.SessionUp:
+        if not self._messages:
+            await asyncio.Event().wait()
+        return self._messages.pop(0)
+
+    async def write(self, message: worker_pb2.SessionDown) -> None:
+        if not message.HasField("welcome"):
+            await self.reads.wait()
+        self.written.append(message)
+
+
+class Refuser:
+    """Ends every order at once."""
+
+    def __init__(self) -> None:
+        self.num_orders = 0
+        self.all_came = asyncio.Event()
+
+    def submit(self, session: Session, message: worker_pb2.Submit) -> None:
+        self.num_orders += 1
+        session.outbox.add_end(worker_pb2.RequestEnd(request_id=message.request_id))
+        if self.num_orders == NUM_ORDERS:
+            self.all_came.set()
+
+
+async def test_no_more_orders_are_read_from_a_router_that_does_not_read_their_ends() -> None:
+    hello = worker_pb2.SessionUp(hello=worker_pb2.SessionHello(router_id="r"))
+    orders = [worker_pb2.SessionUp(submit=worker_pb2.Submit(request_id=str(n))) for n in range(NUM_ORDERS)]
+    stream, owner = Stream(hello, *orders), Refuser()
+    session = Session(owner, PATIENT, lambda: None)  # type: ignore[arg-type]
+    session.outbox = Outbox(max_ends=2)
+    context: Any = stream
+    running = asyncio.create_task(session.run(context, common_pb2.WorkerInfo()))
+    for _ in range(20 * NUM_ORDERS):
+        await asyncio.sleep(0)
+    assert 0 < owner.num_orders <= 4  # two in the message that stands still, two behind it
+    stream.reads.set()
+    async with asyncio.timeout(30):
+        await owner.all_came.wait()
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
