@@ -85,8 +85,9 @@ class Ledger(Generic[RunT, SessionT]):
 
     def standing(self, router: RouterKey, key: SequenceKey, epoch: Epoch) -> Standing:
         """Whether an order is to be carried out."""
-        older = self.older(router, key)
-        known = self._entries[older].epoch if older is not None else self._ended.get((router, key))
+        older, ended = self.older(router, key), self._ended.get((router, key))
+        running = None if older is None else self._entries[older].epoch
+        known = max((one for one in (running, ended) if one is not None), default=None)  # a newer order was refused
         if known is None or epoch > known:
             return Standing.NEW
         return Standing.DUPLICATE if epoch == known else Standing.STALE
@@ -140,7 +141,7 @@ class Ledger(Generic[RunT, SessionT]):
         return self._entries[run].router
 
     def _remember(self, router: RouterKey, key: SequenceKey, epoch: Epoch) -> None:
-        self._ended[router, key] = epoch
+        self._ended[router, key] = max(epoch, self._ended.get((router, key), epoch))
         self._ended.move_to_end((router, key))
         while len(self._ended) > self._max_ended:
             self._ended.popitem(last=False)

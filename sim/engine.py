@@ -167,9 +167,7 @@ class Engine:
 
     def _emit(self, events: Sequence[Event]) -> None:
         for event in events:
-            if isinstance(event, Ended):
-                self.store.known.pop(event.key, None)
-            elif isinstance(event, Promised | Offered):
+            if isinstance(event, Promised | Offered):
                 check_promises(self._process.name, self.core, self.pool, self._worker.most_taken)
         if events:
             self._num_untold += 1
@@ -177,6 +175,9 @@ class Engine:
 
     def _tell(self, events: Sequence[Event]) -> None:
         self._num_untold -= 1
+        for event in events:
+            if isinstance(event, Ended):  # until the face hears of it, what was read before may still leave
+                self.store.known.pop(event.key, None)
         self.tell(events)
 
     def _refused(self, op: StoreOp, error: Exception | None) -> None:

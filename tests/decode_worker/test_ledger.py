@@ -7,7 +7,7 @@ from twostroke.decode_worker.ledger import Ledger, Named, RouterKey, Standing
 
 A, B = RouterKey("a", 1), RouterKey("b", 1)
 KEY, SECOND = SequenceKey("r", 0), SequenceKey("r", 1)
-FIRST, NEXT = Epoch(1, 1), Epoch(1, 2)
+FIRST, NEXT, LAST = Epoch(1, 1), Epoch(1, 2), Epoch(1, 3)
 
 
 @pytest.fixture
@@ -99,10 +99,27 @@ def test_the_end_that_is_longest_ago_is_forgotten_first(ledger):
     again = SequenceKey("r0", 0)
     for key in (again, SequenceKey("r1", 0), SequenceKey("r2", 0)):
         ledger.refuse(A, key, FIRST)
-    ledger.refuse(A, again, SECOND)
+    ledger.refuse(A, again, NEXT)
     ledger.refuse(A, SequenceKey("r3", 0), FIRST)
-    assert ledger.standing(A, again, SECOND) is Standing.DUPLICATE
+    assert ledger.standing(A, again, NEXT) is Standing.DUPLICATE
     assert ledger.standing(A, SequenceKey("r1", 0), FIRST) is Standing.NEW
+
+
+def test_a_refused_order_stays_known_beside_and_after_the_older_run_that_it_ended(ledger):
+    ledger.begin("run", "to a", A, KEY, FIRST)
+    ledger.refuse(A, KEY, LAST)
+    for _ in range(2):
+        assert ledger.standing(A, KEY, LAST) is Standing.DUPLICATE
+        assert ledger.standing(A, KEY, NEXT) is Standing.STALE
+        if "run" in ledger:
+            ledger.end("run")
+
+
+def test_a_cancel_means_whole_names(ledger):
+    """Names that routers make count up: one begins like another."""
+    for name in ("r@1.1", "r@1.10"):
+        ledger.begin(name, "to a", A, SequenceKey(name, 0), FIRST)
+    assert ledger.named(A, "r@1.1", FIRST) == Named(("r@1.1",), 0)
 
 
 def test_nothing_is_left_of_runs_that_ended(ledger):
