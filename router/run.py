@@ -226,7 +226,7 @@ class Run:
 def _failure(end: worker_pb2.RequestEnd) -> TwostrokeError:
     if end.HasField("error"):
         return error_from_wire(end.error)
-    return WorkerLost("the worker gave the request up without a reason", retry_after_s=1.0)
+    return WorkerLost("the worker was stopped before the request had ended", retry_after_s=1.0)
 
 
 @dataclass(slots=True)
