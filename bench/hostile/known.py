@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import random
 import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
 
-from attack import Behaviour, Body, Built, Input, Message
+import grpc
+from attack import ANSWER_S, Behaviour, Body, Built, Input, Message
 from neighbours import Served
 
 LARGEST = (4 << 20) - 4096  # a body, just within the limit
 IDLE_CONNECTIONS, HELD_BODIES = 1_500, 150
+HALF_HEADS, SILENT_GRPC, SILENT_CHECKS = 1_100, 400, 60
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 HOLD_S = 4.0
 
 # ------------------------------------------------------------------ bodies
@@ -117,6 +121,59 @@ def idle(served: Served) -> str:
     return "held"
 
 
+def half_heads(served: Served) -> str:
+    """Connections that stop in the midst of a header, more than are taken; what others get meanwhile."""
+    told = []
+    with ExitStack() as stack, suppress(OSError):
+        for _ in range(HALF_HEADS):
+            stack.enter_context(_connect(served)).sendall(b"GET /health HTTP/1.1\r\nA: ")
+        for _ in range(5):
+            time.sleep(HOLD_S / 5)
+            with _connect(served) as sock:
+                sock.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
+                told.append(sock.recv(64).split(b" ")[1].decode())
+    return "others: " + " ".join(told)
+
+
+def silent_grpc(served: Served, first: bytes) -> str:
+    """Connections to the gRPC port that say nothing, or nothing more than HTTP/2's first words."""
+    with ExitStack() as stack, suppress(OSError):
+        for _ in range(SILENT_GRPC):
+            sock = socket.create_connection(("127.0.0.1", served.grpc_port), timeout=10)
+            stack.enter_context(sock).sendall(first)
+        time.sleep(HOLD_S / 2)
+        return _probe(served)
+    return "refused"
+
+
+def silent_checks(served: Served) -> str:
+    """Health checks that send no message."""
+    with grpc.insecure_channel(f"127.0.0.1:{served.grpc_port}") as channel:
+        quiet = threading.Event()
+        calls = [channel.stream_stream("/grpc.health.v1.Health/Check")(_waits(quiet)) for _ in range(SILENT_CHECKS)]
+        time.sleep(HOLD_S / 2)
+        told = _probe(served)
+        quiet.set()
+        for call in calls:
+            call.cancel()
+    return told
+
+
+def _waits(quiet: threading.Event) -> Iterator[bytes]:
+    quiet.wait(ANSWER_S)
+    yield from ()
+
+
+def _probe(served: Served) -> str:
+    """What a health check is answered that means it."""
+    with grpc.insecure_channel(f"127.0.0.1:{served.grpc_port}", (("grpc.use_local_subchannel_pool", 1),)) as channel:
+        try:
+            channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=10)
+        except grpc.RpcError as error:
+            return f"a probe: {error.code().name}"  # type: ignore[attr-defined]
+    return "a probe: OK"
+
+
 def held_bodies(served: Served) -> str:
     """Bodies that stop ten bytes short of their end."""
     head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {LARGEST}\r\n"
@@ -183,6 +240,10 @@ def large_head(served: Served) -> str:
 
 _BEHAVIOURS: dict[str, Behaviour] = {
     f"{IDLE_CONNECTIONS} idle connections": idle,
+    f"{HALF_HEADS} half heads": half_heads,
+    f"{SILENT_GRPC} silent gRPC connections": partial(silent_grpc, first=b""),
+    f"{SILENT_GRPC} gRPC connections with a preface": partial(silent_grpc, first=PREFACE),
+    f"{SILENT_CHECKS} health checks without a message": silent_checks,
     f"{HELD_BODIES} bodies held back": held_bodies,
     "endless header lines": endless_head,
     "an endless first line": endless_line,
