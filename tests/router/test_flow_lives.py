@@ -250,7 +250,9 @@ async def test_a_worker_that_is_gone_is_counted_once_and_leaves_nothing() -> Non
         assert value("twostroke_workers_lost_total") == 1
         assert 'engine="a"' not in c.flow.metrics.render("")[0].decode()
         assert {key.worker_id for key in c.flow._members._links} == {"b", "d"}
+        before = c.state("b"), c.state("d")
         await c.flow.close()
+        assert (c.state("b"), c.state("d")) == before  # what we end ourselves is no loss
         assert value("twostroke_workers_lost_total") == 1
 
 
