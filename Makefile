@@ -42,7 +42,7 @@ format: $(STAMP)-all,test,redis,check
 campaigns: $(STAMP)-all
 	$(BIN)/twostroke sim faults --schedules 20000 --seed 100000
 
-# Small bugs planted one at a time: does a test or the simulator see each? About an hour.
+# Small bugs planted one at a time: does a test or the simulator see each? About an hour on two busy cores.
 mutants: $(STAMP)-all,test,redis
 	$(BIN)/python tests/mutants/campaign.py
 
