@@ -95,14 +95,6 @@ def test_remembered_ends_are_bounded(ledger):
     assert len(ledger._ended) == 3
 
 
-def test_the_ends_that_are_forgotten_are_the_oldest(ledger):
-    first, second, third, fourth = (SequenceKey(f"r{number}", 0) for number in range(4))
-    for key, epoch in ((first, FIRST), (second, FIRST), (first, NEXT), (third, FIRST), (fourth, FIRST)):
-        ledger.refuse(A, key, epoch)
-    assert ledger.standing(A, second, FIRST) is Standing.NEW
-    assert ledger.standing(A, first, FIRST) is Standing.STALE
-
-
 def test_nothing_is_left_of_runs_that_ended(ledger):
     for number in range(4):
         ledger.begin(number, "to a", A, SequenceKey(f"r{number}", 0), FIRST)
