@@ -43,7 +43,7 @@ SCHEDULES ?= 20000
 campaigns: $(STAMP)-all
 	$(BIN)/twostroke sim faults --schedules $(SCHEDULES) --seed 100000
 
-# Small bugs planted one at a time: does a test or the simulator see each? About an hour.
+# Small bugs planted one at a time: does a test or the simulator see each? About an hour on two busy cores.
 mutants: $(STAMP)-all,test,redis
 	$(BIN)/python tests/mutants/campaign.py
 

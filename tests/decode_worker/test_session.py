@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 from twostroke.decode_worker.outbox import Outbox
@@ -11,6 +12,7 @@ from twostroke.protos import common_pb2, worker_pb2
 
 NUM_ORDERS = 50
 PATIENT = SessionTiming(hello_s=60.0, silence_s=60.0, stall_s=60.0)
+HELLO = worker_pb2.SessionUp(hello=worker_pb2.SessionHello(router_id="r"))
 
 
 class Stream:
@@ -47,9 +49,8 @@ class Refuser:
 
 
 async def test_no_more_orders_are_read_from_a_router_that_does_not_read_their_ends() -> None:
-    hello = worker_pb2.SessionUp(hello=worker_pb2.SessionHello(router_id="r"))
     orders = [worker_pb2.SessionUp(submit=worker_pb2.Submit(request_id=str(n))) for n in range(NUM_ORDERS)]
-    stream, owner = Stream(hello, *orders), Refuser()
+    stream, owner = Stream(HELLO, *orders), Refuser()
     session = Session(owner, PATIENT, lambda: None)  # type: ignore[arg-type]
     session.outbox = Outbox(max_ends=2)
     context: Any = stream
@@ -62,3 +63,11 @@ async def test_no_more_orders_are_read_from_a_router_that_does_not_read_their_en
         await owner.all_came.wait()
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_a_router_that_reads_nothing_for_too_long_is_lost() -> None:
+    order = worker_pb2.SessionUp(submit=worker_pb2.Submit(request_id="one"))
+    session = Session(Refuser(), replace(PATIENT, stall_s=0.02), lambda: None)  # type: ignore[arg-type]
+    context: Any = Stream(HELLO, order)
+    async with asyncio.timeout(30):
+        await session.run(context, common_pb2.WorkerInfo())

@@ -65,7 +65,7 @@ class Copy:
         asks, answers = self._nursery.stdin, self._nursery.stdout
         assert asks is not None
         assert answers is not None
-        print(json.dumps((["-x", "-q", "-p", "no:cacheprovider", *tests], timeout_s)), file=asks, flush=True)
+        print(json.dumps((["-x", "-v", "-p", "no:cacheprovider", *tests], timeout_s)), file=asks, flush=True)
         failed: str = json.loads(answers.readline())
         return failed
 

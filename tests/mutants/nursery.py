@@ -47,7 +47,8 @@ def _run(copy: Path, words: list[str], timeout_s: float, said: IO[str]) -> str:
         if time.monotonic() > end_s:
             os.killpg(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            return f"not at its end after {timeout_s:g} s"
+            said.seek(0)
+            return f"not at its end after {timeout_s:g} s: {said.read().splitlines()[-1:]}"
         time.sleep(0.02)
     if status == 0:
         return ""
