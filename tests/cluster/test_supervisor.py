@@ -80,3 +80,15 @@ async def test_a_start_is_given_up_when_it_is_hopeless(
         supervisor._ended(name, End("no such file", is_certain=certain))
     assert "no such file" in supervisor._hopeless
     assert supervisor._settled.is_set()
+
+
+async def test_that_an_ended_life_serves_is_no_use_of_the_new_one(made: tuple[Supervisor, Clock]) -> None:
+    supervisor, clock = made
+    name = worker_of(supervisor)
+    supervisor._note(seen((name, "first", "live")))
+    supervisor._ended(name, End("killed"))
+    supervisor._membership.started(name, clock.at_s)
+    supervisor._note(seen((name, "second", "live")))
+    for clock.at_s in (1.0, 1000.0):
+        supervisor._note(seen((name, "first", "live")))
+    assert name in supervisor._membership.overdue(clock.at_s)

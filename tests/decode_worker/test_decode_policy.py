@@ -2,7 +2,12 @@
 
 import pytest
 
+from twostroke.core.request import SamplingParams, SequenceKey
 from twostroke.decode_worker.policy import DecodePolicy, combined_policy
+from twostroke.kv.pool import BlockPool
+from twostroke.kv.prefix import PrefixCache
+from twostroke.model.core import CoreLimits, EngineCore
+from twostroke.model.link import Source, Submit
 from twostroke.model.pace import StepTimes
 from twostroke.model.policy import Ahead, Room, StepBudget, StepLimits
 
@@ -63,3 +68,13 @@ def test_who_is_near(tokens, ahead, is_near):
 
 def test_only_the_combined_role_makes_several_offers():
     assert POLICY.max_offers < combined_policy(LIMITS).max_offers
+
+
+def test_a_prompt_that_is_alone_has_the_whole_step_whatever_steps_take():
+    pool = BlockPool(64, 16)
+    core = EngineCore(CoreLimits(), pool, PrefixCache(pool), POLICY, eos_ids=[], key=b"cluster")
+    core.set_times(StepTimes(20.0, 90.0))
+    ids = tuple(range(2, 202))
+    core.handle(Submit(SequenceKey("r", 0), Source.LOCAL, ids, (), b"root", SamplingParams(1)), 0.0)
+    core.tick(0.0)
+    assert [step.num_tokens for step in core.plan(0.0).sequences] == [200]

@@ -146,3 +146,11 @@ def test_news_that_nobody_reads_is_forgotten():
     for number in range(5):
         outbox.add_news(KEY, EPOCH, f"instant {number}")
     assert [news.what for news in outbox.take().news] == ["instant 0", "instant 1"]
+
+
+def test_a_part_stops_growing_at_half_a_message():
+    outbox = Outbox(max_message_bytes=1000)
+    for place in range(300):  # each counts 12 bytes
+        outbox.add_tokens(KEY, EPOCH, place, (place,), "x")
+    sizes = [len(tokens.token_ids) for message in taken(outbox) for tokens in message.tokens]
+    assert sizes == [42] * 7 + [6]

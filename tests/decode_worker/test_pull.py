@@ -372,3 +372,24 @@ async def test_digests_that_cannot_be_verified_count_as_damage(bench, executor):
     await it.settled()
     assert it.written == []
     assert it.said("refetch")
+
+
+async def test_the_speed_is_told_of_whole_frames_only(bench):
+    it = bench()
+    it.give(it.envelope(change=DAMAGES["last byte"]))
+    await it.settled()
+    assert it.pull._arrivals == []
+    whole = it.envelope()
+    it.give(whole)
+    await it.settled()
+    assert [arrival.num_bytes for arrival in it.pull._arrivals] == [len(whole)]
+
+
+async def test_a_frame_that_comes_after_the_end_is_not_verified(bench):
+    it = bench()
+    await it.settled()
+    it.pull.cancel("test")
+    checks = []
+    it.driver.check = lambda check, answered: checks.append(check)
+    it.pull._envelopes.put(it.envelope())
+    assert checks == []

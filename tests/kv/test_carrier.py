@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 from typing import Any
 
 import pytest
@@ -113,3 +114,56 @@ async def test_a_verdict_is_what_the_digests_say_and_a_worker_that_ends_says_no(
     assert verdicts == [holds, holds and size_bytes <= INLINE_BYTES]
     driver.close(now=True)
     await driver.closed()
+
+
+def test_what_comes_while_a_verdict_is_told_waits_for_its_end() -> None:
+    host, heard = Host(), []
+
+    def told(holds: bool) -> None:
+        line.put("word")
+        heard.append("told")
+
+    def handle(item: str) -> Check | None:
+        heard.append(item)
+        return Check(lambda: True, 1, told) if item == "frame" else None
+
+    line: CheckLine[str] = CheckLine(host, handle)  # type: ignore[arg-type]
+    line.put("frame")
+    host.verdicts.pop()(True)
+    assert heard == ["frame", "told", "word"]
+
+
+class Timer:
+    is_cancelled = False
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+
+
+def test_a_machine_has_one_timer_at_a_time() -> None:
+    host, machine, timers = Host(), Machine(), []
+
+    def after(delay_s: float, act: Callable[[], None]) -> Timer:
+        timers.append(Timer())
+        return timers[-1]
+
+    host.after = after  # type: ignore[attr-defined]
+    carrier = Carrier(machine, host, lambda _: None)  # type: ignore[arg-type]
+    for due_s in (5.0, 3.0, None):
+        machine.next_deadline_s = due_s  # type: ignore[assignment]
+        carrier.rearm()
+        assert [timer.is_cancelled for timer in timers[:-1]] == [True] * (len(timers) - 1)
+    assert [timer.is_cancelled for timer in timers] == [True, True]
+
+
+async def test_digests_that_wait_for_a_thread_are_not_verified_once_the_stream_is_closed() -> None:
+    free, verified, verdicts = Event(), [], []
+    with ThreadPoolExecutor(1) as executor:
+        executor.submit(free.wait)
+        driver = ClientDriver(Stream(), MonotonicClock(), executor, linger_s=0.0)  # type: ignore[arg-type]
+        driver.check(Check(lambda: not verified.append(1), INLINE_BYTES + 1, lambda _: None), verdicts.append)
+        driver.close(now=True)
+        await driver.closed()
+        free.set()
+    await asyncio.sleep(0)
+    assert (verified, verdicts) == ([], [])

@@ -26,7 +26,7 @@ from twostroke.model.link import (
     StepTokens,
     Submit,
 )
-from twostroke.model.plan import History
+from twostroke.model.plan import History, SampledPlace, SequenceStep
 from twostroke.model.policy import StepLimits
 from twostroke.model.sampling import step as sampling_step
 from twostroke.model.sequence import new_sequence
@@ -329,3 +329,11 @@ def test_bad_words_never_come_about(make_room):
     assert word not in itertools.pairwise(held)
     single = make_room().run(submit("a", prompt, replace(BASE, bad_words=((free[2],),)))).tokens["a"]
     assert free[2] not in single
+
+
+def test_penalties_count_the_token_of_the_step_in_flight():
+    history, place = History((1, 2), (5,)), SampledPlace(1, 0)
+    known = SequenceStep(SequenceKey("r", 0), 3, (5,), (), (), True, EVERYTHING, 1, history=history)
+    flying = known._replace(from_place=place)
+    assert sampling_step._draw(known, 9).history == history
+    assert sampling_step._draw(flying, 9).history == History((1, 2), (5, 9))

@@ -236,3 +236,19 @@ async def test_a_refetch_after_the_release_moves_nothing(bench):
     assert it.reads == [(0, TOKENS)]
     assert sum(isinstance(command, link.Release) for command in it.commands) == 1
     assert not any(isinstance(command, link.CancelSequence) for command in it.commands)
+
+
+async def test_planes_that_left_are_not_kept(bench):
+    it = bench(frame_tokens=32)
+    it.compute()
+    await it.until(lambda: it.said("done"))
+    assert it.job._planes == {}
+
+
+async def test_planes_that_come_after_the_end_are_not_verified(bench):
+    it = bench()
+    it.job.leave()
+    checks = []
+    it.driver.check = lambda check, answered: checks.append(check)
+    it.tell(link.KvRead(it.job.key, 0, TOKENS, sections(it.spec, 0, TOKENS)))
+    assert checks == []
