@@ -2,8 +2,8 @@
 
     python bench/hostile/campaign.py [--fuzz 100] [--seed 1] [--only PART] [--times 4] [--known | --no-known]
 
-A cluster of `twostroke serve --launcher process` with API keys; 24 streams over HTTP and gRPC run all the time. Every
-input is sent `--times` at once. Before each, a quiet window of the same streams tells what the machine itself does.
+A cluster of `twostroke serve --launcher process` with two API keys; 24 streams over HTTP and gRPC run all the time
+under one of them, and whoever attacks with a key has the other. Every input is sent `--times` at once. Before each, a quiet window of the same streams tells what the machine itself does.
 Right is: no gap above 100 ms that the quiet windows do not have as well, the router's memory grows by at most 64 MiB,
 every process lives on, and no stream breaks. Exit status 1: something was not right.
 """
@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -111,14 +111,14 @@ class Cluster:
 
 
 @contextmanager
-def cluster(folder: Path) -> Iterator[tuple[Served, Cluster]]:
-    """A cluster with a key and a mark in its environment."""
-    key, mark = f"key-{secrets.token_hex(16)}", f"HOSTILE_CAMPAIGN={secrets.token_hex(8)}"
+def cluster(folder: Path) -> Iterator[tuple[Served, Served, Cluster]]:
+    """A cluster with two keys, the neighbours' and the attacker's, and a mark in its environment."""
+    key, other, mark = (f"{name}{secrets.token_hex(16)}" for name in ("key-", "other-", "HOSTILE_CAMPAIGN="))
     ports = Served(free_port(), free_port(), key)
-    environment = {"TWOSTROKE__ROUTER__API_KEYS": f'["{key}"]', "HOSTILE_CAMPAIGN": mark.partition("=")[2]}
+    environment = {"TWOSTROKE__ROUTER__API_KEYS": f'["{key}", "{other}"]', "HOSTILE_CAMPAIGN": mark.partition("=")[2]}
     flags = ("--prefill", "0", "--decode", "1", "--grpc-port", str(ports.grpc_port))
     with served(folder / "serve.log", *flags, port=ports.port, environment=environment):
-        yield ports, Cluster(mark)
+        yield ports, replace(ports, key=other), Cluster(mark)
 
 
 def attacked(attack: Attack, near: Neighbours, members: Cluster) -> Outcome:
@@ -191,14 +191,14 @@ def main() -> int:
     inputs = [one for one in inputs if given.only in one.name]
     lookup = partial(find, given.fuzz, given.seed)
     outcomes: list[Outcome] = []
-    with tempfile.TemporaryDirectory() as temporary, cluster(Path(temporary)) as (where, members):
+    with tempfile.TemporaryDirectory() as temporary, cluster(Path(temporary)) as (where, attacked_at, members):
         near = Neighbours(where, NUM_HTTP, NUM_GRPC)
         try:
             time.sleep(WARM_UP_S)
             near.window()
             base_mib = members.memory_mib()
             for one in inputs:
-                outcomes.append(attacked(Attack(lookup, one.name, where, given.times), near, members))
+                outcomes.append(attacked(Attack(lookup, one.name, attacked_at, given.times), near, members))
                 last = outcomes[-1]
                 print(
                     f"{last.name}: {last.answers}; quiet {last.quiet_ms:.0f} ms, gap {last.gap_ms:.0f} ms, "
