@@ -3,7 +3,8 @@
     python bench/hostile/campaign.py [--fuzz 100] [--seed 1] [--only PART] [--times 4] [--known | --no-known]
 
 A cluster of `twostroke serve --launcher process` with two API keys; 24 streams over HTTP and gRPC run all the time
-under one of them, and whoever attacks with a key has the other. Every input is sent `--times` at once. Before each, a quiet window of the same streams tells what the machine itself does.
+under one of them, and who attacks with a key has the other. Every input is sent `--times` at once. Before each, a quiet
+window of the same streams tells what the machine itself does.
 Right is: no gap above 100 ms that the quiet windows do not have as well, the router's memory grows by at most 64 MiB,
 every process lives on, and no stream breaks. Exit status 1: something was not right.
 """

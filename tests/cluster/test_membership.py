@@ -41,6 +41,17 @@ def test_a_long_healthy_run_forgives():
     assert members.ended("decode-0", "", 71.0) == 71.0
 
 
+def test_a_slow_start_is_no_healthy_run():
+    members = Membership(BackOff(base_s=1.0, forgiven_after_s=60.0))
+    members.want("decode-0", 0.0)
+    for start_s in (0.0, 1.0):
+        members.started("decode-0", start_s)
+        members.ended("decode-0", "", start_s)
+    members.started("decode-0", 10.0)
+    members.ready("decode-0", 100.0)
+    assert members.ended("decode-0", "", 101.0) > 101.0
+
+
 def test_a_stopped_member_stays_down():
     members = Membership()
     members.want("router-0", 0.0)

@@ -10,7 +10,7 @@ import pytest
 from twostroke.cluster.config import load_config
 from twostroke.cluster.last_words import End
 from twostroke.cluster.machine import machine_facts, model_facts
-from twostroke.cluster.membership import Standing
+from twostroke.cluster.membership import Standing, Use
 from twostroke.cluster.placement import place
 from twostroke.cluster.supervisor import Supervisor
 
@@ -92,3 +92,20 @@ async def test_that_an_ended_life_serves_is_no_use_of_the_new_one(made: tuple[Su
     for clock.at_s in (1.0, 1000.0):
         supervisor._note(seen((name, "first", "live")))
     assert name in supervisor._membership.overdue(clock.at_s)
+
+
+async def test_a_worker_that_drains_has_the_longer_of_both_times(tiny_checkpoint: Path) -> None:
+    for replace_s, drain_s in ((5.0, 40.0), (40.0, 5.0)):
+        flags = {"model.path": str(tiny_checkpoint), "cluster.launcher": "inprocess", "model.max_model_len": 256}
+        times = {"cluster.replace_after_s": replace_s, "cluster.drain_timeout_s": drain_s, "cache.tokens": 1024}
+        config = load_config(flags={**flags, **times})
+        clock = Clock()
+        supervisor = Supervisor(config, place(config, machine_facts(), model_facts(config)), clock)  # type: ignore[arg-type]
+        members = supervisor._membership
+        (name, *_) = (n for n, member in supervisor._members.items() if member.kind == "worker")
+        members.want(name, 0.0)
+        members.started(name, 0.0)
+        members.ready(name, 0.0)
+        members.seen(name, Use.DRAINS, 0.0)
+        assert members.overdue(39.0) == []
+        assert members.overdue(41.0) == [name]

@@ -219,6 +219,26 @@ async def test_who_asks_for_another_protocol_is_answered_in_this_one(wish: bytes
         ]
 
 
+async def test_a_head_that_asks_for_another_protocol_may_be_as_long_as_any():
+    filler = b"".join(b"a%d: %s\r\n" % (place, b"b" * 1000) for place in range(20))
+    async with served(app=echo) as (port, _):
+        head = b"GET /long HTTP/1.1\r\nhost: localhost\r\nConnection: Upgrade, close\r\nUpgrade: h2c\r\n"
+        assert (await answer(port, head + filler + b"\r\n")).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.usefixtures("short_times")
+async def test_a_connection_that_ends_and_is_not_left_by_its_client_is_closed():
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 99999999\r\nconnection: close\r\n\r\n"
+    async with served() as (port, among):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(head)
+        assert (await reader.read(-1)).startswith(b"HTTP/1.1 413")
+        async with asyncio.timeout(10):
+            while len(among):
+                await asyncio.sleep(0.01)
+        writer.transport.abort()
+
+
 async def test_no_tunnel_begins_here():
     async with served(app=echo) as (port, _):
         assert (await answer(port, b"CONNECT a.example:80 HTTP/1.1\r\nhost: a\r\n\r\n")).startswith(b"HTTP/1.1 400")

@@ -179,18 +179,18 @@ async def test_bytes_are_looked_at_before_they_become_a_message():
 async def test_calls_beyond_the_bound_are_refused_with_advice(monkeypatch):
     monkeypatch.setattr(guard_module, "SPARE_CALLS", 0)
     monkeypatch.setattr(guard_module, "MAX_STANDING", 1)
-    async with serving(max_running=1) as there, there.channel() as channel:
+    async with serving(max_running=2) as there, there.channel() as channel:
         generate = inference_pb2_grpc.InferenceStub(channel).Generate
-        waiting = generate(inference_pb2.GenerateRequest(text="wait"), metadata=GOOD)
+        waiting = [generate(inference_pb2.GenerateRequest(text="wait"), metadata=GOOD) for _ in range(2)]
         watching = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), metadata=GOOD)
         await watching.read()
-        await until(lambda: there.guard._num_calls[True] == 1)
+        await until(lambda: there.guard._num_calls == {True: 2, False: 1})
         for method in (f"/{OWN}/Generate", "/grpc.health.v1.Health/Watch"):
             error = from_rpc_error(await failure(raw_call(channel, method)))
             assert isinstance(error, errors.Overloaded), method
             assert error.retry_after_s
-        waiting.cancel()
-        watching.cancel()
+        for call in (*waiting, watching):
+            call.cancel()
         await until(lambda: there.guard._num_calls == {True: 0, False: 0})
 
 
@@ -205,6 +205,20 @@ async def test_probes_that_say_nothing_are_ended_and_keep_nobody_out(monkeypatch
         for call in calls:
             assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
         assert not there.guard._probes._waiting
+
+
+async def test_one_more_silent_probe_ends_the_oldest(monkeypatch):
+    monkeypatch.setattr(probes, "PATIENCE_S", 60.0)
+    monkeypatch.setattr(probes, "MAX_WAITING", 2)
+    async with serving() as there, there.channel() as channel:
+        calls = []
+        for number in range(3):
+            calls.append(channel.stream_stream(CHECK)())
+            await until(lambda number=number: len(there.guard._probes._waiting) == min(number + 1, 2))
+        assert await calls[0].code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert not calls[1].done()
+        for call in calls:
+            call.cancel()
 
 
 @pytest.mark.parametrize("data", [b"\x0a\xff\x7f", b"\xff"])

@@ -84,6 +84,21 @@ def test_entries_are_bounded_in_all_and_one_by_one(monkeypatch: pytest.MonkeyPat
     assert kept.num_bytes == sum(len(json.dumps(kept.find(*key), separators=(",", ":"))) for key in kept._entries)
 
 
+def test_a_disk_that_fails_once_loses_a_line_and_the_file_is_opened_anew(tmp_path: Path) -> None:
+    log = DecisionLog(tmp_path / "log")
+    log._write("0")
+    first = log._file
+    assert first is not None
+    first.close()
+    first.write = lambda _: (_ for _ in ()).throw(OSError("no space"))  # type: ignore[method-assign]
+    log._write("1")
+    log._write("2")
+    assert log.num_lost_lines == 1
+    assert log._file is not first
+    log.close()
+    assert (tmp_path / "log").read_text().split() == ["0", "2"]
+
+
 def test_a_disk_that_hangs_costs_lines_and_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decision_log, "MAX_WAITING_LINES", 3)
     hangs, began = threading.Event(), threading.Event()
