@@ -69,6 +69,18 @@ async def test_a_packed_body_takes_the_room_of_what_it_may_unpack_to():
     assert room.free_bytes == 2 * LIMIT
 
 
+async def test_an_unpacked_body_keeps_the_room_of_its_bytes():
+    room, packed = Room(2 * LIMIT, one_tenant=True), gzip.compress(b" " * LIMIT)
+
+    class Packed(FakeRequest):
+        async def stream(self) -> AsyncIterator[bytes]:
+            yield packed
+
+    request = Packed(len(packed), **{"content-encoding": "gzip"})
+    async with read_body(request, LIMIT, room, "t") as data:  # type: ignore[arg-type]
+        assert room.free_bytes == 2 * LIMIT - len(data) == LIMIT
+
+
 async def test_one_tenant_does_not_keep_the_others_waiting():
     room, gate = Room(4 * LIMIT, one_tenant=False), asyncio.Event()
     held = [asyncio.create_task(read(room, FakeRequest(LIMIT, gate), "many")) for _ in range(6)]

@@ -239,6 +239,52 @@ async def test_a_connection_that_ends_and_is_not_left_by_its_client_is_closed():
         writer.transport.abort()
 
 
+async def test_the_time_of_an_idle_connection_begins_with_the_end_of_its_answer():
+    """However long the answer took."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        asked.set()
+        await go_on.wait()
+        await echo(scope, receive, send)
+
+    asked, go_on = asyncio.Event(), asyncio.Event()
+    async with served(app=app) as (port, among):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(GET)
+        await asked.wait()
+        (connection,) = among._all
+        connection._since_s -= 3600.0  # as if the request had come an hour ago
+        go_on.set()
+        await reader.readuntil(b"GET|/ping|host|")
+        connection._look_at_request(connection.loop.time() - connection._since_s)
+        writer.write(GET)
+        await reader.readuntil(b"GET|/ping|host|")
+        writer.transport.abort()
+
+
+async def test_requests_behind_the_last_answer_are_not_asked():
+    """The connection closes after the first, and half a body is on its way behind them."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        asked.append(scope["method"])
+        await go_on.wait()
+        headers = [(b"connection", b"close"), (b"content-length", b"5")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"whole"})
+
+    asked: list[str] = []
+    go_on = asyncio.Event()
+    async with served(app=app) as (port, among):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(GET + GET + b"POST / HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n\r\nhalf")
+        while not any(len(connection.pipeline) == 2 for connection in among._all):
+            await asyncio.sleep(0.01)
+        go_on.set()
+        assert (await reader.read(-1)).count(b"HTTP/1.1 200") == 1
+        assert asked == ["GET"]
+        writer.transport.abort()
+
+
 async def test_no_tunnel_begins_here():
     async with served(app=echo) as (port, _):
         assert (await answer(port, b"CONNECT a.example:80 HTTP/1.1\r\nhost: a\r\n\r\n")).startswith(b"HTTP/1.1 400")

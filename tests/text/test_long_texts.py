@@ -21,7 +21,6 @@ from twostroke.text import cuts as cuts_module
 from twostroke.text import tokenizer as tokenizer_module
 from twostroke.text.gguf_words import RULES
 from twostroke.text.slow_patterns import MAX_BLANKS
-from twostroke.text.token_bounds import TokenBounds
 from twostroke.text.tokenizer import Tokenizer, TooManyTokens
 
 
@@ -79,12 +78,6 @@ def test_no_text_has_fewer_tokens_than_its_bytes_say(make):
     blanks = [" " * 500, "\n" * 500, "a" * 500, " a" * 300, "\u3000" * 99, "e\u0301" * 99, "<s>" * 50, "<|eos|>  " * 50]
     for text in [*blanks, *(mixed_text(seed, 800) for seed in range(20))]:
         assert tokenizer.least_tokens(text) <= len(tokenizer.backend.encode(text, add_special_tokens=False).ids)
-
-
-def test_a_bound_counts_whole_tokens():
-    bounds = TokenBounds(bundled().backend)
-    bounds._longest = 4
-    assert [bounds.least("a" * size) for size in (0, 1, 4, 5, 8)] == [0, 1, 1, 2, 2]
 
 
 def test_some_tokenizers_do_bound_it():
