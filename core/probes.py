@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from .farewell import Farewell
+from .call_reaper import CallReaper
 
 MAX_WAITING = 64  # calls whose message has not come; one more ends the oldest
 PATIENCE_S = 5.0  # for the message, and for the answer to be taken
@@ -23,7 +23,7 @@ class Probes:
 
     def __init__(self) -> None:
         self._waiting: dict[asyncio.Timeout, None] = {}  # the oldest first
-        self._farewell = Farewell()
+        self._reaper = CallReaper()
 
     def handler(self, check: Any) -> Any:
         """The handler of `grpc.health.v1.Health/Check` (None: there is none) within these bounds."""
@@ -32,7 +32,7 @@ class Probes:
 
         async def answer(_: Any, context: Any) -> None:
             raw = await self._message(context)
-            self._end_in_time()
+            self._reaper.end_later(PATIENCE_S)
             if not isinstance(raw, bytes) or len(raw) > MAX_BYTES:
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "no message came, or a long one")
             try:
@@ -44,13 +44,6 @@ class Probes:
             await context.write(check.response_serializer(await check.unary_unary(message, context)))
 
         return grpc.stream_stream_rpc_method_handler(answer)
-
-    def _end_in_time(self) -> None:
-        """The answer goes out next; a client that does not take it is let go of."""
-        call = asyncio.current_task()
-        assert call is not None
-        ending = asyncio.get_running_loop().call_later(PATIENCE_S, self._farewell.end, call)
-        call.add_done_callback(lambda _: ending.cancel())
 
     async def _message(self, context: Any) -> Any:
         """The first message, or no bytes where none came in time."""

@@ -189,10 +189,10 @@ class Connection(HttpToolsProtocol):
                 self._refuse("431 Request Header Fields Too Large")
 
     def _feed(self, data: bytes) -> None:
-        """Parse; whoever asks for another protocol is answered in this one, which RFC 9110 7.8 allows.
+        """Parse. A request that asks for another protocol is answered in this one (RFC 9110, section 7.8).
 
-        The parser takes what follows such a head for the other protocol's. So the request is read once more without
-        its wish, by a new parser, and the rest as what it is: its body. (Java's client asks for h2c by default.)
+        The parser takes the bytes behind such a head for the other protocol's. So a new parser reads the head without
+        the wish, then the bytes behind it, which are the body. (Java's client asks for h2c by default.)
         """
         while True:
             try:

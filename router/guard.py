@@ -25,8 +25,8 @@ from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import DecodeError
 
 from ..client.status import to_rpc_status
+from ..core.call_reaper import CallReaper
 from ..core.errors import InternalError, InvalidRequest, Overloaded, TwostrokeError
-from ..core.farewell import Farewell
 from ..core.probes import Probes
 from .config import RouterConfig
 from .message_bounds import check_bounds
@@ -90,7 +90,7 @@ class Guard(grpc.aio.ServerInterceptor):
         self._room = room
         self._bench = Workbench()
         self._probes = Probes()
-        self._farewell = Farewell()
+        self._reaper = CallReaper()
 
     def close(self) -> None:
         """No more messages come."""
@@ -113,7 +113,7 @@ class Guard(grpc.aio.ServerInterceptor):
         return _stream(partial(self._call, handler, details.method, tenant))
 
     async def _refuse(self, error: TwostrokeError, _: Any, context: Context) -> None:
-        self._end_in_time()
+        self._reaper.end_later(self._stall_s)
         await context.abort_with_status(to_rpc_status(error))
 
     async def _call(self, handler: Handler, method: str, tenant: str, _: Any, context: Context) -> None:
@@ -149,9 +149,9 @@ class Guard(grpc.aio.ServerInterceptor):
                 del self._tenant_calls[tenant]
         # Not within `except`: what is raised here would keep the error and its frames' messages.
         if is_stalled:
-            self._farewell.end(_this_task())
+            self._reaper.end(_this_task())
             return
-        self._end_in_time()
+        self._reaper.end_later(self._stall_s)
         if status is not None:
             await context.abort_with_status(status)
 
@@ -213,12 +213,6 @@ class Guard(grpc.aio.ServerInterceptor):
             raise Stalled from None
         except grpc.aio.BaseError as error:  # cygrpc's, when the batch of a write fails
             raise Gone from error
-
-    def _end_in_time(self) -> None:
-        """The status goes out next; a client that does not take it is let go of."""
-        task = _this_task()
-        ending = asyncio.get_running_loop().call_later(self._stall_s, self._farewell.end, task)
-        task.add_done_callback(lambda _: ending.cancel())
 
 
 def api_key(metadata: Any) -> str | None:

@@ -39,6 +39,7 @@ from twostroke.model.link import (
     Submit,
     WriteKv,
 )
+from twostroke.model.pace import StepTimes
 from twostroke.model.plan import StepPlan, StepResult
 from twostroke.model.policy import StepLimits
 from twostroke.model.store_op import FetchOp, ReadOp, SwapInOp, SwapOutOp, WriteOp
@@ -212,6 +213,11 @@ class CoreMachine(RuleBasedStateMachine):
     @rule(kind=st.sampled_from([PrefillPolicy, DecodePolicy, combined_policy]))
     def change_role(self, kind):
         self.core.set_policy(kind(self.limits))
+
+    @rule(decode_ms=st.floats(0, 200), per_token_ms=st.floats(0, 50), per_pair_ms=st.floats(0, 1))
+    def learn_times(self, decode_ms, per_token_ms, per_pair_ms):
+        """Steps on this machine take so long: prompts beside decodes come in smaller pieces."""
+        self.core.set_times(StepTimes(decode_ms, per_token_ms, per_pair_ms))
 
     # ------------------------------------------------------------------ the loop
 

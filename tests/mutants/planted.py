@@ -89,6 +89,8 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/router/test_body_fields.py",
     ),
     "router/": (*_PURE, "tests/router/test_flow.py"),
+    "core/call_reaper": ("tests/core/test_call_reaper.py", "tests/router/test_guard.py"),
+    "core/probes": ("tests/core/test_call_reaper.py", "tests/router/test_guard.py"),
     "core/proof": ("tests/core/test_proof.py",),
     "core/": ("tests/cluster/test_inner_doors.py", "tests/router/test_strangers.py"),
     "text/stop": ("tests/text/test_special_stop.py", "tests/text/test_shown.py", "tests/text/test_incremental.py"),

@@ -74,10 +74,17 @@ _OUTSIDE = [
     Mutant("router/guard.py", "and len(raw) > SMALL_BYTES:", "and False:"),
     Mutant("router/guard.py", "    check_bounds(raw, kind)\n", ""),
     Mutant(
-        "router/guard.py",
-        "        task.add_done_callback(lambda _: ending.cancel())\n",
+        "core/call_reaper.py",
+        "        call.add_done_callback(lambda _: ending.cancel())\n",
         "",
         survives="the timer finds a call that has ended: there is nothing to let go",
+    ),
+    Mutant("core/call_reaper.py", "        call.cancel()\n        self._stalled", "        self._stalled"),
+    Mutant("core/call_reaper.py", "            self._sweep = None\n\n\ndef", "            pass\n\n\ndef"),
+    Mutant("core/probes.py", "                    oldest.reschedule(0.0)\n", "                    pass\n"),
+    Mutant("core/probes.py", "            self._reaper.end_later(PATIENCE_S)\n", ""),
+    Mutant(
+        "router/guard.py", "        if self._tenant_calls[tenant] > self._max_tenant_calls:\n", "        if False:\n"
     ),
     Mutant("router/message_bounds.py", "            if num_fields > MAX_FIELDS:\n", "            if False:\n"),
     Mutant("router/message_bounds.py", "_num_varints(raw[start:place]) if is_packed else 1", "1"),

@@ -5,31 +5,36 @@ import asyncio
 import grpc
 from grpc_health.v1 import health_pb2
 
-from twostroke.core import farewell, probes
-from twostroke.core.farewell import Farewell
+from twostroke.core import call_reaper, probes
+from twostroke.core.call_reaper import CallReaper
 from twostroke.core.probes import Probes
 
 
 async def test_the_tasks_of_a_server_are_looked_at_once_for_all_calls_that_stall(monkeypatch):
     looked_at = 0
-    holds = farewell._holds
+    holds = call_reaper._holds
 
     def counted(task, ids):
         nonlocal looked_at
         looked_at += 1
         return holds(task, ids)
 
-    monkeypatch.setattr(farewell, "_holds", counted)
+    monkeypatch.setattr(call_reaper, "_holds", counted)
     calls = [asyncio.create_task(asyncio.sleep(60)) for _ in range(300)]
     others = [asyncio.create_task(asyncio.sleep(60)) for _ in range(3)]
-    ending = Farewell()
+    ending = CallReaper()
     for call in calls:
         ending.end(call)
     for outcome in await asyncio.gather(*calls, return_exceptions=True):
         assert isinstance(outcome, asyncio.CancelledError)
-    assert looked_at <= len(calls) + len(others) + 3
-    late = asyncio.create_task(asyncio.sleep(60))
+    assert ending._sweep is not None
+    await ending._sweep
+    assert len(others) <= looked_at <= len(calls) + len(others) + 3
+    before, late = looked_at, asyncio.create_task(asyncio.sleep(60))
     ending.end(late)
+    async with asyncio.timeout(10):
+        while looked_at == before:  # a call that stalls later is looked for, too
+            await asyncio.sleep(0.01)
     await asyncio.wait([late], timeout=30)
     assert late.cancelled()
     assert not any(other.done() for other in others)

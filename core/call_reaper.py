@@ -15,8 +15,8 @@ DELAY_S = 0.05  # calls that stall together are looked for together
 TASKS_AT_ONCE = 100  # looked at without a pause: a few milliseconds
 
 
-class Farewell:
-    """The stalled calls of one server."""
+class CallReaper:
+    """Ends the stalled calls of one server."""
 
     def __init__(self) -> None:
         self._stalled: set[asyncio.Task[Any]] = set()
@@ -28,6 +28,13 @@ class Farewell:
         self._stalled.add(call)
         if self._sweep is None:
             self._sweep = asyncio.create_task(self._end_all())
+
+    def end_later(self, delay_s: float) -> None:
+        """End the current call if it still goes on after `delay_s`: its client does not take the answer."""
+        call = asyncio.current_task()
+        assert call is not None
+        ending = asyncio.get_running_loop().call_later(delay_s, self.end, call)
+        call.add_done_callback(lambda _: ending.cancel())
 
     async def _end_all(self) -> None:
         try:
