@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from ..client.async_client import AsyncClient
 from ..core.clock import Clock, MonotonicClock
 from ..core.errors import TwostrokeError, Unavailable
-from ..core.ports import free_port, target
+from ..core.ports import free_ports, target
 from .config import Config
 from .last_words import End
 from .launch import Launcher, Site
@@ -233,11 +233,8 @@ def _lives(cluster: dict[str, Any] | None) -> dict[str, _Life]:
 
 def _with_fixed_ports(config: Config) -> Config:
     """Ports of 0 become free ones now, so that a restarted router comes back where everybody looks for it."""
-    free = {
-        name: free_port(config.router.host)
-        for name in ("port", "grpc_port", "internal_port")
-        if getattr(config.router, name) == 0
-    }
+    names = [name for name in ("port", "grpc_port", "internal_port") if getattr(config.router, name) == 0]
+    free = dict(zip(names, free_ports(config.router.host, len(names)), strict=True))
     return config.model_copy(update={"router": config.router.model_copy(update=free)})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import re
 import socket
@@ -53,10 +54,11 @@ def bound_socket(host: str, port: int, remedy: str) -> socket.socket:
     return bound
 
 
-def free_port(host: str) -> int:
-    """A port that nobody holds just now."""
-    with bound_socket(host, 0, "another host") as probe:
-        return int(probe.getsockname()[1])
+def free_ports(host: str, number: int) -> list[int]:
+    """Ports that nobody holds just now, each another."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(bound_socket(host, 0, "another host")) for _ in range(number)]
+        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 def numeric_host(host: str) -> str:

@@ -53,7 +53,7 @@ class StepConfig(Section):
         description="tokens per step: the prefill chunk; default: 1,024, on a GPU 2,048, with 64 GiB free 8,192",
     )
     target_ms: float = Field(
-        80.0,
+        70.0,
         ge=1,
         description="how long a step of a decode or combined worker may take where it computes prompts beside streams "
         "(at least twice the streams' own time): less is a steadier stream, more a sooner first token",

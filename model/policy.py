@@ -72,7 +72,7 @@ class StepLimits:
     max_batch_tokens: int = 1024
     max_waiting: int = 256
     max_waiting_tokens: int = 262_144
-    target_ms: float = 80.0  # of a step in which prompts are computed beside decodes
+    target_ms: float = 70.0  # of a step in which prompts are computed beside decodes
 
     def __post_init__(self) -> None:
         assert self.max_batch_tokens >= HASH_BLOCK_TOKENS, self

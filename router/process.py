@@ -50,6 +50,8 @@ _CLIENTS_OPTIONS = (
     ("grpc.http2.lookahead_bytes", 16 << 10),  # of a stream that nobody reads yet
     ("grpc.http2.bdp_probe", 0),  # would let these windows grow to megabytes
 )
+ACCEPTS = 2  # connections that the event loop takes each time it has something to do: what asyncio calls backlog
+BACKLOG = 2048  # connections that wait to be taken, in the system
 SWITCH_S = 0.0005  # how long the event loop waits for a thread that reads a message, each time it has something to do
 
 
@@ -103,6 +105,7 @@ class RouterProcess:
             access_log=False,
             lifespan="off",
             timeout_keep_alive=75,
+            backlog=ACCEPTS,
         )
         self._http = _HttpServer(config)
         self._http_task = asyncio.create_task(self._http.serve([listener]))
@@ -164,6 +167,12 @@ async def _run(process: RouterProcess, grace_s: float, parent_pid: int | None) -
 
 
 class _HttpServer(uvicorn.Server):
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen; more connections may wait than are taken at once."""
+        await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(BACKLOG)
+
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         """Signals belong to the process, not to one of its servers."""

@@ -1,6 +1,6 @@
 """Hostile inputs beside running streams: the longest gap of any stream, the router's memory, who was killed.
 
-    python bench/hostile/campaign.py [--fuzz 100] [--seed 1] [--only PART] [--times 4] [--known | --no-known]
+    python bench/hostile/campaign.py [--fuzz 100] [--seed 1] [--only PATTERN] [--times 4] [--known | --no-known]
 
 A cluster of `twostroke serve --launcher process` with two API keys; 24 streams over HTTP and gRPC run all the time
 under one of them, and who attacks with a key has the other. Every input is sent `--times` at once. Before each, a quiet
@@ -32,7 +32,9 @@ from attack import Attack, Input
 from fuzz import fuzzed
 from known import KNOWN
 from neighbours import Neighbours, Seen, Served
-from server import free_port, served
+from server import served
+
+from twostroke.core.ports import free_ports
 
 NUM_HTTP, NUM_GRPC = 18, 6
 MOST_GAP_MS = 100.0
@@ -115,7 +117,7 @@ class Cluster:
 def cluster(folder: Path) -> Iterator[tuple[Served, Served, Cluster]]:
     """A cluster with two keys, the neighbours' and the attacker's, and a mark in its environment."""
     key, other, mark = (f"{name}{secrets.token_hex(16)}" for name in ("key-", "other-", "HOSTILE_CAMPAIGN="))
-    ports = Served(free_port(), free_port(), key)
+    ports = Served(*free_ports("127.0.0.1", 2), key)
     environment = {"TWOSTROKE__ROUTER__API_KEYS": f'["{key}", "{other}"]', "HOSTILE_CAMPAIGN": mark.partition("=")[2]}
     flags = ("--prefill", "0", "--decode", "1", "--grpc-port", str(ports.grpc_port))
     with served(folder / "serve.log", *flags, port=ports.port, environment=environment):
@@ -184,12 +186,12 @@ def main() -> int:
     parser.add_argument("--fuzz", type=int, default=100, help="how many inputs are drawn")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--times", type=int, default=4, help="of each input at once")
-    parser.add_argument("--only", default="", help="inputs whose name has this")
+    parser.add_argument("--only", default="", help="inputs whose name has this pattern")
     parser.add_argument("--known", action=argparse.BooleanOptionalAction, default=True, help="those written by hand")
     given = parser.parse_args()
     facts = report.machine()
     inputs = [*(KNOWN if given.known else ()), *fuzzed(given.fuzz, given.seed)]
-    inputs = [one for one in inputs if given.only in one.name]
+    inputs = [one for one in inputs if re.search(given.only, one.name)]
     lookup = partial(find, given.fuzz, given.seed)
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as temporary, cluster(Path(temporary)) as (where, attacked_at, members):

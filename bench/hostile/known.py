@@ -17,7 +17,7 @@ from attack import ANSWER_S, Behaviour, Body, Built, Input, Message
 from neighbours import Served
 
 LARGEST = (4 << 20) - 4096  # a body, just within the limit
-IDLE_CONNECTIONS, HELD_BODIES = 1_500, 150
+FEW_IDLE, MANY_IDLE, HELD_BODIES = 625, 1_500, 150
 HALF_HEADS, SILENT_GRPC, SILENT_CHECKS = 1_100, 400, 60
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 HOLD_S = 4.0
@@ -112,10 +112,10 @@ def _connect(served: Served) -> socket.socket:
     return socket.create_connection(("127.0.0.1", served.port), timeout=10)
 
 
-def idle(served: Served) -> str:
+def idle(served: Served, number: int) -> str:
     """Connections that say nothing."""
     with ExitStack() as stack, suppress(OSError):
-        for _ in range(IDLE_CONNECTIONS):
+        for _ in range(number):
             stack.enter_context(_connect(served))
         time.sleep(HOLD_S)
     return "held"
@@ -239,7 +239,8 @@ def large_head(served: Served) -> str:
 
 
 _BEHAVIOURS: dict[str, Behaviour] = {
-    f"{IDLE_CONNECTIONS} idle connections": idle,
+    f"{FEW_IDLE} idle connections": partial(idle, number=FEW_IDLE),
+    f"{MANY_IDLE} idle connections": partial(idle, number=MANY_IDLE),
     f"{HALF_HEADS} half heads": half_heads,
     f"{SILENT_GRPC} silent gRPC connections": partial(silent_grpc, first=b""),
     f"{SILENT_GRPC} gRPC connections with a preface": partial(silent_grpc, first=PREFACE),

@@ -6,13 +6,14 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+from twostroke.core.ports import free_ports
 
 READY_S, STOP_S, POLL_S = 180.0, 30.0, 0.2
 
@@ -28,9 +29,10 @@ def served(log: Path, *flags: str, port: int = 0, environment: Mapping[str, str]
     Raises:
         RuntimeError: it was not ready in time, or did not end with 0 in time after Ctrl-C.
     """
-    port = port or free_port()
+    ours, grpc_port = free_ports("127.0.0.1", 2)
+    port = port or ours
     command = [sys.executable, "-m", "twostroke.cli.main", "serve", "--launcher", "process"]
-    ports = ["--port", str(port), "--grpc-port", str(free_port())]
+    ports = ["--port", str(port), "--grpc-port", str(grpc_port)]
     with log.open("w") as said:
         process = subprocess.Popen(
             [*command, *ports, *flags], stdout=said, stderr=subprocess.STDOUT, env={**os.environ, **(environment or {})}
@@ -65,13 +67,6 @@ def _ended(process: subprocess.Popen[bytes]) -> int | None:
         return process.wait(STOP_S)
     except subprocess.TimeoutExpired:
         return None
-
-
-def free_port() -> int:
-    """Nobody's at this moment."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-    return port
 
 
 def _await_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:

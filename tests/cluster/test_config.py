@@ -11,7 +11,7 @@ from twostroke.cluster.settings import WorkerSettings
 from twostroke.cluster.worker import WorkerProcess
 from twostroke.core.config import load_section
 from twostroke.core.errors import ConfigError
-from twostroke.core.ports import bindable_host, free_port
+from twostroke.core.ports import bindable_host, free_ports
 from twostroke.core.request import Role
 from twostroke.router.config import RouterConfig
 from twostroke.router.process import RouterProcess
@@ -236,7 +236,7 @@ async def test_a_worker_that_may_not_binds_nothing(tiny_checkpoint: Path):
 
 
 async def test_a_router_that_may_not_binds_nothing():
-    router = RouterProcess(RouterConfig(host="0.0.0.0", port=free_port("127.0.0.1"), grpc_port=0), "k" * 16)
+    router = RouterProcess(RouterConfig(host="0.0.0.0", port=free_ports("127.0.0.1", 1)[0], grpc_port=0), "k" * 16)
     with pytest.raises(ConfigError, match="--insecure"):
         await router.start()
     await router.stop(0.0)

@@ -18,7 +18,7 @@ from twostroke.cluster.announce import Announcer, Retry
 from twostroke.core import inside, probes
 from twostroke.core.guard import HEALTH_CHECK, HEALTH_WATCH, MAX_HEALTH_WATCHES, Guard
 from twostroke.core.inside import InsideChannel
-from twostroke.core.ports import free_port
+from twostroke.core.ports import free_ports
 from twostroke.core.proof import ANSWER_HEADER, CALL_HEADER, Claim, call_header
 from twostroke.core.request import Role
 from twostroke.kv.keys import proof_key
@@ -111,7 +111,7 @@ async def test_a_worker_answers_the_clusters_key_alone(start_worker, caplog):
 
 
 async def test_the_routers_internal_port_answers_the_clusters_key_alone():
-    http, grpc_port, internal = (free_port("127.0.0.1") for _ in range(3))
+    http, grpc_port, internal = free_ports("127.0.0.1", 3)
     router = RouterProcess(RouterConfig(port=http, grpc_port=grpc_port, internal_port=internal), CLUSTER_KEY)
     await router.start()
     try:

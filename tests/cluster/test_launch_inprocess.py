@@ -15,6 +15,7 @@ from twostroke.cluster.launch import Site
 from twostroke.cluster.launch_inprocess import InProcessLauncher
 from twostroke.cluster.placement import Member
 from twostroke.core.errors import ConfigError
+from twostroke.core.ports import free_ports
 from twostroke.core.request import Role
 from twostroke.model import link
 
@@ -54,7 +55,7 @@ async def test_a_router_that_cannot_start_lets_its_ports_go(launcher):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        free = _free_port()
+        (free,) = free_ports("127.0.0.1", 1)
         update = {"port": free, "grpc_port": taken.getsockname()[1]}
         config = launcher._site.config
         router = config.router.model_copy(update=update)
@@ -71,9 +72,9 @@ async def test_a_router_that_cannot_start_lets_its_ports_go(launcher):
 async def test_a_checkpoints_sampling_defaults_reach_both_faces_unless_turned_off(setting, tiny_checkpoint, tmp_path):
     checkpoint = Path(shutil.copytree(tiny_checkpoint, tmp_path / "m"))
     (checkpoint / "generation_config.json").write_text('{"top_k": 3, "temperature": 0.25, "max_new_tokens": 5}')
-    http, grpc = _free_port(), _free_port()
+    http, grpc, internal = free_ports("127.0.0.1", 3)
     flags = {"router.port": http, "router.grpc_port": grpc, "model.generation_config": setting, "cache.tokens": 1024}
-    launcher = InProcessLauncher(Site(load_config(flags=flags), str(checkpoint), "tiny", _free_port()))
+    launcher = InProcessLauncher(Site(load_config(flags=flags), str(checkpoint), "tiny", internal))
     try:
         for member in (Member("router-0", "router"), Member("w", "worker", Role.COMBINED, 1, 1 << 30)):
             await launcher.start(member, lambda *_: None)
@@ -93,9 +94,3 @@ async def test_a_checkpoints_sampling_defaults_reach_both_faces_unless_turned_of
     assert card["default_sampling_params"] == ({"top_k": 3, "temperature": 0.25, "max_tokens": 5} if is_on else {})
     assert (found["top_k"], found["temperature"], found["max_tokens"]) == (3 if is_on else 0, 0.5, 16)
     assert (told["top_k"], told["temperature"]) == ((3, 0.25) if is_on else (0, 1.0))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

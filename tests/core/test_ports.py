@@ -33,10 +33,12 @@ def test_a_port_that_another_grpc_server_would_share_is_in_use():
     server.stop(0).wait()
 
 
-def test_a_free_port_can_be_had_at_once_after_the_check():
-    port = ports.free_port("127.0.0.1")
-    ports.check_port("127.0.0.1", port, "--port")
-    socket.create_server(("127.0.0.1", port)).close()
+def test_free_ports_can_be_had_at_once_after_the_check_and_differ():
+    found = ports.free_ports("127.0.0.1", 200)
+    assert len(set(found)) == 200
+    for port in found:
+        ports.check_port("127.0.0.1", port, "--port")
+        socket.create_server(("127.0.0.1", port)).close()
 
 
 @pytest.mark.parametrize(

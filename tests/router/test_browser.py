@@ -15,7 +15,7 @@ import pytest
 
 from twostroke.core.errors import Unauthenticated
 from twostroke.core.hosts import is_allowed_name, is_loopback_name, name_in
-from twostroke.core.ports import free_port
+from twostroke.core.ports import free_ports
 from twostroke.router.config import RouterConfig
 from twostroke.router.flow import Flow
 from twostroke.router.front import Front
@@ -151,7 +151,7 @@ def test_names_are_read_as_browsers_write_them():
 
 
 async def test_on_the_wire_neither_an_absolute_target_nor_a_second_host_changes_the_answer():
-    ports = {name: free_port("127.0.0.1") for name in ("port", "grpc_port", "internal_port")}
+    ports = dict(zip(("port", "grpc_port", "internal_port"), free_ports("127.0.0.1", 3), strict=True))
     router = RouterProcess(RouterConfig(**ports), "a key of the tests")
     heads = {
         b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n": b"200",

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from observer import POLL_S, Footprint, Observer
 
+from twostroke.core.ports import free_ports
+
 pytestmark = pytest.mark.timeout(400)
 
 BUSY_MACHINE_S = 200.0
@@ -30,7 +31,7 @@ class Served:
     """`twostroke serve --launcher process` on free ports, in a temporary directory of its own."""
 
     def __init__(self, directory: Path) -> None:
-        self.port, self.grpc_port = _free_ports(2)
+        self.port, self.grpc_port = free_ports("127.0.0.1", 2)
         self.directory = directory
         self._output = directory / "output"
         flags = ["--launcher", "process", "--port", str(self.port), "--grpc-port", str(self.grpc_port)]
@@ -78,16 +79,6 @@ def served(tmp_path: Path) -> Iterator[Served]:
     served = Served(tmp_path)
     yield served
     served.end()
-
-
-def _free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 def _environment() -> dict[str, str]:
@@ -237,7 +228,7 @@ def test_a_mistake_in_the_configuration_is_one_line_that_names_it(
 
 
 def test_status_of_nobody_says_where_it_looked():
-    (port,) = _free_ports(1)
+    (port,) = free_ports("127.0.0.1", 1)
     done = _twostroke("status", "--grpc", f"127.0.0.1:{port}")
     assert done.returncode == 2
     assert f"127.0.0.1:{port}" in done.stderr
@@ -252,7 +243,7 @@ def test_another_machine_is_asked_in_the_clear_only_where_that_is_said(command: 
 
 
 def test_a_chat_with_nobody_says_so_in_its_exit_code():
-    (port,) = _free_ports(1)
+    (port,) = free_ports("127.0.0.1", 1)
     for text, code in (("hello\n", 1), ("", 0)):
         done = _twostroke("chat", "--grpc", f"127.0.0.1:{port}", stdin=text)
         assert (done.returncode, f"127.0.0.1:{port}" in done.stdout) == (code, bool(text)), done.stderr

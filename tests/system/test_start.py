@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 
 from twostroke import Client
+from twostroke.core.ports import free_ports
 from twostroke.model.config import BUNDLED
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -37,7 +37,7 @@ class Start:
         self.temporary.mkdir()
         self.here.mkdir()
         self.mark = f"{MARK}={self.folder.name}"
-        self.port, self.grpc_port = _free_port(), _free_port()
+        self.port, self.grpc_port = free_ports("127.0.0.1", 2)
         self.flags = ["--port", str(self.port), "--grpc-port", str(self.grpc_port), "--threads", "1", *flags]
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith("TWOSTROKE__")} | environment
         self.environment |= {MARK: self.folder.name, "TMPDIR": str(self.temporary), "COLUMNS": "300"}
@@ -115,12 +115,6 @@ def start() -> Iterator[Callable[..., Start]]:
     yield make
     for each in started:
         each.end()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 # ---------------------------------------------------------------- from any folder, in any environment
