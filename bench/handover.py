@@ -27,17 +27,17 @@ from loopback import Loopback
 from report import save, spread, table
 from workers import CacheShape, Hand, WorkerChild, timeline_of, write_checkpoint
 
-from twostroke.cluster.settings import WorkerSettings
+from twostroke.checkpoint.config import ModelConfig, StepConfig
 from twostroke.core.request import Epoch, Role
 from twostroke.core.timeline import Instant
 from twostroke.kv.block import BlockId
 from twostroke.kv.config import CacheConfig
-from twostroke.kv.handover import Label
+from twostroke.kv.handover.frames import Frame, FrameLabel, decode_envelope, encode_frame, verify_frame
+from twostroke.kv.handover.machine import Label
 from twostroke.kv.section import HeldTokens
 from twostroke.kv.spec import CODEC_NAMES, HASH_BLOCK_TOKENS, KvSpec, attention_spec
-from twostroke.kv.store import KvStore
-from twostroke.kv.wire import Frame, FrameLabel, decode_envelope, encode_frame, verify_frame
-from twostroke.model.config import ModelConfig, StepConfig
+from twostroke.kv.store.store import KvStore
+from twostroke.worker.settings import WorkerSettings
 
 SHAPE = CacheShape(layers=4, kv_heads=8, head_dim=128)
 VOCABULARY = 4000

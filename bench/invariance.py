@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from report import machine, save, spread, table
 
-from twostroke.model.native_ops import NativeOps
+from twostroke.model.ops.native_ops import NativeOps
 
 HIDDEN, LAYERS, FFN, VOCABULARY, QKV = 1024, 16, 2816, 32000, 2048
 SHAPES = [(QKV, HIDDEN), (HIDDEN, HIDDEN), (2 * FFN, HIDDEN), (HIDDEN, FFN)] * LAYERS + [(VOCABULARY, HIDDEN)]

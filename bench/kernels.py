@@ -68,7 +68,7 @@ def empty_planes(num_blocks: int, device: str) -> Planes:
 
 
 def bench_store(sizes: Sizes, device: str, limit: float) -> None:
-    from twostroke.kernels.store_kv import store_kv  # imports triton, which a CPU run does not need to launch
+    from twostroke.kernels.gpu.store_kv import store_kv  # imports triton, which a CPU run does not need to launch
 
     store = store_kv if device == "cuda" else reference.store_kv
     k, v = torch.randn((2, sizes.tokens, KV_HEADS, WIDTH), device=device).bfloat16()
@@ -85,7 +85,7 @@ def bench_store(sizes: Sizes, device: str, limit: float) -> None:
 
 
 def bench_attention(sizes: Sizes, device: str, limit: float) -> None:
-    from twostroke.kernels.paged_decode import paged_decode_attention
+    from twostroke.kernels.gpu.paged_decode import paged_decode_attention
 
     attend = paged_decode_attention if device == "cuda" else reference_attention.paged_decode_attention
     blocks_each = -(-sizes.context // BLOCK_TOKENS)

@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from twostroke.kv.transport import CHANNEL_OPTIONS, SERVER_OPTIONS
+from twostroke.kv.handover.transports.grpc import CHANNEL_OPTIONS, SERVER_OPTIONS
 
 METHOD = ("bench.Raw", "Stream")
 

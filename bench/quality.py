@@ -28,22 +28,22 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional as F
 
+from twostroke.checkpoint.config_json import load_spec
+from twostroke.checkpoint.locate import resolve
+from twostroke.checkpoint.spec import DType, ModelSpec, Quantization
 from twostroke.core.request import SamplingParams, SequenceKey
+from twostroke.engine.plan import SequenceStep, StepPlan
 from twostroke.kv.block import BlockId
-from twostroke.kv.store import KvStore
+from twostroke.kv.store.store import KvStore
 from twostroke.model.batch import build_batch, read_whole
-from twostroke.model.checkpoint import resolve
-from twostroke.model.config_json import load_spec
-from twostroke.model.decoder import Decoder
+from twostroke.model.decoder.decoder import Decoder
 from twostroke.model.loader import make_ops, torch_dtype
-from twostroke.model.plan import SequenceStep, StepPlan
 from twostroke.model.runner import Runner
-from twostroke.model.spec import DType, ModelSpec, Quantization
-from twostroke.model.tensors import open_source
 from twostroke.model.training.corpus import Document, is_held_out, source_files
 from twostroke.model.training.evaluate import STRIDE_TOKENS, WINDOW_TOKENS
 from twostroke.model.training.tokenizer import encode_documents
-from twostroke.model.weights import load_weights
+from twostroke.model.weights.tensors import open_source
+from twostroke.model.weights.weights import load_weights
 
 CacheName = Literal["float32", "bfloat16", "fp8"]
 CACHES: tuple[CacheName, ...] = ("float32", "bfloat16", "fp8")  # the first is what the others are compared with

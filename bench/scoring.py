@@ -14,11 +14,11 @@ from dataclasses import replace
 import numpy as np
 
 from twostroke.core.request import SamplingParams
-from twostroke.model.plan import History
-from twostroke.model.policy import scored_rows
-from twostroke.model.sampler import Draw, Sampler
-from twostroke.model.sampling.extremes import extremes
+from twostroke.engine.plan import History
+from twostroke.engine.policy import scored_rows
+from twostroke.model.ops.extremes import extremes
 from twostroke.model.sampling.logprobs import Scorer
+from twostroke.model.sampling.sampler import Draw, Sampler
 
 ROWS, REPEATS, TOP = 32, 9, 20
 PLAIN = SamplingParams(max_tokens=4096, temperature=0.0)

@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from twostroke.cluster.settings import WorkerSettings
-from twostroke.cluster.worker import run_worker
+from twostroke.checkpoint.locate import resolve
 from twostroke.core.inside import InsideChannel
 from twostroke.core.timeline import Timeline
+from twostroke.kv.handover.transports.grpc import CHANNEL_OPTIONS
 from twostroke.kv.keys import proof_key
 from twostroke.kv.messages import adopt_instants
-from twostroke.kv.transport import CHANNEL_OPTIONS
-from twostroke.model.checkpoint import resolve
 from twostroke.protos import common_pb2, worker_pb2, worker_pb2_grpc
+from twostroke.worker.process import run_worker
+from twostroke.worker.settings import WorkerSettings
 
 START_S = 300.0
 STOP_S = 15.0

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
+from ..cli import chat, members, serve, status
 from ..core.errors import TwostrokeError
-from . import chat, members, serve, status
 from .failure import fail
 from .sim import app as sim_app
 

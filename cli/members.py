@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
+from ..cli import options as o
 from ..cluster.config import Config
 from ..core.errors import ConfigError
 from ..core.request import Role
-from . import options as o
 
 ParentPid = Annotated[int | None, typer.Option(help="End when this process is no longer our parent.", hidden=True)]
 
@@ -36,10 +36,10 @@ def worker(
     """Run one worker and announce it to the routers. The cluster's key is TWOSTROKE__CLUSTER__KEY."""
     import os
 
-    from ..cluster.machine import machine_facts
-    from ..cluster.settings import WorkerSettings
-    from ..cluster.worker import run_worker
-    from ..model.checkpoint import resolve, served_name
+    from ..checkpoint.locate import resolve, served_name
+    from ..worker.machine import machine_facts
+    from ..worker.process import run_worker
+    from ..worker.settings import WorkerSettings
 
     flags = {"model": model, "served_model_name": served_model_name, "config": config}
     settings = o.config_from(flags | {"worker_metrics_port": metrics_port, "insecure": insecure})

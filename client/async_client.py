@@ -10,8 +10,8 @@ from typing import Any, Self, TypeVar, Unpack
 
 import grpc
 
+from ..client import calls
 from ..core.errors import Cancelled
-from . import calls
 from .calls import Call, ChatOptions, Options
 from .channel import AsyncReplies, AsyncTransport, Endpoint, GrpcAsyncTransport, Tls, check_timeout
 from .messages import Message, TemplateOptions

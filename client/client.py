@@ -9,7 +9,7 @@ from typing import Any, Self, TypeVar, Unpack
 
 import grpc
 
-from . import calls
+from ..client import calls
 from .calls import Call, ChatOptions, Options
 from .channel import Endpoint, GrpcTransport, Replies, Tls, Transport, check_timeout
 from .messages import Message, TemplateOptions

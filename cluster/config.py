@@ -14,11 +14,11 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, Field, field_validator
 
+from ..checkpoint.config import ModelConfig, StepConfig
 from ..core.config import Section, load_section
 from ..core.errors import ConfigError
 from ..core.ports import bindable_host
 from ..kv.config import CacheConfig
-from ..model.config import ModelConfig, StepConfig
 from ..router.config import RouterConfig
 
 ENVIRONMENT_PREFIX = "TWOSTROKE__"

@@ -9,8 +9,8 @@ from ..core.errors import ConfigError
 from ..core.request import Role
 from ..kv.sizing import MemoryFacts, PoolSize
 from ..kv.spec import KvSpec
-from ..model.device import chosen_kind
-from .automatic import Decision, decided_context, decided_patience, decided_pool, decided_router, decided_step
+from ..model.ops.device import chosen_kind
+from ..worker.automatic import Decision, decided_context, decided_patience, decided_pool, decided_router, decided_step
 from .config import Config
 
 

@@ -12,14 +12,14 @@ import os
 import sys
 from collections.abc import Callable
 
+from ..checkpoint.locate import resolve, served_name
 from ..core.errors import CheckpointError, ConfigError
 from ..kernels.cpu.build import NativeUnavailable, found_library
 from ..kernels.cpu.folder import forget_empty_folder
-from ..model.checkpoint import resolve, served_name
-from ..model.device import chosen_kind, gpu_free_bytes
+from ..model.ops.device import chosen_kind, gpu_free_bytes
 from ..router.ports import check_ports
+from ..worker.machine import machine_facts, model_facts
 from .config import Config
-from .machine import machine_facts, model_facts
 from .placement import Plan, place
 from .supervisor import launcher_class
 

@@ -13,8 +13,8 @@ from ..core.clock import Clock, MonotonicClock
 from ..core.errors import TwostrokeError, Unavailable
 from ..core.ports import free_ports, target
 from .config import Config
-from .last_words import End
-from .launch import Launcher, Site
+from .launch.last_words import End
+from .launch.launcher import Launcher, Site
 from .membership import Membership, Patience, Standing, Use
 from .placement import Plan
 
@@ -201,14 +201,14 @@ class _Life(NamedTuple):
 def launcher_class(config: Config) -> Callable[[Site], Launcher]:
     """The launcher that the configuration names. Only the wanted one is imported."""
     if config.cluster.launcher == "ray":
-        from .launch_ray import RayLauncher
+        from .launch.ray import RayLauncher
 
         return RayLauncher
     if config.cluster.launcher == "process":
-        from .launch_process import ProcessLauncher
+        from .launch.process import ProcessLauncher
 
         return ProcessLauncher
-    from .launch_inprocess import InProcessLauncher
+    from .launch.inprocess import InProcessLauncher
 
     return InProcessLauncher
 

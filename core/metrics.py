@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from . import buckets
+from ..core import buckets
 from .board import Board, Kind, Metric
 from .life import Life
 from .request import FinishReason

@@ -12,7 +12,7 @@ class SamplingParams:
     """How tokens are chosen. Already validated: ranges hold, `seed` and `max_tokens` are set.
 
     A token is argmax(filtered logits / temperature + Gumbel noise), the noise keyed by (seed, choice, position,
-    token id); temperature 0 is greedy. In which order everything applies: model/sampler.py.
+    token id); temperature 0 is greedy. In which order everything applies: model/sampling/sampler.py.
     """
 
     max_tokens: int

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ..core.errors import InternalError
 from ..core.request import FinishReason, SamplingParams, TokenLogprobs
-from ..model.stopping import finish_reason
+from ..engine.stopping import finish_reason
 from ..text.stream import TextStream
 from ..text.tokenizer import Tokenizer
 

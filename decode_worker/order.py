@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from ..core.errors import InvalidRequest
 from ..core.ports import check_address
 from ..core.request import Epoch, SamplingParams, SequenceKey
+from ..engine.facts import ModelFacts
 from ..kv.messages import epoch_from_wire, sampling_from_wire
-from ..model.facts import ModelFacts
 from ..protos import worker_pb2
 
 

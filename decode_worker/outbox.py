@@ -14,7 +14,7 @@ from ..protos import common_pb2, worker_pb2
 MAX_PENDING_TOKENS = 65_536
 MAX_PENDING_ENDS = 4_096
 MAX_PENDING_BYTES = 64 << 20  # logprobs of prompts are most of it
-MAX_MESSAGE_BYTES = 8 << 20  # and one choice's part more; gRPC takes 64 MiB (kv/transport.py)
+MAX_MESSAGE_BYTES = 8 << 20  # and one choice's part more; gRPC takes 64 MiB (kv/handover/transports/grpc.py)
 _TOKEN_BYTES = 8  # of an id and its share of the envelope, for the bounds only
 _CHARACTER_BYTES = 4
 

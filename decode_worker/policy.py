@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..engine.policy import FAIRNESS, Ahead, Fairness, Queue, Room, StepBudget, StepLimits
+from ..engine.step_times import StepTimes
 from ..kv.spec import HASH_BLOCK_TOKENS
-from ..model.pace import StepTimes
-from ..model.policy import FAIRNESS, Ahead, Fairness, Queue, Room, StepBudget, StepLimits
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,14 +14,14 @@ from ..core.clock import Clock
 from ..core.life import Life, forget
 from ..core.request import SequenceKey
 from ..core.timeline import Instant, Timeline
-from ..kv.carrier import Carrier, Check, CheckLine, StreamHost
-from ..kv.handover import Action, AskBind, Close, Complete, End, GotFirstToken, Lost, Send, Timing, Write
-from ..kv.handover_receiver import FrameArrived, Receiver
+from ..engine.client import Dispatcher
+from ..engine.messages import WriteKv
+from ..kv.handover.carrier import Carrier, Check, CheckLine, StreamHost
+from ..kv.handover.frames import Frame, WireError, decode_envelope, encode_message, verify_frame
+from ..kv.handover.machine import Action, AskBind, Close, Complete, End, GotFirstToken, Lost, Send, Timing, Write
+from ..kv.handover.receiver import FrameArrived, Receiver
 from ..kv.messages import adopt_instants
 from ..kv.spec import HASH_BLOCK_TOKENS, KvSpec
-from ..kv.wire import Frame, WireError, decode_envelope, encode_message, verify_frame
-from ..model.dispatch import Dispatcher
-from ..model.link import WriteKv
 from ..protos import handover_pb2
 from .speed import Arrival, HandoverSpeed
 

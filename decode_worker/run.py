@@ -17,16 +17,16 @@ from dataclasses import dataclass
 
 from ..core.request import FinishReason, SequenceKey
 from ..core.timeline import Instant, Timeline
-from ..kv.carrier import StreamHost
-from ..kv.driver import ClientDriver
-from ..kv.handover import GotFirstToken, Label, Lost
-from ..kv.handover_receiver import Receiver
+from ..engine import messages as link
+from ..engine.client import SequenceEvent
+from ..engine.facts import FaceFacts
+from ..kv.handover.carrier import StreamHost
+from ..kv.handover.driver import ClientDriver
+from ..kv.handover.machine import GotFirstToken, Label, Lost
+from ..kv.handover.receiver import Receiver
+from ..kv.handover.transports.grpc import Channels
 from ..kv.messages import sampling_to_wire, spec_to_wire
 from ..kv.spec import HASH_BLOCK_TOKENS
-from ..kv.transport import Channels
-from ..model import link
-from ..model.dispatch import SequenceEvent
-from ..model.facts import FaceFacts
 from ..protos import handover_pb2
 from .choice import Choice
 from .order import Order

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..engine.plan import StepPlan
 from ..kv.block import BlockId
-from .ops import Ops, Span
-from .plan import StepPlan
-from .upload import upload
+from .ops.seam import Ops, Span
+from .ops.upload import upload
 
 
 @dataclass(frozen=True, slots=True)

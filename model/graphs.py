@@ -19,13 +19,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..kv.store import KvStore
+from ..checkpoint.spec import ExpertsFfn, ModelSpec
+from ..engine.plan import StepPlan
+from ..kv.store.store import KvStore
 from .batch import StepBatch
-from .decoder import Decoder, Hidden
-from .plan import StepPlan
-from .spec import ExpertsFfn, ModelSpec
-from .triton_ops import Layout
-from .upload import Arena
+from .decoder.decoder import Decoder, Hidden
+from .ops.triton_ops import Layout
+from .ops.upload import Arena
 
 GRAPH_CONTEXT = 8192  # a longer table would cost every short step splits that have nothing to do
 

@@ -10,11 +10,13 @@ from typing import Literal
 
 import torch
 
+from ..checkpoint.config_json import load_spec
+from ..checkpoint.safetensors_files import checkpoint_files
+from ..checkpoint.spec import DType, ModelSpec, Quantization
 from ..core.errors import ConfigError
 from ..kernels.cpu import library as native
-from ..kv.store import KvStore
-from .config_json import load_spec
-from .device import (
+from ..kv.store.store import KvStore
+from .ops.device import (
     DeviceChoice,
     KernelsChoice,
     chosen_kernels,
@@ -22,15 +24,13 @@ from .device import (
     refuse_unserved,
     resolve_device,
 )
-from .host_memory import give_back_after_load
-from .native_ops import NativeOps
-from .ops import Ops
+from .ops.native_ops import NativeOps
+from .ops.seam import Ops
+from .ops.torch_ops import TorchOps
 from .runner import Runner
-from .safetensors_files import checkpoint_files
-from .spec import DType, ModelSpec, Quantization
-from .tensors import open_source, weights_fingerprint
-from .torch_ops import TorchOps
-from .weights import load_weights
+from .weights.host_memory import give_back_after_load
+from .weights.tensors import open_source, weights_fingerprint
+from .weights.weights import load_weights
 
 KERNEL_SET_VERSION = 7  # one more whenever a change of ours can change a bit of any logit
 
@@ -105,7 +105,7 @@ def make_ops(
         ConfigError: the asked-for kernels cannot run here.
     """
     if device is not None and device.type != "cpu":
-        from .triton_ops import TritonOps  # needs triton
+        from .ops.triton_ops import TritonOps  # needs triton
 
         return TritonOps(dtype, device, quantization)
     if chosen_kernels(kernels, "cpu", native.load) == "native":

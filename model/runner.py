@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..checkpoint.spec import ModelSpec
 from ..core.request import SequenceKey
+from ..engine.plan import SequenceStep, StepPlan, StepResult
 from ..kv.section import HeldTokens
 from ..kv.spec import HASH_BLOCK_TOKENS
-from ..kv.store import KvStore
+from ..kv.store.store import KvStore
 from .batch import StepBatch, build_batch, on_device, warm_up_batch
-from .decoder import Decoder, Hidden
-from .greedy import all_greedy, speak_greedily
-from .ops import Logits, Ops
-from .plan import SequenceStep, StepPlan, StepResult
+from .decoder.decoder import Decoder, Hidden
+from .ops.seam import Logits, Ops
+from .sampling.greedy import all_greedy, speak_greedily
 from .sampling.step import Spoken, StepSampler
-from .spec import ModelSpec
-from .weights import Weights
+from .weights.weights import Weights
 
 if TYPE_CHECKING:  # needs triton
     from .graphs import DecodeGraphs

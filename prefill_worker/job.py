@@ -14,8 +14,11 @@ from ..core.errors import InternalError, KvCorrupted, TwostrokeError, from_code
 from ..core.life import Life, forget
 from ..core.request import FinishReason, SequenceKey
 from ..core.timeline import Instant, Timeline
-from ..kv.carrier import Carrier, Check, CheckLine, StreamHost
-from ..kv.handover import (
+from ..engine import messages as link
+from ..engine.client import Dispatcher, SequenceEvent
+from ..kv.handover.carrier import Carrier, Check, CheckLine, StreamHost
+from ..kv.handover.frames import FrameLabel, WireError, decode_envelope, encode_frame, encode_message, verify_sections
+from ..kv.handover.machine import (
     Abort,
     Action,
     Close,
@@ -27,12 +30,9 @@ from ..kv.handover import (
     SendFrame,
     Timing,
 )
-from ..kv.handover_sender import Sender
+from ..kv.handover.sender import Sender
 from ..kv.messages import error_to_wire, instants_to_wire, logprobs_to_wire
 from ..kv.section import SectionData
-from ..kv.wire import FrameLabel, WireError, decode_envelope, encode_frame, encode_message, verify_sections
-from ..model import link
-from ..model.dispatch import Dispatcher, SequenceEvent
 from ..protos import handover_pb2
 
 log = logging.getLogger(__name__)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..model.pace import StepTimes
-from ..model.policy import FAIRNESS, Ahead, Fairness, Queue, Room, StepBudget, StepLimits
+from ..engine.policy import FAIRNESS, Ahead, Fairness, Queue, Room, StepBudget, StepLimits
+from ..engine.step_times import StepTimes
 
 
 @dataclass(frozen=True, slots=True)

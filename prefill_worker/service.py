@@ -8,16 +8,16 @@ from collections.abc import AsyncIterator, Callable
 
 from ..core.errors import InvalidRequest, Overloaded, TwostrokeError, Unavailable
 from ..core.request import Role, SequenceKey
-from ..kv.carrier import StreamHost
-from ..kv.driver import Driver
-from ..kv.handover import Label
-from ..kv.handover_sender import Sender, refuse
+from ..engine import messages as link
+from ..engine.facts import FaceFacts
+from ..kv.handover.carrier import StreamHost
+from ..kv.handover.driver import Driver
+from ..kv.handover.frames import WireError, decode_envelope, encode_message, tokens_per_frame
+from ..kv.handover.machine import Label
+from ..kv.handover.sender import Sender, refuse
+from ..kv.handover.transports.grpc import ByteStream, ServerContext, ServerStream
 from ..kv.messages import error_to_wire, sampling_from_wire, spec_from_wire
 from ..kv.spec import KvSpec
-from ..kv.transport import ByteStream, ServerContext, ServerStream
-from ..kv.wire import WireError, decode_envelope, encode_message, tokens_per_frame
-from ..model import link
-from ..model.facts import FaceFacts
 from ..protos import handover_pb2
 from .job import Job, JobTools
 

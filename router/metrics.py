@@ -13,9 +13,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from ..core import metrics
 from ..core.board import Board, render
 from ..core.life import Life
-from .coefficients import FIELDS
-from .engine_totals import EngineTotals
-from .facts import LoadFacts, WorkerFacts, WorkerState
+from .routing.coefficients import FIELDS
+from .routing.engine_totals import EngineTotals
+from .routing.facts import LoadFacts, WorkerFacts, WorkerState
 
 _ERROR_BUCKETS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 4, 8)
 

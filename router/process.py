@@ -22,14 +22,14 @@ from ..core.memory import give_large_memory_back
 from ..core.ports import bindable_host, bound_socket, check_port, target
 from ..kv.keys import identity_key, proof_key
 from ..protos import inference_pb2, inference_pb2_grpc
+from .api.frontend import Front
+from .api.grpc.guard import SPARE_CALLS, Guard
+from .api.grpc.service import InferenceService
+from .api.http.app import make_app
+from .api.http.connections import Connections, connections_within, raise_file_limit
 from .config import RouterConfig
-from .connections import Connections, connections_within, raise_file_limit
-from .flow import Flow
-from .front import Front
-from .guard import SPARE_CALLS, Guard
-from .http import make_app
 from .ports import INTERNAL_HOST, PORT_REMEDIES, check_ports
-from .service import InferenceService
+from .requests.flow import Flow
 
 _INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 _GRPC_OPTIONS = (

@@ -13,8 +13,8 @@ import numpy as np
 
 from ..core.errors import KvCorrupted
 from ..kv.block import BlockId
+from ..kv.cache.pool import BlockPool
 from ..kv.digest import frame_digests, places
-from ..kv.pool import BlockPool
 from ..kv.section import HeldTokens, SectionData
 from ..kv.spec import HASH_BLOCK_TOKENS, Component, KvSpec, LayerGroup
 from .invariants import Violation
@@ -61,7 +61,7 @@ def digest_of(cells: Sequence[int], unit: int) -> int:
 
 
 class CellStore:
-    """Blocks of cells with their seals. Satisfies kv/host_store.py's SealedStore; every access is checked.
+    """Blocks of cells with their seals. Satisfies kv/store/host_store.py's SealedStore; every access is checked.
 
     With a pool, writers must own what they write; without one (host memory), a block's use is its writer's word.
     """

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ..core.errors import TwostrokeError
 from ..core.request import FinishReason, Request
-from ..router.pieces import Piece
+from ..router.requests.pieces import Piece
 from .cells import cells_after, domain_cell
 from .invariants import Samples, Violation
 from .network import End, Network

@@ -9,14 +9,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from ..core.errors import InternalError, TwostrokeError
+from ..engine.core import CoreLimits, EngineCore
+from ..engine.messages import Command, Ended, Event, LoadNews, Offered, Promised, Submit
+from ..engine.plan import StepPlan, StepResult
+from ..engine.store_ops import StoreOp
+from ..engine.turn import Turn
 from ..kv.block import IdentityRoot
-from ..kv.pool import BlockPool
-from ..kv.prefix import PrefixCache
-from ..model.core import CoreLimits, EngineCore
-from ..model.link import Command, Ended, Event, LoadNews, Offered, Promised, Submit
-from ..model.plan import StepPlan, StepResult
-from ..model.store_op import StoreOp
-from ..model.turn import Turn
+from ..kv.cache.pool import BlockPool
+from ..kv.cache.prefix import PrefixCache
 from .cells import mix
 from .invariants import check_core, check_deadlines, check_promises
 from .setting import DOMAINS, Setting, WorkerSetting

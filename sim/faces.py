@@ -1,6 +1,6 @@
 """What a router has of a worker in virtual time: its session and its watch. Knows no engine and no hand-over.
 
-Words, outbox and watchers are production's (decode_worker/session.py, cluster/watch.py); streams and timers are ours.
+Words, outbox and watchers are production's (decode_worker/session.py, worker/watch.py); streams and timers are ours.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """One end of a hand-over stream in virtual time. What happens on it is production's: `Pull`, `Job` and their carrier.
 
-Envelopes are real bytes, digests are verified by kv/wire.py. Knows no request, no router, no engine.
+Envelopes are real bytes, digests are verified by kv/handover/frames.py. Knows no request, no router, no engine.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..core.request import Epoch
-from ..kv.carrier import Check, Hear
-from ..kv.handover import Abort, Action, Label, Lost, Read, Send, SendFrame, Write
-from ..kv.handover import End as Ending
-from ..kv.wire import encode_message
+from ..kv.handover.carrier import Check, Hear
+from ..kv.handover.frames import encode_message
+from ..kv.handover.machine import Abort, Action, Label, Lost, Read, Send, SendFrame, Write
+from ..kv.handover.machine import End as Ending
 from ..protos import handover_pb2
 from .invariants import Violation
 from .network import End
@@ -34,7 +34,7 @@ class Place:
 
 
 class SimHost:
-    """Satisfies kv/carrier.py's StreamHost."""
+    """Satisfies kv/handover/carrier.py's StreamHost."""
 
     def __init__(self, place: Place, end: End, name: str, closed: Callable[[], None] | None = None) -> None:
         """`closed` hears when the machine closed the stream; given by the side that was called."""

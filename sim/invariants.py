@@ -18,8 +18,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from ..kv.pool import BlockPool
-from ..model.core import EngineCore
+from ..engine.core import EngineCore
+from ..kv.cache.pool import BlockPool
 
 
 class Violation(Exception):

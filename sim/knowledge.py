@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from weakref import WeakKeyDictionary
 
 from ..decode_worker.run import Run
-from ..router.facts import WorkerKey
+from ..router.routing.facts import WorkerKey
 from .invariants import Violation
 from .network import End
 from .router import RouterNode

@@ -1,11 +1,11 @@
-"""A router's links to one life of one worker in virtual time: router/sessions.py without an event loop."""
+"""A router's links to one life of one worker in virtual time: router/workers/links.py without an event loop."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from ..protos import worker_pb2
-from ..router.facts import WorkerKey
+from ..router.routing.facts import WorkerKey
 from .network import End
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ RECONNECT_S = 0.05
 
 
 class Link:
-    """Session and watch to one life of one worker, kept open through breaks: router/sessions.py."""
+    """Session and watch to one life of one worker, kept open through breaks: router/workers/links.py."""
 
     def __init__(self, router: RouterNode, key: WorkerKey) -> None:
         self.key = key

@@ -6,7 +6,7 @@ least eight times the number of seeds that finding it took, counted from the fir
 
 from __future__ import annotations
 
-from . import planted_engine, planted_handover, planted_router, planted_worker
+from ..sim import planted_engine, planted_handover, planted_router, planted_worker
 from .planting import Planted
 
 __all__ = ["PLANTED", "Planted"]

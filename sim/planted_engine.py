@@ -30,21 +30,21 @@ from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from ..engine.commands import Commands
+from ..engine.holdings import Cost, Holdings
+from ..engine.lifecycle import Lives
+from ..engine.messages import Event
+from ..engine.scheduler import Scheduler
+from ..engine.sequence import Doom, SequenceState
+from ..engine.sequence import Sequence as Live
+from ..engine.store_ops import StoreOp, SwapInOp, SwapOp
+from ..engine.swap import SwapSpace
+from ..engine.turn import Turn
 from ..kv import keys
 from ..kv.block import BlockIdentity, chain
-from ..kv.host_store import HostStore
-from ..kv.prefix import PrefixCache
+from ..kv.cache.prefix import PrefixCache
 from ..kv.section import HeldTokens
-from ..model.commands import Commands
-from ..model.holdings import Cost, Holdings
-from ..model.link import Event
-from ..model.lives import Lives
-from ..model.schedule import Scheduler
-from ..model.sequence import Doom, SequenceState
-from ..model.sequence import Sequence as Live
-from ..model.store_op import StoreOp, SwapInOp, SwapOp
-from ..model.swap import SwapSpace
-from ..model.turn import Turn
+from ..kv.store.host_store import HostStore
 from .planting import Planted, instead
 
 

@@ -24,10 +24,10 @@ from weakref import WeakSet
 
 from ..decode_worker import pull
 from ..decode_worker.run import Run as DecodeRun
-from ..kv.carrier import Carrier, CheckLine
-from ..kv.handover import Action, Label, Lost, Stream, Verdict
-from ..kv.handover_receiver import FrameArrived, Receiver
-from ..kv.handover_sender import Sender
+from ..kv.handover.carrier import Carrier, CheckLine
+from ..kv.handover.machine import Action, Label, Lost, Stream, Verdict
+from ..kv.handover.receiver import FrameArrived, Receiver
+from ..kv.handover.sender import Sender
 from ..kv.section import SectionData
 from ..prefill_worker.job import Job
 from .planting import Planted, instead

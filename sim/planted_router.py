@@ -11,13 +11,13 @@ from typing import Any
 from ..core.errors import WorkerLost
 from ..core.request import Epoch, Request
 from ..protos import worker_pb2
-from ..router import delivery, lifecycle
-from ..router.facts import WorkerKey
-from ..router.journal import Journal
-from ..router.lifecycle import Lifecycle
-from ..router.policy import Choice, PolicyLimits, RequestFacts, WorkerView, choose
-from ..router.roster import Roster
-from ..router.run import Run, Runs, Stage
+from ..router.requests import delivery, lifecycle
+from ..router.requests.journal import Journal
+from ..router.requests.lifecycle import Lifecycle
+from ..router.requests.roster import Roster
+from ..router.requests.run import Run, Runs, Stage
+from ..router.routing.facts import WorkerKey
+from ..router.routing.policy import Choice, PolicyLimits, RequestFacts, WorkerView, choose
 from .planting import Planted, instead
 
 # ------------------------------------------------------------------ streams and epochs

@@ -18,12 +18,12 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
-from ..cluster.watch import Watcher
 from ..core.request import Epoch, SequenceKey
 from ..decode_worker.ledger import Ledger, Named, RouterKey, Standing
 from ..decode_worker.outbox import Outbox
-from ..model.link import CacheDelta, CacheSnapshot
+from ..engine.messages import CacheDelta, CacheSnapshot
 from ..protos import worker_pb2
+from ..worker.watch import Watcher
 from .planting import Planted, instead
 
 

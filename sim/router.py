@@ -15,17 +15,17 @@ from ..core.request import Epoch, Request, SequenceKey
 from ..core.timeline import Instant, Timeline
 from ..kv.block import BlockIdentity, chain
 from ..protos import worker_pb2
-from ..router.admission import AdmissionLimits
-from ..router.explain import explain_run
-from ..router.facts import ModelFacts, WorkerFacts, WorkerKey
-from ..router.fleet import Fleet, FleetChange
-from ..router.journal import Journal
-from ..router.lifecycle import Lifecycle
-from ..router.policy import PolicyLimits
-from ..router.prefixes import PrefixMap
-from ..router.roster import Roster
-from ..router.run import Run, Stage
-from ..router.surroundings import LifeLimits, Order
+from ..router.requests.admission import AdmissionLimits
+from ..router.requests.explain import explain_run
+from ..router.requests.journal import Journal
+from ..router.requests.lifecycle import Lifecycle
+from ..router.requests.roster import Roster
+from ..router.requests.run import Run, Stage
+from ..router.requests.surroundings import LifeLimits, Order
+from ..router.routing.facts import ModelFacts, WorkerFacts, WorkerKey
+from ..router.routing.fleet import Fleet, FleetChange
+from ..router.routing.policy import PolicyLimits
+from ..router.routing.prefixes import PrefixMap
 from .engine import IDENTITY_KEY, root_of
 from .invariants import Violation
 from .links import Link

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 from ..core.request import Role, SamplingParams
 from ..decode_worker.policy import DecodePolicy, combined_policy
-from ..kv.handover import Timing
-from ..model.policy import Policy, StepLimits
+from ..engine.policy import Policy, StepLimits
+from ..kv.handover.machine import Timing
 from ..prefill_worker.policy import PrefillPolicy
-from ..router.fleet import FleetLimits
+from ..router.routing.fleet import FleetLimits
 from .network import Weather
 from .store import VOCABULARY
 

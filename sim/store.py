@@ -1,7 +1,7 @@
 """A worker's runner and memory in the simulator: every step reads all that came before, and checks it.
 
 Sampling is a function of the last cell (cells.py), the seed and, in noisy schedules, of who sampled. Swapping is
-kv/host_store.py's over two stores of cells. Knows no scheduler, no stream.
+kv/store/host_store.py's over two stores of cells. Knows no scheduler, no stream.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..core.request import SequenceKey
-from ..kv.host_store import HostStore
-from ..kv.pool import BlockPool
+from ..engine.plan import SequenceStep, StepPlan, StepResult
+from ..engine.store_ops import FetchOp, ReadOp, StoreOp, SwapInOp, SwapOp, SwapOutOp, WriteOp
+from ..kv.cache.pool import BlockPool
 from ..kv.section import HeldTokens, SectionData
 from ..kv.spec import HASH_BLOCK_TOKENS
-from ..model.plan import SequenceStep, StepPlan, StepResult
-from ..model.store_op import FetchOp, ReadOp, StoreOp, SwapInOp, SwapOp, SwapOutOp, WriteOp
+from ..kv.store.host_store import HostStore
 from .cells import CELL_BYTES, CellStore, cells_after, domain_cell, mix
 from .invariants import Violation
 from .world import World
@@ -67,7 +67,7 @@ class Known:
 
 
 class Store:
-    """One worker's KV memory and its runner. Satisfies model/turn.py's Store; what is in it, cells.py checks."""
+    """One worker's KV memory and its runner. Satisfies engine/turn.py's Store; what is in it, cells.py checks."""
 
     def __init__(
         self, world: World, pool: BlockPool, ledger: Ledger, *, noise: int, read_damage: float, swap_damage: float

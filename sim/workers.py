@@ -11,7 +11,6 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from ..cluster.watch import FaceLoad, Watchers
 from ..core.request import Epoch, SequenceKey
 from ..decode_worker.choice import Choice
 from ..decode_worker.ledger import RouterKey
@@ -20,21 +19,22 @@ from ..decode_worker.pull import PullTools
 from ..decode_worker.run import Run, RunTools
 from ..decode_worker.service import DecodeService
 from ..decode_worker.session import Session
-from ..kv.carrier import StreamHost
-from ..kv.handover import SendFrame
+from ..engine import messages as link
+from ..engine.client import Dispatcher, Owner, SequenceEvent
+from ..engine.facts import FaceFacts, ModelFacts
+from ..kv.handover.carrier import StreamHost
+from ..kv.handover.frames import WireError, decode_envelope
+from ..kv.handover.machine import SendFrame
+from ..kv.handover.transports.grpc import Channels
 from ..kv.keys import Namer
 from ..kv.messages import epoch_from_wire
-from ..kv.transport import Channels
-from ..kv.wire import WireError, decode_envelope
-from ..model import link
-from ..model.dispatch import Dispatcher, Owner, SequenceEvent
-from ..model.facts import FaceFacts, ModelFacts
 from ..prefill_worker.job import Job, JobTools
 from ..prefill_worker.service import PrefillService
 from ..protos import common_pb2, handover_pb2, worker_pb2
-from ..router import facts as router_facts
+from ..router.routing import facts as router_facts
 from ..text.stream import TextPiece
 from ..text.tokenizer import Tokenizer
+from ..worker.watch import FaceLoad, Watchers
 from .cells import CELL_BYTES, DIGEST_KEY, SPEC
 from .engine import FINGERPRINT, IDENTITY_KEY, NUMERICS, Engine
 from .faces import SessionFace, WatchFace

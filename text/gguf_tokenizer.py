@@ -11,8 +11,8 @@ from typing import NamedTuple
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
+from ..checkpoint.gguf.file import GgufFile
 from ..core.errors import CheckpointError
-from .gguf_file import GgufFile
 from .gguf_words import RULES
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4

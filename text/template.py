@@ -12,10 +12,10 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 
+from ..checkpoint.gguf.file import GgufFile, is_gguf
 from ..core.errors import CheckpointError, InvalidRequest
 from .continuation import cut_at_tag, with_tag
 from .files import read_json, read_text
-from .gguf_file import GgufFile, is_gguf
 from .gguf_tokenizer import read_templates, special_tokens_of
 from .sandbox import LimitExceeded, Limits, MeteredEnvironment
 from .special_tokens import SPECIAL_NAMES, special_tokens

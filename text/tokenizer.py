@@ -11,10 +11,10 @@ from typing import Any
 
 import tokenizers
 
+from ..checkpoint.gguf.file import GgufFile, is_gguf
 from ..core.errors import CheckpointError, InvalidRequest
 from .cuts import Cuts, Piece, encode_all, is_long
 from .files import read_json, read_text
-from .gguf_file import GgufFile, is_gguf
 from .gguf_tokenizer import read_vocabulary
 from .slow_patterns import check_blanks, without_slow_patterns
 from .special_tokens import NamedTokens, add_named_tokens, read_named_tokens

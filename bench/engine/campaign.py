@@ -16,12 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import checkpoint
 import environments
 from figures import MEASURES, Measure, decode_window, outside_share, prefill_tokens_per_s
 from protocol import NEW_TOKENS, PROMPT_TOKENS
 from seats import LIMITS, PREPARE_TIMEOUT_S, ContestantFailed, Entry, Seat, chosen, python_of
 from tables import body, to_json
+
+import checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import report

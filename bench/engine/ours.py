@@ -12,23 +12,23 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import checkpoint
 from protocol import MAX_BATCH, NEW_TOKENS, PROMPT_TOKENS, RAMP_TOKENS, Trace, arguments, serve
 
+import checkpoint
+from twostroke.checkpoint.config import StepConfig
 from twostroke.core.clock import MonotonicClock
 from twostroke.core.request import FinishReason, SamplingParams, SequenceKey
 from twostroke.decode_worker.policy import combined_policy
+from twostroke.engine.core import CoreLimits, EngineCore
+from twostroke.engine.loop import Engine
+from twostroke.engine.messages import Ended, LoadNews, Source, StepTokens, Stop, Submit
+from twostroke.engine.policy import StepLimits
+from twostroke.engine.thread_link import ThreadLink
 from twostroke.kv.block import chain
-from twostroke.kv.pool import BlockPool
-from twostroke.kv.prefix import PrefixCache
-from twostroke.model.config import StepConfig
-from twostroke.model.core import CoreLimits, EngineCore
-from twostroke.model.engine import Engine
-from twostroke.model.link import Ended, LoadNews, Source, StepTokens, Stop, Submit
+from twostroke.kv.cache.pool import BlockPool
+from twostroke.kv.cache.prefix import PrefixCache
 from twostroke.model.loader import RunnerOptions, load_runner
-from twostroke.model.policy import StepLimits
 from twostroke.model.runner import Runner
-from twostroke.model.thread_link import ThreadLink
 
 BLOCK_TOKENS = 16
 POOL_TOKENS = 2 * MAX_BATCH * (PROMPT_TOKENS + NEW_TOKENS + RAMP_TOKENS)  # as in service: half of it holds old prefixes

@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from twostroke.kernels import (
+from twostroke.kernels.gpu import (
     activation,
     launch,
     move_tokens,

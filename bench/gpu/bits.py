@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from twostroke.kernels import reference
-from twostroke.kernels.paged_decode import paged_decode_attention
-from twostroke.kernels.ragged_prefill import ragged_prefill_attention
+from twostroke.kernels.gpu.paged_decode import paged_decode_attention
+from twostroke.kernels.gpu.ragged_prefill import ragged_prefill_attention
 from twostroke.kernels.reference import Planes
 from twostroke.kernels.reference_attention import Chunk
 

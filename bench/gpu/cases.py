@@ -15,18 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from twostroke.kernels import (
-    activation,
-    move_tokens,
-    norm,
-    paged_decode,
-    ragged_prefill,
-    reference,
-    reference_attention,
-    reference_kv,
-    rotary_store,
-    store_kv,
-)
+from twostroke.kernels import reference, reference_attention, reference_kv
+from twostroke.kernels.gpu import activation, move_tokens, norm, paged_decode, ragged_prefill, rotary_store, store_kv
 from twostroke.kernels.reference import Planes
 from twostroke.kernels.reference_attention import Chunk
 from twostroke.kernels.reference_kv import Rotation, Seal, digest_keys

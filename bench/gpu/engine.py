@@ -30,7 +30,7 @@ def run(directory: Path | None, *, interpret: bool = False) -> dict[str, Any]:
     """Measure everything and write engine.json and engine.md to a directory. Interpreted: right or wrong, no speed."""
     from llama import Shape, random_weights
 
-    from twostroke.model.triton_ops import TritonOps
+    from twostroke.model.ops.triton_ops import TritonOps
 
     shape = Shape.tiny() if interpret else Shape.llama_8b()
     data: dict[str, Any] = {"shape": vars(shape), "limits": {}, "caches": {}}
@@ -142,11 +142,11 @@ def hand_over(engine: Engine, limits: dict[str, float]) -> dict[str, Any]:
     import torch
     from llama import BLOCK_TOKENS, KEY
 
-    from twostroke.kernels.move_tokens import gather_tokens, scatter_tokens
+    from twostroke.kernels.gpu.move_tokens import gather_tokens, scatter_tokens
     from twostroke.kernels.reference import Planes
     from twostroke.kv.block import BlockId
     from twostroke.kv.section import HeldTokens
-    from twostroke.kv.store import KvStore
+    from twostroke.kv.store.store import KvStore
 
     shape, source, count = engine.shape, engine.store, engine.shape.context
     engine.prefill(0, 1, count)

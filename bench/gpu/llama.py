@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 import torch
 
+from twostroke.checkpoint.spec import DenseFfn, LayerSpec, ModelSpec, PlainAttention, RopeSpec
 from twostroke.core.request import SamplingParams, SequenceKey
+from twostroke.engine.plan import SequenceStep, StepPlan
 from twostroke.kv.block import BlockId
-from twostroke.kv.store import KvStore
-from twostroke.model.ops import Norm
-from twostroke.model.plan import SequenceStep, StepPlan
+from twostroke.kv.store.store import KvStore
+from twostroke.model.ops.seam import Norm
+from twostroke.model.ops.triton_ops import TritonOps
 from twostroke.model.runner import Runner
-from twostroke.model.spec import DenseFfn, LayerSpec, ModelSpec, PlainAttention, RopeSpec
-from twostroke.model.triton_ops import TritonOps
-from twostroke.model.weights import DenseWeights, LayerWeights, PlainWeights, Weights
+from twostroke.model.weights.weights import DenseWeights, LayerWeights, PlainWeights, Weights
 
 BLOCK_TOKENS = 16
 KEY = 0x0123456789ABCDEF

@@ -47,7 +47,7 @@ def main() -> None:
 
 Compiled ahead of time, as the wrappers launch them. A cell: registers of a thread / bytes of a thread that were spilled
 to memory / KiB of shared memory of a block. A block may have 99 KiB on sm_86, sm_89 and sm_120, 64 on gfx942. Nothing
-may spill on sm_90; elsewhere the launch table (`kernels/launch.py`) awaits measurement.
+may spill on sm_90; elsewhere the launch table (`kernels/gpu/launch.py`) awaits measurement.
 
 {table(compiled)}
 """

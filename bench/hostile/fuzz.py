@@ -13,7 +13,7 @@ from attack import Body, Built, Input, Message
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
 from twostroke.protos import inference_pb2
-from twostroke.router.fields import ACCEPTED, REFUSED, ChatBody, CompletionBody
+from twostroke.router.api.fields import ACCEPTED, REFUSED, ChatBody, CompletionBody
 
 SIZES = (64 << 10, 512 << 10, (4 << 20) - 4096)
 SHARE_WITH_KEY = 0.7

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ...core.request import SamplingParams
-from ..plan import History
+from ...engine.plan import History
 from .memo import Memo
 from .noise import F32, I64
 from .words import WordIndex

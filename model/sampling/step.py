@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from ...core.request import SequenceKey, TokenLogprobs
+from ...engine.plan import SequenceStep, StepPlan
 from ..batch import StepBatch
-from ..ops import Logits
-from ..plan import SequenceStep, StepPlan
-from ..products import TILE_ROWS
-from ..sampler import Draw, Failed, Sampler
-from .extremes import Extremes
+from ..ops.extremes import Extremes
+from ..ops.products import TILE_ROWS
+from ..ops.seam import Logits
 from .logprobs import Scorer
 from .noise import F32
+from .sampler import Draw, Failed, Sampler
 
 _log = logging.getLogger(__name__)
 

@@ -24,8 +24,8 @@ OPENS = re.compile(
 KNOWN = {
     "core/ports.py",  # a socket for the router's HTTP port, and probes
     "router/process.py",  # the router's two gRPC ports
-    "cluster/worker.py",  # the worker's services
-    "cluster/scrape.py",  # the worker's metrics, at the address that its services have
+    "worker/process.py",  # the worker's services
+    "worker/scrape.py",  # the worker's metrics, at the address that its services have
 }
 
 
@@ -36,5 +36,5 @@ def test_ports_are_opened_in_known_places_alone():
 
 
 def test_the_processes_that_open_ports_ask_for_their_address():
-    for name in ("router/process.py", "cluster/worker.py"):
+    for name in ("router/process.py", "worker/process.py"):
         assert "bindable_host(" in (ROOT / name).read_text()

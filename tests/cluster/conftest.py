@@ -14,15 +14,15 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from twostroke.cluster.settings import WorkerSettings
-from twostroke.cluster.worker import WorkerProcess
+from twostroke.checkpoint.config import ModelConfig, StepConfig
 from twostroke.core.inside import InsideChannel
 from twostroke.core.request import Role
 from twostroke.kv.config import CacheConfig
+from twostroke.kv.handover.transports.grpc import CHANNEL_OPTIONS
 from twostroke.kv.keys import proof_key
-from twostroke.kv.transport import CHANNEL_OPTIONS
-from twostroke.model.config import ModelConfig, StepConfig
 from twostroke.protos import common_pb2, worker_pb2, worker_pb2_grpc
+from twostroke.worker.process import WorkerProcess
+from twostroke.worker.settings import WorkerSettings
 
 VOCAB = 260  # 256 bytes and four special tokens
 EOS = 257

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from twostroke.cluster.announce import Announcer, Retry
 from twostroke.protos import common_pb2
+from twostroke.worker.announcer import Announcer, Retry
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,14 +7,14 @@ import pytest
 
 from twostroke.cli import members
 from twostroke.cluster.config import Config, load_config
-from twostroke.cluster.settings import WorkerSettings
-from twostroke.cluster.worker import WorkerProcess
 from twostroke.core.config import load_section
 from twostroke.core.errors import ConfigError
 from twostroke.core.ports import bindable_host, free_ports
 from twostroke.core.request import Role
 from twostroke.router.config import RouterConfig
 from twostroke.router.process import RouterProcess
+from twostroke.worker.process import WorkerProcess
+from twostroke.worker.settings import WorkerSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -216,7 +216,7 @@ def test_a_loopback_address_needs_none(host: str):
 def test_a_worker_takes_the_word_from_the_same_setting(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TWOSTROKE__CLUSTER__KEY", "k" * 16)
     seen: list[WorkerSettings] = []
-    monkeypatch.setattr("twostroke.cluster.worker.run_worker", lambda settings, _: seen.append(settings))
+    monkeypatch.setattr("twostroke.worker.process.run_worker", lambda settings, _: seen.append(settings))
     members.worker(Role.DECODE, ["127.0.0.1:1"], host="0.0.0.0")
     members.worker(Role.DECODE, ["127.0.0.1:1"], host="0.0.0.0", insecure=True)
     monkeypatch.setenv("TWOSTROKE__ROUTER__INSECURE", "true")

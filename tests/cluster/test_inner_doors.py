@@ -14,18 +14,18 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 
-from twostroke.cluster.announce import Announcer, Retry
 from twostroke.core import inside, probes
 from twostroke.core.guard import HEALTH_CHECK, HEALTH_WATCH, MAX_HEALTH_WATCHES, Guard
 from twostroke.core.inside import InsideChannel
 from twostroke.core.ports import free_ports
 from twostroke.core.proof import ANSWER_HEADER, CALL_HEADER, Claim, call_header
 from twostroke.core.request import Role
+from twostroke.kv.handover.transports.grpc import FETCH, TRANSFER
 from twostroke.kv.keys import proof_key
-from twostroke.kv.transport import FETCH, TRANSFER
 from twostroke.protos import common_pb2, worker_pb2, worker_pb2_grpc
 from twostroke.router.config import RouterConfig
 from twostroke.router.process import RouterProcess
+from twostroke.worker.announcer import Announcer, Retry
 
 CLUSTER_KEY = "a key of the tests"
 KEY, OTHER_KEY = proof_key(CLUSTER_KEY), proof_key("another cluster's key")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from twostroke.cluster.last_words import End, cause_of, end_of_error, end_of_process
+from twostroke.cluster.launch.last_words import End, cause_of, end_of_error, end_of_process
 
 CRASH = """INFO: loading
 Traceback (most recent call last):

@@ -10,14 +10,14 @@ import pytest
 
 from twostroke.client.async_client import AsyncClient
 from twostroke.cluster.config import load_config
-from twostroke.cluster.last_words import End
-from twostroke.cluster.launch import Site
-from twostroke.cluster.launch_inprocess import InProcessLauncher
+from twostroke.cluster.launch.inprocess import InProcessLauncher
+from twostroke.cluster.launch.last_words import End
+from twostroke.cluster.launch.launcher import Site
 from twostroke.cluster.placement import Member
 from twostroke.core.errors import ConfigError
 from twostroke.core.ports import free_ports
 from twostroke.core.request import Role
-from twostroke.model import link
+from twostroke.engine import messages as link
 
 
 @pytest.fixture

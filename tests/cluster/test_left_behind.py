@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from twostroke.cluster.environment import member_environment
-from twostroke.cluster.ray_processes import end_processes
-from twostroke.cluster.ray_session import RaySession
+from twostroke.cluster.launch.environment import member_environment
+from twostroke.cluster.launch.ray_processes import end_processes
+from twostroke.cluster.launch.ray_session import RaySession
 from twostroke.cluster.scratch import Scratch
 
 HOLD = "from twostroke.cluster.scratch import Scratch; s = Scratch('twostroke-'); print(s.path, flush=True); input()"

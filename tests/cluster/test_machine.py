@@ -8,19 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from twostroke.checkpoint.config import ModelConfig
+from twostroke.checkpoint.config_json import load_spec
 from twostroke.cluster.config import load_config
-from twostroke.cluster.machine import held_bytes, model_facts
 from twostroke.core.errors import CheckpointError, ConfigError
 from twostroke.kernels.cpu import build
 from twostroke.kernels.cpu import library as native
-from twostroke.model.config import ModelConfig
-from twostroke.model.config_json import load_spec
-from twostroke.model.device import chosen_kernels
 from twostroke.model.loader import make_ops
-from twostroke.model.native_ops import PackedLinear
-from twostroke.model.tensors import open_source
-from twostroke.model.torch_ops import TorchLinear
-from twostroke.model.weights import load_weights
+from twostroke.model.ops.device import chosen_kernels
+from twostroke.model.ops.native_ops import PackedLinear
+from twostroke.model.ops.torch_ops import TorchLinear
+from twostroke.model.weights.tensors import open_source
+from twostroke.model.weights.weights import load_weights
+from twostroke.worker.machine import held_bytes, model_facts
 
 BUNDLED = Path(__file__).resolve().parents[2] / "model" / "bundled"  # tied, bfloat16
 

@@ -7,12 +7,12 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from twostroke.cluster import launch_process
 from twostroke.cluster.config import load_config
-from twostroke.cluster.last_words import End
-from twostroke.cluster.launch import Site
-from twostroke.cluster.launch_process import ProcessLauncher
-from twostroke.cluster.member_log import MemberLog
+from twostroke.cluster.launch import process as launch_process
+from twostroke.cluster.launch.last_words import End
+from twostroke.cluster.launch.launcher import Site
+from twostroke.cluster.launch.member_log import MemberLog
+from twostroke.cluster.launch.process import ProcessLauncher
 from twostroke.cluster.placement import Member
 
 

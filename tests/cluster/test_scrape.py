@@ -5,10 +5,10 @@ from http import HTTPStatus
 
 import pytest
 
-from twostroke.cluster import scrape
-from twostroke.cluster.scrape import ScrapeServer
 from twostroke.core.errors import ConfigError
 from twostroke.core.request import Role
+from twostroke.worker import scrape
+from twostroke.worker.scrape import ScrapeServer
 
 
 def page(accept: str):

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from twostroke.cluster.config import load_config
-from twostroke.cluster.last_words import End
-from twostroke.cluster.machine import machine_facts, model_facts
+from twostroke.cluster.launch.last_words import End
 from twostroke.cluster.membership import Standing, Use
 from twostroke.cluster.placement import place
 from twostroke.cluster.supervisor import Supervisor
+from twostroke.worker.machine import machine_facts, model_facts
 
 
 class Clock:

@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from twostroke.cluster.watch import FaceLoad, Watchers
 from twostroke.core.request import Role
+from twostroke.engine.messages import CacheDelta, CacheSnapshot
 from twostroke.kv.block import BlockIdentity
-from twostroke.model.link import CacheDelta, CacheSnapshot
+from twostroke.worker.watch import FaceLoad, Watchers
 
 A, B, C, D = (BlockIdentity(bytes([n] * 16)) for n in range(4))
 

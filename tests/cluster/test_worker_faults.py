@@ -6,8 +6,8 @@ import contextlib
 import pytest
 
 from twostroke.core.request import Role
-from twostroke.kv.transport import ServerStream
-from twostroke.kv.wire import Frame, decode_envelope
+from twostroke.kv.handover.frames import Frame, decode_envelope
+from twostroke.kv.handover.transports.grpc import ServerStream
 from twostroke.protos import common_pb2
 
 LONG = 320

@@ -9,13 +9,13 @@ import textwrap
 import grpc.aio
 import pytest
 
-from twostroke.cluster.settings import WorkerSettings
-from twostroke.cluster.worker import WorkerProcess
+from twostroke.checkpoint.config import ModelConfig
+from twostroke.checkpoint.layout import weight_bytes
 from twostroke.core.errors import ConfigError, DoesNotFit
 from twostroke.core.request import Role
 from twostroke.kv.config import CacheConfig
-from twostroke.model.config import ModelConfig
-from twostroke.model.layout import weight_bytes
+from twostroke.worker.process import WorkerProcess
+from twostroke.worker.settings import WorkerSettings
 
 MAIN = textwrap.dedent("""
     import logging, sys
@@ -89,7 +89,7 @@ PARENT = textwrap.dedent("""
 
 LOADS_FOR_EVER = """
 import time, twostroke.cluster.worker
-twostroke.cluster.worker.build_engine = lambda *_: print("it loads", flush=True) or time.sleep(1000)
+twostroke.worker.process.build_engine = lambda *_: print("it loads", flush=True) or time.sleep(1000)
 """
 
 

@@ -5,10 +5,10 @@ from itertools import count
 
 import pytest
 
+from twostroke.checkpoint.config import StepConfig
 from twostroke.core.request import Role
 from twostroke.decode_worker import service
 from twostroke.decode_worker.session import SessionTiming
-from twostroke.model.config import StepConfig
 from twostroke.protos import common_pb2, worker_pb2
 from twostroke.text.stream import TextStream
 

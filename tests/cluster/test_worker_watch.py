@@ -10,15 +10,15 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from twostroke.cluster.announce import Announcer, Retry
 from twostroke.core.guard import Guard
 from twostroke.core.inside import InsideChannel
 from twostroke.core.request import Role
 from twostroke.kv.config import CacheConfig
+from twostroke.kv.handover.frames import Frame, decode_envelope, verify_frame
+from twostroke.kv.handover.transports.grpc import Channels
 from twostroke.kv.keys import proof_key
-from twostroke.kv.transport import Channels
-from twostroke.kv.wire import Frame, decode_envelope, verify_frame
 from twostroke.protos import common_pb2, handover_pb2, worker_pb2, worker_pb2_grpc
+from twostroke.worker.announcer import Announcer, Retry
 
 KEY = proof_key("a key of the tests")
 SMALL = CacheConfig(tokens=1024, frame_bytes=8192)  # 64 blocks: evicts all the time
@@ -173,7 +173,7 @@ async def test_fetch_gives_verified_frames_of_what_is_cached(
     assert len(frames[0].header.identities) == 3
     (leading,) = await fetch(identities=[*names[:2], unknown[2], *names[3:]])  # nothing is served behind a gap
     assert list(leading.header.identities) == list(names[:2])
-    monkeypatch.setattr("twostroke.cluster.fetch.MAX_IDENTITIES", 3)
+    monkeypatch.setattr("twostroke.worker.fetch.MAX_IDENTITIES", 3)
     assert [list(frame.header.identities) for frame in await fetch(identities=names[:3])] == [list(names[:3])]
     for refused in ([b"short"], names[:4]):
         with pytest.raises(grpc.RpcError) as refusal:

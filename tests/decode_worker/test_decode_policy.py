@@ -4,12 +4,12 @@ import pytest
 
 from twostroke.core.request import SamplingParams, SequenceKey
 from twostroke.decode_worker.policy import DecodePolicy, combined_policy
-from twostroke.kv.pool import BlockPool
-from twostroke.kv.prefix import PrefixCache
-from twostroke.model.core import CoreLimits, EngineCore
-from twostroke.model.link import Source, Submit
-from twostroke.model.pace import StepTimes
-from twostroke.model.policy import Ahead, Room, StepBudget, StepLimits
+from twostroke.engine.core import CoreLimits, EngineCore
+from twostroke.engine.messages import Source, Submit
+from twostroke.engine.policy import Ahead, Room, StepBudget, StepLimits
+from twostroke.engine.step_times import StepTimes
+from twostroke.kv.cache.pool import BlockPool
+from twostroke.kv.cache.prefix import PrefixCache
 
 LIMITS = StepLimits(max_num_seqs=8, max_batch_tokens=256)
 POLICY = DecodePolicy(LIMITS)

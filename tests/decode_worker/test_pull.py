@@ -11,15 +11,15 @@ import pytest
 from twostroke.core.clock import MonotonicClock
 from twostroke.core.request import Epoch, SequenceKey
 from twostroke.decode_worker.pull import Pull, PullTools
+from twostroke.engine.messages import WriteKv
 from twostroke.kv.codec import Codec
 from twostroke.kv.digest import frame_digests, places
-from twostroke.kv.driver import INLINE_BYTES, ClientDriver
-from twostroke.kv.handover import Label, Timing
-from twostroke.kv.handover_receiver import Receiver, ReceiverState
+from twostroke.kv.handover.driver import INLINE_BYTES, ClientDriver
+from twostroke.kv.handover.frames import FrameLabel, decode_envelope, encode_frame, encode_message
+from twostroke.kv.handover.machine import Label, Timing
+from twostroke.kv.handover.receiver import Receiver, ReceiverState
 from twostroke.kv.section import SectionData
 from twostroke.kv.spec import attention_spec
-from twostroke.kv.wire import FrameLabel, decode_envelope, encode_frame, encode_message
-from twostroke.model.link import WriteKv
 from twostroke.protos import handover_pb2 as pb
 
 KEY, CLASS = 0xC0FFEE, b"c" * 16

@@ -15,13 +15,13 @@ from twostroke.decode_worker.order import Order, Peer
 from twostroke.decode_worker.outbox import Outbox
 from twostroke.decode_worker.pull import PullTools
 from twostroke.decode_worker.run import Run
+from twostroke.engine import messages as link
+from twostroke.engine.facts import FaceFacts, ModelFacts
 from twostroke.kv.codec import Codec
-from twostroke.kv.handover import End, Label, Lost, Timing
+from twostroke.kv.handover.frames import decode_envelope, encode_message
+from twostroke.kv.handover.machine import End, Label, Lost, Timing
 from twostroke.kv.keys import Namer
 from twostroke.kv.spec import attention_spec
-from twostroke.kv.wire import decode_envelope, encode_message
-from twostroke.model import link
-from twostroke.model.facts import FaceFacts, ModelFacts
 from twostroke.protos import handover_pb2 as pb
 
 SPEC, CLASS = attention_spec(2, 2, 16, Codec.FP8_E4M3), b"c" * 16

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from twostroke.kernels import launch, reference
+from twostroke.kernels import reference
+from twostroke.kernels.gpu import launch
 from twostroke.kernels.reference import Planes
 
 if launch.interpreted():

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from twostroke.kernels import activation, move_tokens, norm, paged_decode, ragged_prefill, rotary_store, store_kv
+from twostroke.kernels.gpu import activation, move_tokens, norm, paged_decode, ragged_prefill, rotary_store, store_kv
 
 PUBLIC = (
     (activation, "act_mul"),

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from twostroke.kernels import activation, reference
-from twostroke.kernels.activation import act_mul
+from twostroke.kernels import reference
+from twostroke.kernels.gpu import activation
+from twostroke.kernels.gpu.activation import act_mul
 from twostroke.kernels.reference import Activation
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import twostroke
-from twostroke.kernels import launch
+from twostroke.kernels.gpu import launch
 
 ROOT = Path(twostroke.__file__).resolve().parents[2]
 SHARED_KIB = {

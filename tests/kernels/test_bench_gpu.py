@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import twostroke
-from twostroke.kernels import launch
+from twostroke.kernels.gpu import launch
 
 ROOT = Path(twostroke.__file__).resolve().parents[2]
 FOLDER = ROOT / "bench" / "gpu"

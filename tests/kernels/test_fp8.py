@@ -5,7 +5,8 @@ import torch
 import triton
 import triton.language as tl
 
-from twostroke.kernels import e4m3, launch, reference
+from twostroke.kernels import reference
+from twostroke.kernels.gpu import e4m3, launch
 from twostroke.kv import codec as wire
 
 

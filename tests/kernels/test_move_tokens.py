@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from twostroke.kernels import move_tokens, reference_kv
+from twostroke.kernels import reference_kv
+from twostroke.kernels.gpu import move_tokens
 from twostroke.kernels.reference import Planes
 
 

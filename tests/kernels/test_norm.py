@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from twostroke.kernels import norm, reference
-from twostroke.kernels.norm import add_rms_norm, rms_norm
+from twostroke.kernels import reference
+from twostroke.kernels.gpu import norm
+from twostroke.kernels.gpu.norm import add_rms_norm, rms_norm
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-7}  # bf16: one unit in the last place
 

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from twostroke.kernels import launch, paged_decode, reference_attention
-from twostroke.kernels.paged_decode import paged_decode_attention
+from twostroke.kernels import reference_attention
+from twostroke.kernels.gpu import launch, paged_decode
+from twostroke.kernels.gpu.paged_decode import paged_decode_attention
 
 LENGTHS = [1, 15, 16, 17, 63, 64, 65, 500]
 

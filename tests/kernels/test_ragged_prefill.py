@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from twostroke.kernels import launch, ragged_prefill
-from twostroke.kernels.paged_decode import paged_decode_attention
-from twostroke.kernels.ragged_prefill import ragged_prefill_attention
+from twostroke.kernels.gpu import launch, ragged_prefill
+from twostroke.kernels.gpu.paged_decode import paged_decode_attention
+from twostroke.kernels.gpu.ragged_prefill import ragged_prefill_attention
 from twostroke.kernels.reference import Planes
 from twostroke.kernels.reference_attention import Chunk
 

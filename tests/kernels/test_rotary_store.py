@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from twostroke.kernels import reference_kv, rotary_store
+from twostroke.kernels import reference_kv
+from twostroke.kernels.gpu import rotary_store
+from twostroke.kernels.gpu.rotary_store import rotary_store_kv
 from twostroke.kernels.reference import Planes
 from twostroke.kernels.reference_kv import Rotation, Seal, digest_keys
-from twostroke.kernels.rotary_store import rotary_store_kv
 from twostroke.kv import digest as wire
 
 KEY = 0xFEDCBA9876543210

@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from twostroke.kernels import launch, reference
+from twostroke.kernels import reference
+from twostroke.kernels.gpu import launch
+from twostroke.kernels.gpu.store_kv import store_kv
 from twostroke.kernels.reference import Planes
-from twostroke.kernels.store_kv import store_kv
 from twostroke.kv import codec as wire
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from twostroke.core.clock import MonotonicClock
-from twostroke.kv.carrier import Carrier, Check, CheckLine
-from twostroke.kv.driver import INLINE_BYTES, ClientDriver
+from twostroke.kv.handover.carrier import Carrier, Check, CheckLine
+from twostroke.kv.handover.driver import INLINE_BYTES, ClientDriver
 
 
 class Host:

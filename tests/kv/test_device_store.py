@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from twostroke.core.errors import KvCorrupted
-from twostroke.kernels import launch
+from twostroke.kernels.gpu import launch
+from twostroke.kernels.gpu.rotary_store import rotary_store_kv
 from twostroke.kernels.reference_kv import Rotation
-from twostroke.kernels.rotary_store import rotary_store_kv
 from twostroke.kv.block import BlockId
-from twostroke.kv.host_store import HostStore
 from twostroke.kv.section import HeldTokens
 from twostroke.kv.spec import CODEC_NAMES, attention_spec, mla_spec
-from twostroke.kv.store import KvStore
+from twostroke.kv.store.host_store import HostStore
+from twostroke.kv.store.store import KvStore
 
 if launch.interpreted():
     sys.path.insert(0, str(Path(__file__).parents[1]))  # for the helper of several folders

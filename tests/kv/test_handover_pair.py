@@ -16,7 +16,17 @@ from twostroke.core.errors import InvalidRequest
 from twostroke.core.request import Epoch
 from twostroke.kv.codec import Codec
 from twostroke.kv.digest import frame_digests, places
-from twostroke.kv.handover import (
+from twostroke.kv.handover.frames import (
+    Frame,
+    FrameLabel,
+    SectionData,
+    WireError,
+    decode_envelope,
+    encode_frame,
+    encode_message,
+    verify_frame,
+)
+from twostroke.kv.handover.machine import (
     Abort,
     AskBind,
     Close,
@@ -33,18 +43,8 @@ from twostroke.kv.handover import (
     Timing,
     Write,
 )
-from twostroke.kv.handover_receiver import FrameArrived, Receiver
-from twostroke.kv.handover_sender import Sender
-from twostroke.kv.wire import (
-    Frame,
-    FrameLabel,
-    SectionData,
-    WireError,
-    decode_envelope,
-    encode_frame,
-    encode_message,
-    verify_frame,
-)
+from twostroke.kv.handover.receiver import FrameArrived, Receiver
+from twostroke.kv.handover.sender import Sender
 from twostroke.protos import common_pb2
 from twostroke.protos import handover_pb2 as pb
 

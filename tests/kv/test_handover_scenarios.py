@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from twostroke.core.request import Epoch
-from twostroke.kv.handover import (
+from twostroke.kv.handover.machine import (
     Abort,
     Action,
     Close,
@@ -31,8 +31,8 @@ from twostroke.kv.handover import (
     Timing,
     Write,
 )
-from twostroke.kv.handover_receiver import FrameArrived, Receiver
-from twostroke.kv.handover_sender import Sender
+from twostroke.kv.handover.receiver import FrameArrived, Receiver
+from twostroke.kv.handover.sender import Sender
 from twostroke.protos import common_pb2
 from twostroke.protos import handover_pb2 as pb
 

@@ -9,10 +9,10 @@ import torch
 from twostroke.core.errors import KvCorrupted
 from twostroke.kernels.reference import store_kv
 from twostroke.kv.block import BlockId
-from twostroke.kv.host_store import HostStore
 from twostroke.kv.section import HeldTokens
 from twostroke.kv.spec import CODEC_NAMES, attention_spec
-from twostroke.kv.store import KvStore
+from twostroke.kv.store.host_store import HostStore
+from twostroke.kv.store.store import KvStore
 
 LAYERS, HEADS, WIDTH, KEY = 2, 3, 16, 0xC0FFEE
 CODECS = ["fp8", "bfloat16"]

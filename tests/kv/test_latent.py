@@ -10,12 +10,12 @@ from twostroke.core.errors import KvCorrupted
 from twostroke.core.request import Epoch
 from twostroke.kernels.reference import store_kv
 from twostroke.kv.block import BlockId
-from twostroke.kv.handover import Label
+from twostroke.kv.handover.frames import Frame, FrameLabel, covers, decode_envelope, encode_frame, verify_frame
+from twostroke.kv.handover.machine import Label
 from twostroke.kv.messages import spec_from_wire, spec_to_wire
 from twostroke.kv.section import HeldTokens
 from twostroke.kv.spec import CODEC_NAMES, COMPONENT_NUMBERS, mla_spec
-from twostroke.kv.store import KvStore
-from twostroke.kv.wire import Frame, FrameLabel, covers, decode_envelope, encode_frame, verify_frame
+from twostroke.kv.store.store import KvStore
 
 LAYERS, LATENT, ROPE, KEY = 3, 24, 8, 0xBEEF
 TOKENS = 43  # the last hash block is partial

@@ -3,7 +3,7 @@
 import pytest
 
 from twostroke.kv.block import BlockId
-from twostroke.kv.pool import BlockPool, OutOfBlocks
+from twostroke.kv.cache.pool import BlockPool, OutOfBlocks
 
 
 def test_takes_all_or_nothing():

@@ -6,8 +6,8 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from twostroke.kv.block import BlockId, BlockIdentity, chain
-from twostroke.kv.pool import BlockPool, OutOfBlocks
-from twostroke.kv.prefix import PrefixCache
+from twostroke.kv.cache.pool import BlockPool, OutOfBlocks
+from twostroke.kv.cache.prefix import PrefixCache
 
 KEY = b"test key"
 

@@ -2,7 +2,7 @@
 
 from twostroke.core.buckets import RESIDENCY_S
 from twostroke.core.tally import Spread
-from twostroke.kv.residency import MAX_WATCHED, Residency
+from twostroke.kv.cache.residency import MAX_WATCHED, Residency
 
 
 def counted(residency: Residency) -> dict[str, tuple[int, float]]:

@@ -7,10 +7,10 @@ import torch
 from twostroke.kernels.cpu import library
 from twostroke.kernels.cpu.build import NativeUnavailable
 from twostroke.kv.digest import frame_digests, places
-from twostroke.kv.planes_cpu import CpuPlanes
 from twostroke.kv.section import HeldTokens
 from twostroke.kv.spec import CODEC_NAMES, HASH_BLOCK_TOKENS, Component, attention_spec
-from twostroke.kv.store import KvStore
+from twostroke.kv.store.planes_cpu import CpuPlanes
+from twostroke.kv.store.store import KvStore
 
 LAYERS, NUM_BLOCKS, KEY = 3, 7, 0xFEDCBA9876543210
 

@@ -13,7 +13,7 @@ from twostroke.kv.codec import Codec, decode
 from twostroke.kv.digest import frame_digests, places
 from twostroke.kv.section import HeldTokens, SectionData
 from twostroke.kv.spec import CODEC_NAMES, attention_spec
-from twostroke.kv.store import KvStore
+from twostroke.kv.store.store import KvStore
 
 LAYERS, HEADS, WIDTH, KEY = 2, 3, 16, 0xC0FFEE
 CODECS = ["fp8", "bfloat16", "float32"]

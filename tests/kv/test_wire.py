@@ -12,9 +12,7 @@ from hypothesis import given, settings
 from twostroke.core.request import Epoch
 from twostroke.kv.codec import Codec, payload_bytes, scale_bytes
 from twostroke.kv.digest import frame_digests, places
-from twostroke.kv.handover import Label
-from twostroke.kv.spec import attention_spec
-from twostroke.kv.wire import (
+from twostroke.kv.handover.frames import (
     Frame,
     FrameLabel,
     SectionData,
@@ -27,6 +25,8 @@ from twostroke.kv.wire import (
     tokens_per_frame,
     verify_frame,
 )
+from twostroke.kv.handover.machine import Label
+from twostroke.kv.spec import attention_spec
 from twostroke.protos import handover_pb2 as pb
 
 KEY = 0x0123456789ABCDEF

@@ -3,8 +3,8 @@
 import hashlib
 
 from twostroke.core.request import SamplingParams
-from twostroke.model.plan import StepPlan, StepResult
-from twostroke.model.store_op import SwapInOp, SwapOutOp
+from twostroke.engine.plan import StepPlan, StepResult
+from twostroke.engine.store_ops import SwapInOp, SwapOutOp
 
 EOS, KEY, ROOT = 0, b"cluster", b"root"
 VOCAB = 61

@@ -13,21 +13,21 @@ import torch
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))  # for the helpers beside the tests
 
+from twostroke.checkpoint.config_json import load_spec
+from twostroke.checkpoint.spec import DType, ModelSpec
 from twostroke.core.errors import ConfigError
 from twostroke.core.request import SamplingParams, SequenceKey
+from twostroke.engine.plan import SequenceStep, StepPlan
 from twostroke.kv.block import BlockId
-from twostroke.kv.store import KvStore
+from twostroke.kv.store.store import KvStore
 from twostroke.model.batch import build_batch, read_whole
-from twostroke.model.config_json import load_spec
-from twostroke.model.decoder import Decoder
-from twostroke.model.device import KernelsChoice
+from twostroke.model.decoder.decoder import Decoder
 from twostroke.model.loader import RunnerOptions, load_runner, make_ops, torch_dtype
-from twostroke.model.ops import Ops
-from twostroke.model.plan import SequenceStep, StepPlan
+from twostroke.model.ops.device import KernelsChoice
+from twostroke.model.ops.seam import Ops
 from twostroke.model.runner import Runner
-from twostroke.model.spec import DType, ModelSpec
-from twostroke.model.tensors import open_source
-from twostroke.model.weights import Weights, load_weights
+from twostroke.model.weights.tensors import open_source
+from twostroke.model.weights.weights import Weights, load_weights
 
 GREEDY = SamplingParams(max_tokens=64, temperature=0.0)
 

@@ -6,8 +6,8 @@ import torch
 
 from twostroke.kernels.reference import Planes
 from twostroke.kv.block import BlockId
-from twostroke.model.native_ops import NativeOps
-from twostroke.model.torch_ops import TorchOps
+from twostroke.model.ops.native_ops import NativeOps
+from twostroke.model.ops.torch_ops import TorchOps
 
 BLOCK = 16
 NUM_BLOCKS = 96

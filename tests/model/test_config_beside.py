@@ -12,10 +12,10 @@ from logits_oracle import assert_same_logits, oracle
 from safetensors.torch import load_file, save_file
 from tiny_families import VOCAB
 
+from twostroke.checkpoint.config_json import load_spec, spec_from_config
+from twostroke.checkpoint.layout import EMBEDDING, HEAD
+from twostroke.checkpoint.safetensors_files import differ
 from twostroke.core.errors import CheckpointError
-from twostroke.model.config_json import load_spec, spec_from_config
-from twostroke.model.layout import EMBEDDING, HEAD
-from twostroke.model.safetensors_files import differ
 
 IDS = torch.randint(VOCAB, (150,), generator=torch.Generator().manual_seed(5)).tolist()
 YARN = {"rope_type": "yarn", "factor": 4.0}

@@ -9,8 +9,8 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from twostroke.model import products
-from twostroke.model.attention import KV_TILE
+from twostroke.model.ops import products
+from twostroke.model.ops.torch_attention import KV_TILE
 
 SHAPE = {"heads": 4, "kv_heads": 2, "head_dim": 32, "layers": 2}
 ONE_HEAD = {"heads": 1, "kv_heads": 1, "head_dim": 32, "hidden": 48, "layers": 1}

@@ -9,8 +9,8 @@ import torch
 
 from twostroke.core.errors import ConfigError
 from twostroke.kernels.cpu.build import NativeUnavailable
-from twostroke.model import device as device_module
-from twostroke.model.device import chosen_kernels, chosen_kind, gpu_free_bytes, resolve_device
+from twostroke.model.ops import device as device_module
+from twostroke.model.ops.device import chosen_kernels, chosen_kind, gpu_free_bytes, resolve_device
 
 
 @pytest.fixture(autouse=True)

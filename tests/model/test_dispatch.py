@@ -6,8 +6,8 @@ import pytest
 
 from twostroke.core.errors import Unavailable
 from twostroke.core.request import FinishReason, SamplingParams, SequenceKey
-from twostroke.model.dispatch import Dispatcher
-from twostroke.model.link import (
+from twostroke.engine.client import Dispatcher
+from twostroke.engine.messages import (
     BlocksFetched,
     CancelSequence,
     Ended,
@@ -18,7 +18,7 @@ from twostroke.model.link import (
     Submit,
     TokenNews,
 )
-from twostroke.model.thread_link import ThreadLink
+from twostroke.engine.thread_link import ThreadLink
 
 KEY, OTHER = SequenceKey("a", 0), SequenceKey("b", 0)
 PARAMS = SamplingParams(max_tokens=4)

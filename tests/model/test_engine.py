@@ -9,15 +9,13 @@ from dataclasses import replace
 
 import pytest
 
-import twostroke.model.engine as engine_module
+import twostroke.engine.loop as engine_module
 from twostroke.core.clock import MonotonicClock
 from twostroke.core.request import FinishReason, SamplingParams, SequenceKey
 from twostroke.decode_worker.policy import DecodePolicy, combined_policy
-from twostroke.kv.pool import BlockPool
-from twostroke.kv.prefix import PrefixCache
-from twostroke.model.core import CoreLimits, EngineCore
-from twostroke.model.engine import INTEGRITY_S, Engine
-from twostroke.model.link import (
+from twostroke.engine.core import CoreLimits, EngineCore
+from twostroke.engine.loop import INTEGRITY_S, Engine
+from twostroke.engine.messages import (
     Bind,
     BlocksFetched,
     Bound,
@@ -41,9 +39,11 @@ from twostroke.model.link import (
     Submit,
     WriteKv,
 )
-from twostroke.model.plan import StepResult
-from twostroke.model.policy import StepLimits
-from twostroke.model.thread_link import ThreadLink
+from twostroke.engine.plan import StepResult
+from twostroke.engine.policy import StepLimits
+from twostroke.engine.thread_link import ThreadLink
+from twostroke.kv.cache.pool import BlockPool
+from twostroke.kv.cache.prefix import PrefixCache
 from twostroke.prefill_worker.policy import PrefillPolicy
 
 TIMEOUT_S = 30

@@ -4,10 +4,8 @@ import pytest
 
 from twostroke.core.request import FinishReason, SamplingParams, SequenceKey
 from twostroke.decode_worker.policy import combined_policy
-from twostroke.kv.pool import BlockPool
-from twostroke.kv.prefix import PrefixCache
-from twostroke.model.core import CoreLimits, EngineCore
-from twostroke.model.link import (
+from twostroke.engine.core import CoreLimits, EngineCore
+from twostroke.engine.messages import (
     Bind,
     BlocksFetched,
     CacheDelta,
@@ -24,8 +22,10 @@ from twostroke.model.link import (
     Stop,
     Submit,
 )
-from twostroke.model.plan import StepResult
-from twostroke.model.policy import StepLimits
+from twostroke.engine.plan import StepResult
+from twostroke.engine.policy import StepLimits
+from twostroke.kv.cache.pool import BlockPool
+from twostroke.kv.cache.prefix import PrefixCache
 
 EOS, KEY, ROOT = 0, b"cluster", b"root"
 

@@ -13,11 +13,8 @@ from cell_store import EOS, KEY, ROOT, FakeStore, cells_of, oracle
 
 from twostroke.core.request import SamplingParams, SequenceKey
 from twostroke.decode_worker.policy import DecodePolicy, combined_policy
-from twostroke.kv.block import chain
-from twostroke.kv.pool import BlockPool
-from twostroke.kv.prefix import PrefixCache
-from twostroke.model.core import CoreLimits, EngineCore
-from twostroke.model.link import (
+from twostroke.engine.core import CoreLimits, EngineCore
+from twostroke.engine.messages import (
     AskSnapshot,
     Bind,
     Bound,
@@ -39,10 +36,13 @@ from twostroke.model.link import (
     Submit,
     WriteKv,
 )
-from twostroke.model.pace import StepTimes
-from twostroke.model.plan import StepPlan, StepResult
-from twostroke.model.policy import StepLimits
-from twostroke.model.store_op import FetchOp, ReadOp, SwapInOp, SwapOutOp, WriteOp
+from twostroke.engine.plan import StepPlan, StepResult
+from twostroke.engine.policy import StepLimits
+from twostroke.engine.step_times import StepTimes
+from twostroke.engine.store_ops import FetchOp, ReadOp, SwapInOp, SwapOutOp, WriteOp
+from twostroke.kv.block import chain
+from twostroke.kv.cache.pool import BlockPool
+from twostroke.kv.cache.prefix import PrefixCache
 from twostroke.prefill_worker.policy import PrefillPolicy
 
 

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from twostroke.core.request import SamplingParams, SequenceKey
 from twostroke.decode_worker.policy import DecodePolicy, combined_policy
-from twostroke.kv.pool import BlockPool
-from twostroke.kv.prefix import PrefixCache
+from twostroke.engine.core import CoreLimits, EngineCore
+from twostroke.engine.messages import Offered, PeerBound, Source, Submit
+from twostroke.engine.plan import StepPlan, StepResult
+from twostroke.engine.policy import StepLimits
+from twostroke.kv.cache.pool import BlockPool
+from twostroke.kv.cache.prefix import PrefixCache
 from twostroke.kv.spec import HASH_BLOCK_TOKENS
-from twostroke.model.core import CoreLimits, EngineCore
-from twostroke.model.link import Offered, PeerBound, Source, Submit
-from twostroke.model.plan import StepPlan, StepResult
-from twostroke.model.policy import StepLimits
 from twostroke.prefill_worker.policy import PrefillPolicy
 
 SHORT = 32

@@ -9,14 +9,14 @@ import torch
 from logits_oracle import assert_same_logits, oracle
 from tiny_families import FAMILIES, VOCAB, TinyFamily
 
-from twostroke.model import decoder as decoder_module
-from twostroke.model.config_json import load_spec
-from twostroke.model.experts import Choice
-from twostroke.model.layout import num_parameters
-from twostroke.model.spec import ExpertsFfn, ModelSpec, PlainAttention, Quantization
-from twostroke.model.tensors import open_source
-from twostroke.model.torch_ops import TorchOps
-from twostroke.model.weights import load_weights
+from twostroke.checkpoint.config_json import load_spec
+from twostroke.checkpoint.layout import num_parameters
+from twostroke.checkpoint.spec import ExpertsFfn, ModelSpec, PlainAttention, Quantization
+from twostroke.model.decoder import decoder as decoder_module
+from twostroke.model.decoder.experts import Choice
+from twostroke.model.ops.torch_ops import TorchOps
+from twostroke.model.weights.tensors import open_source
+from twostroke.model.weights.weights import load_weights
 
 LENGTHS = (1, 15, 16, 17, 63, 250)
 NEW_TOKENS = 64
@@ -182,7 +182,7 @@ def test_every_feature_acts_in_these_models(
 def test_tokens_choose_different_experts(
     name: str, family_directory: Callable[[str], Path], make_hand: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from twostroke.model import experts
+    from twostroke.model.decoder import experts
 
     choices: list[Choice] = []
     real = experts.route

@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from twostroke.checkpoint.config_json import load_spec, spec_from_config
+from twostroke.checkpoint.layout import num_parameters, weight_bytes
+from twostroke.checkpoint.spec import DenseFfn, ExpertsFfn, LatentAttention, ModelSpec, PlainAttention
 from twostroke.core.errors import CheckpointError
-from twostroke.model.config_json import load_spec, spec_from_config
-from twostroke.model.layout import num_parameters, weight_bytes
-from twostroke.model.spec import DenseFfn, ExpertsFfn, LatentAttention, ModelSpec, PlainAttention
-from twostroke.model.tensors import open_source
-from twostroke.model.torch_ops import TorchOps
-from twostroke.model.weights import Weights, load_weights
+from twostroke.model.ops.torch_ops import TorchOps
+from twostroke.model.weights.tensors import open_source
+from twostroke.model.weights.weights import Weights, load_weights
 
 BASE: dict[str, Any] = {
     "vocab_size": 160,

@@ -19,14 +19,14 @@ from logits_oracle import assert_same_logits
 from safetensors.torch import load_file, save_file
 from tiny_families import _LONG, _PHI, _YARN, VOCAB, TinyFamily, _mla, _moe, _rope, write_family
 
+from twostroke.checkpoint.config_json import load_spec
+from twostroke.checkpoint.gguf.file import GgufFile
+from twostroke.checkpoint.locate import resolve, served_name
 from twostroke.core.errors import CheckpointError
-from twostroke.model.checkpoint import resolve, served_name
-from twostroke.model.config_json import load_spec
-from twostroke.model.gguf_source import GgufSource
 from twostroke.model.loader import RunnerOptions, load_runner, numerics_class
-from twostroke.model.tensors import open_source, weights_fingerprint
-from twostroke.model.weights import check_tensors
-from twostroke.text.gguf_file import GgufFile
+from twostroke.model.weights.gguf_source import GgufSource
+from twostroke.model.weights.tensors import open_source, weights_fingerprint
+from twostroke.model.weights.weights import check_tensors
 from twostroke.text.template import ChatTemplate
 from twostroke.text.tokenizer import Tokenizer
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from twostroke.engine.holdings import Holdings
+from twostroke.engine.messages import CacheDelta, CacheSnapshot
 from twostroke.kv.block import BlockIdentity
-from twostroke.kv.pool import BlockPool
-from twostroke.kv.prefix import PrefixCache
-from twostroke.model.holdings import Holdings
-from twostroke.model.link import CacheDelta, CacheSnapshot
+from twostroke.kv.cache.pool import BlockPool
+from twostroke.kv.cache.prefix import PrefixCache
 
 NAMES = [BlockIdentity(bytes([n] * 16)) for n in range(6)]
 

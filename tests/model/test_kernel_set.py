@@ -14,8 +14,8 @@ from older_machines import LEVELS, library_for
 
 from twostroke.kernels.cpu import library as native
 from twostroke.model.loader import KERNEL_SET_VERSION
-from twostroke.model.native_ops import NativeOps
-from twostroke.model.ops import AttentionKind, Norm, Quantization, Span
+from twostroke.model.ops.native_ops import NativeOps
+from twostroke.model.ops.seam import AttentionKind, Norm, Quantization, Span
 
 RECORDED_VERSION = 7
 RECORDED = {  # by the level of instructions that decides them

@@ -11,15 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from twostroke.checkpoint import fingerprint
+from twostroke.checkpoint.config_json import load_spec, spec_from_config
+from twostroke.checkpoint.layout import num_parameters, weight_bytes
+from twostroke.checkpoint.safetensors_files import read_header
+from twostroke.checkpoint.spec import ModelSpec, RopeScaling
 from twostroke.core.errors import CheckpointError, ConfigError
-from twostroke.model import fingerprint
-from twostroke.model.config_json import load_spec, spec_from_config
-from twostroke.model.layout import num_parameters, weight_bytes
 from twostroke.model.loader import RunnerOptions, load_runner, machine_description, make_ops, numerics_class
-from twostroke.model.safetensors_files import read_header
-from twostroke.model.spec import ModelSpec, RopeScaling
-from twostroke.model.tensors import open_source, weights_fingerprint
-from twostroke.model.weights import Weights, load_weights
+from twostroke.model.weights.tensors import open_source, weights_fingerprint
+from twostroke.model.weights.weights import Weights, load_weights
 
 BASE: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -10,12 +10,12 @@ from older_machines import LEVELS, library_for
 
 from twostroke.kernels.cpu import library as native
 from twostroke.kernels.cpu.build import NativeUnavailable, build
-from twostroke.model.int8 import rows_to_int8, to_int8
-from twostroke.model.native_ops import NativeOps
-from twostroke.model.ops import Activation, AttentionKind, Norm, Quantization, Span
-from twostroke.model.sampling.extremes import Extremes, extremes
+from twostroke.model.ops.extremes import Extremes, extremes
+from twostroke.model.ops.int8 import rows_to_int8, to_int8
+from twostroke.model.ops.native_ops import NativeOps
+from twostroke.model.ops.seam import Activation, AttentionKind, Norm, Quantization, Span
+from twostroke.model.ops.torch_ops import TorchOps
 from twostroke.model.sampling.noise import F32 as Floats
-from twostroke.model.torch_ops import TorchOps
 
 F32, BF16 = torch.float32, torch.bfloat16
 DTYPES = pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])

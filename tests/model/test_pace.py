@@ -3,8 +3,8 @@
 import pytest
 
 from twostroke.core.request import SamplingParams, SequenceKey
-from twostroke.model.pace import Pace
-from twostroke.model.plan import SequenceStep, StepPlan
+from twostroke.engine.plan import SequenceStep, StepPlan
+from twostroke.engine.step_times import Pace
 
 PARAMS = SamplingParams(max_tokens=9)
 KEY = SequenceKey("p", 0)

@@ -8,10 +8,10 @@ import torch
 from logits_oracle import assert_same_logits, oracle
 from tiny_families import VOCAB, TinyFamily, write_family
 
-from twostroke.model.config_json import load_spec
+from twostroke.checkpoint.config_json import load_spec
+from twostroke.checkpoint.spec import RopeScaling, RopeSpec
+from twostroke.model.decoder.rope import rotary_table
 from twostroke.model.loader import RunnerOptions, numerics_class
-from twostroke.model.rope import rotary_table
-from twostroke.model.spec import RopeScaling, RopeSpec
 
 LONG = {"short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5], "long_factor": [1.5, 2.0, 3.0, 4.0, 6.0, 8.0]}
 LONGROPE = TinyFamily(

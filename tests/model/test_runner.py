@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from twostroke.core.request import SamplingParams, SequenceKey
+from twostroke.engine.plan import SampledPlace, SequenceStep, StepPlan, StepResult
 from twostroke.kv.block import BlockId
 from twostroke.kv.section import HeldTokens
-from twostroke.model.plan import SampledPlace, SequenceStep, StepPlan, StepResult
 from twostroke.model.runner import Runner
 
 GREEDY = SamplingParams(max_tokens=64, temperature=0.0)

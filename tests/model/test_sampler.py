@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twostroke.core.request import SamplingParams
-from twostroke.model.sampler import Draw, Sampler
 from twostroke.model.sampling.noise import gumbel
+from twostroke.model.sampling.sampler import Draw, Sampler
 
 EOS = (2,)
 PARAMS = SamplingParams(max_tokens=8)

@@ -18,15 +18,15 @@ from transformers import (
 )
 
 from twostroke.core.request import SamplingParams, TokenLogprobs
-from twostroke.model.plan import History
-from twostroke.model.policy import scored_rows
-from twostroke.model.sampler import Draw, Sampler
+from twostroke.engine.plan import History
+from twostroke.engine.policy import scored_rows
 from twostroke.model.sampling import logprobs as logprobs_module
 from twostroke.model.sampling import memo as memo_module
 from twostroke.model.sampling.adjust import Adjuster
 from twostroke.model.sampling.filters import apply_filters
 from twostroke.model.sampling.logprobs import Scorer
 from twostroke.model.sampling.memo import Memo
+from twostroke.model.sampling.sampler import Draw, Sampler
 from twostroke.model.sampling.words import WordIndex
 
 VOCAB = 60

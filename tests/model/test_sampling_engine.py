@@ -10,12 +10,9 @@ import torch
 from twostroke.core.clock import MonotonicClock
 from twostroke.core.request import FinishReason, SamplingParams, SequenceKey, TokenLogprobs
 from twostroke.decode_worker.policy import DecodePolicy, combined_policy
-from twostroke.kv.block import chain
-from twostroke.kv.pool import BlockPool
-from twostroke.kv.prefix import PrefixCache
-from twostroke.model.core import CoreLimits, EngineCore
-from twostroke.model.engine import Engine
-from twostroke.model.link import (
+from twostroke.engine.core import CoreLimits, EngineCore
+from twostroke.engine.loop import Engine
+from twostroke.engine.messages import (
     Bind,
     Ended,
     KvComplete,
@@ -26,10 +23,13 @@ from twostroke.model.link import (
     StepTokens,
     Submit,
 )
-from twostroke.model.plan import History, SampledPlace, SequenceStep
-from twostroke.model.policy import StepLimits
+from twostroke.engine.plan import History, SampledPlace, SequenceStep
+from twostroke.engine.policy import StepLimits
+from twostroke.engine.sequence import new_sequence
+from twostroke.kv.block import chain
+from twostroke.kv.cache.pool import BlockPool
+from twostroke.kv.cache.prefix import PrefixCache
 from twostroke.model.sampling import step as sampling_step
-from twostroke.model.sequence import new_sequence
 from twostroke.prefill_worker.policy import PrefillPolicy
 
 BASE = SamplingParams(max_tokens=14, temperature=0.0, ignore_eos=True)

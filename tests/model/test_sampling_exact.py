@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from twostroke.core.request import SamplingParams
-from twostroke.model.plan import History
-from twostroke.model.sampler import Draw, Sampler
+from twostroke.engine.plan import History
 from twostroke.model.sampling import noise
 from twostroke.model.sampling.filters import RoughTopP, apply_filters, before_top_p, exact_top_p
 from twostroke.model.sampling.noise import gumbel, winner
+from twostroke.model.sampling.sampler import Draw, Sampler
 
 PARAMS = SamplingParams(max_tokens=8)
 

@@ -22,11 +22,8 @@ import pytest
 
 from twostroke.core.request import FinishReason, SamplingParams, SequenceKey
 from twostroke.decode_worker.policy import DecodePolicy, combined_policy
-from twostroke.kv.block import chain
-from twostroke.kv.pool import BlockPool
-from twostroke.kv.prefix import PrefixCache
-from twostroke.model.core import CoreLimits, EngineCore
-from twostroke.model.link import (
+from twostroke.engine.core import CoreLimits, EngineCore
+from twostroke.engine.messages import (
     AskSnapshot,
     Bind,
     BlocksFetched,
@@ -53,9 +50,12 @@ from twostroke.model.link import (
     Submit,
     WriteKv,
 )
-from twostroke.model.plan import StepResult
-from twostroke.model.policy import StepLimits
-from twostroke.model.store_op import FetchOp, ReadOp, SwapInOp, SwapOutOp, WriteOp
+from twostroke.engine.plan import StepResult
+from twostroke.engine.policy import StepLimits
+from twostroke.engine.store_ops import FetchOp, ReadOp, SwapInOp, SwapOutOp, WriteOp
+from twostroke.kv.block import chain
+from twostroke.kv.cache.pool import BlockPool
+from twostroke.kv.cache.prefix import PrefixCache
 from twostroke.prefill_worker.policy import PrefillPolicy
 
 FACTS = {

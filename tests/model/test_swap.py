@@ -9,16 +9,16 @@ import pytest
 from twostroke.core.clock import MonotonicClock
 from twostroke.core.request import FinishReason, SamplingParams, SequenceKey
 from twostroke.decode_worker.policy import combined_policy
-from twostroke.kv.host_store import HostStore
-from twostroke.kv.pool import BlockPool
-from twostroke.kv.prefix import PrefixCache
+from twostroke.engine.core import CoreLimits, EngineCore
+from twostroke.engine.loop import Engine
+from twostroke.engine.messages import CancelSequence, Ended, LoadNews, Source, StepTokens, Stop, Submit
+from twostroke.engine.policy import StepLimits
+from twostroke.engine.thread_link import ThreadLink
+from twostroke.kv.cache.pool import BlockPool
+from twostroke.kv.cache.prefix import PrefixCache
 from twostroke.kv.section import HeldTokens
-from twostroke.model.core import CoreLimits, EngineCore
-from twostroke.model.engine import Engine
-from twostroke.model.link import CancelSequence, Ended, LoadNews, Source, StepTokens, Stop, Submit
-from twostroke.model.policy import StepLimits
+from twostroke.kv.store.host_store import HostStore
 from twostroke.model.runner import Runner
-from twostroke.model.thread_link import ThreadLink
 
 TIMEOUT_S = 60
 MakeRunner = Callable[..., Runner]

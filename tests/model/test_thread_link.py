@@ -7,7 +7,7 @@ import pytest
 
 from twostroke.core.errors import Unavailable
 from twostroke.core.request import SamplingParams, SequenceKey
-from twostroke.model.link import (
+from twostroke.engine.messages import (
     BlocksFetched,
     Bound,
     CancelSequence,
@@ -18,7 +18,7 @@ from twostroke.model.link import (
     Stop,
     Submit,
 )
-from twostroke.model.thread_link import LinkStalled, ThreadLink
+from twostroke.engine.thread_link import LinkStalled, ThreadLink
 
 KEY = SequenceKey("a", 0)
 

@@ -5,10 +5,10 @@ import torch
 
 from twostroke.kernels.reference import silu_mul, store_kv
 from twostroke.kv.spec import CODEC_NAMES, attention_spec, mla_spec
-from twostroke.kv.store import KvStore
-from twostroke.model.elementwise import activated, sigmoid, softcapped
-from twostroke.model.ops import Norm
-from twostroke.model.torch_ops import TorchOps
+from twostroke.kv.store.store import KvStore
+from twostroke.model.ops.elementwise import activated, sigmoid, softcapped
+from twostroke.model.ops.seam import Norm
+from twostroke.model.ops.torch_ops import TorchOps
 
 CODECS = ["fp8", "bfloat16", "float32"]
 

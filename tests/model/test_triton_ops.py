@@ -7,25 +7,25 @@ from pathlib import Path
 import pytest
 import torch
 
+from twostroke.checkpoint.config_json import load_spec
 from twostroke.core.errors import ConfigError
 from twostroke.core.request import SamplingParams, SequenceKey
-from twostroke.kernels import launch
+from twostroke.engine.plan import SequenceStep, StepPlan
+from twostroke.kernels.gpu import launch
 from twostroke.kv.block import BlockId
 from twostroke.kv.section import HeldTokens
-from twostroke.kv.store import KvStore
-from twostroke.model.config_json import load_spec
-from twostroke.model.device import refuse_unserved
+from twostroke.kv.store.store import KvStore
 from twostroke.model.graphs import DecodeGraphs, can_capture, graph_sizes, padded_size
-from twostroke.model.greedy import all_greedy, likeliest
-from twostroke.model.ops import Logits, Ops, Span
-from twostroke.model.plan import SequenceStep, StepPlan
+from twostroke.model.ops.device import refuse_unserved
+from twostroke.model.ops.seam import Logits, Ops, Span
+from twostroke.model.ops.torch_ops import TorchOps
+from twostroke.model.ops.triton_ops import TritonOps
+from twostroke.model.ops.upload import Arena, upload
 from twostroke.model.runner import Runner
-from twostroke.model.sampler import Draw, Sampler
-from twostroke.model.tensors import open_source
-from twostroke.model.torch_ops import TorchOps
-from twostroke.model.triton_ops import TritonOps
-from twostroke.model.upload import Arena, upload
-from twostroke.model.weights import load_weights
+from twostroke.model.sampling.greedy import all_greedy, likeliest
+from twostroke.model.sampling.sampler import Draw, Sampler
+from twostroke.model.weights.tensors import open_source
+from twostroke.model.weights.weights import load_weights
 
 if launch.interpreted():
     sys.path.insert(0, str(Path(__file__).parents[1]))  # for the helper of several folders

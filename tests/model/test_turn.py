@@ -6,10 +6,10 @@ from typing import Any
 
 from twostroke.core.errors import KvCorrupted
 from twostroke.core.request import FinishReason, SequenceKey
-from twostroke.model.link import BlocksFetched, Bound, Ended, KvRead
-from twostroke.model.plan import StepPlan
-from twostroke.model.store_op import FetchOp, ReadOp, SwapOutOp
-from twostroke.model.turn import Turn
+from twostroke.engine.messages import BlocksFetched, Bound, Ended, KvRead
+from twostroke.engine.plan import StepPlan
+from twostroke.engine.store_ops import FetchOp, ReadOp, SwapOutOp
+from twostroke.engine.turn import Turn
 
 KEY = SequenceKey("r", 0)
 READ = ReadOp(KEY, 0, 16, (1,), (0,))

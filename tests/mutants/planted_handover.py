@@ -5,162 +5,180 @@ from __future__ import annotations
 from mutant import Mutant
 
 _HANDOVER = [
-    Mutant("kv/handover.py", "        if label.epoch < mine.epoch:\n", "        if False:\n"),
-    Mutant("kv/handover.py", "or label.epoch > mine.epoch:", "or label.epoch < mine.epoch:"),
+    Mutant("kv/handover/machine.py", "        if label.epoch < mine.epoch:\n", "        if False:\n"),
+    Mutant("kv/handover/machine.py", "or label.epoch > mine.epoch:", "or label.epoch < mine.epoch:"),
     Mutant(
-        "kv/handover.py", "        if sequence > self._received + 1:\n", "        if sequence > self._received + 2:\n"
+        "kv/handover/machine.py",
+        "        if sequence > self._received + 1:\n",
+        "        if sequence > self._received + 2:\n",
     ),
     Mutant(
-        "kv/handover.py",
+        "kv/handover/machine.py",
         "        self.heard_s = now_s\n        self.counters.messages_received",
         "        self.counters.messages_received",
     ),
-    Mutant("kv/handover.py", "        self.said_s = now_s\n        self.counters", "        self.counters"),
-    Mutant("kv/handover.py", "        if now_s >= self.deadline_s:\n            return End.DEADLINE\n", ""),
+    Mutant("kv/handover/machine.py", "        self.said_s = now_s\n        self.counters", "        self.counters"),
+    Mutant("kv/handover/machine.py", "        if now_s >= self.deadline_s:\n            return End.DEADLINE\n", ""),
     Mutant(
-        "kv/handover_receiver.py",
+        "kv/handover/receiver.py",
         "if any(self._units[unit] != _MISSING for unit in self._range(frame.token_start, frame.token_count)):",
         "if False:",
     ),
     Mutant(
-        "kv/handover_receiver.py",
+        "kv/handover/receiver.py",
         "        if len(self._writing) >= self._order.frame_slots:\n",
         "        if len(self._writing) > self._order.frame_slots:\n",
     ),
-    Mutant("kv/handover_receiver.py", "            or frame.token_start < self._order.held_tokens\n", ""),
-    Mutant("kv/handover_receiver.py", "        if end > self._num_tokens or (", "        if ("),
+    Mutant("kv/handover/receiver.py", "            or frame.token_start < self._order.held_tokens\n", ""),
+    Mutant("kv/handover/receiver.py", "        if end > self._num_tokens or (", "        if ("),
     Mutant(
-        "kv/handover_receiver.py",
+        "kv/handover/receiver.py",
         "        self._awaited.difference_update(units)\n",
         "",
         survives="only blocks that are missing are looked up there, and what came is missing no more",
     ),
-    Mutant("kv/handover_receiver.py", "            self._damaged[unit] += 1\n", "            pass\n"),
-    Mutant("kv/handover_receiver.py", "        if done.num_frames != self.counters.frames:\n", "        if False:\n"),
+    Mutant("kv/handover/receiver.py", "            self._damaged[unit] += 1\n", "            pass\n"),
+    Mutant("kv/handover/receiver.py", "        if done.num_frames != self.counters.frames:\n", "        if False:\n"),
     Mutant(
-        "kv/handover_receiver.py",
+        "kv/handover/receiver.py",
         "if self.state is ReceiverState.STORING and self._stored_units == len(self._units):",
         "if self.state is ReceiverState.STORING:",
     ),
-    Mutant("kv/handover_receiver.py", "self._is_done and self._has_all():", "self._is_done:"),
+    Mutant("kv/handover/receiver.py", "self._is_done and self._has_all():", "self._is_done:"),
     Mutant(
-        "kv/handover_receiver.py", "lost = Lost(reason, self.stored_upto,", "lost = Lost(reason, self.verified_upto,"
+        "kv/handover/receiver.py", "lost = Lost(reason, self.stored_upto,", "lost = Lost(reason, self.verified_upto,"
     ),
     Mutant(
-        "kv/handover_receiver.py",
+        "kv/handover/receiver.py",
         "        while leading < len(self._units) and self._units[leading] >= at_least:\n            leading += 1\n",
         "        if leading < len(self._units) and self._units[leading] >= at_least:\n            leading += 1\n",
     ),
     Mutant(
-        "kv/handover_receiver.py",
+        "kv/handover/receiver.py",
         "        return [self._send(pb.SlotFree(count=1), now_s)]\n\n    def cancel",
         "        return []\n\n    def cancel",
     ),
     Mutant(
-        "kv/handover_sender.py",
+        "kv/handover/sender.py",
         "while len(self._reading) + self._unfreed < self._slots:",
         "while len(self._reading) < self._slots:",
     ),
     Mutant(
-        "kv/handover_sender.py",
+        "kv/handover/sender.py",
         "            if self._again:\n                start, count = self._again.popleft()\n            elif",
         "            if",
     ),
     Mutant(
-        "kv/handover_sender.py",
+        "kv/handover/sender.py",
         "        if any(self._times_refetched[unit] >= MAX_REFETCHES for unit in units):",
         "        if False:",
     ),
-    Mutant("kv/handover_sender.py", "        if not 0 < count <= self._unfreed:\n", "        if not 0 < count:\n"),
-    Mutant("kv/handover_sender.py", "        self._verified = upto\n", "        self._verified = self._next\n"),
+    Mutant("kv/handover/sender.py", "        if not 0 < count <= self._unfreed:\n", "        if not 0 < count:\n"),
+    Mutant("kv/handover/sender.py", "        self._verified = upto\n", "        self._verified = self._next\n"),
     Mutant(
-        "kv/handover_sender.py",
+        "kv/handover/sender.py",
         "        if self.state is not SenderState.DONE or self._verified < self._num_tokens:\n",
         "        if self.state is not SenderState.DONE:\n",
     ),
     Mutant(
-        "kv/handover_sender.py",
+        "kv/handover/sender.py",
         "        self._sealed = max(self._sealed, num_computed)\n",
         "        self._sealed = num_computed + 1\n",
     ),
     Mutant(
-        "kv/handover_sender.py",
+        "kv/handover/sender.py",
         "return [*said, Abort(reason, detail), Close(now=True)]",
         "return [*said, Close(now=True)]",
     ),
     Mutant(
-        "kv/handover_sender.py",
+        "kv/handover/sender.py",
         "is_all_sent = self._next == self._num_tokens and not self._reading and not self._again",
         "is_all_sent = self._next == self._num_tokens and not self._reading",
     ),
 ]
 
 _CARRIED = [
-    Mutant("kv/carrier.py", "        self.rearm()\n\n    def rearm", "\n    def rearm"),
-    Mutant("kv/carrier.py", "        if self._is_doing:\n            return\n", ""),
-    Mutant("kv/carrier.py", "while self._items and not self._is_checking:", "while self._items:"),
-    Mutant("kv/driver.py", "            answered(check.holds())\n", "            answered(True)\n"),
-    Mutant("kv/driver.py", "error is None and future.result())\n", "error is None)\n"),
+    Mutant("kv/handover/carrier.py", "        self.rearm()\n\n    def rearm", "\n    def rearm"),
+    Mutant("kv/handover/carrier.py", "        if self._is_doing:\n            return\n", ""),
+    Mutant("kv/handover/carrier.py", "while self._items and not self._is_checking:", "while self._items:"),
+    Mutant("kv/handover/driver.py", "            answered(check.holds())\n", "            answered(True)\n"),
+    Mutant("kv/handover/driver.py", "error is None and future.result())\n", "error is None)\n"),
     Mutant(
-        "kv/driver.py",
+        "kv/handover/driver.py",
         "answered(error is None and future.result())\n\n\nclass",
         "answered(error is not None or future.result())\n\n\nclass",
     ),
-    Mutant("kv/driver.py", "            answered(False)\n", "            answered(True)\n"),
-    Mutant("kv/driver.py", "        self._hear(None)\n", ""),
+    Mutant("kv/handover/driver.py", "            answered(False)\n", "            answered(True)\n"),
+    Mutant("kv/handover/driver.py", "        self._hear(None)\n", ""),
     Mutant(
-        "kv/driver.py",
+        "kv/handover/driver.py",
         "        while self._checks:\n            await asyncio.wait(self._checks)\n",
         "        return\n",
     ),
     Mutant(
-        "kv/driver.py",
+        "kv/handover/driver.py",
         "        if not self._closing.is_set():\n            self._queue",
         "        if True:\n            self._queue",
         survives="a machine that has closed says nothing more",
     ),
-    Mutant("kv/driver.py", "        await self._client.finish()\n", ""),
-    Mutant("kv/driver.py", "            self._client.close()\n", "            pass\n"),
+    Mutant("kv/handover/driver.py", "        await self._client.finish()\n", ""),
+    Mutant("kv/handover/driver.py", "            self._client.close()\n", "            pass\n"),
 ]
 
 _BYTES = [
     Mutant(
-        "kv/wire.py",
+        "kv/handover/frames.py",
         "    if zlib.crc32(body, zlib.crc32(envelope[: _HEAD.size])) != _CRC.unpack_from(envelope, _HEAD.size)[0]:\n",
         "    if False:\n",
     ),
-    Mutant("kv/wire.py", "zlib.crc32(body, zlib.crc32(envelope[: _HEAD.size])) !=", "zlib.crc32(body) !="),
-    Mutant("kv/wire.py", "    if end != len(envelope):\n", "    if False:\n"),
-    Mutant("kv/wire.py", "    _check_overlap(sections)\n", ""),
+    Mutant("kv/handover/frames.py", "zlib.crc32(body, zlib.crc32(envelope[: _HEAD.size])) !=", "zlib.crc32(body) !="),
+    Mutant("kv/handover/frames.py", "    if end != len(envelope):\n", "    if False:\n"),
+    Mutant("kv/handover/frames.py", "    _check_overlap(sections)\n", ""),
     Mutant(
-        "kv/wire.py",
+        "kv/handover/frames.py",
         "            if one.layer_start + one.layer_count <= other.layer_start:\n",
         "            if one.layer_start < other.layer_start:\n",
     ),
-    Mutant("kv/wire.py", "if same_layers and one.head_start + one.head_count <= other.head_start:", "if same_layers:"),
-    Mutant("kv/wire.py", "    _check_layout(extents, len(planes))\n", ""),
-    Mutant("kv/wire.py", "        if offset != end + -end % _ALIGN:\n", "        if offset % _ALIGN:\n"),
-    Mutant("kv/wire.py", "    if end != num_bytes:\n", "    if False:\n"),
-    Mutant("kv/wire.py", "    if spec is not None and not covers(frame.sections, spec):\n", "    if False:\n"),
-    Mutant("kv/wire.py", "        bad |= (found != section.digests)", "        bad = (found != section.digests)"),
-    Mutant("kv/wire.py", "        blocks = first + np.arange(len(bad))\n", "        blocks = np.arange(len(bad))\n"),
-    Mutant("kv/wire.py", "        heads = section.head_start + np.arange", "        heads = np.arange"),
-    Mutant("kv/wire.py", "            return [(token_start, token_count)]\n", "            continue\n"),
-    Mutant("kv/wire.py", "    return not any(missing.values())\n", "    return True\n"),
     Mutant(
-        "kv/wire.py",
+        "kv/handover/frames.py",
+        "if same_layers and one.head_start + one.head_count <= other.head_start:",
+        "if same_layers:",
+    ),
+    Mutant("kv/handover/frames.py", "    _check_layout(extents, len(planes))\n", ""),
+    Mutant("kv/handover/frames.py", "        if offset != end + -end % _ALIGN:\n", "        if offset % _ALIGN:\n"),
+    Mutant("kv/handover/frames.py", "    if end != num_bytes:\n", "    if False:\n"),
+    Mutant(
+        "kv/handover/frames.py", "    if spec is not None and not covers(frame.sections, spec):\n", "    if False:\n"
+    ),
+    Mutant(
+        "kv/handover/frames.py", "        bad |= (found != section.digests)", "        bad = (found != section.digests)"
+    ),
+    Mutant(
+        "kv/handover/frames.py",
+        "        blocks = first + np.arange(len(bad))\n",
+        "        blocks = np.arange(len(bad))\n",
+    ),
+    Mutant("kv/handover/frames.py", "        heads = section.head_start + np.arange", "        heads = np.arange"),
+    Mutant("kv/handover/frames.py", "            return [(token_start, token_count)]\n", "            continue\n"),
+    Mutant("kv/handover/frames.py", "    return not any(missing.values())\n", "    return True\n"),
+    Mutant(
+        "kv/handover/frames.py",
         "any(missing.values())\n\n\ndef _units",
         "all(missing.values())\n\n\ndef _units",
     ),
-    Mutant("kv/wire.py", "        if not fits_layers or not fits_heads:\n", "        if not fits_layers:\n"),
+    Mutant("kv/handover/frames.py", "        if not fits_layers or not fits_heads:\n", "        if not fits_layers:\n"),
     Mutant(
-        "kv/wire.py",
+        "kv/handover/frames.py",
         "        if section.row_bytes != payload_bytes(Codec(section.codec), component.width):\n",
         "        if False:\n",
     ),
-    Mutant("kv/wire.py", "    if len(section.digests) != layers * heads * _units(tokens):\n", "    if False:\n"),
-    Mutant("kv/wire.py", "    if len(header.identities) > tokens // HASH_BLOCK_TOKENS:\n", "    if False:\n"),
-    Mutant("kv/wire.py", "min(end, stop) - start", "end - start"),
+    Mutant(
+        "kv/handover/frames.py", "    if len(section.digests) != layers * heads * _units(tokens):\n", "    if False:\n"
+    ),
+    Mutant(
+        "kv/handover/frames.py", "    if len(header.identities) > tokens // HASH_BLOCK_TOKENS:\n", "    if False:\n"
+    ),
+    Mutant("kv/handover/frames.py", "min(end, stop) - start", "end - start"),
 ]
 
 _PULLED = [

@@ -9,15 +9,15 @@ import pytest
 
 from twostroke.core.clock import MonotonicClock
 from twostroke.core.request import Epoch, FinishReason, SamplingParams, SequenceKey
+from twostroke.engine import messages as link
 from twostroke.kv.codec import Codec
 from twostroke.kv.digest import frame_digests, places
-from twostroke.kv.driver import Driver
-from twostroke.kv.handover import Label, Timing
-from twostroke.kv.handover_sender import Sender, SenderState
+from twostroke.kv.handover.driver import Driver
+from twostroke.kv.handover.frames import Frame, decode_envelope, encode_message, verify_frame
+from twostroke.kv.handover.machine import Label, Timing
+from twostroke.kv.handover.sender import Sender, SenderState
 from twostroke.kv.section import SectionData
 from twostroke.kv.spec import attention_spec
-from twostroke.kv.wire import Frame, decode_envelope, encode_message, verify_frame
-from twostroke.model import link
 from twostroke.prefill_worker.job import MAX_READS, Job, JobTools
 from twostroke.protos import handover_pb2 as pb
 

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twostroke.model.pace import StepTimes
-from twostroke.model.policy import Ahead, Queue, Room, StepLimits, Want, bound_scored, scored_rows
+from twostroke.engine.policy import Ahead, Queue, Room, StepLimits, Want, bound_scored, scored_rows
+from twostroke.engine.step_times import StepTimes
 from twostroke.prefill_worker.policy import PrefillPolicy
 
 POLICY = PrefillPolicy(StepLimits(max_num_seqs=8, max_batch_tokens=64, max_waiting=3, max_waiting_tokens=100))

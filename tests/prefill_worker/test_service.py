@@ -9,15 +9,15 @@ import pytest
 
 from twostroke.core.clock import MonotonicClock
 from twostroke.core.request import Epoch, FinishReason, Role, SamplingParams
+from twostroke.engine.client import Dispatcher
+from twostroke.engine.facts import FaceFacts, ModelFacts
+from twostroke.engine.messages import CancelSequence, Ended, Offered, PeerBound, PeerNotYet, Source, Submit
 from twostroke.kv.codec import Codec
-from twostroke.kv.handover import Label, Timing
+from twostroke.kv.handover.frames import decode_envelope, encode_message
+from twostroke.kv.handover.machine import Label, Timing
 from twostroke.kv.keys import Namer
 from twostroke.kv.messages import sampling_to_wire, spec_to_wire
 from twostroke.kv.spec import attention_spec
-from twostroke.kv.wire import decode_envelope, encode_message
-from twostroke.model.dispatch import Dispatcher
-from twostroke.model.facts import FaceFacts, ModelFacts
-from twostroke.model.link import CancelSequence, Ended, Offered, PeerBound, PeerNotYet, Source, Submit
 from twostroke.prefill_worker.job import JobTools
 from twostroke.prefill_worker.service import PrefillService
 from twostroke.protos import handover_pb2 as pb

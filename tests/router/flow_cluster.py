@@ -14,8 +14,8 @@ from fake_worker import MODEL, PROOF_KEY, FakeWorker, token_at
 from twostroke.core.request import Request, SamplingParams
 from twostroke.core.timeline import Timeline
 from twostroke.router.config import RouterConfig
-from twostroke.router.flow import Flow
-from twostroke.router.pieces import Piece
+from twostroke.router.requests.flow import Flow
+from twostroke.router.requests.pieces import Piece
 
 KEY = b"cluster key of the tests"
 PROMPT = tuple(range(100))

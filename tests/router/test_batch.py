@@ -7,8 +7,8 @@ import pytest
 
 from twostroke.core.errors import InternalError, Overloaded, WorkerLost
 from twostroke.core.request import FinishReason
-from twostroke.router.batch import MAX_NAMES, Lists, explain_list, merged, streams_at_once
-from twostroke.router.pieces import Piece, Usage
+from twostroke.router.api.batch import MAX_NAMES, Lists, explain_list, merged, streams_at_once
+from twostroke.router.requests.pieces import Piece, Usage
 
 
 class Source:

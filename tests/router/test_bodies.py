@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from flow_cluster import cluster
 from short_worker import NUM_TOKENS, ShortWorker
 
+from twostroke.router.api.frontend import Front
+from twostroke.router.api.http.app import make_app
 from twostroke.router.config import RouterConfig
-from twostroke.router.front import Front
-from twostroke.router.http import make_app
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

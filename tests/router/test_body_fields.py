@@ -7,9 +7,10 @@ import pytest
 from pydantic import ValidationError
 
 from twostroke.core.errors import InvalidRequest, UnsupportedParameter
-from twostroke.router import fields
-from twostroke.router.fields import ChatBody, CompletionBody
-from twostroke.router.openai import (
+from twostroke.router.api import fields
+from twostroke.router.api.fields import ChatBody, CompletionBody
+from twostroke.router.api.http.structure import finished
+from twostroke.router.api.openai_requests import (
     MAX_NAMED,
     chat_call,
     completion_calls,
@@ -18,7 +19,6 @@ from twostroke.router.openai import (
     parse,
     prompts_of,
 )
-from twostroke.router.structure import finished
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]}
 TEXT: dict[str, Any] = {"prompt": "x"}

@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator, Mapping
 import pytest
 
 from twostroke.core.errors import BodyTooLarge, DeadlineExceeded, Overloaded, TwostrokeError
-from twostroke.router import bodies, reading
-from twostroke.router.bodies import SMALL_BYTES, read_body
-from twostroke.router.reading import Room
+from twostroke.router.api.http import bodies, reading
+from twostroke.router.api.http.bodies import SMALL_BYTES, read_body
+from twostroke.router.api.http.reading import Room
 
 LIMIT = 4 * SMALL_BYTES
 PART = 32 << 10

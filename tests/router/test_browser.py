@@ -16,12 +16,12 @@ import pytest
 from twostroke.core.errors import Unauthenticated
 from twostroke.core.hosts import is_allowed_name, is_loopback_name, name_in
 from twostroke.core.ports import free_ports
+from twostroke.router.api.frontend import Front
+from twostroke.router.api.http.app import make_app
+from twostroke.router.api.validate import Limits, authenticate
 from twostroke.router.config import RouterConfig
-from twostroke.router.flow import Flow
-from twostroke.router.front import Front
-from twostroke.router.http import make_app
 from twostroke.router.process import RouterProcess
-from twostroke.router.validate import Limits, authenticate
+from twostroke.router.requests.flow import Flow
 
 ROUTES = ("/v1/models", "/v1/models/x", "/v1/cluster", "/v1/requests/x/explain", "/metrics", "/version", "/nowhere")
 ROUTES += ("/healthy", "/pings/x")  # begin as what balancers may ask

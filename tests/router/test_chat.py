@@ -17,10 +17,10 @@ from real_models import real_models
 from template_styles import SPECIAL, STYLES
 
 from twostroke.core.errors import InvalidRequest, UnsupportedParameter
-from twostroke.router.call import Call
-from twostroke.router.chat import MAX_KWARGS, chat_prompt
-from twostroke.router.ignored import Ignored
-from twostroke.router.models import ServedModel
+from twostroke.router.api.call import Call
+from twostroke.router.api.chat import MAX_KWARGS, chat_prompt
+from twostroke.router.api.ignored import Ignored
+from twostroke.router.api.models import ServedModel
 from twostroke.text.template import ChatTemplate
 from twostroke.text.tokenizer import Tokenizer
 

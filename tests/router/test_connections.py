@@ -11,12 +11,12 @@ from typing import Any, cast
 import pytest
 import uvicorn
 
-from twostroke.router import connections
+from twostroke.router.api.frontend import Front
+from twostroke.router.api.http import connections
+from twostroke.router.api.http.app import make_app
+from twostroke.router.api.http.connections import MAX_HEADERS, Connections, connections_within
 from twostroke.router.config import RouterConfig
-from twostroke.router.connections import MAX_HEADERS, Connections, connections_within
-from twostroke.router.flow import Flow
-from twostroke.router.front import Front
-from twostroke.router.http import make_app
+from twostroke.router.requests.flow import Flow
 
 _FILE = Path(__file__).parents[2] / "bench/hostile/http_inputs.py"
 _SPEC = importlib.util.spec_from_file_location("http_inputs", _FILE)

@@ -10,13 +10,13 @@ from gguf import GGUFWriter
 
 from twostroke.core.errors import CheckpointError, ContextLengthExceeded, InvalidRequest
 from twostroke.core.request import USUAL_ANSWER_TOKENS, Request, SamplingParams
-from twostroke.router import defaults
-from twostroke.router.call import Call
-from twostroke.router.defaults import NO_DEFAULTS, SamplingDefaults, described
-from twostroke.router.facts import ModelFacts
-from twostroke.router.models import ModelDirectory, ServedModel
-from twostroke.router.sampling import sampling_of
-from twostroke.router.validate import Limits, validate
+from twostroke.router.api import defaults
+from twostroke.router.api.call import Call
+from twostroke.router.api.defaults import NO_DEFAULTS, SamplingDefaults, described
+from twostroke.router.api.models import ModelDirectory, ServedModel
+from twostroke.router.api.sampling import sampling_of
+from twostroke.router.api.validate import Limits, validate
+from twostroke.router.routing.facts import ModelFacts
 from twostroke.text.tokenizer import Tokenizer
 
 BUNDLED = Path(__file__).resolve().parents[2] / "model" / "bundled"

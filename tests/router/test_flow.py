@@ -18,7 +18,7 @@ from twostroke.core.request import FinishReason, Request, Role, SamplingParams
 from twostroke.core.timeline import Timeline
 from twostroke.kv.block import IdentityRoot, chain
 from twostroke.protos import common_pb2
-from twostroke.router.pieces import Piece
+from twostroke.router.requests.pieces import Piece
 
 
 async def test_streams_a_request_and_explains_it() -> None:

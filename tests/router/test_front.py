@@ -13,10 +13,10 @@ from fake_worker import MODEL, Behaviour, FakeWorker
 from flow_cluster import cluster, collect, request, until
 
 from twostroke.core import errors
-from twostroke.router import front as front_module
-from twostroke.router.call import Call
+from twostroke.router.api import frontend as front_module
+from twostroke.router.api.call import Call
+from twostroke.router.api.frontend import Front
 from twostroke.router.config import RouterConfig
-from twostroke.router.front import Front
 
 
 async def test_a_tenant_cannot_abort_anothers_request():

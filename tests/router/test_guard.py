@@ -15,12 +15,12 @@ from grpc_reflection.v1alpha import reflection
 from twostroke.client.status import from_rpc_error
 from twostroke.core import errors, probes
 from twostroke.protos import inference_pb2, inference_pb2_grpc
-from twostroke.router import guard as guard_module
-from twostroke.router import reading
+from twostroke.router.api.grpc import guard as guard_module
+from twostroke.router.api.grpc.guard import Guard
+from twostroke.router.api.http import reading
+from twostroke.router.api.http.reading import room_of
+from twostroke.router.api.validate import Limits, authenticate
 from twostroke.router.config import RouterConfig
-from twostroke.router.guard import Guard
-from twostroke.router.reading import room_of
-from twostroke.router.validate import Limits, authenticate
 
 KEY = "a-key-of-the-tests"
 CHECK = "/grpc.health.v1.Health/Check"

@@ -19,10 +19,10 @@ from twostroke import __version__
 from twostroke.cli.options import config_from
 from twostroke.cluster.config import load_config
 from twostroke.core.errors import ConfigError
+from twostroke.router.api.frontend import Front
+from twostroke.router.api.http.app import make_app
 from twostroke.router.config import RouterConfig
-from twostroke.router.flow import Flow
-from twostroke.router.front import Front
-from twostroke.router.http import make_app
+from twostroke.router.requests.flow import Flow
 
 COMPLETIONS = "/v1/completions"
 BODY = json.dumps({"prompt": "x"}).encode()

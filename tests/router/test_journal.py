@@ -14,15 +14,15 @@ from flow_cluster import PROMPT, cluster, collect, request
 from twostroke.core.errors import ContextLengthExceeded, InvalidRequest
 from twostroke.core.request import Request, Role, SamplingParams
 from twostroke.core.timeline import Instant, Timeline
-from twostroke.router import decision_log, journal
-from twostroke.router.batch import CHOICES_AT_ONCE
-from twostroke.router.decision_log import DecisionLog
-from twostroke.router.explain import explain_sampling
-from twostroke.router.facts import ModelFacts
-from twostroke.router.front import Front
-from twostroke.router.journal import Journal
-from twostroke.router.life import life_of
-from twostroke.router.run import Run
+from twostroke.router.api.batch import CHOICES_AT_ONCE
+from twostroke.router.api.frontend import Front
+from twostroke.router.requests import decision_log, journal
+from twostroke.router.requests.decision_log import DecisionLog
+from twostroke.router.requests.explain import explain_sampling
+from twostroke.router.requests.journal import Journal
+from twostroke.router.requests.life import life_of
+from twostroke.router.requests.run import Run
+from twostroke.router.routing.facts import ModelFacts
 
 HEAVY = SamplingParams(
     max_tokens=5,

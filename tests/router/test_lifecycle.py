@@ -12,14 +12,14 @@ from twostroke.core.request import Epoch, Request, Role, SamplingParams
 from twostroke.core.timeline import Instant, Timeline
 from twostroke.kv.block import BlockIdentity
 from twostroke.protos import common_pb2, worker_pb2
-from twostroke.router.admission import AdmissionLimits
-from twostroke.router.facts import ModelFacts, WorkerFacts, WorkerKey
-from twostroke.router.fleet import Fleet
-from twostroke.router.lifecycle import Lifecycle
-from twostroke.router.prefixes import PrefixMap
-from twostroke.router.roster import Roster
-from twostroke.router.run import Run, Stage
-from twostroke.router.surroundings import LifeLimits
+from twostroke.router.requests.admission import AdmissionLimits
+from twostroke.router.requests.lifecycle import Lifecycle
+from twostroke.router.requests.roster import Roster
+from twostroke.router.requests.run import Run, Stage
+from twostroke.router.requests.surroundings import LifeLimits
+from twostroke.router.routing.facts import ModelFacts, WorkerFacts, WorkerKey
+from twostroke.router.routing.fleet import Fleet
+from twostroke.router.routing.prefixes import PrefixMap
 
 MODEL = ModelFacts("m", b"f" * 16, b"n" * 16, "", 4096, 1000, True, "", 1000, 2000)
 LENGTH = common_pb2.FINISH_REASON_LENGTH

@@ -6,9 +6,9 @@ import pytest
 
 from twostroke.core.errors import ContextLengthExceeded, DeadlineExceeded, InvalidRequest
 from twostroke.protos import common_pb2, inference_pb2
-from twostroke.router import chat_wire, message_bounds
-from twostroke.router.call_wire import Said, chat_call, generate_call, tokenize_call
-from twostroke.router.message_bounds import MAX_FIELDS, check_bounds
+from twostroke.router.api.grpc import chat_wire, message_bounds
+from twostroke.router.api.grpc.call_wire import Said, chat_call, generate_call, tokenize_call
+from twostroke.router.api.grpc.message_bounds import MAX_FIELDS, check_bounds
 
 CHAT = inference_pb2.ChatRequest.DESCRIPTOR
 GENERATE = inference_pb2.GenerateRequest.DESCRIPTOR

@@ -10,10 +10,10 @@ import pytest
 from twostroke.client.messages import add_messages
 from twostroke.core.errors import InvalidRequest
 from twostroke.protos import inference_pb2
-from twostroke.router.chat_wire import MAX_ITEMS, chat_messages
-from twostroke.router.ignored import MAX_NAMES, Ignored
-from twostroke.router.messages import MAX_MESSAGES, MAX_PARTS, check_messages
-from twostroke.router.toolcalls import MAX_CALLS, MAX_DEPTH
+from twostroke.router.api.grpc.chat_wire import MAX_ITEMS, chat_messages
+from twostroke.router.api.ignored import MAX_NAMES, Ignored
+from twostroke.router.api.messages import MAX_MESSAGES, MAX_PARTS, check_messages
+from twostroke.router.api.toolcalls import MAX_CALLS, MAX_DEPTH
 
 USER = {"role": "user", "content": "hi"}
 CALL = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"city": "Zürich", "n": [1, null]}'}}

@@ -13,8 +13,8 @@ from twostroke.core.life import Life, Transfer
 from twostroke.core.request import FinishReason
 from twostroke.core.tally import Spread
 from twostroke.core.timeline import Instant, Phases, Timeline
-from twostroke.router.engine_totals import EngineTotals
-from twostroke.router.facts import LoadFacts, WorkerKey
+from twostroke.router.routing.engine_totals import EngineTotals
+from twostroke.router.routing.facts import LoadFacts, WorkerKey
 
 LIFE = Life(
     prompt_tokens=100,

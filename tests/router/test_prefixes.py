@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from twostroke.kv.block import BlockIdentity, chain
-from twostroke.router.prefixes import PrefixMap
+from twostroke.router.routing.prefixes import PrefixMap
 
 KEY = b"k" * 16
 ROOT = b"r" * 16

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from twostroke.core.errors import Overloaded
 from twostroke.core.request import Epoch, FinishReason, Role, TokenLogprobs
 from twostroke.protos import common_pb2
-from twostroke.router.admission import Admission, AdmissionLimits, Offer
-from twostroke.router.coefficients import Coefficients
-from twostroke.router.delivery import Delivery, PieceBuffer, Verdict
-from twostroke.router.facts import ModelFacts, WorkerFacts, WorkerKey
-from twostroke.router.fleet import Fleet
-from twostroke.router.journal import Journal
-from twostroke.router.pieces import Piece
-from twostroke.router.policy import PolicyLimits, RequestFacts, WorkerView, choose
+from twostroke.router.requests.admission import Admission, AdmissionLimits, Offer
+from twostroke.router.requests.delivery import Delivery, PieceBuffer, Verdict
+from twostroke.router.requests.journal import Journal
+from twostroke.router.requests.pieces import Piece
+from twostroke.router.routing.coefficients import Coefficients
+from twostroke.router.routing.facts import ModelFacts, WorkerFacts, WorkerKey
+from twostroke.router.routing.fleet import Fleet
+from twostroke.router.routing.policy import PolicyLimits, RequestFacts, WorkerView, choose
 
 messages = st.lists(
     st.tuples(st.sampled_from(["tokens", "end", "dispatch"]), st.integers(0, 2), st.integers(1, 4), st.integers(0, 6)),

@@ -6,8 +6,8 @@ import time
 import pytest
 
 from twostroke.core.errors import DeadlineExceeded, Overloaded
-from twostroke.router import reading
-from twostroke.router.reading import Room, Workbench
+from twostroke.router.api.http import reading
+from twostroke.router.api.http.reading import Room, Workbench
 
 
 async def test_a_lease_gives_back_what_it_did_not_need_and_then_the_rest_once():

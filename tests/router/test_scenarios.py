@@ -21,12 +21,12 @@ import pytest
 
 from twostroke.core.errors import TwostrokeError
 from twostroke.core.request import Epoch, FinishReason, Role, SequenceKey
-from twostroke.router.admission import Admission, AdmissionLimits, Offer
-from twostroke.router.delivery import Delivery
-from twostroke.router.facts import LoadFacts, ModelFacts, WorkerFacts, WorkerKey
-from twostroke.router.fleet import Fleet, FleetChange
-from twostroke.router.policy import Candidate, Choice, PolicyLimits, RequestFacts, choose
-from twostroke.router.views import count_work, views_of
+from twostroke.router.requests.admission import Admission, AdmissionLimits, Offer
+from twostroke.router.requests.delivery import Delivery
+from twostroke.router.routing.facts import LoadFacts, ModelFacts, WorkerFacts, WorkerKey
+from twostroke.router.routing.fleet import Fleet, FleetChange
+from twostroke.router.routing.policy import Candidate, Choice, PolicyLimits, RequestFacts, choose
+from twostroke.router.routing.views import count_work, views_of
 
 SCENARIOS = sorted((Path(__file__).parents[1] / "scenarios" / "router").glob("*.txt"))
 SHORT = {

@@ -12,7 +12,7 @@ from fake_worker import FakeWorker
 from flow_cluster import cluster, collect, request, until
 
 from twostroke.protos import worker_pb2
-from twostroke.router import sessions
+from twostroke.router.workers import links as sessions
 
 
 async def test_a_session_whose_orders_cannot_be_written_is_lost_at_once(monkeypatch) -> None:

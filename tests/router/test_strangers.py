@@ -14,7 +14,7 @@ from flow_cluster import cluster, collect, expected, request, tokens_of, until
 
 from twostroke.core import errors, inside
 from twostroke.core.guard import Guard
-from twostroke.router.sessions import WorkerLink
+from twostroke.router.workers.links import WorkerLink
 
 OTHER_KEY = b"q" * 32
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from twostroke.router.stream import EventStream, to_json, to_json_in_parts
+from twostroke.router.api.http.sse import EventStream, to_json, to_json_in_parts
 
 
 class Played:

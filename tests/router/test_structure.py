@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twostroke.core.errors import InvalidRequest
-from twostroke.router import structure
-from twostroke.router.ignored import Ignored
-from twostroke.router.messages import check_messages
-from twostroke.router.openai import json_object
-from twostroke.router.structure import SLICE_BYTES, Bounds, built, finished
+from twostroke.router.api.http import structure
+from twostroke.router.api.http.structure import SLICE_BYTES, Bounds, built, finished
+from twostroke.router.api.ignored import Ignored
+from twostroke.router.api.messages import check_messages
+from twostroke.router.api.openai_requests import json_object
 
 _FILE = Path(__file__).parents[2] / "bench/hostile/http_inputs.py"
 _SPEC = importlib.util.spec_from_file_location("http_inputs", _FILE)

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from twostroke.core.errors import DeadlineExceeded
-from twostroke.router.text_work import LARGE_CHARS, TextWork
+from twostroke.router.api.text_work import LARGE_CHARS, TextWork
 
 
 class Held:

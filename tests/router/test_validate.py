@@ -9,9 +9,9 @@ import pytest
 
 from twostroke.core.errors import ContextLengthExceeded, InvalidRequest, Unauthenticated
 from twostroke.core.request import Request
-from twostroke.router.call import Call
-from twostroke.router.models import ServedModel
-from twostroke.router.validate import Limits, validate
+from twostroke.router.api.call import Call
+from twostroke.router.api.models import ServedModel
+from twostroke.router.api.validate import Limits, validate
 from twostroke.text.tokenizer import Tokenizer
 
 VOCAB, CONTEXT = 4096, 100

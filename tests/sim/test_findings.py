@@ -3,13 +3,13 @@
 from twostroke.core.errors import TokensLost
 from twostroke.core.request import Epoch, Request, SamplingParams
 from twostroke.core.timeline import Instant, Timeline
-from twostroke.kv.handover import Label, Timing
-from twostroke.kv.handover_receiver import Receiver
+from twostroke.kv.handover.machine import Label, Timing
+from twostroke.kv.handover.receiver import Receiver
 from twostroke.kv.messages import epoch_to_wire
 from twostroke.protos import common_pb2, worker_pb2
 from twostroke.protos import handover_pb2 as pb
-from twostroke.router.delivery import Verdict
-from twostroke.router.run import Dispatch, Run
+from twostroke.router.requests.delivery import Verdict
+from twostroke.router.requests.run import Dispatch, Run
 from twostroke.sim.workers import ROUTER_MODEL
 
 EPOCH = Epoch(1, 1)

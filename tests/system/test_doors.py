@@ -21,7 +21,7 @@ from twostroke import Client, ConfigError, RequestNotFound, Unauthenticated
 from twostroke.client.status import from_rpc_error
 from twostroke.core.errors import InternalError
 from twostroke.protos import common_pb2, inference_pb2
-from twostroke.router.guard import OPEN
+from twostroke.router.api.grpc.guard import OPEN
 
 KEY = "first-secret"
 GOOD = (("authorization", f"Bearer {KEY}"),)

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from twostroke import Client
+from twostroke.checkpoint.config import BUNDLED
 from twostroke.core.ports import free_ports
-from twostroke.model.config import BUNDLED
 
 sys.path.insert(0, str(Path(__file__).parent))
 from observer import POLL_S

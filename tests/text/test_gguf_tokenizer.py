@@ -11,8 +11,8 @@ import pytest
 import tokenizers
 from real_models import VOCABULARIES, real_models
 
+from twostroke.checkpoint.gguf.file import GgufFile
 from twostroke.core.errors import CheckpointError
-from twostroke.text.gguf_file import GgufFile
 from twostroke.text.gguf_tokenizer import end_ids
 from twostroke.text.incremental import IncrementalText
 from twostroke.text.template import ChatTemplate

@@ -1,0 +1,58 @@
+"""Where a checkpoint lies: the bundled model, a directory, a GGUF file, or a hub name. Opens no tensor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..core.errors import CheckpointError
+from .config import BUNDLED
+from .gguf.file import GgufFile
+
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]  # never pickles
+
+
+def resolve(path: str) -> Path:
+    """The checkpoint's directory, or its one GGUF file; a hub name is downloaded first.
+
+    Raises:
+        CheckpointError: nothing of that name here or at the hub, no config.json in it, or a file that is no GGUF.
+    """
+    directory = Path(__file__).resolve().parent / BUNDLED if path == BUNDLED else Path(path).expanduser()
+    if directory.is_file():
+        GgufFile(directory)  # or it raises, with the remedy
+        return directory
+    if not directory.is_dir():
+        directory = _download(path)
+    if not (directory / "config.json").is_file():
+        files = sorted(file.name for file in directory.glob("*.gguf"))
+        remedy = f"name one of its files, e.g. {directory / files[0]}" if files else "name one in Hugging Face's format"
+        raise CheckpointError(f"model.path is {path!r}: no config.json in that directory; {remedy}, or a GGUF file")
+    return directory
+
+
+def served_name(path: str, name: str | None) -> str:
+    """What clients call the model: the given name, the hub name, the directory's, or the file's without .gguf."""
+    if name:
+        return name
+    if path == BUNDLED:
+        return "twostroke-bundled"
+    place = Path(path).expanduser()
+    if place.is_file():
+        return place.stem
+    return Path(path).name if place.is_dir() else path
+
+
+def _download(path: str) -> Path:
+    looks_like_a_hub_name = path.count("/") == 1 and not path.startswith((".", "/", "~"))
+    if not looks_like_a_hub_name:
+        raise CheckpointError(
+            f"model.path is {path!r}: no such directory or file; give one, or a hub name 'owner/model'"
+        )
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(path, allow_patterns=_HUB_FILES))
+    except Exception as error:  # the hub client raises a dozen kinds; each means the same to the user
+        raise CheckpointError(
+            f"model.path is {path!r}: not a directory here, and the hub did not give it: {error}"
+        ) from None

@@ -1,0 +1,80 @@
+"""Members as objects on this event loop, each worker with an engine thread: for tests, notebooks and the wiring."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+from ...kernels.cpu.build import stop_building
+from ...router.process import RouterProcess
+from ...worker.process import WorkerProcess
+from ..placement import Member
+from .last_words import End
+from .launcher import Ended, Site, worker_settings
+
+ABORT_S = 0.5
+
+
+class InProcessLauncher:
+    """Runs every member here. The sockets between them are real."""
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+        self._running: dict[str, tuple[WorkerProcess | RouterProcess, Ended]] = {}
+        self._watchers: set[asyncio.Task[None]] = set()
+
+    async def start(self, member: Member, ended: Ended) -> None:
+        """Build and start the member's object."""
+        process: WorkerProcess | RouterProcess
+        if member.kind == "router":
+            config = self._site.config
+            settings = config.router.model_copy(update={"internal_port": self._site.internal_port})
+            reads_defaults = config.model.generation_config == "auto"
+            process = RouterProcess(settings, config.cluster.key, reads_defaults=reads_defaults)
+        else:
+            process = WorkerProcess(worker_settings(self._site, member))
+        try:
+            await process.start()
+        except BaseException:
+            await process.stop(0.0)  # ports and threads of a failed start are this process's own
+            raise
+        self._running[member.name] = (process, ended)
+        watcher = asyncio.create_task(self._watch(member.name, process))
+        self._watchers.add(watcher)
+        watcher.add_done_callback(self._watchers.discard)
+
+    async def stop(self, name: str, grace_s: float) -> None:
+        """Drain and stop it."""
+        if name in self._running:
+            process, ended = self._running.pop(name)
+            await process.stop(grace_s)
+            ended(name, End("stopped"))
+
+    async def kill(self, name: str) -> None:
+        """Stop it without a drain."""
+        await self.stop(name, 0.0)
+
+    async def close(self) -> None:
+        """Stop what still runs."""
+        await asyncio.gather(*(self.stop(name, 0.0) for name in list(self._running)))
+        for watcher in self._watchers:
+            watcher.cancel()
+        await asyncio.gather(*self._watchers, return_exceptions=True)
+
+    async def abort(self) -> None:
+        """Stop what runs. A thread that builds an engine cannot be ended: only the kernels' compilers are."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.close(), ABORT_S)
+        await asyncio.to_thread(stop_building, ABORT_S)
+
+    def said(self, _: str) -> str:
+        """Nothing: its log is this process's own."""
+        return ""
+
+    async def _watch(self, name: str, process: WorkerProcess | RouterProcess) -> None:
+        """Tell of a member that ended by its own fault."""
+        await process.ended.wait()
+        if self._running.get(name, (None,))[0] is process:
+            _, ended = self._running.pop(name)
+            await process.stop(0.0)
+            ended(name, End("it ended by its own fault; the log has more"))

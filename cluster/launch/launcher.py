@@ -1,0 +1,83 @@
+"""What every launcher does: start a member, tell when it ends, stop it. Knows no way of doing it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from ...core.request import Role
+from ...worker.settings import WorkerSettings
+from ..config import Config
+from ..placement import Member
+from .last_words import End
+
+Ended = Callable[[str, End], None]
+"""Called on the supervisor's loop with a member's name and how it ended, once per start."""
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """What all members of one cluster share: the configuration, the checkpoint's directory, the router's address."""
+
+    config: Config
+    model_directory: str
+    model_name: str
+    internal_port: int  # of the router, fixed before the first start so that a restarted router is found again
+
+    @property
+    def internal_address(self) -> str:
+        """Where workers announce themselves."""
+        return f"127.0.0.1:{self.internal_port}"
+
+
+class Launcher(Protocol):
+    """One way of running members: in this process, as child processes, or as Ray actors."""
+
+    async def start(self, member: Member, ended: Ended) -> None:
+        """Start a member; returns when its process exists (not yet when it serves)."""
+        ...
+
+    async def stop(self, name: str, grace_s: float) -> None:
+        """Let it drain for `grace_s`, then end it. `ended` is called as for any end."""
+        ...
+
+    async def kill(self, name: str) -> None:
+        """End it now, even when it is frozen. `ended` is called as for any end."""
+        ...
+
+    async def close(self) -> None:
+        """Leave nothing behind: no process, no session, no file."""
+        ...
+
+    async def abort(self) -> None:
+        """`close`, but at once, whatever is under way: nobody waits for an answer. Takes a second at most."""
+        ...
+
+    def said(self, name: str) -> str:
+        """The last line of a running member's log, where there is one."""
+        ...
+
+
+def worker_settings(site: Site, member: Member) -> WorkerSettings:
+    """One worker's settings, from the cluster's configuration and its place in the plan."""
+    config = site.config
+    return WorkerSettings(
+        worker_id=member.name,
+        role=member.role or Role.COMBINED,
+        model_directory=site.model_directory,
+        model_name=site.model_name,
+        model=config.model.model_copy(update={"device": member.device}),
+        gpu=member.gpu,
+        cache=config.cache,
+        step=config.step,
+        memory_bytes=member.memory_bytes,
+        num_threads=member.num_threads,
+        insecure=config.router.insecure,
+        metrics_port=member.metrics_port,
+        metrics_keys=config.router.api_keys,
+        routers=(site.internal_address,),
+        cluster_key=config.cluster.key,
+        orphan_grace_s=config.cluster.orphan_grace_s,
+        drain_timeout_s=config.cluster.drain_timeout_s,
+    )

@@ -1,0 +1,130 @@
+"""Members as child processes of this one: what a machine without Ray uses, and what each pod runs one of."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+
+import yaml
+
+from ..placement import Member
+from ..scratch import Scratch
+from .environment import member_environment
+from .last_words import cause_of, end_of_process
+from .launcher import Ended, Site
+from .member_log import MemberLog
+
+_LOG_CHECK_S = 5.0
+_ABORT_S = 0.5
+
+
+class ProcessLauncher:
+    """Starts `twostroke worker` and `twostroke router`. Their configuration, which holds keys, is in no file and no
+    argument: each reads it from its standard input.
+    """
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+        self._scratch = Scratch("twostroke-")
+        self._directory = self._scratch.path
+        self._processes: dict[str, asyncio.subprocess.Process] = {}
+        self._watchers: set[asyncio.Task[None]] = set()
+        values = site.config.model_dump(mode="json")
+        values["model"]["path"], values["model"]["name"] = site.model_directory, site.model_name
+        values["router"]["internal_port"] = site.internal_port
+        self._config = yaml.safe_dump(values).encode()
+
+    async def start(self, member: Member, ended: Ended) -> None:
+        """Start one child; its output goes to a log file whose end becomes its last words."""
+        log = MemberLog(self._directory, member.name)
+        with log.open() as out:
+            process = await asyncio.create_subprocess_exec(
+                *self._command(member),
+                stdout=out,
+                stderr=out,
+                stdin=asyncio.subprocess.PIPE,
+                start_new_session=True,  # Ctrl-C reaches the supervisor alone, which drains
+                env=self._environment(member),
+            )
+        self._processes[member.name] = process
+        assert process.stdin is not None
+        process.stdin.write(self._config)  # all of it, as the child comes to read
+        process.stdin.close()
+        watcher = asyncio.create_task(self._watch(member.name, process, log, ended))
+        self._watchers.add(watcher)
+        watcher.add_done_callback(self._watchers.discard)
+
+    async def stop(self, name: str, grace_s: float) -> None:
+        """SIGTERM, wait, SIGKILL."""
+        process = self._processes.get(name)
+        if process is None or process.returncode is not None:
+            return
+        process.send_signal(signal.SIGTERM)
+        try:
+            await asyncio.wait_for(process.wait(), grace_s + 2.0)
+        except TimeoutError:
+            _end(process)
+            await process.wait()
+
+    async def kill(self, name: str) -> None:
+        """SIGKILL, which a stopped process hears too."""
+        process = self._processes.get(name)
+        if process is not None:
+            _end(process)
+
+    async def close(self) -> None:
+        """End what still runs and remove the files."""
+        await asyncio.gather(*(self.stop(name, 0.0) for name in list(self._processes)))
+        if self._watchers:
+            await asyncio.wait(self._watchers, timeout=2.0)
+        self._scratch.remove()
+
+    async def abort(self) -> None:
+        """SIGKILL for all, and remove the files."""
+        for process in self._processes.values():
+            _end(process)
+        if self._watchers:
+            await asyncio.wait(self._watchers, timeout=_ABORT_S)
+        self._scratch.remove()
+
+    def said(self, name: str) -> str:
+        """The last line of its log."""
+        return cause_of(MemberLog(self._directory, name).tail())
+
+    def _command(self, member: Member) -> list[str]:
+        command = [sys.executable, "-P", "-m", "twostroke.cli.main", member.kind, "--config", "-"]
+        if member.kind == "worker":
+            command += ["--role", str(member.role), "--worker-id", member.name]
+            command += ["--router", self._site.internal_address, "--memory-bytes", str(member.memory_bytes)]
+            command += ["--metrics-port", "none" if member.metrics_port is None else str(member.metrics_port)]
+        return [*command, "--parent-pid", str(os.getpid())]
+
+    def _environment(self, member: Member) -> dict[str, str]:
+        threads = str(member.num_threads)
+        kept = member_environment()
+        given = {"OMP_NUM_THREADS": threads, "TWOSTROKE__STEP__NUM_THREADS": threads}
+        if member.kind == "worker":
+            given["TWOSTROKE__MODEL__DEVICE"] = member.device
+        if member.device == "cuda":
+            visible = kept.get("CUDA_VISIBLE_DEVICES", "").split(",")
+            given["CUDA_VISIBLE_DEVICES"] = visible[member.gpu] if visible[0] else str(member.gpu)
+        return kept | given
+
+    async def _watch(self, name: str, process: asyncio.subprocess.Process, log: MemberLog, ended: Ended) -> None:
+        ending = asyncio.create_task(process.wait())
+        while not (await asyncio.wait({ending}, timeout=_LOG_CHECK_S))[0]:
+            await asyncio.to_thread(log.bound)
+        code = ending.result()
+        if self._processes.get(name) is process:
+            del self._processes[name]
+        ended(name, end_of_process(code, log.tail()))
+
+
+def _end(process: asyncio.subprocess.Process) -> None:
+    """SIGKILL, for whatever it started too: each member leads a group of its own."""
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)

@@ -1,0 +1,160 @@
+"""Members as Ray actors: Ray places, names and ends them; the supervisor alone restarts them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from ...core.hosted import Hosted
+from ...core.request import Role
+from ...decode_worker.actor import DecodeWorker
+from ...prefill_worker.actor import PrefillWorker
+from ...router.actor import Router
+from ...router.config import RouterConfig
+from ...worker.settings import WorkerSettings
+from ..placement import Member
+from .last_words import End, end_of_error
+from .launcher import Ended, Site, worker_settings
+from .ray_session import RaySession
+
+if TYPE_CHECKING:
+    from ...router.process import RouterProcess
+    from ...worker.process import WorkerProcess
+
+
+class RayLauncher:
+    """One named actor per member, on a local Ray of our own or a given cluster."""
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+        self._session = RaySession(site.config.cluster.ray_address)
+        self._opened = False
+        self._executor = ThreadPoolExecutor(1, "ray")  # Ray's processes end with the thread that started them
+        self._actors: dict[str, Any] = {}
+        self._watchers: dict[str, asyncio.Task[None]] = {}
+
+    async def start(self, member: Member, ended: Ended) -> None:
+        """Create the actor; it starts serving in its constructor."""
+        if not self._opened:
+            await asyncio.get_running_loop().run_in_executor(self._executor, self._session.open)
+            self._opened = True
+        actor = self._create(member)
+        self._actors[member.name] = actor
+        self._watchers[member.name] = asyncio.create_task(self._watch(member.name, actor, ended))
+
+    async def stop(self, name: str, grace_s: float) -> None:
+        """Ask it to drain; end it when it does not."""
+        actor, watcher = self._actors.get(name), self._watchers.get(name)
+        if actor is None or watcher is None:
+            return
+        import ray
+
+        try:
+            await asyncio.wait_for(_settled(actor.stop.remote()), 2.0)
+            await asyncio.wait_for(asyncio.shield(watcher), grace_s + 5.0)
+        except (TimeoutError, ray.exceptions.RayError):
+            pass  # it hangs or is gone already; either way it is ended below
+        ray.kill(actor, no_restart=True)
+
+    async def kill(self, name: str) -> None:
+        """Have Ray end the actor's process by force."""
+        import ray
+
+        if name in self._actors:
+            ray.kill(self._actors[name], no_restart=True)
+
+    async def close(self) -> None:
+        """Shut our Ray down and remove its files."""
+        await asyncio.gather(*(self.stop(name, 0.0) for name in list(self._actors)))
+        await asyncio.get_running_loop().run_in_executor(self._executor, self._session.close)
+        self._opened = False
+        self._executor.shutdown(wait=False)
+
+    async def abort(self) -> None:
+        """End our Ray with all its processes; leave one that we joined, which ends our actors."""
+        for watcher in self._watchers.values():
+            watcher.cancel()
+        await asyncio.to_thread(self._session.abort)
+        self._executor.shutdown(wait=False)
+
+    def said(self, _: str) -> str:
+        """Nothing: what actors write is in Ray's own files."""
+        return ""
+
+    def _create(self, member: Member) -> Any:
+        site, grace_s = self._site, self._site.config.cluster.drain_timeout_s
+        if member.kind == "router":
+            settings = site.config.router.model_copy(update={"internal_port": site.internal_port})
+            reads_defaults = site.config.model.generation_config == "auto"
+            build = _BuildRouter(settings, site.config.cluster.key, reads_defaults=reads_defaults)
+            return _actor(Router, member).remote(build, grace_s)
+        kind = PrefillWorker if member.role is Role.PREFILL else DecodeWorker
+        return _actor(kind, member).remote(_BuildWorker(worker_settings(site, member)), grace_s)
+
+    async def _watch(self, name: str, actor: Any, ended: Ended) -> None:
+        import ray
+
+        try:
+            end = End(str(await _settled(actor.run.remote())))
+        except ray.exceptions.RayError as error:
+            end = end_of_error(str(error))
+        if self._actors.get(name) is actor:
+            del self._actors[name], self._watchers[name]
+        ended(name, end)
+
+
+class _BuildRouter:
+    """Pickled to the actor's process, called there: only that process imports what it runs."""
+
+    def __init__(self, settings: RouterConfig, key: str, *, reads_defaults: bool) -> None:
+        self._settings, self._key, self._reads_defaults = settings, key, reads_defaults
+
+    def __call__(self) -> RouterProcess:
+        from ...router.process import RouterProcess
+
+        return RouterProcess(self._settings, self._key, reads_defaults=self._reads_defaults)
+
+
+class _BuildWorker:
+    """Pickled to the actor's process, called there: only that process imports what it runs."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self._settings = settings
+
+    def __call__(self) -> WorkerProcess:
+        from ...worker.process import WorkerProcess
+
+        return WorkerProcess(self._settings)
+
+
+def _actor(kind: type[Hosted], member: Member) -> Any:
+    """The actor class with our options; `stop` and `pid` answer while `run` blocks."""
+    import ray
+
+    remote: Any = ray.remote  # its stubs do not know concurrency groups
+    control = ray.method(concurrency_group="control")
+    remote_kind = type(kind.__name__, (kind,), {"stop": control(_stop), "pid": control(_pid)})
+    return remote(concurrency_groups={"control": 2})(remote_kind).options(
+        name=f"{member.name}-{os.urandom(3).hex()}",  # a dead actor's name is not free again at once
+        num_cpus=0,
+        max_restarts=0,
+        max_task_retries=0,
+        # We place GPUs ourselves (settings.gpu), so Ray must not hide them from an actor that asked for none.
+        runtime_env={
+            "env_vars": {"OMP_NUM_THREADS": str(member.num_threads), "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+        },
+    )
+
+
+def _stop(self: Hosted) -> None:
+    Hosted.stop(self)
+
+
+def _pid(self: Hosted) -> int:
+    return Hosted.pid(self)
+
+
+async def _settled(reference: Any) -> Any:
+    return await asyncio.wrap_future(reference.future())

@@ -1,0 +1,173 @@
+"""A local Ray of our own that leaves nothing behind, or a given one joined. The only file that configures Ray."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ...core.errors import ConfigError
+from ..config import ENVIRONMENT_PREFIX
+from ..launch import ray_guard
+from ..scratch import Scratch
+from .environment import member_environment
+from .last_words import cause_of
+from .ray_guard import set_variables
+from .ray_processes import end_processes
+
+NAMESPACE = "twostroke"
+_OBJECT_STORE_BYTES = 80 << 20  # about the smallest Ray takes; no KV ever goes through it
+_SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set for programs that `ray job submit` runs
+_RAYS = "r"  # Ray lets everybody write into its folder, so that one lies within ours, which nobody else can enter
+_LEAVE_S = 1.0
+_ANSWER_S = 5.0
+_ELSEWHERE = (  # what sends a local Ray or its workers to another cluster, store, port, folder or environment
+    "RAY_ADDRESS",
+    "RAY_NAMESPACE",
+    "RAY_REDIS_ADDRESS",
+    "RAY_GCS_SERVER_PORT",
+    "RAY_RUNTIME_ENV",
+    "RAY_RUNTIME_ENV_HOOK",
+    "RAY_OVERRIDE_RESOURCES",
+    "RAY_OVERRIDE_LABELS",
+    "RAY_LOG_TO_STDERR",
+    "RAY_AUTH_TOKEN",
+    _SUBMITTED,
+)
+_LOG_LIMITS = {  # of each file; without them what an actor writes has no bound
+    "RAY_ROTATION_MAX_BYTES": str(16 << 20),
+    "RAY_ROTATION_BACKUP_COUNT": "1",
+}
+
+
+class RaySession:
+    """Ray, from `open` to `close` or `abort`. `open` is for one thread, which must live as long as Ray."""
+
+    def __init__(self, address: str | None) -> None:
+        self._address = None if address == "local" else address
+        self._scratch = Scratch("ts-ray-")  # short: Ray keeps unix sockets below it
+        self._opener: threading.Thread | None = None
+        self._is_aborted = False
+        self._before: dict[str, str | None] = {}
+
+    def open(self) -> None:
+        """Start or join Ray. Takes 3 to 6 seconds.
+
+        Raises:
+            ConfigError: Ray did not start or the cluster was not found.
+        """
+        if self._is_aborted:
+            return
+        self._opener = threading.current_thread()
+        empty = self._scratch.path / "empty"
+        try:
+            empty.mkdir()
+            if self._address:
+                self._join(self._address, empty)
+            else:
+                self._start(self._scratch.path / _RAYS, empty)
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"{error}: pip install 'twostroke[ray]', or use --launcher process") from None
+        except Exception as error:
+            what = f"the Ray cluster at {self._address} cannot be joined" if self._address else "Ray did not start"
+            raise ConfigError(f"{what}: {cause_of(str(error))}; --launcher process needs no Ray") from error
+
+    def close(self) -> None:
+        """Shut down what `open` started and remove its files."""
+        if self._opener is not None:
+            _shut_down()
+        self._remove_files()
+
+    def abort(self) -> None:
+        """End our Ray at once, also one on its way up; of a joined one, leave. Nothing of ours is left then."""
+        self._is_aborted = True
+        if self._address:
+            leaving = threading.Thread(target=_shut_down, daemon=True)
+            leaving.start()
+            leaving.join(_LEAVE_S)
+        else:
+            sys.addaudithook(self._refuse)  # whatever `open` still wants to make: a process, a folder
+            end_processes(self._scratch.path)
+        self._remove_files()
+
+    def _join(self, address: str, empty: Path) -> None:
+        import ray
+
+        _check_answers(address)  # Ray itself would try for minutes
+        # A submitted job's own folder is where its author wanted it, and Ray takes no second one.
+        ray.init(address=address, **_common(None if _SUBMITTED in os.environ else empty))
+
+    def _start(self, folder: Path, empty: Path) -> None:
+        folder.mkdir()
+        with self._environment(folder):
+            import ray
+
+            ray_guard.read_settings()
+            ray_guard.check_token()
+            with ray_guard.on_loopback():
+                ray.init(
+                    address="local",  # whatever else runs here
+                    _temp_dir=str(folder),
+                    include_dashboard=False,
+                    num_cpus=1,  # actors ask for none: threads are ours to count (cluster/placement.py)
+                    object_store_memory=_OBJECT_STORE_BYTES,
+                    _system_config={"worker_niceness": 0},  # else 15: any neighbour makes our workers look dead
+                    **_common(empty),
+                )
+            ray_guard.check_loopback()
+
+    @contextmanager
+    def _environment(self, folder: Path) -> Iterator[None]:
+        """What Ray reads while it starts, and its processes inherit. The token's place is told until `close`."""
+        search = member_environment()
+        wanted: dict[str, str | None] = {name: search.get(name) for name in ("PYTHONPATH", "PYTHONSAFEPATH")}
+        wanted |= dict.fromkeys(_ELSEWHERE)
+        wanted |= {name: None for name in os.environ if name.startswith(ENVIRONMENT_PREFIX)}  # keys may be among them
+        wanted |= {"RAY_TMPDIR": str(folder), "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+        wanted |= {name: os.environ.get(name, limit) for name, limit in _LOG_LIMITS.items()}
+        self._before = set_variables(ray_guard.token_settings(self._scratch.path))
+        before = set_variables(wanted)
+        try:
+            yield
+        finally:
+            set_variables(before)
+
+    def _refuse(self, _event: str, _arguments: object) -> None:
+        """The audit hook of an aborted `open`: nothing more happens in its thread."""
+        if threading.current_thread() is self._opener:
+            raise RuntimeError("Ray's start was aborted")
+
+    def _remove_files(self) -> None:
+        self._scratch.remove()
+        if self._before:
+            set_variables(self._before)
+            self._before = {}
+            if "ray" in sys.modules:
+                ray_guard.read_settings()  # a Ray that the program uses next is guarded as the program says
+
+
+def _check_answers(address: str) -> None:
+    """Raises OSError when nobody listens at host:port. Other forms of an address are Ray's to explain."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), _ANSWER_S).close()
+
+
+def _shut_down() -> None:
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
+
+
+def _common(empty: Path | None) -> dict[str, Any]:
+    """Options of every `ray.init`.
+
+    Ray puts the driver's working folder, and its script's, on its workers' search path, in front of all else, unless
+    the job has a folder of its own: ours is empty.
+    """
+    given: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "ERROR"}
+    return given | ({"runtime_env": {"working_dir": str(empty)}} if empty else {})

@@ -1,0 +1,212 @@
+"""The face's side of the link: sends commands, routes events to their owners by sequence. Knows no protocol."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from ..core.errors import Unavailable
+from ..core.request import FinishReason, SequenceKey
+from ..kv.block import BlockIdentity
+from .messages import (
+    AskSnapshot,
+    BlocksFetched,
+    CacheDelta,
+    CacheSnapshot,
+    CancelSequence,
+    Command,
+    Ended,
+    Event,
+    FetchBlocks,
+    LoadNews,
+    StepTokens,
+    Submit,
+    TokenNews,
+)
+
+log = logging.getLogger(__name__)
+
+SequenceEvent = Event | TokenNews
+"""What an owner hears: any event with its key; a step's tokens arrive as its own `TokenNews` only."""
+
+Owner = Callable[[SequenceEvent], None]
+"""Called on the face's loop. Must not block; slow work goes to a task of the owner. If it raises, its sequence ends."""
+
+CacheListener = Callable[[CacheDelta | CacheSnapshot], None]
+LoadListener = Callable[[LoadNews], None]
+StepListener = Callable[[int], None]
+
+
+class FaceLink(Protocol):
+    """The face's end of an EngineLink."""
+
+    def send(self, command: Command) -> None:
+        """Give the engine a command; never waits."""
+        ...
+
+    async def receive(self) -> Sequence[Event]:
+        """Wait for events; returns all that are there, in order. Empty: the engine has ended."""
+        ...
+
+
+class Dispatcher:
+    """One per worker. Owners register before they submit and are forgotten with their `Ended`.
+
+    When the engine ends, everything that waits here ends too: owners hear `Ended`, fetches raise.
+    """
+
+    def __init__(self, link: FaceLink) -> None:
+        self._link = link
+        self._owner_by_key: dict[SequenceKey, Owner] = {}
+        self._fetches: dict[int, asyncio.Future[BlocksFetched]] = {}
+        self._fetch_ids = itertools.count(1)
+        self._cache_listeners: list[CacheListener] = []
+        self._load_listeners: list[LoadListener] = []
+        self._step_listeners: list[StepListener] = []
+        self._ended = asyncio.Event()
+        self._is_over = False  # the engine has ended: nothing is answered any more
+        self.last_load: LoadNews | None = None
+
+    # -------------------------------------------------------------- to the engine
+
+    def own(self, key: SequenceKey, owner: Owner) -> None:
+        """Send every event of `key` to `owner` until the sequence has ended."""
+        assert key not in self._owner_by_key, key
+        self._owner_by_key[key] = owner
+
+    def send(self, command: Command) -> None:
+        """Give the engine a command. Where it has ended, a `Submit` is answered by an `Ended` like any other."""
+        try:
+            self._link.send(command)
+        except Unavailable as error:
+            assert isinstance(command, Submit), command
+            ended = Ended(command.key, FinishReason.ERROR, error.code, error.message)
+            asyncio.get_running_loop().call_soon(self._route, ended)
+
+    async def fetch(self, identities: Sequence[BlockIdentity], first_token: int, root: bytes) -> BlocksFetched:
+        """Read cached hash blocks by identity, as far as their chain begins at `root`.
+
+        Raises:
+            Unavailable: the engine has ended, or ends meanwhile.
+        """
+        if self._is_over:
+            raise _engine_ended()
+        fetch_id = next(self._fetch_ids)
+        future: asyncio.Future[BlocksFetched] = asyncio.get_running_loop().create_future()
+        self._fetches[fetch_id] = future
+        try:
+            self._link.send(FetchBlocks(fetch_id, tuple(identities), first_token, root))
+            return await future
+        finally:
+            del self._fetches[fetch_id]
+
+    # -------------------------------------------------------------- listeners
+
+    def on_cache(self, listener: CacheListener) -> None:
+        """Hear of every change of the prefix cache, and of snapshots that anyone asked for."""
+        self._cache_listeners.append(listener)
+
+    def on_load(self, listener: LoadListener) -> None:
+        """Hear the engine's beat."""
+        self._load_listeners.append(listener)
+
+    def on_step(self, listener: StepListener) -> None:
+        """Hear a step's number before its tokens are given out."""
+        self._step_listeners.append(listener)
+
+    def ask_snapshot(self) -> None:
+        """Let the engine send a `CacheSnapshot` to the cache listeners."""
+        self._link.send(AskSnapshot())
+
+    @property
+    def num_owned(self) -> int:
+        """Sequences that have not ended."""
+        return len(self._owner_by_key)
+
+    async def next_end(self) -> None:
+        """Return when some sequence has ended, or the engine."""
+        if self._is_over:
+            await asyncio.sleep(0)  # for a `Submit` that is being answered
+            return
+        self._ended.clear()
+        await self._ended.wait()
+
+    # -------------------------------------------------------------- from the engine
+
+    async def run(self) -> None:
+        """Route events until the engine ends. The only reader of the link."""
+        try:
+            while events := await self._link.receive():
+                for event in events:
+                    self._route(event)
+        finally:
+            self._release_all()
+
+    def _release_all(self) -> None:
+        """Nothing comes any more: let nobody wait for it."""
+        self._is_over = True
+        error = _engine_ended()
+        for future in self._fetches.values():
+            if not future.done():
+                future.set_exception(error)
+        for key in list(self._owner_by_key):
+            self._route(Ended(key, FinishReason.ERROR, error.code, error.message))
+        self._ended.set()
+
+    def _route(self, event: Event) -> None:
+        match event:
+            case StepTokens(step, news):
+                for listener in self._step_listeners:
+                    listener(step)
+                for tokens in news:
+                    self._tell(tokens.key, tokens)
+            case BlocksFetched(fetch_id):
+                future = self._fetches.get(fetch_id)
+                if future is not None and not future.done():
+                    future.set_result(event)
+            case CacheDelta() | CacheSnapshot():
+                for cache_listener in list(self._cache_listeners):
+                    cache_listener(event)
+            case LoadNews():
+                self.last_load = event
+                for load_listener in list(self._load_listeners):
+                    load_listener(event)
+            case Ended(key):
+                owner = self._owner_by_key.pop(key, None)
+                self._ended.set()
+                if owner is not None:
+                    self._call(owner, event)
+            case _:
+                self._tell(event.key, event)
+
+    def _tell(self, key: SequenceKey, event: SequenceEvent) -> None:
+        owner = self._owner_by_key.get(key)
+        if owner is not None:
+            self._call(owner, event)
+
+    def _call(self, owner: Owner, event: SequenceEvent) -> None:
+        try:
+            owner(event)
+        except Exception:  # one sequence's trouble must not stop the others
+            self._fail(owner, event)
+
+    def _fail(self, owner: Owner, event: SequenceEvent) -> None:
+        """Called within an `except`: end the sequence whose owner raised; of what comes now only the end is told."""
+        log.exception("event %s was not handled; its sequence ends", type(event).__name__)
+        key = getattr(event, "key", None)
+        if key is None or isinstance(event, Ended) or self._owner_by_key.get(key) is not owner:
+            return
+
+        def hear(later: SequenceEvent) -> None:
+            if isinstance(later, Ended):
+                owner(later)
+
+        self._owner_by_key[key] = hear
+        self._link.send(CancelSequence(key, FinishReason.ERROR))
+
+
+def _engine_ended() -> Unavailable:
+    return Unavailable("this worker's engine has ended; it is being restarted", retry_after_s=1.0)

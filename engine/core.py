@@ -1,0 +1,295 @@
+"""The engine's mind: commands in, decisions out. Pure: knows no clock, thread, tensor or network.
+
+    handle(command) ──▶ scheduler, pool, prefix cache ──▶ events for the face, operations for the store
+    tick(now)       ──▶ deadlines, admission
+    plan()  ──▶ StepPlan ──▶ (runner or simulator) ──▶ StepResult ──▶ apply(plan, result)
+
+Commands may come late, twice, or for a sequence in another state: those are ignored and counted, never an error, since
+a peer's message can always cross with an end. One step at a time is under way; what would free the blocks of a sequence
+within it waits for `apply`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from ..core.buckets import STEP_TOKENS
+from ..core.errors import DeadlineExceeded, InternalError, NonFiniteKv
+from ..core.request import FinishReason, SequenceKey
+from ..core.tally import Tally
+from ..kv.cache.pool import BlockPool
+from ..kv.cache.prefix import PrefixCache
+from .commands import Commands
+from .holdings import Holdings
+from .lifecycle import Lives
+from .messages import (
+    AskSnapshot,
+    Command,
+    Event,
+    FetchBlocks,
+    LoadNews,
+    Progress,
+    ReadKv,
+    Source,
+    StepTokens,
+    Stop,
+    Submit,
+    TokenNews,
+)
+from .plan import SequenceStep, StepPlan, StepResult
+from .policy import Policy
+from .report import load_news
+from .scheduler import Scheduler
+from .sequence import QUEUE_STATES, Doom, Sequence, SequenceState
+from .step_times import StepTimes
+from .store_ops import StoreOp
+from .swap import SwapSpace
+
+_S = SequenceState
+
+
+@dataclass(frozen=True, slots=True)
+class CoreLimits:
+    """Bounds that come with the model."""
+
+    max_model_len: int | None = None  # prompt plus generated tokens
+    num_swap_blocks: int = 0  # host blocks for preempted sequences; 0: they are computed again
+    max_scored_rows: int | None = None  # prompt rows whose logprobs one step gives: `policy.scored_rows`
+
+
+class EngineCore:
+    """All decisions of one worker's engine. One owner at a time; nothing in it is thread-safe."""
+
+    def __init__(
+        self,
+        limits: CoreLimits,
+        pool: BlockPool,
+        prefix: PrefixCache,
+        policy: Policy,
+        *,
+        eos_ids: Collection[int],
+        key: bytes,
+    ) -> None:
+        self.stopped = False  # a Stop came: nothing new is taken in
+        swap = SwapSpace(limits.num_swap_blocks, pool.block_tokens) if limits.num_swap_blocks else None
+        self._scheduler = Scheduler(Holdings(pool, prefix, key, swap), policy, limits.max_scored_rows)
+        self._lives = Lives(self._scheduler, frozenset(eos_ids))
+        self._commands = Commands(self._lives, limits.max_model_len)
+        self._num_steps = 0
+        self._step_tokens = Tally(STEP_TOKENS)
+        self._planned_s = 0.0
+
+    # ------------------------------------------------------------------ the doors
+
+    def handle(self, command: Command, now_s: float) -> list[Event | StoreOp]:
+        """Take one command in. Operations for the store are executed before the core's next call."""
+        lives = self._lives
+        lives.holdings.residency.now_s = now_s
+        if isinstance(command, Submit):
+            self._commands.submit(command, now_s, stopped=self.stopped)
+        elif isinstance(command, ReadKv):
+            self._commands.read(command)
+        elif isinstance(command, FetchBlocks):
+            self._commands.fetch(command)
+        elif isinstance(command, AskSnapshot):
+            lives.collect_news()
+            lives.outbox.append(lives.holdings.snapshot())
+        elif isinstance(command, Stop):
+            self.stopped = True
+            for sequence in list(self._scheduler.by_key.values()):
+                lives.end(sequence, Doom(FinishReason.CANCELLED))
+        else:
+            self._commands.change(command)
+        return lives.drain()
+
+    def tick(self, now_s: float) -> list[Event | StoreOp]:
+        """Let time pass: end what is past its deadline, let in whoever may begin. Call it before every `plan`."""
+        self._lives.holdings.residency.now_s = now_s
+        for sequence in list(self._scheduler.by_key.values()):
+            if sequence.deadline_s is not None and sequence.deadline_s <= now_s:
+                message = f"the deadline passed while the request was {sequence.state.name.lower()}"
+                self._lives.end(sequence, Doom(FinishReason.ERROR, DeadlineExceeded.code, message))
+        self._lives.outbox += self._scheduler.admit()
+        self._lives.collect_news()
+        return self._lives.drain()
+
+    def plan(self, now_s: float) -> StepPlan | None:
+        """The next step, or None: nothing can run. Every plan is answered by `apply` or `fail_step`.
+
+        It may have preempted: execute what `drain` gives before the step runs, also when there is none.
+        """
+        assert not self._lives.in_step, "the last step has not been applied"
+        self._planned_s = self._lives.holdings.residency.now_s = now_s
+        plan = self._scheduler.plan()
+        self._lives.outbox += self._scheduler.take_swap_ops()
+        if plan is not None:
+            self._lives.in_step = frozenset(step.key for step in plan.sequences)
+        return plan
+
+    def apply(self, plan: StepPlan, result: StepResult, now_s: float) -> list[Event | StoreOp]:
+        """Take in what a step brought."""
+        assert plan.step == result.step, f"step {plan.step} was planned, {result.step} came back"
+        lives = self._lives
+        lives.in_step = frozenset()
+        lives.holdings.residency.now_s = now_s
+        self._num_steps += 1
+        self._step_tokens.add(sum([len(step.token_ids) for step in plan.sequences]))
+        news: list[TokenNews] = []
+        progress: list[Progress] = []
+        ends: list[tuple[Sequence, Doom]] = []
+        for step, token_ids in zip(plan.sequences, result.tokens, strict=True):
+            sequence = self._scheduler.by_key[step.key]
+            doom = sequence.doom
+            if sequence.began_s is None:
+                sequence.began_s = self._planned_s
+            if step.key in result.non_finite:
+                doom = doom or Doom(FinishReason.ERROR, NonFiniteKv.code, "a key, a value or a logit was not finite")
+            elif step.key in result.failed:
+                doom = doom or Doom(FinishReason.ERROR, InternalError.code, result.failed[step.key])
+            else:
+                sequence.num_computed = step.end
+                lives.holdings.publish(sequence)
+            if doom is None:
+                doom = self._take_tokens(sequence, step, result, token_ids, news)
+                if sequence.source is Source.FOR_PEER:
+                    began = not sequence.has_begun
+                    progress.append(Progress(sequence.key, sequence.num_computed, began, sequence.began_s))
+                    sequence.has_begun = True
+            if doom is not None:
+                ends.append((sequence, doom))
+        if news:
+            lives.outbox.append(StepTokens(plan.step, tuple(news)))
+            lives.counters["generated_tokens"] += sum([len(tokens.token_ids) for tokens in news])
+        lives.outbox += progress
+        for sequence, doom in ends:
+            lives.finish(sequence, doom)
+        lives.collect_news()
+        return lives.drain()
+
+    def fail_step(self, plan: StepPlan, code: str, message: str) -> list[Event | StoreOp]:
+        """The step did not come back: its sequences end, and nothing it may have written is kept or published."""
+        self._lives.in_step = frozenset()
+        for step in plan.sequences:
+            sequence = self._scheduler.by_key[step.key]
+            self._lives.finish(sequence, sequence.doom or Doom(FinishReason.ERROR, code, message))
+        self._lives.collect_news()  # its blocks were taken from somebody's prefix, and nothing may follow
+        return self._lives.drain()
+
+    def fail(self, key: SequenceKey, code: str, message: str) -> list[Event | StoreOp]:
+        """End one sequence with an error, e.g. because the store refused its planes."""
+        sequence = self._lives.get(key)
+        if sequence is not None:
+            self._lives.end(sequence, Doom(FinishReason.ERROR, code, message))
+        return self._lives.drain()
+
+    def swap_failed(self, key: SequenceKey) -> list[Event | StoreOp]:
+        """A `SwapOutOp` or `SwapInOp` was not carried out, or its digests do not hold: compute the sequence again.
+
+        Call it before anything else; nothing that was copied is published or attended to by then. Before a step it may
+        begin anew at once, else an engine with nothing else to do would sleep over it.
+        """
+        sequence = self._lives.get(key)
+        if sequence is not None:
+            assert key not in self._lives.in_step, f"{key} is computed before its blocks came back"
+            self._lives.counters["swaps_failed"] += 1
+            self._scheduler.recompute(sequence)
+            if not self._lives.in_step:
+                self._lives.outbox += self._scheduler.admit()
+        return self._lives.drain()
+
+    def drain(self) -> list[Event | StoreOp]:
+        """What was decided and not handed out yet: after `plan`, and after a call that raised."""
+        return self._lives.drain()
+
+    # ------------------------------------------------------------------ policy and reports
+
+    @property
+    def policy(self) -> Policy:
+        """Whose taste decides now."""
+        return self._scheduler.policy
+
+    def set_policy(self, policy: Policy) -> None:
+        """Change the role while running: what lives goes on, the next decisions are the new policy's."""
+        self._scheduler.policy = policy
+
+    def set_times(self, times: StepTimes) -> None:
+        """What steps take on this machine: prompts beside decodes get as many tokens as the policy thinks fit."""
+        self._scheduler.times = times
+
+    def is_for_peers(self, plan: StepPlan) -> bool:
+        """Whether a plan computes a prompt whose blocks go to a decode worker."""
+        by_key = self._scheduler.by_key
+        return any(by_key[step.key].source is Source.FOR_PEER for step in plan.sequences)
+
+    @property
+    def num_live(self) -> int:
+        """Sequences that were submitted and have not ended."""
+        return len(self._scheduler.by_key)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that hold no blocks yet."""
+        return self._scheduler.count(*QUEUE_STATES)
+
+    @property
+    def counters(self) -> Counter[str]:
+        """What happened how often since the start."""
+        return self._lives.counters
+
+    def states(self) -> dict[SequenceKey, SequenceState]:
+        """The state of every live sequence: for tests, `status` and the simulator."""
+        return {key: sequence.state for key, sequence in self._scheduler.by_key.items()}
+
+    def next_deadline_s(self) -> float | None:
+        """When `tick` must be called at the latest though nothing else happens."""
+        deadlines = [s.deadline_s for s in self._scheduler.by_key.values() if s.deadline_s is not None]
+        return min(deadlines, default=None)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the pool, or in host memory where there are more."""
+        holdings = self._lives.holdings
+        return max(holdings.pool.num_blocks, holdings.swap.pool.num_blocks if holdings.swap is not None else 0)
+
+    def check_integrity(self, among: range | None = None) -> None:
+        """Prove that pool, prefix cache, promises and states agree.
+
+        `among`: numbers of blocks to look at, of the pool's and of the host's; none: all.
+
+        Raises:
+            AssertionError: names the fault.
+        """
+        self._scheduler.check_integrity(among)
+        for sequence in self._scheduler.by_key.values():
+            assert sequence.doom is None or sequence.key in self._lives.in_step, f"{sequence.key} is doomed, lives on"
+
+    def load(self, now_s: float) -> LoadNews:
+        """The beat's values; the engine fills in phase and coefficients, which need a clock."""
+        return load_news(self._scheduler, self.counters, self._num_steps, self._step_tokens)
+
+    def _take_tokens(
+        self,
+        sequence: Sequence,
+        step: SequenceStep,
+        result: StepResult,
+        token_ids: tuple[int, ...],
+        news: list[TokenNews],
+    ) -> Doom | None:
+        """Append what was sampled, note it for the face, and say whether the sequence is over."""
+        assert len(token_ids) == int(step.samples), f"{step.key}: {len(token_ids)} tokens for samples={step.samples}"
+        if sequence.scores is not None:  # computed again after a preemption: the known ones stay
+            sequence.scores += result.prompt_logprobs.get(step.key, ())[max(len(sequence.scores) - step.start, 0) :]
+        if not token_ids:
+            return None
+        logprobs, scores = result.logprobs.get(step.key, ()), tuple(sequence.scores or ())
+        began_s = sequence.began_s if sequence.source is Source.FOR_PEER else None
+        news.append(TokenNews(sequence.key, sequence.num_generated, token_ids, logprobs, scores, began_s))
+        doom = self._lives.accept(sequence, token_ids[0])
+        if sequence.source is Source.FOR_PEER:
+            self._scheduler.move(sequence, _S.HELD)  # whatever the token says: decode fetches, then releases
+            return None
+        if doom is None and sequence.state is _S.PREFILLING:
+            self._scheduler.move(sequence, _S.DECODING)
+        return doom

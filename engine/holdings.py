@@ -1,0 +1,171 @@
+"""What blocks the sequences hold, in one worker's pool and prefix cache. Knows no queue, no policy, no clock."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from ..kv.block import BlockId, chain
+from ..kv.cache.pool import BlockPool
+from ..kv.cache.prefix import PrefixCache
+from ..kv.cache.residency import Residency
+from ..kv.spec import HASH_BLOCK_TOKENS
+from .messages import CacheDelta, CacheSnapshot
+from .sequence import Sequence, Table
+from .store_ops import SwapInOp, SwapOutOp
+from .swap import SwapSpace
+
+
+class Cost(NamedTuple):
+    """What a sequence would need to begin."""
+
+    held_tokens: int  # leading tokens that are cached here now
+    new_blocks: int  # blocks beyond the cached ones: what a promise counts
+    from_free: int  # how far `num_free` would fall: new blocks, and cached ones nobody owns yet
+
+
+class Holdings:
+    """Takes, shares, publishes and gives back the blocks of sequences; numbers the cache's deltas."""
+
+    def __init__(self, pool: BlockPool, prefix: PrefixCache, key: bytes, swap: SwapSpace | None = None) -> None:
+        self.pool = pool
+        self.prefix = prefix
+        self.swap = swap  # None: no host blocks, preemption is recompute
+        self.residency = Residency(pool.num_blocks)
+        self._key = key  # the cluster's, for the chain over generated tokens
+        self._delta = 0
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that cover `num_tokens` tokens."""
+        return -(-num_tokens // self.pool.block_tokens)
+
+    def cost(self, sequence: Sequence) -> Cost:
+        """What `sequence`, which holds nothing, would need. Changes nothing."""
+        span = self.pool.block_tokens // HASH_BLOCK_TOKENS
+        findable = sequence.findable
+        held = self.prefix.match(findable)
+        num_held = held // span
+        asleep = 0
+        for i in range(num_held):
+            block = self.prefix.locate(findable[(i + 1) * span - 1])
+            assert block is not None, f"hash block {i} of {sequence.key} is matched but nowhere"
+            asleep += self.pool.owners(block) == 0
+        new_blocks = self.blocks_for(sequence.tokens_to_hold) - num_held
+        return Cost(held * HASH_BLOCK_TOKENS, new_blocks, new_blocks + asleep)
+
+    def cached_tokens(self, sequence: Sequence) -> int:
+        """Leading tokens of `sequence` that are cached here now."""
+        return self.prefix.match(sequence.findable) * HASH_BLOCK_TOKENS
+
+    def attach(self, sequence: Sequence) -> None:
+        """Retain the cached prefix; `num_computed` follows."""
+        assert not sequence.blocks, f"{sequence.key} holds blocks already"
+        sequence.blocks, sequence.table = self.prefix.acquire(sequence.findable), None
+        sequence.num_computed = len(sequence.blocks) * self.pool.block_tokens
+        sequence.num_published = len(sequence.blocks)
+        self.residency.found(sequence.blocks)
+
+    def extend(self, sequence: Sequence, num_tokens: int) -> None:
+        """Take what is missing to cover `num_tokens` tokens. All or nothing.
+
+        Raises:
+            OutOfBlocks: nothing was taken.
+        """
+        missing = self.blocks_for(num_tokens) - len(sequence.blocks)
+        if missing > 0:
+            taken = self.pool.take(missing)
+            self.residency.taken(taken)
+            sequence.blocks += taken
+            sequence.table = None
+
+    def release(self, sequence: Sequence) -> None:
+        """Give everything back; what was published stays findable until it is evicted."""
+        self.pool.give_back(sequence.blocks)
+        sequence.blocks, sequence.table = [], None
+        sequence.num_computed = sequence.num_published = 0
+        sequence.written.clear()
+        if self.swap is not None:
+            self.swap.drop(sequence)
+
+    def swap_out(self, sequence: Sequence) -> SwapOutOp | None:
+        """Give the blocks back; what lies in those it shares with nobody is to be copied out before they are written.
+
+        None: computing again is cheaper, or there is no host block for it; nothing has changed.
+        """
+        shared = 0
+        while shared < len(sequence.blocks) and self.pool.owners(sequence.blocks[shared]) > 1:
+            shared += 1
+        start, end = shared * self.pool.block_tokens, sequence.num_computed
+        if self.swap is None or end <= start or not self.swap.accepts(end - start, self.blocks_for(end) - shared):
+            return None
+        table, swapped = self.table(sequence, end), self.swap.put(start, end)
+        self.release(sequence)
+        sequence.swapped, sequence.num_computed = swapped, end
+        return SwapOutOp(sequence.key, start, end - start, *table, *self.swap.table(swapped))
+
+    def swap_in(self, sequence: Sequence) -> SwapInOp | None:
+        """After `attach` and `extend` of a swapped sequence: what is to be copied back. Its host blocks are given back.
+
+        None: the cache holds it all; or the prefix it shared is gone, and it is computed again from where that ends.
+        """
+        swapped, found = sequence.swapped, sequence.num_computed
+        assert swapped is not None, f"{sequence.key} is not swapped"
+        assert self.swap is not None, f"{sequence.key} is swapped, and there are no host blocks"
+        host = self.swap.table(swapped)
+        self.swap.drop(sequence)
+        if found < swapped.start:
+            self.swap.gaps_total += 1
+        if not swapped.start <= found < swapped.end:
+            return None
+        sequence.num_computed = swapped.end
+        table = self.table(sequence, swapped.end)
+        return SwapInOp(sequence.key, found, swapped.end - found, *table, *host)
+
+    def publish(self, sequence: Sequence) -> None:
+        """Make newly computed full blocks findable. A block may be swapped for the canonical copy."""
+        num_full = min(sequence.num_computed, len(sequence.tokens)) // self.pool.block_tokens
+        if num_full <= sequence.num_published:
+            return
+        num_hashed = num_full * self.pool.block_tokens // HASH_BLOCK_TOKENS
+        known = len(sequence.identities)
+        if known < num_hashed:
+            link = sequence.identities[-1] if known else sequence.identity_root
+            fresh = sequence.tokens[known * HASH_BLOCK_TOKENS : num_hashed * HASH_BLOCK_TOKENS]
+            sequence.identities += chain(self._key, link, fresh)
+        identities = sequence.identities[:num_hashed]
+        root = sequence.identity_root
+        sequence.blocks = self.prefix.publish(identities, sequence.blocks, sequence.num_published, root)
+        self.residency.published(sequence.blocks[sequence.num_published : num_full])
+        sequence.table = None
+        sequence.num_published = num_full
+
+    def table(self, sequence: Sequence, num_tokens: int) -> Table:
+        """The blocks that cover the first `num_tokens` tokens."""
+        if sequence.table is None:
+            sequence.table = self.table_of(sequence.blocks)
+        blocks, generations = sequence.table
+        count = self.blocks_for(num_tokens)
+        return sequence.table if count == len(blocks) else Table(blocks[:count], generations[:count])
+
+    def table_of(self, blocks: Iterable[BlockId]) -> Table:
+        """These blocks as they are used now."""
+        listed = tuple(blocks)
+        return Table(listed, tuple([self.pool.generation(block) for block in listed]))
+
+    # ------------------------------------------------------------------ news for the routers
+
+    def news(self) -> CacheDelta | CacheSnapshot | None:
+        """What changed since the last call: a numbered delta; a snapshot when there was too much; None: nothing."""
+        if self.prefix.resync_needed:
+            self.prefix.drain_events()
+            self._delta += 1  # this number is never sent as a delta: the gap tells
+            return self.snapshot()
+        stored, removed = self.prefix.drain_events()
+        if not stored and not removed:
+            return None
+        self._delta += 1
+        return CacheDelta(self._delta, tuple(stored), tuple(removed))
+
+    def snapshot(self) -> CacheSnapshot:
+        """Everything that is held. Call `news` before: what is pending must have gone out as a delta."""
+        return CacheSnapshot(self._delta, tuple(self.prefix.snapshot()))

@@ -1,0 +1,79 @@
+"""How sequences of one engine end, and everything that is to be said outside. Knows no commands and no steps."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from ..core.request import SequenceKey
+from .holdings import Holdings
+from .messages import Ended, Event
+from .scheduler import Scheduler
+from .sequence import Doom, Sequence
+from .stopping import finish_reason
+from .store_ops import StoreOp
+
+
+class Lives:
+    """The scheduler with its sequences, the outbox, and the one way out."""
+
+    def __init__(self, scheduler: Scheduler, eos_ids: frozenset[int]) -> None:
+        self.scheduler = scheduler
+        self.counters: Counter[str] = Counter()
+        self.outbox: list[Event | StoreOp] = []
+        self.in_step: frozenset[SequenceKey] = frozenset()  # what a step under way computes: its blocks must stay
+        self._eos_ids = eos_ids
+
+    @property
+    def holdings(self) -> Holdings:
+        """The blocks of all sequences."""
+        return self.scheduler.holdings
+
+    def get(self, key: SequenceKey) -> Sequence | None:
+        """A live sequence whose end is not decided."""
+        sequence = self.scheduler.by_key.get(key)
+        return None if sequence is None or sequence.doom is not None else sequence
+
+    def accept(self, sequence: Sequence, token_id: int) -> Doom | None:
+        """Append a generated token; the end it brings, or None."""
+        sequence.tokens.append(token_id)
+        sequence.scores = None  # the face has them, or the peer's face
+        reason = finish_reason(token_id, sequence.num_generated, sequence.params, self._eos_ids)
+        return None if reason is None else Doom(reason)
+
+    def end(self, sequence: Sequence, doom: Doom) -> None:
+        """End it now, or at the boundary of the step that computes it."""
+        if sequence.key in self.in_step:
+            sequence.doom = sequence.doom or doom
+        else:
+            self.finish(sequence, doom)
+
+    def finish(self, sequence: Sequence, doom: Doom) -> None:
+        """It owns nothing any more, and its face hears so."""
+        self.scheduler.remove(sequence)
+        self._say_ended(_ended(sequence.key, doom, sequence))
+
+    def refuse(self, key: SequenceKey, doom: Doom) -> None:
+        """The last word on a `Submit` that became no sequence."""
+        self._say_ended(_ended(key, doom))
+
+    def _say_ended(self, ended: Ended) -> None:
+        self.counters[f"ended_{ended.error_code or ended.reason.value}"] += 1
+        self.outbox.append(ended)
+
+    def collect_news(self) -> None:
+        """Put what changed in the prefix cache into the outbox."""
+        news = self.holdings.news()
+        if news is not None:
+            self.outbox.append(news)
+
+    def drain(self) -> list[Event | StoreOp]:
+        """Everything to be said and done since the last call, in order."""
+        outbox, self.outbox = self.outbox, []
+        return outbox
+
+
+def _ended(key: SequenceKey, doom: Doom, sequence: Sequence | None = None) -> Ended:
+    told = (doom.reason, doom.error_code, doom.error_message)
+    if sequence is None:
+        return Ended(key, *told)
+    return Ended(key, *told, sequence.cached_tokens, sequence.preemptions, sequence.began_s)

@@ -1,0 +1,283 @@
+"""The step loop: commands in, plan, run, events out. Decides nothing (core.py does) and computes nothing (runner.py).
+
+One thread owns core, runner and store. It sleeps on the link when nothing can run, and wakes for commands, deadlines
+and its own beat.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Protocol
+
+from ..core.clock import Clock
+from ..core.errors import InternalError
+from ..core.request import FinishReason, SequenceKey
+from ..kv.section import HeldTokens, SectionData
+from ..kv.store.host_store import HostStore
+from ..kv.store.store import KvStore
+from .core import EngineCore
+from .messages import Ended, Event, LoadNews
+from .plan import StepPlan, StepResult
+from .policy import Policy
+from .step_times import Pace
+from .store_ops import FetchOp, ReadOp, StoreOp, SwapInOp, SwapOp, SwapOutOp, WriteOp
+from .thread_link import ThreadLink
+from .turn import Turn
+
+BEAT_S = 0.1
+INTEGRITY_S = 5.0
+CHECKED_BLOCKS = 4096  # of a large pool, at each time: all of a million would take a quarter of a second
+COMMANDS_PER_TURN = 256
+FAILURES_TO_BREAK = 3
+PEER_WAIT_S = 0.005  # for the face to ask for what a step computed for a peer: else that waits for the whole next step
+
+_log = logging.getLogger(__name__)
+
+
+class StepRunner(Protocol):
+    """What computes plans: model/runner.py, or a stand-in without weights."""
+
+    def warm_up(self) -> None:
+        """Prepare; called once, in the engine's thread."""
+        ...
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """Compute one step."""
+        ...
+
+
+class EngineStore:
+    """The device's store and host memory behind the core's operations. Satisfies engine/turn.py's Store."""
+
+    def __init__(self, store: KvStore, host: HostStore | None) -> None:
+        self._store = store
+        self._host = host
+
+    def read(self, op: ReadOp | FetchOp) -> tuple[SectionData, ...]:
+        """See Store."""
+        return self._store.read_tokens(_held(op))
+
+    def write(self, op: WriteOp) -> None:
+        """See Store."""
+        self._store.write_tokens(_held(op), op.sections)
+
+    def swap_out(self, op: SwapOutOp) -> None:
+        """See Store."""
+        assert self._host is not None, "the core swaps and the engine has no host store"
+        self._host.swap_out(_held(op), _on_host(op))
+
+    def swap_in(self, op: SwapInOp) -> bool:
+        """See Store."""
+        assert self._host is not None, "the core swaps and the engine has no host store"
+        return self._host.swap_in(_on_host(op), _held(op))
+
+
+class Engine:
+    """One worker's engine in a thread of its own. `start` it once; it ends by a `Stop` command, or broken."""
+
+    def __init__(
+        self,
+        core: EngineCore,
+        runner: StepRunner,
+        store: KvStore,
+        link: ThreadLink,
+        clock: Clock,
+        *,
+        host: HostStore | None = None,
+    ) -> None:
+        """`host` has as many blocks as the core's limits say; None: it swaps nothing."""
+        self.is_broken = False  # ended by its own fault: the process should end too, and be started anew
+        self._core = core
+        self._runner = runner
+        self._turns = Turn(core, EngineStore(store, host), link.emit, _log_refusal)
+        self._link = link
+        self._clock = clock
+        self._pace = Pace()
+        self._phase = "loading"
+        self._failures_in_a_row = 0
+        self._is_for_peers = False  # the last step computed a prompt that a decode worker waits for
+        self._next_policy: Policy | None = None
+        self._next_beat_s = 0.0
+        self._next_check_s = 0.0
+        self._next_checked = 0
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    # ------------------------------------------------------------------ from other threads
+
+    def start(self) -> None:
+        """Begin; the first `LoadNews` with a phase other than "loading" says that it is ready."""
+        self._thread.start()
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the end; whether it came."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def set_policy(self, policy: Policy) -> None:
+        """Take another role's policy from the next step on."""
+        self._next_policy = policy
+        self._link.wake()
+
+    # ------------------------------------------------------------------ the thread
+
+    def _run(self) -> None:
+        try:
+            self._beat(self._clock.now_s())
+            self._runner.warm_up()
+            self._phase = "idle"
+            self._beat(self._clock.now_s())
+            while not (self._core.stopped and self._core.num_live == 0):
+                self._turn()
+            self._phase = "stopped"
+            self._link.close((self._load(self._clock.now_s()),))
+        except Exception:
+            _log.exception("the engine is broken and ends")
+            self._break()
+
+    def _turn(self) -> None:
+        """Commands, time, one step, and the beat."""
+        for command in self._link.take(COMMANDS_PER_TURN, self._wait_s()):
+            self._turns.take(command, self._clock.now_s())
+        policy, self._next_policy = self._next_policy, None
+        if policy is not None:
+            self._core.set_policy(policy)
+        now_s = self._clock.now_s()
+        plan = self._turns.plan(now_s)
+        if plan is None:
+            self._phase = "idle"
+            self._check(now_s)
+        else:
+            self._step(plan)
+        now_s = self._clock.now_s()
+        if now_s >= self._next_beat_s:
+            self._beat(now_s)
+
+    def _wait_s(self) -> float:
+        """How long to sleep for commands: hardly or not at all while steps run, else until the beat or a deadline."""
+        if self._phase != "idle":
+            return PEER_WAIT_S if self._is_for_peers else 0.0
+        deadline_s = self._core.next_deadline_s()
+        wake_s = self._next_beat_s if deadline_s is None else min(self._next_beat_s, deadline_s)
+        return max(wake_s - self._clock.now_s(), 0.0)
+
+    def _step(self, plan: StepPlan) -> None:
+        """Run a plan. A failure ends the sequences that cause it; steps without any result, in a row, the engine."""
+        began_s = self._clock.now_s()
+        self._phase = _phase(plan)
+        self._is_for_peers = self._core.is_for_peers(plan)
+        try:
+            result = self._runner.run(plan)
+        except Exception as error:
+            _log.exception("step %d failed with %d sequences", plan.step, len(plan.sequences))
+            found = self._one_by_one(plan)
+            if found is None:
+                self._failures_in_a_row += 1
+                self._turns.fail(plan, InternalError.code, _failure(error))
+                if self._failures_in_a_row >= FAILURES_TO_BREAK:
+                    raise
+                return
+            result = found
+        self._failures_in_a_row = 0
+        now_s = self._clock.now_s()
+        self._pace.observe(plan, (now_s - began_s) * 1000)
+        self._core.set_times(self._pace.times)
+        self._turns.apply(plan, result, now_s)
+        if self._core.num_waiting:
+            self._beat(now_s)
+
+    def _one_by_one(self, plan: StepPlan) -> StepResult | None:
+        """Take a failed step again, a sequence at a time, to know whose failure it is. None: nobody's comes through.
+
+        Whatever the failed step left in the store is written again, with the same bits.
+        """
+        if len(plan.sequences) == 1:
+            return None
+        results: list[StepResult] = []
+        failed: dict[SequenceKey, str] = {}
+        for step in plan.sequences:
+            try:
+                results.append(self._runner.run(StepPlan(plan.step, (step,))))
+            except Exception as error:
+                _log.warning("%s fails alone too: it ends with %r", step.key, error)
+                failed[step.key] = _failure(error)
+                results.append(StepResult(plan.step, ((),)))
+        return None if len(failed) == len(results) else _joined(plan.step, results, failed)
+
+    # ------------------------------------------------------------------ what the face hears between steps
+
+    def _load(self, now_s: float) -> LoadNews:
+        return replace(
+            self._core.load(now_s),
+            phase=self._phase,
+            prefill_ms_per_token=self._pace.prefill_ms_per_token,
+            prefill_ms_per_token_pair=self._pace.prefill_ms_per_token_pair,
+            decode_step_ms=self._pace.decode_step_ms,
+        )
+
+    def _beat(self, now_s: float) -> None:
+        self._next_beat_s = now_s + BEAT_S
+        self._link.emit((self._load(now_s),))
+
+    def _check(self, now_s: float) -> None:
+        if now_s >= self._next_check_s:
+            self._next_check_s = now_s + INTEGRITY_S
+            first, num_blocks = self._next_checked, self._core.num_blocks
+            last = min(first + CHECKED_BLOCKS, num_blocks)
+            self._core.check_integrity(None if num_blocks <= CHECKED_BLOCKS else range(first, last))
+            self._next_checked = last % num_blocks
+
+    def _break(self) -> None:
+        """Say the last words without trusting anything: every sequence ends, and the beat says "broken"."""
+        self.is_broken = True
+        self._phase = "broken"
+        message = "this worker's engine failed; its log has more"
+        last: list[Event] = [Ended(key, FinishReason.ERROR, InternalError.code, message) for key in self._core.states()]
+        try:
+            last.append(self._load(self._clock.now_s()))
+        except Exception:
+            _log.exception("not even the load can be told")
+        self._link.close(last)
+
+
+def _failure(error: Exception) -> str:
+    return f"a step failed: {type(error).__name__}; the worker's log has more"
+
+
+def _joined(step: int, results: Sequence[StepResult], failed: dict[SequenceKey, str]) -> StepResult:
+    """The result of a step whose sequences were computed one by one, in the plan's order."""
+    for result in results:
+        failed = {**result.failed, **failed}
+    return StepResult(
+        step,
+        tuple(tokens for result in results for tokens in result.tokens),
+        frozenset(key for result in results for key in result.non_finite),
+        {key: told for result in results for key, told in result.logprobs.items()},
+        {key: told for result in results for key, told in result.prompt_logprobs.items()},
+        failed,
+    )
+
+
+def _phase(plan: StepPlan) -> str:
+    decodes = sum(1 for step in plan.sequences if step.num_tokens == 1 and step.samples)
+    if decodes == len(plan.sequences):
+        return "decode"
+    return "mixed" if decodes else "prefill"
+
+
+def _held(op: StoreOp) -> HeldTokens:
+    return HeldTokens(op.block_table, op.generations, op.token_start, op.token_count)
+
+
+def _on_host(op: SwapOp) -> HeldTokens:
+    return HeldTokens(op.host_table, op.host_generations, op.token_start, op.token_count)
+
+
+def _log_refusal(op: StoreOp, error: Exception | None) -> None:
+    what = f"{type(op).__name__} of tokens {op.token_start} + {op.token_count}"
+    if error is None:
+        _log.warning("%s came back damaged: computed again", what)
+    else:
+        _log.error("the store refused %s", what, exc_info=error)

@@ -1,0 +1,343 @@
+"""Who computes what in the next step, for both roles. Knows states, counts and blocks; no tensor, clock or network.
+
+A step is mixed: decodes first, one row each, then prefill chunks under a budget. The order of everything is
+`Sequence.rank` (priority, then arrival). What is a matter of taste, the worker's policy decides (`policy.py`): budgets,
+how far ahead to begin, how full the pool may get, who may overtake whom.
+
+1. `admit`: whoever has a promise takes its blocks (Bind, or ready for a peer). Then the queue, in rank order: begin
+   (LOCAL), promise (PEER) or offer (FOR_PEER). The first one that lacks room or a seat stops all behind it, so that
+   nobody starves for blocks; one that only waits for its turn does not.
+2. `plan`: decoding sequences grow by a block where they must, oldest first. When no block is left, the lowest-ranked
+   running sequence is preempted: it gives its blocks back and waits, keeping its tokens; either to be computed again,
+   or swapped: what it had computed is copied to host blocks (`swap.py` says when) and copied back when its turn comes.
+   Hand-overs (bound, prefilling for a peer, held) are never preempted: they end by their lease at the latest.
+
+Why every schedule drains: the first in rank is never preempted for another one; alone it fits (else it was refused),
+and nobody behind it in the queue may take blocks before it does.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+
+from ..core.request import SequenceKey
+from ..kv.cache.pool import OutOfBlocks
+from ..kv.spec import HASH_BLOCK_TOKENS
+from .holdings import Cost, Holdings
+from .integrity import check_holdings
+from .messages import Bound, Event, NotYet, Offered, Progress, Promised, Source
+from .plan import SequenceStep, StepPlan
+from .policy import Ahead, Policy, Room, Want, bound_scored
+from .sequence import NEXT_STATES, Sequence, SequenceState
+from .step_times import StepTimes
+from .store_ops import StoreOp, SwapOp
+
+_S = SequenceState
+_SEATED = (_S.PROMISED, _S.BOUND, _S.PREFILLING, _S.DECODING)
+_GIVES_BACK = (_S.BOUND, _S.PREFILLING, _S.DECODING, _S.HELD)  # whose blocks will be free without anybody's promise
+
+
+class Scheduler:
+    """The live sequences by state, and the decisions over them."""
+
+    def __init__(self, holdings: Holdings, policy: Policy, max_scored_rows: int | None = None) -> None:
+        """`max_scored_rows`: prompt rows whose logprobs one step may give; None: any number."""
+        self.holdings = holdings
+        self._max_scored_rows = sys.maxsize if max_scored_rows is None else max_scored_rows
+        self.policy = policy
+        self.times = StepTimes()  # what steps took so far, told by who runs them
+        self.by_key: dict[SequenceKey, Sequence] = {}
+        self.num_promised = 0  # blocks promised and not taken, of all sequences
+        self.num_preemptions = 0
+        self.num_swaps = 0  # preemptions that were swaps
+        self._swap_ops: list[SwapOp] = []  # decided by `plan`, not handed out yet
+        self._by_state: dict[SequenceState, dict[SequenceKey, Sequence]] = {state: {} for state in _S}
+        self._next_step = 0
+
+    # ------------------------------------------------------------------ the states
+
+    def add(self, sequence: Sequence) -> None:
+        """A new sequence in its first state."""
+        self.by_key[sequence.key] = sequence
+        sequence.likely_cached = self.holdings.cached_tokens(sequence)
+        self._by_state[sequence.state][sequence.key] = sequence
+
+    def move(self, sequence: Sequence, state: SequenceState) -> None:
+        """Change the state; an arrow that is not drawn is our own error."""
+        assert state in NEXT_STATES[sequence.state], f"{sequence.key}: no arrow {sequence.state} -> {state}"
+        del self._by_state[sequence.state][sequence.key]
+        sequence.state = state
+        self._by_state[state][sequence.key] = sequence
+
+    def remove(self, sequence: Sequence) -> None:
+        """End a sequence: it owns nothing any more and is forgotten."""
+        self._promise(sequence, 0)
+        self.holdings.release(sequence)
+        del self._by_state[sequence.state][sequence.key]
+        del self.by_key[sequence.key]
+        sequence.state = _S.ENDED
+
+    def within(self, *states: SequenceState) -> list[Sequence]:
+        """The sequences in these states, by rank."""
+        return sorted((s for state in states for s in self._by_state[state].values()), key=lambda s: s.rank)
+
+    def count(self, *states: SequenceState) -> int:
+        """How many sequences are in these states."""
+        return sum(len(self._by_state[state]) for state in states)
+
+    def remaining(self, *states: SequenceState) -> int:
+        """Tokens still to be computed by the sequences in these states."""
+        return sum(s.num_remaining for state in states for s in self._by_state[state].values())
+
+    # ------------------------------------------------------------------ admission
+
+    def admit(self) -> list[Event | StoreOp]:
+        """Let in whoever may begin now; what their faces must hear, and what must be copied back for them."""
+        events: list[Event | StoreOp] = []
+        for sequence in self.within(_S.PROMISED, _S.READY):
+            if sequence.state is _S.READY:
+                if not self._begin_for_peer(sequence, events):
+                    break
+            elif sequence.wants_bind and not self.bind(sequence, events) and self.count(*_GIVES_BACK):
+                break  # and where nobody will give blocks back, those behind it hold what it lacks: they go first
+        for sequence in self.within(_S.WAITING, _S.QUEUED, _S.SWAPPED):
+            if not self._admit_one(sequence, events):
+                break
+        return events
+
+    def bind(self, sequence: Sequence, events: list[Event | StoreOp]) -> bool:
+        """PROMISED: take the blocks of the whole prompt and the first decode. False: no room just now."""
+        try:
+            self.holdings.extend(sequence, sequence.tokens_to_hold)
+        except OutOfBlocks:
+            return False
+        self._promise(sequence, 0)
+        self.move(sequence, _S.BOUND)
+        events.append(Bound(sequence.key))
+        return True
+
+    def try_bind(self, sequence: Sequence) -> list[Event | StoreOp]:
+        """The answer to a `Bind`: `Bound`, or `NotYet` and it is tried at every admission."""
+        sequence.wants_bind = True
+        events: list[Event | StoreOp] = []
+        first = all(s.rank >= sequence.rank for s in self.within(_S.PROMISED, _S.READY) if s.wants_bind)
+        if not (first and self.bind(sequence, events)):
+            events.append(NotYet(sequence.key))
+        return events
+
+    def unpark(self, sequence: Sequence) -> None:
+        """OFFERED or PARKED: decode has bound; count room for it (again) and let it begin in its turn."""
+        if sequence.state is _S.PARKED:
+            self._promise(sequence, self.holdings.cost(sequence).from_free)
+        self.move(sequence, _S.READY)
+
+    def park(self, sequence: Sequence) -> None:
+        """OFFERED: decode cannot hold it now; its room is for others."""
+        self._promise(sequence, 0)
+        self.move(sequence, _S.PARKED)
+
+    def retract(self, sequence: Sequence) -> None:
+        """PROMISED: give the promise and the cached prefix back; it waits to be computed here."""
+        self._promise(sequence, 0)
+        self.holdings.release(sequence)
+        self.move(sequence, _S.WAITING)
+
+    def _admit_one(self, sequence: Sequence, events: list[Event | StoreOp]) -> bool:
+        """False: it lacks room or a seat, and nobody behind it may take them."""
+        is_offer = sequence.state is _S.QUEUED
+        if is_offer and not self.policy.may_offer(sequence.num_expected, self._lengths(_S.OFFERED, _S.READY)):
+            return True
+        is_decode = sequence.state is _S.SWAPPED and sequence.num_remaining == 1
+        if sequence.source is not Source.PEER and not is_decode and not self._is_near(sequence):
+            return True
+        if not is_offer and self.count(*_SEATED) >= self.policy.budget(self.count(_S.DECODING)).max_seqs:
+            return False
+        cost = self.holdings.cost(sequence)
+        if not self._has_room(cost):
+            return False
+        if is_offer:
+            self._promise(sequence, cost.from_free)  # its cached prefix is not retained yet
+            self.move(sequence, _S.OFFERED)
+            events.append(Offered(sequence.key, cost.held_tokens))
+        elif sequence.source is Source.PEER:
+            self.holdings.attach(sequence)
+            sequence.cached_tokens = cost.held_tokens
+            self._promise(sequence, cost.new_blocks)
+            self.move(sequence, _S.PROMISED)
+            events.append(Promised(sequence.key, cost.held_tokens))
+        else:
+            events += self._begin(sequence)
+            if not sequence.has_begun:
+                sequence.has_begun = True
+                sequence.cached_tokens = min(cost.held_tokens, sequence.num_prompt)
+                events.append(Promised(sequence.key, cost.held_tokens))
+        return True
+
+    def _begin(self, sequence: Sequence) -> list[SwapOp]:
+        """Take the cached prefix and all blocks it needs to begin, or to go on; what is to be copied back into them."""
+        self.holdings.attach(sequence)
+        self.holdings.extend(sequence, sequence.tokens_to_hold)
+        self._promise(sequence, 0)
+        sequence.likely_cached = 0  # from now on it is known
+        copy = None if sequence.swapped is None else self.holdings.swap_in(sequence)
+        self.move(sequence, _S.PREFILLING if copy is None or sequence.num_remaining > 1 else _S.DECODING)
+        return [] if copy is None else [copy]
+
+    def _begin_for_peer(self, sequence: Sequence, events: list[Event | StoreOp]) -> bool:
+        """READY: begin when it is near and blocks are there. False: blocks are lacking."""
+        budget = self.policy.budget(self.count(_S.DECODING))
+        if self.count(*_SEATED) >= budget.max_seqs or not self._is_near(sequence):
+            return True
+        if self.holdings.cost(sequence).from_free > self.holdings.pool.num_free:
+            return False
+        self._begin(sequence)
+        sequence.cached_tokens = sequence.num_computed
+        if sequence.num_computed:
+            sequence.has_begun = True
+            events.append(Progress(sequence.key, sequence.num_computed, began=True))
+        return True
+
+    def _is_near(self, sequence: Sequence) -> bool:
+        """Whether the policy sees it in one of the next steps."""
+        before = (_S.PREFILLING, _S.READY, _S.OFFERED) if sequence.state is _S.QUEUED else (_S.PREFILLING,)
+        return self.policy.is_near(sequence.num_expected, Ahead(self._lengths(*before), self.count(_S.DECODING)))
+
+    def _lengths(self, *states: SequenceState) -> tuple[int, ...]:
+        """Tokens to be computed for each sequence in these states, in no order; of a scored one, in one step.
+
+        It takes many steps and leaves others room in each.
+        """
+        return tuple([self._near_tokens(s) for state in states for s in self._by_state[state].values()])
+
+    def _near_tokens(self, sequence: Sequence) -> int:
+        expected = sequence.num_expected
+        return min(expected, self._max_scored_rows) if sequence.is_scored else expected
+
+    def _has_room(self, cost: Cost) -> bool:
+        pool = self.holdings.pool
+        if cost.from_free > pool.num_free:
+            return False
+        if pool.num_live == 0 and self.num_promised == 0:
+            return True  # alone it fits, else it was refused; a watermark must not keep it out for ever
+        return self.policy.has_room(Room(cost.from_free, pool.num_live, self.num_promised, pool.num_blocks))
+
+    def _promise(self, sequence: Sequence, num_blocks: int) -> None:
+        self.num_promised += num_blocks - sequence.num_promised
+        sequence.num_promised = num_blocks
+
+    # ------------------------------------------------------------------ the step
+
+    def plan(self) -> StepPlan | None:
+        """The next step, or None: nothing can run."""
+        budget = self.policy.budget(self.count(_S.DECODING))
+        rows = min(budget.max_seqs, budget.max_batch_tokens)
+        # More decodes than rows only after a change of policy: who waited longest goes first.
+        chosen = sorted(self.within(_S.DECODING), key=lambda s: s.last_step)[:rows]
+        steps = []
+        for sequence in sorted(chosen, key=lambda s: s.rank):
+            if sequence.state is _S.DECODING and self._grow(sequence):
+                steps.append(self._step(sequence, sequence.num_remaining))
+        num_tokens = min(budget.prefill_tokens, budget.max_batch_tokens - len(steps))
+        if steps:
+            longest = max((s.num_computed for s in self._by_state[_S.PREFILLING].values()), default=0)
+            num_tokens = self.policy.prompt_tokens(num_tokens, self.times, longest)
+        steps += self._chunks(num_tokens, budget.max_seqs - len(steps))
+        if not steps:
+            return None
+        self._next_step += 1
+        return StepPlan(self._next_step, tuple(steps))
+
+    def _chunks(self, num_tokens: int, num_seqs: int) -> list[SequenceStep]:
+        """Prefill chunks; each ends at a hash block, so that all it computed is sealed, or at the prompt's end."""
+        works = self.within(_S.PREFILLING)
+        shares = self.policy.share([s.num_remaining for s in works], num_tokens)
+        if any(s.is_scored for s in works):
+            wants = [Want(s.num_remaining, s.is_scored) for s in works]
+            shares = bound_scored(shares, wants, self._max_scored_rows)
+        steps: list[SequenceStep] = []
+        for sequence, share in zip(works, shares, strict=True):
+            size = min(share, sequence.num_remaining)
+            if size < sequence.num_remaining:
+                size -= (sequence.num_computed + size) % HASH_BLOCK_TOKENS
+            if size > 0 and len(steps) < num_seqs:
+                steps.append(self._step(sequence, size))
+        return steps
+
+    def _step(self, sequence: Sequence, size: int) -> SequenceStep:
+        start, end = sequence.num_computed, sequence.num_computed + size
+        sequence.last_step = self._next_step + 1
+        table = self.holdings.table(sequence, end)
+        samples = end == len(sequence.tokens)
+        return SequenceStep(
+            key=sequence.key,
+            start=start,
+            token_ids=tuple(sequence.tokens[start:end]),
+            block_table=table.blocks,
+            generations=table.generations,
+            samples=samples,
+            params=sequence.params,
+            num_generated=sequence.num_generated,
+            seals_tail=samples and sequence.source is Source.FOR_PEER,
+            history=sequence.history if samples else None,
+            targets=sequence.targets(start, end),
+        )
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Cover the next token, preempting from the end of the order. False: the sequence itself had to go."""
+        while True:
+            try:
+                self.holdings.extend(sequence, len(sequence.tokens))
+            except OutOfBlocks:
+                victim = self._victim()
+                self.preempt(victim)
+                if victim is sequence:
+                    return False
+            else:
+                return True
+
+    def _victim(self) -> Sequence:
+        candidates: Iterable[Sequence] = self.within(_S.PREFILLING, _S.DECODING)
+        return [s for s in candidates if s.source is not Source.FOR_PEER][-1]
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Give its blocks back; it waits to be copied back, or computed again from what stays cached."""
+        sequence.source = Source.LOCAL
+        sequence.has_begun = True
+        sequence.preemptions += 1
+        self.num_preemptions += 1
+        copy = self.holdings.swap_out(sequence)
+        if copy is None:
+            self.recompute(sequence)
+        else:
+            self.num_swaps += 1
+            self._swap_ops.append(copy)
+            self.move(sequence, _S.SWAPPED)
+
+    def recompute(self, sequence: Sequence) -> None:
+        """It owns nothing any more and waits to be computed again, prompt and generated tokens."""
+        self.holdings.release(sequence)
+        sequence.likely_cached = 0  # it may be there still, but blocks are short
+        self.move(sequence, _S.WAITING)
+
+    def take_swap_ops(self) -> list[SwapOp]:
+        """The copies that `plan` decided, once: they are made before its step writes anything."""
+        ops, self._swap_ops = self._swap_ops, []
+        return ops
+
+    # ------------------------------------------------------------------ integrity
+
+    def check_integrity(self, among: range | None = None) -> None:
+        """Prove that states, promises and blocks agree. `among`: blocks to look at, here and in host memory; none: all.
+
+        Raises:
+            AssertionError: names the fault and the sequence.
+        """
+        for state, sequences in self._by_state.items():
+            for key, sequence in sequences.items():
+                assert sequence.state is state, f"{key} is {sequence.state} and stands under {state}"
+                assert self.by_key.get(key) is sequence, f"{key} is {state} but not live"
+        assert self.count(*_S) == len(self.by_key), "a live sequence stands under no state"
+        promised = sum(s.num_promised for s in self.by_key.values())
+        assert promised == self.num_promised, f"{self.num_promised} blocks promised, sequences say {promised}"
+        check_holdings(self.holdings, list(self.by_key.values()), among)

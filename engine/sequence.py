@@ -1,0 +1,201 @@
+"""One sequence as the scheduler sees it: ids, counts and a state. Knows no tensor, no clock, no queue.
+
+    tokens   | prompt (its last num_emitted ids count as generated) | generated here |
+    KV       |<---- computed, in blocks ---->|<- still to compute: a chunk, or one ->|
+             0                          num_computed                           len(tokens)
+
+The states, by source. Every arrow to `ended` is left out: cancel, deadline and error lead there from anywhere.
+
+    LOCAL     waiting ──▶ prefilling ──▶ decoding ──▶ ended
+                 ▲             │ preempted   │
+                 ├─────────────┴─────────────┤
+                 └──damaged── swapped ◀──────┘        back to where it was: prefilling or decoding
+    PEER      waiting ──▶ promised ──Bind──▶ bound ──KvComplete──▶ decoding ──▶ ended
+                 │            │                │                      │ preempted: goes on as LOCAL, waiting
+                 └────────────┴────────────────┴──PrefillLocally──▶ LOCAL, waiting (or prefilling in its bound blocks)
+    FOR_PEER  queued ──▶ offered ──PeerBound──▶ ready ──▶ prefilling ──▶ held ──Release──▶ ended
+                            └──PeerNotYet──▶ parked ──PeerBound──▶ ready
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import NamedTuple
+
+from ..core.request import FinishReason, SamplingParams, SequenceKey, TokenLogprobs
+from ..kv.block import BlockId, BlockIdentity
+from ..kv.spec import HASH_BLOCK_TOKENS
+from .messages import Source, Submit
+from .plan import History
+
+
+class SequenceState(Enum):
+    """Where a sequence stands; the module draws the arrows."""
+
+    WAITING = auto()  # LOCAL, PEER: owns nothing
+    PROMISED = auto()  # PEER: its cached prefix is retained, room for the rest is counted but not taken
+    BOUND = auto()  # PEER: blocks for the prompt and the first decode; the peer's KV arrives
+    QUEUED = auto()  # FOR_PEER: owns nothing
+    OFFERED = auto()  # FOR_PEER: decode is asked to bind; room is counted here
+    PARKED = auto()  # FOR_PEER: decode cannot hold it now
+    READY = auto()  # FOR_PEER: decode has bound; starts as soon as budget and blocks allow
+    PREFILLING = auto()  # blocks for everything known are taken; chunks are computed
+    DECODING = auto()  # everything but the last token is computed
+    HELD = auto()  # FOR_PEER: computed; blocks stay for the hand-over
+    SWAPPED = auto()  # LOCAL: preempted; what it had computed lies in host blocks
+    ENDED = auto()
+
+
+QUEUE_STATES = (
+    SequenceState.WAITING,
+    SequenceState.QUEUED,
+    SequenceState.OFFERED,
+    SequenceState.PARKED,
+    SequenceState.READY,
+    SequenceState.SWAPPED,
+)
+"""States without blocks: what the bounds of the waiting queue count."""
+
+_S = SequenceState
+NEXT_STATES: dict[SequenceState, frozenset[SequenceState]] = {
+    _S.WAITING: frozenset({_S.PROMISED, _S.PREFILLING}),
+    _S.PROMISED: frozenset({_S.BOUND, _S.WAITING}),
+    _S.BOUND: frozenset({_S.DECODING, _S.PREFILLING}),
+    _S.QUEUED: frozenset({_S.OFFERED}),
+    _S.OFFERED: frozenset({_S.READY, _S.PARKED}),
+    _S.PARKED: frozenset({_S.READY}),
+    _S.READY: frozenset({_S.PREFILLING}),
+    _S.PREFILLING: frozenset({_S.DECODING, _S.HELD, _S.WAITING, _S.SWAPPED}),
+    _S.DECODING: frozenset({_S.WAITING, _S.SWAPPED}),
+    _S.SWAPPED: frozenset({_S.PREFILLING, _S.DECODING, _S.WAITING}),
+    _S.HELD: frozenset(),
+    _S.ENDED: frozenset(),
+}
+"""The drawing as data; `ENDED` may follow every state but itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Doom:
+    """An end that was decided while a step ran, and waits for the step's boundary."""
+
+    reason: FinishReason
+    error_code: str = ""
+    error_message: str = ""
+
+
+class Table(NamedTuple):
+    """Blocks of a sequence from its first token on, and which use of each block this is."""
+
+    blocks: tuple[BlockId, ...]
+    generations: tuple[int, ...]
+
+
+class Swapped(NamedTuple):
+    """Tokens [start, end) of a sequence in host blocks, each in one use; everything before was shared."""
+
+    start: int
+    end: int
+    blocks: tuple[BlockId, ...]
+    generations: tuple[int, ...]
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A live sequence. Only the scheduler and the core change it."""
+
+    key: SequenceKey
+    source: Source  # PEER becomes LOCAL when its prompt is computed, or computed again, here
+    params: SamplingParams
+    tokens: list[int]
+    num_prompt: int
+    num_emitted: int
+    identities: list[BlockIdentity]  # of leading full hash blocks; grows as generated tokens fill blocks
+    identity_root: bytes
+    deadline_s: float | None
+    rank: tuple[int, int]  # (-priority, arrival), the scheduler's one order: the greatest is preempted first
+    state: SequenceState
+    prompt_ids: tuple[int, ...]  # without what earlier dispatches generated
+    scores: list[TokenLogprobs] | None  # of prompt ids from the second on, as far as known; None: nobody waits for them
+    blocks: list[BlockId] = field(default_factory=list)  # owned, in order
+    table: Table | None = None  # of `blocks`, until they change
+    num_computed: int = 0
+    likely_cached: int = 0  # leading tokens that were cached when it began to wait: a hint, never a claim
+    num_published: int = 0  # leading blocks that were given to the prefix cache
+    num_promised: int = 0  # blocks counted for it and not taken yet
+    cached_tokens: int = 0  # prompt tokens found here when it first began
+    preemptions: int = 0
+    last_step: int = -1  # step that computed for it last
+    written: set[int] = field(default_factory=set)  # BOUND: hash blocks whose KV arrived
+    swapped: Swapped | None = None  # SWAPPED: `num_computed` is its end
+    wants_bind: bool = False
+    has_begun: bool = False  # Promised (LOCAL) or the first Progress (FOR_PEER) went out
+    began_s: float | None = None  # when the first step that computes it here was planned
+    doom: Doom | None = None
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens of this choice so far, those of earlier dispatches included."""
+        return self.num_emitted + len(self.tokens) - self.num_prompt
+
+    @property
+    def num_remaining(self) -> int:
+        """Known tokens whose KV is still to be computed."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def num_expected(self) -> int:
+        """Tokens that will be computed for it, as far as can be told while it waits."""
+        return self.num_remaining if self.num_computed else self.num_remaining - self.likely_cached
+
+    @property
+    def tokens_to_hold(self) -> int:
+        """Tokens its blocks must cover to begin: everything known, and the first decode unless it decodes elsewhere."""
+        return self.num_prompt if self.source is Source.FOR_PEER else len(self.tokens) + 1
+
+    @property
+    def num_skippable(self) -> int:
+        """Leading tokens that need no computing where their KV is at hand: all but those whose logits are wanted."""
+        return len(self.tokens) - 1 if self.scores is None else len(self.scores)
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether logprobs of its prompt are still wanted: each of its rows costs a step more than a plain one."""
+        return self.scores is not None
+
+    @property
+    def findable(self) -> list[BlockIdentity]:
+        """Identities that a cached prefix may cover."""
+        return self.identities[: self.num_skippable // HASH_BLOCK_TOKENS]
+
+    @property
+    def history(self) -> History | None:
+        """What the sampler must know of the past, where it must."""
+        if not self.params.needs_history:
+            return None
+        return History(self.prompt_ids, tuple(self.tokens[len(self.prompt_ids) :]))
+
+    def targets(self, start: int, end: int) -> tuple[int, ...]:
+        """Prompt ids that the rows [start, end) predict, where their logprobs are wanted."""
+        return () if self.scores is None else self.prompt_ids[start + 1 : end + 1]
+
+
+def new_sequence(submit: Submit, arrival: int) -> Sequence:
+    """The sequence of a `Submit`, in its first state."""
+    num_prompt = len(submit.prompt_ids)
+    wants_scores = submit.params.prompt_logprobs is not None and submit.num_emitted == 0
+    return Sequence(
+        key=submit.key,
+        source=submit.source,
+        params=submit.params,
+        tokens=list(submit.prompt_ids),
+        num_prompt=num_prompt,
+        num_emitted=submit.num_emitted,
+        identities=list(submit.identities[: num_prompt // HASH_BLOCK_TOKENS]),
+        identity_root=submit.identity_root,
+        deadline_s=submit.deadline_s,
+        rank=(-submit.priority, arrival),
+        prompt_ids=submit.prompt_ids[: num_prompt - submit.num_emitted],
+        scores=[] if wants_scores else None,
+        state=SequenceState.QUEUED if submit.source is Source.FOR_PEER else SequenceState.WAITING,
+    )

@@ -1,0 +1,81 @@
+"""How long steps take on this machine, learned while they run. Pure: is told milliseconds, has no clock.
+
+A step of u prompt tokens after h computed ones costs  a·u + b·u·(h + u/2)  beside its decodes: a is the linears' price
+per token, b the attention's per (query, key) pair. Both by least squares over the recent steps, old ones fading, b
+drawn towards zero until steps are long enough to show it: a few milliseconds of noise over short prompts, read as a
+price per pair, would make a long prompt look like an hour's work.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .plan import StepPlan
+
+_FADE = 0.95  # weight of the past at each new step: about 20 steps are remembered
+_TILE_TOKENS = 16  # fewer rows take as long (model/ops/products.py)
+_PAIRS_TO_TELL = 1e4  # noise of 10 ms over a believable 1e-3 ms per pair: b counts from about so many pairs on
+
+
+class StepTimes(NamedTuple):
+    """What steps cost, in milliseconds; 0.0 until the first step of their kind."""
+
+    decode_step_ms: float = 0.0
+    prefill_ms_per_token: float = 0.0
+    prefill_ms_per_token_pair: float = 0.0
+
+    def tokens_within(self, budget_ms: float, num_computed: int) -> float:
+        """How many prompt tokens after `num_computed` ones a step computes in that time; infinite: not known yet."""
+        per_token_ms = self.prefill_ms_per_token + self.prefill_ms_per_token_pair * num_computed
+        return budget_ms / per_token_ms if per_token_ms > 0 else float("inf")
+
+
+class Pace:
+    """On-line coefficients; 0.0 until the first step of their kind."""
+
+    def __init__(self) -> None:
+        self.decode_step_ms = 0.0
+        self.prefill_ms_per_token = 0.0
+        self.prefill_ms_per_token_pair = 0.0
+        self._moments = (0.0, 0.0, 0.0, 0.0, 0.0)  # faded sums: uu, up, pp, ut, pt
+
+    @property
+    def times(self) -> StepTimes:
+        """The coefficients as one value."""
+        return StepTimes(self.decode_step_ms, self.prefill_ms_per_token, self.prefill_ms_per_token_pair)
+
+    def observe(self, plan: StepPlan, took_ms: float) -> None:
+        """One step took so long. One that scored prompt rows says nothing of what steps without take."""
+        if any(step.targets for step in plan.sequences):
+            return
+        tokens, pairs, decodes = 0.0, 0.0, 0
+        for step in plan.sequences:
+            if step.num_tokens == 1 and step.samples and step.num_generated:
+                decodes += 1
+            else:
+                tokens += step.num_tokens
+                pairs += step.num_tokens * (step.start + step.num_tokens / 2)
+        if tokens == 0:
+            known = self.decode_step_ms or took_ms
+            self.decode_step_ms = _FADE * known + (1 - _FADE) * took_ms
+            return
+        tokens = max(tokens, _TILE_TOKENS)
+        rest_ms = max(took_ms - (self.decode_step_ms if decodes else 0.0), 0.0)
+        new = (tokens * tokens, tokens * pairs, pairs * pairs, tokens * rest_ms, pairs * rest_ms)
+        self._moments = tuple(_FADE * old + fresh for old, fresh in zip(self._moments, new, strict=True))  # type: ignore[assignment]
+        self._solve()
+
+    def _solve(self) -> None:
+        """Normal equations of two unknowns, neither below zero."""
+        uu, up, pp, ut, pt = self._moments
+        pp += _PAIRS_TO_TELL**2
+        determinant = uu * pp - up * up
+        if determinant > 1e-6 * uu * pp:
+            a, b = (ut * pp - pt * up) / determinant, (pt * uu - ut * up) / determinant
+            if a >= 0 and b >= 0:
+                self.prefill_ms_per_token, self.prefill_ms_per_token_pair = a, b
+                return
+            if a < 0:
+                self.prefill_ms_per_token, self.prefill_ms_per_token_pair = 0.0, pt / pp
+                return
+        self.prefill_ms_per_token, self.prefill_ms_per_token_pair = ut / uu, 0.0

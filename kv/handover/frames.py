@@ -1,0 +1,344 @@
+"""Envelopes and frames of the hand-over, as handover.proto draws them. Knows bytes and shapes, no stream, no store.
+
+    "TK" | version u8 | kind u8 | length u32 LE | crc32 u32 LE | protobuf bytes | zeros to 16 | raw planes (frames only)
+
+The checksum covers all before the zeros but itself: a flipped bit in FirstToken would be a wrong token. Planes carry
+their digests. `decode_envelope` trusts nothing: what it returns is well-formed in every length, offset and range, and
+whatever is not raises WireError and nothing else. Arrays that it returns are views of the envelope, not copies.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
+
+from ...protos import handover_pb2 as pb
+from ...protos import worker_pb2
+from ..block import IDENTITY_BYTES
+from ..codec import Codec, payload_bytes, scale_bytes
+from ..digest import frame_digests, places
+from ..section import SectionData
+from ..spec import COMPONENT_NUMBERS, HASH_BLOCK_TOKENS, KvSpec
+from .machine import Label
+
+VERSION = 1
+MAX_ENVELOPE_BYTES = 64 << 20
+DEFAULT_FRAME_BYTES = 4 << 20
+
+_MAGIC = b"TK"
+_UP, _FRAME, _DOWN = 1, 2, 3  # kinds
+_HEAD = struct.Struct("<2sBBI")
+_CRC = struct.Struct("<I")
+_ALIGN = 16
+_MAX_MESSAGE_BYTES = 16 << 20
+_MAX_ROW_BYTES = 1 << 16
+_MAX_LAYERS_OR_HEADS = 1 << 16
+_MAX_TOKENS = HASH_BLOCK_TOKENS << 24  # as far as digests count
+_MAX_SECTIONS = 4096
+_MAIN = "main"
+
+
+class WireError(Exception):
+    """Bytes that no peer of this release sends: torn, damaged, or made up."""
+
+
+class FrameLabel(NamedTuple):
+    """Whose frame it is, and of which tokens. For Blocks.Fetch the label is empty and `identities` are set."""
+
+    label: Label
+    sequence: int
+    numerics_class: bytes
+    token_start: int
+    token_count: int
+    identities: tuple[bytes, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Frame:
+    """A well-formed frame. Whether its digests hold, `verify_frame` says."""
+
+    header: pb.FrameHeader
+    planes: memoryview
+    sections: tuple[SectionData, ...]  # views of `planes`
+
+
+def tokens_per_frame(spec: KvSpec, max_bytes: int = DEFAULT_FRAME_BYTES) -> int:
+    """Tokens whose planes fit `max_bytes`: a multiple of 16, and 16 at least, whatever the bound."""
+    return max(1, max_bytes // (spec.bytes_per_token * HASH_BLOCK_TOKENS)) * HASH_BLOCK_TOKENS
+
+
+# ------------------------------------------------------------------ out
+
+
+def encode_message(message: pb.HandoverUp | pb.HandoverDown) -> bytes:
+    """The envelope of a control message."""
+    body = message.SerializeToString()
+    return _start(_UP if isinstance(message, pb.HandoverUp) else _DOWN, body) + body
+
+
+def encode_frame(label: FrameLabel, sections: Sequence[SectionData], *, is_last: bool) -> bytes:
+    """The envelope of a frame: one copy of the planes. All sections have `label.token_count` tokens."""
+    mine = label.label
+    header = pb.FrameHeader(
+        request_id=mine.request_id,
+        choice=mine.choice,
+        epoch=worker_pb2.Epoch(incarnation=mine.epoch.incarnation, counter=mine.epoch.counter),
+        sequence=label.sequence,
+        numerics_class=label.numerics_class,
+        token_start=label.token_start,
+        token_count=label.token_count,
+        identities=label.identities,
+        last=is_last,
+    )
+    planes = _Planes()
+    for section in sections:
+        shape = (section.layer_count, section.head_count, label.token_count, section.row_bytes)
+        assert section.payload.shape == shape, f"payload {section.payload.shape}, not {shape}"
+        message = header.sections.add(
+            group=section.group,
+            component=section.component,
+            layer_start=section.layer_start,
+            layer_count=section.layer_count,
+            head_start=section.head_start,
+            head_count=section.head_count,
+            codec=section.codec,
+            row_bytes=section.row_bytes,
+            digests=section.digests.reshape(-1).tolist(),
+            payload_offset=planes.append(section.payload),
+            payload_bytes=section.payload.nbytes,
+        )
+        if section.scales is not None:
+            message.scale_offset = planes.append(section.scales)
+            message.scale_bytes = section.scales.nbytes
+    body = header.SerializeToString()
+    start = _start(_FRAME, body)
+    return b"".join([start, body, bytes(-(len(start) + len(body)) % _ALIGN), *planes.parts])
+
+
+class _Planes:
+    """Planes one after the other, each aligned."""
+
+    def __init__(self) -> None:
+        self.parts: list[bytes | memoryview] = []
+        self._end = 0
+
+    def append(self, plane: NDArray[np.uint8]) -> int:
+        """Returns the plane's offset."""
+        padding = -self._end % _ALIGN
+        offset = self._end + padding
+        self._end = offset + plane.nbytes
+        self.parts += [bytes(padding), np.ascontiguousarray(plane).data.cast("B")]
+        return offset
+
+
+def _start(kind: int, body: bytes) -> bytes:
+    head = _HEAD.pack(_MAGIC, VERSION, kind, len(body))
+    return head + _CRC.pack(zlib.crc32(body, zlib.crc32(head)))
+
+
+# ------------------------------------------------------------------ in
+
+
+def decode_envelope(envelope: bytes, max_bytes: int = MAX_ENVELOPE_BYTES) -> pb.HandoverUp | pb.HandoverDown | Frame:
+    """What one message of the stream says.
+
+    Raises:
+        WireError: it is torn, damaged, too large, or of another version.
+    """
+    if len(envelope) > max_bytes:
+        raise WireError(f"{len(envelope)} bytes; at most {max_bytes}")
+    kind, body, end = _opened(envelope)
+    try:
+        if kind == _FRAME:
+            return _frame(pb.FrameHeader.FromString(body), memoryview(envelope), end)
+        message = (pb.HandoverUp if kind == _UP else pb.HandoverDown).FromString(body)
+    except DecodeError as error:
+        raise WireError(f"no protobuf message: {error}") from None
+    if end != len(envelope):
+        raise WireError(f"{len(envelope) - end} bytes after the message")
+    if message.WhichOneof("body") is None:
+        raise WireError("a message without a body")
+    return message
+
+
+def _opened(envelope: bytes) -> tuple[int, bytes, int]:
+    """Kind, protobuf bytes, and where they end."""
+    first = _HEAD.size + _CRC.size
+    if len(envelope) < first:
+        raise WireError(f"{len(envelope)} bytes are no envelope")
+    magic, version, kind, length = _HEAD.unpack_from(envelope)
+    if magic != _MAGIC:
+        raise WireError(f"the envelope begins with {magic!r}")
+    if version != VERSION:
+        raise WireError(f"version {version}; this release speaks {VERSION}")
+    if kind not in (_UP, _FRAME, _DOWN):
+        raise WireError(f"kind {kind}")
+    if length > _MAX_MESSAGE_BYTES or first + length > len(envelope):
+        raise WireError(f"a message of {length} bytes in an envelope of {len(envelope)}")
+    body = envelope[first : first + length]
+    if zlib.crc32(body, zlib.crc32(envelope[: _HEAD.size])) != _CRC.unpack_from(envelope, _HEAD.size)[0]:
+        raise WireError("the checksum does not hold")
+    return kind, body, first + length
+
+
+def _frame(header: pb.FrameHeader, envelope: memoryview, end: int) -> Frame:
+    start = end + -end % _ALIGN
+    if len(envelope) < start or any(envelope[end:start]):
+        raise WireError("no zeros between header and planes")
+    tokens, stop = header.token_count, header.token_start + header.token_count
+    if tokens < 1 or header.token_start % HASH_BLOCK_TOKENS or stop > _MAX_TOKENS:
+        raise WireError(f"tokens [{header.token_start}, {stop})")
+    if any(len(identity) != IDENTITY_BYTES for identity in header.identities):
+        raise WireError(f"an identity is not {IDENTITY_BYTES} bytes")
+    if len(header.identities) > tokens // HASH_BLOCK_TOKENS:
+        raise WireError(f"{len(header.identities)} identities for {tokens} tokens")
+    if not 0 < len(header.sections) <= _MAX_SECTIONS:
+        raise WireError(f"{len(header.sections)} sections")
+    planes = envelope[start:]
+    extents = [extent for section in header.sections for extent in _extents(section, tokens)]
+    _check_layout(extents, len(planes))
+    sections = tuple(_section(section, tokens, planes) for section in header.sections)
+    _check_overlap(sections)
+    return Frame(header, planes, sections)
+
+
+def _extents(section: pb.Section, tokens: int) -> list[tuple[int, int]]:
+    """Where a section's planes lie, (offset, size), after its own numbers were checked."""
+    layers, heads = section.layer_count, section.head_count
+    for start, count in ((section.layer_start, layers), (section.head_start, heads)):
+        if count < 1 or start + count > _MAX_LAYERS_OR_HEADS:
+            raise WireError(f"layers or heads [{start}, {start + count})")
+    if section.codec not in Codec._value2member_map_:
+        raise WireError(f"codec {section.codec}")
+    codec = Codec(section.codec)
+    if not 0 < section.row_bytes <= _MAX_ROW_BYTES or section.row_bytes % payload_bytes(codec, 1):
+        raise WireError(f"rows of {section.row_bytes} bytes in {codec.name}")
+    rows = layers * heads * tokens
+    if section.payload_bytes != rows * section.row_bytes or section.scale_bytes != rows * scale_bytes(codec):
+        raise WireError(f"{section.payload_bytes} and {section.scale_bytes} bytes for {rows} rows in {codec.name}")
+    if len(section.digests) != layers * heads * _units(tokens):
+        raise WireError(f"{len(section.digests)} digests for {tokens} tokens of {layers} layers and {heads} heads")
+    payload = (section.payload_offset, section.payload_bytes)
+    return [payload, (section.scale_offset, section.scale_bytes)] if section.scale_bytes else [payload]
+
+
+def _check_layout(extents: list[tuple[int, int]], num_bytes: int) -> None:
+    """Planes follow one another, aligned, with nothing in between but padding, and fill the envelope."""
+    ordered = sorted(extents)
+    end = 0
+    for offset, size in ordered:
+        if offset != end + -end % _ALIGN:
+            raise WireError(f"a plane at {offset}; the one before ends at {end}")
+        end = offset + size
+    if end != num_bytes:
+        raise WireError(f"planes of {end} bytes in {num_bytes}")
+
+
+def _check_overlap(sections: Sequence[SectionData]) -> None:
+    """Sections of a component are a grid: the same layers with later heads, or later layers. No row stands twice."""
+    by_component: dict[tuple[str, str], list[SectionData]] = {}
+    for section in sections:
+        by_component.setdefault((section.group, section.component), []).append(section)
+    for parts in by_component.values():
+        parts.sort(key=lambda s: (s.layer_start, s.head_start))
+        for one, other in pairwise(parts):
+            same_layers = (one.layer_start, one.layer_count) == (other.layer_start, other.layer_count)
+            if same_layers and one.head_start + one.head_count <= other.head_start:
+                continue
+            if one.layer_start + one.layer_count <= other.layer_start:
+                continue
+            raise WireError(f"sections of {one.component} overlap, or are no grid")
+
+
+def _section(section: pb.Section, tokens: int, planes: memoryview) -> SectionData:
+    shape = (section.layer_count, section.head_count, tokens)
+    payload = np.frombuffer(planes, np.uint8, section.payload_bytes, section.payload_offset)
+    scales = None
+    if section.scale_bytes:
+        scales = np.frombuffer(planes, np.uint8, section.scale_bytes, section.scale_offset).reshape(shape)
+    return SectionData(
+        group=section.group,
+        component=section.component,
+        layer_start=section.layer_start,
+        layer_count=section.layer_count,
+        head_start=section.head_start,
+        head_count=section.head_count,
+        codec=section.codec,
+        row_bytes=section.row_bytes,
+        payload=payload.reshape(*shape, section.row_bytes),
+        scales=scales,
+        digests=np.array(section.digests, np.uint64).reshape(*shape[:2], _units(tokens)),
+    )
+
+
+# ------------------------------------------------------------------ digests and completeness
+
+
+def verify_frame(frame: Frame, key: int, spec: KvSpec | None = None) -> bool:
+    """Whether every digest of a frame holds and, with `spec`, every row that this cache needs is there."""
+    header = frame.header
+    if spec is not None and not covers(frame.sections, spec):
+        return False
+    return verify_sections(frame.sections, header.token_start, header.token_count, key)
+
+
+def verify_sections(sections: Iterable[SectionData], token_start: int, token_count: int, key: int) -> bool:
+    """Whether every digest holds: no damaged range."""
+    return not damaged_ranges(sections, token_start, token_count, key)
+
+
+def damaged_ranges(
+    sections: Iterable[SectionData], token_start: int, token_count: int, key: int
+) -> list[tuple[int, int]]:
+    """Token ranges (start, count) with a digest that does not hold, in order; neighbours are one range.
+
+    Sections of other groups than "main" are auxiliary: not looked at, and not to be used. A component of "main" that
+    this release cannot digest damages everything.
+    """
+    first = token_start // HASH_BLOCK_TOKENS
+    bad = np.zeros(_units(token_count), bool)
+    for section in sections:
+        if section.group != _MAIN:
+            continue
+        if section.component not in COMPONENT_NUMBERS:
+            return [(token_start, token_count)]
+        layers = section.layer_start + np.arange(section.layer_count)
+        heads = section.head_start + np.arange(section.head_count)
+        blocks = first + np.arange(len(bad))
+        place = places(layers[:, None, None], COMPONENT_NUMBERS[section.component], heads[:, None], blocks)
+        found = frame_digests(section.payload, section.scales, place, key, HASH_BLOCK_TOKENS)
+        bad |= (found != section.digests).any(axis=(0, 1))
+    edges = np.flatnonzero(np.diff(bad, prepend=False, append=False)).reshape(-1, 2)
+    stop = token_start + token_count
+    ranges = ((HASH_BLOCK_TOKENS * (first + int(a)), HASH_BLOCK_TOKENS * (first + int(b))) for a, b in edges)
+    return [(start, min(end, stop) - start) for start, end in ranges]
+
+
+def covers(sections: Iterable[SectionData], spec: KvSpec) -> bool:
+    """Whether sections hold all layers and heads of every component of the main group, in rows of its width."""
+    missing = {component.name: spec.main.num_layers * component.heads for component in spec.main.components}
+    component_by_name = {component.name: component for component in spec.main.components}
+    for section in sections:
+        component = component_by_name.get(section.component)
+        if section.group != _MAIN or component is None:
+            continue
+        fits_layers = section.layer_start + section.layer_count <= spec.main.num_layers
+        fits_heads = section.head_start + section.head_count <= component.heads
+        if not fits_layers or not fits_heads:
+            return False
+        if section.row_bytes != payload_bytes(Codec(section.codec), component.width):
+            return False
+        missing[component.name] -= section.layer_count * section.head_count  # sections of a frame do not overlap
+    return not any(missing.values())
+
+
+def _units(tokens: int) -> int:
+    return -(-tokens // HASH_BLOCK_TOKENS)

@@ -1,0 +1,133 @@
+"""The decoder: token ids to logits, in one readable pass, for every family. Knows layers; no device, no scheduler.
+
+What a layer does is data (`spec.py`); who computes it is `ops.py`. Row by row the bits are a function of the row's own
+prefix alone. A plain layer, with normalisation before each part and, in some families, after it:
+
+    h = norm(x);  x += [norm](attention(h));  h = norm(x);  x += [norm](ffn(h))
+
+Source: Llama (Touvron et al. 2023); Gemma 2 (2024) for the second norms; DeepSeek-V2 (2024) for latent attention.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...checkpoint.spec import ExpertsFfn, LatentAttention, ModelSpec, PlainAttention
+from ...kernels.reference_kv import Rotation
+from ...kv.store.store import KvStore
+from ..batch import StepBatch
+from ..ops.elementwise import softcapped
+from ..ops.seam import AttentionKind, Logits, Ops
+from ..ops.step import LayerStep
+from ..weights.weights import DenseWeights, ExpertsWeights, LatentWeights, PlainWeights, Weights
+from .experts import mix_experts
+from .latent import attend_latent
+from .native_stack import NativeStack
+from .rope import rotary_table
+
+
+class Hidden(NamedTuple):
+    """What the layers leave: the residual stream, and which rows had keys or values that were not finite."""
+
+    rows: Tensor  # [padded rows, hidden] compute dtype
+    non_finite: Tensor  # [padded rows] int32: refused rows of keys and values, over all layers
+    num_refused: int | None = None  # their sum, where it is known without a look at them
+
+
+class Decoder:
+    """One model on one device. Stateless between steps but for the cache that it is handed."""
+
+    def __init__(self, spec: ModelSpec, weights: Weights, ops: Ops, max_model_len: int) -> None:
+        self.spec = spec
+        self.weights = weights
+        self.ops = ops
+        self.max_model_len = max_model_len
+        tables = (rotary_table(rope, max_model_len) for rope in spec.ropes)
+        self._tables = [(cos.to(ops.device), sin.to(ops.device)) for cos, sin in tables]
+        self._stack = NativeStack.make(spec, weights, ops)
+        self._kinds = [_attention_kind(spec, layer.window) for layer in spec.layers]
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether all layers are one call."""
+        return self._stack is not None
+
+    def hidden(self, batch: StepBatch, store: KvStore) -> Hidden:
+        """Run all layers over a step's rows, storing their keys and values on the way."""
+        ops, layers = self.ops, self.weights.layers
+        x = self._embed(batch.token_ids)  # [rows, hidden]
+        angles = [tuple(t.index_select(0, batch.positions) for t in table) for table in self._tables]
+        if self._stack is not None:
+            return Hidden(x, *self._stack.run(x, angles, batch, store))
+        rotations = [Rotation(batch.positions, *table) for table in self._tables]
+        births = store.births(batch.slots)
+        non_finite = torch.zeros(len(x), dtype=torch.int32, device=x.device)
+        h = ops.rms_norm(x, layers[0].attention_norm)
+        for index, (layer, shape) in enumerate(zip(layers, self.spec.layers, strict=True)):
+            cos, sin = angles[shape.rope]
+            step = LayerStep(
+                ops, cos, sin, store.planes(index), batch.slots, batch.attention, self._kinds[index],
+                index, rotations[shape.rope], births,
+            )  # fmt: skip
+            delta, refused = self._attend(h, layer.attention, step)
+            non_finite += refused
+            if layer.after_attention is not None:
+                delta = ops.rms_norm(delta, layer.after_attention)
+            x, h = ops.add_rms_norm(x, delta, layer.ffn_norm)
+            delta = self._feed_forward(h, layer.ffn, shape.ffn)
+            if layer.after_ffn is not None:
+                delta = ops.rms_norm(delta, layer.after_ffn)
+            if index + 1 < len(layers):
+                x, h = ops.add_rms_norm(x, delta, layers[index + 1].attention_norm)
+            else:
+                x = x + delta
+        return Hidden(x, non_finite)
+
+    def logits(self, rows: Tensor) -> Logits:
+        """Of rows [n, hidden] of the residual stream, n a multiple of the ops'."""
+        logits = self.ops.head(rows, self.weights.norm, self.weights.head)
+        if self.spec.final_softcap is None:
+            return logits
+        return Logits(softcapped(logits.rows, self.spec.final_softcap), None)
+
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        x = self.weights.embedding.index_select(0, token_ids)
+        if self.spec.embedding_scale is None:
+            return x
+        return x * torch.tensor(self.spec.embedding_scale, dtype=x.dtype)  # rounded first, as Gemma was trained
+
+    def _attend(self, h: Tensor, weights: PlainWeights | LatentWeights, step: LayerStep) -> tuple[Tensor, Tensor]:
+        """Attention of rows [rows, hidden]: what it adds, and rows of keys and values that were not finite."""
+        shape = self.spec.attention
+        if isinstance(weights, LatentWeights):
+            assert isinstance(shape, LatentAttention)
+            return attend_latent(h, weights, shape, step)
+        assert isinstance(shape, PlainAttention)
+        return _attend_plain(h, weights, shape, step)
+
+    def _feed_forward(self, h: Tensor, weights: DenseWeights | ExpertsWeights, shape: object) -> Tensor:
+        if isinstance(weights, ExpertsWeights):
+            assert isinstance(shape, ExpertsFfn)
+            return mix_experts(self.ops, h, weights, shape, self.spec.activation)
+        return self.ops.linear(self.ops.gated_linear(h, weights.gate_up, self.spec.activation), weights.down)
+
+
+def _attend_plain(h: Tensor, weights: PlainWeights, shape: PlainAttention, step: LayerStep) -> tuple[Tensor, Tensor]:
+    ops, heads = step.ops, shape.num_heads
+    qkv = ops.linear(h, weights.qkv).view(len(h), heads + 2 * shape.num_kv_heads, shape.head_dim)
+    norms = None
+    if weights.q_norm is not None and weights.k_norm is not None:
+        norms = weights.q_norm, weights.k_norm
+    # Stored first, attended to after: attention reads what the cache holds, rounding included.
+    q, refused = ops.store_heads(qkv, heads, norms, step)
+    keys, values = step.planes
+    mixed = ops.attend((q,), (keys,), values, step.layout, step.kind)
+    return ops.linear(mixed.flatten(1), weights.output), refused
+
+
+def _attention_kind(spec: ModelSpec, window: int | None) -> AttentionKind:
+    shape = spec.attention
+    return AttentionKind(shape.scale, window, shape.softcap if isinstance(shape, PlainAttention) else None)

@@ -1,0 +1,74 @@
+"""A layer of experts: each token's few, and the one that all share. Knows no attention.
+
+What a token gets is the sum of its experts' answers in order of their numbers, in float32, rounded once: a function of
+its own row alone, whoever else chose the same experts.
+Source: Mixtral (Jiang et al. 2024); DeepSeek-V2 and V3 (2024) for groups, correction and shared experts.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...checkpoint.spec import ExpertsFfn, Routing
+from ..ops.elementwise import sigmoid
+from ..ops.seam import Activation, Ops
+from ..weights.weights import DenseWeights, ExpertsWeights
+
+
+class Choice(NamedTuple):
+    """Which experts each row takes, and what each counts."""
+
+    experts: Tensor  # [rows, per_token] int64
+    weights: Tensor  # [rows, per_token] float32
+
+
+def mix_experts(ops: Ops, h: Tensor, weights: ExpertsWeights, shape: ExpertsFfn, activation: Activation) -> Tensor:
+    """The layer's answer to rows h [rows, hidden]."""
+    routing = shape.routing
+    scores = ops.linear(h, weights.router)  # [rows, num_experts (+ 1)] float32
+    choice = route(scores[:, : routing.num_experts], weights.correction, routing)
+    total = torch.zeros(h.shape, dtype=torch.float32, device=h.device)
+    for expert in torch.unique(choice.experts).tolist():  # in order of their numbers
+        rows, place = (choice.experts == expert).nonzero().unbind(1)  # rows that take it, and which of their choices
+        spare = -len(rows) % ops.row_multiple
+        answers = _dense(ops, torch.cat((h[rows], h.new_zeros(spare, h.shape[1]))), weights.experts[expert], activation)
+        total[rows] += answers[: len(rows)].float() * choice.weights[rows, place].unsqueeze(1)
+    if weights.shared is not None:
+        answer = _dense(ops, h, weights.shared, activation).float()
+        total += answer * sigmoid(scores[:, -1:]) if shape.shared_gate else answer
+    return total.to(h.dtype)
+
+
+def route(logits: Tensor, correction: Tensor | None, routing: Routing) -> Choice:
+    """Choose experts by scores [rows, num_experts] before softmax or sigmoid, float32.
+
+    With groups, only experts of the best groups stand for choice. A group is as good as its best expert or, where
+    there is a correction, as the sum of its best two corrected scores; the correction counts in the choice alone.
+    """
+    if routing.scores == "softmax":
+        powers = torch.exp(logits - logits.amax(-1, keepdim=True))
+        scores = powers / powers.sum(-1, keepdim=True)
+    else:
+        scores = sigmoid(logits)
+    ranked = scores if correction is None else scores + correction
+    if routing.num_groups > 1:
+        groups = ranked.view(len(ranked), routing.num_groups, -1)
+        best = groups.amax(-1) if correction is None else groups.topk(2, dim=-1).values.sum(-1)
+        kept = torch.zeros_like(best).scatter_(1, best.topk(routing.groups_per_token, dim=-1).indices, 1.0)
+        out = kept.repeat_interleave(groups.shape[-1], dim=1) == 0
+        if correction is None:
+            ranked = scores = scores.masked_fill(out, 0.0)
+        else:
+            ranked = ranked.masked_fill(out, float("-inf"))
+    experts = ranked.topk(routing.per_token, dim=-1).indices
+    weights = scores.gather(1, experts)
+    if routing.normalised:
+        weights = weights / (weights.sum(-1, keepdim=True) + (1e-20 if routing.scores == "sigmoid" else 0.0))
+    return Choice(experts, weights * routing.scale)
+
+
+def _dense(ops: Ops, x: Tensor, weights: DenseWeights, activation: Activation) -> Tensor:
+    return ops.linear(ops.gated_linear(x, weights.gate_up, activation), weights.down)

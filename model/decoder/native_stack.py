@@ -1,0 +1,154 @@
+"""A plain decoder's layers as one call of our CPU kernels: the decoder's own order of ops without Python between them.
+
+Serves models whose layers all have plain attention and a dense gate; the decoder goes op by op for the others. The bits
+are those of op by op. While it runs, the GIL is free for the worker's face.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from itertools import accumulate
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from ...checkpoint.spec import DenseFfn, ModelSpec, PlainAttention
+from ...kernels.cpu import library as native
+from ...kernels.cpu.memory import take_memory
+from ...kv.store.store import KvStore
+from ..batch import StepBatch
+from ..ops.native_ops import ACTIVATIONS, KINDS, NativeOps, PackedLinear, StepSpans, address, native_plane, single_rows
+from ..ops.seam import Linear, Norm, Ops
+from ..weights.weights import DenseWeights, LayerWeights, PlainWeights, Weights
+
+_MAX_ROPES = 2
+Angles = list[tuple[Tensor, ...]]  # per rope: cos and sin [rows, half] float32
+
+
+class _Rows(NamedTuple):
+    """Rows of a step on their way through layers; the last two are None where keys and values are stored already."""
+
+    x: Tensor  # [rows, hidden], becomes the residual stream
+    angles: Angles
+    spans: StepSpans
+    slots: Tensor | None
+    non_finite: Tensor | None
+
+
+class NativeStack:
+    """All layers of one model. `make` it; one thread at a time."""
+
+    def __init__(self, spec: ModelSpec, weights: Weights, ops: NativeOps) -> None:
+        self._spec = spec
+        self._weights = weights
+        self._ops = ops
+        attention = spec.attention
+        assert isinstance(attention, PlainAttention)
+        # Keys begin a panel of their own: they can be computed without the queries before them.
+        self._splits = attention.num_heads * attention.head_dim % native.LANES == 0
+        self._memory = take_memory(0)
+        self._layers: WeakKeyDictionary[KvStore, ctypes.Array[native.Layer]] = WeakKeyDictionary()
+
+    @staticmethod
+    def make(spec: ModelSpec, weights: Weights, ops: Ops) -> NativeStack | None:
+        """None: other ops, or a model with layers of another kind."""
+        if not isinstance(ops, NativeOps) or not isinstance(spec.attention, PlainAttention):
+            return None
+        ffns = {layer.ffn for layer in spec.layers}
+        if len(ffns) > 1 or not isinstance(ffns.pop(), DenseFfn) or len(spec.ropes) > _MAX_ROPES:
+            return None
+        takes = {part.dtype for layer in weights.layers for part in _linears(layer)}
+        return NativeStack(spec, weights, ops) if takes == {ops.dtype} else None
+
+    def run(self, x: Tensor, angles: Angles, batch: StepBatch, store: KvStore) -> tuple[Tensor, int]:
+        """All layers over rows x [rows, hidden], which become the residual stream; `non_finite` of `Hidden`, its sum.
+
+        Of rows outside `batch.read_rows` the last layer leaves keys and values and nothing else: their x means nothing.
+        """
+        layers = self._layers.get(store)
+        if layers is None:
+            layers = self._layers[store] = self._describe(store)
+        non_finite = torch.zeros(len(x), dtype=torch.int32)
+        rows = _Rows(x, angles, batch.attention, batch.slots, non_finite)
+        read = batch.read_rows
+        if not self._splits or len(read) == batch.num_rows:
+            return non_finite, self._run(layers, rows, native.WHOLE)
+        refused = self._run(layers, rows, native.KEYS_ONLY)
+        if read:
+            last = (native.Layer * 1)(layers[len(layers) - 1])
+            places = torch.tensor(read, dtype=torch.int64)
+            spoken = x[places]
+            turned = [tuple(part[places] for part in rope) for rope in angles]
+            rows = _Rows(spoken, turned, single_rows(batch.attention, places.numpy()), None, None)
+            self._run(last, rows, native.QUERIES_ONLY)
+            x[places] = spoken
+        return non_finite, refused
+
+    def _run(self, layers: ctypes.Array[native.Layer], rows: _Rows, last_layer: int) -> int:
+        """How many rows of keys and values were not finite."""
+        spec, x, spans, count = self._spec, rows.x, rows.spans, len(rows.x)
+        attention, ffn = spec.attention, spec.layers[0].ffn
+        assert isinstance(attention, PlainAttention)
+        assert isinstance(ffn, DenseFfn)
+        q_width = attention.num_heads * attention.head_dim
+        qkv_width = q_width + 2 * attention.num_kv_heads * attention.head_dim
+        widths = (spec.hidden_size, qkv_width, q_width, ffn.width, spec.hidden_size)
+        h, qkv, mixed, gated, delta = self._room(count, widths, x.dtype)
+        if count != spans.num_rows:
+            mixed.zero_()  # rows of no span must read as zero
+        refused = torch.empty(count, dtype=torch.int32)
+        step = native.Step(
+            x.data_ptr(), h.data_ptr(), qkv.data_ptr(), mixed.data_ptr(), gated.data_ptr(), delta.data_ptr(),
+            self._ops.scratch_for(count, max(spec.hidden_size, q_width, ffn.width)), slots=address(rows.slots),
+            spans=spans.address, refused=refused.data_ptr(), non_finite=address(rows.non_finite), rows=count,
+            kind=KINDS[x.dtype], num_spans=spans.count, hidden=spec.hidden_size, heads=attention.num_heads,
+            kv_heads=attention.num_kv_heads, width=attention.head_dim, ffn=ffn.width,
+            activation=ACTIVATIONS.index(spec.activation), last_layer=last_layer,
+        )  # fmt: skip
+        for i, (cos, sin) in enumerate(rows.angles):
+            step.cos[i], step.sin[i], step.half[i] = cos.data_ptr(), sin.data_ptr(), cos.shape[1]
+        return self._ops.run_layers(layers, step)
+
+    def _room(self, count: int, widths: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """What rows pass through, [count, width] each, until the next call: as much memory as the largest step took."""
+        sizes = [count * width * dtype.itemsize for width in widths]
+        sizes = [size + -size % native.ALIGNMENT for size in sizes]
+        if sum(sizes) > len(self._memory):
+            self._memory = take_memory(sum(sizes))
+        ends = list(accumulate(sizes))
+        return tuple(self._memory[end - size : end].view(dtype) for size, end in zip(sizes, ends, strict=True))
+
+    def _describe(self, store: KvStore) -> ctypes.Array[native.Layer]:
+        attention = self._spec.attention
+        assert isinstance(attention, PlainAttention)
+        layers = (native.Layer * len(self._spec.layers))()
+        for i, (layer, shape) in enumerate(zip(self._weights.layers, self._spec.layers, strict=True)):
+            assert isinstance(layer.attention, PlainWeights)
+            to = layers[i]
+            for name in ("attention_norm", "after_attention", "ffn_norm", "after_ffn"):
+                setattr(to, name, _norm(getattr(layer, name)))
+            to.q_norm, to.k_norm = _norm(layer.attention.q_norm), _norm(layer.attention.k_norm)
+            to.qkv, to.output, to.gate_up, to.down = (part.matrix for part in _linears(layer))
+            keys, values = store.planes(i)
+            to.keys, to.values = native_plane(keys, attention.head_dim), native_plane(values, attention.head_dim)
+            to.scale, to.softcap = attention.scale, attention.softcap or 0.0
+            to.window, to.rope = shape.window or 0, shape.rope
+        return layers
+
+
+def _linears(layer: LayerWeights) -> tuple[PackedLinear, ...]:
+    """The four of a layer with plain attention and a dense gate."""
+    assert isinstance(layer.attention, PlainWeights)
+    assert isinstance(layer.ffn, DenseWeights)
+    return tuple(map(_packed, (layer.attention.qkv, layer.attention.output, layer.ffn.gate_up, layer.ffn.down)))
+
+
+def _packed(linear: Linear) -> PackedLinear:
+    assert isinstance(linear, PackedLinear)
+    return linear
+
+
+def _norm(norm: Norm | None) -> native.NormWeight:
+    return native.NormWeight(None, 0.0) if norm is None else native.NormWeight(norm.weight.data_ptr(), norm.eps)

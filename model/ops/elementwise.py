@@ -1,0 +1,37 @@
+"""Functions of single numbers whose bits do not depend on where a number lies in its tensor. Knows no shape.
+
+torch computes the last few numbers of each thread's range with other code than the rest, and for silu, tanh and sigmoid
+the two disagree in the last bit; for exp, and for the arithmetic of IEEE 754, they agree. So these are built from exp.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .seam import Activation
+
+_GELU_SCALE = 2.0 * math.sqrt(2.0 / math.pi)
+_GELU_CUBIC = 0.044715
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """1 / (1 + exp(-x)), float32."""
+    return 1.0 / (1.0 + torch.exp(-x))
+
+
+def activated(x: Tensor, activation: Activation) -> Tensor:
+    """silu(x), or gelu(x) in its tanh form, which is x * sigmoid(2 * sqrt(2 / pi) * (x + 0.044715 * x**3)); float32.
+
+    Source: Hendrycks and Gimpel 2016.
+    """
+    inner = x if activation == "silu" else _GELU_SCALE * (x + _GELU_CUBIC * (x * x * x))
+    return x / (1.0 + torch.exp(-inner))
+
+
+def softcapped(x: Tensor, cap: float) -> Tensor:
+    """cap * tanh(x / cap), float32. Source: Gemma 2 (2024)."""
+    decay = torch.exp(x.abs() * (-2.0 / cap))
+    return torch.copysign(cap * ((1.0 - decay) / (1.0 + decay)), x)

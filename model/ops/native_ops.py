@@ -1,0 +1,339 @@
+"""The decoder's ops by our own CPU kernels: memory speed for one row, arithmetic speed for a thousand. Knows no model.
+
+Weights are packed once, into panels that serve decode and prefill alike. A row's bits depend on nothing but itself (see
+`kernels/cpu/linear.cpp`, `attention.cpp`, `rows.cpp`), so batches need no padding and threads change nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ...kernels.cpu import library as native
+from ...kernels.cpu.memory import take_memory
+from ...kernels.reference import Planes
+from ...kv.block import BlockId
+from ..sampling.noise import F32
+from .composed import head, store_heads
+from .extremes import Extremes
+from .int8 import described, to_int8
+from .seam import Activation, AttentionKind, Linear, Logits, Norm, Quantization, Span
+from .step import LayerStep
+
+ACTIVATIONS = ("silu", "gelu_tanh")  # by their numbers in kernels/cpu/simd.h
+_REMEMBERED_TABLES = 512
+KINDS = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedLinear:
+    """A matrix [out, in] in panels, with what it owns."""
+
+    matrix: native.Matrix
+    panels: Tensor  # uint8
+    scales: Tensor | None  # [columns padded to 16] float32: int8 only
+    bias: Tensor | None  # likewise
+    dtype: torch.dtype  # of the rows it takes
+    width: int  # numbers per row of its answer
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory it holds."""
+        return sum(part.nbytes for part in (self.panels, self.scales, self.bias) if part is not None)
+
+
+class _Table(NamedTuple):
+    """A sequence's blocks as the kernel reads them."""
+
+    blocks: array[int]  # 32 bits each
+    address: int
+
+
+@functools.lru_cache(maxsize=_REMEMBERED_TABLES)
+def _table(blocks: tuple[BlockId, ...]) -> _Table:
+    """The same one for many steps: a decoding sequence takes a new block only now and then."""
+    table = array("i", blocks)
+    return _Table(table, table.buffer_info()[0])
+
+
+_SPAN = np.dtype([("blocks", np.uint64), *((name, np.int32) for name in ("row", "start", "count", "reserved"))])
+assert _SPAN.itemsize == ctypes.sizeof(native.AttendSpan)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepSpans:
+    """A step's spans as the kernel reads them. Arrays and not numpy's: they are half as long in the making."""
+
+    words: array[int]  # three of 64 bits per span: native.AttendSpan
+    num_rows: int
+    tables: list[_Table]  # what the spans point to
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self.tables)
+
+    @property
+    def address(self) -> int:
+        """Of the first."""
+        return self.words.buffer_info()[0]
+
+
+class NativeOps:
+    """`ops.Ops` on the CPU. One thread at a time calls it; it uses `num_threads`.
+
+    Raises:
+        NativeUnavailable: the kernels cannot be built here.
+    """
+
+    row_multiple = 1
+    device = torch.device("cpu")
+
+    def __init__(self, dtype: torch.dtype, num_threads: int = 1, quantization: Quantization = "none") -> None:
+        self.dtype = dtype
+        self.num_threads = num_threads
+        self.quantization = quantization
+        self._library = native.load()
+        level = self._library.level().decode()
+        self.description = f"native {level}" + described(quantization, dtype)
+        self._threads = ctypes.c_void_p(self._library.start_threads(num_threads))
+        self._scratch = take_memory(1 << 20)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_threads"):
+            self._library.stop_threads(self._threads)
+
+    def pack(
+        self,
+        matrix: Tensor,
+        bias: Tensor | None = None,
+        *,
+        exact: bool = False,
+        gated: bool = False,
+        wide: bool = False,
+    ) -> PackedLinear:
+        """Copy a matrix [out, in] into panels: in the compute dtype, or int8 with one scale per output.
+
+        bfloat16 takes twelve bits where its exponents allow that (`kernels/cpu/coded.h`); no bit of it is lost.
+
+        Panels of a gated one alternate between gate and up, so that one pass has both numbers in registers.
+        """
+        width = len(matrix) // 2 if gated else len(matrix)
+        if gated:
+            matrix, bias = _alternating(matrix), None if bias is None else _alternating(bias.unsqueeze(1)).squeeze(1)
+        columns, inner = matrix.shape
+        scales: Tensor | None = None
+        rounds = self.quantization == "int8" and not exact
+        takes = torch.float32 if exact or (inner % 2 and not rounds) else self.dtype
+        if not rounds:
+            held, kind = matrix.to(takes), KINDS[takes]
+        else:
+            held, scales = to_int8(matrix)
+            kind = native.INT8
+        held, pairs = held.contiguous(), int(takes == torch.bfloat16)
+        panel_bytes = self._library.panel_bytes(kind, inner, pairs)
+        if kind == native.BFLOAT16:
+            coded_bytes = self._library.coded_panel_bytes(self._threads, held.data_ptr(), columns, inner)
+            if coded_bytes:
+                kind, panel_bytes = native.CODED, coded_bytes
+        panels = take_memory(-(-columns // native.LANES) * panel_bytes)
+        self._library.pack(self._threads, held.data_ptr(), kind, columns, inner, pairs, panel_bytes, panels.data_ptr())
+        scales, bias = _whole_panels(scales), _whole_panels(bias)
+        packed = native.Matrix(
+            panels.data_ptr(), address(scales), address(bias), panel_bytes, kind, columns, inner, int(exact or wide)
+        )
+        return PackedLinear(packed, panels, scales, bias, takes, width)
+
+    def prepare(self) -> None:
+        """Leave the cores to our own threads: torch's would spin beside them after every small op."""
+        torch.set_num_threads(1)
+
+    def linear(self, x: Tensor, packed: Linear) -> Tensor:
+        """x [rows, in] times the matrix, plus its bias."""
+        return self._multiply(x, packed, -1)
+
+    def gated_linear(self, x: Tensor, packed: Linear, activation: Activation) -> Tensor:
+        """activation(gate) * up, in the same pass."""
+        return self._multiply(x, packed, ACTIVATIONS.index(activation))
+
+    def _multiply(self, x: Tensor, packed: Linear, activation: int) -> Tensor:
+        assert isinstance(packed, PackedLinear)
+        matrix = packed.matrix
+        x = x.to(packed.dtype)
+        rows = x.shape[0]
+        scratch = self.scratch_for(rows, matrix.inner, x.element_size())
+        out = torch.empty(rows, packed.width, dtype=torch.float32 if matrix.reserved else self.dtype)
+        self._library.linear(self._threads, matrix, _rows(x), _rows(out), activation, packed.width, scratch)
+        return out
+
+    def scratch_for(self, rows: int, inner: int, number_bytes: int = 4) -> int:
+        """The address of what `linear` packs rows [rows, inner] into, until the next call."""
+        needed = (rows + 32) * (inner * number_bytes + 16)
+        if needed > len(self._scratch):
+            self._scratch = take_memory(needed)
+        return self._scratch.data_ptr()
+
+    def run_layers(self, layers: ctypes.Array[native.Layer], step: native.Step) -> int:
+        """See `native_stack.py`."""
+        return int(self._library.layers(self._threads, layers, len(layers), step))
+
+    def head(self, x: Tensor, norm: Norm, packed: Linear) -> Logits:
+        """See `kernels/cpu/head.cpp`."""
+        assert isinstance(packed, PackedLinear)
+        if packed.dtype != x.dtype:
+            return head(self, x, norm, packed)
+        h, out = torch.empty_like(x), torch.empty(len(x), packed.width, dtype=torch.float32)
+        found, places = _room_for_extremes(len(x))
+        self._library.head(
+            self._threads, packed.matrix, norm.weight.data_ptr(), norm.eps, _rows(x), _rows(h), _rows(out),
+            self.scratch_for(len(x), x.shape[1], x.element_size()), *places,
+        )  # fmt: skip
+        return Logits(out, found)
+
+    def extremes(self, logits: F32) -> Extremes:
+        """See `kernels/cpu/rows.cpp`."""
+        assert logits.flags.c_contiguous
+        found, places = _room_for_extremes(len(logits))
+        rows = native.Rows(logits.ctypes.data, logits.shape[1], len(logits), native.FLOAT32)
+        self._library.extremes(self._threads, rows, logits.shape[1], *places)
+        return found
+
+    def rms_norm(self, x: Tensor, norm: Norm) -> Tensor:
+        """Normalise the last axis; x may be a view with wider rows."""
+        out = torch.empty(x.shape, dtype=x.dtype)
+        width = x.shape[-1]
+        vectors = x[0].numel() // width
+        self._library.rms_norm(
+            self._threads, _rows(x), None, norm.weight.data_ptr(), norm.eps, vectors, width, _rows(out)
+        )
+        return out
+
+    def add_rms_norm(self, x: Tensor, delta: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+        """(x + delta in x's memory, that normalised)."""
+        out = torch.empty_like(x)
+        self._library.rms_norm(
+            self._threads, _rows(x), _rows(delta), norm.weight.data_ptr(), norm.eps, 1, x.shape[-1], _rows(out)
+        )
+        return x, out
+
+    def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
+        """Rotate in place."""
+        _, heads, width = x.shape
+        self._library.rotary(
+            self._threads, _rows(x), heads, width, cos.data_ptr(), sin.data_ptr(), cos.shape[1], int(interleaved)
+        )
+        return x
+
+    def write(self, parts: Sequence[Tensor], planes: Sequence[Planes], slots: Tensor) -> Tensor:
+        """Encode and store rows; int32 [rows] of vectors that were not finite."""
+        non_finite = torch.empty(len(slots), dtype=torch.int32)
+        jobs = (native.StorePart * len(parts))()
+        for job, x, plane in zip(jobs, parts, planes, strict=True):
+            heads, width = x.shape[1:]
+            job.x, job.payload, job.scales = _rows(x), plane.payload.data_ptr(), address(plane.scales)
+            job.heads, job.width, job.codec = heads, width, _codec(plane, width)
+            job.block_tokens = plane.block_tokens
+        self._library.write(self._threads, jobs, len(jobs), slots.data_ptr(), len(slots), non_finite.data_ptr())
+        return non_finite
+
+    def store_heads(
+        self, qkv: Tensor, num_heads: int, norms: tuple[Norm, Norm] | None, step: LayerStep
+    ) -> tuple[Tensor, Tensor]:
+        """Norms, rotations and a write, one after the other."""
+        return store_heads(self, qkv, num_heads, norms, step)
+
+    def lay_out(self, spans: Sequence[Span], block_tokens: int) -> StepSpans:
+        """Block tables as the kernel reads them."""
+        tables = [_table(span.blocks) for span in spans]
+        words = [
+            word
+            for table, span in zip(tables, spans, strict=True)
+            for word in (table.address, span.start << 32 | span.row, span.num_rows)
+        ]
+        return StepSpans(array("q", words), sum([span.num_rows for span in spans]), tables)
+
+    def attend(
+        self,
+        queries: Sequence[Tensor],
+        keys: Sequence[Planes],
+        values: Planes,
+        layout: StepSpans,
+        kind: AttentionKind,
+    ) -> Tensor:
+        """See `kernels/cpu/attention.cpp`."""
+        rows, heads, width = queries[0].shape
+        row_bytes = values.payload.shape[-1]
+        value_width = row_bytes * width // keys[0].payload.shape[-1]  # of one codec, all of them
+        make = torch.empty if rows == layout.num_rows else torch.zeros
+        out = make(rows, heads, value_width, dtype=self.dtype)
+        job = native.Attend(num_parts=len(queries), num_spans=layout.count, heads=heads, spans=layout.address)
+        job.window, job.scale, job.softcap = kind.window or 0, kind.scale, kind.softcap or 0.0
+        for i, (q, plane) in enumerate(zip(queries, keys, strict=True)):
+            job.queries[i], job.keys[i] = _rows(q), native_plane(plane, q.shape[-1])
+        job.values, job.out = native_plane(values, value_width), _rows(out)
+        self._library.attend(self._threads, job)
+        return out
+
+
+def single_rows(spans: StepSpans, rows: NDArray[np.int64]) -> StepSpans:
+    """Some rows of a step (in order), each as a span of its own, in a batch that holds nothing else."""
+    each = np.frombuffer(spans.words, _SPAN)
+    of = np.searchsorted(each["row"], rows, side="right") - 1  # each row's own
+    single = each[of]
+    single["row"], single["start"], single["count"] = np.arange(len(rows)), single["start"] + rows - single["row"], 1
+    return StepSpans(array("q", single.tobytes()), len(rows), [spans.tables[i] for i in of])
+
+
+def _room_for_extremes(count: int) -> tuple[Extremes, tuple[int, int, int]]:
+    """Of so many rows, not found yet, and the addresses of the three arrays."""
+    room = np.empty((3, count), np.float32)
+    at = room.ctypes.data
+    return Extremes(room[0], room[1], room[2].view(np.int32)), (at, at + 4 * count, at + 8 * count)
+
+
+def _rows(x: Tensor) -> native.Rows:
+    """A tensor [rows, ...] whose rows are dense, however far apart they lie."""
+    assert x.stride(-1) == 1, "rows must be dense"
+    return native.Rows(x.data_ptr(), x.stride(0), x.shape[0], KINDS[x.dtype])
+
+
+def _codec(plane: Planes, width: int) -> int:
+    if plane.scales is not None:
+        return native.FP8
+    return native.BFLOAT16 if plane.payload.shape[-1] == 2 * width else native.FLOAT32
+
+
+def native_plane(plane: Planes, width: int) -> native.Plane:
+    """One layer's plane as the kernels read it."""
+    heads, block_tokens = plane.payload.shape[1:3]
+    return native.Plane(
+        plane.payload.data_ptr(), address(plane.scales), _codec(plane, width), heads, block_tokens, width
+    )
+
+
+def address(x: Tensor | None) -> int | None:
+    """Where it begins."""
+    return None if x is None else x.data_ptr()
+
+
+def _whole_panels(x: Tensor | None) -> Tensor | None:
+    """float32 [columns], padded to whole panels."""
+    if x is None:
+        return None
+    return torch.nn.functional.pad(x.float(), (0, -len(x) % native.LANES)).contiguous()
+
+
+def _alternating(matrix: Tensor) -> Tensor:
+    """[2 * width, in], gate first, as sixteen rows of the gate, sixteen of up, and so on; filled up with zeros."""
+    halves = matrix.view(2, len(matrix) // 2, -1)
+    padded = torch.nn.functional.pad(halves, (0, 0, 0, -halves.shape[1] % native.LANES))
+    return padded.view(2, -1, native.LANES, matrix.shape[1]).transpose(0, 1).reshape(-1, matrix.shape[1])

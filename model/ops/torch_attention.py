@@ -1,0 +1,290 @@
+"""Paged causal attention in torch whose bits depend on nothing but a token's own prefix. Knows planes, no model.
+
+Every query row sees its keys in tiles of `KV_TILE` positions that begin at fixed absolute positions. Scores of all
+tiles come first, then the row's maximum (exact in any order), then weights and sums tile by tile in order of position:
+
+    m = max_j s_j      l = sum_tiles sum_in_tile exp(s_j - m)      o = sum_tiles (exp(s - m) @ v) / l
+
+A tile that a row cannot see adds exact zeros, so a decode step (one row), a chunk and a whole prompt give the same
+bits, and tiles that lie before a window need not be computed. All products go through `products.py`; everything else is
+element by element in float32. Values of positions that hold no token are zeroed before use, whatever the cache holds.
+Source: softmax by tiles as in FlashAttention (Dao et al. 2022), with the maximum taken first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...kernels.reference import Planes, decode_rows
+from .elementwise import softcapped
+from .products import TILE_ROWS, Product, padded
+from .seam import AttentionKind, Span
+
+KV_TILE = 256
+_SLAB_ROWS = 512  # rows of one prompt whose scores are held at once
+
+_NEGATIVE = float("-inf")
+_SIGN_AND_MAGNITUDE = 0x87F00000 - (1 << 32)
+
+
+class HeadShape(NamedTuple):
+    """Sizes that attention is made for."""
+
+    kv_heads: int
+    group: int  # query heads per KV head
+    key_widths: tuple[int, ...]  # of each part of queries and keys
+    value_width: int
+
+
+@dataclass(frozen=True, slots=True)
+class Narrow:
+    """Short spans (decodes above all) of a step laid out as pairs (span, KV tile), for products in batches.
+
+    Spans stand by falling number of tiles and pairs by tile (each span's own first tile is 0), so that the pairs of
+    tile j are those of the first `per_tile[j]` spans: ranges instead of indices.
+    """
+
+    rows: Tensor  # [num_spans, queries] int64: batch rows of the longest span's queries, last ones repeated as padding
+    per_tile: tuple[int, ...]
+    pair_span: Tensor  # [num_pairs] int64
+    head_rows: Tensor  # [num_pairs, kv_heads, blocks_per_tile] int64, see `_head_rows`
+    hidden: Tensor  # [num_pairs, 1, queries * group, KV_TILE] bool: positions the row must not see
+    tails: tuple[tuple[int, int], ...]  # (pair, tokens in it) of each span's last tile
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionLayout:
+    """A step's spans, each either long (a prompt's chunk, computed by itself) or one of the narrow."""
+
+    wide: tuple[Span, ...]
+    narrow: Narrow | None
+    block_tokens: int
+
+
+class Attention:
+    """Attention for one shape of heads; `lay_out` once per step and window, then a call per layer."""
+
+    def __init__(self, shape: HeadShape, product: Callable[[int, int, bool], Product]) -> None:
+        """`product(inner, columns, transposed)` gives float32 products."""
+        self.shape = shape
+        self.queries_per_tile = TILE_ROWS // shape.group  # 0: groups too large for a tile, every span is wide
+        self.scores = tuple(product(width, KV_TILE, True) for width in shape.key_widths)
+        self.mix = product(KV_TILE, shape.value_width, False)
+
+    def lay_out(self, spans: Sequence[Span], block_tokens: int, window: int | None) -> AttentionLayout:
+        """Sort a step's spans into wide and narrow ones."""
+        wide = tuple(span for span in spans if span.num_rows > self.queries_per_tile)
+        narrow = [span for span in spans if span.num_rows <= self.queries_per_tile]
+        laid_out = self._lay_out_narrow(narrow, block_tokens, window) if narrow else None
+        return AttentionLayout(wide, laid_out, block_tokens)
+
+    def _lay_out_narrow(self, spans: list[Span], block_tokens: int, window: int | None) -> Narrow:
+        spans = sorted(spans, key=lambda span: -len(_seen_tiles(span.start, span.num_rows, window)))
+        ranges = [_seen_tiles(span.start, span.num_rows, window) for span in spans]
+        tiles = [len(seen) for seen in ranges]
+        per_tile = tuple(sum(n > j for n in tiles) for j in range(tiles[0]))
+        pair_span = torch.cat([torch.arange(n) for n in per_tile])
+        pair_tile = torch.tensor([ranges[i].start + j for j, n in enumerate(per_tile) for i in range(n)])
+        blocks = [
+            _blocks(spans[i], range(ranges[i].start + j, ranges[i].start + j + 1), block_tokens)
+            for j, n in enumerate(per_tile)
+            for i in range(n)
+        ]
+        query = torch.arange(max(span.num_rows for span in spans))
+        last = torch.tensor([span.num_rows - 1 for span in spans]).unsqueeze(1)
+        offset = torch.minimum(query, last)  # [num_spans, queries]
+        rows = torch.tensor([span.row for span in spans]).unsqueeze(1) + offset
+        positions = torch.tensor([span.start for span in spans]).unsqueeze(1) + offset
+        row_position = positions.repeat_interleave(self.shape.group, dim=1)[pair_span][:, None, :, None]
+        column = (pair_tile.unsqueeze(1) * KV_TILE + torch.arange(KV_TILE))[:, None, None, :]
+        hidden = _hidden(column, row_position, window)
+        first_pair = [sum(per_tile[:j]) for j in range(len(per_tile))]
+        tails = tuple(
+            (first_pair[n - 1] + i, spans[i].end - (ranges[i].stop - 1) * KV_TILE) for i, n in enumerate(tiles)
+        )
+        head_rows = _head_rows(torch.tensor(blocks), self.shape.kv_heads)
+        return Narrow(rows, per_tile, pair_span, head_rows, hidden, tails)
+
+    def __call__(
+        self,
+        queries: Sequence[Tensor],
+        keys: Sequence[Planes],
+        values: Planes,
+        layout: AttentionLayout,
+        kind: AttentionKind,
+    ) -> Tensor:
+        """Attend with queries [rows, heads, width] of each part; keys and values are already stored."""
+        scaled = [part.float() * kind.scale for part in queries]
+        rows, heads = scaled[0].shape[:2]
+        out = scaled[0].new_zeros(rows, heads, self.shape.value_width)
+        for span in layout.wide:
+            self._attend_wide(scaled, (*keys, values), span, (kind, layout.block_tokens), out)
+        if layout.narrow is not None:
+            self._attend_narrow(scaled, (*keys, values), layout.narrow, kind, out)
+        return out.to(queries[0].dtype)
+
+    def _numbers(self, planes: Sequence[Planes], head_rows: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Keys of each part and values [n, kv_heads, tokens, width] float32 of some blocks."""
+        keys = [_tiles(part, head_rows, w) for part, w in zip(planes, self.shape.key_widths, strict=False)]
+        if any(part.payload is planes[-1].payload for part in planes[:-1]):  # a latent is key and value at once
+            shared = next(i for i, part in enumerate(planes) if part.payload is planes[-1].payload)
+            return keys, keys[shared]
+        return keys, _tiles(planes[-1], head_rows, self.shape.value_width)
+
+    def _attend_wide(
+        self, q: list[Tensor], planes: Sequence[Planes], span: Span, how: tuple[AttentionKind, int], out: Tensor
+    ) -> None:
+        (kind, block_tokens), group = how, self.shape.group
+        seen = _seen_tiles(span.start, span.num_rows, kind.window)
+        blocks = torch.tensor([_blocks(span, seen, block_tokens)])
+        key_parts, value_parts = self._numbers(planes, _head_rows(blocks, self.shape.kv_heads))
+        offset = seen.start * KV_TILE  # position of the first key at hand
+        value_parts[:, :, span.end - offset :] = 0.0
+        per_slab = max(1, _SLAB_ROWS // group)
+        for first in range(0, span.num_rows, per_slab):
+            count = min(per_slab, span.num_rows - first)
+            rows = slice(span.row + first, span.row + first + count)
+            start = span.start + first
+            tiles = _seen_tiles(start, count, kind.window)
+            masked = tiles.start if kind.window is not None else start // KV_TILE  # tiles before are seen whole
+            positions = torch.arange(start, start + count).repeat_interleave(group)
+            spare = padded(len(positions)) - len(positions)
+            positions = torch.cat((positions, positions[-1:].expand(spare)))
+            column = torch.arange(masked * KV_TILE, tiles.stop * KV_TILE).view(-1, 1, KV_TILE)
+            hidden = _hidden(column, positions.view(1, -1, 1), kind.window)
+            at = slice(tiles.start * KV_TILE - offset, tiles.stop * KV_TILE - offset)
+            for head in range(self.shape.kv_heads):
+                heads = slice(head * group, (head + 1) * group)
+                taken = [_with_spare(part[rows, heads].flatten(0, 1), spare) for part in q]
+                keys = [part[0, head, at] for part in key_parts]
+                mixed = self._slab(taken, keys, value_parts[0, head, at], hidden, kind.softcap)
+                out[rows, heads] = mixed[: count * group].view(count, group, -1)
+
+    def _slab(
+        self, queries: list[Tensor], keys: list[Tensor], values: Tensor, hidden: Tensor, softcap: float | None
+    ) -> Tensor:
+        """Attention of some rows [rows, width] of one KV head; `hidden` [last tiles, rows, KV_TILE]."""
+        tiles = [slice(start, start + KV_TILE) for start in range(0, len(values), KV_TILE)]
+        scores = queries[0].new_empty(len(tiles), len(queries[0]), KV_TILE)
+        for j, tile in enumerate(tiles):
+            self.scores[0].rows(queries[0], keys[0][tile].t(), scores[j])
+            for product, part, key in zip(self.scores[1:], queries[1:], keys[1:], strict=True):
+                scores[j] += product.rows(part, key[tile].t())
+        if softcap is not None:
+            scores = softcapped(scores, softcap)
+        scores[len(tiles) - len(hidden) :].masked_fill_(hidden, _NEGATIVE)
+        largest = scores.amax(-1).amax(0)
+        weights = torch.exp(scores.sub_(largest.view(1, -1, 1)), out=scores)
+        sums = weights.sum(-1)
+        total, mixed = sums[0], self.mix.rows(weights[0], values[tiles[0]])
+        for j in range(1, len(tiles)):
+            total = total + sums[j]
+            mixed = mixed + self.mix.rows(weights[j], values[tiles[j]])
+        return (mixed + 0.0) / total.unsqueeze(-1)  # + 0.0: a negative zero must not tell whether a blank tile came
+
+    def _attend_narrow(
+        self, q: list[Tensor], planes: Sequence[Planes], narrow: Narrow, kind: AttentionKind, out: Tensor
+    ) -> None:
+        num_spans, queries = narrow.rows.shape
+        kv_heads, group, _, width = self.shape
+        used, pairs = queries * group, len(narrow.pair_span)
+        keys, values = self._numbers(planes, narrow.head_rows)  # [pairs, kv_heads, KV_TILE, width]
+        for pair, tokens in narrow.tails:
+            values[pair, :, tokens:] = 0.0
+        whole = self._narrow_scores(q[0], keys[0], self.scores[0], narrow)
+        for part, key, product in zip(q[1:], keys[1:], self.scores[1:], strict=True):
+            whole += self._narrow_scores(part, key, product, narrow)
+        scores = whole[:, :, :used]  # the rest of a tile is padding
+        if kind.softcap is not None:
+            scores = softcapped(scores, kind.softcap)
+        scores = scores.masked_fill(narrow.hidden, _NEGATIVE)
+        ranges = _ranges(narrow.per_tile)
+        largest = _fold(torch.maximum, scores.amax(-1), ranges)
+        weights = torch.exp(scores.sub_(largest.index_select(0, narrow.pair_span).unsqueeze(-1)), out=scores)
+        whole[:, :, :used] = weights
+        parts = self.mix.batch(whole.flatten(0, 1), values.flatten(0, 1)).view(pairs, kv_heads, TILE_ROWS, width)
+        total = _fold(torch.add, weights.sum(-1), ranges)
+        mixed = _fold(torch.add, parts[:, :, :used], ranges)
+        result = ((mixed + 0.0) / total.unsqueeze(-1)).view(num_spans, kv_heads, queries, group, width)
+        # Padding repeats a span's last row, whose result is the same number: writing it twice changes nothing.
+        out[narrow.rows.flatten()] = result.transpose(1, 2).reshape(num_spans * queries, kv_heads * group, width)
+
+    def _narrow_scores(self, q: Tensor, keys: Tensor, product: Product, narrow: Narrow) -> Tensor:
+        """Scores of one part: q [rows, heads, width] and keys of pairs; [pairs, kv_heads, TILE_ROWS, KV_TILE]."""
+        num_spans, queries = narrow.rows.shape
+        kv_heads, group, width = self.shape.kv_heads, self.shape.group, q.shape[-1]
+        taken = q.index_select(0, narrow.rows.flatten()).view(num_spans, queries, kv_heads, group, width)
+        tiles = q.new_zeros(num_spans, kv_heads, TILE_ROWS, width)
+        tiles[:, :, : queries * group] = taken.transpose(1, 2).reshape(num_spans, kv_heads, queries * group, width)
+        of_pairs = tiles.index_select(0, narrow.pair_span).flatten(0, 1)
+        whole = product.batch(of_pairs, keys.flatten(0, 1).transpose(1, 2))
+        return whole.view(len(narrow.pair_span), kv_heads, TILE_ROWS, KV_TILE)
+
+
+def _seen_tiles(start: int, count: int, window: int | None) -> range:
+    """KV tiles that the queries at positions [start, start + count) see."""
+    first = 0 if window is None else max(0, start - window + 1) // KV_TILE
+    return range(first, (start + count - 1) // KV_TILE + 1)
+
+
+def _hidden(column: Tensor, position: Tensor, window: int | None) -> Tensor:
+    """Whether the query at `position` must not see the key at `column`."""
+    later = column > position
+    return later if window is None else later | (column <= position - window)
+
+
+def _blocks(span: Span, tiles: range, block_tokens: int) -> list[int]:
+    """The blocks of whole tiles; past the sequence's last token any block does, its own first one here."""
+    used = span.blocks[: -(-span.end // block_tokens)]
+    per_tile = KV_TILE // block_tokens
+    wanted = used[tiles.start * per_tile : tiles.stop * per_tile]
+    return [*wanted, *[span.blocks[0]] * (len(tiles) * per_tile - len(wanted))]
+
+
+def _with_spare(rows: Tensor, spare: int) -> Tensor:
+    return torch.cat((rows, rows.new_zeros(spare, rows.shape[1])))
+
+
+def _ranges(per_tile: tuple[int, ...]) -> list[slice]:
+    starts = [sum(per_tile[:j]) for j in range(len(per_tile))]
+    return [slice(start, start + n) for start, n in zip(starts, per_tile, strict=True)]
+
+
+def _fold(combine: Callable[..., Tensor], parts: Tensor, ranges: list[slice]) -> Tensor:
+    """Combine the tiles of each span in order of position: parts [num_pairs, ...] to [num_spans, ...]."""
+    result = parts[ranges[0]].clone(memory_format=torch.contiguous_format)
+    for part in ranges[1:]:
+        seen = result[: part.stop - part.start]
+        combine(seen, parts[part], out=seen)
+    return result
+
+
+def _head_rows(blocks: Tensor, heads: int) -> Tensor:
+    """Where the rows of blocks [n, m] lie in planes seen as [num_blocks * heads, ...]: [n, heads, m] int64."""
+    return blocks.unsqueeze(1) * heads + torch.arange(heads).view(1, -1, 1)
+
+
+def _tiles(planes: Planes, head_rows: Tensor, width: int) -> Tensor:
+    """Rows of blocks as float32 [n, heads, m * block_tokens, width], a copy; see `_head_rows`."""
+    shape, picked = (*head_rows.shape[:2], -1), head_rows.flatten()
+    row_bytes = planes.payload.shape[-1]
+    payload = planes.payload.flatten(0, 1).index_select(0, picked).view(*shape, row_bytes)
+    if planes.scales is None:
+        return decode_rows(Planes(payload, None), width)[0]
+    return _decode_fp8(payload, planes.scales.flatten(0, 1).index_select(0, picked).view(shape))
+
+
+def _decode_fp8(payload: Tensor, scales: Tensor) -> Tensor:
+    """What `kernels.reference.decode_rows` gives, times the scale, forty times faster in eager torch.
+
+    An e4m3 code moved 20 bits up is a float32 whose exponent is 120 too low. (The NaN codes, which the store never
+    writes, become 480.)
+    """
+    bits = payload.view(torch.int8).to(torch.int32).bitwise_left_shift_(20).bitwise_and_(_SIGN_AND_MAGNITUDE)
+    scale = (scales.to(torch.int32) << 23).view(torch.float32)
+    return bits.view(torch.float32).mul_(2.0**120).mul_(scale.unsqueeze(-1))

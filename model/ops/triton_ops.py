@@ -1,0 +1,224 @@
+"""The decoder's ops on a GPU: our Triton kernels, and cuBLAS for products. Runs in Triton's interpreter on CPU tensors.
+
+A row of norms, gates, attention and the cache depends on that row alone. A product's bits are cuBLAS's, which chooses
+by the number of rows: so here, unlike on the CPU, a row may differ in its last bits with what else is in the step. int8
+weights are rounded to 8 bits when packed and held in the compute dtype: the answers of 8-bit weights, not their size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn.functional import linear
+
+from ...core.errors import ConfigError
+from ...kernels.gpu import activation as activation_kernel
+from ...kernels.gpu import launch, norm
+from ...kernels.gpu.paged_decode import paged_decode_attention
+from ...kernels.gpu.ragged_prefill import ragged_prefill_attention
+from ...kernels.gpu.rotary_store import rotary_store_kv
+from ...kernels.gpu.store_kv import store_kv
+from ...kernels.reference import Planes
+from ...kernels.reference_attention import Chunk
+from ..sampling.noise import F32
+from .composed import head
+from .extremes import Extremes, extremes
+from .int8 import rounded_to_int8
+from .seam import Activation, AttentionKind, Linear, Logits, Norm, Quantization, Span
+from .step import LayerStep
+from .upload import upload
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DeviceLinear:
+    """A matrix on the device."""
+
+    matrix: Tensor  # [out, in] compute dtype; float32 where exact
+    bias: Tensor | None  # [out] likewise
+    exact: bool
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory it holds."""
+        return self.matrix.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+
+@dataclass(slots=True, eq=False)
+class Layout:
+    """A step's spans as the kernels read them, on the device: single rows first, then chunks, back to back.
+
+    `fresh`: the chunks' own keys and values as the cache holds them, of the layer that was stored last.
+    """
+
+    num_singles: int
+    single_tables: Tensor  # [singles, blocks] int32
+    single_contexts: Tensor  # [singles] int32
+    chunk_tables: Tensor  # [chunks, blocks] int32
+    chunk_contexts: Tensor  # [chunks] int32
+    chunk_starts: Tensor  # [chunks + 1] int32, from 0
+    fresh: Chunk | None = None
+
+    @classmethod
+    def of_singles(cls, tables: Tensor, contexts: Tensor) -> Layout:
+        """A step of one row per sequence, in tensors that are there already; a context of 0 is padding."""
+        none = contexts[:0]
+        return cls(len(contexts), tables, contexts, tables[:0], none, none)
+
+
+class TritonOps:
+    """`ops.Ops` on one device."""
+
+    row_multiple = 1
+
+    def __init__(self, dtype: torch.dtype, device: torch.device | str, quantization: Quantization = "none") -> None:
+        self.dtype = dtype
+        device = torch.device(device)
+        is_unnumbered = device.type == "cuda" and device.index is None
+        self.device = torch.device("cuda", torch.cuda.current_device()) if is_unnumbered else device
+        self.quantization = quantization
+        self.description = (
+            f"triton {triton.__version__} {launch.architecture(self.device)}, torch {torch.__version__} "
+            f"{'MKL' if self.device.type == 'cpu' else torch.version.hip or torch.version.cuda}"
+        ) + ("" if quantization == "none" else ", int8 weights")
+
+    def pack(
+        self,
+        matrix: Tensor,
+        bias: Tensor | None = None,
+        *,
+        exact: bool = False,
+        gated: bool = False,
+        wide: bool = False,
+    ) -> DeviceLinear:
+        """Copy a matrix [out, in] to the device, in the compute dtype."""
+        dtype = torch.float32 if exact else self.dtype
+        held = matrix.to(self.device)
+        if self.quantization == "int8" and not exact:
+            held = rounded_to_int8(held)
+        held = held.to(dtype).contiguous()
+        return DeviceLinear(held, None if bias is None else bias.to(self.device, dtype), exact)
+
+    def prepare(self) -> None:
+        """Products sum in float32 and never take shortcuts through TF32 or bf16."""
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+
+    def linear(self, x: Tensor, packed: Linear) -> Tensor:
+        """x [rows, in] times the matrix, plus its bias."""
+        assert isinstance(packed, DeviceLinear)
+        return linear(x.to(packed.matrix.dtype), packed.matrix, packed.bias)
+
+    def head(self, x: Tensor, norm: Norm, packed: Linear) -> Logits:
+        """A norm and a product."""
+        return head(self, x, norm, packed)
+
+    def extremes(self, logits: F32) -> Extremes:
+        """By numpy."""
+        return extremes(logits)
+
+    def rms_norm(self, x: Tensor, norm_: Norm) -> Tensor:
+        """See `kernels/gpu/norm.py`."""
+        return norm.rms_norm(x, norm_.weight, norm_.eps)
+
+    def add_rms_norm(self, x: Tensor, delta: Tensor, norm_: Norm) -> tuple[Tensor, Tensor]:
+        """(x + delta rounded, that normalised)."""
+        return norm.add_rms_norm(x, delta, norm_.weight, norm_.eps)
+
+    def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
+        """Plain attention rotates in `store_heads`; what else rotates is refused at the start."""
+        raise ConfigError("rotary positions outside plain attention are not served on 'cuda'; use model.device: cpu")
+
+    def gated_linear(self, x: Tensor, packed: Linear, activation: Activation) -> Tensor:
+        """activation(gate) * up."""
+        return activation_kernel.act_mul(self.linear(x, packed), activation)
+
+    def write(self, parts: Sequence[Tensor], planes: Sequence[Planes], slots: Tensor) -> Tensor:
+        """Store keys and values that do not rotate. Leaves no births: their seals read the bytes."""
+        (k, v), (k_planes, v_planes) = parts, planes
+        return store_kv(k, v, slots, k_planes, v_planes).non_finite
+
+    def store_heads(
+        self, qkv: Tensor, num_heads: int, norms: tuple[Norm, Norm] | None, step: LayerStep
+    ) -> tuple[Tensor, Tensor]:
+        """One kernel rotates, quantises, stores and digests; norms of heads go before it."""
+        num_kv_heads = (qkv.shape[1] - num_heads) // 2
+        q, k, v = torch.split(qkv, [num_heads, num_kv_heads, num_kv_heads], dim=1)
+        if norms is not None:
+            q, k = self.rms_norm(q, norms[0]), self.rms_norm(k, norms[1])
+        k_planes, v_planes = step.planes
+        assert step.births is not None, "the store must be on the device"
+        stored = rotary_store_kv(
+            q, k, v, step.slots, step.rotation,
+            k_planes=k_planes, v_planes=v_planes, seal=step.births.seal(step.layer),
+        )  # fmt: skip
+        step.births.add(step.layer, stored.digests)
+        layout: Layout = step.layout
+        if len(layout.chunk_contexts):
+            layout.fresh = Chunk(stored.k[layout.num_singles :], stored.v[layout.num_singles :])
+        return stored.q, stored.non_finite
+
+    def lay_out(self, spans: Sequence[Span], block_tokens: int) -> Layout:
+        """Leading spans of one row go to the decode kernel, the rest to the prefill kernel; no row moves."""
+        num_singles = next((i for i, span in enumerate(spans) if span.num_rows > 1), len(spans))
+        singles, chunks = spans[:num_singles], spans[num_singles:]
+        starts = [0]
+        for span in chunks:
+            assert span.row == num_singles + starts[-1], "rows of spans lie back to back"
+            starts.append(starts[-1] + span.num_rows)
+        parts = (_tables(singles), _contexts(singles), _tables(chunks), _contexts(chunks))
+        one, two, three, four, five = upload((*parts, torch.tensor(starts, dtype=torch.int32)), self.device)
+        return Layout(num_singles, one, two, three, four, five)
+
+    def attend(
+        self, queries: Sequence[Tensor], keys: Sequence[Planes], values: Planes, layout: Layout, kind: AttentionKind
+    ) -> Tensor:
+        """See `kernels/gpu/paged_decode.py` and `kernels/gpu/ragged_prefill.py`."""
+        (q,), (k,), cut = queries, keys, layout.num_singles
+        answers = []
+        if cut:
+            answers.append(
+                paged_decode_attention(
+                    q[:cut],
+                    k,
+                    values,
+                    layout.single_tables,
+                    layout.single_contexts,
+                    scale=kind.scale,
+                    window=kind.window,
+                    softcap=kind.softcap,
+                )
+            )
+        if len(layout.chunk_contexts):
+            answers.append(
+                ragged_prefill_attention(
+                    q[cut:],
+                    k,
+                    values,
+                    layout.chunk_tables,
+                    layout.chunk_contexts,
+                    query_starts=layout.chunk_starts,
+                    scale=kind.scale,
+                    window=kind.window,
+                    softcap=kind.softcap,
+                    chunk=layout.fresh,
+                )
+            )
+        return answers[0] if len(answers) == 1 else torch.cat(answers)
+
+
+def _tables(spans: Sequence[Span]) -> Tensor:
+    """int32 [spans, most blocks]; zeros where a span has fewer."""
+    tables = torch.zeros((len(spans), max((len(span.blocks) for span in spans), default=0)), dtype=torch.int32)
+    for row, span in zip(tables, spans, strict=True):
+        row[: len(span.blocks)] = torch.tensor(span.blocks, dtype=torch.int32)
+    return tables
+
+
+def _contexts(spans: Sequence[Span]) -> Tensor:
+    return torch.tensor([span.end for span in spans], dtype=torch.int32)

@@ -1,0 +1,61 @@
+"""Greedy tokens without the sampler: nothing of a row but its likeliest token. Gives what `sampler.py` would.
+
+On a device whole rows of logits stay there; on a CPU nobody looks at them again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...core.request import SequenceKey
+from ...engine.plan import StepPlan
+from ..batch import StepBatch
+from ..ops.extremes import Extremes
+from ..ops.seam import Logits
+from .sampler import is_plain
+from .step import Spoken
+
+_NOTHING = -1
+_INFINITY = float("inf")
+
+
+def all_greedy(plan: StepPlan) -> bool:
+    """Whether every sequence wants its likeliest token and nothing else of its logits."""
+    for step in plan.sequences:
+        if step.targets or (step.samples and not is_plain(step.params, step.num_generated, step.logits_mask)):
+            return False
+    return True
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """int64 [rows]: the largest of logits [rows, vocab], of equals the lowest id; -1 where a row is no distribution.
+
+    `argmax` promises no order among equals on a device.
+    """
+    top = logits.amax(1, keepdim=True)
+    is_number = (-logits.amin(1) < _INFINITY) & (top.squeeze(1) < _INFINITY)  # false for NaN
+    ids = torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device)
+    first = torch.where(logits == top, ids, logits.shape[1]).amin(1)
+    return torch.where(is_number, first, _NOTHING)
+
+
+def speak_greedily(plan: StepPlan, batch: StepBatch, logits: Logits, bad: set[SequenceKey]) -> Spoken:
+    """What the sampler says of logits [>= len(batch.sampled), vocab], for a plan that is `all_greedy`."""
+    spoken = Spoken([()] * len(plan.sequences), {}, {}, {})
+    known = logits.extremes
+    found = likeliest(logits.rows).tolist() if known is None else _known(known)
+    for i, token_id in zip(batch.sampled, found, strict=False):
+        if token_id == _NOTHING:
+            bad.add(plan.sequences[i].key)
+        elif not bad or plan.sequences[i].key not in bad:
+            spoken.tokens[i] = (token_id,)
+    return spoken
+
+
+def _known(extremes: Extremes) -> list[int]:
+    least, greatest, best = (part.tolist() for part in extremes)
+    return [
+        place if -low < _INFINITY and high < _INFINITY else _NOTHING
+        for low, high, place in zip(least, greatest, best, strict=True)
+    ]

@@ -1,0 +1,137 @@
+"""Which token follows: argmax of filtered logits / temperature + Gumbel noise. Numpy, row by row.
+
+The order of everything that a request may say about a token (vLLM's order; every step sees what the one before left):
+
+    1. logprobs are read off: they are the model's own (sampling/logprobs.py)
+    2. the logits mask: what structured output allows
+    3. bad_words: the last token of a word is forbidden when its beginning was just generated
+    4. min_tokens: ends of sequence and stop_token_ids are forbidden until then
+    5. logit_bias is added
+    6. repetition_penalty (prompt and output), then frequency_penalty and presence_penalty (output)
+    7. temperature; below 1e-5 it means greedy: the largest logit wins, of equals the lowest id
+    8. min_p, then top_k, then top_p of what they left (sampling/filters.py). transformers applies min_p last: it has
+       the same threshold there, but top_p then counts the probability of what min_p drops as well
+    9. noise (sampling/noise.py), and the largest total wins
+
+The noise is keyed by (seed, choice, position, token id), and everything else is a function of the request, its ids and
+the row: a token depends on no worker, batch, attempt or order of sampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from ...core.request import SamplingParams, TokenLogprobs
+from ...engine.plan import History
+from ..ops.extremes import Extremes, extremes
+from .adjust import Adjuster, changes_row
+from .filters import RoughTopP, before_top_p, exact_top_p
+from .logprobs import Scorer
+from .noise import F32, winner
+
+GREEDY_BELOW = 1e-5
+_INFINITY = float("inf")
+_NO_HISTORY = History((), ())
+
+
+class Draw(NamedTuple):
+    """What one row of logits is sampled for."""
+
+    params: SamplingParams
+    choice: int
+    position: int  # tokens generated before this one
+    logits_mask: bytes | None = None  # packed bits, least significant first; a set bit allows a token
+    history: History | None = None  # needed where `params.needs_history`
+
+
+def is_plain(params: SamplingParams, position: int, logits_mask: bytes | None) -> bool:
+    """Whether the likeliest token is wanted, and nothing else of the logits."""
+    return (
+        params.temperature < GREEDY_BELOW and params.logprobs is None and not changes_row(params, position, logits_mask)
+    )
+
+
+class Sampled(NamedTuple):
+    """One row's outcome."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None  # where they were asked for
+
+
+class Failed(NamedTuple):
+    """A row that could not be sampled, for a reason of its own: other rows are not affected."""
+
+    error: Exception
+
+
+Outcome = Sampled | Failed | None
+"""None: the row is not a distribution; it holds a number that is not finite, or nothing is allowed."""
+
+
+class Sampler:
+    """Draws tokens for one model. What it remembers only saves time."""
+
+    def __init__(self, eos_ids: Sequence[int], extremes: Callable[[F32], Extremes] = extremes) -> None:
+        """`extremes`: as fast as the device has it."""
+        self._extremes = extremes
+        self._eos_ids = tuple(eos_ids)
+        self._adjuster = Adjuster()
+        self._scorer = Scorer()
+
+    def sample(self, logits: F32, draws: Sequence[Draw], known: Extremes | None = None) -> list[Outcome]:
+        """One token per row of logits [len(draws), vocab], which are left as they are. `known`: of these rows."""
+        assert len(logits) == len(draws), (logits.shape, len(draws))
+        if not draws:
+            return []
+        found = self._extremes(logits) if known is None else known
+        least, greatest, best = (part.tolist() for part in found)
+        return [
+            # A NaN is its row's least number; minus infinity too.
+            None if not (-least[i] < _INFINITY and greatest[i] < _INFINITY)
+            else Sampled(best[i], None) if is_plain(draw.params, draw.position, draw.logits_mask)
+            else self._outcome(logits[i], draw, best[i])
+            for i, draw in enumerate(draws)
+        ]  # fmt: skip
+
+    def _outcome(self, raw: F32, draw: Draw, best: int) -> Outcome:
+        try:
+            return self._sample_row(raw, draw, best)
+        except Exception as error:
+            return Failed(error)
+
+    def _sample_row(self, raw: F32, draw: Draw, best: int) -> Sampled | None:
+        params = draw.params
+        row = raw
+        if changes_row(params, draw.position, draw.logits_mask):
+            row = raw.copy()
+            is_early = draw.position < params.min_tokens
+            ends = (*self._eos_ids, *params.stop_token_ids) if is_early else ()
+            assert draw.history is not None or not params.needs_history, "penalties need the ids before"
+            self._adjuster.adjust(row, params, draw.history or _NO_HISTORY, ends, draw.logits_mask)
+            best = int(row.argmax())
+            if not abs(row[best]) < _INFINITY:
+                return None
+        token_id = best
+        if params.temperature >= GREEDY_BELOW:
+            token_id = _drawn(row, params, (params.seed, draw.choice, draw.position))
+        if params.logprobs is None:
+            return Sampled(token_id, None)
+        (logprobs,) = self._scorer.score(raw[None], (token_id,), params.logprobs)
+        return Sampled(token_id, logprobs)
+
+
+def _drawn(row: F32, params: SamplingParams, key: tuple[int, int, int]) -> int:
+    """The winner among what the filters leave.
+
+    Whoever wins among more than these wins among these, if it is one of them; and that is known of most winners before
+    it is known where exactly top_p ends.
+    """
+    kept = before_top_p(row, params)
+    if params.top_p < 1.0:
+        rough = RoughTopP(kept, params)
+        likely = winner(*rough.near, params.temperature, key)
+        if rough.keeps(likely):
+            return likely
+        kept = exact_top_p(kept, params)
+    return winner(*kept, params.temperature, key)

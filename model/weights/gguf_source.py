@@ -1,0 +1,150 @@
+"""The tensors of a GGUF file by Hugging Face's names, dequantised one by one as they are taken. Knows no model.
+
+Numbers come from the `gguf` package's routines, the format's own definition in numpy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...checkpoint.fingerprint import hash_content
+from ...checkpoint.gguf.file import GgufFile, StoredTensor
+from ...checkpoint.gguf.keys import heads_of
+from ...checkpoint.gguf.names import Piece, pieces
+from ...core.errors import CheckpointError
+
+_SERVED = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+
+
+class GgufSource:
+    """A `TensorSource` over one GGUF file."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the description and check that every tensor lies in the file.
+
+        Raises:
+            CheckpointError: the file is damaged or cut short, or a tensor is of a type that is not served; named.
+        """
+        self.where = str(path)
+        self._file = GgufFile(path)
+        _check_tensors(self._file)
+        self._pieces = pieces(self._file.architecture, self._file.tensors, heads_of(self._file))
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Every tensor's shape, by Hugging Face's name."""
+        return {name: piece.shape for name, piece in self._pieces.items()}
+
+    def take(self, name: str) -> Tensor:
+        """One tensor: float32 where it was quantised, else as stored (a view of the mapped file where it can be)."""
+        piece = self._pieces[name]
+        if piece.value_part is not None:
+            return self._way_up(piece, piece.value_part)
+        tensor = self._numbers(self._file.tensors[piece.stored], piece.expert)
+        if piece.turned_heads:
+            tensor = _turned_back(tensor, piece.turned_heads)
+        if piece.offset:
+            tensor = tensor.float() - piece.offset
+        return tensor.reshape(piece.shape)
+
+    def fingerprint(self) -> bytes:
+        """See `gguf_fingerprint`."""
+        return _fingerprint(self._file)
+
+    def _way_up(self, piece: Piece, value_part: str) -> Tensor:
+        """Per head keys and then values, as Hugging Face has them: [heads * (key_width + value_width), latent]."""
+        keys = self._numbers(self._file.tensors[piece.stored], None).transpose(1, 2)  # stored with rows of key_width
+        values = self._numbers(self._file.tensors[value_part], None)
+        return torch.cat([keys.float(), values.float()], dim=1).reshape(piece.shape)
+
+    def _numbers(self, tensor: StoredTensor, expert: int | None) -> Tensor:
+        """A whole tensor, or one of a stack."""
+        gguf, name = _gguf(), _kind_name(tensor.kind)
+        elements, bytes_ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(tensor.kind)]
+        shape = tensor.shape if expert is None else tensor.shape[1:]
+        size_bytes = _size(shape) // elements * bytes_
+        at = tensor.at + (expert or 0) * size_bytes
+        raw = self._bytes[at : at + size_bytes]
+        if name in ("F32", "F16"):
+            return torch.from_numpy(raw.view(np.float32 if name == "F32" else np.float16).reshape(shape))
+        if name == "BF16":
+            return torch.from_numpy(raw.view(np.int16).reshape(shape)).view(torch.bfloat16)
+        rows = raw.reshape(-1, shape[-1] // elements * bytes_)
+        numbers: np.ndarray[Any, Any] = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType(tensor.kind))
+        return torch.from_numpy(numbers.reshape(shape))
+
+    @cached_property
+    def _bytes(self) -> np.memmap[Any, Any]:
+        # "c": a write would go to memory of our own, never to the file; torch asks for arrays that can be written.
+        return np.memmap(self._file.path, dtype=np.uint8, mode="c")
+
+
+def gguf_fingerprint(path: Path) -> bytes:
+    """16 bytes that name the file's numbers and shape: its description whole, its content as safetensors count."""
+    return _fingerprint(GgufFile(path))
+
+
+def _fingerprint(file: GgufFile) -> bytes:
+    head = file.head()
+    hasher = hashlib.blake2b(f"gguf:{file.size_bytes}:{len(head)}".encode() + head, digest_size=16)
+    starts = sorted(tensor.at for tensor in file.tensors.values())
+    hash_content(hasher, file.path, [range(*ends) for ends in pairwise([*starts, file.size_bytes])])
+    return hasher.digest()
+
+
+def _check_tensors(file: GgufFile) -> None:
+    gguf, alignment = _gguf(), 4  # of float32; files align to 32 or more
+    for name, tensor in file.tensors.items():
+        kind = _kind_name(tensor.kind)
+        if kind not in _SERVED:
+            raise CheckpointError(
+                f"{file.path}: {name} is {kind}; served: {', '.join(_SERVED)}. Take a file of one of these, e.g. Q4_K_M"
+            )
+        elements, bytes_ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(tensor.kind)]
+        if not tensor.shape or 0 in tensor.shape or tensor.shape[-1] % elements:
+            raise CheckpointError(
+                f"{file.path}: {name} is {kind} with rows of {tensor.shape[-1:]} numbers; fetch it again"
+            )
+        end = tensor.at + _size(tensor.shape) // elements * bytes_
+        if end > file.size_bytes or tensor.at % alignment:
+            raise CheckpointError(
+                f"{file.path} is cut short or damaged: {name} ends at byte {end} of {file.size_bytes}; fetch it again"
+            )
+
+
+def _kind_name(kind: int) -> str:
+    try:
+        return str(_gguf().GGMLQuantizationType(kind).name)
+    except ValueError:
+        return f"of an unknown type {kind}"
+
+
+def _turned_back(tensor: Tensor, heads: int) -> Tensor:
+    """Rows as Hugging Face has them: the first halves of all rotary pairs of a head, then the second halves."""
+    pairs = tensor.reshape(heads, tensor.shape[0] // heads // 2, 2, *tensor.shape[1:])
+    return pairs.transpose(1, 2).reshape(tensor.shape)
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for side in shape:
+        size *= side
+    return size
+
+
+def _gguf() -> Any:
+    """The package, imported when the first GGUF file is opened: machines that serve safetensors alone may lack it."""
+    try:
+        import gguf
+        import gguf.quants
+    except ImportError:
+        raise CheckpointError("GGUF files need the package gguf; pip install 'twostroke[engine]'") from None
+    return gguf

@@ -1,0 +1,207 @@
+"""A model's weights as the decoder wants them: taken tensor by tensor from a source, fused, packed by the ops.
+
+Knows names through `layout.py` alone. At no time two copies of more than one matrix are held.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...checkpoint.layout import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    LayerLayout,
+    Matrix,
+    expected_shapes,
+    is_ignored,
+    layer_layout,
+)
+from ...checkpoint.spec import ExpertsFfn, LatentAttention, ModelSpec
+from ...core.errors import CheckpointError
+from ..ops.seam import Linear, Norm, Ops
+from .tensors import TensorSource
+
+
+@dataclass(frozen=True, slots=True)
+class PlainWeights:
+    """Of grouped-query attention."""
+
+    qkv: Linear  # to queries, then keys, then values
+    output: Linear
+    q_norm: Norm | None  # of a head
+    k_norm: Norm | None
+
+
+@dataclass(frozen=True, slots=True)
+class LatentWeights:
+    """Of multi-head latent attention, with the latent's way up absorbed: keys into queries, values into the output."""
+
+    q_down: Linear | None
+    q_norm: Norm | None
+    q: Linear  # to heads * (key_width + rope_width)
+    kv_down: Linear  # to latent_width + rope_width
+    kv_norm: Norm
+    to_latent: tuple[Linear, ...]  # per head: a query of key_width numbers to one of latent_width
+    from_latent: tuple[Linear, ...]  # per head: latent_width mixed numbers to value_width
+    output: Linear
+
+
+@dataclass(frozen=True, slots=True)
+class DenseWeights:
+    """Of a gated feed-forward layer."""
+
+    gate_up: Linear  # gate first
+    down: Linear
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsWeights:
+    """Of a layer of experts."""
+
+    router: Linear  # exact; the shared expert's score last, where it has one
+    correction: Tensor | None  # [num_experts] float32
+    experts: tuple[DenseWeights, ...]
+    shared: DenseWeights | None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One decoder layer."""
+
+    attention_norm: Norm
+    attention: PlainWeights | LatentWeights
+    after_attention: Norm | None
+    ffn_norm: Norm
+    ffn: DenseWeights | ExpertsWeights
+    after_ffn: Norm | None
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """All of a model, packed for one device."""
+
+    embedding: Tensor  # [vocab, hidden] compute dtype; where the checkpoint has it so, a view of its file
+    layers: tuple[LayerWeights, ...]
+    norm: Norm
+    head: Linear
+    fingerprint: bytes
+
+
+def load_weights(source: TensorSource, spec: ModelSpec, ops: Ops) -> Weights:
+    """Take a checkpoint's tensors and pack them.
+
+    Raises:
+        CheckpointError: names the file or tensor that is missing, extra, wrongly shaped or cut short.
+    """
+    check_tensors(source, spec)
+    loader = _Loader(source, spec, ops)
+    embedding = source.take(EMBEDDING).to(ops.device, ops.dtype).contiguous()
+    return Weights(
+        embedding=embedding,
+        layers=tuple(loader.layer(index) for index in range(spec.num_layers)),
+        norm=loader.norm(FINAL_NORM),
+        head=ops.pack(embedding if spec.tied_embeddings else source.take(HEAD), wide=True),
+        fingerprint=source.fingerprint(),
+    )
+
+
+def check_tensors(source: TensorSource, spec: ModelSpec) -> None:
+    """Whether a source holds exactly the spec's tensors, in their shapes.
+
+    Raises:
+        CheckpointError: it does not; names the first tensor and what is wrong with it.
+    """
+    shapes = source.shapes()
+    expected = expected_shapes(spec, shapes)
+    for name, shape in shapes.items():
+        if is_ignored(spec, name):
+            continue
+        if name not in expected:
+            raise CheckpointError(f"{source.where} holds {name}, which {spec.architecture} has no place for")
+        if tuple(shape) != expected[name]:
+            raise CheckpointError(f"{source.where}: {name} has shape {list(shape)}; config.json says {expected[name]}")
+    missing = [name for name in expected if name not in shapes]
+    if missing:
+        raise CheckpointError(f"{source.where} lacks {missing[0]} ({len(missing)} of {len(expected)} tensors missing)")
+
+
+class _Loader:
+    """Takes and packs; holds nothing."""
+
+    def __init__(self, source: TensorSource, spec: ModelSpec, ops: Ops) -> None:
+        self.source = source
+        self.spec = spec
+        self.ops = ops
+
+    def layer(self, index: int) -> LayerWeights:
+        layout = layer_layout(self.spec, index, self.source.shapes())
+        ffn = self.spec.layers[index].ffn
+        return LayerWeights(
+            attention_norm=self.norm(layout.vectors["attention_norm"][0]),
+            attention=self._latent(layout) if isinstance(self.spec.attention, LatentAttention) else self._plain(layout),
+            after_attention=self._optional_norm(layout, "after_attention"),
+            ffn_norm=self.norm(layout.vectors["ffn_norm"][0]),
+            ffn=self._experts(layout, ffn) if isinstance(ffn, ExpertsFfn) else self._dense(layout),
+            after_ffn=self._optional_norm(layout, "after_ffn"),
+        )
+
+    def norm(self, name: str, eps: float | None = None) -> Norm:
+        weight = self.source.take(name).float() + self.spec.norm_offset
+        return Norm(weight.to(self.ops.device).contiguous(), self.spec.rms_eps if eps is None else eps)
+
+    def _optional_norm(self, layout: LayerLayout, key: str) -> Norm | None:
+        return self.norm(layout.vectors[key][0]) if key in layout.vectors else None
+
+    def _plain(self, layout: LayerLayout) -> PlainWeights:
+        return PlainWeights(
+            qkv=self._linear(layout.matrices["qkv"]),
+            output=self._linear(layout.matrices["output"]),
+            q_norm=self._optional_norm(layout, "q_norm"),
+            k_norm=self._optional_norm(layout, "k_norm"),
+        )
+
+    def _latent(self, layout: LayerLayout) -> LatentWeights:
+        shape, matrices = self.spec.attention, layout.matrices
+        assert isinstance(shape, LatentAttention)
+        up = self._taken(matrices["kv_up"]).view(shape.num_heads, -1, shape.latent_width)
+        q_norm = layout.vectors.get("q_norm")
+        return LatentWeights(
+            q_down=self._linear(matrices["q_down"]) if "q_down" in matrices else None,
+            q_norm=self.norm(q_norm[0], shape.norm_eps) if q_norm else None,
+            q=self._linear(matrices["q"]),
+            kv_down=self._linear(matrices["kv_down"]),
+            kv_norm=self.norm(layout.vectors["kv_norm"][0], shape.norm_eps),
+            to_latent=tuple(self.ops.pack(head[: shape.key_width].t()) for head in up),
+            from_latent=tuple(self.ops.pack(head[shape.key_width :]) for head in up),
+            output=self._linear(matrices["output"]),
+        )
+
+    def _dense(self, layout: LayerLayout, prefix: str = "") -> DenseWeights:
+        matrices = layout.matrices
+        return DenseWeights(
+            self._linear(matrices[prefix + "gate_up"], gated=True), self._linear(matrices[prefix + "down"])
+        )
+
+    def _experts(self, layout: LayerLayout, ffn: ExpertsFfn) -> ExpertsWeights:
+        correction = layout.vectors.get("correction")
+        return ExpertsWeights(
+            router=self._linear(layout.matrices["router"]),
+            correction=self.source.take(correction[0]).float().to(self.ops.device) if correction else None,
+            experts=tuple(self._dense(layout, f"expert {e} ") for e in range(ffn.routing.num_experts)),
+            shared=None if ffn.shared_width is None else self._dense(layout, "shared "),
+        )
+
+    def _linear(self, matrix: Matrix, *, gated: bool = False) -> Linear:
+        bias = self._joined(matrix, ".bias") if matrix.bias else None
+        return self.ops.pack(self._taken(matrix), bias, exact=matrix.exact, gated=gated)
+
+    def _taken(self, matrix: Matrix) -> Tensor:
+        return self._joined(matrix, ".weight")
+
+    def _joined(self, matrix: Matrix, kind: str) -> Tensor:
+        parts = [self.source.take(name + kind) for name, _ in matrix.parts]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,0 +1,145 @@
+"""Several prompts of one body as one request: their pieces in one stream, their names under one. Knows no protocol.
+
+choice of the whole = prompt * n + choice of that prompt's request, named `<name>-<prompt>`
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ...core.errors import InternalError, Overloaded
+from ..requests.pieces import Piece, Usage
+
+MAX_NAMES = 2_000  # lists whose name is remembered: as many as the journal remembers requests
+_PIECES_AHEAD = 4  # per prompt: beyond them the streams wait, and their own bounds hold
+_RETRY_S = 0.5
+CHOICES_AT_ONCE = 64  # of a list: a quarter of what a worker lets wait, so that others' requests find room
+TOKENS_AT_ONCE = 65_536  # of its prompts, likewise
+
+Start = Callable[[], AsyncGenerator[Piece, None]]
+
+# Of several states the first of these tells most.
+_STATES = ("running", "failed", "rejected", "cancelled", "finished")
+
+
+def name_of(name: str, prompt: int) -> str:
+    """The request that one prompt of a list becomes."""
+    return f"{name}-{prompt}"
+
+
+def streams_at_once(num_choices: int, most_prompt_tokens: int) -> int:
+    """How many prompts of a list run at once: what a worker's queue holds easily."""
+    return max(1, min(CHOICES_AT_ONCE // num_choices, TOKENS_AT_ONCE // most_prompt_tokens))
+
+
+async def merged(
+    starts: Sequence[Start], num_choices: int, at_once: int, patience_s: float
+) -> AsyncGenerator[Piece, None]:
+    """The pieces of all streams as they come, `usage` of all with the very last one; each stream's last has its own.
+
+    `at_once` streams run; the others begin when one of these has ended, and try again for `patience_s` where the
+    cluster is full then. The first error of any ends it, and it ends the others; so does closing it.
+    """
+    arrived: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue(_PIECES_AHEAD * at_once)
+    slots = asyncio.Semaphore(at_once)
+    patience = [0.0 if place < at_once else patience_s for place in range(len(starts))]
+    pumps = [
+        asyncio.create_task(_pump(place, _in_turn(start, patience[place]), slots, arrived))
+        for place, start in enumerate(starts)
+    ]
+    usage, num_unfinished = Usage(0, 0, 0), len(starts)
+    try:
+        while num_unfinished:
+            place, piece = await arrived.get()
+            if isinstance(piece, Exception):
+                raise piece
+            if piece.usage is not None:  # a stream's last piece
+                usage = _sum(usage, piece.usage)
+                num_unfinished -= 1
+            choice = place * num_choices + piece.choice
+            yield replace(piece, choice=choice, usage=None if num_unfinished else usage)
+    finally:
+        for pump in pumps:
+            pump.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)
+
+
+async def _pump(
+    place: int,
+    stream: AsyncGenerator[Piece, None],
+    slots: asyncio.Semaphore,
+    arrived: asyncio.Queue[tuple[int, Piece | Exception]],
+) -> None:
+    async with slots, contextlib.aclosing(stream):
+        usage = None
+        try:
+            async for piece in stream:
+                usage = piece.usage
+                await arrived.put((place, piece))
+            if usage is None:  # whoever reads would wait for it for ever
+                raise InternalError(f"prompt {place} ended without its last piece")
+        except Exception as error:
+            await arrived.put((place, error))
+
+
+async def _in_turn(start: Start, patience_s: float) -> AsyncGenerator[Piece, None]:
+    """The stream; begun again while the cluster is full and nothing of it has come, for `patience_s`."""
+    loop = asyncio.get_running_loop()
+    end_s = loop.time() + patience_s
+    while True:
+        has_begun = False
+        try:
+            async with contextlib.aclosing(start()) as stream:
+                async for piece in stream:
+                    has_begun = True
+                    yield piece
+            return
+        except Overloaded as error:
+            if has_begun or loop.time() >= end_s:
+                raise
+            await asyncio.sleep(min(error.retry_after_s or _RETRY_S, _RETRY_S))
+
+
+def _sum(one: Usage, other: Usage) -> Usage:
+    return Usage(
+        one.prompt_tokens + other.prompt_tokens,
+        one.completion_tokens + other.completion_tokens,
+        one.cached_tokens + other.cached_tokens,
+    )
+
+
+class Lists:
+    """The names of the last lists, and how many prompts each had. Every tenant has names of its own."""
+
+    def __init__(self) -> None:
+        self._num_prompts: OrderedDict[tuple[str, str], int] = OrderedDict()
+
+    def add(self, tenant: str, name: str, num_prompts: int) -> int:
+        """Remember a list; the oldest one makes room. Returns how many prompts the last one of that name had, or 0."""
+        before = self._num_prompts.get((tenant, name), 0)
+        self._num_prompts[tenant, name] = num_prompts
+        self._num_prompts.move_to_end((tenant, name))
+        while len(self._num_prompts) > MAX_NAMES:
+            self._num_prompts.popitem(last=False)
+        return before
+
+    def requests(self, tenant: str, name: str) -> list[str]:
+        """The requests that a tenant's list became; none: it has no list of that name."""
+        return [name_of(name, prompt) for prompt in range(self._num_prompts.get((tenant, name), 0))]
+
+
+def explain_list(
+    name: str, names: Sequence[str], explain: Callable[[str], dict[str, Any] | None]
+) -> dict[str, Any] | None:
+    """What is known of a list: its state, and everything of each of its requests that is still known; None: nothing."""
+    known = [explained for one in names if (explained := explain(one)) is not None]
+    states = {explained["state"] for explained in known}
+    if not known:
+        return None
+    state = next(state for state in _STATES if state in states)
+    return {"request_id": name, "state": state, "num_prompts": len(names), "prompts": known}

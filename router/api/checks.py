@@ -1,0 +1,69 @@
+"""Single values of a call, checked: whole numbers, numbers, texts. A refusal names value, field and remedy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from reprlib import Repr
+from typing import Any
+
+from ...core.errors import InvalidRequest
+
+_BRIEF = Repr()
+_BRIEF.maxlevel, _BRIEF.maxstring = 3, 60
+
+
+def integer(name: str, value: Any, default: int, low: int, high: int) -> int:
+    """A whole number from `low` to `high`; `default` where nothing was said."""
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise InvalidRequest(f"{name} is {short(value)}; must be a whole number from {low} to {high}", param=name)
+    return value
+
+
+def number(name: str, value: Any, default: float, low: float, high: float) -> float:
+    """A number from `low` to `high`; `default` where nothing was said."""
+    if value is None:
+        return default
+    good = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not good or not math.isfinite(value) or not low <= value <= high:
+        raise InvalidRequest(f"{name} is {short(value)}; must be a number from {low:g} to {high:g}", param=name)
+    return float(value)
+
+
+def text_of(name: str, text: str) -> str:
+    """Text that can be encoded."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            f"{name} holds a lone surrogate at character {error.start}; send valid Unicode", param=name
+        ) from None
+    return text
+
+
+def short(value: Any) -> str:
+    """A value as an error shows it: at most 80 characters, at a cost that does not grow with the value."""
+    text = repr(value[:80]) if isinstance(value, (str, bytes)) else _BRIEF.repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def deeper_than(value: Any, levels: int) -> bool:
+    """Whether lists and objects nest more than `levels` deep."""
+    layer = [value] if isinstance(value, (list, tuple, Mapping)) else []
+    for _ in range(levels):
+        layer = [
+            inner
+            for outer in layer
+            for inner in (outer.values() if isinstance(outer, Mapping) else outer)
+            if isinstance(inner, (list, tuple, Mapping))
+        ]
+        if not layer:
+            break
+    return bool(layer)
+
+
+def refuse_constant(name: str) -> float:
+    """For `json.loads(parse_constant=...)`: NaN and infinities are Python's, not JSON's."""
+    raise ValueError(f"{name} is not a JSON number")

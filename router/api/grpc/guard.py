@@ -1,0 +1,260 @@
+"""What stands before every service of the clients' gRPC port: key, room, bounds and deadlines. Knows no service.
+
+    headers ──▶ key ──▶ room ──▶ bytes ──▶ bounds ──▶ message ──▶ the service ──▶ replies
+                 │        │        │          │                                      │
+          no message   budget   deadline   nothing is                        a deadline for each
+            is read   of bytes              built yet                   that the client does not take
+
+Each handler becomes one that reads and writes raw bytes itself: grpc.aio's own read a message before anybody was asked
+for a key, build it whatever it holds, and wait for ever for clients that neither send nor take.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
+from typing import Any, TypeAlias
+
+import grpc
+import grpc.aio
+from google.protobuf.descriptor import Descriptor
+from google.protobuf.message import DecodeError
+
+from ....client.status import to_rpc_status
+from ....core.call_reaper import CallReaper
+from ....core.errors import InternalError, InvalidRequest, Overloaded, TwostrokeError
+from ....core.probes import Probes
+from ...config import RouterConfig
+from ..checks import short
+from ..http.reading import Lease, Room, Workbench
+from .message_bounds import check_bounds
+
+log = logging.getLogger(__name__)
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+Handler: TypeAlias = Any  # a grpc.RpcMethodHandler, whose types are those of servers without asyncio
+
+OPEN = frozenset({"/grpc.health.v1.Health/Check"})  # probes have no key
+SMALL_BYTES = 4096  # of messages of other services than ours: names
+LARGE = frozenset({"Generate", "GenerateStream", "Chat", "ChatStream", "Tokenize"})  # methods that carry prompts
+SMALL_CALLS = "/small calls"  # whose part of the room all others have, as a tenant has one
+SMALL_READ_S = 5.0  # for a small message to come
+MAX_STANDING = 64  # calls of other services under way: Watch and reflection stay open for as long as clients like
+SPARE_CALLS = 256  # beyond those that may run: they are refused one by one, with their reasons
+
+
+class Stalled(Exception):  # no error of ours: it ends a call quietly
+    """The client does not take what it asked for."""
+
+
+class Gone(Exception):  # likewise
+    """The client left in the midst of a reply."""
+
+
+class GuardedContext:
+    """The context that a service sees: grpc.aio's, with a deadline for each reply."""
+
+    def __init__(self, context: Context, lease: Lease, write: Callable[[Any], Awaitable[None]], bench: Workbench):
+        self._context = context
+        self._lease = lease
+        self.write = write
+        self.bench = bench
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+    def admitted(self) -> None:
+        """The message is not needed any more: what it took of the room is free."""
+        self._lease.give_back()
+
+
+class Guard(grpc.aio.ServerInterceptor):
+    """One per router, for its clients' server."""
+
+    def __init__(
+        self, config: RouterConfig, authenticate: Callable[[str | None], str], own_service: str, room: Room
+    ) -> None:
+        """`authenticate` gives the tenant of a key; messages of other services than `own_service` are small."""
+        self._authenticate = authenticate
+        self._own = f"/{own_service}/"
+        self._max_bytes = config.max_body_bytes
+        self._stall_s = config.slow_client_s
+        self._max_calls = config.max_running + SPARE_CALLS
+        self._num_calls = {True: 0, False: 0}  # of our service, of the others
+        self._tenant_calls: Counter[str] = Counter()  # of our service
+        self._max_tenant_calls = self._max_calls if len(config.api_keys) < 2 else self._max_calls // 2
+        self._room = room
+        self._bench = Workbench()
+        self._probes = Probes()
+        self._reaper = CallReaper()
+
+    def close(self) -> None:
+        """No more messages come."""
+        self._bench.close()
+
+    async def intercept_service(
+        self, continuation: Callable[[Any], Awaitable[Handler]], handler_call_details: grpc.HandlerCallDetails
+    ) -> Handler:
+        """The method's handler behind all this; without a key one that refuses and reads nothing."""
+        details = handler_call_details
+        if details.method in OPEN:
+            return self._probes.handler(await continuation(details))
+        try:
+            tenant = self._authenticate(api_key(details.invocation_metadata))
+        except TwostrokeError as error:
+            return _stream(partial(self._refuse, error))
+        handler = await continuation(details)
+        if handler is None:
+            return handler  # UNIMPLEMENTED
+        return _stream(partial(self._call, handler, details.method, tenant))
+
+    async def _refuse(self, error: TwostrokeError, _: Any, context: Context) -> None:
+        self._reaper.end_later(self._stall_s)
+        await context.abort_with_status(to_rpc_status(error))
+
+    async def _call(self, handler: Handler, method: str, tenant: str, _: Any, context: Context) -> None:
+        is_own = method.startswith(self._own)
+        self._num_calls[is_own] += 1
+        self._tenant_calls[tenant] += is_own
+        status: grpc.Status | None = None
+        is_stalled = False
+        try:
+            most = self._max_calls if is_own else MAX_STANDING
+            if self._num_calls[is_own] > most:
+                raise Overloaded(f"{most} calls are under way, the most that may", retry_after_s=1.0)
+            if self._tenant_calls[tenant] > self._max_tenant_calls:
+                most = self._max_tenant_calls
+                raise Overloaded(f"{most} calls of this key are under way, the most that may", retry_after_s=1.0)
+            await self._serve(handler, method, tenant, context)
+        except Stalled:
+            log.info("%s: the client took nothing for %g s; the call ends", method, self._stall_s)
+            is_stalled = True
+        except Gone:
+            log.debug("%s: the client left", method)
+        except TwostrokeError as error:
+            status = to_rpc_status(error)
+        except grpc.aio.AbortError:
+            raise
+        except Exception:
+            log.exception("%s failed", method)
+            status = to_rpc_status(InternalError("the call failed; the router's log has more"))
+        finally:
+            self._num_calls[is_own] -= 1
+            self._tenant_calls[tenant] -= is_own
+            if not self._tenant_calls[tenant]:
+                del self._tenant_calls[tenant]
+        # Not within `except`: what is raised here would keep the error and its frames' messages.
+        if is_stalled:
+            self._reaper.end(_this_task())
+            return
+        self._reaper.end_later(self._stall_s)
+        if status is not None:
+            await context.abort_with_status(status)
+
+    async def _serve(self, handler: Handler, method: str, tenant: str, context: Context) -> None:
+        write = partial(self._write, context, handler.response_serializer)
+        if handler.request_streaming:
+            messages = self._messages(handler, method, tenant, context)
+            await _send_all(handler.stream_stream(messages, context), write)
+            return
+        lease = await self._lease(method, tenant)
+        try:
+            message = await self._message(handler, method, lease, context)
+            if message is None:
+                raise InvalidRequest("the call ended without its message")
+            guarded = GuardedContext(context, lease, write, self._bench)
+            serve = handler.unary_stream if handler.response_streaming else handler.unary_unary
+            answer = serve(message, guarded)
+            del message  # the service keeps what it needs
+            await _send_all(answer, write)
+        finally:
+            lease.give_back()
+
+    async def _messages(self, handler: Handler, method: str, tenant: str, context: Context) -> AsyncIterator[Any]:
+        while True:
+            lease = await self._lease(method, tenant)
+            try:
+                message = await self._message(handler, method, lease, context)
+            finally:
+                lease.give_back()
+            if message is None:
+                return
+            yield message
+
+    def _is_large(self, method: str) -> bool:
+        return method.startswith(self._own) and method.removeprefix(self._own) in LARGE
+
+    async def _lease(self, method: str, tenant: str) -> Lease:
+        """Room for the next message. What looks after the router finds some however many prompts are being read."""
+        if self._is_large(method):
+            return await self._room.take(tenant, self._max_bytes)
+        return await self._room.take(SMALL_CALLS, SMALL_BYTES)
+
+    async def _message(self, handler: Handler, method: str, lease: Lease, context: Context) -> Any:
+        """The next message; None: there is none."""
+        is_large = self._is_large(method)
+        raw = await self._room.read(lease, context.read, None if is_large else SMALL_READ_S)
+        if not isinstance(raw, bytes):
+            return None
+        if not is_large and len(raw) > SMALL_BYTES:
+            raise InvalidRequest(f"the message has {len(raw)} bytes; at most {SMALL_BYTES}")
+        lease.shrink(len(raw))
+        return await self._bench.run(len(raw), partial(_parsed, raw, handler.request_deserializer))
+
+    async def _write(self, context: Context, serialize: Any, message: Any) -> None:
+        try:
+            async with asyncio.timeout(self._stall_s):
+                await context.write(serialize(message))
+        except TimeoutError:
+            raise Stalled from None
+        except grpc.aio.BaseError as error:  # cygrpc's, when the batch of a write fails
+            raise Gone from error
+
+
+def api_key(metadata: Any) -> str | None:
+    """The key in a call's metadata."""
+    for name, value in metadata or ():
+        if name == "authorization" and isinstance(value, str):
+            scheme, _, secret = value.partition(" ")
+            return secret.strip() if scheme.lower() == "bearer" else None
+    return None
+
+
+async def _send_all(answer: Any, write: Callable[[Any], Awaitable[None]]) -> None:
+    """What a service answers, whichever way it does: a reply, a stream of them, or writes of its own."""
+    if not hasattr(answer, "__aiter__"):
+        reply = await answer
+        if reply is not None:
+            await write(reply)
+        return
+    async with contextlib.aclosing(answer) as replies:
+        async for reply in replies:
+            await write(reply)
+
+
+def _parsed(raw: bytes, deserialize: Any) -> Any:
+    kind: Descriptor = deserialize.__self__.DESCRIPTOR
+    check_bounds(raw, kind)
+    try:
+        return deserialize(raw)
+    except DecodeError as error:
+        raise InvalidRequest(f"the message is no valid {kind.name}: {short(str(error))}") from None
+
+
+def _stream(serve: Callable[[Any, Context], Awaitable[None]]) -> Handler:
+    """A handler over raw bytes. Only those of streams may read when they like, or not at all."""
+
+    async def behaviour(messages: Any, context: Context) -> None:
+        await serve(messages, context)
+
+    return grpc.stream_stream_rpc_method_handler(behaviour)
+
+
+def _this_task() -> asyncio.Task[Any]:
+    task = asyncio.current_task()
+    assert task is not None
+    return task

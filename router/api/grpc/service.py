@@ -1,0 +1,176 @@
+"""The gRPC client face: `twostroke.v1.Inference`. Holds no logic of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from functools import partial
+from typing import Any, TypeAlias
+
+from ....core.errors import RequestNotFound
+from ....core.request import FinishReason, Request
+from ....kv.messages import logprobs_to_wire
+from ....protos import common_pb2, inference_pb2, inference_pb2_grpc
+from ...requests.pieces import Piece, Usage
+from ..call import Call
+from ..frontend import Front, Started
+from .call_wire import Reader, Said, chat_call, generate_call, tokenize_call
+from .guard import api_key
+
+_REASONS = {
+    None: common_pb2.FINISH_REASON_UNSPECIFIED,
+    FinishReason.STOP: common_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: common_pb2.FINISH_REASON_LENGTH,
+    FinishReason.CANCELLED: common_pb2.FINISH_REASON_CANCELLED,
+    FinishReason.ERROR: common_pb2.FINISH_REASON_ERROR,
+}
+
+
+Context: TypeAlias = Any  # a GuardedContext
+
+
+class InferenceService(inference_pb2_grpc.InferenceServicer):
+    """One per router, behind a `Guard`: callers have a key, messages are within their bounds, errors become statuses.
+
+    A message is let go of as soon as it is read: it is as long as its client liked, and a stream runs long.
+    """
+
+    def __init__(self, front: Front) -> None:
+        self._front = front
+
+    def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> Any:
+        """A completion in one piece."""
+        return self._whole(generate_call, request, context)
+
+    def Chat(self, request: inference_pb2.ChatRequest, context: Context) -> Any:
+        """A chat answer in one piece."""
+        return self._whole(chat_call, request, context)
+
+    def GenerateStream(
+        self, request: inference_pb2.GenerateRequest, context: Context
+    ) -> AsyncIterator[inference_pb2.GenerateChunk]:
+        """A completion, piece by piece."""
+        return self._chunks(generate_call, request, context)
+
+    def ChatStream(
+        self, request: inference_pb2.ChatRequest, context: Context
+    ) -> AsyncIterator[inference_pb2.GenerateChunk]:
+        """A chat answer, piece by piece."""
+        return self._chunks(chat_call, request, context)
+
+    async def Tokenize(self, request: inference_pb2.TokenizeRequest, context: Context) -> Any:
+        """The ids that a prompt or a chat becomes."""
+        call = await self._read(tokenize_call, request, context)
+        admitted, model = await self._front.admit(call)
+        await _tell_ignored(admitted, context)
+        return inference_pb2.TokenizeResponse(token_ids=admitted.prompt_ids, max_model_len=model.max_model_len)
+
+    async def ListModels(self, request: inference_pb2.ListModelsRequest, context: Context) -> Any:
+        """What is served."""
+        cards = [
+            inference_pb2.ModelCard(id=name, max_model_len=self._front.models.facts(name).max_model_len)
+            for name in self._front.models.names()
+        ]
+        return inference_pb2.ListModelsResponse(models=cards)
+
+    async def Abort(self, request: inference_pb2.AbortRequest, context: Context) -> Any:
+        """Cancel a running request."""
+        found = await self._front.abort(request.request_id, self._tenant(context))
+        return inference_pb2.AbortResponse(found=found)
+
+    async def Explain(self, request: inference_pb2.ExplainRequest, context: Context) -> Any:
+        """Where a request went, why, and when."""
+        explained = self._front.explain(request.request_id, self._tenant(context))
+        if explained is None:
+            raise RequestNotFound(
+                f"no request {request.request_id[:128]!r} is known here (any more)", param="request_id"
+            )
+        return inference_pb2.ExplainResponse(json=json.dumps(explained))
+
+    async def Cluster(self, request: inference_pb2.ClusterRequest, context: Context) -> Any:
+        """The workers as the router sees them."""
+        return inference_pb2.ClusterResponse(json=json.dumps(self._front.flow.cluster()))
+
+    # -------------------------------------------------------------- what the calls do
+
+    def _tenant(self, context: Context) -> str:
+        return self._front.authenticate(api_key(context.invocation_metadata()))
+
+    async def _read(self, read: Reader, message: Any, context: Context) -> Call:
+        """The message as a call: long ones off the event loop."""
+        key, left_s = api_key(context.invocation_metadata()), context.time_remaining()
+        said = Said(message, key, left_s, self._front.models)
+        call: Call = await context.bench.run(message.ByteSize(), partial(read, said))
+        return call
+
+    async def _start(self, read: Reader, message: Any, context: Context) -> Started:
+        return await self._front.start(await self._read(read, message, context), context.admitted)
+
+    async def _whole(self, read: Reader, message: Any, context: Context) -> inference_pb2.GenerateResponse:
+        started = await self._start(read, message, context)
+        del message  # as long as the client liked; the request runs for as long as it likes
+        request = started.request
+        choices = [inference_pb2.Choice(index=index) for index in range(request.num_choices)]
+        usage: Usage | None = None
+        prompt_logprobs: list[common_pb2.TokenLogprobs] = []
+        async with contextlib.aclosing(started.pieces()) as pieces:
+            await _tell_ignored(request, context)
+            async for piece in pieces:
+                choice = choices[piece.choice]
+                choice.text += piece.text
+                choice.token_ids.extend(piece.token_ids)
+                choice.finish_reason = _REASONS[piece.finish_reason]
+                choice.logprobs.extend(logprobs_to_wire(piece.logprobs))
+                prompt_logprobs += piece.prompt_scores
+                usage = piece.usage or usage
+        return inference_pb2.GenerateResponse(
+            request_id=request.request_id,
+            model=request.model,
+            choices=choices,
+            usage=_usage(usage),
+            prompt_logprobs=prompt_logprobs,
+        )
+
+    async def _chunks(self, read: Reader, message: Any, context: Context) -> AsyncIterator[inference_pb2.GenerateChunk]:
+        started = await self._start(read, message, context)
+        del message
+        async with contextlib.aclosing(started.pieces()) as pieces:
+            await _tell_ignored(started.request, context)
+            async for piece in pieces:
+                chunk = _chunk(piece, started.request.request_id, started.request.model)
+                chunk.prompt_logprobs.extend(piece.prompt_scores)
+                yield chunk
+
+
+# ------------------------------------------------------------------ words
+
+
+def _chunk(piece: Piece, request_id: str, model: str) -> inference_pb2.GenerateChunk:
+    return inference_pb2.GenerateChunk(
+        request_id=request_id,
+        model=model,
+        choice=piece.choice,
+        text=piece.text,
+        token_ids=piece.token_ids,
+        first_index=piece.first_index,
+        finish_reason=_REASONS[piece.finish_reason],
+        usage=_usage(piece.usage),
+        logprobs=logprobs_to_wire(piece.logprobs),
+    )
+
+
+def _usage(usage: Usage | None) -> common_pb2.Usage | None:
+    if usage is None:
+        return None
+    return common_pb2.Usage(
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        cached_tokens=usage.cached_tokens,
+    )
+
+
+async def _tell_ignored(request: Request, context: Context) -> None:
+    """Name what nothing reads in the metadata before the answer, as the HTTP face does in a header."""
+    if request.ignored_fields:
+        await context.send_initial_metadata((("x-twostroke-ignored", ", ".join(request.ignored_fields)),))

@@ -1,0 +1,196 @@
+"""Messages of a chat, checked: the API's many ways to write one become few. Knows no chat template.
+
+What comes out has `role` (system, developer, user, assistant, tool), `content` (text, a list of text parts, or null
+where tool calls or reasoning stand for it), and of the other fields those that say something:
+
+    tool_calls            arguments are objects: the API has JSON text, chat templates print objects
+    function_call         becomes a tool call, the role `function` becomes `tool`: their older names
+    reasoning_content     also given as `reasoning` or `thinking`, as an object, as blocks, or as parts of the content
+    refusal               is the content of a message that has no other
+    anything else         is kept; the caller finds out whether the template reads it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ...core.errors import InvalidRequest, UnsupportedParameter
+from .checks import short, text_of
+from .ignored import Ignored
+from .toolcalls import Calls, calls_of, check_texts
+
+MAX_MESSAGES = 2048
+MAX_PARTS = 1024  # of one message
+REASONING = ("reasoning_content", "reasoning", "thinking")
+
+_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+_TEXT_PARTS = {
+    "text": "text",
+    "input_text": "text",
+    "output_text": "text",
+    "refusal": "refusal",
+}  # the field of each kind
+_THOUGHT_PARTS = ("thinking", "reasoning")
+_THOUGHT_FIELDS = ("content", "text", "thinking", "reasoning")  # where an object has its text
+
+
+def check_messages(messages: Sequence[Any], ignored: Ignored) -> list[dict[str, Any]]:
+    """Every message, checked; what is left out of them is added to `ignored`.
+
+    Raises:
+        InvalidRequest: one is not as the API has it; `param` names the field.
+        UnsupportedParameter: it asks for something that is not served, e.g. audio.
+    """
+    if not messages:
+        raise InvalidRequest("messages is empty; give at least one message", param="messages")
+    if len(messages) > MAX_MESSAGES:
+        raise InvalidRequest(f"messages has {len(messages)} entries; at most {MAX_MESSAGES}", param="messages")
+    check_texts(messages)
+    checked = [_message(message, f"messages[{place}]", ignored) for place, message in enumerate(messages)]
+    _give_ids(checked)
+    return checked
+
+
+def _give_ids(messages: list[dict[str, Any]]) -> None:
+    """An id for calls that have none, as `function_call` had none, and for the result that follows.
+
+    Nine letters and digits: Mistral's templates take no others.
+    """
+    latest: str | None = None
+    for place, message in enumerate(messages):
+        for call in message.get("tool_calls", ()):
+            if "id" not in call:
+                latest = call["id"] = f"call{place:05}"
+        if message["role"] == "tool" and latest is not None:
+            message.setdefault("tool_call_id", latest)
+            latest = None
+
+
+def _message(given: Any, where: str, ignored: Ignored) -> dict[str, Any]:
+    if not isinstance(given, Mapping):
+        raise InvalidRequest(f"{where} is {short(given)}; must be an object with role and content", param=where)
+    fields = {name: value for name, value in given.items() if not _says_nothing(value) or name == "content"}
+    role = fields.pop("role", None)
+    if not isinstance(role, str) or role not in _ROLES:
+        raise InvalidRequest(
+            f"{where}.role is {short(role)}; must be one of {', '.join(_ROLES)}", param=f"{where}.role"
+        )
+    if "audio" in fields:
+        raise UnsupportedParameter(f"{where}.audio is not served; give the answer's text", param=f"{where}.audio")
+    content, thoughts = _apart(fields.pop("content", None), role)
+    content = _content(content, f"{where}.content", ignored)
+    calls = calls_of(Calls(fields.pop("tool_calls", None), fields.pop("function_call", None)), role, where, ignored)
+    reasoning = _reasoning(fields | ({"thinking": thoughts} if thoughts else {}), where, ignored)
+    for name in REASONING:
+        fields.pop(name, None)
+    refusal = fields.pop("refusal", None)
+    if refusal is not None:
+        if not isinstance(refusal, str):
+            raise InvalidRequest(f"{where}.refusal is {short(refusal)}; must be a string", param=f"{where}.refusal")
+        if content:
+            ignored.add("messages", "refusal")
+        else:
+            content = refusal
+    if content is None:
+        content = _without_content(role, bool(calls or reasoning), given.get("content"), f"{where}.content")
+    message: dict[str, Any] = {"role": "tool" if role == "function" else role, "content": content}
+    for name in ("name", "tool_call_id"):
+        if name in fields and not isinstance(fields[name], str):
+            raise InvalidRequest(f"{where}.{name} is {short(fields[name])}; must be a string", param=f"{where}.{name}")
+    return message | fields | ({"tool_calls": calls} if calls else {}) | reasoning
+
+
+def _says_nothing(value: Any) -> bool:
+    """Null, or an empty text, list or object: clients that write every field of their types send these."""
+    return value is None or (isinstance(value, (str, list, tuple, dict)) and not value)
+
+
+def _without_content(role: str, has_other: bool, given: Any, where: str) -> str | None:
+    if role in ("tool", "function"):
+        return ""  # a tool that returned nothing
+    if role == "assistant" and has_other:
+        return None
+    raise InvalidRequest(
+        f"{where} is {short(given)}; must be a string or a list of text parts"
+        + (" (null only beside tool_calls or reasoning_content)" if role == "assistant" else ""),
+        param=where,
+    )
+
+
+def _apart(content: Any, role: str) -> tuple[Any, list[Any]]:
+    """An assistant's content without its parts of reasoning, and those."""
+    if role != "assistant" or not isinstance(content, (list, tuple)):
+        return content, []
+    thoughts = [part for part in content if _is_thought(part)]
+    return ([part for part in content if not _is_thought(part)] if thoughts else content), thoughts
+
+
+def _is_thought(part: Any) -> bool:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    return isinstance(kind, str) and kind in _THOUGHT_PARTS
+
+
+def _reasoning(fields: Mapping[str, Any], where: str, ignored: Ignored) -> dict[str, str]:
+    """The reasoning under its first name. What else an object of it holds, e.g. a signature, is added to `ignored`."""
+    for name in REASONING:
+        text = "".join(_thoughts(fields.get(name), f"{where}.{name}", ignored))
+        if text:
+            return {"reasoning_content": text_of(f"{where}.{name}", text)}
+    return {}
+
+
+def _thoughts(value: Any, where: str, ignored: Ignored) -> list[str]:
+    """The texts in a text, an object, or a list of either."""
+    parts = value if isinstance(value, (list, tuple)) else () if value is None else (value,)
+    if len(parts) > MAX_PARTS:
+        raise InvalidRequest(f"{where} has {len(parts)} parts; at most {MAX_PARTS}", param=where)
+    return [_thought(part, where, ignored) for part in parts]
+
+
+def _thought(value: Any, where: str, ignored: Ignored) -> str:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, Mapping):
+        raise InvalidRequest(f"{where} is {short(value)}; must be a string, or objects with text", param=where)
+    name = where.rpartition(".")[2]
+    field = next((field for field in _THOUGHT_FIELDS if isinstance(value.get(field), str)), None)
+    if field is None:
+        ignored.add("messages", name)
+        return ""
+    for other, said in value.items():
+        if other not in ("type", field) and not _says_nothing(said):
+            ignored.add("messages", name, str(other))
+    return str(value[field])
+
+
+def _content(content: Any, where: str, ignored: Ignored) -> str | list[dict[str, str]] | None:
+    """Text, or OpenAI's list of parts as long as all of them are text; None where there is none."""
+    if content is None or isinstance(content, str):
+        return content if content is None else text_of(where, content)
+    if not isinstance(content, (list, tuple)):
+        raise InvalidRequest(f"{where} is {short(content)}; must be a string or a list of text parts", param=where)
+    if len(content) > MAX_PARTS:
+        raise InvalidRequest(f"{where} has {len(content)} parts; at most {MAX_PARTS}", param=where)
+    parts = [_part(part, f"{where}[{place}]", ignored) for place, part in enumerate(content)]
+    return parts or None
+
+
+def _part(part: Any, where: str, ignored: Ignored) -> dict[str, str]:
+    if isinstance(part, str):
+        return {"type": "text", "text": text_of(where, part)}
+    if not isinstance(part, Mapping):
+        raise InvalidRequest(f"{where} is {short(part)}; must be an object with type and text", param=where)
+    kind = part.get("type")
+    if not isinstance(kind, str) or kind not in _TEXT_PARTS:
+        raise InvalidRequest(
+            f"{where}.type is {short(kind)}; only text is served: give parts of type text", param=f"{where}.type"
+        )
+    field = _TEXT_PARTS[kind]
+    text = part.get(field)
+    if not isinstance(text, str):
+        raise InvalidRequest(f"{where}.{field} is {short(text)}; must be a string", param=f"{where}.{field}")
+    for name, value in part.items():
+        if name not in ("type", field) and not _says_nothing(value):
+            ignored.add("messages", "content", str(name))
+    return {"type": "text", "text": text_of(f"{where}.{field}", text)}

@@ -1,0 +1,100 @@
+"""Tokenizer, template and limits of each served model, loaded once when its first worker has announced it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from ...core.errors import ModelNotFound, Unavailable
+from ...text.template import ChatTemplate
+from ...text.token_text import TokenTexts
+from ...text.tokenizer import Tokenizer
+from ..routing.facts import ModelFacts
+from .defaults import NO_DEFAULTS, SamplingDefaults
+
+
+class OffersModels(Protocol):
+    """Who knows which models are there: the flow, or a test."""
+
+    def models(self) -> Sequence[ModelFacts]:
+        """The models of the workers that are there."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """What the validator needs to know of a model."""
+
+    name: str
+    max_model_len: int
+    vocab_size: int
+    tokenizer: Tokenizer
+    template: ChatTemplate | None  # none: a base model, which completes but does not chat
+    token_texts: TokenTexts
+    defaults: SamplingDefaults = NO_DEFAULTS  # of what a request leaves out
+
+
+class ModelDirectory:
+    """Models by name. Loading takes some ten milliseconds and happens in a thread."""
+
+    def __init__(self, source: OffersModels, *, reads_defaults: bool = True) -> None:
+        """`reads_defaults` false: what a checkpoint recommends for sampling does not count."""
+        self._source = source
+        self._reads_defaults = reads_defaults
+        self._loaded: dict[tuple[str, str, int], ServedModel] = {}
+        self._loading = asyncio.Lock()
+
+    def names(self) -> list[str]:
+        """Served models, sorted."""
+        return sorted(facts.name for facts in self._source.models())
+
+    def facts(self, name: str) -> ModelFacts:
+        """What the workers said of it; `name` empty: of the only model there is.
+
+        Raises:
+            ModelNotFound: nobody serves it.
+            Unavailable: nobody serves anything yet.
+        """
+        served = {facts.name: facts for facts in self._source.models()}
+        if not served:
+            raise Unavailable("no worker is ready yet; try again soon", retry_after_s=2.0)
+        if not name and len(served) == 1:
+            return next(iter(served.values()))
+        if name not in served:
+            known = ", ".join(sorted(served))
+            raise ModelNotFound(f"model is {name[:200]!r}; this cluster serves {known}", param="model")
+        return served[name]
+
+    async def get(self, name: str | None) -> ServedModel:
+        """The model, loaded.
+
+        Raises:
+            ModelNotFound, Unavailable: see `facts`.
+            CheckpointError: its tokenizer, template or sampling defaults cannot be read.
+        """
+        facts = self.facts(name or "")
+        key = (facts.name, facts.path, facts.max_model_len)
+        async with self._loading:
+            if key not in self._loaded:
+                self._loaded[key] = await asyncio.to_thread(_load, facts, self._reads_defaults)
+        return self._loaded[key]
+
+
+def _load(facts: ModelFacts, reads_defaults: bool) -> ServedModel:
+    directory = Path(facts.path)
+    tokenizer, template = Tokenizer.load(directory), ChatTemplate.load(directory)
+    tokenizer.prepare()
+    if template is not None:
+        _ = template.traits  # found now, not while the first request waits
+    return ServedModel(
+        name=facts.name,
+        max_model_len=facts.max_model_len,
+        vocab_size=facts.vocab_size,
+        tokenizer=tokenizer,
+        template=template,
+        token_texts=TokenTexts(tokenizer),
+        defaults=SamplingDefaults.load(directory, facts.vocab_size) if reads_defaults else NO_DEFAULTS,
+    )

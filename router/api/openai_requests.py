@@ -1,0 +1,255 @@
+"""OpenAI's words for what is asked: request bodies to calls. Knows no HTTP; answers.py has the words back."""
+
+from __future__ import annotations
+
+import codecs
+import difflib
+import re
+from collections.abc import Generator, Sequence
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from ...core.errors import ContextLengthExceeded, InvalidRequest, UnsupportedParameter
+from .call import UNTIL_FULL, Call
+from .checks import short
+from .fields import (
+    ACCEPTED,
+    ACCEPTED_STREAM_OPTIONS,
+    REFUSED,
+    REFUSED_OF_CHATS,
+    REFUSED_OF_COMPLETIONS,
+    Body,
+    ChatBody,
+    CompletionBody,
+    Known,
+    StreamOptions,
+)
+from .http.structure import built
+
+B = TypeVar("B", ChatBody, CompletionBody)
+
+USUAL_COMPLETION_TOKENS = 16  # OpenAI's default for max_tokens of completions
+LEAST_TOP_P = 1e-12  # OpenAI's range begins at 0, which keeps the likeliest token; so does this
+MAX_NAMED = 16  # unknown fields that a response names
+MAX_NAME_CHARS = 64
+
+_UNSAFE = re.compile(r"[^A-Za-z0-9_.\[\]-]")
+
+
+def parse(values: dict[str, Any], kind: type[B], *, strict: bool = False) -> tuple[B, list[str]]:
+    """A checked body, and the names of its unknown fields. Costs grow with the bytes, never with their mistakes.
+
+    Raises:
+        InvalidRequest: a field of the wrong type; with `strict` also an unknown field.
+        UnsupportedParameter: a field that the API knows and this release does not serve.
+    """
+    refused = REFUSED | (REFUSED_OF_CHATS if kind is ChatBody else REFUSED_OF_COMPLETIONS)
+    if values.get("best_of") is not None and values["best_of"] == values.get("n"):
+        del values["best_of"]  # all that are made are returned
+    unknown: list[str] = []
+    served = _served(values, kind, ACCEPTED, refused, unknown)
+    options = served.get("stream_options")
+    if isinstance(options, dict):
+        inner: list[str] = []
+        served["stream_options"] = _served(options, StreamOptions, ACCEPTED_STREAM_OPTIONS, {}, inner)
+        unknown += [f"stream_options.{name}" for name in inner]
+    if strict and unknown:
+        raise _unknown(unknown[0], kind)
+    try:
+        body = kind.model_validate(served)
+    except ValidationError as error:
+        raise _explain(error, values) from None
+    return body, unknown
+
+
+def json_object(data: bytearray) -> Generator[None, None, dict[str, Any]]:
+    """The fields of a body, built in steps of a few milliseconds: see `structure`.
+
+    Raises:
+        InvalidRequest: not UTF-8, not JSON, not an object, or more lists, objects, keys or items than are taken.
+    """
+    if data.startswith(codecs.BOM_UTF8):  # some clients begin with a byte order mark
+        del data[: len(codecs.BOM_UTF8)]
+    try:
+        values = yield from built(data)
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"the body is not UTF-8 (byte {error.start}); encode it as UTF-8") from None
+    except RecursionError:
+        raise InvalidRequest("the body is nested too deeply; a request needs five levels") from None
+    except ValueError as error:
+        raise InvalidRequest(f"the body is not JSON: {str(error)[:200]}") from None
+    if not isinstance(values, dict):
+        raise InvalidRequest(f"the body is a JSON {type(values).__name__}; must be an object")
+    return values
+
+
+def names_of_ignored(names: Sequence[str]) -> str:
+    """For a header: the first names, cut and made safe, and how many more there are."""
+    more = len(names) - MAX_NAMED
+    return ", ".join([*map(_shown, names[:MAX_NAMED]), *([f"{more} more"] if more > 0 else [])])
+
+
+def prompts_of(body: CompletionBody, most: int) -> list[str | list[int]]:
+    """The prompts of a completion body: one, or as many as it lists. What token ids hold is the validator's to check.
+
+    Raises:
+        InvalidRequest: neither text nor token ids nor a list of them, or more than `most`.
+    """
+    prompt = body.prompt
+    if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and not isinstance(prompt[0], (str, list))):
+        return [prompt]
+    if not isinstance(prompt, list):
+        what = "must be a text, a list of token ids, or a list of either"
+        raise InvalidRequest(f"prompt is {short(prompt)}; {what}", param="prompt")
+    if not prompt:
+        raise InvalidRequest("prompt is empty; give at least one text or token id", param="prompt")
+    if len(prompt) > most:
+        raise InvalidRequest(
+            f"prompt lists {len(prompt)} prompts; at most {most} (router.max_prompts, router.max_running): send "
+            "them in several requests",
+            param="prompt",
+        )
+    for place, one in enumerate(prompt):
+        if not isinstance(one, (str, list)):
+            raise InvalidRequest(
+                f"prompt[{place}] is {short(one)}; must be a text or a list of token ids, as prompt[0] is",
+                param="prompt",
+            )
+    return prompt
+
+
+def refuse_endless(body: CompletionBody, longest: int | None) -> None:
+    """Refuse token ids that fit no model that is served, whichever was asked for.
+
+    Raises:
+        ContextLengthExceeded: they are as many as the longest context or more.
+    """
+    prompt = body.prompt
+    is_ids = isinstance(prompt, list) and prompt and not isinstance(prompt[0], (str, list))
+    if is_ids and longest is not None and len(prompt) >= longest:
+        raise ContextLengthExceeded(
+            f"prompt has {len(prompt)} tokens; the model's context is {longest}: shorten it", param="prompt"
+        )
+
+
+def chat_call(body: ChatBody, api_key: str | None) -> Call:
+    """The call that a chat body means."""
+    if body.top_logprobs and not body.logprobs:
+        raise InvalidRequest(
+            f"top_logprobs is {body.top_logprobs} without logprobs; set logprobs to true", param="top_logprobs"
+        )
+    top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    return Call(
+        messages=body.messages,
+        chat_template_kwargs=body.chat_template_kwargs,
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+        documents=body.documents,
+        reasoning_effort=body.reasoning_effort,
+        top_logprobs=top_logprobs,
+        **_common(body, None, api_key),
+    )
+
+
+def completion_calls(body: CompletionBody, api_key: str | None, max_prompts: int) -> list[Call]:
+    """The calls that a completion body means: one for each of its prompts."""
+    common = _common(body, USUAL_COMPLETION_TOKENS, api_key)
+    if body.echo and body.logprobs is not None:
+        if body.stream and (body.n or 1) > 1:
+            raise InvalidRequest("echo with logprobs is streamed for n 1 only; set stream to false", param="echo")
+        common["prompt_logprobs"] = max(body.logprobs, body.prompt_logprobs or 0)
+    if is_scored_only(body):
+        common["max_tokens"] = 1  # the workers' least; answers.py keeps it to itself
+    return [Call(prompt=prompt, logprobs=body.logprobs, **common) for prompt in prompts_of(body, max_prompts)]
+
+
+def is_scored_only(body: Body) -> bool:
+    """Whether a completion asks for its prompt back, with scores if it likes, and for nothing behind it."""
+    return isinstance(body, CompletionBody) and bool(body.echo) and _max_tokens(body) == 0
+
+
+def _common(body: Body, usual_max_tokens: int | None, api_key: str | None) -> dict[str, Any]:
+    if body.stream and body.prompt_logprobs is not None:
+        raise InvalidRequest("prompt_logprobs are not streamed; set stream to false", param="prompt_logprobs")
+    max_tokens = _max_tokens(body)
+    if max_tokens == -1:
+        max_tokens, usual_max_tokens = None, UNTIL_FULL
+    return {
+        "model": body.model,
+        "max_tokens": max_tokens,
+        "usual_max_tokens": usual_max_tokens,
+        "min_tokens": body.min_tokens,
+        "temperature": body.temperature,
+        "top_p": LEAST_TOP_P if body.top_p == 0 else body.top_p,
+        "top_k": body.top_k,
+        "seed": None if body.seed == -1 else body.seed,
+        "n": body.n,
+        "stop": tuple(body.stop or ()),
+        "stop_token_ids": tuple(body.stop_token_ids or ()),
+        "ignore_eos": bool(body.ignore_eos),
+        "include_stop_str_in_output": bool(body.include_stop_str_in_output),
+        "skip_special_tokens": body.skip_special_tokens is not False,
+        "min_p": body.min_p,
+        "repetition_penalty": body.repetition_penalty,
+        "frequency_penalty": body.frequency_penalty,
+        "presence_penalty": body.presence_penalty,
+        "logit_bias": body.logit_bias,
+        "bad_words": tuple(body.bad_words or ()),
+        "prompt_logprobs": body.prompt_logprobs,
+        "cache_salt": body.cache_salt,
+        "request_id": body.request_id,
+        "api_key": api_key,
+    }
+
+
+def _max_tokens(body: Body) -> int | None:
+    if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
+        raise InvalidRequest("max_tokens and max_completion_tokens differ; give one", param="max_completion_tokens")
+    return body.max_completion_tokens if body.max_tokens is None else body.max_tokens
+
+
+# ------------------------------------------------------------------ details
+
+
+def _served(
+    values: dict[str, Any],
+    kind: type[Known],
+    accepted: frozenset[str],
+    refused: dict[str, tuple[Any, ...]],
+    unknown: list[str],
+) -> dict[str, Any]:
+    """Those fields that have a value and are served. Adds the names of unknown ones to `unknown`."""
+    known, served = kind.model_fields, {}
+    for name, value in values.items():
+        if name in known:
+            if value is not None:
+                served[name] = value
+        elif name in refused:
+            if value is not None and value not in refused[name]:
+                raise UnsupportedParameter(f"{name} is not served yet; leave it out", param=name)
+        elif name not in accepted:
+            unknown.append(name)
+    return served
+
+
+def _unknown(name: str, kind: type[Body]) -> InvalidRequest:
+    known = [*kind.model_fields, *(f"stream_options.{option}" for option in StreamOptions.model_fields)]
+    near = difflib.get_close_matches(_shown(name), known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return InvalidRequest(f"{_shown(name)} is not a field of this API{hint}", param=_shown(name))
+
+
+def _shown(name: str) -> str:
+    """A client's name for a field, as a header and an error may hold it."""
+    return _UNSAFE.sub("?", name[:MAX_NAME_CHARS]) or "?"
+
+
+def _explain(error: ValidationError, values: dict[str, Any]) -> InvalidRequest:
+    problem = error.errors(include_url=False, include_context=False)[0]
+    param = str(problem["loc"][0]) if problem["loc"] else None
+    path = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "missing":
+        elsewhere = "; chats go to /v1/chat/completions" if param == "prompt" and "messages" in values else ""
+        return InvalidRequest(f"{path} is missing{elsewhere}", param=param)
+    return InvalidRequest(f"{path[:100]} is {short(problem['input'])}: {problem['msg'][:200]}", param=param)

@@ -1,0 +1,195 @@
+"""The one validator: a `Call` from either face becomes a `Request`, or a typed error that names field and remedy.
+
+Nothing a client sends reaches a worker unchecked; what is refused here costs a worker nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...core.errors import ContextLengthExceeded, InvalidRequest, Unauthenticated
+from ...core.request import Request
+from ...text.tokenizer import TooManyTokens
+from ..config import RouterConfig
+from .call import Call
+from .chat import chat_prompt
+from .checks import integer, short, text_of
+from .ignored import Ignored
+from .models import ServedModel
+from .sampling import is_bounded, sampling_of
+
+MAX_SALT_CHARS = 1024
+DEFAULT_ISOLATION_DOMAIN = "public"
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the router's configuration allows."""
+
+    max_choices: int
+    default_max_tokens: int | None  # none: as much as fits
+    request_timeout_s: float
+    api_keys: tuple[str, ...]
+
+    @classmethod
+    def of(cls, config: RouterConfig) -> Limits:
+        """From the router's section."""
+        return cls(config.max_choices, config.default_max_tokens, config.request_timeout_s, config.api_keys)
+
+
+def authenticate(api_key: str | None, limits: Limits) -> str:
+    """The isolation domain that a key stands for; without configured keys everybody shares one.
+
+    Raises:
+        Unauthenticated: keys are configured and this is none of them.
+    """
+    if not limits.api_keys:
+        return DEFAULT_ISOLATION_DOMAIN
+    for known in limits.api_keys:
+        if api_key and secrets.compare_digest(api_key.encode(errors="replace"), known.encode()):
+            # Of the key itself: its place in the configuration may change, and must not hand cached prefixes over.
+            return "key-" + hashlib.blake2b(known.encode(), digest_size=8, person=b"twostroke-tenant").hexdigest()
+    raise Unauthenticated("the API key is missing or unknown; send 'Authorization: Bearer KEY'")
+
+
+def validate(call: Call, model: ServedModel, limits: Limits) -> Request:
+    """Check every field, template and tokenise. Runs in a thread: it may take milliseconds.
+
+    Raises:
+        InvalidRequest: a field is out of range, of the wrong type or not served; `param` names it.
+        ContextLengthExceeded: the prompt leaves no room for a token, or not for `max_tokens`.
+        Unauthenticated: see `authenticate`.
+    """
+    tenant = authenticate(call.api_key, limits)
+    num_choices = integer("n", call.n, 1, 1, limits.max_choices)
+    request_id = _request_id(call)
+    ignored = Ignored()
+    prompt_ids = _prompt_ids(call, model, ignored)
+    sampling = sampling_of(call, model, prompt_ids, limits.default_max_tokens)
+    return Request(
+        request_id=request_id,
+        model=model.name,
+        prompt_ids=prompt_ids,
+        sampling=sampling,
+        num_choices=num_choices,
+        isolation_domain=_isolation_domain(tenant, call.cache_salt),
+        timeout_s=timeout_of(call, limits),
+        is_chat=call.messages is not None,
+        tenant=tenant,
+        ignored_fields=ignored.names(),
+        is_bounded=is_bounded(call, model, limits.default_max_tokens),
+    )
+
+
+def timeout_of(call: Call, limits: Limits) -> float:
+    """How long a request may live: as its client says, and no longer than the router allows."""
+    return min(call.timeout_s or limits.request_timeout_s, limits.request_timeout_s)
+
+
+def num_chars_of(call: Call) -> int:
+    """About as many characters as are rendered and tokenised for a call, its ids left out."""
+    if isinstance(call.prompt, str):
+        return len(call.prompt)
+    return sum(_num_chars(message.get("content")) for message in call.messages or () if isinstance(message, Mapping))
+
+
+def _num_chars(content: Any) -> int:
+    if isinstance(content, str):
+        return len(content)
+    parts = content if isinstance(content, (list, tuple)) else ()
+    return sum(_num_chars(part.get("text")) for part in parts if isinstance(part, Mapping))
+
+
+def _isolation_domain(tenant: str, salt: str | None) -> str:
+    """A tenant's own domain, or the one that its requests with this salt share. The salt itself is shown nowhere."""
+    if salt is None:
+        return tenant
+    if not 1 <= len(salt) <= MAX_SALT_CHARS:
+        raise InvalidRequest(
+            f"cache_salt has {len(salt)} characters; must have 1 to {MAX_SALT_CHARS}, or be left out",
+            param="cache_salt",
+        )
+    digest = hashlib.blake2b(text_of("cache_salt", salt).encode(), digest_size=16, person=b"twostroke-salt")
+    return f"{tenant}/salt-{digest.hexdigest()}"
+
+
+def new_request_id(is_chat: bool) -> str:
+    """A name for a request whose client gave none; nobody else can guess it."""
+    return ("chatcmpl-" if is_chat else "cmpl-") + secrets.token_hex(12)
+
+
+def is_request_id(text: str) -> bool:
+    """Whether a client may name its request so."""
+    return _REQUEST_ID.fullmatch(text) is not None
+
+
+def _request_id(call: Call) -> str:
+    if not call.request_id:
+        return new_request_id(call.messages is not None)
+    if not is_request_id(call.request_id):
+        raise InvalidRequest(
+            f"request_id is {call.request_id[:40]!r}; use 1 to 128 of letters, digits, '.', '_', ':' and '-'",
+            param="request_id",
+        )
+    return call.request_id
+
+
+def _prompt_ids(call: Call, model: ServedModel, ignored: Ignored) -> tuple[int, ...]:
+    if (call.prompt is None) == (call.messages is None):
+        raise InvalidRequest("give exactly one of prompt and messages", param="prompt")
+    if call.prompt is not None and len(call.prompt) == 0:
+        raise InvalidRequest("prompt is empty; give at least one character or token", param="prompt")
+    if call.messages is not None:
+        text = chat_prompt(call, model, ignored)
+        where = "messages"
+        ids: Sequence[int] = _encoded(where, text, model, add_special_tokens=False)
+    elif isinstance(call.prompt, str):
+        where = "prompt"
+        ids = _encoded(where, text_of("prompt", call.prompt), model, add_special_tokens=True)
+    else:
+        ids, where = call.prompt or (), "prompt"
+        if len(ids) < model.max_model_len:  # else it is refused below, whatever they are
+            ids = _token_ids(ids, model)
+    if not ids:
+        raise InvalidRequest(f"{where} is empty; give at least one token", param=where)
+    if len(ids) >= model.max_model_len:
+        raise ContextLengthExceeded(
+            f"{where} has {len(ids)} tokens; the model's context is {model.max_model_len}: shorten it", param=where
+        )
+    if (beyond := max(ids)) >= model.vocab_size:  # a token that files beside the model name, and it was not made for
+        raise InvalidRequest(
+            f"{where} holds {model.tokenizer.token(beyond)!r}, token {beyond} of the tokenizer; the model has "
+            f"{model.vocab_size}: leave it out",
+            param=where,
+        )
+    return tuple(ids)
+
+
+def _encoded(where: str, text: str, model: ServedModel, *, add_special_tokens: bool) -> Sequence[int]:
+    """The ids of a text; one that fits no context is refused as soon as that is certain, the most part of it unread."""
+    try:
+        return model.tokenizer.encode(text, add_special_tokens, most=model.max_model_len)
+    except TooManyTokens as error:
+        raise ContextLengthExceeded(
+            f"{where} has at least {error.least} tokens; the model's context is {model.max_model_len}: shorten it",
+            param=where,
+        ) from None
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{where}: {error.message}", param=where) from None
+
+
+def _token_ids(ids: Sequence[int], model: ServedModel) -> Sequence[int]:
+    for place, token_id in enumerate(ids):
+        if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < model.vocab_size:
+            raise InvalidRequest(
+                f"prompt[{place}] is {short(token_id)}; must be a token id from 0 to {model.vocab_size - 1}",
+                param="prompt",
+            )
+    return ids

@@ -1,0 +1,152 @@
+"""What the client of one request has: which tokens of which epoch may still be added to its stream. Pure.
+
+Only the current epoch's next token of each choice is taken; everything else is named and dropped. So however often work
+is sent again, delayed or doubled, the client's stream is at all times a gapless prefix of the final one.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from enum import StrEnum
+
+from ...core.request import Epoch, FinishReason
+from .pieces import Piece
+
+
+class Verdict(StrEnum):
+    """What happens to something a worker sent. Values are the metric's labels."""
+
+    TAKE = "take"
+    STALE_EPOCH = "stale_epoch"
+    REPEATED = "repeated"
+    GAP = "gap"
+    AFTER_END = "after_end"
+
+
+@dataclass(slots=True)
+class _Progress:
+    epoch: Epoch | None = None
+    next_index: int = 0
+    finish: FinishReason | None = None
+
+
+class Delivery:
+    """The cursor of every choice."""
+
+    def __init__(self, num_choices: int) -> None:
+        self._choices = [_Progress() for _ in range(num_choices)]
+
+    @property
+    def unfinished(self) -> tuple[int, ...]:
+        """Choices that have not ended."""
+        return tuple(i for i, progress in enumerate(self._choices) if progress.finish is None)
+
+    @property
+    def may_start_over(self) -> bool:
+        """Whether no unfinished choice has given the client a token yet."""
+        return all(progress.next_index == 0 for progress in self._choices if progress.finish is None)
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens delivered, over all choices."""
+        return sum(progress.next_index for progress in self._choices)
+
+    @property
+    def finish_reasons(self) -> list[FinishReason | None]:
+        """Per choice; None: it still runs."""
+        return [progress.finish for progress in self._choices]
+
+    def tokens_of(self, choice: int) -> int:
+        """Tokens of one choice that were delivered."""
+        return self._choices[choice].next_index
+
+    def dispatch(self, epoch: Epoch) -> tuple[int, ...]:
+        """All unfinished choices belong to this epoch from now on. Returns them."""
+        for index in self.unfinished:
+            current = self._choices[index].epoch
+            assert current is None or current < epoch, (current, epoch)
+            self._choices[index].epoch = epoch
+        return self.unfinished
+
+    def recall(self) -> None:
+        """No epoch may add anything until the next `dispatch`: what still comes from the last one is stale."""
+        for index in self.unfinished:
+            self._choices[index].epoch = None
+
+    def tokens(self, choice: int, epoch: Epoch, first_index: int, count: int) -> Verdict:
+        """Tokens [first_index, +count) of a choice arrived: taken, or why not."""
+        verdict = self._standing(choice, epoch)
+        if verdict is not Verdict.TAKE:
+            return verdict
+        progress = self._choices[choice]
+        if first_index != progress.next_index:
+            return Verdict.REPEATED if first_index < progress.next_index else Verdict.GAP
+        progress.next_index += count
+        return Verdict.TAKE
+
+    def is_awaited(self, choice: int, epoch: Epoch) -> bool:
+        """Whether this epoch may still add to the choice."""
+        return self._standing(choice, epoch) is Verdict.TAKE
+
+    def end(self, choice: int, epoch: Epoch, reason: FinishReason) -> Verdict:
+        """The end of a choice arrived: taken once, from the current epoch."""
+        verdict = self._standing(choice, epoch)
+        if verdict is Verdict.TAKE:
+            self._choices[choice].finish = reason
+        return verdict
+
+    def _standing(self, choice: int, epoch: Epoch) -> Verdict:
+        if choice >= len(self._choices) or self._choices[choice].epoch != epoch:
+            return Verdict.STALE_EPOCH
+        return Verdict.TAKE if self._choices[choice].finish is None else Verdict.AFTER_END
+
+
+class PieceBuffer:
+    """Pieces that the client has not fetched yet: bounded in items, because a full buffer merges into its last ones.
+
+    A client that leaves it full too long is too slow; `full_since_s` says since when.
+    """
+
+    def __init__(self, max_pieces: int) -> None:
+        self._max_pieces = max_pieces
+        self._pieces: deque[Piece] = deque()
+        self.full_since_s: float | None = None
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def put(self, piece: Piece, now_s: float) -> None:
+        """Append a piece; into the last one of its choice when there is no room."""
+        if len(self._pieces) >= self._max_pieces:
+            if self.full_since_s is None:
+                self.full_since_s = now_s
+            for index in range(len(self._pieces) - 1, -1, -1):
+                if self._pieces[index].choice == piece.choice:
+                    self._pieces[index] = _joined(self._pieces[index], piece)
+                    return
+        self._pieces.append(piece)
+
+    def take(self) -> Piece | None:
+        """The oldest piece, or None."""
+        if not self._pieces:
+            return None
+        piece = self._pieces.popleft()
+        if len(self._pieces) < self._max_pieces:
+            self.full_since_s = None
+        return piece
+
+
+def _joined(first: Piece, second: Piece) -> Piece:
+    assert first.first_index + len(first.token_ids) == second.first_index
+    return Piece(
+        first.choice,
+        first.first_index,
+        first.token_ids + second.token_ids,
+        first.text + second.text,
+        second.finish_reason,
+        second.usage,
+        first.logprobs + second.logprobs,
+        first.prompt_scores + second.prompt_scores,
+        max(first.num_shown, second.num_shown),
+    )

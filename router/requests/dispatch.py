@@ -1,0 +1,156 @@
+"""The life of requests under asyncio: sessions carry its orders, the loop its timers, metrics and log what it tells.
+
+Decides nothing: see router/requests/lifecycle.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+from ...core.clock import Clock
+from ...core.errors import TwostrokeError, Unavailable
+from ...core.request import Epoch, Request
+from ...kv.block import BlockIdentity
+from ...protos import worker_pb2
+from ..config import RouterConfig
+from ..metrics import RouterMetrics
+from ..routing.coefficients import PredictionError
+from ..routing.facts import ModelFacts, WorkerKey
+from ..routing.policy import PolicyLimits
+from ..routing.views import RETRY_AFTER_S
+from ..workers.members import Identity, MemberHandlers, Members
+from .admission import AdmissionLimits
+from .lifecycle import Lifecycle
+from .pieces import Piece
+from .run import Run, Timer
+from .surroundings import LifeLimits, Order
+
+log = logging.getLogger(__name__)
+
+
+class Dispatcher:
+    """Drives the lives of this router's requests, on one event loop."""
+
+    def __init__(self, config: RouterConfig, identity: Identity, metrics: RouterMetrics, clock: Clock) -> None:
+        self.metrics = metrics
+        self.clock = clock
+        self.prediction = PredictionError()
+        handlers = MemberHandlers(self._on_lost, self._on_step, self._on_change, self._on_tick)
+        self.members = Members(identity, handlers, metrics, clock)
+        limits = LifeLimits(
+            config.worker_patience_s,
+            config.slow_client_s,
+            config.client_buffer_pieces,
+            AdmissionLimits(config.max_running, config.max_running_tokens),
+            PolicyLimits(local_prefill=config.local_prefill),
+        )
+        self.life = Lifecycle(identity.incarnation, limits, self.members.roster, self, self)
+
+    def fail(self, run: Run, error: TwostrokeError) -> None:
+        """End a request in an error; a settled one stays as it is."""
+        self.life.fail(run, error, self.clock.now_s())
+
+    async def close(self) -> None:
+        """Fail what still runs and leave all workers."""
+        for run in list(self.life.runs.active.values()):
+            self.fail(run, Unavailable("the router is stopping", retry_after_s=RETRY_AFTER_S))
+        await self.members.close()
+
+    # ------------------------------------------------------------------ what the workers say
+
+    def _on_lost(self, key: WorkerKey, reason: str) -> None:
+        self.life.lost(key, reason, self.clock.now_s())
+
+    def _on_step(self, key: WorkerKey, output: worker_pb2.StepOutput) -> None:
+        self.life.take_step(key, output, self.clock.now_s())
+
+    def _on_change(self) -> None:
+        self.life.workers_changed()
+
+    def _on_tick(self, now_s: float) -> None:
+        self.life.tick(now_s)
+
+    # ------------------------------------------------------------------ what the life asks (see Driver)
+
+    def send(self, key: WorkerKey, order: Order) -> bool:
+        """See Driver."""
+        return self.members.send(key, order)
+
+    def later(self, delay_s: float, act: Callable[[float], None]) -> Timer:
+        """See Driver."""
+        return asyncio.get_running_loop().call_later(delay_s, lambda: act(self.clock.now_s()))
+
+    def identities(self, request: Request, model: ModelFacts) -> Sequence[BlockIdentity]:
+        """See Driver."""
+        return self.members.identities(request, model)
+
+    # ------------------------------------------------------------------ what it tells (see Observer)
+
+    def choosing(self) -> AbstractContextManager[object]:
+        """See Observer."""
+        return self.metrics.choose_s.time()
+
+    def refused(self, request: Request, error: TwostrokeError) -> None:
+        """See Observer."""
+        self.metrics.requests.labels("rejected").inc()
+
+    def dispatched(self, run: Run) -> None:
+        """See Observer."""
+        if run.living is not None:
+            log.debug("%s: %s", run.name, run.living.choice.reason)
+
+    def dropped(self, name: str, reason: str) -> None:
+        """See Observer."""
+        self.metrics.dropped.labels(reason).inc()
+
+    def heard(self, run: Run, epoch: Epoch, num_tokens: int) -> None:
+        """See Observer."""
+        if num_tokens:
+            self.metrics.generated(run.request.model, num_tokens)
+
+    def first_token(self, run: Run, predicted_ms: float, took_ms: float) -> None:
+        """See Observer."""
+        self.metrics.prediction_error.observe(self.prediction.note(predicted_ms, took_ms))
+
+    def usage_differs(self, run: Run, said: int, had: int) -> None:
+        """See Observer."""
+        self.metrics.usage_disagreements.inc()
+
+    def sent_again(self, run: Run, error: TwostrokeError) -> None:
+        """See Observer."""
+        self.metrics.retries.inc()
+        log.info("%s: sent again: %s", run.name, error.message)
+
+    def settled(self, run: Run) -> None:
+        """See Observer."""
+        self.metrics.in_flight_tokens.set(self.life.admission.tokens)
+        self.members.wake()
+
+
+class PieceStream:
+    """The client's end of a request: waits for its pieces."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._news = asyncio.Event()
+        run.on_news = self._news.set
+
+    async def next_piece(self) -> Piece | None:
+        """The next piece; None after the last one.
+
+        Raises:
+            TwostrokeError: the request failed, and everything before was fetched.
+        """
+        while True:
+            piece = self._run.take_piece()
+            if piece is not None:
+                return piece
+            if self._run.error is not None:
+                raise self._run.error
+            if self._run.is_over:
+                return None
+            self._news.clear()
+            await self._news.wait()

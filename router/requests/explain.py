@@ -1,0 +1,179 @@
+"""Every decision in words and numbers, JSON-able: one request, the whole cluster. Reads, never changes."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from ...core.request import SamplingParams
+from ...core.timeline import Instant
+from ..routing.coefficients import FIELDS, Coefficients
+from ..routing.fleet import Worker
+from ..routing.policy import Candidate, Choice
+from .run import Run
+
+MAX_SHOWN = 32  # entries of a list; a longer one is told by its length
+MAX_TEXT = 64  # characters of a text in one
+MAX_MESSAGE = 1000  # characters of an error
+
+
+def explain_run(run: Run, state: str) -> dict[str, Any]:
+    """One request: what it asked, what was decided and why, and what came of it. Milliseconds since it arrived."""
+    handover = dict(run.handovers).get(0) or (run.handovers[0][1] if run.handovers else None)
+    reports = [report for _, report in run.handovers]
+    current = run.current
+    usage = run.usage
+    return {
+        "request_id": run.request_id,
+        "name": run.name,
+        "tenant": run.request.owner,
+        "isolation_domain": run.request.isolation_domain,
+        "model": run.request.model,
+        "state": state,
+        "num_choices": run.request.num_choices,
+        "sampling": explain_sampling(run.request.sampling),
+        "ignored_fields": _shown(run.request.ignored_fields, "names"),
+        "timeout_s": run.request.timeout_s,
+        "tokens": {
+            "prompt": usage.prompt_tokens,
+            "cached": usage.cached_tokens,
+            "completion": usage.completion_tokens,
+        },
+        "prefill_worker": _prefill_worker(run, handover),
+        "decode_worker": current.decode.worker_id if current else None,
+        "kv_bytes_moved": sum(report["bytes_moved"] for report in reports),
+        "kv_bytes_as_bf16": sum(report["bytes_as_bf16"] for report in reports),
+        "handover": handover,
+        "ttft_ms": _between_ms(run, Instant.ARRIVED, Instant.FIRST_SENT),
+        "itl_ms": _pace(run),
+        "finish_reasons": [reason.value if reason else None for reason in run.delivery.finish_reasons],
+        "error": {"code": run.error.code, "message": _cut(run.error.message, MAX_MESSAGE)} if run.error else None,
+        "timeline": timeline_ms(run),
+        "choice": explain_choice(current.choice) if current else None,
+        "dispatches": [
+            {
+                "epoch": list(dispatch.epoch),
+                "at_ms": _ms(dispatch.at_s - run.arrived_s),
+                "decode_worker": dispatch.decode.worker_id,
+            }
+            for dispatch in run.dispatches
+        ],
+    }
+
+
+def explain_sampling(sampling: SamplingParams) -> dict[str, Any]:
+    """How tokens are chosen; of long lists how long they are."""
+    found: dict[str, Any] = {name: getattr(sampling, name) for name in sampling.__slots__}
+    num_ids = sum(map(len, sampling.bad_words))
+    return found | {
+        "stop": _shown(sampling.stop, "texts"),
+        "stop_token_ids": _shown(sampling.stop_token_ids, "token ids"),
+        "logit_bias": _shown(sampling.logit_bias, "entries"),
+        "bad_words": _shown(sampling.bad_words, "words")
+        if num_ids <= MAX_SHOWN
+        else f"{len(sampling.bad_words)} words",
+    }
+
+
+def _shown(values: Sequence[Any], what: str) -> list[Any] | str:
+    """A list with its texts cut; one that is too long as its length."""
+    if len(values) > MAX_SHOWN:
+        return f"{len(values)} {what}"
+    return [_cut(value, MAX_TEXT) if isinstance(value, str) else value for value in values]
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else text[:most] + "..."
+
+
+def timeline_ms(run: Run) -> dict[str, float]:
+    """Every instant that happened, in order, as milliseconds since the request arrived."""
+    found = [(at_s, instant.value) for instant in Instant if (at_s := run.timeline.at_s(instant)) is not None]
+    return {name: _ms(at_s - run.arrived_s) for at_s, name in sorted(found, key=lambda pair: pair[0])}
+
+
+def explain_choice(choice: Choice) -> dict[str, Any]:
+    """A decision with everything it was compared with."""
+    return {
+        "reason": choice.reason,
+        "winner": _candidate(choice.winner),
+        "prefill_peers": [peer.worker_id for peer in choice.prefill_peers],
+        "candidates": [_candidate(candidate) for candidate in choice.candidates],
+    }
+
+
+def explain_worker(worker: Worker, coefficients: Coefficients, now_s: float) -> dict[str, Any]:
+    """One worker as `status` shows it."""
+    facts, load = worker.facts, worker.load
+    return {
+        "worker_id": facts.worker_id,
+        "incarnation": str(facts.incarnation),  # as text: JSON numbers of 64 bits lose their tail in JavaScript
+        "role": worker.role.value,
+        "state": worker.state.value,
+        "address": facts.address,
+        "metrics_address": facts.metrics_address or None,
+        "pid": facts.pid,
+        "release": facts.release,
+        "model": facts.model.name,
+        "numerics": facts.model.numerics_description,
+        "session": "up" if worker.session_up else "down",
+        "phase": worker.phase,
+        "steps": worker.steps,
+        "heard_ms_ago": _ms(now_s - worker.heard_s),
+        "in_flight": len(worker.in_flight),
+        "max_num_seqs": facts.max_num_seqs,
+        "load": {
+            "waiting": load.waiting,
+            "running": load.running,
+            "queued_prefill_tokens": load.queued_prefill_tokens,
+            "running_context_tokens": load.running_context_tokens,
+        },
+        "blocks": {
+            "block_tokens": facts.block_tokens,
+            "total": load.total_blocks or facts.num_kv_blocks,
+            "free": load.free_blocks,
+            "cached": load.cached_blocks,
+            "promised": load.promised_blocks,
+        },
+        "coefficients": {name: getattr(coefficients, name) for name in FIELDS},
+        "counters": dict(load.counters),
+    }
+
+
+def _candidate(candidate: Candidate) -> dict[str, Any]:
+    terms = {name: round(value, 3) for name, value in asdict(candidate.terms).items()}
+    return {
+        "prefill_worker": candidate.prefill.worker_id if candidate.prefill else None,
+        "decode_worker": candidate.decode.worker_id,
+        "prefill_held_tokens": candidate.prefill_held_tokens,
+        "decode_held_tokens": candidate.decode_held_tokens,
+        **terms,
+        "total_ms": round(candidate.terms.total_ms, 3),
+    }
+
+
+def _prefill_worker(run: Run, handover: dict[str, Any] | None) -> str | None:
+    """Who really did it; before the end, who was asked to."""
+    if handover is not None:
+        return handover["prefill_worker"] or None
+    peers = run.current.choice.prefill_peers if run.current else ()
+    return peers[0].worker_id if peers else None
+
+
+def _pace(run: Run) -> dict[str, float] | None:
+    gaps = run.token_gaps_s
+    if not gaps:
+        return None
+    mean_s = statistics.fmean(gaps)
+    return {"mean": _ms(mean_s), "p50": _ms(statistics.median(gaps)), "max": _ms(max(gaps))}
+
+
+def _between_ms(run: Run, start: Instant, end: Instant) -> float | None:
+    seconds = run.timeline.between_s(start, end)
+    return None if seconds is None else _ms(seconds)
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1e3, 3)

@@ -1,0 +1,216 @@
+"""Requests from a face to the workers and back as a stream, and what is known of them. Knows no client protocol.
+
+What decides is elsewhere and pure: router/requests/lifecycle.py and what it asks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+import grpc.aio
+
+from ...core.clock import Clock, MonotonicClock
+from ...core.errors import Cancelled
+from ...core.guard import Guard
+from ...core.request import Request
+from ...core.timeline import Instant, Timeline
+from ..config import RouterConfig
+from ..metrics import TRANSPORTS, RouterMetrics
+from ..routing.facts import ModelFacts
+from ..workers.members import Identity
+from .dispatch import Dispatcher, PieceStream
+from .explain import explain_run
+from .journal import Journal
+from .life import life_of
+from .pieces import Piece
+from .run import Run
+
+
+class Flow:
+    """Takes admitted requests through the workers. One per router process, on one event loop.
+
+    Faces call `generate`, `abort`, `explain`, `cluster`, `models`; the process calls `internal_server`, then `start`,
+    and at the end `drain` and `close`.
+    """
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        identity_key: bytes,
+        metrics: RouterMetrics | None = None,
+        clock: Clock | None = None,
+        *,
+        proof_key: bytes,
+    ) -> None:
+        """`identity_key` names prompts as the workers do: `kv.keys.identity_key` of the cluster's shared secret.
+
+        `proof_key` is `kv.keys.proof_key` of it: what workers and routers prove to each other.
+
+        `metrics` is what the face serves on /metrics; none: a registry of its own, see `self.metrics.registry`.
+        """
+        self.metrics = metrics or RouterMetrics()
+        self.clock = clock or MonotonicClock()
+        self._config = config
+        # Only the order of incarnations matters: a restarted router must be above its former self.
+        self._identity = Identity(f"router-{os.getpid()}", time.time_ns(), identity_key, proof_key)
+        self._guard = Guard(proof_key, "router")
+        self._dispatcher = Dispatcher(config, self._identity, self.metrics, self.clock)
+        self._members = self._dispatcher.members
+        self._life = self._dispatcher.life
+        self._journal = Journal(config.decision_log)
+        self._began_s = self.clock.now_s()
+        self._moved: Counter[str] = Counter()  # between workers, for requests that have ended
+
+    # ------------------------------------------------------------------ the process
+
+    def internal_server(self, options: Sequence[tuple[str, Any]] = ()) -> grpc.aio.Server:
+        """The server where workers announce themselves, behind its guard; not bound yet."""
+        server = grpc.aio.server(options=options, interceptors=[self._guard])
+        self._members.add_announce(server)
+        return server
+
+    async def start(self) -> None:
+        """Begin to watch over workers and deadlines. Returns at once; workers announce themselves later."""
+        self._members.start()
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Refuse new requests (`Unavailable`, Retry-After) and wait for the running ones. False: some still run."""
+        self._life.refusing = "the router is draining"
+        loop = asyncio.get_running_loop()
+        end_s = loop.time() + timeout_s
+        while self._life.runs.open and loop.time() < end_s:
+            await self._members.wait_for_change(end_s - loop.time())
+        return not self._life.runs.open
+
+    async def close(self) -> None:
+        """Cancel what still runs (their clients get `Unavailable`) and leave all workers. Idempotent."""
+        self._life.refusing = "the router is stopping"
+        await self._dispatcher.close()
+        self._journal.close()
+
+    @property
+    def refusing(self) -> str | None:
+        """Why new requests are refused: the router drains or stops."""
+        return self._life.refusing
+
+    # ------------------------------------------------------------------ the faces
+
+    async def generate(self, request: Request, timeline: Timeline) -> AsyncGenerator[Piece, None]:
+        """Run a request; the stream of its pieces, gapless per choice, `usage` with the very last one.
+
+        `timeline` must hold ARRIVED on this flow's clock (`self.clock`); the deadline counts from there. Admission,
+        routing and every refusal happen before the first piece: await it before a 200 goes out. `aclose()` (or
+        cancelling the task that waits in it) cancels the request on its worker.
+
+        Raises:
+            ModelNotFound, ContextLengthExceeded, InvalidRequest: the request cannot be served.
+            Overloaded, Unavailable: not now; both with `retry_after_s`.
+            WorkerLost, TokensLost: its worker died, or skipped tokens, after the client had some.
+            DeadlineExceeded: `request.timeout_s` passed.
+            Cancelled: `abort`, or the client read too slowly.
+        """
+        timeline.mark(Instant.ARRIVED, self.clock.now_s())
+        run = self._life.admit(request, timeline, self.clock.now_s())
+        self.metrics.in_flight_tokens.set(self._life.admission.tokens)
+        try:
+            stream = PieceStream(run)
+            self._life.begin(run, self.clock.now_s())
+            while (piece := await stream.next_piece()) is not None:
+                timeline.mark(Instant.FIRST_SENT, self.clock.now_s())
+                yield piece
+        finally:
+            self._dispatcher.fail(run, Cancelled("the client went away"))  # nothing, if it is settled
+            self._conclude(run)
+
+    async def abort(self, tenant: str, request_id: str) -> bool:
+        """Cancel a tenant's running request: its stream ends in `Cancelled`. False: it has none of that id here."""
+        return self._life.abort(tenant, request_id, self.clock.now_s())
+
+    def explain(self, tenant: str, request_id: str) -> dict[str, Any] | None:
+        """Everything known about a tenant's running or recent request, JSON-able; None: not known (any more).
+
+        Every tenant has request ids of its own.
+
+        Keys: request_id, name (what workers call it), tenant, isolation_domain, model, state ("running", "finished",
+        "cancelled", "failed", "rejected"), num_choices, sampling, timeout_s, tokens {prompt, cached, completion},
+        prefill_worker (None: prefilled locally), decode_worker, kv_bytes_moved, kv_bytes_as_bf16, handover, ttft_ms,
+        itl_ms {mean, p50, max} or None, finish_reasons, error {code, message} or None, timeline {instant: ms since
+        arrived, in order}, choice {reason, winner, prefill_peers, candidates}, dispatches.
+        """
+        run = self._life.runs.find(tenant, request_id)
+        return explain_run(run, "running") if run is not None else self._journal.find(tenant, request_id)
+
+    def cluster(self) -> dict[str, Any]:
+        """Workers {worker_id, role, state, address, pid, model, load, ...}, router facts and counters, JSON-able."""
+        now_s = self.clock.now_s()
+        admission = self._life.admission
+        return {
+            "workers": self._members.facts(now_s),
+            "models": [model.name for model in self.models()],
+            "router": {
+                "router_id": self._identity.router_id,
+                "incarnation": str(self._identity.incarnation),
+                "pid": os.getpid(),
+                "state": "draining" if self._life.refusing else "serving",
+                "uptime_s": round(now_s - self._began_s, 3),
+                "in_flight_requests": len(admission),
+                "in_flight_tokens": admission.tokens,
+                "prefix_blocks": len(self._members.prefixes),
+                "ttft_prediction_error": self._dispatcher.prediction.mean_ratio,
+                "kv_transport": "grpc",
+                "calls_refused": self._guard.refusals.total(),
+                "last_refused": self._guard.last_refused,
+            },
+            "counters": {
+                "offered": admission.offered,
+                "accepted": admission.accepted,
+                "rejected": admission.rejected,
+                "cancelled": admission.cancelled,
+                "workers_lost": self._members.fleet.num_lost,
+                "prefix_gaps": self._members.prefixes.num_gaps,
+                "decision_log_lines_lost": self._journal.num_lost_lines,
+                "handovers": self._moved["handovers"],
+                "kv_bytes_moved": self._moved["kv_bytes_moved"],
+            },
+        }
+
+    def models(self) -> list[ModelFacts]:
+        """What can be served now, by name: a worker that decodes is connected. `path`: tokenizer and template."""
+        ready = self._members.fleet.ready_models()
+        return [ready[name] for name in sorted(ready)]
+
+    def _conclude(self, run: Run) -> None:
+        """The stream is closed: write down what became of the request."""
+        if not self._life.conclude(run):
+            return
+        state = _state_of(run)
+        self.metrics.requests.labels(state).inc()
+        _measure(self.metrics, run, self.clock.now_s())
+        for _, report in run.handovers:
+            self._moved["handovers"] += report["bytes_moved"] > 0
+            self._moved["kv_bytes_moved"] += report["bytes_moved"]
+        self._journal.add(explain_run(run, state))
+        self._members.wake()
+
+
+def _state_of(run: Run) -> str:
+    if run.error is None:
+        return "finished"
+    if isinstance(run.error, Cancelled):
+        return "cancelled"
+    return "failed" if run.dispatches else "rejected"
+
+
+def _measure(metrics: RouterMetrics, run: Run, now_s: float) -> None:
+    for _, report in run.handovers:
+        transport = report["transport"] if report["transport"] in TRANSPORTS else "none"
+        metrics.kv_bytes.labels(transport).inc(report["bytes_moved"])
+        metrics.kv_bytes_as_bf16.inc(report["bytes_as_bf16"])
+        metrics.refetched.inc(report["refetched_blocks"])
+    if run.dispatches:
+        metrics.ended(run.request.model, life_of(run, now_s))

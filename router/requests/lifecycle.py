@@ -1,0 +1,346 @@
+"""The life of every request in one router, from admission until nothing of it is left. Pure.
+
+                          a worker refuses it, loses tokens or is lost, and its client has nothing yet
+                                ┌──────────────── cancel, recall, forget ────────────────┐
+                                ▼                                                        │
+    admit ── begin ──▶ ROUTING ── order every unfinished choice, new epoch ──▶ DISPATCHED ── all ended ──▶ SETTLED
+                                │                                                        │
+                                └── patience over, deadline, client left, abort, error ──┴───────────────▶ SETTLED
+
+Events come in as method calls with the time; orders and timers leave through `Driver`, what is worth measuring through
+`Observer` (router/requests/surroundings.py). Under asyncio router/requests/dispatch.py drives it, in virtual time sim/router.py.
+At most one dispatch of a request lives: a request that is being routed belongs to no worker, so a second loss meanwhile
+changes nothing.
+"""
+
+from __future__ import annotations
+
+from ...core.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    InvalidRequest,
+    TokensLost,
+    TwostrokeError,
+    Unavailable,
+    WorkerLost,
+)
+from ...core.request import Epoch, Request, SequenceKey
+from ...core.timeline import Instant, Timeline
+from ...kv.messages import epoch_from_wire
+from ...protos import worker_pb2
+from ..routing.facts import WorkerKey
+from ..routing.policy import Choice, choose
+from ..routing.views import RETRY_AFTER_S, count_work, model_of, views_of
+from ..workers.wire import cancel_to_wire, submit_to_wire
+from .admission import Admission, Offer
+from .delivery import Verdict
+from .roster import Roster
+from .run import Dispatch, Run, Runs, Stage, Timer
+from .surroundings import Driver, LifeLimits, Observer
+
+MAX_DISPATCHES = 3
+MAX_ID_IN_NAME = 128  # characters of the client's id that a name carries, for operators who read logs
+# A worker that refuses an order with one of these has not judged the request, only itself.
+_OTHERS_MAY_TRY = frozenset({"unavailable", "overloaded", "worker_lost", "tokens_lost"})
+
+
+class Lifecycle:
+    """All requests of one router. Each one is admitted once, settled once and concluded once."""
+
+    def __init__(
+        self,
+        incarnation: int,
+        limits: LifeLimits,
+        roster: Roster,
+        driver: Driver,
+        observer: Observer,
+    ) -> None:
+        """`incarnation`: of this router, above that of every earlier life and unlike that of every other router."""
+        self.admission = Admission(limits.admission)
+        self.runs = Runs()
+        self.refusing: str | None = None  # why new requests are refused
+        self._incarnation = incarnation
+        self._limits = limits
+        self._fleet = roster.fleet
+        self._prefixes = roster.prefixes
+        self._driver = driver
+        self._observer = observer
+        self._num_admitted = 0
+        self._num_dispatched = 0
+        self._waiting: dict[str, Timer] = {}  # requests for which no worker is there now: the end of their patience
+        self._wake_due: Timer | None = None
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is under way and no client's stream is open."""
+        return not (self.runs.active or self.runs.open or self._waiting)
+
+    # ------------------------------------------------------------------ from the client
+
+    def admit(self, request: Request, timeline: Timeline, now_s: float) -> Run:
+        """Take a request in; its deadline runs. `timeline` holds ARRIVED. Call `begin` next.
+
+        Raises:
+            InvalidRequest: its tenant has a request of that id whose stream is open.
+            ModelNotFound, ContextLengthExceeded, Unavailable, Overloaded: it cannot be served, or not now.
+        """
+        if self.runs.find(request.owner, request.request_id) is not None:
+            raise InvalidRequest(f"request_id {request.request_id!r} is in use; choose another", param="request_id")
+        model = model_of(self._fleet, request)
+        name = self._next_name(request)
+        tokens = request.num_choices * (len(request.prompt_ids) + request.expected_tokens)
+        try:
+            if self.refusing is not None:
+                raise Unavailable(self.refusing, retry_after_s=RETRY_AFTER_S)
+            self.admission.offer(Offer(name, request.owner, tokens, request.timeout_s), now_s)
+        except TwostrokeError as error:
+            self._observer.refused(request, error)
+            raise
+        timeline.mark(Instant.ADMITTED, now_s)
+        run = Run(name, request, timeline, model, self._limits.buffer_pieces)
+        self.runs.active[name] = self.runs.open[request.owner, request.request_id] = run
+        run.deadline = self._driver.later(max(0.0, run.left_s(now_s)), lambda now_s: self._expire(run, now_s))
+        return run
+
+    def begin(self, run: Run, now_s: float) -> None:
+        """Send an admitted request to the workers that will be quickest; it waits a moment for one that comes."""
+        run.patience_end_s = now_s + self._limits.worker_patience_s
+        self._route(run, now_s)
+
+    def abort(self, tenant: str, request_id: str, now_s: float) -> bool:
+        """Cancel a tenant's running request. False: it has none of that id."""
+        run = self.runs.find(tenant, request_id)
+        if run is None or run.stage is Stage.SETTLED:
+            return False
+        self.fail(run, Cancelled("the request was aborted"), now_s)
+        return True
+
+    def fail(self, run: Run, error: TwostrokeError, now_s: float) -> None:
+        """End a request in an error; a settled one stays as it is."""
+        if run.stage is Stage.SETTLED:
+            return
+        self._cancel_on_worker(run, error.code)
+        run.fail(error)
+        self._settle(run, now_s)
+        run.on_news()
+
+    def conclude(self, run: Run) -> bool:
+        """The client's stream is closed. False: it was before."""
+        return self.runs.open.pop((run.request.owner, run.request_id), None) is not None
+
+    # ------------------------------------------------------------------ from the workers
+
+    def take_step(self, key: WorkerKey, output: worker_pb2.StepOutput, now_s: float) -> None:
+        """Everything one worker's step produced for all our requests."""
+        for tokens in output.tokens:
+            run = self._run_from(key, tokens.request_id)
+            if run is not None:
+                self._take_tokens(run, tokens, now_s)
+        for end in output.ends:
+            run = self._run_from(key, end.request_id)
+            if run is not None:
+                self._take_end(run, end, now_s)
+
+    def lost(self, key: WorkerKey, reason: str, now_s: float) -> None:
+        """A worker is lost: those of its requests that gave nothing yet go elsewhere, the others end now."""
+        for run in self.runs.on(key):
+            error = WorkerLost(f"worker {key.worker_id} was lost: {reason}", retry_after_s=RETRY_AFTER_S)
+            self._retry_or_fail(run, error, now_s, is_lost=True)
+
+    def workers_changed(self) -> None:
+        """A worker came, went or changed, or a request left room: requests that wait for a worker look again."""
+        if self._waiting and self._wake_due is None:
+            self._wake_due = self._driver.later(0.0, self._wake)
+
+    def tick(self, now_s: float) -> None:
+        """Time passed: give up the requests of clients that do not read."""
+        patience_s = self._limits.slow_client_s
+        for run in list(self.runs.active.values()):
+            if run.is_slow(now_s, patience_s):
+                self.fail(run, Cancelled(f"the client left its buffer full for {patience_s:g} s"), now_s)
+
+    # ------------------------------------------------------------------ out
+
+    def _next_name(self, request: Request) -> str:
+        """Unique over tenants, routers and lives of a router: '@' is in no client's id."""
+        self._num_admitted += 1
+        return f"{request.request_id[:MAX_ID_IN_NAME]}@{self._incarnation:x}.{self._num_admitted:x}"
+
+    def _next_epoch(self, run: Run) -> Epoch:
+        """Counts over all requests of this router."""
+        self._num_dispatched += 1
+        return Epoch(self._incarnation, self._num_dispatched)
+
+    def _route(self, run: Run, now_s: float) -> None:
+        while run.stage is Stage.ROUTING:
+            choice = self._choose(run, now_s)
+            if choice is None:
+                self._wait(run, now_s)
+                return
+            terms = choice.winner.terms
+            if not run.dispatches:
+                try:
+                    self.admission.check_deadline(terms.first_token_ms, terms.prefill_ms, run.left_s(now_s))
+                except TwostrokeError as error:
+                    self.fail(run, error, now_s)
+                    return
+            self._dispatch(run, choice, now_s)
+
+    def _choose(self, run: Run, now_s: float) -> Choice | None:
+        request = run.request
+        with self._observer.choosing():
+            views = views_of(w for w in self._fleet.serving(request.model) if w.facts.key not in run.excluded)
+            if run.identities is None:
+                run.identities = self._driver.identities(request, run.model)
+            # A scored prompt is computed anew, whatever is held of it.
+            usable = run.identities if request.sampling.prompt_logprobs is None else ()
+            choice = choose(run.facts, views, self._prefixes.expected(usable, now_s), self._limits.policy)
+            if choice is not None:
+                # Siblings may wait behind it where it is computed. Where it is handed to, it helps nobody yet.
+                computes = choice.winner.prefill or choice.winner.decode
+                self._prefixes.predict([computes.worker_id], run.identities, now_s)
+        return choice
+
+    def _dispatch(self, run: Run, choice: Choice, now_s: float) -> None:
+        """Order every unfinished choice from the chosen worker, under a new epoch. All or none are ordered."""
+        dispatch = Dispatch(self._next_epoch(run), choice, now_s)
+        unfinished = run.dispatched(dispatch)
+        self._observer.dispatched(run)
+        for index in unfinished:
+            left_s = run.left_s(now_s)
+            key = SequenceKey(run.name, index)
+            order = submit_to_wire(key, run.request, dispatch.epoch, choice.prefill_peers, left_s)
+            if not self._driver.send(dispatch.decode, order):
+                self._recall(run, dispatch, "its worker takes no orders")
+                return
+            count_work(self._fleet, run.facts, index, choice, now_s)
+
+    def _wait(self, run: Run, now_s: float) -> None:
+        """No worker can take it: wait for one, or give up."""
+        if now_s >= run.patience_end_s or not self._fleet.may_serve_soon(run.request.model):
+            nobody = Unavailable(
+                f"no worker for {run.request.model!r} can take the request now", retry_after_s=RETRY_AFTER_S
+            )
+            self.fail(run, run.cause or nobody, now_s)  # what happened, not that nobody else was there
+            return
+        self._waiting[run.name] = self._driver.later(
+            run.patience_end_s - now_s, lambda now_s: self._look_again(run.name, now_s)
+        )
+
+    def _look_again(self, name: str, now_s: float) -> None:
+        timer = self._waiting.pop(name, None)
+        if timer is not None:
+            timer.cancel()
+            self._route(self.runs.active[name], now_s)
+
+    def _wake(self, now_s: float) -> None:
+        self._wake_due = None
+        for name in list(self._waiting):
+            self._look_again(name, now_s)
+
+    # ------------------------------------------------------------------ back
+
+    def _run_from(self, key: WorkerKey, name: str) -> Run | None:
+        run = self.runs.active.get(name)
+        if run is None:
+            self._observer.dropped(name, "unknown_request")
+        elif run.living is None or run.living.decode != key:
+            self._observer.dropped(name, "wrong_worker")
+            return None
+        return run
+
+    def _take_tokens(self, run: Run, tokens: worker_pb2.TokenOutput, now_s: float) -> None:
+        is_first = run.delivery.completion_tokens == 0
+        verdict = run.take_tokens(tokens, now_s)
+        if verdict is not Verdict.TAKE:
+            self._observer.dropped(run.name, verdict.value)
+            if verdict is Verdict.GAP:
+                lost = TokensLost("a worker skipped tokens", retry_after_s=RETRY_AFTER_S)
+                self._retry_or_fail(run, lost, now_s)
+            return
+        self._observer.heard(run, epoch_from_wire(tokens.epoch), len(tokens.token_ids))
+        if tokens.first_index == 0:
+            self._fleet.first_token(SequenceKey(run.name, tokens.choice))
+        if is_first and run.living is not None:
+            predicted_ms = run.living.choice.winner.terms.first_token_ms
+            self._observer.first_token(run, predicted_ms, (now_s - run.living.at_s) * 1e3)
+        run.on_news()
+
+    def _take_end(self, run: Run, end: worker_pb2.RequestEnd, now_s: float) -> None:
+        outcome = run.take_end(end, now_s)
+        if isinstance(outcome, Verdict) and outcome is not Verdict.TAKE:
+            self._observer.dropped(run.name, outcome.value)
+            return
+        self._observer.heard(run, epoch_from_wire(end.epoch), 0)
+        if isinstance(outcome, TwostrokeError):
+            if outcome.code in _OTHERS_MAY_TRY:
+                self._retry_or_fail(run, outcome, now_s)
+            else:
+                self.fail(run, outcome, now_s)
+            return
+        self._fleet.ended(SequenceKey(run.name, end.choice))
+        had = run.delivery.tokens_of(end.choice)
+        if end.usage.completion_tokens != had:
+            self._observer.usage_differs(run, end.usage.completion_tokens, had)
+        if not run.delivery.unfinished:
+            self._settle(run, now_s)
+        run.on_news()
+
+    # ------------------------------------------------------------------ again, or over
+
+    def _retry_or_fail(self, run: Run, error: TwostrokeError, now_s: float, *, is_lost: bool = False) -> None:
+        """Send it to a worker anew if its client has nothing yet and the budget allows; else it ends in `error`.
+
+        `is_lost`: its worker did not refuse it, but was lost, and may come back.
+        """
+        living = run.living
+        assert living is not None
+        may_retry = run.delivery.may_start_over and len(run.dispatches) < MAX_DISPATCHES
+        if not may_retry or not self.admission.may_retry():
+            self.fail(run, error, now_s)
+            return
+        self._recall(run, living, "sent elsewhere", may_return=is_lost)
+        run.cause, run.patience_end_s = error, now_s + self._limits.worker_patience_s
+        self._observer.sent_again(run, error)
+        # Not at once: the caller is in the middle of a worker's words, or of its loss.
+        self._waiting[run.name] = self._driver.later(0.0, lambda now_s: self._look_again(run.name, now_s))
+
+    def _recall(self, run: Run, dispatch: Dispatch, reason: str, *, may_return: bool = False) -> None:
+        """Take a request back from its worker, which is told and not chosen for it again.
+
+        A worker whose session broke cannot be told, and has done nothing wrong: it may get the request once more when
+        it is back, under a higher epoch, which ends what still runs there.
+        """
+        self._cancel_on_worker(run, reason)
+        run.recall()  # a token that is under way now would make starting over impossible
+        self._forget_work(run)
+        if not may_return:
+            run.excluded.add(dispatch.decode)
+
+    def _cancel_on_worker(self, run: Run, reason: str) -> None:
+        if run.living is not None:
+            self._driver.send(run.living.decode, cancel_to_wire(run.name, run.living.epoch, reason))
+
+    def _forget_work(self, run: Run) -> None:
+        for index in range(run.request.num_choices):
+            self._fleet.ended(SequenceKey(run.name, index))
+
+    def _expire(self, run: Run, now_s: float) -> None:
+        self.fail(run, DeadlineExceeded(f"the request's timeout of {run.request.timeout_s:g} s passed"), now_s)
+
+    def _settle(self, run: Run, now_s: float) -> None:
+        """Nothing more is expected from workers: give back what the request holds here."""
+        run.stage = Stage.SETTLED
+        run.timeline.mark(Instant.FINISHED, now_s)
+        for timer in (run.deadline, self._waiting.pop(run.name, None)):
+            if timer is not None:
+                timer.cancel()
+        self._forget_work(run)
+        del self.runs.active[run.name]
+        cancelled = isinstance(run.error, Cancelled)
+        if run.error is not None and not run.dispatches and not cancelled:
+            self.admission.reject(run.name, now_s)
+        else:
+            self.admission.release(run.name, now_s, cancelled)
+        self._observer.settled(run)
+        self.workers_changed()

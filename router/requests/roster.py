@@ -1,0 +1,130 @@
+"""What follows from each word of a worker: connect, take in, reset, forget. Pure.
+
+Joins fleet and prefix map. Whoever owns the wires (router/workers/members.py, sim/router.py) calls in with what they say and
+carries out what `Wires` asks.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from ...core.errors import InvalidRequest
+from ...kv.messages import role_from_wire
+from ...protos import worker_pb2
+from ..routing.facts import WorkerFacts, WorkerKey
+from ..routing.fleet import Change, Fleet, FleetChange
+from ..routing.prefixes import PrefixMap
+from ..workers.wire import load_from_wire
+
+
+class Wires(Protocol):
+    """What the roster asks of whoever owns the connections to workers."""
+
+    def connect(self, facts: WorkerFacts) -> None:
+        """Open a session and a watch to a worker, and keep them open."""
+        ...
+
+    def reset(self, key: WorkerKey) -> None:
+        """Break a worker's session; it is tried again."""
+        ...
+
+    def disconnect(self, facts: WorkerFacts) -> None:
+        """Leave a worker for good."""
+        ...
+
+    def lost(self, change: FleetChange) -> None:
+        """The requests on this worker are lost."""
+        ...
+
+    def changed(self) -> None:
+        """A worker came, went or changed."""
+        ...
+
+
+class Roster:
+    """All workers of one router, from their announcement until they are forgotten."""
+
+    def __init__(self, fleet: Fleet, prefixes: PrefixMap, wires: Wires) -> None:
+        self.fleet = fleet
+        self.prefixes = prefixes
+        self._wires = wires
+        self._connected: set[WorkerKey] = set()
+
+    def announced(self, facts: WorkerFacts, now_s: float) -> None:
+        """A word on a worker's announce stream."""
+        self._apply(self.fleet.announced(facts, now_s))
+
+    def leaving(self, key: WorkerKey) -> None:
+        """A worker says that it goes."""
+        self.fleet.leaving(key)
+        self._wires.changed()
+
+    def announce_ended(self, key: WorkerKey) -> None:
+        """Its announce stream is over."""
+        self._apply(self.fleet.announce_ended(key))
+
+    def session_up(self, key: WorkerKey, facts: WorkerFacts | None, now_s: float) -> None:
+        """It welcomed this router."""
+        self.fleet.session_up(key, facts, now_s)
+        self._wires.changed()
+
+    def session_down(self, key: WorkerKey, reason: str, now_s: float) -> None:
+        """Its session broke."""
+        self._apply(self.fleet.session_down(key, now_s, reason))
+
+    def beat(self, key: WorkerKey, beat: worker_pb2.Beat | None, now_s: float) -> None:
+        """Its session said something; None: it was no Beat."""
+        if beat is None:
+            self.fleet.beat(key, now_s)
+        else:
+            self.fleet.beat(key, now_s, beat.phase, beat.steps)
+
+    def watching(self, key: WorkerKey) -> None:
+        """A new watch begins: the numbers of its events start again."""
+        if key in self._connected:
+            self.prefixes.join(key.worker_id)
+
+    def take_event(self, key: WorkerKey, event: worker_pb2.WatchEvent, now_s: float) -> bool:
+        """News of a worker's prefix cache or load. False: something is missing before it; watch again."""
+        if key not in self._connected or event.incarnation != key.incarnation:
+            return False  # of an earlier life
+        match event.WhichOneof("body"):
+            case "snapshot":
+                piece = event.snapshot
+                return self.prefixes.snapshot(key.worker_id, event.sequence, piece.identities, piece.last)
+            case "delta":
+                delta = event.delta
+                return self.prefixes.delta(key.worker_id, event.sequence, delta.stored, delta.removed)
+            case "load":
+                self._take_load(key, event.load, now_s)
+        return True  # also a newer release's event
+
+    def tick(self, now_s: float, sweep_entries: int) -> None:
+        """Time passed: who fell silent, which predictions are old; at most so many dead entries are forgotten."""
+        self._apply(self.fleet.tick(now_s))
+        self.prefixes.tick(now_s)
+        self.prefixes.sweep(sweep_entries)
+
+    def _take_load(self, key: WorkerKey, report: worker_pb2.LoadReport, now_s: float) -> None:
+        try:
+            role = role_from_wire(report.role)
+        except InvalidRequest:
+            return  # a role of a newer release: what was known of it stays
+        self.fleet.loaded(key, load_from_wire(report), role, now_s)
+
+    def _apply(self, changes: list[FleetChange]) -> None:
+        for change in changes:
+            key = change.worker.key
+            if change.change is Change.CONNECT:
+                self._connected.add(key)
+                self._wires.connect(change.worker)
+                continue
+            if change.change is Change.LOST:
+                self._wires.reset(key)
+            elif key in self._connected:
+                self._connected.discard(key)
+                self.prefixes.leave(key.worker_id)
+                self._wires.disconnect(change.worker)
+            self._wires.lost(change)
+        if changes:
+            self._wires.changed()

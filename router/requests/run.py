@@ -1,0 +1,245 @@
+"""One request under way: what was ordered, what came back, what the client still has to fetch. Pure.
+
+Knows no network and no event loop: `on_news` tells the owner of the client's stream that there is something to fetch.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Protocol
+
+from ...core.errors import TokensLost, TwostrokeError, WorkerLost
+from ...core.life import Transfer
+from ...core.request import Epoch, FinishReason, Request
+from ...core.timeline import Instant, Timeline
+from ...kv.block import BlockIdentity
+from ...kv.messages import adopt_instants, epoch_from_wire, error_from_wire, finish_from_wire, logprobs_from_wire
+from ...protos import worker_pb2
+from ..routing.facts import ModelFacts, WorkerKey
+from ..routing.policy import Choice, RequestFacts
+from ..workers.wire import transfer_of
+from .delivery import Delivery, PieceBuffer, Verdict
+from .pieces import Piece, Usage
+
+
+class Stage(Enum):
+    """Where a request stands between its client and the workers."""
+
+    ROUTING = "routing"  # no worker computes it; one is being looked for
+    DISPATCHED = "dispatched"  # one worker computes it, under the epoch of its last dispatch
+    SETTLED = "settled"  # the workers owe it nothing any more
+
+
+class Timer(Protocol):
+    """Something that will happen unless it is cancelled."""
+
+    def cancel(self) -> None:
+        """It will not happen. Harmless afterwards."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """One time that the request was sent to a worker."""
+
+    epoch: Epoch
+    choice: Choice
+    at_s: float
+
+    @property
+    def decode(self) -> WorkerKey:
+        """Where its tokens come from."""
+        return self.choice.winner.decode.key
+
+
+class Run:
+    """The state of one request, from admission until its stream is closed."""
+
+    def __init__(self, name: str, request: Request, timeline: Timeline, model: ModelFacts, max_pieces: int) -> None:
+        """`name`: its key inside the cluster, unique over tenants, routers and time; clients know `request_id`."""
+        self.name = name
+        self.request = request
+        self.timeline = timeline
+        self.model = model
+        self.delivery = Delivery(request.num_choices)
+        self.dispatches: list[Dispatch] = []
+        prompt_tokens, expected = len(request.prompt_ids), request.expected_tokens
+        self.facts = RequestFacts(name, prompt_tokens, expected, request.num_choices)
+        self.excluded: set[WorkerKey] = set()  # workers that failed it
+        self.stage = Stage.ROUTING
+        self.patience_end_s = 0.0  # while ROUTING: when looking for a worker ends
+        self.cause: TwostrokeError | None = None  # why it is routed again
+        self.error: TwostrokeError | None = None
+        self.on_news: Callable[[], None] = lambda: None  # a piece can be fetched, or the stream is over
+        self.identities: Sequence[BlockIdentity] | None = None  # of its prompt; None: not computed yet
+        self.token_gaps_s = array("d")
+        self.first_token_s: float | None = None
+        self.handovers: list[tuple[int, dict[str, Any]]] = []
+        self.transfers: list[Transfer] = []
+        self.deadline: Timer | None = None
+        self.first_choice: int | None = None  # whose token came first: its instants are the request's
+        self._last_token_s: dict[int, float] = {}
+        self._cached: dict[int, int] = {}
+        self._buffer = PieceBuffer(max_pieces)
+
+    @property
+    def request_id(self) -> str:
+        """What its client calls it. Never a key inside: other tenants may use the same."""
+        return self.request.request_id
+
+    @property
+    def current(self) -> Dispatch | None:
+        """The last dispatch, also when it is over."""
+        return self.dispatches[-1] if self.dispatches else None
+
+    @property
+    def living(self) -> Dispatch | None:
+        """The dispatch whose worker computes it now; None while it is routed, and when it is settled."""
+        return self.dispatches[-1] if self.stage is Stage.DISPATCHED else None
+
+    def dispatched(self, dispatch: Dispatch) -> tuple[int, ...]:
+        """It belongs to this dispatch from now on. Returns the choices to order: those that have not ended."""
+        assert self.stage is Stage.ROUTING
+        self.stage = Stage.DISPATCHED
+        self.dispatches.append(dispatch)
+        self.timeline.mark(Instant.ROUTED, dispatch.at_s)
+        return self.delivery.dispatch(dispatch.epoch)
+
+    def recall(self) -> None:
+        """No worker computes it any more: whatever the last dispatch still sends is stale."""
+        self.stage = Stage.ROUTING
+        self.delivery.recall()
+
+    @property
+    def usage(self) -> Usage:
+        """As billed: the prompt once, every delivered token; cached is what no choice had to compute."""
+        cached = min(self._cached.values(), default=0)
+        return Usage(len(self.request.prompt_ids), self.delivery.completion_tokens, cached)
+
+    @property
+    def finish_reasons(self) -> tuple[FinishReason, ...]:
+        """Of the choices that ended."""
+        return tuple(reason for reason in self.delivery.finish_reasons if reason is not None)
+
+    def left_s(self, now_s: float) -> float:
+        """What is left of its deadline."""
+        return self.arrived_s + self.request.timeout_s - now_s
+
+    @property
+    def arrived_s(self) -> float:
+        """Where all its durations begin."""
+        arrived = self.timeline.at_s(Instant.ARRIVED)
+        assert arrived is not None
+        return arrived
+
+    # ------------------------------------------------------------------ what the worker sent
+
+    def take_tokens(self, output: worker_pb2.TokenOutput, now_s: float) -> Verdict:
+        """Add tokens to the stream if they are the next ones of the living epoch."""
+        count = len(output.token_ids)
+        verdict = self.delivery.tokens(output.choice, epoch_from_wire(output.epoch), output.first_index, count)
+        if verdict is Verdict.TAKE:
+            self._note_pace(output.choice, count, now_s)
+            piece = Piece(
+                output.choice,
+                output.first_index,
+                tuple(output.token_ids),
+                output.text,
+                logprobs=logprobs_from_wire(output.logprobs),
+                prompt_scores=tuple(output.prompt_logprobs),
+                num_shown=output.shown_tokens,
+            )
+            self._put(piece, now_s)
+        return verdict
+
+    def take_end(self, end: worker_pb2.RequestEnd, now_s: float) -> Verdict | TwostrokeError:
+        """Add a choice's end to the stream. An error instead: the worker failed it; nothing was added."""
+        reason = finish_from_wire(end.reason)
+        epoch = epoch_from_wire(end.epoch)
+        if reason in (None, FinishReason.ERROR, FinishReason.CANCELLED):
+            if not self.delivery.is_awaited(end.choice, epoch):
+                return Verdict.STALE_EPOCH
+            self._note_report(end)
+            return _failure(end)
+        if self.delivery.is_awaited(end.choice, epoch):
+            missing = end.usage.completion_tokens - self.delivery.tokens_of(end.choice)
+            if missing > 0:
+                return TokensLost(f"the last {missing} tokens never came", retry_after_s=1.0)
+        verdict = self.delivery.end(end.choice, epoch, reason)
+        if verdict is not Verdict.TAKE:
+            return verdict
+        self._cached[end.choice] = end.usage.cached_tokens
+        self._note_report(end)
+        first_index = self.delivery.tokens_of(end.choice)
+        usage = None if self.delivery.unfinished else self.usage
+        last = Piece(end.choice, first_index, (), end.tail_text, reason, usage, num_shown=end.shown_tokens)
+        self._put(last, now_s)
+        return verdict
+
+    def _note_pace(self, choice: int, count: int, now_s: float) -> None:
+        if self.first_token_s is None:
+            self.first_token_s, self.first_choice = now_s, choice
+        last_s = self._last_token_s.get(choice)
+        if last_s is not None and count:
+            self.token_gaps_s.extend([(now_s - last_s) / count] * count)
+        self._last_token_s[choice] = now_s
+
+    def _note_report(self, end: worker_pb2.RequestEnd) -> None:
+        current = self.current
+        assert current is not None
+        if self.first_choice in (None, end.choice):
+            adopt_instants(self.timeline, end.timeline, current.at_s)
+        report = {field.name: getattr(end.handover, field.name) for field in end.handover.DESCRIPTOR.fields}
+        self.handovers.append((end.choice, report))
+        transfer = transfer_of(end)
+        if transfer is not None:
+            self.transfers.append(transfer)
+
+    # ------------------------------------------------------------------ what the client fetches
+
+    def _put(self, piece: Piece, now_s: float) -> None:
+        self._buffer.put(piece, now_s)
+
+    def fail(self, error: TwostrokeError) -> None:
+        """The stream ends in this error, after the pieces that are there already. The first one counts."""
+        if self.error is None:
+            self.error = error
+
+    def is_slow(self, now_s: float, patience_s: float) -> bool:
+        """Whether the client has left its buffer full for too long."""
+        since_s = self._buffer.full_since_s
+        return since_s is not None and now_s - since_s > patience_s
+
+    def take_piece(self) -> Piece | None:
+        """The next piece for the client; None: nothing is there now."""
+        return self._buffer.take()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing will be added to what is there: every choice ended, or it failed."""
+        return self.error is not None or not self.delivery.unfinished
+
+
+def _failure(end: worker_pb2.RequestEnd) -> TwostrokeError:
+    if end.HasField("error"):
+        return error_from_wire(end.error)
+    return WorkerLost("the worker was stopped before the request had ended", retry_after_s=1.0)
+
+
+@dataclass(slots=True)
+class Runs:
+    """Requests that workers still owe something, by name, and those whose stream is open, by tenant and client's id."""
+
+    active: dict[str, Run] = field(default_factory=dict)
+    open: dict[tuple[str, str], Run] = field(default_factory=dict)
+
+    def find(self, tenant: str, request_id: str) -> Run | None:
+        """A tenant's request whose stream is open. Every tenant has ids of its own."""
+        return self.open.get((tenant, request_id))
+
+    def on(self, key: WorkerKey) -> list[Run]:
+        """Active requests that this worker computes."""
+        return [run for run in self.active.values() if run.living is not None and run.living.decode == key]

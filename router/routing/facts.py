@@ -1,0 +1,100 @@
+"""What the router knows of workers and models, as plain values. Knows no wire and no state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+from ...core.request import Role
+from ...core.tally import Spread
+
+
+class WorkerKey(NamedTuple):
+    """One life of one worker: a restarted process is another one."""
+
+    worker_id: str
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """One model as a worker serves it."""
+
+    name: str
+    weights_fingerprint: bytes
+    numerics_class: bytes
+    numerics_description: str
+    max_model_len: int
+    vocab_size: int
+    deterministic: bool
+    path: str  # the checkpoint's directory, as the worker names it
+    kv_bytes_per_token: int  # what a hand-over moves
+    kv_bf16_bytes_per_token: int
+
+    @property
+    def identity_class(self) -> bytes:
+        """What of the numerics stands in block identities: workers that differ in it share no KV."""
+        return self.numerics_class if self.deterministic else b""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerFacts:
+    """Who a worker says it is."""
+
+    worker_id: str
+    incarnation: int
+    role: Role
+    address: str
+    model: ModelFacts
+    num_kv_blocks: int
+    block_tokens: int
+    max_num_seqs: int
+    max_batch_tokens: int
+    pid: int = 0
+    release: str = ""
+    capabilities: tuple[str, ...] = ()
+    metrics_address: str = ""  # host:port of its GET /metrics; empty: none
+
+    @property
+    def key(self) -> WorkerKey:
+        """This life of this worker."""
+        return WorkerKey(self.worker_id, self.incarnation)
+
+    @property
+    def num_kv_tokens(self) -> int:
+        """Tokens that the pool holds: no sequence can be longer."""
+        return self.num_kv_blocks * self.block_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class LoadFacts:
+    """What a worker last said about its load. Coefficients of 0 are not measured yet."""
+
+    waiting: int = 0
+    running: int = 0
+    queued_prefill_tokens: int = 0
+    running_context_tokens: int = 0
+    free_blocks: int = 0
+    cached_blocks: int = 0
+    promised_blocks: int = 0
+    total_blocks: int = 0
+    phase: str = ""
+    steps: int = 0
+    draining: bool = False
+    prefill_ms_per_token: float = 0.0
+    prefill_ms_per_token_pair: float = 0.0
+    decode_step_ms: float = 0.0
+    handover_bytes_per_s: float = 0.0
+    counters: tuple[tuple[str, int], ...] = ()
+    spreads: tuple[tuple[str, Spread], ...] = ()
+
+
+class WorkerState(StrEnum):
+    """Where a worker stands in the router's eyes."""
+
+    JOINING = "joining"  # announced; its session is not open yet
+    LIVE = "live"
+    SUSPECT = "suspect"  # silent or out of reach for a moment: no new work
+    DRAINING = "draining"  # ends what it runs, takes nothing new
+    GONE = "gone"

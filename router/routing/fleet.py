@@ -1,0 +1,303 @@
+"""Who is there, in which state, how loaded: fed by events, pure. Knows no network and reads no clock.
+
+    joining ── session up ──▶ live ◀── heard again ──▶ suspect    no word for 1 s, no session, or no step
+                               │                          │
+                               └── says so ──▶ draining   └── neither announce nor session for 2 s ──▶ gone
+
+Only live workers get new work. What was dispatched is counted at once and reconciled with the next load report.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+
+from ...core.request import Role, SequenceKey
+from .facts import LoadFacts, ModelFacts, WorkerFacts, WorkerKey, WorkerState
+
+REPORT_LAG_S = 0.25
+"""A load report may miss what was dispatched this shortly before it arrived."""
+
+
+@dataclass(frozen=True, slots=True)
+class FleetLimits:
+    """When silence means something, in seconds."""
+
+    suspect_after_s: float = 1.0
+    silent_after_s: float = 2.0
+    stall_after_s: float = 15.0  # the step loop's count stands still while it claims to work
+    max_workers: int = 1024
+
+
+class Change(Enum):
+    """What the caller must do about a worker."""
+
+    CONNECT = "connect"  # open a session and a watch to it
+    LOST = "lost"  # its requests are lost; the connection may be tried again
+    GONE = "gone"  # its requests are lost; forget it
+
+
+@dataclass(frozen=True, slots=True)
+class FleetChange:
+    """One thing to act on."""
+
+    change: Change
+    worker: WorkerFacts
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatched:
+    """What one sequence costs one worker, as estimated at dispatch."""
+
+    at_s: float
+    prefill_tokens: int  # to compute here; 0 once the first token is there, or for a pair's decode side
+    context_tokens: int  # to keep here while decoding; 0 for a pair's prefill side
+
+
+@dataclass(slots=True)
+class Worker:
+    """One worker in the router's eyes."""
+
+    facts: WorkerFacts
+    joined_s: float
+    heard_s: float  # any word of it
+    beat_s: float  # last word on its session
+    announcing: bool = True
+    welcomed: bool = False  # by its session, at least once in this life
+    session_up: bool = False
+    draining: bool = False
+    silent: bool = False  # its session said nothing for suspect_after_s
+    phase: str = ""
+    steps: int = 0
+    step_changed_s: float = 0.0
+    stalled: bool = False
+    load: LoadFacts = field(default_factory=LoadFacts)
+    load_s: float | None = None
+    role: Role = Role.DECODE
+    in_flight: dict[SequenceKey, Dispatched] = field(default_factory=dict)
+
+    @property
+    def state(self) -> WorkerState:
+        """Where it stands now."""
+        if not self.session_up:
+            return WorkerState.SUSPECT if self.welcomed else WorkerState.JOINING
+        if self.draining:
+            return WorkerState.DRAINING
+        return WorkerState.SUSPECT if self.silent or self.stalled else WorkerState.LIVE
+
+    @property
+    def queued_prefill_tokens(self) -> int:
+        """Tokens before a new prompt here: reported ones, and those dispatched since, whichever tells more."""
+        since = self.load_s
+        if since is None:
+            return sum(d.prefill_tokens for d in self.in_flight.values())
+        later = sum(d.prefill_tokens for d in self.in_flight.values() if d.at_s > since)
+        recent = sum(d.prefill_tokens for d in self.in_flight.values() if d.at_s > since - REPORT_LAG_S)
+        return max(self.load.queued_prefill_tokens + later, recent)
+
+    @property
+    def num_decoding(self) -> int:
+        """Sequences that decode or wait to, own dispatches included."""
+        own = [d for d in self.in_flight.values() if d.context_tokens]
+        if self.load_s is None:
+            return len(own)
+        later = sum(1 for d in own if d.at_s > self.load_s)
+        return max(self.load.waiting + self.load.running + later, len(own))
+
+    @property
+    def free_kv_tokens(self) -> int:
+        """Tokens of room that nobody was promised, less what was dispatched since the report."""
+        if self.load_s is None:
+            return self.facts.num_kv_tokens - sum(d.context_tokens for d in self.in_flight.values())
+        later = sum(d.context_tokens for d in self.in_flight.values() if d.at_s > self.load_s - REPORT_LAG_S)
+        return (self.load.free_blocks - self.load.promised_blocks) * self.facts.block_tokens - later
+
+
+class Fleet:
+    """All workers this router knows. Every method that can change a worker's standing returns what to do about it."""
+
+    def __init__(self, limits: FleetLimits | None = None) -> None:
+        self._limits = limits or FleetLimits()
+        self._workers: dict[str, Worker] = {}
+        self._replaced: dict[str, deque[int]] = {}  # incarnations that may not come back
+        self._ticked_s: float | None = None
+        self.num_lost = 0  # workers gone that had not said so
+
+    # ------------------------------------------------------------------ events
+
+    def announced(self, facts: WorkerFacts, now_s: float) -> list[FleetChange]:
+        """A word on a worker's announce stream, the first or a later one.
+
+        A new incarnation replaces the old one, whose requests are lost; a replaced one cannot come back.
+        """
+        known = self._workers.get(facts.worker_id)
+        if known is not None and known.facts.incarnation == facts.incarnation:
+            known.facts, known.role, known.heard_s, known.announcing = facts, facts.role, now_s, True
+            return []
+        if facts.incarnation in self._replaced.get(facts.worker_id, ()):
+            return []  # a zombie of an earlier life
+        if known is None and len(self._workers) >= self._limits.max_workers:
+            return []
+        changes = []
+        if known is not None:
+            changes = self._gone(known, "a new incarnation took its place")
+            self._replaced.setdefault(facts.worker_id, deque(maxlen=8)).append(known.facts.incarnation)
+        self._workers[facts.worker_id] = Worker(
+            facts, joined_s=now_s, heard_s=now_s, beat_s=now_s, step_changed_s=now_s, role=facts.role
+        )
+        return [*changes, FleetChange(Change.CONNECT, facts, "announced itself")]
+
+    def leaving(self, key: WorkerKey) -> None:
+        """It said that it goes: no new work; what runs may end."""
+        if worker := self._find(key):
+            worker.draining = True
+
+    def announce_ended(self, key: WorkerKey) -> list[FleetChange]:
+        """Its announce stream is over. Alone that means little; without a session too, the worker is gone."""
+        worker = self._find(key)
+        if worker is None:
+            return []
+        worker.announcing = False
+        if worker.session_up:
+            return []
+        return self._gone(worker, "its announce stream ended and it has no session")
+
+    def session_up(self, key: WorkerKey, facts: WorkerFacts | None, now_s: float) -> None:
+        """The worker welcomed this router."""
+        if worker := self._find(key):
+            worker.session_up = worker.welcomed = True
+            worker.silent = worker.stalled = False
+            worker.heard_s = worker.beat_s = worker.step_changed_s = now_s
+            if facts is not None and facts.key == key:
+                worker.facts, worker.role = facts, facts.role
+
+    def session_down(self, key: WorkerKey, now_s: float, reason: str) -> list[FleetChange]:
+        """Its session broke: its requests are lost now, whatever the worker still does."""
+        worker = self._find(key)
+        if worker is None or not worker.session_up:
+            return []
+        worker.session_up = False
+        if worker.draining or not worker.announcing or now_s - worker.heard_s > self._limits.silent_after_s:
+            return self._gone(worker, reason)
+        worker.in_flight.clear()
+        return [FleetChange(Change.LOST, worker.facts, reason)]
+
+    def beat(self, key: WorkerKey, now_s: float, phase: str | None = None, steps: int | None = None) -> None:
+        """Its session said something; with a Beat, where its step loop stands."""
+        worker = self._find(key)
+        if worker is None or not worker.session_up:
+            return
+        worker.heard_s = worker.beat_s = now_s
+        worker.silent = False
+        if steps is None or steps != worker.steps or phase == "idle":
+            worker.step_changed_s, worker.stalled = now_s, False
+        worker.steps = worker.steps if steps is None else steps
+        worker.phase = worker.phase if phase is None else phase
+
+    def loaded(self, key: WorkerKey, load: LoadFacts, role: Role, now_s: float) -> None:
+        """A load report arrived on its watch."""
+        if worker := self._find(key):
+            worker.load, worker.load_s, worker.role = load, now_s, role
+            worker.draining = worker.draining or load.draining
+
+    def tick(self, now_s: float) -> list[FleetChange]:
+        """Time passed: who fell silent? Call at least every 0.2 s; a later call is taken for our own pause."""
+        self._forgive_own_pause(now_s)
+        changes: list[FleetChange] = []
+        limits = self._limits
+        for worker in list(self._workers.values()):
+            if worker.session_up:
+                silence_s = now_s - worker.beat_s
+                worker.silent = silence_s > limits.suspect_after_s
+                worker.stalled = now_s - worker.step_changed_s > limits.stall_after_s and worker.phase != "idle"
+                if silence_s > limits.silent_after_s:
+                    changes += self.session_down(worker.facts.key, now_s, f"silent for {silence_s:.1f} s")
+            elif now_s - worker.heard_s > limits.silent_after_s:
+                changes += self._gone(worker, f"silent for {now_s - worker.heard_s:.1f} s")
+        return changes
+
+    # ------------------------------------------------------------------ work under way
+
+    def dispatched(self, worker_id: str, key: SequenceKey, cost: Dispatched) -> None:
+        """Count a sequence against a worker from this moment."""
+        if worker := self._workers.get(worker_id):
+            worker.in_flight[key] = cost
+
+    def first_token(self, key: SequenceKey) -> None:
+        """Its prompt is computed: nothing of it is queued any more."""
+        for worker in self._workers.values():
+            cost = worker.in_flight.get(key)
+            if cost is not None and cost.context_tokens:
+                worker.in_flight[key] = Dispatched(cost.at_s, 0, cost.context_tokens)
+            elif cost is not None:
+                del worker.in_flight[key]
+
+    def ended(self, key: SequenceKey) -> None:
+        """It is over, however it ended."""
+        for worker in self._workers.values():
+            worker.in_flight.pop(key, None)
+
+    # ------------------------------------------------------------------ questions
+
+    def __iter__(self) -> Iterator[Worker]:
+        return iter(self._workers.values())
+
+    def get(self, worker_id: str) -> Worker | None:
+        """The worker of that name, in whatever state."""
+        return self._workers.get(worker_id)
+
+    def serving(self, model: str) -> list[Worker]:
+        """Live workers of a model, in order of their names."""
+        found = [w for w in self._workers.values() if w.facts.model.name == model and w.state is WorkerState.LIVE]
+        return sorted(found, key=lambda w: w.facts.worker_id)
+
+    def may_serve_soon(self, model: str) -> bool:
+        """Whether a worker that could decode it joins or is only suspect: worth a moment's patience."""
+        hopeful = (WorkerState.JOINING, WorkerState.SUSPECT, WorkerState.LIVE)
+        return any(
+            w.facts.model.name == model and w.role is not Role.PREFILL and w.state in hopeful
+            for w in self._workers.values()
+        )
+
+    def models(self) -> dict[str, ModelFacts]:
+        """What announced workers serve, by name."""
+        return _by_name(w.facts.model for w in self._workers.values())
+
+    def ready_models(self) -> dict[str, ModelFacts]:
+        """What can be served now: somebody who decodes it is connected."""
+        return _by_name(w.facts.model for w in self._workers.values() if w.session_up and w.role is not Role.PREFILL)
+
+    # ------------------------------------------------------------------ inside
+
+    def _find(self, key: WorkerKey) -> Worker | None:
+        worker = self._workers.get(key.worker_id)
+        return worker if worker is not None and worker.facts.incarnation == key.incarnation else None
+
+    def _gone(self, worker: Worker, reason: str) -> list[FleetChange]:
+        worker.in_flight.clear()
+        self._workers.pop(worker.facts.worker_id, None)
+        self.num_lost += 0 if worker.draining else 1
+        return [FleetChange(Change.GONE, worker.facts, reason)]
+
+    def _forgive_own_pause(self, now_s: float) -> None:
+        """If this process itself stood still, that was not the workers' silence."""
+        pause_s = 0.0 if self._ticked_s is None else now_s - self._ticked_s
+        self._ticked_s = now_s
+        if pause_s > self._limits.suspect_after_s / 2:
+            for worker in self._workers.values():
+                worker.heard_s = min(now_s, worker.heard_s + pause_s)
+                worker.beat_s = min(now_s, worker.beat_s + pause_s)
+                worker.step_changed_s = min(now_s, worker.step_changed_s + pause_s)
+
+
+def _by_name(models: Iterable[ModelFacts]) -> dict[str, ModelFacts]:
+    """Of workers with unlike contexts the shortest: any of them may be given a request."""
+    found: dict[str, ModelFacts] = {}
+    for model in models:
+        known = found.get(model.name)
+        if known is None or model.max_model_len <= known.max_model_len:
+            found[model.name] = model
+    return found

@@ -1,0 +1,264 @@
+"""Which workers a request goes to, by predicted milliseconds, with all reasons. Pure: no clock, no network, no state.
+
+    cost = queue of P + a*u + b*u*(h + u/2)                     u uncached after h held tokens, on P
+         + (1 - overlap) * bytes not held by D / bandwidth      0 for a local prefill
+         + queue of D
+         + price: the delay to those who decode on D already, and the work itself, which others will wait for
+
+A local prefill has P = D, and the price of the steps it takes from D's other sequences. The price of work is why
+siblings of a burst go where their prefix is being computed, although computing it elsewhere would be as quick. The best
+4 P x the best 4 D and every local prefill are compared exactly. Candidates within the measuring noise of each other
+count as equal; then fewer sequences under way win, and then a hash of the request's id, and no worker is always first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ...core.request import Role
+from ...kv.spec import HASH_BLOCK_TOKENS
+from .coefficients import Coefficients
+from .facts import WorkerKey
+
+BEST = 4
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyLimits:
+    """The weights of the price, and what counts as equal."""
+
+    overlap: float = 0.8  # share of a hand-over that hides behind the prefill that produces it
+    handover_fixed_ms: float = 2.0  # opening the stream, promise, bind
+    delay_weight: float = 0.5  # one ms of delay to another request costs so many of ours
+    work_weight: float = 0.2  # one ms of computing costs so many of those that come next
+    equal_ms: float = 0.1
+    equal_share: float = 0.02
+    local_prefill: bool = True  # whether decode workers may prefill
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFacts:
+    """What of a request matters for the choice."""
+
+    request_id: str
+    prompt_tokens: int
+    expected_tokens: int  # that each choice will generate
+    num_choices: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerView:
+    """One eligible worker at the moment of the choice."""
+
+    key: WorkerKey
+    address: str
+    role: Role
+    numerics: bytes  # pairs must be equal in it
+    coefficients: Coefficients
+    kv_bytes_per_token: int
+    queued_prefill_tokens: int
+    num_decoding: int
+    max_num_seqs: int
+    free_kv_tokens: int
+    in_flight: int  # sequences that this router has there
+
+    @property
+    def worker_id(self) -> str:
+        """Its name."""
+        return self.key.worker_id
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """Predicted milliseconds, term by term."""
+
+    prefill_queue_ms: float
+    prefill_ms: float
+    transfer_ms: float
+    decode_queue_ms: float
+    delay_ms: float  # a price, not time: others pay it
+
+    @property
+    def first_token_ms(self) -> float:
+        """When the first token should be there; a hand-over gates only the second one."""
+        return self.prefill_queue_ms + self.prefill_ms + self.decode_queue_ms
+
+    @property
+    def total_ms(self) -> float:
+        """What is compared."""
+        return self.first_token_ms + self.transfer_ms + self.delay_ms
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to serve the request."""
+
+    decode: WorkerView
+    prefill: WorkerView | None  # None: locally, on the decode worker
+    prefill_held_tokens: int
+    decode_held_tokens: int
+    terms: Terms
+
+    @property
+    def in_flight(self) -> int:
+        """Sequences under way on its workers."""
+        return self.decode.in_flight + (self.prefill.in_flight if self.prefill else 0)
+
+    @property
+    def name(self) -> str:
+        """For logs: "prefill-0 > decode-1", or "decode-1" alone."""
+        return f"{self.prefill.worker_id} > {self.decode.worker_id}" if self.prefill else self.decode.worker_id
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The winner, why, and everything it was compared with (cheapest first)."""
+
+    winner: Candidate
+    prefill_peers: tuple[WorkerView, ...]  # for the winner's decode worker, best first; empty: prefill locally
+    candidates: tuple[Candidate, ...]
+    reason: str
+
+
+def choose(
+    request: RequestFacts, workers: Sequence[WorkerView], held: Mapping[str, int], limits: PolicyLimits
+) -> Choice | None:
+    """Compare all ways to serve a request. None: nobody can decode it.
+
+    `held`: hash blocks of this prompt that each worker holds or soon will.
+    """
+    cost = _Costs(request, held, limits)
+    peers = sorted((w for w in workers if w.role is Role.PREFILL), key=cost.prefill_rank)[:BEST]
+    homes = [w for w in workers if w.role is not Role.PREFILL]
+    pairs = [
+        cost.pair(p, d)
+        for d in sorted((w for w in homes if w.role is Role.DECODE), key=cost.decode_rank)[:BEST]
+        for p in peers
+        if p.numerics == d.numerics
+    ]
+    own = [cost.local(home) for home in homes if home.role is Role.COMBINED or limits.local_prefill]
+    candidates = pairs + own or [cost.local(home) for home in homes]  # no prefill worker is there: better than nothing
+    if not candidates:
+        return None
+    ranked = sorted(candidates, key=lambda c: (c.terms.total_ms, c.name))
+    winner = _pick(ranked, request.request_id, limits)
+    return Choice(winner, _peers(winner, ranked), tuple(ranked), _reason(winner, ranked, request))
+
+
+class _Figures(NamedTuple):
+    """What a worker alone contributes to every candidate it is part of."""
+
+    held: int  # leading tokens that need no computing there; the last one always does
+    prefill_queue_ms: float
+    prefill_ms: float
+    missing_bytes: int
+    decode_queue_ms: float
+    crowd_ms: float
+
+
+class _Costs:
+    """The terms of one request's candidates. Each worker is looked at once."""
+
+    def __init__(self, request: RequestFacts, held: Mapping[str, int], limits: PolicyLimits) -> None:
+        self._request = request
+        self._held = held
+        self._limits = limits
+        self._figures: dict[str, _Figures] = {}
+
+    def prefill_rank(self, worker: WorkerView) -> tuple[float, int, bytes]:
+        own = self._of(worker)
+        total_ms = own.prefill_queue_ms + own.prefill_ms
+        return (total_ms, worker.in_flight, _hash(self._request.request_id, worker.worker_id))
+
+    def decode_rank(self, worker: WorkerView) -> tuple[float, int, bytes]:
+        own = self._of(worker)
+        total_ms = self._transfer_ms(worker, worker) + own.decode_queue_ms + own.crowd_ms
+        return (total_ms, worker.in_flight, _hash(self._request.request_id, worker.worker_id))
+
+    def pair(self, prefill: WorkerView, decode: WorkerView) -> Candidate:
+        p, d = self._of(prefill), self._of(decode)
+        price_ms = d.crowd_ms + self._limits.work_weight * p.prefill_ms
+        transfer_ms = self._transfer_ms(decode, prefill)
+        terms = Terms(p.prefill_queue_ms, p.prefill_ms, transfer_ms, d.decode_queue_ms, price_ms)
+        return Candidate(decode, prefill, p.held, d.held, terms)
+
+    def local(self, home: WorkerView) -> Candidate:
+        own = self._of(home)
+        # Those who decode there wait while it prefills; on a decode worker so do those who are to come.
+        disturbed = home.num_decoding + (1 if home.role is Role.DECODE else 0)
+        price = self._limits.work_weight + self._limits.delay_weight * disturbed
+        price_ms = own.crowd_ms + price * own.prefill_ms
+        terms = Terms(own.prefill_queue_ms, own.prefill_ms, 0.0, own.decode_queue_ms, price_ms)
+        return Candidate(home, None, own.held, own.held, terms)
+
+    def _of(self, worker: WorkerView) -> _Figures:
+        figures = self._figures.get(worker.worker_id)
+        if figures is None:
+            figures = self._figures[worker.worker_id] = self._look_at(worker)
+        return figures
+
+    def _look_at(self, worker: WorkerView) -> _Figures:
+        request, speed = self._request, worker.coefficients
+        held = min(self._held.get(worker.worker_id, 0) * HASH_BLOCK_TOKENS, request.prompt_tokens - 1)
+        uncached = request.prompt_tokens - held
+        # One more row in every step: a share of a step for each sequence that is there.
+        crowd_ms = self._limits.delay_weight * speed.decode_step_ms * worker.num_decoding * request.num_choices
+        return _Figures(
+            held,
+            speed.prefill_ms_per_token * worker.queued_prefill_tokens,
+            speed.prefill_ms(uncached, held),
+            uncached * worker.kv_bytes_per_token,
+            self._decode_queue_ms(worker),
+            crowd_ms,
+        )
+
+    def _transfer_ms(self, decode: WorkerView, prefill: WorkerView) -> float:
+        bytes_per_s = min(decode.coefficients.handover_bytes_per_s, prefill.coefficients.handover_bytes_per_s)
+        seconds = self._of(decode).missing_bytes / max(1.0, bytes_per_s)
+        return self._limits.handover_fixed_ms + (1.0 - self._limits.overlap) * seconds * 1e3
+
+    def _decode_queue_ms(self, worker: WorkerView) -> float:
+        """Until a place and room are free: as many steps as sequences must end first, at their mean pace."""
+        request = self._request
+        each = request.prompt_tokens + request.expected_tokens
+        excess_seqs = float(worker.num_decoding + request.num_choices - worker.max_num_seqs)
+        excess_room = request.num_choices - worker.free_kv_tokens / each
+        mean_life_ms = worker.coefficients.decode_step_ms * min(request.expected_tokens, 256)
+        excess = max(0.0, excess_seqs, excess_room)
+        return excess * mean_life_ms / max(1, min(worker.num_decoding, worker.max_num_seqs))
+
+
+def _pick(ranked: Sequence[Candidate], request_id: str, limits: PolicyLimits) -> Candidate:
+    best_ms = ranked[0].terms.total_ms
+    bound_ms = best_ms + max(limits.equal_ms, limits.equal_share * best_ms)
+    equal = [c for c in ranked if c.terms.total_ms <= bound_ms]
+    return min(equal, key=lambda c: (c.in_flight, _hash(request_id, c.name)))
+
+
+def _peers(winner: Candidate, ranked: Sequence[Candidate]) -> tuple[WorkerView, ...]:
+    if winner.prefill is None:
+        return ()
+    others = [c.prefill for c in ranked if c.decode.key == winner.decode.key and c.prefill and c is not winner]
+    return (winner.prefill, *others)
+
+
+def _hash(request_id: str, name: str) -> bytes:
+    return hashlib.blake2b(f"{request_id}\0{name}".encode(), digest_size=8).digest()
+
+
+def _reason(winner: Candidate, ranked: Sequence[Candidate], request: RequestFacts) -> str:
+    terms = winner.terms
+    where = f"prefill on {winner.prefill.worker_id}" if winner.prefill else "prefill locally"
+    parts = [
+        f"{winner.decode.worker_id}, {where}: {terms.total_ms:.1f} ms",
+        f"{winner.prefill_held_tokens} of {request.prompt_tokens} tokens held",
+    ]
+    others = [c for c in ranked if c is not winner]
+    if others:
+        more_ms = others[0].terms.total_ms - terms.total_ms
+        than = "as cheap as" if more_ms < 0.05 else f"{more_ms:.1f} ms less than"
+        parts.append(f"{than} {others[0].name}")
+    return "; ".join(parts)

@@ -1,0 +1,74 @@
+"""Between fleet and policy: workers as a choice sees them, and a choice as the fleet counts it. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ...core.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound, Unavailable
+from ...core.request import Request, Role, SequenceKey
+from .coefficients import coefficients_of, guess
+from .facts import ModelFacts
+from .fleet import Dispatched, Fleet, Worker
+from .policy import Choice, RequestFacts, WorkerView
+
+RETRY_AFTER_S = 1.0
+
+
+def model_of(fleet: Fleet, request: Request) -> ModelFacts:
+    """The model that a request is for.
+
+    Raises:
+        Unavailable: no worker is known at all.
+        ModelNotFound, InvalidRequest, ContextLengthExceeded: no worker could ever serve the request.
+    """
+    models = fleet.models()
+    if not models:
+        raise Unavailable("no worker has announced itself yet", retry_after_s=RETRY_AFTER_S)
+    model = models.get(request.model)
+    if model is None:
+        raise ModelNotFound(f"no worker serves {request.model!r}; known: {', '.join(sorted(models))}", param="model")
+    needed = len(request.prompt_ids) + request.sampling.max_tokens
+    decoding = [w for w in fleet if w.facts.model.name == model.name and w.role is not Role.PREFILL]
+    room = max((w.facts.num_kv_tokens for w in decoding), default=needed)  # none: it waits for one
+    bound = min(room, model.max_model_len or room)
+    if not request.prompt_ids:
+        raise InvalidRequest("the prompt has no tokens", param="prompt")
+    if needed > bound:
+        what = f"{len(request.prompt_ids)} prompt tokens and {request.sampling.max_tokens} asked for"
+        raise ContextLengthExceeded(f"{what} make {needed}; at most {bound} fit", param="max_tokens")
+    return model
+
+
+def views_of(workers: Iterable[Worker]) -> list[WorkerView]:
+    """Eligible workers at this moment, in their order."""
+    eligible = list(workers)
+    otherwise = guess(worker.load for worker in eligible)
+    return [
+        WorkerView(
+            key=worker.facts.key,
+            address=worker.facts.address,
+            role=worker.role,
+            numerics=worker.facts.model.weights_fingerprint + worker.facts.model.identity_class,
+            coefficients=coefficients_of(worker.load, otherwise),
+            kv_bytes_per_token=worker.facts.model.kv_bytes_per_token,
+            queued_prefill_tokens=worker.queued_prefill_tokens,
+            num_decoding=worker.num_decoding,
+            max_num_seqs=worker.facts.max_num_seqs,
+            free_kv_tokens=worker.free_kv_tokens,
+            in_flight=len(worker.in_flight),
+        )
+        for worker in eligible
+    ]
+
+
+def count_work(fleet: Fleet, request: RequestFacts, index: int, choice: Choice, now_s: float) -> None:
+    """Raise the chosen workers' counts by one choice of a request, so that the next decision sees it at once."""
+    key = SequenceKey(request.request_id, index)
+    winner = choice.winner
+    # The choices share the prompt: only the first one's prefill is work.
+    uncached = request.prompt_tokens - winner.prefill_held_tokens if index == 0 else 1
+    context = request.prompt_tokens + request.expected_tokens
+    local = winner.prefill is None
+    fleet.dispatched(winner.decode.worker_id, key, Dispatched(now_s, uncached if local else 0, context))
+    if winner.prefill is not None:
+        fleet.dispatched(winner.prefill.worker_id, key, Dispatched(now_s, uncached, 0))

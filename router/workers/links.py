@@ -1,0 +1,233 @@
+"""The router's links to one worker: a Session and a Watch, kept open through breaks. Knows no request, no policy."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import grpc
+import grpc.aio
+
+from ...core.errors import InvalidRequest
+from ...core.inside import InsideChannel
+from ...kv.handover.transports.grpc import CHANNEL_OPTIONS
+from ...protos import worker_pb2, worker_pb2_grpc
+from ..routing.facts import WorkerFacts, WorkerKey
+from .wire import worker_from_wire
+
+log = logging.getLogger(__name__)
+
+BEAT_S = 0.5
+MAX_WAITING_ORDERS = 8_192
+FLUSH_S = 0.3
+_FIRST_RETRY_S = 0.05
+_LONGEST_RETRY_S = 1.0
+_STREAM_ERRORS = (grpc.RpcError, grpc.aio.UsageError, grpc.aio.InternalError)
+
+
+class _Broken(Exception):
+    """A stream cannot go on; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkHandlers:
+    """What a link tells its owner, in the event loop."""
+
+    up: Callable[[WorkerKey, WorkerFacts], None]
+    down: Callable[[WorkerKey, str], None]
+    beat: Callable[[WorkerKey, worker_pb2.Beat | None], None]  # any word on the session; None: not a Beat
+    step: Callable[[WorkerKey, worker_pb2.StepOutput], None]
+    watching: Callable[[WorkerKey], None]  # a new watch begins: its numbers start again
+    event: Callable[[WorkerKey, worker_pb2.WatchEvent], bool]  # False: watch again
+
+
+class WorkerLink:
+    """Everything between this router and one life of one worker."""
+
+    def __init__(
+        self, facts: WorkerFacts, hello: worker_pb2.SessionHello, handlers: LinkHandlers, proof_key: bytes
+    ) -> None:
+        """`proof_key` (kv/keys.py): no order leaves for a worker that does not prove that it knows it."""
+        self.key = facts.key
+        self._hello = hello
+        self._handlers = handlers
+        self._orders: asyncio.Queue[worker_pb2.SessionUp] = asyncio.Queue(MAX_WAITING_ORDERS)
+        self._channel = InsideChannel(facts.address, proof_key, CHANNEL_OPTIONS)
+        self._stub: worker_pb2_grpc.WorkerAsyncStub = worker_pb2_grpc.WorkerStub(self._channel)
+        self._session: asyncio.Task[None] | None = None
+        self._keepers: list[asyncio.Task[None]] = []
+        self._is_up = False
+        self._reset_reason = "reset"
+        self._has_complained = False  # of a worker that is a stranger
+
+    def open(self) -> None:
+        """Begin; returns at once."""
+        self._keepers = [
+            asyncio.create_task(self._keep(self._run_session, is_session=True), name=f"session {self.key.worker_id}"),
+            asyncio.create_task(self._keep(self._run_watch, is_session=False), name=f"watch {self.key.worker_id}"),
+        ]
+
+    def send(self, message: worker_pb2.SessionUp) -> bool:
+        """Queue an order. False: the session is down or the worker does not read; nothing was queued."""
+        if not self._is_up:
+            return False
+        try:
+            self._orders.put_nowait(message)
+        except asyncio.QueueFull:
+            self.reset()
+            return False
+        return True
+
+    def reset(self, reason: str = "reset") -> None:
+        """Break the session, e.g. because its worker fell silent. It is tried again."""
+        self._reset_reason = reason
+        if self._session is not None:
+            self._session.cancel()
+
+    async def close(self) -> None:
+        """Let waiting orders leave shortly, then end both streams."""
+        with contextlib.suppress(TimeoutError):
+            if self._is_up:
+                await asyncio.wait_for(self._orders.join(), FLUSH_S)
+        tasks = [*self._keepers, *([self._session] if self._session else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._mark_down("the router closed the session")
+        await self._channel.close()
+
+    # ------------------------------------------------------------------ inside
+
+    async def _keep(self, run: Callable[[], Awaitable[None]], is_session: bool) -> None:
+        """Run a stream again and again, with a growing wait while it cannot be opened."""
+        wait_s = _FIRST_RETRY_S
+        loop = asyncio.get_running_loop()
+        while True:
+            began_s = loop.time()
+            reason = await self._run_once(run, is_session)
+            wait_s = _FIRST_RETRY_S if loop.time() - began_s > 1.0 else min(_LONGEST_RETRY_S, 2 * wait_s)
+            log.debug("%s: %s ended: %s", self.key.worker_id, "session" if is_session else "watch", reason)
+            await asyncio.sleep(wait_s)
+
+    async def _run_once(self, run: Callable[[], Awaitable[None]], is_session: bool) -> str:
+        """One attempt; why it ended.
+
+        A session runs in a task of its own, so that `reset` can end it; however it ends, it is marked down here.
+        """
+        try:
+            if is_session:
+                self._session = asyncio.ensure_future(_awaited(run))
+                await asyncio.wait({self._session})
+                if not self._session.cancelled():
+                    self._session.result()
+                reason = self._reset_reason
+            else:
+                await run()
+                reason = "ended"
+        except _STREAM_ERRORS as error:
+            reason = _words(error)
+            self._complain(error, reason)
+        except (_Broken, InvalidRequest) as error:
+            reason = str(error)
+        except Exception:  # whatever a worker sent must not end the link for ever
+            log.exception("%s: a message could not be handled", self.key.worker_id)
+            reason = "a message could not be handled"
+        if is_session:
+            self._mark_down(reason)
+        return reason
+
+    def _complain(self, error: BaseException, reason: str) -> None:
+        """Say once that the worker at this address and we have different keys."""
+        is_strange = isinstance(error, grpc.aio.AioRpcError) and error.code() is grpc.StatusCode.UNAUTHENTICATED
+        if is_strange and not self._has_complained:
+            self._has_complained = True
+            log.warning("%s gets no orders: %s", self.key.worker_id, reason)
+
+    async def _run_session(self) -> None:
+        call = self._stub.Session()
+        writer: asyncio.Task[None] | None = None
+        try:
+            await call.write(worker_pb2.SessionUp(sequence=1, hello=self._hello))
+            while isinstance(message := await call.read(), worker_pb2.SessionDown):
+                if writer is None:
+                    self._welcome(message)
+                    writer = asyncio.create_task(self._write(call))
+                self._handle(message)
+            raise _Broken("the worker ended the session")
+        finally:
+            call.cancel()
+            if writer is not None:
+                writer.cancel()
+                await asyncio.gather(writer, return_exceptions=True)
+
+    def _welcome(self, message: worker_pb2.SessionDown) -> None:
+        if message.WhichOneof("body") != "welcome":
+            raise _Broken("the worker's first word was no welcome")
+        facts = worker_from_wire(message.welcome)
+        if facts.key != self.key:
+            raise _Broken(f"another worker answers at this address: {facts.worker_id}")
+        self._is_up = True
+        self._handlers.up(self.key, facts)
+
+    def _handle(self, message: worker_pb2.SessionDown) -> None:
+        body = message.WhichOneof("body")
+        self._handlers.beat(self.key, message.beat if body == "beat" else None)
+        if body == "step":
+            self._handlers.step(self.key, message.step)
+
+    async def _write(self, call: grpc.aio.StreamStreamCall[worker_pb2.SessionUp, worker_pb2.SessionDown]) -> None:
+        """Send what waits until the session is over; what cannot be sent ends it at once, not at the next word."""
+        try:
+            await self._write_for_ever(call)
+        except _STREAM_ERRORS as error:
+            self.reset(f"orders cannot be written: {_words(error)}")
+
+    async def _write_for_ever(
+        self, call: grpc.aio.StreamStreamCall[worker_pb2.SessionUp, worker_pb2.SessionDown]
+    ) -> None:
+        sequence = 1
+        while True:
+            sequence += 1
+            try:
+                message = await asyncio.wait_for(self._orders.get(), BEAT_S)
+            except TimeoutError:
+                await call.write(worker_pb2.SessionUp(sequence=sequence, beat=worker_pb2.Beat()))
+                continue
+            message.sequence = sequence
+            try:
+                await call.write(message)
+            finally:
+                self._orders.task_done()
+
+    async def _run_watch(self) -> None:
+        call = self._stub.Watch(worker_pb2.WatchRequest(router_id=self._hello.router_id))
+        self._handlers.watching(self.key)
+        try:
+            async for event in call:
+                if event.incarnation != self.key.incarnation:
+                    raise _Broken("another life of the worker answers")
+                if not self._handlers.event(self.key, event):
+                    raise _Broken("a gap in the worker's events")
+        finally:
+            call.cancel()
+
+    def _mark_down(self, reason: str) -> None:
+        while not self._orders.empty():  # the requests behind them are lost, and told so
+            self._orders.get_nowait()
+            self._orders.task_done()
+        if self._is_up:
+            self._is_up = False
+            self._handlers.down(self.key, reason)
+
+
+async def _awaited(run: Callable[[], Awaitable[None]]) -> None:
+    await run()
+
+
+def _words(error: BaseException) -> str:
+    if isinstance(error, grpc.aio.AioRpcError):
+        return f"{error.code().name}: {error.details()}"
+    return str(error) or type(error).__name__

@@ -1,0 +1,107 @@
+"""The router's facts from protobuf messages, and its orders as such. Knows no stream and no state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ...core.errors import InvalidRequest
+from ...core.life import Transfer
+from ...core.ports import check_address
+from ...core.request import Epoch, Request, SequenceKey
+from ...core.tally import Spread
+from ...core.timeline import Instant, Timeline
+from ...kv.messages import adopt_instants, epoch_to_wire, role_from_wire, sampling_to_wire, spec_from_wire
+from ...protos import common_pb2, worker_pb2
+from ..routing.facts import LoadFacts, ModelFacts, WorkerFacts
+from ..routing.policy import WorkerView
+
+_LOAD_FIELDS = [name for name in LoadFacts.__dataclass_fields__ if name not in ("counters", "spreads")]
+
+
+def worker_from_wire(info: common_pb2.WorkerInfo) -> WorkerFacts:
+    """Who a worker says it is.
+
+    Raises:
+        InvalidRequest: a field that routing needs is absent or impossible, or from a release that we cannot read.
+    """
+    for field in ("worker_id", "address", "incarnation", "num_kv_blocks", "block_tokens"):
+        if not getattr(info, field):
+            raise InvalidRequest(f"a worker announced itself without {field}", param=field)
+    if not info.model.name or not info.model.weights_fingerprint:
+        raise InvalidRequest("a worker announced itself without a model", param="model")
+    return WorkerFacts(
+        worker_id=info.worker_id,
+        incarnation=info.incarnation,
+        role=role_from_wire(info.role),
+        address=check_address(info.address, "address"),
+        model=_model_from(info.model),
+        num_kv_blocks=info.num_kv_blocks,
+        block_tokens=info.block_tokens,
+        max_num_seqs=max(1, info.max_num_seqs),
+        max_batch_tokens=info.max_batch_tokens,
+        pid=info.pid,
+        release=info.release,
+        capabilities=tuple(info.capabilities),
+        metrics_address=info.metrics_address,
+    )
+
+
+def _model_from(model: common_pb2.ModelInfo) -> ModelFacts:
+    spec = spec_from_wire(model.kv_spec)
+    return ModelFacts(
+        name=model.name,
+        weights_fingerprint=model.weights_fingerprint,
+        numerics_class=model.numerics_class,
+        numerics_description=model.numerics_description,
+        max_model_len=model.max_model_len,
+        vocab_size=model.vocab_size,
+        deterministic=model.deterministic,
+        path=model.path,
+        kv_bytes_per_token=spec.bytes_per_token,
+        kv_bf16_bytes_per_token=spec.bf16_bytes_per_token,
+    )
+
+
+def load_from_wire(report: worker_pb2.LoadReport) -> LoadFacts:
+    """What a worker said about its load."""
+    values = {name: getattr(report, name) for name in _LOAD_FIELDS}
+    spreads = tuple((name, Spread(tuple(spread.counts), spread.total)) for name, spread in report.spreads.items())
+    return LoadFacts(**values, counters=tuple(sorted(report.counters.items())), spreads=spreads)
+
+
+def submit_to_wire(
+    key: SequenceKey, request: Request, epoch: Epoch, peers: Sequence[WorkerView], left_s: float
+) -> worker_pb2.Submit:
+    """The order to run one choice of a request, which workers know by `key`.
+
+    The prompt is the same for all choices: the first one's logprobs of it are enough.
+    """
+    sampling = request.sampling if key.choice == 0 else replace(request.sampling, prompt_logprobs=None)
+    return worker_pb2.Submit(
+        request_id=key.request_id,
+        choice=key.choice,
+        epoch=epoch_to_wire(epoch),
+        prompt_ids=request.prompt_ids,
+        sampling=sampling_to_wire(sampling),
+        isolation_domain=request.isolation_domain,
+        prefill_peers=[
+            worker_pb2.PrefillPeer(worker_id=p.worker_id, incarnation=p.key.incarnation, address=p.address)
+            for p in peers
+        ],
+        timeout_ms=max(1, round(left_s * 1e3)),
+    )
+
+
+def cancel_to_wire(name: str, epoch: Epoch, reason: str) -> worker_pb2.CancelRequest:
+    """The order to end all choices of a request that were ordered under this epoch or an older one."""
+    return worker_pb2.CancelRequest(request_id=name, epoch=epoch_to_wire(epoch), reason=reason)
+
+
+def transfer_of(end: worker_pb2.RequestEnd) -> Transfer | None:
+    """The hand-over that an end tells of; None: none came whole."""
+    if not end.handover.prefill_worker or not end.handover.bytes_moved:
+        return None
+    timeline = Timeline()
+    adopt_instants(timeline, end.timeline, 0.0)
+    return Transfer(end.handover.bytes_moved, timeline.between_s(Instant.FIRST_FRAME, Instant.LAST_FRAME))

@@ -1,0 +1,156 @@
+"""The worker's side of Announce: one stream to every router, kept open. Knows no request and no engine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import grpc
+import grpc.aio
+
+from ..core.inside import InsideChannel
+from ..kv.handover.transports.grpc import CHANNEL_OPTIONS
+from ..protos import common_pb2, worker_pb2, worker_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+BEAT_S = 0.5
+FAREWELL_S = 0.5  # how long a leaving worker waits for its last word to leave
+SAY_AFTER_S = 15.0  # that a router is not there
+SAY_AGAIN_S = 60.0  # the same, or that we have different keys
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """Waits between attempts to reach a router: doubling, bounded, for ever. Routers come back."""
+
+    first_s: float = 0.1
+    longest_s: float = 2.0
+
+    def wait_s(self, attempt: int) -> float:
+        """Seconds before the attempt after `attempt` failed ones (from 1)."""
+        return float(min(self.longest_s, self.first_s * 2 ** min(attempt - 1, 20)))
+
+
+class Announcer:
+    """Tells every router who this worker is, every 500 ms, until `leave`."""
+
+    def __init__(
+        self, routers: Iterable[str], info: common_pb2.WorkerInfo, key: bytes, retry: Retry | None = None
+    ) -> None:
+        """`key` is kv.keys.proof_key, which the routers must know too."""
+        self._routers = tuple(routers)
+        self._info = info
+        self._key = key
+        self._retry = retry or Retry()
+        self._leaving = asyncio.Event()
+        self._changed: dict[str, asyncio.Event] = {address: asyncio.Event() for address in self._routers}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._began_s = 0.0
+        self._said_at_s: dict[str, float] = {}  # when we last complained of a router
+
+    def start(self) -> None:
+        """Begin; returns at once. A router that is not there yet is tried again."""
+        self._began_s = asyncio.get_running_loop().time()
+        self._tasks = [
+            asyncio.create_task(self._keep(address), name=f"announce {address}") for address in self._routers
+        ]
+
+    def update(self, info: common_pb2.WorkerInfo) -> None:
+        """Who we are now, e.g. after a change of role. Sent at once."""
+        self._info = info
+        for event in self._changed.values():
+            event.set()
+
+    async def leave(self) -> None:
+        """Tell every router that we go, wait shortly for the word to leave, and end the streams."""
+        self._leaving.set()
+        for event in self._changed.values():
+            event.set()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=FAREWELL_S)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks = []
+
+    async def _keep(self, address: str) -> None:
+        """Announce to one router until we leave, through any number of its deaths."""
+        failures = 0
+        while not self._leaving.is_set():
+            async with InsideChannel(address, self._key, CHANNEL_OPTIONS) as channel:
+                reached = await self._announce(channel, address)
+            failures = 0 if reached else failures + 1
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._leaving.wait(), self._retry.wait_s(max(1, failures)))
+
+    async def _announce(self, channel: grpc.aio.Channel, address: str) -> bool:
+        """One stream, until it breaks or we leave. Whether the router answered at all."""
+        stub: worker_pb2_grpc.AnnounceAsyncStub = worker_pb2_grpc.AnnounceStub(channel)
+        call = stub.Announce()
+        answered = asyncio.Event()
+        listener = asyncio.create_task(_listen(call, answered))
+        try:
+            await self._say(call, self._changed[address], listener)
+        except (grpc.RpcError, grpc.aio.UsageError, grpc.aio.InternalError) as error:
+            self._complain(address, error)  # and `_keep` tries again
+        finally:
+            call.cancel()
+            listener.cancel()
+            await asyncio.gather(listener, return_exceptions=True)
+        if answered.is_set():
+            log.info("router %s: announce stream ended", address)
+        return answered.is_set()
+
+    def _complain(self, address: str, error: BaseException) -> None:
+        """Once a minute. A router that is not there yet may be on its way: of it only after a while."""
+        if not isinstance(error, grpc.aio.AioRpcError):
+            return
+        now_s = asyncio.get_running_loop().time()
+        is_stranger = error.code() is grpc.StatusCode.UNAUTHENTICATED
+        if not is_stranger and now_s - self._began_s < SAY_AFTER_S:
+            return
+        if now_s - self._said_at_s.get(address, float("-inf")) >= SAY_AGAIN_S:
+            self._said_at_s[address] = now_s
+            hint = (
+                "" if is_stranger else "; is it the port where the router takes announcements (router.internal_port)?"
+            )
+            log.warning("router %s: not announced, trying again: %s%s", address, error.details(), hint)
+
+    async def _say(
+        self,
+        call: grpc.aio.StreamStreamCall[worker_pb2.Announcement, worker_pb2.AnnounceReply],
+        changed: asyncio.Event,
+        listener: asyncio.Task[None],
+    ) -> None:
+        sequence = 0
+        said: common_pb2.WorkerInfo | None = None
+        while not listener.done():
+            changed.clear()
+            sequence += 1
+            leaving = self._leaving.is_set()
+            message = worker_pb2.Announcement(leaving=leaving, sequence=sequence)
+            if said is not self._info:
+                message.worker.CopyFrom(self._info)
+                said = self._info
+            await call.write(message)
+            if leaving:
+                await call.done_writing()
+                await asyncio.wait([listener], timeout=FAREWELL_S)
+                return
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(changed.wait(), BEAT_S)
+
+
+async def _listen(
+    call: grpc.aio.StreamStreamCall[worker_pb2.Announcement, worker_pb2.AnnounceReply], answered: asyncio.Event
+) -> None:
+    """Read replies until the stream ends, however it ends."""
+    try:
+        async for _ in call:
+            answered.set()
+    except (grpc.RpcError, grpc.aio.UsageError, grpc.aio.InternalError):
+        return

@@ -1,0 +1,146 @@
+"""What a setting that nobody gave means on this machine, with the reason. Pure: numbers in, decisions out.
+
+A setting counts as given where it stands in a file, a variable or a flag, whatever its value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from ..checkpoint.config import StepConfig
+from ..core.config import Section
+from ..core.errors import DoesNotFit
+from ..kv.config import CacheConfig
+from ..kv.sizing import MemoryFacts, PoolSize, size_pool
+from ..kv.spec import KvSpec
+from ..router.config import RouterConfig
+
+Device = Literal["cpu", "cuda"]
+S = TypeVar("S", bound=Section)
+
+LARGE_GPU_BYTES = 64 << 30  # of free memory: 80 GB and more
+LEAST_POOL_TOKENS = 64  # that may be asked for
+GPU_SHARE, CPU_SHARE = 0.9, 0.5  # of the memory left after the weights
+LOADED_BYTES_PER_S = 100 << 20  # a slow disk, or a network's
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """One setting as it will be, and why."""
+
+    setting: str  # "step.max_num_seqs": its name in the configuration
+    value: str
+    reason: str
+
+
+def decided_step(step: StepConfig, device: Device, device_bytes: int) -> tuple[StepConfig, list[Decision]]:
+    """Bounds of a step. `device_bytes`: free memory of a worker's GPU, whole."""
+    if device == "cpu":
+        tokens, why = step.max_num_batched_tokens, "on a CPU: about a second of prefill that the others wait for"
+        seqs, why_seqs = step.max_num_seqs, "on a CPU: more rows make a step longer in proportion"
+    elif device_bytes >= LARGE_GPU_BYTES:
+        tokens, why = 8192, f"on a GPU with {_gib(LARGE_GPU_BYTES)} free or more: fills its matrix units"
+        seqs, why_seqs = 256, "on a GPU: a step reads the weights once for all of them"
+    else:
+        tokens, why = 2048, f"on a GPU with less than {_gib(LARGE_GPU_BYTES)} free: leaves memory to the pool"
+        seqs, why_seqs = 256, "on a GPU: a step reads the weights once for all of them"
+    wanted = {"max_num_seqs": seqs, "max_num_batched_tokens": tokens}
+    reasons = {"max_num_seqs": why_seqs, "max_num_batched_tokens": why}
+    return _decide("step", step, wanted, reasons)
+
+
+class DecidedPool(NamedTuple):
+    """A worker's pool, and the settings that lead to it."""
+
+    size: PoolSize
+    cache: CacheConfig
+    decisions: list[Decision]
+
+
+def decided_pool(spec: KvSpec, cache: CacheConfig, device: Device, facts: MemoryFacts, most_tokens: int) -> DecidedPool:
+    """A worker's pool. `most_tokens`: all sequences of a step with the whole context each.
+
+    Raises:
+        DoesNotFit: see `size_pool`.
+    """
+    share = GPU_SHARE if device == "cuda" else CPU_SHARE
+    others = "steps need the rest" if device == "cuda" else "the rest is for other programs and cached files"
+    cache, decisions = _decide("cache", cache, {"memory_fraction": share}, {"memory_fraction": others})
+    tokens = cache.tokens
+    if tokens is not None:
+        reason = "as given"
+    elif device == "cpu":
+        tokens, reason = most_tokens, f"at most {most_tokens:,}: all sequences of a step, the whole context each"
+    else:
+        reason = "by memory alone"
+    assert cache.memory_fraction is not None
+    pool = size_pool(spec, cache.block_size, tokens, cache.memory_fraction, facts)
+    if tokens is None or pool.num_tokens < tokens - tokens % cache.block_size:
+        reason += f"; memory holds {pool.num_tokens:,}"
+    cache = cache.model_copy(update={"tokens": max(LEAST_POOL_TOKENS, pool.num_tokens)})
+    return DecidedPool(pool, cache, [Decision("cache.tokens", f"{pool.num_tokens:,}", reason), *decisions])
+
+
+def decided_context(context: int, wanted: int | None, pool: PoolSize) -> tuple[int, Decision]:
+    """The longest prompt with its answer: what was asked for, or what the checkpoint was made for and the pool holds.
+
+    Raises:
+        DoesNotFit: what was asked for does not fit the pool.
+    """
+    name = "model.max_model_len"
+    if wanted is not None and wanted > pool.num_tokens:
+        raise DoesNotFit(
+            f"{name} is {wanted:,}, and a worker's pool holds {pool.num_tokens:,} tokens: {pool.arithmetic}. Ask for "
+            "less, leave it out to get what fits, or give the pool more: fewer workers, a larger cache.memory_fraction "
+            "or cache.tokens, a smaller model or dtype"
+        )
+    if wanted is not None:
+        return wanted, Decision(name, f"{wanted:,}", "as given")
+    if context <= pool.num_tokens:
+        return context, Decision(name, f"{context:,}", "what the checkpoint was made for")
+    reason = f"the checkpoint was made for {context:,}; a worker's pool holds no more"
+    return pool.num_tokens, Decision(name, f"{pool.num_tokens:,}", reason)
+
+
+def decided_router(
+    router: RouterConfig, num_decoders: int, seats: int, pool: PoolSize
+) -> tuple[RouterConfig, list[Decision]]:
+    """How much may be under way: twice what the decode workers run at once, so that none of them waits for work."""
+    wanted = {
+        "max_running": max(router.max_running, 2 * num_decoders * seats),
+        "max_running_tokens": max(router.max_running_tokens, 2 * num_decoders * pool.num_tokens),
+    }
+    reasons = {
+        "max_running": f"twice {num_decoders} × {seats} sequences, at least {router.max_running:,}",
+        "max_running_tokens": f"twice {num_decoders} × {pool.num_tokens:,}, at least {router.max_running_tokens:,}",
+    }
+    return _decide("router", router, wanted, reasons)
+
+
+def decided_patience(cluster: S, weight_bytes: int, num_workers: int) -> tuple[S, list[Decision]]:
+    """How long a member may take to be ready: starting, and reading the weights."""
+    least_s: float = cluster.__class__.model_fields["ready_timeout_s"].default
+    load_s = weight_bytes * num_workers / LOADED_BYTES_PER_S
+    weights = f"{num_workers} × {weight_bytes / 2**20:,.0f} MiB of weights"
+    reason = f"{least_s:g} s, and {weights} at {LOADED_BYTES_PER_S >> 20} MiB/s"
+    return _decide("cluster", cluster, {"ready_timeout_s": float(round(least_s + load_s))}, {"ready_timeout_s": reason})
+
+
+def _decide(section: str, values: S, wanted: dict[str, Any], reasons: dict[str, str]) -> tuple[S, list[Decision]]:
+    """The section with `wanted` in place of what nobody gave."""
+    given = {name for name in values.model_fields_set if getattr(values, name) is not None}
+    missing = {name: value for name, value in wanted.items() if name not in given}
+    decided = values.model_copy(update=missing)
+    return decided, [
+        Decision(f"{section}.{name}", _told(getattr(decided, name)), reasons[name] if name in missing else "as given")
+        for name in wanted
+    ]
+
+
+def _told(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:,.1f} GiB"

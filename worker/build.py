@@ -1,0 +1,162 @@
+"""From a worker's settings to a loaded engine and the facts its faces need. Knows no socket."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from ..checkpoint.config_json import load_spec
+from ..core.clock import Clock
+from ..core.request import Role
+from ..decode_worker.policy import DecodePolicy, combined_policy
+from ..engine.core import CoreLimits, EngineCore
+from ..engine.facts import FaceFacts, ModelFacts
+from ..engine.loop import Engine
+from ..engine.policy import Policy, StepLimits, scored_rows
+from ..engine.thread_link import ThreadLink
+from ..kernels.cpu.build import built_library
+from ..kv.cache.pool import BlockPool
+from ..kv.cache.prefix import PrefixCache
+from ..kv.keys import Namer, digest_key, identity_key
+from ..kv.sizing import MemoryFacts, PoolSize
+from ..kv.store.host_store import HostStore
+from ..model.loader import RunnerOptions, load_runner, numerics_class
+from ..model.ops.device import chosen_kernels, resolve_device
+from ..model.weights.tensors import weights_fingerprint
+from ..prefill_worker.policy import PrefillPolicy
+from ..text.incremental import check_decoder
+from ..text.tokenizer import Tokenizer
+from .automatic import decided_context, decided_pool, decided_step
+from .machine import cache_codec, context_length, held_bytes, machine_facts
+from .settings import WorkerSettings
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRoom:
+    """A loaded engine that has not started yet, and what the faces must know of it."""
+
+    engine: Engine
+    link: ThreadLink
+    facts: FaceFacts
+    tokenizer: Tokenizer
+    pool_size: PoolSize
+    policy_of: Callable[[Role], Policy]
+
+
+def build_engine(settings: WorkerSettings, clock: Clock) -> EngineRoom:
+    """Load weights and tokenizer, size the pool, put the engine together. Takes seconds: call it in a thread.
+
+    Raises:
+        CheckpointError: the directory holds no model that we serve.
+        DoesNotFit: nothing is left for the KV pool, or the longest context does not fit it; with the arithmetic.
+        ConfigError: a setting that cannot work here.
+    """
+    directory = Path(settings.model_directory)
+    settings, pool_size = _decided(settings, directory)
+    tokenizer = Tokenizer.load(directory)
+    check_decoder(tokenizer)
+    model = _model_facts(settings, directory, tokenizer.eos_ids)
+    key = identity_key(settings.cluster_key)
+    cache, step = settings.cache, settings.step
+    options = replace(
+        _runner_options(settings, model.max_model_len),
+        num_blocks=pool_size.num_blocks,
+        end_ids=tuple(sorted(model.eos_ids)),
+    )
+    runner = load_runner(directory, options)
+    limits = StepLimits(step.max_num_seqs, step.max_num_batched_tokens, step.max_waiting, target_ms=step.target_ms)
+
+    def policy_of(role: Role) -> Policy:
+        if role is Role.PREFILL:
+            return PrefillPolicy(limits)
+        return DecodePolicy(limits) if role is Role.DECODE else combined_policy(limits)
+
+    pool = BlockPool(pool_size.num_blocks, cache.block_size)
+    bounds = CoreLimits(model.max_model_len, pool_size.num_swap_blocks, scored_rows(model.vocab_size))
+    policy = policy_of(settings.role)
+    core = EngineCore(
+        bounds, pool, PrefixCache(pool, enabled=cache.prefix_caching), policy, eos_ids=model.eos_ids, key=key
+    )
+    link = ThreadLink()
+    facts = FaceFacts(
+        worker_id=settings.worker_id,
+        model=model,
+        namer=Namer(key, model.weights_fingerprint, model.numerics_class if model.deterministic else b""),
+        digest_key=options.digest_key,
+        num_blocks=pool_size.num_blocks,
+        block_tokens=cache.block_size,
+        frame_bytes=cache.frame_bytes,
+        frame_slots=cache.frame_slots,
+        max_num_seqs=step.max_num_seqs,
+        max_batch_tokens=step.max_num_batched_tokens,
+    )
+    host = None
+    if pool_size.num_swap_blocks:
+        host = HostStore(runner.store, runner.store.on_host(pool_size.num_swap_blocks))
+    engine = Engine(core, runner, runner.store, link, clock, host=host)
+    return EngineRoom(engine, link, facts, tokenizer, pool_size, policy_of)
+
+
+def _model_facts(settings: WorkerSettings, directory: Path, end_ids: Sequence[int]) -> ModelFacts:
+    """`end_ids`: the tokenizer's ends. A chat model often names its end of turn in its tokenizer alone."""
+    spec = load_spec(directory)
+    for remark in spec.remarks:
+        _log.warning("%s: %s", settings.model_name, remark)
+    max_model_len = context_length(spec, settings.model.max_model_len)
+    numerics = numerics_class(directory, _runner_options(settings, max_model_len))
+    return ModelFacts(
+        name=settings.model_name,
+        directory=str(directory),
+        vocab_size=spec.vocab_size,
+        max_model_len=max_model_len,
+        eos_ids=frozenset((*spec.eos_ids, *(id_ for id_ in end_ids if id_ < spec.vocab_size))),
+        weights_fingerprint=weights_fingerprint(directory),
+        numerics_class=numerics.digest,
+        numerics_description=numerics.description,
+        deterministic=settings.model.deterministic,
+        kv_spec=spec.kv_spec(cache_codec(settings.cache.dtype)),
+    )
+
+
+def _runner_options(settings: WorkerSettings, max_model_len: int) -> RunnerOptions:
+    """Of a runner without blocks: the same for what it computes and for the name of it."""
+    return RunnerOptions(
+        num_blocks=0,
+        block_tokens=settings.cache.block_size,
+        dtype=settings.model.dtype,
+        kv_dtype=settings.cache.dtype,
+        num_threads=settings.num_threads,
+        max_model_len=max_model_len,
+        digest_key=digest_key(settings.cluster_key),
+        quantization=settings.model.quantization,
+        kernels=settings.model.kernels,
+        device=settings.model.device,
+        gpu=settings.gpu,
+        graph_seqs=settings.step.max_num_seqs,
+    )
+
+
+def _decided(settings: WorkerSettings, directory: Path) -> tuple[WorkerSettings, PoolSize]:
+    """What nobody gave, decided: nothing, where a plan has done so for the whole cluster."""
+    spec = load_spec(directory)
+    cache, device = settings.cache, resolve_device(settings.model.device, settings.gpu)
+    kind: Literal["cpu", "cuda"] = "cpu" if device.type == "cpu" else "cuda"
+    kernels = chosen_kernels(settings.model.kernels, kind, built_library)
+    weights = held_bytes(directory, spec, settings.model, kernels)
+    machine = machine_facts()
+    available = machine.memory_bytes if kind == "cpu" else machine.gpu_bytes[settings.gpu]
+    step, _ = decided_step(settings.step, kind, available)
+    facts = MemoryFacts(settings.memory_bytes or available, weights, cache.swap_bytes, swaps_elsewhere=kind == "cuda")
+    context, wanted = context_length(spec, settings.model.max_model_len), settings.model.max_model_len
+    kv_spec = spec.kv_spec(cache_codec(cache.dtype))
+    size, cache, _ = decided_pool(kv_spec, cache, kind, facts, step.max_num_seqs * context)
+    context, decision = decided_context(context, wanted, size)
+    if wanted is None:
+        _log.info("%s is %s: %s", decision.setting, decision.value, decision.reason)
+    model = settings.model.model_copy(update={"max_model_len": context})
+    return settings.model_copy(update={"step": step, "cache": cache, "model": model}), size

@@ -1,0 +1,117 @@
+"""Blocks.Fetch: cached blocks by identity, as frames. Knows no request and no session."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from ..core.request import Epoch
+from ..engine.client import Dispatcher
+from ..engine.facts import FaceFacts
+from ..kv.block import IDENTITY_BYTES, BlockIdentity
+from ..kv.handover.frames import FrameLabel, encode_frame
+from ..kv.handover.machine import Label
+from ..kv.handover.transports.grpc import ServerContext
+from ..kv.section import SectionData
+from ..kv.spec import HASH_BLOCK_TOKENS
+from ..protos import handover_pb2
+
+MAX_IDENTITIES = 65_536  # a million tokens
+
+
+class FetchService:
+    """Serves what the prefix cache holds of one isolation domain. That the caller may ask, the guard has checked."""
+
+    def __init__(self, facts: FaceFacts, dispatcher: Dispatcher) -> None:
+        self._facts = facts
+        self._dispatcher = dispatcher
+
+    async def fetch(self, request: bytes, context: ServerContext) -> AsyncIterator[bytes]:
+        """The handler of Blocks.Fetch: frames of the longest leading part that is held, in order; then the end.
+
+        Blocks of another isolation domain than the request's count as not held.
+        """
+        wanted = await _parsed(request, context)
+        identities = [BlockIdentity(identity) for identity in wanted.identities]
+        root = self._facts.namer.root(wanted.isolation_domain)
+        step = self._identities_per_frame()
+        sequence = 0
+        for first in range(0, len(identities), step):
+            asked = identities[first : first + step]
+            first_token = wanted.first_token + first * HASH_BLOCK_TOKENS
+            found = await self._dispatcher.fetch(asked, first_token, root)
+            if found.num_blocks:
+                sequence += 1
+                names = tuple(asked[: found.num_blocks])
+                last = found.num_blocks < len(asked) or first + step >= len(identities)
+                token_count = found.num_blocks * HASH_BLOCK_TOKENS
+                label = FrameLabel(
+                    Label("", 0, Epoch(0, 0)),
+                    sequence,
+                    self._facts.model.numerics_class,
+                    first_token,
+                    token_count,
+                    names,
+                )
+                yield encode_frame(label, select(found.sections, wanted), is_last=last)
+            if found.num_blocks < len(asked):
+                return
+
+    def _identities_per_frame(self) -> int:
+        facts = self._facts
+        per_block = facts.model.kv_spec.bytes_per_token * facts.block_tokens
+        return max(1, facts.frame_bytes // per_block) * (facts.block_tokens // HASH_BLOCK_TOKENS)
+
+
+def select(sections: Sequence[SectionData], wanted: handover_pb2.FetchRequest) -> list[SectionData]:
+    """The asked-for components, layers and heads of whole sections; zero counts mean all."""
+    chosen = []
+    for section in sections:
+        if wanted.components and section.component not in wanted.components:
+            continue
+        layers = _cut(section.layer_start, section.layer_count, wanted.layer_start, wanted.layer_count)
+        heads = _cut(section.head_start, section.head_count, wanted.head_start, wanted.head_count)
+        if layers.start >= layers.stop or heads.start >= heads.stop:
+            continue
+        chosen.append(
+            replace(
+                section,
+                layer_start=section.layer_start + layers.start,
+                layer_count=layers.stop - layers.start,
+                head_start=section.head_start + heads.start,
+                head_count=heads.stop - heads.start,
+                payload=section.payload[layers, heads],
+                scales=None if section.scales is None else section.scales[layers, heads],
+                digests=section.digests[layers, heads],
+            )
+        )
+    return chosen
+
+
+def _cut(start: int, count: int, wanted_start: int, wanted_count: int) -> slice:
+    """The wanted range within [start, start + count), as places from `start`."""
+    end = start + count if wanted_count == 0 else min(start + count, wanted_start + wanted_count)
+    return slice(max(0, wanted_start - start), end - start)
+
+
+async def _parsed(request: bytes, context: ServerContext) -> handover_pb2.FetchRequest:
+    try:
+        wanted = handover_pb2.FetchRequest.FromString(request)
+    except DecodeError:
+        await _refuse(context, "not a FetchRequest")
+        raise
+    if any(len(identity) != IDENTITY_BYTES for identity in wanted.identities):
+        await _refuse(context, f"an identity is not {IDENTITY_BYTES} bytes")
+    if len(wanted.identities) > MAX_IDENTITIES:
+        await _refuse(context, f"{len(wanted.identities)} identities; at most {MAX_IDENTITIES} at once")
+    if wanted.first_token % HASH_BLOCK_TOKENS:
+        await _refuse(context, f"first_token is {wanted.first_token}; must be a multiple of {HASH_BLOCK_TOKENS}")
+    return wanted
+
+
+async def _refuse(context: Any, message: str) -> None:
+    await context.abort(grpc.StatusCode.INVALID_ARGUMENT, message)

@@ -1,0 +1,96 @@
+"""What one worker exports for scrapers: its engine's beat and its finished sequences, under vLLM's names.
+
+Nothing is done while steps run: the engine counts into plain numbers, and a scrape reads the last beat.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from http import HTTPStatus
+
+from prometheus_client import CollectorRegistry
+
+from ..core import metrics
+from ..core.board import Board, render
+from ..core.life import Life
+from ..engine.client import Dispatcher
+from ..engine.facts import FaceFacts
+from ..engine.messages import LoadNews
+from ..kv.sizing import PoolSize
+from .machine import cache_codec
+from .scrape import Answer, Page
+from .settings import WorkerSettings
+
+
+class WorkerMetrics:
+    """One worker's board. Every series has the labels `model_name` and `engine`, which is the worker's id."""
+
+    def __init__(self, settings: WorkerSettings, facts: FaceFacts, pool: PoolSize, counters: Counter[str]) -> None:
+        """`counters` are the faces' own, which are no part of the engine's beat."""
+        self._counters = counters
+        self._labels = (facts.model.name, facts.worker_id)
+        self._registry = CollectorRegistry()
+        self._board = Board(self._registry, ("model_name", "engine"))
+        metrics.know(self._board, *self._labels)
+        cache = {
+            "block_size": facts.block_tokens,
+            "num_gpu_blocks": facts.num_blocks,
+            "num_cpu_blocks": pool.num_swap_blocks,
+            "cache_dtype": cache_codec(settings.cache.dtype),
+            "enable_prefix_caching": settings.cache.prefix_caching,
+            "gpu_memory_utilization": settings.cache.memory_fraction,
+            "swap_space": settings.cache.swap_space,
+        }
+        words = [str(cache[name]) for name in metrics.CACHE_CONFIG.labels]
+        self._board.set(metrics.CACHE_CONFIG, *self._labels, *words, value=1)
+        self._board.set(metrics.LORA, *self._labels, "0", "", "", value=0)
+        for state, is_so in (("awake", 1), ("weights_offloaded", 0), ("discard_all", 0)):
+            self._board.set(metrics.SLEEP_STATE, *self._labels, state, value=is_so)
+        self._count_sources(0, 0, 0)
+
+    def ended(self, life: Life) -> None:
+        """A sequence is over."""
+        metrics.count_life(self._board, life, *self._labels)
+        if life.is_finished:
+            moved = life.prompt_tokens - life.cached_tokens - life.computed_tokens
+            self._count_sources(life.computed_tokens, life.cached_tokens, moved)
+
+    def render(self, load: LoadNews | None, accept: str) -> tuple[bytes, str]:
+        """Everything as of the engine's last beat: the body and its content type."""
+        if load is not None:
+            self._take(load)
+        return render(self._registry, accept)
+
+    def _take(self, load: LoadNews) -> None:
+        board, labels = self._board, self._labels
+        counters = Counter(dict(load.counters))
+        counters.update(self._counters)
+        metrics.count_engines(board, counters, dict(load.spreads), *labels)
+        board.set(metrics.GENERATION_TOKENS, *labels, value=counters["generated_tokens"])
+        board.set(metrics.RUNNING, *labels, value=load.running)
+        board.set(metrics.WAITING, *labels, value=load.waiting_for_room + load.waiting_for_peer)
+        board.set(metrics.WAITING_BY_REASON, *labels, "capacity", value=load.waiting_for_room)
+        board.set(metrics.WAITING_BY_REASON, *labels, "deferred", value=load.waiting_for_peer)
+        used = load.total_blocks - load.free_blocks
+        board.set(metrics.KV_USAGE, *labels, value=used / load.total_blocks if load.total_blocks else 0.0)
+
+    def _count_sources(self, computed: int, cached: int, moved: int) -> None:
+        sources = (("local_compute", computed), ("local_cache_hit", cached), ("external_kv_transfer", moved))
+        for source, count in sources:
+            self._board.add(metrics.TOKENS_BY_SOURCE, *self._labels, source, amount=count)
+
+
+def pages(exported: WorkerMetrics, dispatcher: Dispatcher, is_serving: Callable[[], bool]) -> dict[str, Page]:
+    """What a worker's HTTP port answers: /metrics, and /health for probes."""
+
+    def all_metrics(accept: str) -> Answer:
+        body, content_type = exported.render(dispatcher.last_load, accept)
+        return HTTPStatus.OK, content_type, body
+
+    def health(_: str) -> Answer:
+        if is_serving():
+            return HTTPStatus.OK, "application/json", b'{"status": "ok"}'
+        return HTTPStatus.SERVICE_UNAVAILABLE, "application/json", b'{"status": "not serving"}'
+
+    return {"/metrics": all_metrics, "/health": health}

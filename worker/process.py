@@ -1,0 +1,307 @@
+"""The worker process: one engine, both faces, one port. Its role is data. Builds and binds; decides nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+
+import grpc.aio
+
+from .. import __version__
+from ..core.clock import Clock, MonotonicClock
+from ..core.errors import ConfigError, InternalError
+from ..core.foreground import Stop, Stopped, first, leave, orphaned, unless
+from ..core.guard import Guard
+from ..core.ports import bindable_host, check_port, target
+from ..core.request import Role
+from ..decode_worker.pull import PullTools
+from ..decode_worker.run import RunTools
+from ..decode_worker.service import DecodeService
+from ..engine import messages as link
+from ..engine.client import Dispatcher
+from ..kernels.cpu.build import stop_building
+from ..kv.handover.machine import Timing
+from ..kv.handover.transports.grpc import SERVER_OPTIONS, Channels, handlers
+from ..kv.keys import proof_key
+from ..kv.messages import role_to_wire, spec_to_wire
+from ..prefill_worker.job import JobTools
+from ..prefill_worker.service import PrefillService
+from ..protos import common_pb2, worker_pb2_grpc
+from .announcer import Announcer
+from .build import EngineRoom, build_engine
+from .fetch import FetchService
+from .health import Health, enable_reflection
+from .metrics import WorkerMetrics, pages
+from .scrape import ScrapeServer
+from .service import WorkerService
+from .settings import WorkerSettings
+from .watch import FaceLoad, Watchers
+
+log = logging.getLogger(__name__)
+
+CAPABILITIES = ("handover.grpc.1", "blocks.fetch.1", "session.1")
+READY_S = 600.0  # loading and warming up a large model
+STOP_BUILDING_S = 1.0
+ORPHANED = 2  # place among what a serving worker waits for
+PORT_REMEDY = "--port, or 0 for any"
+STOP_S = 5.0  # the engine's last step
+
+
+class WorkerProcess:
+    """`start`, serve, `stop`. Several can live in one process (tests, the in-process launcher)."""
+
+    def __init__(self, settings: WorkerSettings, clock: Clock | None = None, timing: Timing | None = None) -> None:
+        self.settings = settings
+        self.role = settings.role
+        self.incarnation = time.time_ns()
+        self.ended = asyncio.Event()  # the engine has ended, by `stop` or by its own fault
+        self.counters: Counter[str] = Counter()
+        self.metrics_address = ""  # host:port of GET /metrics and /health, after `start`; empty: none
+        self._clock = clock or MonotonicClock()
+        self._timing = timing or Timing()
+        self._port = 0
+        self._tasks: list[asyncio.Task[None]] = []
+        self._executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="digest")
+        self._proof_key = proof_key(settings.cluster_key)
+        self._channels = Channels(self._proof_key)
+        self._guard = Guard(self._proof_key, settings.worker_id, self._count_refusal)
+        self._room: EngineRoom | None = None
+        self._server: grpc.aio.Server | None = None
+        self._scrapes: ScrapeServer | None = None
+        self._announcer: Announcer | None = None
+        self._is_stopping = False
+
+    @property
+    def address(self) -> str:
+        """host:port of all services; known after `start`."""
+        return target(self.settings.host, self._port)
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether orders are refused."""
+        return self.decode.is_draining
+
+    # ------------------------------------------------------------------ life
+
+    async def start(self) -> None:
+        """Load the model, warm up, bind the port, announce. Returns when the worker serves.
+
+        Raises:
+            CheckpointError, DoesNotFit, ConfigError: it cannot be started with these settings.
+        """
+        check_port(self._host(), self.settings.port, PORT_REMEDY)  # before minutes of loading
+        room = self._room = await asyncio.to_thread(build_engine, self.settings, self._clock)
+        log.info("%s computes with %s", self.settings.worker_id, room.facts.model.numerics_description)
+        log.info("%s: %s", self.settings.worker_id, room.pool_size.arithmetic)
+        self.dispatcher = Dispatcher(room.link)
+        self._make_faces(room)
+        room.engine.start()
+        self._tasks.append(asyncio.create_task(self._dispatch()))
+        await self._ready()
+        await self._bind()
+        self._tasks.append(asyncio.create_task(self.health.keep()))
+        self._announcer = Announcer(self.settings.routers, self.info(), self._proof_key)
+        self._announcer.start()
+        if self.metrics_address:
+            log.info("%s exports metrics at http://%s/metrics", self.settings.worker_id, self.metrics_address)
+        log.info("%s (%s) serves at %s", self.settings.worker_id, self.role.value, self.address)
+
+    async def stop(self, grace_s: float) -> None:
+        """Tell the routers, drain for at most `grace_s`, end the engine, free everything. Idempotent."""
+        if self._is_stopping:
+            return
+        self._is_stopping = True
+        if self._announcer is not None:
+            await self._announcer.leave()  # first, so that nobody sends new work; what runs may end
+        if self._server is not None:
+            await self.drain(grace_s)
+        if self._server is not None:
+            await self._server.stop(0.2)
+        if self._scrapes is not None:
+            await self._scrapes.close()
+        if self._room is not None:
+            self._room.link.send(link.Stop())
+            if not await asyncio.to_thread(self._room.engine.join, STOP_S):
+                log.error("%s: the engine's last step did not end within %.0f s", self.settings.worker_id, STOP_S)
+            self.decode.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._channels.close()
+        self._executor.shutdown(wait=False)
+
+    async def drain(self, timeout_s: float) -> int:
+        """Take no new work, let the running end, cancel the rest at the deadline. How many were cancelled."""
+        cancelled = sum(await asyncio.gather(self.decode.drain(timeout_s), self.prefill.drain(timeout_s)))
+        if cancelled:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._all_ended(), 1.0)
+        return cancelled
+
+    def set_role(self, role: Role) -> None:
+        """Take another role: a change of policy, told to the routers. What runs goes on."""
+        assert self._room is not None, "start first"
+        self.role = role
+        self._room.engine.set_policy(self._room.policy_of(role))
+        if self._announcer is not None:
+            self._announcer.update(self.info())
+
+    # ------------------------------------------------------------------ who we are
+
+    def info(self) -> common_pb2.WorkerInfo:
+        """What Announce, Describe and Welcome say."""
+        assert self._room is not None, "start first"
+        facts = self._room.facts
+        model = facts.model
+        return common_pb2.WorkerInfo(
+            worker_id=facts.worker_id,
+            incarnation=self.incarnation,
+            role=role_to_wire(self.role),
+            address=self.address,
+            capabilities=CAPABILITIES,
+            model=common_pb2.ModelInfo(
+                name=model.name,
+                weights_fingerprint=model.weights_fingerprint,
+                numerics_class=model.numerics_class,
+                numerics_description=model.numerics_description,
+                max_model_len=model.max_model_len,
+                vocab_size=model.vocab_size,
+                kv_spec=spec_to_wire(model.kv_spec),
+                deterministic=model.deterministic,
+                path=model.directory,
+            ),
+            num_kv_blocks=facts.num_blocks,
+            block_tokens=facts.block_tokens,
+            max_num_seqs=facts.max_num_seqs,
+            max_batch_tokens=facts.max_batch_tokens,
+            release=__version__,
+            pid=os.getpid(),
+            metrics_address=self.metrics_address,
+        )
+
+    # ------------------------------------------------------------------ inside
+
+    def _make_faces(self, room: EngineRoom) -> None:
+        facts, settings = room.facts, self.settings
+        self._metrics = WorkerMetrics(settings, facts, room.pool_size, self.counters)
+        common: dict[str, Any] = {
+            "dispatcher": self.dispatcher,
+            "executor": self._executor,
+            "digest_key": facts.digest_key,
+            "timing": self._timing,
+            "clock": self._clock,
+            "counters": self.counters,
+            "ended": self._metrics.ended,
+        }
+        pull = self._pull = PullTools(kv_spec=facts.model.kv_spec, **common)
+        self.decode = DecodeService(RunTools(facts, pull, self._channels), room.tokenizer, settings.orphan_grace_s)
+        job = JobTools(numerics_class=facts.model.numerics_class, **common)
+        max_streams = settings.step.max_waiting + facts.max_num_seqs
+        self.prefill = PrefillService(facts, job, lambda: self.role, max_streams)
+        self.fetch = FetchService(facts, self.dispatcher)
+        self.watchers = Watchers(self.dispatcher, self.incarnation, self._face_load, self.counters)
+        self.health = Health(self.dispatcher, self._clock, lambda: self.is_draining)
+
+    def _face_load(self) -> FaceLoad:
+        return FaceLoad(self.role, self.is_draining, self._pull.speed.bytes_per_s)
+
+    async def _dispatch(self) -> None:
+        try:
+            await self.dispatcher.run()
+        finally:
+            self.ended.set()
+            if not self._is_stopping:
+                log.error("%s: the engine has ended", self.settings.worker_id)
+
+    async def _ready(self) -> None:
+        ready = asyncio.create_task(self.health.wait_ready())
+        ended = asyncio.create_task(self.ended.wait())
+        try:
+            await asyncio.wait([ready, ended], timeout=READY_S, return_when=asyncio.FIRST_COMPLETED)
+            if not ready.done():
+                raise InternalError("the engine did not become ready; its log has more")
+        finally:
+            for task in (ready, ended):
+                task.cancel()
+
+    async def _bind(self) -> None:
+        host, port = self._host(), self.settings.port
+        server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[self._guard])
+        server.add_generic_rpc_handlers(handlers(self.prefill.transfer, self.fetch.fetch))
+        worker_pb2_grpc.add_WorkerServicer_to_server(WorkerService(self), server)
+        self.health.add_to(server)
+        enable_reflection(server)
+        wanted = target(host, port)
+        try:
+            self._port = server.add_insecure_port(wanted)
+        except RuntimeError as error:
+            check_port(host, port, PORT_REMEDY)  # which knows why
+            raise ConfigError(f"{wanted} cannot be bound: {error}") from None
+        self._guard.audience = self.address
+        await server.start()
+        self._server = server
+        if self.settings.metrics_port is not None:
+            served = pages(self._metrics, self.dispatcher, self.health.is_serving)
+            self._scrapes = ScrapeServer(served, self.settings.metrics_keys)
+            self.metrics_address = await self._scrapes.start(host, self.settings.metrics_port)
+
+    def _host(self) -> str:
+        """Raises ConfigError when the address is public and may not be."""
+        return bindable_host(self.settings.host, "--host", insecure=self.settings.insecure)
+
+    def _count_refusal(self) -> None:
+        self.counters["calls_refused"] += 1
+
+    async def _all_ended(self) -> None:
+        while self.dispatcher.num_owned:
+            await self.dispatcher.next_end()
+
+
+def run_worker(settings: WorkerSettings, parent_pid: int | None = None) -> None:
+    """The main function of a worker process: serve until SIGTERM, SIGINT or the parent's death, drain, return.
+
+    Raises:
+        SystemExit: with 1, when the engine ended by its own fault: the process is to be started anew.
+    """
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(_serve(WorkerProcess(settings), settings.drain_timeout_s, parent_pid))
+
+
+async def _serve(worker: WorkerProcess, grace_s: float, parent_pid: int | None) -> None:
+    stop = Stop()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.hear, number)
+    starter_pid = None if parent_pid is None else os.getppid()
+    starting = asyncio.create_task(worker.start())
+    await first(asyncio.wait([starting]), stop.asked.wait(), orphaned(starter_pid))
+    if not starting.done():  # nobody waits for an answer, and the thread that loads cannot be ended
+        await asyncio.to_thread(stop_building, STOP_BUILDING_S)
+        leave(stop.exit_code if stop.number else 0)
+    await starting
+    if await first(worker.ended.wait(), stop.asked.wait(), orphaned(parent_pid)) == ORPHANED:
+        log.warning("%s: whoever started us is gone", worker.settings.worker_id)
+    is_broken = worker.ended.is_set()
+    try:
+        await unless(stop.asked_again, worker.stop(0.0 if is_broken else grace_s))
+    except Stopped:
+        leave(stop.exit_code)
+    if is_broken:
+        raise SystemExit(1)
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    """uvloop where it is installed."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop
+    return uvloop.new_event_loop

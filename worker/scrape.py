@@ -1,0 +1,134 @@
+"""The HTTP port of a worker: GET /metrics and GET /health, for scrapers and probes. Knows no metric.
+
+A small server of its own: a worker needs no web framework, and everything here is bounded: connections in number, each
+of them in bytes and in seconds, whether a client writes slowly, reads slowly or says nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+from hmac import compare_digest
+from http import HTTPStatus
+
+from ..core.errors import ConfigError
+from ..core.hosts import is_loopback_name, name_in
+
+log = logging.getLogger(__name__)
+
+OPEN = "/health"  # for probes, which ask by any name and hold no key
+MAX_CONNECTIONS = 32
+MAX_HEAD_BYTES = 8 << 10
+EXCHANGE_S = 10.0  # from the connection to the last byte of its one answer
+
+_TEXT = "text/plain; charset=utf-8"
+
+Answer = tuple[HTTPStatus, str, bytes]
+"""Status, content type, body."""
+
+Page = Callable[[str], Answer]
+"""Makes the answer to a GET from its Accept header. Called on the loop; must be quick."""
+
+
+class ScrapeServer:
+    """Answers one request per connection. `start` and `close` it on the same loop.
+
+    As on the router's own port, everything but `OPEN` wants a key where there are keys; where there are none, and the
+    address is loopback, it answers to loopback's names alone, so that no web page reads it (router/api/http/browser.py).
+    """
+
+    def __init__(self, pages: dict[str, Page], keys: Sequence[str] = (), exchange_s: float = EXCHANGE_S) -> None:
+        self._pages = pages
+        self._keys = keys
+        self._is_private = True
+        self._exchange_s = exchange_s
+        self._open: set[asyncio.Task[None]] = set()
+        self._server: asyncio.Server | None = None
+
+    async def start(self, host: str, port: int) -> str:
+        """Bind; the address, with the port that was given or found.
+
+        Raises:
+            ConfigError: the port is taken, or the host is not ours.
+        """
+        try:
+            self._server = await asyncio.start_server(self._serve, host, port, limit=MAX_HEAD_BYTES)
+        except OSError as error:
+            raise ConfigError(
+                f"the metrics port {host}:{port} cannot be bound: {error.strerror or error}; choose another with "
+                "--metrics-port (cluster.worker_metrics_port), 0 for any, or none"
+            ) from None
+        address, found, *_ = self._server.sockets[0].getsockname()
+        self._is_private = is_loopback_name(address)
+        return f"[{host}]:{found}" if ":" in host else f"{host}:{found}"
+
+    async def close(self) -> None:
+        """Free the port; what is under way is cut off."""
+        if self._server is not None:
+            self._server.close()
+        for task in self._open:
+            task.cancel()
+        await asyncio.gather(*self._open, return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._open.add(task)
+        try:
+            if len(self._open) <= MAX_CONNECTIONS:
+                async with asyncio.timeout(self._exchange_s):
+                    writer.write(self._answer(await reader.readuntil(b"\r\n\r\n")))
+                    await writer.drain()
+                    writer.close()
+                    await writer.wait_closed()
+        except (TimeoutError, OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
+            log.debug("a scrape came to nothing: %s", error)
+        finally:
+            with contextlib.suppress(OSError, RuntimeError):
+                writer.transport.abort()  # nothing, where it is closed
+            self._open.discard(task)
+
+    def _answer(self, head: bytes) -> bytes:
+        line, *lines = head.decode("latin-1").split("\r\n")
+        method, _, rest = line.partition(" ")
+        path = rest.partition(" ")[0].partition("?")[0]
+        fields = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        status, kind, body = self._refusal(path, fields) or self._find(method, path, fields.get("accept", ""))
+        headers = [
+            f"HTTP/1.1 {status.value} {status.phrase}",
+            f"content-type: {kind}",
+            f"content-length: {len(body)}",
+            "connection: close",
+            *(["allow: GET, HEAD"] if status is HTTPStatus.METHOD_NOT_ALLOWED else []),
+            *(["www-authenticate: Bearer"] if status is HTTPStatus.UNAUTHORIZED else []),
+        ]
+        return "\r\n".join(headers).encode("latin-1") + b"\r\n\r\n" + (b"" if method == "HEAD" else body)
+
+    def _refusal(self, path: str, fields: dict[str, str]) -> Answer | None:
+        if path == OPEN:
+            return None
+        if self._keys:
+            scheme, _, key = fields.get("authorization", "").partition(" ")
+            given = key.strip().encode("latin-1")
+            if scheme.lower() == "bearer" and any(compare_digest(given, known.encode()) for known in self._keys):
+                return None
+            return HTTPStatus.UNAUTHORIZED, _TEXT, b"send 'Authorization: Bearer KEY' with one of router.api_keys\n"
+        host = fields.get("host")  # whoever sends none is no browser
+        if host is None or not self._is_private or is_loopback_name(name_in(host) or ""):
+            return None
+        return HTTPStatus.FORBIDDEN, _TEXT, b"not by that name: ask for localhost\n"
+
+    def _find(self, method: str, path: str, accept: str) -> Answer:
+        page = self._pages.get(path)
+        if page is None:
+            known = ", ".join(sorted(self._pages))
+            return HTTPStatus.NOT_FOUND, _TEXT, f"no such page here; known: {known}\n".encode()
+        if method not in ("GET", "HEAD"):
+            return HTTPStatus.METHOD_NOT_ALLOWED, _TEXT, b"GET only\n"
+        try:
+            return page(accept)
+        except Exception:
+            log.exception("GET %s failed", path)
+            return HTTPStatus.INTERNAL_SERVER_ERROR, _TEXT, b"the worker's log has more\n"

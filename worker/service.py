@@ -1,0 +1,36 @@
+"""The gRPC service Worker: hands every call to whoever answers it. Holds no logic."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any
+
+from ..protos import common_pb2, worker_pb2, worker_pb2_grpc
+
+if TYPE_CHECKING:
+    from .process import WorkerProcess
+
+
+class WorkerService(worker_pb2_grpc.WorkerServicer):
+    """One worker's face towards routers."""
+
+    def __init__(self, worker: WorkerProcess) -> None:
+        self._worker = worker
+
+    async def Session(self, _: Any, context: Any) -> None:  # type: ignore[override]
+        """One router's orders up, tokens down."""
+        await self._worker.decode.session(context, self._worker.info())
+
+    async def Describe(self, _: worker_pb2.DescribeRequest, context: Any) -> common_pb2.WorkerInfo:
+        """Who this worker is."""
+        return self._worker.info()
+
+    async def Watch(self, _: worker_pb2.WatchRequest, context: Any) -> AsyncIterator[worker_pb2.WatchEvent]:
+        """KV events and load reports."""
+        async for event in self._worker.watchers.watch():
+            yield event
+
+    async def Drain(self, request: worker_pb2.DrainRequest, context: Any) -> worker_pb2.DrainResponse:
+        """No new work; what runs may end."""
+        cancelled = await self._worker.drain(request.timeout_ms / 1000)
+        return worker_pb2.DrainResponse(empty=cancelled == 0, cancelled=cancelled)

@@ -1,0 +1,34 @@
+"""Everything one worker process needs to know. Plain data: it travels to child processes and Ray actors."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from ..checkpoint.config import ModelConfig, StepConfig
+from ..core.config import Section
+from ..core.request import Role
+from ..kv.config import CacheConfig
+
+
+class WorkerSettings(Section):
+    """One worker of the plan."""
+
+    worker_id: str
+    role: Role
+    model_directory: str  # resolved: a local directory
+    model_name: str  # as clients name it
+    model: ModelConfig = ModelConfig()
+    cache: CacheConfig = CacheConfig()
+    step: StepConfig = StepConfig()
+    memory_bytes: int | None = None  # share of the machine or device; none: all that is available now
+    num_threads: int = 1
+    gpu: int = 0  # which one of those that the process sees
+    host: str = "127.0.0.1"
+    insecure: bool = False  # whether `host` may be one that others can reach
+    port: int = 0  # 0: any
+    metrics_port: int | None = 0  # GET /metrics and /health, on the same host; 0: any, none: off
+    metrics_keys: tuple[str, ...] = Field((), repr=False)  # one of which GET /metrics wants; none: no key
+    routers: tuple[str, ...] = ()  # host:port of their Announce services
+    cluster_key: str = Field(min_length=16, repr=False)
+    orphan_grace_s: float = 5.0
+    drain_timeout_s: float = 10.0
