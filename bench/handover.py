@@ -27,9 +27,10 @@ from loopback import Loopback
 from report import save, spread, table
 from workers import CacheShape, Hand, WorkerChild, timeline_of, write_checkpoint
 
-from twostroke.checkpoint.config import ModelConfig, StepConfig
+from twostroke.checkpoint.config import ModelConfig
 from twostroke.core.request import Epoch, Role
 from twostroke.core.timeline import Instant
+from twostroke.engine.config import StepConfig
 from twostroke.kv.block import BlockId
 from twostroke.kv.config import CacheConfig
 from twostroke.kv.handover.frames import Frame, FrameLabel, decode_envelope, encode_frame, verify_frame

@@ -15,6 +15,7 @@ import argparse
 import math
 import random
 import statistics
+import sys
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,7 +23,11 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any, Literal
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 import torch
+from bundled_model.corpus import Document, is_held_out, source_files
+from bundled_model.evaluate import STRIDE_TOKENS, WINDOW_TOKENS
+from bundled_model.tokenizer import encode_documents
 from report import save, table
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -39,9 +44,6 @@ from twostroke.model.batch import build_batch, read_whole
 from twostroke.model.decoder.decoder import Decoder
 from twostroke.model.loader import make_ops, torch_dtype
 from twostroke.model.runner import Runner
-from twostroke.model.training.corpus import Document, is_held_out, source_files
-from twostroke.model.training.evaluate import STRIDE_TOKENS, WINDOW_TOKENS
-from twostroke.model.training.tokenizer import encode_documents
 from twostroke.model.weights.tensors import open_source
 from twostroke.model.weights.weights import load_weights
 
@@ -116,7 +118,7 @@ class Distance:
 
 
 def windows(documents: list[list[int]], limit: int) -> Iterator[tuple[list[int], int]]:
-    """(window, fresh tokens at its end) as `model/training/evaluate.py` cuts them; about `limit` fresh tokens.
+    """(window, fresh tokens at its end) as `tools/bundled_model/evaluate.py` cuts them; about `limit` fresh tokens.
 
     Where the limit cuts, every document gives an equal share of its windows, the first ones.
     """

@@ -17,9 +17,10 @@ from report import percentile, save, table
 
 from twostroke import AsyncClient, TwostrokeError
 from twostroke.cluster.config import load_config
+from twostroke.cluster.model_facts import model_facts
 from twostroke.cluster.placement import place
 from twostroke.cluster.supervisor import Supervisor
-from twostroke.worker.machine import machine_facts, model_facts
+from twostroke.worker.machine import machine_facts
 
 TOPOLOGIES = {
     "disaggregated 1+1": {"cluster.prefill": 1, "cluster.decode": 1},

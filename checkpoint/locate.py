@@ -17,7 +17,7 @@ def resolve(path: str) -> Path:
     Raises:
         CheckpointError: nothing of that name here or at the hub, no config.json in it, or a file that is no GGUF.
     """
-    directory = Path(__file__).resolve().parent / BUNDLED if path == BUNDLED else Path(path).expanduser()
+    directory = Path(__file__).resolve().parents[1] / "model" / BUNDLED if path == BUNDLED else Path(path).expanduser()
     if directory.is_file():
         GgufFile(directory)  # or it raises, with the remedy
         return directory

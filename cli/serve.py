@@ -12,6 +12,7 @@ from rich.table import Table
 
 from ..cli import options as o
 from ..cluster.config import Config
+from ..cluster.model_facts import model_facts
 from ..cluster.placement import Plan, place
 from ..cluster.prepare import prepare
 from ..cluster.supervisor import Supervisor
@@ -20,7 +21,7 @@ from ..core.foreground import Stop, run, unless
 from ..core.hosts import is_loopback_name
 from ..core.ports import numeric_host
 from ..router.config import GOOD_KEY_CHARS
-from ..worker.machine import machine_facts, model_facts
+from ..worker.machine import machine_facts
 from .failure import fail
 
 console = Console(stderr=True, log_path=False, soft_wrap=True)

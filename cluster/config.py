@@ -14,10 +14,11 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, Field, field_validator
 
-from ..checkpoint.config import ModelConfig, StepConfig
+from ..checkpoint.config import ModelConfig
 from ..core.config import Section, load_section
 from ..core.errors import ConfigError
 from ..core.ports import bindable_host
+from ..engine.config import StepConfig
 from ..kv.config import CacheConfig
 from ..router.config import RouterConfig
 

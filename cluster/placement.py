@@ -11,17 +11,8 @@ from ..kv.sizing import MemoryFacts, PoolSize
 from ..kv.spec import KvSpec
 from ..model.ops.device import chosen_kind
 from ..worker.automatic import Decision, decided_context, decided_patience, decided_pool, decided_router, decided_step
+from ..worker.machine import MachineFacts
 from .config import Config
-
-
-@dataclass(frozen=True, slots=True)
-class MachineFacts:
-    """What there is to place on."""
-
-    num_cores: int  # that we may keep busy
-    memory_bytes: int  # available now
-    gpu_bytes: tuple[int, ...] = ()  # likewise, of each GPU
-    cores_reason: str = ""  # why so many
 
 
 @dataclass(frozen=True, slots=True)

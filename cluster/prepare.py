@@ -18,8 +18,9 @@ from ..kernels.cpu.build import NativeUnavailable, found_library
 from ..kernels.cpu.folder import forget_empty_folder
 from ..model.ops.device import chosen_kind, gpu_free_bytes
 from ..router.ports import check_ports
-from ..worker.machine import machine_facts, model_facts
+from ..worker.machine import machine_facts
 from .config import Config
+from .model_facts import model_facts
 from .placement import Plan, place
 from .supervisor import launcher_class
 

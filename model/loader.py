@@ -10,20 +10,14 @@ from typing import Literal
 
 import torch
 
+from ..checkpoint.config import DeviceChoice, DTypeChoice, KernelsChoice
 from ..checkpoint.config_json import load_spec
 from ..checkpoint.safetensors_files import checkpoint_files
-from ..checkpoint.spec import DType, ModelSpec, Quantization
-from ..core.errors import ConfigError
+from ..checkpoint.sizes import cache_codec, compute_dtype, context_length
+from ..checkpoint.spec import DType, Quantization
 from ..kernels.cpu import library as native
 from ..kv.store.store import KvStore
-from .ops.device import (
-    DeviceChoice,
-    KernelsChoice,
-    chosen_kernels,
-    describe_device,
-    refuse_unserved,
-    resolve_device,
-)
+from .ops.device import chosen_kernels, describe_device, refuse_unserved, resolve_device
 from .ops.native_ops import NativeOps
 from .ops.seam import Ops
 from .ops.torch_ops import TorchOps
@@ -43,7 +37,7 @@ class RunnerOptions:
 
     num_blocks: int
     block_tokens: int = 16
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    dtype: DTypeChoice = "auto"
     kv_dtype: KvDType = "auto"
     num_threads: int = 1
     max_model_len: int | None = None
@@ -75,17 +69,14 @@ def load_runner(directory: Path, options: RunnerOptions) -> Runner:
     more_ends = (id_ for id_ in options.end_ids if id_ < spec.vocab_size)  # a tokenizer may know more than the model
     spec = replace(spec, eos_ids=tuple(dict.fromkeys((*spec.eos_ids, *more_ends))))
     device = resolve_device(options.device, options.gpu)
-    if options.max_model_len is not None and options.max_model_len > spec.max_model_len:
-        raise ConfigError(
-            f"model.max_model_len is {options.max_model_len}; {directory} was made for {spec.max_model_len} at most"
-        )
+    context_length(spec, options.max_model_len)
     dtype = torch_dtype(compute_dtype(spec, options.dtype))
     if device.type != "cpu":
-        refuse_unserved(spec, kv_codec(options.kv_dtype))
+        refuse_unserved(spec, cache_codec(options.kv_dtype))
     ops = make_ops(dtype, options.quantization, options.num_threads, kernels=options.kernels, device=device)
     weights = load_weights(open_source(directory), spec, ops)
     give_back_after_load(checkpoint_files(directory) if directory.is_dir() else (directory,))
-    kv_spec = spec.kv_spec(kv_codec(options.kv_dtype))
+    kv_spec = spec.kv_spec(cache_codec(options.kv_dtype))
     store = KvStore(kv_spec, options.num_blocks, options.block_tokens, device, options.digest_key)
     graph_seqs = options.graph_seqs if device.type != "cpu" else 0
     return Runner(spec, weights, ops, store, options.max_model_len, graph_seqs=graph_seqs)
@@ -113,16 +104,6 @@ def make_ops(
     return TorchOps(dtype, num_threads, quantization)
 
 
-def compute_dtype(spec: ModelSpec, dtype: Literal["auto", "bfloat16", "float32"]) -> DType:
-    """What `--dtype` means for this checkpoint."""
-    return spec.dtype if dtype == "auto" else dtype
-
-
-def kv_codec(kv_dtype: KvDType) -> str:
-    """What `--kv-cache-dtype` means: a name of `kv.spec.CODEC_NAMES`."""
-    return "fp8" if kv_dtype == "auto" else kv_dtype
-
-
 def torch_dtype(dtype: DType) -> torch.dtype:
     """The tensor type of a compute dtype."""
     return torch.bfloat16 if dtype == "bfloat16" else torch.float32
@@ -142,7 +123,7 @@ def numerics_class(directory: Path, options: RunnerOptions, tp: int = 1) -> Nume
     machine = machine_description() if device.type == "cpu" else describe_device(device)
     length = f", for {options.max_model_len or spec.max_model_len} tokens" if spec.length_matters else ""
     arithmetic = (
-        f"{dtype}, {kv_codec(options.kv_dtype)} cache{length}, TP {tp}, kernels {KERNEL_SET_VERSION}, "
+        f"{dtype}, {cache_codec(options.kv_dtype)} cache{length}, TP {tp}, kernels {KERNEL_SET_VERSION}, "
         f"{ops.description} on {machine}"
     )
     digest = hashlib.blake2b(weights + arithmetic.encode(), digest_size=16, person=b"twostroke-numer").digest()

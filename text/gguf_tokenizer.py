@@ -1,4 +1,4 @@
-"""A tokenizer, its special tokens and chat templates out of a GGUF file's metadata. Knows no tensor, no model.
+"""A tokenizer and chat templates out of a GGUF file's metadata. Knows no tensor, no model.
 
 Two kinds: byte-level BPE with merges (`tokenizer.ggml.model` "gpt2"), and SentencePiece's BPE by scores ("llama").
 """
@@ -12,26 +12,21 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from ..checkpoint.gguf.file import GgufFile
+from ..checkpoint.gguf.special_ids import (
+    CHAT_ENDS,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    USER_DEFINED,
+    end_ids,
+    special_ids,
+    special_tokens_of,
+    token_id,
+    token_kinds,
+    tokens_of,
+)
 from ..core.errors import CheckpointError
 from .gguf_words import RULES
-
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
-_SPECIAL_KEYS = {
-    "bos_token": "bos_token_id",
-    "eos_token": "eos_token_id",
-    "pad_token": "padding_token_id",
-    "unk_token": "unknown_token_id",
-    "sep_token": "seperator_token_id",  # GGUF spells it so
-    "cls_token": "cls_token_id",
-    "mask_token": "mask_token_id",
-}
-# Files name one end of a text, but chats end in these too; Hugging Face's generation_config.json is not in the file.
-_ENDS = frozenset(
-    {
-        *("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>", "<|end|>", "<end_of_turn>"),
-        *("<EOT>", "_<EOT>", "[EOT]", "<\uff5cend\u2581of\u2581sentence\uff5c>"),
-    }
-)
 
 
 class Vocabulary(NamedTuple):
@@ -48,7 +43,7 @@ def read_vocabulary(file: GgufFile) -> Vocabulary:
     Raises:
         CheckpointError: it holds none, or one of a kind that is not served; names the key.
     """
-    tokens, kind = _tokens(file), file.text("tokenizer.ggml.model")
+    tokens, kind = tokens_of(file), file.text("tokenizer.ggml.model")
     if kind == "gpt2":
         backend, begins = _byte_level(file, tokens)
     elif kind == "llama":
@@ -59,9 +54,9 @@ def read_vocabulary(file: GgufFile) -> Vocabulary:
             "with its tokenizer.json"
         )
     named = special_ids(file)
-    if kind == "llama" and (unknown := _token_id(file, "unknown_token_id")) is not None:
+    if kind == "llama" and (unknown := token_id(file, "unknown_token_id")) is not None:
         named |= {unknown}  # never text; byte-level vocabularies need none, and some files name just any
-    _add_tokens(backend, tokens, _token_kinds(file, tokens), named)
+    _add_tokens(backend, tokens, token_kinds(file, tokens), named)
     _add_ends(file, backend, tokens, begins)
     return Vocabulary(backend, special_tokens_of(file, tokens), end_ids(file, tokens))
 
@@ -73,35 +68,6 @@ def read_templates(file: GgufFile) -> dict[str, str]:
         if isinstance(value, str) and key.startswith("tokenizer.chat_template"):
             found[key.removeprefix("tokenizer.chat_template").removeprefix(".") or "default"] = value
     return found
-
-
-def special_tokens_of(file: GgufFile, tokens: Sequence[str] | None = None) -> dict[str, str]:
-    """The special tokens by the names that chat templates know."""
-    tokens = _tokens(file) if tokens is None else tokens
-    named = {name: _token_id(file, key) for name, key in _SPECIAL_KEYS.items()}
-    return {name: tokens[id_] for name, id_ in named.items() if id_ is not None}
-
-
-def special_ids(file: GgufFile) -> frozenset[int]:
-    """All ids that the file names as special."""
-    keys = (*_SPECIAL_KEYS.values(), "eot_token_id", "eom_token_id")
-    return frozenset(
-        id_ for id_ in (_token_id(file, key) for key in keys if key != "unknown_token_id") if id_ is not None
-    )
-
-
-def beginning_id(file: GgufFile) -> int | None:
-    """The beginning-of-sequence token, where there is one."""
-    return _token_id(file, "bos_token_id")
-
-
-def end_ids(file: GgufFile, tokens: Sequence[str] | None = None) -> tuple[int, ...]:
-    """What ends a text: the ids that the file names, and the chat ends that its vocabulary holds as special tokens."""
-    tokens = _tokens(file) if tokens is None else tokens
-    named = [_token_id(file, key) for key in ("eos_token_id", "eot_token_id", "eom_token_id")]
-    kinds = _token_kinds(file, tokens)
-    by_text = [i for i, token in enumerate(tokens) if token in _ENDS and kinds[i] in (_CONTROL, _USER_DEFINED)]
-    return tuple(dict.fromkeys([id_ for id_ in named if id_ is not None] + by_text))
 
 
 # ---------------------------------------------------------------- the two kinds
@@ -143,10 +109,10 @@ def _by_scores(file: GgufFile, tokens: list[str]) -> tuple[tokenizers.Tokenizer,
         raise CheckpointError(
             f"{file.path}: {len(scores)} tokenizer.ggml.scores for {len(tokens)} tokens; fetch or convert it again"
         )
-    unknown = _token_id(file, "unknown_token_id")
-    kinds = _token_kinds(file, tokens)
+    unknown = token_id(file, "unknown_token_id")
+    kinds = token_kinds(file, tokens)
     if unknown is None:
-        unknown = next((i for i, kind in enumerate(kinds) if kind == _UNKNOWN), 0)
+        unknown = next((i for i, kind in enumerate(kinds) if kind == UNKNOWN), 0)
     merges = _merges(tokens, scores, kinds)
     backend = tokenizers.Tokenizer(
         models.BPE(_ids(tokens), merges, unk_token=tokens[unknown], fuse_unk=True, byte_fallback=True)
@@ -164,7 +130,7 @@ def _merges(tokens: list[str], scores: list[float], kinds: list[int]) -> list[tu
     by_text = _ids(tokens)
     found: list[tuple[float, int, int, int]] = []
     for id_, token in enumerate(tokens):
-        if kinds[id_] != _NORMAL or len(token) < 2:
+        if kinds[id_] != NORMAL or len(token) < 2:
             continue
         for place in range(1, len(token)):
             left, right = by_text.get(token[:place]), by_text.get(token[place:])
@@ -177,13 +143,6 @@ def _merges(tokens: list[str], scores: list[float], kinds: list[int]) -> list[tu
 # ---------------------------------------------------------------- what both have
 
 
-def _tokens(file: GgufFile) -> list[str]:
-    tokens = file.strings("tokenizer.ggml.tokens")
-    if not tokens:
-        raise CheckpointError(f"{file.path} has no tokenizer.ggml.tokens; give a file that holds its vocabulary")
-    return tokens
-
-
 def _ids(tokens: Sequence[str]) -> dict[str, int]:
     """Ids by token; of equal ones the first, the others have no text."""
     ids: dict[str, int] = {}
@@ -193,26 +152,6 @@ def _ids(tokens: Sequence[str]) -> dict[str, int]:
     return ids
 
 
-def _token_kinds(file: GgufFile, tokens: Sequence[str]) -> list[int]:
-    kinds = file.numbers("tokenizer.ggml.token_type")
-    if kinds and len(kinds) != len(tokens):
-        raise CheckpointError(
-            f"{file.path}: {len(kinds)} tokenizer.ggml.token_type for {len(tokens)} tokens; fetch or convert it again"
-        )
-    return kinds or [_NORMAL] * len(tokens)
-
-
-def _token_id(file: GgufFile, key: str) -> int | None:
-    found = file.metadata.get("tokenizer.ggml." + key)
-    array = file.metadata.get("tokenizer.ggml.tokens")
-    count = getattr(array, "count", 0)
-    if found is None or found in (-1, 0xFFFFFFFF):  # some converters write "none" so
-        return None
-    if not isinstance(found, int) or isinstance(found, bool) or not 0 <= found < count:
-        raise CheckpointError(f"{file.path}: tokenizer.ggml.{key} is {found!r}; must be below {count}")
-    return found
-
-
 def _add_tokens(
     backend: tokenizers.Tokenizer, tokens: Sequence[str], kinds: Sequence[int], named: frozenset[int]
 ) -> None:
@@ -220,9 +159,9 @@ def _add_tokens(
     first = _ids(tokens)
     added = []
     for id_, token in enumerate(tokens):
-        is_end = token in _ENDS and kinds[id_] == _USER_DEFINED
-        special = kinds[id_] in (_CONTROL, _UNKNOWN) or id_ in named or is_end
-        if (special or kinds[id_] == _USER_DEFINED) and first.get(token) == id_:
+        is_end = token in CHAT_ENDS and kinds[id_] == USER_DEFINED
+        special = kinds[id_] in (CONTROL, UNKNOWN) or id_ in named or is_end
+        if (special or kinds[id_] == USER_DEFINED) and first.get(token) == id_:
             added.append(AddedToken(token, special=special, normalized=False))
     backend.add_tokens(added)
 
@@ -231,10 +170,10 @@ def _add_ends(file: GgufFile, backend: tokenizers.Tokenizer, tokens: Sequence[st
     """Put the beginning and end of sequence around a text where the file asks for it."""
     around: list[tuple[str, int]] = []
     template = ["$A"]
-    if file.flag("tokenizer.ggml.add_bos_token", begins) and (bos := _token_id(file, "bos_token_id")) is not None:
+    if file.flag("tokenizer.ggml.add_bos_token", begins) and (bos := token_id(file, "bos_token_id")) is not None:
         template.insert(0, "BOS")
         around.append(("BOS", bos))
-    if file.flag("tokenizer.ggml.add_eos_token", False) and (eos := _token_id(file, "eos_token_id")) is not None:
+    if file.flag("tokenizer.ggml.add_eos_token", False) and (eos := token_id(file, "eos_token_id")) is not None:
         template.append("EOS")
         around.append(("EOS", eos))
     if around:

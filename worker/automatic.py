@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from ..checkpoint.config import StepConfig
 from ..core.config import Section
 from ..core.errors import DoesNotFit
+from ..engine.config import StepConfig
 from ..kv.config import CacheConfig
 from ..kv.sizing import MemoryFacts, PoolSize, size_pool
 from ..kv.spec import KvSpec

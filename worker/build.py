@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..checkpoint.config_json import load_spec
+from ..checkpoint.sizes import cache_codec, context_length, held_bytes
 from ..core.clock import Clock
 from ..core.request import Role
 from ..decode_worker.policy import DecodePolicy, combined_policy
@@ -30,7 +31,7 @@ from ..prefill_worker.policy import PrefillPolicy
 from ..text.incremental import check_decoder
 from ..text.tokenizer import Tokenizer
 from .automatic import decided_context, decided_pool, decided_step
-from .machine import cache_codec, context_length, held_bytes, machine_facts
+from .machine import machine_facts
 from .settings import WorkerSettings
 
 _log = logging.getLogger(__name__)

@@ -11,6 +11,7 @@ from http import HTTPStatus
 
 from prometheus_client import CollectorRegistry
 
+from ..checkpoint.sizes import cache_codec
 from ..core import metrics
 from ..core.board import Board, render
 from ..core.life import Life
@@ -18,7 +19,6 @@ from ..engine.client import Dispatcher
 from ..engine.facts import FaceFacts
 from ..engine.messages import LoadNews
 from ..kv.sizing import PoolSize
-from .machine import cache_codec
 from .scrape import Answer, Page
 from .settings import WorkerSettings
 

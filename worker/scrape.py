@@ -36,7 +36,7 @@ class ScrapeServer:
     """Answers one request per connection. `start` and `close` it on the same loop.
 
     As on the router's own port, everything but `OPEN` wants a key where there are keys; where there are none, and the
-    address is loopback, it answers to loopback's names alone, so that no web page reads it (router/api/http/browser.py).
+    address is loopback, it answers to loopback's names alone, so that no web page reads it (browser.py).
     """
 
     def __init__(self, pages: dict[str, Page], keys: Sequence[str] = (), exchange_s: float = EXCHANGE_S) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from ..checkpoint.config import ModelConfig, StepConfig
+from ..checkpoint.config import ModelConfig
 from ..core.config import Section
 from ..core.request import Role
+from ..engine.config import StepConfig
 from ..kv.config import CacheConfig
 
 

@@ -15,10 +15,10 @@ from typing import Any
 from protocol import MAX_BATCH, NEW_TOKENS, PROMPT_TOKENS, RAMP_TOKENS, Trace, arguments, serve
 
 import checkpoint
-from twostroke.checkpoint.config import StepConfig
 from twostroke.core.clock import MonotonicClock
 from twostroke.core.request import FinishReason, SamplingParams, SequenceKey
 from twostroke.decode_worker.policy import combined_policy
+from twostroke.engine.config import StepConfig
 from twostroke.engine.core import CoreLimits, EngineCore
 from twostroke.engine.loop import Engine
 from twostroke.engine.messages import Ended, LoadNews, Source, StepTokens, Stop, Submit

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ...core.errors import CheckpointError
-from ...text.gguf_tokenizer import beginning_id, end_ids
 from .file import GgufFile
 from .keys import Keys, heads_of
 from .rope import read_rope
+from .special_ids import beginning_id, end_ids
 
 _GATING_SOFTMAX, _GATING_SIGMOID = 1, 2
 _PLAIN_ROUTING = {

@@ -11,16 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from ...checkpoint.config import DeviceChoice, Kernels, KernelsChoice
 from ...checkpoint.spec import LatentAttention, ModelSpec
 from ...core.errors import ConfigError
 from ...kernels.cpu.build import NativeUnavailable, find_compiler
 
 if TYPE_CHECKING:
     import torch
-
-DeviceChoice = Literal["auto", "cpu", "cuda"]
-KernelsChoice = Literal["auto", "native", "torch"]
-Kernels = Literal["native", "torch", "triton"]
 
 _log = logging.getLogger(__name__)
 

@@ -85,7 +85,7 @@ class Front:
         """Validate and tokenise a call.
 
         Raises:
-            InvalidRequest and its kin, Unauthenticated, Unavailable: see router/api/validate.py and router/api/models.py.
+            InvalidRequest and its kin, Unauthenticated, Unavailable: see validate.py and models.py.
             Overloaded: as many calls as may run are being read already.
             DeadlineExceeded: rendering and tokenising took longer than the call has.
         """

@@ -8,7 +8,7 @@
                                 └── patience over, deadline, client left, abort, error ──┴───────────────▶ SETTLED
 
 Events come in as method calls with the time; orders and timers leave through `Driver`, what is worth measuring through
-`Observer` (router/requests/surroundings.py). Under asyncio router/requests/dispatch.py drives it, in virtual time sim/router.py.
+`Observer` (surroundings.py). Under asyncio dispatch.py drives it, in virtual time sim/router.py.
 At most one dispatch of a request lives: a request that is being routed belongs to no worker, so a second loss meanwhile
 changes nothing.
 """

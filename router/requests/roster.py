@@ -1,7 +1,7 @@
 """What follows from each word of a worker: connect, take in, reset, forget. Pure.
 
-Joins fleet and prefix map. Whoever owns the wires (router/workers/members.py, sim/router.py) calls in with what they say and
-carries out what `Wires` asks.
+Joins fleet and prefix map. The owner of the connections (router/workers/members.py, sim/router.py) calls in with what
+they say and carries out what `Wires` asks.
 """
 
 from __future__ import annotations

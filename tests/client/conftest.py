@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-
-# pytest's importlib mode puts no test folder on the path: peer.py is loaded once, under a name of its own.
-_spec = importlib.util.spec_from_file_location("twostroke_test_client_peer", Path(__file__).with_name("peer.py"))
-assert _spec is not None
-assert _spec.loader is not None
-peer_module = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = peer_module
-_spec.loader.exec_module(peer_module)
+from support import peer as peer_module
 
 
 @pytest.fixture

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-from awaited import Awaited, AwaitedStream
+from support.awaited import Awaited, AwaitedStream
 
 from twostroke import AsyncClient, Client
 from twostroke.core.errors import (

@@ -10,12 +10,12 @@ from rich.console import Console
 from twostroke.cli.serve import show_plan
 from twostroke.cluster.config import load_config
 from twostroke.cluster.launch.launcher import Site, worker_settings
-from twostroke.cluster.placement import MachineFacts, ModelFacts, Plan, place
+from twostroke.cluster.placement import ModelFacts, Plan, place
 from twostroke.core.errors import ConfigError, DoesNotFit
 from twostroke.kv.sizing import MAX_POOL_BLOCKS, MemoryFacts, size_pool
 from twostroke.kv.spec import attention_spec
 from twostroke.worker.cgroup import left_bytes, quota_cores
-from twostroke.worker.machine import usable_cores
+from twostroke.worker.machine import MachineFacts, usable_cores
 
 SPEC = attention_spec(num_layers=32, kv_heads=8, head_dim=128, codec=1)  # 66,048 bytes/token
 LLAMA_8B = ModelFacts("llama-8b", "anywhere", 16 << 30, SPEC, 131_072)

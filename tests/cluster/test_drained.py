@@ -4,12 +4,13 @@ import asyncio
 
 from twostroke.client.async_client import AsyncClient
 from twostroke.cluster.config import load_config
+from twostroke.cluster.model_facts import model_facts
 from twostroke.cluster.placement import place
 from twostroke.cluster.supervisor import Supervisor
 from twostroke.core.inside import InsideChannel
 from twostroke.kv.keys import proof_key
 from twostroke.protos import worker_pb2, worker_pb2_grpc
-from twostroke.worker.machine import machine_facts, model_facts
+from twostroke.worker.machine import machine_facts
 
 
 async def test_a_worker_that_drains_unasked_is_replaced(tiny_checkpoint, monkeypatch):

@@ -10,7 +10,9 @@ import torch
 
 from twostroke.checkpoint.config import ModelConfig
 from twostroke.checkpoint.config_json import load_spec
+from twostroke.checkpoint.sizes import held_bytes
 from twostroke.cluster.config import load_config
+from twostroke.cluster.model_facts import model_facts
 from twostroke.core.errors import CheckpointError, ConfigError
 from twostroke.kernels.cpu import build
 from twostroke.kernels.cpu import library as native
@@ -20,7 +22,6 @@ from twostroke.model.ops.native_ops import PackedLinear
 from twostroke.model.ops.torch_ops import TorchLinear
 from twostroke.model.weights.tensors import open_source
 from twostroke.model.weights.weights import load_weights
-from twostroke.worker.machine import held_bytes, model_facts
 
 BUNDLED = Path(__file__).resolve().parents[2] / "model" / "bundled"  # tied, bfloat16
 

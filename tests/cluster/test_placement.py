@@ -3,11 +3,12 @@
 import pytest
 
 from twostroke.cluster.config import load_config
-from twostroke.cluster.placement import MachineFacts, ModelFacts, place
+from twostroke.cluster.placement import ModelFacts, place
 from twostroke.core.errors import ConfigError, DoesNotFit
 from twostroke.core.request import Role
 from twostroke.kv.sizing import MemoryFacts, size_pool
 from twostroke.kv.spec import attention_spec
+from twostroke.worker.machine import MachineFacts
 
 SPEC = attention_spec(num_layers=32, kv_heads=8, head_dim=128, codec=1)
 MODEL = ModelFacts("llama-8b", "anywhere", 16 << 30, SPEC, 8192)

@@ -1,9 +1,7 @@
 """A poisoned paged cache for kernel tests: what nobody wrote is NaN."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,13 +11,11 @@ from twostroke.kernels.gpu import launch
 from twostroke.kernels.reference import Planes
 
 if launch.interpreted():
-    sys.path.insert(0, str(Path(__file__).parents[1]))  # for the helper of several folders
-    from quick_interpreter import quicken
+    from support.quick_interpreter import quicken
 
     quicken()
 else:
-    sys.path.insert(0, str(Path(__file__).parent))  # for the helper beside the tests
-    from on_gpu import move_kernels_to_gpu
+    from support.on_gpu import move_kernels_to_gpu
 
     move_kernels_to_gpu()
 

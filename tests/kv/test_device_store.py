@@ -1,8 +1,6 @@
 """The store on a device, or on the CPU with kernels in Triton's interpreter, against the store on the CPU."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,8 +17,7 @@ from twostroke.kv.store.host_store import HostStore
 from twostroke.kv.store.store import KvStore
 
 if launch.interpreted():
-    sys.path.insert(0, str(Path(__file__).parents[1]))  # for the helper of several folders
-    from quick_interpreter import quicken
+    from support.quick_interpreter import quicken
 
     quicken()
 

@@ -9,8 +9,8 @@ from math import prod
 
 import pytest
 import torch
-from native_cache import BLOCK, Cache
-from older_machines import LEVELS, library_for
+from support.native_cache import BLOCK, Cache
+from support.older_machines import LEVELS, library_for
 
 from twostroke.kernels.cpu import library as native
 from twostroke.model.loader import KERNEL_SET_VERSION

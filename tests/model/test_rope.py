@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from logits_oracle import assert_same_logits, oracle
-from tiny_families import VOCAB, TinyFamily, write_family
+from support.logits_oracle import assert_same_logits, oracle
+from support.tiny_families import VOCAB, TinyFamily, write_family
 
 from twostroke.checkpoint.config_json import load_spec
 from twostroke.checkpoint.spec import RopeScaling, RopeSpec

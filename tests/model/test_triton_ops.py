@@ -1,6 +1,5 @@
 """The decoder over Triton kernels, in Triton's interpreter or on a GPU: torch's answers, and graphs of any size."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,8 +27,7 @@ from twostroke.model.weights.tensors import open_source
 from twostroke.model.weights.weights import load_weights
 
 if launch.interpreted():
-    sys.path.insert(0, str(Path(__file__).parents[1]))  # for the helper of several folders
-    from quick_interpreter import quicken
+    from support.quick_interpreter import quicken
 
     quicken()
 

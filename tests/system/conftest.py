@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from twostroke.cluster.config import load_config
+from twostroke.cluster.model_facts import model_facts
 from twostroke.cluster.placement import place
 from twostroke.cluster.supervisor import Supervisor
-from twostroke.worker.machine import machine_facts, model_facts
+from twostroke.worker.machine import machine_facts
 
 
 class Cluster:

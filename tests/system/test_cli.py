@@ -14,9 +14,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-from observer import POLL_S, Footprint, Observer
+from support.observer import POLL_S, Footprint, Observer
 
 from twostroke.core.ports import free_ports
 

@@ -5,18 +5,15 @@ vLLM read, in which form and by which labels.
 """
 
 import json
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
+from support.promql import Selector, Series, groupings, scrape, selectors, unanswered
 
 from twostroke import Client
-
-sys.path.insert(0, str(Path(__file__).parent))
-from promql import Selector, Series, groupings, scrape, selectors, unanswered
 
 MODEL = "twostroke-bundled"
 

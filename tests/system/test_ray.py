@@ -7,7 +7,6 @@ hanging on a busy machine. Every test begins with a whole, idle cluster, and so 
 import os
 import re
 import signal
-import sys
 import threading
 import time
 from collections import Counter
@@ -20,11 +19,9 @@ import grpc
 import openai
 import psutil
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-from observer import Footprint, Observer, Workers, brief, send_signal
-from sockets import check_listeners, declared_by, listeners
-from visitors import MODEL, Crowd, OpenAiVisitor, SdkVisitor, SocketVisitor, Told, Visitor, prompt_of
+from support.observer import Footprint, Observer, Workers, brief, send_signal
+from support.sockets import check_listeners, declared_by, listeners
+from support.visitors import MODEL, Crowd, OpenAiVisitor, SdkVisitor, SocketVisitor, Told, Visitor, prompt_of
 
 from twostroke import Client
 

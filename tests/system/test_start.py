@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.observer import POLL_S
 
 from twostroke import Client
 from twostroke.checkpoint.config import BUNDLED
 from twostroke.core.ports import free_ports
-
-sys.path.insert(0, str(Path(__file__).parent))
-from observer import POLL_S
 
 ROOT = Path(__file__).resolve().parents[2]
 BUSY_MACHINE_S = 200.0

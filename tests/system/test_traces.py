@@ -12,10 +12,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-from observer import POLL_S, Footprint
-from sockets import check_listeners, declared_by, listeners
+from support.observer import POLL_S, Footprint
+from support.sockets import check_listeners, declared_by, listeners
 
 pytestmark = pytest.mark.timeout(400)
 

@@ -9,11 +9,11 @@ from typing import Any
 import gguf
 import pytest
 import tokenizers
-from real_models import VOCABULARIES, real_models
+from support.real_models import VOCABULARIES, real_models
 
 from twostroke.checkpoint.gguf.file import GgufFile
+from twostroke.checkpoint.gguf.special_ids import end_ids
 from twostroke.core.errors import CheckpointError
-from twostroke.text.gguf_tokenizer import end_ids
 from twostroke.text.incremental import IncrementalText
 from twostroke.text.template import ChatTemplate
 from twostroke.text.tokenizer import Tokenizer

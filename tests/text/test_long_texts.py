@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import random
-import sys
-from pathlib import Path
 
 import pytest
 import tokenizers
-from kinds import MAKERS, bundled, byte_level, each_tokenizer
-from long_texts import mixed_text
-from real_models import VOCABULARIES, real_models
+from support.kinds import MAKERS, bundled, byte_level, each_tokenizer
+from support.long_texts import mixed_text
+from support.real_models import VOCABULARIES, real_models
+from support.ticking import ticked_while
 from tokenizers import Regex, pre_tokenizers
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from ticking import ticked_while
 
 from twostroke.core.errors import InvalidRequest
 from twostroke.text import cuts as cuts_module

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from template_styles import SPECIAL, STYLES
+from support.template_styles import SPECIAL, STYLES
 
 from twostroke.text.sandbox import Limits
 from twostroke.text.template import ChatTemplate

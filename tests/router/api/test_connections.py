@@ -1,0 +1,313 @@
+"""Bounds on HTTP connections, over real sockets: their number, their heads, and clients that read nothing."""
+
+import asyncio
+import importlib.util
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import uvicorn
+
+from twostroke.router.api.frontend import Front
+from twostroke.router.api.http import connections
+from twostroke.router.api.http.app import make_app
+from twostroke.router.api.http.connections import MAX_HEADERS, Connections, connections_within
+from twostroke.router.config import RouterConfig
+from twostroke.router.requests.flow import Flow
+
+_FILE = Path(__file__).parents[3] / "bench/hostile/http_inputs.py"
+_SPEC = importlib.util.spec_from_file_location("http_inputs", _FILE)
+assert _SPEC
+assert _SPEC.loader
+http_inputs = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(http_inputs)
+
+GET = b"GET /ping HTTP/1.1\r\nhost: localhost\r\n\r\n"
+
+
+@asynccontextmanager
+async def served(most: int = 64, stall_s: float = 5.0, app: Any = None) -> AsyncIterator[tuple[int, Connections]]:
+    """A server; its port and its connections."""
+    among = Connections(most, stall_s)
+    config = RouterConfig()
+    app = app or make_app(config, Front(config, Flow(config, b"k" * 32, proof_key=b"p" * 32)))
+    listener = socket.create_server(("127.0.0.1", 0))
+    protocol = cast(Any, among.protocol)
+    server = uvicorn.Server(uvicorn.Config(app, http=protocol, ws="none", lifespan="off", log_level="critical"))
+    running = asyncio.create_task(server._serve([listener]))
+    try:
+        async with asyncio.timeout(20):
+            yield listener.getsockname()[1], among
+    finally:
+        server.should_exit = server.force_exit = True
+        await running
+
+
+async def answer(port: int, sent: bytes) -> bytes:
+    """All that comes back until the server closes, or nothing more comes for a while."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(sent)
+        got = b""
+        while part := await reader.read(1 << 16):
+            got += part
+    except ConnectionError:
+        pass
+    finally:
+        writer.transport.abort()
+    return got
+
+
+@pytest.fixture
+def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FIRST_BYTE_S", "HEAD_S", "BEHIND_S"):
+        monkeypatch.setattr(connections, name, 0.2)
+    monkeypatch.setattr(connections, "LOOK_S", 0.05)
+
+
+@pytest.mark.usefixtures("short_times")
+async def test_hostile_heads_are_refused_and_their_connections_closed():
+    expected = {
+        "one header of 1 MiB": b" 431 ",
+        "10,000 headers": b" 431 ",
+        "a path of 1 MiB": b" 431 ",
+        "1,000 pipelined requests": b" 503 ",  # what fits is answered: there is no worker
+        "half a head": b" 408 ",
+        "no head": b"",
+    }
+    async with served() as (port, among):
+        for name, head in http_inputs.heads():
+            got = await answer(port, head)
+            assert expected[name] in got[:20], name
+            pipelined = connections.MAX_PIPELINED + 1 if "pipelined" in name else got.count(b"HTTP/1.1")
+            assert got.count(b"HTTP/1.1") == pipelined
+        while len(among):
+            await asyncio.sleep(0.01)
+
+
+async def test_a_head_of_usual_size_is_served():
+    headers = b"".join(b"a%d: %s\r\n" % (place, b"b" * 100) for place in range(MAX_HEADERS - 2))
+    async with served() as (port, _):
+        got = await answer(port, GET[:-2] + headers + b"connection: close\r\n\r\n")
+        assert got.startswith(b"HTTP/1.1 503")  # no worker is ready
+        assert b"no worker" in got
+
+
+async def test_the_longest_idle_connection_makes_room_for_a_new_one():
+    async with served(most=3) as (port, among):
+        idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
+        while len(among) < 3:
+            await asyncio.sleep(0.01)
+        assert b"no worker" in await answer(port, GET[:-2] + b"connection: close\r\n\r\n")
+        with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+            await idle[0][0].readexactly(1)
+        for _, writer in idle:
+            writer.transport.abort()
+
+
+async def test_where_no_connection_is_idle_a_new_one_is_refused():
+    async with served(most=1) as (port, _):
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 5\r\n\r\n")
+        await writer.drain()
+        got = b""
+        while b" 503 Service" not in got or b"retry-after: 1" not in got:  # until its request has been seen
+            got = await answer(port, b"")
+        writer.transport.abort()
+
+
+async def test_half_a_head_makes_room_for_a_new_connection():
+    async with served(most=3) as (port, among):
+        halves = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
+        for _, writer in halves:
+            writer.write(GET[:20])
+        while len(among._heads) < 3:
+            await asyncio.sleep(0.01)
+        for _ in range(3):
+            assert b"no worker" in await answer(port, GET[:-2] + b"connection: close\r\n\r\n")
+        with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+            await halves[0][0].readexactly(1)
+        for _, writer in halves:
+            writer.transport.abort()
+
+
+async def test_a_request_behind_another_ones_answer_is_no_half_head():
+    """A connection whose answer is under way keeps it, whatever it has begun to send behind it."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await go_on.wait()
+        await send({"type": "http.response.body", "body": b"whole"})
+
+    go_on = asyncio.Event()
+    async with served(most=1, app=app) as (port, _):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(GET + GET[:20])
+        await reader.readuntil(b"\r\n\r\n")
+        assert b" 503 Service" in await answer(port, b"")
+        go_on.set()
+        assert b"whole" in await reader.readuntil(b"whole")
+        writer.transport.abort()
+
+
+@pytest.mark.usefixtures("short_times")
+async def test_a_client_that_takes_nothing_of_an_answer_is_cut_off():
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"x" * (32 << 20)})
+        answered.set()
+
+    answered = asyncio.Event()
+    async with served(stall_s=0.3, app=app) as (port, among):
+        _, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
+        writer.write(GET)
+        await answered.wait()
+        while len(among):
+            await asyncio.sleep(0.01)
+        writer.transport.abort()
+
+
+@pytest.mark.usefixtures("short_times")
+async def test_a_body_that_goes_on_behind_its_answer_ends_the_connection():
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\nexpect: 100-continue\r\n\r\n"
+    async with served() as (port, _):
+        got = await answer(port, head % (1 << 40))
+        assert got.startswith(b"HTTP/1.1 413")
+        assert b"100 Continue" not in got
+
+
+async def echo(scope: Any, receive: Any, send: Any) -> None:
+    """Answers with the headers' names and the body."""
+    body, more = b"", True
+    while more:
+        message = await receive()
+        body, more = body + message.get("body", b""), message.get("more_body", False)
+    names = b" ".join(name for name, _ in scope["headers"])
+    told = b"|".join([scope["method"].encode(), scope["raw_path"], names, body])
+    headers = [(b"content-length", str(len(told)).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": told})
+
+
+HTTP2 = b"Connection: Upgrade, HTTP2-Settings, x\r\nHTTP2-Settings: AAEAAEAAAAIAAAAA\r\nUpgrade: h2c\r\n"
+
+
+@pytest.mark.parametrize("wish", [HTTP2, b"Connection: Upgrade\r\nUpgrade: websocket\r\n"])
+@pytest.mark.parametrize("size", [1 << 20, 7])  # of what is sent at once
+async def test_who_asks_for_another_protocol_is_answered_in_this_one(wish: bytes, size: int):
+    """And its body is a body, whatever it looks like and whenever it comes: never a request of its own."""
+    inner = b"GET /inner HTTP/1.1\r\nhost: localhost\r\n\r\n"
+    asks = b"POST /outer HTTP/1.1\r\nhost: localhost\r\n%scontent-length: %d\r\n\r\n%s" % (wish, len(inner), inner)
+    chunked = b"POST /chunked HTTP/1.1\r\nhost: localhost\r\n%stransfer-encoding: chunked\r\n\r\n" % wish
+    last = b"GET /last HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
+    sent = asks + chunked + b"3\r\nabc\r\n0\r\n\r\n" + last
+    async with served(app=echo) as (port, _):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        for start in range(0, len(sent), size):
+            writer.write(sent[start : start + size])
+            await asyncio.sleep(0)
+        got = await reader.read(-1)
+        told = [part.partition(b"\r\n\r\n")[2] for part in got.split(b"HTTP/1.1 200 OK")[1:]]
+        kept = b" connection" if wish is HTTP2 else b""
+        assert told == [
+            b"POST|/outer|host%s content-length|%s" % (kept, inner),
+            b"POST|/chunked|host%s transfer-encoding|abc" % kept,
+            b"GET|/last|host connection|",
+        ]
+
+
+async def test_a_head_that_asks_for_another_protocol_may_be_as_long_as_any():
+    filler = b"".join(b"a%d: %s\r\n" % (place, b"b" * 1000) for place in range(20))
+    async with served(app=echo) as (port, _):
+        head = b"GET /long HTTP/1.1\r\nhost: localhost\r\nConnection: Upgrade, close\r\nUpgrade: h2c\r\n"
+        assert (await answer(port, head + filler + b"\r\n")).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.usefixtures("short_times")
+async def test_a_connection_that_ends_and_is_not_left_by_its_client_is_closed():
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 99999999\r\nconnection: close\r\n\r\n"
+    async with served() as (port, among):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(head)
+        assert (await reader.read(-1)).startswith(b"HTTP/1.1 413")
+        async with asyncio.timeout(10):
+            while len(among):
+                await asyncio.sleep(0.01)
+        writer.transport.abort()
+
+
+async def test_the_time_of_an_idle_connection_begins_with_the_end_of_its_answer():
+    """However long the answer took."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        asked.set()
+        await go_on.wait()
+        await echo(scope, receive, send)
+
+    asked, go_on = asyncio.Event(), asyncio.Event()
+    async with served(app=app) as (port, among):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(GET)
+        await asked.wait()
+        (connection,) = among._all
+        connection._since_s -= 3600.0  # as if the request had come an hour ago
+        go_on.set()
+        await reader.readuntil(b"GET|/ping|host|")
+        connection._look_at_request(connection.loop.time() - connection._since_s)
+        writer.write(GET)
+        await reader.readuntil(b"GET|/ping|host|")
+        writer.transport.abort()
+
+
+async def test_requests_behind_the_last_answer_are_not_asked():
+    """The connection closes after the first, and half a body is on its way behind them."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        asked.append(scope["method"])
+        await go_on.wait()
+        headers = [(b"connection", b"close"), (b"content-length", b"5")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"whole"})
+
+    asked: list[str] = []
+    go_on = asyncio.Event()
+    async with served(app=app) as (port, among):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(GET + GET + b"POST / HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n\r\nhalf")
+        while not any(len(connection.pipeline) == 2 for connection in among._all):
+            await asyncio.sleep(0.01)
+        go_on.set()
+        assert (await reader.read(-1)).count(b"HTTP/1.1 200") == 1
+        assert asked == ["GET"]
+        writer.transport.abort()
+
+
+async def test_no_tunnel_begins_here():
+    async with served(app=echo) as (port, _):
+        assert (await answer(port, b"CONNECT a.example:80 HTTP/1.1\r\nhost: a\r\n\r\n")).startswith(b"HTTP/1.1 400")
+
+
+async def test_an_answer_before_the_end_of_a_body_reaches_a_client_that_writes_first_and_then_reads():
+    """Also where the connection is not kept: closing over unread bytes would take the answer back."""
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
+    size = 16 << 20
+    async with served() as (port, among):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(head % size)
+        for _ in range(size >> 20):
+            writer.write(b"x" * (1 << 20))
+            await writer.drain()
+        assert (await reader.read(-1)).startswith(b"HTTP/1.1 413")
+        writer.close()
+        while len(among):
+            await asyncio.sleep(0.01)
+
+
+def test_files_are_left_for_what_is_no_connection():
+    assert connections_within(4096, 1 << 20) == 4096
+    assert connections_within(4096, 1024) == 768
+    assert connections_within(4096, 64) == 32
+    assert connections_within(4096, -1) == 4096

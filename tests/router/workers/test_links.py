@@ -1,0 +1,56 @@
+"""A link to one worker: however its session ends, its owner hears of it at once."""
+
+from __future__ import annotations
+
+import grpc.aio
+from support.fake_worker import FakeWorker
+from support.flow_cluster import cluster, collect, request, until
+
+from twostroke.protos import worker_pb2
+from twostroke.router.workers import links as sessions
+
+
+async def test_a_session_whose_orders_cannot_be_written_is_lost_at_once(monkeypatch) -> None:
+    async with cluster(worker_patience_s=0.1) as c:
+        worker = FakeWorker("a")
+        await c.add(worker)
+        downs: list[str] = []
+        link = next(iter(c.flow._members._links.values()))
+        original = link._handlers.down
+        handlers = sessions.LinkHandlers(
+            *(getattr(link._handlers, name) for name in sessions.LinkHandlers.__dataclass_fields__)
+        )
+        object.__setattr__(handlers, "down", lambda key, reason: (downs.append(reason), original(key, reason)))
+        link._handlers = handlers
+
+        class Unwritable:
+            def __init__(self, call: grpc.aio.StreamStreamCall) -> None:
+                self._call = call
+
+            async def write(self, message: object) -> None:
+                raise grpc.aio.UsageError("the stream is gone")
+
+        write = link._write_for_ever
+        monkeypatch.setattr(link, "_write_for_ever", lambda call: write(Unwritable(call)))
+        link.reset()  # the next session's orders cannot be written
+        await until(lambda: any("cannot be written: the stream is gone" in reason for reason in downs), 3.0)
+        await until(lambda: c.state("a") == "suspect", 3.0)
+        monkeypatch.undo()
+        await until(lambda: c.state("a") == "live", 3.0)
+        assert len(await collect(c.flow, request())) > 0
+
+
+async def test_orders_that_waited_when_a_session_broke_are_not_sent_in_the_next() -> None:
+    async with cluster() as c:
+        worker = FakeWorker("a")
+        await c.add(worker)
+        link = next(iter(c.flow._members._links.values()))
+        for number in range(500):
+            assert link.send(worker_pb2.SessionUp(submit=worker_pb2.Submit(request_id=f"r{number}")))
+        link.reset()
+        await until(lambda: c.state("a") == "suspect")
+        assert not link.send(worker_pb2.SessionUp(submit=worker_pb2.Submit(request_id="too early")))
+        await until(lambda: c.state("a") == "live")
+        assert link.send(worker_pb2.SessionUp(submit=worker_pb2.Submit(request_id="last")))
+        await until(lambda: worker.submits and worker.submits[-1].request_id == "last")
+        assert len(worker.submits) < 400
