@@ -212,7 +212,13 @@ _TASTE = [
     ),
     Mutant("model/policy.py", "sum(self.is_short(size, budget) is is_short for size in offered)", "len(offered)"),
     Mutant("model/policy.py", "return max(HASH_BLOCK_TOKENS, _whole_blocks(", "return max(1, _whole_blocks("),
-    Mutant("model/pace.py", "        if any(step.targets for step in plan.sequences):\n            return\n", ""),
+    Mutant(
+        "model/pace.py",
+        "self._scored if any(step.targets for step in plan.sequences) else self._prefill",
+        "self._prefill",
+    ),
+    Mutant("model/pace.py", "if is_scored and (self.scored_ms_per_token", "if (self.scored_ms_per_token"),
+    Mutant("model/schedule.py", "is_scored = any(s.is_scored for s in works)", "is_scored = False"),
     Mutant("model/pace.py", "took_ms - (self.decode_step_ms if decodes else 0.0)", "took_ms"),
     Mutant("model/pace.py", "        pp += _PAIRS_TO_TELL**2\n", ""),
     Mutant(
