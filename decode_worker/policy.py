@@ -32,14 +32,14 @@ class DecodePolicy:
             prefill = min(prefill, max(2 * HASH_BLOCK_TOKENS, int(prefill * self.prefill_share)))
         return StepBudget(limits.max_batch_tokens, limits.max_num_seqs, prefill)
 
-    def prompt_tokens(self, num_tokens: int, times: StepTimes, num_computed: int) -> int:
+    def prompt_tokens(self, num_tokens: int, times: StepTimes, num_computed: int, *, is_scored: bool) -> int:
         """What fits into the target beside the decodes, or into as long as they take themselves, if that is more.
 
         So a step with prompts takes `target_ms` or twice a step without, whatever the model and the machine. At least
         two hash blocks.
         """
         budget_ms = max(self.limits.target_ms - times.decode_step_ms, times.decode_step_ms)
-        fits = max(times.tokens_within(budget_ms, num_computed), 2 * HASH_BLOCK_TOKENS)
+        fits = max(times.tokens_within(budget_ms, num_computed, is_scored=is_scored), 2 * HASH_BLOCK_TOKENS)
         return int(min(num_tokens, fits))
 
     def may_offer(self, num_tokens: int, offered: Sequence[int]) -> bool:

@@ -101,10 +101,10 @@ class Policy(Protocol):
         """Bounds of the next step, with so many sequences decoding. `prefill_tokens` is at least 16."""
         ...
 
-    def prompt_tokens(self, num_tokens: int, times: StepTimes, num_computed: int) -> int:
+    def prompt_tokens(self, num_tokens: int, times: StepTimes, num_computed: int, *, is_scored: bool) -> int:
         """How many of `num_tokens` prompt tokens a step computes beside decodes, for the sake of their next tokens.
 
-        `num_computed`: tokens before them, of the prompt with most.
+        `num_computed`: tokens before them, of the prompt with most. `is_scored`: logprobs of one of them are wanted.
         """
         ...
 

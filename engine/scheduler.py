@@ -240,8 +240,10 @@ class Scheduler:
                 steps.append(self._step(sequence, sequence.num_remaining))
         num_tokens = min(budget.prefill_tokens, budget.max_batch_tokens - len(steps))
         if steps:
-            longest = max((s.num_computed for s in self._by_state[_S.PREFILLING].values()), default=0)
-            num_tokens = self.policy.prompt_tokens(num_tokens, self.times, longest)
+            works = self._by_state[_S.PREFILLING].values()
+            longest = max((s.num_computed for s in works), default=0)
+            is_scored = any(s.is_scored for s in works)
+            num_tokens = self.policy.prompt_tokens(num_tokens, self.times, longest, is_scored=is_scored)
         steps += self._chunks(num_tokens, budget.max_seqs - len(steps))
         if not steps:
             return None

@@ -23,31 +23,44 @@ class StepTimes(NamedTuple):
     decode_step_ms: float = 0.0
     prefill_ms_per_token: float = 0.0
     prefill_ms_per_token_pair: float = 0.0
+    scored_ms_per_token: float = 0.0  # of prompts whose logprobs are wanted
+    scored_ms_per_token_pair: float = 0.0
 
-    def tokens_within(self, budget_ms: float, num_computed: int) -> float:
+    def tokens_within(self, budget_ms: float, num_computed: int, *, is_scored: bool = False) -> float:
         """How many prompt tokens after `num_computed` ones a step computes in that time; infinite: not known yet."""
         per_token_ms = self.prefill_ms_per_token + self.prefill_ms_per_token_pair * num_computed
+        if is_scored and (self.scored_ms_per_token or self.scored_ms_per_token_pair):
+            per_token_ms = self.scored_ms_per_token + self.scored_ms_per_token_pair * num_computed
         return budget_ms / per_token_ms if per_token_ms > 0 else float("inf")
 
 
 class Pace:
-    """On-line coefficients; 0.0 until the first step of their kind."""
+    """On-line coefficients; 0.0 until the first step of their kind. Steps that score prompt rows have their own."""
 
     def __init__(self) -> None:
         self.decode_step_ms = 0.0
-        self.prefill_ms_per_token = 0.0
-        self.prefill_ms_per_token_pair = 0.0
-        self._moments = (0.0, 0.0, 0.0, 0.0, 0.0)  # faded sums: uu, up, pp, ut, pt
+        self._prefill, self._scored = _Fit(), _Fit()
+
+    @property
+    def prefill_ms_per_token(self) -> float:
+        """The linears' price, of a step that scores nothing."""
+        return self._prefill.per_token_ms
+
+    @property
+    def prefill_ms_per_token_pair(self) -> float:
+        """The attention's price, of a step that scores nothing."""
+        return self._prefill.per_pair_ms
 
     @property
     def times(self) -> StepTimes:
         """The coefficients as one value."""
-        return StepTimes(self.decode_step_ms, self.prefill_ms_per_token, self.prefill_ms_per_token_pair)
+        plain, scored = self._prefill, self._scored
+        return StepTimes(
+            self.decode_step_ms, plain.per_token_ms, plain.per_pair_ms, scored.per_token_ms, scored.per_pair_ms
+        )
 
     def observe(self, plan: StepPlan, took_ms: float) -> None:
-        """One step took so long. One that scored prompt rows says nothing of what steps without take."""
-        if any(step.targets for step in plan.sequences):
-            return
+        """One step took so long."""
         tokens, pairs, decodes = 0.0, 0.0, 0
         for step in plan.sequences:
             if step.num_tokens == 1 and step.samples and step.num_generated:
@@ -59,9 +72,20 @@ class Pace:
             known = self.decode_step_ms or took_ms
             self.decode_step_ms = _FADE * known + (1 - _FADE) * took_ms
             return
-        tokens = max(tokens, _TILE_TOKENS)
+        fit = self._scored if any(step.targets for step in plan.sequences) else self._prefill
         rest_ms = max(took_ms - (self.decode_step_ms if decodes else 0.0), 0.0)
-        new = (tokens * tokens, tokens * pairs, pairs * pairs, tokens * rest_ms, pairs * rest_ms)
+        fit.observe(max(tokens, _TILE_TOKENS), pairs, rest_ms)
+
+
+class _Fit:
+    """Least squares of milliseconds over (tokens, pairs), old steps fading."""
+
+    def __init__(self) -> None:
+        self.per_token_ms = self.per_pair_ms = 0.0
+        self._moments = (0.0, 0.0, 0.0, 0.0, 0.0)  # faded sums: uu, up, pp, ut, pt
+
+    def observe(self, tokens: float, pairs: float, ms: float) -> None:
+        new = (tokens * tokens, tokens * pairs, pairs * pairs, tokens * ms, pairs * ms)
         self._moments = tuple(_FADE * old + fresh for old, fresh in zip(self._moments, new, strict=True))  # type: ignore[assignment]
         self._solve()
 
@@ -73,9 +97,9 @@ class Pace:
         if determinant > 1e-6 * uu * pp:
             a, b = (ut * pp - pt * up) / determinant, (pt * uu - ut * up) / determinant
             if a >= 0 and b >= 0:
-                self.prefill_ms_per_token, self.prefill_ms_per_token_pair = a, b
+                self.per_token_ms, self.per_pair_ms = a, b
                 return
             if a < 0:
-                self.prefill_ms_per_token, self.prefill_ms_per_token_pair = 0.0, pt / pp
+                self.per_token_ms, self.per_pair_ms = 0.0, pt / pp
                 return
-        self.prefill_ms_per_token, self.prefill_ms_per_token_pair = ut / uu, 0.0
+        self.per_token_ms, self.per_pair_ms = ut / uu, 0.0

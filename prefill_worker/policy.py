@@ -28,7 +28,7 @@ class PrefillPolicy:
         limits = self.limits
         return StepBudget(limits.max_batch_tokens, limits.max_num_seqs, limits.max_batch_tokens)
 
-    def prompt_tokens(self, num_tokens: int, times: StepTimes, num_computed: int) -> int:
+    def prompt_tokens(self, num_tokens: int, times: StepTimes, num_computed: int, *, is_scored: bool) -> int:
         """All of them: nothing that decodes here belongs to this role."""
         del times, num_computed
         return num_tokens

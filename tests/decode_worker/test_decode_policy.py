@@ -6,12 +6,13 @@ from twostroke.core.request import SamplingParams, SequenceKey
 from twostroke.decode_worker.policy import DecodePolicy, combined_policy
 from twostroke.engine.core import CoreLimits, EngineCore
 from twostroke.engine.messages import Source, Submit
+from twostroke.engine.plan import StepResult
 from twostroke.engine.policy import Ahead, Room, StepBudget, StepLimits
 from twostroke.engine.step_times import StepTimes
 from twostroke.kv.cache.pool import BlockPool
 from twostroke.kv.cache.prefix import PrefixCache
 
-LIMITS = StepLimits(max_num_seqs=8, max_batch_tokens=256)
+LIMITS = StepLimits(target_ms=80.0, max_num_seqs=8, max_batch_tokens=256)
 POLICY = DecodePolicy(LIMITS)
 
 
@@ -40,12 +41,20 @@ def test_the_share_is_never_less_than_two_hash_blocks_or_the_step():
 )
 def test_prompts_beside_decodes_get_the_rest_of_the_time(times, num_computed, fits):
     for policy in (POLICY, combined_policy(LIMITS)):
-        assert policy.prompt_tokens(500, times, num_computed) == fits
-    assert POLICY.prompt_tokens(20, times, num_computed) == 20
+        assert policy.prompt_tokens(500, times, num_computed, is_scored=False) == fits
+    assert POLICY.prompt_tokens(20, times, num_computed, is_scored=False) == 20
 
 
 def test_the_time_of_a_step_is_configured():
-    assert DecodePolicy(StepLimits(target_ms=40.0)).prompt_tokens(500, StepTimes(10.0, 0.5), 0) == 60
+    policy = DecodePolicy(StepLimits(target_ms=40.0))
+    assert policy.prompt_tokens(500, StepTimes(10.0, 0.5), 0, is_scored=False) == 60
+
+
+def test_prompts_whose_logprobs_are_wanted_have_prices_of_their_own_once_they_are_known():
+    assert POLICY.prompt_tokens(500, StepTimes(20.0, 0.5), 0, is_scored=True) == 120
+    times = StepTimes(20.0, 0.5, 0.0, 0.5, 0.001)
+    assert POLICY.prompt_tokens(500, times, 500, is_scored=True) == 60
+    assert POLICY.prompt_tokens(500, times, 500, is_scored=False) == 120
 
 
 def test_the_last_blocks_are_kept_for_growth():
@@ -78,3 +87,18 @@ def test_a_prompt_that_is_alone_has_the_whole_step_whatever_steps_take():
     core.handle(Submit(SequenceKey("r", 0), Source.LOCAL, ids, (), b"root", SamplingParams(1)), 0.0)
     core.tick(0.0)
     assert [step.num_tokens for step in core.plan(0.0).sequences] == [200]
+
+
+@pytest.mark.parametrize(("wanted", "size"), [(None, 48), (0, 32)])
+def test_a_prompt_beside_decodes_is_cut_by_the_price_of_its_kind(wanted, size):
+    pool = BlockPool(64, 16)
+    core = EngineCore(CoreLimits(), pool, PrefixCache(pool), POLICY, eos_ids=[], key=b"cluster")
+    core.set_times(StepTimes(20.0, 1.0, 0.0, 1.8, 0.0))
+    core.handle(Submit(SequenceKey("d", 0), Source.LOCAL, (2, 3), (), b"root", SamplingParams(9)), 0.0)
+    core.tick(0.0)
+    plan = core.plan(0.0)
+    core.apply(plan, StepResult(plan.step, ((5,),)), 0.0)
+    params = SamplingParams(1, prompt_logprobs=wanted)
+    core.handle(Submit(SequenceKey("p", 0), Source.LOCAL, tuple(range(2, 202)), (), b"root", params), 0.0)
+    core.tick(0.0)
+    assert [step.num_tokens for step in core.plan(0.0).sequences] == [1, size]

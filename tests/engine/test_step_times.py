@@ -78,6 +78,18 @@ def test_a_step_that_scores_says_nothing_of_the_others():
     assert pace.decode_step_ms == 0.0
 
 
+def test_steps_that_score_have_prices_of_their_own():
+    pace = Pace()
+    for round_ in range(60):
+        start, size = (round_ * 37) % 500, 16 + (round_ * 13) % 200
+        scored = SequenceStep(KEY, start, (1,) * size, (), (), False, PARAMS, 0, targets=(1,) * size)
+        pace.observe(StepPlan(round_, (scored,)), 0.8 * size + 0.003 * size * (start + size / 2))
+    assert pace.times.scored_ms_per_token == pytest.approx(0.8, abs=0.02)
+    assert pace.times.scored_ms_per_token_pair == pytest.approx(0.003, rel=0.05)
+    assert pace.times.tokens_within(38.0, 1000, is_scored=True) == pytest.approx(10, rel=0.05)
+    assert pace.times.tokens_within(38.0, 1000) == float("inf")
+
+
 def test_the_last_token_of_a_prompt_is_prefill():
     pace = Pace()
     last = SequenceStep(KEY, 64, (1,), (), (), True, PARAMS, 0)

@@ -217,8 +217,12 @@ _TASTE = [
     Mutant("engine/policy.py", "sum(self.is_short(size, budget) is is_short for size in offered)", "len(offered)"),
     Mutant("engine/policy.py", "return max(HASH_BLOCK_TOKENS, _whole_blocks(", "return max(1, _whole_blocks("),
     Mutant(
-        "engine/step_times.py", "        if any(step.targets for step in plan.sequences):\n            return\n", ""
+        "engine/step_times.py",
+        "self._scored if any(step.targets for step in plan.sequences) else self._prefill",
+        "self._prefill",
     ),
+    Mutant("engine/step_times.py", "if is_scored and (self.scored_ms_per_token", "if (self.scored_ms_per_token"),
+    Mutant("engine/scheduler.py", "is_scored = any(s.is_scored for s in works)", "is_scored = False"),
     Mutant("engine/step_times.py", "took_ms - (self.decode_step_ms if decodes else 0.0)", "took_ms"),
     Mutant("engine/step_times.py", "        pp += _PAIRS_TO_TELL**2\n", ""),
     Mutant(

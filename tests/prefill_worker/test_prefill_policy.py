@@ -79,4 +79,4 @@ def test_what_scored_prompts_may_not_use_the_others_get_in_order():
 
 
 def test_time_is_no_bound_where_nothing_decodes_for_long():
-    assert POLICY.prompt_tokens(64, StepTimes(20.0, 90.0), 500) == 64
+    assert POLICY.prompt_tokens(64, StepTimes(20.0, 90.0), 500, is_scored=False) == 64
