@@ -31,6 +31,7 @@ class ProcessLauncher:
         self._scratch = Scratch("twostroke-")
         self._directory = self._scratch.path
         self._processes: dict[str, asyncio.subprocess.Process] = {}
+        self._spawning: set[asyncio.Task[None]] = set()
         self._watchers: set[asyncio.Task[None]] = set()
         values = site.config.model_dump(mode="json")
         values["model"]["path"], values["model"]["name"] = site.model_directory, site.model_name
@@ -38,7 +39,16 @@ class ProcessLauncher:
         self._config = yaml.safe_dump(values).encode()
 
     async def start(self, member: Member, ended: Ended) -> None:
-        """Start one child; its output goes to a log file whose end becomes its last words."""
+        """Start one child; its output goes to a log file whose end becomes its last words.
+
+        The child is known, and so ended by `abort`, also where the caller is cancelled while the system makes it.
+        """
+        spawning = asyncio.create_task(self._spawn(member, ended))
+        self._spawning.add(spawning)
+        spawning.add_done_callback(self._spawning.discard)
+        await asyncio.shield(spawning)
+
+    async def _spawn(self, member: Member, ended: Ended) -> None:
         log = MemberLog(self._directory, member.name)
         with log.open() as out:
             process = await asyncio.create_subprocess_exec(
@@ -77,6 +87,7 @@ class ProcessLauncher:
 
     async def close(self) -> None:
         """End what still runs and remove the files."""
+        await self._spawned()
         await asyncio.gather(*(self.stop(name, 0.0) for name in list(self._processes)))
         if self._watchers:
             await asyncio.wait(self._watchers, timeout=2.0)
@@ -84,11 +95,17 @@ class ProcessLauncher:
 
     async def abort(self) -> None:
         """SIGKILL for all, and remove the files."""
+        await self._spawned()
         for process in self._processes.values():
             _end(process)
         if self._watchers:
             await asyncio.wait(self._watchers, timeout=_ABORT_S)
         self._scratch.remove()
+
+    async def _spawned(self) -> None:
+        """Wait for children that are being made."""
+        if self._spawning:
+            await asyncio.wait(self._spawning, timeout=_ABORT_S)
 
     def said(self, name: str) -> str:
         """The last line of its log."""

@@ -100,3 +100,27 @@ async def test_a_member_that_reads_nothing_ends_like_any_other(monkeypatch, capl
     finally:
         await launcher.close()
     assert caplog.text == ""
+
+
+async def test_a_child_that_is_being_made_when_its_start_is_cancelled_is_ended_too(monkeypatch):
+    launcher = ProcessLauncher(Site(load_config(), "", "", 0))
+    monkeypatch.setattr(launcher, "_command", lambda _: ["sleep", "1000"])
+    begun, made = asyncio.Event(), asyncio.Queue[asyncio.subprocess.Process]()
+    create = asyncio.create_subprocess_exec
+
+    async def slowly(*args, **keywords):
+        begun.set()
+        process = await create(*args, **keywords)
+        await asyncio.sleep(0.05)
+        made.put_nowait(process)
+        return process
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", slowly)
+    starting = asyncio.create_task(launcher.start(Member("router-0", "router"), lambda *_: None))
+    await begun.wait()
+    starting.cancel()
+    await asyncio.wait([starting])
+    assert starting.cancelled()
+    await launcher.abort()
+    process = await asyncio.wait_for(made.get(), 60)
+    assert await asyncio.wait_for(process.wait(), 60) == -9
