@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...core.errors import InvalidRequest, UnsupportedParameter
-from ...text.conversation import Placed, adapt
-from ...text.template import ChatTemplate, Rendered
-from ...text.traits import TemplateTraits
+from ...text.templates.conversation import Placed, adapt
+from ...text.templates.template import ChatTemplate, Rendered
+from ...text.templates.traits import TemplateTraits
 from .call import Call
 from .checks import deeper_than, short, text_of
 from .ignored import Ignored

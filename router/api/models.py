@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ...core.errors import ModelNotFound, Unavailable
-from ...text.template import ChatTemplate
+from ...text.templates.template import ChatTemplate
 from ...text.token_text import TokenTexts
 from ...text.tokenizer import Tokenizer
 from ..routing.facts import ModelFacts

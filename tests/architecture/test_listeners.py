@@ -4,20 +4,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = (
-    "cli",
-    "client",
-    "cluster",
-    "core",
-    "decode_worker",
-    "kernels",
-    "kv",
-    "model",
-    "prefill_worker",
-    "router",
-    "sim",
-    "text",
-)
+PARTS = sorted(link.name for link in (ROOT / "src/twostroke").iterdir() if link.is_symlink())
 OPENS = re.compile(
     r"\.bind\((?=\()|add_(?:in)?secure_port\(|start_(?:unix_)?server\(|create_(?:unix_)?server\(|HTTPServer\("
 )

@@ -27,7 +27,7 @@ from twostroke.model.loader import RunnerOptions, load_runner, numerics_class
 from twostroke.model.weights.gguf_source import GgufSource
 from twostroke.model.weights.tensors import open_source, weights_fingerprint
 from twostroke.model.weights.weights import check_tensors
-from twostroke.text.template import ChatTemplate
+from twostroke.text.templates.template import ChatTemplate
 from twostroke.text.tokenizer import Tokenizer
 
 KINDS = [Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, *BLOCK_SCALES]

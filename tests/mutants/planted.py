@@ -77,7 +77,11 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "router/routing/prefixes": ("tests/router/routing/test_prefixes.py", *_PURE),
     "router/requests/dispatch": (*_FLOW, "tests/router/requests/test_flow_lives.py"),
-    "router/workers/members": (*_FLOW, "tests/router/routing/test_metrics.py", "tests/router/requests/test_flow_lives.py"),
+    "router/workers/members": (
+        *_FLOW,
+        "tests/router/routing/test_metrics.py",
+        "tests/router/requests/test_flow_lives.py",
+    ),
     "router/requests/flow": (*_FLOW, "tests/router/requests/test_flow_lives.py"),
     "router/workers/links": (*_FLOW, "tests/router/requests/test_flow_lives.py"),
     "router/requests/journal": ("tests/router/requests/test_journal.py",),

@@ -15,7 +15,7 @@ from twostroke.checkpoint.gguf.file import GgufFile
 from twostroke.checkpoint.gguf.special_ids import end_ids
 from twostroke.core.errors import CheckpointError
 from twostroke.text.incremental import IncrementalText
-from twostroke.text.template import ChatTemplate
+from twostroke.text.templates.template import ChatTemplate
 from twostroke.text.tokenizer import Tokenizer
 
 BUNDLED = Path(__file__).parents[2] / "model" / "bundled"

@@ -10,8 +10,8 @@ from support.real_models import real_models
 from tokenizers import models
 
 from twostroke.core.errors import InvalidRequest
-from twostroke.text.sandbox import Limits
-from twostroke.text.template import ChatTemplate
+from twostroke.text.templates.sandbox import Limits
+from twostroke.text.templates.template import ChatTemplate
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 CALL = {

@@ -13,12 +13,12 @@ from jinja2.defaults import DEFAULT_FILTERS, DEFAULT_TESTS
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from twostroke.text.charges import ELEMENT, MAX_INT_BITS, LimitExceeded, Limits, Meter, size_of
-from twostroke.text.sandbox import MeteredEnvironment
-from twostroke.text.sandbox_filters import FILTERS, TESTS
-from twostroke.text.sandbox_methods import DICT_METHODS, LIST_METHODS, STR_METHODS
-from twostroke.text.sandbox_operators import charge_operator
-from twostroke.text.sandbox_tree import MAX_NODES, put_meters
+from twostroke.text.templates.charges import ELEMENT, MAX_INT_BITS, LimitExceeded, Limits, Meter, size_of
+from twostroke.text.templates.sandbox import MeteredEnvironment
+from twostroke.text.templates.sandbox_filters import FILTERS, TESTS
+from twostroke.text.templates.sandbox_methods import DICT_METHODS, LIST_METHODS, STR_METHODS
+from twostroke.text.templates.sandbox_operators import charge_operator
+from twostroke.text.templates.sandbox_tree import MAX_NODES, put_meters
 
 # ---------------------------------------------------------------- names: each is charged or refused
 

@@ -9,9 +9,9 @@ import traceback
 import pytest
 
 from twostroke.core.errors import CheckpointError, InvalidRequest
-from twostroke.text import charges
-from twostroke.text.charges import Limits
-from twostroke.text.template import ChatTemplate
+from twostroke.text.templates import charges
+from twostroke.text.templates.charges import Limits
+from twostroke.text.templates.template import ChatTemplate
 
 CHAT = [{"role": "user", "content": "x" * 1000}]
 NESTED = "{% set ns = namespace(y=[1], x=1) %}{% for i in range(60) %}"
@@ -234,7 +234,7 @@ import resource, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from twostroke.text.charges import LimitExceeded, Limits
-from twostroke.text.sandbox import MeteredEnvironment
+from twostroke.text.templates.sandbox import MeteredEnvironment
 from test_sandbox_refusals import CHAT, UNBOUNDED, WORST
 import jinja2
 pages = int(Path("/proc/self/statm").read_text().split()[0])

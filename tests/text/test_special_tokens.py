@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from twostroke.core.errors import CheckpointError
-from twostroke.text.template import ChatTemplate
+from twostroke.text.templates.template import ChatTemplate
 from twostroke.text.tokenizer import Tokenizer
 
 Files = dict[str, dict[str, Any]]

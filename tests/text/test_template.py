@@ -12,8 +12,8 @@ import tokenizers
 from tokenizers import models
 
 from twostroke.core.errors import CheckpointError, InvalidRequest
-from twostroke.text.sandbox import Limits
-from twostroke.text.template import MAX_TEMPLATE_CHARS, ChatTemplate
+from twostroke.text.templates.sandbox import Limits
+from twostroke.text.templates.template import MAX_TEMPLATE_CHARS, ChatTemplate
 
 BUNDLED = Path(__file__).parents[2] / "model" / "bundled"
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from support.template_styles import SPECIAL, STYLES
 
-from twostroke.text.sandbox import Limits
-from twostroke.text.template import ChatTemplate
-from twostroke.text.traits import CallForm, ContentForm, NoContent, TemplateTraits
+from twostroke.text.templates.sandbox import Limits
+from twostroke.text.templates.template import ChatTemplate
+from twostroke.text.templates.traits import CallForm, ContentForm, NoContent, TemplateTraits
 
 TRAITS = {name: ChatTemplate({"default": source}, SPECIAL).traits for name, source in STYLES.items()}
 

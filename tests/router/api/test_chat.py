@@ -17,7 +17,7 @@ from twostroke.router.api.call import Call
 from twostroke.router.api.chat import MAX_KWARGS, chat_prompt
 from twostroke.router.api.ignored import Ignored
 from twostroke.router.api.models import ServedModel
-from twostroke.text.template import ChatTemplate
+from twostroke.text.templates.template import ChatTemplate
 from twostroke.text.tokenizer import Tokenizer
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ..core.errors import InvalidRequest
+from ...core.errors import InvalidRequest
 from .traits import LISTS, CallForm, ContentForm, NoContent, TemplateTraits, as_parts
 
 INSTRUCTIONS = ("system", "developer")

@@ -12,14 +12,14 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 
-from ..checkpoint.gguf.file import GgufFile, is_gguf
-from ..checkpoint.gguf.special_ids import special_tokens_of
-from ..core.errors import CheckpointError, InvalidRequest
+from ...checkpoint.gguf.file import GgufFile, is_gguf
+from ...checkpoint.gguf.special_ids import special_tokens_of
+from ...core.errors import CheckpointError, InvalidRequest
+from ..files import read_json, read_text
+from ..gguf_tokenizer import read_templates
+from ..special_tokens import SPECIAL_NAMES, special_tokens
 from .continuation import cut_at_tag, with_tag
-from .files import read_json, read_text
-from .gguf_tokenizer import read_templates
 from .sandbox import LimitExceeded, Limits, MeteredEnvironment
-from .special_tokens import SPECIAL_NAMES, special_tokens
 from .tracked import TrackedMessage, unread
 from .traits import Render, TemplateTraits, find_traits
 

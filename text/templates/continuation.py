@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..core.errors import InvalidRequest
+from ...core.errors import InvalidRequest
 
 # A character of the private use area, so that no text has it by chance. Trimming takes the space off, which shows it.
 _TAG = "\ue0c7CONTINUE\ue0c7"
