@@ -12,7 +12,7 @@ from typing import Any
 
 import grpc
 import pytest
-from twostroke_test_client_peer import API_KEY, serving
+from support.peer import API_KEY, serving
 
 import twostroke
 from twostroke import Client, Tls

@@ -120,7 +120,7 @@ import os, sys
 from pathlib import Path
 os.environ["RAY_AUTH_MODE"] = sys.argv[2]
 import ray
-from twostroke.cluster import ray_guard
+from twostroke.cluster.launch import ray_guard
 from twostroke.core.errors import ConfigError
 folder = Path(sys.argv[1])
 before = ray_guard.set_variables(ray_guard.token_settings(folder))

@@ -116,7 +116,8 @@ def test_all_sockets_are_declared_and_on_loopback(cluster: Any, observer: Observ
     for other in others:
         known = [kind for kind, name in RAYS_OWN.items() if re.search(name, other.process)]
         kinds[known[0] if known else "driver" if other.process == " ".join(here.cmdline()) else other.process] += 1
-    assert set(kinds) - {"idle worker"} == {*RAYS_OWN, "driver"} - {"idle worker"}, others
+    seldom = {"idle worker", "autoscaler's monitor"}  # they come and go, and listen late on a busy machine
+    assert set(kinds) - seldom == {*RAYS_OWN, "driver"} - seldom, others
 
 
 def test_the_clusters_key_is_in_no_file_and_no_argument_of_ray(cluster: Any):

@@ -233,7 +233,7 @@ IN_LITTLE_MEMORY = """
 import resource, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from twostroke.text.charges import LimitExceeded, Limits
+from twostroke.text.templates.charges import LimitExceeded, Limits
 from twostroke.text.templates.sandbox import MeteredEnvironment
 from test_sandbox_refusals import CHAT, UNBOUNDED, WORST
 import jinja2
