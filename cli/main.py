@@ -1,4 +1,4 @@
-"""The command `twostroke`: serve, worker, router, status, chat, sim. Each command lives in a file of its own."""
+"""The command `twostroke`: serve, worker, router, status, role, chat, sim. Each command lives in a file of its own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..cli import chat, members, serve, status
+from ..cli import chat, members, role, serve, status
 from ..core.errors import TwostrokeError
 from .failure import fail
 from .sim import app as sim_app
@@ -39,6 +39,7 @@ app.command()(serve.serve)
 app.command()(members.worker)
 app.command()(members.router)
 app.command()(status.status)
+app.command()(role.role)
 app.command()(chat.chat)
 app.add_typer(sim_app, name="sim")
 

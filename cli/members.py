@@ -43,7 +43,7 @@ def worker(
 
     flags = {"model": model, "served_model_name": served_model_name, "config": config}
     settings = o.config_from(flags | {"worker_metrics_port": metrics_port, "insecure": insecure})
-    _check_key(settings)
+    check_key(settings)
     run_worker(
         WorkerSettings(
             worker_id=worker_id or f"{role}-{os.getpid()}",
@@ -90,7 +90,7 @@ def router(
     settings = o.config_from(locals())
     from ..router.process import RouterProcess, run_router
 
-    _check_key(settings)
+    check_key(settings)
     if settings.router.internal_port == 0:
         raise ConfigError(
             "router.internal_port is 0; workers announce themselves there, so it must be known: set "
@@ -101,7 +101,7 @@ def router(
     run_router(process, settings.cluster.drain_timeout_s, parent_pid)
 
 
-def _check_key(settings: Config) -> None:
+def check_key(settings: Config) -> None:
     """Processes with keys of their own would take each other's blocks for damaged ones."""
     if "key" not in settings.cluster.model_fields_set:
         raise ConfigError(

@@ -12,12 +12,12 @@ within it waits for `apply`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from ..core.buckets import STEP_TOKENS
 from ..core.errors import DeadlineExceeded, InternalError, NonFiniteKv
-from ..core.request import FinishReason, SequenceKey
+from ..core.request import FinishReason, Role, SequenceKey
 from ..core.tally import Tally
 from ..kv.cache.pool import BlockPool
 from ..kv.cache.prefix import PrefixCache
@@ -32,6 +32,7 @@ from .messages import (
     LoadNews,
     Progress,
     ReadKv,
+    SetRole,
     Source,
     StepTokens,
     Stop,
@@ -71,12 +72,15 @@ class EngineCore:
         *,
         eos_ids: Collection[int],
         key: bytes,
+        roles: Mapping[Role, Policy] | None = None,
     ) -> None:
+        """`roles`: the policy of each role that a `SetRole` may ask for."""
         self.stopped = False  # a Stop came: nothing new is taken in
         swap = SwapSpace(limits.num_swap_blocks, pool.block_tokens) if limits.num_swap_blocks else None
         self._scheduler = Scheduler(Holdings(pool, prefix, key, swap), policy, limits.max_scored_rows)
         self._lives = Lives(self._scheduler, frozenset(eos_ids))
         self._commands = Commands(self._lives, limits.max_model_len)
+        self._roles = dict(roles or {})
         self._num_steps = 0
         self._step_tokens = Tally(STEP_TOKENS)
         self._planned_s = 0.0
@@ -96,6 +100,8 @@ class EngineCore:
         elif isinstance(command, AskSnapshot):
             lives.collect_news()
             lives.outbox.append(lives.holdings.snapshot())
+        elif isinstance(command, SetRole):
+            self.set_policy(self._roles[command.role])
         elif isinstance(command, Stop):
             self.stopped = True
             for sequence in list(self._scheduler.by_key.values()):

@@ -21,7 +21,6 @@ from ..kv.store.store import KvStore
 from .core import EngineCore
 from .messages import Ended, Event, LoadNews
 from .plan import StepPlan, StepResult
-from .policy import Policy
 from .step_times import Pace
 from .store_ops import FetchOp, ReadOp, StoreOp, SwapInOp, SwapOp, SwapOutOp, WriteOp
 from .thread_link import ThreadLink
@@ -99,7 +98,6 @@ class Engine:
         self._phase = "loading"
         self._failures_in_a_row = 0
         self._is_for_peers = False  # the last step computed a prompt that a decode worker waits for
-        self._next_policy: Policy | None = None
         self._next_beat_s = 0.0
         self._next_check_s = 0.0
         self._next_checked = 0
@@ -115,11 +113,6 @@ class Engine:
         """Wait for the end; whether it came."""
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
-
-    def set_policy(self, policy: Policy) -> None:
-        """Take another role's policy from the next step on."""
-        self._next_policy = policy
-        self._link.wake()
 
     # ------------------------------------------------------------------ the thread
 
@@ -141,9 +134,6 @@ class Engine:
         """Commands, time, one step, and the beat."""
         for command in self._link.take(COMMANDS_PER_TURN, self._wait_s()):
             self._turns.take(command, self._clock.now_s())
-        policy, self._next_policy = self._next_policy, None
-        if policy is not None:
-            self._core.set_policy(policy)
         now_s = self._clock.now_s()
         plan = self._turns.plan(now_s)
         if plan is None:

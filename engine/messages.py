@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
-from ..core.request import FinishReason, SamplingParams, SequenceKey, TokenLogprobs
+from ..core.request import FinishReason, Role, SamplingParams, SequenceKey, TokenLogprobs
 from ..core.tally import Spread
 from ..kv.block import BlockIdentity
 
@@ -135,6 +135,13 @@ class AskSnapshot:
 
 
 @dataclass(frozen=True, slots=True)
+class SetRole:
+    """Take another role from the next step on; what runs goes on."""
+
+    role: Role
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """End the step loop; every sequence ends as cancelled."""
 
@@ -152,6 +159,7 @@ Command = (
     | FetchBlocks
     | Release
     | AskSnapshot
+    | SetRole
     | Stop
 )
 

@@ -1,6 +1,7 @@
-"""What a worker's policy decides for the one scheduler, and the sharing rule all policies use. Pure values.
+"""What a worker's role decides for the one scheduler, and the rule by which prompts share a step. Pure values.
 
-Two real policies satisfy `Policy`: prefill_worker/policy.py and decode_worker/policy.py.
+A role is a `RolePolicy`: a few numbers over the configured bounds. prefill_worker/policy.py and decode_worker/policy.py
+have those of each role.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class StepLimits:
 
 
 class Policy(Protocol):
-    """A role's taste. Pure: the same question always has the same answer."""
+    """Scheduling policy of one role. Pure: the same question always has the same answer."""
 
     def may_offer(self, num_tokens: int, offered: Sequence[int]) -> bool:
         """Whether decode may be asked to bind for one more FOR_PEER prompt, beside those it was asked for already."""
@@ -198,3 +199,63 @@ def _whole_blocks(num_tokens: int) -> int:
 
 
 FAIRNESS = Fairness()
+
+
+@dataclass(frozen=True, slots=True)
+class RolePolicy:
+    """Scheduling policy of one role, as numbers. Satisfies `Policy`.
+
+    Every decoding sequence gets its row first. Beside decodes prompts come in chunks that do not hold the next tokens
+    up; alone they have the whole step. Short prompts pass long ones.
+    """
+
+    limits: StepLimits
+    prefill_share: float  # of a step's tokens, while anything decodes
+    max_offers: int  # of short prompts, and of others, that decode workers are asked to bind for at once
+    watermark: float  # of the pool, up to which newcomers are promised blocks; the rest is for growth
+    near_steps: int  # steps of prompt that may be ahead of a prompt that is near
+    spares_decodes: bool  # whether `step.target_ms` bounds the prompts beside decodes
+    fairness: Fairness = FAIRNESS
+
+    def budget(self, num_decodes: int) -> StepBudget:
+        """All decodes, and beside them a share for prefill: two hash blocks at least, for a long and a short prompt."""
+        limits = self.limits
+        prefill = limits.max_batch_tokens
+        if num_decodes:
+            prefill = min(prefill, max(2 * HASH_BLOCK_TOKENS, int(prefill * self.prefill_share)))
+        return StepBudget(limits.max_batch_tokens, limits.max_num_seqs, prefill)
+
+    def prompt_tokens(self, num_tokens: int, times: StepTimes, num_computed: int, *, is_scored: bool) -> int:
+        """What fits into the target beside the decodes, or into as long as they take themselves, if that is more.
+
+        So a step with prompts takes `target_ms` or twice a step without, whatever the model and the machine. At least
+        two hash blocks.
+        """
+        if not self.spares_decodes:
+            return num_tokens
+        budget_ms = max(self.limits.target_ms - times.decode_step_ms, times.decode_step_ms)
+        fits = max(times.tokens_within(budget_ms, num_computed, is_scored=is_scored), 2 * HASH_BLOCK_TOKENS)
+        return int(min(num_tokens, fits))
+
+    def may_offer(self, num_tokens: int, offered: Sequence[int]) -> bool:
+        """Few of each kind: blocks that decode binds for them are of no use to it meanwhile."""
+        return self.fairness.may_offer(num_tokens, self.limits.max_batch_tokens, offered, self.max_offers)
+
+    def is_near(self, num_tokens: int, ahead: Ahead) -> bool:
+        """Near: less than `near_steps` steps of prompt are ahead; or short enough to pass."""
+        budget = self.budget(ahead.decodes).prefill_tokens
+        if ahead.tokens < self.near_steps * budget:
+            return True
+        return self.fairness.may_pass(num_tokens, budget, ahead)
+
+    def has_room(self, room: Room) -> bool:
+        """Everything up to the watermark."""
+        return room.used + room.promised + room.needed <= self.watermark * room.total
+
+    def refusal(self, queue: Queue, prompt_tokens: int) -> str | None:
+        """Bounded in items and tokens."""
+        return self.limits.refusal(queue, prompt_tokens)
+
+    def share(self, remaining: Sequence[int], num_tokens: int) -> list[int]:
+        """First come, first served, half of it for short ones first."""
+        return self.fairness.share(remaining, num_tokens)

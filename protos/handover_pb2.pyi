@@ -3,7 +3,7 @@
 isort:skip_file
 The hand-over of one prompt's KV: decode opens the stream, prefill answers. The stream is the lease.
 
-The methods are registered as raw-bytes handlers (kv/wire.py), because KV inside a protobuf field moves at
+The methods are registered as raw-bytes handlers (kv/handover/frames.py), because KV inside a protobuf field moves at
 0.6 of the speed. Each message on the wire is one envelope:
 
   "TK" | version u8 | kind u8 | length u32 LE | crc32 u32 LE | protobuf bytes | padding to 16 | raw planes (kind 2 only)

@@ -55,6 +55,11 @@ class WorkerStub(object):
                 request_serializer=twostroke_dot_protos_dot_worker__pb2.DrainRequest.SerializeToString,
                 response_deserializer=twostroke_dot_protos_dot_worker__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.SetRole = channel.unary_unary(
+                '/twostroke.v1.Worker/SetRole',
+                request_serializer=twostroke_dot_protos_dot_worker__pb2.SetRoleRequest.SerializeToString,
+                response_deserializer=twostroke_dot_protos_dot_common__pb2.WorkerInfo.FromString,
+                _registered_method=True)
 
 
 class WorkerServicer(object):
@@ -87,6 +92,13 @@ class WorkerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetRole(self, request, context):
+        """Take another role; what runs goes on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -109,6 +121,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=twostroke_dot_protos_dot_worker__pb2.DrainRequest.FromString,
                     response_serializer=twostroke_dot_protos_dot_worker__pb2.DrainResponse.SerializeToString,
+            ),
+            'SetRole': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetRole,
+                    request_deserializer=twostroke_dot_protos_dot_worker__pb2.SetRoleRequest.FromString,
+                    response_serializer=twostroke_dot_protos_dot_common__pb2.WorkerInfo.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -219,6 +236,33 @@ class Worker(object):
             '/twostroke.v1.Worker/Drain',
             twostroke_dot_protos_dot_worker__pb2.DrainRequest.SerializeToString,
             twostroke_dot_protos_dot_worker__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetRole(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/twostroke.v1.Worker/SetRole',
+            twostroke_dot_protos_dot_worker__pb2.SetRoleRequest.SerializeToString,
+            twostroke_dot_protos_dot_common__pb2.WorkerInfo.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,8 @@ class WorkerStub:
     """KV events and load reports in one numbered stream: a snapshot, then deltas; a gap means resync."""
     Drain: _grpc.UnaryUnaryMultiCallable[_worker_pb2.DrainRequest, _worker_pb2.DrainResponse]
     """Stop taking orders, let the running ones end, then answer."""
+    SetRole: _grpc.UnaryUnaryMultiCallable[_worker_pb2.SetRoleRequest, _common_pb2.WorkerInfo]
+    """Take another role; what runs goes on."""
 
 @_typing.type_check_only
 class WorkerAsyncStub(WorkerStub):
@@ -50,6 +52,8 @@ class WorkerAsyncStub(WorkerStub):
     """KV events and load reports in one numbered stream: a snapshot, then deltas; a gap means resync."""
     Drain: _aio.UnaryUnaryMultiCallable[_worker_pb2.DrainRequest, _worker_pb2.DrainResponse]  # type: ignore[assignment]
     """Stop taking orders, let the running ones end, then answer."""
+    SetRole: _aio.UnaryUnaryMultiCallable[_worker_pb2.SetRoleRequest, _common_pb2.WorkerInfo]  # type: ignore[assignment]
+    """Take another role; what runs goes on."""
 
 class WorkerServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -82,6 +86,14 @@ class WorkerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.DrainResponse, _abc.Awaitable[_worker_pb2.DrainResponse]]:
         """Stop taking orders, let the running ones end, then answer."""
+
+    @_abc_1.abstractmethod
+    def SetRole(
+        self,
+        request: _worker_pb2.SetRoleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_common_pb2.WorkerInfo, _abc.Awaitable[_common_pb2.WorkerInfo]]:
+        """Take another role; what runs goes on."""
 
 def add_WorkerServicer_to_server(servicer: WorkerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 

@@ -6,10 +6,10 @@ import random
 from dataclasses import dataclass, replace
 
 from ..core.request import Role, SamplingParams
-from ..decode_worker.policy import DecodePolicy, combined_policy
+from ..decode_worker.policy import combined_policy, decode_policy
 from ..engine.policy import Policy, StepLimits
 from ..kv.handover.machine import Timing
-from ..prefill_worker.policy import PrefillPolicy
+from ..prefill_worker.policy import prefill_policy
 from ..router.routing.fleet import FleetLimits
 from .network import Weather
 from .store import VOCABULARY
@@ -46,9 +46,9 @@ class WorkerSetting:
     def policy(self) -> Policy:
         """Its role's taste."""
         if self.role is Role.PREFILL:
-            return PrefillPolicy(self.limits)
+            return prefill_policy(self.limits)
         return (
-            DecodePolicy(self.limits, watermark=self.watermark)
+            decode_policy(self.limits, watermark=self.watermark)
             if self.role is Role.DECODE
             else combined_policy(self.limits)
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -12,11 +12,11 @@ from ..checkpoint.config_json import load_spec
 from ..checkpoint.sizes import cache_codec, context_length, held_bytes
 from ..core.clock import Clock
 from ..core.request import Role
-from ..decode_worker.policy import DecodePolicy, combined_policy
+from ..decode_worker.policy import combined_policy, decode_policy
 from ..engine.core import CoreLimits, EngineCore
 from ..engine.facts import FaceFacts, ModelFacts
 from ..engine.loop import Engine
-from ..engine.policy import Policy, StepLimits, scored_rows
+from ..engine.policy import StepLimits, scored_rows
 from ..engine.thread_link import ThreadLink
 from ..kernels.cpu.build import built_library
 from ..kv.cache.pool import BlockPool
@@ -27,7 +27,7 @@ from ..kv.store.host_store import HostStore
 from ..model.loader import RunnerOptions, load_runner, numerics_class
 from ..model.ops.device import chosen_kernels, resolve_device
 from ..model.weights.tensors import weights_fingerprint
-from ..prefill_worker.policy import PrefillPolicy
+from ..prefill_worker.policy import prefill_policy
 from ..text.incremental import check_decoder
 from ..text.tokenizer import Tokenizer
 from .automatic import decided_context, decided_pool, decided_step
@@ -46,7 +46,6 @@ class EngineRoom:
     facts: FaceFacts
     tokenizer: Tokenizer
     pool_size: PoolSize
-    policy_of: Callable[[Role], Policy]
 
 
 def build_engine(settings: WorkerSettings, clock: Clock) -> EngineRoom:
@@ -71,18 +70,15 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> EngineRoom:
     )
     runner = load_runner(directory, options)
     limits = StepLimits(step.max_num_seqs, step.max_num_batched_tokens, step.max_waiting, target_ms=step.target_ms)
-
-    def policy_of(role: Role) -> Policy:
-        if role is Role.PREFILL:
-            return PrefillPolicy(limits)
-        return DecodePolicy(limits) if role is Role.DECODE else combined_policy(limits)
-
+    roles = {
+        Role.PREFILL: prefill_policy(limits),
+        Role.DECODE: decode_policy(limits),
+        Role.COMBINED: combined_policy(limits),
+    }
     pool = BlockPool(pool_size.num_blocks, cache.block_size)
     bounds = CoreLimits(model.max_model_len, pool_size.num_swap_blocks, scored_rows(model.vocab_size))
-    policy = policy_of(settings.role)
-    core = EngineCore(
-        bounds, pool, PrefixCache(pool, enabled=cache.prefix_caching), policy, eos_ids=model.eos_ids, key=key
-    )
+    prefix = PrefixCache(pool, enabled=cache.prefix_caching)
+    core = EngineCore(bounds, pool, prefix, roles[settings.role], eos_ids=model.eos_ids, key=key, roles=roles)
     link = ThreadLink()
     facts = FaceFacts(
         worker_id=settings.worker_id,
@@ -100,7 +96,7 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> EngineRoom:
     if pool_size.num_swap_blocks:
         host = HostStore(runner.store, runner.store.on_host(pool_size.num_swap_blocks))
     engine = Engine(core, runner, runner.store, link, clock, host=host)
-    return EngineRoom(engine, link, facts, tokenizer, pool_size, policy_of)
+    return EngineRoom(engine, link, facts, tokenizer, pool_size)
 
 
 def _model_facts(settings: WorkerSettings, directory: Path, end_ids: Sequence[int]) -> ModelFacts:

@@ -150,7 +150,8 @@ class WorkerProcess:
         """Take another role: a change of policy, told to the routers. What runs goes on."""
         assert self._room is not None, "start first"
         self.role = role
-        self._room.engine.set_policy(self._room.policy_of(role))
+        self._room.link.send(link.SetRole(role))
+        log.info("%s is %s from now on", self.settings.worker_id, role.value)
         if self._announcer is not None:
             self._announcer.update(self.info())
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
+import grpc
+
+from ..core.errors import InvalidRequest
+from ..kv.messages import role_from_wire
 from ..protos import common_pb2, worker_pb2, worker_pb2_grpc
 
 if TYPE_CHECKING:
@@ -29,6 +33,15 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         """KV events and load reports."""
         async for event in self._worker.watchers.watch():
             yield event
+
+    async def SetRole(self, request: worker_pb2.SetRoleRequest, context: Any) -> common_pb2.WorkerInfo:
+        """Take another role; what runs goes on."""
+        try:
+            role = role_from_wire(request.role)
+        except InvalidRequest as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        self._worker.set_role(role)
+        return self._worker.info()
 
     async def Drain(self, request: worker_pb2.DrainRequest, context: Any) -> worker_pb2.DrainResponse:
         """No new work; what runs may end."""

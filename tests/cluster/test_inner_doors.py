@@ -101,6 +101,9 @@ async def test_a_worker_answers_the_clusters_key_alone(start_worker, caplog):
             opened = call(channel, path, form)
             if path == HEALTH_LIST:
                 opened.cancel()  # grpc_health does not implement it
+            elif path.endswith("/SetRole"):
+                with pytest.raises(grpc.aio.AioRpcError, match="worker role 0 is unknown"):
+                    await opened
             elif form == "unary_unary":
                 await opened
             else:

@@ -3,7 +3,7 @@
 import pytest
 
 from twostroke.core.request import SamplingParams, SequenceKey
-from twostroke.decode_worker.policy import DecodePolicy, combined_policy
+from twostroke.decode_worker.policy import combined_policy, decode_policy
 from twostroke.engine.core import CoreLimits, EngineCore
 from twostroke.engine.messages import Source, Submit
 from twostroke.engine.plan import StepResult
@@ -13,7 +13,7 @@ from twostroke.kv.cache.pool import BlockPool
 from twostroke.kv.cache.prefix import PrefixCache
 
 LIMITS = StepLimits(target_ms=80.0, max_num_seqs=8, max_batch_tokens=256)
-POLICY = DecodePolicy(LIMITS)
+POLICY = decode_policy(LIMITS)
 
 
 def test_prefill_alone_has_the_whole_step_and_beside_decodes_a_share():
@@ -23,8 +23,8 @@ def test_prefill_alone_has_the_whole_step_and_beside_decodes_a_share():
 
 
 def test_the_share_is_never_less_than_two_hash_blocks_or_the_step():
-    assert DecodePolicy(StepLimits(max_num_seqs=2, max_batch_tokens=64)).budget(1).prefill_tokens == 32
-    assert DecodePolicy(StepLimits(max_num_seqs=2, max_batch_tokens=16)).budget(1).prefill_tokens == 16
+    assert decode_policy(StepLimits(max_num_seqs=2, max_batch_tokens=64)).budget(1).prefill_tokens == 32
+    assert decode_policy(StepLimits(max_num_seqs=2, max_batch_tokens=16)).budget(1).prefill_tokens == 16
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_prompts_beside_decodes_get_the_rest_of_the_time(times, num_computed, fi
 
 
 def test_the_time_of_a_step_is_configured():
-    policy = DecodePolicy(StepLimits(target_ms=40.0))
+    policy = decode_policy(StepLimits(target_ms=40.0))
     assert policy.prompt_tokens(500, StepTimes(10.0, 0.5), 0, is_scored=False) == 60
 
 

@@ -11,8 +11,8 @@ import pytest
 
 import twostroke.engine.loop as engine_module
 from twostroke.core.clock import MonotonicClock
-from twostroke.core.request import FinishReason, SamplingParams, SequenceKey
-from twostroke.decode_worker.policy import DecodePolicy, combined_policy
+from twostroke.core.request import FinishReason, Role, SamplingParams, SequenceKey
+from twostroke.decode_worker.policy import combined_policy, decode_policy
 from twostroke.engine.core import CoreLimits, EngineCore
 from twostroke.engine.loop import INTEGRITY_S, Engine
 from twostroke.engine.messages import (
@@ -33,6 +33,7 @@ from twostroke.engine.messages import (
     Promised,
     ReadKv,
     Release,
+    SetRole,
     Source,
     StepTokens,
     Stop,
@@ -44,7 +45,7 @@ from twostroke.engine.policy import StepLimits
 from twostroke.engine.thread_link import ThreadLink
 from twostroke.kv.cache.pool import BlockPool
 from twostroke.kv.cache.prefix import PrefixCache
-from twostroke.prefill_worker.policy import PrefillPolicy
+from twostroke.prefill_worker.policy import prefill_policy
 
 TIMEOUT_S = 30
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
@@ -96,9 +97,10 @@ def start():
     def begin(runner, store, policy=combined_policy, *, num_blocks=64, clock=None, **limits):
         link = ThreadLink()
         pool = BlockPool(num_blocks, 16)
-        core = EngineCore(
-            CoreLimits(), pool, PrefixCache(pool), policy(StepLimits(**limits)), eos_ids=[1], key=b"cluster"
-        )
+        limits = StepLimits(**limits)
+        roles = {Role.PREFILL: prefill_policy(limits)}
+        prefix = PrefixCache(pool)
+        core = EngineCore(CoreLimits(), pool, prefix, policy(limits), eos_ids=[1], key=b"cluster", roles=roles)
         engine = Engine(core, runner, store, link, clock or MonotonicClock())
         engine.start()
         engines.append((engine, link))
@@ -174,8 +176,8 @@ async def carry(sender: Desk, receiver: Desk, length, params, *, upto=None, fram
 async def test_handed_over_gives_the_tokens_of_one_piece(write_tiny, make_runner, start, params, kv):
     make = lambda: make_runner(write_tiny({}), kv_dtype=kv)  # noqa: E731
     prefill, decode, alone = make(), make(), make()
-    _, sender, sender_core = start(prefill, prefill.store, PrefillPolicy, max_batch_tokens=48)
-    _, receiver, receiver_core = start(decode, decode.store, DecodePolicy)
+    _, sender, sender_core = start(prefill, prefill.store, prefill_policy, max_batch_tokens=48)
+    _, receiver, receiver_core = start(decode, decode.store, decode_policy)
     _, whole, _ = start(alone, alone.store)
     for length in (100, 39, 100):  # the third finds a prefix on both sides
         expected = await in_one_piece(whole, length, params)
@@ -193,8 +195,8 @@ async def test_handed_over_gives_the_tokens_of_one_piece(write_tiny, make_runner
 @pytest.mark.parametrize("knows_first", [False, True])
 async def test_a_lost_peer_changes_no_token(write_tiny, make_runner, start, knows_first):
     prefill, decode, alone = (make_runner(write_tiny({})) for _ in range(3))
-    _, sender, _ = start(prefill, prefill.store, PrefillPolicy)
-    _, receiver, _ = start(decode, decode.store, DecodePolicy)
+    _, sender, _ = start(prefill, prefill.store, prefill_policy)
+    _, receiver, _ = start(decode, decode.store, decode_policy)
     _, whole, _ = start(alone, alone.store)
     expected = await in_one_piece(whole, 100, SEEDED)
     key, first = await carry(sender, receiver, 100, SEEDED, upto=48)
@@ -221,7 +223,7 @@ async def test_cached_blocks_are_fetched_by_identity(write_tiny, make_runner, st
 
 async def test_planes_the_store_refuses_end_their_sequence_only(write_tiny, make_runner, start):
     runner = make_runner(write_tiny({}))
-    _, desk, _ = start(runner, runner.store, DecodePolicy)
+    _, desk, _ = start(runner, runner.store, decode_policy)
     take = submit("x", Source.PEER, 40, GREEDY)
     desk.link.send(take)
     await desk.of(Promised, take.key)
@@ -360,11 +362,10 @@ async def test_an_idle_engine_sleeps_between_beats(start):
 
 
 async def test_the_policy_changes_between_steps(start):
-    engine, desk, core = start(Steps(), None, DecodePolicy)
-    policy = PrefillPolicy(StepLimits())
-    engine.set_policy(policy)
+    _, desk, core = start(Steps(), None, decode_policy)
+    desk.link.send(SetRole(Role.PREFILL))
     await in_one_piece(desk, 20, GREEDY)
-    assert core.policy is policy
+    assert core.policy == prefill_policy(StepLimits())
 
 
 async def test_the_beat_goes_on_and_learns_the_pace_of_steps(start):
@@ -431,7 +432,7 @@ class Gated(Steps):
 async def test_what_a_peer_waits_for_is_read_before_the_next_step(start, monkeypatch):
     monkeypatch.setattr(engine_module, "PEER_WAIT_S", TIMEOUT_S)
     runner = Gated()
-    _, desk, _ = start(runner, runner, PrefillPolicy, max_batch_tokens=64)
+    _, desk, _ = start(runner, runner, prefill_policy, max_batch_tokens=64)
     keys = [SequenceKey(name, 0) for name in ("one", "two")]
     for key in keys:
         desk.link.send(submit(key.request_id, Source.FOR_PEER, 64, GREEDY))

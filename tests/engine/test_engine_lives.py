@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from support.cell_store import EOS, KEY, ROOT, FakeStore, cells_of, oracle
 
 from twostroke.core.request import SamplingParams, SequenceKey
-from twostroke.decode_worker.policy import DecodePolicy, combined_policy
+from twostroke.decode_worker.policy import combined_policy, decode_policy
 from twostroke.engine.core import CoreLimits, EngineCore
 from twostroke.engine.messages import (
     AskSnapshot,
@@ -39,7 +39,7 @@ from twostroke.engine.store_ops import FetchOp, ReadOp, SwapInOp, SwapOutOp, Wri
 from twostroke.kv.block import chain
 from twostroke.kv.cache.pool import BlockPool
 from twostroke.kv.cache.prefix import PrefixCache
-from twostroke.prefill_worker.policy import PrefillPolicy
+from twostroke.prefill_worker.policy import prefill_policy
 
 
 class Face:
@@ -206,7 +206,7 @@ class CoreMachine(RuleBasedStateMachine):
     def spoil(self, copies):
         self.spoiled = copies
 
-    @rule(kind=st.sampled_from([PrefillPolicy, DecodePolicy, combined_policy]))
+    @rule(kind=st.sampled_from([prefill_policy, decode_policy, combined_policy]))
     def change_role(self, kind):
         self.core.set_policy(kind(self.limits))
 

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from twostroke.core.request import SamplingParams, SequenceKey
-from twostroke.decode_worker.policy import DecodePolicy, combined_policy
+from twostroke.decode_worker.policy import combined_policy, decode_policy
 from twostroke.engine.core import CoreLimits, EngineCore
 from twostroke.engine.messages import Offered, PeerBound, Source, Submit
 from twostroke.engine.plan import StepPlan, StepResult
@@ -19,7 +19,7 @@ from twostroke.engine.policy import StepLimits
 from twostroke.kv.cache.pool import BlockPool
 from twostroke.kv.cache.prefix import PrefixCache
 from twostroke.kv.spec import HASH_BLOCK_TOKENS
-from twostroke.prefill_worker.policy import PrefillPolicy
+from twostroke.prefill_worker.policy import prefill_policy
 
 SHORT = 32
 CROWDS = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -88,8 +88,8 @@ class Crowd:
 
 POLICIES = {
     "combined": (combined_policy, Source.LOCAL),
-    "decode": (DecodePolicy, Source.LOCAL),
-    "prefill": (PrefillPolicy, Source.FOR_PEER),
+    "decode": (decode_policy, Source.LOCAL),
+    "prefill": (prefill_policy, Source.FOR_PEER),
     "combined, for a peer": (combined_policy, Source.FOR_PEER),
 }
 ARRIVALS = st.lists(

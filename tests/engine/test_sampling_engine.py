@@ -9,7 +9,7 @@ import torch
 
 from twostroke.core.clock import MonotonicClock
 from twostroke.core.request import FinishReason, SamplingParams, SequenceKey, TokenLogprobs
-from twostroke.decode_worker.policy import DecodePolicy, combined_policy
+from twostroke.decode_worker.policy import combined_policy, decode_policy
 from twostroke.engine.core import CoreLimits, EngineCore
 from twostroke.engine.loop import Engine
 from twostroke.engine.messages import (
@@ -30,7 +30,7 @@ from twostroke.kv.block import chain
 from twostroke.kv.cache.pool import BlockPool
 from twostroke.kv.cache.prefix import PrefixCache
 from twostroke.model.sampling import step as sampling_step
-from twostroke.prefill_worker.policy import PrefillPolicy
+from twostroke.prefill_worker.policy import prefill_policy
 
 BASE = SamplingParams(max_tokens=14, temperature=0.0, ignore_eos=True)
 SCORED = replace(BASE, logprobs=4, prompt_logprobs=3)
@@ -245,7 +245,7 @@ def test_a_sequence_knows_prompt_and_output_apart():
 def test_a_prefill_worker_sends_the_scores_with_the_first_token(make_room):
     prompt = ids_of(45)
     whole = make_room().run(submit("a", prompt, SCORED))
-    room = make_room(PrefillPolicy, max_batch_tokens=16).run(submit("a", prompt, SCORED, Source.FOR_PEER))
+    room = make_room(prefill_policy, max_batch_tokens=16).run(submit("a", prompt, SCORED, Source.FOR_PEER))
     room.run(PeerBound(SequenceKey("a", 0)))
     assert room.tokens["a"] == whole.tokens["a"][:1]
     assert room.logprobs["a"] == whole.logprobs["a"][:1]
@@ -256,7 +256,7 @@ def test_a_decode_worker_whose_peer_is_lost_scores_by_itself_unless_the_first_to
     prompt, key = ids_of(45), SequenceKey("a", 0)
     whole = make_room().run(submit("a", prompt, SCORED))
     for first, is_bound in ((None, False), (None, True), (whole.tokens["a"][0], False), (whole.tokens["a"][0], True)):
-        room = make_room(DecodePolicy).run(submit("plain", prompt, BASE))
+        room = make_room(decode_policy).run(submit("plain", prompt, BASE))
         room.run(submit("a", prompt, SCORED, Source.PEER))
         room.run(*[Bind(key)] * is_bound)
         assert room.promised["a"] == 0  # nothing that is cached spares the peer the whole prompt
@@ -270,7 +270,7 @@ def test_a_decode_worker_whose_peer_is_lost_scores_by_itself_unless_the_first_to
 def test_kv_complete_with_gaps_goes_on_locally_without_scores(make_room):
     prompt, key = ids_of(45), SequenceKey("a", 0)
     whole = make_room().run(submit("a", prompt, SCORED))
-    room = make_room(DecodePolicy).run(submit("a", prompt, SCORED, Source.PEER)).run(Bind(key))
+    room = make_room(decode_policy).run(submit("a", prompt, SCORED, Source.PEER)).run(Bind(key))
     room.run(KvComplete(key, whole.tokens["a"][0]))
     assert room.tokens["a"] == whole.tokens["a"][1:]
     assert "a" not in room.prompt_logprobs

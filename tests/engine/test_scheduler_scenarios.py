@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from twostroke.core.request import FinishReason, SamplingParams, SequenceKey
-from twostroke.decode_worker.policy import DecodePolicy, combined_policy
+from twostroke.decode_worker.policy import combined_policy, decode_policy
 from twostroke.engine.core import CoreLimits, EngineCore
 from twostroke.engine.messages import (
     AskSnapshot,
@@ -56,7 +56,7 @@ from twostroke.engine.store_ops import FetchOp, ReadOp, SwapInOp, SwapOutOp, Wri
 from twostroke.kv.block import chain
 from twostroke.kv.cache.pool import BlockPool
 from twostroke.kv.cache.prefix import PrefixCache
-from twostroke.prefill_worker.policy import PrefillPolicy
+from twostroke.prefill_worker.policy import prefill_policy
 
 FACTS = {
     "pool": 8,
@@ -73,7 +73,7 @@ FACTS = {
 
 FOLDER = Path(__file__).parents[1] / "scenarios"
 SCENARIOS = sorted(p for part in ("schedule", "prefill_policy", "decode_policy") for p in (FOLDER / part).glob("*.txt"))
-POLICIES = {"prefill": PrefillPolicy, "decode": DecodePolicy, "combined": combined_policy}
+POLICIES = {"prefill": prefill_policy, "decode": decode_policy, "combined": combined_policy}
 EOS, KEY, ROOT = 1, b"cluster", b"root"
 
 
@@ -127,7 +127,7 @@ class Stage:
         facts = self.facts
         limits = StepLimits(facts["seqs"], facts["batch"], facts["waiting"], max(2000, 3 * facts["context"]))
         if facts["watermark"]:
-            return DecodePolicy(limits, watermark=facts["watermark"] / 100)
+            return decode_policy(limits, watermark=facts["watermark"] / 100)
         return POLICIES[facts["policy"]](limits)
 
     def do(self, word: str, rest: list[str]) -> list:

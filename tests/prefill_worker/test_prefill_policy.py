@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 
 from twostroke.engine.policy import Ahead, Queue, Room, StepLimits, Want, bound_scored, scored_rows
 from twostroke.engine.step_times import StepTimes
-from twostroke.prefill_worker.policy import PrefillPolicy
+from twostroke.prefill_worker.policy import prefill_policy
 
-POLICY = PrefillPolicy(StepLimits(max_num_seqs=8, max_batch_tokens=64, max_waiting=3, max_waiting_tokens=100))
+POLICY = prefill_policy(StepLimits(max_num_seqs=8, max_batch_tokens=64, max_waiting=3, max_waiting_tokens=100))
 
 
 def test_first_come_first_served_while_prompts_fit():

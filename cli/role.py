@@ -1,0 +1,80 @@
+"""`twostroke role`: give a worker another role while it serves."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Any
+
+import typer
+
+from ..client.client import Client
+from ..core.errors import ConfigError, InvalidRequest, Unavailable
+from ..core.request import Role
+from . import options as o
+from .members import check_key
+from .status import ApiKey, Grpc, Insecure
+
+TIMEOUT_S = 10.0
+
+
+def role(
+    worker: Annotated[str, typer.Argument(help="Its name, as `twostroke status` shows it.")],
+    new_role: Annotated[Role, typer.Argument(metavar="ROLE", help="prefill, decode or combined.")],
+    grpc: Grpc = "127.0.0.1:8001",
+    api_key: ApiKey = None,
+    insecure: Insecure = False,
+    config: o.ConfigFile = None,
+    force: Annotated[bool, typer.Option("--force", help="Also where no other worker of its model decodes.")] = False,
+) -> None:
+    """Change a worker's role; what it runs goes on, and the routers follow at once.
+
+    The cluster's key is TWOSTROKE__CLUSTER__KEY: start `serve` with one to change roles by hand.
+    """
+    settings = o.config_from({"config": config})
+    check_key(settings)
+    with Client(grpc, api_key=api_key, insecure=insecure, timeout_s=5.0) as client:
+        workers = client.cluster()["workers"]
+    address = _address(workers, worker, new_role, force=force)
+    asyncio.run(_set_role(address, settings.cluster.key, new_role))
+    typer.echo(f"{worker} is {new_role.value}")
+
+
+def _address(workers: list[dict[str, Any]], name: str, new_role: Role, *, force: bool) -> str:
+    """Where the worker is.
+
+    Raises:
+        InvalidRequest: there is no such worker.
+        ConfigError: nobody would decode its model any more.
+    """
+    found = {worker["worker_id"]: worker for worker in workers}
+    if name not in found:
+        raise InvalidRequest(f"no worker is called {name!r}; there are: {', '.join(sorted(found)) or 'none'}")
+    model = found[name]["model"]
+    others = [w for n, w in found.items() if n != name and w["model"] == model and w["role"] != Role.PREFILL.value]
+    if new_role is Role.PREFILL and not others and not force:
+        raise ConfigError(
+            f"{name} alone decodes {model}: as a prefill worker it would leave nobody to answer. Give another worker "
+            "the role decode or combined first, or say --force"
+        )
+    return str(found[name]["address"])
+
+
+async def _set_role(address: str, cluster_key: str, new_role: Role) -> None:
+    """Tell the worker.
+
+    Raises:
+        Unavailable: it did not answer, or the keys differ.
+    """
+    import grpc.aio
+
+    from ..core.inside import InsideChannel
+    from ..kv.keys import proof_key
+    from ..kv.messages import role_to_wire
+    from ..protos import worker_pb2, worker_pb2_grpc
+
+    async with InsideChannel(address, proof_key(cluster_key)) as channel:
+        stub = worker_pb2_grpc.WorkerStub(channel)
+        try:
+            await stub.SetRole(worker_pb2.SetRoleRequest(role=role_to_wire(new_role)), timeout=TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise Unavailable(f"the worker at {address} did not change its role: {error.details()}") from None
