@@ -67,7 +67,6 @@ class Outbox:
         # Parts of one choice lie in order; only the last one of them grows.
         self._tokens: dict[tuple[SequenceKey, Epoch], deque[_Pending]] = {}
         self._ends: list[worker_pb2.RequestEnd] = []
-        self._news: list[worker_pb2.RequestNews] = []
         self._num_tokens = 0
         self._num_bytes = 0
         self._step = 0
@@ -122,16 +121,6 @@ class Outbox:
         self._ends.append(end)
         self._changed()
 
-    def add_news(self, key: SequenceKey, epoch: Epoch, what: str) -> None:
-        """An instant that the router may want to know. Forgotten when the router is far behind."""
-        if len(self._news) < self._max_ends:
-            self._news.append(
-                worker_pb2.RequestNews(
-                    request_id=key.request_id, choice=key.choice, epoch=epoch_to_wire(epoch), what=what
-                )
-            )
-            self._changed()
-
     def at_step(self, step: int) -> None:
         """The engine step that the next tokens come from."""
         self._step = step
@@ -148,8 +137,7 @@ class Outbox:
         """What waits, as one message; the rest of it, if it is too large, as the next. None: nothing waits."""
         if not self._waiting.is_set():
             return None
-        output = worker_pb2.StepOutput(step=self._step, news=self._news)
-        self._news = []
+        output = worker_pb2.StepOutput(step=self._step)
         self._take_tokens(output)
         ends, self._ends = self._ends, []
         for end in ends:

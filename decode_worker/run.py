@@ -22,7 +22,7 @@ from ..engine.client import SequenceEvent
 from ..engine.facts import FaceFacts
 from ..kv.handover.carrier import StreamHost
 from ..kv.handover.driver import ClientDriver
-from ..kv.handover.machine import GotFirstToken, Label, Lost
+from ..kv.handover.machine import HANDOVER, GotFirstToken, Label, Lost
 from ..kv.handover.receiver import Receiver
 from ..kv.handover.transports.grpc import Channels
 from ..kv.messages import sampling_to_wire, spec_to_wire
@@ -37,7 +37,7 @@ from .report import Ending, Told, end_message, life_of
 log = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT_S = 600.0
-CAPABILITIES = ("handover.grpc.1",)
+CAPABILITIES = (HANDOVER,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +238,6 @@ class Run:
     def _go_local(self, reason: str, kept_tokens: int, first_token: int | None) -> None:
         self.told.local_reason = reason
         self.told.recomputed_tokens = len(self.order.prompt_ids) - kept_tokens
-        self._outbox.add_news(self.order.key, self.order.epoch, "local_prefill")
         self._tools.pull.dispatcher.send(link.PrefillLocally(self.order.engine_key, kept_tokens, first_token))
 
     # ------------------------------------------------------------------ to the router
@@ -274,7 +273,6 @@ class Run:
 
     def _mark(self, instant: Instant) -> None:
         self.timeline.mark(instant, self._tools.pull.clock.now_s())
-        self._outbox.add_news(self.order.key, self.order.epoch, instant.value)
 
     def _end(self, event: link.Ended) -> None:
         """The engine owns nothing of it any more: tell the router, exactly once."""

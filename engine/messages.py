@@ -42,7 +42,6 @@ class Submit:
     identity_root: bytes  # to continue the chain over generated tokens
     params: SamplingParams
     num_emitted: int = 0  # trailing prompt ids the client already has (re-dispatch): they count as generated
-    peer_held_tokens: int = 0  # FOR_PEER: leading tokens decode holds, which need not be kept for it
     priority: int = 0
     deadline_s: float | None = None  # of the engine's clock
 

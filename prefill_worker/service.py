@@ -13,7 +13,7 @@ from ..engine.facts import FaceFacts
 from ..kv.handover.carrier import StreamHost
 from ..kv.handover.driver import Driver
 from ..kv.handover.frames import WireError, decode_envelope, encode_message, tokens_per_frame
-from ..kv.handover.machine import Label
+from ..kv.handover.machine import HANDOVER, Label
 from ..kv.handover.sender import Sender, refuse
 from ..kv.handover.transports.grpc import ByteStream, ServerContext, ServerStream
 from ..kv.messages import error_to_wire, sampling_from_wire, spec_from_wire
@@ -142,6 +142,11 @@ class PrefillService:
 
     def _check_compatible(self, order: handover_pb2.Open) -> None:
         model = self._facts.model
+        if order.capabilities and HANDOVER not in order.capabilities:
+            raise InvalidRequest(
+                f"the peer knows the hand-overs {', '.join(order.capabilities)}, this worker {HANDOVER}",
+                param="capabilities",
+            )
         check_specs(spec_from_wire(order.kv_spec), model.kv_spec)
         if (order.deterministic or model.deterministic) and order.numerics_class != model.numerics_class:
             raise InvalidRequest(
@@ -171,7 +176,6 @@ class PrefillService:
             identity_root=names.root,
             params=params,
             num_emitted=order.emitted_tokens,
-            peer_held_tokens=order.held_tokens,
             priority=order.priority,
             deadline_s=now_s + order.timeout_ms / 1000,
         )

@@ -376,25 +376,21 @@ class StepOutput(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     ENDS_FIELD_NUMBER: _builtins.int
-    NEWS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenOutput]: ...
     @_builtins.property
     def ends(self) -> _containers.RepeatedCompositeFieldContainer[Global___RequestEnd]: ...
-    @_builtins.property
-    def news(self) -> _containers.RepeatedCompositeFieldContainer[Global___RequestNews]: ...
     def __init__(
         self,
         *,
         step: _builtins.int = ...,
         tokens: _abc.Iterable[Global___TokenOutput] | None = ...,
         ends: _abc.Iterable[Global___RequestEnd] | None = ...,
-        news: _abc.Iterable[Global___RequestNews] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ends", b"ends", "news", b"news", "step", b"step", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ends", b"ends", "step", b"step", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -510,38 +506,6 @@ class RequestEnd(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RequestEnd: _TypeAlias = RequestEnd  # noqa: Y015
-
-@_typing.final
-class RequestNews(_message.Message):
-    """Something the router may want to know before the end."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    REQUEST_ID_FIELD_NUMBER: _builtins.int
-    CHOICE_FIELD_NUMBER: _builtins.int
-    EPOCH_FIELD_NUMBER: _builtins.int
-    WHAT_FIELD_NUMBER: _builtins.int
-    request_id: _builtins.str
-    choice: _builtins.int
-    what: _builtins.str
-    """an instant's name, e.g. "promised", "bound", "local_prefill" """
-    @_builtins.property
-    def epoch(self) -> Global___Epoch: ...
-    def __init__(
-        self,
-        *,
-        request_id: _builtins.str = ...,
-        choice: _builtins.int = ...,
-        epoch: Global___Epoch | None = ...,
-        what: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "epoch", b"epoch", "request_id", b"request_id", "what", b"what"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___RequestNews: _TypeAlias = RequestNews  # noqa: Y015
 
 @_typing.final
 class HandoverReport(_message.Message):

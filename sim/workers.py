@@ -329,7 +329,6 @@ ROUTER_MODEL = router_facts.ModelFacts(
     deterministic=True,
     path="",
     kv_bytes_per_token=SPEC.bytes_per_token,
-    kv_bf16_bytes_per_token=SPEC.bf16_bytes_per_token,
 )
 
 

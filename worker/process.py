@@ -28,7 +28,7 @@ from ..decode_worker.service import DecodeService
 from ..engine import messages as link
 from ..engine.client import Dispatcher
 from ..kernels.cpu.build import stop_building
-from ..kv.handover.machine import Timing
+from ..kv.handover.machine import HANDOVER, Timing
 from ..kv.handover.transports.grpc import SERVER_OPTIONS, Channels, handlers
 from ..kv.keys import proof_key
 from ..kv.messages import role_to_wire, spec_to_wire
@@ -47,7 +47,7 @@ from .watch import FaceLoad, Watchers
 
 log = logging.getLogger(__name__)
 
-CAPABILITIES = ("handover.grpc.1", "blocks.fetch.1", "session.1")
+CAPABILITIES = (HANDOVER, "blocks.fetch.1", "session.1")
 READY_S = 600.0  # loading and warming up a large model
 STOP_BUILDING_S = 1.0
 ORPHANED = 2  # place among what a serving worker waits for

@@ -24,6 +24,8 @@ from ...protos import handover_pb2 as pb
 
 MAX_REFETCHES = 1  # per damaged hash block; then the suffix is recomputed
 
+HANDOVER = "handover.grpc.1"  # this hand-over's name among a worker's capabilities
+
 
 @dataclass(frozen=True, slots=True)
 class Timing:

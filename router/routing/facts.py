@@ -30,7 +30,6 @@ class ModelFacts:
     deterministic: bool
     path: str  # the checkpoint's directory, as the worker names it
     kv_bytes_per_token: int  # what a hand-over moves
-    kv_bf16_bytes_per_token: int
 
     @property
     def identity_class(self) -> bytes:
@@ -60,6 +59,11 @@ class WorkerFacts:
     def key(self) -> WorkerKey:
         """This life of this worker."""
         return WorkerKey(self.worker_id, self.incarnation)
+
+    @property
+    def handovers(self) -> frozenset[str]:
+        """Ways of handing KV over that it knows."""
+        return frozenset(name for name in self.capabilities if name.startswith("handover."))
 
     @property
     def num_kv_tokens(self) -> int:

@@ -62,7 +62,6 @@ class Worker:
     """One worker in the router's eyes."""
 
     facts: WorkerFacts
-    joined_s: float
     heard_s: float  # any word of it
     beat_s: float  # last word on its session
     announcing: bool = True
@@ -146,7 +145,7 @@ class Fleet:
             changes = self._gone(known, "a new incarnation took its place")
             self._replaced.setdefault(facts.worker_id, deque(maxlen=8)).append(known.facts.incarnation)
         self._workers[facts.worker_id] = Worker(
-            facts, joined_s=now_s, heard_s=now_s, beat_s=now_s, step_changed_s=now_s, role=facts.role
+            facts, heard_s=now_s, beat_s=now_s, step_changed_s=now_s, role=facts.role
         )
         return [*changes, FleetChange(Change.CONNECT, facts, "announced itself")]
 

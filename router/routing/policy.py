@@ -57,6 +57,7 @@ class WorkerView:
     address: str
     role: Role
     numerics: bytes  # pairs must be equal in it
+    handovers: frozenset[str]  # ways of handing over that it knows: pairs must share one; empty: it did not say
     coefficients: Coefficients
     kv_bytes_per_token: int
     queued_prefill_tokens: int
@@ -137,7 +138,7 @@ def choose(
         cost.pair(p, d)
         for d in sorted((w for w in homes if w.role is Role.DECODE), key=cost.decode_rank)[:BEST]
         for p in peers
-        if p.numerics == d.numerics
+        if p.numerics == d.numerics and can_hand_over(p, d)
     ]
     own = [cost.local(home) for home in homes if home.role is Role.COMBINED or limits.local_prefill]
     candidates = pairs + own or [cost.local(home) for home in homes]  # no prefill worker is there: better than nothing
@@ -146,6 +147,11 @@ def choose(
     ranked = sorted(candidates, key=lambda c: (c.terms.total_ms, c.name))
     winner = _pick(ranked, request.request_id, limits)
     return Choice(winner, _peers(winner, ranked), tuple(ranked), _reason(winner, ranked, request))
+
+
+def can_hand_over(prefill: WorkerView, decode: WorkerView) -> bool:
+    """Whether the two know a hand-over in common, as far as they said."""
+    return not prefill.handovers or not decode.handovers or not prefill.handovers.isdisjoint(decode.handovers)
 
 
 class _Figures(NamedTuple):

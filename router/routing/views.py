@@ -49,6 +49,7 @@ def views_of(workers: Iterable[Worker]) -> list[WorkerView]:
             address=worker.facts.address,
             role=worker.role,
             numerics=worker.facts.model.weights_fingerprint + worker.facts.model.identity_class,
+            handovers=worker.facts.handovers,
             coefficients=coefficients_of(worker.load, otherwise),
             kv_bytes_per_token=worker.facts.model.kv_bytes_per_token,
             queued_prefill_tokens=worker.queued_prefill_tokens,

@@ -59,7 +59,6 @@ def _model_from(model: common_pb2.ModelInfo) -> ModelFacts:
         deterministic=model.deterministic,
         path=model.path,
         kv_bytes_per_token=spec.bytes_per_token,
-        kv_bf16_bytes_per_token=spec.bf16_bytes_per_token,
     )
 
 

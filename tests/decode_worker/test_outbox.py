@@ -19,14 +19,12 @@ def test_everything_that_waits_leaves_in_one_message():
     outbox.at_step(6)
     outbox.add_tokens(KEY, EPOCH, 4, (9, 10), "cd")
     outbox.add_end(worker_pb2.RequestEnd(request_id="r"))
-    outbox.add_news(OTHER, EPOCH, "bound")
     step = outbox.take()
     assert step.step == 6
     first, second = step.tokens
     assert (first.request_id, first.first_index, list(first.token_ids), first.text) == ("r", 3, [7, 9, 10], "acd")
     assert (second.request_id, second.choice, list(second.token_ids)) == ("other", 1, [8])
     assert [end.request_id for end in step.ends] == ["r"]
-    assert [news.what for news in step.news] == ["bound"]
     assert outbox.take() is None
 
 
@@ -66,7 +64,7 @@ async def test_the_writer_sleeps_until_something_waits():
     waiting = asyncio.create_task(outbox.wait())
     await asyncio.sleep(0)
     assert not waiting.done()
-    outbox.add_news(KEY, EPOCH, "promised")
+    outbox.add_tokens(KEY, EPOCH, 0, (1,), "a")
     await asyncio.wait_for(waiting, 0.1)
 
 
@@ -139,13 +137,6 @@ def test_a_gap_between_parts_is_our_own_error():
     outbox.add_tokens(KEY, EPOCH, 0, (1,), "")
     with pytest.raises(AssertionError):
         outbox.add_tokens(KEY, EPOCH, 2, (1,), "")
-
-
-def test_news_that_nobody_reads_is_forgotten():
-    outbox = Outbox(max_ends=2)
-    for number in range(5):
-        outbox.add_news(KEY, EPOCH, f"instant {number}")
-    assert [news.what for news in outbox.take().news] == ["instant 0", "instant 1"]
 
 
 def test_a_part_stops_growing_at_half_a_message():

@@ -245,7 +245,10 @@ _PULLED = [
     ),
     Mutant("prefill_worker/service.py", "                self.leave(job)\n", "                pass\n"),
     Mutant("prefill_worker/service.py", "        job.leave()\n", ""),
-    Mutant("prefill_worker/service.py", "            peer_held_tokens=order.held_tokens,\n", ""),
+    Mutant("prefill_worker/service.py", "if order.capabilities and HANDOVER not in order.capabilities:", "if False:"),
+    Mutant(
+        "router/routing/policy.py", "if p.numerics == d.numerics and can_hand_over(p, d)", "if p.numerics == d.numerics"
+    ),
     Mutant("prefill_worker/service.py", "            num_emitted=order.emitted_tokens,\n", ""),
     Mutant("prefill_worker/service.py", 'f"{label.request_id}/p{self._count}"', 'f"{label.request_id}/p"'),
     Mutant(

@@ -121,7 +121,6 @@ _DECODE = [
         "        if True:\n            self._waiting",
     ),
     Mutant("decode_worker/outbox.py", "                    prompt_logprobs=pending.prompt_logprobs,\n", ""),
-    Mutant("decode_worker/outbox.py", "        if len(self._news) < self._max_ends:\n", "        if True:\n"),
     Mutant("decode_worker/session.py", "            await self.outbox.wait_for_room()", "            pass"),
     Mutant("decode_worker/session.py", "                self._has_beaten = True\n", "                pass\n"),
     Mutant(

@@ -150,7 +150,7 @@ async def test_an_order_becomes_a_sequence_for_a_peer(bench):
     assert submit.source is Source.FOR_PEER
     assert submit.prompt_ids == tuple(range(40))
     assert len(submit.identities) == 2
-    assert (submit.peer_held_tokens, submit.priority, submit.num_emitted) == (16, 3, 2)
+    assert (submit.priority, submit.num_emitted) == (3, 2)
     assert 0 < submit.deadline_s - MonotonicClock().now_s() <= 5
 
 
@@ -182,6 +182,7 @@ async def test_the_engine_waits_for_room_over_there(bench):
         ({"numerics_class": b"x" * 16}, "invalid_value", "numerics class"),
         ({"kv_spec": spec_to_wire(attention_spec(3, 2, 16, Codec.FP8_E4M3))}, "invalid_value", "3 layers"),
         ({"kv_spec": spec_to_wire(attention_spec(2, 4, 16, Codec.FP8_E4M3))}, "invalid_value", "components"),
+        ({"capabilities": ["handover.shm.1"]}, "invalid_value", "handover.grpc.1"),
         ({"prompt_ids": []}, "invalid_value", "held_tokens"),
         ({"prompt_ids": [1] * 64}, "context_length_exceeded", "64"),
         ({"prompt_ids": [100]}, "invalid_value", "vocabulary"),

@@ -119,7 +119,6 @@ class Answer:
 
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
-    news: list[str] = field(default_factory=list)
     ends: list[worker_pb2.RequestEnd] = field(default_factory=list)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -238,9 +237,6 @@ class RouterHand:
             answer.token_ids += tokens.token_ids
             answer.text += tokens.text
             answer.changed.set()
-        for news in step.news:
-            self._answer(news).news.append(news.what)
-            self._answer(news).changed.set()
         for end in step.ends:
             answer = self._answer(end)
             answer.text += end.tail_text

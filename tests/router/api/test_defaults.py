@@ -170,7 +170,7 @@ def test_reads_what_a_gguf_file_recommends(tmp_path: Path) -> None:
 
 class Offers:
     def __init__(self, path: Path) -> None:
-        self._facts = ModelFacts("m", b"f", b"n", "", 1024, VOCAB, True, str(path), 1, 1)
+        self._facts = ModelFacts("m", b"f", b"n", "", 1024, VOCAB, True, str(path), 1)
 
     def models(self) -> list[ModelFacts]:
         return [self._facts]

@@ -141,7 +141,7 @@ def test_a_list_is_judged_by_what_of_it_runs_at_once():
 def test_the_first_choice_of_a_life_is_the_one_whose_token_came_first():
     timeline = Timeline()
     timeline.mark(Instant.ARRIVED, 0.0)
-    model = ModelFacts("tiny", b"f" * 16, b"n", "", 4096, 1000, True, "", 1000, 2000)
+    model = ModelFacts("tiny", b"f" * 16, b"n", "", 4096, 1000, True, "", 1000)
     run = Run("r", request(num_choices=3), timeline, model, 16)
     for choice, count in enumerate((4, 5, 6)):
         run.delivery._choices[choice].next_index = count

@@ -21,7 +21,7 @@ from twostroke.router.routing.facts import ModelFacts, WorkerFacts, WorkerKey
 from twostroke.router.routing.fleet import Fleet
 from twostroke.router.routing.prefixes import PrefixMap
 
-MODEL = ModelFacts("m", b"f" * 16, b"n" * 16, "", 4096, 1000, True, "", 1000, 2000)
+MODEL = ModelFacts("m", b"f" * 16, b"n" * 16, "", 4096, 1000, True, "", 1000)
 LENGTH = common_pb2.FINISH_REASON_LENGTH
 ERROR = common_pb2.FINISH_REASON_ERROR
 

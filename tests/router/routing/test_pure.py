@@ -231,7 +231,7 @@ def test_merged_pieces_keep_every_logprob_and_the_latest_count_of_shown_tokens()
 def test_a_model_has_the_context_that_each_of_its_workers_can_hold(lengths: tuple[int, int]) -> None:
     fleet = Fleet()
     for number, length in enumerate(lengths):
-        model = ModelFacts("m", b"f" * 16, b"n", "", length, 1000, True, "", 1000, 2000)
+        model = ModelFacts("m", b"f" * 16, b"n", "", length, 1000, True, "", 1000)
         facts = WorkerFacts(f"w{number}", 1, Role.COMBINED, "w:1", model, 64, 16, 8, 64)
         fleet.announced(facts, 0.0)
         fleet.session_up(facts.key, facts, 0.0)

@@ -15,6 +15,7 @@ Each line is an event; what must follow stands below it, indented. `0.50` at the
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -82,10 +83,11 @@ class Stage:
 
     # ---------------------------------------------------------------- fleet
 
-    def on_announced(self, name, role, incarnation, *, seqs="16", blocks="1000", numerics="x"):
-        model = ModelFacts("m", b"f" * 16, numerics.encode(), "", 4096, 1000, True, "", 1000, 2000)
+    def on_announced(self, name, role, incarnation, *, seqs="16", blocks="1000", numerics="x", knows=""):
+        model = ModelFacts("m", b"f" * 16, numerics.encode(), "", 4096, 1000, True, "", 1000)
         number = int(incarnation.removeprefix("#"))
         facts = WorkerFacts(name, number, Role(role), f"{name}:1", model, int(blocks), 16, int(seqs), 2048)
+        facts = replace(facts, capabilities=tuple(knows.split(",")))
         changes = self.fleet.announced(facts, self.now_s)
         self.keys[name] = facts.key
         return changes
