@@ -14,7 +14,7 @@ from ..core.clock import Clock
 from ..core.life import Life, forget
 from ..core.request import SequenceKey
 from ..core.timeline import Instant, Timeline
-from ..engine.client import Dispatcher
+from ..engine.client import EngineClient
 from ..engine.messages import WriteKv
 from ..kv.handover.carrier import Carrier, Check, CheckLine, StreamHost
 from ..kv.handover.frames import Frame, WireError, decode_envelope, encode_message, verify_frame
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 class PullTools:
     """What all hand-overs of a worker share."""
 
-    dispatcher: Dispatcher
+    dispatcher: EngineClient
     executor: Executor  # verifies digests
     digest_key: int
     kv_spec: KvSpec

@@ -52,7 +52,7 @@ class FaceLink(Protocol):
         ...
 
 
-class Dispatcher:
+class EngineClient:
     """One per worker. Owners register before they submit and are forgotten with their `Ended`.
 
     When the engine ends, everything that waits here ends too: owners hear `Ended`, fetches raise.

@@ -15,7 +15,7 @@ from ..core.life import Life, forget
 from ..core.request import FinishReason, SequenceKey
 from ..core.timeline import Instant, Timeline
 from ..engine import messages as link
-from ..engine.client import Dispatcher, SequenceEvent
+from ..engine.client import EngineClient, SequenceEvent
 from ..kv.handover.carrier import Carrier, Check, CheckLine, StreamHost
 from ..kv.handover.frames import FrameLabel, WireError, decode_envelope, encode_frame, encode_message, verify_sections
 from ..kv.handover.machine import (
@@ -44,7 +44,7 @@ MAX_READS = 2  # of the same planes: once more when they do not match their seal
 class JobTools:
     """What all jobs of a worker share."""
 
-    dispatcher: Dispatcher
+    dispatcher: EngineClient
     executor: Executor  # verifies digests
     digest_key: int
     numerics_class: bytes

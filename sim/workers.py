@@ -20,7 +20,7 @@ from ..decode_worker.run import Run, RunTools
 from ..decode_worker.service import DecodeService
 from ..decode_worker.session import Session
 from ..engine import messages as link
-from ..engine.client import Dispatcher, Owner, SequenceEvent
+from ..engine.client import EngineClient, Owner, SequenceEvent
 from ..engine.facts import FaceFacts, ModelFacts
 from ..kv.handover.carrier import StreamHost
 from ..kv.handover.frames import WireError, decode_envelope
@@ -71,7 +71,7 @@ class NoText:
         return ""
 
 
-class SimDispatcher(Dispatcher):
+class SimDispatcher(EngineClient):
     """The production routing of events; an owner's trouble is ours, not a line in a log."""
 
     def _call(self, owner: Owner, event: SequenceEvent) -> None:

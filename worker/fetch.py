@@ -10,7 +10,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from ..core.request import Epoch
-from ..engine.client import Dispatcher
+from ..engine.client import EngineClient
 from ..engine.facts import FaceFacts
 from ..kv.block import IDENTITY_BYTES, BlockIdentity
 from ..kv.handover.frames import FrameLabel, encode_frame
@@ -26,7 +26,7 @@ MAX_IDENTITIES = 65_536  # a million tokens
 class FetchService:
     """Serves what the prefix cache holds of one isolation domain. That the caller may ask, the guard has checked."""
 
-    def __init__(self, facts: FaceFacts, dispatcher: Dispatcher) -> None:
+    def __init__(self, facts: FaceFacts, dispatcher: EngineClient) -> None:
         self._facts = facts
         self._dispatcher = dispatcher
 

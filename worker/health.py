@@ -10,7 +10,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from ..core.clock import Clock
-from ..engine.client import Dispatcher
+from ..engine.client import EngineClient
 from ..engine.messages import LoadNews
 from ..kv.handover.transports.grpc import BLOCKS_SERVICE, HANDOVER_SERVICE
 from ..protos import handover_pb2, worker_pb2
@@ -26,7 +26,7 @@ _NOT_READY = ("loading", "stopped", "broken")
 class Health:
     """SERVING while the engine beats (or has nothing to do) and orders are taken."""
 
-    def __init__(self, dispatcher: Dispatcher, clock: Clock, is_draining: Callable[[], bool]) -> None:
+    def __init__(self, dispatcher: EngineClient, clock: Clock, is_draining: Callable[[], bool]) -> None:
         self._dispatcher = dispatcher
         self._clock = clock
         self._is_draining = is_draining

@@ -15,7 +15,7 @@ from ..checkpoint.sizes import cache_codec
 from ..core import metrics
 from ..core.board import Board, render
 from ..core.life import Life
-from ..engine.client import Dispatcher
+from ..engine.client import EngineClient
 from ..engine.facts import FaceFacts
 from ..engine.messages import LoadNews
 from ..kv.sizing import PoolSize
@@ -81,7 +81,7 @@ class WorkerMetrics:
             self._board.add(metrics.TOKENS_BY_SOURCE, *self._labels, source, amount=count)
 
 
-def pages(exported: WorkerMetrics, dispatcher: Dispatcher, is_serving: Callable[[], bool]) -> dict[str, Page]:
+def pages(exported: WorkerMetrics, dispatcher: EngineClient, is_serving: Callable[[], bool]) -> dict[str, Page]:
     """What a worker's HTTP port answers: /metrics, and /health for probes."""
 
     def all_metrics(accept: str) -> Answer:

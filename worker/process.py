@@ -26,7 +26,7 @@ from ..decode_worker.pull import PullTools
 from ..decode_worker.run import RunTools
 from ..decode_worker.service import DecodeService
 from ..engine import messages as link
-from ..engine.client import Dispatcher
+from ..engine.client import EngineClient
 from ..kernels.cpu.build import stop_building
 from ..kv.handover.machine import HANDOVER, Timing
 from ..kv.handover.transports.grpc import SERVER_OPTIONS, Channels, handlers
@@ -101,7 +101,7 @@ class WorkerProcess:
         room = self._room = await asyncio.to_thread(build_engine, self.settings, self._clock)
         log.info("%s computes with %s", self.settings.worker_id, room.facts.model.numerics_description)
         log.info("%s: %s", self.settings.worker_id, room.pool_size.arithmetic)
-        self.dispatcher = Dispatcher(room.link)
+        self.dispatcher = EngineClient(room.link)
         self._make_faces(room)
         room.engine.start()
         self._tasks.append(asyncio.create_task(self._dispatch()))

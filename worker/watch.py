@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 from ..core.request import Role
-from ..engine.client import Dispatcher
+from ..engine.client import EngineClient
 from ..engine.messages import CacheDelta, CacheSnapshot, LoadNews
 from ..kv.messages import role_to_wire
 from ..protos import worker_pb2
@@ -31,7 +31,7 @@ class Watchers:
 
     def __init__(
         self,
-        dispatcher: Dispatcher,
+        dispatcher: EngineClient,
         incarnation: int,
         face: Callable[[], FaceLoad],
         counters: Counter[str],

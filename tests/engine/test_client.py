@@ -6,7 +6,7 @@ import pytest
 
 from twostroke.core.errors import Unavailable
 from twostroke.core.request import FinishReason, SamplingParams, SequenceKey
-from twostroke.engine.client import Dispatcher
+from twostroke.engine.client import EngineClient
 from twostroke.engine.messages import (
     BlocksFetched,
     CancelSequence,
@@ -38,7 +38,7 @@ class Desk:
 
     def __init__(self):
         self.link = ThreadLink()
-        self.dispatcher = Dispatcher(self.link)
+        self.dispatcher = EngineClient(self.link)
         self.heard = {KEY: [], OTHER: []}
         self.running = asyncio.ensure_future(self.dispatcher.run())
 

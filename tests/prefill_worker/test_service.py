@@ -9,7 +9,7 @@ import pytest
 
 from twostroke.core.clock import MonotonicClock
 from twostroke.core.request import Epoch, FinishReason, Role, SamplingParams
-from twostroke.engine.client import Dispatcher
+from twostroke.engine.client import EngineClient
 from twostroke.engine.facts import FaceFacts, ModelFacts
 from twostroke.engine.messages import CancelSequence, Ended, Offered, PeerBound, PeerNotYet, Source, Submit
 from twostroke.kv.codec import Codec
@@ -108,7 +108,7 @@ class Bench:
         model = ModelFacts("m", "", 100, 64, frozenset({1}), b"w" * 16, CLASS, "here", deterministic, SPEC)
         facts = FaceFacts("p", model, NAMER, 7, 10, 16, 8192, 4, 8, 64)
         self.link = Recorder()
-        dispatcher = Dispatcher(self.link)
+        dispatcher = EngineClient(self.link)
         self._executor = ThreadPoolExecutor(1)
         self.counters = Counter()
         tools = JobTools(dispatcher, self._executor, 7, CLASS, timing or Timing(), MonotonicClock(), self.counters)
