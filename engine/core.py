@@ -22,7 +22,7 @@ from ..core.tally import Tally
 from ..kv.cache.pool import BlockPool
 from ..kv.cache.prefix import PrefixCache
 from .commands import Commands
-from .holdings import Holdings
+from .holdings import KvCacheManager
 from .lifecycle import Lives
 from .messages import (
     AskSnapshot,
@@ -77,7 +77,7 @@ class EngineCore:
         """`roles`: the policy of each role that a `SetRole` may ask for."""
         self.stopped = False  # a Stop came: nothing new is taken in
         swap = SwapSpace(limits.num_swap_blocks, pool.block_tokens) if limits.num_swap_blocks else None
-        self._scheduler = Scheduler(Holdings(pool, prefix, key, swap), policy, limits.max_scored_rows)
+        self._scheduler = Scheduler(KvCacheManager(pool, prefix, key, swap), policy, limits.max_scored_rows)
         self._lives = Lives(self._scheduler, frozenset(eos_ids))
         self._commands = Commands(self._lives, limits.max_model_len)
         self._roles = dict(roles or {})

@@ -24,7 +24,7 @@ class Cost(NamedTuple):
     from_free: int  # how far `num_free` would fall: new blocks, and cached ones nobody owns yet
 
 
-class Holdings:
+class KvCacheManager:
     """Takes, shares, publishes and gives back the blocks of sequences; numbers the cache's deltas."""
 
     def __init__(self, pool: BlockPool, prefix: PrefixCache, key: bytes, swap: SwapSpace | None = None) -> None:

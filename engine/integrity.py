@@ -6,13 +6,13 @@ from collections import Counter
 from collections.abc import Collection
 
 from ..kv.block import BlockId
-from .holdings import Holdings
+from .holdings import KvCacheManager
 from .sequence import QUEUE_STATES, Sequence, SequenceState
 
 _S = SequenceState
 
 
-def check_holdings(holdings: Holdings, sequences: Collection[Sequence], among: range | None = None) -> None:
+def check_holdings(holdings: KvCacheManager, sequences: Collection[Sequence], among: range | None = None) -> None:
     """`sequences`: all that live. `among`: numbers of blocks to look at, of the pool's and of the host's; none: all.
 
     Raises:
@@ -36,7 +36,7 @@ def _within(among: range | None, num_blocks: int) -> range:
     return range(num_blocks) if among is None else range(min(among.start, num_blocks), min(among.stop, num_blocks))
 
 
-def _check_sequence(sequence: Sequence, holdings: Holdings) -> None:
+def _check_sequence(sequence: Sequence, holdings: KvCacheManager) -> None:
     covered = len(sequence.blocks) * holdings.pool.block_tokens
     where = f"{sequence.key} ({sequence.state.name})"
     if sequence.state in QUEUE_STATES:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from ..core.request import SequenceKey
-from .holdings import Holdings
+from .holdings import KvCacheManager
 from .messages import Ended, Event
 from .scheduler import Scheduler
 from .sequence import Doom, Sequence
@@ -24,7 +24,7 @@ class Lives:
         self._eos_ids = eos_ids
 
     @property
-    def holdings(self) -> Holdings:
+    def holdings(self) -> KvCacheManager:
         """The blocks of all sequences."""
         return self.scheduler.holdings
 

@@ -24,7 +24,7 @@ from collections.abc import Iterable
 from ..core.request import SequenceKey
 from ..kv.cache.pool import OutOfBlocks
 from ..kv.spec import HASH_BLOCK_TOKENS
-from .holdings import Cost, Holdings
+from .holdings import Cost, KvCacheManager
 from .integrity import check_holdings
 from .messages import Bound, Event, NotYet, Offered, Progress, Promised, Source
 from .plan import SequenceStep, StepPlan
@@ -41,7 +41,7 @@ _GIVES_BACK = (_S.BOUND, _S.PREFILLING, _S.DECODING, _S.HELD)  # whose blocks wi
 class Scheduler:
     """The live sequences by state, and the decisions over them."""
 
-    def __init__(self, holdings: Holdings, policy: Policy, max_scored_rows: int | None = None) -> None:
+    def __init__(self, holdings: KvCacheManager, policy: Policy, max_scored_rows: int | None = None) -> None:
         """`max_scored_rows`: prompt rows whose logprobs one step may give; None: any number."""
         self.holdings = holdings
         self._max_scored_rows = sys.maxsize if max_scored_rows is None else max_scored_rows

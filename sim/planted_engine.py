@@ -31,7 +31,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from ..engine.commands import Commands
-from ..engine.holdings import Cost, Holdings
+from ..engine.holdings import Cost, KvCacheManager
 from ..engine.lifecycle import Lives
 from ..engine.messages import Event
 from ..engine.scheduler import Scheduler
@@ -95,15 +95,15 @@ def prefix_is_taken_without_owning_it() -> AbstractContextManager[None]:
 
 def prefix_is_published_before_it_is_computed() -> AbstractContextManager[None]:
     """A sequence's blocks are findable as soon as the first of them is computed."""
-    original = Holdings.publish
+    original = KvCacheManager.publish
 
-    def publish(self: Holdings, sequence: Live) -> None:
+    def publish(self: KvCacheManager, sequence: Live) -> None:
         computed = sequence.num_computed
         sequence.num_computed = min(sequence.num_prompt, len(sequence.blocks) * self.pool.block_tokens)
         original(self, sequence)
         sequence.num_computed = computed
 
-    return instead(Holdings, "publish", publish)
+    return instead(KvCacheManager, "publish", publish)
 
 
 def tenants_share_prefixes() -> AbstractContextManager[None]:
@@ -131,13 +131,13 @@ def blocks_go_in_the_middle_of_a_step() -> AbstractContextManager[None]:
 
 def stale_generation_comes_back() -> AbstractContextManager[None]:
     """What is copied back goes into the blocks under the generation of their last use."""
-    original = Holdings.swap_in
+    original = KvCacheManager.swap_in
 
-    def swap_in(self: Holdings, sequence: Live) -> SwapInOp | None:
+    def swap_in(self: KvCacheManager, sequence: Live) -> SwapInOp | None:
         op = original(self, sequence)
         return None if op is None else replace(op, generations=tuple([g - 1 for g in op.generations]))
 
-    return instead(Holdings, "swap_in", swap_in)
+    return instead(KvCacheManager, "swap_in", swap_in)
 
 
 def host_blocks_leak() -> AbstractContextManager[None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from twostroke.engine.holdings import Holdings
+from twostroke.engine.holdings import KvCacheManager
 from twostroke.engine.messages import CacheDelta, CacheSnapshot
 from twostroke.kv.block import BlockIdentity
 from twostroke.kv.cache.pool import BlockPool
@@ -14,7 +14,7 @@ NAMES = [BlockIdentity(bytes([n] * 16)) for n in range(6)]
 def test_a_snapshot_after_too_many_changes_is_news_to_whoever_heard_the_last_one() -> None:
     pool = BlockPool(8, 16)
     cache = PrefixCache(pool, max_pending_events=2)
-    holdings = Holdings(pool, cache, b"k")
+    holdings = KvCacheManager(pool, cache, b"k")
     blocks = pool.take(6)
     cache.publish(NAMES[:1], blocks[:1])
     first = holdings.news()
