@@ -12,7 +12,7 @@ from ..core.errors import ContextLengthExceeded, DeadlineExceeded, InternalError
 from ..core.request import FinishReason
 from ..kv.block import BlockId
 from ..kv.spec import HASH_BLOCK_TOKENS
-from .lifecycle import Lives
+from .lifecycle import SequenceLifecycle
 from .messages import (
     Bind,
     BlocksFetched,
@@ -30,7 +30,7 @@ from .messages import (
     WriteKv,
 )
 from .policy import Queue
-from .sequence import QUEUE_STATES, Doom, Sequence, SequenceState, new_sequence
+from .sequence import QUEUE_STATES, PendingFinish, Sequence, SequenceState, new_sequence
 from .store_ops import FetchOp, ReadOp, WriteOp
 
 _S = SequenceState
@@ -43,7 +43,7 @@ SequenceCommand = CancelSequence | Bind | WriteKv | KvComplete | PrefillLocally 
 class Commands:
     """Applies commands to the sequences; answers go to the outbox."""
 
-    def __init__(self, lives: Lives, max_model_len: int | None) -> None:
+    def __init__(self, lives: SequenceLifecycle, max_model_len: int | None) -> None:
         self._lives = lives
         self._max_model_len = max_model_len
         self._num_arrivals = 0
@@ -79,42 +79,44 @@ class Commands:
         self._num_arrivals += 1
         self._lives.scheduler.add(new_sequence(submit, self._num_arrivals))
 
-    def _refusal(self, submit: Submit, now_s: float, *, stopped: bool) -> Doom | None:
+    def _refusal(self, submit: Submit, now_s: float, *, stopped: bool) -> PendingFinish | None:
         """Why a sequence ends before it begins."""
         if stopped:
-            return Doom(FinishReason.CANCELLED)
+            return PendingFinish(FinishReason.CANCELLED)
         num_prompt, max_tokens = len(submit.prompt_ids), submit.params.max_tokens
         if not 0 <= submit.num_emitted < max(num_prompt, 1):
             message = f"num_emitted is {submit.num_emitted} of {num_prompt} prompt tokens; some prompt must be left"
-            return Doom(FinishReason.ERROR, InvalidRequest.code, message)
+            return PendingFinish(FinishReason.ERROR, InvalidRequest.code, message)
         if num_prompt == 0:
-            return Doom(FinishReason.ERROR, InvalidRequest.code, "the prompt has no tokens; send at least one")
+            return PendingFinish(FinishReason.ERROR, InvalidRequest.code, "the prompt has no tokens; send at least one")
         if submit.deadline_s is not None and submit.deadline_s <= now_s:
-            return Doom(FinishReason.ERROR, DeadlineExceeded.code, "the deadline had passed before the request came")
+            return PendingFinish(
+                FinishReason.ERROR, DeadlineExceeded.code, "the deadline had passed before the request came"
+            )
         if submit.num_emitted >= max_tokens:
-            return Doom(FinishReason.LENGTH)
+            return PendingFinish(FinishReason.LENGTH)
         total = num_prompt - submit.num_emitted + max_tokens
         longest, pool = self._max_model_len, self._lives.holdings.pool
         if longest is not None and total > longest:
             message = f"prompt and max_tokens are {total} tokens; this model takes {longest}: ask for fewer"
-            return Doom(FinishReason.ERROR, ContextLengthExceeded.code, message)
+            return PendingFinish(FinishReason.ERROR, ContextLengthExceeded.code, message)
         blocks = self._lives.holdings.blocks_for(num_prompt if submit.source is Source.FOR_PEER else total)
         if blocks > pool.num_blocks:
             message = (
                 f"prompt and max_tokens are {total} tokens, which need {blocks} KV blocks of {pool.block_tokens}; "
                 f"this worker has {pool.num_blocks}: ask for fewer tokens or start it with a larger --kv-cache-tokens"
             )
-            return Doom(FinishReason.ERROR, ContextLengthExceeded.code, message)
+            return PendingFinish(FinishReason.ERROR, ContextLengthExceeded.code, message)
         queue = Queue(self._lives.scheduler.count(*QUEUE_STATES), self._lives.scheduler.remaining(*QUEUE_STATES))
         full = self._lives.scheduler.policy.refusal(queue, num_prompt)
-        return None if full is None else Doom(FinishReason.ERROR, Overloaded.code, full)
+        return None if full is None else PendingFinish(FinishReason.ERROR, Overloaded.code, full)
 
     def _cancel(self, command: CancelSequence, sequence: Sequence) -> bool:
         if command.reason is FinishReason.ERROR:
             message = "what this choice brought could not be handled; the worker's log has more"
-            self._lives.end(sequence, Doom(FinishReason.ERROR, InternalError.code, message))
+            self._lives.end(sequence, PendingFinish(FinishReason.ERROR, InternalError.code, message))
         else:
-            self._lives.end(sequence, Doom(command.reason))
+            self._lives.end(sequence, PendingFinish(command.reason))
         return True
 
     def _bind(self, command: Bind, sequence: Sequence) -> bool:
@@ -193,7 +195,7 @@ class Commands:
     def _release(self, command: Release, sequence: Sequence) -> bool:
         if sequence.state is not _S.HELD:
             return False
-        self._lives.end(sequence, Doom(FinishReason.STOP))
+        self._lives.end(sequence, PendingFinish(FinishReason.STOP))
         return True
 
     def read(self, command: ReadKv) -> None:

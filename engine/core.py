@@ -23,7 +23,7 @@ from ..kv.cache.pool import BlockPool
 from ..kv.cache.prefix import PrefixCache
 from .commands import Commands
 from .holdings import KvCacheManager
-from .lifecycle import Lives
+from .lifecycle import SequenceLifecycle
 from .messages import (
     AskSnapshot,
     Command,
@@ -43,7 +43,7 @@ from .plan import SequenceStep, StepPlan, StepResult
 from .policy import Policy
 from .report import load_news
 from .scheduler import Scheduler
-from .sequence import QUEUE_STATES, Doom, Sequence, SequenceState
+from .sequence import QUEUE_STATES, PendingFinish, Sequence, SequenceState
 from .step_times import StepTimes
 from .store_ops import StoreOp
 from .swap import SwapSpace
@@ -78,7 +78,7 @@ class EngineCore:
         self.stopped = False  # a Stop came: nothing new is taken in
         swap = SwapSpace(limits.num_swap_blocks, pool.block_tokens) if limits.num_swap_blocks else None
         self._scheduler = Scheduler(KvCacheManager(pool, prefix, key, swap), policy, limits.max_scored_rows)
-        self._lives = Lives(self._scheduler, frozenset(eos_ids))
+        self._lives = SequenceLifecycle(self._scheduler, frozenset(eos_ids))
         self._commands = Commands(self._lives, limits.max_model_len)
         self._roles = dict(roles or {})
         self._num_steps = 0
@@ -105,7 +105,7 @@ class EngineCore:
         elif isinstance(command, Stop):
             self.stopped = True
             for sequence in list(self._scheduler.by_key.values()):
-                lives.end(sequence, Doom(FinishReason.CANCELLED))
+                lives.end(sequence, PendingFinish(FinishReason.CANCELLED))
         else:
             self._commands.change(command)
         return lives.drain()
@@ -116,7 +116,7 @@ class EngineCore:
         for sequence in list(self._scheduler.by_key.values()):
             if sequence.deadline_s is not None and sequence.deadline_s <= now_s:
                 message = f"the deadline passed while the request was {sequence.state.name.lower()}"
-                self._lives.end(sequence, Doom(FinishReason.ERROR, DeadlineExceeded.code, message))
+                self._lives.end(sequence, PendingFinish(FinishReason.ERROR, DeadlineExceeded.code, message))
         self._lives.outbox += self._scheduler.admit()
         self._lives.collect_news()
         return self._lives.drain()
@@ -144,16 +144,18 @@ class EngineCore:
         self._step_tokens.add(sum([len(step.token_ids) for step in plan.sequences]))
         news: list[TokenNews] = []
         progress: list[Progress] = []
-        ends: list[tuple[Sequence, Doom]] = []
+        ends: list[tuple[Sequence, PendingFinish]] = []
         for step, token_ids in zip(plan.sequences, result.tokens, strict=True):
             sequence = self._scheduler.by_key[step.key]
             doom = sequence.doom
             if sequence.began_s is None:
                 sequence.began_s = self._planned_s
             if step.key in result.non_finite:
-                doom = doom or Doom(FinishReason.ERROR, NonFiniteKv.code, "a key, a value or a logit was not finite")
+                doom = doom or PendingFinish(
+                    FinishReason.ERROR, NonFiniteKv.code, "a key, a value or a logit was not finite"
+                )
             elif step.key in result.failed:
-                doom = doom or Doom(FinishReason.ERROR, InternalError.code, result.failed[step.key])
+                doom = doom or PendingFinish(FinishReason.ERROR, InternalError.code, result.failed[step.key])
             else:
                 sequence.num_computed = step.end
                 lives.holdings.publish(sequence)
@@ -179,7 +181,7 @@ class EngineCore:
         self._lives.in_step = frozenset()
         for step in plan.sequences:
             sequence = self._scheduler.by_key[step.key]
-            self._lives.finish(sequence, sequence.doom or Doom(FinishReason.ERROR, code, message))
+            self._lives.finish(sequence, sequence.doom or PendingFinish(FinishReason.ERROR, code, message))
         self._lives.collect_news()  # its blocks were taken from somebody's prefix, and nothing may follow
         return self._lives.drain()
 
@@ -187,7 +189,7 @@ class EngineCore:
         """End one sequence with an error, e.g. because the store refused its planes."""
         sequence = self._lives.get(key)
         if sequence is not None:
-            self._lives.end(sequence, Doom(FinishReason.ERROR, code, message))
+            self._lives.end(sequence, PendingFinish(FinishReason.ERROR, code, message))
         return self._lives.drain()
 
     def swap_failed(self, key: SequenceKey) -> list[Event | StoreOp]:
@@ -282,7 +284,7 @@ class EngineCore:
         result: StepResult,
         token_ids: tuple[int, ...],
         news: list[TokenNews],
-    ) -> Doom | None:
+    ) -> PendingFinish | None:
         """Append what was sampled, note it for the face, and say whether the sequence is over."""
         assert len(token_ids) == int(step.samples), f"{step.key}: {len(token_ids)} tokens for samples={step.samples}"
         if sequence.scores is not None:  # computed again after a preemption: the known ones stay

@@ -8,12 +8,12 @@ from ..core.request import SequenceKey
 from .holdings import KvCacheManager
 from .messages import Ended, Event
 from .scheduler import Scheduler
-from .sequence import Doom, Sequence
+from .sequence import PendingFinish, Sequence
 from .stopping import finish_reason
 from .store_ops import StoreOp
 
 
-class Lives:
+class SequenceLifecycle:
     """The scheduler with its sequences, the outbox, and the one way out."""
 
     def __init__(self, scheduler: Scheduler, eos_ids: frozenset[int]) -> None:
@@ -33,26 +33,26 @@ class Lives:
         sequence = self.scheduler.by_key.get(key)
         return None if sequence is None or sequence.doom is not None else sequence
 
-    def accept(self, sequence: Sequence, token_id: int) -> Doom | None:
+    def accept(self, sequence: Sequence, token_id: int) -> PendingFinish | None:
         """Append a generated token; the end it brings, or None."""
         sequence.tokens.append(token_id)
         sequence.scores = None  # the face has them, or the peer's face
         reason = finish_reason(token_id, sequence.num_generated, sequence.params, self._eos_ids)
-        return None if reason is None else Doom(reason)
+        return None if reason is None else PendingFinish(reason)
 
-    def end(self, sequence: Sequence, doom: Doom) -> None:
+    def end(self, sequence: Sequence, doom: PendingFinish) -> None:
         """End it now, or at the boundary of the step that computes it."""
         if sequence.key in self.in_step:
             sequence.doom = sequence.doom or doom
         else:
             self.finish(sequence, doom)
 
-    def finish(self, sequence: Sequence, doom: Doom) -> None:
+    def finish(self, sequence: Sequence, doom: PendingFinish) -> None:
         """It owns nothing any more, and its face hears so."""
         self.scheduler.remove(sequence)
         self._say_ended(_ended(sequence.key, doom, sequence))
 
-    def refuse(self, key: SequenceKey, doom: Doom) -> None:
+    def refuse(self, key: SequenceKey, doom: PendingFinish) -> None:
         """The last word on a `Submit` that became no sequence."""
         self._say_ended(_ended(key, doom))
 
@@ -72,7 +72,7 @@ class Lives:
         return outbox
 
 
-def _ended(key: SequenceKey, doom: Doom, sequence: Sequence | None = None) -> Ended:
+def _ended(key: SequenceKey, doom: PendingFinish, sequence: Sequence | None = None) -> Ended:
     told = (doom.reason, doom.error_code, doom.error_message)
     if sequence is None:
         return Ended(key, *told)

@@ -76,7 +76,7 @@ NEXT_STATES: dict[SequenceState, frozenset[SequenceState]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Doom:
+class PendingFinish:
     """An end that was decided while a step ran, and waits for the step's boundary."""
 
     reason: FinishReason
@@ -131,7 +131,7 @@ class Sequence:
     wants_bind: bool = False
     has_begun: bool = False  # Promised (LOCAL) or the first Progress (FOR_PEER) went out
     began_s: float | None = None  # when the first step that computes it here was planned
-    doom: Doom | None = None
+    doom: PendingFinish | None = None
 
     @property
     def num_generated(self) -> int:

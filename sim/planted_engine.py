@@ -32,10 +32,10 @@ from weakref import WeakKeyDictionary
 
 from ..engine.commands import Commands
 from ..engine.holdings import Cost, KvCacheManager
-from ..engine.lifecycle import Lives
+from ..engine.lifecycle import SequenceLifecycle
 from ..engine.messages import Event
 from ..engine.scheduler import Scheduler
-from ..engine.sequence import Doom, SequenceState
+from ..engine.sequence import PendingFinish, SequenceState
 from ..engine.sequence import Sequence as Live
 from ..engine.store_ops import StoreOp, SwapInOp, SwapOp
 from ..engine.swap import SwapSpace
@@ -117,16 +117,16 @@ def tenants_share_prefixes() -> AbstractContextManager[None]:
 
 def blocks_go_in_the_middle_of_a_step() -> AbstractContextManager[None]:
     """A cancel frees the blocks that the running step writes."""
-    original = Lives.finish
+    original = SequenceLifecycle.finish
 
-    def end(self: Lives, sequence: Live, doom: Doom) -> None:
+    def end(self: SequenceLifecycle, sequence: Live, doom: PendingFinish) -> None:
         if sequence.key in self.in_step:
             self.holdings.release(sequence)
             sequence.doom = sequence.doom or doom
         else:
             original(self, sequence, doom)
 
-    return instead(Lives, "end", end)
+    return instead(SequenceLifecycle, "end", end)
 
 
 def stale_generation_comes_back() -> AbstractContextManager[None]:
