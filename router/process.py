@@ -22,7 +22,7 @@ from ..core.memory import give_large_memory_back
 from ..core.ports import bindable_host, bound_socket, check_port, target
 from ..kv.keys import identity_key, proof_key
 from ..protos import inference_pb2, inference_pb2_grpc
-from .api.frontend import Front
+from .api.frontend import Frontend
 from .api.grpc.guard import SPARE_CALLS, Guard
 from .api.grpc.service import InferenceService
 from .api.http.app import make_app
@@ -63,7 +63,7 @@ class RouterProcess:
         self.ended = asyncio.Event()  # the HTTP server has ended, by `stop` or by its own fault
         self._settings = settings
         self._flow = Flow(settings, identity_key(cluster_key), proof_key=proof_key(cluster_key))
-        self._front = Front(settings, self._flow, reads_defaults=reads_defaults)
+        self._front = Frontend(settings, self._flow, reads_defaults=reads_defaults)
         self._guard = Guard(settings, self._front.authenticate, _INFERENCE, self._front.room)
         self._health = health.aio.HealthServicer()
         self._servers: list[grpc.aio.Server] = []

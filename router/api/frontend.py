@@ -45,7 +45,7 @@ class Started:
             await self.rest.aclose()
 
 
-class Front:
+class Frontend:
     """The door behind the doors: one per router process."""
 
     def __init__(self, config: RouterConfig, flow: Flow, *, reads_defaults: bool = True) -> None:

@@ -14,7 +14,7 @@ from ....kv.messages import logprobs_to_wire
 from ....protos import common_pb2, inference_pb2, inference_pb2_grpc
 from ...requests.pieces import Piece, Usage
 from ..call import Call
-from ..frontend import Front, Started
+from ..frontend import Frontend, Started
 from .call_wire import Reader, Said, chat_call, generate_call, tokenize_call
 from .guard import api_key
 
@@ -36,7 +36,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     A message is let go of as soon as it is read: it is as long as its client liked, and a stream runs long.
     """
 
-    def __init__(self, front: Front) -> None:
+    def __init__(self, front: Frontend) -> None:
         self._front = front
 
     def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> Any:

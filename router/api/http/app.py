@@ -27,7 +27,7 @@ from ...requests.pieces import Piece
 from ..call import Call
 from ..echo import Echo, echo_of
 from ..fields import Body, ChatBody, CompletionBody
-from ..frontend import Front, Started
+from ..frontend import Frontend, Started
 from ..openai_responses import Answer, Wants, error_body
 from ..validate import is_request_id, new_request_id
 from .bodies import read_body
@@ -43,7 +43,7 @@ T = TypeVar("T")
 Handler = Callable[[HttpRequest], Awaitable[Response]]
 
 
-def make_app(config: RouterConfig, front: Front) -> Starlette:
+def make_app(config: RouterConfig, front: Frontend) -> Starlette:
     """The ASGI application of one router."""
     face = _Face(config, front)
     routes = [
@@ -66,7 +66,7 @@ def make_app(config: RouterConfig, front: Front) -> Starlette:
 
 
 class _Face:
-    def __init__(self, config: RouterConfig, front: Front) -> None:
+    def __init__(self, config: RouterConfig, front: Frontend) -> None:
         self._config = config
         self._front = front
         self._building = asyncio.Lock()  # one at a time, so that several big bodies leave the loop as much time as one

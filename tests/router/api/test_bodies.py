@@ -18,7 +18,7 @@ import pytest_asyncio
 from support.flow_cluster import cluster
 from support.short_worker import NUM_TOKENS, ShortWorker
 
-from twostroke.router.api.frontend import Front
+from twostroke.router.api.frontend import Frontend
 from twostroke.router.api.http.app import make_app
 from twostroke.router.config import RouterConfig
 
@@ -70,7 +70,7 @@ async def http() -> AsyncIterator[httpx.AsyncClient]:
     """A client of a router with one worker."""
     async with cluster() as there:
         await there.add(ShortWorker("w0", kv_blocks=100_000))
-        app = make_app(RouterConfig(), Front(RouterConfig(), there.flow))
+        app = make_app(RouterConfig(), Frontend(RouterConfig(), there.flow))
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=20) as client:
             yield client

@@ -16,7 +16,7 @@ import pytest
 from twostroke.core.errors import Unauthenticated
 from twostroke.core.hosts import is_allowed_name, is_loopback_name, name_in
 from twostroke.core.ports import free_ports
-from twostroke.router.api.frontend import Front
+from twostroke.router.api.frontend import Frontend
 from twostroke.router.api.http.app import make_app
 from twostroke.router.api.validate import Limits, authenticate
 from twostroke.router.config import RouterConfig
@@ -34,7 +34,7 @@ Pairs = Sequence[tuple[str, str]]
 
 async def ask(config: RouterConfig, method: str, path: str, headers: Pairs, version: str = "1.1") -> httpx.Response:
     """One request with exactly these headers, in this order, through the whole application."""
-    app = make_app(config, Front(config, Flow(config, b"k" * 32, proof_key=b"p" * 32)))
+    app = make_app(config, Frontend(config, Flow(config, b"k" * 32, proof_key=b"p" * 32)))
     scope: dict[str, Any] = {
         "type": "http",
         "asgi": {"version": "3.0"},

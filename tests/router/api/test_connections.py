@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 import uvicorn
 
-from twostroke.router.api.frontend import Front
+from twostroke.router.api.frontend import Frontend
 from twostroke.router.api.http import connections
 from twostroke.router.api.http.app import make_app
 from twostroke.router.api.http.connections import MAX_HEADERS, Connections, connections_within
@@ -33,7 +33,7 @@ async def served(most: int = 64, stall_s: float = 5.0, app: Any = None) -> Async
     """A server; its port and its connections."""
     among = Connections(most, stall_s)
     config = RouterConfig()
-    app = app or make_app(config, Front(config, Flow(config, b"k" * 32, proof_key=b"p" * 32)))
+    app = app or make_app(config, Frontend(config, Flow(config, b"k" * 32, proof_key=b"p" * 32)))
     listener = socket.create_server(("127.0.0.1", 0))
     protocol = cast(Any, among.protocol)
     server = uvicorn.Server(uvicorn.Config(app, http=protocol, ws="none", lifespan="off", log_level="critical"))

@@ -11,14 +11,14 @@ from support.flow_cluster import cluster, collect, request, until
 from twostroke.core import errors
 from twostroke.router.api import frontend as front_module
 from twostroke.router.api.call import Call
-from twostroke.router.api.frontend import Front
+from twostroke.router.api.frontend import Frontend
 from twostroke.router.config import RouterConfig
 
 
 async def test_a_tenant_cannot_abort_anothers_request():
     async with cluster() as c:
         await c.add(FakeWorker("w0", behaviour=Behaviour(stop_after=2)))
-        front = Front(RouterConfig(), c.flow)
+        front = Frontend(RouterConfig(), c.flow)
         running = asyncio.create_task(collect(c.flow, request("r1", isolation_domain="key-0")))
         await until(lambda: (known := front.explain("r1", "key-0")) and known["tokens"]["completion"] == 2)
         assert not await front.abort("r1", "key-1")
@@ -33,7 +33,7 @@ async def test_a_name_is_a_list_and_a_request_and_stays_that_whatever_is_refused
     monkeypatch.setattr(front_module, "validate", lambda call, *_: request(call.request_id, isolation_domain="key-0"))
     async with cluster() as c:
         await c.add(FakeWorker("w0", behaviour=Behaviour(stop_after=2)))
-        front = Front(RouterConfig(), c.flow)
+        front = Frontend(RouterConfig(), c.flow)
 
         async def model(_: object) -> None:
             return None
@@ -62,7 +62,7 @@ async def test_calls_beyond_the_bound_are_refused_before_they_are_tokenised(monk
 
     monkeypatch.setattr(front_module, "validate", slow)
     async with cluster() as c:
-        front = Front(RouterConfig(max_running=2), c.flow)
+        front = Frontend(RouterConfig(max_running=2), c.flow)
 
         async def model(_: object) -> None:
             return None

@@ -19,7 +19,7 @@ from twostroke import __version__
 from twostroke.cli.options import config_from
 from twostroke.cluster.config import load_config
 from twostroke.core.errors import ConfigError
-from twostroke.router.api.frontend import Front
+from twostroke.router.api.frontend import Frontend
 from twostroke.router.api.http.app import make_app
 from twostroke.router.config import RouterConfig
 from twostroke.router.requests.flow import Flow
@@ -33,7 +33,7 @@ PASSED = 503
 @asynccontextmanager
 async def doors(**settings: Any) -> AsyncIterator[httpx.AsyncClient]:
     config = RouterConfig(**settings)
-    front = Front(config, Flow(config, b"k" * 32, proof_key=b"p" * 32))
+    front = Frontend(config, Flow(config, b"k" * 32, proof_key=b"p" * 32))
     transport = httpx.ASGITransport(make_app(config, front))
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8000") as client:
         yield client

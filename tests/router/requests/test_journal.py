@@ -12,7 +12,7 @@ from twostroke.core.errors import ContextLengthExceeded, InvalidRequest
 from twostroke.core.request import Request, Role, SamplingParams
 from twostroke.core.timeline import Instant, Timeline
 from twostroke.router.api.batch import CHOICES_AT_ONCE
-from twostroke.router.api.frontend import Front
+from twostroke.router.api.frontend import Frontend
 from twostroke.router.requests import decision_log, journal
 from twostroke.router.requests.decision_log import DecisionLog
 from twostroke.router.requests.explain import explain_sampling
@@ -129,7 +129,7 @@ async def test_a_request_is_judged_by_the_workers_that_would_hold_it():
 
 
 def test_a_list_is_judged_by_what_of_it_runs_at_once():
-    front = Front.__new__(Front)
+    front = Frontend.__new__(Frontend)
     front._max_tokens = 100 * CHOICES_AT_ONCE
     one = Request("r", "m", (1,) * 50, SamplingParams(max_tokens=50), 1, "t", 9.0)
     front._check_room([one] * (10 * CHOICES_AT_ONCE))  # a tenth at a time
