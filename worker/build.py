@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class EngineRoom:
+class BuiltEngine:
     """A loaded engine that has not started yet, and what the faces must know of it."""
 
     engine: Engine
@@ -48,7 +48,7 @@ class EngineRoom:
     pool_size: PoolSize
 
 
-def build_engine(settings: WorkerSettings, clock: Clock) -> EngineRoom:
+def build_engine(settings: WorkerSettings, clock: Clock) -> BuiltEngine:
     """Load weights and tokenizer, size the pool, put the engine together. Takes seconds: call it in a thread.
 
     Raises:
@@ -96,7 +96,7 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> EngineRoom:
     if pool_size.num_swap_blocks:
         host = HostStore(runner.store, runner.store.on_host(pool_size.num_swap_blocks))
     engine = Engine(core, runner, runner.store, link, clock, host=host)
-    return EngineRoom(engine, link, facts, tokenizer, pool_size)
+    return BuiltEngine(engine, link, facts, tokenizer, pool_size)
 
 
 def _model_facts(settings: WorkerSettings, directory: Path, end_ids: Sequence[int]) -> ModelFacts:

@@ -36,7 +36,7 @@ from ..prefill_worker.job import JobTools
 from ..prefill_worker.service import PrefillService
 from ..protos import common_pb2, worker_pb2_grpc
 from .announcer import Announcer
-from .build import EngineRoom, build_engine
+from .build import BuiltEngine, build_engine
 from .fetch import FetchService
 from .health import Health, enable_reflection
 from .metrics import WorkerMetrics, pages
@@ -73,7 +73,7 @@ class WorkerProcess:
         self._proof_key = proof_key(settings.cluster_key)
         self._channels = Channels(self._proof_key)
         self._guard = Guard(self._proof_key, settings.worker_id, self._count_refusal)
-        self._room: EngineRoom | None = None
+        self._room: BuiltEngine | None = None
         self._server: grpc.aio.Server | None = None
         self._scrapes: ScrapeServer | None = None
         self._announcer: Announcer | None = None
@@ -190,7 +190,7 @@ class WorkerProcess:
 
     # ------------------------------------------------------------------ inside
 
-    def _make_faces(self, room: EngineRoom) -> None:
+    def _make_faces(self, room: BuiltEngine) -> None:
         facts, settings = room.facts, self.settings
         self._metrics = WorkerMetrics(settings, facts, room.pool_size, self.counters)
         common: dict[str, Any] = {
