@@ -21,7 +21,7 @@ from ..kv.store.store import KvStore
 from .core import EngineCore
 from .messages import Ended, Event, LoadNews
 from .plan import StepPlan, StepResult
-from .step_times import Pace
+from .step_times import StepTimeModel
 from .store_ops import FetchOp, ReadOp, StoreOp, SwapInOp, SwapOp, SwapOutOp, WriteOp
 from .thread_link import ThreadLink
 from .turn import Turn
@@ -94,7 +94,7 @@ class Engine:
         self._turns = Turn(core, EngineStore(store, host), link.emit, _log_refusal)
         self._link = link
         self._clock = clock
-        self._pace = Pace()
+        self._pace = StepTimeModel()
         self._phase = "loading"
         self._failures_in_a_row = 0
         self._is_for_peers = False  # the last step computed a prompt that a decode worker waits for

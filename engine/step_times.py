@@ -34,7 +34,7 @@ class StepTimes(NamedTuple):
         return budget_ms / per_token_ms if per_token_ms > 0 else float("inf")
 
 
-class Pace:
+class StepTimeModel:
     """On-line coefficients; 0.0 until the first step of their kind. Steps that score prompt rows have their own."""
 
     def __init__(self) -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from twostroke.core.request import SamplingParams, SequenceKey
 from twostroke.engine.plan import SequenceStep, StepPlan
-from twostroke.engine.step_times import Pace
+from twostroke.engine.step_times import StepTimeModel
 
 PARAMS = SamplingParams(max_tokens=9)
 KEY = SequenceKey("p", 0)
@@ -20,7 +20,7 @@ def decode(start: int) -> SequenceStep:
 
 @pytest.mark.parametrize(("a", "b"), [(0.5, 0.002), (1.0, 0.0), (0.0, 0.001)])
 def test_finds_the_price_of_tokens_and_pairs(a, b):
-    pace = Pace()
+    pace = StepTimeModel()
     for round_ in range(60):
         start, size = (round_ * 37) % 500, 16 + (round_ * 13) % 200
         pace.observe(StepPlan(round_, (chunk(start, size),)), a * size + b * size * (start + size / 2))
@@ -30,7 +30,7 @@ def test_finds_the_price_of_tokens_and_pairs(a, b):
 
 def test_a_price_that_only_pairs_can_have_is_given_to_no_token():
     """Steps take no time at a prompt's start and much far behind it: the best fit gives tokens less than nothing."""
-    pace = Pace()
+    pace = StepTimeModel()
     for round_ in range(40):
         start = 1000 * (round_ % 2)
         pace.observe(StepPlan(round_, (chunk(start, 100),)), 0.1 * start)
@@ -40,7 +40,7 @@ def test_a_price_that_only_pairs_can_have_is_given_to_no_token():
 
 def test_short_prompts_do_not_make_a_long_one_look_endless():
     """Steps of about 30 ms whatever they hold: what a few short prompts on a busy machine look like."""
-    pace = Pace()
+    pace = StepTimeModel()
     for round_ in range(12):
         pace.observe(StepPlan(round_, (chunk(0, 4 + 3 * (round_ % 4)),)), 30.0 + 25.0 * (round_ % 3))
         long_ms = pace.prefill_ms_per_token * 3000 + pace.prefill_ms_per_token_pair * 3000 * 1500
@@ -48,7 +48,7 @@ def test_short_prompts_do_not_make_a_long_one_look_endless():
 
 
 def test_decodes_beside_a_chunk_are_not_counted_as_prefill():
-    pace = Pace()
+    pace = StepTimeModel()
     for round_ in range(40):
         pace.observe(StepPlan(round_, (decode(9),)), 7.0)
         start, size = (round_ * 37) % 500, 16 + (round_ * 13) % 200
@@ -58,7 +58,7 @@ def test_decodes_beside_a_chunk_are_not_counted_as_prefill():
 
 
 def test_the_price_is_never_negative_and_old_steps_fade():
-    pace = Pace()
+    pace = StepTimeModel()
     for round_ in range(30):
         pace.observe(StepPlan(round_, (chunk(0, 16 + round_ % 5),)), 100.0 / (round_ % 5 + 1))
         assert pace.prefill_ms_per_token >= 0
@@ -69,7 +69,7 @@ def test_the_price_is_never_negative_and_old_steps_fade():
 
 
 def test_a_step_that_scores_says_nothing_of_the_others():
-    pace = Pace()
+    pace = StepTimeModel()
     scored = SequenceStep(KEY, 0, (1,) * 64, (), (), False, PARAMS, 0, targets=(1,) * 64)
     for round_ in range(9):
         pace.observe(StepPlan(round_, (chunk(0, 64),)), 64.0)
@@ -79,7 +79,7 @@ def test_a_step_that_scores_says_nothing_of_the_others():
 
 
 def test_steps_that_score_have_prices_of_their_own():
-    pace = Pace()
+    pace = StepTimeModel()
     for round_ in range(60):
         start, size = (round_ * 37) % 500, 16 + (round_ * 13) % 200
         scored = SequenceStep(KEY, start, (1,) * size, (), (), False, PARAMS, 0, targets=(1,) * size)
@@ -91,7 +91,7 @@ def test_steps_that_score_have_prices_of_their_own():
 
 
 def test_the_last_token_of_a_prompt_is_prefill():
-    pace = Pace()
+    pace = StepTimeModel()
     last = SequenceStep(KEY, 64, (1,), (), (), True, PARAMS, 0)
     pace.observe(StepPlan(1, (last,)), 40.0)
     assert pace.decode_step_ms == 0.0
