@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..core.errors import ContextLengthExceeded, InvalidRequest
 from ..core.request import SamplingParams
-from ..kv.keys import Namer
+from ..kv.keys import PromptHasher
 from ..kv.spec import KvSpec
 
 
@@ -62,7 +62,7 @@ class FaceFacts:
 
     worker_id: str
     model: ModelFacts
-    namer: Namer
+    namer: PromptHasher
     digest_key: int
     num_blocks: int
     block_tokens: int

@@ -34,7 +34,7 @@ class PromptNames:
 
 
 @dataclass(frozen=True, slots=True)
-class Namer:
+class PromptHasher:
     """Names prompts of one model in one numerics class. Routers and workers that should agree build equal ones."""
 
     key: bytes  # identity_key

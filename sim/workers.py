@@ -26,7 +26,7 @@ from ..kv.handover.carrier import StreamHost
 from ..kv.handover.frames import WireError, decode_envelope
 from ..kv.handover.machine import SendFrame
 from ..kv.handover.transports.grpc import Channels
-from ..kv.keys import Namer
+from ..kv.keys import PromptHasher
 from ..kv.messages import epoch_from_wire
 from ..prefill_worker.job import Job, JobTools
 from ..prefill_worker.service import PrefillService
@@ -348,7 +348,7 @@ def _face_facts(worker: WorkerSetting) -> FaceFacts:
     return FaceFacts(
         worker_id=worker.worker_id,
         model=model,
-        namer=Namer(IDENTITY_KEY, FINGERPRINT, NUMERICS),
+        namer=PromptHasher(IDENTITY_KEY, FINGERPRINT, NUMERICS),
         digest_key=DIGEST_KEY,
         num_blocks=worker.num_blocks,
         block_tokens=worker.block_tokens,

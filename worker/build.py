@@ -21,7 +21,7 @@ from ..engine.thread_link import ThreadLink
 from ..kernels.cpu.build import built_library
 from ..kv.cache.pool import BlockPool
 from ..kv.cache.prefix import PrefixCache
-from ..kv.keys import Namer, digest_key, identity_key
+from ..kv.keys import PromptHasher, digest_key, identity_key
 from ..kv.sizing import MemoryFacts, PoolSize
 from ..kv.store.host_store import HostStore
 from ..model.loader import RunnerOptions, load_runner, numerics_class
@@ -83,7 +83,7 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> BuiltEngine:
     facts = FaceFacts(
         worker_id=settings.worker_id,
         model=model,
-        namer=Namer(key, model.weights_fingerprint, model.numerics_class if model.deterministic else b""),
+        namer=PromptHasher(key, model.weights_fingerprint, model.numerics_class if model.deterministic else b""),
         digest_key=options.digest_key,
         num_blocks=pool_size.num_blocks,
         block_tokens=cache.block_size,

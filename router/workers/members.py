@@ -16,7 +16,7 @@ import grpc.aio
 from ...core.clock import Clock
 from ...core.request import Request
 from ...kv.block import BlockIdentity
-from ...kv.keys import Namer
+from ...kv.keys import PromptHasher
 from ...protos import worker_pb2, worker_pb2_grpc
 from ..metrics import RouterMetrics
 from ..requests.explain import explain_worker
@@ -120,7 +120,7 @@ class Members:
 
     def identities(self, request: Request, model: ModelFacts) -> tuple[BlockIdentity, ...]:
         """The prompt's chain as workers of this model name it."""
-        namer = Namer(self._identity.identity_key, model.weights_fingerprint, model.identity_class)
+        namer = PromptHasher(self._identity.identity_key, model.weights_fingerprint, model.identity_class)
         return namer.name(request.prompt_ids, request.isolation_domain).identities
 
     def facts(self, now_s: float) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from twostroke.engine.facts import FaceFacts, ModelFacts
 from twostroke.kv.codec import Codec
 from twostroke.kv.handover.frames import decode_envelope, encode_message
 from twostroke.kv.handover.machine import End, Label, Lost, Timing
-from twostroke.kv.keys import Namer
+from twostroke.kv.keys import PromptHasher
 from twostroke.kv.spec import attention_spec
 from twostroke.protos import handover_pb2 as pb
 
@@ -81,7 +81,7 @@ class Bench:
         self.commands: list[Any] = []
         self.peers: list[Peerage] = []
         model = ModelFacts("m", "", 100, 64, frozenset({1}), b"w" * 16, CLASS, "here", True, SPEC)
-        self.facts = FaceFacts("d", model, Namer(b"k" * 32, b"w" * 16, CLASS), 7, 10, 16, 8192, 4, 8, 64)
+        self.facts = FaceFacts("d", model, PromptHasher(b"k" * 32, b"w" * 16, CLASS), 7, 10, 16, 8192, 4, 8, 64)
         self.pull = PullTools(self, None, 7, SPEC, Timing(), MonotonicClock(), Counter())  # type: ignore[arg-type]
         peers = tuple(Peer(f"p{n}", 1, f"p{n}:1") for n in range(num_peers))
         params = SamplingParams(max_tokens=9)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 
 from twostroke.kv.block import IdentityRoot, chain
-from twostroke.kv.keys import Namer, digest_key, identity_key
+from twostroke.kv.keys import PromptHasher, digest_key, identity_key
 
 ROOT = IdentityRoot("acme", b"weights", b"numerics", b"adapter", b"extra")
 KEY = b"k" * 32
@@ -51,9 +51,9 @@ def test_a_tail_that_fills_no_block_has_no_name():
     assert names[4] == names[3]
 
 
-@pytest.mark.parametrize("field", [field.name for field in fields(Namer)])
+@pytest.mark.parametrize("field", [field.name for field in fields(PromptHasher)])
 def test_namers_that_differ_in_one_field_agree_on_nothing(field):
-    namer = Namer(KEY, b"weights", b"numerics")
+    namer = PromptHasher(KEY, b"weights", b"numerics")
     other = replace(namer, **{field: b"other" * 4})
     mine, theirs = namer.name(IDS, "acme", b"adapter"), other.name(IDS, "acme", b"adapter")
     assert mine.root != theirs.root

@@ -15,7 +15,7 @@ from twostroke.engine.messages import CancelSequence, Ended, Offered, PeerBound,
 from twostroke.kv.codec import Codec
 from twostroke.kv.handover.frames import decode_envelope, encode_message
 from twostroke.kv.handover.machine import Label, Timing
-from twostroke.kv.keys import Namer
+from twostroke.kv.keys import PromptHasher
 from twostroke.kv.messages import sampling_to_wire, spec_to_wire
 from twostroke.kv.spec import attention_spec
 from twostroke.prefill_worker.job import JobTools
@@ -24,7 +24,7 @@ from twostroke.protos import handover_pb2 as pb
 
 SPEC = attention_spec(2, 2, 16, Codec.FP8_E4M3)
 CLASS = b"c" * 16
-NAMER = Namer(b"k" * 32, b"w" * 16, CLASS)
+NAMER = PromptHasher(b"k" * 32, b"w" * 16, CLASS)
 
 
 class Recorder:
