@@ -17,7 +17,7 @@ from ..router.requests.lifecycle import Lifecycle
 from ..router.requests.roster import Roster
 from ..router.requests.run import Run, Runs, Stage
 from ..router.routing.facts import WorkerKey
-from ..router.routing.policy import Choice, PolicyLimits, RequestFacts, WorkerView, choose
+from ..router.routing.policy import PolicyLimits, RequestFacts, RoutingDecision, WorkerView, choose
 from .planting import Planted, instead
 
 # ------------------------------------------------------------------ streams and epochs
@@ -176,7 +176,7 @@ def other_numerics_are_paired() -> AbstractContextManager[None]:
 
     def choose_any(
         request: RequestFacts, workers: Sequence[WorkerView], held: Any, limits: PolicyLimits
-    ) -> Choice | None:
+    ) -> RoutingDecision | None:
         known = {view.key: view for view in workers}
         choice = choose(request, [replace(view, numerics=b"") for view in workers], held, limits)
         if choice is None:

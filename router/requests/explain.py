@@ -11,7 +11,7 @@ from ...core.request import SamplingParams
 from ...core.timeline import Instant
 from ..routing.coefficients import FIELDS, Coefficients
 from ..routing.fleet import Worker
-from ..routing.policy import Candidate, Choice
+from ..routing.policy import Candidate, RoutingDecision
 from .run import Run
 
 MAX_SHOWN = 32  # entries of a list; a longer one is told by its length
@@ -94,7 +94,7 @@ def timeline_ms(run: Run) -> dict[str, float]:
     return {name: _ms(at_s - run.arrived_s) for at_s, name in sorted(found, key=lambda pair: pair[0])}
 
 
-def explain_choice(choice: Choice) -> dict[str, Any]:
+def explain_choice(choice: RoutingDecision) -> dict[str, Any]:
     """A decision with everything it was compared with."""
     return {
         "reason": choice.reason,

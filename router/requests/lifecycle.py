@@ -29,7 +29,7 @@ from ...core.timeline import Instant, Timeline
 from ...kv.messages import epoch_from_wire
 from ...protos import worker_pb2
 from ..routing.facts import WorkerKey
-from ..routing.policy import Choice, choose
+from ..routing.policy import RoutingDecision, choose
 from ..routing.views import RETRY_AFTER_S, count_work, model_of, views_of
 from ..workers.wire import cancel_to_wire, submit_to_wire
 from .admission import Admission, Offer
@@ -186,7 +186,7 @@ class Lifecycle:
                     return
             self._dispatch(run, choice, now_s)
 
-    def _choose(self, run: Run, now_s: float) -> Choice | None:
+    def _choose(self, run: Run, now_s: float) -> RoutingDecision | None:
         request = run.request
         with self._observer.choosing():
             views = views_of(w for w in self._fleet.serving(request.model) if w.facts.key not in run.excluded)
@@ -201,7 +201,7 @@ class Lifecycle:
                 self._prefixes.predict([computes.worker_id], run.identities, now_s)
         return choice
 
-    def _dispatch(self, run: Run, choice: Choice, now_s: float) -> None:
+    def _dispatch(self, run: Run, choice: RoutingDecision, now_s: float) -> None:
         """Order every unfinished choice from the chosen worker, under a new epoch. All or none are ordered."""
         dispatch = Dispatch(self._next_epoch(run), choice, now_s)
         unfinished = run.dispatched(dispatch)

@@ -19,7 +19,7 @@ from ...kv.block import BlockIdentity
 from ...kv.messages import adopt_instants, epoch_from_wire, error_from_wire, finish_from_wire, logprobs_from_wire
 from ...protos import worker_pb2
 from ..routing.facts import ModelFacts, WorkerKey
-from ..routing.policy import Choice, RequestFacts
+from ..routing.policy import RequestFacts, RoutingDecision
 from ..workers.wire import transfer_of
 from .delivery import Delivery, PieceBuffer, Verdict
 from .pieces import Piece, Usage
@@ -46,7 +46,7 @@ class Dispatch:
     """One time that the request was sent to a worker."""
 
     epoch: Epoch
-    choice: Choice
+    choice: RoutingDecision
     at_s: float
 
     @property

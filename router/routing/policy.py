@@ -115,7 +115,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class RoutingDecision:
     """The winner, why, and everything it was compared with (cheapest first)."""
 
     winner: Candidate
@@ -126,7 +126,7 @@ class Choice:
 
 def choose(
     request: RequestFacts, workers: Sequence[WorkerView], held: Mapping[str, int], limits: PolicyLimits
-) -> Choice | None:
+) -> RoutingDecision | None:
     """Compare all ways to serve a request. None: nobody can decode it.
 
     `held`: hash blocks of this prompt that each worker holds or soon will.
@@ -146,7 +146,7 @@ def choose(
         return None
     ranked = sorted(candidates, key=lambda c: (c.terms.total_ms, c.name))
     winner = _pick(ranked, request.request_id, limits)
-    return Choice(winner, _peers(winner, ranked), tuple(ranked), _reason(winner, ranked, request))
+    return RoutingDecision(winner, _peers(winner, ranked), tuple(ranked), _reason(winner, ranked, request))
 
 
 def can_hand_over(prefill: WorkerView, decode: WorkerView) -> bool:

@@ -9,7 +9,7 @@ from ...core.request import Request, Role, SequenceKey
 from .coefficients import coefficients_of, guess
 from .facts import ModelFacts
 from .fleet import Dispatched, Fleet, Worker
-from .policy import Choice, RequestFacts, WorkerView
+from .policy import RequestFacts, RoutingDecision, WorkerView
 
 RETRY_AFTER_S = 1.0
 
@@ -62,7 +62,7 @@ def views_of(workers: Iterable[Worker]) -> list[WorkerView]:
     ]
 
 
-def count_work(fleet: Fleet, request: RequestFacts, index: int, choice: Choice, now_s: float) -> None:
+def count_work(fleet: Fleet, request: RequestFacts, index: int, choice: RoutingDecision, now_s: float) -> None:
     """Raise the chosen workers' counts by one choice of a request, so that the next decision sees it at once."""
     key = SequenceKey(request.request_id, index)
     winner = choice.winner

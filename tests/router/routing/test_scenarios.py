@@ -26,7 +26,7 @@ from twostroke.router.requests.admission import Admission, AdmissionLimits, Offe
 from twostroke.router.requests.delivery import Delivery
 from twostroke.router.routing.facts import LoadFacts, ModelFacts, WorkerFacts, WorkerKey
 from twostroke.router.routing.fleet import Fleet, FleetChange
-from twostroke.router.routing.policy import Candidate, Choice, PolicyLimits, RequestFacts, choose
+from twostroke.router.routing.policy import Candidate, PolicyLimits, RequestFacts, RoutingDecision, choose
 from twostroke.router.routing.views import count_work, views_of
 
 SCENARIOS = sorted((Path(__file__).parents[2] / "scenarios" / "router").glob("*.txt"))
@@ -70,7 +70,7 @@ class Stage:
         self.policy = PolicyLimits()
         self.admission = Admission()
         self.delivery = Delivery(1)
-        self.last: tuple[RequestFacts, Choice] | None = None
+        self.last: tuple[RequestFacts, RoutingDecision] | None = None
 
     def play(self, line: str) -> list[str]:
         words = line.split()
