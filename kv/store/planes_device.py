@@ -1,6 +1,6 @@
 """One component's planes on a device, moved by the gather and scatter kernels, and the digests that steps leave there.
 
-`Births` adds up, on the device, what the fused store kernel says each row contributes to its hash block's digest, from
+`DeviceDigests` adds up, on the device, what the fused store kernel says each row contributes to its hash block's digest, from
 the same registers that the row was written from. A seal then reads a few sums instead of the bytes, and nothing can
 change between writing and sealing. Sums are of 64-bit integers: no order of programs changes them.
 
@@ -90,7 +90,7 @@ class DevicePlanes:
         return held.to(self.device, non_blocking=True)  # its pinned memory is not given out again before it is read
 
 
-class Births:
+class DeviceDigests:
     """The digests that steps leave on the device, for a store of plain keys and values."""
 
     def __init__(self, k: DevicePlanes, v: DevicePlanes, key: int) -> None:

@@ -29,7 +29,7 @@ from .planes_cpu import CpuPlanes
 from .sealer import Marks, Sealer
 
 if TYPE_CHECKING:  # needs triton, which machines without a device may lack
-    from .planes_device import Births, DevicePlanes, StepBirths
+    from .planes_device import DeviceDigests, DevicePlanes, StepBirths
 
     ComponentStore = CpuPlanes | DevicePlanes
 
@@ -60,7 +60,7 @@ class KvStore:
         self.block_tokens = block_tokens
         self._key = digest_key
         uses_kernels = self.device.type != "cpu" if by_kernels is None else by_kernels
-        self._births: Births | None = None
+        self._births: DeviceDigests | None = None
         self._components: list[ComponentStore] = []
         if uses_kernels:
             self._use_kernels()
@@ -80,12 +80,12 @@ class KvStore:
         return self.spec.main.num_layers, self.num_blocks, self.block_tokens
 
     def _use_kernels(self) -> None:
-        from .planes_device import Births, DevicePlanes
+        from .planes_device import DeviceDigests, DevicePlanes
 
         planes = [DevicePlanes(c, *self._shape, self.device) for c in self.spec.main.components]
         self._components += planes
         if [c.name for c in self.spec.main.components] == ["k", "v"]:
-            self._births = Births(planes[0], planes[1], self._key)
+            self._births = DeviceDigests(planes[0], planes[1], self._key)
 
     def on_host(self, num_blocks: int) -> KvStore:
         """An empty store in host memory that can take what this one holds."""
