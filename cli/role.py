@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
+from ..cli import options as o
 from ..client.client import Client
 from ..core.errors import ConfigError, InvalidRequest, Unavailable
 from ..core.request import Role
-from . import options as o
 from .members import check_key
 from .status import ApiKey, Grpc, Insecure
 

@@ -21,8 +21,8 @@ from ..core.request import FinishReason, Role, SequenceKey
 from ..core.tally import Tally
 from ..kv.cache.pool import BlockPool
 from ..kv.cache.prefix import PrefixCache
+from .cache_manager import KvCacheManager
 from .commands import Commands
-from .holdings import KvCacheManager
 from .lifecycle import SequenceLifecycle
 from .messages import (
     AskSnapshot,

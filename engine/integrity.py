@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Collection
 
 from ..kv.block import BlockId
-from .holdings import KvCacheManager
+from .cache_manager import KvCacheManager
 from .sequence import QUEUE_STATES, Sequence, SequenceState
 
 _S = SequenceState

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from ..core.request import SequenceKey
-from .holdings import KvCacheManager
+from .cache_manager import KvCacheManager
 from .messages import Ended, Event
 from .scheduler import Scheduler
 from .sequence import PendingFinish, Sequence

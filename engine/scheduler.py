@@ -24,7 +24,7 @@ from collections.abc import Iterable
 from ..core.request import SequenceKey
 from ..kv.cache.pool import OutOfBlocks
 from ..kv.spec import HASH_BLOCK_TOKENS
-from .holdings import Cost, KvCacheManager
+from .cache_manager import Cost, KvCacheManager
 from .integrity import check_holdings
 from .messages import Bound, Event, NotYet, Offered, Progress, Promised, Source
 from .plan import SequenceStep, StepPlan

@@ -30,8 +30,8 @@ from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from ..engine.cache_manager import Cost, KvCacheManager
 from ..engine.commands import Commands
-from ..engine.holdings import Cost, KvCacheManager
 from ..engine.lifecycle import SequenceLifecycle
 from ..engine.messages import Event
 from ..engine.scheduler import Scheduler

@@ -12,7 +12,7 @@ from ..core.errors import WorkerLost
 from ..core.request import Epoch, Request
 from ..protos import worker_pb2
 from ..router.requests import delivery, lifecycle
-from ..router.requests.journal import Journal
+from ..router.requests.history import RequestHistory
 from ..router.requests.lifecycle import Lifecycle
 from ..router.requests.roster import Roster
 from ..router.requests.run import Run, Runs, Stage
@@ -147,12 +147,12 @@ def ids_in_use_are_taken() -> AbstractContextManager[None]:
 def everybodys_requests_are_explained() -> AbstractContextManager[None]:
     """The journal does not ask whose a request was."""
 
-    def find(self: Journal, tenant: str, request_id: str) -> dict[str, Any] | None:
+    def find(self: RequestHistory, tenant: str, request_id: str) -> dict[str, Any] | None:
         line = next((line for (_, name), line in self._entries.items() if name == request_id), None)
         entry: dict[str, Any] | None = None if line is None else json.loads(line)
         return entry
 
-    return instead(Journal, "find", find)
+    return instead(RequestHistory, "find", find)
 
 
 # ------------------------------------------------------------------ workers

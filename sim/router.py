@@ -17,7 +17,7 @@ from ..kv.block import BlockIdentity, chain
 from ..protos import worker_pb2
 from ..router.requests.admission import AdmissionLimits
 from ..router.requests.explain import explain_run
-from ..router.requests.journal import Journal
+from ..router.requests.history import RequestHistory
 from ..router.requests.lifecycle import Lifecycle
 from ..router.requests.roster import Roster
 from ..router.requests.run import Run, Stage
@@ -48,7 +48,7 @@ class RouterNode:
     def __init__(self, world: World, network: Network, process: Process, setting: Setting) -> None:
         self.world, self.network, self.process, self.setting = world, network, process, setting
         self.incarnation = 16 * process.life + setting.routers.index(process.name)  # every life's own
-        self.journal = Journal()
+        self.journal = RequestHistory()
         self._num_streams = 0
         self._sent_again: WeakKeyDictionary[Run, int] = WeakKeyDictionary()  # its dispatches at that time
         self.roster = Roster(Fleet(setting.fleet), PrefixMap(max_entries=200), self)

@@ -1,15 +1,8 @@
 """One component's planes on a device, moved by the gather and scatter kernels, and the digests that steps leave there.
 
-`DeviceDigests` adds up, on the device, what the fused store kernel says each row contributes to its hash block's digest, from
-the same registers that the row was written from. A seal then reads a few sums instead of the bytes, and nothing can
-change between writing and sealing. Sums are of 64-bit integers: no order of programs changes them.
-
-    sums  int64 [layers, 2, hash blocks of the store + 1, heads]   k, then v; the last hash block takes padding
-    seen  int32 [hash blocks of the store + 1]                     bit t: token t is in the sums
-
-A row that begins a hash block begins its sums anew. Where `seen` is not exactly the tokens asked for (rows came another
-way, or twice), there is no birth to speak of, and the store reads the bytes. On CPU tensors it all runs in Triton's
-interpreter.
+`DeviceDigests` adds up, on the device, the contribution of each row to its hash block's digest, as the fused store kernel
+computes it from the registers that the row was written from. So a seal reads a few sums instead of the bytes, and
+nothing can change between writing and sealing. Sums are of 64-bit integers: no order of programs changes them.
 """
 
 from __future__ import annotations

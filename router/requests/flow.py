@@ -25,7 +25,7 @@ from ..routing.facts import ModelFacts
 from ..workers.members import Identity
 from .dispatch import Dispatcher, PieceStream
 from .explain import explain_run
-from .journal import Journal
+from .history import RequestHistory
 from .life import life_of
 from .pieces import Piece
 from .run import Run
@@ -62,7 +62,7 @@ class Flow:
         self._dispatcher = Dispatcher(config, self._identity, self.metrics, self.clock)
         self._members = self._dispatcher.members
         self._life = self._dispatcher.life
-        self._journal = Journal(config.decision_log)
+        self._journal = RequestHistory(config.decision_log)
         self._began_s = self.clock.now_s()
         self._moved: Counter[str] = Counter()  # between workers, for requests that have ended
 

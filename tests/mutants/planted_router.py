@@ -291,23 +291,23 @@ _DRIVEN = [
     ),
     Mutant("router/workers/links.py", "        if not self._is_up:\n            return False\n", ""),
     Mutant(
-        "router/requests/journal.py",
+        "router/requests/history.py",
         '(entry["tenant"], entry["request_id"]), _line(entry)',
         '("", entry["request_id"]), _line(entry)',
     ),
     Mutant(
-        "router/requests/journal.py",
+        "router/requests/history.py",
         "len(self._entries) > self._max_entries or self.num_bytes > self._max_bytes:",
         "len(self._entries) > self._max_entries:",
     ),
     Mutant(
-        "router/requests/journal.py",
+        "router/requests/history.py",
         "        self._forget(key)\n        self._entries[key] = line\n",
         "        self._entries[key] = line\n",
     ),
-    Mutant("router/requests/journal.py", "    while len(line) > MAX_ENTRY_BYTES:\n", "    while False:\n"),
+    Mutant("router/requests/history.py", "    while len(line) > MAX_ENTRY_BYTES:\n", "    while False:\n"),
     Mutant(
-        "router/requests/journal.py",
+        "router/requests/history.py",
         " for name, value in entry.items() if name not in _NAMES}",
         " for name, value in entry.items()}",
         survives="names are bounded at the door: of 16 KiB another value is always longer",

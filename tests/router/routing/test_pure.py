@@ -13,7 +13,7 @@ from twostroke.core.request import Epoch, FinishReason, Role, TokenLogprobs
 from twostroke.protos import common_pb2
 from twostroke.router.requests.admission import Admission, AdmissionLimits, Offer
 from twostroke.router.requests.delivery import Delivery, PieceBuffer, Verdict
-from twostroke.router.requests.journal import Journal
+from twostroke.router.requests.history import RequestHistory
 from twostroke.router.requests.pieces import Piece
 from twostroke.router.routing.coefficients import Coefficients
 from twostroke.router.routing.facts import ModelFacts, WorkerFacts, WorkerKey
@@ -178,14 +178,14 @@ def replaced(view: WorkerView, number: int) -> WorkerView:
 
 
 def test_the_journal_is_bounded_and_survives_a_full_disk(tmp_path: Path) -> None:
-    journal = Journal(max_entries=3)
+    journal = RequestHistory(max_entries=3)
     for number in range(5):
         journal.add({"tenant": "t", "request_id": f"r{number}"})
     assert len(journal) == 3
     assert journal.find("t", "r1") is None
     assert journal.find("t", "r4") == {"tenant": "t", "request_id": "r4"}
     assert journal.find("u", "r4") is None
-    full = Journal(Path("/dev/full"))
+    full = RequestHistory(Path("/dev/full"))
     full.add({"tenant": "t", "request_id": "r"})
     full.add({"tenant": "t", "request_id": "s"})
     full.close()
@@ -195,7 +195,7 @@ def test_the_journal_is_bounded_and_survives_a_full_disk(tmp_path: Path) -> None
 
 def test_the_journals_file_is_for_us_alone(tmp_path: Path) -> None:
     path = tmp_path / "decisions.jsonl"
-    journal = Journal(path)
+    journal = RequestHistory(path)
     journal.add({"tenant": "t", "request_id": "r"})
     journal.close()
     assert path.stat().st_mode & 0o077 == 0
@@ -203,7 +203,7 @@ def test_the_journals_file_is_for_us_alone(tmp_path: Path) -> None:
 
 def test_the_journals_file_is_rotated(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
-    journal = Journal(path, max_file_bytes=100)
+    journal = RequestHistory(path, max_file_bytes=100)
     for number in range(10):
         journal.add({"tenant": "t", "request_id": f"r{number}"})
     journal.close()

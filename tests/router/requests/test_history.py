@@ -13,10 +13,11 @@ from twostroke.core.request import Request, Role, SamplingParams
 from twostroke.core.timeline import Instant, Timeline
 from twostroke.router.api.batch import CHOICES_AT_ONCE
 from twostroke.router.api.frontend import Frontend
-from twostroke.router.requests import decision_log, journal
+from twostroke.router.requests import decision_log
+from twostroke.router.requests import history as journal
 from twostroke.router.requests.decision_log import DecisionLog
 from twostroke.router.requests.explain import explain_sampling
-from twostroke.router.requests.journal import Journal
+from twostroke.router.requests.history import RequestHistory
 from twostroke.router.requests.life import life_of
 from twostroke.router.requests.run import Run
 from twostroke.router.routing.facts import ModelFacts
@@ -61,7 +62,7 @@ async def test_running_and_ended_requests_show_the_same_bounded_sampling():
 
 def test_entries_are_bounded_in_all_and_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "MAX_ENTRY_BYTES", 1000)
-    kept = Journal(max_bytes=5_000)
+    kept = RequestHistory(max_bytes=5_000)
     for number in range(20):
         kept.add({"request_id": f"r{number}", "tenant": "t", "small": 1, "long": "x" * 800})
     assert kept.num_bytes <= 5_000

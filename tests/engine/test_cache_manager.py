@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from twostroke.engine.holdings import KvCacheManager
+from twostroke.engine.cache_manager import KvCacheManager
 from twostroke.engine.messages import CacheDelta, CacheSnapshot
 from twostroke.kv.block import BlockIdentity
 from twostroke.kv.cache.pool import BlockPool

@@ -18,7 +18,7 @@ MAX_ENTRY_BYTES = 16 << 10
 _NAMES = ("request_id", "tenant", "isolation_domain", "state")  # by which an entry is found, and by whom
 
 
-class Journal:
+class RequestHistory:
     """The decision log. Entries are what `explain` shows."""
 
     def __init__(
