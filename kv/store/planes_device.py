@@ -1,6 +1,6 @@
 """One component's planes on a device, moved by the gather and scatter kernels, and the digests that steps leave there.
 
-`DeviceDigests` adds up, on the device, the contribution of each row to its hash block's digest, as the fused store kernel
+`DeviceDigests` adds up, on the device, each row's contribution to its hash block's digest, as the fused store kernel
 computes it from the registers that the row was written from. So a seal reads a few sums instead of the bytes, and
 nothing can change between writing and sealing. Sums are of 64-bit integers: no order of programs changes them.
 """

@@ -1,6 +1,7 @@
 """The step loop in its thread: with the real runner on a tiny random Llama, and with runners that fail."""
 
 import asyncio
+import socket
 import sys
 import threading
 import time
@@ -42,6 +43,7 @@ from twostroke.engine.messages import (
 )
 from twostroke.engine.plan import StepResult
 from twostroke.engine.policy import StepLimits
+from twostroke.engine.process_link import FaceEnd, serve_engine
 from twostroke.engine.thread_link import ThreadLink
 from twostroke.kv.cache.pool import BlockPool
 from twostroke.kv.cache.prefix import PrefixCache
@@ -89,9 +91,31 @@ class Desk:
         return await self.until(lambda event: isinstance(event, kind) and event.key == key)
 
 
-@pytest.fixture
-def start():
-    """Engines that are stopped after the test."""
+class Behind:
+    """The face's end of a link between processes, opened by the first that listens."""
+
+    def __init__(self, link):
+        self._sock, other = socket.socketpair()
+        self._unsent, self._face = [], None
+        serve_engine(other, link)
+
+    def send(self, command):
+        if self._face is None:
+            self._unsent.append(command)
+        else:
+            self._face.send(command)
+
+    async def receive(self):
+        if self._face is None:
+            self._face = await FaceEnd.open(self._sock)
+            for command in self._unsent:
+                self._face.send(command)
+        return await self._face.receive()
+
+
+@pytest.fixture(params=["threads", "processes"])
+def start(request):
+    """Engines that are stopped after the test, behind either link."""
     engines = []
 
     def begin(runner, store, policy=combined_policy, *, num_blocks=64, clock=None, **limits):
@@ -104,7 +128,7 @@ def start():
         engine = Engine(core, runner, store, link, clock or MonotonicClock())
         engine.start()
         engines.append((engine, link))
-        return engine, Desk(link), core
+        return engine, Desk(link if request.param == "threads" else Behind(link)), core
 
     yield begin
     for engine, link in engines:
@@ -286,6 +310,7 @@ class Poisoned(Steps):
         return super().run(plan)
 
 
+@pytest.mark.parametrize("start", ["threads"], indirect=True)  # counts steps from one command to the next
 async def test_who_makes_a_step_fail_ends_alone_and_never_the_engine(start):
     runner = Poisoned()
     runner.steps = threading.Semaphore(0)  # the neighbour stays until the last of the others has ended

@@ -1,0 +1,128 @@
+"""EngineLink between two processes: the same values as bytes over a local socket. Knows no meaning.
+
+    face: FaceEnd ── frames ──▶ serve_engine ──▶ ThreadLink: engine
+                  ◀── frames ──
+
+The engine's process has the very `ThreadLink` that an engine in a thread has, with its bounds and its refusals; a
+thread of its own carries values between that and the socket. A side that ends, or whose process dies, closes the
+socket: the face hears the end as it hears it from a thread, and an engine without a face stops.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import struct
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from ..core.errors import Unavailable
+from .messages import BlocksFetched, Command, Event, FetchBlocks, Stop, Submit
+from .thread_link import ThreadLink
+from .wire import WireError, decode, encode
+
+MAX_FRAME_BYTES = 1 << 30
+MAX_UNSENT_BYTES = 64 << 20  # of commands that the engine's process has not read: more new work is refused
+
+_HEAD = struct.Struct("<I")
+_log = logging.getLogger(__name__)
+
+
+class FaceEnd:
+    """The face's end. Satisfies `engine.client.FaceLink`; make it on the face's event loop."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._refused: list[Event] = []
+        self._is_closed = False
+
+    @classmethod
+    async def open(cls, sock: socket.socket) -> FaceEnd:
+        """Take one end of a connected pair."""
+        return cls(*await asyncio.open_connection(sock=sock))
+
+    def send(self, command: Command) -> None:
+        """Give the engine a command; never waits.
+
+        Raises:
+            Unavailable: a `Submit` after the engine has ended, or while it reads nothing any more.
+        """
+        if self._is_closed or self._writer.is_closing():
+            if isinstance(command, Submit):
+                raise Unavailable("this worker's engine has ended; it is being restarted", retry_after_s=1.0)
+            return
+        if self._writer.transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
+            if isinstance(command, Submit):
+                raise Unavailable("this worker's engine takes no commands just now", retry_after_s=1.0)
+            if isinstance(command, FetchBlocks):
+                self._refused.append(BlocksFetched(command.fetch_id, 0, ()))
+                return
+        self._writer.write(_frame(command))
+
+    async def receive(self) -> Sequence[Event]:
+        """Wait for events; those of one frame, in order. Empty: the engine has ended, or its process died."""
+        if self._refused:
+            refused, self._refused = self._refused, []
+            return refused
+        try:
+            events: list[Event] = await _read(self._reader)
+        except (asyncio.IncompleteReadError, ConnectionError, WireError):
+            events = []
+        if not events:
+            self._is_closed = True
+            self._writer.close()
+        return events
+
+
+def serve_engine(sock: socket.socket, link: ThreadLink) -> threading.Thread:
+    """Carry values between an engine's link and a socket until either ends. In the engine's process."""
+    thread = threading.Thread(target=lambda: asyncio.run(_carry(sock, link)), name="process-link", daemon=True)
+    thread.start()
+    return thread
+
+
+async def _carry(sock: socket.socket, link: ThreadLink) -> None:
+    reader, writer = await asyncio.open_connection(sock=sock)
+    inward = asyncio.create_task(_carry_commands(reader, link))
+    try:
+        while events := await link.receive():
+            writer.write(_frame(list(events)))
+            await writer.drain()  # a face that reads nothing fills the link behind, and the engine waits for it
+        writer.write(_frame([]))
+        await writer.drain()
+    except ConnectionError:
+        _log.warning("the face is gone")
+    finally:
+        inward.cancel()
+        await asyncio.gather(inward, return_exceptions=True)
+        writer.close()
+
+
+async def _carry_commands(reader: asyncio.StreamReader, link: ThreadLink) -> None:
+    while True:
+        try:
+            command: Command = await _read(reader)
+        except (asyncio.IncompleteReadError, ConnectionError, WireError) as error:
+            if isinstance(error, WireError):
+                _log.error("the face said something that is no command: %s", error)
+            link.send(Stop())
+            return
+        try:
+            link.send(command)
+        except Unavailable:
+            pass  # the engine has ended: `receive` says so
+
+
+def _frame(value: object) -> bytes:
+    data = encode(value)
+    return _HEAD.pack(len(data)) + data
+
+
+async def _read(reader: asyncio.StreamReader) -> Any:
+    (size,) = _HEAD.unpack(await reader.readexactly(_HEAD.size))
+    if size > MAX_FRAME_BYTES:
+        raise WireError(f"a frame of {size} bytes")
+    return decode(await reader.readexactly(size))

@@ -1,0 +1,141 @@
+"""The link between processes: a real second process, its death on either side, and what a stalled one is spared.
+
+The lives of engines run over this link too: tests/engine/test_engine.py.
+"""
+
+import asyncio
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from twostroke.core.errors import Unavailable
+from twostroke.core.request import FinishReason, SamplingParams, SequenceKey
+from twostroke.engine import process_link
+from twostroke.engine.messages import (
+    AskSnapshot,
+    BlocksFetched,
+    Ended,
+    FetchBlocks,
+    LoadNews,
+    Source,
+    StepTokens,
+    Stop,
+    Submit,
+)
+from twostroke.engine.process_link import FaceEnd, serve_engine
+from twostroke.engine.thread_link import ThreadLink
+from twostroke.engine.wire import encode
+
+PROGRAM = Path(__file__).parents[1] / "support" / "engine_process.py"
+KEY = SequenceKey("r", 0)
+TIMEOUT_S = 120
+
+
+def submit(num_tokens=20, max_tokens=5) -> Submit:
+    ids = tuple(range(2, 2 + num_tokens))
+    return Submit(KEY, Source.LOCAL, ids, (), b"root", SamplingParams(max_tokens))
+
+
+@pytest.fixture
+def other():
+    """The engine's process, and our end of the socket."""
+    ours, theirs = socket.socketpair()
+    process = subprocess.Popen([sys.executable, str(PROGRAM), str(theirs.fileno())], pass_fds=[theirs.fileno()])
+    theirs.close()
+    yield process, ours
+    process.kill()
+    process.wait()
+    ours.close()
+
+
+async def until(face: FaceEnd, kind: type) -> list:
+    heard = []
+    async with asyncio.timeout(TIMEOUT_S):
+        while not any(isinstance(event, kind) for event in heard):
+            batch = await face.receive()
+            assert batch, "the engine ended before"
+            heard += batch
+    return heard
+
+
+async def test_an_engine_in_another_process_answers_and_stops(other):
+    process, sock = other
+    face = await FaceEnd.open(sock)
+    face.send(submit())
+    heard = await until(face, Ended)
+    tokens = [id_ for event in heard if isinstance(event, StepTokens) for news in event.news for id_ in news.token_ids]
+    assert tokens == [20, 21, 22, 23, 24]
+    assert any(isinstance(event, LoadNews) for event in heard)
+    face.send(Stop())
+    async with asyncio.timeout(TIMEOUT_S):
+        while await face.receive():
+            pass
+        assert await asyncio.to_thread(process.wait) == 0
+    with pytest.raises(Unavailable):
+        face.send(submit())
+    face.send(AskSnapshot())  # means nothing any more
+
+
+async def test_the_face_hears_the_end_of_an_engine_that_is_killed(other):
+    process, sock = other
+    face = await FaceEnd.open(sock)
+    face.send(submit(max_tokens=900))
+    await until(face, StepTokens)
+    process.kill()
+    async with asyncio.timeout(TIMEOUT_S):
+        while await face.receive():
+            pass
+    with pytest.raises(Unavailable):
+        face.send(submit())
+
+
+async def test_an_engine_whose_face_is_gone_stops(other):
+    process, sock = other
+    face = await FaceEnd.open(sock)
+    face.send(submit(max_tokens=900))
+    await until(face, StepTokens)
+    face._writer.transport.abort()
+    assert await asyncio.wait_for(asyncio.to_thread(process.wait), TIMEOUT_S) == 0
+
+
+async def test_bytes_that_are_no_command_stop_the_engine():
+    ours, theirs = socket.socketpair()
+    link = ThreadLink()
+    carrying = serve_engine(theirs, link)
+    with ours:
+        ours.sendall((3).to_bytes(4, "little") + b"???")
+        (command,) = await asyncio.to_thread(link.take, 1, TIMEOUT_S)
+        assert command == Stop()
+    link.close()
+    await asyncio.to_thread(carrying.join, TIMEOUT_S)
+
+
+async def test_new_work_is_refused_while_the_engine_reads_nothing(monkeypatch):
+    monkeypatch.setattr(process_link, "MAX_UNSENT_BYTES", 1 << 20)
+    ours, theirs = socket.socketpair()
+    with theirs:
+        face = await FaceEnd.open(ours)
+        for _ in range(200):  # of 16 KB each
+            face._writer.write(process_link._frame(submit(num_tokens=4_000)))
+        with pytest.raises(Unavailable, match="takes no commands"):
+            face.send(submit())
+        face.send(FetchBlocks(7, (), 0, b"root"))
+        assert await face.receive() == [BlocksFetched(7, 0, ())]
+        face.send(AskSnapshot())  # what does not bring work always gets in
+
+
+async def test_an_ended_engine_gives_out_its_last_events():
+    ours, theirs = socket.socketpair()
+    link = ThreadLink()
+    carrying = serve_engine(theirs, link)
+    face = await FaceEnd.open(ours)
+    last = Ended(KEY, FinishReason.ERROR, "internal", "broken")
+    link.close([last])
+    async with asyncio.timeout(TIMEOUT_S):
+        assert await face.receive() == [last]
+        assert await face.receive() == []
+    await asyncio.to_thread(carrying.join, TIMEOUT_S)
+    assert len(encode(last)) < 100
