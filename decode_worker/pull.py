@@ -14,8 +14,8 @@ from ..core.clock import Clock
 from ..core.life import Life, forget
 from ..core.request import SequenceKey
 from ..core.timeline import Instant, Timeline
-from ..engine.client import EngineClient
-from ..engine.messages import WriteKv
+from ..engine.link.client import EngineClient
+from ..engine.link.messages import WriteKv
 from ..kv.handover.carrier import Carrier, Check, CheckLine, StreamHost
 from ..kv.handover.frames import Frame, WireError, decode_envelope, encode_message, verify_frame
 from ..kv.handover.machine import Action, AskBind, Close, Complete, End, GotFirstToken, Lost, Send, Timing, Write

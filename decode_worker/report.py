@@ -10,7 +10,7 @@ from ..core.errors import TwostrokeError, from_code
 from ..core.life import Life, Transfer
 from ..core.request import FinishReason
 from ..core.timeline import Instant, Timeline
-from ..engine import messages as link
+from ..engine.link import messages as link
 from ..kv.messages import epoch_to_wire, error_to_wire, finish_to_wire, instants_to_wire
 from ..kv.spec import KvSpec
 from ..protos import common_pb2, worker_pb2

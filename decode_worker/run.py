@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 from ..core.request import FinishReason, SequenceKey
 from ..core.timeline import Instant, Timeline
-from ..engine import messages as link
-from ..engine.client import SequenceEvent
 from ..engine.facts import FaceFacts
+from ..engine.link import messages as link
+from ..engine.link.client import SequenceEvent
 from ..kv.handover.carrier import StreamHost
 from ..kv.handover.driver import ClientDriver
 from ..kv.handover.machine import HANDOVER, GotFirstToken, Label, Lost

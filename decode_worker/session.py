@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import grpc
 import grpc.aio
 
-from ..engine.messages import LoadNews
+from ..engine.link.messages import LoadNews
 from ..protos import common_pb2, worker_pb2
 from .ledger import RouterKey
 from .outbox import Outbox

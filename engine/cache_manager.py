@@ -10,7 +10,7 @@ from ..kv.cache.pool import BlockPool
 from ..kv.cache.prefix import PrefixCache
 from ..kv.cache.residency import Residency
 from ..kv.spec import HASH_BLOCK_TOKENS
-from .messages import CacheDelta, CacheSnapshot
+from .link.messages import CacheDelta, CacheSnapshot
 from .sequence import Sequence, Table
 from .store_ops import SwapInOp, SwapOutOp
 from .swap import SwapSpace

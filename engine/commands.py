@@ -13,7 +13,7 @@ from ..core.request import FinishReason
 from ..kv.block import BlockId
 from ..kv.spec import HASH_BLOCK_TOKENS
 from .lifecycle import SequenceLifecycle
-from .messages import (
+from .link.messages import (
     Bind,
     BlocksFetched,
     CancelSequence,

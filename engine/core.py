@@ -24,7 +24,7 @@ from ..kv.cache.prefix import PrefixCache
 from .cache_manager import KvCacheManager
 from .commands import Commands
 from .lifecycle import SequenceLifecycle
-from .messages import (
+from .link.messages import (
     AskSnapshot,
     Command,
     Event,

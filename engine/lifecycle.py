@@ -6,7 +6,7 @@ from collections import Counter
 
 from ..core.request import SequenceKey
 from .cache_manager import KvCacheManager
-from .messages import Ended, Event
+from .link.messages import Ended, Event
 from .scheduler import Scheduler
 from .sequence import PendingFinish, Sequence
 from .stopping import finish_reason

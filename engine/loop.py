@@ -19,11 +19,11 @@ from ..kv.section import HeldTokens, SectionData
 from ..kv.store.host_store import HostStore
 from ..kv.store.store import KvStore
 from .core import EngineCore
-from .messages import Ended, Event, LoadNews
+from .link.messages import Ended, Event, LoadNews
+from .link.thread_link import ThreadLink
 from .plan import StepPlan, StepResult
 from .step_times import StepTimeModel
 from .store_ops import FetchOp, ReadOp, StoreOp, SwapInOp, SwapOp, SwapOutOp, WriteOp
-from .thread_link import ThreadLink
 from .turn import Turn
 
 BEAT_S = 0.1

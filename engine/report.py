@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..core.tally import Tally
-from .messages import LoadNews, Source
+from .link.messages import LoadNews, Source
 from .scheduler import Scheduler
 from .sequence import QUEUE_STATES, SequenceState
 

@@ -26,7 +26,7 @@ from ..kv.cache.pool import OutOfBlocks
 from ..kv.spec import HASH_BLOCK_TOKENS
 from .cache_manager import Cost, KvCacheManager
 from .integrity import check_holdings
-from .messages import Bound, Event, NotYet, Offered, Progress, Promised, Source
+from .link.messages import Bound, Event, NotYet, Offered, Progress, Promised, Source
 from .plan import SequenceStep, StepPlan
 from .policy import Ahead, Policy, Room, Want, bound_scored
 from .sequence import NEXT_STATES, Sequence, SequenceState

@@ -26,7 +26,7 @@ from typing import NamedTuple
 from ..core.request import FinishReason, SamplingParams, SequenceKey, TokenLogprobs
 from ..kv.block import BlockId, BlockIdentity
 from ..kv.spec import HASH_BLOCK_TOKENS
-from .messages import Source, Submit
+from .link.messages import Source, Submit
 from .plan import History
 
 

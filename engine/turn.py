@@ -16,7 +16,7 @@ from ..core.errors import InternalError, TwostrokeError
 from ..kv.section import SectionData
 from ..kv.spec import HASH_BLOCK_TOKENS
 from .core import EngineCore
-from .messages import BlocksFetched, Command, Event, KvRead, KvWritten
+from .link.messages import BlocksFetched, Command, Event, KvRead, KvWritten
 from .plan import StepPlan, StepResult
 from .store_ops import FetchOp, ReadOp, StoreOp, SwapInOp, SwapOutOp, WriteOp
 

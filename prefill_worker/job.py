@@ -14,8 +14,8 @@ from ..core.errors import InternalError, KvCorrupted, TwostrokeError, from_code
 from ..core.life import Life, forget
 from ..core.request import FinishReason, SequenceKey
 from ..core.timeline import Instant, Timeline
-from ..engine import messages as link
-from ..engine.client import EngineClient, SequenceEvent
+from ..engine.link import messages as link
+from ..engine.link.client import EngineClient, SequenceEvent
 from ..kv.handover.carrier import Carrier, Check, CheckLine, StreamHost
 from ..kv.handover.frames import FrameLabel, WireError, decode_envelope, encode_frame, encode_message, verify_sections
 from ..kv.handover.machine import (

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator, Callable
 
 from ..core.errors import InvalidRequest, Overloaded, TwostrokeError, Unavailable
 from ..core.request import Role, SequenceKey
-from ..engine import messages as link
 from ..engine.facts import FaceFacts
+from ..engine.link import messages as link
 from ..kv.handover.carrier import StreamHost
 from ..kv.handover.driver import Driver
 from ..kv.handover.frames import WireError, decode_envelope, encode_message, tokens_per_frame

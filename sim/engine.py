@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from ..core.errors import InternalError, TwostrokeError
 from ..engine.core import CoreLimits, EngineCore
-from ..engine.messages import Command, Ended, Event, LoadNews, Offered, Promised, Submit
+from ..engine.link.messages import Command, Ended, Event, LoadNews, Offered, Promised, Submit
 from ..engine.plan import StepPlan, StepResult
 from ..engine.store_ops import StoreOp
 from ..engine.turn import Turn

@@ -33,7 +33,7 @@ from weakref import WeakKeyDictionary
 from ..engine.cache_manager import Cost, KvCacheManager
 from ..engine.commands import Commands
 from ..engine.lifecycle import SequenceLifecycle
-from ..engine.messages import Event
+from ..engine.link.messages import Event
 from ..engine.scheduler import Scheduler
 from ..engine.sequence import PendingFinish, SequenceState
 from ..engine.sequence import Sequence as Live

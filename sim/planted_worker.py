@@ -21,7 +21,7 @@ from typing import Any
 from ..core.request import Epoch, SequenceKey
 from ..decode_worker.ledger import Ledger, Named, RouterKey, Standing
 from ..decode_worker.outbox import Outbox
-from ..engine.messages import CacheDelta, CacheSnapshot
+from ..engine.link.messages import CacheDelta, CacheSnapshot
 from ..protos import worker_pb2
 from ..worker.watch import Watcher
 from .planting import Planted, instead

@@ -19,9 +19,9 @@ from ..decode_worker.pull import PullTools
 from ..decode_worker.run import Run, RunTools
 from ..decode_worker.service import DecodeService
 from ..decode_worker.session import Session
-from ..engine import messages as link
-from ..engine.client import EngineClient, Owner, SequenceEvent
 from ..engine.facts import FaceFacts, ModelFacts
+from ..engine.link import messages as link
+from ..engine.link.client import EngineClient, Owner, SequenceEvent
 from ..kv.handover.carrier import StreamHost
 from ..kv.handover.frames import WireError, decode_envelope
 from ..kv.handover.machine import SendFrame

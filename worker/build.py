@@ -15,9 +15,9 @@ from ..core.request import Role
 from ..decode_worker.policy import combined_policy, decode_policy
 from ..engine.core import CoreLimits, EngineCore
 from ..engine.facts import FaceFacts, ModelFacts
+from ..engine.link.thread_link import ThreadLink
 from ..engine.loop import Engine
 from ..engine.policy import StepLimits, scored_rows
-from ..engine.thread_link import ThreadLink
 from ..kernels.cpu.build import built_library
 from ..kv.cache.pool import BlockPool
 from ..kv.cache.prefix import PrefixCache

@@ -10,8 +10,8 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from ..core.request import Epoch
-from ..engine.client import EngineClient
 from ..engine.facts import FaceFacts
+from ..engine.link.client import EngineClient
 from ..kv.block import IDENTITY_BYTES, BlockIdentity
 from ..kv.handover.frames import FrameLabel, encode_frame
 from ..kv.handover.machine import Label

@@ -10,8 +10,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from ..core.clock import Clock
-from ..engine.client import EngineClient
-from ..engine.messages import LoadNews
+from ..engine.link.client import EngineClient
+from ..engine.link.messages import LoadNews
 from ..kv.handover.transports.grpc import BLOCKS_SERVICE, HANDOVER_SERVICE
 from ..protos import handover_pb2, worker_pb2
 

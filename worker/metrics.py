@@ -15,9 +15,9 @@ from ..checkpoint.sizes import cache_codec
 from ..core import metrics
 from ..core.board import Board, render
 from ..core.life import Life
-from ..engine.client import EngineClient
 from ..engine.facts import FaceFacts
-from ..engine.messages import LoadNews
+from ..engine.link.client import EngineClient
+from ..engine.link.messages import LoadNews
 from ..kv.sizing import PoolSize
 from .scrape import Answer, Page
 from .settings import WorkerSettings

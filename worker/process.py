@@ -25,8 +25,8 @@ from ..core.request import Role
 from ..decode_worker.pull import PullTools
 from ..decode_worker.run import RunTools
 from ..decode_worker.service import DecodeService
-from ..engine import messages as link
-from ..engine.client import EngineClient
+from ..engine.link import messages as link
+from ..engine.link.client import EngineClient
 from ..kernels.cpu.build import stop_building
 from ..kv.handover.machine import HANDOVER, Timing
 from ..kv.handover.transports.grpc import SERVER_OPTIONS, Channels, handlers

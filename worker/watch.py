@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 from ..core.request import Role
-from ..engine.client import EngineClient
-from ..engine.messages import CacheDelta, CacheSnapshot, LoadNews
+from ..engine.link.client import EngineClient
+from ..engine.link.messages import CacheDelta, CacheSnapshot, LoadNews
 from ..kv.messages import role_to_wire
 from ..protos import worker_pb2
 

@@ -20,10 +20,10 @@ from twostroke.core.request import FinishReason, SamplingParams, SequenceKey
 from twostroke.decode_worker.policy import combined_policy
 from twostroke.engine.config import StepConfig
 from twostroke.engine.core import CoreLimits, EngineCore
+from twostroke.engine.link.messages import Ended, LoadNews, Source, StepTokens, Stop, Submit
+from twostroke.engine.link.thread_link import ThreadLink
 from twostroke.engine.loop import Engine
-from twostroke.engine.messages import Ended, LoadNews, Source, StepTokens, Stop, Submit
 from twostroke.engine.policy import StepLimits
-from twostroke.engine.thread_link import ThreadLink
 from twostroke.kv.block import chain
 from twostroke.kv.cache.pool import BlockPool
 from twostroke.kv.cache.prefix import PrefixCache

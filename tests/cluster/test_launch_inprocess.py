@@ -17,7 +17,7 @@ from twostroke.cluster.placement import Member
 from twostroke.core.errors import ConfigError
 from twostroke.core.ports import free_ports
 from twostroke.core.request import Role
-from twostroke.engine import messages as link
+from twostroke.engine.link import messages as link
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import pytest
 from twostroke.core.request import SamplingParams, SequenceKey
 from twostroke.decode_worker.policy import combined_policy, decode_policy
 from twostroke.engine.core import CoreLimits, EngineCore
-from twostroke.engine.messages import Source, Submit
+from twostroke.engine.link.messages import Source, Submit
 from twostroke.engine.plan import StepResult
 from twostroke.engine.policy import Ahead, Room, StepBudget, StepLimits
 from twostroke.engine.step_times import StepTimes

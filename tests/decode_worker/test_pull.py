@@ -11,7 +11,7 @@ import pytest
 from twostroke.core.clock import MonotonicClock
 from twostroke.core.request import Epoch, SequenceKey
 from twostroke.decode_worker.pull import Pull, PullTools
-from twostroke.engine.messages import WriteKv
+from twostroke.engine.link.messages import WriteKv
 from twostroke.kv.codec import Codec
 from twostroke.kv.digest import frame_digests, places
 from twostroke.kv.handover.driver import INLINE_BYTES, ClientDriver

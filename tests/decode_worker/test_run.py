@@ -15,8 +15,8 @@ from twostroke.decode_worker.order import Order, Peer
 from twostroke.decode_worker.outbox import Outbox
 from twostroke.decode_worker.pull import PullTools
 from twostroke.decode_worker.run import Run
-from twostroke.engine import messages as link
 from twostroke.engine.facts import FaceFacts, ModelFacts
+from twostroke.engine.link import messages as link
 from twostroke.kv.codec import Codec
 from twostroke.kv.handover.frames import decode_envelope, encode_message
 from twostroke.kv.handover.machine import End, Label, Lost, Timing

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from twostroke.engine.cache_manager import KvCacheManager
-from twostroke.engine.messages import CacheDelta, CacheSnapshot
+from twostroke.engine.link.messages import CacheDelta, CacheSnapshot
 from twostroke.kv.block import BlockIdentity
 from twostroke.kv.cache.pool import BlockPool
 from twostroke.kv.cache.prefix import PrefixCache

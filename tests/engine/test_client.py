@@ -6,8 +6,8 @@ import pytest
 
 from twostroke.core.errors import Unavailable
 from twostroke.core.request import FinishReason, SamplingParams, SequenceKey
-from twostroke.engine.client import EngineClient
-from twostroke.engine.messages import (
+from twostroke.engine.link.client import EngineClient
+from twostroke.engine.link.messages import (
     BlocksFetched,
     CancelSequence,
     Ended,
@@ -18,7 +18,7 @@ from twostroke.engine.messages import (
     Submit,
     TokenNews,
 )
-from twostroke.engine.thread_link import ThreadLink
+from twostroke.engine.link.thread_link import ThreadLink
 
 KEY, OTHER = SequenceKey("a", 0), SequenceKey("b", 0)
 PARAMS = SamplingParams(max_tokens=4)

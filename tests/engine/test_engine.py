@@ -15,8 +15,7 @@ from twostroke.core.clock import MonotonicClock
 from twostroke.core.request import FinishReason, Role, SamplingParams, SequenceKey
 from twostroke.decode_worker.policy import combined_policy, decode_policy
 from twostroke.engine.core import CoreLimits, EngineCore
-from twostroke.engine.loop import INTEGRITY_S, Engine
-from twostroke.engine.messages import (
+from twostroke.engine.link.messages import (
     Bind,
     BlocksFetched,
     Bound,
@@ -41,10 +40,11 @@ from twostroke.engine.messages import (
     Submit,
     WriteKv,
 )
+from twostroke.engine.link.process_link import FaceEnd, serve_engine
+from twostroke.engine.link.thread_link import ThreadLink
+from twostroke.engine.loop import INTEGRITY_S, Engine
 from twostroke.engine.plan import StepResult
 from twostroke.engine.policy import StepLimits
-from twostroke.engine.process_link import FaceEnd, serve_engine
-from twostroke.engine.thread_link import ThreadLink
 from twostroke.kv.cache.pool import BlockPool
 from twostroke.kv.cache.prefix import PrefixCache
 from twostroke.prefill_worker.policy import prefill_policy

@@ -10,7 +10,7 @@ from support.cell_store import EOS, KEY, ROOT, FakeStore, cells_of, oracle
 from twostroke.core.request import SamplingParams, SequenceKey
 from twostroke.decode_worker.policy import combined_policy, decode_policy
 from twostroke.engine.core import CoreLimits, EngineCore
-from twostroke.engine.messages import (
+from twostroke.engine.link.messages import (
     AskSnapshot,
     Bind,
     Bound,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from twostroke.core.request import SamplingParams, SequenceKey
 from twostroke.decode_worker.policy import combined_policy, decode_policy
 from twostroke.engine.core import CoreLimits, EngineCore
-from twostroke.engine.messages import Offered, PeerBound, Source, Submit
+from twostroke.engine.link.messages import Offered, PeerBound, Source, Submit
 from twostroke.engine.plan import StepPlan, StepResult
 from twostroke.engine.policy import StepLimits
 from twostroke.kv.cache.pool import BlockPool

@@ -13,8 +13,8 @@ import pytest
 
 from twostroke.core.errors import Unavailable
 from twostroke.core.request import FinishReason, SamplingParams, SequenceKey
-from twostroke.engine import process_link
-from twostroke.engine.messages import (
+from twostroke.engine.link import process_link
+from twostroke.engine.link.messages import (
     AskSnapshot,
     BlocksFetched,
     Ended,
@@ -25,9 +25,9 @@ from twostroke.engine.messages import (
     Stop,
     Submit,
 )
-from twostroke.engine.process_link import FaceEnd, serve_engine
-from twostroke.engine.thread_link import ThreadLink
-from twostroke.engine.wire import encode
+from twostroke.engine.link.process_link import FaceEnd, serve_engine
+from twostroke.engine.link.thread_link import ThreadLink
+from twostroke.engine.link.wire import encode
 
 PROGRAM = Path(__file__).parents[1] / "support" / "engine_process.py"
 KEY = SequenceKey("r", 0)
@@ -73,7 +73,7 @@ async def test_an_engine_in_another_process_answers_and_stops(other):
     async with asyncio.timeout(TIMEOUT_S):
         while await face.receive():
             pass
-        assert await asyncio.to_thread(process.wait) == 0
+        assert await asyncio.to_thread(process.wait, TIMEOUT_S) == 0
     with pytest.raises(Unavailable):
         face.send(submit())
     face.send(AskSnapshot())  # means nothing any more
@@ -98,7 +98,7 @@ async def test_an_engine_whose_face_is_gone_stops(other):
     face.send(submit(max_tokens=900))
     await until(face, StepTokens)
     face._writer.transport.abort()
-    assert await asyncio.wait_for(asyncio.to_thread(process.wait), TIMEOUT_S) == 0
+    assert await asyncio.wait_for(asyncio.to_thread(process.wait, TIMEOUT_S), TIMEOUT_S) == 0
 
 
 async def test_bytes_that_are_no_command_stop_the_engine():

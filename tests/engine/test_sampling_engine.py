@@ -11,8 +11,7 @@ from twostroke.core.clock import MonotonicClock
 from twostroke.core.request import FinishReason, SamplingParams, SequenceKey, TokenLogprobs
 from twostroke.decode_worker.policy import combined_policy, decode_policy
 from twostroke.engine.core import CoreLimits, EngineCore
-from twostroke.engine.loop import Engine
-from twostroke.engine.messages import (
+from twostroke.engine.link.messages import (
     Bind,
     Ended,
     KvComplete,
@@ -23,6 +22,7 @@ from twostroke.engine.messages import (
     StepTokens,
     Submit,
 )
+from twostroke.engine.loop import Engine
 from twostroke.engine.plan import History, SampledPlace, SequenceStep
 from twostroke.engine.policy import StepLimits
 from twostroke.engine.sequence import new_sequence

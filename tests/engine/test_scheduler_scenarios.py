@@ -23,7 +23,7 @@ import pytest
 from twostroke.core.request import FinishReason, SamplingParams, SequenceKey
 from twostroke.decode_worker.policy import combined_policy, decode_policy
 from twostroke.engine.core import CoreLimits, EngineCore
-from twostroke.engine.messages import (
+from twostroke.engine.link.messages import (
     AskSnapshot,
     Bind,
     BlocksFetched,

@@ -7,7 +7,7 @@ import pytest
 
 from twostroke.core.errors import Unavailable
 from twostroke.core.request import SamplingParams, SequenceKey
-from twostroke.engine.messages import (
+from twostroke.engine.link.messages import (
     BlocksFetched,
     Bound,
     CancelSequence,
@@ -18,7 +18,7 @@ from twostroke.engine.messages import (
     Stop,
     Submit,
 )
-from twostroke.engine.thread_link import LinkStalled, ThreadLink
+from twostroke.engine.link.thread_link import LinkStalled, ThreadLink
 
 KEY = SequenceKey("a", 0)
 

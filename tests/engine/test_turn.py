@@ -6,7 +6,7 @@ from typing import Any
 
 from twostroke.core.errors import KvCorrupted
 from twostroke.core.request import FinishReason, SequenceKey
-from twostroke.engine.messages import BlocksFetched, Bound, Ended, KvRead
+from twostroke.engine.link.messages import BlocksFetched, Bound, Ended, KvRead
 from twostroke.engine.plan import StepPlan
 from twostroke.engine.store_ops import FetchOp, ReadOp, SwapOutOp
 from twostroke.engine.turn import Turn

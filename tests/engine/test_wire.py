@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from twostroke.core.request import FinishReason, Role, SamplingParams, SequenceKey, TokenLogprobs
 from twostroke.core.tally import Spread
-from twostroke.engine import messages as m
+from twostroke.engine.link import messages as m
+from twostroke.engine.link.wire import CLASSES, WireError, decode, encode
 from twostroke.engine.plan import History, SequenceStep, StepPlan, StepResult
-from twostroke.engine.wire import CLASSES, WireError, decode, encode
 from twostroke.kv.section import SectionData
 
 KEY = SequenceKey("r\ud83d", 3)

@@ -56,7 +56,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         *_ENGINE,
     ),
     "engine/step_times": ("tests/engine/test_step_times.py",),
-    "engine/client": ("tests/engine/test_client.py", "tests/engine/test_thread_link.py"),
+    "engine/link/client": ("tests/engine/test_client.py", "tests/engine/test_thread_link.py"),
     "engine/loop": ("tests/engine/test_engine.py",),
     "engine/turn": ("tests/engine/test_turn.py", *_ENGINE, "tests/engine/test_swap.py"),
     "engine/swap": (*_ENGINE, "tests/engine/test_swap.py"),

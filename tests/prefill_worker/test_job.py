@@ -9,7 +9,7 @@ import pytest
 
 from twostroke.core.clock import MonotonicClock
 from twostroke.core.request import Epoch, FinishReason, SamplingParams, SequenceKey
-from twostroke.engine import messages as link
+from twostroke.engine.link import messages as link
 from twostroke.kv.codec import Codec
 from twostroke.kv.digest import frame_digests, places
 from twostroke.kv.handover.driver import Driver

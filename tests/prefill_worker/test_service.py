@@ -9,9 +9,9 @@ import pytest
 
 from twostroke.core.clock import MonotonicClock
 from twostroke.core.request import Epoch, FinishReason, Role, SamplingParams
-from twostroke.engine.client import EngineClient
 from twostroke.engine.facts import FaceFacts, ModelFacts
-from twostroke.engine.messages import CancelSequence, Ended, Offered, PeerBound, PeerNotYet, Source, Submit
+from twostroke.engine.link.client import EngineClient
+from twostroke.engine.link.messages import CancelSequence, Ended, Offered, PeerBound, PeerNotYet, Source, Submit
 from twostroke.kv.codec import Codec
 from twostroke.kv.handover.frames import decode_envelope, encode_message
 from twostroke.kv.handover.machine import Label, Timing

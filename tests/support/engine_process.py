@@ -6,11 +6,11 @@ import sys
 from twostroke.core.clock import MonotonicClock
 from twostroke.decode_worker.policy import combined_policy
 from twostroke.engine.core import CoreLimits, EngineCore
+from twostroke.engine.link.process_link import serve_engine
+from twostroke.engine.link.thread_link import ThreadLink
 from twostroke.engine.loop import Engine
 from twostroke.engine.plan import StepPlan, StepResult
 from twostroke.engine.policy import StepLimits
-from twostroke.engine.process_link import serve_engine
-from twostroke.engine.thread_link import ThreadLink
 from twostroke.kv.cache.pool import BlockPool
 from twostroke.kv.cache.prefix import PrefixCache
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from twostroke.core.request import Role
-from twostroke.engine.messages import CacheDelta, CacheSnapshot
+from twostroke.engine.link.messages import CacheDelta, CacheSnapshot
 from twostroke.kv.block import BlockIdentity
 from twostroke.worker.watch import FaceLoad, Watchers
 

@@ -18,7 +18,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from ..core.errors import Unavailable
+from ...core.errors import Unavailable
 from .messages import BlocksFetched, Command, Event, FetchBlocks, Stop, Submit
 from .thread_link import ThreadLink
 from .wire import WireError, decode, encode
@@ -94,7 +94,10 @@ async def _carry(sock: socket.socket, link: ThreadLink) -> None:
         writer.write(_frame([]))
         await writer.drain()
     except ConnectionError:
-        _log.warning("the face is gone")
+        _log.warning("the face is gone: the engine stops")
+        link.send(Stop())
+        while await link.receive():  # so that the engine waits for nobody on its way to the end
+            pass
     finally:
         inward.cancel()
         await asyncio.gather(inward, return_exceptions=True)

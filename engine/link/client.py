@@ -8,9 +8,9 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from ..core.errors import Unavailable
-from ..core.request import FinishReason, SequenceKey
-from ..kv.block import BlockIdentity
+from ...core.errors import Unavailable
+from ...core.request import FinishReason, SequenceKey
+from ...kv.block import BlockIdentity
 from .messages import (
     AskSnapshot,
     BlocksFetched,

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
-from ..core.request import FinishReason, Role, SamplingParams, SequenceKey, TokenLogprobs
-from ..core.tally import Spread
-from ..kv.block import BlockIdentity
+from ...core.request import FinishReason, Role, SamplingParams, SequenceKey, TokenLogprobs
+from ...core.tally import Spread
+from ...kv.block import BlockIdentity
 
 if TYPE_CHECKING:
-    from ..kv.section import SectionData
+    from ...kv.section import SectionData
 
 # ------------------------------------------------------------------ face to engine
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from ..core.request import FinishReason, Role, SamplingParams, SequenceKey, TokenLogprobs
-from ..core.tally import Spread
-from ..kv.section import SectionData
-from . import messages as m
-from .plan import History, SampledPlace, SequenceStep, StepPlan, StepResult
+from ...core.request import FinishReason, Role, SamplingParams, SequenceKey, TokenLogprobs
+from ...core.tally import Spread
+from ...kv.section import SectionData
+from ..link import messages as m
+from ..plan import History, SampledPlace, SequenceStep, StepPlan, StepResult
 
 CLASSES: tuple[Any, ...] = (
     *(m.Submit, m.CancelSequence, m.Bind, m.WriteKv, m.KvComplete, m.PrefillLocally, m.PeerBound, m.PeerNotYet),

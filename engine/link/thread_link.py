@@ -16,8 +16,8 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
-from ..core.errors import Overloaded, Unavailable
-from ..core.request import FinishReason
+from ...core.errors import Overloaded, Unavailable
+from ...core.request import FinishReason
 from .messages import BlocksFetched, Command, Ended, Event, FetchBlocks, Submit
 
 
