@@ -26,6 +26,8 @@ from .wire import WireError, decode, encode
 MAX_FRAME_BYTES = 1 << 30
 MAX_UNSENT_BYTES = 64 << 20  # of commands that the engine's process has not read: more new work is refused
 
+STALL_S = 30.0  # that the face may read nothing, as in ThreadLink
+
 _HEAD = struct.Struct("<I")
 _log = logging.getLogger(__name__)
 
@@ -69,7 +71,10 @@ class FaceEnd:
             return refused
         try:
             events: list[Event] = await _read(self._reader)
-        except (asyncio.IncompleteReadError, ConnectionError, WireError):
+        except (asyncio.IncompleteReadError, ConnectionError):
+            events = []
+        except WireError as error:
+            _log.error("the engine said something that is no event, and counts as ended: %s", error)
             events = []
         if not events:
             self._is_closed = True
@@ -90,11 +95,13 @@ async def _carry(sock: socket.socket, link: ThreadLink) -> None:
     try:
         while events := await link.receive():
             writer.write(_frame(list(events)))
-            await writer.drain()  # a face that reads nothing fills the link behind, and the engine waits for it
+            async with asyncio.timeout(STALL_S):  # a face that reads nothing fills the link behind it meanwhile
+                await writer.drain()
         writer.write(_frame([]))
-        await writer.drain()
-    except ConnectionError:
-        _log.warning("the face is gone: the engine stops")
+        async with asyncio.timeout(STALL_S):
+            await writer.drain()
+    except (ConnectionError, TimeoutError, WireError) as error:
+        _log.warning("the face is gone, reads nothing or cannot be told (%r): the engine stops", error)
         link.send(Stop())
         while await link.receive():  # so that the engine waits for nobody on its way to the end
             pass

@@ -65,7 +65,7 @@ def decode(data: bytes) -> Any:
     """
     try:
         value, end = _get(data, 0)
-    except (struct.error, IndexError, KeyError, TypeError, ValueError) as error:
+    except (struct.error, IndexError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise WireError(f"{len(data)} bytes are no value: {error}") from None
     if end != len(data):
         raise WireError(f"{len(data) - end} bytes follow the value")
