@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from exports import Outcome, UnreadableExport, verdict
+from generators import OUTPUT_TOKENS, PROMPT_TOKENS, TOOLS, USUAL, Run, Tool
 from server import outcomes, served
-from tools import OUTPUT_TOKENS, PROMPT_TOKENS, TOOLS, USUAL, Run, Tool
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import report
