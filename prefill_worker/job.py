@@ -41,7 +41,7 @@ MAX_READS = 2  # of the same planes: once more when they do not match their seal
 
 
 @dataclass(frozen=True, slots=True)
-class JobTools:
+class PrefillTaskTools:
     """What all jobs of a worker share."""
 
     dispatcher: EngineClient
@@ -54,10 +54,10 @@ class JobTools:
     ended: Callable[[Life], None] = forget  # hears of every job that is over
 
 
-class Job:
+class PrefillTask:
     """From an accepted Open until its stream and its sequence are gone. The host reads the stream."""
 
-    def __init__(self, sender: Sender, submit: link.Submit, host: StreamHost, tools: JobTools) -> None:
+    def __init__(self, sender: Sender, submit: link.Submit, host: StreamHost, tools: PrefillTaskTools) -> None:
         self.sender = sender
         self._submit = submit
         self._host = host

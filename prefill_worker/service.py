@@ -19,7 +19,7 @@ from ..kv.handover.transports.grpc import ByteStream, ServerContext, ServerStrea
 from ..kv.messages import error_to_wire, sampling_from_wire, spec_from_wire
 from ..kv.spec import KvSpec
 from ..protos import handover_pb2
-from .job import Job, JobTools
+from .job import PrefillTask, PrefillTaskTools
 
 log = logging.getLogger(__name__)
 
@@ -33,13 +33,13 @@ class PrefillService:
     is cancelled), silence (the machine's timer), and a drain that ran out of time.
     """
 
-    def __init__(self, facts: FaceFacts, tools: JobTools, role: Callable[[], Role], max_streams: int) -> None:
+    def __init__(self, facts: FaceFacts, tools: PrefillTaskTools, role: Callable[[], Role], max_streams: int) -> None:
         self.is_draining = False
         self._facts = facts
         self._tools = tools
         self._role = role
         self._max_streams = max_streams
-        self._jobs: dict[SequenceKey, Job] = {}
+        self._jobs: dict[SequenceKey, PrefillTask] = {}
         self._tasks: set[asyncio.Task[None]] = set()  # one per stream that has a job
         self._count = 0
         self._idle = asyncio.Event()
@@ -72,7 +72,7 @@ class PrefillService:
             if job is not None:
                 self.leave(job)
 
-    def open(self, message: handover_pb2.HandoverUp, host: StreamHost) -> Job | None:
+    def open(self, message: handover_pb2.HandoverUp, host: StreamHost) -> PrefillTask | None:
         """Begin what an opening message asks for; `leave` must follow. None: the peer is told why not."""
         try:
             job = self._accept(message, host)
@@ -87,7 +87,7 @@ class PrefillService:
         job.start()
         return job
 
-    def leave(self, job: Job) -> None:
+    def leave(self, job: PrefillTask) -> None:
         """A job's stream is over: what it still has is given back."""
         job.leave()
         del self._jobs[job.key]
@@ -121,7 +121,7 @@ class PrefillService:
             return None
         return message if isinstance(message, handover_pb2.HandoverUp) else None
 
-    def _accept(self, message: handover_pb2.HandoverUp, host: StreamHost) -> Job:
+    def _accept(self, message: handover_pb2.HandoverUp, host: StreamHost) -> PrefillTask:
         """The job of an order that can be carried out.
 
         Raises:
@@ -138,7 +138,7 @@ class PrefillService:
         frame_tokens = tokens_per_frame(facts.model.kv_spec, facts.frame_bytes)
         sender = Sender(message, frame_tokens, facts.frame_slots, tools.timing, now_s)
         self._check_compatible(sender.order)
-        return Job(sender, self._submit(sender, now_s), host, tools)
+        return PrefillTask(sender, self._submit(sender, now_s), host, tools)
 
     def _check_compatible(self, order: handover_pb2.Open) -> None:
         model = self._facts.model

@@ -1,4 +1,4 @@
-"""Bugs of the hand-over: its machines, their carrier, and what `Pull`, `Job` and `Run` make of their actions.
+"""Bugs of the hand-over: its machines, their carrier, and what `Pull`, `PrefillTask` and `Run` make of their actions.
 
 "Found after" so many schedules at worst, counted from the first seed of campaign 0.
 
@@ -29,7 +29,7 @@ from ..kv.handover.machine import Action, Label, Lost, Stream, Verdict
 from ..kv.handover.receiver import FrameArrived, Receiver
 from ..kv.handover.sender import Sender
 from ..kv.section import SectionData
-from ..prefill_worker.job import Job
+from ..prefill_worker.job import PrefillTask
 from .planting import Planted, instead
 
 
@@ -40,12 +40,12 @@ def digests_are_not_checked() -> AbstractContextManager[None]:
 
 def planes_leave_though_they_mismatch() -> AbstractContextManager[None]:
     """Prefill sends what it read, whatever the seals say."""
-    original = Job._judge
+    original = PrefillTask._judge
 
-    def judge(self: Job, place: tuple[int, int], sections: tuple[SectionData, ...], matches: bool) -> None:
+    def judge(self: PrefillTask, place: tuple[int, int], sections: tuple[SectionData, ...], matches: bool) -> None:
         original(self, place, sections, True)
 
-    return instead(Job, "_judge", judge)
+    return instead(PrefillTask, "_judge", judge)
 
 
 def duplicates_are_accepted() -> AbstractContextManager[None]:

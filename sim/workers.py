@@ -28,7 +28,7 @@ from ..kv.handover.machine import SendFrame
 from ..kv.handover.transports.grpc import Channels
 from ..kv.keys import PromptHasher
 from ..kv.messages import epoch_from_wire
-from ..prefill_worker.job import Job, JobTools
+from ..prefill_worker.job import PrefillTask, PrefillTaskTools
 from ..prefill_worker.service import PrefillService
 from ..protos import common_pb2, handover_pb2, worker_pb2
 from ..router.routing import facts as router_facts
@@ -170,11 +170,11 @@ class WorkerNode:
         tools = SimRunTools(self.facts, pull, cast(Channels, None), self)
         self.service = SimService(tools, cast(Tokenizer, None), setting.grace_s)
         self.service.node, self.service.highest = self, {}
-        jobs = JobTools(self.dispatcher, pull.executor, DIGEST_KEY, NUMERICS, setting.timing, world, Counter())
+        jobs = PrefillTaskTools(self.dispatcher, pull.executor, DIGEST_KEY, NUMERICS, setting.timing, world, Counter())
         self.prefill = PrefillService(self.facts, jobs, lambda: worker.role, worker.max_handovers)
         self.sessions: list[SessionFace] = []
         self.watches: list[WatchFace] = []
-        self.jobs: dict[Job, SimHost] = {}
+        self.jobs: dict[PrefillTask, SimHost] = {}
         self.find: Callable[[str], WorkerNode | None] = lambda _: None  # by worker id, whoever lives there now
         self._place = Place(world, process, setting.is_bearable, worker.check_s, setting.stray)
         self._orphans: dict[SequenceKey, float] = {}  # sequences whose hand-over ended, and when
@@ -239,7 +239,7 @@ class WorkerNode:
         if not isinstance(message, handover_pb2.HandoverUp):
             end.abort()
             return
-        found: list[Job] = []
+        found: list[PrefillTask] = []
         name = f"{message.request_id}#{message.choice} sender"
         host = SimHost(self._place, end, name, closed=lambda: self._job_over(found))
         job = self.prefill.open(message, host)
@@ -248,12 +248,12 @@ class WorkerNode:
             self.jobs[job] = host
             host.sends = lambda frame, envelope: self._check_frame(job.key, frame, envelope)
 
-    def _job_over(self, found: list[Job]) -> None:
+    def _job_over(self, found: list[PrefillTask]) -> None:
         """After the actions under way: a stream ends when its handler returns."""
         for job in found:
             self.world.after(0.0, self.process, lambda job=job: self._leave(job))  # type: ignore[misc]
 
-    def _leave(self, job: Job) -> None:
+    def _leave(self, job: PrefillTask) -> None:
         if job in self.jobs:
             del self.jobs[job]
             self.prefill.leave(job)

@@ -32,7 +32,7 @@ from ..kv.handover.machine import HANDOVER, Timing
 from ..kv.handover.transports.grpc import SERVER_OPTIONS, Channels, handlers
 from ..kv.keys import proof_key
 from ..kv.messages import role_to_wire, spec_to_wire
-from ..prefill_worker.job import JobTools
+from ..prefill_worker.job import PrefillTaskTools
 from ..prefill_worker.service import PrefillService
 from ..protos import common_pb2, worker_pb2_grpc
 from .announcer import Announcer
@@ -204,7 +204,7 @@ class WorkerProcess:
         }
         pull = self._pull = PullTools(kv_spec=facts.model.kv_spec, **common)
         self.decode = DecodeService(RunTools(facts, pull, self._channels), room.tokenizer, settings.orphan_grace_s)
-        job = JobTools(numerics_class=facts.model.numerics_class, **common)
+        job = PrefillTaskTools(numerics_class=facts.model.numerics_class, **common)
         max_streams = settings.step.max_waiting + facts.max_num_seqs
         self.prefill = PrefillService(facts, job, lambda: self.role, max_streams)
         self.fetch = FetchService(facts, self.dispatcher)

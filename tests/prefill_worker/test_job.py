@@ -18,7 +18,7 @@ from twostroke.kv.handover.machine import Label, Timing
 from twostroke.kv.handover.sender import Sender, SenderState
 from twostroke.kv.section import SectionData
 from twostroke.kv.spec import attention_spec
-from twostroke.prefill_worker.job import MAX_READS, Job, JobTools
+from twostroke.prefill_worker.job import MAX_READS, PrefillTask, PrefillTaskTools
 from twostroke.protos import handover_pb2 as pb
 
 KEY, CLASS = 0xC0FFEE, b"c" * 16
@@ -55,14 +55,14 @@ class Bench:
         self.sequence = 0
         self.damages = {}  # reads (start, count) still to be spoilt, and how
         clock = MonotonicClock()
-        tools = JobTools(self, executor, KEY, CLASS, Timing(), clock, self.counters)
+        tools = PrefillTaskTools(self, executor, KEY, CLASS, Timing(), clock, self.counters)
         opening = LABEL.up(1, pb.Open(prompt_ids=range(TOKENS), frame_slots=8, timeout_ms=9000))
         self.sequence = 1
         sender = Sender(opening, -(-frame_tokens // 16) * 16, 8, tools.timing, clock.now_s())
         key = SequenceKey("r/p1", 0)
         submit = link.Submit(key, link.Source.FOR_PEER, tuple(range(TOKENS)), (), b"", SamplingParams(4))
         self.driver = Driver(self, clock, executor)
-        self.job = Job(sender, submit, self.driver, tools)
+        self.job = PrefillTask(sender, submit, self.driver, tools)
         self.job.start()
         self.task = asyncio.create_task(self.driver.run())
 

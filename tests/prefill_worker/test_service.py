@@ -18,7 +18,7 @@ from twostroke.kv.handover.machine import Label, Timing
 from twostroke.kv.keys import PromptHasher
 from twostroke.kv.messages import sampling_to_wire, spec_to_wire
 from twostroke.kv.spec import attention_spec
-from twostroke.prefill_worker.job import JobTools
+from twostroke.prefill_worker.job import PrefillTaskTools
 from twostroke.prefill_worker.service import PrefillService
 from twostroke.protos import handover_pb2 as pb
 
@@ -111,7 +111,9 @@ class Bench:
         dispatcher = EngineClient(self.link)
         self._executor = ThreadPoolExecutor(1)
         self.counters = Counter()
-        tools = JobTools(dispatcher, self._executor, 7, CLASS, timing or Timing(), MonotonicClock(), self.counters)
+        tools = PrefillTaskTools(
+            dispatcher, self._executor, 7, CLASS, timing or Timing(), MonotonicClock(), self.counters
+        )
         self.role = role
         self.service = PrefillService(facts, tools, lambda: self.role, max_streams)
         self._tasks = [asyncio.create_task(dispatcher.run())]
