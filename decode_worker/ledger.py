@@ -18,7 +18,7 @@ from ..core.request import Epoch, SequenceKey
 
 MAX_ENDED_EPOCHS = 4_096  # of ended choices, so that a late duplicate of their order is not run again
 
-RunT = TypeVar("RunT", bound=Hashable)
+TaskT = TypeVar("TaskT", bound=Hashable)
 SessionT = TypeVar("SessionT", bound=Hashable)
 
 
@@ -37,10 +37,10 @@ class Standing(StrEnum):
     STALE = "stale"
 
 
-class Named(NamedTuple, Generic[RunT]):
+class Named(NamedTuple, Generic[TaskT]):
     """Runs that a cancel is about."""
 
-    runs: tuple[RunT, ...]
+    runs: tuple[TaskT, ...]
     num_stale: int  # runs of a newer dispatch, which it is not about
 
 
@@ -51,13 +51,13 @@ class _Entry(NamedTuple, Generic[SessionT]):
     session: SessionT
 
 
-class Ledger(Generic[RunT, SessionT]):
+class Ledger(Generic[TaskT, SessionT]):
     """All runs of one worker. Sessions and runs are compared by identity."""
 
     def __init__(self, max_ended: int = MAX_ENDED_EPOCHS) -> None:
         self._max_ended = max_ended
-        self._entries: dict[RunT, _Entry[SessionT]] = {}  # also of older epochs that are still ending
-        self._newest: dict[RouterKey, dict[SequenceKey, RunT]] = {}
+        self._entries: dict[TaskT, _Entry[SessionT]] = {}  # also of older epochs that are still ending
+        self._newest: dict[RouterKey, dict[SequenceKey, TaskT]] = {}
         self._ended: OrderedDict[tuple[RouterKey, SequenceKey], Epoch] = OrderedDict()
         self._sessions: dict[SessionT, None] = {}  # in the order they came
 
@@ -76,7 +76,7 @@ class Ledger(Generic[RunT, SessionT]):
         """Those that are open."""
         return tuple(self._sessions)
 
-    def lose(self, session: SessionT) -> tuple[RunT, ...]:
+    def lose(self, session: SessionT) -> tuple[TaskT, ...]:
         """A router's stream is gone: its runs are orphans now."""
         self._sessions.pop(session, None)
         return tuple(run for run, entry in self._entries.items() if entry.session is session)
@@ -92,11 +92,11 @@ class Ledger(Generic[RunT, SessionT]):
             return Standing.NEW
         return Standing.DUPLICATE if epoch == known else Standing.STALE
 
-    def older(self, router: RouterKey, key: SequenceKey) -> RunT | None:
+    def older(self, router: RouterKey, key: SequenceKey) -> TaskT | None:
         """The run that a new order of the same choice takes the place of."""
         return self._newest.get(router, {}).get(key)
 
-    def begin(self, run: RunT, session: SessionT, router: RouterKey, key: SequenceKey, epoch: Epoch) -> None:
+    def begin(self, run: TaskT, session: SessionT, router: RouterKey, key: SequenceKey, epoch: Epoch) -> None:
         """An order became a run."""
         self._entries[run] = _Entry(router, key, epoch, session)
         self._newest.setdefault(router, {})[key] = run
@@ -105,7 +105,7 @@ class Ledger(Generic[RunT, SessionT]):
         """An order ended before it became a run."""
         self._remember(router, key, epoch)
 
-    def end(self, run: RunT) -> None:
+    def end(self, run: TaskT) -> None:
         """A run is over: it owns nothing any more."""
         router, key, epoch, _ = self._entries.pop(run)
         newest = self._newest[router]
@@ -117,7 +117,7 @@ class Ledger(Generic[RunT, SessionT]):
 
     # ------------------------------------------------------------------ cancels
 
-    def named(self, router: RouterKey, request_id: str, epoch: Epoch) -> Named[RunT]:
+    def named(self, router: RouterKey, request_id: str, epoch: Epoch) -> Named[TaskT]:
         """The choices of a router's request that a cancel under `epoch` is about."""
         runs = [run for key, run in self._newest.get(router, {}).items() if key.request_id == request_id]
         meant = tuple(run for run in runs if epoch >= self._entries[run].epoch)
@@ -126,17 +126,17 @@ class Ledger(Generic[RunT, SessionT]):
     # ------------------------------------------------------------------ what runs
 
     @property
-    def runs(self) -> tuple[RunT, ...]:
+    def runs(self) -> tuple[TaskT, ...]:
         """Everything that has not ended, older epochs that are still ending included."""
         return tuple(self._entries)
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def __contains__(self, run: RunT) -> bool:
+    def __contains__(self, run: TaskT) -> bool:
         return run in self._entries
 
-    def router_of(self, run: RunT) -> RouterKey:
+    def router_of(self, run: TaskT) -> RouterKey:
         """Whose a run is."""
         return self._entries[run].router
 

@@ -41,7 +41,7 @@ CAPABILITIES = (HANDOVER,)
 
 
 @dataclass(frozen=True, slots=True)
-class RunTools:
+class DecodeTaskTools:
     """What all runs of a worker share."""
 
     facts: FaceFacts
@@ -55,11 +55,11 @@ class RunTools:
         return ClientDriver(self.channels.transfer(address), pull.clock, pull.executor, pull.timing.silence_s)
 
 
-class Run:
+class DecodeTask:
     """Owns one sequence of the engine. All methods are called on the loop and return at once."""
 
     def __init__(
-        self, order: Order, choice: Choice, outbox: Outbox, tools: RunTools, ended: Callable[[Run], None]
+        self, order: Order, choice: Choice, outbox: Outbox, tools: DecodeTaskTools, ended: Callable[[DecodeTask], None]
     ) -> None:
         self.order = order
         self.timeline = Timeline()

@@ -16,7 +16,7 @@ from .choice import Choice
 from .ledger import Ledger, Standing
 from .order import Order, key_of, order_from_wire
 from .report import refusal_message
-from .run import Run, RunTools
+from .run import DecodeTask, DecodeTaskTools
 from .session import Session, SessionContext, SessionTiming
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class DecodeService:
 
     def __init__(
         self,
-        tools: RunTools,
+        tools: DecodeTaskTools,
         tokenizer: Tokenizer,
         orphan_grace_s: float = 5.0,
         timing: SessionTiming | None = None,
@@ -45,7 +45,7 @@ class DecodeService:
         self._orphan_grace_s = orphan_grace_s
         self._timing = timing or SessionTiming()
         self._counters: Counter[str] = tools.pull.counters
-        self._ledger: Ledger[Run, Session] = Ledger()
+        self._ledger: Ledger[DecodeTask, Session] = Ledger()
         self._num_orders = 0
         self._timers: set[asyncio.TimerHandle] = set()
         self._idle = asyncio.Event()
@@ -58,7 +58,7 @@ class DecodeService:
         return len(self._ledger)
 
     @property
-    def runs(self) -> tuple[Run, ...]:
+    def runs(self) -> tuple[DecodeTask, ...]:
         """Choices that have not ended."""
         return self._ledger.runs
 
@@ -153,7 +153,7 @@ class DecodeService:
 
     # ------------------------------------------------------------------ inside
 
-    def _begin(self, session: Session, message: worker_pb2.Submit) -> Run:
+    def _begin(self, session: Session, message: worker_pb2.Submit) -> DecodeTask:
         """Make a run of an order, and give it to the engine.
 
         Raises:
@@ -164,7 +164,7 @@ class DecodeService:
         try:
             self._num_orders += 1
             order = order_from_wire(message, self._tools.facts.model, self._num_orders)
-            run = Run(order, self._choice(order), session.outbox, self._tools, self._on_end)
+            run = DecodeTask(order, self._choice(order), session.outbox, self._tools, self._on_end)
             run.start()
         except TwostrokeError:
             raise
@@ -182,7 +182,7 @@ class DecodeService:
         prompt, emitted = order.prompt_ids[:start], order.prompt_ids[start:]
         return Choice(self._tokenizer, order.params, self._tools.facts.model.eos_ids, emitted, prompt_ids=prompt)
 
-    def _on_end(self, run: Run) -> None:
+    def _on_end(self, run: DecodeTask) -> None:
         self._ledger.end(run)
         if not len(self._ledger):
             self._idle.set()
@@ -191,7 +191,7 @@ class DecodeService:
         for session in self._ledger.sessions:
             session.outbox.at_step(step)
 
-    def _end_orphans(self, orphans: tuple[Run, ...]) -> None:
+    def _end_orphans(self, orphans: tuple[DecodeTask, ...]) -> None:
         for run in orphans:
             if run in self._ledger:
                 self._counters["orphans_cancelled"] += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from weakref import WeakKeyDictionary
 
-from ..decode_worker.run import Run
+from ..decode_worker.run import DecodeTask
 from ..router.routing.facts import WorkerKey
 from .invariants import Violation
 from .network import End
@@ -26,7 +26,7 @@ class Idleness:
     def __init__(self, world: World, routers: Mapping[str, RouterNode]) -> None:
         self._world = world
         self._routers = routers
-        self._due_s: WeakKeyDictionary[Run, float] = WeakKeyDictionary()  # unwanted runs: when they must be over
+        self._due_s: WeakKeyDictionary[DecodeTask, float] = WeakKeyDictionary()  # unwanted runs: when they must be over
 
     def check(self, node: WorkerNode) -> None:
         """After an event on this worker."""
@@ -43,7 +43,7 @@ class Idleness:
             if now_s > due_s + frozen_s:
                 raise Violation("R8", f"{node.process} computes {run.order.key} for nobody")
 
-    def _road_to(self, node: WorkerNode, run: Run) -> End | None:
+    def _road_to(self, node: WorkerNode, run: DecodeTask) -> End | None:
         """The worker's end of the session by which its router would cancel the run; None: it wants it, or cannot."""
         key = WorkerKey(node.worker.worker_id, node.process.life)
         owner = node.service._ledger.router_of(run)

@@ -1,4 +1,4 @@
-"""Bugs of the hand-over: its machines, their carrier, and what `Pull`, `PrefillTask` and `Run` make of their actions.
+"""Bugs of the hand-over: its machines, their carrier, and what `Pull`, `PrefillTask` and `DecodeTask` make of their actions.
 
 "Found after" so many schedules at worst, counted from the first seed of campaign 0.
 
@@ -23,7 +23,7 @@ from typing import Any
 from weakref import WeakSet
 
 from ..decode_worker import pull
-from ..decode_worker.run import Run as DecodeRun
+from ..decode_worker.run import DecodeTask as DecodeRun
 from ..kv.handover.carrier import Carrier, CheckLine
 from ..kv.handover.machine import Action, Label, Lost, Stream, Verdict
 from ..kv.handover.receiver import FrameArrived, Receiver

@@ -16,7 +16,7 @@ from ..decode_worker.choice import Choice
 from ..decode_worker.ledger import RouterKey
 from ..decode_worker.order import Order
 from ..decode_worker.pull import PullTools
-from ..decode_worker.run import Run, RunTools
+from ..decode_worker.run import DecodeTask, DecodeTaskTools
 from ..decode_worker.service import DecodeService
 from ..decode_worker.session import Session
 from ..engine.facts import FaceFacts, ModelFacts
@@ -131,24 +131,24 @@ class SimService(DecodeService):
         super().lose(session)
         self._after(self._orphan_grace_s, lambda: self._check_cancelled(orphans))
 
-    def _check_cancelled(self, orphans: list[Run]) -> None:
+    def _check_cancelled(self, orphans: list[DecodeTask]) -> None:
         if any(run in self.runs and run._verdict is None for run in orphans):
             raise Violation("R7", f"{self.node.process}: requests of a lost router run on")
         self._after(ORPHAN_SLACK_S, lambda: self._check_gone(orphans))
 
-    def _check_gone(self, orphans: list[Run]) -> None:
+    def _check_gone(self, orphans: list[DecodeTask]) -> None:
         if any(run in self.runs for run in orphans):
             raise Violation("R7", f"{self.node.process}: requests of a lost router do not end")
 
 
 @dataclass(frozen=True)
-class SimRunTools(RunTools):
+class SimRunTools(DecodeTaskTools):
     """The production tools of a run; its streams are ours."""
 
     node: WorkerNode
 
     def connect(self, key: SequenceKey, address: str) -> StreamHost:
-        """See RunTools."""
+        """See DecodeTaskTools."""
         return self.node.connect_peer(key, address)
 
 

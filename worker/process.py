@@ -23,7 +23,7 @@ from ..core.guard import Guard
 from ..core.ports import bindable_host, check_port, target
 from ..core.request import Role
 from ..decode_worker.pull import PullTools
-from ..decode_worker.run import RunTools
+from ..decode_worker.run import DecodeTaskTools
 from ..decode_worker.service import DecodeService
 from ..engine.link import messages as link
 from ..engine.link.client import EngineClient
@@ -203,7 +203,9 @@ class WorkerProcess:
             "ended": self._metrics.ended,
         }
         pull = self._pull = PullTools(kv_spec=facts.model.kv_spec, **common)
-        self.decode = DecodeService(RunTools(facts, pull, self._channels), room.tokenizer, settings.orphan_grace_s)
+        self.decode = DecodeService(
+            DecodeTaskTools(facts, pull, self._channels), room.tokenizer, settings.orphan_grace_s
+        )
         job = PrefillTaskTools(numerics_class=facts.model.numerics_class, **common)
         max_streams = settings.step.max_waiting + facts.max_num_seqs
         self.prefill = PrefillService(facts, job, lambda: self.role, max_streams)

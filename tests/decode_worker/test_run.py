@@ -14,7 +14,7 @@ from twostroke.decode_worker.choice import Spoken
 from twostroke.decode_worker.order import Order, Peer
 from twostroke.decode_worker.outbox import Outbox
 from twostroke.decode_worker.pull import PullTools
-from twostroke.decode_worker.run import Run
+from twostroke.decode_worker.run import DecodeTask
 from twostroke.engine.facts import FaceFacts, ModelFacts
 from twostroke.engine.link import messages as link
 from twostroke.kv.codec import Codec
@@ -86,7 +86,7 @@ class Bench:
         peers = tuple(Peer(f"p{n}", 1, f"p{n}:1") for n in range(num_peers))
         params = SamplingParams(max_tokens=9)
         order = Order(KEY, EPOCH, tuple(range(TOKENS)), params, "t", b"", peers, 60.0, 0, 0, 1)
-        self.run = Run(order, Text(), Outbox(), self, lambda _: None)  # type: ignore[arg-type]
+        self.run = DecodeTask(order, Text(), Outbox(), self, lambda _: None)  # type: ignore[arg-type]
         self.run.start()
         self.run.handle(link.Promised(order.engine_key, held_tokens))
         self.key = order.engine_key
