@@ -15,7 +15,7 @@ from ..router.requests import delivery, lifecycle
 from ..router.requests.history import RequestHistory
 from ..router.requests.lifecycle import Lifecycle
 from ..router.requests.roster import Roster
-from ..router.requests.run import Run, Runs, Stage
+from ..router.requests.run import RequestState, RequestStates, Stage
 from ..router.routing.facts import WorkerKey
 from ..router.routing.policy import PolicyLimits, RequestFacts, RoutingDecision, WorkerView, choose
 from .planting import Planted, instead
@@ -26,7 +26,7 @@ from .planting import Planted, instead
 def old_epochs_are_heard() -> AbstractContextManager[None]:
     """The router takes tokens of any dispatch of a request, from any worker."""
 
-    def run_from(self: Lifecycle, key: WorkerKey, name: str) -> Run | None:
+    def run_from(self: Lifecycle, key: WorkerKey, name: str) -> RequestState | None:
         return self.runs.active.get(name)
 
     def standing(self: delivery.Delivery, choice: int, epoch: Epoch) -> delivery.Verdict:
@@ -54,7 +54,7 @@ def epochs_begin_anew_with_each_request() -> AbstractContextManager[None]:
     def next_name(self: Lifecycle, request: Request) -> str:
         return f"{request.owner}/{request.request_id}"
 
-    def next_epoch(self: Lifecycle, run: Run) -> Epoch:
+    def next_epoch(self: Lifecycle, run: RequestState) -> Epoch:
         return Epoch(self._incarnation, len(run.dispatches) + 1)
 
     return _both(instead(Lifecycle, "_next_name", next_name), instead(Lifecycle, "_next_epoch", next_epoch))
@@ -76,7 +76,7 @@ def worker_is_not_told_of_the_end() -> AbstractContextManager[None]:
 def _telling(tells: Any) -> Any:
     original = Lifecycle._cancel_on_worker
 
-    def cancel_on_worker(self: Lifecycle, run: Run, reason: str) -> None:
+    def cancel_on_worker(self: Lifecycle, run: RequestState, reason: str) -> None:
         if tells(reason):
             original(self, run, reason)
 
@@ -113,7 +113,7 @@ def admission_keeps_what_failed() -> AbstractContextManager[None]:
     """A request that ends in an error still counts as admitted."""
     original = Lifecycle._settle
 
-    def settle(self: Lifecycle, run: Run, now_s: float) -> None:
+    def settle(self: Lifecycle, run: RequestState, now_s: float) -> None:
         offer = self.admission._under_way.get(run.name)
         original(self, run, now_s)
         if run.error is not None and offer is not None:
@@ -133,15 +133,15 @@ def ids_are_names() -> AbstractContextManager[None]:
 def ids_in_use_are_everybodys() -> AbstractContextManager[None]:
     """Was real: a tenant may not use an id that another tenant's running request has."""
 
-    def find(self: Runs, tenant: str, request_id: str) -> Run | None:
+    def find(self: RequestStates, tenant: str, request_id: str) -> RequestState | None:
         return next((run for (_, name), run in self.open.items() if name == request_id), None)
 
-    return instead(Runs, "find", find)
+    return instead(RequestStates, "find", find)
 
 
 def ids_in_use_are_taken() -> AbstractContextManager[None]:
     """A second request of a tenant under an id in use takes the first one's place."""
-    return instead(Runs, "find", lambda self, tenant, request_id: None)
+    return instead(RequestStates, "find", lambda self, tenant, request_id: None)
 
 
 def everybodys_requests_are_explained() -> AbstractContextManager[None]:

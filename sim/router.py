@@ -20,7 +20,7 @@ from ..router.requests.explain import explain_run
 from ..router.requests.history import RequestHistory
 from ..router.requests.lifecycle import Lifecycle
 from ..router.requests.roster import Roster
-from ..router.requests.run import Run, Stage
+from ..router.requests.run import RequestState, Stage
 from ..router.requests.surroundings import LifeLimits, Order
 from ..router.routing.facts import ModelFacts, WorkerFacts, WorkerKey
 from ..router.routing.fleet import Fleet, FleetChange
@@ -50,7 +50,7 @@ class RouterNode:
         self.incarnation = 16 * process.life + setting.routers.index(process.name)  # every life's own
         self.journal = RequestHistory()
         self._num_streams = 0
-        self._sent_again: WeakKeyDictionary[Run, int] = WeakKeyDictionary()  # its dispatches at that time
+        self._sent_again: WeakKeyDictionary[RequestState, int] = WeakKeyDictionary()  # its dispatches at that time
         self.roster = Roster(Fleet(setting.fleet), PrefixMap(max_entries=200), self)
         self.links: dict[WorkerKey, Link] = {}
         self.find: Callable[[str], WorkerNode]  # by worker id, whoever lives there now
@@ -83,11 +83,11 @@ class RouterNode:
         end.on_end = lambda: self._client_left(run)
         self.life.begin(run, now_s)
 
-    def _client_left(self, run: Run) -> None:
+    def _client_left(self, run: RequestState) -> None:
         self.life.fail(run, Cancelled("the client went away"), self.world.now_s())
         self._conclude(run)
 
-    def _conclude(self, run: Run) -> None:
+    def _conclude(self, run: RequestState) -> None:
         if self.life.conclude(run):
             self._num_streams -= 1
             self.journal.add(explain_run(run, "over"))
@@ -97,7 +97,7 @@ class RouterNode:
         run = self.life.runs.find(tenant, request_id)
         return explain_run(run, "running") if run is not None else self.journal.find(tenant, request_id)
 
-    def _pump(self, run: Run, end: End) -> None:
+    def _pump(self, run: RequestState, end: End) -> None:
         """Give the client what is there, and the end after it."""
         while (piece := run.take_piece()) is not None:
             end.send(piece)
@@ -184,7 +184,7 @@ class RouterNode:
     def refused(self, request: Request, error: TwostrokeError) -> None:
         """See Observer."""
 
-    def dispatched(self, run: Run) -> None:
+    def dispatched(self, run: RequestState) -> None:
         """See Observer."""
         if run.living is not None:
             pair = run.living.choice.winner
@@ -197,26 +197,26 @@ class RouterNode:
         """See Observer."""
         self.world.note(self.process, f"{name}: dropped: {reason}")
 
-    def heard(self, run: Run, epoch: Epoch, num_tokens: int) -> None:
+    def heard(self, run: RequestState, epoch: Epoch, num_tokens: int) -> None:
         """R6: nothing is taken but from the living dispatch."""
         if run.living is None or run.living.epoch != epoch:
             raise Violation("R6", f"{run.name}: epoch {epoch} was heard, another lives")
 
-    def first_token(self, run: Run, predicted_ms: float, took_ms: float) -> None:
+    def first_token(self, run: RequestState, predicted_ms: float, took_ms: float) -> None:
         """See Observer."""
 
-    def usage_differs(self, run: Run, said: int, had: int) -> None:
+    def usage_differs(self, run: RequestState, said: int, had: int) -> None:
         """R5: the worker counts as we do."""
         raise Violation("R5", f"{run.name}: the worker says {said} tokens, {had} were delivered")
 
-    def sent_again(self, run: Run, error: TwostrokeError) -> None:
+    def sent_again(self, run: RequestState, error: TwostrokeError) -> None:
         """R9: one loss, one dispatch."""
         if self._sent_again.get(run) == len(run.dispatches):
             raise Violation("R9", f"{run.name} is sent again twice after one dispatch")
         self._sent_again[run] = len(run.dispatches)
         self.world.note(self.process, f"{run.name} is sent again: {error.code}: {error.message}")
 
-    def settled(self, run: Run) -> None:
+    def settled(self, run: RequestState) -> None:
         """See Observer."""
         if run.error is not None:
             self.world.note(self.process, f"{run.name} fails: {run.error.code}: {run.error.message}")

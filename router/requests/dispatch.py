@@ -25,7 +25,7 @@ from ..workers.members import Identity, MemberHandlers, Members
 from .admission import AdmissionLimits
 from .lifecycle import Lifecycle
 from .pieces import Piece
-from .run import Run, Timer
+from .run import RequestState, Timer
 from .surroundings import LifeLimits, Order
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class Dispatcher:
         )
         self.life = Lifecycle(identity.incarnation, limits, self.members.roster, self, self)
 
-    def fail(self, run: Run, error: TwostrokeError) -> None:
+    def fail(self, run: RequestState, error: TwostrokeError) -> None:
         """End a request in an error; a settled one stays as it is."""
         self.life.fail(run, error, self.clock.now_s())
 
@@ -97,7 +97,7 @@ class Dispatcher:
         """See Observer."""
         self.metrics.requests.labels("rejected").inc()
 
-    def dispatched(self, run: Run) -> None:
+    def dispatched(self, run: RequestState) -> None:
         """See Observer."""
         if run.living is not None:
             log.debug("%s: %s", run.name, run.living.choice.reason)
@@ -106,25 +106,25 @@ class Dispatcher:
         """See Observer."""
         self.metrics.dropped.labels(reason).inc()
 
-    def heard(self, run: Run, epoch: Epoch, num_tokens: int) -> None:
+    def heard(self, run: RequestState, epoch: Epoch, num_tokens: int) -> None:
         """See Observer."""
         if num_tokens:
             self.metrics.generated(run.request.model, num_tokens)
 
-    def first_token(self, run: Run, predicted_ms: float, took_ms: float) -> None:
+    def first_token(self, run: RequestState, predicted_ms: float, took_ms: float) -> None:
         """See Observer."""
         self.metrics.prediction_error.observe(self.prediction.note(predicted_ms, took_ms))
 
-    def usage_differs(self, run: Run, said: int, had: int) -> None:
+    def usage_differs(self, run: RequestState, said: int, had: int) -> None:
         """See Observer."""
         self.metrics.usage_disagreements.inc()
 
-    def sent_again(self, run: Run, error: TwostrokeError) -> None:
+    def sent_again(self, run: RequestState, error: TwostrokeError) -> None:
         """See Observer."""
         self.metrics.retries.inc()
         log.info("%s: sent again: %s", run.name, error.message)
 
-    def settled(self, run: Run) -> None:
+    def settled(self, run: RequestState) -> None:
         """See Observer."""
         self.metrics.in_flight_tokens.set(self.life.admission.tokens)
         self.members.wake()
@@ -133,7 +133,7 @@ class Dispatcher:
 class PieceStream:
     """The client's end of a request: waits for its pieces."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: RequestState) -> None:
         self._run = run
         self._news = asyncio.Event()
         run.on_news = self._news.set

@@ -12,14 +12,14 @@ from ...core.timeline import Instant
 from ..routing.coefficients import FIELDS, Coefficients
 from ..routing.fleet import Worker
 from ..routing.policy import Candidate, RoutingDecision
-from .run import Run
+from .run import RequestState
 
 MAX_SHOWN = 32  # entries of a list; a longer one is told by its length
 MAX_TEXT = 64  # characters of a text in one
 MAX_MESSAGE = 1000  # characters of an error
 
 
-def explain_run(run: Run, state: str) -> dict[str, Any]:
+def explain_run(run: RequestState, state: str) -> dict[str, Any]:
     """One request: what it asked, what was decided and why, and what came of it. Milliseconds since it arrived."""
     handover = dict(run.handovers).get(0) or (run.handovers[0][1] if run.handovers else None)
     reports = [report for _, report in run.handovers]
@@ -88,7 +88,7 @@ def _cut(text: str, most: int) -> str:
     return text if len(text) <= most else text[:most] + "..."
 
 
-def timeline_ms(run: Run) -> dict[str, float]:
+def timeline_ms(run: RequestState) -> dict[str, float]:
     """Every instant that happened, in order, as milliseconds since the request arrived."""
     found = [(at_s, instant.value) for instant in Instant if (at_s := run.timeline.at_s(instant)) is not None]
     return {name: _ms(at_s - run.arrived_s) for at_s, name in sorted(found, key=lambda pair: pair[0])}
@@ -154,7 +154,7 @@ def _candidate(candidate: Candidate) -> dict[str, Any]:
     }
 
 
-def _prefill_worker(run: Run, handover: dict[str, Any] | None) -> str | None:
+def _prefill_worker(run: RequestState, handover: dict[str, Any] | None) -> str | None:
     """Who really did it; before the end, who was asked to."""
     if handover is not None:
         return handover["prefill_worker"] or None
@@ -162,7 +162,7 @@ def _prefill_worker(run: Run, handover: dict[str, Any] | None) -> str | None:
     return peers[0].worker_id if peers else None
 
 
-def _pace(run: Run) -> dict[str, float] | None:
+def _pace(run: RequestState) -> dict[str, float] | None:
     gaps = run.token_gaps_s
     if not gaps:
         return None
@@ -170,7 +170,7 @@ def _pace(run: Run) -> dict[str, float] | None:
     return {"mean": _ms(mean_s), "p50": _ms(statistics.median(gaps)), "max": _ms(max(gaps))}
 
 
-def _between_ms(run: Run, start: Instant, end: Instant) -> float | None:
+def _between_ms(run: RequestState, start: Instant, end: Instant) -> float | None:
     seconds = run.timeline.between_s(start, end)
     return None if seconds is None else _ms(seconds)
 

@@ -28,7 +28,7 @@ from .explain import explain_run
 from .history import RequestHistory
 from .life import life_of
 from .pieces import Piece
-from .run import Run
+from .run import RequestState
 
 
 class Flow:
@@ -101,7 +101,7 @@ class Flow:
     # ------------------------------------------------------------------ the faces
 
     async def generate(self, request: Request, timeline: Timeline) -> AsyncGenerator[Piece, None]:
-        """Run a request; the stream of its pieces, gapless per choice, `usage` with the very last one.
+        """RequestState a request; the stream of its pieces, gapless per choice, `usage` with the very last one.
 
         `timeline` must hold ARRIVED on this flow's clock (`self.clock`); the deadline counts from there. Admission,
         routing and every refusal happen before the first piece: await it before a 200 goes out. `aclose()` (or
@@ -184,7 +184,7 @@ class Flow:
         ready = self._members.fleet.ready_models()
         return [ready[name] for name in sorted(ready)]
 
-    def _conclude(self, run: Run) -> None:
+    def _conclude(self, run: RequestState) -> None:
         """The stream is closed: write down what became of the request."""
         if not self._life.conclude(run):
             return
@@ -198,7 +198,7 @@ class Flow:
         self._members.wake()
 
 
-def _state_of(run: Run) -> str:
+def _state_of(run: RequestState) -> str:
     if run.error is None:
         return "finished"
     if isinstance(run.error, Cancelled):
@@ -206,7 +206,7 @@ def _state_of(run: Run) -> str:
     return "failed" if run.dispatches else "rejected"
 
 
-def _measure(metrics: RouterMetrics, run: Run, now_s: float) -> None:
+def _measure(metrics: RouterMetrics, run: RequestState, now_s: float) -> None:
     for _, report in run.handovers:
         transport = report["transport"] if report["transport"] in TRANSPORTS else "none"
         metrics.kv_bytes.labels(transport).inc(report["bytes_moved"])

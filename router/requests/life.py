@@ -6,10 +6,10 @@ from ...core.errors import Cancelled
 from ...core.life import Life
 from ...core.request import FinishReason
 from ...core.timeline import Instant
-from .run import Run
+from .run import RequestState
 
 
-def life_of(run: Run, now_s: float) -> Life:
+def life_of(run: RequestState, now_s: float) -> Life:
     """A run whose stream is closed."""
     usage, timeline = run.usage, run.timeline
     admitted_s = timeline.at_s(Instant.ADMITTED)

@@ -35,7 +35,7 @@ from ..workers.wire import cancel_to_wire, submit_to_wire
 from .admission import Admission, Offer
 from .delivery import Verdict
 from .roster import Roster
-from .run import Dispatch, Run, Runs, Stage, Timer
+from .run import Dispatch, RequestState, RequestStates, Stage, Timer
 from .surroundings import Driver, LifeLimits, Observer
 
 MAX_DISPATCHES = 3
@@ -57,7 +57,7 @@ class Lifecycle:
     ) -> None:
         """`incarnation`: of this router, above that of every earlier life and unlike that of every other router."""
         self.admission = Admission(limits.admission)
-        self.runs = Runs()
+        self.runs = RequestStates()
         self.refusing: str | None = None  # why new requests are refused
         self._incarnation = incarnation
         self._limits = limits
@@ -77,7 +77,7 @@ class Lifecycle:
 
     # ------------------------------------------------------------------ from the client
 
-    def admit(self, request: Request, timeline: Timeline, now_s: float) -> Run:
+    def admit(self, request: Request, timeline: Timeline, now_s: float) -> RequestState:
         """Take a request in; its deadline runs. `timeline` holds ARRIVED. Call `begin` next.
 
         Raises:
@@ -97,12 +97,12 @@ class Lifecycle:
             self._observer.refused(request, error)
             raise
         timeline.mark(Instant.ADMITTED, now_s)
-        run = Run(name, request, timeline, model, self._limits.buffer_pieces)
+        run = RequestState(name, request, timeline, model, self._limits.buffer_pieces)
         self.runs.active[name] = self.runs.open[request.owner, request.request_id] = run
         run.deadline = self._driver.later(max(0.0, run.left_s(now_s)), lambda now_s: self._expire(run, now_s))
         return run
 
-    def begin(self, run: Run, now_s: float) -> None:
+    def begin(self, run: RequestState, now_s: float) -> None:
         """Send an admitted request to the workers that will be quickest; it waits a moment for one that comes."""
         run.patience_end_s = now_s + self._limits.worker_patience_s
         self._route(run, now_s)
@@ -115,7 +115,7 @@ class Lifecycle:
         self.fail(run, Cancelled("the request was aborted"), now_s)
         return True
 
-    def fail(self, run: Run, error: TwostrokeError, now_s: float) -> None:
+    def fail(self, run: RequestState, error: TwostrokeError, now_s: float) -> None:
         """End a request in an error; a settled one stays as it is."""
         if run.stage is Stage.SETTLED:
             return
@@ -124,7 +124,7 @@ class Lifecycle:
         self._settle(run, now_s)
         run.on_news()
 
-    def conclude(self, run: Run) -> bool:
+    def conclude(self, run: RequestState) -> bool:
         """The client's stream is closed. False: it was before."""
         return self.runs.open.pop((run.request.owner, run.request_id), None) is not None
 
@@ -166,12 +166,12 @@ class Lifecycle:
         self._num_admitted += 1
         return f"{request.request_id[:MAX_ID_IN_NAME]}@{self._incarnation:x}.{self._num_admitted:x}"
 
-    def _next_epoch(self, run: Run) -> Epoch:
+    def _next_epoch(self, run: RequestState) -> Epoch:
         """Counts over all requests of this router."""
         self._num_dispatched += 1
         return Epoch(self._incarnation, self._num_dispatched)
 
-    def _route(self, run: Run, now_s: float) -> None:
+    def _route(self, run: RequestState, now_s: float) -> None:
         while run.stage is Stage.ROUTING:
             choice = self._choose(run, now_s)
             if choice is None:
@@ -186,7 +186,7 @@ class Lifecycle:
                     return
             self._dispatch(run, choice, now_s)
 
-    def _choose(self, run: Run, now_s: float) -> RoutingDecision | None:
+    def _choose(self, run: RequestState, now_s: float) -> RoutingDecision | None:
         request = run.request
         with self._observer.choosing():
             views = views_of(w for w in self._fleet.serving(request.model) if w.facts.key not in run.excluded)
@@ -201,7 +201,7 @@ class Lifecycle:
                 self._prefixes.predict([computes.worker_id], run.identities, now_s)
         return choice
 
-    def _dispatch(self, run: Run, choice: RoutingDecision, now_s: float) -> None:
+    def _dispatch(self, run: RequestState, choice: RoutingDecision, now_s: float) -> None:
         """Order every unfinished choice from the chosen worker, under a new epoch. All or none are ordered."""
         dispatch = Dispatch(self._next_epoch(run), choice, now_s)
         unfinished = run.dispatched(dispatch)
@@ -215,7 +215,7 @@ class Lifecycle:
                 return
             count_work(self._fleet, run.facts, index, choice, now_s)
 
-    def _wait(self, run: Run, now_s: float) -> None:
+    def _wait(self, run: RequestState, now_s: float) -> None:
         """No worker can take it: wait for one, or give up."""
         if now_s >= run.patience_end_s or not self._fleet.may_serve_soon(run.request.model):
             nobody = Unavailable(
@@ -240,7 +240,7 @@ class Lifecycle:
 
     # ------------------------------------------------------------------ back
 
-    def _run_from(self, key: WorkerKey, name: str) -> Run | None:
+    def _run_from(self, key: WorkerKey, name: str) -> RequestState | None:
         run = self.runs.active.get(name)
         if run is None:
             self._observer.dropped(name, "unknown_request")
@@ -249,7 +249,7 @@ class Lifecycle:
             return None
         return run
 
-    def _take_tokens(self, run: Run, tokens: worker_pb2.TokenOutput, now_s: float) -> None:
+    def _take_tokens(self, run: RequestState, tokens: worker_pb2.TokenOutput, now_s: float) -> None:
         is_first = run.delivery.completion_tokens == 0
         verdict = run.take_tokens(tokens, now_s)
         if verdict is not Verdict.TAKE:
@@ -266,7 +266,7 @@ class Lifecycle:
             self._observer.first_token(run, predicted_ms, (now_s - run.living.at_s) * 1e3)
         run.on_news()
 
-    def _take_end(self, run: Run, end: worker_pb2.RequestEnd, now_s: float) -> None:
+    def _take_end(self, run: RequestState, end: worker_pb2.RequestEnd, now_s: float) -> None:
         outcome = run.take_end(end, now_s)
         if isinstance(outcome, Verdict) and outcome is not Verdict.TAKE:
             self._observer.dropped(run.name, outcome.value)
@@ -288,7 +288,7 @@ class Lifecycle:
 
     # ------------------------------------------------------------------ again, or over
 
-    def _retry_or_fail(self, run: Run, error: TwostrokeError, now_s: float, *, is_lost: bool = False) -> None:
+    def _retry_or_fail(self, run: RequestState, error: TwostrokeError, now_s: float, *, is_lost: bool = False) -> None:
         """Send it to a worker anew if its client has nothing yet and the budget allows; else it ends in `error`.
 
         `is_lost`: its worker did not refuse it, but was lost, and may come back.
@@ -305,7 +305,7 @@ class Lifecycle:
         # Not at once: the caller is in the middle of a worker's words, or of its loss.
         self._waiting[run.name] = self._driver.later(0.0, lambda now_s: self._look_again(run.name, now_s))
 
-    def _recall(self, run: Run, dispatch: Dispatch, reason: str, *, may_return: bool = False) -> None:
+    def _recall(self, run: RequestState, dispatch: Dispatch, reason: str, *, may_return: bool = False) -> None:
         """Take a request back from its worker, which is told and not chosen for it again.
 
         A worker whose session broke cannot be told, and has done nothing wrong: it may get the request once more when
@@ -317,18 +317,18 @@ class Lifecycle:
         if not may_return:
             run.excluded.add(dispatch.decode)
 
-    def _cancel_on_worker(self, run: Run, reason: str) -> None:
+    def _cancel_on_worker(self, run: RequestState, reason: str) -> None:
         if run.living is not None:
             self._driver.send(run.living.decode, cancel_to_wire(run.name, run.living.epoch, reason))
 
-    def _forget_work(self, run: Run) -> None:
+    def _forget_work(self, run: RequestState) -> None:
         for index in range(run.request.num_choices):
             self._fleet.ended(SequenceKey(run.name, index))
 
-    def _expire(self, run: Run, now_s: float) -> None:
+    def _expire(self, run: RequestState, now_s: float) -> None:
         self.fail(run, DeadlineExceeded(f"the request's timeout of {run.request.timeout_s:g} s passed"), now_s)
 
-    def _settle(self, run: Run, now_s: float) -> None:
+    def _settle(self, run: RequestState, now_s: float) -> None:
         """Nothing more is expected from workers: give back what the request holds here."""
         run.stage = Stage.SETTLED
         run.timeline.mark(Instant.FINISHED, now_s)

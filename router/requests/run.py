@@ -55,7 +55,7 @@ class Dispatch:
         return self.choice.winner.decode.key
 
 
-class Run:
+class RequestState:
     """The state of one request, from admission until its stream is closed."""
 
     def __init__(self, name: str, request: Request, timeline: Timeline, model: ModelFacts, max_pieces: int) -> None:
@@ -230,16 +230,16 @@ def _failure(end: worker_pb2.RequestEnd) -> TwostrokeError:
 
 
 @dataclass(slots=True)
-class Runs:
+class RequestStates:
     """Requests that workers still owe something, by name, and those whose stream is open, by tenant and client's id."""
 
-    active: dict[str, Run] = field(default_factory=dict)
-    open: dict[tuple[str, str], Run] = field(default_factory=dict)
+    active: dict[str, RequestState] = field(default_factory=dict)
+    open: dict[tuple[str, str], RequestState] = field(default_factory=dict)
 
-    def find(self, tenant: str, request_id: str) -> Run | None:
+    def find(self, tenant: str, request_id: str) -> RequestState | None:
         """A tenant's request whose stream is open. Every tenant has ids of its own."""
         return self.open.get((tenant, request_id))
 
-    def on(self, key: WorkerKey) -> list[Run]:
+    def on(self, key: WorkerKey) -> list[RequestState]:
         """Active requests that this worker computes."""
         return [run for run in self.active.values() if run.living is not None and run.living.decode == key]

@@ -17,7 +17,7 @@ from ...protos import worker_pb2
 from ..routing.facts import ModelFacts, WorkerKey
 from ..routing.policy import PolicyLimits
 from .admission import AdmissionLimits
-from .run import Run, Timer
+from .run import RequestState, Timer
 
 Order = worker_pb2.Submit | worker_pb2.CancelRequest
 
@@ -49,7 +49,7 @@ class Observer(Protocol):
         """A request was not admitted."""
         ...
 
-    def dispatched(self, run: Run) -> None:
+    def dispatched(self, run: RequestState) -> None:
         """A worker was chosen; its orders are about to leave."""
         ...
 
@@ -57,23 +57,23 @@ class Observer(Protocol):
         """Something that a worker sent was not taken."""
         ...
 
-    def heard(self, run: Run, epoch: Epoch, num_tokens: int) -> None:
+    def heard(self, run: RequestState, epoch: Epoch, num_tokens: int) -> None:
         """Tokens or an end (0 tokens) of this epoch were taken."""
         ...
 
-    def first_token(self, run: Run, predicted_ms: float, took_ms: float) -> None:
+    def first_token(self, run: RequestState, predicted_ms: float, took_ms: float) -> None:
         """The first token of a request is there, counted from its last dispatch."""
         ...
 
-    def usage_differs(self, run: Run, said: int, had: int) -> None:
+    def usage_differs(self, run: RequestState, said: int, had: int) -> None:
         """A worker counted other tokens of a choice than arrived."""
         ...
 
-    def sent_again(self, run: Run, error: TwostrokeError) -> None:
+    def sent_again(self, run: RequestState, error: TwostrokeError) -> None:
         """A request left its worker and is routed again."""
         ...
 
-    def settled(self, run: Run) -> None:
+    def settled(self, run: RequestState) -> None:
         """The workers owe a request nothing any more; `run.error` says whether it failed."""
         ...
 

@@ -9,17 +9,17 @@ from twostroke.kv.messages import epoch_to_wire
 from twostroke.protos import common_pb2, worker_pb2
 from twostroke.protos import handover_pb2 as pb
 from twostroke.router.requests.delivery import Verdict
-from twostroke.router.requests.run import Dispatch, Run
+from twostroke.router.requests.run import Dispatch, RequestState
 from twostroke.sim.workers import ROUTER_MODEL
 
 EPOCH = Epoch(1, 1)
 
 
-def run_that_was_dispatched() -> Run:
+def run_that_was_dispatched() -> RequestState:
     timeline = Timeline()
     timeline.mark(Instant.ARRIVED, 0.0)
     request = Request("r", "model", (1, 2, 3), SamplingParams(max_tokens=2), 1, "acme", 5.0)
-    run = Run("r", request, timeline, ROUTER_MODEL, 16)
+    run = RequestState("r", request, timeline, ROUTER_MODEL, 16)
     run.dispatched(Dispatch(EPOCH, None, 0.0))
     return run
 

@@ -19,7 +19,7 @@ from twostroke.router.requests.decision_log import DecisionLog
 from twostroke.router.requests.explain import explain_sampling
 from twostroke.router.requests.history import RequestHistory
 from twostroke.router.requests.life import life_of
-from twostroke.router.requests.run import Run
+from twostroke.router.requests.run import RequestState
 from twostroke.router.routing.facts import ModelFacts
 
 HEAVY = SamplingParams(
@@ -143,7 +143,7 @@ def test_the_first_choice_of_a_life_is_the_one_whose_token_came_first():
     timeline = Timeline()
     timeline.mark(Instant.ARRIVED, 0.0)
     model = ModelFacts("tiny", b"f" * 16, b"n", "", 4096, 1000, True, "", 1000)
-    run = Run("r", request(num_choices=3), timeline, model, 16)
+    run = RequestState("r", request(num_choices=3), timeline, model, 16)
     for choice, count in enumerate((4, 5, 6)):
         run.delivery._choices[choice].next_index = count
     for first, generated in ((0, (4, 5, 6)), (1, (5, 4, 6)), (2, (6, 4, 5)), (None, (4, 5, 6))):

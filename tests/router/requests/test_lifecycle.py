@@ -15,7 +15,7 @@ from twostroke.protos import common_pb2, worker_pb2
 from twostroke.router.requests.admission import AdmissionLimits
 from twostroke.router.requests.lifecycle import Lifecycle
 from twostroke.router.requests.roster import Roster
-from twostroke.router.requests.run import Run, Stage
+from twostroke.router.requests.run import RequestState, Stage
 from twostroke.router.requests.surroundings import LifeLimits
 from twostroke.router.routing.facts import ModelFacts, WorkerFacts, WorkerKey
 from twostroke.router.routing.fleet import Fleet
@@ -120,10 +120,10 @@ class Router:
     def dropped(self, name: str, reason: str) -> None:
         self.drops.append(reason)
 
-    def sent_again(self, run: Run, error: errors.TwostrokeError) -> None:
+    def sent_again(self, run: RequestState, error: errors.TwostrokeError) -> None:
         self.lost_runs.append(run.request_id)
 
-    def usage_differs(self, run: Run, said: int, had: int) -> None:
+    def usage_differs(self, run: RequestState, said: int, had: int) -> None:
         raise AssertionError((said, had))
 
     def refused(self, *_: object) -> None: ...
@@ -134,7 +134,7 @@ class Router:
 
     # ---------------------------------------------------------------- requests
 
-    def ask(self, request_id: str = "r", num_choices: int = 1, domain: str = "acme", **fields: object) -> Run:
+    def ask(self, request_id: str = "r", num_choices: int = 1, domain: str = "acme", **fields: object) -> RequestState:
         sampling = fields.pop("sampling", SamplingParams(max_tokens=5))
         request = Request(
             request_id, "m", tuple(range(50)), sampling, num_choices, domain, fields.pop("timeout_s", 9.0)
@@ -145,7 +145,7 @@ class Router:
         self.life.begin(run, self.now_s)
         return run
 
-    def tokens(self, run: Run, count: int = 1, choice: int = 0, epoch: Epoch | None = None) -> None:
+    def tokens(self, run: RequestState, count: int = 1, choice: int = 0, epoch: Epoch | None = None) -> None:
         epoch = epoch or run.dispatches[-1].epoch
         output = worker_pb2.TokenOutput(request_id=run.name, choice=choice, token_ids=[1] * count)
         output.first_index = run.delivery.tokens_of(choice)
@@ -153,7 +153,12 @@ class Router:
         self.life.take_step(run.dispatches[-1].decode, worker_pb2.StepOutput(tokens=[output]), self.now_s)
 
     def end(
-        self, run: Run, choice: int = 0, code: str | None = None, key: WorkerKey | None = None, missing: int = 0
+        self,
+        run: RequestState,
+        choice: int = 0,
+        code: str | None = None,
+        key: WorkerKey | None = None,
+        missing: int = 0,
     ) -> None:
         end = worker_pb2.RequestEnd(request_id=run.name, choice=choice, reason=ERROR if code else LENGTH)
         end.epoch.incarnation, end.epoch.counter = run.dispatches[-1].epoch
@@ -172,7 +177,7 @@ class Router:
         assert self.num_timers == 0
 
 
-def placed(run: Run) -> WorkerKey:
+def placed(run: RequestState) -> WorkerKey:
     assert run.living is not None
     return run.living.decode
 
