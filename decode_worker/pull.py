@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class PullTools:
+class KvPullTools:
     """What all hand-overs of a worker share."""
 
     dispatcher: EngineClient
@@ -47,7 +47,7 @@ class PullOwner(Protocol):
     """Who wants the KV: the run of one choice. Called on the loop; must not block."""
 
     def bind_wanted(self) -> None:
-        """Have the engine bind, and answer with `Pull.bound` or `Pull.not_yet`."""
+        """Have the engine bind, and answer with `KvPull.bound` or `KvPull.not_yet`."""
         ...
 
     def first_token_came(self, first: GotFirstToken) -> None:
@@ -63,11 +63,11 @@ class PullOwner(Protocol):
         ...
 
 
-class Pull:
+class KvPull:
     """From the order to the machine's end. The host reads the stream; all calls come on its loop."""
 
     def __init__(
-        self, receiver: Receiver, host: StreamHost, engine_key: SequenceKey, owner: PullOwner, tools: PullTools
+        self, receiver: Receiver, host: StreamHost, engine_key: SequenceKey, owner: PullOwner, tools: KvPullTools
     ) -> None:
         self.receiver = receiver
         self.timeline = Timeline()  # ours and the peer's instants of this hand-over

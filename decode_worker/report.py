@@ -15,7 +15,7 @@ from ..kv.messages import epoch_to_wire, error_to_wire, finish_to_wire, instants
 from ..kv.spec import KvSpec
 from ..protos import common_pb2, worker_pb2
 from .order import Order
-from .pull import Pull
+from .pull import KvPull
 
 
 class Ending(NamedTuple):
@@ -45,7 +45,7 @@ class Told:
     timeline: Timeline | None = None  # of the last hand-over
     transfers: list[Transfer] = field(default_factory=list)
 
-    def add(self, pull: Pull) -> None:
+    def add(self, pull: KvPull) -> None:
         """Take over what a hand-over did, whether it came through or not."""
         counters = pull.receiver.counters
         self.bytes_moved += counters.frame_bytes
@@ -54,7 +54,7 @@ class Told:
         self.prefill_cached_tokens = pull.prefill_cached_tokens
         self.timeline = pull.timeline
 
-    def complete(self, pull: Pull) -> None:
+    def complete(self, pull: KvPull) -> None:
         """A peer computed the prompt, and all of its KV is here."""
         self.is_complete = True
         duration_s = pull.timeline.between_s(Instant.FIRST_FRAME, Instant.LAST_FRAME)

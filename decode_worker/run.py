@@ -31,7 +31,7 @@ from ..protos import handover_pb2
 from .choice import Choice
 from .order import Order
 from .outbox import NO_SCORES, Outbox, Scores
-from .pull import REFUSALS, Pull, PullTools
+from .pull import REFUSALS, KvPull, KvPullTools
 from .report import Ending, Told, end_message, life_of
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class DecodeTaskTools:
     """What all runs of a worker share."""
 
     facts: FaceFacts
-    pull: PullTools
+    pull: KvPullTools
     channels: Channels
 
     def connect(self, key: SequenceKey, address: str) -> StreamHost:
@@ -70,7 +70,7 @@ class DecodeTask:
         self._received_at_s = tools.pull.clock.now_s()
         self._deadline_s = self._received_at_s + (order.timeout_s or DEFAULT_TIMEOUT_S)
         self._verdict: FinishReason | None = None
-        self._pull: Pull | None = None
+        self._pull: KvPull | None = None
         self._identity_root = b""  # of the prompt's names, once they are known
         self._peers = list(order.peers)
         self._has_bound = False
@@ -166,7 +166,7 @@ class DecodeTask:
         self.told.tokens_asked = len(order.prompt_ids) - self._held_tokens
         self._pull_waits = False
         host = tools.connect(order.engine_key, peer.address)
-        self._pull = Pull(receiver, host, order.engine_key, self, tools.pull)
+        self._pull = KvPull(receiver, host, order.engine_key, self, tools.pull)
 
     def _open(self, now_s: float) -> handover_pb2.Open:
         order, facts = self.order, self._tools.facts
@@ -228,7 +228,7 @@ class DecodeTask:
             self._go_local(reason, lost.stored_upto, lost.first_token)
         # else: the request's own deadline; the engine's clock ends it
 
-    def _finish_pull(self) -> Pull:
+    def _finish_pull(self) -> KvPull:
         pull = self._pull
         assert pull is not None
         self._pull = None

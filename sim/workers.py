@@ -15,7 +15,7 @@ from ..core.request import Epoch, SequenceKey
 from ..decode_worker.choice import Choice
 from ..decode_worker.ledger import RouterKey
 from ..decode_worker.order import Order
-from ..decode_worker.pull import PullTools
+from ..decode_worker.pull import KvPullTools
 from ..decode_worker.run import DecodeTask, DecodeTaskTools
 from ..decode_worker.service import DecodeService
 from ..decode_worker.session import Session
@@ -166,7 +166,7 @@ class WorkerNode:
         self.engine.tell = self._tell
         self.facts = _face_facts(worker)
         self.session_timing = cast(Any, None)  # our own timers watch the session
-        pull = PullTools(self.dispatcher, cast(Executor, None), DIGEST_KEY, SPEC, setting.timing, world, Counter())
+        pull = KvPullTools(self.dispatcher, cast(Executor, None), DIGEST_KEY, SPEC, setting.timing, world, Counter())
         tools = SimRunTools(self.facts, pull, cast(Channels, None), self)
         self.service = SimService(tools, cast(Tokenizer, None), setting.grace_s)
         self.service.node, self.service.highest = self, {}

@@ -22,7 +22,7 @@ from ..core.foreground import Stop, Stopped, first, leave, orphaned, unless
 from ..core.guard import Guard
 from ..core.ports import bindable_host, check_port, target
 from ..core.request import Role
-from ..decode_worker.pull import PullTools
+from ..decode_worker.pull import KvPullTools
 from ..decode_worker.run import DecodeTaskTools
 from ..decode_worker.service import DecodeService
 from ..engine.link import messages as link
@@ -202,7 +202,7 @@ class WorkerProcess:
             "counters": self.counters,
             "ended": self._metrics.ended,
         }
-        pull = self._pull = PullTools(kv_spec=facts.model.kv_spec, **common)
+        pull = self._pull = KvPullTools(kv_spec=facts.model.kv_spec, **common)
         self.decode = DecodeService(
             DecodeTaskTools(facts, pull, self._channels), room.tokenizer, settings.orphan_grace_s
         )

@@ -1,4 +1,4 @@
-"""Frames of every size through the real `Pull` and its driver: damage, doubles and strangers are not stored."""
+"""Frames of every size through the real `KvPull` and its driver: damage, doubles and strangers are not stored."""
 
 import asyncio
 from collections import Counter
@@ -10,7 +10,7 @@ import pytest
 
 from twostroke.core.clock import MonotonicClock
 from twostroke.core.request import Epoch, SequenceKey
-from twostroke.decode_worker.pull import Pull, PullTools
+from twostroke.decode_worker.pull import KvPull, KvPullTools
 from twostroke.engine.link.messages import WriteKv
 from twostroke.kv.codec import Codec
 from twostroke.kv.digest import frame_digests, places
@@ -73,13 +73,13 @@ class Bench:
     def __init__(self, spec, executor, **order):
         self.commands, self.lost, self.counters = [], None, Counter()
         self.stream, self.spec, self.sequence = Stream(), spec, 1
-        tools = PullTools(self, executor, KEY, spec, Timing(), MonotonicClock(), self.counters)
+        tools = KvPullTools(self, executor, KEY, spec, Timing(), MonotonicClock(), self.counters)
         fields = {"frame_slots": 8, "timeout_ms": 9000, "deterministic": True, "numerics_class": CLASS} | order
         opening = pb.Open(prompt_ids=range(TOKENS), **fields)
         now_s = tools.clock.now_s()
         self.driver = ClientDriver(self.stream, tools.clock, executor, 0.1)
         receiver = Receiver(LABEL, opening, tools.timing, now_s + 9, now_s)
-        self.pull = Pull(receiver, self.driver, SequenceKey("r/d1", 0), self, tools)
+        self.pull = KvPull(receiver, self.driver, SequenceKey("r/d1", 0), self, tools)
         self.say(pb.Started())
 
     def send(self, command):

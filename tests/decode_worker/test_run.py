@@ -13,7 +13,7 @@ from twostroke.core.request import Epoch, FinishReason, SamplingParams, Sequence
 from twostroke.decode_worker.choice import Spoken
 from twostroke.decode_worker.order import Order, Peer
 from twostroke.decode_worker.outbox import Outbox
-from twostroke.decode_worker.pull import PullTools
+from twostroke.decode_worker.pull import KvPullTools
 from twostroke.decode_worker.run import DecodeTask
 from twostroke.engine.facts import FaceFacts, ModelFacts
 from twostroke.engine.link import messages as link
@@ -82,7 +82,7 @@ class Bench:
         self.peers: list[Peerage] = []
         model = ModelFacts("m", "", 100, 64, frozenset({1}), b"w" * 16, CLASS, "here", True, SPEC)
         self.facts = FaceFacts("d", model, PromptHasher(b"k" * 32, b"w" * 16, CLASS), 7, 10, 16, 8192, 4, 8, 64)
-        self.pull = PullTools(self, None, 7, SPEC, Timing(), MonotonicClock(), Counter())  # type: ignore[arg-type]
+        self.pull = KvPullTools(self, None, 7, SPEC, Timing(), MonotonicClock(), Counter())  # type: ignore[arg-type]
         peers = tuple(Peer(f"p{n}", 1, f"p{n}:1") for n in range(num_peers))
         params = SamplingParams(max_tokens=9)
         order = Order(KEY, EPOCH, tuple(range(TOKENS)), params, "t", b"", peers, 60.0, 0, 0, 1)
