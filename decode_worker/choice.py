@@ -12,7 +12,7 @@ from ..text.stream import TextStream
 from ..text.tokenizer import Tokenizer
 
 
-class Spoken(NamedTuple):
+class TextDelta(NamedTuple):
     """What new tokens bring the client."""
 
     first_index: int  # place of token_ids[0] among the choice's generated tokens
@@ -23,7 +23,7 @@ class Spoken(NamedTuple):
     logprobs: tuple[TokenLogprobs, ...] = ()  # of the token ids, if asked for
 
 
-class Choice:
+class ChoiceText:
     """The one place that decides which tokens count.
 
     A token that ends the choice counts but adds no text (unless the request includes what stopped it); what follows it,
@@ -65,7 +65,7 @@ class Choice:
         """Leading tokens whose text is out; what a stop string cut off is not among them."""
         return self._text.num_shown
 
-    def push(self, first_index: int, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] = ()) -> Spoken:
+    def push(self, first_index: int, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] = ()) -> TextDelta:
         """Take tokens from `first_index` on. What is known already (said again after a fall-back) does not count.
 
         Nor does anything after the end. `logprobs`: one per token, or none.
@@ -74,7 +74,7 @@ class Choice:
             InternalError: tokens between the known ones and `first_index` are missing.
         """
         if self.ended is not None:
-            return Spoken(self.num_tokens, (), "", None)
+            return TextDelta(self.num_tokens, (), "", None)
         if first_index > self.num_tokens:
             raise InternalError(f"token {first_index} came where {self.num_tokens} was next")
         start = self.num_tokens
@@ -94,7 +94,7 @@ class Choice:
                 if piece.is_stopped:
                     self.ended, is_by_text = FinishReason.STOP, True
         told = tuple(logprobs[start - first_index :][: len(counted)])
-        return Spoken(start, tuple(counted), "".join(texts), self.ended if counted else None, is_by_text, told)
+        return TextDelta(start, tuple(counted), "".join(texts), self.ended if counted else None, is_by_text, told)
 
     def flush(self) -> str:
         """The choice is over: text that was withheld in case a stop string or a character went on.

@@ -28,7 +28,7 @@ from ..kv.handover.transports.grpc import Channels
 from ..kv.messages import sampling_to_wire, spec_to_wire
 from ..kv.spec import HASH_BLOCK_TOKENS
 from ..protos import handover_pb2
-from .choice import Choice
+from .choice import ChoiceText
 from .order import Order
 from .outbox import NO_SCORES, Outbox, Scores
 from .pull import REFUSALS, KvPull, KvPullTools
@@ -59,7 +59,12 @@ class DecodeTask:
     """Owns one sequence of the engine. All methods are called on the loop and return at once."""
 
     def __init__(
-        self, order: Order, choice: Choice, outbox: Outbox, tools: DecodeTaskTools, ended: Callable[[DecodeTask], None]
+        self,
+        order: Order,
+        choice: ChoiceText,
+        outbox: Outbox,
+        tools: DecodeTaskTools,
+        ended: Callable[[DecodeTask], None],
     ) -> None:
         self.order = order
         self.timeline = Timeline()

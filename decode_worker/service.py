@@ -12,7 +12,7 @@ from ..core.request import FinishReason
 from ..kv.messages import epoch_from_wire, error_to_wire
 from ..protos import common_pb2, worker_pb2
 from ..text.tokenizer import Tokenizer
-from .choice import Choice
+from .choice import ChoiceText
 from .ledger import Ledger, Standing
 from .order import Order, key_of, order_from_wire
 from .report import refusal_message
@@ -177,10 +177,10 @@ class DecodeService:
         """Our own fault in one order: the others of its session go on."""
         log.error("the order of %s#%d could not be taken", message.request_id, message.choice, exc_info=error)
 
-    def _choice(self, order: Order) -> Choice:
+    def _choice(self, order: Order) -> ChoiceText:
         start = len(order.prompt_ids) - order.num_emitted
         prompt, emitted = order.prompt_ids[:start], order.prompt_ids[start:]
-        return Choice(self._tokenizer, order.params, self._tools.facts.model.eos_ids, emitted, prompt_ids=prompt)
+        return ChoiceText(self._tokenizer, order.params, self._tools.facts.model.eos_ids, emitted, prompt_ids=prompt)
 
     def _on_end(self, run: DecodeTask) -> None:
         self._ledger.end(run)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from ..core.request import Epoch, SequenceKey
-from ..decode_worker.choice import Choice
+from ..decode_worker.choice import ChoiceText
 from ..decode_worker.ledger import RouterKey
 from ..decode_worker.order import Order
 from ..decode_worker.pull import KvPullTools
@@ -78,7 +78,7 @@ class SimDispatcher(EngineClient):
         owner(event)
 
 
-class SimChoice(Choice):
+class SimChoice(ChoiceText):
     """The production rules of which tokens count, without a tokenizer."""
 
     def __init__(self, order_params: Any, emitted_ids: Sequence[int]) -> None:
@@ -95,7 +95,7 @@ class SimService(DecodeService):
     node: WorkerNode
     highest: dict[tuple[RouterKey, SequenceKey], Epoch]  # of each choice that was ever run
 
-    def _choice(self, order: Order) -> Choice:
+    def _choice(self, order: Order) -> ChoiceText:
         return SimChoice(order.params, order.prompt_ids[len(order.prompt_ids) - order.num_emitted :])
 
     def _broken(self, message: worker_pb2.Submit, error: Exception) -> None:

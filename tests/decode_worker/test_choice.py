@@ -6,7 +6,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from twostroke.core.errors import InternalError
 from twostroke.core.request import FinishReason, SamplingParams, TokenLogprobs
-from twostroke.decode_worker.choice import Choice
+from twostroke.decode_worker.choice import ChoiceText
 from twostroke.text.tokenizer import Tokenizer
 
 EOS = 256
@@ -29,7 +29,7 @@ def ids(text):
 
 
 def choice(emitted=(), **params):
-    return Choice(TOKENIZER, SamplingParams(**{"max_tokens": 100} | params), {EOS}, emitted)
+    return ChoiceText(TOKENIZER, SamplingParams(**{"max_tokens": 100} | params), {EOS}, emitted)
 
 
 WORDS = {"<unk>": 0, "</s>": 1, "▁a": 2, "▁b": 3, "c": 4}
@@ -41,7 +41,7 @@ def spaced(emitted=(), prompt=(2,), **params):
     backend.decoder = decoders.Metaspace()
     backend.add_special_tokens(["<unk>", "</s>"])
     params = SamplingParams(**{"max_tokens": 9} | params)
-    return Choice(Tokenizer(backend, {}, [1]), params, {1}, emitted, prompt_ids=prompt)
+    return ChoiceText(Tokenizer(backend, {}, [1]), params, {1}, emitted, prompt_ids=prompt)
 
 
 def test_the_first_word_keeps_its_space_also_after_a_fall_back():

@@ -10,7 +10,7 @@ import pytest
 
 from twostroke.core.clock import MonotonicClock
 from twostroke.core.request import Epoch, FinishReason, SamplingParams, SequenceKey
-from twostroke.decode_worker.choice import Spoken
+from twostroke.decode_worker.choice import TextDelta
 from twostroke.decode_worker.order import Order, Peer
 from twostroke.decode_worker.outbox import Outbox
 from twostroke.decode_worker.pull import KvPullTools
@@ -70,10 +70,10 @@ class Text:
 
     num_tokens, num_shown, ended = 0, 0, None
 
-    def push(self, first_index: int, token_ids: tuple[int, ...], logprobs: Any) -> Spoken:
+    def push(self, first_index: int, token_ids: tuple[int, ...], logprobs: Any) -> TextDelta:
         is_by_text = token_ids == (5,)
         ended = FinishReason.STOP if is_by_text else FinishReason.LENGTH
-        return Spoken(first_index, token_ids, "x", ended, is_by_text)
+        return TextDelta(first_index, token_ids, "x", ended, is_by_text)
 
 
 class Bench:
