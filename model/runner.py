@@ -20,7 +20,7 @@ from .batch import StepBatch, build_batch, on_device, warm_up_batch
 from .decoder.decoder import Decoder, Hidden
 from .ops.seam import Logits, Ops
 from .sampling.greedy import all_greedy, speak_greedily
-from .sampling.step import Spoken, StepSampler
+from .sampling.step import StepOutputs, StepSampler
 from .weights.weights import Weights
 
 if TYPE_CHECKING:  # needs triton
@@ -126,7 +126,7 @@ class Runner:
 
     def _sample(
         self, plan: StepPlan, batch: StepBatch, rows: Tensor, bad: set[SequenceKey], last: Sequence[int]
-    ) -> Spoken:
+    ) -> StepOutputs:
         decoder = self._decoder
         assert decoder is not None
         if batch.sampled and all_greedy(plan):

@@ -18,7 +18,7 @@ from ..ops.seam import Activation, Ops
 from ..weights.weights import DenseWeights, ExpertsWeights
 
 
-class Choice(NamedTuple):
+class ChosenExperts(NamedTuple):
     """Which experts each row takes, and what each counts."""
 
     experts: Tensor  # [rows, per_token] int64
@@ -42,7 +42,7 @@ def mix_experts(ops: Ops, h: Tensor, weights: ExpertsWeights, shape: ExpertsFfn,
     return total.to(h.dtype)
 
 
-def route(logits: Tensor, correction: Tensor | None, routing: Routing) -> Choice:
+def route(logits: Tensor, correction: Tensor | None, routing: Routing) -> ChosenExperts:
     """Choose experts by scores [rows, num_experts] before softmax or sigmoid, float32.
 
     With groups, only experts of the best groups stand for choice. A group is as good as its best expert or, where
@@ -67,7 +67,7 @@ def route(logits: Tensor, correction: Tensor | None, routing: Routing) -> Choice
     weights = scores.gather(1, experts)
     if routing.normalised:
         weights = weights / (weights.sum(-1, keepdim=True) + (1e-20 if routing.scores == "sigmoid" else 0.0))
-    return Choice(experts, weights * routing.scale)
+    return ChosenExperts(experts, weights * routing.scale)
 
 
 def _dense(ops: Ops, x: Tensor, weights: DenseWeights, activation: Activation) -> Tensor:

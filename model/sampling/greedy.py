@@ -14,7 +14,7 @@ from ..batch import StepBatch
 from ..ops.extremes import Extremes
 from ..ops.seam import Logits
 from .sampler import is_plain
-from .step import Spoken
+from .step import StepOutputs
 
 _NOTHING = -1
 _INFINITY = float("inf")
@@ -40,9 +40,9 @@ def likeliest(logits: Tensor) -> Tensor:
     return torch.where(is_number, first, _NOTHING)
 
 
-def speak_greedily(plan: StepPlan, batch: StepBatch, logits: Logits, bad: set[SequenceKey]) -> Spoken:
+def speak_greedily(plan: StepPlan, batch: StepBatch, logits: Logits, bad: set[SequenceKey]) -> StepOutputs:
     """What the sampler says of logits [>= len(batch.sampled), vocab], for a plan that is `all_greedy`."""
-    spoken = Spoken([()] * len(plan.sequences), {}, {}, {})
+    spoken = StepOutputs([()] * len(plan.sequences), {}, {}, {})
     known = logits.extremes
     found = likeliest(logits.rows).tolist() if known is None else _known(known)
     for i, token_id in zip(batch.sampled, found, strict=False):

@@ -27,7 +27,7 @@ ToLogits = Callable[[Tensor], Logits]
 """Of hidden rows [n, hidden], n whole tiles, in host memory. A row's bits do not depend on its company."""
 
 
-class Spoken(NamedTuple):
+class StepOutputs(NamedTuple):
     """In a `StepResult`'s words."""
 
     tokens: list[tuple[int, ...]]
@@ -51,9 +51,11 @@ class StepSampler:
         self._extremes = extremes
         self._rows_at_once = max(1, SCORED_NUMBERS // (vocab_size * TILE_ROWS)) * TILE_ROWS
 
-    def run(self, plan: StepPlan, batch: StepBatch, rows: Tensor, bad: set[SequenceKey], last: Sequence[int]) -> Spoken:
+    def run(
+        self, plan: StepPlan, batch: StepBatch, rows: Tensor, bad: set[SequenceKey], last: Sequence[int]
+    ) -> StepOutputs:
         """`rows`: hidden rows of the batch. `last`: per sequence the id of its last row, looked up where it must be."""
-        spoken = Spoken([() for _ in plan.sequences], {}, {}, {})
+        spoken = StepOutputs([() for _ in plan.sequences], {}, {}, {})
         for i, step in enumerate(plan.sequences):
             if step.targets and step.key not in bad:
                 try:
@@ -77,7 +79,7 @@ class StepSampler:
                     spoken.logprobs[key] = (sampled.logprobs,)
         return spoken
 
-    def _score(self, step: SequenceStep, rows: Tensor, bad: set[SequenceKey], spoken: Spoken) -> None:
+    def _score(self, step: SequenceStep, rows: Tensor, bad: set[SequenceKey], spoken: StepOutputs) -> None:
         """Logprobs of the prompt ids that the step's first rows predict."""
         num_top = step.params.prompt_logprobs
         assert num_top is not None, "targets without prompt_logprobs"
@@ -95,7 +97,7 @@ class StepSampler:
         spoken.prompt_logprobs[step.key] = tuple(scores)
 
 
-def _fail(key: SequenceKey, error: Exception, spoken: Spoken) -> None:
+def _fail(key: SequenceKey, error: Exception, spoken: StepOutputs) -> None:
     if key not in spoken.failed:
         _log.error("%s: a token could not be sampled; the sequence ends", key, exc_info=error)
         spoken.failed[key] = f"a token could not be sampled: {type(error).__name__}; the worker's log has more"

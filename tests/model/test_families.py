@@ -13,7 +13,7 @@ from twostroke.checkpoint.config_json import load_spec
 from twostroke.checkpoint.layout import num_parameters
 from twostroke.checkpoint.spec import ExpertsFfn, ModelSpec, PlainAttention, Quantization
 from twostroke.model.decoder import decoder as decoder_module
-from twostroke.model.decoder.experts import Choice
+from twostroke.model.decoder.experts import ChosenExperts
 from twostroke.model.ops.torch_ops import TorchOps
 from twostroke.model.weights.tensors import open_source
 from twostroke.model.weights.weights import load_weights
@@ -184,10 +184,10 @@ def test_tokens_choose_different_experts(
 ) -> None:
     from twostroke.model.decoder import experts
 
-    choices: list[Choice] = []
+    choices: list[ChosenExperts] = []
     real = experts.route
 
-    def route(*arguments: object) -> Choice:
+    def route(*arguments: object) -> ChosenExperts:
         choices.append(real(*arguments))  # type: ignore[arg-type]
         return choices[-1]
 
