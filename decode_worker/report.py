@@ -29,7 +29,7 @@ class Ending(NamedTuple):
 
 
 @dataclass(slots=True)
-class Told:
+class HandoverTotals:
     """What the hand-overs of one run brought, added up."""
 
     prefill_worker: str = ""  # the last one that was asked
@@ -71,7 +71,7 @@ class Told:
         return whole
 
 
-def life_of(order: Order, ending: Ending, told: Told, timeline: Timeline, gaps_s: Sequence[float]) -> Life:
+def life_of(order: Order, ending: Ending, told: HandoverTotals, timeline: Timeline, gaps_s: Sequence[float]) -> Life:
     """What a run that is over leaves in this worker's metrics."""
     received_s = _received_s(timeline)
     num_prompt = len(order.prompt_ids) - order.num_emitted
@@ -94,7 +94,9 @@ def life_of(order: Order, ending: Ending, told: Told, timeline: Timeline, gaps_s
     )
 
 
-def end_message(order: Order, ending: Ending, told: Told, timeline: Timeline, spec: KvSpec) -> worker_pb2.RequestEnd:
+def end_message(
+    order: Order, ending: Ending, told: HandoverTotals, timeline: Timeline, spec: KvSpec
+) -> worker_pb2.RequestEnd:
     """The one RequestEnd of a (request, choice, epoch). `timeline` is the complete one."""
     cached = ending.event.cached_tokens or told.tokens_held
     if told.is_complete:
@@ -142,7 +144,7 @@ def _error_of(event: link.Ended) -> TwostrokeError:
     return from_code(event.error_code, event.error_message or "this choice failed on its worker, whose log has more")
 
 
-def _handover(told: Told, spec: KvSpec) -> worker_pb2.HandoverReport:
+def _handover(told: HandoverTotals, spec: KvSpec) -> worker_pb2.HandoverReport:
     return worker_pb2.HandoverReport(
         prefill_worker=told.prefill_worker if told.is_complete else "",
         transport="grpc" if told.bytes_moved else "none",

@@ -32,7 +32,7 @@ from .choice import ChoiceText
 from .order import Order
 from .outbox import NO_SCORES, Outbox, Scores
 from .pull import REFUSALS, KvPull, KvPullTools
-from .report import Ending, Told, end_message, life_of
+from .report import Ending, HandoverTotals, end_message, life_of
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class DecodeTask:
         self._held_tokens = 0
         self._last_token_s: float | None = None
         self._gaps_s = array("d")  # between tokens
-        self.told = Told()
+        self.told = HandoverTotals()
         self.timeline.mark(Instant.RECEIVED, self._received_at_s)
 
     # ------------------------------------------------------------------ from the session
