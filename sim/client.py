@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ..core.errors import TwostrokeError
 from ..core.request import FinishReason, Request
-from ..router.requests.pieces import Piece
+from ..router.requests.pieces import OutputDelta
 from .cells import cells_after, domain_cell
 from .invariants import Samples, Violation
 from .network import End, Network
@@ -55,7 +55,7 @@ class Attempt:
             self._end.abort()
             self._over("cancelled")
 
-    def _hear(self, message: Piece | TwostrokeError) -> None:
+    def _hear(self, message: OutputDelta | TwostrokeError) -> None:
         if isinstance(message, TwostrokeError):
             self._over(message.code)
             return

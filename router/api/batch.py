@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from ...core.errors import InternalError, Overloaded
-from ..requests.pieces import Piece, Usage
+from ..requests.pieces import OutputDelta, TokenUsage
 
 MAX_NAMES = 2_000  # lists whose name is remembered: as many as the journal remembers requests
 _PIECES_AHEAD = 4  # per prompt: beyond them the streams wait, and their own bounds hold
@@ -21,7 +21,7 @@ _RETRY_S = 0.5
 CHOICES_AT_ONCE = 64  # of a list: a quarter of what a worker lets wait, so that others' requests find room
 TOKENS_AT_ONCE = 65_536  # of its prompts, likewise
 
-Start = Callable[[], AsyncGenerator[Piece, None]]
+Start = Callable[[], AsyncGenerator[OutputDelta, None]]
 
 # Of several states the first of these tells most.
 _STATES = ("running", "failed", "rejected", "cancelled", "finished")
@@ -39,20 +39,20 @@ def streams_at_once(num_choices: int, most_prompt_tokens: int) -> int:
 
 async def merged(
     starts: Sequence[Start], num_choices: int, at_once: int, patience_s: float
-) -> AsyncGenerator[Piece, None]:
+) -> AsyncGenerator[OutputDelta, None]:
     """The pieces of all streams as they come, `usage` of all with the very last one; each stream's last has its own.
 
     `at_once` streams run; the others begin when one of these has ended, and try again for `patience_s` where the
     cluster is full then. The first error of any ends it, and it ends the others; so does closing it.
     """
-    arrived: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue(_PIECES_AHEAD * at_once)
+    arrived: asyncio.Queue[tuple[int, OutputDelta | Exception]] = asyncio.Queue(_PIECES_AHEAD * at_once)
     slots = asyncio.Semaphore(at_once)
     patience = [0.0 if place < at_once else patience_s for place in range(len(starts))]
     pumps = [
         asyncio.create_task(_pump(place, _in_turn(start, patience[place]), slots, arrived))
         for place, start in enumerate(starts)
     ]
-    usage, num_unfinished = Usage(0, 0, 0), len(starts)
+    usage, num_unfinished = TokenUsage(0, 0, 0), len(starts)
     try:
         while num_unfinished:
             place, piece = await arrived.get()
@@ -71,9 +71,9 @@ async def merged(
 
 async def _pump(
     place: int,
-    stream: AsyncGenerator[Piece, None],
+    stream: AsyncGenerator[OutputDelta, None],
     slots: asyncio.Semaphore,
-    arrived: asyncio.Queue[tuple[int, Piece | Exception]],
+    arrived: asyncio.Queue[tuple[int, OutputDelta | Exception]],
 ) -> None:
     async with slots, contextlib.aclosing(stream):
         usage = None
@@ -87,7 +87,7 @@ async def _pump(
             await arrived.put((place, error))
 
 
-async def _in_turn(start: Start, patience_s: float) -> AsyncGenerator[Piece, None]:
+async def _in_turn(start: Start, patience_s: float) -> AsyncGenerator[OutputDelta, None]:
     """The stream; begun again while the cluster is full and nothing of it has come, for `patience_s`."""
     loop = asyncio.get_running_loop()
     end_s = loop.time() + patience_s
@@ -105,8 +105,8 @@ async def _in_turn(start: Start, patience_s: float) -> AsyncGenerator[Piece, Non
             await asyncio.sleep(min(error.retry_after_s or _RETRY_S, _RETRY_S))
 
 
-def _sum(one: Usage, other: Usage) -> Usage:
-    return Usage(
+def _sum(one: TokenUsage, other: TokenUsage) -> TokenUsage:
+    return TokenUsage(
         one.prompt_tokens + other.prompt_tokens,
         one.completion_tokens + other.completion_tokens,
         one.cached_tokens + other.cached_tokens,

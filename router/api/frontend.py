@@ -12,7 +12,7 @@ from ...core.request import Request
 from ...core.timeline import Instant, Timeline
 from ..config import RouterConfig
 from ..requests.flow import Flow
-from ..requests.pieces import Piece
+from ..requests.pieces import OutputDelta
 from .batch import Lists, Start, explain_list, merged, name_of, streams_at_once
 from .call import Call
 from .http.reading import room_of
@@ -27,15 +27,15 @@ class Started:
 
     requests: tuple[Request, ...]
     model: ServedModel
-    first: Piece
-    rest: AsyncGenerator[Piece, None]
+    first: OutputDelta
+    rest: AsyncGenerator[OutputDelta, None]
 
     @property
     def request(self) -> Request:
         """The request, or the list's first."""
         return self.requests[0]
 
-    async def pieces(self) -> AsyncGenerator[Piece, None]:
+    async def pieces(self) -> AsyncGenerator[OutputDelta, None]:
         """All pieces in order. Closing it cancels the request."""
         try:
             yield self.first
@@ -152,7 +152,7 @@ class Frontend:
             raise
         return Started(requests, model, first, pieces)
 
-    def _generate(self, request: Request, arrived_s: float) -> AsyncGenerator[Piece, None]:
+    def _generate(self, request: Request, arrived_s: float) -> AsyncGenerator[OutputDelta, None]:
         return self.flow.generate(request, _begun(arrived_s))
 
     def _check_room(self, requests: Sequence[Request]) -> None:
@@ -169,7 +169,7 @@ class Frontend:
             )
 
 
-def _merged(starts: Sequence[Start], requests: Sequence[Request]) -> AsyncGenerator[Piece, None]:
+def _merged(starts: Sequence[Start], requests: Sequence[Request]) -> AsyncGenerator[OutputDelta, None]:
     return merged(starts, requests[0].num_choices, _at_once(requests), requests[0].timeout_s)
 
 

@@ -21,7 +21,7 @@ from ...kv.messages import logprobs_from_wire
 from ...protos import common_pb2
 from ...text.places import TokenPlaces
 from ...text.token_text import TokenTexts
-from ..requests.pieces import Piece, Usage
+from ..requests.pieces import OutputDelta, TokenUsage
 from .echo import Echo
 from .models import ServedModel
 
@@ -43,7 +43,7 @@ def error_body(error: TwostrokeError) -> dict[str, Any]:
     return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
 
 
-def usage_body(usage: Usage) -> dict[str, Any]:
+def usage_body(usage: TokenUsage) -> dict[str, Any]:
     """Token counts; cached prompt tokens where OpenAI puts them."""
     return {
         "prompt_tokens": usage.prompt_tokens,
@@ -53,7 +53,7 @@ def usage_body(usage: Usage) -> dict[str, Any]:
     }
 
 
-def _without_output(piece: Piece) -> Piece:
+def _without_output(piece: OutputDelta) -> OutputDelta:
     """A piece as if nothing had been asked for behind the prompt. Workers generate at least one token."""
     usage = piece.usage and replace(piece.usage, completion_tokens=0)
     reason = piece.finish_reason and FinishReason.LENGTH
@@ -93,7 +93,7 @@ class _Choice:
     num_shown: int = 0
     has_begun: bool = False
 
-    def add(self, piece: Piece) -> list[TokenLogprobs]:
+    def add(self, piece: OutputDelta) -> list[TokenLogprobs]:
         """Take a piece in; the logprobs that its text sets free."""
         self.text += piece.text
         self.token_ids += piece.token_ids
@@ -126,11 +126,11 @@ class Answer:
             for _ in range(requests[0].num_choices)
         ]
         self._num_generated = 0
-        self._usage: Usage | None = None
+        self._usage: TokenUsage | None = None
 
     # ------------------------------------------------------------------ in one
 
-    def add(self, piece: Piece) -> None:
+    def add(self, piece: OutputDelta) -> None:
         """Take a piece of a whole answer."""
         _, choice, fresh = self._take(piece)
         choice.logprobs += fresh
@@ -168,7 +168,7 @@ class Answer:
 
     # ------------------------------------------------------------------ in chunks
 
-    def chunk(self, piece: Piece) -> dict[str, Any]:
+    def chunk(self, piece: OutputDelta) -> dict[str, Any]:
         """One streamed chunk of one choice; the choice's first carries the role, or the echo."""
         piece, choice, fresh = self._take(piece)
         is_first, choice.has_begun = not choice.has_begun, True
@@ -201,7 +201,7 @@ class Answer:
 
     # ------------------------------------------------------------------ both
 
-    def _take(self, piece: Piece) -> tuple[Piece, _Choice, list[TokenLogprobs]]:
+    def _take(self, piece: OutputDelta) -> tuple[OutputDelta, _Choice, list[TokenLogprobs]]:
         """Take a piece in: as it is told, its choice, and the logprobs that its text sets free."""
         if self._wants.prompt_only:
             piece = _without_output(piece)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from ...core.request import Epoch, FinishReason
-from .pieces import Piece
+from .pieces import OutputDelta
 
 
 class Verdict(StrEnum):
@@ -110,13 +110,13 @@ class PieceBuffer:
 
     def __init__(self, max_pieces: int) -> None:
         self._max_pieces = max_pieces
-        self._pieces: deque[Piece] = deque()
+        self._pieces: deque[OutputDelta] = deque()
         self.full_since_s: float | None = None
 
     def __len__(self) -> int:
         return len(self._pieces)
 
-    def put(self, piece: Piece, now_s: float) -> None:
+    def put(self, piece: OutputDelta, now_s: float) -> None:
         """Append a piece; into the last one of its choice when there is no room."""
         if len(self._pieces) >= self._max_pieces:
             if self.full_since_s is None:
@@ -127,7 +127,7 @@ class PieceBuffer:
                     return
         self._pieces.append(piece)
 
-    def take(self) -> Piece | None:
+    def take(self) -> OutputDelta | None:
         """The oldest piece, or None."""
         if not self._pieces:
             return None
@@ -137,9 +137,9 @@ class PieceBuffer:
         return piece
 
 
-def _joined(first: Piece, second: Piece) -> Piece:
+def _joined(first: OutputDelta, second: OutputDelta) -> OutputDelta:
     assert first.first_index + len(first.token_ids) == second.first_index
-    return Piece(
+    return OutputDelta(
         first.choice,
         first.first_index,
         first.token_ids + second.token_ids,

@@ -24,7 +24,7 @@ from ..routing.views import RETRY_AFTER_S
 from ..workers.members import Identity, MemberHandlers, Members
 from .admission import AdmissionLimits
 from .lifecycle import Lifecycle
-from .pieces import Piece
+from .pieces import OutputDelta
 from .run import RequestState, Timer
 from .surroundings import LifeLimits, Order
 
@@ -138,7 +138,7 @@ class PieceStream:
         self._news = asyncio.Event()
         run.on_news = self._news.set
 
-    async def next_piece(self) -> Piece | None:
+    async def next_piece(self) -> OutputDelta | None:
         """The next piece; None after the last one.
 
         Raises:

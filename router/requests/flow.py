@@ -27,7 +27,7 @@ from .dispatch import Dispatcher, PieceStream
 from .explain import explain_run
 from .history import RequestHistory
 from .life import life_of
-from .pieces import Piece
+from .pieces import OutputDelta
 from .run import RequestState
 
 
@@ -100,7 +100,7 @@ class Flow:
 
     # ------------------------------------------------------------------ the faces
 
-    async def generate(self, request: Request, timeline: Timeline) -> AsyncGenerator[Piece, None]:
+    async def generate(self, request: Request, timeline: Timeline) -> AsyncGenerator[OutputDelta, None]:
         """RequestState a request; the stream of its pieces, gapless per choice, `usage` with the very last one.
 
         `timeline` must hold ARRIVED on this flow's clock (`self.clock`); the deadline counts from there. Admission,

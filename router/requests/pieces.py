@@ -9,7 +9,7 @@ from ...protos import common_pb2
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
+class TokenUsage:
     """Tokens as they are billed. `cached_tokens` of the prompt were in a worker's cache already."""
 
     prompt_tokens: int
@@ -18,7 +18,7 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class OutputDelta:
     """New tokens of one choice, or its end, or both. `first_index` makes the stream checkably gapless."""
 
     choice: int
@@ -26,7 +26,7 @@ class Piece:
     token_ids: tuple[int, ...]
     text: str
     finish_reason: FinishReason | None = None
-    usage: Usage | None = None  # with the last piece of the last choice: of the whole request
+    usage: TokenUsage | None = None  # with the last piece of the last choice: of the whole request
     logprobs: tuple[TokenLogprobs, ...] = ()  # of each of `token_ids`, where asked for
     # Of the prompt from its second token on; once, with choice 0. As they came: there may be hundreds of thousands, and
     # who needs them otherwise makes them so off the event loop.

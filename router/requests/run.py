@@ -22,7 +22,7 @@ from ..routing.facts import ModelFacts, WorkerKey
 from ..routing.policy import RequestFacts, RoutingDecision
 from ..workers.wire import transfer_of
 from .delivery import Delivery, PieceBuffer, Verdict
-from .pieces import Piece, Usage
+from .pieces import OutputDelta, TokenUsage
 
 
 class Stage(Enum):
@@ -114,10 +114,10 @@ class RequestState:
         self.delivery.recall()
 
     @property
-    def usage(self) -> Usage:
+    def usage(self) -> TokenUsage:
         """As billed: the prompt once, every delivered token; cached is what no choice had to compute."""
         cached = min(self._cached.values(), default=0)
-        return Usage(len(self.request.prompt_ids), self.delivery.completion_tokens, cached)
+        return TokenUsage(len(self.request.prompt_ids), self.delivery.completion_tokens, cached)
 
     @property
     def finish_reasons(self) -> tuple[FinishReason, ...]:
@@ -143,7 +143,7 @@ class RequestState:
         verdict = self.delivery.tokens(output.choice, epoch_from_wire(output.epoch), output.first_index, count)
         if verdict is Verdict.TAKE:
             self._note_pace(output.choice, count, now_s)
-            piece = Piece(
+            piece = OutputDelta(
                 output.choice,
                 output.first_index,
                 tuple(output.token_ids),
@@ -175,7 +175,7 @@ class RequestState:
         self._note_report(end)
         first_index = self.delivery.tokens_of(end.choice)
         usage = None if self.delivery.unfinished else self.usage
-        last = Piece(end.choice, first_index, (), end.tail_text, reason, usage, num_shown=end.shown_tokens)
+        last = OutputDelta(end.choice, first_index, (), end.tail_text, reason, usage, num_shown=end.shown_tokens)
         self._put(last, now_s)
         return verdict
 
@@ -200,7 +200,7 @@ class RequestState:
 
     # ------------------------------------------------------------------ what the client fetches
 
-    def _put(self, piece: Piece, now_s: float) -> None:
+    def _put(self, piece: OutputDelta, now_s: float) -> None:
         self._buffer.put(piece, now_s)
 
     def fail(self, error: TwostrokeError) -> None:
@@ -213,7 +213,7 @@ class RequestState:
         since_s = self._buffer.full_since_s
         return since_s is not None and now_s - since_s > patience_s
 
-    def take_piece(self) -> Piece | None:
+    def take_piece(self) -> OutputDelta | None:
         """The next piece for the client; None: nothing is there now."""
         return self._buffer.take()
 

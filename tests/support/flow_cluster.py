@@ -12,7 +12,7 @@ from twostroke.core.request import Request, SamplingParams
 from twostroke.core.timeline import Timeline
 from twostroke.router.config import RouterConfig
 from twostroke.router.requests.flow import Flow
-from twostroke.router.requests.pieces import Piece
+from twostroke.router.requests.pieces import OutputDelta
 
 KEY = b"cluster key of the tests"
 PROMPT = tuple(range(100))
@@ -65,16 +65,16 @@ def request(name: str = "r1", **fields: object) -> Request:
     return Request(request_id=name, model=MODEL, sampling=sampling, **values)  # type: ignore[arg-type]
 
 
-async def collect(flow: Flow, asked: Request) -> list[Piece]:
+async def collect(flow: Flow, asked: Request) -> list[OutputDelta]:
     return [piece async for piece in flow.generate(asked, Timeline())]
 
 
-async def collect_into(got: list[Piece], stream: AsyncIterator[Piece]) -> None:
+async def collect_into(got: list[OutputDelta], stream: AsyncIterator[OutputDelta]) -> None:
     async for piece in stream:
         got.append(piece)
 
 
-def tokens_of(pieces: list[Piece], choice: int = 0) -> list[int]:
+def tokens_of(pieces: list[OutputDelta], choice: int = 0) -> list[int]:
     tokens: list[int] = []
     for piece in pieces:
         if piece.choice == choice:

@@ -12,7 +12,7 @@ from ....core.errors import RequestNotFound
 from ....core.request import FinishReason, Request
 from ....kv.messages import logprobs_to_wire
 from ....protos import common_pb2, inference_pb2, inference_pb2_grpc
-from ...requests.pieces import Piece, Usage
+from ...requests.pieces import OutputDelta, TokenUsage
 from ..call import Call
 from ..frontend import Frontend, Started
 from .call_wire import Reader, Said, chat_call, generate_call, tokenize_call
@@ -112,7 +112,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         del message  # as long as the client liked; the request runs for as long as it likes
         request = started.request
         choices = [inference_pb2.Choice(index=index) for index in range(request.num_choices)]
-        usage: Usage | None = None
+        usage: TokenUsage | None = None
         prompt_logprobs: list[common_pb2.TokenLogprobs] = []
         async with contextlib.aclosing(started.pieces()) as pieces:
             await _tell_ignored(request, context)
@@ -146,7 +146,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 # ------------------------------------------------------------------ words
 
 
-def _chunk(piece: Piece, request_id: str, model: str) -> inference_pb2.GenerateChunk:
+def _chunk(piece: OutputDelta, request_id: str, model: str) -> inference_pb2.GenerateChunk:
     return inference_pb2.GenerateChunk(
         request_id=request_id,
         model=model,
@@ -160,10 +160,10 @@ def _chunk(piece: Piece, request_id: str, model: str) -> inference_pb2.GenerateC
     )
 
 
-def _usage(usage: Usage | None) -> common_pb2.Usage | None:
+def _usage(usage: TokenUsage | None) -> common_pb2.TokenUsage | None:
     if usage is None:
         return None
-    return common_pb2.Usage(
+    return common_pb2.TokenUsage(
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
         cached_tokens=usage.cached_tokens,

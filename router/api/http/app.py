@@ -23,7 +23,7 @@ from .... import __version__
 from ....core.errors import InternalError, RequestNotFound, TwostrokeError, Unavailable
 from ...api import openai_requests as openai
 from ...config import RouterConfig
-from ...requests.pieces import Piece
+from ...requests.pieces import OutputDelta
 from ..call import Call
 from ..echo import Echo, echo_of
 from ..fields import Body, ChatBody, CompletionBody
@@ -224,7 +224,7 @@ async def _whole(started: Started, answer: Answer) -> dict[str, Any] | bytes:
 
 async def _events(started: Started, answer: Answer, with_usage: bool) -> AsyncGenerator[bytes, None]:
     """Server-sent events of a stream; an error within it becomes its last event."""
-    pieces: AsyncGenerator[Piece, None] = started.pieces()
+    pieces: AsyncGenerator[OutputDelta, None] = started.pieces()
     try:
         async for piece in pieces:
             if piece.prompt_scores:
@@ -244,7 +244,7 @@ async def _events(started: Started, answer: Answer, with_usage: bool) -> AsyncGe
         await pieces.aclose()
 
 
-def _scored_chunk(answer: Answer, piece: Piece) -> bytes:
+def _scored_chunk(answer: Answer, piece: OutputDelta) -> bytes:
     return to_json_in_parts(answer.chunk(piece))
 
 

@@ -8,7 +8,7 @@ import pytest
 from twostroke.core.errors import InternalError, Overloaded, WorkerLost
 from twostroke.core.request import FinishReason
 from twostroke.router.api.batch import MAX_NAMES, Lists, explain_list, merged, streams_at_once
-from twostroke.router.requests.pieces import Piece, Usage
+from twostroke.router.requests.pieces import OutputDelta, TokenUsage
 
 
 class Source:
@@ -21,20 +21,20 @@ class Source:
         self._num_pieces = num_pieces
         self._error = error
 
-    async def pieces(self) -> AsyncGenerator[Piece, None]:
+    async def pieces(self) -> AsyncGenerator[OutputDelta, None]:
         try:
             for index in range(self._num_pieces):
                 self.num_taken += 1
-                yield Piece(index % 2, index // 2, (index,), f"{index} ")
+                yield OutputDelta(index % 2, index // 2, (index,), f"{index} ")
             await self.may_end.wait()
             if self._error is not None:
                 raise self._error
-            yield Piece(1, self._num_pieces, (), "", FinishReason.STOP, Usage(3, self._num_pieces, 1))
+            yield OutputDelta(1, self._num_pieces, (), "", FinishReason.STOP, TokenUsage(3, self._num_pieces, 1))
         finally:
             self.was_closed = True
 
 
-def stream_of(*sources: Source) -> AsyncGenerator[Piece, None]:
+def stream_of(*sources: Source) -> AsyncGenerator[OutputDelta, None]:
     return merged([source.pieces for source in sources], 2, at_once=len(sources), patience_s=0)
 
 
@@ -48,7 +48,7 @@ async def test_choices_are_numbered_through_and_usage_is_summed_once():
         texts[piece.choice] += piece.text
     assert texts == ["0 2 ", "1 3 ", "0 ", "1 ", "0 2 4 ", "1 3 5 "]
     assert [piece.usage for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
-    assert pieces[-1].usage == Usage(9, 12, 3)
+    assert pieces[-1].usage == TokenUsage(9, 12, 3)
     assert [source.was_closed for source in sources] == [True] * 3
 
 
@@ -61,7 +61,7 @@ async def test_usage_comes_last_whichever_prompt_ends_first(first: int):
     assert [piece.finish_reason for piece in early].count(FinishReason.STOP) == 1
     assert all(piece.usage is None for piece in early)
     sources[1 - first].may_end.set()
-    assert [piece.usage async for piece in stream] == [Usage(6, 4, 2)]
+    assert [piece.usage async for piece in stream] == [TokenUsage(6, 4, 2)]
 
 
 @pytest.mark.parametrize("error", [WorkerLost("gone", retry_after_s=1.0), Overloaded("full", retry_after_s=1.0)])
@@ -129,7 +129,7 @@ async def test_only_so_many_prompts_run_at_once():
         source.may_end.set()
     rest = [piece async for piece in stream]
     assert len(rest) == 14
-    assert rest[-1].usage == Usage(15, 10, 5)
+    assert rest[-1].usage == TokenUsage(15, 10, 5)
 
 
 async def test_a_prompt_in_turn_waits_for_room_and_one_of_the_first_does_not():
@@ -137,7 +137,7 @@ async def test_a_prompt_in_turn_waits_for_room_and_one_of_the_first_does_not():
     waiting = Source(2)
     waiting.may_end.set()
 
-    def start() -> AsyncGenerator[Piece, None]:
+    def start() -> AsyncGenerator[OutputDelta, None]:
         error = next(refusals, None)
         refused = Source(0, error)
         refused.may_end.set()
@@ -146,7 +146,7 @@ async def test_a_prompt_in_turn_waits_for_room_and_one_of_the_first_does_not():
     first = Source(1)
     first.may_end.set()
     pieces = [piece async for piece in merged([first.pieces, start], 2, at_once=1, patience_s=5)]
-    assert pieces[-1].usage == Usage(6, 3, 2)
+    assert pieces[-1].usage == TokenUsage(6, 3, 2)
     refusals = iter([Overloaded("full", retry_after_s=0.001)])
     with pytest.raises(Overloaded):
         [piece async for piece in merged([start], 2, at_once=1, patience_s=5)]
@@ -160,8 +160,8 @@ def test_long_prompts_and_many_choices_run_fewer_at_once():
 
 
 async def test_a_stream_that_ends_without_its_last_piece_is_an_error_and_no_wait():
-    async def cut_short() -> AsyncGenerator[Piece, None]:
-        yield Piece(0, 0, (1,), "a")
+    async def cut_short() -> AsyncGenerator[OutputDelta, None]:
+        yield OutputDelta(0, 0, (1,), "a")
 
     async with asyncio.timeout(5):
         with pytest.raises(InternalError):

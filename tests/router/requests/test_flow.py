@@ -26,7 +26,7 @@ from twostroke.core.request import FinishReason, Request, Role, SamplingParams
 from twostroke.core.timeline import Timeline
 from twostroke.kv.block import IdentityRoot, chain
 from twostroke.protos import common_pb2
-from twostroke.router.requests.pieces import Piece
+from twostroke.router.requests.pieces import OutputDelta
 
 
 async def test_streams_a_request_and_explains_it() -> None:
@@ -94,7 +94,7 @@ async def test_skipped_tokens_end_the_request_and_never_reach_the_client() -> No
         worker = FakeWorker("w")
         worker.behaviour.skip_index = 2
         await c.add(worker)
-        got: list[Piece] = []
+        got: list[OutputDelta] = []
         with pytest.raises(errors.TokensLost):
             await collect_into(got, c.flow.generate(request(), Timeline()))
         assert tokens_of(got) == expected(2)

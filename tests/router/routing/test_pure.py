@@ -14,7 +14,7 @@ from twostroke.protos import common_pb2
 from twostroke.router.requests.admission import Admission, AdmissionLimits, Offer
 from twostroke.router.requests.delivery import Delivery, PieceBuffer, Verdict
 from twostroke.router.requests.history import RequestHistory
-from twostroke.router.requests.pieces import Piece
+from twostroke.router.requests.pieces import OutputDelta
 from twostroke.router.routing.coefficients import Coefficients
 from twostroke.router.routing.facts import ModelFacts, WorkerFacts, WorkerKey
 from twostroke.router.routing.fleet import Fleet
@@ -81,7 +81,7 @@ def test_a_full_buffer_merges_each_choice_with_itself_and_loses_nothing(acts, ro
         if put:
             first = len(sent[choice])
             ids = tuple(range(first, first + count))
-            buffer.put(Piece(choice, first, ids, "xy"[choice] * count), now_s=1.0)
+            buffer.put(OutputDelta(choice, first, ids, "xy"[choice] * count), now_s=1.0)
             sent[choice].extend(ids)
             assert len(buffer) <= room + 1  # a choice of which nothing waits has a piece beyond
         else:
@@ -215,8 +215,8 @@ def test_merged_pieces_keep_every_logprob_and_the_latest_count_of_shown_tokens()
     one, two = (TokenLogprobs(i, -1.0, 1, ()) for i in (1, 2))
     scored = common_pb2.TokenLogprobs(token_id=2)
     buffer = PieceBuffer(1)
-    buffer.put(Piece(0, 0, (1,), "a", logprobs=(one,), prompt_scores=(scored,), num_shown=1), now_s=0.0)
-    buffer.put(Piece(0, 1, (2,), "b", logprobs=(two,), num_shown=2), now_s=0.0)
+    buffer.put(OutputDelta(0, 0, (1,), "a", logprobs=(one,), prompt_scores=(scored,), num_shown=1), now_s=0.0)
+    buffer.put(OutputDelta(0, 1, (2,), "b", logprobs=(two,), num_shown=2), now_s=0.0)
     merged = buffer.take()
     assert merged is not None
     assert (merged.token_ids, merged.logprobs, merged.prompt_scores, merged.num_shown) == (
