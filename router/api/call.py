@@ -10,7 +10,7 @@ UNTIL_FULL = 2**31 - 1  # as the usual max_tokens: whatever the context leaves
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class GenerateCall:
     """Fields by their OpenAI names. None: the client said nothing."""
 
     model: str | None = None

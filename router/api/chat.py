@@ -11,7 +11,7 @@ from ...core.errors import InvalidRequest, UnsupportedParameter
 from ...text.templates.conversation import Placed, adapt
 from ...text.templates.template import ChatTemplate, Rendered
 from ...text.templates.traits import TemplateTraits
-from .call import Call
+from .call import GenerateCall
 from .checks import deeper_than, short, text_of
 from .ignored import Ignored
 from .messages import check_messages
@@ -36,7 +36,7 @@ class Wishes:
     options: dict[str, Any]
 
 
-def chat_prompt(call: Call, model: ServedModel, ignored: Ignored) -> str:
+def chat_prompt(call: GenerateCall, model: ServedModel, ignored: Ignored) -> str:
     """The text of the prompt, special tokens written out; what has no effect on it is added to `ignored`.
 
     Raises:
@@ -87,7 +87,7 @@ def _tell_unread(
 # ---------------------------------------------------------------- what goes to the template beside messages
 
 
-def _wishes(call: Call, template: ChatTemplate, ignored: Ignored) -> Wishes:
+def _wishes(call: GenerateCall, template: ChatTemplate, ignored: Ignored) -> Wishes:
     continues = _flag("continue_final_message", call.continue_final_message, False)
     if continues and call.add_generation_prompt:
         raise InvalidRequest(
@@ -125,7 +125,7 @@ def _documents(documents: Any, template: ChatTemplate) -> Sequence[Mapping[str, 
     return documents
 
 
-def _options(call: Call, template: ChatTemplate, ignored: Ignored) -> dict[str, Any]:
+def _options(call: GenerateCall, template: ChatTemplate, ignored: Ignored) -> dict[str, Any]:
     """`chat_template_kwargs`, with `reasoning_effort` among them."""
     given = call.chat_template_kwargs
     if given is None:

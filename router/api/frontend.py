@@ -14,7 +14,7 @@ from ..config import RouterConfig
 from ..requests.flow import Flow
 from ..requests.pieces import OutputDelta
 from .batch import Lists, Start, explain_list, merged, name_of, streams_at_once
-from .call import Call
+from .call import GenerateCall
 from .http.reading import room_of
 from .models import ModelDirectory, ServedModel
 from .text_work import TextWork
@@ -81,7 +81,7 @@ class Frontend:
         names = [request_id, *self._lists.requests(domain, request_id)]
         return any([await self.flow.abort(domain, name) for name in names])
 
-    async def admit(self, call: Call) -> tuple[Request, ServedModel]:
+    async def admit(self, call: GenerateCall) -> tuple[Request, ServedModel]:
         """Validate and tokenise a call.
 
         Raises:
@@ -92,7 +92,7 @@ class Frontend:
         (request,), model = await self._admit([call])
         return request, model
 
-    async def _admit(self, calls: Sequence[Call]) -> tuple[tuple[Request, ...], ServedModel]:
+    async def _admit(self, calls: Sequence[GenerateCall]) -> tuple[tuple[Request, ...], ServedModel]:
         self.authenticate(calls[0].api_key)  # before anything is told about models
         if self._num_reading + len(calls) > self._max_reading:
             raise Overloaded(f"{self._num_reading} requests are being read, the most that are", retry_after_s=1.0)
@@ -109,7 +109,7 @@ class Frontend:
     def _have_read(self, num_calls: int) -> None:
         self._num_reading -= num_calls
 
-    async def start(self, call: Call, admitted: Callable[[], None] | None = None) -> Started:
+    async def start(self, call: GenerateCall, admitted: Callable[[], None] | None = None) -> Started:
         """Admit a call and run it up to its first piece. `admitted` is called when nothing of `call` is read any more.
 
         Raises:
@@ -117,7 +117,7 @@ class Frontend:
         """
         return await self._start([call], admitted=admitted)
 
-    async def start_list(self, name: str, calls: Sequence[Call]) -> Started:
+    async def start_list(self, name: str, calls: Sequence[GenerateCall]) -> Started:
         """Admit the calls of a list of prompts, which differ in nothing else, and run them up to the first piece.
 
         A list of one is a request of that name.
@@ -131,7 +131,7 @@ class Frontend:
         return await self._start(named, name)
 
     async def _start(
-        self, calls: Sequence[Call], name: str | None = None, admitted: Callable[[], None] | None = None
+        self, calls: Sequence[GenerateCall], name: str | None = None, admitted: Callable[[], None] | None = None
     ) -> Started:
         arrived_s = self.flow.clock.now_s()
         requests, model = await self._admit(calls)
@@ -183,7 +183,7 @@ def _begun(arrived_s: float) -> Timeline:
     return timeline
 
 
-def _validate(calls: Sequence[Call], model: ServedModel, limits: Limits) -> tuple[Request, ...]:
+def _validate(calls: Sequence[GenerateCall], model: ServedModel, limits: Limits) -> tuple[Request, ...]:
     """All calls as requests, or the first one's error, which says which prompt it is about."""
     requests = []
     for place, call in enumerate(calls):

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from ...core.errors import ContextLengthExceeded, InvalidRequest, UnsupportedParameter
-from .call import UNTIL_FULL, Call
+from .call import UNTIL_FULL, GenerateCall
 from .checks import short
 from .fields import (
     ACCEPTED,
@@ -133,14 +133,14 @@ def refuse_endless(body: CompletionBody, longest: int | None) -> None:
         )
 
 
-def chat_call(body: ChatBody, api_key: str | None) -> Call:
+def chat_call(body: ChatBody, api_key: str | None) -> GenerateCall:
     """The call that a chat body means."""
     if body.top_logprobs and not body.logprobs:
         raise InvalidRequest(
             f"top_logprobs is {body.top_logprobs} without logprobs; set logprobs to true", param="top_logprobs"
         )
     top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return Call(
+    return GenerateCall(
         messages=body.messages,
         chat_template_kwargs=body.chat_template_kwargs,
         add_generation_prompt=body.add_generation_prompt,
@@ -152,7 +152,7 @@ def chat_call(body: ChatBody, api_key: str | None) -> Call:
     )
 
 
-def completion_calls(body: CompletionBody, api_key: str | None, max_prompts: int) -> list[Call]:
+def completion_calls(body: CompletionBody, api_key: str | None, max_prompts: int) -> list[GenerateCall]:
     """The calls that a completion body means: one for each of its prompts."""
     common = _common(body, USUAL_COMPLETION_TOKENS, api_key)
     if body.echo and body.logprobs is not None:
@@ -161,7 +161,7 @@ def completion_calls(body: CompletionBody, api_key: str | None, max_prompts: int
         common["prompt_logprobs"] = max(body.logprobs, body.prompt_logprobs or 0)
     if is_scored_only(body):
         common["max_tokens"] = 1  # the workers' least; answers.py keeps it to itself
-    return [Call(prompt=prompt, logprobs=body.logprobs, **common) for prompt in prompts_of(body, max_prompts)]
+    return [GenerateCall(prompt=prompt, logprobs=body.logprobs, **common) for prompt in prompts_of(body, max_prompts)]
 
 
 def is_scored_only(body: Body) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...core.errors import ContextLengthExceeded, InvalidRequest
 from ...core.request import SamplingParams
-from .call import UNTIL_FULL, Call
+from .call import UNTIL_FULL, GenerateCall
 from .checks import integer, number, short, text_of
 from .defaults import (
     LEAST_REPETITION_PENALTY,
@@ -33,7 +33,7 @@ MAX_PROMPT_SCORES = 1 << 18  # prompt tokens times what is said of each: they tr
 
 
 def sampling_of(
-    call: Call, model: ServedModel, prompt_ids: Sequence[int], default_max_tokens: int | None
+    call: GenerateCall, model: ServedModel, prompt_ids: Sequence[int], default_max_tokens: int | None
 ) -> SamplingParams:
     """The parameters of a call whose prompt is known; what it leaves out is the checkpoint's default, or neutral.
 
@@ -66,7 +66,7 @@ def sampling_of(
     )
 
 
-def _max_tokens(call: Call, model: ServedModel, num_prompt: int, default: int | None) -> int:
+def _max_tokens(call: GenerateCall, model: ServedModel, num_prompt: int, default: int | None) -> int:
     """As asked for; else what the face, the operator or the checkpoint says, the first that does; else all there is."""
     room = model.max_model_len - num_prompt
     max_tokens = call.max_tokens
@@ -88,11 +88,11 @@ def _max_tokens(call: Call, model: ServedModel, num_prompt: int, default: int | 
     return max_tokens
 
 
-def _usual(call: Call, model: ServedModel, default: int | None) -> int | None:
+def _usual(call: GenerateCall, model: ServedModel, default: int | None) -> int | None:
     return call.usual_max_tokens or default or model.defaults.max_tokens
 
 
-def is_bounded(call: Call, model: ServedModel, default_max_tokens: int | None) -> bool:
+def is_bounded(call: GenerateCall, model: ServedModel, default_max_tokens: int | None) -> bool:
     """Whether anybody said how long an answer may be."""
     return call.max_tokens is not None or (_usual(call, model, default_max_tokens) or UNTIL_FULL) < UNTIL_FULL
 
@@ -186,7 +186,7 @@ def _stop_ids(ids: Sequence[int], model: ServedModel) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _logprobs(call: Call) -> int | None:
+def _logprobs(call: GenerateCall) -> int | None:
     if call.top_logprobs is not None:
         return integer("top_logprobs", call.top_logprobs, 0, 0, MAX_LOGPROBS)
     return None if call.logprobs is None else integer("logprobs", call.logprobs, 0, 0, MAX_LOGPROBS)

@@ -1,4 +1,4 @@
-"""The one validator: a `Call` from either face becomes a `Request`, or a typed error that names field and remedy.
+"""The one validator: a `GenerateCall` from either face becomes a `Request`, or a typed error that names field and remedy.
 
 Nothing a client sends reaches a worker unchecked; what is refused here costs a worker nothing.
 """
@@ -16,7 +16,7 @@ from ...core.errors import ContextLengthExceeded, InvalidRequest, Unauthenticate
 from ...core.request import Request
 from ...text.tokenizer import TooManyTokens
 from ..config import RouterConfig
-from .call import Call
+from .call import GenerateCall
 from .chat import chat_prompt
 from .checks import integer, short, text_of
 from .ignored import Ignored
@@ -59,7 +59,7 @@ def authenticate(api_key: str | None, limits: Limits) -> str:
     raise Unauthenticated("the API key is missing or unknown; send 'Authorization: Bearer KEY'")
 
 
-def validate(call: Call, model: ServedModel, limits: Limits) -> Request:
+def validate(call: GenerateCall, model: ServedModel, limits: Limits) -> Request:
     """Check every field, template and tokenise. Runs in a thread: it may take milliseconds.
 
     Raises:
@@ -88,12 +88,12 @@ def validate(call: Call, model: ServedModel, limits: Limits) -> Request:
     )
 
 
-def timeout_of(call: Call, limits: Limits) -> float:
+def timeout_of(call: GenerateCall, limits: Limits) -> float:
     """How long a request may live: as its client says, and no longer than the router allows."""
     return min(call.timeout_s or limits.request_timeout_s, limits.request_timeout_s)
 
 
-def num_chars_of(call: Call) -> int:
+def num_chars_of(call: GenerateCall) -> int:
     """About as many characters as are rendered and tokenised for a call, its ids left out."""
     if isinstance(call.prompt, str):
         return len(call.prompt)
@@ -130,7 +130,7 @@ def is_request_id(text: str) -> bool:
     return _REQUEST_ID.fullmatch(text) is not None
 
 
-def _request_id(call: Call) -> str:
+def _request_id(call: GenerateCall) -> str:
     if not call.request_id:
         return new_request_id(call.messages is not None)
     if not is_request_id(call.request_id):
@@ -141,7 +141,7 @@ def _request_id(call: Call) -> str:
     return call.request_id
 
 
-def _prompt_ids(call: Call, model: ServedModel, ignored: Ignored) -> tuple[int, ...]:
+def _prompt_ids(call: GenerateCall, model: ServedModel, ignored: Ignored) -> tuple[int, ...]:
     if (call.prompt is None) == (call.messages is None):
         raise InvalidRequest("give exactly one of prompt and messages", param="prompt")
     if call.prompt is not None and len(call.prompt) == 0:

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from ....core.errors import ContextLengthExceeded, DeadlineExceeded, InvalidRequest
 from ....protos import inference_pb2
-from ..call import Call
+from ..call import GenerateCall
 from ..models import ModelDirectory
 from .chat_wire import chat_messages, template_options
 
@@ -29,10 +29,10 @@ class Said:
     models: ModelDirectory
 
 
-Reader: TypeAlias = Callable[[Said], Call]
+Reader: TypeAlias = Callable[[Said], GenerateCall]
 
 
-def generate_call(said: Said) -> Call:
+def generate_call(said: Said) -> GenerateCall:
     """A completion.
 
     Raises:
@@ -46,22 +46,22 @@ def generate_call(said: Said) -> Call:
     if which is None:
         raise InvalidRequest("prompt is missing; give text or token_ids", param="prompt")
     prompt = message.text if which == "text" else _token_ids(said)
-    return Call(prompt=prompt, usual_max_tokens=_USUAL_COMPLETION, **_common(said))
+    return GenerateCall(prompt=prompt, usual_max_tokens=_USUAL_COMPLETION, **_common(said))
 
 
-def chat_call(said: Said) -> Call:
+def chat_call(said: Said) -> GenerateCall:
     """A chat. Raises as `generate_call` does."""
     message: inference_pb2.ChatRequest = said.message
-    return Call(messages=chat_messages(message.messages), **template_options(message.options), **_common(said))
+    return GenerateCall(messages=chat_messages(message.messages), **template_options(message.options), **_common(said))
 
 
-def tokenize_call(said: Said) -> Call:
+def tokenize_call(said: Said) -> GenerateCall:
     """What is to be tokenised, as a request for one token. Raises as `generate_call` does."""
     message: inference_pb2.TokenizeRequest = said.message
     which = message.WhichOneof("input")
     if which is None:
         raise InvalidRequest("input is missing; give text or chat", param="input")
-    return Call(
+    return GenerateCall(
         model=message.model or None,
         prompt=message.text if which == "text" else None,
         messages=chat_messages(message.chat.messages) if which == "chat" else None,

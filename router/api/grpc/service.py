@@ -13,7 +13,7 @@ from ....core.request import FinishReason, Request
 from ....kv.messages import logprobs_to_wire
 from ....protos import common_pb2, inference_pb2, inference_pb2_grpc
 from ...requests.pieces import OutputDelta, TokenUsage
-from ..call import Call
+from ..call import GenerateCall
 from ..frontend import Frontend, Started
 from .call_wire import Reader, Said, chat_call, generate_call, tokenize_call
 from .guard import api_key
@@ -97,11 +97,11 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     def _tenant(self, context: Context) -> str:
         return self._front.authenticate(api_key(context.invocation_metadata()))
 
-    async def _read(self, read: Reader, message: Any, context: Context) -> Call:
+    async def _read(self, read: Reader, message: Any, context: Context) -> GenerateCall:
         """The message as a call: long ones off the event loop."""
         key, left_s = api_key(context.invocation_metadata()), context.time_remaining()
         said = Said(message, key, left_s, self._front.models)
-        call: Call = await context.bench.run(message.ByteSize(), partial(read, said))
+        call: GenerateCall = await context.bench.run(message.ByteSize(), partial(read, said))
         return call
 
     async def _start(self, read: Reader, message: Any, context: Context) -> Started:

@@ -24,7 +24,7 @@ from ....core.errors import InternalError, RequestNotFound, TwostrokeError, Unav
 from ...api import openai_requests as openai
 from ...config import RouterConfig
 from ...requests.pieces import OutputDelta
-from ..call import Call
+from ..call import GenerateCall
 from ..echo import Echo, echo_of
 from ..fields import Body, ChatBody, CompletionBody
 from ..frontend import Frontend, Started
@@ -99,7 +99,7 @@ class _Face:
         http.state.ignored += names
         self._front.flow.metrics.ignored_fields.inc(len(names))
 
-    async def _run(self, http: HttpRequest, calls: list[Call], kind: str, body: Body) -> Response:
+    async def _run(self, http: HttpRequest, calls: list[GenerateCall], kind: str, body: Body) -> Response:
         name = body.request_id or new_request_id(kind.startswith("chat"))
         if is_request_id(name):
             http.state.request_id = name  # on errors too: `explain` knows it

@@ -13,7 +13,7 @@ from support.template_styles import SPECIAL, STYLES
 from tokenizers import models
 
 from twostroke.core.errors import InvalidRequest, UnsupportedParameter
-from twostroke.router.api.call import Call
+from twostroke.router.api.call import GenerateCall
 from twostroke.router.api.chat import MAX_KWARGS, chat_prompt
 from twostroke.router.api.ignored import Ignored
 from twostroke.router.api.models import ServedModel
@@ -33,7 +33,7 @@ def prompt(template: ChatTemplate | str, messages: list[Any], **more: Any) -> tu
     """The prompt, and the names of what has no effect on it."""
     found, ignored = TEMPLATES[template] if isinstance(template, str) else template, Ignored()
     model = ServedModel("m", 64, 2, TOKENIZER, found, None)  # type: ignore[arg-type]  # no texts of tokens needed
-    return chat_prompt(Call(messages=messages, **more), model, ignored), ignored.names()
+    return chat_prompt(GenerateCall(messages=messages, **more), model, ignored), ignored.names()
 
 
 def refusal(template: ChatTemplate | str, messages: list[Any], **more: Any) -> InvalidRequest:

@@ -10,7 +10,7 @@ from support.flow_cluster import cluster, collect, request, until
 
 from twostroke.core import errors
 from twostroke.router.api import frontend as front_module
-from twostroke.router.api.call import Call
+from twostroke.router.api.call import GenerateCall
 from twostroke.router.api.frontend import Frontend
 from twostroke.router.config import RouterConfig
 
@@ -39,7 +39,7 @@ async def test_a_name_is_a_list_and_a_request_and_stays_that_whatever_is_refused
             return None
 
         monkeypatch.setattr(front.models, "get", model)
-        calls = [Call(model=MODEL, prompt="x", api_key="key-0")] * 3
+        calls = [GenerateCall(model=MODEL, prompt="x", api_key="key-0")] * 3
         listed = await front.start_list("L", calls)
         with pytest.raises(errors.InvalidRequest, match="L-0"):  # its requests' names are in use
             await front.start_list("L", calls[:2])
@@ -68,16 +68,16 @@ async def test_calls_beyond_the_bound_are_refused_before_they_are_tokenised(monk
             return None
 
         monkeypatch.setattr(front.models, "get", model)
-        reading = [asyncio.create_task(front.admit(Call(model=MODEL, prompt="x"))) for _ in range(2)]
+        reading = [asyncio.create_task(front.admit(GenerateCall(model=MODEL, prompt="x"))) for _ in range(2)]
         await asyncio.sleep(0.05)
         with pytest.raises(errors.Overloaded) as caught:
-            await front.admit(Call(model=MODEL, prompt="x"))
+            await front.admit(GenerateCall(model=MODEL, prompt="x"))
         assert caught.value.retry_after_s
         hold.set()
         for outcome in await asyncio.gather(*reading, return_exceptions=True):
             assert isinstance(outcome, errors.InvalidRequest)
         with pytest.raises(errors.InvalidRequest):  # and there is room again
-            await front.admit(Call(model=MODEL, prompt="x"))
+            await front.admit(GenerateCall(model=MODEL, prompt="x"))
 
 
 @pytest.mark.parametrize("code", ["overloaded", "unavailable", "worker_lost"])
