@@ -18,7 +18,18 @@ from ..engine.link.client import EngineClient
 from ..engine.link.messages import WriteKv
 from ..kv.handover.carrier import Carrier, Check, CheckLine, StreamHost
 from ..kv.handover.frames import Frame, WireError, decode_envelope, encode_message, verify_frame
-from ..kv.handover.machine import Action, AskBind, Close, Complete, End, GotFirstToken, Lost, Send, Timing, Write
+from ..kv.handover.machine import (
+    Action,
+    AskBind,
+    Close,
+    Complete,
+    GotFirstToken,
+    HandoverEnd,
+    Lost,
+    Send,
+    Timing,
+    Write,
+)
 from ..kv.handover.receiver import FrameArrived, Receiver
 from ..kv.messages import adopt_instants
 from ..kv.spec import HASH_BLOCK_TOKENS, KvSpec
@@ -190,5 +201,5 @@ class KvPull:
                 raise AssertionError(action)
 
 
-REFUSALS = (End.FAILED, End.CLOSED, End.SILENT, End.PROTOCOL, End.CORRUPTED)
+REFUSALS = (HandoverEnd.FAILED, HandoverEnd.CLOSED, HandoverEnd.SILENT, HandoverEnd.PROTOCOL, HandoverEnd.CORRUPTED)
 """Ends of a hand-over that another peer, or we ourselves, may make good. The others are the request's own end."""

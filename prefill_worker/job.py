@@ -25,7 +25,7 @@ from ..kv.handover.machine import (
     EngineBound,
     EngineNotYet,
     Read,
-    Release,
+    ReleaseBlocks,
     Send,
     SendFrame,
     Timing,
@@ -203,8 +203,8 @@ class PrefillTask:
                 send(link.PeerBound(self.key))
             case EngineNotYet():
                 send(link.PeerNotYet(self.key))
-            case Release():
-                send(link.Release(self.key))
+            case ReleaseBlocks():
+                send(link.ReleaseBlocks(self.key))
             case Abort(reason):
                 self._tools.counters[f"handover_aborted_{reason.value}"] += 1
                 if not self._has_ended:

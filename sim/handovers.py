@@ -12,10 +12,10 @@ from ..core.request import Epoch
 from ..kv.handover.carrier import Check, Hear
 from ..kv.handover.frames import encode_message
 from ..kv.handover.machine import Abort, Action, Label, Lost, Read, Send, SendFrame, Write
-from ..kv.handover.machine import End as Ending
+from ..kv.handover.machine import HandoverEnd as Ending
 from ..protos import handover_pb2
 from .invariants import Violation
-from .network import End
+from .network import HandoverEnd
 from .world import Process, Timer, World
 
 SLACK_S = 0.5
@@ -36,7 +36,7 @@ class Place:
 class SimHost:
     """Satisfies kv/handover/carrier.py's StreamHost."""
 
-    def __init__(self, place: Place, end: End, name: str, closed: Callable[[], None] | None = None) -> None:
+    def __init__(self, place: Place, end: HandoverEnd, name: str, closed: Callable[[], None] | None = None) -> None:
         """`closed` hears when the machine closed the stream; given by the side that was called."""
         self.name = name
         self.sends: Callable[[SendFrame, bytes], None] = lambda frame, envelope: None  # hears of frames that leave

@@ -25,7 +25,7 @@ from weakref import WeakSet
 from ..decode_worker import pull
 from ..decode_worker.run import DecodeTask as DecodeRun
 from ..kv.handover.carrier import Carrier, CheckLine
-from ..kv.handover.machine import Action, Label, Lost, Stream, Verdict
+from ..kv.handover.machine import Action, Label, Lost, MessageVerdict, NumberedStream
 from ..kv.handover.receiver import FrameArrived, Receiver
 from ..kv.handover.sender import Sender
 from ..kv.section import SectionData
@@ -50,13 +50,13 @@ def planes_leave_though_they_mismatch() -> AbstractContextManager[None]:
 
 def duplicates_are_accepted() -> AbstractContextManager[None]:
     """What was seen before is taken again."""
-    original = Stream.admit
+    original = NumberedStream.admit
 
-    def admit(self: Stream, label: Label, sequence: int, now_s: float) -> Verdict:
+    def admit(self: NumberedStream, label: Label, sequence: int, now_s: float) -> MessageVerdict:
         verdict = original(self, label, sequence, now_s)
-        return Verdict.ACCEPT if verdict is Verdict.DROP else verdict
+        return MessageVerdict.ACCEPT if verdict is MessageVerdict.DROP else verdict
 
-    return instead(Stream, "admit", admit)
+    return instead(NumberedStream, "admit", admit)
 
 
 def refetch_is_ignored() -> AbstractContextManager[None]:
@@ -101,12 +101,12 @@ def first_token_is_sampled_again() -> AbstractContextManager[None]:
 
 def older_epochs_are_admitted() -> AbstractContextManager[None]:
     """A message of an older dispatch counts as one of this."""
-    original = Stream.admit
+    original = NumberedStream.admit
 
-    def admit(self: Stream, label: Label, sequence: int, now_s: float) -> Verdict:
+    def admit(self: NumberedStream, label: Label, sequence: int, now_s: float) -> MessageVerdict:
         return original(self, self.label if label.epoch < self.label.epoch else label, sequence, now_s)
 
-    return instead(Stream, "admit", admit)
+    return instead(NumberedStream, "admit", admit)
 
 
 def frames_are_overtaken_by_what_follows() -> AbstractContextManager[None]:

@@ -8,7 +8,7 @@ The caller's part of the bargain:
 * Actions are carried out in the order they are returned, and messages and frames leave in that order: the two share
   one sequence per direction.
 * `next_deadline_s` says when to call `tick` at the latest, even when nothing else happens.
-* After `Complete`, `Lost`, `Release`, `Abort` or `cancel` the machine is over: every later event returns no action.
+* After `Complete`, `Lost`, `ReleaseBlocks`, `Abort` or `cancel` the machine is over: every later event returns no action.
 * `Close` comes at most once. What is sent to a stream that broke is lost silently; `closed` reports the break.
 """
 
@@ -50,7 +50,7 @@ class Counters:
     late: int = 0  # events after the end
 
 
-class End(StrEnum):
+class HandoverEnd(StrEnum):
     """Why a hand-over ended without success. `Lost` and `Abort` carry one."""
 
     SILENT = "silent"  # nothing heard for silence_s
@@ -74,7 +74,7 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Close:
-    """End the stream after what was sent before. `now`: do not wait for the peer to read it."""
+    """HandoverEnd the stream after what was sent before. `now`: do not wait for the peer to read it."""
 
     now: bool
 
@@ -114,7 +114,7 @@ class Lost:
     Writes that the engine has not begun are void from now on. `first_token` is what GotFirstToken said, if it did.
     """
 
-    reason: End
+    reason: HandoverEnd
     stored_upto: int
     first_token: int | None
     detail: str = ""
@@ -151,7 +151,7 @@ class SendFrame:
 
 
 @dataclass(frozen=True, slots=True)
-class Release:
+class ReleaseBlocks:
     """Sender: everything is verified over there. Give the blocks back."""
 
 
@@ -159,7 +159,7 @@ class Release:
 class Abort:
     """Sender: nobody waits for this any more. Stop computing it and give the blocks back."""
 
-    reason: End
+    reason: HandoverEnd
     detail: str = ""
 
 
@@ -175,7 +175,7 @@ Action: TypeAlias = (
     | EngineNotYet
     | Read
     | SendFrame
-    | Release
+    | ReleaseBlocks
     | Abort
 )
 
@@ -227,7 +227,7 @@ class Label:
         return pb.HandoverDown(**self._fields(sequence, body))
 
 
-class Verdict(StrEnum):
+class MessageVerdict(StrEnum):
     """What to do with a numbered message."""
 
     ACCEPT = "accept"
@@ -237,7 +237,7 @@ class Verdict(StrEnum):
 
 
 @dataclass(slots=True)
-class Stream:
+class NumberedStream:
     """Numbers what goes out, admits what comes in once and in order, and watches the time of both."""
 
     label: Label
@@ -256,31 +256,31 @@ class Stream:
         self.counters.messages_sent += 1
         return self._sent
 
-    def admit(self, label: Label, sequence: int, now_s: float) -> Verdict:
+    def admit(self, label: Label, sequence: int, now_s: float) -> MessageVerdict:
         """Accept (request, epoch, sequence) once and in order; only what is accepted counts as a sign of life."""
         mine = self.label
         if (label.request_id, label.choice) != (mine.request_id, mine.choice) or label.epoch > mine.epoch:
-            return Verdict.FOREIGN
+            return MessageVerdict.FOREIGN
         if label.epoch < mine.epoch:
             self.counters.stale += 1
-            return Verdict.DROP
+            return MessageVerdict.DROP
         if sequence <= self._received:
             self.counters.duplicates += 1
-            return Verdict.DROP
+            return MessageVerdict.DROP
         if sequence > self._received + 1:
             self.counters.gaps += 1
-            return Verdict.GAP
+            return MessageVerdict.GAP
         self._received = sequence
         self.heard_s = now_s
         self.counters.messages_received += 1
-        return Verdict.ACCEPT
+        return MessageVerdict.ACCEPT
 
-    def overdue(self, now_s: float) -> End | None:
+    def overdue(self, now_s: float) -> HandoverEnd | None:
         """Why the wait is over, if it is. Also true for a process that slept itself: its peer has given it up."""
         if now_s >= self.deadline_s:
-            return End.DEADLINE
+            return HandoverEnd.DEADLINE
         if now_s >= self.heard_s + self.timing.silence_s:
-            return End.SILENT
+            return HandoverEnd.SILENT
         return None
 
     def beat_due(self, now_s: float) -> bool:

@@ -28,15 +28,15 @@ from .machine import (
     Close,
     Complete,
     Counters,
-    End,
     GotFirstToken,
+    HandoverEnd,
     Label,
     Lost,
+    MessageVerdict,
+    NumberedStream,
     Send,
-    Stream,
     Timing,
     UpBody,
-    Verdict,
     Write,
 )
 
@@ -92,7 +92,7 @@ class Receiver:
         self.first_token: int | None = None
         self._order = order
         self._num_tokens = num_tokens
-        self._stream = Stream(label, timing, deadline_s, said_s=now_s, heard_s=now_s)
+        self._stream = NumberedStream(label, timing, deadline_s, said_s=now_s, heard_s=now_s)
         num_units = -(-num_tokens // HASH_BLOCK_TOKENS)
         held_units = order.held_tokens // HASH_BLOCK_TOKENS
         # One state per hash block of the prompt; what decode held before counts as stored.
@@ -158,8 +158,8 @@ class Receiver:
             return self._done(message.done, now_s)
         if body == "failed":
             error = message.failed
-            return self._lose(End.FAILED, now_s, code=error.code, text=error.message)
-        return self._lose(End.PROTOCOL, now_s, f"a message of kind {body}")
+            return self._lose(HandoverEnd.FAILED, now_s, code=error.code, text=error.message)
+        return self._lose(HandoverEnd.PROTOCOL, now_s, f"a message of kind {body}")
 
     def on_frame(self, frame: FrameArrived, now_s: float) -> list[Action]:
         """A frame arrived. Store its planes only if the answer has a Write of its sequence."""
@@ -168,7 +168,7 @@ class Receiver:
             return refusal
         fault = self._fault(frame)
         if fault:
-            return self._lose(End.PROTOCOL, now_s, fault)
+            return self._lose(HandoverEnd.PROTOCOL, now_s, fault)
         self.counters.frames += 1
         self.counters.frame_bytes += frame.num_bytes
         units = self._range(frame.token_start, frame.token_count)
@@ -176,11 +176,15 @@ class Receiver:
 
     def garbled(self, now_s: float, detail: str = "") -> list[Action]:
         """Bytes arrived that are no message (kv/handover/frames.py: WireError)."""
-        return [] if self._needs_nobody() else self._lose(End.PROTOCOL, now_s, detail or "bytes that are no message")
+        return (
+            []
+            if self._needs_nobody()
+            else self._lose(HandoverEnd.PROTOCOL, now_s, detail or "bytes that are no message")
+        )
 
     def closed(self, now_s: float) -> list[Action]:
         """The peer's direction of the stream ended."""
-        return [] if self._needs_nobody() else self._lose(End.CLOSED, now_s)
+        return [] if self._needs_nobody() else self._lose(HandoverEnd.CLOSED, now_s)
 
     def tick(self, now_s: float) -> list[Action]:
         """Time passed."""
@@ -188,7 +192,7 @@ class Receiver:
             return []
         overdue = self._stream.overdue(now_s)
         if self.state is ReceiverState.STORING:
-            return self._lose(overdue, now_s) if overdue is End.DEADLINE else []
+            return self._lose(overdue, now_s) if overdue is HandoverEnd.DEADLINE else []
         if overdue is not None:
             return self._lose(overdue, now_s)
         if self.state is not ReceiverState.NEW and self._stream.beat_due(now_s):
@@ -251,12 +255,12 @@ class Receiver:
         if overdue is not None:
             return self._lose(overdue, now_s)
         verdict = self._stream.admit(label, sequence, now_s)
-        if verdict is Verdict.DROP:
+        if verdict is MessageVerdict.DROP:
             return []
-        if verdict is not Verdict.ACCEPT:
-            return self._lose(End.PROTOCOL, now_s, f"{verdict.value} at sequence {sequence}")
+        if verdict is not MessageVerdict.ACCEPT:
+            return self._lose(HandoverEnd.PROTOCOL, now_s, f"{verdict.value} at sequence {sequence}")
         if self.state is ReceiverState.NEW:
-            return self._lose(End.PROTOCOL, now_s, "an answer before the order")
+            return self._lose(HandoverEnd.PROTOCOL, now_s, "an answer before the order")
         return None
 
     def _needs_nobody(self) -> bool:
@@ -264,24 +268,26 @@ class Receiver:
 
     def _started(self, now_s: float) -> list[Action]:
         if self.state is not ReceiverState.OPEN:
-            return self._lose(End.PROTOCOL, now_s, "started twice")
+            return self._lose(HandoverEnd.PROTOCOL, now_s, "started twice")
         self.state = ReceiverState.ASKING
         return [AskBind()]
 
     def _first_token(self, first: pb.FirstToken, now_s: float) -> list[Action]:
         if self.first_token is not None:
-            return self._lose(End.PROTOCOL, now_s, "a second first token")
+            return self._lose(HandoverEnd.PROTOCOL, now_s, "a second first token")
         self.first_token = first.token_id
         logprobs = logprobs_from_wire([first.logprobs]) if first.HasField("logprobs") else ()
         return [GotFirstToken(first.token_id, logprobs, logprobs_from_wire(first.prompt_logprobs))]
 
     def _done(self, done: pb.Done, now_s: float) -> list[Action]:
         if self._is_done or self.first_token is None or self.state is not ReceiverState.RECEIVING:
-            return self._lose(End.PROTOCOL, now_s, "done out of place")
+            return self._lose(HandoverEnd.PROTOCOL, now_s, "done out of place")
         if done.num_frames != self.counters.frames:
-            return self._lose(End.PROTOCOL, now_s, f"{done.num_frames} frames sent, {self.counters.frames} arrived")
+            return self._lose(
+                HandoverEnd.PROTOCOL, now_s, f"{done.num_frames} frames sent, {self.counters.frames} arrived"
+            )
         if any(unit not in self._awaited for unit, state in enumerate(self._units) if state == _MISSING):
-            return self._lose(End.PROTOCOL, now_s, "done, but tokens are missing")
+            return self._lose(HandoverEnd.PROTOCOL, now_s, "done, but tokens are missing")
         self._is_done = True
         return self._perhaps_complete()
 
@@ -323,7 +329,7 @@ class Receiver:
             self._damaged[unit] += 1
         attempt = max(self._damaged[unit] for unit in units)
         if attempt > MAX_REFETCHES:
-            return self._lose(End.CORRUPTED, now_s, f"frame {frame.sequence}, the same tokens again")
+            return self._lose(HandoverEnd.CORRUPTED, now_s, f"frame {frame.sequence}, the same tokens again")
         self.counters.refetches += 1
         self._awaited.update(units)
         wanted = pb.Refetch(token_start=frame.token_start, token_count=frame.token_count, attempt=attempt)
@@ -342,16 +348,18 @@ class Receiver:
             actions.append(Complete())
         return actions
 
-    def _lose(self, reason: End, now_s: float, detail: str = "", *, code: str = "", text: str = "") -> list[Action]:
+    def _lose(
+        self, reason: HandoverEnd, now_s: float, detail: str = "", *, code: str = "", text: str = ""
+    ) -> list[Action]:
         if (
             self.state is ReceiverState.RECEIVING
             and self._has_all()
-            and reason in (End.SILENT, End.CLOSED, End.PROTOCOL)
+            and reason in (HandoverEnd.SILENT, HandoverEnd.CLOSED, HandoverEnd.PROTOCOL)
         ):
             self.state = ReceiverState.STORING  # only Done is missing, and that only tells
             return [*self._close(now=True), *self._perhaps_complete()]
         actions: list[Action] = []
-        is_heard = reason not in (End.CLOSED, End.FAILED)
+        is_heard = reason not in (HandoverEnd.CLOSED, HandoverEnd.FAILED)
         if is_heard and self.state not in (ReceiverState.NEW, ReceiverState.STORING):
             actions.append(self._send(pb.Cancel(reason=reason.value), now_s))
         self.state = ReceiverState.LOST

@@ -28,17 +28,17 @@ from .machine import (
     Close,
     Counters,
     DownBody,
-    End,
     EngineBound,
     EngineNotYet,
+    HandoverEnd,
     Label,
+    MessageVerdict,
+    NumberedStream,
     Read,
-    Release,
+    ReleaseBlocks,
     Send,
     SendFrame,
-    Stream,
     Timing,
-    Verdict,
 )
 
 
@@ -63,7 +63,7 @@ def refuse(message: pb.HandoverUp, error: common_pb2.Error) -> pb.HandoverDown:
 
 
 class Sender:
-    """One hand-over, from an accepted Open to Release or Abort.
+    """One hand-over, from an accepted Open to ReleaseBlocks or Abort.
 
     `tokens_per_frame` is a multiple of 16; `max_frames` is our own bound on the slots the peer offers.
 
@@ -83,7 +83,7 @@ class Sender:
         self._tokens_per_frame = tokens_per_frame
         self._slots = min(order.frame_slots, max_frames)
         deadline_s = now_s + order.timeout_ms / 1000
-        self._stream = Stream(self.label, timing, deadline_s, said_s=now_s, heard_s=now_s)
+        self._stream = NumberedStream(self.label, timing, deadline_s, said_s=now_s, heard_s=now_s)
         self._stream.admit(self.label, message.sequence, now_s)
         # held_tokens ≤ verified ≤ next ≤ sealed: verified over there, asked to be read, computed here.
         self._verified = order.held_tokens
@@ -122,10 +122,10 @@ class Sender:
         if overdue is not None:
             return self._abort(overdue, now_s)
         verdict = self._stream.admit(Label.of(message), message.sequence, now_s)
-        if verdict is Verdict.DROP:
+        if verdict is MessageVerdict.DROP:
             return []
-        if verdict is not Verdict.ACCEPT:
-            return self._abort(End.PROTOCOL, now_s, f"{verdict.value} at sequence {message.sequence}")
+        if verdict is not MessageVerdict.ACCEPT:
+            return self._abort(HandoverEnd.PROTOCOL, now_s, f"{verdict.value} at sequence {message.sequence}")
         body = message.WhichOneof("body")
         if body == "beat":
             return []
@@ -140,16 +140,18 @@ class Sender:
         if body == "slot_free":
             return self._free_slots(message.slot_free.count, now_s)
         if body == "cancel":
-            return self._abort(End.CANCELLED, now_s, message.cancel.reason)
-        return self._abort(End.PROTOCOL, now_s, f"a message of kind {body}")
+            return self._abort(HandoverEnd.CANCELLED, now_s, message.cancel.reason)
+        return self._abort(HandoverEnd.PROTOCOL, now_s, f"a message of kind {body}")
 
     def garbled(self, now_s: float, detail: str = "") -> list[Action]:
         """Bytes arrived that are no message (kv/handover/frames.py: WireError)."""
-        return [] if self._is_late() else self._abort(End.PROTOCOL, now_s, detail or "bytes that are no message")
+        return (
+            [] if self._is_late() else self._abort(HandoverEnd.PROTOCOL, now_s, detail or "bytes that are no message")
+        )
 
     def closed(self, now_s: float) -> list[Action]:
         """The peer's direction of the stream ended."""
-        return [] if self._is_late() else self._abort(End.CLOSED, now_s)
+        return [] if self._is_late() else self._abort(HandoverEnd.CLOSED, now_s)
 
     def tick(self, now_s: float) -> list[Action]:
         """Time passed."""
@@ -201,7 +203,7 @@ class Sender:
 
     def failed(self, error: common_pb2.Error, now_s: float) -> list[Action]:
         """The engine cannot or will not do it."""
-        return [] if self._is_late() else self._abort(End.FAILED, now_s, error.message, error)
+        return [] if self._is_late() else self._abort(HandoverEnd.FAILED, now_s, error.message, error)
 
     # ------------------------------------------------------------------ inside
 
@@ -211,20 +213,22 @@ class Sender:
 
     def _bind(self, now_s: float) -> list[Action]:
         if self.state not in (SenderState.OFFERED, SenderState.PARKED):
-            return self._abort(End.PROTOCOL, now_s, f"bind while {self.state}")
+            return self._abort(HandoverEnd.PROTOCOL, now_s, f"bind while {self.state}")
         self.state = SenderState.BOUND
         return [EngineBound(), *self._pump()]
 
     def _park(self, now_s: float) -> list[Action]:
         if self.state is not SenderState.OFFERED:
-            return self._abort(End.PROTOCOL, now_s, f"not_yet while {self.state}")
+            return self._abort(HandoverEnd.PROTOCOL, now_s, f"not_yet while {self.state}")
         self.state = SenderState.PARKED
         return [EngineNotYet()]
 
     def _take_verified(self, upto: int, now_s: float) -> list[Action]:
         is_new = self._verified < upto <= self._next and self._is_edge(upto)
         if not is_new or not all(self._times_sent[unit] for unit in _units(self._verified, upto - self._verified)):
-            return self._abort(End.PROTOCOL, now_s, f"verified up to {upto}, known {self._verified} to {self._next}")
+            return self._abort(
+                HandoverEnd.PROTOCOL, now_s, f"verified up to {upto}, known {self._verified} to {self._next}"
+            )
         self._verified = upto
         return self._perhaps_release()
 
@@ -233,9 +237,9 @@ class Sender:
         known = self._verified <= start < end <= self._next and not start % HASH_BLOCK_TOKENS and self._is_edge(end)
         units = _units(start, wanted.token_count) if known else range(0)
         if not units or any(self._times_sent[u] <= self._times_refetched[u] for u in units):
-            return self._abort(End.PROTOCOL, now_s, f"refetch of tokens [{start}, {end}) that were not sent")
+            return self._abort(HandoverEnd.PROTOCOL, now_s, f"refetch of tokens [{start}, {end}) that were not sent")
         if any(self._times_refetched[unit] >= MAX_REFETCHES for unit in units):
-            return self._abort(End.PROTOCOL, now_s, f"refetch of tokens [{start}, {end}) once too often")
+            return self._abort(HandoverEnd.PROTOCOL, now_s, f"refetch of tokens [{start}, {end}) once too often")
         for unit in units:
             self._times_refetched[unit] += 1
         self.counters.refetches += 1
@@ -245,7 +249,7 @@ class Sender:
 
     def _free_slots(self, count: int, now_s: float) -> list[Action]:
         if not 0 < count <= self._unfreed:
-            return self._abort(End.PROTOCOL, now_s, f"{count} slots freed, {self._unfreed} in use")
+            return self._abort(HandoverEnd.PROTOCOL, now_s, f"{count} slots freed, {self._unfreed} in use")
         self._unfreed -= count
         return self._pump()
 
@@ -279,14 +283,14 @@ class Sender:
         if self.state is not SenderState.DONE or self._verified < self._num_tokens:
             return []
         self.state = SenderState.RELEASED
-        return [Release(), Close(now=False)]
+        return [ReleaseBlocks(), Close(now=False)]
 
     def _abort(
-        self, reason: End, now_s: float, detail: str = "", error: common_pb2.Error | None = None
+        self, reason: HandoverEnd, now_s: float, detail: str = "", error: common_pb2.Error | None = None
     ) -> list[Action]:
-        if reason is End.PROTOCOL:
+        if reason is HandoverEnd.PROTOCOL:
             error = common_pb2.Error(code=InternalError.code, message=f"hand-over protocol: {detail}")
-        elif reason is End.DEADLINE:
+        elif reason is HandoverEnd.DEADLINE:
             error = common_pb2.Error(code=DeadlineExceeded.code, message="the request's time is over")
         said = [self._send(error, now_s)] if error is not None else []
         self.state = SenderState.ABORTED

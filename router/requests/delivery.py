@@ -14,7 +14,7 @@ from ...core.request import Epoch, FinishReason
 from .pieces import OutputDelta
 
 
-class Verdict(StrEnum):
+class DeliveryVerdict(StrEnum):
     """What happens to something a worker sent. Values are the metric's labels."""
 
     TAKE = "take"
@@ -74,32 +74,32 @@ class Delivery:
         for index in self.unfinished:
             self._choices[index].epoch = None
 
-    def tokens(self, choice: int, epoch: Epoch, first_index: int, count: int) -> Verdict:
+    def tokens(self, choice: int, epoch: Epoch, first_index: int, count: int) -> DeliveryVerdict:
         """Tokens [first_index, +count) of a choice arrived: taken, or why not."""
         verdict = self._standing(choice, epoch)
-        if verdict is not Verdict.TAKE:
+        if verdict is not DeliveryVerdict.TAKE:
             return verdict
         progress = self._choices[choice]
         if first_index != progress.next_index:
-            return Verdict.REPEATED if first_index < progress.next_index else Verdict.GAP
+            return DeliveryVerdict.REPEATED if first_index < progress.next_index else DeliveryVerdict.GAP
         progress.next_index += count
-        return Verdict.TAKE
+        return DeliveryVerdict.TAKE
 
     def is_awaited(self, choice: int, epoch: Epoch) -> bool:
         """Whether this epoch may still add to the choice."""
-        return self._standing(choice, epoch) is Verdict.TAKE
+        return self._standing(choice, epoch) is DeliveryVerdict.TAKE
 
-    def end(self, choice: int, epoch: Epoch, reason: FinishReason) -> Verdict:
+    def end(self, choice: int, epoch: Epoch, reason: FinishReason) -> DeliveryVerdict:
         """The end of a choice arrived: taken once, from the current epoch."""
         verdict = self._standing(choice, epoch)
-        if verdict is Verdict.TAKE:
+        if verdict is DeliveryVerdict.TAKE:
             self._choices[choice].finish = reason
         return verdict
 
-    def _standing(self, choice: int, epoch: Epoch) -> Verdict:
+    def _standing(self, choice: int, epoch: Epoch) -> DeliveryVerdict:
         if choice >= len(self._choices) or self._choices[choice].epoch != epoch:
-            return Verdict.STALE_EPOCH
-        return Verdict.TAKE if self._choices[choice].finish is None else Verdict.AFTER_END
+            return DeliveryVerdict.STALE_EPOCH
+        return DeliveryVerdict.TAKE if self._choices[choice].finish is None else DeliveryVerdict.AFTER_END
 
 
 class PieceBuffer:

@@ -33,7 +33,7 @@ from ..routing.policy import RoutingDecision, choose
 from ..routing.views import RETRY_AFTER_S, count_work, model_of, views_of
 from ..workers.wire import cancel_to_wire, submit_to_wire
 from .admission import Admission, Offer
-from .delivery import Verdict
+from .delivery import DeliveryVerdict
 from .roster import Roster
 from .run import Dispatch, RequestState, RequestStates, Stage, Timer
 from .surroundings import Driver, LifeLimits, Observer
@@ -252,9 +252,9 @@ class Lifecycle:
     def _take_tokens(self, run: RequestState, tokens: worker_pb2.TokenOutput, now_s: float) -> None:
         is_first = run.delivery.completion_tokens == 0
         verdict = run.take_tokens(tokens, now_s)
-        if verdict is not Verdict.TAKE:
+        if verdict is not DeliveryVerdict.TAKE:
             self._observer.dropped(run.name, verdict.value)
-            if verdict is Verdict.GAP:
+            if verdict is DeliveryVerdict.GAP:
                 lost = TokensLost("a worker skipped tokens", retry_after_s=RETRY_AFTER_S)
                 self._retry_or_fail(run, lost, now_s)
             return
@@ -268,7 +268,7 @@ class Lifecycle:
 
     def _take_end(self, run: RequestState, end: worker_pb2.RequestEnd, now_s: float) -> None:
         outcome = run.take_end(end, now_s)
-        if isinstance(outcome, Verdict) and outcome is not Verdict.TAKE:
+        if isinstance(outcome, DeliveryVerdict) and outcome is not DeliveryVerdict.TAKE:
             self._observer.dropped(run.name, outcome.value)
             return
         self._observer.heard(run, epoch_from_wire(end.epoch), 0)

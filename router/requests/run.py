@@ -21,7 +21,7 @@ from ...protos import worker_pb2
 from ..routing.facts import ModelFacts, WorkerKey
 from ..routing.policy import RequestFacts, RoutingDecision
 from ..workers.wire import transfer_of
-from .delivery import Delivery, PieceBuffer, Verdict
+from .delivery import Delivery, DeliveryVerdict, PieceBuffer
 from .pieces import OutputDelta, TokenUsage
 
 
@@ -137,11 +137,11 @@ class RequestState:
 
     # ------------------------------------------------------------------ what the worker sent
 
-    def take_tokens(self, output: worker_pb2.TokenOutput, now_s: float) -> Verdict:
+    def take_tokens(self, output: worker_pb2.TokenOutput, now_s: float) -> DeliveryVerdict:
         """Add tokens to the stream if they are the next ones of the living epoch."""
         count = len(output.token_ids)
         verdict = self.delivery.tokens(output.choice, epoch_from_wire(output.epoch), output.first_index, count)
-        if verdict is Verdict.TAKE:
+        if verdict is DeliveryVerdict.TAKE:
             self._note_pace(output.choice, count, now_s)
             piece = OutputDelta(
                 output.choice,
@@ -155,13 +155,13 @@ class RequestState:
             self._put(piece, now_s)
         return verdict
 
-    def take_end(self, end: worker_pb2.RequestEnd, now_s: float) -> Verdict | TwostrokeError:
+    def take_end(self, end: worker_pb2.RequestEnd, now_s: float) -> DeliveryVerdict | TwostrokeError:
         """Add a choice's end to the stream. An error instead: the worker failed it; nothing was added."""
         reason = finish_from_wire(end.reason)
         epoch = epoch_from_wire(end.epoch)
         if reason in (None, FinishReason.ERROR, FinishReason.CANCELLED):
             if not self.delivery.is_awaited(end.choice, epoch):
-                return Verdict.STALE_EPOCH
+                return DeliveryVerdict.STALE_EPOCH
             self._note_report(end)
             return _failure(end)
         if self.delivery.is_awaited(end.choice, epoch):
@@ -169,7 +169,7 @@ class RequestState:
             if missing > 0:
                 return TokensLost(f"the last {missing} tokens never came", retry_after_s=1.0)
         verdict = self.delivery.end(end.choice, epoch, reason)
-        if verdict is not Verdict.TAKE:
+        if verdict is not DeliveryVerdict.TAKE:
             return verdict
         self._cached[end.choice] = end.usage.cached_tokens
         self._note_report(end)

@@ -19,7 +19,7 @@ from twostroke.engine.facts import FaceFacts, ModelFacts
 from twostroke.engine.link import messages as link
 from twostroke.kv.codec import Codec
 from twostroke.kv.handover.frames import decode_envelope, encode_message
-from twostroke.kv.handover.machine import End, Label, Lost, Timing
+from twostroke.kv.handover.machine import HandoverEnd, Label, Lost, Timing
 from twostroke.kv.keys import PromptHasher
 from twostroke.kv.spec import attention_spec
 from twostroke.protos import handover_pb2 as pb
@@ -104,13 +104,15 @@ class Bench:
         return [command for command in self.commands if isinstance(command, kind)]
 
 
-def lost(stored: int = 0, first_token: int | None = None, reason: End = End.CLOSED) -> Lost:
+def lost(stored: int = 0, first_token: int | None = None, reason: HandoverEnd = HandoverEnd.CLOSED) -> Lost:
     return Lost(reason, stored, first_token)
 
 
-@pytest.mark.parametrize("reason", [End.FAILED, End.CLOSED, End.SILENT, End.PROTOCOL, End.CORRUPTED])
+@pytest.mark.parametrize(
+    "reason", [HandoverEnd.FAILED, HandoverEnd.CLOSED, HandoverEnd.SILENT, HandoverEnd.PROTOCOL, HandoverEnd.CORRUPTED]
+)
 @pytest.mark.parametrize("held", [0, 16])
-def test_the_next_peer_is_asked_where_nothing_came(held: int, reason: End) -> None:
+def test_the_next_peer_is_asked_where_nothing_came(held: int, reason: HandoverEnd) -> None:
     it = Bench(held_tokens=held)
     it.run.pull_lost(lost(held, reason=reason))
     assert [peer.address for peer in it.peers] == ["p0:1", "p1:1"]

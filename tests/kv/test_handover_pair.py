@@ -37,7 +37,7 @@ from twostroke.kv.handover.machine import (
     Label,
     Lost,
     Read,
-    Release,
+    ReleaseBlocks,
     Send,
     SendFrame,
     Timing,
@@ -285,7 +285,7 @@ class Run:
             case SendFrame(sequence, start, count, is_last):
                 label = FrameLabel(self.sender.label, sequence, b"", start, count)
                 self.transmit(self.up, encode_frame(label, [planes(start, count)], is_last=is_last))
-            case Release() | Abort():
+            case ReleaseBlocks() | Abort():
                 self.ends["prefill"].append(action)
             case Close(now):
                 self.transmit(side, None)
@@ -333,7 +333,7 @@ def play(seed: int, faults: Faults) -> Run:
     if run.up.alive and run.sender is not None:
         assert run.sender.is_over
         assert len(prefill) == 1, "the blocks go back exactly once"
-        if isinstance(prefill[0], Release) and run.down.alive and run.receiver.state != "cancelled":
+        if isinstance(prefill[0], ReleaseBlocks) and run.down.alive and run.receiver.state != "cancelled":
             assert not isinstance(decode[0], Lost) or decode[0].first_token is None
     return run
 
@@ -345,7 +345,7 @@ def outcomes(runs: list[Run]) -> Counter:
 def test_a_good_stream_always_completes():
     runs = [play(seed, Faults()) for seed in range(60)]
     assert outcomes(runs) == {"complete": 60}
-    assert all(isinstance(run.ends["prefill"][0], Release) for run in runs)
+    assert all(isinstance(run.ends["prefill"][0], ReleaseBlocks) for run in runs)
     assert any(run.receiver.counters.frames > 6 for run in runs)
 
 

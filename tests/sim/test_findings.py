@@ -8,7 +8,7 @@ from twostroke.kv.handover.receiver import Receiver
 from twostroke.kv.messages import epoch_to_wire
 from twostroke.protos import common_pb2, worker_pb2
 from twostroke.protos import handover_pb2 as pb
-from twostroke.router.requests.delivery import Verdict
+from twostroke.router.requests.delivery import DeliveryVerdict
 from twostroke.router.requests.run import Dispatch, RequestState
 from twostroke.sim.workers import ROUTER_MODEL
 
@@ -33,9 +33,9 @@ def end_after(num_tokens: int) -> worker_pb2.RequestEnd:
 def test_an_end_whose_last_tokens_never_came_is_no_clean_end():
     run = run_that_was_dispatched()
     tokens = worker_pb2.TokenOutput(request_id="r", epoch=epoch_to_wire(EPOCH), first_index=0, token_ids=[7])
-    assert run.take_tokens(tokens, 1.0) is Verdict.TAKE
+    assert run.take_tokens(tokens, 1.0) is DeliveryVerdict.TAKE
     assert isinstance(run.take_end(end_after(2), 1.0), TokensLost)
-    assert run.take_end(end_after(1), 1.0) is Verdict.TAKE
+    assert run.take_end(end_after(1), 1.0) is DeliveryVerdict.TAKE
 
 
 def test_a_write_of_a_lost_hand_over_is_not_taken_for_one_of_the_next():

@@ -12,7 +12,7 @@ from twostroke.core.errors import Overloaded
 from twostroke.core.request import Epoch, FinishReason, Role, TokenLogprobs
 from twostroke.protos import common_pb2
 from twostroke.router.requests.admission import Admission, AdmissionLimits, Offer
-from twostroke.router.requests.delivery import Delivery, PieceBuffer, Verdict
+from twostroke.router.requests.delivery import Delivery, DeliveryVerdict, PieceBuffer
 from twostroke.router.requests.history import RequestHistory
 from twostroke.router.requests.pieces import OutputDelta
 from twostroke.router.routing.coefficients import Coefficients
@@ -39,11 +39,11 @@ def test_whatever_arrives_the_stream_is_a_gapless_prefix_of_the_living_epochs(ar
                 counter += 1
                 delivery.dispatch(Epoch(1, counter))
         elif what == "end":
-            if delivery.end(choice, Epoch(1, epoch), FinishReason.STOP) is Verdict.TAKE:
+            if delivery.end(choice, Epoch(1, epoch), FinishReason.STOP) is DeliveryVerdict.TAKE:
                 assert choice not in ended
                 assert epoch == counter
                 ended[choice] = epoch
-        elif delivery.tokens(choice, Epoch(1, epoch), index, 1) is Verdict.TAKE:
+        elif delivery.tokens(choice, Epoch(1, epoch), index, 1) is DeliveryVerdict.TAKE:
             assert choice not in ended
             assert epoch == counter
             delivered[choice].append((index, epoch))
@@ -57,11 +57,11 @@ def test_what_comes_from_a_recalled_epoch_is_stale():
     delivery = Delivery(2)
     delivery.dispatch(Epoch(1, 1))
     delivery.recall()
-    assert delivery.tokens(0, Epoch(1, 1), 0, 1) is Verdict.STALE_EPOCH
-    assert delivery.end(0, Epoch(1, 1), FinishReason.STOP) is Verdict.STALE_EPOCH
+    assert delivery.tokens(0, Epoch(1, 1), 0, 1) is DeliveryVerdict.STALE_EPOCH
+    assert delivery.end(0, Epoch(1, 1), FinishReason.STOP) is DeliveryVerdict.STALE_EPOCH
     assert delivery.may_start_over
     delivery.dispatch(Epoch(1, 2))
-    assert delivery.tokens(0, Epoch(1, 2), 0, 1) is Verdict.TAKE
+    assert delivery.tokens(0, Epoch(1, 2), 0, 1) is DeliveryVerdict.TAKE
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 1), st.integers(1, 3)), max_size=60), st.integers(1, 5))
