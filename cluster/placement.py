@@ -31,7 +31,7 @@ class ModelFacts:
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
+class ProcessPlan:
     """One process to start."""
 
     name: str  # "prefill-0", "router-0"
@@ -48,14 +48,14 @@ class Member:
 class Plan:
     """Everything that will run."""
 
-    members: tuple[Member, ...]
+    members: tuple[ProcessPlan, ...]
     model: ModelFacts
     pool: PoolSize  # of each worker
     config: Config  # with all that nobody gave decided
     decisions: tuple[Decision, ...]
 
     @property
-    def workers(self) -> tuple[Member, ...]:
+    def workers(self) -> tuple[ProcessPlan, ...]:
         """Members that hold an engine."""
         return tuple(member for member in self.members if member.kind == "worker")
 
@@ -107,14 +107,14 @@ def place(config: Config, machine: MachineFacts, model: ModelFacts) -> Plan:
     patience, more = decided_patience(cluster, model.weight_bytes, len(roles))
     decisions += more
     counts: dict[str, int] = {}
-    members = [Member("router-0", "router")]
+    members = [ProcessPlan("router-0", "router")]
     for prefix, role in roles:
         index = counts.setdefault(prefix, 0)
         counts[prefix] += 1
         place_of_worker = len(members) - 1
         gpu = place_of_worker % len(machine.gpu_bytes) if device == "cuda" else 0
         port = cluster.worker_metrics_port and cluster.worker_metrics_port + place_of_worker
-        members.append(Member(f"{prefix}-{index}", "worker", role, threads, share, device, gpu, port))
+        members.append(ProcessPlan(f"{prefix}-{index}", "worker", role, threads, share, device, gpu, port))
     settled = config.model_copy(update={"step": step, "cache": cache, "router": router, "cluster": patience})
     return Plan(tuple(members), replace(model, max_model_len=context), pool, settled, tuple(decisions))
 

@@ -8,7 +8,7 @@ import contextlib
 from ...kernels.cpu.build import stop_building
 from ...router.process import RouterProcess
 from ...worker.process import WorkerProcess
-from ..placement import Member
+from ..placement import ProcessPlan
 from .last_words import End
 from .launcher import Ended, Site, worker_settings
 
@@ -23,7 +23,7 @@ class InProcessLauncher:
         self._running: dict[str, tuple[WorkerProcess | RouterProcess, Ended]] = {}
         self._watchers: set[asyncio.Task[None]] = set()
 
-    async def start(self, member: Member, ended: Ended) -> None:
+    async def start(self, member: ProcessPlan, ended: Ended) -> None:
         """Build and start the member's object."""
         process: WorkerProcess | RouterProcess
         if member.kind == "router":

@@ -9,7 +9,7 @@ from typing import Protocol
 from ...core.request import Role
 from ...worker.settings import WorkerSettings
 from ..config import Config
-from ..placement import Member
+from ..placement import ProcessPlan
 from .last_words import End
 
 Ended = Callable[[str, End], None]
@@ -34,7 +34,7 @@ class Site:
 class Launcher(Protocol):
     """One way of running members: in this process, as child processes, or as Ray actors."""
 
-    async def start(self, member: Member, ended: Ended) -> None:
+    async def start(self, member: ProcessPlan, ended: Ended) -> None:
         """Start a member; returns when its process exists (not yet when it serves)."""
         ...
 
@@ -59,7 +59,7 @@ class Launcher(Protocol):
         ...
 
 
-def worker_settings(site: Site, member: Member) -> WorkerSettings:
+def worker_settings(site: Site, member: ProcessPlan) -> WorkerSettings:
     """One worker's settings, from the cluster's configuration and its place in the plan."""
     config = site.config
     return WorkerSettings(

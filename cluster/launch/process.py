@@ -10,7 +10,7 @@ import sys
 
 import yaml
 
-from ..placement import Member
+from ..placement import ProcessPlan
 from ..scratch import Scratch
 from .environment import member_environment
 from .last_words import cause_of, end_of_process
@@ -38,7 +38,7 @@ class ProcessLauncher:
         values["router"]["internal_port"] = site.internal_port
         self._config = yaml.safe_dump(values).encode()
 
-    async def start(self, member: Member, ended: Ended) -> None:
+    async def start(self, member: ProcessPlan, ended: Ended) -> None:
         """Start one child; its output goes to a log file whose end becomes its last words.
 
         The child is known, and so ended by `abort`, also where the caller is cancelled while the system makes it.
@@ -48,7 +48,7 @@ class ProcessLauncher:
         spawning.add_done_callback(self._spawning.discard)
         await asyncio.shield(spawning)
 
-    async def _spawn(self, member: Member, ended: Ended) -> None:
+    async def _spawn(self, member: ProcessPlan, ended: Ended) -> None:
         log = MemberLog(self._directory, member.name)
         with log.open() as out:
             process = await asyncio.create_subprocess_exec(
@@ -111,7 +111,7 @@ class ProcessLauncher:
         """The last line of its log."""
         return cause_of(MemberLog(self._directory, name).tail())
 
-    def _command(self, member: Member) -> list[str]:
+    def _command(self, member: ProcessPlan) -> list[str]:
         command = [sys.executable, "-P", "-m", "twostroke.cli.main", member.kind, "--config", "-"]
         if member.kind == "worker":
             command += ["--role", str(member.role), "--worker-id", member.name]
@@ -119,7 +119,7 @@ class ProcessLauncher:
             command += ["--metrics-port", "none" if member.metrics_port is None else str(member.metrics_port)]
         return [*command, "--parent-pid", str(os.getpid())]
 
-    def _environment(self, member: Member) -> dict[str, str]:
+    def _environment(self, member: ProcessPlan) -> dict[str, str]:
         threads = str(member.num_threads)
         kept = member_environment()
         given = {"OMP_NUM_THREADS": threads, "TWOSTROKE__STEP__NUM_THREADS": threads}

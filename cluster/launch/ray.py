@@ -14,7 +14,7 @@ from ...prefill_worker.actor import PrefillWorker
 from ...router.actor import Router
 from ...router.config import RouterConfig
 from ...worker.settings import WorkerSettings
-from ..placement import Member
+from ..placement import ProcessPlan
 from .last_words import End, end_of_error
 from .launcher import Ended, Site, worker_settings
 from .ray_session import RaySession
@@ -35,7 +35,7 @@ class RayLauncher:
         self._actors: dict[str, Any] = {}
         self._watchers: dict[str, asyncio.Task[None]] = {}
 
-    async def start(self, member: Member, ended: Ended) -> None:
+    async def start(self, member: ProcessPlan, ended: Ended) -> None:
         """Create the actor; it starts serving in its constructor."""
         if not self._opened:
             await asyncio.get_running_loop().run_in_executor(self._executor, self._session.open)
@@ -83,7 +83,7 @@ class RayLauncher:
         """Nothing: what actors write is in Ray's own files."""
         return ""
 
-    def _create(self, member: Member) -> Any:
+    def _create(self, member: ProcessPlan) -> Any:
         site, grace_s = self._site, self._site.config.cluster.drain_timeout_s
         if member.kind == "router":
             settings = site.config.router.model_copy(update={"internal_port": site.internal_port})
@@ -129,7 +129,7 @@ class _BuildWorker:
         return WorkerProcess(self._settings)
 
 
-def _actor(kind: type[Hosted], member: Member) -> Any:
+def _actor(kind: type[Hosted], member: ProcessPlan) -> Any:
     """The actor class with our options; `stop` and `pid` answer while `run` blocks."""
     import ray
 

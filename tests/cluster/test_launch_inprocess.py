@@ -13,7 +13,7 @@ from twostroke.cluster.config import load_config
 from twostroke.cluster.launch.inprocess import InProcessLauncher
 from twostroke.cluster.launch.last_words import End
 from twostroke.cluster.launch.launcher import Site
-from twostroke.cluster.placement import Member
+from twostroke.cluster.placement import ProcessPlan
 from twostroke.core.errors import ConfigError
 from twostroke.core.ports import free_ports
 from twostroke.core.request import Role
@@ -37,7 +37,7 @@ async def test_a_worker_whose_engine_ends_is_told_of_once_and_can_be_started_aga
         ends.append(end.cause)
         told.set()
 
-    member = Member("w", "worker", Role.COMBINED, 1, 1 << 30)
+    member = ProcessPlan("w", "worker", Role.COMBINED, 1, 1 << 30)
     await launcher.start(member, ended)
     worker, _ = launcher._running["w"]
     worker._room.link.send(link.Stop())
@@ -62,7 +62,7 @@ async def test_a_router_that_cannot_start_lets_its_ports_go(launcher):
         launcher._site = Site(config.model_copy(update={"router": router}), "", "", 0)
         before = asyncio.all_tasks()
         with pytest.raises(ConfigError, match=r"is in use; choose another with --grpc-port"):
-            await launcher.start(Member("router-0", "router"), lambda *_: None)
+            await launcher.start(ProcessPlan("router-0", "router"), lambda *_: None)
     assert asyncio.all_tasks() <= before
     with socket.socket() as again:
         again.bind(("127.0.0.1", free))
@@ -76,7 +76,7 @@ async def test_a_checkpoints_sampling_defaults_reach_both_faces_unless_turned_of
     flags = {"router.port": http, "router.grpc_port": grpc, "model.generation_config": setting, "cache.tokens": 1024}
     launcher = InProcessLauncher(Site(load_config(flags=flags), str(checkpoint), "tiny", internal))
     try:
-        for member in (Member("router-0", "router"), Member("w", "worker", Role.COMBINED, 1, 1 << 30)):
+        for member in (ProcessPlan("router-0", "router"), ProcessPlan("w", "worker", Role.COMBINED, 1, 1 << 30)):
             await launcher.start(member, lambda *_: None)
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{http}") as client:
             async with asyncio.timeout(60):

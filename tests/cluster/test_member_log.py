@@ -13,7 +13,7 @@ from twostroke.cluster.launch.last_words import End
 from twostroke.cluster.launch.launcher import Site
 from twostroke.cluster.launch.member_log import MemberLog
 from twostroke.cluster.launch.process import ProcessLauncher
-from twostroke.cluster.placement import Member
+from twostroke.cluster.placement import ProcessPlan
 
 
 def test_a_full_log_begins_anew_under_its_writer_and_its_end_is_still_known(tmp_path: Path):
@@ -82,7 +82,7 @@ async def test_a_chatty_members_log_is_cut_while_it_runs_and_its_last_words_are_
     monkeypatch.setattr(launcher, "_command", lambda _: [sys.executable, "-c", CHILD])
     ends = asyncio.Queue[End]()
     try:
-        await launcher.start(Member("router-0", "router"), lambda _, end: ends.put_nowait(end))
+        await launcher.start(ProcessPlan("router-0", "router"), lambda _, end: ends.put_nowait(end))
         end = await asyncio.wait_for(ends.get(), 60)
         assert end == End(f"the last word; configured with {len(launcher._config)}", is_certain=True)
         assert len(launcher._config) > 500_000
@@ -95,7 +95,7 @@ async def test_a_member_that_reads_nothing_ends_like_any_other(monkeypatch, capl
     monkeypatch.setattr(launcher, "_command", lambda _: ["false"])
     ends = asyncio.Queue[End]()
     try:
-        await launcher.start(Member("router-0", "router"), lambda _, end: ends.put_nowait(end))
+        await launcher.start(ProcessPlan("router-0", "router"), lambda _, end: ends.put_nowait(end))
         assert await asyncio.wait_for(ends.get(), 60) == End("exit code 1")
     finally:
         await launcher.close()
@@ -116,7 +116,7 @@ async def test_a_child_that_is_being_made_when_its_start_is_cancelled_is_ended_t
         return process
 
     monkeypatch.setattr(asyncio, "create_subprocess_exec", slowly)
-    starting = asyncio.create_task(launcher.start(Member("router-0", "router"), lambda *_: None))
+    starting = asyncio.create_task(launcher.start(ProcessPlan("router-0", "router"), lambda *_: None))
     await begun.wait()
     starting.cancel()
     await asyncio.wait([starting])
