@@ -21,7 +21,7 @@ from ..routing.coefficients import PredictionError
 from ..routing.facts import ModelFacts, WorkerKey
 from ..routing.policy import PolicyLimits
 from ..routing.views import RETRY_AFTER_S
-from ..workers.members import Identity, MemberHandlers, Members
+from ..workers.members import Identity, RegistryHandlers, WorkerRegistry
 from .admission import AdmissionLimits
 from .lifecycle import Lifecycle
 from .pieces import OutputDelta
@@ -38,8 +38,8 @@ class Dispatcher:
         self.metrics = metrics
         self.clock = clock
         self.prediction = PredictionError()
-        handlers = MemberHandlers(self._on_lost, self._on_step, self._on_change, self._on_tick)
-        self.members = Members(identity, handlers, metrics, clock)
+        handlers = RegistryHandlers(self._on_lost, self._on_step, self._on_change, self._on_tick)
+        self.members = WorkerRegistry(identity, handlers, metrics, clock)
         limits = LifeLimits(
             config.worker_patience_s,
             config.slow_client_s,

@@ -46,7 +46,7 @@ class Identity:
 
 
 @dataclass(frozen=True, slots=True)
-class MemberHandlers:
+class RegistryHandlers:
     """What the members tell the flow."""
 
     lost: Callable[[WorkerKey, str], None]  # the requests on this worker are lost
@@ -55,10 +55,10 @@ class MemberHandlers:
     ticked: Callable[[float], None]
 
 
-class Members:
+class WorkerRegistry:
     """All workers of this router, and what is known of each."""
 
-    def __init__(self, identity: Identity, handlers: MemberHandlers, metrics: RouterMetrics, clock: Clock) -> None:
+    def __init__(self, identity: Identity, handlers: RegistryHandlers, metrics: RouterMetrics, clock: Clock) -> None:
         self.fleet = Fleet()
         self.prefixes = PrefixMap()
         self.roster = Roster(self.fleet, self.prefixes, self)
