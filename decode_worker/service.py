@@ -17,7 +17,7 @@ from .ledger import Ledger, Standing
 from .order import Order, key_of, order_from_wire
 from .report import refusal_message
 from .run import DecodeTask, DecodeTaskTools
-from .session import Session, SessionContext, SessionTiming
+from .session import RouterSession, SessionContext, SessionTiming
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class DecodeService:
         self._orphan_grace_s = orphan_grace_s
         self._timing = timing or SessionTiming()
         self._counters: Counter[str] = tools.pull.counters
-        self._ledger: Ledger[DecodeTask, Session] = Ledger()
+        self._ledger: Ledger[DecodeTask, RouterSession] = Ledger()
         self._num_orders = 0
         self._timers: set[asyncio.TimerHandle] = set()
         self._idle = asyncio.Event()
@@ -64,7 +64,7 @@ class DecodeService:
 
     async def session(self, context: SessionContext, info: common_pb2.WorkerInfo) -> None:
         """Serve one router until it is gone; what it started runs on for the grace."""
-        session = Session(self, self._timing, lambda: self._tools.pull.dispatcher.last_load)
+        session = RouterSession(self, self._timing, lambda: self._tools.pull.dispatcher.last_load)
         self.open(session)
         try:
             await session.run(context, info)
@@ -94,11 +94,11 @@ class DecodeService:
 
     # ------------------------------------------------------------------ from the sessions
 
-    def open(self, session: Session) -> None:
+    def open(self, session: RouterSession) -> None:
         """A router opened a session; `lose` must follow."""
         self._ledger.open(session)
 
-    def submit(self, session: Session, message: worker_pb2.Submit) -> None:
+    def submit(self, session: RouterSession, message: worker_pb2.Submit) -> None:
         """See SessionOwner."""
         router, key, epoch = session.router, key_of(message), epoch_from_wire(message.epoch)
         standing = self._ledger.standing(router, key, epoch)
@@ -118,14 +118,14 @@ class DecodeService:
         self._ledger.begin(run, session, router, key, epoch)
         self._idle.clear()
 
-    def cancel(self, session: Session, message: worker_pb2.CancelRequest) -> None:
+    def cancel(self, session: RouterSession, message: worker_pb2.CancelRequest) -> None:
         """See SessionOwner. A cancel of an older epoch means a run that is ending anyway."""
         named = self._ledger.named(session.router, message.request_id, epoch_from_wire(message.epoch))
         self._counters["cancels_stale"] += named.num_stale
         for run in named.runs:
             run.cancel(message.reason or "cancelled")
 
-    def attach(self, session: Session, message: worker_pb2.Attach) -> None:
+    def attach(self, session: RouterSession, message: worker_pb2.Attach) -> None:
         """See SessionOwner. Nothing can be taken over yet: a typed end says so for every choice that was asked for."""
         error = RequestNotFound(
             f"request {message.request_id} cannot be attached to on this worker", param="request_id"
@@ -141,7 +141,7 @@ class DecodeService:
                 )
             )
 
-    def lose(self, session: Session) -> None:
+    def lose(self, session: RouterSession) -> None:
         """A router is gone: its runs go on for the grace, unless nobody could take them over anyway."""
         orphans = self._ledger.lose(session)
         if not orphans:
@@ -153,7 +153,7 @@ class DecodeService:
 
     # ------------------------------------------------------------------ inside
 
-    def _begin(self, session: Session, message: worker_pb2.Submit) -> DecodeTask:
+    def _begin(self, session: RouterSession, message: worker_pb2.Submit) -> DecodeTask:
         """Make a run of an order, and give it to the engine.
 
         Raises:

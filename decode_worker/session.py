@@ -36,20 +36,20 @@ class SessionTiming:
 class SessionOwner(Protocol):
     """What a session does with orders."""
 
-    def submit(self, session: Session, message: worker_pb2.Submit) -> None:
+    def submit(self, session: RouterSession, message: worker_pb2.Submit) -> None:
         """Start a choice, or put its refusal into the outbox."""
         ...
 
-    def cancel(self, session: Session, message: worker_pb2.CancelRequest) -> None:
+    def cancel(self, session: RouterSession, message: worker_pb2.CancelRequest) -> None:
         """End all choices of a request of this session's router."""
         ...
 
-    def attach(self, session: Session, message: worker_pb2.Attach) -> None:
+    def attach(self, session: RouterSession, message: worker_pb2.Attach) -> None:
         """Take a running request over."""
         ...
 
 
-class Session:
+class RouterSession:
     """Made when a router opens the stream; `run` returns when the router is lost or has left."""
 
     def __init__(self, owner: SessionOwner, timing: SessionTiming, load: Callable[[], LoadNews | None]) -> None:

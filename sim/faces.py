@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.request import Epoch
 from ..decode_worker.outbox import Outbox
-from ..decode_worker.session import Session
+from ..decode_worker.session import RouterSession
 from ..kv.block import IDENTITY_BYTES
 from ..kv.messages import epoch_from_wire, epoch_to_wire
 from ..protos import worker_pb2
@@ -27,7 +27,7 @@ class SessionFace:
         self._node = node
         self._end = end
         self._sequence = 0
-        self.session = Session(node.service, node.session_timing, node.engine.load)
+        self.session = RouterSession(node.service, node.session_timing, node.engine.load)
         self.session.outbox = Outbox(max_message_bytes=node.setting.message_bytes)
         self._heard_s = node.world.now_s()
         self._is_over = False

@@ -18,7 +18,7 @@ from ..decode_worker.order import Order
 from ..decode_worker.pull import KvPullTools
 from ..decode_worker.run import DecodeTask, DecodeTaskTools
 from ..decode_worker.service import DecodeService
-from ..decode_worker.session import Session
+from ..decode_worker.session import RouterSession
 from ..engine.facts import FaceFacts, ModelFacts
 from ..engine.link import messages as link
 from ..engine.link.client import EngineClient, Owner, SequenceEvent
@@ -104,7 +104,7 @@ class SimService(DecodeService):
     def _after(self, delay_s: float, act: Callable[[], None]) -> None:
         self.node.world.after(delay_s, self.node.process, act)
 
-    def submit(self, session: Session, message: worker_pb2.Submit) -> None:
+    def submit(self, session: RouterSession, message: worker_pb2.Submit) -> None:
         """As production; and R6: no choice is run twice under one epoch, or again under an older one."""
         before = set(self.runs)
         super().submit(session, message)
@@ -115,7 +115,7 @@ class SimService(DecodeService):
                     raise Violation("R6", f"{run.order.key} runs under {run.order.epoch}, which is not its newest")
                 self.highest[place] = run.order.epoch
 
-    def cancel(self, session: Session, message: worker_pb2.CancelRequest) -> None:
+    def cancel(self, session: RouterSession, message: worker_pb2.CancelRequest) -> None:
         """As production; and R6: a cancel ends no run of another router or of a newer dispatch."""
         epoch, router_of = epoch_from_wire(message.epoch), self._ledger.router_of
         others = [run for run in self.runs if run.order.epoch > epoch or router_of(run) != session.router]
@@ -125,7 +125,7 @@ class SimService(DecodeService):
             if run._verdict is not None:
                 raise Violation("R6", f"{run.order.key} under {run.order.epoch} was cancelled by a word about {epoch}")
 
-    def lose(self, session: Session) -> None:
+    def lose(self, session: RouterSession) -> None:
         """As production; and R7: when the grace is over, none of its runs may go on."""
         orphans = [run for run in self.runs if run._outbox is session.outbox]
         super().lose(session)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from twostroke.decode_worker.outbox import Outbox
-from twostroke.decode_worker.session import Session, SessionTiming
+from twostroke.decode_worker.session import RouterSession, SessionTiming
 from twostroke.protos import common_pb2, worker_pb2
 
 NUM_ORDERS = 50
@@ -41,7 +41,7 @@ class Refuser:
         self.num_orders = 0
         self.all_came = asyncio.Event()
 
-    def submit(self, session: Session, message: worker_pb2.Submit) -> None:
+    def submit(self, session: RouterSession, message: worker_pb2.Submit) -> None:
         self.num_orders += 1
         session.outbox.add_end(worker_pb2.RequestEnd(request_id=message.request_id))
         if self.num_orders == NUM_ORDERS:
@@ -51,7 +51,7 @@ class Refuser:
 async def test_no_more_orders_are_read_from_a_router_that_does_not_read_their_ends() -> None:
     orders = [worker_pb2.SessionUp(submit=worker_pb2.Submit(request_id=str(n))) for n in range(NUM_ORDERS)]
     stream, owner = Stream(HELLO, *orders), Refuser()
-    session = Session(owner, PATIENT, lambda: None)  # type: ignore[arg-type]
+    session = RouterSession(owner, PATIENT, lambda: None)  # type: ignore[arg-type]
     session.outbox = Outbox(max_ends=2)
     context: Any = stream
     running = asyncio.create_task(session.run(context, common_pb2.WorkerInfo()))
@@ -67,7 +67,7 @@ async def test_no_more_orders_are_read_from_a_router_that_does_not_read_their_en
 
 async def test_a_router_that_reads_nothing_for_too_long_is_lost() -> None:
     order = worker_pb2.SessionUp(submit=worker_pb2.Submit(request_id="one"))
-    session = Session(Refuser(), replace(PATIENT, stall_s=0.02), lambda: None)  # type: ignore[arg-type]
+    session = RouterSession(Refuser(), replace(PATIENT, stall_s=0.02), lambda: None)  # type: ignore[arg-type]
     context: Any = Stream(HELLO, order)
     async with asyncio.timeout(30):
         await session.run(context, common_pb2.WorkerInfo())
