@@ -61,7 +61,7 @@ class _Member:
 
 
 @dataclass(slots=True)
-class Membership:
+class RestartBook:
     """The wanted members and their standing. One owner of restarts: nothing else starts a process again."""
 
     back_off: BackOff = field(default_factory=BackOff)

@@ -13,9 +13,9 @@ from ..core.clock import Clock, MonotonicClock
 from ..core.errors import TwostrokeError, Unavailable
 from ..core.ports import free_ports, target
 from .config import Config
-from .launch.last_words import End
+from .launch.last_words import ProcessEnd
 from .launch.launcher import Launcher, Site
-from .membership import Membership, Patience, Standing, Use
+from .membership import Patience, RestartBook, Standing, Use
 from .placement import Plan
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class Supervisor:
         self._launcher = launcher_class(self.config)(site)
         cluster = self.config.cluster
         draining_s = max(cluster.replace_after_s, cluster.drain_timeout_s)
-        self._membership = Membership(patience=Patience(cluster.replace_after_s, draining_s, cluster.ready_timeout_s))
+        self._membership = RestartBook(patience=Patience(cluster.replace_after_s, draining_s, cluster.ready_timeout_s))
         self._life: dict[str, str] = {}  # incarnation of each member that serves or served
         self._ended_life: dict[str, str] = {}  # whose process is gone; the router may not know yet
         self._changed = asyncio.Event()
@@ -94,7 +94,7 @@ class Supervisor:
         await self._launcher.close()
 
     async def abort(self) -> None:
-        """End everything at once: nobody is served yet, or nobody waits any longer. Nothing stays behind."""
+        """ProcessEnd everything at once: nobody is served yet, or nobody waits any longer. Nothing stays behind."""
         for name in self._members:
             self._membership.stop(name)
         for task in self._tasks:
@@ -129,19 +129,19 @@ class Supervisor:
             try:
                 await self._launcher.start(self._members[name], self._ended)
             except TwostrokeError as error:
-                self._ended(name, End(str(error), is_certain=True))
+                self._ended(name, ProcessEnd(str(error), is_certain=True))
 
-    def _ended(self, name: str, end: End) -> None:
+    def _ended(self, name: str, end: ProcessEnd) -> None:
         if name in self._replaced:
             self._replaced.remove(name)
-            end = End("killed, to be replaced")
+            end = ProcessEnd("killed, to be replaced")
         due_s = self._membership.ended(name, end.cause, self._clock.now_s())
         self._ended_life[name] = self._life.get(name, "")
         if due_s is not None:
             self._note_end(name, end, max(0.0, due_s - self._clock.now_s()))
         self._changed.set()
 
-    def _note_end(self, name: str, end: End, wait_s: float) -> None:
+    def _note_end(self, name: str, end: ProcessEnd, wait_s: float) -> None:
         """Say it; and on the way up, give up when another start would end the same way."""
         if not self._settled.is_set():
             if end.is_certain:

@@ -9,7 +9,7 @@ from ...kernels.cpu.build import stop_building
 from ...router.process import RouterProcess
 from ...worker.process import WorkerProcess
 from ..placement import ProcessPlan
-from .last_words import End
+from .last_words import ProcessEnd
 from .launcher import Ended, Site, worker_settings
 
 ABORT_S = 0.5
@@ -48,7 +48,7 @@ class InProcessLauncher:
         if name in self._running:
             process, ended = self._running.pop(name)
             await process.stop(grace_s)
-            ended(name, End("stopped"))
+            ended(name, ProcessEnd("stopped"))
 
     async def kill(self, name: str) -> None:
         """Stop it without a drain."""
@@ -77,4 +77,4 @@ class InProcessLauncher:
         if self._running.get(name, (None,))[0] is process:
             _, ended = self._running.pop(name)
             await process.stop(0.0)
-            ended(name, End("it ended by its own fault; the log has more"))
+            ended(name, ProcessEnd("it ended by its own fault; the log has more"))

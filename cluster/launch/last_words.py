@@ -12,33 +12,33 @@ _TYPED_EXIT = 2  # and its exit code
 _RAISED = re.compile(r"^((?:\w+\.)*)([A-Z]\w+)(?:: (.*))?$")  # how a traceback ends
 
 
-class End(NamedTuple):
+class ProcessEnd(NamedTuple):
     """The end of one member's process."""
 
     cause: str  # one line
     is_certain: bool = False  # a typed error of ours: the next start would end the same way
 
 
-def end_of_process(code: int, output: str) -> End:
+def end_of_process(code: int, output: str) -> ProcessEnd:
     """From an exit code and the last output of a process of ours."""
     if code == 0:
-        return End("exit code 0: it was told to stop")
+        return ProcessEnd("exit code 0: it was told to stop")
     if code < 0:
-        return End(f"exit code {code}: {_signal_words(-code)}")
+        return ProcessEnd(f"exit code {code}: {_signal_words(-code)}")
     typed = [line for line in output.splitlines() if line.startswith(_TYPED)]
     if typed and code == _TYPED_EXIT:
-        return End(_short(typed[-1].removeprefix(_TYPED)), is_certain=True)
-    return End(": ".join(part for part in (f"exit code {code}", cause_of(output)) if part))
+        return ProcessEnd(_short(typed[-1].removeprefix(_TYPED)), is_certain=True)
+    return ProcessEnd(": ".join(part for part in (f"exit code {code}", cause_of(output)) if part))
 
 
-def end_of_error(text: str) -> End:
+def end_of_error(text: str) -> ProcessEnd:
     """From the text of an error that carries another process's traceback."""
     lines = _lines(text)
     for place in range(len(lines) - 1, -1, -1):
         found = _RAISED.match(lines[place])
         if found and found[1].startswith("twostroke.core.errors."):
-            return End(_short(" ".join([found[3] or found[2], *lines[place + 1 :]])), is_certain=True)
-    return End(cause_of(text) or "it ended without a word")
+            return ProcessEnd(_short(" ".join([found[3] or found[2], *lines[place + 1 :]])), is_certain=True)
+    return ProcessEnd(cause_of(text) or "it ended without a word")
 
 
 def cause_of(output: str) -> str:

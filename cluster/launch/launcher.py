@@ -10,9 +10,9 @@ from ...core.request import Role
 from ...worker.settings import WorkerSettings
 from ..config import Config
 from ..placement import ProcessPlan
-from .last_words import End
+from .last_words import ProcessEnd
 
-Ended = Callable[[str, End], None]
+Ended = Callable[[str, ProcessEnd], None]
 """Called on the supervisor's loop with a member's name and how it ended, once per start."""
 
 
@@ -43,7 +43,7 @@ class Launcher(Protocol):
         ...
 
     async def kill(self, name: str) -> None:
-        """End it now, even when it is frozen. `ended` is called as for any end."""
+        """ProcessEnd it now, even when it is frozen. `ended` is called as for any end."""
         ...
 
     async def close(self) -> None:

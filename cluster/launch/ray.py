@@ -15,7 +15,7 @@ from ...router.actor import Router
 from ...router.config import RouterConfig
 from ...worker.settings import WorkerSettings
 from ..placement import ProcessPlan
-from .last_words import End, end_of_error
+from .last_words import ProcessEnd, end_of_error
 from .launcher import Ended, Site, worker_settings
 from .ray_session import RaySession
 
@@ -73,7 +73,7 @@ class RayLauncher:
         self._executor.shutdown(wait=False)
 
     async def abort(self) -> None:
-        """End our Ray with all its processes; leave one that we joined, which ends our actors."""
+        """ProcessEnd our Ray with all its processes; leave one that we joined, which ends our actors."""
         for watcher in self._watchers.values():
             watcher.cancel()
         await asyncio.to_thread(self._session.abort)
@@ -97,7 +97,7 @@ class RayLauncher:
         import ray
 
         try:
-            end = End(str(await _settled(actor.run.remote())))
+            end = ProcessEnd(str(await _settled(actor.run.remote())))
         except ray.exceptions.RayError as error:
             end = end_of_error(str(error))
         if self._actors.get(name) is actor:

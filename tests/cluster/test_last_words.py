@@ -2,7 +2,7 @@
 
 import pytest
 
-from twostroke.cluster.launch.last_words import End, cause_of, end_of_error, end_of_process
+from twostroke.cluster.launch.last_words import ProcessEnd, cause_of, end_of_error, end_of_process
 
 CRASH = """INFO: loading
 Traceback (most recent call last):
@@ -25,23 +25,23 @@ weights 2 MiB = 0 blocks
 @pytest.mark.parametrize(
     ("code", "output", "end"),
     [
-        (2, "a warning\ntwostroke: port 1 is in use\n", End("port 1 is in use", is_certain=True)),
-        (1, CRASH, End("exit code 1: RuntimeError: [enforce fail at alloc_cpu.cpp:117] data. DefaultCPUAllocator: "
+        (2, "a warning\ntwostroke: port 1 is in use\n", ProcessEnd("port 1 is in use", is_certain=True)),
+        (1, CRASH, ProcessEnd("exit code 1: RuntimeError: [enforce fail at alloc_cpu.cpp:117] data. DefaultCPUAllocator: "
                        "can't allocate memory")),
-        (1, "the engine has ended\n", End("exit code 1: the engine has ended")),
-        (1, "", End("exit code 1")),
-        (-9, "loading", End("exit code -9: SIGKILL, which the system sends when memory runs out")),
-        (-11, "", End("exit code -11: SIGSEGV")),
+        (1, "the engine has ended\n", ProcessEnd("exit code 1: the engine has ended")),
+        (1, "", ProcessEnd("exit code 1")),
+        (-9, "loading", ProcessEnd("exit code -9: SIGKILL, which the system sends when memory runs out")),
+        (-11, "", ProcessEnd("exit code -11: SIGSEGV")),
     ],
 )  # fmt: skip
-def test_the_end_of_a_process_is_its_cause_in_one_line(code: int, output: str, end: End):
+def test_the_end_of_a_process_is_its_cause_in_one_line(code: int, output: str, end: ProcessEnd):
     assert end_of_process(code, output) == end
 
 
 def test_an_error_of_ours_in_another_process_is_its_message_and_certain():
-    assert end_of_error(RAY_ERROR) == End("memory 1 MiB weights 2 MiB = 0 blocks", is_certain=True)
-    assert end_of_error("The actor died unexpectedly.\n\tpid: 7") == End("pid: 7")
-    assert end_of_error("") == End("it ended without a word")
+    assert end_of_error(RAY_ERROR) == ProcessEnd("memory 1 MiB weights 2 MiB = 0 blocks", is_certain=True)
+    assert end_of_error("The actor died unexpectedly.\n\tpid: 7") == ProcessEnd("pid: 7")
+    assert end_of_error("") == ProcessEnd("it ended without a word")
 
 
 def test_a_long_cause_is_cut():

@@ -11,7 +11,7 @@ import pytest
 from twostroke.client.async_client import AsyncClient
 from twostroke.cluster.config import load_config
 from twostroke.cluster.launch.inprocess import InProcessLauncher
-from twostroke.cluster.launch.last_words import End
+from twostroke.cluster.launch.last_words import ProcessEnd
 from twostroke.cluster.launch.launcher import Site
 from twostroke.cluster.placement import ProcessPlan
 from twostroke.core.errors import ConfigError
@@ -33,7 +33,7 @@ async def test_a_worker_whose_engine_ends_is_told_of_once_and_can_be_started_aga
     ends: list[str] = []
     told = asyncio.Event()
 
-    def ended(name: str, end: End) -> None:
+    def ended(name: str, end: ProcessEnd) -> None:
         ends.append(end.cause)
         told.set()
 

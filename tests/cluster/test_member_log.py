@@ -9,7 +9,7 @@ from pathlib import Path
 
 from twostroke.cluster.config import load_config
 from twostroke.cluster.launch import process as launch_process
-from twostroke.cluster.launch.last_words import End
+from twostroke.cluster.launch.last_words import ProcessEnd
 from twostroke.cluster.launch.launcher import Site
 from twostroke.cluster.launch.member_log import MemberLog
 from twostroke.cluster.launch.process import ProcessLauncher
@@ -80,11 +80,11 @@ async def test_a_chatty_members_log_is_cut_while_it_runs_and_its_last_words_are_
     keys = [f"key-{number:020d}" for number in range(20_000)]
     launcher = ProcessLauncher(Site(load_config(flags={"router.api_keys": keys}), "", "", 0))
     monkeypatch.setattr(launcher, "_command", lambda _: [sys.executable, "-c", CHILD])
-    ends = asyncio.Queue[End]()
+    ends = asyncio.Queue[ProcessEnd]()
     try:
         await launcher.start(ProcessPlan("router-0", "router"), lambda _, end: ends.put_nowait(end))
         end = await asyncio.wait_for(ends.get(), 60)
-        assert end == End(f"the last word; configured with {len(launcher._config)}", is_certain=True)
+        assert end == ProcessEnd(f"the last word; configured with {len(launcher._config)}", is_certain=True)
         assert len(launcher._config) > 500_000
     finally:
         await launcher.close()
@@ -93,10 +93,10 @@ async def test_a_chatty_members_log_is_cut_while_it_runs_and_its_last_words_are_
 async def test_a_member_that_reads_nothing_ends_like_any_other(monkeypatch, caplog):
     launcher = ProcessLauncher(Site(load_config(flags={"router.api_keys": ["k" * 500_000]}), "", "", 0))
     monkeypatch.setattr(launcher, "_command", lambda _: ["false"])
-    ends = asyncio.Queue[End]()
+    ends = asyncio.Queue[ProcessEnd]()
     try:
         await launcher.start(ProcessPlan("router-0", "router"), lambda _, end: ends.put_nowait(end))
-        assert await asyncio.wait_for(ends.get(), 60) == End("exit code 1")
+        assert await asyncio.wait_for(ends.get(), 60) == ProcessEnd("exit code 1")
     finally:
         await launcher.close()
     assert caplog.text == ""

@@ -3,11 +3,11 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twostroke.cluster.membership import BackOff, Membership, Patience, Standing, Use
+from twostroke.cluster.membership import BackOff, Patience, RestartBook, Standing, Use
 
 
 def test_a_dead_member_is_due_at_once_the_first_time():
-    members = Membership()
+    members = RestartBook()
     members.want("decode-0", 0.0)
     assert members.due(0.0) == ["decode-0"]
     members.started("decode-0", 0.0)
@@ -19,7 +19,7 @@ def test_a_dead_member_is_due_at_once_the_first_time():
 
 
 def test_failures_in_a_row_wait_longer_up_to_a_bound():
-    members = Membership(BackOff(base_s=1.0, longest_s=8.0))
+    members = RestartBook(BackOff(base_s=1.0, longest_s=8.0))
     members.want("prefill-0", 0.0)
     now, waits = 0.0, []
     for _ in range(7):
@@ -31,7 +31,7 @@ def test_failures_in_a_row_wait_longer_up_to_a_bound():
 
 
 def test_a_long_healthy_run_forgives():
-    members = Membership(BackOff(forgiven_after_s=60.0))
+    members = RestartBook(BackOff(forgiven_after_s=60.0))
     members.want("decode-0", 0.0)
     for start in (0.0, 1.0, 2.0):
         members.started("decode-0", start)
@@ -42,7 +42,7 @@ def test_a_long_healthy_run_forgives():
 
 
 def test_a_slow_start_is_no_healthy_run():
-    members = Membership(BackOff(base_s=1.0, forgiven_after_s=60.0))
+    members = RestartBook(BackOff(base_s=1.0, forgiven_after_s=60.0))
     members.want("decode-0", 0.0)
     for start_s in (0.0, 1.0):
         members.started("decode-0", start_s)
@@ -53,7 +53,7 @@ def test_a_slow_start_is_no_healthy_run():
 
 
 def test_a_stopped_member_stays_down():
-    members = Membership()
+    members = RestartBook()
     members.want("router-0", 0.0)
     members.started("router-0", 0.0)
     members.stop("router-0")
@@ -63,7 +63,7 @@ def test_a_stopped_member_stays_down():
 
 
 def test_ready_means_nothing_for_a_member_that_is_down():
-    members = Membership()
+    members = RestartBook()
     members.want("decode-0", 0.0)
     members.started("decode-0", 0.0)
     members.ended("decode-0", "", 1.0)
@@ -71,8 +71,8 @@ def test_ready_means_nothing_for_a_member_that_is_down():
     assert members.standing("decode-0") is Standing.WAITING
 
 
-def _serving(name: str, patience: Patience) -> Membership:
-    members = Membership(patience=patience)
+def _serving(name: str, patience: Patience) -> RestartBook:
+    members = RestartBook(patience=patience)
     members.want(name, 0.0)
     members.started(name, 0.0)
     members.ready(name, 1.0)
@@ -131,7 +131,7 @@ def test_a_member_that_was_told_to_stop_may_drain():
 
 
 def test_a_member_on_its_way_up_has_more_patience_and_is_not_missing():
-    members = Membership(patience=Patience(missing_s=20.0, starting_s=120.0))
+    members = RestartBook(patience=Patience(missing_s=20.0, starting_s=120.0))
     members.want("decode-0", 0.0)
     members.started("decode-0", 0.0)
     members.seen("decode-0", Use.NONE, 1.0)
@@ -159,7 +159,7 @@ def test_a_new_process_does_not_inherit_the_absence_of_the_old_one():
 
 @given(st.lists(st.tuples(st.sampled_from(["end", "ready", "wait"]), st.floats(0.0, 100.0)), max_size=60))
 def test_a_wanted_member_always_comes_back_within_the_longest_wait(steps):
-    members = Membership()
+    members = RestartBook()
     members.want("m", 0.0)
     now = 0.0
     for what, pause in steps:
@@ -175,7 +175,7 @@ def test_a_wanted_member_always_comes_back_within_the_longest_wait(steps):
 
 
 def test_a_new_process_is_of_use_until_the_opposite_is_seen():
-    members = Membership()
+    members = RestartBook()
     members.want("decode-0", 0.0)
     members.started("decode-0", 0.0)
     members.ready("decode-0", 1.0)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from twostroke.cluster.config import load_config
-from twostroke.cluster.launch.last_words import End
+from twostroke.cluster.launch.last_words import ProcessEnd
 from twostroke.cluster.membership import Standing, Use
 from twostroke.cluster.model_facts import model_facts
 from twostroke.cluster.placement import place
@@ -52,7 +52,7 @@ async def test_the_life_that_ended_does_not_pass_for_the_new_one(made: tuple[Sup
     name, standing = worker_of(supervisor), supervisor._membership.standing
     supervisor._note(seen((name, "first", "live")))
     assert standing(name) is Standing.READY
-    supervisor._ended(name, End("killed"))
+    supervisor._ended(name, ProcessEnd("killed"))
     supervisor._membership.started(name, clock.at_s)
     supervisor._note(seen((name, "first", "live")))  # the router has not heard of the end yet
     assert standing(name) is Standing.STARTING
@@ -78,7 +78,7 @@ async def test_a_start_is_given_up_when_it_is_hopeless(
     for number in range(ends):
         assert not supervisor._hopeless, number
         supervisor._membership.started(name, clock.at_s)
-        supervisor._ended(name, End("no such file", is_certain=certain))
+        supervisor._ended(name, ProcessEnd("no such file", is_certain=certain))
     assert "no such file" in supervisor._hopeless
     assert supervisor._settled.is_set()
 
@@ -87,7 +87,7 @@ async def test_that_an_ended_life_serves_is_no_use_of_the_new_one(made: tuple[Su
     supervisor, clock = made
     name = worker_of(supervisor)
     supervisor._note(seen((name, "first", "live")))
-    supervisor._ended(name, End("killed"))
+    supervisor._ended(name, ProcessEnd("killed"))
     supervisor._membership.started(name, clock.at_s)
     supervisor._note(seen((name, "second", "live")))
     for clock.at_s in (1.0, 1000.0):
