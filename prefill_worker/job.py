@@ -204,7 +204,7 @@ class PrefillTask:
             case EngineNotYet():
                 send(link.PeerNotYet(self.key))
             case ReleaseBlocks():
-                send(link.ReleaseBlocks(self.key))
+                send(link.Release(self.key))
             case Abort(reason):
                 self._tools.counters[f"handover_aborted_{reason.value}"] += 1
                 if not self._has_ended:

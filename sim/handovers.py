@@ -1,4 +1,4 @@
-"""One end of a hand-over stream in virtual time. What happens on it is production's: `Pull`, `Job` and their carrier.
+"""One end of a hand-over stream in virtual time, driven by production's `KvPull`, `PrefillTask` and their carrier.
 
 Envelopes are real bytes, digests are verified by kv/handover/frames.py. Knows no request, no router, no engine.
 """
@@ -11,15 +11,14 @@ from dataclasses import dataclass
 from ..core.request import Epoch
 from ..kv.handover.carrier import Check, Hear
 from ..kv.handover.frames import encode_message
-from ..kv.handover.machine import Abort, Action, Label, Lost, Read, Send, SendFrame, Write
-from ..kv.handover.machine import HandoverEnd as Ending
+from ..kv.handover.machine import Abort, Action, HandoverEnd, Label, Lost, Read, Send, SendFrame, Write
 from ..protos import handover_pb2
 from .invariants import Violation
-from .network import HandoverEnd
+from .network import End
 from .world import Process, Timer, World
 
 SLACK_S = 0.5
-EXPLAINED = (Ending.FAILED, Ending.CORRUPTED)  # a hand-over may end so in any weather
+EXPLAINED = (HandoverEnd.FAILED, HandoverEnd.CORRUPTED)  # a hand-over may end so in any weather
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +35,7 @@ class Place:
 class SimHost:
     """Satisfies kv/handover/carrier.py's StreamHost."""
 
-    def __init__(self, place: Place, end: HandoverEnd, name: str, closed: Callable[[], None] | None = None) -> None:
+    def __init__(self, place: Place, end: End, name: str, closed: Callable[[], None] | None = None) -> None:
         """`closed` hears when the machine closed the stream; given by the side that was called."""
         self.name = name
         self.sends: Callable[[SendFrame, bytes], None] = lambda frame, envelope: None  # hears of frames that leave

@@ -1,4 +1,4 @@
-"""Bugs of the hand-over: its machines, their carrier, and what `Pull`, `PrefillTask` and `DecodeTask` make of their actions.
+"""Bugs of the hand-over: its machines, their carrier, and how `KvPull`, `PrefillTask` and `DecodeTask` act on it.
 
 "Found after" so many schedules at worst, counted from the first seed of campaign 0.
 

@@ -29,9 +29,9 @@ def old_epochs_are_heard() -> AbstractContextManager[None]:
     def run_from(self: Lifecycle, key: WorkerKey, name: str) -> RequestState | None:
         return self.runs.active.get(name)
 
-    def standing(self: delivery.Delivery, choice: int, epoch: Epoch) -> delivery.Verdict:
+    def standing(self: delivery.Delivery, choice: int, epoch: Epoch) -> delivery.DeliveryVerdict:
         is_running = choice < len(self._choices) and self._choices[choice].finish is None
-        return delivery.Verdict.TAKE if is_running else delivery.Verdict.AFTER_END
+        return delivery.DeliveryVerdict.TAKE if is_running else delivery.DeliveryVerdict.AFTER_END
 
     return _both(instead(Lifecycle, "_run_from", run_from), instead(delivery.Delivery, "_standing", standing))
 
@@ -39,9 +39,11 @@ def old_epochs_are_heard() -> AbstractContextManager[None]:
 def gaps_are_closed() -> AbstractContextManager[None]:
     """The router takes tokens that do not follow."""
 
-    def tokens(self: delivery.Delivery, choice: int, epoch: Epoch, first_index: int, count: int) -> delivery.Verdict:
+    def tokens(
+        self: delivery.Delivery, choice: int, epoch: Epoch, first_index: int, count: int
+    ) -> delivery.DeliveryVerdict:
         verdict = self._standing(choice, epoch)
-        if verdict is delivery.Verdict.TAKE:
+        if verdict is delivery.DeliveryVerdict.TAKE:
             self._choices[choice].next_index = first_index + count
         return verdict
 

@@ -4,8 +4,8 @@
                         ▲                  │ an answer's actions come after those before it
                         ╰──── tick ◀─ host.after(next deadline)
 
-The machines (kv/handover_*.py) decide; `Pull` (decode) and `Job` (prefill) say what each action means. A `StreamHost`
-gives them stream, clock, timer and threads: kv/handover/driver.py on an event loop, sim/handovers.py in virtual time.
+The machines (kv/handover/{receiver,sender}.py) decide; `KvPull` (decode) and `PrefillTask` carry out the actions.
+A `StreamHost` gives them stream, clock, timer and threads: driver.py on asyncio, sim/handovers.py in virtual time.
 """
 
 from __future__ import annotations

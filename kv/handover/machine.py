@@ -8,7 +8,7 @@ The caller's part of the bargain:
 * Actions are carried out in the order they are returned, and messages and frames leave in that order: the two share
   one sequence per direction.
 * `next_deadline_s` says when to call `tick` at the latest, even when nothing else happens.
-* After `Complete`, `Lost`, `ReleaseBlocks`, `Abort` or `cancel` the machine is over: every later event returns no action.
+* After `Complete`, `Lost`, `ReleaseBlocks`, `Abort` or `cancel` the machine is over: later events return no action.
 * `Close` comes at most once. What is sent to a stream that broke is lost silently; `closed` reports the break.
 """
 

@@ -1,4 +1,4 @@
-"""The one validator: a `GenerateCall` from either face becomes a `Request`, or a typed error that names field and remedy.
+"""The one validator: a `GenerateCall` of either API becomes a `Request`, or a typed error with field and remedy.
 
 Nothing a client sends reaches a worker unchecked; what is refused here costs a worker nothing.
 """

@@ -26,8 +26,8 @@ weights 2 MiB = 0 blocks
     ("code", "output", "end"),
     [
         (2, "a warning\ntwostroke: port 1 is in use\n", ProcessEnd("port 1 is in use", is_certain=True)),
-        (1, CRASH, ProcessEnd("exit code 1: RuntimeError: [enforce fail at alloc_cpu.cpp:117] data. DefaultCPUAllocator: "
-                       "can't allocate memory")),
+        (1, CRASH, ProcessEnd("exit code 1: RuntimeError: [enforce fail at alloc_cpu.cpp:117] data. "
+                              "DefaultCPUAllocator: can't allocate memory")),
         (1, "the engine has ended\n", ProcessEnd("exit code 1: the engine has ended")),
         (1, "", ProcessEnd("exit code 1")),
         (-9, "loading", ProcessEnd("exit code -9: SIGKILL, which the system sends when memory runs out")),

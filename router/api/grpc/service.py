@@ -160,10 +160,10 @@ def _chunk(piece: OutputDelta, request_id: str, model: str) -> inference_pb2.Gen
     )
 
 
-def _usage(usage: TokenUsage | None) -> common_pb2.TokenUsage | None:
+def _usage(usage: TokenUsage | None) -> common_pb2.Usage | None:
     if usage is None:
         return None
-    return common_pb2.TokenUsage(
+    return common_pb2.Usage(
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
         cached_tokens=usage.cached_tokens,
