@@ -408,7 +408,6 @@ void run(const Attend& job, const Unit& unit) {
 
 extern "C" {
 
-// Rows of no span are left as they are.
 void twostroke_attend(Threads* threads, const Attend* job) {
     const int kv_heads = job->values.heads, group = job->heads / kv_heads;
     // Few rows leave little to compute: there a unit takes several heads, whose bytes lie side by side in every block.

@@ -8,15 +8,6 @@
 #include "simd.h"
 #include "threads.h"
 
-extern "C" {
-int64_t twostroke_panel_bytes(int32_t kind, int32_t inner, int32_t pairs);
-int64_t twostroke_coded_panel_bytes(Threads* threads, const uint16_t* from, int32_t columns, int32_t inner);
-void twostroke_pack(Threads* threads, const void* from, int32_t kind, int32_t columns, int32_t inner, int32_t pairs,
-                    int64_t panel_bytes, void* to);
-void twostroke_linear(Threads* threads, const Matrix* matrix, const Rows* x, const Rows* out, int32_t activation,
-                      int32_t out_columns, uint32_t* scratch);
-}
-
 namespace {
 
 float number(uint32_t& state) {
@@ -64,7 +55,7 @@ bool right(int kind, int x_kind, int rows, int columns, int inner) {
     twostroke_pack(&threads, w.data, kind, columns, inner, pairs, panel_bytes, panels.data);
     Matrix matrix{panels.data, kind == INT8 ? scales.data() : nullptr, nullptr, panel_bytes, kind, columns, inner, 0};
     Rows in{x.data, inner, rows, x_kind}, to{out.data, columns, rows, FLOAT32};
-    twostroke_linear(&threads, &matrix, &in, &to, simd::NONE, columns, (uint32_t*)scratch.data);
+    twostroke_linear(&threads, &matrix, &in, &to, NO_ACTIVATION, columns, (uint32_t*)scratch.data);
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < columns; c++) {
             double sum = 0, size = 0;
@@ -80,7 +71,7 @@ bool right(int kind, int x_kind, int rows, int columns, int inner) {
 
 }  // namespace
 
-extern "C" int twostroke_self_check() {
+extern "C" int32_t twostroke_self_check() {
     for (int rows : {1, 3, 12, 16, 17, 50})
         for (int inner : {32, 70, 256})
             for (int kind : {FLOAT32, BFLOAT16, INT8})

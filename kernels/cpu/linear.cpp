@@ -11,6 +11,7 @@
 // the instruction's order. Int8 that meets bfloat16 rows: see linear_int8.cpp.
 #include <vector>
 
+#include "api.h"
 #include "coded.h"
 #include "linear.h"
 #include "row_blocks.h"
@@ -94,7 +95,7 @@ void kernel(const Job& job, const Block& block, const Stretch& w, int panel, F32
         if (ROWS > 12) asm("" : "+r"(x12));
     }
     const bool plain = PANELS == 2 && is_plain(job, panel);
-    if (plain && job.activation == NONE && block.rows == ROWS) {
+    if (plain && job.activation == NO_ACTIVATION && block.rows == ROWS) {
         uint16_t* to = place(job, block.first, panel);
 #pragma GCC unroll 16
         for (int r = 0; r < ROWS; r++, to += job.out.stride) store(to, pack_rounded(acc[r][0], acc[r][PANELS - 1]));
@@ -105,7 +106,7 @@ void kernel(const Job& job, const Block& block, const Stretch& w, int panel, F32
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 2
         for (int p = 0; p < PANELS; p++) sums[r][p] = acc[r][p];
-    if (plain && job.activation != NONE) return put_gates(job, block.first, panel, block.rows, sums[0]);
+    if (plain && job.activation != NO_ACTIVATION) return put_gates(job, block.first, panel, block.rows, sums[0]);
 #pragma GCC unroll 1
     for (int r = 0; r < block.rows; r++) put_row<PANELS>(job, block.first + r, panel, sums[r], gates[r]);
 }
@@ -206,7 +207,7 @@ void put_tiles(const Job& job, int row, int panel, bool second) {
     alignas(64) float one[tiles::ROWS][LANES], other[tiles::ROWS][LANES];
     tiles::save<T>(one), tiles::save<U>(other);
     for (int r = 0; r < std::min(tiles::ROWS, job.num_rows - row); r++) {
-        if (job.activation != NONE) {
+        if (job.activation != NO_ACTIVATION) {
             put_gated(job, row + r, panel, load<F32>(one[r]), load<F32>(other[r]));
             continue;
         }
@@ -294,16 +295,11 @@ void linear::multiply(Threads& threads, const Matrix& matrix, const Rows& x, con
 
 extern "C" {
 
-// out [rows, columns] = x [rows, inner] times the matrix. x: float32, or bfloat16 (with even inner, unless weights are int8).
-// scratch holds at least (rows + 32) * (inner numbers of x + 16 bytes), 64-byte aligned; out must not lie over x.
-// With an activation the matrix's panels alternate between gate and up, and out [rows, up's columns] is
-// activation(gate) * up; out_columns says how many those are.
 void twostroke_linear(Threads* threads, const Matrix* matrix, const Rows* x, const Rows* out, int32_t activation,
                       int32_t out_columns, uint32_t* scratch) {
     multiply(*threads, *matrix, *x, *out, activation, out_columns, scratch, nullptr);
 }
 
-// The instructions that decide the bits of an answer.
 const char* twostroke_level() {
 #if defined(TWOSTROKE_TILES)
     if (tiles::permitted()) return "amx-bf16";

@@ -23,7 +23,7 @@ struct Job {
     Rows out;
     int out_columns;
     const uint32_t* packed;           // x as tiles want it
-    int steps, num_rows, activation;  // NONE, or panels alternate between a gate and what it lets through
+    int steps, num_rows, activation;  // NO_ACTIVATION, or panels alternate between a gate and what it lets through
     extremes::Search* search;         // looks at answers while they are in a cache; or null
 };
 
@@ -58,7 +58,7 @@ inline void put_gated(const Job& job, int row, int panel, F32 gate, F32 up) {
 // One row of a kernel of one or two panels. A gate that is alone waits for its other half.
 template <int PANELS>
 __attribute__((always_inline)) inline void put_row(const Job& job, int row, int panel, const F32 (&sums)[PANELS], F32& gate) {
-    if (job.activation == NONE) {
+    if (job.activation == NO_ACTIVATION) {
 #pragma GCC unroll 2
         for (int p = 0; p < PANELS; p++) put_linear(job, row, panel + p, sums[p]);
     } else if (PANELS == 2) {
@@ -73,11 +73,11 @@ __attribute__((always_inline)) inline void put_row(const Job& job, int row, int 
 // Whether two panels' sums become bfloat16 as they are, and all of them.
 inline bool is_plain(const Job& job, int panel) {
     const Matrix& m = *job.matrix;
-    const int end = job.activation == NONE ? (panel + 2) * LANES : (panel + 2) / 2 * LANES;
+    const int end = job.activation == NO_ACTIVATION ? (panel + 2) * LANES : (panel + 2) / 2 * LANES;
     return job.out.kind == BFLOAT16 && !m.scales && !m.bias && end <= job.out_columns;
 }
 inline uint16_t* place(const Job& job, int row, int panel) {
-    return (uint16_t*)job.out.data + row * job.out.stride + (job.activation == NONE ? panel : panel / 2) * LANES;
+    return (uint16_t*)job.out.data + row * job.out.stride + (job.activation == NO_ACTIVATION ? panel : panel / 2) * LANES;
 }
 // As `put_gated`, where that is so: sums [rows][gate and up].
 inline void put_gates(const Job& job, int row, int panel, int rows, const F32* sums) {

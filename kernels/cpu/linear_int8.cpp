@@ -9,8 +9,8 @@
 // Weights lie in panels of 16 columns, [inner / 4][16 columns][4 neighbours in k], as w + 128: the instruction multiplies
 // unsigned by signed bytes. What that adds to a group's sum is 128 * sum(q), which sums begin without. Where the machine
 // has AMX tiles, prompts go through them: integers, so the same bits.
+#include "api.h"
 #include "linear.h"
-
 #include "tiles.h"
 
 namespace linear {

@@ -86,8 +86,6 @@ constexpr int EXTREMES_COLUMNS = 2048;
 
 extern "C" {
 
-// out = x / sqrt(mean(x**2) + eps) * weight, for each of `vectors` vectors of `width` numbers per row.
-// With delta (then one vector per row): x becomes x + delta, rounded, before that.
 void twostroke_rms_norm(Threads* threads, const Rows* x, const Rows* delta, const float* weight, float eps,
                         int32_t vectors, int32_t width, const Rows* out) {
     share_rows(*threads, x->rows, [&](int r) {
@@ -102,8 +100,6 @@ void twostroke_rms_norm(Threads* threads, const Rows* x, const Rows* delta, cons
     });
 }
 
-// Rotate, in place, the first 2 * half numbers of each of `heads` vectors of `width` numbers per row.
-// cos and sin [rows, half] float32. Pairs are (i, i + half), or (2i, 2i + 1) when interleaved.
 void twostroke_rotary(Threads* threads, const Rows* x, int32_t heads, int32_t width, const float* cos, const float* sin,
                       int32_t half, int32_t interleaved) {
     const bool whole = half % LANES == 0;
@@ -131,8 +127,7 @@ void twostroke_rotary(Threads* threads, const Rows* x, int32_t heads, int32_t wi
     });
 }
 
-// Of each row of x [rows, width] float32: see extremes.h. Threads share columns, as they did in the product that left them:
-// each finds its own in its cache.
+// Threads share columns, as in the product that wrote them: each finds its own columns in its cache.
 void twostroke_extremes(Threads* threads, const Rows* x, int32_t width, float* least, float* greatest, int32_t* best) {
     extremes::Search search(*x, width);
     search.begin(EXTREMES_COLUMNS);
@@ -240,7 +235,6 @@ bool encode_plain(const Rows& x, int64_t at, int width, uint8_t* payload, int co
 
 extern "C" {
 
-// Encode and store rows at `slots` (negative: skipped); counts, per row, the vectors that were not finite.
 void twostroke_write(Threads* threads, const StorePart* parts, int32_t num_parts, const int64_t* slots, int32_t rows,
                      int32_t* non_finite) {
     share_rows(*threads, rows, [&](int r) {

@@ -11,6 +11,8 @@
 #include <immintrin.h>
 #endif
 
+#include "api.h"
+
 namespace simd {
 
 typedef float F32 __attribute__((vector_size(64)));
@@ -439,9 +441,6 @@ inline F32 hyperbolic_tangent(F32 x) {
     F32 result = select(a < splat(0.05f), series, wide);
     return (F32)((U32)result | ((U32)x & 0x80000000u));
 }
-
-// What a gate lets through: silu, or gelu by its tanh formula.
-enum Activation : int { NONE = -1, SILU = 0, GELU_TANH = 1 };
 
 // gate * sigmoid(t), for silu t = gate; for gelu (1 + tanh(u)) / 2 is sigmoid(2 u). Of gates that are bfloat16, as its answer
 // will be, e**-t may be off by a few units of float32 in its last places, the more the larger t: then it is cheaper.

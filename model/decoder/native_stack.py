@@ -105,7 +105,7 @@ class NativeStack:
             spans=spans.address, refused=refused.data_ptr(), non_finite=address(rows.non_finite), rows=count,
             kind=KINDS[x.dtype], num_spans=spans.count, hidden=spec.hidden_size, heads=attention.num_heads,
             kv_heads=attention.num_kv_heads, width=attention.head_dim, ffn=ffn.width,
-            activation=ACTIVATIONS.index(spec.activation), last_layer=last_layer,
+            activation=ACTIVATIONS[spec.activation], last_layer=last_layer,
         )  # fmt: skip
         for i, (cos, sin) in enumerate(rows.angles):
             step.cos[i], step.sin[i], step.half[i] = cos.data_ptr(), sin.data_ptr(), cos.shape[1]

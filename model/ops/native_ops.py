@@ -29,7 +29,7 @@ from .int8 import described, to_int8
 from .seam import Activation, AttentionKind, Linear, Logits, Norm, Quantization, Span
 from .step import LayerStep
 
-ACTIVATIONS = ("silu", "gelu_tanh")  # by their numbers in kernels/cpu/simd.h
+ACTIVATIONS = {"silu": native.SILU, "gelu_tanh": native.GELU_TANH}
 _REMEMBERED_TABLES = 512
 KINDS = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16}
 
@@ -159,11 +159,11 @@ class NativeOps:
 
     def linear(self, x: Tensor, packed: Linear) -> Tensor:
         """x [rows, in] times the matrix, plus its bias."""
-        return self._multiply(x, packed, -1)
+        return self._multiply(x, packed, native.NO_ACTIVATION)
 
     def gated_linear(self, x: Tensor, packed: Linear, activation: Activation) -> Tensor:
         """activation(gate) * up, in the same pass."""
-        return self._multiply(x, packed, ACTIVATIONS.index(activation))
+        return self._multiply(x, packed, ACTIVATIONS[activation])
 
     def _multiply(self, x: Tensor, packed: Linear, activation: int) -> Tensor:
         assert isinstance(packed, PackedLinear)
