@@ -23,7 +23,8 @@ struct Matrix {
     const float* scales;  // INT8: one per column; else null
     const float* bias;    // one per column, or null
     int64_t panel_bytes;
-    int32_t kind, columns, inner, reserved;
+    int32_t kind, columns, inner;
+    int32_t float32_out;  // 1: Python allocates float32 answers, whatever the dtype of x. The kernels read Rows::kind instead.
 };
 
 // Rows of numbers: row r starts at data + r * stride numbers.

@@ -31,7 +31,7 @@ class Matrix(ctypes.Structure):
         ("kind", c_int32),
         ("columns", c_int32),
         ("inner", c_int32),
-        ("reserved", c_int32),
+        ("float32_out", c_int32),  # 1: answers are float32, whatever the dtype of the rows
     )
 
 

@@ -171,7 +171,7 @@ class NativeOps:
         x = x.to(packed.dtype)
         rows = x.shape[0]
         scratch = self.scratch_for(rows, matrix.inner, x.element_size())
-        out = torch.empty(rows, packed.width, dtype=torch.float32 if matrix.reserved else self.dtype)
+        out = torch.empty(rows, packed.width, dtype=torch.float32 if matrix.float32_out else self.dtype)
         self._library.linear(self._threads, matrix, _rows(x), _rows(out), activation, packed.width, scratch)
         return out
 
