@@ -24,7 +24,7 @@ struct Matrix {
     const float* bias;    // one per column, or null
     int64_t panel_bytes;
     int32_t kind, columns, inner;
-    int32_t float32_out;  // 1: Python allocates float32 answers, whatever the dtype of x. The kernels read Rows::kind instead.
+    int32_t float32_out;  // 1: Python makes `out` float32, for x of any kind. Kernels read Rows::kind instead.
 };
 
 // Rows of numbers: row r starts at data + r * stride numbers.

@@ -1,4 +1,4 @@
-// A library's own test, run once in a process of its own after building: whether this machine computes what it should.
+// Self-test of a built library: compares matrix products with float64 sums. Run once after building, in a process of its own.
 #include <cmath>
 #include <cstdlib>
 #include <vector>
@@ -40,7 +40,7 @@ bool right(int kind, int x_kind, int rows, int columns, int inner) {
     std::vector<float> xs((int64_t)rows * inner), ws((int64_t)columns * inner), scales(columns + 16, 0.5f);
     for (int64_t i = 0; i < (int64_t)xs.size(); i++) {
         xs[i] = number(seed);
-        if (kind == INT8) xs[i] = i % inner % 32 ? std::rint(xs[i] * 60.0f) : 127.0f;  // what rounding to 8 bits leaves alone
+        if (kind == INT8) xs[i] = i % inner % 32 ? std::rint(xs[i] * 60.0f) : 127.0f;  // rounding to 8 bits is exact
         write(x.data, i, xs[i], x_kind);
     }
     for (int64_t i = 0; i < (int64_t)ws.size(); i++) {

@@ -1,4 +1,4 @@
-// Seals of stored keys and values where they lie. The definition, with its reasons, is kv/digest.py.
+// Digests of stored keys and values, computed in place. Definition and reasons: kv/digest.py.
 #include <cstdint>
 #include <cstring>
 
@@ -12,7 +12,8 @@ uint64_t mixed(uint64_t x) {
     return x ^ (x >> 31);
 }
 
-// A product by halves: machines multiply 32 bits by 32 in one instruction, 64 by 64 in several.
+// Sum of 64-bit keys times 32-bit words, by halves of the keys: machines multiply 32 by 32 bits in one instruction, 64 by 64
+// bits in several.
 uint64_t keyed_sum(const uint8_t* payload, const uint64_t* keys, int64_t words) {
     uint64_t low = 0, high = 0;
     for (int64_t k = 0; k < words; k++) {
@@ -31,7 +32,7 @@ uint64_t digest_of(const SealedPlanes& p, int64_t row, int64_t tokens, uint64_t 
     return sum * (mixed(place ^ p.multiplier_seed) | 1) + (mixed(place ^ p.addend_seed) | 1) * (uint64_t)tokens;
 }
 
-// Call `each(layer, head, row)` for the rows [tokens] of a block, from token `offset` on.
+// Call `each(layer, head, row)` for every layer and head; row: index of the block's token `offset` in the planes.
 template <class F>
 void each_row(const SealedPlanes& p, int64_t block, int64_t offset, const F& each) {
     for (int64_t layer = 0; layer < p.layers; layer++)

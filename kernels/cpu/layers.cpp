@@ -1,5 +1,5 @@
-// All layers of a decoder with plain attention and dense gates in one call, without Python between ops. The ops and their order
-// are those of model/decoder/decoder.py, so the bits are the same.
+// All layers of a decoder with plain attention and dense gates in one call, without Python between ops. The ops and their
+// order are those of model/decoder/decoder.py, so the bits are the same.
 #include <cstdint>
 
 #include "api.h"
@@ -45,7 +45,7 @@ class Stack {
         twostroke_linear(threads_, &by, &from, &to, activation, columns, s_.scratch);
     }
 
-    // Columns [first, first + columns) of a matrix; `first` begins a panel.
+    // Columns [first, first + columns) of a matrix; `first` is a multiple of 16.
     Matrix slice(const Matrix& by, int first, int columns) const {
         Matrix part = by;
         part.panels = (const char*)by.panels + first / simd::LANES * by.panel_bytes;
@@ -90,7 +90,7 @@ class Stack {
         linear(layer.output, s_.mixed, queries(), s_.delta, s_.hidden, NO_ACTIVATION);
     }
 
-    // Keys and values alone.
+    // Compute and store keys and values, without queries.
     void keep(const Layer& layer) {
         const Rows k = head_rows(queries());
         project(slice(layer.qkv, queries(), 2 * kept()), queries(), 2 * kept());
@@ -110,7 +110,7 @@ class Stack {
                 plane.block_tokens};
     }
 
-    // x += delta, rounded.
+    // x += delta, rounded to x's kind.
     void add() {
         const int64_t numbers = (int64_t)s_.rows * s_.hidden;
         for (int64_t i = 0; i < numbers; i++) {

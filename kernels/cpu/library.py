@@ -31,12 +31,12 @@ class Matrix(ctypes.Structure):
         ("kind", c_int32),
         ("columns", c_int32),
         ("inner", c_int32),
-        ("float32_out", c_int32),  # 1: answers are float32, whatever the dtype of the rows
+        ("float32_out", c_int32),  # 1: answers are float32, for rows of any dtype
     )
 
 
 class Rows(ctypes.Structure):
-    """Rows of numbers; the stride counts numbers."""
+    """Rows of numbers; the stride is in numbers."""
 
     _fields_ = (("data", c_void_p), ("stride", c_int64), ("rows", c_int32), ("kind", c_int32))
 
@@ -186,7 +186,7 @@ class Library:
     def __init__(self, path: Path) -> None:
         handle = ctypes.CDLL(str(path))
         for name, (result, arguments) in _SIGNATURES.items():
-            # By index and not by attribute: every Library has function objects of its own.
+            # By index: by attribute, all libraries would share one function object.
             function = handle[f"twostroke_{name}"]
             function.restype, function.argtypes = result, arguments
             setattr(self, name, function)

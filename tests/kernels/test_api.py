@@ -1,7 +1,7 @@
 """The interface between Python and C++ is declared once, in `kernels/cpu/api.h`, and `library.py` mirrors it.
 
-Names and their order are parsed from the header. Sizes, offsets and types are asked of the compiler: a generated file of
-static assertions must pass it.
+Names and their order are parsed from the header. The compiler checks sizes, offsets and types, by a
+generated file of static assertions.
 """
 
 import ctypes
@@ -23,7 +23,7 @@ SOURCES = {
 }
 API = SOURCES["api.h"]
 STRUCTS = dict(re.findall(r"^struct (\w+) \{(.*?)^\};", API, re.M | re.S))
-# A type, an exported name, parameters without parentheses of their own, and ";" of a declaration or "{" of a definition.
+# A type, an exported name, parameters without parentheses, and ";" of a declaration or "{" of a definition.
 FUNCTION = re.compile(
     r'^\s*(?:extern "C" )?(?!return\b)(?:const )?\w+[\s*&]+(twostroke_\w+)\s*\([^()]*\)\s*([;{])', re.M
 )
