@@ -1,14 +1,14 @@
-"""What every operation of a step means, in plain torch: the definition that each kernel is held against.
+"""Definitions of a step's operations in plain torch; tests compare every kernel with them.
 
-Knows tensors and nothing else. Arithmetic inside is float32; results come back in the dtype of the inputs.
+Knows only tensors. Arithmetic is float32; results have the dtype of the inputs.
 
 Terms. A physical *block* holds `block_tokens` (16, 32 or 64) tokens of one layer and one component ("k" or "v"). Its
-numbers lie in a payload plane `uint8 [num_blocks, heads, block_tokens, row_bytes]` (head-major inside the block, so
+numbers are in a payload plane `uint8 [num_blocks, heads, block_tokens, row_bytes]` (head-major inside the block, so
 that a range of heads is contiguous) and, for fp8, a scale plane `uint8 [num_blocks, heads, block_tokens]`. A *row* is
 the `width` (head_dim) numbers of one (token, head). A *slot* is `block * block_tokens + offset`.
-The codec shows in the planes: scales present = fp8; else the row bytes over the width, 2 = bf16, 4 = fp32.
+The planes determine the codec: with scales fp8; else by row bytes per number, 2 = bf16, 4 = fp32.
 
-Attention is in `reference_attention.py`; digests, and what moves stored blocks, in `reference_kv.py`.
+Attention is in `reference_attention.py`; digests, gather and scatter of stored blocks are in `reference_kv.py`.
 """
 
 from typing import Literal, NamedTuple
@@ -24,7 +24,7 @@ Activation = Literal["silu", "gelu_tanh"]
 
 
 class Planes(NamedTuple):
-    """One layer's and component's part of the store, or blocks gathered from it."""
+    """The planes of one layer and component of the store, or blocks gathered from it."""
 
     payload: Tensor  # [num_blocks, heads, block_tokens, row_bytes] uint8
     scales: Tensor | None  # [num_blocks, heads, block_tokens] uint8, fp8 only
@@ -36,7 +36,7 @@ class Planes(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """What `store_kv` returns: the keys and values as the cache now holds them, and the tokens that must be refused."""
+    """Result of `store_kv`: keys and values as the cache now holds them, and the tokens to refuse."""
 
     k: Tensor  # [num_tokens, heads, width] in k's dtype
     v: Tensor  # [num_tokens, heads, width] in v's dtype
@@ -44,10 +44,10 @@ class Stored(NamedTuple):
 
 
 class Normed(NamedTuple):
-    """What `add_rms_norm` returns."""
+    """Result of `add_rms_norm`."""
 
     residual: Tensor  # [..., width] x + delta, rounded to x's dtype
-    normed: Tensor  # [..., width] that, normalised
+    normed: Tensor  # [..., width] the residual, normalised
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False) -> Tensor:
@@ -63,13 +63,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False
 
 
 def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False) -> Normed:
-    """Add a layer's output to the residual stream, round the sum to x's dtype, and normalise what was rounded."""
+    """Add a layer's output to the residual stream, round the sum to x's dtype, and normalise the rounded sum."""
     residual = (x.float() + delta.float()).to(x.dtype)
     return Normed(residual, rms_norm(residual, weight, eps, unit_offset=unit_offset))
 
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate number i of each row with number i + w, for i < w; what lies from 2 * w on stays.
+    """Rotate number i of each row with number i + w, for i < w; numbers from 2 * w on are unchanged.
 
     q [num_tokens, q_heads, head_dim], k [num_tokens, kv_heads, head_dim]; cos and sin [num_tokens, w] float32, of
     position times inverse frequency (the first half of what Hugging Face passes); 2 * w <= head_dim. This is the order
@@ -111,10 +111,10 @@ def fp8_encode(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     The scale is `2**(byte - 127)`, the smallest power of two with `amax <= 448 * scale`, clamped to bytes 11..246,
     found on the bits of amax. The payload is `x / scale`, exact, rounded to nearest even in integers and saturated at
-    448 (which only rows with amax above `448 * 2**119` meet). Decoded numbers are exact in bf16 and never subnormal
-    there: non-zero magnitudes lie in [2**-125, 448 * 2**119], and what is subnormal in float32 becomes zero, so no
-    device's flush mode shows in the bytes. A row of zeros has byte 11. A row with a NaN or an infinity is zeros, scale
-    byte 0. Encoding what was decoded never changes a value.
+    448 (only rows with amax above `448 * 2**119` saturate). Decoded numbers are exact in bf16 and never subnormal
+    there: non-zero magnitudes lie in [2**-125, 448 * 2**119], and float32 subnormals become zero, so the bytes do not
+    depend on a device's flush mode. A row of zeros has byte 11. A row with a NaN or an infinity is zeros, scale
+    byte 0. Encoding decoded numbers never changes a value.
     """
     wide = x.float()
     amax_bits = (wide.view(torch.int32) & 0x7FFFFFFF).amax(-1)
@@ -124,7 +124,7 @@ def fp8_encode(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     scaled = wide * ((254 - byte) << 23).view(torch.float32).unsqueeze(-1)
     bits = scaled.view(torch.int32)
     magnitude = bits & 0x7FFFFFFF
-    # Normal numbers: cut 20 mantissa bits, nearest even, and move the bias from 127 to 7.
+    # Normal numbers: cut 20 mantissa bits, rounding to nearest even, and move the bias from 127 to 7.
     normal = (((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - 960).clamp(max=LARGEST_E4M3)
     # Below 2**-6 the step is 2**-9, the step of float32 at 2**14: the addition rounds, the low bits are the code.
     small = (scaled.abs() + 16384.0).view(torch.int32) & 0xFF
@@ -139,15 +139,15 @@ def fp8_decode(payload: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def fp8_scales(scales: Tensor) -> Tensor:
-    """Scale bytes as the float32 powers of two that they mean."""
+    """The float32 powers of two that scale bytes stand for."""
     return (scales.int() << 23).view(torch.float32)
 
 
 def store_kv(k: Tensor, v: Tensor, slots: Tensor, k_planes: Planes, v_planes: Planes) -> Stored:
-    """Quantise keys and values, write them into the store, and return them as the store holds them.
+    """Quantise keys and values, write them to the store, and return them as stored.
 
     k and v [num_tokens, heads, width] float32 or bfloat16; slots [num_tokens] int64, all different; a negative slot is
-    padding, for which nothing is written and nothing counted. A row with a NaN or an infinity is stored as zeros, and
+    padding: it is neither written nor counted. A row with a NaN or an infinity is stored as zeros, and
     counted for its token in `non_finite`: the caller must fail that token's request.
     """
     k_rounded, k_bad = _store(k, slots, k_planes)
@@ -169,9 +169,9 @@ def _store(x: Tensor, slots: Tensor, planes: Planes) -> tuple[Tensor, Tensor]:
 
 
 def encode_rows(x: Tensor, planes: Planes) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Rows x [..., width] in the codec of `planes`: payload, scales, and which are not finite (zeros instead).
+    """Encode rows x [..., width] in the codec of `planes`: payload, scales, and a mask of rows that are not finite.
 
-    See `fp8_encode`. bf16 saturates at its largest number.
+    Rows that are not finite become zeros. fp8 as in `fp8_encode`; bf16 saturates at its largest number.
     """
     if planes.scales is not None:
         return fp8_encode(x)

@@ -1,6 +1,6 @@
-"""What attention to a paged cache means, in plain torch: the definition that both attention kernels are held against.
+"""Definition of attention to a paged cache in plain torch; tests compare both attention kernels with it.
 
-The terms are those of `reference.py`. Arithmetic inside is float32; results come back in the dtype of the queries.
+The terms are those of `reference.py`. Arithmetic is float32; results have the dtype of the queries.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ QUERY_TILE = 16
 
 
 class Chunk(NamedTuple):
-    """Keys and values of a step's own tokens as the store returned them: rounded as the cache holds them."""
+    """Keys and values of a step's own tokens as the store returned them, rounded as in the cache."""
 
     k: Tensor  # [num_tokens, kv_heads, width]
     v: Tensor  # [num_tokens, kv_heads, width]
@@ -32,18 +32,18 @@ def paged_decode_attention(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Attention of each sequence's newest token to what the cache holds.
+    """Attention of each sequence's newest token to the cache.
 
     q [num_seqs, q_heads, width] with q_heads a multiple of the planes' heads (head h reads KV head h // group);
     block_tables [num_seqs, max_blocks] integer block ids, of which the first ceil(context / block_tokens) are read;
     context_lens [num_seqs] counts the newest token, which is already stored; 0 is padding and gives zeros.
     `window`: a query at position p sees the keys p - window < j <= p only. `softcap`: scores become
     `softcap * tanh(scores / softcap)` (Gemma 2, 2024).
-    Returns [num_seqs, q_heads, width] in q's dtype. Bytes beyond a context are never read for their value.
+    Returns [num_seqs, q_heads, width] in q's dtype. Bytes beyond a context do not affect the result.
 
-    The result of a row depends on its own sequence only, bit for bit: keys are taken in tiles of 64 absolute positions
-    and summed in that order, queries in tiles of 16 absolute positions, of a shape that no batch changes; prefill and
-    decode share it. K scales multiply score columns and V scales probability columns.
+    The result of a row depends on its own sequence only, bit for bit: keys are summed in order by tiles of 64 absolute
+    positions, queries are in tiles of 16 absolute positions, and the shape of tiles does not depend on the batch.
+    Prefill and decode share it. K scales multiply score columns and V scales probability columns.
     Source: paged attention, Kwon et al. 2023; splits over keys, Flash-Decoding (Dao et al. 2023).
     """
     rules = _Rules(scale, window, softcap)
@@ -71,14 +71,15 @@ def ragged_prefill_attention(
     chunk: Chunk | None = None,
     precise: bool = True,
 ) -> Tensor:
-    """Causal attention of several sequences' newest chunks, back to back in q, to what the cache holds.
+    """Causal attention of several sequences' newest chunks, concatenated in q, to the cache.
 
     q [num_tokens, q_heads, width]; query_starts [num_seqs + 1] from 0 to num_tokens; the queries of sequence s are the
-    last `query_starts[s + 1] - query_starts[s]` of its context_lens[s] positions, all stored already. A chunk of one is
-    a decode step: the rest is as in `paged_decode_attention`, the bits too, however a prompt was cut into chunks.
+    last `query_starts[s + 1] - query_starts[s]` of its context_lens[s] positions, all stored already. A chunk of one
+    token is a decode step. Everything else, bits included, is as in `paged_decode_attention`, for any division of a
+    prompt into chunks.
 
-    `chunk`: the same tokens' keys and values as the store returned them, equal to what the cache holds there: a kernel
-    may read them instead. `precise=False` lets a kernel round probabilities to bf16 before they meet values.
+    `chunk`: the same tokens' keys and values as the store returned them, equal to the cache's: a kernel may read them
+    instead. `precise=False` lets a kernel round probabilities to bf16 before multiplying values.
     """
     del chunk, precise  # the definition reads the cache, in float32
     rules = _Rules(scale, window, softcap)
@@ -134,7 +135,7 @@ def _key_tiles(planes: Planes, block_tables: Tensor, contexts: Tensor, longest: 
     tables = torch.nn.functional.pad(tables, (0, missing))
     positions = torch.arange(num_tiles * KEY_TILE, device=tables.device).view(num_tiles, 1, KEY_TILE)
     beyond = positions >= contexts.view(-1, 1, 1, 1)  # [n, tiles, 1, KEY_TILE]
-    # What a table says past its context is arbitrary: read block 0 there, and nothing of it.
+    # Table entries past the context are arbitrary: gather block 0 there; its numbers are masked.
     first_positions = torch.arange(tables.shape[1], device=tables.device) * planes.block_tokens
     tables = tables.masked_fill(first_positions >= contexts.view(-1, 1), 0)
 
@@ -172,7 +173,7 @@ def _attend(queries: _QueryTiles, keys: _KeyTiles, values: _KeyTiles, rules: _Ru
     if rules.softcap is not None:
         scores = torch.tanh(scores / rules.softcap) * rules.softcap
     scores = scores.masked_fill(hidden, -torch.inf)
-    # The maximum has no order; everything that is summed over tiles is summed in theirs, where absent tiles add 0.
+    # The maximum does not depend on order. Sums over tiles are taken in tile order, where absent tiles add 0.
     top = scores.amax(dim=(1, 4), keepdim=True).clamp(min=torch.finfo(torch.float32).min)
     weights = torch.exp(scores - top)
     total = _sum_in_order(weights.sum(-1, keepdim=True))

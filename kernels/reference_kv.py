@@ -1,7 +1,7 @@
-"""What may happen to stored blocks besides attention: digests of rows, and copies of token ranges. Plain torch.
+"""Definitions of the operations on stored blocks other than attention: row digests, gather and scatter. Plain torch.
 
-The terms are those of `reference.py`. The digest is defined, with its reasons, in `kv/digest.py`, which must give the
-same numbers. Its 64-bit arithmetic is int64 here: two's complement wraps modulo 2**64 as well.
+The terms are those of `reference.py`. `kv/digest.py` defines the digest and gives its reasons; both must give the same
+numbers. Its 64-bit arithmetic is int64 here: two's complement wraps modulo 2**64 as well.
 """
 
 from typing import NamedTuple
@@ -14,29 +14,29 @@ from .reference import Planes, rotary, store_kv
 HASH_BLOCK_TOKENS = 16  # tokens that one digest covers
 _GOLDEN = 0x9E3779B97F4A7C15
 _SCALE_WORD = 0xFFFF  # the column of the key table that belongs to the scale byte
-_MULTIPLIER, _ADDEND, _TABLE = 1, 2, 3  # one stream of keys each
+_MULTIPLIER, _ADDEND, _TABLE = 1, 2, 3  # streams of keys
 
 
 class DigestKeys(NamedTuple):
-    """The numbers that one cluster key gives, for rows of one length."""
+    """Digest keys of one cluster key, for rows of one length."""
 
     words: Tensor  # [HASH_BLOCK_TOKENS, 32-bit words per row] int64
     scales: Tensor  # [HASH_BLOCK_TOKENS] int64
-    seeds: Tensor  # [2] int64: of the places' multipliers and of their addends
+    seeds: Tensor  # [2] int64: seeds of the places' multipliers and of their addends
 
 
 class Seal(NamedTuple):
-    """Whose rows are digested, and with what."""
+    """Keys of a digest, and the place of the digested rows in the model."""
 
     keys: DigestKeys
     layer: int
-    first_head: int = 0  # of this rank, in the whole model
+    first_head: int = 0  # of this rank, counted in the whole model
     k_component: int = 0
     v_component: int = 1
 
 
 class Rotation(NamedTuple):
-    """Where tokens stand and how far that turns them."""
+    """Positions of tokens, and the rotary tables."""
 
     positions: Tensor  # [num_tokens] int64, from the sequence's start
     cos: Tensor  # [max_len, w] float32 by position, 2 * w <= width
@@ -44,17 +44,17 @@ class Rotation(NamedTuple):
 
 
 class RotaryStored(NamedTuple):
-    """What `rotary_store_kv` returns."""
+    """Result of `rotary_store_kv`."""
 
     q: Tensor  # [num_tokens, q_heads, width] rotated
     k: Tensor  # [num_tokens, kv_heads, width] rotated, as the cache now holds it
     v: Tensor  # [num_tokens, kv_heads, width] as the cache now holds it
     non_finite: Tensor  # [num_tokens] int32, as in `Stored`
-    digests: Tensor  # [2, num_tokens, kv_heads] int64: what each row of k and of v adds to its hash block's digest
+    digests: Tensor  # [2, num_tokens, kv_heads] int64: terms of k's and v's rows in their hash block's digest
 
 
 def digest_keys(key: int, row_bytes: int, device: torch.device | str = "cpu") -> DigestKeys:
-    """The keys of rows of `row_bytes`; key: the cluster's, 0 <= key < 2**64."""
+    """Digest keys for rows of `row_bytes`; key: the cluster's, 0 <= key < 2**64."""
     words = -(-row_bytes // 4)
     columns = torch.tensor([*range(words), _SCALE_WORD])
     counter = (torch.arange(HASH_BLOCK_TOKENS)[:, None] << 16) | columns
@@ -66,11 +66,11 @@ def digest_keys(key: int, row_bytes: int, device: torch.device | str = "cpu") ->
 
 
 def row_digests(rows: Planes, positions: Tensor, seal: Seal, component: int) -> Tensor:
-    """What each row adds to the digest of its hash block; int64 [num_tokens, heads] that hold uint64s.
+    """The term of each row in the digest of its hash block; int64 [num_tokens, heads] that hold uint64s.
 
     rows: payload uint8 [num_tokens, heads, row_bytes], scales [num_tokens, heads] or None; positions [num_tokens] int64
-    count from the sequence's start. The sum over the present tokens of a hash block, modulo 2**64, is
-    `kv/digest.py: unit_digests` of them.
+    count from the sequence's start. The sum of a hash block's present tokens, modulo 2**64, equals
+    `kv/digest.py: unit_digests`.
     """
     payload = torch.nn.functional.pad(rows.payload, (0, -rows.payload.shape[-1] % 4))
     words = payload.contiguous().view(torch.int32).long() & 0xFFFFFFFF  # [tokens, heads, words]
@@ -94,7 +94,7 @@ def rotary_store_kv(
     v_planes: Planes,
     seal: Seal,
 ) -> RotaryStored:
-    """`rotary` on q and k, `store_kv` of the rotated k and of v, and the digests of the rows that were written.
+    """`rotary` on q and k, `store_kv` of the rotated k and of v, and the digests of the written rows.
 
     q [num_tokens, q_heads, width], k and v [num_tokens, kv_heads, width]; slots as in `store_kv`: a padding row
     (negative slot) has digest 0. Keys are rounded to their dtype between rotating and storing.
@@ -117,7 +117,7 @@ def gather_tokens(store: Planes, block_table: Tensor, tokens: range, heads: rang
 
     store: payload uint8 [layers, num_blocks, heads, block_tokens, row_bytes], scales [layers, num_blocks, heads,
     block_tokens] or None; block_table [n] int64: the blocks that hold the sequence from token 0 on. Returns payload
-    [layers, len(heads), len(tokens), row_bytes] and scales without the last axis: as frames and host slots hold them.
+    [layers, len(heads), len(tokens), row_bytes] and scales without the last axis: the layout of frames and host slots.
     """
     blocks, offsets, head = _where(store, block_table, tokens, heads)
     payload = store.payload[:, blocks, head, offsets]
@@ -125,10 +125,10 @@ def gather_tokens(store: Planes, block_table: Tensor, tokens: range, heads: rang
 
 
 def scatter_tokens(store: Planes, block_table: Tensor, tokens: range, heads: range, source: Planes) -> None:
-    """Write `source`, as `gather_tokens` gives it, into a sequence's blocks. No other row is touched.
+    """Write `source`, a result of `gather_tokens`, into a sequence's blocks. No other row is touched.
 
     Raises:
-        ValueError: `source` has another codec, or another shape than the ranges say. Nothing was written.
+        ValueError: `source` has another codec, or its shape does not fit the ranges. Nothing was written.
     """
     layers, row_bytes = store.payload.shape[0], store.payload.shape[-1]
     expected = (layers, len(heads), len(tokens), row_bytes)
@@ -144,7 +144,7 @@ def scatter_tokens(store: Planes, block_table: Tensor, tokens: range, heads: ran
 
 
 def _where(store: Planes, block_table: Tensor, tokens: range, heads: range) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices, broadcast to [heads, tokens]: blocks, offsets in them, and heads."""
+    """Indices that broadcast to [heads, tokens]: blocks, offsets within them, and heads."""
     position = torch.arange(tokens.start, tokens.stop, device=block_table.device)
     block_tokens = store.payload.shape[3]
     head = torch.arange(heads.start, heads.stop, device=block_table.device).unsqueeze(1)

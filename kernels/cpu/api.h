@@ -1,20 +1,33 @@
-// The values that cross from Python: plain structs, mirrored field by field in library.py. Owns nothing.
+// The interface between Python and C++: every struct that crosses and every exported function, declared here and nowhere else.
+// library.py mirrors both as ctypes; tests/kernels/test_api.py compares them. Memory belongs to the caller and is used only
+// until the call returns. One thread at a time may use one Threads.
 #pragma once
 
 #include <cstdint>
 
-enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, FP8 = 3, CODED = 4 };
+class Threads;  // threads.h
 
-// A matrix [columns, inner] as panels of 16 columns, one every panel_bytes; see linear.cpp.
+enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, FP8 = 3, CODED = 4 };
+enum Activation : int32_t { NO_ACTIVATION = -1, SILU = 0, GELU_TANH = 1 };
+
+// Part of the last layer that a call of twostroke_layers computes. Most rows of a prompt need only their keys and values there.
+// A step then makes two calls: all layers for all rows, with KEYS_ONLY in the last one; then the last layer alone, with
+// QUERIES_ONLY, for the rows whose hidden state is read. Their keys and values are stored by then.
+enum LastLayer : int32_t { WHOLE = 0, KEYS_ONLY = 1, QUERIES_ONLY = 2 };
+
+extern "C" {
+
+// A matrix [columns, inner] in panels of 16 columns, one every panel_bytes. Layout of a panel: linear.cpp, linear_int8.cpp.
 struct Matrix {
     const void* panels;
     const float* scales;  // INT8: one per column; else null
-    const float* bias;    // or null
+    const float* bias;    // one per column, or null
     int64_t panel_bytes;
-    int32_t kind, columns, inner, reserved;
+    int32_t kind, columns, inner;
+    int32_t float32_out;  // 1: Python makes `out` float32, for x of any kind. Kernels read Rows::kind instead.
 };
 
-// Rows in memory: row r starts at data + r * stride numbers.
+// Rows of numbers: row r starts at data + r * stride numbers.
 struct Rows {
     void* data;
     int64_t stride;  // in numbers
@@ -27,19 +40,20 @@ struct Plane {
     int32_t codec, heads, block_tokens, width;
 };
 
-// One part of what tokens leave in the cache: x [rows, heads * width], into such planes.
+// Rows of one component to store: x [rows, heads * width], and the planes that they go into.
 struct StorePart {
     Rows x;
     uint8_t *payload, *scales;
     int32_t heads, width, codec, block_tokens;
 };
 
-// Rows of one sequence, `count` from batch row `row` on, the first at position `start`; its blocks.
+// Rows [row, row + count) of a batch, which belong to one sequence and begin at its position `start`; the sequence's blocks.
 struct AttendSpan {
     const int32_t* blocks;
     int32_t row, start, count, reserved;
 };
 
+// Attention of one layer.
 struct Attend {
     Rows queries[2];  // per part: heads * width numbers per row
     Plane keys[2];
@@ -49,3 +63,123 @@ struct Attend {
     int32_t num_parts, num_spans, heads, window;  // window 0: none
     float scale, softcap;                         // softcap 0: none
 };
+
+struct NormWeight {
+    const float* weight;  // null: the layer has no such norm
+    float eps;
+    int32_t reserved;
+};
+
+// A decoder layer with plain attention and a dense gate, and its planes in the cache.
+struct Layer {
+    NormWeight attention_norm, after_attention, ffn_norm, after_ffn, q_norm, k_norm;
+    Matrix qkv, output, gate_up, down;
+    Plane keys, values;
+    float scale, softcap;
+    int32_t window, rope;
+};
+
+// Rows of one step and the buffers that they pass through.
+struct Step {
+    void *x, *h, *qkv, *mixed, *gated, *delta;  // [rows, ...]: hidden, hidden, qkv's columns, q's columns, ffn, hidden
+    uint32_t* scratch;                          // as for twostroke_linear, for the widest input
+    const float *cos[2], *sin[2];               // per rope: [rows, half]
+    const int64_t* slots;
+    const AttendSpan* spans;
+    int32_t *refused, *non_finite;  // [rows]: scratch; sum over the layers (the caller writes zeros first)
+    int32_t rows, kind, num_spans, hidden, heads, kv_heads, width, ffn, activation, half[2];
+    int32_t last_layer;
+};
+
+// Planes of one component [layers, num_blocks, heads, block_tokens, ...], the keys of its digests and where these are written.
+struct SealedPlanes {
+    const uint8_t *payload, *scales;    // scales: or null
+    const uint64_t *keys, *scale_keys;  // [tokens of a hash block, words]; [tokens of a hash block]
+    const uint64_t* first_places;       // [layers, heads]: place of a sequence's first hash block; twostroke_seal only
+    uint64_t* digests;                  // [layers, heads, num_blocks, hash blocks per block]
+    uint64_t multiplier_seed, addend_seed;
+    int64_t num_blocks;
+    int32_t layers, heads, block_tokens, words;  // words of 32 bits per row
+};
+
+// A hash block to seal: `unit` counts hash blocks within the block, `number` within the sequence. `generation` is the use of the
+// block, `tokens` the number of its tokens that are present.
+struct HashBlock {
+    int64_t block, unit, generation, number, tokens;
+};
+
+// ---------------------------------------------------------------- library and threads
+
+// Name of the instruction set that decides the bits of answers.
+const char* twostroke_level();
+// 0 if the kernels compute correctly on this machine. Run once after building, in a process of its own.
+int32_t twostroke_self_check();
+
+Threads* twostroke_start_threads(int32_t count);
+void twostroke_stop_threads(Threads* threads);
+
+// ---------------------------------------------------------------- matrices
+
+// Bytes of one panel of a matrix of `kind`, except CODED. pairs: 1 if the rows that it is multiplied with are bfloat16.
+int64_t twostroke_panel_bytes(int32_t kind, int32_t inner, int32_t pairs);
+
+// Bytes of one panel of this bfloat16 matrix in the CODED form. 0: the form does not pay, because too many weights are odd
+// (coded.h) or the machine lacks the instructions.
+int64_t twostroke_coded_panel_bytes(Threads* threads, const uint16_t* from, int32_t columns, int32_t inner);
+
+// Copy numbers [columns, inner] into panels of `kind`. CODED panels are made from bfloat16.
+void twostroke_pack(Threads* threads, const void* from, int32_t kind, int32_t columns, int32_t inner, int32_t pairs,
+                    int64_t panel_bytes, void* to);
+
+// out [rows, columns] = x [rows, inner] times the matrix. x: float32, or bfloat16 (inner even, unless the weights are int8).
+// scratch: at least (rows + 32) * (inner numbers of x + 16 bytes), 64-byte aligned. out must not overlap x.
+// With an activation, panels of the matrix alternate between gate and up, and out [rows, columns of up] is
+// activation(gate) * up. out_columns: columns of out.
+void twostroke_linear(Threads* threads, const Matrix* matrix, const Rows* x, const Rows* out, int32_t activation,
+                      int32_t out_columns, uint32_t* scratch);
+
+// out [rows, columns] float32 = norm(x) times the matrix; least, greatest, best [rows] as in twostroke_extremes.
+// h [rows, inner], of x's kind, and scratch, as for twostroke_linear, are overwritten.
+void twostroke_head(Threads* threads, const Matrix* matrix, const float* weight, float eps, const Rows* x, const Rows* h,
+                    const Rows* out, uint32_t* scratch, float* least, float* greatest, int32_t* best);
+
+// ---------------------------------------------------------------- rows
+
+// out = x / sqrt(mean(x**2) + eps) * weight, for each of `vectors` vectors of `width` numbers per row.
+// delta: null, or rows that are added to x first; the sum is rounded to x's kind and stored in x (then vectors is 1).
+void twostroke_rms_norm(Threads* threads, const Rows* x, const Rows* delta, const float* weight, float eps,
+                        int32_t vectors, int32_t width, const Rows* out);
+
+// Rotate in place the first 2 * half numbers of each of `heads` vectors of `width` numbers per row.
+// cos and sin [rows, half] float32. Pairs are (i, i + half), or (2i, 2i + 1) if interleaved is 1.
+void twostroke_rotary(Threads* threads, const Rows* x, int32_t heads, int32_t width, const float* cos, const float* sin,
+                      int32_t half, int32_t interleaved);
+
+// Per row of x [rows, width] float32: its least number (NaN if the row holds one), its greatest, and the first index of the
+// greatest. In a row with a NaN the last two are arbitrary, but the index is in range.
+void twostroke_extremes(Threads* threads, const Rows* x, int32_t width, float* least, float* greatest, int32_t* best);
+
+// ---------------------------------------------------------------- cache
+
+// Encode rows and store them at `slots` [rows]; rows with a negative slot are skipped. non_finite [rows]: number of vectors of
+// the row that held a NaN or an infinity. Those are stored as zeros.
+void twostroke_write(Threads* threads, const StorePart* parts, int32_t num_parts, const int64_t* slots, int32_t rows,
+                     int32_t* non_finite);
+
+// Attention of the spans' rows to the cache. Rows of `out` that belong to no span are left unchanged.
+void twostroke_attend(Threads* threads, const Attend* job);
+
+// All `count` layers over the rows of a step. Returns the number of vectors of keys and values that were not finite.
+int64_t twostroke_layers(Threads* threads, const Layer* layers, int32_t count, const Step* step);
+
+// Digests of `count` hash blocks. Number i begins at token offsets[i] of block blocks[i]; tokens[i] of its tokens are present.
+// places and digests [layers, heads, count].
+void twostroke_digest(const SealedPlanes* planes, int32_t count, const int64_t* blocks, const int64_t* offsets,
+                      const int64_t* tokens, const uint64_t* places, uint64_t* digests);
+
+// Digest `count` hash blocks of all components into SealedPlanes::digests, and record in generations and tokens [num_blocks,
+// hash blocks per block] for which use of its block, and up to which token, each is sealed.
+void twostroke_seal(const SealedPlanes* planes, int32_t components, const HashBlock* sealed, int32_t count,
+                    int32_t block_units, int64_t* generations, int64_t* tokens);
+
+}  // extern "C"

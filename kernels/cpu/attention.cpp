@@ -1,12 +1,12 @@
-// Paged attention of a step's rows, prompts' chunks and decodes alike, to what the cache holds.
+// Paged attention of a step's rows (prompt chunks and decodes) to the cache.
 //
-// A row at position p sees keys in tiles of 64 absolute positions, from the tile of its window's start on, in order:
+// A row at position p sees keys in tiles of 64 absolute positions, in order, from the tile in which its window begins:
 //     s_j = log2(e) * scale * sum over parts of (q . k_j) * 2**e_j      softcap, mask      m' = max(m, max_j s_j)
 //     l = l * 2**(m - m') + sum_j 2**(s_j - m')     o = o * 2**(m - m') + sum_j 2**(s_j - m') * 2**e_j * v_j, j rising
-// A tile that a row cannot see changes nothing of it, so its bits depend on its own prefix alone: not on how a prompt was
-// cut, who else is in the step, or which thread came. Where rows are bfloat16, products go pair by pair as in linear.cpp:
-// of neighbours within a key, of neighbouring keys for values, whose weights are rounded to bfloat16 (l is summed before).
-// Keys and values of positions beyond the sequence change nothing.
+// A tile that a row cannot see does not change it. So a row's bits depend on its own prefix alone: not on how the prompt was
+// cut into chunks, on other rows of the step, or on the thread. For bfloat16 rows, products are taken by pairs as in linear.cpp:
+// pairs of neighbours within a key; for values, pairs of neighbouring keys, with weights rounded to bfloat16 (l is summed
+// before rounding). Keys and values at positions beyond the sequence do not affect a result.
 // Source: online softmax, Milakov and Gimelshein 2018; tiles and rounded weights as in FlashAttention, Dao et al. 2022.
 #include <algorithm>
 #include <vector>
@@ -22,7 +22,7 @@ using namespace cache;
 
 namespace {
 
-constexpr int UNIT_ROWS = softmax::MOST_ROWS;  // query rows (token, head) that share a tile's unpacked keys and values
+constexpr int UNIT_ROWS = softmax::MOST_ROWS;  // query rows (token, head) that share the unpacked keys and values of a tile
 #if defined(__AVX512F__)
 constexpr int SCORE_ROWS = 6, MIX_ROWS = 6, MIX_LANES = 4, DIRECT_ROWS = 4;
 #else
@@ -35,7 +35,7 @@ struct Unit {
     int span, head, heads, first, rows;  // KV heads, and rows [first, first + rows) of the span's (token, head of the group)
 };
 
-// What a unit keeps of one KV head from tile to tile, and between a tile's phases.
+// State of one KV head of a unit, kept from tile to tile and between the phases of a tile.
 template <bool PAIRS>
 struct State {
     std::vector<U32> queries;  // [rows][parts' steps]
@@ -78,7 +78,7 @@ class Worker {
     int first_tile() const { return job_.window ? std::max(0, position(0) - job_.window + 1) / TILE : 0; }
     int last_tile() const { return position(unit_.rows - 1) / TILE; }
 
-    // The rows' scores of a tile.
+    // Compute the scores of a tile.
     void score(int tile) {
         F32 scales[2][GROUPS];
         int64_t words = 0;
@@ -97,7 +97,7 @@ class Worker {
         }
         int row = first_seeing(tile);
         for (; row + SCORE_ROWS <= unit_.rows; row += SCORE_ROWS) {
-            switch ((position(row + SCORE_ROWS - 1) - tile * TILE) / LANES) {  // the last group that the last of them sees
+            switch ((position(row + SCORE_ROWS - 1) - tile * TILE) / LANES) {  // the last group that the last row sees
                 case 0: score_rows<SCORE_ROWS, 1>(row, scales); break;
                 case 1: score_rows<SCORE_ROWS, 2>(row, scales); break;
                 case 2: score_rows<SCORE_ROWS, 3>(row, scales); break;
@@ -108,17 +108,17 @@ class Worker {
         if (row < unit_.rows) score_rows<1, GROUPS>(row, scales);
     }
 
-    // Scores become weights.
+    // Turn the scores of a tile into weights.
     void weigh(int tile) {
         const TileRows values = rows_of(job_.values, tile);
         softmax::Tile kind{tile * TILE, job_.window, job_.softcap, {}};
-        for (int g = 0; g < GROUPS; g++)  // beyond the sequence scales are anything: times a weight of zero that is no zero
+        for (int g = 0; g < GROUPS; g++)  // scales beyond the sequence are arbitrary, so 0 * scale may be NaN
             kind.scales[g] =
                 select((I32)(COUNT + g * LANES < held(tile)), values.scales(g, !by_64(job_.values)), splat(1.0f));
         softmax_.weigh(first_seeing(tile), unit_.rows, kind);
     }
 
-    // The weighted values of a tile are added.
+    // Add the weighted values of a tile.
     void mix(int tile) {
         const TileRows values = rows_of(job_.values, tile);
         if (by_64(job_.values)) {
@@ -151,7 +151,7 @@ class Worker {
 
    private:
     inline static const I32 COUNT = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    static constexpr int KEYS = PAIRS ? 2 : 1;  // whose values are multiplied in one step
+    static constexpr int KEYS = PAIRS ? 2 : 1;  // keys per step of the product with values
 
     uint32_t* queries() const { return (uint32_t*)state_.queries.data(); }
     float* mixed() const { return (float*)state_.mixed.data(); }
@@ -161,14 +161,14 @@ class Worker {
     int row_of(int row) const { return span_.row + position(row) - span_.start; }  // of the batch
     int head_of(int row) const { return head_ * group_ + unit_.first + row - (position(row) - span_.start) * group_; }
     int held(int tile) const { return std::min(TILE, span_.start + span_.count - tile * TILE); }
-    // The first row that sees anything of a tile; those before it are left as they are.
+    // The first row that sees a key of this tile. Earlier rows are left unchanged.
     int first_seeing(int tile) const { return std::max(0, (tile * TILE - span_.start) * group_ - unit_.first); }
     int steps(int part) const { return PAIRS ? padded(job_.keys[part].width) / 2 : padded(job_.keys[part].width); }
     TileRows rows_of(const Plane& plane, int tile) const { return {plane, span_, head_, tile, held(tile)}; }
-    // Whether a plane's rows are decoded by 64 numbers at once.
+    // True if rows of this plane are decoded 64 numbers at a time.
     static bool by_64(const Plane& plane) { return DECODES_64 && PAIRS && plane.codec == FP8 && plane.width % 64 == 0; }
 
-    // The unit's queries one after the other, 32 bits to a step: [rows][parts' steps].
+    // Copy the unit's queries, 32 bits per step: [rows][steps of all parts].
     void take_queries() {
         state_.queries.resize((int64_t)unit_.rows * query_steps_ / LANES);
         char* to = (char*)queries();
@@ -210,8 +210,8 @@ class Worker {
         }
     }
 
-    // As `score_rows`, for all of a few rows: keys are decoded on their way into products. The width is known when this is
-    // compiled, because the addresses of sixteen rows are more than there are registers.
+    // `score_rows` for units of few rows: keys are decoded directly into registers. The width is a template parameter, because
+    // the addresses of sixteen rows do not fit the registers.
     template <int WIDTH>
     void score_few(int tile, const TileRows& rows, const F32 (&scales)[GROUPS]) {
         const Ahead values(rows_of(job_.values, tile), rows);
@@ -253,7 +253,7 @@ class Worker {
             for (int g = 0; g < GROUPS; g++) store(softmax_.scores + r * TILE + g * LANES, acc[r][g] * scales[g]);
     }
 
-    // ROWS rows' scores of the first SEEN groups of keys; what stands beyond means nothing.
+    // Scores of ROWS rows with the first SEEN groups of keys. Scores of later groups are undefined.
     template <int ROWS, int SEEN>
     void score_rows(int first, const F32 (&scales)[2][GROUPS]) {
         F32 score[ROWS][SEEN];
@@ -301,7 +301,7 @@ class Worker {
         else
             mix_from(Values<PAIRS, CODEC, true>{values, width, held(tile)}, tile);
     }
-    // Several rows share values that are taken once; few take them as they come.
+    // Many rows share values that are decoded once into scratch. Few rows decode them directly.
     template <class Source>
     void mix_from(const Source& source, int tile) {
         if (unit_.rows <= MIX_ROWS) return mix_all(source, tile);
@@ -322,7 +322,7 @@ class Worker {
     }
     template <class Source>
     void mix_all(const Source& source, int tile) {
-        // Keys that none of a few rows sees have no weight: they are not taken.
+        // Keys that no row of this group sees have zero weight and are skipped.
         const auto seen = [&](int last_row) {
             return (std::min(held(tile), position(last_row) - tile * TILE + 1) + KEYS - 1) / KEYS;
         };
@@ -367,7 +367,7 @@ class Worker {
     }
 
     void put(int64_t at, int count, F32 v) {
-        v = v + splat(0.0f);  // a negative zero must not tell whether a blank tile was there
+        v = v + splat(0.0f);  // turns -0 into 0: the sign would depend on whether an unseen tile was added
         if (PAIRS && count == LANES) return store_bf16((uint16_t*)job_.out.data + at, v);
         if (!PAIRS && count == LANES) return store((float*)job_.out.data + at, v);
         const U16x16 bits = narrow(v);
@@ -385,7 +385,7 @@ class Worker {
     const int group_, width_, query_steps_;
 };
 
-// Phase by phase over the unit's heads: each phase of a head needs the one before, and heads are independent.
+// Compute a unit phase by phase over its heads. A phase of a head needs the phase before it; heads are independent.
 template <bool PAIRS>
 void run(const Attend& job, const Unit& unit) {
     static thread_local Scratch<PAIRS> scratch;
@@ -408,10 +408,9 @@ void run(const Attend& job, const Unit& unit) {
 
 extern "C" {
 
-// Rows of no span are left as they are.
 void twostroke_attend(Threads* threads, const Attend* job) {
     const int kv_heads = job->values.heads, group = job->heads / kv_heads;
-    // Few rows leave little to compute: there a unit takes several heads, whose bytes lie side by side in every block.
+    // With few rows, reading dominates: then a unit takes several heads, whose bytes are adjacent in every block.
     int together = kv_heads;
     while (together % 2 == 0 && job->num_spans * (kv_heads / together) < 2 * threads->count()) together /= 2;
     if (together % 2) together = 1;

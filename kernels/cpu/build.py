@@ -1,8 +1,8 @@
-"""Builds the native CPU kernels on the machine that runs them, once, and keeps the library. Knows no tensor.
+"""Build of the native CPU kernels, once per machine, and the cache of built libraries. Knows no tensor.
 
-The sources beside this file are compiled for exactly this CPU with the machine's own C++ compiler, which takes some
-twenty seconds, and are tried in a process of their own before anybody uses them. Without a compiler, everything runs
-without them.
+The machine's C++ compiler compiles the sources beside this file for exactly this CPU, which takes about twenty seconds.
+A library must pass its self-test in a separate process before it enters the cache. Without a compiler, the model runs
+without these kernels.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from .commands import POLL_S, CommandFailed, Commands, CommandsStopped
 from .folder import forget_empty_folder, library_folder, take_lock
 
-SOURCES = tuple(  # what takes longest first, so that the cores end together
+SOURCES = tuple(  # longest compile first, so that all cores end together
     f"{name}.cpp"
     for name in ("linear_int8", "attention", "linear", "pack", "head", "rows", "check", "layers", "digest")
 )
@@ -33,7 +33,7 @@ FLAGS = (
     "-std=c++17",
     "-fPIC",
     "-pthread",
-    "-ffp-contract=off",  # bits: nothing is fused but what the sources fuse
+    "-ffp-contract=off",  # only the sources decide which products and sums are fused: it changes bits
     "-fno-math-errno",
     "-w",
 )
@@ -41,13 +41,13 @@ _BUILD_S = 300
 _CHECK = "import ctypes, sys; sys.exit(ctypes.CDLL(sys.argv[1]).twostroke_self_check())"
 
 Progress = Callable[[int, int], None]
-"""Called with how many sources are compiled, and how many there are."""
+"""Called with the number of compiled sources and the number of all sources."""
 
-_builds: set[Commands] = set()  # of this process
+_builds: set[Commands] = set()  # running in this process
 
 
 class NativeUnavailable(Exception):
-    """The kernels cannot be had here; the message says why and what would help."""
+    """The kernels cannot be built or used here. The message names cause and remedy."""
 
 
 class BuildStopped(NativeUnavailable):
@@ -55,10 +55,10 @@ class BuildStopped(NativeUnavailable):
 
 
 def built_library(progress: Progress | None = None) -> Path:
-    """The shared library for this machine, built if it is not there yet (several processes may ask at once).
+    """The shared library for this machine; built if it is missing. Several processes may call this at once.
 
     Raises:
-        NativeUnavailable: no compiler, a failed build, or a library that does not compute right.
+        NativeUnavailable: no compiler, a failed build, or a library that fails its self-test.
     """
     outcome = _outcome(progress)
     if isinstance(outcome, str):
@@ -68,7 +68,7 @@ def built_library(progress: Progress | None = None) -> Path:
 
 @functools.cache
 def _outcome(progress: Progress | None) -> Path | str:
-    """The library, or why there is none: a build that failed is not tried again by the same process."""
+    """The library, or why there is none. A process does not repeat a failed build."""
     failure = ""
     for machine_flags in _machine_flags():
         try:
@@ -81,10 +81,10 @@ def _outcome(progress: Progress | None) -> Path | str:
 
 
 def found_library() -> Path | None:
-    """The shared library for this machine, if it is built already.
+    """The shared library for this machine; None if it is not built yet.
 
     Raises:
-        NativeUnavailable: no compiler, so that nobody can tell, and nobody could build it.
+        NativeUnavailable: no compiler, so the library can neither be named nor built.
     """
     compiler, directory = find_compiler(), library_folder()
     names = (directory / f"{_name(compiler, flags)}.so" for flags in _machine_flags())
@@ -92,12 +92,12 @@ def found_library() -> Path | None:
 
 
 def build(machine_flags: tuple[str, ...], progress: Progress | None = None) -> Path:
-    """`built_library` for flags that name a machine: tests build for older ones too."""
+    """`built_library` for the flags of a given machine: tests build for older machines too."""
     compiler = find_compiler()
     name, commands = _name(compiler, machine_flags), Commands(_BUILD_S)
     _builds.add(commands)
     try:
-        with _locked_cache(commands) as directory:  # whoever comes second finds it built
+        with _locked_cache(commands) as directory:  # a second process finds the library built
             library = directory / f"{name}.so"
             if not library.exists():
                 _compile(compiler, machine_flags, library, commands, progress)
@@ -111,7 +111,10 @@ def build(machine_flags: tuple[str, ...], progress: Progress | None = None) -> P
 
 
 def stop_building(within_s: float) -> None:
-    """End every build of this process and remove what it made so far; waits for that. Its caller gets an error."""
+    """Stop every build of this process and wait up to `within_s` until its files are removed.
+
+    Callers of a stopped build get `BuildStopped`.
+    """
     give_up_s = time.monotonic() + within_s
     for commands in list(_builds):
         commands.stop()
@@ -132,19 +135,19 @@ def find_compiler() -> str:
 
 
 def _machine_flags() -> list[tuple[str, ...]]:
-    """For exactly this CPU; then without what its system may forbid."""
+    """Sets of flags to try: exactly this CPU, then without AMX tiles."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return [()]
-    # Tiles are the one thing that a CPU may have and its system (a container's seccomp, an old kernel) refuse.
+    # A CPU may have tiles while its system (seccomp in a container, an old kernel) refuses them.
     return [("-march=native",), ("-march=native", "-mno-amx-tile", "-mno-amx-bf16", "-mno-amx-int8")]
 
 
 @contextmanager
 def _locked_cache(commands: Commands) -> Iterator[Path]:
-    """The cache's folder, for this process alone, for as long as another one may take to build and try.
+    """The cache's folder, locked for this process. Waits for the lock as long as a build and its self-test may take.
 
     Raises:
-        CommandFailed: that process does not come to an end, or `stop_building` was called.
+        CommandFailed: another process held the lock too long, or `stop_building` was called.
     """
     give_up_s = time.monotonic() + 2 * _BUILD_S
     while True:
@@ -162,8 +165,8 @@ def _locked_cache(commands: Commands) -> Iterator[Path]:
 def _compile(
     compiler: str, machine_flags: tuple[str, ...], library: Path, commands: Commands, progress: Progress | None
 ) -> None:
-    """Compile, link, try, and only then let the library be found. Nothing else stays; the caller holds the lock."""
-    for abandoned in library.parent.glob("*.building"):  # by a process that was killed
+    """Compile, link, test, and then move the library to its name. Removes other files; the caller holds the lock."""
+    for abandoned in library.parent.glob("*.building"):  # left by a killed process
         shutil.rmtree(abandoned, ignore_errors=True)
     folder = library.with_suffix(".building")
     folder.mkdir(mode=0o700)
@@ -194,7 +197,7 @@ def _compile(
 
 
 def _name(compiler: str, machine_flags: tuple[str, ...]) -> str:
-    """One name per sources, flags, compiler and CPU: none is ever used for another."""
+    """Name of a library: a hash of sources, flags, compiler and CPU."""
     here = Path(__file__).parent
     hasher = hashlib.blake2b(digest_size=12)
     for source in (*(here / name for name in SOURCES), *sorted(here.glob("*.h"))):
@@ -215,9 +218,9 @@ def cpu_features() -> str:
 
 
 def _main() -> None:
-    """Build and report, a line at a time: for `make setup`, and for a launcher that shows the lines.
+    """Build and print progress, a line at a time, for `make setup` and for launchers.
 
-    A launcher gives its process id: when it is gone, nobody wants the library any more.
+    A launcher passes its process id; the build stops when that process has ended.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave)
@@ -237,7 +240,7 @@ def _main() -> None:
 
 
 def _leave(number: int, _: object) -> None:
-    """Through every `finally`, which end the compilers and remove what they made."""
+    """Exit by an exception, so that `finally` clauses stop the compilers and remove their files."""
     for other in (signal.SIGTERM, signal.SIGINT):
         signal.signal(other, signal.SIG_IGN)
     raise SystemExit(128 + number)
@@ -246,7 +249,7 @@ def _leave(number: int, _: object) -> None:
 def _outlive(parent_pid: int) -> None:
     while True:
         if os.getppid() != parent_pid:
-            stop_building(0.0)  # again and again: one may begin just now
+            stop_building(0.0)  # repeatedly: a build may begin after a call
         time.sleep(0.1)
 
 

@@ -1,4 +1,4 @@
-// How attention reads one component of the cache: sixteen tokens' rows at a time, of any codec.
+// Reads of one component of the cache for attention: rows of sixteen tokens at a time, in any codec.
 #pragma once
 
 #include <algorithm>
@@ -10,12 +10,12 @@ namespace cache {
 
 using namespace simd;
 
-// Positions that attention takes together; blocks are multiples of 16 tokens, so that 16 rows of a head always lie together.
+// Positions per tile. Block sizes are multiples of 16 tokens, so 16 rows of a head are always contiguous.
 constexpr int TILE = 64, GROUPS = TILE / LANES;
 
 inline int number_bytes(int codec) { return codec == FP8 ? 1 : codec == BFLOAT16 ? 2 : 4; }
 
-// Sixteen numbers of a row from `at` on, without its scale; fp8 comes divided by 256. WHOLE: they are all there.
+// Sixteen numbers of a row from `at` on, without its scale; fp8 numbers are divided by 256. WHOLE: no number is missing.
 template <int CODEC, bool WHOLE>
 inline F32 numbers(const uint8_t* row, int at, int width) {
     const int count = WHOLE ? LANES : std::min(LANES, width - at);
@@ -32,7 +32,7 @@ inline F32 numbers(const uint8_t* row, int at, int width) {
     return CODEC == FP8 ? decode_e4m3_by_256(codes) : CODEC == BFLOAT16 ? widen(bits) : v;
 }
 
-// Where the rows of one head and one tile are.
+// Addresses of the rows of one head and one tile.
 struct TileRows {
     const uint8_t* rows[GROUPS];     // of sixteen tokens each; null where the sequence holds none
     const uint8_t* exponents[GROUPS];  // fp8: their scales
@@ -50,26 +50,26 @@ struct TileRows {
             if (plane.codec == FP8) exponents[g] = plane.scales + place;
         }
     }
-    // The scales of a group's rows; times 256 where its numbers come divided by that.
+    // Scales of a group's rows. divided: the numbers were divided by 256, so the scales are multiplied by it.
     F32 scales(int g, bool divided) const {
         if (exponents[g] == nullptr) return splat(1.0f);
         return (F32)((widen_u8(exponents[g]) + (divided ? 8u : 0u)) << 23);
     }
 };
 
-// What will be needed next, asked for line by line while something else is computed: blocks lie scattered, and no hardware
-// guesses where the next one is.
+// Software prefetch of the next tile, line by line during other work: blocks are scattered, so the hardware prefetcher does
+// not find them.
 struct Ahead {
     const uint8_t* groups[GROUPS];
 
-    // Where `next` holds nothing, `here` is asked for: it is there already.
+    // Where `next` has no rows, `here` is prefetched instead: it is cached already.
     Ahead(const TileRows& next, const TileRows& here) {
         for (int g = 0; g < GROUPS; g++) groups[g] = next.rows[g] ? next.rows[g] : here.rows[0];
     }
     __attribute__((always_inline)) void ask(int group, int at) const { __builtin_prefetch(groups[group] + at, 0, 2); }
 };
 
-// Sixteen keys side by side, 32 bits of each: two bfloat16 neighbours, or one float32. `to` [steps][16 keys].
+// Transpose sixteen keys into `to` [steps][16 keys], 32 bits per key and step: two bfloat16 neighbours, or one float32.
 template <bool PAIRS, int CODEC, bool WHOLE>
 inline void take_keys(const uint8_t* rows, int width, int steps, uint32_t* to) {
     const int row_bytes = width * number_bytes(CODEC);
@@ -89,7 +89,7 @@ inline void take_keys(const uint8_t* rows, int width, int steps, uint32_t* to) {
     }
 }
 
-// Where the values of key pairs (PAIRS; else of single keys) come from: `take` gives 32 bits per column, [step][columns].
+// Values of key pairs (PAIRS) or of single keys, decoded on demand: `take` returns 32 bits per column, [step][columns].
 template <bool PAIRS, int CODEC, bool WHOLE>
 struct Values {
     const TileRows& tile;
@@ -102,7 +102,7 @@ struct Values {
                 to[c] = (U32)get(step, column + c * LANES);
                 continue;
             }
-            // A neighbour that the sequence does not hold yet has no weight; whatever lies there is not looked at.
+            // A neighbour beyond the sequence has zero weight; its bytes are arbitrary and are not read.
             const F32 first = get(2 * step, column + c * LANES);
             const F32 second = 2 * step + 1 < held ? get(2 * step + 1, column + c * LANES) : F32{};
             to[c] = ((U32)first >> 16) | ((U32)second & 0xFFFF0000u);
@@ -112,7 +112,8 @@ struct Values {
         return numbers<CODEC, WHOLE>(tile.rows[j / LANES] + j % LANES * tile.row_bytes, column, width);
     }
 };
-// The same of fp8 by 64 columns at once, in another order (simd.h: restore_columns). Every code is a finite number.
+// The same for fp8, 64 columns at a time, in another column order (simd.h: restore_columns). Every code decodes to a finite
+// number.
 struct ValuesBy64 {
     const TileRows& tile;
     const Ahead& ahead;
@@ -124,10 +125,10 @@ struct ValuesBy64 {
         U32 all[4];
         decode_two_rows(row, row + tile.row_bytes, all);
 #pragma GCC unroll 4
-        for (int c = 0; c < WIDE; c++) to[c] = all[c];  // WIDE is 4 wherever rows come by 64
+        for (int c = 0; c < WIDE; c++) to[c] = all[c];  // WIDE is 4 for these rows
     }
 };
-// Already taken and kept: [steps][columns].
+// Values that were decoded into scratch [steps][columns].
 struct ValuesKept {
     const uint32_t* values;
     int columns;

@@ -1,4 +1,4 @@
-// A library's own test, run once in a process of its own after building: whether this machine computes what it should.
+// Self-test of a built library: compares matrix products with float64 sums. Run once after building, in a process of its own.
 #include <cmath>
 #include <cstdlib>
 #include <vector>
@@ -7,15 +7,6 @@
 #include "coded.h"
 #include "simd.h"
 #include "threads.h"
-
-extern "C" {
-int64_t twostroke_panel_bytes(int32_t kind, int32_t inner, int32_t pairs);
-int64_t twostroke_coded_panel_bytes(Threads* threads, const uint16_t* from, int32_t columns, int32_t inner);
-void twostroke_pack(Threads* threads, const void* from, int32_t kind, int32_t columns, int32_t inner, int32_t pairs,
-                    int64_t panel_bytes, void* to);
-void twostroke_linear(Threads* threads, const Matrix* matrix, const Rows* x, const Rows* out, int32_t activation,
-                      int32_t out_columns, uint32_t* scratch);
-}
 
 namespace {
 
@@ -49,7 +40,7 @@ bool right(int kind, int x_kind, int rows, int columns, int inner) {
     std::vector<float> xs((int64_t)rows * inner), ws((int64_t)columns * inner), scales(columns + 16, 0.5f);
     for (int64_t i = 0; i < (int64_t)xs.size(); i++) {
         xs[i] = number(seed);
-        if (kind == INT8) xs[i] = i % inner % 32 ? std::rint(xs[i] * 60.0f) : 127.0f;  // what rounding to 8 bits leaves alone
+        if (kind == INT8) xs[i] = i % inner % 32 ? std::rint(xs[i] * 60.0f) : 127.0f;  // rounding to 8 bits is exact
         write(x.data, i, xs[i], x_kind);
     }
     for (int64_t i = 0; i < (int64_t)ws.size(); i++) {
@@ -64,7 +55,7 @@ bool right(int kind, int x_kind, int rows, int columns, int inner) {
     twostroke_pack(&threads, w.data, kind, columns, inner, pairs, panel_bytes, panels.data);
     Matrix matrix{panels.data, kind == INT8 ? scales.data() : nullptr, nullptr, panel_bytes, kind, columns, inner, 0};
     Rows in{x.data, inner, rows, x_kind}, to{out.data, columns, rows, FLOAT32};
-    twostroke_linear(&threads, &matrix, &in, &to, simd::NONE, columns, (uint32_t*)scratch.data);
+    twostroke_linear(&threads, &matrix, &in, &to, NO_ACTIVATION, columns, (uint32_t*)scratch.data);
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < columns; c++) {
             double sum = 0, size = 0;
@@ -80,7 +71,7 @@ bool right(int kind, int x_kind, int rows, int columns, int inner) {
 
 }  // namespace
 
-extern "C" int twostroke_self_check() {
+extern "C" int32_t twostroke_self_check() {
     for (int rows : {1, 3, 12, 16, 17, 50})
         for (int inner : {32, 70, 256})
             for (int kind : {FLOAT32, BFLOAT16, INT8})

@@ -1,13 +1,14 @@
-// bfloat16 in twelve bits, nothing lost: the weights of a panel share few exponents, so four bits say which. (That a model's
-// exponents hold so little: Zhang et al. 2025, DFloat11. Codes of one length are what can be decoded at memory speed.)
+// Lossless bfloat16 in twelve bits: weights of a panel have few distinct exponents, so a code of four bits selects one.
+// Source: DFloat11 (Zhang et al. 2025) for the low entropy of exponents. Codes have one length, so that decoding keeps up
+// with memory.
 //
-// A panel is { its sixteen most frequent exponents, the number of its odd weights, these }, filled up to whole cache lines,
-// then groups of four k-steps: 64 bytes of sign and mantissa for two steps, 64 for the other two, 64 of codes (low halves
-// of the bytes for the first two steps, high halves for the others). Odd weights, whose exponent is none of the sixteen,
-// stand in the list as they are. Of weights spread like a Gauss bell about one in 20,000 is odd.
+// A panel is { the sixteen most frequent exponents, the number of odd weights, the odd weights }, padded to whole cache lines,
+// then groups of four k-steps: 64 bytes of sign and mantissa for the first two steps, 64 for the last two, 64 of codes (low
+// nibbles for the first two steps, high nibbles for the last two). An odd weight has an exponent that is none of the sixteen;
+// the list holds it uncoded. About one of 20,000 normally distributed weights is odd.
 //
-// Within 64 bytes numbers lie so that interleaving two vectors of bytes brings them into order: byte 16 i + 8 s + j
-// is number 8 i + j of step s.
+// The order of numbers within 64 bytes is such that interleaving two vectors of bytes sorts them: byte 16 i + 8 s + j is
+// number 8 i + j of step s.
 #pragma once
 
 #include <cstdint>
@@ -20,10 +21,10 @@ using namespace simd;
 
 constexpr int EXPONENTS = 16, STEPS = 4, STEP_NUMBERS = 2 * LANES, NUMBERS = STEPS * STEP_NUMBERS;
 constexpr int GROUP_BYTES = 192, LINE = 64;
-constexpr int INNER_MULTIPLE = 2 * STEPS;  // of a matrix that can be held so
+constexpr int INNER_MULTIPLE = 2 * STEPS;  // inner size of a matrix in this form is a multiple
 
 struct Odd {
-    uint32_t place;  // 32 * step + number in it
+    uint32_t place;  // 32 * step + number within the step
     uint16_t bits, reserved;
 };
 struct Header {
@@ -39,14 +40,14 @@ inline int64_t groups_bytes(int inner) { return (int64_t)(inner / INNER_MULTIPLE
 
 inline int byte_of(int step, int number) { return 16 * (number / 8) + 8 * (step % 2) + number % 8; }
 
-// Only where registers hold tables of bytes: elsewhere decoding would take longer than reading.
+// Only with byte-shuffle instructions: without them decoding is slower than reading bfloat16.
 #if defined(__AVX2__)
 constexpr bool DECODES = true;
 #else
 constexpr bool DECODES = false;
 #endif
 
-// What a code stands for, as the two bytes of a bfloat16 see it.
+// The exponent of each code, split into its bits of the low and of the high byte of a bfloat16.
 struct Tables {
 #if defined(__AVX512BW__)
     __m512i low, high;
@@ -68,7 +69,7 @@ struct Tables {
 };
 
 #if defined(__AVX512BW__)
-// By the low four bits of bytes, whatever stands above them, of a table that repeats every sixteen bytes.
+// Look up bytes by their low four bits (the high four are ignored) in a table that repeats every sixteen bytes.
 inline __m512i look_up(__m512i table, __m512i codes) {
 #if defined(__AVX512VBMI__)
     return _mm512_permutexvar_epi8(codes, table);
@@ -78,7 +79,7 @@ inline __m512i look_up(__m512i table, __m512i codes) {
 }
 #endif
 
-// The four k-steps of a group, but for odd weights.
+// Decode the four k-steps of a group, without odd weights.
 __attribute__((always_inline)) inline void decode(const Tables& tables, const char* group, U32 (&steps)[STEPS]) {
 #if defined(__AVX512BW__)
     const __m512i codes = load<__m512i>(group + 2 * LINE);
@@ -112,7 +113,7 @@ __attribute__((always_inline)) inline void decode(const Tables& tables, const ch
 #endif
 }
 
-// Walks the groups of a panel, front to back.
+// Iterates over the groups of a panel, front to back.
 class Panel {
    public:
     Panel(const char* panel, int64_t panel_bytes, int inner)
@@ -122,13 +123,13 @@ class Panel {
           end_(odd_ + ((const Header*)panel)->num_odd),
           odd_group_(group_of(odd_, end_)) {}
 
-    // The next group's k-steps. Bytes so far `ahead` are asked for into the second-level cache.
+    // Decode the next group's k-steps, and prefetch `ahead` bytes further into the second-level cache.
     __attribute__((always_inline)) void next(U32 (&steps)[STEPS], int64_t ahead) {
 #pragma GCC unroll 3
         for (int line = 0; line < GROUP_BYTES; line += LINE) __builtin_prefetch(at_ + line + ahead, 0, 2);
         decode(tables_, at_, steps);
         if (__builtin_expect(group_ == odd_group_, 0)) {
-            alignas(LINE) uint16_t numbers[NUMBERS];  // so that the four vectors themselves can stay in registers
+            alignas(LINE) uint16_t numbers[NUMBERS];  // a copy, so that the four vectors stay in registers
             std::memcpy(numbers, &steps, sizeof numbers);
             odd_ = put_odd(odd_, end_, numbers);
             odd_group_ = group_of(odd_, end_);
@@ -139,7 +140,7 @@ class Panel {
 
    private:
     static int group_of(const Odd* odd, const Odd* end) { return odd == end ? -1 : (int)(odd->place / NUMBERS); }
-    // Those of one group; returns the next one. No method: then the walk itself can stay in registers.
+    // Write the odd weights of one group; returns the next odd weight. Static, so that the iterator stays in registers.
     __attribute__((noinline)) static const Odd* put_odd(const Odd* odd, const Odd* end, uint16_t* numbers) {
         const int group = group_of(odd, end);
         for (; group_of(odd, end) == group; odd++) numbers[odd->place % NUMBERS] = odd->bits;

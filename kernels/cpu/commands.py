@@ -1,4 +1,4 @@
-"""Runs compilers: several at once, with a deadline, and all of them ended when one fails or nobody wants them any more.
+"""Runs compilers: several at once, with a deadline. All of them end when one fails or the build is stopped.
 
 Knows no source, no flag and no library.
 """
@@ -21,17 +21,17 @@ POLL_S = 0.05
 
 
 class CommandFailed(Exception):
-    """A command ended badly, took too long or was stopped. The message is what it said of that."""
+    """A command failed, timed out or was stopped. The message names the cause."""
 
 
 class CommandsStopped(CommandFailed):
-    """Nobody wants them any more."""
+    """`Commands.stop` was called."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Running:
     process: subprocess.Popen[bytes]
-    output: IO[bytes]  # an unnamed file: a pipe that nobody reads could fill
+    output: IO[bytes]  # an unnamed file: a pipe that is not read could fill up
 
 
 class Commands:
@@ -43,11 +43,11 @@ class Commands:
         self._stopped = threading.Event()
 
     def stop(self) -> None:
-        """Have `run` end what it runs and raise."""
+        """Make `run` kill its commands and raise."""
         self._stopped.set()
 
     def check_wanted(self) -> None:
-        """Go on, or not.
+        """Check that the build may continue.
 
         Raises:
             CommandFailed: `stop` was called (CommandsStopped), or the first command was started too long ago.
@@ -58,10 +58,10 @@ class Commands:
             raise CommandFailed(f"it was not done after {self._timeout_s:g} s")
 
     def run(self, folder: Path, commands: Sequence[Sequence[str]], done: Callable[[int], None] | None = None) -> None:
-        """Run all in `folder`, as many at a time as there are cores; `done` hears how many have ended well.
+        """Run all commands in `folder`, one per core at a time. `done` is called with the number that have succeeded.
 
         Raises:
-            CommandFailed: nothing runs any more. Temporary files may lie in `folder`, and nowhere else.
+            CommandFailed: all commands have ended. Temporary files may be left in `folder`, and nowhere else.
         """
         self._began_s = time.monotonic() if self._began_s is None else self._began_s
         waiting, running, num_done = list(commands), list[_Running](), 0
@@ -97,7 +97,7 @@ def _start(command: Sequence[str], folder: Path) -> _Running:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            process_group=0,  # Ctrl-C reaches us alone; `_end` reaches what the compiler's driver started, too
+            process_group=0,  # Ctrl-C does not reach it; `_end` kills the compiler's children too
         )
     except OSError as error:
         raise CommandFailed(str(error)) from None

@@ -1,6 +1,8 @@
-// Seals of stored keys and values where they lie. The definition, with its reasons, is kv/digest.py.
+// Digests of stored keys and values, computed in place. Definition and reasons: kv/digest.py.
 #include <cstdint>
 #include <cstring>
+
+#include "api.h"
 
 namespace {
 
@@ -10,7 +12,8 @@ uint64_t mixed(uint64_t x) {
     return x ^ (x >> 31);
 }
 
-// A product by halves: machines multiply 32 bits by 32 in one instruction, 64 by 64 in several.
+// Sum of 64-bit keys times 32-bit words, by halves of the keys: machines multiply 32 by 32 bits in one instruction, 64 by 64
+// bits in several.
 uint64_t keyed_sum(const uint8_t* payload, const uint64_t* keys, int64_t words) {
     uint64_t low = 0, high = 0;
     for (int64_t k = 0; k < words; k++) {
@@ -22,30 +25,6 @@ uint64_t keyed_sum(const uint8_t* payload, const uint64_t* keys, int64_t words) 
     return low + (high << 32);
 }
 
-}  // namespace
-
-extern "C" {
-
-// One component's planes [layers, num_blocks, heads, block_tokens, ...], the keys of a hash block's tokens, and where seals go.
-struct SealedPlanes {
-    const uint8_t *payload, *scales;  // scales: or null
-    const uint64_t *keys, *scale_keys;  // [tokens of a hash block, words], [tokens of a hash block]
-    const uint64_t* first_places;       // [layers, heads]: of a sequence's first hash block
-    uint64_t* digests;                  // [layers, heads, num_blocks, hash blocks per block]
-    uint64_t multiplier_seed, addend_seed;
-    int64_t num_blocks;
-    int32_t layers, heads, block_tokens, words;  // words of 32 bits per row
-};
-
-// A hash block of a sequence: its place in a block's use, its number in the sequence, and how many of its tokens are there.
-struct HashBlock {
-    int64_t block, unit, generation, number, tokens;
-};
-
-}  // extern "C"
-
-namespace {
-
 uint64_t digest_of(const SealedPlanes& p, int64_t row, int64_t tokens, uint64_t place) {
     uint64_t sum = keyed_sum(p.payload + row * p.words * 4, p.keys, tokens * p.words);
     if (p.scales)
@@ -53,7 +32,7 @@ uint64_t digest_of(const SealedPlanes& p, int64_t row, int64_t tokens, uint64_t 
     return sum * (mixed(place ^ p.multiplier_seed) | 1) + (mixed(place ^ p.addend_seed) | 1) * (uint64_t)tokens;
 }
 
-// Call `each(layer, head, row)` for the rows [tokens] of a block, from token `offset` on.
+// Call `each(layer, head, row)` for every layer and head; row: index of the block's token `offset` in the planes.
 template <class F>
 void each_row(const SealedPlanes& p, int64_t block, int64_t offset, const F& each) {
     for (int64_t layer = 0; layer < p.layers; layer++)
@@ -65,8 +44,6 @@ void each_row(const SealedPlanes& p, int64_t block, int64_t offset, const F& eac
 
 extern "C" {
 
-// Digest `count` hash blocks: number i lies in block blocks[i] from token offsets[i] on, tokens[i] of it are there.
-// places and digests [layers, heads, count].
 void twostroke_digest(const SealedPlanes* planes, int32_t count, const int64_t* blocks, const int64_t* offsets,
                       const int64_t* tokens, const uint64_t* places, uint64_t* digests) {
     for (int64_t i = 0; i < count; i++)
@@ -76,8 +53,6 @@ void twostroke_digest(const SealedPlanes* planes, int32_t count, const int64_t* 
         });
 }
 
-// Seal `count` hash blocks of all components, and note for which use of their blocks and how far they are sealed
-// (generations and tokens [num_blocks, hash blocks per block]).
 void twostroke_seal(const SealedPlanes* planes, int32_t components, const HashBlock* sealed, int32_t count,
                     int32_t block_units, int64_t* generations, int64_t* tokens) {
     for (int32_t i = 0; i < count; i++) {

@@ -1,4 +1,4 @@
-// The least and the greatest number of rows, found piece by piece, by whichever thread has a piece in its cache.
+// Least and greatest number of each row, searched by pieces of columns. Each thread searches the pieces in its own cache.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +16,7 @@ struct Found {
     bool any_nan = false;
 };
 
-// Of row[first ... end).
+// Extremes of row[first ... end).
 inline Found look(const float* row, int first, int end) {
     using namespace simd;
     F32 low = splat(INFINITY), high = splat(-INFINITY);
@@ -26,7 +26,7 @@ inline Found look(const float* row, int first, int end) {
     for (; i + LANES <= end; i += LANES) {
         const F32 v = load<F32>(row + i);
         sees.look(v);
-        low = -larger(-v, -low), high = larger(v, high);  // of a NaN and another: the other
+        low = -larger(-v, -low), high = larger(v, high);  // `larger` of a NaN and a number is the number
     }
     found.least = -largest(-low), found.greatest = largest(high), found.any_nan = sees.any();
     for (; i < end; i++) {
@@ -36,7 +36,7 @@ inline Found look(const float* row, int first, int end) {
     return found;
 }
 
-// Rows of float32 [rows, width] in pieces of so many columns. `begin`, then `look` once at each piece, then `settle`.
+// Search over rows of float32 [rows, width]. Call `begin` with the columns of a piece, `look` once per piece, then `settle`.
 class Search {
    public:
     Search(const Rows& x, int width) : x_(x), width_(width) {}
@@ -50,8 +50,7 @@ class Search {
         for (int r = 0; r < x_.rows; r++)
             found_[(int64_t)r * pieces_ + piece] = extremes::look(row(r), piece * columns_, end(piece));
     }
-    // Per row: its least number, NaN where it holds one; its greatest, and the first place of that. No promise of the last
-    // two with a NaN.
+    // Combine the pieces into the answers of twostroke_extremes.
     void settle(float* least, float* greatest, int32_t* best) const {
         for (int r = 0; r < x_.rows; r++) {
             const Found* found = &found_[(int64_t)r * pieces_];
@@ -64,7 +63,7 @@ class Search {
             }
             least[r] = any_nan ? NAN : low, greatest[r] = high;
             const float* place = std::find(row(r) + at * columns_, row(r) + end(at), high);
-            best[r] = (int32_t)std::min<int64_t>(place - row(r), width_ - 1);  // past the end: nothing but NaN was there
+            best[r] = (int32_t)std::min<int64_t>(place - row(r), width_ - 1);  // past the end if all numbers are NaN
         }
     }
 

@@ -1,4 +1,4 @@
-"""The folder of built libraries, of one user and for him alone, and its lock. Knows no compiler."""
+"""The folder of built libraries, private to one user, and its lock. Knows no compiler."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import IO
 
 
 def take_lock(lock: IO[str]) -> bool:
-    """Lock the open file for this process; whether that is done, and the file still lies where others look for it."""
+    """Lock the open file for this process. False: it is locked already, or the file no longer exists at its path."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return os.path.samestat(os.fstat(lock.fileno()), os.stat(lock.name))
@@ -24,7 +24,7 @@ def take_lock(lock: IO[str]) -> bool:
 
 
 def library_folder() -> Path:
-    """A folder of this user's that nobody else can write to: what lies in it is executed."""
+    """A folder that only this user can write to, because its libraries are executed."""
     for directory in (_home_cache(), _shared_folder()):
         if directory is not None and _is_ours(directory):
             return directory
@@ -36,16 +36,16 @@ def _home_cache() -> Path | None:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError:
         return None  # a user without a home
-    return base / "twostroke" / "kernels" if base.is_absolute() else None  # none of the folder that somebody stands in
+    return base / "twostroke" / "kernels" if base.is_absolute() else None  # not relative to the working directory
 
 
 def _shared_folder() -> Path:
-    """Of all processes of this user where the cache cannot be written: else each would build for itself."""
+    """The folder that all processes of this user share where the home cache is not writable."""
     return Path(tempfile.gettempdir()).absolute() / f"twostroke-kernels-{os.getuid()}"
 
 
 def _is_ours(directory: Path) -> bool:
-    """Whether it is there, now, for us alone to write to. In a folder of everybody's, a link is not trusted."""
+    """True if it exists or was created, and only this user can write to it. Refuses links in world-writable parents."""
     try:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         facts = directory.stat(follow_symlinks=not directory.parent.stat().st_mode & stat.S_IWOTH)
@@ -63,7 +63,7 @@ def _own_directory() -> Path:
 
 
 def forget_empty_folder() -> None:
-    """Remove the folder under the temporary one if no library came to lie in it."""
+    """Remove the shared temporary folder if it holds no library."""
     directory = _shared_folder()
     with suppress(OSError), (directory / "lock").open("r+") as lock:
         if take_lock(lock) and not any(directory.glob("*.so")):

@@ -1,48 +1,10 @@
-// All layers of a plain decoder in one call: the same ops in the same order as decoder.py asks for them one by one, so the
-// same bits, without Python between them. Knows what decoder.py says of a layer with plain attention and a dense gate.
+// All layers of a decoder with plain attention and dense gates in one call, without Python between ops. The ops and their
+// order are those of model/decoder/decoder.py, so the bits are the same.
 #include <cstdint>
 
 #include "api.h"
 #include "simd.h"
 #include "threads.h"
-
-extern "C" {
-
-void twostroke_linear(Threads*, const Matrix*, const Rows*, const Rows*, int32_t, int32_t, uint32_t*);
-void twostroke_rms_norm(Threads*, const Rows*, const Rows*, const float*, float, int32_t, int32_t, const Rows*);
-void twostroke_rotary(Threads*, const Rows*, int32_t, int32_t, const float*, const float*, int32_t, int32_t);
-void twostroke_write(Threads*, const StorePart*, int32_t, const int64_t*, int32_t, int32_t*);
-void twostroke_attend(Threads*, const Attend*);
-
-struct NormWeight {
-    const float* weight;  // null: there is no such norm
-    float eps;
-    int32_t reserved;
-};
-
-struct Layer {
-    NormWeight attention_norm, after_attention, ffn_norm, after_ffn, q_norm, k_norm;
-    Matrix qkv, output, gate_up, down;
-    Plane keys, values;
-    float scale, softcap;
-    int32_t window, rope;
-};
-
-struct Step {
-    void *x, *h, *qkv, *mixed, *gated, *delta;  // [rows, ...]: hidden, hidden, qkv's columns, q's, ffn, hidden
-    uint32_t* scratch;                          // as twostroke_linear wants it, for the widest input
-    const float *cos[2], *sin[2];               // per rope [rows, half]
-    const int64_t* slots;
-    const AttendSpan* spans;
-    int32_t *refused, *non_finite;  // [rows]: scratch, and the sum over layers (zeros at first)
-    int32_t rows, kind, num_spans, hidden, heads, kv_heads, width, ffn, activation, half[2];
-    // Rows whose last layer nobody reads leave keys and values there and nothing else: first a call for all rows that ends
-    // with those (1), then one of the last layer alone for the rows that are read, whose keys are stored already (2).
-    int32_t last_layer;
-};
-enum LastLayer : int32_t { WHOLE = 0, KEYS_ONLY = 1, QUERIES_ONLY = 2 };
-
-}  // extern "C"
 
 namespace {
 
@@ -59,7 +21,7 @@ class Stack {
             if (layer.after_attention.weight) norm(s_.delta, nullptr, layer.after_attention, s_.delta);
             norm(s_.x, s_.delta, layer.ffn_norm, s_.h);
             linear(layer.gate_up, s_.h, s_.hidden, s_.gated, s_.ffn, s_.activation);
-            linear(layer.down, s_.gated, s_.ffn, s_.delta, s_.hidden, simd::NONE);
+            linear(layer.down, s_.gated, s_.ffn, s_.delta, s_.hidden, NO_ACTIVATION);
             if (layer.after_ffn.weight) norm(s_.delta, nullptr, layer.after_ffn, s_.delta);
             if (i + 1 < count)
                 norm(s_.x, s_.delta, layers[i + 1].attention_norm, s_.h);
@@ -83,7 +45,7 @@ class Stack {
         twostroke_linear(threads_, &by, &from, &to, activation, columns, s_.scratch);
     }
 
-    // Columns [first, first + columns) of a matrix; `first` begins a panel.
+    // Columns [first, first + columns) of a matrix; `first` is a multiple of 16.
     Matrix slice(const Matrix& by, int first, int columns) const {
         Matrix part = by;
         part.panels = (const char*)by.panels + first / simd::LANES * by.panel_bytes;
@@ -99,7 +61,7 @@ class Stack {
 
     void project(const Matrix& by, int first, int columns) {
         const Rows from = rows(s_.h, s_.hidden), to = head_rows(first);
-        twostroke_linear(threads_, &by, &from, &to, simd::NONE, columns, s_.scratch);
+        twostroke_linear(threads_, &by, &from, &to, NO_ACTIVATION, columns, s_.scratch);
     }
     void norm_heads(const NormWeight& by, const Rows& x, int heads) {
         if (by.weight) twostroke_rms_norm(threads_, &x, nullptr, by.weight, by.eps, heads, s_.width, &x);
@@ -125,10 +87,10 @@ class Stack {
         job.out = rows(s_.mixed, queries()), job.spans = s_.spans, job.num_parts = 1, job.num_spans = s_.num_spans;
         job.heads = s_.heads, job.window = layer.window, job.scale = layer.scale, job.softcap = layer.softcap;
         twostroke_attend(threads_, &job);
-        linear(layer.output, s_.mixed, queries(), s_.delta, s_.hidden, simd::NONE);
+        linear(layer.output, s_.mixed, queries(), s_.delta, s_.hidden, NO_ACTIVATION);
     }
 
-    // Keys and values alone.
+    // Compute and store keys and values, without queries.
     void keep(const Layer& layer) {
         const Rows k = head_rows(queries());
         project(slice(layer.qkv, queries(), 2 * kept()), queries(), 2 * kept());
@@ -148,7 +110,7 @@ class Stack {
                 plane.block_tokens};
     }
 
-    // x += delta, rounded.
+    // x += delta, rounded to x's kind.
     void add() {
         const int64_t numbers = (int64_t)s_.rows * s_.hidden;
         for (int64_t i = 0; i < numbers; i++) {
@@ -169,7 +131,6 @@ class Stack {
 
 }  // namespace
 
-// Returns how many rows of keys and values were not finite, over all layers.
 extern "C" int64_t twostroke_layers(Threads* threads, const Layer* layers, int32_t count, const Step* step) {
     Stack stack(threads, *step);
     stack.run(layers, count);

@@ -1,6 +1,6 @@
-"""The native CPU kernels as Python calls: the structs of api.h, and functions over addresses. Knows no tensor library.
+"""The native CPU kernels as Python calls: structs and functions of `api.h` as ctypes. Knows no tensor library.
 
-Calls release the GIL. One thread at a time may use one `Threads`.
+Calls release the GIL. One thread at a time may use one `Threads`. `api.h` documents arguments, shapes and units.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 from .build import built_library
 
 FLOAT32, BFLOAT16, INT8, FP8, CODED = range(5)
-WHOLE, KEYS_ONLY, QUERIES_ONLY = range(3)  # what a call does of its last layer
+WHOLE, KEYS_ONLY, QUERIES_ONLY = range(3)  # part of the last layer that a call computes
+NO_ACTIVATION, SILU, GELU_TANH = range(-1, 2)
 LANES = 16  # columns per panel
 ALIGNMENT = 64
 
@@ -30,18 +31,18 @@ class Matrix(ctypes.Structure):
         ("kind", c_int32),
         ("columns", c_int32),
         ("inner", c_int32),
-        ("reserved", c_int32),
+        ("float32_out", c_int32),  # 1: answers are float32, for rows of any dtype
     )
 
 
 class Rows(ctypes.Structure):
-    """Rows of numbers; the stride counts numbers."""
+    """Rows of numbers; the stride is in numbers."""
 
     _fields_ = (("data", c_void_p), ("stride", c_int64), ("rows", c_int32), ("kind", c_int32))
 
 
 class StorePart(ctypes.Structure):
-    """One component of the cache, and the rows that go into it."""
+    """Rows of one component to store, and the planes that they go into."""
 
     _fields_ = (
         ("x", Rows),
@@ -55,7 +56,7 @@ class StorePart(ctypes.Structure):
 
 
 class Plane(ctypes.Structure):
-    """One component of one layer, as attention reads it."""
+    """One component of one layer in the cache."""
 
     _fields_ = (
         ("payload", c_void_p),
@@ -68,13 +69,13 @@ class Plane(ctypes.Structure):
 
 
 class AttendSpan(ctypes.Structure):
-    """Rows of one sequence, and its blocks (int32)."""
+    """Rows of a batch that belong to one sequence, and its blocks (int32)."""
 
     _fields_ = (("blocks", c_void_p), ("row", c_int32), ("start", c_int32), ("count", c_int32), ("reserved", c_int32))
 
 
 class Attend(ctypes.Structure):
-    """One layer's attention."""
+    """Attention of one layer."""
 
     _fields_ = (
         ("queries", Rows * 2),
@@ -92,13 +93,13 @@ class Attend(ctypes.Structure):
 
 
 class NormWeight(ctypes.Structure):
-    """A norm, or (without a weight) none."""
+    """Weight and epsilon of a norm; without a weight there is no norm."""
 
     _fields_ = (("weight", c_void_p), ("eps", c_float), ("reserved", c_int32))
 
 
 class Layer(ctypes.Structure):
-    """A decoder layer with plain attention and a dense gate, and where it keeps its keys and values."""
+    """A decoder layer with plain attention and a dense gate, and its planes in the cache."""
 
     _fields_ = (
         *((name, NormWeight) for name in ("attention_norm", "after_attention", "ffn_norm", "after_ffn")),
@@ -114,7 +115,7 @@ class Layer(ctypes.Structure):
 
 
 class Step(ctypes.Structure):
-    """A step's rows on their way through all layers."""
+    """Rows of one step and the buffers that they pass through."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("x", "h", "qkv", "mixed", "gated", "delta", "scratch")),
@@ -132,7 +133,7 @@ class Step(ctypes.Structure):
 
 
 class SealedPlanes(ctypes.Structure):
-    """One component's planes over all layers, the keys of their seals, and where these go."""
+    """Planes of one component over all layers, the keys of its digests, and the digests."""
 
     _fields_ = (
         ("payload", c_void_p),
@@ -149,6 +150,12 @@ class SealedPlanes(ctypes.Structure):
         ("block_tokens", c_int32),
         ("words", c_int32),
     )
+
+
+class HashBlock(ctypes.Structure):
+    """A hash block to seal."""
+
+    _fields_ = tuple((name, c_int64) for name in ("block", "unit", "generation", "number", "tokens"))
 
 
 _ROWS = POINTER(Rows)
@@ -174,12 +181,12 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 
 
 class Library:
-    """The functions of one built library, by their names without prefix."""
+    """The functions of one built library, by their names without the prefix `twostroke_`."""
 
     def __init__(self, path: Path) -> None:
         handle = ctypes.CDLL(str(path))
         for name, (result, arguments) in _SIGNATURES.items():
-            # By index and not by attribute: every Library has function objects of its own.
+            # By index: by attribute, all libraries would share one function object.
             function = handle[f"twostroke_{name}"]
             function.restype, function.argtypes = result, arguments
             setattr(self, name, function)
@@ -193,6 +200,6 @@ def load() -> Library:
     """The library of this machine.
 
     Raises:
-        NativeUnavailable: see `build.py`.
+        NativeUnavailable: as for `build.built_library`.
     """
     return Library(built_library())

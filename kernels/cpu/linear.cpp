@@ -1,16 +1,17 @@
-// Linear layers over packed matrices. One order of summation per output, whatever the number of rows or threads.
+// Linear layers over packed matrices. The order of summation of an output is the same for any number of rows or threads.
 //
-// A matrix [columns, inner] lies in panels of 16 columns. Within a panel numbers stand as the kernel reads them, front
-// to back: for bfloat16 [inner / 2][16 columns][2 neighbours in k], for float32 [inner][16 columns]; so too for int8 that
-// meets float32 rows. Coded bfloat16 (see coded.h) becomes that on its way into registers, or, for many rows, in a cache. The
-// same copy serves one row and a thousand. pack.cpp makes them.
+// A matrix [columns, inner] is stored in panels of 16 columns. Within a panel, numbers are in the order in which the kernel
+// reads them: bfloat16 as [inner / 2][16 columns][2 neighbours in k]; float32, and int8 for float32 rows, as
+// [inner][16 columns]. Coded bfloat16 (coded.h) is decoded into registers or, for many rows, into a buffer in the cache. One
+// packed copy serves decode and prefill. pack.cpp writes panels.
 //
-// out[r, c] = ( sum over k = 0, 1, 2 ... of x[r, k] * w[c, k] ) * scale[c] + bias[c], each output in one float32
-// accumulator lane from first k to last; k pairs go through dot_pairs. So an output's bits depend on its own row and column
-// alone. Where the machine has AMX tiles, bfloat16 goes through them instead, for every number of rows: 32 k at a time in
-// the instruction's order. Int8 that meets bfloat16 rows: see linear_int8.cpp.
+// out[r, c] = ( sum over k = 0, 1, 2 ... of x[r, k] * w[c, k] ) * scale[c] + bias[c]. Each output has one float32 accumulator
+// lane, from the first k to the last; pairs of k go through dot_pairs. So an output's bits depend on its own row and column
+// alone. On machines with AMX tiles, bfloat16 uses them for every number of rows: 32 k at a time, in the instruction's order.
+// Int8 matrices for bfloat16 rows: linear_int8.cpp.
 #include <vector>
 
+#include "api.h"
 #include "coded.h"
 #include "linear.h"
 #include "row_blocks.h"
@@ -20,17 +21,17 @@ using namespace linear;
 
 namespace {
 
-// Panels one after the other.
+// Consecutive panels.
 struct Stretch {
     const char* panels;
     int64_t panel_bytes;
-    int64_t ahead = PREFETCH_BYTES;  // how far from where a kernel reads it asks for what will be needed
+    int64_t ahead = PREFETCH_BYTES;  // prefetch distance in bytes
     Stretch from(int panel) const { return {panels + panel * panel_bytes, panel_bytes, ahead}; }
 };
 
-// A panel as the kernel meets it, front to back, so many k-steps at a time.
+// Iterator over a panel, STEPS k-steps at a time, front to back. This form: kinds that are multiplied as stored, and INT8.
 template <int KIND>
-class Panel {  // of what is multiplied as it is stored, and of INT8
+class Panel {
    public:
     static constexpr int STEPS = 1, MOST_TOGETHER = WIDE_PANELS;
     static constexpr bool TAKES_CODED = false;
@@ -62,8 +63,8 @@ class Panel<CODED> {
     coded::Panel groups_;
 };
 
-// ROWS rows by the first PANELS panels of `w`, which are the matrix's from `panel` on; only rows that the block has are stored.
-// Four rows to an address: an address of each row's own would take more registers than there are.
+// Multiply ROWS rows by the first PANELS panels of `w`, which are the matrix's panels from `panel` on. Only the block's own
+// rows are stored. Four rows share an address register: one register per row would be more than the machine has.
 template <class P, int ROWS, int PANELS>
 void kernel(const Job& job, const Block& block, const Stretch& w, int panel, F32* gates) {
     const int64_t stride = block.stride, places[4] = {0, stride, 2 * stride, 3 * stride};
@@ -88,24 +89,24 @@ void kernel(const Job& job, const Block& block, const Stretch& w, int panel, F32
                 for (int p = 0; p < PANELS; p++) acc[r][p] = P::add(acc[r][p], weights[p][step], word);
             }
         x0 += 4 * P::STEPS, x4 += 4 * P::STEPS, x8 += 4 * P::STEPS, x12 += 4 * P::STEPS;
-        asm("" : "+r"(x0));  // the compiler would make an address per row of it
+        asm("" : "+r"(x0));  // keeps the compiler from one address register per row
         if (ROWS > 4) asm("" : "+r"(x4));
         if (ROWS > 8) asm("" : "+r"(x8));
         if (ROWS > 12) asm("" : "+r"(x12));
     }
     const bool plain = PANELS == 2 && is_plain(job, panel);
-    if (plain && job.activation == NONE && block.rows == ROWS) {
+    if (plain && job.activation == NO_ACTIVATION && block.rows == ROWS) {
         uint16_t* to = place(job, block.first, panel);
 #pragma GCC unroll 16
         for (int r = 0; r < ROWS; r++, to += job.out.stride) store(to, pack_rounded(acc[r][0], acc[r][PANELS - 1]));
         return;
     }
-    F32 sums[ROWS][PANELS];  // in memory, so that what follows is there once and not once per row
+    F32 sums[ROWS][PANELS];  // in memory, so that the code below is not unrolled per row
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 2
         for (int p = 0; p < PANELS; p++) sums[r][p] = acc[r][p];
-    if (plain && job.activation != NONE) return put_gates(job, block.first, panel, block.rows, sums[0]);
+    if (plain && job.activation != NO_ACTIVATION) return put_gates(job, block.first, panel, block.rows, sums[0]);
 #pragma GCC unroll 1
     for (int r = 0; r < block.rows; r++) put_row<PANELS>(job, block.first + r, panel, sums[r], gates[r]);
 }
@@ -126,15 +127,15 @@ void multiply_block(const Job& job, const Block& block, const Stretch& w, int pa
     }
 }
 
-// From so many rows on it is less work to decode a stretch once than once per block of rows: measured.
+// From this many rows on, decoding a stretch once is faster than once per block of rows (measured).
 constexpr int DECODED_ROWS = 64;
 
-// Panels [begin, end) as they lie.
+// Panels from `begin` on, as stored.
 Stretch stored(const Matrix& m, int begin) { return {(const char*)m.panels + begin * m.panel_bytes, m.panel_bytes}; }
 
 int64_t decoded_bytes(const Matrix& m) { return m.kind == CODED ? (int64_t)LANES * 2 * m.inner : m.panel_bytes; }
 
-// The same, but coded ones as bfloat16, in memory of this thread's own until its next call.
+// Panels [begin, end), coded ones decoded to bfloat16 in memory of this thread, valid until its next call.
 Stretch decoded(const Matrix& m, int begin, int end) {
     if (m.kind != CODED) return stored(m, begin);
     const int64_t bytes = decoded_bytes(m);
@@ -160,12 +161,12 @@ void multiply_blocks(const Job& job, const Blocks& x, Threads& threads) {
         F32 gates[TALL_ROWS];
         for (int first = 0; first < job.num_rows; first += x.size()) {
             const Block block = x.from(first);
-            // The last of several blocks finds its weights in the cache: it asks for the next stretch's.
+            // The last of several blocks finds its weights in the cache: it prefetches the next stretch.
             if (first && first + x.size() >= job.num_rows && end < num_panels(m))
                 stretch.ahead = (int64_t)((uintptr_t)stored(m, end).panels - (uintptr_t)stretch.panels);
             for (int panel = begin; panel < end; panel += 2) {
                 const Stretch w = stretch.from(panel - begin);
-                if (panel + 1 < end && P::MOST_TOGETHER == 2 && job.num_rows > 1) {  // one row waits for memory: one stream
+                if (panel + 1 < end && P::MOST_TOGETHER == 2 && job.num_rows > 1) {  // one row: memory-bound, one stream
                     multiply_block<P, P::MOST_TOGETHER>(job, block, w, panel, gates);
                     continue;
                 }
@@ -178,11 +179,11 @@ void multiply_blocks(const Job& job, const Blocks& x, Threads& threads) {
 
 #if defined(TWOSTROKE_TILES)
 
-constexpr int TILE_STEPS = 16;  // k-steps (pairs) per tile: a panel's sixteen steps are one tile as they lie
+constexpr int TILE_STEPS = 16;  // k-steps (pairs) per tile: sixteen steps of a panel are one tile as stored
 
 bool by_tiles(const Matrix& m, bool pairs) { return pairs && m.inner % (2 * TILE_STEPS) == 0 && tiles::permitted(); }
 
-// Rows of x as tiles [blocks of 16 rows][inner / 32][16 rows][64 bytes], missing rows zero.
+// Pack rows of x into tiles [inner / 32][16 rows][64 bytes]; missing rows are zeros.
 void pack_tiles(const Rows& x, int first, int steps, char* to) {
     const int rows = std::min(tiles::ROWS, x.rows - first);
     for (int k = 0; k < steps; k += TILE_STEPS)
@@ -200,13 +201,13 @@ void load_weights(const char* panel, int step) {
     tiles::load<T>(panel + (int64_t)step * 64);
 }
 
-// Two panels' tiles; only the first when there is no second.
+// Store the sums of two panels, or of the first alone.
 template <int T, int U>
 void put_tiles(const Job& job, int row, int panel, bool second) {
     alignas(64) float one[tiles::ROWS][LANES], other[tiles::ROWS][LANES];
     tiles::save<T>(one), tiles::save<U>(other);
     for (int r = 0; r < std::min(tiles::ROWS, job.num_rows - row); r++) {
-        if (job.activation != NONE) {
+        if (job.activation != NO_ACTIVATION) {
             put_gated(job, row + r, panel, load<F32>(one[r]), load<F32>(other[r]));
             continue;
         }
@@ -215,8 +216,8 @@ void put_tiles(const Job& job, int row, int panel, bool second) {
     }
 }
 
-// One block of 16 rows by up to four panels, `panel` and what follows: what streams weights. A missing panel repeats the
-// last and is not stored.
+// Multiply one block of 16 rows by up to four panels from `panel` on; for steps that memory bounds. Missing panels repeat the
+// last one and are not stored.
 void tile_strip(const Job& job, const Stretch& stretch, int row, int panel, int panels) {
     const char* x = (const char*)job.packed + (int64_t)row * job.steps * 4;
     const char* w[4];
@@ -233,7 +234,7 @@ void tile_strip(const Job& job, const Stretch& stretch, int row, int panel, int 
     if (panels > 2) put_tiles<2, 3>(job, row, panel + 2, panels > 3);
 }
 
-// Two blocks of rows by two panels: what computes prompts.
+// Multiply two blocks of 16 rows by two panels; for steps that arithmetic bounds.
 void tile_square(const Job& job, const Stretch& stretch, int row, int panel) {
     const char *w = stretch.panels, *other = stretch.from(1).panels;
     const char* x = (const char*)job.packed + (int64_t)row * job.steps * 4;
@@ -294,16 +295,11 @@ void linear::multiply(Threads& threads, const Matrix& matrix, const Rows& x, con
 
 extern "C" {
 
-// out [rows, columns] = x [rows, inner] times the matrix. x: float32, or bfloat16 (with even inner, unless weights are int8).
-// scratch holds at least (rows + 32) * (inner numbers of x + 16 bytes), 64-byte aligned; out must not lie over x.
-// With an activation the matrix's panels alternate between gate and up, and out [rows, up's columns] is
-// activation(gate) * up; out_columns says how many those are.
 void twostroke_linear(Threads* threads, const Matrix* matrix, const Rows* x, const Rows* out, int32_t activation,
                       int32_t out_columns, uint32_t* scratch) {
     multiply(*threads, *matrix, *x, *out, activation, out_columns, scratch, nullptr);
 }
 
-// The instructions that decide the bits of an answer.
 const char* twostroke_level() {
 #if defined(TWOSTROKE_TILES)
     if (tiles::permitted()) return "amx-bf16";

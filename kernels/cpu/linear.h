@@ -1,4 +1,4 @@
-// What linear layers of every kind share: the job, its division among threads, and how a sum becomes an answer.
+// Shared by all linear kernels: the job, its division among threads, and the conversion of sums into answers.
 #pragma once
 
 #include <algorithm>
@@ -14,17 +14,17 @@ namespace linear {
 
 using namespace simd;
 
-// How far ahead of a kernel weights are asked for, into the core's own second-level cache: measured.
+// Prefetch distance of weights, into the core's second-level cache (measured).
 constexpr int PREFETCH_BYTES = 4096;
-constexpr int64_t CACHED_BYTES = 512 << 10;  // of panels that stay in a core's own cache while rows pass
+constexpr int64_t CACHED_BYTES = 512 << 10;  // bytes of panels that stay in a core's cache during all rows
 
 struct Job {
     const Matrix* matrix;
     Rows out;
     int out_columns;
-    const uint32_t* packed;           // x as tiles want it
-    int steps, num_rows, activation;  // NONE, or panels alternate between a gate and what it lets through
-    extremes::Search* search;         // looks at answers while they are in a cache; or null
+    const uint32_t* packed;           // x packed into tiles
+    int steps, num_rows, activation;  // with an activation, panels alternate between gate and up
+    extremes::Search* search;         // searches answers while they are in a cache; or null
 };
 
 inline int num_panels(const Matrix& m) { return (m.columns + LANES - 1) / LANES; }
@@ -49,16 +49,16 @@ inline void put(const Job& job, int row, int column, F32 v) {
 inline void put_linear(const Job& job, int row, int panel, F32 acc) {
     put(job, row, panel * LANES, finished(*job.matrix, panel, acc));
 }
-// Gate and up are rounded as if they had been stored, so that the fused form changes no bit.
+// Gate and up are rounded to the kind of `out` first, so that the fused form has the bits of the separate ops.
 inline void put_gated(const Job& job, int row, int panel, F32 gate, F32 up) {
     gate = finished(*job.matrix, panel, gate), up = finished(*job.matrix, panel + 1, up);
     if (job.out.kind == BFLOAT16) gate = widen(rounded(gate)), up = widen(rounded(up));
     put(job, row, panel / 2 * LANES, activate(gate, job.activation, job.out.kind == BFLOAT16) * up);
 }
-// One row of a kernel of one or two panels. A gate that is alone waits for its other half.
+// Store one row of a kernel of one or two panels. With one panel, the gate's sum is kept in `gate` until the sum of up comes.
 template <int PANELS>
 __attribute__((always_inline)) inline void put_row(const Job& job, int row, int panel, const F32 (&sums)[PANELS], F32& gate) {
-    if (job.activation == NONE) {
+    if (job.activation == NO_ACTIVATION) {
 #pragma GCC unroll 2
         for (int p = 0; p < PANELS; p++) put_linear(job, row, panel + p, sums[p]);
     } else if (PANELS == 2) {
@@ -70,16 +70,16 @@ __attribute__((always_inline)) inline void put_row(const Job& job, int row, int 
     }
 }
 
-// Whether two panels' sums become bfloat16 as they are, and all of them.
+// True if the sums of two panels are stored as bfloat16 without scale or bias, and no column is padding.
 inline bool is_plain(const Job& job, int panel) {
     const Matrix& m = *job.matrix;
-    const int end = job.activation == NONE ? (panel + 2) * LANES : (panel + 2) / 2 * LANES;
+    const int end = job.activation == NO_ACTIVATION ? (panel + 2) * LANES : (panel + 2) / 2 * LANES;
     return job.out.kind == BFLOAT16 && !m.scales && !m.bias && end <= job.out_columns;
 }
 inline uint16_t* place(const Job& job, int row, int panel) {
-    return (uint16_t*)job.out.data + row * job.out.stride + (job.activation == NONE ? panel : panel / 2) * LANES;
+    return (uint16_t*)job.out.data + row * job.out.stride + (job.activation == NO_ACTIVATION ? panel : panel / 2) * LANES;
 }
-// As `put_gated`, where that is so: sums [rows][gate and up].
+// `put_gated` for jobs where `is_plain` holds; sums [rows][gate and up].
 inline void put_gates(const Job& job, int row, int panel, int rows, const F32* sums) {
     uint16_t* to = place(job, row, panel);
     for (int r = 0; r < rows; r++, to += job.out.stride, sums += 2) {
@@ -88,7 +88,7 @@ inline void put_gates(const Job& job, int row, int panel, int rows, const F32* s
     }
 }
 
-// Call `panels_of(first, end)` for stretches of `group` panels.
+// Call `panels_of(first, end)` for stretches of `group` panels, shared among the threads.
 template <class F>
 void share_groups(const Job& job, Threads& threads, int group, const F& panels_of) {
     const int count = num_panels(*job.matrix);
@@ -98,19 +98,19 @@ void share_groups(const Job& job, Threads& threads, int group, const F& panels_o
         if (job.search) job.search->look(part);
     });
 }
-// The same for stretches of so many that a cache holds them while all rows pass, and that every thread gets several. `first`
-// is even.
+// The same for stretches that fit a core's cache during all rows, and are small enough that every thread gets several.
+// `first` is even.
 template <class F>
 void share_panels(const Job& job, Threads& threads, int64_t panel_bytes, const F& panels_of) {
     const int count = num_panels(*job.matrix), held = (int)(CACHED_BYTES / panel_bytes);
     share_groups(job, threads, std::max(2, std::min({8, held, count / (threads.count() * 4)}) / 2 * 2), panels_of);
 }
 
-// linear.cpp: what twostroke_linear says, with a search over `out` (float32, then) or without.
+// linear.cpp: twostroke_linear, optionally with a search over `out`, which then is float32.
 void multiply(Threads& threads, const Matrix& matrix, const Rows& x, const Rows& out, int activation, int out_columns,
               uint32_t* scratch, extremes::Search* search);
 
-// linear_int8.cpp: rows as integers by matrices of integers.
+// linear_int8.cpp: products of rows rounded to 8 bits with 8-bit matrices.
 int64_t int8_panel_bytes(int inner);
 void pack_int8(const int8_t* from, int columns, int inner, uint8_t* to);
 void multiply_int8(const Job& job, const Rows& x, uint32_t* scratch, Threads& threads);

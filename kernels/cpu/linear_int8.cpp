@@ -1,16 +1,17 @@
-// Linear layers of 8-bit weights and rows rounded to 8 bits: sums of integers, which no order of summation can change.
+// Linear layers of 8-bit weights and rows rounded to 8 bits. Sums are of integers, so their order does not matter.
 //
-// A row x is cut into groups of 64 neighbours. Each has its own scale, its largest magnitude / 127, and becomes integers
+// A row x is split into groups of 64 neighbours. The scale of a group is its largest magnitude / 127; its numbers become integers
 // q[k] = round(x[k] / scale), to nearest even. Then
 //   out[r, c] = ( sum over groups of float( sum over k of q[r, k] * w[c, k] ) * scale[r, group] ) * scale[c] + bias[c]
-// with exact inner sums and one float32 lane per output that meets the groups from first to last. An output's bits depend
-// on its row and column alone, whatever the number of rows or threads, and on no instruction set that has fused products.
+// The inner sums are exact; the outer sum of an output has one float32 lane, from the first group to the last. So an output's
+// bits depend on its row and column alone, for any number of rows or threads, and are equal on all instruction sets that have
+// fused products.
 //
-// Weights lie in panels of 16 columns, [inner / 4][16 columns][4 neighbours in k], as w + 128: the instruction multiplies
-// unsigned by signed bytes. What that adds to a group's sum is 128 * sum(q), which sums begin without. Where the machine
-// has AMX tiles, prompts go through them: integers, so the same bits.
+// Panels of 16 columns hold [inner / 4][16 columns][4 neighbours in k], as w + 128: the instruction multiplies unsigned by
+// signed bytes. The offset adds 128 * sum(q) to a group's sum, so sums begin at minus that. On machines with AMX tiles, steps
+// of many rows use them: integers, so the same bits.
+#include "api.h"
 #include "linear.h"
-
 #include "tiles.h"
 
 namespace linear {
@@ -18,7 +19,8 @@ namespace linear {
 namespace {
 
 constexpr int GROUP = 64, QUAD = 4, OFFSET = 128;  // numbers of k
-// Rows that one inner kernel keeps in registers with two panels, and such parts that share a pass over a group's weights.
+// PART_ROWS: rows that one inner kernel keeps in registers with two panels. BLOCK_PARTS: parts that share a pass over a group's
+// weights.
 #if defined(__AVX512F__)
 constexpr int PART_ROWS = 12;
 #else
@@ -28,10 +30,10 @@ constexpr int BLOCK_PARTS = 2, BLOCK_ROWS = PART_ROWS * BLOCK_PARTS;
 
 int quads(int inner) { return (inner + QUAD - 1) / QUAD; }
 int num_groups(int inner) { return (inner + GROUP - 1) / GROUP; }
-// 32-bit words of a row: its integers, and of each group where sums begin and the scale.
+// 32-bit words of a packed row: its integers, and for each group the start of its sums and its scale.
 int row_words(int inner) { return quads(inner) + 2 * num_groups(inner); }
 
-// The number of rows that a part is padded to: the kernels that exist.
+// Number of rows that a part is padded to: the next size for which a kernel exists.
 int padded_rows(int rows) {
     for (int size : {1, 2, 4, 6, 8, 12})
         if (rows <= size) return size;
@@ -42,7 +44,7 @@ struct Division {
     explicit Division(int block) : parts(block > PART_ROWS ? 2 : 1), rows(padded_rows((block + parts - 1) / parts)) {}
 };
 
-// Sixteen numbers of a row from k on; zeros past its end.
+// Sixteen numbers of a row from k on; zeros past the row's end.
 F32 numbers(const Rows& x, int row, int k, int inner) {
     const int64_t at = row * x.stride + k;
     const int count = std::min(LANES, inner - k);
@@ -57,11 +59,11 @@ F32 numbers(const Rows& x, int row, int k, int inner) {
     return some;
 }
 
-// One row of a group.
+// One row of a group, rounded.
 struct Rounded {
     alignas(64) int8_t numbers[GROUP];
-    int32_t begin;  // of sums: what unsigned weights add to them, taken off
-    float scale;    // NaN where a number is not finite, so that every output is
+    int32_t begin;  // start of the row's sums: minus the offset that unsigned weights add
+    float scale;    // NaN if a number is not finite, so that every output is NaN
 };
 
 void round_group(const Rows& x, int row, int first, int inner, Rounded& to) {
@@ -70,7 +72,7 @@ void round_group(const Rows& x, int row, int first, int inner, Rounded& to) {
     U32 top{};
     for (int i = 0; i * LANES < count; i++) {
         v[i] = numbers(x, row, first + i * LANES, inner);
-        top = larger_u32(top, (U32)v[i] & 0x7FFFFFFFu);  // bits of magnitudes are in order, and NaN above all
+        top = larger_u32(top, (U32)v[i] & 0x7FFFFFFFu);  // bits of magnitudes are ordered as the magnitudes, NaN last
     }
     const uint32_t bits = largest_u32(top);
     float largest, inverse = 0.0f;
@@ -91,7 +93,7 @@ void round_group(const Rows& x, int row, int first, int inner, Rounded& to) {
     to.begin = -OFFSET * sum_integers(sum);
 }
 
-// Call `pack(row)` for all rows, a few at a time.
+// Call `pack(row)` for all rows, shared among the threads.
 template <class F>
 void share_rows(int rows, Threads& threads, const F& pack) {
     constexpr int SHARE = 4;
@@ -100,7 +102,7 @@ void share_rows(int rows, Threads& threads, const F& pack) {
     });
 }
 
-// One row of a block as the kernel reads it: by parts, by groups { begin [rows], scale [rows], numbers [quads][rows] }.
+// Pack one row of a block for the kernel: per part, per group { begin [rows], scale [rows], numbers [quads][rows] }.
 void pack_row(const Rows& x, int first, int in_block, int inner, Division d, uint32_t* block) {
     const int row = first + in_block, r = in_block % d.rows;
     uint32_t* to = block + (int64_t)(in_block / d.rows) * d.rows * row_words(inner);
@@ -114,7 +116,7 @@ void pack_row(const Rows& x, int first, int in_block, int inner, Division d, uin
     }
 }
 
-// A group's integer sums, `ROWS` packed rows by PANELS panels, added to the rows' sums.
+// Add one group's integer sums, scaled, to `sums`: ROWS packed rows by PANELS panels.
 template <int ROWS, int PANELS, bool ASKS_AHEAD>
 void add_group(const uint32_t* x, const char* w, int64_t panel_bytes, int steps, F32 (*sums)[PANELS]) {
     const float* scales = (const float*)x + ROWS;
@@ -173,7 +175,7 @@ void block(const Job& job, const uint32_t* x, int first, int rows, int panel, F3
     }
 }
 
-// scratch: row_words for every row, and for BLOCK_ROWS rows more.
+// scratch: row_words for each of job.num_rows + BLOCK_ROWS rows.
 void multiply_rows(const Job& job, const Rows& x, uint32_t* scratch, Threads& threads) {
     const int inner = job.matrix->inner;
     const auto block_of = [&](int first) { return scratch + (int64_t)first * row_words(inner); };
@@ -181,7 +183,7 @@ void multiply_rows(const Job& job, const Rows& x, uint32_t* scratch, Threads& th
         const int first = row / BLOCK_ROWS * BLOCK_ROWS, rows = std::min(BLOCK_ROWS, x.rows - first);
         const Division d(rows);
         pack_row(x, first, row - first, inner, d, block_of(first));
-        if (row + 1 == x.rows)  // what the last part is padded with
+        if (row + 1 == x.rows)  // padding rows of the last part
             for (int r = rows; r < d.parts * d.rows; r++) pack_row(x, first, r, inner, d, block_of(first));
     });
     share_panels(job, threads, int8_panel_bytes(inner), [&](int begin, int end) {
@@ -189,7 +191,7 @@ void multiply_rows(const Job& job, const Rows& x, uint32_t* scratch, Threads& th
         for (int first = 0; first < job.num_rows; first += BLOCK_ROWS)
             for (int panel = begin; panel < end; panel += 2) {
                 const int rows = std::min(BLOCK_ROWS, job.num_rows - first);
-                if (panel + 1 < end && job.num_rows > 1) {  // one row waits for memory: one long stream
+                if (panel + 1 < end && job.num_rows > 1) {  // one row is bound by memory: one stream of panels
                     block<2>(job, block_of(first), first, rows, panel, gates);
                     continue;
                 }
@@ -204,7 +206,7 @@ void multiply_rows(const Job& job, const Rows& x, uint32_t* scratch, Threads& th
 constexpr int SQUARE_ROWS = 2 * tiles::ROWS;
 static_assert(GROUP == tiles::ROW_BYTES, "a group of a row is one row of a tile");
 
-// A group of a block of rows. A panel's share of a group is a tile as it lies.
+// One group of a block of rows. A panel's weights of one group are a tile as stored.
 struct TileGroup {
     int8_t numbers[SQUARE_ROWS][GROUP];
     int32_t begin[SQUARE_ROWS];
@@ -221,7 +223,7 @@ void pack_tile_row(const Rows& x, int row, int inner, TileGroup* to) {
     }
 }
 
-// Two blocks of 16 rows by two panels, or by one.
+// Multiply two blocks of 16 rows by one or two panels.
 template <int PANELS>
 void tile_square(const Job& job, const TileGroup* x, int first, int panel) {
     const int64_t panel_bytes = int8_panel_bytes(job.matrix->inner);

@@ -1,4 +1,4 @@
-"""Memory that is read end to end by the kernels: zeroed, aligned, in huge pages where the system has them."""
+"""Zeroed, aligned memory for the kernels, in huge pages where the system has them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ HUGE_BYTES = 1 << 21
 
 
 def take_memory(num_bytes: int) -> Tensor:
-    """uint8 [num_bytes] of zeros that begins at a page; untouched pages cost nothing.
+    """uint8 [num_bytes] of zeros, aligned to a page; untouched pages take no memory.
 
-    Cached blocks lie scattered, and weights are streamed once per step: with small pages, finding the pages takes a
-    good part of the time. Small requests get ordinary memory.
+    Cached blocks are scattered and weights are streamed once per step: with small pages, address translation takes a
+    large part of the time. Requests below `HUGE_BYTES` get ordinary memory, aligned to 64 bytes.
     """
     if num_bytes < HUGE_BYTES:
         whole = torch.zeros(num_bytes + 64, dtype=torch.uint8)
@@ -25,5 +25,5 @@ def take_memory(num_bytes: int) -> Tensor:
         try:
             memory.madvise(mmap.MADV_HUGEPAGE)
         except OSError:
-            pass  # a system without them
-    return torch.frombuffer(memory, dtype=torch.uint8)  # which keeps the mapping alive
+            pass  # the system has no huge pages
+    return torch.frombuffer(memory, dtype=torch.uint8)  # the tensor keeps the mapping alive

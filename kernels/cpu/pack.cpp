@@ -1,10 +1,11 @@
-// Matrices [columns, inner] as they come, rearranged into the panels that linear.cpp and linear_int8.cpp read.
+// Copies matrices [columns, inner] into the panels that linear.cpp and linear_int8.cpp read.
 #include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstring>
 #include <vector>
 
+#include "api.h"
 #include "coded.h"
 #include "linear.h"
 
@@ -12,7 +13,7 @@ using namespace linear;
 
 namespace {
 
-// Of one panel of bfloat16: which exponents its codes stand for.
+// The most frequent exponents of one bfloat16 panel, and their codes.
 class Exponents {
    public:
     Exponents(const uint16_t* from, int columns, int inner) {
@@ -66,7 +67,7 @@ void pack_coded(const uint16_t* from, int columns, int inner, int64_t panel_byte
 
 int number_bytes(int kind) { return kind == FLOAT32 ? 4 : kind == INT8 ? 1 : 2; }
 
-// A panel of other kinds, `neighbours` in k side by side; missing columns and neighbours are zeros.
+// Pack a panel of another kind, `neighbours` in k adjacent; missing columns and neighbours are zeros.
 void pack_plain(const char* from, int size, int columns, int inner, int neighbours, char* out) {
     for (int k = 0; k < inner; k += neighbours)
         for (int column = 0; column < LANES; column++)
@@ -88,16 +89,13 @@ void for_panels(Threads& threads, int columns, const F& panel) {
 
 extern "C" {
 
-// Bytes of a panel of a matrix of `kind`, not CODED. `pairs`: the rows that it meets are bfloat16.
 int64_t twostroke_panel_bytes(int32_t kind, int32_t inner, int32_t pairs) {
     if (kind == INT8 && pairs) return int8_panel_bytes(inner);
     return (int64_t)LANES * (pairs ? (inner + 1) / 2 * 2 : inner) * number_bytes(kind);
 }
 
-// The same of this matrix of bfloat16 once coded; 0 where that would not pay: too many of its weights are odd, or the machine
-// has no instructions for it.
 int64_t twostroke_coded_panel_bytes(Threads* threads, const uint16_t* from, int32_t columns, int32_t inner) {
-    constexpr int NUMBERS_PER_ODD = 1024;  // each costs a kernel as much as some 60 others
+    constexpr int NUMBERS_PER_ODD = 1024;  // decoding an odd weight costs as much as about 60 others
     if (!coded::DECODES || inner % coded::INNER_MULTIPLE) return 0;
     std::atomic<int> most{0};
     for_panels(*threads, columns, [&](int, int64_t first, int count) {
@@ -110,7 +108,6 @@ int64_t twostroke_coded_panel_bytes(Threads* threads, const uint16_t* from, int3
     return coded::header_bytes(num_odd) + coded::groups_bytes(inner);
 }
 
-// Rearrange rows [columns, inner] of numbers into panels. kind: of the panels; CODED ones are made of bfloat16.
 void twostroke_pack(Threads* threads, const void* from, int32_t kind, int32_t columns, int32_t inner, int32_t pairs,
                     int64_t panel_bytes, void* to) {
     for_panels(*threads, columns, [&](int i, int64_t first, int count) {

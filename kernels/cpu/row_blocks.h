@@ -1,4 +1,4 @@
-// Rows in blocks of as many as a kernel keeps in registers.
+// Rows of x in blocks that a kernel keeps in registers.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 
 namespace linear {
 
-// Rows and panels that one inner kernel keeps in registers.
+// Rows and panels of one inner kernel, bounded by the registers.
 #if defined(__AVX512F__)
 constexpr int WIDE_ROWS = 12, WIDE_PANELS = 2;  // 24 accumulators of 32 registers
 constexpr int TALL_ROWS = 16;                   // one panel: a decode batch of 16 reads its weights once
@@ -18,14 +18,14 @@ constexpr int WIDE_ROWS = 4, WIDE_PANELS = 1;
 constexpr int TALL_ROWS = 4;
 #endif
 
-// Rows of x as they lie, words of 32 bits: two bfloat16 or one float32.
+// Rows of x as stored, in words of 32 bits: two bfloat16 or one float32.
 struct Block {
     const char* x;
     int64_t stride;  // bytes
     int first, rows;
 };
 
-// The number of rows that a block of `rows` is padded to: the kernels that exist.
+// Number of rows that a block is padded to: the next size for which a kernel exists.
 inline int padded_rows(int rows) {
     for (int size : {1, 2, 4, 6, 8, 12, 16})
         if (rows <= size) return size;
@@ -34,7 +34,7 @@ inline int padded_rows(int rows) {
 
 inline int block_rows(int num_rows) { return num_rows <= TALL_ROWS ? TALL_ROWS : WIDE_ROWS; }
 
-// x in blocks of rows for which there are kernels: as it lies, but for a last block that is filled up with zeros in scratch.
+// x divided into blocks. Blocks are read in place; an incomplete last block is copied to scratch and padded with zeros.
 class Blocks {
    public:
     Blocks(const Rows& x, int steps, char* scratch)

@@ -1,6 +1,6 @@
-// What happens to single rows between two linear layers: norms, rotation, gates, and storing keys and values.
+// Ops on single rows between linear layers: norms, rotation, extremes, and storing keys and values.
 //
-// Every row is computed by itself, in float32, lane sums in one fixed order, and rounded once.
+// A row is computed alone, in float32, with lane sums in one fixed order, and rounded once.
 #include <algorithm>
 #include <cmath>
 
@@ -22,7 +22,7 @@ void share_rows(Threads& threads, int rows, const std::function<void(int)>& each
     });
 }
 
-// Sixteen numbers from `at` on, the missing ones zero.
+// Sixteen numbers from `at` on; numbers from `count` on are zeros.
 inline F32 get(const void* data, int kind, int64_t at, int count) {
     if (count >= LANES)
         return kind == BFLOAT16 ? load_bf16((const uint16_t*)data + at) : load<F32>((const float*)data + at);
@@ -49,7 +49,7 @@ inline void put(void* data, int kind, int64_t at, int count, F32 v) {
         std::memcpy((float*)data + at, &v, 4 * count);
     }
 }
-// One vector; x, delta and out of one kind.
+// Normalise one vector; x, delta and out have one kind.
 template <int KIND>
 void norm(void* x, int64_t at, const void* delta, int64_t from, const float* weight, float eps, int width, void* out,
           int64_t to) {
@@ -68,7 +68,7 @@ void norm(void* x, int64_t at, const void* delta, int64_t from, const float* wei
         put(out, KIND, to + i, width - i, get(x, KIND, at + i, width - i) * scale * get(weight, FLOAT32, i, width - i));
 }
 
-// The pairs (i, i + half) of one vector. WHOLE: half is a multiple of 16.
+// Rotate the pairs (i, i + half) of one vector. WHOLE: half is a multiple of 16.
 template <int KIND, bool WHOLE>
 void rotate(void* x, int64_t at, const float* cos, const float* sin, int half) {
     for (int i = 0; i < half; i += LANES) {
@@ -86,8 +86,6 @@ constexpr int EXTREMES_COLUMNS = 2048;
 
 extern "C" {
 
-// out = x / sqrt(mean(x**2) + eps) * weight, for each of `vectors` vectors of `width` numbers per row.
-// With delta (then one vector per row): x becomes x + delta, rounded, before that.
 void twostroke_rms_norm(Threads* threads, const Rows* x, const Rows* delta, const float* weight, float eps,
                         int32_t vectors, int32_t width, const Rows* out) {
     share_rows(*threads, x->rows, [&](int r) {
@@ -102,8 +100,6 @@ void twostroke_rms_norm(Threads* threads, const Rows* x, const Rows* delta, cons
     });
 }
 
-// Rotate, in place, the first 2 * half numbers of each of `heads` vectors of `width` numbers per row.
-// cos and sin [rows, half] float32. Pairs are (i, i + half), or (2i, 2i + 1) when interleaved.
 void twostroke_rotary(Threads* threads, const Rows* x, int32_t heads, int32_t width, const float* cos, const float* sin,
                       int32_t half, int32_t interleaved) {
     const bool whole = half % LANES == 0;
@@ -131,8 +127,7 @@ void twostroke_rotary(Threads* threads, const Rows* x, int32_t heads, int32_t wi
     });
 }
 
-// Of each row of x [rows, width] float32: see extremes.h. Threads share columns, as they did in the product that left them:
-// each finds its own in its cache.
+// Threads share columns, as in the product that wrote them: each finds its own columns in its cache.
 void twostroke_extremes(Threads* threads, const Rows* x, int32_t width, float* least, float* greatest, int32_t* best) {
     extremes::Search search(*x, width);
     search.begin(EXTREMES_COLUMNS);
@@ -144,14 +139,14 @@ void twostroke_extremes(Threads* threads, const Rows* x, int32_t width, float* l
 
 namespace {
 
-// The byte of a row's power-of-two scale, whose largest magnitude has these bits.
+// Scale byte of a row from the bits of its largest magnitude; see kernels/reference.py: fp8_encode.
 int scale_byte(uint32_t amax) {
     const int byte = (int)(amax >> 23) - 8 + ((amax & 0x7FFFFFu) > 0x600000u);
     return amax < 0x7F800000u ? std::min(std::max(byte, 11), 246) : 0;
 }
 
 #if defined(__AVX512BW__)
-// `encode_fp8` of bfloat16, 32 at a time in integers: scaling moves the exponent, and eight bits are rounded to four.
+// `encode_fp8` for bfloat16, 32 numbers at a time in integers: scaling changes the exponent, rounding cuts eight bits to four.
 bool encode_by_32(const uint16_t* x, int width, uint8_t* payload, uint8_t* scale) {
     const auto all = [](int value) { return _mm512_set1_epi16((short)value); };
     __m512i top = _mm512_setzero_si512();
@@ -165,12 +160,12 @@ bool encode_by_32(const uint16_t* x, int width, uint8_t* payload, uint8_t* scale
     const __m512i shift = all((127 - *scale) * 128);
     for (int i = 0; i < width; i += 32) {
         const __m512i bits = _mm512_loadu_si512(x + i);
-        const __m512i magnitude = _mm512_add_epi16(_mm512_and_si512(bits, all(0x7FFF)), shift);  // perhaps below zero
-        // RNE of the low four bits; codes count from 2**-6, whose exponent is 120 above e4m3's.
+        const __m512i magnitude = _mm512_add_epi16(_mm512_and_si512(bits, all(0x7FFF)), shift);  // may be negative
+        // Round the low four bits to nearest even; 960 moves the exponent's bias from 127 to 7.
         __m512i odd = _mm512_and_si512(_mm512_srli_epi16(magnitude, 4), all(1));
         __m512i normal = _mm512_srai_epi16(_mm512_add_epi16(_mm512_add_epi16(magnitude, all(7)), odd), 4);
         normal = _mm512_min_epi16(_mm512_sub_epi16(normal, all(960)), all(0x7E));
-        // Below that, multiples of 2**-9: the eight bits of the number, shifted by what its exponent lacks.
+        // Below 2**-6 codes are multiples of 2**-9: shift the eight significant bits by the missing exponent.
         const __m512i number = _mm512_or_si512(_mm512_and_si512(bits, all(0x7F)), all(0x80));
         const __m512i lacks = _mm512_min_epi16(_mm512_sub_epi16(all(125), _mm512_srai_epi16(magnitude, 7)), all(15));
         odd = _mm512_and_si512(_mm512_srlv_epi16(number, lacks), all(1));
@@ -185,7 +180,7 @@ bool encode_by_32(const uint16_t* x, int width, uint8_t* payload, uint8_t* scale
 }
 #endif
 
-// An e4m3 row with its power-of-two scale; the definition is kernels/reference.py: fp8_encode. False: not finite.
+// Encode a row as e4m3 with a power-of-two scale. False: a number is not finite. Definition: kernels/reference.py: fp8_encode.
 bool encode_fp8(const Rows& x, int64_t at, int width, uint8_t* payload, uint8_t* scale) {
 #if defined(__AVX512BW__)
     if (x.kind == BFLOAT16 && width % 32 == 0) return encode_by_32((const uint16_t*)x.data + at, width, payload, scale);
@@ -231,7 +226,7 @@ bool encode_plain(const Rows& x, int64_t at, int width, uint8_t* payload, int co
             v = select(v < limit, v, limit);
             v = select(v > -limit, v, -limit);
         }
-        put<narrow>(payload, codec, i, width - i, v);  // stored bytes are the definition's, subnormals too
+        put<narrow>(payload, codec, i, width - i, v);  // `narrow` keeps subnormals, as the definition does
     }
     return finite;
 }
@@ -240,7 +235,6 @@ bool encode_plain(const Rows& x, int64_t at, int width, uint8_t* payload, int co
 
 extern "C" {
 
-// Encode and store rows at `slots` (negative: skipped); counts, per row, the vectors that were not finite.
 void twostroke_write(Threads* threads, const StorePart* parts, int32_t num_parts, const int64_t* slots, int32_t rows,
                      int32_t* non_finite) {
     share_rows(*threads, rows, [&](int r) {

@@ -1,7 +1,7 @@
-// Sixteen float32 lanes, and the few operations our kernels need of them, for AVX-512, AVX2 and any other machine.
+// Vectors of sixteen float32 lanes and the operations that the kernels need, for AVX-512, AVX2 and any other machine.
 //
-// Everything else uses the compiler's vector arithmetic on these types. Build with -ffp-contract=off: a product and a
-// sum are fused where fma() says so and nowhere else, so that bits do not depend on how code was inlined.
+// Other operations are the compiler's vector arithmetic on these types. Build with -ffp-contract=off: a product and a sum are
+// fused only by fma(), so that bits do not depend on inlining.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +10,8 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+
+#include "api.h"
 
 namespace simd {
 
@@ -59,7 +61,7 @@ inline F32 larger(F32 a, F32 b) {
     return select(a > b, a, b);
 #endif
 }
-// Whether any number looked at was a NaN.
+// Remembers if a number passed to `look` was a NaN.
 class SeesNan {
    public:
 #if defined(__AVX512F__)
@@ -101,8 +103,8 @@ inline uint32_t largest_u32(U32 v) {
 #endif
 }
 
-// Lane 0 with 8, 1 with 9 ... then 0 with 4 ...: a fixed tree, by hand, because a compiler may choose another one for its own
-// reductions. The lower lane comes first: of a maximum that decides which NaNs are seen.
+// Reduction by a fixed tree: lane 0 with 8, 1 with 9 ..., then 0 with 4 .... Written out, because a compiler may choose another
+// tree for its own reductions. The lower lane is the first operand: for a maximum this decides which NaNs survive.
 #if defined(__AVX512F__)
 template <class EIGHT, class FOUR>
 inline float fold(F32 v, const EIGHT& by_eight, const FOUR& by_four) {
@@ -137,7 +139,7 @@ inline float largest(F32 v) {
 
 // ---------------------------------------------------------------- bfloat16
 
-// Widening by intrinsics where there are any: compilers take GCC's general conversion apart into single lanes.
+// Widening by intrinsics where they exist: compilers split GCC's general conversion into single lanes.
 inline U32 widen_u16(U16x16 v) {
 #if defined(__AVX512F__)
     return (U32)_mm512_cvtepu16_epi32((__m256i)v);
@@ -181,7 +183,7 @@ inline U16x16 narrow(F32 v) {
     return __builtin_convertvector((U32)(((I32)quiet & is_nan) | ((I32)rounded & ~is_nan)), U16x16);
 #endif
 }
-// The same where subnormals may become zero: what a CPU's own instruction does.
+// The same, but subnormals may become zero, as by the CPU's instruction.
 inline U16x16 rounded(F32 v) {
 #if defined(__AVX512BF16__)
     return (U16x16)_mm512_cvtneps_pbh((__m512)v);
@@ -208,7 +210,7 @@ inline F32 dot_pairs(F32 acc, U32 w, U32 x) {
 #endif
 }
 
-// Two vectors that bfloat16 holds exactly, as 32 of them: first `low`, then `high`.
+// Pack two vectors that are exact in bfloat16 into 32 bfloat16: first `low`, then `high`.
 inline U32 pack_exact(F32 low, F32 high) {
 #if defined(__AVX512BF16__)
     return (U32)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
@@ -224,7 +226,7 @@ inline U32 pack_exact(F32 low, F32 high) {
 #endif
 }
 
-// Two vectors rounded to bfloat16, as 32 of them: first `low`, then `high`. Subnormals become zero where the CPU does so.
+// Round two vectors to 32 bfloat16: first `low`, then `high`. Subnormals become zero where the CPU's instruction does so.
 inline U32 pack_rounded(F32 low, F32 high) {
 #if defined(__AVX512BF16__)
     return (U32)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
@@ -248,7 +250,7 @@ inline I32 dot_quads(I32 acc, U32 w, U32 x) {
 #if defined(__AVXVNNI__)
         a.half[i] = _mm256_dpbusd_avx_epi32(a.half[i], b.half[i], c.half[i]);
 #else
-        // By pairs of 16 bits: the instruction for pairs of bytes saturates.
+        // In pairs of 16 bits, because the instruction for pairs of bytes saturates.
         const __m256i even = _mm256_and_si256(b.half[i], _mm256_set1_epi32(0x00FF00FF));
         const __m256i odd = _mm256_srli_epi16(b.half[i], 8);
         const __m256i by_even = _mm256_srai_epi16(_mm256_slli_epi16(c.half[i], 8), 8);
@@ -269,7 +271,7 @@ inline int32_t sum_integers(I32 v) {
     for (int i = 0; i < LANES; i++) sum += v[i];
     return sum;
 }
-// The low byte of every lane.
+// Store the low byte of every lane.
 inline void store_bytes(int8_t* p, I32 v) {
 #if defined(__AVX512F__)
     _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)v));
@@ -288,7 +290,7 @@ inline U32 widen_u8(const void* p) {
 #endif
 }
 
-// The values of sixteen codes divided by 256: a half with the exponent's bias moved. Exact, subnormals included.
+// Decode sixteen codes, divided by 256, as halves with another exponent bias. Exact, subnormals included.
 inline F32 decode_e4m3_by_256(U8x16 codes) {
 #if defined(__AVX512F__)
     __m256i wide = _mm256_cvtepu8_epi16((__m128i)codes);
@@ -298,16 +300,16 @@ inline F32 decode_e4m3_by_256(U8x16 codes) {
 #else
     U32 wide = __builtin_convertvector(codes, U32);
     F32 value = (F32)(((wide & 0x80u) << 24) | ((wide & 0x7Fu) << 20));
-    return value * splat(0x1p112f);  // e4m3's bias is 120 below float32's; 2**8 of that stays out
+    return value * splat(0x1p112f);  // e4m3's bias is 120 below float32's; 112 divides by 2**8
 #endif
 }
 
-// Sixty-four codes of a sign and seven bits at once, by tables of bytes: bfloat16 in the order that interleaving the bytes
-// leaves them in. In `low` elements 0-7, 16-23, 32-39, 48-55; in `high` the others.
+// Decode 64 codes (a sign and seven bits) into bfloat16 by byte tables. Interleaving the bytes leaves elements 0-7, 16-23, 32-39,
+// 48-55 in `low` and the others in `high`.
 #if defined(__AVX512VBMI__) && defined(__AVX512BF16__)
 constexpr bool DECODES_64 = true;
 
-// The bfloat16 of seven bits, by their low and their high byte.
+// Low and high byte of the bfloat16 of each code of seven bits.
 struct ByteTables {
     alignas(64) uint8_t low[128], high[128];
     explicit ByteTables(float (*value_of)(int)) {
@@ -333,8 +335,8 @@ __attribute__((always_inline)) inline void decode_64(const ByteTables& t, U32 co
     high = (U32)_mm512_unpackhi_epi8(lows, highs);
 }
 
-// Sixty-four e4m3 codes of each of two rows, as pairs of bfloat16 (one of each row): columns 0-3, 16-19, 32-35, 48-51 in
-// the first vector, 4-7 ... in the second, 8-11 ... in the third, 12-15 ... in the fourth.
+// Decode 64 e4m3 codes of each of two rows into pairs of bfloat16 (one number of each row): columns 0-3, 16-19, 32-35, 48-51
+// in the first vector, 4-7 ... in the second, 8-11 ... in the third, 12-15 ... in the fourth.
 __attribute__((always_inline)) inline void decode_two_rows(const void* a, const void* b, U32 (&to)[4]) {
     const __m512i x = _mm512_loadu_si512(a), y = _mm512_loadu_si512(b);
     const __m512i low = _mm512_unpacklo_epi8(x, y), high = _mm512_unpackhi_epi8(x, y);
@@ -342,7 +344,7 @@ __attribute__((always_inline)) inline void decode_two_rows(const void* a, const 
     decode_64(E4M3_TABLES, (U32)high, to[2], to[3]);
 }
 
-// Four such vectors of float32 in the order of their columns.
+// Sort four vectors of float32, in the column order of decode_two_rows, by column.
 inline void restore_columns(F32 (&v)[4]) {
     const __m512 a = (__m512)v[0], b = (__m512)v[1], c = (__m512)v[2], d = (__m512)v[3];
     const __m512 ab = _mm512_shuffle_f32x4(a, b, 0x44), cd = _mm512_shuffle_f32x4(c, d, 0x44);
@@ -351,8 +353,8 @@ inline void restore_columns(F32 (&v)[4]) {
     v[2] = (F32)_mm512_shuffle_f32x4(ab2, cd2, 0x88), v[3] = (F32)_mm512_shuffle_f32x4(ab2, cd2, 0xDD);
 }
 
-// Sixteen bytes of each of sixteen rows, side by side: codes[i] holds elements 4i to 4i + 3 of all rows, in the order from
-// which decode_64 makes the first two of every row (one row to a lane), and the last two. Loads do half of the work.
+// Transpose sixteen bytes of each of sixteen rows: codes[i] holds elements 4i to 4i + 3 of all rows, in an order such that
+// decode_64 returns the first two elements of every row (one row per lane) in `low` and the last two in `high`.
 __attribute__((always_inline)) inline void load_side_by_side(const uint8_t* rows, int row_bytes, U32 (&codes)[4]) {
     __m512i a[4];
 #pragma GCC unroll 4
@@ -382,7 +384,7 @@ inline void load_side_by_side(const uint8_t*, int, U32 (&)[4]) {}
 
 constexpr float LOG2_E = 1.44269504088896341f;
 
-// e**x to 1 unit in the last place or so: 2**n * p(r), r = x - n ln 2 in two parts. Below -87.3 it is 0; of NaN it is NaN.
+// e**x to about 1 unit in the last place: 2**n * p(r), r = x - n ln 2 in two parts. 0 below -87.3; NaN for NaN.
 // Source: the polynomial of Cephes' expf (Moshier 1989).
 inline F32 exponential(F32 x) {
     F32 bounded = select(x > splat(88.72283f), splat(88.72283f), x);  // NaN stays
@@ -406,11 +408,11 @@ inline F32 exponential(F32 x) {
     return select(x < splat(-87.33654f), splat(0.0f), scaled);
 }
 
-// 2**x to 2 units in the last place or so; below -126 it may be 0, from 128 on it is infinite. A third of `exponential`'s work.
-// 2**floor(x) * p(r), r in [0, 1): p is 1 at 0 and has the least largest relative error, 8.2e-8 (a fit of our own).
+// 2**x to about 2 units in the last place, at a third of the cost of `exponential`. May be 0 below -126; infinite from 128 on.
+// 2**floor(x) * p(r), r in [0, 1). Source of p: our own minimax fit with p(0) = 1; largest relative error 8.2e-8.
 inline F32 power_of_two(F32 x) {
 #if defined(__AVX512DQ__)
-    const F32 r = (F32)_mm512_reduce_ps((__m512)x, 0x09);  // x - floor(x); of minus infinity 0
+    const F32 r = (F32)_mm512_reduce_ps((__m512)x, 0x09);  // x - floor(x); 0 for minus infinity
 #else
     const F32 bounded = select(x < splat(-200.0f), splat(-200.0f), x);  // NaN stays
     const F32 nearest = (bounded + splat(12582912.0f)) - splat(12582912.0f);
@@ -434,17 +436,14 @@ inline F32 hyperbolic_tangent(F32 x) {
     F32 a = absolute(x);
     F32 e = exponential(a * splat(-2.0f));
     F32 wide = (splat(1.0f) - e) / (splat(1.0f) + e);
-    F32 square = a * a;  // near zero the quotient cancels: the series is exact enough below 0.05
+    F32 square = a * a;  // near zero the quotient cancels; below 0.05 the series is used
     F32 series = fma(square * a, fma(square, splat(2.0f / 15.0f), splat(-1.0f / 3.0f)), a);
     F32 result = select(a < splat(0.05f), series, wide);
     return (F32)((U32)result | ((U32)x & 0x80000000u));
 }
 
-// What a gate lets through: silu, or gelu by its tanh formula.
-enum Activation : int { NONE = -1, SILU = 0, GELU_TANH = 1 };
-
-// gate * sigmoid(t), for silu t = gate; for gelu (1 + tanh(u)) / 2 is sigmoid(2 u). Of gates that are bfloat16, as its answer
-// will be, e**-t may be off by a few units of float32 in its last places, the more the larger t: then it is cheaper.
+// gate * sigmoid(t): t = gate for SiLU; for GELU, (1 + tanh(u)) / 2 = sigmoid(2 u). bfloat16: gate and answer are bfloat16, so a
+// cheaper e**-t is used, whose error grows with t to a few units in the last place of float32.
 inline F32 activate(F32 gate, int activation, bool bfloat16) {
     F32 t = gate;
     if (activation == GELU_TANH) t = splat(1.5957691216057308f) * fma(splat(0.044715f) * gate * gate, gate, gate);
@@ -454,7 +453,7 @@ inline F32 activate(F32 gate, int activation, bool bfloat16) {
 
 // ---------------------------------------------------------------- transposing
 
-// Sixteen rows of sixteen 32-bit numbers, in place.
+// Transpose sixteen rows of sixteen 32-bit numbers in place.
 __attribute__((always_inline)) inline void transpose(U32 (&m)[16]) {
 #if defined(__AVX512F__)
     __m512i a[16], b[16];

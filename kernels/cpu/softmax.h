@@ -1,7 +1,7 @@
-// The online softmax over tiles of keys: what rows keep from tile to tile, and how a tile's scores become weights.
+// Online softmax over tiles of keys: the state of rows between tiles, and the conversion of scores into weights.
 //
 //     m' = max(m, max_j s_j)      l = l * 2**(m - m') + sum_j 2**(s_j - m')      shrink = 2**(m - m')
-// Sixteen rows together, where there are as many, get the bits of a row by itself: lanes are put together by the same tree.
+// Sixteen rows computed together have the bits of a row computed alone: lanes are reduced by the same tree.
 // Source: Milakov and Gimelshein 2018.
 #pragma once
 
@@ -19,19 +19,19 @@ using cache::GROUPS, cache::TILE;
 constexpr int MOST_ROWS = 192;
 constexpr float NEVER = -INFINITY;
 
-// What becomes of a tile's scores.
+// Parameters of one tile.
 struct Tile {
-    int start, window;   // its first position; how many keys a row sees at most, or 0
-    float softcap;       // or 0
-    F32 scales[GROUPS];  // the values', with which weights are multiplied
+    int start, window;   // its first position; keys that a row sees at most, or 0: all
+    float softcap;       // 0: none
+    F32 scales[GROUPS];  // scales of the values; weights are multiplied by them
 };
 
-// Scores [rows][TILE] in place: weights afterwards, where PAIRS as pairs of bfloat16 in the first half of each row's place.
+// Scores [rows][TILE] become weights in place. PAIRS: weights are pairs of bfloat16 in the first half of each row.
 template <bool PAIRS>
 class Softmax {
    public:
     float top[MOST_ROWS], total[MOST_ROWS], shrink[MOST_ROWS];
-    int position[MOST_ROWS];  // of each row: the last key that it sees
+    int position[MOST_ROWS];  // of each row, which is the last key that it sees
     alignas(64) float scores[MOST_ROWS * TILE];
 
     void begin(int rows) {
@@ -39,7 +39,7 @@ class Softmax {
         std::fill(total, total + rows, 0.0f);
     }
 
-    // Rows [row, end).
+    // Compute the weights of rows [row, end).
     void weigh(int row, int end, const Tile& tile) {
 #if defined(__AVX512F__)
         for (; row + LANES <= end; row += LANES) weigh_sixteen(row, tile);
@@ -78,7 +78,7 @@ class Softmax {
         store(total + row, load<F32>(total + row) * shrunk + across<plus>(lanes));
     }
     static F32 plus(F32 a, F32 b) { return a + b; }
-    // Of each of sixteen vectors, its lanes put together in the order of `sum`.
+    // Reduce the lanes of each of sixteen vectors, in the order of `sum`.
     template <F32 (*BOTH)(F32, F32)>
     static F32 across(U32 (&lanes)[LANES]) {
         transpose(lanes);
@@ -88,11 +88,11 @@ class Softmax {
     }
 #endif
 
-    // A row's scores as they count: capped, and those of keys that it does not see NEVER. Returns the largest of every lane.
+    // Cap a row's scores, and set those of keys that it does not see to NEVER. Returns the largest score of each lane.
     F32 see(int row, const Tile& tile) {
         float* at = scores + row * TILE;
-        const int last = position[row] - tile.start;                  // the last key that it sees
-        const int first = tile.window ? last - tile.window + 1 : -1;  // and the first
+        const int last = position[row] - tile.start;                  // the last key that the row sees
+        const int first = tile.window ? last - tile.window + 1 : -1;  // the first key that the row sees
         const bool some = last < TILE - 1 || first > 0;
         F32 score[GROUPS];
         for (int g = 0; g < GROUPS; g++) score[g] = load<F32>(at + g * LANES);
@@ -108,7 +108,7 @@ class Softmax {
         return larger(larger(score[0], score[1]), larger(score[2], score[3]));
     }
 
-    // A row's scores become weights. Returns their sums, before they are scaled and rounded.
+    // Turn a row's scores into weights. Returns their sums per lane, before scaling and rounding.
     F32 raise(int row, float base, const Tile& tile) {
         float* at = scores + row * TILE;
         F32 weight[GROUPS];

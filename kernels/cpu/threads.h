@@ -1,7 +1,7 @@
-// A few threads that share one piece of work at a time, taken in small parts. Knows nothing of what is computed.
+// Thread pool that runs one job at a time, divided into small parts. Knows nothing of the computation.
 //
-// Each thread begins with a stretch of its own, so that it reads what lies together and finds in its cache what it wrote
-// there before; who is done takes from the others.
+// Each thread begins with its own stretch of parts, so that it reads contiguous memory and finds its earlier results in its
+// cache. A thread that has finished takes parts of the other stretches (work stealing).
 #pragma once
 
 #include <atomic>
@@ -29,7 +29,7 @@ class Threads {
     }
     int count() const { return (int)others_.size() + 1; }
 
-    // Call `part(i)` once for each i below num_parts, by whichever thread is free. Which one does it must change no bit.
+    // Call `part(i)` once for each i below num_parts, on any thread. Results must not depend on the thread.
     void share(int num_parts, const std::function<void(int)>& part) {
         if (others_.empty() || num_parts <= 1) {
             for (int i = 0; i < num_parts; i++) part(i);
@@ -51,7 +51,7 @@ class Threads {
     }
 
    private:
-    static constexpr int SPINS = 4000;  // about 40 microseconds: the pause between two ops of one step
+    static constexpr int SPINS = 4000;  // about 40 microseconds, longer than the gap between two ops of a step
 
     static void rest(int spin) {
         if (spin < SPINS) {

@@ -1,7 +1,7 @@
-// AMX tiles as functions: 16 rows of 64 bytes each, eight of them. Or the same in plain C++, for machines without.
+// Functions for the eight AMX tile registers, each 16 rows of 64 bytes, and an emulation in plain C++.
 //
-// With TWOSTROKE_EMULATE_TILES the code above this file can be tested anywhere; the arithmetic follows the order that
-// the instruction is specified with.
+// TWOSTROKE_EMULATE_TILES selects the emulation, so that code which uses tiles can be tested on any machine. Its arithmetic has
+// the order of the instruction's specification.
 #pragma once
 
 #include <cstdint>
@@ -78,13 +78,13 @@ void dot_bytes() {
 
 #else
 
-// The system hands the tile registers out on request only, once per process.
+// Linux grants the tile registers only on request, once per process.
 inline bool permitted() {
     constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
     static const bool granted = syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
     return granted;
 }
-// All eight tiles whole. Each thread configures its own.
+// Configure all eight tiles at full size. The configuration belongs to the thread.
 inline void begin() {
     struct alignas(64) Config {
         uint8_t palette, start_row, reserved[14];
@@ -97,7 +97,7 @@ inline void begin() {
 }
 inline void end() { asm volatile("tilerelease"); }
 
-// In assembly, because compilers' intrinsics take a tile's number as a literal only.
+// In assembly, because the compilers' intrinsics accept only a literal as a tile's number.
 template <int T>
 void zero() {
     asm volatile("tilezero %%tmm%c0" ::"i"(T));
@@ -114,7 +114,7 @@ template <int C, int A, int B>
 void dot() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
-// Signed bytes of A by unsigned bytes of B, sums of 32 bits.
+// Products of signed bytes of A with unsigned bytes of B, summed in 32 bits.
 template <int C, int A, int B>
 void dot_bytes() {
     asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));

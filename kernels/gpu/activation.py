@@ -35,10 +35,10 @@ def _act_mul_kernel(gate_up_ptr, out_ptr, stride, FFN: tl.constexpr, GELU: tl.co
 
 
 def act_mul(gate_up: Tensor, activation: Activation) -> Tensor:
-    """As `reference.act_mul`, to a unit in the last place; gate_up [rows, 2 * ffn], the last axis dense.
+    """`reference.act_mul`, to a unit in the last place; gate_up [rows, 2 * ffn], the last axis dense.
 
     Raises:
-        ValueError: gate_up is no such matrix, or the activation is unknown.
+        ValueError: gate_up has another shape or stride, or the activation is unknown.
     """
     if gate_up.ndim != 2 or gate_up.stride(1) != 1 or gate_up.shape[1] % 2:
         raise ValueError(

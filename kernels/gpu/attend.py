@@ -1,7 +1,7 @@
-"""The arithmetic that both attention kernels share: one tile of keys and values taken into a running softmax.
+"""Arithmetic shared by both attention kernels: one tile of keys and values added to a running softmax.
 
-Decode and prefill take keys in tiles of 64 absolute positions, with a running maximum that starts anew every 256, and
-combine those splits in order: one order of sums for both, which no batch, chunk or table length changes.
+Decode and prefill take keys in tiles of 64 absolute positions, in splits of 256 that have a running maximum each, and
+combine the splits in order. So both sum in one order, which does not depend on batch, chunk or table length.
 Source: online softmax, Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022. Knows FP8 and bf16 planes.
 """
 
@@ -27,9 +27,9 @@ _LOG2_E = math.log2(math.e)
 def load_stored(  # noqa: PLR0917
     payload_ptr, scales_ptr, row, column, seen, WIDTH: tl.constexpr, FP8: tl.constexpr, CASTS: tl.constexpr
 ):
-    """Rows of the store: exact bf16 numbers [tokens, width], and the float32 powers of two [tokens] they are in.
+    """Load rows of the store: exact bf16 numbers [tokens, width], and their float32 power-of-two scales [tokens].
 
-    CASTS: the processor decodes FP8. Numbers and scales then lack the factors 1 / 256 and 256: their products do not.
+    CASTS: the GPU decodes FP8 by an instruction. Without it, numbers are divided and scales multiplied by 256.
     """
     numbers = payload_ptr + row[:, None].to(tl.int64) * WIDTH + column[None, :]
     real = seen[:, None] & (column < WIDTH)[None, :]
@@ -48,7 +48,7 @@ def load_stored(  # noqa: PLR0917
 def load_scaled(  # noqa: PLR0917
     payload_ptr, scales_ptr, row, column, seen, WIDTH: tl.constexpr, FP8: tl.constexpr, CASTS: tl.constexpr
 ):
-    """As `load_stored`, scales multiplied in: exact in bf16, as in the scratch that the store leaves."""
+    """Load rows of the store multiplied by their scales: exact in bf16, and equal to the store kernel's scratch."""
     numbers, scale = load_stored(payload_ptr, scales_ptr, row, column, seen, WIDTH, FP8, CASTS)
     if FP8:
         numbers = (numbers.to(tl.float32) * scale[:, None]).to(tl.bfloat16)
@@ -57,7 +57,7 @@ def load_scaled(  # noqa: PLR0917
 
 @triton.jit
 def _operand(x, INTERPRETED: tl.constexpr):
-    """What `tl.dot` takes: the interpreter would multiply the bit patterns of bf16, so there it gets exact float32."""
+    """x as an operand of `tl.dot`. The interpreter would multiply bit patterns of bf16, so there x becomes float32."""
     if INTERPRETED:
         return x.to(tl.float32)
     else:  # noqa: RET505 - the compiler wants both returns at one depth
@@ -76,11 +76,11 @@ def weigh_keys(  # noqa: PLR0917
     q, k, k_scale, seen, top, total, out, score_scale, cap,
     MASKED: tl.constexpr, CAPPED: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Weights [rows, tokens] of one more tile, and the running maximum, sum and values, brought to its maximum.
+    """Weights [rows, tokens] of the next tile, and the running maximum, sum and values rescaled to the new maximum.
 
-    q [rows, width]; k [tokens, width] bf16 with scales [tokens]; seen [rows, tokens], which
-    counts where MASKED. Scores are in base 2: `score_scale` times the product, or `cap * tanh` of it. A tile of which a
-    row sees nothing leaves the row's bits.
+    q [rows, width]; k [tokens, width] bf16 with scales [tokens]; seen [rows, tokens], used only if MASKED. Scores are
+    in base 2: `score_scale` times the product, or `cap * tanh` of that. A tile of which a row sees no key does not
+    change the row's bits.
     """
     k = tl.trans(_operand(k.to(q.dtype), INTERPRETED))
     scores = tl.dot(_operand(q, INTERPRETED), k, input_precision="ieee") * k_scale[None, :] * score_scale
@@ -89,7 +89,7 @@ def weigh_keys(  # noqa: PLR0917
     if MASKED:
         scores = tl.where(seen, scores, float("-inf"))
     higher = tl.maximum(top, tl.max(scores, axis=1))
-    base = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen yet
+    base = tl.where(higher == float("-inf"), 0.0, higher)  # no key seen yet
     weights = tl.exp2(scores - base[:, None])
     shrink = tl.exp2(top - base)
     return weights, higher, total * shrink + tl.sum(weights, axis=1), out * shrink[:, None]
@@ -97,12 +97,12 @@ def weigh_keys(  # noqa: PLR0917
 
 @triton.jit
 def add_values(weights, v, v_scale, out, PRECISE: tl.constexpr, INTERPRETED: tl.constexpr):  # noqa: PLR0917
-    """`out` plus the tile's values v [tokens, width] bf16 with scales [tokens], weighted."""
+    """`out` plus the weighted values of the tile; v [tokens, width] bf16 with scales [tokens]."""
     weights = weights * v_scale[None, :]
     v = _operand(v, INTERPRETED)
     coarse = weights.to(tl.bfloat16)
     if PRECISE:
-        # A bf16 weight alone would cost 2**-9. Its remainder, also bf16, brings that to 2**-17; v is exact.
+        # The relative error of a bf16 weight is 2**-9. Adding its remainder in bf16 reduces it to 2**-17; v is exact.
         fine = (weights - coarse.to(tl.float32)).to(tl.bfloat16)
         out = tl.dot(_operand(fine, INTERPRETED), v, out, input_precision="ieee")
     return tl.dot(_operand(coarse, INTERPRETED), v, out, input_precision="ieee")
@@ -119,10 +119,10 @@ def numbers_of(planes: Planes) -> Tensor:
 
 
 def check_attention(q: Tensor, k_planes: Planes, v_planes: Planes, block_tables: Tensor, context_lens: Tensor) -> None:
-    """What both kernels ask of their arguments.
+    """Check the arguments that both kernels share.
 
     Raises:
-        ValueError: names the argument and what it must be.
+        ValueError: names the argument and the requirement.
     """
     num_seqs, q_heads, width = len(context_lens), q.shape[1], q.shape[2]
     if not q.is_contiguous() or q.dtype not in (torch.bfloat16, torch.float32):

@@ -1,8 +1,8 @@
-"""The FP8 and bf16 arithmetic that kernels share, in integers. The definition is `reference.py: fp8_encode`.
+"""FP8 and bf16 arithmetic of the kernels, in integers. The definition is `reference.py: fp8_encode`.
 
-Why integers: sm_80 and gfx942 have no cast to this format, and the interpreter's cast loses a carry. Why no division
-and no logarithm: a power of two is an exponent field. Only attention, which decodes more than all else, takes the
-processor's own decoding where there is one.
+Integers, because sm_80 and gfx942 have no cast to this format and the interpreter's cast loses a carry. Division and
+logarithm are not needed: a power of two is an exponent field. Attention decodes the most numbers and uses the GPU's
+instruction where it exists (`cast_e4m3`).
 """
 
 # Triton has no types: its kernels are checked by their tests.
@@ -26,7 +26,7 @@ def encode_e4m3(x, scale_byte):
     scaled = x * ((254 - scale_byte) << 23).to(tl.float32, bitcast=True)
     bits = scaled.to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
-    # Normal numbers: cut 20 mantissa bits, nearest even, and move the bias from 127 to 7.
+    # Normal numbers: cut 20 mantissa bits, rounding to nearest even, and move the bias from 127 to 7.
     normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - 960
     # Below 2**-6 the step is 2**-9, the step of float32 at 2**14: the addition rounds, the low bits are the code.
     small = (magnitude.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) & 0xFF
@@ -38,8 +38,8 @@ def encode_e4m3(x, scale_byte):
 def decode_e4m3_by_256(code):
     """The float32 value of int32 codes, divided by 256: their bits are those of a half under another bias.
 
-    Halves keep their subnormals on every target. The factor goes into the scale, see `scale_times_256`. The codes 0x7f
-    and 0xff, which no encoder writes, read as 480 and -480.
+    Halves keep their subnormals on every target. `scale_times_256` compensates the factor. The codes 0x7f and 0xff,
+    which the encoder never writes, decode to 480 and -480.
     """
     half = ((code & 0x80) << 8) | ((code & 0x7F) << 7)
     return half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
@@ -73,30 +73,30 @@ _CAST_FOUR = tl.constexpr("""
 
 @triton.jit
 def cast_e4m3(code):
-    """The bf16 numbers of uint8 codes, no factor, by the instruction of sm_89 and later; 0x7f and 0xff are NaN.
+    """The bf16 numbers of uint8 codes, undivided, by the instruction of sm_89 and later; 0x7f and 0xff are NaN.
 
-    In assembly and called impure because the compiler's own way is slow: it would decode after changing to the layout
-    of a product's operand, byte by byte, and go from half to bf16 on the one unit that is an eighth as wide.
+    In assembly and marked impure, because the compiler's own code is slow: it decodes byte by byte, after the
+    conversion to the layout of a dot operand, and converts half to bf16 on a unit of an eighth of the throughput.
     """
     return tl.inline_asm_elementwise(_CAST_FOUR, "=r,=r,r", [code], dtype=tl.bfloat16, is_pure=False, pack=4)
 
 
 @triton.jit
 def scale_of(scale_byte):
-    """The float32 scale of int32 scale bytes 1..246; that of 0, whose row is zeros, reads as 0."""
+    """The float32 scale of int32 scale bytes 1..246; byte 0, whose row is zeros, gives 0."""
     return (scale_byte << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def bf16_bits(x):
-    """The int32 bits of float32 x rounded to bf16, to nearest even; not for NaN. The interpreter's cast only cuts."""
+    """The int32 bits of float32 x rounded to bf16, to nearest even; x not NaN. The interpreter's own cast truncates."""
     bits = x.to(tl.int32, bitcast=True)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) & 0xFFFF
 
 
 @triton.jit
 def round_to(x, dtype: tl.constexpr):
-    """float32 x, rounded to what `dtype` (bf16 or float32) holds."""
+    """float32 x, rounded to `dtype` (bf16 or float32)."""
     if dtype == tl.bfloat16:
         is_number = (x.to(tl.int32, bitcast=True) & 0x7FFFFFFF) <= 0x7F800000
         x = tl.where(is_number, (bf16_bits(x) << 16).to(tl.float32, bitcast=True), x)

@@ -1,8 +1,8 @@
-"""How kernels are launched on each architecture: one small table, and what all of them share. Knows no kernel's code.
+"""Launch parameters of kernels on each architecture, and options of all launches. Knows no kernel's code.
 
-Fusing multiplications with additions stays off everywhere: a compiler's default must not change bits. Warps and stages
-are pinned for the same reason. What a table entry changes is speed and memory, and, for attention, only on machines
-whose tensor cores sum in another order anyway: a numerics class names its architecture.
+Fused multiply-add is off everywhere, and warps and stages are pinned, so that a compiler's default cannot change bits.
+Parameters change speed and memory. Those of attention may also change bits, but only on architectures whose tensor
+cores sum in another order anyway: a numerics class names its architecture.
 """
 
 from functools import lru_cache
@@ -15,7 +15,7 @@ LIMITED = ("sm_86", "sm_89", "sm_120")  # 99 KiB of shared memory for one block
 
 
 class Attention(NamedTuple):
-    """Launch of an attention kernel."""
+    """Launch parameters of an attention kernel."""
 
     num_warps: int
     num_stages: int
@@ -23,12 +23,12 @@ class Attention(NamedTuple):
 
 
 def options(num_warps: int, num_stages: int = 1) -> dict[str, Any]:
-    """Keyword arguments of every launch."""
+    """Keyword arguments of a launch."""
     return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": False}
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on CPU tensors."""
+    """True if kernels run in Triton's interpreter, on CPU tensors."""
     return bool(triton.knobs.runtime.interpret)
 
 
@@ -46,14 +46,14 @@ def _architecture(index: int | None) -> str:
 
 
 def casts_fp8(arch: str) -> bool:
-    """Whether the target decodes e4m3 by an instruction."""
+    """True if the target decodes e4m3 by an instruction."""
     return arch.startswith("sm_") and int(arch.removeprefix("sm_")) >= 89
 
 
 def prefill(arch: str, width: int, group: int) -> Attention:
-    """Launch of ragged prefill attention: as many rows as keep both accumulators in registers on sm_90.
+    """Launch parameters of ragged prefill attention. On sm_90, the most rows whose accumulators fit the registers.
 
-    There, groups of four warps multiply 64 rows at a time, with keys and values in flight to shared memory.
+    There, groups of four warps multiply 64 rows at a time, and keys and values are loaded to shared memory meanwhile.
     """
     warps, stages, rows = (4, 2, 64) if width <= 64 else (8, 1, 32) if width <= 128 else (8, 1, 16)
     if arch == "sm_90" and width <= 128:
@@ -64,7 +64,7 @@ def prefill(arch: str, width: int, group: int) -> Attention:
 
 
 def decode(arch: str, width: int, group: int) -> Attention:
-    """Launch of split decode attention: one token, so the rows are the group, padded to what `tl.dot` takes."""
+    """Launch parameters of split decode attention. Rows: the query heads of one token, padded to 16 for `tl.dot`."""
     warps, stages = 4, 1 if width > 128 or arch.startswith("gfx") else 2
     if arch == "sm_90" and width <= 128:
         warps, stages = 2, 3

@@ -1,7 +1,7 @@
 """Copy a token range of a sequence between its blocks and one contiguous buffer, for hand-over, swap and migration.
 
-Payload and scales of all layers and of a range of heads go in one launch. Bytes are copied, so every codec is served.
-Definition: `reference_kv.py: gather_tokens, scatter_tokens`. Knows no digest: seals travel beside the bytes.
+One launch copies payload and scales of all layers and a range of heads. It copies bytes, so it serves every codec.
+Definition: `reference_kv.py: gather_tokens, scatter_tokens`. Knows no digest.
 """
 
 # Triton has no types: its kernels are checked by their tests.
@@ -48,7 +48,7 @@ def _move_tokens_kernel(  # noqa: PLR0917
 
 
 def gather_tokens(store: Planes, block_table: Tensor, tokens: range, heads: range) -> Planes:
-    """As `reference_kv.gather_tokens`, for a contiguous store.
+    """`reference_kv.gather_tokens` for a contiguous store.
 
     Raises:
         ValueError: the ranges or the table do not fit the store.
@@ -65,7 +65,7 @@ def gather_tokens(store: Planes, block_table: Tensor, tokens: range, heads: rang
 
 
 def scatter_tokens(store: Planes, block_table: Tensor, tokens: range, heads: range, source: Planes) -> None:
-    """As `reference_kv.scatter_tokens`, for a contiguous store and source.
+    """`reference_kv.scatter_tokens` for a contiguous store and source.
 
     Raises:
         ValueError: the ranges, the table or the source do not fit the store. Nothing was written.

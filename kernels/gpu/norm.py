@@ -1,7 +1,7 @@
 """Root mean square norm of rows, alone or after adding to the residual stream.
 
-`x / sqrt(mean(x**2) + eps) * weight` in float32, rounded once. A row is summed by one program in an order that its
-width alone decides. Source: Zhang and Sennrich 2019; the definition is `reference.py`.
+`x / sqrt(mean(x**2) + eps) * weight` in float32, rounded once. One program sums a row, in an order that depends on the
+width alone. Source: Zhang and Sennrich 2019; the definition is `reference.py`.
 """
 
 # Triton has no types: its kernels are checked by their tests.
@@ -16,7 +16,7 @@ from ..reference import Normed
 from .e4m3 import round_to
 from .launch import options
 
-_NUMBERS = 2048  # of narrow rows in one program
+_NUMBERS = 2048  # numbers per program, for narrow rows
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -45,7 +45,7 @@ def _rms_norm_kernel(  # noqa: PLR0917
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False) -> Tensor:
-    """As `reference.rms_norm`: x [rows, width] or [rows, heads, width], the last axis dense; the result contiguous.
+    """`reference.rms_norm` of x [rows, width] or [rows, heads, width], the last axis dense; the result is contiguous.
 
     Raises:
         ValueError: x has another rank, or the weight does not fit.
@@ -57,7 +57,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False
 
 
 def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False) -> Normed:
-    """As `reference.add_rms_norm`, for x and delta [rows, width] of one dtype, their last axis dense.
+    """`reference.add_rms_norm` for x and delta [rows, width] of one dtype, their last axis dense.
 
     Raises:
         ValueError: the shapes or dtypes disagree.

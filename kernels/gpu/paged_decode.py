@@ -1,10 +1,10 @@
 """Attention of one new token per sequence to FP8 or bf16 blocks, split over keys.
 
-For each query head: `softmax(scale * q . k) . v` over the context, or the window's part of it, scores capped where the
-model says so. Stage 1 takes 256 absolute positions of one sequence and KV head, 64 at a time, with a running maximum;
-stage 2 combines the splits in order. K scales multiply score columns, V scales probability columns, in float32. Where
-a split begins depends on no batch and no context, so a row's bits depend on its own sequence only. Source:
-Flash-Decoding (Dao et al. 2023), section 2; the definition is `reference_attention.py`.
+For each query head: `softmax(scale * q . k) . v` over the context or its last `window` positions; scores are capped if
+the model has a softcap. Stage 1 computes splits of 256 absolute positions of one sequence and KV head, 64 at a time,
+with a running maximum; stage 2 combines the splits in order. K scales multiply score columns, V scales probability
+columns, in float32. The beginning of a split does not depend on batch or context, so a row's bits depend on its own
+sequence only. Source: Flash-Decoding (Dao et al. 2023), section 2; the definition is `reference_attention.py`.
 """
 
 # Triton has no types: its kernels are checked by their tests.
@@ -38,7 +38,7 @@ def _attend_split_kernel(  # noqa: PLR0917
     FP8: tl.constexpr, CASTS: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (num_seqs, kv_heads, num_splits). A split that its row does not see writes nothing; stage 2 skips it."""
+    """Grid: (num_seqs, kv_heads, num_splits). Splits outside the context or window write nothing."""
     sequence, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     context = tl.load(contexts_ptr + sequence).to(tl.int32)
     first = 0
@@ -81,7 +81,7 @@ def _combine_splits_kernel(  # noqa: PLR0917
     Q_HEADS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PADDED: tl.constexpr, SPLIT: tl.constexpr,
     WINDOWED: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (num_seqs, q_heads). First split to last; an empty context gives zeros."""
+    """Grid: (num_seqs, q_heads). Splits are combined first to last; an empty context gives zeros."""
     sequence = tl.program_id(0).to(tl.int64)
     row = sequence * Q_HEADS + tl.program_id(1)
     context = tl.load(contexts_ptr + sequence).to(tl.int32)
@@ -109,11 +109,12 @@ def paged_decode_attention(
     q: Tensor, k_planes: Planes, v_planes: Planes, block_tables: Tensor, context_lens: Tensor, *,
     scale: float, window: int | None = None, softcap: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """Attention of each sequence's newest token to what the FP8 or bf16 cache holds.
+    """Attention of each sequence's newest token to the FP8 or bf16 cache.
 
-    As `reference_attention.paged_decode_attention`; q contiguous bf16 or float32, block_tables and context_lens int32,
-    their last axis dense; contexts never exceed `block_tables.shape[1] * block_tokens`. No synchronisation with the
-    host. A row's bits depend on its own sequence only: on no other row, nor on the length of the tables.
+    Defined by `reference_attention.paged_decode_attention`; q contiguous bf16 or float32, block_tables and
+    context_lens int32, their last axis dense; contexts never exceed
+    `block_tables.shape[1] * block_tokens`. No synchronisation with the host. A row's bits depend on its own sequence
+    only, not on other rows or the length of the tables.
 
     Raises:
         ValueError: the planes are not contiguous FP8 or bf16, or shapes and dtypes disagree.

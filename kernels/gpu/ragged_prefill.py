@@ -1,16 +1,15 @@
-"""Causal attention of several sequences' chunks, back to back, to their scratch and their paged prefix.
+"""Causal attention of several sequences' chunks, concatenated, to their scratch and their paged prefix.
 
-For each row: `softmax(scale * q . k) . v` over the positions it sees: all up to its own, or the last `window` of them;
-scores capped where the model says so. A program has `rows` rows: tokens of one sequence times the query heads that
-share a KV head. Keys of the prefix come from FP8 or bf16 blocks, those of the chunk from the scratch that the store
-left: the same numbers, in bf16 already. Source: FlashAttention-2 (Dao 2023); the definition is
-`reference_attention.py`.
+For each row: `softmax(scale * q . k) . v` over all positions up to its own, or the last `window` of them; scores are
+capped if the model has a softcap. A program has `rows` rows: tokens of one sequence times the query heads that share a
+KV head. Keys of the prefix are read from FP8 or bf16 blocks, keys of the chunk from the store kernel's scratch, which
+holds the same numbers in bf16. Source: FlashAttention-2 (Dao 2023); the definition is `reference_attention.py`.
 
-What holds of a row's bits: they depend on its own sequence only. Keys are summed in tiles of 64 absolute positions,
-a new maximum every 256, the splits combined in order, whatever the row's place in a program; a tile that a row does not
-see leaves its bits, and scales are powers of two, so a key read from a block gives the bits of a key read from scratch.
-Therefore neither chunking nor a cached prefix, batch, table or block size changes a row, and a chunk of one is a decode
-step. `paged_decode.py` sums in the same order, but in 16 rows: its bits are equal where the tensor core's
+A row's bits depend on its own sequence only. Keys are summed in tiles of 64 absolute positions, in splits of 256 with a
+running maximum each, and splits are combined in order, for any place of the row in a program. A tile that a row does
+not see does not change its bits. Scales are powers of two, so a key from a block and a key from scratch give the same
+bits. Therefore chunking, a cached prefix, batch, table and block size do not change a row, and a chunk of one token is
+a decode step. `paged_decode.py` sums in the same order, but with 16 rows: its bits are equal if the tensor core's
 instructions for 16 and for 64 rows round alike, which `bench/gpu` reports for the machine it runs on.
 """
 
@@ -39,7 +38,7 @@ from .attend import (
 
 @triton.jit
 def _sequence_of(program, starts_ptr, num_seqs, TOKENS: tl.constexpr):
-    """The sequence whose rows a program has: each begins at program `starts[s] // TOKENS + s`, so each has enough."""
+    """The sequence of a program. Sequence s begins at program `starts[s] // TOKENS + s`, so each has enough."""
     low = 0
     high = num_seqs
     while low < high:
@@ -53,7 +52,7 @@ def _sequence_of(program, starts_ptr, num_seqs, TOKENS: tl.constexpr):
 
 @triton.jit
 def _load_scratch(chunk_ptr, row, column, seen, WIDTH: tl.constexpr):
-    """Rows of the scratch, bf16 [tokens, width]: those of the chunk's keys or values that are `seen`."""
+    """Load rows of the chunk's keys or values from scratch, bf16 [tokens, width]; zeros where not `seen`."""
     real = seen[:, None] & (column < WIDTH)[None, :]
     numbers = chunk_ptr + row[:, None].to(tl.int64) * WIDTH + column[None, :]
     return tl.load(numbers, mask=real, other=0.0).to(tl.bfloat16)
@@ -64,7 +63,7 @@ def _load_tile(  # noqa: PLR0917
     payload_ptr, scales_ptr, chunk_ptr, row, chunk_row, column, in_prefix, in_chunk,
     WIDTH: tl.constexpr, FP8: tl.constexpr, CASTS: tl.constexpr, BLOCKS: tl.constexpr, SCRATCH: tl.constexpr,
 ):  # fmt: skip
-    """Keys or values of a tile that lies in blocks, in scratch or across both, in bf16."""
+    """Load keys or values of a tile, bf16 [tokens, width], from blocks (BLOCKS), scratch (SCRATCH) or both."""
     if SCRATCH:
         numbers = _load_scratch(chunk_ptr, chunk_row, column, in_chunk, WIDTH)
         if BLOCKS:
@@ -84,7 +83,7 @@ def _take_keys(  # noqa: PLR0917
     FP8: tl.constexpr, CASTS: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, PRECISE: tl.constexpr,
     INTERPRETED: tl.constexpr, BLOCKS: tl.constexpr, SCRATCH: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys and values, loaded and taken. BLOCKS, SCRATCH: where it lies; not MASKED: every row sees it."""
+    """Load a tile and add it to the running softmax. BLOCKS, SCRATCH: its sources; not MASKED: all rows see all."""
     position = tile + tl.arange(0, TILE)
     in_prefix, in_chunk = position < prefix, (position >= prefix) & (position < context)
     row = position
@@ -96,7 +95,7 @@ def _take_keys(  # noqa: PLR0917
         k_payload_ptr, k_scales_ptr, k_chunk_ptr, row, chunk_row, column, in_prefix, in_chunk,
         WIDTH, FP8, CASTS, BLOCKS, SCRATCH,
     )  # fmt: skip
-    # Before the scores: both halves of a tile that lies across would, beside the weights, not fit the registers.
+    # Values are loaded before the scores: a tile from both sources would not fit the registers beside the weights.
     v = _load_tile(
         v_payload_ptr, v_scales_ptr, v_chunk_ptr, row, chunk_row, column, in_prefix, in_chunk,
         WIDTH, FP8, CASTS, BLOCKS, SCRATCH,
@@ -113,14 +112,14 @@ def _take_keys(  # noqa: PLR0917
 
 @triton.jit
 def _nothing(ROWS: tl.constexpr, WIDTH_PADDED: tl.constexpr):
-    """A running maximum, sum and values of no keys."""
+    """Running maximum, sum and values before the first key."""
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     return top, tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, WIDTH_PADDED), tl.float32)
 
 
 @triton.jit
 def _combine(top_all, total_all, out_all, top, total, out):  # noqa: PLR0917
-    """The splits so far and one more."""
+    """Combine the splits so far with the next one."""
     higher = tl.maximum(top_all, top)
     base = tl.where(higher == float("-inf"), 0.0, higher)
     shrink, share = tl.exp2(top_all - base), tl.exp2(top - base)
@@ -138,7 +137,7 @@ def _attend_chunks_kernel(  # noqa: PLR0917
 ):  # fmt: skip
     """Grid: (num_tokens // TOKENS + num_seqs, kv_heads), TOKENS = ROWS // GROUP. Some programs have no token."""
     TOKENS: tl.constexpr = ROWS // GROUP
-    # Last rows first: they see the most keys, and what is long must not start last.
+    # Last rows first: they see the most keys, and the longest programs must not start last.
     program, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     sequence = _sequence_of(program, starts_ptr, num_seqs, TOKENS)
     start = tl.load(starts_ptr + sequence).to(tl.int32)
@@ -164,7 +163,7 @@ def _attend_chunks_kernel(  # noqa: PLR0917
         begin = tl.maximum(before + first + 1 - window, 0) // TILE * TILE
     table_ptr = tables_ptr + tl.cast(sequence, tl.int64) * table_stride
 
-    # [begin, whole) lies in blocks; then, with SCRATCH, perhaps one tile across, and the rest in scratch.
+    # [begin, whole) is in blocks; then, with SCRATCH, at most one tile is in both, and the rest is in scratch.
     whole = end
     if SCRATCH:
         whole = tl.maximum(begin, prefix // TILE * TILE)
@@ -204,7 +203,7 @@ def _attend_chunks_kernel(  # noqa: PLR0917
             )  # fmt: skip
     top_all, total_all, out_all = _combine(top_all, total_all, out_all, top, total, out)
     out_all = out_all / tl.where(total_all == 0.0, 1.0, total_all)[:, None]
-    # Rows and masks anew, from a number read anew: not one of them is to lie in registers throughout the loops.
+    # Compute rows and masks again, from a volatile load, so that they do not occupy registers during the loops.
     start = tl.load(starts_ptr + sequence, volatile=True).to(tl.int32)
     first = (program - start // TOKENS - sequence) * TOKENS
     token = first + member // GROUP
@@ -219,11 +218,11 @@ def ragged_prefill_attention(
     query_starts: Tensor, scale: float, window: int | None = None, softcap: float | None = None,
     chunk: Chunk | None = None, precise: bool = True,
 ) -> Tensor:  # fmt: skip
-    """As `reference_attention.ragged_prefill_attention`; with `chunk`, the chunk's own keys are read from there.
+    """`reference_attention.ragged_prefill_attention`; with `chunk`, keys and values of the chunk are read from there.
 
     q contiguous bf16 or float32; block_tables, context_lens and query_starts int32, their last axis dense; chunk
-    contiguous, bf16 or float32. `precise` costs half as many products again and brings the error of probabilities from
-    2**-9 to 2**-17; decode always does it, so equal bits ask for it. No synchronisation with the host.
+    contiguous, bf16 or float32. `precise` costs 1.5 times the products and reduces the error of probabilities from
+    2**-9 to 2**-17; decode always does so, and equal bits require it. No synchronisation with the host.
 
     Raises:
         ValueError: the planes are not contiguous FP8 or bf16, or shapes and dtypes disagree.

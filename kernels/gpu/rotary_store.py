@@ -1,8 +1,8 @@
 """Rotate queries and keys, quantise and store keys and values, and digest the stored rows: one pass over q, k and v.
 
-Definition: `reference_kv.py: rotary_store_kv`; bytes, numbers and digests are equal to its. The digest is sealed from
-the same registers that the payload is written from, so that nothing can change between writing and sealing. Knows FP8
-and bf16 planes; does not know which hash block a digest is added to: that is a sum of 64-bit integers over tokens.
+Definition: `reference_kv.py: rotary_store_kv`; bytes, numbers and digests equal the definition's. The digest is
+computed from the registers that the payload is written from, so that no change between writing and sealing goes
+unnoticed. The caller adds the rows' digests, 64-bit integers, to those of hash blocks. Knows FP8 and bf16 planes.
 """
 
 # Triton has no types: its kernels are checked by their tests.
@@ -19,12 +19,12 @@ from .e4m3 import round_to
 from .launch import options
 from .rows import check_rows, digest_rows, encode_rows, numbers_of, write_rows
 
-_NUMBERS = 2048  # of queries in one program
+_NUMBERS = 2048  # numbers of queries per program
 
 
 @triton.jit
 def _rotated(rows_ptr, cos_ptr, sin_ptr, position, column, real, HALF: tl.constexpr):  # noqa: PLR0917
-    """Rows [rows, width] at the addresses `rows_ptr` [rows, 1], rotated and rounded to their dtype; float32."""
+    """Load rows [rows, width] at the addresses `rows_ptr` [rows, 1], rotate and round to their dtype; float32."""
     x = tl.load(rows_ptr + column[None, :], mask=real, other=0.0).to(tl.float32)
     low, turns = column < HALF, column < 2 * HALF
     partner_column = tl.where(low, column + HALF, column - HALF)
@@ -40,7 +40,7 @@ def _turn_queries(  # noqa: PLR0917
     q_ptr, q_out_ptr, cos_ptr, sin_ptr, token, part, position, q_token_stride, q_head_stride,
     Q_HEADS: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, Q_ROWS: tl.constexpr, WIDTH_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Rotate some of one token's query heads."""
+    """Rotate query heads [part * Q_ROWS, (part + 1) * Q_ROWS) of one token."""
     head, column = part * Q_ROWS + tl.arange(0, Q_ROWS), tl.arange(0, WIDTH_PADDED)
     real = (head < Q_HEADS)[:, None] & (column < WIDTH)[None, :]
     rows = q_ptr + token * q_token_stride + head[:, None] * q_head_stride
@@ -56,7 +56,7 @@ def _finish_rows(  # noqa: PLR0917
     HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_TOKENS: tl.constexpr, WORDS: tl.constexpr,
     HEADS_PADDED: tl.constexpr, WIDTH_PADDED: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
-    """Store and digest one token's rows of one component; returns how many of them are not finite."""
+    """Store and digest one token's rows of one component; returns the number that are not finite."""
     head = tl.arange(0, HEADS_PADDED)
     column = tl.arange(0, WIDTH_PADDED)
     real = (head < HEADS)[:, None] & (column < WIDTH)[None, :]
@@ -85,7 +85,7 @@ def _rotary_store_kv_kernel(  # noqa: PLR0917
     BLOCK_TOKENS: tl.constexpr, WORDS: tl.constexpr,
     Q_ROWS: tl.constexpr, HEADS_PADDED: tl.constexpr, WIDTH_PADDED: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (num_tokens, 1 + ceil(Q_HEADS / Q_ROWS)). Part 0 has the keys and values of a token, the others queries."""
+    """Grid: (num_tokens, 1 + ceil(Q_HEADS / Q_ROWS)). Part 0 has keys and values of a token, other parts queries."""
     token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     position = tl.load(positions_ptr + token)
     if part > 0:
@@ -119,7 +119,7 @@ def rotary_store_kv(
     q: Tensor, k: Tensor, v: Tensor, slots: Tensor, rotation: Rotation, *,
     k_planes: Planes, v_planes: Planes, seal: Seal,
 ) -> RotaryStored:  # fmt: skip
-    """As `reference_kv.rotary_store_kv`, for FP8 or bf16 planes; q, k and v may be parts of a fused projection.
+    """`reference_kv.rotary_store_kv` for FP8 or bf16 planes; q, k and v may be parts of a fused projection.
 
     Raises:
         ValueError: shapes, dtypes or codecs disagree. Nothing was written.

@@ -1,7 +1,7 @@
-"""What kernels do with rows of keys and values on their way into the store: encode, write, digest.
+"""Encoding, writing and digesting of rows of keys and values, shared by `store_kv.py` and `rotary_store.py`.
 
-Shared by `store_kv.py` and `rotary_store.py`. Mathematics: `reference.py: fp8_encode` and `reference_kv.py:
-row_digests`; bytes and digests are equal to theirs. Knows FP8 and bf16 planes.
+Mathematics: `reference.py: fp8_encode` and `reference_kv.py: row_digests`; bytes and digests equal the definitions'.
+Knows FP8 and bf16 planes.
 """
 
 # Triton has no types: its kernels are checked by their tests.
@@ -20,7 +20,7 @@ _LARGEST_BF16 = tl.constexpr(3.3895313892515355e38)
 
 @triton.jit
 def encode_rows(x, FP8: tl.constexpr):
-    """Codes [rows, width], scale bytes [rows] (0 for bf16), what they decode to, and which rows are not finite.
+    """Codes [rows, width], scale bytes [rows] (0 for bf16), decoded numbers, and a mask of rows that are not finite.
 
     x float32 [rows, width]; codes and bytes are int32.
     """
@@ -66,7 +66,7 @@ def digest_rows(  # noqa: PLR0917
     code, byte, position, layer, component, head, word_keys_ptr, scale_keys_ptr, seeds_ptr,
     WORDS: tl.constexpr, ROWS: tl.constexpr, WIDTH_PADDED: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
-    """What each of one token's rows adds to the digest of its hash block; uint64 [rows]. `head`: in the whole model."""
+    """Terms of one token's rows in the digest of its hash block; uint64 [rows]. head: counted in the whole model."""
     PER_WORD: tl.constexpr = 4 if FP8 else 2
     parts = tl.reshape(code, (ROWS, WIDTH_PADDED // PER_WORD, PER_WORD))
     shift = tl.arange(0, PER_WORD) * (32 // PER_WORD)
@@ -90,10 +90,10 @@ def numbers_of(planes: Planes) -> Tensor:
 
 
 def check_rows(k: Tensor, v: Tensor, slots: Tensor, k_planes: Planes, v_planes: Planes) -> None:
-    """What every kernel that stores rows asks of its arguments.
+    """Check the arguments that all kernels which store rows share.
 
     Raises:
-        ValueError: names the argument and what it must be.
+        ValueError: names the argument and the requirement.
     """
     tokens = k.shape[0]
     if v.shape != k.shape or v.dtype != k.dtype or k.dtype not in (torch.bfloat16, torch.float32):

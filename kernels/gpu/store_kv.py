@@ -1,7 +1,7 @@
-"""Quantise new keys and values and write them into their blocks, in one pass over them.
+"""Quantise new keys and values and write them into their blocks, in one pass.
 
-For layers that do not rotate; the others take `rotary_store.py`. Mathematics and overflow rule: `reference.py:
-fp8_encode`; the bytes are equal to its. Knows FP8 and bf16 planes.
+For layers without rotation; layers with rotation use `rotary_store.py`. Mathematics and overflow rule: `reference.py:
+fp8_encode`; the bytes equal the definition's. Knows FP8 and bf16 planes.
 """
 
 # Triton has no types: its kernels are checked by their tests.
@@ -23,7 +23,7 @@ def _store_rows(  # noqa: PLR0917
     HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
     HEADS_PADDED: tl.constexpr, WIDTH_PADDED: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
-    """Store one token's rows of one component; returns how many of them are not finite."""
+    """Store one token's rows of one component; returns the number that are not finite."""
     head = tl.arange(0, HEADS_PADDED)
     column = tl.arange(0, WIDTH_PADDED)
     real = (head < HEADS)[:, None] & (column < WIDTH)[None, :]
@@ -59,9 +59,10 @@ def _store_kv_kernel(  # noqa: PLR0917
 
 
 def store_kv(k: Tensor, v: Tensor, slots: Tensor, k_planes: Planes, v_planes: Planes) -> Stored:
-    """Quantise keys and values, write them into the store, return them as the store holds them.
+    """Quantise keys and values, write them to the store, and return them as stored.
 
-    As `reference.store_kv`, for contiguous FP8 or bf16 planes; k and v of one shape and dtype, their last axis dense.
+    Defined by `reference.store_kv`; for contiguous FP8 or bf16 planes. k and v have one shape and dtype, and a dense
+    last axis.
 
     Raises:
         ValueError: the planes have another codec, or the shapes disagree. Nothing was written.

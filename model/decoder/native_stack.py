@@ -1,7 +1,7 @@
-"""A plain decoder's layers as one call of our CPU kernels: the decoder's own order of ops without Python between them.
+"""All layers of a decoder in one call of the CPU kernels, without Python between ops.
 
-Serves models whose layers all have plain attention and a dense gate; the decoder goes op by op for the others. The bits
-are those of op by op. While it runs, the GIL is free for the worker's face.
+Serves models whose layers all have plain attention and a dense gate; other models run op by op. Both give the same
+bits. During the call the GIL is free for the worker's face.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Angles = list[tuple[Tensor, ...]]  # per rope: cos and sin [rows, half] float32
 
 
 class _Rows(NamedTuple):
-    """Rows of a step on their way through layers; the last two are None where keys and values are stored already."""
+    """Rows of a step between layers. The last two fields are None if keys and values are stored already."""
 
     x: Tensor  # [rows, hidden], becomes the residual stream
     angles: Angles
@@ -38,7 +38,7 @@ class _Rows(NamedTuple):
 
 
 class NativeStack:
-    """All layers of one model. `make` it; one thread at a time."""
+    """All layers of one model, created by `make`. For one caller at a time."""
 
     def __init__(self, spec: ModelSpec, weights: Weights, ops: NativeOps) -> None:
         self._spec = spec
@@ -46,14 +46,14 @@ class NativeStack:
         self._ops = ops
         attention = spec.attention
         assert isinstance(attention, PlainAttention)
-        # Keys begin a panel of their own: they can be computed without the queries before them.
+        # True if keys begin at a panel: then they can be computed without the queries before them.
         self._splits = attention.num_heads * attention.head_dim % native.LANES == 0
         self._memory = take_memory(0)
         self._layers: WeakKeyDictionary[KvStore, ctypes.Array[native.Layer]] = WeakKeyDictionary()
 
     @staticmethod
     def make(spec: ModelSpec, weights: Weights, ops: Ops) -> NativeStack | None:
-        """None: other ops, or a model with layers of another kind."""
+        """The stack of a model; None for other ops, or for a model with layers of another kind."""
         if not isinstance(ops, NativeOps) or not isinstance(spec.attention, PlainAttention):
             return None
         ffns = {layer.ffn for layer in spec.layers}
@@ -63,9 +63,10 @@ class NativeStack:
         return NativeStack(spec, weights, ops) if takes == {ops.dtype} else None
 
     def run(self, x: Tensor, angles: Angles, batch: StepBatch, store: KvStore) -> tuple[Tensor, int]:
-        """All layers over rows x [rows, hidden], which become the residual stream; `non_finite` of `Hidden`, its sum.
+        """Run all layers over rows x [rows, hidden], in place: x becomes the residual stream.
 
-        Of rows outside `batch.read_rows` the last layer leaves keys and values and nothing else: their x means nothing.
+        Returns `non_finite` of `Hidden` and its sum. For rows outside `batch.read_rows` the last layer computes
+        only keys and values, and their x is undefined.
         """
         layers = self._layers.get(store)
         if layers is None:
@@ -87,7 +88,7 @@ class NativeStack:
         return non_finite, refused
 
     def _run(self, layers: ctypes.Array[native.Layer], rows: _Rows, last_layer: int) -> int:
-        """How many rows of keys and values were not finite."""
+        """Run the layers; returns the number of vectors of keys and values that were not finite."""
         spec, x, spans, count = self._spec, rows.x, rows.spans, len(rows.x)
         attention, ffn = spec.attention, spec.layers[0].ffn
         assert isinstance(attention, PlainAttention)
@@ -97,7 +98,7 @@ class NativeStack:
         widths = (spec.hidden_size, qkv_width, q_width, ffn.width, spec.hidden_size)
         h, qkv, mixed, gated, delta = self._room(count, widths, x.dtype)
         if count != spans.num_rows:
-            mixed.zero_()  # rows of no span must read as zero
+            mixed.zero_()  # rows of no span must be zeros
         refused = torch.empty(count, dtype=torch.int32)
         step = native.Step(
             x.data_ptr(), h.data_ptr(), qkv.data_ptr(), mixed.data_ptr(), gated.data_ptr(), delta.data_ptr(),
@@ -105,14 +106,14 @@ class NativeStack:
             spans=spans.address, refused=refused.data_ptr(), non_finite=address(rows.non_finite), rows=count,
             kind=KINDS[x.dtype], num_spans=spans.count, hidden=spec.hidden_size, heads=attention.num_heads,
             kv_heads=attention.num_kv_heads, width=attention.head_dim, ffn=ffn.width,
-            activation=ACTIVATIONS.index(spec.activation), last_layer=last_layer,
+            activation=ACTIVATIONS[spec.activation], last_layer=last_layer,
         )  # fmt: skip
         for i, (cos, sin) in enumerate(rows.angles):
             step.cos[i], step.sin[i], step.half[i] = cos.data_ptr(), sin.data_ptr(), cos.shape[1]
         return self._ops.run_layers(layers, step)
 
     def _room(self, count: int, widths: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """What rows pass through, [count, width] each, until the next call: as much memory as the largest step took."""
+        """Buffers [count, width] for each width, valid until the next call. Memory grows to the largest step's."""
         sizes = [count * width * dtype.itemsize for width in widths]
         sizes = [size + -size % native.ALIGNMENT for size in sizes]
         if sum(sizes) > len(self._memory):
@@ -139,7 +140,7 @@ class NativeStack:
 
 
 def _linears(layer: LayerWeights) -> tuple[PackedLinear, ...]:
-    """The four of a layer with plain attention and a dense gate."""
+    """The four matrices of a layer with plain attention and a dense gate."""
     assert isinstance(layer.attention, PlainWeights)
     assert isinstance(layer.ffn, DenseWeights)
     return tuple(map(_packed, (layer.attention.qkv, layer.attention.output, layer.ffn.gate_up, layer.ffn.down)))

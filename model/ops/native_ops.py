@@ -1,7 +1,8 @@
-"""The decoder's ops by our own CPU kernels: memory speed for one row, arithmetic speed for a thousand. Knows no model.
+"""The decoder's ops by the C++ kernels of `kernels/cpu`. Knows no model.
 
-Weights are packed once, into panels that serve decode and prefill alike. A row's bits depend on nothing but itself (see
-`kernels/cpu/linear.cpp`, `attention.cpp`, `rows.cpp`), so batches need no padding and threads change nothing.
+Weights are packed once, into panels that decode and prefill share. The bits of a row depend on that row alone (see
+`kernels/cpu/linear.cpp`, `attention.cpp`, `rows.cpp`), so batches need no padding and the number of threads does not
+matter.
 """
 
 from __future__ import annotations
@@ -29,38 +30,38 @@ from .int8 import described, to_int8
 from .seam import Activation, AttentionKind, Linear, Logits, Norm, Quantization, Span
 from .step import LayerStep
 
-ACTIVATIONS = ("silu", "gelu_tanh")  # by their numbers in kernels/cpu/simd.h
+ACTIVATIONS = {"silu": native.SILU, "gelu_tanh": native.GELU_TANH}
 _REMEMBERED_TABLES = 512
 KINDS = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedLinear:
-    """A matrix [out, in] in panels, with what it owns."""
+    """A matrix [out, in] in panels, and the memory that `matrix` points to."""
 
     matrix: native.Matrix
     panels: Tensor  # uint8
     scales: Tensor | None  # [columns padded to 16] float32: int8 only
-    bias: Tensor | None  # likewise
-    dtype: torch.dtype  # of the rows it takes
-    width: int  # numbers per row of its answer
+    bias: Tensor | None  # [columns padded to 16] float32
+    dtype: torch.dtype  # of the rows that it multiplies
+    width: int  # numbers per row of the product
 
     @property
     def num_bytes(self) -> int:
-        """Memory it holds."""
+        """Bytes of memory that it owns."""
         return sum(part.nbytes for part in (self.panels, self.scales, self.bias) if part is not None)
 
 
 class _Table(NamedTuple):
-    """A sequence's blocks as the kernel reads them."""
+    """Block table of a sequence as the kernel reads it."""
 
-    blocks: array[int]  # 32 bits each
+    blocks: array[int]  # int32
     address: int
 
 
 @functools.lru_cache(maxsize=_REMEMBERED_TABLES)
 def _table(blocks: tuple[BlockId, ...]) -> _Table:
-    """The same one for many steps: a decoding sequence takes a new block only now and then."""
+    """Block table of `blocks`, cached: a decoding sequence keeps its blocks for many steps."""
     table = array("i", blocks)
     return _Table(table, table.buffer_info()[0])
 
@@ -71,25 +72,25 @@ assert _SPAN.itemsize == ctypes.sizeof(native.AttendSpan)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepSpans:
-    """A step's spans as the kernel reads them. Arrays and not numpy's: they are half as long in the making."""
+    """A step's spans as the kernel reads them. `array` is built in half of the time of a numpy array."""
 
-    words: array[int]  # three of 64 bits per span: native.AttendSpan
+    words: array[int]  # three int64 per span, the bytes of a native.AttendSpan
     num_rows: int
-    tables: list[_Table]  # what the spans point to
+    tables: list[_Table]  # the spans point to these
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """Number of spans."""
         return len(self.tables)
 
     @property
     def address(self) -> int:
-        """Of the first."""
+        """Address of the first span."""
         return self.words.buffer_info()[0]
 
 
 class NativeOps:
-    """`ops.Ops` on the CPU. One thread at a time calls it; it uses `num_threads`.
+    """`seam.Ops` on the CPU, by `num_threads` threads of its own. For one caller at a time.
 
     Raises:
         NativeUnavailable: the kernels cannot be built here.
@@ -123,9 +124,8 @@ class NativeOps:
     ) -> PackedLinear:
         """Copy a matrix [out, in] into panels: in the compute dtype, or int8 with one scale per output.
 
-        bfloat16 takes twelve bits where its exponents allow that (`kernels/cpu/coded.h`); no bit of it is lost.
-
-        Panels of a gated one alternate between gate and up, so that one pass has both numbers in registers.
+        bfloat16 is stored in twelve bits without loss where its exponents allow that (`kernels/cpu/coded.h`). Panels of
+        a gated matrix alternate between gate and up, so that one pass has both numbers in registers.
         """
         width = len(matrix) // 2 if gated else len(matrix)
         if gated:
@@ -154,16 +154,16 @@ class NativeOps:
         return PackedLinear(packed, panels, scales, bias, takes, width)
 
     def prepare(self) -> None:
-        """Leave the cores to our own threads: torch's would spin beside them after every small op."""
+        """Reduce torch to one thread: its threads would spin after every op and slow down the kernels' own."""
         torch.set_num_threads(1)
 
     def linear(self, x: Tensor, packed: Linear) -> Tensor:
-        """x [rows, in] times the matrix, plus its bias."""
-        return self._multiply(x, packed, -1)
+        """x [rows, in] times the matrix, plus its bias; [rows, out]."""
+        return self._multiply(x, packed, native.NO_ACTIVATION)
 
     def gated_linear(self, x: Tensor, packed: Linear, activation: Activation) -> Tensor:
-        """activation(gate) * up, in the same pass."""
-        return self._multiply(x, packed, ACTIVATIONS.index(activation))
+        """activation(gate) * up of x [rows, in] times a gated matrix; [rows, out / 2]."""
+        return self._multiply(x, packed, ACTIVATIONS[activation])
 
     def _multiply(self, x: Tensor, packed: Linear, activation: int) -> Tensor:
         assert isinstance(packed, PackedLinear)
@@ -171,23 +171,23 @@ class NativeOps:
         x = x.to(packed.dtype)
         rows = x.shape[0]
         scratch = self.scratch_for(rows, matrix.inner, x.element_size())
-        out = torch.empty(rows, packed.width, dtype=torch.float32 if matrix.reserved else self.dtype)
+        out = torch.empty(rows, packed.width, dtype=torch.float32 if matrix.float32_out else self.dtype)
         self._library.linear(self._threads, matrix, _rows(x), _rows(out), activation, packed.width, scratch)
         return out
 
     def scratch_for(self, rows: int, inner: int, number_bytes: int = 4) -> int:
-        """The address of what `linear` packs rows [rows, inner] into, until the next call."""
+        """Address of scratch for a `linear` of rows [rows, inner]; valid until the next call."""
         needed = (rows + 32) * (inner * number_bytes + 16)
         if needed > len(self._scratch):
             self._scratch = take_memory(needed)
         return self._scratch.data_ptr()
 
     def run_layers(self, layers: ctypes.Array[native.Layer], step: native.Step) -> int:
-        """See `native_stack.py`."""
+        """Run all layers over a step; returns the number of vectors of keys and values that were not finite."""
         return int(self._library.layers(self._threads, layers, len(layers), step))
 
     def head(self, x: Tensor, norm: Norm, packed: Linear) -> Logits:
-        """See `kernels/cpu/head.cpp`."""
+        """Norm, product and extremes in one call: float32 logits [rows, vocabulary] of hidden rows x [rows, hidden]."""
         assert isinstance(packed, PackedLinear)
         if packed.dtype != x.dtype:
             return head(self, x, norm, packed)
@@ -200,7 +200,7 @@ class NativeOps:
         return Logits(out, found)
 
     def extremes(self, logits: F32) -> Extremes:
-        """See `kernels/cpu/rows.cpp`."""
+        """Least and greatest number and argmax of each row of float32 logits [rows, vocabulary]."""
         assert logits.flags.c_contiguous
         found, places = _room_for_extremes(len(logits))
         rows = native.Rows(logits.ctypes.data, logits.shape[1], len(logits), native.FLOAT32)
@@ -208,7 +208,7 @@ class NativeOps:
         return found
 
     def rms_norm(self, x: Tensor, norm: Norm) -> Tensor:
-        """Normalise the last axis; x may be a view with wider rows."""
+        """Normalise the last axis of x [rows, ..., width]; x may be a view of wider rows."""
         out = torch.empty(x.shape, dtype=x.dtype)
         width = x.shape[-1]
         vectors = x[0].numel() // width
@@ -218,7 +218,7 @@ class NativeOps:
         return out
 
     def add_rms_norm(self, x: Tensor, delta: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
-        """(x + delta in x's memory, that normalised)."""
+        """Add delta to x in place; returns x and the normalised sum, both [rows, hidden]."""
         out = torch.empty_like(x)
         self._library.rms_norm(
             self._threads, _rows(x), _rows(delta), norm.weight.data_ptr(), norm.eps, 1, x.shape[-1], _rows(out)
@@ -226,7 +226,7 @@ class NativeOps:
         return x, out
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
-        """Rotate in place."""
+        """Rotate x [rows, heads, width] in place; cos and sin [rows, w] float32."""
         _, heads, width = x.shape
         self._library.rotary(
             self._threads, _rows(x), heads, width, cos.data_ptr(), sin.data_ptr(), cos.shape[1], int(interleaved)
@@ -234,7 +234,7 @@ class NativeOps:
         return x
 
     def write(self, parts: Sequence[Tensor], planes: Sequence[Planes], slots: Tensor) -> Tensor:
-        """Encode and store rows; int32 [rows] of vectors that were not finite."""
+        """Encode rows and store them at `slots`; int32 [rows] counts vectors that were not finite."""
         non_finite = torch.empty(len(slots), dtype=torch.int32)
         jobs = (native.StorePart * len(parts))()
         for job, x, plane in zip(jobs, parts, planes, strict=True):
@@ -248,11 +248,11 @@ class NativeOps:
     def store_heads(
         self, qkv: Tensor, num_heads: int, norms: tuple[Norm, Norm] | None, step: LayerStep
     ) -> tuple[Tensor, Tensor]:
-        """Norms, rotations and a write, one after the other."""
+        """Normalise, rotate and store the heads of qkv op by op; returns queries, and counts as in `write`."""
         return store_heads(self, qkv, num_heads, norms, step)
 
     def lay_out(self, spans: Sequence[Span], block_tokens: int) -> StepSpans:
-        """Block tables as the kernel reads them."""
+        """A step's spans and block tables as the kernel reads them."""
         tables = [_table(span.blocks) for span in spans]
         words = [
             word
@@ -269,10 +269,13 @@ class NativeOps:
         layout: StepSpans,
         kind: AttentionKind,
     ) -> Tensor:
-        """See `kernels/cpu/attention.cpp`."""
+        """Attention of the spans' rows to the cache; [rows, heads, value width]. Rows of no span are zeros.
+
+        queries: per part [rows, heads, width]; the scores of all parts are added.
+        """
         rows, heads, width = queries[0].shape
         row_bytes = values.payload.shape[-1]
-        value_width = row_bytes * width // keys[0].payload.shape[-1]  # of one codec, all of them
+        value_width = row_bytes * width // keys[0].payload.shape[-1]  # all planes have one codec
         make = torch.empty if rows == layout.num_rows else torch.zeros
         out = make(rows, heads, value_width, dtype=self.dtype)
         job = native.Attend(num_parts=len(queries), num_spans=layout.count, heads=heads, spans=layout.address)
@@ -285,23 +288,23 @@ class NativeOps:
 
 
 def single_rows(spans: StepSpans, rows: NDArray[np.int64]) -> StepSpans:
-    """Some rows of a step (in order), each as a span of its own, in a batch that holds nothing else."""
+    """Spans of a batch that consists of the given rows of a step, in order; each row is a span of its own."""
     each = np.frombuffer(spans.words, _SPAN)
-    of = np.searchsorted(each["row"], rows, side="right") - 1  # each row's own
+    of = np.searchsorted(each["row"], rows, side="right") - 1  # the span of each row
     single = each[of]
     single["row"], single["start"], single["count"] = np.arange(len(rows)), single["start"] + rows - single["row"], 1
     return StepSpans(array("q", single.tobytes()), len(rows), [spans.tables[i] for i in of])
 
 
 def _room_for_extremes(count: int) -> tuple[Extremes, tuple[int, int, int]]:
-    """Of so many rows, not found yet, and the addresses of the three arrays."""
+    """Extremes of `count` rows to be filled in, and the addresses of the three arrays."""
     room = np.empty((3, count), np.float32)
     at = room.ctypes.data
     return Extremes(room[0], room[1], room[2].view(np.int32)), (at, at + 4 * count, at + 8 * count)
 
 
 def _rows(x: Tensor) -> native.Rows:
-    """A tensor [rows, ...] whose rows are dense, however far apart they lie."""
+    """Describe a tensor [rows, ...] whose rows are dense; the stride between rows is free."""
     assert x.stride(-1) == 1, "rows must be dense"
     return native.Rows(x.data_ptr(), x.stride(0), x.shape[0], KINDS[x.dtype])
 
@@ -313,7 +316,7 @@ def _codec(plane: Planes, width: int) -> int:
 
 
 def native_plane(plane: Planes, width: int) -> native.Plane:
-    """One layer's plane as the kernels read it."""
+    """Describe one layer's plane for the kernels; width: numbers per row."""
     heads, block_tokens = plane.payload.shape[1:3]
     return native.Plane(
         plane.payload.data_ptr(), address(plane.scales), _codec(plane, width), heads, block_tokens, width
@@ -321,19 +324,19 @@ def native_plane(plane: Planes, width: int) -> native.Plane:
 
 
 def address(x: Tensor | None) -> int | None:
-    """Where it begins."""
+    """Address of x; None for None."""
     return None if x is None else x.data_ptr()
 
 
 def _whole_panels(x: Tensor | None) -> Tensor | None:
-    """float32 [columns], padded to whole panels."""
+    """x [columns] as float32, padded to whole panels."""
     if x is None:
         return None
     return torch.nn.functional.pad(x.float(), (0, -len(x) % native.LANES)).contiguous()
 
 
 def _alternating(matrix: Tensor) -> Tensor:
-    """[2 * width, in], gate first, as sixteen rows of the gate, sixteen of up, and so on; filled up with zeros."""
+    """Reorder [2 * width, in], gate first: sixteen rows of the gate, sixteen of up, and so on; padded with zeros."""
     halves = matrix.view(2, len(matrix) // 2, -1)
     padded = torch.nn.functional.pad(halves, (0, 0, 0, -halves.shape[1] % native.LANES))
     return padded.view(2, -1, native.LANES, matrix.shape[1]).transpose(0, 1).reshape(-1, matrix.shape[1])
