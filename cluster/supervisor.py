@@ -25,7 +25,7 @@ Say = Callable[[str], None]
 _USE_BY_STATE = {"live": Use.SERVES, "draining": Use.DRAINS}
 _POLL_S = 0.1  # while somebody is on its way up
 _WATCH_S = 1.0  # else
-_TRIES_ON_THE_WAY_UP = 3
+_START_TRIES = 3
 
 
 class Supervisor:
@@ -47,7 +47,7 @@ class Supervisor:
         self._started = asyncio.Event()  # somebody is on its way up
         self._settled = asyncio.Event()  # everybody serves, or it is hopeless
         self._replaced: set[str] = set()  # that we killed ourselves and whose end has not come
-        self._hopeless = ""
+        self._startup_error = ""
         self._tasks: list[asyncio.Task[None]] = []
         self._members = {member.name: member for member in plan.members}
 
@@ -77,8 +77,8 @@ class Supervisor:
                 await self._settled.wait()
         except TimeoutError:
             raise Unavailable(self._lateness(patience_s), retry_after_s=5.0) from None
-        if self._hopeless:
-            raise Unavailable(self._hopeless, retry_after_s=30.0)
+        if self._startup_error:
+            raise Unavailable(self._startup_error, retry_after_s=30.0)
 
     async def stop(self) -> None:
         """Routers first (they refuse new requests and let streams end), then workers; nothing stays behind."""
@@ -145,10 +145,10 @@ class Supervisor:
         """Say it; and on the way up, give up when another start would end the same way."""
         if not self._settled.is_set():
             if end.is_certain:
-                self._hopeless = f"{name} cannot start: {end.cause}"
-            elif self._membership.restarts(name) >= _TRIES_ON_THE_WAY_UP:
-                self._hopeless = f"{name} keeps dying on its way up: {end.cause}"
-            if self._hopeless:
+                self._startup_error = f"{name} cannot start: {end.cause}"
+            elif self._membership.restarts(name) >= _START_TRIES:
+                self._startup_error = f"{name} keeps dying on its way up: {end.cause}"
+            if self._startup_error:
                 self._settled.set()
                 return
         self._say(f"{name} ended ({end.cause}); starting it again in {wait_s:.1f} s")

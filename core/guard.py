@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 HEALTH_CHECK = "/grpc.health.v1.Health/Check"  # probes of Kubernetes have no key
 HEALTH_WATCH = "/grpc.health.v1.Health/Watch"
 MAX_HEALTH_WATCHES = 16  # of callers without a proof
-SAY_AGAIN_S = 60.0
+WARN_INTERVAL_S = 60.0
 
 Continue = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
 
@@ -87,7 +87,7 @@ class Guard(grpc.aio.ServerInterceptor):
         self.last_refused = f"{peer}: {error}"
         self._refused()
         now_s = time.monotonic()
-        if now_s - self._said_at_s.get(error.fault, float("-inf")) >= SAY_AGAIN_S:
+        if now_s - self._said_at_s.get(error.fault, float("-inf")) >= WARN_INTERVAL_S:
             self._said_at_s[error.fault] = now_s
             log.warning("%s refuses %s of %s: %s", self._who, method[:200], peer, error)
 

@@ -14,7 +14,7 @@ import grpc.aio
 from .call_reaper import CallReaper
 
 MAX_WAITING = 64  # calls whose message has not come; one more ends the oldest
-PATIENCE_S = 5.0  # for the message, and for the answer to be taken
+PROBE_TIMEOUT_S = 5.0  # for the message, and for the answer to be taken
 MAX_BYTES = 4096  # of it: the name of a service
 
 
@@ -32,7 +32,7 @@ class Probes:
 
         async def answer(_: Any, context: Any) -> None:
             raw = await self._message(context)
-            self._reaper.end_later(PATIENCE_S)
+            self._reaper.end_later(PROBE_TIMEOUT_S)
             if not isinstance(raw, bytes) or len(raw) > MAX_BYTES:
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "no message came, or a long one")
             try:
@@ -48,7 +48,7 @@ class Probes:
     async def _message(self, context: Any) -> Any:
         """The first message, or no bytes where none came in time."""
         try:
-            async with asyncio.timeout(PATIENCE_S) as patience:
+            async with asyncio.timeout(PROBE_TIMEOUT_S) as patience:
                 self._waiting[patience] = None
                 if len(self._waiting) > MAX_WAITING:
                     oldest = next(iter(self._waiting))

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 _WEIGHT = 0.2  # of the newest hand-over
-_BYTES_TO_TELL = 64 << 10  # fewer say more about a round trip than about the road
+_MIN_SAMPLE_BYTES = 64 << 10  # below this size latency dominates; the sample is ignored
 
 
 class Arrival(NamedTuple):
@@ -29,7 +29,7 @@ class HandoverSpeed:
         """One hand-over is complete, whose prompt was computed at `prefilled_s` of our clock."""
         late = [arrival for arrival in arrivals if arrival.at_s > prefilled_s]
         num_bytes = sum(arrival.num_bytes for arrival in late)
-        if num_bytes < _BYTES_TO_TELL:
+        if num_bytes < _MIN_SAMPLE_BYTES:
             return
         rate = num_bytes / (late[-1].at_s - prefilled_s)
         self.bytes_per_s = (1 - _WEIGHT) * self.bytes_per_s + _WEIGHT * rate if self.bytes_per_s else rate

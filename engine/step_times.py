@@ -14,7 +14,7 @@ from .plan import StepPlan
 
 _FADE = 0.95  # weight of the past at each new step: about 20 steps are remembered
 _TILE_TOKENS = 16  # fewer rows take as long (model/ops/products.py)
-_PAIRS_TO_TELL = 1e4  # noise of 10 ms over a believable 1e-3 ms per pair: b counts from about so many pairs on
+_MIN_PAIRS = 1e4  # noise of 10 ms over a believable 1e-3 ms per pair: b counts from about so many pairs on
 
 
 class StepTimes(NamedTuple):
@@ -92,7 +92,7 @@ class _Fit:
     def _solve(self) -> None:
         """Normal equations of two unknowns, neither below zero."""
         uu, up, pp, ut, pt = self._moments
-        pp += _PAIRS_TO_TELL**2
+        pp += _MIN_PAIRS**2
         determinant = uu * pp - up * up
         if determinant > 1e-6 * uu * pp:
             a, b = (ut * pp - pt * up) / determinant, (pt * uu - ut * up) / determinant

@@ -17,7 +17,7 @@ from .store import EOS
 from .workers import MODEL
 from .world import Process, World
 
-BEARABLE = ("finished", "cancelled", "overloaded", "invalid_value")  # the last: its id is still in use
+EXPECTED_ENDS = ("finished", "cancelled", "overloaded", "invalid_value")  # the last: its id is still in use
 SLACK_S = 2.0  # for words under way, steps under way, and ticks
 
 
@@ -156,7 +156,7 @@ class Client:
         outcome = attempt.outcome or ""
         self.world.note(self.process, f"{outcome} after {[len(s.tokens) for s in attempt.streams]} tokens")
         self.outcomes.append(outcome)
-        if self._setting.is_bearable and outcome not in BEARABLE:
+        if self._setting.is_bearable and outcome not in EXPECTED_ENDS:
             raise Violation("L1", f"{self._order.request_id} ended as {outcome}, and nothing was in its way")
         self._check_known(attempt)
         self.num_tokens += sum(len(s.tokens) for s in attempt.streams)

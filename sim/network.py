@@ -33,7 +33,7 @@ class Weather:
     reset: float = 0.7  # a dead process's streams end at once; else only silence tells
 
 
-CALM = Weather()
+NO_FAULTS = Weather()
 
 
 class End:

@@ -14,7 +14,7 @@ from ..router.routing.fleet import FleetLimits
 from .network import Weather
 from .store import VOCABULARY
 
-BEARABLE_TIMEOUT_S = 20.0
+ACCEPTABLE_TIMEOUT_S = 20.0
 DOMAINS = ("acme", "umbrella")
 
 
@@ -115,7 +115,7 @@ def draw(seed: int) -> Setting:
     beat_s = rng.choice((0.1, 0.25, 0.5))
     silent_s = rng.choice((0.8, 1.5, 2.0))
     is_bearable = rng.random() < 0.25
-    orders = _orders(rng, 0.5, (BEARABLE_TIMEOUT_S,)) if is_bearable else _orders(rng, 0.0, (0.3, 2.0, 5.0))
+    orders = _orders(rng, 0.5, (ACCEPTABLE_TIMEOUT_S,)) if is_bearable else _orders(rng, 0.0, (0.3, 2.0, 5.0))
     workers = _workers(rng, max(len(o.prompt_ids) + o.sampling.max_tokens for o in orders))
     swap = random.Random(f"swap {seed}")  # of its own: schedules without preemption stay what they were
     workers = tuple(replace(worker, num_swap_blocks=swap.choice((0, 4, 16, 16))) for worker in workers)

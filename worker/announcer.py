@@ -18,9 +18,9 @@ from ..protos import common_pb2, worker_pb2, worker_pb2_grpc
 log = logging.getLogger(__name__)
 
 BEAT_S = 0.5
-FAREWELL_S = 0.5  # how long a leaving worker waits for its last word to leave
-SAY_AFTER_S = 15.0  # that a router is not there
-SAY_AGAIN_S = 60.0  # the same, or that we have different keys
+LEAVE_TIMEOUT_S = 0.5  # how long a leaving worker waits for its last word to leave
+WARN_AFTER_S = 15.0  # that a router is not there
+WARN_INTERVAL_S = 60.0  # the same, or that we have different keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class Announcer:
         for event in self._changed.values():
             event.set()
         if self._tasks:
-            await asyncio.wait(self._tasks, timeout=FAREWELL_S)
+            await asyncio.wait(self._tasks, timeout=LEAVE_TIMEOUT_S)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -111,9 +111,9 @@ class Announcer:
             return
         now_s = asyncio.get_running_loop().time()
         is_stranger = error.code() is grpc.StatusCode.UNAUTHENTICATED
-        if not is_stranger and now_s - self._began_s < SAY_AFTER_S:
+        if not is_stranger and now_s - self._began_s < WARN_AFTER_S:
             return
-        if now_s - self._said_at_s.get(address, float("-inf")) >= SAY_AGAIN_S:
+        if now_s - self._said_at_s.get(address, float("-inf")) >= WARN_INTERVAL_S:
             self._said_at_s[address] = now_s
             hint = (
                 "" if is_stranger else "; is it the port where the router takes announcements (router.internal_port)?"
@@ -139,7 +139,7 @@ class Announcer:
             await call.write(message)
             if leaving:
                 await call.done_writing()
-                await asyncio.wait([listener], timeout=FAREWELL_S)
+                await asyncio.wait([listener], timeout=LEAVE_TIMEOUT_S)
                 return
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(changed.wait(), BEAT_S)

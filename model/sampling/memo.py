@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 Key = TypeVar("Key")
 Made = TypeVar("Made")
 
-REMEMBERED = 1024  # values; more sequences than that seldom run in one step
+MAX_VALUES = 1024  # values; more sequences than that seldom run in one step
 
 
 class Memo(Generic[Key, Made]):
@@ -29,6 +29,6 @@ class Memo(Generic[Key, Made]):
             known = (key, self._make(key))
             self._known[id(key)] = known
         self._known.move_to_end(id(key))
-        while len(self._known) > REMEMBERED:
+        while len(self._known) > MAX_VALUES:
             self._known.popitem(last=False)
         return known[1]

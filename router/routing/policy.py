@@ -23,7 +23,7 @@ from ...kv.spec import HASH_BLOCK_TOKENS
 from .coefficients import Coefficients
 from .facts import WorkerKey
 
-BEST = 4
+CANDIDATES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +132,11 @@ def choose(
     `held`: hash blocks of this prompt that each worker holds or soon will.
     """
     cost = _Costs(request, held, limits)
-    peers = sorted((w for w in workers if w.role is Role.PREFILL), key=cost.prefill_rank)[:BEST]
+    peers = sorted((w for w in workers if w.role is Role.PREFILL), key=cost.prefill_rank)[:CANDIDATES]
     homes = [w for w in workers if w.role is not Role.PREFILL]
     pairs = [
         cost.pair(p, d)
-        for d in sorted((w for w in homes if w.role is Role.DECODE), key=cost.decode_rank)[:BEST]
+        for d in sorted((w for w in homes if w.role is Role.DECODE), key=cost.decode_rank)[:CANDIDATES]
         for p in peers
         if p.numerics == d.numerics and can_hand_over(p, d)
     ]

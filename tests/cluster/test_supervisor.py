@@ -76,10 +76,10 @@ async def test_a_start_is_given_up_when_it_is_hopeless(
     supervisor, clock = made
     name = worker_of(supervisor)
     for number in range(ends):
-        assert not supervisor._hopeless, number
+        assert not supervisor._startup_error, number
         supervisor._membership.started(name, clock.at_s)
         supervisor._ended(name, ProcessEnd("no such file", is_certain=certain))
-    assert "no such file" in supervisor._hopeless
+    assert "no such file" in supervisor._startup_error
     assert supervisor._settled.is_set()
 
 

@@ -216,7 +216,7 @@ def test_a_step_looks_only_at_words_whose_beginning_may_just_have_been_said() ->
 
 
 def test_what_is_remembered_is_bounded_and_never_of_another_object(monkeypatch) -> None:
-    monkeypatch.setattr(memo_module, "REMEMBERED", 3)
+    monkeypatch.setattr(memo_module, "MAX_VALUES", 3)
     made: list[tuple[int, ...]] = []
     memo = Memo(lambda key: made.append(key) or sum(key))
     keys = [tuple(range(n)) for n in range(5)]

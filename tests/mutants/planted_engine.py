@@ -224,7 +224,7 @@ _TASTE = [
     Mutant("engine/step_times.py", "if is_scored and (self.scored_ms_per_token", "if (self.scored_ms_per_token"),
     Mutant("engine/scheduler.py", "is_scored = any(s.is_scored for s in works)", "is_scored = False"),
     Mutant("engine/step_times.py", "took_ms - (self.decode_step_ms if decodes else 0.0)", "took_ms"),
-    Mutant("engine/step_times.py", "        pp += _PAIRS_TO_TELL**2\n", ""),
+    Mutant("engine/step_times.py", "        pp += _MIN_PAIRS**2\n", ""),
     Mutant(
         "engine/step_times.py",
         "if step.num_tokens == 1 and step.samples and step.num_generated:",

@@ -18,7 +18,9 @@ _HANDOVER = [
         "        self.counters.messages_received",
     ),
     Mutant("kv/handover/machine.py", "        self.said_s = now_s\n        self.counters", "        self.counters"),
-    Mutant("kv/handover/machine.py", "        if now_s >= self.deadline_s:\n            return End.DEADLINE\n", ""),
+    Mutant(
+        "kv/handover/machine.py", "        if now_s >= self.deadline_s:\n            return HandoverEnd.DEADLINE\n", ""
+    ),
     Mutant(
         "kv/handover/receiver.py",
         "if any(self._units[unit] != _MISSING for unit in self._range(frame.token_start, frame.token_count)):",

@@ -9,8 +9,8 @@ _ROUTER = [
     Mutant("router/requests/delivery.py", "            self._choices[index].epoch = None\n", "            pass\n"),
     Mutant(
         "router/requests/delivery.py",
-        "return Verdict.REPEATED if first_index < progress.next_index else Verdict.GAP",
-        "return Verdict.REPEATED",
+        "return DeliveryVerdict.REPEATED if first_index < progress.next_index else DeliveryVerdict.GAP",
+        "return DeliveryVerdict.REPEATED",
     ),
     Mutant(
         "router/requests/delivery.py",

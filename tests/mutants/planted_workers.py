@@ -220,7 +220,7 @@ _CLUSTER = [
     Mutant("cluster/supervisor.py", '        self._ended_life[name] = self._life.get(name, "")\n', ""),
     Mutant(
         "cluster/supervisor.py",
-        "            elif self._membership.restarts(name) >= _TRIES_ON_THE_WAY_UP:\n",
+        "            elif self._membership.restarts(name) >= _START_TRIES:\n",
         "            elif False:\n",
     ),
     Mutant("cluster/supervisor.py", "name, use if is_heard else None, now_s)", "name, use, now_s)"),

@@ -23,7 +23,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 FIRST_BYTE_S = 30.0  # a new connection's wait for the first byte of its first request
 HEAD_S = 10.0  # from a head's first byte to its last
-BEHIND_S = 5.0  # for the rest of a body behind its answer
+BODY_AFTER_ANSWER_S = 5.0  # for the rest of a body behind its answer
 LOOK_S = 1.0
 MAX_HEAD_BYTES = 32 << 10
 MAX_HEADERS = 128
@@ -152,7 +152,7 @@ class Connection(HttpToolsProtocol):
         if now_s - self._took_s > self._among.stall_s:
             self.give_up()
         elif self._is_ending:
-            if now_s - self._since_s > BEHIND_S and not self._is_answering:
+            if now_s - self._since_s > BODY_AFTER_ANSWER_S and not self._is_answering:
                 self.transport.close()
         elif not self.transport.is_closing():
             self._look_at_request(now_s - self._since_s)
@@ -161,7 +161,7 @@ class Connection(HttpToolsProtocol):
         if self._is_answering:
             return
         if self._in_message and not self._in_head:
-            if age_s > BEHIND_S:
+            if age_s > BODY_AFTER_ANSWER_S:
                 self.transport.close()
         elif self._in_head:
             if age_s > HEAD_S:
@@ -282,7 +282,7 @@ class Connection(HttpToolsProtocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def end(self) -> None:
-        """All is answered: what still comes of this client is thrown away, for `BEHIND_S` at most."""
+        """All is answered: what still comes of this client is thrown away, for `BODY_AFTER_ANSWER_S` at most."""
         self._is_ending = True
         self.pipeline.clear()
         if self._in_message:

@@ -63,7 +63,7 @@ async def answer(port: int, sent: bytes) -> bytes:
 
 @pytest.fixture
 def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("FIRST_BYTE_S", "HEAD_S", "BEHIND_S"):
+    for name in ("FIRST_BYTE_S", "HEAD_S", "BODY_AFTER_ANSWER_S"):
         monkeypatch.setattr(connections, name, 0.2)
     monkeypatch.setattr(connections, "LOOK_S", 0.05)
 
