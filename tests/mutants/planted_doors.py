@@ -82,7 +82,7 @@ _OUTSIDE = [
     Mutant("core/call_reaper.py", "        call.cancel()\n        self._stalled", "        self._stalled"),
     Mutant("core/call_reaper.py", "            self._sweep = None\n\n\ndef", "            pass\n\n\ndef"),
     Mutant("core/probes.py", "                    oldest.reschedule(0.0)\n", "                    pass\n"),
-    Mutant("core/probes.py", "            self._reaper.end_later(PATIENCE_S)\n", ""),
+    Mutant("core/probes.py", "            self._reaper.end_later(PROBE_TIMEOUT_S)\n", ""),
     Mutant(
         "router/api/grpc/guard.py",
         "        if self._tenant_calls[tenant] > self._max_tenant_calls:\n",
