@@ -27,6 +27,7 @@ from .api.grpc.guard import SPARE_CALLS, Guard
 from .api.grpc.service import InferenceService
 from .api.http.app import make_app
 from .api.http.connections import Connections, connections_within, raise_file_limit
+from .api.http.selector import TieredSelector
 from .config import RouterConfig
 from .ports import INTERNAL_HOST, PORT_REMEDIES, check_ports
 from .requests.flow import Flow
@@ -58,9 +59,20 @@ SWITCH_S = 0.0005  # how long the event loop waits for a thread that reads a mes
 class RouterProcess:
     """Start, serve, drain, stop. Ports are those of the settings."""
 
-    def __init__(self, settings: RouterConfig, cluster_key: str, *, reads_defaults: bool = True) -> None:
-        """`reads_defaults`: whether a checkpoint's sampling defaults count (model.generation_config)."""
+    def __init__(
+        self,
+        settings: RouterConfig,
+        cluster_key: str,
+        *,
+        reads_defaults: bool = True,
+        selector: TieredSelector | None = None,
+    ) -> None:
+        """`reads_defaults`: whether a checkpoint's sampling defaults count (model.generation_config).
+
+        `selector`: that of the loop which will run this router, where the router may choose it.
+        """
         self.ended = asyncio.Event()  # the HTTP server has ended, by `stop` or by its own fault
+        self.selector = selector
         self._settings = settings
         self._flow = Flow(settings, identity_key(cluster_key), proof_key=proof_key(cluster_key))
         self._front = Frontend(settings, self._flow, reads_defaults=reads_defaults)
@@ -96,7 +108,8 @@ class RouterProcess:
         await self._serve(clients, host, "grpc_port")
         for service in ("", _INFERENCE):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
-        connections = Connections(connections_within(settings.max_connections, num_files), settings.slow_client_s)
+        most = connections_within(settings.max_connections, num_files)
+        connections = Connections(most, settings.slow_client_s, self.selector)
         config = uvicorn.Config(
             make_app(settings, self._front),
             http=cast(Any, connections.protocol),
@@ -141,7 +154,8 @@ def run_router(process: RouterProcess, grace_s: float, parent_pid: int | None = 
     """The main function of a router process: serve until SIGTERM or SIGINT, then drain."""
     give_large_memory_back()
     sys.setswitchinterval(SWITCH_S)
-    asyncio.run(_run(process, grace_s, parent_pid))
+    with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(process.selector)) as runner:
+        runner.run(_run(process, grace_s, parent_pid))
 
 
 async def _run(process: RouterProcess, grace_s: float, parent_pid: int | None) -> None:

@@ -12,9 +12,10 @@ import pytest
 import uvicorn
 
 from twostroke.router.api.frontend import Frontend
-from twostroke.router.api.http import connections
+from twostroke.router.api.http import connection, connections
 from twostroke.router.api.http.app import make_app
-from twostroke.router.api.http.connections import MAX_HEADERS, Connections, connections_within
+from twostroke.router.api.http.connection import MAX_HEADERS, MAX_PIPELINED
+from twostroke.router.api.http.connections import Connections, connections_within
 from twostroke.router.config import RouterConfig
 from twostroke.router.requests.flow import Flow
 
@@ -64,7 +65,7 @@ async def answer(port: int, sent: bytes) -> bytes:
 @pytest.fixture
 def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("FIRST_BYTE_S", "HEAD_S", "BODY_AFTER_ANSWER_S"):
-        monkeypatch.setattr(connections, name, 0.2)
+        monkeypatch.setattr(connection, name, 0.2)
     monkeypatch.setattr(connections, "LOOK_S", 0.05)
 
 
@@ -82,7 +83,7 @@ async def test_hostile_heads_are_refused_and_their_connections_closed():
         for name, head in http_inputs.heads():
             got = await answer(port, head)
             assert expected[name] in got[:20], name
-            pipelined = connections.MAX_PIPELINED + 1 if "pipelined" in name else got.count(b"HTTP/1.1")
+            pipelined = MAX_PIPELINED + 1 if "pipelined" in name else got.count(b"HTTP/1.1")
             assert got.count(b"HTTP/1.1") == pipelined
         while len(among):
             await asyncio.sleep(0.01)
@@ -252,11 +253,11 @@ async def test_the_time_of_an_idle_connection_begins_with_the_end_of_its_answer(
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(GET)
         await asked.wait()
-        (connection,) = among._all
-        connection._since_s -= 3600.0  # as if the request had come an hour ago
+        (asking,) = among._all
+        asking._since_s -= 3600.0  # as if the request had come an hour ago
         go_on.set()
         await reader.readuntil(b"GET|/ping|host|")
-        connection._look_at_request(connection.loop.time() - connection._since_s)
+        asking._look_at_request(asking.loop.time() - asking._since_s)
         writer.write(GET)
         await reader.readuntil(b"GET|/ping|host|")
         writer.transport.abort()
