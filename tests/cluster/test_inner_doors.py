@@ -151,7 +151,7 @@ async def test_a_proof_that_was_seen_before_or_is_meant_for_another_is_refused(s
 
 
 async def test_probes_that_say_nothing_are_ended(start_worker, monkeypatch):
-    monkeypatch.setattr(probes, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(probes, "PROBE_TIMEOUT_S", 0.2)
     worker = await start_worker(Role.COMBINED)
     async with grpc.aio.insecure_channel(worker.address) as plain:
         assert await plain.stream_stream(HEALTH_CHECK)().code() is grpc.StatusCode.INVALID_ARGUMENT

@@ -53,7 +53,7 @@ class TakesNothing:
 
 
 async def test_a_probe_whose_answer_is_not_taken_is_ended(monkeypatch):
-    monkeypatch.setattr(probes, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(probes, "PROBE_TIMEOUT_S", 0.05)
 
     async def check(*_):
         return health_pb2.HealthCheckResponse()

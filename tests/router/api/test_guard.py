@@ -195,7 +195,7 @@ async def test_calls_beyond_the_bound_are_refused_with_advice(monkeypatch):
 
 
 async def test_probes_that_say_nothing_are_ended_and_keep_nobody_out(monkeypatch):
-    monkeypatch.setattr(probes, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(probes, "PROBE_TIMEOUT_S", 0.3)
     async with serving() as there, there.channel() as silent, there.channel() as channel:
         calls = [silent.stream_stream(CHECK)() for _ in range(3 * probes.MAX_WAITING)]
         await until(lambda: len(there.guard._probes._waiting) == probes.MAX_WAITING)
@@ -208,7 +208,7 @@ async def test_probes_that_say_nothing_are_ended_and_keep_nobody_out(monkeypatch
 
 
 async def test_one_more_silent_probe_ends_the_oldest(monkeypatch):
-    monkeypatch.setattr(probes, "PATIENCE_S", 60.0)
+    monkeypatch.setattr(probes, "PROBE_TIMEOUT_S", 60.0)
     monkeypatch.setattr(probes, "MAX_WAITING", 2)
     async with serving() as there, there.channel() as channel:
         calls = []
