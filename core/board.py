@@ -1,6 +1,6 @@
-"""Metrics as Prometheus reads them: any table of them, in one collector. Knows no meaning and no request.
+"""Collector that exposes a table of metrics to Prometheus. Knows neither the metrics' meaning nor requests.
 
-Values are plain numbers, changed on one event loop and read by the scrape on the same one.
+Values are plain numbers. One event loop changes them, and scrapes run on the same loop.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .tally import Spread, Tally
 
 
 class Kind(Enum):
-    """What a scraper may do with a metric."""
+    """Type of a metric, as Prometheus names it."""
 
     COUNTER = auto()
     GAUGE = auto()
@@ -29,17 +29,17 @@ class Kind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One metric and what it means. The name has none of the suffixes `_total`, `_bucket`, `_sum`, `_count`."""
+    """Definition of one metric. The name has none of the suffixes `_total`, `_bucket`, `_sum`, `_count`."""
 
     name: str
     kind: Kind
     help: str
-    bounds: tuple[float, ...] = ()  # of a histogram: upper bounds, ascending
-    labels: tuple[str, ...] = ()  # after those that all metrics of the board have
+    bounds: tuple[float, ...] = ()  # histograms only: upper bounds, ascending
+    labels: tuple[str, ...] = ()  # own labels, after those of all metrics of the board
 
 
 class Board(Collector):
-    """The values of metrics, by label values. All metrics of one board share the leading labels."""
+    """Values of metrics, by label values. All metrics of one board share the leading labels."""
 
     def __init__(
         self, registry: CollectorRegistry, labels: tuple[str, ...], refresh: Callable[[], None] | None = None
@@ -52,7 +52,7 @@ class Board(Collector):
         registry.register(self)
 
     def know(self, metrics: Iterable[Metric], *labels: str) -> None:
-        """Let series exist, with zero, before anything is counted."""
+        """Create series with the value zero, before anything is counted."""
         for metric in metrics:
             if metric.kind is Kind.HISTOGRAM:
                 self._tally(metric, labels)
@@ -60,20 +60,20 @@ class Board(Collector):
                 self._numbers.setdefault(metric, {}).setdefault(labels, 0.0)
 
     def add(self, metric: Metric, *labels: str, amount: float = 1.0) -> None:
-        """Let a counter grow."""
+        """Add to a counter."""
         series = self._numbers.setdefault(metric, {})
         series[labels] = series.get(labels, 0.0) + amount
 
     def set(self, metric: Metric, *labels: str, value: float) -> None:
-        """Give a gauge, or a counter that is counted elsewhere, its value."""
+        """Set a gauge, or a counter that is counted elsewhere."""
         self._numbers.setdefault(metric, {})[labels] = value
 
     def observe(self, metric: Metric, *labels: str, value: float) -> None:
-        """Count a value into a histogram."""
+        """Add a value to a histogram."""
         self._tally(metric, labels).add(value)
 
     def put(self, metric: Metric, *labels: str, spread: Spread) -> None:
-        """Give a histogram that is counted elsewhere, with the metric's bounds, its counts."""
+        """Set the counts of a histogram that is counted elsewhere, with the metric's bounds."""
         self._histograms.setdefault(metric, {})[labels] = spread
 
     def forget(self, metric: Metric, *labels: str) -> None:
@@ -83,7 +83,7 @@ class Board(Collector):
                 del series[key]  # type: ignore[union-attr]
 
     def collect(self) -> Iterator[Family]:
-        """All families, as the text format's encoders want them."""
+        """Yield all metric families, for the encoders of the text formats."""
         if self._refresh is not None:
             self._refresh()
         for metric, series in self._numbers.items():
@@ -109,10 +109,10 @@ class Board(Collector):
 
 
 def render(registry: CollectorRegistry, accept: str) -> tuple[bytes, str]:
-    """All metrics of a registry, as OpenMetrics where an Accept header names it, else as Prometheus' text.
+    """Encode all metrics of a registry: as OpenMetrics if the Accept header names it, else as Prometheus text.
 
-    Returns the body and its content type. Names keep their colon whatever the header says of escaping: a scraper that
-    says nothing of it would get another name for each of vLLM's metrics from the library's own negotiation.
+    Returns the body and its content type. The header's escaping parameter is ignored: without one, the library's own
+    negotiation would replace the colon in the name of each of vLLM's metrics.
     """
     if "application/openmetrics-text" in accept:
         return openmetrics.generate_latest(registry, escaping=openmetrics.ALLOWUTF8), openmetrics.CONTENT_TYPE_LATEST  # type: ignore[no-untyped-call]

@@ -1,7 +1,8 @@
-"""Ends calls whose clients neither take nor leave, with all that grpc.aio keeps of them. Knows no service.
+"""Ends calls whose clients neither read the answer nor disconnect, and frees what grpc.aio keeps. Knows no service.
 
-A server cannot cancel a call there. A call is cancelled when nobody holds it any more, and beside its own task it is
-held by one of grpc.aio, which waits for the client to leave. That one is compiled, and it holds the call's task.
+grpc.aio gives a server no way to cancel a call. A call is cancelled when no reference to it is left. Besides its own
+task, a task of grpc.aio holds one while it waits for the client to leave. That task's coroutine is compiled, and it is
+found by its reference to the call's task.
 """
 
 from __future__ import annotations
@@ -11,19 +12,19 @@ import gc
 import types
 from typing import Any
 
-DELAY_S = 0.05  # calls that stall together are looked for together
-TASKS_AT_ONCE = 100  # looked at without a pause: a few milliseconds
+DELAY_S = 0.05  # one search serves all calls that stall in this time
+TASKS_AT_ONCE = 100  # tasks examined without a pause: a few milliseconds
 
 
 class CallReaper:
-    """Ends the stalled calls of one server."""
+    """Reaper of the stalled calls of one server."""
 
     def __init__(self) -> None:
         self._stalled: set[asyncio.Task[Any]] = set()
         self._sweep: asyncio.Task[None] | None = None
 
     def end(self, call: asyncio.Task[Any]) -> None:
-        """Cancel a call, and soon the one that holds it."""
+        """Cancel a call's task, and within `DELAY_S` the task of grpc.aio that holds it."""
         call.cancel()
         self._stalled.add(call)
         if self._sweep is None:
@@ -52,7 +53,7 @@ class CallReaper:
 
 
 def _holds(task: asyncio.Task[Any], ids: set[int]) -> bool:
-    """Whether a task is one of grpc.aio's that holds a call."""
+    """Return whether this task of grpc.aio holds one of the calls with these ids."""
     work = task.get_coro()
     if isinstance(work, types.CoroutineType):
         return False

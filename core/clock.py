@@ -7,7 +7,7 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """Seconds that never go back. Only differences mean anything."""
+    """Clock in seconds that never goes back. Only differences of its readings have a meaning."""
 
     def now_s(self) -> float:
         """Now, in seconds."""

@@ -1,4 +1,4 @@
-"""The base of every config section: unknown keys are errors that name the nearest key. Knows no section."""
+"""Base class of every config section: unknown keys are errors that name the nearest key. Knows no section."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from .errors import ConfigError
 
 
 class Section(BaseModel):
-    """A group of settings owned by one part. Frozen; validated where it is built."""
+    """Group of settings owned by one part. Frozen; validated when it is built."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, hide_input_in_errors=True)
 
 
 S = TypeVar("S", bound=Section)
 
-_SECRETS = frozenset({"key", "api_keys", "cluster_key"})  # settings whose values appear in no message
+_SECRETS = frozenset({"key", "api_keys", "cluster_key"})  # error messages never show these settings' values
 
 
 def load_section(kind: type[S], values: Mapping[str, Any], where: str = "") -> S:
@@ -35,7 +35,7 @@ def load_section(kind: type[S], values: Mapping[str, Any], where: str = "") -> S
 
 
 def explain(kind: type[BaseModel], error: ValidationError, where: str = "") -> str:
-    """One line per problem, in the user's words: path, value, remedy."""
+    """Message for a user, one line per problem: path, value, remedy."""
     lines = []
     for problem in error.errors():
         path = ".".join([*([where] if where else []), *(str(part) for part in problem["loc"])])
@@ -46,7 +46,7 @@ def explain(kind: type[BaseModel], error: ValidationError, where: str = "") -> s
             lines.append(f"{path} is not a setting; {hint}")
         else:
             value = problem["input"]
-            is_secret = _SECRETS & set(problem["loc"]) or isinstance(value, (dict, list))  # which may hold one
+            is_secret = _SECRETS & set(problem["loc"]) or isinstance(value, (dict, list))  # may hold a secret
             text = problem["msg"].removeprefix("Value error, ")
             if problem["type"] == "tuple_type":
                 text = f'must be a JSON list, e.g. ["…"], not {type(value).__name__}'

@@ -1,4 +1,4 @@
-"""Every error a user can meet, as one tree. Knows codes and statuses, not where they are shown."""
+"""All errors that a user can get, as one class tree. Knows codes and statuses, but no protocol."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import ClassVar
 class TwostrokeError(Exception):
     """Base of all typed errors.
 
-    `code` is stable and machine-readable; `http_status` and `grpc_status` (a name of grpc.StatusCode) say how the
-    two faces show it. `param` names the offending field, `retry_after_s` when another try is worth it.
+    `code` is stable and machine-readable. `http_status` and `grpc_status` (a name of grpc.StatusCode) are the statuses
+    of the two APIs. `param` names the offending field; `retry_after_s` is the time after which a retry is useful.
     """
 
     code: ClassVar[str] = "internal_error"
@@ -25,14 +25,14 @@ class TwostrokeError(Exception):
 
 
 class InternalError(TwostrokeError):
-    """Our own fault; the log has more."""
+    """Fault of the cluster itself; the log has the details."""
 
 
 # ------------------------------------------------------------------ the request is at fault
 
 
 class InvalidRequest(TwostrokeError):
-    """A field has a value that cannot be served. Names the value and the remedy."""
+    """A field has a value that cannot be served. The message names the value and the remedy."""
 
     code = "invalid_value"
     type = "invalid_request_error"
@@ -41,13 +41,13 @@ class InvalidRequest(TwostrokeError):
 
 
 class ContextLengthExceeded(InvalidRequest):
-    """Prompt plus asked-for tokens do not fit the model's context or the worker's cache."""
+    """Prompt plus requested tokens exceed the model's context or the worker's cache."""
 
     code = "context_length_exceeded"
 
 
 class UnsupportedParameter(InvalidRequest):
-    """A known field of the API that this release does not serve."""
+    """The request sets a field of the API that this release does not support."""
 
     code = "unsupported_parameter"
 
@@ -61,7 +61,7 @@ class ModelNotFound(InvalidRequest):
 
 
 class RequestNotFound(InvalidRequest):
-    """No request of that id is known (any more)."""
+    """No request with this id is known, or it has been forgotten."""
 
     code = "request_not_found"
     http_status = 404
@@ -69,7 +69,7 @@ class RequestNotFound(InvalidRequest):
 
 
 class BodyTooLarge(InvalidRequest):
-    """The request's body is over the configured limit."""
+    """The request's body exceeds the configured limit."""
 
     code = "body_too_large"
     http_status = 413
@@ -77,21 +77,21 @@ class BodyTooLarge(InvalidRequest):
 
 
 class UnsupportedEncoding(InvalidRequest):
-    """The request's body is compressed in a way that is not read here."""
+    """The request's body has a Content-Encoding that the server does not read."""
 
     code = "unsupported_encoding"
     http_status = 415
 
 
 class UnsupportedContentType(InvalidRequest):
-    """The request's body is of a kind that web pages can send unasked, and it may come from one."""
+    """A web page could send this content type without a CORS preflight, and the request may come from one."""
 
     code = "unsupported_content_type"
     http_status = 415
 
 
 class HostForbidden(TwostrokeError):
-    """The request asks for a name that is not known to be this server's."""
+    """The Host header names no known name of this server."""
 
     code = "host_not_allowed"
     type = "permission_error"
@@ -100,7 +100,7 @@ class HostForbidden(TwostrokeError):
 
 
 class OriginForbidden(TwostrokeError):
-    """A web page of another origin asks, and nobody allowed that origin."""
+    """The request comes from a web page of another origin that is not allowed."""
 
     code = "origin_not_allowed"
     type = "permission_error"
@@ -130,7 +130,7 @@ class Overloaded(TwostrokeError):
 
 
 class Unavailable(TwostrokeError):
-    """No worker that could serve this is there (starting, draining, lost). Always with `retry_after_s`."""
+    """No worker can serve the request (starting, draining, lost). Always with `retry_after_s`."""
 
     code = "unavailable"
     type = "server_error"
@@ -139,7 +139,7 @@ class Unavailable(TwostrokeError):
 
 
 class WorkerLost(Unavailable):
-    """The worker that ran this request died or fell silent, and the request could not go on elsewhere."""
+    """The worker of this request died or fell silent, and no other worker could continue it."""
 
     code = "worker_lost"
 
@@ -154,7 +154,7 @@ class DeadlineExceeded(TwostrokeError):
 
 
 class Cancelled(TwostrokeError):
-    """The client went away or asked for it."""
+    """The client disconnected or cancelled the request."""
 
     code = "cancelled"
     type = "cancelled"
@@ -163,7 +163,7 @@ class Cancelled(TwostrokeError):
 
 
 class NonFiniteKv(TwostrokeError):
-    """A key or value was NaN or infinite: the request's numbers cannot be trusted, so it ends here."""
+    """A key or value was NaN or infinite, so the request's numbers cannot be trusted."""
 
     code = "non_finite_kv"
     grpc_status = "DATA_LOSS"
@@ -187,20 +187,20 @@ class TokensLost(TwostrokeError):
 
 
 class ConfigError(TwostrokeError):
-    """A setting has a value that cannot work. Names the setting, the value and the remedy."""
+    """A setting has an invalid value. The message names the setting, the value and the remedy."""
 
     code = "config_error"
     type = "config_error"
 
 
 class CheckpointError(ConfigError):
-    """A model directory that we cannot or will not load. Names the file or tensor and the remedy."""
+    """A model directory cannot be loaded or is refused. The message names the file or tensor and the remedy."""
 
     code = "checkpoint_error"
 
 
 class DoesNotFit(ConfigError):
-    """Weights and KV pool do not fit the memory; the message carries the arithmetic."""
+    """Weights and KV pool exceed the memory. The message shows the calculation."""
 
     code = "does_not_fit"
 
@@ -219,9 +219,9 @@ ERROR_BY_CODE["internal_error"] = InternalError
 def from_code(
     code: str, message: str, *, param: str | None = None, retry_after_s: float | None = None
 ) -> TwostrokeError:
-    """The error a peer named by its code; an unknown code (a newer release's) becomes an InternalError.
+    """Build the error that a peer named by its code. An unknown code, of a newer release, becomes InternalError.
 
-    What always carries `retry_after_s` gets a second of it where the peer said none.
+    Overloaded and Unavailable get `retry_after_s` = 1 if the peer gave none.
     """
     kind = ERROR_BY_CODE.get(code, InternalError)
     if retry_after_s is None and issubclass(kind, (Overloaded, Unavailable)):

@@ -1,6 +1,6 @@
-"""A command that runs until it is done or told to stop, and then ends at once. Knows no server.
+"""Runs a command in the foreground until it ends or a signal stops it. Knows no server.
 
-Ctrl-C (or SIGTERM) asks to stop; asked once more, to stop without waiting for anybody.
+The first Ctrl-C or SIGTERM asks the command to stop; the second asks it to stop without waiting.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from typing import Any, NoReturn, TypeVar
 T = TypeVar("T")
 
 PARENT_CHECK_S = 0.5
-CANCEL_S = 1.2  # how long cancelled work may take to let go
+CANCEL_S = 1.2  # longest wait for cancelled work to end
 
 
 class Stopped(BaseException):
-    """Work was given up because of a signal. What it had made is cleaned up by whoever catches this."""
+    """A signal ended the work early. The code that catches this cleans up after the work."""
 
 
 class Stop:
-    """What the signals said so far."""
+    """State of the stop signals received so far."""
 
     def __init__(self) -> None:
-        self.number = 0  # of the first signal
+        self.number = 0  # number of the first signal; 0: none yet
         self.asked = asyncio.Event()
         self.asked_again = asyncio.Event()
 
     def hear(self, number: int) -> None:
-        """A signal came."""
+        """Record a signal."""
         if self.asked.is_set():
             self.asked_again.set()
         self.number = self.number or number
@@ -40,15 +40,15 @@ class Stop:
 
     @property
     def exit_code(self) -> int:
-        """As shells count: 130 after Ctrl-C, 143 after SIGTERM."""
+        """Exit code by the convention of shells: 130 after Ctrl-C, 143 after SIGTERM."""
         return 128 + self.number
 
 
 async def unless(event: asyncio.Event, work: Awaitable[T]) -> T:
-    """The result of `work`; it is cancelled when `event` comes first.
+    """Wait for `work` and return its result; cancel it if `event` is set first.
 
     Raises:
-        Stopped: `event` came first.
+        Stopped: `event` was set first.
     """
     working = asyncio.ensure_future(work)
     waiting = asyncio.create_task(event.wait())
@@ -64,7 +64,7 @@ async def unless(event: asyncio.Event, work: Awaitable[T]) -> T:
 
 
 async def first(*waits: Coroutine[Any, Any, Any]) -> int:
-    """Which of them ended first; the others are given up."""
+    """Return the index of the coroutine that ends first; the others are cancelled."""
     tasks = [asyncio.create_task(wait) for wait in waits]
     await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     place = next(place for place, task in enumerate(tasks) if task.done())
@@ -75,15 +75,15 @@ async def first(*waits: Coroutine[Any, Any, Any]) -> int:
 
 
 async def orphaned(parent_pid: int | None) -> None:
-    """Return when the parent is another process than this one; without a parent to watch, never."""
+    """Return when the process `parent_pid` is not this process's parent any more. None: never return."""
     while parent_pid is None or os.getppid() == parent_pid:
         await asyncio.sleep(PARENT_CHECK_S)
 
 
 def run(main: Callable[[Stop], Coroutine[Any, Any, int]]) -> int:
-    """Run `main` to its end and give its exit code; after `Stopped` the process ends here, with the signal's.
+    """Run `main` and return its exit code. After `Stopped` the process ends here, with the exit code of the signal.
 
-    Threads cannot be stopped (a download, weights being read, Ray on its way up), so that end does not wait for them.
+    Threads cannot be stopped (a download, weights being read, the start of Ray), so this end does not wait for them.
     """
     return asyncio.run(_whole(main))
 
@@ -100,7 +100,7 @@ async def _whole(main: Callable[[Stop], Coroutine[Any, Any, int]]) -> int:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process now, whatever its threads do."""
+    """End this process now, without waiting for its threads."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()

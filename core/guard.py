@@ -1,6 +1,6 @@
-"""The door of a server inside the cluster: no call passes without a proof of its key. Knows no service.
+"""gRPC interceptor for servers inside the cluster: refuses calls without a proof of the cluster's key.
 
-The proof is checked before a byte of the call's messages is read, and answered in the initial metadata.
+It checks the proof before it reads any message of the call, and answers it in the initial metadata. Knows no service.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from .proof import ANSWER_HEADER, CALL_HEADER, Fault, ProofRefused, Verifier
 
 log = logging.getLogger(__name__)
 
-HEALTH_CHECK = "/grpc.health.v1.Health/Check"  # probes of Kubernetes have no key
+HEALTH_CHECK = "/grpc.health.v1.Health/Check"  # open: probes of Kubernetes have no key
 HEALTH_WATCH = "/grpc.health.v1.Health/Watch"
-MAX_HEALTH_WATCHES = 16  # of callers without a proof
+MAX_HEALTH_WATCHES = 16  # most open watches of callers without a proof
 WARN_INTERVAL_S = 60.0
 
 Continue = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
 
 
 class Guard(grpc.aio.ServerInterceptor):
-    """Interceptor of one server. Set `audience` before the server starts, where callers know it by one address."""
+    """Interceptor of one server. If callers know it by one address only, set `audience` before the server starts."""
 
     def __init__(self, key: bytes, who: str, refused: Callable[[], None] = lambda: None) -> None:
-        """`key` is kv.keys.proof_key; `who` names the server in the log; `refused` hears of every refused call."""
+        """`key` is kv.keys.proof_key; `who` names the server in the log; `refused` is called for every refused call."""
         self.refusals: Counter[Fault] = Counter()
-        self.last_refused = ""  # the peer, and why
+        self.last_refused = ""  # peer and reason
         self._verifier = Verifier(key, _now_ms())
         self._who = who
         self._refused = refused
@@ -45,7 +45,7 @@ class Guard(grpc.aio.ServerInterceptor):
 
     @property
     def audience(self) -> str | None:
-        """host:port that callers must have dialled; None: any."""
+        """host:port that callers must use as the target; None: any."""
         return self._verifier.audience
 
     @audience.setter
@@ -53,7 +53,7 @@ class Guard(grpc.aio.ServerInterceptor):
         self._verifier.audience = address
 
     async def intercept_service(self, continuation: Continue, handler_call_details: Any) -> Any:
-        """See grpc.aio.ServerInterceptor."""
+        """Implements `grpc.aio.ServerInterceptor.intercept_service`."""
         method: str = handler_call_details.method
         header = _value(handler_call_details.invocation_metadata, CALL_HEADER)
         if header is None and method == HEALTH_CHECK:
@@ -74,7 +74,7 @@ class Guard(grpc.aio.ServerInterceptor):
         return _wrapped(handler, answering)
 
     def _refusal(self, method: str, error: ProofRefused) -> Any:
-        """A handler that ends the call, whatever its form, without reading a message."""
+        """Handler that ends a call of any form without reading a message."""
 
         async def refuse(_: Any, context: Any) -> None:
             self._note(method, context.peer(), error)
@@ -105,7 +105,7 @@ class Guard(grpc.aio.ServerInterceptor):
 
 
 def _wrapped(handler: Any, around: Callable[[Any], AbstractAsyncContextManager[None]]) -> Any:
-    """The handler within `around(context)`."""
+    """Wrap a handler: each call runs within `around(context)`."""
     if handler is None:
         return None
     form = ("stream" if handler.request_streaming else "unary") + (

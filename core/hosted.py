@@ -1,7 +1,7 @@
-"""A server with an event loop of its own inside a synchronous object: the shape of a Ray actor that can drain.
+"""A synchronous object that runs a server on its own event loop, so that a Ray actor can drain.
 
 An async Ray actor cannot catch SIGTERM, so ours are synchronous: the loop runs in a thread, the actor's main thread
-waits in `run` and hears the signal. Knows no Ray.
+waits in `run` and gets the signal. Knows no Ray.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any, Protocol
 
 
 class Server(Protocol):
-    """What can be hosted."""
+    """Server that `Hosted` can run."""
 
-    ended: asyncio.Event  # set when it serves no more, by `stop` or by its own fault
+    ended: asyncio.Event  # set when serving has ended, by `stop` or by a fault
 
     async def start(self) -> None:
-        """Serve; returns when ready."""
+        """Start to serve; returns when ready."""
         ...
 
     async def stop(self, grace_s: float) -> None:
@@ -29,9 +29,9 @@ class Server(Protocol):
 
 
 class Hosted:
-    """Runs one `Server` in a thread until it is told to stop.
+    """Host of one `Server`, which runs in a thread until it is stopped.
 
-    `build` makes the server inside the thread that will run it.
+    `build` is called in that thread and makes the server.
     """
 
     def __init__(self, build: Callable[[], Server], grace_s: float) -> None:
@@ -47,7 +47,7 @@ class Hosted:
         asyncio.run_coroutine_threadsafe(self._notice_end(), self._loop)
 
     def run(self) -> str:
-        """Block until `stop`, SIGTERM or the server's own end, drain, and say how it ended."""
+        """Block until `stop`, SIGTERM or the server's own end; then drain. Returns a description of the end."""
         self._wanted_gone.wait()
         is_broken = self._server.ended.is_set()
         grace_s = 0.0 if is_broken else self._grace_s
@@ -61,7 +61,7 @@ class Hosted:
         self._wanted_gone.set()
 
     def pid(self) -> int:
-        """The process this runs in."""
+        """Id of the process that hosts the server."""
         return os.getpid()
 
     async def _notice_end(self) -> None:

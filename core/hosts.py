@@ -1,7 +1,7 @@
-"""Whether a Host header names a server of ours: the guard against DNS rebinding. Knows no server and no browser.
+"""Check of Host headers, which protects against DNS rebinding. Knows no server and no browser.
 
-A page of evil.example can have its own name resolve to 127.0.0.1, and is then, for the browser, of the same origin as
-whatever listens here. What it cannot do is send another Host than its own name. Source: RFC 9110, section 7.2.
+The owner of evil.example can let this name resolve to 127.0.0.1. For a browser, its pages then have the same origin as
+a server that listens there. But they cannot send another Host than their own name. Source: RFC 9110, section 7.2.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ _HOST = re.compile(r"(?P<name>\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{0,5})?", re
 
 
 def name_in(header: str) -> str | None:
-    """The name in a Host header, in small letters, without port, brackets and the root's dot; None: it is malformed."""
+    """Name in a Host header, in lower case, without port, brackets and the final dot. None: the header is malformed."""
     found = _HOST.fullmatch(header.strip())
     return found["name"].lower().strip("[]").removesuffix(".") if found else None
 
 
 def is_loopback_name(name: str) -> bool:
-    """Whether nobody else can own this name: `localhost` and what is below it (RFC 6761), a loopback address."""
+    """Return whether a name always means this machine: `localhost`, names below it (RFC 6761), loopback addresses."""
     if name == "localhost" or name.endswith(".localhost"):
         return True
     try:
@@ -32,7 +32,7 @@ def is_loopback_name(name: str) -> bool:
 
 
 def is_allowed_name(name: str, allowed: Iterable[str]) -> bool:
-    """Whether `allowed` has the name, `*.` and a name that it is below, or `*`."""
+    """Return whether `allowed` contains the name, `*`, or `*.` with a parent domain of the name."""
     for each in allowed:
         known = each.lower().strip("[]").removesuffix(".")
         if known in ("*", name) or (known.startswith("*.") and name.endswith(known[1:])):

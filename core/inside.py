@@ -1,7 +1,7 @@
-"""Channels inside the cluster: each call proves that we know its key, and nothing is told to who does not prove it too.
+"""gRPC channels inside the cluster: caller and callee prove to each other that they know the cluster's key.
 
-A stream's first message waits for the callee's proof, which comes with the initial metadata: one round trip. The one
-message of a unary call leaves at once; so such calls ask, and tell no secret. No answer is used before the proof held.
+A stream's first message waits for the callee's proof, which comes with the initial metadata: one round trip. The only
+message of a unary call is sent at once, so it must contain no secret. No answer is used before its proof is verified.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import grpc.aio
 
 from .proof import ANSWER_HEADER, CALL_HEADER, NONCE_BYTES, Claim, call_header, is_answer_to
 
-ANSWER_S = 5.0  # for the callee's proof: a process that is alive answers in a round trip
-STATUS_S = 0.5  # between the head of a refusal and its reason, which come together
+ANSWER_S = 5.0  # timeout of the callee's proof: a live process answers in one round trip
+STATUS_S = 0.5  # timeout of a refusal's status after its metadata; both come together
 
 _MAX_DETAIL = 300
 
 
 class Unproven(grpc.aio.AioRpcError):
-    """The peer did not prove that it knows the cluster's key. Nothing that it said was used."""
+    """The peer did not prove that it knows the cluster's key. None of its messages was used."""
 
     def __init__(self, address: str, what: str) -> None:
         super().__init__(
@@ -36,10 +36,10 @@ class Unproven(grpc.aio.AioRpcError):
 
 
 class InsideChannel(grpc.aio.Channel):
-    """A channel to one address whose calls carry and ask for proofs. Takes the place of any other under a stub."""
+    """Channel to one address whose calls send and require proofs. A stub can use it in place of any other channel."""
 
     def __init__(self, address: str, key: bytes, options: Any = None) -> None:
-        """`key` is kv.keys.proof_key; `address` host:port, by which the callee must know itself."""
+        """`key` is kv.keys.proof_key; `address` is host:port, which the callee compares with its own address."""
         self._address = address
         self._key = key
         self._channel = grpc.aio.insecure_channel(address, options=options)
@@ -51,35 +51,35 @@ class InsideChannel(grpc.aio.Channel):
         await self.close()
 
     async def close(self, grace: float | None = None) -> None:
-        """See grpc.aio.Channel."""
+        """Implements `grpc.aio.Channel.close`."""
         await self._channel.close(grace)
 
     def get_state(self, try_to_connect: bool = False) -> grpc.ChannelConnectivity:
-        """See grpc.aio.Channel."""
+        """Implements `grpc.aio.Channel.get_state`."""
         return self._channel.get_state(try_to_connect)
 
     async def wait_for_state_change(self, last_observed_state: grpc.ChannelConnectivity) -> None:
-        """See grpc.aio.Channel."""
+        """Implements `grpc.aio.Channel.wait_for_state_change`."""
         await self._channel.wait_for_state_change(last_observed_state)
 
     async def channel_ready(self) -> None:
-        """See grpc.aio.Channel."""
+        """Implements `grpc.aio.Channel.channel_ready`."""
         await self._channel.channel_ready()
 
     def unary_unary(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """See grpc.aio.Channel."""
+        """Implements `grpc.aio.Channel.unary_unary`."""
         return self._proving(method, self._channel.unary_unary(method, *args, **kwargs), UnaryCall)
 
     def unary_stream(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """See grpc.aio.Channel."""
+        """Implements `grpc.aio.Channel.unary_stream`."""
         return self._proving(method, self._channel.unary_stream(method, *args, **kwargs), StreamCall)
 
     def stream_unary(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """No call inside the cluster has this form."""
+        """Not supported: no call inside the cluster has this form."""
         raise NotImplementedError(f"{method}: streams with one answer have no proof")
 
     def stream_stream(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """See grpc.aio.Channel. Messages are given by `write`, never by an iterator, which would not wait."""
+        """Implements `grpc.aio.Channel.stream_stream`. Send with `write` only: an iterator would not wait."""
         return self._proving(method, self._channel.stream_stream(method, *args, **kwargs), StreamCall)
 
     def _proving(self, method: str, call: Any, kind: Callable[[Any, Claim, bytes], Any]) -> Any:
@@ -92,7 +92,7 @@ class InsideChannel(grpc.aio.Channel):
 
 
 class _Call:
-    """What all kinds of calls share. Attributes that need no proof are the inner call's."""
+    """Base of all calls. Attributes that need no proof come from the inner call."""
 
     def __init__(self, call: Any, claim: Claim, key: bytes) -> None:
         self._call = call
@@ -111,7 +111,7 @@ class _Call:
 
 
 class UnaryCall(_Call):
-    """A call with one answer, which is given away when its sender has proved itself."""
+    """Call with one answer, which is returned after the proof of its sender is verified."""
 
     def __await__(self) -> Generator[Any, None, Any]:
         return self._answered().__await__()
@@ -123,18 +123,18 @@ class UnaryCall(_Call):
 
 
 class StreamCall(_Call):
-    """A call with many answers. Reading and writing begin when the peer has proved itself."""
+    """Call with many answers. Reading and writing begin after the peer's proof is verified."""
 
     _is_proven = False
 
     async def read(self) -> Any:
-        """See grpc.aio.StreamStreamCall."""
+        """Implements `grpc.aio.StreamStreamCall.read`."""
         if not self._is_proven:
             await self._prove()
         return await self._call.read()
 
     async def write(self, message: Any) -> None:
-        """See grpc.aio.StreamStreamCall."""
+        """Implements `grpc.aio.StreamStreamCall.write`."""
         if not self._is_proven:
             await self._prove()
         await self._call.write(message)
@@ -150,7 +150,7 @@ class StreamCall(_Call):
 
         Raises:
             Unproven: it gave none, or a wrong one.
-            grpc.aio.AioRpcError: the call is over: nobody there, or our own proof was refused.
+            grpc.aio.AioRpcError: the call is over: no server answers, or our own proof was refused.
         """
         try:
             metadata = await asyncio.wait_for(self._call.initial_metadata(), ANSWER_S)
@@ -166,11 +166,11 @@ class StreamCall(_Call):
         self._is_proven = True
 
     async def _raise_end(self) -> None:
-        """Where the call has ended without a proof, the reason is its status."""
+        """Raise the status of a call that ended without a proof; return if the call has not ended."""
         try:
             code = await asyncio.wait_for(self._call.code(), STATUS_S)
         except TimeoutError:
-            return  # it goes on, and has no proof
+            return  # the call continues without a proof
         if code is not grpc.StatusCode.OK:
             details = str(await self._call.details() or "")[:_MAX_DETAIL]
             raise grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details)

@@ -1,4 +1,4 @@
-"""What one request leaves in the metrics when it is over. Knows no exposition format."""
+"""Values of a finished request that are counted in the metrics. Knows no exposition format."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from .timeline import Phases
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """One hand-over that a decode worker received whole."""
+    """One hand-over that a decode worker received completely."""
 
     num_bytes: int
-    duration_s: float | None  # from the first frame to the last, what prefill computed meanwhile included
+    duration_s: float | None  # from the first frame to the last; includes prefill computation
 
 
 @dataclass(frozen=True, slots=True)
 class Life:
-    """A finished request (at the router), or a finished sequence (at a worker, which knows single choices only)."""
+    """Counted values of a finished request (router), or of a finished sequence (worker: each choice is one)."""
 
     prompt_tokens: int
     max_tokens: int
-    generated: tuple[int, ...]  # tokens of each choice; the first one is whose phases these are
-    reasons: tuple[FinishReason, ...]  # of each choice
+    generated: tuple[int, ...]  # tokens of each choice; `phases` belongs to the first one
+    reasons: tuple[FinishReason, ...]  # finish reason of each choice
     phases: Phases
     ttft_s: float | None
     e2e_s: float
-    gaps_s: Sequence[float] = ()  # between tokens
-    cached_tokens: int = 0  # of the prompt, that a prefix cache had
-    computed_tokens: int = 0  # of the prompt, whose KV was computed for it (at a worker: by this one)
-    asked_tokens: int = 0  # of the prompt, that a prefill worker was asked for
-    moved_tokens: int = 0  # of those, how many came
+    gaps_s: Sequence[float] = ()  # times between tokens
+    cached_tokens: int = 0  # prompt tokens found in a prefix cache
+    computed_tokens: int = 0  # prompt tokens whose KV was computed (worker: here)
+    asked_tokens: int = 0  # prompt tokens requested from a prefill worker
+    moved_tokens: int = 0  # requested prompt tokens that arrived
     transfers: tuple[Transfer, ...] = ()
 
     @property
     def is_finished(self) -> bool:
-        """Whether it came to the end that was asked for: no error, no cancel."""
+        """True if no choice ended by an error or a cancel."""
         return not {FinishReason.ERROR, FinishReason.CANCELLED} & set(self.reasons)
 
 
 def forget(life: Life) -> None:
-    """For who keeps no metrics."""
+    """Ignore a finished request, where no metrics are kept."""

@@ -1,4 +1,4 @@
-"""How this process gives memory back to the system. Knows glibc, and does nothing elsewhere."""
+"""Settings of glibc's malloc that return freed memory to the system. No effect without glibc."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ MAX_ARENAS = 2
 
 
 def give_large_memory_back() -> None:
-    """From now on what is large returns to the system when it is freed, and no thread keeps a heap of its own.
+    """Let freed blocks of `LARGE_BYTES` and more return to the system, and bound the heaps to `MAX_ARENAS`.
 
-    glibc keeps freed blocks of up to 32 MiB once it has seen such a block, per thread: a process that reads a message
-    of some MiB now and then would grow by several of them.
+    By default glibc raises its threshold up to 32 MiB once it frees such a block, and has heaps per thread: a process
+    that sometimes reads a message of some MiB would keep several blocks of that size.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

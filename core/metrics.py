@@ -1,4 +1,4 @@
-"""The metrics that dashboards and schedulers read by vLLM's names, and what each one means here.
+"""Metrics under vLLM's names, which dashboards and schedulers read, with their meaning in Twostroke.
 
 Source of names, types and labels: vLLM's metrics (docs/design/metrics, v1/metrics)."""
 
@@ -194,18 +194,18 @@ REASONS = {
     FinishReason.CANCELLED: "abort",
     FinishReason.ERROR: "error",
 }
-"""vLLM's words for why a choice ended."""
+"""vLLM's names of the finish reasons."""
 
 
 def know(board: Board, *labels: str) -> None:
-    """Let every series of requests and engines exist, with zero, for these leading labels."""
+    """Create every series of requests and engines with the value zero, for these leading labels."""
     board.know((*OF_REQUESTS, *OF_ENGINES, *GAUGES), *labels)
     for word in REASONS.values():
         board.know((SUCCESS,), *labels, word)
 
 
 def count_life(board: Board, life: Life, *labels: str) -> None:
-    """What a request that is over leaves. One that was cancelled or failed leaves no length and no whole latency."""
+    """Count a finished request. A cancelled or failed one adds no length and no total latency."""
 
     def observe(metric: Metric, value: float | None) -> None:
         if value is not None:
@@ -226,7 +226,7 @@ def count_life(board: Board, life: Life, *labels: str) -> None:
 
 
 def count_engines(board: Board, counters: Mapping[str, int], spreads: Mapping[str, Spread], *labels: str) -> None:
-    """What engines have counted since their start. A histogram with other buckets than ours is left out."""
+    """Set the counts of engines since their start. A histogram with other buckets than ours is ignored."""
     for metric, names in COUNTED_BY_ENGINES.items():
         board.set(metric, *labels, value=sum(counters.get(name, 0) for name in names))
     for name, metric in SPREAD_BY_ENGINES.items():

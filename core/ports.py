@@ -1,4 +1,4 @@
-"""Ports that our servers want: whether they can be bound, and what a user is told when not. Knows no server."""
+"""Checks of addresses and ports of our servers, with error messages for users. Knows no server."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}(%[\w.-]{1,16})?\]|[A-Za-z0-9_.-]{
 
 
 def check_address(address: str, param: str) -> str:
-    """`address`, which is host:port as `target` writes it: of the peers' many ways of naming a target, the only one.
+    """Return `address` if it is host:port in the form of `target`. Other forms of gRPC targets are refused.
 
     Raises:
-        InvalidRequest: it is something else, e.g. a path or a URL; names the field `param` and the value.
+        InvalidRequest: it has another form, e.g. a path or a URL; names the field `param` and the value.
     """
     found = _ADDRESS.fullmatch(address)
     if found is None or not 0 < int(found[3]) < 65536:
@@ -27,7 +27,7 @@ def check_address(address: str, param: str) -> str:
 
 
 def check_port(host: str, port: int, remedy: str) -> None:
-    """Bind and let go, as a server would. `remedy` names the flag or setting that chooses another port.
+    """Check that a server can bind a port. `remedy` names the flag or setting that chooses another port.
 
     A port that another server shares by SO_REUSEPORT counts as taken.
 
@@ -38,14 +38,14 @@ def check_port(host: str, port: int, remedy: str) -> None:
 
 
 def bound_socket(host: str, port: int, remedy: str) -> socket.socket:
-    """A TCP socket that is bound, and does not listen yet. The caller closes it.
+    """Return a TCP socket that is bound and does not listen yet. The caller closes it.
 
     Raises:
-        ConfigError: see `check_port`.
+        ConfigError: as for `check_port`.
     """
     address = numeric_host(host)
     bound = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what the last server left behind is no server
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections in TIME_WAIT do not block the port
     try:
         bound.bind((address, port))
     except OSError as error:
@@ -55,14 +55,14 @@ def bound_socket(host: str, port: int, remedy: str) -> socket.socket:
 
 
 def free_ports(host: str, number: int) -> list[int]:
-    """Ports that nobody holds just now, each another."""
+    """Return `number` different ports that are free now."""
     with contextlib.ExitStack() as stack:
         probes = [stack.enter_context(bound_socket(host, 0, "another host")) for _ in range(number)]
         return [int(probe.getsockname()[1]) for probe in probes]
 
 
 def numeric_host(host: str) -> str:
-    """The one address that `host` means, so that no server binds one of several and leaves the others to a stranger.
+    """Resolve `host` to one address, IPv4 first, so that all servers bind the same address of a name with several.
 
     Raises:
         ConfigError: the name cannot be resolved.
@@ -76,10 +76,10 @@ def numeric_host(host: str) -> str:
 
 
 def bindable_host(host: str, setting: str, *, insecure: bool) -> str:
-    """The numeric address that a server of ours may bind for `host`. Every listener asks here, so that none forgets to.
+    """Return the numeric address that a server may bind for `host`. Every listener of ours must use this check.
 
     Raises:
-        ConfigError: others can reach it, and nobody accepted that. `setting` names where `host` came from.
+        ConfigError: other machines can reach it, and `insecure` is false. `setting` names the origin of `host`.
     """
     address = numeric_host(host)
     if not insecure and not is_loopback_name(address):
@@ -91,7 +91,7 @@ def bindable_host(host: str, setting: str, *, insecure: bool) -> str:
 
 
 def target(host: str, port: int) -> str:
-    """host:port as gRPC writes it: IPv6 wears brackets."""
+    """host:port in gRPC's form: an IPv6 address has brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 

@@ -1,6 +1,6 @@
-"""Health checks of callers without a key: answered at once, few at a time, and none that says nothing for long.
+"""Health checks of callers without a key, with bounds on the number of waiting calls and on their duration.
 
-grpc.aio's own handler waits for the message as long as the caller likes, and holds the call meanwhile.
+grpc.aio's own handler waits for the message without a timeout, and holds the call meanwhile.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ import grpc.aio
 
 from .call_reaper import CallReaper
 
-MAX_WAITING = 64  # calls whose message has not come; one more ends the oldest
-PROBE_TIMEOUT_S = 5.0  # for the message, and for the answer to be taken
-MAX_BYTES = 4096  # of it: the name of a service
+MAX_WAITING = 64  # calls whose message has not arrived; one more ends the oldest
+PROBE_TIMEOUT_S = 5.0  # timeout of the message, and of the reading of the answer
+MAX_BYTES = 4096  # largest message: it holds the name of a service
 
 
 class Probes:
-    """The `Check` calls of one server."""
+    """Bounded `Check` calls of one server."""
 
     def __init__(self) -> None:
         self._waiting: dict[asyncio.Timeout, None] = {}  # the oldest first
         self._reaper = CallReaper()
 
     def handler(self, check: Any) -> Any:
-        """The handler of `grpc.health.v1.Health/Check` (None: there is none) within these bounds."""
+        """Wrap the handler of `grpc.health.v1.Health/Check` in these bounds. None stays None."""
         if check is None:
             return None
 
@@ -37,7 +37,7 @@ class Probes:
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "no message came, or a long one")
             try:
                 message = check.request_deserializer(raw)
-            except Exception:  # protobuf's DecodeError, of one of several implementations
+            except Exception:  # DecodeError: its class depends on protobuf's implementation
                 message = None
             if message is None:
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the message is no HealthCheckRequest")
@@ -46,7 +46,7 @@ class Probes:
         return grpc.stream_stream_rpc_method_handler(answer)
 
     async def _message(self, context: Any) -> Any:
-        """The first message, or no bytes where none came in time."""
+        """Return the first message as bytes, or something else if none arrived in time."""
         try:
             async with asyncio.timeout(PROBE_TIMEOUT_S) as patience:
                 self._waiting[patience] = None

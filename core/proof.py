@@ -1,10 +1,10 @@
-"""Proofs that both ends of a call inside the cluster know its key. Pure: time and nonces are handed in.
+"""Proofs that both ends of a call inside the cluster know the cluster's key. Pure: time and nonces are arguments.
 
-The caller's metadata has the claim (who is called, when, a nonce) and an HMAC-SHA256 over claim, method and direction.
-The callee answers with the HMAC of the same claim in the other direction, which only the key's holders can make.
+The caller's metadata has the claim (audience, time, nonce) and an HMAC-SHA256 over claim, method and direction. The
+callee answers with the HMAC of the same claim in the other direction, which only the key's holders can make.
 
-What a proof guards: who calls, and who answers. What it does not guard: nothing on the wire is encrypted, and the
-messages after the proof have no HMAC. Against somebody who reads or changes packets only certificates help.
+A proof authenticates caller and callee. It does not encrypt, and the messages after the proof have no HMAC. Against an
+attacker who reads or changes packets only certificates help.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ ANSWER_HEADER = "twostroke-answer-bin"
 
 NONCE_BYTES = 16
 WINDOW_MS = 300_000
-"""How far the clocks of two machines may differ, and how long a proof is of use. Kerberos has the same five minutes."""
-MAX_NONCES = 1 << 17  # 200 calls per second for all the time in which their proofs could come again
+"""Largest difference between the clocks of two machines, and lifetime of a proof. Kerberos uses the same 5 minutes."""
+MAX_NONCES = 1 << 17  # more than 200 calls per second for twice the window, in which a proof can be replayed
 
 _VERSION = 1
 _HEAD = struct.Struct(">BQ16s32s")  # version, time, nonce, HMAC; then the audience
@@ -30,7 +30,7 @@ _MAX_AUDIENCE_BYTES = 300  # a host name has 253 characters at most
 
 
 class Direction(StrEnum):
-    """Whose proof it is: one direction's proof is of no use in the other."""
+    """Direction of a proof: a proof of one direction is invalid in the other."""
 
     CALL = "call"
     ANSWER = "answer"
@@ -38,16 +38,16 @@ class Direction(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What a proof is about: one call."""
+    """Call that a proof is about."""
 
     method: str  # "/package.Service/Method"
-    audience: str  # host:port that the caller dialled
-    sent_ms: int  # the caller's wall clock, since 1970
-    nonce: bytes  # NONCE_BYTES that no other call has
+    audience: str  # host:port that the caller used as the target
+    sent_ms: int  # the caller's wall clock, milliseconds since 1970
+    nonce: bytes  # NONCE_BYTES, unique to this call
 
 
 class Fault(StrEnum):
-    """Why a proof is refused."""
+    """Reason for which a proof is refused."""
 
     MISSING = "missing"
     MALFORMED = "malformed"
@@ -58,7 +58,7 @@ class Fault(StrEnum):
 
 
 class ProofRefused(Exception):
-    """The call may not be served. The message is for the caller's log; it tells no secret."""
+    """A call must not be served. The message is for the caller's log and contains no secret."""
 
     def __init__(self, fault: Fault, message: str) -> None:
         super().__init__(message)
@@ -66,7 +66,7 @@ class ProofRefused(Exception):
 
 
 def sign(key: bytes, claim: Claim, direction: Direction) -> bytes:
-    """32 bytes: HMAC-SHA256 (RFC 2104) over direction and claim. Every text is preceded by its length."""
+    """HMAC-SHA256 (RFC 2104; 32 bytes) over direction and claim. The length of each text precedes it."""
     mac = hmac.new(key, digestmod=hashlib.sha256)
     for text in (direction.value, claim.method, claim.audience):
         data = text.encode()
@@ -76,22 +76,22 @@ def sign(key: bytes, claim: Claim, direction: Direction) -> bytes:
 
 
 def call_header(key: bytes, claim: Claim) -> bytes:
-    """The value of CALL_HEADER."""
+    """Value of CALL_HEADER for a claim."""
     proof = sign(key, claim, Direction.CALL)
     return _HEAD.pack(_VERSION, claim.sent_ms, claim.nonce, proof) + claim.audience.encode()
 
 
 def is_answer_to(claim: Claim, key: bytes, header: bytes | None) -> bool:
-    """Whether this value of ANSWER_HEADER was made by somebody who knows the key, for this very call."""
+    """Return whether a value of ANSWER_HEADER was made with the key, for exactly this call."""
     return header is not None and hmac.compare_digest(sign(key, claim, Direction.ANSWER), header)
 
 
 class Verifier:
-    """What one server knows of proofs: its key, its own address, and the nonces that it has seen.
+    """Verifier of the proofs that one server gets. State: key, own address, and seen nonces.
 
-    Each proof counts once. Nonces are remembered while their proofs would pass for new; when there are too many, the
-    oldest are forgotten and whatever is as old as they are is refused, so that a forgotten proof never passes again.
-    A proof that is older than the verifier is refused too: an earlier life of the server may have seen its nonce.
+    Each proof is accepted once. Nonces are kept as long as their proofs could be accepted. When there are too many, the
+    oldest are forgotten and all proofs up to their age are refused, so that no proof is accepted twice. A proof older
+    than the verifier is refused too: an earlier life of the server may have seen its nonce.
     """
 
     def __init__(self, key: bytes, now_ms: int, max_nonces: int = MAX_NONCES) -> None:
@@ -103,10 +103,10 @@ class Verifier:
         self._oldest_ms = now_ms
 
     def check(self, method: str, header: bytes | None, now_ms: int) -> bytes:
-        """Check a call's proof; the value of ANSWER_HEADER for it.
+        """Check a call's proof. Returns the value of ANSWER_HEADER for it.
 
         Raises:
-            ProofRefused: the caller did not prove that it knows the key, or that this call is new and meant for us.
+            ProofRefused: the proof is missing, malformed, wrong, too old, replayed, or meant for another server.
         """
         if header is None:
             raise ProofRefused(Fault.MISSING, f"the call has no proof of the cluster's key; {_REMEDY}")
@@ -128,7 +128,7 @@ class Verifier:
                 f"at most {WINDOW_MS // 1000} s are tolerated: set the clocks by NTP",
             )
         if now_ms < self._oldest_ms:
-            self._oldest_ms = 0  # our clock was set back: age says nothing until then
+            self._oldest_ms = 0  # our clock was set back, so `_oldest_ms` is meaningless
         if claim.sent_ms < self._oldest_ms:
             raise ProofRefused(Fault.REPLAY, "the proof is older than what this server remembers; call again")
         if claim.nonce in self._seen:

@@ -1,4 +1,4 @@
-"""The words of one request inside the cluster: what to generate from, how, and under which name."""
+"""Values that describe one request inside the cluster: prompt, sampling, names."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are chosen. Already validated: ranges hold, `seed` and `max_tokens` are set.
+    """Sampling parameters of a request. Already validated: ranges hold, `seed` and `max_tokens` are set.
 
-    A token is argmax(filtered logits / temperature + Gumbel noise), the noise keyed by (seed, choice, position,
-    token id); temperature 0 is greedy. In which order everything applies: model/sampling/sampler.py.
+    A token is argmax(filtered logits / temperature + Gumbel noise), with noise keyed by (seed, choice, position,
+    token id); temperature 0 is greedy. model/sampling/sampler.py defines the order of all operations.
     """
 
     max_tokens: int
@@ -24,49 +24,49 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     min_tokens: int = 0
-    min_p: float = 0.0  # least probability, as a part of the likeliest token's; 0: off
-    repetition_penalty: float = 1.0  # of tokens in prompt or output; 1: off
-    frequency_penalty: float = 0.0  # per occurrence in the output
-    presence_penalty: float = 0.0  # of tokens in the output
-    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit)
-    bad_words: tuple[tuple[int, ...], ...] = ()  # token ids of words that must not come about
-    include_stop: bool = False  # what ended the choice stays in its text
-    skip_special_tokens: bool = True  # they give no text
-    logprobs: int | None = None  # of every generated token, with so many of the likeliest; None: none
-    prompt_logprobs: int | None = None  # the same of every prompt token but the first
+    min_p: float = 0.0  # lowest probability, as a fraction of the likeliest token's; 0: off
+    repetition_penalty: float = 1.0  # for tokens in prompt or output; 1: off
+    frequency_penalty: float = 0.0  # for each occurrence in the output
+    presence_penalty: float = 0.0  # once for each token in the output
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, value added to its logit)
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token ids of each word that must not be generated
+    include_stop: bool = False  # the stop string that ended the choice stays in its text
+    skip_special_tokens: bool = True  # special tokens produce no text
+    logprobs: int | None = None  # number of likeliest tokens given per generated token; None: no logprobs
+    prompt_logprobs: int | None = None  # the same for every prompt token except the first
 
     @property
     def needs_history(self) -> bool:
-        """Whether the choice of a token depends on the ids before it."""
+        """True if sampling needs the earlier token ids (penalties, bad words)."""
         penalties = (self.repetition_penalty, self.frequency_penalty, self.presence_penalty)
         return penalties != (1.0, 0.0, 0.0) or bool(self.bad_words)
 
 
 class TokenLogprobs(NamedTuple):
-    """How likely one token was, under the model's own distribution: before penalties, temperature and filters."""
+    """Log probability of one token in the model's distribution, before penalties, temperature and filters."""
 
     token_id: int
     logprob: float
     rank: int  # 1: the likeliest
-    top: tuple[tuple[int, float], ...]  # (token id, logprob), likeliest first, as many as were asked for
+    top: tuple[tuple[int, float], ...]  # (token id, logprob), likeliest first, as many as requested
 
 
 class Epoch(NamedTuple):
-    """Which dispatch of a request is the living one. Ordered: the higher one wins."""
+    """Number of a dispatch of a request. Ordered: only the highest one counts."""
 
     incarnation: int
     counter: int
 
 
 class SequenceKey(NamedTuple):
-    """One choice of one request: the unit that workers run."""
+    """Identifier of one choice of one request, the unit that workers run."""
 
     request_id: str
     choice: int
 
 
 class FinishReason(StrEnum):
-    """Why a choice ended. Values are OpenAI's words where they have one."""
+    """Reason for which a choice ended. Values are OpenAI's words where they exist."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -75,40 +75,40 @@ class FinishReason(StrEnum):
 
 
 class Role(StrEnum):
-    """What a worker does. Data, not a class: one process can take another role while it runs."""
+    """Role of a worker. Data, not a class: a process can change its role while it runs."""
 
     PREFILL = "prefill"
     DECODE = "decode"
-    COMBINED = "combined"  # prefills what it decodes; takes no hand-overs
+    COMBINED = "combined"  # prefill and decode in one worker, without hand-overs
 
 
-USUAL_ANSWER_TOKENS = 1024  # counted for an answer whose length nobody bounded
+USUAL_ANSWER_TOKENS = 1024  # estimated length of an answer without a bound of its own
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One admitted request in the router: the same value whether it came over HTTP or gRPC."""
+    """One validated request in the router, the same for HTTP and gRPC."""
 
     request_id: str
     model: str
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     num_choices: int
-    isolation_domain: str  # who shares cached prefixes with it: its tenant, or those of its tenant with its salt
+    isolation_domain: str  # scope of shared prefixes: the tenant, or the tenant and its salt
     timeout_s: float
     is_chat: bool = False
-    is_bounded: bool = True  # false: nobody said how long an answer may be, and `max_tokens` is all that fits
+    is_bounded: bool = True  # false: the client gave no limit; `max_tokens` is all that fits
 
     @property
     def expected_tokens(self) -> int:
-        """How many new tokens per choice admission and routing count: what was asked for, else a usual answer's."""
+        """New tokens per choice for admission and routing: the client's limit, else at most USUAL_ANSWER_TOKENS."""
         most = self.sampling.max_tokens
         return most if self.is_bounded else min(most, USUAL_ANSWER_TOKENS)
 
-    ignored_fields: tuple[str, ...] = ()  # what the client sent and nothing reads, by name
-    tenant: str | None = None  # whose it is; None: the isolation domain's
+    ignored_fields: tuple[str, ...] = ()  # names of fields that the client sent and that have no effect
+    tenant: str | None = None  # owner of the request; None: the isolation domain
 
     @property
     def owner(self) -> str:
-        """The tenant that may explain and abort it, and whose share of the cluster it uses."""
+        """Tenant that may explain and abort the request, and whose share of the cluster it uses."""
         return self.tenant or self.isolation_domain

@@ -1,4 +1,4 @@
-"""Numbers counted into fixed buckets: a histogram as plain integers. Pure; knows no exposition format."""
+"""Histogram with fixed buckets, as plain integers. Pure; knows no exposition format."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from typing import NamedTuple
 
 
 class Spread(NamedTuple):
-    """The counts of a histogram at one moment."""
+    """Counts of a histogram at one moment."""
 
-    counts: tuple[int, ...]  # per bucket, not cumulative; the last one is of what exceeds every bound
-    total: float  # of the values
+    counts: tuple[int, ...]  # per bucket, not cumulative; the last bucket is above all bounds
+    total: float  # sum of the values
 
     def plus(self, other: Spread) -> Spread:
-        """Both together. They have the same bounds."""
+        """Return the sum of two histograms with the same bounds."""
         counts = tuple(mine + theirs for mine, theirs in zip(self.counts, other.counts, strict=True))
         return Spread(counts, self.total + other.total)
 
     def minus(self, earlier: Spread) -> Spread:
-        """What came since an earlier moment of the same histogram."""
+        """Return the counts since an earlier moment of the same histogram."""
         counts = tuple(mine - theirs for mine, theirs in zip(self.counts, earlier.counts, strict=True))
         return Spread(counts, self.total - earlier.total)
 
 
 class Tally:
-    """Counts values by upper bounds; a value that equals a bound belongs to it, as Prometheus has it."""
+    """Counter of values by upper bounds. A value equal to a bound belongs to its bucket, as in Prometheus."""
 
     __slots__ = ("_bounds", "_counts", "_spread", "_total")
 
     def __init__(self, bounds: Sequence[float]) -> None:
-        """`bounds` ascend."""
+        """`bounds` must be ascending."""
         self._bounds = bounds
         self._counts = [0] * (len(bounds) + 1)
         self._total = 0.0
-        self._spread: Spread | None = None  # of the counts, until they change
+        self._spread: Spread | None = None  # cached until the counts change
 
     def add(self, value: float) -> None:
         """Count one value."""
@@ -44,7 +44,7 @@ class Tally:
 
     @property
     def spread(self) -> Spread:
-        """The counts now."""
+        """Current counts."""
         if self._spread is None:
             self._spread = Spread(tuple(self._counts), self._total)
         return self._spread

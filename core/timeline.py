@@ -1,4 +1,4 @@
-"""The named instants of a request's life. Every latency, metric and plot is a difference of two of them.
+"""Named instants of a request. Every latency, metric and plot is a difference of two of them.
 
 router:   arrived → admitted → routed → … → first_sent → finished
 decode:   received → promised → bound → first_frame → first_token → last_frame → second_token → last_token
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 
 class Instant(StrEnum):
-    """What happened; the value is its name on the wire and in `explain`."""
+    """Event of a request's life; the value is its name on the wire and in `explain`."""
 
     ARRIVED = "arrived"  # router: the request's body is complete
     ADMITTED = "admitted"  # router: validated, tokenised, within the bounds
@@ -21,26 +21,26 @@ class Instant(StrEnum):
     RECEIVED = "received"  # decode: order taken off the session
     PROMISED = "promised"  # decode: room is promised, the hand-over may open
     OFFERED = "offered"  # prefill: the request is in the queue
-    STARTED = "started"  # prefill: next to run, asks decode to bind
+    STARTED = "started"  # prefill: next to run; it asks decode to bind
     BOUND = "bound"  # decode: physical blocks are bound
     PREFILL_BEGAN = "prefill_began"  # the first chunk enters a step
     PREFILLED = "prefilled"  # the last chunk left a step
-    FIRST_FRAME = "first_frame"  # decode: the first KV frame held its digests
+    FIRST_FRAME = "first_frame"  # decode: the first KV frame matched its digests
     FIRST_TOKEN = "first_token"
     LAST_FRAME = "last_frame"  # decode: the prompt's KV is complete
     SECOND_TOKEN = "second_token"
-    LAST_TOKEN = "last_token"  # decode: the last one that counts
+    LAST_TOKEN = "last_token"  # decode: the last token that counts
     FIRST_SENT = "first_sent"  # router: first piece handed to the client
     FINISHED = "finished"
 
 
 class Phases(NamedTuple):
-    """How long a request was in each phase, in seconds. None: it did not come so far."""
+    """Time of a request in each phase, in seconds. None: the phase did not end."""
 
-    queue_s: float | None  # until its first chunk entered a step
-    prefill_s: float | None  # from there to the first token
+    queue_s: float | None  # from its arrival in the queue until its first chunk entered a step
+    prefill_s: float | None  # from the first chunk in a step to the first token
     decode_s: float | None  # from the first token to the last
-    inference_s: float | None  # prefill and decode
+    inference_s: float | None  # sum of prefill and decode
 
 
 class Timeline:
@@ -59,7 +59,7 @@ class Timeline:
         self._at_s.setdefault(instant, now_s)
 
     def at_s(self, instant: Instant) -> float | None:
-        """When it happened, or None."""
+        """Time of an instant, or None if it has not happened."""
         return self._at_s.get(instant)
 
     def between_s(self, start: Instant, end: Instant) -> float | None:
@@ -71,7 +71,7 @@ class Timeline:
     def phases(self, queued_s: float) -> Phases:
         """The phases of a request that began to wait at `queued_s`."""
         began, first = self.at_s(Instant.PREFILL_BEGAN), self.at_s(Instant.FIRST_TOKEN)
-        first = self.at_s(Instant.PREFILLED) if first is None else first  # a prefill worker samples it, and no more
+        first = self.at_s(Instant.PREFILLED) if first is None else first  # a prefill worker samples it there
         last = self.at_s(Instant.LAST_TOKEN)
         last = first if last is None else last
         return Phases(
@@ -79,11 +79,11 @@ class Timeline:
         )
 
     def since_ns(self, origin_s: float) -> dict[str, int]:
-        """Every instant as nanoseconds since `origin_s`, never negative: the form that crosses the wire."""
+        """Instants as nanoseconds since `origin_s`, never negative: the form on the wire."""
         return {name.value: max(0, round((at - origin_s) * 1e9)) for name, at in self._at_s.items()}
 
     def adopt(self, since_ns: Mapping[str, int] | Iterable[tuple[str, int]], origin_s: float) -> None:
-        """Take over a peer's instants, placed after our own `origin_s`. Unknown names (newer peers) are left out."""
+        """Add a peer's instants, relative to our own `origin_s`. Unknown names (of newer peers) are ignored."""
         known = {instant.value: instant for instant in Instant}
         for name, ns in dict(since_ns).items():
             if name in known:

@@ -1,4 +1,4 @@
-"""A step plan as tensors: rows, positions, slots and who attends to which blocks. Knows no weights."""
+"""A step plan as tensors: rows, positions, slots, and the blocks that each sequence attends to. Knows no weights."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from .ops.upload import upload
 class StepBatch:
     """Inputs of one step. Rows are padded to `ops.row_multiple`; padding has token 0, position 0 and slot -1.
 
-    `build_batch` leaves all but `attention` on the CPU; `on_device` brings the rest after it.
+    `build_batch` leaves all tensors except `attention` on the CPU; `on_device` moves them to the device.
     """
 
     token_ids: Tensor  # [rows] int64
     positions: Tensor  # [rows] int64
     slots: Tensor  # [rows] int64: block * block_tokens + offset
-    attention: Any  # what `ops.lay_out` made of the step's spans
-    num_rows: int  # with padding
-    first_rows: Sequence[int]  # of each sequence of the plan; its rows follow
+    attention: Any  # result of `ops.lay_out` for the step's spans
+    num_rows: int  # including padding
+    first_rows: Sequence[int]  # first row of each sequence of the plan
     sampled: Sequence[int]  # indices into plan.sequences
-    sample_rows: Sequence[int]  # the row whose logits each of them samples from; padded as rows are
-    read_rows: Sequence[int]  # rising: rows whose residual stream is read after the last layer; others' may be anything
+    sample_rows: Sequence[int]  # row from which each of these samples; padded to `ops.row_multiple`
+    read_rows: Sequence[int]  # ascending: rows read after the last layer; the others may hold anything
 
     def spoken(self, rows: Tensor) -> Tensor:
-        """Of all rows those that are sampled from, in their order, then padding."""
+        """Select the sampled rows from `rows` [num_rows, ...], in order of `sampled`, then padding."""
         return rows if len(self.sampled) == self.num_rows else rows[torch.tensor(self.sample_rows, dtype=torch.int64)]
 
 
 def read_whole(batch: StepBatch) -> StepBatch:
-    """The batch for a caller who reads every row of the residual stream."""
+    """Copy of the batch whose `read_rows` are all rows of the residual stream."""
     return replace(batch, read_rows=range(batch.num_rows))
 
 
 def on_device(batch: StepBatch, device: torch.device) -> StepBatch:
-    """The batch with its rows where the ops are."""
+    """Move the batch's rows to the device of the ops."""
     if device.type == "cpu":
         return batch
     token_ids, positions, slots = upload((batch.token_ids, batch.positions, batch.slots), device)
@@ -52,7 +52,7 @@ def on_device(batch: StepBatch, device: torch.device) -> StepBatch:
 
 
 def build_batch(plan: StepPlan, token_ids: Sequence[Sequence[int]], block_tokens: int, ops: Ops) -> StepBatch:
-    """Lay a plan out. `token_ids`: per sequence, with ids from earlier steps filled in."""
+    """Make the batch of a plan. `token_ids`: per sequence, with the ids that earlier steps sampled."""
     first_rows: list[int] = []
     spans: list[Span] = []
     positions: list[int] = []
@@ -62,7 +62,7 @@ def build_batch(plan: StepPlan, token_ids: Sequence[Sequence[int]], block_tokens
         table = step.block_table[: -(-(start + count) // block_tokens)]
         first_rows.append(row)
         spans.append(Span(row, start, count, table))
-        if count == 1:  # a decode: most steps have nothing else
+        if count == 1:  # a decode; most steps consist of these
             positions.append(start)
             slots.append(start + _ahead(table, len(table) - 1, block_tokens))
         else:
@@ -88,7 +88,7 @@ def build_batch(plan: StepPlan, token_ids: Sequence[Sequence[int]], block_tokens
 
 
 def _ahead(table: Sequence[BlockId], index: int, block_tokens: int) -> int:
-    """How far the slots of a sequence's `index`-th block are ahead of its positions."""
+    """Difference between slot and position in a sequence's `index`-th block."""
     return (table[index] - index) * block_tokens
 
 
@@ -99,7 +99,7 @@ def _slots(table: Sequence[BlockId], positions: range, block_tokens: int) -> Ite
 
 
 def _scored_rows(plan: StepPlan, first_rows: Sequence[int]) -> Iterator[int]:
-    """Those whose next token is known, and wanted to be told how likely it was."""
+    """Rows of prompt tokens whose next token gets a logprob (prompt_logprobs)."""
     for first, step in zip(first_rows, plan.sequences, strict=True):
         if step.targets:
             yield from range(first, first + len(step.targets))
@@ -110,7 +110,7 @@ def _int64(numbers: list[int]) -> Tensor:
 
 
 def warm_up_batch(block_tokens: int, ops: Ops, num_tokens: int = 1) -> StepBatch:
-    """A step that writes nothing: tokens (a block's at most) that read the store's block 0, whatever is there."""
+    """Batch of a step that writes nothing: at most a block's tokens, which read the store's block 0."""
     rows = num_tokens + -num_tokens % ops.row_multiple
     return StepBatch(
         token_ids=torch.zeros(rows, dtype=torch.int64),

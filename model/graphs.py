@@ -1,12 +1,12 @@
 """Decode steps as CUDA graphs, keyed (padded batch, query length 1). Knows the decoder, no sampling, no request.
 
-A graph replays on the memory that it was captured on: each size has an arena of inputs that one copy fills. Steps with
+A graph replays on the memory on which it was captured: each size has an arena of inputs that one copy fills. Steps with
 prompt chunks, more sequences than the largest size, or a context beyond `GRAPH_CONTEXT` run eagerly, with the same
 kernels on the same rows. Padding rows have slot -1 and context 0: they store nothing and attend to nothing.
 
     arena of size n:  token ids, positions, slots [n] int64 | contexts [n] int32 | block tables [n, blocks] int32
 
-On a CPU (Triton's interpreter) nothing is captured: the same arenas feed the decoder step by step.
+On a CPU (Triton's interpreter) nothing is captured: the decoder runs each step on the same arenas.
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ from .decoder.decoder import Decoder, Hidden
 from .ops.triton_ops import Layout
 from .ops.upload import Arena
 
-GRAPH_CONTEXT = 8192  # a longer table would cost every short step splits that have nothing to do
+GRAPH_CONTEXT = 8192  # tokens; with longer tables every short step would launch more empty splits
 
-_one_capture = threading.Lock()  # torch: no two at a time in one process, and workers may share one
+_one_capture = threading.Lock()  # torch allows one capture at a time in a process; workers may share it
 
 
 def graph_sizes(max_num_seqs: int) -> tuple[int, ...]:
-    """Batch sizes to capture, rising: powers of two, and the largest batch itself."""
+    """Batch sizes to capture, ascending: powers of two, and the largest batch itself."""
     sizes = [1 << power for power in range(max_num_seqs.bit_length()) if 1 << power <= max_num_seqs]
     return tuple(sizes) if sizes[-1] == max_num_seqs else (*sizes, max_num_seqs)
 
 
 def padded_size(sizes: Sequence[int], num_seqs: int) -> int | None:
-    """The smallest captured size that holds a batch; None: it is too large."""
+    """Smallest captured size that holds a batch. None: the batch is too large."""
     place = bisect_left(sizes, num_seqs)
     return sizes[place] if place < len(sizes) else None
 
 
 def can_capture(spec: ModelSpec) -> bool:
-    """Whether a step's launches depend on no number of it. Experts choose their rows by what the router says."""
+    """Return whether a step's kernel launches are independent of its data. With experts they depend on the routing."""
     return not any(isinstance(layer.ffn, ExpertsFfn) for layer in spec.layers)
 
 
 @dataclass(slots=True, eq=False)
 class _Captured:
-    """One size: its inputs, and what leaves their hidden rows in `hidden`."""
+    """One captured size: its inputs, and the graph that writes their hidden rows to `hidden`."""
 
     arena: Arena
     batch: StepBatch
@@ -60,7 +60,7 @@ class _Captured:
 
 
 class DecodeGraphs:
-    """All sizes of one decoder on one store. In the thread and the inference mode of the steps."""
+    """Graphs of all sizes of one decoder on one store. Use in the thread and the inference mode of the steps."""
 
     def __init__(self, decoder: Decoder, store: KvStore, max_num_seqs: int) -> None:
         self._decoder = decoder
@@ -71,7 +71,7 @@ class DecodeGraphs:
         self._captured: dict[int, _Captured] = {}
 
     def capture(self) -> None:
-        """Capture every size, the largest first, so that the others find its memory in their shared pool."""
+        """Capture every size, the largest first, so that the others reuse its memory from the shared pool."""
         for size in reversed(self.sizes):
             self._captured[size] = self._prepared(size)
         if self._device.type == "cpu":
@@ -79,21 +79,21 @@ class DecodeGraphs:
         pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         for captured in self._captured.values():
-            self._decoder.hidden(captured.batch, self._store)  # compiles, and lets cuBLAS choose
+            self._decoder.hidden(captured.batch, self._store)  # compiles kernels, and lets cuBLAS choose its own
             captured.graph = torch.cuda.CUDAGraph()
-            # What other threads ask of the device meanwhile (memory, say) is not ours to forbid.
+            # Thread-local mode: other threads may use the device meanwhile, e.g. to allocate memory.
             graph = torch.cuda.graph(captured.graph, pool, stream, capture_error_mode="thread_local")
             with _one_capture, graph:
                 captured.hidden = self._decoder.hidden(captured.batch, self._store)
 
     def serves(self, plan: StepPlan) -> bool:
-        """Whether a plan is one decode step of a captured size."""
+        """Return whether a plan is one decode step that fits a captured size."""
         return len(plan.sequences) <= self.sizes[-1] and all(
             step.num_tokens == 1 and step.end <= self._max_context for step in plan.sequences
         )
 
     def run(self, plan: StepPlan, token_ids: Sequence[Sequence[int]]) -> tuple[StepBatch, Hidden]:
-        """Compute a step that `serves`: its batch, and its rows with padding behind them, valid until the next step."""
+        """Compute a step that `serves` accepts. Batch and hidden rows (padding last) are valid until the next step."""
         size = padded_size(self.sizes, len(plan.sequences))
         assert size is not None, "the plan is not served"
         captured = self._captured[size]

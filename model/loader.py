@@ -1,4 +1,4 @@
-"""From a checkpoint's directory to a runner, and the name of its arithmetic. Knows files and sizes, no requests."""
+"""Makes a runner from a checkpoint, and computes its numerics class. Knows files and sizes, no requests."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from .weights.host_memory import give_back_after_load
 from .weights.tensors import open_source, weights_fingerprint
 from .weights.weights import load_weights
 
-KERNEL_SET_VERSION = 7  # one more whenever a change of ours can change a bit of any logit
+KERNEL_SET_VERSION = 7  # increase it with every change that can change a bit of any logit
 
 KvDType = Literal["auto", "fp8", "bfloat16", "float32"]
 
 
 @dataclass(frozen=True, slots=True)
 class RunnerOptions:
-    """How to run a checkpoint. `kv_dtype` auto is fp8, `dtype` auto the checkpoint's own."""
+    """Options to run a checkpoint. `kv_dtype` auto means fp8, `dtype` auto means the checkpoint's dtype."""
 
     num_blocks: int
     block_tokens: int = 16
@@ -45,28 +45,28 @@ class RunnerOptions:
     quantization: Quantization = "none"
     kernels: KernelsChoice = "auto"  # on a CPU
     device: DeviceChoice = "cpu"
-    gpu: int = 0  # which one, where there are several
+    gpu: int = 0  # index of the GPU
     graph_seqs: int = 0  # on a GPU: the largest decode step that runs as a graph
-    end_ids: tuple[int, ...] = ()  # what ends a text beside the ids that the config names: the tokenizer's own end
+    end_ids: tuple[int, ...] = ()  # end tokens of the tokenizer, in addition to those of the config
 
 
 @dataclass(frozen=True, slots=True)
 class NumericsClass:
-    """Workers of one class give the same bits for the same prefix."""
+    """Class of workers that compute the same bits for the same prefix."""
 
     digest: bytes  # 16 bytes
     description: str
 
 
 def load_runner(directory: Path, options: RunnerOptions) -> Runner:
-    """Load weights and make a store of `num_blocks` blocks. Call `warm_up` in the thread that will run the steps.
+    """Load weights and make a store of `num_blocks` blocks. Call `warm_up` in the thread that runs the steps.
 
     Raises:
-        CheckpointError: the directory holds no model that we serve.
-        ConfigError: max_model_len is more than the checkpoint was made for, or the device cannot serve it.
+        CheckpointError: the directory holds no model that is served.
+        ConfigError: max_model_len exceeds the checkpoint's context length, or the device cannot serve the model.
     """
     spec = load_spec(directory)
-    more_ends = (id_ for id_ in options.end_ids if id_ < spec.vocab_size)  # a tokenizer may know more than the model
+    more_ends = (id_ for id_ in options.end_ids if id_ < spec.vocab_size)  # the tokenizer may have more ids
     spec = replace(spec, eos_ids=tuple(dict.fromkeys((*spec.eos_ids, *more_ends))))
     device = resolve_device(options.device, options.gpu)
     context_length(spec, options.max_model_len)
@@ -90,10 +90,10 @@ def make_ops(
     kernels: KernelsChoice = "auto",
     device: torch.device | None = None,
 ) -> Ops:
-    """The ops of a device (None: the CPU); there, the fastest there are (`auto`), or the ones asked for.
+    """Make the ops of a device (None: the CPU). On a CPU, `kernels` selects them; `auto` takes the fastest available.
 
     Raises:
-        ConfigError: the asked-for kernels cannot run here.
+        ConfigError: the requested kernels cannot run on this machine.
     """
     if device is not None and device.type != "cpu":
         from .ops.triton_ops import TritonOps  # needs triton
@@ -105,15 +105,15 @@ def make_ops(
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:
-    """The tensor type of a compute dtype."""
+    """torch's dtype for a compute dtype."""
     return torch.bfloat16 if dtype == "bfloat16" else torch.float32
 
 
 def numerics_class(directory: Path, options: RunnerOptions, tp: int = 1) -> NumericsClass:
-    """All that a bit of a logit can depend on: weights, compute dtype, cache codec, TP, the ops, the machine, and the
-    served context length where rotary angles depend on it.
+    """Compute the numerics class: a digest of everything that can change a bit of a logit.
 
-    Not the number of threads, nor sizes of blocks, batches and chunks: those change no bit.
+    This is: weights, compute dtype, cache codec, TP, ops, machine, and the served context length if rotary angles
+    depend on it. The number of threads and the sizes of blocks, batches and chunks change no bit.
     """
     spec = load_spec(directory)
     weights = weights_fingerprint(directory)
@@ -131,14 +131,14 @@ def numerics_class(directory: Path, options: RunnerOptions, tp: int = 1) -> Nume
 
 
 def machine_description() -> str:
-    """The machine as far as libraries choose their kernels by it: architecture, vector extensions, CPU model."""
+    """Properties by which libraries choose their CPU kernels: architecture, vector extensions, CPU model."""
     model = ""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith(("vendor_id", "cpu family", "model\t")):
                 model += " " + line.partition(":")[2].strip()
             elif not line:
-                break  # the first core speaks for all
+                break  # read the first core only
     except OSError:
         model = " " + platform.processor()
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}{model}"

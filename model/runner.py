@@ -1,4 +1,4 @@
-"""Runs step plans: batch, decoder, sampling, seals. Knows no queue, no request's life, no peer."""
+"""Runs step plans: batch, decoder, sampling, seals. Knows no queue, no request, no peer."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ if TYPE_CHECKING:  # needs triton
     from .graphs import DecodeGraphs
 
 _NO_MODE = nullcontext()
-_REMEMBERED_STEPS = 4  # a plan may name tokens of this many steps back
+_REMEMBERED_STEPS = 4  # a plan may use tokens sampled up to this many steps ago
 
 
 class Runner:
-    """One model, one store, one thread that calls `run`.
+    """One model with its store. Only one thread may call `run`.
 
-    A row's tokens depend on its own prefix alone, not on what else is in the step, how a prompt was cut into chunks,
-    what was cached, or the number of threads.
+    A row's tokens depend on its own prefix only: not on other rows of the step, the chunks of a prompt, cached blocks,
+    or the number of threads. (On a GPU, products are an exception: ops/triton_ops.py.)
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Runner:
         *,
         graph_seqs: int = 0,
     ) -> None:
-        """`graph_seqs`: decode steps of up to so many sequences run as graphs (on a device only)."""
+        """`graph_seqs`: decode steps of up to this many sequences run as graphs (on a GPU only; 0: none)."""
         self.spec = spec
         self.weights = weights
         self.store = store
@@ -56,19 +56,19 @@ class Runner:
         self._graph_seqs = graph_seqs
         self._is_cpu = ops.device.type == "cpu"
         self._decoder: Decoder | None = None
-        self._has_many_ops = True  # of torch, which are quicker in inference mode; entering it costs more than a few
+        self._has_many_ops = True  # many torch ops run faster in inference mode; for a few, entering it costs more
         self._graphs: DecodeGraphs | None = None
         self._results: OrderedDict[int, StepResult] = OrderedDict()
         self._sampler: StepSampler | None = None
 
     def warm_up(self) -> None:
-        """Let the ops choose their forms, run steps that write nothing, capture graphs. In the thread of the steps."""
+        """Prepare the ops, run steps that write nothing, capture graphs. Call it in the thread of the steps."""
         self.ops.prepare()
         self._decoder = Decoder(self.spec, self.weights, self.ops, self.max_model_len)
         self._has_many_ops = not self._decoder.is_fused
         device = self.ops.device
         with torch.inference_mode():
-            for num_tokens in (1,) if device.type == "cpu" else (1, 2):  # a device has other kernels for chunks
+            for num_tokens in (1,) if device.type == "cpu" else (1, 2):  # a GPU has separate kernels for chunks
                 batch = on_device(warm_up_batch(self.store.block_tokens, self.ops, num_tokens), device)
                 hidden = self._decoder.hidden(batch, self.store)
                 self._decoder.logits(batch.spoken(hidden.rows))
@@ -76,10 +76,11 @@ class Runner:
                 self._graphs = self._captured(self._decoder)
 
     def run(self, plan: StepPlan) -> StepResult:
-        """Compute a plan: its keys and values are in the store, finished hash blocks sealed, tokens sampled.
+        """Compute a plan: store its keys and values, seal finished hash blocks, sample tokens.
 
-        A sequence whose keys, values or logits are not finite is named in `non_finite`, gets no token, and its blocks
-        no seal. One whose token could not be sampled is named in `failed`. The others are untouched by either.
+        A sequence whose keys, values or logits are not finite is listed in `non_finite`; it gets no token, and its
+        blocks get no seal. A sequence whose token could not be sampled is listed in `failed`. The others are not
+        affected.
         """
         if self._decoder is None:
             self.warm_up()
@@ -115,13 +116,13 @@ class Runner:
         return batch, decoder.hidden(batch, self.store)
 
     def _resolve(self, step: SequenceStep) -> tuple[int, ...]:
-        """The sequence's ids, the first one looked up where an earlier step sampled it."""
+        """Token ids of a sequence in the step. The first one may be the result of an earlier step."""
         assert not step.draft_ids, "drafts are not run yet"
         assert step.adapter_slot == 0, "adapters are not run yet"
         if step.from_place is None:
             return step.token_ids
         sampled = self._results[step.from_place.step].tokens[step.from_place.row]
-        # A sequence that failed in that step has no token; its rows are computed for nothing and dropped by the caller.
+        # A sequence that failed in that step has no token; its rows are computed anyway, and the caller drops them.
         return (sampled[-1] if sampled else 0, *step.token_ids[1:])
 
     def _sample(
@@ -159,7 +160,7 @@ class Runner:
 
 def _bad_sequences(plan: StepPlan, batch: StepBatch, hidden: Hidden) -> set[SequenceKey]:
     refused = hidden.num_refused
-    if not (any(hidden.non_finite.tolist()) if refused is None else refused):  # torch's own `any` takes far longer
+    if not (any(hidden.non_finite.tolist()) if refused is None else refused):  # torch's `any` takes far longer
         return set()
     return {
         step.key

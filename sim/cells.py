@@ -1,7 +1,7 @@
-"""KV that can be checked: what a token leaves in the cache stands for exactly the prefix that ends with it.
+"""Simulated KV that can be checked: the KV of a token identifies exactly the prefix that ends with this token.
 
-A *cell* is the 64-bit number of one token position, a function of isolation domain and all ids up to there. Planes hold
-cells; seals are kv/digest.py's, of those planes. Knows no sequence and no operation.
+A *cell* is the 64-bit number of one token position, a function of the isolation domain and of all ids up to there.
+Planes hold cells; kv/digest.py makes the seals of those planes. Knows no sequence and no operation.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ _UNIT = HASH_BLOCK_TOKENS
 
 
 def mix(previous: int, value: int) -> int:
-    """A 64-bit number that stands for both. Source: the finaliser of splitmix64 (Steele, Lea and Flood 2014)."""
+    """64-bit hash of both numbers. Source: the finaliser of splitmix64 (Steele, Lea and Flood 2014)."""
     x = (previous + (value + 1) * 0x9E3779B97F4A7C15) & _MASK
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     return x ^ (x >> 31)
 
 
 def domain_cell(domain: str) -> int:
-    """What stands before the first token of every prompt of a tenant."""
+    """Cell before the first token of every prompt of a tenant."""
     return mix(int.from_bytes(domain.encode()[:8], "little"), 0x70)
 
 
 def cells_after(cell: int, token_ids: Iterable[int]) -> list[int]:
-    """The cells of tokens that follow the one whose cell is given."""
+    """Cells of `token_ids`, which follow the token whose cell is `cell`."""
     cells = []
     for token_id in token_ids:
         cell = mix(cell, token_id)
@@ -61,15 +61,15 @@ def digest_of(cells: Sequence[int], unit: int) -> int:
 
 
 class CellStore:
-    """Blocks of cells with their seals. Satisfies kv/store/host_store.py's SealedStore; every access is checked.
+    """Blocks of cells with their seals. Implements SealedStore of kv/store/host_store.py; every access is checked.
 
-    With a pool, writers must own what they write; without one (host memory), a block's use is its writer's word.
+    With a pool, a writer must own the blocks that it writes. Without one (host memory), ownership is not checked.
     """
 
     def __init__(
         self, block_tokens: int, pool: BlockPool | None = None, damaged: Callable[[], bool] = lambda: False
     ) -> None:
-        """`damaged`: whether memory goes bad under a hash block just written by `write_tokens`."""
+        """`damaged()` says whether to damage a hash block that `write_tokens` has just written."""
         self._size = block_tokens
         self._pool = pool
         self._damaged = damaged
@@ -80,18 +80,18 @@ class CellStore:
     # ------------------------------------------------------------------ SealedStore
 
     def is_sealed(self, held: HeldTokens) -> bool:
-        """See SealedStore."""
+        """Implements `SealedStore.is_sealed`."""
         return all(self._sealed(held, unit)[1] >= end - start for unit, start, end in _units(held))
 
     def seal(self, held: HeldTokens) -> None:
-        """See SealedStore. Where more is sealed already, it stays so."""
+        """Implements `SealedStore.seal`. A seal over more tokens of the block stays."""
         for unit, start, end in _units(held):
             if self._sealed(held, unit)[1] < end - start:
                 block, _ = self._place(held, start)
                 self._seals[block][unit] = digest_of(self._get(held, start, end), unit), end - start
 
     def read_tokens(self, held: HeldTokens) -> tuple[SectionData, ...]:
-        """See SealedStore."""
+        """Implements `SealedStore.read_tokens`."""
         cells: list[int] = []
         digests = []
         for unit, start, end in _units(held):
@@ -99,7 +99,7 @@ class CellStore:
             if count < end - start:
                 raise Violation("K4", f"hash block {unit} leaves block {self._place(held, start)[0]} unsealed")
             got = self._get(held, start, end)
-            if count > end - start:  # cut: the whole is verified, and the part digested
+            if count > end - start:  # a part of the sealed range: verify the whole range, then digest the part
                 if not self.verify(HeldTokens(held.block_table, held.generations, start, count)):
                     raise KvCorrupted(f"hash block {unit} does not hold what was sealed")
                 digest = digest_of(got, unit)
@@ -110,7 +110,7 @@ class CellStore:
         return (SectionData("main", "k", 0, 1, 0, 1, 3, CELL_BYTES, planes, None, seals),)
 
     def write_tokens(self, held: HeldTokens, sections: Sequence[SectionData]) -> None:
-        """See SealedStore."""
+        """Implements `SealedStore.write_tokens`."""
         (section,) = sections
         self.write(held, np.frombuffer(section.payload.tobytes(), np.uint64).tolist())
         for (unit, start, end), digest in zip(_units(held), section.digests.reshape(-1).tolist(), strict=True):
@@ -120,7 +120,7 @@ class CellStore:
                 self._cells[block][offset] ^= 4
 
     def verify(self, held: HeldTokens) -> bool:
-        """See SealedStore."""
+        """Implements `SealedStore.verify`."""
         for unit, start, end in _units(held):
             digest, count = self._sealed(held, unit)
             if count < end - start or digest_of(self._get(held, start, start + count), unit) != digest:
@@ -130,7 +130,7 @@ class CellStore:
     # ------------------------------------------------------------------ the step
 
     def write(self, held: HeldTokens, cells: Sequence[int]) -> None:
-        """What a step computed, or what came from elsewhere. A block in a new use is poison but for what is written."""
+        """Write cells that a step computed or a peer sent. The rest of a block in a new use is poison."""
         if len(cells) != held.count:
             raise Violation("K4", f"{len(cells)} tokens come for {held.count}")
         for place, cell in enumerate(cells, held.start):
@@ -140,7 +140,7 @@ class CellStore:
             self._cells[block][offset] = cell
 
     def check_prefix(self, held: HeldTokens, known: Sequence[int]) -> None:
-        """K3 and K4: a step reads what stands for its tokens, in blocks that are its own."""
+        """Check K3 and K4: a step reads the cells of its own tokens, in blocks that its sequence owns."""
         size = self._size
         for index in range(-(-held.count // size)):
             block, use = held.block_table[index], held.generations[index]
@@ -150,7 +150,7 @@ class CellStore:
                 raise Violation("K4", f"block {block} is read: not what stands for its tokens there")
 
     def check_owned(self, held: HeldTokens) -> None:
-        """K3: a range that is read for another is still its sequence's."""
+        """Check K3: the sequence still owns a range that is read for a hand-over or a swap."""
         for _, start, _ in _units(held):
             self._check_use(held.block_table[start // self._size], held.generations[start // self._size])
 
@@ -187,5 +187,5 @@ class CellStore:
 
 
 def _units(held: HeldTokens) -> list[tuple[int, int, int]]:
-    """Each hash block of a range: its number, and the tokens [start, end) of it."""
+    """Hash blocks of a range: the number of each, and its tokens [start, end)."""
     return [(start // _UNIT, start, min(start + _UNIT, held.end)) for start in range(held.start, held.end, _UNIT)]

@@ -1,4 +1,4 @@
-"""A client that trusts nobody: asks, listens, cancels, asks again, and checks every token it is given."""
+"""A simulated client: sends a request, cancels it, sends it again, and checks every token that it gets."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .workers import MODEL
 from .world import Process, World
 
 EXPECTED_ENDS = ("finished", "cancelled", "overloaded", "invalid_value")  # the last: its id is still in use
-SLACK_S = 2.0  # for words under way, steps under way, and ticks
+SLACK_S = 2.0  # for messages under way, steps under way, and ticks
 
 
 class Stream:
-    """What one choice has got so far."""
+    """Tokens of one choice received so far."""
 
     def __init__(self, cell: int) -> None:
         self.tokens: list[int] = []
@@ -31,7 +31,7 @@ class Stream:
 
 
 class Attempt:
-    """One time that a request was sent. Ends once: finished, failed, broken or cancelled."""
+    """One sending of a request. Ends once: finished, failed, broken or cancelled."""
 
     def __init__(self, client: Client, request: Request, end: End, router: RouterNode) -> None:
         cell = cells_after(domain_cell(request.isolation_domain), request.prompt_ids)[-1]
@@ -46,11 +46,11 @@ class Attempt:
         end.on_message, end.on_end = self._hear, self._heard_end
 
     def is_of(self, router: RouterNode) -> bool:
-        """Whether that life of a router serves it."""
+        """Return whether this life of the router serves the attempt."""
         return router is self._router and router.process.is_alive
 
     def cancel(self) -> None:
-        """The user closes the window."""
+        """Break the stream, as a user who closes the window does."""
         if self.outcome is None:
             self._end.abort()
             self._over("cancelled")
@@ -97,7 +97,7 @@ class Attempt:
             self._over("router lost")
 
     def _overdue(self) -> None:
-        """Only a router that died or stood still may be late."""
+        """Handle a missing end: only a router that died or stood still may be late."""
         if self.outcome is not None:
             return
         process = self._router.process
@@ -138,7 +138,7 @@ class Client:
         order, router = self._order, self.router()
         sampling = order.sampling
         if sampling.seed and self.outcomes:
-            # Without a seed of its own, a request gets another one each time: a token of its past is a wrong one.
+            # A request without a fixed seed gets another one at each attempt: a token of an earlier attempt is wrong.
             sampling = replace(sampling, seed=self.world.random.getrandbits(40))
         request = Request(
             order.request_id, MODEL, order.prompt_ids, sampling, order.num_choices, order.domain, order.timeout_s
@@ -166,7 +166,7 @@ class Client:
         self.world.after(self.world.random.random() * 0.1, self.process, self._ask)
 
     def _check_known(self, attempt: Attempt) -> None:
-        """S1: a tenant's names are its own, running and afterwards."""
+        """Check S1: request ids are separate per tenant, while requests run and afterwards."""
         request, router = attempt.request, self.router()
         if attempt.outcome == "invalid_value" and len(self.outcomes) == 1:
             raise Violation("S1", f"{request.request_id} of {request.owner} is in use by another tenant")

@@ -30,7 +30,7 @@ DEADLINE_SLACK_S = 0.5
 
 
 def root_of(domain: str) -> IdentityRoot:
-    """What a tenant's block identities begin with."""
+    """Root of a tenant's block identities."""
     return IdentityRoot(domain, FINGERPRINT, NUMERICS)
 
 
@@ -38,7 +38,7 @@ _DOMAIN_BY_ROOT = {root_of(domain).digest(IDENTITY_KEY): domain for domain in DO
 
 
 class Engine:
-    """Satisfies model.dispatch.FaceLink's sending half; what it says goes to `tell`, on the face's side."""
+    """Implements the sending half of engine/link/client.py's FaceLink; its events go to `tell`, on the face's side."""
 
     def __init__(self, world: World, process: Process, setting: Setting, worker: WorkerSetting, ledger: Ledger) -> None:
         noise = mix(int.from_bytes(worker.worker_id.encode(), "little"), process.life) if setting.is_noisy else 0
@@ -70,34 +70,34 @@ class Engine:
 
     @property
     def num_live(self) -> int:
-        """Sequences that have not ended."""
+        """Number of sequences that have not ended."""
         return self.core.num_live + sum(isinstance(command, Submit) for command in self._inbox)
 
     @property
     def has_waiting_commands(self) -> bool:
-        """Whether the face said something that the core has not heard."""
+        """True while commands of the face wait for the core."""
         return bool(self._inbox)
 
     @property
     def is_telling(self) -> bool:
-        """Whether the core said something that the face has not heard."""
+        """True while events of the core are on their way to the face."""
         return self._num_untold > 0
 
     def send(self, command: Command) -> None:
-        """A command of the face; never waits."""
+        """Queue a command of the face; never waits."""
         self._inbox.append(command)
         self._wake(self._worker.link_s)
 
     async def receive(self) -> Sequence[Event]:
-        """Nobody waits here: events come through `tell`."""
+        """Not used: events come through `tell`."""
         raise NotImplementedError
 
     def load(self) -> LoadNews:
-        """The beat's values."""
+        """Load values that a beat carries."""
         return self.core.load(self._world.now_s())
 
     def check(self) -> None:
-        """K1, K2 and R7 of this worker, now. Only a turn changes what K1 and K2 ask about."""
+        """Check K1, K2 and R7 of this worker. Only a turn can change the result of K1 and K2."""
         if self.num_turns != self._num_checked:
             self._num_checked = self.num_turns
             check_core(self._process.name, self.core, self.pool)
@@ -111,7 +111,7 @@ class Engine:
             self._turn_due = self._world.after(delay_s, self._process, self._turn)
 
     def _turn(self) -> None:
-        """Commands, time, one step."""
+        """Run one turn of the loop: take the commands, then plan a step and let its time pass."""
         self._turn_due = None
         self.num_turns += 1
         if self._plan is not None:
@@ -136,7 +136,7 @@ class Engine:
             self._turns.take(command, self._world.now_s())
 
     def _know(self, submit: Submit) -> None:
-        """The store learns what this sequence must contain."""
+        """Tell the store which tokens this sequence must contain."""
         if submit.key not in self.store.known:
             domain = _DOMAIN_BY_ROOT[submit.identity_root]
             self.store.known[submit.key] = Known.of(domain, submit.prompt_ids)
@@ -156,7 +156,7 @@ class Engine:
         self._turn()
 
     def _arm(self) -> None:
-        """Idle: wake for the next deadline."""
+        """Set the timer of the next deadline; the engine is idle."""
         if self._deadline_due is not None:
             self._deadline_due.cancel()
         due_s = self.core.next_deadline_s()
@@ -176,12 +176,12 @@ class Engine:
     def _tell(self, events: Sequence[Event]) -> None:
         self._num_untold -= 1
         for event in events:
-            if isinstance(event, Ended):  # until the face hears of it, what was read before may still leave
+            if isinstance(event, Ended):  # forgotten only now: frames read earlier may leave until the face hears this
                 self.store.known.pop(event.key, None)
         self.tell(events)
 
     def _refused(self, op: StoreOp, error: Exception | None) -> None:
-        """Damage is in the schedule; whatever else the store raises is a finding."""
+        """Record a failed operation. Damage is part of the schedule; any other error of the store is a finding."""
         if error is not None and not isinstance(error, TwostrokeError):
             raise error
         self._world.note(self._process, f"{type(op).__name__} {op.token_start}+{op.token_count}: {error or 'damaged'}")

@@ -1,6 +1,6 @@
-"""What a router has of a worker in virtual time: its session and its watch. Knows no engine and no hand-over.
+"""A worker's side of a router's session and watch, in virtual time. Knows no engine and no hand-over.
 
-Words, outbox and watchers are production's (decode_worker/session.py, worker/watch.py); streams and timers are ours.
+Messages, outbox and watchers are production's (decode_worker/session.py, worker/watch.py); streams and timers are ours.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class SessionFace:
-    """A router's session on the worker: the production session's words, with our stream and timers."""
+    """A router's session on the worker: the production session, with our stream and timers."""
 
     def __init__(self, node: WorkerNode, end: End) -> None:
         self._node = node
@@ -38,13 +38,13 @@ class SessionFace:
         self._beat()
 
     def hear(self, message: worker_pb2.SessionUp) -> None:
-        """A word of the router."""
+        """Take a message of the router."""
         if self._is_over:
             return
         self._heard_s = self._node.world.now_s()
         if message.HasField("hello"):
             if self._sequence:
-                return  # said twice
+                return  # a duplicate
             self.session.greet(message.hello)
             self._node.service.open(self.session)
             self._send(welcome=self._node.info())
@@ -55,7 +55,7 @@ class SessionFace:
         self.flush()
 
     def _hear_of_older(self, order: worker_pb2.Submit) -> None:
-        """Words about an older dispatch of a choice come late: its order, or its cancel."""
+        """Deliver a late message about an older dispatch of a choice: its order, or its cancel."""
         world, epoch = self._node.world, epoch_to_wire(Epoch(order.epoch.incarnation, order.epoch.counter - 1))
         if world.chance(0.5):
             older = worker_pb2.SessionUp(submit=order)
@@ -66,13 +66,13 @@ class SessionFace:
         world.after(late_s, self._node.process, lambda: None if self._is_over else self.session.take(older))
 
     def flush(self) -> None:
-        """Everything that waits leaves."""
+        """Send everything that waits."""
         while not self._is_over and (output := self.session.outbox.take()) is not None:
             self._check(output)
             self._send(step=output)
 
     def _check(self, output: worker_pb2.StepOutput) -> None:
-        """R1: a choice is over with its end."""
+        """Check R1: no tokens of a choice leave after its end."""
         for tokens in output.tokens:
             if (tokens.request_id, tokens.choice, epoch_from_wire(tokens.epoch)) in self._ended:
                 raise Violation("R1", f"{tokens.request_id}#{tokens.choice}: tokens leave after the end")
@@ -92,7 +92,7 @@ class SessionFace:
             self._over()
             return
         if now_s - self._sent_s >= node.setting.session_beat_s * 0.99 and self._sequence:
-            # As production's engine counts: a loop that turns is alive.
+            # As in production, the count of turns shows that the engine's loop is alive.
             self._send(beat=worker_pb2.Beat(phase="idle", steps=node.engine.num_turns))
         node.world.after(node.setting.session_beat_s, node.process, self._beat)
 
@@ -105,7 +105,7 @@ class SessionFace:
 
 
 class WatchFace:
-    """A router's watch: the production watcher's events on our stream."""
+    """A router's watch: the production watcher, whose events go out on our stream."""
 
     def __init__(self, node: WorkerNode, end: End) -> None:
         self.told: set[bytes] = set()  # identities that the router must believe to be held
@@ -116,11 +116,11 @@ class WatchFace:
 
     @property
     def is_up_to_date(self) -> bool:
-        """Whether everything that was heard of the cache has been told."""
+        """True when every change of the cache that the face knows has been sent."""
         return self._watcher.sequence > 0 and not self._watcher.news.is_set()
 
     def flush(self) -> None:
-        """Everything that waits leaves."""
+        """Send everything that waits."""
         if self._watcher.news.is_set():
             for event in self._node.watchers.events(self._watcher):
                 self._remember(event)

@@ -1,4 +1,4 @@
-"""The fault simulator: a seed becomes a cluster in bad weather, and every invariant is asked after every event."""
+"""The fault simulator: makes a cluster under faults from a seed, and checks every invariant after every event."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from .workers import WorkerNode
 from .world import Process, World
 
 LONGEST_S = 60.0
-DRAIN_S = 12.0  # every grace, silence and deadline of a setting is shorter in sum
+DRAIN_S = 12.0  # longer than the sum of all graces, silences and deadlines of a setting
 MAX_EVENTS = 200_000
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a schedule went."""
+    """Result of one schedule."""
 
     seed: int
     violation: Violation | None
     num_events: int
-    lasted_s: float  # virtual
+    lasted_s: float  # virtual time
     digest: str  # of the transcript
-    lines: tuple[str, ...]  # its end, or all of it
+    lines: tuple[str, ...]  # the transcript's last lines, or all of them
     ends: Counter[str] = field(default_factory=Counter)  # how the requests' attempts ended
     counters: Counter[str] = field(default_factory=Counter)
 
 
 class Schedule:
-    """One cluster, from its first order to its drain."""
+    """One simulated cluster, from the first request until it has drained."""
 
     def __init__(self, seed: int, *, keep_all: bool = False) -> None:
         self.setting: Setting = draw(seed)
@@ -75,7 +75,7 @@ class Schedule:
         self.world.after(0.0, process, lambda: self._announce(node))
 
     def _announce(self, node: WorkerNode) -> None:
-        """A word to whatever router lives now, again and again."""
+        """Announce a worker to every living router, and repeat it at a fixed interval."""
         facts = node.router_facts()
         for router in self.routers.values():
             self.network.tell(node.process, router.process, partial(router.announced, facts))
@@ -109,10 +109,10 @@ class Schedule:
     # ------------------------------------------------------------------ the run
 
     def play(self) -> None:
-        """To the end of every request, and until nothing is left of any.
+        """Run until every request has ended and no state of any request is left.
 
         Raises:
-            Violation: an invariant does not hold, or production code raised what it must not.
+            Violation: an invariant does not hold, or production code raised an unexpected error.
         """
         try:
             self._run_until(lambda: all(client.is_done for client in self.clients), LONGEST_S, "R7")
@@ -150,7 +150,7 @@ class Schedule:
                     self.routers[process.name].check()
 
     def _has_news(self) -> bool:
-        """Whether news of a cache is under way to a face or a router, or waits where a router stood still until now."""
+        """Return whether cache events are on their way to a face or a router, or wait at a router frozen until now."""
         now_s = self.world.now_s()
         if any(node.engine.is_telling for node in self.nodes.values()):
             return True
@@ -168,7 +168,7 @@ class Schedule:
                 check_beliefs(router, node)
 
     def outcome(self, seed: int, violation: Violation | None) -> Outcome:
-        """What became of it."""
+        """Return the result of the schedule."""
         ends = Counter(outcome for client in self.clients for outcome in client.outcomes)
         counters: Counter[str] = Counter()
         for node in self.nodes.values():
@@ -189,10 +189,10 @@ class Schedule:
 
 
 def run_schedule(seed: int, *, keep_all: bool = False) -> Outcome:
-    """Play the schedule that a seed stands for."""
+    """Run the schedule of a seed."""
     violation: Violation | None = None
     silenced = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)  # what production code warns of happens thousands of times here
+    logging.disable(logging.CRITICAL)  # faults would make production code log thousands of warnings
     try:
         schedule = Schedule(seed, keep_all=keep_all)
         schedule.play()
@@ -204,13 +204,13 @@ def run_schedule(seed: int, *, keep_all: bool = False) -> Outcome:
 
 
 def seeds_of(campaign: int, num_schedules: int) -> Iterator[int]:
-    """The seeds of a campaign: neighbours of each other, so that a seed is short enough to type."""
+    """Seeds of a campaign: consecutive numbers, short enough to type."""
     return iter(range(campaign * 1_000_000, campaign * 1_000_000 + num_schedules))
 
 
 @dataclass(slots=True)
 class Campaign:
-    """Many schedules, added up."""
+    """Sums over many schedules."""
 
     num_schedules: int = 0
     num_events: int = 0
@@ -221,11 +221,11 @@ class Campaign:
 
     @property
     def schedules_per_s(self) -> float:
-        """How quick it was."""
+        """Schedules per second of real time."""
         return self.num_schedules / self.real_s if self.real_s else 0.0
 
     def add(self, outcome: Outcome) -> None:
-        """One more."""
+        """Add the result of one schedule."""
         self.num_schedules += 1
         self.num_events += outcome.num_events
         self.virtual_s += outcome.lasted_s
@@ -237,7 +237,7 @@ class Campaign:
 def run_campaign(
     seeds: Iterator[int], *, stop_after: int = 1, heard: Callable[[Outcome], None] | None = None
 ) -> Campaign:
-    """Play one schedule after the other, until so many failed."""
+    """Run one schedule after the other, until `stop_after` have failed. `heard` gets each result."""
     campaign = Campaign()
     began_s = time.perf_counter()
     for seed in seeds:

@@ -1,6 +1,6 @@
-"""One end of a hand-over stream in virtual time, driven by production's `KvPull`, `PrefillTask` and their carrier.
+"""One end of a hand-over stream in virtual time. Production code drives it: `KvPull`, `PrefillTask`, their carrier.
 
-Envelopes are real bytes, digests are verified by kv/handover/frames.py. Knows no request, no router, no engine.
+Envelopes are real bytes; kv/handover/frames.py verifies digests. Knows no request, no router, no engine.
 """
 
 from __future__ import annotations
@@ -18,53 +18,53 @@ from .network import End
 from .world import Process, Timer, World
 
 SLACK_S = 0.5
-EXPLAINED = (HandoverEnd.FAILED, HandoverEnd.CORRUPTED)  # a hand-over may end so in any weather
+EXPLAINED = (HandoverEnd.FAILED, HandoverEnd.CORRUPTED)  # a hand-over may end with these in any weather
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a machine runs."""
+    """Process in which a hand-over machine runs, and the faults there."""
 
     world: World
     process: Process
-    is_bearable: bool  # the weather explains no loss
-    check_s: float  # what verifying digests takes; 0: done at once
-    stray: float  # how often a message of an older dispatch comes first
+    is_bearable: bool  # no fault of the schedule explains a lost hand-over
+    check_s: float  # duration of verifying digests; 0: done at once
+    stray: float  # probability that a message of an older dispatch is sent first
 
 
 class SimHost:
-    """Satisfies kv/handover/carrier.py's StreamHost."""
+    """Implements StreamHost of kv/handover/carrier.py."""
 
     def __init__(self, place: Place, end: End, name: str, closed: Callable[[], None] | None = None) -> None:
-        """`closed` hears when the machine closed the stream; given by the side that was called."""
+        """`closed` is called when the machine closes the stream; only the side that accepted the stream gives it."""
         self.name = name
-        self.sends: Callable[[SendFrame, bytes], None] = lambda frame, envelope: None  # hears of frames that leave
+        self.sends: Callable[[SendFrame, bytes], None] = lambda frame, envelope: None  # called with each frame sent
         self._place = place
         self._end = end
         self._closed = closed
-        self._frame: SendFrame | None = None  # the one about to leave
+        self._frame: SendFrame | None = None  # the frame that is sent next
 
     def now_s(self) -> float:
-        """See StreamHost."""
+        """Implements `StreamHost.now_s`."""
         return self._place.world.now_s()
 
     def after(self, delay_s: float, act: Callable[[], None]) -> Timer:
-        """See StreamHost."""
+        """Implements `StreamHost.after`."""
         return self._place.world.after(delay_s, self._place.process, act)
 
     def listen(self, hear: Hear) -> None:
-        """See StreamHost."""
+        """Implements `StreamHost.listen`."""
         self._end.on_message, self._end.on_end = hear, lambda: hear(None)
 
     def send(self, envelope: bytes) -> None:
-        """See StreamHost. Now and then a word of an older dispatch comes before it, under the same number."""
+        """Implements `StreamHost.send`; first passes a frame to `sends`."""
         if self._frame is not None:
             self.sends(self._frame, envelope)
             self._frame = None
         self._end.send(envelope)
 
     def close(self, *, now: bool) -> None:
-        """See StreamHost."""
+        """Implements `StreamHost.close`."""
         if self._closed is not None:
             self._end.finish()
             self._end.is_deaf = True
@@ -75,14 +75,14 @@ class SimHost:
             self._end.finish()
 
     def check(self, check: Check, answered: Callable[[bool], None]) -> None:
-        """See StreamHost."""
+        """Implements `StreamHost.check`."""
         if self._place.check_s:
             self.after(self._place.check_s, lambda: answered(check.holds()))
         else:
             answered(check.holds())
 
     def trace(self, action: Action) -> None:
-        """See StreamHost."""
+        """Implements `StreamHost.trace`."""
         place = self._place
         match action:
             case Send(message):
@@ -96,13 +96,13 @@ class SimHost:
         place.world.note(place.process, f"{self.name} {described(action)}")
 
     def check_deadline(self, due_s: float | None) -> None:
-        """R7: nobody listens to silence for longer than agreed."""
+        """Check R7: the machine waits for a silent peer no longer than its own deadline allows."""
         late_s = 0.0 if due_s is None else self.now_s() - due_s
         if late_s > SLACK_S + self._place.process.frozen_s:
             raise Violation("R7", f"{self.name} waits {late_s:.2f} s longer than it may")
 
     def _stray(self, message: handover_pb2.HandoverUp | handover_pb2.HandoverDown) -> None:
-        """A beat of an older dispatch under the number of the message that leaves next."""
+        """Sometimes send a beat of an older dispatch, under the number of the message that leaves next."""
         if not self._place.world.chance(self._place.stray) or message.WhichOneof("body") == "open":
             return
         label = Label.of(message)
@@ -112,7 +112,7 @@ class SimHost:
 
 
 def described(action: Action) -> str:
-    """An action in a few words."""
+    """Short description of an action, for the transcript."""
     match action:
         case Send(message):
             return f"sends {message.WhichOneof('body')} #{message.sequence}"

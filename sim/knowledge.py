@@ -1,4 +1,4 @@
-"""Whether routers and workers agree: who computes for whom, and what is held where. Asks, never changes."""
+"""Checks that routers and workers agree on running choices and on cached blocks. Reads state, never changes it."""
 
 from __future__ import annotations
 
@@ -17,19 +17,21 @@ SLACK_S = 0.05
 
 
 class Idleness:
-    """R8: no worker computes a choice that its router does not wait for, longer than a cancel is under way.
+    """Check of R8: a worker stops a choice that its router does not wait for as soon as the cancel can arrive.
 
-    So at most one worker computes a choice: a router waits for one dispatch. A run whose session is lost, or lost a
-    message on the way to the worker, is none of ours: its grace ends it (R7).
+    So at most one worker computes a choice, because a router waits for one dispatch. A run whose session is lost, or
+    whose session lost a message to the worker, is not checked here: R7 checks that its grace ends it.
     """
 
     def __init__(self, world: World, routers: Mapping[str, RouterNode]) -> None:
         self._world = world
         self._routers = routers
-        self._due_s: WeakKeyDictionary[DecodeTask, float] = WeakKeyDictionary()  # unwanted runs: when they must be over
+        self._due_s: WeakKeyDictionary[DecodeTask, float] = (
+            WeakKeyDictionary()
+        )  # unwanted runs: latest time of their end
 
     def check(self, node: WorkerNode) -> None:
-        """After an event on this worker."""
+        """Check the runs of a worker after an event on it."""
         now_s, frozen_s = self._world.now_s(), node.process.frozen_s
         slack_s = SLACK_S + node.worker.step_s[1] + 2 * node.worker.link_s  # the step under way ends first
         for run in node.service.runs:
@@ -44,7 +46,7 @@ class Idleness:
                 raise Violation("R8", f"{node.process} computes {run.order.key} for nobody")
 
     def _road_to(self, node: WorkerNode, run: DecodeTask) -> End | None:
-        """The worker's end of the session by which its router would cancel the run; None: it wants it, or cannot."""
+        """Worker's end of the session that carries the router's cancel. None: the router wants the run, or has none."""
         key = WorkerKey(node.worker.worker_id, node.process.life)
         owner = node.service._ledger.router_of(run)
         router = self._routers.get(owner.router_id)
@@ -61,7 +63,7 @@ class Idleness:
 
 
 def check_beliefs(router: RouterNode, node: WorkerNode) -> None:
-    """K5: a router that heard everything takes a worker to hold what it holds; less only where it lacks room."""
+    """Check K5: a router that received all events knows a worker's blocks exactly; fewer only if its map was full."""
     link = router.links.get(WorkerKey(node.worker.worker_id, node.process.life))
     watch = None if link is None else link.watch
     face = next((face for face in node.watches if watch is not None and face._end is watch.peer), None)

@@ -1,4 +1,4 @@
-"""A router's links to one life of one worker in virtual time: router/workers/links.py without an event loop."""
+"""A router's connections to one life of one worker in virtual time: router/workers/links.py without an event loop."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RECONNECT_S = 0.05
 
 
 class Link:
-    """Session and watch to one life of one worker, kept open through breaks: router/workers/links.py."""
+    """Session and watch to one life of one worker, opened again after a break, as in router/workers/links.py."""
 
     def __init__(self, router: RouterNode, key: WorkerKey) -> None:
         self.key = key
@@ -31,24 +31,24 @@ class Link:
 
     @property
     def session(self) -> End | None:
-        """Our end of the session, if it is up."""
+        """The router's end of the session, if it is up."""
         return self._session if self.is_up else None
 
     def send(self, **body: Any) -> bool:
-        """Queue an order. False: the session is down."""
+        """Send an order or a cancel. False: the session is down."""
         if not self.is_up:
             return False
         self._say(**body)
         return True
 
     def reset(self) -> None:
-        """Break the session; it is tried again."""
+        """Break the session; it is opened again later."""
         if self._session is not None:
             self._session.abort()
             self._lost("reset")
 
     def close(self) -> None:
-        """Leave this worker for good."""
+        """Close session and watch for good."""
         self.is_closed = True
         self.is_up = False
         for end in (self._session, self.watch):
@@ -74,7 +74,7 @@ class Link:
             router_id=self._router.process.name, router_incarnation=self._router.incarnation
         )
         self._say(hello=hello)
-        # A first word may be lost, or never answered.
+        # The first message may be lost, or never be answered.
         self._router.after(self._router.setting.session_silence_s, lambda: self._give_up(end))
 
     def _give_up(self, end: End) -> None:

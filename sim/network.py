@@ -1,8 +1,8 @@
-"""A hostile network: ordered streams that lose, double, cut, garble, stall and break. Knows bytes and values, no words.
+"""Faulty network: ordered streams that lose, duplicate, truncate, garble, delay, break. Does not interpret messages.
 
-Within a stream direction nothing overtakes, but for echoes; streams overtake each other freely. A message that is lost
-is a hole in its direction. Bytes can be cut or garbled at any place; other values (what in production TCP and gRPC
-protect) can't.
+Messages in one direction of a stream stay in order, except echoes; different streams have no order between them. After
+a lost message the later ones still arrive. Bytes can be truncated or garbled at any place; other values, which TCP and
+gRPC protect in production, cannot.
 """
 
 from __future__ import annotations
@@ -13,31 +13,31 @@ from typing import Any
 
 from .world import Process, World
 
-ECHO_S = 1.0  # at most, until a message comes once more
-PROTECTED = 0.3  # share of the loss and doubling rates that streams of protected values suffer
+ECHO_S = 1.0  # longest delay of the second copy of a message
+PROTECTED = 0.3  # factor on the rates of breaks, losses and duplicates for streams of protected values
 
 
 @dataclass(frozen=True, slots=True)
 class Weather:
-    """Rates per message, and delays in seconds."""
+    """Faults of the network: probabilities per message, and delays in seconds."""
 
     delay_s: float = 0.001  # mean
     drop: float = 0.0
     duplicate: float = 0.0
     truncate: float = 0.0
     flip: float = 0.0
-    damage: float = 0.0  # of a frame's planes only: what digests are for
+    damage: float = 0.0  # in a frame's planes only; digests must find it
     break_: float = 0.0  # the whole stream
-    stall: float = 0.0  # one message waits for stall_s, and all behind it
+    stall: float = 0.0  # a message, and all behind it, wait up to stall_s
     stall_s: float = 0.5
-    reset: float = 0.7  # a dead process's streams end at once; else only silence tells
+    reset: float = 0.7  # the peer of a dead process sees the stream end; else it sees only silence
 
 
 NO_FAULTS = Weather()
 
 
 class End:
-    """One process's end of a stream. Its owner sets the two callbacks before anything can arrive."""
+    """One process's end of a stream. Its owner sets both callbacks before anything can arrive."""
 
     def __init__(self, network: Network, process: Process, name: str) -> None:
         self.process = process
@@ -46,51 +46,51 @@ class End:
         self.peer: End = self
         self.name = name
         self.life = process.life
-        self.is_open = True  # we may send
+        self.is_open = True  # this end may send
         self.is_deaf = False  # nothing arrives any more
         self.is_calm = False
-        self.num_lost = 0  # messages that we sent and that never arrive
-        self.echo = 0.0  # how often a message that we send comes a second time, after others
+        self.num_lost = 0  # messages sent here that never arrive
+        self.echo = 0.0  # probability that a message sent here arrives a second time, after others
         self._network = network
-        self._arrival_s = 0.0  # of the last thing on its way to us
+        self._arrival_s = 0.0  # arrival of the last message on its way to this end
 
     @property
     def arrival_s(self) -> float:
-        """When the last thing on its way to us arrives, or arrived."""
+        """Virtual time at which the last message to this end arrives, or arrived."""
         return self._arrival_s
 
     def send(self, message: Any) -> None:
-        """Let a message leave after those before it. Lost silently when the stream is over."""
+        """Send a message in order. It is dropped silently when the stream is over."""
         if self.is_open:
             self._network.carry(self, message)
 
     def finish(self) -> None:
-        """We have said everything: the peer hears so after it has heard the rest."""
+        """End this direction; the peer sees the end after all messages."""
         if self.is_open:
             self.is_open = False
             self._network.end(self, overtaking=False)
 
     def abort(self) -> None:
-        """Both directions end. What is under way may arrive or not. We hear nothing any more."""
+        """End both directions. Messages under way may arrive or not; this end gets nothing any more."""
         self.is_deaf = True
         if self.is_open:
             self.is_open = False
             self._network.end(self, overtaking=True)
 
     def hear(self, message: Any) -> None:
-        """Something arrived."""
+        """Deliver a message to the owner."""
         if not self.is_deaf and self.process.life == self.life:
             self.on_message(message)
 
     def hear_end(self) -> None:
-        """The peer's direction ended, or the stream broke."""
+        """Tell the owner that the peer's direction ended, or that the stream broke."""
         if not self.is_deaf and self.process.life == self.life:
             self.is_deaf = True
             self.on_end()
 
 
 class Network:
-    """Carries everything between processes."""
+    """All streams and messages between processes."""
 
     def __init__(self, world: World, weather: Weather) -> None:
         self.world = self._world = world
@@ -99,7 +99,7 @@ class Network:
         self._open: list[End] = []  # opening ends; swept at every crash
 
     def connect(self, client: Process, server: Process, name: str, *, is_calm: bool = False) -> tuple[End, End]:
-        """A new stream: (client's end, server's end). A dead server's stream breaks soon. Calm: delays only."""
+        """Open a stream: (client's end, server's end). A stream to a dead server breaks soon. Calm: delays only."""
         near, far = End(self, client, name), End(self, server, name)
         near.is_calm = far.is_calm = is_calm
         near.peer, far.peer = far, near
@@ -113,11 +113,11 @@ class Network:
         return near, far
 
     def cut(self, source: Process, target: Process, seconds: float) -> None:
-        """Nothing from `source` reaches `target` for so long; then everything does, in order."""
+        """Hold all messages from `source` to `target` for `seconds`; then deliver them in order."""
         self._blocked_until_s[source.name, target.name] = self._world.now_s() + seconds
 
     def crashed(self, process: Process) -> None:
-        """Its streams end, where the peer is told at all. Call it before the process gets another life."""
+        """End the streams of a process; some peers are not told. Call it before the process gets another life."""
         left = []
         for near in self._open:
             for end in (near, near.peer):
@@ -132,7 +132,7 @@ class Network:
         self._open = left
 
     def tell(self, source: Process, target: Process, act: Callable[[], None]) -> None:
-        """One small word outside any stream: late, or lost."""
+        """Carry one small message outside any stream; it is delayed or lost."""
         world = self._world
         if not world.chance(self.weather.drop):
             blocked_s = self._blocked_until_s.get((source.name, target.name), 0.0) - world.now_s()
@@ -141,7 +141,7 @@ class Network:
     # ------------------------------------------------------------------ for the ends
 
     def carry(self, source: End, message: Any) -> None:
-        """One message towards the peer, with whatever happens to it."""
+        """Carry one message to the peer, with the faults that are drawn for it."""
         world, weather, target = self._world, self.weather, source.peer
         is_raw = isinstance(message, bytes)
         share = 1.0 if is_raw else 0.0 if source.is_calm else PROTECTED
@@ -165,7 +165,7 @@ class Network:
             world.after(world.random.random() ** 3 * ECHO_S, target.process, lambda: target.hear(message))
 
     def end(self, source: End, *, overtaking: bool) -> None:
-        """The end of a direction towards the peer."""
+        """Carry the end of a direction to the peer."""
         target = source.peer
         if overtaking:
             target.is_open = False
@@ -193,7 +193,7 @@ class Network:
         return bytes(damaged)
 
     def _arrive(self, target: End, act: Callable[[], None]) -> None:
-        """In order: nothing arrives before what was sent earlier on the same way."""
+        """Plan an arrival at the target, after everything sent earlier in the same direction."""
         world = self._world
         at_s = world.now_s() + self._delay_s()
         if not target.is_calm and world.chance(self.weather.stall):

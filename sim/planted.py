@@ -1,7 +1,7 @@
-"""Bugs that were put in on purpose, and within how many seeds each must be found. What the simulator is measured with.
+"""Planted bugs, and the number of seeds within which the simulator must find each: the measure of the simulator.
 
-Each is one small change of production code, as somebody could make it by accident; some were real. The bound is at
-least eight times the number of seeds that finding it took, counted from the first seed of campaign 0.
+Each is one small change of production code that could be made by accident; some were real. The bound is at least eight
+times the number of seeds that finding it took, counted from the first seed of campaign 0.
 """
 
 from __future__ import annotations

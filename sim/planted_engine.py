@@ -1,6 +1,6 @@
-"""Bugs of one worker's engine: scheduler, pool, prefix cache, swapping, and what follows from a store's answer.
+"""Planted bugs of one worker's engine: scheduler, pool, prefix cache, swapping, reaction to a store's answer.
 
-"Found after" so many schedules at worst, counted from the first seed of campaign 0.
+"Found after": schedules until the bug is found at worst, counted from the first seed of campaign 0.
 
 | bug                                       | breaks | found after | bound |
 |-------------------------------------------|--------|-------------|-------|
@@ -49,7 +49,7 @@ from .planting import Planted, instead
 
 
 def everything_is_kept_after_a_loss() -> AbstractContextManager[None]:
-    """After a fall-back, tokens count as stored that never came: face and engine agree on the wrong number."""
+    """After a fall-back, tokens that never arrived count as stored; face and engine agree on the wrong number."""
     original = Commands._go_local
 
     def go_local(self: Commands, sequence: Live, kept_tokens: int, first_token: int | None) -> None:
@@ -61,7 +61,7 @@ def everything_is_kept_after_a_loss() -> AbstractContextManager[None]:
 
 
 def bind_is_forgotten_after_not_yet() -> AbstractContextManager[None]:
-    """The engine says NotYet and never tries again."""
+    """The engine answers NotYet and never tries to bind again."""
     original = Scheduler.try_bind
 
     def try_bind(self: Scheduler, sequence: Live) -> Any:
@@ -73,7 +73,7 @@ def bind_is_forgotten_after_not_yet() -> AbstractContextManager[None]:
 
 
 def promise_is_kept_after_cancel() -> AbstractContextManager[None]:
-    """Room promised to a sequence that ends stays counted."""
+    """Blocks promised to a sequence stay counted after it ends."""
 
     def remove(self: Scheduler, sequence: Live) -> None:
         self.holdings.release(sequence)
@@ -85,7 +85,7 @@ def promise_is_kept_after_cancel() -> AbstractContextManager[None]:
 
 
 def prefix_is_taken_without_owning_it() -> AbstractContextManager[None]:
-    """Cached blocks are read by somebody who does not own them: eviction may take them away."""
+    """A sequence reads cached blocks without owning them: eviction may take them."""
 
     def acquire(self: PrefixCache, identities: Sequence[BlockIdentity]) -> Any:
         return [self._entry_by_key[self._key(identities, i)].block for i in range(self._held_blocks(identities))]
@@ -94,7 +94,7 @@ def prefix_is_taken_without_owning_it() -> AbstractContextManager[None]:
 
 
 def prefix_is_published_before_it_is_computed() -> AbstractContextManager[None]:
-    """A sequence's blocks are findable as soon as the first of them is computed."""
+    """All blocks of a prompt can be found as soon as the first is computed."""
     original = KvCacheManager.publish
 
     def publish(self: KvCacheManager, sequence: Live) -> None:
@@ -107,7 +107,7 @@ def prefix_is_published_before_it_is_computed() -> AbstractContextManager[None]:
 
 
 def tenants_share_prefixes() -> AbstractContextManager[None]:
-    """The chain begins with nothing instead of the tenant's root."""
+    """The chain of block identities begins with an empty root instead of the tenant's."""
 
     def rootless(key: bytes, root: bytes, token_ids: Sequence[int], start: int = 0) -> list[BlockIdentity]:
         return chain(key, b"", token_ids, start)
@@ -116,7 +116,7 @@ def tenants_share_prefixes() -> AbstractContextManager[None]:
 
 
 def blocks_go_in_the_middle_of_a_step() -> AbstractContextManager[None]:
-    """A cancel frees the blocks that the running step writes."""
+    """A cancel frees blocks that the running step still writes."""
     original = SequenceLifecycle.finish
 
     def end(self: SequenceLifecycle, sequence: Live, doom: PendingFinish) -> None:
@@ -130,7 +130,7 @@ def blocks_go_in_the_middle_of_a_step() -> AbstractContextManager[None]:
 
 
 def stale_generation_comes_back() -> AbstractContextManager[None]:
-    """What is copied back goes into the blocks under the generation of their last use."""
+    """A swap-in writes into blocks under the generation of their previous use."""
     original = KvCacheManager.swap_in
 
     def swap_in(self: KvCacheManager, sequence: Live) -> SwapInOp | None:
@@ -141,7 +141,7 @@ def stale_generation_comes_back() -> AbstractContextManager[None]:
 
 
 def host_blocks_leak() -> AbstractContextManager[None]:
-    """Whoever ends while swapped leaves its host blocks behind."""
+    """A sequence that ends while it is swapped out does not free its host blocks."""
     original = SwapSpace.drop
 
     def drop(self: SwapSpace, sequence: Live) -> None:
@@ -153,7 +153,7 @@ def host_blocks_leak() -> AbstractContextManager[None]:
 
 
 def blocks_are_copied_out_after_the_step() -> AbstractContextManager[None]:
-    """A preempted sequence's blocks are copied when their next owner has written them."""
+    """Blocks of a preempted sequence are copied out only after their next owner has written them."""
     original = Scheduler.take_swap_ops
     late: WeakKeyDictionary[Scheduler, list[SwapOp]] = WeakKeyDictionary()
 
@@ -165,7 +165,7 @@ def blocks_are_copied_out_after_the_step() -> AbstractContextManager[None]:
 
 
 def promises_are_not_counted() -> AbstractContextManager[None]:
-    """Whoever asks for room is told of what is in use, not of what is promised to others."""
+    """Admission counts the blocks in use, but not those promised to other sequences."""
 
     def has_room(self: Scheduler, cost: Cost) -> bool:
         promised, self.num_promised = self.num_promised, 0
@@ -179,12 +179,12 @@ def promises_are_not_counted() -> AbstractContextManager[None]:
 
 
 def everybody_is_let_in() -> AbstractContextManager[None]:
-    """Nobody looks at the watermark."""
+    """Admission ignores the watermark."""
     return instead(Scheduler, "_has_room", lambda self, cost: cost.from_free <= self.holdings.pool.num_free)
 
 
 def evictions_are_not_told() -> AbstractContextManager[None]:
-    """Blocks that are evicted stay in the routers' maps."""
+    """Evicted blocks stay in the routers' prefix maps."""
     original = PrefixCache._remove
 
     def remove(self: PrefixCache, entry: Any) -> None:
@@ -196,7 +196,7 @@ def evictions_are_not_told() -> AbstractContextManager[None]:
 
 
 def damaged_swaps_are_served() -> AbstractContextManager[None]:
-    """Nobody looks at the seals of what comes back from host memory."""
+    """The seals of blocks that come back from host memory are not checked."""
     original = HostStore.swap_in
 
     def swap_in(self: HostStore, host: HeldTokens, held: HeldTokens) -> bool:
@@ -207,7 +207,7 @@ def damaged_swaps_are_served() -> AbstractContextManager[None]:
 
 
 def failed_swaps_are_served() -> AbstractContextManager[None]:
-    """The store says that what came back is damaged, and the engine goes on with it."""
+    """The engine continues with blocks that the store reports as damaged after a swap-in."""
     original = Turn._failed
 
     def failed(self: Turn, op: StoreOp, error: Exception | None) -> tuple[list[Event], list[Event | StoreOp]]:
@@ -217,7 +217,7 @@ def failed_swaps_are_served() -> AbstractContextManager[None]:
 
 
 def tails_go_out_unsealed() -> AbstractContextManager[None]:
-    """Generated tokens that do not fill a hash block are copied out under no seal of theirs."""
+    """Generated tokens that do not fill a hash block are copied out without a seal."""
 
     def swap_out(self: HostStore, held: HeldTokens, host: HeldTokens) -> None:
         self._host.write_tokens(host, self._device.read_tokens(held))

@@ -1,6 +1,6 @@
-"""Bugs of the hand-over: its machines, their carrier, and how `KvPull`, `PrefillTask` and `DecodeTask` act on it.
+"""Planted bugs of the hand-over: its machines, their carrier, and how workers carry out the actions.
 
-"Found after" so many schedules at worst, counted from the first seed of campaign 0.
+"Found after": schedules until the bug is found at worst, counted from the first seed of campaign 0.
 
 | bug                                  | breaks | found after | bound |
 |--------------------------------------|--------|-------------|-------|
@@ -34,12 +34,12 @@ from .planting import Planted, instead
 
 
 def digests_are_not_checked() -> AbstractContextManager[None]:
-    """Decode takes every frame for intact."""
+    """The decode worker accepts every frame as intact."""
     return instead(pull, "verify_frame", lambda *_: True)
 
 
 def planes_leave_though_they_mismatch() -> AbstractContextManager[None]:
-    """Prefill sends what it read, whatever the seals say."""
+    """The prefill worker sends the planes that it read although they do not match their seals."""
     original = PrefillTask._judge
 
     def judge(self: PrefillTask, place: tuple[int, int], sections: tuple[SectionData, ...], matches: bool) -> None:
@@ -49,7 +49,7 @@ def planes_leave_though_they_mismatch() -> AbstractContextManager[None]:
 
 
 def duplicates_are_accepted() -> AbstractContextManager[None]:
-    """What was seen before is taken again."""
+    """A message that was accepted before is accepted again."""
     original = NumberedStream.admit
 
     def admit(self: NumberedStream, label: Label, sequence: int, now_s: float) -> MessageVerdict:
@@ -60,18 +60,18 @@ def duplicates_are_accepted() -> AbstractContextManager[None]:
 
 
 def refetch_is_ignored() -> AbstractContextManager[None]:
-    """Prefill does not send a damaged range again."""
+    """The prefill worker does not send a damaged range again."""
     return instead(Sender, "_refetch", lambda self, wanted, now_s: [])
 
 
 def slot_of_a_damaged_frame_is_kept() -> AbstractContextManager[None]:
-    """Decode asks again and forgets to free the slot."""
+    """The decode worker asks for a damaged frame again, but does not free the frame's slot."""
     original = Receiver._refetch
 
     def refetch(self: Receiver, frame: FrameArrived, units: range, now_s: float) -> list[Action]:
         actions = original(self, frame, units, now_s)
         if not any(isinstance(action, Lost) for action in actions):
-            self._stream._sent -= 1  # the number of the word that is swallowed
+            self._stream._sent -= 1  # the number of the removed message is used again
             actions.pop()
         return actions
 
@@ -79,7 +79,7 @@ def slot_of_a_damaged_frame_is_kept() -> AbstractContextManager[None]:
 
 
 def silence_is_ignored() -> AbstractContextManager[None]:
-    """A peer that says nothing is waited for until the deadline."""
+    """A silent peer is waited for until the request's deadline."""
     original = Sender._abort
 
     def abort(self: Sender, reason: Any, now_s: float, *rest: Any) -> list[Action]:
@@ -90,7 +90,7 @@ def silence_is_ignored() -> AbstractContextManager[None]:
 
 
 def first_token_is_sampled_again() -> AbstractContextManager[None]:
-    """After a fall-back, the first token that the client has is forgotten, and another one sampled."""
+    """After a fall-back, the first token that the client already has is sampled again."""
     original = DecodeRun.pull_lost
 
     def pull_lost(self: DecodeRun, lost: Lost) -> None:
@@ -100,7 +100,7 @@ def first_token_is_sampled_again() -> AbstractContextManager[None]:
 
 
 def older_epochs_are_admitted() -> AbstractContextManager[None]:
-    """A message of an older dispatch counts as one of this."""
+    """A message of an older dispatch is accepted as one of the current dispatch."""
     original = NumberedStream.admit
 
     def admit(self: NumberedStream, label: Label, sequence: int, now_s: float) -> MessageVerdict:
@@ -110,7 +110,7 @@ def older_epochs_are_admitted() -> AbstractContextManager[None]:
 
 
 def frames_are_overtaken_by_what_follows() -> AbstractContextManager[None]:
-    """What stands behind a frame is handled while its digests are still being verified."""
+    """Messages behind a frame are handled while the frame's digests are still being verified."""
     original = CheckLine._move
 
     def move(self: CheckLine[Any]) -> None:
@@ -121,7 +121,7 @@ def frames_are_overtaken_by_what_follows() -> AbstractContextManager[None]:
 
 
 def the_timer_is_set_once() -> AbstractContextManager[None]:
-    """A machine's next deadline is forgotten when the first one has passed."""
+    """The timer of a machine is set for its first deadline only, never for later ones."""
     original = Carrier.rearm
     armed: WeakSet[Carrier] = WeakSet()
 

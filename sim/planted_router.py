@@ -1,4 +1,4 @@
-"""Bugs of the router: of the life of requests, of the prefix map, of names, of the choice of workers."""
+"""Planted bugs of the router: life of requests, prefix map, request names, choice of workers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def old_epochs_are_heard() -> AbstractContextManager[None]:
 
 
 def gaps_are_closed() -> AbstractContextManager[None]:
-    """The router takes tokens that do not follow."""
+    """The router accepts tokens after a gap."""
 
     def tokens(
         self: delivery.Delivery, choice: int, epoch: Epoch, first_index: int, count: int
@@ -51,7 +51,7 @@ def gaps_are_closed() -> AbstractContextManager[None]:
 
 
 def epochs_begin_anew_with_each_request() -> AbstractContextManager[None]:
-    """Was real: an id that comes again is dispatched under an epoch that its worker has seen."""
+    """A real bug once: a request id that is used again is dispatched under an epoch that its worker has seen."""
 
     def next_name(self: Lifecycle, request: Request) -> str:
         return f"{request.owner}/{request.request_id}"
@@ -71,7 +71,7 @@ def old_worker_is_not_told() -> AbstractContextManager[None]:
 
 
 def worker_is_not_told_of_the_end() -> AbstractContextManager[None]:
-    """A request that fails or is left by its client is not cancelled on its worker."""
+    """A request that fails, or whose client leaves, is not cancelled on its worker."""
     return instead(Lifecycle, "_cancel_on_worker", _telling(lambda reason: reason == "sent elsewhere"))
 
 
@@ -86,7 +86,7 @@ def _telling(tells: Any) -> Any:
 
 
 def one_loss_is_two_dispatches() -> AbstractContextManager[None]:
-    """Was real: a request that waits for a worker still counts as its last worker's."""
+    """A real bug once: a request that waits for a worker still counts as running on its last worker."""
 
     def lost(self: Lifecycle, key: WorkerKey, reason: str, now_s: float) -> None:
         for run in list(self.runs.active.values()):
@@ -98,12 +98,12 @@ def one_loss_is_two_dispatches() -> AbstractContextManager[None]:
 
 
 def work_is_counted_for_ever() -> AbstractContextManager[None]:
-    """What was dispatched still counts against the worker after the request left it."""
+    """Dispatched work still counts against a worker after the request has left it."""
     return instead(Lifecycle, "_forget_work", lambda self, run: None)
 
 
 def waiting_requests_are_forgotten() -> AbstractContextManager[None]:
-    """A request that is to be sent again is looked at only when its deadline passes."""
+    """A request that waits to be sent again is not retried before its deadline."""
 
     def look_again(self: Lifecycle, name: str, now_s: float) -> None:
         self._waiting.pop(name, None)
@@ -128,12 +128,12 @@ def admission_keeps_what_failed() -> AbstractContextManager[None]:
 
 
 def ids_are_names() -> AbstractContextManager[None]:
-    """Was real: inside, a request is called as its client calls it."""
+    """A real bug once: the client's request id is the request's name inside the cluster."""
     return instead(Lifecycle, "_next_name", lambda self, request: request.request_id)
 
 
 def ids_in_use_are_everybodys() -> AbstractContextManager[None]:
-    """Was real: a tenant may not use an id that another tenant's running request has."""
+    """A real bug once: a tenant may not use an id that a running request of another tenant has."""
 
     def find(self: RequestStates, tenant: str, request_id: str) -> RequestState | None:
         return next((run for (_, name), run in self.open.items() if name == request_id), None)
@@ -142,12 +142,12 @@ def ids_in_use_are_everybodys() -> AbstractContextManager[None]:
 
 
 def ids_in_use_are_taken() -> AbstractContextManager[None]:
-    """A second request of a tenant under an id in use takes the first one's place."""
+    """A second request of a tenant under an id in use replaces the first one."""
     return instead(RequestStates, "find", lambda self, tenant, request_id: None)
 
 
 def everybodys_requests_are_explained() -> AbstractContextManager[None]:
-    """The journal does not ask whose a request was."""
+    """The request history ignores the tenant of a request."""
 
     def find(self: RequestHistory, tenant: str, request_id: str) -> dict[str, Any] | None:
         line = next((line for (_, name), line in self._entries.items() if name == request_id), None)
@@ -161,7 +161,7 @@ def everybodys_requests_are_explained() -> AbstractContextManager[None]:
 
 
 def removals_are_not_heard() -> AbstractContextManager[None]:
-    """The router takes in what a worker stores, and not what it drops."""
+    """The router records the blocks that a worker stores, but not those that it evicts."""
     original = Roster.take_event
 
     def take_event(self: Roster, key: WorkerKey, event: worker_pb2.WatchEvent, now_s: float) -> bool:
@@ -174,7 +174,7 @@ def removals_are_not_heard() -> AbstractContextManager[None]:
 
 
 def other_numerics_are_paired() -> AbstractContextManager[None]:
-    """The policy takes every prefill worker for as good as any."""
+    """The policy ignores the numerics classes of prefill and decode workers."""
 
     def choose_any(
         request: RequestFacts, workers: Sequence[WorkerView], held: Any, limits: PolicyLimits
@@ -190,8 +190,8 @@ def other_numerics_are_paired() -> AbstractContextManager[None]:
     return instead(lifecycle, "choose", choose_any)
 
 
-class _both(AbstractContextManager[None]):  # reads as a function
-    """Two changes at once."""
+class _both(AbstractContextManager[None]):  # lower case: used like a function
+    """Two planted changes at once."""
 
     def __init__(self, one: AbstractContextManager[None], other: AbstractContextManager[None]) -> None:
         self._changes = (one, other)

@@ -1,6 +1,6 @@
-"""Bugs of a worker's faces towards its routers: runs and epochs, what is told, and who is forgotten.
+"""Planted bugs of a worker's side towards its routers: runs and epochs, cache events, orphaned runs.
 
-"Found after" so many schedules at worst, counted from the first seed of campaign 0.
+"Found after": schedules until the bug is found at worst, counted from the first seed of campaign 0.
 
 | bug                   | breaks | found after | bound |
 |-----------------------|--------|-------------|-------|
@@ -28,7 +28,7 @@ from .planting import Planted, instead
 
 
 def stale_orders_run() -> AbstractContextManager[None]:
-    """An order of an older dispatch takes the place of the newer run."""
+    """An order of an older dispatch replaces the newer run."""
     original = Ledger.standing
 
     def standing(self: Ledger[Any, Any], router: RouterKey, key: SequenceKey, epoch: Epoch) -> Standing:
@@ -49,7 +49,7 @@ def stale_cancels_kill() -> AbstractContextManager[None]:
 
 
 def one_orphan_survives() -> AbstractContextManager[None]:
-    """The first run of a lost session is forgotten when its grace is over."""
+    """The first run of a lost session is not cancelled when its grace is over."""
     original = Ledger.lose
 
     def lose(self: Ledger[Any, Any], session: Any) -> tuple[Any, ...]:
@@ -59,12 +59,12 @@ def one_orphan_survives() -> AbstractContextManager[None]:
 
 
 def ends_are_forgotten() -> AbstractContextManager[None]:
-    """A late copy of an order whose run has ended is run again."""
+    """A late copy of an order is run again after its run has ended."""
     return instead(Ledger, "_remember", lambda *_: None)
 
 
 def removals_are_not_told() -> AbstractContextManager[None]:
-    """A watching router hears of new blocks only."""
+    """A watching router is told of new blocks only, not of evicted ones."""
     original = Watcher.hear_cache
 
     def hear_cache(self: Watcher, event: CacheDelta | CacheSnapshot) -> None:
@@ -74,7 +74,7 @@ def removals_are_not_told() -> AbstractContextManager[None]:
 
 
 def ends_overtake_tokens() -> AbstractContextManager[None]:
-    """Where a message is full, a choice's end leaves before its last tokens."""
+    """When a message is full, a choice's end leaves before its last tokens."""
     original = Outbox.take
 
     def take(self: Outbox) -> worker_pb2.StepOutput | None:

@@ -1,4 +1,4 @@
-"""How a bug is put into production code for a while."""
+"""Planting of a bug: replaces an attribute of production code for the duration of a `with` block."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Planted:
-    """One bug and its bound."""
+    """One planted bug and the number of seeds within which it must be found."""
 
     plant: Callable[[], AbstractContextManager[None]]
-    breaks: tuple[str, ...]  # invariants, whichever is seen first
+    breaks: tuple[str, ...]  # invariants; one of them must be the first that breaks
     max_seeds: int
 
     @property
     def name(self) -> str:
-        """The function's."""
+        """Name of the function that plants the bug."""
         return self.plant.__name__
 
 
 def heard(owner: Any) -> None:
-    """Told of every owner that a bug patches; for tests."""
+    """Called with every owner that a bug patches; tests replace it."""
 
 
 def owner_module(owner: Any) -> str:
-    """Where a class or module that a bug patches is defined."""
+    """Name of the module that defines a patched class, or of the patched module itself."""
     return str(getattr(owner, "__module__", None) or owner.__name__)
 
 
 @contextmanager
 def instead(owner: Any, name: str, replacement: Any) -> Iterator[None]:
-    """The attribute is another one for a while. A bug in the simulator itself would prove nothing."""
+    """Replace an attribute inside a `with` block. Refuses the simulator's own code: a bug there would prove nothing."""
     assert ".sim." not in owner_module(owner), f"{owner} is the simulator's"
     heard(owner)
     original = getattr(owner, name)

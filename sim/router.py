@@ -1,6 +1,6 @@
-"""A router process in virtual time: drives the production life of requests and the production roster of workers.
+"""A router process in virtual time: drives the production lifecycle of requests and the production roster of workers.
 
-Knows no client but its stream. Decides nothing; checks what it hears of.
+Of a client it knows only the stream. Decides nothing; checks what it receives.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .workers import WorkerNode
 from .world import Process, Timer, World
 
 TICK_S = 0.2
-PREDICTIONS_END_S = 60.0  # none lasts so long
+PREDICTIONS_END_S = 60.0  # longer than any prediction is kept
 
 
 def _repeating_name(request: Request) -> str:
@@ -47,13 +47,13 @@ class RouterNode:
 
     def __init__(self, world: World, network: Network, process: Process, setting: Setting) -> None:
         self.world, self.network, self.process, self.setting = world, network, process, setting
-        self.incarnation = 16 * process.life + setting.routers.index(process.name)  # every life's own
+        self.incarnation = 16 * process.life + setting.routers.index(process.name)  # unique per router and life
         self.journal = RequestHistory()
         self._num_streams = 0
-        self._sent_again: WeakKeyDictionary[RequestState, int] = WeakKeyDictionary()  # its dispatches at that time
+        self._sent_again: WeakKeyDictionary[RequestState, int] = WeakKeyDictionary()  # dispatches when last sent again
         self.roster = Roster(Fleet(setting.fleet), PrefixMap(max_entries=200), self)
         self.links: dict[WorkerKey, Link] = {}
-        self.find: Callable[[str], WorkerNode]  # by worker id, whoever lives there now
+        self.find: Callable[[str], WorkerNode]  # by worker id: the current life of that worker
         limits = LifeLimits(
             setting.worker_patience_s,
             buffer_pieces=16,
@@ -68,7 +68,7 @@ class RouterNode:
     # ------------------------------------------------------------------ clients
 
     def generate(self, end: End, request: Request) -> None:
-        """As flow.py: admit and begin, or say why not."""
+        """Admit and begin a request, or send the error, as flow.py does."""
         now_s = self.world.now_s()
         timeline = Timeline()
         timeline.mark(Instant.ARRIVED, now_s)
@@ -93,12 +93,12 @@ class RouterNode:
             self.journal.add(explain_run(run, "over"))
 
     def explain(self, tenant: str, request_id: str) -> dict[str, Any] | None:
-        """As flow.py."""
+        """Explanation of a request, running or over, as in flow.py; None: unknown."""
         run = self.life.runs.find(tenant, request_id)
         return explain_run(run, "running") if run is not None else self.journal.find(tenant, request_id)
 
     def _pump(self, run: RequestState, end: End) -> None:
-        """Give the client what is there, and the end after it."""
+        """Send the client all waiting pieces, and the end after them."""
         while (piece := run.take_piece()) is not None:
             end.send(piece)
         if run.error is not None:
@@ -110,11 +110,11 @@ class RouterNode:
     # ------------------------------------------------------------------ workers
 
     def announced(self, facts: WorkerFacts) -> None:
-        """A worker says that it is there."""
+        """Take an announcement of a worker."""
         self.roster.announced(facts, self.world.now_s())
 
     def hear(self, key: WorkerKey, message: worker_pb2.SessionDown) -> None:
-        """Anything on a session that is up."""
+        """Take a message of a session that is up."""
         now_s = self.world.now_s()
         self.roster.beat(key, message.beat if message.HasField("beat") else None, now_s)
         if message.HasField("step"):
@@ -127,32 +127,32 @@ class RouterNode:
         self.after(TICK_S, self._tick)
 
     def after(self, delay_s: float, act: Callable[[], None]) -> Timer:
-        """In this life of this process."""
+        """Plan `act` in this life of this process."""
         return self.world.after(delay_s, self.process, act)
 
     # ------------------------------------------------------------------ what the roster asks (see Wires)
 
     def connect(self, facts: WorkerFacts) -> None:
-        """See Wires."""
+        """Implements `Wires.connect`."""
         self._note(facts.key, "connect")
         self.links[facts.key] = Link(self, facts.key)
 
     def reset(self, key: WorkerKey) -> None:
-        """See Wires."""
+        """Implements `Wires.reset`."""
         self.links[key].reset()
 
     def disconnect(self, facts: WorkerFacts) -> None:
-        """See Wires."""
+        """Implements `Wires.disconnect`."""
         self.links.pop(facts.key).close()
 
     def lost(self, change: FleetChange) -> None:
-        """See Wires."""
+        """Implements `Wires.lost`."""
         key = change.worker.key
         self._note(key, f"{change.change.value}: {change.reason}")
         self.life.lost(key, change.reason, self.world.now_s())
 
     def changed(self) -> None:
-        """See Wires."""
+        """Implements `Wires.changed`."""
         self.life.workers_changed()
 
     def _note(self, key: WorkerKey, what: str) -> None:
@@ -161,31 +161,31 @@ class RouterNode:
     # ------------------------------------------------------------------ what the life asks (see Driver)
 
     def send(self, key: WorkerKey, order: Order) -> bool:
-        """See Driver."""
+        """Implements `Driver.send`."""
         link = self.links.get(key)
         if link is None:
             return False
         return link.send(submit=order) if isinstance(order, worker_pb2.Submit) else link.send(cancel=order)
 
     def later(self, delay_s: float, act: Callable[[float], None]) -> Timer:
-        """See Driver."""
+        """Implements `Driver.later`."""
         return self.after(delay_s, lambda: act(self.world.now_s()))
 
     def identities(self, request: Request, model: ModelFacts) -> Sequence[BlockIdentity]:
-        """See Driver."""
+        """Implements `Driver.identities`."""
         return chain(IDENTITY_KEY, root_of(request.isolation_domain).digest(IDENTITY_KEY), request.prompt_ids)
 
     # ------------------------------------------------------------------ what it tells (see Observer)
 
     def choosing(self) -> AbstractContextManager[object]:
-        """See Observer."""
+        """Implements `Observer.choosing`."""
         return nullcontext()
 
     def refused(self, request: Request, error: TwostrokeError) -> None:
-        """See Observer."""
+        """Implements `Observer.refused`."""
 
     def dispatched(self, run: RequestState) -> None:
-        """See Observer."""
+        """Implements `Observer.dispatched`."""
         if run.living is not None:
             pair = run.living.choice.winner
             if pair.prefill is not None and pair.prefill.numerics != pair.decode.numerics:
@@ -194,37 +194,37 @@ class RouterNode:
             self.world.note(self.process, f"{run.name} goes to {winner} under epoch {run.living.epoch}")
 
     def dropped(self, name: str, reason: str) -> None:
-        """See Observer."""
+        """Implements `Observer.dropped`."""
         self.world.note(self.process, f"{name}: dropped: {reason}")
 
     def heard(self, run: RequestState, epoch: Epoch, num_tokens: int) -> None:
-        """R6: nothing is taken but from the living dispatch."""
+        """Check R6: tokens are accepted only from the current dispatch."""
         if run.living is None or run.living.epoch != epoch:
             raise Violation("R6", f"{run.name}: epoch {epoch} was heard, another lives")
 
     def first_token(self, run: RequestState, predicted_ms: float, took_ms: float) -> None:
-        """See Observer."""
+        """Implements `Observer.first_token`."""
 
     def usage_differs(self, run: RequestState, said: int, had: int) -> None:
-        """R5: the worker counts as we do."""
+        """Check R5: the worker's usage equals the tokens that were delivered."""
         raise Violation("R5", f"{run.name}: the worker says {said} tokens, {had} were delivered")
 
     def sent_again(self, run: RequestState, error: TwostrokeError) -> None:
-        """R9: one loss, one dispatch."""
+        """Check R9: one loss causes one dispatch."""
         if self._sent_again.get(run) == len(run.dispatches):
             raise Violation("R9", f"{run.name} is sent again twice after one dispatch")
         self._sent_again[run] = len(run.dispatches)
         self.world.note(self.process, f"{run.name} is sent again: {error.code}: {error.message}")
 
     def settled(self, run: RequestState) -> None:
-        """See Observer."""
+        """Implements `Observer.settled`."""
         if run.error is not None:
             self.world.note(self.process, f"{run.name} fails: {run.error.code}: {run.error.message}")
 
     # ------------------------------------------------------------------ what must hold
 
     def waits_for(self, key: WorkerKey, sequence: SequenceKey, epoch: Epoch) -> bool:
-        """Whether this worker is to compute this choice under this epoch now."""
+        """Return whether the router waits for this worker to compute this choice under this epoch."""
         run = self.life.runs.active.get(sequence.request_id)
         living = None if run is None else run.living
         if run is None or living is None or (living.decode, living.epoch) != (key, epoch):
@@ -233,11 +233,11 @@ class RouterNode:
 
     @property
     def is_idle(self) -> bool:
-        """No request is under way, no client's stream is open."""
+        """True when no request is under way and no client's stream is open."""
         return self.life.is_idle
 
     def check(self) -> None:
-        """R1 and Q2 of the router, now."""
+        """Check R1 of the router's counts, and that every request without a worker waits for one (R7)."""
         admission, active = self.life.admission, self.life.runs.active
         if admission.offered != admission.accepted + admission.rejected + admission.cancelled:
             raise Violation("R1", "offered is not accepted + rejected + cancelled")
@@ -250,7 +250,7 @@ class RouterNode:
             raise Violation("R1", f"{len(admission)} requests are admitted, {len(active)} are under way")
 
     def check_drained(self) -> None:
-        """Nothing is left of any request; nothing is counted against any worker."""
+        """Check that no request is left and no work is counted against any worker."""
         self.check()
         if not self.life.is_idle:
             runs = self.life.runs

@@ -1,4 +1,4 @@
-"""One schedule's random setting: who is there, how large, how patient, in which weather. Plain values from a seed."""
+"""Random setting of one schedule, drawn from a seed: workers, limits, timeouts, requests, faults. Plain values."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DOMAINS = ("acme", "umbrella")
 
 @dataclass(frozen=True, slots=True)
 class WorkerSetting:
-    """One worker, in all its lives."""
+    """Settings of one worker, the same in all its lives."""
 
     worker_id: str
     role: Role
@@ -32,19 +32,19 @@ class WorkerSetting:
     max_handovers: int
     step_s: tuple[float, float]
     link_s: float
-    watermark: float  # above 1 decode promises what it does not have: Bind is often answered by NotYet
-    is_overlapping: bool  # commands are taken in while a step runs
-    numerics: bytes = b"numerics"  # the class that it announces
+    watermark: float  # above 1, decode promises more than it has: NotYet is then frequent
+    is_overlapping: bool  # commands are taken while a step runs
+    numerics: bytes = b"numerics"  # the announced numerics class
     num_swap_blocks: int = 0  # host blocks for preempted sequences
-    check_s: float = 0.0  # what verifying digests takes, away from the loop; 0: on the loop
+    check_s: float = 0.0  # duration of verifying digests off the loop; 0: on the loop, at once
 
     @property
     def most_taken(self) -> float:
-        """The share of its blocks that may be in use and promised when somebody is let in."""
+        """Largest share of blocks in use or promised at which a sequence is admitted."""
         return {Role.PREFILL: 1.0, Role.DECODE: self.watermark, Role.COMBINED: 0.95}[self.role]
 
     def policy(self) -> Policy:
-        """Its role's taste."""
+        """Scheduling policy of the worker's role."""
         if self.role is Role.PREFILL:
             return prefill_policy(self.limits)
         return (
@@ -56,7 +56,7 @@ class WorkerSetting:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What a client will ask for, and how patiently."""
+    """One request of a client, with its timeout, cancellation and attempts."""
 
     request_id: str
     at_s: float
@@ -66,24 +66,24 @@ class Order:
     domain: str
     timeout_s: float
     cancel_after_s: float | None
-    attempts: int  # how often the same id is asked for, when it failed or was cancelled
+    attempts: int  # most sendings under one id; a failed or cancelled request is sent again
     router: str = "router"
 
 
 @dataclass(frozen=True, slots=True)
 class Mishap:
-    """Something that befalls a process, or the way between two."""
+    """Fault of a process, or of the connection between two."""
 
     at_s: float
     kind: str  # "crash", "freeze", "cut"
     who: str
     other: str
-    seconds: float  # until the restart, of the freeze, of the cut
+    seconds: float  # until the restart, or duration of the freeze or the cut
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """Everything that is random about a schedule before it begins."""
+    """All random values of a schedule that are drawn before it begins."""
 
     weather: Weather
     timing: Timing
@@ -94,32 +94,32 @@ class Setting:
     worker_patience_s: float
     local_prefill: bool
     max_requests: int
-    is_bearable: bool  # nothing happens that the cluster could not hide: every request must finish
-    is_noisy: bool  # sampling depends on who samples, as without deterministic mode
+    is_bearable: bool  # only faults that the cluster can hide: every request must finish
+    is_noisy: bool  # sampling depends on the worker and step, as without deterministic mode
     read_damage: float
     step_failure: float
-    swap_damage: float  # how often a copy in host memory is damaged
-    message_bytes: int  # bound of what a worker tells its router at once
-    echo: float  # how often a router's word to a worker comes once more, much later
-    stray: float  # how often a message of an older dispatch comes before one of a hand-over, under its number
+    swap_damage: float  # probability that a copy in host memory is damaged
+    message_bytes: int  # largest message of a worker to its router
+    echo: float  # probability that a router's message to a worker arrives once more, much later
+    stray: float  # probability that a message of an older dispatch precedes one of a hand-over, under its number
     workers: tuple[WorkerSetting, ...]
     routers: tuple[str, ...]
-    names_repeat: bool  # routers call a request of a tenant's id as they called the one before: epochs alone differ
+    names_repeat: bool  # a tenant's id gets the same internal name each time: only epochs differ
     orders: tuple[Order, ...]
     mishaps: tuple[Mishap, ...]
 
 
 def draw(seed: int) -> Setting:
-    """The setting that a seed stands for."""
+    """Draw the setting of a seed."""
     rng = random.Random(f"setting {seed}")
     beat_s = rng.choice((0.1, 0.25, 0.5))
     silent_s = rng.choice((0.8, 1.5, 2.0))
     is_bearable = rng.random() < 0.25
     orders = _orders(rng, 0.5, (ACCEPTABLE_TIMEOUT_S,)) if is_bearable else _orders(rng, 0.0, (0.3, 2.0, 5.0))
     workers = _workers(rng, max(len(o.prompt_ids) + o.sampling.max_tokens for o in orders))
-    swap = random.Random(f"swap {seed}")  # of its own: schedules without preemption stay what they were
+    swap = random.Random(f"swap {seed}")  # a separate generator: the other draws of a seed stay the same
     workers = tuple(replace(worker, num_swap_blocks=swap.choice((0, 4, 16, 16))) for worker in workers)
-    late = random.Random(f"late {seed}")  # of its own too
+    late = random.Random(f"late {seed}")  # separate too
     workers = tuple(replace(worker, check_s=late.choice((0.0, 0.0, 0.001, 0.02))) for worker in workers)
     setting = Setting(
         weather=_bearable_weather(rng) if is_bearable else _weather(rng),
@@ -149,7 +149,7 @@ def draw(seed: int) -> Setting:
 
 
 def _rate(rng: random.Random, most: float) -> float:
-    """Mostly nothing at all, else anything up to the most."""
+    """Return 0 in 70 % of cases, else a random rate up to `most`."""
     return rng.random() * most if rng.random() < 0.3 else 0.0
 
 
@@ -169,7 +169,7 @@ def _weather(rng: random.Random) -> Weather:
 
 
 def _bearable_weather(rng: random.Random) -> Weather:
-    """What the hand-over must hide: delays, doubled messages, damaged planes."""
+    """Faults that the hand-over must hide: delays, duplicated messages, damaged planes."""
     return Weather(delay_s=rng.choice((0.0005, 0.005, 0.02)), duplicate=_rate(rng, 0.3), damage=_rate(rng, 0.4))
 
 
@@ -192,7 +192,7 @@ def _workers(rng: random.Random, longest: int) -> tuple[WorkerSetting, ...]:
             WorkerSetting(
                 worker_id=f"{role.value[0]}{place}",
                 role=role,
-                num_blocks=-(-longest // block_tokens) + rng.choice((0, 1, 1, 2, 6)),  # the longest fits, alone
+                num_blocks=-(-longest // block_tokens) + rng.choice((0, 1, 1, 2, 6)),  # the longest request fits alone
                 block_tokens=block_tokens,
                 limits=limits,
                 frame_tokens=16 * rng.randint(1, 3),
@@ -211,7 +211,7 @@ def _orders(rng: random.Random, after_s: float, timeouts_s: tuple[float, ...]) -
     family = [tuple(1 + rng.randrange(VOCABULARY - 1) for _ in range(64)) for _ in range(2)]
     is_sampled = rng.random() < 0.7
     orders = []
-    is_crowded = rng.random() < 0.25  # more than the pools hold at once
+    is_crowded = rng.random() < 0.25  # more requests than the pools hold at once
     for place in range(rng.randint(4, 6) if is_crowded else rng.randint(2, 3)):
         lengths = (rng.randint(1, 16), rng.randint(20, 60), rng.randint(40, 90))
         length = lengths[rng.choice((0, 0, 1) if is_crowded else (0, 1, 2))]
@@ -239,7 +239,7 @@ def _orders(rng: random.Random, after_s: float, timeouts_s: tuple[float, ...]) -
 
 
 def _with_others(rng: random.Random, setting: Setting) -> Setting:
-    """Tenants and routers whose clients call their requests the same, and a worker that computes otherwise."""
+    """Add tenants and routers that use the same request ids, and a worker of another numerics class."""
     first, second, *rest = setting.orders
     if rng.random() < 0.2 and first.domain != second.domain:
         second = replace(second, request_id=first.request_id)
@@ -255,7 +255,7 @@ def _with_others(rng: random.Random, setting: Setting) -> Setting:
         place = rng.randrange(len(workers))
         workers[place] = replace(workers[place], numerics=b"other numerics")
     patience_s = 3.0 if rng.random() < 0.3 else setting.worker_patience_s  # longer than a silent worker is kept
-    if not setting.is_bearable and rng.random() < 0.15:  # one machine holds all decode workers, and fails
+    if not setting.is_bearable and rng.random() < 0.15:  # all decode workers fail together, as on one machine
         at_s, patience_s = rng.random() * 0.5, 3.0
         decoders = [worker.worker_id for worker in workers if worker.role is not Role.PREFILL]
         mishaps += [Mishap(at_s + 0.02 * place, "crash", who, who, 2.0) for place, who in enumerate(decoders)]
@@ -277,6 +277,6 @@ def _mishaps(rng: random.Random, worker_ids: list[str]) -> tuple[Mishap, ...]:
 
 
 def _router_lost(rng: random.Random) -> tuple[Mishap, ...]:
-    """Now and then a router that dies while much is under way."""
+    """In a fifth of schedules: a crash of the router while requests are under way."""
     at_s, seconds = rng.random() * 0.5, rng.choice((0.3, 2.5))
     return (Mishap(at_s, "crash", "router", "router", seconds),) if rng.random() < 0.2 else ()

@@ -1,7 +1,7 @@
-"""A worker's runner and memory in the simulator: every step reads all that came before, and checks it.
+"""A worker's runner and KV memory in the simulator: every step reads the KV of all earlier tokens and checks it.
 
-Sampling is a function of the last cell (cells.py), the seed and, in noisy schedules, of who sampled. Swapping is
-kv/store/host_store.py's over two stores of cells. Knows no scheduler, no stream.
+Sampling is a function of the last cell (cells.py), the seed, the choice and, in noisy schedules, of worker and step.
+Swapping is kv/store/host_store.py over two stores of cells. Knows no scheduler, no stream.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ EOS = 0
 
 @dataclass(slots=True)
 class Ledger:
-    """Which tokens were ever sampled after which prefix: what may follow what in a client's stream."""
+    """All tokens ever sampled, by prefix, seed and choice: only these may follow that prefix in a client's stream."""
 
     sampled: dict[tuple[int, int, int], list[int]] = field(default_factory=dict)
 
     def sample(self, cell: int, seed: int, choice: int, noise: int) -> int:
-        """The token that follows a prefix."""
+        """Sample the token that follows a prefix, and record it."""
         token_id = mix(mix(mix(cell, seed), choice), noise) % VOCABULARY
         self.sampled.setdefault((cell, seed, choice), []).append(token_id)
         return token_id
 
     def may_follow(self, token_id: int, cell: int, seed: int, choice: int) -> bool:
-        """Whether somebody computed this token from exactly this prefix."""
+        """Return whether any worker sampled this token after exactly this prefix."""
         return token_id in self.sampled.get((cell, seed, choice), ())
 
 
 @dataclass(slots=True)
 class Known:
-    """What a sequence must contain, learned from its order and its steps."""
+    """Tokens and cells that a sequence must contain, known from its order and its steps."""
 
     domain: str
     tokens: list[int]
@@ -53,11 +53,11 @@ class Known:
 
     @classmethod
     def of(cls, domain: str, prompt_ids: Sequence[int]) -> Known:
-        """From an order."""
+        """Make the record of a prompt."""
         return cls(domain, list(prompt_ids), cells_after(domain_cell(domain), prompt_ids))
 
     def take(self, start: int, token_ids: Sequence[int]) -> None:
-        """Tokens that a step computes: those that were computed before must be the same again."""
+        """Record the tokens that a step computes; a token computed before must be the same again."""
         known = self.tokens[start : start + len(token_ids)]
         if list(token_ids[: len(known)]) != known or start > len(self.tokens):
             raise Violation("R3", f"tokens {start}+{len(token_ids)} are {list(token_ids)}, were {known}")
@@ -67,7 +67,7 @@ class Known:
 
 
 class Store:
-    """One worker's KV memory and its runner. Satisfies engine/turn.py's Store; what is in it, cells.py checks."""
+    """One worker's KV memory and its runner. Implements Store of engine/turn.py; cells.py checks the contents."""
 
     def __init__(
         self, world: World, pool: BlockPool, ledger: Ledger, *, noise: int, read_damage: float, swap_damage: float
@@ -75,7 +75,7 @@ class Store:
         self._world = world
         self._pool = pool
         self._ledger = ledger
-        self._noise = noise  # 0: a token depends on its prefix alone
+        self._noise = noise  # 0: sampling does not depend on worker and step
         self._read_damage = read_damage
         self._device = CellStore(pool.block_tokens, pool)
         self._host = HostStore(self._device, CellStore(pool.block_tokens, damaged=lambda: world.chance(swap_damage)))
@@ -84,7 +84,7 @@ class Store:
     # ------------------------------------------------------------------ the runner
 
     def run(self, plan: StepPlan) -> StepResult:
-        """Compute a step: read all that came before, write the new cells, sample."""
+        """Compute a step: check all earlier cells, write the new ones, sample."""
         rows = []
         for step in plan.sequences:
             known = self.known[step.key]
@@ -106,7 +106,7 @@ class Store:
     # ------------------------------------------------------------------ the core's operations
 
     def read(self, op: ReadOp | FetchOp) -> tuple[SectionData, ...]:
-        """Planes and seals as they lie there; now and then the reading itself goes wrong."""
+        """Read planes with their seals; at rate `read_damage` the returned copy is damaged."""
         held = _held(op, op.token_start, op.token_start + op.token_count)
         self._device.check_owned(held)
         (section,) = self._device.read_tokens(held)
@@ -115,19 +115,19 @@ class Store:
         return (section,)
 
     def write(self, op: WriteOp) -> None:
-        """Planes of a hand-over, with the digests they came with."""
+        """Store planes of a hand-over under the digests that came with them."""
         self._device.write_tokens(_held(op, op.token_start, op.token_start + op.token_count), op.sections)
 
     def swap_out(self, op: SwapOutOp) -> None:
-        """To host memory, before the blocks' next owner writes; now and then memory goes bad there."""
+        """Copy to host memory, before the blocks' next owner writes. At rate `swap_damage` the copy is damaged."""
         self._host.swap_out(_held(op, op.token_start, op.token_start + op.token_count), _on_host(op))
 
     def swap_in(self, op: SwapInOp) -> bool:
-        """Back into fresh blocks; whether the digests hold."""
+        """Copy back into fresh blocks. Returns whether the digests match."""
         return self._host.swap_in(_on_host(op), _held(op, op.token_start, op.token_start + op.token_count))
 
     def leaves_as_computed(self, key: SequenceKey, token_start: int, planes: bytes) -> bool:
-        """Whether planes that leave this worker are what stands for their tokens."""
+        """Return whether planes that leave this worker are the cells of their tokens."""
         cells = self.known[key].cells[token_start : token_start + len(planes) // CELL_BYTES]
         return np.array(cells, np.uint64).tobytes() == planes
 

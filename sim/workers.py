@@ -1,6 +1,6 @@
-"""A worker process in virtual time: one engine, both production faces' decisions, and its news for the routers.
+"""A worker process in virtual time: one engine, the production services of both roles, and cache events for routers.
 
-Decode orders go through the production service, run, outbox and choice; hand-overs through the production machines.
+Decode orders go through production's service, run, outbox and choice; hand-overs through production's machines.
 """
 
 from __future__ import annotations
@@ -48,38 +48,38 @@ from .world import Process
 MODEL = "model"
 MAX_MODEL_LEN = 1 << 20
 NO_EPOCH = Epoch(0, 0)
-ORPHAN_SLACK_S = 0.5  # commands under way, and the step that must end first
-PORT = 1  # of every worker: an order names its peers by host and port
+ORPHAN_SLACK_S = 0.5  # time for commands under way, and for the running step to end
+PORT = 1  # port of every worker: orders name peers by host and port
 
 
 class NoText:
-    """Text of nothing: ids are all that is checked here."""
+    """Incremental text that is always empty: the simulator checks token ids only."""
 
     is_stopped = False
     num_shown = 0
 
     def push(self, ids: Sequence[int]) -> TextPiece:
-        """No text."""
+        """Return an empty piece that covers all ids."""
         return TextPiece("", len(ids), False)
 
     def may_stop_at(self, token_id: int) -> bool:
-        """No text, no stop string."""
+        """Return False: there is no stop string without text."""
         return False
 
     def flush(self) -> str:
-        """No text."""
+        """Return the empty string."""
         return ""
 
 
 class SimDispatcher(EngineClient):
-    """The production routing of events; an owner's trouble is ours, not a line in a log."""
+    """The production routing of events; an owner's exception is raised here instead of logged."""
 
     def _call(self, owner: Owner, event: SequenceEvent) -> None:
         owner(event)
 
 
 class SimChoice(ChoiceText):
-    """The production rules of which tokens count, without a tokenizer."""
+    """The production rules for which tokens count, without a tokenizer."""
 
     def __init__(self, order_params: Any, emitted_ids: Sequence[int]) -> None:
         self._params = order_params
@@ -90,10 +90,10 @@ class SimChoice(ChoiceText):
 
 
 class SimService(DecodeService):
-    """The production decode service; text, timers and the way to peers are ours."""
+    """The production decode service, with simulated text and timers."""
 
     node: WorkerNode
-    highest: dict[tuple[RouterKey, SequenceKey], Epoch]  # of each choice that was ever run
+    highest: dict[tuple[RouterKey, SequenceKey], Epoch]  # newest epoch of each choice ever run
 
     def _choice(self, order: Order) -> ChoiceText:
         return SimChoice(order.params, order.prompt_ids[len(order.prompt_ids) - order.num_emitted :])
@@ -105,7 +105,7 @@ class SimService(DecodeService):
         self.node.world.after(delay_s, self.node.process, act)
 
     def submit(self, session: RouterSession, message: worker_pb2.Submit) -> None:
-        """As production; and R6: no choice is run twice under one epoch, or again under an older one."""
+        """Submit as in production, and check R6: no choice runs twice under one epoch, or again under an older one."""
         before = set(self.runs)
         super().submit(session, message)
         for run in self.runs:
@@ -116,7 +116,7 @@ class SimService(DecodeService):
                 self.highest[place] = run.order.epoch
 
     def cancel(self, session: RouterSession, message: worker_pb2.CancelRequest) -> None:
-        """As production; and R6: a cancel ends no run of another router or of a newer dispatch."""
+        """Cancel as in production, and check R6: no run of another router or of a newer dispatch ends."""
         epoch, router_of = epoch_from_wire(message.epoch), self._ledger.router_of
         others = [run for run in self.runs if run.order.epoch > epoch or router_of(run) != session.router]
         others = [run for run in others if run._verdict is None]
@@ -126,7 +126,7 @@ class SimService(DecodeService):
                 raise Violation("R6", f"{run.order.key} under {run.order.epoch} was cancelled by a word about {epoch}")
 
     def lose(self, session: RouterSession) -> None:
-        """As production; and R7: when the grace is over, none of its runs may go on."""
+        """Lose a session as in production, and check R7: after the grace none of its runs continues."""
         orphans = [run for run in self.runs if run._outbox is session.outbox]
         super().lose(session)
         self._after(self._orphan_grace_s, lambda: self._check_cancelled(orphans))
@@ -143,12 +143,12 @@ class SimService(DecodeService):
 
 @dataclass(frozen=True)
 class SimRunTools(DecodeTaskTools):
-    """The production tools of a run; its streams are ours."""
+    """The production tools of a run, with simulated streams."""
 
     node: WorkerNode
 
     def connect(self, key: SequenceKey, address: str) -> StreamHost:
-        """See DecodeTaskTools."""
+        """Implements `DecodeTaskTools.connect`."""
         return self.node.connect_peer(key, address)
 
 
@@ -165,7 +165,7 @@ class WorkerNode:
         self.dispatcher = SimDispatcher(self.engine)
         self.engine.tell = self._tell
         self.facts = _face_facts(worker)
-        self.session_timing = cast(Any, None)  # our own timers watch the session
+        self.session_timing = cast(Any, None)  # SessionFace has its own timers
         pull = KvPullTools(self.dispatcher, cast(Executor, None), DIGEST_KEY, SPEC, setting.timing, world, Counter())
         tools = SimRunTools(self.facts, pull, cast(Channels, None), self)
         self.service = SimService(tools, cast(Tokenizer, None), setting.grace_s)
@@ -175,21 +175,21 @@ class WorkerNode:
         self.sessions: list[SessionFace] = []
         self.watches: list[WatchFace] = []
         self.jobs: dict[PrefillTask, SimHost] = {}
-        self.find: Callable[[str], WorkerNode | None] = lambda _: None  # by worker id, whoever lives there now
+        self.find: Callable[[str], WorkerNode | None] = lambda _: None  # by worker id: its current life
         self._place = Place(world, process, setting.is_bearable, worker.check_s, setting.stray)
-        self._orphans: dict[SequenceKey, float] = {}  # sequences whose hand-over ended, and when
+        self._orphans: dict[SequenceKey, float] = {}  # sequences whose hand-over ended: time of the end
         face = FaceLoad(worker.role)
         self.watchers = Watchers(self.dispatcher, process.life, lambda: face, Counter(), piece_identities=3)
 
     @property
     def is_idle(self) -> bool:
-        """Nothing runs, nothing waits."""
+        """True when no sequence, hand-over or run is left."""
         return not (self.engine.num_live or self.jobs or self.service.num_running or self.dispatcher.num_owned)
 
     # ------------------------------------------------------------------ what routers open
 
     def accept(self, end: End, message: worker_pb2.SessionUp | worker_pb2.WatchRequest) -> None:
-        """The first message of a router's stream says what it is to be."""
+        """Take the first message of a router's stream, which decides between session and watch."""
         if isinstance(message, worker_pb2.WatchRequest):
             self.watches.append(WatchFace(self, end))
         elif message.HasField("hello"):
@@ -197,14 +197,14 @@ class WorkerNode:
             self.sessions.append(session)
             session.hear(message)
         else:
-            end.abort()  # its first word was lost
+            end.abort()  # the first message, the hello, was lost
 
     def info(self) -> common_pb2.WorkerInfo:
-        """What a welcome carries; the router knows our facts by heart."""
+        """Worker info of a welcome; the router has the other facts from the announcement."""
         return common_pb2.WorkerInfo(worker_id=self.worker.worker_id, incarnation=self.process.life)
 
     def router_facts(self) -> router_facts.WorkerFacts:
-        """What an announcement says."""
+        """Facts that the worker announces."""
         worker = self.worker
         return router_facts.WorkerFacts(
             worker_id=worker.worker_id,
@@ -221,7 +221,7 @@ class WorkerNode:
     # ------------------------------------------------------------------ hand-overs
 
     def connect_peer(self, key: SequenceKey, address: str) -> StreamHost:
-        """The decode side opens a stream to whoever lives at the address."""
+        """Open a hand-over stream to the current life of the worker at the address."""
         peer = self.find(address.removesuffix(f":{PORT}"))
         assert peer is not None, address
         near, far = self.network.connect(self.process, peer.process, f"{key.request_id}>{address}")
@@ -230,7 +230,7 @@ class WorkerNode:
         return SimHost(self._place, near, f"{key.request_id}#{key.choice} receiver")
 
     def accept_handover(self, end: End, envelope: bytes) -> None:
-        """The first message of a hand-over."""
+        """Take the first message of a hand-over stream."""
         try:
             message = decode_envelope(envelope)
         except WireError:
@@ -249,7 +249,7 @@ class WorkerNode:
             host.sends = lambda frame, envelope: self._check_frame(job.key, frame, envelope)
 
     def _job_over(self, found: list[PrefillTask]) -> None:
-        """After the actions under way: a stream ends when its handler returns."""
+        """Leave the job after the current actions, as a stream ends when its handler returns."""
         for job in found:
             self.world.after(0.0, self.process, lambda job=job: self._leave(job))  # type: ignore[misc]
 
@@ -260,7 +260,7 @@ class WorkerNode:
             self._orphans[job.key] = self.world.now_s()
 
     def _check_frame(self, key: SequenceKey, frame: SendFrame, envelope: bytes) -> None:
-        """K4: what leaves is what was computed."""
+        """Check K4: the planes of a frame are those computed for its tokens."""
         planes = envelope[len(envelope) - frame.token_count * CELL_BYTES :]
         if not self.engine.store.leaves_as_computed(key, frame.token_start, planes):
             raise Violation("K4", f"{key}: a frame leaves that is not the KV of its tokens")
@@ -268,20 +268,20 @@ class WorkerNode:
     # ------------------------------------------------------------------ inside
 
     def _tell(self, events: Sequence[link.Event]) -> None:
-        """Route what the engine says, then let what it caused leave."""
+        """Route the engine's events, then send the messages that they caused."""
         for event in events:
             self.dispatcher._route(event)
         self.flush()
 
     def flush(self) -> None:
-        """Let everything that waits for routers leave."""
+        """Send everything that waits for routers."""
         for session in list(self.sessions):
             session.flush()
         for watch in list(self.watches):
             watch.flush()
 
     def check(self) -> None:
-        """What must hold after every event: the engine's invariants, and R6 inside one worker."""
+        """Check, after every event, the engine's invariants, R6 inside this worker, and the deadlines of R7."""
         self.engine.check()
         owner_of = self.service._ledger.router_of
         speaking = [(owner_of(run), run.order.key) for run in self.service.runs if run._verdict is None]
@@ -296,7 +296,7 @@ class WorkerNode:
         self._check_orphans()
 
     def _check_orphans(self) -> None:
-        """What nobody waits for any more is given up now, not at its deadline."""
+        """Check that a sequence whose hand-over ended is given up at once, not at its deadline."""
         if not self._orphans:
             return
         states, slack_s = self.engine.core.states(), ORPHAN_SLACK_S + self.process.frozen_s
@@ -307,7 +307,7 @@ class WorkerNode:
                 raise Violation("R7", f"{self.process}: {key} lives {slack_s} s after its hand-over ended")
 
     def check_drained(self) -> None:
-        """K1 and K5 at the end, and that no machine is left behind."""
+        """Check K1 and K5 at the end, and that no job and no run is left."""
         check_drained(str(self.process), self.engine.core, self.engine.pool)
         findable = set(self.engine.prefix.snapshot())
         for watch in self.watches:

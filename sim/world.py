@@ -1,4 +1,4 @@
-"""Virtual time: processes that die and stand still, an event heap, and a transcript. Knows no protocol and no role."""
+"""Virtual time: processes that crash and freeze, an event heap, and a transcript. Knows no protocol and no role."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ LAST_EVENTS = 60
 
 @dataclass(slots=True, eq=False)
 class Process:
-    """One operating-system process. A restart is another life: what the old one had planned never happens."""
+    """One operating-system process. A restart begins another life; timers of the old life never fire."""
 
     name: str
     life: int = 1
     is_alive: bool = True
     frozen_until_s: float = 0.0
-    frozen_s: float = 0.0  # in all, over all lives
+    frozen_s: float = 0.0  # sum over all lives
 
     def __str__(self) -> str:
         return f"{self.name}.{self.life}"
@@ -28,21 +28,21 @@ class Process:
 
 @dataclass(slots=True, eq=False)
 class Timer:
-    """Something that will happen, unless it is cancelled or its process dies before."""
+    """Planned event. It happens unless it is cancelled or its process dies first."""
 
     act: Callable[[], None]
-    process: Process | None  # None: nature itself
+    process: Process | None  # None: an event outside all processes
     life: int = 0
     is_cancelled: bool = False
 
     def cancel(self) -> None:
-        """It will not happen. Harmless afterwards."""
+        """Cancel the event. No effect after it has happened."""
         self.is_cancelled = True
 
 
 @dataclass(slots=True)
 class Transcript:
-    """What happened, line by line: a running digest of all lines, and the last ones for reading."""
+    """Log of a schedule: a running digest of all lines, and the last lines (or all) as text."""
 
     keep_all: bool = False
     lines: deque[str] = field(default_factory=deque)
@@ -58,12 +58,12 @@ class Transcript:
             self.lines.popleft()
 
     def digest(self) -> str:
-        """Stands for every line so far."""
+        """Digest of all lines so far, in hexadecimal."""
         return self._hasher.hexdigest()
 
 
 class World:
-    """The clock of everything, and its one source of randomness. Satisfies core.clock.Clock."""
+    """Clock, event heap and only source of randomness of one schedule. Implements core.clock.Clock."""
 
     def __init__(self, seed: int, *, keep_all: bool = False) -> None:
         self.random = random.Random(seed)
@@ -78,39 +78,39 @@ class World:
         return self._now_s
 
     def chance(self, probability: float) -> bool:
-        """A biased coin. Certain outcomes cost no randomness."""
+        """Return True with this probability. Probability 0 draws no random number."""
         return probability > 0 and self.random.random() < probability
 
     def note(self, who: object, what: str) -> None:
-        """A line of the transcript."""
+        """Add a line to the transcript."""
         self.transcript.add(f"{self._now_s:9.4f} {who}: {what}")
 
     def after(self, delay_s: float, process: Process | None, act: Callable[[], None]) -> Timer:
-        """Let `act` happen in this life of a process; while it stands still, as soon as it goes on."""
+        """Plan `act` in this life of a process. If the process is frozen then, `act` happens when the freeze ends."""
         timer = Timer(act, process, 0 if process is None else process.life)
         self._push(self._now_s + max(0.0, delay_s), timer)
         return timer
 
     def at(self, at_s: float, process: Process | None, act: Callable[[], None]) -> Timer:
-        """As `after`, at an exact time: what is planned for one time happens in the order of planning."""
+        """Plan `act` as `after` does, at an exact time. Events of the same time happen in the order of planning."""
         timer = Timer(act, process, 0 if process is None else process.life)
         self._push(max(self._now_s, at_s), timer)
         return timer
 
     def freeze(self, process: Process, seconds: float) -> None:
-        """The process stands still."""
+        """Let a process stand still for `seconds`."""
         until_s = self._now_s + seconds
         process.frozen_s += max(0.0, until_s - max(self._now_s, process.frozen_until_s))
         process.frozen_until_s = max(process.frozen_until_s, until_s)
 
     def kill(self, process: Process) -> None:
-        """The process is gone, with everything it had planned."""
+        """End this life of a process; its planned events never happen."""
         process.is_alive = False
         process.life += 1
         process.frozen_until_s = 0.0
 
     def step(self) -> Process | bool | None:
-        """Let the next thing happen. False: nothing is planned. Else the process it happened in (None: none)."""
+        """Run the next event. False: nothing is planned. Else the process of the event (None: no process)."""
         while self._heap:
             at_s, _, timer = heapq.heappop(self._heap)
             process = timer.process

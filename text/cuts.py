@@ -1,12 +1,12 @@
-"""Where a long text can be cut so that its tokens are those of its pieces, one after the other. Knows no request.
+"""Cuts of a long text into pieces whose tokens, joined, are the tokens of the text. Knows no request.
 
-    text    … the quick brown│ fox jumps …          a blank between a letter or digit and a letter
-            … end of line.\\n│Next line …            behind a single line break, before a letter
+    text    … the quick brown│ fox jumps …          before a blank between a letter or digit and a letter
+            … end of line.\\n│Next line …            after a single line break, before a letter
     pieces  [16 Ki characters] [16 Ki characters] …
 
-Every vocabulary in use cuts words there before any merge. That is not believed but looked at: a kind of place counts
-only where no token of the vocabulary reaches across it and samples have the same tokens cut and uncut; and at each cut
-of a text its surroundings are tokenised both ways. A tokenizer without such places takes every text as a whole.
+Known vocabularies separate words there before any merge. This is checked: a kind of place is used only if no token of
+the vocabulary crosses it and samples have the same tokens with and without the cut; and at each cut of a text its
+surroundings are tokenised both ways. A tokenizer without such places encodes every text as a whole.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from ..core.errors import InvalidRequest
 from .token_bounds import is_byte_level
 
 PIECE_CHARS = 16_384
-MAX_UNCUT_CHARS = 262_144  # without one place to cut; of a tokenizer that has such places
-_WINDOW_CHARS = 64  # on each side of a cut, tokenised both ways
-_MAX_TRIES = 4  # places in the latter half of one piece
+MAX_UNCUT_CHARS = 262_144  # longest stretch without a place to cut, for tokenizers that have such places
+_WINDOW_CHARS = 64  # characters on each side of a cut that are tokenised both ways
+_MAX_TRIES = 4  # places tried in the second half of a piece
 
-_BYTE_BLANK, _BYTE_LINE = "\u0120", "\u010a"  # how byte-level vocabularies spell a space and a line break
+_BYTE_BLANK, _BYTE_LINE = "\u0120", "\u010a"  # space and line break in byte-level vocabularies
 _BYTE_BLANKS = "\u0120\u010a\u0109\u010d"
 
 
 class Piece(NamedTuple):
-    """A part of a text that is tokenised by itself."""
+    """Part of a text that is tokenised separately."""
 
-    start: int  # character of the whole text
+    start: int  # index of its first character in the whole text
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """One kind of place: the next piece begins `num_dropped` characters behind the cut."""
+    """One kind of place for cuts: the next piece begins `num_dropped` characters after the cut."""
 
-    places: re.Pattern[str]  # empty matches, at the cut
+    places: re.Pattern[str]  # matches are empty, at the cut
     num_dropped: int
 
 
@@ -59,17 +59,17 @@ _SAMPLES = {
 
 
 class Cuts:
-    """The places to cut that hold for one tokenizer."""
+    """Places to cut that are valid for one tokenizer."""
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         self._backend = backend
         self._kinds = tuple(kind for kind in _kinds(backend) if self._holds(kind))
 
     def pieces(self, text: str) -> Iterator[Piece]:
-        """The text in pieces, the next one found when it is asked for. A piece is long where no place was found.
+        """Yield the pieces of a text, found one by one. A piece is longer than PIECE_CHARS if it has no place to cut.
 
         Raises:
-            InvalidRequest: this tokenizer's texts can be cut, but one stretch of this text cannot, and it is too long.
+            InvalidRequest: this tokenizer has places to cut, but a too long stretch of this text has none.
         """
         start = 0
         while self._kinds and len(text) - start > PIECE_CHARS:
@@ -82,7 +82,7 @@ class Cuts:
         yield Piece(start, text[start:] if start else text)
 
     def _cut(self, text: str, start: int) -> tuple[int, int] | None:
-        """Where the piece from `start` ends and the next one begins; None: the rest is one piece."""
+        """End of the piece from `start`, and start of the next one. None: the rest is one piece."""
         low = start + PIECE_CHARS // 2
         while low < len(text):
             high = min(low + PIECE_CHARS // 2, len(text))
@@ -111,21 +111,21 @@ class Cuts:
 
 
 def is_long(text: str) -> bool:
-    """Whether a text is cut, where it can be."""
+    """Return whether a text is long enough to be cut."""
     return len(text) > PIECE_CHARS
 
 
 def encode_all(backend: tokenizers.Tokenizer, texts: list[str], add_special_tokens: bool) -> list[tokenizers.Encoding]:
-    """Ids only, without offsets. Lets other threads run meanwhile, which `encode` would not.
+    """Encode texts to ids without offsets. Releases the GIL, which `encode` does not.
 
-    What it keeps of each token is a third of what an encoding with offsets is, and quicker to give back.
+    The result takes a third of the memory of an encoding with offsets, and is freed faster.
     """
     found: list[tokenizers.Encoding] = backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
     return found
 
 
 def _kinds(backend: tokenizers.Tokenizer) -> Iterator[_Kind]:
-    """Those that no token reaches across. A space is dropped where a tokenizer puts one before every text."""
+    """Kinds of places that no token crosses. A space is dropped for tokenizers that put one before every text."""
     spelt = is_byte_level(backend)
     blank, line, blanks = (_BYTE_BLANK, _BYTE_LINE, _BYTE_BLANKS) if spelt else ("\u2581", "\n", "\u2581\t\r")
     vocab = "\0".join(backend.get_vocab(with_added_tokens=True))

@@ -1,4 +1,4 @@
-"""The small files beside a checkpoint's weights: JSON read with errors that name the file. Knows no tokenizer."""
+"""Reads the small JSON and text files of a checkpoint, with errors that name the file. Knows no tokenizer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..core.errors import CheckpointError
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file.
+    """Read a UTF-8 file.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -23,10 +23,10 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path, *, optional: bool = False) -> Mapping[str, Any]:
-    """A file with one JSON object; empty where an optional file is missing.
+    """Read a file with one JSON object; empty if an optional file is missing.
 
     Raises:
-        CheckpointError: it is missing, unreadable, or holds something else.
+        CheckpointError: it is missing, unreadable, or holds no JSON object.
     """
     if optional and not path.exists():
         return {}

@@ -1,4 +1,4 @@
-"""A tokenizer and chat templates out of a GGUF file's metadata. Knows no tensor, no model.
+"""Tokenizer and chat templates from a GGUF file's metadata. Knows no tensor, no model.
 
 Two kinds: byte-level BPE with merges (`tokenizer.ggml.model` "gpt2"), and SentencePiece's BPE by scores ("llama").
 """
@@ -30,18 +30,18 @@ from .gguf_words import RULES
 
 
 class Vocabulary(NamedTuple):
-    """What `text/tokenizer.py` makes a tokenizer of."""
+    """Arguments of `text/tokenizer.py`'s Tokenizer."""
 
     backend: tokenizers.Tokenizer
-    special: dict[str, str]  # by the names that chat templates know
+    special: dict[str, str]  # special tokens by their names in chat templates
     eos_ids: tuple[int, ...]
 
 
 def read_vocabulary(file: GgufFile) -> Vocabulary:
-    """The tokenizer of a file.
+    """Read the tokenizer of a file.
 
     Raises:
-        CheckpointError: it holds none, or one of a kind that is not served; names the key.
+        CheckpointError: it has no tokenizer, or one of an unsupported kind; names the key.
     """
     tokens, kind = tokens_of(file), file.text("tokenizer.ggml.model")
     if kind == "gpt2":
@@ -55,14 +55,14 @@ def read_vocabulary(file: GgufFile) -> Vocabulary:
         )
     named = special_ids(file)
     if kind == "llama" and (unknown := token_id(file, "unknown_token_id")) is not None:
-        named |= {unknown}  # never text; byte-level vocabularies need none, and some files name just any
+        named |= {unknown}  # gives no text. Byte-level vocabularies need none; some files name an arbitrary one
     _add_tokens(backend, tokens, token_kinds(file, tokens), named)
     _add_ends(file, backend, tokens, begins)
     return Vocabulary(backend, special_tokens_of(file, tokens), end_ids(file, tokens))
 
 
 def read_templates(file: GgufFile) -> dict[str, str]:
-    """Chat templates by name; "default" is the one without a name."""
+    """Read the chat templates, by name; the one without a name becomes "default"."""
     found = {}
     for key, value in file.metadata.items():
         if isinstance(value, str) and key.startswith("tokenizer.chat_template"):
@@ -86,7 +86,7 @@ def _byte_level(file: GgufFile, tokens: list[str]) -> tuple[tokenizers.Tokenizer
         raise CheckpointError(f"{file.path} has no tokenizer.ggml.merges; fetch or convert it again")
     try:
         backend = tokenizers.Tokenizer(models.BPE(_ids(tokens), merges, ignore_merges=rule.whole_words))
-    except Exception as error:  # tokenizers raises bare Exception
+    except Exception as error:  # tokenizers raises Exception itself
         raise CheckpointError(f"{file.path}: tokenizer.ggml.merges do not fit the tokens: {error}") from None
     if rule.composed:
         backend.normalizer = normalizers.NFC()
@@ -99,7 +99,7 @@ def _byte_level(file: GgufFile, tokens: list[str]) -> tuple[tokenizers.Tokenizer
 
 
 def _split_merge(merge: str) -> tuple[str, str]:
-    left, _, right = merge[1:].partition(" ")  # a part may begin with a space, but is never one
+    left, _, right = merge[1:].partition(" ")  # a part may begin with a space, but is never just a space
     return merge[:1] + left, right
 
 
@@ -126,7 +126,7 @@ def _by_scores(file: GgufFile, tokens: list[str]) -> tuple[tokenizers.Tokenizer,
 
 
 def _merges(tokens: list[str], scores: list[float], kinds: list[int]) -> list[tuple[str, str]]:
-    """Every way to make a token of two others, best score first: SentencePiece's rule as a list of merges."""
+    """All pairs of tokens that form a third, best score first: SentencePiece's rule as a list of merges."""
     by_text = _ids(tokens)
     found: list[tuple[float, int, int, int]] = []
     for id_, token in enumerate(tokens):
@@ -144,7 +144,7 @@ def _merges(tokens: list[str], scores: list[float], kinds: list[int]) -> list[tu
 
 
 def _ids(tokens: Sequence[str]) -> dict[str, int]:
-    """Ids by token; of equal ones the first, the others have no text."""
+    """Ids by token. Of equal tokens only the first is included."""
     ids: dict[str, int] = {}
     for id_, token in enumerate(tokens):
         if token:
@@ -155,7 +155,7 @@ def _ids(tokens: Sequence[str]) -> dict[str, int]:
 def _add_tokens(
     backend: tokenizers.Tokenizer, tokens: Sequence[str], kinds: Sequence[int], named: frozenset[int]
 ) -> None:
-    """Mark tokens that stand for themselves wherever they are written; special and unknown ones give no text."""
+    """Add tokens that are matched as a whole in a text. Special and unknown ones produce no text."""
     first = _ids(tokens)
     added = []
     for id_, token in enumerate(tokens):
@@ -167,7 +167,7 @@ def _add_tokens(
 
 
 def _add_ends(file: GgufFile, backend: tokenizers.Tokenizer, tokens: Sequence[str], begins: bool) -> None:
-    """Put the beginning and end of sequence around a text where the file asks for it."""
+    """Add the beginning-of-sequence and end-of-sequence tokens around a text if the file demands it."""
     around: list[tuple[str, int]] = []
     template = ["$A"]
     if file.flag("tokenizer.ggml.add_bos_token", begins) and (bos := token_id(file, "bos_token_id")) is not None:

@@ -1,6 +1,7 @@
-"""How byte-level vocabularies of GGUF cut text into words, by `tokenizer.ggml.pre`. Knows no vocabulary.
+"""Rules by which byte-level vocabularies of GGUF split text into words, by `tokenizer.ggml.pre`. Knows no vocabulary.
 
-Each rule is the list of patterns that the vocabulary was trained with; a later one cuts what the earlier ones left.
+Each rule is the list of patterns with which the vocabulary was trained; each pattern splits the parts that the earlier
+ones left.
 Source: the tokenizer.json of each family's releases, and llama.cpp's `llama-vocab.cpp` for the names.
 """
 
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 _CONTRACTIONS = "'s|'t|'re|'ve|'m|'ll|'d"
 _GPT2 = _CONTRACTIONS + r"| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CJK = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
-_CASED_LETTERS = (  # of scripts that have upper and lower case
+_CASED_LETTERS = (  # letters of scripts with upper and lower case
     "A-Za-z\u00b5\xc0-\xd6\xd8-\xf6\xf8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af\u0370-\u0373\u0376\u0377\u037b-"
     "\u037d\u037f\u0386\u0388-\u038a\u038c\u038e-\u03a1\u03a3-\u03f5\u03f7-\u0481\u048a-\u052f\u0531-\u0556\u10a0"
     "-\u10c5\u13a0-\u13f5\u13f8-\u13fd\u1c90-\u1cba\u1cbd-\u1cbf\u1d00-\u1d2b\u1d6b-\u1d77\u1d79-\u1d9a\u1e00-"
@@ -26,7 +27,7 @@ _CASED_LETTERS = (  # of scripts that have upper and lower case
 
 
 def _words(digits: str) -> str:
-    """What Llama 3 began and others vary: words with what stands before them, digits in groups, lines."""
+    """Pattern of Llama 3 and its variants: words with the character before them, groups of digits, line breaks."""
     return (
         rf"(?i:{_CONTRACTIONS})|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
         r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -46,12 +47,12 @@ _DEEPSEEK_V3 = (
 
 @dataclass(frozen=True, slots=True)
 class CuttingRule:
-    """How a vocabulary's words are found."""
+    """Rule that splits text into words for one vocabulary."""
 
     patterns: tuple[str, ...]
-    whole_words: bool = False  # a word of the vocabulary is taken before any merge
-    composed: bool = False  # text is brought to NFC first
-    begins: bool = False  # a text begins with the beginning-of-sequence token unless the file says otherwise
+    whole_words: bool = False  # a word in the vocabulary is one token, without merges
+    composed: bool = False  # text is normalised to NFC first
+    begins: bool = False  # the default for the beginning-of-sequence token, if the file says nothing
 
 
 _LLAMA3 = CuttingRule((_words("{1,3}"),), whole_words=True, begins=True)
@@ -74,7 +75,7 @@ RULES: dict[str, CuttingRule] = {
             r"[\r\n]",
             rf"\s?[{_CASED_LETTERS}]+",
             "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
-            r"(?<!\s)\s+$",  # as `\s+$`, tried once per run of blanks and not at each of them
+            r"(?<!\s)\s+$",  # same matches as `\s+$`, but tried once per run of blanks
             _CJK,
             r"\p{N}+",
         )

@@ -1,12 +1,12 @@
-"""Text that grows with its tokens: only what can no longer change is given out. Knows no request and no clock.
+"""Incremental text of a sequence of tokens: returns only text that can no longer change. Knows no request and no clock.
 
-The text of a sequence is a function of its ids alone, so everything here can be rebuilt by pushing the ids again.
-Each token is decoded a bounded number of times, however long the text gets.
+The text of a sequence is a function of its ids only, so all state can be rebuilt by pushing the ids again. Each token
+is decoded a bounded number of times, independent of the text's length.
 
-A text may start behind a prompt. It is then what all ids decode to, less what the prompt's decode to: a first word
-keeps the space that decoders strip from the beginning of a text. There are two cases where the longer text does not
-begin with the shorter one. Output that completes a character which the prompt began gives that character, whole. Byte
-tokens that made whole characters at the prompt's end stay so: bytes of the output behind them are a run of their own.
+A text may follow a prompt. It is then the decoded text of all ids without the decoded text of the prompt: a first word
+keeps the space that decoders strip from the beginning of a text. In two cases the longer text does not begin with the
+shorter one. Output that completes a character begun in the prompt contains the whole character. Byte tokens that are
+whole characters at the prompt's end stay so: bytes of the output after them form a separate run.
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ from typing import Protocol
 from ..core.errors import CheckpointError
 from .tokenizer import Tokenizer
 
-# Decoders whose text grows only at its end: a token's text depends on the token before it at most.
+# Decoder steps with which a token's text depends at most on the token before it.
 _PIECEWISE = frozenset({"Metaspace", "Replace", "ByteFallback", "Fuse", "Strip", "BPEDecoder", "WordPiece"})
 
 
 class _Growth(Protocol):
-    """How the text of one sequence grows; ids are in the vocabulary and not to be skipped."""
+    """Decoding of one sequence for one kind of decoder. All ids are in the vocabulary and not skipped."""
 
     def start_behind(self, backwards: Iterator[int]) -> None:
-        """Take a prompt's last ids, the very last first, as many as the text depends on."""
+        """Take a prompt's last ids, in reverse order, as many as the text depends on."""
         ...
 
     def push(self, ids: Sequence[int]) -> str: ...
 
     def flush(self) -> str:
-        """What waits, as it is. What is pushed afterwards does not go on from it."""
+        """Return the text of waiting tokens, even if incomplete. Later tokens do not continue it."""
         ...
 
     def breaks(self, token_id: int) -> bool: ...
 
 
 class IncrementalText:
-    """The text of one sequence. All pushes and the flush, put together, are `tokenizer.decode(all ids)`."""
+    """Incremental text of one sequence. All pushes and the flush, joined, equal `tokenizer.decode(all ids)`."""
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()) -> None:
-        """Start an empty text, behind a prompt where there is one.
+        """Start an empty text, after a prompt if there is one.
 
         Raises:
-            CheckpointError: the tokenizer's decoder is of a kind whose text cannot be given out piece by piece.
+            CheckpointError: the tokenizer's decoder is of a kind that cannot decode incrementally.
         """
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
@@ -54,37 +54,37 @@ class IncrementalText:
         self._growth.start_behind(id_ for id_ in reversed(prompt_ids) if self.gives_text(id_))
 
     def push(self, ids: Iterable[int]) -> str:
-        """What `ids` add to the text, as far as no later token can change it."""
+        """Return the text that `ids` add and that no later token can change."""
         kept = [id_ for id_ in ids if self.gives_text(id_)]
         return self._growth.push(kept) if kept else ""
 
     def flush(self) -> str:
-        """What was withheld: the sequence is over, or something else follows here."""
+        """Return the withheld text, at the end of the sequence or before other text."""
         return self._growth.flush()
 
     def breaks(self, token_id: int) -> bool:
-        """Whether the token, pushed next, leaves what waits a broken character, to stand before its own text."""
+        """Return whether pushing this token next makes the waiting bytes a broken character before its own text."""
         return self.gives_text(token_id) and self._growth.breaks(token_id)
 
     def gives_text(self, token_id: int) -> bool:
-        """Whether it is in the vocabulary and not to be skipped."""
+        """Return whether the token is in the vocabulary and not skipped."""
         return token_id not in self._skipped and self._tokenizer.token(token_id) is not None
 
 
 def check_decoder(tokenizer: Tokenizer) -> None:
-    """Find out at start-up whether texts of this tokenizer can grow.
+    """Check at start-up that this tokenizer can decode incrementally.
 
     Raises:
-        CheckpointError: they cannot; names the decoder.
+        CheckpointError: it cannot; names the decoder.
     """
     _growth_of(tokenizer)
 
 
 def unfinished(data: bytes) -> bytes:
-    """The end of `data` that is the beginning of a UTF-8 character: up to three bytes, mostly none."""
+    """Last bytes of `data` that begin a UTF-8 character without completing it: at most three, usually none."""
     for length in range(1, min(3, len(data)) + 1):
         tail = data[-length:]
-        if tail[0] >= 0xC0:  # begins a character
+        if tail[0] >= 0xC0:  # first byte of a character
             return tail if not codecs.getincrementaldecoder("utf-8")("replace").decode(tail) else b""
     return b""
 
@@ -93,12 +93,12 @@ def unfinished(data: bytes) -> bytes:
 
 
 class _ByteLevelGrowth:
-    """Tokens are bytes in disguise; the text is their UTF-8. An incomplete sequence waits for its rest."""
+    """Decoding of byte-level tokens, which encode bytes; the text is UTF-8. Incomplete characters wait."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._said = ""  # how the prompt's text ends, where it ends within a character
+        self._said = ""  # replacement characters at the end of the prompt's text for an incomplete character
 
     def start_behind(self, backwards: Iterator[int]) -> None:
         data = b""
@@ -136,7 +136,7 @@ class _ByteLevelGrowth:
 
 @cache
 def _byte_by_character() -> dict[str, int]:
-    """The disguise: printable bytes stand for themselves, the others for characters from U+0100 on.
+    """Byte of each character of a byte-level vocabulary: printable bytes as themselves, others from U+0100 on.
 
     Source: Radford et al. 2019, the published byte-level vocabulary.
     """
@@ -146,11 +146,11 @@ def _byte_by_character() -> dict[str, int]:
 
 
 def byte_level_bytes(token: str) -> bytes:
-    """The bytes that a token of a byte-level vocabulary stands for."""
+    """Bytes of a token of a byte-level vocabulary."""
     table = _byte_by_character()
     try:
         return bytes(table[character] for character in token)
-    except KeyError:  # an added token that is not in disguise
+    except KeyError:  # an added token, which is plain text
         return token.encode()
 
 
@@ -158,13 +158,13 @@ def byte_level_bytes(token: str) -> bytes:
 
 
 class _PiecewiseGrowth:
-    """Decodes new tokens behind the one before them, so that nothing but the very first is at the text's start.
+    """Decodes new tokens after the token before them, so that only the very first is at the start of a text.
 
-        ids:  … given out … | lead | settled now … | byte tokens, waiting |
-                              └──── decoded ─────┘
+        ids:  … returned … | lead | settled now … | byte tokens, waiting |
+                             └──── decoded ─────┘
 
-    A run of byte tokens is text only as a whole: one wrong byte makes every byte of the run a replacement character.
-    So it waits for its end. The lead is never one of them: a run that is over must not go on.
+    A run of byte tokens becomes text only as a whole: one wrong byte makes every byte of the run a replacement
+    character. So the run waits for its end. The lead is never a byte token: it would continue a finished run.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -173,7 +173,7 @@ class _PiecewiseGrowth:
         self._lead: list[int] = []
         self._lead_chars = 0
         self._waiting: list[int] = []
-        self._num_said = 0  # replacement characters that the prompt's text ended with, for what waits
+        self._num_said = 0  # replacement characters at the end of the prompt's text for the waiting bytes
 
     def start_behind(self, backwards: Iterator[int]) -> None:
         run: list[int] = []
@@ -204,15 +204,15 @@ class _PiecewiseGrowth:
         return self._settle(waiting) if waiting else ""
 
     def breaks(self, token_id: int) -> bool:
-        return False  # what waits has a text of its own, which flushing gives
+        return False  # waiting byte tokens have a text of their own, which `flush` returns
 
     def _open_end(self, run: list[int]) -> list[int]:
-        """The byte tokens of a prompt's last run on which the bytes behind it depend: at most four."""
+        """Byte tokens at the end of a prompt's last run that affect the bytes after it: at most four."""
         data = bytes(self._byte_by_id[id_] for id_ in run)
         tail = unfinished(data)
         try:
             data[: len(data) - len(tail)].decode()
-        except UnicodeDecodeError as error:  # whatever follows, the run is broken: its first wrong bytes tell as much
+        except UnicodeDecodeError as error:  # the run stays broken: its first wrong bytes are enough
             return run[error.start : error.end + 1]
         return run[len(run) - len(tail) :]
 
@@ -226,7 +226,7 @@ class _PiecewiseGrowth:
         return text
 
     def _take_lead(self, ids: list[int]) -> None:
-        """The last of `ids`; instead of a byte token any other one: what it is changes nothing behind it."""
+        """Set the lead to the last of `ids`, or to any other token if that is a byte token: the text is the same."""
         last = ids[-1] if ids[-1] not in self._byte_by_id else self._any_other
         self._lead = [] if last is None else [last]
         self._lead_chars = len(self._decode(self._lead))

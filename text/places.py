@@ -1,7 +1,7 @@
-"""Where in a text its tokens begin, counted in characters. Knows no request; incremental.py makes the text.
+"""Places of tokens in their text, in characters. Knows no request; incremental.py makes the text.
 
-A token is where the character is that holds its first byte. So the tokens of one character are all at that character,
-whichever begins or completes it. A token without text is where the next text begins.
+The place of a token is that of the character with its first byte. So all tokens of one character have the place of this
+character. The place of a token without text is the start of the next text.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from .tokenizer import Tokenizer
 
 
 class TokenPlaces:
-    """The places of one text's tokens, in their order."""
+    """Places of the tokens of one text, in their order."""
 
     def __init__(
         self, tokenizer: Tokenizer, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = (), start: int = 0
     ) -> None:
-        """The text begins at `start`, and goes on from `prompt_ids`."""
+        """The text follows `prompt_ids`; its first character has the number `start`."""
         self._byte_by_id = tokenizer.byte_by_id
         self._text = IncrementalText(tokenizer, skip_special_tokens, prompt_ids)
         self._at = start  # where the next text begins
 
     def of(self, ids: Sequence[int]) -> list[int]:
-        """The places of the next tokens. The last may be within a character only if no more follow."""
+        """Places of the next tokens. Only the text's last tokens may end within a character."""
         places: list[int] = []
-        run: list[int] = []  # of byte tokens without an end yet: where they are in `places`
+        run: list[int] = []  # indices in `places` of the byte tokens of an unfinished run
         for id_ in ids:
             if id_ in self._byte_by_id:
                 run.append(len(places))
@@ -39,7 +39,7 @@ class TokenPlaces:
         return places
 
     def _end_run(self, places: list[int], run: list[int]) -> None:
-        """Place the byte tokens of a run, and what has no text among them. Empties `run`."""
+        """Set the places of a run's byte tokens, and of tokens without text among them. Empties `run`."""
         text = self._text.flush()
         within = _byte_places(text, len(run))
         next_place = self._at + len(text)
@@ -52,8 +52,8 @@ class TokenPlaces:
 
 
 def _byte_places(text: str, num_bytes: int) -> list[int]:
-    """At which characters of `text` its last bytes are; a prompt may have brought the first ones."""
-    if text == "\ufffd" * num_bytes:  # a broken run: each byte shows
+    """Characters of `text` that hold its last `num_bytes` bytes; earlier bytes may come from the prompt."""
+    if text == "\ufffd" * num_bytes:  # a broken run: each byte is one character
         return list(range(num_bytes))
     places = [place for place, character in enumerate(text) for _ in character.encode()]
     return [0] * (num_bytes - len(places)) + places[max(0, len(places) - num_bytes) :]

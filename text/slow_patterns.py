@@ -1,8 +1,8 @@
 """Patterns of a tokenizer.json that take quadratic time on long runs of blanks. Knows no vocabulary.
 
-`\\s+$` is tried at every blank of a run that something follows, and reads to the run's end each time: 40 kB take ten
-seconds. On its own it is replaced by one that finds the same and is tried once per run; within a larger pattern it
-cannot be, so the runs are bounded there.
+If text follows a run of blanks, `\\s+$` is tried at every blank of the run and reads to its end each time: 40 kB take
+ten seconds. As a whole pattern it is replaced by one with the same matches that is tried once per run. As part of a
+larger pattern it cannot be replaced, so the length of runs is bounded.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ import re
 
 from ..core.errors import InvalidRequest
 
-MAX_BLANKS = 4_096  # in a row; some ten milliseconds
+MAX_BLANKS = 4_096  # longest run; takes about ten milliseconds
 
-_TRAILING = r"\\s+$"  # as JSON spells it
+_TRAILING = r"\\s+$"  # as written in JSON
 _ALONE = re.compile(r'("Regex"\s*:\s*)"' + re.escape(_TRAILING) + '"')
 _WITHIN = re.compile(r'"Regex"\s*:\s*"(?:[^"\\]|\\.)*' + r"(?<!\(\?<!\\\\s\))" + re.escape(_TRAILING))
 _RUN = re.compile(r"\s+")
 
 
 def without_slow_patterns(source: str) -> tuple[str, bool]:
-    """The tokenizer.json with what can be replaced, and whether runs of blanks must be bounded all the same."""
+    """Replace slow patterns of a tokenizer.json. Also returns whether slow ones are left, so that runs need a bound."""
     replaced = _ALONE.sub(lambda found: f'{found[1]}"(?<!\\\\s){_TRAILING}"', source)
     return replaced, _WITHIN.search(replaced) is not None
 
 
 def check_blanks(text: str) -> None:
-    """Refuse a text with a long run of blanks. Raises InvalidRequest."""
+    """Raise InvalidRequest for a text with a too long run of blanks."""
     for run in _RUN.finditer(text):
         length = run.end() - run.start()
         if length > MAX_BLANKS:

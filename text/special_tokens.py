@@ -1,8 +1,8 @@
-"""Tokens that the files beside tokenizer.json name: special ones, and ones that it lacks. Knows no text.
+"""Tokens named by the files beside tokenizer.json: special tokens, and tokens that it lacks. Knows no text.
 
-tokenizer_config.json, special_tokens_map.json and added_tokens.json are read as transformers 5 reads them: each token
-that they name is one token, and gets the next free id where tokenizer.json does not hold it. One difference: whatever
-they name as special is, though tokenizer.json does not flag it: it gives no text, and `split_special_tokens` splits it.
+tokenizer_config.json, special_tokens_map.json and added_tokens.json are read as in transformers 5: each token that they
+name is one token, and gets the next free id if tokenizer.json lacks it. One difference: a token that they name as
+special is special even if tokenizer.json does not flag it: it gives no text, and `split_special_tokens` splits it.
 """
 
 from __future__ import annotations
@@ -17,40 +17,40 @@ from tokenizers import AddedToken
 from ..core.errors import CheckpointError
 from .files import read_json
 
-# In the order in which they get ids where they have none.
+# In the order in which they get ids if they have none.
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_EXTRA, _EXTRA_BEFORE = "extra_special_tokens", "additional_special_tokens"  # what it was called before transformers 5
+_EXTRA, _EXTRA_BEFORE = "extra_special_tokens", "additional_special_tokens"  # the latter before transformers 5
 _OWN = "model_specific_special_tokens"
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 
 
 class NamedTokens(NamedTuple):
-    """What the files beside tokenizer.json say of tokens."""
+    """Tokens named by the files beside tokenizer.json."""
 
-    by_name: dict[str, AddedToken]  # "bos_token" and the like, and a model's own, e.g. "image_token"
-    extra: tuple[AddedToken, ...]  # special, without a name
-    added: tuple[tuple[int, AddedToken], ...]  # with the id that each must have; rising
-    added_by: str  # the file that says so
-    is_split: bool  # special tokens written out in a text are ordinary text
+    by_name: dict[str, AddedToken]  # names like "bos_token", and a model's own, e.g. "image_token"
+    extra: tuple[AddedToken, ...]  # special tokens without a name
+    added: tuple[tuple[int, AddedToken], ...]  # tokens with required ids, ascending
+    added_by: str  # name of the file with these ids
+    is_split: bool  # special tokens in a text are treated as ordinary text
 
 
 def special_tokens(directory: Path) -> dict[str, str]:
-    """The special tokens by their names ("bos_token": "<s>"), as tokenizer and chat template know them.
+    """Read the special tokens, by the names that tokenizer and chat template use ("bos_token": "<s>").
 
     Raises:
-        CheckpointError: see `read_named_tokens`.
+        CheckpointError: as for `read_named_tokens`.
     """
     return {name: token.content for name, token in read_named_tokens(directory).by_name.items()}
 
 
 def read_named_tokens(directory: Path) -> NamedTokens:
-    """Read the files.
+    """Read the tokens that a checkpoint's files name.
 
-    special_tokens_map.json and added_tokens.json count only where tokenizer_config.json has no `added_tokens_decoder`,
-    which says the same in a newer way.
+    special_tokens_map.json and added_tokens.json are read only if tokenizer_config.json has no `added_tokens_decoder`,
+    the newer form of the same data.
 
     Raises:
-        CheckpointError: a file is broken, or names something that is no token; names both.
+        CheckpointError: a file is broken, or has a value that is no token; names file and value.
     """
     path = directory / "tokenizer_config.json"
     fields = {key: _Field(value, path, key) for key, value in read_json(path, optional=True).items()}
@@ -78,17 +78,17 @@ def read_named_tokens(directory: Path) -> NamedTokens:
 
 
 def add_named_tokens(backend: tokenizers.Tokenizer, named: NamedTokens) -> None:
-    """Make `backend` know them all, and flag the special ones.
+    """Add all named tokens to `backend`, and flag the special ones.
 
     Raises:
-        CheckpointError: a token cannot have the id that its file gives it; names token, ids and file.
+        CheckpointError: a token cannot have the id that its file requires; names token, ids and file.
     """
     special = [*named.by_name.values(), *named.extra]
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     added = [token for _, token in named.added]
     backend.add_tokens([token for token in added if token.content])
     known.update(token.content for token in added)
-    fresh: list[AddedToken] = []  # of one that is named twice with other flags, the later ones hold
+    fresh: list[AddedToken] = []  # if a token is named twice with different flags, the later flags count
     for token in special:
         if token.content and token.content not in known and token not in fresh:
             fresh.append(token)
@@ -110,7 +110,7 @@ def add_named_tokens(backend: tokenizers.Tokenizer, named: NamedTokens) -> None:
 
 
 class _Field(NamedTuple):
-    """What a file says, and where."""
+    """Value of a field, with its file and key."""
 
     value: Any
     path: Path
@@ -121,7 +121,7 @@ class _Field(NamedTuple):
 
 
 def _take_older(fields: dict[str, _Field], path: Path) -> None:
-    """Add what special_tokens_map.json says. It wins, but for the tokens without a name, which add up."""
+    """Add the fields of special_tokens_map.json. They replace existing ones, but tokens without a name add up."""
     for key, said in read_json(path, optional=True).items():
         value = {**said, "special": True} if _is_token(said) and isinstance(said, Mapping) else said
         listed = (fields[key].value if key in fields else None) or []
@@ -131,7 +131,7 @@ def _take_older(fields: dict[str, _Field], path: Path) -> None:
 
 
 def _pop_names(fields: dict[str, _Field], key: str) -> dict[str, _Field]:
-    """A field that is an object with names and tokens, if it is there; `extra_special_tokens` need not be one."""
+    """Remove and return the tokens of a field that is an object; `extra_special_tokens` may also be a list."""
     field = fields.get(key)
     if field is None or (key == _EXTRA and not isinstance(field.value, Mapping)):
         return {}
@@ -151,7 +151,7 @@ def _listed(field: _Field | None) -> tuple[AddedToken, ...]:
 
 
 def _is_own(key: str) -> bool:
-    """Whether it can be a model's own name for a special token."""
+    """Return whether a key can be a model's own name for a special token."""
     return key.endswith("_token") and key not in SPECIAL_NAMES
 
 
@@ -160,7 +160,7 @@ def _is_token(value: Any) -> bool:
 
 
 def _token(field: _Field) -> AddedToken:
-    """A token from its text, which makes it special, or from an object with its flags."""
+    """Make a token from a string, which makes it special, or from an object with its flags."""
     value = field.value
     if not _is_token(value):
         raise field.refused("a string, or an object with content")
@@ -182,7 +182,7 @@ def _decoder(field: _Field) -> tuple[tuple[int, AddedToken], ...]:
 
 
 def _added(path: Path, special: set[str]) -> tuple[tuple[int, AddedToken], ...]:
-    """added_tokens.json: ids by token."""
+    """Read added_tokens.json, which maps tokens to ids."""
     found = read_json(path, optional=True)
     for token, id_ in found.items():
         if isinstance(id_, bool) or not isinstance(id_, int) or id_ < 0:

@@ -1,4 +1,4 @@
-"""Tokens to text that ends at stop strings, and which tokens are out with it. Knows no request and no clock."""
+"""Text of a token stream, ended by stop strings, with the number of tokens shown. Knows no request and no clock."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from .incremental import IncrementalText
 from .stop import StopText
 from .tokenizer import Tokenizer
 
-_FIRST_MARK, _MAX_MARKS = 0xD800, 0x800  # lone surrogates: no text has them
+_FIRST_MARK, _MAX_MARKS = 0xD800, 0x800  # lone surrogates, which no valid text contains
 
 
 class TextPiece(NamedTuple):
-    """What some tokens add to the text that a client may see."""
+    """Text that pushed tokens add to the text visible to the client."""
 
     text: str
-    num_tokens: int  # of those pushed, how many belong to the text; fewer only when it is stopped
+    num_tokens: int  # pushed tokens that belong to the text; fewer than pushed only after a stop
     is_stopped: bool
 
 
 class TextStream:
-    """The text of one choice, token by token: incremental, ended by stop strings.
+    """Text of one choice, token by token, ended by stop strings.
 
-    A function of the pushed ids alone: after a worker is lost, pushing them again to a new one restores it.
+    The state is a function of the pushed ids only: after a worker is lost, pushing them again on another restores it.
 
         text    | out already | withheld: perhaps a stop string | not settled: a character's first bytes |
         tokens  |  num_shown  |<------------------ to be shown, or to be cut ---------------------------->|
 
-    A special token gives no text, but a stop string may name it. Within, it is then one character that stands for it (a
-    mark), and ends what waits for its rest; clients see it only in a stop string that is included.
+    A special token gives no text, but a stop string may contain it. Internally it is then one placeholder character (a
+    mark), and it ends an incomplete character. Clients see it only in an included stop string.
     """
 
     def __init__(
@@ -44,32 +44,32 @@ class TextStream:
         include_stop: bool = False,
         prompt_ids: Sequence[int] = (),
     ) -> None:
-        """Start an empty text, behind a prompt. Stop strings complete within `min_tokens` tokens do not stop it.
+        """Start an empty text after a prompt. Stop strings that are complete within `min_tokens` tokens are ignored.
 
-        Raises what `IncrementalText` and `StopText` raise.
+        Raises the errors of `IncrementalText` and `StopText`.
         """
         self._text = IncrementalText(tokenizer, skip_special_tokens, prompt_ids)
         self._marks = _Marks(tokenizer, stop if skip_special_tokens else ())
         self._stop = StopText([*stop, *self._marks.stop], is_included=include_stop)
         self._min_tokens = min_tokens
         self._num_pushed = 0
-        self.num_shown = 0  # leading tokens whose text is out; of a stopped text also the one that was cut within
+        self.num_shown = 0  # leading tokens whose text is shown; after a stop also a partly shown one
         self._num_settled_chars = 0
         self._num_out_chars = 0
-        self._num_unsettled = 0  # tokens whose text is not known yet
-        self._spans: deque[tuple[int, int]] = deque()  # start and end of the text of settled tokens that are not shown
+        self._num_unsettled = 0  # tokens whose text is incomplete
+        self._spans: deque[tuple[int, int]] = deque()  # text [start, end) of complete tokens that are not shown
 
     @property
     def is_stopped(self) -> bool:
-        """A stop string was seen; further tokens do not count."""
+        """True after a stop string; further tokens do not count."""
         return self._stop.is_stopped
 
     def may_stop_at(self, token_id: int) -> bool:
-        """Whether a stop string names this special token."""
+        """Return whether a stop string contains this special token."""
         return token_id in self._marks.by_id
 
     def push(self, ids: Sequence[int]) -> TextPiece:
-        """What `ids` add. The token that completes a stop string still counts, those behind it do not."""
+        """Add `ids`. The token that completes a stop string still counts, later ones do not."""
         parts: list[str] = []
         for place, id_ in enumerate(ids):
             if self._stop.is_stopped:
@@ -86,7 +86,7 @@ class TextStream:
         return TextPiece("".join(parts), len(ids), self._stop.is_stopped)
 
     def flush(self) -> str:
-        """The choice ended for another reason: the text that was withheld."""
+        """Return the withheld text, when the choice ended without a stop string."""
         if self._stop.is_stopped:
             return ""
         text = self._text.flush()
@@ -96,7 +96,7 @@ class TextStream:
         return self._marks.seen(out, self._stop.num_included)
 
     def _settle(self, num_chars: int) -> None:
-        """The tokens that waited make up the next characters, together: which byte is whose is not asked."""
+        """Give all waiting tokens the next `num_chars` characters as their common text."""
         start = self._num_settled_chars
         self._num_settled_chars += num_chars
         self._spans.extend([(start, self._num_settled_chars)] * self._num_unsettled)
@@ -111,7 +111,7 @@ class TextStream:
 
 
 class _Marks:
-    """The special tokens that stop strings name, each as one character."""
+    """Placeholder characters of the special tokens that stop strings contain."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
         words = dict.fromkeys(word for text in stop for word in tokenizer.special_words.findall(text))
@@ -126,7 +126,7 @@ class _Marks:
         self.stop = [text for text, plain in zip(marked, stop, strict=True) if text != plain] if words else []
 
     def seen(self, text: str, num_included: int) -> str:
-        """Text as a client sees it: without marks, but for the included stop string, which is at its end."""
+        """Text for the client: marks are removed, and written out in the included stop string at its end."""
         if not self.by_id:
             return text
         start = len(text) - num_included

@@ -1,7 +1,6 @@
-"""The fewest tokens that a text can have, from the length of its bytes alone. Knows no request.
+"""Lower bound of a text's number of tokens, from its length in bytes. Knows no request.
 
-A tokenizer whose steps could swallow text without a trace (collapsed blanks, one unknown token for a whole word) has no
-such bound.
+A tokenizer with steps that can drop text (collapsed blanks, one unknown token for a whole word) has no such bound.
 """
 
 from __future__ import annotations
@@ -13,15 +12,15 @@ from typing import Any
 import tokenizers
 from tokenizers import pre_tokenizers
 
-BYTE_LEVEL = frozenset(pre_tokenizers.ByteLevel.alphabet())  # the characters that stand for the 256 bytes
-COMPOSING_FACTOR = 4  # bytes of a text over those of its NFC, NFD, NFKC or NFKD: at most 4 (mathematical letters)
+BYTE_LEVEL = frozenset(pre_tokenizers.ByteLevel.alphabet())  # characters of the 256 bytes
+COMPOSING_FACTOR = 4  # largest ratio of bytes before to after NFC, NFD, NFKC or NFKD (mathematical letters)
 _COMPOSING = ("NFC", "NFD", "NFKC", "NFKD")
-_CUTTING = ("ByteLevel", "Digits", "Metaspace")  # pre-tokenizers that drop nothing
+_CUTTING = ("ByteLevel", "Digits", "Metaspace")  # pre-tokenizers that drop no text
 _BLANKS = tuple(char for char in map(chr, range(0x3001)) if char.isspace())
 
 
 class TokenBounds:
-    """What one token holds at most."""
+    """Bounds of one tokenizer, from the largest number of bytes in one token."""
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         self._longest = _longest_bytes(backend)
@@ -29,7 +28,7 @@ class TokenBounds:
         self._takes_blanks = any(token.lstrip or token.rstrip for token in added)
 
     def least(self, text: str) -> int:
-        """The text has at least so many tokens; 0 where the tokenizer says nothing of it."""
+        """Smallest possible number of tokens of a text; 0 if no bound is known."""
         if self._longest is None:
             return 0
         size = len(text.encode(errors="replace"))
@@ -39,12 +38,12 @@ class TokenBounds:
 
 
 def is_byte_level(backend: tokenizers.Tokenizer) -> bool:
-    """Whether each character of its vocabulary stands for a byte."""
+    """Return whether each character of the vocabulary encodes a byte."""
     return any(step["type"] == "ByteLevel" for step in steps_of(backend.pre_tokenizer))
 
 
 def steps_of(part: Any) -> Iterator[dict[str, Any]]:
-    """The steps of a normalizer or pre-tokenizer, sequences unrolled."""
+    """Yield the steps of a normalizer or pre-tokenizer, with nested sequences flattened."""
     if part is not None:
         yield from _unrolled(json.loads(part.__getstate__()))
 
@@ -59,7 +58,7 @@ def _unrolled(step: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _longest_bytes(backend: tokenizers.Tokenizer) -> int | None:
-    """Most bytes of a text that one token can stand for; None: no bound is known."""
+    """Largest number of a text's bytes in one token. None: no bound is known."""
     factor = _shrinking(backend.normalizer)
     if factor is None or not all(map(_drops_nothing, steps_of(backend.pre_tokenizer))):
         return None
@@ -78,7 +77,7 @@ def _longest_bytes(backend: tokenizers.Tokenizer) -> int | None:
 
 
 def _shrinking(normalizer: Any) -> int | None:
-    """By how much a text's bytes can become fewer; None: there is no bound."""
+    """Largest factor by which normalisation can shrink a text's bytes. None: there is no bound."""
     factor = 1
     for step in steps_of(normalizer):
         if step["type"] in _COMPOSING:

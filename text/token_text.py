@@ -1,4 +1,4 @@
-"""The text of single tokens, as logprobs show it. Knows no sequence: incremental.py makes texts of many."""
+"""Text of single tokens, for logprobs. Knows no sequence: incremental.py makes the text of sequences."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from .tokenizer import Tokenizer
 
 
 class TokenText(NamedTuple):
-    """One token by itself."""
+    """Text and bytes of one token."""
 
-    text: str  # bytes that are no character by themselves show as replacement characters
+    text: str  # bytes of incomplete characters become replacement characters
     raw: bytes
 
 
 class TokenTexts:
-    """Texts of a tokenizer's tokens, each worked out once. Safe to share between threads."""
+    """Cache of the texts of a tokenizer's tokens. Safe to share between threads."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -24,7 +24,7 @@ class TokenTexts:
         self._known: dict[int, TokenText] = {}
 
     def of(self, token_id: int) -> TokenText:
-        """What the token adds in the midst of a text; special tokens as they are written. Unknown ids: nothing."""
+        """Text that the token adds within a text. Special tokens: their name. Unknown ids: empty."""
         known = self._known.get(token_id)
         if known is None:
             raw = self._raw(token_id)
@@ -41,6 +41,6 @@ class TokenTexts:
             return byte_level_bytes(token)
         if token_id in self._tokenizer.byte_by_id:
             return bytes([self._tokenizer.byte_by_id[token_id]])
-        # Behind itself, so that nothing that is special about a text's beginning shows.
+        # Decode it after itself: decoders treat the beginning of a text differently.
         alone = self._tokenizer.decode([token_id], skip_special_tokens=False)
         return self._tokenizer.decode([token_id, token_id], skip_special_tokens=False)[len(alone) :].encode()

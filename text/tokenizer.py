@@ -1,4 +1,4 @@
-"""Text to token ids and back. Knows no request and no template; incremental.py grows text token by token."""
+"""Converts text to token ids and back. Knows no request and no template; incremental.py decodes token by token."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from .token_bounds import TokenBounds
 
 
 class TooManyTokens(Exception):
-    """A text has more tokens than were asked for; it was not tokenised to its end."""
+    """A text has more tokens than allowed; it was not tokenised to its end."""
 
     def __init__(self, least: int) -> None:
         super().__init__(f"{least} tokens or more")
-        self.least = least  # the text has at least so many
+        self.least = least  # lower bound of the text's number of tokens
 
 
 class Tokenizer:
-    """A checkpoint's tokenizer. Never changes after it was loaded, and so is safe to share between threads."""
+    """Tokenizer of a checkpoint. It does not change after loading, so it is safe to share between threads."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class Tokenizer:
         *,
         bounds_blanks: bool = False,
     ) -> None:
-        """Take over `backend`; `special` maps names like "bos_token" to tokens; `bounds_blanks`: see slow_patterns.py.
+        """Own `backend`. `special`: tokens by names like "bos_token". `bounds_blanks`: limit runs of blanks.
 
         Raises:
             CheckpointError: a special token or an end-of-sequence id is not in the vocabulary.
@@ -62,9 +62,9 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: str | Path) -> Tokenizer:
-        """Read tokenizer.json and the files beside it that name tokens (special_tokens.py); or a GGUF file.
+        """Read tokenizer.json and the files beside it that name tokens (special_tokens.py), or a GGUF file.
 
-        generation_config.json's `eos_token_id` also end a text, e.g. a chat's end of turn.
+        The ids in generation_config.json's `eos_token_id` also end a text, e.g. a chat's end of turn.
 
         Raises:
             CheckpointError: a file is missing or broken, or they contradict each other; names it.
@@ -80,7 +80,7 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_str(source)
         except CheckpointError:
             raise
-        except Exception as error:  # tokenizers raises bare Exception for every broken file
+        except Exception as error:  # tokenizers raises Exception itself for every broken file
             raise CheckpointError(f"{path}: is no tokenizer: {error}") from None
         named = read_named_tokens(directory)
         try:
@@ -94,22 +94,22 @@ class Tokenizer:
 
     @property
     def backend(self) -> tokenizers.Tokenizer:
-        """The library's tokenizer; must not be changed."""
+        """The library's tokenizer; do not change it."""
         return self._backend
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, added ones included."""
+        """Number of tokens, including added ones."""
         return self._vocab_size
 
     @property
     def eos_id(self) -> int | None:
-        """The end-of-sequence token that the checkpoint names first."""
+        """First end-of-sequence id of the checkpoint, or None."""
         return self.eos_ids[0] if self.eos_ids else None
 
     @cached_property
     def byte_by_id(self) -> Mapping[int, int]:
-        """Which byte the tokens `<0x00>` to `<0xFF>` stand for; empty where the decoder takes them for text."""
+        """Byte of each of the tokens `<0x00>` to `<0xFF>`, by id; empty if the decoder treats them as text."""
         if "ByteFallback" not in self.decoder_kinds:
             return {}
         spelt = {f"<0x{byte:{form}}>": byte for byte in range(256) for form in ("02X", "02x")}
@@ -118,26 +118,26 @@ class Tokenizer:
 
     @cached_property
     def special_words(self) -> re.Pattern[str]:
-        """Finds special tokens that are written out in a text; of several at one place the longest."""
+        """Pattern that finds special tokens in a text; of several at one place the longest."""
         words = sorted({token for id_ in self.special_ids if (token := self.token(id_))}, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, words)) or r"(?!)")
 
     def prepare(self) -> None:
-        """Find out now what long texts need, not while the first of them waits."""
+        """Compute the data for long texts now, so that the first long text does not wait for it."""
         _ = self._bounds, self._cuts, self._around
 
     def least_tokens(self, text: str) -> int:
-        """The text has at least so many tokens, by its bytes alone; 0 where the tokenizer's kind sets no bound."""
+        """Lower bound of the text's number of tokens, from its bytes; 0 if no bound is known."""
         return self._bounds.least(text)
 
     def encode(self, text: str, add_special_tokens: bool = True, most: int | None = None) -> list[int]:
-        """The ids of `text`. Special tokens written out in it count as themselves, as chat templates need it.
+        """Encode `text`. Special tokens in it become their ids, as chat templates need it.
 
-        Lets other threads run meanwhile. A long text is tokenised piece by piece (cuts.py), so that what it costs
-        beyond its ids does not grow with it, and no further than `most` ids.
+        Releases the GIL. A long text is tokenised in pieces (cuts.py), so that memory besides its ids does not grow
+        with its length; it stops after `most` ids.
 
         Raises:
-            InvalidRequest: `text` has unpaired surrogates, and so is no Unicode text; or it cannot be cut anywhere.
+            InvalidRequest: `text` has unpaired surrogates, or a too long stretch without a place to cut.
             TooManyTokens: it has more than `most`.
         """
         _check_unicode(text)
@@ -157,9 +157,9 @@ class Tokenizer:
         return ids
 
     def places(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Where in `text` each token of `encode` begins: at the character that holds its first byte.
+        """Place in `text` of each token of `encode`: the character with its first byte.
 
-        What is added around the text is where the next token is, or the end. Raises what `encode` raises.
+        A token added around the text has the place of the next token, or the end. Raises the errors of `encode`.
         """
         _check_unicode(text)
         before, after = self._edges(text, add_special_tokens)
@@ -169,17 +169,17 @@ class Tokenizer:
             start, stop = (end, end) if is_added else place
             if place != chunk or id_ not in self.byte_by_id:
                 chunk, num_chars = place, 0
-            # Some tokenizers give all bytes of several characters the place of the first.
+            # Some tokenizers give all bytes of several characters the place of the first character.
             num_chars += not 0x80 <= self.byte_by_id.get(id_, 0) < 0xC0
-            # Some leave the space before a word out of its token, so the gap belongs to the next one.
+            # Some leave the space before a word out of its token; the gap then belongs to the next token.
             places.append(min(max(start, min(start + num_chars, stop) - 1), end))
             end = max(stop, end)
         return places + [end] * len(after)
 
     def _placed(self, text: str, add_special_tokens: bool) -> Iterator[tuple[int, tuple[int, int], int]]:
-        """Id, [start, stop) in `text`, and whether it was added around it, of every token."""
+        """Yield for every token: id, [start, stop) in `text`, and 1 if it was added around the text."""
         for piece, adds in self._pieces(text, add_special_tokens):
-            # One text as a batch: `encode` holds the GIL, and with it every other thread, `encode_batch` does not.
+            # One text as a batch: `encode` holds the GIL and blocks all other threads, `encode_batch` does not.
             found = self._backend.encode_batch([piece.text], add_special_tokens=adds)[0]
             for id_, (start, stop), is_added in zip(found.ids, found.offsets, found.special_tokens_mask, strict=True):
                 yield id_, (start + piece.start, stop + piece.start), is_added
@@ -188,7 +188,7 @@ class Tokenizer:
         return is_long(text) and self._around is not None
 
     def _pieces(self, text: str, add_special_tokens: bool) -> Iterator[tuple[Piece, bool]]:
-        """The pieces of a text, and whether special tokens are to be added to each: only to a text in one piece."""
+        """Yield the pieces of a text, each with the flag to add special tokens: only for a text in one piece."""
         if not self._is_cut(text):
             yield Piece(0, text), add_special_tokens
             return
@@ -205,7 +205,7 @@ class Tokenizer:
 
     @cached_property
     def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-        """The ids before and after every text, e.g. the beginning of sequence; None: they cannot be told apart."""
+        """Ids before and after every text, e.g. the beginning of sequence. None: they cannot be separated."""
         inner, whole = (encode_all(self._backend, ["a b"], adds)[0].ids for adds in (False, True))
         for place in range(len(whole) - len(inner) + 1):
             if inner and whole[place : place + len(inner)] == inner:
@@ -213,16 +213,16 @@ class Tokenizer:
         return None
 
     def _edges(self, text: str, add_special_tokens: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The ids around a text of several pieces; of one piece its encoding has them already."""
+        """Ids around a text of several pieces; the encoding of a single piece already includes them."""
         return (self._around if add_special_tokens and self._is_cut(text) else None) or ((), ())
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of `ids`. Ids outside the vocabulary give no text."""
+        """Decode `ids`. Ids outside the vocabulary give no text."""
         text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
     def token(self, token_id: int) -> str | None:
-        """The vocabulary's entry, in the tokenizer's own spelling; None for an id outside of it."""
+        """Entry of the vocabulary, as stored by the tokenizer; None for an id outside of it."""
         token: str | None = self._backend.id_to_token(token_id)
         return token
 
@@ -244,7 +244,7 @@ def _check_unicode(text: str) -> None:
 
 
 def _check_rows(backend: tokenizers.Tokenizer, named: NamedTokens, num_held: int, directory: Path) -> None:
-    """Refuse a beginning or end of texts that neither tokenizer.json (`num_held` tokens) nor the model knows."""
+    """Refuse bos and eos tokens that neither tokenizer.json (`num_held` tokens) nor the model contains."""
     config = read_json(directory / "config.json", optional=True)
     nested = config.get("text_config")
     num_rows = (nested if isinstance(nested, Mapping) else config).get("vocab_size")
@@ -269,11 +269,11 @@ def _generation_eos_ids(directory: Path) -> tuple[int, ...]:
 
 
 def _decoder_kinds(decoder: Any) -> tuple[str, ...]:
-    """The steps that make text of tokens, sequences unrolled; none: tokens with a space between them."""
+    """Steps of the decoder, with nested sequences flattened. Empty: tokens are joined with spaces."""
     if decoder is None:
         return ()
     if decoder["type"] == "Sequence":
         return tuple(kind for part in decoder["decoders"] for kind in _decoder_kinds(part))
     if decoder["type"] == "Strip" and (decoder["start"] > 1 or decoder["stop"] > 0):
-        return (f"Strip({decoder['start']}, {decoder['stop']})",)  # unlike Strip(1, 0), the common one
+        return (f"Strip({decoder['start']}, {decoder['stop']})",)  # Strip(1, 0) is the common one
     return (str(decoder["type"]),)

@@ -1,7 +1,7 @@
-"""The decoder: token ids to logits, in one readable pass, for every family. Knows layers; no device, no scheduler.
+"""The decoder of all model families: token ids to logits. Knows layers; no device, no scheduler.
 
-What a layer does is data (`spec.py`); who computes it is `ops.py`. Row by row the bits are a function of the row's own
-prefix alone. A plain layer, with normalisation before each part and, in some families, after it:
+A layer is described by data (checkpoint/spec.py) and computed by ops (ops/seam.py). The bits of a row are a function of
+its own prefix only. A plain layer, with normalisation before each part and, in some families, after it:
 
     h = norm(x);  x += [norm](attention(h));  h = norm(x);  x += [norm](ffn(h))
 
@@ -30,15 +30,15 @@ from .rope import rotary_table
 
 
 class Hidden(NamedTuple):
-    """What the layers leave: the residual stream, and which rows had keys or values that were not finite."""
+    """Result of all layers: the residual stream, and counts of keys and values that were not finite."""
 
     rows: Tensor  # [padded rows, hidden] compute dtype
-    non_finite: Tensor  # [padded rows] int32: refused rows of keys and values, over all layers
-    num_refused: int | None = None  # their sum, where it is known without a look at them
+    non_finite: Tensor  # [padded rows] int32: vectors of keys and values that were not finite, over all layers
+    num_refused: int | None = None  # sum of `non_finite`, if it is known without reading it
 
 
 class Decoder:
-    """One model on one device. Stateless between steps but for the cache that it is handed."""
+    """One model on one device. It keeps no state between steps; the KV cache is an argument."""
 
     def __init__(self, spec: ModelSpec, weights: Weights, ops: Ops, max_model_len: int) -> None:
         self.spec = spec
@@ -52,11 +52,11 @@ class Decoder:
 
     @property
     def is_fused(self) -> bool:
-        """Whether all layers are one call."""
+        """True if one native call computes all layers."""
         return self._stack is not None
 
     def hidden(self, batch: StepBatch, store: KvStore) -> Hidden:
-        """Run all layers over a step's rows, storing their keys and values on the way."""
+        """Run all layers over a step's rows and store their keys and values."""
         ops, layers = self.ops, self.weights.layers
         x = self._embed(batch.token_ids)  # [rows, hidden]
         angles = [tuple(t.index_select(0, batch.positions) for t in table) for table in self._tables]
@@ -87,7 +87,7 @@ class Decoder:
         return Hidden(x, non_finite)
 
     def logits(self, rows: Tensor) -> Logits:
-        """Of rows [n, hidden] of the residual stream, n a multiple of the ops'."""
+        """Logits of rows [n, hidden] of the residual stream; n is a multiple of `ops.row_multiple`."""
         logits = self.ops.head(rows, self.weights.norm, self.weights.head)
         if self.spec.final_softcap is None:
             return logits
@@ -97,10 +97,10 @@ class Decoder:
         x = self.weights.embedding.index_select(0, token_ids)
         if self.spec.embedding_scale is None:
             return x
-        return x * torch.tensor(self.spec.embedding_scale, dtype=x.dtype)  # rounded first, as Gemma was trained
+        return x * torch.tensor(self.spec.embedding_scale, dtype=x.dtype)  # scale rounded first, as in Gemma's training
 
     def _attend(self, h: Tensor, weights: PlainWeights | LatentWeights, step: LayerStep) -> tuple[Tensor, Tensor]:
-        """Attention of rows [rows, hidden]: what it adds, and rows of keys and values that were not finite."""
+        """Attention of h [rows, hidden]: its output [rows, hidden], and counts [rows] of non-finite keys and values."""
         shape = self.spec.attention
         if isinstance(weights, LatentWeights):
             assert isinstance(shape, LatentAttention)
@@ -121,7 +121,7 @@ def _attend_plain(h: Tensor, weights: PlainWeights, shape: PlainAttention, step:
     norms = None
     if weights.q_norm is not None and weights.k_norm is not None:
         norms = weights.q_norm, weights.k_norm
-    # Stored first, attended to after: attention reads what the cache holds, rounding included.
+    # Store before attending: attention reads keys and values as the cache rounds them.
     q, refused = ops.store_heads(qkv, heads, norms, step)
     keys, values = step.planes
     mixed = ops.attend((q,), (keys,), values, step.layout, step.kind)

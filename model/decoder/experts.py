@@ -1,7 +1,7 @@
-"""A layer of experts: each token's few, and the one that all share. Knows no attention.
+"""Mixture-of-experts layer: the experts that each token chooses, and the shared expert. Knows no attention.
 
-What a token gets is the sum of its experts' answers in order of their numbers, in float32, rounded once: a function of
-its own row alone, whoever else chose the same experts.
+A token's output is the sum of its experts' outputs, in ascending order of expert numbers, in float32, rounded once. So
+it depends on the token's own row only, not on other rows that chose the same experts.
 Source: Mixtral (Jiang et al. 2024); DeepSeek-V2 and V3 (2024) for groups, correction and shared experts.
 """
 
@@ -19,20 +19,20 @@ from ..weights.weights import DenseWeights, ExpertsWeights
 
 
 class ChosenExperts(NamedTuple):
-    """Which experts each row takes, and what each counts."""
+    """Experts of each row, with their weights."""
 
     experts: Tensor  # [rows, per_token] int64
     weights: Tensor  # [rows, per_token] float32
 
 
 def mix_experts(ops: Ops, h: Tensor, weights: ExpertsWeights, shape: ExpertsFfn, activation: Activation) -> Tensor:
-    """The layer's answer to rows h [rows, hidden]."""
+    """Output [rows, hidden] of the layer for h [rows, hidden]."""
     routing = shape.routing
     scores = ops.linear(h, weights.router)  # [rows, num_experts (+ 1)] float32
     choice = route(scores[:, : routing.num_experts], weights.correction, routing)
     total = torch.zeros(h.shape, dtype=torch.float32, device=h.device)
-    for expert in torch.unique(choice.experts).tolist():  # in order of their numbers
-        rows, place = (choice.experts == expert).nonzero().unbind(1)  # rows that take it, and which of their choices
+    for expert in torch.unique(choice.experts).tolist():  # ascending
+        rows, place = (choice.experts == expert).nonzero().unbind(1)  # rows that chose it, and its place there
         spare = -len(rows) % ops.row_multiple
         answers = _dense(ops, torch.cat((h[rows], h.new_zeros(spare, h.shape[1]))), weights.experts[expert], activation)
         total[rows] += answers[: len(rows)].float() * choice.weights[rows, place].unsqueeze(1)
@@ -43,10 +43,10 @@ def mix_experts(ops: Ops, h: Tensor, weights: ExpertsWeights, shape: ExpertsFfn,
 
 
 def route(logits: Tensor, correction: Tensor | None, routing: Routing) -> ChosenExperts:
-    """Choose experts by scores [rows, num_experts] before softmax or sigmoid, float32.
+    """Choose experts by logits [rows, num_experts] float32, before softmax or sigmoid.
 
-    With groups, only experts of the best groups stand for choice. A group is as good as its best expert or, where
-    there is a correction, as the sum of its best two corrected scores; the correction counts in the choice alone.
+    With groups, only experts of the best groups can be chosen. The score of a group is its best expert's score or, with
+    a correction, the sum of its best two corrected scores. The correction affects the choice, but not the weights.
     """
     if routing.scores == "softmax":
         powers = torch.exp(logits - logits.amax(-1, keepdim=True))

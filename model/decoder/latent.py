@@ -1,9 +1,10 @@
-"""Multi-head latent attention, absorbed: the cache holds one latent and one rotary key per token. Knows no cache bytes.
+"""Multi-head latent attention in its absorbed form: the cache holds one latent and one rotary key per token.
 
-Keys and values of all heads are products of one latent, k = U_k c and v = U_v c. A query meets a key as
-q . (U_k c) = (U_k^T q) . c, and weighted values sum as U_v (sum of w c): so queries go down to the latent's space,
-attend there to a single head that is key and value at once, and what was mixed comes up. Prompts and single tokens
-take this same way, so that there is one arithmetic. Source: DeepSeek-V2 (2024), section 2.1 and appendix C.
+Keys and values of all heads are products of one latent, k = U_k c and v = U_v c. A score is
+q . (U_k c) = (U_k^T q) . c, and weighted values sum to U_v (sum of w c). So queries are projected into the latent's
+space and attend there to a single head that is both key and value, and the result is projected back. Prompts and single
+tokens use the same form, so that their arithmetic is the same. Knows no bytes of the cache.
+Source: DeepSeek-V2 (2024), section 2.1 and appendix C.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ..weights.weights import LatentWeights
 
 
 def attend_latent(h: Tensor, weights: LatentWeights, shape: LatentAttention, step: LayerStep) -> tuple[Tensor, Tensor]:
-    """Attention of rows h [rows, hidden]: what it adds, and rows of keys that were not finite."""
+    """Attention of h [rows, hidden]: its output [rows, hidden], and counts [rows] of non-finite latents and keys."""
     ops, rows = step.ops, len(h)
     down = h
     if weights.q_down is not None and weights.q_norm is not None:
@@ -40,5 +41,5 @@ def attend_latent(h: Tensor, weights: LatentWeights, shape: LatentAttention, ste
 
 
 def _per_head(ops: Ops, x: Tensor, matrices: Sequence[Linear]) -> Tensor:
-    """Each head of x [rows, heads, in] through its own matrix: [rows, heads, out]."""
+    """Multiply each head of x [rows, heads, in] by its own matrix: [rows, heads, out]."""
     return torch.stack([ops.linear(x[:, i].contiguous(), matrix) for i, matrix in enumerate(matrices)], dim=1)

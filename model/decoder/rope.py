@@ -1,13 +1,13 @@
-"""Cosines and sines of rotary positions, with every way to stretch them. Knows positions, no model.
+"""Cosines and sines of rotary positions, with all served kinds of context scaling. Knows positions, no model.
 
-A cached key was rotated once and stays valid, so an angle may depend on its absolute position and on the context length
-that is *served*, never on how long a text has become. Two kinds name a length:
+A cached key is rotated once and must stay valid. So an angle may depend on its absolute position and on the *served*
+context length, but never on the current length of a text. Two kinds of scaling depend on a length:
 
-    dynamic    the base is stretched for the served length, where that exceeds what the model was trained for
-    longrope   the long factors, where the served length exceeds the original one, else the short factors
+    dynamic    the base is scaled for the served length, if that exceeds the original length
+    longrope   the long factors, if the served length exceeds the original length, else the short factors
 
-which is what vLLM does too. (transformers changes angles while a text grows. Both agree wherever the text is as long as
-what is served, or neither is longer than the original length.)
+vLLM does the same. transformers changes the angles while a text grows. Both agree if the text has the served length, or
+if neither length exceeds the original length.
 Source: RoFormer (Su et al. 2021); NTK-aware scaling (bloc97, emozilla 2023); YaRN (Peng et al. 2023); LongRoPE (Ding et
 al. 2024); the Llama 3.1 release.
 """
@@ -25,8 +25,8 @@ from ...checkpoint.spec import RopeScaling, RopeSpec
 def rotary_table(rope: RopeSpec, served_len: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines [served_len, width / 2] float32 by absolute position.
 
-    Angles are float32 products, as the models were trained; their cosines are taken in float64 and rounded once, so
-    that an entry does not depend on the length of the table.
+    Angles are float32 products, as in training. Their cosines are computed in float64 and rounded once, so that an
+    entry does not depend on the length of the table.
     """
     frequency = _frequencies(rope, served_len)
     angles = (torch.arange(served_len, dtype=torch.float32).unsqueeze(1) * frequency).double()
@@ -35,7 +35,7 @@ def rotary_table(rope: RopeSpec, served_len: int) -> tuple[Tensor, Tensor]:
 
 
 def _frequencies(rope: RopeSpec, served_len: int) -> Tensor:
-    """Radians per position of each pair [width / 2] float32."""
+    """Angle per position of each rotary pair, in radians: [width / 2] float32."""
     scaling, width = rope.scaling, rope.width
     exponent = torch.arange(0, width, 2, dtype=torch.int64).float() / width
     theta = rope.theta
@@ -55,7 +55,7 @@ def _frequencies(rope: RopeSpec, served_len: int) -> Tensor:
 
 
 def _llama3(frequency: Tensor, scaling: RopeScaling) -> Tensor:
-    """Keep short wavelengths, divide long ones, blend between."""
+    """Frequencies of the Llama 3.1 scaling: short wavelengths unchanged, long ones divided, blended between."""
     wavelength = 2 * math.pi / frequency
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     blend = ((scaling.original_max_len / wavelength - low) / (high - low)).clamp(0.0, 1.0)
@@ -63,7 +63,7 @@ def _llama3(frequency: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 def _yarn(frequency: Tensor, scaling: RopeScaling, rope: RopeSpec) -> Tensor:
-    """Keep what turns more than beta_fast times in the original length, divide what turns less than beta_slow times."""
+    """Frequencies of YaRN: pairs with over beta_fast turns in the original length stay, under beta_slow are divided."""
 
     def pair_that_turns(times: float) -> float:
         turns = scaling.original_max_len / (times * 2 * math.pi)

@@ -1,4 +1,4 @@
-"""Ops made of other ops, for devices that gain nothing by fusing them. Knows no device."""
+"""Ops composed of other ops, for devices on which fusing them saves no time. Knows no device."""
 
 from __future__ import annotations
 

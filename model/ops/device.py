@@ -1,6 +1,6 @@
-"""Which device computes, with which kernels, what it can serve, and how much memory it has left.
+"""Choice of device and kernels, limits of a GPU's kernels, and free memory of GPUs.
 
-Imports torch only where a GPU may be.
+Imports torch only where a GPU may exist.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/kfd"), Path("/dev/dxg"))  # NVIDI
 
 
 def gpu_free_bytes() -> tuple[int, ...]:
-    """Free memory of each GPU that torch sees, now; empty without one. A launcher on a CPU never imports torch here."""
+    """Free bytes of each GPU that torch sees; empty without one. Without a GPU driver torch is not imported."""
     if not any(driver.exists() for driver in _DRIVERS) or not _sees_gpus():
         return ()
     import torch
@@ -37,14 +37,14 @@ def gpu_free_bytes() -> tuple[int, ...]:
 
 
 def _sees_gpus() -> bool:
-    """Whether torch does; interpreted kernels (Triton's way of testing them) want CPU tensors."""
+    """Return whether torch sees GPUs. False under Triton's interpreter, whose kernels need CPU tensors."""
     import torch
 
     return os.environ.get("TRITON_INTERPRET") != "1" and torch.cuda.is_available()
 
 
 def _driver_free_bytes() -> tuple[int, ...] | None:
-    """What NVIDIA's driver says of all GPUs, if nvidia-ml-py is installed: unlike torch, it takes no memory to ask."""
+    """Free bytes of all GPUs from NVIDIA's driver; None without nvidia-ml-py. Unlike torch, it allocates no memory."""
     try:
         import pynvml
 
@@ -52,16 +52,16 @@ def _driver_free_bytes() -> tuple[int, ...] | None:
         handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
         free = tuple(int(pynvml.nvmlDeviceGetMemoryInfo(handle).free) for handle in handles)
         pynvml.nvmlShutdown()
-    except Exception:  # the package's errors cannot be named without it
+    except Exception:  # the package's error classes exist only if it is installed
         return None
     return free
 
 
 def chosen_kind(wanted: DeviceChoice, num_gpus: int) -> Literal["cpu", "cuda"]:
-    """What `model.device` means where there are so many GPUs.
+    """Device kind for a value of `model.device` on a machine with `num_gpus` GPUs.
 
     Raises:
-        ConfigError: it asks for one, and there is none.
+        ConfigError: a GPU is requested, and there is none.
     """
     if wanted == "cuda" and not num_gpus:
         raise ConfigError(
@@ -73,13 +73,13 @@ def chosen_kind(wanted: DeviceChoice, num_gpus: int) -> Literal["cpu", "cuda"]:
 def chosen_kernels(
     wanted: KernelsChoice, kind: Literal["cpu", "cuda"], find: Callable[[], object] = find_compiler
 ) -> Kernels:
-    """What `model.kernels` means on such a device.
+    """Kernels for a value of `model.kernels` on a kind of device.
 
-    `find` raises NativeUnavailable where there are no native kernels. A launcher looks for a compiler; who is going to
-    use them passes what builds them.
+    `find` raises NativeUnavailable if there are no native kernels. The default only looks for a compiler; a caller that
+    uses the kernels passes a function that builds them.
 
     Raises:
-        ConfigError: it asks for native ones, and they cannot be had.
+        ConfigError: native kernels are requested and not available.
     """
     if kind == "cuda":
         return "triton"
@@ -96,10 +96,10 @@ def chosen_kernels(
 
 
 def resolve_device(wanted: DeviceChoice, index: int = 0) -> torch.device:
-    """The device that a worker computes on.
+    """Return the device on which a worker computes.
 
     Raises:
-        ConfigError: it asks for a GPU that is not there.
+        ConfigError: the requested GPU does not exist.
     """
     import torch
 
@@ -112,7 +112,7 @@ def resolve_device(wanted: DeviceChoice, index: int = 0) -> torch.device:
 
 
 def describe_device(device: torch.device) -> str:
-    """A GPU as far as libraries choose their kernels by it."""
+    """Properties by which libraries choose their kernels on a GPU."""
     import torch
 
     found = torch.cuda.get_device_properties(device)
@@ -120,10 +120,10 @@ def describe_device(device: torch.device) -> str:
 
 
 def refuse_unserved(spec: ModelSpec, codec: str) -> None:
-    """Say what a GPU's kernels do not cover, before anything is loaded. `codec`: a name of `kv.spec.CODEC_NAMES`.
+    """Refuse models and caches that a GPU's kernels do not support, before loading. `codec`: in `kv.spec.CODEC_NAMES`.
 
     Raises:
-        ConfigError: the model or the cache needs something else; names the remedy.
+        ConfigError: the model or the cache is not supported on a GPU; names the remedy.
     """
     if isinstance(spec.attention, LatentAttention):
         raise ConfigError(

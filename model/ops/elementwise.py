@@ -1,7 +1,7 @@
-"""Functions of single numbers whose bits do not depend on where a number lies in its tensor. Knows no shape.
+"""Elementwise functions whose bits do not depend on the place of a number in its tensor. Knows no shape.
 
-torch computes the last few numbers of each thread's range with other code than the rest, and for silu, tanh and sigmoid
-the two disagree in the last bit; for exp, and for the arithmetic of IEEE 754, they agree. So these are built from exp.
+torch computes the last few numbers of each thread's range with different code. For silu, tanh and sigmoid the results
+can differ in the last bit; for exp and for IEEE 754 arithmetic they are equal. So these functions are built from exp.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What sampling asks of every row before anything else: its least number, its greatest, and where that is. Numpy."""
+"""Smallest and greatest number of each row of logits, and the place of the greatest: the first step of sampling."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from ..sampling.noise import F32
 
 
 class Extremes(NamedTuple):
-    """Of rows [n, vocab]. No promise of `greatest` and `best` in a row with a NaN."""
+    """Extremes of rows [n, vocab]. In a row with a NaN, `greatest` and `best` are undefined."""
 
-    least: F32  # [n]; NaN where a row holds one
+    least: F32  # [n]; NaN for a row with a NaN
     greatest: F32  # [n]
-    best: NDArray[np.integer]  # [n]: the place of the greatest number, the first of equals
+    best: NDArray[np.integer]  # [n]: place of the greatest number; of equal ones the first
 
 
 def extremes(logits: F32) -> Extremes:
-    """The definition."""
+    """Extremes of logits [n, vocab] by numpy; faster versions must give the same."""
     return Extremes(logits.min(1), logits.max(1), logits.argmax(1))

@@ -1,10 +1,10 @@
-"""Matrix products whose bits do not depend on how many rows are computed together. Knows shapes, no model.
+"""Matrix products whose bits do not depend on the number of rows in a call. Knows shapes, no model.
 
-A library picks its kernel, and with it the order in which it sums, by the shape of a product: one row alone and the
-same row among a thousand may differ in the last bits. Here the *definition* of a product is the library's answer for a
-tile of 16 rows on one thread. Anything faster (more rows per call, several matrices per call, several threads) is used
-only in fixed shapes, and only where `prove` found its bits equal to the definition's on this machine; products of any
-size are put together from those shapes.
+A library chooses its kernel, and so its order of summation, by the shape of a product: the result of one row alone and
+of the same row among a thousand may differ in the last bits. Here the *definition* of a product is the library's result
+for a tile of 16 rows on one thread. Faster forms (more rows per call, several matrices per call, several threads) are
+used only in fixed shapes for which `prove` found the definition's bits on this machine. Products of any size are
+composed of those shapes.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 from ...core.errors import ConfigError
 
 TILE_ROWS = 16
-_ROW_STEPS = (1024, 256, 64)  # rows per call that are tried
-_BATCH_STEPS = (64, 16, 4)  # matrices of one tile per call that are tried
+_ROW_STEPS = (1024, 256, 64)  # candidates for rows per call
+_BATCH_STEPS = (64, 16, 4)  # candidates for matrices of one tile per call
 
 _log = logging.getLogger(__name__)
 
@@ -30,14 +30,14 @@ def padded(num_rows: int) -> int:
 
 
 class Product:
-    """`x @ right` for one shape of `right`: [inner, columns], stored by rows or (`transposed`) by columns."""
+    """Product `x @ right` for one shape of `right`: [inner, columns], stored by rows or (`transposed`) by columns."""
 
     def __init__(self, inner: int, columns: int, dtype: torch.dtype, *, transposed: bool) -> None:
         self.columns = columns
         self.row_steps, self.batch_steps = prove(inner, columns, dtype, transposed, torch.get_num_threads())
 
     def rows(self, x: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
-        """x [rows, inner], rows a multiple of 16; right [inner, columns]; out [rows, columns] contiguous."""
+        """Multiply x [rows, inner] (rows % 16 == 0) by right [inner, columns]; out [rows, columns] contiguous."""
         result = x.new_empty(x.shape[0], self.columns) if out is None else out
         done = 0
         for step in (*self.row_steps, TILE_ROWS):
@@ -47,7 +47,7 @@ class Product:
         return result
 
     def batch(self, x: Tensor, right: Tensor) -> Tensor:
-        """One tile per matrix: x [batch, 16, inner], right [batch, inner, columns]; [batch, 16, columns]."""
+        """Multiply one tile per matrix: x [batch, 16, inner], right [batch, inner, columns]; [batch, 16, columns]."""
         result = x.new_empty(x.shape[0], TILE_ROWS, self.columns)
         done = 0
         for step in self.batch_steps:
@@ -64,16 +64,16 @@ class Product:
 def prove(
     inner: int, columns: int, dtype: torch.dtype, transposed: bool, num_threads: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Which row steps and batch steps give the definition's bits on this machine with this many threads.
+    """Find the row steps and batch steps that give the definition's bits on this machine with this many threads.
 
-    Which kernel runs, and so the order of its sum, follows from shape and layout and not from the numbers; random
-    numbers show a different order at once, as there are thousands of sums that could differ.
+    Shape and layout determine the kernel and its order of summation, not the numbers. With random numbers a different
+    order is visible at once, because thousands of sums could differ.
 
     Raises:
-        ConfigError: even one tile depends on the thread count or on a row's place in the tile.
+        ConfigError: already one tile depends on the thread count or on a row's place in the tile.
     """
     generator = torch.Generator().manual_seed(inner * 1_000_003 + columns)
-    tall = max(_ROW_STEPS) if columns <= 8192 else 64  # a vocabulary's worth of columns: try less, it is slow enough
+    tall = max(_ROW_STEPS) if columns <= 8192 else 64  # fewer rows for a vocabulary's columns: the test is slow
     x = torch.randn(tall, inner, generator=generator).to(dtype)
     right = _right((1, inner, columns), dtype, transposed, generator)[0]
     torch.set_num_threads(1)
@@ -89,7 +89,7 @@ def prove(
         )
     row_steps = tuple(s for s in _ROW_STEPS if s <= tall and torch.equal(definition, _by_rows(x, right, s)))
     batch_steps: tuple[int, ...] = ()
-    if inner * columns <= 1 << 18:  # only attention's tiles come in batches
+    if inner * columns <= 1 << 18:  # only attention multiplies in batches
         rights = _right((max(_BATCH_STEPS), inner, columns), dtype, transposed, generator)
         tiles = x[: TILE_ROWS * len(rights)].view(-1, TILE_ROWS, inner)
         alone = torch.stack([_by_rows(tile, right, TILE_ROWS) for tile, right in zip(tiles, rights, strict=True)])

@@ -1,10 +1,10 @@
-"""What the decoder asks of a device: the seam between the model's definition and what computes it. Knows no model.
+"""Interface between the decoder and a device: the operations that a device must compute. Knows no model.
 
-Three implementations: `torch_ops.py` (torch, any machine; its answers are the definition), `native_ops.py` (our own CPU
-kernels) and `triton_ops.py` (a GPU). On a CPU every op's answer for a row depends on that row alone, and for attention
-on its own prefix: never on the other rows, their number, or the number of threads; on a GPU all but products keep that.
-`x` is [rows, ...] contiguous in the compute dtype; arithmetic inside an op is float32, rounded to the compute dtype
-once at its end, except where an op says otherwise.
+Three implementations: `torch_ops.py` (torch, any machine; its results are the definition), `native_ops.py` (our own CPU
+kernels) and `triton_ops.py` (a GPU). On a CPU an op's result for a row depends on that row only, and for attention on
+its own prefix, but never on other rows, their number, or the number of threads. On a GPU all ops except products keep
+this. `x` is [rows, ...] contiguous in the compute dtype; arithmetic inside an op is float32, rounded to the compute
+dtype once at its end, except where an op says otherwise.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Quantization = Literal["none", "int8"]
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """A root mean square norm. `weight` [width] float32 multiplies what was normalised (Gemma's 1 is in it)."""
+    """Root mean square norm. `weight` [width] float32 multiplies the normalised numbers; it includes Gemma's 1."""
 
     weight: Tensor
     eps: float
@@ -38,7 +38,7 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class AttentionKind:
-    """How one layer attends. A query at position p sees keys j with j <= p, and p - window < j where there is one."""
+    """Attention parameters of one layer. A query at position p sees keys j <= p and, with a window, j > p - window."""
 
     scale: float
     window: int | None = None
@@ -55,36 +55,36 @@ class Span(NamedTuple):
 
     @property
     def end(self) -> int:
-        """Tokens in the cache once the step has stored its own."""
+        """Number of the sequence's tokens in the cache after the step has stored its own."""
         return self.start + self.num_rows
 
 
 class Logits(NamedTuple):
-    """Of some rows."""
+    """Logits of the selected rows."""
 
     rows: Tensor  # [n, vocab] float32
-    extremes: Extremes | None  # where they were found on the way
+    extremes: Extremes | None  # if the head computed them already
 
 
 class Linear(Protocol):
-    """A packed matrix; only the ops that packed it can use it."""
+    """Packed matrix. Only the ops that packed it can use it."""
 
     @property
     def num_bytes(self) -> int:
-        """Memory it holds."""
+        """Memory of the packed matrix, in bytes."""
         ...
 
 
 class Ops(Protocol):
-    """One device in one compute dtype. One thread at a time."""
+    """Operations of one device in one compute dtype. To be used by one thread at a time."""
 
     dtype: torch.dtype
     device: torch.device
-    """Where rows and weights are; results of `lay_out` too."""
+    """Device of rows, weights and results of `lay_out`."""
     row_multiple: int
-    """Batches are padded to this many rows (16 for torch's tiles, 1 where nothing is gained by it)."""
+    """Batches are padded to a multiple of this many rows (16 for torch's tiles; 1: no padding)."""
     description: str
-    """Part of the numerics class: what a bit of an answer can depend on, besides the machine."""
+    """Part of the numerics class: everything that can change a bit of a result, except the machine."""
 
     def pack(
         self,
@@ -95,31 +95,31 @@ class Ops(Protocol):
         gated: bool = False,
         wide: bool = False,
     ) -> Linear:
-        """Take a matrix [out, in] and a bias [out] for `linear`, of any dtype, perhaps views of a file.
+        """Pack a matrix [out, in] and a bias [out] for `linear`. They have any dtype and may be views of a file.
 
-        `gated`: for `gated_linear`, its upper half the gate. `exact` (a router of experts, for one): never quantised,
-        and `linear` answers in float32, not rounded. `wide` (the head): it may answer in float32, where that is cheap.
+        `gated`: for `gated_linear`; the first half of its rows is the gate. `exact` (e.g. the router of experts): never
+        quantised, and `linear` returns float32, not rounded. `wide` (the head): may return float32 where that is cheap.
         """
         ...
 
     def prepare(self) -> None:
-        """Choose forms and threads. Called once, after packing, in the thread that will run the steps."""
+        """Choose forms of products and threads. Called once, after packing, in the thread that runs the steps."""
         ...
 
     def linear(self, x: Tensor, packed: Linear) -> Tensor:
-        """x [rows, in] times the matrix, plus its bias: [rows, out]; rows a multiple of `row_multiple`."""
+        """Multiply x [rows, in] by the matrix and add its bias: [rows, out]; rows is a multiple of `row_multiple`."""
         ...
 
     def head(self, x: Tensor, norm: Norm, packed: Linear) -> Logits:
-        """The matrix of logits, packed `wide`, times rows x [rows, hidden] once they are normalised."""
+        """Normalise x [rows, hidden] and multiply it by the head's matrix, which was packed `wide`."""
         ...
 
     def extremes(self, logits: F32) -> Extremes:
-        """Of logits on the CPU, whole rows one after the other."""
+        """Extremes of each row of logits [n, vocab] on the CPU, contiguous."""
         ...
 
     def gated_linear(self, x: Tensor, packed: Linear, activation: Activation) -> Tensor:
-        """activation(gate) * up: [rows, width]. Gate and up are the halves of what `linear` would give, rounded."""
+        """activation(gate) * up: [rows, width]. Gate and up are the rounded halves of the result of `linear`."""
         ...
 
     def rms_norm(self, x: Tensor, norm: Norm) -> Tensor:
@@ -127,7 +127,7 @@ class Ops(Protocol):
         ...
 
     def add_rms_norm(self, x: Tensor, delta: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
-        """(x + delta rounded, that normalised). May reuse the memory of x for the sum."""
+        """Return the rounded sum x + delta, and the normalised sum. May reuse the memory of x for the sum."""
         ...
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
@@ -141,32 +141,32 @@ class Ops(Protocol):
     def write(self, parts: Sequence[Tensor], planes: Sequence[Planes], slots: Tensor) -> Tensor:
         """Encode and store rows: part i [rows, heads_i, width_i] (perhaps a view) into planes i, at slots [rows] int64.
 
-        Negative slots (padding, last) are skipped. Returns int32 [rows]: numbers of vectors that were not finite.
+        Negative slots (padding, last) are skipped. Returns int32 [rows]: number of vectors that were not finite.
         """
         ...
 
     def store_heads(
         self, qkv: Tensor, num_heads: int, norms: tuple[Norm, Norm] | None, step: LayerStep
     ) -> tuple[Tensor, Tensor]:
-        """Of qkv [rows, num_heads + 2 * kv_heads, width]: queries, keys and values of one layer of plain attention.
+        """Split qkv [rows, num_heads + 2 * kv_heads, width] of plain attention; store its keys and values.
 
-        Queries and keys are normalised (where there are norms, in this order) and rotated; keys and values written.
-        Returns the queries [rows, num_heads, width], and what `write` returns. In one pass where the device can.
+        Queries and keys are normalised (by `norms`, in this order) and rotated; keys and values are written. Returns
+        the queries [rows, num_heads, width] and the result of `write`. Fused into one pass where the device can.
         """
         ...
 
     def lay_out(self, spans: Sequence[Span], block_tokens: int) -> Any:
-        """What `attend` needs of a step's spans, made once per step."""
+        """Prepare a step's spans for `attend`; called once per step."""
         ...
 
     def attend(
         self, queries: Sequence[Tensor], keys: Sequence[Planes], values: Planes, layout: Any, kind: AttentionKind
     ) -> Tensor:
-        """Attention of a step's rows to what the cache holds, own tokens included (they were written before).
+        """Attention of a step's rows to the cache, including their own tokens, which were written before.
 
         A score is the sum over parts of query part i [rows, heads, width_i] with key part i (planes of kv_heads_i = the
         values' heads): one part for plain attention, two (latent and rotary) for MLA, where the values are the planes
-        of the first part. Parts may be views. All planes are of one codec. Returns [rows, heads, value width]; rows of
-        no span are zero.
+        of the first part. Parts may be views. All planes have one codec. Returns [rows, heads, value width]; rows that
+        belong to no span are zero.
         """
         ...

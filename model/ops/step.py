@@ -1,4 +1,4 @@
-"""What one layer of one step computes with, beside its weights. Knows no model."""
+"""Inputs of one layer in one step, besides its weights. Knows no model."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 
 class LayerStep(NamedTuple):
-    """Handed from the decoder to a layer's attention."""
+    """Arguments of a layer's attention."""
 
     ops: Ops
-    cos: Tensor  # [rows, rotary width / 2] float32, of each row's position
+    cos: Tensor  # [rows, rotary width / 2] float32, for each row's position
     sin: Tensor
-    planes: tuple[Planes, ...]  # of this layer, one per component of the cache
+    planes: tuple[Planes, ...]  # planes of this layer, one per component of the cache
     slots: Tensor  # [rows] int64
-    layout: Any  # of `ops.lay_out`
+    layout: Any  # result of `ops.lay_out`
     kind: AttentionKind
     layer: int
-    rotation: Rotation  # cos and sin again, by position
-    births: StepBirths | None  # where a device leaves the digests of what it stores
+    rotation: Rotation  # tables of cos and sin, by position
+    births: StepBirths | None  # receives a device's digests of stored rows

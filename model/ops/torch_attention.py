@@ -1,13 +1,13 @@
-"""Paged causal attention in torch whose bits depend on nothing but a token's own prefix. Knows planes, no model.
+"""Paged causal attention in torch. The bits of a token's result depend on its own prefix only. Knows planes, no model.
 
-Every query row sees its keys in tiles of `KV_TILE` positions that begin at fixed absolute positions. Scores of all
+Every query row reads its keys in tiles of `KV_TILE` positions that begin at fixed absolute positions. Scores of all
 tiles come first, then the row's maximum (exact in any order), then weights and sums tile by tile in order of position:
 
     m = max_j s_j      l = sum_tiles sum_in_tile exp(s_j - m)      o = sum_tiles (exp(s - m) @ v) / l
 
-A tile that a row cannot see adds exact zeros, so a decode step (one row), a chunk and a whole prompt give the same
-bits, and tiles that lie before a window need not be computed. All products go through `products.py`; everything else is
-element by element in float32. Values of positions that hold no token are zeroed before use, whatever the cache holds.
+A tile that a row cannot see adds exact zeros. So a decode step (one row), a chunk and a whole prompt give the same
+bits, and tiles before a window need not be computed. All products use `products.py`; everything else is elementwise in
+float32. Values at positions without a token are set to zero before use, because the cache may hold anything there.
 Source: softmax by tiles as in FlashAttention (Dao et al. 2022), with the maximum taken first.
 """
 
@@ -26,40 +26,40 @@ from .products import TILE_ROWS, Product, padded
 from .seam import AttentionKind, Span
 
 KV_TILE = 256
-_SLAB_ROWS = 512  # rows of one prompt whose scores are held at once
+_SLAB_ROWS = 512  # most rows of a prompt whose scores are in memory at once
 
 _NEGATIVE = float("-inf")
 _SIGN_AND_MAGNITUDE = 0x87F00000 - (1 << 32)
 
 
 class HeadShape(NamedTuple):
-    """Sizes that attention is made for."""
+    """Sizes for which an `Attention` is made."""
 
     kv_heads: int
     group: int  # query heads per KV head
-    key_widths: tuple[int, ...]  # of each part of queries and keys
+    key_widths: tuple[int, ...]  # width of each part of queries and keys
     value_width: int
 
 
 @dataclass(frozen=True, slots=True)
 class Narrow:
-    """Short spans (decodes above all) of a step laid out as pairs (span, KV tile), for products in batches.
+    """Layout of a step's short spans, mostly decodes, as pairs (span, KV tile), for batched products.
 
-    Spans stand by falling number of tiles and pairs by tile (each span's own first tile is 0), so that the pairs of
-    tile j are those of the first `per_tile[j]` spans: ranges instead of indices.
+    Spans are sorted by descending number of tiles, pairs by tile (0 is each span's own first tile). So the pairs of
+    tile j belong to the first `per_tile[j]` spans: ranges instead of indices.
     """
 
-    rows: Tensor  # [num_spans, queries] int64: batch rows of the longest span's queries, last ones repeated as padding
+    rows: Tensor  # [num_spans, queries] int64: batch rows; shorter spans repeat their last row
     per_tile: tuple[int, ...]
     pair_span: Tensor  # [num_pairs] int64
-    head_rows: Tensor  # [num_pairs, kv_heads, blocks_per_tile] int64, see `_head_rows`
+    head_rows: Tensor  # [num_pairs, kv_heads, blocks_per_tile] int64, from `_head_rows`
     hidden: Tensor  # [num_pairs, 1, queries * group, KV_TILE] bool: positions the row must not see
-    tails: tuple[tuple[int, int], ...]  # (pair, tokens in it) of each span's last tile
+    tails: tuple[tuple[int, int], ...]  # (pair, number of tokens) of each span's last tile
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionLayout:
-    """A step's spans, each either long (a prompt's chunk, computed by itself) or one of the narrow."""
+    """Layout of a step's spans: wide ones (chunks of prompts), each computed alone, and narrow ones."""
 
     wide: tuple[Span, ...]
     narrow: Narrow | None
@@ -67,12 +67,12 @@ class AttentionLayout:
 
 
 class Attention:
-    """Attention for one shape of heads; `lay_out` once per step and window, then a call per layer."""
+    """Attention for one shape of heads. Call `lay_out` once per step and window, then the object once per layer."""
 
     def __init__(self, shape: HeadShape, product: Callable[[int, int, bool], Product]) -> None:
-        """`product(inner, columns, transposed)` gives float32 products."""
+        """`product(inner, columns, transposed)` makes a float32 `Product`."""
         self.shape = shape
-        self.queries_per_tile = TILE_ROWS // shape.group  # 0: groups too large for a tile, every span is wide
+        self.queries_per_tile = TILE_ROWS // shape.group  # 0: a group exceeds a tile, and every span is wide
         self.scores = tuple(product(width, KV_TILE, True) for width in shape.key_widths)
         self.mix = product(KV_TILE, shape.value_width, False)
 
@@ -118,7 +118,7 @@ class Attention:
         layout: AttentionLayout,
         kind: AttentionKind,
     ) -> Tensor:
-        """Attend with queries [rows, heads, width] of each part; keys and values are already stored."""
+        """Attention of queries [rows, heads, width] per part. The step's keys and values are already stored."""
         scaled = [part.float() * kind.scale for part in queries]
         rows, heads = scaled[0].shape[:2]
         out = scaled[0].new_zeros(rows, heads, self.shape.value_width)
@@ -129,9 +129,9 @@ class Attention:
         return out.to(queries[0].dtype)
 
     def _numbers(self, planes: Sequence[Planes], head_rows: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Keys of each part and values [n, kv_heads, tokens, width] float32 of some blocks."""
+        """Read blocks: keys of each part, and values, [n, kv_heads, tokens, width] float32."""
         keys = [_tiles(part, head_rows, w) for part, w in zip(planes, self.shape.key_widths, strict=False)]
-        if any(part.payload is planes[-1].payload for part in planes[:-1]):  # a latent is key and value at once
+        if any(part.payload is planes[-1].payload for part in planes[:-1]):  # a latent is both key and value
             shared = next(i for i, part in enumerate(planes) if part.payload is planes[-1].payload)
             return keys, keys[shared]
         return keys, _tiles(planes[-1], head_rows, self.shape.value_width)
@@ -143,7 +143,7 @@ class Attention:
         seen = _seen_tiles(span.start, span.num_rows, kind.window)
         blocks = torch.tensor([_blocks(span, seen, block_tokens)])
         key_parts, value_parts = self._numbers(planes, _head_rows(blocks, self.shape.kv_heads))
-        offset = seen.start * KV_TILE  # position of the first key at hand
+        offset = seen.start * KV_TILE  # position of the first key in `key_parts`
         value_parts[:, :, span.end - offset :] = 0.0
         per_slab = max(1, _SLAB_ROWS // group)
         for first in range(0, span.num_rows, per_slab):
@@ -151,7 +151,7 @@ class Attention:
             rows = slice(span.row + first, span.row + first + count)
             start = span.start + first
             tiles = _seen_tiles(start, count, kind.window)
-            masked = tiles.start if kind.window is not None else start // KV_TILE  # tiles before are seen whole
+            masked = tiles.start if kind.window is not None else start // KV_TILE  # no row masks earlier tiles
             positions = torch.arange(start, start + count).repeat_interleave(group)
             spare = padded(len(positions)) - len(positions)
             positions = torch.cat((positions, positions[-1:].expand(spare)))
@@ -168,7 +168,7 @@ class Attention:
     def _slab(
         self, queries: list[Tensor], keys: list[Tensor], values: Tensor, hidden: Tensor, softcap: float | None
     ) -> Tensor:
-        """Attention of some rows [rows, width] of one KV head; `hidden` [last tiles, rows, KV_TILE]."""
+        """Attention of a slab of rows [rows, width] to one KV head; `hidden` [last tiles, rows, KV_TILE]."""
         tiles = [slice(start, start + KV_TILE) for start in range(0, len(values), KV_TILE)]
         scores = queries[0].new_empty(len(tiles), len(queries[0]), KV_TILE)
         for j, tile in enumerate(tiles):
@@ -185,7 +185,7 @@ class Attention:
         for j in range(1, len(tiles)):
             total = total + sums[j]
             mixed = mixed + self.mix.rows(weights[j], values[tiles[j]])
-        return (mixed + 0.0) / total.unsqueeze(-1)  # + 0.0: a negative zero must not tell whether a blank tile came
+        return (mixed + 0.0) / total.unsqueeze(-1)  # + 0.0: the sign of zero must not depend on hidden tiles
 
     def _attend_narrow(
         self, q: list[Tensor], planes: Sequence[Planes], narrow: Narrow, kind: AttentionKind, out: Tensor
@@ -211,11 +211,11 @@ class Attention:
         total = _fold(torch.add, weights.sum(-1), ranges)
         mixed = _fold(torch.add, parts[:, :, :used], ranges)
         result = ((mixed + 0.0) / total.unsqueeze(-1)).view(num_spans, kv_heads, queries, group, width)
-        # Padding repeats a span's last row, whose result is the same number: writing it twice changes nothing.
+        # Padding repeats a span's last row, and its result has the same bits, so writing it twice has no effect.
         out[narrow.rows.flatten()] = result.transpose(1, 2).reshape(num_spans * queries, kv_heads * group, width)
 
     def _narrow_scores(self, q: Tensor, keys: Tensor, product: Product, narrow: Narrow) -> Tensor:
-        """Scores of one part: q [rows, heads, width] and keys of pairs; [pairs, kv_heads, TILE_ROWS, KV_TILE]."""
+        """Scores [pairs, kv_heads, TILE_ROWS, KV_TILE] of one part: q [rows, heads, width] and the pairs' keys."""
         num_spans, queries = narrow.rows.shape
         kv_heads, group, width = self.shape.kv_heads, self.shape.group, q.shape[-1]
         taken = q.index_select(0, narrow.rows.flatten()).view(num_spans, queries, kv_heads, group, width)
@@ -227,19 +227,19 @@ class Attention:
 
 
 def _seen_tiles(start: int, count: int, window: int | None) -> range:
-    """KV tiles that the queries at positions [start, start + count) see."""
+    """KV tiles visible to the queries at positions [start, start + count)."""
     first = 0 if window is None else max(0, start - window + 1) // KV_TILE
     return range(first, (start + count - 1) // KV_TILE + 1)
 
 
 def _hidden(column: Tensor, position: Tensor, window: int | None) -> Tensor:
-    """Whether the query at `position` must not see the key at `column`."""
+    """Mask: True where the query at `position` must not see the key at `column`."""
     later = column > position
     return later if window is None else later | (column <= position - window)
 
 
 def _blocks(span: Span, tiles: range, block_tokens: int) -> list[int]:
-    """The blocks of whole tiles; past the sequence's last token any block does, its own first one here."""
+    """Blocks of whole tiles. After the sequence's last block its first block fills the rest; it is masked."""
     used = span.blocks[: -(-span.end // block_tokens)]
     per_tile = KV_TILE // block_tokens
     wanted = used[tiles.start * per_tile : tiles.stop * per_tile]
@@ -265,12 +265,12 @@ def _fold(combine: Callable[..., Tensor], parts: Tensor, ranges: list[slice]) ->
 
 
 def _head_rows(blocks: Tensor, heads: int) -> Tensor:
-    """Where the rows of blocks [n, m] lie in planes seen as [num_blocks * heads, ...]: [n, heads, m] int64."""
+    """Indices [n, heads, m] int64 of the rows of blocks [n, m] in planes viewed as [num_blocks * heads, ...]."""
     return blocks.unsqueeze(1) * heads + torch.arange(heads).view(1, -1, 1)
 
 
 def _tiles(planes: Planes, head_rows: Tensor, width: int) -> Tensor:
-    """Rows of blocks as float32 [n, heads, m * block_tokens, width], a copy; see `_head_rows`."""
+    """Copy the rows at `head_rows` [n, heads, m] as float32 [n, heads, m * block_tokens, width]."""
     shape, picked = (*head_rows.shape[:2], -1), head_rows.flatten()
     row_bytes = planes.payload.shape[-1]
     payload = planes.payload.flatten(0, 1).index_select(0, picked).view(*shape, row_bytes)
@@ -280,10 +280,10 @@ def _tiles(planes: Planes, head_rows: Tensor, width: int) -> Tensor:
 
 
 def _decode_fp8(payload: Tensor, scales: Tensor) -> Tensor:
-    """What `kernels.reference.decode_rows` gives, times the scale, forty times faster in eager torch.
+    """Decode fp8 rows with their scales, 40 times faster in eager torch than `kernels.reference.decode_rows`.
 
-    An e4m3 code moved 20 bits up is a float32 whose exponent is 120 too low. (The NaN codes, which the store never
-    writes, become 480.)
+    An e4m3 code shifted left by 20 bits is a float32 whose exponent is 120 too low. The NaN codes, which the store
+    never writes, become 480.
     """
     bits = payload.view(torch.int8).to(torch.int32).bitwise_left_shift_(20).bitwise_and_(_SIGN_AND_MAGNITUDE)
     scale = (scales.to(torch.int32) << 23).view(torch.float32)

@@ -1,8 +1,8 @@
-"""The decoder's ops in torch: slow, on any machine, and the definition of the others' answers. Knows no model.
+"""The decoder's ops in torch: slow, for any machine; they define the results of the other ops. Knows no model.
 
-A product has the bits of a 16-row tile on one thread (`products.py`), attention those of tiles of absolute positions
-(`attention.py`). Biases are added after the product was rounded. int8 weights are rounded to 8 bits when packed, and
-bfloat16 rows before they meet them, and held in the compute dtype: the answers of 8 bits, without their speed or size.
+A product has the bits of a 16-row tile on one thread (`products.py`), attention those of tiles at absolute positions
+(`torch_attention.py`). Biases are added after the product was rounded. int8 weights are rounded to 8 bits when packed,
+bfloat16 rows before each product; both stay in the compute dtype: the results of 8 bits, without the speed or size.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TorchLinear:
-    """A matrix as `pack` was given it, perhaps a view of the checkpoint's file."""
+    """Matrix in the compute dtype, perhaps a view of the checkpoint's file."""
 
     matrix: Tensor  # [out, in] compute dtype; float32 where exact
     bias: Tensor | None  # [out] float32
@@ -39,13 +39,13 @@ class TorchLinear:
 
     @property
     def num_bytes(self) -> int:
-        """Memory it holds."""
+        """Memory of matrix and bias, in bytes."""
         return self.matrix.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
 
 @dataclass(slots=True, eq=False)
 class StepSpans:
-    """A step's spans, with the layouts that were made of them per shape of heads and window."""
+    """Spans of a step, with the layouts made so far, by shape of heads and window."""
 
     spans: tuple[Span, ...]
     block_tokens: int
@@ -53,7 +53,7 @@ class StepSpans:
 
 
 class TorchOps:
-    """`ops.Ops` in torch. Where this machine's products depend on the number of threads, one thread is used."""
+    """Implements `seam.Ops` in torch. Uses one thread if this machine's products depend on the number of threads."""
 
     row_multiple = TILE_ROWS
     device = torch.device("cpu")
@@ -76,7 +76,7 @@ class TorchOps:
         gated: bool = False,
         wide: bool = False,
     ) -> TorchLinear:
-        """Keep a matrix [out, in] in the compute dtype (no copy where it is in it already)."""
+        """Convert a matrix [out, in] to the compute dtype (no copy if it has this dtype)."""
         if exact:
             held = matrix.float().contiguous()
         elif self.quantization == "int8":
@@ -95,7 +95,7 @@ class TorchOps:
             self._product(inner, columns, dtype, transposed)
 
     def linear(self, x: Tensor, packed: Linear) -> Tensor:
-        """x [rows, in], rows a multiple of 16."""
+        """Multiply x [rows, in], rows a multiple of 16."""
         assert isinstance(packed, TorchLinear)
         matrix = packed.matrix
         if self.quantization == "int8" and matrix.dtype == torch.bfloat16:
@@ -105,24 +105,24 @@ class TorchOps:
         return result if packed.bias is None else (result.float() + packed.bias).to(result.dtype)
 
     def head(self, x: Tensor, norm: Norm, packed: Linear) -> Logits:
-        """A norm and a product."""
+        """Norm, then product."""
         return head(self, x, norm, packed)
 
     def extremes(self, logits: F32) -> Extremes:
-        """By numpy."""
+        """Extremes by numpy."""
         return extremes(logits)
 
     def rms_norm(self, x: Tensor, norm: Norm) -> Tensor:
-        """As the definition in `kernels.reference`."""
+        """Norm as defined in `kernels.reference`."""
         return rms_norm(x, norm.weight, norm.eps)
 
     def add_rms_norm(self, x: Tensor, delta: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
-        """(x + delta rounded, that normalised)."""
+        """Rounded sum x + delta, and the normalised sum."""
         total = x + delta
         return total, rms_norm(total, norm.weight, norm.eps)
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
-        """Rotate into new memory."""
+        """Rotate into new memory; x stays as it is."""
         width = cos.shape[-1]
         turned = x[..., : 2 * width].float()
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
@@ -138,7 +138,7 @@ class TorchOps:
         return (activated(gate, activation) * up).to(x.dtype)
 
     def write(self, parts: Sequence[Tensor], planes: Sequence[Planes], slots: Tensor) -> Tensor:
-        """What `kernels.reference.store_kv` does, for parts of any widths and without its scratch."""
+        """Store as `kernels.reference.store_kv` does, for parts of any widths."""
         used, block_tokens = int((slots >= 0).sum()), planes[0].block_tokens
         blocks, offsets = slots[:used] // block_tokens, slots[:used] % block_tokens
         non_finite = torch.zeros(len(slots), dtype=torch.int32)
@@ -153,11 +153,11 @@ class TorchOps:
     def store_heads(
         self, qkv: Tensor, num_heads: int, norms: tuple[Norm, Norm] | None, step: LayerStep
     ) -> tuple[Tensor, Tensor]:
-        """Norms, rotations and a write, one after the other."""
+        """Norms, rotations and write, one after the other."""
         return store_heads(self, qkv, num_heads, norms, step)
 
     def lay_out(self, spans: Sequence[Span], block_tokens: int) -> StepSpans:
-        """Layouts are made when a layer first asks for them."""
+        """Keep the spans; layouts are made when a layer first needs them."""
         return StepSpans(tuple(spans), block_tokens)
 
     def attend(
@@ -168,10 +168,10 @@ class TorchOps:
         layout: StepSpans,
         kind: AttentionKind,
     ) -> Tensor:
-        """See `attention.py`."""
+        """Attention by `torch_attention.py`."""
         kv_heads = values.payload.shape[1]
         widths = tuple(part.shape[-1] for part in queries)
-        value_width = values.payload.shape[-1] * widths[0] // keys[0].payload.shape[-1]  # of one codec, all of them
+        value_width = values.payload.shape[-1] * widths[0] // keys[0].payload.shape[-1]  # all planes have one codec
         shape = HeadShape(kv_heads, queries[0].shape[1] // kv_heads, widths, value_width)
         if shape not in self._attentions:
             self._attentions[shape] = Attention(shape, lambda i, c, t: self._product(i, c, torch.float32, t))
@@ -196,7 +196,7 @@ class TorchOps:
 
 
 def _encode_all(parts: Sequence[Tensor], planes: Sequence[Planes]) -> list[tuple[Tensor, Tensor | None, Tensor]]:
-    """`encode_rows` of each part; in one pass where all are fp8 rows of one width."""
+    """Encode each part as `encode_rows` does; in one pass if all are fp8 rows of one width."""
     if len({part.shape[-1] for part in parts}) > 1 or any(plane.scales is None for plane in planes):
         return [encode_rows(part, plane) for part, plane in zip(parts, planes, strict=True)]
     heads = [part.shape[1] for part in parts]

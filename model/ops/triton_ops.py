@@ -1,8 +1,8 @@
 """The decoder's ops on a GPU: our Triton kernels, and cuBLAS for products. Runs in Triton's interpreter on CPU tensors.
 
-A row of norms, gates, attention and the cache depends on that row alone. A product's bits are cuBLAS's, which chooses
-by the number of rows: so here, unlike on the CPU, a row may differ in its last bits with what else is in the step. int8
-weights are rounded to 8 bits when packed and held in the compute dtype: the answers of 8-bit weights, not their size.
+In norms, gates, attention and the cache a row depends on itself only. cuBLAS chooses the kernel of a product by the
+number of rows: so, unlike on the CPU, the last bits of a row may depend on the other rows of the step. int8 weights are
+rounded to 8 bits when packed and stay in the compute dtype: the results of 8-bit weights, without the smaller size.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ from .upload import upload
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DeviceLinear:
-    """A matrix on the device."""
+    """Packed matrix on the device."""
 
     matrix: Tensor  # [out, in] compute dtype; float32 where exact
-    bias: Tensor | None  # [out] likewise
+    bias: Tensor | None  # [out], of the same dtype
     exact: bool
 
     @property
     def num_bytes(self) -> int:
-        """Memory it holds."""
+        """Memory of matrix and bias, in bytes."""
         return self.matrix.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
 
 @dataclass(slots=True, eq=False)
 class Layout:
-    """A step's spans as the kernels read them, on the device: single rows first, then chunks, back to back.
+    """Spans of a step on the device, as the kernels read them: single rows first, then chunks, without gaps.
 
-    `fresh`: the chunks' own keys and values as the cache holds them, of the layer that was stored last.
+    `fresh`: the chunks' own keys and values of the layer stored last, as the cache rounds them.
     """
 
     num_singles: int
@@ -59,18 +59,18 @@ class Layout:
     single_contexts: Tensor  # [singles] int32
     chunk_tables: Tensor  # [chunks, blocks] int32
     chunk_contexts: Tensor  # [chunks] int32
-    chunk_starts: Tensor  # [chunks + 1] int32, from 0
+    chunk_starts: Tensor  # [chunks + 1] int32: first row of each chunk, relative to the first chunk
     fresh: Chunk | None = None
 
     @classmethod
     def of_singles(cls, tables: Tensor, contexts: Tensor) -> Layout:
-        """A step of one row per sequence, in tensors that are there already; a context of 0 is padding."""
+        """Layout of a step with one row per sequence, from existing tensors; a context of 0 is padding."""
         none = contexts[:0]
         return cls(len(contexts), tables, contexts, tables[:0], none, none)
 
 
 class TritonOps:
-    """`ops.Ops` on one device."""
+    """Implements `seam.Ops` on one GPU."""
 
     row_multiple = 1
 
@@ -103,35 +103,35 @@ class TritonOps:
         return DeviceLinear(held, None if bias is None else bias.to(self.device, dtype), exact)
 
     def prepare(self) -> None:
-        """Products sum in float32 and never take shortcuts through TF32 or bf16."""
+        """Forbid TF32 and reduced-precision sums in products: they accumulate in float32."""
         torch.set_float32_matmul_precision("highest")
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
 
     def linear(self, x: Tensor, packed: Linear) -> Tensor:
-        """x [rows, in] times the matrix, plus its bias."""
+        """Multiply x [rows, in] by the matrix and add its bias."""
         assert isinstance(packed, DeviceLinear)
         return linear(x.to(packed.matrix.dtype), packed.matrix, packed.bias)
 
     def head(self, x: Tensor, norm: Norm, packed: Linear) -> Logits:
-        """A norm and a product."""
+        """Norm, then product."""
         return head(self, x, norm, packed)
 
     def extremes(self, logits: F32) -> Extremes:
-        """By numpy."""
+        """Extremes by numpy."""
         return extremes(logits)
 
     def rms_norm(self, x: Tensor, norm_: Norm) -> Tensor:
-        """See `kernels/gpu/norm.py`."""
+        """Norm by `kernels/gpu/norm.py`."""
         return norm.rms_norm(x, norm_.weight, norm_.eps)
 
     def add_rms_norm(self, x: Tensor, delta: Tensor, norm_: Norm) -> tuple[Tensor, Tensor]:
-        """(x + delta rounded, that normalised)."""
+        """Rounded sum x + delta, and the normalised sum."""
         return norm.add_rms_norm(x, delta, norm_.weight, norm_.eps)
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
-        """Plain attention rotates in `store_heads`; what else rotates is refused at the start."""
+        """Not supported: plain attention rotates in `store_heads`, other kinds are refused at start-up."""
         raise ConfigError("rotary positions outside plain attention are not served on 'cuda'; use model.device: cpu")
 
     def gated_linear(self, x: Tensor, packed: Linear, activation: Activation) -> Tensor:
@@ -139,14 +139,14 @@ class TritonOps:
         return activation_kernel.act_mul(self.linear(x, packed), activation)
 
     def write(self, parts: Sequence[Tensor], planes: Sequence[Planes], slots: Tensor) -> Tensor:
-        """Store keys and values that do not rotate. Leaves no births: their seals read the bytes."""
+        """Store keys and values without rotation. Makes no digests; seals are computed later from the stored bytes."""
         (k, v), (k_planes, v_planes) = parts, planes
         return store_kv(k, v, slots, k_planes, v_planes).non_finite
 
     def store_heads(
         self, qkv: Tensor, num_heads: int, norms: tuple[Norm, Norm] | None, step: LayerStep
     ) -> tuple[Tensor, Tensor]:
-        """One kernel rotates, quantises, stores and digests; norms of heads go before it."""
+        """Norms of heads, then one kernel that rotates, quantises, stores and digests."""
         num_kv_heads = (qkv.shape[1] - num_heads) // 2
         q, k, v = torch.split(qkv, [num_heads, num_kv_heads, num_kv_heads], dim=1)
         if norms is not None:
@@ -164,7 +164,7 @@ class TritonOps:
         return stored.q, stored.non_finite
 
     def lay_out(self, spans: Sequence[Span], block_tokens: int) -> Layout:
-        """Leading spans of one row go to the decode kernel, the rest to the prefill kernel; no row moves."""
+        """Give leading spans of one row to the decode kernel and the rest to the prefill kernel. Rows stay in order."""
         num_singles = next((i for i, span in enumerate(spans) if span.num_rows > 1), len(spans))
         singles, chunks = spans[:num_singles], spans[num_singles:]
         starts = [0]
@@ -178,7 +178,7 @@ class TritonOps:
     def attend(
         self, queries: Sequence[Tensor], keys: Sequence[Planes], values: Planes, layout: Layout, kind: AttentionKind
     ) -> Tensor:
-        """See `kernels/gpu/paged_decode.py` and `kernels/gpu/ragged_prefill.py`."""
+        """Attention by `kernels/gpu/paged_decode.py` (single rows) and `kernels/gpu/ragged_prefill.py` (chunks)."""
         (q,), (k,), cut = queries, keys, layout.num_singles
         answers = []
         if cut:
@@ -213,7 +213,7 @@ class TritonOps:
 
 
 def _tables(spans: Sequence[Span]) -> Tensor:
-    """int32 [spans, most blocks]; zeros where a span has fewer."""
+    """Block tables int32 [spans, most blocks], padded with zeros."""
     tables = torch.zeros((len(spans), max((len(span.blocks) for span in spans), default=0)), dtype=torch.int32)
     for row, span in zip(tables, spans, strict=True):
         row[: len(span.blocks)] = torch.tensor(span.blocks, dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""A step's small integer tensors to the device in one copy from pinned memory. Knows no step."""
+"""Copies several small tensors to the device in one transfer from pinned memory. Knows no step."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_ALIGNMENT = 16  # what kernels assume of an address
+_ALIGNMENT = 16  # bytes; kernels assume this alignment of addresses
 
 
 class Arena:
-    """Host memory and device memory of one layout: write the views of `host`, `send`, read those of `device`."""
+    """Host and device memory of one layout. Write the views in `host`, call `send`, read the views in `device`."""
 
     def __init__(self, shapes: Sequence[tuple[tuple[int, ...], torch.dtype]], device: torch.device) -> None:
-        """`shapes`: shape and dtype of each tensor, in order."""
+        """`shapes`: shape and dtype of each tensor, in the order of `host` and `device`."""
         sizes = [torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes]
         starts = [0]
         for size in sizes:
@@ -32,12 +32,12 @@ class Arena:
         self.device = views(self._device)
 
     def send(self) -> None:
-        """Copy everything, in the order of the stream; `host` may be written again once the stream has come so far."""
+        """Start the copy of all tensors on the current stream. Write `host` again only after the stream has done it."""
         self._device.copy_(self._host, non_blocking=True)
 
 
 def upload(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Copies of CPU tensors on the device."""
+    """Copy CPU tensors to the device."""
     arena = Arena([(tuple(t.shape), t.dtype) for t in tensors], device)
     for place, tensor in zip(arena.host, tensors, strict=True):
         place.copy_(tensor)

@@ -1,12 +1,12 @@
-"""What requests do to logits before a token is drawn: masks, bans, biases, penalties. Knows rows and ids, no noise.
+"""Changes of logits by request parameters before sampling: masks, bans, biases, penalties. Knows no noise.
 
-Everything is a function of the parameters, the prompt's ids and the generated ids, so a row is the same after a
-preemption, on another worker, or when the request was sent again: tokens of an earlier dispatch stand in a worker's
+Everything is a function of the parameters, the prompt's ids and the generated ids. So a row is the same after a
+preemption, on another worker, or after the request was sent again: tokens of an earlier dispatch are in the worker's
 prompt, but count as output here.
 
 Sources: frequency and presence penalty: OpenAI's API reference (logit - count * frequency - (count > 0) * presence,
-over the output). Repetition penalty: CTRL (Keskar et al. 2019), section 4.1, in the form that everybody uses: of tokens
-in prompt or output, positive logits are divided by it and others multiplied.
+over the output). Repetition penalty: CTRL (Keskar et al. 2019), section 4.1, in the usual form: for tokens in prompt or
+output, positive logits are divided by it and other logits are multiplied by it.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _MINUS_INFINITY = np.float32(-np.inf)
 
 
 def changes_row(params: SamplingParams, position: int, logits_mask: bytes | None) -> bool:
-    """Whether `adjust` has anything to do."""
+    """Return whether `adjust` would change a row."""
     return position < params.min_tokens or logits_mask is not None or bool(params.logit_bias) or params.needs_history
 
 
 class Adjuster:
-    """Changes rows of logits in place. What it remembers of prompts and parameters, it could find out again."""
+    """Changes rows of logits in place. Its caches of prompts and parameters only save time."""
 
     def __init__(self) -> None:
         self._prompt_ids = Memo(_unique)
@@ -46,7 +46,7 @@ class Adjuster:
         ends: Sequence[int],
         logits_mask: bytes | None,
     ) -> None:
-        """In this order: mask, bad words, `ends` (tokens that would end the text too early), bias, penalties."""
+        """Apply, in this order: mask, bad words, `ends` (tokens that would end the text too early), bias, penalties."""
         if logits_mask is not None:
             packed = np.frombuffer(logits_mask, np.uint8)
             row[np.flatnonzero(np.unpackbits(packed, count=len(row), bitorder="little") == 0)] = _MINUS_INFINITY
@@ -77,7 +77,7 @@ def _ids(token_ids: Sequence[int]) -> I64:
 
 
 def _unique(token_ids: tuple[int, ...]) -> I64:
-    """Each id once. A sequence's prompt is the same object in every step."""
+    """Distinct ids, ascending."""
     return np.unique(_ids(token_ids))
 
 

@@ -1,14 +1,14 @@
-"""Which tokens may be drawn at all: min_p, top_k, top_p, in this order. Knows values and ids, no noise.
+"""Filters of the tokens that may be sampled: min_p, top_k, top_p, in this order. Knows values and ids, no noise.
 
-Candidates have one total order: value falling, then id rising, so that ties never depend on a sort. Each filter keeps a
-leading part of it:
+Candidates have one total order: descending value, then ascending id, so that ties never depend on a sort. Each filter
+keeps a leading part of this order:
 
-    min_p   tokens with at least min_p of the likeliest one's probability, at this temperature
+    min_p   tokens with at least min_p of the likeliest token's probability, at this temperature
     top_k   the first k
-    top_p   the shortest part that holds top_p of the probability of what min_p and top_k kept
+    top_p   the shortest part with at least top_p of the probability of the tokens that min_p and top_k kept
 
-Probabilities of top_p are counted in whole units of 2^-40 of the likeliest one's: sums of integers do not depend on
-their order, so that only the likeliest tokens are ever sorted. Less than 2^-40 counts as nothing.
+top_p counts probabilities in integer units of 2^-40 of the likeliest token's. Sums of integers do not depend on their
+order, so only the likeliest tokens need to be sorted. Less than one unit counts as zero.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ from .noise import F32, I64
 _UNITS = np.float32(2.0**40)
 _DEEPEST = 16.0
 _FEW = 1024
-_DEPTHS = (10.0, 7.5, 5.0, 2.5)  # the same, within which a rough look goes, as far as it may
+_DEPTHS = (10.0, 7.5, 5.0, 2.5)  # bounds of -log(weight / heaviest weight) that `RoughTopP` tries
 
 
 class Candidates(NamedTuple):
-    """Values of some tokens, ids rising; `ids` None: of the whole vocabulary."""
+    """Values of tokens, in ascending order of ids. `ids` None: the whole vocabulary."""
 
     values: F32
     ids: I64 | None
 
     def at(self, places: NDArray[np.intp]) -> Candidates:
-        """Some of them; `places` rising."""
+        """Candidates at ascending `places`."""
         return Candidates(self.values[places], places if self.ids is None else self.ids[places])
 
 
 def apply_filters(row: F32, params: SamplingParams) -> Candidates:
-    """What is left of a row of logits, in which some may be minus infinity and at least one is not."""
+    """Tokens of a row of logits that all filters keep. Logits may be minus infinity, but not all of them."""
     candidates = before_top_p(row, params)
     return candidates if params.top_p >= 1.0 else exact_top_p(candidates, params)
 
 
 def before_top_p(row: F32, params: SamplingParams) -> Candidates:
-    """What min_p and top_k leave."""
+    """Tokens that min_p and top_k keep."""
     candidates = Candidates(row, None)
     if params.min_p > 0.0:
         lowest = float(row.max()) + params.temperature * math.log(params.min_p)
@@ -57,11 +57,11 @@ def before_top_p(row: F32, params: SamplingParams) -> Candidates:
 
 
 def first(candidates: Candidates, count: int) -> Candidates:
-    """The first `count` in the total order; 0 < count < their number."""
+    """First `count` candidates of the total order; 0 < count < number of candidates."""
     values = candidates.values
     last = np.partition(values, len(values) - count)[len(values) - count]
     places = np.flatnonzero(values >= last)
-    if len(places) > count:  # of those that equal the last one, the lowest ids
+    if len(places) > count:  # of those equal to the last one, keep the lowest ids
         above = values[places] > last
         ties = np.flatnonzero(~above)[: count - int(above.sum())]
         above[ties] = True
@@ -70,31 +70,31 @@ def first(candidates: Candidates, count: int) -> Candidates:
 
 
 def exact_top_p(candidates: Candidates, params: SamplingParams) -> Candidates:
-    """What top_p leaves."""
+    """Tokens that top_p keeps."""
     scores = _scores(candidates.values, params.temperature)
     weights = (np.exp(scores) * _UNITS).astype(np.int64)
     count, lightest = _leading(weights, math.ceil(params.top_p * int(weights.sum())))
     if count >= len(weights):
         return candidates
-    near = np.flatnonzero(weights >= lightest - (lightest >> 16))  # `exp` may turn neighbours around, not more
+    near = np.flatnonzero(weights >= lightest - (lightest >> 16))  # rounding in `exp` may swap neighbours only
     return first(candidates.at(near), count) if count < len(near) else candidates.at(near)
 
 
 class RoughTopP:
-    """What top_p leaves, from above and from below, in float32: enough to know it of nearly every token.
+    """Fast bounds in float32 of the tokens that top_p keeps. They decide nearly every token.
 
-    Its sums are right to 1e-5; whatever is closer to top_p than 1e-3 of it is left to `exact_top_p`.
+    Its sums have a relative error of at most 1e-5; `exact_top_p` decides tokens within 1e-3 of the limit.
     """
 
     def __init__(self, candidates: Candidates, params: SamplingParams) -> None:
         self._scores = _scores(candidates.values, params.temperature)
         self._weights = np.exp(self._scores)
         self._limit = params.top_p * float(self._weights.sum())
-        self.near = candidates  # holds everything that top_p keeps
+        self.near = candidates  # superset of the tokens that top_p keeps
         for depth in _DEPTHS:
             is_near = self._scores >= np.float32(-depth)
             if 2 * np.count_nonzero(is_near) > len(is_near):
-                continue  # not worth the copies
+                continue  # too many tokens: copies would cost more than they save
             places = np.flatnonzero(is_near)
             weights = self._weights[places]
             if float(weights.sum()) < self._limit * 1.001:
@@ -103,20 +103,20 @@ class RoughTopP:
             self._scores, self._weights = self._scores[places], weights
 
     def keeps(self, token_id: int) -> bool:
-        """Whether top_p surely keeps one of `near`."""
+        """Return True only if top_p certainly keeps this token of `near`."""
         ids = self.near.ids
         place = token_id if ids is None else int(np.searchsorted(ids, token_id))
-        likelier = np.flatnonzero(self._scores >= self._scores[place])  # itself and its equals included
+        likelier = np.flatnonzero(self._scores >= self._scores[place])  # includes the token and its equals
         return float(self._weights[likelier].sum()) - float(self._weights[place]) < self._limit * 0.999
 
 
 def _leading(weights: I64, limit: int) -> tuple[int, int]:
-    """How many of the heaviest have less than `limit` before them, and the weight of the last of these.
+    """Number of heaviest weights with a sum below `limit` before them, and the weight of the last of these.
 
-    Bisects the weights down to a few, which alone are sorted; `before` and `count` are those heavier than all of them.
+    Bisects to a few weights and sorts only those; `before` and `count` are sum and number of the heavier ones.
     """
     before = count = 0
-    low, high = 0.0, _DEEPEST  # -log of the weights that are left, relative to the heaviest
+    low, high = 0.0, _DEEPEST  # range of -log(weight / heaviest weight) that is left
     while len(weights) > _FEW and high - low > 1e-3:
         middle = (low + high) / 2
         bound = int(float(_UNITS) * math.exp(-middle))
@@ -139,6 +139,6 @@ def _scores(values: F32, temperature: float) -> F32:
 
 
 def _not_below(bound: float) -> np.float32:
-    """The least float32 that is not below a float64: comparing with either is the same."""
+    """Smallest float32 >= `bound`. For float32 numbers, x >= bound has the same result with either."""
     rounded = np.float32(bound)
     return rounded if float(rounded) >= bound else np.nextafter(rounded, np.float32(np.inf))

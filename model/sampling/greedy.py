@@ -1,6 +1,6 @@
-"""Greedy tokens without the sampler: nothing of a row but its likeliest token. Gives what `sampler.py` would.
+"""Greedy sampling of steps that need only each row's likeliest token. Same tokens as `sampler.py`.
 
-On a device whole rows of logits stay there; on a CPU nobody looks at them again.
+On a GPU the logits stay on the device; on a CPU they are not read a second time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _INFINITY = float("inf")
 
 
 def all_greedy(plan: StepPlan) -> bool:
-    """Whether every sequence wants its likeliest token and nothing else of its logits."""
+    """Return whether every sequence needs only its likeliest token, and no logprobs or changed logits."""
     for step in plan.sequences:
         if step.targets or (step.samples and not is_plain(step.params, step.num_generated, step.logits_mask)):
             return False
@@ -29,9 +29,9 @@ def all_greedy(plan: StepPlan) -> bool:
 
 
 def likeliest(logits: Tensor) -> Tensor:
-    """int64 [rows]: the largest of logits [rows, vocab], of equals the lowest id; -1 where a row is no distribution.
+    """Ids int64 [rows] of the largest logits [rows, vocab]; of equal ones the lowest id. -1: not a distribution.
 
-    `argmax` promises no order among equals on a device.
+    `argmax` is not used: on a GPU it may return any of several equal ones.
     """
     top = logits.amax(1, keepdim=True)
     is_number = (-logits.amin(1) < _INFINITY) & (top.squeeze(1) < _INFINITY)  # false for NaN
@@ -41,7 +41,7 @@ def likeliest(logits: Tensor) -> Tensor:
 
 
 def speak_greedily(plan: StepPlan, batch: StepBatch, logits: Logits, bad: set[SequenceKey]) -> StepOutputs:
-    """What the sampler says of logits [>= len(batch.sampled), vocab], for a plan that is `all_greedy`."""
+    """Result of the sampler for logits [>= len(batch.sampled), vocab] of a plan that is `all_greedy`."""
     spoken = StepOutputs([()] * len(plan.sequences), {}, {}, {})
     known = logits.extremes
     found = likeliest(logits.rows).tolist() if known is None else _known(known)

@@ -1,7 +1,7 @@
-"""How likely tokens were: log_softmax of the logits as the model gave them. Knows rows and ids, no request.
+"""Log probabilities of tokens: log_softmax of the model's own logits. Knows rows and ids, no request.
 
-"As the model gave them": before masks, bans, biases, penalties, temperature and filters, so that a logprob says what
-the model thinks and not what the request made of it. Equal logits rank by id.
+The model's own logits are those before masks, bans, biases, penalties, temperature and filters. So logprobs describe
+the model, not the request's parameters. Equal logits rank by id.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from ...core.request import TokenLogprobs
 from .filters import Candidates, first
 from .noise import F32
 
-_SLICE_NUMBERS = 1 << 18  # logits looked at together: 1 MiB, which stays in a core's second cache
-_GROUP = 64  # logits of which only the largest is looked at, to find out where the likeliest are
+_SLICE_NUMBERS = 1 << 18  # logits per pass: 1 MiB, which fits a core's L2 cache
+_GROUP = 64  # size of the groups whose maxima give a lower bound of the likeliest logits
 
 
 class Scorer:
-    """Logprobs of one token per row. Keeps its working memory, since asking for it costs as much as the numbers."""
+    """Logprobs of one token per row. Keeps its working memory: allocating it would cost as much as the computation."""
 
     def __init__(self) -> None:
         self._scratch = np.empty((0, 0), np.float32)
 
     def score(self, rows: F32, token_ids: Sequence[int], num_top: int, best: F32 | None = None) -> list[TokenLogprobs]:
-        """Of one token per row of finite logits [n, vocab], with the `num_top` likeliest.
+        """Logprobs of one token per row of finite logits [n, vocab], and of the `num_top` likeliest tokens.
 
-        Summed in float64, given in float32; a row's numbers do not depend on its company. `best`: [n], the rows'
-        largest numbers where they are known.
+        Sums are float64, results float32; a row's result does not depend on other rows. `best`: [n], the rows'
+        largest logits, if known.
         """
         step = max(1, _SLICE_NUMBERS // rows.shape[1])
         if self._scratch.shape != (step, rows.shape[1]):
@@ -45,7 +45,7 @@ class Scorer:
         weights = self._scratch[: len(rows)]
         np.subtract(rows, best[:, None], out=weights)
         np.exp(weights, out=weights)
-        # Summed row by row: over a matrix numpy may sum in another order.
+        # Sum row by row: over a matrix numpy may use another order.
         totals = [float(row.sum(dtype=np.float64)) for row in weights]
         log_totals = [top + math.log(total) for top, total in zip(best.tolist(), totals, strict=True)]
         return [_told(*told, num_top) for told in zip(rows, token_ids, log_totals, strict=True)]
@@ -65,7 +65,7 @@ def _told(row: F32, token_id: int, log_total: float, num_top: int) -> TokenLogpr
 
 
 def likeliest(row: F32, count: int) -> Candidates:
-    """The `count` largest logits of a row (all, where it has fewer) with their ids, largest first, equals by id."""
+    """The `count` largest logits of a row (all, if it has fewer) with their ids: largest first, equal ones by id."""
     near = _near(row, count)
     if count < len(near.values):
         near = first(near, count)
@@ -75,14 +75,14 @@ def likeliest(row: F32, count: int) -> Candidates:
 
 
 def _near(row: F32, count: int) -> Candidates:
-    """Few candidates among which are the `count` largest and all their equals.
+    """Few candidates that include the `count` largest logits and all that equal them.
 
-    The `count`-th largest of the groups' largest numbers: at least `count` numbers of the row reach it.
+    The bound is the `count`-th largest of the groups' maxima: at least `count` logits of the row reach it.
     """
     num_groups = len(row) // _GROUP
     if num_groups < 2 * count:
         return Candidates(row, np.arange(len(row)))
-    peaks = row[: num_groups * _GROUP].reshape(_GROUP, num_groups).max(0)  # the quick way through memory
+    peaks = row[: num_groups * _GROUP].reshape(_GROUP, num_groups).max(0)  # this axis reads memory fastest
     peaks.partition(num_groups - count)
     places = np.flatnonzero(row >= peaks[num_groups - count])
     return Candidates(row[places], places)

@@ -1,4 +1,4 @@
-"""What was made of a value, kept as long as the same object is asked for. Knows no sampling."""
+"""Cache of a pure function's results, keyed by object identity. Knows no sampling."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Generic, TypeVar
 Key = TypeVar("Key")
 Made = TypeVar("Made")
 
-MAX_VALUES = 1024  # values; more sequences than that seldom run in one step
+MAX_VALUES = 1024  # results kept; steps rarely have more sequences
 
 
 class Memo(Generic[Key, Made]):
-    """The results of a pure function for the objects that were asked for last, found by identity.
+    """Results of a pure function for the most recently used objects, found by identity.
 
-    Hashing a long tuple at every step would cost as much as what is saved.
+    Hashing a long tuple at every step would cost as much as the cache saves.
     """
 
     def __init__(self, make: Callable[[Key], Made]) -> None:
@@ -23,7 +23,7 @@ class Memo(Generic[Key, Made]):
         self._known: OrderedDict[int, tuple[Key, Made]] = OrderedDict()
 
     def of(self, key: Key) -> Made:
-        """What the function makes of `key`, which must not change."""
+        """Result of the function for `key`, which must not change."""
         known = self._known.get(id(key))
         if known is None or known[0] is not key:
             known = (key, self._make(key))

@@ -1,20 +1,20 @@
-"""Which token follows: argmax of filtered logits / temperature + Gumbel noise. Numpy, row by row.
+"""Sampling of the next token: argmax of filtered logits / temperature + Gumbel noise. Numpy, row by row.
 
-The order of everything that a request may say about a token (vLLM's order; every step sees what the one before left):
+Order in which a request's parameters apply (the same as vLLM's; each step works on the result of the one before):
 
-    1. logprobs are read off: they are the model's own (sampling/logprobs.py)
-    2. the logits mask: what structured output allows
+    1. logprobs are computed from the model's own logits (sampling/logprobs.py)
+    2. the logits mask: tokens that structured output allows
     3. bad_words: the last token of a word is forbidden when its beginning was just generated
-    4. min_tokens: ends of sequence and stop_token_ids are forbidden until then
+    4. min_tokens: end-of-sequence tokens and stop_token_ids are forbidden until min_tokens are generated
     5. logit_bias is added
     6. repetition_penalty (prompt and output), then frequency_penalty and presence_penalty (output)
-    7. temperature; below 1e-5 it means greedy: the largest logit wins, of equals the lowest id
-    8. min_p, then top_k, then top_p of what they left (sampling/filters.py). transformers applies min_p last: it has
-       the same threshold there, but top_p then counts the probability of what min_p drops as well
-    9. noise (sampling/noise.py), and the largest total wins
+    7. temperature; below 1e-5 sampling is greedy: the largest logit wins, of equal ones the lowest id
+    8. min_p, then top_k, then top_p of the remaining tokens (sampling/filters.py). transformers applies min_p last: the
+       threshold is the same, but top_p then also counts the probability of tokens that min_p drops
+    9. noise (sampling/noise.py): the largest total wins
 
-The noise is keyed by (seed, choice, position, token id), and everything else is a function of the request, its ids and
-the row: a token depends on no worker, batch, attempt or order of sampling.
+The noise is keyed by (seed, choice, position, token id); everything else is a function of the request, its ids and the
+row. So a token does not depend on worker, batch, attempt or order of sampling.
 """
 
 from __future__ import annotations
@@ -36,58 +36,58 @@ _NO_HISTORY = History((), ())
 
 
 class Draw(NamedTuple):
-    """What one row of logits is sampled for."""
+    """Sampling parameters and position of one row of logits."""
 
     params: SamplingParams
     choice: int
     position: int  # tokens generated before this one
     logits_mask: bytes | None = None  # packed bits, least significant first; a set bit allows a token
-    history: History | None = None  # needed where `params.needs_history`
+    history: History | None = None  # needed if `params.needs_history`
 
 
 def is_plain(params: SamplingParams, position: int, logits_mask: bytes | None) -> bool:
-    """Whether the likeliest token is wanted, and nothing else of the logits."""
+    """Return whether only the likeliest token is needed, without logprobs or changed logits."""
     return (
         params.temperature < GREEDY_BELOW and params.logprobs is None and not changes_row(params, position, logits_mask)
     )
 
 
 class Sampled(NamedTuple):
-    """One row's outcome."""
+    """Sampled token of one row."""
 
     token_id: int
-    logprobs: TokenLogprobs | None  # where they were asked for
+    logprobs: TokenLogprobs | None  # if they were requested
 
 
 class Failed(NamedTuple):
-    """A row that could not be sampled, for a reason of its own: other rows are not affected."""
+    """Error of one row that could not be sampled; other rows are not affected."""
 
     error: Exception
 
 
 Outcome = Sampled | Failed | None
-"""None: the row is not a distribution; it holds a number that is not finite, or nothing is allowed."""
+"""None: the row is not a distribution, because it has a number that is not finite, or because no token is allowed."""
 
 
 class Sampler:
-    """Draws tokens for one model. What it remembers only saves time."""
+    """Sampler of one model. Its caches only save time."""
 
     def __init__(self, eos_ids: Sequence[int], extremes: Callable[[F32], Extremes] = extremes) -> None:
-        """`extremes`: as fast as the device has it."""
+        """`extremes`: the device's fastest version of `extremes`."""
         self._extremes = extremes
         self._eos_ids = tuple(eos_ids)
         self._adjuster = Adjuster()
         self._scorer = Scorer()
 
     def sample(self, logits: F32, draws: Sequence[Draw], known: Extremes | None = None) -> list[Outcome]:
-        """One token per row of logits [len(draws), vocab], which are left as they are. `known`: of these rows."""
+        """Sample one token per row of logits [len(draws), vocab]; logits stay the same. `known`: the rows' extremes."""
         assert len(logits) == len(draws), (logits.shape, len(draws))
         if not draws:
             return []
         found = self._extremes(logits) if known is None else known
         least, greatest, best = (part.tolist() for part in found)
         return [
-            # A NaN is its row's least number; minus infinity too.
+            # A row with a NaN has NaN as its least number; minus infinity fails this test too.
             None if not (-least[i] < _INFINITY and greatest[i] < _INFINITY)
             else Sampled(best[i], None) if is_plain(draw.params, draw.position, draw.logits_mask)
             else self._outcome(logits[i], draw, best[i])
@@ -122,10 +122,10 @@ class Sampler:
 
 
 def _drawn(row: F32, params: SamplingParams, key: tuple[int, int, int]) -> int:
-    """The winner among what the filters leave.
+    """Sample from the tokens that the filters keep.
 
-    Whoever wins among more than these wins among these, if it is one of them; and that is known of most winners before
-    it is known where exactly top_p ends.
+    The winner of a superset of the kept tokens is the winner of the kept tokens, if it is one of them. For most winners
+    this is known before the exact end of top_p is computed.
     """
     kept = before_top_p(row, params)
     if params.top_p < 1.0:

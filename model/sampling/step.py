@@ -1,4 +1,4 @@
-"""What one step's rows say: sampled tokens, and how likely prompt tokens were. Knows plans and rows, no weights."""
+"""Sampling of one step: tokens of its sequences, and logprobs of prompt tokens. Knows plans and rows, no weights."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from .sampler import Draw, Failed, Sampler
 
 _log = logging.getLogger(__name__)
 
-SCORED_NUMBERS = 1 << 22  # logits of prompt rows in memory at a time: 16 MiB, however long the prompt
+SCORED_NUMBERS = 1 << 22  # most logits of prompt rows in memory at once: 16 MiB
 
 ToLogits = Callable[[Tensor], Logits]
-"""Of hidden rows [n, hidden], n whole tiles, in host memory. A row's bits do not depend on its company."""
+"""Computes the logits of hidden rows [n, hidden], n a multiple of TILE_ROWS, in host memory."""
 
 
 class StepOutputs(NamedTuple):
-    """In a `StepResult`'s words."""
+    """Tokens, logprobs and failures of a step, as in `StepResult`."""
 
     tokens: list[tuple[int, ...]]
     logprobs: dict[SequenceKey, tuple[TokenLogprobs, ...]]
@@ -37,9 +37,9 @@ class StepOutputs(NamedTuple):
 
 
 class StepSampler:
-    """The sampler over steps. `bad` sequences get no token; rows that are no distribution make theirs bad.
+    """Sampler of whole steps. Sequences in `bad` get no token; a row that is no distribution adds its sequence to it.
 
-    Whatever is raised over one sequence's rows is that sequence's failure.
+    An exception in the sampling of a sequence's rows fails only this sequence.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class StepSampler:
     def run(
         self, plan: StepPlan, batch: StepBatch, rows: Tensor, bad: set[SequenceKey], last: Sequence[int]
     ) -> StepOutputs:
-        """`rows`: hidden rows of the batch. `last`: per sequence the id of its last row, looked up where it must be."""
+        """Sample a step. `rows`: hidden rows of the batch. `last`: token id of each sequence's last row."""
         spoken = StepOutputs([() for _ in plan.sequences], {}, {}, {})
         for i, step in enumerate(plan.sequences):
             if step.targets and step.key not in bad:
@@ -86,7 +86,7 @@ class StepSampler:
         scores: list[TokenLogprobs] = []
         for start in range(0, len(step.targets), self._rows_at_once):
             targets = step.targets[start : start + self._rows_at_once]
-            # Whole tiles; what is missing in the last one repeats its last row.
+            # Whole tiles: the last tile is filled with its last row.
             places = torch.arange(start, start + -(-len(targets) // TILE_ROWS) * TILE_ROWS)
             logits = self._to_logits(rows[places.clamp_(max=start + len(targets) - 1)]).rows[: len(targets)].numpy()
             least, greatest, _ = self._extremes(logits)

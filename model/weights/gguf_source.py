@@ -1,6 +1,6 @@
-"""The tensors of a GGUF file by Hugging Face's names, dequantised one by one as they are taken. Knows no model.
+"""Tensors of a GGUF file under Hugging Face's names, dequantised when they are taken. Knows no model.
 
-Numbers come from the `gguf` package's routines, the format's own definition in numpy.
+The `gguf` package dequantises: its numpy routines define the format.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _SERVED = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K",
 
 
 class GgufSource:
-    """A `TensorSource` over one GGUF file."""
+    """Implements `TensorSource` for one GGUF file."""
 
     def __init__(self, path: Path) -> None:
         """Read the description and check that every tensor lies in the file.
 
         Raises:
-            CheckpointError: the file is damaged or cut short, or a tensor is of a type that is not served; named.
+            CheckpointError: the file is damaged or truncated, or a tensor's type is not supported; names the tensor.
         """
         self.where = str(path)
         self._file = GgufFile(path)
@@ -40,11 +40,11 @@ class GgufSource:
         self._pieces = pieces(self._file.architecture, self._file.tensors, heads_of(self._file))
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Every tensor's shape, by Hugging Face's name."""
+        """Shape of every tensor, by Hugging Face's name."""
         return {name: piece.shape for name, piece in self._pieces.items()}
 
     def take(self, name: str) -> Tensor:
-        """One tensor: float32 where it was quantised, else as stored (a view of the mapped file where it can be)."""
+        """Read one tensor: float32 if it was quantised, else as stored (if possible, a view of the mapped file)."""
         piece = self._pieces[name]
         if piece.value_part is not None:
             return self._way_up(piece, piece.value_part)
@@ -56,17 +56,17 @@ class GgufSource:
         return tensor.reshape(piece.shape)
 
     def fingerprint(self) -> bytes:
-        """See `gguf_fingerprint`."""
+        """Implements `TensorSource.fingerprint` by `gguf_fingerprint`."""
         return _fingerprint(self._file)
 
     def _way_up(self, piece: Piece, value_part: str) -> Tensor:
-        """Per head keys and then values, as Hugging Face has them: [heads * (key_width + value_width), latent]."""
+        """Join keys and values per head, as Hugging Face stores them: [heads * (key_width + value_width), latent]."""
         keys = self._numbers(self._file.tensors[piece.stored], None).transpose(1, 2)  # stored with rows of key_width
         values = self._numbers(self._file.tensors[value_part], None)
         return torch.cat([keys.float(), values.float()], dim=1).reshape(piece.shape)
 
     def _numbers(self, tensor: StoredTensor, expert: int | None) -> Tensor:
-        """A whole tensor, or one of a stack."""
+        """Read a whole tensor, or the tensor of one expert from a stack."""
         gguf, name = _gguf(), _kind_name(tensor.kind)
         elements, bytes_ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(tensor.kind)]
         shape = tensor.shape if expert is None else tensor.shape[1:]
@@ -83,12 +83,12 @@ class GgufSource:
 
     @cached_property
     def _bytes(self) -> np.memmap[Any, Any]:
-        # "c": a write would go to memory of our own, never to the file; torch asks for arrays that can be written.
+        # "c" is copy-on-write: torch needs writable arrays, but a write never reaches the file.
         return np.memmap(self._file.path, dtype=np.uint8, mode="c")
 
 
 def gguf_fingerprint(path: Path) -> bytes:
-    """16 bytes that name the file's numbers and shape: its description whole, its content as safetensors count."""
+    """Fingerprint of the file, 16 bytes: of all its metadata, and of its content as for safetensors files."""
     return _fingerprint(GgufFile(path))
 
 
@@ -101,7 +101,7 @@ def _fingerprint(file: GgufFile) -> bytes:
 
 
 def _check_tensors(file: GgufFile) -> None:
-    gguf, alignment = _gguf(), 4  # of float32; files align to 32 or more
+    gguf, alignment = _gguf(), 4  # bytes of a float32; files align tensors to 32 or more
     for name, tensor in file.tensors.items():
         kind = _kind_name(tensor.kind)
         if kind not in _SERVED:
@@ -128,7 +128,7 @@ def _kind_name(kind: int) -> str:
 
 
 def _turned_back(tensor: Tensor, heads: int) -> Tensor:
-    """Rows as Hugging Face has them: the first halves of all rotary pairs of a head, then the second halves."""
+    """Reorder rows as Hugging Face stores them: per head the first halves of all rotary pairs, then the second."""
     pairs = tensor.reshape(heads, tensor.shape[0] // heads // 2, 2, *tensor.shape[1:])
     return pairs.transpose(1, 2).reshape(tensor.shape)
 
@@ -141,7 +141,7 @@ def _size(shape: tuple[int, ...]) -> int:
 
 
 def _gguf() -> Any:
-    """The package, imported when the first GGUF file is opened: machines that serve safetensors alone may lack it."""
+    """Import the `gguf` package when the first GGUF file is opened; machines without such files need not have it."""
     try:
         import gguf
         import gguf.quants

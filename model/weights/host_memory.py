@@ -1,4 +1,4 @@
-"""Gives memory back to the system that loading a model took for a while. Knows addresses, no weights."""
+"""Returns memory to the system that only the loading of a model needed. Knows addresses, no weights."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _log = logging.getLogger(__name__)
 
 
 def give_back_after_load(files: Iterable[Path]) -> None:
-    """Let go of the pages of mapped files, and of memory that was freed.
+    """Release the pages of mapped files, and freed memory.
 
-    Pages of a file come back from it when they are touched again; a packed copy of most of them stays here. Where the
-    system offers neither, nothing happens: it only costs memory.
+    The system reads a page again when it is used; for most pages the process keeps a packed copy. On a system without
+    these calls nothing happens, and the process uses more memory.
     """
     try:
         libc = ctypes.CDLL(None, use_errno=True)
@@ -29,7 +29,7 @@ def give_back_after_load(files: Iterable[Path]) -> None:
 
 
 def _mappings(paths: set[str]) -> list[tuple[int, int]]:
-    """Where these files are mapped unwritten: address and size."""
+    """Address and size of each mapping of these files in this process."""
     found = []
     for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
         fields = line.split(maxsplit=5)

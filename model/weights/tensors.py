@@ -1,6 +1,6 @@
-"""Where a model's numbers come from, by Hugging Face's names. Knows no model.
+"""Sources of a model's tensors, under Hugging Face's names. Knows no model.
 
-Two formats: safetensors (`safetensors_files.py`) and GGUF (`gguf_source.py`). Nothing of a checkpoint is ever executed.
+Two formats: safetensors (checkpoint/safetensors_files.py) and GGUF (`gguf_source.py`). No code of a checkpoint runs.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from .gguf_source import GgufSource, gguf_fingerprint
 
 
 class TensorSource(Protocol):
-    """A checkpoint's tensors. One thread at a time."""
+    """Tensors of a checkpoint. To be used by one thread at a time."""
 
     where: str
-    """What errors call the checkpoint."""
+    """Name of the checkpoint in errors."""
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Every tensor's shape, by Hugging Face's name; matrices are [out, in]."""
+        """Shape of every tensor, by Hugging Face's name; matrices are [out, in]."""
         ...
 
     def take(self, name: str) -> Tensor:
-        """One tensor: float32, bfloat16 or float16, perhaps a view of a mapped file (never write to it).
+        """Read one tensor: float32, bfloat16 or float16, perhaps a view of a mapped file (never write to it).
 
         Raises:
             CheckpointError: it cannot be read; names file and tensor.
@@ -35,7 +35,7 @@ class TensorSource(Protocol):
         ...
 
     def fingerprint(self) -> bytes:
-        """16 bytes that name the checkpoint's numbers and shape."""
+        """Fingerprint of the checkpoint's numbers and shapes, 16 bytes."""
         ...
 
 
@@ -43,11 +43,11 @@ def open_source(path: Path) -> TensorSource:
     """Open a checkpoint: a directory with safetensors, or a GGUF file.
 
     Raises:
-        CheckpointError: it is none, or damaged; names the file.
+        CheckpointError: it is no checkpoint, or it is damaged; names the file.
     """
     return GgufSource(path) if is_gguf(path) else SafetensorsFiles(path)
 
 
 def weights_fingerprint(path: Path) -> bytes:
-    """`TensorSource.fingerprint` without opening the tensors."""
+    """Compute `TensorSource.fingerprint` without opening the tensors."""
     return gguf_fingerprint(path) if is_gguf(path) else safetensors_fingerprint(path)

@@ -1,6 +1,6 @@
-"""A model's weights as the decoder wants them: taken tensor by tensor from a source, fused, packed by the ops.
+"""A model's weights in the form that the decoder uses: taken from a source one by one, fused, packed by the ops.
 
-Knows names through `layout.py` alone. At no time two copies of more than one matrix are held.
+Names come from checkpoint/layout.py only. At most one matrix is in memory twice at any time.
 """
 
 from __future__ import annotations
@@ -28,31 +28,31 @@ from .tensors import TensorSource
 
 @dataclass(frozen=True, slots=True)
 class PlainWeights:
-    """Of grouped-query attention."""
+    """Weights of grouped-query attention."""
 
-    qkv: Linear  # to queries, then keys, then values
+    qkv: Linear  # output: queries, then keys, then values
     output: Linear
-    q_norm: Norm | None  # of a head
+    q_norm: Norm | None  # norm of each head's queries
     k_norm: Norm | None
 
 
 @dataclass(frozen=True, slots=True)
 class LatentWeights:
-    """Of multi-head latent attention, with the latent's way up absorbed: keys into queries, values into the output."""
+    """Weights of multi-head latent attention, absorbed: the up-projections act on queries and on mixed latents."""
 
     q_down: Linear | None
     q_norm: Norm | None
-    q: Linear  # to heads * (key_width + rope_width)
-    kv_down: Linear  # to latent_width + rope_width
+    q: Linear  # output: heads * (key_width + rope_width)
+    kv_down: Linear  # output: latent_width + rope_width
     kv_norm: Norm
-    to_latent: tuple[Linear, ...]  # per head: a query of key_width numbers to one of latent_width
-    from_latent: tuple[Linear, ...]  # per head: latent_width mixed numbers to value_width
+    to_latent: tuple[Linear, ...]  # per head: [latent_width, key_width], applied to queries
+    from_latent: tuple[Linear, ...]  # per head: [value_width, latent_width], applied to mixed latents
     output: Linear
 
 
 @dataclass(frozen=True, slots=True)
 class DenseWeights:
-    """Of a gated feed-forward layer."""
+    """Weights of a gated feed-forward layer."""
 
     gate_up: Linear  # gate first
     down: Linear
@@ -60,9 +60,9 @@ class DenseWeights:
 
 @dataclass(frozen=True, slots=True)
 class ExpertsWeights:
-    """Of a layer of experts."""
+    """Weights of a layer of experts."""
 
-    router: Linear  # exact; the shared expert's score last, where it has one
+    router: Linear  # packed `exact`; the score of the shared expert, if it has one, is last
     correction: Tensor | None  # [num_experts] float32
     experts: tuple[DenseWeights, ...]
     shared: DenseWeights | None
@@ -70,7 +70,7 @@ class ExpertsWeights:
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One decoder layer."""
+    """Weights of one decoder layer."""
 
     attention_norm: Norm
     attention: PlainWeights | LatentWeights
@@ -82,9 +82,9 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """All of a model, packed for one device."""
+    """All weights of a model, packed for one device."""
 
-    embedding: Tensor  # [vocab, hidden] compute dtype; where the checkpoint has it so, a view of its file
+    embedding: Tensor  # [vocab, hidden] compute dtype; perhaps a view of the checkpoint's file
     layers: tuple[LayerWeights, ...]
     norm: Norm
     head: Linear
@@ -95,7 +95,7 @@ def load_weights(source: TensorSource, spec: ModelSpec, ops: Ops) -> Weights:
     """Take a checkpoint's tensors and pack them.
 
     Raises:
-        CheckpointError: names the file or tensor that is missing, extra, wrongly shaped or cut short.
+        CheckpointError: a file or tensor, which it names, is missing, unexpected, truncated, or has a wrong shape.
     """
     check_tensors(source, spec)
     loader = _Loader(source, spec, ops)
@@ -110,10 +110,10 @@ def load_weights(source: TensorSource, spec: ModelSpec, ops: Ops) -> Weights:
 
 
 def check_tensors(source: TensorSource, spec: ModelSpec) -> None:
-    """Whether a source holds exactly the spec's tensors, in their shapes.
+    """Check that a source has exactly the spec's tensors, in their shapes.
 
     Raises:
-        CheckpointError: it does not; names the first tensor and what is wrong with it.
+        CheckpointError: it does not; names the first tensor and the difference.
     """
     shapes = source.shapes()
     expected = expected_shapes(spec, shapes)
@@ -130,7 +130,7 @@ def check_tensors(source: TensorSource, spec: ModelSpec) -> None:
 
 
 class _Loader:
-    """Takes and packs; holds nothing."""
+    """Takes tensors from the source and packs them; keeps none of them."""
 
     def __init__(self, source: TensorSource, spec: ModelSpec, ops: Ops) -> None:
         self.source = source

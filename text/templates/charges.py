@@ -1,9 +1,9 @@
-"""Sizes of a template's values, and the meter that a render pays them from. Knows no template.
+"""Work limits of a template's render: sizes of values, and the meter that counts them. Knows no template.
 
-A unit of work is one character. An element of a container, a number, a text cost ELEMENT units more, as they take
-about 4 × ELEMENT bytes and more than a character's time. So what a render keeps alive is at most about 4 bytes ×
-`max_work` (160 MB). One operation of `max_step` units may hold the interpreter's lock: 16 M characters copied, joined
-or searched take about 10 ms, 2 M characters of upper case that is not ASCII, or 1 M elements, up to 100 ms.
+A unit of work is one character. Each element of a container, number and text costs ELEMENT units more, because it takes
+about 4 × ELEMENT bytes and more time than a character. So the live values of a render take at most about 4 bytes ×
+`max_work` (160 MB). One operation of up to `max_step` units may hold the GIL: copying, joining or searching 16 M
+characters takes about 10 ms; changing the case of 2 M non-ASCII characters, or 1 M elements, takes up to 100 ms.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ _CONTAINERS: tuple[type[Any], ...] = (list, tuple, set, frozenset, type({}.keys(
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much one render may take."""
+    """Limits of one render."""
 
     max_output_chars: int = 4_000_000
-    max_work: int = 40_000_000  # loop rounds, and characters and elements made or looked at
+    max_work: int = 40_000_000  # units: loop rounds, and characters and elements made or read
     max_seconds: float = 2.0
-    max_step: int = 16_000_000  # of work in one operation
+    max_step: int = 16_000_000  # units of work in one operation
 
 
 class LimitExceeded(Exception):
-    """A render took more than its limits allow."""
+    """A render exceeded its limits."""
 
 
 class Meter:
-    """What one render may still take."""
+    """Counter of the work that one render may still do."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -45,7 +45,7 @@ class Meter:
         self._ends_s = _now_s() + limits.max_seconds
 
     def charge(self, work: int) -> None:
-        """Take `work` off what is left; before the operation that it is for."""
+        """Subtract `work` from the remaining work; call it before the operation."""
         if work > self._max_step:
             raise LimitExceeded(f"more than {self._max_step} steps and characters of work in one operation")
         self._work_left -= work
@@ -55,18 +55,18 @@ class Meter:
             raise LimitExceeded(f"more than {self._limits.max_seconds:g} s")
 
     def foresee(self, work: int) -> None:
-        """Refuse an operation whose worst case is more than what is left, and take nothing."""
+        """Refuse an operation whose worst case exceeds the remaining work; subtracts nothing."""
         self.charge(work)
         self._work_left += work
 
     def charge_size(self, value: Any) -> int:
-        """Charge `value` as large as it is written out, and return that size."""
+        """Charge the size of `value` as if written out (shared parts count each time), and return it."""
         size = ELEMENT + len(value) if type(value) is str else size_of(value, min(self._work_left, self._max_step))
         self.charge(size)
         return size
 
     def charge_written(self, value: Any, growth: int = 1) -> int:
-        """Charge the size of `value`, of which a text is about to be made; `growth`: characters per character."""
+        """Charge the size of a value that is converted to text. `growth`: largest output characters per character."""
         size = self.charge_size(value)
         if not isinstance(value, str):
             growth *= WRITTEN_GROWTH
@@ -75,13 +75,13 @@ class Meter:
         return size
 
     def ticking(self, values: Iterable[Any], work: int = ELEMENT) -> Iterator[Any]:
-        """The same values; each is charged `work` when it is taken."""
+        """Yield the same values, and charge `work` for each."""
         for value in values:
             self.charge(work)
             yield value
 
     def taken(self, values: Any) -> Any:
-        """The same values in a container, charged as large as they are."""
+        """Return the same values in a container, and charge their size."""
         if isinstance(values, str):
             self.charge(ELEMENT * len(values))
         elif isinstance(values, (list, tuple, Mapping)):
@@ -96,7 +96,7 @@ class Meter:
 
 
 def size_of(value: Any, at_most: int) -> int:
-    """The size of `value` as it is written out; counting stops above `at_most`, as nested copies can be endless."""
+    """Size of `value` as if written out. Counting stops above `at_most`, because nested copies can be huge."""
     if isinstance(value, str):
         return ELEMENT + len(value)
     size = 0
@@ -108,7 +108,7 @@ def size_of(value: Any, at_most: int) -> int:
             size += len(one)
         elif one is None or isinstance(one, (bool, int, float)):
             continue
-        elif isinstance(one, dict):  # its own methods: looking at the size of a message reads nothing of it
+        elif isinstance(one, dict):  # dict's own methods: counting must not mark fields of a message as read
             waiting.extend(dict.keys(one))
             waiting.extend(dict.values(one))
         elif isinstance(one, _CONTAINERS):
@@ -121,7 +121,7 @@ def size_of(value: Any, at_most: int) -> int:
 
 
 def checked(value: Any) -> Any:
-    """`value`, unless it is too large an integer."""
+    """Return `value`; raises LimitExceeded for an integer of more than MAX_INT_BITS bits."""
     if isinstance(value, int) and value.bit_length() > MAX_INT_BITS:
         raise LimitExceeded(f"an integer of more than {MAX_INT_BITS} bits")
     return value

@@ -1,4 +1,4 @@
-"""A prompt that ends within its last message: rendered with a tag after the message's text, and cut there."""
+"""Prompt that ends within its last message: it is rendered with a tag after the message's text, and cut at the tag."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 from ...core.errors import InvalidRequest
 
-# A character of the private use area, so that no text has it by chance. Trimming takes the space off, which shows it.
+# Private use characters: no text has them by chance. If the space after the tag is gone, the template trims messages.
 _TAG = "\ue0c7CONTINUE\ue0c7"
 _TAG_AND_SPACE = _TAG + " "
 _FIELD = "continue_final_message"
 
 
 def with_tag(message: Mapping[str, Any]) -> dict[str, Any]:
-    """The message with the tag after its text, or after its last text part.
+    """Copy of the message with the tag after its text, or after its last text part.
 
     Raises:
         InvalidRequest: it has no text.
@@ -29,10 +29,10 @@ def with_tag(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def cut_at_tag(prompt: str, content: str | Sequence[Mapping[str, Any]]) -> str:
-    """The prompt up to the tag; a template that trims the message has the end of its text trimmed, too.
+    """Prompt up to the tag. If the template trims the message, the end of the prompt is trimmed too.
 
     Raises:
-        InvalidRequest: the template does not show the message as it is.
+        InvalidRequest: the template does not show the message unchanged.
     """
     text = content if isinstance(content, str) else content[-1]["text"]
     place = prompt.rfind(_TAG)

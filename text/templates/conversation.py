@@ -1,4 +1,4 @@
-"""Messages of the API in the form that one chat template takes. Knows the template's traits, and no template."""
+"""Converts messages of the API to the form that one chat template needs. Knows the template's traits, no template."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ INSTRUCTIONS = ("system", "developer")
 
 
 class Placed(NamedTuple):
-    """A message and its place among those that the client sent; of merged ones the first place."""
+    """Message with its index among those that the client sent; merged messages have the index of the first."""
 
     place: int
     message: dict[str, Any]
 
 
 def adapt(messages: Sequence[Mapping[str, Any]], traits: TemplateTraits) -> list[Placed]:
-    """The messages as the template takes them; nothing of their text is lost.
+    """Convert messages to the form that the template needs, without loss of text.
 
-    - `developer` becomes `system` where the template does not know it;
-    - system messages at the start become one where the template shows or takes one only;
+    - `developer` becomes `system` if the template does not know it;
+    - system messages at the start are merged if the template shows or accepts only one;
     - `content` becomes text or a list of parts, by role;
-    - arguments of tool calls become JSON text, and absent content empty or null, where only that is shown.
+    - arguments of tool calls become JSON text, and absent content empty or null, if the template shows only that.
 
     Raises:
         InvalidRequest: the template would leave out instructions, a tool's result or tool calls; names the message.
@@ -39,7 +39,7 @@ def adapt(messages: Sequence[Mapping[str, Any]], traits: TemplateTraits) -> list
     in_turns = False
     for place, message in placed:
         role = message["role"]
-        if role in traits.vanishing_roles and role not in ("user", "assistant"):  # those are the template's to choose
+        if role in traits.vanishing_roles and role not in ("user", "assistant"):  # a template may leave these two out
             raise InvalidRequest(
                 f"messages[{place}].role is {role!r}; the model's chat template leaves such messages out",
                 param=f"messages[{place}].role",
@@ -59,7 +59,7 @@ def adapt(messages: Sequence[Mapping[str, Any]], traits: TemplateTraits) -> list
 
 
 def text_of_parts(content: str | Sequence[Mapping[str, Any]]) -> str:
-    """Content as one text; parts are lines of it."""
+    """Content as one text; parts become its lines."""
     return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
 
 
@@ -78,7 +78,7 @@ def _with_one_system(placed: list[Placed]) -> list[Placed]:
     if leading < 2:
         return placed
     texts = [text_of_parts(message["content"]) for _, message in placed[:leading]]
-    # Other fields of the first one stay; it is the one that the template would have shown.
+    # Keep the other fields of the first message, which the template would have shown.
     first = placed[0].message | {"content": "\n\n".join(text for text in texts if text)}
     return [Placed(placed[0].place, first), *placed[leading:]]
 

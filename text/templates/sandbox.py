@@ -1,18 +1,17 @@
-"""Renders templates that nobody vouches for: in bounded time, memory and output. Knows nothing of chats.
+"""Renders untrusted templates with bounds on time, memory and output. Knows no chats.
 
-jinja2's sandbox keeps a template away from Python's internals, but not from burning the machine. So here every
-render has a meter (charges.py), and everything that can repeat or grow is charged on it before it happens, by the
-sizes of its operands:
+jinja2's sandbox protects Python's internals, but sets no bounds on time and memory. So every render has a meter
+(charges.py), and each operation that can repeat or grow is charged before it runs, by the sizes of its operands:
 
     loops and macros    each round, with the literal text in it
-    operators           the size of the result; integers have at most 64 bits; slices, `in` and `==` are charged, too
-    methods             as sandbox_methods.py says; a method that it does not name is refused
-    filters and tests   as sandbox_filters.py says; likewise
-    list, dict, tuple   as large as they are when written out, so that nested copies cannot hide their size
+    operators           the size of the result; integers have at most 64 bits; slices, `in` and `==` are charged too
+    methods             by the rules of sandbox_methods.py; other methods are refused
+    filters and tests   by the rules of sandbox_filters.py; others are refused
+    list, dict, tuple   their size when written out, so that nested copies cannot hide it
     output              every character
 
-Nothing is evaluated when a template is compiled. One operation holds the interpreter's lock for at most
-`Limits.max_step` units of work, some 10 to 100 ms; between operations the clock is looked at.
+Nothing is evaluated when a template is compiled. One operation holds the GIL for at most `Limits.max_step` units of
+work, about 10 to 100 ms; between operations the clock is checked.
 """
 
 from __future__ import annotations
@@ -47,12 +46,12 @@ MAX_RANGE = 100_000
 
 
 class MeteredEnvironment(ImmutableSandboxedEnvironment):
-    """The sandbox with a meter. One environment can render in several threads at once."""
+    """jinja2's sandbox with a meter. One environment can render in several threads at once."""
 
     intercepted_binops = frozenset({"+", "-", "*", "/", "//", "%", "**"})
 
     def __init__(self) -> None:
-        # Optimizing would fold constants: it evaluates what no meter sees.
+        # Not optimized: the optimizer folds constants, i.e. evaluates expressions without a meter.
         super().__init__(trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[loopcontrols, _Generation])
         self._local = threading.local()
         self.filters = all_charged(self._current, self.filters, FILTERS)
@@ -78,10 +77,10 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
     # ------------------------------------------------------------ the public side
 
     def compile_metered(self, source: str) -> jinja2.Template:
-        """A template whose renders are metered; use `render_metered`.
+        """Compile a template with meters. Render it by `render_metered`.
 
         Raises:
-            jinja2.TemplateSyntaxError: the source is wrong, or larger than any chat template.
+            jinja2.TemplateSyntaxError: the source is invalid, or larger than any chat template.
             RecursionError, MemoryError, SyntaxError, ValueError: it nests too deeply.
         """
         tree = self.parse(source)
@@ -89,11 +88,11 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
         return jinja2.Template.from_code(self, self.compile(tree), self.make_globals(None))
 
     def render_metered(self, template: jinja2.Template, limits: Limits, variables: Mapping[str, Any]) -> str:
-        """The template's output.
+        """Render a template.
 
         Raises:
-            LimitExceeded: it takes more than `limits`.
-            jinja2.TemplateError, and whatever else a wrong template raises.
+            LimitExceeded: the render exceeds `limits`.
+            jinja2.TemplateError, or any other exception of a wrong template.
         """
         parts: list[str] = []
         num_chars = 0
@@ -120,12 +119,12 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
     # ------------------------------------------------------------ what jinja2 asks the sandbox
 
     def call(self, context: Context, obj: Any, *args: Any, **kwargs: Any) -> Any:
-        """A call in a template."""
+        """Charge and run a call in a template."""
         meter = self._current()
         instead = charge_call(meter, obj, args, kwargs)
         if instead is not None:
             return super().call(context, obj, *instead, **kwargs)
-        if isinstance(obj, Macro) and (obj.catch_varargs or obj.catch_kwargs):  # it makes containers of them
+        if isinstance(obj, Macro) and (obj.catch_varargs or obj.catch_kwargs):  # it puts the arguments into containers
             meter.charge_size((args, kwargs))
         meter.charge(ELEMENT)
         result = super().call(context, obj, *args, **kwargs)
@@ -133,7 +132,7 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
         return result
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """An operator."""
+        """Charge and apply an operator."""
         if operator == "+" and type(left) is str and type(right) is str:
             self._current().charge(ELEMENT + len(left) + len(right))
             return left + right
@@ -141,11 +140,11 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
         return checked(super().call_binop(context, operator, left, right))
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        """Whether a template may use the attribute."""
+        """Return whether a template may use the attribute."""
         return is_allowed(obj, attr) and super().is_safe_attribute(obj, attr, value)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        """`str.format` with bare fields; one that could pad or look into its arguments is refused."""
+        """Replace `str.format`: only bare fields are allowed, without widths, conversions, attributes or indices."""
         owner = getattr(value, "__self__", None)
         if not isinstance(owner, str) or getattr(value, "__name__", "") != "format":
             return None
@@ -187,7 +186,7 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
         return value[part]
 
     def _holder(self, value: Any, weight: int) -> Any:
-        """What `in` searches."""
+        """Charge the search of `in` in `value`, and return `value`."""
         meter = self._current()
         if isinstance(value, dict):
             meter.charge(ELEMENT)
@@ -198,7 +197,7 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
             meter.charge_size(value)
         return value
 
-    @jinja2.pass_context  # there is none when a template is compiled, so that jinja2 cannot call it, and folds nothing
+    @jinja2.pass_context  # no context exists at compile time, so jinja2 folds no output
     def _output(self, _context: Context, value: Any) -> Any:
         if type(value) is str:
             self._current().charge(ELEMENT + len(value))
@@ -218,7 +217,7 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
         return found
 
     def _new_dict(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        if args and not isinstance(args[0], Mapping):  # one by one: equal hashes make it quadratic
+        if args and not isinstance(args[0], Mapping):  # charge each pair: equal hashes make insertion quadratic
             pairs = self._current().ticking(self._current().taken(args[0]))
             args = ({key: value for key, value in pairs}, *args[1:])  # noqa: C416  # wants pairs, as `dict` does
         found = dict(*args, **kwargs)
@@ -234,12 +233,12 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
 
 
 class _Generation(Extension):
-    """`{% generation %}…{% endgeneration %}` marks what a model writes, for training; here it is just its content."""
+    """`{% generation %}…{% endgeneration %}` marks the model's own text, for training; here only the content counts."""
 
     tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
-        """The content."""
+        """Return the statements inside the tag."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 

@@ -1,8 +1,7 @@
-"""Filters and tests that templates may use, and what each is charged before it is applied.
+"""Filters and tests that templates may use, and the charge of each before it is applied.
 
-A filter or test that is not named here is refused, and so is every one that a later jinja2 adds. Filters that take
-a whole iterable get it as a container whose elements are charged; those that give an element at a time are charged at
-each one.
+A filter or test that is not listed here is refused, also those of later jinja2 releases. Filters that read a whole
+iterable get it as a container whose elements are charged; filters that yield elements one by one are charged for each.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ from .sandbox_methods import ESCAPE_GROWTH, charge_join, charge_recase, charge_r
 
 MAX_PRECISION = 20
 MAX_ATTRIBUTE_CHARS = 256
-MAX_NUMBER_CHARS = 1000  # a longer text is no number to `int` and `float`
+MAX_NUMBER_CHARS = 1000  # the filters `int` and `float` treat longer text as no number
 
-Rule = Callable[..., Any]  # (meter, value, *args, **kwargs) -> the value to take in its place, None for itself
+Rule = Callable[..., Any]  # (meter, value, *args, **kwargs) -> value to use instead; None: the value itself
 
 
 def _no_work(_meter: Meter, _value: Any, *_args: Any, **_kwargs: Any) -> None:
@@ -61,7 +60,7 @@ def _indent(meter: Meter, value: Any, width: Any = 4, first: Any = False, blank:
     text = _written(meter, value)
     split_lines(meter, text)
     num_chars = len(width) if isinstance(width, str) else max(0, int(width))
-    meter.charge((len(text.splitlines()) + 2) * num_chars)  # jinja2 makes the indent even for what is no text
+    meter.charge((len(text.splitlines()) + 2) * num_chars)  # jinja2 builds the indent even for values that are no text
 
 
 def _truncate(meter: Meter, value: Any, length: Any = 255, killwords: Any = False, end: Any = "...", *_: Any) -> None:
@@ -145,7 +144,7 @@ def _reversed(meter: Meter, value: Any) -> Any:
 
 
 def _check_attribute(name: Any) -> int:
-    """The number of dots in the name of an attribute, which is looked up part by part for every element."""
+    """Number of dots and commas in an attribute's name: each part is looked up for every element."""
     if isinstance(name, str):
         if len(name) > MAX_ATTRIBUTE_CHARS:
             raise SecurityError(f"an attribute's name of {len(name)} characters; at most {MAX_ATTRIBUTE_CHARS}")
@@ -203,15 +202,15 @@ TESTS: dict[str, Rule] = {
 
 
 def all_charged(meter: Callable[[], Meter], functions: Mapping[str, Any], rules: Mapping[str, Rule]) -> dict[str, Any]:
-    """Those of jinja2's filters or tests that have a rule, charged."""
+    """Wrap those of jinja2's filters or tests that have a rule."""
     return {name: _charged(meter, name, functions[name], rule) for name, rule in rules.items() if name in functions}
 
 
 def _charged(meter: Callable[[], Meter], name: str, function: Callable[..., Any], rule: Rule) -> Callable[..., Any]:
-    """`function`, a filter or test, with `rule` before it; what it makes is charged after it where it can be larger."""
+    """Wrap a filter or test: `rule` charges it before the call; the result is charged after it if it can be larger."""
     if rule is _no_work:
         return function
-    # jinja2 passes environment or context first where the function is marked so; the marks travel with `wraps`.
+    # jinja2 passes environment or context first to marked functions; `wraps` copies the marks.
     leading = 1 if getattr(function, "jinja_pass_arg", None) is not None else 0
 
     @functools.wraps(function)

@@ -1,4 +1,4 @@
-"""The filter `tojson`, as transformers has it, under a meter."""
+"""The filter `tojson` with transformers' parameters, metered."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def to_json(  # noqa: PLR0917  # templates give them in this order
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """`value` as JSON.
+    """Encode `value` as JSON.
 
     Raises:
-        SecurityError: an indent or separators that would blow it up.
-        LimitExceeded: the text takes more than what is left.
+        SecurityError: the indent or the separators are too large.
+        LimitExceeded: the text exceeds the remaining work.
     """
     if indent is not None and not (isinstance(indent, int) and 0 <= indent <= MAX_INDENT):
         raise SecurityError(f"tojson(indent={indent!r:.40}); must be a number from 0 to {MAX_INDENT}")

@@ -1,8 +1,8 @@
-"""Attributes and methods that templates may use, and what each call is charged before it is made.
+"""Attributes and methods that templates may use, and the charge of each call before it is made.
 
-Whatever is not named here is refused: text padding (`center`, `zfill`), encodings, everything of numbers, and all that
-a later Python adds. A search from the end and a strip take time with the product of both texts, so the shorter one
-has at most MAX_PATTERN characters there. Searches from the start are linear in CPython ≥ 3.10.
+All others are refused: text padding (`center`, `zfill`), encodings, all methods of numbers, and all that later Python
+releases add. The time of a search from the end and of a strip is the product of both texts' lengths, so the pattern has
+at most MAX_PATTERN characters there. Searches from the start are linear in CPython ≥ 3.10.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .charges import ELEMENT, LimitExceeded, Meter
 MAX_PATTERN = 32
 ESCAPE_GROWTH = 5  # "&" becomes "&amp;"
 
-Charge = Callable[..., "tuple[Any, ...] | None"]  # (meter, owner, *args, **kwargs) -> other arguments, where needed
+Charge = Callable[..., "tuple[Any, ...] | None"]  # (meter, owner, *args, **kwargs) -> replaced arguments, or None
 
 
 def _pass(meter: Meter, owner: str, *args: Any, **_kwargs: Any) -> None:
@@ -33,14 +33,14 @@ def _compare_ends(meter: Meter, _owner: str, *args: Any) -> None:
 
 
 def search_weight(pattern_chars: int) -> int:
-    """How many times longer a search for such a pattern takes per character than a pass."""
+    """Time per character of a search for a pattern of this length, relative to one pass over the text."""
     return 1 if pattern_chars <= MAX_PATTERN else 4
 
 
 def charge_recase(meter: Meter, owner: str) -> None:
-    """Charge a change of the letters' case."""
+    """Charge a change of letter case."""
     if not owner.isascii():
-        meter.foresee(8 * len(owner))  # it is slow, and Unicode has letters that become three
+        meter.foresee(8 * len(owner))  # it is slow, and some letters become three
     meter.charge(ELEMENT + len(owner))
 
 
@@ -62,7 +62,7 @@ def _split(meter: Meter, owner: str, sep: Any = None, maxsplit: Any = -1) -> Non
 
 
 def split_lines(meter: Meter, owner: str, *_keepends: Any, **_kwargs: Any) -> None:
-    """Charge a split of `owner` at white space: at most every second character begins a part."""
+    """Charge a split of `owner` at white space; at most every second character begins a part."""
     meter.charge(2 * ELEMENT + len(owner) * (ELEMENT // 2 + 1))
 
 
@@ -79,7 +79,7 @@ def charge_replace(meter: Meter, owner: str, old: Any, new: Any, _count: Any = -
 
 
 def charge_join(meter: Meter, separator: str, values: Any) -> tuple[Any]:
-    """Charge a join of `values`, which are all taken, and return them."""
+    """Charge a join of `values`. Reads all of them, and returns them in a container."""
     values = meter.taken(values)
     meter.charge(len(values) * len(separator))
     if _growth(separator) > 1:
@@ -109,7 +109,7 @@ def _copy(meter: Meter, owner: Any) -> None:
 
 
 def _look_up(meter: Meter, _owner: Any, *args: Any, **_kwargs: Any) -> None:
-    if args and type(args[0]) is not str:  # a text knows its hash
+    if args and type(args[0]) is not str:  # a text caches its hash
         meter.charge_size(args)
     meter.charge(ELEMENT)
 
@@ -150,29 +150,29 @@ _METHODS: tuple[tuple[type, dict[str, Charge]], ...] = (
     (LoopContext, _LOOP_METHODS),
 )
 _FIELDS: tuple[tuple[type, frozenset[str]], ...] = (
-    (tuple, frozenset({"grouper", "list"})),  # of the filter groupby
+    (tuple, frozenset({"grouper", "list"})),  # groups of the filter groupby
     (LoopContext, frozenset({*_LOOP_FIELDS, "previtem", "nextitem"})),
     (Macro, frozenset({"name", "arguments", "catch_kwargs", "catch_varargs", "caller"})),
     (BlockReference, frozenset({"super"})),
 )
 
-_JINJA_ARGUMENTS = ("_loop_vars", "_block_vars")  # which it puts into calls within loops and blocks
+_JINJA_ARGUMENTS = ("_loop_vars", "_block_vars")  # jinja2 adds these to calls in loops and blocks
 
 
 def is_allowed(value: Any, attribute: str) -> bool:
-    """Whether a template may use the attribute of `value`."""
+    """Return whether a template may use this attribute of `value`."""
     if isinstance(value, Namespace):
-        return True  # it holds what the template put there
+        return True  # it holds only values of the template
     return any(attribute in methods for kind, methods in _METHODS if isinstance(value, kind)) or any(
         attribute in fields for kind, fields in _FIELDS if isinstance(value, kind)
     )
 
 
 def charge_call(meter: Meter, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
-    """Charge a call of a built-in value's method; returns the arguments to call it with, None if it is no such method.
+    """Charge a call of a listed method of a built-in value. Returns its arguments. None: it is no such method.
 
     Raises:
-        LimitExceeded: the call would take more than what is left.
+        LimitExceeded: the call would exceed the remaining work.
     """
     if not isinstance(method, (BuiltinMethodType, MethodType)):
         return None

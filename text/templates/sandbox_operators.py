@@ -1,4 +1,4 @@
-"""What a template's operators are charged before they are applied."""
+"""Charges of a template's operators before they are applied."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .charges import ELEMENT, MAX_INT_BITS, WRITTEN_GROWTH, LimitExceeded, Meter
 from .sandbox_methods import ESCAPE_GROWTH
 
 MAX_FORMAT_CHARS = 100_000
-_NUMBER_CHARS = 512  # the most that one number takes with a width of two digits: 1e308 has 309
+_NUMBER_CHARS = 512  # bound of a formatted number with a width of two digits: 1e308 has 309
 _CONVERSION = re.compile(r"%(?:[-+ #0]{0,5}\d{0,2}(?:\.\d{0,2})?[a-zA-Z]|%)")
 
 
@@ -21,8 +21,8 @@ def charge_operator(meter: Meter, operator: str, left: Any, right: Any) -> None:
     """Charge `left` `operator` `right`, for `+ - * / // % **`.
 
     Raises:
-        LimitExceeded: it would take more than what is left, or make a larger integer than 64 bits.
-        SecurityError: operands that no chat template needs with this operator.
+        LimitExceeded: it would exceed the remaining work, or make an integer of more than 64 bits.
+        SecurityError: no chat template needs this operator with these operands.
     """
     numbers = isinstance(left, (int, float)) and isinstance(right, (int, float))
     if numbers:
@@ -30,7 +30,7 @@ def charge_operator(meter: Meter, operator: str, left: Any, right: Any) -> None:
         if operator in ("*", "**"):
             _foresee_bits(operator, left, right)
     elif isinstance(left, Undefined) or isinstance(right, Undefined):
-        return  # it raises what jinja2 says of undefined values
+        return  # jinja2 raises its own error for undefined values
     elif operator == "+":
         _charge_sum(meter, left, right)
     elif operator == "*":
@@ -46,7 +46,7 @@ def _foresee_bits(operator: str, left: Any, right: Any) -> None:
         return
     bits = left.bit_length()
     num_bits = bits + right.bit_length() - 1 if operator == "*" else (bits - 1) * right
-    if num_bits > MAX_INT_BITS:  # at least so many; the result, of at most some hundred, tells the rest
+    if num_bits > MAX_INT_BITS:  # lower bound of the result's bits; `checked` tests the exact result
         raise LimitExceeded(f"an integer of more than {MAX_INT_BITS} bits")
 
 
@@ -65,7 +65,7 @@ def _charge_product(meter: Meter, left: Any, right: Any) -> None:
 
 
 def _charge_format(meter: Meter, left: str, right: Any) -> None:
-    """Every conversion takes one argument, but for names, which are refused as they can repeat one."""
+    """Charge `left % right`. Each conversion uses one argument; named ones could repeat one and are refused."""
     if len(left) > MAX_FORMAT_CHARS:
         raise LimitExceeded(f"a text format of {len(left)} characters; at most {MAX_FORMAT_CHARS}")
     rest = _CONVERSION.sub("", left)

@@ -1,6 +1,6 @@
-"""Puts meters into a template's tree: into all that repeats, nests, compares or copies. Knows no limits.
+"""Adds meters to a template's tree: to everything that repeats, nests, compares or copies. Knows no limits.
 
-The names of the meters hold a space, which keeps templates from naming them.
+The meters' names contain a space, so that templates cannot use them.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ MAX_NODES = 50_000  # the largest known template has 5,000
 
 
 def put_meters(tree: nodes.Template) -> None:
-    """Put a tick into every body that can run again, and a meter on every expression whose cost its source hides.
+    """Add a tick to every body that can repeat, and a meter to every expression whose cost depends on its values.
 
-    A quarter for literal text: most of it stands in branches that a round does not take.
+    A tick charges a quarter of the body's literal text, because most of it is in branches that a round does not take.
 
     Raises:
-        TemplateSyntaxError: the tree is larger than any template needs, or has a larger number in it.
+        TemplateSyntaxError: the tree, or a number in it, is larger than any template needs.
     """
     for index, node in enumerate(tree.find_all(nodes.Node)):
         if index >= MAX_NODES:
@@ -29,7 +29,7 @@ def put_meters(tree: nodes.Template) -> None:
         if isinstance(node, nodes.Const) and isinstance(node.value, int) and node.value.bit_length() > MAX_INT_BITS:
             raise TemplateSyntaxError(f"an integer of more than {MAX_INT_BITS} bits", node.lineno)
         if isinstance(node, nodes.EvalContextModifier):
-            raise TemplateSyntaxError("autoescape is not for chats", node.lineno)  # texts would grow unforeseen
+            raise TemplateSyntaxError("autoescape is not for chats", node.lineno)  # it enlarges texts uncharged
     for body_of in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
         tick = _filter(nodes.Const(1 + _literal_chars(body_of) // 4), TICK)
         body: list[nodes.Node] = body_of.body  # type: ignore[attr-defined]  # all three kinds have one
@@ -47,7 +47,7 @@ def _meter_children(node: nodes.Node) -> None:
             setattr(node, field, _metered(value))
         elif isinstance(value, list):
             value[:] = [_metered(one) if isinstance(one, nodes.Node) else one for one in value]
-    if isinstance(node, nodes.For) and node.test is not None:  # its rounds do not reach the body's tick
+    if isinstance(node, nodes.For) and node.test is not None:  # rejected rounds do not reach the body's tick
         node.test = _filter(node.test, SIZE)
 
 
@@ -64,12 +64,12 @@ def _metered(node: nodes.Node) -> nodes.Node:
         parts = [part or nodes.Const(None) for part in (node.arg.start, node.arg.stop, node.arg.step)]
         return _filter(node.node, SLICE, parts)
     if isinstance(node, nodes.Getitem) and not isinstance(node.arg, nodes.Const):
-        node.arg = _filter(node.arg, SIZE)  # it is hashed
+        node.arg = _filter(node.arg, SIZE)  # a key is hashed
     return node
 
 
 def _meter_comparison(node: nodes.Compare) -> None:
-    """Charge both sides, but where one is in the template's source and so bounds the work."""
+    """Charge both sides, unless one is a constant of the template, which bounds the work."""
     operands: list[nodes.Expr] = [node.expr, *(operand.expr for operand in node.ops)]
     constant = [_is_constant(operand) for operand in operands]
     _meter_children(node)

@@ -1,4 +1,4 @@
-"""Chat templates: messages to the prompt that the model was trained on. Knows no tokens; the sandbox does the work."""
+"""Chat templates: render messages to the model's prompt format, in the sandbox. Knows no tokens."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from .tracked import TrackedMessage, unread
 from .traits import Render, TemplateTraits, find_traits
 
 MAX_TEMPLATE_CHARS = 256 * 1024
-REASONING = ("reasoning_content", "thinking", "reasoning")  # the first is the one that most templates read
+REASONING = ("reasoning_content", "thinking", "reasoning")  # most templates read the first
 _RESERVED = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
-    | {"self", "super", "loop", "caller", "varargs", "kwargs"}  # jinja2's own
+    | {"self", "super", "loop", "caller", "varargs", "kwargs"}  # names of jinja2
 )
-_PROBE_WORK = 200_000  # of one probe for the template's traits; small chats need a few thousand
+_PROBE_WORK = 200_000  # limit of one probe of the template's traits; small chats need a few thousand
 
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A prompt, and what of the messages the template never asked for."""
+    """Prompt, and the fields of the messages that the template did not read."""
 
     text: str
-    unread: tuple[tuple[str, ...], ...]  # by message: names of its fields
+    unread: tuple[tuple[str, ...], ...]  # per message: names of unread fields
 
 
 class ChatTemplate:
-    """A checkpoint's chat template, or its several named ones. Safe to share between threads."""
+    """One or several named chat templates of a checkpoint. Safe to share between threads."""
 
     def __init__(
         self,
@@ -49,26 +49,26 @@ class ChatTemplate:
         special: Mapping[str, str] | None = None,
         limits: Limits | None = None,
     ) -> None:
-        """Compile the templates; "default" is the one used, "tool_use" where tools are given and it exists.
+        """Compile the templates. "default" is used, or "tool_use" if it exists and tools are given.
 
         Raises:
-            CheckpointError: one is too large, no template, or uses what the sandbox has not.
+            CheckpointError: a template is too large, invalid, or uses features that the sandbox refuses.
         """
         self._limits = limits or Limits()
         self._environment = MeteredEnvironment()
         self._special = dict(special or {})
-        self._variables: set[str] = set()  # names that the templates have as variables
-        self._fields: set[str] = set()  # and as fields of anything
+        self._variables: set[str] = set()  # names of variables in the templates
+        self._fields: set[str] = set()  # names of fields in the templates
         self._template_by_name = {name: self._compile(name, source) for name, source in source_by_name.items()}
         self._traits: TemplateTraits | None = None
         self._finding_traits = threading.Lock()
 
     @classmethod
     def load(cls, directory: str | Path, limits: Limits | None = None) -> ChatTemplate | None:
-        """The template of a checkpoint; None where it has none (a base model).
+        """Load the templates of a checkpoint; None if it has none (a base model).
 
-        `chat_template.jinja` and `additional_chat_templates/*.jinja` go before tokenizer_config.json's
-        `chat_template`, which is a string or a list of `{"name", "template"}`. A GGUF file holds its own.
+        `chat_template.jinja` and `additional_chat_templates/*.jinja` have precedence over tokenizer_config.json's
+        `chat_template`, which is a string or a list of `{"name", "template"}`. A GGUF file contains its own.
 
         Raises:
             CheckpointError: a file is broken; names it.
@@ -84,18 +84,18 @@ class ChatTemplate:
 
     @property
     def traits(self) -> TemplateTraits:
-        """What the default template can show; found when first asked for, in some milliseconds."""
+        """Traits of the default template; found at the first use, in some milliseconds."""
         with self._finding_traits:
             if self._traits is None:
                 self._traits = find_traits(self._probe())
             return self._traits
 
     def asks_for(self, name: str) -> bool:
-        """Whether the template has a variable of that name."""
+        """Return whether a template uses a variable with this name."""
         return name in self._variables
 
     def is_reserved(self, name: str) -> bool:
-        """Whether an option of that name would hide what the template gets otherwise."""
+        """Return whether an option with this name would hide another variable of the template."""
         return any(name in names for names in (_RESERVED, SPECIAL_NAMES, self._special, self._environment.globals))
 
     def render(
@@ -107,7 +107,7 @@ class ChatTemplate:
         documents: Sequence[Mapping[str, Any]] | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt; see `render_traced`."""
+        """Render the prompt only, as `render_traced` does."""
         return self.render_traced(messages, add_generation_prompt, tools, documents=documents, options=options).text
 
     def render_traced(
@@ -122,15 +122,15 @@ class ChatTemplate:
         keep_null_content: bool = False,
         limits: Limits | None = None,
     ) -> Rendered:
-        """The prompt. Has its special tokens written out: encode it without adding any.
+        """Render the prompt. It contains its special tokens: encode it without adding any.
 
-        `options`: what some templates also ask for, e.g. `enable_thinking`; they hide nothing that is given otherwise.
+        `options`: further variables for the template, e.g. `enable_thinking`; reserved names stay as they are.
         `continue_final_message`: the prompt ends within the last message, right after its text.
-        `keep_null_content`: null content reaches the template; else it is absent, as all nulls are.
+        `keep_null_content`: the template gets null content; else it is absent, as all nulls are.
 
         Raises:
-            InvalidRequest: the template refuses the messages (e.g. an unknown role, or roles out of turn), fails on
-                them, or would take more than its limits.
+            InvalidRequest: the template refuses the messages (e.g. an unknown role, or a wrong order of roles), fails
+                on them, or exceeds its limits.
         """
         if not messages:
             raise InvalidRequest("messages is empty; give at least one", param="messages")
@@ -168,11 +168,11 @@ class ChatTemplate:
             raise _refusal(str(error.message or error), messages) from None
         except (MemoryError, RecursionError):
             raise _refusal("they nest too deeply", messages) from None
-        except Exception as error:  # a template is foreign code; whatever it raises, its input was not for it
+        except Exception as error:  # a template is foreign code: any error means that it cannot take this input
             raise _refusal(f"{type(error).__name__}: {error}", messages) from None
 
     def _probe(self) -> Render:
-        """Renders small chats; gives up for good when the template takes more than it should for one."""
+        """Make the render function for probes. After one probe exceeds its limits, all further ones return None."""
         limits = replace(self._limits, max_work=min(_PROBE_WORK, self._limits.max_work))
         given_up = False
 
@@ -196,7 +196,7 @@ class ChatTemplate:
         return self._template_by_name[name]
 
     def _as_templates_know_it(self, message: Mapping[str, Any], keep_null_content: bool) -> dict[str, Any]:
-        """A message without nulls, which many templates fail on, and its reasoning under the names they ask for."""
+        """Copy of a message without nulls, which many templates cannot take, with its reasoning under known names."""
         kept = {
             name: value
             for name, value in message.items()
@@ -227,7 +227,7 @@ class ChatTemplate:
 
 
 def _unread(given: Mapping[str, Any], tracked: TrackedMessage) -> tuple[str, ...]:
-    """Fields that were given and not read; reasoning is read under any of its names."""
+    """Names of given fields that were not read. Reasoning counts as read under any of its names."""
     names = unread(tracked)
     aliases = [name for name in REASONING if dict.__contains__(tracked, name)]
     if not set(aliases) <= set(names):
@@ -236,7 +236,7 @@ def _unread(given: Mapping[str, Any], tracked: TrackedMessage) -> tuple[str, ...
 
 
 def _fields_in(tree: nodes.Template) -> set[str]:
-    """Everything that could name a field: `m.x`, `m["x"]`, `m.get("x")`, `attribute="x"`."""
+    """Collect all possible names of fields: `m.x`, `m["x"]`, `m.get("x")`, `attribute="x"`."""
     found: set[str] = {node.attr for node in tree.find_all(nodes.Getattr)}
     return found | {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
 

@@ -1,4 +1,4 @@
-"""A message that remembers which of its fields a template asked for. Knows no template."""
+"""Message that records which of its fields a template reads. Knows no template."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 
 class TrackedMessage(dict[str, Any]):
-    """A message as a template sees it; `unread` names the fields that it left alone.
+    """Message for a template; `unread` returns the fields that the template did not read.
 
-    Asking whether a field is there counts as reading it. Whatever looks at the whole message (printing it, `tojson`,
-    a loop over it) reads all fields.
+    A test for a field counts as reading it. An operation on the whole message (printing it, `tojson`, a loop over it)
+    reads all fields.
     """
 
-    __slots__ = ("_asked",)  # the underscore keeps it from templates
+    __slots__ = ("_asked",)  # the sandbox hides names with an underscore
 
     def __init__(self, message: dict[str, Any]) -> None:
         super().__init__(message)
@@ -24,7 +24,7 @@ class TrackedMessage(dict[str, Any]):
         return super().__getitem__(name)
 
     def get(self, name: str, default: Any = None) -> Any:
-        """A field, or `default`."""
+        """Value of a field, or `default`."""
         self._asked.add(name)
         return super().get(name, default)
 
@@ -37,22 +37,22 @@ class TrackedMessage(dict[str, Any]):
         return super().__iter__()
 
     def keys(self) -> Any:
-        """All names."""
+        """All names; marks all fields as read."""
         self._read_all()
         return super().keys()
 
     def values(self) -> Any:
-        """All values."""
+        """All values; marks all fields as read."""
         self._read_all()
         return super().values()
 
     def items(self) -> Any:
-        """All fields."""
+        """All fields; marks all as read."""
         self._read_all()
         return super().items()
 
     def copy(self) -> dict[str, Any]:
-        """A copy without memory."""
+        """Copy as a plain dict, which records nothing; marks all fields as read."""
         self._read_all()
         return super().copy()
 
@@ -64,10 +64,10 @@ class TrackedMessage(dict[str, Any]):
         self._asked.update(dict.keys(self))
 
 
-# What jinja2 calls a message in its own complaints, which reach the client.
+# jinja2's error messages, which reach the client, must call a message a dict.
 TrackedMessage.__module__, TrackedMessage.__name__ = dict.__module__, dict.__name__
 
 
 def unread(message: TrackedMessage) -> tuple[str, ...]:
-    """The fields that nobody asked for, in their order."""
+    """Names of the fields that the template did not read, in their order."""
     return tuple(name for name in dict.keys(message) if name not in message._asked)

@@ -1,7 +1,7 @@
-"""What a chat template can show, found by rendering small chats with it. Knows no request.
+"""Traits of a chat template: forms of messages that it can show, found by rendering small chats. Knows no request.
 
-Templates are programs, and the same thing is written in a hundred ways; so nothing is guessed from their source. A
-probe puts a marker into a message and looks for it in the output. All probes of a template take some milliseconds.
+Templates are programs, and their source can be written in many ways, so it is not analysed. A probe puts a marker into
+a message and searches the output for it. All probes of a template take some milliseconds.
 """
 
 from __future__ import annotations
@@ -12,60 +12,60 @@ from enum import Enum
 from typing import Any
 
 Message = Mapping[str, Any]
-Render = Callable[[Sequence[Message]], str | None]  # the output, or None where the template raised
+Render = Callable[[Sequence[Message]], str | None]  # the output, or None if the template raised
 
-_MARK = "qzjxkv"  # has no place in any template
+_MARK = "qzjxkv"  # marker; no template contains it
 _OTHER = _MARK[::-1]
 _QUESTION: Message = {"role": "user", "content": "q"}
 _ANSWER: Message = {"role": "assistant", "content": "b"}
-_CALL_ID = "call12345"  # nine letters and digits: Mistral's templates take no others
+_CALL_ID = "call12345"  # nine letters and digits: Mistral's templates require this
 
 
 class ContentForm(Enum):
-    """What a role's `content` must be."""
+    """Form of a role's `content`."""
 
     TEXT = "text"
     PART = "part"  # a list of one {"type": "text", "text": ...}
-    PARTS = "parts"  # a list of them
+    PARTS = "parts"  # a list of any number of them
     EITHER = "either"  # text or a list, with the same output
 
 
-LISTS = (ContentForm.PART, ContentForm.PARTS)  # where text must become a list
+LISTS = (ContentForm.PART, ContentForm.PARTS)  # forms for which text must become a list
 
 
 class NoContent(Enum):
-    """How a template wants a message without text, beside tool calls."""
+    """Form of the content of a message with tool calls and no text."""
 
-    ABSENT = "absent"  # as transformers gives it
+    ABSENT = "absent"  # as in transformers
     EMPTY = "empty"  # the empty string
     NULL = "null"
 
 
 @dataclass(frozen=True, slots=True)
 class CallForm:
-    """How tool calls of an assistant message reach the prompt."""
+    """Form in which tool calls of an assistant message reach the prompt."""
 
     no_content: NoContent = NoContent.ABSENT
     arguments_as_text: bool = False  # JSON text instead of an object
-    beside_empty_text: bool = True  # also where the content is the empty string
-    shows_text: bool = True  # the text of a message with calls is in the output, too
-    shows_several: bool = True  # all calls of a message are
+    beside_empty_text: bool = True  # calls are also shown if the content is the empty string
+    shows_text: bool = True  # the text of a message with calls is in the output too
+    shows_several: bool = True  # all calls of a message are in the output
 
 
 @dataclass(frozen=True, slots=True)
 class TemplateTraits:
-    """What one chat template does with what the API allows. The defaults are those of a template that takes all."""
+    """Support of one chat template for the API's messages. The defaults describe a template that supports all."""
 
     knows_developer: bool = False
-    vanishing_roles: frozenset[str] = frozenset()  # rendered without complaint, and not in the output
-    takes_one_system: bool = False  # of several leading system messages it shows not all, or refuses them
-    drops_late_system: bool = False  # with a system message after the first turn, it or the first one is left out
+    vanishing_roles: frozenset[str] = frozenset()  # rendered without an error, but not in the output
+    takes_one_system: bool = False  # several leading system messages are refused, or not all shown
+    drops_late_system: bool = False  # if a system message comes after the first turn, it or the first one is not shown
     content_forms: Mapping[str, ContentForm] = field(default_factory=dict)  # by role; a missing one: text
-    call_form: CallForm | None = field(default_factory=CallForm)  # None: it shows no tool calls
+    call_form: CallForm | None = field(default_factory=CallForm)  # None: tool calls are not shown
 
 
 def find_traits(render: Render) -> TemplateTraits:
-    """Probe a template. `render` must be bounded."""
+    """Find the traits of a template by probes. `render` must be bounded."""
     forms = {role: _content_form(render, role) for role in ("system", "user", "assistant", "tool")}
     calls = _call_form(render, forms)
     talk = _Talk(render, forms)
@@ -87,13 +87,13 @@ def find_traits(render: Render) -> TemplateTraits:
 
 
 def as_parts(text: str) -> list[dict[str, str]]:
-    """A text as a list of parts."""
+    """Text as a list with one part."""
     return [{"type": "text", "text": text}]
 
 
 @dataclass(frozen=True, slots=True)
 class _Talk:
-    """Small chats in the form that the template takes."""
+    """Small chats in the forms that the template needs."""
 
     render: Render
     forms: Mapping[str, ContentForm]
@@ -107,7 +107,7 @@ class _Talk:
 
 
 def _chat_about(role: str, content: Any, form: CallForm | None = None) -> list[Message]:
-    """The shortest chat in which a role has its ordinary place; `form` is of the call before a tool's result."""
+    """Shortest usual chat with a message of this role. `form`: form of the call before a tool's result."""
     if role == "user":
         return [{"role": "user", "content": content}]
     if role == "assistant":
@@ -122,7 +122,7 @@ def _result(content: Any) -> Message:
 
 
 def _call_chat(form: CallForm, *values: str) -> list[Message]:
-    """A chat whose second message calls a tool once for each value."""
+    """Chat whose second message calls a tool once for each value."""
     calls = []
     for place, value in enumerate(values):
         arguments = f'{{"key": "{value}"}}' if form.arguments_as_text else {"key": value}
@@ -136,14 +136,14 @@ def _call_chat(form: CallForm, *values: str) -> list[Message]:
 
 
 def _shows(render: Render, chat: Sequence[Message], marks: Sequence[str] = (_MARK,)) -> bool | None:
-    """Whether all markers are in the output; None: the template refuses the chat."""
+    """Return whether all markers are in the output. None: the template refuses the chat."""
     output = render(chat)
     return None if output is None else all(mark in output for mark in marks)
 
 
 def _content_form(render: Render, role: str) -> ContentForm:
     texts = parts = None
-    for _ in range(2):  # twice: an output may hold the time
+    for _ in range(2):  # twice: the output may contain the time
         texts, parts = render(_probe(render, role, _MARK)), render(_probe(render, role, as_parts(_MARK)))
         if texts is not None and texts == parts:
             break
@@ -156,7 +156,7 @@ def _content_form(render: Render, role: str) -> ContentForm:
 
 
 def _probe(render: Render, role: str, content: Any) -> list[Message]:
-    """`_chat_about`, and for tool results the first form of the calls before them that is not refused."""
+    """Chat for a probe of a role; for tool results with the first form of calls that the template does not refuse."""
     if role != "tool":
         return _chat_about(role, content)
     chats = [_chat_about(role, content, form) for form in _CALL_FORMS]
@@ -167,17 +167,17 @@ _CALL_FORMS = tuple(CallForm(no_content, as_text) for as_text in (False, True) f
 
 
 def _call_form(render: Render, forms: Mapping[str, ContentForm]) -> CallForm | None:
-    """The first form in which the marker reaches the output; objects before text, as transformers has them."""
+    """First form in which the marker reaches the output. Objects are tried before text, as in transformers."""
     refused = True
     for form in _CALL_FORMS:
         chat = _with_forms(_call_chat(form, _MARK), forms)
-        output = render(chat) or render(chat[:2])  # without the result, where the template knows no tools
+        output = render(chat) or render(chat[:2])  # retry without the result: the template may not know tools
         refused &= output is None
         if output is None or _MARK not in output:
             continue
         textual = replace(form, arguments_as_text=True)
         if f"{{'key': '{_MARK}'}}" in output and _shows(render, _with_forms(_call_chat(textual, _MARK), forms)):
-            found = textual  # the template prints an object in Python's way: it was meant for text
+            found = textual  # the output is Python's repr of an object, so the template expects text
         else:
             found = form
         return _with_details(render, found, forms)
@@ -185,7 +185,7 @@ def _call_form(render: Render, forms: Mapping[str, ContentForm]) -> CallForm | N
 
 
 def _with_details(render: Render, form: CallForm, forms: Mapping[str, ContentForm]) -> CallForm:
-    """The form with what is beside the call, or a second call, does to the output."""
+    """Add to the form: effect of empty text, of text, and of a second call beside a call."""
 
     def shows(chat: list[Message], *marks: str) -> bool | None:
         return _shows(render, _with_forms(chat, forms), marks)
@@ -211,7 +211,7 @@ def _with_forms(chat: list[Message], forms: Mapping[str, ContentForm]) -> list[M
 
 
 def _knows_developer(render: Render, talk: _Talk) -> bool:
-    """Whether `developer` does something that a role nobody knows does not."""
+    """Return whether the output for `developer` differs from that for an unknown role."""
     other = "wizzzard"
     known, unknown = render(talk.about("developer")), render(talk.about(other))
     if known is None or _MARK not in known:
