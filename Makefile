@@ -55,6 +55,7 @@ bench: $(STAMP)-all
 	$(BIN)/python bench/kernels.py
 	$(BIN)/python bench/handover.py
 	$(BIN)/python bench/serve.py
+	$(BIN)/python bench/plans.py
 	$(BIN)/python bench/quality.py
 
 # Beside transformers, llama.cpp, OpenVINO and vLLM: installs them (into .bench-envs/) the first time, which takes long.

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from ..core.errors import InternalError, TwostrokeError
 from ..engine.core import CoreLimits, EngineCore
 from ..engine.link.messages import Command, Ended, Event, LoadNews, Offered, Promised, Submit
+from ..engine.link.plan_stream import PlanReceiver, PlanSender
 from ..engine.plan import StepPlan, StepResult
 from ..engine.store_ops import StoreOp
 from ..engine.turn import Turn
@@ -18,7 +19,7 @@ from ..kv.block import IdentityRoot
 from ..kv.cache.pool import BlockPool
 from ..kv.cache.prefix import PrefixCache
 from .cells import mix
-from .invariants import check_core, check_deadlines, check_promises
+from .invariants import check_core, check_deadlines, check_promises, check_travelled
 from .setting import DOMAINS, Setting, WorkerSetting
 from .store import EOS, Known, Ledger, Store
 from .world import Process, Timer, World
@@ -62,6 +63,7 @@ class Engine:
         self._step_failure = setting.step_failure
         self._inbox: deque[Command] = deque()
         self._plan: StepPlan | None = None  # the step under way
+        self._sender, self._receiver = PlanSender(), PlanReceiver()
         self._turn_due: Timer | None = None
         self._deadline_due: Timer | None = None
         self.num_turns = 0
@@ -150,10 +152,16 @@ class Engine:
             self._world.note(self._process, f"step {plan.step} fails")
             self._turns.fail(plan, InternalError.code, "the step failed")
         else:
-            result = self.store.run(plan)
+            result = self.store.run(self._travelled(plan))
             self._world.note(self._process, f"step {plan.step}: {_described(plan, result)}")
             self._turns.apply(plan, result, now_s)
         self._turn()
+
+    def _travelled(self, plan: StepPlan) -> StepPlan:
+        """The plan as a rank of another process gets it."""
+        travelled = self._receiver.decode(self._sender.encode(plan))
+        check_travelled(self._process.name, plan, travelled)
+        return travelled
 
     def _arm(self) -> None:
         """Set the timer of the next deadline; the engine is idle."""

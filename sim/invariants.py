@@ -10,6 +10,7 @@ R1 every request ends exactly once    R2 a stream has no gap    R3 every token w
 L1 in bearable weather every request finishes, and a hand-over is lost only by a refusal or by damage
 R5 usage = tokens delivered           R6 only the newest epoch is accepted        R7 nothing waits past its deadline
 R8 a worker computes a choice only while its router waits for it: so at most one worker computes it
+P1 a plan that travelled as differences is the plan that was made
 R9 one loss is one dispatch           R10 a pair has one numerics class
 S1 request ids are separate per tenant: another tenant's use of an id has no effect, and is never explained
 """
@@ -19,6 +20,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from ..engine.core import EngineCore
+from ..engine.plan import StepPlan
 from ..kv.cache.pool import BlockPool
 
 
@@ -63,6 +65,12 @@ def check_promises(who: str, core: EngineCore, pool: BlockPool, watermark: float
     promised = core.load(0.0).promised_blocks
     if holders > 1 and pool.num_live + promised > watermark * pool.num_blocks:
         raise Violation("K6", f"{who}: {pool.num_live} blocks in use and {promised} promised of {pool.num_blocks}")
+
+
+def check_travelled(who: str, plan: StepPlan, travelled: StepPlan) -> None:
+    """Check P1 of one step."""
+    if travelled != plan:
+        raise Violation("P1", f"{who}: step {plan.step} arrives as {travelled}, sent was {plan}")
 
 
 def check_drained(who: str, core: EngineCore, pool: BlockPool) -> None:

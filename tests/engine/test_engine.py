@@ -40,6 +40,7 @@ from twostroke.engine.link.messages import (
     Submit,
     WriteKv,
 )
+from twostroke.engine.link.plan_stream import PlanReceiver, PlanSender
 from twostroke.engine.link.process_link import FaceEnd, serve_engine
 from twostroke.engine.link.thread_link import ThreadLink
 from twostroke.engine.loop import INTEGRITY_S, Engine
@@ -113,6 +114,21 @@ class Behind:
         return await self._face.receive()
 
 
+class Travelling:
+    """A runner that gets its plans as a rank of another process does: as differences, in bytes."""
+
+    def __init__(self, runner):
+        self._runner, self._sender, self._receiver = runner, PlanSender(), PlanReceiver()
+
+    def __getattr__(self, name):
+        return getattr(self._runner, name)
+
+    def run(self, plan):
+        travelled = self._receiver.decode(self._sender.encode(plan))
+        assert travelled == plan
+        return self._runner.run(travelled)
+
+
 @pytest.fixture(params=["threads", "processes"])
 def start(request):
     """Engines that are stopped after the test, behind either link."""
@@ -125,6 +141,8 @@ def start(request):
         roles = {Role.PREFILL: prefill_policy(limits)}
         prefix = PrefixCache(pool)
         core = EngineCore(CoreLimits(), pool, prefix, policy(limits), eos_ids=[1], key=b"cluster", roles=roles)
+        if request.param == "processes":
+            runner = Travelling(runner)
         engine = Engine(core, runner, store, link, clock or MonotonicClock())
         engine.start()
         engines.append((engine, link))

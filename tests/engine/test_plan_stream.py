@@ -1,0 +1,175 @@
+"""Step plans as differences: equal plans at the other end, and an error wherever they could not be equal."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from twostroke.core.request import SamplingParams, SequenceKey
+from twostroke.engine.link.plan_stream import MAX_ABSENT_STEPS, PlanGap, PlanReceiver, PlanSender
+from twostroke.engine.link.wire import WireError, encode
+from twostroke.engine.plan import History, SampledPlace, SequenceStep, StepPlan
+
+PARAMS = SamplingParams(100, 0.7, seed=3, stop=("é",))
+WITH_PAST = SamplingParams(100, 0.7, repetition_penalty=1.2)
+
+
+def decode_step(
+    name: str, length: int, num_generated: int = 5, params: SamplingParams = PARAMS, block_tokens: int = 16
+) -> SequenceStep:
+    """A decode over `length` known tokens; everything of it follows from these numbers."""
+    table = tuple(1000 + n for n in range(length // block_tokens + 1))
+    history = None
+    if params.needs_history:
+        tokens = tuple(range(length + 1))
+        history = History(tokens[: length + 1 - num_generated], tokens[length + 1 - num_generated :])
+    return SequenceStep(
+        *(SequenceKey(name, 0), length, (length,), table, (2,) * len(table), True, params, num_generated),
+        history=history,
+    )
+
+
+def test_a_sequence_is_whole_once_then_only_its_token_and_its_new_blocks():
+    sender, receiver = PlanSender(), PlanReceiver()
+    sizes = []
+    for step in range(40):
+        plan = StepPlan(step, tuple(decode_step(f"r{n}", 4000 + step, 1 + step) for n in range(8)))
+        data = sender.encode(plan)
+        sizes.append(len(data))
+        assert receiver.decode(data) == plan
+    assert sizes[0] > 8 * 2000
+    assert max(sizes[1:]) < 8 * 40, "blocks were added, no table was sent"
+
+
+def test_the_past_that_penalties_look_at_travels_once():
+    sender, receiver = PlanSender(), PlanReceiver()
+    sizes = []
+    for step in range(20):
+        plan = StepPlan(step, (decode_step("r", 3000 + step, 1 + step, WITH_PAST),))
+        data = sender.encode(plan)
+        sizes.append(len(data))
+        assert receiver.decode(data) == plan
+    assert max(sizes[1:]) < 100
+
+
+def test_a_sequence_that_pauses_is_known_for_a_while_and_whole_again_afterwards():
+    for absent, is_whole in ((MAX_ABSENT_STEPS - 1, False), (MAX_ABSENT_STEPS + 1, True)):
+        sender, receiver = PlanSender(), PlanReceiver()
+        data = b""
+        lengths = [100, *[None] * absent, 101]
+        for step, length in enumerate(lengths):
+            paused = () if length is None else (decode_step("paused", length, length),)
+            plan = StepPlan(step, (decode_step("other", 500 + step, 1 + step), *paused))
+            data = sender.encode(plan)
+            assert receiver.decode(data) == plan
+        assert (b"paused" in data) == is_whole
+
+
+def test_a_receiver_that_missed_a_message_says_so_until_the_sender_resets():
+    sender, receiver, late = PlanSender(), PlanReceiver(), PlanReceiver()
+    plans = [StepPlan(step, (decode_step("r", 100 + step, 1 + step),)) for step in range(6)]
+    first, missed, gap, after = (sender.encode(plan) for plan in plans[:4])
+    assert receiver.decode(first) == plans[0]
+    with pytest.raises(PlanGap, match="reset"):
+        receiver.decode(gap)
+    with pytest.raises(PlanGap, match="none"):
+        late.decode(after)
+    sender.reset()
+    again = sender.encode(plans[4])
+    for each in (receiver, late):
+        assert each.decode(again) == plans[4]
+    following = sender.encode(plans[5])
+    assert receiver.decode(following) == late.decode(following) == plans[5]
+    with pytest.raises(PlanGap):
+        receiver.decode(missed)
+
+
+@given(st.binary(max_size=60))
+def test_bytes_that_are_no_plan_are_refused(data: bytes):
+    with pytest.raises(WireError):
+        PlanReceiver().decode(data)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        (1, True, 1, (0,), (), (), (), (), ()),  # a slot that nothing filled
+        (1, True, 1, (0,), (), (), (), (0, "no step"), ()),
+        (1, True, 1, (), (), (), (), (), (7,)),
+        (1, True, 1, (), (), (0, 9, 1), (), (), ()),
+        (1, True, 1, 5, (), (), (), (), ()),
+        (1, True, 1),
+        ("one", False, 1, (), (), (), (), (), ()),
+        (1, True, 1, (0,), (1,), (), (0, {"no_field": 1}), (), ()),
+    ],
+)
+def test_a_message_that_does_not_fit_is_refused(message: object):
+    with pytest.raises(WireError):
+        PlanReceiver().decode(encode(message))
+
+
+def test_a_message_with_an_unknown_field_is_refused():
+    sender, receiver = PlanSender(), PlanReceiver()
+    receiver.decode(sender.encode(StepPlan(1, (decode_step("r", 10),))))
+    with pytest.raises(WireError, match="does not fit"):
+        receiver.decode(encode((2, False, 2, (0,), (11,), (), (0, {"no_field": 1}), (), ())))
+
+
+class Life:
+    """A sequence that may do at any step whatever a scheduler does with one."""
+
+    def __init__(self, name: str, draw: random.Random) -> None:
+        self._draw, self.key = draw, SequenceKey(name, draw.randrange(3))
+        self.params = draw.choice([PARAMS, WITH_PAST])
+        self.start, self.generated, self.table, self.uses = 0, 0, (), ()
+
+    def step(self) -> SequenceStep:
+        draw = self._draw
+        size = 1 if self.generated else draw.choice([1, 16, 33])
+        if draw.random() < 0.1:  # preempted, then computed again in other blocks
+            self.start, self.table, self.uses = draw.choice([0, 16]), (), ()
+        count = (self.start + size) // 16 + 1
+        more = max(count - len(self.table), 0)
+        self.table += tuple(draw.randrange(1 << 20) for _ in range(more))
+        self.uses += tuple(draw.randrange(1 << 33) for _ in range(more))
+        if self.table and draw.random() < 0.05:  # the last block was shared and is another one now
+            self.table = (*self.table[:-1], draw.randrange(1 << 20))
+        samples = draw.random() < 0.7
+        past = History(tuple(range(5)), tuple(range(self.generated))) if self.params.needs_history and samples else None
+        made = SequenceStep(
+            *(self.key, self.start, tuple(draw.randrange(1 << 17) for _ in range(size)), self.table[:count]),
+            *(self.uses[:count], samples, self.params, self.generated),
+            seals_tail=draw.random() < 0.1,
+            from_place=SampledPlace(draw.randrange(9), 0) if draw.random() < 0.05 else None,
+            adapter_slot=draw.choice([0, 0, 0, 2]),
+            logits_mask=b"\xff\x01" if draw.random() < 0.05 else None,
+            draft_ids=(4, 5) if draw.random() < 0.05 else (),
+            history=past,
+            targets=(1, 2) if draw.random() < 0.05 else (),
+        )
+        self.start, self.generated = self.start + size, self.generated + samples
+        if draw.random() < 0.05:
+            self.params = draw.choice([PARAMS, WITH_PAST])
+        return made
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_any_plans_arrive_as_they_were_sent_at_any_number_of_ranks(seed: int):
+    draw = random.Random(seed)
+    sender, ranks, late = PlanSender(), [PlanReceiver(), PlanReceiver()], PlanReceiver()
+    lives: list[Life] = []
+    is_late = True
+    for step in range(MAX_ABSENT_STEPS * 2):
+        lives += [Life(f"r{step}.{n}", draw) for n in range(draw.choice([0, 0, 1, 2]))]
+        lives = [life for life in lives if draw.random() > 0.05]
+        chosen = [life for life in lives if draw.random() < 0.8]
+        draw.shuffle(chosen)
+        plan = StepPlan(step, tuple(life.step() for life in chosen))
+        if draw.random() < 0.05:
+            sender.reset()
+            is_late = False
+        data = sender.encode(plan)
+        assert [rank.decode(data) for rank in ranks] == [plan, plan]
+        if not is_late:
+            assert late.decode(data) == plan
