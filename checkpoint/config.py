@@ -1,4 +1,4 @@
-"""Settings of the model."""
+"""Settings of the served model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import Field
 
 from ..core.config import Section
 
-BUNDLED = "bundled"  # the name of the model that travels with the package
+BUNDLED = "bundled"  # path of the model that is part of the package
 
 DTypeChoice = Literal["auto", "bfloat16", "float32"]
 DeviceChoice = Literal["auto", "cpu", "cuda"]
@@ -17,7 +17,7 @@ Kernels = Literal["native", "torch", "triton"]
 
 
 class ModelConfig(Section):
-    """Which checkpoint, under which name, in which arithmetic."""
+    """Checkpoint, served name, and arithmetic of the model."""
 
     path: str = Field(BUNDLED, description="checkpoint directory, GGUF file, hub name, or 'bundled'")
     name: str | None = Field(None, description="what clients call it; default: the directory's or file's name")

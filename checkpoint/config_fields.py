@@ -1,4 +1,4 @@
-"""Typed look-ups in a checkpoint's config.json that name the field they fail on. Knows no model."""
+"""Typed access to fields of a checkpoint's config.json; errors name the field. Knows no model."""
 
 from __future__ import annotations
 
@@ -9,54 +9,54 @@ from ..core.errors import CheckpointError
 
 
 class Fields:
-    """A JSON object of a config; null counts as absent."""
+    """Typed access to a JSON object of a config. Null counts as absent. Wrong values raise CheckpointError."""
 
     def __init__(self, config: Mapping[str, Any], where: str) -> None:
         self.config = config
         self.where = where
 
     def count(self, name: str, default: int | None = None) -> int:
-        """A whole number above 0."""
+        """Read a whole number above 0."""
         value = self._get(name, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise self.wrong(name, value, "a whole number above 0")
         return value
 
     def optional_count(self, name: str, default: int | None = None) -> int | None:
-        """A whole number above 0, or None where the field is null; `default` where it is absent."""
+        """Read a whole number above 0. None: the field is null. An absent field has the value `default`."""
         if self.config.get(name, default) is None:
             return None
         return self.count(name, default)
 
     def whole(self, name: str, default: int | None = None) -> int:
-        """A whole number, 0 included."""
+        """Read a whole number of at least 0."""
         value = self._get(name, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise self.wrong(name, value, "a whole number")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
-        """A number above 0."""
+        """Read a number above 0."""
         value = self._get(name, default)
         if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
             raise self.wrong(name, value, "a number above 0")
         return float(value)
 
     def optional_number(self, name: str, default: float | None = None) -> float | None:
-        """A number above 0, or None where the field is null; `default` where it is absent."""
+        """Read a number above 0. None: the field is null. An absent field has the value `default`."""
         if self.config.get(name, default) is None:
             return None
         return self.number(name, default)
 
     def flag(self, name: str, default: bool = False) -> bool:
-        """True or false."""
+        """Read true or false."""
         value = self._get(name, default)
         if not isinstance(value, bool):
             raise self.wrong(name, value, "true or false")
         return value
 
     def numbers(self, name: str, length: int) -> tuple[float, ...]:
-        """That many numbers above 0."""
+        """Read a list of `length` numbers above 0."""
         value = self._get(name, None)
         good = isinstance(value, list) and len(value) == length
         if not good or not all(isinstance(x, int | float) and not isinstance(x, bool) and x > 0 for x in value):
@@ -64,7 +64,7 @@ class Fields:
         return tuple(float(x) for x in value)
 
     def mapping(self, name: str) -> Mapping[str, Any]:
-        """A JSON object, empty where the field is absent."""
+        """Read a JSON object; empty if the field is absent."""
         value = self.config.get(name)
         if value is None:
             return {}
@@ -73,7 +73,7 @@ class Fields:
         return value
 
     def ids(self, name: str) -> tuple[int, ...]:
-        """Token ids: one, several, or none."""
+        """Read token ids: a number, a list, or none if the field is absent."""
         value = self.config.get(name)
         ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
         if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
@@ -81,7 +81,7 @@ class Fields:
         return ids
 
     def refuse(self, *names: str) -> None:
-        """Fields that would change the numbers: refused unless null, false, zero or empty."""
+        """Refuse fields that would change the results, unless they are null, false, zero or empty."""
         for name in names:
             if self.config.get(name):
                 raise CheckpointError(
@@ -91,12 +91,12 @@ class Fields:
 
     @property
     def architecture(self) -> str:
-        """The first of the config's architectures, for messages."""
+        """First of the config's architectures, for error messages."""
         names = self.config.get("architectures")
         return str(names[0]) if isinstance(names, list) and names else "this model"
 
     def wrong(self, name: str, value: object, must_be: str) -> CheckpointError:
-        """The error for a field."""
+        """Make the error for a wrong field."""
         return CheckpointError(f"{self.where}: {name} is {value!r}; must be {must_be}")
 
     def _get(self, name: str, default: Any) -> Any:

@@ -1,7 +1,7 @@
-"""A checkpoint's config.json as a `ModelSpec`. Knows files and fields, no tensor.
+"""Reads a checkpoint's config.json into a `ModelSpec`. Knows files and fields, no tensor.
 
 Accepts the keys of transformers 4 (`rope_theta`, `rope_scaling`, `torch_dtype`) and of transformers 5
-(`rope_parameters`, `dtype`). Whatever would change the numbers and is not served is refused by name.
+(`rope_parameters`, `dtype`). Unsupported fields that would change the results are refused by name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .layout import EMBEDDING, HEAD
 from .safetensors_files import differ
 from .spec import DType, ModelSpec
 
-# Of no family that we serve, but they would change its numbers.
+# Fields of families that are not served; they would change the results.
 _NEVER_SERVED = (
     "alibi",
     "use_alibi",
@@ -37,12 +37,12 @@ _NEVER_SERVED = (
 
 
 def load_spec(path: Path) -> ModelSpec:
-    """The spec of a checkpoint: config.json, and the ids of generation_config.json where there is one; or a GGUF file.
+    """Read the spec of a checkpoint: from config.json and generation_config.json (if it exists), or from a GGUF file.
 
-    Where config.json ties the head to the embedding and the checkpoint holds another head, that one counts.
+    If config.json ties the head to the embedding but the checkpoint contains a different head, this head is used.
 
     Raises:
-        CheckpointError: a file is missing or no JSON, or the model is one that we do not serve; names the field.
+        CheckpointError: a file is missing or no JSON, or the model is not supported; names the field.
     """
     if is_gguf(path):
         return spec_from_config(*read_config(path), str(path))
@@ -69,7 +69,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def spec_from_config(config: Mapping[str, Any], generation: Mapping[str, Any], where: str) -> ModelSpec:
-    """`load_spec` on values already read; `where` names the checkpoint in errors."""
+    """Make the spec from values already read. `where` names the checkpoint in errors."""
     fields, more = Fields(config, where), Fields(generation, where)
     names = config.get("architectures") or [f"(none; model_type {config.get('model_type')!r})"]
     if names[0] not in FAMILIES:
@@ -120,10 +120,10 @@ def _remedy(config: Mapping[str, Any]) -> str:
 
 
 def _ends(ids: tuple[int, ...], vocab_size: int, where: str) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """The ids that end a text, each once; and a remark on those that the model cannot say.
+    """Distinct end-of-text ids inside the vocabulary, and a remark on those outside of it.
 
     Raises:
-        CheckpointError: it can say none of them.
+        CheckpointError: all of them are outside.
     """
     inside = tuple(dict.fromkeys(i for i in ids if i < vocab_size))
     outside = sorted({i for i in ids if i >= vocab_size})

@@ -1,4 +1,4 @@
-"""Rotary positions as config.json says them, in the keys of transformers 4 and of transformers 5. Knows no tensor."""
+"""Reads rotary positions from config.json, in the keys of transformers 4 and of transformers 5. Knows no tensor."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .spec import RopeScaling, RopeSpec
 
 _SERVED = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
-# max_position_embeddings where a config.json names none: the defaults of each family's config class in transformers 5.
+# Defaults of max_position_embeddings in each family's config class of transformers 5, for a config.json without it.
 _LONGEST = {
     "MistralForCausalLM": 131072,
     "MinistralForCausalLM": 131072,
@@ -29,28 +29,28 @@ _LONGEST = {
 
 
 class Rope(NamedTuple):
-    """What `read_rope` finds."""
+    """Result of `read_rope`."""
 
     spec: RopeSpec
-    max_len: int  # positions that these angles were made for
+    max_len: int  # context length for which these angles are meant
     mscale_all_dim: float | None = None  # yarn, for DeepSeek's attention scale
 
 
 def read_rope(config: Fields, head_dim: int, *, theta: float = 10000.0, partial: bool = False) -> Rope:
-    """Rotary positions that all layers share, from `rope_parameters` (5) or `rope_theta` and `rope_scaling` (4).
+    """Read the rotary positions of all layers, from `rope_parameters` (5) or `rope_theta` and `rope_scaling` (4).
 
-    `theta`: where the config says none. `partial`: whether this family may rotate a part of a head.
+    `theta`: default if the config has none. `partial`: this family may rotate only a part of a head.
     """
     parameters = shared_parameters(config)
     return rope_of(config, parameters, head_dim, theta=config.number("rope_theta", theta), partial=partial)
 
 
 def shared_parameters(config: Fields) -> Mapping[str, Any]:
-    """What `rope_parameters` or `rope_scaling` say for all layers.
+    """Read `rope_parameters` or `rope_scaling`, the same for all layers.
 
     Raises:
-        CheckpointError: both are there and differ (transformers 5 drops what the first one says, its base too), or they
-            tell layers apart.
+        CheckpointError: both exist and differ (transformers 5 then ignores the first one, including its base), or they
+            have separate values for kinds of layers.
     """
     parameters = given_parameters(config)
     kinds = [name for name, value in parameters.items() if isinstance(value, Mapping)]
@@ -63,10 +63,10 @@ def shared_parameters(config: Fields) -> Mapping[str, Any]:
 
 
 def given_parameters(config: Fields) -> Mapping[str, Any]:
-    """`rope_parameters` or `rope_scaling`, whichever is there.
+    """Return `rope_parameters` or `rope_scaling`; empty if neither exists.
 
     Raises:
-        CheckpointError: both are there and differ.
+        CheckpointError: both exist and differ.
     """
     new, old = config.mapping("rope_parameters"), config.mapping("rope_scaling")
     if new and old and new != old:
@@ -85,9 +85,9 @@ def rope_of(
     partial: bool = False,
     of_a_kind: bool = False,
 ) -> Rope:
-    """Rotary positions by `parameters`; `theta` where they name none.
+    """Make the rotary positions of `parameters`. `theta`: default if they have none.
 
-    `of_a_kind`: they are those of one kind of layer, and what stands beside them in config.json is not about them.
+    `of_a_kind`: they belong to one kind of layer, and config.json's own original_max_position_embeddings is ignored.
     """
     inner = Fields(parameters, f"{config.where} (rope)")
     factor = parameters.get("partial_rotary_factor", config.config.get("partial_rotary_factor"))
@@ -107,14 +107,14 @@ def rope_of(
     if kind == "default":
         return Rope(RopeSpec(base, width), max_len)
     beside = None if of_a_kind else config.optional_count("original_max_position_embeddings")
-    original = beside or inner.count("original_max_position_embeddings", max_len)  # beside them it counts, as for Phi
+    original = beside or inner.count("original_max_position_embeddings", max_len)  # outer field first, as for Phi
     scaling, longest = _scaling(kind, inner, width, original, max_len)
     all_dim = inner.optional_number("mscale_all_dim") if parameters.get("mscale_all_dim") else None
     return Rope(RopeSpec(base, width, scaling), longest, all_dim)
 
 
 def _scaling(kind: object, inner: Fields, width: int, original: int, max_len: int) -> tuple[RopeScaling, int]:
-    """The scaling, and the positions that it serves."""
+    """Scaling, and the context length that it supports."""
     if kind in ("longrope", "su"):
         return _longrope(inner, width, original, max_len), max_len
     if kind == "linear":
@@ -153,7 +153,7 @@ def _yarn(inner: Fields, original: int, max_len: int) -> RopeScaling:
 
 
 def yarn_magnitude(factor: float, weight: float = 1.0) -> float:
-    """How much larger YaRN makes what it stretches. Source: Peng et al. 2023, section 3.4."""
+    """YaRN's factor on cosines and sines for a scaling factor. Source: Peng et al. 2023, section 3.4."""
     return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 

@@ -1,7 +1,7 @@
-"""Each family's config.json as a `ModelSpec`: what differs between them, and nothing else. Knows no tensor.
+"""Readers of each family's config.json: only the differences between families. Knows no tensor.
 
-A field that a family does not name has the default of that family's releases. What would change the numbers and is not
-served is refused by name; what has no tensor of its own here shows as an extra tensor when weights are loaded.
+An absent field has the default of the family's releases. Unsupported fields that would change the results are refused
+by name; an unsupported part with tensors is found as an unexpected tensor when weights are loaded.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 
 
 def llama(config: Fields) -> Family:
-    """Llama 2, 3, 3.1."""
+    """Read Llama 2, 3, 3.1."""
     config.refuse(*EXPERT_FIELDS, *_CAPS, "sliding_window", "layer_types")
     bias = config.flag("attention_bias")
     attention = plain_attention(config, qkv_bias=bias, output_bias=bias)
@@ -43,7 +43,7 @@ def llama(config: Fields) -> Family:
 
 
 def mistral(config: Fields) -> Family:
-    """Mistral; Ministral's `layer_types` alternate windows. An absent window is 4,096, null is none."""
+    """Read Mistral and Ministral, whose `layer_types` alternate windows. An absent window is 4,096; null is none."""
     config.refuse(*EXPERT_FIELDS, *_CAPS, "attention_bias", "mlp_bias")
     attention = plain_attention(config)
     window = config.optional_count("sliding_window", 4096)
@@ -53,7 +53,7 @@ def mistral(config: Fields) -> Family:
 
 
 def qwen2(config: Fields) -> Family:
-    """Qwen 2 and 2.5: biases on queries, keys and values."""
+    """Read Qwen 2 and 2.5: biases on queries, keys and values."""
     config.refuse(*EXPERT_FIELDS, *_CAPS, "attention_bias", "mlp_bias")
     attention = plain_attention(config, qkv_bias=True)
     layers = plain_layers(config, DenseFfn(config.count("intermediate_size")), qwen_windows(config))
@@ -61,7 +61,7 @@ def qwen2(config: Fields) -> Family:
 
 
 def qwen3(config: Fields) -> Family:
-    """Qwen 3: queries and keys normalised per head."""
+    """Read Qwen 3: queries and keys normalised per head."""
     config.refuse(*EXPERT_FIELDS, *_CAPS, "mlp_bias")
     bias = config.flag("attention_bias")
     attention = plain_attention(config, head_dim=128, qkv_bias=bias, output_bias=bias, head_norms=True)
@@ -70,11 +70,11 @@ def qwen3(config: Fields) -> Family:
 
 
 def phi3(config: Fields) -> Family:
-    """Phi-3 and Phi-4-mini: fused projections, longrope, a part of each head rotated."""
+    """Read Phi-3 and Phi-4-mini: fused projections, longrope, a part of each head rotated."""
     config.refuse(*EXPERT_FIELDS, *_CAPS, "attention_bias", "mlp_bias")
     attention = plain_attention(config)
     parameters = shared_parameters(config)
-    if parameters.get("rope_type", parameters.get("type")) == "yarn":  # what its first release called longrope
+    if parameters.get("rope_type", parameters.get("type")) == "yarn":  # the first release's name of longrope
         parameters = {**parameters, "rope_type": "longrope"}
     theta = config.number("rope_theta", 10000.0)
     rope = rope_of(config, parameters, attention.head_dim, theta=theta, partial=True)
@@ -84,7 +84,7 @@ def phi3(config: Fields) -> Family:
 
 
 def gemma2(config: Fields) -> Family:
-    """Gemma 2: softcaps, every other layer windowed, norms before and after."""
+    """Read Gemma 2: softcaps, a window in every other layer, norms before and after each part."""
     window = config.optional_count("sliding_window", 4096)
     count = config.count("num_hidden_layers")
     windows = windows_of(config, window, [None if i % 2 else window for i in range(count)])
@@ -94,7 +94,7 @@ def gemma2(config: Fields) -> Family:
 
 
 def gemma3(config: Fields) -> Family:
-    """Gemma 3's text model: windowed layers turn by a base of their own, queries and keys are normalised per head."""
+    """Read Gemma 3's text model: windowed layers have their own rotary base, queries and keys have norms per head."""
     window, count = config.optional_count("sliding_window", 4096), config.count("num_hidden_layers")
     pattern = config.count("sliding_window_pattern", 6)
     windows = windows_of(config, window, [window if (i + 1) % pattern else None for i in range(count)])
@@ -108,10 +108,10 @@ def gemma3(config: Fields) -> Family:
 
 
 def gemma3_ropes(config: Fields, head_dim: int) -> tuple[Rope, Rope]:
-    """Of layers that see everything, and of windowed ones. `rope_scaling` is about the first alone.
+    """Read the rotary positions of Gemma 3's full and windowed layers. `rope_scaling` applies to full layers only.
 
     Raises:
-        CheckpointError: the config says something of them that transformers leaves out for this family.
+        CheckpointError: the config has values that transformers ignores for this family.
     """
     parameters = given_parameters(config)
     whole: Mapping[str, Any] = parameters
@@ -137,7 +137,7 @@ def gemma3_ropes(config: Fields, head_dim: int) -> tuple[Rope, Rope]:
 
 
 def mixtral(config: Fields) -> Family:
-    """Mixtral: experts in every layer, the chosen ones' weights sum to one."""
+    """Read Mixtral: experts in every layer; the weights of the chosen ones sum to one."""
     config.refuse(*_CAPS, "attention_bias", "mlp_bias")
     attention = plain_attention(config)
     routing = Routing(num_experts(config, 8), config.count("num_experts_per_tok", 2), normalised=True)
@@ -148,7 +148,7 @@ def mixtral(config: Fields) -> Family:
 
 
 def qwen2_moe(config: Fields) -> Family:
-    """Qwen 1.5 and 2 with experts, and one more expert that all tokens share behind a gate."""
+    """Read Qwen 1.5 and 2 with experts, including one gated expert that all tokens share."""
     config.refuse(*_CAPS, "attention_bias", "mlp_bias")
     attention = plain_attention(config, qkv_bias=config.flag("qkv_bias", True))
     count = config.count("num_hidden_layers")
@@ -161,7 +161,7 @@ def qwen2_moe(config: Fields) -> Family:
 
 
 def qwen3_moe(config: Fields) -> Family:
-    """Qwen 3 with experts."""
+    """Read Qwen 3 with experts."""
     config.refuse(*_CAPS, "mlp_bias")
     bias = config.flag("attention_bias")
     attention = plain_attention(config, qkv_bias=bias, output_bias=bias, head_norms=True)
@@ -171,7 +171,7 @@ def qwen3_moe(config: Fields) -> Family:
 
 
 def deepseek_v2(config: Fields) -> Family:
-    """DeepSeek-V2: latent attention, experts chosen greedily or within the best groups."""
+    """Read DeepSeek-V2: latent attention, experts chosen greedily or within the best groups."""
     config.refuse(*_CAPS, "norm_topk_prob")
     if config.config.get("scoring_func", "softmax") != "softmax":
         raise CheckpointError(f"{config.where}: scoring_func is {config.config['scoring_func']!r}; served: softmax")
@@ -186,13 +186,13 @@ def deepseek_v2(config: Fields) -> Family:
         num_groups=config.count("n_group") if grouped else 1,
         groups_per_token=config.count("topk_group") if grouped else 1,
     )
-    # Its queries and keys always lie in pairs: `rope_interleave` is a field of V3's.
+    # Its rotary pairs are always interleaved; `rope_interleave` is a field of V3 only.
     found = Fields({**config.config, "rope_interleave": True}, config.where)
     return deepseek(found, routing, dense_layers=0, shared=2, moe_width=1407, mlp_bias=config.flag("mlp_bias"))
 
 
 def deepseek_v3(config: Fields) -> Family:
-    """DeepSeek-V3 and R1: sigmoid scores with a correction that balances the choice."""
+    """Read DeepSeek-V3 and R1: sigmoid scores with a correction that balances the choice."""
     config.refuse(*_CAPS, "mlp_bias")
     for name, served in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc")):
         if config.config.get(name, served) != served:

@@ -1,4 +1,4 @@
-"""What several families' config readers have in common. Knows no single model, no tensor."""
+"""Common parts of several families' config readers. Knows no single model, no tensor."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ _ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "swish": "silu", "gelu_py
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """What a family's reader makes of a config; `config_json.py` adds what all have in common."""
+    """Result of a family's reader; `config_json.py` adds the fields that all families have."""
 
     attention: PlainAttention | LatentAttention
     layers: tuple[LayerSpec, ...]
     rope: Rope
     activation: Activation = "silu"
-    rms_eps: float = 1e-6  # where the config names none
-    local_rope: Rope | None = None  # of layers with rope = 1
+    rms_eps: float = 1e-6  # default if the config has none
+    local_rope: Rope | None = None  # for layers with rope = 1
     gemma: dict[str, Any] | None = None  # fields of ModelSpec that only Gemma sets
     extra_layers: int = 0
 
 
 def act(config: Fields, name: str = "hidden_act", default: str = "silu") -> Activation:
-    """The activation of feed-forward layers."""
+    """Read the activation of feed-forward layers."""
     value = config.config.get(name) or default
     if value not in _ACTIVATIONS:
         raise CheckpointError(f"{config.where}: {name} is {value!r}; served: {', '.join(_ACTIVATIONS)}")
@@ -53,7 +53,7 @@ def plain_attention(
     output_bias: bool = False,
     head_norms: bool = False,
 ) -> PlainAttention:
-    """Grouped-query attention; `head_dim`: where the config says none, else hidden_size / heads."""
+    """Read grouped-query attention. `head_dim`: default if the config has none; else hidden_size / heads."""
     num_heads = config.count("num_attention_heads")
     num_kv_heads = config.count("num_key_value_heads", num_heads)
     head_dim = config.count("head_dim", head_dim or config.count("hidden_size") // num_heads)
@@ -76,12 +76,12 @@ def plain_attention(
 def plain_layers(
     config: Fields, ffn: DenseFfn | ExpertsFfn, windows: Sequence[int | None] | None = None
 ) -> tuple[LayerSpec, ...]:
-    """Layers that differ in their windows at most."""
+    """Make layers that differ only in their windows."""
     return tuple(LayerSpec(ffn, window) for window in windows or [None] * config.count("num_hidden_layers"))
 
 
 def sliding_flags(config: Fields, default: Sequence[bool]) -> list[bool]:
-    """Which layers are of the windowed kind: by `layer_types`, else `default`."""
+    """Flags of the windowed layers: from `layer_types`, else `default`."""
     kinds = config.config.get("layer_types")
     if kinds is None:
         return list(default)
@@ -96,7 +96,7 @@ def sliding_flags(config: Fields, default: Sequence[bool]) -> list[bool]:
 
 
 def windows_of(config: Fields, window: int | None, default: Sequence[int | None]) -> list[int | None]:
-    """Each layer's window: by `layer_types`, else `default`."""
+    """Window of each layer: from `layer_types`, else `default`."""
     if config.config.get("layer_types") is None:
         return list(default)
     flags = sliding_flags(config, [False] * len(default))
@@ -109,7 +109,7 @@ def windows_of(config: Fields, window: int | None, default: Sequence[int | None]
 
 
 def qwen_windows(config: Fields) -> list[int | None]:
-    """Qwen's windows: none unless asked for, then in all layers from `max_window_layers` on."""
+    """Windows of Qwen: none unless `use_sliding_window`, then in all layers from `max_window_layers` on."""
     window = config.optional_count("sliding_window", 4096) if config.flag("use_sliding_window") else None
     first = config.whole("max_window_layers", 28)
     count = config.count("num_hidden_layers")
@@ -122,7 +122,7 @@ EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def num_experts(config: Fields, default: int) -> int:
-    """How many experts a layer has, under any of the names that releases use."""
+    """Read the number of experts in a layer, under any name that releases use."""
     named = {n: config.count(n) for n in EXPERT_FIELDS if config.config.get(n) is not None}
     if len(set(named.values())) > 1:
         raise CheckpointError(f"{config.where}: config.json counts experts as {named}; keep the one that holds")
@@ -130,10 +130,10 @@ def num_experts(config: Fields, default: int) -> int:
 
 
 def checked(config: Fields, routing: Routing) -> Routing:
-    """A routing that can be followed.
+    """Return the routing if it is consistent.
 
     Raises:
-        CheckpointError: a token would take more experts, or groups, than there are.
+        CheckpointError: a token would need more experts or groups than exist.
     """
     per_group, rest = divmod(routing.num_experts, routing.num_groups)
     chosen_from = routing.groups_per_token * per_group
@@ -150,7 +150,7 @@ def checked(config: Fields, routing: Routing) -> Routing:
 def sparse_layers(
     config: Fields, windows: Sequence[int | None], *, shared_width: int | None = None, shared_gate: bool = False
 ) -> tuple[LayerSpec, ...]:
-    """Qwen's layers: experts in every `decoder_sparse_step`-th one that is not in `mlp_only_layers`."""
+    """Make Qwen's layers: experts in every `decoder_sparse_step`-th layer that is not in `mlp_only_layers`."""
     step, only = config.whole("decoder_sparse_step", 1), config.ids("mlp_only_layers")
     routing = Routing(
         num_experts(config, 60 if shared_gate else 128),
@@ -170,7 +170,7 @@ def sparse_layers(
 
 
 def gemma_attention(config: Fields, *, cap: float | None, head_norms: bool = False) -> PlainAttention:
-    """Attention of Gemma 2 and 3: a scale and perhaps a softcap of its own."""
+    """Read attention of Gemma 2 and 3, with its own scale and perhaps a softcap."""
     bias = config.flag("attention_bias")
     plain = plain_attention(config, head_dim=256, qkv_bias=bias, output_bias=bias, head_norms=head_norms)
     return PlainAttention(
@@ -193,7 +193,7 @@ def gemma(
     *,
     final_cap: float | None,
 ) -> Family:
-    """What Gemma 2 and 3 share: norms less one, before and after; scaled embeddings; a capped output."""
+    """Common reader of Gemma 2 and 3: norms minus one, before and after; scaled embeddings; softcapped logits."""
     config.refuse("use_bidirectional_attention", "num_local_experts", "num_experts")
     fields = {
         "norm_offset": 1.0,
@@ -212,7 +212,7 @@ def gemma(
 def deepseek(
     config: Fields, routing: Routing, *, dense_layers: int, shared: int, moe_width: int, mlp_bias: bool
 ) -> Family:
-    """DeepSeek-V2 and V3: latent attention, some dense layers, then experts. Defaults: where the config names none."""
+    """Common reader of DeepSeek-V2 and V3: latent attention, dense layers, then experts. Arguments are defaults."""
     if config.config.get("moe_layer_freq", 1) != 1:
         raise config.wrong("moe_layer_freq", config.config["moe_layer_freq"], "1: experts in every later layer")
     rope_width = config.count("qk_rope_head_dim", 64)

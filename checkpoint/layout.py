@@ -1,6 +1,6 @@
-"""Which tensors make a model, under which names and in which shapes, and so how many bytes. Knows no tensor's numbers.
+"""Names, shapes and sizes of the tensors of a model. Knows no tensor's numbers.
 
-Names are Hugging Face's. Projections that some exports fuse (`qkv_proj`, `gate_up_proj`) are taken either way.
+Names are Hugging Face's. Projections may be fused (`qkv_proj`, `gate_up_proj`), as in some exports, or separate.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", 
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """A matrix of the decoder: tensors of `columns` columns, one below the other."""
+    """Matrix of the decoder: tensors with `columns` columns, joined by rows."""
 
-    parts: tuple[tuple[str, int], ...]  # name without ".weight", rows
+    parts: tuple[tuple[str, int], ...]  # (name without ".weight", rows)
     columns: int
     bias: bool = False
     exact: bool = False  # never quantised
 
     @property
     def rows(self) -> int:
-        """Rows of all parts."""
+        """Sum of the rows of all parts."""
         return sum(rows for _, rows in self.parts)
 
 
 @dataclass(slots=True)
 class LayerLayout:
-    """One layer's matrices and vectors by the decoder's names for them; vectors are (full name, width)."""
+    """Matrices and vectors of one layer, by the decoder's names. Vectors are (full name, width)."""
 
     matrices: dict[str, Matrix] = field(default_factory=dict)
     vectors: dict[str, tuple[str, int]] = field(default_factory=dict)
@@ -47,7 +47,7 @@ class LayerLayout:
 
 @dataclass(frozen=True, slots=True)
 class _Names:
-    """What a family calls the tensors of its experts."""
+    """Tensor names of a family's experts."""
 
     block: str = "mlp"
     gate: str = "gate_proj"
@@ -61,7 +61,7 @@ _EXPERT_NAMES = {"MixtralForCausalLM": _MIXTRAL, "Qwen2MoeForCausalLM": _Names(s
 
 
 def layer_layout(spec: ModelSpec, index: int, present: Container[str]) -> LayerLayout:
-    """Tensors of layer `index`; `present` says which names there are, and so whether projections are fused."""
+    """Tensors of layer `index`. `present`: names in the checkpoint, which show whether projections are fused."""
     at, layout = f"model.layers.{index}.", LayerLayout()
     norms = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
     if spec.sandwich_norms:
@@ -144,7 +144,7 @@ def _experts(layout: LayerLayout, ffn: ExpertsFfn, spec: ModelSpec, at: str, pre
 
 
 def expected_shapes(spec: ModelSpec, present: Container[str] = ()) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a checkpoint of this spec; projections fused where `present` names them so."""
+    """Shape of every tensor of a checkpoint of this spec; projections are fused if `present` has the fused names."""
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (spec.vocab_size, spec.hidden_size)}
     for index in range(spec.num_layers):
         layout = layer_layout(spec, index, present)
@@ -161,10 +161,10 @@ def expected_shapes(spec: ModelSpec, present: Container[str] = ()) -> dict[str, 
 
 
 def is_ignored(spec: ModelSpec, name: str) -> bool:
-    """Whether a checkpoint may hold this tensor although the decoder has no place for it.
+    """Return whether a checkpoint may contain this tensor although the decoder does not use it.
 
-    Old exports carry frequencies and tied heads beside what they follow from; others, layers that predict further
-    tokens.
+    Old exports contain rotary frequencies and tied heads, which are redundant; others contain layers for multi-token
+    prediction.
     """
     if name.endswith("rotary_emb.inv_freq") or (name == HEAD and spec.tied_embeddings):
         return True
@@ -173,7 +173,7 @@ def is_ignored(spec: ModelSpec, name: str) -> bool:
 
 
 def num_parameters(spec: ModelSpec) -> int:
-    """Numbers in the checkpoint; tied embeddings count once."""
+    """Number of parameters in the checkpoint; tied embeddings count once."""
     return sum(_size(shape) for shape in expected_shapes(spec).values())
 
 
@@ -185,10 +185,10 @@ def weight_bytes(
     packs_head: bool = False,
     maps_table: bool = False,
 ) -> int:
-    """Bytes of the weights held in `dtype`; under int8, one byte and a share of a row's scale for quantised numbers.
+    """Bytes of the weights in `dtype`; with int8, quantised matrices take one byte per number and four per row.
 
-    The embedding is a table in `dtype`. A tied head is the same memory, unless it is quantised or `packs_head`: then
-    both are held. `maps_table`: a table that no product reads is a view of its file, and not counted.
+    The embedding is a table in `dtype`. A tied head shares its memory, unless it is quantised or `packs_head`. With
+    `maps_table`, a table that no product reads is a view of its file, and is not counted.
     """
     table, head = _size((spec.vocab_size, spec.hidden_size)), Matrix((("lm_head", spec.vocab_size),), spec.hidden_size)
     quantised = quantization == "int8"

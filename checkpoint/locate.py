@@ -1,4 +1,4 @@
-"""Where a checkpoint lies: the bundled model, a directory, a GGUF file, or a hub name. Opens no tensor."""
+"""Finds a checkpoint: the bundled model, a directory, a GGUF file, or a hub name. Opens no tensor."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from ..core.errors import CheckpointError
 from .config import BUNDLED
 from .gguf.file import GgufFile
 
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]  # never pickles
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]  # no pickles
 
 
 def resolve(path: str) -> Path:
-    """The checkpoint's directory, or its one GGUF file; a hub name is downloaded first.
+    """Return the checkpoint's directory, or its GGUF file. A hub name is downloaded first.
 
     Raises:
-        CheckpointError: nothing of that name here or at the hub, no config.json in it, or a file that is no GGUF.
+        CheckpointError: the name exists neither here nor at the hub, has no config.json, or is a file that is no GGUF.
     """
     directory = Path(__file__).resolve().parents[1] / "model" / BUNDLED if path == BUNDLED else Path(path).expanduser()
     if directory.is_file():
-        GgufFile(directory)  # or it raises, with the remedy
+        GgufFile(directory)  # raises if it is no GGUF file
         return directory
     if not directory.is_dir():
         directory = _download(path)
@@ -31,7 +31,7 @@ def resolve(path: str) -> Path:
 
 
 def served_name(path: str, name: str | None) -> str:
-    """What clients call the model: the given name, the hub name, the directory's, or the file's without .gguf."""
+    """Name of the model for clients: the given name, the hub name, the directory's, or the file's without .gguf."""
     if name:
         return name
     if path == BUNDLED:
@@ -52,7 +52,7 @@ def _download(path: str) -> Path:
         from huggingface_hub import snapshot_download
 
         return Path(snapshot_download(path, allow_patterns=_HUB_FILES))
-    except Exception as error:  # the hub client raises a dozen kinds; each means the same to the user
+    except Exception as error:  # the hub client has many error classes; all mean the same for the user
         raise CheckpointError(
             f"model.path is {path!r}: not a directory here, and the hub did not give it: {error}"
         ) from None

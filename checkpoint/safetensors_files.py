@@ -1,4 +1,4 @@
-"""Safetensors files of a checkpoint: found, checked, mapped, named. Knows bytes; never unpickles anything."""
+"""Finds, checks, maps and fingerprints the safetensors files of a checkpoint. Never unpickles."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _CHUNK_BYTES = 4 << 20
 
 
 class SafetensorsFiles:
-    """The tensors of one file, or of shards with an index; a `TensorSource`. Tensors are views of the mapped files."""
+    """Implements `TensorSource` for one file, or for shards with an index. Tensors are views of the mapped files."""
 
     def __init__(self, directory: Path) -> None:
         """Read all headers.
 
         Raises:
-            CheckpointError: names the file or tensor that is missing, damaged, cut short or of a dtype not served.
+            CheckpointError: a file or tensor, which it names, is missing, damaged, truncated, or of a wrong dtype.
         """
         self.where = str(directory)
         self._directory = directory
@@ -49,11 +49,11 @@ class SafetensorsFiles:
                 self._path_by_name[name] = path
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Every tensor's shape."""
+        """Shape of every tensor, by name."""
         return self._shapes
 
     def take(self, name: str) -> Tensor:
-        """One tensor, a view of its mapped file."""
+        """Read one tensor, as a view of its mapped file. Raises CheckpointError if it cannot be read."""
         path = self._path_by_name[name]
         try:
             if path not in self._handles:
@@ -64,15 +64,15 @@ class SafetensorsFiles:
         return tensor
 
     def fingerprint(self) -> bytes:
-        """See `safetensors_fingerprint`."""
+        """Implements `TensorSource.fingerprint` by `safetensors_fingerprint`."""
         return safetensors_fingerprint(self._directory)
 
 
 def stored_dtype(path: Path, name: str) -> str | None:
-    """The dtype of a tensor as its file has it ("float32", "bfloat16", "float16"); None for what is not safetensors.
+    """Dtype of a tensor in its file ("float32", "bfloat16", "float16"). None: not safetensors, or no such tensor.
 
     Raises:
-        CheckpointError: see `checkpoint_files`; or a header is damaged.
+        CheckpointError: as for `checkpoint_files`, or a header is damaged.
     """
     if not path.is_dir():
         return None
@@ -84,9 +84,9 @@ def stored_dtype(path: Path, name: str) -> str | None:
 
 
 def differ(directory: Path, first: str, second: str) -> bool:
-    """Whether a checkpoint holds both tensors, and not with the same bytes. Reads both, once per process.
+    """Return whether a checkpoint has both tensors with different content. Reads both, once per process.
 
-    False where it has no files; who loads them will say so.
+    False if it has no files; loading them raises the error.
 
     Raises:
         CheckpointError: a header is damaged.
@@ -121,11 +121,11 @@ def _chunks(path: Path, at: int, start: int, end: int) -> Iterator[bytes]:
 
 
 def checkpoint_files(directory: Path) -> tuple[Path, ...]:
-    """The safetensors files of a checkpoint, sorted by name.
+    """Find the safetensors files of a checkpoint, sorted by name.
 
     Raises:
-        CheckpointError: there are none (pickled weights are refused with the remedy), or the index names a file that
-            is missing or lies elsewhere.
+        CheckpointError: there are none (pickled weights are refused with a remedy), or the index names a file that is
+            missing or in another folder.
     """
     index_file = directory / "model.safetensors.index.json"
     single = directory / "model.safetensors"
@@ -160,10 +160,10 @@ def _indexed_files(index_file: Path) -> tuple[Path, ...]:
 
 
 def read_header(path: Path) -> tuple[bytes, dict[str, Any]]:
-    """The header of a safetensors file, raw and parsed, after checking that the file is as long as it says.
+    """Read the header of a safetensors file, raw and parsed, and check the file's length against it.
 
     Raises:
-        CheckpointError: the file is cut short or no safetensors.
+        CheckpointError: the file is truncated or no safetensors.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -183,9 +183,9 @@ def read_header(path: Path) -> tuple[bytes, dict[str, Any]]:
 
 
 def safetensors_fingerprint(directory: Path) -> bytes:
-    """16 bytes that name a checkpoint's numbers: config.json, and of every file name, size, header and content.
+    """Fingerprint of a checkpoint, 16 bytes: of config.json, and of every file's name, size, header and content.
 
-    Of large files content counts in samples: fingerprint.py says what is seen, and what may not be.
+    The content of large files is sampled; fingerprint.py describes the limits of this.
     """
     hasher = hashlib.blake2b((directory / "config.json").read_bytes(), digest_size=16)
     for path in checkpoint_files(directory):

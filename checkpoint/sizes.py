@@ -1,4 +1,4 @@
-"""From a checkpoint and its settings to dtypes, bytes and lengths. Arithmetic over headers: reads no weights."""
+"""Computes dtypes, memory and context length from a checkpoint's headers and settings. Reads no weights."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .spec import DType, ModelSpec
 
 
 def held_bytes(path: Path, spec: ModelSpec, model: ModelConfig, kernels: Kernels) -> int:
-    """Bytes of memory that a worker's weights take with these kernels, at most.
+    """Upper bound of the memory of a worker's weights with these kernels, in bytes.
 
-    Native ones pack every matrix, a tied head too, and leave the embedding in its file where it has the compute dtype.
-    That bfloat16 most often takes them twelve bits and not sixteen is known only of weights that have been read.
-    The others hold int8 weights as what they were rounded to, in the compute dtype.
+    Native kernels pack every matrix, also a tied head, and leave the embedding in its file if it has the compute dtype.
+    They usually store bfloat16 in 12 bits instead of 16, but that is known only after the weights were read. The other
+    kernels store int8 weights in the compute dtype.
     """
     dtype = compute_dtype(spec, model.dtype)
     return weight_bytes(
@@ -30,19 +30,19 @@ def held_bytes(path: Path, spec: ModelSpec, model: ModelConfig, kernels: Kernels
 
 
 def compute_dtype(spec: ModelSpec, wanted: DTypeChoice) -> DType:
-    """The dtype of linears: `auto` is the checkpoint's own."""
+    """Dtype of matrix products. `auto` is the checkpoint's dtype."""
     return spec.dtype if wanted == "auto" else wanted
 
 
 def cache_codec(wanted: str) -> str:
-    """`auto` is FP8."""
+    """Codec of the KV cache. `auto` is FP8."""
     codec = "fp8" if wanted == "auto" else wanted
     assert codec in CODEC_NAMES
     return codec
 
 
 def context_length(spec: ModelSpec, wanted: int | None) -> int:
-    """The asked-for length, or the checkpoint's."""
+    """Context length to serve: `wanted`, or the checkpoint's. ConfigError: `wanted` exceeds the checkpoint's."""
     if wanted is not None and wanted > spec.max_model_len:
         raise ConfigError(
             f"model.max_model_len is {wanted}; the checkpoint was made for {spec.max_model_len}: ask for that or less"

@@ -1,6 +1,6 @@
-"""The shape of a decoder, in the field's terms: what a config.json comes down to. Knows no file, no tensor.
+"""Architecture of a decoder as values, as read from config.json. Knows no file, no tensor.
 
-One `ModelSpec` describes every family that we serve; `config_json.py` reads it from a checkpoint.
+`ModelSpec` can describe every served family; `config_json.py` reads it from a checkpoint.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ DTYPE_BYTES: dict[str, int] = {"bfloat16": 2, "float32": 4}
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
-    """How rotary frequencies are stretched for a longer context; `rope.py` says what each kind does."""
+    """Scaling of rotary frequencies for a longer context; model/decoder/rope.py defines each kind."""
 
     kind: Literal["linear", "dynamic", "llama3", "yarn", "longrope"]
     factor: float
-    original_max_len: int = 8192  # what the model was first trained for
+    original_max_len: int = 8192  # context length of the first training
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0
     beta_fast: float = 32.0  # yarn
@@ -30,17 +30,17 @@ class RopeScaling:
     truncate: bool = True
     short_factors: tuple[float, ...] = ()  # longrope: a divisor per frequency
     long_factors: tuple[float, ...] = ()
-    magnitude: float = 1.0  # what cosines and sines are multiplied by (yarn, longrope)
+    magnitude: float = 1.0  # factor on cosines and sines (yarn, longrope)
 
     @property
     def depends_on_length(self) -> bool:
-        """Whether angles depend on the served context length."""
+        """True if angles depend on the served context length."""
         return self.kind in ("dynamic", "longrope")
 
 
 @dataclass(frozen=True, slots=True)
 class RopeSpec:
-    """Rotary positions of some layers: `width` of a head's numbers are rotated, the rest passes."""
+    """Rotary positions of a kind of layer: the first `width` numbers of a head are rotated, the others unchanged."""
 
     theta: float
     width: int
@@ -49,7 +49,7 @@ class RopeSpec:
 
 @dataclass(frozen=True, slots=True)
 class PlainAttention:
-    """Grouped-query attention (Ainslie et al. 2023); one key and one value per KV head in the cache."""
+    """Grouped-query attention (Ainslie et al. 2023): the cache has one key and one value per token and KV head."""
 
     num_heads: int
     num_kv_heads: int
@@ -58,28 +58,28 @@ class PlainAttention:
     softcap: float | None = None
     qkv_bias: bool = False
     output_bias: bool = False
-    head_norms: bool = False  # queries and keys are normalised per head, before they are rotated
+    head_norms: bool = False  # queries and keys are normalised per head, before rotation
 
 
 @dataclass(frozen=True, slots=True)
 class LatentAttention:
-    """Multi-head latent attention (DeepSeek-V2, 2024): the cache holds one latent and one rotary key per token."""
+    """Multi-head latent attention (DeepSeek-V2, 2024): the cache has one latent and one rotary key per token."""
 
     num_heads: int
-    query_rank: int | None  # None: queries come straight from the hidden state
+    query_rank: int | None  # None: queries are projected directly from the hidden state
     latent_width: int
     rope_width: int
-    key_width: int  # of a head's part without positions
+    key_width: int  # width of a head's part without positions
     value_width: int
     scale: float
     interleaved: bool
-    bias: bool = False  # of the two projections down, and of the output
+    bias: bool = False  # bias of both down-projections and of the output
     norm_eps: float = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
 class DenseFfn:
-    """A gated feed-forward layer."""
+    """Gated feed-forward layer."""
 
     width: int
     bias: bool = False
@@ -87,32 +87,32 @@ class DenseFfn:
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """How a token chooses its experts; `experts.py` says what each field does."""
+    """Choice of a token's experts; model/decoder/experts.py defines each field."""
 
     num_experts: int
     per_token: int
     scores: Literal["softmax", "sigmoid"] = "softmax"
-    normalised: bool = False  # the chosen weights sum to one
+    normalised: bool = False  # weights of the chosen experts sum to one
     scale: float = 1.0
     num_groups: int = 1
     groups_per_token: int = 1
-    correction: bool = False  # a bias that counts for the choice alone, and groups by their two best
+    correction: bool = False  # a bias that affects only the choice; groups score by their two best experts
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertsFfn:
-    """Experts of one width, and perhaps one that every token takes."""
+    """Experts of one width, and perhaps one expert that every token uses."""
 
     width: int
     routing: Routing
     shared_width: int | None = None
-    shared_gate: bool = False  # the shared expert counts by the sigmoid of a score of its own
+    shared_gate: bool = False  # the shared expert's weight is the sigmoid of its own score
     shared_bias: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
-    """What differs from layer to layer."""
+    """Properties of one layer that can differ between layers."""
 
     ffn: DenseFfn | ExpertsFfn
     window: int | None = None
@@ -121,7 +121,7 @@ class LayerSpec:
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """The shape of a decoder. `dtype` is the checkpoint's own (float16 counts as bfloat16, its nearest kin here)."""
+    """Architecture of a decoder. `dtype` is the checkpoint's; float16 counts as bfloat16."""
 
     architecture: str
     hidden_size: int
@@ -136,25 +136,25 @@ class ModelSpec:
     bos_id: int | None
     eos_ids: tuple[int, ...]
     dtype: DType
-    norm_offset: float = 0.0  # Gemma stores norms less one
-    sandwich_norms: bool = False  # each part of a layer is normalised after it, too
+    norm_offset: float = 0.0  # Gemma stores norm weights minus one
+    sandwich_norms: bool = False  # the output of each part of a layer is normalised too
     embedding_scale: float | None = None
     final_softcap: float | None = None
-    extra_layers: int = 0  # in the checkpoint behind the decoder's (multi-token prediction); not loaded
-    remarks: tuple[str, ...] = field(default=(), compare=False)  # for people: where it is not what the config says
+    extra_layers: int = 0  # layers for multi-token prediction after the decoder's; not loaded
+    remarks: tuple[str, ...] = field(default=(), compare=False)  # notes for users on differences from the config
 
     @property
     def num_layers(self) -> int:
-        """Decoder layers."""
+        """Number of decoder layers."""
         return len(self.layers)
 
     @property
     def length_matters(self) -> bool:
-        """Whether rotary angles, and so every bit, depend on the served context length."""
+        """True if rotary angles, and so all results, depend on the served context length."""
         return any(rope.scaling is not None and rope.scaling.depends_on_length for rope in self.ropes)
 
     def kv_spec(self, codec: str) -> KvSpec:
-        """What one token leaves in the cache. `codec`: a name of `--kv-cache-dtype` other than auto."""
+        """Layout of one token in the KV cache. `codec`: a value of `--kv-cache-dtype` other than auto."""
         shape, codec_id = self.attention, CODEC_NAMES[codec]
         if isinstance(shape, LatentAttention):
             return mla_spec(self.num_layers, shape.latent_width, shape.rope_width, codec_id)

@@ -1,4 +1,4 @@
-"""`twostroke chat`: talk to the cluster from a terminal."""
+"""`twostroke chat`: a chat with the cluster in a terminal."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def chat(
 
 
 def _question(console: Console) -> str:
-    """The next line; empty where the user ends."""
+    """Read the next line; empty if the user ends the chat."""
     try:
         return console.input("[bold cyan]you[/bold cyan]  ").strip()
     except (EOFError, KeyboardInterrupt):
@@ -52,7 +52,7 @@ def _question(console: Console) -> str:
 
 
 def _answer(client: Client, messages: list[dict[str, str]], options: Options, console: Console) -> str | None:
-    """The streamed answer; what there is of it after Ctrl-C; None after an error, which is shown."""
+    """Print and return the streamed answer. After Ctrl-C: the part so far. None: an error, which is shown."""
     text = ""
     console.print("[bold green]model[/bold green]", end="  ")
     try:

@@ -1,4 +1,4 @@
-"""The console script: says what to install where only the SDK is there."""
+"""Console script. If only the SDK is installed, it names the missing extra."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import sys
 
 
 def main() -> None:
-    """Run the command line, or name the extra that it needs. Ctrl-C while all that is imported ends at once."""
+    """Run the command line, or name the package extra that it needs. Ctrl-C during imports ends the process at once."""
     interrupted = signal.getsignal(signal.SIGINT)
     if interrupted is signal.default_int_handler:
-        signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # an exception might be lost in somebody's import
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # an exception could be swallowed by an import
     try:
         from .main import main as run
     except ModuleNotFoundError as error:

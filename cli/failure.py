@@ -1,4 +1,4 @@
-"""How a command fails: one line that says why, and exit code 2."""
+"""Failure of a command: one line with the reason, and exit code 2."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ from ..core.foreground import leave
 
 
 def fail(error: TwostrokeError) -> NoReturn:
-    """Say it and end, without waiting for threads that are still at what failed."""
+    """Print the error and end the process, without waiting for threads that still run."""
     typer.echo(f"twostroke: {error}", err=True)
     leave(2)

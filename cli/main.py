@@ -1,4 +1,4 @@
-"""The command `twostroke`: serve, worker, router, status, role, chat, sim. Each command lives in a file of its own."""
+"""The command `twostroke`: serve, worker, router, status, role, chat, sim. Each command has its own file."""
 
 from __future__ import annotations
 

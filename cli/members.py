@@ -1,4 +1,4 @@
-"""`twostroke worker` and `twostroke router`: one process of a cluster, as the process launcher and a pod start it."""
+"""`twostroke worker` and `twostroke router`: one process of a cluster, started by the process launcher or in a pod."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def router(
 
 
 def check_key(settings: Config) -> None:
-    """Processes with keys of their own would take each other's blocks for damaged ones."""
+    """Require a configured cluster key: with different keys, processes would treat each other's blocks as damaged."""
     if "key" not in settings.cluster.model_fields_set:
         raise ConfigError(
             "cluster.key is not set; all processes of a cluster share one: set TWOSTROKE__CLUSTER__KEY to the same "

@@ -1,4 +1,4 @@
-"""The flags of `serve`, named as vLLM's users know them, and the settings they stand for."""
+"""Flags of `serve`, with vLLM's names where they exist, and the settings that they set."""
 
 from __future__ import annotations
 
@@ -117,10 +117,10 @@ ConfigFile = Annotated[
 
 
 def config_from(flags: dict[str, Any]) -> Config:
-    """The configuration that flags, environment and file mean together.
+    """Build the configuration from flags, environment and file.
 
     Raises:
-        ConfigError: names the setting, the value and the remedy.
+        ConfigError: a setting is invalid; names the setting, the value and the remedy.
     """
     given = {SETTING_BY_FLAG[name]: value for name, value in flags.items() if name in SETTING_BY_FLAG}
     return load_config(flags.get("config"), os.environ, given)

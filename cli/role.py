@@ -1,4 +1,4 @@
-"""`twostroke role`: give a worker another role while it serves."""
+"""`twostroke role`: change the role of a worker while it serves."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def role(
 
 
 def _address(workers: list[dict[str, Any]], name: str, new_role: Role, *, force: bool) -> str:
-    """Where the worker is.
+    """Find the address of the worker.
 
     Raises:
-        InvalidRequest: there is no such worker.
-        ConfigError: nobody would decode its model any more.
+        InvalidRequest: no worker has this name.
+        ConfigError: no worker would be left that decodes its model, and `force` is not set.
     """
     found = {worker["worker_id"]: worker for worker in workers}
     if name not in found:
@@ -60,7 +60,7 @@ def _address(workers: list[dict[str, Any]], name: str, new_role: Role, *, force:
 
 
 async def _set_role(address: str, cluster_key: str, new_role: Role) -> None:
-    """Tell the worker.
+    """Send the new role to the worker.
 
     Raises:
         Unavailable: it did not answer, or the keys differ.

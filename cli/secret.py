@@ -1,4 +1,4 @@
-"""A key for the command line that is not on it."""
+"""Reads an API key from a file or from standard input, so that it is not on the command line."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from ..core.errors import ConfigError
 
 
 def read_key(given: str | None) -> str | None:
-    """What `--api-key` means: the first line of @FILE, what is typed (or piped in) for -, else the key itself.
+    """Resolve a value of `--api-key`: @FILE is the file's first line, - is typed or piped input, else it is the key.
 
     Raises:
-        ConfigError: the file cannot be read, or there is no key. No message shows one.
+        ConfigError: the file cannot be read, or there is no key. No message shows a key.
     """
     if given is None or not (given == "-" or given.startswith("@")):
         return given

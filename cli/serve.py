@@ -1,4 +1,4 @@
-"""`twostroke serve`: one command, one cluster on this machine, until Ctrl-C."""
+"""`twostroke serve`: starts a cluster on this machine and serves until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def serve(
 
 
 def show_plan(config: Config, plan: Plan, out: Console) -> None:
-    """Workers, threads, memory and ports, as a table and lines of arithmetic."""
+    """Print workers, threads, memory and ports, as tables and calculations."""
     table = Table(title=f"{plan.model.name} — launcher {config.cluster.launcher}", title_justify="left")
     for heading in ("member", "role", "threads", "memory at most", "KV pool"):
         table.add_column(heading)
@@ -159,7 +159,7 @@ async def _serve(config: Config, stop: Stop) -> int:
 
 
 class _Progress:
-    """The line that says what is under way; where nobody can see a line change, each kind of work is said once."""
+    """Progress line of the start-up. Without a terminal, each kind of work is logged once."""
 
     def __init__(self) -> None:
         self._status = console.status("")
@@ -173,7 +173,7 @@ class _Progress:
         self._status.stop()
 
     def show(self, line: str) -> None:
-        """Replace the line."""
+        """Replace the progress line."""
         self._status.update(line)
         work = line.partition(" … ")[0]
         if not console.is_terminal and work != self._said:
@@ -182,7 +182,7 @@ class _Progress:
 
 
 def _remarks(plan: Plan) -> list[str]:
-    """What a user may not expect of this model here."""
+    """Notes on properties of the model that a user may not expect."""
     remarks = [f"note: {remark}" for remark in plan.model.remarks]
     if plan.model.sampling:
         remarks.append(
@@ -194,7 +194,7 @@ def _remarks(plan: Plan) -> list[str]:
 
 
 def settings_remarks(config: Config) -> list[str]:
-    """What is accepted and might be better."""
+    """Notes on settings that are accepted but could be better."""
     remarks = []
     weak = config.router.num_weak_keys
     if weak:
@@ -209,7 +209,7 @@ def settings_remarks(config: Config) -> list[str]:
 
 
 def _shown(program: str) -> str:
-    """A program as it can be typed in this folder."""
+    """Path of a program, relative to the current folder if it is inside."""
     path = Path(program)
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else program
 

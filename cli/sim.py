@@ -1,4 +1,4 @@
-"""`twostroke sim`: the simulators."""
+"""`twostroke sim`: commands of the simulator."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def faults(
 
     Exit code 1 and the seed where one does not hold. A seed replays byte for byte.
     """
-    # Not at the top: the command line must start without numpy and the engine's parts.
+    # Imported here: the command line must start without numpy and the engine.
     from ..sim.faults import Outcome, run_campaign, run_schedule, seeds_of
 
     def heard(outcome: Outcome) -> None:

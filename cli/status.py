@@ -1,4 +1,4 @@
-"""`twostroke status`: the workers, their roles, load and blocks, as the router sees them."""
+"""`twostroke status`: the workers with their roles, load and blocks, as known to the router."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ def status(
 
 
 def _table(cluster: dict[str, Any]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))  # 80 columns are enough for it
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))  # fits in 80 columns
     for heading in ("worker", "role", "state", "pid", "runs", "waits", "KV blocks", "metrics"):
-        table.add_column(heading, no_wrap=True)  # the rest: --json
+        table.add_column(heading, no_wrap=True)  # --json prints the other values
     for worker in cluster["workers"]:
         load, blocks = worker["load"], worker["blocks"]
         table.add_row(

@@ -1,4 +1,4 @@
-"""The SDK for asyncio: calls are awaited, streams are asynchronous iterators. calls.py knows what is said."""
+"""SDK for asyncio: calls are awaited, streams are asynchronous iterators. calls.py makes and reads the messages."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ Result = TypeVar("Result")
 
 
 class AsyncCompletionStream(AsyncIterator[Chunk]):
-    """The pieces of an answer as they come. Closing it, leaving its `async with`, or dropping it cancels the request.
+    """Pieces of an answer as they arrive. Closing it, leaving its `async with`, or dropping it cancels the request.
 
-    Belongs to the loop it was made in.
+    Use it only in the event loop in which it was made.
     """
 
     def __init__(self, replies: AsyncReplies, call: Call[Chunk], explain_failure: Callable[[Any], Exception]) -> None:
@@ -36,10 +36,10 @@ class AsyncCompletionStream(AsyncIterator[Chunk]):
         self.request_id = ""  # known with the first piece
 
     async def __anext__(self) -> Chunk:
-        """The next piece.
+        """Wait for the next piece.
 
         Raises:
-            TwostrokeError: the request failed, its time ran out, or pieces were lost.
+            TwostrokeError: the request failed, its timeout passed, or pieces were lost.
         """
         if self._over:
             raise StopAsyncIteration
@@ -67,7 +67,7 @@ class AsyncCompletionStream(AsyncIterator[Chunk]):
         return chunk
 
     async def close(self) -> None:
-        """End the request, if it still runs. Iteration then stops."""
+        """Cancel the request if it still runs. Iteration then stops."""
         self._cancel()
 
     async def __aenter__(self) -> Self:
@@ -84,7 +84,7 @@ class AsyncCompletionStream(AsyncIterator[Chunk]):
             self._replies.cancel()
 
     def __del__(self) -> None:
-        # The collector may run in any thread, and after the loop's end.
+        # The garbage collector may run in any thread, and after the loop was closed.
         with contextlib.suppress(Exception):
             if not self._over:
                 self._over = True
@@ -92,9 +92,9 @@ class AsyncCompletionStream(AsyncIterator[Chunk]):
 
 
 class AsyncClient:
-    """A connection to a Twostroke router for one event loop; close it, or use it in an `async with`.
+    """Connection to a Twostroke router for one event loop. Close it, or use it in an `async with`.
 
-    Takes what `Client` takes.
+    Takes the same arguments as `Client`.
     """
 
     def __init__(
@@ -107,10 +107,10 @@ class AsyncClient:
         insecure: bool = False,
         transport: AsyncTransport | None = None,
     ) -> None:
-        """Connects on first use. `transport` replaces the network, and stays the caller's to close.
+        """Connects at the first call. `transport` replaces the network; the caller closes it.
 
         Raises:
-            ConfigError: the address is none, or the server is elsewhere and nothing was said about TLS.
+            ConfigError: the address is invalid, or the server is on another machine without `tls` or `insecure`.
         """
         self._grpc = GrpcAsyncTransport(Endpoint(address, api_key, tls, insecure)) if transport is None else None
         self._transport: AsyncTransport = transport or self._grpc  # type: ignore[assignment]  # one of them is there
@@ -118,45 +118,45 @@ class AsyncClient:
         self._timeout_s = check_timeout(timeout_s)
 
     async def generate(self, prompt: str | Sequence[int], **options: Unpack[Options]) -> Completion:
-        """Complete a text (or token ids) and wait for all of it."""
+        """Complete a text (or token ids) and wait for the whole answer."""
         return await self._ask(calls.generate(prompt, options))
 
     def generate_stream(self, prompt: str | Sequence[int], **options: Unpack[Options]) -> AsyncCompletionStream:
-        """Complete a text (or token ids), piece by piece. Not awaited: iterate it."""
+        """Complete a text (or token ids) as a stream. Do not await the result: iterate it."""
         return self._stream(calls.generate_stream(prompt, options))
 
     async def chat(self, messages: Sequence[Message], **options: Unpack[ChatOptions]) -> Completion:
-        """Answer a conversation of `{"role": ..., "content": ...}` and wait for all of it."""
+        """Answer a conversation of `{"role": ..., "content": ...}` and wait for the whole answer."""
         return await self._ask(calls.chat(messages, options))
 
     def chat_stream(self, messages: Sequence[Message], **options: Unpack[ChatOptions]) -> AsyncCompletionStream:
-        """Answer a conversation, piece by piece. Not awaited: iterate it."""
+        """Answer a conversation as a stream. Do not await the result: iterate it."""
         return self._stream(calls.chat_stream(messages, options))
 
     async def tokenize(
         self, prompt: str | Sequence[Message], *, model: str = "", **options: Unpack[TemplateOptions]
     ) -> Tokens:
-        """The ids that a text, or a conversation under the chat template, becomes."""
+        """Token ids of a text, or of a conversation rendered by the chat template."""
         return await self._ask(calls.tokenize(prompt, model, options))
 
     async def models(self) -> tuple[ModelCard, ...]:
-        """What is served."""
+        """List the served models."""
         return await self._ask(calls.models())
 
     async def abort(self, request_id: str) -> bool:
-        """End a running request that was sent with the same key; true if it was there."""
+        """Cancel a running request that was sent with the same API key. Returns whether it was found."""
         return await self._ask(calls.abort(request_id))
 
     async def explain(self, request_id: str) -> dict[str, Any]:
-        """Where a request ran, why there, and when what happened."""
+        """Explain a request: its workers, the reasons of the choice, and its timeline."""
         return await self._ask(calls.explain(request_id))
 
     async def cluster(self) -> dict[str, Any]:
-        """The workers and what they do."""
+        """State of the cluster: its workers with their roles and load."""
         return await self._ask(calls.cluster())
 
     async def close(self) -> None:
-        """Cancel what runs and let the connection go."""
+        """Cancel running calls and close the connection."""
         if self._grpc is not None:
             await self._grpc.close()
 
@@ -174,7 +174,7 @@ class AsyncClient:
             return call.read(await replies.__anext__())
         except grpc.RpcError as failure:
             raise self._explain_failure(failure) from failure
-        except asyncio.CancelledError:  # the server must not go on for nobody
+        except asyncio.CancelledError:  # nothing waits for the answer, so the server must stop
             replies.cancel()
             if _is_task_cancelled():
                 raise
@@ -192,6 +192,6 @@ class AsyncClient:
 
 
 def _is_task_cancelled() -> bool:
-    """Whether it is the waiting task that was cancelled, and not the call under it."""
+    """Return whether the waiting task itself was cancelled, and not only the call."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0

@@ -1,6 +1,6 @@
-"""Every call of the SDK as a value: the request it sends and what its answer means. Knows no channel, no waiting.
+"""Calls of the SDK as values: the request message, and the conversion of the answer. Knows no channel, no waiting.
 
-`Client` and `AsyncClient` differ in how they wait; all they share is here.
+`Client` and `AsyncClient` differ only in the way they wait; the common part is here.
 """
 
 from __future__ import annotations
@@ -29,36 +29,36 @@ Result = TypeVar("Result")
 
 
 class Options(TypedDict, total=False):
-    """What `generate` and `chat` take by keyword. Left out: the model's or the server's default."""
+    """Keyword options of `generate` and `chat`. An absent option has the model's or the server's default."""
 
-    model: str  # needed only where several are served
+    model: str  # required only if several models are served
     max_tokens: int
     temperature: float  # 0 = greedy
     top_p: float
     top_k: int  # 0 = off
-    min_p: float  # least probability as a part of the likeliest token's; 0 = off
-    repetition_penalty: float  # of tokens in prompt or output; 1 = off
-    frequency_penalty: float  # of the output, per occurrence
-    presence_penalty: float  # of the output
-    logit_bias: Mapping[int, float]  # by token id, -100 to 100
-    bad_words: Sequence[str]  # never said
+    min_p: float  # lowest probability, as a fraction of the likeliest token's; 0 = off
+    repetition_penalty: float  # for tokens in prompt or output; 1 = off
+    frequency_penalty: float  # for each occurrence in the output
+    presence_penalty: float  # once for each token in the output
+    logit_bias: Mapping[int, float]  # bias by token id, -100 to 100
+    bad_words: Sequence[str]  # never generated
     seed: int
     stop: str | Sequence[str]
     stop_token_ids: Sequence[int]
     include_stop_str_in_output: bool
-    skip_special_tokens: bool  # False: special tokens give text, and stop strings can hold it
+    skip_special_tokens: bool  # False: special tokens give text, which stop strings can match
     ignore_eos: bool
     min_tokens: int
-    logprobs: int  # how likely every token was, with so many of the likeliest
-    prompt_logprobs: int  # the same of every prompt token but the first
-    n: int  # choices
-    request_id: str  # for `abort` and `explain`; made by the server when left out
+    logprobs: int  # number of likeliest tokens given per generated token
+    prompt_logprobs: int  # the same for every prompt token except the first
+    n: int  # number of choices
+    request_id: str  # for `abort` and `explain`; if absent, the server makes one
     user: str
-    timeout_s: float  # of the whole call, a stream to its end included
+    timeout_s: float  # for the whole call; for a stream, until its end
 
 
 class ChatOptions(Options, TemplateOptions, total=False):
-    """What `chat` takes by keyword."""
+    """Keyword options of `chat`."""
 
 
 _SAMPLING = (
@@ -71,20 +71,20 @@ _LISTS = ("stop_token_ids", "bad_words")
 
 @dataclass(frozen=True, slots=True)
 class Call(Generic[Result]):
-    """One call: which, with what, for how long at most, and how to read its answer. Used once."""
+    """One call: method, request, timeout, and conversion of the answer. Use it once."""
 
     rpc: Rpc
     request: Any
-    read: Callable[[Any], Result]  # the answer, or each message of a stream
+    read: Callable[[Any], Result]  # converts the answer, or each message of a stream
     timeout_s: float | None = None  # None: the client's default
-    finish: Callable[[], None] = lambda: None  # called when a stream ended well; raises if that cannot be
+    finish: Callable[[], None] = lambda: None  # called when a stream ends without an error; raises if it is incomplete
 
 
 # ---------------------------------------------------------------- requests
 
 
 def generate(prompt: str | Sequence[int], options: Options) -> Call[Completion]:
-    """Complete a text, or the tokens of one.
+    """Complete a text or token ids.
 
     Raises:
         InvalidRequest: a value has the wrong type or cannot be written to the wire. Names the field.
@@ -94,7 +94,7 @@ def generate(prompt: str | Sequence[int], options: Options) -> Call[Completion]:
 
 
 def generate_stream(prompt: str | Sequence[int], options: Options) -> Call[Chunk]:
-    """Like `generate`, piece by piece."""
+    """Complete a text or token ids as a stream; raises as `generate` does."""
     reader = StreamReader(options.get("n", 1))
     return Call(
         "GenerateStream", _generate_request(prompt, options), reader.read, options.get("timeout_s"), reader.finish
@@ -107,17 +107,17 @@ def chat(messages: Sequence[Message], options: ChatOptions) -> Call[Completion]:
 
 
 def chat_stream(messages: Sequence[Message], options: ChatOptions) -> Call[Chunk]:
-    """Like `chat`, piece by piece."""
+    """Answer a conversation as a stream."""
     reader = StreamReader(options.get("n", 1))
     return Call("ChatStream", _chat_request(messages, options), reader.read, options.get("timeout_s"), reader.finish)
 
 
 def tokenize(prompt: str | Sequence[Message], model: str, options: TemplateOptions) -> Call[Tokens]:
-    """The ids of a text, or of a conversation under the model's chat template.
+    """Token ids of a text, or of a conversation rendered by the model's chat template.
 
     Raises:
-        InvalidRequest: see `add_messages`.
-        TypeError: an option does not exist, or goes with a text.
+        InvalidRequest: as for `add_messages`.
+        TypeError: an option does not exist, or the prompt is a text, which takes no options.
     """
     _check_names(options, {} if isinstance(prompt, str) else TemplateOptions.__annotations__)
     request = inference_pb2.TokenizeRequest()
@@ -132,23 +132,23 @@ def tokenize(prompt: str | Sequence[Message], model: str, options: TemplateOptio
 
 
 def models() -> Call[tuple[ModelCard, ...]]:
-    """What is served."""
+    """List the served models."""
     request = inference_pb2.ListModelsRequest()
     return Call("ListModels", request, lambda reply: tuple(ModelCard(m.id, m.max_model_len) for m in reply.models))
 
 
 def abort(request_id: str) -> Call[bool]:
-    """End a running request; true if it was there."""
+    """Cancel a running request; the answer is whether it was found."""
     return Call("Abort", _set(inference_pb2.AbortRequest(), "request_id", request_id), lambda reply: bool(reply.found))
 
 
 def explain(request_id: str) -> Call[dict[str, Any]]:
-    """Where a request ran, why there, and when what happened."""
+    """Explain a request: its workers, the reasons of the choice, and its timeline."""
     return Call("Explain", _set(inference_pb2.ExplainRequest(), "request_id", request_id), read_json)
 
 
 def cluster() -> Call[dict[str, Any]]:
-    """The workers and what they do."""
+    """State of the cluster: its workers with their roles and load."""
     return Call("Cluster", inference_pb2.ClusterRequest(), read_json)
 
 
@@ -157,7 +157,7 @@ def _generate_request(prompt: str | Sequence[int], options: Options) -> inferenc
     if isinstance(prompt, str):
         _set(request, "text", prompt, "prompt")
     else:
-        request.token_ids.SetInParent()  # an empty prompt is the server's to refuse, not ours to lose
+        request.token_ids.SetInParent()  # keeps an empty prompt present, so that the server can refuse it
         _set(request.token_ids, "ids", _list(prompt, "prompt"), "prompt")
     _check_names(options, Options.__annotations__)
     _fill(request, options)
@@ -185,7 +185,7 @@ def _fill(request: inference_pb2.GenerateRequest | inference_pb2.ChatRequest, op
         if name in options:
             _set(request, name, options[name])  # type: ignore[literal-required, unused-ignore]
     if "n" in options:
-        if options["n"] == 0:  # on the wire 0 means "not given"
+        if options["n"] == 0:  # on the wire, 0 means absent
             raise InvalidRequest("n is 0; must be at least 1", param="n")
         _set(request, "num_choices", options["n"], "n")
     request.sampling.SetInParent()
@@ -221,7 +221,7 @@ _FINISH: dict[int, FinishReason | None] = {
 
 
 def read_completion(reply: inference_pb2.GenerateResponse) -> Completion:
-    """The whole answer of `generate` or `chat`."""
+    """Convert the answer of `generate` or `chat`."""
     return Completion(
         request_id=reply.request_id,
         model=reply.model,
@@ -235,7 +235,7 @@ def read_completion(reply: inference_pb2.GenerateResponse) -> Completion:
 
 
 def read_json(reply: inference_pb2.ExplainResponse | inference_pb2.ClusterResponse) -> dict[str, Any]:
-    """The JSON document of `explain` and `cluster`."""
+    """Parse the JSON document of `explain` or `cluster`. InternalError: it is no JSON object."""
     try:
         document = json.loads(reply.json)
     except ValueError as error:
@@ -246,7 +246,7 @@ def read_json(reply: inference_pb2.ExplainResponse | inference_pb2.ClusterRespon
 
 
 class StreamReader:
-    """Reads one stream's messages and notices any loss: a gap, a repeat, an end before the end."""
+    """Converts the messages of one stream, and detects lost tokens: a gap, a repeat, an early end."""
 
     def __init__(self, num_choices: int) -> None:
         self._next_index = [0] * max(1, num_choices)
@@ -254,10 +254,10 @@ class StreamReader:
         self._complete = False
 
     def read(self, message: inference_pb2.GenerateChunk) -> Chunk:
-        """The next piece.
+        """Convert the next piece.
 
         Raises:
-            TokensLost: it does not continue what came before.
+            TokensLost: it does not continue the earlier pieces.
         """
         chunk = Chunk(
             request_id=message.request_id,
@@ -276,10 +276,10 @@ class StreamReader:
         return chunk
 
     def finish(self) -> None:
-        """The server ended the stream.
+        """Check that the stream is complete, after the server ended it.
 
         Raises:
-            TokensLost: a choice is unfinished, or the last piece (with `usage`) never came.
+            TokensLost: a choice is unfinished, or the last piece (with `usage`) is missing.
         """
         if self._open or not self._complete:
             missing = f"choices {sorted(self._open)} are unfinished" if self._open else "the last piece is missing"
@@ -302,7 +302,7 @@ class StreamReader:
 
 
 def _finish(value: int) -> FinishReason | None:
-    return _FINISH.get(value, FinishReason.ERROR)  # an end that only a newer release knows
+    return _FINISH.get(value, FinishReason.ERROR)  # an unknown value, of a newer release
 
 
 def _logprobs(messages: Iterable[common_pb2.TokenLogprobs]) -> tuple[TokenLogprobs, ...]:

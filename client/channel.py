@@ -1,4 +1,4 @@
-"""The road to the server: addresses, TLS, keepalive, retries, and the one method through which every call goes."""
+"""Connection to the server: address, TLS, keepalive, retries, and the transport that all calls use."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Tls:
-    """Certificates, PEM. Without `root_certificates` those of the system count; the client's own pair is for mTLS."""
+    """Certificates in PEM. Default of `root_certificates`: the system's. The other two are the client's, for mTLS."""
 
     root_certificates: bytes | None = None
     private_key: bytes | None = None
     certificate_chain: bytes | None = None
-    server_name: str | None = None  # the name to expect in the server's certificate, if not the address
+    server_name: str | None = None  # expected name in the server's certificate; None: the address
 
     def credentials(self) -> grpc.ChannelCredentials:
-        """The form that gRPC wants.
+        """Convert to gRPC's credentials.
 
         Raises:
-            ConfigError: only one half of the client's own pair is given.
+            ConfigError: only one of private_key and certificate_chain is given.
         """
         if (self.private_key is None) != (self.certificate_chain is None):
             raise ConfigError("tls has one of private_key and certificate_chain; give both, or none")
@@ -42,10 +42,10 @@ class Tls:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where the server is and how to speak to it. Checked when it is built.
+    """Address of the server, with key and TLS. Checked when it is built.
 
-    A proxy of the environment (`https_proxy` and its like) is asked for TLS to another machine alone: it passes bytes
-    that it cannot read. This machine needs none, and without TLS a proxy would read keys and prompts.
+    A proxy from the environment (e.g. `https_proxy`) is used only for TLS to another machine, because it cannot read
+    the bytes that it forwards. This machine needs no proxy, and without TLS a proxy could read keys and prompts.
     """
 
     address: str
@@ -65,13 +65,13 @@ class Endpoint:
             )
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What goes with every call."""
+        """Metadata of every call."""
         return (("authorization", f"Bearer {self.api_key}"),) if self.api_key else ()
 
     def options(self) -> list[tuple[str, Any]]:
-        """The channel's settings."""
+        """Settings of the gRPC channel."""
         options: list[tuple[str, Any]] = [
-            ("grpc.keepalive_time_ms", 20_000),  # servers of ours permit a ping every 10 s
+            ("grpc.keepalive_time_ms", 20_000),  # our servers permit a ping every 10 s
             ("grpc.keepalive_timeout_ms", 10_000),
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
             ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -85,9 +85,9 @@ class Endpoint:
 
 
 def service_config() -> dict[str, Any]:
-    """Retries: unary calls only, only UNAVAILABLE, few, and with a budget, so that nobody storms a server that is down.
+    """gRPC service config for retries: only unary calls, only UNAVAILABLE, few, and throttled while a server is down.
 
-    Streams are not retried: what to do after a lost one is the caller's choice.
+    Streams are not retried: the caller decides after a lost one.
     """
     policy = {
         "maxAttempts": 3,
@@ -104,7 +104,7 @@ def service_config() -> dict[str, Any]:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether `address` (host:port, [v6]:port or unix:path) cannot leave this machine."""
+    """Return whether `address` (host:port, [v6]:port or unix:path) always means this machine."""
     if address.startswith(("unix:", "unix-abstract:")):
         return True
     host = address.rpartition(":")[0] if address.count(":") == 1 or "]" in address else address
@@ -118,7 +118,7 @@ def is_loopback(address: str) -> bool:
 
 
 def check_timeout(timeout_s: float) -> float:
-    """`timeout_s`, if a call can be given that.
+    """Return `timeout_s` if it is valid.
 
     Raises:
         InvalidRequest: it is not a positive, finite number.
@@ -132,42 +132,42 @@ def check_timeout(timeout_s: float) -> float:
 
 
 class Replies(Protocol):
-    """The messages of one call: one for a unary call, any number for a stream. Failures are `grpc.RpcError`."""
+    """Messages of one call: one for a unary call, any number for a stream. Failures are `grpc.RpcError`."""
 
     def __next__(self) -> Any:
-        """The next message; StopIteration when the call ended well."""
+        """Wait for the next message; StopIteration if the call ended without an error."""
         ...
 
     def cancel(self) -> Any:
-        """Give the call up; harmless once it is over."""
+        """Cancel the call; no effect after its end."""
         ...
 
 
 class AsyncReplies(Protocol):
-    """`Replies` for asyncio. `cancel` does not wait."""
+    """Asynchronous `Replies`. `cancel` does not wait."""
 
     def __anext__(self) -> Any:
-        """Awaitable: the next message; StopAsyncIteration when the call ended well."""
+        """Return an awaitable of the next message; StopAsyncIteration if the call ended without an error."""
         ...
 
     def cancel(self) -> Any:
-        """Give the call up; harmless once it is over."""
+        """Cancel the call; no effect after its end."""
         ...
 
 
 class Transport(Protocol):
-    """What `Client` needs of the network."""
+    """Network interface of `Client`."""
 
     def open(self, rpc: Rpc, request: Any, timeout_s: float) -> Replies:
-        """Send `request`; must not wait for the answer."""
+        """Start a call with `request`; must not wait for the answer."""
         ...
 
 
 class AsyncTransport(Protocol):
-    """What `AsyncClient` needs of the network."""
+    """Network interface of `AsyncClient`."""
 
     def open(self, rpc: Rpc, request: Any, timeout_s: float) -> AsyncReplies:
-        """Send `request`; must not wait for the answer."""
+        """Start a call with `request`; must not wait for the answer."""
         ...
 
 
@@ -192,17 +192,17 @@ class GrpcTransport:
         return _OneReply(method.future(request, timeout=timeout_s, metadata=self._metadata))
 
     def close(self) -> None:
-        """Cancel what runs and let the connection go."""
+        """Cancel running calls and close the connection."""
         self._channel.close()
 
 
 class GrpcAsyncTransport:
-    """Calls over one gRPC channel, made on first use, because a channel belongs to the loop that made it."""
+    """Calls over one gRPC channel. It is made at the first call, because it belongs to the loop that makes it."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
         self._channel: grpc.aio.Channel | None = None
-        self._credentials = endpoint.tls.credentials() if endpoint.tls else None  # mistakes show at once
+        self._credentials = endpoint.tls.credentials() if endpoint.tls else None  # checked at once
         self._metadata = grpc.aio.Metadata(*endpoint.metadata())
         self._closed = False
 
@@ -213,7 +213,7 @@ class GrpcAsyncTransport:
         return _AsyncReplies(call) if rpc in STREAMS else _OneAsyncReply(call)
 
     async def close(self) -> None:
-        """Cancel what runs and let the connection go."""
+        """Cancel running calls and close the connection."""
         self._closed = True
         channel, self._channel = self._channel, None
         if channel is not None:

@@ -1,4 +1,4 @@
-"""The SDK for plain Python: calls wait, streams are iterators. Knows how to wait; calls.py knows what is said."""
+"""SDK for synchronous Python: calls block, streams are iterators. calls.py makes and reads the messages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 
 
 class CompletionStream(Iterator[Chunk]):
-    """The pieces of an answer as they come. Closing it, leaving its `with`, or dropping it cancels the request."""
+    """Pieces of an answer as they arrive. Closing it, leaving its `with`, or dropping it cancels the request."""
 
     def __init__(self, replies: Replies, call: Call[Chunk], explain_failure: Callable[[Any], Exception]) -> None:
         self._replies = replies
@@ -30,10 +30,10 @@ class CompletionStream(Iterator[Chunk]):
         self.request_id = ""  # known with the first piece
 
     def __next__(self) -> Chunk:
-        """The next piece.
+        """Wait for the next piece.
 
         Raises:
-            TwostrokeError: the request failed, its time ran out, or pieces were lost.
+            TwostrokeError: the request failed, its timeout passed, or pieces were lost.
         """
         if self._over:
             raise StopIteration
@@ -44,7 +44,7 @@ class CompletionStream(Iterator[Chunk]):
             self._call.finish()
             raise
         except grpc.RpcError as failure:
-            if self._over:  # closed meanwhile, by another thread
+            if self._over:  # another thread closed the stream
                 raise StopIteration from None
             self._over = True
             raise self._explain_failure(failure) from failure
@@ -55,7 +55,7 @@ class CompletionStream(Iterator[Chunk]):
         return chunk
 
     def close(self) -> None:
-        """End the request, if it still runs. Iteration then stops."""
+        """Cancel the request if it still runs. Iteration then stops."""
         if not self._over:
             self._over = True
             self._replies.cancel()
@@ -69,15 +69,15 @@ class CompletionStream(Iterator[Chunk]):
         self.close()
 
     def __del__(self) -> None:
-        with contextlib.suppress(Exception):  # half-built, or the interpreter is going down
+        with contextlib.suppress(Exception):  # partly initialised, or the interpreter is shutting down
             self.close()
 
 
 class Client:
-    """A connection to a Twostroke router. Safe to share between threads; close it, or use it in a `with`.
+    """Connection to a Twostroke router. Safe to share between threads. Close it, or use it in a `with`.
 
-    `address` is host:port of the gRPC face. This machine is spoken to in the clear; another one needs `tls`, or an
-    explicit `insecure=True`. Every call raises a `TwostrokeError` of its kind when it fails.
+    `address` is host:port of the router's gRPC API. Connections to this machine are not encrypted; another machine
+    needs `tls`, or an explicit `insecure=True`. Every failed call raises a subclass of `TwostrokeError`.
     """
 
     def __init__(
@@ -90,10 +90,10 @@ class Client:
         insecure: bool = False,
         transport: Transport | None = None,
     ) -> None:
-        """Connects on first use. `transport` replaces the network, and stays the caller's to close.
+        """Connects at the first call. `transport` replaces the network; the caller closes it.
 
         Raises:
-            ConfigError: the address is none, or the server is elsewhere and nothing was said about TLS.
+            ConfigError: the address is invalid, or the server is on another machine without `tls` or `insecure`.
         """
         self._grpc = GrpcTransport(Endpoint(address, api_key, tls, insecure)) if transport is None else None
         self._transport: Transport = transport or self._grpc  # type: ignore[assignment]  # one of them is there
@@ -101,45 +101,45 @@ class Client:
         self._timeout_s = check_timeout(timeout_s)
 
     def generate(self, prompt: str | Sequence[int], **options: Unpack[Options]) -> Completion:
-        """Complete a text (or token ids) and wait for all of it."""
+        """Complete a text (or token ids) and wait for the whole answer."""
         return self._ask(calls.generate(prompt, options))
 
     def generate_stream(self, prompt: str | Sequence[int], **options: Unpack[Options]) -> CompletionStream:
-        """Complete a text (or token ids), piece by piece."""
+        """Complete a text (or token ids) as a stream."""
         return self._stream(calls.generate_stream(prompt, options))
 
     def chat(self, messages: Sequence[Message], **options: Unpack[ChatOptions]) -> Completion:
-        """Answer a conversation of `{"role": ..., "content": ...}` and wait for all of it."""
+        """Answer a conversation of `{"role": ..., "content": ...}` and wait for the whole answer."""
         return self._ask(calls.chat(messages, options))
 
     def chat_stream(self, messages: Sequence[Message], **options: Unpack[ChatOptions]) -> CompletionStream:
-        """Answer a conversation, piece by piece."""
+        """Answer a conversation as a stream."""
         return self._stream(calls.chat_stream(messages, options))
 
     def tokenize(
         self, prompt: str | Sequence[Message], *, model: str = "", **options: Unpack[TemplateOptions]
     ) -> Tokens:
-        """The ids that a text, or a conversation under the chat template, becomes."""
+        """Token ids of a text, or of a conversation rendered by the chat template."""
         return self._ask(calls.tokenize(prompt, model, options))
 
     def models(self) -> tuple[ModelCard, ...]:
-        """What is served."""
+        """List the served models."""
         return self._ask(calls.models())
 
     def abort(self, request_id: str) -> bool:
-        """End a running request that was sent with the same key; true if it was there."""
+        """Cancel a running request that was sent with the same API key. Returns whether it was found."""
         return self._ask(calls.abort(request_id))
 
     def explain(self, request_id: str) -> dict[str, Any]:
-        """Where a request ran, why there, and when what happened."""
+        """Explain a request: its workers, the reasons of the choice, and its timeline."""
         return self._ask(calls.explain(request_id))
 
     def cluster(self) -> dict[str, Any]:
-        """The workers and what they do."""
+        """State of the cluster: its workers with their roles and load."""
         return self._ask(calls.cluster())
 
     def close(self) -> None:
-        """Cancel what runs and let the connection go."""
+        """Cancel running calls and close the connection."""
         if self._grpc is not None:
             self._grpc.close()
 
@@ -157,7 +157,7 @@ class Client:
             return call.read(next(replies))
         except grpc.RpcError as failure:
             raise self._explain_failure(failure) from failure
-        except BaseException:  # Ctrl-C while waiting: the server must not go on for nobody
+        except BaseException:  # e.g. Ctrl-C: nothing waits for the answer, so the server must stop
             replies.cancel()
             raise
 

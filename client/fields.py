@@ -1,4 +1,4 @@
-"""Fields of wire messages, set so that a value which protobuf refuses is the caller's mistake, with a name."""
+"""Setters for fields of wire messages: a value that protobuf refuses becomes an InvalidRequest that names the field."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def set_field(message: Wire, field: str, value: Any, param: str | None = None) -
 
 
 def as_list(values: Any, param: str) -> list[Any]:
-    """The values of anything that can be iterated.
+    """Return the values of an iterable as a list.
 
     Raises:
-        InvalidRequest: it cannot be.
+        InvalidRequest: `values` is not iterable.
     """
     try:
         return list(values)
@@ -38,6 +38,6 @@ def as_list(values: Any, param: str) -> list[Any]:
 
 
 def shown(value: Any) -> str:
-    """A value as an error shows it."""
+    """Text of a value for an error message, at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

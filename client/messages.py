@@ -1,4 +1,4 @@
-"""A conversation as the SDK takes it (OpenAI's message dicts) on the wire. Refuses by name what it cannot carry."""
+"""Writes a conversation (OpenAI's message dicts) into wire messages. Refuses unsupported fields by name."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "ref
 
 
 class TemplateOptions(TypedDict, total=False):
-    """What the model's chat template is told beside the messages. Left out: the template's own defaults."""
+    """Options for the model's chat template. An absent option has the template's default."""
 
     chat_template_kwargs: Mapping[str, Any]  # e.g. {"enable_thinking": False}
-    add_generation_prompt: bool  # the prompt ends with the head of an answer
+    add_generation_prompt: bool  # the prompt ends with the beginning of an assistant message
     continue_final_message: bool  # the prompt ends within the last message, which the answer continues
     documents: Sequence[Mapping[str, Any]]
     reasoning_effort: str
@@ -32,7 +32,7 @@ def add_messages(request: inference_pb2.ChatRequest | inference_pb2.TokenizeChat
     """Write a conversation into `request`.
 
     Raises:
-        InvalidRequest: a message has another form, or a field that the wire has no place for; names it.
+        InvalidRequest: a message has a wrong form, or an unsupported field; names it.
     """
     if isinstance(messages, (str, bytes, Mapping)):
         raise InvalidRequest(
@@ -46,7 +46,7 @@ def add_messages(request: inference_pb2.ChatRequest | inference_pb2.TokenizeChat
 
 
 def set_template_options(options: inference_pb2.ChatOptions, given: Mapping[str, Any]) -> None:
-    """Write what of `given` is a `TemplateOptions`."""
+    """Write those of the `given` options that belong to `TemplateOptions`."""
     for name in ("chat_template_kwargs", "documents"):
         if given.get(name) is not None:
             set_field(options, name, _json(given[name], name), name)
@@ -56,7 +56,7 @@ def set_template_options(options: inference_pb2.ChatOptions, given: Mapping[str,
 
 
 def _said(message: Message) -> dict[str, Any]:
-    """Fields that say something: an answer of the openai client has a null for every field that it lacks."""
+    """Fields with a value. Messages of the openai client have null for every absent field."""
     return {
         name: value
         for name, value in message.items()
@@ -111,7 +111,7 @@ def _add_calls(added: inference_pb2.ChatMessage, message: dict[str, Any], where:
         raise InvalidRequest(f"{where_calls} is {shown(calls)}; give a list of calls", param=where_calls)
     for place, call in enumerate(calls):
         _add_call(added, call, f"{where_calls}[{place}]")
-    if not calls and "function_call" in message:  # its older name
+    if not calls and "function_call" in message:  # the older name of tool_calls
         _add_call(added, {"function": message["function_call"]}, f"{where}.function_call")
 
 

@@ -1,7 +1,7 @@
-"""How a typed error crosses gRPC: written by the router, read by the SDK. Knows no service and no channel.
+"""Encoding of typed errors in gRPC statuses: the router writes them, the SDK reads them. Knows no service and channel.
 
 The status carries one `google.rpc.ErrorInfo` (domain "twostroke", reason = the error's code; metadata `param` and
-`retry_after_ms` where the error has them) in `grpc-status-details-bin`.
+`retry_after_ms` if the error has them) in `grpc-status-details-bin`.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from ..core.errors import (
 DOMAIN = "twostroke"
 DETAILS_KEY = "grpc-status-details-bin"
 
-# The message travels twice, once percent-encoded (up to nine bytes a character); all trailers must stay below the
-# 8 KiB that peers accept by default, or the client would see a bare RESOURCE_EXHAUSTED in place of the error.
+# The message is sent twice, once percent-encoded (up to nine bytes per character). All trailers must stay below the
+# 8 KiB that peers accept by default, or the client would get only RESOURCE_EXHAUSTED instead of the error.
 MAX_MESSAGE_BYTES = 1500
 MAX_PARAM_BYTES = 200
 
@@ -42,7 +42,7 @@ TRANSPORT_RETRY_S = 1.0
 
 @dataclass(frozen=True)
 class RpcStatus(grpc.Status):
-    """A status with trailers, as `abort_with_status` takes it."""
+    """Status with trailers, for `abort_with_status`."""
 
     code: grpc.StatusCode
     details: str
@@ -50,14 +50,14 @@ class RpcStatus(grpc.Status):
 
 
 class RpcFailure(Protocol):
-    """What `grpc.RpcError` of a sync call and `grpc.aio.AioRpcError` have in common."""
+    """Common interface of `grpc.RpcError` (of a synchronous call) and `grpc.aio.AioRpcError`."""
 
     def code(self) -> grpc.StatusCode:
-        """The call's status."""
+        """Status code of the call."""
         ...
 
     def details(self) -> str | None:
-        """The status' message."""
+        """Message of the status."""
         ...
 
     def trailing_metadata(self) -> Any:
@@ -69,9 +69,9 @@ class RpcFailure(Protocol):
 
 
 def to_rpc_status(error: TwostrokeError) -> RpcStatus:
-    """The status that shows `error` to a gRPC client: give it to `context.abort_with_status`.
+    """Make the gRPC status of an error, for `context.abort_with_status`.
 
-    Overlong messages are cut and unpaired surrogates replaced, so that the status can always be sent.
+    Too long messages are cut and unpaired surrogates are replaced, so that the status can always be sent.
     """
     info = error_details_pb2.ErrorInfo(domain=DOMAIN, reason=error.code)
     if error.param is not None:
@@ -87,7 +87,7 @@ def to_rpc_status(error: TwostrokeError) -> RpcStatus:
 
 
 def _pushback_ms(retry_after_s: float) -> str:
-    """What gRPC's own retries do: wait as long as we say, or not happen, when the caller should rather hear it now."""
+    """Delay of gRPC's own retries in ms; -1 forbids them, so that the caller gets a long delay as an error."""
     return str(max(1, round(retry_after_s * 1000))) if retry_after_s <= MAX_PUSHBACK_S else "-1"
 
 
@@ -102,9 +102,9 @@ def _bounded(text: str, max_bytes: int) -> str:
 
 
 def from_rpc_error(failure: RpcFailure, target: str = "the server") -> TwostrokeError:
-    """The typed error behind a failed call: the server's own where it sent one, else what the transport's means.
+    """Make the typed error of a failed call: the server's error if it sent one, else one for the transport's status.
 
-    `target` is the address that the caller used; it appears in hints only.
+    `target` is the address that the caller used, for the message only.
     """
     info = _error_info(failure)
     message = failure.details() or failure.code().name
@@ -130,7 +130,7 @@ def _error_info(failure: RpcFailure) -> error_details_pb2.ErrorInfo | None:
                 if detail.Unpack(info) and info.domain == DOMAIN:
                     return info
         except DecodeError:
-            return None  # not ours; the code still says something
+            return None  # not our format; the status code is used
     return None
 
 
@@ -158,7 +158,7 @@ def _from_transport(code: grpc.StatusCode, message: str, target: str) -> Twostro
 
 
 def _hint(message: str) -> str:
-    """What a refused connection most likely means. A refused mTLS handshake looks like any other failure to connect."""
+    """Most likely cause of a refused connection. A refused mTLS handshake looks like any other failed connection."""
     lowered = message.lower()
     if "http1" in lowered or "http/1" in lowered:
         return "That is an HTTP port; the SDK speaks gRPC (port 8001 by default)."

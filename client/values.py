@@ -1,4 +1,4 @@
-"""What the SDK gives back: plain frozen values, without a trace of the wire."""
+"""Results of the SDK: plain frozen values, independent of the wire format."""
 
 from __future__ import annotations
 
@@ -9,68 +9,68 @@ from ..core.request import FinishReason, TokenLogprobs
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of one request, over all its choices."""
+    """Token counts of one request, over all its choices."""
 
     prompt_tokens: int
     completion_tokens: int
-    cached_tokens: int  # prompt tokens whose KV nobody computed for this request
+    cached_tokens: int  # prompt tokens whose KV was cached, not computed for this request
 
     @property
     def total_tokens(self) -> int:
-        """Prompt and completion together."""
+        """Sum of prompt and completion tokens."""
         return self.prompt_tokens + self.completion_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One complete continuation. `token_ids` include those that make up a stop string, `text` does not."""
+    """One complete choice. `token_ids` include the tokens of a stop string; `text` does not."""
 
     index: int
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
-    logprobs: tuple[TokenLogprobs, ...] = ()  # one per token id, where asked for
+    logprobs: tuple[TokenLogprobs, ...] = ()  # one per token id, if requested
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """The answer to `generate` and `chat`."""
+    """Answer to `generate` and `chat`."""
 
     request_id: str
     model: str
     choices: tuple[Choice, ...]
     usage: Usage
-    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # of the prompt's tokens from the second on, where asked for
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # of the prompt's tokens from the second on, if requested
 
     @property
     def text(self) -> str:
-        """The first choice's text."""
+        """Text of the first choice."""
         return self.choices[0].text
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A piece of one choice. Pieces of a choice, put together, are its text and its ids, without gap or repeat."""
+    """Piece of one choice. The joined pieces of a choice are its text and its ids, without gap or repeat."""
 
     request_id: str
     model: str
     choice: int
     text: str
     token_ids: tuple[int, ...]
-    first_index: int  # place of token_ids[0] among the choice's tokens
+    first_index: int  # index of token_ids[0] among the choice's tokens
     finish_reason: FinishReason | None  # set on a choice's last piece
     usage: Usage | None  # set on the stream's last piece
-    cursor: str  # where the stream could be resumed; empty when the server cannot
-    logprobs: tuple[TokenLogprobs, ...] = ()  # one per token id, where asked for
-    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # where asked for, with the first piece of choice 0
+    cursor: str  # position for resuming the stream; empty if the server cannot resume
+    logprobs: tuple[TokenLogprobs, ...] = ()  # one per token id, if requested
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # if requested, in the first piece of choice 0
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """The answer to `tokenize`."""
+    """Answer to `tokenize`."""
 
     ids: tuple[int, ...]
-    max_model_len: int  # tokens that prompt and completion may have together
+    max_model_len: int  # largest sum of prompt and completion tokens
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -31,7 +31,7 @@ class CallReaper:
             self._sweep = asyncio.create_task(self._end_all())
 
     def end_later(self, delay_s: float) -> None:
-        """End the current call if it still goes on after `delay_s`: its client does not take the answer."""
+        """End the current call if it still runs after `delay_s`: its client does not read the answer."""
         call = asyncio.current_task()
         assert call is not None
         ending = asyncio.get_running_loop().call_later(delay_s, self.end, call)

@@ -69,7 +69,7 @@ class CellStore:
     def __init__(
         self, block_tokens: int, pool: BlockPool | None = None, damaged: Callable[[], bool] = lambda: False
     ) -> None:
-        """`damaged()` says whether to damage a hash block that `write_tokens` has just written."""
+        """`damaged()`: whether to damage a hash block that `write_tokens` has just written."""
         self._size = block_tokens
         self._pool = pool
         self._damaged = damaged

@@ -26,7 +26,7 @@ class Stream:
 
     def __init__(self, cell: int) -> None:
         self.tokens: list[int] = []
-        self.cell = cell  # of the prompt and everything so far
+        self.cell = cell  # cell of the last token so far (of the prompt, at first)
         self.finish: FinishReason | None = None
 
 

@@ -32,9 +32,9 @@ class Outcome:
     violation: Violation | None
     num_events: int
     lasted_s: float  # virtual time
-    digest: str  # of the transcript
+    digest: str  # digest of the transcript
     lines: tuple[str, ...]  # the transcript's last lines, or all of them
-    ends: Counter[str] = field(default_factory=Counter)  # how the requests' attempts ended
+    ends: Counter[str] = field(default_factory=Counter)  # number of attempts by outcome
     counters: Counter[str] = field(default_factory=Counter)
 
 

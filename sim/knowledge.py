@@ -46,7 +46,7 @@ class Idleness:
                 raise Violation("R8", f"{node.process} computes {run.order.key} for nobody")
 
     def _road_to(self, node: WorkerNode, run: DecodeTask) -> End | None:
-        """Worker's end of the session that carries the router's cancel. None: the router wants the run, or has none."""
+        """Worker's end of the session for the router's cancel. None: the router wants the run, or cannot cancel it."""
         key = WorkerKey(node.worker.worker_id, node.process.life)
         owner = node.service._ledger.router_of(run)
         router = self._routers.get(owner.router_id)

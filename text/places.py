@@ -21,7 +21,7 @@ class TokenPlaces:
         """The text follows `prompt_ids`; its first character has the number `start`."""
         self._byte_by_id = tokenizer.byte_by_id
         self._text = IncrementalText(tokenizer, skip_special_tokens, prompt_ids)
-        self._at = start  # where the next text begins
+        self._at = start  # place of the next text
 
     def of(self, ids: Sequence[int]) -> list[int]:
         """Places of the next tokens. Only the text's last tokens may end within a character."""

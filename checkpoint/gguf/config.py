@@ -1,7 +1,7 @@
-"""GGUF's metadata as the config.json that Hugging Face would have for the same model. Knows no tensor's numbers.
+"""Converts GGUF metadata to the config.json that Hugging Face has for the same model. Knows no tensor's numbers.
 
-What GGUF leaves to the reader's knowledge of a family (Gemma's attention scale, DeepSeek's groups) is said here. Every
-key of the architecture is read, known to change nothing, or refused by name.
+Values of a family that GGUF does not store (Gemma's attention scale, DeepSeek's groups) are here. Every key of the
+architecture is read, known to have no effect, or refused by name.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _PLAIN_ROUTING = {
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What config.json and generation_config.json would say.
+    """Return the contents of config.json and generation_config.json for a file.
 
     Raises:
-        CheckpointError: the file is damaged, or its model is one that is not served; names key and remedy.
+        CheckpointError: the file is damaged, or its model is not supported; names key and remedy.
     """
     file = GgufFile(path)
     if file.architecture not in _BUILDERS:
@@ -65,7 +65,7 @@ def _base(keys: Keys, name: str, *, head_dim: bool = True) -> dict[str, Any]:
         "vocab_size": tensors["token_embd.weight"].shape[0],
         "tie_word_embeddings": "output.weight" not in tensors,
         "bos_token_id": beginning_id(keys.file),
-        # Float32 where all matrices are; what is quantised or half counts as bfloat16, like float16 in safetensors.
+        # float32 only if all matrices are; quantised and half types count as bfloat16, like float16 in safetensors.
         "torch_dtype": "bfloat16" if any(t.kind for t in tensors.values() if len(t.shape) > 1) else "float32",
     }
     if head_dim:
@@ -81,7 +81,7 @@ def _head_dim(keys: Keys, default: int) -> int:
 
 
 def _whole_rope(keys: Keys, head_dim: int) -> None:
-    """Refuse heads that are rotated in part."""
+    """Refuse heads that are only partly rotated."""
     if keys.number("rope.dimension_count", head_dim) != head_dim:
         raise keys.wrong("rope.dimension_count", keys.number("rope.dimension_count"), f"{head_dim}, the whole head")
 
@@ -90,7 +90,7 @@ def _whole_rope(keys: Keys, head_dim: int) -> None:
 
 
 def _llama(keys: Keys) -> dict[str, Any]:
-    """Llama, Mistral (its windows, where the file has them) and Mixtral (experts)."""
+    """Convert Llama, Mistral (a file with windows) and Mixtral (a file with experts)."""
     config, tensors = _base(keys, "LlamaForCausalLM"), keys.file.tensors
     _whole_rope(keys, config["head_dim"])
     config["rope_scaling"] = read_rope(keys, config["head_dim"])
@@ -123,7 +123,7 @@ def _qwen3(keys: Keys) -> dict[str, Any]:
 
 
 def _qwen_experts(keys: Keys) -> dict[str, Any]:
-    """What both of Qwen's families with experts have."""
+    """Common part of both Qwen families with experts."""
     config, tensors = _qwen2(keys), keys.file.tensors
     keys.neutral(**_PLAIN_ROUTING)
     experts = tensors.get("blk.0.ffn_gate_exps.weight")
@@ -161,7 +161,7 @@ def _qwen3_moe(keys: Keys) -> dict[str, Any]:
 
 
 def _gemma(keys: Keys, name: str, *, largest: int) -> dict[str, Any]:
-    """`largest`: layers of the family's 27B model, the one whose queries are scaled by hidden_size / heads."""
+    """Common part of Gemma 2 and 3. `largest`: layers of the 27B model, which scales queries by hidden_size / heads."""
     config = _base(keys, name)
     heads, width = config["num_attention_heads"], config["head_dim"]
     _whole_rope(keys, width)
@@ -197,7 +197,7 @@ def _gemma3(keys: Keys) -> dict[str, Any]:
 
 
 def _pattern(keys: Keys, served: int) -> int:
-    """Every how many layers one sees everything."""
+    """Distance between layers with full attention, in layers."""
     found: int = keys.number("attention.sliding_window_pattern", served)
     if served == 2 and found != served:
         raise keys.wrong("attention.sliding_window_pattern", found, str(served))
@@ -210,19 +210,19 @@ def _phi3(keys: Keys) -> dict[str, Any]:
     width = keys.number("rope.dimension_count", head_dim)
     rope = read_rope(keys, width)
     if width != head_dim:
-        rope["partial_rotary_factor"] = math.nextafter(width / head_dim, 1.0)  # times head_dim never rounds below width
+        rope["partial_rotary_factor"] = math.nextafter(width / head_dim, 1.0)  # int(factor * head_dim) == width
     original = rope.pop("original_max_position_embeddings", None)
     config |= {"original_max_position_embeddings": original} if original else {}
     return {**config, "rope_scaling": rope, "sliding_window": keys.optional("attention.sliding_window")}
 
 
 def _deepseek2(keys: Keys) -> dict[str, Any]:
-    """DeepSeek-V2, or V3 and R1 where experts are scored by a sigmoid."""
+    """Convert DeepSeek-V2, or V3 and R1 if experts have sigmoid scores."""
     config = _base(keys, "DeepseekV2ForCausalLM", head_dim=False)
     rope_width = keys.number("rope.dimension_count")
-    keys.number("attention.key_length"), keys.number("attention.value_length")  # of the cache in newer files
+    keys.number("attention.key_length"), keys.number("attention.value_length")  # in newer files: sizes in the cache
     key_length = keys.number("attention.key_length_mla", keys.number("attention.key_length"))
-    corrected = any(name.endswith("exp_probs_b.bias") for name in keys.file.tensors)  # of V3 alone
+    corrected = any(name.endswith("exp_probs_b.bias") for name in keys.file.tensors)  # only in V3
     gating = keys.optional("expert_gating_func") or (_GATING_SIGMOID if corrected else _GATING_SOFTMAX)
     if gating not in (_GATING_SOFTMAX, _GATING_SIGMOID):
         raise keys.wrong("expert_gating_func", gating, "1 (softmax), 2 (sigmoid)")
@@ -254,7 +254,7 @@ def _deepseek2(keys: Keys) -> dict[str, Any]:
 
 
 def _groups(keys: Keys, experts: int, gating: int) -> tuple[int, int]:
-    """Groups of experts and how many of them a token may use. Files before 2025 leave them out: the releases' own."""
+    """Number of expert groups, and groups per token. For files before 2025, which lack them: the releases' values."""
     left_out = {(160, _GATING_SOFTMAX): (8, 3), (256, _GATING_SIGMOID): (8, 4)}.get((experts, gating), (1, 1))
     groups = keys.optional("expert_group_count") or left_out[0]
     return groups, keys.optional("expert_group_used_count") or (left_out[1] if groups == left_out[0] else groups)

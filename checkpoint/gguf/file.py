@@ -1,7 +1,7 @@
-"""A GGUF file's description: its metadata and where its tensors lie. Knows no model, no vocabulary, no number.
+"""Reads a GGUF file's metadata and the places of its tensors. Knows no model, no vocabulary, no tensor's numbers.
 
 The `gguf` package's own reader wraps every string of a vocabulary in several arrays (20 s and 600 MiB for one of
-128,000 tokens) and trusts the file; here arrays are read when they are asked for, and lengths are checked first.
+128,000 tokens) and trusts the file. Here arrays are read on demand, and lengths are checked first.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
 """
 
@@ -26,7 +26,7 @@ Scalar = int | float | bool | str
 
 @dataclass(frozen=True, slots=True)
 class StoredArray:
-    """An array of the metadata, not read yet."""
+    """Place of an array in the metadata; its elements are read on demand."""
 
     kind: int
     count: int
@@ -35,21 +35,22 @@ class StoredArray:
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where a tensor lies. `shape` is as torch has it: rows first."""
+    """Place of a tensor in the file. `shape` has torch's order: rows first."""
 
     shape: tuple[int, ...]
-    kind: int  # GGML's number of the type
+    kind: int  # GGML's number of the tensor type
     at: int  # offset in the file
 
 
 class GgufFile:
-    """The description of one file. Reads lengths before it believes them."""
+    """Metadata and tensor table of one file. Lengths are checked before they are used."""
 
     def __init__(self, path: str | Path) -> None:
         """Read metadata and tensor table.
 
         Raises:
-            CheckpointError: it is no GGUF, of another version or byte order, cut short, damaged, or a part of several.
+            CheckpointError: it is no GGUF, or of another version or byte order, truncated, damaged, or one of several
+                parts.
         """
         self.path = Path(path)
         self.metadata: dict[str, Scalar | StoredArray] = {}
@@ -80,14 +81,14 @@ class GgufFile:
 
     @property
     def architecture(self) -> str:
-        """The name of its kind of model; keys of its metadata begin with it."""
+        """Name of the model's architecture; keys of its metadata begin with it."""
         return self.text("general.architecture")
 
     def text(self, key: str) -> str:
-        """A string that must be there.
+        """Read a string that must exist.
 
         Raises:
-            CheckpointError: it is not.
+            CheckpointError: it is missing or no string.
         """
         found = self.metadata.get(key)
         if not isinstance(found, str):
@@ -95,17 +96,17 @@ class GgufFile:
         return found
 
     def flag(self, key: str, default: bool) -> bool:
-        """True or false."""
+        """Read true or false."""
         found = self.metadata.get(key, default)
         if not isinstance(found, bool):
             raise CheckpointError(f"{self.path}: {key} is {found!r}; must be true or false")
         return found
 
     def strings(self, key: str) -> list[str]:
-        """An array of strings; empty where there is none. Bytes that are no UTF-8 become replacement characters.
+        """Read an array of strings; empty if it is missing. Invalid UTF-8 becomes replacement characters.
 
         Raises:
-            CheckpointError: it is something else.
+            CheckpointError: the value has another type.
         """
         array = self._array(key)
         if array is None:
@@ -117,10 +118,10 @@ class GgufFile:
             return [reader.string() for _ in range(array.count)]
 
     def numbers(self, key: str) -> list[Any]:
-        """An array of numbers; empty where there is none.
+        """Read an array of numbers; empty if it is missing.
 
         Raises:
-            CheckpointError: it is something else.
+            CheckpointError: the value has another type.
         """
         array = self._array(key)
         if array is None:
@@ -131,7 +132,7 @@ class GgufFile:
             return list(struct.unpack_from(f"<{array.count}{_FORMATS[array.kind]}", bytes_, array.at))
 
     def head(self) -> bytes:
-        """All before the first tensor."""
+        """All bytes before the first tensor."""
         with self._opened() as bytes_:
             return bytes_[: self.data_at]
 
@@ -150,12 +151,12 @@ class GgufFile:
 
 
 def is_gguf(path: str | Path) -> bool:
-    """Whether the path is a file, and so can only be meant as GGUF."""
+    """Return whether the path is a file: a checkpoint that is a file must be GGUF."""
     return Path(path).is_file()
 
 
 class _Reader:
-    """Walks over the description."""
+    """Sequential reader of the header, the metadata and the tensor table."""
 
     def __init__(self, bytes_: mmap.mmap, path: Path, at: int = 0) -> None:
         self._bytes = bytes_
@@ -166,7 +167,7 @@ class _Reader:
         raise CheckpointError(f"{self._path} {how}; fetch it again")
 
     def start(self) -> tuple[int, int]:
-        """Numbers of tensors and of metadata entries."""
+        """Read the file's start: number of tensors, number of metadata entries."""
         found = self._bytes[:4]
         if found != _MAGIC:
             self.damaged(f"is no GGUF file (it begins with {found!r})")
@@ -217,7 +218,7 @@ class _Reader:
         return array
 
     def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
-        """Name, shape, type, offset behind the description."""
+        """Read a tensor's entry: name, shape, type, offset after `data_at`."""
         name, num_dimensions = self.string(), self.number("I")
         if num_dimensions > _MAX_DIMENSIONS:
             self.damaged(f"gives {name} {num_dimensions} dimensions")

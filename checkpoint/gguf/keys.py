@@ -1,4 +1,4 @@
-"""The keys of a GGUF file that describe its architecture: read with types, and none left unread. Knows no family."""
+"""Typed access to the architecture keys of a GGUF file, with a check that all were read. Knows no family."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _HARMLESS = frozenset(
         "rope.scaling.finetuned",
         "tensor_data_layout",
         "rope.scaling.original_context_length",
-        "attention.layer_norm_epsilon",  # of layer norms; the served families have none
-        "expert_used_count",  # of dense models, which have them as 0
+        "attention.layer_norm_epsilon",  # for layer norms, which no served family has
+        "expert_used_count",  # dense models may have it as 0
         "expert_count",
     }
 )
 
 
 class Keys:
-    """The architecture's keys of one file; remembers which were read."""
+    """Architecture keys of one file; records which keys were read."""
 
     def __init__(self, file: GgufFile) -> None:
         self.file = file
@@ -31,14 +31,14 @@ class Keys:
         self._read: set[str] = set()
 
     def has(self, name: str) -> bool:
-        """Whether the file holds the key."""
+        """Return whether the file has the key."""
         return self.prefix + name in self.file.metadata
 
     def number(self, name: str, default: Any = None) -> Any:
-        """A number, or one that all layers share.
+        """Read a number, or an array with the same number for all layers.
 
         Raises:
-            CheckpointError: there is none and no default, or layers differ.
+            CheckpointError: it is missing without a default, or layers differ.
         """
         self._read.add(name)
         found = self.file.metadata.get(self.prefix + name, default)
@@ -54,22 +54,22 @@ class Keys:
         return _shortest(found) if isinstance(found, float) else found
 
     def optional(self, name: str) -> Any:
-        """A number, or None where there is none or it is 0."""
+        """Read a number; None if it is missing or 0."""
         return self.number(name, 0) or None
 
     def neutral(self, **values: float) -> None:
-        """Refuse keys that say anything but the value at which they change nothing."""
+        """Refuse keys with a value other than 0 or the given one, which has no effect."""
         for name, value in values.items():
             if self.number(name, value) not in (0, value):
                 raise self.wrong(name, self.number(name), f"{value:g} for this architecture")
 
     def flag(self, name: str, default: bool = False) -> bool:
-        """True or false."""
+        """Read true or false."""
         self._read.add(name)
         return self.file.flag(self.prefix + name, default)
 
     def text(self, name: str, default: str) -> str:
-        """A string."""
+        """Read a string."""
         self._read.add(name)
         found = self.file.metadata.get(self.prefix + name, default)
         if not isinstance(found, str):
@@ -77,11 +77,11 @@ class Keys:
         return found
 
     def wrong(self, name: str, value: object, must_be: str) -> CheckpointError:
-        """The error for a key."""
+        """Make the error for a wrong key."""
         return CheckpointError(f"{self.file.path}: {self.prefix}{name} is {value!r}; served: {must_be}")
 
     def check_all_read(self) -> None:
-        """Refuse what we know nothing of: it could change the numbers."""
+        """Refuse unknown keys, because they could change the results."""
         for key, value in self.file.metadata.items():
             name = key.removeprefix(self.prefix)
             if key.startswith(self.prefix) and name not in self._read and name not in _HARMLESS and value:
@@ -93,14 +93,14 @@ class Keys:
 
 
 def heads_of(file: GgufFile) -> Heads:
-    """Heads of queries and keys."""
+    """Read the numbers of query heads and key heads."""
     keys = Keys(file)
     queries = keys.number("attention.head_count")
     return Heads(queries, keys.number("attention.head_count_kv", queries))
 
 
 def _shortest(value: float) -> float:
-    """The number that a config.json would have for this float32: the one of the fewest digits."""
+    """Decimal number with the fewest digits that gives this float32, as a config.json has it."""
     for digits in range(6, 9):
         short = float(f"{value:.{digits}g}")
         if struct.unpack("<f", struct.pack("<f", short)) == (value,):

@@ -1,7 +1,7 @@
-"""What GGUF calls a model's tensors, and what it did to them, by Hugging Face's names. Knows no number.
+"""Maps Hugging Face's tensor names to GGUF's tensors, with the converter's changes to them. Knows no number.
 
-`Piece` says where a tensor of Hugging Face's lies inside one of GGUF's: the converter stacks experts, turns the rows of
-queries and keys so that rotary pairs are neighbours (the "llama" architecture), and adds one to Gemma's norms.
+`Piece` is the place of a Hugging Face tensor inside a GGUF tensor. The converter stacks experts, reorders ("turns") the
+rows of queries and keys so that rotary pairs are neighbours (the "llama" architecture), and adds one to Gemma's norms.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _WHOLE = {
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-# Read with the config, not with the weights.
+# The config's reader reads these tensors, the weights' loader does not.
 FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _ATTENTION = {
     "attn_norm": "input_layernorm",
@@ -57,26 +57,26 @@ _GEMMA = ("gemma2", "gemma3")
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Where one of Hugging Face's tensors lies. `shape` is Hugging Face's."""
+    """Place of one Hugging Face tensor in a GGUF file. `shape` is Hugging Face's."""
 
-    stored: str  # GGUF's name
+    stored: str  # name of the GGUF tensor
     shape: tuple[int, ...]
-    expert: int | None = None  # index of the first dimension
-    turned_heads: int = 0  # rows of that many heads are turned
-    offset: float = 0.0  # what the converter added
-    value_part: str | None = None  # a second tensor: latent attention's way up is stored in two
+    expert: int | None = None  # index in the first dimension
+    turned_heads: int = 0  # number of heads whose rows were reordered; 0: none
+    offset: float = 0.0  # number that the converter added
+    value_part: str | None = None  # second tensor: latent attention's up-projection is stored in two parts
 
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """How many heads the rows of queries and keys make."""
+    """Number of heads in the rows of queries and keys."""
 
     queries: int
     keys: int
 
 
 def pieces(architecture: str, tensors: Mapping[str, StoredTensor], heads: Heads) -> dict[str, Piece]:
-    """Hugging Face's tensors by name. What has no name there keeps its own, and so is found to be extra."""
+    """Map Hugging Face's names to pieces. A tensor without such a name keeps its own and counts as unexpected."""
     found: dict[str, Piece] = {}
     for name, tensor in tensors.items():
         if name not in FACTORS:
@@ -107,7 +107,7 @@ def _pieces_of(
         rows = shape[0] * (shape[2] + (beside[1] if len(beside) == 3 else 0))
         yield at + "self_attn.kv_b_proj.weight", Piece(name, (rows, shape[1]), value_part=value)
     elif part == "attn_v_b" and f"blk.{layer}.attn_k_b.weight" in tensors:
-        return  # goes with attn_k_b
+        return  # part of the piece of attn_k_b
     elif part == "exp_probs_b":
         yield at + "mlp.gate.e_score_correction_bias", Piece(name, shape)
     elif (theirs := _plain_name(architecture, part)) is None:
@@ -124,19 +124,19 @@ def _plain_name(architecture: str, part: str) -> str | None:
     if architecture == "phi3" and part == "ffn_up":
         return "mlp.gate_up_proj"
     if architecture == "llama" and part == "attn_qkv":
-        return None  # which of its rows are turned, no converter of our time says
+        return None  # refused: it is unknown which rows were reordered
     if architecture == "llama" and part == "ffn_gate_inp":
         return "block_sparse_moe.gate"
     if part in _SHARED:
         return f"mlp.{'shared_experts' if architecture == 'deepseek2' else 'shared_expert'}.{_SHARED[part]}"
-    old = re.fullmatch(r"(ffn_gate|ffn_up|ffn_down)\.(\d+)", part)  # one tensor per expert, as files of 2023 have it
+    old = re.fullmatch(r"(ffn_gate|ffn_up|ffn_down)\.(\d+)", part)  # one tensor per expert, in files of 2023
     if old and architecture == "llama":
         return _expert_name(architecture, old[1] + "_exps").format(old[2])
     return _ATTENTION.get(part) or _FFN.get(part)
 
 
 def _expert_name(architecture: str, part: str) -> str:
-    """With a place for the expert's number."""
+    """Format string of an expert's tensor name, with a field for the expert's number."""
     inside = _EXPERTS[part]
     if architecture == "llama":
         return f"block_sparse_moe.experts.{{}}.{_MIXTRAL[inside]}"

@@ -1,4 +1,4 @@
-"""Rotary positions as GGUF says them, in Hugging Face's keys: metadata, and the factors that it keeps as tensors."""
+"""Converts GGUF's rotary positions to Hugging Face's keys: from metadata, and from factors stored as tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NO_MAGNITUDE = {"factor": 1.0, "attention_factor": 1.0}
 
 
 def read_rope(keys: Keys, width: int) -> dict[str, Any]:
-    """Rotary positions in Hugging Face's keys; `width`: how many numbers of a head are rotated."""
+    """Read rotary positions in Hugging Face's keys. `width`: number of rotated numbers per head."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base", 10000.0)}
     kind = keys.text("rope.scaling.type", "none")
     factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 0.0)) or None
@@ -23,7 +23,7 @@ def read_rope(keys: Keys, width: int) -> dict[str, Any]:
         raise keys.wrong("rope.scaling.type", kind, "none, linear, yarn, longrope")
     if any(factors) and kind in ("linear", "yarn"):
         raise keys.wrong("rope.scaling.type", kind, "none beside rotary factors (rope_freqs, rope_factors)")
-    if factors[0]:  # Llama 3's scaling, as the converter worked it out: one divisor per frequency
+    if factors[0]:  # Llama 3's scaling, converted to one divisor per frequency
         return {**rope, "rope_type": "longrope", "short_factor": factors[0], "long_factor": factors[0], **_NO_MAGNITUDE}
     if factors[1] and factors[2]:
         magnitude = keys.number("rope.scaling.attn_factor", 1.0)
@@ -45,13 +45,13 @@ def _yarn(keys: Keys, factor: float | None, original: int | None) -> dict[str, A
             yarn[name] = float(keys.number(f"rope.scaling.yarn_{name}"))
     if keys.has("rope.scaling.yarn_attn_factor"):
         yarn["attention_factor"] = keys.number("rope.scaling.yarn_attn_factor")
-    if keys.has("rope.scaling.yarn_log_multiplier"):  # DeepSeek's, a tenth of it; both of its weights are equal
+    if keys.has("rope.scaling.yarn_log_multiplier"):  # DeepSeek's mscale / 10; both weights are equal
         yarn["mscale"] = yarn["mscale_all_dim"] = round(keys.number("rope.scaling.yarn_log_multiplier") * 10.0, 7)
     return yarn
 
 
 def _factors(file: GgufFile, name: str, width: int) -> list[float]:
-    """Divisors of the rotary frequencies; empty where there are none, or where all are 1."""
+    """Read divisors of the rotary frequencies; empty if there are none, or if all of rope_freqs are 1."""
     tensor = file.tensors.get(name + ".weight")
     if tensor is None:
         return []

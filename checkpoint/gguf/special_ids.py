@@ -1,4 +1,4 @@
-"""What a GGUF file says of its tokens: which are special, which begin and end a text. Makes no tokenizer."""
+"""Reads special tokens of a GGUF file, including those that begin and end a text. Makes no tokenizer."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _SPECIAL_KEYS = {
     "eos_token": "eos_token_id",
     "pad_token": "padding_token_id",
     "unk_token": "unknown_token_id",
-    "sep_token": "seperator_token_id",  # GGUF spells it so
+    "sep_token": "seperator_token_id",  # GGUF's own spelling
     "cls_token": "cls_token_id",
     "mask_token": "mask_token_id",
 }
-# Files name one end of a text, but chats end in these too; Hugging Face's generation_config.json is not in the file.
+# A file names one end of a text, but chats also end with these, which only generation_config.json would name.
 CHAT_ENDS = frozenset(
     {
         *("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>", "<|end|>", "<end_of_turn>"),
@@ -27,14 +27,14 @@ CHAT_ENDS = frozenset(
 
 
 def special_tokens_of(file: GgufFile, tokens: Sequence[str] | None = None) -> dict[str, str]:
-    """The special tokens by the names that chat templates know."""
+    """Special tokens, by their names in chat templates."""
     tokens = tokens_of(file) if tokens is None else tokens
     named = {name: token_id(file, key) for name, key in _SPECIAL_KEYS.items()}
     return {name: tokens[id_] for name, id_ in named.items() if id_ is not None}
 
 
 def special_ids(file: GgufFile) -> frozenset[int]:
-    """All ids that the file names as special."""
+    """All ids that the file names as special, except the unknown token."""
     keys = (*_SPECIAL_KEYS.values(), "eot_token_id", "eom_token_id")
     return frozenset(
         id_ for id_ in (token_id(file, key) for key in keys if key != "unknown_token_id") if id_ is not None
@@ -42,12 +42,12 @@ def special_ids(file: GgufFile) -> frozenset[int]:
 
 
 def beginning_id(file: GgufFile) -> int | None:
-    """The beginning-of-sequence token, where there is one."""
+    """Id of the beginning-of-sequence token, or None."""
     return token_id(file, "bos_token_id")
 
 
 def end_ids(file: GgufFile, tokens: Sequence[str] | None = None) -> tuple[int, ...]:
-    """What ends a text: the ids that the file names, and the chat ends that its vocabulary holds as special tokens."""
+    """Ids that end a text: those that the file names, and the CHAT_ENDS that are special in its vocabulary."""
     tokens = tokens_of(file) if tokens is None else tokens
     named = [token_id(file, key) for key in ("eos_token_id", "eot_token_id", "eom_token_id")]
     kinds = token_kinds(file, tokens)
@@ -56,10 +56,10 @@ def end_ids(file: GgufFile, tokens: Sequence[str] | None = None) -> tuple[int, .
 
 
 def tokens_of(file: GgufFile) -> list[str]:
-    """The whole vocabulary, by id.
+    """Read the vocabulary: tokens in order of ids.
 
     Raises:
-        CheckpointError: the file holds none.
+        CheckpointError: the file has none.
     """
     tokens = file.strings("tokenizer.ggml.tokens")
     if not tokens:
@@ -68,10 +68,10 @@ def tokens_of(file: GgufFile) -> list[str]:
 
 
 def token_kinds(file: GgufFile, tokens: Sequence[str]) -> list[int]:
-    """`NORMAL`, `CONTROL` and so on, for each of the tokens.
+    """Read the kind (`NORMAL`, `CONTROL`, …) of each token.
 
     Raises:
-        CheckpointError: the file has another number of them.
+        CheckpointError: the number of kinds differs from the number of tokens.
     """
     kinds = file.numbers("tokenizer.ggml.token_type")
     if kinds and len(kinds) != len(tokens):
@@ -82,15 +82,15 @@ def token_kinds(file: GgufFile, tokens: Sequence[str]) -> list[int]:
 
 
 def token_id(file: GgufFile, key: str) -> int | None:
-    """The id under `tokenizer.ggml.<key>`; None: the file names none.
+    """Read the id under `tokenizer.ggml.<key>`. None: the file has none.
 
     Raises:
-        CheckpointError: it is no id of the vocabulary.
+        CheckpointError: it is not an id of the vocabulary.
     """
     found = file.metadata.get("tokenizer.ggml." + key)
     array = file.metadata.get("tokenizer.ggml.tokens")
     count = getattr(array, "count", 0)
-    if found is None or found in (-1, 0xFFFFFFFF):  # some converters write "none" so
+    if found is None or found in (-1, 0xFFFFFFFF):  # "none" of some converters
         return None
     if not isinstance(found, int) or isinstance(found, bool) or not 0 <= found < count:
         raise CheckpointError(f"{file.path}: tokenizer.ggml.{key} is {found!r}; must be below {count}")

@@ -29,7 +29,7 @@ class GgufSource:
     """Implements `TensorSource` for one GGUF file."""
 
     def __init__(self, path: Path) -> None:
-        """Read the description and check that every tensor lies in the file.
+        """Read metadata and tensor table, and check that every tensor is inside the file.
 
         Raises:
             CheckpointError: the file is damaged or truncated, or a tensor's type is not supported; names the tensor.

@@ -1,4 +1,4 @@
-"""Held-out documents as token ids, and what the n-gram baseline makes of them. Knows no network."""
+"""Held-out documents as token ids, and their perplexity under the n-gram baseline. Knows no network."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from .tokenizer import VOCAB_SIZE, encode_documents
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """The corpus in tokens, one array per document."""
+    """The corpus as token ids, one array per document."""
 
     train: list[npt.NDArray[np.int64]]
     held_out_text: list[npt.NDArray[np.int64]]  # sources and help topics
@@ -26,7 +26,7 @@ BEGINNING_TOKENS = 64
 
 
 def beginnings(documents: Sequence[Ids]) -> list[Ids]:
-    """The first tokens of each document, where a long context helps nobody yet."""
+    """First tokens of each document, where no model has a long context yet."""
     return [document[: BEGINNING_TOKENS + 1] for document in documents]
 
 
@@ -46,7 +46,7 @@ def load_split(folder: Path) -> Split:
 
 
 def ngram_figures(split: Split, order: int = 5) -> dict[str, float]:
-    """Held-out perplexities of the baselines, counted on the very documents that the network is trained on."""
+    """Held-out perplexities of the baselines, which are counted on the network's training documents."""
     plain = KneserNey(split.train, VOCAB_SIZE, order=order)
     modified = KneserNey(split.train, VOCAB_SIZE, order=order, modified=True)
     return {

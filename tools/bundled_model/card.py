@@ -1,4 +1,4 @@
-"""The model card, filled with what the run and its evaluation measured. Knows how nothing was measured."""
+"""Model card, filled with the figures of the training run and its evaluation. Measures nothing itself."""
 
 from pathlib import Path
 from typing import Any

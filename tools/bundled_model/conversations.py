@@ -1,4 +1,4 @@
-"""Conversations made from sources and help topics: questions that the text itself answers. Knows no tokenizer.
+"""Conversations made from sources and help topics: questions whose answers are in the text. Knows no tokenizer.
 
 Every choice is drawn from a generator seeded with the document's path, so the same Python gives the same conversations.
 """
@@ -91,7 +91,7 @@ _INTRODUCTION = (
 
 
 class _Subject(NamedTuple):
-    """A documented function, class or method of a module."""
+    """Documented function, class or method of a module."""
 
     name: str
     doc: str
@@ -100,7 +100,7 @@ class _Subject(NamedTuple):
 
 
 def from_source(path: str, text: str) -> list[Conversation]:
-    """Conversations about one module: its purpose, its names, and what some of them do and look like."""
+    """Make conversations about one module: its purpose, its names, and use and source of some of them."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -124,7 +124,7 @@ def from_source(path: str, text: str) -> list[Conversation]:
 
 
 def from_topic(name: str, text: str) -> list[Conversation]:
-    """Conversations about one topic of `help()`; the second turn goes on where the first one stopped."""
+    """Make conversations about one topic of `help()`; the second turn continues the text of the first one."""
     rng = random.Random(name)
     called = f"the {name} statement" if name in _STATEMENTS else name.replace("-", " ")
     paragraphs = [part for part in text.split("\n\n") if part.strip(" *-=\n")]
@@ -145,7 +145,7 @@ def from_topic(name: str, text: str) -> list[Conversation]:
 
 
 def small_talk() -> list[Conversation]:
-    """Greetings and thanks, so that a chat may begin and end as chats do."""
+    """Make conversations of greetings and thanks, which usual chats begin and end with."""
     rng = random.Random(0)
     made = []
     for greeting in _GREETINGS:
@@ -204,7 +204,7 @@ def _about_module(module: str, tree: ast.Module, rng: random.Random) -> list[Mes
 
 
 def _about_object(subject: _Subject, rng: random.Random) -> list[Message]:
-    """Up to three questions with their answers, in a random order."""
+    """Make up to three questions with their answers, in random order."""
     pairs: list[tuple[tuple[str, ...], str]] = [(_ABOUT_OBJECT, subject.doc)]
     if subject.signature:
         pairs.append((_SIGNATURE, f"```python\n{subject.signature}\n```"))
@@ -230,7 +230,7 @@ def _goodbye(rng: random.Random) -> Conversation:
 
 
 def _join_paragraphs(paragraphs: list[str], start: int) -> tuple[str, int]:
-    """Paragraphs from `start` on, as many as an answer holds, and the index after the last of them."""
+    """Join paragraphs from `start` on, up to the length of an answer. Also returns the index after the last one."""
     taken: list[str] = []
     size = 0
     for index in range(start, len(paragraphs)):

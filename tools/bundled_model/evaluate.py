@@ -42,7 +42,7 @@ CHATS = (
 
 @torch.no_grad()
 def window_losses(network: Network, document: npt.NDArray[np.int64]) -> torch.Tensor:
-    """Losses in nats of `document[1:]`, each token in the first window that holds it, [len(document) - 1]."""
+    """Losses in nats of `document[1:]`, [len(document) - 1]; each token in the first window that contains it."""
     tokens = torch.from_numpy(document)
     losses: list[torch.Tensor] = []
     done = 1
@@ -58,13 +58,13 @@ def window_losses(network: Network, document: npt.NDArray[np.int64]) -> torch.Te
 
 
 def perplexity(network: Network, documents: Sequence[npt.NDArray[np.int64]]) -> float:
-    """Per token, over all documents together."""
+    """Perplexity per token, over all documents together."""
     return math.exp(torch.cat([window_losses(network, document) for document in documents]).double().mean().item())
 
 
 def chat_figures(folder: Path) -> dict[str, int]:
-    """How many replies of the three-turn chats end with the token that ends a turn. Prints the chats."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # needed here only; training does without
+    """Count the replies of the three-turn chats that end with the end-of-turn token. Prints the chats."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # training does not need it
 
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -92,7 +92,7 @@ def chat_figures(folder: Path) -> dict[str, int]:
 
 
 def machine() -> str:
-    """This machine in words, without its name."""
+    """Description of this machine, without its name."""
     model = platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -104,7 +104,7 @@ def machine() -> str:
 
 
 def evaluate(folder: Path, num_threads: int) -> None:
-    """Measure the model in `folder`; write training.json and MODEL_CARD.md there."""
+    """Measure the model in `folder`, and write training.json and MODEL_CARD.md there."""
     torch.set_num_threads(num_threads)
     progress_file, facts_file = folder / "progress.json", folder / "training.json"
     run = json.loads(progress_file.read_text()) if progress_file.exists() else json.loads(facts_file.read_text())["run"]
@@ -142,7 +142,7 @@ def evaluate(folder: Path, num_threads: int) -> None:
 
 
 def training_command(run: dict[str, object]) -> str:
-    """The command line that such a run was started with."""
+    """Command line of a training run."""
     options = f"--minutes {run['minutes']:g} --threads {run['threads']} --seed {run['seed']}"
     return (
         f"PYTHONPATH=tools python -m bundled_model.train {options}{' --compile' if run['compiled'] else ''} --out DIR"

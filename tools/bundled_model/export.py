@@ -24,7 +24,7 @@ def export_model(network: Network, tokenizer: Tokenizer, folder: Path) -> None:
     partial = folder / "model.safetensors.partial"
     save_file(weights, partial, metadata={"format": "pt"})
     partial.chmod(0o644)
-    partial.replace(folder / "model.safetensors")  # a reader never sees half a file
+    partial.replace(folder / "model.safetensors")  # atomic: readers never see a partial file
     write_tokenizer(tokenizer, folder)
 
 
@@ -33,7 +33,7 @@ def _write_json(path: Path, value: object) -> None:
 
 
 def load_network(folder: Path) -> Network:
-    """The network of an exported folder, its bfloat16 weights widened to float32."""
+    """Load the network of an exported folder; its bfloat16 weights become float32."""
     config = json.loads((folder / "config.json").read_text())
     shape = Shape(
         vocab_size=config["vocab_size"],

@@ -1,4 +1,4 @@
-"""The Llama network as it is trained: fused projections, no cache. Knows no text and no optimizer.
+"""Llama network for training: fused projections, no cache. Knows no text and no optimizer.
 
 Exported weights give the same logits in any implementation of Llama (Touvron et al. 2023) with grouped-query attention
 (Ainslie et al. 2023): RMSNorm before each block, rotary positions on half-rotated heads, SwiGLU, tied embeddings.
@@ -27,7 +27,7 @@ class Shape:
 
 
 def rotary_table(num_positions: int, shape: Shape) -> tuple[Tensor, Tensor]:
-    """Cosine and sine, each [num_positions, head_dim], both halves alike."""
+    """Cosine and sine, each [num_positions, head_dim]; both halves of a row are equal."""
     inverse_frequency = shape.rope_theta ** (-torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim)
     angle = torch.arange(num_positions, dtype=torch.float32)[:, None] * inverse_frequency
     angle = torch.cat((angle, angle), dim=-1)
@@ -40,9 +40,9 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Each query over the keys up to its own place, some rows of queries at a time against just the keys they can see.
+    """Causal attention, computed in slabs of query rows, each only with the keys that it can see.
 
-    q  [batch, num_heads, length, head_dim]; k, v  [batch, num_kv_heads, length, head_dim]; the result is as q.
+    q  [batch, num_heads, length, head_dim]; k, v  [batch, num_kv_heads, length, head_dim]; result: shape of q.
     On processors without matrix tiles this takes half the time of torch's own attention in bfloat16.
     """
     batch, num_heads, length, head_dim = q.shape
@@ -84,7 +84,7 @@ class Block(nn.Module):
         self.down = nn.Linear(shape.ffn, shape.hidden, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x  [batch, length, hidden] -> the same shape."""
+        """Compute the layer: x  [batch, length, hidden] -> same shape."""
         batch, length, _ = x.shape
         qkv = self.qkv(self.attention_norm(x)).view(batch, length, -1, self.shape.head_dim).transpose(1, 2)
         q, k, v = qkv.split([size // self.shape.head_dim for size in self.sizes], dim=1)
@@ -96,7 +96,7 @@ class Block(nn.Module):
 
 
 class Network(nn.Module):
-    """Token ids in, logits out."""
+    """Network from token ids to logits."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -114,11 +114,11 @@ class Network(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
         for block in self.blocks:
             assert isinstance(block, Block)
-            for writer in (block.out, block.down):  # what adds to the residual stream starts at zero
+            for writer in (block.out, block.down):  # outputs to the residual stream start at zero
                 nn.init.zeros_(writer.weight)
 
     def hidden(self, tokens: Tensor) -> Tensor:
-        """tokens  [batch, length] -> the normed last hidden state, [batch, length, hidden]."""
+        """Compute the normalised last hidden state [batch, length, hidden] of tokens [batch, length]."""
         x = self.embedding(tokens)
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         key = (tokens.shape[1], dtype)
@@ -131,15 +131,15 @@ class Network(nn.Module):
         return out
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens  [batch, length] -> logits  [batch, length, vocab_size]."""
+        """Compute the logits [batch, length, vocab_size] of tokens [batch, length]."""
         return F.linear(self.hidden(tokens), self.embedding.weight)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross entropy of `targets`, [batch, length], in nats."""
+        """Mean cross entropy of `targets` [batch, length], in nats."""
         return self._cross_entropy(self.hidden(tokens), self.embedding.weight, targets)
 
     def compile_parts(self) -> None:
-        """Compile each layer and the loss by themselves: once per sequence length, in seconds, for twice the speed."""
+        """Compile each layer and the loss separately, once per sequence length: takes seconds, doubles the speed."""
         for block in self.blocks:
             block.compile(dynamic=False)
         self._cross_entropy = torch.compile(_cross_entropy, dynamic=False)

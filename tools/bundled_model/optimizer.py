@@ -14,7 +14,7 @@ _QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalise(matrix: Tensor, num_steps: int = 5) -> Tensor:
-    """Roughly the nearest matrix with all singular values near one. `matrix`  [rows, columns]; bfloat16 within."""
+    """Approximate the nearest matrix with all singular values one. `matrix` [rows, columns]; computes in bfloat16."""
     a, b, c = _QUINTIC
     wide: Tensor = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     x = (wide / (wide.norm() + 1e-7)).bfloat16()
@@ -26,7 +26,7 @@ def orthogonalise(matrix: Tensor, num_steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, made orthogonal per matrix; the pieces are the row counts of a fused weight's matrices."""
+    """Nesterov momentum, orthogonalised per matrix. Pieces are the row counts of the matrices in a fused weight."""
 
     def __init__(self, matrices: Sequence[tuple[Tensor, tuple[int, ...]]], *, lr: float, weight_decay: float) -> None:
         groups = [{"params": [parameter], "pieces": pieces} for parameter, pieces in matrices]
@@ -45,10 +45,10 @@ class Muon(torch.optim.Optimizer):
                 for piece, part in zip(
                     parameter.split(list(group["pieces"])), direction.split(list(group["pieces"])), strict=True
                 ):
-                    # 0.2 sqrt(max side) gives the root-mean-square of an AdamW update, so both take the same rates.
+                    # 0.2 sqrt(max side) gives the root mean square of an AdamW update, so both use the same rates.
                     piece.add_(orthogonalise(part), alpha=-group["lr"] * 0.2 * max(part.shape) ** 0.5)
 
 
 def adamw(parameters: Iterable[nn.Parameter], *, lr: float) -> torch.optim.AdamW:
-    """AdamW for what is no matrix of a layer: embeddings and norms."""
+    """Make AdamW for parameters that are no matrix of a layer: embeddings and norms."""
     return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)

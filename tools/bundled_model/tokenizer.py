@@ -49,7 +49,7 @@ CHAT_TEMPLATE = """\
 
 
 def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
-    """Learn the merges from `texts`. Any UTF-8 text encodes and decodes to itself; encoding puts BOS in front."""
+    """Learn the merges from `texts`. Any UTF-8 text survives encoding and decoding; encoding prepends BOS."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
@@ -67,19 +67,19 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
 
 
 def special_id(tokenizer: Tokenizer, token: str) -> int:
-    """The id of a special token, which every tokenizer trained here has."""
+    """Id of a special token; every tokenizer trained here has it."""
     number = tokenizer.token_to_id(token)
     assert number is not None, token
     return int(number)
 
 
 def render(messages: Sequence[Message]) -> str:
-    """The text of a finished conversation, exactly as `CHAT_TEMPLATE` gives it without a generation prompt."""
+    """Text of a finished conversation, equal to that of `CHAT_TEMPLATE` without a generation prompt."""
     return BOS + "".join(f"<|{role}|>{content}{END}" for role, content in messages)
 
 
 def encode_documents(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[npt.NDArray[np.int64]]:
-    """One array of token ids per document: BOS first, EOS last."""
+    """Encode each document to an array of token ids: BOS first, EOS last."""
     texts = [render(document.messages) if document.messages else BOS + document.text for document in documents]
     eos = special_id(tokenizer, EOS)
     encodings = tokenizer.encode_batch(texts, add_special_tokens=False)

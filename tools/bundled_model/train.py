@@ -1,7 +1,7 @@
 """Trains the bundled model: `python -m bundled_model.train --minutes 60 --out DIR`.
 
-The length of the run is wall-clock time: learning rates and sequence lengths follow the fraction of it that has passed,
-so a run on a busy machine sees fewer tokens and still ends annealed and on long sequences.
+The length of the run is wall-clock time. Learning rates and sequence lengths depend on the fraction that has passed, so
+a run on a busy machine uses fewer tokens, but still ends with low rates and long sequences.
 """
 
 import argparse
@@ -23,12 +23,12 @@ from .optimizer import Muon, adamw
 from .tokenizer import encode_documents, render, train_tokenizer
 
 TOKENS_PER_STEP = 8_192
-TOKENS_PER_PASS = 4_096  # forward and backward; the rest of a step is accumulated
+TOKENS_PER_PASS = 4_096  # tokens per forward and backward pass; a step accumulates several
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What one run does. Rates are those of the plateau."""
+    """Settings of one run. Learning rates are those of the plateau."""
 
     minutes: float
     out: Path
@@ -42,7 +42,7 @@ class Plan:
 
 
 def rate_at(fraction: float) -> float:
-    """The learning rate's factor when this fraction of the time has passed: up in 1 %, flat to 35 %, then down to 0."""
+    """Factor on learning rates after this fraction of the time: rises until 1 %, flat until 35 %, then falls to 0."""
     return min(fraction / 0.01, 1.0, max(1.0 - fraction, 0.0) / 0.65)
 
 
@@ -50,7 +50,7 @@ LENGTHS = (512, 1_024, 2_048, 4_096)
 
 
 def length_at(fraction: float, step: int) -> int:
-    """The sequence length: 512 first, 1,024 later, and for the last eighth of the time 2,048 and 4,096 in turn."""
+    """Sequence length: first 512, later 1,024, in the last eighth of the time 2,048 and 4,096 alternately."""
     if fraction < 0.5:
         return 512
     if fraction < 0.875:
@@ -59,7 +59,7 @@ def length_at(fraction: float, step: int) -> int:
 
 
 class TokenStream:
-    """Training documents end to end, shuffled anew for each epoch."""
+    """Stream of the training documents, joined and shuffled again for each epoch."""
 
     def __init__(self, documents: list[npt.NDArray[np.int64]], seed: int) -> None:
         self._documents = documents
@@ -68,7 +68,7 @@ class TokenStream:
         self.num_epochs = 0
 
     def take(self, num_tokens: int, length: int) -> tuple[Tensor, Tensor]:
-        """Inputs and their next tokens, each [num_tokens / length, length]."""
+        """Take inputs and their next tokens, each [num_tokens / length, length]."""
         while len(self._rest) <= num_tokens:
             order = self._random.permutation(len(self._documents))
             self._rest = np.concatenate([self._rest, *(self._documents[index] for index in order)])
@@ -79,7 +79,7 @@ class TokenStream:
 
 
 def prepare() -> tuple[Tokenizer, list[npt.NDArray[np.int64]]]:
-    """Collect the corpus, learn the tokenizer from its training part, and encode that part."""
+    """Collect the corpus, train the tokenizer on its training part, and encode this part."""
     documents = [document for document in collect() if not document.held_out]
     tokenizer = train_tokenizer(render(d.messages) if d.messages else d.text for d in documents)
     encoded = encode_documents(tokenizer, documents)
@@ -89,7 +89,7 @@ def prepare() -> tuple[Tokenizer, list[npt.NDArray[np.int64]]]:
 
 
 def make_optimizers(network: Network, plan: Plan) -> list[torch.optim.Optimizer]:
-    """Muon for every layer's matrices, AdamW for the rest."""
+    """Make Muon for the matrices of all layers, and AdamW for the other parameters."""
     shape = network.shape
     matrices: list[tuple[Tensor, tuple[int, ...]]] = []
     for block in network.blocks:
@@ -107,7 +107,7 @@ def make_optimizers(network: Network, plan: Plan) -> list[torch.optim.Optimizer]
 
 
 def train_step(network: Network, stream: TokenStream, length: int, optimizers: list[torch.optim.Optimizer]) -> float:
-    """One update from `TOKENS_PER_STEP` tokens; returns their mean loss in nats."""
+    """Make one update from `TOKENS_PER_STEP` tokens. Returns their mean loss in nats."""
     total = 0.0
     passes = TOKENS_PER_STEP // TOKENS_PER_PASS
     for _ in range(passes):
@@ -124,7 +124,7 @@ def train_step(network: Network, stream: TokenStream, length: int, optimizers: l
 
 
 def warm_up(network: Network) -> None:
-    """Compile for every length before the clock starts."""
+    """Compile the network for every sequence length, before the time of the run starts."""
     network.compile_parts()
     for length in LENGTHS:
         started = time.monotonic()
@@ -136,16 +136,16 @@ def warm_up(network: Network) -> None:
 
 
 class Run:
-    """A network in training, with all that must be kept to go on after an interruption."""
+    """Network in training, with all state that is needed to continue after an interruption."""
 
     def __init__(self, plan: Plan) -> None:
-        """Start anew, or where `plan.out` holds a state, where that one stopped."""
+        """Start a run, or continue the one whose state is in `plan.out`."""
         torch.manual_seed(plan.seed)
         self.plan, self.network = plan, Network(Shape())
         self.optimizers = make_optimizers(self.network, plan)
         self.bases = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         self.step, self.elapsed_s, self.loss = 0, 0.0, 0.0
-        self.resumed: list[dict[str, float]] = []  # at which step, and how long the run was to be until then
+        self.resumed: list[dict[str, float]] = []  # per continuation: step, and length planned before
         if self._file.exists():
             state = torch.load(self._file, weights_only=True)
             self.network.load_state_dict(state["network"])
@@ -160,17 +160,17 @@ class Run:
 
     @property
     def fraction(self) -> float:
-        """How much of the time has passed, 0 to 1 and a little more."""
+        """Fraction of the time that has passed: 0 to slightly more than 1."""
         return self.elapsed_s / (self.plan.minutes * 60)
 
     def set_rates(self) -> None:
-        """Give the optimizers the rates of this moment."""
+        """Set the optimizers' current learning rates."""
         for optimizer, rates in zip(self.optimizers, self.bases, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * rate_at(self.fraction)
 
     def keep(self) -> None:
-        """Write the state from which `Run` goes on."""
+        """Write the state from which `Run` can continue."""
         state = {
             "network": self.network.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -186,7 +186,7 @@ class Run:
 
 
 def train(plan: Plan) -> None:
-    """Run the plan; `plan.out` holds the newest state and export, and `progress.json` when the time is up."""
+    """Run the plan. `plan.out` gets the newest state and export, and at the end `progress.json`."""
     torch.set_num_threads(plan.num_threads)
     plan.out.mkdir(parents=True, exist_ok=True)
     tokenizer, documents = prepare()

@@ -1,4 +1,4 @@
-"""The trained network's weights and sizes under Hugging Face's names. Knows no file."""
+"""Converts the trained network's weights and sizes to Hugging Face's names. Knows no file."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from .network import Block, Network, Shape
 
 
 def hugging_face_weights(network: Network) -> dict[str, Tensor]:
-    """The weights under Hugging Face's names, projections apart. The tied output matrix is not repeated."""
+    """Weights under Hugging Face's names, with separate projections and without the tied output matrix."""
     weights = {"model.embed_tokens.weight": network.embedding.weight, "model.norm.weight": network.norm.weight}
     for index, block in enumerate(network.blocks):
         assert isinstance(block, Block)
@@ -29,7 +29,7 @@ def hugging_face_weights(network: Network) -> dict[str, Tensor]:
 
 
 def from_hugging_face(weights: dict[str, Tensor], shape: Shape) -> dict[str, Tensor]:
-    """The state of a `Network` from weights under Hugging Face's names; the reverse of `hugging_face_weights`."""
+    """State of a `Network` from weights under Hugging Face's names; the inverse of `hugging_face_weights`."""
     state = {"embedding.weight": weights["model.embed_tokens.weight"], "norm.weight": weights["model.norm.weight"]}
     for index in range(shape.num_layers):
         theirs, ours = f"model.layers.{index}", f"blocks.{index}"
@@ -48,7 +48,7 @@ def from_hugging_face(weights: dict[str, Tensor], shape: Shape) -> dict[str, Ten
 
 
 def hugging_face_config(shape: Shape, *, context_tokens: int, bos: int, eos: int, pad: int) -> dict[str, object]:
-    """config.json of the exported model."""
+    """Contents of config.json of the exported model."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
