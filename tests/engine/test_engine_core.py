@@ -24,6 +24,7 @@ from twostroke.engine.link.messages import (
 )
 from twostroke.engine.plan import StepResult
 from twostroke.engine.policy import StepLimits
+from twostroke.engine.step_times import StepTimes
 from twostroke.kv.cache.pool import BlockPool
 from twostroke.kv.cache.prefix import PrefixCache
 
@@ -110,3 +111,19 @@ def test_stop_ends_everything_and_takes_nothing_in():
     assert [item.reason for item in core.handle(Stop(), 0.0)] == [FinishReason.CANCELLED] * 2
     assert [item.reason for item in core.handle(local("c"), 0.0)] == [FinishReason.CANCELLED]
     assert core.num_live == 0
+
+
+@pytest.mark.parametrize(("prompt_logprobs", "num_tokens"), [(None, 160), (3, 48)])
+def test_a_prompt_whose_logprobs_are_wanted_gets_a_chunk_by_its_own_price(prompt_logprobs, num_tokens):
+    core = small_core(num_blocks=64, target_ms=60.0)
+    core.handle(local("decoding"), 0.0)
+    core.tick(0.0)
+    plan = core.plan(0.0)
+    core.apply(plan, StepResult(plan.step, ((5,),)), 0.0)
+    params = SamplingParams(4, prompt_logprobs=prompt_logprobs)
+    prompt = tuple(range(100, 500))
+    core.handle(Submit(SequenceKey("long", 0), Source.LOCAL, prompt, (), ROOT, params), 0.0)
+    core.tick(0.0)
+    core.set_times(StepTimes(20.0, 0.25, 0.0, 0.8))
+    decode, chunk = core.plan(0.0).sequences
+    assert (decode.num_tokens, chunk.num_tokens) == (1, num_tokens)

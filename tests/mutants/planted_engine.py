@@ -233,4 +233,13 @@ _TASTE = [
     Mutant("engine/step_times.py", "            if a < 0:\n", "            if False:\n"),
 ]
 
-MUTANTS = [*_ENGINE, *_AROUND, *_TASTE]
+_PLANS = [
+    Mutant("engine/link/plan_stream.py", "        gone = self._forget()\n", "        gone = ()\n"),
+    Mutant("engine/link/plan_stream.py", "known.step, known.message = step, self._message", "known.step = step"),
+    Mutant("engine/link/plan_stream.py", "or message != self._message + 1", ""),
+    Mutant("engine/link/plan_stream.py", "        self._is_whole = True\n\n    def encode", "\n    def encode"),
+    Mutant("engine/link/plan_stream.py", "if more > 0 and all(", "if more > 0 and any("),
+    Mutant("engine/link/plan_stream.py", "        self._free += slots\n", ""),
+]
+
+MUTANTS = [*_ENGINE, *_AROUND, *_TASTE, *_PLANS]
