@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from twostroke.core.request import SamplingParams, SequenceKey
 from twostroke.engine.link.plan_stream import MAX_ABSENT_STEPS, PlanGap, PlanReceiver, PlanSender
-from twostroke.engine.link.wire import WireError, encode
+from twostroke.engine.link.wire import WireError, decode, encode
 from twostroke.engine.plan import History, SampledPlace, SequenceStep, StepPlan
 
 PARAMS = SamplingParams(100, 0.7, seed=3, stop=("é",))
@@ -64,6 +64,13 @@ def test_a_sequence_that_pauses_is_known_for_a_while_and_whole_again_afterwards(
             data = sender.encode(plan)
             assert receiver.decode(data) == plan
         assert (b"paused" in data) == is_whole
+
+
+def test_slots_of_sequences_that_are_gone_are_used_again():
+    sender = PlanSender()
+    for step in range(300):
+        rows = decode(sender.encode(StepPlan(step, (decode_step(f"r{step}", 20),))))[3]
+        assert max(rows) <= MAX_ABSENT_STEPS + 1
 
 
 def test_a_receiver_that_missed_a_message_says_so_until_the_sender_resets():

@@ -238,7 +238,12 @@ _PLANS = [
     Mutant("engine/link/plan_stream.py", "known.step, known.message = step, self._message", "known.step = step"),
     Mutant("engine/link/plan_stream.py", "or message != self._message + 1", ""),
     Mutant("engine/link/plan_stream.py", "        self._is_whole = True\n\n    def encode", "\n    def encode"),
-    Mutant("engine/link/plan_stream.py", "if more > 0 and all(", "if more > 0 and any("),
+    Mutant(
+        "engine/link/plan_stream.py",
+        "if more > 0 and all(",
+        "if more > 0 and any(",
+        survives="a growth that does not fit is overruled by the changed field: more bytes, the same plan",
+    ),
     Mutant("engine/link/plan_stream.py", "        self._free += slots\n", ""),
 ]
 
