@@ -40,31 +40,31 @@ class Driver:
     # ------------------------------------------------------------------ StreamHost
 
     def now_s(self) -> float:
-        """See StreamHost."""
+        """Implements `StreamHost.now_s`."""
         return self._clock.now_s()
 
     def after(self, delay_s: float, act: Callable[[], None]) -> asyncio.TimerHandle:
-        """See StreamHost."""
+        """Implements `StreamHost.after`."""
         return asyncio.get_running_loop().call_later(delay_s, act)
 
     def listen(self, hear: Hear) -> None:
-        """See StreamHost."""
+        """Implements `StreamHost.listen`."""
         self._hear = hear
 
     def send(self, envelope: bytes) -> None:
-        """See StreamHost. Bounded by the machine: credits, beats and silence."""
+        """Implements `StreamHost.send`. The machine bounds the queue by credits, beats and silence."""
         if not self._closing.is_set():
             self._queue.append(envelope)
             self._wake.set()
 
     def close(self, *, now: bool) -> None:
-        """See StreamHost."""
+        """Implements `StreamHost.close`."""
         self._closes_now = now
         self._closing.set()
         self._wake.set()
 
     def check(self, check: Check, answered: Callable[[bool], None]) -> None:
-        """See StreamHost. Numpy frees the interpreter while it works in a thread."""
+        """Implements `StreamHost.check`. Numpy frees the interpreter while it works in a thread."""
         if check.size_bytes <= INLINE_BYTES:
             answered(check.holds())
             return
@@ -77,7 +77,7 @@ class Driver:
         future.add_done_callback(partial(self._checked, answered))
 
     def trace(self, action: Action) -> None:
-        """See StreamHost."""
+        """Implements `StreamHost.trace`."""
         if log.isEnabledFor(logging.DEBUG) and not isinstance(action, Send):
             log.debug("%s", action)
 

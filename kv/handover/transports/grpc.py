@@ -69,14 +69,14 @@ class ServerStream:
         self._context = context
 
     async def send(self, envelope: bytes) -> None:
-        """See ByteStream."""
+        """Implements `ByteStream.send`."""
         try:
             await self._context.write(envelope)
         except (grpc.aio.AbortError, grpc.aio.UsageError, grpc.RpcError, grpc.aio.InternalError) as error:
             raise ConnectionError(str(error)) from error
 
     async def receive(self) -> bytes | None:
-        """See ByteStream."""
+        """Implements `ByteStream.receive`."""
         try:
             message = await self._context.read()
         except (grpc.aio.AbortError, grpc.aio.UsageError, grpc.RpcError, grpc.aio.InternalError):
@@ -91,14 +91,14 @@ class ClientStream:
         self._call = call
 
     async def send(self, envelope: bytes) -> None:
-        """See ByteStream."""
+        """Implements `ByteStream.send`."""
         try:
             await self._call.write(envelope)
         except (grpc.RpcError, grpc.aio.UsageError, grpc.aio.InternalError) as error:
             raise ConnectionError(str(error)) from error
 
     async def receive(self) -> bytes | None:
-        """See ByteStream."""
+        """Implements `ByteStream.receive`."""
         try:
             message = await self._call.read()
         except (grpc.RpcError, grpc.aio.UsageError, grpc.aio.InternalError):
