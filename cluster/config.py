@@ -23,7 +23,7 @@ from ..kv.config import CacheConfig
 from ..router.config import RouterConfig
 
 ENVIRONMENT_PREFIX = "TWOSTROKE__"
-STDIN = Path("-")  # as a configuration file: one that holds keys need not lie anywhere
+STDIN = Path("-")  # as a configuration file: a configuration with keys need not be stored in a file
 
 
 MetricsPort = Annotated[
@@ -33,7 +33,7 @@ MetricsPort = Annotated[
 
 
 class ClusterConfig(Section):
-    """How many workers of which role, and who starts them."""
+    """Number of workers per role, launcher, and timeouts of the processes."""
 
     prefill: int = Field(1, ge=0, le=64, description="prefill workers; 0: combined workers, no disaggregation")
     decode: int = Field(1, ge=1, le=64, description="decode workers (combined ones when prefill is 0)")
@@ -66,7 +66,7 @@ class ClusterConfig(Section):
 
 
 class Config(Section):
-    """Everything, in the sections of the parts that own them."""
+    """All settings; each section belongs to one part."""
 
     model: ModelConfig = ModelConfig()
     cache: CacheConfig = CacheConfig()
@@ -109,7 +109,7 @@ def _read_file(file: Path) -> dict[str, Any]:
 
 
 def _yaml_mistake(error: yaml.YAMLError) -> str:
-    """What is wrong and where, without the lines themselves: they may hold a key."""
+    """Description and position of a YAML error, without the line itself, which may hold a key."""
     mark = getattr(error, "problem_mark", None)
     what = getattr(error, "problem", None) or "it is no YAML"
     return f"line {mark.line + 1}, column {mark.column + 1}: {what}" if mark else what
@@ -130,7 +130,7 @@ def _put(values: dict[str, Any], path: list[str], value: Any) -> None:
     for index, part in enumerate(parents):
         inner = values.setdefault(part, {})
         if not isinstance(inner, dict):
-            where = ".".join(parents[: index + 1])  # and not its value, which may be a key
+            where = ".".join(parents[: index + 1])  # the value is not shown, because it may be a key
             raise ConfigError(f"{'.'.join(path)} is not a setting; {where} is given as one value, without keys in it")
         values = inner
     values[last] = value

@@ -1,4 +1,4 @@
-"""Who should run, and when the dead and the frozen come back: restarts with back-off. Knows no process, no clock."""
+"""Restart decisions for the wanted members, dead or unresponsive, with back-off. Knows no process, no clock."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from enum import Enum
 
 
 class Standing(Enum):
-    """Where a member stands."""
+    """State of a member."""
 
     STARTING = "starting"
     READY = "ready"
     WAITING = "waiting"  # dead, its back-off runs
-    STOPPED = "stopped"  # wanted gone
+    STOPPED = "stopped"  # must not run any more
 
 
 class Use(Enum):
-    """Of what use the router finds a member."""
+    """Availability of a member as the router reports it."""
 
     SERVES = "serves"
-    DRAINS = "drains"  # takes nothing new; nobody of us asked for it, else the member would be STOPPED
-    NONE = "none"  # unknown, silent or out of reach
+    DRAINS = "drains"  # refuses new work, though the supervisor did not stop it: then it would be STOPPED
+    NONE = "none"  # unknown, silent or unreachable
 
 
 @dataclass(frozen=True, slots=True)
 class BackOff:
-    """First restart at once, then doubling waits; a long healthy run forgives."""
+    """Restart delays: the first restart at once, then doubling waits; a long healthy run resets the count."""
 
     first_s: float = 0.0
     base_s: float = 0.5
@@ -33,7 +33,7 @@ class BackOff:
     forgiven_after_s: float = 60.0
 
     def wait_s(self, failures_in_a_row: int) -> float:
-        """Seconds to wait before the restart that follows the n-th failure in a row (n from 1)."""
+        """Seconds to wait before the restart after the n-th failure in a row (n from 1)."""
         if failures_in_a_row <= 1:
             return self.first_s
         return float(min(self.longest_s, self.base_s * 2 ** min(failures_in_a_row - 2, 30)))
@@ -41,11 +41,11 @@ class BackOff:
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """How long a process that exists may be of no use before it is replaced, in seconds."""
+    """Longest time that a running process may be unavailable before it is replaced, in seconds."""
 
-    missing_s: float = 20.0  # it served before
-    draining_s: float = 20.0  # it takes nothing new, and what it runs may end; there is no way back from a drain
-    starting_s: float = 120.0  # it has never served
+    missing_s: float = 20.0  # for a process that served before
+    draining_s: float = 20.0  # for a draining process, which never takes new work again
+    starting_s: float = 120.0  # for a process that has never served
 
 
 @dataclass(slots=True)
@@ -57,19 +57,19 @@ class _Member:
     due_s: float = 0.0
     last_words: str = ""
     use: Use = Use.SERVES  # as last seen
-    missing_since_s: float | None = None  # READY, but the cluster cannot use it, for the same reason since then
+    missing_since_s: float | None = None  # when a READY member became unavailable, for the reason in `use`
 
 
 @dataclass(slots=True)
 class RestartBook:
-    """The wanted members and their standing. One owner of restarts: nothing else starts a process again."""
+    """The wanted members and their states; the only owner of restart decisions."""
 
     back_off: BackOff = field(default_factory=BackOff)
     patience: Patience = field(default_factory=Patience)
     _members: dict[str, _Member] = field(default_factory=dict)
 
     def want(self, name: str, now_s: float) -> None:
-        """`name` should run; it is due at once."""
+        """Add a member that must run; its start is due at once."""
         self._members[name] = _Member(Standing.WAITING, since_s=now_s, due_s=now_s)
 
     def due(self, now_s: float) -> list[str]:
@@ -77,23 +77,23 @@ class RestartBook:
         return [n for n, m in self._members.items() if m.standing is Standing.WAITING and m.due_s <= now_s]
 
     def next_due_s(self) -> float | None:
-        """When `due` will next have something to say, or None."""
+        """Time of the next due start, or None."""
         return min((m.due_s for m in self._members.values() if m.standing is Standing.WAITING), default=None)
 
     def started(self, name: str, now_s: float) -> None:
-        """Its process exists."""
+        """Record that a member's process was started."""
         member = self._members[name]
         member.standing, member.since_s, member.missing_since_s = Standing.STARTING, now_s, None
         member.use = Use.SERVES
 
     def ready(self, name: str, now_s: float) -> None:
-        """It serves."""
+        """Record that a starting member serves."""
         member = self._members[name]
         if member.standing is Standing.STARTING:
             member.standing, member.since_s = Standing.READY, now_s
 
     def seen(self, name: str, use: Use | None, now_s: float) -> None:
-        """Of what use a READY member is just now. None: nobody can tell, and earlier absence is void."""
+        """Record the availability of a READY member. None: unknown; an earlier absence does not count then."""
         member = self._members[name]
         if use in (None, Use.SERVES) or member.standing is not Standing.READY:
             member.missing_since_s = None
@@ -102,10 +102,10 @@ class RestartBook:
         member.use = use or member.use
 
     def overdue(self, now_s: float) -> list[str]:
-        """Members whose process exists but is of no use, for too long: end them, and they are started again.
+        """Members whose process has been unavailable for too long; the caller ends them, and they are restarted.
 
-        A process that is frozen, cannot be reached, or drains unasked, never ends by itself. Each is named once per
-        patience.
+        A process that is frozen, unreachable, or drains without our order never ends by itself. Each is returned once
+        per patience interval.
         """
         found = []
         for name, member in self._members.items():
@@ -121,7 +121,7 @@ class RestartBook:
         return found
 
     def ended(self, name: str, last_words: str, now_s: float) -> float | None:
-        """Its process is gone. Gives the time of its restart, or None if it was to stop."""
+        """Record the end of a member's process; returns the time of its restart, or None if it was stopped."""
         member = self._members[name]
         if member.standing is Standing.STOPPED:
             return None
@@ -134,23 +134,23 @@ class RestartBook:
         return member.due_s
 
     def stop(self, name: str) -> None:
-        """`name` should not run any more."""
+        """Record that a member must not run any more."""
         self._members[name].standing = Standing.STOPPED
 
     def standing(self, name: str) -> Standing:
-        """Where `name` stands."""
+        """State of a member."""
         return self._members[name].standing
 
     def use(self, name: str) -> Use:
-        """Of what use `name` was when it was last seen."""
+        """Availability of a member when it was last seen."""
         return self._members[name].use
 
     def restarts(self, name: str) -> int:
-        """How often `name` has been started again."""
+        """Number of restarts of a member."""
         return self._members[name].restarts
 
     def starting(self) -> list[str]:
-        """Members that do not serve yet: on their way up, or waiting for a restart."""
+        """Members that do not serve yet: starting, or waiting for a restart."""
         return [n for n, m in self._members.items() if m.standing in (Standing.STARTING, Standing.WAITING)]
 
     def names(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""What the configured checkpoint needs, read from its headers before anything is placed."""
+"""Requirements of the configured checkpoint, read from its headers before workers are placed."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .placement import ModelFacts
 
 
 def model_facts(config: Config) -> ModelFacts:
-    """What the configured checkpoint needs, in the configured dtypes.
+    """Requirements of the configured checkpoint, in the configured dtypes.
 
     Raises:
-        CheckpointError: it cannot be found or is not supported.
+        CheckpointError: the checkpoint cannot be found or is not supported.
         ConfigError: the asked-for context is longer than the checkpoint's, or the device cannot serve it.
     """
     directory = resolve(config.model.path)

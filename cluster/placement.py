@@ -1,4 +1,4 @@
-"""Which processes a configuration means on this machine: roles, threads, ports, memory. Decides; starts nothing."""
+"""Placement: the processes of a configuration on this machine, with roles, threads, ports and memory. Pure."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from .config import Config
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What a checkpoint needs, in the chosen dtypes."""
+    """Requirements of a checkpoint, in the chosen dtypes."""
 
     name: str
     directory: str
     weight_bytes: int
     kv_spec: KvSpec
     max_model_len: int
-    arithmetic: str = ""  # dtype, weights, kernels, device: for people
+    arithmetic: str = ""  # dtype, weights, kernels, device, as text for display
     asked_max_model_len: int | None = None  # as configured
-    remarks: tuple[str, ...] = ()  # what was read otherwise than the checkpoint says
-    sampling: str = ""  # what holds where a request says nothing; empty: nothing special
+    remarks: tuple[str, ...] = ()  # differences between the checkpoint's statements and our reading of them
+    sampling: str = ""  # the checkpoint's sampling defaults, as text; empty: none
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,17 +41,17 @@ class ProcessPlan:
     memory_bytes: int = 0  # of its device
     device: Literal["cpu", "cuda"] = "cpu"
     gpu: int = 0
-    metrics_port: int | None = None  # of a worker; 0: any, none: off
+    metrics_port: int | None = None  # of a worker; 0: any, None: off
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything that will run."""
+    """All processes of the cluster, and the settings decided for them."""
 
     members: tuple[ProcessPlan, ...]
     model: ModelFacts
     pool: PoolSize  # of each worker
-    config: Config  # with all that nobody gave decided
+    config: Config  # with decided values for settings that were not given
     decisions: tuple[Decision, ...]
 
     @property
@@ -60,7 +60,7 @@ class Plan:
         return tuple(member for member in self.members if member.kind == "worker")
 
     def settle(self, config: Config) -> Config:
-        """`config`, with what this plan decided: every process of the cluster must go by the same."""
+        """`config` with this plan's decided values, so that every process of the cluster uses the same."""
         found = self.config
         router = {name: getattr(found.router, name) for name in ("max_running", "max_running_tokens")}
         return config.model_copy(
@@ -74,15 +74,15 @@ class Plan:
         )
 
 
-ROUTER_BYTES = 400 << 20  # a router without torch, and the launcher beside it
+ROUTER_BYTES = 400 << 20  # memory of a router (without torch) and of the launcher
 
 
 def place(config: Config, machine: MachineFacts, model: ModelFacts) -> Plan:
-    """One router, then prefill, then decode workers; cores and memory in equal shares, GPUs in turn.
+    """Plan one router, then prefill, then decode workers; cores and memory in equal shares, GPUs round-robin.
 
     Raises:
-        DoesNotFit: weights and pool of so many workers do not fit the machine, or not the context that was asked for.
-        ConfigError: a GPU is asked for where there is none, or two members would have one port.
+        DoesNotFit: weights and pool of so many workers do not fit the machine, or the configured context does not.
+        ConfigError: the configured device is not there, or two members would have one port.
     """
     cluster = config.cluster
     if cluster.prefill:
@@ -120,7 +120,7 @@ def place(config: Config, machine: MachineFacts, model: ModelFacts) -> Plan:
 
 
 def _share(machine: MachineFacts, device: str, num_workers: int) -> int:
-    """Memory of each worker, on the fullest device."""
+    """Memory of each worker in bytes: the smallest share over all devices."""
     if device == "cpu":
         return max(0, machine.memory_bytes - ROUTER_BYTES) // num_workers
     num_gpus = len(machine.gpu_bytes)

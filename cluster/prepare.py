@@ -1,6 +1,6 @@
-"""What must be there before a plan can be started: free ports, a launcher, the checkpoint, the native kernels.
+"""Preconditions of a plan: free ports, a launcher, the checkpoint, the native kernels.
 
-Mistakes that can be seen show here, before any process runs.
+Configuration errors are found here if possible, before any process runs.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from .placement import Plan, place
 from .supervisor import launcher_class
 
 Show = Callable[[str], None]
-"""Shows what is under way; the next line replaces it."""
+"""Callback that shows a line of progress; the next line replaces it."""
 
 _log = logging.getLogger(__name__)
 
-_STOP_S = 1.0  # for the builder to end its compilers
+_STOP_S = 1.0  # longest time for the builder to end its compilers
 
 
 async def prepare(config: Config, show: Show) -> tuple[Config, Plan]:
-    """Check, fetch, compile, place. The configuration that comes back names a checkpoint that is here.
+    """Check, fetch, compile, place. The returned configuration names a local checkpoint.
 
-    Work is given up when the caller is cancelled, but for a download, which ends with the process.
+    Work ends when the caller is cancelled, except a download, which ends with the process.
 
     Raises:
-        ConfigError, CheckpointError, DoesNotFit: it cannot be started; says why and what would help.
+        ConfigError, CheckpointError, DoesNotFit: the cluster cannot be started; with the reason and a remedy.
     """
     check_ports(config.router)
     _check_launcher(config)
-    await asyncio.to_thread(launcher_class, config)  # importing an engine takes seconds, and signals want to be heard
+    await asyncio.to_thread(launcher_class, config)  # importing an engine takes seconds; the loop must handle signals
     config = await asyncio.to_thread(_with_checkpoint, config)
     config = await _with_kernels(config, show)
     plan = await asyncio.to_thread(lambda: place(config, machine_facts(), model_facts(config)))
@@ -55,10 +55,10 @@ def _check_launcher(config: Config) -> None:
 
 
 def _with_checkpoint(config: Config) -> Config:
-    """The same with the checkpoint's own place, downloaded if need be."""
+    """The configuration with the checkpoint's local path; downloads the checkpoint if necessary."""
     path, name = config.model.path, config.model.name
     try:
-        place_of_it = resolve(path).absolute()  # members may stand elsewhere
+        place_of_it = resolve(path).absolute()  # members may have another working folder
     except OSError as error:
         raise CheckpointError(f"model.path is {path!r}: it cannot be read: {error.strerror}") from None
     model = config.model.model_copy(update={"path": str(place_of_it), "name": served_name(path, name)})
@@ -68,10 +68,10 @@ def _with_checkpoint(config: Config) -> Config:
 
 
 async def _with_kernels(config: Config, show: Show) -> Config:
-    """The same with `model.kernels` decided, and the kernels built if this machine wants native ones.
+    """The configuration with `model.kernels` decided; builds the native kernels if this machine uses them.
 
-    Members find them built: one process compiles, and its progress can be seen. On a Ray cluster that we join, members
-    may run on machines of another kind, and each builds for its own.
+    So one process compiles for all members, and its progress is shown. On a joined Ray cluster nothing is built here,
+    because members may run on machines of another kind, and each builds for its own.
     """
     if config.cluster.ray_address or config.model.kernels == "torch":
         return config
@@ -89,17 +89,17 @@ async def _with_kernels(config: Config, show: Show) -> Config:
 
 
 async def _build(show: Show) -> None:
-    """Compile in a process of its own, which can be ended.
+    """Compile the kernels in a child process, which can be ended.
 
     Raises:
-        NativeUnavailable: it failed.
+        NativeUnavailable: the build failed.
     """
     builder = await asyncio.create_subprocess_exec(
         *(sys.executable, "-P", "-m", "twostroke.kernels.cpu.build", str(os.getpid())),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
-        start_new_session=True,  # Ctrl-C reaches us alone
+        start_new_session=True,  # Ctrl-C reaches only this process
     )
     assert builder.stdout is not None
     line = ""
@@ -115,7 +115,7 @@ async def _build(show: Show) -> None:
 
 
 async def _end(builder: asyncio.subprocess.Process) -> None:
-    """Have it end its compilers and remove what they made; by force if it does not."""
+    """Terminate the builder, which ends its compilers and removes their output; kill it if it does not end."""
     if builder.returncode is not None:
         return
     builder.terminate()

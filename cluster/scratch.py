@@ -1,4 +1,4 @@
-"""A temporary folder of one run, for its owner alone. What killed runs left behind is removed by the next one."""
+"""Temporary folder of one run, accessible by its owner only. The next run removes folders that killed runs left."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-_LOCK = "in-use"  # locked for as long as the process lives that made the folder, however that ends
+_LOCK = "in-use"  # locked until the process that made the folder ends, normally or not
 
 
 class Scratch:
-    """A folder `PREFIX…` under the temporary one."""
+    """A folder `PREFIX…` in the system's folder for temporary files."""
 
     def __init__(self, prefix: str) -> None:
         _sweep(prefix)
         self.path = Path(tempfile.mkdtemp(prefix=prefix)).absolute()
-        unnamed = self.path / f"{_LOCK}.new"  # it gets its name when it is locked: nobody may find it free
+        unnamed = self.path / f"{_LOCK}.new"  # renamed after it is locked, so that no sweep sees it unlocked
         self._lock = unnamed.open("w")
         fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         unnamed.rename(self.path / _LOCK)
 
     def remove(self) -> None:
-        """The folder and all in it. May be called again, for what came into being meanwhile."""
+        """Remove the folder with its contents. May be called again, to remove files created meanwhile."""
         shutil.rmtree(self.path, ignore_errors=True)
         self._lock.close()
 
 
 def _sweep(prefix: str) -> None:
-    """Remove folders of ours whose process is gone: they hold keys. A folder without a lock is somebody else's."""
+    """Remove folders of ours whose process has ended, because they hold keys. A folder without a lock is not ours."""
     for folder in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
         with suppress(OSError):
             facts = folder.lstat()

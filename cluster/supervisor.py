@@ -1,4 +1,4 @@
-"""Starts a plan, keeps it whole, takes it down. The one owner of restarts; membership.py decides them."""
+"""Supervisor: starts a plan, restarts its members, stops it. Only it restarts processes; membership.py decides when."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 Say = Callable[[str], None]
 
 _USE_BY_STATE = {"live": Use.SERVES, "draining": Use.DRAINS}
-_POLL_S = 0.1  # while somebody is on its way up
-_WATCH_S = 1.0  # else
+_POLL_S = 0.1  # while a member is starting
+_WATCH_S = 1.0  # otherwise
 _START_TRIES = 3
 
 
@@ -42,37 +42,37 @@ class Supervisor:
         draining_s = max(cluster.replace_after_s, cluster.drain_timeout_s)
         self._membership = RestartBook(patience=Patience(cluster.replace_after_s, draining_s, cluster.ready_timeout_s))
         self._life: dict[str, str] = {}  # incarnation of each member that serves or served
-        self._ended_life: dict[str, str] = {}  # whose process is gone; the router may not know yet
+        self._ended_life: dict[str, str] = {}  # incarnation whose process has ended; the router may not know yet
         self._changed = asyncio.Event()
-        self._started = asyncio.Event()  # somebody is on its way up
-        self._settled = asyncio.Event()  # everybody serves, or it is hopeless
-        self._replaced: set[str] = set()  # that we killed ourselves and whose end has not come
+        self._started = asyncio.Event()  # a member is starting
+        self._settled = asyncio.Event()  # every member serves, or the start has failed
+        self._replaced: set[str] = set()  # members that we killed and whose end is not reported yet
         self._startup_error = ""
         self._tasks: list[asyncio.Task[None]] = []
         self._members = {member.name: member for member in plan.members}
 
     @property
     def http_url(self) -> str:
-        """Where the OpenAI API answers."""
+        """URL of the OpenAI API."""
         return f"http://{target(_reachable(self.config.router.host), self.config.router.port)}"
 
     @property
     def grpc_address(self) -> str:
-        """Where the SDK connects."""
+        """host:port of the gRPC API, for the SDK."""
         return target(_reachable(self.config.router.host), self.config.router.grpc_port)
 
     async def start(self) -> None:
         """Start every member and wait until all of them serve.
 
         Raises:
-            Unavailable: a member died on its way, or readiness took longer than `cluster.ready_timeout_s`.
+            Unavailable: a member cannot start, or readiness took longer than `cluster.ready_timeout_s`.
         """
         for name in self._members:
             self._membership.want(name, self._clock.now_s())
         patience_s = self.config.cluster.ready_timeout_s
         try:
             async with asyncio.timeout(patience_s):
-                await self._start_due()  # before any gRPC of ours runs: a launcher may fork
+                await self._start_due()  # before this process uses gRPC, because a launcher may fork
                 self._tasks = [asyncio.create_task(self._keep()), asyncio.create_task(self._observe())]
                 await self._settled.wait()
         except TimeoutError:
@@ -81,7 +81,7 @@ class Supervisor:
             raise Unavailable(self._startup_error, retry_after_s=30.0)
 
     async def stop(self) -> None:
-        """Routers first (they refuse new requests and let streams end), then workers; nothing stays behind."""
+        """Stop routers first (they refuse new requests and let streams end), then workers; remove all files."""
         for name in self._members:
             self._membership.stop(name)
         for task in self._tasks:
@@ -94,7 +94,7 @@ class Supervisor:
         await self._launcher.close()
 
     async def abort(self) -> None:
-        """ProcessEnd everything at once: nobody is served yet, or nobody waits any longer. Nothing stays behind."""
+        """End all members at once, without a drain, and remove all files."""
         for name in self._members:
             self._membership.stop(name)
         for task in self._tasks:
@@ -102,7 +102,7 @@ class Supervisor:
         await self._launcher.abort()
 
     def _lateness(self, patience_s: float) -> str:
-        """Who is not there yet, what each said last, and the remedy."""
+        """Message about members that are not ready: the last line of each one's log, and the remedy."""
         late = [name for name in self._members if self._membership.standing(name) is not Standing.READY]
         said = [f"{name} (its last line: {line})" if (line := self._launcher.said(name)) else name for name in late]
         return (
@@ -111,7 +111,7 @@ class Supervisor:
         )
 
     async def _keep(self) -> None:
-        """Start what is due; sleep until something ends or a back-off runs out."""
+        """Start due members; wait until a member ends or a back-off is over; repeat."""
         while True:
             self._changed.clear()
             await self._start_due()
@@ -142,7 +142,7 @@ class Supervisor:
         self._changed.set()
 
     def _note_end(self, name: str, end: ProcessEnd, wait_s: float) -> None:
-        """Say it; and on the way up, give up when another start would end the same way."""
+        """Report the end of a member. During the start, give up if another attempt would end the same way."""
         if not self._settled.is_set():
             if end.is_certain:
                 self._startup_error = f"{name} cannot start: {end.cause}"
@@ -154,7 +154,7 @@ class Supervisor:
         self._say(f"{name} ended ({end.cause}); starting it again in {wait_s:.1f} s")
 
     async def _observe(self) -> None:
-        """Ask the router who serves; note it, and replace who has been of no use for too long."""
+        """Ask the router for the state of all members, and replace those that are unavailable for too long."""
         router = self.config.router
         key = router.api_keys[0] if router.api_keys else None
         async with AsyncClient(self.grpc_address, api_key=key, timeout_s=2.0, insecure=router.insecure) as client:
@@ -175,7 +175,7 @@ class Supervisor:
                     await asyncio.wait_for(self._started.wait(), wait_s)
 
     def _note(self, cluster: dict[str, Any] | None) -> None:
-        """What the router says of every member. Of the workers, a router that does not answer says nothing."""
+        """Record the router's report on every member; without an answer the state of workers is unknown."""
         lives = _lives(cluster)
         now_s = self._clock.now_s()
         for name in self._members:
@@ -195,11 +195,11 @@ class _Life(NamedTuple):
 
     incarnation: str
     use: Use
-    arithmetic: str = ""  # of a worker: what its numbers depend on
+    arithmetic: str = ""  # of a worker: description of its numerics class
 
 
 def launcher_class(config: Config) -> Callable[[Site], Launcher]:
-    """The launcher that the configuration names. Only the wanted one is imported."""
+    """The launcher class that the configuration names. Only that one is imported."""
     if config.cluster.launcher == "ray":
         from .launch.ray import RayLauncher
 
@@ -217,11 +217,11 @@ async def _cluster_or_none(client: AsyncClient) -> dict[str, Any] | None:
     try:
         return await client.cluster()
     except TwostrokeError:
-        return None  # the router is still on its way; the caller's deadline bounds this
+        return None  # the router is still starting; the caller's deadline bounds the wait
 
 
 def _lives(cluster: dict[str, Any] | None) -> dict[str, _Life]:
-    """The router, if it answered, and the workers it knows."""
+    """State of the router, if it answered, and of the workers that it knows."""
     if cluster is None:
         return {}
     found = {"router-0": _Life(cluster["router"]["incarnation"], Use.SERVES)}
@@ -232,12 +232,12 @@ def _lives(cluster: dict[str, Any] | None) -> dict[str, _Life]:
 
 
 def _with_fixed_ports(config: Config) -> Config:
-    """Ports of 0 become free ones now, so that a restarted router comes back where everybody looks for it."""
+    """Replace ports of 0 by free ones, so that a restarted router has the same ports as before."""
     names = [name for name in ("port", "grpc_port", "internal_port") if getattr(config.router, name) == 0]
     free = dict(zip(names, free_ports(config.router.host, len(names)), strict=True))
     return config.model_copy(update={"router": config.router.model_copy(update=free)})
 
 
 def _reachable(host: str) -> str:
-    """How a client on this machine names the address: "any" is reached by loopback."""
+    """The host name for clients on this machine: loopback for a wildcard address."""
     return {"0.0.0.0": "127.0.0.1", "::": "::1", "localhost": "127.0.0.1"}.get(host, host)

@@ -1,4 +1,4 @@
-"""Tokens and text of one choice as the client will see them: gapless, ended once. Knows no engine and no stream."""
+"""Tokens and text of one choice for the client: without gaps, ended once. Knows no engine and no stream."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from ..text.tokenizer import Tokenizer
 
 
 class TextDelta(NamedTuple):
-    """What new tokens bring the client."""
+    """New output of a choice for the client."""
 
-    first_index: int  # place of token_ids[0] among the choice's generated tokens
-    token_ids: tuple[int, ...]  # may be empty: all were known already
+    first_index: int  # index of token_ids[0] among the choice's generated tokens
+    token_ids: tuple[int, ...]  # empty if all were known already
     text: str
-    ended: FinishReason | None  # why the choice ends with the last of them
-    is_by_text: bool = False  # a stop string ended it, which the ids alone do not show
+    ended: FinishReason | None  # set if the choice ends with the last of these tokens
+    is_by_text: bool = False  # a stop string ended the choice; the token ids alone do not show it
     logprobs: tuple[TokenLogprobs, ...] = ()  # of the token ids, if asked for
 
 
 class ChoiceText:
-    """The one place that decides which tokens count.
+    """Text of one choice; decides which of the engine's tokens belong to the output.
 
-    A token that ends the choice counts but adds no text (unless the request includes what stopped it); what follows it,
-    or a stop string, does not count.
+    A token that ends the choice belongs to it but adds no text (unless the request asks to include the stop). Tokens
+    after it, or after a stop string, do not belong to the output.
     """
 
     def __init__(
@@ -39,9 +39,9 @@ class ChoiceText:
         *,
         prompt_ids: Sequence[int] = (),
     ) -> None:
-        """`emitted_ids`: what an earlier dispatch gave the client already; text state is rebuilt from them.
+        """`emitted_ids`: tokens that an earlier dispatch sent to the client; text state is rebuilt from them.
 
-        `prompt_ids`: without these; the text goes on from the prompt's.
+        `prompt_ids`: the prompt, without `emitted_ids`; the text continues the prompt's text.
 
         Raises:
             InvalidRequest: a stop string is empty.
@@ -62,13 +62,14 @@ class ChoiceText:
 
     @property
     def num_shown(self) -> int:
-        """Leading tokens whose text is out; what a stop string cut off is not among them."""
+        """Number of leading tokens whose text was returned, without tokens that a stop string cut off."""
         return self._text.num_shown
 
     def push(self, first_index: int, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] = ()) -> TextDelta:
-        """Take tokens from `first_index` on. What is known already (said again after a fall-back) does not count.
+        """Take tokens from `first_index` on and return the new output.
 
-        Nor does anything after the end. `logprobs`: one per token, or none.
+        Tokens that are known already (repeated after a fall-back) and tokens after the end are ignored.
+        `logprobs`: one per token, or none.
 
         Raises:
             InternalError: tokens between the known ones and `first_index` are missing.
@@ -97,9 +98,9 @@ class ChoiceText:
         return TextDelta(start, tuple(counted), "".join(texts), self.ended if counted else None, is_by_text, told)
 
     def flush(self) -> str:
-        """The choice is over: text that was withheld in case a stop string or a character went on.
+        """End the text; returns the part that was withheld for an unfinished character or a possible stop string.
 
-        It may complete a stop string: `ended` is STOP then.
+        If that part completes a stop string, `ended` changes to STOP.
         """
         tail = self._text.flush()
         if self._text.is_stopped and self.ended is FinishReason.LENGTH:

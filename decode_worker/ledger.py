@@ -1,10 +1,10 @@
-"""Which runs of which router are under way, under which epochs, and who hears of them. Pure.
+"""Dispatch table of a decode worker: its runs by router, request and epoch, and their sessions. Pure.
 
     session ──▶ router (id, incarnation) ──▶ request, choice ──▶ the one run of the highest epoch; epochs of ended ones
 
-Names that clients choose are unique within one life of one router only: a router replaces, cancels and hears of its
-own runs and never of another's, though both call their request the same. A router that was started anew is another
-one. Runs whose session is lost go on as orphans until their grace is over.
+Request names that clients choose are unique within one incarnation of one router only. So a router replaces, cancels
+and gets the output of its own runs, never of another router's run with the same request name. A restarted router
+counts as another router. Runs whose session is lost continue as orphans until their grace period is over.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from typing import Generic, NamedTuple, TypeVar
 
 from ..core.request import Epoch, SequenceKey
 
-MAX_ENDED_EPOCHS = 4_096  # of ended choices, so that a late duplicate of their order is not run again
+MAX_ENDED_EPOCHS = 4_096  # remembered, so that a late duplicate of an ended choice's order is not run again
 
 TaskT = TypeVar("TaskT", bound=Hashable)
 SessionT = TypeVar("SessionT", bound=Hashable)
 
 
 class RouterKey(NamedTuple):
-    """One life of one router, as its hello says."""
+    """One incarnation of one router, from its hello."""
 
     router_id: str
     incarnation: int
 
 
 class Standing(StrEnum):
-    """What an order is beside those before it."""
+    """Relation of an order to earlier orders of the same choice."""
 
     NEW = "new"
     DUPLICATE = "duplicate"
@@ -38,10 +38,10 @@ class Standing(StrEnum):
 
 
 class Named(NamedTuple, Generic[TaskT]):
-    """Runs that a cancel is about."""
+    """Runs that a cancel ends."""
 
     runs: tuple[TaskT, ...]
-    num_stale: int  # runs of a newer dispatch, which it is not about
+    num_stale: int  # runs of a newer dispatch, which the cancel does not end
 
 
 class _Entry(NamedTuple, Generic[SessionT]):
@@ -56,7 +56,7 @@ class Ledger(Generic[TaskT, SessionT]):
 
     def __init__(self, max_ended: int = MAX_ENDED_EPOCHS) -> None:
         self._max_ended = max_ended
-        self._entries: dict[TaskT, _Entry[SessionT]] = {}  # also of older epochs that are still ending
+        self._entries: dict[TaskT, _Entry[SessionT]] = {}  # runs of older epochs that are still ending included
         self._newest: dict[RouterKey, dict[SequenceKey, TaskT]] = {}
         self._ended: OrderedDict[tuple[RouterKey, SequenceKey], Epoch] = OrderedDict()
         self._sessions: dict[SessionT, None] = {}  # in the order they came
@@ -64,49 +64,49 @@ class Ledger(Generic[TaskT, SessionT]):
     # ------------------------------------------------------------------ sessions
 
     def open(self, session: SessionT) -> None:
-        """A router's stream is here."""
+        """Add a router's session."""
         self._sessions[session] = None
 
     def is_open(self, session: SessionT) -> bool:
-        """Whether a session is not lost."""
+        """True until the session is lost."""
         return session in self._sessions
 
     @property
     def sessions(self) -> tuple[SessionT, ...]:
-        """Those that are open."""
+        """Open sessions, in the order they came."""
         return tuple(self._sessions)
 
     def lose(self, session: SessionT) -> tuple[TaskT, ...]:
-        """A router's stream is gone: its runs are orphans now."""
+        """Remove a router's session; returns its runs, which are orphans now."""
         self._sessions.pop(session, None)
         return tuple(run for run, entry in self._entries.items() if entry.session is session)
 
     # ------------------------------------------------------------------ orders
 
     def standing(self, router: RouterKey, key: SequenceKey, epoch: Epoch) -> Standing:
-        """Whether an order is to be carried out."""
+        """Relation of an order to earlier ones; only a NEW order must be carried out."""
         older, ended = self.older(router, key), self._ended.get((router, key))
         running = None if older is None else self._entries[older].epoch
-        known = max((one for one in (running, ended) if one is not None), default=None)  # a newer order was refused
+        known = max((one for one in (running, ended) if one is not None), default=None)  # `ended`: also a refused order
         if known is None or epoch > known:
             return Standing.NEW
         return Standing.DUPLICATE if epoch == known else Standing.STALE
 
     def older(self, router: RouterKey, key: SequenceKey) -> TaskT | None:
-        """The run that a new order of the same choice takes the place of."""
+        """The run that a new order of the same choice replaces, or None."""
         return self._newest.get(router, {}).get(key)
 
     def begin(self, run: TaskT, session: SessionT, router: RouterKey, key: SequenceKey, epoch: Epoch) -> None:
-        """An order became a run."""
+        """Add the run of an order."""
         self._entries[run] = _Entry(router, key, epoch, session)
         self._newest.setdefault(router, {})[key] = run
 
     def refuse(self, router: RouterKey, key: SequenceKey, epoch: Epoch) -> None:
-        """An order ended before it became a run."""
+        """Remember an order that ended before it became a run."""
         self._remember(router, key, epoch)
 
     def end(self, run: TaskT) -> None:
-        """A run is over: it owns nothing any more."""
+        """Remove a run that is over."""
         router, key, epoch, _ = self._entries.pop(run)
         newest = self._newest[router]
         if newest.get(key) is run:
@@ -118,16 +118,16 @@ class Ledger(Generic[TaskT, SessionT]):
     # ------------------------------------------------------------------ cancels
 
     def named(self, router: RouterKey, request_id: str, epoch: Epoch) -> Named[TaskT]:
-        """The choices of a router's request that a cancel under `epoch` is about."""
+        """The runs of a router's request that a cancel with `epoch` ends."""
         runs = [run for key, run in self._newest.get(router, {}).items() if key.request_id == request_id]
         meant = tuple(run for run in runs if epoch >= self._entries[run].epoch)
         return Named(meant, len(runs) - len(meant))
 
-    # ------------------------------------------------------------------ what runs
+    # ------------------------------------------------------------------ runs
 
     @property
     def runs(self) -> tuple[TaskT, ...]:
-        """Everything that has not ended, older epochs that are still ending included."""
+        """All runs that have not ended, those of older epochs that are still ending included."""
         return tuple(self._entries)
 
     def __len__(self) -> int:
@@ -137,7 +137,7 @@ class Ledger(Generic[TaskT, SessionT]):
         return run in self._entries
 
     def router_of(self, run: TaskT) -> RouterKey:
-        """Whose a run is."""
+        """The router of a run."""
         return self._entries[run].router
 
     def _remember(self, router: RouterKey, key: SequenceKey, epoch: Epoch) -> None:

@@ -23,9 +23,9 @@ class Peer:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """One choice of one request, in one dispatch."""
+    """Order to generate one choice of one request, in one dispatch."""
 
-    key: SequenceKey  # as the router knows it
+    key: SequenceKey  # the router's name of it
     epoch: Epoch
     prompt_ids: tuple[int, ...]
     params: SamplingParams
@@ -33,23 +33,23 @@ class Order:
     adapter: bytes
     peers: tuple[Peer, ...]  # ranked; empty: prefill locally
     timeout_s: float | None
-    num_emitted: int  # trailing prompt ids that the client has already
+    num_emitted: int  # trailing prompt ids that the client has received already
     priority: int
     serial: int  # of this worker's orders
 
     @property
     def engine_key(self) -> SequenceKey:
-        """The name inside this worker: another router may call its request the same, under an equal epoch."""
+        """Name inside this worker; unique, since two routers may use the same request name and epoch."""
         return SequenceKey(f"{self.key.request_id}/d{self.serial}", self.key.choice)
 
 
 def key_of(message: worker_pb2.Submit) -> SequenceKey:
-    """Which choice an order is about; also of one that `order_from_wire` refuses."""
+    """Request and choice of an order, also of one that `order_from_wire` refuses."""
     return SequenceKey(message.request_id, message.choice)
 
 
 def order_from_wire(message: worker_pb2.Submit, model: ModelFacts, serial: int) -> Order:
-    """Check an order against this worker's model. The router checked the client's words; this guards the engine.
+    """Check an order against this worker's model. The router has validated the client's input; this guards the engine.
 
     Raises:
         InvalidRequest: no prompt, ids outside the vocabulary, impossible parameters, numbers or peers.

@@ -1,4 +1,4 @@
-"""What one router is still to be told, merged per choice, bounded in all and per message. Knows no stream."""
+"""Output queue towards one router, merged per choice, bounded in total and per message. Knows no stream."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ..protos import common_pb2, worker_pb2
 
 MAX_PENDING_TOKENS = 65_536
 MAX_PENDING_ENDS = 4_096
-MAX_PENDING_BYTES = 64 << 20  # logprobs of prompts are most of it
-MAX_MESSAGE_BYTES = 8 << 20  # and one choice's part more; gRPC takes 64 MiB (kv/handover/transports/grpc.py)
-_TOKEN_BYTES = 8  # of an id and its share of the envelope, for the bounds only
+MAX_PENDING_BYTES = 64 << 20  # mostly logprobs of prompts
+MAX_MESSAGE_BYTES = 8 << 20  # exceeded by at most one choice's part; gRPC takes 64 MiB (kv/handover/transports/grpc.py)
+_TOKEN_BYTES = 8  # estimate for an id and its share of the envelope, used for the bounds only
 _CHARACTER_BYTES = 4
 
 
 @dataclass(slots=True)
 class _Pending:
-    """Tokens of one choice that have not left yet: consecutive, from `first_index` on."""
+    """Tokens of one choice that are not sent yet: consecutive, from `first_index` on."""
 
     first_index: int
     token_ids: list[int] = field(default_factory=list)
@@ -33,23 +33,22 @@ class _Pending:
 
 
 class Scores(NamedTuple):
-    """What goes with new tokens where logprobs were asked for."""
+    """Logprobs of new tokens, if the request asks for them."""
 
     logprobs: tuple[TokenLogprobs, ...] = ()  # one per token
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
-    num_shown: int = 0  # of the choice so far
+    num_shown: int = 0  # tokens of the choice whose text was sent so far
 
 
 NO_SCORES = Scores()
 
 
 class Outbox:
-    """Collects what engine steps and hand-overs produce until the writer takes it.
+    """Collects the output of engine steps and hand-overs until the writer takes it.
 
-    The writer waits in `wait`; everything that was added before it runs leaves together, so a step's tokens for all
-    requests are one message, up to `max_message_bytes`. A router that reads slowly gets fewer and larger messages,
-    never a longer queue: tokens of one choice merge, and when the bounds are passed (`is_full`) the session takes no
-    new orders.
+    The writer waits in `wait` and takes everything that was added until then, so a step's tokens of all requests are
+    one message, up to `max_message_bytes`. A router that reads slowly gets fewer and larger messages: tokens of one
+    choice are merged. When a bound is reached (`is_full`) the session takes no new orders.
     """
 
     def __init__(
@@ -64,7 +63,7 @@ class Outbox:
         self._max_ends = max_ends
         self._max_bytes = max_bytes
         self._max_message_bytes = max_message_bytes
-        # Parts of one choice lie in order; only the last one of them grows.
+        # Parts of one choice are in order; only the last one grows.
         self._tokens: dict[tuple[SequenceKey, Epoch], deque[_Pending]] = {}
         self._ends: list[worker_pb2.RequestEnd] = []
         self._num_tokens = 0
@@ -76,7 +75,7 @@ class Outbox:
 
     @property
     def is_full(self) -> bool:
-        """Whether the router is too far behind to be given more work."""
+        """True if the router is too far behind to get more work done."""
         is_long = self._num_tokens >= self._max_tokens or len(self._ends) >= self._max_ends
         return is_long or self._num_bytes >= self._max_bytes
 
@@ -90,7 +89,7 @@ class Outbox:
         *,
         scores: Scores = NO_SCORES,
     ) -> None:
-        """New tokens of one choice; `first_index` continues what was added before."""
+        """Add new tokens of one choice; `first_index` must continue the tokens added before."""
         pending = self._part(key, epoch, first_index)
         assert first_index == pending.first_index + len(pending.token_ids), (key, first_index)
         pending.token_ids.extend(token_ids)
@@ -108,7 +107,7 @@ class Outbox:
         self._changed()
 
     def _part(self, key: SequenceKey, epoch: Epoch, first_index: int) -> _Pending:
-        """Where new tokens of a choice go: what grows no longer than half a message, so that one always fits."""
+        """The part that new tokens of a choice are added to; a part over half a message gets no more."""
         parts = self._tokens.setdefault((key, epoch), deque())
         if not parts or parts[-1].num_bytes > self._max_message_bytes // 2:
             if parts:
@@ -117,24 +116,24 @@ class Outbox:
         return parts[-1]
 
     def add_end(self, end: worker_pb2.RequestEnd) -> None:
-        """How a choice ended. Its tokens, if any wait here, leave in the same message or before it."""
+        """Add the end of a choice. Tokens of it that wait here are sent in the same message or before."""
         self._ends.append(end)
         self._changed()
 
     def at_step(self, step: int) -> None:
-        """The engine step that the next tokens come from."""
+        """Set the number of the engine step that the next tokens come from."""
         self._step = step
 
     async def wait(self) -> None:
-        """Return when something waits to leave."""
+        """Wait until there is output to send."""
         await self._waiting.wait()
 
     async def wait_for_room(self) -> None:
-        """Return when the router has caught up."""
+        """Wait until the queue is below its bounds."""
         await self._room.wait()
 
     def take(self) -> worker_pb2.StepOutput | None:
-        """What waits, as one message; the rest of it, if it is too large, as the next. None: nothing waits."""
+        """The waiting output as one message, up to the size bound; None if there is none."""
         if not self._waiting.is_set():
             return None
         output = worker_pb2.StepOutput(step=self._step)
@@ -150,7 +149,7 @@ class Outbox:
         return output
 
     def _take_tokens(self, output: worker_pb2.StepOutput) -> None:
-        """Move parts into a message: at least one, and as many as its bound allows."""
+        """Move parts into a message: at least one, and as many as the size bound allows."""
         num_bytes = 0
         for (key, epoch), parts in list(self._tokens.items()):
             while parts:

@@ -1,4 +1,4 @@
-"""One hand-over from one prefill worker: carries out what the receiving machine decides. Knows no text, no router."""
+"""One hand-over from one prefill worker: carries out the receiver machine's actions. Knows no text, no router."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class KvPullTools:
-    """What all hand-overs of a worker share."""
+    """Dependencies shared by all hand-overs of a worker."""
 
     dispatcher: EngineClient
     executor: Executor  # verifies digests
@@ -51,31 +51,31 @@ class KvPullTools:
     clock: Clock
     counters: Counter[str]
     speed: HandoverSpeed = field(default_factory=HandoverSpeed)
-    ended: Callable[[Life], None] = forget  # hears of every run that is over
+    ended: Callable[[Life], None] = forget  # called for every run that is over
 
 
 class PullOwner(Protocol):
-    """Who wants the KV: the run of one choice. Called on the loop; must not block."""
+    """Owner of a pull: the run of one choice. Called on the loop; must not block."""
 
     def bind_wanted(self) -> None:
-        """Have the engine bind, and answer with `KvPull.bound` or `KvPull.not_yet`."""
+        """Ask the engine to bind blocks, and answer with `KvPull.bound` or `KvPull.not_yet`."""
         ...
 
     def first_token_came(self, first: GotFirstToken) -> None:
-        """Forward it."""
+        """Forward the first token."""
         ...
 
     def pull_completed(self) -> None:
-        """All KV is stored, and the first token known."""
+        """All KV is stored, and the first token is known."""
         ...
 
     def pull_lost(self, lost: Lost) -> None:
-        """No more will come."""
+        """The hand-over failed; no more KV will come."""
         ...
 
 
 class KvPull:
-    """From the order to the machine's end. The host reads the stream; all calls come on its loop."""
+    """One hand-over, from the order to the machine's end. The host reads the stream; all calls come on its loop."""
 
     def __init__(
         self, receiver: Receiver, host: StreamHost, engine_key: SequenceKey, owner: PullOwner, tools: KvPullTools
@@ -89,12 +89,12 @@ class KvPull:
         self._owner = owner
         self._tools = tools
         self._arrivals: list[Arrival] = []
-        self._frame: Frame | None = None  # the one that the machine is looking at
+        self._frame: Frame | None = None  # the one that the machine is handling
         self._opened_at_s = host.now_s()
         self._carrier = Carrier(receiver, host, self._act)
         self._envelopes: CheckLine[bytes | None] = CheckLine(host, self._take)
         host.listen(self._envelopes.put)
-        host.after(0.0, self._open)  # our maker knows us by then
+        host.after(0.0, self._open)  # later, because the owner does not have its reference to this object yet
 
     # ------------------------------------------------------------------ from the run
 
@@ -111,7 +111,7 @@ class KvPull:
         self._carrier.do(self.receiver.written(token_start, token_count, self._host.now_s()))
 
     def cancel(self, reason: str) -> None:
-        """Nobody wants it any more."""
+        """End the hand-over; its result is no longer wanted."""
         self._carrier.do(self.receiver.cancel(reason, self._host.now_s()))
 
     # ------------------------------------------------------------------ the stream
@@ -120,7 +120,7 @@ class KvPull:
         self._carrier.do(self.receiver.opened(self._host.now_s()))
 
     def _take(self, envelope: bytes | None) -> Check | None:
-        """One envelope, after all before it. A frame is judged when its digests were verified."""
+        """Handle one envelope, after all earlier ones. A frame returns a check of its digests first."""
         now_s = self._host.now_s()
         if envelope is None:
             self._carrier.do(self.receiver.closed(now_s))
@@ -147,7 +147,7 @@ class KvPull:
         return Check(holds, size_bytes, partial(self._judge, frame, size_bytes))
 
     def _judge(self, frame: Frame, size_bytes: int, is_intact: bool) -> None:
-        """A frame's digests were verified: the machine decides what becomes of it."""
+        """Pass a frame to the machine after its digests were checked."""
         now_s = self._host.now_s()
         if is_intact:
             self.timeline.mark(Instant.FIRST_FRAME, now_s)
@@ -161,7 +161,7 @@ class KvPull:
         self._frame = None
 
     def _note(self, message: handover_pb2.HandoverDown) -> None:
-        """What the machine does not need but `explain` shows."""
+        """Keep facts that `explain` shows and the machine does not need."""
         body = message.WhichOneof("body")
         if body == "started":
             self.prefill_cached_tokens = message.started.cached_tokens
@@ -202,4 +202,4 @@ class KvPull:
 
 
 REFUSALS = (HandoverEnd.FAILED, HandoverEnd.CLOSED, HandoverEnd.SILENT, HandoverEnd.PROTOCOL, HandoverEnd.CORRUPTED)
-"""Ends of a hand-over that another peer, or we ourselves, may make good. The others are the request's own end."""
+"""Ends of a hand-over after which another peer or this worker may prefill. The other ends also end the request."""

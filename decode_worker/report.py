@@ -1,4 +1,4 @@
-"""What a run tells at its end: usage, timeline, and how its KV came here. Knows no engine and no stream."""
+"""Report of a run at its end: usage, timeline, and facts about its hand-overs. Knows no engine and no stream."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from .pull import KvPull
 
 
 class Ending(NamedTuple):
-    """How a run ended, as the client will see it."""
+    """End of a run for the client."""
 
     event: link.Ended
     reason: FinishReason
     tail_text: str
     num_tokens: int  # generated, those of earlier dispatches included
-    num_shown: int  # of these, how many have a part in the text
+    num_shown: int  # those of them that are part of the text
 
 
 @dataclass(slots=True)
 class HandoverTotals:
-    """What the hand-overs of one run brought, added up."""
+    """Sums over the hand-overs of one run."""
 
     prefill_worker: str = ""  # the last one that was asked
     local_reason: str = ""
@@ -46,7 +46,7 @@ class HandoverTotals:
     transfers: list[Transfer] = field(default_factory=list)
 
     def add(self, pull: KvPull) -> None:
-        """Take over what a hand-over did, whether it came through or not."""
+        """Add the counts of a hand-over, complete or lost."""
         counters = pull.receiver.counters
         self.bytes_moved += counters.frame_bytes
         self.tokens_moved += max(0, pull.receiver.stored_upto - self.tokens_held)
@@ -55,13 +55,13 @@ class HandoverTotals:
         self.timeline = pull.timeline
 
     def complete(self, pull: KvPull) -> None:
-        """A peer computed the prompt, and all of its KV is here."""
+        """Record that a peer computed the prompt and all of its KV arrived."""
         self.is_complete = True
         duration_s = pull.timeline.between_s(Instant.FIRST_FRAME, Instant.LAST_FRAME)
         self.transfers.append(Transfer(pull.receiver.counters.frame_bytes, duration_s))
 
     def complete_timeline(self, own: Timeline) -> Timeline:
-        """A run's instants and those of its last hand-over; where both have one, the run's counts."""
+        """A run's instants and those of its last hand-over; if both have an instant, the run's is taken."""
         whole = Timeline()
         for part in (own, self.timeline):
             for instant in Instant:
@@ -72,7 +72,7 @@ class HandoverTotals:
 
 
 def life_of(order: Order, ending: Ending, told: HandoverTotals, timeline: Timeline, gaps_s: Sequence[float]) -> Life:
-    """What a run that is over leaves in this worker's metrics."""
+    """Metrics of a run that is over."""
     received_s = _received_s(timeline)
     num_prompt = len(order.prompt_ids) - order.num_emitted
     cached = min(ending.event.cached_tokens or told.tokens_held, num_prompt)
@@ -97,7 +97,7 @@ def life_of(order: Order, ending: Ending, told: HandoverTotals, timeline: Timeli
 def end_message(
     order: Order, ending: Ending, told: HandoverTotals, timeline: Timeline, spec: KvSpec
 ) -> worker_pb2.RequestEnd:
-    """The one RequestEnd of a (request, choice, epoch). `timeline` is the complete one."""
+    """The one RequestEnd of a (request, choice, epoch). `timeline` must be that of `complete_timeline`."""
     cached = ending.event.cached_tokens or told.tokens_held
     if told.is_complete:
         cached = max(cached, told.prefill_cached_tokens)
@@ -140,7 +140,7 @@ def _received_s(timeline: Timeline) -> float:
 
 
 def _error_of(event: link.Ended) -> TwostrokeError:
-    # Without a code the engine ended it in peace: it failed here, while its text was made.
+    # Without a code the engine did not fail: the failure was here, while the text was made.
     return from_code(event.error_code, event.error_message or "this choice failed on its worker, whose log has more")
 
 

@@ -1,11 +1,11 @@
-"""One choice of one request from its order to its end on this worker. Knows neither session nor text rules.
+"""Task of one choice of one request, from its order to its end on this worker. Knows no session and no text rules.
 
     order ─▶ engine Submit ─▶ Promised ─▶ pull from the first peer ─▶ KvComplete ─▶ tokens … ─▶ Ended
                                  │             │ lost: the next peer, or ─┐
                                  └─ no peer, or all but < 16 tokens held ─┴─▶ local prefill
 
-The engine's `Ended` is the one end: it proves that the blocks are free. Whatever decided the end before it (a stop
-string, a cancel, the deadline) is kept in `_verdict` until then.
+The engine's `Ended` is the only end: it proves that the blocks are free. The reason of an end that was decided earlier
+(a stop string, a cancel, the deadline) is kept in `_verdict` until then.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ CAPABILITIES = (HANDOVER,)
 
 @dataclass(frozen=True, slots=True)
 class DecodeTaskTools:
-    """What all runs of a worker share."""
+    """Dependencies shared by all runs of a worker."""
 
     facts: FaceFacts
     pull: KvPullTools
@@ -76,11 +76,11 @@ class DecodeTask:
         self._deadline_s = self._received_at_s + (order.timeout_s or DEFAULT_TIMEOUT_S)
         self._verdict: FinishReason | None = None
         self._pull: KvPull | None = None
-        self._identity_root = b""  # of the prompt's names, once they are known
+        self._identity_root = b""  # of the prompt's identities, once they are known
         self._peers = list(order.peers)
         self._has_bound = False
         self._has_asked = False
-        self._pull_waits = False  # the present pull asked for Bind and has no answer
+        self._pull_waits = False  # the present pull asked for Bind and has no answer yet
         self._held_tokens = 0
         self._last_token_s: float | None = None
         self._gaps_s = array("d")  # between tokens
@@ -90,7 +90,7 @@ class DecodeTask:
     # ------------------------------------------------------------------ from the session
 
     def start(self) -> None:
-        """Give the sequence to the engine."""
+        """Submit the sequence to the engine."""
         order, facts = self.order, self._tools.facts
         names = facts.namer.name(order.prompt_ids, order.isolation_domain, order.adapter)
         self._identity_root = names.root
@@ -113,7 +113,7 @@ class DecodeTask:
             self.told.local_reason = "ordered"
 
     def cancel(self, reason: str, verdict: FinishReason = FinishReason.CANCELLED) -> None:
-        """End it: the blocks are free at the next step's boundary, here and at the peer's."""
+        """End the run: its blocks are freed at the next step boundary, here and at the peer."""
         if self._verdict is None:
             self._verdict = verdict
             self._tools.pull.dispatcher.send(link.CancelSequence(self.order.engine_key, verdict))
@@ -123,7 +123,7 @@ class DecodeTask:
     # ------------------------------------------------------------------ from the engine
 
     def handle(self, event: SequenceEvent) -> None:
-        """One event of our sequence."""
+        """Handle one event of this run's sequence."""
         match event:
             case link.Promised(_, held_tokens):
                 self._promised(held_tokens)
@@ -148,7 +148,7 @@ class DecodeTask:
         if not self.order.peers or self._verdict is not None:
             return
         if len(self.order.prompt_ids) - held_tokens < HASH_BLOCK_TOKENS:
-            # Not one whole block is missing: asking for it would take longer than computing it.
+            # Less than a block is missing: a hand-over would take longer than computing it here.
             self._go_local("under_a_block_missing", held_tokens, None)
         else:
             self._pull_from_next()
@@ -194,7 +194,7 @@ class DecodeTask:
         )
 
     def bind_wanted(self) -> None:
-        """See PullOwner. A second peer may ask for what the engine has bound already."""
+        """Implements `PullOwner.bind_wanted`. A second peer may ask for blocks that the engine has bound already."""
         assert self._pull is not None
         self._pull_waits = True
         if self._has_bound:
@@ -206,12 +206,12 @@ class DecodeTask:
             self._tools.pull.dispatcher.send(link.Bind(self.order.engine_key))
 
     def first_token_came(self, first: GotFirstToken) -> None:
-        """See PullOwner."""
+        """Implements `PullOwner.first_token_came`."""
         key, index = self.order.engine_key, self.order.num_emitted
         self._say(link.TokenNews(key, index, (first.token_id,), first.logprobs, first.prompt_logprobs))
 
     def pull_completed(self) -> None:
-        """See PullOwner."""
+        """Implements `PullOwner.pull_completed`."""
         pull = self._finish_pull()
         first_token = pull.receiver.first_token
         assert first_token is not None, "complete without a first token"
@@ -220,7 +220,7 @@ class DecodeTask:
             self._tools.pull.dispatcher.send(link.KvComplete(self.order.engine_key, first_token))
 
     def pull_lost(self, lost: Lost) -> None:
-        """See PullOwner. The next peer where nothing of the prompt came yet; else what is here is kept."""
+        """Implements `PullOwner.pull_lost`. Asks the next peer if no token has arrived, else prefills the rest here."""
         self._finish_pull()
         log.info("%s: hand-over lost: %s %s", self.order.engine_key, lost.reason, lost.detail or lost.error_message)
         if self._verdict is not None:
@@ -248,13 +248,13 @@ class DecodeTask:
     # ------------------------------------------------------------------ to the router
 
     def _say(self, news: link.TokenNews) -> None:
-        """Tokens for the client; those after an end do not count."""
+        """Send tokens to the router; those after an end are dropped."""
         if self._verdict is not None:
             return
         now_s = self._tools.pull.clock.now_s()
         try:
             spoken = self._choice.push(news.first_index, news.token_ids, news.logprobs)
-        except Exception:  # its text's failure, and nobody else's
+        except Exception:  # a failure in the text of this choice must not end others
             log.exception("%s: tokens from %d on gave no text; the choice ends", self.order.key, news.first_index)
             self.cancel("failed", FinishReason.ERROR)
             return
@@ -273,14 +273,14 @@ class DecodeTask:
         key, epoch = self.order.key, self.order.epoch
         self._outbox.add_tokens(key, epoch, spoken.first_index, spoken.token_ids, spoken.text, scores=scores)
         if spoken.ended is not None and (spoken.is_by_text or self._pull is not None):
-            # The engine does not know (a stop string), or not yet (the first token of a peer).
+            # The engine does not know of a stop string, and does not know a peer's first token yet.
             self.cancel("finished", spoken.ended)
 
     def _mark(self, instant: Instant) -> None:
         self.timeline.mark(instant, self._tools.pull.clock.now_s())
 
     def _end(self, event: link.Ended) -> None:
-        """The engine owns nothing of it any more: tell the router, exactly once."""
+        """The engine has freed the sequence: report the end to the router, exactly once."""
         if self._pull is not None:
             self._pull.cancel("ended")
             self.told.add(self._pull)

@@ -1,4 +1,4 @@
-"""The decode worker's face: sessions of routers, runs of choices. One per worker, on one event loop."""
+"""Decode service of a worker's face: sessions of routers, runs of choices. One per worker, on one event loop."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ DRAIN_RETRY_S = 1.0
 class DecodeService:
     """All sessions and runs of one worker.
 
-    An order with a lower epoch than the one that runs is dropped, one with the same epoch is a duplicate and ignored, a
-    higher one ends the older run; runs of other routers are not touched (ledger.py). When a session is lost its runs go
-    on for `orphan_grace_s`, unheard but bounded, and are cancelled then.
+    An order with a lower epoch than the running one is dropped, one with the same epoch is a duplicate and ignored, one
+    with a higher epoch ends the older run; runs of other routers are not changed (ledger.py). When a session is lost,
+    its runs continue for `orphan_grace_s`, with bounded output, and are cancelled then.
     """
 
     def __init__(
@@ -54,16 +54,16 @@ class DecodeService:
 
     @property
     def num_running(self) -> int:
-        """Choices that have not ended."""
+        """Number of runs that have not ended."""
         return len(self._ledger)
 
     @property
     def runs(self) -> tuple[DecodeTask, ...]:
-        """Choices that have not ended."""
+        """Runs that have not ended."""
         return self._ledger.runs
 
     async def session(self, context: SessionContext, info: common_pb2.WorkerInfo) -> None:
-        """Serve one router until it is gone; what it started runs on for the grace."""
+        """Serve one router until its stream ends; its runs continue for the grace period."""
         session = RouterSession(self, self._timing, lambda: self._tools.pull.dispatcher.last_load)
         self.open(session)
         try:
@@ -72,7 +72,7 @@ class DecodeService:
             self.lose(session)
 
     async def drain(self, timeout_s: float) -> int:
-        """Take no orders any more, let what runs end. How many were cancelled at the deadline."""
+        """Refuse new orders and let runs end for `timeout_s`; returns the number cancelled then."""
         self.is_draining = True
         try:
             await asyncio.wait_for(self._idle.wait(), timeout_s)
@@ -81,7 +81,7 @@ class DecodeService:
         return self.cancel_all("draining")
 
     def cancel_all(self, reason: str) -> int:
-        """End everything that runs; how many that were."""
+        """Cancel all runs; returns their number."""
         for run in self._ledger.runs:
             run.cancel(reason)
         return len(self._ledger)
@@ -99,7 +99,7 @@ class DecodeService:
         self._ledger.open(session)
 
     def submit(self, session: RouterSession, message: worker_pb2.Submit) -> None:
-        """See SessionOwner."""
+        """Implements `SessionOwner.submit`."""
         router, key, epoch = session.router, key_of(message), epoch_from_wire(message.epoch)
         standing = self._ledger.standing(router, key, epoch)
         if standing is not Standing.NEW:
@@ -119,14 +119,14 @@ class DecodeService:
         self._idle.clear()
 
     def cancel(self, session: RouterSession, message: worker_pb2.CancelRequest) -> None:
-        """See SessionOwner. A cancel of an older epoch means a run that is ending anyway."""
+        """Implements `SessionOwner.cancel`. A cancel with an older epoch does not end a newer run."""
         named = self._ledger.named(session.router, message.request_id, epoch_from_wire(message.epoch))
         self._counters["cancels_stale"] += named.num_stale
         for run in named.runs:
             run.cancel(message.reason or "cancelled")
 
     def attach(self, session: RouterSession, message: worker_pb2.Attach) -> None:
-        """See SessionOwner. Nothing can be taken over yet: a typed end says so for every choice that was asked for."""
+        """Implements `SessionOwner.attach`. Not supported yet: every choice that was asked for gets a typed error."""
         error = RequestNotFound(
             f"request {message.request_id} cannot be attached to on this worker", param="request_id"
         )
@@ -142,7 +142,7 @@ class DecodeService:
             )
 
     def lose(self, session: RouterSession) -> None:
-        """A router is gone: its runs go on for the grace, unless nobody could take them over anyway."""
+        """A router is lost: its runs continue for the grace period and are cancelled then."""
         orphans = self._ledger.lose(session)
         if not orphans:
             return
@@ -154,10 +154,10 @@ class DecodeService:
     # ------------------------------------------------------------------ inside
 
     def _begin(self, session: RouterSession, message: worker_pb2.Submit) -> DecodeTask:
-        """Make a run of an order, and give it to the engine.
+        """Start the run of an order.
 
         Raises:
-            TwostrokeError: it cannot be carried out.
+            TwostrokeError: the order cannot be carried out.
         """
         if self.is_draining:
             raise Unavailable("the worker is draining", retry_after_s=DRAIN_RETRY_S)
@@ -174,7 +174,7 @@ class DecodeService:
         return run
 
     def _broken(self, message: worker_pb2.Submit, error: Exception) -> None:
-        """Our own fault in one order: the others of its session go on."""
+        """Log an internal error in one order; the other orders of its session are not affected."""
         log.error("the order of %s#%d could not be taken", message.request_id, message.choice, exc_info=error)
 
     def _choice(self, order: Order) -> ChoiceText:

@@ -1,4 +1,4 @@
-"""One router's long-lived stream: orders in, one message per wake-up out. Knows no engine and no hand-over."""
+"""Long-lived stream of one router: orders in, one message per wake-up out. Knows no engine and no hand-over."""
 
 from __future__ import annotations
 
@@ -25,36 +25,36 @@ STREAM_ERRORS = (grpc.RpcError, grpc.aio.UsageError, grpc.aio.InternalError, grp
 
 @dataclass(frozen=True, slots=True)
 class SessionTiming:
-    """When a session speaks, and when its router is given up."""
+    """Heartbeat interval and timeouts of a session, in seconds."""
 
-    hello_s: float = 5.0  # a router says hello within
+    hello_s: float = 5.0  # for the router's hello
     beat_s: float = 0.5
-    silence_s: float = 5.0  # of a router that has beaten before; one that never beats is watched by TCP alone
-    stall_s: float = 5.0  # a router that reads nothing for so long, while something waits for it, is lost
+    silence_s: float = 5.0  # of a router that has sent a beat before; without beats only TCP detects a loss
+    stall_s: float = 5.0  # for one write; a router that reads nothing for so long is lost
 
 
 class SessionOwner(Protocol):
-    """What a session does with orders."""
+    """Receiver of a session's orders."""
 
     def submit(self, session: RouterSession, message: worker_pb2.Submit) -> None:
         """Start a choice, or put its refusal into the outbox."""
         ...
 
     def cancel(self, session: RouterSession, message: worker_pb2.CancelRequest) -> None:
-        """End all choices of a request of this session's router."""
+        """Cancel all choices of a request of this session's router."""
         ...
 
     def attach(self, session: RouterSession, message: worker_pb2.Attach) -> None:
-        """Take a running request over."""
+        """Take over a running request."""
         ...
 
 
 class RouterSession:
-    """Made when a router opens the stream; `run` returns when the router is lost or has left."""
+    """Session of one router; `run` returns when the router is lost or has left."""
 
     def __init__(self, owner: SessionOwner, timing: SessionTiming, load: Callable[[], LoadNews | None]) -> None:
         self.outbox = Outbox()
-        self.router = RouterKey("", 0)  # until its hello
+        self.router = RouterKey("", 0)  # replaced at its hello
         self._owner = owner
         self._timing = timing
         self._load = load
@@ -70,11 +70,11 @@ class RouterSession:
         return self.router.router_id
 
     def greet(self, hello: worker_pb2.SessionHello) -> None:
-        """The router says who it is."""
+        """Take the router's identity from its hello."""
         self.router = RouterKey(hello.router_id, hello.router_incarnation)
 
     async def run(self, context: SessionContext, info: common_pb2.WorkerInfo) -> None:
-        """Welcome the router and serve it until it is gone."""
+        """Wait for the router's hello, then serve it until it is lost or leaves."""
         if not await self._welcome(context, info):
             return
         log.info("router %s: session opened", self.router_id)
@@ -103,7 +103,7 @@ class RouterSession:
 
     async def _read(self, context: SessionContext) -> None:
         while not self._is_over:
-            await self.outbox.wait_for_room()  # a router that does not listen gets no new work done
+            await self.outbox.wait_for_room()  # a router that does not read its output gets no new work done
             silence_s = self._timing.silence_s if self._has_beaten else None
             try:
                 message: Any = await asyncio.wait_for(context.read(), silence_s)
@@ -117,7 +117,7 @@ class RouterSession:
             self.take(message)
 
     def take(self, message: worker_pb2.SessionUp) -> None:
-        """One word of the router, after its hello."""
+        """Handle one message of the router, after its hello."""
         match message.WhichOneof("body"):
             case "submit":
                 self._owner.submit(self, message.submit)
@@ -131,7 +131,7 @@ class RouterSession:
                 log.warning("router %s: %s is not understood", self.router_id, body)
 
     async def _write(self, context: SessionContext) -> None:
-        """Everything that waits leaves in one message; a beat where nothing does."""
+        """Send the waiting output as one message, or a beat after `beat_s` without output."""
         while not self._is_over:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.outbox.wait(), self._timing.beat_s)

@@ -1,4 +1,4 @@
-"""How fast KV comes from peers, learned from hand-overs as they end. Pure: is told instants, has no clock."""
+"""Measured transfer rate of KV from peers, updated when hand-overs end. Pure: instants are passed in, no clock."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ _MIN_SAMPLE_BYTES = 64 << 10  # below this size latency dominates; the sample is
 
 
 class Arrival(NamedTuple):
-    """One frame that held its digests."""
+    """Arrival of one frame whose digests matched."""
 
     at_s: float
     num_bytes: int
 
 
 class HandoverSpeed:
-    """Bytes per second of what had to travel after the prompt was computed; 0.0 until a hand-over told.
+    """Moving average of bytes per second after the prompt was computed; 0.0 before the first sample.
 
-    Frames that came while the peer still computed say how fast it computes, so only the others count.
+    Frames that arrive while the peer still computes are limited by its computation, so only later ones count.
     """
 
     def __init__(self) -> None:
         self.bytes_per_s = 0.0
 
     def observe(self, arrivals: Iterable[Arrival], prefilled_s: float) -> None:
-        """One hand-over is complete, whose prompt was computed at `prefilled_s` of our clock."""
+        """Add a complete hand-over; the peer had computed its prompt at `prefilled_s` of our clock."""
         late = [arrival for arrival in arrivals if arrival.at_s > prefilled_s]
         num_bytes = sum(arrival.num_bytes for arrival in late)
         if num_bytes < _MIN_SAMPLE_BYTES:

@@ -1,4 +1,4 @@
-"""What blocks the sequences hold, in one worker's pool and prefix cache. Knows no queue, no policy, no clock."""
+"""KV cache manager: blocks of each sequence in a worker's pool and prefix cache. Knows no queue, policy or clock."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from .swap import SwapSpace
 
 
 class Cost(NamedTuple):
-    """What a sequence would need to begin."""
+    """Blocks that a sequence needs to begin."""
 
     held_tokens: int  # leading tokens that are cached here now
-    new_blocks: int  # blocks beyond the cached ones: what a promise counts
-    from_free: int  # how far `num_free` would fall: new blocks, and cached ones nobody owns yet
+    new_blocks: int  # blocks beyond the cached ones; a promise counts these
+    from_free: int  # decrease of `num_free`: new blocks, and cached ones without an owner
 
 
 class KvCacheManager:
-    """Takes, shares, publishes and gives back the blocks of sequences; numbers the cache's deltas."""
+    """Takes, shares, publishes and gives back blocks for sequences; numbers the deltas of the prefix cache."""
 
     def __init__(self, pool: BlockPool, prefix: PrefixCache, key: bytes, swap: SwapSpace | None = None) -> None:
         self.pool = pool
         self.prefix = prefix
         self.swap = swap  # None: no host blocks, preemption is recompute
         self.residency = Residency(pool.num_blocks)
-        self._key = key  # the cluster's, for the chain over generated tokens
+        self._key = key  # identity key of the cluster, for the chain over generated tokens
         self._delta = 0
 
     def blocks_for(self, num_tokens: int) -> int:
-        """Blocks that cover `num_tokens` tokens."""
+        """Number of blocks that cover `num_tokens` tokens."""
         return -(-num_tokens // self.pool.block_tokens)
 
     def cost(self, sequence: Sequence) -> Cost:
-        """What `sequence`, which holds nothing, would need. Changes nothing."""
+        """Blocks that a sequence without blocks needs. Changes no state."""
         span = self.pool.block_tokens // HASH_BLOCK_TOKENS
         findable = sequence.findable
         held = self.prefix.match(findable)
@@ -58,7 +58,7 @@ class KvCacheManager:
         return self.prefix.match(sequence.findable) * HASH_BLOCK_TOKENS
 
     def attach(self, sequence: Sequence) -> None:
-        """Retain the cached prefix; `num_computed` follows."""
+        """Retain the cached prefix, and set `num_computed` to its length."""
         assert not sequence.blocks, f"{sequence.key} holds blocks already"
         sequence.blocks, sequence.table = self.prefix.acquire(sequence.findable), None
         sequence.num_computed = len(sequence.blocks) * self.pool.block_tokens
@@ -66,7 +66,7 @@ class KvCacheManager:
         self.residency.found(sequence.blocks)
 
     def extend(self, sequence: Sequence, num_tokens: int) -> None:
-        """Take what is missing to cover `num_tokens` tokens. All or nothing.
+        """Take the missing blocks that cover `num_tokens` tokens. All or nothing.
 
         Raises:
             OutOfBlocks: nothing was taken.
@@ -79,7 +79,7 @@ class KvCacheManager:
             sequence.table = None
 
     def release(self, sequence: Sequence) -> None:
-        """Give everything back; what was published stays findable until it is evicted."""
+        """Give all blocks back, host blocks too; published blocks stay findable until they are evicted."""
         self.pool.give_back(sequence.blocks)
         sequence.blocks, sequence.table = [], None
         sequence.num_computed = sequence.num_published = 0
@@ -88,9 +88,9 @@ class KvCacheManager:
             self.swap.drop(sequence)
 
     def swap_out(self, sequence: Sequence) -> SwapOutOp | None:
-        """Give the blocks back; what lies in those it shares with nobody is to be copied out before they are written.
+        """Give the blocks back; returns the copy of the unshared ones to host blocks, to be made before their reuse.
 
-        None: computing again is cheaper, or there is no host block for it; nothing has changed.
+        None: recomputation is cheaper, or host blocks are lacking; no state has changed.
         """
         shared = 0
         while shared < len(sequence.blocks) and self.pool.owners(sequence.blocks[shared]) > 1:
@@ -104,9 +104,10 @@ class KvCacheManager:
         return SwapOutOp(sequence.key, start, end - start, *table, *self.swap.table(swapped))
 
     def swap_in(self, sequence: Sequence) -> SwapInOp | None:
-        """After `attach` and `extend` of a swapped sequence: what is to be copied back. Its host blocks are given back.
+        """The copy back of a swapped sequence, after its `attach` and `extend`. Its host blocks are given back.
 
-        None: the cache holds it all; or the prefix it shared is gone, and it is computed again from where that ends.
+        None: the prefix cache holds all of it; or its shared prefix was evicted, and it is recomputed from the end of
+        the prefix that was found.
         """
         swapped, found = sequence.swapped, sequence.num_computed
         assert swapped is not None, f"{sequence.key} is not swapped"
@@ -122,7 +123,7 @@ class KvCacheManager:
         return SwapInOp(sequence.key, found, swapped.end - found, *table, *host)
 
     def publish(self, sequence: Sequence) -> None:
-        """Make newly computed full blocks findable. A block may be swapped for the canonical copy."""
+        """Make newly computed full blocks findable. A block may be replaced by its canonical copy."""
         num_full = min(sequence.num_computed, len(sequence.tokens)) // self.pool.block_tokens
         if num_full <= sequence.num_published:
             return
@@ -140,7 +141,7 @@ class KvCacheManager:
         sequence.num_published = num_full
 
     def table(self, sequence: Sequence, num_tokens: int) -> Table:
-        """The blocks that cover the first `num_tokens` tokens."""
+        """Blocks and generations that cover the first `num_tokens` tokens."""
         if sequence.table is None:
             sequence.table = self.table_of(sequence.blocks)
         blocks, generations = sequence.table
@@ -148,14 +149,14 @@ class KvCacheManager:
         return sequence.table if count == len(blocks) else Table(blocks[:count], generations[:count])
 
     def table_of(self, blocks: Iterable[BlockId]) -> Table:
-        """These blocks as they are used now."""
+        """Blocks with their present generations."""
         listed = tuple(blocks)
         return Table(listed, tuple([self.pool.generation(block) for block in listed]))
 
     # ------------------------------------------------------------------ news for the routers
 
     def news(self) -> CacheDelta | CacheSnapshot | None:
-        """What changed since the last call: a numbered delta; a snapshot when there was too much; None: nothing."""
+        """Changes since the last call: a numbered delta, or a snapshot if there were too many; None: no change."""
         if self.prefix.resync_needed:
             self.prefix.drain_events()
             self._delta += 1  # this number is never sent as a delta: the gap tells
@@ -167,5 +168,5 @@ class KvCacheManager:
         return CacheDelta(self._delta, tuple(stored), tuple(removed))
 
     def snapshot(self) -> CacheSnapshot:
-        """Everything that is held. Call `news` before: what is pending must have gone out as a delta."""
+        """All held identities. Call `news` before, so that pending changes are sent as a delta first."""
         return CacheSnapshot(self._delta, tuple(self.prefix.snapshot()))

@@ -1,6 +1,6 @@
-"""What each command of the face does to a sequence. Pure; knows no step, no clock.
+"""Effect of each command of the face on a sequence. Pure; knows no step, no clock.
 
-A handler says False where the command does not fit the sequence's state; nothing has changed then.
+A handler returns False if the command does not fit the sequence's state; the state is unchanged then.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Commands:
         }
 
     def change(self, command: SequenceCommand) -> None:
-        """A command that names one sequence and changes it."""
+        """Apply a command that names one sequence and changes it."""
         sequence = self._lives.get(command.key)
         if sequence is None:
             self._lives.counters["command_for_unknown_sequence"] += 1
@@ -67,7 +67,7 @@ class Commands:
             self._lives.counters["command_in_wrong_state"] += 1
 
     def submit(self, submit: Submit, now_s: float, *, stopped: bool) -> None:
-        """A new sequence, or the reason why not."""
+        """Add a new sequence, or answer with the reason of its refusal."""
         if submit.key in self._lives.scheduler.by_key:
             self._lives.counters["duplicate_submit"] += 1
             return
@@ -80,7 +80,7 @@ class Commands:
         self._lives.scheduler.add(new_sequence(submit, self._num_arrivals))
 
     def _refusal(self, submit: Submit, now_s: float, *, stopped: bool) -> PendingFinish | None:
-        """Why a sequence ends before it begins."""
+        """Reason to refuse a new sequence, or None."""
         if stopped:
             return PendingFinish(FinishReason.CANCELLED)
         num_prompt, max_tokens = len(submit.prompt_ids), submit.params.max_tokens
@@ -126,7 +126,7 @@ class Commands:
         return True
 
     def _write(self, command: WriteKv, sequence: Sequence) -> bool:
-        """Only into the sequence's own blocks: what was cached before it is shared and is never written."""
+        """Write planes into the sequence's own blocks only: its cached prefix is shared and must not be written."""
         start, end = command.token_start, command.token_start + command.token_count
         aligned = start % HASH_BLOCK_TOKENS == 0 and (end % HASH_BLOCK_TOKENS == 0 or end == sequence.num_prompt)
         inside = sequence.cached_tokens <= start < end <= sequence.num_prompt
@@ -145,7 +145,7 @@ class Commands:
         if sequence.state is not _S.BOUND:
             return False
         if sequence.num_computed < sequence.num_prompt:
-            # The face says whole, our own count says no. Never decode from what was not written: compute the rest.
+            # The face reports a complete prompt, but writes are missing: compute the rest, never decode from a gap.
             self._lives.counters["kv_complete_with_gaps"] += 1
             self._go_local(sequence, sequence.num_computed, command.first_token)
             return True
@@ -164,7 +164,7 @@ class Commands:
         return True
 
     def _go_local(self, sequence: Sequence, kept_tokens: int, first_token: int | None) -> None:
-        """A known first token joins the known tokens: it is computed, not sampled, and so never emitted again."""
+        """Compute the rest here. A known first token is appended, not sampled, so it is not emitted again."""
         sequence.source = Source.LOCAL
         sequence.has_begun = True  # the face knows
         doom = None if first_token is None else self._lives.accept(sequence, first_token)
@@ -199,7 +199,7 @@ class Commands:
         return True
 
     def read(self, command: ReadKv) -> None:
-        """Planes of a live sequence's computed tokens."""
+        """Read the planes of a live sequence's computed tokens."""
         sequence = self._lives.get(command.key)
         end = command.token_start + command.token_count
         if (
@@ -215,7 +215,7 @@ class Commands:
         self._lives.outbox.append(ReadOp(command.key, command.token_start, command.token_count, *table))
 
     def fetch(self, command: FetchBlocks) -> None:
-        """Planes of the longest leading part of a chain that is held here."""
+        """Read the planes of the longest leading part of a chain that is held here."""
         holdings = self._lives.holdings
         block_tokens, start = holdings.pool.block_tokens, command.first_token
         blocks: list[BlockId] = [BlockId(0)] * (max(start, 0) // block_tokens)
@@ -224,7 +224,7 @@ class Commands:
             block = holdings.prefix.locate(identity)
             if block is None or not holdings.prefix.is_of(block, command.root):
                 break
-            # Of two blocks that share their first hash block, the one that holds the later ones counts.
+            # If two blocks share their first hash block, use the one that also holds the later hash blocks.
             blocks[end // block_tokens :] = [block]
             end += HASH_BLOCK_TOKENS
         if end == start:
@@ -235,6 +235,6 @@ class Commands:
 
 
 def _is_sealed(sequence: Sequence, start: int, end: int) -> bool:
-    """Whole hash blocks are sealed as they are computed; a prompt's tail only for a peer."""
+    """True if a range is sealed: whole hash blocks are sealed when computed, a prompt's tail only for a peer."""
     whole = end % HASH_BLOCK_TOKENS == 0 or (sequence.source is Source.FOR_PEER and end == sequence.num_prompt)
     return whole and start % HASH_BLOCK_TOKENS == 0

@@ -1,4 +1,4 @@
-"""Settings of the step that every engine runs again and again."""
+"""Settings of the engine's step and queues."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ..core.config import Section
 
 
 class StepConfig(Section):
-    """Bounds of one engine step and of the queues before it. What is not given is a CPU's; for a GPU see the plan."""
+    """Bounds of one engine step and of the queues before it. Defaults are for a CPU; the plan sets those of a GPU."""
 
     max_num_seqs: int = Field(64, ge=1, le=4096, description="sequences per step; default: 64, on a GPU 256")
     max_num_batched_tokens: int = Field(

@@ -1,12 +1,12 @@
-"""The engine's mind: commands in, decisions out. Pure: knows no clock, thread, tensor or network.
+"""Engine core: commands in, decisions out. Pure: knows no clock, thread, tensor or network.
 
     handle(command) ──▶ scheduler, pool, prefix cache ──▶ events for the face, operations for the store
     tick(now)       ──▶ deadlines, admission
     plan()  ──▶ StepPlan ──▶ (runner or simulator) ──▶ StepResult ──▶ apply(plan, result)
 
-Commands may come late, twice, or for a sequence in another state: those are ignored and counted, never an error, since
-a peer's message can always cross with an end. One step at a time is under way; what would free the blocks of a sequence
-within it waits for `apply`.
+Commands may come late, twice, or for a sequence in another state, because a peer's message can cross with an end: those
+are ignored and counted, and are no error. One step runs at a time; an action that would free the blocks of a sequence
+in the running step waits for `apply`.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ class CoreLimits:
     """Bounds that come with the model."""
 
     max_model_len: int | None = None  # prompt plus generated tokens
-    num_swap_blocks: int = 0  # host blocks for preempted sequences; 0: they are computed again
-    max_scored_rows: int | None = None  # prompt rows whose logprobs one step gives: `policy.scored_rows`
+    num_swap_blocks: int = 0  # host blocks for preempted sequences; 0: they are recomputed
+    max_scored_rows: int | None = None  # most prompt rows per step with logprobs: `policy.scored_rows`; None: no bound
 
 
 class EngineCore:
-    """All decisions of one worker's engine. One owner at a time; nothing in it is thread-safe."""
+    """All decisions of one worker's engine. Not thread-safe: only one thread may use it."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class EngineCore:
         roles: Mapping[Role, Policy] | None = None,
     ) -> None:
         """`roles`: the policy of each role that a `SetRole` may ask for."""
-        self.stopped = False  # a Stop came: nothing new is taken in
+        self.stopped = False  # a Stop came: new sequences are refused
         swap = SwapSpace(limits.num_swap_blocks, pool.block_tokens) if limits.num_swap_blocks else None
         self._scheduler = Scheduler(KvCacheManager(pool, prefix, key, swap), policy, limits.max_scored_rows)
         self._lives = SequenceLifecycle(self._scheduler, frozenset(eos_ids))
@@ -85,10 +85,10 @@ class EngineCore:
         self._step_tokens = Tally(STEP_TOKENS)
         self._planned_s = 0.0
 
-    # ------------------------------------------------------------------ the doors
+    # ------------------------------------------------------------------ commands, time, steps
 
     def handle(self, command: Command, now_s: float) -> list[Event | StoreOp]:
-        """Take one command in. Operations for the store are executed before the core's next call."""
+        """Apply one command. The caller executes the returned store operations before its next call."""
         lives = self._lives
         lives.holdings.residency.now_s = now_s
         if isinstance(command, Submit):
@@ -111,7 +111,7 @@ class EngineCore:
         return lives.drain()
 
     def tick(self, now_s: float) -> list[Event | StoreOp]:
-        """Let time pass: end what is past its deadline, let in whoever may begin. Call it before every `plan`."""
+        """End sequences past their deadline and admit those that may begin. Call it before every `plan`."""
         self._lives.holdings.residency.now_s = now_s
         for sequence in list(self._scheduler.by_key.values()):
             if sequence.deadline_s is not None and sequence.deadline_s <= now_s:
@@ -122,9 +122,9 @@ class EngineCore:
         return self._lives.drain()
 
     def plan(self, now_s: float) -> StepPlan | None:
-        """The next step, or None: nothing can run. Every plan is answered by `apply` or `fail_step`.
+        """The next step, or None if no sequence can run. Every plan is answered by `apply` or `fail_step`.
 
-        It may have preempted: execute what `drain` gives before the step runs, also when there is none.
+        Planning may preempt sequences: execute the operations of `drain` before the step runs, also if it is None.
         """
         assert not self._lives.in_step, "the last step has not been applied"
         self._planned_s = self._lives.holdings.residency.now_s = now_s
@@ -135,7 +135,7 @@ class EngineCore:
         return plan
 
     def apply(self, plan: StepPlan, result: StepResult, now_s: float) -> list[Event | StoreOp]:
-        """Take in what a step brought."""
+        """Apply the result of a step."""
         assert plan.step == result.step, f"step {plan.step} was planned, {result.step} came back"
         lives = self._lives
         lives.in_step = frozenset()
@@ -177,12 +177,12 @@ class EngineCore:
         return lives.drain()
 
     def fail_step(self, plan: StepPlan, code: str, message: str) -> list[Event | StoreOp]:
-        """The step did not come back: its sequences end, and nothing it may have written is kept or published."""
+        """The step failed: its sequences end, and the KV that it may have written is not published."""
         self._lives.in_step = frozenset()
         for step in plan.sequences:
             sequence = self._scheduler.by_key[step.key]
             self._lives.finish(sequence, sequence.doom or PendingFinish(FinishReason.ERROR, code, message))
-        self._lives.collect_news()  # its blocks were taken from somebody's prefix, and nothing may follow
+        self._lives.collect_news()  # taking its blocks may have evicted prefixes, and no later call may report that
         return self._lives.drain()
 
     def fail(self, key: SequenceKey, code: str, message: str) -> list[Event | StoreOp]:
@@ -193,10 +193,10 @@ class EngineCore:
         return self._lives.drain()
 
     def swap_failed(self, key: SequenceKey) -> list[Event | StoreOp]:
-        """A `SwapOutOp` or `SwapInOp` was not carried out, or its digests do not hold: compute the sequence again.
+        """A `SwapOutOp` or `SwapInOp` failed, or its digests do not match: recompute the sequence.
 
-        Call it before anything else; nothing that was copied is published or attended to by then. Before a step it may
-        begin anew at once, else an engine with nothing else to do would sleep over it.
+        Call it before any other method, so that no copied block is published or attended to. If no step runs, the
+        sequence is admitted at once if possible, because an otherwise idle engine would sleep.
         """
         sequence = self._lives.get(key)
         if sequence is not None:
@@ -208,63 +208,63 @@ class EngineCore:
         return self._lives.drain()
 
     def drain(self) -> list[Event | StoreOp]:
-        """What was decided and not handed out yet: after `plan`, and after a call that raised."""
+        """Events and operations that are not returned yet: call it after `plan`, and after a call that raised."""
         return self._lives.drain()
 
     # ------------------------------------------------------------------ policy and reports
 
     @property
     def policy(self) -> Policy:
-        """Whose taste decides now."""
+        """The present scheduling policy."""
         return self._scheduler.policy
 
     def set_policy(self, policy: Policy) -> None:
-        """Change the role while running: what lives goes on, the next decisions are the new policy's."""
+        """Change the policy. Live sequences continue; later decisions are the new policy's."""
         self._scheduler.policy = policy
 
     def set_times(self, times: StepTimes) -> None:
-        """What steps take on this machine: prompts beside decodes get as many tokens as the policy thinks fit."""
+        """Set the measured step times, from which the policy bounds the prompt tokens beside decodes."""
         self._scheduler.times = times
 
     def is_for_peers(self, plan: StepPlan) -> bool:
-        """Whether a plan computes a prompt whose blocks go to a decode worker."""
+        """True if a plan computes a prompt for a decode worker."""
         by_key = self._scheduler.by_key
         return any(by_key[step.key].source is Source.FOR_PEER for step in plan.sequences)
 
     @property
     def num_live(self) -> int:
-        """Sequences that were submitted and have not ended."""
+        """Number of sequences that have not ended."""
         return len(self._scheduler.by_key)
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that hold no blocks yet."""
+        """Number of sequences in states without blocks."""
         return self._scheduler.count(*QUEUE_STATES)
 
     @property
     def counters(self) -> Counter[str]:
-        """What happened how often since the start."""
+        """Event counts since the start."""
         return self._lives.counters
 
     def states(self) -> dict[SequenceKey, SequenceState]:
-        """The state of every live sequence: for tests, `status` and the simulator."""
+        """State of every live sequence, for tests, `status` and the simulator."""
         return {key: sequence.state for key, sequence in self._scheduler.by_key.items()}
 
     def next_deadline_s(self) -> float | None:
-        """When `tick` must be called at the latest though nothing else happens."""
+        """Latest time of the next `tick` call, if no other event happens; None: no deadline."""
         deadlines = [s.deadline_s for s in self._scheduler.by_key.values() if s.deadline_s is not None]
         return min(deadlines, default=None)
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of the pool, or in host memory where there are more."""
+        """Number of blocks of the pool or of host memory, the larger of both."""
         holdings = self._lives.holdings
         return max(holdings.pool.num_blocks, holdings.swap.pool.num_blocks if holdings.swap is not None else 0)
 
     def check_integrity(self, among: range | None = None) -> None:
         """Prove that pool, prefix cache, promises and states agree.
 
-        `among`: numbers of blocks to look at, of the pool's and of the host's; none: all.
+        `among`: numbers of the blocks to check, in the pool and in host memory; None: all.
 
         Raises:
             AssertionError: names the fault.
@@ -274,7 +274,7 @@ class EngineCore:
             assert sequence.doom is None or sequence.key in self._lives.in_step, f"{sequence.key} is doomed, lives on"
 
     def load(self, now_s: float) -> LoadNews:
-        """The beat's values; the engine fills in phase and coefficients, which need a clock."""
+        """Values of a beat; the engine loop sets phase and coefficients, which need a clock."""
         return load_news(self._scheduler, self.counters, self._num_steps, self._step_tokens)
 
     def _take_tokens(
@@ -285,9 +285,9 @@ class EngineCore:
         token_ids: tuple[int, ...],
         news: list[TokenNews],
     ) -> PendingFinish | None:
-        """Append what was sampled, note it for the face, and say whether the sequence is over."""
+        """Append the sampled token and its event for the face; returns the end of the sequence, or None."""
         assert len(token_ids) == int(step.samples), f"{step.key}: {len(token_ids)} tokens for samples={step.samples}"
-        if sequence.scores is not None:  # computed again after a preemption: the known ones stay
+        if sequence.scores is not None:  # after a preemption some are known already: append only the others
             sequence.scores += result.prompt_logprobs.get(step.key, ())[max(len(sequence.scores) - step.start, 0) :]
         if not token_ids:
             return None
@@ -296,7 +296,7 @@ class EngineCore:
         news.append(TokenNews(sequence.key, sequence.num_generated, token_ids, logprobs, scores, began_s))
         doom = self._lives.accept(sequence, token_ids[0])
         if sequence.source is Source.FOR_PEER:
-            self._scheduler.move(sequence, _S.HELD)  # whatever the token says: decode fetches, then releases
+            self._scheduler.move(sequence, _S.HELD)  # even if the token ends the choice: decode fetches, then releases
             return None
         if doom is None and sequence.state is _S.PREFILLING:
             self._scheduler.move(sequence, _S.DECODING)

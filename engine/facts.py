@@ -1,4 +1,4 @@
-"""What the faces of a worker know about its model, cache and engine: plain data, made once with the engine."""
+"""Facts about a worker's model, cache and engine for its face: plain data, made once with the engine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..kv.spec import KvSpec
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """The model as peers and routers must know it."""
+    """Facts about the model for peers and routers."""
 
     name: str
     directory: str
@@ -26,11 +26,11 @@ class ModelFacts:
     kv_spec: KvSpec
 
     def check_prompt(self, prompt_ids: tuple[int, ...]) -> None:
-        """Whether the model can take these ids.
+        """Check that the model can take these ids.
 
         Raises:
-            InvalidRequest: none, or one outside the vocabulary.
-            ContextLengthExceeded: too many.
+            InvalidRequest: there is no id, or one outside the vocabulary.
+            ContextLengthExceeded: there are `max_model_len` ids or more.
         """
         if not prompt_ids:
             raise InvalidRequest("the prompt has no tokens", param="prompt")
@@ -44,10 +44,10 @@ class ModelFacts:
             )
 
     def check_sampling(self, params: SamplingParams) -> None:
-        """Whether the parameters name tokens of this model only: another one would break a step that others share.
+        """Check that the parameters name tokens of this model only; others would break a step for all its sequences.
 
         Raises:
-            InvalidRequest: they name one outside the vocabulary.
+            InvalidRequest: they name a token outside the vocabulary.
         """
         words = (token_id for word in params.bad_words for token_id in word)
         named = (*params.stop_token_ids, *words, *(token_id for token_id, _ in params.logit_bias))
@@ -58,7 +58,7 @@ class ModelFacts:
 
 @dataclass(frozen=True, slots=True)
 class FaceFacts:
-    """Everything a face needs besides the link."""
+    """All facts that a face needs besides the link."""
 
     worker_id: str
     model: ModelFacts

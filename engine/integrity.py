@@ -1,4 +1,4 @@
-"""Proofs that sequences and the blocks they hold agree. Knows no states' order and no step."""
+"""Integrity checks of sequences against the blocks that they hold. Knows no state transitions and no step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ _S = SequenceState
 
 
 def check_holdings(holdings: KvCacheManager, sequences: Collection[Sequence], among: range | None = None) -> None:
-    """`sequences`: all that live. `among`: numbers of blocks to look at, of the pool's and of the host's; none: all.
+    """Prove that sequences, pool, prefix cache and swap space agree.
+
+    `sequences`: all live ones. `among`: numbers of the blocks to check, in the pool and in host memory; None: all.
 
     Raises:
         AssertionError: names the fault and the sequence or block.

@@ -1,4 +1,4 @@
-"""How sequences of one engine end, and everything that is to be said outside. Knows no commands and no steps."""
+"""Ends of an engine's sequences, and the outbox of events and store operations. Knows no commands and no steps."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .store_ops import StoreOp
 
 
 class SequenceLifecycle:
-    """The scheduler with its sequences, the outbox, and the one way out."""
+    """The scheduler with its sequences, the outbox, and the only way to end a sequence."""
 
     def __init__(self, scheduler: Scheduler, eos_ids: frozenset[int]) -> None:
         self.scheduler = scheduler
         self.counters: Counter[str] = Counter()
         self.outbox: list[Event | StoreOp] = []
-        self.in_step: frozenset[SequenceKey] = frozenset()  # what a step under way computes: its blocks must stay
+        self.in_step: frozenset[SequenceKey] = frozenset()  # sequences of the running step: their blocks must stay
         self._eos_ids = eos_ids
 
     @property
@@ -29,31 +29,31 @@ class SequenceLifecycle:
         return self.scheduler.holdings
 
     def get(self, key: SequenceKey) -> Sequence | None:
-        """A live sequence whose end is not decided."""
+        """A live sequence whose end is not decided, or None."""
         sequence = self.scheduler.by_key.get(key)
         return None if sequence is None or sequence.doom is not None else sequence
 
     def accept(self, sequence: Sequence, token_id: int) -> PendingFinish | None:
-        """Append a generated token; the end it brings, or None."""
+        """Append a generated token; returns the end that it causes, or None."""
         sequence.tokens.append(token_id)
         sequence.scores = None  # the face has them, or the peer's face
         reason = finish_reason(token_id, sequence.num_generated, sequence.params, self._eos_ids)
         return None if reason is None else PendingFinish(reason)
 
     def end(self, sequence: Sequence, doom: PendingFinish) -> None:
-        """End it now, or at the boundary of the step that computes it."""
+        """End a sequence now, or after the running step if that computes it."""
         if sequence.key in self.in_step:
             sequence.doom = sequence.doom or doom
         else:
             self.finish(sequence, doom)
 
     def finish(self, sequence: Sequence, doom: PendingFinish) -> None:
-        """It owns nothing any more, and its face hears so."""
+        """Free a sequence and report its end to the face."""
         self.scheduler.remove(sequence)
         self._say_ended(_ended(sequence.key, doom, sequence))
 
     def refuse(self, key: SequenceKey, doom: PendingFinish) -> None:
-        """The last word on a `Submit` that became no sequence."""
+        """Report the end of a `Submit` that was refused."""
         self._say_ended(_ended(key, doom))
 
     def _say_ended(self, ended: Ended) -> None:
@@ -61,13 +61,13 @@ class SequenceLifecycle:
         self.outbox.append(ended)
 
     def collect_news(self) -> None:
-        """Put what changed in the prefix cache into the outbox."""
+        """Add the changes of the prefix cache to the outbox."""
         news = self.holdings.news()
         if news is not None:
             self.outbox.append(news)
 
     def drain(self) -> list[Event | StoreOp]:
-        """Everything to be said and done since the last call, in order."""
+        """Take all events and store operations since the last call, in order."""
         outbox, self.outbox = self.outbox, []
         return outbox
 

@@ -1,7 +1,7 @@
-"""The step loop: commands in, plan, run, events out. Decides nothing (core.py does) and computes nothing (runner.py).
+"""The step loop: commands in, plan, run, events out. core.py decides, model/runner.py computes.
 
-One thread owns core, runner and store. It sleeps on the link when nothing can run, and wakes for commands, deadlines
-and its own beat.
+One thread owns core, runner and store. It sleeps on the link when no sequence can run, and wakes for commands,
+deadlines and its own beat.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from .turn import Turn
 
 BEAT_S = 0.1
 INTEGRITY_S = 5.0
-CHECKED_BLOCKS = 4096  # of a large pool, at each time: all of a million would take a quarter of a second
+CHECKED_BLOCKS = 4096  # per integrity check: a million blocks would take a quarter of a second
 COMMANDS_PER_TURN = 256
 FAILURES_TO_BREAK = 3
-PEER_WAIT_S = 0.005  # for the face to ask for what a step computed for a peer: else that waits for the whole next step
+PEER_WAIT_S = 0.005  # after a step for a peer, wait for the face's read; else it would wait for the whole next step
 
 _log = logging.getLogger(__name__)
 
 
 class StepRunner(Protocol):
-    """What computes plans: model/runner.py, or a stand-in without weights."""
+    """Computes plans: model/runner.py, or a replacement without weights."""
 
     def warm_up(self) -> None:
-        """Prepare; called once, in the engine's thread."""
+        """Prepare for the first step; called once, in the engine's thread."""
         ...
 
     def run(self, plan: StepPlan) -> StepResult:
@@ -49,33 +49,33 @@ class StepRunner(Protocol):
 
 
 class EngineStore:
-    """The device's store and host memory behind the core's operations. Satisfies engine/turn.py's Store."""
+    """Executes store operations on the device's store and the host store. Implements `Store` of engine/turn.py."""
 
     def __init__(self, store: KvStore, host: HostStore | None) -> None:
         self._store = store
         self._host = host
 
     def read(self, op: ReadOp | FetchOp) -> tuple[SectionData, ...]:
-        """See Store."""
+        """Implements `Store.read`."""
         return self._store.read_tokens(_held(op))
 
     def write(self, op: WriteOp) -> None:
-        """See Store."""
+        """Implements `Store.write`."""
         self._store.write_tokens(_held(op), op.sections)
 
     def swap_out(self, op: SwapOutOp) -> None:
-        """See Store."""
+        """Implements `Store.swap_out`."""
         assert self._host is not None, "the core swaps and the engine has no host store"
         self._host.swap_out(_held(op), _on_host(op))
 
     def swap_in(self, op: SwapInOp) -> bool:
-        """See Store."""
+        """Implements `Store.swap_in`."""
         assert self._host is not None, "the core swaps and the engine has no host store"
         return self._host.swap_in(_on_host(op), _held(op))
 
 
 class Engine:
-    """One worker's engine in a thread of its own. `start` it once; it ends by a `Stop` command, or broken."""
+    """One worker's engine in its own thread. `start` it once; it ends by a `Stop` command, or by its own fault."""
 
     def __init__(
         self,
@@ -87,8 +87,8 @@ class Engine:
         *,
         host: HostStore | None = None,
     ) -> None:
-        """`host` has as many blocks as the core's limits say; None: it swaps nothing."""
-        self.is_broken = False  # ended by its own fault: the process should end too, and be started anew
+        """`host` has as many blocks as the core's limits say; None: no swapping."""
+        self.is_broken = False  # ended by its own fault: the process should end too, and be restarted
         self._core = core
         self._runner = runner
         self._turns = Turn(core, EngineStore(store, host), link.emit, _log_refusal)
@@ -97,7 +97,7 @@ class Engine:
         self._pace = StepTimeModel()
         self._phase = "loading"
         self._failures_in_a_row = 0
-        self._is_for_peers = False  # the last step computed a prompt that a decode worker waits for
+        self._is_for_peers = False  # the last step computed a prompt for a decode worker
         self._next_beat_s = 0.0
         self._next_check_s = 0.0
         self._next_checked = 0
@@ -106,11 +106,11 @@ class Engine:
     # ------------------------------------------------------------------ from other threads
 
     def start(self) -> None:
-        """Begin; the first `LoadNews` with a phase other than "loading" says that it is ready."""
+        """Start the thread. The first `LoadNews` with a phase other than "loading" reports that it is ready."""
         self._thread.start()
 
     def join(self, timeout_s: float) -> bool:
-        """Wait for the end; whether it came."""
+        """Wait for the thread's end; returns True if it has ended."""
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
@@ -131,7 +131,7 @@ class Engine:
             self._break()
 
     def _turn(self) -> None:
-        """Commands, time, one step, and the beat."""
+        """One turn: commands, time, one step, and the beat."""
         for command in self._link.take(COMMANDS_PER_TURN, self._wait_s()):
             self._turns.take(command, self._clock.now_s())
         now_s = self._clock.now_s()
@@ -146,7 +146,7 @@ class Engine:
             self._beat(now_s)
 
     def _wait_s(self) -> float:
-        """How long to sleep for commands: hardly or not at all while steps run, else until the beat or a deadline."""
+        """Longest wait for commands, in seconds: short or zero while steps run, else until the beat or a deadline."""
         if self._phase != "idle":
             return PEER_WAIT_S if self._is_for_peers else 0.0
         deadline_s = self._core.next_deadline_s()
@@ -154,7 +154,7 @@ class Engine:
         return max(wake_s - self._clock.now_s(), 0.0)
 
     def _step(self, plan: StepPlan) -> None:
-        """Run a plan. A failure ends the sequences that cause it; steps without any result, in a row, the engine."""
+        """Run a plan. A failure ends the sequences that cause it; steps without a result, in a row, end the engine."""
         began_s = self._clock.now_s()
         self._phase = _phase(plan)
         self._is_for_peers = self._core.is_for_peers(plan)
@@ -179,9 +179,9 @@ class Engine:
             self._beat(now_s)
 
     def _one_by_one(self, plan: StepPlan) -> StepResult | None:
-        """Take a failed step again, a sequence at a time, to know whose failure it is. None: nobody's comes through.
+        """Repeat a failed step one sequence at a time, to find the sequences that fail. None: all of them fail.
 
-        Whatever the failed step left in the store is written again, with the same bits.
+        The repetition overwrites the KV that the failed step has stored, with the same bits.
         """
         if len(plan.sequences) == 1:
             return None
@@ -196,7 +196,7 @@ class Engine:
                 results.append(StepResult(plan.step, ((),)))
         return None if len(failed) == len(results) else _joined(plan.step, results, failed)
 
-    # ------------------------------------------------------------------ what the face hears between steps
+    # ------------------------------------------------------------------ beat and checks between steps
 
     def _load(self, now_s: float) -> LoadNews:
         return replace(
@@ -220,7 +220,7 @@ class Engine:
             self._next_checked = last % num_blocks
 
     def _break(self) -> None:
-        """Say the last words without trusting anything: every sequence ends, and the beat says "broken"."""
+        """Report the engine's failure: every sequence ends with an error, and a last beat has the phase "broken"."""
         self.is_broken = True
         self._phase = "broken"
         message = "this worker's engine failed; its log has more"

@@ -1,7 +1,7 @@
-"""One step, decided: the message from the scheduler to the runner, and its answer. Plain values, no tensor.
+"""Plan of one step from the scheduler to the runner, and the runner's result. Plain values, no tensor.
 
-A plan for step n+1 can be made while step n runs: where a token is not known yet, the plan names its place in the
-earlier step (`SampledPlace`). Rolling a sequence back is setting its `num_computed`; nothing else remembers.
+A plan for step n+1 can be made while step n runs: for a token that is not known yet, the plan names its place in the
+earlier step (`SampledPlace`). To roll a sequence back, set its `num_computed`; no other state must change.
 """
 
 from __future__ import annotations
@@ -16,46 +16,46 @@ from ..kv.block import BlockId
 
 @dataclass(frozen=True, slots=True)
 class SampledPlace:
-    """A token that an earlier, still running step samples: which step, and which row of its `StepResult`."""
+    """Place of a token that an earlier, still running step samples: the step, and the row of its `StepResult`."""
 
     step: int
     row: int
 
 
 class History(NamedTuple):
-    """The ids that penalties and bad words look at. Tokens of earlier dispatches are output, like those made here."""
+    """Token ids for penalties and bad words. Tokens of earlier dispatches count as output."""
 
     prompt_ids: tuple[int, ...]
     output_ids: tuple[int, ...]
 
 
 class SequenceStep(NamedTuple):
-    """What one sequence does in one step: computes `token_ids` at positions `start` …, then maybe samples."""
+    """Work of one sequence in one step: compute `token_ids` at positions `start` …, then sample if `samples`."""
 
     key: SequenceKey
-    start: int  # position of the first computed token; everything before it is in the cache
+    start: int  # position of the first computed token; all tokens before it are in the cache
     token_ids: tuple[int, ...]  # ids to compute, in order
     block_table: tuple[BlockId, ...]  # covers start + len(token_ids) tokens
-    generations: tuple[int, ...]  # of the blocks, so that a digest is bound to this use of the block
-    samples: bool  # whether the last row's logits are sampled
+    generations: tuple[int, ...]  # of the blocks; a digest is stored with them
+    samples: bool  # True: sample from the last row's logits
     params: SamplingParams
     num_generated: int  # tokens generated before this step: min_tokens, and the position key of the noise
     seals_tail: bool = False  # the prompt ends in this step: seal the partial last hash block too
-    from_place: SampledPlace | None = None  # the first token's id, when it is not known yet
+    from_place: SampledPlace | None = None  # place of the first token's id, if the id is not known yet
     adapter_slot: int = 0  # 0: none
     logits_mask: bytes | None = None  # packed bits over the vocabulary
     draft_ids: tuple[int, ...] = ()
-    history: History | None = None  # where `params` need it; lacks a token that `from_place` names
-    targets: tuple[int, ...] = ()  # prompt ids that follow the step's first rows, and whose logprobs are wanted
+    history: History | None = None  # if `params` need it; without the token that `from_place` names
+    targets: tuple[int, ...] = ()  # prompt ids whose logprobs are wanted; the i-th follows the step's i-th row
 
     @property
     def num_tokens(self) -> int:
-        """Rows this sequence takes in the batch."""
+        """Number of rows of this sequence in the batch."""
         return len(self.token_ids)
 
     @property
     def end(self) -> int:
-        """Tokens in the cache after the step."""
+        """Number of tokens in the cache after the step."""
         return self.start + len(self.token_ids)
 
 
@@ -68,19 +68,19 @@ class StepPlan:
 
     @property
     def num_tokens(self) -> int:
-        """Rows of the batch."""
+        """Number of rows of the batch."""
         return sum(sequence.num_tokens for sequence in self.sequences)
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step brought: 0 … k+1 tokens per sequence, in the plan's order; none for who is not finite or failed."""
+    """Result of a step: 0 … k+1 tokens per sequence, in the plan's order; none for non-finite or failed sequences."""
 
     step: int
     tokens: tuple[tuple[int, ...], ...]  # per plan.sequences
     non_finite: frozenset[SequenceKey] = field(
         default_factory=frozenset
-    )  # their keys, values or logits were not numbers
+    )  # sequences with a key, value or logit that is not finite
     logprobs: Mapping[SequenceKey, tuple[TokenLogprobs, ...]] = field(default_factory=dict)  # of `tokens`, if asked for
     prompt_logprobs: Mapping[SequenceKey, tuple[TokenLogprobs, ...]] = field(default_factory=dict)  # of `targets`
     failed: Mapping[SequenceKey, str] = field(default_factory=dict)  # sequences that end by our own fault, and why

@@ -1,7 +1,7 @@
-"""What a worker's role decides for the one scheduler, and the rule by which prompts share a step. Pure values.
+"""Scheduling policy of a role, and the rule by which prompts share a step. Pure values.
 
-A role is a `RolePolicy`: a few numbers over the configured bounds. prefill_worker/policy.py and decode_worker/policy.py
-have those of each role.
+A role's policy is a `RolePolicy`: a few numbers besides the configured bounds. prefill_worker/policy.py and
+decode_worker/policy.py define those of each role.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from .step_times import StepTimes
 MAX_SCORED_LOGITS = 1 << 24
 """Logits of prompt rows that one step scores: 96 rows of a vocabulary of 152,000, 816 rows of one of 4,096.
 
-A core takes 2.5 to 3 ns for each, so at most about 50 ms, for which every sequence of the step waits; a row that is not
-scored costs nothing of the kind. (bench/scoring.py measures it.)
+A CPU core takes 2.5 to 3 ns for each, so at most about 50 ms, for which every sequence of the step waits; rows that are
+not scored do not have this cost. (bench/scoring.py measures it.)
 """
 SCORED_ROW_LOGITS = 1 << 14
-"""What a row costs whatever the vocabulary, in logits: its likeliest tokens become values one by one."""
+"""Fixed cost of a scored row, in logits: its most likely tokens are converted to values one by one."""
 
 
 def scored_rows(vocab_size: int) -> int:
-    """How many prompt rows a step may score: whole hash blocks, at least one."""
+    """Most prompt rows that a step may score: whole hash blocks, at least one."""
     return max(HASH_BLOCK_TOKENS, _whole_blocks(MAX_SCORED_LOGITS // (vocab_size + SCORED_ROW_LOGITS)))
 
 
@@ -33,33 +33,33 @@ class StepBudget:
     """Bounds of one step."""
 
     max_batch_tokens: int  # rows, decodes included
-    max_seqs: int  # sequences per step, and seats: sequences promised, bound or running
-    prefill_tokens: int  # of the rows, at most this many for prefill chunks
+    max_seqs: int  # sequences per step, and seats: sequences that are promised, bound or running
+    prefill_tokens: int  # most rows for prefill chunks
 
 
 class Room(NamedTuple):
-    """The pool as one newcomer finds it, in blocks."""
+    """State of the pool at the admission of a sequence, in blocks."""
 
-    needed: int  # it would take so many
+    needed: int  # by this sequence
     used: int
-    promised: int  # to others, and not taken yet
+    promised: int  # to other sequences, and not taken yet
     total: int
 
 
 class Ahead(NamedTuple):
-    """What would be computed before a prompt that wants to begin, or beside it."""
+    """Work before or beside a prompt that waits to begin."""
 
-    prompts: tuple[int, ...]  # tokens left of each
+    prompts: tuple[int, ...]  # remaining tokens of each prompt
     decodes: int
 
     @property
     def tokens(self) -> int:
-        """Of all prompts ahead."""
+        """Remaining tokens of all prompts ahead."""
         return sum(self.prompts)
 
 
 class Queue(NamedTuple):
-    """Everything that waits without blocks."""
+    """Size of the waiting queue: sequences without blocks, and their remaining tokens."""
 
     items: int
     tokens: int
@@ -67,7 +67,7 @@ class Queue(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StepLimits:
-    """The configured bounds that every policy starts from."""
+    """Configured bounds, common to all policies."""
 
     max_num_seqs: int = 64
     max_batch_tokens: int = 1024
@@ -80,7 +80,7 @@ class StepLimits:
         assert min(self.max_num_seqs, self.max_waiting, self.max_waiting_tokens) >= 1, self
 
     def refusal(self, queue: Queue, prompt_tokens: int) -> str | None:
-        """Why one more prompt would overflow the queue; an empty queue takes every prompt."""
+        """Reason to refuse one more prompt because the queue is full, or None; an empty queue takes every prompt."""
         if queue.items >= self.max_waiting:
             return f"{queue.items} requests wait already, at most {self.max_waiting} may: try again later"
         if queue.items and queue.tokens + prompt_tokens > self.max_waiting_tokens:
@@ -92,69 +92,69 @@ class StepLimits:
 
 
 class Policy(Protocol):
-    """Scheduling policy of one role. Pure: the same question always has the same answer."""
+    """Scheduling policy of one role. Pure: equal arguments give equal answers."""
 
     def may_offer(self, num_tokens: int, offered: Sequence[int]) -> bool:
-        """Whether decode may be asked to bind for one more FOR_PEER prompt, beside those it was asked for already."""
+        """True if one more FOR_PEER prompt may be offered; `offered`: remaining tokens of those offered already."""
         ...
 
     def budget(self, num_decodes: int) -> StepBudget:
-        """Bounds of the next step, with so many sequences decoding. `prefill_tokens` is at least 16."""
+        """Bounds of the next step while `num_decodes` sequences decode. `prefill_tokens` is at least 16."""
         ...
 
     def prompt_tokens(self, num_tokens: int, times: StepTimes, num_computed: int, *, is_scored: bool) -> int:
-        """How many of `num_tokens` prompt tokens a step computes beside decodes, for the sake of their next tokens.
+        """Most prompt tokens of a step with decodes, at most `num_tokens`, so that the decodes are not delayed much.
 
-        `num_computed`: tokens before them, of the prompt with most. `is_scored`: logprobs of one of them are wanted.
+        `num_computed`: largest number of computed tokens of a prompt. `is_scored`: logprobs of a prompt are wanted.
         """
         ...
 
     def is_near(self, num_tokens: int, ahead: Ahead) -> bool:
-        """Whether a prompt with `num_tokens` tokens to compute would run in one of the next steps."""
+        """True if a prompt with `num_tokens` tokens to compute would run in one of the next steps."""
         ...
 
     def has_room(self, room: Room) -> bool:
-        """Whether a newcomer may be promised its blocks. Not asked when the pool is empty."""
+        """True if a new sequence may be promised its blocks. Not called for an empty pool."""
         ...
 
     def refusal(self, queue: Queue, prompt_tokens: int) -> str | None:
-        """Why one more prompt cannot even wait, with the numbers; None: it can."""
+        """Reason to refuse one more prompt, with the numbers; None: it may wait."""
         ...
 
     def share(self, remaining: Sequence[int], num_tokens: int) -> list[int]:
-        """Split the step's prefill tokens among prompts, given what is left of each, in order; `num_tokens` at most."""
+        """Split at most `num_tokens` prefill tokens among prompts, given the remaining tokens of each, in order."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Fairness:
-    """Half of every step's prefill is for short prompts first, the other half goes by order of arrival.
+    """Half of every step's prefill is for short prompts first, the other half in order of arrival.
 
-    So a short prompt never waits for a long one, and a long one, whatever passes it, needs twice its steps at most.
-    With a budget below two hash blocks there is nothing to halve: then it is first come, first served.
+    So a short prompt never waits for a long one, and a long one needs at most twice as many steps as alone.
+    A budget below two hash blocks is not halved: then prompts run in order of arrival.
     """
 
-    short_tokens: int = 64  # short in any step; else: what fits into half of one
+    short_tokens: int = 64  # always short; larger prompts are short if they fit into half a step
 
     def is_short(self, num_tokens: int, budget: int) -> bool:
-        """Whether a prompt with so many tokens left may pass others, in steps with that many for prefill."""
+        """True if a prompt with `num_tokens` remaining is short, for steps with `budget` prefill tokens."""
         return num_tokens <= max(budget // 2, self.short_tokens)
 
     def may_pass(self, num_tokens: int, budget: int, ahead: Ahead) -> bool:
-        """A short prompt may begin beside long ones while the short ones before it leave some of their half."""
+        """True for a short prompt, if the short prompts ahead leave a part of their half of the step."""
         before = sum(size for size in ahead.prompts if self.is_short(size, budget))
         return self.is_short(num_tokens, budget) and before < budget // 2
 
     def may_offer(self, num_tokens: int, budget: int, offered: Sequence[int], max_offers: int) -> bool:
-        """So many short ones and so many others: neither kind takes the other's offers."""
+        """True if fewer than `max_offers` prompts of the same kind (short or not) are offered."""
         is_short = self.is_short(num_tokens, budget)
         return sum(self.is_short(size, budget) is is_short for size in offered) < max_offers
 
     def share(self, remaining: Sequence[int], num_tokens: int) -> list[int]:
         """Split a step's tokens.
 
-        1. In order, short prompts get what they need, in whole hash blocks where that is not all, up to half the step.
-        2. In order, all prompts get what they still need of the rest.
+        1. In order, short prompts get their remaining tokens, or the whole hash blocks that fit, up to half the step.
+        2. In order, all prompts get the tokens that they still need from the rest.
         """
         shares = [0] * len(remaining)
         half = _whole_blocks(num_tokens // 2)
@@ -172,14 +172,14 @@ class Fairness:
 
 
 class Want(NamedTuple):
-    """What one prompt could use of a step."""
+    """Demand of one prompt in a step."""
 
-    tokens: int  # left to compute
+    tokens: int  # remaining
     is_scored: bool  # their logprobs are wanted
 
 
 def bound_scored(shares: Sequence[int], wants: Sequence[Want], max_rows: int) -> list[int]:
-    """Cut the shares of scored prompts, in order, to `max_rows` in all; what that frees, others get, in order."""
+    """Limit the shares of scored prompts, in order, to `max_rows` in total; the other prompts get the freed tokens."""
     bounded, freed = list(shares), 0
     for place, want in enumerate(wants):
         if want.is_scored:
@@ -203,22 +203,22 @@ FAIRNESS = Fairness()
 
 @dataclass(frozen=True, slots=True)
 class RolePolicy:
-    """Scheduling policy of one role, as numbers. Satisfies `Policy`.
+    """Scheduling policy of one role, as numbers. Implements `Policy`.
 
-    Every decoding sequence gets its row first. Beside decodes prompts come in chunks that do not hold the next tokens
-    up; alone they have the whole step. Short prompts pass long ones.
+    Every decoding sequence gets its row first. Beside decodes, prompts are computed in chunks that delay the decodes
+    little; without decodes they have the whole step. Short prompts pass long ones.
     """
 
     limits: StepLimits
-    prefill_share: float  # of a step's tokens, while anything decodes
-    max_offers: int  # of short prompts, and of others, that decode workers are asked to bind for at once
-    watermark: float  # of the pool, up to which newcomers are promised blocks; the rest is for growth
-    near_steps: int  # steps of prompt that may be ahead of a prompt that is near
-    spares_decodes: bool  # whether `step.target_ms` bounds the prompts beside decodes
+    prefill_share: float  # share of a step's tokens for prompts, while any sequence decodes
+    max_offers: int  # most short prompts, and most other prompts, that are offered to decode workers at once
+    watermark: float  # share of the pool that may be promised to new sequences; the rest is for growth
+    near_steps: int  # a prompt is near if less than this many steps of prompts are ahead of it
+    spares_decodes: bool  # True: `step.target_ms` bounds the prompts beside decodes
     fairness: Fairness = FAIRNESS
 
     def budget(self, num_decodes: int) -> StepBudget:
-        """All decodes, and beside them a share for prefill: two hash blocks at least, for a long and a short prompt."""
+        """All decodes, and beside them a share for prefill: at least two hash blocks, for a long and a short prompt."""
         limits = self.limits
         prefill = limits.max_batch_tokens
         if num_decodes:
@@ -226,10 +226,10 @@ class RolePolicy:
         return StepBudget(limits.max_batch_tokens, limits.max_num_seqs, prefill)
 
     def prompt_tokens(self, num_tokens: int, times: StepTimes, num_computed: int, *, is_scored: bool) -> int:
-        """What fits into the target beside the decodes, or into as long as they take themselves, if that is more.
+        """Tokens that fit the time left of `target_ms` beside the decodes, or the decodes' own time if that is more.
 
-        So a step with prompts takes `target_ms` or twice a step without, whatever the model and the machine. At least
-        two hash blocks.
+        So a step with prompts takes about `target_ms`, or twice the time of a step without prompts, on any machine. At
+        least two hash blocks.
         """
         if not self.spares_decodes:
             return num_tokens
@@ -238,24 +238,24 @@ class RolePolicy:
         return int(min(num_tokens, fits))
 
     def may_offer(self, num_tokens: int, offered: Sequence[int]) -> bool:
-        """Few of each kind: blocks that decode binds for them are of no use to it meanwhile."""
+        """At most `max_offers` of each kind, because blocks that decode has bound are unused until the KV arrives."""
         return self.fairness.may_offer(num_tokens, self.limits.max_batch_tokens, offered, self.max_offers)
 
     def is_near(self, num_tokens: int, ahead: Ahead) -> bool:
-        """Near: less than `near_steps` steps of prompt are ahead; or short enough to pass."""
+        """True if less than `near_steps` steps of prompts are ahead, or if the prompt may pass them."""
         budget = self.budget(ahead.decodes).prefill_tokens
         if ahead.tokens < self.near_steps * budget:
             return True
         return self.fairness.may_pass(num_tokens, budget, ahead)
 
     def has_room(self, room: Room) -> bool:
-        """Everything up to the watermark."""
+        """True up to the watermark."""
         return room.used + room.promised + room.needed <= self.watermark * room.total
 
     def refusal(self, queue: Queue, prompt_tokens: int) -> str | None:
-        """Bounded in items and tokens."""
+        """Reason to refuse a prompt: the queue is bounded in items and tokens."""
         return self.limits.refusal(queue, prompt_tokens)
 
     def share(self, remaining: Sequence[int], num_tokens: int) -> list[int]:
-        """First come, first served, half of it for short ones first."""
+        """In order of arrival, but half of the step is for short prompts first."""
         return self.fairness.share(remaining, num_tokens)

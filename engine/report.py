@@ -1,4 +1,4 @@
-"""What an engine tells of itself in its beat: counts by state, blocks, counters, histograms. Pure, and only reads."""
+"""Content of an engine's beat: counts by state, blocks, counters, histograms. Pure; changes no state."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from .scheduler import Scheduler
 from .sequence import QUEUE_STATES, SequenceState
 
 _S = SequenceState
-_FOR_PEER = (_S.OFFERED, _S.PARKED, _S.PROMISED, _S.BOUND)  # the other worker of the hand-over has the next word
+_FOR_PEER = (_S.OFFERED, _S.PARKED, _S.PROMISED, _S.BOUND)  # they wait for the other worker of the hand-over
 _FOR_ROOM = (_S.WAITING, _S.QUEUED, _S.READY, _S.SWAPPED)
 
 
 def load_news(scheduler: Scheduler, counters: Mapping[str, int], num_steps: int, step_tokens: Tally) -> LoadNews:
-    """The beat of an idle engine; who owns the clock fills in phase and coefficients."""
+    """Beat of an idle engine; the engine loop, which has the clock, sets phase and coefficients."""
     holdings = scheduler.holdings
     pool = holdings.pool
     running = scheduler.within(_S.PREFILLING, _S.DECODING)
@@ -42,7 +42,7 @@ def load_news(scheduler: Scheduler, counters: Mapping[str, int], num_steps: int,
 
 
 def _preemptions(scheduler: Scheduler) -> dict[str, int]:
-    """How often of which kind, and where the host blocks are."""
+    """Counts of preemptions by kind, and of the use of host blocks."""
     total, swaps, space = scheduler.num_preemptions, scheduler.num_swaps, scheduler.holdings.swap
     counters = {"preemptions": total, "preemptions_recompute": total - swaps, "preemptions_swap": swaps}
     if space is not None:

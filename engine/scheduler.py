@@ -1,19 +1,19 @@
-"""Who computes what in the next step, for both roles. Knows states, counts and blocks; no tensor, clock or network.
+"""Scheduler: decides the sequences of the next step, for both roles. Knows states, counts and blocks, no tensor.
 
-A step is mixed: decodes first, one row each, then prefill chunks under a budget. The order of everything is
-`Sequence.rank` (priority, then arrival). What is a matter of taste, the worker's policy decides (`policy.py`): budgets,
-how far ahead to begin, how full the pool may get, who may overtake whom.
+A step is mixed: decodes first, one row each, then prefill chunks under a budget. All queues are ordered by
+`Sequence.rank` (priority, then arrival). The worker's policy (`policy.py`) decides budgets, how far ahead to begin, how
+full the pool may get, and which prompts may pass others.
 
-1. `admit`: whoever has a promise takes its blocks (Bind, or ready for a peer). Then the queue, in rank order: begin
-   (LOCAL), promise (PEER) or offer (FOR_PEER). The first one that lacks room or a seat stops all behind it, so that
-   nobody starves for blocks; one that only waits for its turn does not.
-2. `plan`: decoding sequences grow by a block where they must, oldest first. When no block is left, the lowest-ranked
-   running sequence is preempted: it gives its blocks back and waits, keeping its tokens; either to be computed again,
-   or swapped: what it had computed is copied to host blocks (`swap.py` says when) and copied back when its turn comes.
-   Hand-overs (bound, prefilling for a peer, held) are never preempted: they end by their lease at the latest.
+1. `admit`: sequences with a promise take their blocks (Bind, or ready for a peer). Then the queue, in rank order: begin
+   (LOCAL), promise (PEER) or offer (FOR_PEER). The first sequence that lacks room or a seat stops all behind it, so
+   that no sequence starves for blocks; a sequence that only waits for its turn does not.
+2. `plan`: decoding sequences grow by a block if necessary, in rank order. When no block is left, the lowest-ranked
+   running sequence is preempted: it gives its blocks back and waits, keeping its tokens. It is either recomputed, or
+   swapped: its KV is copied to host blocks (`swap.py` decides when) and copied back when its turn comes. Hand-overs
+   (bound, prefilling for a peer, held) are never preempted: they end by their lease at the latest.
 
-Why every schedule drains: the first in rank is never preempted for another one; alone it fits (else it was refused),
-and nobody behind it in the queue may take blocks before it does.
+Every schedule makes progress: the first in rank is never preempted for another sequence; alone it fits (else it was
+refused), and no sequence behind it in the queue may take blocks before it does.
 """
 
 from __future__ import annotations
@@ -35,36 +35,36 @@ from .store_ops import StoreOp, SwapOp
 
 _S = SequenceState
 _SEATED = (_S.PROMISED, _S.BOUND, _S.PREFILLING, _S.DECODING)
-_GIVES_BACK = (_S.BOUND, _S.PREFILLING, _S.DECODING, _S.HELD)  # whose blocks will be free without anybody's promise
+_GIVES_BACK = (_S.BOUND, _S.PREFILLING, _S.DECODING, _S.HELD)  # these free their blocks without needing a bind
 
 
 class Scheduler:
-    """The live sequences by state, and the decisions over them."""
+    """All live sequences by state, and the scheduling decisions."""
 
     def __init__(self, holdings: KvCacheManager, policy: Policy, max_scored_rows: int | None = None) -> None:
         """`max_scored_rows`: prompt rows whose logprobs one step may give; None: any number."""
         self.holdings = holdings
         self._max_scored_rows = sys.maxsize if max_scored_rows is None else max_scored_rows
         self.policy = policy
-        self.times = StepTimes()  # what steps took so far, told by who runs them
+        self.times = StepTimes()  # measured by the engine loop
         self.by_key: dict[SequenceKey, Sequence] = {}
         self.num_promised = 0  # blocks promised and not taken, of all sequences
         self.num_preemptions = 0
         self.num_swaps = 0  # preemptions that were swaps
-        self._swap_ops: list[SwapOp] = []  # decided by `plan`, not handed out yet
+        self._swap_ops: list[SwapOp] = []  # decided by `plan`, not returned yet
         self._by_state: dict[SequenceState, dict[SequenceKey, Sequence]] = {state: {} for state in _S}
         self._next_step = 0
 
     # ------------------------------------------------------------------ the states
 
     def add(self, sequence: Sequence) -> None:
-        """A new sequence in its first state."""
+        """Add a new sequence in its first state."""
         self.by_key[sequence.key] = sequence
         sequence.likely_cached = self.holdings.cached_tokens(sequence)
         self._by_state[sequence.state][sequence.key] = sequence
 
     def move(self, sequence: Sequence, state: SequenceState) -> None:
-        """Change the state; an arrow that is not drawn is our own error."""
+        """Change a sequence's state; the transition must be in `NEXT_STATES`."""
         assert state in NEXT_STATES[sequence.state], f"{sequence.key}: no arrow {sequence.state} -> {state}"
         del self._by_state[sequence.state][sequence.key]
         sequence.state = state
@@ -83,7 +83,7 @@ class Scheduler:
         return sorted((s for state in states for s in self._by_state[state].values()), key=lambda s: s.rank)
 
     def count(self, *states: SequenceState) -> int:
-        """How many sequences are in these states."""
+        """Number of sequences in these states."""
         return sum(len(self._by_state[state]) for state in states)
 
     def remaining(self, *states: SequenceState) -> int:
@@ -93,21 +93,21 @@ class Scheduler:
     # ------------------------------------------------------------------ admission
 
     def admit(self) -> list[Event | StoreOp]:
-        """Let in whoever may begin now; what their faces must hear, and what must be copied back for them."""
+        """Admit sequences that may begin now; returns events for the face, and copies back from host memory."""
         events: list[Event | StoreOp] = []
         for sequence in self.within(_S.PROMISED, _S.READY):
             if sequence.state is _S.READY:
                 if not self._begin_for_peer(sequence, events):
                     break
             elif sequence.wants_bind and not self.bind(sequence, events) and self.count(*_GIVES_BACK):
-                break  # and where nobody will give blocks back, those behind it hold what it lacks: they go first
+                break  # if no sequence will give blocks back, those behind hold the missing blocks and go first
         for sequence in self.within(_S.WAITING, _S.QUEUED, _S.SWAPPED):
             if not self._admit_one(sequence, events):
                 break
         return events
 
     def bind(self, sequence: Sequence, events: list[Event | StoreOp]) -> bool:
-        """PROMISED: take the blocks of the whole prompt and the first decode. False: no room just now."""
+        """PROMISED: take the blocks of the whole prompt and the first decode. False: there is no room now."""
         try:
             self.holdings.extend(sequence, sequence.tokens_to_hold)
         except OutOfBlocks:
@@ -118,7 +118,7 @@ class Scheduler:
         return True
 
     def try_bind(self, sequence: Sequence) -> list[Event | StoreOp]:
-        """The answer to a `Bind`: `Bound`, or `NotYet` and it is tried at every admission."""
+        """Answer a `Bind`: `Bound`, or `NotYet`; then it is tried again at every admission."""
         sequence.wants_bind = True
         events: list[Event | StoreOp] = []
         first = all(s.rank >= sequence.rank for s in self.within(_S.PROMISED, _S.READY) if s.wants_bind)
@@ -127,24 +127,24 @@ class Scheduler:
         return events
 
     def unpark(self, sequence: Sequence) -> None:
-        """OFFERED or PARKED: decode has bound; count room for it (again) and let it begin in its turn."""
+        """OFFERED or PARKED: decode has bound; promise room (again), and let the sequence begin in its turn."""
         if sequence.state is _S.PARKED:
             self._promise(sequence, self.holdings.cost(sequence).from_free)
         self.move(sequence, _S.READY)
 
     def park(self, sequence: Sequence) -> None:
-        """OFFERED: decode cannot hold it now; its room is for others."""
+        """OFFERED: decode has no room now; the promised room is free for others."""
         self._promise(sequence, 0)
         self.move(sequence, _S.PARKED)
 
     def retract(self, sequence: Sequence) -> None:
-        """PROMISED: give the promise and the cached prefix back; it waits to be computed here."""
+        """PROMISED: give the promise and the cached prefix back; the sequence waits to be computed here."""
         self._promise(sequence, 0)
         self.holdings.release(sequence)
         self.move(sequence, _S.WAITING)
 
     def _admit_one(self, sequence: Sequence, events: list[Event | StoreOp]) -> bool:
-        """False: it lacks room or a seat, and nobody behind it may take them."""
+        """Admit one waiting sequence if possible. False: it lacks room or a seat, so those behind it must wait too."""
         is_offer = sequence.state is _S.QUEUED
         if is_offer and not self.policy.may_offer(sequence.num_expected, self._lengths(_S.OFFERED, _S.READY)):
             return True
@@ -175,17 +175,17 @@ class Scheduler:
         return True
 
     def _begin(self, sequence: Sequence) -> list[SwapOp]:
-        """Take the cached prefix and all blocks it needs to begin, or to go on; what is to be copied back into them."""
+        """Take the cached prefix and all blocks to begin or to continue; returns the copy back from host memory."""
         self.holdings.attach(sequence)
         self.holdings.extend(sequence, sequence.tokens_to_hold)
         self._promise(sequence, 0)
-        sequence.likely_cached = 0  # from now on it is known
+        sequence.likely_cached = 0  # `num_computed` has the exact number now
         copy = None if sequence.swapped is None else self.holdings.swap_in(sequence)
         self.move(sequence, _S.PREFILLING if copy is None or sequence.num_remaining > 1 else _S.DECODING)
         return [] if copy is None else [copy]
 
     def _begin_for_peer(self, sequence: Sequence, events: list[Event | StoreOp]) -> bool:
-        """READY: begin when it is near and blocks are there. False: blocks are lacking."""
+        """READY: begin if the sequence is near and blocks are free. False: blocks are lacking."""
         budget = self.policy.budget(self.count(_S.DECODING))
         if self.count(*_SEATED) >= budget.max_seqs or not self._is_near(sequence):
             return True
@@ -199,14 +199,14 @@ class Scheduler:
         return True
 
     def _is_near(self, sequence: Sequence) -> bool:
-        """Whether the policy sees it in one of the next steps."""
+        """True if the sequence would run in one of the next steps, by the policy."""
         before = (_S.PREFILLING, _S.READY, _S.OFFERED) if sequence.state is _S.QUEUED else (_S.PREFILLING,)
         return self.policy.is_near(sequence.num_expected, Ahead(self._lengths(*before), self.count(_S.DECODING)))
 
     def _lengths(self, *states: SequenceState) -> tuple[int, ...]:
-        """Tokens to be computed for each sequence in these states, in no order; of a scored one, in one step.
+        """Tokens to be computed for each sequence in these states, in no order.
 
-        It takes many steps and leaves others room in each.
+        For a scored sequence those of one step, because it takes many steps and leaves others room in each.
         """
         return tuple([self._near_tokens(s) for state in states for s in self._by_state[state].values()])
 
@@ -219,7 +219,7 @@ class Scheduler:
         if cost.from_free > pool.num_free:
             return False
         if pool.num_live == 0 and self.num_promised == 0:
-            return True  # alone it fits, else it was refused; a watermark must not keep it out for ever
+            return True  # alone it fits, else it was refused; the watermark must not block it for ever
         return self.policy.has_room(Room(cost.from_free, pool.num_live, self.num_promised, pool.num_blocks))
 
     def _promise(self, sequence: Sequence, num_blocks: int) -> None:
@@ -229,10 +229,10 @@ class Scheduler:
     # ------------------------------------------------------------------ the step
 
     def plan(self) -> StepPlan | None:
-        """The next step, or None: nothing can run."""
+        """The next step, or None if no sequence can run."""
         budget = self.policy.budget(self.count(_S.DECODING))
         rows = min(budget.max_seqs, budget.max_batch_tokens)
-        # More decodes than rows only after a change of policy: who waited longest goes first.
+        # Only after a change of policy there are more decodes than rows: those that waited longest go first.
         chosen = sorted(self.within(_S.DECODING), key=lambda s: s.last_step)[:rows]
         steps = []
         for sequence in sorted(chosen, key=lambda s: s.rank):
@@ -251,7 +251,7 @@ class Scheduler:
         return StepPlan(self._next_step, tuple(steps))
 
     def _chunks(self, num_tokens: int, num_seqs: int) -> list[SequenceStep]:
-        """Prefill chunks; each ends at a hash block, so that all it computed is sealed, or at the prompt's end."""
+        """Prefill chunks. Each ends at a hash block's end, so that all of it is sealed, or at the prompt's end."""
         works = self.within(_S.PREFILLING)
         shares = self.policy.share([s.num_remaining for s in works], num_tokens)
         if any(s.is_scored for s in works):
@@ -286,7 +286,7 @@ class Scheduler:
         )
 
     def _grow(self, sequence: Sequence) -> bool:
-        """Cover the next token, preempting from the end of the order. False: the sequence itself had to go."""
+        """Cover the next token, preempting the lowest ranks if necessary. False: the sequence itself was preempted."""
         while True:
             try:
                 self.holdings.extend(sequence, len(sequence.tokens))
@@ -303,7 +303,7 @@ class Scheduler:
         return [s for s in candidates if s.source is not Source.FOR_PEER][-1]
 
     def preempt(self, sequence: Sequence) -> None:
-        """Give its blocks back; it waits to be copied back, or computed again from what stays cached."""
+        """Give a sequence's blocks back; it waits to be copied back, or recomputed after its cached prefix."""
         sequence.source = Source.LOCAL
         sequence.has_begun = True
         sequence.preemptions += 1
@@ -317,20 +317,20 @@ class Scheduler:
             self.move(sequence, _S.SWAPPED)
 
     def recompute(self, sequence: Sequence) -> None:
-        """It owns nothing any more and waits to be computed again, prompt and generated tokens."""
+        """Free a sequence and queue it to be recomputed, prompt and generated tokens."""
         self.holdings.release(sequence)
-        sequence.likely_cached = 0  # it may be there still, but blocks are short
+        sequence.likely_cached = 0  # its prefix may still be cached, but blocks are short
         self.move(sequence, _S.WAITING)
 
     def take_swap_ops(self) -> list[SwapOp]:
-        """The copies that `plan` decided, once: they are made before its step writes anything."""
+        """Take the copies that `plan` decided; they must be made before its step runs."""
         ops, self._swap_ops = self._swap_ops, []
         return ops
 
     # ------------------------------------------------------------------ integrity
 
     def check_integrity(self, among: range | None = None) -> None:
-        """Prove that states, promises and blocks agree. `among`: blocks to look at, here and in host memory; none: all.
+        """Prove that states, promises and blocks agree. `among`: blocks to check, here and in host memory; None: all.
 
         Raises:
             AssertionError: names the fault and the sequence.

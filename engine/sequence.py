@@ -1,17 +1,17 @@
-"""One sequence as the scheduler sees it: ids, counts and a state. Knows no tensor, no clock, no queue.
+"""One sequence of the scheduler: token ids, counts and a state. Knows no tensor, no clock, no queue.
 
     tokens   | prompt (its last num_emitted ids count as generated) | generated here |
     KV       |<---- computed, in blocks ---->|<- still to compute: a chunk, or one ->|
              0                          num_computed                           len(tokens)
 
-The states, by source. Every arrow to `ended` is left out: cancel, deadline and error lead there from anywhere.
+The states, by source. Cancel, deadline and error lead to `ended` from every state; those arrows are not drawn.
 
     LOCAL     waiting ──▶ prefilling ──▶ decoding ──▶ ended
                  ▲             │ preempted   │
                  ├─────────────┴─────────────┤
-                 └──damaged── swapped ◀──────┘        back to where it was: prefilling or decoding
+                 └──damaged── swapped ◀──────┘        later back to its state: prefilling or decoding
     PEER      waiting ──▶ promised ──Bind──▶ bound ──KvComplete──▶ decoding ──▶ ended
-                 │            │                │                      │ preempted: goes on as LOCAL, waiting
+                 │            │                │                      │ preempted: continues as LOCAL, waiting
                  └────────────┴────────────────┴──PrefillLocally──▶ LOCAL, waiting (or prefilling in its bound blocks)
     FOR_PEER  queued ──▶ offered ──PeerBound──▶ ready ──▶ prefilling ──▶ held ──Release──▶ ended
                             └──PeerNotYet──▶ parked ──PeerBound──▶ ready
@@ -31,19 +31,19 @@ from .plan import History
 
 
 class SequenceState(Enum):
-    """Where a sequence stands; the module draws the arrows."""
+    """State of a sequence; the module's docstring shows the transitions."""
 
-    WAITING = auto()  # LOCAL, PEER: owns nothing
+    WAITING = auto()  # LOCAL, PEER: owns no blocks
     PROMISED = auto()  # PEER: its cached prefix is retained, room for the rest is counted but not taken
     BOUND = auto()  # PEER: blocks for the prompt and the first decode; the peer's KV arrives
-    QUEUED = auto()  # FOR_PEER: owns nothing
+    QUEUED = auto()  # FOR_PEER: owns no blocks
     OFFERED = auto()  # FOR_PEER: decode is asked to bind; room is counted here
-    PARKED = auto()  # FOR_PEER: decode cannot hold it now
+    PARKED = auto()  # FOR_PEER: decode has no room now
     READY = auto()  # FOR_PEER: decode has bound; starts as soon as budget and blocks allow
-    PREFILLING = auto()  # blocks for everything known are taken; chunks are computed
-    DECODING = auto()  # everything but the last token is computed
+    PREFILLING = auto()  # blocks for all known tokens are taken; chunks are computed
+    DECODING = auto()  # all tokens but the last are computed
     HELD = auto()  # FOR_PEER: computed; blocks stay for the hand-over
-    SWAPPED = auto()  # LOCAL: preempted; what it had computed lies in host blocks
+    SWAPPED = auto()  # LOCAL: preempted; its computed KV is in host blocks
     ENDED = auto()
 
 
@@ -55,7 +55,7 @@ QUEUE_STATES = (
     SequenceState.READY,
     SequenceState.SWAPPED,
 )
-"""States without blocks: what the bounds of the waiting queue count."""
+"""States without blocks; the bounds of the waiting queue count the sequences in them."""
 
 _S = SequenceState
 NEXT_STATES: dict[SequenceState, frozenset[SequenceState]] = {
@@ -72,12 +72,12 @@ NEXT_STATES: dict[SequenceState, frozenset[SequenceState]] = {
     _S.HELD: frozenset(),
     _S.ENDED: frozenset(),
 }
-"""The drawing as data; `ENDED` may follow every state but itself."""
+"""The drawn transitions as data; `ENDED` may follow every state but itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class PendingFinish:
-    """An end that was decided while a step ran, and waits for the step's boundary."""
+    """Decided end of a sequence, applied after the step that computes it."""
 
     reason: FinishReason
     error_code: str = ""
@@ -85,14 +85,14 @@ class PendingFinish:
 
 
 class Table(NamedTuple):
-    """Blocks of a sequence from its first token on, and which use of each block this is."""
+    """Blocks of a sequence from its first token on, and the generation of each."""
 
     blocks: tuple[BlockId, ...]
     generations: tuple[int, ...]
 
 
 class Swapped(NamedTuple):
-    """Tokens [start, end) of a sequence in host blocks, each in one use; everything before was shared."""
+    """Tokens [start, end) of a sequence in host blocks, with their generations; the tokens before were shared."""
 
     start: int
     end: int
@@ -105,7 +105,7 @@ class Sequence:
     """A live sequence. Only the scheduler and the core change it."""
 
     key: SequenceKey
-    source: Source  # PEER becomes LOCAL when its prompt is computed, or computed again, here
+    source: Source  # PEER becomes LOCAL when its prompt is computed or recomputed here
     params: SamplingParams
     tokens: list[int]
     num_prompt: int
@@ -113,54 +113,54 @@ class Sequence:
     identities: list[BlockIdentity]  # of leading full hash blocks; grows as generated tokens fill blocks
     identity_root: bytes
     deadline_s: float | None
-    rank: tuple[int, int]  # (-priority, arrival), the scheduler's one order: the greatest is preempted first
+    rank: tuple[int, int]  # (-priority, arrival), the scheduler's order: the greatest is preempted first
     state: SequenceState
-    prompt_ids: tuple[int, ...]  # without what earlier dispatches generated
-    scores: list[TokenLogprobs] | None  # of prompt ids from the second on, as far as known; None: nobody waits for them
+    prompt_ids: tuple[int, ...]  # without the tokens that earlier dispatches generated
+    scores: list[TokenLogprobs] | None  # known logprobs of prompt ids from the second on; None: not wanted
     blocks: list[BlockId] = field(default_factory=list)  # owned, in order
     table: Table | None = None  # of `blocks`, until they change
     num_computed: int = 0
-    likely_cached: int = 0  # leading tokens that were cached when it began to wait: a hint, never a claim
-    num_published: int = 0  # leading blocks that were given to the prefix cache
-    num_promised: int = 0  # blocks counted for it and not taken yet
+    likely_cached: int = 0  # leading tokens that were cached when it was added: an estimate only
+    num_published: int = 0  # leading blocks that are published in the prefix cache
+    num_promised: int = 0  # blocks promised to it and not taken yet
     cached_tokens: int = 0  # prompt tokens found here when it first began
     preemptions: int = 0
-    last_step: int = -1  # step that computed for it last
+    last_step: int = -1  # last step that computed it
     written: set[int] = field(default_factory=set)  # BOUND: hash blocks whose KV arrived
     swapped: Swapped | None = None  # SWAPPED: `num_computed` is its end
     wants_bind: bool = False
-    has_begun: bool = False  # Promised (LOCAL) or the first Progress (FOR_PEER) went out
-    began_s: float | None = None  # when the first step that computes it here was planned
+    has_begun: bool = False  # Promised (LOCAL) or the first Progress (FOR_PEER) was sent
+    began_s: float | None = None  # planning time of the first step that computed it here
     doom: PendingFinish | None = None
 
     @property
     def num_generated(self) -> int:
-        """Tokens of this choice so far, those of earlier dispatches included."""
+        """Number of generated tokens of this choice, those of earlier dispatches included."""
         return self.num_emitted + len(self.tokens) - self.num_prompt
 
     @property
     def num_remaining(self) -> int:
-        """Known tokens whose KV is still to be computed."""
+        """Number of known tokens whose KV is not computed yet."""
         return len(self.tokens) - self.num_computed
 
     @property
     def num_expected(self) -> int:
-        """Tokens that will be computed for it, as far as can be told while it waits."""
+        """Estimate of the tokens to be computed, made while it waits."""
         return self.num_remaining if self.num_computed else self.num_remaining - self.likely_cached
 
     @property
     def tokens_to_hold(self) -> int:
-        """Tokens its blocks must cover to begin: everything known, and the first decode unless it decodes elsewhere."""
+        """Tokens that its blocks must cover to begin: the known ones, and the first decode unless a peer decodes."""
         return self.num_prompt if self.source is Source.FOR_PEER else len(self.tokens) + 1
 
     @property
     def num_skippable(self) -> int:
-        """Leading tokens that need no computing where their KV is at hand: all but those whose logits are wanted."""
+        """Most leading tokens that a cached prefix may cover: all before the first token whose logits are wanted."""
         return len(self.tokens) - 1 if self.scores is None else len(self.scores)
 
     @property
     def is_scored(self) -> bool:
-        """Whether logprobs of its prompt are still wanted: each of its rows costs a step more than a plain one."""
+        """True while logprobs of its prompt are wanted; its rows then take longer than plain ones."""
         return self.scores is not None
 
     @property
@@ -170,18 +170,18 @@ class Sequence:
 
     @property
     def history(self) -> History | None:
-        """What the sampler must know of the past, where it must."""
+        """Token ids for the sampler, if its parameters need them."""
         if not self.params.needs_history:
             return None
         return History(self.prompt_ids, tuple(self.tokens[len(self.prompt_ids) :]))
 
     def targets(self, start: int, end: int) -> tuple[int, ...]:
-        """Prompt ids that the rows [start, end) predict, where their logprobs are wanted."""
+        """Prompt ids that the rows [start, end) predict, if their logprobs are wanted, else empty."""
         return () if self.scores is None else self.prompt_ids[start + 1 : end + 1]
 
 
 def new_sequence(submit: Submit, arrival: int) -> Sequence:
-    """The sequence of a `Submit`, in its first state."""
+    """Make the sequence of a `Submit`, in its first state."""
     num_prompt = len(submit.prompt_ids)
     wants_scores = submit.params.prompt_logprobs is not None and submit.num_emitted == 0
     return Sequence(

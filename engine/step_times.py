@@ -1,9 +1,9 @@
-"""How long steps take on this machine, learned while they run. Pure: is told milliseconds, has no clock.
+"""Model of step times on this machine, fitted while steps run. Pure: durations are passed in, no clock.
 
-A step of u prompt tokens after h computed ones costs  a·u + b·u·(h + u/2)  beside its decodes: a is the linears' price
-per token, b the attention's per (query, key) pair. Both by least squares over the recent steps, old ones fading, b
-drawn towards zero until steps are long enough to show it: a few milliseconds of noise over short prompts, read as a
-price per pair, would make a long prompt look like an hour's work.
+A step of u prompt tokens after h computed ones costs  a·u + b·u·(h + u/2)  beside its decodes: a is the cost of the
+linears per token, b that of attention per (query, key) pair. Both are fitted by least squares over recent steps with
+fading weights. b is drawn towards zero until steps are long enough to measure it: a few milliseconds of noise over
+short prompts, taken as a cost per pair, would predict an hour for a long prompt.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import NamedTuple
 
 from .plan import StepPlan
 
-_FADE = 0.95  # weight of the past at each new step: about 20 steps are remembered
-_TILE_TOKENS = 16  # fewer rows take as long (model/ops/products.py)
-_SCORED_GUESS = 4.0  # times a plain row, until the first is timed: logits of the whole vocabulary, then their ranks
+_FADE = 0.95  # weight of the past at each new step: a memory of about 20 steps
+_TILE_TOKENS = 16  # fewer rows take the same time (model/ops/products.py)
+_SCORED_GUESS = 4.0  # cost of a scored row over that of a plain one, until the first is timed
 _MIN_PAIRS = 1e4  # noise of 10 ms over a believable 1e-3 ms per pair: b counts from about so many pairs on
 
 
 class StepTimes(NamedTuple):
-    """What steps cost, in milliseconds; 0.0 until the first step of their kind."""
+    """Costs of steps, in milliseconds; 0.0 before the first step of their kind."""
 
     decode_step_ms: float = 0.0
     prefill_ms_per_token: float = 0.0
@@ -28,7 +28,7 @@ class StepTimes(NamedTuple):
     scored_ms_per_token_pair: float = 0.0
 
     def tokens_within(self, budget_ms: float, num_computed: int, *, is_scored: bool = False) -> float:
-        """How many prompt tokens after `num_computed` ones a step computes in that time; infinite: not known yet."""
+        """Prompt tokens after `num_computed` ones that a step computes in `budget_ms`; infinite if not known yet."""
         per_token_ms = self.prefill_ms_per_token + self.prefill_ms_per_token_pair * num_computed
         if is_scored and (self.scored_ms_per_token or self.scored_ms_per_token_pair):
             per_token_ms = self.scored_ms_per_token + self.scored_ms_per_token_pair * num_computed
@@ -38,7 +38,7 @@ class StepTimes(NamedTuple):
 
 
 class StepTimeModel:
-    """On-line coefficients; 0.0 until the first step of their kind. Steps that score prompt rows have their own."""
+    """Fitted coefficients; 0.0 before the first step of their kind. Steps that score prompt rows have their own."""
 
     def __init__(self) -> None:
         self.decode_step_ms = 0.0
@@ -46,12 +46,12 @@ class StepTimeModel:
 
     @property
     def prefill_ms_per_token(self) -> float:
-        """The linears' price, of a step that scores nothing."""
+        """Cost of the linears per token, for steps without scored rows."""
         return self._prefill.per_token_ms
 
     @property
     def prefill_ms_per_token_pair(self) -> float:
-        """The attention's price, of a step that scores nothing."""
+        """Cost of attention per (query, key) pair, for steps without scored rows."""
         return self._prefill.per_pair_ms
 
     @property
@@ -63,7 +63,7 @@ class StepTimeModel:
         )
 
     def observe(self, plan: StepPlan, took_ms: float) -> None:
-        """One step took so long."""
+        """Add the duration of one step."""
         tokens, pairs, decodes = 0.0, 0.0, 0
         for step in plan.sequences:
             if step.num_tokens == 1 and step.samples and step.num_generated:
@@ -81,7 +81,7 @@ class StepTimeModel:
 
 
 class _Fit:
-    """Least squares of milliseconds over (tokens, pairs), old steps fading."""
+    """Least squares of milliseconds over (tokens, pairs), with fading weights."""
 
     def __init__(self) -> None:
         self.per_token_ms = self.per_pair_ms = 0.0
@@ -93,7 +93,7 @@ class _Fit:
         self._solve()
 
     def _solve(self) -> None:
-        """Normal equations of two unknowns, neither below zero."""
+        """Solve the normal equations of two unknowns, neither below zero."""
         uu, up, pp, ut, pt = self._moments
         pp += _MIN_PAIRS**2
         determinant = uu * pp - up * up

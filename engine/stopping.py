@@ -1,4 +1,4 @@
-"""When a choice has said enough, judged by token ids alone. Knows no text: stop strings are the face's."""
+"""End of generation, decided by token ids alone. Knows no text: the face handles stop strings."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from ..core.request import FinishReason, SamplingParams
 def finish_reason(
     token_id: int, num_generated: int, params: SamplingParams, eos_ids: Collection[int]
 ) -> FinishReason | None:
-    """Why generation ends with `token_id`, the `num_generated`-th token of the choice (from 1), or None: it goes on.
+    """Finish reason after `token_id`, the `num_generated`-th token of the choice (from 1); None: it continues.
 
-    Tokens of earlier dispatches count. STOP wins over LENGTH when both hold; nothing but LENGTH ends a choice before
-    `min_tokens`.
+    Tokens of earlier dispatches count. If both STOP and LENGTH hold, the reason is STOP; before `min_tokens` only
+    LENGTH ends a choice.
     """
     if num_generated >= params.min_tokens:
         is_eos = token_id in eos_ids and not params.ignore_eos

@@ -1,6 +1,6 @@
-"""What the pure core asks of the store: small values, executed by the engine (or the simulator's fake store).
+"""Store operations that the pure core requests; the engine (or the simulator's store) executes them.
 
-Execute them in order, before the core's next call: block tables hold only until then.
+Execute them in order, before the core's next call: block tables are valid only until then.
 """
 
 from __future__ import annotations
@@ -40,36 +40,36 @@ class WriteOp:
 
 @dataclass(frozen=True, slots=True)
 class FetchOp:
-    """Read cached hash blocks, wherever they lie; becomes a `BlocksFetched` of `token_count` / 16 blocks."""
+    """Read cached hash blocks; becomes a `BlocksFetched` of `token_count` / 16 blocks."""
 
     fetch_id: int
     token_start: int
     token_count: int
-    block_table: tuple[BlockId, ...]  # indexed like a sequence's; entries before `token_start` mean nothing
+    block_table: tuple[BlockId, ...]  # indexed like a sequence's; entries before `token_start` are invalid
     generations: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class SwapOutOp:
-    """Copy a preempted sequence's tokens with their seals to host blocks, before anybody writes its blocks again."""
+    """Copy a preempted sequence's tokens with their seals to host blocks, before its blocks are written again."""
 
     key: SequenceKey
     token_start: int  # a block begins here
     token_count: int
-    block_table: tuple[BlockId, ...]  # of the sequence as it was
+    block_table: tuple[BlockId, ...]  # of the sequence before its preemption
     generations: tuple[int, ...]
-    host_table: tuple[BlockId, ...]  # indexed like `block_table`; entries before `token_start` mean nothing
+    host_table: tuple[BlockId, ...]  # indexed like `block_table`; entries before `token_start` are invalid
     host_generations: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class SwapInOp:
-    """Copy tokens back from host blocks into fresh ones; `EngineCore.swap_failed` where their digests do not hold."""
+    """Copy tokens back from host blocks into new ones; if digests do not match, call `EngineCore.swap_failed`."""
 
     key: SequenceKey
     token_start: int
     token_count: int
-    block_table: tuple[BlockId, ...]  # of the sequence as it is now
+    block_table: tuple[BlockId, ...]  # of the sequence now
     generations: tuple[int, ...]
     host_table: tuple[BlockId, ...]
     host_generations: tuple[int, ...]

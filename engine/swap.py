@@ -1,10 +1,10 @@
-"""The host blocks of swapped sequences, and when copying beats computing again. Pure: knows integers, moves no byte.
+"""Host blocks of swapped sequences, and the choice between swap and recomputation. Pure: integers only, no bytes.
 
     device  | shared | own: s0 s1 s2 | t |     preempted: own blocks and the partial tail go to host blocks,
     host             | h5 h1 h7 | h2 |         with their seals; the device blocks are given back
-    device  | found again | fresh blocks |     back: what the prefix cache still holds is shared again, the rest copied
+    device  | found again | fresh blocks |     back: the part in the prefix cache is shared again, the rest copied
 
-The host is another `BlockPool` without a prefix cache: a block's generation names its use, as on the device.
+The host blocks are another `BlockPool`, without a prefix cache; generations have the same meaning as on the device.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from .sequence import Sequence, Swapped, Table
 
 @dataclass(frozen=True, slots=True)
 class SwapRule:
-    """What one swap costs (out, in, and the check of its digests), in tokens that could be computed meanwhile.
+    """Cost of one swap (out, in, and the check of its digests), in prefill tokens of the same duration.
 
-    What a sequence owns alone counts as lost by recompute: its cached blocks are free, and it was preempted because
-    free blocks are gone. Measured on one CPU core with 16 layers of 8 heads of 64, FP8: 0.3 ms per block of 16 tokens
-    out, in and verified, which is about a token of that model's prefill; twice that is charged, so that a doubtful
-    swap is not made. A much smaller model computes as fast as it copies: then little is won, and nothing breaks.
+    Unshared blocks count as lost by a recomputation: after the preemption they are free, and free blocks are short.
+    Measured on one CPU core with 16 layers of 8 heads of 64, FP8: 0.3 ms per block of 16 tokens for out, in and check,
+    which is about one token of that model's prefill. Twice that is charged, so that a doubtful swap is not made. A much
+    smaller model computes as fast as it copies: then a swap gains little, and does no harm.
     """
 
     tokens_per_block: float = 2.0
     tokens_per_swap: float = 8.0
 
     def prefers_swap(self, num_tokens: int, num_blocks: int) -> bool:
-        """Whether computing `num_tokens` tokens again costs more than copying their `num_blocks` blocks."""
+        """True if recomputing `num_tokens` tokens costs more than copying their `num_blocks` blocks."""
         return num_tokens > self.tokens_per_swap + self.tokens_per_block * num_blocks
 
 
@@ -41,11 +41,11 @@ class SwapSpace:
     def __init__(self, num_blocks: int, block_tokens: int, rule: SwapRule | None = None) -> None:
         self.pool = BlockPool(num_blocks, block_tokens)
         self.rule = rule or SwapRule()
-        self.refused_total = 0  # swaps that would have paid and found no host block
-        self.gaps_total = 0  # came back to a shared prefix that was evicted: computed again
+        self.refused_total = 0  # swaps cheaper than a recomputation, refused for lack of host blocks
+        self.gaps_total = 0  # swaps whose shared prefix was evicted before they came back: recomputed
 
     def accepts(self, num_tokens: int, num_blocks: int) -> bool:
-        """Whether a swap pays and there is room for it."""
+        """True if a swap is cheaper than a recomputation and host blocks are free; counts refusals."""
         if not self.rule.prefers_swap(num_tokens, num_blocks):
             return False
         if num_blocks > self.pool.num_free:
@@ -54,13 +54,13 @@ class SwapSpace:
         return True
 
     def put(self, start: int, end: int) -> Swapped:
-        """Take host blocks for tokens [start, end); `start` begins a block."""
+        """Take host blocks for tokens [start, end); `start` must be the beginning of a block."""
         skipped = start // self.pool.block_tokens
         blocks = self.pool.take(-(-end // self.pool.block_tokens) - skipped)
         return Swapped(start, end, tuple(blocks), tuple([self.pool.generation(block) for block in blocks]))
 
     def table(self, swapped: Swapped) -> Table:
-        """The host blocks indexed like a sequence's; the entries before `swapped.start` mean nothing."""
+        """The host blocks, indexed like a sequence's; entries before `swapped.start` are invalid."""
         skipped = swapped.start // self.pool.block_tokens
         return Table((BlockId(0),) * skipped + swapped.blocks, (0,) * skipped + swapped.generations)
 
@@ -71,7 +71,7 @@ class SwapSpace:
             sequence.swapped = None
 
     def check_integrity(self, sequences: Collection[Sequence], among: range | None = None) -> None:
-        """Prove that every host block in use belongs to exactly one live sequence. `among`: host blocks to look at.
+        """Prove that every host block in use belongs to exactly one live sequence. `among`: host blocks to check.
 
         Raises:
             AssertionError: names the fault and the block.

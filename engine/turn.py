@@ -1,10 +1,10 @@
-"""What an engine does around its core, in the order that the core's contract wants. Pure: knows no thread, no clock.
+"""One turn of an engine: calls its core, in the order that the core requires. Pure: knows no thread, no clock.
 
     command ─▶ core.handle ─▶ say
     now     ─▶ core.tick ─▶ say ─▶ core.plan ─▶ say(core.drain) ─▶ the step ─▶ core.apply ─▶ say
 
-`say` carries out the store's operations where they stand, decides what follows from their outcome, and gives the face
-all events in order. engine/loop.py drives it in a thread with a real store, sim/ in virtual time with a checking one.
+`say` carries out store operations at their place in the order, handles their failures, and passes all events to the
+face in order. engine/loop.py drives it in a thread with a real store, sim/ in virtual time with a checking store.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from .store_ops import FetchOp, ReadOp, StoreOp, SwapInOp, SwapOutOp, WriteOp
 
 
 class Store(Protocol):
-    """The KV memory of one worker, as far as the core's operations concern it. Every method may raise."""
+    """KV memory of one worker, with the operations that the core requests. Every method may raise."""
 
     def read(self, op: ReadOp | FetchOp) -> tuple[SectionData, ...]:
-        """Copies of planes with their seals."""
+        """Copy planes out, with their seals."""
         ...
 
     def write(self, op: WriteOp) -> None:
@@ -37,12 +37,12 @@ class Store(Protocol):
         ...
 
     def swap_in(self, op: SwapInOp) -> bool:
-        """Copy back; whether everything holds there what was sealed."""
+        """Copy back from host memory; returns True if all copied tokens match their seals."""
         ...
 
 
 class Turn:
-    """One engine's core, its store, and the way to its face."""
+    """One engine's core and its store; passes events to the face."""
 
     def __init__(
         self,
@@ -51,29 +51,29 @@ class Turn:
         emit: Callable[[Sequence[Event]], None],
         refused: Callable[[StoreOp, Exception | None], None],
     ) -> None:
-        """`emit` takes events for the face; `refused` hears of operations that failed (None: damaged), to log them."""
+        """`emit` takes events for the face; `refused` logs failed operations with the error (None: damaged data)."""
         self._core = core
         self._store = store
         self._emit = emit
         self._refused = refused
 
     def take(self, command: Command, now_s: float) -> None:
-        """One command of the face."""
+        """Apply one command of the face."""
         self._say(self._core.handle(command, now_s))
 
     def plan(self, now_s: float) -> StepPlan | None:
-        """Let time pass and plan the next step; the blocks it will use are as they must be. None: nothing can run."""
+        """Advance time and plan the next step; its store operations are done. None: no sequence can run."""
         self._say(self._core.tick(now_s))
         plan = self._core.plan(now_s)
         self._say(self._core.drain())
         return plan
 
     def apply(self, plan: StepPlan, result: StepResult, now_s: float) -> None:
-        """The step that was planned came back."""
+        """Apply the result of the planned step."""
         self._say(self._core.apply(plan, result, now_s))
 
     def fail(self, plan: StepPlan, code: str, message: str) -> None:
-        """The step that was planned did not come back."""
+        """Handle the failure of the planned step."""
         self._say(self._core.fail_step(plan, code, message))
 
     # ------------------------------------------------------------------ inside
@@ -93,7 +93,7 @@ class Turn:
         self._emit(events)
 
     def _execute(self, op: StoreOp) -> tuple[list[Event], list[Event | StoreOp]]:
-        """Carry an operation out: its answer, and what the core makes of a failure."""
+        """Carry out an operation; returns its answer for the face, and the core's reaction to a failure."""
         try:
             return self._carry_out(op)
         except Exception as error:
@@ -120,7 +120,7 @@ class Turn:
                 return self._failed(op, None)
 
     def _failed(self, op: StoreOp, error: Exception | None) -> tuple[list[Event], list[Event | StoreOp]]:
-        """Nothing that was not written, copied or verified is served: the sequence ends, or is computed again."""
+        """Handle a failed operation: the sequence ends or is recomputed, so that no unverified KV is used."""
         match op:
             case FetchOp():
                 return [BlocksFetched(op.fetch_id, 0, ())], []

@@ -13,14 +13,14 @@ BlockId = NewType("BlockId", int)
 """Place of a physical block in one worker's pool."""
 
 BlockIdentity = NewType("BlockIdentity", bytes)
-"""16 bytes that stand for exactly one prefix: root and all tokens up to the end of a block."""
+"""16-byte hash of one prefix: its root and all tokens up to the end of a block."""
 
 IDENTITY_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True)
 class IdentityRoot:
-    """What must be equal, besides tokens, for two prefixes to share KV."""
+    """All facts besides the tokens that two prefixes must have in common to share KV."""
 
     isolation_domain: str  # from the authenticated tenant
     weights_fingerprint: bytes
@@ -29,7 +29,7 @@ class IdentityRoot:
     extra: bytes = b""
 
     def digest(self, key: bytes) -> bytes:
-        """The chain's first link, under the cluster's key (1 to 64 bytes)."""
+        """First link of the chain, 16 bytes; `key` is the identity key of the cluster, 1 to 64 bytes."""
         parts = (
             self.isolation_domain.encode(),
             self.weights_fingerprint,
@@ -48,7 +48,7 @@ def chain(key: bytes, root: bytes, token_ids: Sequence[int], start: int = 0) -> 
 
     `root` is the link before the first token: `IdentityRoot.digest`, or the identity of the block that ends at
     `start` when `token_ids` continues a sequence. Source: prefix chaining as in vLLM's automatic prefix caching,
-    with a keyed BLAKE2b-128 so that nobody outside the cluster can name or collide a block.
+    with a keyed BLAKE2b-128, so that only the cluster's processes can compute or collide an identity.
     """
     identities: list[BlockIdentity] = []
     link = root

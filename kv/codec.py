@@ -1,6 +1,6 @@
-"""How keys and values become bytes on the wire and back, in numpy. Knows no store, no model, no network.
+"""Encoding of keys and values as bytes, and decoding, in numpy. Knows no store, no model, no network.
 
-Byte for byte equal to `kernels/reference.py`, which defines the same on the device's side. A *row* is the `width`
+Byte for byte equal to `kernels/reference.py`, which defines the same encoding for device code. A *row* is the `width`
 numbers of one (token, head). Codecs:
 
 * `FP8_E4M3`: one e4m3fn byte per number and one scale byte per row. The scale is a power of two, `2**(byte - 127)`: the
@@ -9,8 +9,8 @@ numbers of one (token, head). Codecs:
     - Dequantised numbers are exact in bf16 and never subnormal there: non-zero magnitudes lie in
       `[2**-125, 448 * 2**119]`. Anything in float32's subnormal range rounds to zero, so the bytes do not depend on
       whether a device flushes subnormals.
-    - Overflow: only rows whose amax exceeds `448 * 2**119` (1.75 * 2**127) meet the upper clamp; there numbers saturate
-      at 448 of the scale. They never become infinite.
+    - Overflow: only rows whose amax exceeds `448 * 2**119` (1.75 * 2**127) reach the upper clamp; their numbers
+      saturate at `448 * scale`. They never become infinite.
     - A row of zeros has byte 11. Zeros keep their sign.
     - Encoding a decoded row again never changes a value (its bytes may change once: a row whose amax was rounded down
       to exactly 224 takes the next smaller scale).
@@ -18,7 +18,7 @@ numbers of one (token, head). Codecs:
 * `FP32`: little-endian float32, as it is.
 
 Non-finite input (any codec): a row with a NaN or an infinity is counted in `Encoded.non_finite` and stored as zeros
-(payload and scale byte 0, a scale no other row has); whoever stores it must fail the request.
+(payload and scale byte 0, a scale that no other row has); the caller that stores it must fail the request.
 """
 
 from enum import IntEnum
@@ -40,7 +40,7 @@ _INFINITY_BITS = np.uint32(0x7F800000)
 
 
 class Codec(IntEnum):
-    """How a component's rows are stored; the values stand in wire headers and never change."""
+    """Storage format of a component's rows; the values are part of the wire format and never change."""
 
     FP8_E4M3 = 1
     BF16 = 2
@@ -48,7 +48,7 @@ class Codec(IntEnum):
 
 
 class Encoded(NamedTuple):
-    """What `encode` returns: bytes, and how many rows held a NaN or an infinity (those are stored as zeros)."""
+    """Result of `encode`: bytes, and the number of rows with a NaN or an infinity (those are stored as zeros)."""
 
     payload: U8  # [..., width * payload bytes per number]
     scales: U8 | None  # [...], None where the codec has none
@@ -89,7 +89,10 @@ def encode(x: F32, codec: Codec) -> Encoded:
 def decode(payload: U8, scales: U8 | None, codec: Codec) -> F32:
     """Decode `payload` [..., row bytes] (and `scales` [...] where the codec has them) to float32 [..., width].
 
-    Hostile bytes are no error here (the digest tells them): e4m3's NaN codes decode to NaN.
+    Damaged bytes are no error here, because the digest detects them: e4m3's NaN codes decode to NaN.
+
+    Raises:
+        ValueError: fp8 without scales.
     """
     if codec is Codec.FP8_E4M3:
         if scales is None:
@@ -105,10 +108,10 @@ def decode(payload: U8, scales: U8 | None, codec: Codec) -> F32:
 
 
 def transcode(payload: U8, scales: U8 | None, from_codec: Codec, to_codec: Codec) -> Encoded:
-    """Rows of one codec as rows of another; the same codec copies nothing and changes no byte.
+    """Translate rows of one codec to another. The same codec returns its arguments without a copy.
 
-    From fp8 to bf16 or fp32 and from bf16 to fp32 this is exact. A row that the first encoder refused is zeros and
-    stays zeros.
+    From fp8 to bf16 or fp32 and from bf16 to fp32 this is exact. A row that was not finite at the first encoding is
+    zeros and stays zeros.
     """
     if from_codec is to_codec:
         return Encoded(payload, scales, 0)
@@ -116,24 +119,27 @@ def transcode(payload: U8, scales: U8 | None, from_codec: Codec, to_codec: Codec
 
 
 def _scale_bytes_of(amax_bits: U32) -> U8:
-    """`amax <= 448 * 2**e` on the bits of amax: 448 is 1.75 * 2**8, so e = its exponent - 8, one more above 1.75."""
+    """Smallest scale byte with `amax <= 448 * 2**e`, from the bits of amax.
+
+    448 is 1.75 * 2**8, so e is the exponent of amax minus 8, and one more if its mantissa is above 1.75.
+    """
     exponent = (amax_bits >> np.uint32(23)).astype(np.int32)
     above = (amax_bits & np.uint32(0x7FFFFF)) > np.uint32(0x600000)
     return np.clip(exponent - 8 + above, MIN_SCALE_BYTE, MAX_SCALE_BYTE).astype(np.uint8)
 
 
 def _encode_e4m3(x: F32, scales: U8) -> U8:
-    """Round `x / scale` to e4m3fn in integers; the bytes of a non-finite row are meaningless."""
+    """Round `x / scale` to e4m3fn by integer arithmetic; the bytes of a non-finite row are undefined."""
     inverse = ((np.uint32(254) - scales.astype(np.uint32)) << np.uint32(23)).view(np.float32)
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         scaled = x * inverse[..., None]
         bits = scaled.view(np.uint32)
         magnitude = bits & np.uint32(0x7FFFFFFF)
-        # Normal numbers: cut 20 mantissa bits, nearest even, and move the bias from 127 to 7.
+        # Normal numbers: round 20 mantissa bits away, nearest even, and change the exponent bias from 127 to 7.
         normal = (
             (magnitude + np.uint32(0x7FFFF) + ((magnitude >> np.uint32(20)) & np.uint32(1))) >> np.uint32(20)
         ) - 960
-        # Below 2**-6 the step is 2**-9, the step of float32 at 2**14: the addition rounds, the low bits are the code.
+        # Below 2**-6 the spacing is 2**-9, that of float32 at 2**14: adding 2**14 rounds; the low bits are the code.
         small = (np.abs(scaled) + np.float32(16384)).view(np.uint32) & np.uint32(0xFF)
     code = np.where(magnitude < np.uint32(0x3C800000), small, np.minimum(normal, np.uint32(LARGEST_E4M3)))
     signed: U8 = (code | ((bits >> np.uint32(24)) & np.uint32(0x80))).astype(np.uint8)

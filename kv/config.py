@@ -10,7 +10,7 @@ from ..core.config import Section
 
 
 class CacheConfig(Section):
-    """How keys and values are kept, and how many."""
+    """Format, block size and capacity of the KV cache, and the frames of its hand-overs."""
 
     dtype: Literal["auto", "fp8", "bfloat16", "float32"] = Field(
         "auto", description="auto = FP8 (unlike vLLM, whose auto is the model's dtype)"

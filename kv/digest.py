@@ -1,8 +1,8 @@
-"""The seal on stored keys and values: one keyed 64-bit sum per (hash block, layer, component, head). Numpy, pure.
+"""Digests of stored keys and values: one keyed 64-bit sum per (hash block, layer, component, head). Numpy, pure.
 
-Knows nothing of stores, frames and identities: what prompt a block belongs to is kept beside its digests by the caller.
-A digest binds *content* and *place* (layer, component, head, token within the hash block, index of the hash block in
-the sequence). A page that was reused shows because the digest kept with (block, generation) speaks of other content.
+Knows no store, frame or identity: the caller keeps beside the digests which prompt a block belongs to.
+A digest covers *content* and *place* (layer, component, head, token within the hash block, index of the hash block in
+the sequence). A reused block is detected because the digest is kept with (block, generation) and covers other content.
 
 Definition, everything modulo 2**64, little-endian. A row is the payload of one (token, head), seen as 32-bit words
 `w[t, i]` (zero-padded to whole words), and its scale byte `s[t]` (codecs without scales have none); t counts tokens
@@ -13,18 +13,18 @@ from the start of the hash block.
 
 The keys are splitmix64 numbers of the 64-bit cluster key, all different; multiplier and addend are odd and come from a
 mixed (layer, component, head, hash block). So a digest is additive over tokens: those of tokens 0..6 and 7..15 sum to
-the block's. Digests of a range of heads, tokens or layers verify by themselves, and the sum of those of a frame is
-a digest of the frame.
+the block's. Digests of a range of heads, tokens or layers verify by themselves, and the sum of the digests of a frame
+is a digest of the frame.
 
-What it detects. For content that does not depend on the key, two different units at one place collide with probability
+Detection. For content that does not depend on the key, two different units at one place collide with probability
 at most 2**-33 over the keys: they differ in a word by less than 2**32, that is by `2**j * odd` with j <= 31, and such
 a multiple of a 64-bit key hits one given sum for at most 2**j of 2**64 keys. Source: multilinear hashing, Lemire and
 Kaser 2014, "Strongly universal string hashing is fast"; they keep the upper half of the sum to make it strongly
-universal, we keep all 64 bits because we only compare. The low bits are weaker than their number says (bit 0 sees only
-bit 0 of each word): compare whole digests, never a part. Swapped tokens, words or bytes change a unit because no two
-keys are equal; an odd multiplier never hides a changed unit; an addend per token shows cut-off tokens whose bytes were
-all zero; a block that arrives with its own digest at another place passes with a chance of about 2**-60.
-It finds faults, not forgers: an adversary who sees digests can solve for the keys. Against those stands mTLS.
+universal, we keep all 64 bits because we only compare. The low bits are weak (bit 0 depends only on bit 0 of each
+word): compare whole digests, never a part. Swapped tokens, words or bytes change a unit because no two keys are equal;
+an odd multiplier never hides a changed unit; an addend per token detects missing tokens whose bytes were all zero;
+a block that arrives with its own digest at another place passes with a probability of about 2**-60.
+It detects faults, not forgery: an adversary who sees digests can solve for the keys. mTLS protects against that.
 """
 
 from functools import lru_cache
@@ -41,7 +41,7 @@ _SCALE_WORD = 0xFFFF  # the column of the key table that belongs to the scale by
 _MULTIPLIER, _ADDEND, _TABLE = 1, 2, 3  # one stream of keys each
 _HASH_BLOCK_BITS = 24
 MAX_HASH_BLOCKS = 1 << _HASH_BLOCK_BITS
-_CHUNK_BYTES = 1 << 20  # digest this much at a time: the widened words stay in the cache
+_CHUNK_BYTES = 1 << 20  # digested at a time, so that the words widened to 64 bits stay in the CPU cache
 
 
 def places(layers: ArrayLike, component: int, heads: ArrayLike, hash_blocks: ArrayLike) -> U64:
@@ -63,7 +63,7 @@ def unit_digests(payload: U8, scales: U8 | None, place: U64, key: int, first_tok
     """Digest each unit: uint64 of the leading shape.
 
     payload uint8 [..., tokens, row_bytes]; scales uint8 [..., tokens] or None; place broadcasts to the leading shape.
-    `tokens` are the present ones, `first_token` of the hash block and on (a partial tail, or a part to be summed).
+    The present tokens are those from `first_token` of the hash block on (a partial tail, or a part to be summed).
     key: the cluster key, 0 <= key < 2**64.
     """
     *lead, tokens, row_bytes = payload.shape
@@ -84,7 +84,7 @@ def unit_digests(payload: U8, scales: U8 | None, place: U64, key: int, first_tok
 
 
 def frame_digests(payload: U8, scales: U8 | None, place: U64, key: int, hash_block_tokens: int) -> U64:
-    """Digest a run of tokens that starts at a hash block's start: uint64 [..., ceil(tokens / hash_block_tokens)].
+    """Digest consecutive tokens from the start of a hash block: uint64 [..., ceil(tokens / hash_block_tokens)].
 
     payload uint8 [..., tokens, row_bytes], scales uint8 [..., tokens] or None; the last hash block may be partial.
     place: one word per leading index and hash block, as `places(layers[:, None, None], c, heads[:, None], blocks)`.
@@ -108,7 +108,7 @@ def frame_digests(payload: U8, scales: U8 | None, place: U64, key: int, hash_blo
 
 
 def place_keys(place: U64, key: int) -> tuple[U64, U64]:
-    """The odd multiplier and the odd addend of each place word."""
+    """Odd multiplier and odd addend of each place word, each uint64 of the shape of `place`."""
     place = np.asarray(place, np.uint64)
     one = np.uint64(1)
     multiplier = _mix(place ^ _seed(key, _MULTIPLIER)) | one
@@ -118,7 +118,11 @@ def place_keys(place: U64, key: int) -> tuple[U64, U64]:
 
 @lru_cache(maxsize=64)
 def key_table(key: int, first_token: int, tokens: int, words: int) -> U64:
-    """Keys of the payload words, uint64 [tokens, words]; a token's keys do not depend on the row's length."""
+    """Keys of the payload words, uint64 [tokens, words], read-only; a token's keys do not depend on the row's length.
+
+    Raises:
+        ValueError: `words` is more than 65,535, or `key` is no 64-bit number.
+    """
     if not 0 <= words <= _SCALE_WORD:
         raise ValueError(f"a row of {words} words; at most {_SCALE_WORD} are keyed")
     return _table(key, first_token, tokens, np.arange(words, dtype=np.uint64))
@@ -126,7 +130,7 @@ def key_table(key: int, first_token: int, tokens: int, words: int) -> U64:
 
 @lru_cache(maxsize=64)
 def scale_keys(key: int, first_token: int, tokens: int) -> U64:
-    """Keys of the scale bytes, uint64 [tokens]."""
+    """Keys of the scale bytes, uint64 [tokens], read-only."""
     return _table(key, first_token, tokens, np.array([_SCALE_WORD], dtype=np.uint64))[:, 0]
 
 
@@ -139,13 +143,13 @@ def _table(key: int, first_token: int, tokens: int, columns: U64) -> U64:
 
 
 def stream_seeds(key: int) -> tuple[int, int]:
-    """What the places are mixed with: for multipliers, and for addends."""
+    """The two seeds that place words are mixed with: one for multipliers, one for addends."""
     return int(_seed(key, _MULTIPLIER)[0]), int(_seed(key, _ADDEND)[0])
 
 
 @lru_cache(maxsize=64)
 def _seed(key: int, stream: int) -> U64:
-    """The start of one stream of keys, uint64 [1]."""
+    """Start of one stream of keys, uint64 [1]."""
     if not 0 <= key < 1 << 64:
         raise ValueError(f"the digest key is {key}; must be a 64-bit number")
     return _mix(np.array([key], np.uint64) + np.array([stream], np.uint64) * _GOLDEN)

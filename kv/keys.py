@@ -1,4 +1,4 @@
-"""The keys that a cluster's shared secret stands for; every process derives the same ones. Names prompts with them."""
+"""Keys derived from a cluster's shared secret, equal in every process, and identities of prompts under them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def proof_key(cluster_key: str) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class PromptNames:
-    """The root of a prompt's chain, and the identities of its full hash blocks."""
+    """Root of a prompt's chain, and identities of its full hash blocks."""
 
     root: bytes
     identities: tuple[BlockIdentity, ...]
@@ -35,14 +35,14 @@ class PromptNames:
 
 @dataclass(frozen=True, slots=True)
 class PromptHasher:
-    """Names prompts of one model in one numerics class. Routers and workers that should agree build equal ones."""
+    """Hashes prompts of one model in one numerics class. Equal hashers give equal identities in all processes."""
 
     key: bytes  # identity_key
     weights_fingerprint: bytes
     numerics_class: bytes  # empty unless deterministic
 
     def root(self, isolation_domain: str, adapter: bytes = b"") -> bytes:
-        """The link before the first block of a domain's prompts."""
+        """The link before the first block of all prompts of a domain and adapter."""
         return IdentityRoot(isolation_domain, self.weights_fingerprint, self.numerics_class, adapter).digest(self.key)
 
     def name(self, prompt_ids: Sequence[int], isolation_domain: str, adapter: bytes = b"") -> PromptNames:

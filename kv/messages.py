@@ -1,6 +1,7 @@
-"""Our values as protobuf messages and back: sampling, specs, errors, epochs, timelines. Knows no stream and no state.
+"""Conversions to protobuf messages and back: sampling, specs, errors, epochs, timelines. Knows no stream, no state.
 
-What arrives is a peer's input: `..._from` functions never trust ranges that matter to memory, and raise typed errors.
+Messages come from a peer: `..._from_wire` functions check values that a worker could not run with, and raise typed
+errors.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _ROLE_FROM_WIRE = {number: role for role, number in _ROLE_TO_WIRE.items()}
 
 
 def sampling_to_wire(params: SamplingParams) -> common_pb2.SamplingParams:
-    """Every field set: a worker never asks what a default is."""
+    """Sampling parameters as a message. It sets every field, so that a worker needs no defaults."""
     return common_pb2.SamplingParams(
         max_tokens=params.max_tokens,
         temperature=params.temperature,
@@ -60,7 +61,8 @@ def sampling_to_wire(params: SamplingParams) -> common_pb2.SamplingParams:
 
 
 def sampling_from_wire(message: common_pb2.SamplingParams) -> SamplingParams:
-    """A router's sampling parameters. It validated them for the client; here only what would break a worker is refused.
+    """Sampling parameters of a router's message. The router has validated them; only values that would break a
+    worker are refused here.
 
     Raises:
         InvalidRequest: `max_tokens` or `seed` is absent, a number has no meaning (NaN, negative temperature), or a
@@ -112,7 +114,7 @@ def sampling_from_wire(message: common_pb2.SamplingParams) -> SamplingParams:
 
 
 def logprobs_to_wire(logprobs: Iterable[TokenLogprobs]) -> list[common_pb2.TokenLogprobs]:
-    """How likely tokens were, for the wire."""
+    """Log-probabilities as messages, one per token."""
     return [
         common_pb2.TokenLogprobs(
             token_id=one.token_id,
@@ -126,7 +128,7 @@ def logprobs_to_wire(logprobs: Iterable[TokenLogprobs]) -> list[common_pb2.Token
 
 
 def logprobs_from_wire(messages: Iterable[common_pb2.TokenLogprobs]) -> tuple[TokenLogprobs, ...]:
-    """How likely tokens were, from the wire; alternatives without a partner are dropped."""
+    """Log-probabilities from messages; a surplus of alternative ids or of their values is dropped."""
     return tuple(
         TokenLogprobs(m.token_id, m.logprob, m.rank, tuple(zip(m.top_ids, m.top_logprobs, strict=False)))
         for m in messages
@@ -137,7 +139,7 @@ def logprobs_from_wire(messages: Iterable[common_pb2.TokenLogprobs]) -> tuple[To
 
 
 def spec_to_wire(spec: KvSpec) -> common_pb2.KvSpec:
-    """A cache's layout for a peer that may have another one."""
+    """Cache layout as a message."""
     message = common_pb2.KvSpec()
     for group in spec.groups:
         out = message.groups.add(name=group.name, num_layers=group.num_layers)
@@ -148,7 +150,7 @@ def spec_to_wire(spec: KvSpec) -> common_pb2.KvSpec:
 
 
 def spec_from_wire(message: common_pb2.KvSpec) -> KvSpec:
-    """A peer's cache layout.
+    """Cache layout of a peer.
 
     Raises:
         InvalidRequest: no group, or a codec that this release does not know.
@@ -169,26 +171,30 @@ def _group_from(group: common_pb2.LayerGroup) -> LayerGroup:
     return LayerGroup(group.name, group.num_layers, tuple(components))
 
 
-# ------------------------------------------------------------------ small words
+# ------------------------------------------------------------------ small values
 
 
 def finish_to_wire(reason: FinishReason) -> common_pb2.FinishReason.ValueType:
-    """The enum's number."""
+    """Finish reason as its protobuf enum value."""
     return _FINISH_TO_WIRE[reason]
 
 
 def finish_from_wire(number: common_pb2.FinishReason.ValueType) -> FinishReason | None:
-    """None: still running, or a newer release's reason."""
+    """Finish reason of an enum value; None: still running, or a reason of a newer release."""
     return _FINISH_FROM_WIRE.get(number)
 
 
 def role_to_wire(role: Role) -> common_pb2.Role.ValueType:
-    """The enum's number."""
+    """Role as its protobuf enum value."""
     return _ROLE_TO_WIRE[role]
 
 
 def role_from_wire(number: common_pb2.Role.ValueType) -> Role:
-    """Raises InvalidRequest for a role of a newer release."""
+    """Role of an enum value.
+
+    Raises:
+        InvalidRequest: the value is unknown to this release.
+    """
     try:
         return _ROLE_FROM_WIRE[number]
     except KeyError:
@@ -196,17 +202,17 @@ def role_from_wire(number: common_pb2.Role.ValueType) -> Role:
 
 
 def epoch_to_wire(epoch: Epoch) -> worker_pb2.Epoch:
-    """(router incarnation, counter)."""
+    """Epoch (router incarnation, counter) as a message."""
     return worker_pb2.Epoch(incarnation=epoch.incarnation, counter=epoch.counter)
 
 
 def epoch_from_wire(message: worker_pb2.Epoch) -> Epoch:
-    """(router incarnation, counter)."""
+    """Epoch (router incarnation, counter) of a message."""
     return Epoch(message.incarnation, message.counter)
 
 
 def error_to_wire(error: TwostrokeError) -> common_pb2.Error:
-    """A typed error inside one of our own messages."""
+    """Typed error as a message; `retry_after_s` becomes whole milliseconds."""
     retry_after_ms = 0 if error.retry_after_s is None else max(1, round(error.retry_after_s * 1000))
     return common_pb2.Error(
         code=error.code, message=error.message, param=error.param or "", retry_after_ms=retry_after_ms
@@ -214,16 +220,16 @@ def error_to_wire(error: TwostrokeError) -> common_pb2.Error:
 
 
 def error_from_wire(message: common_pb2.Error) -> TwostrokeError:
-    """The typed error that a peer meant; an unknown code becomes an InternalError."""
+    """Typed error of a message; an unknown code becomes an InternalError."""
     retry_after_s = message.retry_after_ms / 1000 if message.retry_after_ms else None
     return from_code(message.code, message.message, param=message.param or None, retry_after_s=retry_after_s)
 
 
 def instants_to_wire(timeline: Timeline, origin_s: float) -> list[common_pb2.Instant]:
-    """Every instant as nanoseconds since `origin_s`."""
+    """Named instants as messages, in nanoseconds since `origin_s`."""
     return [common_pb2.Instant(name=n, since_seen_ns=ns) for n, ns in timeline.since_ns(origin_s).items()]
 
 
 def adopt_instants(timeline: Timeline, instants: Iterable[common_pb2.Instant], origin_s: float) -> None:
-    """Place a peer's instants after our own `origin_s`."""
+    """Add a peer's instants to `timeline`, counted from our own `origin_s`."""
     timeline.adopt([(instant.name, instant.since_seen_ns) for instant in instants], origin_s)

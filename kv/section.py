@@ -1,4 +1,4 @@
-"""A piece of a sequence's cache: where it lies, and its bytes with their digests as stores and frames carry them."""
+"""Part of a sequence's cache: its token range and blocks, and its bytes with their digests in stores and frames."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .block import BlockId
 
 @dataclass(frozen=True, slots=True)
 class HeldTokens:
-    """Tokens [start, start + count) of one sequence, and the blocks (each in one use) that hold it from token 0 on.
+    """Tokens [start, start + count) of one sequence, and the blocks with their generations, from token 0 on.
 
-    Seals are per hash block, so `start` stands at a hash block's beginning.
+    Seals are per hash block, so `start` is the beginning of a hash block.
     """
 
     block_table: Sequence[BlockId]
@@ -31,7 +31,7 @@ class HeldTokens:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SectionData:
-    """One component over a layer and head range of a token range. Arrays may be views of an envelope."""
+    """Bytes and digests of one component for a range of layers, heads and tokens. Arrays may view an envelope."""
 
     group: str
     component: str

@@ -1,4 +1,4 @@
-"""How many blocks a pool gets, with the arithmetic spelled out. Knows numbers only."""
+"""Size of a block pool from the available memory, with its arithmetic as text. Knows numbers only."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from dataclasses import dataclass
 from ..core.errors import DoesNotFit
 from .spec import KvSpec
 
-MAX_POOL_BLOCKS = 1 << 20  # beyond, the bookkeeping of free blocks takes seconds to make and gigabytes to keep
+MAX_POOL_BLOCKS = 1 << 20  # with more, the lists of free blocks take seconds to build and gigabytes of memory
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryFacts:
-    """What one worker may use, in bytes."""
+    """Memory of one worker, in bytes."""
 
     memory_bytes: int  # this worker's share of the device or machine
     weight_bytes: int
     swap_bytes: int = 0  # for preempted sequences' blocks
-    swaps_elsewhere: bool = False  # they lie in another memory: a GPU's in the host's
+    swaps_elsewhere: bool = False  # swap space is in another memory than the pool: the host's, for a GPU
 
 
 @dataclass(frozen=True, slots=True)
 class PoolSize:
-    """A pool that fits, and how it was found."""
+    """Size of a pool that fits, and the arithmetic behind it."""
 
     num_blocks: int
     block_tokens: int
@@ -37,10 +37,12 @@ class PoolSize:
 
 
 def size_pool(spec: KvSpec, block_tokens: int, max_tokens: int | None, fraction: float, facts: MemoryFacts) -> PoolSize:
-    """The smaller of `max_tokens` and `fraction` of the memory left after the weights, in whole blocks.
+    """Size of the pool: `fraction` of the memory left after weights and swap space, at most `max_tokens`.
+
+    In whole blocks, at most MAX_POOL_BLOCKS of them.
 
     Raises:
-        DoesNotFit: not even one block is left, or the swap space holds none; the message carries the arithmetic.
+        DoesNotFit: no block fits, or none fits the swap space; the message has the arithmetic.
     """
     block_bytes = spec.bytes_per_token * block_tokens
     num_swap_blocks = facts.swap_bytes // block_bytes

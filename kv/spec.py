@@ -1,4 +1,4 @@
-"""What one token leaves in the cache, per layer group and component. Knows sizes, no tensor."""
+"""Layout of one token in the cache, per layer group and component. Knows sizes, no tensor."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import hashlib
 from dataclasses import dataclass
 from typing import Literal
 
-HASH_BLOCK_TOKENS = 16  # tokens per hash block: the unit of identity and digest, whatever the physical block size
+HASH_BLOCK_TOKENS = 16  # tokens per hash block: the unit of identity and digest, for every physical block size
 
 CODEC_NAMES = {"fp8": 1, "bfloat16": 2, "float32": 3}  # names of --kv-cache-dtype to ids of kv/codec.py
 _CODEC_BYTES = {1: 1, 2: 2, 3: 4}
 _CODEC_SCALE_BYTES = {1: 1, 2: 0, 3: 0}
-COMPONENT_NUMBERS = {"k": 0, "v": 1, "latent": 2, "rope": 3}  # of a component in its digests' places: never reused
+COMPONENT_NUMBERS = {"k": 0, "v": 1, "latent": 2, "rope": 3}  # part of the places of digests: never reused
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Component:
 
 @dataclass(frozen=True, slots=True)
 class LayerGroup:
-    """Layers that cache alike: the model's own ("main"), later a draft model's or an EAGLE head's."""
+    """Layers with equal components: the model's own ("main"), later a draft model's or an EAGLE head's."""
 
     name: str
     num_layers: int
@@ -51,7 +51,7 @@ class LayerGroup:
 
 @dataclass(frozen=True, slots=True)
 class KvSpec:
-    """Everything that must agree, or be translated, between two caches."""
+    """Layout of a cache. Two caches with different layouts need a translation to exchange blocks."""
 
     groups: tuple[LayerGroup, ...]
 
@@ -67,11 +67,11 @@ class KvSpec:
 
     @property
     def bf16_bytes_per_token(self) -> int:
-        """What the same token would take in bf16: the yardstick of `explain`."""
+        """Bytes of one token if all components were bf16; `explain` compares with it."""
         return sum(2 * g.num_layers * c.heads * c.width for g in self.groups for c in g.components)
 
     def fingerprint(self) -> bytes:
-        """16 bytes that differ whenever two specs do."""
+        """16-byte hash of the spec."""
         return hashlib.blake2b(repr(self).encode(), digest_size=16).digest()
 
 

@@ -1,4 +1,4 @@
-"""The Ray actor that holds a prefill worker. Ray places, names and ends it; it is never on the data path."""
+"""Ray actor that holds a prefill worker. Ray places, names and ends the actor; no data passes through Ray."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from ..core.hosted import Hosted
 
 
 class PrefillWorker(Hosted):
-    """A worker that turns prompts into KV blocks. Named after its first role, so that `ray list actors` tells;
-    the role itself is data and may change while it runs.
+    """A worker that turns prompts into KV blocks. The class name shows the first role in `ray list actors`;
+    the role itself is data and may change while the worker runs.
     """

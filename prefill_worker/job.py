@@ -1,4 +1,4 @@
-"""One prompt computed for a decode worker: carries out what the sending machine decides. Knows no router, no text."""
+"""One prompt computed for a decode worker: carries out the sender machine's actions. Knows no router, no text."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ from ..protos import handover_pb2
 
 log = logging.getLogger(__name__)
 
-MAX_READS = 2  # of the same planes: once more when they do not match their seals
+MAX_READS = 2  # of the same planes: they are read once more if they do not match their seals
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillTaskTools:
-    """What all jobs of a worker share."""
+    """Dependencies shared by all jobs of a worker."""
 
     dispatcher: EngineClient
     executor: Executor  # verifies digests
@@ -51,11 +51,11 @@ class PrefillTaskTools:
     timing: Timing
     clock: Clock
     counters: Counter[str]
-    ended: Callable[[Life], None] = forget  # hears of every job that is over
+    ended: Callable[[Life], None] = forget  # called for every job that is over
 
 
 class PrefillTask:
-    """From an accepted Open until its stream and its sequence are gone. The host reads the stream."""
+    """One hand-over, from an accepted Open until its stream and its sequence have ended. The host reads the stream."""
 
     def __init__(self, sender: Sender, submit: link.Submit, host: StreamHost, tools: PrefillTaskTools) -> None:
         self.sender = sender
@@ -68,23 +68,23 @@ class PrefillTask:
         self._mismatches: Counter[tuple[int, int]] = Counter()  # reads of each range that did not match its seals
         self._has_ended = False  # the engine's Ended came
         self._carrier = Carrier(sender, host, self._act)
-        # One after the other, so that leading tokens leave first: only a gapless beginning is worth keeping.
+        # In order, so that leading tokens are sent first: decode can use only a prefix without gaps.
         self._read_planes: CheckLine[link.KvRead] = CheckLine(host, self._check_of)
         host.listen(self._take)
 
     @property
     def key(self) -> SequenceKey:
-        """Its name inside this worker."""
+        """Name of the sequence inside this worker."""
         return self._submit.key
 
     def start(self) -> None:
-        """Give the sequence to the engine."""
+        """Submit the sequence to the engine."""
         self._tools.dispatcher.own(self.key, self.handle)
         self._tools.dispatcher.send(self._submit)
         self._carrier.rearm()
 
     def leave(self) -> None:
-        """The stream is over, by itself or from outside: whatever is not given back yet is given back now."""
+        """The stream has ended: give back all blocks that are not given back yet."""
         self._carrier.do(self.sender.closed(self._host.now_s()))
 
     def _take(self, envelope: bytes | None) -> None:
@@ -105,7 +105,7 @@ class PrefillTask:
     # ------------------------------------------------------------------ the engine's events
 
     def handle(self, event: SequenceEvent) -> None:
-        """One event of our sequence."""
+        """Handle one event of this job's sequence."""
         now_s = self._host.now_s()
         match event:
             case link.Offered(_, cached_tokens):
@@ -132,7 +132,7 @@ class PrefillTask:
         self._timeline.mark(Instant.PREFILL_BEGAN, now_s if began_s is None else began_s)
 
     def _life(self, event: link.Ended, now_s: float) -> Life:
-        """What it leaves in this worker's metrics. A job is a sequence that wants one token."""
+        """Metrics of this job. A job is a sequence that wants one token."""
         prefilled_s = self._timeline.at_s(Instant.PREFILLED)
         is_done = event.reason is FinishReason.STOP  # its blocks were released
         return Life(
@@ -158,7 +158,7 @@ class PrefillTask:
         return first
 
     def _check_of(self, read: link.KvRead) -> Check | None:
-        """Planes leave only if they match the seals that they got at birth."""
+        """Check that planes match the seals made when they were written; only then are they sent."""
         sections = read.sections
         if sections is None or self.sender.is_over:
             return None
@@ -168,7 +168,7 @@ class PrefillTask:
         return Check(holds, size_bytes, partial(self._judge, place, sections))
 
     def _judge(self, place: tuple[int, int], sections: tuple[SectionData, ...], matches: bool) -> None:
-        """Planes were verified: they leave, or are read once more, or the hand-over fails."""
+        """Planes were checked: send them, or read them once more, or fail the hand-over."""
         tools = self._tools
         if self.sender.is_over:
             return

@@ -1,4 +1,4 @@
-"""The prefill worker's face: hand-over streams in, jobs for the engine. One per worker, on one event loop."""
+"""Prefill service of a worker's face: hand-over streams in, jobs for the engine. One per worker, on one event loop."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ RETRY_S = 1.0
 
 
 class PrefillService:
-    """All hand-overs that this worker computes for others.
+    """All hand-overs that this worker computes for decode workers.
 
-    Every path out of a stream gives its blocks back: the machine's own ends, a peer that cancels or dies (the handler
-    is cancelled), silence (the machine's timer), and a drain that ran out of time.
+    Every end of a stream gives its blocks back: the machine's own ends, a peer that cancels or dies (the handler
+    is cancelled), silence (the machine's timer), and the deadline of a drain.
     """
 
     def __init__(self, facts: FaceFacts, tools: PrefillTaskTools, role: Callable[[], Role], max_streams: int) -> None:
@@ -47,15 +47,15 @@ class PrefillService:
 
     @property
     def num_running(self) -> int:
-        """Hand-overs under way."""
+        """Number of hand-overs under way."""
         return len(self._jobs)
 
     async def transfer(self, _: AsyncIterator[bytes], context: ServerContext) -> None:
-        """The handler of Handover.Transfer."""
+        """Handler of Handover.Transfer."""
         await self.serve(ServerStream(context))
 
     async def serve(self, stream: ByteStream) -> None:
-        """One hand-over, from its Open to its end."""
+        """Serve one hand-over, from its Open to its end."""
         message = await self._first(stream)
         if message is None:
             return
@@ -73,7 +73,7 @@ class PrefillService:
                 self.leave(job)
 
     def open(self, message: handover_pb2.HandoverUp, host: StreamHost) -> PrefillTask | None:
-        """Begin what an opening message asks for; `leave` must follow. None: the peer is told why not."""
+        """Start the job of an opening message; `leave` must follow. None: it was refused, and the peer was told why."""
         try:
             job = self._accept(message, host)
         except TwostrokeError as error:
@@ -88,14 +88,14 @@ class PrefillService:
         return job
 
     def leave(self, job: PrefillTask) -> None:
-        """A job's stream is over: what it still has is given back."""
+        """A job's stream has ended: its remaining blocks are given back."""
         job.leave()
         del self._jobs[job.key]
         if not self._jobs:
             self._idle.set()
 
     async def drain(self, timeout_s: float) -> int:
-        """Take no hand-overs any more, let the running ones end. How many were cancelled at the deadline."""
+        """Refuse new hand-overs and let the running ones end for `timeout_s`; returns the number cancelled then."""
         self.is_draining = True
         try:
             await asyncio.wait_for(self._idle.wait(), timeout_s)
@@ -104,7 +104,7 @@ class PrefillService:
         return self.cancel_all()
 
     def cancel_all(self) -> int:
-        """End everything that runs; how many that were."""
+        """Cancel all streams that have a job; returns their number."""
         for task in self._tasks:
             task.cancel()
         return len(self._tasks)
@@ -112,7 +112,7 @@ class PrefillService:
     # ------------------------------------------------------------------ inside
 
     async def _first(self, stream: ByteStream) -> handover_pb2.HandoverUp | None:
-        """The opening message; None: nothing sensible came in time."""
+        """The opening message; None if none came in time, or a malformed one."""
         try:
             envelope = await asyncio.wait_for(stream.receive(), self._tools.timing.silence_s)
             message = None if envelope is None else decode_envelope(envelope)
@@ -122,10 +122,10 @@ class PrefillService:
         return message if isinstance(message, handover_pb2.HandoverUp) else None
 
     def _accept(self, message: handover_pb2.HandoverUp, host: StreamHost) -> PrefillTask:
-        """The job of an order that can be carried out.
+        """Make the job of an order.
 
         Raises:
-            TwostrokeError: it cannot; the peer is told why.
+            TwostrokeError: the order cannot be carried out.
         """
         if self.is_draining:
             raise Unavailable("the worker is draining", retry_after_s=RETRY_S)
@@ -181,16 +181,16 @@ class PrefillService:
         )
 
     def _engine_key(self, label: Label) -> SequenceKey:
-        """Unique inside this worker: the same request may come again before its older hand-over has ended."""
+        """Name unique in this worker: a request may come again before its older hand-over has ended."""
         self._count += 1
         return SequenceKey(f"{label.request_id}/p{self._count}", label.choice)
 
 
 def check_specs(wanted: KvSpec, ours: KvSpec) -> None:
-    """Whether a cache of spec `wanted` can take what a cache of spec `ours` holds. Codecs may differ.
+    """Check that a cache of spec `wanted` can take the blocks of a cache of spec `ours`. Codecs may differ.
 
     Raises:
-        InvalidRequest: it cannot; names the difference.
+        InvalidRequest: the layouts differ; the message names the difference.
     """
     if wanted.main.num_layers != ours.main.num_layers:
         raise InvalidRequest(

@@ -1,4 +1,4 @@
-"""The worker's side of Announce: one stream to every router, kept open. Knows no request and no engine."""
+"""Client of the Announce service: one stream to every router, kept open. Knows no request and no engine."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ WARN_INTERVAL_S = 60.0  # the same, or that we have different keys
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """Waits between attempts to reach a router: doubling, bounded, for ever. Routers come back."""
+    """Waits between attempts to reach a router: exponential, bounded, without an end."""
 
     first_s: float = 0.1
     longest_s: float = 2.0
 
     def wait_s(self, attempt: int) -> float:
-        """Seconds before the attempt after `attempt` failed ones (from 1)."""
+        """Seconds to wait after `attempt` failed attempts (1 or more)."""
         return float(min(self.longest_s, self.first_s * 2 ** min(attempt - 1, 20)))
 
 
 class Announcer:
-    """Tells every router who this worker is, every 500 ms, until `leave`."""
+    """Sends this worker's info or a beat to every router, every 500 ms, until `leave`."""
 
     def __init__(
         self, routers: Iterable[str], info: common_pb2.WorkerInfo, key: bytes, retry: Retry | None = None
     ) -> None:
-        """`key` is kv.keys.proof_key, which the routers must know too."""
+        """`routers`: host:port of their Announce services. `key`: kv.keys.proof_key, the same as the routers'."""
         self._routers = tuple(routers)
         self._info = info
         self._key = key
@@ -53,20 +53,20 @@ class Announcer:
         self._said_at_s: dict[str, float] = {}  # when we last complained of a router
 
     def start(self) -> None:
-        """Begin; returns at once. A router that is not there yet is tried again."""
+        """Start announcing; returns at once. Routers that cannot be reached are tried again."""
         self._began_s = asyncio.get_running_loop().time()
         self._tasks = [
             asyncio.create_task(self._keep(address), name=f"announce {address}") for address in self._routers
         ]
 
     def update(self, info: common_pb2.WorkerInfo) -> None:
-        """Who we are now, e.g. after a change of role. Sent at once."""
+        """Replace the worker's info, e.g. after a change of role. Sent at once."""
         self._info = info
         for event in self._changed.values():
             event.set()
 
     async def leave(self) -> None:
-        """Tell every router that we go, wait shortly for the word to leave, and end the streams."""
+        """Tell every router that this worker leaves, wait briefly for the message to be sent, end the streams."""
         self._leaving.set()
         for event in self._changed.values():
             event.set()
@@ -78,7 +78,7 @@ class Announcer:
         self._tasks = []
 
     async def _keep(self, address: str) -> None:
-        """Announce to one router until we leave, through any number of its deaths."""
+        """Announce to one router until we leave; reconnect after every loss."""
         failures = 0
         while not self._leaving.is_set():
             async with InsideChannel(address, self._key, CHANNEL_OPTIONS) as channel:
@@ -88,7 +88,7 @@ class Announcer:
                 await asyncio.wait_for(self._leaving.wait(), self._retry.wait_s(max(1, failures)))
 
     async def _announce(self, channel: grpc.aio.Channel, address: str) -> bool:
-        """One stream, until it breaks or we leave. Whether the router answered at all."""
+        """Serve one stream until it breaks or we leave; returns True if the router answered."""
         stub: worker_pb2_grpc.AnnounceAsyncStub = worker_pb2_grpc.AnnounceStub(channel)
         call = stub.Announce()
         answered = asyncio.Event()
@@ -106,7 +106,7 @@ class Announcer:
         return answered.is_set()
 
     def _complain(self, address: str, error: BaseException) -> None:
-        """Once a minute. A router that is not there yet may be on its way: of it only after a while."""
+        """Warn at most once a minute, and of an unreachable router only after a while, as it may still start."""
         if not isinstance(error, grpc.aio.AioRpcError):
             return
         now_s = asyncio.get_running_loop().time()
@@ -148,7 +148,7 @@ class Announcer:
 async def _listen(
     call: grpc.aio.StreamStreamCall[worker_pb2.Announcement, worker_pb2.AnnounceReply], answered: asyncio.Event
 ) -> None:
-    """Read replies until the stream ends, however it ends."""
+    """Read replies until the stream ends, with or without an error."""
     try:
         async for _ in call:
             answered.set()

@@ -1,6 +1,6 @@
-"""What a setting that nobody gave means on this machine, with the reason. Pure: numbers in, decisions out.
+"""Values of settings that are not given, decided for this machine, with the reasons. Pure: numbers in, decisions out.
 
-A setting counts as given where it stands in a file, a variable or a flag, whatever its value.
+A setting counts as given if a file, a variable or a flag has it, with any value.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from ..router.config import RouterConfig
 Device = Literal["cpu", "cuda"]
 S = TypeVar("S", bound=Section)
 
-LARGE_GPU_BYTES = 64 << 30  # of free memory: 80 GB and more
-LEAST_POOL_TOKENS = 64  # that may be asked for
+LARGE_GPU_BYTES = 64 << 30  # free memory of a GPU of 80 GB or more
+LEAST_POOL_TOKENS = 64  # lower bound of cache.tokens
 GPU_SHARE, CPU_SHARE = 0.9, 0.5  # of the memory left after the weights
-LOADED_BYTES_PER_S = 100 << 20  # a slow disk, or a network's
+LOADED_BYTES_PER_S = 100 << 20  # of a slow or a network disk
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """One setting as it will be, and why."""
+    """Decided value of one setting, and its reason."""
 
     setting: str  # "step.max_num_seqs": its name in the configuration
     value: str
@@ -35,7 +35,7 @@ class Decision:
 
 
 def decided_step(step: StepConfig, device: Device, device_bytes: int) -> tuple[StepConfig, list[Decision]]:
-    """Bounds of a step. `device_bytes`: free memory of a worker's GPU, whole."""
+    """Bounds of a step. `device_bytes`: free memory of the worker's whole GPU; unused for "cpu"."""
     if device == "cpu":
         tokens, why = step.max_num_batched_tokens, "on a CPU: about a second of prefill that the others wait for"
         seqs, why_seqs = step.max_num_seqs, "on a CPU: more rows make a step longer in proportion"
@@ -51,7 +51,7 @@ def decided_step(step: StepConfig, device: Device, device_bytes: int) -> tuple[S
 
 
 class DecidedPool(NamedTuple):
-    """A worker's pool, and the settings that lead to it."""
+    """Size of a worker's pool, and the settings behind it."""
 
     size: PoolSize
     cache: CacheConfig
@@ -59,10 +59,10 @@ class DecidedPool(NamedTuple):
 
 
 def decided_pool(spec: KvSpec, cache: CacheConfig, device: Device, facts: MemoryFacts, most_tokens: int) -> DecidedPool:
-    """A worker's pool. `most_tokens`: all sequences of a step with the whole context each.
+    """Size a worker's pool. `most_tokens`: all sequences of a step with the whole context each.
 
     Raises:
-        DoesNotFit: see `size_pool`.
+        DoesNotFit: raised by `size_pool`.
     """
     share = GPU_SHARE if device == "cuda" else CPU_SHARE
     others = "steps need the rest" if device == "cuda" else "the rest is for other programs and cached files"
@@ -83,10 +83,10 @@ def decided_pool(spec: KvSpec, cache: CacheConfig, device: Device, facts: Memory
 
 
 def decided_context(context: int, wanted: int | None, pool: PoolSize) -> tuple[int, Decision]:
-    """The longest prompt with its answer: what was asked for, or what the checkpoint was made for and the pool holds.
+    """Longest prompt with its answer, in tokens: `wanted`, or the checkpoint's `context` as far as the pool holds it.
 
     Raises:
-        DoesNotFit: what was asked for does not fit the pool.
+        DoesNotFit: `wanted` does not fit the pool.
     """
     name = "model.max_model_len"
     if wanted is not None and wanted > pool.num_tokens:
@@ -106,7 +106,7 @@ def decided_context(context: int, wanted: int | None, pool: PoolSize) -> tuple[i
 def decided_router(
     router: RouterConfig, num_decoders: int, seats: int, pool: PoolSize
 ) -> tuple[RouterConfig, list[Decision]]:
-    """How much may be under way: twice what the decode workers run at once, so that none of them waits for work."""
+    """Limits of admission: twice what the decode workers run at once, so that none of them waits for work."""
     wanted = {
         "max_running": max(router.max_running, 2 * num_decoders * seats),
         "max_running_tokens": max(router.max_running_tokens, 2 * num_decoders * pool.num_tokens),
@@ -119,7 +119,7 @@ def decided_router(
 
 
 def decided_patience(cluster: S, weight_bytes: int, num_workers: int) -> tuple[S, list[Decision]]:
-    """How long a member may take to be ready: starting, and reading the weights."""
+    """Timeout for a member to become ready: its start, and the reading of its weights."""
     least_s: float = cluster.__class__.model_fields["ready_timeout_s"].default
     load_s = weight_bytes * num_workers / LOADED_BYTES_PER_S
     weights = f"{num_workers} × {weight_bytes / 2**20:,.0f} MiB of weights"
@@ -128,7 +128,7 @@ def decided_patience(cluster: S, weight_bytes: int, num_workers: int) -> tuple[S
 
 
 def _decide(section: str, values: S, wanted: dict[str, Any], reasons: dict[str, str]) -> tuple[S, list[Decision]]:
-    """The section with `wanted` in place of what nobody gave."""
+    """The section with values of `wanted` for settings that are not given."""
     given = {name for name in values.model_fields_set if getattr(values, name) is not None}
     missing = {name: value for name, value in wanted.items() if name not in given}
     decided = values.model_copy(update=missing)

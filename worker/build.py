@@ -1,4 +1,4 @@
-"""From a worker's settings to a loaded engine and the facts its faces need. Knows no socket."""
+"""Builds the engine of a worker from its settings, and the facts that its face needs. Knows no socket."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class BuiltEngine:
-    """A loaded engine that has not started yet, and what the faces must know of it."""
+    """A loaded engine that has not started yet, and the facts that the face needs of it."""
 
     engine: Engine
     link: ThreadLink
@@ -49,12 +49,12 @@ class BuiltEngine:
 
 
 def build_engine(settings: WorkerSettings, clock: Clock) -> BuiltEngine:
-    """Load weights and tokenizer, size the pool, put the engine together. Takes seconds: call it in a thread.
+    """Load weights and tokenizer, size the pool, build the engine. Takes seconds: call it in a thread.
 
     Raises:
         CheckpointError: the directory holds no model that we serve.
         DoesNotFit: nothing is left for the KV pool, or the longest context does not fit it; with the arithmetic.
-        ConfigError: a setting that cannot work here.
+        ConfigError: a setting cannot work on this machine.
     """
     directory = Path(settings.model_directory)
     settings, pool_size = _decided(settings, directory)
@@ -100,7 +100,7 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> BuiltEngine:
 
 
 def _model_facts(settings: WorkerSettings, directory: Path, end_ids: Sequence[int]) -> ModelFacts:
-    """`end_ids`: the tokenizer's ends. A chat model often names its end of turn in its tokenizer alone."""
+    """Facts of the model. `end_ids`: the tokenizer's end tokens; many chat models name their end of turn only there."""
     spec = load_spec(directory)
     for remark in spec.remarks:
         _log.warning("%s: %s", settings.model_name, remark)
@@ -121,7 +121,7 @@ def _model_facts(settings: WorkerSettings, directory: Path, end_ids: Sequence[in
 
 
 def _runner_options(settings: WorkerSettings, max_model_len: int) -> RunnerOptions:
-    """Of a runner without blocks: the same for what it computes and for the name of it."""
+    """Runner options with num_blocks=0; used to load the runner and to compute its numerics class."""
     return RunnerOptions(
         num_blocks=0,
         block_tokens=settings.cache.block_size,
@@ -139,7 +139,7 @@ def _runner_options(settings: WorkerSettings, max_model_len: int) -> RunnerOptio
 
 
 def _decided(settings: WorkerSettings, directory: Path) -> tuple[WorkerSettings, PoolSize]:
-    """What nobody gave, decided: nothing, where a plan has done so for the whole cluster."""
+    """The settings with all values decided, and the pool's size. In a cluster the plan has decided them before."""
     spec = load_spec(directory)
     cache, device = settings.cache, resolve_device(settings.model.device, settings.gpu)
     kind: Literal["cpu", "cuda"] = "cpu" if device.type == "cpu" else "cuda"

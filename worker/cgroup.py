@@ -1,4 +1,4 @@
-"""What control groups leave this process of cores and memory: version 2, or 1. Reads files, decides nothing."""
+"""Limits of cores and memory that control groups (version 2 or 1) set for this process. Reads files only."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ _ROOT, _OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def quota_cores(root: Path = _ROOT, own: Path = _OWN) -> float | None:
-    """Cores' worth of time that our groups may use, the tightest one's; None: no limit."""
+    """Lowest CPU quota of this process's groups, in cores; None: no limit."""
     found = [_quota_of(group) for group in _groups(root, own, "cpu")]
     return min((cores for cores in found if cores is not None), default=None)
 
 
 def left_bytes(root: Path = _ROOT, own: Path = _OWN) -> int | None:
-    """Memory that our groups may still take, the tightest one's; None: no limit. Cached files are given up, and count
-    as left.
+    """Lowest remaining memory of this process's groups, in bytes; None: no limit.
+
+    Inactive cached files count as free, because the kernel drops them under pressure.
     """
     found = [_left_of(group) for group in _groups(root, own, "memory")]
     return min((size for size in found if size is not None), default=None)
 
 
 def _groups(root: Path, own: Path, controller: str) -> Iterator[Path]:
-    """Our group of a controller and those above it, as far as they can be seen."""
+    """This process's group of a controller and its visible parents."""
     try:
         lines = own.read_text(encoding="utf-8").splitlines()
     except OSError:

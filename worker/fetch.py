@@ -24,14 +24,14 @@ MAX_IDENTITIES = 65_536  # a million tokens
 
 
 class FetchService:
-    """Serves what the prefix cache holds of one isolation domain. That the caller may ask, the guard has checked."""
+    """Serves cached blocks of one isolation domain. The guard has checked before that the caller may ask."""
 
     def __init__(self, facts: FaceFacts, dispatcher: EngineClient) -> None:
         self._facts = facts
         self._dispatcher = dispatcher
 
     async def fetch(self, request: bytes, context: ServerContext) -> AsyncIterator[bytes]:
-        """The handler of Blocks.Fetch: frames of the longest leading part that is held, in order; then the end.
+        """Handler of Blocks.Fetch: yields frames of the longest leading part that is held, in order.
 
         Blocks of another isolation domain than the request's count as not held.
         """
@@ -68,7 +68,7 @@ class FetchService:
 
 
 def select(sections: Sequence[SectionData], wanted: handover_pb2.FetchRequest) -> list[SectionData]:
-    """The asked-for components, layers and heads of whole sections; zero counts mean all."""
+    """The components, layers and heads that `wanted` names, of whole sections; zero counts mean all."""
     chosen = []
     for section in sections:
         if wanted.components and section.component not in wanted.components:
@@ -93,7 +93,7 @@ def select(sections: Sequence[SectionData], wanted: handover_pb2.FetchRequest) -
 
 
 def _cut(start: int, count: int, wanted_start: int, wanted_count: int) -> slice:
-    """The wanted range within [start, start + count), as places from `start`."""
+    """The wanted range within [start, start + count), as offsets from `start`."""
     end = start + count if wanted_count == 0 else min(start + count, wanted_start + wanted_count)
     return slice(max(0, wanted_start - start), end - start)
 

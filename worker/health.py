@@ -1,4 +1,4 @@
-"""Standard gRPC health of a worker, from the step loop's beat: never a bare "yes". Knows no request."""
+"""Standard gRPC health service of a worker, based on the engine's beat. Knows no request."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NOT_READY = ("loading", "stopped", "broken")
 
 
 class Health:
-    """SERVING while the engine beats (or has nothing to do) and orders are taken."""
+    """Status SERVING while orders are taken and the engine beats, or has no work."""
 
     def __init__(self, dispatcher: EngineClient, clock: Clock, is_draining: Callable[[], bool]) -> None:
         self._dispatcher = dispatcher
@@ -45,7 +45,7 @@ class Health:
         health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
 
     def is_serving(self) -> bool:
-        """What the next check says."""
+        """True if the worker takes orders and its engine is not hanging."""
         if self._phase in _NOT_READY or self._is_draining():
             return False
         is_stale = self._clock.now_s() - self._beat_at_s > STALE_S

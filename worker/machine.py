@@ -1,4 +1,4 @@
-"""What this machine offers: cores, and memory that is free. Read once before anything is placed."""
+"""Resources of this machine: cores and free memory. Read once before workers are placed."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from .cgroup import left_bytes, quota_cores
 
 @dataclass(frozen=True, slots=True)
 class MachineFacts:
-    """What there is to place on."""
+    """Resources available to workers."""
 
-    num_cores: int  # that we may keep busy
+    num_cores: int  # number of threads that can compute at once
     memory_bytes: int  # available now
-    gpu_bytes: tuple[int, ...] = ()  # likewise, of each GPU
-    cores_reason: str = ""  # why so many
+    gpu_bytes: tuple[int, ...] = ()  # available now, of each GPU
+    cores_reason: str = ""  # explanation of num_cores
 
 
 def machine_facts() -> MachineFacts:
-    """Cores that we may run on, and memory that is available now (a cgroup's limits count), of each GPU too."""
+    """Cores that this process may use, and memory available now, of each GPU too; cgroup limits are included."""
     in_group = left_bytes()
     memory_bytes = _available_bytes() if in_group is None else min(_available_bytes(), in_group)
     cores, reason = usable_cores(os.sched_getaffinity(0), quota_cores(), _siblings)
@@ -30,10 +30,10 @@ def machine_facts() -> MachineFacts:
 
 
 def usable_cores(allowed: Set[int], quota: float | None, siblings: Callable[[int], str]) -> tuple[int, str]:
-    """How many threads can compute at once, and why so many.
+    """Number of threads that can compute at once, and the explanation.
 
-    `allowed`: logical processors of our affinity mask. `siblings`: which ones share a processor's physical core, as
-    Linux lists them; two threads on one core get in each other's way here. `quota`: a cgroup's, in cores.
+    `allowed`: logical processors of our affinity mask. `siblings`: Linux's list of the processors that share a
+    processor's physical core; two computing threads on one core slow each other. `quota`: a cgroup's, in cores.
     """
     physical = len({siblings(processor) or str(processor) for processor in allowed})
     told = f"{physical} physical" + (f" of {len(allowed)} logical" if len(allowed) != physical else "")

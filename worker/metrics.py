@@ -1,6 +1,6 @@
-"""What one worker exports for scrapers: its engine's beat and its finished sequences, under vLLM's names.
+"""Prometheus metrics of one worker: its engine's last beat and its finished sequences, under vLLM's names.
 
-Nothing is done while steps run: the engine counts into plain numbers, and a scrape reads the last beat.
+Steps are not slowed: the engine counts into plain numbers, and a scrape reads the last beat.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from .settings import WorkerSettings
 
 
 class WorkerMetrics:
-    """One worker's board. Every series has the labels `model_name` and `engine`, which is the worker's id."""
+    """Metrics of one worker. Every series has the labels `model_name` and `engine`, which is the worker's id."""
 
     def __init__(self, settings: WorkerSettings, facts: FaceFacts, pool: PoolSize, counters: Counter[str]) -> None:
-        """`counters` are the faces' own, which are no part of the engine's beat."""
+        """`counters`: those of the face, which are not part of the engine's beat."""
         self._counters = counters
         self._labels = (facts.model.name, facts.worker_id)
         self._registry = CollectorRegistry()
@@ -50,14 +50,14 @@ class WorkerMetrics:
         self._count_sources(0, 0, 0)
 
     def ended(self, life: Life) -> None:
-        """A sequence is over."""
+        """Count a sequence that is over."""
         metrics.count_life(self._board, life, *self._labels)
         if life.is_finished:
             moved = life.prompt_tokens - life.cached_tokens - life.computed_tokens
             self._count_sources(life.computed_tokens, life.cached_tokens, moved)
 
     def render(self, load: LoadNews | None, accept: str) -> tuple[bytes, str]:
-        """Everything as of the engine's last beat: the body and its content type."""
+        """All metrics as of the engine's last beat: body and content type."""
         if load is not None:
             self._take(load)
         return render(self._registry, accept)
@@ -82,7 +82,7 @@ class WorkerMetrics:
 
 
 def pages(exported: WorkerMetrics, dispatcher: EngineClient, is_serving: Callable[[], bool]) -> dict[str, Page]:
-    """What a worker's HTTP port answers: /metrics, and /health for probes."""
+    """Pages of a worker's HTTP port: /metrics, and /health for probes."""
 
     def all_metrics(accept: str) -> Answer:
         body, content_type = exported.render(dispatcher.last_load, accept)

@@ -1,4 +1,4 @@
-"""The worker process: one engine, both faces, one port. Its role is data. Builds and binds; decides nothing."""
+"""The worker process: one engine, both services, one port. Its role is data. Builds and binds; decides nothing."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ from .watch import FaceLoad, Watchers
 log = logging.getLogger(__name__)
 
 CAPABILITIES = (HANDOVER, "blocks.fetch.1", "session.1")
-READY_S = 600.0  # loading and warming up a large model
+READY_S = 600.0  # longest time to load and warm up a large model
 STOP_BUILDING_S = 1.0
-ORPHANED = 2  # place among what a serving worker waits for
+ORPHANED = 2  # index of `orphaned` among the events that a serving worker waits for
 PORT_REMEDY = "--port, or 0 for any"
-STOP_S = 5.0  # the engine's last step
+STOP_S = 5.0  # longest time for the engine's last step
 
 
 class WorkerProcess:
-    """`start`, serve, `stop`. Several can live in one process (tests, the in-process launcher)."""
+    """One worker: `start` it, `stop` it. Several can run in one process (tests, the in-process launcher)."""
 
     def __init__(self, settings: WorkerSettings, clock: Clock | None = None, timing: Timing | None = None) -> None:
         self.settings = settings
@@ -86,7 +86,7 @@ class WorkerProcess:
 
     @property
     def is_draining(self) -> bool:
-        """Whether orders are refused."""
+        """True if orders are refused."""
         return self.decode.is_draining
 
     # ------------------------------------------------------------------ life
@@ -95,9 +95,10 @@ class WorkerProcess:
         """Load the model, warm up, bind the port, announce. Returns when the worker serves.
 
         Raises:
-            CheckpointError, DoesNotFit, ConfigError: it cannot be started with these settings.
+            CheckpointError, DoesNotFit, ConfigError: the worker cannot be started with these settings.
+            InternalError: the engine did not become ready.
         """
-        check_port(self._host(), self.settings.port, PORT_REMEDY)  # before minutes of loading
+        check_port(self._host(), self.settings.port, PORT_REMEDY)  # first, because loading can take minutes
         room = self._room = await asyncio.to_thread(build_engine, self.settings, self._clock)
         log.info("%s computes with %s", self.settings.worker_id, room.facts.model.numerics_description)
         log.info("%s: %s", self.settings.worker_id, room.pool_size.arithmetic)
@@ -115,12 +116,12 @@ class WorkerProcess:
         log.info("%s (%s) serves at %s", self.settings.worker_id, self.role.value, self.address)
 
     async def stop(self, grace_s: float) -> None:
-        """Tell the routers, drain for at most `grace_s`, end the engine, free everything. Idempotent."""
+        """Tell the routers, drain for at most `grace_s`, end the engine, free all resources. Idempotent."""
         if self._is_stopping:
             return
         self._is_stopping = True
         if self._announcer is not None:
-            await self._announcer.leave()  # first, so that nobody sends new work; what runs may end
+            await self._announcer.leave()  # first, so that no router sends new work while the running work ends
         if self._server is not None:
             await self.drain(grace_s)
         if self._server is not None:
@@ -139,7 +140,7 @@ class WorkerProcess:
         self._executor.shutdown(wait=False)
 
     async def drain(self, timeout_s: float) -> int:
-        """Take no new work, let the running end, cancel the rest at the deadline. How many were cancelled."""
+        """Take no new work, let running work end for `timeout_s`, cancel the rest; returns the number cancelled."""
         cancelled = sum(await asyncio.gather(self.decode.drain(timeout_s), self.prefill.drain(timeout_s)))
         if cancelled:
             with suppress(TimeoutError):
@@ -147,7 +148,7 @@ class WorkerProcess:
         return cancelled
 
     def set_role(self, role: Role) -> None:
-        """Take another role: a change of policy, told to the routers. What runs goes on."""
+        """Change the role: another policy, announced to the routers. Running work continues."""
         assert self._room is not None, "start first"
         self.role = role
         self._room.link.send(link.SetRole(role))
@@ -158,7 +159,7 @@ class WorkerProcess:
     # ------------------------------------------------------------------ who we are
 
     def info(self) -> common_pb2.WorkerInfo:
-        """What Announce, Describe and Welcome say."""
+        """This worker's info for Announce, Describe and Welcome."""
         assert self._room is not None, "start first"
         facts = self._room.facts
         model = facts.model
@@ -246,7 +247,7 @@ class WorkerProcess:
         try:
             self._port = server.add_insecure_port(wanted)
         except RuntimeError as error:
-            check_port(host, port, PORT_REMEDY)  # which knows why
+            check_port(host, port, PORT_REMEDY)  # raises with the reason, if it finds one
             raise ConfigError(f"{wanted} cannot be bound: {error}") from None
         self._guard.audience = self.address
         await server.start()
@@ -257,7 +258,11 @@ class WorkerProcess:
             self.metrics_address = await self._scrapes.start(host, self.settings.metrics_port)
 
     def _host(self) -> str:
-        """Raises ConfigError when the address is public and may not be."""
+        """The host to bind.
+
+        Raises:
+            ConfigError: the address is public, and `insecure` is not set.
+        """
         return bindable_host(self.settings.host, "--host", insecure=self.settings.insecure)
 
     def _count_refusal(self) -> None:
@@ -269,10 +274,10 @@ class WorkerProcess:
 
 
 def run_worker(settings: WorkerSettings, parent_pid: int | None = None) -> None:
-    """The main function of a worker process: serve until SIGTERM, SIGINT or the parent's death, drain, return.
+    """Main function of a worker process: serve until SIGTERM, SIGINT or the parent's death, drain, return.
 
     Raises:
-        SystemExit: with 1, when the engine ended by its own fault: the process is to be started anew.
+        SystemExit: with 1, if the engine ended by its own fault: the process must be restarted.
     """
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(_serve(WorkerProcess(settings), settings.drain_timeout_s, parent_pid))
@@ -286,7 +291,7 @@ async def _serve(worker: WorkerProcess, grace_s: float, parent_pid: int | None) 
     starter_pid = None if parent_pid is None else os.getppid()
     starting = asyncio.create_task(worker.start())
     await first(asyncio.wait([starting]), stop.asked.wait(), orphaned(starter_pid))
-    if not starting.done():  # nobody waits for an answer, and the thread that loads cannot be ended
+    if not starting.done():  # no request is running, and the thread that loads cannot be ended
         await asyncio.to_thread(stop_building, STOP_BUILDING_S)
         leave(stop.exit_code if stop.number else 0)
     await starting
@@ -302,7 +307,7 @@ async def _serve(worker: WorkerProcess, grace_s: float, parent_pid: int | None) 
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
-    """uvloop where it is installed."""
+    """uvloop's loop if uvloop is installed, else asyncio's."""
     try:
         import uvloop
     except ImportError:

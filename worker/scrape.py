@@ -1,7 +1,7 @@
-"""The HTTP port of a worker: GET /metrics and GET /health, for scrapers and probes. Knows no metric.
+"""HTTP port of a worker: GET /metrics and GET /health, for scrapers and probes. Knows no metric.
 
-A small server of its own: a worker needs no web framework, and everything here is bounded: connections in number, each
-of them in bytes and in seconds, whether a client writes slowly, reads slowly or says nothing.
+A small server without a web framework. All resources are bounded: the number of connections, and for each its bytes
+and its seconds, also if a client writes slowly, reads slowly or sends nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..core.hosts import is_loopback_name, name_in
 
 log = logging.getLogger(__name__)
 
-OPEN = "/health"  # for probes, which ask by any name and hold no key
+OPEN = "/health"  # for probes, which have no key and may use any host name
 MAX_CONNECTIONS = 32
 MAX_HEAD_BYTES = 8 << 10
 EXCHANGE_S = 10.0  # from the connection to the last byte of its one answer
@@ -29,14 +29,14 @@ Answer = tuple[HTTPStatus, str, bytes]
 """Status, content type, body."""
 
 Page = Callable[[str], Answer]
-"""Makes the answer to a GET from its Accept header. Called on the loop; must be quick."""
+"""Makes the answer to a GET from its Accept header. Called on the loop; must not block."""
 
 
 class ScrapeServer:
     """Answers one request per connection. `start` and `close` it on the same loop.
 
-    As on the router's own port, everything but `OPEN` wants a key where there are keys; where there are none, and the
-    address is loopback, it answers to loopback's names alone, so that no web page reads it (browser.py).
+    The same rules as on the router's port: with keys configured, every path but `OPEN` needs one. Without keys on a
+    loopback address, only loopback host names are answered, so that no web page can read the answers (browser.py).
     """
 
     def __init__(self, pages: dict[str, Page], keys: Sequence[str] = (), exchange_s: float = EXCHANGE_S) -> None:
@@ -48,10 +48,10 @@ class ScrapeServer:
         self._server: asyncio.Server | None = None
 
     async def start(self, host: str, port: int) -> str:
-        """Bind; the address, with the port that was given or found.
+        """Bind the port; returns host:port with the port that was given or chosen.
 
         Raises:
-            ConfigError: the port is taken, or the host is not ours.
+            ConfigError: the port is in use, or the host is no address of this machine.
         """
         try:
             self._server = await asyncio.start_server(self._serve, host, port, limit=MAX_HEAD_BYTES)
@@ -65,7 +65,7 @@ class ScrapeServer:
         return f"[{host}]:{found}" if ":" in host else f"{host}:{found}"
 
     async def close(self) -> None:
-        """Free the port; what is under way is cut off."""
+        """Free the port and cut off running exchanges."""
         if self._server is not None:
             self._server.close()
         for task in self._open:
@@ -87,7 +87,7 @@ class ScrapeServer:
             log.debug("a scrape came to nothing: %s", error)
         finally:
             with contextlib.suppress(OSError, RuntimeError):
-                writer.transport.abort()  # nothing, where it is closed
+                writer.transport.abort()  # no effect on a closed connection
             self._open.discard(task)
 
     def _answer(self, head: bytes) -> bytes:
@@ -115,7 +115,7 @@ class ScrapeServer:
             if scheme.lower() == "bearer" and any(compare_digest(given, known.encode()) for known in self._keys):
                 return None
             return HTTPStatus.UNAUTHORIZED, _TEXT, b"send 'Authorization: Bearer KEY' with one of router.api_keys\n"
-        host = fields.get("host")  # whoever sends none is no browser
+        host = fields.get("host")  # browsers always send one
         if host is None or not self._is_private or is_loopback_name(name_in(host) or ""):
             return None
         return HTTPStatus.FORBIDDEN, _TEXT, b"not by that name: ask for localhost\n"

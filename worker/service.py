@@ -1,4 +1,4 @@
-"""The gRPC service Worker: hands every call to whoever answers it. Holds no logic."""
+"""gRPC service Worker: passes every call to the part that answers it. Holds no logic."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ if TYPE_CHECKING:
 
 
 class WorkerService(worker_pb2_grpc.WorkerServicer):
-    """One worker's face towards routers."""
+    """Service of one worker for its routers."""
 
     def __init__(self, worker: WorkerProcess) -> None:
         self._worker = worker
 
     async def Session(self, _: Any, context: Any) -> None:  # type: ignore[override]
-        """One router's orders up, tokens down."""
+        """Serve one router: orders up, tokens down."""
         await self._worker.decode.session(context, self._worker.info())
 
     async def Describe(self, _: worker_pb2.DescribeRequest, context: Any) -> common_pb2.WorkerInfo:
-        """Who this worker is."""
+        """This worker's info."""
         return self._worker.info()
 
     async def Watch(self, _: worker_pb2.WatchRequest, context: Any) -> AsyncIterator[worker_pb2.WatchEvent]:
-        """KV events and load reports."""
+        """Stream KV events and load reports."""
         async for event in self._worker.watchers.watch():
             yield event
 
     async def SetRole(self, request: worker_pb2.SetRoleRequest, context: Any) -> common_pb2.WorkerInfo:
-        """Take another role; what runs goes on."""
+        """Change the role; running work continues."""
         try:
             role = role_from_wire(request.role)
         except InvalidRequest as error:
@@ -44,6 +44,6 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         return self._worker.info()
 
     async def Drain(self, request: worker_pb2.DrainRequest, context: Any) -> worker_pb2.DrainResponse:
-        """No new work; what runs may end."""
+        """Refuse new work and let running work end until the timeout."""
         cancelled = await self._worker.drain(request.timeout_ms / 1000)
         return worker_pb2.DrainResponse(empty=cancelled == 0, cancelled=cancelled)

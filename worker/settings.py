@@ -1,4 +1,4 @@
-"""Everything one worker process needs to know. Plain data: it travels to child processes and Ray actors."""
+"""Settings of one worker process. Plain data: it is sent to child processes and Ray actors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..kv.config import CacheConfig
 
 
 class WorkerSettings(Section):
-    """One worker of the plan."""
+    """Settings of one worker of the plan."""
 
     worker_id: str
     role: Role
@@ -21,14 +21,14 @@ class WorkerSettings(Section):
     model: ModelConfig = ModelConfig()
     cache: CacheConfig = CacheConfig()
     step: StepConfig = StepConfig()
-    memory_bytes: int | None = None  # share of the machine or device; none: all that is available now
+    memory_bytes: int | None = None  # share of the machine or device; None: all that is available now
     num_threads: int = 1
-    gpu: int = 0  # which one of those that the process sees
+    gpu: int = 0  # index among the GPUs that the process sees
     host: str = "127.0.0.1"
-    insecure: bool = False  # whether `host` may be one that others can reach
+    insecure: bool = False  # True: `host` may be an address that other machines can reach
     port: int = 0  # 0: any
-    metrics_port: int | None = 0  # GET /metrics and /health, on the same host; 0: any, none: off
-    metrics_keys: tuple[str, ...] = Field((), repr=False)  # one of which GET /metrics wants; none: no key
+    metrics_port: int | None = 0  # GET /metrics and /health, on the same host; 0: any, None: off
+    metrics_keys: tuple[str, ...] = Field((), repr=False)  # GET /metrics needs one of them; empty: no key
     routers: tuple[str, ...] = ()  # host:port of their Announce services
     cluster_key: str = Field(min_length=16, repr=False)
     orphan_grace_s: float = 5.0

@@ -1,4 +1,4 @@
-"""Worker.Watch: the prefix cache and the load as one numbered stream per router, bounded. Knows no request."""
+"""Worker.Watch: prefix cache events and load reports as one numbered, bounded stream per router. Knows no request."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ..kv.messages import role_to_wire
 from ..protos import worker_pb2
 
 PIECE_IDENTITIES = 16_384  # 256 KiB of a snapshot per message
-MAX_PENDING_IDENTITIES = 65_536  # of deltas kept for one watcher; beyond it a new snapshot is cheaper
+MAX_PENDING_IDENTITIES = 65_536  # in deltas kept for one watcher; with more, a new snapshot is cheaper
 
 
 @dataclass(slots=True)
 class FaceLoad:
-    """What the face adds to the engine's own report."""
+    """Facts of the face that are added to the engine's load report."""
 
     role: Role
     draining: bool = False
@@ -27,7 +27,7 @@ class FaceLoad:
 
 
 class Watchers:
-    """All routers that watch this worker. They share one snapshot request where they can."""
+    """All routers that watch this worker. They share snapshot requests if possible."""
 
     def __init__(
         self,
@@ -53,9 +53,9 @@ class Watchers:
         return len(self._open)
 
     async def watch(self) -> AsyncIterator[worker_pb2.WatchEvent]:
-        """A snapshot, then deltas and load reports, until the reader goes away.
+        """Yield a snapshot, then deltas and load reports, until the reader leaves.
 
-        A snapshot that follows deltas replaces everything before it: this watcher read too slowly to be told each.
+        A snapshot that follows deltas replaces everything before it; it is sent when a watcher reads too slowly.
         """
         watcher = self.open()
         try:
@@ -67,7 +67,7 @@ class Watchers:
             self.leave(watcher)
 
     def open(self) -> Watcher:
-        """A router begins to watch; `leave` must follow."""
+        """Add a watcher; `leave` must follow."""
         watcher = Watcher(self._max_pending)
         self._open[watcher] = None
         if self._dispatcher.last_load is not None:
@@ -76,11 +76,11 @@ class Watchers:
         return watcher
 
     def leave(self, watcher: Watcher) -> None:
-        """A router watches no more."""
+        """Remove a watcher."""
         self._open.pop(watcher, None)
 
     def events(self, watcher: Watcher) -> list[worker_pb2.WatchEvent]:
-        """Everything that waits for a watcher, in order and numbered; the newest load report last."""
+        """All waiting events of a watcher, in order and numbered; the newest load report last."""
         if watcher.lost_count:
             watcher.await_snapshot()
             self._counters["watch_resyncs"] += 1
@@ -100,7 +100,7 @@ class Watchers:
         return events
 
     def report(self, load: LoadNews) -> worker_pb2.LoadReport:
-        """The engine's beat and what the face knows, as one report."""
+        """Load report from the engine's beat and the facts of the face."""
         face = self._face()
         counters = Counter(dict(load.counters))
         counters.update(self._counters)
@@ -144,31 +144,31 @@ class Watchers:
 
 
 class Watcher:
-    """What one router has not been sent yet."""
+    """Events that one router has not been sent yet."""
 
     def __init__(self, max_pending: int) -> None:
         self._max_pending = max_pending
         self._snapshot: CacheSnapshot | None = None
         self._known: int | None = (
-            None  # number of the last delta (or snapshot) that was taken in; None: no snapshot yet
+            None  # number of the last delta (or snapshot) that was accepted; None: no snapshot yet
         )
         self._deltas: deque[CacheDelta] = deque()
         self._load: LoadNews | None = None
         self._num_pending = 0
         self.lost_count = False
-        self.sequence = 0  # of the last event that was numbered; load reports repeat it
+        self.sequence = 0  # number of the last cache event; load reports repeat it
         self.news = asyncio.Event()
 
     def await_snapshot(self) -> None:
-        """Forget everything; only a new snapshot helps."""
+        """Drop all waiting cache events; the next one must be a snapshot."""
         self._snapshot, self._known, self._num_pending, self.lost_count = None, None, 0, False
         self._deltas.clear()
 
     def hear_cache(self, event: CacheDelta | CacheSnapshot) -> None:
-        """A change of the cache; kept in order, up to the bound."""
+        """Add a change of the cache, in order, up to the bound."""
         if isinstance(event, CacheSnapshot):
             if self._known is not None and event.sequence <= self._known:
-                return  # another watcher asked for it, and it says what we know
+                return  # another watcher asked for this snapshot, and it has nothing new for us
             self.await_snapshot()  # whatever waits is older
             self._snapshot, self._known = event, event.sequence
         elif self._known is None or self.lost_count or event.sequence <= self._known:
@@ -182,12 +182,12 @@ class Watcher:
         self.news.set()
 
     def hear_load(self, load: LoadNews) -> None:
-        """Only the newest counts."""
+        """Replace the waiting load report."""
         self._load = load
         self.news.set()
 
     def take(self) -> tuple[CacheSnapshot | None, list[CacheDelta], LoadNews | None]:
-        """Everything that waits."""
+        """Take all waiting events: snapshot, deltas, load report."""
         taken = self._snapshot, list(self._deltas), self._load
         self._snapshot, self._load, self._num_pending = None, None, 0
         self._deltas.clear()

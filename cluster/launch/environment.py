@@ -1,4 +1,4 @@
-"""The environment of members: nothing in it sends them to the folder that somebody happens to stand in."""
+"""Environment variables of members: independent of the working folder of the program that starts them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from ..config import ENVIRONMENT_PREFIX
 
 
 def member_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Ours, without settings (members get those by other means), and with a search path that is the same everywhere.
+    """This process's environment, without settings (members get those otherwise), with an absolute search path.
 
-    PYTHONSAFEPATH keeps Python from putting the working folder on it. Of PYTHONPATH, relative entries become what they
-    mean here; empty ones, which mean the working folder, go: most of them are a colon too many.
+    PYTHONSAFEPATH keeps Python from adding the working folder to the search path. Relative entries of PYTHONPATH become
+    absolute. Empty entries, which mean the working folder, are removed: most of them are a colon too many.
     """
     kept = {name: value for name, value in environment.items() if not name.startswith(ENVIRONMENT_PREFIX)}
     entries = [str(Path(entry).absolute()) for entry in kept.pop("PYTHONPATH", "").split(os.pathsep) if entry]

@@ -1,4 +1,4 @@
-"""Members as objects on this event loop, each worker with an engine thread: for tests, notebooks and the wiring."""
+"""Launcher of members as objects on this event loop, each worker with an engine thread; for tests and notebooks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ABORT_S = 0.5
 
 
 class InProcessLauncher:
-    """Runs every member here. The sockets between them are real."""
+    """Runs every member in this process. The sockets between them are real."""
 
     def __init__(self, site: Site) -> None:
         self._site = site
@@ -36,7 +36,7 @@ class InProcessLauncher:
         try:
             await process.start()
         except BaseException:
-            await process.stop(0.0)  # ports and threads of a failed start are this process's own
+            await process.stop(0.0)  # a failed start must free its ports and threads in this process
             raise
         self._running[member.name] = (process, ended)
         watcher = asyncio.create_task(self._watch(member.name, process))
@@ -44,35 +44,35 @@ class InProcessLauncher:
         watcher.add_done_callback(self._watchers.discard)
 
     async def stop(self, name: str, grace_s: float) -> None:
-        """Drain and stop it."""
+        """Drain and stop a member."""
         if name in self._running:
             process, ended = self._running.pop(name)
             await process.stop(grace_s)
             ended(name, ProcessEnd("stopped"))
 
     async def kill(self, name: str) -> None:
-        """Stop it without a drain."""
+        """Stop a member without a drain."""
         await self.stop(name, 0.0)
 
     async def close(self) -> None:
-        """Stop what still runs."""
+        """Stop all running members."""
         await asyncio.gather(*(self.stop(name, 0.0) for name in list(self._running)))
         for watcher in self._watchers:
             watcher.cancel()
         await asyncio.gather(*self._watchers, return_exceptions=True)
 
     async def abort(self) -> None:
-        """Stop what runs. A thread that builds an engine cannot be ended: only the kernels' compilers are."""
+        """Stop all running members. A thread that builds an engine cannot be ended, only the kernels' compilers."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.close(), ABORT_S)
         await asyncio.to_thread(stop_building, ABORT_S)
 
     def said(self, _: str) -> str:
-        """Nothing: its log is this process's own."""
+        """Always empty: members log to this process's log."""
         return ""
 
     async def _watch(self, name: str, process: WorkerProcess | RouterProcess) -> None:
-        """Tell of a member that ended by its own fault."""
+        """Report a member that ended by its own fault."""
         await process.ended.wait()
         if self._running.get(name, (None,))[0] is process:
             _, ended = self._running.pop(name)

@@ -1,4 +1,4 @@
-"""How a member ended, in one line: the cause, out of what its process wrote last. Knows no process and no Ray."""
+"""Cause of a member's end in one line, extracted from the last output of its process. Knows no process and no Ray."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import signal
 from typing import NamedTuple
 
 _LONGEST = 400  # characters of a cause
-_TYPED = "twostroke: "  # how a command of ours begins its last line
-_TYPED_EXIT = 2  # and its exit code
-_RAISED = re.compile(r"^((?:\w+\.)*)([A-Z]\w+)(?:: (.*))?$")  # how a traceback ends
+_TYPED = "twostroke: "  # prefix of the line with which our commands report a typed error
+_TYPED_EXIT = 2  # exit code after a typed error
+_RAISED = re.compile(r"^((?:\w+\.)*)([A-Z]\w+)(?:: (.*))?$")  # last line of a traceback
 
 
 class ProcessEnd(NamedTuple):
     """The end of one member's process."""
 
     cause: str  # one line
-    is_certain: bool = False  # a typed error of ours: the next start would end the same way
+    is_certain: bool = False  # a typed error of ours: another start would end the same way
 
 
 def end_of_process(code: int, output: str) -> ProcessEnd:
-    """From an exit code and the last output of a process of ours."""
+    """The end of a process, from its exit code and its last output."""
     if code == 0:
         return ProcessEnd("exit code 0: it was told to stop")
     if code < 0:
@@ -32,7 +32,7 @@ def end_of_process(code: int, output: str) -> ProcessEnd:
 
 
 def end_of_error(text: str) -> ProcessEnd:
-    """From the text of an error that carries another process's traceback."""
+    """The end of a process, from the text of an error that carries its traceback."""
     lines = _lines(text)
     for place in range(len(lines) - 1, -1, -1):
         found = _RAISED.match(lines[place])
@@ -51,7 +51,7 @@ def cause_of(output: str) -> str:
 
 
 def _lines(text: str) -> list[str]:
-    """Without what Python says of objects that it could not take down: that comes after the cause."""
+    """Non-empty lines before Python's "Exception ignored in" messages, which come after the cause."""
     told = text.partition("Exception ignored in")[0]
     return [line.strip() for line in told.splitlines() if line.strip()]
 

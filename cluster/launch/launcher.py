@@ -1,4 +1,4 @@
-"""What every launcher does: start a member, tell when it ends, stop it. Knows no way of doing it."""
+"""Interface of all launchers: start a member, report its end, stop it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ..placement import ProcessPlan
 from .last_words import ProcessEnd
 
 Ended = Callable[[str, ProcessEnd], None]
-"""Called on the supervisor's loop with a member's name and how it ended, once per start."""
+"""Callback with a member's name and its end, once per start, on the supervisor's loop."""
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """What all members of one cluster share: the configuration, the checkpoint's directory, the router's address."""
+    """Facts shared by all members of a cluster: configuration, checkpoint directory, router address."""
 
     config: Config
     model_directory: str
@@ -27,40 +27,40 @@ class Site:
 
     @property
     def internal_address(self) -> str:
-        """Where workers announce themselves."""
+        """host:port of the router's Announce service."""
         return f"127.0.0.1:{self.internal_port}"
 
 
 class Launcher(Protocol):
-    """One way of running members: in this process, as child processes, or as Ray actors."""
+    """One way to run members: in this process, as child processes, or as Ray actors."""
 
     async def start(self, member: ProcessPlan, ended: Ended) -> None:
         """Start a member; returns when its process exists (not yet when it serves)."""
         ...
 
     async def stop(self, name: str, grace_s: float) -> None:
-        """Let it drain for `grace_s`, then end it. `ended` is called as for any end."""
+        """Let a member drain for `grace_s`, then end it. `ended` is called as for any end."""
         ...
 
     async def kill(self, name: str) -> None:
-        """ProcessEnd it now, even when it is frozen. `ended` is called as for any end."""
+        """End a member now, even a frozen one. `ended` is called as for any end."""
         ...
 
     async def close(self) -> None:
-        """Leave nothing behind: no process, no session, no file."""
+        """End all members; remove all processes, sessions and files."""
         ...
 
     async def abort(self) -> None:
-        """`close`, but at once, whatever is under way: nobody waits for an answer. Takes a second at most."""
+        """`close` without waiting for running requests. Takes a second at most."""
         ...
 
     def said(self, name: str) -> str:
-        """The last line of a running member's log, where there is one."""
+        """Last line of a running member's log; empty if there is none."""
         ...
 
 
 def worker_settings(site: Site, member: ProcessPlan) -> WorkerSettings:
-    """One worker's settings, from the cluster's configuration and its place in the plan."""
+    """Settings of one worker, from the cluster's configuration and its entry in the plan."""
     config = site.config
     return WorkerSettings(
         worker_id=member.name,

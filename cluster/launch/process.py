@@ -1,4 +1,4 @@
-"""Members as child processes of this one: what a machine without Ray uses, and what each pod runs one of."""
+"""Launcher of members as child processes, for machines without Ray."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ _ABORT_S = 0.5
 
 
 class ProcessLauncher:
-    """Starts `twostroke worker` and `twostroke router`. Their configuration, which holds keys, is in no file and no
-    argument: each reads it from its standard input.
+    """Starts `twostroke worker` and `twostroke router`.
+
+    Each reads its configuration from standard input, because it holds keys and must be in no file and no argument.
     """
 
     def __init__(self, site: Site) -> None:
@@ -39,9 +40,9 @@ class ProcessLauncher:
         self._config = yaml.safe_dump(values).encode()
 
     async def start(self, member: ProcessPlan, ended: Ended) -> None:
-        """Start one child; its output goes to a log file whose end becomes its last words.
+        """Start one child; its output goes to a log file, from whose end the cause of its end is read.
 
-        The child is known, and so ended by `abort`, also where the caller is cancelled while the system makes it.
+        If the caller is cancelled while the system creates the child, it is registered all the same: `abort` ends it.
         """
         spawning = asyncio.create_task(self._spawn(member, ended))
         self._spawning.add(spawning)
@@ -56,19 +57,19 @@ class ProcessLauncher:
                 stdout=out,
                 stderr=out,
                 stdin=asyncio.subprocess.PIPE,
-                start_new_session=True,  # Ctrl-C reaches the supervisor alone, which drains
+                start_new_session=True,  # Ctrl-C reaches only the supervisor, which drains
                 env=self._environment(member),
             )
         self._processes[member.name] = process
         assert process.stdin is not None
-        process.stdin.write(self._config)  # all of it, as the child comes to read
+        process.stdin.write(self._config)  # buffered; the transport sends it as the child reads
         process.stdin.close()
         watcher = asyncio.create_task(self._watch(member.name, process, log, ended))
         self._watchers.add(watcher)
         watcher.add_done_callback(self._watchers.discard)
 
     async def stop(self, name: str, grace_s: float) -> None:
-        """SIGTERM, wait, SIGKILL."""
+        """Send SIGTERM, wait, and send SIGKILL if the process still runs."""
         process = self._processes.get(name)
         if process is None or process.returncode is not None:
             return
@@ -80,13 +81,13 @@ class ProcessLauncher:
             await process.wait()
 
     async def kill(self, name: str) -> None:
-        """SIGKILL, which a stopped process hears too."""
+        """Send SIGKILL, which also ends a stopped process."""
         process = self._processes.get(name)
         if process is not None:
             _end(process)
 
     async def close(self) -> None:
-        """End what still runs and remove the files."""
+        """End all running children and remove the files."""
         await self._spawned()
         await asyncio.gather(*(self.stop(name, 0.0) for name in list(self._processes)))
         if self._watchers:
@@ -94,7 +95,7 @@ class ProcessLauncher:
         self._scratch.remove()
 
     async def abort(self) -> None:
-        """SIGKILL for all, and remove the files."""
+        """Send SIGKILL to all children, and remove the files."""
         await self._spawned()
         for process in self._processes.values():
             _end(process)
@@ -103,12 +104,12 @@ class ProcessLauncher:
         self._scratch.remove()
 
     async def _spawned(self) -> None:
-        """Wait for children that are being made."""
+        """Wait for children that are being created."""
         if self._spawning:
             await asyncio.wait(self._spawning, timeout=_ABORT_S)
 
     def said(self, name: str) -> str:
-        """The last line of its log."""
+        """The last error in a member's log, else its last line."""
         return cause_of(MemberLog(self._directory, name).tail())
 
     def _command(self, member: ProcessPlan) -> list[str]:
@@ -141,7 +142,7 @@ class ProcessLauncher:
 
 
 def _end(process: asyncio.subprocess.Process) -> None:
-    """SIGKILL, for whatever it started too: each member leads a group of its own."""
+    """Send SIGKILL to a member's process group, which includes the processes that it started."""
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

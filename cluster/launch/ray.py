@@ -1,4 +1,4 @@
-"""Members as Ray actors: Ray places, names and ends them; the supervisor alone restarts them."""
+"""Launcher of members as Ray actors: Ray places, names and ends them; only the supervisor restarts them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class RayLauncher:
         self._watchers[member.name] = asyncio.create_task(self._watch(member.name, actor, ended))
 
     async def stop(self, name: str, grace_s: float) -> None:
-        """Ask it to drain; end it when it does not."""
+        """Ask an actor to drain, and kill it afterwards."""
         actor, watcher = self._actors.get(name), self._watchers.get(name)
         if actor is None or watcher is None:
             return
@@ -55,32 +55,32 @@ class RayLauncher:
             await asyncio.wait_for(_settled(actor.stop.remote()), 2.0)
             await asyncio.wait_for(asyncio.shield(watcher), grace_s + 5.0)
         except (TimeoutError, ray.exceptions.RayError):
-            pass  # it hangs or is gone already; either way it is ended below
+            pass  # it hangs or has ended already; in both cases it is killed below
         ray.kill(actor, no_restart=True)
 
     async def kill(self, name: str) -> None:
-        """Have Ray end the actor's process by force."""
+        """Make Ray kill the actor's process."""
         import ray
 
         if name in self._actors:
             ray.kill(self._actors[name], no_restart=True)
 
     async def close(self) -> None:
-        """Shut our Ray down and remove its files."""
+        """Stop all actors, shut our Ray down and remove its files."""
         await asyncio.gather(*(self.stop(name, 0.0) for name in list(self._actors)))
         await asyncio.get_running_loop().run_in_executor(self._executor, self._session.close)
         self._opened = False
         self._executor.shutdown(wait=False)
 
     async def abort(self) -> None:
-        """ProcessEnd our Ray with all its processes; leave one that we joined, which ends our actors."""
+        """End our own Ray with all its processes; disconnect from a joined one, which then ends our actors."""
         for watcher in self._watchers.values():
             watcher.cancel()
         await asyncio.to_thread(self._session.abort)
         self._executor.shutdown(wait=False)
 
     def said(self, _: str) -> str:
-        """Nothing: what actors write is in Ray's own files."""
+        """Always empty: the output of actors is in Ray's own files."""
         return ""
 
     def _create(self, member: ProcessPlan) -> Any:
@@ -106,7 +106,7 @@ class RayLauncher:
 
 
 class _BuildRouter:
-    """Pickled to the actor's process, called there: only that process imports what it runs."""
+    """Factory of a router, pickled to the actor's process and called there: only that process imports the router."""
 
     def __init__(self, settings: RouterConfig, key: str, *, reads_defaults: bool) -> None:
         self._settings, self._key, self._reads_defaults = settings, key, reads_defaults
@@ -118,7 +118,7 @@ class _BuildRouter:
 
 
 class _BuildWorker:
-    """Pickled to the actor's process, called there: only that process imports what it runs."""
+    """Factory of a worker, pickled to the actor's process and called there: only that process imports the engine."""
 
     def __init__(self, settings: WorkerSettings) -> None:
         self._settings = settings
@@ -137,7 +137,7 @@ def _actor(kind: type[Hosted], member: ProcessPlan) -> Any:
     control = ray.method(concurrency_group="control")
     remote_kind = type(kind.__name__, (kind,), {"stop": control(_stop), "pid": control(_pid)})
     return remote(concurrency_groups={"control": 2})(remote_kind).options(
-        name=f"{member.name}-{os.urandom(3).hex()}",  # a dead actor's name is not free again at once
+        name=f"{member.name}-{os.urandom(3).hex()}",  # the name of a dead actor stays in use for a while
         num_cpus=0,
         max_restarts=0,
         max_task_retries=0,

@@ -1,7 +1,7 @@
-"""What keeps strangers out of a Ray of our own: it listens on loopback alone, and asks for a token that we made.
+"""Access protection of our own local Ray: it listens on loopback only, and requires a token that we make.
 
-Who may talk to Ray's ports may run code with them. So neither is left to the environment, nor to what a program that
-imported Ray before us had set: both are set here, and looked at afterwards.
+A client that can reach Ray's ports can run code through them. So both protections are set here, regardless of the
+environment and of settings made by a program that imported Ray before us, and both are checked afterwards.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ...core.errors import ConfigError
 
 
 def token_settings(folder: Path) -> dict[str, str]:
-    """A new token, in a file of `folder` for its owner alone, and the variables that tell Ray of it."""
+    """Write a new token to a file in `folder` for its owner only; returns the variables that name it to Ray."""
     token = folder / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
@@ -27,14 +27,18 @@ def token_settings(folder: Path) -> dict[str, str]:
 
 
 def read_settings() -> None:
-    """Have Ray read mode and token from the environment as it is now. By itself it does so once, when imported."""
+    """Make Ray read mode and token from the present environment. Ray itself reads them once, at its import."""
     raylet = _raylet()
     raylet.Config.initialize("")
     raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
 def check_token() -> None:
-    """Raises ConfigError when a Ray that was started now would let anybody in."""
+    """Check that a Ray started now would require a token.
+
+    Raises:
+        ConfigError: it would accept every client.
+    """
     raylet = _raylet()
     is_asked = raylet.get_authentication_mode() == raylet.AuthenticationMode.TOKEN
     if not is_asked or not raylet.AuthenticationTokenLoader.instance().has_token():
@@ -43,10 +47,10 @@ def check_token() -> None:
 
 @contextmanager
 def on_loopback() -> Iterator[None]:
-    """While this is entered, a Ray that is started listens on 127.0.0.1 alone, as on macOS and Windows by default.
+    """Context in which a started Ray listens on 127.0.0.1 only, as on macOS and Windows by default.
 
-    On Linux it replaces a loopback address by the machine's own, for other machines to join, unless it is told that
-    none will. It reads the variable when it is imported, and its own processes read it when they start.
+    On Linux Ray replaces a loopback address by the machine's own, so that other machines can join, unless this variable
+    says that none will. Ray reads the variable at its import, and its processes read it when they start.
     """
     from ray._private import ray_constants
 
@@ -61,7 +65,11 @@ def on_loopback() -> Iterator[None]:
 
 
 def check_loopback() -> None:
-    """Raises ConfigError when the Ray that this process is connected to listens where other machines reach it."""
+    """Check that the Ray to which this process is connected listens on loopback.
+
+    Raises:
+        ConfigError: other machines can reach its address.
+    """
     import ray
 
     util: Any = ray.util
@@ -71,12 +79,12 @@ def check_loopback() -> None:
 
 
 def _raylet() -> Any:
-    """Ray's own core, which its types do not know."""
+    """Ray's own core module, which its type stubs do not declare."""
     return importlib.import_module("ray._raylet")
 
 
 def set_variables(values: Mapping[str, str | None]) -> dict[str, str | None]:
-    """Set or (None) remove variables of this process; gives what they were before."""
+    """Set variables of this process, or remove those that are None; returns their values before."""
     before = {name: os.environ.get(name) for name in values}
     for name, value in values.items():
         with suppress(KeyError):

@@ -1,7 +1,7 @@
-"""The processes of one local Ray, found by the folder that they name and by who started them, and ended. Knows no Ray.
+"""Ends the processes of one local Ray, which are found by the folder that they name and by their parents. Knows no Ray.
 
-Names alone would not do: some of them overwrite their command and most of their environment. Nor would children alone:
-when Ray's own parent of them dies, they become somebody else's.
+The folder alone does not find all: some processes overwrite their command line and most of their environment. The
+parents alone do not either: if a Ray process dies, its children get another parent.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ _POLL_S = 0.02
 
 
 def end_processes(folder: Path) -> None:
-    """SIGKILL every process that names `folder`, and those that it started, until there is none. A second at most.
+    """Send SIGKILL to every process that names `folder` and to its descendants. Takes a second at most.
 
-    They are stopped first, so that none starts another one meanwhile.
+    They are stopped first, so that none starts another process meanwhile.
     """
     give_up_s = time.monotonic() + _WITHIN_S
     stopped: set[int] = set()
@@ -38,7 +38,7 @@ def _send(processes: set[int], number: int) -> None:
 
 
 def _of(folder: bytes) -> set[int]:
-    """Processes that name `folder` and their descendants, but this one; where there is no /proc, none."""
+    """Processes that name `folder`, and their descendants, without this process; empty if there is no /proc."""
     naming, parent_of = set[int](), dict[int, int]()
     for entry in Path("/proc").glob("[0-9]*"):
         with suppress(OSError, ValueError):
@@ -53,7 +53,7 @@ def _of(folder: bytes) -> set[int]:
 
 
 def _facts(process: int) -> list[str]:
-    """State, parent and so on: what follows the name, in which anything may stand."""
+    """Fields of /proc/PID/stat after the name (state, parent, …); the name itself may hold any character."""
     return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
 
 

@@ -1,4 +1,4 @@
-"""A local Ray of our own that leaves nothing behind, or a given one joined. The only file that configures Ray."""
+"""Session with a local Ray of our own, removed completely at its end, or with a given cluster. Configures Ray."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from .ray_guard import set_variables
 from .ray_processes import end_processes
 
 NAMESPACE = "twostroke"
-_OBJECT_STORE_BYTES = 80 << 20  # about the smallest Ray takes; no KV ever goes through it
+_OBJECT_STORE_BYTES = 80 << 20  # about the smallest size that Ray accepts; no KV goes through the object store
 _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set for programs that `ray job submit` runs
-_RAYS = "r"  # Ray lets everybody write into its folder, so that one lies within ours, which nobody else can enter
+_RAYS = "r"  # Ray makes its folder writable for every user, so it is inside ours, which only its owner can enter
 _LEAVE_S = 1.0
 _ANSWER_S = 5.0
-_ELSEWHERE = (  # what sends a local Ray or its workers to another cluster, store, port, folder or environment
+_ELSEWHERE = (  # variables that make Ray use another cluster, store, port, folder or environment
     "RAY_ADDRESS",
     "RAY_NAMESPACE",
     "RAY_REDIS_ADDRESS",
@@ -39,14 +39,14 @@ _ELSEWHERE = (  # what sends a local Ray or its workers to another cluster, stor
     "RAY_AUTH_TOKEN",
     _SUBMITTED,
 )
-_LOG_LIMITS = {  # of each file; without them what an actor writes has no bound
+_LOG_LIMITS = {  # per file; without them an actor's output has no bound
     "RAY_ROTATION_MAX_BYTES": str(16 << 20),
     "RAY_ROTATION_BACKUP_COUNT": "1",
 }
 
 
 class RaySession:
-    """Ray, from `open` to `close` or `abort`. `open` is for one thread, which must live as long as Ray."""
+    """Ray, from `open` to `close` or `abort`. The thread that calls `open` must live as long as Ray."""
 
     def __init__(self, address: str | None) -> None:
         self._address = None if address == "local" else address
@@ -84,14 +84,14 @@ class RaySession:
         self._remove_files()
 
     def abort(self) -> None:
-        """End our Ray at once, also one on its way up; of a joined one, leave. Nothing of ours is left then."""
+        """End our own Ray at once, also one that is starting; disconnect from a joined one. Removes our files."""
         self._is_aborted = True
         if self._address:
             leaving = threading.Thread(target=_shut_down, daemon=True)
             leaving.start()
             leaving.join(_LEAVE_S)
         else:
-            sys.addaudithook(self._refuse)  # whatever `open` still wants to make: a process, a folder
+            sys.addaudithook(self._refuse)  # refuse processes and folders that a running `open` would still create
             end_processes(self._scratch.path)
         self._remove_files()
 
@@ -99,7 +99,7 @@ class RaySession:
         import ray
 
         _check_answers(address)  # Ray itself would try for minutes
-        # A submitted job's own folder is where its author wanted it, and Ray takes no second one.
+        # A submitted job has its own working folder already, and Ray accepts no second one.
         ray.init(address=address, **_common(None if _SUBMITTED in os.environ else empty))
 
     def _start(self, folder: Path, empty: Path) -> None:
@@ -111,19 +111,19 @@ class RaySession:
             ray_guard.check_token()
             with ray_guard.on_loopback():
                 ray.init(
-                    address="local",  # whatever else runs here
+                    address="local",  # never a Ray that runs on this machine already
                     _temp_dir=str(folder),
                     include_dashboard=False,
-                    num_cpus=1,  # actors ask for none: threads are ours to count (cluster/placement.py)
+                    num_cpus=1,  # actors ask for none: cluster/placement.py assigns the threads
                     object_store_memory=_OBJECT_STORE_BYTES,
-                    _system_config={"worker_niceness": 0},  # else 15: any neighbour makes our workers look dead
+                    _system_config={"worker_niceness": 0},  # with the default of 15 a busy machine starves workers
                     **_common(empty),
                 )
             ray_guard.check_loopback()
 
     @contextmanager
     def _environment(self, folder: Path) -> Iterator[None]:
-        """What Ray reads while it starts, and its processes inherit. The token's place is told until `close`."""
+        """Set the variables that Ray reads at its start and its processes inherit; the token's remain until `close`."""
         search = member_environment()
         wanted: dict[str, str | None] = {name: search.get(name) for name in ("PYTHONPATH", "PYTHONSAFEPATH")}
         wanted |= dict.fromkeys(_ELSEWHERE)
@@ -138,7 +138,7 @@ class RaySession:
             set_variables(before)
 
     def _refuse(self, _event: str, _arguments: object) -> None:
-        """The audit hook of an aborted `open`: nothing more happens in its thread."""
+        """Audit hook after an abort: every audited action in the thread of `open` fails."""
         if threading.current_thread() is self._opener:
             raise RuntimeError("Ray's start was aborted")
 
@@ -148,11 +148,15 @@ class RaySession:
             set_variables(self._before)
             self._before = {}
             if "ray" in sys.modules:
-                ray_guard.read_settings()  # a Ray that the program uses next is guarded as the program says
+                ray_guard.read_settings()  # a Ray that the program uses next gets the program's own settings
 
 
 def _check_answers(address: str) -> None:
-    """Raises OSError when nobody listens at host:port. Other forms of an address are Ray's to explain."""
+    """Check that a server listens at host:port. Other forms of an address are left to Ray.
+
+    Raises:
+        OSError: no server answers.
+    """
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if host and port.isdecimal():
         socket.create_connection((host.strip("[]"), int(port)), _ANSWER_S).close()
@@ -166,8 +170,8 @@ def _shut_down() -> None:
 def _common(empty: Path | None) -> dict[str, Any]:
     """Options of every `ray.init`.
 
-    Ray puts the driver's working folder, and its script's, on its workers' search path, in front of all else, unless
-    the job has a folder of its own: ours is empty.
+    Ray puts the working folder and the script's folder of the driver first on its workers' search path, unless the job
+    has a working folder of its own. So the job gets the folder `empty`.
     """
     given: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "ERROR"}
     return given | ({"runtime_env": {"working_dir": str(empty)}} if empty else {})

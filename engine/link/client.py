@@ -30,7 +30,7 @@ from .messages import (
 log = logging.getLogger(__name__)
 
 SequenceEvent = Event | TokenNews
-"""What an owner hears: any event with its key; a step's tokens arrive as its own `TokenNews` only."""
+"""Events for an owner: those with its key; from a step's tokens only its own `TokenNews`."""
 
 Owner = Callable[[SequenceEvent], None]
 """Called on the face's loop. Must not block; slow work goes to a task of the owner. If it raises, its sequence ends."""
@@ -44,7 +44,7 @@ class FaceLink(Protocol):
     """The face's end of an EngineLink."""
 
     def send(self, command: Command) -> None:
-        """Give the engine a command; never waits."""
+        """Send the engine a command; never waits."""
         ...
 
     async def receive(self) -> Sequence[Event]:
@@ -53,9 +53,10 @@ class FaceLink(Protocol):
 
 
 class EngineClient:
-    """One per worker. Owners register before they submit and are forgotten with their `Ended`.
+    """The face's access to the engine; one per worker.
 
-    When the engine ends, everything that waits here ends too: owners hear `Ended`, fetches raise.
+    Owners register before they submit and are removed with their `Ended`. When the engine ends, all waiting ends too:
+    owners get `Ended`, fetches raise.
     """
 
     def __init__(self, link: FaceLink) -> None:
@@ -67,7 +68,7 @@ class EngineClient:
         self._load_listeners: list[LoadListener] = []
         self._step_listeners: list[StepListener] = []
         self._ended = asyncio.Event()
-        self._is_over = False  # the engine has ended: nothing is answered any more
+        self._is_over = False  # the engine has ended and answers no more
         self.last_load: LoadNews | None = None
 
     # -------------------------------------------------------------- to the engine
@@ -78,7 +79,7 @@ class EngineClient:
         self._owner_by_key[key] = owner
 
     def send(self, command: Command) -> None:
-        """Give the engine a command. Where it has ended, a `Submit` is answered by an `Ended` like any other."""
+        """Send the engine a command. After the engine's end a `Submit` is answered by an `Ended` from here."""
         try:
             self._link.send(command)
         except Unavailable as error:
@@ -90,7 +91,7 @@ class EngineClient:
         """Read cached hash blocks by identity, as far as their chain begins at `root`.
 
         Raises:
-            Unavailable: the engine has ended, or ends meanwhile.
+            Unavailable: the engine has ended, or ends before the answer.
         """
         if self._is_over:
             raise _engine_ended()
@@ -106,30 +107,30 @@ class EngineClient:
     # -------------------------------------------------------------- listeners
 
     def on_cache(self, listener: CacheListener) -> None:
-        """Hear of every change of the prefix cache, and of snapshots that anyone asked for."""
+        """Call `listener` with every change of the prefix cache, and with every snapshot."""
         self._cache_listeners.append(listener)
 
     def on_load(self, listener: LoadListener) -> None:
-        """Hear the engine's beat."""
+        """Call `listener` with every beat of the engine."""
         self._load_listeners.append(listener)
 
     def on_step(self, listener: StepListener) -> None:
-        """Hear a step's number before its tokens are given out."""
+        """Call `listener` with a step's number before its tokens are routed."""
         self._step_listeners.append(listener)
 
     def ask_snapshot(self) -> None:
-        """Let the engine send a `CacheSnapshot` to the cache listeners."""
+        """Ask the engine for a `CacheSnapshot`, which goes to all cache listeners."""
         self._link.send(AskSnapshot())
 
     @property
     def num_owned(self) -> int:
-        """Sequences that have not ended."""
+        """Number of sequences that have not ended."""
         return len(self._owner_by_key)
 
     async def next_end(self) -> None:
-        """Return when some sequence has ended, or the engine."""
+        """Wait until a sequence or the engine has ended."""
         if self._is_over:
-            await asyncio.sleep(0)  # for a `Submit` that is being answered
+            await asyncio.sleep(0)  # lets the loop deliver the answer to a late `Submit`
             return
         self._ended.clear()
         await self._ended.wait()
@@ -146,7 +147,7 @@ class EngineClient:
             self._release_all()
 
     def _release_all(self) -> None:
-        """Nothing comes any more: let nobody wait for it."""
+        """End all waiting after the engine's end."""
         self._is_over = True
         error = _engine_ended()
         for future in self._fetches.values():
@@ -190,11 +191,11 @@ class EngineClient:
     def _call(self, owner: Owner, event: SequenceEvent) -> None:
         try:
             owner(event)
-        except Exception:  # one sequence's trouble must not stop the others
+        except Exception:  # a failure of one owner must not stop the others
             self._fail(owner, event)
 
     def _fail(self, owner: Owner, event: SequenceEvent) -> None:
-        """Called within an `except`: end the sequence whose owner raised; of what comes now only the end is told."""
+        """End the sequence whose owner raised; the owner gets only its `Ended` from now on. Called in an `except`."""
         log.exception("event %s was not handled; its sequence ends", type(event).__name__)
         key = getattr(event, "key", None)
         if key is None or isinstance(event, Ended) or self._owner_by_key.get(key) is not owner:

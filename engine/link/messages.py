@@ -1,4 +1,4 @@
-"""EngineLink: where a worker's face and its engine meet. Two bounded queues of plain values, nothing else.
+"""EngineLink: the interface between a worker's face and its engine. Two bounded queues of plain values.
 
     face (asyncio: gRPC, KV bytes, digests, text)  ── Command ──▶  engine (step loop: scheduler, pool, runner)
                                                    ◀── Event ───
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Source(Enum):
-    """Where a sequence's prompt KV comes from, and what happens after it."""
+    """Origin of a sequence's prompt KV, and its use after the prefill."""
 
     LOCAL = auto()  # computed here, decoded here
     PEER = auto()  # computed by a prefill worker, decoded here
@@ -33,7 +33,7 @@ class Source(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """A new sequence. Answered by `Promised`/`Offered`, or by `Ended` with an error."""
+    """Start a new sequence. Answered by `Promised`/`Offered`, or by `Ended` with an error."""
 
     key: SequenceKey
     source: Source
@@ -41,14 +41,14 @@ class Submit:
     identities: tuple[BlockIdentity, ...]  # of the prompt's full hash blocks
     identity_root: bytes  # to continue the chain over generated tokens
     params: SamplingParams
-    num_emitted: int = 0  # trailing prompt ids the client already has (re-dispatch): they count as generated
+    num_emitted: int = 0  # trailing prompt ids that the client has already (re-dispatch): they count as generated
     priority: int = 0
     deadline_s: float | None = None  # of the engine's clock
 
 
 @dataclass(frozen=True, slots=True)
 class CancelSequence:
-    """Free everything of a sequence at the next step boundary. Answered by `Ended` unless it had ended already."""
+    """Free a sequence at the next step boundary. Answered by `Ended` unless it had ended already."""
 
     key: SequenceKey
     reason: FinishReason = FinishReason.CANCELLED  # STOP: the face found a stop string; ERROR: it failed there
@@ -73,7 +73,7 @@ class WriteKv:
 
 @dataclass(frozen=True, slots=True)
 class KvComplete:
-    """PEER: the prompt's KV is whole and its first token known: decode from here on."""
+    """PEER: the prompt's KV is complete and its first token known: decode from here on."""
 
     key: SequenceKey
     first_token: int
@@ -81,11 +81,11 @@ class KvComplete:
 
 @dataclass(frozen=True, slots=True)
 class PrefillLocally:
-    """PEER: the peer is lost or refused; keep the first `kept_tokens` and compute the rest here."""
+    """PEER: the peer was lost or refused; keep the first `kept_tokens` and compute the rest here."""
 
     key: SequenceKey
     kept_tokens: int
-    first_token: int | None  # already known (and perhaps sent): must come out again, is not emitted twice
+    first_token: int | None  # if known already (and perhaps sent): it is not sampled and not emitted again
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class PeerBound:
 
 @dataclass(frozen=True, slots=True)
 class PeerNotYet:
-    """FOR_PEER: decode cannot hold it now; park it (`PeerBound` will come) and take another."""
+    """FOR_PEER: decode has no room now; park the sequence (`PeerBound` will come) and take another."""
 
     key: SequenceKey
 
@@ -118,24 +118,24 @@ class FetchBlocks:
     fetch_id: int
     identities: tuple[BlockIdentity, ...]
     first_token: int
-    root: bytes  # of their chain: blocks of another one are not given away
+    root: bytes  # of their chain: blocks of other chains are not returned
 
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """FOR_PEER: decode has verified everything; give the blocks back (they stay cached). Answered by `Ended`."""
+    """FOR_PEER: decode has verified the whole prompt; give the blocks back (they stay cached). Answered by `Ended`."""
 
     key: SequenceKey
 
 
 @dataclass(frozen=True, slots=True)
 class AskSnapshot:
-    """Answered by `CacheSnapshot`: all held identities, with the event number that follows them."""
+    """Ask for all held identities. Answered by `CacheSnapshot`."""
 
 
 @dataclass(frozen=True, slots=True)
 class SetRole:
-    """Take another role from the next step on; what runs goes on."""
+    """Change the role from the next step on; live sequences continue."""
 
     role: Role
 
@@ -167,7 +167,7 @@ Command = (
 
 @dataclass(frozen=True, slots=True)
 class Promised:
-    """PEER/LOCAL: room is promised. `held_tokens` leading tokens are cached here (PEER: ask the peer for the rest)."""
+    """PEER, LOCAL: room is promised. `held_tokens` leading tokens are cached here (PEER: ask the peer for the rest)."""
 
     key: SequenceKey
     held_tokens: int
@@ -175,7 +175,7 @@ class Promised:
 
 @dataclass(frozen=True, slots=True)
 class Offered:
-    """FOR_PEER: next to run; ask decode to bind. `cached_tokens` need no computing here."""
+    """FOR_PEER: next to run; ask decode to bind. `cached_tokens` leading tokens are cached here."""
 
     key: SequenceKey
     cached_tokens: int
@@ -190,7 +190,7 @@ class Bound:
 
 @dataclass(frozen=True, slots=True)
 class NotYet:
-    """PEER: no room just now; `Bound` follows when there is."""
+    """PEER: there is no room now; `Bound` follows when there is."""
 
     key: SequenceKey
 
@@ -210,8 +210,8 @@ class Progress:
 
     key: SequenceKey
     num_computed: int
-    began: bool = False  # the first chunk of it
-    began_s: float | None = field(default=None, compare=False)  # of the engine's clock: when a step took it in
+    began: bool = False  # this is the first report for the sequence
+    began_s: float | None = field(default=None, compare=False)  # planning time of its first step, of the engine's clock
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +228,7 @@ class TokenNews:
 
 @dataclass(frozen=True, slots=True)
 class StepTokens:
-    """Everything one step sampled, in one value."""
+    """All tokens that one step sampled."""
 
     step: int
     news: tuple[TokenNews, ...]
@@ -236,7 +236,7 @@ class StepTokens:
 
 @dataclass(frozen=True, slots=True)
 class KvRead:
-    """Planes and sealed digests of a sequence's tokens; None when the sequence is gone."""
+    """Planes and sealed digests of a sequence's tokens; None if they cannot be read, e.g. after its end."""
 
     key: SequenceKey
     token_start: int
@@ -246,7 +246,7 @@ class KvRead:
 
 @dataclass(frozen=True, slots=True)
 class BlocksFetched:
-    """The longest leading part of the asked-for blocks that is held here."""
+    """The longest leading part of the requested blocks that is held here."""
 
     fetch_id: int
     num_blocks: int
@@ -255,7 +255,7 @@ class BlocksFetched:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A sequence is over and owns nothing any more. Exactly once per `Submit`."""
+    """A sequence is over and owns no blocks. Exactly once per `Submit`."""
 
     key: SequenceKey
     reason: FinishReason
@@ -263,12 +263,15 @@ class Ended:
     error_message: str = ""
     cached_tokens: int = 0  # prompt tokens found in this worker's own cache
     preemptions: int = 0
-    began_s: float | None = field(default=None, compare=False)  # of the engine's clock: when a step took it in
+    began_s: float | None = field(default=None, compare=False)  # planning time of its first step, of the engine's clock
 
 
 @dataclass(frozen=True, slots=True)
 class CacheDelta:
-    """Hash blocks that became findable, or ceased to be. `sequence` grows by one per delta; a gap means resync."""
+    """Hash blocks that became findable (stored) or are no longer findable (removed).
+
+    `sequence` grows by one per delta; after a gap the receiver needs a snapshot.
+    """
 
     sequence: int
     stored: tuple[BlockIdentity, ...]
@@ -285,7 +288,7 @@ class CacheSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class LoadNews:
-    """The engine's beat (10 Hz, and at every step while something waits): load, phase and on-line coefficients."""
+    """Beat of the engine, at 10 Hz and after every step while sequences wait: load, phase, measured coefficients."""
 
     phase: str
     steps: int
@@ -301,8 +304,8 @@ class LoadNews:
     prefill_ms_per_token_pair: float
     decode_step_ms: float
     counters: tuple[tuple[str, int], ...]
-    waiting_for_peer: int = 0  # sequences whose turn depends on the other worker of a hand-over
-    waiting_for_room: int = 0  # sequences whose turn depends on blocks and seats here
+    waiting_for_peer: int = 0  # sequences that wait for the other worker of a hand-over
+    waiting_for_room: int = 0  # sequences that wait for blocks or seats here
     spreads: tuple[tuple[str, Spread], ...] = ()  # histograms by name, since the start: core/metrics.py
 
 

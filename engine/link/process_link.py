@@ -1,11 +1,11 @@
-"""EngineLink between two processes: the same values as bytes over a local socket. Knows no meaning.
+"""EngineLink between two processes: the same values as bytes over a local socket. Does not interpret them.
 
     face: FaceEnd ── frames ──▶ serve_engine ──▶ ThreadLink: engine
                   ◀── frames ──
 
-The engine's process has the very `ThreadLink` that an engine in a thread has, with its bounds and its refusals; a
-thread of its own carries values between that and the socket. A side that ends, or whose process dies, closes the
-socket: the face hears the end as it hears it from a thread, and an engine without a face stops.
+The engine's process uses the same `ThreadLink` as an engine in a thread, with its bounds and refusals; an extra thread
+carries values between the link and the socket. A side that ends, or whose process dies, closes the socket: the face
+gets the engine's end as from a thread, and an engine without a face stops.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from .thread_link import ThreadLink
 from .wire import WireError, decode, encode
 
 MAX_FRAME_BYTES = 1 << 30
-MAX_UNSENT_BYTES = 64 << 20  # of commands that the engine's process has not read: more new work is refused
+MAX_UNSENT_BYTES = 64 << 20  # bound on unread commands; above it new work is refused
 
-STALL_S = 30.0  # that the face may read nothing, as in ThreadLink
+STALL_S = 30.0  # longest time in which the face may read nothing, the same as in ThreadLink
 
 _HEAD = struct.Struct("<I")
 _log = logging.getLogger(__name__)
 
 
 class FaceEnd:
-    """The face's end. Satisfies `engine.client.FaceLink`; make it on the face's event loop."""
+    """The face's end. Implements `FaceLink` of client.py; make it on the face's event loop."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
@@ -43,14 +43,14 @@ class FaceEnd:
 
     @classmethod
     async def open(cls, sock: socket.socket) -> FaceEnd:
-        """Take one end of a connected pair."""
+        """Make the face's end from one socket of a connected pair."""
         return cls(*await asyncio.open_connection(sock=sock))
 
     def send(self, command: Command) -> None:
-        """Give the engine a command; never waits.
+        """Send the engine a command; never waits.
 
         Raises:
-            Unavailable: a `Submit` after the engine has ended, or while it reads nothing any more.
+            Unavailable: a `Submit` after the engine's end, or while too many bytes are unread.
         """
         if self._is_closed or self._writer.is_closing():
             if isinstance(command, Submit):
@@ -65,7 +65,7 @@ class FaceEnd:
         self._writer.write(_frame(command))
 
     async def receive(self) -> Sequence[Event]:
-        """Wait for events; those of one frame, in order. Empty: the engine has ended, or its process died."""
+        """Wait for events; returns those of one frame, in order. Empty: the engine has ended, or its process died."""
         if self._refused:
             refused, self._refused = self._refused, []
             return refused
@@ -83,7 +83,10 @@ class FaceEnd:
 
 
 def serve_engine(sock: socket.socket, link: ThreadLink) -> threading.Thread:
-    """Carry values between an engine's link and a socket until either ends. In the engine's process."""
+    """Start a thread that carries values between an engine's link and a socket until either ends.
+
+    Called in the engine's process.
+    """
     thread = threading.Thread(target=lambda: asyncio.run(_carry(sock, link)), name="process-link", daemon=True)
     thread.start()
     return thread
@@ -95,7 +98,7 @@ async def _carry(sock: socket.socket, link: ThreadLink) -> None:
     try:
         while events := await link.receive():
             writer.write(_frame(list(events)))
-            async with asyncio.timeout(STALL_S):  # a face that reads nothing fills the link behind it meanwhile
+            async with asyncio.timeout(STALL_S):  # meanwhile events collect in the link, up to its bound
                 await writer.drain()
         writer.write(_frame([]))
         async with asyncio.timeout(STALL_S):
@@ -103,7 +106,7 @@ async def _carry(sock: socket.socket, link: ThreadLink) -> None:
     except (ConnectionError, TimeoutError, WireError) as error:
         _log.warning("the face is gone, reads nothing or cannot be told (%r): the engine stops", error)
         link.send(Stop())
-        while await link.receive():  # so that the engine waits for nobody on its way to the end
+        while await link.receive():  # keep reading, so that a full queue does not block the engine's end
             pass
     finally:
         inward.cancel()
@@ -123,7 +126,7 @@ async def _carry_commands(reader: asyncio.StreamReader, link: ThreadLink) -> Non
         try:
             link.send(command)
         except Unavailable:
-            pass  # the engine has ended: `receive` says so
+            pass  # the engine has ended: `receive` reports it
 
 
 def _frame(value: object) -> bytes:

@@ -1,11 +1,11 @@
-"""EngineLink as a pair of threads: the face's event loop on one end, the step loop on the other. Knows no meaning.
+"""EngineLink between two threads: the face's event loop and the engine's step loop. Does not interpret the values.
 
     face: send ──▶ commands ──▶ take :engine          Both queues are bounded in items; bytes are bounded by the
     face: receive ◀── events ◀── emit :engine         hand-over's frame slots, since KV travels only against those.
 
-A full command queue refuses what would bring new work (`Submit`, `FetchBlocks`) with the answer the engine would give.
-Commands for what already lives always get in: they end, free or complete something, and there is a bounded number per
-sequence.
+A full command queue refuses commands for new work (`Submit`, `FetchBlocks`) with the answer that the engine would give.
+Commands for live sequences are always accepted: they end, free or complete work, and their number per sequence is
+bounded.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .messages import BlocksFetched, Command, Ended, Event, FetchBlocks, Submit
 
 
 class LinkStalled(Exception):
-    """The face read no events for so long that it must be dead."""
+    """The face has read no events for so long that it counts as dead."""
 
 
 class ThreadLink:
@@ -44,10 +44,10 @@ class ThreadLink:
     # ------------------------------------------------------------------ the face's end
 
     def send(self, command: Command) -> None:
-        """Give the engine a command; never waits. New work beyond the bound is answered here and now.
+        """Send the engine a command; never waits. New work beyond the bound is refused at once.
 
         Raises:
-            Unavailable: a `Submit` after the engine has ended. Other commands mean nothing then and are dropped.
+            Unavailable: a `Submit` after the engine has ended. Other commands are dropped then.
         """
         with self._lock:
             if self._is_closed:
@@ -62,7 +62,7 @@ class ThreadLink:
             self._commands_came.notify()
 
     async def receive(self) -> Sequence[Event]:
-        """Wait for events; returns all that are there, in order. Empty: the engine has ended. One reader only."""
+        """Wait for events; returns all present ones, in order. Empty: the engine has ended. One reader only."""
         while True:
             with self._lock:
                 if self._events:
@@ -84,7 +84,7 @@ class ThreadLink:
     # ------------------------------------------------------------------ the engine's end
 
     def take(self, max_commands: int, timeout_s: float | None) -> list[Command]:
-        """Up to `max_commands` commands; waits for the first one, or a `wake`, for `timeout_s` (None: for ever)."""
+        """Take up to `max_commands` commands; waits for the first, or a `wake`, for `timeout_s` (None: no limit)."""
         with self._lock:
             if not self._commands and not self._is_awake and timeout_s != 0:
                 self._commands_came.wait(timeout_s)
@@ -92,10 +92,10 @@ class ThreadLink:
             return [self._commands.popleft() for _ in range(min(max_commands, len(self._commands)))]
 
     def emit(self, events: Sequence[Event]) -> None:
-        """Give the face events; waits while its queue is full.
+        """Send the face events; waits while its queue is full.
 
         Raises:
-            LinkStalled: the face took nothing for `stall_s`.
+            LinkStalled: the face read nothing for `stall_s`.
         """
         if not events:
             return
@@ -110,13 +110,13 @@ class ThreadLink:
             self._wake_face()
 
     def wake(self) -> None:
-        """Let `take` return. From any thread."""
+        """Make `take` return. May be called from any thread."""
         with self._lock:
             self._is_awake = True
             self._commands_came.notify()
 
     def close(self, last: Sequence[Event] = ()) -> None:
-        """The engine has ended: `receive` gives out what is left, then `last`, then nothing."""
+        """End the link: `receive` returns the remaining events, an `Ended` per waiting submit, `last`, then nothing."""
         with self._lock:
             for command in self._commands:
                 if isinstance(command, Submit):
@@ -131,7 +131,7 @@ class ThreadLink:
         if waiter is not None:
             try:
                 waiter.get_loop().call_soon_threadsafe(_set, waiter)
-            except RuntimeError:  # the face's loop is closed: nobody reads any more
+            except RuntimeError:  # the face's loop is closed, so the events will not be read
                 self._events_left.notify_all()
 
 

@@ -1,7 +1,7 @@
-"""Commands, events and plans as bytes and back, for a link between processes and for other ranks. Pure; no pickle.
+"""Encoding of commands, events and plans as bytes, for a link between processes and for other ranks. Pure; no pickle.
 
-A value is a tag and its content. Tuples of small whole numbers (token ids, block tables) travel as one packed array,
-planes as their raw bytes. Classes are numbered by `CLASSES`: both ends are the same release, of one machine.
+A value is a tag and its content. Tuples of small whole numbers (token ids, block tables) are sent as one packed array,
+planes as their raw bytes. Classes are numbered by `CLASSES`: both ends must be of the same release and machine.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ _MEMBERS = [tuple(cls) for cls in ENUMS]
 _MEMBER_NUMBER = {member: (e, i) for e, members in enumerate(_MEMBERS) for i, member in enumerate(members)}
 _LENGTH = struct.Struct("<I")
 _REAL = struct.Struct("<d")
-_LEAST_PACKED = 4  # shorter tuples cost less as they are
+_LEAST_PACKED = 4  # shorter tuples are smaller without packing
 
 
 class WireError(ValueError):
-    """Bytes that no `encode` of this release wrote, or a value that cannot travel."""
+    """Malformed bytes, or a value that cannot be encoded."""
 
 
 def encode(value: object) -> bytes:
-    """The bytes of a value.
+    """Encode a value.
 
     Raises:
-        WireError: it holds something that is no plain value.
+        WireError: it contains an object of an unknown type.
     """
     out = bytearray()
     _put(value, out)
@@ -58,10 +58,10 @@ def encode(value: object) -> bytes:
 
 
 def decode(data: bytes) -> Any:
-    """The value of `encode`'s bytes. Arrays are read-only views of `data`.
+    """Decode the bytes of `encode`. Arrays are read-only.
 
     Raises:
-        WireError: the bytes are not whole, or more than one value.
+        WireError: the bytes are malformed, cut off, or more than one value.
     """
     try:
         value, end = _get(data, 0)

@@ -1,11 +1,12 @@
-"""Which blocks of one worker's KV memory are free, and how many owners the others have. Knows integers only.
+"""Pool of the blocks of one worker's KV memory: free blocks in eviction order, owner counts of the others.
 
-A block is *live* while somebody owns it, else *free*. Free blocks wait in one eviction order, first to go on the left:
+Knows integers only. A block is *live* while it has an owner, else *free*. Free blocks stand in one eviction order, the
+next to be taken on the left:
 
-    | plain: nothing worth keeping | cached: some prefix can still be found there, least recently used first |
+    | plain: no findable contents | cached: contents of a findable prefix, least recently used first |
 
-so "free" and "evictable" are the same list. What is cached where, `prefix.py` knows; it marks blocks here and is told
-when one is evicted.
+so "free" and "evictable" are the same list. `prefix.py` knows which prefix is cached in which block; it marks blocks
+here and is told when one is evicted.
 
 Source: the free list in eviction order with O(1) removal, as in vLLM's block pool; leaf-first return as in its
 sequence-wise reverse free.
@@ -64,7 +65,7 @@ class BlockPool:
     def take(self, num_blocks: int) -> list[BlockId]:
         """Take blocks, evicting the least recently used free ones.
 
-        The caller owns them until `give_back`. All or nothing. Each changes hands: its generation grows by one.
+        The caller owns them until `give_back`. All or nothing. The generation of each block grows by one.
 
         Raises:
             OutOfBlocks: fewer than `num_blocks` are free or evictable. Nothing was taken.
@@ -84,7 +85,7 @@ class BlockPool:
         return taken
 
     def retain(self, blocks: Sequence[BlockId]) -> None:
-        """Add one owner to each block: a live one, or a cached free one, which is live from now on."""
+        """Add one owner to each block. A block must be live, or free and cached; the latter becomes live."""
         for block in blocks:
             if self._owners[block] == 0:
                 assert self._is_cached[block], f"block {block} is free and holds nothing: nobody can retain it"
@@ -93,7 +94,7 @@ class BlockPool:
             self._owners[block] += 1
 
     def give_back(self, blocks: Sequence[BlockId]) -> None:
-        """End one ownership of each block. `blocks` stand in sequence order: the last one is evicted first."""
+        """Remove one owner from each block. `blocks` are in sequence order: the last one is evicted first."""
         for block in reversed(blocks):
             assert self._owners[block] > 0, f"block {block} was given back but has no owner"
             self._owners[block] -= 1
@@ -102,11 +103,11 @@ class BlockPool:
                 self.freed_total += 1
 
     def owners(self, block: BlockId) -> int:
-        """How many owners a block has; 0 means free."""
+        """Number of owners of a block; 0 means free."""
         return self._owners[block]
 
     def generation(self, block: BlockId) -> int:
-        """Grows by one whenever the block is taken anew; (block, generation) names contents for good."""
+        """Number of times that the block was taken; (block, generation) identifies one use of the block."""
         return self._generations[block]
 
     # ------------------------------------------------------------------ for the prefix cache
@@ -117,19 +118,19 @@ class BlockPool:
         self._on_evict = on_evict
 
     def mark_cached(self, block: BlockId) -> None:
-        """From now on the block's contents can be found. The block is live."""
+        """Mark a live block: its contents can be found from now on."""
         assert self._owners[block] > 0, f"block {block} is free: its contents are nobody's to publish"
         self._is_cached[block] = 1
 
     def mark_plain(self, block: BlockId) -> None:
-        """The block's contents can no longer be found; a free one is reused before any cached one."""
+        """Mark a block: its contents can no longer be found. If it is free, it is reused before any cached block."""
         self._is_cached[block] = 0
         if block in self._cached:
             del self._cached[block]
             self._plain[block] = None
 
     def is_cached(self, block: BlockId) -> bool:
-        """Whether the block's contents can be found, live or free."""
+        """True if the block's contents can be found, be it live or free."""
         return bool(self._is_cached[block])
 
     def _evict(self) -> None:
@@ -144,7 +145,7 @@ class BlockPool:
     def check_integrity(self, owned: Mapping[str, Sequence[BlockId]] | None = None, among: range | None = None) -> None:
         """Prove the pool's invariants; with `owned` (owner to its blocks) also that owners add up.
 
-        `among`: blocks to look at, where all of a large pool would take too long.
+        `among`: the blocks to check, if checking all of a large pool would take too long.
 
         Raises:
             AssertionError: names the fault and the block.

@@ -1,7 +1,7 @@
-"""Which prefixes' KV this worker holds, and in which blocks. Knows identities and integers, no tensor and no token.
+"""Prefix cache: index of the prefixes whose KV this worker holds. Knows identities and integers, no tensor, no token.
 
-Outside, the unit is the hash block (16 tokens). Inside, an entry is one *full* physical block of 1, 2 or 4 hash blocks,
-known by the identity of its last one. The index is closed under prefixes: an entry's parent is always there too.
+Callers count in hash blocks (16 tokens). An entry of the index is one *full* physical block of 1, 2 or 4 hash blocks;
+its key is the identity of its last one. The index is closed under prefixes: an entry's parent is always present too.
 
     hash blocks      a    b  |  c    d  |  e            block_tokens = 32
     entries            (b) <---- (d)       e: not full, not findable
@@ -29,8 +29,8 @@ class _Entry:
         self.block = block
         self.identities = identities
         self.parent = parent
-        self.root = root  # of its chain: whose KV it is
-        self.children: dict[_Entry, None] = {}  # ordered: what dies first must not hang on memory addresses
+        self.root = root  # of its chain: the isolation domain, weights and numerics of this KV
+        self.children: dict[_Entry, None] = {}  # ordered: the order of removal must not depend on memory addresses
 
     @property
     def key(self) -> BlockIdentity:
@@ -38,22 +38,25 @@ class _Entry:
 
 
 class PrefixCache:
-    """The index over one pool. It owns no block: a cached block that nobody owns is free, and may be evicted."""
+    """The index over one pool. It owns no block: a cached block without owners is free and may be evicted."""
 
     def __init__(self, pool: BlockPool, max_pending_events: int = MAX_PENDING_EVENTS, *, enabled: bool = True) -> None:
-        """`enabled` false: nothing becomes findable, and so nothing is ever found."""
+        """`enabled` false: `publish` adds no entry, so `match` and `acquire` find no prefix.
+
+        `max_pending_events`: with more events since the last `drain_events`, `resync_needed` is set instead.
+        """
         self.enabled = enabled
         assert pool.block_tokens % HASH_BLOCK_TOKENS == 0, pool.block_tokens
         self._pool = pool
         self._span = pool.block_tokens // HASH_BLOCK_TOKENS  # hash blocks per physical block
         self._entry_by_key: dict[BlockIdentity, _Entry] = {}
         self._entry_by_block: dict[BlockId, _Entry] = {}
-        # Hash blocks that are not the last of their block: two blocks that part ways later can share one.
+        # Hash blocks that are not the last of their block: two blocks with different later tokens can share one.
         self._holders_by_inner: dict[BlockIdentity, dict[BlockId, None]] = {}
         self._max_pending_events = max_pending_events
         self._pending: dict[BlockIdentity, bool] = {}  # True: stored, False: removed, net since the last drain
         self.resync_needed = False
-        self.swapped_total = 0  # blocks given up for a canonical copy
+        self.swapped_total = 0  # blocks replaced by the canonical copy
         pool.watch_evictions(self.drop)
 
     def __len__(self) -> int:
@@ -61,7 +64,7 @@ class PrefixCache:
         return len(self._entry_by_block)
 
     def match(self, identities: Sequence[BlockIdentity]) -> int:
-        """How many leading hash blocks of a chain are held: a multiple of block_tokens / 16. Changes nothing."""
+        """Number of leading hash blocks of a chain that are held, a multiple of block_tokens / 16. Changes no state."""
         return self._held_blocks(identities) * self._span
 
     def acquire(self, identities: Sequence[BlockIdentity]) -> list[BlockId]:
@@ -77,13 +80,12 @@ class PrefixCache:
 
         `identities` are the sequence's hash blocks from its first token on, `blocks` the caller's own blocks from its
         first token on, `root` the link before them (kv/block.py). A partial last block, or one beyond `identities`, is
-        left alone. Where another block already
-        holds an identity, the caller's copy is given back and replaced by the canonical one: the returned list is what
-        the caller owns from now on. So a published block must be full and sealed, and nobody may write it any more;
-        who still reads the old copy must own it too.
+        not published. Where another block already holds an identity, the caller's copy is given back and replaced by
+        that canonical block: the caller owns the blocks of the returned list from now on. So a published block must be
+        full and sealed and must not be written any more; another reader of the old copy must own it too.
         """
         full = min(len(identities) // self._span, len(blocks)) if self.enabled else 0
-        # After `clear` parents can be missing or elsewhere: begin where the chain in the index is still ours.
+        # After `clear` parents can be missing or in other blocks: begin where the index still has the caller's blocks.
         start = min(start, full)
         while start > 0 and self.locate(self._key(identities, start - 1)) != blocks[start - 1]:
             start -= 1
@@ -102,19 +104,19 @@ class PrefixCache:
         return result
 
     def locate(self, identity: BlockIdentity) -> BlockId | None:
-        """A block that holds this hash block, or None. Its place inside follows from its place in the chain."""
+        """A block that holds this hash block, or None. The offset inside the block follows from the chain position."""
         entry = self._entry_by_key.get(identity)
         if entry is not None:
             return entry.block
         return next(iter(self._holders_by_inner.get(identity, ())), None)
 
     def is_of(self, block: BlockId, root: bytes) -> bool:
-        """Whether a findable block's chain begins at `root`: the same isolation domain, weights and numerics."""
+        """True if a findable block's chain begins at `root`: same isolation domain, weights and numerics."""
         entry = self._entry_by_block.get(block)
         return entry is not None and entry.root == root
 
     def drop(self, block: BlockId) -> None:
-        """Forget a block and all that continue it: evicted, or found damaged. Owners keep their blocks."""
+        """Remove a block and all its descendants, after an eviction or damage. Owners keep their blocks."""
         entry = self._entry_by_block.get(block)
         if entry is None:
             return
@@ -127,17 +129,17 @@ class PrefixCache:
             self._remove(dying)
 
     def clear(self) -> None:
-        """Forget everything. Owners keep their blocks."""
+        """Remove all entries. Owners keep their blocks."""
         for entry in list(self._entry_by_block.values()):
             self._remove(entry)
 
     # ------------------------------------------------------------------ news for the routers
 
     def drain_events(self) -> tuple[list[BlockIdentity], list[BlockIdentity]]:
-        """Hash blocks (stored, removed), net since the last call; parents are stored before children.
+        """Hash blocks (stored, removed), net since the last call; among the stored, parents come before children.
 
-        Look at `resync_needed` first: when it is set there were more changes than are kept, the answer is empty, and
-        `snapshot` must be sent instead. This call resets it.
+        Read `resync_needed` before the call: if it is set, there were more changes than are kept, the answer is empty,
+        and `snapshot` must be sent instead. This call resets it.
         """
         stored = [identity for identity, is_stored in self._pending.items() if is_stored]
         removed = [identity for identity, is_stored in self._pending.items() if not is_stored]
@@ -146,14 +148,14 @@ class PrefixCache:
         return stored, removed
 
     def snapshot(self) -> list[BlockIdentity]:
-        """Every held hash block once, parents before children. Leaves the pending events alone."""
+        """Every held hash block once, parents before children. Does not change the pending events."""
         seen: dict[BlockIdentity, None] = {}
         for entry in self._parents_first():
             seen.update(dict.fromkeys(entry.identities))
         return list(seen)
 
     def check_integrity(self, among: range | None = None) -> None:
-        """Prove that index, tree and pool agree; with `among`, as far as these blocks show it.
+        """Prove that index, tree and pool agree; with `among`, for these blocks only.
 
         Raises:
             AssertionError: names the fault and the block.

@@ -1,4 +1,4 @@
-"""How long blocks of a pool stay, and how often they are used again: seen on a sample of the blocks. Pure.
+"""Histograms of the lifetime, idle time and reuse of a pool's blocks, measured on a sample of the blocks. Pure.
 
 Every n-th block of the pool is watched, so that the work per step is the same for a pool of any size.
 
@@ -27,7 +27,7 @@ class _Stay:
 
 
 class Residency:
-    """What the owner of a pool tells of its blocks, as three histograms. `now_s` is the time of what is told next."""
+    """Three histograms, fed by the owner of a pool. Set `now_s` to the current time before each report."""
 
     def __init__(self, num_blocks: int, max_watched: int = MAX_WATCHED) -> None:
         self.now_s = 0.0
@@ -38,7 +38,7 @@ class Residency:
         self._reuse_gap = Tally(RESIDENCY_S)
 
     def taken(self, blocks: Sequence[BlockId]) -> None:
-        """Blocks changed hands: what they held is gone. Of what nobody could find, nothing is counted."""
+        """Report that blocks were taken: their contents are gone. Contents that were never findable are not counted."""
         for block in self._watched.intersection(blocks):
             stay = self._stays.get(block)
             if stay is not None and stay.is_findable:
@@ -47,13 +47,13 @@ class Residency:
             self._stays[block] = _Stay(self.now_s, self.now_s)
 
     def published(self, blocks: Sequence[BlockId]) -> None:
-        """What blocks hold can be found from now on."""
+        """Report that the contents of blocks became findable."""
         for block in self._watched.intersection(blocks):
             if block in self._stays:
                 self._stays[block].is_findable = True
 
     def found(self, blocks: Sequence[BlockId]) -> None:
-        """Another sequence found blocks in the prefix cache and uses them."""
+        """Report that another sequence found blocks in the prefix cache and uses them."""
         for block in self._watched.intersection(blocks):
             stay = self._stays.get(block)
             if stay is not None:
@@ -62,7 +62,7 @@ class Residency:
 
     @property
     def spreads(self) -> tuple[tuple[str, Spread], ...]:
-        """The histograms, by their names in a load report."""
+        """The histograms, each with its name in a load report; values in seconds."""
         return (
             ("block_lifetime_s", self._lifetime.spread),
             ("block_idle_s", self._idle.spread),

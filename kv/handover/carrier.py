@@ -1,11 +1,11 @@
-"""Carries out a hand-over machine's actions in their order and calls its tick in time. Knows no message, no asyncio.
+"""Driver of a hand-over machine: runs its actions in order and calls its tick on time. Knows no message, no asyncio.
 
     stream ─ hear ─▶ machine ─ actions ─▶ act ─▶ host.send, the engine, the owner
-                        ▲                  │ an answer's actions come after those before it
+                        ▲                  │ new actions of an answer are queued behind the present ones
                         ╰──── tick ◀─ host.after(next deadline)
 
 The machines (kv/handover/{receiver,sender}.py) decide; `KvPull` (decode) and `PrefillTask` carry out the actions.
-A `StreamHost` gives them stream, clock, timer and threads: driver.py on asyncio, sim/handovers.py in virtual time.
+A `StreamHost` provides stream, clock, timer and threads: driver.py on asyncio, sim/handovers.py in virtual time.
 """
 
 from __future__ import annotations
@@ -17,37 +17,37 @@ from typing import Generic, Protocol, TypeVar
 
 from .machine import Action
 
-MIN_DELAY_S = 0.001  # timers round to milliseconds: one that fires early must not spin
+MIN_DELAY_S = 0.001  # timers round to milliseconds: without it, a timer that fires early would be set again at once
 
 Item = TypeVar("Item")
 Hear = Callable[[bytes | None], None]
-"""Takes one envelope of the peer; None: the peer's direction ended."""
+"""Callback for one envelope of the peer; None: the peer's direction ended."""
 
 
 class Cancellable(Protocol):
     """A timer."""
 
     def cancel(self) -> None:
-        """Do not fire. Harmless afterwards."""
+        """Stop the timer. No effect after it fired."""
         ...
 
 
 class Machine(Protocol):
-    """A hand-over machine, as far as time concerns it."""
+    """The timing interface of a hand-over machine."""
 
     @property
     def next_deadline_s(self) -> float | None:
-        """When to call `tick` at the latest; None: never again."""
+        """Latest time of the next `tick` call, in seconds of the host's clock; None: no further call."""
         ...
 
     def tick(self, now_s: float) -> list[Action]:
-        """Time passed."""
+        """Handle the passing of time; returns the actions that became due."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """Digests to be verified, away from the loop if they are many."""
+    """A verification of digests; large ones run outside the event loop."""
 
     holds: Callable[[], bool]  # pure; may run in another thread
     size_bytes: int
@@ -55,39 +55,39 @@ class Check:
 
 
 class StreamHost(Protocol):
-    """One end of a hand-over stream with all that a machine's carrier needs."""
+    """One end of a hand-over stream, with the clock, timer and threads that a `Carrier` needs."""
 
     def now_s(self) -> float:
-        """Seconds of the clock that the machine is told."""
+        """Current time in seconds, of the clock that the machine uses."""
         ...
 
     def after(self, delay_s: float, act: Callable[[], None]) -> Cancellable:
-        """Call `act` later, never at once."""
+        """Call `act` after `delay_s`, never from inside this call."""
         ...
 
     def listen(self, hear: Hear) -> None:
-        """Give every envelope that arrives to `hear`, in order, then None. Called once, before anything arrives."""
+        """Pass every envelope that arrives to `hear`, in order, then None. Called once, before any arrives."""
         ...
 
     def send(self, envelope: bytes) -> None:
-        """Let an envelope leave after those before it; lost silently when the stream is over. Never waits."""
+        """Queue an envelope to be sent in order; dropped silently when the stream is over. Never waits."""
         ...
 
     def close(self, *, now: bool) -> None:
-        """End the stream after what was sent. `now`: do not wait for the peer to read it."""
+        """End the stream after the queued envelopes. `now`: do not wait for the peer to read them."""
         ...
 
     def check(self, check: Check, answered: Callable[[bool], None]) -> None:
-        """Run `check.holds`, and give its result to `answered`: at once or later. A failure to run is a False."""
+        """Run `check.holds` and pass its result to `answered`, at once or later. A failure to run counts as False."""
         ...
 
     def trace(self, action: Action) -> None:
-        """An action is about to be carried out. For debug logs and transcripts."""
+        """Report an action before it is carried out, for debug logs and transcripts."""
         ...
 
 
 class Carrier:
-    """Actions of one machine, in order, and its timer."""
+    """Queue of the actions of one machine, and its timer."""
 
     def __init__(self, machine: Machine, host: StreamHost, act: Callable[[Action], None]) -> None:
         self._machine = machine
@@ -98,7 +98,7 @@ class Carrier:
         self._timer: Cancellable | None = None
 
     def do(self, actions: Sequence[Action]) -> None:
-        """Carry actions out in order; those that an action's answer adds come after the ones before it."""
+        """Carry actions out in order. Actions added while one is carried out are queued behind the present ones."""
         self._todo += actions
         if self._is_doing:
             return
@@ -113,7 +113,7 @@ class Carrier:
         self.rearm()
 
     def rearm(self) -> None:
-        """Set the timer to the machine's next deadline; a machine that is over has none."""
+        """Set the timer to the machine's next deadline, if it has one."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -127,10 +127,10 @@ class Carrier:
 
 
 class CheckLine(Generic[Item]):
-    """Items handled one after the other: those behind one whose digests are being verified wait for the verdict."""
+    """Queue of items handled one after the other; while the digests of one are verified, the later ones wait."""
 
     def __init__(self, host: StreamHost, handle: Callable[[Item], Check | None]) -> None:
-        """`handle` takes an item, or returns the check whose `done` takes it."""
+        """`handle` handles an item and returns None, or returns a check whose `done` handles the item."""
         self._host = host
         self._handle = handle
         self._items: deque[Item] = deque()
@@ -138,7 +138,7 @@ class CheckLine(Generic[Item]):
         self._is_moving = False
 
     def put(self, item: Item) -> None:
-        """Handle an item after all before it. Bounded by the machine: frames have slots, and readers wait."""
+        """Handle an item after all earlier ones. The queue is bounded: frames have slots, and readers wait."""
         self._items.append(item)
         self._move()
 

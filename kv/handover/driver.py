@@ -1,6 +1,6 @@
 """One end of a hand-over stream on an event loop: reads, writes in order, and verifies digests in threads.
 
-Satisfies kv/handover/carrier.py's `StreamHost` for both sides. Knows no message and no machine.
+Implements `StreamHost` (kv/handover/carrier.py) for both sides. Knows no message and no machine.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from .transports.grpc import ByteStream, ClientStream
 log = logging.getLogger(__name__)
 
 INLINE_BYTES = 64 << 10  # smaller checks run on the loop: a thread's round trip costs more
-FLUSH_S = 0.5  # how long the last words may take when nobody waits for the answer
+FLUSH_S = 0.5  # most time for the queued envelopes to leave after `close`
 
 
 class Driver:
-    """The side that was called; `run` serves the stream and returns when it may be closed."""
+    """Driver of the called side; `run` serves the stream and returns when it may be closed."""
 
     def __init__(self, stream: ByteStream, clock: Clock, executor: Executor) -> None:
         self._stream = stream
@@ -40,31 +40,31 @@ class Driver:
     # ------------------------------------------------------------------ StreamHost
 
     def now_s(self) -> float:
-        """See StreamHost."""
+        """Implements `StreamHost.now_s`."""
         return self._clock.now_s()
 
     def after(self, delay_s: float, act: Callable[[], None]) -> asyncio.TimerHandle:
-        """See StreamHost."""
+        """Implements `StreamHost.after`."""
         return asyncio.get_running_loop().call_later(delay_s, act)
 
     def listen(self, hear: Hear) -> None:
-        """See StreamHost."""
+        """Implements `StreamHost.listen`."""
         self._hear = hear
 
     def send(self, envelope: bytes) -> None:
-        """See StreamHost. Bounded by the machine: credits, beats and silence."""
+        """Implements `StreamHost.send`. The machine bounds the queue by credits, beats and silence."""
         if not self._closing.is_set():
             self._queue.append(envelope)
             self._wake.set()
 
     def close(self, *, now: bool) -> None:
-        """See StreamHost."""
+        """Implements `StreamHost.close`."""
         self._closes_now = now
         self._closing.set()
         self._wake.set()
 
     def check(self, check: Check, answered: Callable[[bool], None]) -> None:
-        """See StreamHost. Numpy frees the interpreter while it works in a thread."""
+        """Implements `StreamHost.check`. Numpy frees the interpreter while it works in a thread."""
         if check.size_bytes <= INLINE_BYTES:
             answered(check.holds())
             return
@@ -77,14 +77,14 @@ class Driver:
         future.add_done_callback(partial(self._checked, answered))
 
     def trace(self, action: Action) -> None:
-        """See StreamHost."""
+        """Implements `StreamHost.trace`."""
         if log.isEnabledFor(logging.DEBUG) and not isinstance(action, Send):
             log.debug("%s", action)
 
     # ------------------------------------------------------------------ the stream
 
     async def run(self) -> None:
-        """Serve the stream until its machine closed it and the last words left, or the peer did not read them."""
+        """Serve the stream until its machine closed it and the queue is sent, or until FLUSH_S after the close."""
         reader = asyncio.create_task(self._read())
         writer = asyncio.create_task(self._write())
         closing = asyncio.create_task(self._closing.wait())
@@ -103,7 +103,7 @@ class Driver:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _end(self, reader: asyncio.Task[None]) -> None:
-        """What remains to be done when everything was said."""
+        """Hook: finish the stream after the last envelope was sent."""
 
     async def _read(self) -> None:
         while (envelope := await self._stream.receive()) is not None:
@@ -112,7 +112,7 @@ class Driver:
         self._hear(None)
 
     async def _has_room(self) -> None:
-        """Return when the next envelope may be read."""
+        """Hook: wait until the next envelope may be read."""
 
     async def _write(self) -> None:
         while True:
@@ -138,13 +138,13 @@ class Driver:
 
 
 class ClientDriver(Driver):
-    """The side that opened the stream: serves it from its making on, and closes it.
+    """Driver of the side that opened the stream: serves it from construction on, and closes it.
 
-    The next envelope is read when the one before is verified: a peer that is quicker than our threads waits.
+    The next envelope is read after all running verifications ended, so a peer faster than our threads has to wait.
     """
 
     def __init__(self, stream: ClientStream, clock: Clock, executor: Executor, linger_s: float) -> None:
-        """`linger_s`: how long to wait for the peer to read what was said last."""
+        """`linger_s`: longest wait for the peer to end its direction after our last envelope, in seconds."""
         super().__init__(stream, clock, executor)
         self._client = stream
         self._linger_s = linger_s

@@ -1,10 +1,10 @@
-"""Envelopes and frames of the hand-over, as handover.proto draws them. Knows bytes and shapes, no stream, no store.
+"""Envelopes and frames of the hand-over, as described in handover.proto. Knows bytes and shapes, no stream, no store.
 
     "TK" | version u8 | kind u8 | length u32 LE | crc32 u32 LE | protobuf bytes | zeros to 16 | raw planes (frames only)
 
-The checksum covers all before the zeros but itself: a flipped bit in FirstToken would be a wrong token. Planes carry
-their digests. `decode_envelope` trusts nothing: what it returns is well-formed in every length, offset and range, and
-whatever is not raises WireError and nothing else. Arrays that it returns are views of the envelope, not copies.
+The checksum covers all bytes before the zeros except itself, because a flipped bit in FirstToken would be a wrong
+token. Planes carry their digests. `decode_envelope` checks every length, offset and range of its input; malformed input
+raises WireError and no other error. Arrays that it returns are views of the envelope, not copies.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ _ALIGN = 16
 _MAX_MESSAGE_BYTES = 16 << 20
 _MAX_ROW_BYTES = 1 << 16
 _MAX_LAYERS_OR_HEADS = 1 << 16
-_MAX_TOKENS = HASH_BLOCK_TOKENS << 24  # as far as digests count
+_MAX_TOKENS = HASH_BLOCK_TOKENS << 24  # the limit of digest places: 2**24 hash blocks
 _MAX_SECTIONS = 4096
 _MAIN = "main"
 
 
 class WireError(Exception):
-    """Bytes that no peer of this release sends: torn, damaged, or made up."""
+    """Malformed bytes: cut off, damaged, or not written by a peer of this release."""
 
 
 class FrameLabel(NamedTuple):
-    """Whose frame it is, and of which tokens. For Blocks.Fetch the label is empty and `identities` are set."""
+    """Hand-over and token range of a frame. For Blocks.Fetch the label is empty and `identities` are set."""
 
     label: Label
     sequence: int
@@ -63,7 +63,7 @@ class FrameLabel(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Frame:
-    """A well-formed frame. Whether its digests hold, `verify_frame` says."""
+    """A well-formed frame. Its digests are not verified yet: `verify_frame` does that."""
 
     header: pb.FrameHeader
     planes: memoryview
@@ -71,7 +71,7 @@ class Frame:
 
 
 def tokens_per_frame(spec: KvSpec, max_bytes: int = DEFAULT_FRAME_BYTES) -> int:
-    """Tokens whose planes fit `max_bytes`: a multiple of 16, and 16 at least, whatever the bound."""
+    """Most tokens whose planes fit `max_bytes`: a multiple of 16, and at least 16 for any bound."""
     return max(1, max_bytes // (spec.bytes_per_token * HASH_BLOCK_TOKENS)) * HASH_BLOCK_TOKENS
 
 
@@ -79,13 +79,13 @@ def tokens_per_frame(spec: KvSpec, max_bytes: int = DEFAULT_FRAME_BYTES) -> int:
 
 
 def encode_message(message: pb.HandoverUp | pb.HandoverDown) -> bytes:
-    """The envelope of a control message."""
+    """Encode a control message as an envelope."""
     body = message.SerializeToString()
     return _start(_UP if isinstance(message, pb.HandoverUp) else _DOWN, body) + body
 
 
 def encode_frame(label: FrameLabel, sections: Sequence[SectionData], *, is_last: bool) -> bytes:
-    """The envelope of a frame: one copy of the planes. All sections have `label.token_count` tokens."""
+    """Encode a frame as an envelope, with one copy of the planes. All sections have `label.token_count` tokens."""
     mine = label.label
     header = pb.FrameHeader(
         request_id=mine.request_id,
@@ -124,14 +124,14 @@ def encode_frame(label: FrameLabel, sections: Sequence[SectionData], *, is_last:
 
 
 class _Planes:
-    """Planes one after the other, each aligned."""
+    """Planes in sequence, each aligned to 16 bytes."""
 
     def __init__(self) -> None:
         self.parts: list[bytes | memoryview] = []
         self._end = 0
 
     def append(self, plane: NDArray[np.uint8]) -> int:
-        """Returns the plane's offset."""
+        """Add a plane; returns its offset in bytes."""
         padding = -self._end % _ALIGN
         offset = self._end + padding
         self._end = offset + plane.nbytes
@@ -148,10 +148,10 @@ def _start(kind: int, body: bytes) -> bytes:
 
 
 def decode_envelope(envelope: bytes, max_bytes: int = MAX_ENVELOPE_BYTES) -> pb.HandoverUp | pb.HandoverDown | Frame:
-    """What one message of the stream says.
+    """Decode one envelope to its control message or frame.
 
     Raises:
-        WireError: it is torn, damaged, too large, or of another version.
+        WireError: the envelope is cut off, damaged, too large, or of another version.
     """
     if len(envelope) > max_bytes:
         raise WireError(f"{len(envelope)} bytes; at most {max_bytes}")
@@ -170,7 +170,7 @@ def decode_envelope(envelope: bytes, max_bytes: int = MAX_ENVELOPE_BYTES) -> pb.
 
 
 def _opened(envelope: bytes) -> tuple[int, bytes, int]:
-    """Kind, protobuf bytes, and where they end."""
+    """Kind, protobuf bytes, and the offset of their end."""
     first = _HEAD.size + _CRC.size
     if len(envelope) < first:
         raise WireError(f"{len(envelope)} bytes are no envelope")
@@ -211,7 +211,7 @@ def _frame(header: pb.FrameHeader, envelope: memoryview, end: int) -> Frame:
 
 
 def _extents(section: pb.Section, tokens: int) -> list[tuple[int, int]]:
-    """Where a section's planes lie, (offset, size), after its own numbers were checked."""
+    """Check a section's numbers; returns (offset, size) of each of its planes, in bytes."""
     layers, heads = section.layer_count, section.head_count
     for start, count in ((section.layer_start, layers), (section.head_start, heads)):
         if count < 1 or start + count > _MAX_LAYERS_OR_HEADS:
@@ -231,7 +231,7 @@ def _extents(section: pb.Section, tokens: int) -> list[tuple[int, int]]:
 
 
 def _check_layout(extents: list[tuple[int, int]], num_bytes: int) -> None:
-    """Planes follow one another, aligned, with nothing in between but padding, and fill the envelope."""
+    """Check that planes are aligned, separated by padding only, and fill the envelope."""
     ordered = sorted(extents)
     end = 0
     for offset, size in ordered:
@@ -243,7 +243,7 @@ def _check_layout(extents: list[tuple[int, int]], num_bytes: int) -> None:
 
 
 def _check_overlap(sections: Sequence[SectionData]) -> None:
-    """Sections of a component are a grid: the same layers with later heads, or later layers. No row stands twice."""
+    """Check that the sections of a component form a grid of layers and heads, so that no row occurs twice."""
     by_component: dict[tuple[str, str], list[SectionData]] = {}
     for section in sections:
         by_component.setdefault((section.group, section.component), []).append(section)
@@ -283,7 +283,7 @@ def _section(section: pb.Section, tokens: int, planes: memoryview) -> SectionDat
 
 
 def verify_frame(frame: Frame, key: int, spec: KvSpec | None = None) -> bool:
-    """Whether every digest of a frame holds and, with `spec`, every row that this cache needs is there."""
+    """True if every digest of a frame matches and, with `spec`, every row that this cache needs is present."""
     header = frame.header
     if spec is not None and not covers(frame.sections, spec):
         return False
@@ -291,17 +291,17 @@ def verify_frame(frame: Frame, key: int, spec: KvSpec | None = None) -> bool:
 
 
 def verify_sections(sections: Iterable[SectionData], token_start: int, token_count: int, key: int) -> bool:
-    """Whether every digest holds: no damaged range."""
+    """True if every digest matches: there is no damaged range."""
     return not damaged_ranges(sections, token_start, token_count, key)
 
 
 def damaged_ranges(
     sections: Iterable[SectionData], token_start: int, token_count: int, key: int
 ) -> list[tuple[int, int]]:
-    """Token ranges (start, count) with a digest that does not hold, in order; neighbours are one range.
+    """Token ranges (start, count) with a digest that does not match, in order; adjacent ranges are merged.
 
-    Sections of other groups than "main" are auxiliary: not looked at, and not to be used. A component of "main" that
-    this release cannot digest damages everything.
+    Sections of other groups than "main" are auxiliary: they are not verified and must not be used. If "main" has a
+    component that this release cannot digest, the whole range counts as damaged.
     """
     first = token_start // HASH_BLOCK_TOKENS
     bad = np.zeros(_units(token_count), bool)
@@ -323,7 +323,7 @@ def damaged_ranges(
 
 
 def covers(sections: Iterable[SectionData], spec: KvSpec) -> bool:
-    """Whether sections hold all layers and heads of every component of the main group, in rows of its width."""
+    """True if sections hold all layers and heads of every component of the main group, in rows of its width."""
     missing = {component.name: spec.main.num_layers * component.heads for component in spec.main.components}
     component_by_name = {component.name: component for component in spec.main.components}
     for section in sections:

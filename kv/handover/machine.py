@@ -1,15 +1,15 @@
-"""What both sides of a hand-over share: timing, counters, the words towards their worker, and the order on the stream.
+"""Common parts of both sides of a hand-over: timing, counters, actions, and the numbering of messages on the stream.
 
-The machines themselves are `handover_receiver.py` (decode) and `handover_sender.py` (prefill). They are pure: a method
-per event, each with the time it happened, returns actions. No clock, network, tensor or asyncio. On the wire they speak
-the messages of handover.proto; towards their worker the small values below.
+The machines themselves are `receiver.py` (decode) and `sender.py` (prefill). They are pure: each event is a method that
+takes the time of the event and returns actions. No clock, network, tensor or asyncio. To the peer they send the
+messages of handover.proto, to their worker the actions below.
 
-The caller's part of the bargain:
+Duties of the caller:
 * Actions are carried out in the order they are returned, and messages and frames leave in that order: the two share
   one sequence per direction.
-* `next_deadline_s` says when to call `tick` at the latest, even when nothing else happens.
+* `next_deadline_s` is the latest time for the next call of `tick`, also when no other event happens.
 * After `Complete`, `Lost`, `ReleaseBlocks`, `Abort` or `cancel` the machine is over: later events return no action.
-* `Close` comes at most once. What is sent to a stream that broke is lost silently; `closed` reports the break.
+* `Close` comes at most once. Messages sent to a broken stream are lost silently; `closed` reports the break.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from ...core.request import Epoch, TokenLogprobs
 from ...protos import common_pb2, worker_pb2
 from ...protos import handover_pb2 as pb
 
-MAX_REFETCHES = 1  # per damaged hash block; then the suffix is recomputed
+MAX_REFETCHES = 1  # per damaged hash block; after that the rest of the prompt is recomputed
 
 HANDOVER = "handover.grpc.1"  # this hand-over's name among a worker's capabilities
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """When to speak, and when to give a silent peer up."""
+    """Heartbeat interval, and the silence after which a peer is given up, in seconds."""
 
     beat_s: float = 0.5
     silence_s: float = 2.0
@@ -37,7 +37,7 @@ class Timing:
 
 @dataclass(slots=True)
 class Counters:
-    """What happened on one stream; for metrics and `explain`."""
+    """Event counts of one stream, for metrics and `explain`."""
 
     messages_sent: int = 0  # frames included
     messages_received: int = 0  # accepted ones, frames included
@@ -51,13 +51,13 @@ class Counters:
 
 
 class HandoverEnd(StrEnum):
-    """Why a hand-over ended without success. `Lost` and `Abort` carry one."""
+    """Reason why a hand-over ended without success; part of `Lost` and `Abort`."""
 
-    SILENT = "silent"  # nothing heard for silence_s
-    CLOSED = "closed"  # the stream ended before its time
+    SILENT = "silent"  # no accepted message for silence_s
+    CLOSED = "closed"  # the stream ended too early
     DEADLINE = "deadline"  # the request's own
-    PROTOCOL = "protocol"  # gap, garbled bytes, or a word out of place
-    FAILED = "failed"  # the prefill side refused or gave up; `error` says why
+    PROTOCOL = "protocol"  # sequence gap, malformed bytes, or a message not allowed in this state
+    FAILED = "failed"  # the prefill side refused or failed; `error_code` and `error_message` say why
     CORRUPTED = "corrupted"  # the same tokens arrived damaged twice
     CANCELLED = "cancelled"  # the decode side asked for it
 
@@ -67,26 +67,26 @@ class HandoverEnd(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Write this message to the stream. It is numbered already."""
+    """Write this message to the stream. It has its sequence number already."""
 
     message: pb.HandoverUp | pb.HandoverDown
 
 
 @dataclass(frozen=True, slots=True)
 class Close:
-    """HandoverEnd the stream after what was sent before. `now`: do not wait for the peer to read it."""
+    """End the stream after the messages sent before. `now`: do not wait for the peer to read them."""
 
     now: bool
 
 
 @dataclass(frozen=True, slots=True)
 class AskBind:
-    """Receiver: have the engine bind blocks for the whole prompt; answer with `bound` or `not_yet`."""
+    """Receiver: ask the engine to bind blocks for the whole prompt; answer with `bound` or `not_yet`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """Receiver: store the frame of this sequence; answer with `written`. A frame without a Write is to be dropped."""
+    """Receiver: store the frame of this sequence number; answer with `written`. Drop a frame that gets no Write."""
 
     sequence: int
     token_start: int
@@ -104,14 +104,14 @@ class GotFirstToken:
 
 @dataclass(frozen=True, slots=True)
 class Complete:
-    """Receiver: the whole prompt's KV is verified and stored, and the first token known. Decoding may go on."""
+    """Receiver: the whole prompt's KV is verified and stored, and the first token is known. Decoding may continue."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """Receiver: no more will come. Tokens below `stored_upto` are verified and stored; compute the rest here.
+    """Receiver: the hand-over failed. Tokens below `stored_upto` are verified and stored; compute the rest here.
 
-    Writes that the engine has not begun are void from now on. `first_token` is what GotFirstToken said, if it did.
+    Writes that the engine has not begun are void from now on. `first_token` is that of GotFirstToken, if it came.
     """
 
     reason: HandoverEnd
@@ -129,7 +129,7 @@ class EngineBound:
 
 @dataclass(frozen=True, slots=True)
 class EngineNotYet:
-    """Sender: decode cannot hold it now; park the request, run another."""
+    """Sender: decode has no room for the prompt now; park the request, run another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +142,7 @@ class Read:
 
 @dataclass(frozen=True, slots=True)
 class SendFrame:
-    """Sender: write the planes just read to the stream, under this sequence and epoch."""
+    """Sender: write the planes just read to the stream, with this sequence number."""
 
     sequence: int
     token_start: int
@@ -152,12 +152,12 @@ class SendFrame:
 
 @dataclass(frozen=True, slots=True)
 class ReleaseBlocks:
-    """Sender: everything is verified over there. Give the blocks back."""
+    """Sender: decode has verified the whole prompt. Give the blocks back."""
 
 
 @dataclass(frozen=True, slots=True)
 class Abort:
-    """Sender: nobody waits for this any more. Stop computing it and give the blocks back."""
+    """Sender: the hand-over failed. Stop computing the prompt and give the blocks back."""
 
     reason: HandoverEnd
     detail: str = ""
@@ -202,7 +202,7 @@ _FIELD_BY_BODY: dict[type, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """Whose hand-over this is; stands on every message and frame."""
+    """Request, choice and epoch of a hand-over; part of every message and frame."""
 
     request_id: str
     choice: int
@@ -228,7 +228,7 @@ class Label:
 
 
 class MessageVerdict(StrEnum):
-    """What to do with a numbered message."""
+    """Decision about a numbered message."""
 
     ACCEPT = "accept"
     DROP = "drop"
@@ -238,26 +238,26 @@ class MessageVerdict(StrEnum):
 
 @dataclass(slots=True)
 class NumberedStream:
-    """Numbers what goes out, admits what comes in once and in order, and watches the time of both."""
+    """Sequence numbers and times of both directions of a stream; admits each incoming message once and in order."""
 
     label: Label
     timing: Timing
     deadline_s: float  # of the request
-    said_s: float
-    heard_s: float
+    said_s: float  # when the last message left
+    heard_s: float  # when the last accepted message arrived
     counters: Counters = field(default_factory=Counters)
     _sent: int = 0
     _received: int = 0
 
     def number(self, now_s: float) -> int:
-        """The sequence of the next message or frame to leave; it leaves now."""
+        """Take the sequence number of a message or frame that is sent now."""
         self._sent += 1
         self.said_s = now_s
         self.counters.messages_sent += 1
         return self._sent
 
     def admit(self, label: Label, sequence: int, now_s: float) -> MessageVerdict:
-        """Accept (request, epoch, sequence) once and in order; only what is accepted counts as a sign of life."""
+        """Accept (request, epoch, sequence) once and in order; only accepted messages count as a sign of life."""
         mine = self.label
         if (label.request_id, label.choice) != (mine.request_id, mine.choice) or label.epoch > mine.epoch:
             return MessageVerdict.FOREIGN
@@ -276,7 +276,7 @@ class NumberedStream:
         return MessageVerdict.ACCEPT
 
     def overdue(self, now_s: float) -> HandoverEnd | None:
-        """Why the wait is over, if it is. Also true for a process that slept itself: its peer has given it up."""
+        """Reason to end the wait, or None. Also set after this process itself was suspended: its peer has ended too."""
         if now_s >= self.deadline_s:
             return HandoverEnd.DEADLINE
         if now_s >= self.heard_s + self.timing.silence_s:
@@ -284,10 +284,10 @@ class NumberedStream:
         return None
 
     def beat_due(self, now_s: float) -> bool:
-        """Whether we have been silent for a beat."""
+        """True if the last message left at least one beat interval ago."""
         return now_s >= self.said_s + self.timing.beat_s
 
     @property
     def next_deadline_s(self) -> float:
-        """When the next of the three can happen."""
+        """Earliest time of the next beat, of the peer's silence, or of the deadline."""
         return min(self.said_s + self.timing.beat_s, self.heard_s + self.timing.silence_s, self.deadline_s)

@@ -1,16 +1,16 @@
-"""The decode side of a hand-over: takes a prompt's KV block by block, and knows at every moment what it may keep.
+"""State machine of the decode side of a hand-over: receives a prompt's KV and knows which tokens are usable.
 
     NEW ──opened──▶ OPEN ──Started──▶ ASKING ──bound──▶ RECEIVING ──all verified, Done──▶ STORING ──all stored──▶
                                         │                  ▲  ╰ frame held → Write → written → SlotFree   COMPLETE
                                         ╰─not_yet─▶ PARKED ╯    frame damaged → Refetch (once), SlotFree
                                                   bound
-    any ──deadline──▶ LOST        any but STORING ──silence, end of stream, a word out of place, Failed,
+    any ──deadline──▶ LOST        any but STORING ──silence, end of stream, unexpected message, Failed,
     any ──cancel──▶ CANCELLED                       the same tokens damaged twice──▶ LOST
 
-Every wait ends by the peer's silence or the request's deadline. FirstToken may come at any time before Done. STORING
-needs the peer no more: its silence and the stream's end mean nothing there, and lead there when only Done is missing.
-A frame of tokens [start, end) moves each of its hash blocks: missing → verified (digests held) → stored (the engine
-wrote it). Knows no bytes: whether a frame's digests held, the caller says.
+Every wait ends by the peer's silence or the request's deadline. FirstToken may come at any time before Done. In STORING
+the peer is no longer needed: its silence and the stream's end are ignored there. If they happen when only Done is
+missing, the machine goes to STORING too. A frame of tokens [start, end) moves each of its hash blocks: missing →
+verified (digests match) → stored (the engine wrote it). Knows no bytes: the caller verifies a frame's digests.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _MISSING, _VERIFIED, _STORED = 0, 1, 2
 
 
 class ReceiverState(StrEnum):
-    """For display and tests; the drawing above says what leads where."""
+    """States, for display and tests; the drawing above shows the transitions."""
 
     NEW = "new"
     OPEN = "open"
@@ -62,7 +62,7 @@ _OVER = (ReceiverState.COMPLETE, ReceiverState.LOST, ReceiverState.CANCELLED)
 
 @dataclass(frozen=True, slots=True)
 class FrameArrived:
-    """A well-formed frame is here; `is_intact` says whether all it must hold is there and every digest held."""
+    """A well-formed frame arrived. `is_intact`: all rows that it must hold are present and every digest matches."""
 
     label: Label
     sequence: int
@@ -74,13 +74,16 @@ class FrameArrived:
 
     @classmethod
     def of(cls, header: pb.FrameHeader, *, is_intact: bool, num_bytes: int) -> FrameArrived:
-        """From the frame's header."""
+        """Build the event from a frame's header."""
         place = (header.sequence, header.token_start, header.token_count)
         return cls(Label.of(header), *place, is_intact, num_bytes, header.numerics_class)
 
 
 class Receiver:
-    """One hand-over, from Open to Complete or Lost. `order` is sent as it is; its held_tokens and slots bind us too."""
+    """One hand-over, from Open to Complete or Lost.
+
+    `order` is sent unchanged; its held_tokens and frame_slots are also checked against the frames that arrive.
+    """
 
     def __init__(self, label: Label, order: pb.Open, timing: Timing, deadline_s: float, now_s: float) -> None:
         num_tokens = len(order.prompt_ids)
@@ -95,47 +98,47 @@ class Receiver:
         self._stream = NumberedStream(label, timing, deadline_s, said_s=now_s, heard_s=now_s)
         num_units = -(-num_tokens // HASH_BLOCK_TOKENS)
         held_units = order.held_tokens // HASH_BLOCK_TOKENS
-        # One state per hash block of the prompt; what decode held before counts as stored.
+        # One state per hash block of the prompt; blocks that decode held before count as stored.
         self._units = bytearray([_STORED]) * held_units + bytearray(num_units - held_units)
         self._damaged = bytearray(num_units)  # times each hash block arrived damaged
         self._awaited: set[int] = set()  # hash blocks whose refetch is under way
         self._verified_units = held_units  # leading ones
         self._stored_units = held_units  # leading ones
-        self._writing: dict[tuple[int, int], int] = {}  # (start, count) of frames the engine has, to their sequence
+        self._writing: dict[tuple[int, int], int] = {}  # (start, count) of a frame being written, to its sequence
         self._is_done = False
         self._is_closed = False
 
     @property
     def counters(self) -> Counters:
-        """What happened so far."""
+        """Event counts so far."""
         return self._stream.counters
 
     @property
     def is_over(self) -> bool:
-        """Whether the machine ended."""
+        """True after the machine ended."""
         return self.state in _OVER
 
     @property
     def next_deadline_s(self) -> float | None:
-        """When to call `tick` at the latest; None after the end."""
+        """Latest time of the next `tick` call; None after the end."""
         if self.is_over:
             return None
         return self._stream.deadline_s if self.state is ReceiverState.STORING else self._stream.next_deadline_s
 
     @property
     def verified_upto(self) -> int:
-        """Every token below it is held, or arrived and its digests held."""
+        """End of the leading tokens that were held before, or arrived with matching digests."""
         return self._tokens(self._verified_units)
 
     @property
     def stored_upto(self) -> int:
-        """Every token below it can be attended to."""
+        """End of the leading tokens whose KV is stored and can be attended to."""
         return self._tokens(self._stored_units)
 
     # ------------------------------------------------------------------ the stream's events
 
     def opened(self, now_s: float) -> list[Action]:
-        """The stream exists: sends the order."""
+        """The stream is open: send the order."""
         if self._is_late() or self.state is not ReceiverState.NEW:
             return []
         self.state = ReceiverState.OPEN
@@ -162,7 +165,7 @@ class Receiver:
         return self._lose(HandoverEnd.PROTOCOL, now_s, f"a message of kind {body}")
 
     def on_frame(self, frame: FrameArrived, now_s: float) -> list[Action]:
-        """A frame arrived. Store its planes only if the answer has a Write of its sequence."""
+        """A frame arrived. Store its planes only if the answer has a Write of its sequence number."""
         refusal = self._refusal(frame.label, frame.sequence, now_s)
         if refusal is not None:
             return refusal
@@ -175,7 +178,7 @@ class Receiver:
         return self._take(frame, units, now_s) if frame.is_intact else self._refetch(frame, units, now_s)
 
     def garbled(self, now_s: float, detail: str = "") -> list[Action]:
-        """Bytes arrived that are no message (kv/handover/frames.py: WireError)."""
+        """Malformed bytes arrived (kv/handover/frames.py: WireError)."""
         return (
             []
             if self._needs_nobody()
@@ -202,7 +205,7 @@ class Receiver:
     # ------------------------------------------------------------------ the worker's events
 
     def bound(self, now_s: float) -> list[Action]:
-        """The engine holds blocks for the whole prompt: the answer to AskBind, or some time after `not_yet`."""
+        """The engine has bound blocks for the whole prompt: the answer to AskBind, or later, after `not_yet`."""
         if self._is_late():
             return []
         assert self.state in (ReceiverState.ASKING, ReceiverState.PARKED), self.state
@@ -210,7 +213,7 @@ class Receiver:
         return [self._send(pb.Bind(), now_s)]
 
     def not_yet(self, now_s: float) -> list[Action]:
-        """The engine cannot hold it now and will call `bound` by itself."""
+        """The engine has no room now; `bound` will be called when it has."""
         if self._is_late():
             return []
         assert self.state is ReceiverState.ASKING, self.state
@@ -232,7 +235,7 @@ class Receiver:
         return [self._send(pb.SlotFree(count=1), now_s)]
 
     def cancel(self, reason: str, now_s: float) -> list[Action]:
-        """Nobody wants the result any more."""
+        """The result is no longer wanted."""
         if self._is_late():
             return []
         actions: list[Action] = []
@@ -248,7 +251,7 @@ class Receiver:
         return self.is_over
 
     def _refusal(self, label: Label, sequence: int, now_s: float) -> list[Action] | None:
-        """What to do instead of looking at a message's body; None: look."""
+        """Actions if a message must not be handled; None: handle its body."""
         if self._needs_nobody():
             return []
         overdue = self._stream.overdue(now_s)
@@ -292,7 +295,7 @@ class Receiver:
         return self._perhaps_complete()
 
     def _fault(self, frame: FrameArrived) -> str:
-        """Why no honest peer would have sent this frame now; empty when one would."""
+        """Protocol violation of a frame, as text; empty if there is none."""
         end = frame.token_start + frame.token_count
         if self.state is not ReceiverState.RECEIVING:
             return "a frame before Bind"
@@ -356,7 +359,7 @@ class Receiver:
             and self._has_all()
             and reason in (HandoverEnd.SILENT, HandoverEnd.CLOSED, HandoverEnd.PROTOCOL)
         ):
-            self.state = ReceiverState.STORING  # only Done is missing, and that only tells
+            self.state = ReceiverState.STORING  # only Done is missing, and Done carries no data that is needed
             return [*self._close(now=True), *self._perhaps_complete()]
         actions: list[Action] = []
         is_heard = reason not in (HandoverEnd.CLOSED, HandoverEnd.FAILED)
@@ -376,11 +379,11 @@ class Receiver:
         return [Close(now)]
 
     def _range(self, token_start: int, token_count: int) -> range:
-        """The hash blocks of a token range that begins and ends with a block, or ends with the prompt."""
+        """Hash blocks of a token range that begins and ends at a block's edge, or ends with the prompt."""
         return range(token_start // HASH_BLOCK_TOKENS, -(-(token_start + token_count) // HASH_BLOCK_TOKENS))
 
     def _advance(self, leading: int, at_least: int) -> int:
-        """How many leading hash blocks have reached a state, when `leading` have."""
+        """Number of leading hash blocks in state `at_least` or later; `leading` are known to be."""
         while leading < len(self._units) and self._units[leading] >= at_least:
             leading += 1
         return leading

@@ -1,15 +1,15 @@
-"""The prefill side of a hand-over: offers, waits for room over there, and streams KV while later chunks still compute.
+"""State machine of the prefill side of a hand-over: waits for room at decode, then streams KV beside the computation.
 
     QUEUED ──started──▶ OFFERED ──Bind──▶ BOUND ──every frame sent, first token──▶ DONE ──Verified(all)──▶ RELEASED
                           │                ▲  ╰ progress → Read → frame_read → SendFrame … SlotFree
                           ╰─NotYet─▶ PARKED╯    Refetch → Read again
                                          Bind
-    any of these ──Cancel, silence, end of stream, deadline, a word out of place, failed──▶ ABORTED
+    any of these ──Cancel, silence, end of stream, deadline, unexpected message, failed──▶ ABORTED
 
 Every wait ends by the peer's silence or the request's deadline. The blocks stay until everything is verified or the
 stream ends, so a Refetch can be answered after Done too. Frames that are being read, and those sent but not yet freed
-by SlotFree, are together never more than the slots. A frame gets its sequence when it leaves, not when it is read:
-FirstToken and beats overtake the reading. Knows no bytes and no store.
+by SlotFree, are together never more than the slots. A frame gets its sequence number when it is sent, not when its
+reading begins: FirstToken and beats may be sent in between. Knows no bytes and no store.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from .machine import (
 
 
 class SenderState(StrEnum):
-    """For display and tests; the drawing above says what leads where."""
+    """States, for display and tests; the drawing above shows the transitions."""
 
     QUEUED = "queued"
     OFFERED = "offered"
@@ -58,17 +58,17 @@ _OVER = (SenderState.RELEASED, SenderState.ABORTED)
 
 
 def refuse(message: pb.HandoverUp, error: common_pb2.Error) -> pb.HandoverDown:
-    """The only answer to an order that no Sender is made for."""
+    """Refusal of an Open for which no Sender is made, the only message of its stream."""
     return Label.of(message).down(1, error)
 
 
 class Sender:
     """One hand-over, from an accepted Open to ReleaseBlocks or Abort.
 
-    `tokens_per_frame` is a multiple of 16; `max_frames` is our own bound on the slots the peer offers.
+    `tokens_per_frame` is a multiple of 16; `max_frames` is our own bound on the slots that the peer offers.
 
     Raises:
-        InvalidRequest: the message is no Open, or one that cannot be carried out.
+        InvalidRequest: the message is no Open, or one of its fields has an invalid value.
     """
 
     def __init__(
@@ -85,13 +85,13 @@ class Sender:
         deadline_s = now_s + order.timeout_ms / 1000
         self._stream = NumberedStream(self.label, timing, deadline_s, said_s=now_s, heard_s=now_s)
         self._stream.admit(self.label, message.sequence, now_s)
-        # held_tokens ≤ verified ≤ next ≤ sealed: verified over there, asked to be read, computed here.
+        # held_tokens ≤ verified ≤ next ≤ sealed: verified by decode, asked to be read, computed here.
         self._verified = order.held_tokens
         self._next = order.held_tokens
         self._sealed = 0
         self._again: deque[tuple[int, int]] = deque()  # damaged ranges to read once more
         self._reading: set[tuple[int, int]] = set()
-        self._unfreed = 0  # frames sent, their slots not freed yet
+        self._unfreed = 0  # frames sent whose slots are not freed yet
         num_units = -(-self._num_tokens // HASH_BLOCK_TOKENS)
         self._times_sent = bytearray(num_units)  # per hash block; at most 1 + MAX_REFETCHES
         self._times_refetched = bytearray(num_units)
@@ -99,17 +99,17 @@ class Sender:
 
     @property
     def counters(self) -> Counters:
-        """What happened so far."""
+        """Event counts so far."""
         return self._stream.counters
 
     @property
     def is_over(self) -> bool:
-        """Whether the machine ended."""
+        """True after the machine ended."""
         return self.state in _OVER
 
     @property
     def next_deadline_s(self) -> float | None:
-        """When to call `tick` at the latest; None after the end."""
+        """Latest time of the next `tick` call; None after the end."""
         return None if self.is_over else self._stream.next_deadline_s
 
     # ------------------------------------------------------------------ the stream's events
@@ -144,7 +144,7 @@ class Sender:
         return self._abort(HandoverEnd.PROTOCOL, now_s, f"a message of kind {body}")
 
     def garbled(self, now_s: float, detail: str = "") -> list[Action]:
-        """Bytes arrived that are no message (kv/handover/frames.py: WireError)."""
+        """Malformed bytes arrived (kv/handover/frames.py: WireError)."""
         return (
             [] if self._is_late() else self._abort(HandoverEnd.PROTOCOL, now_s, detail or "bytes that are no message")
         )
@@ -165,7 +165,7 @@ class Sender:
     # ------------------------------------------------------------------ the engine's events
 
     def started(self, cached_tokens: int, now_s: float) -> list[Action]:
-        """The request is next to run, and `cached_tokens` of it need no computing. Said once; repeats are ignored."""
+        """The request is next to run, and `cached_tokens` of it are cached. Repeated calls are ignored."""
         if self._is_late() or self.state is not SenderState.QUEUED:
             return []
         self.state = SenderState.OFFERED
@@ -180,7 +180,7 @@ class Sender:
         return self._pump()
 
     def first_token(self, first: pb.FirstToken, now_s: float) -> list[Action]:
-        """The first token is sampled: it leaves at once, whatever else is under way."""
+        """The first token is sampled: it is sent at once, before frames that are still being read."""
         if self._is_late():
             return []
         assert not self._said_first_token, "the first token comes once"
@@ -188,7 +188,7 @@ class Sender:
         return [self._send(first, now_s), *self._perhaps_done(now_s)]
 
     def frame_read(self, token_start: int, token_count: int, num_bytes: int, now_s: float) -> list[Action]:
-        """The planes that a Read asked for are at hand, `num_bytes` of them."""
+        """The planes of a Read were read; they have `num_bytes` bytes."""
         if self._is_late():
             return []
         self._reading.remove((token_start, token_count))
@@ -202,7 +202,7 @@ class Sender:
         return [frame, *self._perhaps_done(now_s)]
 
     def failed(self, error: common_pb2.Error, now_s: float) -> list[Action]:
-        """The engine cannot or will not do it."""
+        """The engine refused the request or failed."""
         return [] if self._is_late() else self._abort(HandoverEnd.FAILED, now_s, error.message, error)
 
     # ------------------------------------------------------------------ inside
@@ -254,7 +254,7 @@ class Sender:
         return self._pump()
 
     def _pump(self) -> list[Action]:
-        """Ask for as many frames as slots allow: damaged ones first, then all that is sealed, in whole hash blocks."""
+        """Read as many frames as slots are free: damaged ranges first, then sealed tokens, in whole hash blocks."""
         actions: list[Action] = []
         if self.state not in (SenderState.BOUND, SenderState.DONE):
             return actions
@@ -300,12 +300,12 @@ class Sender:
         return Send(self.label.down(self._stream.number(now_s), body))
 
     def _is_edge(self, token: int) -> bool:
-        """Whether a frame can end here."""
+        """True if a frame can end at this token: at the end of a hash block or of the prompt."""
         return token % HASH_BLOCK_TOKENS == 0 or token == self._num_tokens
 
 
 def _units(token_start: int, token_count: int) -> range:
-    """The hash blocks of a token range that begins with one."""
+    """Hash blocks of a token range that begins at a hash block's start."""
     return range(token_start // HASH_BLOCK_TOKENS, -(-(token_start + token_count) // HASH_BLOCK_TOKENS))
 
 

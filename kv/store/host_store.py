@@ -1,7 +1,7 @@
-"""Where a preempted sequence's blocks wait in host memory, with their seals. Knows seals, not who waits nor how long.
+"""Blocks of preempted sequences in host memory, with their seals. Knows no sequence and no time.
 
-Both sides are stores of sealed planes, so whatever the device store can hand to a peer it can hand to the host: on a
-GPU only the copy between the two differs, not this order of steps.
+Both sides are stores of sealed planes, so a swap uses the same reads and writes as a hand-over to a peer. On a GPU only
+the copy between the two memories differs, not the order of steps.
 """
 
 from __future__ import annotations
@@ -16,35 +16,35 @@ from ..spec import HASH_BLOCK_TOKENS
 
 
 class SealedStore(Protocol):
-    """What gives planes with their seals, and takes them: kv/store/store.py's `KvStore`, and the simulator's cells."""
+    """A store of planes with their seals: `KvStore` of kv/store/store.py, and the store of the simulator."""
 
     def is_sealed(self, held: HeldTokens) -> bool:
-        """Whether a range is sealed for these uses of its blocks."""
+        """True if a range is sealed for these generations of its blocks."""
         ...
 
     def seal(self, held: HeldTokens) -> None:
-        """Seal a range as it is."""
+        """Seal the present contents of a range."""
         ...
 
     def read_tokens(self, held: HeldTokens) -> tuple[SectionData, ...]:
         """Copies of a range's planes, with their seals.
 
         Raises:
-            KvCorrupted: it is not sealed.
+            KvCorrupted: the range is not sealed.
         """
         ...
 
     def write_tokens(self, held: HeldTokens, sections: Sequence[SectionData]) -> None:
-        """Store planes under the seals that they came with."""
+        """Store planes with the seals that they came with."""
         ...
 
     def verify(self, held: HeldTokens) -> bool:
-        """Whether a range holds what was sealed."""
+        """True if the contents of a range match its seals."""
         ...
 
 
 class HostStore:
-    """Host blocks beside one rank's store. One thread at a time: the engine's."""
+    """Swap space of one rank: host blocks beside its device store. Used by the engine's thread only."""
 
     def __init__(self, device: SealedStore, host: SealedStore) -> None:
         """`host`: of the same spec and digest key as `device`."""
@@ -52,13 +52,13 @@ class HostStore:
         self._host = host
 
     def swap_out(self, held: HeldTokens, host: HeldTokens) -> None:
-        """Copy tokens out to host blocks, with the digests sealed at their birth.
+        """Copy tokens out to host blocks, with the digests made when the tokens were written.
 
-        Generated tokens that do not fill a hash block yet are sealed here. What was damaged before stays damaged
-        under its old digest: `swap_in` finds it.
+        Generated tokens that do not fill a hash block yet are sealed here. Damage done before keeps its old digest,
+        so `swap_in` detects it.
 
         Raises:
-            KvCorrupted: a hash block was never sealed for this use of its block.
+            KvCorrupted: a hash block was never sealed for this generation of its block.
         """
         last = held.end - held.end % HASH_BLOCK_TOKENS
         if last < held.end:
@@ -68,7 +68,7 @@ class HostStore:
         self._host.write_tokens(host, self._device.read_tokens(held))
 
     def swap_in(self, host: HeldTokens, held: HeldTokens) -> bool:
-        """Copy tokens back into fresh blocks; whether all of them hold there what was sealed."""
+        """Copy tokens back into newly taken blocks; returns True if all of them match their seals there."""
         try:
             self._device.write_tokens(held, self._host.read_tokens(host))
         except KvCorrupted:

@@ -1,4 +1,4 @@
-"""One component's planes in host memory: ranges of tokens out of blocks and into them. Knows no seal's meaning."""
+"""Planes of one component in host memory; reads and writes token ranges of blocks. Does not know what a seal means."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..digest import U64, key_table, scale_keys, stream_seeds
 from ..spec import HASH_BLOCK_TOKENS, Component
 
 I64 = NDArray[np.int64]
-_TOUCHED_BYTES = 256 << 20  # of a component's blocks, those that a pool hands out first
+_TOUCHED_BYTES = 256 << 20  # of one component's payload per worker, in the blocks that a pool hands out first
 
 
 def _library() -> native.Library | None:
@@ -48,14 +48,17 @@ class CpuPlanes:
         self.digests: U64 = np.zeros(units, np.uint64)
 
     def _touch(self, block_bytes: int) -> None:
-        """Let the system find pages for the first blocks now: it took 2 % of the first prompts' time."""
+        """Write zeros to the first blocks, so that the system maps their pages before the first prompts arrive.
+
+        Mapping them later took 2 % of the time of the first prompts.
+        """
         first = slice(_TOUCHED_BYTES // block_bytes)
         self.payload[:, first] = 0
         if self.scales is not None:
             self.scales[:, first] = 0
 
     def planes(self, layer: int) -> Planes:
-        """One layer's own memory."""
+        """Planes of one layer: views of the store's memory."""
         return Planes(self.payload[layer], None if self.scales is None else self.scales[layer])
 
     def gather(self, block_table: Sequence[BlockId], tokens: range) -> tuple[U8, U8 | None]:
@@ -72,7 +75,7 @@ class CpuPlanes:
         return take(self.payload_view), None if self.scales_view is None else take(self.scales_view)
 
     def digests_in_place(self, blocks: I64, offsets: I64, tokens: I64, place: U64, key: int) -> U64 | None:
-        """Digests uint64 [layers, heads, n] of hash blocks where they lie, without a copy; None: it takes the kernels.
+        """Digests uint64 [layers, heads, n] of hash blocks, computed without a copy; None: no native library.
 
         Hash block i begins at token offsets[i] of block blocks[i], and tokens[i] of its tokens are present.
         """
@@ -85,7 +88,10 @@ class CpuPlanes:
         return digests
 
     def sealed_planes(self, key: int, first_places: U64 | None = None) -> native.SealedPlanes:
-        """These planes and a key's numbers as the kernels read them; first_places [layers, heads, 1] for `seal`."""
+        """Addresses of these planes and of a key's tables, as the kernels read them.
+
+        first_places uint64 [layers, heads, 1]: places of hash block 0, needed by `seal` only.
+        """
         words = self.component.row_bytes // 4
         keys = key_table(key, 0, HASH_BLOCK_TOKENS, words)
         column = np.ascontiguousarray(scale_keys(key, 0, HASH_BLOCK_TOKENS))
@@ -101,13 +107,13 @@ class CpuPlanes:
     def scatter(
         self, block_table: Sequence[BlockId], tokens: range, layers: range, heads: range, rows: tuple[U8, U8 | None]
     ) -> None:
-        """Write `rows`, as `gather` gives them, of some layers and heads."""
+        """Write `rows` of the given layers and heads, in the layout that `gather` returns."""
         payload, scales = rows
         positions = np.arange(tokens.start, tokens.stop)
         blocks = np.asarray(block_table, np.int64)[positions // self.block_tokens]
         offsets = positions % self.block_tokens
         part, row = slice(layers.start, layers.stop), slice(heads.start, heads.stop)
-        # Indices on both sides of a slice put the tokens first.
+        # Numpy puts the tokens first in the result when index arrays stand on both sides of a slice.
         self.payload_view[part, blocks, row, offsets] = payload.transpose(2, 0, 1, 3)
         if self.scales_view is not None:
             assert scales is not None, "fp8 rows come with scales"

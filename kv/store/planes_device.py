@@ -1,8 +1,8 @@
-"""One component's planes on a device, moved by the gather and scatter kernels, and the digests that steps leave there.
+"""Planes of one component on a device, moved by the gather and scatter kernels, and digests that steps compute there.
 
-`DeviceDigests` adds up, on the device, each row's contribution to its hash block's digest, as the fused store kernel
+`DeviceDigests` adds up, on the device, each row's contribution to its hash block's digest. The fused store kernel
 computes it from the registers that the row was written from. So a seal reads a few sums instead of the bytes, and
-nothing can change between writing and sealing. Sums are of 64-bit integers: no order of programs changes them.
+no byte can change between writing and sealing. Sums of 64-bit integers do not depend on the order of programs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ I64 = NDArray[np.int64]
 
 
 class DevicePlanes:
-    """As `planes_cpu.CpuPlanes`; digests are kept on the host, beside the generations that they belong to."""
+    """Device version of `planes_cpu.CpuPlanes`. Digests are kept on the host, beside their blocks' generations."""
 
     def __init__(
         self, component: Component, num_layers: int, num_blocks: int, block_tokens: int, device: torch.device
@@ -42,11 +42,11 @@ class DevicePlanes:
         self.digests: U64 = np.zeros(units, np.uint64)
 
     def planes(self, layer: int) -> Planes:
-        """One layer's own memory."""
+        """Planes of one layer: views of the store's memory."""
         return Planes(self.payload[layer], None if self.scales is None else self.scales[layer])
 
     def gather(self, block_table: Sequence[BlockId], tokens: range) -> tuple[U8, U8 | None]:
-        """Copies in pinned host memory, once all that was asked of the device before is done."""
+        """Copies in pinned host memory, in the shapes of `CpuPlanes.gather`; waits for earlier work of the device."""
         store = Planes(self.payload, self.scales)
         rows = gather_tokens(store, self._table(block_table, tokens), tokens, range(self.component.heads))
         payload = self._to_host(rows.payload)
@@ -55,7 +55,7 @@ class DevicePlanes:
     def scatter(
         self, block_table: Sequence[BlockId], tokens: range, layers: range, heads: range, rows: tuple[U8, U8 | None]
     ) -> None:
-        """Write `rows`, as `gather` gives them, of some layers and heads."""
+        """Write `rows` of the given layers and heads, in the layout that `gather` returns."""
         payload, scales = rows
         part = slice(layers.start, layers.stop)
         assert (scales is None) == (self.scales is None), "fp8 rows come with scales"
@@ -64,7 +64,7 @@ class DevicePlanes:
         scatter_tokens(store, self._table(block_table, tokens), tokens, heads, source)
 
     def _table(self, block_table: Sequence[BlockId], tokens: range) -> Tensor:
-        """Blocks as far as the range needs them; entries before it may mean nothing, and are not read."""
+        """Blocks up to the end of the range, on the device; entries before its start are not read, may be invalid."""
         block_tokens = self.payload.shape[3]
         blocks = np.asarray(block_table[: -(-tokens.stop // block_tokens)], np.int64)
         return torch.from_numpy(blocks).to(self.device)
@@ -73,18 +73,18 @@ class DevicePlanes:
         if self.device.type == "cpu":
             return rows.numpy()
         pinned = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
-        pinned.copy_(rows)  # waits: the step's stream is ours
+        pinned.copy_(rows)  # waits for the step: the copy runs on the same stream
         view: U8 = pinned.numpy()
         return view
 
     def _to_device(self, rows: U8) -> Tensor:
         held = torch.empty(rows.shape, dtype=torch.uint8, pin_memory=self.device.type != "cpu")
         held.numpy()[...] = rows
-        return held.to(self.device, non_blocking=True)  # its pinned memory is not given out again before it is read
+        return held.to(self.device, non_blocking=True)  # torch does not reuse the pinned memory before the copy ends
 
 
 class DeviceDigests:
-    """The digests that steps leave on the device, for a store of plain keys and values."""
+    """Digests that steps compute on the device, for a store of plain keys and values."""
 
     def __init__(self, k: DevicePlanes, v: DevicePlanes, key: int) -> None:
         layers, num_blocks, heads, block_tokens, row_bytes = k.payload.shape
@@ -98,7 +98,7 @@ class DeviceDigests:
         self._seals = [Seal(keys, layer, 0, *numbers) for layer in range(layers)]
 
     def begin(self, slots: Tensor) -> StepBirths:
-        """Make ready for a step's rows at slots [rows] int64 on the device, all of whose tokens will be written."""
+        """Prepare a step that writes rows at slots [rows] int64 on the device; negative slots are padding."""
         offsets, is_real = slots % HASH_BLOCK_TOKENS, slots >= 0
         units = torch.where(is_real, torch.div(slots, HASH_BLOCK_TOKENS, rounding_mode="floor"), self._num_units)
         first = torch.where(offsets == 0, units, self._num_units)
@@ -109,9 +109,10 @@ class DeviceDigests:
         return StepBirths(self._sums, units, self._seals)
 
     def digests(self, blocks: I64, units: I64, counts: I64) -> list[U64] | None:
-        """Of k and of v, uint64 [layers, heads, n]: the first `counts` tokens of n hash blocks of blocks.
+        """Digests of k and of v, uint64 [layers, heads, n] each.
 
-        None where the sums are of other tokens than these.
+        They cover the first `counts` tokens of n hash blocks; hash block i is number `units[i]` of block `blocks[i]`.
+        None if the sums cover other tokens.
         """
         places = torch.from_numpy(blocks * self._per_block + units).to(self._device)
         seen = self._seen.index_select(0, places).cpu().numpy()
@@ -121,7 +122,7 @@ class DeviceDigests:
         return [sums[:, i].swapaxes(1, 2) for i in range(2)]
 
     def set(self, blocks: I64, units: I64, counts: I64, digests: Sequence[U64]) -> None:
-        """Take digests that were made another way, so that a later step adds to them."""
+        """Set the sums to digests that were computed from the bytes, so that a later step adds to them."""
         places = torch.from_numpy(blocks * self._per_block + units).to(self._device)
         sums = np.stack([np.ascontiguousarray(part.swapaxes(1, 2)) for part in digests], axis=1)
         self._sums.index_copy_(2, places, torch.from_numpy(sums.view(np.int64)).to(self._device))
@@ -130,7 +131,7 @@ class DeviceDigests:
 
 
 class StepBirths:
-    """Where one step's contributions go."""
+    """Destination of the digests of one step."""
 
     def __init__(self, sums: Tensor, units: Tensor, seals: Sequence[Seal]) -> None:
         self._sums = sums
@@ -138,9 +139,9 @@ class StepBirths:
         self._seals = seals
 
     def seal(self, layer: int) -> Seal:
-        """What the kernel digests a layer's rows with."""
+        """Keys and component numbers with which the kernel digests a layer's rows."""
         return self._seals[layer]
 
     def add(self, layer: int, digests: Tensor) -> None:
-        """Take a layer's digests [2, rows, heads] int64 of rows as `kernels.rotary_store` gives them."""
+        """Add a layer's digests of rows, int64 [2, rows, heads], as `kernels.rotary_store` returns them."""
         self._sums[layer].index_add_(1, self._units, digests)

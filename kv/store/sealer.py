@@ -1,4 +1,4 @@
-"""Seals of hash blocks in host memory by our CPU kernels, one call for all that a step finished. Knows no sequence."""
+"""Sealing of hash blocks in host memory by the CPU kernels, in one call per step. Knows no sequence."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .planes_cpu import CpuPlanes
 
 
 class Marks(NamedTuple):
-    """For which use of its block, and how far, each hash block is sealed: int64 [num_blocks, hash blocks per block]."""
+    """Generation and number of tokens that each hash block is sealed for: int64 [num_blocks, hash blocks per block]."""
 
     generations: NDArray[np.int64]
     tokens: NDArray[np.int64]
 
 
 class Sealer:
-    """What `twostroke_seal` reads and writes of one store, described once, so that a seal takes little Python."""
+    """Arguments of `twostroke_seal` for one store, built once, so that a seal runs little Python."""
 
     def __init__(self, library: native.Library, planes: Sequence[native.SealedPlanes], marks: Marks) -> None:
         self._library = library
@@ -34,7 +34,10 @@ class Sealer:
 
     @staticmethod
     def make(components: Sequence[object], first_places: Sequence[U64], key: int, marks: Marks) -> Sealer | None:
-        """For components in host memory whose rows the kernels read; first_places: each one's [layers, heads, 1]."""
+        """A sealer for components in host memory; None if the kernels cannot read one of them.
+
+        first_places: per component uint64 [layers, heads, 1], the places of hash block 0.
+        """
         planes = [part for part in components if isinstance(part, CpuPlanes)]
         libraries = [part.library for part in planes if part.library is not None]
         if not libraries or len(libraries) < len(components):
@@ -43,9 +46,9 @@ class Sealer:
         return Sealer(libraries[0], described, marks)
 
     def seal(self, hash_blocks: Sequence[tuple[int, int, int, int, int]]) -> None:
-        """Digest what lies there and mark it sealed.
+        """Digest the present contents of hash blocks and mark them sealed.
 
-        Each: block, hash block within it, generation of the block's use, number in the sequence, tokens present.
+        Each is (block, hash block within it, generation of the block, number in the sequence, tokens present).
 
         Raises:
             IndexError: the store has no such block.

@@ -1,11 +1,11 @@
-"""The bytes of all blocks on one rank: written by the step, sealed at birth, read for peers and filled by them.
+"""Store of the bytes of all blocks on one rank: written and sealed by the step, read for peers, filled from peers.
 
-Knows planes, blocks and seals; not what prompt a block belongs to, nor which blocks are free (`kv/cache/pool.py`).
+Knows planes, blocks and seals. Knows no prompts, nor which blocks are free (`kv/cache/pool.py`).
 
     payload  uint8 [layers, num_blocks, heads, block_tokens, row_bytes]   one per component
     scales   uint8 [layers, num_blocks, heads, block_tokens]              fp8 only
     digests  uint64 [layers, heads, num_blocks, hash blocks per block]    one per component, with the generation of the
-                                                                          block's use and the tokens that they cover
+                                                                          block and the tokens that they cover
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ..spec import COMPONENT_NUMBERS, HASH_BLOCK_TOKENS, Component, KvSpec
 from .planes_cpu import CpuPlanes
 from .sealer import Marks, Sealer
 
-if TYPE_CHECKING:  # needs triton, which machines without a device may lack
+if TYPE_CHECKING:  # needs triton, which may be absent on machines without a GPU
     from .planes_device import DeviceDigests, DevicePlanes, StepBirths
 
     ComponentStore = CpuPlanes | DevicePlanes
@@ -37,7 +37,7 @@ _NOT_SEALED = -1
 
 
 class KvStore:
-    """The store of one rank. One thread at a time: the engine's."""
+    """The store of one rank. Used by the engine's thread only."""
 
     def __init__(
         self,
@@ -51,8 +51,8 @@ class KvStore:
     ) -> None:
         """`digest_key`: the cluster's 64-bit key, the same on every worker.
 
-        `by_kernels`: bytes are moved and digests born by our Triton kernels. None: wherever the device is no CPU (on a
-        CPU they need Triton's interpreter).
+        `by_kernels`: Triton kernels move bytes and compute digests. None: on every device except a CPU (on a CPU they
+        need Triton's interpreter).
         """
         self.device = torch.device(device)
         self.spec = spec
@@ -88,7 +88,7 @@ class KvStore:
             self._births = DeviceDigests(planes[0], planes[1], self._key)
 
     def on_host(self, num_blocks: int) -> KvStore:
-        """An empty store in host memory that can take what this one holds."""
+        """An empty store in host memory, with the same spec, block size and digest key."""
         return KvStore(self.spec, num_blocks, self.block_tokens, digest_key=self._key)
 
     # ------------------------------------------------------------------ the step
@@ -98,14 +98,14 @@ class KvStore:
         return self._planes[layer]
 
     def births(self, slots: Tensor) -> StepBirths | None:
-        """Where a step that writes the tokens at slots [rows] leaves their digests; None: seals read the bytes."""
+        """Destination of the digests of a step that writes the tokens at slots [rows]; None: seals read the bytes."""
         return None if self._births is None else self._births.begin(slots)
 
     def seal(self, held: HeldTokens) -> None:
         """Digest the hash blocks of a range that was just computed; the last one may be partial.
 
-        A hash block whose first tokens are sealed already (a prompt's tail) keeps that seal and adds the rest, so that
-        damage done in between is not sealed in.
+        If the first tokens of a hash block are sealed already (a prompt's tail), the digest of the others is added to
+        that seal, so that the seal does not cover damage done in between.
         """
         if held.count == 0 or self._seal_by_birth([held]):
             return
@@ -125,7 +125,7 @@ class KvStore:
         self._tell_births(held)
 
     def seal_all(self, ranges: Sequence[HeldTokens]) -> None:
-        """`seal` each of a step's ranges, none of them empty; all that begin a seal are asked for at once."""
+        """Seal each range of a step; no range may be empty. Ranges without a begun seal take one kernel call."""
         if not ranges or self._seal_by_birth(ranges):
             return
         fresh: list[HeldTokens] = []
@@ -142,7 +142,7 @@ class KvStore:
         return bool(self._sealed_generation[block, unit] == generation)
 
     def _seal_in_place(self, sealer: Sealer, ranges: Sequence[HeldTokens]) -> None:
-        """Seal ranges of which nothing is sealed yet, by one call of our CPU kernels."""
+        """Seal ranges whose first hash block is not sealed yet, by one call of the CPU kernels."""
         sealer.seal([
             (*self._place(held, number), number, min(held.end - number * HASH_BLOCK_TOKENS, HASH_BLOCK_TOKENS))
             for held in ranges
@@ -150,7 +150,7 @@ class KvStore:
         ])  # fmt: skip
 
     def is_sealed(self, held: HeldTokens) -> bool:
-        """Whether a range is sealed for these uses of its blocks; whether it holds that, `verify` says."""
+        """True if a range is sealed for these generations of its blocks. Does not read the bytes: `verify` does."""
         try:
             self._check_sealed(held)
         except KvCorrupted:
@@ -158,7 +158,7 @@ class KvStore:
         return True
 
     def verify(self, held: HeldTokens) -> bool:
-        """Whether a range is sealed for these uses of its blocks, and holds what was sealed."""
+        """True if a range is sealed for these generations of its blocks and its bytes match the seals."""
         if not self.is_sealed(held):
             return False
         whole = self._sealed_extent(held)
@@ -170,12 +170,12 @@ class KvStore:
     # ------------------------------------------------------------------ peers
 
     def read_tokens(self, held: HeldTokens) -> tuple[SectionData, ...]:
-        """Copies of a range's planes with the digests sealed at birth, one section per component.
+        """Copies of a range's planes with their sealed digests, one section per component.
 
-        Where the range ends within a hash block that is sealed further, the block is verified and the part digested.
+        If the range ends inside a hash block that is sealed further, that block is verified and its part digested.
 
         Raises:
-            KvCorrupted: a hash block is not sealed for this use of its block, or the cut one was damaged.
+            KvCorrupted: a hash block is not sealed for this generation of its block, or the last one is damaged.
         """
         self._check_sealed(held)
         blocks, units, _ = self._places(held)
@@ -194,11 +194,13 @@ class KvStore:
         return tuple(sections)
 
     def write_tokens(self, held: HeldTokens, sections: Sequence[SectionData]) -> None:
-        """Store planes that were verified on arrival, with their digests; another codec's rows are translated and
-        sealed anew. Sections may cut layers and heads, but together hold all of this rank's; other groups are ignored.
+        """Store planes that were verified on arrival, with their digests.
+
+        Rows of another codec are translated and sealed again. A section may hold a part of the layers and heads, but
+        all sections together must hold all of this rank's. Other groups than the main one are ignored.
 
         Raises:
-            KvCorrupted: layers or heads are missing, or translating met a number that is not finite.
+            KvCorrupted: layers or heads are missing, or a translated number is not finite.
         """
         blocks, units, generations = self._places(held)
         sections = [section for section in sections if section.group == self.spec.main.name]
@@ -246,14 +248,14 @@ class KvStore:
             raise KvCorrupted(f"block {block} is not sealed for this use of it")
 
     def _sealed_extent(self, held: HeldTokens) -> HeldTokens:
-        """The range, its last hash block as far as it is sealed."""
+        """The range, extended to the end of the sealed part of its last hash block."""
         blocks, units, _ = self._places(held)
         last = held.end - (held.end - 1) % HASH_BLOCK_TOKENS - 1
         end = last + int(self._sealed_tokens[blocks[-1], units[-1]])
         return HeldTokens(held.block_table, held.generations, held.start, end - held.start)
 
     def _seal_by_birth(self, ranges: Sequence[HeldTokens]) -> bool:
-        """Seal with the digests that the steps left, if they are of exactly these tokens."""
+        """Seal with the digests that steps computed on the device; False if they do not cover exactly these tokens."""
         if self._births is None:
             return False
         each = [self._places(held) for held in ranges]
@@ -268,7 +270,7 @@ class KvStore:
         return True
 
     def _tell_births(self, held: HeldTokens) -> None:
-        """What was sealed otherwise, as a beginning for the tokens that follow."""
+        """Copy digests computed from the bytes to the device, so that the digests of later tokens are added to them."""
         if self._births is not None and held.count:
             blocks, units, _ = self._places(held)
             digests = [store.digests[:, :, blocks, units] for store in self._components]
@@ -292,7 +294,7 @@ class KvStore:
         self._tell_births(part)
 
     def _digest(self, store: ComponentStore, held: HeldTokens) -> U64:
-        """Digests [layers, heads, hash blocks] of what the planes hold now."""
+        """Digests [layers, heads, hash blocks] of the present contents of the planes."""
         first = held.start // HASH_BLOCK_TOKENS
         words = self._place_words(store, np.arange(first, first - (-held.count // HASH_BLOCK_TOKENS)))
         if isinstance(store, CpuPlanes):
@@ -304,13 +306,13 @@ class KvStore:
         return frame_digests(payload, scales, words, self._key, HASH_BLOCK_TOKENS)
 
     def _place_words(self, store: ComponentStore, hash_blocks: NDArray[np.int64]) -> U64:
-        """uint64 [layers, heads, n]: only the lowest bits differ from those of hash block 0.
+        """Place words uint64 [layers, heads, n]. Only the lowest bits differ from those of hash block 0.
 
         Raises:
             ValueError: a hash block is outside the limit of `places`.
         """
         if hash_blocks.size and hash_blocks.max() >= MAX_HASH_BLOCKS:
-            return self._place_words_of(store.component, hash_blocks)  # which refuses it
+            return self._place_words_of(store.component, hash_blocks)  # raises ValueError
         return self._first_places[store.component.name] | hash_blocks.astype(np.uint64)
 
     def _place_words_of(self, component: Component, hash_blocks: NDArray[np.int64]) -> U64:

@@ -1,7 +1,7 @@
-"""The gRPC hand-over: raw bytes through generic handlers, client and server. Knows no message, no frame, no state.
+"""gRPC transport of the hand-over: raw bytes through generic handlers, client and server. Knows no message or state.
 
 KV inside a protobuf field moves at 0.6 of the speed of raw bytes, so the two methods that carry KV are registered with
-identity serialisers, and what travels is described in kv/handover/frames.py.
+identity serialisers; kv/handover/frames.py defines the format of the bytes.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ CHANNEL_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
-    ("grpc.enable_http_proxy", 0),  # workers talk to each other, whatever the environment says about the web
+    ("grpc.enable_http_proxy", 0),  # calls between workers must not go through a proxy set in the environment
 ]
 SERVER_OPTIONS: list[tuple[str, Any]] = [
     *_COMMON_OPTIONS,
-    ("grpc.so_reuseport", 0),  # a port that is taken must be an error, not half of the traffic
+    ("grpc.so_reuseport", 0),  # a port in use must be an error; with reuse two servers would share its traffic
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
 ]
@@ -50,7 +50,7 @@ class ByteStream(Protocol):
     """One side of a bidirectional stream of envelopes."""
 
     async def send(self, envelope: bytes) -> None:
-        """Hand one envelope to the transport; waits while the peer reads too slowly.
+        """Pass one envelope to the transport; waits while the peer reads too slowly.
 
         Raises:
             ConnectionError: the stream is over.
@@ -58,7 +58,7 @@ class ByteStream(Protocol):
         ...
 
     async def receive(self) -> bytes | None:
-        """The next envelope; None at the stream's end, however it ended."""
+        """The next envelope; None at the stream's end, with or without an error."""
         ...
 
 
@@ -69,14 +69,14 @@ class ServerStream:
         self._context = context
 
     async def send(self, envelope: bytes) -> None:
-        """See ByteStream."""
+        """Implements `ByteStream.send`."""
         try:
             await self._context.write(envelope)
         except (grpc.aio.AbortError, grpc.aio.UsageError, grpc.RpcError, grpc.aio.InternalError) as error:
             raise ConnectionError(str(error)) from error
 
     async def receive(self) -> bytes | None:
-        """See ByteStream."""
+        """Implements `ByteStream.receive`."""
         try:
             message = await self._context.read()
         except (grpc.aio.AbortError, grpc.aio.UsageError, grpc.RpcError, grpc.aio.InternalError):
@@ -85,20 +85,20 @@ class ServerStream:
 
 
 class ClientStream:
-    """The decode worker's side of a Transfer. `close` must be called, whatever happened."""
+    """The decode worker's side of a Transfer. `close` must be called in every case."""
 
     def __init__(self, call: grpc.aio.StreamStreamCall[bytes, bytes]) -> None:
         self._call = call
 
     async def send(self, envelope: bytes) -> None:
-        """See ByteStream."""
+        """Implements `ByteStream.send`."""
         try:
             await self._call.write(envelope)
         except (grpc.RpcError, grpc.aio.UsageError, grpc.aio.InternalError) as error:
             raise ConnectionError(str(error)) from error
 
     async def receive(self) -> bytes | None:
-        """See ByteStream."""
+        """Implements `ByteStream.receive`."""
         try:
             message = await self._call.read()
         except (grpc.RpcError, grpc.aio.UsageError, grpc.aio.InternalError):
@@ -106,11 +106,11 @@ class ClientStream:
         return message if isinstance(message, bytes) else None  # grpc.aio.EOF
 
     async def finish(self) -> None:
-        """Say that nothing more will be sent; what was sent still arrives."""
+        """End our direction; envelopes sent before still arrive."""
         try:
             await self._call.done_writing()
         except (grpc.RpcError, grpc.aio.UsageError, grpc.aio.InternalError):
-            pass  # over already
+            pass  # the stream has ended already
 
     def close(self) -> None:
         """End the stream now: the peer sees it as cancelled."""
@@ -121,7 +121,7 @@ class Channels:
     """One channel per peer address, kept for all hand-overs to it."""
 
     def __init__(self, key: bytes) -> None:
-        """`key` is kv.keys.proof_key: peers and we prove to each other that we know it."""
+        """`key` is kv.keys.proof_key: both ends prove to each other that they know it."""
         self._key = key
         self._channel_by_address: dict[str, grpc.aio.Channel] = {}
 
@@ -134,7 +134,7 @@ class Channels:
         return channel
 
     def transfer(self, address: str) -> ClientStream:
-        """Open a hand-over stream. A peer that cannot be reached shows as its end."""
+        """Open a hand-over stream. If the peer cannot be reached, the stream ends at once."""
         method: Any = self.to(address).stream_stream(TRANSFER)
         return ClientStream(method())
 
@@ -142,7 +142,7 @@ class Channels:
         """Ask a worker for cached blocks; yields frame envelopes.
 
         Raises:
-            grpc.RpcError: while iterating: the peer refused, or is gone.
+            grpc.RpcError: while iterating: the peer refused or is unreachable.
         """
         method: Any = self.to(address).unary_stream(FETCH)
         frames: AsyncIterator[bytes] = method(request, timeout=timeout_s).__aiter__()
@@ -156,7 +156,7 @@ class Channels:
 
 
 def handlers(transfer: TransferHandler, fetch: FetchHandler) -> list[grpc.GenericRpcHandler]:
-    """What a worker's server registers for the two raw-bytes services."""
+    """Handlers of the two raw-bytes services, for a worker's server."""
     handover: dict[str, Any] = {"Transfer": grpc.stream_stream_rpc_method_handler(_any(transfer))}
     blocks: dict[str, Any] = {"Fetch": grpc.unary_stream_rpc_method_handler(_any(fetch))}
     return [
@@ -166,5 +166,5 @@ def handlers(transfer: TransferHandler, fetch: FetchHandler) -> list[grpc.Generi
 
 
 def _any(handler: Any) -> Any:
-    """The stubs describe sync handlers only; the aio server takes coroutines."""
+    """Any type for a handler: the type stubs describe sync handlers only, but the aio server takes coroutines."""
     return handler
