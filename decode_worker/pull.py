@@ -11,6 +11,7 @@ from functools import partial
 from typing import Protocol
 
 from ..core.clock import Clock
+from ..core.lease import Lease
 from ..core.life import Life, forget
 from ..core.request import SequenceKey
 from ..core.timeline import Instant, Timeline
@@ -18,18 +19,7 @@ from ..engine.link.client import EngineClient
 from ..engine.link.messages import WriteKv
 from ..kv.handover.carrier import Carrier, Check, CheckLine, StreamHost
 from ..kv.handover.frames import Frame, WireError, decode_envelope, encode_message, verify_frame
-from ..kv.handover.machine import (
-    Action,
-    AskBind,
-    Close,
-    Complete,
-    GotFirstToken,
-    HandoverEnd,
-    Lost,
-    Send,
-    Timing,
-    Write,
-)
+from ..kv.handover.machine import Action, AskBind, Close, Complete, GotFirstToken, HandoverEnd, Lost, Send, Write
 from ..kv.handover.receiver import FrameArrived, Receiver
 from ..kv.messages import adopt_instants
 from ..kv.spec import HASH_BLOCK_TOKENS, KvSpec
@@ -47,7 +37,7 @@ class KvPullTools:
     executor: Executor  # verifies digests
     digest_key: int
     kv_spec: KvSpec
-    timing: Timing
+    timing: Lease
     clock: Clock
     counters: Counter[str]
     speed: HandoverSpeed = field(default_factory=HandoverSpeed)

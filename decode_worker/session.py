@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import grpc
 import grpc.aio
 
+from ..core.lease import ROUTER_LEASE, WORKER_LEASE
 from ..engine.link.messages import LoadNews
 from ..protos import common_pb2, worker_pb2
 from .ledger import RouterKey
@@ -28,8 +29,8 @@ class SessionTiming:
     """Heartbeat interval and timeouts of a session, in seconds."""
 
     hello_s: float = 5.0  # for the router's hello
-    beat_s: float = 0.5
-    silence_s: float = 5.0  # of a router that has sent a beat before; without beats only TCP detects a loss
+    beat_s: float = WORKER_LEASE.beat_s
+    silence_s: float = ROUTER_LEASE.silence_s  # of a router that has sent a beat before; else only TCP detects a loss
     stall_s: float = 5.0  # for one write; a router that reads nothing for so long is lost
 
 

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from ..core.clock import Clock
 from ..core.errors import InternalError
+from ..core.lease import ENGINE_LEASE
 from ..core.request import FinishReason, SequenceKey
 from ..kv.section import HeldTokens, SectionData
 from ..kv.store.host_store import HostStore
@@ -26,7 +27,6 @@ from .step_times import StepTimeModel
 from .store_ops import FetchOp, ReadOp, StoreOp, SwapInOp, SwapOp, SwapOutOp, WriteOp
 from .turn import Turn
 
-BEAT_S = 0.1
 INTEGRITY_S = 5.0
 CHECKED_BLOCKS = 4096  # per integrity check: a million blocks would take a quarter of a second
 COMMANDS_PER_TURN = 256
@@ -208,7 +208,7 @@ class Engine:
         )
 
     def _beat(self, now_s: float) -> None:
-        self._next_beat_s = now_s + BEAT_S
+        self._next_beat_s = now_s + ENGINE_LEASE.beat_s
         self._link.emit((self._load(now_s),))
 
     def _check(self, now_s: float) -> None:

@@ -11,6 +11,7 @@ from functools import partial
 
 from ..core.clock import Clock
 from ..core.errors import InternalError, KvCorrupted, TwostrokeError, from_code
+from ..core.lease import Lease
 from ..core.life import Life, forget
 from ..core.request import FinishReason, SequenceKey
 from ..core.timeline import Instant, Timeline
@@ -18,18 +19,7 @@ from ..engine.link import messages as link
 from ..engine.link.client import EngineClient, SequenceEvent
 from ..kv.handover.carrier import Carrier, Check, CheckLine, StreamHost
 from ..kv.handover.frames import FrameLabel, WireError, decode_envelope, encode_frame, encode_message, verify_sections
-from ..kv.handover.machine import (
-    Abort,
-    Action,
-    Close,
-    EngineBound,
-    EngineNotYet,
-    Read,
-    ReleaseBlocks,
-    Send,
-    SendFrame,
-    Timing,
-)
+from ..kv.handover.machine import Abort, Action, Close, EngineBound, EngineNotYet, Read, ReleaseBlocks, Send, SendFrame
 from ..kv.handover.sender import Sender
 from ..kv.messages import error_to_wire, instants_to_wire, logprobs_to_wire
 from ..kv.section import SectionData
@@ -48,7 +38,7 @@ class PrefillTaskTools:
     executor: Executor  # verifies digests
     digest_key: int
     numerics_class: bytes
-    timing: Timing
+    timing: Lease
     clock: Clock
     counters: Counter[str]
     ended: Callable[[Life], None] = forget  # called for every job that is over

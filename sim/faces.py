@@ -88,13 +88,13 @@ class SessionFace:
         if self._is_over:
             return
         now_s = node.world.now_s()
-        if now_s - self._heard_s >= node.setting.session_silence_s:
+        if now_s - self._heard_s >= node.setting.session_lease.silence_s:
             self._over()
             return
-        if now_s - self._sent_s >= node.setting.session_beat_s * 0.99 and self._sequence:
+        if now_s - self._sent_s >= node.setting.session_lease.beat_s * 0.99 and self._sequence:
             # As in production, the count of turns shows that the engine's loop is alive.
             self._send(beat=worker_pb2.Beat(phase="idle", steps=node.engine.num_turns))
-        node.world.after(node.setting.session_beat_s, node.process, self._beat)
+        node.world.after(node.setting.session_lease.beat_s, node.process, self._beat)
 
     def _over(self) -> None:
         if not self._is_over:

@@ -75,7 +75,7 @@ class Link:
         )
         self._say(hello=hello)
         # The first message may be lost, or never be answered.
-        self._router.after(self._router.setting.session_silence_s, lambda: self._give_up(end))
+        self._router.after(self._router.setting.session_lease.silence_s, lambda: self._give_up(end))
 
     def _give_up(self, end: End) -> None:
         if self._session is end and not self.is_up and not self.is_closed:
@@ -90,7 +90,7 @@ class Link:
         if not self.is_closed:
             if self.is_up:
                 self._say(beat=worker_pb2.Beat())
-            self._router.after(self._router.setting.session_beat_s, self._beat)
+            self._router.after(self._router.setting.session_lease.beat_s, self._beat)
 
     def _hear(self, message: worker_pb2.SessionDown) -> None:
         body = message.WhichOneof("body")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, replace
 
+from ..core.lease import Lease
 from ..core.request import Role, SamplingParams
 from ..decode_worker.policy import combined_policy, decode_policy
 from ..engine.policy import Policy, StepLimits
-from ..kv.handover.machine import Timing
 from ..prefill_worker.policy import prefill_policy
 from ..router.routing.fleet import FleetLimits
 from .network import Weather
@@ -86,9 +86,8 @@ class Setting:
     """All random values of a schedule that are drawn before it begins."""
 
     weather: Weather
-    timing: Timing
-    session_beat_s: float
-    session_silence_s: float
+    timing: Lease
+    session_lease: Lease  # of both ends of a session
     grace_s: float
     fleet: FleetLimits
     worker_patience_s: float
@@ -123,9 +122,8 @@ def draw(seed: int) -> Setting:
     workers = tuple(replace(worker, check_s=late.choice((0.0, 0.0, 0.001, 0.02))) for worker in workers)
     setting = Setting(
         weather=_bearable_weather(rng) if is_bearable else _weather(rng),
-        timing=Timing(beat_s, beat_s * rng.choice((2.5, 4.0))),
-        session_beat_s=rng.choice((0.25, 0.5)),
-        session_silence_s=rng.choice((1.0, 2.0, 4.0)),
+        timing=Lease(beat_s, beat_s * rng.choice((2.5, 4.0))),
+        session_lease=Lease(rng.choice((0.25, 0.5)), rng.choice((1.0, 2.0, 4.0))),
         grace_s=rng.choice((0.0, 0.5, 2.0)),
         fleet=FleetLimits(suspect_after_s=silent_s / 2, silent_after_s=silent_s, stall_after_s=5.0),
         worker_patience_s=rng.choice((0.3, 1.0)),

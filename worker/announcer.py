@@ -12,12 +12,12 @@ import grpc
 import grpc.aio
 
 from ..core.inside import InsideChannel
+from ..core.lease import WORKER_LEASE
 from ..kv.handover.transports.grpc import CHANNEL_OPTIONS
 from ..protos import common_pb2, worker_pb2, worker_pb2_grpc
 
 log = logging.getLogger(__name__)
 
-BEAT_S = 0.5
 LEAVE_TIMEOUT_S = 0.5  # how long a leaving worker waits for its last word to leave
 WARN_AFTER_S = 15.0  # that a router is not there
 WARN_INTERVAL_S = 60.0  # the same, or that we have different keys
@@ -142,7 +142,7 @@ class Announcer:
                 await asyncio.wait([listener], timeout=LEAVE_TIMEOUT_S)
                 return
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(changed.wait(), BEAT_S)
+                await asyncio.wait_for(changed.wait(), WORKER_LEASE.beat_s)
 
 
 async def _listen(

@@ -10,13 +10,13 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from ..core.clock import Clock
+from ..core.lease import ENGINE_LEASE
 from ..engine.link.client import EngineClient
 from ..engine.link.messages import LoadNews
 from ..kv.handover.transports.grpc import BLOCKS_SERVICE, HANDOVER_SERVICE
 from ..protos import handover_pb2, worker_pb2
 
 CHECK_S = 0.5
-STALE_S = 2.0  # a beat this old, with work waiting, is a hang
 
 WORKER_SERVICE: str = worker_pb2.DESCRIPTOR.services_by_name["Worker"].full_name
 _SERVICES = ("", WORKER_SERVICE, HANDOVER_SERVICE, BLOCKS_SERVICE)
@@ -48,7 +48,7 @@ class Health:
         """True if the worker takes orders and its engine is not hanging."""
         if self._phase in _NOT_READY or self._is_draining():
             return False
-        is_stale = self._clock.now_s() - self._beat_at_s > STALE_S
+        is_stale = self._clock.now_s() - self._beat_at_s > ENGINE_LEASE.silence_s
         return not (is_stale and self._dispatcher.num_owned > 0)
 
     async def keep(self) -> None:

@@ -20,6 +20,7 @@ from ..core.clock import Clock, MonotonicClock
 from ..core.errors import ConfigError, InternalError
 from ..core.foreground import Stop, Stopped, first, leave, orphaned, unless
 from ..core.guard import Guard
+from ..core.lease import HANDOVER_LEASE, Lease
 from ..core.ports import bindable_host, check_port, target
 from ..core.request import Role
 from ..decode_worker.pull import KvPullTools
@@ -28,7 +29,7 @@ from ..decode_worker.service import DecodeService
 from ..engine.link import messages as link
 from ..engine.link.client import EngineClient
 from ..kernels.cpu.build import stop_building
-from ..kv.handover.machine import HANDOVER, Timing
+from ..kv.handover.machine import HANDOVER
 from ..kv.handover.transports.grpc import SERVER_OPTIONS, Channels, handlers
 from ..kv.keys import proof_key
 from ..kv.messages import role_to_wire, spec_to_wire
@@ -58,7 +59,7 @@ STOP_S = 5.0  # longest time for the engine's last step
 class WorkerProcess:
     """One worker: `start` it, `stop` it. Several can run in one process (tests, the in-process launcher)."""
 
-    def __init__(self, settings: WorkerSettings, clock: Clock | None = None, timing: Timing | None = None) -> None:
+    def __init__(self, settings: WorkerSettings, clock: Clock | None = None, timing: Lease | None = None) -> None:
         self.settings = settings
         self.role = settings.role
         self.incarnation = time.time_ns()
@@ -66,7 +67,7 @@ class WorkerProcess:
         self.counters: Counter[str] = Counter()
         self.metrics_address = ""  # host:port of GET /metrics and /health, after `start`; empty: none
         self._clock = clock or MonotonicClock()
-        self._timing = timing or Timing()
+        self._timing = timing or HANDOVER_LEASE
         self._port = 0
         self._tasks: list[asyncio.Task[None]] = []
         self._executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="digest")

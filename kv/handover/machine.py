@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, TypeAlias
 
+from ...core.lease import Lease
 from ...core.request import Epoch, TokenLogprobs
 from ...protos import common_pb2, worker_pb2
 from ...protos import handover_pb2 as pb
@@ -25,14 +26,6 @@ from ...protos import handover_pb2 as pb
 MAX_REFETCHES = 1  # per damaged hash block; after that the rest of the prompt is recomputed
 
 HANDOVER = "handover.grpc.1"  # this hand-over's name among a worker's capabilities
-
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """Heartbeat interval, and the silence after which a peer is given up, in seconds."""
-
-    beat_s: float = 0.5
-    silence_s: float = 2.0
 
 
 @dataclass(slots=True)
@@ -241,7 +234,7 @@ class NumberedStream:
     """Sequence numbers and times of both directions of a stream; admits each incoming message once and in order."""
 
     label: Label
-    timing: Timing
+    timing: Lease
     deadline_s: float  # of the request
     said_s: float  # when the last message left
     heard_s: float  # when the last accepted message arrived

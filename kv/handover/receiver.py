@@ -18,6 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from ...core.lease import Lease
 from ...protos import handover_pb2 as pb
 from ..messages import logprobs_from_wire
 from ..spec import HASH_BLOCK_TOKENS
@@ -35,7 +36,6 @@ from .machine import (
     MessageVerdict,
     NumberedStream,
     Send,
-    Timing,
     UpBody,
     Write,
 )
@@ -85,7 +85,7 @@ class Receiver:
     `order` is sent unchanged; its held_tokens and frame_slots are also checked against the frames that arrive.
     """
 
-    def __init__(self, label: Label, order: pb.Open, timing: Timing, deadline_s: float, now_s: float) -> None:
+    def __init__(self, label: Label, order: pb.Open, timing: Lease, deadline_s: float, now_s: float) -> None:
         num_tokens = len(order.prompt_ids)
         assert order.held_tokens % HASH_BLOCK_TOKENS == 0, order.held_tokens
         assert order.held_tokens < num_tokens, "nothing to hand over"

@@ -18,6 +18,7 @@ from collections import deque
 from enum import StrEnum
 
 from ...core.errors import DeadlineExceeded, InternalError, InvalidRequest
+from ...core.lease import Lease
 from ...protos import common_pb2
 from ...protos import handover_pb2 as pb
 from ..spec import HASH_BLOCK_TOKENS
@@ -38,7 +39,6 @@ from .machine import (
     ReleaseBlocks,
     Send,
     SendFrame,
-    Timing,
 )
 
 
@@ -72,7 +72,7 @@ class Sender:
     """
 
     def __init__(
-        self, message: pb.HandoverUp, tokens_per_frame: int, max_frames: int, timing: Timing, now_s: float
+        self, message: pb.HandoverUp, tokens_per_frame: int, max_frames: int, timing: Lease, now_s: float
     ) -> None:
         assert tokens_per_frame > 0 and tokens_per_frame % HASH_BLOCK_TOKENS == 0, tokens_per_frame  # noqa: PT018
         order = _checked(message)

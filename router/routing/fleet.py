@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 
+from ...core.lease import WORKER_LEASE
 from ...core.request import Role, SequenceKey
 from .facts import LoadFacts, ModelFacts, WorkerFacts, WorkerKey, WorkerState
 
@@ -25,8 +26,8 @@ REPORT_LAG_S = 0.25
 class FleetLimits:
     """When silence means something, in seconds."""
 
-    suspect_after_s: float = 1.0
-    silent_after_s: float = 2.0
+    suspect_after_s: float = WORKER_LEASE.silence_s / 2
+    silent_after_s: float = WORKER_LEASE.silence_s
     stall_after_s: float = 15.0  # the step loop's count stands still while it claims to work
     max_workers: int = 1024
 

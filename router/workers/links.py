@@ -13,6 +13,7 @@ import grpc.aio
 
 from ...core.errors import InvalidRequest
 from ...core.inside import InsideChannel
+from ...core.lease import ROUTER_LEASE
 from ...kv.handover.transports.grpc import CHANNEL_OPTIONS
 from ...protos import worker_pb2, worker_pb2_grpc
 from ..routing.facts import WorkerFacts, WorkerKey
@@ -20,7 +21,6 @@ from .wire import worker_from_wire
 
 log = logging.getLogger(__name__)
 
-BEAT_S = 0.5
 MAX_WAITING_ORDERS = 8_192
 FLUSH_S = 0.3
 _FIRST_RETRY_S = 0.05
@@ -192,7 +192,7 @@ class WorkerLink:
         while True:
             sequence += 1
             try:
-                message = await asyncio.wait_for(self._orders.get(), BEAT_S)
+                message = await asyncio.wait_for(self._orders.get(), ROUTER_LEASE.beat_s)
             except TimeoutError:
                 await call.write(worker_pb2.SessionUp(sequence=sequence, beat=worker_pb2.Beat()))
                 continue

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from twostroke.core.clock import MonotonicClock
+from twostroke.core.lease import HANDOVER_LEASE
 from twostroke.core.request import Epoch, SequenceKey
 from twostroke.decode_worker.pull import KvPull, KvPullTools
 from twostroke.engine.link.messages import WriteKv
@@ -16,7 +17,7 @@ from twostroke.kv.codec import Codec
 from twostroke.kv.digest import frame_digests, places
 from twostroke.kv.handover.driver import INLINE_BYTES, ClientDriver
 from twostroke.kv.handover.frames import FrameLabel, decode_envelope, encode_frame, encode_message
-from twostroke.kv.handover.machine import Label, Timing
+from twostroke.kv.handover.machine import Label
 from twostroke.kv.handover.receiver import Receiver, ReceiverState
 from twostroke.kv.section import SectionData
 from twostroke.kv.spec import attention_spec
@@ -73,7 +74,7 @@ class Bench:
     def __init__(self, spec, executor, **order):
         self.commands, self.lost, self.counters = [], None, Counter()
         self.stream, self.spec, self.sequence = Stream(), spec, 1
-        tools = KvPullTools(self, executor, KEY, spec, Timing(), MonotonicClock(), self.counters)
+        tools = KvPullTools(self, executor, KEY, spec, HANDOVER_LEASE, MonotonicClock(), self.counters)
         fields = {"frame_slots": 8, "timeout_ms": 9000, "deterministic": True, "numerics_class": CLASS} | order
         opening = pb.Open(prompt_ids=range(TOKENS), **fields)
         now_s = tools.clock.now_s()

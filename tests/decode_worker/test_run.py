@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from twostroke.core.clock import MonotonicClock
+from twostroke.core.lease import HANDOVER_LEASE
 from twostroke.core.request import Epoch, FinishReason, SamplingParams, SequenceKey
 from twostroke.decode_worker.choice import TextDelta
 from twostroke.decode_worker.order import Order, Peer
@@ -19,7 +20,7 @@ from twostroke.engine.facts import FaceFacts, ModelFacts
 from twostroke.engine.link import messages as link
 from twostroke.kv.codec import Codec
 from twostroke.kv.handover.frames import decode_envelope, encode_message
-from twostroke.kv.handover.machine import HandoverEnd, Label, Lost, Timing
+from twostroke.kv.handover.machine import HandoverEnd, Label, Lost
 from twostroke.kv.keys import PromptHasher
 from twostroke.kv.spec import attention_spec
 from twostroke.protos import handover_pb2 as pb
@@ -82,7 +83,7 @@ class Bench:
         self.peers: list[Peerage] = []
         model = ModelFacts("m", "", 100, 64, frozenset({1}), b"w" * 16, CLASS, "here", True, SPEC)
         self.facts = FaceFacts("d", model, PromptHasher(b"k" * 32, b"w" * 16, CLASS), 7, 10, 16, 8192, 4, 8, 64)
-        self.pull = KvPullTools(self, None, 7, SPEC, Timing(), MonotonicClock(), Counter())  # type: ignore[arg-type]
+        self.pull = KvPullTools(self, None, 7, SPEC, HANDOVER_LEASE, MonotonicClock(), Counter())  # type: ignore[arg-type]
         peers = tuple(Peer(f"p{n}", 1, f"p{n}:1") for n in range(num_peers))
         params = SamplingParams(max_tokens=9)
         order = Order(KEY, EPOCH, tuple(range(TOKENS)), params, "t", b"", peers, 60.0, 0, 0, 1)

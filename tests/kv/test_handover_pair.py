@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from twostroke.core.errors import InvalidRequest
+from twostroke.core.lease import HANDOVER_LEASE
 from twostroke.core.request import Epoch
 from twostroke.kv.codec import Codec
 from twostroke.kv.digest import frame_digests, places
@@ -40,7 +41,6 @@ from twostroke.kv.handover.machine import (
     ReleaseBlocks,
     Send,
     SendFrame,
-    Timing,
     Write,
 )
 from twostroke.kv.handover.receiver import FrameArrived, Receiver
@@ -110,7 +110,7 @@ class Run:
             frame_slots=self.slots,
             timeout_ms=int(TIMEOUT_S * 1000),
         )
-        self.down.machine = self.receiver = Receiver(LABEL, order, Timing(), TIMEOUT_S, 0.0)
+        self.down.machine = self.receiver = Receiver(LABEL, order, HANDOVER_LEASE, TIMEOUT_S, 0.0)
         self.sender: Sender | None = None
         self.store = {token: token for token in range(self.held)}  # decode's KV by position
         self.frames: dict[int, tuple[Frame, bool]] = {}
@@ -238,7 +238,7 @@ class Run:
         try:
             if envelope is None:
                 raise WireError("nothing")
-            self.sender = Sender(decode_envelope(envelope), 32, 8, Timing(), self.now_s)
+            self.sender = Sender(decode_envelope(envelope), 32, 8, HANDOVER_LEASE, self.now_s)
         except (WireError, InvalidRequest):
             self.up.inbox_open = False
             self.transmit(self.up, None)

@@ -17,20 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from twostroke.core.lease import HANDOVER_LEASE
 from twostroke.core.request import Epoch
-from twostroke.kv.handover.machine import (
-    Abort,
-    Action,
-    Close,
-    GotFirstToken,
-    Label,
-    Lost,
-    Read,
-    Send,
-    SendFrame,
-    Timing,
-    Write,
-)
+from twostroke.kv.handover.machine import Abort, Action, Close, GotFirstToken, Label, Lost, Read, Send, SendFrame, Write
 from twostroke.kv.handover.receiver import FrameArrived, Receiver
 from twostroke.kv.handover.sender import Sender
 from twostroke.protos import common_pb2
@@ -79,7 +68,7 @@ class Stage:
         now_s = float(now_s)
         if side == "decode" and side not in self.machine_by_side:
             order = self.order()
-            self.machine_by_side[side] = Receiver(LABEL, order, Timing(), now_s + self.facts["timeout_s"], now_s)
+            self.machine_by_side[side] = Receiver(LABEL, order, HANDOVER_LEASE, now_s + self.facts["timeout_s"], now_s)
         if event == "hears":
             actions = self.hear(side, rest, now_s)
         else:
@@ -100,7 +89,7 @@ class Stage:
         if kind == "open":
             message = label.up(sequence, self.order())
             if side not in self.machine_by_side:
-                sender = Sender(message, self.facts["frame"], 8, Timing(), now_s)
+                sender = Sender(message, self.facts["frame"], 8, HANDOVER_LEASE, now_s)
                 self.machine = self.machine_by_side[side] = sender
                 return []
         self.machine = self.machine_by_side[side]

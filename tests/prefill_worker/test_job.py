@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from twostroke.core.clock import MonotonicClock
+from twostroke.core.lease import HANDOVER_LEASE
 from twostroke.core.request import Epoch, FinishReason, SamplingParams, SequenceKey
 from twostroke.engine.link import messages as link
 from twostroke.kv.codec import Codec
 from twostroke.kv.digest import frame_digests, places
 from twostroke.kv.handover.driver import Driver
 from twostroke.kv.handover.frames import Frame, decode_envelope, encode_message, verify_frame
-from twostroke.kv.handover.machine import Label, Timing
+from twostroke.kv.handover.machine import Label
 from twostroke.kv.handover.sender import Sender, SenderState
 from twostroke.kv.section import SectionData
 from twostroke.kv.spec import attention_spec
@@ -55,7 +56,7 @@ class Bench:
         self.sequence = 0
         self.damages = {}  # reads (start, count) still to be spoilt, and how
         clock = MonotonicClock()
-        tools = PrefillTaskTools(self, executor, KEY, CLASS, Timing(), clock, self.counters)
+        tools = PrefillTaskTools(self, executor, KEY, CLASS, HANDOVER_LEASE, clock, self.counters)
         opening = LABEL.up(1, pb.Open(prompt_ids=range(TOKENS), frame_slots=8, timeout_ms=9000))
         self.sequence = 1
         sender = Sender(opening, -(-frame_tokens // 16) * 16, 8, tools.timing, clock.now_s())

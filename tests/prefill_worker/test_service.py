@@ -8,13 +8,14 @@ from dataclasses import replace
 import pytest
 
 from twostroke.core.clock import MonotonicClock
+from twostroke.core.lease import HANDOVER_LEASE, Lease
 from twostroke.core.request import Epoch, FinishReason, Role, SamplingParams
 from twostroke.engine.facts import FaceFacts, ModelFacts
 from twostroke.engine.link.client import EngineClient
 from twostroke.engine.link.messages import CancelSequence, Ended, Offered, PeerBound, PeerNotYet, Source, Submit
 from twostroke.kv.codec import Codec
 from twostroke.kv.handover.frames import decode_envelope, encode_message
-from twostroke.kv.handover.machine import Label, Timing
+from twostroke.kv.handover.machine import Label
 from twostroke.kv.keys import PromptHasher
 from twostroke.kv.messages import sampling_to_wire, spec_to_wire
 from twostroke.kv.spec import attention_spec
@@ -112,7 +113,7 @@ class Bench:
         self._executor = ThreadPoolExecutor(1)
         self.counters = Counter()
         tools = PrefillTaskTools(
-            dispatcher, self._executor, 7, CLASS, timing or Timing(), MonotonicClock(), self.counters
+            dispatcher, self._executor, 7, CLASS, timing or HANDOVER_LEASE, MonotonicClock(), self.counters
         )
         self.role = role
         self.service = PrefillService(facts, tools, lambda: self.role, max_streams)
@@ -276,7 +277,7 @@ async def test_who_takes_no_hand_overs_says_so(bench, why):
 
 @pytest.mark.parametrize("how", ["cancel", "hang up", "silence", "task cancelled", "garbage", "deadline"])
 async def test_every_way_out_gives_the_blocks_back(bench, how):
-    it = bench(timing=Timing(beat_s=0.05, silence_s=0.3 if how == "silence" else 60.0))
+    it = bench(timing=Lease(beat_s=0.05, silence_s=0.3 if how == "silence" else 60.0))
     pipe, task = it.open(order(timeout_ms=150 if how == "deadline" else 5000))
     submit = await it.link.until(Submit)
     if how == "cancel":
@@ -306,7 +307,7 @@ async def test_the_engines_refusal_reaches_the_peer(bench):
 
 @pytest.mark.parametrize("first", [None, b"", b"TK", "frame of another direction"])
 async def test_a_stream_that_does_not_open_costs_nothing(bench, first):
-    it = bench(timing=Timing(beat_s=0.05, silence_s=0.1))
+    it = bench(timing=Lease(beat_s=0.05, silence_s=0.1))
     pipe, task = it.open()
     if first == "frame of another direction":
         first = encode_message(pipe.label.down(1, pb.Started()))

@@ -1,9 +1,10 @@
 """What the simulator found in production machines, as the smallest case that shows it."""
 
 from twostroke.core.errors import TokensLost
+from twostroke.core.lease import HANDOVER_LEASE
 from twostroke.core.request import Epoch, Request, SamplingParams
 from twostroke.core.timeline import Instant, Timeline
-from twostroke.kv.handover.machine import Label, Timing
+from twostroke.kv.handover.machine import Label
 from twostroke.kv.handover.receiver import Receiver
 from twostroke.kv.messages import epoch_to_wire
 from twostroke.protos import common_pb2, worker_pb2
@@ -40,7 +41,7 @@ def test_an_end_whose_last_tokens_never_came_is_no_clean_end():
 
 def test_a_write_of_a_lost_hand_over_is_not_taken_for_one_of_the_next():
     order = pb.Open(prompt_ids=range(40), frame_slots=2, timeout_ms=1000)
-    receiver = Receiver(Label("r", 0, EPOCH), order, Timing(), 1.0, 0.0)
+    receiver = Receiver(Label("r", 0, EPOCH), order, HANDOVER_LEASE, 1.0, 0.0)
     receiver.opened(0.0)
     assert receiver.written(0, 16, 0.1) == []
     assert receiver.stored_upto == 0
