@@ -58,6 +58,15 @@ async def test_streams_a_request_and_explains_it() -> None:
         assert order.index("received") < order.index("first_token") < order.index("first_sent")
         assert explained["choice"]["winner"]["prefill_worker"] == "prefill-0"
         assert len(explained["choice"]["candidates"]) == 2  # the pair, and decode by itself
+        terms = (
+            "prefill_queue_ms",
+            "prefill_ms",
+            "transfer_ms",
+            "decode_queue_ms",
+            "load_penalty_ms",
+        )  # as README says
+        for candidate in explained["choice"]["candidates"]:
+            assert candidate["total_ms"] == pytest.approx(sum(candidate[term] for term in terms), abs=0.01)
         json.dumps(c.flow.cluster())
         assert [model.name for model in c.flow.models()] == [MODEL]
         assert c.flow.explain("tenant", "unknown") is None
