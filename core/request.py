@@ -86,6 +86,18 @@ USUAL_ANSWER_TOKENS = 1024  # counted for an answer whose length nobody bounded
 
 
 @dataclass(frozen=True, slots=True)
+class CacheScope:
+    """The fields of a request in the names of its prompt's blocks: requests that differ in one share no KV.
+
+    Router, decode worker and prefill worker name a prompt by it and by the model (kv/keys.py). No field has a default:
+    a new one is an error at every place that does not give it.
+    """
+
+    isolation_domain: str  # of the authenticated tenant, and the cache salt
+    adapter: bytes  # content hash; empty: none
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One admitted request in the router: the same value whether it came over HTTP or gRPC."""
 
@@ -107,6 +119,12 @@ class Request:
 
     ignored_fields: tuple[str, ...] = ()  # what the client sent and nothing reads, by name
     tenant: str | None = None  # whose it is; None: the isolation domain's
+    adapter: bytes = b""  # content hash; empty: none, the only one that is served
+
+    @property
+    def cache_scope(self) -> CacheScope:
+        """What its prompt is named by, besides ids and model."""
+        return CacheScope(self.isolation_domain, self.adapter)
 
     @property
     def owner(self) -> str:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from ..core.errors import InvalidRequest
 from ..core.ports import check_address
-from ..core.request import Epoch, SamplingParams, SequenceKey
+from ..core.request import CacheScope, Epoch, SamplingParams, SequenceKey
 from ..engine.facts import ModelFacts
-from ..kv.messages import epoch_from_wire, sampling_from_wire
+from ..kv.messages import epoch_from_wire, sampling_from_wire, scope_from_wire
 from ..protos import worker_pb2
 
 
@@ -29,8 +29,7 @@ class Order:
     epoch: Epoch
     prompt_ids: tuple[int, ...]
     params: SamplingParams
-    isolation_domain: str
-    adapter: bytes
+    scope: CacheScope
     peers: tuple[Peer, ...]  # ranked; empty: prefill locally
     timeout_s: float | None
     num_emitted: int  # trailing prompt ids that the client has already
@@ -69,8 +68,7 @@ def order_from_wire(message: worker_pb2.Submit, model: ModelFacts, serial: int) 
         epoch=epoch_from_wire(message.epoch),
         prompt_ids=prompt_ids,
         params=params,
-        isolation_domain=message.isolation_domain,
-        adapter=message.adapter,
+        scope=scope_from_wire(message),
         peers=tuple(_peer(p) for p in message.prefill_peers),
         timeout_s=message.timeout_ms / 1000 if message.timeout_ms else None,
         num_emitted=message.emitted_tokens,

@@ -25,7 +25,7 @@ from ..kv.handover.driver import ClientDriver
 from ..kv.handover.machine import HANDOVER, GotFirstToken, Label, Lost
 from ..kv.handover.receiver import Receiver
 from ..kv.handover.transports.grpc import Channels
-from ..kv.messages import sampling_to_wire, spec_to_wire
+from ..kv.messages import sampling_to_wire, scope_to_wire, spec_to_wire
 from ..kv.spec import HASH_BLOCK_TOKENS
 from ..protos import handover_pb2
 from .choice import ChoiceText
@@ -92,7 +92,7 @@ class DecodeTask:
     def start(self) -> None:
         """Give the sequence to the engine."""
         order, facts = self.order, self._tools.facts
-        names = facts.namer.name(order.prompt_ids, order.isolation_domain, order.adapter)
+        names = facts.namer.name(order.prompt_ids, order.scope)
         self._identity_root = names.root
         dispatcher = self._tools.pull.dispatcher
         dispatcher.own(order.engine_key, self.handle)
@@ -179,8 +179,7 @@ class DecodeTask:
             prompt_ids=order.prompt_ids,
             held_tokens=self._held_tokens,
             sampling=sampling_to_wire(order.params),
-            isolation_domain=order.isolation_domain,
-            adapter=order.adapter,
+            **scope_to_wire(order.scope),
             kv_spec=spec_to_wire(facts.model.kv_spec),
             numerics_class=facts.model.numerics_class,
             deterministic=facts.model.deterministic,

@@ -16,7 +16,7 @@ from ..kv.handover.frames import WireError, decode_envelope, encode_message, tok
 from ..kv.handover.machine import HANDOVER, Label
 from ..kv.handover.sender import Sender, refuse
 from ..kv.handover.transports.grpc import ByteStream, ServerContext, ServerStream
-from ..kv.messages import error_to_wire, sampling_from_wire, spec_from_wire
+from ..kv.messages import error_to_wire, sampling_from_wire, scope_from_wire, spec_from_wire
 from ..kv.spec import KvSpec
 from ..protos import handover_pb2
 from .job import PrefillTask, PrefillTaskTools
@@ -161,7 +161,7 @@ class PrefillService:
         self._facts.model.check_prompt(prompt_ids)
         params = sampling_from_wire(order.sampling)
         self._facts.model.check_sampling(params)
-        names = self._facts.namer.name(prompt_ids, order.isolation_domain, order.adapter)
+        names = self._facts.namer.name(prompt_ids, scope_from_wire(order))
         if order.identity_root != names.root:
             raise InvalidRequest(
                 f"identity_root is {order.identity_root.hex()}, ours {names.root.hex()}: cluster key, weights, "

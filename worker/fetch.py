@@ -16,6 +16,7 @@ from ..kv.block import IDENTITY_BYTES, BlockIdentity
 from ..kv.handover.frames import FrameLabel, encode_frame
 from ..kv.handover.machine import Label
 from ..kv.handover.transports.grpc import ServerContext
+from ..kv.messages import scope_from_wire
 from ..kv.section import SectionData
 from ..kv.spec import HASH_BLOCK_TOKENS
 from ..protos import handover_pb2
@@ -24,7 +25,7 @@ MAX_IDENTITIES = 65_536  # a million tokens
 
 
 class FetchService:
-    """Serves what the prefix cache holds of one isolation domain. That the caller may ask, the guard has checked."""
+    """Serves what the prefix cache holds of one cache scope. That the caller may ask, the guard has checked."""
 
     def __init__(self, facts: FaceFacts, dispatcher: EngineClient) -> None:
         self._facts = facts
@@ -33,11 +34,11 @@ class FetchService:
     async def fetch(self, request: bytes, context: ServerContext) -> AsyncIterator[bytes]:
         """The handler of Blocks.Fetch: frames of the longest leading part that is held, in order; then the end.
 
-        Blocks of another isolation domain than the request's count as not held.
+        Blocks of another isolation domain or adapter than the request's count as not held.
         """
         wanted = await _parsed(request, context)
         identities = [BlockIdentity(identity) for identity in wanted.identities]
-        root = self._facts.namer.root(wanted.isolation_domain)
+        root = self._facts.namer.root(scope_from_wire(wanted))
         step = self._identities_per_frame()
         sequence = 0
         for first in range(0, len(identities), step):

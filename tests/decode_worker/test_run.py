@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from twostroke.core.clock import MonotonicClock
-from twostroke.core.request import Epoch, FinishReason, SamplingParams, SequenceKey
+from twostroke.core.request import CacheScope, Epoch, FinishReason, SamplingParams, SequenceKey
 from twostroke.decode_worker.choice import TextDelta
 from twostroke.decode_worker.order import Order, Peer
 from twostroke.decode_worker.outbox import Outbox
@@ -85,7 +85,7 @@ class Bench:
         self.pull = KvPullTools(self, None, 7, SPEC, Timing(), MonotonicClock(), Counter())  # type: ignore[arg-type]
         peers = tuple(Peer(f"p{n}", 1, f"p{n}:1") for n in range(num_peers))
         params = SamplingParams(max_tokens=9)
-        order = Order(KEY, EPOCH, tuple(range(TOKENS)), params, "t", b"", peers, 60.0, 0, 0, 1)
+        order = Order(KEY, EPOCH, tuple(range(TOKENS)), params, CacheScope("t", b""), peers, 60.0, 0, 0, 1)
         self.run = DecodeTask(order, Text(), Outbox(), self, lambda _: None)  # type: ignore[arg-type]
         self.run.start()
         self.run.handle(link.Promised(order.engine_key, held_tokens))

@@ -18,7 +18,9 @@ _HANDOVER = [
         "        self.counters.messages_received",
     ),
     Mutant("kv/handover/machine.py", "        self.said_s = now_s\n        self.counters", "        self.counters"),
-    Mutant("kv/handover/machine.py", "        if now_s >= self.deadline_s:\n            return End.DEADLINE\n", ""),
+    Mutant(
+        "kv/handover/machine.py", "        if now_s >= self.deadline_s:\n            return HandoverEnd.DEADLINE\n", ""
+    ),
     Mutant(
         "kv/handover/receiver.py",
         "if any(self._units[unit] != _MISSING for unit in self._range(frame.token_start, frame.token_count)):",
@@ -264,8 +266,8 @@ _PULLED = [
     Mutant("prefill_worker/service.py", "            deadline_s=now_s + order.timeout_ms / 1000,\n", ""),
     Mutant(
         "prefill_worker/service.py",
-        "names = self._facts.namer.name(prompt_ids, order.isolation_domain, order.adapter)",
-        'names = self._facts.namer.name(prompt_ids, "", order.adapter)',
+        "scope_from_wire(order)",
+        "scope_from_wire(handover_pb2.Open())",
     ),
 ]
 

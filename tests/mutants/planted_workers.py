@@ -42,7 +42,7 @@ _DECODE = [
     ),
     Mutant("decode_worker/run.py", "            identity_root=self._identity_root,\n", ""),
     Mutant("decode_worker/run.py", "            emitted_tokens=order.num_emitted,\n", ""),
-    Mutant("decode_worker/run.py", "            isolation_domain=order.isolation_domain,\n", ""),
+    Mutant("decode_worker/run.py", "            **scope_to_wire(order.scope),\n", ""),
     Mutant("decode_worker/run.py", "            held_tokens=self._held_tokens,\n", ""),
     Mutant("decode_worker/run.py", '            self.cancel("finished", spoken.ended)\n', "            pass\n"),
     Mutant("decode_worker/run.py", "(spoken.is_by_text or self._pull is not None)", "spoken.is_by_text"),
@@ -180,7 +180,7 @@ _CLUSTER = [
         "worker/announcer.py", "            failures = 0 if reached else failures + 1\n", "            failures += 1\n"
     ),
     Mutant("worker/fetch.py", "            if found.num_blocks < len(asked):\n                return\n", ""),
-    Mutant("worker/fetch.py", "self._facts.namer.root(wanted.isolation_domain)", 'self._facts.namer.root("")'),
+    Mutant("worker/fetch.py", "scope_from_wire(wanted)", "scope_from_wire(handover_pb2.FetchRequest())"),
     Mutant("worker/fetch.py", "wanted.first_token + first * HASH_BLOCK_TOKENS", "wanted.first_token"),
     Mutant("worker/fetch.py", "                digests=section.digests[layers, heads],\n", ""),
     Mutant("worker/fetch.py", "    if len(wanted.identities) > MAX_IDENTITIES:\n", "    if False:\n"),

@@ -22,9 +22,9 @@ from support.flow_cluster import (
 )
 
 from twostroke.core import errors
-from twostroke.core.request import FinishReason, Request, Role, SamplingParams
+from twostroke.core.request import CacheScope, FinishReason, Request, Role, SamplingParams
 from twostroke.core.timeline import Timeline
-from twostroke.kv.block import IdentityRoot, chain
+from twostroke.kv.keys import PromptHasher
 from twostroke.protos import common_pb2
 from twostroke.router.requests.pieces import OutputDelta
 
@@ -223,8 +223,8 @@ async def test_a_request_id_in_use_is_refused_and_the_first_goes_on() -> None:
 
 async def test_goes_where_the_prefix_is_held_and_resyncs_after_a_gap() -> None:
     prompt = tuple(range(1600))
-    root = IdentityRoot("tenant", FINGERPRINT, b"n" * 16).digest(KEY)
-    blocks = [bytes(identity) for identity in chain(KEY, root, prompt)]
+    hasher = PromptHasher(KEY, FINGERPRINT, b"n" * 16)
+    blocks = [bytes(identity) for identity in hasher.name(prompt, CacheScope("tenant", b"")).identities]
     async with cluster() as c:
         holder = FakeWorker("holder", held=blocks)
         await c.add(FakeWorker("empty-1"), holder, FakeWorker("empty-2"))
@@ -243,8 +243,8 @@ async def test_goes_where_the_prefix_is_held_and_resyncs_after_a_gap() -> None:
 
 async def test_other_tenants_do_not_share_the_prefix() -> None:
     prompt = tuple(range(1600))
-    root = IdentityRoot("tenant", FINGERPRINT, b"n" * 16).digest(KEY)
-    blocks = [bytes(identity) for identity in chain(KEY, root, prompt)]
+    hasher = PromptHasher(KEY, FINGERPRINT, b"n" * 16)
+    blocks = [bytes(identity) for identity in hasher.name(prompt, CacheScope("tenant", b"")).identities]
     async with cluster() as c:
         await c.add(FakeWorker("holder", held=blocks))
         await collect(c.flow, request(prompt_ids=prompt, isolation_domain="somebody else"))
