@@ -76,7 +76,6 @@ class DecodeTask:
         self._deadline_s = self._received_at_s + (order.timeout_s or DEFAULT_TIMEOUT_S)
         self._verdict: FinishReason | None = None
         self._pull: KvPull | None = None
-        self._identity_root = b""  # of the prompt's names, once they are known
         self._peers = list(order.peers)
         self._has_bound = False
         self._has_asked = False
@@ -91,9 +90,8 @@ class DecodeTask:
 
     def start(self) -> None:
         """Give the sequence to the engine."""
-        order, facts = self.order, self._tools.facts
-        names = facts.namer.name(order.prompt_ids, order.scope)
-        self._identity_root = names.root
+        order = self.order
+        names = order.prompt.names
         dispatcher = self._tools.pull.dispatcher
         dispatcher.own(order.engine_key, self.handle)
         dispatcher.send(
@@ -189,7 +187,7 @@ class DecodeTask:
             worker_id=facts.worker_id,
             priority=order.priority,
             emitted_tokens=order.num_emitted,
-            identity_root=self._identity_root,
+            identity_root=order.prompt.names.root,
         )
 
     def bind_wanted(self) -> None:

@@ -40,7 +40,7 @@ _DECODE = [
         "        if not self.order.peers or self._verdict is not None:\n",
         "        if not self.order.peers:\n",
     ),
-    Mutant("decode_worker/run.py", "            identity_root=self._identity_root,\n", ""),
+    Mutant("decode_worker/run.py", "            identity_root=order.prompt.names.root,\n", ""),
     Mutant("decode_worker/run.py", "            emitted_tokens=order.num_emitted,\n", ""),
     Mutant("decode_worker/run.py", "            **scope_to_wire(order.scope),\n", ""),
     Mutant("decode_worker/run.py", "            held_tokens=self._held_tokens,\n", ""),

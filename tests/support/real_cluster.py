@@ -15,7 +15,7 @@ from twostroke.kv.block import BlockIdentity
 from twostroke.kv.keys import identity_key, proof_key
 from twostroke.router.config import RouterConfig
 from twostroke.router.requests.flow import Flow
-from twostroke.router.routing.facts import ModelFacts
+from twostroke.router.routing.facts import ModelFacts, WorkerKey
 from twostroke.worker.process import WorkerProcess
 
 
@@ -43,6 +43,13 @@ class RealCluster:
     def identities(self, request: Request, model: ModelFacts) -> tuple[BlockIdentity, ...]:
         """The names that the router gives the blocks of a prompt."""
         return self.flow._members.identities(request, model)
+
+    def lose(self, worker: WorkerProcess, may_return: bool) -> None:
+        """Let the router believe that a worker is lost; with `may_return` it may get the same requests again."""
+        key = WorkerKey(worker.settings.worker_id, worker.incarnation)
+        if not may_return:
+            self.flow._members.roster.leaving(key)
+        self.flow._life.lost(key, "a test says so", self.flow.clock.now_s())
 
     def _state(self, worker_id: str) -> str | None:
         return {w["worker_id"]: w["state"] for w in self.flow.cluster()["workers"]}.get(worker_id)
