@@ -106,6 +106,9 @@ HANDOVER_FAILURES = Metric(
 HANDOVER_EXPIRED = Metric(
     "twostroke_handover_expired", Kind.COUNTER, "Prompts whose KV a prefill worker freed because decode fell silent"
 )
+HANDOVER_GARBLED = Metric(
+    "twostroke_handover_garbled", Kind.COUNTER, "Envelopes on hand-over streams that could not be read"
+)
 ITERATION_TOKENS = Metric(
     "vllm:iteration_tokens_total", Kind.HISTOGRAM, "Tokens computed in an engine step", buckets.STEP_TOKENS
 )
@@ -133,8 +136,45 @@ COUNTED_BY_ENGINES = {
     CORRUPTED: ("ended_non_finite_kv",),
     HANDOVER_FAILURES: tuple(f"handover_lost_{end}" for end in ("failed", "closed", "silent", "protocol", "corrupted")),
     HANDOVER_EXPIRED: ("handover_aborted_silent",),
+    HANDOVER_GARBLED: ("handover_garbled",),
 }
 """Each metric is the sum of these counters of a load report."""
+
+SIDES = ("decode", "prefill")
+"""The sides of a hand-over, the values of the label `side`: who receives KV, and who sends it."""
+
+
+def _of_handovers(name: str, text: str) -> Metric:
+    return Metric(f"twostroke_handover_{name}", Kind.COUNTER, text, labels=("side",))
+
+
+HANDOVER_STREAMS = {
+    "messages_sent": _of_handovers("messages_sent", "Messages written to hand-over streams, frames and beats included"),
+    "messages_received": _of_handovers(
+        "messages_received", "Messages accepted from hand-over streams, frames and beats included"
+    ),
+    "frames": _of_handovers("frames", "Frames of KV sent (prefill) or accepted (decode), refetched ones included"),
+    "frame_bytes": _of_handovers(
+        "frame_bytes", "Bytes of these frames: planes and scales where they are sent, with headers where they arrive"
+    ),
+    "duplicates": _of_handovers("duplicates", "Messages dropped because their sequence had been seen"),
+    "stale": _of_handovers("stale", "Messages dropped because they are of an older dispatch"),
+    "gaps": _of_handovers("gaps", "Missing sequences; each ended its hand-over"),
+    "refetches": _of_handovers("refetches", "Token ranges asked for (decode) or sent (prefill) once more"),
+    "late": _of_handovers("late", "Events that came after the end of their hand-over"),
+    "mismatches": _of_handovers(
+        "mismatches", "KV that did not match its digests: frames that arrived (decode), reads to be sent (prefill)"
+    ),
+}
+"""What both sides of hand-overs count, by the field of kv/handover/machine.py: Counters."""
+
+_MISMATCHES = {"decode": "kv_corrupted_frames", "prefill": "kv_corrupted_reads"}
+
+
+def _handover_counter(side: str, field: str) -> str:
+    """The counter of a load report that holds a field of one side; see kv/handover/exported.py."""
+    return _MISMATCHES[side] if field == "mismatches" else f"handover_{side}_{field}"
+
 
 SPREAD_BY_ENGINES = {
     "iteration_tokens": ITERATION_TOKENS,
@@ -200,6 +240,8 @@ REASONS = {
 def know(board: Board, *labels: str) -> None:
     """Create every series of requests and engines with the value zero, for these leading labels."""
     board.know((*OF_REQUESTS, *OF_ENGINES, *GAUGES), *labels)
+    for side in SIDES:
+        board.know(HANDOVER_STREAMS.values(), *labels, side)
     for word in REASONS.values():
         board.know((SUCCESS,), *labels, word)
 
@@ -229,6 +271,9 @@ def count_engines(board: Board, counters: Mapping[str, int], spreads: Mapping[st
     """Set the counts of engines since their start. A histogram with other buckets than ours is ignored."""
     for metric, names in COUNTED_BY_ENGINES.items():
         board.set(metric, *labels, value=sum(counters.get(name, 0) for name in names))
+    for side in SIDES:
+        for field, metric in HANDOVER_STREAMS.items():
+            board.set(metric, *labels, side, value=counters.get(_handover_counter(side, field), 0))
     for name, metric in SPREAD_BY_ENGINES.items():
         spread = spreads.get(name)
         if spread is not None and len(spread.counts) == len(metric.bounds) + 1:

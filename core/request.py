@@ -86,6 +86,18 @@ USUAL_ANSWER_TOKENS = 1024  # estimated length of an answer without a bound of i
 
 
 @dataclass(frozen=True, slots=True)
+class CacheScope:
+    """The fields of a request in the names of its prompt's blocks: requests that differ in one share no KV.
+
+    Router, decode worker and prefill worker name a prompt by it and by the model (kv/keys.py). No field has a default:
+    a new one is an error at every place that does not give it.
+    """
+
+    isolation_domain: str  # of the authenticated tenant, and the cache salt
+    adapter: bytes  # content hash; empty: none
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One validated request in the router, the same for HTTP and gRPC."""
 
@@ -98,6 +110,9 @@ class Request:
     timeout_s: float
     is_chat: bool = False
     is_bounded: bool = True  # false: the client gave no limit; `max_tokens` is all that fits
+    ignored_fields: tuple[str, ...] = ()  # names of fields that the client sent and that have no effect
+    tenant: str | None = None  # owner of the request; None: the isolation domain
+    adapter: bytes = b""  # content hash; empty: none, the only one that is served
 
     @property
     def expected_tokens(self) -> int:
@@ -105,8 +120,10 @@ class Request:
         most = self.sampling.max_tokens
         return most if self.is_bounded else min(most, USUAL_ANSWER_TOKENS)
 
-    ignored_fields: tuple[str, ...] = ()  # names of fields that the client sent and that have no effect
-    tenant: str | None = None  # owner of the request; None: the isolation domain
+    @property
+    def cache_scope(self) -> CacheScope:
+        """Fields that name the prompt's blocks, besides its ids and the model."""
+        return CacheScope(self.isolation_domain, self.adapter)
 
     @property
     def owner(self) -> str:

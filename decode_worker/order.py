@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from ..core.errors import InvalidRequest
 from ..core.ports import check_address
-from ..core.request import Epoch, SamplingParams, SequenceKey
+from ..core.request import CacheScope, Epoch, SamplingParams, SequenceKey
 from ..engine.facts import ModelFacts
-from ..kv.messages import epoch_from_wire, sampling_from_wire
+from ..kv.messages import epoch_from_wire, sampling_from_wire, scope_from_wire
+from ..kv.recent_prompts import NamedPrompt, RecentPrompts
 from ..protos import worker_pb2
 
 
@@ -27,15 +28,19 @@ class Order:
 
     key: SequenceKey  # the router's name of it
     epoch: Epoch
-    prompt_ids: tuple[int, ...]
+    prompt: NamedPrompt
     params: SamplingParams
-    isolation_domain: str
-    adapter: bytes
+    scope: CacheScope
     peers: tuple[Peer, ...]  # ranked; empty: prefill locally
     timeout_s: float | None
     num_emitted: int  # trailing prompt ids that the client has received already
     priority: int
     serial: int  # of this worker's orders
+
+    @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        """The prompt, with what earlier dispatches generated."""
+        return self.prompt.prompt_ids
 
     @property
     def engine_key(self) -> SequenceKey:
@@ -48,7 +53,7 @@ def key_of(message: worker_pb2.Submit) -> SequenceKey:
     return SequenceKey(message.request_id, message.choice)
 
 
-def order_from_wire(message: worker_pb2.Submit, model: ModelFacts, serial: int) -> Order:
+def order_from_wire(message: worker_pb2.Submit, model: ModelFacts, prompts: RecentPrompts, serial: int) -> Order:
     """Check an order against this worker's model. The router has validated the client's input; this guards the engine.
 
     Raises:
@@ -64,13 +69,13 @@ def order_from_wire(message: worker_pb2.Submit, model: ModelFacts, serial: int) 
         )
     params = sampling_from_wire(message.sampling)
     model.check_sampling(params)
+    scope = scope_from_wire(message)
     return Order(
         key=key_of(message),
         epoch=epoch_from_wire(message.epoch),
-        prompt_ids=prompt_ids,
+        prompt=prompts.name(message.request_id, prompt_ids, scope),
         params=params,
-        isolation_domain=message.isolation_domain,
-        adapter=message.adapter,
+        scope=scope,
         peers=tuple(_peer(p) for p in message.prefill_peers),
         timeout_s=message.timeout_ms / 1000 if message.timeout_ms else None,
         num_emitted=message.emitted_tokens,

@@ -18,6 +18,7 @@ from ..core.timeline import Instant, Timeline
 from ..engine.link.client import EngineClient
 from ..engine.link.messages import WriteKv
 from ..kv.handover.carrier import Carrier, Check, CheckLine, StreamHost
+from ..kv.handover.exported import CountersExport
 from ..kv.handover.frames import Frame, WireError, decode_envelope, encode_message, verify_frame
 from ..kv.handover.machine import Action, AskBind, Close, Complete, GotFirstToken, HandoverEnd, Lost, Send, Write
 from ..kv.handover.receiver import FrameArrived, Receiver
@@ -81,7 +82,8 @@ class KvPull:
         self._arrivals: list[Arrival] = []
         self._frame: Frame | None = None  # the one that the machine is handling
         self._opened_at_s = host.now_s()
-        self._carrier = Carrier(receiver, host, self._act)
+        export = CountersExport(receiver.counters, "decode", tools.counters)
+        self._carrier = Carrier(receiver, host, self._act, export.update)
         self._envelopes: CheckLine[bytes | None] = CheckLine(host, self._take)
         host.listen(self._envelopes.put)
         host.after(0.0, self._open)  # later, because the owner does not have its reference to this object yet

@@ -25,7 +25,7 @@ from ..kv.handover.driver import ClientDriver
 from ..kv.handover.machine import HANDOVER, GotFirstToken, Label, Lost
 from ..kv.handover.receiver import Receiver
 from ..kv.handover.transports.grpc import Channels
-from ..kv.messages import sampling_to_wire, spec_to_wire
+from ..kv.messages import sampling_to_wire, scope_to_wire, spec_to_wire
 from ..kv.spec import HASH_BLOCK_TOKENS
 from ..protos import handover_pb2
 from .choice import ChoiceText
@@ -76,7 +76,6 @@ class DecodeTask:
         self._deadline_s = self._received_at_s + (order.timeout_s or DEFAULT_TIMEOUT_S)
         self._verdict: FinishReason | None = None
         self._pull: KvPull | None = None
-        self._identity_root = b""  # of the prompt's identities, once they are known
         self._peers = list(order.peers)
         self._has_bound = False
         self._has_asked = False
@@ -91,9 +90,8 @@ class DecodeTask:
 
     def start(self) -> None:
         """Submit the sequence to the engine."""
-        order, facts = self.order, self._tools.facts
-        names = facts.namer.name(order.prompt_ids, order.isolation_domain, order.adapter)
-        self._identity_root = names.root
+        order = self.order
+        names = order.prompt.names
         dispatcher = self._tools.pull.dispatcher
         dispatcher.own(order.engine_key, self.handle)
         dispatcher.send(
@@ -179,8 +177,7 @@ class DecodeTask:
             prompt_ids=order.prompt_ids,
             held_tokens=self._held_tokens,
             sampling=sampling_to_wire(order.params),
-            isolation_domain=order.isolation_domain,
-            adapter=order.adapter,
+            **scope_to_wire(order.scope),
             kv_spec=spec_to_wire(facts.model.kv_spec),
             numerics_class=facts.model.numerics_class,
             deterministic=facts.model.deterministic,
@@ -190,7 +187,7 @@ class DecodeTask:
             worker_id=facts.worker_id,
             priority=order.priority,
             emitted_tokens=order.num_emitted,
-            identity_root=self._identity_root,
+            identity_root=order.prompt.names.root,
         )
 
     def bind_wanted(self) -> None:

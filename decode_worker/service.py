@@ -10,6 +10,7 @@ from collections.abc import Callable
 from ..core.errors import InternalError, RequestNotFound, TwostrokeError, Unavailable
 from ..core.request import FinishReason
 from ..kv.messages import epoch_from_wire, error_to_wire
+from ..kv.recent_prompts import RecentPrompts
 from ..protos import common_pb2, worker_pb2
 from ..text.tokenizer import Tokenizer
 from .choice import ChoiceText
@@ -47,6 +48,7 @@ class DecodeService:
         self._counters: Counter[str] = tools.pull.counters
         self._ledger: Ledger[DecodeTask, RouterSession] = Ledger()
         self._num_orders = 0
+        self._prompts = RecentPrompts(tools.facts.namer)
         self._timers: set[asyncio.TimerHandle] = set()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -163,7 +165,7 @@ class DecodeService:
             raise Unavailable("the worker is draining", retry_after_s=DRAIN_RETRY_S)
         try:
             self._num_orders += 1
-            order = order_from_wire(message, self._tools.facts.model, self._num_orders)
+            order = order_from_wire(message, self._tools.facts.model, self._prompts, self._num_orders)
             run = DecodeTask(order, self._choice(order), session.outbox, self._tools, self._on_end)
             run.start()
         except TwostrokeError:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NewType
 
+from ..core.request import CacheScope
 from .spec import HASH_BLOCK_TOKENS
 
 BlockId = NewType("BlockId", int)
@@ -22,20 +23,17 @@ IDENTITY_BYTES = 16
 class IdentityRoot:
     """All facts besides the tokens that two prefixes must have in common to share KV."""
 
-    isolation_domain: str  # from the authenticated tenant
+    scope: CacheScope
     weights_fingerprint: bytes
     numerics_class: bytes  # set in deterministic mode, else empty
-    adapter: bytes = b""  # content hash
-    extra: bytes = b""
 
     def digest(self, key: bytes) -> bytes:
         """First link of the chain, 16 bytes; `key` is the identity key of the cluster, 1 to 64 bytes."""
         parts = (
-            self.isolation_domain.encode(),
+            self.scope.isolation_domain.encode(),
+            self.scope.adapter,
             self.weights_fingerprint,
             self.numerics_class,
-            self.adapter,
-            self.extra,
         )
         hasher = hashlib.blake2b(key=key, digest_size=IDENTITY_BYTES, person=b"twostroke-root")
         for part in parts:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+from ..core.request import CacheScope
 from .block import BlockIdentity, IdentityRoot, chain
 
 
@@ -33,19 +35,48 @@ class PromptNames:
     identities: tuple[BlockIdentity, ...]
 
 
+class HashedModel(Protocol):
+    """A model as prompts are named by it: a worker's own facts, or what a worker told the router."""
+
+    @property
+    def weights_fingerprint(self) -> bytes:
+        """16 bytes that stand for all weights."""
+        ...
+
+    @property
+    def numerics_class(self) -> bytes:
+        """16 bytes that stand for everything that can change a bit of a logit."""
+        ...
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether only KV of the same numerics class may be used."""
+        ...
+
+
+def identity_class(model: HashedModel) -> bytes:
+    """The part of a model's numerics that its block identities contain: workers that differ in it share no KV."""
+    return model.numerics_class if model.deterministic else b""
+
+
 @dataclass(frozen=True, slots=True)
 class PromptHasher:
-    """Hashes prompts of one model in one numerics class. Equal hashers give equal identities in all processes."""
+    """Hashes prompts of one model in one numerics class. Routers and workers make theirs with `of`, so they agree."""
 
     key: bytes  # identity_key
     weights_fingerprint: bytes
     numerics_class: bytes  # empty unless deterministic
 
-    def root(self, isolation_domain: str, adapter: bytes = b"") -> bytes:
-        """The link before the first block of all prompts of a domain and adapter."""
-        return IdentityRoot(isolation_domain, self.weights_fingerprint, self.numerics_class, adapter).digest(self.key)
+    @classmethod
+    def of(cls, key: bytes, model: HashedModel) -> PromptHasher:
+        """The hasher of a model under a cluster's `identity_key`."""
+        return cls(key, model.weights_fingerprint, identity_class(model))
 
-    def name(self, prompt_ids: Sequence[int], isolation_domain: str, adapter: bytes = b"") -> PromptNames:
+    def root(self, scope: CacheScope) -> bytes:
+        """The link before the first block of a scope's prompts."""
+        return IdentityRoot(scope, self.weights_fingerprint, self.numerics_class).digest(self.key)
+
+    def name(self, prompt_ids: Sequence[int], scope: CacheScope) -> PromptNames:
         """Root and identities of a prompt."""
-        root = self.root(isolation_domain, adapter)
+        root = self.root(scope)
         return PromptNames(root, tuple(chain(self.key, root, prompt_ids)))

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 from ..core.errors import InvalidRequest, TwostrokeError, from_code
-from ..core.request import Epoch, FinishReason, Role, SamplingParams, TokenLogprobs
+from ..core.request import CacheScope, Epoch, FinishReason, Role, SamplingParams, TokenLogprobs
 from ..core.timeline import Timeline
-from ..protos import common_pb2, worker_pb2
+from ..protos import common_pb2, handover_pb2, worker_pb2
 from .codec import Codec
 from .spec import Component, KvSpec, LayerGroup
 
@@ -209,6 +209,16 @@ def epoch_to_wire(epoch: Epoch) -> worker_pb2.Epoch:
 def epoch_from_wire(message: worker_pb2.Epoch) -> Epoch:
     """Epoch (router incarnation, counter) of a message."""
     return Epoch(message.incarnation, message.counter)
+
+
+def scope_to_wire(scope: CacheScope) -> dict[str, Any]:
+    """Constructor arguments of a message that carries a cache scope: `Submit`, `Open` and `FetchRequest` alike."""
+    return {"isolation_domain": scope.isolation_domain, "adapter": scope.adapter}
+
+
+def scope_from_wire(message: worker_pb2.Submit | handover_pb2.Open | handover_pb2.FetchRequest) -> CacheScope:
+    """The cache scope that a message carries."""
+    return CacheScope(message.isolation_domain, message.adapter)
 
 
 def error_to_wire(error: TwostrokeError) -> common_pb2.Error:

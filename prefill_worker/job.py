@@ -18,6 +18,7 @@ from ..core.timeline import Instant, Timeline
 from ..engine.link import messages as link
 from ..engine.link.client import EngineClient, SequenceEvent
 from ..kv.handover.carrier import Carrier, Check, CheckLine, StreamHost
+from ..kv.handover.exported import CountersExport
 from ..kv.handover.frames import FrameLabel, WireError, decode_envelope, encode_frame, encode_message, verify_sections
 from ..kv.handover.machine import Abort, Action, Close, EngineBound, EngineNotYet, Read, ReleaseBlocks, Send, SendFrame
 from ..kv.handover.sender import Sender
@@ -57,7 +58,8 @@ class PrefillTask:
         self._planes: dict[tuple[int, int], tuple[SectionData, ...]] = {}  # verified, about to be sent
         self._mismatches: Counter[tuple[int, int]] = Counter()  # reads of each range that did not match its seals
         self._has_ended = False  # the engine's Ended came
-        self._carrier = Carrier(sender, host, self._act)
+        export = CountersExport(sender.counters, "prefill", tools.counters)
+        self._carrier = Carrier(sender, host, self._act, export.update)
         # In order, so that leading tokens are sent first: decode can use only a prefix without gaps.
         self._read_planes: CheckLine[link.KvRead] = CheckLine(host, self._check_of)
         host.listen(self._take)

@@ -16,7 +16,8 @@ from ..kv.handover.frames import WireError, decode_envelope, encode_message, tok
 from ..kv.handover.machine import HANDOVER, Label
 from ..kv.handover.sender import Sender, refuse
 from ..kv.handover.transports.grpc import ByteStream, ServerContext, ServerStream
-from ..kv.messages import error_to_wire, sampling_from_wire, spec_from_wire
+from ..kv.messages import error_to_wire, sampling_from_wire, scope_from_wire, spec_from_wire
+from ..kv.recent_prompts import RecentPrompts
 from ..kv.spec import KvSpec
 from ..protos import handover_pb2
 from .job import PrefillTask, PrefillTaskTools
@@ -41,6 +42,7 @@ class PrefillService:
         self._max_streams = max_streams
         self._jobs: dict[SequenceKey, PrefillTask] = {}
         self._tasks: set[asyncio.Task[None]] = set()  # one per stream that has a job
+        self._prompts = RecentPrompts(facts.namer)
         self._count = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -157,11 +159,11 @@ class PrefillService:
 
     def _submit(self, sender: Sender, now_s: float) -> link.Submit:
         order = sender.order
-        prompt_ids = tuple(order.prompt_ids)
-        self._facts.model.check_prompt(prompt_ids)
+        asked_ids = tuple(order.prompt_ids)
+        self._facts.model.check_prompt(asked_ids)
         params = sampling_from_wire(order.sampling)
         self._facts.model.check_sampling(params)
-        names = self._facts.namer.name(prompt_ids, order.isolation_domain, order.adapter)
+        prompt_ids, names = self._prompts.name(sender.label.request_id, asked_ids, scope_from_wire(order))
         if order.identity_root != names.root:
             raise InvalidRequest(
                 f"identity_root is {order.identity_root.hex()}, ours {names.root.hex()}: cluster key, weights, "

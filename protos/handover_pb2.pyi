@@ -564,6 +564,7 @@ class FetchRequest(_message.Message):
     HEAD_COUNT_FIELD_NUMBER: _builtins.int
     ISOLATION_DOMAIN_FIELD_NUMBER: _builtins.int
     TIMEOUT_MS_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
     first_token: _builtins.int
     """place of the first one in its sequence"""
     layer_start: _builtins.int
@@ -573,8 +574,10 @@ class FetchRequest(_message.Message):
     head_count: _builtins.int
     """0: all"""
     isolation_domain: _builtins.str
-    """whose blocks; those of another domain count as not held"""
+    """whose blocks; those of another domain or adapter count as not held"""
     timeout_ms: _builtins.int
+    adapter: _builtins.bytes
+    """content hash, empty: none"""
     @_builtins.property
     def identities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """hash blocks, 16 bytes each, a chain in order"""
@@ -595,10 +598,11 @@ class FetchRequest(_message.Message):
         head_count: _builtins.int = ...,
         isolation_domain: _builtins.str = ...,
         timeout_ms: _builtins.int = ...,
+        adapter: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["components", b"components", "first_token", b"first_token", "head_count", b"head_count", "head_start", b"head_start", "identities", b"identities", "isolation_domain", b"isolation_domain", "layer_count", b"layer_count", "layer_start", b"layer_start", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "components", b"components", "first_token", b"first_token", "head_count", b"head_count", "head_start", b"head_start", "identities", b"identities", "isolation_domain", b"isolation_domain", "layer_count", b"layer_count", "layer_start", b"layer_start", "timeout_ms", b"timeout_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -9,15 +9,16 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from ..core.errors import InternalError, TwostrokeError
+from ..core.request import CacheScope
 from ..engine.core import CoreLimits, EngineCore
 from ..engine.link.messages import Command, Ended, Event, LoadNews, Offered, Promised, Submit
 from ..engine.link.plan_stream import PlanReceiver, PlanSender
 from ..engine.plan import StepPlan, StepResult
 from ..engine.store_ops import StoreOp
 from ..engine.turn import Turn
-from ..kv.block import IdentityRoot
 from ..kv.cache.pool import BlockPool
 from ..kv.cache.prefix import PrefixCache
+from ..kv.keys import PromptHasher
 from .cells import mix
 from .invariants import check_core, check_deadlines, check_promises, check_travelled
 from .setting import DOMAINS, Setting, WorkerSetting
@@ -30,12 +31,8 @@ NUMERICS = b"numerics"
 DEADLINE_SLACK_S = 0.5
 
 
-def root_of(domain: str) -> IdentityRoot:
-    """Root of a tenant's block identities."""
-    return IdentityRoot(domain, FINGERPRINT, NUMERICS)
-
-
-_DOMAIN_BY_ROOT = {root_of(domain).digest(IDENTITY_KEY): domain for domain in DOMAINS}
+_HASHER = PromptHasher(IDENTITY_KEY, FINGERPRINT, NUMERICS)
+_DOMAIN_BY_ROOT = {_HASHER.root(CacheScope(domain, b"")): domain for domain in DOMAINS}
 
 
 class Engine:

@@ -13,7 +13,8 @@ from weakref import WeakKeyDictionary
 from ..core.errors import Cancelled, TwostrokeError
 from ..core.request import Epoch, Request, SequenceKey
 from ..core.timeline import Instant, Timeline
-from ..kv.block import BlockIdentity, chain
+from ..kv.block import BlockIdentity
+from ..kv.keys import PromptHasher
 from ..protos import worker_pb2
 from ..router.requests.admission import AdmissionLimits
 from ..router.requests.explain import explain_run
@@ -26,7 +27,7 @@ from ..router.routing.facts import ModelFacts, WorkerFacts, WorkerKey
 from ..router.routing.fleet import Fleet, FleetChange
 from ..router.routing.policy import PolicyLimits
 from ..router.routing.prefixes import PrefixMap
-from .engine import IDENTITY_KEY, root_of
+from .engine import IDENTITY_KEY
 from .invariants import Violation
 from .links import Link
 from .network import End, Network
@@ -173,7 +174,7 @@ class RouterNode:
 
     def identities(self, request: Request, model: ModelFacts) -> Sequence[BlockIdentity]:
         """Implements `Driver.identities`."""
-        return chain(IDENTITY_KEY, root_of(request.isolation_domain).digest(IDENTITY_KEY), request.prompt_ids)
+        return PromptHasher.of(IDENTITY_KEY, model).name(request.prompt_ids, request.cache_scope).identities
 
     # ------------------------------------------------------------------ what it tells (see Observer)
 

@@ -348,7 +348,7 @@ def _face_facts(worker: WorkerSetting) -> FaceFacts:
     return FaceFacts(
         worker_id=worker.worker_id,
         model=model,
-        namer=PromptHasher(IDENTITY_KEY, FINGERPRINT, NUMERICS),
+        namer=PromptHasher.of(IDENTITY_KEY, model),
         digest_key=DIGEST_KEY,
         num_blocks=worker.num_blocks,
         block_tokens=worker.block_tokens,

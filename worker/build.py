@@ -83,7 +83,7 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> BuiltEngine:
     facts = FaceFacts(
         worker_id=settings.worker_id,
         model=model,
-        namer=PromptHasher(key, model.weights_fingerprint, model.numerics_class if model.deterministic else b""),
+        namer=PromptHasher.of(key, model),
         digest_key=options.digest_key,
         num_blocks=pool_size.num_blocks,
         block_tokens=cache.block_size,

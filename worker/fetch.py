@@ -16,6 +16,7 @@ from ..kv.block import IDENTITY_BYTES, BlockIdentity
 from ..kv.handover.frames import FrameLabel, encode_frame
 from ..kv.handover.machine import Label
 from ..kv.handover.transports.grpc import ServerContext
+from ..kv.messages import scope_from_wire
 from ..kv.section import SectionData
 from ..kv.spec import HASH_BLOCK_TOKENS
 from ..protos import handover_pb2
@@ -24,7 +25,7 @@ MAX_IDENTITIES = 65_536  # a million tokens
 
 
 class FetchService:
-    """Serves cached blocks of one isolation domain. The guard has checked before that the caller may ask."""
+    """Serves cached blocks of one cache scope. The guard has checked before that the caller may ask."""
 
     def __init__(self, facts: FaceFacts, dispatcher: EngineClient) -> None:
         self._facts = facts
@@ -33,11 +34,11 @@ class FetchService:
     async def fetch(self, request: bytes, context: ServerContext) -> AsyncIterator[bytes]:
         """Handler of Blocks.Fetch: yields frames of the longest leading part that is held, in order.
 
-        Blocks of another isolation domain than the request's count as not held.
+        Blocks of another isolation domain or adapter than the request's count as not held.
         """
         wanted = await _parsed(request, context)
         identities = [BlockIdentity(identity) for identity in wanted.identities]
-        root = self._facts.namer.root(wanted.isolation_domain)
+        root = self._facts.namer.root(scope_from_wire(wanted))
         step = self._identities_per_frame()
         sequence = 0
         for first in range(0, len(identities), step):

@@ -89,16 +89,21 @@ class StreamHost(Protocol):
 class Carrier:
     """Queue of the actions of one machine, and its timer."""
 
-    def __init__(self, machine: Machine, host: StreamHost, act: Callable[[Action], None]) -> None:
+    def __init__(
+        self, machine: Machine, host: StreamHost, act: Callable[[Action], None], counted: Callable[[], None]
+    ) -> None:
+        """`counted` is called after every event of the machine, whose counters may have grown."""
         self._machine = machine
         self._host = host
         self._act = act
+        self._counted = counted
         self._todo: deque[Action] = deque()
         self._is_doing = False
         self._timer: Cancellable | None = None
 
     def do(self, actions: Sequence[Action]) -> None:
         """Carry actions out in order. Actions added while one is carried out are queued behind the present ones."""
+        self._counted()
         self._todo += actions
         if self._is_doing:
             return

@@ -143,6 +143,7 @@ def explain_worker(worker: Worker, coefficients: Coefficients, now_s: float) -> 
 
 
 def _candidate(candidate: Candidate) -> dict[str, Any]:
+    """One way to serve the request. Its terms have the names of `Terms`, and `total_ms` is their sum."""
     terms = {name: round(value, 3) for name, value in asdict(candidate.terms).items()}
     return {
         "prefill_worker": candidate.prefill.worker_id if candidate.prefill else None,

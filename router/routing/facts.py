@@ -31,11 +31,6 @@ class ModelFacts:
     path: str  # the checkpoint's directory, as the worker names it
     kv_bytes_per_token: int  # what a hand-over moves
 
-    @property
-    def identity_class(self) -> bytes:
-        """What of the numerics stands in block identities: workers that differ in it share no KV."""
-        return self.numerics_class if self.deterministic else b""
-
 
 @dataclass(frozen=True, slots=True)
 class WorkerFacts:

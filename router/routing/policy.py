@@ -3,10 +3,10 @@
     cost = queue of P + a*u + b*u*(h + u/2)                     u uncached after h held tokens, on P
          + (1 - overlap) * bytes not held by D / bandwidth      0 for a local prefill
          + queue of D
-         + price: the delay to those who decode on D already, and the work itself, which others will wait for
+         + load penalty: the delay to sequences that decode on D, and the work itself, which later requests wait for
 
-A local prefill has P = D, and the price of the steps it takes from D's other sequences. The price of work is why
-siblings of a burst go where their prefix is being computed, although computing it elsewhere would be as quick. The best
+A local prefill has P = D, and its load penalty covers the steps it takes from D's other sequences. The penalty on work
+is why siblings of a burst go where their prefix is being computed, although another worker would be as quick. The best
 4 P x the best 4 D and every local prefill are compared exactly. Candidates within the measuring noise of each other
 count as equal; then fewer sequences under way win, and then a hash of the request's id, and no worker is always first.
 """
@@ -28,7 +28,7 @@ CANDIDATES = 4
 
 @dataclass(frozen=True, slots=True)
 class PolicyLimits:
-    """The weights of the price, and what counts as equal."""
+    """The weights of the load penalty, and what counts as equal."""
 
     overlap: float = 0.8  # share of a hand-over that hides behind the prefill that produces it
     handover_fixed_ms: float = 2.0  # opening the stream, promise, bind
@@ -80,7 +80,7 @@ class Terms:
     prefill_ms: float
     transfer_ms: float
     decode_queue_ms: float
-    delay_ms: float  # a price, not time: others pay it
+    load_penalty_ms: float  # no part of this request's latency: what it costs other requests, weighted
 
     @property
     def first_token_ms(self) -> float:
@@ -90,7 +90,7 @@ class Terms:
     @property
     def total_ms(self) -> float:
         """What is compared."""
-        return self.first_token_ms + self.transfer_ms + self.delay_ms
+        return self.first_token_ms + self.transfer_ms + self.load_penalty_ms
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,15 +133,15 @@ def choose(
     """
     cost = _Costs(request, held, limits)
     peers = sorted((w for w in workers if w.role is Role.PREFILL), key=cost.prefill_rank)[:CANDIDATES]
-    homes = [w for w in workers if w.role is not Role.PREFILL]
+    decoders = [w for w in workers if w.role is not Role.PREFILL]
     pairs = [
         cost.pair(p, d)
-        for d in sorted((w for w in homes if w.role is Role.DECODE), key=cost.decode_rank)[:CANDIDATES]
+        for d in sorted((w for w in decoders if w.role is Role.DECODE), key=cost.decode_rank)[:CANDIDATES]
         for p in peers
         if p.numerics == d.numerics and can_hand_over(p, d)
     ]
-    own = [cost.local(home) for home in homes if home.role is Role.COMBINED or limits.local_prefill]
-    candidates = pairs + own or [cost.local(home) for home in homes]  # no prefill worker is there: better than nothing
+    local = [cost.local(d) for d in decoders if d.role is Role.COMBINED or limits.local_prefill]
+    candidates = pairs + local or [cost.local(d) for d in decoders]  # no prefill worker is there: better than nothing
     if not candidates:
         return None
     ranked = sorted(candidates, key=lambda c: (c.terms.total_ms, c.name))
@@ -162,7 +162,7 @@ class _Figures(NamedTuple):
     prefill_ms: float
     missing_bytes: int
     decode_queue_ms: float
-    crowd_ms: float
+    interference_ms: float
 
 
 class _Costs:
@@ -181,24 +181,24 @@ class _Costs:
 
     def decode_rank(self, worker: WorkerView) -> tuple[float, int, bytes]:
         own = self._of(worker)
-        total_ms = self._transfer_ms(worker, worker) + own.decode_queue_ms + own.crowd_ms
+        total_ms = self._transfer_ms(worker, worker) + own.decode_queue_ms + own.interference_ms
         return (total_ms, worker.in_flight, _hash(self._request.request_id, worker.worker_id))
 
     def pair(self, prefill: WorkerView, decode: WorkerView) -> Candidate:
         p, d = self._of(prefill), self._of(decode)
-        price_ms = d.crowd_ms + self._limits.work_weight * p.prefill_ms
+        load_penalty_ms = d.interference_ms + self._limits.work_weight * p.prefill_ms
         transfer_ms = self._transfer_ms(decode, prefill)
-        terms = Terms(p.prefill_queue_ms, p.prefill_ms, transfer_ms, d.decode_queue_ms, price_ms)
+        terms = Terms(p.prefill_queue_ms, p.prefill_ms, transfer_ms, d.decode_queue_ms, load_penalty_ms)
         return Candidate(decode, prefill, p.held, d.held, terms)
 
-    def local(self, home: WorkerView) -> Candidate:
-        own = self._of(home)
+    def local(self, decode: WorkerView) -> Candidate:
+        own = self._of(decode)
         # Those who decode there wait while it prefills; on a decode worker so do those who are to come.
-        disturbed = home.num_decoding + (1 if home.role is Role.DECODE else 0)
-        price = self._limits.work_weight + self._limits.delay_weight * disturbed
-        price_ms = own.crowd_ms + price * own.prefill_ms
-        terms = Terms(own.prefill_queue_ms, own.prefill_ms, 0.0, own.decode_queue_ms, price_ms)
-        return Candidate(home, None, own.held, own.held, terms)
+        disturbed = decode.num_decoding + (1 if decode.role is Role.DECODE else 0)
+        weight = self._limits.work_weight + self._limits.delay_weight * disturbed
+        load_penalty_ms = own.interference_ms + weight * own.prefill_ms
+        terms = Terms(own.prefill_queue_ms, own.prefill_ms, 0.0, own.decode_queue_ms, load_penalty_ms)
+        return Candidate(decode, None, own.held, own.held, terms)
 
     def _of(self, worker: WorkerView) -> _Figures:
         figures = self._figures.get(worker.worker_id)
@@ -211,14 +211,14 @@ class _Costs:
         held = min(self._held.get(worker.worker_id, 0) * HASH_BLOCK_TOKENS, request.prompt_tokens - 1)
         uncached = request.prompt_tokens - held
         # One more row in every step: a share of a step for each sequence that is there.
-        crowd_ms = self._limits.delay_weight * speed.decode_step_ms * worker.num_decoding * request.num_choices
+        interference_ms = self._limits.delay_weight * speed.decode_step_ms * worker.num_decoding * request.num_choices
         return _Figures(
             held,
             speed.prefill_ms_per_token * worker.queued_prefill_tokens,
             speed.prefill_ms(uncached, held),
             uncached * worker.kv_bytes_per_token,
             self._decode_queue_ms(worker),
-            crowd_ms,
+            interference_ms,
         )
 
     def _transfer_ms(self, decode: WorkerView, prefill: WorkerView) -> float:

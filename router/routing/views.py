@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from ...core.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound, Unavailable
 from ...core.request import Request, Role, SequenceKey
+from ...kv.keys import identity_class
 from .coefficients import coefficients_of, guess
 from .facts import ModelFacts
 from .fleet import Dispatched, Fleet, Worker
@@ -48,7 +49,7 @@ def views_of(workers: Iterable[Worker]) -> list[WorkerView]:
             key=worker.facts.key,
             address=worker.facts.address,
             role=worker.role,
-            numerics=worker.facts.model.weights_fingerprint + worker.facts.model.identity_class,
+            numerics=worker.facts.model.weights_fingerprint + identity_class(worker.facts.model),
             handovers=worker.facts.handovers,
             coefficients=coefficients_of(worker.load, otherwise),
             kv_bytes_per_token=worker.facts.model.kv_bytes_per_token,

@@ -120,8 +120,8 @@ class WorkerRegistry:
 
     def identities(self, request: Request, model: ModelFacts) -> tuple[BlockIdentity, ...]:
         """The prompt's chain as workers of this model name it."""
-        namer = PromptHasher(self._identity.identity_key, model.weights_fingerprint, model.identity_class)
-        return namer.name(request.prompt_ids, request.isolation_domain).identities
+        hasher = PromptHasher.of(self._identity.identity_key, model)
+        return hasher.name(request.prompt_ids, request.cache_scope).identities
 
     def facts(self, now_s: float) -> list[dict[str, Any]]:
         """All workers as `status` shows them, by name."""

@@ -11,7 +11,14 @@ from ...core.ports import check_address
 from ...core.request import Epoch, Request, SequenceKey
 from ...core.tally import Spread
 from ...core.timeline import Instant, Timeline
-from ...kv.messages import adopt_instants, epoch_to_wire, role_from_wire, sampling_to_wire, spec_from_wire
+from ...kv.messages import (
+    adopt_instants,
+    epoch_to_wire,
+    role_from_wire,
+    sampling_to_wire,
+    scope_to_wire,
+    spec_from_wire,
+)
 from ...protos import common_pb2, worker_pb2
 from ..routing.facts import LoadFacts, ModelFacts, WorkerFacts
 from ..routing.policy import WorkerView
@@ -83,7 +90,7 @@ def submit_to_wire(
         epoch=epoch_to_wire(epoch),
         prompt_ids=request.prompt_ids,
         sampling=sampling_to_wire(sampling),
-        isolation_domain=request.isolation_domain,
+        **scope_to_wire(request.cache_scope),
         prefill_peers=[
             worker_pb2.PrefillPeer(worker_id=p.worker_id, incarnation=p.key.incarnation, address=p.address)
             for p in peers

@@ -10,7 +10,7 @@ import pytest
 
 from twostroke.core.clock import MonotonicClock
 from twostroke.core.lease import HANDOVER_LEASE
-from twostroke.core.request import Epoch, FinishReason, SamplingParams, SequenceKey
+from twostroke.core.request import CacheScope, Epoch, FinishReason, SamplingParams, SequenceKey
 from twostroke.decode_worker.choice import TextDelta
 from twostroke.decode_worker.order import Order, Peer
 from twostroke.decode_worker.outbox import Outbox
@@ -22,6 +22,7 @@ from twostroke.kv.codec import Codec
 from twostroke.kv.handover.frames import decode_envelope, encode_message
 from twostroke.kv.handover.machine import HandoverEnd, Label, Lost
 from twostroke.kv.keys import PromptHasher
+from twostroke.kv.recent_prompts import RecentPrompts
 from twostroke.kv.spec import attention_spec
 from twostroke.protos import handover_pb2 as pb
 
@@ -86,7 +87,9 @@ class Bench:
         self.pull = KvPullTools(self, None, 7, SPEC, HANDOVER_LEASE, MonotonicClock(), Counter())  # type: ignore[arg-type]
         peers = tuple(Peer(f"p{n}", 1, f"p{n}:1") for n in range(num_peers))
         params = SamplingParams(max_tokens=9)
-        order = Order(KEY, EPOCH, tuple(range(TOKENS)), params, "t", b"", peers, 60.0, 0, 0, 1)
+        scope = CacheScope("t", b"")
+        prompt = RecentPrompts(self.facts.namer).name(KEY.request_id, tuple(range(TOKENS)), scope)
+        order = Order(KEY, EPOCH, prompt, params, scope, peers, 60.0, 0, 0, 1)
         self.run = DecodeTask(order, Text(), Outbox(), self, lambda _: None)  # type: ignore[arg-type]
         self.run.start()
         self.run.handle(link.Promised(order.engine_key, held_tokens))

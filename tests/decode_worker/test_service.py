@@ -7,6 +7,7 @@ from twostroke.core.request import Epoch, SequenceKey
 from twostroke.decode_worker.ledger import RouterKey
 from twostroke.decode_worker.outbox import Outbox
 from twostroke.decode_worker.service import DecodeService
+from twostroke.kv.keys import PromptHasher
 from twostroke.kv.messages import epoch_to_wire
 from twostroke.protos import worker_pb2
 
@@ -21,7 +22,8 @@ class OlderRun:
 
 def test_a_newer_order_that_is_refused_ends_the_older_run_all_the_same():
     dispatcher = SimpleNamespace(on_step=lambda act: None)
-    tools = SimpleNamespace(pull=SimpleNamespace(counters=Counter(), dispatcher=dispatcher))
+    facts = SimpleNamespace(namer=PromptHasher(b"k" * 32, b"w" * 16, b""))
+    tools = SimpleNamespace(facts=facts, pull=SimpleNamespace(counters=Counter(), dispatcher=dispatcher))
     service, session = DecodeService(tools, None), SimpleNamespace(router=RouterKey("a", 1), outbox=Outbox())
     older = OlderRun()
     service._ledger.begin(older, session, session.router, SequenceKey("r", 0), Epoch(1, 1))

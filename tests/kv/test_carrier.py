@@ -47,9 +47,11 @@ def test_what_an_action_brings_comes_after_the_actions_before_it() -> None:
             carrier.do(["answer", "and more"])
         done.append(action)
 
-    carrier = Carrier(Machine(), host, act)  # type: ignore[arg-type]
+    counted: list[int] = []
+    carrier = Carrier(Machine(), host, act, lambda: counted.append(len(done)))  # type: ignore[arg-type]
     carrier.do(["ask", "second", "third"])  # type: ignore[list-item]
     assert done == host.traced == ["ask", "second", "third", "answer", "and more"]
+    assert counted == [0, 0]  # before the actions, and those of an answer at once
 
 
 def test_items_wait_for_the_verdict_of_the_one_before_them() -> None:
@@ -148,7 +150,7 @@ def test_a_machine_has_one_timer_at_a_time() -> None:
         return timers[-1]
 
     host.after = after  # type: ignore[attr-defined]
-    carrier = Carrier(machine, host, lambda _: None)  # type: ignore[arg-type]
+    carrier = Carrier(machine, host, lambda _: None, lambda: None)  # type: ignore[arg-type]
     for due_s in (5.0, 3.0, None):
         machine.next_deadline_s = due_s  # type: ignore[assignment]
         carrier.rearm()

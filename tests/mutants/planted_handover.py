@@ -266,8 +266,8 @@ _PULLED = [
     Mutant("prefill_worker/service.py", "            deadline_s=now_s + order.timeout_ms / 1000,\n", ""),
     Mutant(
         "prefill_worker/service.py",
-        "names = self._facts.namer.name(prompt_ids, order.isolation_domain, order.adapter)",
-        'names = self._facts.namer.name(prompt_ids, "", order.adapter)',
+        "scope_from_wire(order)",
+        "scope_from_wire(handover_pb2.Open())",
     ),
 ]
 

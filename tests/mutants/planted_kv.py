@@ -48,10 +48,16 @@ _PREFIX = [
 
 _NAMES = [
     Mutant("kv/block.py", "            self.weights_fingerprint,\n", ""),
-    Mutant("kv/block.py", "            self.isolation_domain.encode(),\n", ""),
+    Mutant("kv/block.py", "            self.scope.isolation_domain.encode(),\n", ""),
     Mutant("kv/block.py", "            self.numerics_class,\n", ""),
-    Mutant("kv/block.py", "            self.adapter,\n", ""),
-    Mutant("kv/block.py", "            self.extra,\n", ""),
+    Mutant("kv/block.py", "            self.scope.adapter,\n", ""),
+    Mutant("kv/keys.py", "return model.numerics_class if model.deterministic else", "return"),
+    Mutant("kv/messages.py", ', "adapter": scope.adapter}', "}"),
+    Mutant(
+        "kv/messages.py",
+        "CacheScope(message.isolation_domain, message.adapter)",
+        'CacheScope(message.isolation_domain, b"")',
+    ),
     Mutant("kv/block.py", 'hasher.update(len(part).to_bytes(4, "little") + part)', "hasher.update(part)"),
     Mutant("kv/block.py", "link = blake2b(link + data,", "link = blake2b(root + data,"),
     Mutant(
@@ -61,8 +67,8 @@ _NAMES = [
     ),
     Mutant(
         "kv/keys.py",
-        "self.weights_fingerprint, self.numerics_class, adapter)",
-        "self.weights_fingerprint, self.numerics_class)",
+        "IdentityRoot(scope, self.weights_fingerprint, self.numerics_class)",
+        'IdentityRoot(CacheScope(scope.isolation_domain, b""), self.weights_fingerprint, self.numerics_class)',
     ),
 ]
 

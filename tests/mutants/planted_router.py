@@ -59,7 +59,7 @@ _ROUTER = [
         "            self._generation >= self._swept[0].died_in_generation or",
     ),
     Mutant("router/routing/policy.py", "if p.numerics == d.numerics and can_hand_over", "if can_hand_over"),
-    Mutant("router/routing/policy.py", "if home.role is Role.COMBINED or limits.local_prefill]", "if True]"),
+    Mutant("router/routing/policy.py", "if d.role is Role.COMBINED or limits.local_prefill]", "if True]"),
     Mutant(
         "router/routing/policy.py", "uncached = request.prompt_tokens - held\n", "uncached = request.prompt_tokens\n"
     ),
@@ -224,13 +224,13 @@ _DRIVEN = [
     Mutant("router/workers/members.py", "        self._num_lost = self.fleet.num_lost\n", ""),
     Mutant(
         "router/workers/members.py",
-        "model.weights_fingerprint, model.identity_class)",
-        'model.weights_fingerprint, b"")',
+        "PromptHasher.of(self._identity.identity_key, model)",
+        'PromptHasher(self._identity.identity_key, model.weights_fingerprint, b"")',
     ),
     Mutant(
         "router/workers/members.py",
-        "namer.name(request.prompt_ids, request.isolation_domain)",
-        'namer.name(request.prompt_ids, "")',
+        "hasher.name(request.prompt_ids, request.cache_scope)",
+        'hasher.name(request.prompt_ids, type(request.cache_scope)("", b""))',
     ),
     Mutant(
         "router/workers/members.py",

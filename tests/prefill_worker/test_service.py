@@ -9,7 +9,7 @@ import pytest
 
 from twostroke.core.clock import MonotonicClock
 from twostroke.core.lease import HANDOVER_LEASE, Lease
-from twostroke.core.request import Epoch, FinishReason, Role, SamplingParams
+from twostroke.core.request import CacheScope, Epoch, FinishReason, Role, SamplingParams
 from twostroke.engine.facts import FaceFacts, ModelFacts
 from twostroke.engine.link.client import EngineClient
 from twostroke.engine.link.messages import CancelSequence, Ended, Offered, PeerBound, PeerNotYet, Source, Submit
@@ -25,6 +25,7 @@ from twostroke.protos import handover_pb2 as pb
 
 SPEC = attention_spec(2, 2, 16, Codec.FP8_E4M3)
 CLASS = b"c" * 16
+SCOPE = CacheScope("tests", b"")
 NAMER = PromptHasher(b"k" * 32, b"w" * 16, CLASS)
 
 
@@ -97,7 +98,7 @@ def order(**changes):
         "deterministic": True,
         "frame_slots": 4,
         "timeout_ms": 5000,
-        "identity_root": NAMER.name((), "tests").root,
+        "identity_root": NAMER.root(SCOPE),
     }
     return pb.Open(**fields | changes)
 
@@ -213,7 +214,7 @@ async def test_an_order_that_cannot_be_carried_out_is_refused_typed(bench, chang
 @pytest.mark.parametrize("deterministic", [True, False])
 async def test_a_peer_that_names_its_blocks_otherwise_is_refused(bench, changes, deterministic):
     it = bench(deterministic=deterministic)
-    root = replace(NAMER, **changes).name((), "tests").root
+    root = replace(NAMER, **changes).root(SCOPE)
     pipe, task = it.open(order(identity_root=root, deterministic=deterministic))
     failed = (await pipe.read("failed")).failed
     assert (failed.code, failed.param) == ("invalid_value", "identity_root")

@@ -12,7 +12,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from twostroke.core.guard import Guard
 from twostroke.core.inside import InsideChannel
-from twostroke.core.request import Role
+from twostroke.core.request import CacheScope, Role
 from twostroke.kv.config import CacheConfig
 from twostroke.kv.handover.frames import Frame, decode_envelope, verify_frame
 from twostroke.kv.handover.transports.grpc import Channels
@@ -145,8 +145,8 @@ async def test_fetch_gives_verified_frames_of_what_is_cached(
     await (await hand.submit("r", ids)).ended()
     await all_free(worker)
     facts = worker._room.facts
-    names = facts.namer.name(ids, "tests").identities
-    unknown = facts.namer.name(ids, "somebody else").identities
+    names = facts.namer.name(ids, CacheScope("tests", b"")).identities
+    unknown = facts.namer.name(ids, CacheScope("somebody else", b"")).identities
     channels = Channels(KEY)
 
     async def fetch(domain="tests", **wanted):

@@ -22,9 +22,9 @@ from support.flow_cluster import (
 )
 
 from twostroke.core import errors
-from twostroke.core.request import FinishReason, Request, Role, SamplingParams
+from twostroke.core.request import CacheScope, FinishReason, Request, Role, SamplingParams
 from twostroke.core.timeline import Timeline
-from twostroke.kv.block import IdentityRoot, chain
+from twostroke.kv.keys import PromptHasher
 from twostroke.protos import common_pb2
 from twostroke.router.requests.pieces import OutputDelta
 
@@ -58,6 +58,15 @@ async def test_streams_a_request_and_explains_it() -> None:
         assert order.index("received") < order.index("first_token") < order.index("first_sent")
         assert explained["choice"]["winner"]["prefill_worker"] == "prefill-0"
         assert len(explained["choice"]["candidates"]) == 2  # the pair, and decode by itself
+        terms = (
+            "prefill_queue_ms",
+            "prefill_ms",
+            "transfer_ms",
+            "decode_queue_ms",
+            "load_penalty_ms",
+        )  # as README says
+        for candidate in explained["choice"]["candidates"]:
+            assert candidate["total_ms"] == pytest.approx(sum(candidate[term] for term in terms), abs=0.01)
         json.dumps(c.flow.cluster())
         assert [model.name for model in c.flow.models()] == [MODEL]
         assert c.flow.explain("tenant", "unknown") is None
@@ -214,8 +223,8 @@ async def test_a_request_id_in_use_is_refused_and_the_first_goes_on() -> None:
 
 async def test_goes_where_the_prefix_is_held_and_resyncs_after_a_gap() -> None:
     prompt = tuple(range(1600))
-    root = IdentityRoot("tenant", FINGERPRINT, b"n" * 16).digest(KEY)
-    blocks = [bytes(identity) for identity in chain(KEY, root, prompt)]
+    hasher = PromptHasher(KEY, FINGERPRINT, b"n" * 16)
+    blocks = [bytes(identity) for identity in hasher.name(prompt, CacheScope("tenant", b"")).identities]
     async with cluster() as c:
         holder = FakeWorker("holder", held=blocks)
         await c.add(FakeWorker("empty-1"), holder, FakeWorker("empty-2"))
@@ -234,8 +243,8 @@ async def test_goes_where_the_prefix_is_held_and_resyncs_after_a_gap() -> None:
 
 async def test_other_tenants_do_not_share_the_prefix() -> None:
     prompt = tuple(range(1600))
-    root = IdentityRoot("tenant", FINGERPRINT, b"n" * 16).digest(KEY)
-    blocks = [bytes(identity) for identity in chain(KEY, root, prompt)]
+    hasher = PromptHasher(KEY, FINGERPRINT, b"n" * 16)
+    blocks = [bytes(identity) for identity in hasher.name(prompt, CacheScope("tenant", b"")).identities]
     async with cluster() as c:
         await c.add(FakeWorker("holder", held=blocks))
         await collect(c.flow, request(prompt_ids=prompt, isolation_domain="somebody else"))

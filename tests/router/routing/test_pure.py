@@ -165,7 +165,7 @@ def test_the_winner_is_cheapest_within_the_noise_and_can_do_the_work(views, prom
     assert len({peer.key for peer in choice.prefill_peers}) == len(choice.prefill_peers)
     for candidate in choice.candidates:
         terms = candidate.terms
-        assert min(terms.prefill_queue_ms, terms.transfer_ms, terms.decode_queue_ms, terms.delay_ms) >= 0
+        assert min(terms.prefill_queue_ms, terms.transfer_ms, terms.decode_queue_ms, terms.load_penalty_ms) >= 0
         assert terms.prefill_ms > 0  # the last token is always computed
         assert candidate.prefill is None or candidate.prefill.numerics == candidate.decode.numerics
     assert choice == choose(RequestFacts("r", prompt, 100), views, held, limits)
