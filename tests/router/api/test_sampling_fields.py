@@ -27,6 +27,7 @@ from twostroke.kv.codec import Codec
 from twostroke.kv.messages import sampling_from_wire, sampling_to_wire
 from twostroke.kv.spec import attention_spec
 from twostroke.protos import common_pb2, inference_pb2, worker_pb2
+from twostroke.router.api import defaults
 from twostroke.router.api.call import GenerateCall
 from twostroke.router.api.defaults import NO_DEFAULTS, SamplingDefaults
 from twostroke.router.api.fields import ChatBody, CompletionBody
@@ -88,6 +89,8 @@ def test_the_table_has_every_field_and_no_other() -> None:
         assert {name for field in FIELDS for name in (field.api, *field.aliases)} <= body.model_fields.keys()
     recommended = [field.name for field in FIELDS if field.checkpoint]
     assert sorted(recommended) == sorted(field.name for field in fields(SamplingDefaults))
+    assert not {field.checkpoint for field in FIELDS} & defaults._NOT_SERVED.keys()
+    assert not {field.gguf for field in FIELDS} & defaults._NOT_SERVED_GGUF.keys()
 
 
 @each_field
@@ -235,10 +238,10 @@ async def test_a_checkpoints_default_holds_where_nothing_is_said(
 ) -> None:
     stored = STORED.get(field.form, other_than_neutral(field))
     (tmp_path / "generation_config.json").write_text(json.dumps({field.checkpoint: stored}))
-    defaults = SamplingDefaults.load(tmp_path, VOCAB)
+    found = SamplingDefaults.load(tmp_path, VOCAB)
     expected = tuple(map(tuple, stored)) if field.form is Form.WORDS else as_params_have_it(field, stored)
-    assert defaults == replace(NO_DEFAULTS, **{field.name: expected})
-    recommending = replace(model, defaults=defaults)
+    assert found == replace(NO_DEFAULTS, **{field.name: expected})
+    recommending = replace(model, defaults=found)
     assert getattr(at_the_worker(GenerateCall(prompt="hello"), recommending), field.name) == expected
 
 
