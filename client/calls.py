@@ -13,6 +13,7 @@ from typing import Any, Generic, Literal, TypedDict, TypeVar
 
 from ..core.errors import InternalError, InvalidRequest, TokensLost
 from ..core.request import FinishReason, TokenLogprobs
+from ..core.sampling import FIELDS, Form, SamplingField, SamplingOptions
 from ..protos import common_pb2, inference_pb2
 from .fields import as_list as _list
 from .fields import set_field as _set
@@ -28,29 +29,15 @@ UNARY: tuple[Rpc, ...] = ("Generate", "Chat", "Tokenize", "ListModels", "Abort",
 Result = TypeVar("Result")
 
 
-class Options(TypedDict, total=False):
-    """Keyword options of `generate` and `chat`. An absent option has the model's or the server's default."""
+class ModelOption(TypedDict, total=False):
+    """The model that a call asks."""
 
     model: str  # required only if several models are served
-    max_tokens: int
-    temperature: float  # 0 = greedy
-    top_p: float
-    top_k: int  # 0 = off
-    min_p: float  # lowest probability, as a fraction of the likeliest token's; 0 = off
-    repetition_penalty: float  # for tokens in prompt or output; 1 = off
-    frequency_penalty: float  # for each occurrence in the output
-    presence_penalty: float  # once for each token in the output
-    logit_bias: Mapping[int, float]  # bias by token id, -100 to 100
-    bad_words: Sequence[str]  # never generated
-    seed: int
-    stop: str | Sequence[str]
-    stop_token_ids: Sequence[int]
-    include_stop_str_in_output: bool
-    skip_special_tokens: bool  # False: special tokens give text, which stop strings can match
-    ignore_eos: bool
-    min_tokens: int
-    logprobs: int  # number of likeliest tokens given per generated token
-    prompt_logprobs: int  # the same for every prompt token except the first
+
+
+class Options(ModelOption, SamplingOptions, total=False):
+    """Keyword options of `generate` and `chat`. An absent option has the model's or the server's default."""
+
     n: int  # number of choices
     request_id: str  # for `abort` and `explain`; if absent, the server makes one
     user: str
@@ -59,14 +46,6 @@ class Options(TypedDict, total=False):
 
 class ChatOptions(Options, TemplateOptions, total=False):
     """Keyword options of `chat`."""
-
-
-_SAMPLING = (
-    *("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop_token_ids", "ignore_eos", "min_tokens"),
-    *("repetition_penalty", "frequency_penalty", "presence_penalty", "bad_words", "include_stop_str_in_output"),
-    *("skip_special_tokens", "logprobs", "prompt_logprobs"),
-)
-_LISTS = ("stop_token_ids", "bad_words")
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,24 +168,26 @@ def _fill(request: inference_pb2.GenerateRequest | inference_pb2.ChatRequest, op
             raise InvalidRequest("n is 0; must be at least 1", param="n")
         _set(request, "num_choices", options["n"], "n")
     request.sampling.SetInParent()
-    for name in _SAMPLING:
-        value = options.get(name)
+    for field in FIELDS:
+        value = options.get(field.api)
         if value is not None:
-            _set(request.sampling, name, _list(value, name) if name in _LISTS else value)
-    _set_biases(request.sampling, options.get("logit_bias"))
-    stop = options.get("stop")
-    if stop is not None:
-        _set(request.sampling, "stop", [stop] if isinstance(stop, str) else _list(stop, "stop"))
+            _set_sampling(request.sampling, field, value)
 
 
-def _set_biases(sampling: common_pb2.SamplingParams, biases: Any) -> None:
-    if biases is None:
-        return
+def _set_sampling(sampling: common_pb2.SamplingParams, field: SamplingField, value: Any) -> None:
+    if field.form is Form.BIASES:
+        _set_biases(sampling, field.api, value)
+    elif field.takes_one and isinstance(value, str):
+        _set(sampling, field.api, [value])
+    else:
+        _set(sampling, field.api, _list(value, field.api) if field.is_list else value)
+
+
+def _set_biases(sampling: common_pb2.SamplingParams, name: str, biases: Any) -> None:
     try:
-        sampling.logit_bias.update(dict(biases))
+        getattr(sampling, name).update(dict(biases))
     except (TypeError, ValueError) as error:
-        shown = repr(biases)[:80]
-        raise InvalidRequest(f"logit_bias is {shown}; give {{token id: bias}}: {error}", param="logit_bias") from None
+        raise InvalidRequest(f"{name} is {repr(biases)[:80]}; give {{token id: bias}}: {error}", param=name) from None
 
 
 # ---------------------------------------------------------------- answers

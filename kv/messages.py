@@ -7,11 +7,13 @@ errors.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from operator import attrgetter
 from typing import Any, Literal
 
 from ..core.errors import InvalidRequest, TwostrokeError, from_code
 from ..core.request import CacheScope, Epoch, FinishReason, Role, SamplingParams, TokenLogprobs
+from ..core.sampling import FIELDS, Form
 from ..core.timeline import Timeline
 from ..protos import common_pb2, handover_pb2, worker_pb2
 from .codec import Codec
@@ -35,29 +37,54 @@ _ROLE_FROM_WIRE = {number: role for role, number in _ROLE_TO_WIRE.items()}
 # ------------------------------------------------------------------ sampling
 
 
+def _words_to_wire(words: Iterable[tuple[int, ...]]) -> list[common_pb2.TokenIds]:
+    return [common_pb2.TokenIds(ids=word) for word in words]
+
+
+def _words_from_wire(words: Iterable[common_pb2.TokenIds]) -> tuple[tuple[int, ...], ...]:
+    found = tuple(tuple(word.ids) for word in words)
+    if not all(found):
+        raise InvalidRequest("bad_word_ids holds a word without tokens", param="bad_words")
+    return found
+
+
+def _biases_from_wire(biases: Mapping[int, float]) -> tuple[tuple[int, float], ...]:
+    return tuple(sorted(biases.items()))
+
+
+_TO_WIRE: Mapping[Form, Callable[[Any], Any]] = {Form.BIASES: dict, Form.WORDS: _words_to_wire}
+_FROM_WIRE: Mapping[Form, Callable[[Any], Any]] = {
+    Form.TEXTS: tuple,
+    Form.TOKEN_IDS: tuple,
+    Form.WORDS: _words_from_wire,
+    Form.BIASES: _biases_from_wire,
+}
+_ON_WIRE = common_pb2.SamplingParams.DESCRIPTOR.fields_by_name
+
+# The table of fields, sorted by what is done with them: computed once, because every order goes through here.
+_NAMES = tuple(field.name for field in FIELDS)
+_WIRE_NAMES = tuple(field.wire for field in FIELDS)
+_values_of_params = attrgetter(*_NAMES)
+_values_of_message = attrgetter(*_WIRE_NAMES)
+_WRITTEN = tuple((field.wire, _TO_WIRE[field.form]) for field in FIELDS if field.form in _TO_WIRE)
+_READ = tuple((field.name, _FROM_WIRE[field.form]) for field in FIELDS if field.form in _FROM_WIRE)
+_REQUIRED = tuple(field.wire for field in FIELDS if field.is_required)
+_ABSENT = tuple(  # (name, name on the wire, value) where protobuf's value of an absent field is another than ours
+    (field.name, field.wire, field.neutral)
+    for field, on_wire in ((field, _ON_WIRE[field.wire]) for field in FIELDS if not field.is_required)
+    if on_wire.has_presence and on_wire.default_value != field.neutral
+)
+_COMPUTABLE = tuple((field.name, *field.computable) for field in FIELDS if field.computable)
+_ADDENDS = tuple(field.name for field in FIELDS if field.form is Form.NUMBER and not field.computable)
+_BIASES = tuple(field.name for field in FIELDS if field.form is Form.BIASES)
+
+
 def sampling_to_wire(params: SamplingParams) -> common_pb2.SamplingParams:
     """Sampling parameters as a message. It sets every field, so that a worker needs no defaults."""
-    return common_pb2.SamplingParams(
-        max_tokens=params.max_tokens,
-        temperature=params.temperature,
-        top_p=params.top_p,
-        top_k=params.top_k,
-        seed=params.seed,
-        stop=params.stop,
-        stop_token_ids=params.stop_token_ids,
-        ignore_eos=params.ignore_eos,
-        min_tokens=params.min_tokens,
-        min_p=params.min_p,
-        repetition_penalty=params.repetition_penalty,
-        frequency_penalty=params.frequency_penalty,
-        presence_penalty=params.presence_penalty,
-        logit_bias=dict(params.logit_bias),
-        bad_word_ids=[common_pb2.TokenIds(ids=word) for word in params.bad_words],
-        include_stop_str_in_output=params.include_stop,
-        skip_special_tokens=params.skip_special_tokens,
-        logprobs=params.logprobs,
-        prompt_logprobs=params.prompt_logprobs,
-    )
+    values: dict[str, Any] = dict(zip(_WIRE_NAMES, _values_of_params(params), strict=True))
+    for name, to_wire in _WRITTEN:
+        values[name] = to_wire(values[name])
+    return common_pb2.SamplingParams(**values)
 
 
 def sampling_from_wire(message: common_pb2.SamplingParams) -> SamplingParams:
@@ -68,49 +95,23 @@ def sampling_from_wire(message: common_pb2.SamplingParams) -> SamplingParams:
         InvalidRequest: `max_tokens` or `seed` is absent, a number has no meaning (NaN, negative temperature), or a
             bad word has no token.
     """
-    if not message.HasField("max_tokens") or not message.HasField("seed"):
-        raise InvalidRequest("max_tokens and seed must be set on an order to a worker", param="sampling")
-    temperature = message.temperature if message.HasField("temperature") else 1.0
-    top_p = message.top_p if message.HasField("top_p") else 1.0
-    if not 0.0 <= temperature <= 1e6:
-        raise InvalidRequest(f"temperature is {temperature}; must be 0 or more", param="temperature")
-    if not 0.0 < top_p <= 1.0:
-        raise InvalidRequest(f"top_p is {top_p}; must be above 0 and at most 1", param="top_p")
-    if message.max_tokens < 1:
-        raise InvalidRequest("max_tokens is 0; must be 1 or more", param="max_tokens")
-    repetition_penalty = message.repetition_penalty if message.HasField("repetition_penalty") else 1.0
-    if not 0.0 < repetition_penalty < math.inf:
-        raise InvalidRequest(
-            f"repetition_penalty is {repetition_penalty}; must be above 0 and finite", param="repetition_penalty"
-        )
-    if not 0.0 <= message.min_p <= 1.0:
-        raise InvalidRequest(f"min_p is {message.min_p}; must be from 0 to 1", param="min_p")
-    addends = (message.frequency_penalty, message.presence_penalty, *message.logit_bias.values())
+    has: Callable[[Any], bool] = message.HasField
+    if not all(map(has, _REQUIRED)):
+        raise InvalidRequest(f"{' and '.join(_REQUIRED)} must be set on an order to a worker", param="sampling")
+    values: dict[str, Any] = dict(zip(_NAMES, _values_of_message(message), strict=True))
+    for name, wire, neutral in _ABSENT:
+        if not has(wire):
+            values[name] = neutral
+    for name, low, high, remedy in _COMPUTABLE:
+        if not low <= values[name] <= high:
+            raise InvalidRequest(f"{name} is {values[name]}; must be {remedy}", param=name)
+    for name, from_wire in _READ:
+        values[name] = from_wire(values[name])
+    addends = [values[name] for name in _ADDENDS]
+    addends += [bias for name in _BIASES for _, bias in values[name]]
     if not all(map(math.isfinite, addends)):
         raise InvalidRequest("a penalty or a bias is not finite", param="sampling")
-    if not all(word.ids for word in message.bad_word_ids):
-        raise InvalidRequest("bad_word_ids holds a word without tokens", param="bad_words")
-    return SamplingParams(
-        max_tokens=message.max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=message.top_k,
-        seed=message.seed,
-        stop=tuple(message.stop),
-        stop_token_ids=tuple(message.stop_token_ids),
-        ignore_eos=message.ignore_eos,
-        min_tokens=message.min_tokens,
-        min_p=message.min_p,
-        repetition_penalty=repetition_penalty,
-        frequency_penalty=message.frequency_penalty,
-        presence_penalty=message.presence_penalty,
-        logit_bias=tuple(sorted(message.logit_bias.items())),
-        bad_words=tuple(tuple(word.ids) for word in message.bad_word_ids),
-        include_stop=message.include_stop_str_in_output,
-        skip_special_tokens=message.skip_special_tokens if message.HasField("skip_special_tokens") else True,
-        logprobs=message.logprobs if message.HasField("logprobs") else None,
-        prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
-    )
+    return SamplingParams(**values)
 
 
 def logprobs_to_wire(logprobs: Iterable[TokenLogprobs]) -> list[common_pb2.TokenLogprobs]:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...core.sampling import SamplingOptions
+
 UNTIL_FULL = 2**31 - 1  # as the usual max_tokens: whatever the context leaves
 
 
@@ -21,28 +23,10 @@ class GenerateCall:
     continue_final_message: bool | None = None
     documents: Sequence[Mapping[str, Any]] | None = None
     reasoning_effort: str | None = None
-    max_tokens: int | None = None
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)  # what the client said; shared, never changed
     usual_max_tokens: int | None = None  # the face's own default for max_tokens; none: the router's
-    min_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    seed: int | None = None
+    top_logprobs: int | None = None  # `logprobs` of the sampling under the name that chats have for it; one of the two
     n: int | None = None
-    stop: Sequence[str] = field(default_factory=tuple)
-    stop_token_ids: Sequence[int] = field(default_factory=tuple)
-    ignore_eos: bool = False
-    include_stop_str_in_output: bool = False
-    skip_special_tokens: bool = True
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    logit_bias: Mapping[str, float] | Mapping[int, float] | None = None  # by token id
-    bad_words: Sequence[str] = field(default_factory=tuple)
-    logprobs: int | None = None  # how many of the likeliest beside each token
-    top_logprobs: int | None = None  # the same under the name that chats have for it; one of the two
-    prompt_logprobs: int | None = None
     cache_salt: str | None = None  # only requests of the same tenant and salt share cached prefixes
     request_id: str | None = None
     api_key: str | None = None

@@ -6,21 +6,18 @@ refused by name. Source: transformers' GenerationConfig; llama.cpp's model-embed
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ...checkpoint.gguf.file import GgufFile, StoredArray, is_gguf
 from ...core.errors import CheckpointError, InvalidRequest
+from ...core.sampling import FIELD_BY_NAME, FIELDS, MOST_INT32, Form, SamplingField
 from ...text.files import read_json
 from .checks import integer, number, short
 
-MAX_TEMPERATURE = 100.0
-LEAST_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 10.0
-LEAST_TOP_P = 1e-6
 MAX_BANNED_WORDS = 1024
-MAX_STOPS = 16
 
 _FILE = "generation_config.json"
 _REMEDY = "correct it, or set model.generation_config: none to go without the checkpoint's defaults"
@@ -51,18 +48,12 @@ _NOT_SERVED: Mapping[str, tuple[Any, ...]] = {
     "dola_layers": (),
 }
 _NOT_SERVED_GGUF: Mapping[str, tuple[Any, ...]] = {"xtc_probability": (0,), "mirostat": (0,)}
-_GGUF_NAMES = {
-    "temp": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "min_p": "min_p",
-    "penalty_repeat": "repetition_penalty",
-}
+_GGUF_NAMES = {field.gguf: field.checkpoint for field in FIELDS if field.gguf and field.checkpoint}
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingDefaults:
-    """Values of `SamplingParams` for what a request leaves out."""
+    """Values of `SamplingParams` for what a request leaves out: every field whose row has a name in checkpoints."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -122,25 +113,13 @@ def _from_gguf(file: GgufFile, where: str) -> dict[str, Any]:
 
 
 def _checked(given: Mapping[str, Any], vocab_size: int, where: str) -> SamplingDefaults:
-    top_k = given.get("top_k")
+    values: dict[str, Any] = {}
     try:
-        found = SamplingDefaults(
-            temperature=number("temperature", given.get("temperature"), 1.0, 0.0, MAX_TEMPERATURE),
-            top_p=number("top_p", given.get("top_p"), 1.0, LEAST_TOP_P, 1.0),
-            top_k=min(vocab_size, integer("top_k", 0 if top_k == -1 else top_k, 0, 0, 2**31 - 1)),
-            min_p=number("min_p", given.get("min_p"), 0.0, 0.0, 1.0),
-            repetition_penalty=number(
-                "repetition_penalty",
-                given.get("repetition_penalty"),
-                1.0,
-                LEAST_REPETITION_PENALTY,
-                MAX_REPETITION_PENALTY,
-            ),
-            max_tokens=integer("max_new_tokens", given.get("max_new_tokens"), 0, 1, 2**31 - 1) or None,
-            min_tokens=integer("min_new_tokens", given.get("min_new_tokens"), 0, 0, 2**31 - 1),
-            stop=_stops(given.get("stop_strings")),
-            bad_words=_banned(given, vocab_size),
-        )
+        for field in FIELDS:
+            if field.checkpoint:
+                read = OWN_READERS.get(field.name)
+                values[field.name] = read(given, vocab_size) if read else _read(field, field.checkpoint, given)
+        found = SamplingDefaults(**values)
     except InvalidRequest as error:
         raise CheckpointError(f"{where}: {error.message}; {_REMEDY}") from None
     if given.get("do_sample", True) is True:
@@ -150,12 +129,29 @@ def _checked(given: Mapping[str, Any], vocab_size: int, where: str) -> SamplingD
     return SamplingDefaults(**{**{f: getattr(found, f) for f in found.__slots__}, "temperature": 0.0})
 
 
-def _stops(given: Any) -> tuple[str, ...]:
-    texts = [given] if isinstance(given, str) else given or []
+def _read(field: SamplingField, name: str, given: Mapping[str, Any]) -> Any:
+    """The default that a checkpoint gives under `name`, within the field's bounds. Raises InvalidRequest."""
+    value, default = given.get(name), getattr(NO_DEFAULTS, field.name)
+    low = field.low if field.least_default is None else field.least_default
+    if field.form is Form.NUMBER:
+        return number(name, value, default, low, field.high)
+    if field.form is Form.WHOLE:
+        return integer(name, value, default, int(low), int(field.high))
+    raise AssertionError(f"the default of {field.name} needs a reader of its own")
+
+
+def _top_k(given: Mapping[str, Any], vocab_size: int) -> int:
+    top_k = given.get("top_k")
+    return min(vocab_size, integer("top_k", 0 if top_k == -1 else top_k, 0, 0, MOST_INT32))
+
+
+def _stops(given: Mapping[str, Any], _: int) -> tuple[str, ...]:
+    value = given.get("stop_strings")
+    texts = [value] if isinstance(value, str) else value or []
     if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
-        raise InvalidRequest(f"stop_strings is {short(given)}; must be strings")
-    if len(texts) > MAX_STOPS:
-        raise InvalidRequest(f"stop_strings has {len(texts)} strings; at most {MAX_STOPS}")
+        raise InvalidRequest(f"stop_strings is {short(value)}; must be strings")
+    if len(texts) > (most := FIELD_BY_NAME["stop"].max_entries):
+        raise InvalidRequest(f"stop_strings has {len(texts)} strings; at most {most}")
     return tuple(texts)
 
 
@@ -175,6 +171,13 @@ def _banned(given: Mapping[str, Any], vocab_size: int) -> tuple[tuple[int, ...],
             if token_id is None:
                 raise InvalidRequest("bad_words_ids or suppress_tokens holds null; must be token ids")
     return tuple(dict.fromkeys(tuple(word) for word in found))
+
+
+OWN_READERS: Mapping[str, Callable[[Mapping[str, Any], int], Any]] = {
+    "top_k": _top_k,
+    "stop": _stops,
+    "bad_words": _banned,
+}
 
 
 def _is_one_of(value: Any, neutral: Sequence[Any]) -> bool:

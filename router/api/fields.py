@@ -1,6 +1,6 @@
 """Every field of a request body that is known here, in three classes. Knows no HTTP and no model.
 
-served     what `Body`, `ChatBody`, `CompletionBody` and `StreamOptions` hold
+served     what `Body`, `ChatBody`, `CompletionBody` and `StreamOptions` hold; sampling fields stand in core/sampling.py
 ACCEPTED   known to an API that clients speak, without effect on the answer: dropped
 REFUSED    known, would change the answer, not served: refused by name, unless the value means "off"
 
@@ -11,13 +11,14 @@ Sources: the request fields of OpenAI's API reference, vLLM, SGLang, llama.cpp's
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
-from .defaults import MAX_STOPS
+from ...core.errors import InvalidRequest
+from ...core.sampling import FIELDS, Form, SamplingField, SamplingOptions
 from .messages import MAX_MESSAGES
-from .sampling import MAX_BAD_WORDS, MAX_BIASES, MAX_STOP_IDS
 
 # ------------------------------------------------------------------ served
 
@@ -31,9 +32,9 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-def _bounded(value: Any) -> Any:
-    if isinstance(value, dict) and len(value) > MAX_BIASES:  # before each of them is looked at
-        raise ValueError(f"it has {len(value)} entries; at most {MAX_BIASES} are taken")
+def _bounded(max_entries: int, value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > max_entries:  # before each of them is looked at
+        raise ValueError(f"it has {len(value)} entries; at most {max_entries} are taken")
     return value
 
 
@@ -43,8 +44,6 @@ def _number_of_scores(value: Any) -> Any:
 
 
 Whole = Annotated[int, BeforeValidator(_whole)]
-Stops = Annotated[list[str], Field(max_length=MAX_STOPS, fail_fast=True), BeforeValidator(_listed)]
-Biases = Annotated[dict[str, float], BeforeValidator(_bounded)]
 
 
 class Known(BaseModel):
@@ -60,36 +59,69 @@ class StreamOptions(Known):
     continuous_usage_stats: bool | None = None  # with include_usage: usage so far in every chunk
 
 
-class Body(Known):
-    """What both endpoints take."""
+class Named(Known):
+    """Names of the model and of the request."""
 
     model: str | None = None
     request_id: str | None = None
-    max_tokens: Whole | None = None  # -1: until the context is full
-    max_completion_tokens: Whole | None = None
-    min_tokens: Whole | None = None
+
+
+def _json_type(field: SamplingField) -> Any:
+    """The strict type of a sampling field in a body."""
+    if field.form is Form.BIASES:
+        return Annotated[dict[str, float], BeforeValidator(partial(_bounded, field.max_entries))]
+    if not field.is_list:
+        return {Form.WHOLE: Whole, Form.NUMBER: float, Form.FLAG: bool}[field.form]
+    item = Whole if field.form is Form.TOKEN_IDS else str
+    bounds = Field(max_length=field.max_entries, fail_fast=True)
+    return Annotated[list[item], bounds, *([BeforeValidator(_listed)] if field.takes_one else [])]  # type: ignore[valid-type]
+
+
+if TYPE_CHECKING:  # code reads the fields of the table through `Body.sampling_options`, which is typed
+    SamplingBody = Named
+else:
+    SamplingBody = create_model(
+        "SamplingBody",
+        __base__=Named,
+        **{
+            name: (_json_type(field) | None, None)
+            for field in FIELDS
+            if field.is_in_every_body
+            for name in (field.api, *field.aliases)
+        },
+    )
+
+
+class Body(SamplingBody):
+    """What both endpoints take, with every sampling field of the table that both write in one form."""
+
     n: Whole | None = None
-    seed: Whole | None = None  # -1: none, as vLLM and llama.cpp have it
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: Whole | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    logit_bias: Biases | None = None
-    bad_words: list[str] | None = Field(None, max_length=MAX_BAD_WORDS, fail_fast=True)
-    stop: Stops | None = None
-    stop_token_ids: list[Whole] | None = Field(None, max_length=MAX_STOP_IDS, fail_fast=True)
-    ignore_eos: bool | None = None
-    include_stop_str_in_output: bool | None = None
-    skip_special_tokens: bool | None = None
-    prompt_logprobs: Whole | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     cache_salt: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+
+    def sampling_options(self) -> SamplingOptions:
+        """What it says of sampling by the API's names, without `logprobs`, which chats and completions write apart.
+
+        Raises:
+            InvalidRequest: a field and its alias have different values.
+        """
+        found: dict[str, Any] = {}
+        for field in FIELDS:
+            if field.is_in_every_body and (value := self._said(field)) is not None:
+                found[field.api] = value
+        return cast(SamplingOptions, found)
+
+    def _said(self, field: SamplingField) -> Any:
+        value = getattr(self, field.api)
+        for alias in field.aliases:
+            other = getattr(self, alias)
+            if value is not None and other not in (None, value):
+                raise InvalidRequest(f"{field.api} and {alias} differ; give one", param=alias)
+            value = other if value is None else value
+        return value
 
 
 class ChatBody(Body):

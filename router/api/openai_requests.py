@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from ...core.errors import ContextLengthExceeded, InvalidRequest, UnsupportedParameter
+from ...core.sampling import SamplingOptions
 from .call import UNTIL_FULL, GenerateCall
 from .checks import short
 from .fields import (
@@ -155,58 +156,43 @@ def chat_call(body: ChatBody, api_key: str | None) -> GenerateCall:
 def completion_calls(body: CompletionBody, api_key: str | None, max_prompts: int) -> list[GenerateCall]:
     """The calls that a completion body means: one for each of its prompts."""
     common = _common(body, USUAL_COMPLETION_TOKENS, api_key)
+    sampling: SamplingOptions = common["sampling"]
+    if body.logprobs is not None:
+        sampling["logprobs"] = body.logprobs
     if body.echo and body.logprobs is not None:
         if body.stream and (body.n or 1) > 1:
             raise InvalidRequest("echo with logprobs is streamed for n 1 only; set stream to false", param="echo")
-        common["prompt_logprobs"] = max(body.logprobs, body.prompt_logprobs or 0)
+        sampling["prompt_logprobs"] = max(body.logprobs, sampling.get("prompt_logprobs", 0))
     if is_scored_only(body):
-        common["max_tokens"] = 1  # the workers' least; answers.py keeps it to itself
-    return [GenerateCall(prompt=prompt, logprobs=body.logprobs, **common) for prompt in prompts_of(body, max_prompts)]
+        sampling["max_tokens"] = 1  # the workers' least; answers.py keeps it to itself
+    return [GenerateCall(prompt=prompt, **common) for prompt in prompts_of(body, max_prompts)]
 
 
 def is_scored_only(body: Body) -> bool:
     """Whether a completion asks for its prompt back, with scores if it likes, and for nothing behind it."""
-    return isinstance(body, CompletionBody) and bool(body.echo) and _max_tokens(body) == 0
+    return isinstance(body, CompletionBody) and bool(body.echo) and body.sampling_options().get("max_tokens") == 0
 
 
 def _common(body: Body, usual_max_tokens: int | None, api_key: str | None) -> dict[str, Any]:
-    if body.stream and body.prompt_logprobs is not None:
+    sampling = body.sampling_options()
+    if body.stream and "prompt_logprobs" in sampling:
         raise InvalidRequest("prompt_logprobs are not streamed; set stream to false", param="prompt_logprobs")
-    max_tokens = _max_tokens(body)
-    if max_tokens == -1:
-        max_tokens, usual_max_tokens = None, UNTIL_FULL
+    if sampling.get("max_tokens") == -1:  # until the context is full
+        del sampling["max_tokens"]
+        usual_max_tokens = UNTIL_FULL
+    if sampling.get("seed") == -1:  # none, as vLLM and llama.cpp have it
+        del sampling["seed"]
+    if sampling.get("top_p") == 0:
+        sampling["top_p"] = LEAST_TOP_P
     return {
         "model": body.model,
-        "max_tokens": max_tokens,
+        "sampling": sampling,
         "usual_max_tokens": usual_max_tokens,
-        "min_tokens": body.min_tokens,
-        "temperature": body.temperature,
-        "top_p": LEAST_TOP_P if body.top_p == 0 else body.top_p,
-        "top_k": body.top_k,
-        "seed": None if body.seed == -1 else body.seed,
         "n": body.n,
-        "stop": tuple(body.stop or ()),
-        "stop_token_ids": tuple(body.stop_token_ids or ()),
-        "ignore_eos": bool(body.ignore_eos),
-        "include_stop_str_in_output": bool(body.include_stop_str_in_output),
-        "skip_special_tokens": body.skip_special_tokens is not False,
-        "min_p": body.min_p,
-        "repetition_penalty": body.repetition_penalty,
-        "frequency_penalty": body.frequency_penalty,
-        "presence_penalty": body.presence_penalty,
-        "logit_bias": body.logit_bias,
-        "bad_words": tuple(body.bad_words or ()),
-        "prompt_logprobs": body.prompt_logprobs,
         "cache_salt": body.cache_salt,
         "request_id": body.request_id,
         "api_key": api_key,
     }
-
-
-def _max_tokens(body: Body) -> int | None:
-    if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
-        raise InvalidRequest("max_tokens and max_completion_tokens differ; give one", param="max_completion_tokens")
-    return body.max_completion_tokens if body.max_tokens is None else body.max_tokens
 
 
 # ------------------------------------------------------------------ details

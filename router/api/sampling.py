@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ...core.errors import ContextLengthExceeded, InvalidRequest
 from ...core.request import SamplingParams
+from ...core.sampling import FIELDS, MOST_INT32, Form, SamplingField, SamplingOptions
 from .call import UNTIL_FULL, GenerateCall
 from .checks import integer, number, short, text_of
-from .defaults import (
-    LEAST_REPETITION_PENALTY,
-    MAX_REPETITION_PENALTY,
-    MAX_STOPS,
-    MAX_TEMPERATURE,
-)
 from .models import ServedModel
 
-MAX_STOP_CHARS = 256
-MAX_STOP_IDS = 256
-MAX_SEED = 2**64 - 1
-MIN_SEED = -(2**63)  # 64 bits, with a sign or without
-MAX_PENALTY = 2.0  # either way, as OpenAI has it
-MAX_BIAS = 100.0
-MAX_BIASES = 1024
-MAX_BAD_WORDS = 128
-MAX_BAD_WORD_CHARS = 256
 MAX_BAD_WORD_TOKENS = 8192  # of all: a running request keeps them here and on its worker
-MAX_LOGPROBS = 20  # OpenAI's bound for chats; its completions stop at 5
 MAX_PROMPT_SCORES = 1 << 18  # prompt tokens times what is said of each: they travel in one message
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A call whose prompt is known, and the model that it asks."""
+
+    said: SamplingOptions
+    top_logprobs: int | None
+    model: ServedModel
+    num_prompt: int  # tokens
+    max_tokens: int  # checked
 
 
 def sampling_of(
@@ -41,35 +38,42 @@ def sampling_of(
         InvalidRequest: a field is out of range or of the wrong type; `param` names it.
         ContextLengthExceeded: prompt and `max_tokens` do not fit the model together.
     """
-    defaults = model.defaults
     max_tokens = _max_tokens(call, model, len(prompt_ids), default_max_tokens)
-    return SamplingParams(
-        max_tokens=max_tokens,
-        temperature=number("temperature", call.temperature, defaults.temperature, 0.0, MAX_TEMPERATURE),
-        top_p=_top_p(call.top_p, defaults.top_p),
-        top_k=_top_k(call.top_k, defaults.top_k, model.vocab_size),
-        min_p=number("min_p", call.min_p, defaults.min_p, 0.0, 1.0),
-        seed=integer("seed", call.seed, secrets.randbits(62), MIN_SEED, MAX_SEED) % (1 << 64),
-        repetition_penalty=_repetition_penalty(call.repetition_penalty, defaults.repetition_penalty),
-        frequency_penalty=number("frequency_penalty", call.frequency_penalty, 0.0, -MAX_PENALTY, MAX_PENALTY),
-        presence_penalty=number("presence_penalty", call.presence_penalty, 0.0, -MAX_PENALTY, MAX_PENALTY),
-        logit_bias=_biases(call.logit_bias or {}, model),
-        bad_words=_bad_words(call.bad_words, model) or defaults.bad_words,
-        stop=_stops(call.stop) or defaults.stop,
-        stop_token_ids=_stop_ids(call.stop_token_ids, model),
-        ignore_eos=bool(call.ignore_eos),
-        include_stop=bool(call.include_stop_str_in_output),
-        skip_special_tokens=bool(call.skip_special_tokens),
-        min_tokens=integer("min_tokens", call.min_tokens, min(defaults.min_tokens, max_tokens), 0, max_tokens),
-        logprobs=_logprobs(call),
-        prompt_logprobs=_prompt_logprobs(call.prompt_logprobs, len(prompt_ids)),
-    )
+    asked = Asked(call.sampling, call.top_logprobs, model, len(prompt_ids), max_tokens)
+    values: dict[str, Any] = {}
+    for field in FIELDS:
+        check = OWN_CHECKS.get(field.name)
+        values[field.name] = check(field, asked) if check else _checked(field, asked)
+    return SamplingParams(**values)
+
+
+def _checked(field: SamplingField, asked: Asked) -> Any:
+    """A value within its row's bounds. Raises InvalidRequest."""
+    value: Any = asked.said.get(field.api)
+    default = _default(field, asked)
+    if field.form is Form.WHOLE:
+        return integer(field.api, value, default, int(field.low), int(field.high))
+    if field.form is Form.NUMBER:
+        return number(field.api, value, default, field.low, field.high)
+    if field.form is Form.FLAG:
+        return bool(default if value is None else value)
+    values = value or ()
+    if field.form is Form.TEXTS:
+        return _texts(field, values) or default
+    if field.form is Form.TOKEN_IDS:
+        return _token_ids(field, values, asked.model) or default
+    raise AssertionError(f"{field.name} needs a check of its own")
+
+
+def _default(field: SamplingField, asked: Asked) -> Any:
+    """The checkpoint's default where it may give one, else the neutral value."""
+    return getattr(asked.model.defaults, field.name) if field.checkpoint else field.neutral
 
 
 def _max_tokens(call: GenerateCall, model: ServedModel, num_prompt: int, default: int | None) -> int:
     """As asked for; else what the face, the operator or the checkpoint says, the first that does; else all there is."""
     room = model.max_model_len - num_prompt
-    max_tokens = call.max_tokens
+    max_tokens = call.sampling.get("max_tokens")
     if max_tokens is None:
         max_tokens = min(room, _usual(call, model, default) or room)
     if isinstance(max_tokens, int) and not isinstance(max_tokens, bool) and max_tokens < 1:
@@ -78,7 +82,7 @@ def _max_tokens(call: GenerateCall, model: ServedModel, num_prompt: int, default
             "and 0 with echo: the prompt alone)",
             param="max_tokens",
         )
-    integer("max_tokens", max_tokens, max_tokens, 1, 2**31 - 1)
+    integer("max_tokens", max_tokens, max_tokens, 1, MOST_INT32)
     if max_tokens > room:
         raise ContextLengthExceeded(
             f"max_tokens is {max_tokens}, and the prompt has {num_prompt} tokens; together at most "
@@ -94,62 +98,72 @@ def _usual(call: GenerateCall, model: ServedModel, default: int | None) -> int |
 
 def is_bounded(call: GenerateCall, model: ServedModel, default_max_tokens: int | None) -> bool:
     """Whether anybody said how long an answer may be."""
-    return call.max_tokens is not None or (_usual(call, model, default_max_tokens) or UNTIL_FULL) < UNTIL_FULL
+    usual = _usual(call, model, default_max_tokens) or UNTIL_FULL
+    return call.sampling.get("max_tokens") is not None or usual < UNTIL_FULL
 
 
-def _top_p(value: float | None, default: float) -> float:
-    top_p = number("top_p", value, default, 0.0, 1.0)
+# ------------------------------------------------------------------ fields whose bounds do not say everything
+
+
+def _top_p(field: SamplingField, asked: Asked) -> float:
+    top_p: float = _checked(field, asked)
     if top_p == 0.0:
         raise InvalidRequest("top_p is 0; must be above 0 and at most 1", param="top_p")
     return top_p
 
 
-def _top_k(value: int | None, default: int, vocab_size: int) -> int:
+def _top_k(field: SamplingField, asked: Asked) -> int:
     """0, vLLM's -1, and whatever keeps the whole vocabulary: off."""
-    top_k = 0 if value == -1 else integer("top_k", value, default, 0, 2**63 - 1)
-    return 0 if top_k >= vocab_size else top_k
+    top_k: int = 0 if asked.said.get("top_k") == -1 else _checked(field, asked)
+    return 0 if top_k >= asked.model.vocab_size else top_k
 
 
-def _repetition_penalty(value: float | None, default: float) -> float:
-    penalty = number("repetition_penalty", value, default, 0.0, MAX_REPETITION_PENALTY)
-    if penalty < LEAST_REPETITION_PENALTY:
+def _seed(field: SamplingField, asked: Asked) -> int:
+    """64 bits; drawn where none is given."""
+    return integer("seed", asked.said.get("seed"), secrets.randbits(62), int(field.low), int(field.high)) % (1 << 64)
+
+
+def _repetition_penalty(field: SamplingField, asked: Asked) -> float:
+    penalty: float = _checked(field, asked)
+    if penalty < (least := field.least_default or field.low):
         raise InvalidRequest(
-            f"repetition_penalty is {penalty:g}; must be from {LEAST_REPETITION_PENALTY:g} to "
-            f"{MAX_REPETITION_PENALTY:g}, 1 is off",
+            f"repetition_penalty is {penalty:g}; must be from {least:g} to {field.high:g}, 1 is off",
             param="repetition_penalty",
         )
     return penalty
 
 
-def _biases(biases: Mapping[Any, Any], model: ServedModel) -> tuple[tuple[int, float], ...]:
+def _biases(field: SamplingField, asked: Asked) -> tuple[tuple[int, float], ...]:
     """By token id, rising. JSON has ids as texts."""
-    if len(biases) > MAX_BIASES:
-        raise InvalidRequest(f"logit_bias has {len(biases)} entries; at most {MAX_BIASES}", param="logit_bias")
+    biases: Mapping[Any, Any] = asked.said.get("logit_bias") or {}
+    vocab_size = asked.model.vocab_size
+    if len(biases) > field.max_entries:
+        raise InvalidRequest(f"logit_bias has {len(biases)} entries; at most {field.max_entries}", param="logit_bias")
     checked: dict[int, float] = {}
     for key, value in biases.items():
         is_id = isinstance(key, int) or (isinstance(key, str) and key.isascii() and key.isdecimal())
         token_id = int(key) if is_id and len(str(key)) < 20 else -1
-        if not 0 <= token_id < model.vocab_size or token_id in checked:
+        if not 0 <= token_id < vocab_size or token_id in checked:
             raise InvalidRequest(
-                f"logit_bias has the key {short(key)}; must be a token id from 0 to {model.vocab_size - 1}, each once",
+                f"logit_bias has the key {short(key)}; must be a token id from 0 to {vocab_size - 1}, each once",
                 param="logit_bias",
             )
-        checked[token_id] = number(f"logit_bias[{token_id}]", value, 0.0, -MAX_BIAS, MAX_BIAS)
+        checked[token_id] = number(f"logit_bias[{token_id}]", value, 0.0, field.low, field.high)
     return tuple(sorted(checked.items()))
 
 
-def _bad_words(words: Sequence[str], model: ServedModel) -> tuple[tuple[int, ...], ...]:
+def _bad_words(field: SamplingField, asked: Asked) -> tuple[tuple[int, ...], ...]:
     """Each word as it stands at the start of a text and behind a space.
 
     Where the space is only one more token in front, the word alone covers both.
     """
-    _check_texts("bad_words", words, MAX_BAD_WORDS, MAX_BAD_WORD_CHARS)
+    words = _texts(field, asked.said.get("bad_words") or ())
     found: dict[tuple[int, ...], None] = {}
     num_tokens = 0
     for word in words:
         bare = word.lstrip() or word
-        alone = tuple(model.tokenizer.encode(bare, add_special_tokens=False))
-        spaced = tuple(model.tokenizer.encode(" " + bare, add_special_tokens=False))
+        alone = tuple(asked.model.tokenizer.encode(bare, add_special_tokens=False))
+        spaced = tuple(asked.model.tokenizer.encode(" " + bare, add_special_tokens=False))
         found[alone] = None
         if spaced[-len(alone) :] != alone:
             found[spaced] = None
@@ -159,47 +173,69 @@ def _bad_words(words: Sequence[str], model: ServedModel) -> tuple[tuple[int, ...
                 f"bad_words have more than {MAX_BAD_WORD_TOKENS} tokens; give fewer or shorter words", param="bad_words"
             )
     found.pop((), None)
-    return tuple(found)
+    return tuple(found) or asked.model.defaults.bad_words
 
 
-def _stops(stops: Sequence[str]) -> tuple[str, ...]:
-    _check_texts("stop", stops, MAX_STOPS, MAX_STOP_CHARS)
-    return tuple(stops)
+def _min_tokens(field: SamplingField, asked: Asked) -> int:
+    default = min(asked.model.defaults.min_tokens, asked.max_tokens)
+    return integer("min_tokens", asked.said.get("min_tokens"), default, int(field.low), asked.max_tokens)
 
 
-def _check_texts(name: str, texts: Sequence[str], most: int, most_chars: int) -> None:
-    if len(texts) > most:
-        raise InvalidRequest(f"{name} has {len(texts)} strings; at most {most}", param=name)
-    for place, text in enumerate(texts):
-        if not isinstance(text, str) or not 1 <= len(text) <= most_chars:
-            raise InvalidRequest(
-                f"{name}[{place}] is {short(text)}; must be a string of 1 to {most_chars} characters", param=name
-            )
-        text_of(name, text)
+def _logprobs(field: SamplingField, asked: Asked) -> int | None:
+    if asked.top_logprobs is not None:
+        return integer("top_logprobs", asked.top_logprobs, 0, int(field.low), int(field.high))
+    num_top: int | None = _checked(field, asked)
+    return num_top
 
 
-def _stop_ids(ids: Sequence[int], model: ServedModel) -> tuple[int, ...]:
-    if len(ids) > MAX_STOP_IDS:
-        raise InvalidRequest(f"stop_token_ids has {len(ids)} entries; at most {MAX_STOP_IDS}", param="stop_token_ids")
-    for place, token_id in enumerate(ids):
-        integer(f"stop_token_ids[{place}]", token_id, 0, 0, model.vocab_size - 1)
-    return tuple(ids)
-
-
-def _logprobs(call: GenerateCall) -> int | None:
-    if call.top_logprobs is not None:
-        return integer("top_logprobs", call.top_logprobs, 0, 0, MAX_LOGPROBS)
-    return None if call.logprobs is None else integer("logprobs", call.logprobs, 0, 0, MAX_LOGPROBS)
-
-
-def _prompt_logprobs(value: int | None, num_prompt: int) -> int | None:
-    if value is None:
-        return None
-    num_top = integer("prompt_logprobs", value, 0, 0, MAX_LOGPROBS)
-    if num_prompt * (num_top + 1) > MAX_PROMPT_SCORES:
+def _prompt_logprobs(field: SamplingField, asked: Asked) -> int | None:
+    num_top: int | None = _checked(field, asked)
+    if num_top is not None and asked.num_prompt * (num_top + 1) > MAX_PROMPT_SCORES:
         raise InvalidRequest(
-            f"prompt_logprobs is {num_top} for a prompt of {num_prompt} tokens, which makes more than "
+            f"prompt_logprobs is {num_top} for a prompt of {asked.num_prompt} tokens, which makes more than "
             f"{MAX_PROMPT_SCORES} numbers; ask for fewer per token, or shorten the prompt",
             param="prompt_logprobs",
         )
     return num_top
+
+
+OWN_CHECKS: Mapping[str, Callable[[SamplingField, Asked], Any]] = {
+    "max_tokens": lambda _, asked: asked.max_tokens,
+    "top_p": _top_p,
+    "top_k": _top_k,
+    "seed": _seed,
+    "repetition_penalty": _repetition_penalty,
+    "logit_bias": _biases,
+    "bad_words": _bad_words,
+    "min_tokens": _min_tokens,
+    "logprobs": _logprobs,
+    "prompt_logprobs": _prompt_logprobs,
+}
+
+# ------------------------------------------------------------------ lists
+
+
+def _texts(field: SamplingField, texts: Sequence[str]) -> tuple[str, ...]:
+    """The texts of a list, or of one text where the field takes it. Raises InvalidRequest."""
+    name = field.api
+    if field.takes_one and isinstance(texts, str):
+        texts = (texts,)
+    if len(texts) > field.max_entries:
+        raise InvalidRequest(f"{name} has {len(texts)} strings; at most {field.max_entries}", param=name)
+    for place, text in enumerate(texts):
+        if not isinstance(text, str) or not 1 <= len(text) <= field.max_chars:
+            raise InvalidRequest(
+                f"{name}[{place}] is {short(text)}; must be a string of 1 to {field.max_chars} characters", param=name
+            )
+        text_of(name, text)
+    return tuple(texts)
+
+
+def _token_ids(field: SamplingField, ids: Sequence[int], model: ServedModel) -> tuple[int, ...]:
+    """The token ids of a list, all of them in the vocabulary. Raises InvalidRequest."""
+    name = field.api
+    if len(ids) > field.max_entries:
+        raise InvalidRequest(f"{name} has {len(ids)} entries; at most {field.max_entries}", param=name)
+    for place, token_id in enumerate(ids):
+        integer(f"{name}[{place}]", token_id, 0, 0, model.vocab_size - 1)
+    return tuple(ids)

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ...core.request import SamplingParams
+from ...core.sampling import FIELD_BY_NAME, Form, SamplingField
 from ...core.timeline import Instant
 from ..routing.coefficients import FIELDS, Coefficients
 from ..routing.fleet import Worker
@@ -65,16 +66,13 @@ def explain_run(run: RequestState, state: str) -> dict[str, Any]:
 
 def explain_sampling(sampling: SamplingParams) -> dict[str, Any]:
     """How tokens are chosen; of long lists how long they are."""
-    found: dict[str, Any] = {name: getattr(sampling, name) for name in sampling.__slots__}
-    num_ids = sum(map(len, sampling.bad_words))
-    return found | {
-        "stop": _shown(sampling.stop, "texts"),
-        "stop_token_ids": _shown(sampling.stop_token_ids, "token ids"),
-        "logit_bias": _shown(sampling.logit_bias, "entries"),
-        "bad_words": _shown(sampling.bad_words, "words")
-        if num_ids <= MAX_SHOWN
-        else f"{len(sampling.bad_words)} words",
-    }
+    return {name: _of_field(FIELD_BY_NAME[name], getattr(sampling, name)) for name in sampling.__slots__}
+
+
+def _of_field(field: SamplingField, value: Any) -> Any:
+    if field.form is Form.WORDS and sum(map(len, value)) > MAX_SHOWN:
+        return f"{len(value)} {field.form.value}"
+    return _shown(value, field.form.value) if field.max_entries else value
 
 
 def _shown(values: Sequence[Any], what: str) -> list[Any] | str:

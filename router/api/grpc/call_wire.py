@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from ....core.errors import ContextLengthExceeded, DeadlineExceeded, InvalidRequest
-from ....protos import inference_pb2
+from ....core.sampling import FIELDS, Form, SamplingOptions
+from ....protos import common_pb2, inference_pb2
 from ..call import GenerateCall
 from ..models import ModelDirectory
 from .chat_wire import chat_messages, template_options
 
 _USUAL_COMPLETION = 256  # tokens of a completion that asks for none: no template makes it end
-_OPTIONAL = (
-    *("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "seed"),
-    *("repetition_penalty", "frequency_penalty", "presence_penalty", "logprobs", "prompt_logprobs"),
+_ON_WIRE = common_pb2.SamplingParams.DESCRIPTOR.fields_by_name
+_OPTIONAL = tuple(field.api for field in FIELDS if _ON_WIRE[field.api].has_presence)
+_OTHERS = tuple(  # (name, what a value becomes): empty or false is nothing said
+    (field.api, tuple if field.is_list else dict if field.form is Form.BIASES else bool)
+    for field in FIELDS
+    if not _ON_WIRE[field.api].has_presence
 )
+_OF_ROUTERS = tuple((field.wire, field.api) for field in FIELDS if field.wire != field.api)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +71,7 @@ def tokenize_call(said: Said) -> GenerateCall:
         prompt=message.text if which == "text" else None,
         messages=chat_messages(message.chat.messages) if which == "chat" else None,
         **template_options(message.chat.options),
-        max_tokens=1,
+        sampling={"max_tokens": 1},
         api_key=said.api_key,
         timeout_s=_timeout_s(said),
     )
@@ -83,26 +88,25 @@ def _token_ids(said: Said) -> list[int]:
 
 
 def _common(said: Said) -> dict[str, Any]:
-    message, sampling = said.message, said.message.sampling
-    given = {name: getattr(sampling, name) for name in _OPTIONAL if sampling.HasField(name)}
-    if sampling.bad_word_ids:
-        raise InvalidRequest("bad_word_ids are the router's to make; give bad_words", param="bad_word_ids")
-    if "seed" in given and given["seed"] >= 1 << 63:
-        given["seed"] -= 1 << 64  # the validator's range is the signed one of JSON clients
-    return given | {
+    message = said.message
+    return {
         "model": message.model or None,
         "n": message.num_choices or None,
-        "stop": tuple(sampling.stop),
-        "stop_token_ids": tuple(sampling.stop_token_ids),
-        "ignore_eos": sampling.ignore_eos,
-        "include_stop_str_in_output": sampling.include_stop_str_in_output,
-        "skip_special_tokens": sampling.skip_special_tokens if sampling.HasField("skip_special_tokens") else True,
-        "logit_bias": dict(sampling.logit_bias),
-        "bad_words": tuple(sampling.bad_words),
+        "sampling": _sampling(message.sampling),
         "request_id": message.request_id or None,
         "api_key": said.api_key,
         "timeout_s": _timeout_s(said),
     }
+
+
+def _sampling(message: common_pb2.SamplingParams) -> SamplingOptions:
+    for wire, api in _OF_ROUTERS:
+        if getattr(message, wire):
+            raise InvalidRequest(f"{wire} are the router's to make; give {api}", param=wire)
+    has: Callable[[Any], bool] = message.HasField
+    found: dict[str, Any] = {name: getattr(message, name) for name in _OPTIONAL if has(name)}
+    found |= {name: copied(value) for name, copied in _OTHERS if (value := getattr(message, name))}
+    return cast(SamplingOptions, found)
 
 
 def _timeout_s(said: Said) -> float | None:

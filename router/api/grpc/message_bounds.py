@@ -15,10 +15,9 @@ from typing import Any
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
 from ....core.errors import InvalidRequest
-from ..defaults import MAX_STOPS
+from ....core.sampling import FIELDS
 from ..http.structure import MAX_COMMAS
 from ..messages import MAX_MESSAGES
-from ..sampling import MAX_BAD_WORDS, MAX_BIASES, MAX_STOP_IDS
 from .chat_wire import MAX_ITEMS
 
 MAX_FIELDS = 40_960  # of a whole message: 2,048 messages and 16,384 parts with their texts have 39,000
@@ -28,10 +27,7 @@ MAX_ENTRIES: Mapping[str, int] = {
     "messages": MAX_MESSAGES,
     "parts": MAX_ITEMS,
     "tool_calls": MAX_ITEMS,
-    "stop": MAX_STOPS,
-    "stop_token_ids": MAX_STOP_IDS,
-    "bad_words": MAX_BAD_WORDS,
-    "logit_bias": MAX_BIASES,
+    **{field.api: field.max_entries for field in FIELDS if field.max_entries},
     "ids": MAX_COMMAS,  # of tokens: whether they fit the model is seen when they are here, eight bytes each
 }
 

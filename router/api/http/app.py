@@ -200,7 +200,7 @@ def _wants(body: Body, started: Started) -> Wants:
         echo = tuple(echo_of(prompt, request, tokenizer) for prompt, request in pairs)
     return Wants(
         logprobs=started.request.sampling.logprobs,
-        prompt_logprobs=body.prompt_logprobs,
+        prompt_logprobs=body.sampling_options().get("prompt_logprobs"),
         echo=echo,
         token_ids=bool(body.return_token_ids),
         tokens_as_ids=bool(body.return_tokens_as_token_ids),

@@ -145,14 +145,14 @@ def test_null_is_nothing_said():
 )
 def test_how_many_tokens_a_completion_means(fields_: dict[str, Any], max_tokens: int | None, usual: int):
     (call,) = completion_calls(read(CompletionBody, TEXT | fields_)[0], None, 1)
-    assert (call.max_tokens, call.usual_max_tokens) == (max_tokens, usual)
+    assert (call.sampling.get("max_tokens"), call.usual_max_tokens) == (max_tokens, usual)
 
 
 def test_a_chat_has_no_usual_length_of_its_own():
     call = chat_call(read(ChatBody, CHAT)[0], None)
-    assert (call.max_tokens, call.usual_max_tokens) == (None, None)
+    assert (call.sampling.get("max_tokens"), call.usual_max_tokens) == (None, None)
     call = chat_call(read(ChatBody, CHAT | {"max_tokens": -1})[0], None)
-    assert (call.max_tokens, call.usual_max_tokens) == (None, 2**31 - 1)
+    assert (call.sampling.get("max_tokens"), call.usual_max_tokens) == (None, 2**31 - 1)
 
 
 @pytest.mark.parametrize(

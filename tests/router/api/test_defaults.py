@@ -10,6 +10,7 @@ from gguf import GGUFWriter
 
 from twostroke.core.errors import CheckpointError, ContextLengthExceeded, InvalidRequest
 from twostroke.core.request import USUAL_ANSWER_TOKENS, Request, SamplingParams
+from twostroke.core.sampling import SamplingOptions
 from twostroke.router.api import defaults
 from twostroke.router.api.call import GenerateCall
 from twostroke.router.api.defaults import NO_DEFAULTS, SamplingDefaults, described
@@ -81,15 +82,16 @@ def test_bad_words_are_bounded_in_tokens() -> None:
     tokenizer = Tokenizer.load(BUNDLED)
     model = ServedModel("m", 100, VOCAB, tokenizer, None, None)  # type: ignore[arg-type]
     words = [f"{n:03} of the words that are not wanted" for n in range(128)]
-    assert len(sampling_of(GenerateCall(prompt=[1], bad_words=words), model, (1,), None).bad_words) >= 128
+    assert len(sampling_of(GenerateCall(prompt=[1], sampling={"bad_words": words}), model, (1,), None).bad_words) >= 128
     with pytest.raises(InvalidRequest, match="more than 8192 tokens") as caught:
-        sampling_of(GenerateCall(prompt=[1], bad_words=["\U0001f600" * 256] * 9), model, (1,), None)
+        sampling_of(GenerateCall(prompt=[1], sampling={"bad_words": ["\U0001f600" * 256] * 9}), model, (1,), None)
     assert caught.value.param == "bad_words"
 
 
 def _seed(seed: int | None) -> int:
     model = ServedModel("m", 100, VOCAB, None, None, None)  # type: ignore[arg-type]
-    return sampling_of(GenerateCall(prompt=[1], seed=seed), model, (1,), None).seed
+    said: SamplingOptions = {} if seed is None else {"seed": seed}
+    return sampling_of(GenerateCall(prompt=[1], sampling=said), model, (1,), None).seed
 
 
 def test_no_sampling_means_greedy(tmp_path: Path) -> None:
@@ -189,15 +191,13 @@ async def test_holds_where_a_request_says_nothing_and_yields_where_it_speaks(tmp
     assert (found.temperature, found.top_k, found.top_p, found.min_p) == (0.6, 20, 0.95, 0.05)
     assert (found.repetition_penalty, found.max_tokens, found.min_tokens) == (1.5, 40, 3)
     assert (found.stop, found.bad_words) == (("###",), ((7,), (8, 9), (10,)))
-    neutral = GenerateCall(
-        prompt="hi", temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, max_tokens=2
-    )
+    nothing: SamplingOptions = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+    neutral = GenerateCall(prompt="hi", sampling={**nothing, "max_tokens": 2})
     spoken = validate(neutral, model, LIMITS).sampling
     assert (spoken.temperature, spoken.top_k, spoken.top_p, spoken.min_p) == (1.0, 0, 1.0, 0.0)
     assert (spoken.repetition_penalty, spoken.max_tokens, spoken.min_tokens) == (1.0, 2, 2)
-    assert validate(GenerateCall(prompt="hi", top_k=-1, stop=["x"], min_tokens=0), model, LIMITS).sampling.stop == (
-        "x",
-    )
+    some = GenerateCall(prompt="hi", sampling={"top_k": -1, "stop": ["x"], "min_tokens": 0})
+    assert validate(some, model, LIMITS).sampling.stop == ("x",)
     off = await served(tmp_path, reads_defaults=False, **GIVEN)
     assert validate(GenerateCall(prompt="hi"), off, LIMITS).sampling.temperature == 1.0
 
@@ -212,7 +212,7 @@ async def test_a_chat_runs_until_it_ends_or_the_context_is_full(tmp_path: Path) 
     completion = validate(GenerateCall(prompt="hi", usual_max_tokens=16), model, LIMITS)
     assert (completion.sampling.max_tokens, completion.is_bounded) == (16, True)
     with pytest.raises(ContextLengthExceeded):
-        validate(GenerateCall(prompt="hi", max_tokens=1024), model, LIMITS)
+        validate(GenerateCall(prompt="hi", sampling={"max_tokens": 1024}), model, LIMITS)
 
 
 def test_an_answer_without_a_bound_counts_as_a_usual_one() -> None:
