@@ -14,7 +14,7 @@ from .invariants import Violation
 from .knowledge import Idleness, check_beliefs
 from .network import Network
 from .router import RouterNode
-from .setting import Mishap, Setting, draw
+from .setting import Mishap, Setting, Vary, as_drawn, draw
 from .store import Ledger
 from .workers import WorkerNode
 from .world import Process, World
@@ -41,8 +41,8 @@ class Outcome:
 class Schedule:
     """One cluster, from its first order to its drain."""
 
-    def __init__(self, seed: int, *, keep_all: bool = False) -> None:
-        self.setting: Setting = draw(seed)
+    def __init__(self, seed: int, *, keep_all: bool = False, vary: Vary = as_drawn) -> None:
+        self.setting: Setting = vary(draw(seed))
         self.world = World(seed, keep_all=keep_all)
         self.network = Network(self.world, self.setting.weather)
         self.ledger = Ledger()
@@ -188,13 +188,13 @@ class Schedule:
         )
 
 
-def run_schedule(seed: int, *, keep_all: bool = False) -> Outcome:
-    """Play the schedule that a seed stands for."""
+def run_schedule(seed: int, *, keep_all: bool = False, vary: Vary = as_drawn) -> Outcome:
+    """Play the schedule that a seed stands for, in its setting as `vary` changes it."""
     violation: Violation | None = None
     silenced = logging.root.manager.disable
     logging.disable(logging.CRITICAL)  # what production code warns of happens thousands of times here
     try:
-        schedule = Schedule(seed, keep_all=keep_all)
+        schedule = Schedule(seed, keep_all=keep_all, vary=vary)
         schedule.play()
     except Violation as found:
         violation = found

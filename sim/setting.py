@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ..core.request import Role, SamplingParams
@@ -107,6 +108,14 @@ class Setting:
     names_repeat: bool  # routers call a request of a tenant's id as they called the one before: epochs alone differ
     orders: tuple[Order, ...]
     mishaps: tuple[Mishap, ...]
+
+
+Vary = Callable[[Setting], Setting]
+
+
+def as_drawn(setting: Setting) -> Setting:
+    """No bias."""
+    return setting
 
 
 def draw(seed: int) -> Setting:
