@@ -24,6 +24,9 @@ def faults(
     verbose: Annotated[
         bool, typer.Option("--verbose", help="Print how each schedule ended; with --replay, every event.")
     ] = False,
+    list_bugs: Annotated[
+        bool, typer.Option("--list-bugs", help="List the planted bugs that measure the simulator; play nothing.")
+    ] = False,
 ) -> None:
     """Hand-overs, schedulers, policies, pools and router under faults; every invariant after every event.
 
@@ -38,6 +41,10 @@ def faults(
             typer.echo(
                 f"{outcome.seed}: {outcome.num_events} events, {outcome.lasted_s:.2f} s, {outcome.digest}: {ends}"
             )
+
+    if list_bugs:
+        _list_bugs()
+        return
 
     if replay is not None:
         outcome = run_schedule(replay, keep_all=verbose)
@@ -65,3 +72,16 @@ def faults(
         else "passed: every invariant held (requests may fail in this weather; what they got may not be wrong)"
     )
     raise typer.Exit(1 if campaign.failed else 0)
+
+
+def _list_bugs() -> None:
+    """Print each planted bug with the files that it patches, the invariants that it breaks, its bound and bias."""
+    from ..sim.planted import PLANTED
+
+    rows = [("bug", "patches", "breaks", "within", "settings")]
+    for bug in PLANTED:
+        within = f"{bug.max_seeds} schedules"
+        rows.append((bug.name, ", ".join(bug.files), ", ".join(bug.breaks), within, bug.vary.__name__))
+    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    for row in rows:
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

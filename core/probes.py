@@ -25,6 +25,11 @@ class Probes:
         self._waiting: dict[asyncio.Timeout, None] = {}  # the oldest first
         self._reaper = CallReaper()
 
+    @property
+    def num_waiting(self) -> int:
+        """Calls whose message has not come yet."""
+        return len(self._waiting)
+
     def handler(self, check: Any) -> Any:
         """Wrap the handler of `grpc.health.v1.Health/Check` in these bounds. None stays None."""
         if check is None:

@@ -75,6 +75,7 @@ class EngineCore:
         roles: Mapping[Role, Policy] | None = None,
     ) -> None:
         """`roles`: the policy of each role that a `SetRole` may ask for."""
+        self.prefix = prefix
         self.stopped = False  # a Stop came: new sequences are refused
         swap = SwapSpace(limits.num_swap_blocks, pool.block_tokens) if limits.num_swap_blocks else None
         self._scheduler = Scheduler(KvCacheManager(pool, prefix, key, swap), policy, limits.max_scored_rows)

@@ -91,7 +91,8 @@ class Engine:
         self.is_broken = False  # ended by its own fault: the process should end too, and be restarted
         self._core = core
         self._runner = runner
-        self._turns = Turn(core, EngineStore(store, host), link.emit, _log_refusal)
+        self._store = EngineStore(store, host)
+        self._turns = Turn(core, self._store, link.emit, _log_refusal)
         self._link = link
         self._clock = clock
         self._pace = StepTimeModel()
@@ -102,6 +103,23 @@ class Engine:
         self._next_check_s = 0.0
         self._next_checked = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    # ------------------------------------------------------------------ for tests, while no step runs
+
+    @property
+    def core(self) -> EngineCore:
+        """The decisions."""
+        return self._core
+
+    @property
+    def runner(self) -> StepRunner:
+        """The computation of steps."""
+        return self._runner
+
+    @property
+    def store(self) -> EngineStore:
+        """The operations on stored bytes."""
+        return self._store
 
     # ------------------------------------------------------------------ from other threads
 

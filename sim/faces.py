@@ -91,10 +91,14 @@ class SessionFace:
         if now_s - self._heard_s >= node.setting.session_lease.silence_s:
             self._over()
             return
-        if now_s - self._sent_s >= node.setting.session_lease.beat_s * 0.99 and self._sequence:
-            # As in production, the count of turns shows that the engine's loop is alive.
-            self._send(beat=worker_pb2.Beat(phase="idle", steps=node.engine.num_turns))
-        node.world.after(node.setting.session_lease.beat_s, node.process, self._beat)
+        beat_s = node.setting.session_lease.beat_s
+        left_s = self._sent_s + beat_s - now_s
+        if left_s <= beat_s * 0.01:
+            if self._sequence:
+                # As in production, the count of turns shows that the engine's loop is alive.
+                self._send(beat=worker_pb2.Beat(phase="idle", steps=node.engine.num_turns))
+            left_s = beat_s
+        node.world.after(left_s, node.process, self._beat)
 
     def _over(self) -> None:
         if not self._is_over:

@@ -14,7 +14,7 @@ from .invariants import Violation
 from .knowledge import Idleness, check_beliefs
 from .network import Network
 from .router import RouterNode
-from .setting import Mishap, Setting, draw
+from .setting import Mishap, Setting, Vary, as_drawn, draw
 from .store import Ledger
 from .workers import WorkerNode
 from .world import Process, World
@@ -41,8 +41,8 @@ class Outcome:
 class Schedule:
     """One simulated cluster, from the first request until it has drained."""
 
-    def __init__(self, seed: int, *, keep_all: bool = False) -> None:
-        self.setting: Setting = draw(seed)
+    def __init__(self, seed: int, *, keep_all: bool = False, vary: Vary = as_drawn) -> None:
+        self.setting: Setting = vary(draw(seed))
         self.world = World(seed, keep_all=keep_all)
         self.network = Network(self.world, self.setting.weather)
         self.ledger = Ledger()
@@ -188,13 +188,13 @@ class Schedule:
         )
 
 
-def run_schedule(seed: int, *, keep_all: bool = False) -> Outcome:
-    """Run the schedule of a seed."""
+def run_schedule(seed: int, *, keep_all: bool = False, vary: Vary = as_drawn) -> Outcome:
+    """Run the schedule of a seed; `vary` changes its setting."""
     violation: Violation | None = None
     silenced = logging.root.manager.disable
     logging.disable(logging.CRITICAL)  # faults would make production code log thousands of warnings
     try:
-        schedule = Schedule(seed, keep_all=keep_all)
+        schedule = Schedule(seed, keep_all=keep_all, vary=vary)
         schedule.play()
     except Violation as found:
         violation = found

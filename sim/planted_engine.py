@@ -1,26 +1,4 @@
-"""Planted bugs of one worker's engine: scheduler, pool, prefix cache, swapping, reaction to a store's answer.
-
-"Found after": schedules until the bug is found at worst, counted from the first seed of campaign 0.
-
-| bug                                       | breaks | found after | bound |
-|-------------------------------------------|--------|-------------|-------|
-| everything_is_kept_after_a_loss           | K4     |          36 |   300 |
-| bind_is_forgotten_after_not_yet           | L1     |         102 |   850 |
-| promise_is_kept_after_cancel              | K2     |          15 |   120 |
-| promises_are_not_counted                  | K6     |           7 |    60 |
-| everybody_is_let_in                       | K6     |           7 |    60 |
-| prefix_is_taken_without_owning_it         | K2     |           2 |    50 |
-| prefix_is_published_before_it_is_computed | K3     |           4 |    50 |
-| evictions_are_not_told                    | K5     |           2 |    50 |
-| tenants_share_prefixes                    | K4     |          21 |   170 |
-| blocks_go_in_the_middle_of_a_step         | K2     |           3 |    50 |
-| stale_generation_comes_back               | K3     |          40 |   320 |
-| host_blocks_leak                          | K2     |           3 |   500 |
-| damaged_swaps_are_served                  | K4     |          40 |   500 |
-| failed_swaps_are_served                   | K4     |          40 |   500 |
-| tails_go_out_unsealed                     | K4     |          68 |   550 |
-| blocks_are_copied_out_after_the_step      | K3     |          54 |   450 |
-"""
+"""Planted bugs of one worker's engine: scheduler, pool, prefix cache, swapping, and reactions to the store."""
 
 from __future__ import annotations
 
@@ -45,7 +23,7 @@ from ..kv.block import BlockIdentity, chain
 from ..kv.cache.prefix import PrefixCache
 from ..kv.section import HeldTokens
 from ..kv.store.host_store import HostStore
-from .planting import Planted, instead
+from .planting import Planted, instead, overpromising, swapping
 
 
 def everything_is_kept_after_a_loss() -> AbstractContextManager[None]:
@@ -227,19 +205,19 @@ def tails_go_out_unsealed() -> AbstractContextManager[None]:
 
 BUGS = (
     Planted(everything_is_kept_after_a_loss, ("K4",), 300),
-    Planted(bind_is_forgotten_after_not_yet, ("L1",), 850),
-    Planted(promise_is_kept_after_cancel, ("K2",), 120),
-    Planted(promises_are_not_counted, ("K6",), 60),
-    Planted(everybody_is_let_in, ("K6",), 60),
-    Planted(prefix_is_taken_without_owning_it, ("K2",), 50),
-    Planted(prefix_is_published_before_it_is_computed, ("K3",), 50),
-    Planted(evictions_are_not_told, ("K5",), 50),
-    Planted(tenants_share_prefixes, ("K4",), 170),
-    Planted(blocks_go_in_the_middle_of_a_step, ("K2",), 50),
-    Planted(stale_generation_comes_back, ("K3",), 320),
-    Planted(host_blocks_leak, ("K2",), 500),
-    Planted(damaged_swaps_are_served, ("K4",), 500),
-    Planted(failed_swaps_are_served, ("K4",), 500),
-    Planted(tails_go_out_unsealed, ("K4",), 550),
-    Planted(blocks_are_copied_out_after_the_step, ("K3", "K4"), 450),
+    Planted(bind_is_forgotten_after_not_yet, ("L1",), 700, overpromising),
+    Planted(promise_is_kept_after_cancel, ("K2",), 100),
+    Planted(promises_are_not_counted, ("K6",), 150),
+    Planted(everybody_is_let_in, ("K6",), 100),
+    Planted(prefix_is_taken_without_owning_it, ("K2",), 100),
+    Planted(prefix_is_published_before_it_is_computed, ("K3",), 100),
+    Planted(evictions_are_not_told, ("K5",), 100),
+    Planted(tenants_share_prefixes, ("K4",), 550),
+    Planted(blocks_go_in_the_middle_of_a_step, ("K2",), 150),
+    Planted(stale_generation_comes_back, ("K3",), 100, swapping),
+    Planted(host_blocks_leak, ("K2",), 400, swapping),
+    Planted(damaged_swaps_are_served, ("K4",), 150, swapping),
+    Planted(failed_swaps_are_served, ("K4",), 150, swapping),
+    Planted(tails_go_out_unsealed, ("K4",), 100, swapping),
+    Planted(blocks_are_copied_out_after_the_step, ("K3", "K4"), 100, swapping),
 )

@@ -1,16 +1,4 @@
-"""Planted bugs of a worker's side towards its routers: runs and epochs, cache events, orphaned runs.
-
-"Found after": schedules until the bug is found at worst, counted from the first seed of campaign 0.
-
-| bug                   | breaks | found after | bound |
-|-----------------------|--------|-------------|-------|
-| stale_orders_run      | R6     |           7 |   100 |
-| stale_cancels_kill    | R6     |           7 |   100 |
-| one_orphan_survives   | R7     |          15 |   200 |
-| ends_are_forgotten    | R6     |           7 |   100 |
-| removals_are_not_told | K5     |           2 |    50 |
-| ends_overtake_tokens  | R1     |          27 |   250 |
-"""
+"""Planted bugs of a worker towards its routers: sessions, epochs, messages, and forgotten requests."""
 
 from __future__ import annotations
 
@@ -24,7 +12,7 @@ from ..decode_worker.outbox import Outbox
 from ..engine.link.messages import CacheDelta, CacheSnapshot
 from ..protos import worker_pb2
 from ..worker.watch import Watcher
-from .planting import Planted, instead
+from .planting import Planted, instead, losing_routers
 
 
 def stale_orders_run() -> AbstractContextManager[None]:
@@ -90,8 +78,8 @@ def ends_overtake_tokens() -> AbstractContextManager[None]:
 BUGS = (
     Planted(stale_orders_run, ("R6",), 100),
     Planted(stale_cancels_kill, ("R6",), 100),
-    Planted(one_orphan_survives, ("R7",), 200),
+    Planted(one_orphan_survives, ("R7",), 100, losing_routers),
     Planted(ends_are_forgotten, ("R6",), 100),
-    Planted(removals_are_not_told, ("K5",), 50),
-    Planted(ends_overtake_tokens, ("R1",), 250),
+    Planted(removals_are_not_told, ("K5",), 100),
+    Planted(ends_overtake_tokens, ("R1",), 450),
 )

@@ -1,11 +1,14 @@
-"""Planting of a bug: replaces an attribute of production code for the duration of a `with` block."""
+"""Planting of a bug in production code for a `with` block, and settings with more of the faults that trigger it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from .faults import Outcome, run_schedule
+from .setting import Mishap, Setting, Vary, as_drawn
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,17 +16,44 @@ class Planted:
     """One planted bug and the number of seeds within which it must be found."""
 
     plant: Callable[[], AbstractContextManager[None]]
-    breaks: tuple[str, ...]  # invariants; one of them must be the first that breaks
+    breaks: tuple[str, ...]  # invariants, any of which shows the bug
     max_seeds: int
+    vary: Vary = as_drawn  # the bias of the settings that it is looked for in
 
     @property
     def name(self) -> str:
         """Name of the function that plants the bug."""
         return self.plant.__name__
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The production files that it patches, relative to the package."""
+        owners: list[Any] = []
+        _listeners.append(owners.append)
+        try:
+            with self.plant():
+                pass
+        finally:
+            _listeners.pop()
+        modules = [owner_module(owner).removeprefix("twostroke.") for owner in owners]
+        return tuple(dict.fromkeys(f"{module.replace('.', '/')}.py" for module in modules))
 
-def heard(owner: Any) -> None:
-    """Called with every owner that a bug patches; tests replace it."""
+    def search(self, seeds: Iterable[int]) -> tuple[list[Outcome], Outcome | None]:
+        """Play schedules with the bug until one breaks an invariant of the bug.
+
+        Returns:
+            The schedules before it that broke another invariant, and that one or None.
+        """
+        others: list[Outcome] = []
+        with self.plant():
+            for seed in seeds:
+                outcome = run_schedule(seed, vary=self.vary)
+                if outcome.violation is None:
+                    continue
+                if outcome.violation.invariant in self.breaks:
+                    return others, outcome
+                others.append(outcome)
+        return others, None
 
 
 def owner_module(owner: Any) -> str:
@@ -31,14 +61,69 @@ def owner_module(owner: Any) -> str:
     return str(getattr(owner, "__module__", None) or owner.__name__)
 
 
+CROWDED_PROMPT, CROWDED_ANSWER = 24, 40  # tokens of each order
+_listeners: list[Callable[[Any], None]] = []
+
+
 @contextmanager
 def instead(owner: Any, name: str, replacement: Any) -> Iterator[None]:
     """Replace an attribute inside a `with` block. Refuses the simulator's own code: a bug there would prove nothing."""
     assert ".sim." not in owner_module(owner), f"{owner} is the simulator's"
-    heard(owner)
+    for heard in _listeners:
+        heard(owner)
     original = getattr(owner, name)
     setattr(owner, name, replacement)
     try:
         yield
     finally:
         setattr(owner, name, original)
+
+
+# ------------------------------------------------------------------ biased settings
+
+
+def swapping(setting: Setting) -> Setting:
+    """Answers are longer than the pools: sequences are preempted and swapped, and some copies are damaged."""
+    return replace(_crowded(setting), swap_damage=max(setting.swap_damage, 0.3))
+
+
+def overpromising(setting: Setting) -> Setting:
+    """Decode workers promise twice their pools: a bind is often answered by NotYet."""
+    setting = _crowded(setting)
+    return replace(setting, workers=tuple(replace(worker, watermark=2.0) for worker in setting.workers))
+
+
+def damaging(setting: Setting) -> Setting:
+    """Prefill workers often read damaged planes from their stores."""
+    return replace(setting, read_damage=max(setting.read_damage, 0.1))
+
+
+def losing_routers(setting: Setting) -> Setting:
+    """A router crashes while its requests are under way, and comes back after the workers' grace."""
+    at_s = max(order.at_s for order in setting.orders) + 0.2
+    crash = Mishap(at_s, "crash", setting.routers[0], setting.routers[0], 2.5)
+    return replace(setting, is_bearable=False, mishaps=(*setting.mishaps, crash))
+
+
+def _crowded(setting: Setting) -> Setting:
+    """Short prompts with long answers at nearly one time, on the smallest pools that hold any one of them."""
+    first_s = min(order.at_s for order in setting.orders)
+    orders = tuple(
+        replace(
+            order,
+            at_s=first_s + (order.at_s - first_s) / 10,
+            prompt_ids=order.prompt_ids[:CROWDED_PROMPT],
+            sampling=replace(order.sampling, max_tokens=CROWDED_ANSWER, ignore_eos=True),
+        )
+        for order in setting.orders
+    )
+    workers = tuple(
+        replace(
+            worker,
+            num_blocks=-(-(CROWDED_PROMPT + CROWDED_ANSWER) // worker.block_tokens) + 1,
+            num_swap_blocks=16,
+            limits=replace(worker.limits, max_num_seqs=8, max_waiting=8),
+        )
+        for worker in setting.workers
+    )
+    return replace(setting, orders=orders, workers=workers)

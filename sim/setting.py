@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ..core.lease import Lease
@@ -106,6 +107,14 @@ class Setting:
     names_repeat: bool  # a tenant's id gets the same internal name each time: only epochs differ
     orders: tuple[Order, ...]
     mishaps: tuple[Mishap, ...]
+
+
+Vary = Callable[[Setting], Setting]
+
+
+def as_drawn(setting: Setting) -> Setting:
+    """No bias."""
+    return setting
 
 
 def draw(seed: int) -> Setting:

@@ -1,5 +1,7 @@
 """What must be set before any test imports: Triton kernels run in the interpreter, on CPU tensors.
 
+`--rewrite` records transcripts and digests again, see support/recorded.py.
+
 Properties are tried with the same examples everywhere; HYPOTHESIS_PROFILE=explore draws new ones.
 
 With TWOSTROKE_TEST_GPU=1 they are compiled and run on a GPU: of use to the tests of kernels, of the store on a device
@@ -7,6 +9,10 @@ and of the ops over both (`tests/kernels tests/kv/test_device_store.py tests/mod
 """
 
 import os
+from collections.abc import Callable
+
+import pytest
+from support.recorded import REWRITTEN, Recorded
 
 if os.environ.get("TWOSTROKE_TEST_GPU") != "1":
     os.environ["TRITON_INTERPRET"] = "1"
@@ -19,3 +25,24 @@ else:
     settings.register_profile("same", derandomize=True)
     settings.register_profile("explore", derandomize=False)
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--rewrite", action="store_true", help="write what the code says into recorded files (tests/scenarios, …)"
+    )
+
+
+@pytest.fixture
+def recorded(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> Recorded:
+    """Compares what the code says with a file; with `--rewrite` it writes the file."""
+    return Recorded(request.node.nodeid, request.config.getoption("--rewrite"), record_property)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
+    paths = {value for report in reports for name, value in report.user_properties if name == REWRITTEN}
+    if paths:
+        terminalreporter.section(f"{len(paths)} recorded files rewritten; read them with git diff")
+    for path in sorted(paths):
+        terminalreporter.line(str(path))

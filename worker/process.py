@@ -90,6 +90,12 @@ class WorkerProcess:
         """True if orders are refused."""
         return self.decode.is_draining
 
+    @property
+    def room(self) -> BuiltEngine:
+        """The engine with its link and facts; known after `start`."""
+        assert self._room is not None, "start first"
+        return self._room
+
     # ------------------------------------------------------------------ life
 
     async def start(self) -> None:

@@ -76,6 +76,11 @@ class KvStore:
         self._sealer = Sealer.make(self._components, list(self._first_places.values()), digest_key, marks)
 
     @property
+    def components(self) -> tuple[ComponentStore, ...]:
+        """Planes and digests of each component, in the order of the spec: the store's own memory."""
+        return tuple(self._components)
+
+    @property
     def _shape(self) -> tuple[int, int, int]:
         return self.spec.main.num_layers, self.num_blocks, self.block_tokens
 

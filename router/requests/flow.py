@@ -22,7 +22,7 @@ from ...core.timeline import Instant, Timeline
 from ..config import RouterConfig
 from ..metrics import TRANSPORTS, RouterMetrics
 from ..routing.facts import ModelFacts
-from ..workers.members import Identity
+from ..workers.members import Identity, WorkerRegistry
 from .dispatch import Dispatcher, PieceStream
 from .explain import explain_run
 from .history import RequestHistory
@@ -65,6 +65,11 @@ class Flow:
         self._journal = RequestHistory(config.decision_log)
         self._began_s = self.clock.now_s()
         self._moved: Counter[str] = Counter()  # between workers, for requests that have ended
+
+    @property
+    def members(self) -> WorkerRegistry:
+        """The workers that this router knows, and the connections to them."""
+        return self._members
 
     # ------------------------------------------------------------------ the process
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +72,11 @@ class WorkerRegistry:
         self._num_lost = 0
         self._is_closed = False  # then what ends is of our own making
         self._closing: set[asyncio.Task[None]] = set()
+
+    @property
+    def links(self) -> Mapping[WorkerKey, WorkerLink]:
+        """The open connections to workers."""
+        return self._links
 
     # ------------------------------------------------------------------ life
 

@@ -40,7 +40,7 @@ async def test_a_worker_whose_engine_ends_is_told_of_once_and_can_be_started_aga
     member = ProcessPlan("w", "worker", Role.COMBINED, 1, 1 << 30)
     await launcher.start(member, ended)
     worker, _ = launcher._running["w"]
-    worker._room.link.send(link.Stop())
+    worker.room.link.send(link.Stop())
     await asyncio.wait_for(told.wait(), 10)
     assert len(ends) == 1
     assert "own fault" in ends[0]
@@ -51,15 +51,13 @@ async def test_a_worker_whose_engine_ends_is_told_of_once_and_can_be_started_aga
     assert ends[1:] == ["stopped"]
 
 
-async def test_a_router_that_cannot_start_lets_its_ports_go(launcher):
+async def test_a_router_that_cannot_start_lets_its_ports_go():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         (free,) = free_ports("127.0.0.1", 1)
-        update = {"port": free, "grpc_port": taken.getsockname()[1]}
-        config = launcher._site.config
-        router = config.router.model_copy(update=update)
-        launcher._site = Site(config.model_copy(update={"router": router}), "", "", 0)
+        flags = {"router.port": free, "router.grpc_port": taken.getsockname()[1]}
+        launcher = InProcessLauncher(Site(load_config(flags=flags), "", "", 0))
         before = asyncio.all_tasks()
         with pytest.raises(ConfigError, match=r"is in use; choose another with --grpc-port"):
             await launcher.start(ProcessPlan("router-0", "router"), lambda *_: None)

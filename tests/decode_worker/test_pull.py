@@ -118,7 +118,7 @@ class Bench:
         """Everything that was given is judged: a beat behind it has been heard."""
         self.say(pb.HandoverBeat())
         async with asyncio.timeout(5):
-            while self.pull.receiver._stream._received < self.sequence - 1 and not self.pull.receiver.is_over:
+            while self.pull.receiver.counters.messages_received < self.sequence - 1 and not self.pull.receiver.is_over:
                 await asyncio.sleep(0.001)
 
     @property

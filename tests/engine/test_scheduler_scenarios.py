@@ -19,6 +19,7 @@ The prompt of each name is its own; the k-th generated token of a sequence is en
 from pathlib import Path
 
 import pytest
+from support.recorded import Recorded
 
 from twostroke.core.request import FinishReason, SamplingParams, SequenceKey
 from twostroke.decode_worker.policy import combined_policy, decode_policy
@@ -82,21 +83,8 @@ def test_there_are_transcripts():
 
 
 @pytest.mark.parametrize("path", SCENARIOS, ids=[f"{path.parent.name}/{path.stem}" for path in SCENARIOS])
-def test_transcript(path):
-    lines = [line.split("  #")[0].rstrip() for line in path.read_text().splitlines()]
-    wanted = [line for line in lines if line and not line.startswith("#")]
-    assert "\n".join(play(wanted)) == "\n".join(wanted)
-
-
-def play(lines: list[str]) -> list[str]:
-    """The transcript as it is: its commands, each with what came of it."""
-    stage, actual = Stage(), []
-    for line in lines:
-        if line.startswith("= "):
-            actual.append(f"= {stage.state()}")
-        elif not line[0].isspace():
-            actual += [line, *(f"    {word}" for word in stage.play(line))]
-    return actual
+def test_transcript(path: Path, recorded: Recorded):
+    recorded.check_transcript(path, Stage())
 
 
 class Stage:

@@ -40,7 +40,7 @@ class Damaging(HostStore):
         if self.copies % 2:
             last = host.end - 1
             block = host.block_table[last // self._host.block_tokens]
-            self._host._components[1].payload_view[0, block, 0, last % self._host.block_tokens, 0] ^= 1
+            self._host.components[1].payload_view[0, block, 0, last % self._host.block_tokens, 0] ^= 1
 
 
 def submit(name: str, length: int) -> Submit:

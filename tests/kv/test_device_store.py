@@ -30,7 +30,7 @@ def store(codec: str, *, by_kernels: bool, block_tokens: int = 16) -> KvStore:
     spec = attention_spec(LAYERS, HEADS, WIDTH, CODEC_NAMES[codec])
     device = DEVICE if by_kernels else CPU
     made = KvStore(spec, BLOCKS, block_tokens, device, digest_key=KEY, by_kernels=by_kernels)
-    for component in made._components:
+    for component in made.components:
         component.payload.fill_(0xFF)  # what nobody wrote must never come out
     return made
 
@@ -66,7 +66,7 @@ def step(kv: KvStore, where: HeldTokens, seed: int = 0) -> None:
 
 def copied(source: KvStore, target: KvStore) -> None:
     """The same bytes in another store, nothing sealed."""
-    for mine, theirs in zip(target._components, source._components, strict=True):
+    for mine, theirs in zip(target.components, source.components, strict=True):
         mine.payload.copy_(theirs.payload)
         if mine.scales is not None and theirs.scales is not None:
             mine.scales.copy_(theirs.scales)
@@ -142,7 +142,7 @@ def test_a_handed_over_tail_goes_on_with_its_seal_and_damage_in_between_shows():
 
     damaged = store(codec, by_kernels=True)
     damaged.write_tokens(arrived, first.read_tokens(held(21)))
-    damaged._components[1].payload[1, here.block_table[1], 0, 2, 3] ^= 4
+    damaged.components[1].payload[1, here.block_table[1], 0, 2, 3] ^= 4
     step(damaged, replace(here, start=21, count=4))
     damaged.seal(replace(here, start=16, count=9))
     assert not damaged.verify(here)
@@ -167,23 +167,24 @@ def test_between_codecs_and_kinds_of_store_the_same_arrives():
 @pytest.mark.parametrize("codec", CODECS)
 def test_a_swap_goes_out_and_comes_back(codec: str):
     device = store(codec, by_kernels=True)
-    host = HostStore(device, device.on_host(4))
+    memory = device.on_host(4)
+    host = HostStore(device, memory)
     was = held(43)
-    for component in device._components:
+    for component in device.components:
         component.payload.random_(0, 256, generator=torch.Generator(DEVICE).manual_seed(2))
     device.seal(replace(was, count=32))  # the generated tail is not sealed yet
-    before = [device._gather(component, was) for component in device._components]
+    before = [device._gather(component, was) for component in device.components]
     there = HeldTokens([BlockId(3), BlockId(0), BlockId(2)], [1, 1, 1], 0, 43)
     host.swap_out(was, there)
-    for component in device._components:
+    for component in device.components:
         component.payload.fill_(0xAA)
     back = HeldTokens([BlockId(1), BlockId(8), BlockId(4)], [20, 21, 22], 0, 43)
     assert host.swap_in(there, back)
-    for component, (payload, scales) in zip(device._components, before, strict=True):
+    for component, (payload, scales) in zip(device.components, before, strict=True):
         now = device._gather(component, back)
         assert np.array_equal(now[0], payload)
         assert scales is None or np.array_equal(now[1], scales)
-    host._host._components[0].payload[0, 0, 1, 2, 3] ^= 1
+    memory.components[0].payload[0, 0, 1, 2, 3] ^= 1
     assert not host.swap_in(there, back)
 
 
@@ -191,7 +192,7 @@ def test_a_latent_cache_moves_by_kernels_too():
     spec = mla_spec(LAYERS, 24, 8, CODEC_NAMES["fp8"])
     device = KvStore(spec, BLOCKS, 16, DEVICE, digest_key=KEY, by_kernels=True)
     cpu = KvStore(spec, BLOCKS, 16, digest_key=KEY, by_kernels=False)
-    for component in cpu._components:
+    for component in cpu.components:
         component.payload.random_(0, 255, generator=torch.Generator().manual_seed(1))
     copied(cpu, device)
     assert device.births(torch.tensor([0], device=DEVICE)) is None

@@ -16,6 +16,7 @@ import re
 from pathlib import Path
 
 import pytest
+from support.recorded import Recorded
 
 from twostroke.core.lease import HANDOVER_LEASE
 from twostroke.core.request import Epoch
@@ -35,20 +36,8 @@ def test_there_are_transcripts():
 
 
 @pytest.mark.parametrize("path", SCENARIOS, ids=[path.stem for path in SCENARIOS])
-def test_transcript(path):
-    stage, expected, actual = Stage(), [], []
-    for line in path.read_text().splitlines():
-        text = line.split("#  ")[0].rstrip()
-        if not text or text.startswith("# "):
-            continue
-        if text[0].isspace():
-            expected.append("    " + text.strip())
-            if text.strip().startswith("= "):
-                actual.append(f"    = {stage.machine.state}")
-        else:
-            expected.append(text)
-            actual += [text, *(f"    {word}" for word in stage.play(text.split()))]
-    assert "\n".join(actual) == "\n".join(expected)
+def test_transcript(path: Path, recorded: Recorded):
+    recorded.check_transcript(path, Stage())
 
 
 class Stage:
@@ -60,7 +49,8 @@ class Stage:
         self.machine_by_side = {}
         self.heard = {"decode": 0, "prefill": 0}
 
-    def play(self, words: list[str]) -> list[str]:
+    def play(self, line: str) -> list[str]:
+        words = line.split()
         if words[0] in self.facts:
             self.facts[words[0]] = int(words[1])
             return []
@@ -76,6 +66,9 @@ class Stage:
             given = [pb.FirstToken(token_id=int(rest[0]))] if event == "first_token" else map(argument, numbers(rest))
             actions = getattr(self.machine, event)(*given, now_s)
         return [render(action) for action in actions]
+
+    def state(self) -> str:
+        return str(self.machine.state)
 
     def hear(self, side: str, words: list[str], now_s: float) -> list[Action]:
         text = " ".join(words)

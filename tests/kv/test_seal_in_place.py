@@ -45,9 +45,9 @@ def test_sealing_several_ranges_at_once_is_sealing_each(block_tokens: int) -> No
     spec = attention_spec(2, 2, 16, CODEC_NAMES["fp8"])
     stores = [KvStore(spec, 12, block_tokens, digest_key=KEY) for _ in range(2)]
     random = np.random.default_rng(3)
-    bytes_of = [random.integers(0, 120, c.payload_view.shape, np.uint8) for c in stores[0]._components]  # type: ignore[union-attr]
+    bytes_of = [random.integers(0, 120, c.payload_view.shape, np.uint8) for c in stores[0].components]  # type: ignore[union-attr]
     for store in stores:
-        for component, numbers in zip(store._components, bytes_of, strict=True):
+        for component, numbers in zip(store.components, bytes_of, strict=True):
             component.payload.copy_(torch.from_numpy(numbers))
     tables = ([1, 2, 3], [7, 5], [9], [4, 6])
     first = [HeldTokens(t, [3] * len(t), 0, n) for t, n in zip(tables, (40, 16, 5, 32), strict=True)]
@@ -59,11 +59,11 @@ def test_sealing_several_ranges_at_once_is_sealing_each(block_tokens: int) -> No
         stores[0].seal_all(ranges)
         for held in ranges:
             stores[1].seal(held)
-    for mine, theirs in zip(stores[0]._components, stores[1]._components, strict=True):
+    for mine, theirs in zip(stores[0].components, stores[1].components, strict=True):
         assert np.array_equal(mine.digests, theirs.digests)
     for held in (*first[3:], HeldTokens(tables[0], [3] * 3, 0, 48), HeldTokens(tables[2], [3], 0, 16)):
         assert stores[0].verify(held)
-        stores[0]._components[0].payload[:, held.block_table[0], 0, 1] ^= 1
+        stores[0].components[0].payload[:, held.block_table[0], 0, 1] ^= 1
         assert not stores[0].verify(held)
 
 

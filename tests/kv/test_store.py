@@ -21,7 +21,7 @@ CODECS = ["fp8", "bfloat16", "float32"]
 
 def make_store(codec: str = "fp8", block_tokens: int = 16, num_blocks: int = 24) -> KvStore:
     store = KvStore(attention_spec(LAYERS, HEADS, WIDTH, CODEC_NAMES[codec]), num_blocks, block_tokens, digest_key=KEY)
-    for component in store._components:
+    for component in store.components:
         component.payload.fill_(0xFF)  # what nobody wrote must never come out
     return store
 
@@ -150,8 +150,8 @@ def test_finds_one_flipped_bit_anywhere(codec: str) -> None:
     store = make_store(codec, 32)
     held = filled(store, 45)
     chooser = np.random.default_rng(1)
-    planes = [c.payload_view for c in store._components]
-    planes += [c.scales_view for c in store._components if c.scales_view is not None]
+    planes = [c.payload_view for c in store.components]
+    planes += [c.scales_view for c in store.components if c.scales_view is not None]
     for _ in range(60):
         plane = planes[chooser.integers(len(planes))]
         token = int(chooser.integers(held.end))
@@ -203,7 +203,7 @@ def test_a_sealed_tail_grows_into_a_sealed_block_without_sealing_damage_in() -> 
         write_rows(store, part)
         store.seal(part)
         if store is damaged:
-            store._components[0].payload_view[0, held.block_table[0], 0, 2, 0] ^= 1
+            store.components[0].payload_view[0, held.block_table[0], 0, 2, 0] ^= 1
         for token in range(7, 16):
             write_rows(store, replace(held, start=token, count=1))
         store.seal(held)
@@ -218,6 +218,6 @@ def test_a_part_of_a_sealed_block_is_read_with_a_digest_of_the_part_only_if_the_
     part = replace(held, count=20)
     other.write_tokens(part, store.read_tokens(part))
     assert other.verify(part)
-    store._components[1].payload_view[1, held.block_table[1], 0, 15, 0] ^= 4  # beyond the part, in its hash block
+    store.components[1].payload_view[1, held.block_table[1], 0, 15, 0] ^= 4  # beyond the part, in its hash block
     with pytest.raises(KvCorrupted, match="does not hold"):
         store.read_tokens(part)

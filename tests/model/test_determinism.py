@@ -160,7 +160,7 @@ def test_attention_ignores_whatever_lies_past_the_last_token(references: Referen
     # The store of a hand is poisoned with NaN codes, so every finite logit shows it; here the poison changes between.
     first = references.make_hand(references.directory, "float32", "float32", 16, 1024)
     second = references.make_hand(references.directory, "float32", "float32", 16, 1024)
-    for component in second.store._components:
+    for component in second.store.components:
         component.payload.random_(0, 255)
     ids = prompt(5, 300)
     for hand in (first, second):

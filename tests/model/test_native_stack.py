@@ -27,7 +27,7 @@ def test_gives_the_bits_of_op_by_op(
         first = hand.logits([(str(i), 0, text) for i, text in enumerate(ids)])
         second = hand.logits([("0", 70, [5]), ("1", 1, [6, 7]), ("2", 33, [8])])
         answers.append(
-            (first + second, [part.clone() for c in hand.store._components for part in (c.payload, c.scales)])
+            (first + second, [part.clone() for c in hand.store.components for part in (c.payload, c.scales)])
         )
     for got, wanted in zip(answers[0][0], answers[1][0], strict=True):
         assert torch.equal(got, wanted)
@@ -48,7 +48,7 @@ def test_rows_that_nobody_reads_change_neither_the_others_nor_the_cache(
     for rows in (None, read_rows):
         hand = make_hand(family_directory(name), dtype, "fp8", kernels="native", max_model_len=served_len)
         logits = torch.cat(hand.logits(work, rows))
-        answers.append((logits, [part.clone() for c in hand.store._components for part in (c.payload, c.scales)]))
+        answers.append((logits, [part.clone() for c in hand.store.components for part in (c.payload, c.scales)]))
     (whole, cache), (some, other_cache) = answers
     assert torch.equal(some[list(read_rows)], whole[list(read_rows)])
     assert len(read_rows) < 3 or not torch.equal(some, whole)  # the others really were left out

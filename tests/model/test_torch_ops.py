@@ -29,13 +29,13 @@ def test_writes_what_the_reference_defines(codec: str, latent: bool) -> None:
     wide[3, 2], wide[7, 100] = torch.nan, torch.inf
     slots = torch.cat((torch.arange(17) * 3, torch.full((3,), -1)))
     for store in (ours, definition):
-        for component in store._components:
+        for component in store.components:
             component.payload.fill_(0xAA)
     counted = TorchOps(torch.float32).write(parts, ours.planes(1), slots)
     expected = store_kv(*parts, slots, *definition.planes(1))
     assert torch.equal(counted, expected.non_finite)
     assert counted.nonzero().flatten().tolist() == [3, 7]
-    for mine, theirs in zip(ours._components, definition._components, strict=True):
+    for mine, theirs in zip(ours.components, definition.components, strict=True):
         assert torch.equal(mine.payload, theirs.payload)
         if mine.scales is not None and theirs.scales is not None:
             assert torch.equal(mine.scales, theirs.scales)

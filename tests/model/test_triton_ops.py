@@ -44,7 +44,7 @@ def runner(directory: Path, ops: Ops, kv: str, *, by_kernels: bool, graph_seqs: 
     spec = load_spec(directory)
     weights = load_weights(open_source(directory), spec, ops)
     store = KvStore(spec.kv_spec(kv), BLOCKS, 16, ops.device, digest_key=5, by_kernels=by_kernels)
-    for component in store._components:
+    for component in store.components:
         component.payload.fill_(0x7F)  # what nobody wrote must never come out
     made = Runner(spec, weights, ops, store, 64, graph_seqs=graph_seqs)
     made.warm_up()
@@ -124,7 +124,7 @@ def test_families_answer_as_by_torch(
         # A last bit of a value may turn a number of the cache into its neighbour, and that all that follows.
         assert (mine - theirs).abs().max() <= 5e-3 * theirs.abs().max()
         assert (mine - theirs).abs().median() <= 1e-3 * theirs.abs().max()
-    for mine_of, theirs_of in zip(ours.runner.store._components, definition.runner.store._components, strict=True):
+    for mine_of, theirs_of in zip(ours.runner.store.components, definition.runner.store.components, strict=True):
         assert (mine_of.payload[0].cpu() != theirs_of.payload[0]).float().mean() < 1e-4
     for name, prompt in PROMPTS.items():  # what the steps left as seals is what the bytes say
         whole = ours.done[name] - ours.done[name] % 16

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -12,7 +13,8 @@ from twostroke.cli.main import app
 from twostroke.sim import planting
 from twostroke.sim.faults import run_campaign, run_schedule, seeds_of
 from twostroke.sim.planted import PLANTED
-from twostroke.sim.planting import Planted, instead, owner_module
+from twostroke.sim.planting import Planted, instead
+from twostroke.sim.setting import Vary
 from twostroke.sim.store import Store
 
 
@@ -32,23 +34,27 @@ def test_500_schedules_hold_every_invariant():
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("bug", PLANTED, ids=lambda bug: bug.name)
 def test_a_planted_bug_is_found(bug: Planted):
-    with bug.plant():
-        campaign = run_campaign(seeds_of(0, bug.max_seeds))
-    assert campaign.failed, f"{bug.name} lived through {bug.max_seeds} schedules"
-    found = campaign.failed[0]
-    assert found.violation is not None
-    assert found.violation.invariant in bug.breaks, found.violation
-    assert run_schedule(found.seed).violation is None, "the bug went with its context"
+    others, found = bug.search(seeds_of(0, bug.max_seeds))
+    assert found is not None, f"{bug.name} lived through {bug.max_seeds} schedules"
+    crashes = [str(other.violation) for other in others if other.violation and other.violation.invariant == "crash"]
+    assert not crashes, "the change does not fit the code that it patches"
+    for outcome in (*others, found):
+        assert run_schedule(outcome.seed, vary=bug.vary).violation is None, "without the bug it is violated, too"
+
+
+@pytest.mark.parametrize("vary", sorted({bug.vary for bug in PLANTED}, key=lambda vary: vary.__name__))
+def test_biased_settings_hold_every_invariant(vary: Vary):
+    violated = [str(run_schedule(seed, vary=vary).violation or "") for seed in seeds_of(1, 30)]
+    assert not any(violated), violated
 
 
 @pytest.mark.parametrize("bug", PLANTED, ids=lambda bug: bug.name)
-def test_a_planted_bug_is_in_production_code(bug: Planted, monkeypatch: pytest.MonkeyPatch):
-    owners: list[str] = []
-    monkeypatch.setattr(planting, "heard", lambda owner: owners.append(owner_module(owner)))
-    with bug.plant():
-        pass
-    assert owners
-    assert not [owner for owner in owners if ".sim." in owner]
+def test_a_planted_bug_is_in_production_code(bug: Planted):
+    package = Path(planting.__file__).parents[1]
+    assert bug.files
+    for file in bug.files:
+        assert (package / file).is_file(), file
+        assert not file.startswith("sim/")
 
 
 def test_a_bug_in_the_simulator_cannot_be_planted():
@@ -95,6 +101,17 @@ def test_the_command_says_how_it_went():
     replayed = runner.invoke(app, ["sim", "faults", "--replay", "3000004", "--verbose"])
     assert replayed.exit_code == 0, replayed.output
     assert run_schedule(3000004).digest in replayed.output
+
+
+def test_the_command_lists_the_planted_bugs():
+    result = CliRunner().invoke(app, ["sim", "faults", "--list-bugs"])
+    assert result.exit_code == 0, result.output
+    lines = [line.split() for line in result.output.splitlines()[1:]]
+    assert [line[0] for line in lines] == [bug.name for bug in PLANTED]
+    listed = {line[0]: line[1:] for line in lines}
+    assert listed["stale_orders_run"][:2] == ["decode_worker/ledger.py", "R6"]
+    assert listed["host_blocks_leak"][:2] == ["engine/swap.py", "K2"]
+    assert listed["host_blocks_leak"][-1] == "swapping"
 
 
 def test_the_command_names_the_seed_of_a_violation():

@@ -147,7 +147,7 @@ class Hand:
 
 def poison(store: KvStore) -> None:
     """Fill a store with bytes that are NaN in every codec, so that a read of what was never written shows."""
-    for store_component in store._components:
+    for store_component in store.components:
         store_component.payload.fill_(0xFF)
         if store_component.scales is not None:
             store_component.scales.fill_(0xFF)

@@ -159,14 +159,15 @@ class Peer(InferenceServicer):
 
 @contextlib.contextmanager
 def serving(
-    peer: Peer, address: str = "127.0.0.1:0", credentials: grpc.ServerCredentials | None = None
+    peer: Peer | None, address: str = "127.0.0.1:0", credentials: grpc.ServerCredentials | None = None
 ) -> Iterator[int]:
-    """The peer on a port of this machine, on a loop in a thread of its own."""
+    """The peer on a port of this machine, on a loop in a thread of its own. None: a server without any service."""
     loop = asyncio.new_event_loop()
 
     async def start() -> tuple[grpc.aio.Server, int]:
         server = grpc.aio.server(options=[("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000)])
-        add_InferenceServicer_to_server(peer, server)
+        if peer is not None:
+            add_InferenceServicer_to_server(peer, server)
         if credentials is None:
             port = server.add_insecure_port(address)
         else:

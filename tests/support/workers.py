@@ -92,6 +92,7 @@ async def start_worker(tiny_checkpoint: Path) -> AsyncIterator[Start]:
     workers: list[WorkerProcess] = []
 
     async def start(role: Role, **changes: Any) -> WorkerProcess:
+        clock = changes.pop("clock", None)
         settings = WorkerSettings(
             worker_id=changes.pop("worker_id", f"{role.value}-{len(workers)}"),
             role=role,
@@ -104,7 +105,7 @@ async def start_worker(tiny_checkpoint: Path) -> AsyncIterator[Start]:
             orphan_grace_s=changes.pop("orphan_grace_s", 0.3),
             **changes,
         )
-        worker = WorkerProcess(settings)
+        worker = WorkerProcess(settings, clock)
         workers.append(worker)
         await worker.start()
         return worker

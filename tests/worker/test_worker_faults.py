@@ -133,7 +133,7 @@ async def test_what_arrives_damaged_twice_is_recomputed_here(pair, tap, make_pro
 @pytest.mark.parametrize("is_lasting", [False, True])
 async def test_memory_that_goes_bad_under_a_prefill_worker_changes_no_text(pair, make_prompt, all_free, is_lasting):
     prefill, decode, hand, expected = pair
-    store = prefill._room.engine._turns._store
+    store = prefill.room.engine.store
     read, num_flips = store.read, 0
 
     def damaged(op):

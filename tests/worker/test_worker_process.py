@@ -119,7 +119,7 @@ async def test_a_pool_that_does_not_fit_is_refused_with_the_arithmetic(tiny_chec
 async def test_the_pool_is_the_smaller_of_tokens_and_memory(start_worker):
     by_tokens = await start_worker(Role.COMBINED, cache=CacheConfig(tokens=1024))
     per_block = 16 * 2 * 2 * 2 * (16 + 1)  # tokens, k and v, layers, heads, fp8 row and its scale
-    weights = weight_bytes(by_tokens._room.engine._runner.spec, "float32")
+    weights = weight_bytes(by_tokens.room.engine.runner.spec, "float32")
     memory = weights + 10 * per_block * 2
     by_memory = await start_worker(
         Role.COMBINED, cache=CacheConfig(tokens=1024, memory_fraction=0.5), memory_bytes=memory
@@ -132,7 +132,7 @@ async def test_the_pool_is_the_smaller_of_tokens_and_memory(start_worker):
 async def test_says_with_which_kernels_it_computes_and_does(start_worker, caplog, model):
     caplog.set_level("INFO", "twostroke")
     worker = await start_worker(Role.COMBINED, model=model)
-    ops = worker._room.engine._runner.ops
+    ops = worker.room.engine.runner.ops
     assert ops.description in worker.info().model.numerics_description
     assert f"computes with {worker.info().model.numerics_description}" in caplog.text
     if "kernels" in model:
@@ -159,12 +159,12 @@ async def test_no_device_but_the_cpu_is_promised(tiny_checkpoint):
 async def test_a_broken_engine_ends_its_requests_and_says_so(start_worker, router_of, make_prompt):
     worker = await start_worker(Role.COMBINED)
     hand = await router_of(worker)
-    engine = worker._room.engine
+    engine = worker.room.engine
 
     def fail(plan):
         raise RuntimeError("the device is gone")
 
-    engine._runner.run = fail
+    engine.runner.run = fail
     for place in range(4):
         answer = await (await hand.submit(f"r{place}", make_prompt(20))).ended()
         assert answer.end.error.code in ("internal_error", "unavailable")

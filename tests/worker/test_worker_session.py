@@ -41,11 +41,11 @@ async def test_a_router_is_welcomed_with_who_the_worker_is(alone, hand):
 
 
 async def test_all_requests_of_a_step_share_a_message(hand, make_prompt):
-    answers = [await hand.submit(f"r{i}", make_prompt(20, i), sampling={"max_tokens": 40, **FREE}) for i in range(6)]
+    answers = [await hand.submit(f"r{i}", make_prompt(20, i), sampling={"max_tokens": 400, **FREE}) for i in range(6)]
     for answer in answers:
         await answer.ended()
     shared = [m for m in hand.messages if len({t.request_id for t in m.step.tokens}) >= 5]
-    assert len(shared) > 10  # of about 40 steps
+    assert len(shared) > 10  # of at least 400 steps, however late the last request came
     steps = [m.step.step for m in shared]
     assert steps == sorted(steps)
     assert len(set(steps)) > 10
@@ -195,7 +195,9 @@ async def test_a_newer_dispatch_ends_the_older_and_an_older_is_dropped(alone, ha
     assert newer.end.reason == LENGTH
     await hand.submit("r", make_prompt(20), counter=1)
     await hand.cancel("r", counter=1)
-    await asyncio.sleep(0.2)
+    async with asyncio.timeout(20.0):
+        while not alone.counters["orders_stale"]:
+            await asyncio.sleep(0.01)
     assert alone.counters["orders_stale"] == 1
     await all_free(alone)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 
 import grpc
 import grpc.aio
@@ -77,7 +78,7 @@ def _split(identities):
 
 def held_by(worker):
     """The truth, read from the idle engine's own index."""
-    return set(worker._room.engine._core._lives.holdings.prefix.snapshot())
+    return set(worker.room.engine.core.prefix.snapshot())
 
 
 @pytest.fixture
@@ -144,7 +145,7 @@ async def test_fetch_gives_verified_frames_of_what_is_cached(
     ids = make_prompt(330)
     await (await hand.submit("r", ids)).ended()
     await all_free(worker)
-    facts = worker._room.facts
+    facts = worker.room.facts
     names = facts.namer.name(ids, CacheScope("tests", b"")).identities
     unknown = facts.namer.name(ids, CacheScope("somebody else", b"")).identities
     channels = Channels(KEY)
@@ -185,26 +186,39 @@ async def test_fetch_gives_verified_frames_of_what_is_cached(
 # ---------------------------------------------------------------- health
 
 
-async def test_health_follows_the_step_loop(start_worker, router_of, make_prompt):
-    worker = await start_worker(Role.COMBINED)
+class AheadClock:
+    """The machine's clock, set forward at will."""
+
+    ahead_s = 0.0
+
+    def now_s(self):
+        return time.monotonic() + self.ahead_s
+
+
+async def test_health_follows_the_step_loop(start_worker):
+    clock = AheadClock()
+    worker = await start_worker(Role.COMBINED, clock=clock)
     async with grpc.aio.insecure_channel(worker.address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
 
         async def check(service=""):
             return (await stub.Check(health_pb2.HealthCheckRequest(service=service))).status
 
-        await asyncio.sleep(0.1)
-        assert await check() == health_pb2.HealthCheckResponse.SERVING
+        async def until(status):
+            async with asyncio.timeout(20):
+                while await check() != status:
+                    await asyncio.sleep(0.01)
+
+        await until(health_pb2.HealthCheckResponse.SERVING)
         assert await check("twostroke.v1.Worker") == health_pb2.HealthCheckResponse.SERVING
-        worker.health._beat_at_s -= 10.0
+        clock.ahead_s += 10.0
         assert worker.health.is_serving()  # an old beat without work is no hang
         worker.dispatcher.own(("a hung request", 0), lambda event: None)
-        worker.health._beat_at_s -= 10.0
+        clock.ahead_s += 10.0  # no beat is heard before the next await
         assert not worker.health.is_serving()
         worker.dispatcher._owner_by_key.clear()
         await worker.drain(0.0)
-        await asyncio.sleep(0.7)
-        assert await check() == health_pb2.HealthCheckResponse.NOT_SERVING
+        await until(health_pb2.HealthCheckResponse.NOT_SERVING)
 
 
 async def test_reflection_lists_the_services(start_worker):

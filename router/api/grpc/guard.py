@@ -92,6 +92,11 @@ class Guard(grpc.aio.ServerInterceptor):
         self._probes = Probes()
         self._reaper = CallReaper()
 
+    @property
+    def num_waiting_probes(self) -> int:
+        """Health checks whose message has not come yet."""
+        return self._probes.num_waiting
+
     def close(self) -> None:
         """No more messages come."""
         self._bench.close()

@@ -198,13 +198,13 @@ async def test_probes_that_say_nothing_are_ended_and_keep_nobody_out(monkeypatch
     monkeypatch.setattr(probes, "PROBE_TIMEOUT_S", 0.3)
     async with serving() as there, there.channel() as silent, there.channel() as channel:
         calls = [silent.stream_stream(CHECK)() for _ in range(3 * probes.MAX_WAITING)]
-        await until(lambda: len(there.guard._probes._waiting) == probes.MAX_WAITING)
+        await until(lambda: there.guard.num_waiting_probes == probes.MAX_WAITING)
         check = health_pb2_grpc.HealthStub(channel).Check
         for _ in range(3):
             assert (await check(health_pb2.HealthCheckRequest(), timeout=10)).status == SERVING
         for call in calls:
             assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
-        assert not there.guard._probes._waiting
+        assert there.guard.num_waiting_probes == 0
 
 
 async def test_one_more_silent_probe_ends_the_oldest(monkeypatch):
@@ -214,7 +214,7 @@ async def test_one_more_silent_probe_ends_the_oldest(monkeypatch):
         calls = []
         for number in range(3):
             calls.append(channel.stream_stream(CHECK)())
-            await until(lambda number=number: len(there.guard._probes._waiting) == min(number + 1, 2))
+            await until(lambda number=number: there.guard.num_waiting_probes == min(number + 1, 2))
         assert await calls[0].code() is grpc.StatusCode.INVALID_ARGUMENT
         assert not calls[1].done()
         for call in calls:

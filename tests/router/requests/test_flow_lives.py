@@ -245,7 +245,7 @@ async def test_a_worker_that_is_gone_is_counted_once_and_leaves_nothing() -> Non
         await c.add(FakeWorker("d"))  # the fleet changes once more
         assert value("twostroke_workers_lost_total") == 1
         assert 'engine="a"' not in c.flow.metrics.render("")[0].decode()
-        assert {key.worker_id for key in c.flow._members._links} == {"b", "d"}
+        assert {key.worker_id for key in c.flow.members.links} == {"b", "d"}
         before = c.state("b"), c.state("d")
         await c.flow.close()
         assert (c.state("b"), c.state("d")) == before  # what we end ourselves is no loss
@@ -261,5 +261,5 @@ async def test_a_router_that_closed_opens_no_session_with_who_announces_itself_l
             call = worker_pb2_grpc.AnnounceStub(channel).Announce()
             await call.write(worker_pb2.Announcement(worker=worker.info(), sequence=1))
             assert (await call.read()).sequence == 1
-            assert not c.flow._members._links
+            assert not c.flow.members.links
             call.cancel()

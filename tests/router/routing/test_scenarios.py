@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.recorded import Recorded
 
 from twostroke.core.errors import TwostrokeError
 from twostroke.core.request import Epoch, FinishReason, Role, SequenceKey
@@ -45,20 +46,8 @@ def test_there_are_transcripts() -> None:
 
 
 @pytest.mark.parametrize("path", SCENARIOS, ids=[path.stem for path in SCENARIOS])
-def test_transcript(path: Path) -> None:
-    assert transcript(path.read_text()) == path.read_text()
-
-
-def transcript(text: str) -> str:
-    """The events of a transcript, with what really follows from each."""
-    stage, out = Stage(), []
-    for line in text.splitlines():
-        if line.startswith(" "):
-            continue
-        out.append(line)
-        if line and not line.startswith("#"):
-            out += [f"    {answer}" for answer in stage.play(line)]
-    return "\n".join(out) + "\n"
+def test_transcript(path: Path, recorded: Recorded) -> None:
+    recorded.check_transcript(path, Stage())
 
 
 class Stage:
@@ -80,6 +69,9 @@ class Stage:
         fields = dict(word.split("=") for word in words[1:] if "=" in word)
         answer = getattr(self, f"on_{verb}")(*args, **fields)
         return [_change(a) if isinstance(a, FleetChange) else a for a in answer or []]
+
+    def state(self) -> str:
+        return self.on_states()[0]
 
     # ---------------------------------------------------------------- fleet
 

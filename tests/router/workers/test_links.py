@@ -15,7 +15,7 @@ async def test_a_session_whose_orders_cannot_be_written_is_lost_at_once(monkeypa
         worker = FakeWorker("a")
         await c.add(worker)
         downs: list[str] = []
-        link = next(iter(c.flow._members._links.values()))
+        link = next(iter(c.flow.members.links.values()))
         original = link._handlers.down
         handlers = sessions.LinkHandlers(
             *(getattr(link._handlers, name) for name in sessions.LinkHandlers.__dataclass_fields__)
@@ -44,7 +44,7 @@ async def test_orders_that_waited_when_a_session_broke_are_not_sent_in_the_next(
     async with cluster() as c:
         worker = FakeWorker("a")
         await c.add(worker)
-        link = next(iter(c.flow._members._links.values()))
+        link = next(iter(c.flow.members.links.values()))
         for number in range(500):
             assert link.send(worker_pb2.SessionUp(submit=worker_pb2.Submit(request_id=f"r{number}")))
         link.reset()
