@@ -1,14 +1,14 @@
-"""Which workers a request goes to, by predicted milliseconds, with all reasons. Pure: no clock, no network, no state.
+"""Choice of the workers for a request, by predicted milliseconds, with all reasons. Pure: no clock, network or state.
 
     cost = queue of P + a*u + b*u*(h + u/2)                     u uncached after h held tokens, on P
          + (1 - overlap) * bytes not held by D / bandwidth      0 for a local prefill
          + queue of D
-         + price: the delay to those who decode on D already, and the work itself, which others will wait for
+         + penalty: the delay of sequences that decode on D already, and the work itself, which others will wait for
 
-A local prefill has P = D, and the price of the steps it takes from D's other sequences. The price of work is why
-siblings of a burst go where their prefix is being computed, although computing it elsewhere would be as quick. The best
-4 P x the best 4 D and every local prefill are compared exactly. Candidates within the measuring noise of each other
-count as equal; then fewer sequences under way win, and then a hash of the request's id, and no worker is always first.
+A local prefill has P = D, and the penalty of the steps that it takes from D's other sequences. Because of the penalty
+on work, requests of a burst go to the worker that computes their prefix already, although another would be as fast. The
+best 4 P x the best 4 D and every local prefill are compared exactly. Candidates within the noise of measurement count
+as equal; among them fewer sequences under way win, then a hash of the request's id, so no worker is always first.
 """
 
 from __future__ import annotations
@@ -28,47 +28,47 @@ BEST = 4
 
 @dataclass(frozen=True, slots=True)
 class PolicyLimits:
-    """The weights of the price, and what counts as equal."""
+    """Weights of the penalty, and bounds of equality."""
 
-    overlap: float = 0.8  # share of a hand-over that hides behind the prefill that produces it
-    handover_fixed_ms: float = 2.0  # opening the stream, promise, bind
-    delay_weight: float = 0.5  # one ms of delay to another request costs so many of ours
-    work_weight: float = 0.2  # one ms of computing costs so many of those that come next
-    equal_ms: float = 0.1
+    overlap: float = 0.8  # share of a hand-over that overlaps with its prefill
+    handover_fixed_ms: float = 2.0  # for the stream, promise and bind
+    delay_weight: float = 0.5  # penalty in ms per ms of delay of another request
+    work_weight: float = 0.2  # penalty in ms per ms of computation, for requests that come next
+    equal_ms: float = 0.1  # candidates within this or equal_share of the best count as equal
     equal_share: float = 0.02
-    local_prefill: bool = True  # whether decode workers may prefill
+    local_prefill: bool = True  # True: decode workers may prefill
 
 
 @dataclass(frozen=True, slots=True)
 class RequestFacts:
-    """What of a request matters for the choice."""
+    """Facts about a request for the choice."""
 
     request_id: str
     prompt_tokens: int
-    expected_tokens: int  # that each choice will generate
+    expected_tokens: int  # to be generated, per choice
     num_choices: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerView:
-    """One eligible worker at the moment of the choice."""
+    """State of one eligible worker at the time of the choice."""
 
     key: WorkerKey
     address: str
     role: Role
-    numerics: bytes  # pairs must be equal in it
-    handovers: frozenset[str]  # ways of handing over that it knows: pairs must share one; empty: it did not say
+    numerics: bytes  # must be equal in a pair
+    handovers: frozenset[str]  # hand-over protocols that it supports: pairs must share one; empty: not announced
     coefficients: Coefficients
     kv_bytes_per_token: int
     queued_prefill_tokens: int
     num_decoding: int
     max_num_seqs: int
     free_kv_tokens: int
-    in_flight: int  # sequences that this router has there
+    in_flight: int  # sequences that this router has dispatched to it
 
     @property
     def worker_id(self) -> str:
-        """Its name."""
+        """Name of the worker."""
         return self.key.worker_id
 
 
@@ -80,16 +80,16 @@ class Terms:
     prefill_ms: float
     transfer_ms: float
     decode_queue_ms: float
-    delay_ms: float  # a price, not time: others pay it
+    delay_ms: float  # the penalty: delay of other requests, not of this one
 
     @property
     def first_token_ms(self) -> float:
-        """When the first token should be there; a hand-over gates only the second one."""
+        """Predicted time to the first token; a hand-over delays only the second one."""
         return self.prefill_queue_ms + self.prefill_ms + self.decode_queue_ms
 
     @property
     def total_ms(self) -> float:
-        """What is compared."""
+        """Total by which candidates are compared."""
         return self.first_token_ms + self.transfer_ms + self.delay_ms
 
 
@@ -105,18 +105,18 @@ class Candidate:
 
     @property
     def in_flight(self) -> int:
-        """Sequences under way on its workers."""
+        """Number of sequences under way on its workers."""
         return self.decode.in_flight + (self.prefill.in_flight if self.prefill else 0)
 
     @property
     def name(self) -> str:
-        """For logs: "prefill-0 > decode-1", or "decode-1" alone."""
+        """Name for logs: "prefill-0 > decode-1", or "decode-1" for a local prefill."""
         return f"{self.prefill.worker_id} > {self.decode.worker_id}" if self.prefill else self.decode.worker_id
 
 
 @dataclass(frozen=True, slots=True)
 class RoutingDecision:
-    """The winner, why, and everything it was compared with (cheapest first)."""
+    """The chosen candidate, the reason, and all candidates (cheapest first)."""
 
     winner: Candidate
     prefill_peers: tuple[WorkerView, ...]  # for the winner's decode worker, best first; empty: prefill locally
@@ -127,9 +127,9 @@ class RoutingDecision:
 def choose(
     request: RequestFacts, workers: Sequence[WorkerView], held: Mapping[str, int], limits: PolicyLimits
 ) -> RoutingDecision | None:
-    """Compare all ways to serve a request. None: nobody can decode it.
+    """Compare all ways to serve a request. None: no worker can decode it.
 
-    `held`: hash blocks of this prompt that each worker holds or soon will.
+    `held`: number of leading hash blocks of this prompt that each worker holds or soon will.
     """
     cost = _Costs(request, held, limits)
     peers = sorted((w for w in workers if w.role is Role.PREFILL), key=cost.prefill_rank)[:BEST]
@@ -141,7 +141,7 @@ def choose(
         if p.numerics == d.numerics and can_hand_over(p, d)
     ]
     own = [cost.local(home) for home in homes if home.role is Role.COMBINED or limits.local_prefill]
-    candidates = pairs + own or [cost.local(home) for home in homes]  # no prefill worker is there: better than nothing
+    candidates = pairs + own or [cost.local(home) for home in homes]  # without prefill workers, local is the only way
     if not candidates:
         return None
     ranked = sorted(candidates, key=lambda c: (c.terms.total_ms, c.name))
@@ -150,14 +150,14 @@ def choose(
 
 
 def can_hand_over(prefill: WorkerView, decode: WorkerView) -> bool:
-    """Whether the two know a hand-over in common, as far as they said."""
+    """True if both support a common hand-over protocol, or one of them announced none."""
     return not prefill.handovers or not decode.handovers or not prefill.handovers.isdisjoint(decode.handovers)
 
 
 class _Figures(NamedTuple):
-    """What a worker alone contributes to every candidate it is part of."""
+    """Terms of a worker, equal in every candidate that it is part of."""
 
-    held: int  # leading tokens that need no computing there; the last one always does
+    held: int  # leading tokens that it holds, never the last prompt token, which is always computed
     prefill_queue_ms: float
     prefill_ms: float
     missing_bytes: int
@@ -166,7 +166,7 @@ class _Figures(NamedTuple):
 
 
 class _Costs:
-    """The terms of one request's candidates. Each worker is looked at once."""
+    """Terms of the candidates of one request, computed once per worker."""
 
     def __init__(self, request: RequestFacts, held: Mapping[str, int], limits: PolicyLimits) -> None:
         self._request = request
@@ -193,7 +193,7 @@ class _Costs:
 
     def local(self, home: WorkerView) -> Candidate:
         own = self._of(home)
-        # Those who decode there wait while it prefills; on a decode worker so do those who are to come.
+        # Sequences that decode there wait during the prefill; on a decode worker, later ones wait too.
         disturbed = home.num_decoding + (1 if home.role is Role.DECODE else 0)
         price = self._limits.work_weight + self._limits.delay_weight * disturbed
         price_ms = own.crowd_ms + price * own.prefill_ms
@@ -210,7 +210,7 @@ class _Costs:
         request, speed = self._request, worker.coefficients
         held = min(self._held.get(worker.worker_id, 0) * HASH_BLOCK_TOKENS, request.prompt_tokens - 1)
         uncached = request.prompt_tokens - held
-        # One more row in every step: a share of a step for each sequence that is there.
+        # Every step gets one more row, which delays each sequence there by a share of a step.
         crowd_ms = self._limits.delay_weight * speed.decode_step_ms * worker.num_decoding * request.num_choices
         return _Figures(
             held,
@@ -227,7 +227,7 @@ class _Costs:
         return self._limits.handover_fixed_ms + (1.0 - self._limits.overlap) * seconds * 1e3
 
     def _decode_queue_ms(self, worker: WorkerView) -> float:
-        """Until a place and room are free: as many steps as sequences must end first, at their mean pace."""
+        """Predicted wait for a seat and room, in ms: the sequences that must end first, at the mean rate."""
         request = self._request
         each = request.prompt_tokens + request.expected_tokens
         excess_seqs = float(worker.num_decoding + request.num_choices - worker.max_num_seqs)
