@@ -1,4 +1,4 @@
-"""How a call wants its tokens chosen, checked against the model: every field of `SamplingParams`. Knows no protocol."""
+"""Sampling parameters of a call, checked against the model: every field of `SamplingParams`. Knows no protocol."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from .models import ServedModel
 MAX_STOP_CHARS = 256
 MAX_STOP_IDS = 256
 MAX_SEED = 2**64 - 1
-MIN_SEED = -(2**63)  # 64 bits, with a sign or without
-MAX_PENALTY = 2.0  # either way, as OpenAI has it
+MIN_SEED = -(2**63)  # 64 bits, signed or unsigned
+MAX_PENALTY = 2.0  # positive or negative, as in OpenAI's API
 MAX_BIAS = 100.0
 MAX_BIASES = 1024
 MAX_BAD_WORDS = 128
 MAX_BAD_WORD_CHARS = 256
-MAX_BAD_WORD_TOKENS = 8192  # of all: a running request keeps them here and on its worker
-MAX_LOGPROBS = 20  # OpenAI's bound for chats; its completions stop at 5
-MAX_PROMPT_SCORES = 1 << 18  # prompt tokens times what is said of each: they travel in one message
+MAX_BAD_WORD_TOKENS = 8192  # in total; a running request keeps them here and on its worker
+MAX_LOGPROBS = 20  # OpenAI's bound for chats; its bound for completions is 5
+MAX_PROMPT_SCORES = 1 << 18  # prompt tokens times numbers per token: they are sent in one message
 
 
 def sampling_of(
     call: GenerateCall, model: ServedModel, prompt_ids: Sequence[int], default_max_tokens: int | None
 ) -> SamplingParams:
-    """The parameters of a call whose prompt is known; what it leaves out is the checkpoint's default, or neutral.
+    """Parameters of a call whose prompt is known; fields not given have the checkpoint's default, or a neutral value.
 
     Raises:
         InvalidRequest: a field is out of range or of the wrong type; `param` names it.
@@ -67,7 +67,7 @@ def sampling_of(
 
 
 def _max_tokens(call: GenerateCall, model: ServedModel, num_prompt: int, default: int | None) -> int:
-    """As asked for; else what the face, the operator or the checkpoint says, the first that does; else all there is."""
+    """max_tokens as given; else the default of the API, the operator or the checkpoint; else all that fit."""
     room = model.max_model_len - num_prompt
     max_tokens = call.max_tokens
     if max_tokens is None:
@@ -93,7 +93,7 @@ def _usual(call: GenerateCall, model: ServedModel, default: int | None) -> int |
 
 
 def is_bounded(call: GenerateCall, model: ServedModel, default_max_tokens: int | None) -> bool:
-    """Whether anybody said how long an answer may be."""
+    """True if the client or a default limits the length of the answer."""
     return call.max_tokens is not None or (_usual(call, model, default_max_tokens) or UNTIL_FULL) < UNTIL_FULL
 
 
@@ -105,7 +105,7 @@ def _top_p(value: float | None, default: float) -> float:
 
 
 def _top_k(value: int | None, default: int, vocab_size: int) -> int:
-    """0, vLLM's -1, and whatever keeps the whole vocabulary: off."""
+    """Check top_k; 0, vLLM's -1, and values of at least the vocabulary mean off (0)."""
     top_k = 0 if value == -1 else integer("top_k", value, default, 0, 2**63 - 1)
     return 0 if top_k >= vocab_size else top_k
 
@@ -122,7 +122,7 @@ def _repetition_penalty(value: float | None, default: float) -> float:
 
 
 def _biases(biases: Mapping[Any, Any], model: ServedModel) -> tuple[tuple[int, float], ...]:
-    """By token id, rising. JSON has ids as texts."""
+    """Check biases; returns them sorted by token id. In JSON the ids are texts."""
     if len(biases) > MAX_BIASES:
         raise InvalidRequest(f"logit_bias has {len(biases)} entries; at most {MAX_BIASES}", param="logit_bias")
     checked: dict[int, float] = {}
@@ -139,9 +139,9 @@ def _biases(biases: Mapping[Any, Any], model: ServedModel) -> tuple[tuple[int, f
 
 
 def _bad_words(words: Sequence[str], model: ServedModel) -> tuple[tuple[int, ...], ...]:
-    """Each word as it stands at the start of a text and behind a space.
+    """Token ids of each word at the start of a text and after a space.
 
-    Where the space is only one more token in front, the word alone covers both.
+    If the space is only one more token in front, the word alone covers both.
     """
     _check_texts("bad_words", words, MAX_BAD_WORDS, MAX_BAD_WORD_CHARS)
     found: dict[tuple[int, ...], None] = {}

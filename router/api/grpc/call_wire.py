@@ -1,4 +1,4 @@
-"""Messages of the gRPC face as calls: the fields by the names of the API, lists counted before they are copied."""
+"""Conversion of gRPC messages to calls: fields by their API names; lists are counted before they are copied."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..call import GenerateCall
 from ..models import ModelDirectory
 from .chat_wire import chat_messages, template_options
 
-_USUAL_COMPLETION = 256  # tokens of a completion that asks for none: no template makes it end
+_USUAL_COMPLETION = 256  # default max_tokens of a completion; without a template it may never end by itself
 _OPTIONAL = (
     *("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "seed"),
     *("repetition_penalty", "frequency_penalty", "presence_penalty", "logprobs", "prompt_logprobs"),
@@ -21,11 +21,11 @@ _OPTIONAL = (
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """A message, and what its client says beside it."""
+    """A message with its key and deadline."""
 
     message: Any
     api_key: str | None
-    left_s: float | None  # until the client's deadline; none: it has none
+    left_s: float | None  # until the client's deadline; None: it has no deadline
     models: ModelDirectory
 
 
@@ -33,12 +33,12 @@ Reader: TypeAlias = Callable[[Said], GenerateCall]
 
 
 def generate_call(said: Said) -> GenerateCall:
-    """A completion.
+    """Call of a completion.
 
     Raises:
-        InvalidRequest: there is no prompt, or something has too many entries.
-        ContextLengthExceeded: the prompt has more tokens than its model reads.
-        ModelNotFound, Unavailable: nobody serves that model.
+        InvalidRequest: there is no prompt, or a field has an invalid value.
+        ContextLengthExceeded: the prompt has too many tokens for its model.
+        ModelNotFound, Unavailable: no worker serves that model.
         DeadlineExceeded: the client's deadline is over.
     """
     message: inference_pb2.GenerateRequest = said.message
@@ -50,13 +50,13 @@ def generate_call(said: Said) -> GenerateCall:
 
 
 def chat_call(said: Said) -> GenerateCall:
-    """A chat. Raises as `generate_call` does."""
+    """Call of a chat. Raises the errors of `generate_call`."""
     message: inference_pb2.ChatRequest = said.message
     return GenerateCall(messages=chat_messages(message.messages), **template_options(message.options), **_common(said))
 
 
 def tokenize_call(said: Said) -> GenerateCall:
-    """What is to be tokenised, as a request for one token. Raises as `generate_call` does."""
+    """Call of a tokenisation, as a request for one token. Raises the errors of `generate_call`."""
     message: inference_pb2.TokenizeRequest = said.message
     which = message.WhichOneof("input")
     if which is None:
@@ -88,7 +88,7 @@ def _common(said: Said) -> dict[str, Any]:
     if sampling.bad_word_ids:
         raise InvalidRequest("bad_word_ids are the router's to make; give bad_words", param="bad_word_ids")
     if "seed" in given and given["seed"] >= 1 << 63:
-        given["seed"] -= 1 << 64  # the validator's range is the signed one of JSON clients
+        given["seed"] -= 1 << 64  # the validator takes signed seeds, as JSON clients send them
     return given | {
         "model": message.model or None,
         "n": message.num_choices or None,

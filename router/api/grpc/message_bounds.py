@@ -1,4 +1,4 @@
-"""Bounds of a client's protobuf message, checked on its bytes: before any object is built of it. Pure.
+"""Bounds of a client's protobuf message, checked on its bytes before any object is built. Pure.
 
 A field costs two bytes on the wire and a hundred in memory, so the length of a message bounds neither time nor memory.
 The walk follows the known message fields only, skips every other field by its length, and stops at the first bound.
@@ -21,9 +21,9 @@ from ..messages import MAX_MESSAGES
 from ..sampling import MAX_BAD_WORDS, MAX_BIASES, MAX_STOP_IDS
 from .chat_wire import MAX_ITEMS
 
-MAX_FIELDS = 40_960  # of a whole message: 2,048 messages and 16,384 parts with their texts have 39,000
+MAX_FIELDS = 40_960  # per message: 2,048 chat messages and 16,384 parts with their texts have 39,000
 
-# Entries of the repeated fields, over the whole message.
+# Most entries of the repeated fields, over the whole message.
 MAX_ENTRIES: Mapping[str, int] = {
     "messages": MAX_MESSAGES,
     "parts": MAX_ITEMS,
@@ -32,7 +32,7 @@ MAX_ENTRIES: Mapping[str, int] = {
     "stop_token_ids": MAX_STOP_IDS,
     "bad_words": MAX_BAD_WORDS,
     "logit_bias": MAX_BIASES,
-    "ids": MAX_COMMAS,  # of tokens: whether they fit the model is seen when they are here, eight bytes each
+    "ids": MAX_COMMAS,  # of tokens; the model's own limit is checked after parsing
 }
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types; 3 and 4 are groups, which proto3 does not have
@@ -49,7 +49,7 @@ class _Field:
 
 
 def check_bounds(raw: bytes, kind: Descriptor) -> None:
-    """Refuse the bytes of a message of this kind that has more fields or entries than are read.
+    """Refuse the bytes of a message of this kind with too many fields or entries.
 
     Raises:
         InvalidRequest: there are too many, or the bytes are no message; `param` names a repeated field.
@@ -102,7 +102,7 @@ def _walk(raw: bytes, top: Mapping[int, _Field]) -> None:
 
 
 def _varint(raw: bytes, place: int) -> tuple[int, int]:
-    """A whole number and the place behind it."""
+    """Decode a varint; returns its value and the offset after it."""
     byte = raw[place]
     if byte < 0x80:
         return byte, place + 1
