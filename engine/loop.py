@@ -154,7 +154,7 @@ class Engine:
         return max(wake_s - self._clock.now_s(), 0.0)
 
     def _step(self, plan: StepPlan) -> None:
-        """Run a plan. A failure ends the sequences that cause it; several failed steps in a row end the engine."""
+        """Run a plan. A failure ends the sequences that cause it; steps without a result, in a row, end the engine."""
         began_s = self._clock.now_s()
         self._phase = _phase(plan)
         self._is_for_peers = self._core.is_for_peers(plan)
