@@ -27,7 +27,7 @@ class FleetLimits:
 
     suspect_after_s: float = 1.0
     silent_after_s: float = 2.0
-    stall_after_s: float = 15.0  # without progress of the step count, while the engine reports work
+    stall_after_s: float = 15.0  # the step loop's count stands still while it claims to work
     max_workers: int = 1024
 
 
