@@ -75,7 +75,7 @@ class Outbox:
 
     @property
     def is_full(self) -> bool:
-        """True if the router is too far behind to get more work done."""
+        """True if a bound is reached: the router reads too slowly to be given more work."""
         is_long = self._num_tokens >= self._max_tokens or len(self._ends) >= self._max_ends
         return is_long or self._num_bytes >= self._max_bytes
 

@@ -155,7 +155,7 @@ class DecodeTask:
         self._has_bound = True
         self._mark(Instant.BOUND)
         if self._pull is not None and self._pull_waits:
-            self._pull.bound()  # else it was asked for by a lost one: this peer has not said Started yet
+            self._pull.bound()  # else a lost peer had asked for it: the present one has not sent Started yet
 
     # ------------------------------------------------------------------ the hand-over
 

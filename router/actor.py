@@ -1,4 +1,4 @@
-"""The Ray actor that holds a router. Ray places, names and ends it; it is never on the data path."""
+"""Ray actor that holds a router. Ray places, names and ends the actor; no data passes through Ray."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from ..core.hosted import Hosted
 
 
 class Router(Hosted):
-    """A router: both client faces, the prefix map, and one session per worker."""
+    """A router: both client APIs, the prefix map, and one session per worker."""

@@ -1,4 +1,4 @@
-"""Settings of the router and its two faces."""
+"""Settings of the router and its two APIs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..core.config import Section
 
 
 def _listed(value: Any) -> Any:
-    """A flag's text: a JSON list, as vLLM takes it, or words with commas between them."""
+    """Parse the text of a flag: a JSON list, as in vLLM, or words separated by commas."""
     if not isinstance(value, str):
         return value
     if value.lstrip().startswith("["):
@@ -24,12 +24,12 @@ def _listed(value: Any) -> Any:
 Words = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 
 
-MIN_KEY_CHARS = 8  # fewer can be tried out
+MIN_KEY_CHARS = 8  # shorter keys can be found by trial
 GOOD_KEY_CHARS = 16
 
 
 class RouterConfig(Section):
-    """Where clients reach the router and what it accepts."""
+    """Addresses, keys and limits of the router."""
 
     host: str = Field("127.0.0.1", description="address of both faces; another than loopback needs insecure=true")
     port: int = Field(8000, ge=0, le=65535, description="HTTP (OpenAI API, metrics)")
@@ -86,7 +86,7 @@ class RouterConfig(Section):
     @field_validator("allowed_hosts")
     @classmethod
     def _are_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        """What could never be the name in a Host header is a mistake."""
+        """Refuse values that cannot be the name in a Host header."""
         for name in names:
             if "/" in name or (name.count(":") == 1 and not name.startswith("[")):
                 raise ValueError(f"{name!r} is not the name of a host; give it without scheme, port and path")
@@ -95,7 +95,7 @@ class RouterConfig(Section):
     @field_validator("allowed_origins")
     @classmethod
     def _are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
-        """What could never be an Origin header is a mistake."""
+        """Refuse values that cannot be an Origin header."""
         for origin in origins:
             if origin not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/]+", origin):
                 raise ValueError(f"{origin!r} is not an origin; it has a scheme and no path: http://localhost:3000")
@@ -104,7 +104,7 @@ class RouterConfig(Section):
     @field_validator("api_keys")
     @classmethod
     def _are_keys(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
-        """A key that is empty or can be guessed is a door that only looks shut. No message shows one."""
+        """Refuse keys that are empty or can be guessed. No message shows a key."""
         for place, key in enumerate(keys, 1):
             which = f"key {place} of {len(keys)}"
             if not key.strip():
@@ -124,5 +124,5 @@ class RouterConfig(Section):
 
     @property
     def num_weak_keys(self) -> int:
-        """How many keys are accepted though they are short."""
+        """Number of accepted keys that are shorter than recommended."""
         return sum(len(key) < GOOD_KEY_CHARS for key in self.api_keys)

@@ -1,6 +1,6 @@
-"""Every number the router exports, under our names and under vLLM's, so that existing dashboards work.
+"""Prometheus metrics of the router, under our names and under vLLM's, so that existing dashboards work.
 
-Knows no request and no worker: who measures calls in. All series that can be known beforehand exist with zero.
+Knows no request's state and no connection: the measuring parts call it. Series known beforehand exist with zero.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TRANSPORTS = ("grpc", "none")
 
 
 class RouterMetrics:
-    """The collectors, in a registry of their own: several routers can live in one process."""
+    """The metrics, in their own registry, because several routers can run in one process."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -78,13 +78,13 @@ class RouterMetrics:
             self.kv_bytes.labels(transport)
 
     def know_model(self, model: str) -> None:
-        """Create every series of a model, with zero."""
+        """Create all series of a model, with zero."""
         if model not in self._totals:
             self._totals[model] = EngineTotals()
             metrics.know(self._board, model)
 
     def know_worker(self, facts: WorkerFacts) -> None:
-        """A worker is connected: its model, and the size of its KV pool."""
+        """Create the series of a connected worker: its model, and the size of its KV pool."""
         self.know_model(facts.model.name)
         self._pools.set(
             metrics.CACHE_POOL,
@@ -96,7 +96,7 @@ class RouterMetrics:
         )
 
     def forget_worker(self, facts: WorkerFacts) -> None:
-        """Drop the series of a worker that is gone."""
+        """Remove the series of a worker that is gone."""
         worker_id = facts.worker_id
         self._pools.forget(metrics.CACHE_POOL, facts.model.name, worker_id)
         if totals := self._totals.get(facts.model.name):
@@ -106,24 +106,24 @@ class RouterMetrics:
                 self.coefficient.remove(worker_id, name)
 
     def generated(self, model: str, num_tokens: int) -> None:
-        """Tokens of some choices arrived."""
+        """Count generated tokens."""
         self._board.add(metrics.GENERATION_TOKENS, model, amount=num_tokens)
 
     def ended(self, model: str, life: Life) -> None:
-        """A request is over."""
+        """Count a request that is over."""
         metrics.count_life(self._board, life, model)
 
     def engine(self, worker: WorkerFacts, load: LoadFacts) -> None:
-        """A worker's load report: what its engine has counted."""
+        """Add the engine counters of a worker's load report."""
         self.know_model(worker.model.name)
         self._totals[worker.model.name].take(worker.key, load)
 
     def render(self, accept: str) -> tuple[bytes, str]:
-        """Everything, in the format that an Accept header asks for: the body and its content type."""
+        """All metrics, in the format that the Accept header asks for: body and content type."""
         return render(self.registry, accept)
 
     def fleet(self, states: Iterable[tuple[str, WorkerState]]) -> None:
-        """How many workers of which role stand where."""
+        """Set the number of workers by role and state."""
         counts: dict[tuple[str, WorkerState], int] = {}
         for role, state in states:
             counts[role, state] = counts.get((role, state), 0) + 1
@@ -132,7 +132,7 @@ class RouterMetrics:
                 self.workers.labels(role, state.value).set(counts.get((role, state), 0))
 
     def load(self, model: str, loads: Iterable[LoadFacts]) -> None:
-        """A model's sums over its workers."""
+        """Set a model's sums over its workers."""
         reports = list(loads)
         used = sum(r.total_blocks - r.free_blocks for r in reports)
         total = sum(r.total_blocks for r in reports)

@@ -1,4 +1,4 @@
-"""The router's three ports: where each is bound, and which setting chooses another. Starts nothing."""
+"""The router's three ports: their hosts, and the settings that change them. Starts nothing."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ PORT_REMEDIES = {
 
 
 def check_ports(settings: RouterConfig) -> None:
-    """Whether all ports could be bound now; a port of 0 is any.
+    """Check that all ports can be bound now; 0 means any port.
 
     Raises:
-        ConfigError: names the port that cannot, and the setting that chooses another.
+        ConfigError: a port cannot be bound; with the setting that changes it.
     """
     for name, remedy in PORT_REMEDIES.items():
         host = INTERNAL_HOST if name == "internal_port" else settings.host

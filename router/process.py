@@ -1,4 +1,4 @@
-"""One router as a process: the flow, both client faces, and the internal port where workers announce themselves."""
+"""The router process: the flow, both client APIs, and the internal port for workers' announcements."""
 
 from __future__ import annotations
 
@@ -43,21 +43,21 @@ _CLIENTS_OPTIONS = (
     *_GRPC_OPTIONS,
     ("grpc.max_allowed_incoming_connections", 4096),
     ("grpc.server_handshake_timeout_ms", 5_000),
-    ("grpc.max_connection_idle_ms", 60_000),  # without a call; clients connect anew by themselves
-    ("grpc.keepalive_time_ms", 30_000),  # a client that vanished without a word is noticed
+    ("grpc.max_connection_idle_ms", 60_000),  # without a call; clients reconnect by themselves
+    ("grpc.keepalive_time_ms", 30_000),  # detects clients that vanished without closing
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.max_metadata_size", 8 << 10),
     ("grpc.absolute_max_metadata_size", 16 << 10),
-    ("grpc.http2.lookahead_bytes", 16 << 10),  # of a stream that nobody reads yet
-    ("grpc.http2.bdp_probe", 0),  # would let these windows grow to megabytes
+    ("grpc.http2.lookahead_bytes", 16 << 10),  # buffered per stream that is not read yet
+    ("grpc.http2.bdp_probe", 0),  # with probes these windows would grow to megabytes
 )
-ACCEPTS = 2  # connections that the event loop takes each time it has something to do: what asyncio calls backlog
-BACKLOG = 2048  # connections that wait to be taken, in the system
-SWITCH_S = 0.0005  # how long the event loop waits for a thread that reads a message, each time it has something to do
+ACCEPTS = 2  # connections that the event loop accepts per turn (asyncio's `backlog`)
+BACKLOG = 2048  # connections that wait in the system to be accepted
+SWITCH_S = 0.0005  # the interpreter's switch interval: bounds the event loop's wait for a thread that parses a message
 
 
 class RouterProcess:
-    """Start, serve, drain, stop. Ports are those of the settings."""
+    """One router: `start` it, `stop` it. Ports are those of the settings."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class RouterProcess:
         """Bind all ports, then serve.
 
         Raises:
-            ConfigError: a port is taken; names it.
+            ConfigError: a port is in use; the message names it.
         """
         settings = self._settings
         num_files = raise_file_limit()
@@ -125,7 +125,7 @@ class RouterProcess:
         self._http_task.add_done_callback(lambda _: self.ended.set())
 
     async def stop(self, grace_s: float) -> None:
-        """Refuse new requests, let the running ones end within `grace_s`, then close everything."""
+        """Refuse new requests, let the running ones end within `grace_s`, then close all servers and connections."""
         await self._health.enter_graceful_shutdown()
         await self._flow.drain(grace_s)
         await self._flow.close()
@@ -144,14 +144,18 @@ class RouterProcess:
         try:
             server.add_insecure_port(target(host, port))
         except RuntimeError as error:
-            check_port(host, port, PORT_REMEDIES[name])  # which knows why
+            check_port(host, port, PORT_REMEDIES[name])  # raises with the reason, if it finds one
             raise ConfigError(f"port {port} cannot be bound: {error}") from None
         await server.start()
         self._servers.append(server)
 
 
 def run_router(process: RouterProcess, grace_s: float, parent_pid: int | None = None) -> None:
-    """The main function of a router process: serve until SIGTERM or SIGINT, then drain."""
+    """Main function of a router process: serve until SIGTERM, SIGINT or the parent's death, then drain.
+
+    Raises:
+        SystemExit: with 1, if the HTTP server ended by its own fault.
+    """
     give_large_memory_back()
     sys.setswitchinterval(SWITCH_S)
     with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(process.selector)) as runner:
@@ -169,7 +173,7 @@ async def _run(process: RouterProcess, grace_s: float, parent_pid: int | None) -
         await process.stop(0.0)
         raise
     gc.collect()
-    gc.freeze()  # what is here now stays: collections while requests run need not look at it
+    gc.freeze()  # present objects stay for ever, so later collections can skip them
     await first(process.ended.wait(), stop.asked.wait(), orphaned(parent_pid))
     is_broken = process.ended.is_set()
     try:
@@ -182,12 +186,12 @@ async def _run(process: RouterProcess, grace_s: float, parent_pid: int | None) -
 
 class _HttpServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen; more connections may wait than are taken at once."""
+        """Listen with a backlog larger than the number of connections accepted per turn."""
         await super().startup(sockets)
         for listener in sockets or ():
             listener.listen(BACKLOG)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
-        """Signals belong to the process, not to one of its servers."""
+        """Leave signals to the process: uvicorn must not handle them."""
         yield

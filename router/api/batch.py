@@ -1,6 +1,6 @@
-"""Several prompts of one body as one request: their pieces in one stream, their names under one. Knows no protocol.
+"""A list of prompts in one body: one request per prompt, their pieces merged in one stream. Knows no protocol.
 
-choice of the whole = prompt * n + choice of that prompt's request, named `<name>-<prompt>`
+choice in the merged stream = prompt * n + choice of that prompt's request, which is named `<name>-<prompt>`
 """
 
 from __future__ import annotations
@@ -15,35 +15,35 @@ from typing import Any
 from ...core.errors import InternalError, Overloaded
 from ..requests.pieces import OutputDelta, TokenUsage
 
-MAX_NAMES = 2_000  # lists whose name is remembered: as many as the journal remembers requests
-_PIECES_AHEAD = 4  # per prompt: beyond them the streams wait, and their own bounds hold
+MAX_NAMES = 2_000  # lists whose names are remembered: the same number as ended requests in the history
+_PIECES_AHEAD = 4  # buffered per prompt; with more, the streams wait and their own bounds apply
 _RETRY_S = 0.5
-CHOICES_AT_ONCE = 64  # of a list: a quarter of what a worker lets wait, so that others' requests find room
-TOKENS_AT_ONCE = 65_536  # of its prompts, likewise
+CHOICES_AT_ONCE = 64  # of one list: a quarter of a worker's waiting queue, so that other requests find room
+TOKENS_AT_ONCE = 65_536  # of the prompts of one list, for the same reason
 
 Start = Callable[[], AsyncGenerator[OutputDelta, None]]
 
-# Of several states the first of these tells most.
+# The state of a list is the first of these that one of its requests has.
 _STATES = ("running", "failed", "rejected", "cancelled", "finished")
 
 
 def name_of(name: str, prompt: int) -> str:
-    """The request that one prompt of a list becomes."""
+    """Request id of one prompt of a list."""
     return f"{name}-{prompt}"
 
 
 def streams_at_once(num_choices: int, most_prompt_tokens: int) -> int:
-    """How many prompts of a list run at once: what a worker's queue holds easily."""
+    """Number of prompts of a list that run at once, so that a worker's queue has room for them."""
     return max(1, min(CHOICES_AT_ONCE // num_choices, TOKENS_AT_ONCE // most_prompt_tokens))
 
 
 async def merged(
     starts: Sequence[Start], num_choices: int, at_once: int, patience_s: float
 ) -> AsyncGenerator[OutputDelta, None]:
-    """The pieces of all streams as they come, `usage` of all with the very last one; each stream's last has its own.
+    """Merge all streams; yields their pieces as they come, the sum of their `usage` with the very last one.
 
-    `at_once` streams run; the others begin when one of these has ended, and try again for `patience_s` where the
-    cluster is full then. The first error of any ends it, and it ends the others; so does closing it.
+    `at_once` streams run; the others begin when one of these has ended, and retry for `patience_s` if the cluster is
+    full then. The first error of a stream ends the merged stream and all others; so does closing it.
     """
     arrived: asyncio.Queue[tuple[int, OutputDelta | Exception]] = asyncio.Queue(_PIECES_AHEAD * at_once)
     slots = asyncio.Semaphore(at_once)
@@ -81,14 +81,14 @@ async def _pump(
             async for piece in stream:
                 usage = piece.usage
                 await arrived.put((place, piece))
-            if usage is None:  # whoever reads would wait for it for ever
+            if usage is None:  # the reader would wait for the last piece for ever
                 raise InternalError(f"prompt {place} ended without its last piece")
         except Exception as error:
             await arrived.put((place, error))
 
 
 async def _in_turn(start: Start, patience_s: float) -> AsyncGenerator[OutputDelta, None]:
-    """The stream; begun again while the cluster is full and nothing of it has come, for `patience_s`."""
+    """Run a stream; restart it for `patience_s` while the cluster is full and no piece has come."""
     loop = asyncio.get_running_loop()
     end_s = loop.time() + patience_s
     while True:
@@ -114,13 +114,13 @@ def _sum(one: TokenUsage, other: TokenUsage) -> TokenUsage:
 
 
 class Lists:
-    """The names of the last lists, and how many prompts each had. Every tenant has names of its own."""
+    """Names of the last lists, with their numbers of prompts. Names are separate for each tenant."""
 
     def __init__(self) -> None:
         self._num_prompts: OrderedDict[tuple[str, str], int] = OrderedDict()
 
     def add(self, tenant: str, name: str, num_prompts: int) -> int:
-        """Remember a list; the oldest one makes room. Returns how many prompts the last one of that name had, or 0."""
+        """Add a list; the oldest one is removed if necessary. Returns the size of the last list of that name, or 0."""
         before = self._num_prompts.get((tenant, name), 0)
         self._num_prompts[tenant, name] = num_prompts
         self._num_prompts.move_to_end((tenant, name))
@@ -129,14 +129,14 @@ class Lists:
         return before
 
     def requests(self, tenant: str, name: str) -> list[str]:
-        """The requests that a tenant's list became; none: it has no list of that name."""
+        """Request ids of a tenant's list; empty if it has no list of that name."""
         return [name_of(name, prompt) for prompt in range(self._num_prompts.get((tenant, name), 0))]
 
 
 def explain_list(
     name: str, names: Sequence[str], explain: Callable[[str], dict[str, Any] | None]
 ) -> dict[str, Any] | None:
-    """What is known of a list: its state, and everything of each of its requests that is still known; None: nothing."""
+    """Report of a list: its state, and the reports of its requests that are still known; None: none is known."""
     known = [explained for one in names if (explained := explain(one)) is not None]
     states = {explained["state"] for explained in known}
     if not known:

@@ -1,4 +1,4 @@
-"""What a client asked for, before anything is checked: the one form that both faces reduce their bodies to."""
+"""A client's unchecked request for generation: the common form of HTTP bodies and gRPC messages."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ UNTIL_FULL = 2**31 - 1  # as the usual max_tokens: whatever the context leaves
 
 @dataclass(frozen=True, slots=True)
 class GenerateCall:
-    """Fields by their OpenAI names. None: the client said nothing."""
+    """Fields by their OpenAI names. None: the client did not give the field."""
 
     model: str | None = None
     prompt: str | Sequence[int] | None = None  # exactly one of prompt and messages
     messages: Sequence[Mapping[str, Any]] | None = None
-    chat_template_kwargs: Mapping[str, Any] | None = None  # these five go with messages only
+    chat_template_kwargs: Mapping[str, Any] | None = None  # these five are allowed with messages only
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     documents: Sequence[Mapping[str, Any]] | None = None
@@ -30,4 +30,4 @@ class GenerateCall:
     cache_salt: str | None = None  # only requests of the same tenant and salt share cached prefixes
     request_id: str | None = None
     api_key: str | None = None
-    timeout_s: float | None = None  # what the client's own deadline leaves
+    timeout_s: float | None = None  # remaining time of the client's own deadline

@@ -1,4 +1,4 @@
-"""A chat and what the client says of its template become the prompt's text. Knows no HTTP and no tokens."""
+"""Renders a chat with the model's template and the client's template options to text. Knows no HTTP and no tokens."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _OWN_FIELDS = ("tools", "documents", "add_generation_prompt", "continue_final_me
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    """What a call says about the rendering of its messages, checked."""
+    """Checked options of a call for the rendering of its messages."""
 
     add_generation_prompt: bool
     continue_final_message: bool
@@ -37,10 +37,10 @@ class Wishes:
 
 
 def chat_prompt(call: GenerateCall, model: ServedModel, ignored: Ignored) -> str:
-    """The text of the prompt, special tokens written out; what has no effect on it is added to `ignored`.
+    """Text of the prompt, special tokens written out. Fields without effect are added to `ignored`.
 
     Raises:
-        InvalidRequest: a field is wrong, or the template would leave out what changes the meaning; `param` names it.
+        InvalidRequest: a field is wrong, or the template would drop a field that changes the meaning; `param` names it.
     """
     template = model.template
     if template is None:
@@ -67,7 +67,7 @@ def _tell_unread(
     traits: TemplateTraits,
     ignored: Ignored,
 ) -> None:
-    """Refuse what must not vanish of the messages that were `sent`, note the rest."""
+    """Refuse fields of the sent messages that must not be dropped by the template; note other unread fields."""
     for (place, message), unread in zip(placed, rendered.unread, strict=True):
         without_text = "tool_calls" in message and traits.call_form is not None and not traits.call_form.shows_text
         if message.get("content") and (without_text or message["role"] in traits.vanishing_roles):
@@ -79,12 +79,12 @@ def _tell_unread(
                     "leave them out, or send the message without content",
                     param=f"messages[{place}].tool_calls",
                 )
-            given = name != "tool_call_id" or name in sent[place]  # an older result is given one
+            given = name != "tool_call_id" or name in sent[place]  # results of `function_call` get an id from us
             if name != "role" and message[name] and given:
                 ignored.add("messages", name)
 
 
-# ---------------------------------------------------------------- what goes to the template beside messages
+# ---------------------------------------------------------------- template options beside messages
 
 
 def _wishes(call: GenerateCall, template: ChatTemplate, ignored: Ignored) -> Wishes:
@@ -157,7 +157,7 @@ def _check_name(name: Any, template: ChatTemplate) -> None:
 
 
 def _effort(effort: Any, given: Mapping[str, Any], template: ChatTemplate, ignored: Ignored) -> dict[str, Any]:
-    """What `reasoning_effort` sets, as in vLLM: the variable of that name, and `enable_thinking` unless it is given."""
+    """Variables set by `reasoning_effort`, as in vLLM: that name, and `enable_thinking` unless it is given."""
     name = "reasoning_effort"
     if effort is None:
         return {}

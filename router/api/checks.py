@@ -1,4 +1,4 @@
-"""Single values of a call, checked: whole numbers, numbers, texts. A refusal names value, field and remedy."""
+"""Checks of single values: integers, numbers, texts. An error names value, field and remedy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ _BRIEF.maxlevel, _BRIEF.maxstring = 3, 60
 
 
 def integer(name: str, value: Any, default: int, low: int, high: int) -> int:
-    """A whole number from `low` to `high`; `default` where nothing was said."""
+    """Check an integer from `low` to `high`; `default` if the value is None.
+
+    Raises:
+        InvalidRequest: the value is out of range or no integer.
+    """
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
@@ -23,7 +27,11 @@ def integer(name: str, value: Any, default: int, low: int, high: int) -> int:
 
 
 def number(name: str, value: Any, default: float, low: float, high: float) -> float:
-    """A number from `low` to `high`; `default` where nothing was said."""
+    """Check a finite number from `low` to `high`; `default` if the value is None.
+
+    Raises:
+        InvalidRequest: the value is out of range or no number.
+    """
     if value is None:
         return default
     good = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -33,7 +41,11 @@ def number(name: str, value: Any, default: float, low: float, high: float) -> fl
 
 
 def text_of(name: str, text: str) -> str:
-    """Text that can be encoded."""
+    """Check that a text can be encoded as UTF-8; returns it.
+
+    Raises:
+        InvalidRequest: it has a lone surrogate.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -44,13 +56,13 @@ def text_of(name: str, text: str) -> str:
 
 
 def short(value: Any) -> str:
-    """A value as an error shows it: at most 80 characters, at a cost that does not grow with the value."""
+    """Text of a value for an error message: at most 80 characters, at a cost that does not grow with the value."""
     text = repr(value[:80]) if isinstance(value, (str, bytes)) else _BRIEF.repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def deeper_than(value: Any, levels: int) -> bool:
-    """Whether lists and objects nest more than `levels` deep."""
+    """True if lists and objects are nested more than `levels` deep."""
     layer = [value] if isinstance(value, (list, tuple, Mapping)) else []
     for _ in range(levels):
         layer = [
@@ -65,5 +77,5 @@ def deeper_than(value: Any, levels: int) -> bool:
 
 
 def refuse_constant(name: str) -> float:
-    """For `json.loads(parse_constant=...)`: NaN and infinities are Python's, not JSON's."""
+    """Callback for `json.loads(parse_constant=...)` that raises ValueError: NaN and infinities are not JSON."""
     raise ValueError(f"{name} is not a JSON number")

@@ -1,7 +1,7 @@
-"""Sampling that a checkpoint recommends: what holds where a request says nothing. Knows files and fields, no request.
+"""Sampling defaults of a checkpoint, for fields that a request does not give. Knows files and fields, no request.
 
-From generation_config.json, or a GGUF file's `general.sampling.*`. What would change the answer and is not served is
-refused by name. Source: transformers' GenerationConfig; llama.cpp's model-embedded sampling parameters.
+From generation_config.json, or a GGUF file's `general.sampling.*`. Settings that would change the answer and are not
+served are refused by name. Source: transformers' GenerationConfig; llama.cpp's model-embedded sampling parameters.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_BANNED_WORDS = 1024
 _FILE = "generation_config.json"
 _REMEDY = "correct it, or set model.generation_config: none to go without the checkpoint's defaults"
 
-# What generate() of transformers would do and we do not, with the values at which it does nothing beside none at all.
+# Settings of transformers' generate() that are not served, with the values that have no effect (beside null).
 _NOT_SERVED: Mapping[str, tuple[Any, ...]] = {
     "num_beams": (1,),
     "penalty_alpha": (0,),
@@ -60,17 +60,17 @@ class SamplingDefaults:
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    max_tokens: int | None = None  # none: what the face or the context says
+    max_tokens: int | None = None  # None: the default of the API, or the context's length
     min_tokens: int = 0
     stop: tuple[str, ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()  # token ids
 
     @classmethod
     def load(cls, path: Path, vocab_size: int) -> SamplingDefaults:
-        """What a checkpoint recommends: a directory, or a GGUF file.
+        """Read the defaults of a checkpoint, a directory or a GGUF file.
 
         Raises:
-            CheckpointError: a value has no meaning or is not served; names file, field and remedy.
+            CheckpointError: a value is invalid or not served; the message names file, field and remedy.
         """
         if is_gguf(path):
             return _checked(_from_gguf(GgufFile(path), str(path)), vocab_size, str(path))
@@ -83,7 +83,7 @@ class SamplingDefaults:
 
     @property
     def told(self) -> dict[str, Any]:
-        """What differs from having no defaults, by name."""
+        """Values that differ from neutral sampling, by name."""
         neutral = asdict(SamplingDefaults())
         return {name: value for name, value in asdict(self).items() if value != neutral[name]}
 
@@ -92,7 +92,7 @@ NO_DEFAULTS = SamplingDefaults()
 
 
 def described(defaults: SamplingDefaults) -> str:
-    """`told` as one line for people; empty where there is nothing to tell."""
+    """`told` as one line of text for display; empty if there is no difference."""
     return ", ".join(f"{name} {short(value)}" for name, value in defaults.told.items())
 
 
@@ -108,7 +108,7 @@ def _from_gguf(file: GgufFile, where: str) -> dict[str, Any]:
     elif last != -1 and found.get("penalty_repeat", 1) != 1:
         raise _wrong(where, prefix + "penalty_last_n", last, "and penalties count the whole text here")
     given = {theirs: found[ours] for ours, theirs in _GGUF_NAMES.items() if ours in found}
-    # Float32 there: 0.95 stands as 0.949999988.
+    # GGUF stores float32: 0.95 is read as 0.949999988.
     return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in given.items()}
 
 

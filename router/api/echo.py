@@ -1,4 +1,4 @@
-"""A completion's prompt as it stands before the answer where a body asks for `echo`. Knows no answer."""
+"""Prompt text before a completion's answer, for bodies with `echo`. Knows no answer."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ...text.tokenizer import Tokenizer
 
 
 class Echo(NamedTuple):
-    """The text, and where in it the prompt's tokens are; without places where nobody asks for logprobs."""
+    """Text of the prompt, and the character offset of each of its tokens; no offsets without logprobs."""
 
     text: str
     places: Sequence[int]
 
 
 def echo_of(prompt: str | Sequence[int], request: Request, tokenizer: Tokenizer) -> Echo:
-    """A text comes back as it was sent, ids as their text."""
+    """Echo of a prompt: a text unchanged, token ids decoded."""
     has_places = request.sampling.logprobs is not None
     if isinstance(prompt, str):
         return Echo(prompt, tokenizer.places(prompt) if has_places else ())

@@ -1,11 +1,11 @@
-"""Every field of a request body that is known here, in three classes. Knows no HTTP and no model.
+"""Known fields of request bodies, in three classes. Knows no HTTP and no model.
 
 served     what `Body`, `ChatBody`, `CompletionBody` and `StreamOptions` hold; sampling fields stand in core/sampling.py
 ACCEPTED   known to an API that clients speak, without effect on the answer: dropped
 REFUSED    known, would change the answer, not served: refused by name, unless the value means "off"
 
-Any other field is unknown: it is dropped and named in the response, or refused where `router.strict` says so. A
-misspelt name is an unknown one. `null` means everywhere that nothing was said.
+Any other field is unknown: it is dropped and named in the response, or refused if `router.strict` is set. A misspelt
+name is unknown, too. `null` always means that the field is not given.
 Sources: the request fields of OpenAI's API reference, vLLM, SGLang, llama.cpp's server and Ollama.
 """
 
@@ -24,7 +24,7 @@ from .messages import MAX_MESSAGES
 
 
 def _whole(value: Any) -> Any:
-    """16.0 is a whole number to clients whose language has one kind of number."""
+    """Accept 16.0 as an integer, for clients whose language has one number type."""
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**63 else value
 
 
@@ -39,7 +39,7 @@ def _bounded(max_entries: int, value: Any) -> Any:
 
 
 def _number_of_scores(value: Any) -> Any:
-    """Chats say true or false where completions say how many: true is 1, as vLLM reads it; false is none."""
+    """Accept the boolean form of chats: true is 1, as in vLLM; false is None."""
     return (1 if value else None) if isinstance(value, bool) else _whole(value)
 
 
@@ -47,7 +47,7 @@ Whole = Annotated[int, BeforeValidator(_whole)]
 
 
 class Known(BaseModel):
-    """Types are strict: no text becomes a number. Of a list the first bad item is reported, and no other."""
+    """Base of body models. Strict types: a text is never converted to a number."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -56,7 +56,7 @@ class StreamOptions(Known):
     """`stream_options` of a body."""
 
     include_usage: bool | None = None
-    continuous_usage_stats: bool | None = None  # with include_usage: usage so far in every chunk
+    continuous_usage_stats: bool | None = None  # with include_usage: the usage so far in every chunk
 
 
 class Named(Known):
@@ -125,7 +125,7 @@ class Body(SamplingBody):
 
 
 class ChatBody(Body):
-    """POST /v1/chat/completions."""
+    """Body of POST /v1/chat/completions."""
 
     messages: list[dict[str, Any]] = Field(max_length=MAX_MESSAGES, fail_fast=True)
     chat_template_kwargs: dict[str, Any] | None = None
@@ -138,9 +138,9 @@ class ChatBody(Body):
 
 
 class CompletionBody(Body):
-    """POST /v1/completions."""
+    """Body of POST /v1/completions."""
 
-    prompt: Any  # a text, token ids, or a list of either: see `prompts_of` in openai.py
+    prompt: Any  # a text, token ids, or a list of either; checked by `prompts_of` in openai_requests.py
     logprobs: Annotated[int | None, BeforeValidator(_number_of_scores)] = None
     echo: bool | None = None
 
@@ -149,19 +149,19 @@ class CompletionBody(Body):
 
 ACCEPTED = frozenset(
     {
-        # Who asks, what for, and how much it may cost: no business of the model's.
+        # Fields about the user, the purpose and the cost.
         *("user", "metadata", "store", "service_tier", "safety_identifier", "custom_labels", "extra_key"),
         *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "session_id", "session_params"),
         *("priority", "data_parallel_rank", "routed_dp_rank", "keep_alive", "cache_prompt", "id_slot", "slot_id"),
-        # Of tools, images, beams, grammars and separated reasoning, none of which is served.
+        # Options of tools, images, beams, grammars and separated reasoning, none of which is served.
         *("parallel_tool_calls", "mm_processor_kwargs", "media_io_kwargs", "images_config", "return_mm_kwargs"),
         *("length_penalty", "early_stopping", "guided_decoding_backend", "guided_whitespace_pattern"),
         *("include_reasoning", "separate_reasoning", "stream_reasoning"),
         # Fast tokenizers put no spaces there.
         "spaces_between_special_tokens",
-        # A wish that a model may follow or not; it says nothing about the answer that could be broken.
+        # A hint that a model may ignore; it promises nothing about the answer.
         "verbosity",
-        # How an answer is cut into chunks, and what else is told about it.
+        # The chunks of a stream, and extra information about the answer.
         *("stream_interval", "timings_per_token", "return_progress", "return_cached_tokens_details"),
         # Settings of samplers that are refused below when they are switched on.
         *("repeat_last_n", "mirostat_tau", "mirostat_eta", "dry_base", "dry_allowed_length", "dry_penalty_last_n"),
@@ -175,7 +175,7 @@ ACCEPTED_STREAM_OPTIONS = frozenset({"include_obfuscation"})
 _NO = (False,)
 _NOTHING: tuple[Any, ...] = ("", [], {})
 
-# Name: the values, beside null, that mean "off".
+# Field name to the values, beside null, that mean "off".
 REFUSED: dict[str, tuple[Any, ...]] = {
     # Tools and the form of the answer.
     "tools": ([],),
@@ -198,9 +198,9 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "prediction": (),
     "web_search_options": (),
-    # Reasoning that is bounded.
+    # Bounded reasoning.
     "thinking_token_budget": (-1,),
-    # What the prompt is made of.
+    # The source of the prompt.
     "suffix": ("",),
     "prompt_embeds": ([],),
     "input_ids": ([],),
@@ -208,8 +208,8 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "truncate_prompt_tokens": (),
     "truncation_side": ("left", "right"),
     "lora_path": ("",),
-    # How tokens are chosen, and where a text ends.
-    "best_of": (1,),  # or as many as `n`
+    # Sampling and stopping.
+    "best_of": (1,),  # or equal to `n`
     "use_beam_search": _NO,
     "allowed_token_ids": (),
     "logits_processors": ([],),
@@ -228,7 +228,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "xtc_probability": (0,),
     "dry_multiplier": (0,),
     "samplers": ([],),
-    # What else the answer is to hold.
+    # Extra content of the answer.
     "logprob_token_ids": ([],),
     "n_probs": (0,),
     "post_sampling_probs": _NO,

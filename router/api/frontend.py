@@ -1,4 +1,4 @@
-"""What both faces do with a call: find the model, validate, run. Knows no protocol."""
+"""Shared front end of the HTTP and gRPC APIs: finds the model, validates, runs a call. Knows no protocol."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .validate import Limits, authenticate, num_chars_of, timeout_of, validate
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A request under way, or a list of them. `first` is there already: whatever could be refused has been."""
+    """A request under way, or a list of them. `first` has arrived, so no refusal can come any more."""
 
     requests: tuple[Request, ...]
     model: ServedModel
@@ -32,11 +32,11 @@ class Started:
 
     @property
     def request(self) -> Request:
-        """The request, or the list's first."""
+        """The request, or the first of a list."""
         return self.requests[0]
 
     async def pieces(self) -> AsyncGenerator[OutputDelta, None]:
-        """All pieces in order. Closing it cancels the request."""
+        """Yield all pieces in order. Closing the generator cancels the request."""
         try:
             yield self.first
             async for piece in self.rest:
@@ -46,30 +46,34 @@ class Started:
 
 
 class Frontend:
-    """The door behind the doors: one per router process."""
+    """Shared front end of the HTTP and gRPC APIs; one per router process."""
 
     def __init__(self, config: RouterConfig, flow: Flow, *, reads_defaults: bool = True) -> None:
-        """`reads_defaults`: see `ModelDirectory`."""
+        """`reads_defaults` is passed to `ModelDirectory`."""
         self.flow = flow
         self.limits = Limits.of(config)
-        self.room = room_of(config)  # for the messages that both faces read
+        self.room = room_of(config)  # for the messages of both APIs
         self.texts = TextWork()
         self._lists = Lists()
         self.models = ModelDirectory(flow, reads_defaults=reads_defaults)
         self._max_reading = config.max_running
         self._max_tokens = config.max_running_tokens
-        self._num_reading = 0  # calls between their body and admission
+        self._num_reading = 0  # calls whose body was read and that are not admitted yet
 
     def authenticate(self, api_key: str | None) -> str:
-        """The isolation domain of a key. Raises Unauthenticated."""
+        """The isolation domain of a key.
+
+        Raises:
+            Unauthenticated: keys are configured and this is none of them.
+        """
         return authenticate(api_key, self.limits)
 
     def longest_context(self) -> int | None:
-        """Tokens of the longest context of all models that are served; None: none is."""
+        """Longest context of all served models, in tokens; None: no model is served."""
         return max((self.models.facts(name).max_model_len for name in self.models.names()), default=None)
 
     def explain(self, request_id: str, domain: str) -> dict[str, Any] | None:
-        """What is known of a request or a list, for its own tenant only; None: nothing (any more)."""
+        """Report about a tenant's own request or list; None: not known (any more)."""
         explained = self.flow.explain(domain, request_id)
         if explained is not None:
             return explained
@@ -77,7 +81,7 @@ class Frontend:
         return explain_list(request_id, names, lambda name: self.flow.explain(domain, name))
 
     async def abort(self, request_id: str, domain: str) -> bool:
-        """Cancel a tenant's own running request, or all of a list. False: it has none of that name."""
+        """Cancel a tenant's own running request, or all of a list. False: the tenant has none of that name."""
         names = [request_id, *self._lists.requests(domain, request_id)]
         return any([await self.flow.abort(domain, name) for name in names])
 
@@ -85,15 +89,15 @@ class Frontend:
         """Validate and tokenise a call.
 
         Raises:
-            InvalidRequest and its kin, Unauthenticated, Unavailable: see validate.py and models.py.
-            Overloaded: as many calls as may run are being read already.
-            DeadlineExceeded: rendering and tokenising took longer than the call has.
+            InvalidRequest and subclasses, Unauthenticated, Unavailable: raised by validate.py and models.py.
+            Overloaded: too many calls are being read already.
+            DeadlineExceeded: rendering and tokenising took longer than the call's timeout.
         """
         (request,), model = await self._admit([call])
         return request, model
 
     async def _admit(self, calls: Sequence[GenerateCall]) -> tuple[tuple[Request, ...], ServedModel]:
-        self.authenticate(calls[0].api_key)  # before anything is told about models
+        self.authenticate(calls[0].api_key)  # first, so that errors tell strangers nothing about models
         if self._num_reading + len(calls) > self._max_reading:
             raise Overloaded(f"{self._num_reading} requests are being read, the most that are", retry_after_s=1.0)
         self._num_reading += len(calls)
@@ -110,20 +114,20 @@ class Frontend:
         self._num_reading -= num_calls
 
     async def start(self, call: GenerateCall, admitted: Callable[[], None] | None = None) -> Started:
-        """Admit a call and run it up to its first piece. `admitted` is called when nothing of `call` is read any more.
+        """Admit a call and run it up to its first piece. `admitted` is called when `call` is no longer needed.
 
         Raises:
-            TwostrokeError: whatever `admit` or `Flow.generate` refuse it for.
+            TwostrokeError: `admit` or `Flow.generate` refused it.
         """
         return await self._start([call], admitted=admitted)
 
     async def start_list(self, name: str, calls: Sequence[GenerateCall]) -> Started:
-        """Admit the calls of a list of prompts, which differ in nothing else, and run them up to the first piece.
+        """Admit the calls of a list, which differ in their prompts only, and run them up to the first piece.
 
-        A list of one is a request of that name.
+        A list with one call becomes a request of that name.
 
         Raises:
-            TwostrokeError: whatever one of them is refused for; then none of them runs.
+            TwostrokeError: one of them was refused; then none of them runs.
         """
         if len(calls) == 1:
             return await self.start(replace(calls[0], request_id=name))
@@ -156,7 +160,7 @@ class Frontend:
         return self.flow.generate(request, _begun(arrived_s))
 
     def _check_room(self, requests: Sequence[Request]) -> None:
-        """Refuse a list of which the router would never admit as much as runs at once; the rest waits its turn."""
+        """Refuse a list whose prompts that run at once exceed what the router admits; the other prompts wait."""
         sizes = sorted((r.num_choices * (len(r.prompt_ids) + r.expected_tokens) for r in requests), reverse=True)
         at_once = _at_once(requests)
         tokens = sum(sizes[:at_once])
@@ -184,7 +188,7 @@ def _begun(arrived_s: float) -> Timeline:
 
 
 def _validate(calls: Sequence[GenerateCall], model: ServedModel, limits: Limits) -> tuple[Request, ...]:
-    """All calls as requests, or the first one's error, which says which prompt it is about."""
+    """Validate all calls; an error about a prompt names its index."""
     requests = []
     for place, call in enumerate(calls):
         try:

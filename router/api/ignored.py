@@ -1,4 +1,4 @@
-"""Names of what a client sent and nothing reads: collected, so that the answer can tell them."""
+"""Names of request fields without effect, collected for the response."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class Ignored:
         self._names: dict[str, None] = {}
 
     def add(self, *path: str) -> None:
-        """Note `path`; a client wrote it, so it may be anything."""
+        """Add the path of a field; unsafe characters of the client's names are replaced."""
         if len(self._names) < MAX_NAMES:
             self._names[".".join(re.sub(r"[^A-Za-z0-9_-]", "?", part[:64]) for part in path)] = None
 
     def names(self) -> tuple[str, ...]:
-        """All of them, in the order of their first occurrence."""
+        """All names, in order of their first occurrence."""
         return tuple(self._names)

@@ -1,13 +1,13 @@
-"""Messages of a chat, checked: the API's many ways to write one become few. Knows no chat template.
+"""Checks messages of a chat and reduces the API's variants to one form. Knows no chat template.
 
-What comes out has `role` (system, developer, user, assistant, tool), `content` (text, a list of text parts, or null
-where tool calls or reasoning stand for it), and of the other fields those that say something:
+The result has `role` (system, developer, user, assistant, tool), `content` (text, a list of text parts, or null
+if tool calls or reasoning replace it), and those of the other fields that are not empty:
 
-    tool_calls            arguments are objects: the API has JSON text, chat templates print objects
-    function_call         becomes a tool call, the role `function` becomes `tool`: their older names
-    reasoning_content     also given as `reasoning` or `thinking`, as an object, as blocks, or as parts of the content
-    refusal               is the content of a message that has no other
-    anything else         is kept; the caller finds out whether the template reads it
+    tool_calls            arguments become objects: the API has JSON text, chat templates print objects
+    function_call         becomes a tool call, and the role `function` becomes `tool`: their older names
+    reasoning_content     also accepted as `reasoning` or `thinking`, as an object, blocks, or parts of the content
+    refusal               becomes the content of a message without content
+    other fields          are kept; the caller checks whether the template reads them
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ _TEXT_PARTS = {
     "refusal": "refusal",
 }  # the field of each kind
 _THOUGHT_PARTS = ("thinking", "reasoning")
-_THOUGHT_FIELDS = ("content", "text", "thinking", "reasoning")  # where an object has its text
+_THOUGHT_FIELDS = ("content", "text", "thinking", "reasoning")  # fields of an object that may have its text
 
 
 def check_messages(messages: Sequence[Any], ignored: Ignored) -> list[dict[str, Any]]:
-    """Every message, checked; what is left out of them is added to `ignored`.
+    """Check all messages; fields that are left out are added to `ignored`.
 
     Raises:
-        InvalidRequest: one is not as the API has it; `param` names the field.
-        UnsupportedParameter: it asks for something that is not served, e.g. audio.
+        InvalidRequest: a message does not conform to the API; `param` names the field.
+        UnsupportedParameter: a message asks for something that is not served, e.g. audio.
     """
     if not messages:
         raise InvalidRequest("messages is empty; give at least one message", param="messages")
@@ -53,9 +53,9 @@ def check_messages(messages: Sequence[Any], ignored: Ignored) -> list[dict[str, 
 
 
 def _give_ids(messages: list[dict[str, Any]]) -> None:
-    """An id for calls that have none, as `function_call` had none, and for the result that follows.
+    """Give an id to calls without one, e.g. of `function_call`, and to the result that follows.
 
-    Nine letters and digits: Mistral's templates take no others.
+    Ids have nine letters and digits, because Mistral's templates accept no others.
     """
     latest: str | None = None
     for place, message in enumerate(messages):
@@ -102,13 +102,13 @@ def _message(given: Any, where: str, ignored: Ignored) -> dict[str, Any]:
 
 
 def _says_nothing(value: Any) -> bool:
-    """Null, or an empty text, list or object: clients that write every field of their types send these."""
+    """True for null and for an empty text, list or object, which some clients send for every unused field."""
     return value is None or (isinstance(value, (str, list, tuple, dict)) and not value)
 
 
 def _without_content(role: str, has_other: bool, given: Any, where: str) -> str | None:
     if role in ("tool", "function"):
-        return ""  # a tool that returned nothing
+        return ""  # the tool had no output
     if role == "assistant" and has_other:
         return None
     raise InvalidRequest(
@@ -119,7 +119,7 @@ def _without_content(role: str, has_other: bool, given: Any, where: str) -> str 
 
 
 def _apart(content: Any, role: str) -> tuple[Any, list[Any]]:
-    """An assistant's content without its parts of reasoning, and those."""
+    """Split an assistant's content into the parts without reasoning, and the parts of reasoning."""
     if role != "assistant" or not isinstance(content, (list, tuple)):
         return content, []
     thoughts = [part for part in content if _is_thought(part)]
@@ -132,7 +132,7 @@ def _is_thought(part: Any) -> bool:
 
 
 def _reasoning(fields: Mapping[str, Any], where: str, ignored: Ignored) -> dict[str, str]:
-    """The reasoning under its first name. What else an object of it holds, e.g. a signature, is added to `ignored`."""
+    """The reasoning as `reasoning_content`. Other fields of its objects, e.g. a signature, are added to `ignored`."""
     for name in REASONING:
         text = "".join(_thoughts(fields.get(name), f"{where}.{name}", ignored))
         if text:
@@ -141,7 +141,7 @@ def _reasoning(fields: Mapping[str, Any], where: str, ignored: Ignored) -> dict[
 
 
 def _thoughts(value: Any, where: str, ignored: Ignored) -> list[str]:
-    """The texts in a text, an object, or a list of either."""
+    """The texts of a text, of an object, or of a list of either."""
     parts = value if isinstance(value, (list, tuple)) else () if value is None else (value,)
     if len(parts) > MAX_PARTS:
         raise InvalidRequest(f"{where} has {len(parts)} parts; at most {MAX_PARTS}", param=where)
@@ -165,7 +165,7 @@ def _thought(value: Any, where: str, ignored: Ignored) -> str:
 
 
 def _content(content: Any, where: str, ignored: Ignored) -> str | list[dict[str, str]] | None:
-    """Text, or OpenAI's list of parts as long as all of them are text; None where there is none."""
+    """Check a content: text, or OpenAI's list of parts if all of them are text; None if there is none."""
     if content is None or isinstance(content, str):
         return content if content is None else text_of(where, content)
     if not isinstance(content, (list, tuple)):

@@ -1,4 +1,4 @@
-"""Tokenizer, template and limits of each served model, loaded once when its first worker has announced it."""
+"""Tokenizer, template and limits of each served model, loaded once, at the first use."""
 
 from __future__ import annotations
 
@@ -17,46 +17,46 @@ from .defaults import NO_DEFAULTS, SamplingDefaults
 
 
 class OffersModels(Protocol):
-    """Who knows which models are there: the flow, or a test."""
+    """Source of the served models: the flow, or a test."""
 
     def models(self) -> Sequence[ModelFacts]:
-        """The models of the workers that are there."""
+        """Models of the connected workers."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """What the validator needs to know of a model."""
+    """A loaded model, as the validator needs it."""
 
     name: str
     max_model_len: int
     vocab_size: int
     tokenizer: Tokenizer
-    template: ChatTemplate | None  # none: a base model, which completes but does not chat
+    template: ChatTemplate | None  # None: a base model, for completions only
     token_texts: TokenTexts
-    defaults: SamplingDefaults = NO_DEFAULTS  # of what a request leaves out
+    defaults: SamplingDefaults = NO_DEFAULTS  # for fields that a request does not give
 
 
 class ModelDirectory:
     """Models by name. Loading takes some ten milliseconds and happens in a thread."""
 
     def __init__(self, source: OffersModels, *, reads_defaults: bool = True) -> None:
-        """`reads_defaults` false: what a checkpoint recommends for sampling does not count."""
+        """`reads_defaults` false: ignore the sampling defaults of checkpoints."""
         self._source = source
         self._reads_defaults = reads_defaults
         self._loaded: dict[tuple[str, str, int], ServedModel] = {}
         self._loading = asyncio.Lock()
 
     def names(self) -> list[str]:
-        """Served models, sorted."""
+        """Names of the served models, sorted."""
         return sorted(facts.name for facts in self._source.models())
 
     def facts(self, name: str) -> ModelFacts:
-        """What the workers said of it; `name` empty: of the only model there is.
+        """Facts of a model from its workers; with an empty `name`, those of the only served model.
 
         Raises:
-            ModelNotFound: nobody serves it.
-            Unavailable: nobody serves anything yet.
+            ModelNotFound: no worker serves it.
+            Unavailable: no worker is ready yet.
         """
         served = {facts.name: facts for facts in self._source.models()}
         if not served:
@@ -72,7 +72,7 @@ class ModelDirectory:
         """The model, loaded.
 
         Raises:
-            ModelNotFound, Unavailable: see `facts`.
+            ModelNotFound, Unavailable: raised by `facts`.
             CheckpointError: its tokenizer, template or sampling defaults cannot be read.
         """
         facts = self.facts(name or "")
@@ -88,7 +88,7 @@ def _load(facts: ModelFacts, reads_defaults: bool) -> ServedModel:
     tokenizer, template = Tokenizer.load(directory), ChatTemplate.load(directory)
     tokenizer.prepare()
     if template is not None:
-        _ = template.traits  # found now, not while the first request waits
+        _ = template.traits  # computed now, so that the first request does not wait for it
     return ServedModel(
         name=facts.name,
         max_model_len=facts.max_model_len,

@@ -1,4 +1,4 @@
-"""OpenAI's words for what is asked: request bodies to calls. Knows no HTTP; answers.py has the words back."""
+"""Conversion of OpenAI request bodies to calls. Knows no HTTP; openai_responses.py has the other direction."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .http.structure import built
 B = TypeVar("B", ChatBody, CompletionBody)
 
 USUAL_COMPLETION_TOKENS = 16  # OpenAI's default for max_tokens of completions
-LEAST_TOP_P = 1e-12  # OpenAI's range begins at 0, which keeps the likeliest token; so does this
+LEAST_TOP_P = 1e-12  # replaces 0, which OpenAI allows: both keep only the most likely token
 MAX_NAMED = 16  # unknown fields that a response names
 MAX_NAME_CHARS = 64
 
@@ -39,7 +39,7 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9_.\[\]-]")
 
 
 def parse(values: dict[str, Any], kind: type[B], *, strict: bool = False) -> tuple[B, list[str]]:
-    """A checked body, and the names of its unknown fields. Costs grow with the bytes, never with their mistakes.
+    """Check a body; returns it with the names of its unknown fields. Costs grow with the bytes, not with the errors.
 
     Raises:
         InvalidRequest: a field of the wrong type; with `strict` also an unknown field.
@@ -47,7 +47,7 @@ def parse(values: dict[str, Any], kind: type[B], *, strict: bool = False) -> tup
     """
     refused = REFUSED | (REFUSED_OF_CHATS if kind is ChatBody else REFUSED_OF_COMPLETIONS)
     if values.get("best_of") is not None and values["best_of"] == values.get("n"):
-        del values["best_of"]  # all that are made are returned
+        del values["best_of"]  # without effect: all generated choices are returned
     unknown: list[str] = []
     served = _served(values, kind, ACCEPTED, refused, unknown)
     options = served.get("stream_options")
@@ -65,10 +65,10 @@ def parse(values: dict[str, Any], kind: type[B], *, strict: bool = False) -> tup
 
 
 def json_object(data: bytearray) -> Generator[None, None, dict[str, Any]]:
-    """The fields of a body, built in steps of a few milliseconds: see `structure`.
+    """Build the fields of a body, in steps of a few milliseconds (http/structure.py).
 
     Raises:
-        InvalidRequest: not UTF-8, not JSON, not an object, or more lists, objects, keys or items than are taken.
+        InvalidRequest: not UTF-8, not JSON, not an object, or too many lists, objects, keys or items.
     """
     if data.startswith(codecs.BOM_UTF8):  # some clients begin with a byte order mark
         del data[: len(codecs.BOM_UTF8)]
@@ -86,13 +86,13 @@ def json_object(data: bytearray) -> Generator[None, None, dict[str, Any]]:
 
 
 def names_of_ignored(names: Sequence[str]) -> str:
-    """For a header: the first names, cut and made safe, and how many more there are."""
+    """Text for a header: the first names, shortened and made safe, and the number of further ones."""
     more = len(names) - MAX_NAMED
     return ", ".join([*map(_shown, names[:MAX_NAMED]), *([f"{more} more"] if more > 0 else [])])
 
 
 def prompts_of(body: CompletionBody, most: int) -> list[str | list[int]]:
-    """The prompts of a completion body: one, or as many as it lists. What token ids hold is the validator's to check.
+    """The prompts of a completion body: one, or those of its list. The validator checks the token ids.
 
     Raises:
         InvalidRequest: neither text nor token ids nor a list of them, or more than `most`.
@@ -121,10 +121,10 @@ def prompts_of(body: CompletionBody, most: int) -> list[str | list[int]]:
 
 
 def refuse_endless(body: CompletionBody, longest: int | None) -> None:
-    """Refuse token ids that fit no model that is served, whichever was asked for.
+    """Refuse a prompt of token ids that is too long for every served model.
 
     Raises:
-        ContextLengthExceeded: they are as many as the longest context or more.
+        ContextLengthExceeded: it has at least as many ids as the longest context.
     """
     prompt = body.prompt
     is_ids = isinstance(prompt, list) and prompt and not isinstance(prompt[0], (str, list))
@@ -135,7 +135,11 @@ def refuse_endless(body: CompletionBody, longest: int | None) -> None:
 
 
 def chat_call(body: ChatBody, api_key: str | None) -> GenerateCall:
-    """The call that a chat body means."""
+    """Call of a chat body.
+
+    Raises:
+        InvalidRequest: fields contradict each other.
+    """
     if body.top_logprobs and not body.logprobs:
         raise InvalidRequest(
             f"top_logprobs is {body.top_logprobs} without logprobs; set logprobs to true", param="top_logprobs"
@@ -154,7 +158,11 @@ def chat_call(body: ChatBody, api_key: str | None) -> GenerateCall:
 
 
 def completion_calls(body: CompletionBody, api_key: str | None, max_prompts: int) -> list[GenerateCall]:
-    """The calls that a completion body means: one for each of its prompts."""
+    """Calls of a completion body, one per prompt.
+
+    Raises:
+        InvalidRequest: fields contradict each other, or the prompts are invalid.
+    """
     common = _common(body, USUAL_COMPLETION_TOKENS, api_key)
     sampling: SamplingOptions = common["sampling"]
     if body.logprobs is not None:
@@ -205,7 +213,7 @@ def _served(
     refused: dict[str, tuple[Any, ...]],
     unknown: list[str],
 ) -> dict[str, Any]:
-    """Those fields that have a value and are served. Adds the names of unknown ones to `unknown`."""
+    """Served fields with a value. Adds the names of unknown fields to `unknown`."""
     known, served = kind.model_fields, {}
     for name, value in values.items():
         if name in known:
@@ -227,7 +235,7 @@ def _unknown(name: str, kind: type[Body]) -> InvalidRequest:
 
 
 def _shown(name: str) -> str:
-    """A client's name for a field, as a header and an error may hold it."""
+    """A client's field name, made safe for headers and errors."""
     return _UNSAFE.sub("?", name[:MAX_NAME_CHARS]) or "?"
 
 

@@ -1,10 +1,10 @@
-"""OpenAI's words for what comes back: whole answers and chunks, with logprobs. Knows no HTTP.
+"""Conversion of results to OpenAI responses: whole answers and chunks, with logprobs. Knows no HTTP.
 
-`text_offset` counts characters of the choice's own text, the echo included (text/places.py says where a token is).
+`text_offset` counts characters of the choice's own text, the echo included (text/places.py computes the offsets).
 
-A token's logprob is given out with the text that it is part of: what may be the beginning of a stop string is withheld
-with its logprobs, and what a stop string cut off, or an end-of-sequence token, has none here. (The SDK's are one per
-token id, these included.) Of a token that was cut in two the logprob is there.
+A token's logprob is returned with the text of the token. Text that may be the beginning of a stop string is withheld
+with its logprobs. Tokens that a stop string cut off, and end-of-sequence tokens, have no logprob here. (The SDK returns
+one per token id, these included.) A token that a stop string cut in two has its logprob.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from .models import ServedModel
 
 
 class Wants(NamedTuple):
-    """What of an answer a body asked for beside the text."""
+    """Parts of an answer that a body asked for, beside the text."""
 
-    logprobs: int | None = None  # of generated tokens, with so many alternatives
-    prompt_logprobs: int | None = None  # vLLM's extra
-    echo: tuple[Echo, ...] | None = None  # each prompt, to stand before its answers; completions only
-    token_ids: bool = False  # of prompts and answers, beside their texts
+    logprobs: int | None = None  # number of alternatives per generated token
+    prompt_logprobs: int | None = None  # the same per prompt token (vLLM's extension)
+    echo: tuple[Echo, ...] | None = None  # each prompt, to precede its answers; completions only
+    token_ids: bool = False  # ids of prompts and answers, beside their texts
     tokens_as_ids: bool = False  # logprobs name tokens "token_id:7"
     usage_so_far: bool = False  # in every chunk
-    prompt_only: bool = False  # nothing of what was generated
+    prompt_only: bool = False  # return no generated tokens
 
 
 def error_body(error: TwostrokeError) -> dict[str, Any]:
-    """`{"error": {...}}` as the official clients read it."""
+    """Body of an error in OpenAI's format: `{"error": {...}}`."""
     return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
 
 
 def usage_body(usage: TokenUsage) -> dict[str, Any]:
-    """Token counts; cached prompt tokens where OpenAI puts them."""
+    """Token counts in OpenAI's format."""
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
@@ -54,7 +54,7 @@ def usage_body(usage: TokenUsage) -> dict[str, Any]:
 
 
 def _without_output(piece: OutputDelta) -> OutputDelta:
-    """A piece as if nothing had been asked for behind the prompt. Workers generate at least one token."""
+    """A piece without its generated tokens, for echo-only bodies. Workers generate at least one token."""
     usage = piece.usage and replace(piece.usage, completion_tokens=0)
     reason = piece.finish_reason and FinishReason.LENGTH
     return replace(piece, token_ids=(), text="", logprobs=(), num_shown=0, usage=usage, finish_reason=reason)
@@ -62,7 +62,7 @@ def _without_output(piece: OutputDelta) -> OutputDelta:
 
 @dataclass(slots=True)
 class _Prompt:
-    """One prompt of a request, and what became known of it."""
+    """One prompt of a request, with its echo and scores."""
 
     ids: tuple[int, ...]
     echo: Echo | None
@@ -70,31 +70,31 @@ class _Prompt:
 
     @property
     def logprobs(self) -> tuple[TokenLogprobs, ...]:
-        """How likely its tokens were, from the second on."""
+        """Logprobs of its tokens, from the second on."""
         return logprobs_from_wire(self.scores)
 
     @property
     def echo_text(self) -> str:
-        """What stands before an answer to it."""
+        """Text that precedes an answer to it."""
         return self.echo.text if self.echo else ""
 
 
 @dataclass(slots=True)
 class _Choice:
-    """One choice as far as it came."""
+    """State of one choice so far."""
 
     prompt: _Prompt
-    places: TokenPlaces  # in its text
+    places: TokenPlaces  # offsets of tokens in its text
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     reason: str | None = None
-    logprobs: list[TokenLogprobs] = field(default_factory=list)  # given out, or to be given out in one
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # collected for a whole answer
     waiting: deque[TokenLogprobs] = field(default_factory=deque)  # of tokens whose text is withheld
     num_shown: int = 0
     has_begun: bool = False
 
     def add(self, piece: OutputDelta) -> list[TokenLogprobs]:
-        """Take a piece in; the logprobs that its text sets free."""
+        """Add a piece; returns the logprobs of tokens whose text is complete now."""
         self.text += piece.text
         self.token_ids += piece.token_ids
         self.prompt.scores = piece.prompt_scores or self.prompt.scores
@@ -109,7 +109,7 @@ class _Choice:
 
 
 class Answer:
-    """Builds the objects of one answer from its pieces: to one prompt, or to several with `n` choices each."""
+    """Builds the response objects of one answer from its pieces, for one or more prompts with `n` choices each."""
 
     def __init__(self, head: dict[str, Any], requests: Sequence[Request], model: ServedModel, wants: Wants) -> None:
         """`head` has id, object, created and model."""
@@ -128,16 +128,16 @@ class Answer:
         self._num_generated = 0
         self._usage: TokenUsage | None = None
 
-    # ------------------------------------------------------------------ in one
+    # ------------------------------------------------------------------ whole answers
 
     def add(self, piece: OutputDelta) -> None:
-        """Take a piece of a whole answer."""
+        """Add a piece to a whole answer."""
         _, choice, fresh = self._take(piece)
         choice.logprobs += fresh
 
     @property
     def has_scores(self) -> bool:
-        """Whether a prompt's scores came."""
+        """True if scores of a prompt arrived."""
         return any(choice.prompt.scores for choice in self._choices)
 
     def whole(self) -> dict[str, Any]:
@@ -166,10 +166,10 @@ class Answer:
     def _prompt_logprobs(self, choice: _Choice) -> list[dict[str, Any] | None]:
         return self._words.prompt(choice.prompt.logprobs, self._wants.prompt_logprobs or 0)
 
-    # ------------------------------------------------------------------ in chunks
+    # ------------------------------------------------------------------ chunks
 
     def chunk(self, piece: OutputDelta) -> dict[str, Any]:
-        """One streamed chunk of one choice; the choice's first carries the role, or the echo."""
+        """Build one streamed chunk of one choice; the choice's first one has the role, or the echo."""
         piece, choice, fresh = self._take(piece)
         is_first, choice.has_begun = not choice.has_begun, True
         reason = piece.finish_reason.value if piece.finish_reason else None
@@ -190,11 +190,11 @@ class Answer:
         return chunk
 
     def last_chunk(self) -> dict[str, Any] | None:
-        """The chunk behind all choices, with the usage; None: the stream did not come to its end."""
+        """The chunk after all choices, with the usage; None: the stream did not reach its end."""
         return None if self._usage is None else self.head | {"choices": [], "usage": usage_body(self._usage)}
 
     def _usage_so_far(self) -> dict[str, Any]:
-        """Of all choices together; what was cached is known at the end."""
+        """Token counts of all choices together, without cached tokens, which are known at the end only."""
         prompt = sum(len(prompt.ids) for prompt in self._prompts)
         counts = {"prompt_tokens": prompt, "completion_tokens": self._num_generated}
         return counts | {"total_tokens": prompt + self._num_generated}
@@ -202,7 +202,7 @@ class Answer:
     # ------------------------------------------------------------------ both
 
     def _take(self, piece: OutputDelta) -> tuple[OutputDelta, _Choice, list[TokenLogprobs]]:
-        """Take a piece in: as it is told, its choice, and the logprobs that its text sets free."""
+        """Add a piece; returns the piece to show, its choice, and the logprobs that can be returned now."""
         if self._wants.prompt_only:
             piece = _without_output(piece)
         choice = self._choices[piece.choice]
@@ -212,7 +212,7 @@ class Answer:
         return piece, choice, fresh
 
     def _logprobs(self, choice: _Choice, fresh: list[TokenLogprobs], *, is_first: bool) -> dict[str, Any] | None:
-        """What stands under `logprobs`; None: not asked for, or nothing of it here."""
+        """Value of `logprobs`; None: not asked for, or none in this part."""
         num_top = self._wants.logprobs
         if num_top is None:
             return None
@@ -228,10 +228,10 @@ class Answer:
 
 
 class LogprobWords:
-    """Logprobs in the words of OpenAI's two interfaces and of vLLM's extra."""
+    """Logprobs in the formats of OpenAI's two APIs and of vLLM's extension."""
 
     def __init__(self, texts: TokenTexts, *, as_ids: bool = False) -> None:
-        """`as_ids`: tokens are named "token_id:7", for several may have one text. Bytes and offsets stay the text's."""
+        """`as_ids`: name tokens "token_id:7", because texts are not unique. Bytes and offsets do not change."""
         self._texts = texts
         self._as_ids = as_ids
 
@@ -249,9 +249,9 @@ class LogprobWords:
     def completion(
         self, told: Sequence[tuple[int, TokenLogprobs | None]], num_top: int, places: list[int]
     ) -> dict[str, Any]:
-        """A completion's `logprobs`. `told`: token ids, each with what is known of it; `places`: of each in the text.
+        """A completion's `logprobs`. `told`: token ids with their logprobs or None; `places`: their text offsets.
 
-        The alternatives hold the token itself too, so there may be one more than asked for.
+        The alternatives include the token itself, so there may be one more than asked for.
         """
         return {
             "tokens": [self._name(token_id) for token_id, _ in told],
@@ -267,7 +267,7 @@ class LogprobWords:
         return named
 
     def prompt(self, prompt: tuple[TokenLogprobs, ...], num_top: int) -> list[dict[str, Any] | None]:
-        """vLLM's `prompt_logprobs`: per prompt token what is known of it and its alternatives; nothing of the first."""
+        """vLLM's `prompt_logprobs`: per prompt token its logprob and alternatives; None for the first."""
         return [None, *({**self._ranked(one, num_top)} for one in prompt)]
 
     def _ranked(self, one: TokenLogprobs, num_top: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""How a call wants its tokens chosen, checked against the model: every field of `SamplingParams`. Knows no protocol."""
+"""Sampling parameters of a call, checked against the model: every field of `SamplingParams`. Knows no protocol."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Asked:
 def sampling_of(
     call: GenerateCall, model: ServedModel, prompt_ids: Sequence[int], default_max_tokens: int | None
 ) -> SamplingParams:
-    """The parameters of a call whose prompt is known; what it leaves out is the checkpoint's default, or neutral.
+    """Parameters of a call whose prompt is known; fields not given have the checkpoint's default, or a neutral value.
 
     Raises:
         InvalidRequest: a field is out of range or of the wrong type; `param` names it.
@@ -71,7 +71,7 @@ def _default(field: SamplingField, asked: Asked) -> Any:
 
 
 def _max_tokens(call: GenerateCall, model: ServedModel, num_prompt: int, default: int | None) -> int:
-    """As asked for; else what the face, the operator or the checkpoint says, the first that does; else all there is."""
+    """max_tokens as given; else the default of the API, the operator or the checkpoint; else all that fit."""
     room = model.max_model_len - num_prompt
     max_tokens = call.sampling.get("max_tokens")
     if max_tokens is None:
@@ -155,7 +155,7 @@ def _biases(field: SamplingField, asked: Asked) -> tuple[tuple[int, float], ...]
 def _bad_words(field: SamplingField, asked: Asked) -> tuple[tuple[int, ...], ...]:
     """Each word as it stands at the start of a text and behind a space.
 
-    Where the space is only one more token in front, the word alone covers both.
+    If the space is only one more token in front, the word alone covers both.
     """
     words = _texts(field, asked.said.get("bad_words") or ())
     found: dict[tuple[int, ...], None] = {}

@@ -1,7 +1,7 @@
-"""Threads that render and tokenise: few texts at once, of large ones one. Knows no request.
+"""Thread pools for rendering and tokenising: few texts at once, only one large one. Knows no request.
 
-Whoever waits gives up at its deadline. A thread cannot be stopped, so the work that nobody waits for any more keeps its
-place until it ends; work that had not begun never does.
+Callers stop waiting at their deadline. A thread cannot be stopped, so work past its deadline keeps its thread until it
+ends; work that has not begun is cancelled.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import TypeVar
 from ...core.errors import DeadlineExceeded
 
 LARGE_CHARS = 64 << 10
-MAX_AT_ONCE = max(2, min(4, os.cpu_count() or 2))  # small ones; a large one is worked at beside them
+MAX_AT_ONCE = max(2, min(4, os.cpu_count() or 2))  # small texts; one large text is processed beside them
 
 T = TypeVar("T")
 
 
 class TextWork:
-    """One per router."""
+    """Thread pools for texts; one per router."""
 
     def __init__(self, max_at_once: int = MAX_AT_ONCE) -> None:
         self._small = ThreadPoolExecutor(max_at_once, "texts")
@@ -30,12 +30,12 @@ class TextWork:
     async def run(
         self, work: Callable[[], T], num_chars: int, timeout_s: float, ended: Callable[[], None] = lambda: None
     ) -> T:
-        """The result of `work` on a text of about `num_chars` characters.
+        """Run `work` on a text of about `num_chars` characters; returns its result.
 
-        `ended` is called on the event loop when `work` has ended or never will begin, which may be after the timeout.
+        `ended` is called on the event loop when `work` has ended or was cancelled, which may be after the timeout.
 
         Raises:
-            DeadlineExceeded: it took longer than `timeout_s`, the wait for its turn included.
+            DeadlineExceeded: it took longer than `timeout_s`, the wait for a thread included.
         """
         loop = asyncio.get_running_loop()
         future: Future[T] = (self._large if num_chars > LARGE_CHARS else self._small).submit(work)

@@ -1,4 +1,4 @@
-"""Tool calls of earlier turns, checked. Knows no chat template and runs no tool."""
+"""Checks tool calls of earlier turns. Knows no chat template and runs no tool."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from .ignored import Ignored
 
 MAX_CALLS = 128  # of one message
 MAX_DEPTH = 32  # of arguments
-SMALL_CHARS = 4096  # arguments that are built without a look at their structure
+SMALL_CHARS = 4096  # arguments up to this size are built without a check of their structure
 ARGUMENTS = Bounds(containers=8192, keys=16_384, commas=65_536, depth=MAX_DEPTH)  # of one call's JSON text
 
 
 class Calls(NamedTuple):
-    """The calls of a message under their present name and their older one."""
+    """The tool calls of a message, by their present and their older name."""
 
     tool_calls: Any
     function_call: Any
 
 
 def calls_of(given: Calls, role: str, where: str, ignored: Ignored) -> list[dict[str, Any]]:
-    """The calls of one message as chat templates know them: `{"id", "type", "function": {"name", "arguments"}}`.
+    """Tool calls of one message in the form of chat templates: `{"id", "type", "function": {"name", "arguments"}}`.
 
-    Arguments that are JSON text become what they say, as in vLLM; text that is no JSON stays text: a model wrote it,
-    and shall see it.
+    Arguments in JSON text become values, as in vLLM; text that is no JSON stays text, because a model wrote it and must
+    see it again.
 
     Raises:
-        InvalidRequest: they are not of that form, or stand in a message of another role; `param` names the field.
+        InvalidRequest: they do not have that form, or the message has another role; `param` names the field.
     """
     if given.tool_calls is None and given.function_call is None:
         return []
@@ -51,18 +51,18 @@ def calls_of(given: Calls, role: str, where: str, ignored: Ignored) -> list[dict
 
 
 def check_texts(messages: Sequence[Any]) -> None:
-    """Refuse messages whose arguments, as JSON texts, would become more values in all than one body may hold.
+    """Refuse messages whose JSON arguments have more lists and objects in total than one body may have.
 
     Raises:
-        InvalidRequest: they hold too many lists and objects.
+        InvalidRequest: they have too many lists and objects.
     """
     texts = [text for message in messages for text in _argument_texts(message)]
     if sum(text.count("[") + text.count("{") for text in texts) <= MAX_CONTAINERS:
-        return  # without a look at which of them stand inside strings
+        return  # few enough even if none of them is inside a string
     num_opening = 0
     for text in texts:
         num = num_containers(text)
-        num_opening += num if num <= ARGUMENTS.containers else 0  # more are refused by their own name: `_arguments`
+        num_opening += num if num <= ARGUMENTS.containers else 0  # a single text with more is refused by `_arguments`
         if num_opening > MAX_CONTAINERS:
             raise InvalidRequest(
                 f"the tool calls' arguments hold {num_opening} lists and objects or more; at most {MAX_CONTAINERS}",

@@ -1,6 +1,6 @@
-"""The one validator: a `GenerateCall` of either API becomes a `Request`, or a typed error with field and remedy.
+"""The validator: converts a `GenerateCall` of either API to a `Request`, or to a typed error with field and remedy.
 
-Nothing a client sends reaches a worker unchecked; what is refused here costs a worker nothing.
+Every client input is checked here before it reaches a worker.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the router's configuration allows."""
+    """Limits of requests, from the router's configuration."""
 
     max_choices: int
-    default_max_tokens: int | None  # none: as much as fits
+    default_max_tokens: int | None  # None: as many as fit
     request_timeout_s: float
     api_keys: tuple[str, ...]
 
     @classmethod
     def of(cls, config: RouterConfig) -> Limits:
-        """From the router's section."""
+        """Limits of a router's configuration."""
         return cls(config.max_choices, config.default_max_tokens, config.request_timeout_s, config.api_keys)
 
 
 def authenticate(api_key: str | None, limits: Limits) -> str:
-    """The isolation domain that a key stands for; without configured keys everybody shares one.
+    """The isolation domain of a key; without configured keys all clients share one.
 
     Raises:
         Unauthenticated: keys are configured and this is none of them.
@@ -54,18 +54,18 @@ def authenticate(api_key: str | None, limits: Limits) -> str:
         return DEFAULT_ISOLATION_DOMAIN
     for known in limits.api_keys:
         if api_key and secrets.compare_digest(api_key.encode(errors="replace"), known.encode()):
-            # Of the key itself: its place in the configuration may change, and must not hand cached prefixes over.
+            # Derived from the key itself: a new order of the keys must not give cached prefixes to another tenant.
             return "key-" + hashlib.blake2b(known.encode(), digest_size=8, person=b"twostroke-tenant").hexdigest()
     raise Unauthenticated("the API key is missing or unknown; send 'Authorization: Bearer KEY'")
 
 
 def validate(call: GenerateCall, model: ServedModel, limits: Limits) -> Request:
-    """Check every field, template and tokenise. Runs in a thread: it may take milliseconds.
+    """Check every field, render and tokenise. Run it in a thread: it may take milliseconds.
 
     Raises:
         InvalidRequest: a field is out of range, of the wrong type or not served; `param` names it.
         ContextLengthExceeded: the prompt leaves no room for a token, or not for `max_tokens`.
-        Unauthenticated: see `authenticate`.
+        Unauthenticated: raised by `authenticate`.
     """
     tenant = authenticate(call.api_key, limits)
     num_choices = integer("n", call.n, 1, 1, limits.max_choices)
@@ -89,12 +89,12 @@ def validate(call: GenerateCall, model: ServedModel, limits: Limits) -> Request:
 
 
 def timeout_of(call: GenerateCall, limits: Limits) -> float:
-    """How long a request may live: as its client says, and no longer than the router allows."""
+    """Timeout of a request in seconds: the client's, at most the router's."""
     return min(call.timeout_s or limits.request_timeout_s, limits.request_timeout_s)
 
 
 def num_chars_of(call: GenerateCall) -> int:
-    """About as many characters as are rendered and tokenised for a call, its ids left out."""
+    """Approximate number of characters to render and tokenise for a call; 0 for token ids."""
     if isinstance(call.prompt, str):
         return len(call.prompt)
     return sum(_num_chars(message.get("content")) for message in call.messages or () if isinstance(message, Mapping))
@@ -108,7 +108,7 @@ def _num_chars(content: Any) -> int:
 
 
 def _isolation_domain(tenant: str, salt: str | None) -> str:
-    """A tenant's own domain, or the one that its requests with this salt share. The salt itself is shown nowhere."""
+    """A tenant's own domain, or its domain for this salt, which has a hash of the salt only."""
     if salt is None:
         return tenant
     if not 1 <= len(salt) <= MAX_SALT_CHARS:
@@ -121,12 +121,12 @@ def _isolation_domain(tenant: str, salt: str | None) -> str:
 
 
 def new_request_id(is_chat: bool) -> str:
-    """A name for a request whose client gave none; nobody else can guess it."""
+    """Random id for a request whose client gave none."""
     return ("chatcmpl-" if is_chat else "cmpl-") + secrets.token_hex(12)
 
 
 def is_request_id(text: str) -> bool:
-    """Whether a client may name its request so."""
+    """True if a text is a valid request id of a client."""
     return _REQUEST_ID.fullmatch(text) is not None
 
 
@@ -155,7 +155,7 @@ def _prompt_ids(call: GenerateCall, model: ServedModel, ignored: Ignored) -> tup
         ids = _encoded(where, text_of("prompt", call.prompt), model, add_special_tokens=True)
     else:
         ids, where = call.prompt or (), "prompt"
-        if len(ids) < model.max_model_len:  # else it is refused below, whatever they are
+        if len(ids) < model.max_model_len:  # else it is refused below by its length
             ids = _token_ids(ids, model)
     if not ids:
         raise InvalidRequest(f"{where} is empty; give at least one token", param=where)
@@ -163,7 +163,7 @@ def _prompt_ids(call: GenerateCall, model: ServedModel, ignored: Ignored) -> tup
         raise ContextLengthExceeded(
             f"{where} has {len(ids)} tokens; the model's context is {model.max_model_len}: shorten it", param=where
         )
-    if (beyond := max(ids)) >= model.vocab_size:  # a token that files beside the model name, and it was not made for
+    if (beyond := max(ids)) >= model.vocab_size:  # a tokenizer can have more tokens than the model
         raise InvalidRequest(
             f"{where} holds {model.tokenizer.token(beyond)!r}, token {beyond} of the tokenizer; the model has "
             f"{model.vocab_size}: leave it out",
@@ -173,7 +173,7 @@ def _prompt_ids(call: GenerateCall, model: ServedModel, ignored: Ignored) -> tup
 
 
 def _encoded(where: str, text: str, model: ServedModel, *, add_special_tokens: bool) -> Sequence[int]:
-    """The ids of a text; one that fits no context is refused as soon as that is certain, the most part of it unread."""
+    """Token ids of a text. A text that is too long is refused as soon as that is certain, before all of it is read."""
     try:
         return model.tokenizer.encode(text, add_special_tokens, most=model.max_model_len)
     except TooManyTokens as error:

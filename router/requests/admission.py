@@ -1,6 +1,6 @@
-"""Who may come in: bounded requests and tokens, fair between tenants, honest about when to come back. Pure.
+"""Admission control: bounded requests and tokens, fair between tenants, with estimated Retry-After times. Pure.
 
-offered = accepted + rejected + cancelled      at every moment; accepted ones run or have ended by themselves
+offered = accepted + rejected + cancelled      at every moment; accepted requests run or have ended by themselves
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ _RATE_WINDOW_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class AdmissionLimits:
-    """What may be under way at once."""
+    """Bounds on requests under way, and parameters of retries."""
 
     max_requests: int = 512
     max_tokens: int = 2_000_000
-    contended_share: float = 0.5  # from this fill level on, no tenant gets more than an equal part
-    first_retry_s: float = 1.0  # advice while nothing is known of how fast work ends
+    contended_share: float = 0.5  # above this fill level no tenant gets more than an equal share
+    first_retry_s: float = 1.0  # Retry-After before any work has ended, and its lower bound
     longest_retry_s: float = 60.0
     retry_share: float = 0.1  # second dispatches per accepted request
     retry_reserve: float = 10.0
@@ -28,16 +28,16 @@ class AdmissionLimits:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """A request at the door."""
+    """Size and owner of a request that asks for admission."""
 
     request_id: str
     tenant: str
-    tokens: int  # prompt and what is expected to be generated, of all choices
+    tokens: int  # prompt tokens and expected generated tokens, of all choices
     timeout_s: float
 
 
 class DrainRate:
-    """Tokens that end per second, over the last seconds."""
+    """Rate of finished work in tokens per second, over the last seconds."""
 
     def __init__(self) -> None:
         self._tokens = 0.0
@@ -45,14 +45,14 @@ class DrainRate:
         self._noted_s = 0.0
 
     def note(self, tokens: int, now_s: float) -> None:
-        """So many tokens' worth of requests ended now."""
+        """Add the tokens of a request that ended now."""
         if self._since_s is None:
             self._since_s = self._noted_s = now_s
         self._decay(now_s)
         self._tokens += tokens
 
     def per_s(self, now_s: float) -> float:
-        """0 while nothing has ended."""
+        """Present rate in tokens per second; 0 before any request has ended."""
         if self._since_s is None:
             return 0.0
         self._decay(now_s)
@@ -64,12 +64,12 @@ class DrainRate:
 
 
 class Admission:
-    """Bounds what is under way. `offer` takes or refuses; every taken offer ends in exactly one `release`."""
+    """Bounds the requests under way. `offer` accepts or refuses; an accepted one ends by one `release` or `reject`."""
 
     def __init__(self, limits: AdmissionLimits | None = None) -> None:
         self.limits = limits or AdmissionLimits()
         self._under_way: dict[str, Offer] = {}
-        self._share_by_tenant: dict[str, float] = {}  # of all that may be under way
+        self._share_by_tenant: dict[str, float] = {}  # share of the bounds that each tenant uses
         self._drain = DrainRate()
         self._retry_tokens = self.limits.retry_reserve
         self.tokens = 0
@@ -85,10 +85,10 @@ class Admission:
         return request_id in self._under_way
 
     def offer(self, offer: Offer, now_s: float) -> None:
-        """Take a request in.
+        """Accept a request.
 
         Raises:
-            Overloaded: too much is under way, in all or for this tenant; `retry_after_s` from the estimated drain.
+            Overloaded: too much is under way, in total or for this tenant; with an estimated `retry_after_s`.
         """
         assert offer.request_id not in self._under_way
         self.offered += 1
@@ -104,22 +104,22 @@ class Admission:
         self._retry_tokens = min(self.limits.retry_reserve, self._retry_tokens + self.limits.retry_share)
 
     def reject(self, request_id: str, now_s: float) -> None:
-        """A taken request cannot be served after all: it leaves as refused."""
+        """Remove an accepted request that cannot be served after all; it counts as rejected."""
         if self._leave(request_id, now_s):
             self.accepted -= 1
             self.rejected += 1
 
     def release(self, request_id: str, now_s: float, cancelled: bool = False) -> None:
-        """A taken request is over."""
+        """Remove an accepted request that is over."""
         if self._leave(request_id, now_s) and cancelled:
             self.accepted -= 1
             self.cancelled += 1
 
     def check_deadline(self, first_token_ms: float, alone_ms: float, timeout_s: float) -> None:
-        """Refuse now what cannot be in time.
+        """Refuse a request that cannot meet its deadline.
 
         Raises:
-            DeadlineExceeded: not even an idle worker would be in time (`alone_ms`).
+            DeadlineExceeded: even an idle worker would be too late (`alone_ms`).
             Overloaded: the queues are too long for this deadline.
         """
         if alone_ms > timeout_s * 1e3:
@@ -133,14 +133,14 @@ class Admission:
             )
 
     def may_retry(self) -> bool:
-        """Take one second dispatch from the budget, if there is one left."""
+        """Take one retry from the budget; False if none is left."""
         if self._retry_tokens < 1.0:
             return False
         self._retry_tokens -= 1.0
         return True
 
     def retry_after_s(self, tokens: int, now_s: float) -> float:
-        """When so many tokens should have ended, at the pace of the last seconds."""
+        """Estimated seconds until `tokens` tokens have ended, at the recent rate, within the bounds."""
         rate = self._drain.per_s(now_s)
         return self._bounded(tokens / rate) if rate > 0 else self.limits.first_retry_s
 
@@ -161,7 +161,7 @@ class Admission:
         self._check_share(offer, now_s)
 
     def _check_share(self, offer: Offer, now_s: float) -> None:
-        """Once the house is half full, a tenant may not go beyond an equal part of what is used."""
+        """Above `contended_share`, a tenant may not exceed an equal share of the used capacity."""
         limits = self.limits
         size = self._size(offer)
         own = self._share_by_tenant.get(offer.tenant, 0.0)
@@ -184,7 +184,7 @@ class Admission:
         self.tokens -= offer.tokens
         self._share_by_tenant[offer.tenant] -= self._size(offer)
         if not any(other.tenant == offer.tenant for other in self._under_way.values()):
-            del self._share_by_tenant[offer.tenant]  # exactly nothing, whatever the sums of floats say
+            del self._share_by_tenant[offer.tenant]  # sums of floats may not return to exactly 0
         self._drain.note(offer.tokens, now_s)
         return True
 

@@ -1,7 +1,7 @@
-"""The decision log: every ended request as a JSON line, written by a thread of its own.
+"""The decision log: every ended request as a JSON line, written by its own thread.
 
-Bounded in lines that wait, in their length, and on disk. A disk that is full, broken or slow costs lines, never a
-request and never the event loop's time.
+Bounded in waiting lines and on disk. With a full, broken or slow disk lines are lost, but no request fails and the
+event loop is not delayed.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import TextIO
 log = logging.getLogger(__name__)
 
 MAX_WAITING_LINES = 1_000
-CLOSE_S = 5.0  # within which the lines that wait are written at the end
+CLOSE_S = 5.0  # longest time to write the waiting lines at the end
 
 
 class DecisionLog:
-    """One file, and one older one beside it."""
+    """A log file, and one older file beside it."""
 
     def __init__(self, path: Path, max_file_bytes: int = 256 << 20) -> None:
         self._path = path
@@ -32,14 +32,14 @@ class DecisionLog:
         self.num_lost_lines = 0
 
     def add(self, line: str) -> None:
-        """Write a line soon; it is lost where too many wait."""
+        """Queue a line; it is lost if too many wait."""
         try:
             self._lines.put_nowait(line)
         except queue.Full:
             self._lose("it is too slow")
 
     def close(self) -> None:
-        """Write what waits, in the time there is, and close the file."""
+        """Write the waiting lines, within CLOSE_S, and close the file."""
         if self._thread.is_alive():
             try:
                 self._lines.put(None, timeout=CLOSE_S)
@@ -81,5 +81,5 @@ class DecisionLog:
 
 
 def _for_us_alone(path: str, flags: int) -> int:
-    """Stop strings are a client's words."""
+    """Open the file for its owner only, because entries hold clients' stop strings."""
     return os.open(path, flags, 0o600)

@@ -1,7 +1,7 @@
-"""What the client of one request has: which tokens of which epoch may still be added to its stream. Pure.
+"""Delivery state of one request: the tokens and epochs that may still be added to its client's stream. Pure.
 
-Only the current epoch's next token of each choice is taken; everything else is named and dropped. So however often work
-is sent again, delayed or doubled, the client's stream is at all times a gapless prefix of the final one.
+Only the current epoch's next token of each choice is taken; all others are classified and dropped. So with any number
+of retries, delays and duplicates, the client's stream is always a prefix of the final one, without gaps.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .pieces import OutputDelta
 
 
 class DeliveryVerdict(StrEnum):
-    """What happens to something a worker sent. Values are the metric's labels."""
+    """Decision about tokens or an end from a worker. Values are the metric's labels."""
 
     TAKE = "take"
     STALE_EPOCH = "stale_epoch"
@@ -32,7 +32,7 @@ class _Progress:
 
 
 class Delivery:
-    """The cursor of every choice."""
+    """Delivery cursor of every choice."""
 
     def __init__(self, num_choices: int) -> None:
         self._choices = [_Progress() for _ in range(num_choices)]
@@ -44,25 +44,25 @@ class Delivery:
 
     @property
     def may_start_over(self) -> bool:
-        """Whether no unfinished choice has given the client a token yet."""
+        """True if the client has no token of any unfinished choice yet."""
         return all(progress.next_index == 0 for progress in self._choices if progress.finish is None)
 
     @property
     def completion_tokens(self) -> int:
-        """Tokens delivered, over all choices."""
+        """Number of delivered tokens, over all choices."""
         return sum(progress.next_index for progress in self._choices)
 
     @property
     def finish_reasons(self) -> list[FinishReason | None]:
-        """Per choice; None: it still runs."""
+        """Finish reason per choice; None: it still runs."""
         return [progress.finish for progress in self._choices]
 
     def tokens_of(self, choice: int) -> int:
-        """Tokens of one choice that were delivered."""
+        """Number of delivered tokens of one choice."""
         return self._choices[choice].next_index
 
     def dispatch(self, epoch: Epoch) -> tuple[int, ...]:
-        """All unfinished choices belong to this epoch from now on. Returns them."""
+        """Assign all unfinished choices to this epoch; returns them."""
         for index in self.unfinished:
             current = self._choices[index].epoch
             assert current is None or current < epoch, (current, epoch)
@@ -70,12 +70,12 @@ class Delivery:
         return self.unfinished
 
     def recall(self) -> None:
-        """No epoch may add anything until the next `dispatch`: what still comes from the last one is stale."""
+        """Accept tokens of no epoch until the next `dispatch`: later messages of the last one are stale."""
         for index in self.unfinished:
             self._choices[index].epoch = None
 
     def tokens(self, choice: int, epoch: Epoch, first_index: int, count: int) -> DeliveryVerdict:
-        """Tokens [first_index, +count) of a choice arrived: taken, or why not."""
+        """Tokens [first_index, +count) of a choice arrived: take them, or return why not."""
         verdict = self._standing(choice, epoch)
         if verdict is not DeliveryVerdict.TAKE:
             return verdict
@@ -86,11 +86,11 @@ class Delivery:
         return DeliveryVerdict.TAKE
 
     def is_awaited(self, choice: int, epoch: Epoch) -> bool:
-        """Whether this epoch may still add to the choice."""
+        """True if this epoch may still add to the choice."""
         return self._standing(choice, epoch) is DeliveryVerdict.TAKE
 
     def end(self, choice: int, epoch: Epoch, reason: FinishReason) -> DeliveryVerdict:
-        """The end of a choice arrived: taken once, from the current epoch."""
+        """The end of a choice arrived: it is taken once, and from the current epoch only."""
         verdict = self._standing(choice, epoch)
         if verdict is DeliveryVerdict.TAKE:
             self._choices[choice].finish = reason
@@ -103,9 +103,9 @@ class Delivery:
 
 
 class PieceBuffer:
-    """Pieces that the client has not fetched yet: bounded in items, because a full buffer merges into its last ones.
+    """Pieces that the client has not fetched yet, bounded in items: a full buffer merges new pieces into its last ones.
 
-    A client that leaves it full too long is too slow; `full_since_s` says since when.
+    A client that leaves the buffer full too long is too slow; `full_since_s` is the time when it became full.
     """
 
     def __init__(self, max_pieces: int) -> None:
@@ -117,7 +117,7 @@ class PieceBuffer:
         return len(self._pieces)
 
     def put(self, piece: OutputDelta, now_s: float) -> None:
-        """Append a piece; into the last one of its choice when there is no room."""
+        """Append a piece, or merge it into the last one of its choice if the buffer is full."""
         if len(self._pieces) >= self._max_pieces:
             if self.full_since_s is None:
                 self.full_since_s = now_s

@@ -1,6 +1,6 @@
-"""The life of requests under asyncio: sessions carry its orders, the loop its timers, metrics and log what it tells.
+"""Asyncio driver of the request lifecycle: sends its orders over sessions, runs its timers, records its events.
 
-Decides nothing: see router/requests/lifecycle.py.
+Decides nothing: router/requests/lifecycle.py does.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class Dispatcher:
-    """Drives the lives of this router's requests, on one event loop."""
+    """Drives the lifecycle of this router's requests, on one event loop."""
 
     def __init__(self, config: RouterConfig, identity: Identity, metrics: RouterMetrics, clock: Clock) -> None:
         self.metrics = metrics
@@ -50,16 +50,16 @@ class Dispatcher:
         self.life = Lifecycle(identity.incarnation, limits, self.members.roster, self, self)
 
     def fail(self, run: RequestState, error: TwostrokeError) -> None:
-        """End a request in an error; a settled one stays as it is."""
+        """End a request with an error; no effect on a settled one."""
         self.life.fail(run, error, self.clock.now_s())
 
     async def close(self) -> None:
-        """Fail what still runs and leave all workers."""
+        """Fail all running requests and disconnect from all workers."""
         for run in list(self.life.runs.active.values()):
             self.fail(run, Unavailable("the router is stopping", retry_after_s=RETRY_AFTER_S))
         await self.members.close()
 
-    # ------------------------------------------------------------------ what the workers say
+    # ------------------------------------------------------------------ events of the workers
 
     def _on_lost(self, key: WorkerKey, reason: str) -> None:
         self.life.lost(key, reason, self.clock.now_s())
@@ -73,65 +73,65 @@ class Dispatcher:
     def _on_tick(self, now_s: float) -> None:
         self.life.tick(now_s)
 
-    # ------------------------------------------------------------------ what the life asks (see Driver)
+    # ------------------------------------------------------------------ Driver
 
     def send(self, key: WorkerKey, order: Order) -> bool:
-        """See Driver."""
+        """Implements `Driver.send`."""
         return self.members.send(key, order)
 
     def later(self, delay_s: float, act: Callable[[float], None]) -> Timer:
-        """See Driver."""
+        """Implements `Driver.later`."""
         return asyncio.get_running_loop().call_later(delay_s, lambda: act(self.clock.now_s()))
 
     def identities(self, request: Request, model: ModelFacts) -> Sequence[BlockIdentity]:
-        """See Driver."""
+        """Implements `Driver.identities`."""
         return self.members.identities(request, model)
 
-    # ------------------------------------------------------------------ what it tells (see Observer)
+    # ------------------------------------------------------------------ Observer
 
     def choosing(self) -> AbstractContextManager[object]:
-        """See Observer."""
+        """Implements `Observer.choosing`."""
         return self.metrics.choose_s.time()
 
     def refused(self, request: Request, error: TwostrokeError) -> None:
-        """See Observer."""
+        """Implements `Observer.refused`."""
         self.metrics.requests.labels("rejected").inc()
 
     def dispatched(self, run: RequestState) -> None:
-        """See Observer."""
+        """Implements `Observer.dispatched`."""
         if run.living is not None:
             log.debug("%s: %s", run.name, run.living.choice.reason)
 
     def dropped(self, name: str, reason: str) -> None:
-        """See Observer."""
+        """Implements `Observer.dropped`."""
         self.metrics.dropped.labels(reason).inc()
 
     def heard(self, run: RequestState, epoch: Epoch, num_tokens: int) -> None:
-        """See Observer."""
+        """Implements `Observer.heard`."""
         if num_tokens:
             self.metrics.generated(run.request.model, num_tokens)
 
     def first_token(self, run: RequestState, predicted_ms: float, took_ms: float) -> None:
-        """See Observer."""
+        """Implements `Observer.first_token`."""
         self.metrics.prediction_error.observe(self.prediction.note(predicted_ms, took_ms))
 
     def usage_differs(self, run: RequestState, said: int, had: int) -> None:
-        """See Observer."""
+        """Implements `Observer.usage_differs`."""
         self.metrics.usage_disagreements.inc()
 
     def sent_again(self, run: RequestState, error: TwostrokeError) -> None:
-        """See Observer."""
+        """Implements `Observer.sent_again`."""
         self.metrics.retries.inc()
         log.info("%s: sent again: %s", run.name, error.message)
 
     def settled(self, run: RequestState) -> None:
-        """See Observer."""
+        """Implements `Observer.settled`."""
         self.metrics.in_flight_tokens.set(self.life.admission.tokens)
         self.members.wake()
 
 
 class PieceStream:
-    """The client's end of a request: waits for its pieces."""
+    """Stream of a request's pieces for its client."""
 
     def __init__(self, run: RequestState) -> None:
         self._run = run
@@ -139,10 +139,10 @@ class PieceStream:
         run.on_news = self._news.set
 
     async def next_piece(self) -> OutputDelta | None:
-        """The next piece; None after the last one.
+        """Wait for the next piece; None after the last one.
 
         Raises:
-            TwostrokeError: the request failed, and everything before was fetched.
+            TwostrokeError: the request failed, and all earlier pieces were fetched.
         """
         while True:
             piece = self._run.take_piece()

@@ -1,4 +1,4 @@
-"""Every decision in words and numbers, JSON-able: one request, the whole cluster. Reads, never changes."""
+"""Reports about requests and workers as JSON-able values. Reads state, changes none."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ..routing.fleet import Worker
 from ..routing.policy import Candidate, RoutingDecision
 from .run import RequestState
 
-MAX_SHOWN = 32  # entries of a list; a longer one is told by its length
-MAX_TEXT = 64  # characters of a text in one
+MAX_SHOWN = 32  # entries of a list; a longer one is replaced by its length
+MAX_TEXT = 64  # characters of a text in a list
 MAX_MESSAGE = 1000  # characters of an error
 
 
 def explain_run(run: RequestState, state: str) -> dict[str, Any]:
-    """One request: what it asked, what was decided and why, and what came of it. Milliseconds since it arrived."""
+    """Report of one request: parameters, decisions with reasons, outcome. Times in milliseconds since its arrival."""
     handover = dict(run.handovers).get(0) or (run.handovers[0][1] if run.handovers else None)
     reports = [report for _, report in run.handovers]
     current = run.current
@@ -76,7 +76,7 @@ def _of_field(field: SamplingField, value: Any) -> Any:
 
 
 def _shown(values: Sequence[Any], what: str) -> list[Any] | str:
-    """A list with its texts cut; one that is too long as its length."""
+    """A list with its texts shortened; a list that is too long is replaced by its length."""
     if len(values) > MAX_SHOWN:
         return f"{len(values)} {what}"
     return [_cut(value, MAX_TEXT) if isinstance(value, str) else value for value in values]
@@ -87,13 +87,13 @@ def _cut(text: str, most: int) -> str:
 
 
 def timeline_ms(run: RequestState) -> dict[str, float]:
-    """Every instant that happened, in order, as milliseconds since the request arrived."""
+    """All recorded instants, in order, in milliseconds since the request's arrival."""
     found = [(at_s, instant.value) for instant in Instant if (at_s := run.timeline.at_s(instant)) is not None]
     return {name: _ms(at_s - run.arrived_s) for at_s, name in sorted(found, key=lambda pair: pair[0])}
 
 
 def explain_choice(choice: RoutingDecision) -> dict[str, Any]:
-    """A decision with everything it was compared with."""
+    """A routing decision with all candidates."""
     return {
         "reason": choice.reason,
         "winner": _candidate(choice.winner),
@@ -103,11 +103,11 @@ def explain_choice(choice: RoutingDecision) -> dict[str, Any]:
 
 
 def explain_worker(worker: Worker, coefficients: Coefficients, now_s: float) -> dict[str, Any]:
-    """One worker as `status` shows it."""
+    """Report of one worker, for `status`."""
     facts, load = worker.facts, worker.load
     return {
         "worker_id": facts.worker_id,
-        "incarnation": str(facts.incarnation),  # as text: JSON numbers of 64 bits lose their tail in JavaScript
+        "incarnation": str(facts.incarnation),  # as text: JavaScript rounds JSON numbers of 64 bits
         "role": worker.role.value,
         "state": worker.state.value,
         "address": facts.address,
@@ -154,7 +154,7 @@ def _candidate(candidate: Candidate) -> dict[str, Any]:
 
 
 def _prefill_worker(run: RequestState, handover: dict[str, Any] | None) -> str | None:
-    """Who really did it; before the end, who was asked to."""
+    """Name of the worker that did the prefill; before the end, of the one that was asked to."""
     if handover is not None:
         return handover["prefill_worker"] or None
     peers = run.current.choice.prefill_peers if run.current else ()

@@ -1,6 +1,6 @@
-"""Requests from a face to the workers and back as a stream, and what is known of them. Knows no client protocol.
+"""Runs requests of the API through the workers, as streams, and reports about them. Knows no client protocol.
 
-What decides is elsewhere and pure: router/requests/lifecycle.py and what it asks.
+Decisions are made in pure modules: router/requests/lifecycle.py and those that it calls.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from .run import RequestState
 
 
 class Flow:
-    """Takes admitted requests through the workers. One per router process, on one event loop.
+    """Runs validated requests on the workers. One per router process, on one event loop.
 
-    Faces call `generate`, `abort`, `explain`, `cluster`, `models`; the process calls `internal_server`, then `start`,
-    and at the end `drain` and `close`.
+    The APIs call `generate`, `abort`, `explain`, `cluster`, `models`; the process calls `internal_server`, then
+    `start`, and at the end `drain` and `close`.
     """
 
     def __init__(
@@ -47,16 +47,16 @@ class Flow:
         *,
         proof_key: bytes,
     ) -> None:
-        """`identity_key` names prompts as the workers do: `kv.keys.identity_key` of the cluster's shared secret.
+        """`identity_key`: `kv.keys.identity_key` of the cluster's shared secret; gives the workers' block identities.
 
-        `proof_key` is `kv.keys.proof_key` of it: what workers and routers prove to each other.
+        `proof_key`: `kv.keys.proof_key` of it; workers and routers prove to each other that they know it.
 
-        `metrics` is what the face serves on /metrics; none: a registry of its own, see `self.metrics.registry`.
+        `metrics`: the metrics for /metrics; None: new ones in their own registry.
         """
         self.metrics = metrics or RouterMetrics()
         self.clock = clock or MonotonicClock()
         self._config = config
-        # Only the order of incarnations matters: a restarted router must be above its former self.
+        # Only the order of incarnations matters: a restarted router must have a higher one than before.
         self._identity = Identity(f"router-{os.getpid()}", time.time_ns(), identity_key, proof_key)
         self._guard = Guard(proof_key, "router")
         self._dispatcher = Dispatcher(config, self._identity, self.metrics, self.clock)
@@ -64,7 +64,7 @@ class Flow:
         self._life = self._dispatcher.life
         self._journal = RequestHistory(config.decision_log)
         self._began_s = self.clock.now_s()
-        self._moved: Counter[str] = Counter()  # between workers, for requests that have ended
+        self._moved: Counter[str] = Counter()  # hand-overs and KV bytes of requests that have ended
 
     @property
     def members(self) -> WorkerRegistry:
@@ -74,13 +74,13 @@ class Flow:
     # ------------------------------------------------------------------ the process
 
     def internal_server(self, options: Sequence[tuple[str, Any]] = ()) -> grpc.aio.Server:
-        """The server where workers announce themselves, behind its guard; not bound yet."""
+        """The server of the Announce service, behind its guard; not bound yet."""
         server = grpc.aio.server(options=options, interceptors=[self._guard])
         self._members.add_announce(server)
         return server
 
     async def start(self) -> None:
-        """Begin to watch over workers and deadlines. Returns at once; workers announce themselves later."""
+        """Start to monitor workers and deadlines. Returns at once; workers announce themselves later."""
         self._members.start()
 
     async def drain(self, timeout_s: float) -> bool:
@@ -93,23 +93,23 @@ class Flow:
         return not self._life.runs.open
 
     async def close(self) -> None:
-        """Cancel what still runs (their clients get `Unavailable`) and leave all workers. Idempotent."""
+        """Fail all running requests with `Unavailable` and disconnect from all workers. Idempotent."""
         self._life.refusing = "the router is stopping"
         await self._dispatcher.close()
         self._journal.close()
 
     @property
     def refusing(self) -> str | None:
-        """Why new requests are refused: the router drains or stops."""
+        """Reason why new requests are refused (the router drains or stops); None: they are accepted."""
         return self._life.refusing
 
-    # ------------------------------------------------------------------ the faces
+    # ------------------------------------------------------------------ for the APIs
 
     async def generate(self, request: Request, timeline: Timeline) -> AsyncGenerator[OutputDelta, None]:
-        """RequestState a request; the stream of its pieces, gapless per choice, `usage` with the very last one.
+        """Run a request; yields its pieces, without gaps per choice, `usage` with the very last one.
 
         `timeline` must hold ARRIVED on this flow's clock (`self.clock`); the deadline counts from there. Admission,
-        routing and every refusal happen before the first piece: await it before a 200 goes out. `aclose()` (or
+        routing and every refusal happen before the first piece: await it before you send a 200. `aclose()` (or
         cancelling the task that waits in it) cancels the request on its worker.
 
         Raises:
@@ -129,17 +129,17 @@ class Flow:
                 timeline.mark(Instant.FIRST_SENT, self.clock.now_s())
                 yield piece
         finally:
-            self._dispatcher.fail(run, Cancelled("the client went away"))  # nothing, if it is settled
+            self._dispatcher.fail(run, Cancelled("the client went away"))  # no effect if it is settled
             self._conclude(run)
 
     async def abort(self, tenant: str, request_id: str) -> bool:
-        """Cancel a tenant's running request: its stream ends in `Cancelled`. False: it has none of that id here."""
+        """Cancel a tenant's running request: its stream ends with `Cancelled`. False: there is none of that id."""
         return self._life.abort(tenant, request_id, self.clock.now_s())
 
     def explain(self, tenant: str, request_id: str) -> dict[str, Any] | None:
-        """Everything known about a tenant's running or recent request, JSON-able; None: not known (any more).
+        """Report about a tenant's running or recent request, JSON-able; None: not known (any more).
 
-        Every tenant has request ids of its own.
+        Request ids are separate for each tenant.
 
         Keys: request_id, name (what workers call it), tenant, isolation_domain, model, state ("running", "finished",
         "cancelled", "failed", "rejected"), num_choices, sampling, timeout_s, tokens {prompt, cached, completion},
@@ -185,12 +185,12 @@ class Flow:
         }
 
     def models(self) -> list[ModelFacts]:
-        """What can be served now, by name: a worker that decodes is connected. `path`: tokenizer and template."""
+        """Models that can be served now, sorted by name: a worker that decodes them is connected."""
         ready = self._members.fleet.ready_models()
         return [ready[name] for name in sorted(ready)]
 
     def _conclude(self, run: RequestState) -> None:
-        """The stream is closed: write down what became of the request."""
+        """The stream is closed: record the outcome of the request."""
         if not self._life.conclude(run):
             return
         state = _state_of(run)

@@ -1,6 +1,6 @@
-"""What was decided and how it ended: the last requests in memory, and all of them as JSON lines if wanted.
+"""History of ended requests: the last ones in memory, and all of them as JSON lines if configured.
 
-Bounded in entries and in bytes: an entry is kept as the JSON that it is shown as, so its length is what it costs.
+Bounded in entries and in bytes: an entry is kept as JSON text, so its length is its memory cost.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from .decision_log import DecisionLog
 MAX_ENTRIES = 2_000
 MAX_BYTES = 16 << 20  # of all entries
 MAX_ENTRY_BYTES = 16 << 10
-_NAMES = ("request_id", "tenant", "isolation_domain", "state")  # by which an entry is found, and by whom
+_NAMES = ("request_id", "tenant", "isolation_domain", "state")  # never left out of an entry
 
 
 class RequestHistory:
-    """The decision log. Entries are what `explain` shows."""
+    """Ended requests by tenant and id. An entry is the report of `explain_run`."""
 
     def __init__(
         self,
@@ -39,11 +39,11 @@ class RequestHistory:
 
     @property
     def num_lost_lines(self) -> int:
-        """Lines of the file that could not be written."""
+        """Number of lines that could not be written to the file."""
         return self._log.num_lost_lines if self._log is not None else 0
 
     def add(self, entry: dict[str, Any]) -> None:
-        """Note a request that is over; the oldest entries make room."""
+        """Add a request that is over; the oldest entries are removed if necessary."""
         key, line = (entry["tenant"], entry["request_id"]), _line(entry)
         self._forget(key)
         self._entries[key] = line
@@ -69,7 +69,7 @@ class RequestHistory:
 
 
 def _line(entry: dict[str, Any]) -> str:
-    """An entry as JSON of ASCII; of one that is too long, the longest values are left out."""
+    """An entry as ASCII JSON; if it is too long, its longest values are left out."""
     line = _json(entry)
     while len(line) > MAX_ENTRY_BYTES:
         sizes = {name: len(_json(value)) for name, value in entry.items() if name not in _NAMES}

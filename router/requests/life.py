@@ -1,4 +1,4 @@
-"""What a request leaves in the router's metrics, from what its run has heard. Reads, never changes."""
+"""Metrics of an ended request, from its state. Reads state, changes none."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .run import RequestState
 
 
 def life_of(run: RequestState, now_s: float) -> Life:
-    """A run whose stream is closed."""
+    """Metrics of a request whose stream is closed."""
     usage, timeline = run.usage, run.timeline
     admitted_s = timeline.at_s(Instant.ADMITTED)
     counts = [run.delivery.tokens_of(choice) for choice in range(run.request.num_choices)]

@@ -1,4 +1,4 @@
-"""The life of every request in one router, from admission until nothing of it is left. Pure.
+"""Lifecycle of every request in one router, from admission to the end. Pure.
 
                           a worker refuses it, loses tokens or is lost, and its client has nothing yet
                                 ┌──────────────── cancel, recall, forget ────────────────┐
@@ -7,10 +7,10 @@
                                 │                                                        │
                                 └── patience over, deadline, client left, abort, error ──┴───────────────▶ SETTLED
 
-Events come in as method calls with the time; orders and timers leave through `Driver`, what is worth measuring through
-`Observer` (surroundings.py). Under asyncio dispatch.py drives it, in virtual time sim/router.py.
-At most one dispatch of a request lives: a request that is being routed belongs to no worker, so a second loss meanwhile
-changes nothing.
+Events are method calls with the time; orders and timers go out through `Driver`, measurements through `Observer`
+(surroundings.py). dispatch.py drives it under asyncio, sim/router.py in virtual time.
+At most one dispatch of a request is current: a request that is being routed belongs to no worker, so the loss of
+another worker meanwhile does not affect it.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from .run import Dispatch, RequestState, RequestStates, Stage, Timer
 from .surroundings import Driver, LifeLimits, Observer
 
 MAX_DISPATCHES = 3
-MAX_ID_IN_NAME = 128  # characters of the client's id that a name carries, for operators who read logs
-# A worker that refuses an order with one of these has not judged the request, only itself.
+MAX_ID_IN_NAME = 128  # characters of the client's id in a name, for operators who read logs
+# A refusal with one of these codes concerns the worker and not the request, so another worker may be tried.
 _OTHERS_MAY_TRY = frozenset({"unavailable", "overloaded", "worker_lost", "tokens_lost"})
 
 
@@ -55,10 +55,10 @@ class Lifecycle:
         driver: Driver,
         observer: Observer,
     ) -> None:
-        """`incarnation`: of this router, above that of every earlier life and unlike that of every other router."""
+        """`incarnation`: of this router, higher than all of its earlier ones and different from other routers'."""
         self.admission = Admission(limits.admission)
         self.runs = RequestStates()
-        self.refusing: str | None = None  # why new requests are refused
+        self.refusing: str | None = None  # reason to refuse new requests; None: accept them
         self._incarnation = incarnation
         self._limits = limits
         self._fleet = roster.fleet
@@ -67,18 +67,18 @@ class Lifecycle:
         self._observer = observer
         self._num_admitted = 0
         self._num_dispatched = 0
-        self._waiting: dict[str, Timer] = {}  # requests for which no worker is there now: the end of their patience
+        self._waiting: dict[str, Timer] = {}  # requests without a worker now, and the timer that ends their wait
         self._wake_due: Timer | None = None
 
     @property
     def is_idle(self) -> bool:
-        """Whether no request is under way and no client's stream is open."""
+        """True if no request is under way and no client's stream is open."""
         return not (self.runs.active or self.runs.open or self._waiting)
 
     # ------------------------------------------------------------------ from the client
 
     def admit(self, request: Request, timeline: Timeline, now_s: float) -> RequestState:
-        """Take a request in; its deadline runs. `timeline` holds ARRIVED. Call `begin` next.
+        """Admit a request and start its deadline. `timeline` must hold ARRIVED. Call `begin` next.
 
         Raises:
             InvalidRequest: its tenant has a request of that id whose stream is open.
@@ -103,7 +103,7 @@ class Lifecycle:
         return run
 
     def begin(self, run: RequestState, now_s: float) -> None:
-        """Send an admitted request to the workers that will be quickest; it waits a moment for one that comes."""
+        """Route an admitted request to the workers with the lowest cost; it may wait shortly for a worker."""
         run.patience_end_s = now_s + self._limits.worker_patience_s
         self._route(run, now_s)
 
@@ -116,7 +116,7 @@ class Lifecycle:
         return True
 
     def fail(self, run: RequestState, error: TwostrokeError, now_s: float) -> None:
-        """End a request in an error; a settled one stays as it is."""
+        """End a request with an error; no effect on a settled one."""
         if run.stage is Stage.SETTLED:
             return
         self._cancel_on_worker(run, error.code)
@@ -125,13 +125,13 @@ class Lifecycle:
         run.on_news()
 
     def conclude(self, run: RequestState) -> bool:
-        """The client's stream is closed. False: it was before."""
+        """Record that the client's stream is closed. False: it was closed before."""
         return self.runs.open.pop((run.request.owner, run.request_id), None) is not None
 
     # ------------------------------------------------------------------ from the workers
 
     def take_step(self, key: WorkerKey, output: worker_pb2.StepOutput, now_s: float) -> None:
-        """Everything one worker's step produced for all our requests."""
+        """Take the output of one worker's step for all our requests."""
         for tokens in output.tokens:
             run = self._run_from(key, tokens.request_id)
             if run is not None:
@@ -142,18 +142,18 @@ class Lifecycle:
                 self._take_end(run, end, now_s)
 
     def lost(self, key: WorkerKey, reason: str, now_s: float) -> None:
-        """A worker is lost: those of its requests that gave nothing yet go elsewhere, the others end now."""
+        """A worker is lost: its requests without delivered tokens are sent to another worker, the others fail."""
         for run in self.runs.on(key):
             error = WorkerLost(f"worker {key.worker_id} was lost: {reason}", retry_after_s=RETRY_AFTER_S)
             self._retry_or_fail(run, error, now_s, is_lost=True)
 
     def workers_changed(self) -> None:
-        """A worker came, went or changed, or a request left room: requests that wait for a worker look again."""
+        """Workers or their load changed: waiting requests are routed again."""
         if self._waiting and self._wake_due is None:
             self._wake_due = self._driver.later(0.0, self._wake)
 
     def tick(self, now_s: float) -> None:
-        """Time passed: give up the requests of clients that do not read."""
+        """Cancel the requests of clients that do not read."""
         patience_s = self._limits.slow_client_s
         for run in list(self.runs.active.values()):
             if run.is_slow(now_s, patience_s):
@@ -162,12 +162,12 @@ class Lifecycle:
     # ------------------------------------------------------------------ out
 
     def _next_name(self, request: Request) -> str:
-        """Unique over tenants, routers and lives of a router: '@' is in no client's id."""
+        """Name unique over tenants, routers and their incarnations: no client's id contains '@'."""
         self._num_admitted += 1
         return f"{request.request_id[:MAX_ID_IN_NAME]}@{self._incarnation:x}.{self._num_admitted:x}"
 
     def _next_epoch(self, run: RequestState) -> Epoch:
-        """Counts over all requests of this router."""
+        """The next epoch; the counter runs over all requests of this router."""
         self._num_dispatched += 1
         return Epoch(self._incarnation, self._num_dispatched)
 
@@ -192,17 +192,17 @@ class Lifecycle:
             views = views_of(w for w in self._fleet.serving(request.model) if w.facts.key not in run.excluded)
             if run.identities is None:
                 run.identities = self._driver.identities(request, run.model)
-            # A scored prompt is computed anew, whatever is held of it.
+            # A scored prompt is always computed, so cached prefixes do not help.
             usable = run.identities if request.sampling.prompt_logprobs is None else ()
             choice = choose(run.facts, views, self._prefixes.expected(usable, now_s), self._limits.policy)
             if choice is not None:
-                # Siblings may wait behind it where it is computed. Where it is handed to, it helps nobody yet.
+                # Later requests can use the prefix on the worker that computes it, not yet on the decode worker.
                 computes = choice.winner.prefill or choice.winner.decode
                 self._prefixes.predict([computes.worker_id], run.identities, now_s)
         return choice
 
     def _dispatch(self, run: RequestState, choice: RoutingDecision, now_s: float) -> None:
-        """Order every unfinished choice from the chosen worker, under a new epoch. All or none are ordered."""
+        """Send an order for every unfinished choice to the chosen worker, under a new epoch. All or nothing."""
         dispatch = Dispatch(self._next_epoch(run), choice, now_s)
         unfinished = run.dispatched(dispatch)
         self._observer.dispatched(run)
@@ -216,12 +216,12 @@ class Lifecycle:
             count_work(self._fleet, run.facts, index, choice, now_s)
 
     def _wait(self, run: RequestState, now_s: float) -> None:
-        """No worker can take it: wait for one, or give up."""
+        """No worker can take the request now: wait for one, or fail."""
         if now_s >= run.patience_end_s or not self._fleet.may_serve_soon(run.request.model):
             nobody = Unavailable(
                 f"no worker for {run.request.model!r} can take the request now", retry_after_s=RETRY_AFTER_S
             )
-            self.fail(run, run.cause or nobody, now_s)  # what happened, not that nobody else was there
+            self.fail(run, run.cause or nobody, now_s)  # after a retry report its cause, not the lack of workers
             return
         self._waiting[run.name] = self._driver.later(
             run.patience_end_s - now_s, lambda now_s: self._look_again(run.name, now_s)
@@ -289,9 +289,9 @@ class Lifecycle:
     # ------------------------------------------------------------------ again, or over
 
     def _retry_or_fail(self, run: RequestState, error: TwostrokeError, now_s: float, *, is_lost: bool = False) -> None:
-        """Send it to a worker anew if its client has nothing yet and the budget allows; else it ends in `error`.
+        """Route the request again if its client has no token yet and the budget allows it; else fail it with `error`.
 
-        `is_lost`: its worker did not refuse it, but was lost, and may come back.
+        `is_lost`: its worker was lost, not refusing, and may come back.
         """
         living = run.living
         assert living is not None
@@ -302,14 +302,14 @@ class Lifecycle:
         self._recall(run, living, "sent elsewhere", may_return=is_lost)
         run.cause, run.patience_end_s = error, now_s + self._limits.worker_patience_s
         self._observer.sent_again(run, error)
-        # Not at once: the caller is in the middle of a worker's words, or of its loss.
+        # Not at once: the caller is still handling a worker's messages or its loss.
         self._waiting[run.name] = self._driver.later(0.0, lambda now_s: self._look_again(run.name, now_s))
 
     def _recall(self, run: RequestState, dispatch: Dispatch, reason: str, *, may_return: bool = False) -> None:
-        """Take a request back from its worker, which is told and not chosen for it again.
+        """Take a request back from its worker, which gets a cancel and is not chosen for it again.
 
-        A worker whose session broke cannot be told, and has done nothing wrong: it may get the request once more when
-        it is back, under a higher epoch, which ends what still runs there.
+        `may_return`: the worker's session broke, so no cancel reaches it. It may get the request once more when it is
+        back, under a higher epoch, which ends the older run there.
         """
         self._cancel_on_worker(run, reason)
         run.recall()  # a token that is under way now would make starting over impossible
@@ -329,7 +329,7 @@ class Lifecycle:
         self.fail(run, DeadlineExceeded(f"the request's timeout of {run.request.timeout_s:g} s passed"), now_s)
 
     def _settle(self, run: RequestState, now_s: float) -> None:
-        """Nothing more is expected from workers: give back what the request holds here."""
+        """No more output is expected from workers: free the request's resources in this router."""
         run.stage = Stage.SETTLED
         run.timeline.mark(Instant.FINISHED, now_s)
         for timer in (run.deadline, self._waiting.pop(run.name, None)):

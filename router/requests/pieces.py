@@ -1,4 +1,4 @@
-"""What the router's flow gives its faces: pieces of text while a request runs, and how it ended. Knows no protocol."""
+"""Output of the router's flow for the APIs: pieces of text while a request runs, and its end. Knows no protocol."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ...protos import common_pb2
 
 @dataclass(frozen=True, slots=True)
 class TokenUsage:
-    """Tokens as they are billed. `cached_tokens` of the prompt were in a worker's cache already."""
+    """Billed tokens. `cached_tokens` of the prompt were in a worker's cache already."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -19,7 +19,7 @@ class TokenUsage:
 
 @dataclass(frozen=True, slots=True)
 class OutputDelta:
-    """New tokens of one choice, or its end, or both. `first_index` makes the stream checkably gapless."""
+    """New tokens of one choice, or its end, or both. `first_index` allows a check that no token is missing."""
 
     choice: int
     first_index: int
@@ -27,8 +27,8 @@ class OutputDelta:
     text: str
     finish_reason: FinishReason | None = None
     usage: TokenUsage | None = None  # with the last piece of the last choice: of the whole request
-    logprobs: tuple[TokenLogprobs, ...] = ()  # of each of `token_ids`, where asked for
-    # Of the prompt from its second token on; once, with choice 0. As they came: there may be hundreds of thousands, and
-    # who needs them otherwise makes them so off the event loop.
+    logprobs: tuple[TokenLogprobs, ...] = ()  # of each of `token_ids`, if asked for
+    # Of the prompt from its second token on; once, with choice 0. Kept as messages: there may be hundreds of thousands,
+    # and they must be converted outside the event loop.
     prompt_scores: tuple[common_pb2.TokenLogprobs, ...] = ()
-    num_shown: int = 0  # with logprobs: how many leading tokens of the choice have their text out by now
+    num_shown: int = 0  # with logprobs: number of leading tokens of the choice whose text was sent so far

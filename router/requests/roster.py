@@ -1,7 +1,7 @@
-"""What follows from each word of a worker: connect, take in, reset, forget. Pure.
+"""Reactions to the messages of workers: connect, update, reset, forget. Pure.
 
-Joins fleet and prefix map. The owner of the connections (router/workers/members.py, sim/router.py) calls in with what
-they say and carries out what `Wires` asks.
+Joins fleet and prefix map. The owner of the connections (router/workers/members.py, sim/router.py) passes the messages
+in and implements `Wires`.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from ..workers.wire import load_from_wire
 
 
 class Wires(Protocol):
-    """What the roster asks of whoever owns the connections to workers."""
+    """Actions of the roster, carried out by the owner of the connections to workers."""
 
     def connect(self, facts: WorkerFacts) -> None:
         """Open a session and a watch to a worker, and keep them open."""
         ...
 
     def reset(self, key: WorkerKey) -> None:
-        """Break a worker's session; it is tried again."""
+        """Break a worker's session; it is opened again."""
         ...
 
     def disconnect(self, facts: WorkerFacts) -> None:
-        """Leave a worker for good."""
+        """Close all connections to a worker for good."""
         ...
 
     def lost(self, change: FleetChange) -> None:
-        """The requests on this worker are lost."""
+        """Report that the requests on this worker are lost."""
         ...
 
     def changed(self) -> None:
-        """A worker came, went or changed."""
+        """Report that a worker came, went or changed."""
         ...
 
 
 class Roster:
-    """All workers of one router, from their announcement until they are forgotten."""
+    """All workers of one router, from their announcement until they are gone."""
 
     def __init__(self, fleet: Fleet, prefixes: PrefixMap, wires: Wires) -> None:
         self.fleet = fleet
@@ -51,43 +51,43 @@ class Roster:
         self._connected: set[WorkerKey] = set()
 
     def announced(self, facts: WorkerFacts, now_s: float) -> None:
-        """A word on a worker's announce stream."""
+        """A message arrived on a worker's announce stream."""
         self._apply(self.fleet.announced(facts, now_s))
 
     def leaving(self, key: WorkerKey) -> None:
-        """A worker says that it goes."""
+        """A worker announced that it leaves."""
         self.fleet.leaving(key)
         self._wires.changed()
 
     def announce_ended(self, key: WorkerKey) -> None:
-        """Its announce stream is over."""
+        """A worker's announce stream ended."""
         self._apply(self.fleet.announce_ended(key))
 
     def session_up(self, key: WorkerKey, facts: WorkerFacts | None, now_s: float) -> None:
-        """It welcomed this router."""
+        """A worker's session is open; `facts` are those of its welcome."""
         self.fleet.session_up(key, facts, now_s)
         self._wires.changed()
 
     def session_down(self, key: WorkerKey, reason: str, now_s: float) -> None:
-        """Its session broke."""
+        """A worker's session broke."""
         self._apply(self.fleet.session_down(key, now_s, reason))
 
     def beat(self, key: WorkerKey, beat: worker_pb2.Beat | None, now_s: float) -> None:
-        """Its session said something; None: it was no Beat."""
+        """A message arrived on a worker's session; None: it was no Beat."""
         if beat is None:
             self.fleet.beat(key, now_s)
         else:
             self.fleet.beat(key, now_s, beat.phase, beat.steps)
 
     def watching(self, key: WorkerKey) -> None:
-        """A new watch begins: the numbers of its events start again."""
+        """A new watch begins: the numbers of its events start anew."""
         if key in self._connected:
             self.prefixes.join(key.worker_id)
 
     def take_event(self, key: WorkerKey, event: worker_pb2.WatchEvent, now_s: float) -> bool:
-        """News of a worker's prefix cache or load. False: something is missing before it; watch again."""
+        """Apply an event of a worker's prefix cache or load. False: earlier events are missing; watch again."""
         if key not in self._connected or event.incarnation != key.incarnation:
-            return False  # of an earlier life
+            return False  # of an earlier incarnation
         match event.WhichOneof("body"):
             case "snapshot":
                 piece = event.snapshot
@@ -97,10 +97,10 @@ class Roster:
                 return self.prefixes.delta(key.worker_id, event.sequence, delta.stored, delta.removed)
             case "load":
                 self._take_load(key, event.load, now_s)
-        return True  # also a newer release's event
+        return True  # also for an unknown event of a newer release
 
     def tick(self, now_s: float, sweep_entries: int) -> None:
-        """Time passed: who fell silent, which predictions are old; at most so many dead entries are forgotten."""
+        """Find silent workers, expire predictions, and remove at most `sweep_entries` entries of dead workers."""
         self._apply(self.fleet.tick(now_s))
         self.prefixes.tick(now_s)
         self.prefixes.sweep(sweep_entries)
@@ -109,7 +109,7 @@ class Roster:
         try:
             role = role_from_wire(report.role)
         except InvalidRequest:
-            return  # a role of a newer release: what was known of it stays
+            return  # a role of a newer release: keep the last report
         self.fleet.loaded(key, load_from_wire(report), role, now_s)
 
     def _apply(self, changes: list[FleetChange]) -> None:

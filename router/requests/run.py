@@ -1,6 +1,6 @@
-"""One request under way: what was ordered, what came back, what the client still has to fetch. Pure.
+"""State of one request under way: its dispatches, its results, and the pieces that the client has not fetched. Pure.
 
-Knows no network and no event loop: `on_news` tells the owner of the client's stream that there is something to fetch.
+Knows no network and no event loop: `on_news` tells the owner of the client's stream that a piece can be fetched.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from .pieces import OutputDelta, TokenUsage
 
 
 class Stage(Enum):
-    """Where a request stands between its client and the workers."""
+    """Stage of a request."""
 
-    ROUTING = "routing"  # no worker computes it; one is being looked for
+    ROUTING = "routing"  # no worker computes it; a worker is being chosen
     DISPATCHED = "dispatched"  # one worker computes it, under the epoch of its last dispatch
-    SETTLED = "settled"  # the workers owe it nothing any more
+    SETTLED = "settled"  # no more output of workers is expected
 
 
 class Timer(Protocol):
-    """Something that will happen unless it is cancelled."""
+    """A scheduled call."""
 
     def cancel(self) -> None:
-        """It will not happen. Harmless afterwards."""
+        """Do not make the call. No effect after it was made."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Dispatch:
-    """One time that the request was sent to a worker."""
+    """One dispatch of a request to a worker."""
 
     epoch: Epoch
     choice: RoutingDecision
@@ -51,7 +51,7 @@ class Dispatch:
 
     @property
     def decode(self) -> WorkerKey:
-        """Where its tokens come from."""
+        """The decode worker, which sends the tokens."""
         return self.choice.winner.decode.key
 
 
@@ -70,8 +70,8 @@ class RequestState:
         self.facts = RequestFacts(name, prompt_tokens, expected, request.num_choices)
         self.excluded: set[WorkerKey] = set()  # workers that failed it
         self.stage = Stage.ROUTING
-        self.patience_end_s = 0.0  # while ROUTING: when looking for a worker ends
-        self.cause: TwostrokeError | None = None  # why it is routed again
+        self.patience_end_s = 0.0  # while ROUTING: end of the wait for a worker
+        self.cause: TwostrokeError | None = None  # reason of the last retry
         self.error: TwostrokeError | None = None
         self.on_news: Callable[[], None] = lambda: None  # a piece can be fetched, or the stream is over
         self.identities: Sequence[BlockIdentity] | None = None  # of its prompt; None: not computed yet
@@ -80,14 +80,14 @@ class RequestState:
         self.handovers: list[tuple[int, dict[str, Any]]] = []
         self.transfers: list[Transfer] = []
         self.deadline: Timer | None = None
-        self.first_choice: int | None = None  # whose token came first: its instants are the request's
+        self.first_choice: int | None = None  # choice with the first token; its instants count for the request
         self._last_token_s: dict[int, float] = {}
         self._cached: dict[int, int] = {}
         self._buffer = PieceBuffer(max_pieces)
 
     @property
     def request_id(self) -> str:
-        """What its client calls it. Never a key inside: other tenants may use the same."""
+        """The client's id. Not a key inside the cluster, because other tenants may use the same."""
         return self.request.request_id
 
     @property
@@ -97,11 +97,11 @@ class RequestState:
 
     @property
     def living(self) -> Dispatch | None:
-        """The dispatch whose worker computes it now; None while it is routed, and when it is settled."""
+        """The dispatch whose worker computes the request now; None while it is routed, and after it is settled."""
         return self.dispatches[-1] if self.stage is Stage.DISPATCHED else None
 
     def dispatched(self, dispatch: Dispatch) -> tuple[int, ...]:
-        """It belongs to this dispatch from now on. Returns the choices to order: those that have not ended."""
+        """Begin a dispatch; returns the choices to order: those that have not ended."""
         assert self.stage is Stage.ROUTING
         self.stage = Stage.DISPATCHED
         self.dispatches.append(dispatch)
@@ -109,36 +109,36 @@ class RequestState:
         return self.delivery.dispatch(dispatch.epoch)
 
     def recall(self) -> None:
-        """No worker computes it any more: whatever the last dispatch still sends is stale."""
+        """Take the request back from its worker: later messages of the last dispatch are stale."""
         self.stage = Stage.ROUTING
         self.delivery.recall()
 
     @property
     def usage(self) -> TokenUsage:
-        """As billed: the prompt once, every delivered token; cached is what no choice had to compute."""
+        """Billed tokens: the prompt once, every delivered token; cached tokens are the least over all choices."""
         cached = min(self._cached.values(), default=0)
         return TokenUsage(len(self.request.prompt_ids), self.delivery.completion_tokens, cached)
 
     @property
     def finish_reasons(self) -> tuple[FinishReason, ...]:
-        """Of the choices that ended."""
+        """Finish reasons of the choices that have ended."""
         return tuple(reason for reason in self.delivery.finish_reasons if reason is not None)
 
     def left_s(self, now_s: float) -> float:
-        """What is left of its deadline."""
+        """Remaining time until its deadline, in seconds."""
         return self.arrived_s + self.request.timeout_s - now_s
 
     @property
     def arrived_s(self) -> float:
-        """Where all its durations begin."""
+        """Arrival time, from which all its durations count."""
         arrived = self.timeline.at_s(Instant.ARRIVED)
         assert arrived is not None
         return arrived
 
-    # ------------------------------------------------------------------ what the worker sent
+    # ------------------------------------------------------------------ from the worker
 
     def take_tokens(self, output: worker_pb2.TokenOutput, now_s: float) -> DeliveryVerdict:
-        """Add tokens to the stream if they are the next ones of the living epoch."""
+        """Add tokens to the stream if they are the next ones of the current epoch."""
         count = len(output.token_ids)
         verdict = self.delivery.tokens(output.choice, epoch_from_wire(output.epoch), output.first_index, count)
         if verdict is DeliveryVerdict.TAKE:
@@ -156,7 +156,7 @@ class RequestState:
         return verdict
 
     def take_end(self, end: worker_pb2.RequestEnd, now_s: float) -> DeliveryVerdict | TwostrokeError:
-        """Add a choice's end to the stream. An error instead: the worker failed it; nothing was added."""
+        """Add a choice's end to the stream. Returns an error if the worker failed; no end is added then."""
         reason = finish_from_wire(end.reason)
         epoch = epoch_from_wire(end.epoch)
         if reason in (None, FinishReason.ERROR, FinishReason.CANCELLED):
@@ -198,28 +198,28 @@ class RequestState:
         if transfer is not None:
             self.transfers.append(transfer)
 
-    # ------------------------------------------------------------------ what the client fetches
+    # ------------------------------------------------------------------ to the client
 
     def _put(self, piece: OutputDelta, now_s: float) -> None:
         self._buffer.put(piece, now_s)
 
     def fail(self, error: TwostrokeError) -> None:
-        """The stream ends in this error, after the pieces that are there already. The first one counts."""
+        """End the stream with this error, after the buffered pieces. Only the first error counts."""
         if self.error is None:
             self.error = error
 
     def is_slow(self, now_s: float, patience_s: float) -> bool:
-        """Whether the client has left its buffer full for too long."""
+        """True if the client has left its buffer full for more than `patience_s`."""
         since_s = self._buffer.full_since_s
         return since_s is not None and now_s - since_s > patience_s
 
     def take_piece(self) -> OutputDelta | None:
-        """The next piece for the client; None: nothing is there now."""
+        """The next piece for the client; None: there is none now."""
         return self._buffer.take()
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing will be added to what is there: every choice ended, or it failed."""
+        """True if no piece will be added: every choice has ended, or the request failed."""
         return self.error is not None or not self.delivery.unfinished
 
 
@@ -231,13 +231,13 @@ def _failure(end: worker_pb2.RequestEnd) -> TwostrokeError:
 
 @dataclass(slots=True)
 class RequestStates:
-    """Requests that workers still owe something, by name, and those whose stream is open, by tenant and client's id."""
+    """Requests that are not settled, by name, and those with an open stream, by tenant and client's id."""
 
     active: dict[str, RequestState] = field(default_factory=dict)
     open: dict[tuple[str, str], RequestState] = field(default_factory=dict)
 
     def find(self, tenant: str, request_id: str) -> RequestState | None:
-        """A tenant's request whose stream is open. Every tenant has ids of its own."""
+        """A tenant's request with an open stream, or None. Ids are separate for each tenant."""
         return self.open.get((tenant, request_id))
 
     def on(self, key: WorkerKey) -> list[RequestState]:

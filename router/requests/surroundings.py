@@ -1,4 +1,4 @@
-"""What the life of a request needs around it: somebody who carries decisions out, and somebody who hears of them. Pure.
+"""Interfaces of the request lifecycle: the driver that carries out decisions, and the observer of events. Pure.
 
 Two implementations of each: router/requests/dispatch.py under asyncio, sim/router.py in virtual time.
 """
@@ -23,26 +23,26 @@ Order = worker_pb2.Submit | worker_pb2.CancelRequest
 
 
 class Driver(Protocol):
-    """What carries out the decisions."""
+    """Carries out the decisions of the lifecycle."""
 
     def send(self, key: WorkerKey, order: Order) -> bool:
         """Queue an order to a worker. False: it has no session, or its queue is full."""
         ...
 
     def later(self, delay_s: float, act: Callable[[float], None]) -> Timer:
-        """Call `act` with the time, once, after the delay; never before this call returned."""
+        """Call `act` once with the time, after the delay; never before this call has returned."""
         ...
 
     def identities(self, request: Request, model: ModelFacts) -> Sequence[BlockIdentity]:
-        """The chain of the request's prompt, as workers of this model name its blocks."""
+        """Block identities of the request's prompt, equal to those of the workers of this model."""
         ...
 
 
 class Observer(Protocol):
-    """Hears what happens, for metrics, logs and transcripts. Decides nothing."""
+    """Receives the events of the lifecycle, for metrics, logs and transcripts. Decides nothing."""
 
     def choosing(self) -> AbstractContextManager[object]:
-        """Entered while a worker is chosen."""
+        """Context that is entered while workers are chosen, to measure the time."""
         ...
 
     def refused(self, request: Request, error: TwostrokeError) -> None:
@@ -50,11 +50,11 @@ class Observer(Protocol):
         ...
 
     def dispatched(self, run: RequestState) -> None:
-        """A worker was chosen; its orders are about to leave."""
+        """A worker was chosen; its orders will be sent next."""
         ...
 
     def dropped(self, name: str, reason: str) -> None:
-        """Something that a worker sent was not taken."""
+        """Tokens or an end from a worker were dropped."""
         ...
 
     def heard(self, run: RequestState, epoch: Epoch, num_tokens: int) -> None:
@@ -62,11 +62,11 @@ class Observer(Protocol):
         ...
 
     def first_token(self, run: RequestState, predicted_ms: float, took_ms: float) -> None:
-        """The first token of a request is there, counted from its last dispatch."""
+        """The first token of a request arrived; both times count from its last dispatch."""
         ...
 
     def usage_differs(self, run: RequestState, said: int, had: int) -> None:
-        """A worker counted other tokens of a choice than arrived."""
+        """A worker's token count of a choice (`said`) differs from the delivered tokens (`had`)."""
         ...
 
     def sent_again(self, run: RequestState, error: TwostrokeError) -> None:
@@ -74,16 +74,16 @@ class Observer(Protocol):
         ...
 
     def settled(self, run: RequestState) -> None:
-        """The workers owe a request nothing any more; `run.error` says whether it failed."""
+        """A request is settled; `run.error` is set if it failed."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class LifeLimits:
-    """Bounds on every request's life."""
+    """Bounds for every request."""
 
-    worker_patience_s: float = 2.0  # how long a request waits for a worker that may come
-    slow_client_s: float = 10.0  # how long a client may leave its buffer of pieces full
+    worker_patience_s: float = 2.0  # longest wait for a worker
+    slow_client_s: float = 10.0  # longest time that a client may leave its buffer of pieces full
     buffer_pieces: int = 1024
     admission: AdmissionLimits = field(default_factory=AdmissionLimits)
     policy: PolicyLimits = field(default_factory=PolicyLimits)

@@ -1,4 +1,4 @@
-"""How fast a worker is, as it measured itself; guesses from its like until it has. Pure."""
+"""Speed coefficients of a worker, measured by itself; before that, estimates from other workers. Pure."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FIELDS = ("prefill_ms_per_token", "prefill_ms_per_token_pair", "decode_step_ms",
 
 
 def guess(loads: Iterable[LoadFacts]) -> Coefficients:
-    """What to assume of a worker that measured nothing: the mean of those that did, else constants."""
+    """Coefficients for a worker without measurements: the mean of the measured ones, else constants."""
     reports = list(loads)
     values = {}
     for name in FIELDS:
@@ -40,18 +40,18 @@ def guess(loads: Iterable[LoadFacts]) -> Coefficients:
 
 
 def coefficients_of(load: LoadFacts, otherwise: Coefficients) -> Coefficients:
-    """A worker's own figures; `otherwise` where it has none yet."""
+    """A worker's measured coefficients; those of `otherwise` for values that it has not measured yet."""
     return Coefficients(**{name: getattr(load, name) or getattr(otherwise, name) for name in FIELDS})
 
 
 class PredictionError:
-    """How far predicted times to the first token are off, exponentially weighted over the last dozens of requests."""
+    """Error of predicted times to the first token, exponentially weighted over the last dozens of requests."""
 
     def __init__(self) -> None:
         self.mean_ratio: float | None = None  # of |predicted - measured| to measured
 
     def note(self, predicted_ms: float, measured_ms: float) -> float:
-        """Take in one request; its own error ratio."""
+        """Add one request; returns its own error ratio."""
         ratio = abs(predicted_ms - measured_ms) / max(measured_ms, 0.1)
         mean = ratio if self.mean_ratio is None else self.mean_ratio
         self.mean_ratio = mean + _SMOOTHING * (ratio - mean)

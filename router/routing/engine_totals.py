@@ -1,7 +1,7 @@
-"""What the engines of a model have counted, over all workers and all their lives. Pure.
+"""Sums of the engine counters of a model, over all workers and all their incarnations. Pure.
 
-A worker counts from its own start and can go at any time; the sum over workers must never fall, so only what each life
-added since its last report is taken.
+A worker counts from its own start and can leave at any time. The sum over workers must never fall, so only the increase
+since the last report of each incarnation is added.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ class EngineTotals:
 
     @property
     def spreads(self) -> Mapping[str, Spread]:
-        """Histograms by their name in a load report."""
+        """Histograms, by their names in a load report."""
         return self._spreads
 
     def take(self, key: WorkerKey, load: LoadFacts) -> None:
-        """A worker's newest report."""
+        """Add a worker's newest report."""
         last = self._last.get(key, LoadFacts())
         self._last[key] = load
         if load.counters != last.counters:
@@ -40,12 +40,12 @@ class EngineTotals:
                 self._add(name, spread.minus(earlier[name]) if name in earlier else spread)
 
     def forget(self, key: WorkerKey) -> None:
-        """A worker is gone; what it counted stays."""
+        """Remove a worker; its counts stay in the sums."""
         self._last.pop(key, None)
 
     def _add(self, name: str, news: Spread) -> None:
         known = self._spreads.get(name)
         if known is None:
             self._spreads[name] = news
-        elif len(known.counts) == len(news.counts):  # else a worker of another release: its buckets are not ours
+        elif len(known.counts) == len(news.counts):  # else a worker of another release has other buckets
             self._spreads[name] = known.plus(news)

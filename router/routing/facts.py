@@ -1,4 +1,4 @@
-"""What the router knows of workers and models, as plain values. Knows no wire and no state."""
+"""Facts about workers and models, as plain values. Knows no messages and no state."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ...core.tally import Spread
 
 
 class WorkerKey(NamedTuple):
-    """One life of one worker: a restarted process is another one."""
+    """One incarnation of one worker: a restarted process has another key."""
 
     worker_id: str
     incarnation: int
@@ -29,12 +29,12 @@ class ModelFacts:
     vocab_size: int
     deterministic: bool
     path: str  # the checkpoint's directory, as the worker names it
-    kv_bytes_per_token: int  # what a hand-over moves
+    kv_bytes_per_token: int  # moved by a hand-over
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerFacts:
-    """Who a worker says it is."""
+    """Facts about a worker, as it announced them."""
 
     worker_id: str
     incarnation: int
@@ -52,23 +52,23 @@ class WorkerFacts:
 
     @property
     def key(self) -> WorkerKey:
-        """This life of this worker."""
+        """Key of this incarnation of the worker."""
         return WorkerKey(self.worker_id, self.incarnation)
 
     @property
     def handovers(self) -> frozenset[str]:
-        """Ways of handing KV over that it knows."""
+        """Names of the hand-over protocols that it supports."""
         return frozenset(name for name in self.capabilities if name.startswith("handover."))
 
     @property
     def num_kv_tokens(self) -> int:
-        """Tokens that the pool holds: no sequence can be longer."""
+        """Tokens that its pool holds: no sequence can be longer."""
         return self.num_kv_blocks * self.block_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class LoadFacts:
-    """What a worker last said about its load. Coefficients of 0 are not measured yet."""
+    """Last load report of a worker. Coefficients of 0 are not measured yet."""
 
     waiting: int = 0
     running: int = 0
@@ -90,10 +90,10 @@ class LoadFacts:
 
 
 class WorkerState(StrEnum):
-    """Where a worker stands in the router's eyes."""
+    """State of a worker in this router."""
 
     JOINING = "joining"  # announced; its session is not open yet
     LIVE = "live"
-    SUSPECT = "suspect"  # silent or out of reach for a moment: no new work
-    DRAINING = "draining"  # ends what it runs, takes nothing new
+    SUSPECT = "suspect"  # silent or unreachable for a short time: gets no new work
+    DRAINING = "draining"  # finishes its running work, gets no new work
     GONE = "gone"

@@ -1,10 +1,10 @@
-"""Who is there, in which state, how loaded: fed by events, pure. Knows no network and reads no clock.
+"""Known workers with their states and loads, updated by events. Pure: knows no network and reads no clock.
 
-    joining ── session up ──▶ live ◀── heard again ──▶ suspect    no word for 1 s, no session, or no step
+    joining ── session up ──▶ live ◀── heard again ──▶ suspect    no message for 1 s, no session, or no step
                                │                          │
-                               └── says so ──▶ draining   └── neither announce nor session for 2 s ──▶ gone
+                               └─ reports it ▶ draining   └── neither announce nor session for 2 s ──▶ gone
 
-Only live workers get new work. What was dispatched is counted at once and reconciled with the next load report.
+Only live workers get new work. Dispatched work is counted at once and reconciled with the next load report.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from ...core.request import Role, SequenceKey
 from .facts import LoadFacts, ModelFacts, WorkerFacts, WorkerKey, WorkerState
 
 REPORT_LAG_S = 0.25
-"""A load report may miss what was dispatched this shortly before it arrived."""
+"""A load report may lack work that was dispatched less than this time before its arrival."""
 
 
 @dataclass(frozen=True, slots=True)
 class FleetLimits:
-    """When silence means something, in seconds."""
+    """Timeouts for silent workers, in seconds, and the largest number of workers."""
 
     suspect_after_s: float = WORKER_LEASE.silence_s / 2
     silent_after_s: float = WORKER_LEASE.silence_s
@@ -33,7 +33,7 @@ class FleetLimits:
 
 
 class Change(Enum):
-    """What the caller must do about a worker."""
+    """Action that the caller must take for a worker."""
 
     CONNECT = "connect"  # open a session and a watch to it
     LOST = "lost"  # its requests are lost; the connection may be tried again
@@ -42,7 +42,7 @@ class Change(Enum):
 
 @dataclass(frozen=True, slots=True)
 class FleetChange:
-    """One thing to act on."""
+    """A change of one worker that the caller must act on."""
 
     change: Change
     worker: WorkerFacts
@@ -51,25 +51,25 @@ class FleetChange:
 
 @dataclass(frozen=True, slots=True)
 class Dispatched:
-    """What one sequence costs one worker, as estimated at dispatch."""
+    """Cost of one sequence for one worker, as estimated at dispatch."""
 
     at_s: float
-    prefill_tokens: int  # to compute here; 0 once the first token is there, or for a pair's decode side
-    context_tokens: int  # to keep here while decoding; 0 for a pair's prefill side
+    prefill_tokens: int  # to compute here; 0 after the first token, or for a pair's decode side
+    context_tokens: int  # to hold here while decoding; 0 for a pair's prefill side
 
 
 @dataclass(slots=True)
 class Worker:
-    """One worker in the router's eyes."""
+    """State of one worker in this router."""
 
     facts: WorkerFacts
-    heard_s: float  # any word of it
-    beat_s: float  # last word on its session
+    heard_s: float  # time of its last message on any stream
+    beat_s: float  # time of its last message on its session
     announcing: bool = True
-    welcomed: bool = False  # by its session, at least once in this life
+    welcomed: bool = False  # its session was up at least once in this incarnation
     session_up: bool = False
     draining: bool = False
-    silent: bool = False  # its session said nothing for suspect_after_s
+    silent: bool = False  # no message on its session for suspect_after_s
     phase: str = ""
     steps: int = 0
     step_changed_s: float = 0.0
@@ -81,7 +81,7 @@ class Worker:
 
     @property
     def state(self) -> WorkerState:
-        """Where it stands now."""
+        """Present state."""
         if not self.session_up:
             return WorkerState.SUSPECT if self.welcomed else WorkerState.JOINING
         if self.draining:
@@ -90,7 +90,7 @@ class Worker:
 
     @property
     def queued_prefill_tokens(self) -> int:
-        """Tokens before a new prompt here: reported ones, and those dispatched since, whichever tells more."""
+        """Tokens to compute before a new prompt: reported plus later dispatches, or recent dispatches if more."""
         since = self.load_s
         if since is None:
             return sum(d.prefill_tokens for d in self.in_flight.values())
@@ -100,7 +100,7 @@ class Worker:
 
     @property
     def num_decoding(self) -> int:
-        """Sequences that decode or wait to, own dispatches included."""
+        """Number of sequences that decode or wait to, own dispatches included."""
         own = [d for d in self.in_flight.values() if d.context_tokens]
         if self.load_s is None:
             return len(own)
@@ -109,7 +109,7 @@ class Worker:
 
     @property
     def free_kv_tokens(self) -> int:
-        """Tokens of room that nobody was promised, less what was dispatched since the report."""
+        """Free and unpromised room in tokens, minus the work dispatched since the report."""
         if self.load_s is None:
             return self.facts.num_kv_tokens - sum(d.context_tokens for d in self.in_flight.values())
         later = sum(d.context_tokens for d in self.in_flight.values() if d.at_s > self.load_s - REPORT_LAG_S)
@@ -117,21 +117,21 @@ class Worker:
 
 
 class Fleet:
-    """All workers this router knows. Every method that can change a worker's standing returns what to do about it."""
+    """All workers known to this router. Methods that can lose a worker return the changes for the caller to act on."""
 
     def __init__(self, limits: FleetLimits | None = None) -> None:
         self._limits = limits or FleetLimits()
         self._workers: dict[str, Worker] = {}
         self._replaced: dict[str, deque[int]] = {}  # incarnations that may not come back
         self._ticked_s: float | None = None
-        self.num_lost = 0  # workers gone that had not said so
+        self.num_lost = 0  # workers that went without announcing it
 
     # ------------------------------------------------------------------ events
 
     def announced(self, facts: WorkerFacts, now_s: float) -> list[FleetChange]:
-        """A word on a worker's announce stream, the first or a later one.
+        """A message arrived on a worker's announce stream, the first or a later one.
 
-        A new incarnation replaces the old one, whose requests are lost; a replaced one cannot come back.
+        A new incarnation replaces the old one, whose requests are lost; a replaced incarnation cannot come back.
         """
         known = self._workers.get(facts.worker_id)
         if known is not None and known.facts.incarnation == facts.incarnation:
@@ -151,12 +151,12 @@ class Fleet:
         return [*changes, FleetChange(Change.CONNECT, facts, "announced itself")]
 
     def leaving(self, key: WorkerKey) -> None:
-        """It said that it goes: no new work; what runs may end."""
+        """A worker announced that it leaves: it gets no new work; running work may end."""
         if worker := self._find(key):
             worker.draining = True
 
     def announce_ended(self, key: WorkerKey) -> list[FleetChange]:
-        """Its announce stream is over. Alone that means little; without a session too, the worker is gone."""
+        """A worker's announce stream ended. If it has no session either, the worker is gone."""
         worker = self._find(key)
         if worker is None:
             return []
@@ -175,7 +175,7 @@ class Fleet:
                 worker.facts, worker.role = facts, facts.role
 
     def session_down(self, key: WorkerKey, now_s: float, reason: str) -> list[FleetChange]:
-        """Its session broke: its requests are lost now, whatever the worker still does."""
+        """A worker's session broke: its requests are lost from now on."""
         worker = self._find(key)
         if worker is None or not worker.session_up:
             return []
@@ -186,7 +186,7 @@ class Fleet:
         return [FleetChange(Change.LOST, worker.facts, reason)]
 
     def beat(self, key: WorkerKey, now_s: float, phase: str | None = None, steps: int | None = None) -> None:
-        """Its session said something; with a Beat, where its step loop stands."""
+        """A message arrived on a worker's session; phase and steps come with a Beat only."""
         worker = self._find(key)
         if worker is None or not worker.session_up:
             return
@@ -198,13 +198,13 @@ class Fleet:
         worker.phase = worker.phase if phase is None else phase
 
     def loaded(self, key: WorkerKey, load: LoadFacts, role: Role, now_s: float) -> None:
-        """A load report arrived on its watch."""
+        """A load report arrived on a worker's watch."""
         if worker := self._find(key):
             worker.load, worker.load_s, worker.role = load, now_s, role
             worker.draining = worker.draining or load.draining
 
     def tick(self, now_s: float) -> list[FleetChange]:
-        """Time passed: who fell silent? Call at least every 0.2 s; a later call is taken for our own pause."""
+        """Find workers that fell silent. Call at least every 0.2 s: a long gap counts as a pause of this process."""
         self._forgive_own_pause(now_s)
         changes: list[FleetChange] = []
         limits = self._limits
@@ -222,12 +222,12 @@ class Fleet:
     # ------------------------------------------------------------------ work under way
 
     def dispatched(self, worker_id: str, key: SequenceKey, cost: Dispatched) -> None:
-        """Count a sequence against a worker from this moment."""
+        """Count a sequence as work of a worker from now on."""
         if worker := self._workers.get(worker_id):
             worker.in_flight[key] = cost
 
     def first_token(self, key: SequenceKey) -> None:
-        """Its prompt is computed: nothing of it is queued any more."""
+        """A sequence's prompt is computed: its prefill tokens are no longer queued."""
         for worker in self._workers.values():
             cost = worker.in_flight.get(key)
             if cost is not None and cost.context_tokens:
@@ -236,7 +236,7 @@ class Fleet:
                 del worker.in_flight[key]
 
     def ended(self, key: SequenceKey) -> None:
-        """It is over, however it ended."""
+        """A sequence is over, with or without an error."""
         for worker in self._workers.values():
             worker.in_flight.pop(key, None)
 
@@ -246,16 +246,16 @@ class Fleet:
         return iter(self._workers.values())
 
     def get(self, worker_id: str) -> Worker | None:
-        """The worker of that name, in whatever state."""
+        """The worker of that name in any state, or None."""
         return self._workers.get(worker_id)
 
     def serving(self, model: str) -> list[Worker]:
-        """Live workers of a model, in order of their names."""
+        """Live workers of a model, sorted by name."""
         found = [w for w in self._workers.values() if w.facts.model.name == model and w.state is WorkerState.LIVE]
         return sorted(found, key=lambda w: w.facts.worker_id)
 
     def may_serve_soon(self, model: str) -> bool:
-        """Whether a worker that could decode it joins or is only suspect: worth a moment's patience."""
+        """True if a worker that can decode the model is joining, suspect or live, so that waiting may help."""
         hopeful = (WorkerState.JOINING, WorkerState.SUSPECT, WorkerState.LIVE)
         return any(
             w.facts.model.name == model and w.role is not Role.PREFILL and w.state in hopeful
@@ -263,11 +263,11 @@ class Fleet:
         )
 
     def models(self) -> dict[str, ModelFacts]:
-        """What announced workers serve, by name."""
+        """Models of all known workers, by name."""
         return _by_name(w.facts.model for w in self._workers.values())
 
     def ready_models(self) -> dict[str, ModelFacts]:
-        """What can be served now: somebody who decodes it is connected."""
+        """Models that can be served now, by name: a worker that decodes them has a session."""
         return _by_name(w.facts.model for w in self._workers.values() if w.session_up and w.role is not Role.PREFILL)
 
     # ------------------------------------------------------------------ inside
@@ -283,7 +283,7 @@ class Fleet:
         return [FleetChange(Change.GONE, worker.facts, reason)]
 
     def _forgive_own_pause(self, now_s: float) -> None:
-        """If this process itself stood still, that was not the workers' silence."""
+        """Do not count a pause of this process as silence of the workers."""
         pause_s = 0.0 if self._ticked_s is None else now_s - self._ticked_s
         self._ticked_s = now_s
         if pause_s > self._limits.suspect_after_s / 2:
@@ -294,7 +294,7 @@ class Fleet:
 
 
 def _by_name(models: Iterable[ModelFacts]) -> dict[str, ModelFacts]:
-    """Of workers with unlike contexts the shortest: any of them may be given a request."""
+    """Models by name. If workers differ in context length, the shortest counts: any of them may get a request."""
     found: dict[str, ModelFacts] = {}
     for model in models:
         known = found.get(model.name)

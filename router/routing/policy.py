@@ -1,4 +1,4 @@
-"""Which workers a request goes to, by predicted milliseconds, with all reasons. Pure: no clock, no network, no state.
+"""Choice of the workers for a request, by predicted milliseconds, with all reasons. Pure: no clock, network or state.
 
     cost = queue of P + a*u + b*u*(h + u/2)                     u uncached after h held tokens, on P
          + (1 - overlap) * bytes not held by D / bandwidth      0 for a local prefill
@@ -30,45 +30,45 @@ CANDIDATES = 4
 class PolicyLimits:
     """The weights of the load penalty, and what counts as equal."""
 
-    overlap: float = 0.8  # share of a hand-over that hides behind the prefill that produces it
-    handover_fixed_ms: float = 2.0  # opening the stream, promise, bind
-    delay_weight: float = 0.5  # one ms of delay to another request costs so many of ours
-    work_weight: float = 0.2  # one ms of computing costs so many of those that come next
-    equal_ms: float = 0.1
+    overlap: float = 0.8  # share of a hand-over that overlaps with its prefill
+    handover_fixed_ms: float = 2.0  # for the stream, promise and bind
+    delay_weight: float = 0.5  # penalty in ms per ms of delay of another request
+    work_weight: float = 0.2  # penalty in ms per ms of computation, for requests that come next
+    equal_ms: float = 0.1  # candidates within this or equal_share of the best count as equal
     equal_share: float = 0.02
-    local_prefill: bool = True  # whether decode workers may prefill
+    local_prefill: bool = True  # True: decode workers may prefill
 
 
 @dataclass(frozen=True, slots=True)
 class RequestFacts:
-    """What of a request matters for the choice."""
+    """Facts about a request for the choice."""
 
     request_id: str
     prompt_tokens: int
-    expected_tokens: int  # that each choice will generate
+    expected_tokens: int  # to be generated, per choice
     num_choices: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerView:
-    """One eligible worker at the moment of the choice."""
+    """State of one eligible worker at the time of the choice."""
 
     key: WorkerKey
     address: str
     role: Role
-    numerics: bytes  # pairs must be equal in it
-    handovers: frozenset[str]  # ways of handing over that it knows: pairs must share one; empty: it did not say
+    numerics: bytes  # must be equal in a pair
+    handovers: frozenset[str]  # hand-over protocols that it supports: pairs must share one; empty: not announced
     coefficients: Coefficients
     kv_bytes_per_token: int
     queued_prefill_tokens: int
     num_decoding: int
     max_num_seqs: int
     free_kv_tokens: int
-    in_flight: int  # sequences that this router has there
+    in_flight: int  # sequences that this router has dispatched to it
 
     @property
     def worker_id(self) -> str:
-        """Its name."""
+        """Name of the worker."""
         return self.key.worker_id
 
 
@@ -84,7 +84,7 @@ class Terms:
 
     @property
     def first_token_ms(self) -> float:
-        """When the first token should be there; a hand-over gates only the second one."""
+        """Predicted time to the first token; a hand-over delays only the second one."""
         return self.prefill_queue_ms + self.prefill_ms + self.decode_queue_ms
 
     @property
@@ -105,18 +105,18 @@ class Candidate:
 
     @property
     def in_flight(self) -> int:
-        """Sequences under way on its workers."""
+        """Number of sequences under way on its workers."""
         return self.decode.in_flight + (self.prefill.in_flight if self.prefill else 0)
 
     @property
     def name(self) -> str:
-        """For logs: "prefill-0 > decode-1", or "decode-1" alone."""
+        """Name for logs: "prefill-0 > decode-1", or "decode-1" for a local prefill."""
         return f"{self.prefill.worker_id} > {self.decode.worker_id}" if self.prefill else self.decode.worker_id
 
 
 @dataclass(frozen=True, slots=True)
 class RoutingDecision:
-    """The winner, why, and everything it was compared with (cheapest first)."""
+    """The chosen candidate, the reason, and all candidates (cheapest first)."""
 
     winner: Candidate
     prefill_peers: tuple[WorkerView, ...]  # for the winner's decode worker, best first; empty: prefill locally
@@ -127,9 +127,9 @@ class RoutingDecision:
 def choose(
     request: RequestFacts, workers: Sequence[WorkerView], held: Mapping[str, int], limits: PolicyLimits
 ) -> RoutingDecision | None:
-    """Compare all ways to serve a request. None: nobody can decode it.
+    """Compare all ways to serve a request. None: no worker can decode it.
 
-    `held`: hash blocks of this prompt that each worker holds or soon will.
+    `held`: number of leading hash blocks of this prompt that each worker holds or soon will.
     """
     cost = _Costs(request, held, limits)
     peers = sorted((w for w in workers if w.role is Role.PREFILL), key=cost.prefill_rank)[:CANDIDATES]
@@ -150,14 +150,14 @@ def choose(
 
 
 def can_hand_over(prefill: WorkerView, decode: WorkerView) -> bool:
-    """Whether the two know a hand-over in common, as far as they said."""
+    """True if both support a common hand-over protocol, or one of them announced none."""
     return not prefill.handovers or not decode.handovers or not prefill.handovers.isdisjoint(decode.handovers)
 
 
 class _Figures(NamedTuple):
-    """What a worker alone contributes to every candidate it is part of."""
+    """Terms of a worker, equal in every candidate that it is part of."""
 
-    held: int  # leading tokens that need no computing there; the last one always does
+    held: int  # leading tokens that it holds, never the last prompt token, which is always computed
     prefill_queue_ms: float
     prefill_ms: float
     missing_bytes: int
@@ -166,7 +166,7 @@ class _Figures(NamedTuple):
 
 
 class _Costs:
-    """The terms of one request's candidates. Each worker is looked at once."""
+    """Terms of the candidates of one request, computed once per worker."""
 
     def __init__(self, request: RequestFacts, held: Mapping[str, int], limits: PolicyLimits) -> None:
         self._request = request
@@ -227,7 +227,7 @@ class _Costs:
         return self._limits.handover_fixed_ms + (1.0 - self._limits.overlap) * seconds * 1e3
 
     def _decode_queue_ms(self, worker: WorkerView) -> float:
-        """Until a place and room are free: as many steps as sequences must end first, at their mean pace."""
+        """Predicted wait for a seat and room, in ms: the sequences that must end first, at the mean rate."""
         request = self._request
         each = request.prompt_tokens + request.expected_tokens
         excess_seqs = float(worker.num_decoding + request.num_choices - worker.max_num_seqs)

@@ -1,14 +1,14 @@
-"""Which worker holds which prefix: identity -> bitmask of workers, matched by bisection. Knows no network, no clock.
+"""Prefix map: identity -> bitmask of the workers that hold it, searched by bisection. Knows no network, no clock.
 
-A worker's slot is a bit number. What a worker holds is prefix-closed (parents come before children and go after them),
-so "holds block i" means "holds blocks 0 … i" and the longest held prefix of every worker is found with about log2(n)
-look-ups for all of them together: each look-up ANDs the mask of workers still in question.
+A worker's slot is a bit number. The blocks of a worker are prefix-closed (parents come before children and go after
+them), so "holds block i" means "holds blocks 0 … i". The longest held prefix of all workers together is found with
+about log2(n) look-ups: each look-up ANDs the mask of the workers in question.
 
     blocks of a prompt   0 ────────── lo ───────── mid ───────── hi ── n
     a group of workers   holds [0, lo), may hold [lo, hi), certainly not more
 
-The map is a hint and never claims more than the workers said: an event that is missing takes a worker out until its
-next snapshot, and entries that are forgotten for the memory bound only shorten an answer.
+The map never claims more than the workers reported: after a missing event a worker matches nothing until its next
+snapshot, and entries that are dropped for the memory bound only make answers shorter.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from ...kv.block import IDENTITY_BYTES, BlockIdentity
 
 @dataclass(slots=True)
 class _Slot:
-    """What one worker said it holds, since its last snapshot began."""
+    """Blocks that one worker reported since its last snapshot began."""
 
     worker_id: str
     bit: int  # a power of two
     entries: dict[bytes, None] = field(default_factory=dict)  # oldest first
-    sequence: int | None = None  # of the last event taken in; None: only a snapshot's beginning helps
+    sequence: int | None = None  # of the last accepted event; None: the next one must begin a snapshot
     in_snapshot: bool = False
     died_in_generation: int = 0
 
@@ -35,8 +35,8 @@ class _Slot:
 class PrefixMap:
     """The union of all workers' block events, bounded, plus short-lived predictions.
 
-    Events of a worker are numbered +1. `snapshot` and `delta` return False when a number is missing: ask that worker
-    for a new snapshot. A dead worker's entries are swept in slices, and its slot serves again only afterwards.
+    Events of a worker are numbered consecutively. `snapshot` and `delta` return False if a number is missing: ask that
+    worker for a new snapshot. The entries of a dead worker are swept in slices; its slot is reused only afterwards.
     """
 
     def __init__(
@@ -46,20 +46,20 @@ class PrefixMap:
         self._max_predictions = max_predictions
         self._ttl_s = prediction_ttl_s
         self._masks: dict[bytes, int] = {}
-        self._live = 0  # bits whose worker is there and was heard without a gap
+        self._live = 0  # bits of workers that are connected and whose events have no gap
         self._slot_by_worker: dict[str, _Slot] = {}
         self._slot_by_bit: dict[int, _Slot] = {}
         self._dying: deque[_Slot] = deque()
-        self._swept: deque[_Slot] = deque()  # empty, but predictions may still carry their bits
+        self._swept: deque[_Slot] = deque()  # slots without entries, but predictions may still have their bits
         self._free_bits: list[int] = []
         self._num_bits = 0
         self._num_entries = 0
-        # Predictions live in two generations: an entry lasts between one and two times the ttl.
+        # Predictions are kept in two generations: an entry lasts between one and two times the ttl.
         self._young: dict[bytes, int] = {}
         self._old: dict[bytes, int] = {}
         self._generation = 0
         self._generation_began_s: float | None = None
-        self.num_dropped = 0  # entries forgotten for the bound
+        self.num_dropped = 0  # entries dropped for the bound
         self.num_gaps = 0
 
     def __len__(self) -> int:
@@ -68,14 +68,14 @@ class PrefixMap:
     # ------------------------------------------------------------------ workers' events
 
     def join(self, worker_id: str) -> None:
-        """A new life of a worker: nothing is known of it until its snapshot begins."""
+        """Start a new incarnation or watch of a worker: it matches nothing until its snapshot begins."""
         self.leave(worker_id)
         slot = _Slot(worker_id, self._take_bit())
         self._slot_by_worker[worker_id] = slot
         self._slot_by_bit[slot.bit] = slot
 
     def leave(self, worker_id: str) -> None:
-        """The worker is gone: it matches nothing from now on; `sweep` frees the memory. Unknown ids are ignored."""
+        """Remove a worker: it matches nothing from now on; `sweep` frees the memory. Unknown ids are ignored."""
         slot = self._slot_by_worker.pop(worker_id, None)
         if slot is not None:
             del self._slot_by_bit[slot.bit]
@@ -84,17 +84,20 @@ class PrefixMap:
             self._dying.append(slot)
 
     def needs_snapshot(self, worker_id: str) -> bool:
-        """Whether only a new snapshot makes this worker match again."""
+        """True if this worker matches nothing until a new snapshot."""
         slot = self._slot_by_worker.get(worker_id)
         return slot is not None and slot.sequence is None
 
     def snapshot(self, worker_id: str, sequence: int, identities: bytes, last: bool) -> bool:
-        """A piece of a snapshot: concatenated identities, parents first. The first piece replaces all before it."""
+        """Add a piece of a snapshot: concatenated identities, parents first. The first piece replaces all before it.
+
+        Returns False if events are missing.
+        """
         slot = self._slot_by_worker.get(worker_id)
         if slot is None:
             return False
         if slot.sequence is not None and sequence != slot.sequence + 1:
-            return self._gap(slot)  # also a piece that comes twice: it is not the beginning of another snapshot
+            return self._gap(slot)  # also for a repeated piece, which does not begin another snapshot
         if not slot.in_snapshot and (slot.sequence is not None or slot.entries):
             self.join(worker_id)  # sweeping the old slot later is cheaper than comparing now
             slot = self._slot_by_worker[worker_id]
@@ -106,7 +109,7 @@ class PrefixMap:
         return True
 
     def delta(self, worker_id: str, sequence: int, stored: bytes, removed: bytes) -> bool:
-        """Blocks that became findable at a worker, and blocks that ceased to be."""
+        """Apply blocks that became findable at a worker, and blocks that are no longer. False if events are missing."""
         slot = self._slot_by_worker.get(worker_id)
         if slot is None or slot.sequence is None:
             return False
@@ -121,7 +124,7 @@ class PrefixMap:
         return True
 
     def sweep(self, max_entries: int) -> bool:
-        """Forget at most so many entries of dead workers. True: none is left."""
+        """Remove at most `max_entries` entries of dead workers. True: none is left."""
         while self._dying and max_entries > 0:
             slot = self._dying[0]
             count = min(max_entries, len(slot.entries))
@@ -137,7 +140,7 @@ class PrefixMap:
     # ------------------------------------------------------------------ predictions
 
     def predict(self, worker_ids: Sequence[str], identities: Sequence[BlockIdentity], now_s: float) -> None:
-        """These workers will soon hold this whole prefix: a request that computes it was sent there."""
+        """Note that these workers will soon hold this whole prefix: a request that computes it was sent there."""
         self.tick(now_s)
         bits = 0
         for worker_id in worker_ids:
@@ -152,7 +155,7 @@ class PrefixMap:
             self._rotate(now_s)
 
     def tick(self, now_s: float) -> None:
-        """Let predictions expire."""
+        """Expire old predictions."""
         if self._generation_began_s is None:
             self._generation_began_s = now_s
         while now_s - self._generation_began_s >= self._ttl_s:
@@ -164,7 +167,7 @@ class PrefixMap:
     # ------------------------------------------------------------------ questions
 
     def believed(self, worker_id: str) -> frozenset[bytes] | None:
-        """All blocks that a worker is taken to hold; None: it matches nothing before its next snapshot."""
+        """All blocks of a worker in the map; None: it matches nothing before its next snapshot."""
         slot = self._slot_by_worker.get(worker_id)
         if slot is None or not self._live & slot.bit or slot.in_snapshot:
             return None
@@ -172,15 +175,15 @@ class PrefixMap:
 
     @property
     def num_predicted(self) -> int:
-        """Blocks that some worker is expected to hold soon."""
+        """Number of blocks that a worker is expected to hold soon."""
         return len(self._young.keys() | self._old.keys())
 
     def held(self, identities: Sequence[BlockIdentity]) -> dict[str, int]:
-        """Leading blocks of a prompt's identity chain that each worker holds; workers that hold none are absent."""
+        """Number of leading blocks of a prompt that each worker holds; workers that hold none are absent."""
         return self._match(identities, self._live, (self._masks,))
 
     def expected(self, identities: Sequence[BlockIdentity], now_s: float) -> dict[str, int]:
-        """Like `held`, counting what requests under way will leave behind."""
+        """Like `held`, predicted blocks of requests under way included."""
         self.tick(now_s)
         if not self._young and not self._old:
             return self.held(identities)
@@ -221,7 +224,7 @@ class PrefixMap:
         return found
 
     def check_integrity(self) -> None:
-        """Assert that masks and slots tell the same. Walks everything: for tests and idle time."""
+        """Assert that masks and slots agree. Takes time in proportion to all entries: for tests and idle time."""
         masks: dict[bytes, int] = {}
         for slot in self._all_slots():
             for identity in slot.entries:
@@ -261,7 +264,7 @@ class PrefixMap:
         self._num_entries -= 1
 
     def _make_room(self) -> None:
-        """Dead workers first; then the oldest slice of whoever has most. Only knowledge is lost, never truth."""
+        """Drop entries of dead workers, then the oldest of the worker with most: routing is less exact, never wrong."""
         while self._num_entries > self._max_entries and self._dying:
             self.sweep(self._num_entries - self._max_entries)
         while self._num_entries > self._max_entries:
@@ -279,7 +282,7 @@ class PrefixMap:
         self._reuse_bits()
 
     def _reuse_bits(self) -> None:
-        """Free the bits of swept slots that no prediction can carry any more."""
+        """Free the bits of swept slots that no prediction can have any more."""
         while self._swept and (
             self._generation >= self._swept[0].died_in_generation + 2 or not (self._young or self._old)
         ):

@@ -1,4 +1,4 @@
-"""Between fleet and policy: workers as a choice sees them, and a choice as the fleet counts it. Pure."""
+"""Conversions between fleet and policy: views of workers for a choice, and the counted work of a choice. Pure."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ RETRY_AFTER_S = 1.0
 
 
 def model_of(fleet: Fleet, request: Request) -> ModelFacts:
-    """The model that a request is for.
+    """The model of a request.
 
     Raises:
-        Unavailable: no worker is known at all.
+        Unavailable: no worker is known.
         ModelNotFound, InvalidRequest, ContextLengthExceeded: no worker could ever serve the request.
     """
     models = fleet.models()
@@ -30,7 +30,7 @@ def model_of(fleet: Fleet, request: Request) -> ModelFacts:
         raise ModelNotFound(f"no worker serves {request.model!r}; known: {', '.join(sorted(models))}", param="model")
     needed = len(request.prompt_ids) + request.sampling.max_tokens
     decoding = [w for w in fleet if w.facts.model.name == model.name and w.role is not Role.PREFILL]
-    room = max((w.facts.num_kv_tokens for w in decoding), default=needed)  # none: it waits for one
+    room = max((w.facts.num_kv_tokens for w in decoding), default=needed)  # without a decode worker it waits for one
     bound = min(room, model.max_model_len or room)
     if not request.prompt_ids:
         raise InvalidRequest("the prompt has no tokens", param="prompt")
@@ -41,7 +41,7 @@ def model_of(fleet: Fleet, request: Request) -> ModelFacts:
 
 
 def views_of(workers: Iterable[Worker]) -> list[WorkerView]:
-    """Eligible workers at this moment, in their order."""
+    """Views of eligible workers, in the given order."""
     eligible = list(workers)
     otherwise = guess(worker.load for worker in eligible)
     return [
@@ -64,10 +64,10 @@ def views_of(workers: Iterable[Worker]) -> list[WorkerView]:
 
 
 def count_work(fleet: Fleet, request: RequestFacts, index: int, choice: RoutingDecision, now_s: float) -> None:
-    """Raise the chosen workers' counts by one choice of a request, so that the next decision sees it at once."""
+    """Add one choice of a request to the chosen workers' counts, so that the next decision includes it."""
     key = SequenceKey(request.request_id, index)
     winner = choice.winner
-    # The choices share the prompt: only the first one's prefill is work.
+    # The choices share the prompt: only the first one has prefill work.
     uncached = request.prompt_tokens - winner.prefill_held_tokens if index == 0 else 1
     context = request.prompt_tokens + request.expected_tokens
     local = winner.prefill is None

@@ -1,4 +1,4 @@
-"""The Announce service: by which workers come, and by whose silence they go. Knows no request and no session."""
+"""Server of the Announce service, on which workers announce themselves. Knows no request and no session."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from .wire import worker_from_wire
 
 @dataclass(frozen=True, slots=True)
 class AnnounceHandlers:
-    """What the service tells its owner, in the event loop."""
+    """Callbacks of the service to its owner, on the event loop."""
 
-    announced: Callable[[WorkerFacts], None]  # every word of a worker that stays
+    announced: Callable[[WorkerFacts], None]  # every announcement of a worker that does not leave
     leaving: Callable[[WorkerKey], None]
-    ended: Callable[[WorkerKey], None]  # the last of its streams is over
+    ended: Callable[[WorkerKey], None]  # the last of its streams ended
 
 
 class AnnounceService(worker_pb2_grpc.AnnounceServicer):
-    """One stream per worker process; answered with who this router is."""
+    """One stream per worker process; answers every announcement with this router's id."""
 
     def __init__(self, router_id: str, incarnation: int, handlers: AnnounceHandlers) -> None:
         self._router_id = router_id
@@ -38,7 +38,7 @@ class AnnounceService(worker_pb2_grpc.AnnounceServicer):
         request_iterator: AsyncIterator[worker_pb2.Announcement],
         context: grpc.aio.ServicerContext[worker_pb2.Announcement, worker_pb2.AnnounceReply],
     ) -> AsyncIterator[worker_pb2.AnnounceReply]:
-        """Hear a worker until its stream ends."""
+        """Serve a worker's announcements until its stream ends."""
         facts: WorkerFacts | None = None
         try:
             async for message in request_iterator:

@@ -1,4 +1,4 @@
-"""The router's links to one worker: a Session and a Watch, kept open through breaks. Knows no request, no policy."""
+"""The router's link to one worker: a Session and a Watch, reopened when they break. Knows no request, no policy."""
 
 from __future__ import annotations
 
@@ -29,28 +29,28 @@ _STREAM_ERRORS = (grpc.RpcError, grpc.aio.UsageError, grpc.aio.InternalError)
 
 
 class _Broken(Exception):
-    """A stream cannot go on; the message says why."""
+    """A stream cannot continue; the message has the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class LinkHandlers:
-    """What a link tells its owner, in the event loop."""
+    """Callbacks of a link to its owner, on the event loop."""
 
     up: Callable[[WorkerKey, WorkerFacts], None]
     down: Callable[[WorkerKey, str], None]
-    beat: Callable[[WorkerKey, worker_pb2.Beat | None], None]  # any word on the session; None: not a Beat
+    beat: Callable[[WorkerKey, worker_pb2.Beat | None], None]  # any message on the session; None: not a Beat
     step: Callable[[WorkerKey, worker_pb2.StepOutput], None]
-    watching: Callable[[WorkerKey], None]  # a new watch begins: its numbers start again
+    watching: Callable[[WorkerKey], None]  # a new watch begins: its numbers start anew
     event: Callable[[WorkerKey, worker_pb2.WatchEvent], bool]  # False: watch again
 
 
 class WorkerLink:
-    """Everything between this router and one life of one worker."""
+    """All streams between this router and one incarnation of one worker."""
 
     def __init__(
         self, facts: WorkerFacts, hello: worker_pb2.SessionHello, handlers: LinkHandlers, proof_key: bytes
     ) -> None:
-        """`proof_key` (kv/keys.py): no order leaves for a worker that does not prove that it knows it."""
+        """`proof_key` (kv/keys.py): orders are sent only to a worker that proves that it knows the key."""
         self.key = facts.key
         self._hello = hello
         self._handlers = handlers
@@ -61,17 +61,17 @@ class WorkerLink:
         self._keepers: list[asyncio.Task[None]] = []
         self._is_up = False
         self._reset_reason = "reset"
-        self._has_complained = False  # of a worker that is a stranger
+        self._has_complained = False  # a warning about different keys was logged
 
     def open(self) -> None:
-        """Begin; returns at once."""
+        """Start both streams; returns at once."""
         self._keepers = [
             asyncio.create_task(self._keep(self._run_session, is_session=True), name=f"session {self.key.worker_id}"),
             asyncio.create_task(self._keep(self._run_watch, is_session=False), name=f"watch {self.key.worker_id}"),
         ]
 
     def send(self, message: worker_pb2.SessionUp) -> bool:
-        """Queue an order. False: the session is down or the worker does not read; nothing was queued."""
+        """Queue an order. False: the session is down or the worker does not read; the order was not queued."""
         if not self._is_up:
             return False
         try:
@@ -82,13 +82,13 @@ class WorkerLink:
         return True
 
     def reset(self, reason: str = "reset") -> None:
-        """Break the session, e.g. because its worker fell silent. It is tried again."""
+        """Break the session, e.g. because its worker fell silent. It is opened again."""
         self._reset_reason = reason
         if self._session is not None:
             self._session.cancel()
 
     async def close(self) -> None:
-        """Let waiting orders leave shortly, then end both streams."""
+        """Wait briefly for queued orders to be sent, then end both streams."""
         with contextlib.suppress(TimeoutError):
             if self._is_up:
                 await asyncio.wait_for(self._orders.join(), FLUSH_S)
@@ -102,7 +102,7 @@ class WorkerLink:
     # ------------------------------------------------------------------ inside
 
     async def _keep(self, run: Callable[[], Awaitable[None]], is_session: bool) -> None:
-        """Run a stream again and again, with a growing wait while it cannot be opened."""
+        """Run a stream repeatedly, with a growing wait while it cannot be opened."""
         wait_s = _FIRST_RETRY_S
         loop = asyncio.get_running_loop()
         while True:
@@ -113,9 +113,9 @@ class WorkerLink:
             await asyncio.sleep(wait_s)
 
     async def _run_once(self, run: Callable[[], Awaitable[None]], is_session: bool) -> str:
-        """One attempt; why it ended.
+        """Run a stream once; returns the reason of its end.
 
-        A session runs in a task of its own, so that `reset` can end it; however it ends, it is marked down here.
+        A session runs in its own task, so that `reset` can end it; after any end it is marked down here.
         """
         try:
             if is_session:
@@ -132,7 +132,7 @@ class WorkerLink:
             self._complain(error, reason)
         except (_Broken, InvalidRequest) as error:
             reason = str(error)
-        except Exception:  # whatever a worker sent must not end the link for ever
+        except Exception:  # a bad message of a worker must not end the link for ever
             log.exception("%s: a message could not be handled", self.key.worker_id)
             reason = "a message could not be handled"
         if is_session:
@@ -140,7 +140,7 @@ class WorkerLink:
         return reason
 
     def _complain(self, error: BaseException, reason: str) -> None:
-        """Say once that the worker at this address and we have different keys."""
+        """Warn once if the worker at this address has another cluster key."""
         is_strange = isinstance(error, grpc.aio.AioRpcError) and error.code() is grpc.StatusCode.UNAUTHENTICATED
         if is_strange and not self._has_complained:
             self._has_complained = True
@@ -179,7 +179,7 @@ class WorkerLink:
             self._handlers.step(self.key, message.step)
 
     async def _write(self, call: grpc.aio.StreamStreamCall[worker_pb2.SessionUp, worker_pb2.SessionDown]) -> None:
-        """Send what waits until the session is over; what cannot be sent ends it at once, not at the next word."""
+        """Send queued orders until the session ends; a failed write ends the session at once."""
         try:
             await self._write_for_ever(call)
         except _STREAM_ERRORS as error:
@@ -215,7 +215,7 @@ class WorkerLink:
             call.cancel()
 
     def _mark_down(self, reason: str) -> None:
-        while not self._orders.empty():  # the requests behind them are lost, and told so
+        while not self._orders.empty():  # `down` reports the requests of these orders as lost
             self._orders.get_nowait()
             self._orders.task_done()
         if self._is_up:

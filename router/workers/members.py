@@ -1,6 +1,6 @@
-"""The router's connections to its workers: announce streams, sessions, watches, and the tick. Knows no request's life.
+"""The router's connections to its workers: announce streams, sessions, watches, and the tick. Knows no request.
 
-What follows from what they say is decided in router/requests/roster.py.
+router/requests/roster.py decides the reactions to their messages.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ SWEEP_ENTRIES = 20_000  # a few milliseconds
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who this router is to its workers."""
+    """Identity of this router towards its workers."""
 
     router_id: str
     incarnation: int
-    identity_key: bytes  # kv/keys.py: of the cluster's shared secret
-    proof_key: bytes  # likewise
+    identity_key: bytes  # kv/keys.py, derived from the cluster's shared secret
+    proof_key: bytes  # kv/keys.py, too
 
 
 @dataclass(frozen=True, slots=True)
 class RegistryHandlers:
-    """What the members tell the flow."""
+    """Callbacks of the registry to the flow."""
 
     lost: Callable[[WorkerKey, str], None]  # the requests on this worker are lost
     step: Callable[[WorkerKey, worker_pb2.StepOutput], None]
@@ -56,7 +56,7 @@ class RegistryHandlers:
 
 
 class WorkerRegistry:
-    """All workers of this router, and what is known of each."""
+    """All workers of this router, with their connections and facts."""
 
     def __init__(self, identity: Identity, handlers: RegistryHandlers, metrics: RouterMetrics, clock: Clock) -> None:
         self.fleet = Fleet()
@@ -70,7 +70,7 @@ class WorkerRegistry:
         self._changed = asyncio.Event()
         self._ticker: asyncio.Task[None] | None = None
         self._num_lost = 0
-        self._is_closed = False  # then what ends is of our own making
+        self._is_closed = False  # after `close`, ends of streams are our own and are not reported
         self._closing: set[asyncio.Task[None]] = set()
 
     @property
@@ -87,11 +87,11 @@ class WorkerRegistry:
         worker_pb2_grpc.add_AnnounceServicer_to_server(service, server)
 
     def start(self) -> None:
-        """Begin to watch over silence."""
+        """Start the tick, which detects silent workers."""
         self._ticker = asyncio.create_task(self._tick_for_ever(), name="router tick")
 
     async def close(self) -> None:
-        """Leave all workers."""
+        """Disconnect from all workers."""
         if self._ticker is not None:
             self._ticker.cancel()
             await asyncio.gather(self._ticker, return_exceptions=True)
@@ -100,7 +100,7 @@ class WorkerRegistry:
         await asyncio.gather(*(link.close() for link in links), *self._closing, return_exceptions=True)
 
     async def wait_for_change(self, timeout_s: float) -> None:
-        """Return when a worker came, went or changed, or `wake` was called; at the latest after `timeout_s`."""
+        """Wait until a worker came, went or changed, or `wake` was called, for at most `timeout_s`."""
         changed = self._changed
         try:
             await asyncio.wait_for(changed.wait(), max(0.0, timeout_s))
@@ -108,7 +108,7 @@ class WorkerRegistry:
             pass
 
     def wake(self) -> None:
-        """Let everybody in `wait_for_change` look again."""
+        """Wake all callers of `wait_for_change`."""
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -129,12 +129,12 @@ class WorkerRegistry:
         return hasher.name(request.prompt_ids, request.cache_scope).identities
 
     def facts(self, now_s: float) -> list[dict[str, Any]]:
-        """All workers as `status` shows them, by name."""
+        """Reports of all workers for `status`, sorted by name."""
         workers = sorted(self.fleet, key=lambda worker: worker.facts.worker_id)
         otherwise = guess(worker.load for worker in workers)
         return [explain_worker(worker, coefficients_of(worker.load, otherwise), now_s) for worker in workers]
 
-    # ------------------------------------------------------------------ what the wires say
+    # ------------------------------------------------------------------ events of the connections
 
     def _on_announced(self, facts: WorkerFacts) -> None:
         if not self._is_closed:
@@ -166,10 +166,10 @@ class WorkerRegistry:
                 self._metrics.engine(worker.facts, worker.load)
         return heard
 
-    # ------------------------------------------------------------------ what the roster asks (see Wires)
+    # ------------------------------------------------------------------ Wires
 
     def connect(self, facts: WorkerFacts) -> None:
-        """See Wires."""
+        """Implements `Wires.connect`."""
         hello = worker_pb2.SessionHello(
             router_id=self._identity.router_id, router_incarnation=self._identity.incarnation
         )
@@ -181,12 +181,12 @@ class WorkerRegistry:
         link.open()
 
     def reset(self, key: WorkerKey) -> None:
-        """See Wires."""
+        """Implements `Wires.reset`."""
         if key in self._links:
             self._links[key].reset()
 
     def disconnect(self, facts: WorkerFacts) -> None:
-        """See Wires."""
+        """Implements `Wires.disconnect`."""
         link = self._links.pop(facts.key, None)
         if link is not None:
             self._metrics.forget_worker(facts)
@@ -195,13 +195,13 @@ class WorkerRegistry:
             task.add_done_callback(self._closing.discard)
 
     def lost(self, change: FleetChange) -> None:
-        """See Wires."""
+        """Implements `Wires.lost`."""
         key = change.worker.key
         log.warning("%s: %s (%s)", key.worker_id, change.change.value, change.reason)
         self._handlers.lost(key, change.reason)
 
     def changed(self) -> None:
-        """See Wires."""
+        """Implements `Wires.changed`."""
         self._metrics.workers_lost.inc(self.fleet.num_lost - self._num_lost)
         self._num_lost = self.fleet.num_lost
         self._handlers.changed()
@@ -220,7 +220,7 @@ class WorkerRegistry:
                 ticks += 1
                 if ticks % 10 == 0:
                     self._export()
-            except Exception:  # the watch over all workers must outlive one bad moment
+            except Exception:  # the tick must continue after a failure
                 log.exception("the router's tick failed")
 
     def _export(self) -> None:

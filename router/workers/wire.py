@@ -1,4 +1,4 @@
-"""The router's facts from protobuf messages, and its orders as such. Knows no stream and no state."""
+"""Conversion of protobuf messages to the router's facts, and of its orders to messages. Knows no stream, no state."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _LOAD_FIELDS = [name for name in LoadFacts.__dataclass_fields__ if name not in (
 
 
 def worker_from_wire(info: common_pb2.WorkerInfo) -> WorkerFacts:
-    """Who a worker says it is.
+    """Facts of a worker's message about itself.
 
     Raises:
-        InvalidRequest: a field that routing needs is absent or impossible, or from a release that we cannot read.
+        InvalidRequest: a field that routing needs is absent, impossible, or unknown to this release.
     """
     for field in ("worker_id", "address", "incarnation", "num_kv_blocks", "block_tokens"):
         if not getattr(info, field):
@@ -70,7 +70,7 @@ def _model_from(model: common_pb2.ModelInfo) -> ModelFacts:
 
 
 def load_from_wire(report: worker_pb2.LoadReport) -> LoadFacts:
-    """What a worker said about its load."""
+    """Facts of a worker's load report."""
     values = {name: getattr(report, name) for name in _LOAD_FIELDS}
     spreads = tuple((name, Spread(tuple(spread.counts), spread.total)) for name, spread in report.spreads.items())
     return LoadFacts(**values, counters=tuple(sorted(report.counters.items())), spreads=spreads)
@@ -79,9 +79,9 @@ def load_from_wire(report: worker_pb2.LoadReport) -> LoadFacts:
 def submit_to_wire(
     key: SequenceKey, request: Request, epoch: Epoch, peers: Sequence[WorkerView], left_s: float
 ) -> worker_pb2.Submit:
-    """The order to run one choice of a request, which workers know by `key`.
+    """Order to run one choice of a request; workers know it by `key`.
 
-    The prompt is the same for all choices: the first one's logprobs of it are enough.
+    Logprobs of the prompt are asked for with the first choice only, because all choices have the same prompt.
     """
     sampling = request.sampling if key.choice == 0 else replace(request.sampling, prompt_logprobs=None)
     return worker_pb2.Submit(
@@ -100,12 +100,12 @@ def submit_to_wire(
 
 
 def cancel_to_wire(name: str, epoch: Epoch, reason: str) -> worker_pb2.CancelRequest:
-    """The order to end all choices of a request that were ordered under this epoch or an older one."""
+    """Order to cancel all choices of a request that were ordered under this epoch or an older one."""
     return worker_pb2.CancelRequest(request_id=name, epoch=epoch_to_wire(epoch), reason=reason)
 
 
 def transfer_of(end: worker_pb2.RequestEnd) -> Transfer | None:
-    """The hand-over that an end tells of; None: none came whole."""
+    """The complete hand-over in a request's end; None: there was none."""
     if not end.handover.prefill_worker or not end.handover.bytes_moved:
         return None
     timeline = Timeline()

@@ -1,4 +1,4 @@
-"""Messages of the gRPC face as calls: the fields by the names of the API, lists counted before they are copied."""
+"""Conversion of gRPC messages to calls: fields by their API names; lists are counted before they are copied."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _OF_ROUTERS = tuple((field.wire, field.api) for field in FIELDS if field.wire !=
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """A message, and what its client says beside it."""
+    """A message with its key and deadline."""
 
     message: Any
     api_key: str | None
-    left_s: float | None  # until the client's deadline; none: it has none
+    left_s: float | None  # until the client's deadline; None: it has no deadline
     models: ModelDirectory
 
 
@@ -38,12 +38,12 @@ Reader: TypeAlias = Callable[[Said], GenerateCall]
 
 
 def generate_call(said: Said) -> GenerateCall:
-    """A completion.
+    """Call of a completion.
 
     Raises:
-        InvalidRequest: there is no prompt, or something has too many entries.
-        ContextLengthExceeded: the prompt has more tokens than its model reads.
-        ModelNotFound, Unavailable: nobody serves that model.
+        InvalidRequest: there is no prompt, or a field has an invalid value.
+        ContextLengthExceeded: the prompt has too many tokens for its model.
+        ModelNotFound, Unavailable: no worker serves that model.
         DeadlineExceeded: the client's deadline is over.
     """
     message: inference_pb2.GenerateRequest = said.message
@@ -55,13 +55,13 @@ def generate_call(said: Said) -> GenerateCall:
 
 
 def chat_call(said: Said) -> GenerateCall:
-    """A chat. Raises as `generate_call` does."""
+    """Call of a chat. Raises the errors of `generate_call`."""
     message: inference_pb2.ChatRequest = said.message
     return GenerateCall(messages=chat_messages(message.messages), **template_options(message.options), **_common(said))
 
 
 def tokenize_call(said: Said) -> GenerateCall:
-    """What is to be tokenised, as a request for one token. Raises as `generate_call` does."""
+    """Call of a tokenisation, as a request for one token. Raises the errors of `generate_call`."""
     message: inference_pb2.TokenizeRequest = said.message
     which = message.WhichOneof("input")
     if which is None:

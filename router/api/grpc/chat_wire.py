@@ -1,4 +1,4 @@
-"""Chat messages of the gRPC face as the API's words, so that one validator reads both faces. Checks nothing itself."""
+"""Conversion of gRPC chat messages to the form of HTTP bodies, so that one validator checks both. Checks sizes only."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from ....protos import inference_pb2
 from ..checks import refuse_constant, short
 from ..messages import MAX_MESSAGES
 
-MAX_ITEMS = 16_384  # parts and calls of all messages
+MAX_ITEMS = 16_384  # parts and tool calls of all messages
 MAX_JSON_VALUES = 16_384  # of a template's options or documents
 
 
 def chat_messages(messages: Sequence[inference_pb2.ChatMessage]) -> list[dict[str, Any]]:
-    """The messages as HTTP has them.
+    """Messages in the form of an HTTP body.
 
     Raises:
-        InvalidRequest: there are too many to build them.
+        InvalidRequest: there are too many messages, parts or tool calls.
     """
     if len(messages) > MAX_MESSAGES:
         raise InvalidRequest(f"messages has {len(messages)} entries; at most {MAX_MESSAGES}", param="messages")
@@ -30,10 +30,10 @@ def chat_messages(messages: Sequence[inference_pb2.ChatMessage]) -> list[dict[st
 
 
 def template_options(options: inference_pb2.ChatOptions) -> dict[str, Any]:
-    """The fields of a `Call` that are said in `options`.
+    """The fields of a `GenerateCall` that `options` gives.
 
     Raises:
-        InvalidRequest: one is no JSON, or has too many values to build them.
+        InvalidRequest: a field is no JSON, or has too many values.
     """
     found: dict[str, Any] = {
         name: getattr(options, name)
@@ -59,7 +59,7 @@ def _message(message: inference_pb2.ChatMessage) -> dict[str, Any]:
     elif message.HasField("content"):
         found["content"] = message.content
     elif not message.tool_calls and not message.reasoning_content:
-        found["content"] = ""  # clients of before `content` could be absent leave an empty one out
+        found["content"] = ""  # older clients leave an empty content out
     return found
 
 
@@ -79,7 +79,7 @@ def _json(text: str, name: str) -> Any:
 
 
 def _check_size(text: str, name: str) -> None:
-    """Refuse JSON with more values than are read: counted by what stands between them, outside of texts."""
+    """Refuse JSON with too many values, counted by the brackets and commas outside of strings."""
     num_quotes = text.count('"')
     if num_quotes > 4 * MAX_JSON_VALUES:
         raise InvalidRequest(f"{name} has {num_quotes // 2} texts; at most {2 * MAX_JSON_VALUES}", param=name)

@@ -1,12 +1,12 @@
-"""What stands before every service of the clients' gRPC port: key, room, bounds and deadlines. Knows no service.
+"""Guard before every service of the clients' gRPC port: checks key, room, bounds and deadlines. Knows no service.
 
     headers ──▶ key ──▶ room ──▶ bytes ──▶ bounds ──▶ message ──▶ the service ──▶ replies
                  │        │        │          │                                      │
           no message   budget   deadline   nothing is                        a deadline for each
             is read   of bytes              built yet                   that the client does not take
 
-Each handler becomes one that reads and writes raw bytes itself: grpc.aio's own read a message before anybody was asked
-for a key, build it whatever it holds, and wait for ever for clients that neither send nor take.
+Each handler is replaced by one that reads and writes raw bytes itself. The handlers of grpc.aio read a message before
+the key is checked, build it without bounds, and wait for ever for clients that neither send nor read.
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Handler: TypeAlias = Any  # a grpc.RpcMethodHandler, whose types are those of servers without asyncio
 
 OPEN = frozenset({"/grpc.health.v1.Health/Check"})  # probes have no key
-SMALL_BYTES = 4096  # of messages of other services than ours: names
+SMALL_BYTES = 4096  # bound on messages of other services and of our methods without prompts
 LARGE = frozenset({"Generate", "GenerateStream", "Chat", "ChatStream", "Tokenize"})  # methods that carry prompts
-SMALL_CALLS = "/small calls"  # whose part of the room all others have, as a tenant has one
-SMALL_READ_S = 5.0  # for a small message to come
-MAX_STANDING = 64  # calls of other services under way: Watch and reflection stay open for as long as clients like
-SPARE_CALLS = 256  # beyond those that may run: they are refused one by one, with their reasons
+SMALL_CALLS = "/small calls"  # name under which all small messages share the room, like a tenant
+SMALL_READ_S = 5.0  # longest wait for a small message
+MAX_STANDING = 64  # calls of other services under way: clients may keep Watch and reflection open for ever
+SPARE_CALLS = 256  # calls accepted above those that may run, so that each can be refused with its reason
 
 
 class Stalled(Exception):  # no error of ours: it ends a call quietly
-    """The client does not take what it asked for."""
+    """The client does not read its reply."""
 
 
-class Gone(Exception):  # likewise
-    """The client left in the midst of a reply."""
+class Gone(Exception):  # it ends a call quietly, too
+    """The client left during a reply."""
 
 
 class GuardedContext:
-    """The context that a service sees: grpc.aio's, with a deadline for each reply."""
+    """Context for a service: grpc.aio's, with a deadline for each reply."""
 
     def __init__(self, context: Context, lease: Lease, write: Callable[[Any], Awaitable[None]], bench: Workbench):
         self._context = context
@@ -68,23 +68,23 @@ class GuardedContext:
         return getattr(self._context, name)
 
     def admitted(self) -> None:
-        """The message is not needed any more: what it took of the room is free."""
+        """Free the message's part of the room; the message is no longer needed."""
         self._lease.give_back()
 
 
 class Guard(grpc.aio.ServerInterceptor):
-    """One per router, for its clients' server."""
+    """Interceptor of the clients' server; one per router."""
 
     def __init__(
         self, config: RouterConfig, authenticate: Callable[[str | None], str], own_service: str, room: Room
     ) -> None:
-        """`authenticate` gives the tenant of a key; messages of other services than `own_service` are small."""
+        """`authenticate` returns the tenant of a key; messages of other services than `own_service` must be small."""
         self._authenticate = authenticate
         self._own = f"/{own_service}/"
         self._max_bytes = config.max_body_bytes
         self._stall_s = config.slow_client_s
         self._max_calls = config.max_running + SPARE_CALLS
-        self._num_calls = {True: 0, False: 0}  # of our service, of the others
+        self._num_calls = {True: 0, False: 0}  # of our service (True) and of the others
         self._tenant_calls: Counter[str] = Counter()  # of our service
         self._max_tenant_calls = self._max_calls if len(config.api_keys) < 2 else self._max_calls // 2
         self._room = room
@@ -98,13 +98,13 @@ class Guard(grpc.aio.ServerInterceptor):
         return self._probes.num_waiting
 
     def close(self) -> None:
-        """No more messages come."""
+        """Stop the parsing thread."""
         self._bench.close()
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Handler]], handler_call_details: grpc.HandlerCallDetails
     ) -> Handler:
-        """The method's handler behind all this; without a key one that refuses and reads nothing."""
+        """Wrap the method's handler in all checks; without a valid key, a handler that refuses and reads nothing."""
         details = handler_call_details
         if details.method in OPEN:
             return self._probes.handler(await continuation(details))
@@ -152,7 +152,7 @@ class Guard(grpc.aio.ServerInterceptor):
             self._tenant_calls[tenant] -= is_own
             if not self._tenant_calls[tenant]:
                 del self._tenant_calls[tenant]
-        # Not within `except`: what is raised here would keep the error and its frames' messages.
+        # Not within `except`: an exception raised there would keep the error and the messages of its frames alive.
         if is_stalled:
             self._reaper.end(_this_task())
             return
@@ -174,7 +174,7 @@ class Guard(grpc.aio.ServerInterceptor):
             guarded = GuardedContext(context, lease, write, self._bench)
             serve = handler.unary_stream if handler.response_streaming else handler.unary_unary
             answer = serve(message, guarded)
-            del message  # the service keeps what it needs
+            del message  # frees its memory; the service keeps what it needs
             await _send_all(answer, write)
         finally:
             lease.give_back()
@@ -194,13 +194,13 @@ class Guard(grpc.aio.ServerInterceptor):
         return method.startswith(self._own) and method.removeprefix(self._own) in LARGE
 
     async def _lease(self, method: str, tenant: str) -> Lease:
-        """Room for the next message. What looks after the router finds some however many prompts are being read."""
+        """Room for the next message. Small messages have their own share, so that monitoring works under load."""
         if self._is_large(method):
             return await self._room.take(tenant, self._max_bytes)
         return await self._room.take(SMALL_CALLS, SMALL_BYTES)
 
     async def _message(self, handler: Handler, method: str, lease: Lease, context: Context) -> Any:
-        """The next message; None: there is none."""
+        """The next message; None: the client sends no more."""
         is_large = self._is_large(method)
         raw = await self._room.read(lease, context.read, None if is_large else SMALL_READ_S)
         if not isinstance(raw, bytes):
@@ -216,12 +216,12 @@ class Guard(grpc.aio.ServerInterceptor):
                 await context.write(serialize(message))
         except TimeoutError:
             raise Stalled from None
-        except grpc.aio.BaseError as error:  # cygrpc's, when the batch of a write fails
+        except grpc.aio.BaseError as error:  # raised by cygrpc if a write fails
             raise Gone from error
 
 
 def api_key(metadata: Any) -> str | None:
-    """The key in a call's metadata."""
+    """The bearer key in a call's metadata, or None."""
     for name, value in metadata or ():
         if name == "authorization" and isinstance(value, str):
             scheme, _, secret = value.partition(" ")
@@ -230,7 +230,7 @@ def api_key(metadata: Any) -> str | None:
 
 
 async def _send_all(answer: Any, write: Callable[[Any], Awaitable[None]]) -> None:
-    """What a service answers, whichever way it does: a reply, a stream of them, or writes of its own."""
+    """Send a service's answer: one reply, a stream of replies, or none if it wrote by itself."""
     if not hasattr(answer, "__aiter__"):
         reply = await answer
         if reply is not None:
@@ -251,7 +251,7 @@ def _parsed(raw: bytes, deserialize: Any) -> Any:
 
 
 def _stream(serve: Callable[[Any, Context], Awaitable[None]]) -> Handler:
-    """A handler over raw bytes. Only those of streams may read when they like, or not at all."""
+    """A handler over raw bytes. It is a stream handler, because only those decide themselves when to read."""
 
     async def behaviour(messages: Any, context: Context) -> None:
         await serve(messages, context)

@@ -1,4 +1,4 @@
-"""Bounds of a client's protobuf message, checked on its bytes: before any object is built of it. Pure.
+"""Bounds of a client's protobuf message, checked on its bytes before any object is built. Pure.
 
 A field costs two bytes on the wire and a hundred in memory, so the length of a message bounds neither time nor memory.
 The walk follows the known message fields only, skips every other field by its length, and stops at the first bound.
@@ -20,9 +20,9 @@ from ..http.structure import MAX_COMMAS
 from ..messages import MAX_MESSAGES
 from .chat_wire import MAX_ITEMS
 
-MAX_FIELDS = 40_960  # of a whole message: 2,048 messages and 16,384 parts with their texts have 39,000
+MAX_FIELDS = 40_960  # per message: 2,048 chat messages and 16,384 parts with their texts have 39,000
 
-# Entries of the repeated fields, over the whole message.
+# Most entries of the repeated fields, over the whole message.
 MAX_ENTRIES: Mapping[str, int] = {
     "messages": MAX_MESSAGES,
     "parts": MAX_ITEMS,
@@ -45,7 +45,7 @@ class _Field:
 
 
 def check_bounds(raw: bytes, kind: Descriptor) -> None:
-    """Refuse the bytes of a message of this kind that has more fields or entries than are read.
+    """Refuse the bytes of a message of this kind with too many fields or entries.
 
     Raises:
         InvalidRequest: there are too many, or the bytes are no message; `param` names a repeated field.
@@ -98,7 +98,7 @@ def _walk(raw: bytes, top: Mapping[int, _Field]) -> None:
 
 
 def _varint(raw: bytes, place: int) -> tuple[int, int]:
-    """A whole number and the place behind it."""
+    """Decode a varint; returns its value and the offset after it."""
     byte = raw[place]
     if byte < 0x80:
         return byte, place + 1

@@ -1,4 +1,4 @@
-"""The gRPC client face: `twostroke.v1.Inference`. Holds no logic of its own."""
+"""The gRPC API for clients: `twostroke.v1.Inference`. Holds no logic of its own."""
 
 from __future__ import annotations
 
@@ -31,43 +31,43 @@ Context: TypeAlias = Any  # a GuardedContext
 
 
 class InferenceService(inference_pb2_grpc.InferenceServicer):
-    """One per router, behind a `Guard`: callers have a key, messages are within their bounds, errors become statuses.
+    """One per router, behind a `Guard`, which checks keys and bounds and turns errors into statuses.
 
-    A message is let go of as soon as it is read: it is as long as its client liked, and a stream runs long.
+    A message is released as soon as it is read, because it may be large and a stream runs long.
     """
 
     def __init__(self, front: Frontend) -> None:
         self._front = front
 
     def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> Any:
-        """A completion in one piece."""
+        """Answer a completion in one reply."""
         return self._whole(generate_call, request, context)
 
     def Chat(self, request: inference_pb2.ChatRequest, context: Context) -> Any:
-        """A chat answer in one piece."""
+        """Answer a chat in one reply."""
         return self._whole(chat_call, request, context)
 
     def GenerateStream(
         self, request: inference_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[inference_pb2.GenerateChunk]:
-        """A completion, piece by piece."""
+        """Stream a completion."""
         return self._chunks(generate_call, request, context)
 
     def ChatStream(
         self, request: inference_pb2.ChatRequest, context: Context
     ) -> AsyncIterator[inference_pb2.GenerateChunk]:
-        """A chat answer, piece by piece."""
+        """Stream the answer to a chat."""
         return self._chunks(chat_call, request, context)
 
     async def Tokenize(self, request: inference_pb2.TokenizeRequest, context: Context) -> Any:
-        """The ids that a prompt or a chat becomes."""
+        """Token ids of a prompt or a chat."""
         call = await self._read(tokenize_call, request, context)
         admitted, model = await self._front.admit(call)
         await _tell_ignored(admitted, context)
         return inference_pb2.TokenizeResponse(token_ids=admitted.prompt_ids, max_model_len=model.max_model_len)
 
     async def ListModels(self, request: inference_pb2.ListModelsRequest, context: Context) -> Any:
-        """What is served."""
+        """List the served models."""
         cards = [
             inference_pb2.ModelCard(id=name, max_model_len=self._front.models.facts(name).max_model_len)
             for name in self._front.models.names()
@@ -80,7 +80,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         return inference_pb2.AbortResponse(found=found)
 
     async def Explain(self, request: inference_pb2.ExplainRequest, context: Context) -> Any:
-        """Where a request went, why, and when."""
+        """Report about a request: its workers, reasons and times."""
         explained = self._front.explain(request.request_id, self._tenant(context))
         if explained is None:
             raise RequestNotFound(
@@ -89,16 +89,16 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         return inference_pb2.ExplainResponse(json=json.dumps(explained))
 
     async def Cluster(self, request: inference_pb2.ClusterRequest, context: Context) -> Any:
-        """The workers as the router sees them."""
+        """Report about the router and its workers."""
         return inference_pb2.ClusterResponse(json=json.dumps(self._front.flow.cluster()))
 
-    # -------------------------------------------------------------- what the calls do
+    # -------------------------------------------------------------- inside
 
     def _tenant(self, context: Context) -> str:
         return self._front.authenticate(api_key(context.invocation_metadata()))
 
     async def _read(self, read: Reader, message: Any, context: Context) -> GenerateCall:
-        """The message as a call: long ones off the event loop."""
+        """Convert a message to a call; long ones outside the event loop."""
         key, left_s = api_key(context.invocation_metadata()), context.time_remaining()
         said = Said(message, key, left_s, self._front.models)
         call: GenerateCall = await context.bench.run(message.ByteSize(), partial(read, said))
@@ -109,7 +109,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def _whole(self, read: Reader, message: Any, context: Context) -> inference_pb2.GenerateResponse:
         started = await self._start(read, message, context)
-        del message  # as long as the client liked; the request runs for as long as it likes
+        del message  # frees its memory while the request runs
         request = started.request
         choices = [inference_pb2.Choice(index=index) for index in range(request.num_choices)]
         usage: TokenUsage | None = None
@@ -143,7 +143,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 yield chunk
 
 
-# ------------------------------------------------------------------ words
+# ------------------------------------------------------------------ conversions
 
 
 def _chunk(piece: OutputDelta, request_id: str, model: str) -> inference_pb2.GenerateChunk:
@@ -171,6 +171,6 @@ def _usage(usage: TokenUsage | None) -> common_pb2.Usage | None:
 
 
 async def _tell_ignored(request: Request, context: Context) -> None:
-    """Name what nothing reads in the metadata before the answer, as the HTTP face does in a header."""
+    """Send the names of ignored fields as initial metadata, as the HTTP API does in a header."""
     if request.ignored_fields:
         await context.send_initial_metadata((("x-twostroke-ignored", ", ".join(request.ignored_fields)),))

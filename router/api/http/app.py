@@ -1,4 +1,4 @@
-"""The OpenAI HTTP face: routes, status codes, event streams. Holds no logic of its own."""
+"""The OpenAI-compatible HTTP API: routes, status codes, event streams. Holds no logic of its own."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def make_app(config: RouterConfig, front: Frontend) -> Starlette:
         Route("/v1/requests/{request_id}/explain", _typed(face.explain), methods=["GET"]),
         Route("/v1/cluster", _typed(face.cluster), methods=["GET"]),
         Route("/health", _typed(face.health), methods=["GET"]),
-        Route("/ping", _typed(face.health), methods=["GET", "POST"]),  # where SageMaker asks, as vLLM has it
+        Route("/ping", _typed(face.health), methods=["GET", "POST"]),  # SageMaker's health check, as in vLLM
         Route("/version", _typed(face.version), methods=["GET"]),
         Route("/metrics", _typed(face.metrics), methods=["GET"]),
     ]
@@ -69,7 +69,7 @@ class _Face:
     def __init__(self, config: RouterConfig, front: Frontend) -> None:
         self._config = config
         self._front = front
-        self._building = asyncio.Lock()  # one at a time, so that several big bodies leave the loop as much time as one
+        self._building = asyncio.Lock()  # one body at a time, so that several large ones load the loop no more than one
 
     async def chat(self, http: HttpRequest) -> Response:
         api_key, tenant = self._admit(http)
@@ -79,12 +79,12 @@ class _Face:
     async def completions(self, http: HttpRequest) -> Response:
         api_key, tenant = self._admit(http)
         body = await self._parse(http, CompletionBody, tenant)
-        openai.refuse_endless(body, self._front.longest_context())  # before another big body is built beside it
+        openai.refuse_endless(body, self._front.longest_context())  # before another large body is built
         most = min(self._config.max_prompts, self._config.max_running)
         return await self._run(http, openai.completion_calls(body, api_key, most), "text_completion", body)
 
     def _admit(self, http: HttpRequest) -> tuple[str | None, str]:
-        """Key and tenant of somebody who may ask, before anything of the body is read."""
+        """Check the key; returns key and tenant. Called before the body is read."""
         api_key = _api_key(http)
         return api_key, self._front.authenticate(api_key)
 
@@ -92,7 +92,7 @@ class _Face:
         async with read_body(http, self._config.max_body_bytes, self._front.room, tenant) as data, self._building:
             values = await _in_steps(openai.json_object(data))
             body, ignored = openai.parse(values, kind, strict=self._config.strict)
-        self._note_ignored(http, ignored)  # an error behind this has the header, too
+        self._note_ignored(http, ignored)  # now, so that later errors have the header, too
         return body
 
     def _note_ignored(self, http: HttpRequest, names: Sequence[str]) -> None:
@@ -102,12 +102,12 @@ class _Face:
     async def _run(self, http: HttpRequest, calls: list[GenerateCall], kind: str, body: Body) -> Response:
         name = body.request_id or new_request_id(kind.startswith("chat"))
         if is_request_id(name):
-            http.state.request_id = name  # on errors too: `explain` knows it
+            http.state.request_id = name  # also for errors: `explain` knows the request by it
         started = await until_disconnect(http, self._front.start_list(name, calls))
         self._note_ignored(http, started.request.ignored_fields)
         head = {"id": name, "object": kind, "created": int(time.time()), "model": started.request.model}
         try:
-            if isinstance(body, CompletionBody) and body.echo:  # takes long for long prompts: their tokens are placed
+            if isinstance(body, CompletionBody) and body.echo:  # slow for long prompts: computes token offsets
                 sizes = sum(len(request.prompt_ids) for request in started.requests)
                 work = partial(_answer_to, body, head, started)
                 answer = await self._front.texts.run(work, sizes, started.request.timeout_s)
@@ -134,7 +134,7 @@ class _Face:
         return {
             "id": facts.name,
             "object": "model",
-            "created": 0,  # unknown: a checkpoint does not say
+            "created": 0,  # unknown: checkpoints have no date
             "owned_by": "twostroke",
             "max_model_len": facts.max_model_len,
             "default_sampling_params": served.defaults.told,
@@ -170,7 +170,7 @@ class _Face:
 
 
 async def _in_steps(steps: Generator[None, None, T]) -> T:
-    """The result of a generator; between its steps whoever else waits for the loop goes first."""
+    """Run a generator to its result; between its steps other tasks of the loop run."""
     while True:
         await asyncio.sleep(0)
         try:
@@ -210,7 +210,7 @@ def _wants(body: Body, started: Started) -> Wants:
 
 
 async def _whole(started: Started, answer: Answer) -> dict[str, Any] | bytes:
-    """All pieces as one response object; with a prompt's scores, which may be many, its JSON."""
+    """Collect all pieces in one response object; with prompt scores, which may be many, its JSON bytes."""
     pieces = started.pieces()
     try:
         async for piece in pieces:
@@ -223,7 +223,7 @@ async def _whole(started: Started, answer: Answer) -> dict[str, Any] | bytes:
 
 
 async def _events(started: Started, answer: Answer, with_usage: bool) -> AsyncGenerator[bytes, None]:
-    """Server-sent events of a stream; an error within it becomes its last event."""
+    """Yield the server-sent events of a stream; an error in it becomes its last event."""
     pieces: AsyncGenerator[OutputDelta, None] = started.pieces()
     try:
         async for piece in pieces:
@@ -249,7 +249,7 @@ def _scored_chunk(answer: Answer, piece: OutputDelta) -> bytes:
 
 
 def _api_key(http: HttpRequest) -> str | None:
-    """OpenAI's header, else Azure's or Anthropic's: gateways send whichever their own clients know."""
+    """The key in OpenAI's header, else in Azure's or Anthropic's, which some gateways send."""
     scheme, _, key = http.headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
         return key.strip()
@@ -257,7 +257,7 @@ def _api_key(http: HttpRequest) -> str | None:
 
 
 class _TidyPaths:
-    """Lets a path with a slash too many mean what it means without: base URLs end in one as often as not."""
+    """Middleware that removes superfluous slashes from paths, because base URLs often end with one."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -270,9 +270,9 @@ class _TidyPaths:
 
 
 def _typed(handler: Handler) -> Handler:
-    """Every failure leaves as `{"error": {...}}` with its status and, where it has one, Retry-After.
+    """Wrap a handler: failures become `{"error": {...}}` with their status and, if they have one, Retry-After.
 
-    Every answer has an x-request-id; it stands beside an unexpected failure in the log.
+    Every answer has an x-request-id; unexpected failures are logged with it.
     """
 
     async def wrapped(http: HttpRequest) -> Response:
@@ -302,7 +302,7 @@ def _error(error: TwostrokeError) -> Response:
 
 
 def _refusal(error: TwostrokeError) -> Response:
-    """Of a request that reaches no handler."""
+    """Error response of a request that reaches no handler."""
     response = _error(error)
     response.headers[REQUEST_ID] = _new_id()
     return response

@@ -1,6 +1,6 @@
-"""The bytes of a request's body: within their bounds in length, time and encoding, or a typed error.
+"""Reads the bytes of a request's body, bounded in length, time and encoding.
 
-A large body is a lease of the room that all messages share (reading.py), from before it is read until it is parsed.
+A large body takes a lease of the room that all messages share (reading.py), from before it is read until it is parsed.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from ..checks import short
 from .reading import READ_S, Room
 
 IDLE_S = 10.0  # longest wait for more of a body
-SMALL_BYTES = 64 << 10  # bodies up to here take no room: the server reads as much before it is asked for it
+SMALL_BYTES = 64 << 10  # smaller bodies take no room: the server buffers as much before the body is requested
 
 _GZIP = 16 + zlib.MAX_WBITS
 
 
 @asynccontextmanager
 async def read_body(http: HttpRequest, limit: int, room: Room, tenant: str) -> AsyncIterator[bytearray]:
-    """The body, unpacked where it is gzip; refused as soon as it is too long: by its header, else by its bytes.
+    """Context with the body, unpacked if it is gzip. A body that is too long is refused by its header if possible.
 
-    Its part of the room is free when the context ends.
+    Its part of the room is freed when the context ends.
 
     Raises:
         BodyTooLarge: it has more than `limit` bytes, packed or unpacked.
-        UnsupportedEncoding: it is packed in another way.
-        InvalidRequest: it says that it is gzip, and is not.
+        UnsupportedEncoding: it is packed in another format.
+        InvalidRequest: it is declared as gzip, and is not.
         Overloaded: other messages have all of the room.
         DeadlineExceeded, Cancelled: it came too slowly; the client left.
     """
@@ -60,7 +60,7 @@ async def read_body(http: HttpRequest, limit: int, room: Room, tenant: str) -> A
 
 
 async def _received(http: HttpRequest, limit: int) -> bytearray:
-    """All of the body as it came; each part of it in time."""
+    """Receive the whole body, with a deadline for each part and for all."""
     data = bytearray()
     parts = http.stream()
     try:
@@ -82,7 +82,7 @@ async def _received(http: HttpRequest, limit: int) -> bytearray:
 
 
 def _unpacked(data: bytearray, limit: int) -> bytearray:
-    """One gzip member. Stops at the limit, however much more the bytes would become."""
+    """Unpack one gzip member; stops at the limit."""
     unpacker = zlib.decompressobj(_GZIP)
     try:
         unpacked = unpacker.decompress(data, limit + 1)

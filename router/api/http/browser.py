@@ -1,8 +1,8 @@
-"""What web pages may do here: CORS as it was configured, and nothing for pages that nobody allowed.
+"""Rules for web pages: CORS as configured; requests of pages that are not allowed are refused.
 
-Browsers send a page's request first and keep only its answer from the page; and a page whose own name was made to
-resolve to this machine (DNS rebinding) is kept from nothing. What no page can change is the Host that it asks, the
-origin that its browser names, and that anything but the plainest content types has to be asked for before it is sent.
+A browser sends a page's request and only hides the answer from the page. A page whose own name was made to resolve to
+this machine (DNS rebinding) can even read the answer. But a page cannot change the Host and Origin headers, and its
+browser sends a preflight request before content types other than the simple ones. These are checked here.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from ...config import RouterConfig
 from ..checks import short
 
 EXPOSED_HEADERS = ("x-request-id", "x-twostroke-ignored", "retry-after")
-PROBES = ("/health", "/ping")  # balancers ask by any name, and learn nothing but whether to come back
+PROBES = ("/health", "/ping")  # load balancers use any host name, and the answer has no private information
 
 Answer = Callable[[TwostrokeError], Response]
 
 
 def middleware_for_pages(config: RouterConfig, answer: Answer) -> list[Middleware]:
-    """What every request passes first. `answer` shows an error as this face shows errors."""
+    """Middleware for every request. `answer` converts an error to a response."""
     guard = Middleware(PageGuard, config=config, answer=answer)
     if not config.allowed_origins:
         return [guard]
-    cors = Middleware(  # answers preflights, before any key is asked for, and lets allowed pages read
+    cors = Middleware(  # answers preflights before keys are checked, and lets allowed pages read answers
         CORSMiddleware,
         allow_origins=config.allowed_origins,
         allow_methods=config.allowed_methods,
@@ -44,12 +44,12 @@ def middleware_for_pages(config: RouterConfig, answer: Answer) -> list[Middlewar
 
 
 class PageGuard:
-    """Refuses requests that only a web page would send, and nobody allowed. Before anything of a body is read."""
+    """Refuses requests of web pages that are not allowed, before their body is read."""
 
     def __init__(self, app: ASGIApp, config: RouterConfig, answer: Answer) -> None:
         self._app, self._config, self._answer = app, config, answer
         is_private = is_loopback_name(numeric_host(config.host))
-        # With keys a page lacks one. On an address that others reach, its names are the operator's to know.
+        # With keys, a page has none. On a public address, only the operator knows its host names.
         self._checks_host = bool(config.allowed_hosts) or (is_private and not config.api_keys)
         self._names = (*config.allowed_hosts, config.host)
 
@@ -75,7 +75,7 @@ class PageGuard:
 
 
 def _check_host(headers: Headers, names: tuple[str, ...], *, is_old: bool) -> None:
-    """`is_old`: HTTP/1.0, which no browser speaks and which knows no Host."""
+    """Check the Host header. `is_old`: HTTP/1.0, which browsers do not use and which needs no Host."""
     hosts = headers.getlist("host")
     if is_old and not hosts:
         return
@@ -90,11 +90,11 @@ def _check_host(headers: Headers, names: tuple[str, ...], *, is_old: bool) -> No
 
 
 def _check_origin(headers: Headers) -> None:
-    """Where no key is asked for, any page that a user opens could spend the model."""
+    """Check the page's origin: without keys, any page that a user opens could use the model."""
     origin, site = headers.get("origin"), headers.get("sec-fetch-site")
     if origin is not None:
         is_own = site == "same-origin" or origin.partition("://")[2] == headers.get("host")  # also behind a proxy
-    else:  # a link that was followed is the user's own act
+    else:  # a navigation is started by the user
         is_own = site not in ("cross-site", "same-site") or headers.get("sec-fetch-mode") == "navigate"
     if not is_own:
         page = short(origin) if origin is not None else "another origin"
@@ -105,7 +105,7 @@ def _check_origin(headers: Headers) -> None:
 
 
 def _check_content_type(headers: Headers) -> None:
-    """Browsers old enough to name no origin still ask before they send JSON. Programs say what they like."""
+    """Check the content type of browsers: old ones send no Origin, but send a preflight before JSON."""
     essence = headers.get("content-type", "").partition(";")[0].strip().lower()
     is_json = essence == "application/json" or (essence.startswith("application/") and essence.endswith("+json"))
     if not is_json and _is_of_a_browser(headers):

@@ -1,7 +1,7 @@
-"""Room for messages that are being read: a budget of bytes, who waits for a part of it, and who stays too long.
+"""Room for messages that are being read: a budget of bytes, with a waiting queue and deadlines.
 
-How long a message is, gRPC tells when all of it is here. So a read takes as much as a message may have, and gives back
-what it did not need; until then no more than a stream's first window is taken from the client.
+gRPC reports the length of a message only after all of it has arrived. So a read takes room for the longest message and
+gives the unused part back; until it has room, only a stream's first window is received from the client.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from ...config import RouterConfig
 
 T = TypeVar("T")
 
-READ_S = 30.0  # within which a message must be here
-CONTENDED_READ_S = 1.0  # the same while others wait for room
-WAIT_S = 10.0  # for room
+READ_S = 30.0  # longest time to receive a message
+CONTENDED_READ_S = 1.0  # the same, while other messages wait for room
+WAIT_S = 10.0  # longest wait for room
 MAX_WAITING = 512
-INLINE_BYTES = 2048  # smaller messages are looked through on the event loop: less than a millisecond
+INLINE_BYTES = 2048  # smaller messages are parsed on the event loop, which takes less than a millisecond
 
 
 class Lease:
-    """A part of the room. Whoever has it gives it back, once or more often."""
+    """A part of the room. Its owner must give it back; repeated calls have no effect."""
 
     def __init__(self, room: Room, tenant: str, size_bytes: int) -> None:
         self.tenant = tenant
@@ -35,16 +35,16 @@ class Lease:
         self._room = room
 
     def shrink(self, size_bytes: int) -> None:
-        """The message is here and has so many bytes."""
+        """Reduce the lease to the bytes of the received message."""
         self._room.give_back(self, self.size_bytes - size_bytes)
 
     def give_back(self) -> None:
-        """The message is not needed any more."""
+        """End the lease: the message is no longer needed."""
         self.shrink(0)
 
 
 class Room:
-    """The budget of one router. Leases are given in the order of asking; no tenant of several gets more than half."""
+    """The budget of one router. Leases are given in order of request; of several tenants none gets more than half."""
 
     def __init__(self, size_bytes: int, *, one_tenant: bool) -> None:
         self._free_bytes = size_bytes
@@ -55,14 +55,14 @@ class Room:
 
     @property
     def free_bytes(self) -> int:
-        """What nobody has."""
+        """Bytes without a lease."""
         return self._free_bytes
 
     async def take(self, tenant: str, size_bytes: int) -> Lease:
-        """A lease, as soon as there is room.
+        """Wait for a lease.
 
         Raises:
-            Overloaded: there is none in time, or too many wait already.
+            Overloaded: there was no room in time, or too many wait already.
         """
         loop = asyncio.get_running_loop()
         lease = Lease(self, tenant, size_bytes)
@@ -79,17 +79,17 @@ class Room:
                 await turn
         except BaseException as error:
             self._waiting = deque(pair for pair in self._waiting if pair[0] is not lease)
-            lease.give_back()  # its turn may have come in the same moment
+            lease.give_back()  # it may have been given at the same time
             if isinstance(error, TimeoutError):
                 raise Overloaded(f"no room to read the message within {WAIT_S:g} s", retry_after_s=1.0) from None
             raise
         return lease
 
     async def read(self, lease: Lease, receive: Callable[[], Awaitable[T]], patience_s: float | None = None) -> T:
-        """What `receive` returns: the message of a lease, in `patience_s` (`READ_S`), less where others wait for room.
+        """Receive the message of a lease within `patience_s` (default `READ_S`), or less while others wait for room.
 
         Raises:
-            DeadlineExceeded: it was not here in time.
+            DeadlineExceeded: the message did not arrive in time.
         """
         loop = asyncio.get_running_loop()
         lease.since_s = loop.time()
@@ -103,7 +103,7 @@ class Room:
             lease.reading = None
 
     def give_back(self, lease: Lease, size_bytes: int) -> None:
-        """For leases: so much is not needed any more."""
+        """Free a part of a lease; called by leases."""
         if lease not in self._leases:
             return
         self._free_bytes += size_bytes
@@ -117,7 +117,7 @@ class Room:
 
     def _fits(self, lease: Lease) -> bool:
         used = self._used_bytes.get(lease.tenant, 0)
-        is_within = not used or used + lease.size_bytes <= self._most_bytes  # one message always is
+        is_within = not used or used + lease.size_bytes <= self._most_bytes  # one message per tenant is always allowed
         return is_within and lease.size_bytes <= self._free_bytes
 
     def _give(self, lease: Lease) -> None:
@@ -126,7 +126,7 @@ class Room:
         self._leases.add(lease)
 
     def _admit(self) -> None:
-        """Let in who waited longest and fits; one tenant's part that is used up keeps no other one waiting."""
+        """Give leases to waiting messages that fit, in order; a tenant at its limit does not block other tenants."""
         for lease, turn in list(self._waiting):
             if not turn.done() and self._fits(lease):
                 self._give(lease)
@@ -134,7 +134,7 @@ class Room:
         self._waiting = deque(pair for pair in self._waiting if not pair[1].done())
 
     def _hurry(self, now_s: float) -> None:
-        """Somebody waits: whoever has read for long ends."""
+        """A message waits for room: shorten the deadlines of running reads."""
         for lease in self._leases:
             if lease.reading is not None and not lease.reading.expired():
                 soon_s = max(now_s, lease.since_s + CONTENDED_READ_S)
@@ -144,18 +144,18 @@ class Room:
 
 
 def room_of(config: RouterConfig) -> Room:
-    """The room of one router, for the messages of both faces: at least a packed body and what it becomes."""
+    """The room of one router, for the messages of both APIs: at least a packed and an unpacked body."""
     return Room(max(config.max_bodies_bytes, 2 * config.max_body_bytes), one_tenant=False)
 
 
 class Workbench:
-    """One thread for work on long messages, so that several of them never hold the interpreter back to back."""
+    """One thread for work on long messages, so that they do not hold the interpreter one after the other."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "messages")
 
     async def run(self, size_bytes: int, work: Callable[[], T]) -> T:
-        """The result of `work` on a message of this length: at once where that is quick."""
+        """Run `work` on a message of this length: small ones at once, others in the thread."""
         if size_bytes <= INLINE_BYTES:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)

@@ -1,4 +1,4 @@
-"""Streams towards HTTP clients: events as they come, and an end as soon as the client is gone."""
+"""Event streams to HTTP clients, which end as soon as the client leaves."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from ....core.errors import Cancelled
 
 T = TypeVar("T")
 
-PART_ITEMS = 64  # of a list, each with some twenty likely tokens
+PART_ITEMS = 64  # items of a list that are encoded at once, each with about twenty likely tokens
 
-# Characters that JSON lets stand and that end a line for readers that split text as Unicode says.
+# Characters that JSON allows unescaped, but that end a line for readers with Unicode line splitting.
 _LINE_END = re.compile("[\x85\u2028\u2029]")
 
 
 def to_json(value: Any) -> bytes:
-    """JSON of one line, whatever a reader takes for the end of a line."""
+    """Encode a value as JSON on one line, for every definition of a line end."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return _LINE_END.sub(lambda end: f"\\u{ord(end[0]):04x}", text).encode()
 
 
 def to_json_in_parts(value: Any) -> bytes:
-    """The same of a long value. No part of it holds the interpreter for long, so call it off the event loop."""
+    """Encode a long value in parts, so that none holds the interpreter for long; call it outside the event loop."""
     if isinstance(value, dict):
         return b"{%s}" % b",".join(to_json(name) + b":" + to_json_in_parts(inner) for name, inner in value.items())
     if isinstance(value, list) and len(value) > PART_ITEMS:
@@ -42,22 +42,22 @@ def to_json_in_parts(value: Any) -> bytes:
 
 
 def event(value: Any) -> bytes:
-    """One server-sent event."""
+    """Encode one server-sent event."""
     return b"data: " + to_json(value) + b"\n\n"
 
 
 class JsonAnswer(JSONResponse):
-    """A whole answer, or its bytes."""
+    """JSON response, from a value or from its encoded bytes."""
 
     def render(self, content: Any) -> bytes:
-        """See `to_json`."""
+        """Encode the content with `to_json`, unless it is encoded already."""
         return content if isinstance(content, bytes) else to_json(content)
 
 
 class EventStream(Response):
-    """A text/event-stream over an async generator, closed when the client leaves or takes nothing for `stall_s`.
+    """A text/event-stream over an async generator, closed when the client leaves or reads nothing for `stall_s`.
 
-    `source` is what the events come from: closed with them, for events that never began close nothing.
+    `source`: generator behind the events. It is closed too, because closing events that never began does not close it.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class EventStream(Response):
         self._stall_s = stall_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send events until their end or the client's."""
+        """Send events until they end or the client leaves."""
         sending = asyncio.create_task(self._send(send))
         leaving = asyncio.create_task(_disconnected(receive))
         try:
@@ -83,7 +83,7 @@ class EventStream(Response):
         finally:
             leaving.cancel()
             sending.cancel()
-            with contextlib.suppress(asyncio.CancelledError, OSError):  # OSError: the socket went first, or stalls
+            with contextlib.suppress(asyncio.CancelledError, OSError):  # OSError: the socket closed, or stalls
                 await sending
             await self._events.aclose()
             if self._source is not None:
@@ -103,7 +103,7 @@ async def until_disconnect(http: HttpRequest, work: Coroutine[Any, Any, T]) -> T
     """Run `work`; cancel it when the client leaves first.
 
     Raises:
-        Cancelled: the client left. Nobody will read the answer; it is for the log.
+        Cancelled: the client left. The error goes to the log only.
     """
     working = asyncio.create_task(work)
     leaving = asyncio.create_task(_disconnected(http.receive))
@@ -121,6 +121,6 @@ async def until_disconnect(http: HttpRequest, work: Coroutine[Any, Any, T]) -> T
 
 
 async def _disconnected(receive: Receive) -> None:
-    """Returns when the connection is closed. The body has been read already."""
+    """Wait until the connection is closed. The body must have been read already."""
     while (await receive())["type"] != "http.disconnect":
         pass

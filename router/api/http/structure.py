@@ -1,8 +1,8 @@
-"""JSON text of a request, bounded before any of it becomes Python values, and built in slices. Knows no field.
+"""Parser of JSON requests: checks bounds before any Python value is built, and builds in slices. Knows no field.
 
-`json` builds a value in one call that nothing interrupts; time and memory follow the number of values, not of bytes.
-So the raw bytes are scanned first for what stands outside strings, and long lists and objects are built run by run of
-their members. Whoever drives the generators does other work between two steps.
+`json` builds a value in one uninterruptible call, whose time and memory depend on the number of values, not of bytes.
+So the raw bytes are scanned first for marks outside strings, and long lists and objects are built in runs of members.
+The driver of the generators can do other work between two steps.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import numpy.typing as npt
 from ....core.errors import InvalidRequest
 from ..checks import refuse_constant
 
-SLICE_BYTES = 64 << 10  # scanned or built in one step: a few milliseconds; a text of one slice is built at once
+SLICE_BYTES = 64 << 10  # scanned or built per step, in a few milliseconds; a text of one slice is built at once
 MAX_DEPTH = 64  # arguments of tool calls nest up to 32
 MAX_CONTAINERS = 32_768  # 2,048 messages with several parts and tool calls each
 MAX_KEYS = 65_536
-MAX_COMMAS = 640_000  # token ids of a prompt of 512 Ki tokens, and what stands beside them
+MAX_COMMAS = 640_000  # token ids of a prompt of 512 Ki tokens, and other fields
 
 T = TypeVar("T")
 
@@ -38,7 +38,7 @@ _PAIRS = {ord("["): b"]", ord("{"): b"}"}
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """Most lists and objects, keys of objects, and commas of one text, and how deep it may nest."""
+    """Largest numbers of lists and objects, of keys, of commas, and of nesting levels in one text."""
 
     containers: int = MAX_CONTAINERS
     keys: int = MAX_KEYS
@@ -52,11 +52,11 @@ class Marks:
 
     places: npt.NDArray[np.signedinteger[Any]]  # byte offset; 32 bits
     kinds: npt.NDArray[np.uint8]
-    depths: npt.NDArray[np.int32]  # behind the mark: an opening one is as deep as its members
+    depths: npt.NDArray[np.int32]  # nesting depth after the mark: an opening mark has the depth of its members
 
 
 def finished(steps: Generator[None, None, T]) -> T:
-    """The result of a generator, driven to its end at once."""
+    """Run a generator to its result at once."""
     while True:
         try:
             next(steps)
@@ -66,12 +66,16 @@ def finished(steps: Generator[None, None, T]) -> T:
 
 
 def check(text: str, bounds: Bounds) -> None:
-    """Refuse a JSON text that is built at once and would become too much. Raises InvalidRequest."""
+    """Check the bounds of a JSON text that will be built at once.
+
+    Raises:
+        InvalidRequest: it exceeds a bound.
+    """
     finished(scanned(text.encode(errors="replace"), bounds))
 
 
 def num_containers(text: str) -> int:
-    """Lists and objects that a JSON text would become, at most one more than are taken of a body."""
+    """Number of lists and objects in a JSON text; MAX_CONTAINERS + 1 if there are more."""
     try:
         marks = finished(scanned(text.encode(errors="replace"), Bounds(keys=1 << 30, commas=1 << 30, depth=1 << 30)))
     except InvalidRequest:
@@ -80,11 +84,11 @@ def num_containers(text: str) -> int:
 
 
 def built(data: bytes | bytearray, bounds: Bounds | None = None) -> Generator[None, None, Any]:
-    """The value of a JSON text in UTF-8; a text of one slice is not scanned, for it can hold little.
+    """Build the value of a JSON text in UTF-8; a text of one slice is not scanned, because it is small.
 
     Raises:
-        InvalidRequest: it exceeds a bound; nothing of it was built.
-        ValueError, RecursionError: it is not JSON, as `json.loads` says it.
+        InvalidRequest: it exceeds a bound; no value was built.
+        ValueError, RecursionError: it is not JSON; the errors of `json.loads`.
     """
     if len(data) <= SLICE_BYTES:
         return _loads(data)
@@ -94,7 +98,11 @@ def built(data: bytes | bytearray, bounds: Bounds | None = None) -> Generator[No
 
 
 def scanned(data: bytes | bytearray, bounds: Bounds) -> Generator[None, None, Marks]:
-    """The marks of a text, or the bound that it exceeds. Looks at no more of it than up to there."""
+    """Find the marks of a text.
+
+    Raises:
+        InvalidRequest: it exceeds a bound; the rest of the text is not scanned.
+    """
     found: list[Marks] = []
     num = np.zeros(5, np.int64)  # marks of each kind so far
     depth, is_inside, is_escaped = 0, False, False
@@ -146,7 +154,7 @@ class _Builder:
         self._marks = marks
 
     def value(self, low: int, high: int, first: int, last: int) -> Generator[None, None, Any]:
-        """One value; a long list or object is built from runs of members, each of one slice or one member."""
+        """Build one value; a long list or object is built in runs of members, each of one slice or one member."""
         data, marks = self._data, self._marks
         if high - low <= SLICE_BYTES or first == last:
             return _loads(data[low:high], low)
@@ -182,7 +190,7 @@ class _Builder:
         return items if is_list else fields
 
     def _member(self, start: int, end: int, first: int, last: int, is_list: bool) -> Generator[None, None, Any]:
-        """One long member as a list or object of its own."""
+        """Build one long member; returns it in a list or object with one member."""
         if is_list:
             value = yield from self.value(start, end, first, last)
             return [value]
@@ -205,6 +213,6 @@ def _loads(data: bytes | bytearray, offset: int = 0) -> Any:
         start = offset + error.start
         raise UnicodeDecodeError(error.encoding, b"", start, start + 1, error.reason) from None
     except ValueError as error:
-        if "set_int_max_str_digits" in str(error):  # Python's own remedy is none for a client
+        if "set_int_max_str_digits" in str(error):  # Python's message has a remedy that a client cannot use
             raise ValueError(f"a number has more than {sys.get_int_max_str_digits()} digits") from None
         raise
