@@ -166,7 +166,7 @@ HANDOVER_STREAMS = {
         "mismatches", "KV that did not match its digests: frames that arrived (decode), reads to be sent (prefill)"
     ),
 }
-"""What both sides of hand-overs count, by the field of kv/handover/machine.py: Counters."""
+"""Counters of both sides of hand-overs, by the field of kv/handover/machine.py: Counters."""
 
 _MISMATCHES = {"decode": "kv_corrupted_frames", "prefill": "kv_corrupted_reads"}
 

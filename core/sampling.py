@@ -104,7 +104,7 @@ class SamplingField:
 
     @property
     def is_list(self) -> bool:
-        """Whether clients send a list."""
+        """True if clients send a list."""
         return self.form in (Form.TEXTS, Form.TOKEN_IDS, Form.WORDS)
 
     @property

@@ -50,7 +50,7 @@ class HashedModel(Protocol):
 
     @property
     def deterministic(self) -> bool:
-        """Whether only KV of the same numerics class may be used."""
+        """True if only KV of the same numerics class may be used."""
         ...
 
 

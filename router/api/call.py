@@ -8,7 +8,7 @@ from typing import Any
 
 from ...core.sampling import SamplingOptions
 
-UNTIL_FULL = 2**31 - 1  # as the usual max_tokens: whatever the context leaves
+UNTIL_FULL = 2**31 - 1  # as the usual max_tokens: all that the context leaves
 
 
 @dataclass(frozen=True, slots=True)

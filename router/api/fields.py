@@ -93,7 +93,7 @@ else:
 
 
 class Body(SamplingBody):
-    """What both endpoints take, with every sampling field of the table that both write in one form."""
+    """Fields of both endpoints, with every sampling field of the table that has one form in both."""
 
     n: Whole | None = None
     return_token_ids: bool | None = None
@@ -103,7 +103,7 @@ class Body(SamplingBody):
     stream_options: StreamOptions | None = None
 
     def sampling_options(self) -> SamplingOptions:
-        """What it says of sampling by the API's names, without `logprobs`, which chats and completions write apart.
+        """Sampling fields by the API's names, without `logprobs`, which chats and completions write differently.
 
         Raises:
             InvalidRequest: a field and its alias have different values.

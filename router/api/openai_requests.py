@@ -177,7 +177,7 @@ def completion_calls(body: CompletionBody, api_key: str | None, max_prompts: int
 
 
 def is_scored_only(body: Body) -> bool:
-    """Whether a completion asks for its prompt back, with scores if it likes, and for nothing behind it."""
+    """True if a completion asks for its prompt, with or without scores, and for no new token."""
     return isinstance(body, CompletionBody) and bool(body.echo) and body.sampling_options().get("max_tokens") == 0
 
 

@@ -97,7 +97,7 @@ def _usual(call: GenerateCall, model: ServedModel, default: int | None) -> int |
 
 
 def is_bounded(call: GenerateCall, model: ServedModel, default_max_tokens: int | None) -> bool:
-    """Whether anybody said how long an answer may be."""
+    """True if the client or the checkpoint bounds the answer's length."""
     usual = _usual(call, model, default_max_tokens) or UNTIL_FULL
     return call.sampling.get("max_tokens") is not None or usual < UNTIL_FULL
 
@@ -113,7 +113,7 @@ def _top_p(field: SamplingField, asked: Asked) -> float:
 
 
 def _top_k(field: SamplingField, asked: Asked) -> int:
-    """0, vLLM's -1, and whatever keeps the whole vocabulary: off."""
+    """0, vLLM's -1 and every value that keeps the whole vocabulary: off."""
     top_k: int = 0 if asked.said.get("top_k") == -1 else _checked(field, asked)
     return 0 if top_k >= asked.model.vocab_size else top_k
 

@@ -65,7 +65,7 @@ def explain_run(run: RequestState, state: str) -> dict[str, Any]:
 
 
 def explain_sampling(sampling: SamplingParams) -> dict[str, Any]:
-    """How tokens are chosen; of long lists how long they are."""
+    """Sampling parameters; a long list is shown as its length."""
     return {name: _of_field(FIELD_BY_NAME[name], getattr(sampling, name)) for name in sampling.__slots__}
 
 

@@ -89,7 +89,7 @@ class Terms:
 
     @property
     def total_ms(self) -> float:
-        """What is compared."""
+        """Predicted cost of the candidate; the lowest wins."""
         return self.first_token_ms + self.transfer_ms + self.load_penalty_ms
 
 

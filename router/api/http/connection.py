@@ -69,7 +69,7 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def give_up(self) -> None:
-        """Close at once, whatever is unsent."""
+        """Close at once and drop unsent bytes."""
         self._among.remove(self)
         self.transport.abort()
 
@@ -110,7 +110,7 @@ class Connection(HttpToolsProtocol):
             self._begin_head()
         try:
             self._feed(data)
-        except httptools.HttpParserError:  # also whatever a callback raised
+        except httptools.HttpParserError:  # also errors that a callback raised
             self._refuse(self._refusal)
             return
         if self._in_head:  # one long header may not have come to a callback yet

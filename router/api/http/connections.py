@@ -26,7 +26,7 @@ def raise_file_limit() -> int:
 
 
 def connections_within(asked: int, num_files: int) -> int:
-    """How many connections a process of so many files takes: as many as asked for, if files are left for the rest."""
+    """Connections that a process of `num_files` files accepts: `asked`, if files are left for the rest."""
     if num_files < 0:  # RLIM_INFINITY
         return asked
     return max(1, min(asked, max(num_files - RESERVED_FILES, num_files // 2)))
