@@ -68,6 +68,8 @@ class Guard(grpc.aio.ServerInterceptor):
 
         @asynccontextmanager
         async def answering(context: Any) -> AsyncIterator[None]:
+            # Also at the end: of a stream that ends at once, grpc.aio may report no initial metadata (`StreamCall`).
+            context.set_trailing_metadata(((ANSWER_HEADER, answer),))
             await context.send_initial_metadata(((ANSWER_HEADER, answer),))
             yield
 

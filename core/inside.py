@@ -160,17 +160,19 @@ class StreamCall(_Call):
         except asyncio.CancelledError:
             self._call.cancel()
             raise
-        if not any(name == ANSWER_HEADER for name, _ in metadata or ()):
-            await self._raise_end()
+        if not any(name == ANSWER_HEADER for name, _ in metadata or ()) and await self._has_ended():
+            # grpc.aio reports empty initial metadata if the status of the call arrives together with it.
+            metadata = await self._call.trailing_metadata()
         self._check(metadata)
         self._is_proven = True
 
-    async def _raise_end(self) -> None:
-        """Raise the status of a call that ended without a proof; return if the call has not ended."""
+    async def _has_ended(self) -> bool:
+        """True if the call has ended well; raises the status of one that failed. False: it continues without a proof."""
         try:
             code = await asyncio.wait_for(self._call.code(), STATUS_S)
         except TimeoutError:
-            return  # the call continues without a proof
+            return False
         if code is not grpc.StatusCode.OK:
             details = str(await self._call.details() or "")[:_MAX_DETAIL]
             raise grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details)
+        return True

@@ -1,13 +1,17 @@
 """Calls to a peer that does not prove the cluster's key: nothing of it is read, and none stays open."""
 
 import asyncio
+from collections.abc import AsyncIterator
 from typing import Any
 
+import grpc
+import grpc.aio
 import pytest
 
 from twostroke.core import inside
-from twostroke.core.inside import StreamCall, Unproven
-from twostroke.core.proof import ANSWER_HEADER, Claim
+from twostroke.core.guard import Guard
+from twostroke.core.inside import InsideChannel, StreamCall, Unproven
+from twostroke.core.proof import ANSWER_HEADER, Claim, Direction, sign
 
 CLAIM = Claim("/a.B/C", "10.0.0.7:8100", 1_700_000_000_000, b"n" * 16)
 
@@ -44,3 +48,58 @@ async def test_a_call_whose_peer_gives_no_proof_in_time_is_cancelled(monkeypatch
     with pytest.raises(Unproven, match=r"within 0\.01 s"):
         await StreamCall(silent, CLAIM, b"k" * 32).read()
     assert silent.is_cancelled
+
+
+class Ended:
+    """A call that ended well before its initial metadata could be seen: grpc.aio reports none then."""
+
+    def __init__(self, trailing: Any) -> None:
+        self._trailing = trailing
+
+    async def initial_metadata(self) -> Any:
+        return ()
+
+    async def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.OK
+
+    async def trailing_metadata(self) -> Any:
+        return self._trailing
+
+    async def read(self) -> Any:
+        return grpc.aio.EOF
+
+    def cancel(self) -> None:
+        pass
+
+
+async def test_a_stream_that_ended_at_once_is_proven_by_its_end():
+    key = b"k" * 32
+    answer = sign(key, CLAIM, Direction.ANSWER)
+    assert await StreamCall(Ended(((ANSWER_HEADER, answer),)), CLAIM, key).read() is grpc.aio.EOF
+    for trailing, words in ((((ANSWER_HEADER, b"w" * 32),), "wrong proof"), ((), "no proof")):
+        with pytest.raises(Unproven, match=words):
+            await StreamCall(Ended(trailing), CLAIM, key).read()
+
+
+async def test_a_server_proves_itself_at_the_beginning_and_at_the_end_of_a_stream_without_messages():
+    key = b"k" * 32
+    guard = Guard(key, "the server")
+    server = grpc.aio.server(interceptors=[guard])
+
+    async def nothing(request: bytes, context: Any) -> AsyncIterator[bytes]:
+        for message in ():
+            yield message
+
+    handler = grpc.unary_stream_rpc_method_handler(nothing)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("a.B", {"C": handler}),))
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    guard.audience = address
+    await server.start()
+    try:
+        async with asyncio.timeout(60), InsideChannel(address, key) as channel:
+            calls = [channel.unary_stream("/a.B/C")(b"") for _ in range(100)]
+            for call in calls:
+                assert [message async for message in call] == []
+                assert any(name == ANSWER_HEADER for name, _ in await call.trailing_metadata())
+    finally:
+        await server.stop(0)
