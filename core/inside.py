@@ -167,7 +167,7 @@ class StreamCall(_Call):
         self._is_proven = True
 
     async def _has_ended(self) -> bool:
-        """True if the call has ended well; raises the status of one that failed. False: it continues without a proof."""
+        """True if the call has ended well, false if it continues without a proof; raises the status of a failed one."""
         try:
             code = await asyncio.wait_for(self._call.code(), STATUS_S)
         except TimeoutError:
