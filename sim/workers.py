@@ -134,9 +134,16 @@ class SimService(DecodeService):
     def _check_cancelled(self, orphans: list[DecodeTask]) -> None:
         if any(run in self.runs and run._verdict is None for run in orphans):
             raise Violation("R7", f"{self.node.process}: requests of a lost router run on")
-        self._after(ORPHAN_SLACK_S, lambda: self._check_gone(orphans))
+        self._check_gone_later(orphans)
 
-    def _check_gone(self, orphans: list[DecodeTask]) -> None:
+    def _check_gone_later(self, orphans: list[DecodeTask]) -> None:
+        frozen_s = self.node.process.frozen_s
+        self._after(ORPHAN_SLACK_S, lambda: self._check_gone(orphans, frozen_s))
+
+    def _check_gone(self, orphans: list[DecodeTask], frozen_s: float) -> None:
+        if self.node.process.frozen_s != frozen_s:  # the process stood still meanwhile: its engine had no turn
+            self._check_gone_later(orphans)
+            return
         if any(run in self.runs for run in orphans):
             raise Violation("R7", f"{self.node.process}: requests of a lost router do not end")
 
