@@ -25,7 +25,7 @@ import report
 
 TIMEOUT_S = 900.0
 ENGINE_LINE = re.compile(r"round 1, (.+), (twostroke .+): ([0-9.]+) tokens/s")
-MEASURES = ("--only", "twostroke", "--rounds", "1")
+ARGUMENTS = ("--only", "twostroke bf16", "--rounds", "1")
 Figures = dict[str, float]
 
 
@@ -53,7 +53,7 @@ def saved(tree: Path, name: str) -> dict[str, Any]:
 
 def engine(tree: Path) -> Figures:
     """Tokens per second of the engine alone, by measure."""
-    output = run(tree, "bench/engine/campaign.py", *MEASURES)
+    output = run(tree, "bench/engine/campaign.py", *ARGUMENTS)
     return {f"{name}, {measure}, tokens/s": float(value) for measure, name, value in ENGINE_LINE.findall(output)}
 
 
