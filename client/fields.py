@@ -20,7 +20,8 @@ def set_field(message: Wire, field: str, value: Any, param: str | None = None) -
             getattr(message, field).extend(value)
         else:
             setattr(message, field, value)
-    except (TypeError, ValueError) as error:  # UnicodeEncodeError is a ValueError
+    # UnicodeEncodeError is a ValueError. A list for a scalar has no `extend`; a huge integer for a flag overflows.
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InvalidRequest(f"{param or field} is {shown(value)}: {error}", param=param or field) from None
     return message
 

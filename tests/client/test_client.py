@@ -353,6 +353,9 @@ def test_a_lost_piece_is_noticed(client, peer, prompt):
         ({"logprobs": -1}, "logprobs"),
         ({"prompt_logprobs": 1.5}, "prompt_logprobs"),
         ({"request_id": 7}, "request_id"),
+        ({"temperature": [0.5]}, "temperature"),
+        ({"seed": [1, 2]}, "seed"),
+        ({"ignore_eos": 2**70}, "ignore_eos"),
     ],
 )
 def test_a_value_that_cannot_be_sent_is_named(client, peer, options, param):
