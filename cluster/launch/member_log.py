@@ -41,7 +41,9 @@ class MemberLog:
         """The last 8,000 bytes of the output, as text."""
         newest = _tail(self._file, _TAIL_BYTES)
         if len(newest) < _TAIL_BYTES:
-            newest = _tail(self._older, _TAIL_BYTES)[len(newest) - _TAIL_BYTES :] + newest
+            older = _tail(self._older, _TAIL_BYTES)[len(newest) - _TAIL_BYTES :]
+            # A copy may end within a long line whose rest is lost. What follows it is a line of its own.
+            newest = older + (b"\n" if older and not older.endswith(b"\n") else b"") + newest
         return newest.decode(errors="replace").strip()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from twostroke.cluster.config import load_config
 from twostroke.cluster.launch import process as launch_process
-from twostroke.cluster.launch.last_words import ProcessEnd
+from twostroke.cluster.launch.last_words import ProcessEnd, end_of_process
 from twostroke.cluster.launch.launcher import Site
 from twostroke.cluster.launch.member_log import MemberLog
 from twostroke.cluster.launch.process import ProcessLauncher
@@ -124,3 +124,15 @@ async def test_a_child_that_is_being_made_when_its_start_is_cancelled_is_ended_t
     await launcher.abort()
     process = await asyncio.wait_for(made.get(), 60)
     assert await asyncio.wait_for(process.wait(), 60) == -9
+
+
+def test_the_last_words_are_a_line_of_their_own_behind_a_copy_that_ends_within_one(tmp_path):
+    log = MemberLog(tmp_path, "router-0", max_bytes=100)
+    with log.open() as out:
+        out.write(b"x" * 150)  # half of a line, when the file is cut
+        out.flush()
+        log.bound()
+        out.write(b"twostroke: port 1 is in use\n")
+        out.flush()
+    assert log.tail().endswith("x\ntwostroke: port 1 is in use")
+    assert end_of_process(2, log.tail()) == ProcessEnd("port 1 is in use", is_certain=True)
