@@ -195,6 +195,8 @@ def stages(case: Case, num_rounds: int) -> dict[str, list[float]]:
     """GB/s of each stage of a hand-over alone: in this process, on one thread, frame by frame."""
     import torch
 
+    from twostroke.kernels.reference import store_kv
+
     torch.set_num_threads(1)
     spec, frames = spec_of(case.codec), 4
     num_blocks = frames * case.frame_tokens // HASH_BLOCK_TOKENS
@@ -203,7 +205,7 @@ def stages(case: Case, num_rounds: int) -> dict[str, list[float]]:
     table_of, generations = [BlockId(b) for b in order], [1] * num_blocks
     rows = torch.randn(num_blocks * HASH_BLOCK_TOKENS, SHAPE.kv_heads, SHAPE.head_dim)
     for layer in range(SHAPE.layers):
-        source.write(layer, rows, rows.flip(0), torch.arange(len(rows)))
+        store_kv(rows, rows.flip(0), torch.arange(len(rows)), *source.planes(layer))
     source.seal(HeldTokens(table_of, generations, 0, len(rows)))
     label = Label("stages", 0, Epoch(1, 1))
     measured: dict[str, list[float]] = {}
