@@ -14,7 +14,6 @@ from .plan import StepPlan
 
 _FADE = 0.95  # weight of the past at each new step: a memory of about 20 steps
 _TILE_TOKENS = 16  # fewer rows take the same time (model/ops/products.py)
-_SCORED_GUESS = 4.0  # cost of a scored row over that of a plain one, until the first is timed
 _MIN_PAIRS = 1e4  # noise of 10 ms over a believable 1e-3 ms per pair: b counts from about so many pairs on
 
 
@@ -32,8 +31,6 @@ class StepTimes(NamedTuple):
         per_token_ms = self.prefill_ms_per_token + self.prefill_ms_per_token_pair * num_computed
         if is_scored and (self.scored_ms_per_token or self.scored_ms_per_token_pair):
             per_token_ms = self.scored_ms_per_token + self.scored_ms_per_token_pair * num_computed
-        elif is_scored:
-            per_token_ms *= _SCORED_GUESS
         return budget_ms / per_token_ms if per_token_ms > 0 else float("inf")
 
 

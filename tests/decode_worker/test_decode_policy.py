@@ -50,9 +50,8 @@ def test_the_time_of_a_step_is_configured():
     assert policy.prompt_tokens(500, StepTimes(10.0, 0.5), 0, is_scored=False) == 60
 
 
-def test_prompts_whose_logprobs_are_wanted_have_prices_of_their_own_and_are_dear_until_they_are_known():
-    assert POLICY.prompt_tokens(500, StepTimes(20.0, 0.25), 0, is_scored=False) == 240
-    assert POLICY.prompt_tokens(500, StepTimes(20.0, 0.25), 0, is_scored=True) == 60
+def test_prompts_whose_logprobs_are_wanted_have_prices_of_their_own_once_they_are_known():
+    assert POLICY.prompt_tokens(500, StepTimes(20.0, 0.5), 0, is_scored=True) == 120
     times = StepTimes(20.0, 0.5, 0.0, 0.5, 0.001)
     assert POLICY.prompt_tokens(500, times, 500, is_scored=True) == 60
     assert POLICY.prompt_tokens(500, times, 500, is_scored=False) == 120
