@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from _typeshed import FileDescriptorLike
 
 MAX_EVENTS = 8  # of the second tier per turn: about 0.3 ms of work
-_ENTRIES = 1 << 16  # events of the first tier per turn; without a bound in practice
+_ENTRIES = 256  # most events of the first tier per turn; the interpreter allocates room for them at each call
 
 
 class TieredSelector(selectors.BaseSelector):
