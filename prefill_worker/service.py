@@ -163,6 +163,7 @@ class PrefillService:
         self._facts.model.check_prompt(asked_ids)
         params = sampling_from_wire(order.sampling)
         self._facts.model.check_sampling(params)
+        self._facts.model.check_adapter(order.adapter)
         prompt_ids, names = self._prompts.name(sender.label.request_id, asked_ids, scope_from_wire(order))
         if order.identity_root != names.root:
             raise InvalidRequest(
