@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from ..cli import chat, members, role, serve, status
+from ..cli import chat, role, serve, status
+from ..cli import processes as members
 from ..core.errors import TwostrokeError
 from .failure import fail
 from .sim import app as sim_app

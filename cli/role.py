@@ -11,7 +11,7 @@ from ..cli import options as o
 from ..client.client import Client
 from ..core.errors import ConfigError, InvalidRequest, Unavailable
 from ..core.request import Role
-from .members import check_key
+from .processes import check_key
 from .status import ApiKey, Grpc, Insecure
 
 TIMEOUT_S = 10.0

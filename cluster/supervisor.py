@@ -1,4 +1,4 @@
-"""Supervisor: starts a plan, restarts its members, stops it. Only it restarts processes; membership.py decides when."""
+"""Supervisor: starts a plan, restarts its members, stops it. Only it restarts processes; restarts.py decides when."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ..core.ports import free_ports, target
 from .config import Config
 from .launch.last_words import ProcessEnd
 from .launch.launcher import Launcher, Site
-from .membership import Patience, RestartBook, Standing, Use
 from .placement import Plan
+from .restarts import Patience, RestartBook, Standing, Use
 
 log = logging.getLogger(__name__)
 

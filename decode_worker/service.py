@@ -17,8 +17,8 @@ from .choice import ChoiceText
 from .ledger import Ledger, Standing
 from .order import Order, key_of, order_from_wire
 from .report import refusal_message
-from .run import DecodeTask, DecodeTaskTools
-from .session import RouterSession, SessionContext, SessionTiming
+from .router_session import RouterSession, SessionContext, SessionTiming
+from .task import DecodeTask, DecodeTaskTools
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from ..kv.messages import error_to_wire, sampling_from_wire, scope_from_wire, sp
 from ..kv.recent_prompts import RecentPrompts
 from ..kv.spec import KvSpec
 from ..protos import handover_pb2
-from .job import PrefillTask, PrefillTaskTools
+from .task import PrefillTask, PrefillTaskTools
 
 log = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """A worker's side of a router's session and watch, in virtual time. Knows no engine and no hand-over.
 
-Messages, outbox and watchers are production's (decode_worker/session.py, worker/watch.py); streams and timers are ours.
+Messages, outbox and watchers are production's (router_session.py, worker/watch.py); streams and timers are ours.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.request import Epoch
 from ..decode_worker.outbox import Outbox
-from ..decode_worker.session import RouterSession
+from ..decode_worker.router_session import RouterSession
 from ..kv.block import IDENTITY_BYTES
 from ..kv.messages import epoch_from_wire, epoch_to_wire
 from ..protos import worker_pb2

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from weakref import WeakKeyDictionary
 
-from ..decode_worker.run import DecodeTask
+from ..decode_worker.task import DecodeTask
 from ..router.routing.facts import WorkerKey
 from .invariants import Violation
 from .network import End

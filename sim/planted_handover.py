@@ -7,13 +7,13 @@ from typing import Any
 from weakref import WeakSet
 
 from ..decode_worker import pull
-from ..decode_worker.run import DecodeTask as DecodeRun
+from ..decode_worker.task import DecodeTask as DecodeRun
 from ..kv.handover.carrier import Carrier, CheckLine
 from ..kv.handover.machine import Action, Label, Lost, MessageVerdict, NumberedStream
 from ..kv.handover.receiver import FrameArrived, Receiver
 from ..kv.handover.sender import Sender
 from ..kv.section import SectionData
-from ..prefill_worker.job import PrefillTask
+from ..prefill_worker.task import PrefillTask
 from .planting import Planted, damaging, instead
 
 

@@ -15,7 +15,7 @@ from ..router.requests import delivery, lifecycle
 from ..router.requests.history import RequestHistory
 from ..router.requests.lifecycle import Lifecycle
 from ..router.requests.roster import Roster
-from ..router.requests.run import RequestState, RequestStates, Stage
+from ..router.requests.state import RequestState, RequestStates, Stage
 from ..router.routing.facts import WorkerKey
 from ..router.routing.policy import PolicyLimits, RequestFacts, RoutingDecision, WorkerView, choose
 from .planting import Planted, instead

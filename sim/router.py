@@ -21,7 +21,7 @@ from ..router.requests.explain import explain_run
 from ..router.requests.history import RequestHistory
 from ..router.requests.lifecycle import Lifecycle
 from ..router.requests.roster import Roster
-from ..router.requests.run import RequestState, Stage
+from ..router.requests.state import RequestState, Stage
 from ..router.requests.surroundings import LifeLimits, Order
 from ..router.routing.facts import ModelFacts, WorkerFacts, WorkerKey
 from ..router.routing.fleet import Fleet, FleetChange

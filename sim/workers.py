@@ -16,9 +16,9 @@ from ..decode_worker.choice import ChoiceText
 from ..decode_worker.ledger import RouterKey
 from ..decode_worker.order import Order
 from ..decode_worker.pull import KvPullTools
-from ..decode_worker.run import DecodeTask, DecodeTaskTools
+from ..decode_worker.router_session import RouterSession
 from ..decode_worker.service import DecodeService
-from ..decode_worker.session import RouterSession
+from ..decode_worker.task import DecodeTask, DecodeTaskTools
 from ..engine.facts import FaceFacts, ModelFacts
 from ..engine.link import messages as link
 from ..engine.link.client import EngineClient, Owner, SequenceEvent
@@ -28,8 +28,8 @@ from ..kv.handover.machine import SendFrame
 from ..kv.handover.transports.grpc import Channels
 from ..kv.keys import PromptHasher
 from ..kv.messages import epoch_from_wire
-from ..prefill_worker.job import PrefillTask, PrefillTaskTools
 from ..prefill_worker.service import PrefillService
+from ..prefill_worker.task import PrefillTask, PrefillTaskTools
 from ..protos import common_pb2, handover_pb2, worker_pb2
 from ..router.routing import facts as router_facts
 from ..text.stream import TextPiece

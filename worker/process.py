@@ -24,8 +24,8 @@ from ..core.lease import HANDOVER_LEASE, Lease
 from ..core.ports import bindable_host, check_port, target
 from ..core.request import Role
 from ..decode_worker.pull import KvPullTools
-from ..decode_worker.run import DecodeTaskTools
 from ..decode_worker.service import DecodeService
+from ..decode_worker.task import DecodeTaskTools
 from ..engine.link import messages as link
 from ..engine.link.client import EngineClient
 from ..kernels.cpu.build import stop_building
@@ -33,8 +33,8 @@ from ..kv.handover.machine import HANDOVER
 from ..kv.handover.transports.grpc import SERVER_OPTIONS, Channels, handlers
 from ..kv.keys import proof_key
 from ..kv.messages import role_to_wire, spec_to_wire
-from ..prefill_worker.job import PrefillTaskTools
 from ..prefill_worker.service import PrefillService
+from ..prefill_worker.task import PrefillTaskTools
 from ..protos import common_pb2, worker_pb2_grpc
 from .announcer import Announcer
 from .build import BuiltEngine, build_engine

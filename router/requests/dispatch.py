@@ -21,11 +21,11 @@ from ..routing.coefficients import PredictionError
 from ..routing.facts import ModelFacts, WorkerKey
 from ..routing.policy import PolicyLimits
 from ..routing.views import RETRY_AFTER_S
-from ..workers.members import Identity, RegistryHandlers, WorkerRegistry
+from ..workers.registry import Identity, RegistryHandlers, WorkerRegistry
 from .admission import AdmissionLimits
 from .lifecycle import Lifecycle
 from .pieces import OutputDelta
-from .run import RequestState, Timer
+from .state import RequestState, Timer
 from .surroundings import LifeLimits, Order
 
 log = logging.getLogger(__name__)

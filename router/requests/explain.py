@@ -13,7 +13,7 @@ from ...core.timeline import Instant
 from ..routing.coefficients import FIELDS, Coefficients
 from ..routing.fleet import Worker
 from ..routing.policy import Candidate, RoutingDecision
-from .run import RequestState
+from .state import RequestState
 
 MAX_SHOWN = 32  # entries of a list; a longer one is replaced by its length
 MAX_TEXT = 64  # characters of a text in a list

@@ -22,13 +22,13 @@ from ...core.timeline import Instant, Timeline
 from ..config import RouterConfig
 from ..metrics import TRANSPORTS, RouterMetrics
 from ..routing.facts import ModelFacts
-from ..workers.members import Identity, WorkerRegistry
+from ..workers.registry import Identity, WorkerRegistry
 from .dispatch import Dispatcher, PieceStream
 from .explain import explain_run
 from .history import RequestHistory
 from .life import life_of
 from .pieces import OutputDelta
-from .run import RequestState
+from .state import RequestState
 
 
 class Flow:

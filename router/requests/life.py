@@ -6,7 +6,7 @@ from ...core.errors import Cancelled
 from ...core.life import Life
 from ...core.request import FinishReason
 from ...core.timeline import Instant
-from .run import RequestState
+from .state import RequestState
 
 
 def life_of(run: RequestState, now_s: float) -> Life:

@@ -35,7 +35,7 @@ from ..workers.wire import cancel_to_wire, submit_to_wire
 from .admission import Admission, Offer
 from .delivery import DeliveryVerdict
 from .roster import Roster
-from .run import Dispatch, RequestState, RequestStates, Stage, Timer
+from .state import Dispatch, RequestState, RequestStates, Stage, Timer
 from .surroundings import Driver, LifeLimits, Observer
 
 MAX_DISPATCHES = 3

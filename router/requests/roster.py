@@ -1,6 +1,6 @@
 """Reactions to the messages of workers: connect, update, reset, forget. Pure.
 
-Joins fleet and prefix map. The owner of the connections (router/workers/members.py, sim/router.py) passes the messages
+Joins fleet and prefix map. The owner of the connections (router/workers/registry.py, sim/router.py) passes the messages
 in and implements `Wires`.
 """
 

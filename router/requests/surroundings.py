@@ -17,7 +17,7 @@ from ...protos import worker_pb2
 from ..routing.facts import ModelFacts, WorkerKey
 from ..routing.policy import PolicyLimits
 from .admission import AdmissionLimits
-from .run import RequestState, Timer
+from .state import RequestState, Timer
 
 Order = worker_pb2.Submit | worker_pb2.CancelRequest
 

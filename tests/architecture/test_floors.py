@@ -39,15 +39,15 @@ PURE_FILES = (
     "core/tally.py",
     "kv/store/host_store.py",
     "prefill_worker/policy.py",
-    "prefill_worker/job.py",
+    "prefill_worker/task.py",
     "decode_worker/ledger.py",
     "decode_worker/policy.py",
     "decode_worker/pull.py",
-    "decode_worker/run.py",
+    "decode_worker/task.py",
     "decode_worker/speed.py",
     "worker/automatic.py",
     "cluster/placement.py",
-    "cluster/membership.py",
+    "cluster/restarts.py",
 )
 IMPURE = {"torch", "triton", "ray", "grpc", "asyncio", "threading", "time", "random", "socket", "secrets", "os"}
 

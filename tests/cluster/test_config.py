@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from twostroke.cli import members
+from twostroke.cli import processes as members
 from twostroke.cluster.config import Config, load_config
 from twostroke.core.config import load_section
 from twostroke.core.errors import ConfigError

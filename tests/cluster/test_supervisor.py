@@ -9,9 +9,9 @@ import pytest
 
 from twostroke.cluster.config import load_config
 from twostroke.cluster.launch.last_words import ProcessEnd
-from twostroke.cluster.membership import Standing, Use
 from twostroke.cluster.model_facts import model_facts
 from twostroke.cluster.placement import place
+from twostroke.cluster.restarts import Standing, Use
 from twostroke.cluster.supervisor import Supervisor
 from twostroke.worker.machine import machine_facts
 

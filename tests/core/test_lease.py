@@ -7,7 +7,7 @@ import pytest
 
 from twostroke.core.errors import ConfigError
 from twostroke.core.lease import ENGINE_LEASE, HANDOVER_LEASE, MIN_BEATS, ROUTER_LEASE, WORKER_LEASE, Lease
-from twostroke.decode_worker.session import SessionTiming
+from twostroke.decode_worker.router_session import SessionTiming
 from twostroke.router.routing.fleet import FleetLimits
 
 ROOT = Path(__file__).resolve().parents[2]

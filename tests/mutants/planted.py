@@ -12,7 +12,7 @@ import planted_workers
 _MACHINES = (
     "tests/kv/test_handover_scenarios.py",
     "tests/decode_worker/test_pull.py",
-    "tests/prefill_worker/test_job.py",
+    "tests/prefill_worker/test_prefill_task.py",
 )
 _ENGINE = ("tests/engine/test_engine_core.py", "tests/engine/test_scheduler_scenarios.py")
 _SESSION = ("tests/decode_worker/test_ledger.py", "tests/worker/test_worker_session.py")
@@ -67,18 +67,18 @@ TESTS: dict[str, tuple[str, ...]] = {
     "decode_worker/choice": ("tests/decode_worker/test_choice.py",),
     "decode_worker/outbox": ("tests/decode_worker/test_outbox.py",),
     "decode_worker/pull": ("tests/decode_worker/test_pull.py", "tests/worker/test_worker_handover.py"),
-    "decode_worker/session": ("tests/decode_worker/test_session.py", *_SESSION),
-    "decode_worker/run": ("tests/decode_worker/test_run.py", *_SESSION),
+    "decode_worker/router_session": ("tests/decode_worker/test_router_session.py", *_SESSION),
+    "decode_worker/task": ("tests/decode_worker/test_task.py", *_SESSION),
     "decode_worker/": (*_SESSION, "tests/worker/test_worker_handover.py", "tests/worker/test_worker_faults.py"),
     "prefill_worker/": (
-        "tests/prefill_worker/test_job.py",
+        "tests/prefill_worker/test_prefill_task.py",
         "tests/prefill_worker/test_service.py",
         "tests/worker/test_worker_handover.py",
         "tests/worker/test_worker_faults.py",
     ),
     "router/routing/prefixes": ("tests/router/routing/test_prefixes.py", *_PURE),
     "router/requests/dispatch": (*_FLOW, "tests/router/requests/test_flow_lives.py"),
-    "router/workers/members": (
+    "router/workers/registry": (
         *_FLOW,
         "tests/router/routing/test_metrics.py",
         "tests/router/requests/test_flow_lives.py",
@@ -115,7 +115,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/decode_worker/test_choice.py",
     ),
     "text/": ("tests/text/test_incremental.py", "tests/text/test_behind_prompt.py"),
-    "cluster/membership": ("tests/cluster/test_membership.py",),
+    "cluster/restarts": ("tests/cluster/test_restarts.py",),
     "cluster/supervisor": ("tests/cluster/test_supervisor.py", "tests/cluster/test_drained.py"),
     "worker/watch": ("tests/worker/test_watchers.py", "tests/worker/test_worker_watch.py"),
     "worker/announcer": ("tests/worker/test_announcer.py", "tests/worker/test_worker_watch.py"),

@@ -211,33 +211,33 @@ _PULLED = [
     Mutant("decode_worker/pull.py", "            self._carrier.do(self.receiver.garbled(now_s, str(error)))\n", ""),
     Mutant("decode_worker/pull.py", "                self._owner.pull_lost(action)\n", "                pass\n"),
     Mutant(
-        "prefill_worker/job.py",
+        "prefill_worker/task.py",
         "        holds = partial(verify_sections, sections, *place, self._tools.digest_key)\n",
         "        holds = partial(bool, 1)\n",
     ),
     Mutant(
-        "prefill_worker/job.py",
+        "prefill_worker/task.py",
         "        if self._mismatches[place] < MAX_READS:\n",
         "        if self._mismatches[place] <= MAX_READS:\n",
     ),
-    Mutant("prefill_worker/job.py", "        self._mismatches[place] += 1\n", ""),
+    Mutant("prefill_worker/task.py", "        self._mismatches[place] += 1\n", ""),
     Mutant(
-        "prefill_worker/job.py", "                if not self._has_ended:\n", "                if self._has_ended:\n"
+        "prefill_worker/task.py", "                if not self._has_ended:\n", "                if self._has_ended:\n"
     ),
     Mutant(
-        "prefill_worker/job.py",
+        "prefill_worker/task.py",
         "            self._carrier.do(self.sender.closed(now_s))\n            return\n",
         "            return\n",
     ),
     Mutant(
-        "prefill_worker/job.py", "        self._carrier.do(self.sender.closed(self._host.now_s()))\n", "        pass\n"
+        "prefill_worker/task.py", "        self._carrier.do(self.sender.closed(self._host.now_s()))\n", "        pass\n"
     ),
     Mutant(
-        "prefill_worker/job.py",
+        "prefill_worker/task.py",
         "                self._carrier.do(self.sender.failed(error_to_wire(_why(event)), now_s))\n",
         "",
     ),
-    Mutant("prefill_worker/job.py", "                send(link.Release(self.key))\n", "                pass\n"),
+    Mutant("prefill_worker/task.py", "                send(link.Release(self.key))\n", "                pass\n"),
     Mutant("prefill_worker/service.py", "        if order.identity_root != names.root:\n", "        if False:\n"),
     Mutant("prefill_worker/service.py", "        if self._role() is Role.COMBINED:\n", "        if False:\n"),
     Mutant(

@@ -22,7 +22,7 @@ _ROUTER = [
         "                if self._pieces[index].choice == piece.choice:\n",
         "                if True:\n",
     ),
-    Mutant("router/requests/run.py", "            if missing > 0:\n", "            if False:\n"),
+    Mutant("router/requests/state.py", "            if missing > 0:\n", "            if False:\n"),
     Mutant("router/requests/admission.py", "        self.tokens -= offer.tokens\n", ""),
     Mutant("router/requests/admission.py", "        self._share_by_tenant[offer.tenant] -= self._size(offer)\n", ""),
     Mutant("router/requests/admission.py", "        self._retry_tokens -= 1.0\n", ""),
@@ -193,23 +193,25 @@ _LIVES = [
         "delta(key.worker_id, event.sequence, delta.stored, delta.removed)",
         'delta(key.worker_id, event.sequence, delta.stored, b"")',
     ),
-    Mutant("router/requests/run.py", "        self.delivery.recall()\n", ""),
+    Mutant("router/requests/state.py", "        self.delivery.recall()\n", ""),
     Mutant(
-        "router/requests/run.py",
+        "router/requests/state.py",
         "            if not self.delivery.is_awaited(end.choice, epoch):\n                return",
         "            if False:\n                return",
     ),
     Mutant(
-        "router/requests/run.py",
+        "router/requests/state.py",
         "        usage = None if self.delivery.unfinished else self.usage\n",
         "        usage = self.usage\n",
     ),
     Mutant(
-        "router/requests/run.py",
+        "router/requests/state.py",
         "if run.living is not None and run.living.decode == key]",
         "if run.current is not None and run.current.decode == key]",
     ),
-    Mutant("router/requests/run.py", "min(self._cached.values(), default=0)", "max(self._cached.values(), default=0)"),
+    Mutant(
+        "router/requests/state.py", "min(self._cached.values(), default=0)", "max(self._cached.values(), default=0)"
+    ),
 ]
 
 _DRIVEN = [
@@ -220,30 +222,30 @@ _DRIVEN = [
         '            self.fail(run, Unavailable("the router is stopping", retry_after_s=RETRY_AFTER_S))\n',
         "            pass\n",
     ),
-    Mutant("router/workers/members.py", "                self._handlers.ticked(now_s)\n", ""),
-    Mutant("router/workers/members.py", "        self._num_lost = self.fleet.num_lost\n", ""),
+    Mutant("router/workers/registry.py", "                self._handlers.ticked(now_s)\n", ""),
+    Mutant("router/workers/registry.py", "        self._num_lost = self.fleet.num_lost\n", ""),
     Mutant(
-        "router/workers/members.py",
+        "router/workers/registry.py",
         "PromptHasher.of(self._identity.identity_key, model)",
         'PromptHasher(self._identity.identity_key, model.weights_fingerprint, b"")',
     ),
     Mutant(
-        "router/workers/members.py",
+        "router/workers/registry.py",
         "hasher.name(request.prompt_ids, request.cache_scope)",
         'hasher.name(request.prompt_ids, type(request.cache_scope)("", b""))',
     ),
     Mutant(
-        "router/workers/members.py",
+        "router/workers/registry.py",
         "        link = self._links.pop(facts.key, None)\n",
         "        link = self._links.get(facts.key)\n",
     ),
-    Mutant("router/workers/members.py", "            self._metrics.forget_worker(facts)\n", ""),
+    Mutant("router/workers/registry.py", "            self._metrics.forget_worker(facts)\n", ""),
     Mutant(
-        "router/workers/members.py",
+        "router/workers/registry.py",
         "            if worker is not None and worker.facts.key == key:\n                self._metrics",
         "            if False:\n                self._metrics",
     ),
-    Mutant("router/workers/members.py", "        self._is_closed = True\n", ""),
+    Mutant("router/workers/registry.py", "        self._is_closed = True\n", ""),
     Mutant(
         "router/requests/flow.py",
         '            self._dispatcher.fail(run, Cancelled("the client went away"))',

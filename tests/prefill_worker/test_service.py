@@ -19,8 +19,8 @@ from twostroke.kv.handover.machine import Label
 from twostroke.kv.keys import PromptHasher
 from twostroke.kv.messages import sampling_to_wire, spec_to_wire
 from twostroke.kv.spec import attention_spec
-from twostroke.prefill_worker.job import PrefillTaskTools
 from twostroke.prefill_worker.service import PrefillService
+from twostroke.prefill_worker.task import PrefillTaskTools
 from twostroke.protos import handover_pb2 as pb
 
 SPEC = attention_spec(2, 2, 16, Codec.FP8_E4M3)

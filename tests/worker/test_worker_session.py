@@ -7,7 +7,7 @@ import pytest
 
 from twostroke.core.request import Role
 from twostroke.decode_worker import service
-from twostroke.decode_worker.session import SessionTiming
+from twostroke.decode_worker.router_session import SessionTiming
 from twostroke.engine.config import StepConfig
 from twostroke.protos import common_pb2, worker_pb2
 from twostroke.text.stream import TextStream

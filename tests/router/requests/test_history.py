@@ -19,7 +19,7 @@ from twostroke.router.requests.decision_log import DecisionLog
 from twostroke.router.requests.explain import explain_sampling
 from twostroke.router.requests.history import RequestHistory
 from twostroke.router.requests.life import life_of
-from twostroke.router.requests.run import RequestState
+from twostroke.router.requests.state import RequestState
 from twostroke.router.routing.facts import ModelFacts
 
 HEAVY = SamplingParams(

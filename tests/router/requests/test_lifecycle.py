@@ -15,7 +15,7 @@ from twostroke.protos import common_pb2, worker_pb2
 from twostroke.router.requests.admission import AdmissionLimits
 from twostroke.router.requests.lifecycle import Lifecycle
 from twostroke.router.requests.roster import Roster
-from twostroke.router.requests.run import RequestState, Stage
+from twostroke.router.requests.state import RequestState, Stage
 from twostroke.router.requests.surroundings import LifeLimits
 from twostroke.router.routing.facts import ModelFacts, WorkerFacts, WorkerKey
 from twostroke.router.routing.fleet import Fleet

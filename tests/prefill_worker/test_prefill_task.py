@@ -19,7 +19,7 @@ from twostroke.kv.handover.machine import Label
 from twostroke.kv.handover.sender import Sender, SenderState
 from twostroke.kv.section import SectionData
 from twostroke.kv.spec import attention_spec
-from twostroke.prefill_worker.job import MAX_READS, PrefillTask, PrefillTaskTools
+from twostroke.prefill_worker.task import MAX_READS, PrefillTask, PrefillTaskTools
 from twostroke.protos import handover_pb2 as pb
 
 KEY, CLASS = 0xC0FFEE, b"c" * 16

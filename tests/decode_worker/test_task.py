@@ -15,7 +15,7 @@ from twostroke.decode_worker.choice import TextDelta
 from twostroke.decode_worker.order import Order, Peer
 from twostroke.decode_worker.outbox import Outbox
 from twostroke.decode_worker.pull import KvPullTools
-from twostroke.decode_worker.run import DecodeTask
+from twostroke.decode_worker.task import DecodeTask
 from twostroke.engine.facts import FaceFacts, ModelFacts
 from twostroke.engine.link import messages as link
 from twostroke.kv.codec import Codec

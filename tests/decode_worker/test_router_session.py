@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from twostroke.decode_worker.outbox import Outbox
-from twostroke.decode_worker.session import RouterSession, SessionTiming
+from twostroke.decode_worker.router_session import RouterSession, SessionTiming
 from twostroke.protos import common_pb2, worker_pb2
 
 NUM_ORDERS = 50

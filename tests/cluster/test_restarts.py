@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twostroke.cluster.membership import BackOff, Patience, RestartBook, Standing, Use
+from twostroke.cluster.restarts import BackOff, Patience, RestartBook, Standing, Use
 
 
 def test_a_dead_member_is_due_at_once_the_first_time():
