@@ -394,7 +394,7 @@ def test_numbers_with_a_sign_mean_what_they_mean_over_http(client, peer):
 
 @pytest.mark.parametrize("prompt", [b"text", {"text": 1}])
 def test_a_prompt_whose_parts_would_pass_for_token_ids_is_refused(client, peer, prompt):
-    with pytest.raises(InvalidRequest, match="prompt is .*; give a list"):
+    with pytest.raises(InvalidRequest, match="give a list"):
         client.generate(prompt)
     assert peer.seen == []
 
