@@ -314,6 +314,8 @@ const char* twostroke_level() {
     return "avx512";
 #elif defined(__FMA__)
     return "avx2";
+#elif defined(__aarch64__)
+    return "neon";  // dot products of bytes are exact with and without instructions for them
 #else
     return "plain";
 #endif

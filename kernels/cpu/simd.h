@@ -10,6 +10,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "api.h"
@@ -59,11 +61,37 @@ inline F32 splat(float x) { return F32{} + x; }
 inline U32 splat_u32(uint32_t x) { return U32{} + x; }
 #endif
 
+#if defined(__aarch64__)
+// Sixteen lanes as the four registers of a 64-bit Arm.
+template <class R>
+class Quarters {
+   public:
+    template <class V>
+    explicit Quarters(const V& v) {
+        std::memcpy(parts_, &v, sizeof parts_);
+    }
+    R& operator[](int i) { return parts_[i]; }
+    const R& operator[](int i) const { return parts_[i]; }
+    template <class V>
+    V whole() const {
+        return load<V>(parts_);
+    }
+
+   private:
+    R parts_[4];
+};
+#endif
+
 inline F32 fma(F32 a, F32 b, F32 c) {
 #if defined(__AVX512F__)
     return (F32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(TWOSTROKE_AVX2)
     return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+#elif defined(__aarch64__)
+    Quarters<float32x4_t> sum(c);
+    const Quarters<float32x4_t> x(a), y(b);
+    for (int i = 0; i < 4; i++) sum[i] = vfmaq_f32(sum[i], x[i], y[i]);
+    return sum.whole<F32>();
 #else
     return a * b + c;
 #endif
@@ -297,6 +325,21 @@ inline I32 dot_quads(I32 acc, U32 w, U32 x) {
 #elif defined(TWOSTROKE_AVX2)
     return {(I32::Half)dot_quads((__m256i)acc.lo, (__m256i)w.lo, (__m256i)x.lo),
             (I32::Half)dot_quads((__m256i)acc.hi, (__m256i)w.hi, (__m256i)x.hi)};
+#elif defined(__ARM_FEATURE_MATMUL_INT8) || defined(__ARM_FEATURE_DOTPROD)
+    Quarters<int32x4_t> sum(acc);
+    const Quarters<uint8x16_t> a(w);
+    const Quarters<int8x16_t> b(x);
+    for (int i = 0; i < 4; i++) {
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+        sum[i] = vusdotq_s32(sum[i], a[i], b[i]);
+#else
+        // Signed by signed alone: w = (w - 128) + 2 * 64.
+        const int8x16_t half = vdupq_n_s8(64);
+        sum[i] = vdotq_s32(sum[i], vreinterpretq_s8_u8(veorq_u8(a[i], vdupq_n_u8(128))), b[i]);
+        sum[i] = vdotq_s32(vdotq_s32(sum[i], half, b[i]), half, b[i]);
+#endif
+    }
+    return sum.whole<I32>();
 #else
     for (int j = 0; j < 32; j += 8) acc += (I32)(w >> j & 0xFFu) * ((I32)(x << (24 - j)) >> 24);
     return acc;
