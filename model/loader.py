@@ -13,6 +13,7 @@ import torch
 from ..checkpoint.config import DeviceChoice, DTypeChoice, KernelsChoice
 from ..checkpoint.config_json import load_spec
 from ..checkpoint.safetensors_files import checkpoint_files
+from ..checkpoint.shards import Shard, shard_spec
 from ..checkpoint.sizes import cache_codec, compute_dtype, context_length
 from ..checkpoint.spec import DType, Quantization
 from ..kernels.cpu import library as native
@@ -21,8 +22,10 @@ from .ops.device import chosen_kernels, describe_device, refuse_unserved, resolv
 from .ops.native_ops import NativeOps
 from .ops.seam import Ops
 from .ops.torch_ops import TorchOps
+from .parallel.collectives import ONE_RANK, Collectives
 from .runner import Runner
 from .weights.host_memory import give_back_after_load
+from .weights.rank_source import cut_source
 from .weights.tensors import open_source, weights_fingerprint
 from .weights.weights import load_weights
 
@@ -58,12 +61,15 @@ class NumericsClass:
     description: str
 
 
-def load_runner(directory: Path, options: RunnerOptions) -> Runner:
+def load_runner(directory: Path, options: RunnerOptions, collectives: Collectives = ONE_RANK) -> Runner:
     """Load weights and make a store of `num_blocks` blocks. Call `warm_up` in the thread that runs the steps.
+
+    `collectives`: of a tensor-parallel group. Then weights and store are those of its rank.
 
     Raises:
         CheckpointError: the directory holds no model that is served.
-        ConfigError: max_model_len exceeds the checkpoint's context length, or the device cannot serve the model.
+        ConfigError: max_model_len exceeds the checkpoint's context length, the device cannot serve the model, or its
+            heads cannot be split over the ranks.
     """
     spec = load_spec(directory)
     more_ends = (id_ for id_ in options.end_ids if id_ < spec.vocab_size)  # the tokenizer may have more ids
@@ -74,12 +80,15 @@ def load_runner(directory: Path, options: RunnerOptions) -> Runner:
     if device.type != "cpu":
         refuse_unserved(spec, cache_codec(options.kv_dtype))
     ops = make_ops(dtype, options.quantization, options.num_threads, kernels=options.kernels, device=device)
-    weights = load_weights(open_source(directory), spec, ops)
+    rank = shard_spec(spec, Shard(collectives.rank, collectives.size))
+    weights = load_weights(cut_source(open_source(directory), rank), rank.local, ops)
     give_back_after_load(checkpoint_files(directory) if directory.is_dir() else (directory,))
-    kv_spec = spec.kv_spec(cache_codec(options.kv_dtype))
+    kv_spec = rank.kv_spec(cache_codec(options.kv_dtype))
     store = KvStore(kv_spec, options.num_blocks, options.block_tokens, device, options.digest_key)
     graph_seqs = options.graph_seqs if device.type != "cpu" else 0
-    return Runner(spec, weights, ops, store, options.max_model_len, graph_seqs=graph_seqs)
+    return Runner(
+        rank.local, weights, ops, store, options.max_model_len, graph_seqs=graph_seqs, collectives=collectives
+    )
 
 
 def make_ops(
