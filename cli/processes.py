@@ -26,7 +26,7 @@ def worker(
         str | None,
         typer.Option(help="GET /metrics and /health, on the same address; 0 = any (the default), none = off."),
     ] = None,
-    memory_bytes: Annotated[int | None, typer.Option(help="Memory to use. Default: what is available.")] = None,
+    memory_bytes: Annotated[int | None, typer.Option(min=1, help="Memory to use. Default: what is available.")] = None,
     model: o.Model = None,
     served_model_name: o.ServedModelName = None,
     config: o.ConfigFile = None,

@@ -132,7 +132,7 @@ def _sized(settings: WorkerSettings, model: ResolvedModel) -> SizedWorker:
         settings.step,
         settings.cache,
         model.device,
-        memory_bytes=settings.memory_bytes or available,
+        memory_bytes=available if settings.memory_bytes is None else settings.memory_bytes,
         device_bytes=available,
         wanted=wanted,
     )

@@ -1,19 +1,26 @@
 """What settings that nobody gave mean on a laptop, in a container, on large and small GPUs; and what is said of it."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
+from support.gguf_files import write_gguf
+from typer.testing import CliRunner
 
+from twostroke.cli.main import app
 from twostroke.cli.serve import show_plan
 from twostroke.cluster.config import load_config
 from twostroke.cluster.launch.launcher import Site, worker_settings
+from twostroke.cluster.model_facts import model_facts
 from twostroke.cluster.placement import ModelFacts, Plan, place
 from twostroke.core.errors import ConfigError, DoesNotFit
 from twostroke.kv.sizing import MAX_POOL_BLOCKS, MemoryFacts, size_pool
 from twostroke.kv.spec import attention_spec
+from twostroke.model.resolved import resolve
+from twostroke.worker.build import _sized
 from twostroke.worker.cgroup import left_bytes, quota_cores
 from twostroke.worker.machine import MachineFacts, usable_cores
 
@@ -122,6 +129,50 @@ def test_every_process_goes_by_what_was_decided():
     assert (settled.cache.tokens, settled.cache.memory_fraction) == (plan.pool.num_tokens, 0.9)
     assert settled.router.port == config.router.port
     assert settled.cluster.key == config.cluster.key
+
+
+@pytest.mark.parametrize("form", ["safetensors", "gguf"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"cache.tokens": 127, "cache.block_size": 64},  # one block, and less than a context
+        {"cache.memory_fraction": 0.0001},  # a pool of less than a context
+        {"cache.swap_space": 0.01, "cluster.prefill": 1, "cluster.decode": 2},
+        {"model.quantization": "int8", "cache.dtype": "float32", "model.dtype": "float32"},
+        {"model.max_model_len": 64, "step.max_num_seqs": 3, "step.max_num_batched_tokens": 48},
+        {"model.kernels": "torch", "cluster.prefill": 3, "cluster.decode": 5},
+    ],
+)
+def test_each_worker_gets_what_the_plan_says(
+    flags: dict[str, Any], form: str, family_directory: Callable[[str], Path], tmp_path: Path
+):
+    path = family_directory("qwen3")
+    if form == "gguf":
+        write_gguf(path, tmp_path / "tiny.gguf")
+        path = tmp_path / "tiny.gguf"
+    config = load_config(flags=ONE | {"model.path": str(path), "model.device": "cpu"} | flags)
+    plan = place(config, MachineFacts(8, 2 << 30), model_facts(config))
+    site = Site(plan.settle(config), plan.model.directory, plan.model.name, 1)
+    for member in plan.workers:
+        settings = worker_settings(site, member)
+        model = resolve(Path(settings.model_directory), settings.model, settings.cache.dtype, "cpu")
+        sized = _sized(settings, model)
+        assert replace(sized.pool, arithmetic="") == replace(plan.pool, arithmetic="")
+        assert sized.max_model_len == plan.model.max_model_len
+        assert sized.step == plan.config.step
+        assert model.weight_bytes == plan.model.weight_bytes
+
+
+def test_no_memory_is_not_all_memory(tiny_checkpoint: Path):
+    config = load_config(flags=ONE | {"model.path": str(tiny_checkpoint), "model.device": "cpu"})
+    plan = place(config, LAPTOP, model_facts(config))
+    settings = worker_settings(Site(plan.settle(config), plan.model.directory, "m", 1), plan.workers[0])
+    model = resolve(tiny_checkpoint, settings.model, settings.cache.dtype, "cpu")
+    with pytest.raises(DoesNotFit, match="memory 0 MiB"):
+        _sized(settings.model_copy(update={"memory_bytes": 0}), model)
+    asked = ["worker", "--role", "decode", "--router", "127.0.0.1:1", "--memory-bytes", "0"]
+    assert CliRunner().invoke(app, asked).exit_code == 2
 
 
 def test_a_pool_has_no_more_blocks_than_can_be_kept_book_of():

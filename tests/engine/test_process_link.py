@@ -179,10 +179,12 @@ async def test_bytes_that_are_no_events_count_as_the_engine_s_end(said: bytes):
 
 @pytest.mark.parametrize("head", [b"\xff\xff\xff\xff", b"\x01\x00\x00\x40", b"\x00\x00", b""])
 async def test_a_frame_too_large_or_cut_is_the_end_on_both_sides(head: bytes):
+    """What is too large ends it at once; of what is cut no more can come when the other side is gone."""
     ours, theirs = socket.socketpair()
     face = await FaceEnd.open(ours)
     theirs.sendall(head)
-    theirs.shutdown(socket.SHUT_WR)
+    if len(head) < 4:
+        theirs.shutdown(socket.SHUT_WR)
     async with asyncio.timeout(TIMEOUT_S):
         assert await face.receive() == []
     theirs.close()
@@ -190,11 +192,34 @@ async def test_a_frame_too_large_or_cut_is_the_end_on_both_sides(head: bytes):
     link = ThreadLink()
     carrying = serve_engine(theirs, link)
     ours.sendall(head)
-    ours.shutdown(socket.SHUT_WR)
+    if len(head) < 4:
+        ours.shutdown(socket.SHUT_WR)
     assert await asyncio.to_thread(link.take, 1, TIMEOUT_S) == [Stop()]
     link.close()
     ours.close()
     await asyncio.to_thread(carrying.join, TIMEOUT_S)
+
+
+async def test_a_face_that_lives_and_reads_nothing_stops_the_engine(monkeypatch):
+    monkeypatch.setattr(process_link, "STALL_S", 0.1)
+    ours, theirs = socket.socketpair()
+    link = ThreadLink()
+    carrying = serve_engine(theirs, link)
+    with ours:
+        link.emit([LATE] * 20_000)  # of 50 bytes each, more than the socket holds
+        assert await asyncio.to_thread(link.take, 1, TIMEOUT_S) == [Stop()]
+        link.close()
+        await asyncio.to_thread(carrying.join, TIMEOUT_S)
+        assert not carrying.is_alive()
+
+
+async def test_work_for_an_engine_that_is_gone_is_refused_before_its_end_is_read():
+    ours, theirs = socket.socketpair()
+    face = await FaceEnd.open(ours)
+    theirs.close()
+    face.send(AskSnapshot())
+    with pytest.raises(Unavailable):
+        face.send(submit())
 
 
 async def test_a_reader_that_gives_up_waiting_loses_nothing():

@@ -15,6 +15,7 @@ are checked there. Knows no route and no body.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING, Any, cast
 
 import httptools
@@ -224,7 +225,8 @@ class Connection(HttpToolsProtocol):
         self._since_s = self.loop.time()
         self._among.note_idle(self)
         if self.transport.can_write_eof():
-            self.transport.write_eof()
+            with contextlib.suppress(OSError):  # the client has reset the connection, and the loop has not seen it yet
+                self.transport.write_eof()
         self.flow.resume_reading()
 
     def _refuse(self, status: str) -> None:

@@ -82,15 +82,17 @@ class Connections:
 
     def _look(self, loop: asyncio.AbstractEventLoop) -> None:
         now_s = loop.time()
-        for _ in range(min(LOOKS_AT_ONCE, len(self._looks))):
-            due_s, connection = self._looks[0]
-            if due_s > now_s:
-                break
-            self._looks.popleft()
-            if not connection.is_lost:
-                connection.look(now_s)
-                self.look_later(connection, loop)
-        self._look_timer = loop.call_at(self._looks[0][0], self._look, loop) if self._looks else None
+        try:
+            for _ in range(min(LOOKS_AT_ONCE, len(self._looks))):
+                due_s, connection = self._looks[0]
+                if due_s > now_s:
+                    break
+                self._looks.popleft()
+                if not connection.is_lost:
+                    self.look_later(connection, loop)
+                    connection.look(now_s)
+        finally:  # also if a look raised: without the timer no connection would ever be looked at again
+            self._look_timer = loop.call_at(self._looks[0][0], self._look, loop) if self._looks else None
 
     def note_idle(self, connection: Connection) -> None:
         """A connection begins to be idle."""

@@ -3,6 +3,7 @@
 import asyncio
 import importlib.util
 import socket
+import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -238,6 +239,41 @@ async def test_a_connection_that_ends_and_is_not_left_by_its_client_is_closed():
             while len(among):
                 await asyncio.sleep(0.01)
         writer.transport.abort()
+
+
+@pytest.mark.usefixtures("short_times")
+async def test_a_look_that_fails_is_not_the_last(monkeypatch: pytest.MonkeyPatch):
+    looked_at: list[Any] = []
+
+    def fail(self: Any, now_s: float) -> None:
+        looked_at.append(self)
+        raise OSError(107, "a test says so")
+
+    monkeypatch.setattr(connection.Connection, "look", fail)
+    asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+    async with served() as (port, among):
+        writers = [(await asyncio.open_connection("127.0.0.1", port))[1] for _ in range(3)]
+        while len(set(looked_at)) < 3:
+            await asyncio.sleep(0.01)
+        monkeypatch.undo()
+        monkeypatch.setattr(connection, "FIRST_BYTE_S", 0.0)
+        while len(among):
+            await asyncio.sleep(0.01)
+        for writer in writers:
+            writer.transport.abort()
+
+
+async def test_the_end_of_an_answer_to_a_client_that_has_just_reset_the_connection_is_no_error():
+    async with served() as (port, among):
+        client = socket.create_connection(("127.0.0.1", port))
+        while not len(among):
+            await asyncio.sleep(0.01)
+        (served_one,) = among._all
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()  # and the loop cannot see it before the next line
+        served_one._stop_writing()
+        while len(among):
+            await asyncio.sleep(0.01)
 
 
 async def test_the_time_of_an_idle_connection_begins_with_the_end_of_its_answer():
