@@ -206,7 +206,7 @@ async def _addresses(name: str) -> frozenset[str]:
         OSError: the name has no address, or no server of names answers.
     """
     host, _, port = name.rpartition(":")
-    found = await asyncio.get_running_loop().getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
+    found = await asyncio.to_thread(socket.getaddrinfo, host, int(port), type=socket.SOCK_STREAM)
     return frozenset(target(str(address[0]), int(port)) for *_, address in found)
 
 

@@ -257,13 +257,13 @@ async def test_a_router_at_every_address_of_a_name_is_told_and_one_that_the_name
     two, _ = await second.listen(f"127.0.0.2:{port}")
     found = ["127.0.0.1"]
 
-    async def look_up(name, port, **_):
+    def look_up(name, port, **_):
         assert name == "routers.test.svc"
         if not found:
             raise OSError("no such name")
         return [(0, 0, 0, "", (host, port)) for host in found]
 
-    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", look_up)
+    monkeypatch.setattr("socket.getaddrinfo", look_up)
     announcer = Announcer(
         [], common_pb2.WorkerInfo(worker_id="w"), KEY, Retry(first_s=0.02, longest_s=0.02), [f"routers.test.svc:{port}"]
     )
