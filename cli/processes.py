@@ -9,6 +9,7 @@ import typer
 from ..cli import options as o
 from ..cluster.config import Config
 from ..core.errors import ConfigError
+from ..core.ports import check_address
 from ..core.request import Role
 
 ParentPid = Annotated[int | None, typer.Option(help="End when this process is no longer our parent.", hidden=True)]
@@ -16,7 +17,13 @@ ParentPid = Annotated[int | None, typer.Option(help="End when this process is no
 
 def worker(
     role: Annotated[Role, typer.Option(help="prefill, decode or combined.")],
-    router: Annotated[list[str], typer.Option(help="host:port where a router takes announcements; repeatable.")],
+    router: Annotated[
+        list[str] | None, typer.Option(help="host:port where a router takes announcements; repeatable.")
+    ] = None,
+    routers_at: Annotated[
+        list[str] | None,
+        typer.Option(help="name:port; a router at every address of this name, e.g. a headless Service; repeatable."),
+    ] = None,
     worker_id: Annotated[str | None, typer.Option(help="Unique name. Default: role and process id.")] = None,
     host: Annotated[
         str, typer.Option(help="Address of the worker's gRPC services. Another than loopback needs --insecure.")
@@ -44,6 +51,10 @@ def worker(
     flags = {"model": model, "served_model_name": served_model_name, "config": config}
     settings = o.config_from(flags | {"worker_metrics_port": metrics_port, "insecure": insecure})
     check_key(settings)
+    if not router and not routers_at:
+        raise ConfigError("no router is given to announce to; give --router HOST:PORT or --routers-at NAME:PORT")
+    for name in routers_at or ():
+        check_address(name, "--routers-at")
     run_worker(
         WorkerSettings(
             worker_id=worker_id or f"{role}-{os.getpid()}",
@@ -60,7 +71,8 @@ def worker(
             port=port,
             metrics_port=settings.cluster.worker_metrics_port,
             metrics_keys=settings.router.api_keys,
-            routers=tuple(router),
+            routers=tuple(router or ()),
+            routers_at=tuple(routers_at or ()),
             cluster_key=settings.cluster.key,
             orphan_grace_s=settings.cluster.orphan_grace_s,
             drain_timeout_s=settings.cluster.drain_timeout_s,

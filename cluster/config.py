@@ -151,6 +151,7 @@ def _check(config: Config) -> None:
     router = config.router
     if not router.insecure:
         bindable_host(router.host, "router.host", insecure=False)
+        bindable_host(router.internal_host, "router.internal_host", insecure=False)
     ports = [port for port in (router.port, router.grpc_port, router.internal_port) if port]
     if len(set(ports)) != len(ports):
         raise ConfigError(

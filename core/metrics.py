@@ -192,6 +192,10 @@ KV_USAGE = Metric("vllm:kv_cache_usage_perc", Kind.GAUGE, "KV blocks in use, 1 =
 
 GAUGES = (RUNNING, WAITING, KV_USAGE)
 
+QUEUED_PROMPT_TOKENS = Metric(
+    "twostroke_queued_prompt_tokens", Kind.GAUGE, "Prompt tokens at a worker that no step has computed yet"
+)
+
 CACHE_CONFIG = Metric(
     "vllm:cache_config_info",
     Kind.GAUGE,

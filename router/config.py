@@ -34,6 +34,9 @@ class RouterConfig(Section):
     host: str = Field("127.0.0.1", description="address of both faces; another than loopback needs insecure=true")
     port: int = Field(8000, ge=0, le=65535, description="HTTP (OpenAI API, metrics)")
     grpc_port: int = Field(8001, ge=0, le=65535, description="gRPC (the SDK)")
+    internal_host: str = Field(
+        "127.0.0.1", description="address of the port for workers; another than loopback needs insecure=true"
+    )
     internal_port: int = Field(0, ge=0, le=65535, description="where workers announce themselves; 0 = any")
     insecure: bool = Field(
         False, description="allow a host that others can reach, without certificates, with or without keys"

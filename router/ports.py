@@ -5,7 +5,6 @@ from __future__ import annotations
 from ..core.ports import check_port
 from .config import RouterConfig
 
-INTERNAL_HOST = "127.0.0.1"  # workers announce themselves there
 PORT_REMEDIES = {
     "port": "--port",
     "grpc_port": "--grpc-port",
@@ -20,5 +19,5 @@ def check_ports(settings: RouterConfig) -> None:
         ConfigError: a port cannot be bound; with the setting that changes it.
     """
     for name, remedy in PORT_REMEDIES.items():
-        host = INTERNAL_HOST if name == "internal_port" else settings.host
+        host = settings.internal_host if name == "internal_port" else settings.host
         check_port(host, getattr(settings, name), remedy)

@@ -29,7 +29,7 @@ from .api.http.app import make_app
 from .api.http.connections import Connections, connections_within, raise_file_limit
 from .api.http.selector import TieredSelector
 from .config import RouterConfig
-from .ports import INTERNAL_HOST, PORT_REMEDIES, check_ports
+from .ports import PORT_REMEDIES, check_ports
 from .requests.flow import Flow
 
 _INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
@@ -92,10 +92,11 @@ class RouterProcess:
         num_files = raise_file_limit()
         check_ports(settings)  # all of them before any is bound
         host = bindable_host(settings.host, "router.host", insecure=settings.insecure)
+        inside = bindable_host(settings.internal_host, "router.internal_host", insecure=settings.insecure)
         listener = bound_socket(host, settings.port, PORT_REMEDIES["port"])
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         await self._flow.start()
-        await self._serve(self._flow.internal_server(_INTERNAL_OPTIONS), INTERNAL_HOST, "internal_port")
+        await self._serve(self._flow.internal_server(_INTERNAL_OPTIONS), inside, "internal_port")
         options = [
             *_CLIENTS_OPTIONS,
             ("grpc.max_receive_message_length", settings.max_body_bytes),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterable
+import socket
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import grpc
@@ -13,6 +14,7 @@ import grpc.aio
 
 from ..core.inside import InsideChannel
 from ..core.lease import WORKER_LEASE
+from ..core.ports import target
 from ..kv.handover.transports.grpc import CHANNEL_OPTIONS
 from ..protos import common_pb2, worker_pb2, worker_pb2_grpc
 
@@ -21,6 +23,7 @@ log = logging.getLogger(__name__)
 LEAVE_TIMEOUT_S = 0.5  # how long a leaving worker waits for its last word to leave
 WARN_AFTER_S = 15.0  # that a router is not there
 WARN_INTERVAL_S = 60.0  # the same, or that we have different keys
+LOOKUP_INTERVAL_S = 2.0  # between two lookups of a DNS name of routers
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,25 +42,42 @@ class Announcer:
     """Sends this worker's info or a beat to every router, every 500 ms, until `leave`."""
 
     def __init__(
-        self, routers: Iterable[str], info: common_pb2.WorkerInfo, key: bytes, retry: Retry | None = None
+        self,
+        routers: Iterable[str],
+        info: common_pb2.WorkerInfo,
+        key: bytes,
+        retry: Retry | None = None,
+        names: Iterable[str] = (),
     ) -> None:
-        """`routers`: host:port of their Announce services. `key`: kv.keys.proof_key, the same as the routers'."""
-        self._routers = tuple(routers)
+        """`routers`: host:port of their Announce services. `key`: kv.keys.proof_key, the same as the routers'.
+
+        `names`: DNS name:port; a router is expected at every address of the name, which is looked up again and again.
+        """
+        self._routers = frozenset(routers)
+        self._names = tuple(names)
         self._info = info
         self._key = key
         self._retry = retry or Retry()
         self._leaving = asyncio.Event()
-        self._changed: dict[str, asyncio.Event] = {address: asyncio.Event() for address in self._routers}
-        self._tasks: list[asyncio.Task[None]] = []
+        self._found: dict[str, frozenset[str]] = {}  # by name: the addresses of its last lookup
+        self._answering: set[str] = set()  # routers whose present stream has answered
+        self._changed: dict[str, asyncio.Event] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}  # by address of the router
+        self._lookups: list[asyncio.Task[None]] = []
         self._began_s = 0.0
         self._said_at_s: dict[str, float] = {}  # when we last complained of a router
+
+    @property
+    def num_answering(self) -> int:
+        """Number of routers that know this worker now."""
+        return len(self._answering)
 
     def start(self) -> None:
         """Start announcing; returns at once. Routers that cannot be reached are tried again."""
         self._began_s = asyncio.get_running_loop().time()
-        self._tasks = [
-            asyncio.create_task(self._keep(address), name=f"announce {address}") for address in self._routers
-        ]
+        for address in sorted(self._routers):
+            self._begin(address)
+        self._lookups = [asyncio.create_task(self._follow(name), name=f"look up {name}") for name in self._names]
 
     def update(self, info: common_pb2.WorkerInfo) -> None:
         """Replace the worker's info, e.g. after a change of role. Sent at once."""
@@ -70,17 +90,43 @@ class Announcer:
         self._leaving.set()
         for event in self._changed.values():
             event.set()
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=LEAVE_TIMEOUT_S)
-        for task in self._tasks:
+        tasks = list(self._tasks.values())
+        if tasks:
+            await asyncio.wait(tasks, timeout=LEAVE_TIMEOUT_S)
+        for task in (*tasks, *self._lookups):
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._tasks = []
+        await asyncio.gather(*tasks, *self._lookups, return_exceptions=True)
+        self._tasks, self._lookups = {}, []
+
+    def _begin(self, address: str) -> None:
+        self._changed[address] = asyncio.Event()
+        task = self._tasks[address] = asyncio.create_task(self._keep(address), name=f"announce {address}")
+        task.add_done_callback(lambda _: self._forget(address))
+
+    def _forget(self, address: str) -> None:
+        """Drop what is kept of a router that is gone."""
+        for kept in (self._tasks, self._changed, self._said_at_s):
+            kept.pop(address, None)
+
+    async def _follow(self, name: str) -> None:
+        """Look a name up until we leave, and announce to every address that it gains."""
+        while not self._leaving.is_set():
+            try:
+                self._found[name] = await _addresses(name)
+            except OSError as error:
+                self._complain_of(name, f"its name was not found: {error}")  # the known addresses stay
+            for address in sorted(self._found.get(name, frozenset()) - self._tasks.keys()):
+                self._begin(address)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._leaving.wait(), LOOKUP_INTERVAL_S)
+
+    def _is_expected(self, address: str) -> bool:
+        return address in self._routers or any(address in found for found in self._found.values())
 
     async def _keep(self, address: str) -> None:
-        """Announce to one router until we leave; reconnect after every loss."""
+        """Announce to one router until we leave; reconnect after every loss, unless its name has lost the address."""
         failures = 0
-        while not self._leaving.is_set():
+        while not self._leaving.is_set() and self._is_expected(address):
             async with InsideChannel(address, self._key, CHANNEL_OPTIONS) as channel:
                 reached = await self._announce(channel, address)
             failures = 0 if reached else failures + 1
@@ -92,7 +138,12 @@ class Announcer:
         stub: worker_pb2_grpc.AnnounceAsyncStub = worker_pb2_grpc.AnnounceStub(channel)
         call = stub.Announce()
         answered = asyncio.Event()
-        listener = asyncio.create_task(_listen(call, answered))
+
+        def replied() -> None:
+            answered.set()
+            self._answering.add(address)
+
+        listener = asyncio.create_task(_listen(call, replied))
         try:
             await self._say(call, self._changed[address], listener)
         except (grpc.RpcError, grpc.aio.UsageError, grpc.aio.InternalError) as error:
@@ -101,24 +152,27 @@ class Announcer:
             call.cancel()
             listener.cancel()
             await asyncio.gather(listener, return_exceptions=True)
+            self._answering.discard(address)
         if answered.is_set():
             log.info("router %s: announce stream ended", address)
         return answered.is_set()
 
     def _complain(self, address: str, error: BaseException) -> None:
-        """Warn at most once a minute, and of an unreachable router only after a while, as it may still start."""
+        """Warn of an error of the stream to a router."""
         if not isinstance(error, grpc.aio.AioRpcError):
             return
-        now_s = asyncio.get_running_loop().time()
         is_stranger = error.code() is grpc.StatusCode.UNAUTHENTICATED
-        if not is_stranger and now_s - self._began_s < WARN_AFTER_S:
+        hint = "" if is_stranger else "; is it the port where the router takes announcements (router.internal_port)?"
+        self._complain_of(address, f"{error.details()}{hint}", at_once=is_stranger)
+
+    def _complain_of(self, router: str, what: str, *, at_once: bool = False) -> None:
+        """Warn at most once a minute, and `at_once` or only after a while, as a router may still start."""
+        now_s = asyncio.get_running_loop().time()
+        if not at_once and now_s - self._began_s < WARN_AFTER_S:
             return
-        if now_s - self._said_at_s.get(address, float("-inf")) >= WARN_INTERVAL_S:
-            self._said_at_s[address] = now_s
-            hint = (
-                "" if is_stranger else "; is it the port where the router takes announcements (router.internal_port)?"
-            )
-            log.warning("router %s: not announced, trying again: %s%s", address, error.details(), hint)
+        if now_s - self._said_at_s.get(router, float("-inf")) >= WARN_INTERVAL_S:
+            self._said_at_s[router] = now_s
+            log.warning("router %s: not announced, trying again: %s", router, what)
 
     async def _say(
         self,
@@ -145,12 +199,23 @@ class Announcer:
                 await asyncio.wait_for(changed.wait(), WORKER_LEASE.beat_s)
 
 
+async def _addresses(name: str) -> frozenset[str]:
+    """Look up name:port; returns host:port of every address.
+
+    Raises:
+        OSError: the name has no address, or no server of names answers.
+    """
+    host, _, port = name.rpartition(":")
+    found = await asyncio.to_thread(socket.getaddrinfo, host, int(port), type=socket.SOCK_STREAM)
+    return frozenset(target(str(address[0]), int(port)) for *_, address in found)
+
+
 async def _listen(
-    call: grpc.aio.StreamStreamCall[worker_pb2.Announcement, worker_pb2.AnnounceReply], answered: asyncio.Event
+    call: grpc.aio.StreamStreamCall[worker_pb2.Announcement, worker_pb2.AnnounceReply], replied: Callable[[], None]
 ) -> None:
     """Read replies until the stream ends, with or without an error."""
     try:
         async for _ in call:
-            answered.set()
+            replied()
     except (grpc.RpcError, grpc.aio.UsageError, grpc.aio.InternalError):
         return

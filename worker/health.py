@@ -46,7 +46,11 @@ class Health:
 
     def is_serving(self) -> bool:
         """True if the worker takes orders and its engine is not hanging."""
-        if self._phase in _NOT_READY or self._is_draining():
+        return self.is_live() and not self._is_draining()
+
+    def is_live(self) -> bool:
+        """True if the engine steps, or has no work: a draining worker too. False: only a restart can help."""
+        if self._phase in _NOT_READY:
             return False
         is_stale = self._clock.now_s() - self._beat_at_s > ENGINE_LEASE.silence_s
         return not (is_stale and self._dispatcher.num_owned > 0)

@@ -19,6 +19,7 @@ from ..engine.facts import FaceFacts
 from ..engine.link.client import EngineClient
 from ..engine.link.messages import LoadNews
 from ..kv.sizing import PoolSize
+from .health import Health
 from .scrape import Answer, Page
 from .settings import WorkerSettings
 
@@ -33,6 +34,7 @@ class WorkerMetrics:
         self._registry = CollectorRegistry()
         self._board = Board(self._registry, ("model_name", "engine"))
         metrics.know(self._board, *self._labels)
+        self._board.know((metrics.QUEUED_PROMPT_TOKENS,), *self._labels)
         cache = {
             "block_size": facts.block_tokens,
             "num_gpu_blocks": facts.num_blocks,
@@ -68,6 +70,7 @@ class WorkerMetrics:
         counters.update(self._counters)
         metrics.count_engines(board, counters, dict(load.spreads), *labels)
         board.set(metrics.GENERATION_TOKENS, *labels, value=counters["generated_tokens"])
+        board.set(metrics.QUEUED_PROMPT_TOKENS, *labels, value=load.queued_prefill_tokens)
         board.set(metrics.RUNNING, *labels, value=load.running)
         board.set(metrics.WAITING, *labels, value=load.waiting_for_room + load.waiting_for_peer)
         board.set(metrics.WAITING_BY_REASON, *labels, "capacity", value=load.waiting_for_room)
@@ -81,16 +84,33 @@ class WorkerMetrics:
             self._board.add(metrics.TOKENS_BY_SOURCE, *self._labels, source, amount=count)
 
 
-def pages(exported: WorkerMetrics, dispatcher: EngineClient, is_serving: Callable[[], bool]) -> dict[str, Page]:
-    """Pages of a worker's HTTP port: /metrics, and /health for probes."""
+def pages(
+    exported: WorkerMetrics, dispatcher: EngineClient, health: Health, is_known: Callable[[], bool]
+) -> dict[str, Page]:
+    """Pages of a worker's HTTP port: /metrics, and for probes /health, /livez and /readyz.
+
+    /livez: the step loop beats. /health: and orders are taken. /readyz: and a router knows this worker (`is_known`).
+    """
 
     def all_metrics(accept: str) -> Answer:
         body, content_type = exported.render(dispatcher.last_load, accept)
         return HTTPStatus.OK, content_type, body
 
-    def health(_: str) -> Answer:
-        if is_serving():
-            return HTTPStatus.OK, "application/json", b'{"status": "ok"}'
-        return HTTPStatus.SERVICE_UNAVAILABLE, "application/json", b'{"status": "not serving"}'
+    def probe(holds: Callable[[], bool], otherwise: str) -> Page:
+        def page(_: str) -> Answer:
+            if holds():
+                return HTTPStatus.OK, "application/json", b'{"status": "ok"}'
+            body = f'{{"status": "{otherwise}"}}'.encode()
+            return HTTPStatus.SERVICE_UNAVAILABLE, "application/json", body
 
-    return {"/metrics": all_metrics, "/health": health}
+        return page
+
+    def is_ready() -> bool:
+        return health.is_serving() and is_known()
+
+    return {
+        "/metrics": all_metrics,
+        "/health": probe(health.is_serving, "not serving"),
+        "/livez": probe(health.is_live, "the engine does not step"),
+        "/readyz": probe(is_ready, "not serving, or no router knows this worker"),
+    }

@@ -116,7 +116,7 @@ class WorkerProcess:
         await self._ready()
         await self._bind()
         self._tasks.append(asyncio.create_task(self.health.keep()))
-        self._announcer = Announcer(self.settings.routers, self.info(), self._proof_key)
+        self._announcer = Announcer(self.settings.routers, self.info(), self._proof_key, names=self.settings.routers_at)
         self._announcer.start()
         if self.metrics_address:
             log.info("%s exports metrics at http://%s/metrics", self.settings.worker_id, self.metrics_address)
@@ -260,7 +260,7 @@ class WorkerProcess:
         await server.start()
         self._server = server
         if self.settings.metrics_port is not None:
-            served = pages(self._metrics, self.dispatcher, self.health.is_serving)
+            served = pages(self._metrics, self.dispatcher, self.health, self._is_known)
             self._scrapes = ScrapeServer(served, self.settings.metrics_keys)
             self.metrics_address = await self._scrapes.start(host, self.settings.metrics_port)
 
@@ -271,6 +271,10 @@ class WorkerProcess:
             ConfigError: the address is public, and `insecure` is not set.
         """
         return bindable_host(self.settings.host, "--host", insecure=self.settings.insecure)
+
+    def _is_known(self) -> bool:
+        """True if a router knows this worker, so that it can be chosen for requests."""
+        return self._announcer is not None and self._announcer.num_answering > 0
 
     def _count_refusal(self) -> None:
         self.counters["calls_refused"] += 1

@@ -1,4 +1,4 @@
-"""HTTP port of a worker: GET /metrics and GET /health, for scrapers and probes. Knows no metric.
+"""HTTP port of a worker: GET /metrics for scrapers, /health, /livez and /readyz for probes. Knows no metric.
 
 A small server without a web framework. All resources are bounded: the number of connections, and for each its bytes
 and its seconds, also if a client writes slowly, reads slowly or sends nothing.
@@ -18,7 +18,7 @@ from ..core.hosts import is_loopback_name, name_in
 
 log = logging.getLogger(__name__)
 
-OPEN = "/health"  # for probes, which have no key and may use any host name
+OPEN = ("/health", "/livez", "/readyz")  # for probes, which have no key and may use any host name
 MAX_CONNECTIONS = 32
 MAX_HEAD_BYTES = 8 << 10
 EXCHANGE_S = 10.0  # from the connection to the last byte of its one answer
@@ -107,7 +107,7 @@ class ScrapeServer:
         return "\r\n".join(headers).encode("latin-1") + b"\r\n\r\n" + (b"" if method == "HEAD" else body)
 
     def _refusal(self, path: str, fields: dict[str, str]) -> Answer | None:
-        if path == OPEN:
+        if path in OPEN:
             return None
         if self._keys:
             scheme, _, key = fields.get("authorization", "").partition(" ")

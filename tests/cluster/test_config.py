@@ -8,7 +8,7 @@ import pytest
 from twostroke.cli import processes as members
 from twostroke.cluster.config import Config, load_config
 from twostroke.core.config import load_section
-from twostroke.core.errors import ConfigError
+from twostroke.core.errors import ConfigError, TwostrokeError
 from twostroke.core.ports import bindable_host, free_ports
 from twostroke.core.request import Role
 from twostroke.router.config import RouterConfig
@@ -59,6 +59,7 @@ def test_the_example_file_is_valid():
         ({"cache.block_size": 24}, ["cache.block_size", "24", "16, 32 or 64"]),
         ({"cache.memory_fraction": float("nan")}, ["cache.memory_fraction"]),
         ({"router.host": "0.0.0.0"}, ["0.0.0.0", "--insecure"]),
+        ({"router.internal_host": "0.0.0.0"}, ["router.internal_host", "0.0.0.0", "--insecure"]),
         ({"router.port": 9000, "router.grpc_port": 9000}, ["must differ"]),
         ({"step.max_num_batched_tokens": 16, "cache.block_size": 64}, ["max_num_batched_tokens", "at least"]),
     ],
@@ -135,6 +136,19 @@ def test_a_process_of_a_cluster_wants_the_clusters_key(command: str, words: str,
     monkeypatch.delenv("TWOSTROKE__CLUSTER__KEY", raising=False)
     with pytest.raises(ConfigError, match=words):
         members.worker(Role.DECODE, ["127.0.0.1:1"]) if command == "worker" else members.router()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({}, "no router is given"),
+        ({"routers_at": ["routers"]}, "--routers-at"),
+    ],
+)
+def test_a_worker_wants_a_router_to_announce_to(flags: dict, words: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TWOSTROKE__CLUSTER__KEY", "k" * 16)
+    with pytest.raises(TwostrokeError, match=words):
+        members.worker(Role.DECODE, **flags)
 
 
 def test_a_router_wants_a_port_that_workers_can_know(monkeypatch: pytest.MonkeyPatch):

@@ -10,11 +10,14 @@ from typing import Any
 
 import grpc
 import grpc.aio
+import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
+from support.sockets import listeners
 
 from twostroke.core import inside, probes
+from twostroke.core.errors import ConfigError
 from twostroke.core.guard import HEALTH_CHECK, HEALTH_WATCH, MAX_HEALTH_WATCHES, Guard
 from twostroke.core.inside import InsideChannel
 from twostroke.core.ports import free_ports
@@ -128,6 +131,21 @@ async def test_the_routers_internal_port_answers_the_clusters_key_alone():
             assert await opened.code() is grpc.StatusCode.INVALID_ARGUMENT
     finally:
         await router.stop(0.0)
+
+
+async def test_the_internal_port_is_on_loopback_unless_another_address_is_given_knowingly():
+    found = []
+    for settings in ({}, {"internal_host": "0.0.0.0"}, {"internal_host": "0.0.0.0", "insecure": True}):
+        ports = dict(zip(("port", "grpc_port", "internal_port"), free_ports("127.0.0.1", 3), strict=True))
+        router = RouterProcess(RouterConfig(**ports, **settings), CLUSTER_KEY)
+        if "insecure" not in settings and settings:
+            with pytest.raises(ConfigError, match=r"router\.internal_host"):
+                await router.start()
+        else:
+            await router.start()
+            found += [each for each in listeners([psutil.Process()]) if each.port == ports["internal_port"]]
+        await router.stop(0.0)
+    assert [each.is_public for each in found] == [False, True]
 
 
 async def test_a_proof_that_was_seen_before_or_is_meant_for_another_is_refused(start_worker):

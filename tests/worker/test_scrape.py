@@ -1,9 +1,12 @@
 """A worker's HTTP port against clients of every kind: scrapers, probes, and those that only hold a connection."""
 
 import asyncio
+from dataclasses import replace
 from http import HTTPStatus
 
 import pytest
+from support.ear import Ear
+from support.flow_cluster import until
 
 from twostroke.core.errors import ConfigError
 from twostroke.core.request import Role
@@ -127,6 +130,38 @@ async def test_a_client_that_reads_nothing_is_let_go_of(server, monkeypatch):
         while (await ask(server, b"GET /metrics HTTP/1.1\r\n\r\n"))[0] != "HTTP/1.1 200 OK":
             await asyncio.sleep(0.05)
     writer.close()
+
+
+PROBED = ("/livez", "/health", "/readyz")
+
+
+async def probed(worker) -> str:
+    """Status codes of the three pages for probes, which need no key."""
+    host, port = worker.metrics_address.split(":")
+    lines = [(await ask((host, int(port)), f"GET {path} HTTP/1.1\r\n\r\n".encode()))[0] for path in PROBED]
+    return " ".join(line.split()[1] for line in lines)
+
+
+async def test_probes_tell_a_working_engine_from_a_serving_worker_and_from_one_that_a_router_knows(start_worker):
+    ear = Ear()
+    server, address = await ear.listen()
+    worker = await start_worker(Role.DECODE, routers=(address,), metrics_keys=("k" * 16,))
+    await until(lambda: worker._announcer.num_answering)
+    assert await probed(worker) == "200 200 200"
+    await server.stop(0)
+    await until(lambda: not worker._announcer.num_answering)
+    assert await probed(worker) == "200 200 503"
+    await worker.drain(0.0)
+    assert await probed(worker) == "200 503 503"
+    worker.health._phase = "broken"
+    assert await probed(worker) == "503 503 503"
+
+
+async def test_the_queue_of_prompts_is_exported_in_tokens(start_worker):
+    worker = await start_worker(Role.PREFILL)
+    load = replace(worker.dispatcher.last_load, queued_prefill_tokens=345)
+    body, _ = worker._metrics.render(load, "")
+    assert 'twostroke_queued_prompt_tokens{engine="prefill-0",model_name="tiny"} 345.0' in body.decode()
 
 
 async def test_a_taken_port_is_named_with_the_remedy(server):

@@ -10,18 +10,17 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from support.ear import KEY, Ear
+from support.flow_cluster import until
 
-from twostroke.core.guard import Guard
 from twostroke.core.inside import InsideChannel
 from twostroke.core.request import CacheScope, Role
 from twostroke.kv.config import CacheConfig
 from twostroke.kv.handover.frames import Frame, decode_envelope, verify_frame
 from twostroke.kv.handover.transports.grpc import Channels
-from twostroke.kv.keys import proof_key
-from twostroke.protos import common_pb2, handover_pb2, worker_pb2, worker_pb2_grpc
+from twostroke.protos import common_pb2, handover_pb2, worker_pb2
 from twostroke.worker.announcer import Announcer, Retry
 
-KEY = proof_key("a key of the tests")
 SMALL = CacheConfig(tokens=1024, frame_bytes=8192)  # 64 blocks: evicts all the time
 
 
@@ -235,35 +234,6 @@ async def test_reflection_lists_the_services(start_worker):
 # ---------------------------------------------------------------- announce
 
 
-class Ear(worker_pb2_grpc.AnnounceServicer):
-    """A router's Announce service that remembers what it heard."""
-
-    def __init__(self):
-        self.heard = []
-        self.changed = asyncio.Event()
-
-    async def Announce(self, requests, context):
-        async for message in requests:
-            self.heard.append(message)
-            self.changed.set()
-            yield worker_pb2.AnnounceReply(router_id="ear", sequence=message.sequence)
-
-    async def until(self, condition, timeout_s=10.0):
-        async def wait():
-            while not condition(self.heard):
-                self.changed.clear()
-                await self.changed.wait()
-
-        await asyncio.wait_for(wait(), timeout_s)
-
-    async def listen(self, address="127.0.0.1:0"):
-        server = grpc.aio.server(options=[("grpc.so_reuseport", 0)], interceptors=[Guard(KEY, "ear")])
-        worker_pb2_grpc.add_AnnounceServicer_to_server(self, server)
-        port = server.add_insecure_port(address)
-        await server.start()
-        return server, f"127.0.0.1:{port}"
-
-
 async def test_a_worker_announces_itself_changes_and_leaves(start_worker):
     ear = Ear()
     server, address = await ear.listen()
@@ -277,6 +247,42 @@ async def test_a_worker_announces_itself_changes_and_leaves(start_worker):
     assert ear.heard[-1].leaving
     assert [m.sequence for m in ear.heard] == list(range(1, len(ear.heard) + 1))
     await server.stop(0)
+
+
+async def test_a_router_at_every_address_of_a_name_is_told_and_one_that_the_name_loses_is_forgotten(monkeypatch):
+    monkeypatch.setattr("twostroke.worker.announcer.LOOKUP_INTERVAL_S", 0.02)
+    first, second = Ear(), Ear()
+    one, address = await first.listen()
+    port = address.rpartition(":")[2]
+    two, _ = await second.listen(f"127.0.0.2:{port}")
+    found = ["127.0.0.1"]
+
+    def look_up(name, port, **_):
+        assert name == "routers.test.svc"
+        if not found:
+            raise OSError("no such name")
+        return [(0, 0, 0, "", (host, port)) for host in found]
+
+    monkeypatch.setattr("socket.getaddrinfo", look_up)
+    announcer = Announcer(
+        [], common_pb2.WorkerInfo(worker_id="w"), KEY, Retry(first_s=0.02, longest_s=0.02), [f"routers.test.svc:{port}"]
+    )
+    announcer.start()
+    await first.until(bool)
+    assert not second.heard
+    found.append("127.0.0.2")
+    await second.until(bool)
+    await until(lambda: announcer.num_answering == 2)
+    found.clear()  # no answer of the name service: the routers stay
+    first.heard.clear()
+    await first.until(bool)
+    found.append("127.0.0.2")
+    await one.stop(0)
+    await until(lambda: announcer.num_answering == 1)
+    await until(lambda: announcer._tasks.keys() == {f"127.0.0.2:{port}"})
+    await announcer.leave()
+    assert second.heard[-1].leaving
+    await two.stop(0)
 
 
 async def test_a_router_that_comes_back_is_told_again():

@@ -1,0 +1,98 @@
+{{/* Names, labels, and what several templates ask of the values. */}}
+
+{{- define "twostroke.name" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 40 | trimSuffix "-" }}
+{{- end }}
+
+{{- define "twostroke.fullname" -}}
+{{- $name := include "twostroke.name" . -}}
+{{- if .Values.fullnameOverride -}}
+{{- .Values.fullnameOverride | trunc 40 | trimSuffix "-" }}
+{{- else if contains $name .Release.Name -}}
+{{- .Release.Name | trunc 40 | trimSuffix "-" }}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name $name | trunc 40 | trimSuffix "-" }}
+{{- end -}}
+{{- end }}
+
+{{/* Labels that select pods: they never change. Give dict "root" $ "component" NAME. */}}
+{{- define "twostroke.selector" -}}
+app.kubernetes.io/name: {{ include "twostroke.name" .root }}
+app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/component: {{ .component }}
+{{- end }}
+
+{{- define "twostroke.labels" -}}
+{{ include "twostroke.selector" . }}
+app.kubernetes.io/part-of: twostroke
+app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .root.Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
+{{- end }}
+
+{{/* Roles that are created, as a JSON list. */}}
+{{- define "twostroke.roles" -}}
+{{- $roles := list -}}
+{{- range $role := list "prefill" "decode" "combined" -}}
+{{- if (index $.Values $role).create }}{{ $roles = append $roles $role }}{{ end -}}
+{{- end -}}
+{{- $roles | toJson }}
+{{- end }}
+
+{{- define "twostroke.image" -}}
+{{- $image := .Values.image -}}
+{{- if $image.digest -}}
+{{ $image.repository }}@{{ $image.digest }}
+{{- else -}}
+{{ $image.repository }}:{{ default (printf "%s-%s" .Chart.AppVersion .Values.accelerator.type) $image.tag }}
+{{- end -}}
+{{- end }}
+
+{{- define "twostroke.serviceAccount" -}}
+{{- if .Values.serviceAccount.create -}}
+{{ default (include "twostroke.fullname" .) .Values.serviceAccount.name }}
+{{- else -}}
+{{ default "default" .Values.serviceAccount.name }}
+{{- end -}}
+{{- end }}
+
+{{/* DNS name, in our namespace, of all routers, ready or not: a router is ready only when a worker has announced itself. */}}
+{{- define "twostroke.routersAt" -}}
+{{ include "twostroke.fullname" . }}-routers:{{ .Values.ports.internal }}
+{{- end }}
+
+{{- define "twostroke.clusterKeySecret" -}}
+{{ default (printf "%s-cluster-key" (include "twostroke.fullname" .)) .Values.clusterKey.secretName }}
+{{- end }}
+
+{{/* Resource name of a GPU; empty without one, or where claims give it. */}}
+{{- define "twostroke.gpuResource" -}}
+{{- if and (ne .Values.accelerator.type "cpu") (not .Values.dra.claimTemplates) -}}
+{{ default (index .Values.accelerator.resources .Values.accelerator.type) .Values.gpuResource }}
+{{- end -}}
+{{- end }}
+
+{{/* What cannot work, refused by name. */}}
+{{- define "twostroke.check" -}}
+{{- $roles := include "twostroke.roles" . | fromJsonArray -}}
+{{- if not (or .Values.decode.create .Values.combined.create) -}}
+{{- fail "decode.create and combined.create are false: no worker would decode; set one of them" -}}
+{{- end -}}
+{{- if and (eq .Values.mode "disaggregatedset") (lt (len $roles) 2) -}}
+{{- fail "mode disaggregatedset needs two roles at least; create prefill and decode, or use mode deployments" -}}
+{{- end -}}
+{{- range $role := $roles -}}
+{{- $block := index $.Values $role -}}
+{{- if gt (int $block.parallelism.tensor) 1 -}}
+{{- if contains "/mig-" $.Values.gpuResource -}}
+{{- fail (printf "%s.parallelism.tensor is %v with %s: a process uses one MIG slice, so tensor parallelism over slices is impossible; set it to 1" $role $block.parallelism.tensor $.Values.gpuResource) -}}
+{{- end -}}
+{{- end -}}
+{{- if and (eq $.Values.mode "ray") (ne $block.autoscaling.kind "none") -}}
+{{- fail (printf "%s.autoscaling.kind is %s in mode ray, where KubeRay owns the pods; set ray.enableInTreeAutoscaling instead" $role $block.autoscaling.kind) -}}
+{{- end -}}
+{{- if and (gt (int $.Values.drainTimeoutSeconds) (int (default 86400 $block.terminationGracePeriodSeconds))) -}}
+{{- fail (printf "%s.terminationGracePeriodSeconds is %v, less than drainTimeoutSeconds (%v); leave it out, or set it above" $role $block.terminationGracePeriodSeconds $.Values.drainTimeoutSeconds) -}}
+{{- end -}}
+{{- end -}}
+{{- end }}

@@ -1,0 +1,147 @@
+"""The chart from install to uninstall, by a real helm, with every pod's command really run as a process."""
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+
+import httpx
+import pytest
+from support.charts import CHART, ROOT, helm
+from support.kube.cluster import Kube, kube
+
+KEY = "a-key-of-the-tests-1"
+VALUES = f"--values={ROOT / 'deploy/helm/presets/kind.yaml'}"
+SETTINGS = (
+    "--set=decode.replicas=2,router.endpointSeconds=1,drainTimeoutSeconds=60",
+    "--set=apiKeys.secretName=clients",
+)
+PROMPT = "def add(a, b):\n    return a + b\n" * 12  # long enough to be handed over
+
+
+class Load:
+    """Clients that ask for completions again and again, through the Service's address, until the block ends."""
+
+    def __init__(self, url: str, num_clients: int) -> None:
+        self.answers: list[int] = []
+        self.failures: list[str] = []
+        self._url, self._ending = url, threading.Event()
+        self._threads = [threading.Thread(target=self._ask, args=(n,)) for n in range(num_clients)]
+
+    def __enter__(self) -> "Load":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ending.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _ask(self, number: int) -> None:
+        while not self._ending.is_set():
+            try:
+                answer = completion(self._url, f"# client {number}, answer {len(self.answers)}\n{PROMPT}")
+                self.answers.append(answer["usage"]["completion_tokens"])
+            except (httpx.HTTPError, KeyError) as error:
+                self.failures.append(repr(error))
+
+
+def completion(url: str, prompt: str) -> dict:
+    body = {"prompt": prompt, "max_tokens": 24, "ignore_eos": True}
+    answer = httpx.post(f"{url}/v1/completions", json=body, headers={"authorization": f"Bearer {KEY}"}, timeout=120)
+    answer.raise_for_status()
+    return answer.json()
+
+
+def workers(url: str) -> dict[str, str]:
+    """State of every worker that the router knows, by name."""
+    answer = httpx.get(f"{url}/v1/cluster", headers={"authorization": f"Bearer {KEY}"}, timeout=60)
+    return {worker["worker_id"]: worker["state"] for worker in answer.json()["workers"]}
+
+
+def names(pods: list[dict]) -> set[str]:
+    return {pod["metadata"]["name"] for pod in pods}
+
+
+@pytest.fixture
+def cluster(tmp_path: Path):
+    helm()
+    with kube(tmp_path) as running:
+        yield running
+
+
+@pytest.mark.timeout(3000)
+def test_install_serve_lose_a_pod_upgrade_roll_back_uninstall(cluster: Kube):
+    # Installed without the cluster's key: the notes say how to make it, and the pods wait for it.
+    told = cluster.helm("install", "ts", str(CHART), VALUES, *SETTINGS)
+    assert "create secret generic ts-twostroke-cluster-key --from-literal=key=" in told
+    cluster.wait(lambda: len(cluster.pods()) == 4, "four pods")
+    cluster.wait(lambda: all("CreateContainerConfigError" in json.dumps(pod) for pod in cluster.pods()), "the key")
+    cluster.make_secret("clients", keys=json.dumps([KEY]), key=KEY)
+    cluster.make_secret("ts-twostroke-cluster-key", key="0123456789abcdef0123456789abcdef")
+    cluster.wait(lambda: cluster.is_ready(router=1, prefill=1, decode=2), "ready pods")
+
+    # A completion through the Service's address, whose KV came from the prefill worker.
+    url = f"http://{cluster.node.address_of('ts-twostroke')}:8000"
+    made = completion(url, PROMPT)
+    assert made["usage"]["completion_tokens"] == 24
+    assert set(workers(url)) == names(cluster.pods("prefill") + cluster.pods("decode"))
+    explained = httpx.get(
+        f"{url}/v1/requests/{made['id']}/explain", headers={"authorization": f"Bearer {KEY}"}, timeout=60
+    ).json()
+    assert names(cluster.pods("prefill")).pop() in json.dumps(explained)
+    assert httpx.post(f"{url}/v1/completions", json={"prompt": "a"}, timeout=60).status_code == 401
+
+    # The chart's own test; no secret is in any argument or log.
+    assert "Succeeded" in cluster.helm("test", "ts", "--timeout=300s")
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            assert b"0123456789abcdef0123456789abcdef" not in process.read_bytes()
+        except OSError:
+            continue
+    assert "0123456789abcdef0123456789abcdef" not in cluster.node.logs()
+
+    # A decode pod is deleted under load: it drains, nothing fails, another one takes its place.
+    before = names(cluster.pods("decode"))
+    gone = sorted(before)[0]
+    with Load(url, 4) as load:
+        cluster.wait(lambda: len(load.answers) >= 4, "answers")
+        cluster.store.mark_deleted("pods", "default", gone)
+        cluster.wait(lambda: gone not in names(cluster.pods("decode")), "the pod's end")
+        cluster.wait(lambda: cluster.is_ready(decode=2), "its successor")
+        successor = (names(cluster.pods("decode")) - before).pop()
+        cluster.wait(lambda: workers(url).get(successor) == "live", "the successor in the fleet")
+        count = len(load.answers)
+        cluster.wait(lambda: len(load.answers) >= count + 4, "more answers")
+    assert not load.failures
+    assert set(load.answers) == {24}
+
+    # A process is killed: its container starts again in the same pod.
+    victim = cluster.pods("prefill")[0]["metadata"]["name"]
+    os.killpg(cluster.node.pods[victim].process.pid, signal.SIGKILL)
+    cluster.wait(lambda: cluster.node.pods[victim].restarts == 1, "the restart")
+    cluster.wait(lambda: cluster.is_ready(prefill=1), "the restarted worker")
+    assert names(cluster.pods("prefill")) == {victim}
+
+    # An upgrade replaces the router and takes a decode worker away; a rollback brings both back.
+    old = names(cluster.pods("router"))
+    more = ("--reuse-values", "--set=router.podAnnotations.changed=yes,decode.replicas=1", "--wait", "--timeout=600s")
+    cluster.helm("upgrade", "ts", str(CHART), *more)
+    cluster.wait(lambda: not old & names(cluster.pods("router")), "the old router's end")
+    cluster.wait(lambda: cluster.is_ready(router=1, prefill=1, decode=1), "ready pods")
+    assert completion(url, PROMPT)["usage"]["completion_tokens"] == 24
+    cluster.helm("rollback", "ts", "1")
+    cluster.wait(lambda: cluster.is_ready(router=1, prefill=1, decode=2), "ready pods")
+    assert not any("changed" in pod["metadata"].get("annotations", {}) for pod in cluster.pods("router"))
+    assert completion(url, PROMPT)["usage"]["completion_tokens"] == 24
+
+    # Nothing is left, but what we made ourselves.
+    processes = [pod.process for pod in cluster.node.pods.values()]
+    cluster.helm("uninstall", "ts")
+    cluster.wait(lambda: not cluster.pods(), "the pods' end")
+    assert all(process.returncode == 0 for process in processes)  # each drained by SIGTERM
+    kept = {"secrets": {"clients", "ts-twostroke-cluster-key"}}
+    for plural in ("deployments", "replicasets", "pods", "services", "configmaps", "secrets", "serviceaccounts"):
+        assert names(cluster.store.all(plural)) == kept.get(plural, set()), plural
