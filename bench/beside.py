@@ -17,7 +17,8 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ import sys
 sys.path[:0] = ["bench/engine", "bench"]
 import campaign
 campaign.Campaign._install = lambda self, entry: "not asked" if entry is campaign.LIMITS else None
-sys.argv = ["campaign", "--only", "twostroke bf16", "--rounds", "1"]
+sys.argv = ["campaign", "--only", "twostroke bf16", "--rounds", "1", *sys.argv[1:]]
 campaign.main()
 """
 Figures = dict[str, float]
@@ -59,9 +60,9 @@ def saved(tree: Path, name: str) -> dict[str, Any]:
     return found
 
 
-def engine(tree: Path) -> Figures:
-    """Tokens per second of the engine alone, by measure."""
-    output = run(tree, "-c", ENGINE)
+def engine(tree: Path, measures: Sequence[str] = ()) -> Figures:
+    """Tokens per second of the engine alone, by measure; all measures, or those named."""
+    output = run(tree, "-c", ENGINE, *(["--measures", *measures] if measures else []))
     return {f"{name}, {measure}, tokens/s": float(value) for measure, name, value in ENGINE_LINE.findall(output)}
 
 
@@ -96,14 +97,16 @@ def main() -> None:
     parser.add_argument("after", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="+", choices=tuple(BENCHMARKS), default=list(BENCHMARKS))
+    parser.add_argument("--measures", nargs="+", default=[], help="of the engine, e.g. 'decode 1'; default: all")
     given = parser.parse_args()
     trees = (given.before.resolve(), given.after.resolve())
     facts = report.machine()
+    benchmarks = BENCHMARKS | {"engine": partial(engine, measures=given.measures)}
     found: dict[str, tuple[list[float], list[float]]] = {}
     for number in range(given.rounds):
         for benchmark in given.only:
             for side in (0, 1) if number % 2 == 0 else (1, 0):
-                for name, value in BENCHMARKS[benchmark](trees[side]).items():
+                for name, value in benchmarks[benchmark](trees[side]).items():
                     found.setdefault(f"{benchmark}: {name}", ([], []))[side].append(value)
                     print(
                         f"round {number + 1}, {('before', 'after')[side]}, {benchmark}: {name}: {value:.4g}", flush=True
