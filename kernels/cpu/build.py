@@ -26,7 +26,19 @@ from .folder import forget_empty_folder, library_folder, take_lock
 
 SOURCES = tuple(  # longest compile first, so that all cores end together
     f"{name}.cpp"
-    for name in ("attention", "linear_int8", "linear_avx2", "linear_int8_avx2", "linear", "pack", "rows", "head", "check", "layers", "digest")
+    for name in (
+        "attention",
+        "linear_int8",
+        "linear_avx2",
+        "linear_int8_avx2",
+        "linear",
+        "pack",
+        "rows",
+        "head",
+        "check",
+        "layers",
+        "digest",
+    )
 )
 FLAGS = (
     "-O3",
