@@ -39,54 +39,68 @@ void pack_block(const Rows& x, int first, int rows, int inner, uint32_t* block) 
     }
 }
 
-TWOSTROKE_INLINE __m256i add_pairs(__m256i acc, __m256i w, __m256i x) {
+// acc += products of pairs. In assembly, because compilers reorder the additions of a loop until the accumulators no longer fit
+// the registers.
+TWOSTROKE_INLINE void add_pairs(__m256i& acc, __m256i w, __m256i x) {
 #if defined(__AVXVNNI__)
-    return _mm256_dpwssd_avx_epi32(acc, w, x);
+    acc = _mm256_dpwssd_avx_epi32(acc, w, x);
 #else
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(w, x));
+    asm volatile("vpaddd %1, %0, %0" : "+x"(acc) : "x"(_mm256_madd_epi16(w, x)));
 #endif
 }
 
-// ROWS packed rows by a panel. `ahead`: bytes to prefetch, ahead_step bytes further with every step.
+// Bytes to prefetch during a kernel: `step` bytes further with every step.
+struct Ahead {
+    const char* at;
+    int step;
+};
+
+// Add one group's integer sums, scaled, to `sums`: ROWS packed rows by a panel. Not inlined: with more than the accumulators
+// alive, compilers keep some of them in memory.
 template <int ROWS>
-void multiply_panel(const uint32_t* x, const char* w, int inner, const char* ahead, int ahead_step, F32* sums) {
-    for (int k = 0; k < inner; k += GROUP) {
-        const float* scales = (const float*)x;
-        const int steps = pairs(std::min(GROUP, inner - k));
-        __m256i acc[ROWS][2];
+__attribute__((noinline)) void add_group(const uint32_t* x, const char* w, int steps, Ahead ahead, F32* sums) {
+    const float* scales = (const float*)x;
+    __m256i acc[ROWS][2];
 #pragma GCC unroll 6
-        for (int r = 0; r < ROWS; r++) acc[r][0] = acc[r][1] = _mm256_setzero_si256();
-        x += ROWS;
-        for (int step = 0; step < steps; step++, x += ROWS, w += STEP_BYTES, ahead += ahead_step) {
-            __builtin_prefetch(ahead, 0, 2);
-            const __m256i low = _mm256_cvtepi8_epi16(load<__m128i>(w)), high = _mm256_cvtepi8_epi16(load<__m128i>(w + LANES));
-#pragma GCC unroll 6
-            for (int r = 0; r < ROWS; r++) {
-                const __m256i pair = _mm256_set1_epi32((int)x[r]);
-                acc[r][0] = add_pairs(acc[r][0], low, pair), acc[r][1] = add_pairs(acc[r][1], high, pair);
-            }
-        }
+    for (int r = 0; r < ROWS; r++) acc[r][0] = acc[r][1] = _mm256_setzero_si256();
+    x += ROWS;
+    for (int step = 0; step < steps; step++, x += ROWS, w += STEP_BYTES, ahead.at += ahead.step) {
+        __builtin_prefetch(ahead.at, 0, 2);
+        const __m256i low = _mm256_cvtepi8_epi16(load<__m128i>(w)), high = _mm256_cvtepi8_epi16(load<__m128i>(w + LANES));
 #pragma GCC unroll 6
         for (int r = 0; r < ROWS; r++) {
-            const __m256 scale = _mm256_broadcast_ss(scales + r);
-            sums[r] = fma({_mm256_cvtepi32_ps(acc[r][0]), _mm256_cvtepi32_ps(acc[r][1])}, {scale, scale}, sums[r]);
+            const __m256i pair = _mm256_set1_epi32((int)x[r]);
+            add_pairs(acc[r][0], low, pair), add_pairs(acc[r][1], high, pair);
         }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < ROWS; r++) {
+        const __m256 scale = _mm256_broadcast_ss(scales + r);
+        sums[r] = fma({_mm256_cvtepi32_ps(acc[r][0]), _mm256_cvtepi32_ps(acc[r][1])}, {scale, scale}, sums[r]);
     }
 }
 
-// Multiply rows [first, first + rows) by one panel, and prefetch from `ahead` on.
-void multiply_block(const Job& job, const uint32_t* x, int first, int rows, int panel, const char* ahead, int ahead_step,
-                    F32* gates) {
+template <int ROWS>
+void multiply_panel(const uint32_t* x, const char* w, int inner, Ahead ahead, F32* sums) {
+    for (int k = 0; k < inner; k += GROUP) {
+        const int steps = pairs(std::min(GROUP, inner - k));
+        add_group<ROWS>(x, w, steps, ahead, sums);
+        x += (1 + steps) * ROWS, w += steps * STEP_BYTES, ahead.at += steps * ahead.step;
+    }
+}
+
+// Multiply rows [first, first + rows) by one panel.
+void multiply_block(const Job& job, const uint32_t* x, int first, int rows, int panel, Ahead ahead, F32* gates) {
     F32 sums[WIDE_ROWS] = {};
     const int inner = job.matrix->inner;
     const char* w = (const char*)job.matrix->panels + panel * int8_panel_bytes(inner);
     switch (rows) {
-        case 1: multiply_panel<1>(x, w, inner, ahead, ahead_step, sums); break;
-        case 2: multiply_panel<2>(x, w, inner, ahead, ahead_step, sums); break;
-        case 3: multiply_panel<3>(x, w, inner, ahead, ahead_step, sums); break;
-        case 4: multiply_panel<4>(x, w, inner, ahead, ahead_step, sums); break;
-        case 5: multiply_panel<5>(x, w, inner, ahead, ahead_step, sums); break;
-        default: multiply_panel<6>(x, w, inner, ahead, ahead_step, sums);
+        case 1: multiply_panel<1>(x, w, inner, ahead, sums); break;
+        case 2: multiply_panel<2>(x, w, inner, ahead, sums); break;
+        case 3: multiply_panel<3>(x, w, inner, ahead, sums); break;
+        case 4: multiply_panel<4>(x, w, inner, ahead, sums); break;
+        case 5: multiply_panel<5>(x, w, inner, ahead, sums); break;
+        default: multiply_panel<6>(x, w, inner, ahead, sums);
     }
     for (int r = 0; r < rows; r++) {
         const F32 sum[1] = {sums[r]};
@@ -117,15 +131,16 @@ void multiply_int8(const Job& job, const Rows& x, uint32_t* scratch, Threads& th
             const int64_t share = panel_bytes / of.blocks;
             for (int panel = begin; panel < end; panel++)
                 for (int b = 0; b < of.blocks; b++) {
-                    const char* ahead = (const char*)job.matrix->panels + (panel + 1) * panel_bytes + b * share;
-                    multiply_block(job, packed(b), of.first(b), of.size(b), panel, ahead, STEP_BYTES / of.blocks, gates + of.first(b));
+                    const char* next = (const char*)job.matrix->panels + (panel + 1) * panel_bytes;
+                    const Ahead ahead{next + b * share, STEP_BYTES / of.blocks};
+                    multiply_block(job, packed(b), of.first(b), of.size(b), panel, ahead, gates + of.first(b));
                 }
             return;
         }
         for (int b = 0; b < of.blocks; b++)
             for (int panel = begin; panel < end; panel++) {
                 const char* ahead = (const char*)job.matrix->panels + panel * panel_bytes;
-                multiply_block(job, packed(b), of.first(b), of.size(b), panel, ahead + 256, STEP_BYTES, gates);
+                multiply_block(job, packed(b), of.first(b), of.size(b), panel, {ahead + 256, STEP_BYTES}, gates);
             }
     });
 }
