@@ -13,7 +13,7 @@ import pytest
 from support.awaited import Awaited, AwaitedStream
 
 from twostroke import AsyncClient, Client
-from twostroke.client.calls import generate_stream
+from twostroke.client.calls import StreamReader, generate_stream
 from twostroke.core.errors import (
     ERROR_BY_CODE,
     Cancelled,
@@ -26,6 +26,7 @@ from twostroke.core.errors import (
     Unauthenticated,
     Unavailable,
 )
+from twostroke.protos import common_pb2, inference_pb2
 
 
 @pytest.fixture(params=[Client, Awaited], ids=["sync", "async"])
@@ -397,6 +398,31 @@ def test_a_prompt_whose_parts_would_pass_for_token_ids_is_refused(client, peer, 
     with pytest.raises(InvalidRequest, match="give a list"):
         client.generate(prompt)
     assert peer.seen == []
+
+
+def piece(choice: int, first_index: int, *token_ids: int, is_finished: bool = False, is_last: bool = False) -> Any:
+    finish = common_pb2.FINISH_REASON_STOP if is_finished else common_pb2.FINISH_REASON_UNSPECIFIED
+    usage = common_pb2.Usage() if is_last else None
+    return inference_pb2.GenerateChunk(
+        choice=choice, first_index=first_index, token_ids=token_ids, finish_reason=finish, usage=usage
+    )
+
+
+def test_a_stream_whose_last_piece_comes_before_the_end_of_a_choice_is_incomplete():
+    reader = StreamReader(3)
+    for message in (piece(0, 0, 5), piece(1, 0, 6, is_finished=True), piece(0, 1, is_finished=True, is_last=True)):
+        reader.read(message)
+    with pytest.raises(TokensLost, match=r"choices \[2\] are unfinished"):
+        reader.finish()
+
+
+def test_a_choice_that_is_finished_has_no_further_tokens():
+    reader = StreamReader(1)
+    reader.read(piece(0, 0, 5, is_finished=True))
+    with pytest.raises(TokensLost, match="got tokens from index 1"):
+        reader.read(piece(0, 1, 6))
+    with pytest.raises(TokensLost, match="a piece is of choice 1; asked for 1"):
+        reader.read(piece(1, 0, 6))
 
 
 def test_a_stream_of_more_choices_than_memory_holds_is_the_server_s_to_refuse():

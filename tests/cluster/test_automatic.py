@@ -15,11 +15,13 @@ from twostroke.cli.serve import show_plan
 from twostroke.cluster.config import load_config
 from twostroke.cluster.launch.launcher import Site, worker_settings
 from twostroke.cluster.model_facts import model_facts
-from twostroke.cluster.placement import ModelFacts, Plan, place
+from twostroke.cluster.placement import ROUTER_BYTES, ModelFacts, Plan, ProcessPlan, place
 from twostroke.core.errors import ConfigError, DoesNotFit
+from twostroke.core.request import Role
 from twostroke.kv.sizing import MAX_POOL_BLOCKS, MemoryFacts, size_pool
 from twostroke.kv.spec import attention_spec
 from twostroke.model.resolved import resolve
+from twostroke.worker import build
 from twostroke.worker.build import _sized
 from twostroke.worker.cgroup import left_bytes, quota_cores
 from twostroke.worker.machine import MachineFacts, usable_cores
@@ -162,6 +164,42 @@ def test_each_worker_gets_what_the_plan_says(
         assert sized.max_model_len == plan.model.max_model_len
         assert sized.step == plan.config.step
         assert model.weight_bytes == plan.model.weight_bytes
+
+
+def test_a_context_may_fill_the_pool_and_no_more():
+    plan = planned(SMALL, LAPTOP, cache__tokens=4096, model__max_model_len=4096)
+    assert plan.pool.num_tokens == plan.model.max_model_len == 4096
+    with pytest.raises(DoesNotFit):
+        planned(SMALL, LAPTOP, cache__tokens=4096, model__max_model_len=4097)
+
+
+@pytest.mark.parametrize("num_blocks", [1, 3])
+def test_workers_accept_what_is_decided_for_the_smallest_pools(num_blocks: int):
+    """The file that a launcher writes for its members has the bounds of any other."""
+    one = SPEC.bytes_per_token * 16
+    machine = MachineFacts(8, ROUTER_BYTES + SMALL.weight_bytes + num_blocks * one)
+    plan = planned(SMALL, machine, cache__memory_fraction=1.0)
+    assert plan.pool.num_tokens == plan.model.max_model_len == 16 * num_blocks
+    again = load_config(
+        flags={"model": plan.settle(plan.config).model.model_dump(), "cache": plan.config.cache.model_dump()}
+    )
+    assert again.model.max_model_len == 16 * num_blocks
+
+
+@pytest.mark.parametrize(("free_bytes", "tokens"), [((64 << 30) - 1, 2048), (64 << 30, 8192)])
+def test_steps_are_sized_by_the_whole_gpu_and_not_by_a_share_of_it(
+    free_bytes: int, tokens: int, family_directory: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+):
+    """In the plan and in a worker's process alike."""
+    path, machine = family_directory("qwen3"), MachineFacts(8, 100 << 30, (free_bytes,))
+    assert planned(SMALL, machine, cluster__decode=4).config.step.max_num_batched_tokens == tokens
+    monkeypatch.setattr(build, "machine_facts", lambda: machine)
+    config = load_config(flags=ONE | {"model.path": str(path)})
+    member = ProcessPlan("decode-0", "worker", Role.DECODE, 1, 1 << 30, "cuda")
+    settings = worker_settings(Site(config, str(path), "m", 1), member)
+    sized = build._sized(settings, resolve(path, settings.model, "auto", "cuda"))
+    assert sized.step.max_num_batched_tokens == tokens
+    assert sized.pool.pool_bytes <= 1 << 30
 
 
 def test_no_memory_is_not_all_memory(tiny_checkpoint: Path):

@@ -102,6 +102,13 @@ def test_what_is_no_plain_value_is_refused(value):
         encode(value)
 
 
+@pytest.mark.parametrize("edge", [-1, 0, 2**32 - 1, 2**32])
+def test_numbers_at_the_edge_of_what_is_packed_come_back(edge):
+    for place in range(4):
+        values = (1,) * place + (edge,) + (1,) * (3 - place)
+        assert decode(encode(values)) == values
+
+
 @pytest.mark.parametrize("dtype", ["i4,(", "<04", ",f4", "|O", "V0", "(9999999999,)i4"])
 def test_an_array_whose_dtype_is_none_is_malformed(dtype):
     good = encode(np.zeros(2, "<f4"))

@@ -126,6 +126,7 @@ async def test_the_pool_is_the_smaller_of_tokens_and_memory(start_worker):
     )
     assert by_tokens.info().num_kv_blocks == 64
     assert by_memory.info().num_kv_blocks == 10
+    assert [worker.info().model.max_model_len for worker in (by_tokens, by_memory)] == [1024, 160]
 
 
 @pytest.mark.parametrize("model", [{}, {"kernels": "torch"}, {"kernels": "torch", "quantization": "int8"}])

@@ -216,6 +216,74 @@ def test_a_client_is_refused_outside_of_the_bounds(way: Any, field: SamplingFiel
     assert caught.value.param in (field.api, f"top_{field.api}")  # a chat's `logprobs` are its `top_logprobs`
 
 
+# The last values that are taken and the first that are refused: vLLM's and OpenAI's, not read from the table.
+EDGES: dict[str, tuple[list[Any], list[Any]]] = {
+    "max_tokens": ([1], [0, 2**31]),
+    "temperature": ([0.0, 100.0], [-1e-9, 100.001]),
+    "top_p": ([1e-9, 1.0], [-1e-9, 1.001]),
+    "top_k": ([0, VOCAB], [-2]),
+    "min_p": ([0.0, 1.0], [-1e-9, 1.001]),
+    "seed": ([-(2**63), 2**64 - 1], [-(2**63) - 1, 2**64]),
+    "repetition_penalty": ([0.01, 10.0], [0.009, 10.001]),
+    "frequency_penalty": ([-2.0, 2.0], [-2.001, 2.001]),
+    "presence_penalty": ([-2.0, 2.0], [-2.001, 2.001]),
+    "logit_bias": (
+        [{0: -100.0}, {VOCAB - 1: 100.0}, dict.fromkeys(range(1024), 1.0)],
+        [{0: -100.001}, {0: 100.001}, {VOCAB: 1.0}, {-1: 1.0}, dict.fromkeys(range(1025), 1.0)],
+    ),
+    "bad_words": ([["a"] * 128, ["a" * 256]], [["a"] * 129, ["a" * 257], [""]]),
+    "stop": ([["a"] * 16, ["a" * 256]], [["a"] * 17, ["a" * 257], [""]]),
+    "stop_token_ids": ([[0, VOCAB - 1], [7] * 256], [[VOCAB], [-1], [7] * 257]),
+    "min_tokens": ([0, 16], [-1, 17]),  # beside a `max_tokens` of 16
+    "logprobs": ([0, 20], [-1, 21]),
+    "prompt_logprobs": ([0, 20], [-1, 21]),
+}
+
+
+@pytest.mark.parametrize("name", [one.api for one in FIELDS if one.form is not Form.FLAG])
+@pytest.mark.parametrize("way", [completion, chat, sdk_generate, sdk_chat], ids=lambda way: way.__name__)
+def test_the_bounds_are_those_that_clients_know(way: Any, name: str, model: ServedModel) -> None:
+    taken, refused = EDGES[name]
+    for value in taken:
+        at_the_worker(way({"max_tokens": 16} | {name: value}), model)
+    for value in refused:
+        if (way, name, value) != (completion, "max_tokens", 0):  # of a prompt alone, for `echo`
+            with pytest.raises(InvalidRequest):
+                validate(way({"max_tokens": 16} | {name: value}), model, LIMITS)
+
+
+def test_a_top_k_of_the_whole_vocabulary_is_off(model: ServedModel) -> None:
+    found = [at_the_worker(completion({"top_k": top_k}), model).top_k for top_k in (VOCAB - 1, VOCAB, VOCAB + 1, -1)]
+    assert found == [VOCAB - 1, 0, 0, 0]
+
+
+def test_a_token_has_one_bias(model: ServedModel) -> None:
+    with pytest.raises(InvalidRequest, match="each once"):
+        at_the_worker(completion({"logit_bias": {"7": 1.0, "07": 2.0}}), model)
+
+
+COMPUTABLE: dict[str, tuple[list[float], list[float]]] = {
+    "max_tokens": ([1, 2**31], [0]),
+    "temperature": ([0.0, 1e6], [-1e-9, 1.1e6]),
+    "top_p": ([5e-324, 1.0], [0.0, 1.001]),
+    "min_p": ([0.0, 1.0], [-1e-9, 1.001]),
+    "repetition_penalty": ([5e-324, 1.7e308], [0.0, -1.0]),
+}
+
+
+@pytest.mark.parametrize("name", [one.name for one in FIELDS if one.computable])
+def test_a_worker_takes_what_it_can_compute_with_whatever_a_router_of_another_release_allows(name: str) -> None:
+    def params(value: float) -> SamplingParams:
+        return sampling_from_wire(common_pb2.SamplingParams(**({"max_tokens": 1, "seed": 1} | {name: value})))
+
+    taken, refused = COMPUTABLE[name]
+    for value in taken:
+        assert getattr(params(value), name) == value
+    for value in refused:
+        with pytest.raises(InvalidRequest):
+            params(value)
+
+
 def test_a_form_without_a_general_check_has_its_own() -> None:
     assert OWN_CHECKS.keys() <= {field.name for field in FIELDS}
     assert all(field.name in OWN_CHECKS for field in FIELDS if field.form in (Form.WORDS, Form.BIASES))

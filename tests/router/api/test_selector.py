@@ -153,6 +153,8 @@ def test_it_does_what_the_standard_selector_does_whatever_happens_to_the_files(s
                     assert done(standard, step, 0) == done(tiered, step, 0)
         standard.close()
         tiered.close()
+        assert tiered._first.closed
+        assert tiered._second.closed
         for pair in pairs:
             for end in pair:
                 end.close()
@@ -194,6 +196,9 @@ def test_a_server_over_it_answers_and_what_closes_at_once_leaves_room_for_others
         while len(among):
             turns.append(len(among))
             await asyncio.sleep(0)
+        assert not tiered._demoted, "the number of a closed connection may name another file next"
+        assert not among._idle
+        assert not among._heads
         server.should_exit = server.force_exit = True
         await running
 
