@@ -14,7 +14,7 @@ from support.kube.cluster import Kube, kube
 KEY = "a-key-of-the-tests-1"
 VALUES = f"--values={ROOT / 'deploy/helm/presets/kind.yaml'}"
 SETTINGS = (
-    "--set=decode.replicas=2,router.endpointSeconds=1,drainTimeoutSeconds=60",
+    "--set=router.replicas=2,decode.replicas=2,router.endpointSeconds=1,drainTimeoutSeconds=60",
     "--set=apiKeys.secretName=clients",
 )
 PROMPT = "def add(a, b):\n    return a + b\n" * 12  # long enough to be handed over
@@ -55,10 +55,20 @@ def completion(url: str, prompt: str) -> dict:
     return answer.json()
 
 
-def workers(url: str) -> dict[str, str]:
-    """State of every worker that the router knows, by name."""
-    answer = httpx.get(f"{url}/v1/cluster", headers={"authorization": f"Bearer {KEY}"}, timeout=60)
-    return {worker["worker_id"]: worker["state"] for worker in answer.json()["workers"]}
+def fleets(cluster: Kube) -> list[dict[str, str]]:
+    """What each router knows: the state of every worker by name."""
+    told = [ask(router, "/v1/cluster") for router in routers(cluster)]
+    return [{worker["worker_id"]: worker["state"] for worker in each["workers"]} for each in told]
+
+
+def routers(cluster: Kube) -> list[str]:
+    """The HTTP address of each router's pod."""
+    return [f"http://{pod['status']['podIP']}:8000" for pod in cluster.pods("router")]
+
+
+def ask(url: str, path: str) -> dict:
+    answer = httpx.get(url + path, headers={"authorization": f"Bearer {KEY}"}, timeout=60)
+    return answer.json() if answer.status_code == 200 else {}
 
 
 def names(pods: list[dict]) -> set[str]:
@@ -77,21 +87,23 @@ def test_install_serve_lose_a_pod_upgrade_roll_back_uninstall(cluster: Kube):
     # Installed without the cluster's key: the notes say how to make it, and the pods wait for it.
     told = cluster.helm("install", "ts", str(CHART), VALUES, *SETTINGS)
     assert "create secret generic ts-twostroke-cluster-key --from-literal=key=" in told
-    cluster.wait(lambda: len(cluster.pods()) == 4, "four pods")
+    cluster.wait(lambda: len(cluster.pods()) == 5, "five pods")
     cluster.wait(lambda: all("CreateContainerConfigError" in json.dumps(pod) for pod in cluster.pods()), "the key")
     cluster.make_secret("clients", keys=json.dumps([KEY]), key=KEY)
     cluster.make_secret("ts-twostroke-cluster-key", key="0123456789abcdef0123456789abcdef")
-    cluster.wait(lambda: cluster.is_ready(router=1, prefill=1, decode=2), "ready pods")
+    cluster.wait(lambda: cluster.is_ready(router=2, prefill=1, decode=2), "ready pods")
 
     # A completion through the Service's address, whose KV came from the prefill worker.
     url = f"http://{cluster.node.address_of('ts-twostroke')}:8000"
     made = completion(url, PROMPT)
     assert made["usage"]["completion_tokens"] == 24
-    assert set(workers(url)) == names(cluster.pods("prefill") + cluster.pods("decode"))
-    explained = httpx.get(
-        f"{url}/v1/requests/{made['id']}/explain", headers={"authorization": f"Bearer {KEY}"}, timeout=60
-    ).json()
-    assert names(cluster.pods("prefill")).pop() in json.dumps(explained)
+    everybody = dict.fromkeys(names(cluster.pods("prefill") + cluster.pods("decode")), "live")
+    cluster.wait(lambda: fleets(cluster) == [everybody, everybody], "both routers' fleets")
+    told = [
+        ask(f"http://{pod['status']['podIP']}:8000", f"/v1/requests/{made['id']}/explain")
+        for pod in cluster.pods("router")
+    ]
+    assert names(cluster.pods("prefill")).pop() in json.dumps(told)
     assert httpx.post(f"{url}/v1/completions", json={"prompt": "a"}, timeout=60).status_code == 401
 
     # The chart's own test; no secret is in any argument or log.
@@ -112,7 +124,7 @@ def test_install_serve_lose_a_pod_upgrade_roll_back_uninstall(cluster: Kube):
         cluster.wait(lambda: gone not in names(cluster.pods("decode")), "the pod's end")
         cluster.wait(lambda: cluster.is_ready(decode=2), "its successor")
         successor = (names(cluster.pods("decode")) - before).pop()
-        cluster.wait(lambda: workers(url).get(successor) == "live", "the successor in the fleet")
+        cluster.wait(lambda: all(each.get(successor) == "live" for each in fleets(cluster)), "it in the fleets")
         count = len(load.answers)
         cluster.wait(lambda: len(load.answers) >= count + 4, "more answers")
     assert not load.failures
@@ -125,15 +137,15 @@ def test_install_serve_lose_a_pod_upgrade_roll_back_uninstall(cluster: Kube):
     cluster.wait(lambda: cluster.is_ready(prefill=1), "the restarted worker")
     assert names(cluster.pods("prefill")) == {victim}
 
-    # An upgrade replaces the router and takes a decode worker away; a rollback brings both back.
+    # An upgrade replaces the routers and takes a decode worker away; a rollback brings both back.
     old = names(cluster.pods("router"))
     more = ("--reuse-values", "--set=router.podAnnotations.changed=yes,decode.replicas=1", "--wait", "--timeout=600s")
     cluster.helm("upgrade", "ts", str(CHART), *more)
-    cluster.wait(lambda: not old & names(cluster.pods("router")), "the old router's end")
-    cluster.wait(lambda: cluster.is_ready(router=1, prefill=1, decode=1), "ready pods")
+    cluster.wait(lambda: not old & names(cluster.pods("router")), "the old routers' end")
+    cluster.wait(lambda: cluster.is_ready(router=2, prefill=1, decode=1), "ready pods")
     assert completion(url, PROMPT)["usage"]["completion_tokens"] == 24
     cluster.helm("rollback", "ts", "1")
-    cluster.wait(lambda: cluster.is_ready(router=1, prefill=1, decode=2), "ready pods")
+    cluster.wait(lambda: cluster.is_ready(router=2, prefill=1, decode=2), "ready pods")
     assert not any("changed" in pod["metadata"].get("annotations", {}) for pod in cluster.pods("router"))
     assert completion(url, PROMPT)["usage"]["completion_tokens"] == 24
 

@@ -28,7 +28,8 @@ from .api_server import Object, Store
 
 ROOT = Path(__file__).resolve().parents[3]
 INSIDE = Path(__file__).parent / "inside"
-TICK_S = 0.2  # also the period of probes
+TICK_S = 0.2
+PROBE_S = 0.5  # the period of all probes
 PATIENCE = 20  # times a probe's timeout: this machine may be busy
 PROGRAMS = {
     "twostroke": [sys.executable, "-m", "twostroke.cli.main"],
@@ -69,6 +70,8 @@ class Node:
         self._turn = 0
         self._loop = asyncio.new_event_loop()
         self._closing = asyncio.Event()
+        one_use = httpx.Limits(max_keepalive_connections=0)
+        self._http = httpx.AsyncClient(trust_env=False, verify=False, limits=one_use)  # of all probes
         self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._run(),), daemon=True)
 
     def start(self) -> None:
@@ -103,6 +106,7 @@ class Node:
             _signal(pod.process, signal.SIGKILL)
         for proxy in self._proxies.values():
             proxy.close()
+        await self._http.aclose()
 
     def _control(self) -> None:
         deployments = {each["metadata"]["uid"]: each for each in self.store.all("deployments")}
@@ -250,7 +254,7 @@ class Node:
                     container["readinessProbe"], container, pod
                 )
             say()
-            await asyncio.sleep(TICK_S)
+            await asyncio.sleep(PROBE_S)
 
     async def _holds(self, probe: Object, container: Object, pod: Pod) -> bool:
         timeout_s = probe.get("timeoutSeconds", 1) * PATIENCE
@@ -265,8 +269,7 @@ class Node:
         port = probe["httpGet"]["port"]
         number = next((each["containerPort"] for each in container["ports"] if each["name"] == port), port)
         try:
-            async with httpx.AsyncClient(trust_env=False) as client:
-                answer = await client.get(f"http://{pod.address}:{number}{probe['httpGet']['path']}", timeout=timeout_s)
+            answer = await self._http.get(f"http://{pod.address}:{number}{probe['httpGet']['path']}", timeout=timeout_s)
         except httpx.HTTPError:
             return False
         return 200 <= answer.status_code < 400
