@@ -242,11 +242,11 @@ _CONNECTIONS = [
     Mutant("router/api/http/selector.py", "        self._demoted.discard(fd)\n", "        pass\n"),
     Mutant(
         "router/api/http/connections.py",
-        "            if due_s > now_s:\n                break\n",
+        "                if due_s > now_s:\n                    break\n",
         "",
         survives="a connection is looked at before its time, which changes nothing",
     ),
-    Mutant("router/api/http/connections.py", "                connection.look(now_s)\n", ""),
+    Mutant("router/api/http/connections.py", "                    connection.look(now_s)\n", "                    pass\n"),
     Mutant("router/api/http/connection.py", "        self._among.demote(transport)\n", ""),
 ]
 
