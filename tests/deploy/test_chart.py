@@ -95,6 +95,19 @@ def test_every_command_and_setting_exists(arguments: list[str], tmp_path: Path):
     assert config.cluster.drain_timeout_s == 30
 
 
+def test_ray_itself_takes_the_arguments_of_its_nodes():
+    from ray.scripts.scripts import start
+
+    known = {name for option in start.params for name in option.opts}
+    cluster = of_kind(render("--set=mode=ray"), "RayCluster")[0]["spec"]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    assert len(groups) == 3
+    for group in groups:
+        assert {f"--{name}" for name in group["rayStartParams"]} <= known
+    resources = [json.loads(group["rayStartParams"]["resources"].strip("'")) for group in groups[1:]]
+    assert resources == [{"prefill": 1}, {"decode": 1}]
+
+
 def test_settings_reach_the_configuration_and_roll_the_pods():
     before, after = render(), render("--set=config.cache.block_size=32,drainTimeoutSeconds=7")
     config = yaml.safe_load(of_kind(after, "ConfigMap", "twostroke")[0]["data"]["config.yaml"])

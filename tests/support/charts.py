@@ -34,11 +34,16 @@ def run_helm(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str
     return subprocess.run([helm(), *arguments], capture_output=True, text=True, timeout=120, check=False, **options)
 
 
+@cache
 def render(*arguments: str, version: str = "1.34.0") -> list[Manifest]:
-    """Manifests of the chart for a version of Kubernetes; `arguments` as for `helm template`."""
+    """Manifests of the chart for a version of Kubernetes; `arguments` as for `helm template`. Not to be changed."""
     done = run_helm("template", "ts", str(CHART), "--namespace", "llm", "--kube-version", version, *arguments)
     assert done.returncode == 0, done.stderr
-    return [manifest for manifest in yaml.safe_load_all(done.stdout) if manifest]
+    return [
+        manifest
+        for manifest in yaml.load_all(done.stdout, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        if manifest
+    ]
 
 
 def refusal(*arguments: str) -> str:

@@ -99,10 +99,11 @@ class Node:
             await self._serve_names()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._closing.wait(), TICK_S)
+        tasks = [task for pod in self.pods.values() for task in (pod.task, pod.ending) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         for pod in self.pods.values():
-            for task in (pod.task, pod.ending):
-                if task is not None:
-                    task.cancel()
             _signal(pod.process, signal.SIGKILL)
         for proxy in self._proxies.values():
             proxy.close()
@@ -227,9 +228,11 @@ class Node:
             pod.reason, pod.is_started, pod.is_ready, pod.failures = "", False, False, 0
             say("Running")
             probing = asyncio.create_task(self._probe(container, pod, lambda: say("Running")))
-            code = await pod.process.wait()
-            probing.cancel()
-            await asyncio.gather(probing, return_exceptions=True)
+            try:
+                code = await pod.process.wait()
+            finally:
+                probing.cancel()
+                await asyncio.gather(probing, return_exceptions=True)
             pod.is_ready = False
             if pod.spec.get("restartPolicy") == "Never":
                 say("Succeeded" if code == 0 else "Failed")
@@ -291,6 +294,7 @@ class Node:
             _signal(pod.process, signal.SIGKILL)
         if pod.task is not None:
             pod.task.cancel()
+            await asyncio.gather(pod.task, return_exceptions=True)
         del self.pods[name]
         self.store.remove("pods", namespace, name)
 
