@@ -26,7 +26,7 @@ from .folder import forget_empty_folder, library_folder, take_lock
 
 SOURCES = tuple(  # longest compile first, so that all cores end together
     f"{name}.cpp"
-    for name in ("linear_int8", "attention", "linear", "pack", "head", "rows", "check", "layers", "digest")
+    for name in ("linear_int8", "attention", "linear", "pack", "head", "rows", "check", "layers", "group", "digest")
 )
 FLAGS = (
     "-O3",
