@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from twostroke.checkpoint.config_json import load_spec
-from twostroke.checkpoint.locate import resolve
+from twostroke.checkpoint.locate import located
 from twostroke.checkpoint.spec import DType, ModelSpec, Quantization
 from twostroke.core.request import SamplingParams, SequenceKey
 from twostroke.engine.plan import SequenceStep, StepPlan
@@ -293,7 +293,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     given = parser.parse_args()
     sizes = Sizes(given.tokens, given.prompts, given.new_tokens, given.threads)
-    folder = resolve("bundled")
+    folder = located("bundled")
     documents = held_out_documents(folder)
     results, texts = {}, {}
     for compute in given.compute:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from twostroke.checkpoint.locate import resolve
+from twostroke.checkpoint.locate import located
 from twostroke.core.inside import InsideChannel
 from twostroke.core.timeline import Timeline
 from twostroke.kv.handover.transports.grpc import CHANNEL_OPTIONS
@@ -42,7 +42,7 @@ def write_checkpoint(directory: Path, shape: CacheShape, max_model_len: int) -> 
     import torch
     from safetensors.torch import save_file
 
-    bundled = resolve("bundled")
+    bundled = located("bundled")
     for name in TOKENIZER_FILES:
         shutil.copy(bundled / name, directory / name)
     vocabulary = json.loads((bundled / "config.json").read_text())["vocab_size"]

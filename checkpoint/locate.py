@@ -11,7 +11,7 @@ from .gguf.file import GgufFile
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]  # no pickles
 
 
-def resolve(path: str) -> Path:
+def located(path: str) -> Path:
     """Return the checkpoint's directory, or its GGUF file. A hub name is downloaded first.
 
     Raises:

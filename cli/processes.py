@@ -36,7 +36,7 @@ def worker(
     """Run one worker and announce it to the routers. The cluster's key is TWOSTROKE__CLUSTER__KEY."""
     import os
 
-    from ..checkpoint.locate import resolve, served_name
+    from ..checkpoint.locate import located, served_name
     from ..worker.machine import machine_facts
     from ..worker.process import run_worker
     from ..worker.settings import WorkerSettings
@@ -48,7 +48,7 @@ def worker(
         WorkerSettings(
             worker_id=worker_id or f"{role}-{os.getpid()}",
             role=role,
-            model_directory=str(resolve(settings.model.path)),
+            model_directory=str(located(settings.model.path)),
             model_name=served_name(settings.model.path, settings.model.name),
             model=settings.model,
             cache=settings.cache,

@@ -17,6 +17,7 @@ from pydantic import BeforeValidator, Field, field_validator
 from ..checkpoint.config import ModelConfig
 from ..core.config import Section, load_section
 from ..core.errors import ConfigError
+from ..core.lease import ORPHAN_GRACE_S
 from ..core.ports import bindable_host
 from ..engine.config import StepConfig
 from ..kv.config import CacheConfig
@@ -49,7 +50,7 @@ class ClusterConfig(Section):
     )
     replace_after_s: float = Field(20.0, gt=0, description="how long a frozen or unreachable member is waited for")
     drain_timeout_s: float = Field(10.0, ge=0, description="how long answers may go on when a member is told to stop")
-    orphan_grace_s: float = Field(5.0, ge=0, le=60, description="how long a lost router's requests run on")
+    orphan_grace_s: float = Field(ORPHAN_GRACE_S, ge=0, le=60, description="how long a lost router's requests run on")
     ray_address: str | None = Field(
         None, description="join this Ray cluster; none: a local one of our own, whatever RAY_ADDRESS says"
     )

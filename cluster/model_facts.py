@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from ..checkpoint.config import Kernels, ModelConfig
-from ..checkpoint.config_json import load_spec
-from ..checkpoint.locate import resolve, served_name
-from ..checkpoint.sizes import cache_codec, compute_dtype, context_length, held_bytes
-from ..checkpoint.spec import ModelSpec
-from ..model.ops.device import chosen_kernels, chosen_kind, gpu_free_bytes, refuse_unserved
+from ..checkpoint.locate import located, served_name
+from ..model.ops.device import chosen_kind, gpu_free_bytes
+from ..model.resolved import ResolvedModel, resolve
 from ..router.api.defaults import SamplingDefaults, described
 from .config import Config
 from .placement import ModelFacts
@@ -22,33 +17,27 @@ def model_facts(config: Config) -> ModelFacts:
         CheckpointError: the checkpoint cannot be found or is not supported.
         ConfigError: the asked-for context is longer than the checkpoint's, or the device cannot serve it.
     """
-    directory = resolve(config.model.path)
-    spec = load_spec(directory)
+    directory = located(config.model.path)
     kind = chosen_kind(config.model.device, len(gpu_free_bytes()))
-    kernels = chosen_kernels(config.model.kernels, kind)
-    if kind == "cuda":
-        refuse_unserved(spec, cache_codec(config.cache.dtype))
+    model = resolve(directory, config.model, config.cache.dtype, kind)
     return ModelFacts(
         name=served_name(config.model.path, config.model.name),
         directory=str(directory),
-        weight_bytes=held_bytes(directory, spec, config.model, kernels),
-        kv_spec=spec.kv_spec(cache_codec(config.cache.dtype)),
-        max_model_len=context_length(spec, config.model.max_model_len),
+        weight_bytes=model.weight_bytes,
+        kv_spec=model.kv_spec,
+        max_model_len=model.max_model_len,
         asked_max_model_len=config.model.max_model_len,
-        remarks=spec.remarks,
-        sampling=_sampling(directory, spec, config.model),
-        arithmetic=(
-            f"{compute_dtype(spec, config.model.dtype)}, {_rounding(config.model.quantization, kernels)}, "
-            f"{kernels} kernels on {kind}"
-        ),
+        remarks=model.spec.remarks,
+        sampling=_sampling(model) if config.model.generation_config == "auto" else "",
+        arithmetic=f"{model.dtype}, {_rounding(model)}, {model.kernels} kernels on {kind}",
     )
 
 
-def _rounding(quantization: str, kernels: Kernels) -> str:
-    if quantization == "none":
+def _rounding(model: ResolvedModel) -> str:
+    if model.quantization == "none":
         return "weights as they are"
-    return f"weights{' and what they multiply' if kernels == 'native' else ''} rounded to {quantization}"
+    return f"weights{' and what they multiply' if model.kernels == 'native' else ''} rounded to {model.quantization}"
 
 
-def _sampling(directory: Path, spec: ModelSpec, model: ModelConfig) -> str:
-    return described(SamplingDefaults.load(directory, spec.vocab_size)) if model.generation_config == "auto" else ""
+def _sampling(model: ResolvedModel) -> str:
+    return described(SamplingDefaults.load(model.directory, model.spec.vocab_size))

@@ -7,10 +7,10 @@ from typing import Literal
 
 from ..core.errors import ConfigError
 from ..core.request import Role
-from ..kv.sizing import MemoryFacts, PoolSize
+from ..kv.sizing import PoolSize
 from ..kv.spec import KvSpec
 from ..model.ops.device import chosen_kind
-from ..worker.automatic import Decision, decided_context, decided_patience, decided_pool, decided_router, decided_step
+from ..worker.automatic import Decision, decided_patience, decided_router, size_worker
 from ..worker.machine import MachineFacts
 from .config import Config
 
@@ -93,16 +93,19 @@ def place(config: Config, machine: MachineFacts, model: ModelFacts) -> Plan:
     share = _share(machine, device, len(roles))
     threads = config.step.num_threads or max(1, machine.num_cores // len(roles))
     _check_metrics_ports(config, len(roles))
-    step, decisions = decided_step(config.step, device, max(machine.gpu_bytes, default=0))
-    memory = MemoryFacts(share, model.weight_bytes, config.cache.swap_bytes, swaps_elsewhere=device == "cuda")
-    most_tokens = step.max_num_seqs * model.max_model_len
-    pool, cache, more = decided_pool(model.kv_spec, config.cache, device, memory, most_tokens)
-    decisions += more
-    context, decision = decided_context(model.max_model_len, model.asked_max_model_len, pool)
-    decisions.append(decision)
+    sized = size_worker(
+        model,
+        config.step,
+        config.cache,
+        device,
+        memory_bytes=share,
+        device_bytes=max(machine.gpu_bytes, default=0),
+        wanted=model.asked_max_model_len,
+    )
+    decisions = list(sized.decisions)
     reason = f"{machine.num_cores} cores{machine.cores_reason and f' ({machine.cores_reason})'} ÷ {len(roles)} workers"
     decisions.append(Decision("step.num_threads", str(threads), "as given" if config.step.num_threads else reason))
-    router, more = decided_router(config.router, cluster.decode, step.max_num_seqs, pool)
+    router, more = decided_router(config.router, cluster.decode, sized.step.max_num_seqs, sized.pool)
     decisions += more
     patience, more = decided_patience(cluster, model.weight_bytes, len(roles))
     decisions += more
@@ -115,8 +118,9 @@ def place(config: Config, machine: MachineFacts, model: ModelFacts) -> Plan:
         gpu = place_of_worker % len(machine.gpu_bytes) if device == "cuda" else 0
         port = cluster.worker_metrics_port and cluster.worker_metrics_port + place_of_worker
         members.append(ProcessPlan(f"{prefix}-{index}", "worker", role, threads, share, device, gpu, port))
-    settled = config.model_copy(update={"step": step, "cache": cache, "router": router, "cluster": patience})
-    return Plan(tuple(members), replace(model, max_model_len=context), pool, settled, tuple(decisions))
+    update = {"step": sized.step, "cache": sized.cache, "router": router, "cluster": patience}
+    served = replace(model, max_model_len=sized.max_model_len)
+    return Plan(tuple(members), served, sized.pool, config.model_copy(update=update), tuple(decisions))
 
 
 def _share(machine: MachineFacts, device: str, num_workers: int) -> int:

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from ..checkpoint.locate import resolve, served_name
+from ..checkpoint.locate import located, served_name
 from ..core.errors import CheckpointError, ConfigError
 from ..kernels.cpu.build import NativeUnavailable, found_library
 from ..kernels.cpu.folder import forget_empty_folder
@@ -58,7 +58,7 @@ def _with_checkpoint(config: Config) -> Config:
     """The configuration with the checkpoint's local path; downloads the checkpoint if necessary."""
     path, name = config.model.path, config.model.name
     try:
-        place_of_it = resolve(path).absolute()  # members may have another working folder
+        place_of_it = located(path).absolute()  # members may have another working folder
     except OSError as error:
         raise CheckpointError(f"model.path is {path!r}: it cannot be read: {error.strerror}") from None
     model = config.model.model_copy(update={"path": str(place_of_it), "name": served_name(path, name)})

@@ -43,3 +43,6 @@ WORKER_LEASE = Lease(beat_s=0.5, silence_s=2.0)
 ROUTER_LEASE = Lease(beat_s=0.5, silence_s=5.0)  # longer: a router that pauses must not cost all requests of a worker
 HANDOVER_LEASE = Lease(beat_s=0.5, silence_s=2.0)
 ENGINE_LEASE = Lease(beat_s=0.1, silence_s=2.0)
+
+ORPHAN_GRACE_S = 5.0
+"""Time that the requests of a lost router run on, so that it or another one can take them up again."""

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from ..core.errors import InternalError, RequestNotFound, TwostrokeError, Unavailable
+from ..core.lease import ORPHAN_GRACE_S
 from ..core.request import FinishReason
 from ..kv.messages import epoch_from_wire, error_to_wire
 from ..kv.recent_prompts import RecentPrompts
@@ -37,7 +38,7 @@ class DecodeService:
         self,
         tools: DecodeTaskTools,
         tokenizer: Tokenizer,
-        orphan_grace_s: float = 5.0,
+        orphan_grace_s: float = ORPHAN_GRACE_S,
         timing: SessionTiming | None = None,
     ) -> None:
         self.is_draining = False

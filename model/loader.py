@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
-from ..checkpoint.config import DeviceChoice, DTypeChoice, KernelsChoice
-from ..checkpoint.config_json import load_spec
+from ..checkpoint.config import KernelsChoice
 from ..checkpoint.safetensors_files import checkpoint_files
-from ..checkpoint.sizes import cache_codec, compute_dtype, context_length
 from ..checkpoint.spec import DType, Quantization
 from ..kernels.cpu import library as native
 from ..kv.store.store import KvStore
-from .ops.device import chosen_kernels, describe_device, refuse_unserved, resolve_device
+from .ops.device import chosen_kernels, describe_device
 from .ops.native_ops import NativeOps
 from .ops.seam import Ops
 from .ops.torch_ops import TorchOps
+from .resolved import ResolvedModel
 from .runner import Runner
 from .weights.host_memory import give_back_after_load
 from .weights.tensors import open_source, weights_fingerprint
@@ -28,26 +26,17 @@ from .weights.weights import load_weights
 
 KERNEL_SET_VERSION = 7  # increase it with every change that can change a bit of any logit
 
-KvDType = Literal["auto", "fp8", "bfloat16", "float32"]
-
 
 @dataclass(frozen=True, slots=True)
 class RunnerOptions:
-    """Options to run a checkpoint. `kv_dtype` auto means fp8, `dtype` auto means the checkpoint's dtype."""
+    """What a runner needs besides the resolved model: sizes, threads, and the key of digests."""
 
     num_blocks: int
     block_tokens: int = 16
-    dtype: DTypeChoice = "auto"
-    kv_dtype: KvDType = "auto"
     num_threads: int = 1
-    max_model_len: int | None = None
     digest_key: int = 0  # the cluster's 64-bit key
-    quantization: Quantization = "none"
-    kernels: KernelsChoice = "auto"  # on a CPU
-    device: DeviceChoice = "cpu"
     gpu: int = 0  # index of the GPU
     graph_seqs: int = 0  # on a GPU: the largest decode step that runs as a graph
-    end_ids: tuple[int, ...] = ()  # end tokens of the tokenizer, in addition to those of the config
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,28 +47,29 @@ class NumericsClass:
     description: str
 
 
-def load_runner(directory: Path, options: RunnerOptions) -> Runner:
+def load_runner(model: ResolvedModel, options: RunnerOptions) -> Runner:
     """Load weights and make a store of `num_blocks` blocks. Call `warm_up` in the thread that runs the steps.
 
     Raises:
         CheckpointError: the directory holds no model that is served.
-        ConfigError: max_model_len exceeds the checkpoint's context length, or the device cannot serve the model.
+        ConfigError: the kernels cannot run on this machine.
     """
-    spec = load_spec(directory)
-    more_ends = (id_ for id_ in options.end_ids if id_ < spec.vocab_size)  # the tokenizer may have more ids
-    spec = replace(spec, eos_ids=tuple(dict.fromkeys((*spec.eos_ids, *more_ends))))
-    device = resolve_device(options.device, options.gpu)
-    context_length(spec, options.max_model_len)
-    dtype = torch_dtype(compute_dtype(spec, options.dtype))
-    if device.type != "cpu":
-        refuse_unserved(spec, cache_codec(options.kv_dtype))
-    ops = make_ops(dtype, options.quantization, options.num_threads, kernels=options.kernels, device=device)
-    weights = load_weights(open_source(directory), spec, ops)
+    directory, device = model.directory, _torch_device(model, options.gpu)
+    ops = _ops(model, device, options.num_threads)
+    weights = load_weights(open_source(directory), model.spec, ops)
     give_back_after_load(checkpoint_files(directory) if directory.is_dir() else (directory,))
-    kv_spec = spec.kv_spec(cache_codec(options.kv_dtype))
-    store = KvStore(kv_spec, options.num_blocks, options.block_tokens, device, options.digest_key)
+    store = KvStore(model.kv_spec, options.num_blocks, options.block_tokens, device, options.digest_key)
     graph_seqs = options.graph_seqs if device.type != "cpu" else 0
-    return Runner(spec, weights, ops, store, options.max_model_len, graph_seqs=graph_seqs)
+    return Runner(model.spec, weights, ops, store, model.max_model_len, graph_seqs=graph_seqs)
+
+
+def _torch_device(model: ResolvedModel, gpu: int) -> torch.device:
+    return torch.device("cpu") if model.device == "cpu" else torch.device(model.device, gpu)
+
+
+def _ops(model: ResolvedModel, device: torch.device, num_threads: int = 1) -> Ops:
+    kernels: KernelsChoice = "native" if model.kernels == "native" else "torch"
+    return make_ops(torch_dtype(model.dtype), model.quantization, num_threads, kernels=kernels, device=device)
 
 
 def make_ops(
@@ -109,22 +99,18 @@ def torch_dtype(dtype: DType) -> torch.dtype:
     return torch.bfloat16 if dtype == "bfloat16" else torch.float32
 
 
-def numerics_class(directory: Path, options: RunnerOptions, tp: int = 1) -> NumericsClass:
+def numerics_class(model: ResolvedModel, gpu: int = 0, tp: int = 1) -> NumericsClass:
     """Compute the numerics class: a digest of everything that can change a bit of a logit.
 
     This is: weights, compute dtype, cache codec, TP, ops, machine, and the served context length if rotary angles
     depend on it. The number of threads and the sizes of blocks, batches and chunks change no bit.
     """
-    spec = load_spec(directory)
-    weights = weights_fingerprint(directory)
-    dtype = compute_dtype(spec, options.dtype)
-    device = resolve_device(options.device, options.gpu)
-    ops = make_ops(torch_dtype(dtype), options.quantization, kernels=options.kernels, device=device)
+    weights, device = weights_fingerprint(model.directory), _torch_device(model, gpu)
     machine = machine_description() if device.type == "cpu" else describe_device(device)
-    length = f", for {options.max_model_len or spec.max_model_len} tokens" if spec.length_matters else ""
+    length = f", for {model.max_model_len} tokens" if model.spec.length_matters else ""
     arithmetic = (
-        f"{dtype}, {cache_codec(options.kv_dtype)} cache{length}, TP {tp}, kernels {KERNEL_SET_VERSION}, "
-        f"{ops.description} on {machine}"
+        f"{model.dtype}, {model.codec} cache{length}, TP {tp}, kernels {KERNEL_SET_VERSION}, "
+        f"{_ops(model, device).description} on {machine}"
     )
     digest = hashlib.blake2b(weights + arithmetic.encode(), digest_size=16, person=b"twostroke-numer").digest()
     return NumericsClass(digest, f"weights {weights.hex()[:8]}, {arithmetic}")

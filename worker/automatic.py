@@ -6,7 +6,7 @@ A setting counts as given if a file, a variable or a flag has it, with any value
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from ..core.config import Section
 from ..core.errors import DoesNotFit
@@ -32,6 +32,59 @@ class Decision:
     setting: str  # "step.max_num_seqs": its name in the configuration
     value: str
     reason: str
+
+
+class ModelNeeds(Protocol):
+    """Needs of a model, in its chosen dtypes."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of a worker's weights."""
+        ...
+
+    @property
+    def kv_spec(self) -> KvSpec:
+        """Layout of one token in the cache."""
+        ...
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of the longest context: as configured, or the checkpoint's."""
+        ...
+
+
+class SizedWorker(NamedTuple):
+    """Bounds of a worker's steps, its pool, its longest context, and the reasons."""
+
+    step: StepConfig
+    cache: CacheConfig
+    max_model_len: int  # tokens
+    pool: PoolSize
+    decisions: list[Decision]
+
+
+def size_worker(
+    model: ModelNeeds,
+    step: StepConfig,
+    cache: CacheConfig,
+    device: Device,
+    *,
+    memory_bytes: int,
+    device_bytes: int,
+    wanted: int | None,
+) -> SizedWorker:
+    """Decide what a worker can hold. The plan of a cluster does so for all; a worker started by hand for itself.
+
+    `memory_bytes`: the worker's share. `device_bytes`: free memory of its whole GPU. `wanted`: the configured context.
+
+    Raises:
+        DoesNotFit: nothing is left for the pool, or `wanted` does not fit it; with the arithmetic.
+    """
+    step, decisions = decided_step(step, device, device_bytes)
+    facts = MemoryFacts(memory_bytes, model.weight_bytes, cache.swap_bytes, swaps_elsewhere=device == "cuda")
+    pool, cache, more = decided_pool(model.kv_spec, cache, device, facts, step.max_num_seqs * model.max_model_len)
+    context, decision = decided_context(model.max_model_len, wanted, pool)
+    return SizedWorker(step, cache, context, pool, [*decisions, *more, decision])
 
 
 def decided_step(step: StepConfig, device: Device, device_bytes: int) -> tuple[StepConfig, list[Decision]]:

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
-from ..checkpoint.config_json import load_spec
-from ..checkpoint.sizes import cache_codec, context_length, held_bytes
 from ..core.clock import Clock
 from ..core.request import Role
 from ..decode_worker.policy import combined_policy, decode_policy
@@ -22,15 +18,16 @@ from ..kernels.cpu.build import built_library
 from ..kv.cache.pool import BlockPool
 from ..kv.cache.prefix import PrefixCache
 from ..kv.keys import PromptHasher, digest_key, identity_key
-from ..kv.sizing import MemoryFacts, PoolSize
+from ..kv.sizing import PoolSize
 from ..kv.store.host_store import HostStore
 from ..model.loader import RunnerOptions, load_runner, numerics_class
-from ..model.ops.device import chosen_kernels, resolve_device
+from ..model.ops.device import resolve_device
+from ..model.resolved import DeviceKind, ResolvedModel, resolve
 from ..model.weights.tensors import weights_fingerprint
 from ..prefill_worker.policy import prefill_policy
 from ..text.incremental import check_decoder
 from ..text.tokenizer import Tokenizer
-from .automatic import decided_context, decided_pool, decided_step
+from .automatic import SizedWorker, size_worker
 from .machine import machine_facts
 from .settings import WorkerSettings
 
@@ -56,19 +53,27 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> BuiltEngine:
         DoesNotFit: nothing is left for the KV pool, or the longest context does not fit it; with the arithmetic.
         ConfigError: a setting cannot work on this machine.
     """
+    device = resolve_device(settings.model.device, settings.gpu)
+    kind: DeviceKind = "cpu" if device.type == "cpu" else "cuda"
     directory = Path(settings.model_directory)
-    settings, pool_size = _decided(settings, directory)
+    resolved = resolve(directory, settings.model, settings.cache.dtype, kind, built_library)
+    sized = _sized(settings, resolved)
+    step, cache, pool_size = sized.step, sized.cache, sized.pool
     tokenizer = Tokenizer.load(directory)
     check_decoder(tokenizer)
-    model = _model_facts(settings, directory, tokenizer.eos_ids)
+    # many chat models name their end of turn in the tokenizer only
+    resolved = replace(resolved.ends_with(tokenizer.eos_ids), max_model_len=sized.max_model_len)
+    model = _model_facts(settings, resolved)
     key = identity_key(settings.cluster_key)
-    cache, step = settings.cache, settings.step
-    options = replace(
-        _runner_options(settings, model.max_model_len),
+    options = RunnerOptions(
         num_blocks=pool_size.num_blocks,
-        end_ids=tuple(sorted(model.eos_ids)),
+        block_tokens=cache.block_size,
+        num_threads=settings.num_threads,
+        digest_key=digest_key(settings.cluster_key),
+        gpu=settings.gpu,
+        graph_seqs=step.max_num_seqs,
     )
-    runner = load_runner(directory, options)
+    runner = load_runner(resolved, options)
     limits = StepLimits(step.max_num_seqs, step.max_num_batched_tokens, step.max_waiting, target_ms=step.target_ms)
     roles = {
         Role.PREFILL: prefill_policy(limits),
@@ -99,61 +104,39 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> BuiltEngine:
     return BuiltEngine(engine, link, facts, tokenizer, pool_size)
 
 
-def _model_facts(settings: WorkerSettings, directory: Path, end_ids: Sequence[int]) -> ModelFacts:
-    """Facts of the model. `end_ids`: the tokenizer's end tokens; many chat models name their end of turn only there."""
-    spec = load_spec(directory)
-    for remark in spec.remarks:
+def _model_facts(settings: WorkerSettings, model: ResolvedModel) -> ModelFacts:
+    for remark in model.spec.remarks:
         _log.warning("%s: %s", settings.model_name, remark)
-    max_model_len = context_length(spec, settings.model.max_model_len)
-    numerics = numerics_class(directory, _runner_options(settings, max_model_len))
+    numerics = numerics_class(model, settings.gpu)
     return ModelFacts(
         name=settings.model_name,
-        directory=str(directory),
-        vocab_size=spec.vocab_size,
-        max_model_len=max_model_len,
-        eos_ids=frozenset((*spec.eos_ids, *(id_ for id_ in end_ids if id_ < spec.vocab_size))),
-        weights_fingerprint=weights_fingerprint(directory),
+        directory=str(model.directory),
+        vocab_size=model.spec.vocab_size,
+        max_model_len=model.max_model_len,
+        eos_ids=frozenset(model.spec.eos_ids),
+        weights_fingerprint=weights_fingerprint(model.directory),
         numerics_class=numerics.digest,
         numerics_description=numerics.description,
         deterministic=settings.model.deterministic,
-        kv_spec=spec.kv_spec(cache_codec(settings.cache.dtype)),
+        kv_spec=model.kv_spec,
     )
 
 
-def _runner_options(settings: WorkerSettings, max_model_len: int) -> RunnerOptions:
-    """Runner options with num_blocks=0; used to load the runner and to compute its numerics class."""
-    return RunnerOptions(
-        num_blocks=0,
-        block_tokens=settings.cache.block_size,
-        dtype=settings.model.dtype,
-        kv_dtype=settings.cache.dtype,
-        num_threads=settings.num_threads,
-        max_model_len=max_model_len,
-        digest_key=digest_key(settings.cluster_key),
-        quantization=settings.model.quantization,
-        kernels=settings.model.kernels,
-        device=settings.model.device,
-        gpu=settings.gpu,
-        graph_seqs=settings.step.max_num_seqs,
-    )
-
-
-def _decided(settings: WorkerSettings, directory: Path) -> tuple[WorkerSettings, PoolSize]:
-    """The settings with all values decided, and the pool's size. In a cluster the plan has decided them before."""
-    spec = load_spec(directory)
-    cache, device = settings.cache, resolve_device(settings.model.device, settings.gpu)
-    kind: Literal["cpu", "cuda"] = "cpu" if device.type == "cpu" else "cuda"
-    kernels = chosen_kernels(settings.model.kernels, kind, built_library)
-    weights = held_bytes(directory, spec, settings.model, kernels)
+def _sized(settings: WorkerSettings, model: ResolvedModel) -> SizedWorker:
+    """What fits this device. In a cluster the plan has decided most of it before, and sends that as settings."""
     machine = machine_facts()
-    available = machine.memory_bytes if kind == "cpu" else machine.gpu_bytes[settings.gpu]
-    step, _ = decided_step(settings.step, kind, available)
-    facts = MemoryFacts(settings.memory_bytes or available, weights, cache.swap_bytes, swaps_elsewhere=kind == "cuda")
-    context, wanted = context_length(spec, settings.model.max_model_len), settings.model.max_model_len
-    kv_spec = spec.kv_spec(cache_codec(cache.dtype))
-    size, cache, _ = decided_pool(kv_spec, cache, kind, facts, step.max_num_seqs * context)
-    context, decision = decided_context(context, wanted, size)
+    available = machine.memory_bytes if model.device == "cpu" else machine.gpu_bytes[settings.gpu]
+    wanted = settings.model.max_model_len
+    sized = size_worker(
+        model,
+        settings.step,
+        settings.cache,
+        model.device,
+        memory_bytes=settings.memory_bytes or available,
+        device_bytes=available,
+        wanted=wanted,
+    )
     if wanted is None:
-        _log.info("%s is %s: %s", decision.setting, decision.value, decision.reason)
-    model = settings.model.model_copy(update={"max_model_len": context})
-    return settings.model_copy(update={"step": step, "cache": cache, "model": model}), size
+        context = sized.decisions[-1]
+        _log.info("%s is %s: %s", context.setting, context.value, context.reason)
+    return sized

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from ..checkpoint.config import ModelConfig
 from ..core.config import Section
+from ..core.lease import ORPHAN_GRACE_S
 from ..core.request import Role
 from ..engine.config import StepConfig
 from ..kv.config import CacheConfig
@@ -31,5 +32,5 @@ class WorkerSettings(Section):
     metrics_keys: tuple[str, ...] = Field((), repr=False)  # GET /metrics needs one of them; empty: no key
     routers: tuple[str, ...] = ()  # host:port of their Announce services
     cluster_key: str = Field(min_length=16, repr=False)
-    orphan_grace_s: float = 5.0
+    orphan_grace_s: float = ORPHAN_GRACE_S
     drain_timeout_s: float = 10.0

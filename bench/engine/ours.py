@@ -1,6 +1,6 @@
 """Contestant: Twostroke's real engine: scheduler, paged cache, sampling, and tokens streamed through its link.
 
-Variants: `none`, `int8` (what `RunnerOptions.quantization` takes). The decoder's own time is taken by wrapping the two
+Variants: `none`, `int8` (what `model.quantization` takes). The decoder's own time is taken by wrapping the two
 calls that the runner makes to it; what remains of a step is scheduler, batch, sampling, seals and streaming.
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 from protocol import MAX_BATCH, NEW_TOKENS, PROMPT_TOKENS, RAMP_TOKENS, Trace, arguments, serve
 
 import checkpoint
+from twostroke.checkpoint.config import ModelConfig
 from twostroke.core.clock import MonotonicClock
 from twostroke.core.request import FinishReason, SamplingParams, SequenceKey
 from twostroke.decode_worker.policy import combined_policy
@@ -24,10 +25,12 @@ from twostroke.engine.link.messages import Ended, LoadNews, Source, StepTokens, 
 from twostroke.engine.link.thread_link import ThreadLink
 from twostroke.engine.loop import Engine
 from twostroke.engine.policy import StepLimits
+from twostroke.kernels.cpu.build import built_library
 from twostroke.kv.block import chain
 from twostroke.kv.cache.pool import BlockPool
 from twostroke.kv.cache.prefix import PrefixCache
 from twostroke.model.loader import RunnerOptions, load_runner
+from twostroke.model.resolved import resolve
 from twostroke.model.runner import Runner
 
 BLOCK_TOKENS = 16
@@ -52,9 +55,9 @@ class Ours:
             num_blocks=POOL_TOKENS // BLOCK_TOKENS,
             block_tokens=BLOCK_TOKENS,
             num_threads=self.given.threads,
-            quantization=self.given.variant,
         )
-        runner = load_runner(self.given.checkpoint / "hf", options)
+        config = ModelConfig(quantization=self.given.variant)
+        runner = load_runner(resolve(self.given.checkpoint / "hf", config, "auto", "cpu", built_library), options)
         step = StepConfig()
         limits = StepLimits(step.max_num_seqs, step.max_num_batched_tokens, step.max_waiting)
         pool = BlockPool(options.num_blocks, BLOCK_TOKENS)

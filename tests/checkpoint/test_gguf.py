@@ -17,11 +17,12 @@ from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file, save_file
 from support.gguf_files import BLOCK_SCALES, shards, stored, write_gguf
 from support.logits_oracle import assert_same_logits
+from support.models import resolved
 from support.tiny_families import _LONG, _PHI, _YARN, VOCAB, TinyFamily, _mla, _moe, _rope, write_family
 
 from twostroke.checkpoint.config_json import load_spec
 from twostroke.checkpoint.gguf.file import GgufFile
-from twostroke.checkpoint.locate import resolve, served_name
+from twostroke.checkpoint.locate import located, served_name
 from twostroke.core.errors import CheckpointError
 from twostroke.model.loader import RunnerOptions, load_runner, numerics_class
 from twostroke.model.weights.gguf_source import GgufSource
@@ -236,7 +237,7 @@ def test_a_file_is_a_checkpoint_everywhere(tiny: Callable[[str], Path], tmp_path
     path = tmp_path / "Tiny-F16.gguf"
     template = {"tokenizer.chat_template": "{{ bos_token }}{{ messages[0].content }}"}
     write_gguf(tiny("qwen2"), path, Kind.F16, metadata=template)
-    assert resolve(str(path)) == path
+    assert located(str(path)) == path
     assert served_name(str(path), None) == "Tiny-F16"
     spec = load_spec(path)
     assert (spec.bos_id, spec.eos_ids, spec.vocab_size) == (0, (1,), VOCAB)
@@ -244,9 +245,9 @@ def test_a_file_is_a_checkpoint_everywhere(tiny: Callable[[str], Path], tmp_path
     chat = ChatTemplate.load(path)
     assert chat is not None
     assert chat.render([{"role": "user", "content": "hi"}]) == "t0hi"
-    load_runner(path, RunnerOptions(num_blocks=4)).warm_up()
+    load_runner(resolved(path), RunnerOptions(num_blocks=4)).warm_up()
     with pytest.raises(CheckpointError, match=r"no config.json.*Tiny-F16.gguf"):
-        resolve(str(tmp_path))
+        located(str(tmp_path))
 
 
 def test_fingerprints_follow_numbers_and_description(tiny: Callable[[str], Path], tmp_path: Path) -> None:
@@ -261,8 +262,7 @@ def test_fingerprints_follow_numbers_and_description(tiny: Callable[[str], Path]
     assert prints[0] == prints[1] == GgufSource(path).fingerprint()
     assert len(set(prints)) == 3
     assert len(prints[0]) == 16
-    options = RunnerOptions(num_blocks=1)
-    assert numerics_class(path, options) == numerics_class(same, options) != numerics_class(other, options)
+    assert numerics_class(resolved(path)) == numerics_class(resolved(same)) != numerics_class(resolved(other))
 
 
 # ---------------------------------------------------------------- what is refused
@@ -374,7 +374,7 @@ def test_missing_extra_and_wrong_tensors_are_refused_by_name(tiny: Callable[[str
     for arguments, words in cases:
         write_gguf(directory, path, **arguments)
         with pytest.raises(CheckpointError, match=words):
-            load_runner(path, RunnerOptions(num_blocks=1))
+            load_runner(resolved(path), RunnerOptions(num_blocks=1))
 
 
 @pytest.mark.parametrize(("number", "words"), [(20, "IQ4_NL; served: F32"), (99, "an unknown type 99; served: F32")])
@@ -395,4 +395,4 @@ def test_an_unknown_kind_of_number_is_refused_by_name(
 def test_config_and_vocabulary_of_a_file_without_them_are_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({}))
     with pytest.raises(CheckpointError, match="no GGUF file"):
-        resolve(str(tmp_path / "config.json"))
+        located(str(tmp_path / "config.json"))

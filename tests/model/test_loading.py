@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.models import resolved
 
 from twostroke.checkpoint import fingerprint
 from twostroke.checkpoint.config_json import load_spec, spec_from_config
@@ -17,7 +18,7 @@ from twostroke.checkpoint.layout import num_parameters, weight_bytes
 from twostroke.checkpoint.safetensors_files import read_header
 from twostroke.checkpoint.spec import ModelSpec, RopeScaling
 from twostroke.core.errors import CheckpointError, ConfigError
-from twostroke.model.loader import RunnerOptions, load_runner, machine_description, make_ops, numerics_class
+from twostroke.model.loader import machine_description, make_ops, numerics_class
 from twostroke.model.weights.tensors import open_source, weights_fingerprint
 from twostroke.model.weights.weights import Weights, load_weights
 
@@ -228,13 +229,13 @@ def test_what_is_read_of_a_large_checkpoint_is_bounded_and_leaves_no_gap() -> No
 
 
 def test_the_numerics_class_names_all_that_bits_depend_on(checkpoint: Path) -> None:
-    base = numerics_class(checkpoint, RunnerOptions(4))
-    assert base == numerics_class(checkpoint, RunnerOptions(4, dtype="float32", kv_dtype="fp8", max_model_len=64))
+    base = numerics_class(resolved(checkpoint))
+    assert base == numerics_class(resolved(checkpoint, "fp8", dtype="float32", max_model_len=64))
     others = [
-        numerics_class(checkpoint, RunnerOptions(4, dtype="bfloat16")),
-        numerics_class(checkpoint, RunnerOptions(4, kv_dtype="bfloat16")),
-        numerics_class(checkpoint, RunnerOptions(4, quantization="int8")),
-        numerics_class(checkpoint, RunnerOptions(4), tp=2),
+        numerics_class(resolved(checkpoint, dtype="bfloat16")),
+        numerics_class(resolved(checkpoint, "bfloat16")),
+        numerics_class(resolved(checkpoint, quantization="int8")),
+        numerics_class(resolved(checkpoint), tp=2),
     ]
     assert len({base.digest, *(other.digest for other in others)}) == 5
     assert machine_description() in base.description
@@ -242,4 +243,4 @@ def test_the_numerics_class_names_all_that_bits_depend_on(checkpoint: Path) -> N
 
 def test_refuses_a_longer_context_than_the_checkpoint_has(checkpoint: Path) -> None:
     with pytest.raises(ConfigError, match=r"max_model_len is 2048.*1024"):
-        load_runner(checkpoint, RunnerOptions(num_blocks=4, max_model_len=2048))
+        resolved(checkpoint, max_model_len=2048)

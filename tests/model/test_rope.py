@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from support.logits_oracle import assert_same_logits, oracle
+from support.models import resolved
 from support.tiny_families import VOCAB, TinyFamily, write_family
 
 from twostroke.checkpoint.config_json import load_spec
 from twostroke.checkpoint.spec import RopeScaling, RopeSpec
 from twostroke.model.decoder.rope import rotary_table
-from twostroke.model.loader import RunnerOptions, numerics_class
+from twostroke.model.loader import numerics_class
 
 LONG = {"short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5], "long_factor": [1.5, 2.0, 3.0, 4.0, 6.0, 8.0]}
 LONGROPE = TinyFamily(
@@ -69,7 +70,7 @@ def test_the_served_length_is_part_of_the_numerics_class_where_angles_depend_on_
     family: TinyFamily, tmp_path: Path
 ) -> None:
     write_family(family, tmp_path)
-    digests = {numerics_class(tmp_path, RunnerOptions(4, max_model_len=n)).digest for n in (64, 200, None)}
+    digests = {numerics_class(resolved(tmp_path, max_model_len=n)).digest for n in (64, 200, None)}
     assert len(digests) == 3
 
 

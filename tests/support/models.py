@@ -11,18 +11,20 @@ import torch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from twostroke.checkpoint.config import KernelsChoice
+from twostroke.checkpoint.config import KernelsChoice, ModelConfig
 from twostroke.checkpoint.config_json import load_spec
 from twostroke.checkpoint.spec import DType, ModelSpec
 from twostroke.core.errors import ConfigError
 from twostroke.core.request import SamplingParams, SequenceKey
 from twostroke.engine.plan import SequenceStep, StepPlan
+from twostroke.kernels.cpu.build import built_library
 from twostroke.kv.block import BlockId
 from twostroke.kv.store.store import KvStore
 from twostroke.model.batch import build_batch, read_whole
 from twostroke.model.decoder.decoder import Decoder
 from twostroke.model.loader import RunnerOptions, load_runner, make_ops, torch_dtype
 from twostroke.model.ops.seam import Ops
+from twostroke.model.resolved import ResolvedModel, resolve
 from twostroke.model.runner import Runner
 from twostroke.model.weights.tensors import open_source
 from twostroke.model.weights.weights import Weights, load_weights
@@ -153,6 +155,11 @@ def poison(store: KvStore) -> None:
             store_component.scales.fill_(0xFF)
 
 
+def resolved(directory: Path, kv_dtype: str = "auto", **model: object) -> ResolvedModel:
+    """The checkpoint as a worker on this machine's CPU resolves it. `model`: fields of `ModelConfig`."""
+    return resolve(directory, ModelConfig.model_validate(model), kv_dtype, "cpu", built_library)
+
+
 @pytest.fixture(scope="session")
 def make_hand() -> Callable[..., Hand]:
     """A hand over a checkpoint, on as many threads as torch has now."""
@@ -193,8 +200,9 @@ def make_runner() -> Callable[..., Runner]:
     """A warmed-up runner over a checkpoint with a poisoned store."""
 
     def make(directory: Path, **options: object) -> Runner:
-        chosen = replace(RunnerOptions(num_blocks=256, digest_key=99), **options)  # type: ignore[arg-type]
-        runner = load_runner(directory, chosen)
+        sizes = {name: options.pop(name) for name in tuple(options) if name in RunnerOptions.__slots__}
+        chosen = replace(RunnerOptions(num_blocks=256, digest_key=99), **sizes)  # type: ignore[arg-type]
+        runner = load_runner(resolved(directory, **options), chosen)  # type: ignore[arg-type]
         poison(runner.store)
         runner.warm_up()
         return runner

@@ -1,0 +1,74 @@
+"""A checkpoint with every choice about its numbers made: for the plan of a cluster, and in each worker's process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from ..checkpoint.config import Kernels, ModelConfig
+from ..checkpoint.config_json import load_spec
+from ..checkpoint.sizes import cache_codec, compute_dtype, context_length, held_bytes
+from ..checkpoint.spec import DType, ModelSpec, Quantization
+from ..kernels.cpu.build import find_compiler
+from ..kv.spec import KvSpec
+from .ops.device import chosen_kernels, refuse_unserved
+
+DeviceKind = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedModel:
+    """A checkpoint's spec, and the settings of a model with no `auto` left. Made of headers; no weights are read."""
+
+    directory: Path  # or the GGUF file
+    spec: ModelSpec
+    device: DeviceKind
+    kernels: Kernels
+    dtype: DType  # of matrix products
+    quantization: Quantization
+    codec: str  # of the KV cache: in `kv.spec.CODEC_NAMES`
+    max_model_len: int  # tokens of a prompt with its answer: as configured, or the checkpoint's
+    weight_bytes: int  # upper bound of a worker's weights in memory
+
+    @property
+    def kv_spec(self) -> KvSpec:
+        """Layout of one token in the cache."""
+        return self.spec.kv_spec(self.codec)
+
+    def ends_with(self, end_ids: Sequence[int]) -> ResolvedModel:
+        """With further end tokens; ids outside the vocabulary are left out, tokenizers may have more ids."""
+        known = (id_ for id_ in end_ids if id_ < self.spec.vocab_size)
+        return replace(self, spec=replace(self.spec, eos_ids=tuple(dict.fromkeys((*self.spec.eos_ids, *known)))))
+
+
+def resolve(
+    directory: Path,
+    model: ModelConfig,
+    cache_dtype: str,
+    device: DeviceKind,
+    find: Callable[[], object] = find_compiler,
+) -> ResolvedModel:
+    """Make every choice about a checkpoint's numbers. `find`: see `chosen_kernels`.
+
+    Raises:
+        CheckpointError: the directory holds no model that is served.
+        ConfigError: the configured context is longer than the checkpoint's, native kernels are requested and not
+            available, or the device does not serve the model or the cache.
+    """
+    spec = load_spec(directory)
+    kernels, codec = chosen_kernels(model.kernels, device, find), cache_codec(cache_dtype)
+    if device != "cpu":
+        refuse_unserved(spec, codec)
+    return ResolvedModel(
+        directory=directory,
+        spec=spec,
+        device=device,
+        kernels=kernels,
+        dtype=compute_dtype(spec, model.dtype),
+        quantization=model.quantization,
+        codec=codec,
+        max_model_len=context_length(spec, model.max_model_len),
+        weight_bytes=held_bytes(directory, spec, model, kernels),
+    )
