@@ -28,6 +28,10 @@ class InternalError(TwostrokeError):
     """Fault of the cluster itself; the log has the details."""
 
 
+class RankLost(InternalError):
+    """A rank of a worker is dead, frozen or stuck. The worker's ranks end together, and the worker is restarted."""
+
+
 # ------------------------------------------------------------------ the request is at fault
 
 

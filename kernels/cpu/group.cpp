@@ -37,7 +37,7 @@ void wake(std::atomic<uint32_t>& word) {
     syscall(SYS_futex, &word, FUTEX_WAKE, 1 << 30, nullptr, nullptr, 0);
 #endif
 }
-void pause() {
+void relax() {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #endif
@@ -123,7 +123,7 @@ int32_t Group::wait_for(int rank) {
     const auto is_there = [&](uint32_t arrived) { return (int32_t)(arrived - turn_) >= 0; };
     for (int spin = 0; spin < SPINS; spin++) {
         if (is_there(other.arrived.load(std::memory_order_acquire))) return 0;
-        pause();
+        relax();
     }
     const auto deadline = Clock::now() + std::chrono::milliseconds(timeout_ms_);
     for (;;) {
