@@ -5,14 +5,12 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.plans import PARAMS, WITH_PAST, Life
 
 from twostroke.core.request import SamplingParams, SequenceKey
 from twostroke.engine.link.plan_stream import MAX_ABSENT_STEPS, PlanGap, PlanReceiver, PlanSender
 from twostroke.engine.link.wire import WireError, decode, encode
-from twostroke.engine.plan import History, SampledPlace, SequenceStep, StepPlan
-
-PARAMS = SamplingParams(100, 0.7, seed=3, stop=("é",))
-WITH_PAST = SamplingParams(100, 0.7, repetition_penalty=1.2)
+from twostroke.engine.plan import History, SequenceStep, StepPlan
 
 
 def decode_step(
@@ -121,44 +119,6 @@ def test_a_message_with_an_unknown_field_is_refused():
     receiver.decode(sender.encode(StepPlan(1, (decode_step("r", 10),))))
     with pytest.raises(WireError, match="does not fit"):
         receiver.decode(encode((2, False, 2, (0,), (11,), (), (0, {"no_field": 1}), (), ())))
-
-
-class Life:
-    """A sequence that may do at any step whatever a scheduler does with one."""
-
-    def __init__(self, name: str, draw: random.Random) -> None:
-        self._draw, self.key = draw, SequenceKey(name, draw.randrange(3))
-        self.params = draw.choice([PARAMS, WITH_PAST])
-        self.start, self.generated, self.table, self.uses = 0, 0, (), ()
-
-    def step(self) -> SequenceStep:
-        draw = self._draw
-        size = 1 if self.generated else draw.choice([1, 16, 33])
-        if draw.random() < 0.1:  # preempted, then computed again in other blocks
-            self.start, self.table, self.uses = draw.choice([0, 16]), (), ()
-        count = (self.start + size) // 16 + 1
-        more = max(count - len(self.table), 0)
-        self.table += tuple(draw.randrange(1 << 20) for _ in range(more))
-        self.uses += tuple(draw.randrange(1 << 33) for _ in range(more))
-        if self.table and draw.random() < 0.05:  # the last block was shared and is another one now
-            self.table = (*self.table[:-1], draw.randrange(1 << 20))
-        samples = draw.random() < 0.7
-        past = History(tuple(range(5)), tuple(range(self.generated))) if self.params.needs_history and samples else None
-        made = SequenceStep(
-            *(self.key, self.start, tuple(draw.randrange(1 << 17) for _ in range(size)), self.table[:count]),
-            *(self.uses[:count], samples, self.params, self.generated),
-            seals_tail=draw.random() < 0.1,
-            from_place=SampledPlace(draw.randrange(9), 0) if draw.random() < 0.05 else None,
-            adapter_slot=draw.choice([0, 0, 0, 2]),
-            logits_mask=b"\xff\x01" if draw.random() < 0.05 else None,
-            draft_ids=(4, 5) if draw.random() < 0.05 else (),
-            history=past,
-            targets=(1, 2) if draw.random() < 0.05 else (),
-        )
-        self.start, self.generated = self.start + size, self.generated + samples
-        if draw.random() < 0.05:
-            self.params = draw.choice([PARAMS, WITH_PAST])
-        return made
 
 
 @pytest.mark.parametrize("seed", range(60))

@@ -65,7 +65,7 @@ def in_order(parts: list[np.ndarray]) -> np.ndarray:
 def test_all_ranks_get_the_sum_in_the_order_of_ranks_whatever_the_delays(size: int) -> None:
     with ranks(size, "sums") as processes:
         answers = [said(process).splitlines() for process in processes]
-    assert answers[0] == answers[-1] and all(answer == answers[0] for answer in answers)
+    assert all(answer == answers[0] for answer in answers)
     assert len(answers[0]) == REPEATS
     for call, line in enumerate(answers[0]):
         kind = torch.bfloat16 if call % 3 == 2 else torch.float32
