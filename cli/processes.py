@@ -31,6 +31,10 @@ def worker(
     served_model_name: o.ServedModelName = None,
     config: o.ConfigFile = None,
     insecure: o.Insecure = None,
+    tensor_parallel_size: o.TensorParallelSize = None,
+    first_core: Annotated[
+        int | None, typer.Option(help="First of the physical cores that its ranks share out.", hidden=True)
+    ] = None,
     parent_pid: ParentPid = None,
 ) -> None:
     """Run one worker and announce it to the routers. The cluster's key is TWOSTROKE__CLUSTER__KEY."""
@@ -42,8 +46,10 @@ def worker(
     from ..worker.settings import WorkerSettings
 
     flags = {"model": model, "served_model_name": served_model_name, "config": config}
+    flags |= {"tensor_parallel_size": tensor_parallel_size}
     settings = o.config_from(flags | {"worker_metrics_port": metrics_port, "insecure": insecure})
     check_key(settings)
+    num_ranks = tensor_parallel_size or settings.cluster.ranks_of(role)
     run_worker(
         WorkerSettings(
             worker_id=worker_id or f"{role}-{os.getpid()}",
@@ -54,7 +60,9 @@ def worker(
             cache=settings.cache,
             step=settings.step,
             memory_bytes=memory_bytes,
-            num_threads=settings.step.num_threads or machine_facts().num_cores,
+            num_threads=settings.step.num_threads or max(1, machine_facts().num_cores // num_ranks),
+            num_ranks=num_ranks,
+            first_core=first_core,
             host=host,
             insecure=settings.router.insecure,
             port=port,

@@ -32,6 +32,10 @@ class RankLost(InternalError):
     """A rank of a worker is dead, frozen or stuck. The worker's ranks end together, and the worker is restarted."""
 
 
+class RanksDiffer(InternalError):
+    """The ranks of a worker made different calls, because one of them ended its step early. Each gets this error."""
+
+
 # ------------------------------------------------------------------ the request is at fault
 
 

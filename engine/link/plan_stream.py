@@ -6,14 +6,15 @@
 Sender and receiver remember the last step of each sequence. From it both derive the same expected next step
 (`expected_step`): one more token at the end, one more generated, the same blocks. A message carries
 
-    rows       a slot number per sequence, in the plan's order; None: those of the message before
+    rows       a slot number per sequence, in the plan's order
     tokens     the id of each expected one
     grown      blocks that were added at the end of a table, with their generations
     changed    fields in which a step differs from the expected one
     whole      steps of sequences that the receiver does not know
     gone       slots that are free again: their sequence was in no plan for `MAX_ABSENT_STEPS`
 
-so a step of 128 decoding sequences costs half a kilobyte, however long they are. The idea is that of vLLM's
+and if all sequences are those of the message before, and expected, only their tokens and the blocks that were added
+(`Steady`). So a step of 128 decoding sequences costs half a kilobyte, however long they are. The idea is that of vLLM's
 `SchedulerOutput` (new requests in full, cached ones by their changes). Messages are numbered: a receiver that missed
 one says so, and the sender starts again with whole sequences (`reset`).
 """
@@ -26,6 +27,7 @@ from typing import Any
 from ...core.request import SequenceKey
 from ...kv.block import BlockId
 from ..plan import History, SequenceStep, StepPlan
+from .steady import STEADY, Steady
 from .wire import WireError, decode, encode
 
 MAX_ABSENT_STEPS = 32  # a sequence that was preempted may come back; its slot is kept for so many messages
@@ -58,10 +60,8 @@ def expected_step(
     if history is not None:
         history = History(history.prompt_ids, (*history.output_ids, token_id))
     # By keywords this takes three times as long, and a step has one per sequence.
-    return SequenceStep._make(
-        (key, start + len(ids), (token_id,), table, generations, True, params, number + 1)
-        + (False, None, adapter, None, (), history, ())
-    )
+    rest = (False, None, adapter, None, (), history, ())
+    return SequenceStep._make((key, start + len(ids), (token_id,), table, generations, True, params, number + 1, *rest))
 
 
 def _is_expected(step: SequenceStep, last: SequenceStep) -> bool:
@@ -104,19 +104,28 @@ class PlanSender:
         self._free: list[int] = []
         self._num_slots = 0
         self._is_whole = True
-        self._rows: list[int] = []  # of the last message
+        self._last: list[_Known] = []  # sequences of the last message
+        self._steady = Steady()
 
     def reset(self) -> None:
         """Make the next message understandable without the ones before it."""
         self._known.clear()
         self._free.clear()
+        self._last = []
+        self._steady.set(())
         self._num_slots = 0
         self._is_whole = True
 
     def encode(self, plan: StepPlan) -> bytes:
         """The message of a plan. Receivers must get every message, in order."""
         self._message += 1
-        rows: list[int] = []
+        data = None if self._is_whole else self._steady.put(self._message, plan)
+        return self._put(plan) if data is None else data
+
+    def _put(self, plan: StepPlan) -> bytes:
+        for known, step in zip(self._last, self._steady.steps, strict=True):  # what steady messages have changed
+            known.step, known.message = step, self._message - 1
+        rows: list[_Known] = []
         tokens: list[int] = []
         grown: list[int] = []  # slot, number of blocks, the blocks, their generations
         changed: list[object] = []
@@ -134,11 +143,12 @@ class PlanSender:
             else:
                 self._put_changes(known, step, tokens, grown, changed)
                 known.step, known.message = step, message
-            rows.append(known.slot)
-        same = not self._is_whole and rows == self._rows
-        parts = (None if same else tuple(rows), tuple(tokens), tuple(grown), tuple(changed), tuple(whole), gone)
+            rows.append(known)
+        slots = tuple([known.slot for known in rows])
+        parts = (slots, tuple(tokens), tuple(grown), tuple(changed), tuple(whole), gone)
         data = encode((message, self._is_whole, plan.step, *parts))
-        self._is_whole, self._rows = False, rows
+        self._is_whole, self._last = False, rows
+        self._steady.set(plan.sequences)
         return data
 
     def _put_changes(
@@ -180,7 +190,8 @@ class PlanReceiver:
     def __init__(self) -> None:
         self._message: int | None = None
         self._steps: dict[int, SequenceStep] = {}  # by slot
-        self._rows: tuple[int, ...] = ()  # of the last message
+        self._rows: tuple[int, ...] = ()  # slots of the last message
+        self._steady = Steady()
 
     def decode(self, data: bytes) -> StepPlan:
         """The plan of a message.
@@ -189,12 +200,15 @@ class PlanReceiver:
             PlanGap: a message before this one is missing; nothing is understood until the sender resets.
             WireError: no sender of this release wrote these bytes.
         """
+        if data[:1] == STEADY:
+            return self._decode_steady(data)
         try:
             message, is_whole, number, *parts = decode(data)
         except (TypeError, ValueError) as error:
             raise error if isinstance(error, WireError) else WireError(f"not a plan: {error}") from None
         if is_whole:
-            self._steps = {}
+            self._steps, self._rows = {}, ()
+            self._steady.set(())
         elif self._message is None or message != self._message + 1:
             raise PlanGap(f"plan message {message} follows {self._message or 'none'}; the sender must reset")
         try:
@@ -203,19 +217,26 @@ class PlanReceiver:
             self._message = None
             raise WireError(f"plan message {message} does not fit what came before it: {error!r}") from None
         self._message = message
+        self._steady.set(plan.sequences)
+        return plan
+
+    def _decode_steady(self, data: bytes) -> StepPlan:
+        message = self._steady.message(data)
+        if self._message is None or message != self._message + 1:
+            raise PlanGap(f"plan message {message} follows {self._message or 'none'}; the sender must reset")
+        try:
+            plan = self._steady.get(data)
+        except WireError:
+            self._message = None
+            raise
+        self._message = message
         return plan
 
     def _apply(self, parts: list[Any]) -> list[SequenceStep]:
         rows, tokens, grown, changed, whole, gone = parts
-        rows = self._rows if rows is None else rows
-        self._rows = rows
+        self._steps.update(zip(self._rows, self._steady.steps, strict=True))
         for slot in gone:
             del self._steps[slot]
-        if not (grown or changed or whole):
-            known = self._steps
-            steps = [expected_step(known[slot], token_id) for slot, token_id in zip(rows, tokens, strict=True)]
-            known.update(zip(rows, steps, strict=True))
-            return steps
         added = _growths(grown)
         changes = dict(zip(changed[::2], changed[1::2], strict=True))
         new = dict(zip(whole[::2], whole[1::2], strict=True))
@@ -231,6 +252,7 @@ class PlanReceiver:
                 raise TypeError(f"slot {slot} holds {type(step).__name__}")
             self._steps[slot] = step
             steps.append(step)
+        self._rows = tuple(rows)
         return steps
 
 

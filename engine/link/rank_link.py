@@ -5,8 +5,8 @@
 
     message   length, CRC-32 and number of the body | body: its kind, then a plan as differences, or an encoded value
 
-Messages are numbered; one that is damaged, missing, old or repeated ends the receiver. Every wait has a deadline, except
-that of an idle receiver, which looks at regular intervals whether its group still lives.
+Messages are numbered; one that is damaged, old, repeated or not the next one ends the receiver. Every wait has a
+deadline, except that of an idle receiver, which looks at regular intervals whether its group still lives.
 """
 
 from __future__ import annotations

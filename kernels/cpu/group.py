@@ -1,7 +1,7 @@
 """One rank's end of a group: sums and exchanges with the other ranks of a model through memory that they share.
 
-The memory has no name in any file system: it is a file descriptor that the worker's process makes and its ranks inherit,
-so it is gone with the last of their processes, however they end. `group.h` draws its layout.
+The memory has no name in any file system: it is a file descriptor that the worker's process makes and its ranks
+inherit, so it is gone with the last of their processes, however they end. `group.h` draws its layout.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ import mmap
 import os
 import threading
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from ...core.errors import RankLost
+from ...core.errors import RankLost, RanksDiffer
 from . import library as native
 
 CALL_TIMEOUT_S = 60.0  # longest wait for another rank within a step; a rank that lives but is stuck
 SILENCE_S = 0.8  # a rank whose process shows no life for so long is gone
+MESSAGE_BYTES = 1 << 16  # columns in which `gather_bytes` passes an array through the slots
 _KINDS = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16}
-
-
-class RanksDiffer(RuntimeError):
-    """The ranks made different calls, because one of them ended its step early; each rank gets this error."""
 
 
 def shared_region(size: int, slot_bytes: int) -> int:
@@ -76,17 +76,20 @@ class SharedMemoryGroup:
         self._threads = threads
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """Add all ranks' x, of any shape, in place; returns x.
+        """Add all ranks' x, of any shape, in place; returns x. int32 too, for counts.
 
         Raises:
             RankLost, RanksDiffer: as `check`.
         """
         assert x.is_contiguous(), "sums are made in place"
+        if x.dtype == torch.int32:
+            counts = self.all_gather(x.view(1, -1), self.size * x.numel()).view(self.size, -1)
+            return x.copy_(counts.sum(0, dtype=torch.int32).view(x.shape))
         self.check(self._library.all_reduce(self._group, self._threads, x.data_ptr(), x.numel(), _KINDS[x.dtype]))
         return x
 
-    def all_gather(self, x: Tensor) -> Tensor:
-        """The columns of all ranks' x [rows, columns] side by side, in the order of ranks: [rows, ranks * columns].
+    def all_gather(self, x: Tensor, width: int) -> Tensor:
+        """The columns of all ranks' x [rows, columns] side by side, in the order of ranks: the first `width` of them.
 
         Raises:
             RankLost, RanksDiffer: as `check`.
@@ -98,10 +101,30 @@ class SharedMemoryGroup:
         pieces = -(-row_bytes // self._slot_bytes)
         if pieces > 1:  # a row is wider than a slot
             wide = -(-columns // pieces)
-            parts = [self.all_gather(part).view(rows, self.size, -1) for part in x.split(wide, 1)]
-            return torch.cat(parts, 2).view(rows, -1)
-        self.check(self._library.all_gather(self._group, x.data_ptr(), rows, row_bytes, out.data_ptr()))
-        return out
+            parts = [self.all_gather(part, self.size * part.shape[1]) for part in x.split(wide, 1)]
+            out = torch.cat([part.view(rows, self.size, -1) for part in parts], 2).view(rows, -1)
+        else:
+            self.check(self._library.all_gather(self._group, x.data_ptr(), rows, row_bytes, out.data_ptr()))
+        return out if out.shape[1] == width else out[:, :width].contiguous()
+
+    def gather_bytes(self, mine: NDArray[Any], to_rank: int = 0) -> list[NDArray[Any]] | None:
+        """Every rank's array, of one dtype and shape, in the order of ranks, at rank `to_rank`; None at the others.
+
+        Raises:
+            RankLost, RanksDiffer: as `check`.
+        """
+        flat = np.ascontiguousarray(mine).reshape(-1).view(np.uint8)
+        columns = max(1, min(MESSAGE_BYTES, self._slot_bytes))
+        rows = -(-len(flat) // columns)
+        padded = np.zeros(rows * columns, np.uint8)
+        padded[: len(flat)] = flat
+        out = np.empty((rows, self.size, columns), np.uint8) if self.rank == to_rank else None
+        to = None if out is None else out.ctypes.data
+        self.check(self._library.all_gather(self._group, padded.ctypes.data, rows, columns, to))
+        if out is None:
+            return None
+        each = out.transpose(1, 0, 2).reshape(self.size, -1)[:, : len(flat)]
+        return [np.ascontiguousarray(part).view(mine.dtype).reshape(mine.shape) for part in each]
 
     def agree(self, mine: int) -> Sequence[int]:
         """Every rank's number, 64 bits with a sign, in the order of ranks.

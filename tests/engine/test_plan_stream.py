@@ -9,6 +9,7 @@ from support.plans import PARAMS, WITH_PAST, Life
 
 from twostroke.core.request import SamplingParams, SequenceKey
 from twostroke.engine.link.plan_stream import MAX_ABSENT_STEPS, PlanGap, PlanReceiver, PlanSender
+from twostroke.engine.link.steady import STEADY
 from twostroke.engine.link.wire import WireError, decode, encode
 from twostroke.engine.plan import History, SequenceStep, StepPlan
 
@@ -140,3 +141,78 @@ def test_any_plans_arrive_as_they_were_sent_at_any_number_of_ranks(seed: int):
         assert [rank.decode(data) for rank in ranks] == [plan, plan]
         if not is_late:
             assert late.decode(data) == plan
+
+
+def steady(step: int, num_sequences: int = 20) -> StepPlan:
+    """Decodes whose tables grow at different steps."""
+    return StepPlan(step, tuple(decode_step(f"r{n}", 100 + n + step, 1 + step) for n in range(num_sequences)))
+
+
+def test_a_plan_of_decodes_alone_costs_a_word_per_sequence():
+    sender, receiver = PlanSender(), PlanReceiver()
+    tables: list[dict] = []
+    for step in range(100):
+        plan = steady(step)
+        if step:  # objects that did not change are the same ones, as a scheduler has them
+            again = [
+                each._replace(block_table=old.block_table, generations=old.generations)
+                if each.block_table == old.block_table
+                else each
+                for each, old in zip(plan.sequences, tables[-1].sequences, strict=True)
+            ]
+            plan = StepPlan(step, tuple(again))
+        tables.append(plan)
+        data = sender.encode(plan)
+        assert receiver.decode(data) == plan
+        assert step == 0 or data.startswith(STEADY)
+        assert step == 0 or len(data) <= 40 + 4 * 20 + 2 * 32
+
+
+@pytest.mark.parametrize("change", ["absent", "order", "table", "generation", "params", "number", "large"])
+def test_a_plan_that_only_looks_like_decodes_alone_arrives_too(change: str):
+    sender, receiver = PlanSender(), PlanReceiver()
+    for step in range(3):
+        assert receiver.decode(sender.encode(steady(step))) == steady(step)
+    rows = list(steady(3).sequences)
+    first = rows[0]
+    other = {
+        "absent": [],
+        "order": [rows[1], first],
+        "table": [first._replace(block_table=(7, *first.block_table[1:])), rows[1]],
+        "generation": [first._replace(generations=(7, *first.generations[1:])), rows[1]],
+        "params": [first._replace(params=WITH_PAST), rows[1]],
+        "number": [first._replace(num_generated=9), rows[1]],
+        "large": [first._replace(token_ids=(1 << 40,)), rows[1]],
+    }
+    plan = StepPlan(3, tuple(other[change] + rows[2:]))
+    data = sender.encode(plan)
+    assert not data.startswith(STEADY)
+    assert receiver.decode(data) == plan
+    following = StepPlan(4, tuple(steady(4).sequences))
+    assert receiver.decode(sender.encode(following)) == following
+
+
+@pytest.mark.parametrize("bad", ["cut", "long", "count", "growth", "row", "repeated"])
+def test_a_damaged_plan_of_decodes_alone_is_refused(bad: str):
+    sender, receiver = PlanSender(), PlanReceiver()
+    for step in range(12):
+        data = sender.encode(steady(step))
+        assert receiver.decode(data) == steady(step)
+    data = sender.encode(steady(12))
+    grown = 1 + 8 + 8 + 4
+    assert data.startswith(STEADY)
+    assert data[-32:-24] != bytes(8)  # it ends with a growth of one block
+    changed = {
+        "cut": data[:-1],
+        "long": data + b"\0",
+        "count": data[: grown - 4] + bytes([1]) + data[grown - 3 :],
+        "growth": data[:-24] + bytes([9]) + data[-23:],
+        "row": data[:-32] + bytes([200]) + data[-31:],
+        "repeated": data,
+    }
+    if bad == "repeated":
+        receiver.decode(data)
+    with pytest.raises(WireError):
+        receiver.decode(changed[bad])
+    sender.reset()
+    assert receiver.decode(sender.encode(steady(13))) == steady(13)

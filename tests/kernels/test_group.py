@@ -13,10 +13,10 @@ import torch
 from support import group_rank
 from support.group_rank import GENEROUS_S, REPEATS, SIZES, numbers
 
-from twostroke.core.errors import RankLost
+from twostroke.core.errors import RankLost, RanksDiffer
 from twostroke.kernels.cpu import library as native
 from twostroke.kernels.cpu.build import NativeUnavailable
-from twostroke.kernels.cpu.group import RanksDiffer, SharedMemoryGroup, shared_region
+from twostroke.kernels.cpu.group import SharedMemoryGroup, shared_region
 
 PAGE = 4096
 
@@ -124,7 +124,7 @@ def test_a_rank_that_was_declared_gone_is_gone_for_all() -> None:
     groups[0].fail(1)
     for group in groups:
         with pytest.raises(RankLost, match="rank 1"):
-            group.all_gather(torch.ones(1, 3))
+            group.all_gather(torch.ones(1, 3), 6)
         group.close()
 
 
@@ -135,7 +135,10 @@ def test_a_group_of_one_rank_changes_nothing() -> None:
     x = torch.randn(3000)
     assert torch.equal(group.all_reduce(x.clone()), x)
     wide = torch.randn(2, 5000)  # a row that is wider than a slot
-    assert torch.equal(group.all_gather(wide), wide)
+    assert torch.equal(group.all_gather(wide, 5000), wide)
+    assert torch.equal(group.all_gather(wide, 4990), wide[:, :4990])  # the last columns are padding
+    counts = torch.tensor([3, 0, 1 << 30], dtype=torch.int32)
+    assert torch.equal(group.all_reduce(counts.clone()), counts)
     assert group.agree(-(1 << 62)) == [-(1 << 62)]
     with pytest.raises(RanksDiffer):
         group.check(native.GROUP_DIFFERS)

@@ -11,7 +11,8 @@ import time
 import numpy as np
 import torch
 
-from twostroke.kernels.cpu.group import RanksDiffer, SharedMemoryGroup
+from twostroke.core.errors import RanksDiffer
+from twostroke.kernels.cpu.group import SharedMemoryGroup
 
 SIZES = (1, 15, 16, 17, 63, 1000, 4097)
 REPEATS = 100
@@ -37,7 +38,11 @@ def sums(group: SharedMemoryGroup) -> None:
         if delays.random() < 0.3:
             time.sleep(delays.random() * 0.003)
         x = torch.from_numpy(numbers(group.rank, call, count)).to(dtype)
-        wide = group.all_gather(x.view(1, -1).repeat(3, 1))
+        wide = group.all_gather(x.view(1, -1).repeat(3, 1), group.size * count)
+        arrays = group.gather_bytes(x.view(torch.uint8).numpy().reshape(-1, 2), call % group.size)
+        assert (arrays is None) == (group.rank != call % group.size)
+        if arrays is not None:
+            assert np.array_equal(np.concatenate(arrays).reshape(-1), wide[0].view(torch.uint8).numpy())
         print(call, _digest(wide), _digest(group.all_reduce(x)), *group.agree(call - 7 * group.rank))
 
 
