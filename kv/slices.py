@@ -1,4 +1,4 @@
-"""Sections of a whole model and of its tensor-parallel ranks: heads joined and taken apart. Knows no store, no rank's work.
+"""Sections of a whole model and of its tensor-parallel ranks: heads joined and taken apart. Knows no store.
 
     whole model   heads 0 1 2 3              a section's heads are counted in the whole model
     2 ranks       rank 0: 0 1 | rank 1: 2 3  a section of a rank's own store counts that rank's heads from 0

@@ -45,6 +45,12 @@ def cores_of_rank(every: Sequence[int], first: int | None, rank: int, num_thread
     return tuple(every[start : start + num_threads]) if start + num_threads <= len(every) else ()
 
 
+def pin_thread(processors: Sequence[int]) -> None:
+    """Let the calling thread, and threads that it starts, run on these processors only. Empty: no change."""
+    if processors:
+        os.sched_setaffinity(0, processors)
+
+
 def usable_cores(allowed: Set[int], quota: float | None, siblings: Callable[[int], str]) -> tuple[int, str]:
     """Number of threads that can compute at once, and the explanation.
 

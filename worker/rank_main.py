@@ -92,7 +92,7 @@ def rank_options(order: RankOrder) -> RunnerOptions:
 
 
 def _end_with(parent_pid: int) -> None:
-    """Let the system end this process with its parent; signals to the whole process group are the parent's to handle."""
+    """Let the system end this process with its parent, which alone handles signals to the process group."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":

@@ -1,4 +1,4 @@
-"""What a worker's process tells each of its other ranks at the start, and what the rank answers. Plain data, as JSON."""
+"""Orders of a worker's process to its other ranks at the start, and their answers. Plain data, as JSON."""
 
 from __future__ import annotations
 

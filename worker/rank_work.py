@@ -28,6 +28,7 @@ from ..kernels.cpu.group import SharedMemoryGroup
 from ..kv.section import SectionData
 from ..kv.slices import joined_sections, sections_of_rank
 from ..kv.spec import KvSpec
+from .machine import pin_thread
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -80,14 +81,19 @@ def _tell_failure(group: Agreement) -> None:
 class Leader:
     """Rank 0's runner. Implements `StepRunner` of engine/loop.py; sends every plan before it runs it."""
 
-    def __init__(self, runner: StepRunner, sender: RankSender, group: SharedMemoryGroup) -> None:
+    def __init__(
+        self, runner: StepRunner, sender: RankSender, group: SharedMemoryGroup, processors: Sequence[int] = ()
+    ) -> None:
+        """`processors`: of the engine's thread; empty: any."""
+        self._processors = processors
         self._runner = runner
         self._sender = sender
         self._group = group
         self._results: dict[int, StepResult] = {}
 
     def warm_up(self) -> None:
-        """Warm up all ranks at once."""
+        """Warm up all ranks at once. Called in the engine's thread."""
+        pin_thread(self._processors)
         self._sender.send_warm_up()
         together(self._group, self._runner.warm_up)
 
@@ -160,9 +166,7 @@ class SlicedStore:
         self._sender.send_operations([op] * (self._group.size - 1))
 
 
-def gather_sections(
-    group: SharedMemoryGroup, sections: Sequence[SectionData]
-) -> list[tuple[SectionData, ...]] | None:
+def gather_sections(group: SharedMemoryGroup, sections: Sequence[SectionData]) -> list[tuple[SectionData, ...]] | None:
     """The sections of all ranks, which have equal shapes, at rank 0; None at the others."""
 
     def gathered(array: NDArray[np.generic] | None) -> list[NDArray[np.generic] | None]:

@@ -107,8 +107,11 @@ class Ranks:
                 raise InternalError(f"rank {rank} ended while loading: {self._end_of(rank)}") from None
             sock.settimeout(timeout)
 
-    def close(self) -> None:
-        """End all ranks and free everything. Call it when rank 0 makes no call any more. Idempotent."""
+    def close(self, *, is_idle: bool = True) -> None:
+        """End all ranks and free everything. Idempotent.
+
+        `is_idle`: rank 0 makes no call any more. Else its call ends with `RankLost`, and its end of the group stays.
+        """
         self._closes.set()
         self.sender.close()
         give_up_s = time.monotonic() + CLOSE_S
@@ -118,7 +121,10 @@ class Ranks:
         self._kill()
         if threading.current_thread() is not self._thread:
             self._thread.join(CLOSE_S)
-        self.group.close()
+        if is_idle:
+            self.group.close()
+        else:
+            self.group.fail(0)
 
     # ------------------------------------------------------------------ inside
 
@@ -170,4 +176,3 @@ def _spawned(order: RankOrder, sock: socket.socket, region: int) -> subprocess.P
         process.stdin.write(order.model_dump_json().encode())
         process.stdin.close()
     return process
-
