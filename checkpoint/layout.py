@@ -156,7 +156,7 @@ def expected_shapes(spec: ModelSpec, present: Container[str] = ()) -> dict[str, 
                     shapes[name + ".bias"] = (rows,)
     shapes[FINAL_NORM] = (spec.hidden_size,)
     if not spec.tied_embeddings:
-        shapes[HEAD] = (spec.vocab_size, spec.hidden_size)
+        shapes[HEAD] = (spec.head_rows or spec.vocab_size, spec.hidden_size)
     return shapes
 
 
@@ -190,11 +190,12 @@ def weight_bytes(
     The embedding is a table in `dtype`. A tied head shares its memory, unless it is quantised or `packs_head`. With
     `maps_table`, a table that no product reads is a view of its file, and is not counted.
     """
-    table, head = _size((spec.vocab_size, spec.hidden_size)), Matrix((("lm_head", spec.vocab_size),), spec.hidden_size)
+    head = Matrix((("lm_head", spec.head_rows or spec.vocab_size),), spec.hidden_size)
+    table, head_size = _size((spec.vocab_size, spec.hidden_size)), _size((head.rows, head.columns))
     quantised = quantization == "int8"
-    layers = num_parameters(spec) - table * (1 if spec.tied_embeddings else 2)
+    layers = num_parameters(spec) - table - (0 if spec.tied_embeddings else head_size)
     held = layers * DTYPE_BYTES[dtype]
-    head_bytes = table * DTYPE_BYTES[dtype]
+    head_bytes = head_size * DTYPE_BYTES[dtype]
     if quantised:
         held -= sum(_saved_by_int8(matrix, dtype) for matrix in _matrices(spec))
         head_bytes -= _saved_by_int8(head, dtype)

@@ -24,7 +24,7 @@ _CHUNK_BYTES = 4 << 20
 
 
 class SafetensorsFiles:
-    """Implements `TensorSource` for one file, or for shards with an index. Tensors are views of the mapped files."""
+    """Implements `PartSource` for one file, or for shards with an index. Tensors are views of the mapped files."""
 
     def __init__(self, directory: Path) -> None:
         """Read all headers.
@@ -62,6 +62,10 @@ class SafetensorsFiles:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: {name} cannot be read ({error}); fetch the file again") from None
         return tensor
+
+    def take_part(self, name: str, axis: int, part: range) -> Tensor:
+        """Implements `PartSource.take_part`: a view of the mapped file, of which only used pages are read."""
+        return self.take(name).narrow(axis, part.start, len(part))
 
     def fingerprint(self) -> bytes:
         """Implements `TensorSource.fingerprint` by `safetensors_fingerprint`."""

@@ -140,6 +140,7 @@ class ModelSpec:
     sandwich_norms: bool = False  # the output of each part of a layer is normalised too
     embedding_scale: float | None = None
     final_softcap: float | None = None
+    head_rows: int | None = None  # rows of the head on one TP rank (shards.py); None: vocab_size
     extra_layers: int = 0  # layers for multi-token prediction after the decoder's; not loaded
     remarks: tuple[str, ...] = field(default=(), compare=False)  # notes for users on differences from the config
 

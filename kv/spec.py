@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 HASH_BLOCK_TOKENS = 16  # tokens per hash block: the unit of identity and digest, for every physical block size
@@ -16,13 +16,19 @@ COMPONENT_NUMBERS = {"k": 0, "v": 1, "latent": 2, "rope": 3}  # part of the plac
 
 @dataclass(frozen=True, slots=True)
 class Component:
-    """One kind of cached vector: `heads` rows of `width` numbers per token and layer."""
+    """One kind of cached vector: `heads` rows of `width` numbers per token and layer.
+
+    In the spec of one TP rank, `heads` counts the rank's own heads. `holders` neighbouring ranks hold the same heads;
+    the first of them has a rank that is a multiple of `holders`. So a hand-over can send each head once.
+    """
 
     name: str
     heads: int
     width: int
     codec: int  # kv/codec.py: Codec
     shard: Literal["split", "replicate"] = "split"  # over TP ranks
+    first_head: int = 0  # of this rank, counted in the whole model
+    holders: int = 1
 
     @property
     def row_bytes(self) -> int:
@@ -70,9 +76,35 @@ class KvSpec:
         """Bytes of one token if all components were bf16; `explain` compares with it."""
         return sum(2 * g.num_layers * c.heads * c.width for g in self.groups for c in g.components)
 
+    def of_rank(self, rank: int, size: int) -> KvSpec:
+        """Layout of the cache of one of `size` TP ranks; `rank_heads` defines its heads."""
+        groups = []
+        for group in self.groups:
+            components = tuple(_of_rank(component, rank, size) for component in group.components)
+            groups.append(replace(group, components=components))
+        return KvSpec(tuple(groups))
+
     def fingerprint(self) -> bytes:
         """16-byte hash of the spec."""
         return hashlib.blake2b(repr(self).encode(), digest_size=16).digest()
+
+
+def rank_heads(num_heads: int, rank: int, size: int) -> range:
+    """KV heads of one of `size` TP ranks. One of the two numbers must be a multiple of the other.
+
+    4 heads, 2 ranks    rank 0: heads 0, 1 | rank 1: heads 2, 3
+    2 heads, 4 ranks    rank 0: head 0 | rank 1: head 0 | rank 2: head 1 | rank 3: head 1
+    """
+    assert num_heads % size == 0 or size % num_heads == 0, f"{num_heads} KV heads over {size} ranks"
+    first = rank * num_heads // size
+    return range(first, first + max(1, num_heads // size))
+
+
+def _of_rank(component: Component, rank: int, size: int) -> Component:
+    if component.shard == "replicate":
+        return replace(component, holders=size)
+    heads = rank_heads(component.heads, rank, size)
+    return replace(component, heads=len(heads), first_head=heads.start, holders=max(1, size // component.heads))
 
 
 def attention_spec(num_layers: int, kv_heads: int, head_dim: int, codec: int) -> KvSpec:

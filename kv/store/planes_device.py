@@ -95,7 +95,7 @@ class DeviceDigests:
         self._seen = torch.zeros(self._num_units + 1, dtype=torch.int32, device=k.device)
         keys = digest_keys(key, row_bytes, k.device)
         numbers = (COMPONENT_NUMBERS[k.component.name], COMPONENT_NUMBERS[v.component.name])
-        self._seals = [Seal(keys, layer, 0, *numbers) for layer in range(layers)]
+        self._seals = [Seal(keys, layer, k.component.first_head, *numbers) for layer in range(layers)]
 
     def begin(self, slots: Tensor) -> StepBirths:
         """Prepare a step that writes rows at slots [rows] int64 on the device; negative slots are padding."""

@@ -321,7 +321,7 @@ class KvStore:
         return self._first_places[store.component.name] | hash_blocks.astype(np.uint64)
 
     def _place_words_of(self, component: Component, hash_blocks: NDArray[np.int64]) -> U64:
-        heads = np.arange(component.heads)
+        heads = component.first_head + np.arange(component.heads)
         return places(self._layers[:, None, None], COMPONENT_NUMBERS[component.name], heads[:, None], hash_blocks)
 
     def _gather(self, store: ComponentStore, held: HeldTokens) -> tuple[U8, U8 | None]:

@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ...checkpoint.fingerprint import hash_content
@@ -25,8 +26,18 @@ from ...core.errors import CheckpointError
 _SERVED = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 
 
+class _Part(NamedTuple):
+    """Part of a stored tensor: indices of its first and of its last axis. None: all."""
+
+    rows: range | None
+    columns: range | None
+
+
+_WHOLE = _Part(None, None)
+
+
 class GgufSource:
-    """Implements `TensorSource` for one GGUF file."""
+    """Implements `PartSource` for one GGUF file."""
 
     def __init__(self, path: Path) -> None:
         """Read metadata and tensor table, and check that every tensor is inside the file.
@@ -45,41 +56,57 @@ class GgufSource:
 
     def take(self, name: str) -> Tensor:
         """Read one tensor: float32 if it was quantised, else as stored (if possible, a view of the mapped file)."""
-        piece = self._pieces[name]
+        return self._taken(self._pieces[name], _WHOLE)
+
+    def take_part(self, name: str, axis: int, part: range) -> Tensor:
+        """Implements `PartSource.take_part`. Where rows were reordered or joined, `part` must hold whole heads."""
+        rows, columns = (part, None) if axis == 0 else (None, part)
+        return self._taken(self._pieces[name], _Part(rows, columns))
+
+    def _taken(self, piece: Piece, part: _Part) -> Tensor:
         if piece.value_part is not None:
-            return self._way_up(piece, piece.value_part)
-        tensor = self._numbers(self._file.tensors[piece.stored], piece.expert)
+            return self._way_up(piece, piece.value_part, part)
+        stored = self._file.tensors[piece.stored]
+        if len(stored.shape) == 1 and part.rows is not None:  # a vector's numbers are the last axis
+            part = _Part(None, part.rows)
+        tensor = self._numbers(stored, part, piece.expert)
         if piece.turned_heads:
-            tensor = _turned_back(tensor, piece.turned_heads)
+            tensor = _turned_back(tensor, piece.shape[0] // piece.turned_heads)
         if piece.offset:
             tensor = tensor.float() - piece.offset
-        return tensor.reshape(piece.shape)
+        return tensor if part != _WHOLE else tensor.reshape(piece.shape)
 
     def fingerprint(self) -> bytes:
         """Implements `TensorSource.fingerprint` by `gguf_fingerprint`."""
         return _fingerprint(self._file)
 
-    def _way_up(self, piece: Piece, value_part: str) -> Tensor:
+    def _way_up(self, piece: Piece, value_part: str, part: _Part) -> Tensor:
         """Join keys and values per head, as Hugging Face stores them: [heads * (key_width + value_width), latent]."""
-        keys = self._numbers(self._file.tensors[piece.stored], None).transpose(1, 2)  # stored with rows of key_width
-        values = self._numbers(self._file.tensors[value_part], None)
-        return torch.cat([keys.float(), values.float()], dim=1).reshape(piece.shape)
+        keys, values = self._file.tensors[piece.stored], self._file.tensors[value_part]
+        width, heads = keys.shape[2] + values.shape[1], None
+        assert part.columns is None, "a latent is never split"
+        if part.rows is not None:
+            assert part.rows.start % width == 0 == len(part.rows) % width, "rows of whole heads"
+            heads = range(part.rows.start // width, part.rows.stop // width)
+        ups = self._numbers(keys, _Part(heads, None)).transpose(1, 2)  # stored with rows of key_width
+        joined = torch.cat([ups.float(), self._numbers(values, _Part(heads, None)).float()], dim=1)
+        return joined.reshape(-1, piece.shape[1])
 
-    def _numbers(self, tensor: StoredTensor, expert: int | None) -> Tensor:
-        """Read a whole tensor, or the tensor of one expert from a stack."""
+    def _numbers(self, tensor: StoredTensor, part: _Part, expert: int | None = None) -> Tensor:
+        """Read a part of a tensor, or of the tensor of one expert in a stack."""
         gguf, name = _gguf(), _kind_name(tensor.kind)
         elements, bytes_ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(tensor.kind)]
-        shape = tensor.shape if expert is None else tensor.shape[1:]
-        size_bytes = _size(shape) // elements * bytes_
-        at = tensor.at + (expert or 0) * size_bytes
-        raw = self._bytes[at : at + size_bytes]
-        if name in ("F32", "F16"):
-            return torch.from_numpy(raw.view(np.float32 if name == "F32" else np.float16).reshape(shape))
-        if name == "BF16":
-            return torch.from_numpy(raw.view(np.int16).reshape(shape)).view(torch.bfloat16)
-        rows = raw.reshape(-1, shape[-1] // elements * bytes_)
-        numbers: np.ndarray[Any, Any] = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType(tensor.kind))
-        return torch.from_numpy(numbers.reshape(shape))
+        *lead, width = tensor.shape
+        stored = self._bytes[tensor.at : tensor.at + _size(tensor.shape) // elements * bytes_]
+        rows = stored.reshape(*lead, width // elements * bytes_)
+        if expert is not None:
+            rows = rows[expert]
+        if part.rows is not None:
+            rows = rows[part.rows.start : part.rows.stop]
+        columns = range(width) if part.columns is None else part.columns
+        first, last = columns.start // elements, -(-columns.stop // elements)  # whole blocks
+        rows = rows[..., first * bytes_ : last * bytes_]
+        return _decoded(rows, name, tensor.kind).narrow(-1, columns.start - first * elements, len(columns))
 
     @cached_property
     def _bytes(self) -> np.memmap[Any, Any]:
@@ -127,9 +154,26 @@ def _kind_name(kind: int) -> str:
         return f"of an unknown type {kind}"
 
 
-def _turned_back(tensor: Tensor, heads: int) -> Tensor:
+def _decoded(rows: NDArray[np.uint8], name: str, kind: int) -> Tensor:
+    """Numbers of rows of bytes [..., bytes] in a served type: [..., numbers]; views where the type is not quantised."""
+    if name in ("F32", "F16"):
+        return torch.from_numpy(rows.view(np.float32 if name == "F32" else np.float16))
+    if name == "BF16":
+        return torch.from_numpy(rows.view(np.int16)).view(torch.bfloat16)
+    gguf = _gguf()
+    elements, bytes_ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
+    shape = (*rows.shape[:-1], rows.shape[-1] // bytes_ * elements)
+    if not rows.size:
+        return torch.empty(shape)
+    blocks = np.ascontiguousarray(rows).reshape(-1, rows.shape[-1])
+    numbers: NDArray[np.float32] = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType(kind))
+    return torch.from_numpy(numbers.reshape(shape))
+
+
+def _turned_back(tensor: Tensor, head_rows: int) -> Tensor:
     """Reorder rows as Hugging Face stores them: per head the first halves of all rotary pairs, then the second."""
-    pairs = tensor.reshape(heads, tensor.shape[0] // heads // 2, 2, *tensor.shape[1:])
+    assert len(tensor) % head_rows == 0, "rows of whole heads"
+    pairs = tensor.reshape(-1, head_rows // 2, 2, *tensor.shape[1:])
     return pairs.transpose(1, 2).reshape(tensor.shape)
 
 

@@ -39,7 +39,21 @@ class TensorSource(Protocol):
         ...
 
 
-def open_source(path: Path) -> TensorSource:
+class PartSource(TensorSource, Protocol):
+    """Tensors of a checkpoint's files, of which also parts can be read."""
+
+    def take_part(self, name: str, axis: int, part: range) -> Tensor:
+        """Read indices `part` of one axis of a tensor, as `take` does. No other numbers of the tensor are read.
+
+        Quantised numbers are read in whole blocks. `part` may be empty.
+
+        Raises:
+            CheckpointError: as for `take`.
+        """
+        ...
+
+
+def open_source(path: Path) -> PartSource:
     """Open a checkpoint: a directory with safetensors, or a GGUF file.
 
     Raises:

@@ -26,8 +26,8 @@ CODECS = ["fp8", "bfloat16"]
 CPU, DEVICE = torch.device("cpu"), torch.device("cpu" if launch.interpreted() else "cuda")
 
 
-def store(codec: str, *, by_kernels: bool, block_tokens: int = 16) -> KvStore:
-    spec = attention_spec(LAYERS, HEADS, WIDTH, CODEC_NAMES[codec])
+def store(codec: str, *, by_kernels: bool, block_tokens: int = 16, rank: int = 0, ranks: int = 1) -> KvStore:
+    spec = attention_spec(LAYERS, HEADS * ranks, WIDTH, CODEC_NAMES[codec]).of_rank(rank, ranks)
     device = DEVICE if by_kernels else CPU
     made = KvStore(spec, BLOCKS, block_tokens, device, digest_key=KEY, by_kernels=by_kernels)
     for component in made.components:
@@ -97,6 +97,17 @@ def test_seals_born_in_the_step_are_those_of_the_bytes(codec: str, block_tokens:
     same_sections(device, cpu, whole)
     assert device.verify(whole)
     same_sections(device, cpu, held(37, 16, block_tokens))
+
+
+def test_seals_born_on_a_rank_count_heads_in_the_whole_model():
+    device, cpu, other = (store("fp8", by_kernels=k, rank=r, ranks=3) for k, r in ((True, 2), (False, 2), (False, 0)))
+    step(device, held(20))
+    device.seal(held(20))
+    for made in (cpu, other):
+        copied(device, made)
+        made.seal(held(20))
+    same_sections(device, cpu, held(20))
+    assert not np.array_equal(other.read_tokens(held(20))[0].digests, device.read_tokens(held(20))[0].digests)
 
 
 def test_a_block_in_its_next_use_begins_anew():

@@ -108,6 +108,19 @@ def test_puts_slices_of_layers_and_heads_together_and_refuses_when_one_is_missin
     assert target.verify(arrived)
 
 
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_a_ranks_seals_are_those_of_its_heads_in_the_whole_model(rank: int) -> None:
+    whole = make_store()
+    held = filled(whole, 40)
+    store = KvStore(whole.spec.of_rank(rank, 3), whole.num_blocks, whole.block_tokens, digest_key=KEY)
+    for mine, theirs in zip(store.components, whole.components, strict=True):
+        mine.payload.copy_(theirs.payload[:, :, rank : rank + 1])
+        mine.scales.copy_(theirs.scales[:, :, rank : rank + 1])
+    store.seal(held)
+    for mine, theirs in zip(store.read_tokens(held), whole.read_tokens(held), strict=True):
+        assert np.array_equal(mine.digests, theirs.digests[:, rank : rank + 1])
+
+
 def _cut(section: SectionData, layer: int, heads: slice) -> SectionData:
     layers = slice(layer, layer + 1)
     return replace(
