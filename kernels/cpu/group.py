@@ -166,3 +166,7 @@ class SharedMemoryGroup:
             group, self._group = self._group, ctypes.c_void_p()
             if group:
                 self._library.leave_group(group)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_closing"):  # a thread of the group uses the memory
+            self.close()
