@@ -11,6 +11,7 @@ import torch
 
 from ..checkpoint.config import KernelsChoice
 from ..checkpoint.safetensors_files import checkpoint_files
+from ..checkpoint.shards import Shard, shard_spec
 from ..checkpoint.spec import DType, Quantization
 from ..kernels.cpu import library as native
 from ..kv.store.store import KvStore
@@ -18,9 +19,11 @@ from .ops.device import chosen_kernels, describe_device
 from .ops.native_ops import NativeOps
 from .ops.seam import Ops
 from .ops.torch_ops import TorchOps
+from .parallel.collectives import ONE_RANK, Collectives
 from .resolved import ResolvedModel
 from .runner import Runner
 from .weights.host_memory import give_back_after_load
+from .weights.rank_source import cut_source
 from .weights.tensors import open_source, weights_fingerprint
 from .weights.weights import load_weights
 
@@ -47,20 +50,24 @@ class NumericsClass:
     description: str
 
 
-def load_runner(model: ResolvedModel, options: RunnerOptions) -> Runner:
+def load_runner(model: ResolvedModel, options: RunnerOptions, collectives: Collectives = ONE_RANK) -> Runner:
     """Load weights and make a store of `num_blocks` blocks. Call `warm_up` in the thread that runs the steps.
+
+    `collectives`: of a tensor-parallel group. Then weights and store are those of its rank.
 
     Raises:
         CheckpointError: the directory holds no model that is served.
-        ConfigError: the kernels cannot run on this machine.
+        ConfigError: the kernels cannot run on this machine, or the heads cannot be split over the ranks.
     """
     directory, device = model.directory, _torch_device(model, options.gpu)
     ops = _ops(model, device, options.num_threads)
-    weights = load_weights(open_source(directory), model.spec, ops)
+    rank = shard_spec(model.spec, Shard(collectives.rank, collectives.size))
+    weights = load_weights(cut_source(open_source(directory), rank), rank.local, ops)
     give_back_after_load(checkpoint_files(directory) if directory.is_dir() else (directory,))
-    store = KvStore(model.kv_spec, options.num_blocks, options.block_tokens, device, options.digest_key)
+    kv_spec = model.kv_spec.of_rank(rank.shard.rank, rank.shard.size)
+    store = KvStore(kv_spec, options.num_blocks, options.block_tokens, device, options.digest_key)
     graph_seqs = options.graph_seqs if device.type != "cpu" else 0
-    return Runner(model.spec, weights, ops, store, model.max_model_len, graph_seqs=graph_seqs)
+    return Runner(rank.local, weights, ops, store, model.max_model_len, graph_seqs=graph_seqs, collectives=collectives)
 
 
 def _torch_device(model: ResolvedModel, gpu: int) -> torch.device:

@@ -19,6 +19,7 @@ from ..kv.store.store import KvStore
 from .batch import StepBatch, build_batch, on_device, warm_up_batch
 from .decoder.decoder import Decoder, Hidden
 from .ops.seam import Logits, Ops
+from .parallel.collectives import ONE_RANK, Collectives
 from .sampling.greedy import all_greedy, speak_greedily
 from .sampling.step import StepOutputs, StepSampler
 from .weights.weights import Weights
@@ -46,14 +47,21 @@ class Runner:
         max_model_len: int | None = None,
         *,
         graph_seqs: int = 0,
+        collectives: Collectives = ONE_RANK,
     ) -> None:
-        """`graph_seqs`: decode steps of up to this many sequences run as graphs (on a GPU only; 0: none)."""
+        """`graph_seqs`: decode steps of up to this many sequences run as graphs (on a GPU only; 0: none).
+
+        `collectives`: of a tensor-parallel group, whose ranks warm up together and run the same plans in the same
+        order. `spec`, `weights` and `store` are then the rank's. Several ranks run without graphs, and only rank 0
+        samples: the others' results have no tokens.
+        """
         self.spec = spec
         self.weights = weights
         self.store = store
         self.ops = ops
         self.max_model_len = max_model_len or spec.max_model_len
-        self._graph_seqs = graph_seqs
+        self._collectives = collectives
+        self._graph_seqs = graph_seqs if collectives.size == 1 else 0
         self._is_cpu = ops.device.type == "cpu"
         self._decoder: Decoder | None = None
         self._has_many_ops = True  # many torch ops run faster in inference mode; for a few, entering it costs more
@@ -64,7 +72,7 @@ class Runner:
     def warm_up(self) -> None:
         """Prepare the ops, run steps that write nothing, capture graphs. Call it in the thread of the steps."""
         self.ops.prepare()
-        self._decoder = Decoder(self.spec, self.weights, self.ops, self.max_model_len)
+        self._decoder = Decoder(self.spec, self.weights, self.ops, self.max_model_len, self._collectives)
         self._has_many_ops = not self._decoder.is_fused
         device = self.ops.device
         with torch.inference_mode():
@@ -130,14 +138,19 @@ class Runner:
     ) -> StepOutputs:
         decoder = self._decoder
         assert decoder is not None
+        draws = self._collectives.rank == 0
         if batch.sampled and all_greedy(plan):
             logits = decoder.logits(batch.spoken(rows))
+            if not draws:
+                return StepOutputs([()] * len(plan.sequences), {}, {}, {})
             if self._is_cpu and logits.extremes is None:
                 logits = Logits(logits.rows, self.ops.extremes(logits.rows.numpy()))
             return speak_greedily(plan, batch, logits, bad)
         if self._sampler is None:
             to_logits = decoder.logits if self._is_cpu else lambda rows: Logits(decoder.logits(rows).rows.cpu(), None)
-            self._sampler = StepSampler(self.spec.vocab_size, self.spec.eos_ids, to_logits, self.ops.extremes)
+            self._sampler = StepSampler(
+                self.spec.vocab_size, self.spec.eos_ids, to_logits, self.ops.extremes, draws=draws
+            )
         return self._sampler.run(plan, batch, rows, bad, last)
 
     def _seal(self, steps: Sequence[SequenceStep]) -> None:

@@ -62,7 +62,6 @@ class SharedMemoryGroup:
                 ctypes.addressof(self._view), rank, size, slot_bytes, int(timeout_s * 1000), int(silence_s * 1000)
             )
         )
-        self._threads: ctypes.c_void_p | None = None
         self._closing = threading.Lock()
 
     @property
@@ -70,10 +69,6 @@ class SharedMemoryGroup:
         """The group as `native.Step.group` names it; valid until `close`."""
         assert self._group.value is not None, "the group is closed"
         return self._group.value
-
-    def use_threads(self, threads: ctypes.c_void_p) -> None:
-        """Share large sums among a pool's threads: that of the one thread which makes this rank's calls."""
-        self._threads = threads
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Add all ranks' x, of any shape, in place; returns x. int32 too, for counts.
@@ -85,7 +80,7 @@ class SharedMemoryGroup:
         if x.dtype == torch.int32:
             counts = self.all_gather(x.view(1, -1), self.size * x.numel()).view(self.size, -1)
             return x.copy_(counts.sum(0, dtype=torch.int32).view(x.shape))
-        self.check(self._library.all_reduce(self._group, self._threads, x.data_ptr(), x.numel(), _KINDS[x.dtype]))
+        self.check(self._library.all_reduce(self._group, None, x.data_ptr(), x.numel(), _KINDS[x.dtype]))
         return x
 
     def all_gather(self, x: Tensor, width: int) -> Tensor:

@@ -17,6 +17,7 @@ FLOAT32, BFLOAT16, INT8, FP8, CODED = range(5)
 WHOLE, KEYS_ONLY, QUERIES_ONLY = range(3)  # part of the last layer that a call computes
 NO_ACTIVATION, SILU, GELU_TANH = range(-1, 2)
 GROUP_DIFFERS = -1  # failure of a group's call; others are 1 + the rank that is gone
+GROUP_FAILED = 1 - (1 << 63)  # plus such a failure: the answer of `layers` when its group failed
 LANES = 16  # columns per panel
 ALIGNMENT = 64
 

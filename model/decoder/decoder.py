@@ -5,6 +5,9 @@ its own prefix only. A plain layer, with normalisation before each part and, in 
 
     h = norm(x);  x += [norm](attention(h));  h = norm(x);  x += [norm](ffn(h))
 
+Under tensor parallelism, attention and ffn give partial results, which are summed over the ranks before all else; x and
+h are the same on all ranks, and the logits' columns of all ranks are joined.
+
 Source: Llama (Touvron et al. 2023); Gemma 2 (2024) for the second norms; DeepSeek-V2 (2024) for latent attention.
 """
 
@@ -22,6 +25,7 @@ from ..batch import StepBatch
 from ..ops.elementwise import softcapped
 from ..ops.seam import AttentionKind, Logits, Ops
 from ..ops.step import LayerStep
+from ..parallel.collectives import ONE_RANK, Collectives
 from ..weights.weights import DenseWeights, ExpertsWeights, LatentWeights, PlainWeights, Weights
 from .experts import mix_experts
 from .latent import attend_latent
@@ -33,21 +37,30 @@ class Hidden(NamedTuple):
     """Result of all layers: the residual stream, and counts of keys and values that were not finite."""
 
     rows: Tensor  # [padded rows, hidden] compute dtype
-    non_finite: Tensor  # [padded rows] int32: vectors of keys and values that were not finite, over all layers
+    non_finite: Tensor  # [padded rows] int32: vectors of keys and values that were not finite, of all layers and ranks
     num_refused: int | None = None  # sum of `non_finite`, if it is known without reading it
 
 
 class Decoder:
     """One model on one device. It keeps no state between steps; the KV cache is an argument."""
 
-    def __init__(self, spec: ModelSpec, weights: Weights, ops: Ops, max_model_len: int) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: Weights,
+        ops: Ops,
+        max_model_len: int,
+        collectives: Collectives = ONE_RANK,
+    ) -> None:
+        """`spec` and `weights`: of a rank (checkpoint/shards.py) if `collectives` has several."""
         self.spec = spec
         self.weights = weights
         self.ops = ops
         self.max_model_len = max_model_len
         tables = (rotary_table(rope, max_model_len) for rope in spec.ropes)
         self._tables = [(cos.to(ops.device), sin.to(ops.device)) for cos, sin in tables]
-        self._stack = NativeStack.make(spec, weights, ops)
+        self._ranks = collectives
+        self._stack = NativeStack.make(spec, weights, ops, collectives)
         self._kinds = [_attention_kind(spec, layer.window) for layer in spec.layers]
 
     @property
@@ -61,7 +74,10 @@ class Decoder:
         x = self._embed(batch.token_ids)  # [rows, hidden]
         angles = [tuple(t.index_select(0, batch.positions) for t in table) for table in self._tables]
         if self._stack is not None:
-            return Hidden(x, *self._stack.run(x, angles, batch, store))
+            non_finite, refused = self._stack.run(x, angles, batch, store)
+            if self._ranks.size == 1:
+                return Hidden(x, non_finite, refused)
+            return Hidden(x, self._ranks.all_reduce(non_finite))
         rotations = [Rotation(batch.positions, *table) for table in self._tables]
         births = store.births(batch.slots)
         non_finite = torch.zeros(len(x), dtype=torch.int32, device=x.device)
@@ -72,23 +88,26 @@ class Decoder:
                 ops, cos, sin, store.planes(index), batch.slots, batch.attention, self._kinds[index],
                 index, rotations[shape.rope], births,
             )  # fmt: skip
-            delta, refused = self._attend(h, layer.attention, step)
-            non_finite += refused
+            delta, counts = self._attend(h, layer.attention, step)
+            delta = self._ranks.all_reduce(delta)
+            non_finite += counts
             if layer.after_attention is not None:
                 delta = ops.rms_norm(delta, layer.after_attention)
             x, h = ops.add_rms_norm(x, delta, layer.ffn_norm)
-            delta = self._feed_forward(h, layer.ffn, shape.ffn)
+            delta = self._ranks.all_reduce(self._feed_forward(h, layer.ffn, shape.ffn))
             if layer.after_ffn is not None:
                 delta = ops.rms_norm(delta, layer.after_ffn)
             if index + 1 < len(layers):
                 x, h = ops.add_rms_norm(x, delta, layers[index + 1].attention_norm)
             else:
                 x = x + delta
-        return Hidden(x, non_finite)
+        return Hidden(x, self._ranks.all_reduce(non_finite))
 
     def logits(self, rows: Tensor) -> Logits:
         """Logits of rows [n, hidden] of the residual stream; n is a multiple of `ops.row_multiple`."""
         logits = self.ops.head(rows, self.weights.norm, self.weights.head)
+        if self._ranks.size > 1:
+            logits = Logits(self._ranks.all_gather(logits.rows, self.spec.vocab_size), None)
         if self.spec.final_softcap is None:
             return logits
         return Logits(softcapped(logits.rows, self.spec.final_softcap), None)
