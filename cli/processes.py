@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -45,9 +45,14 @@ def worker(
     from ..worker.process import run_worker
     from ..worker.settings import WorkerSettings
 
-    flags = {"model": model, "served_model_name": served_model_name, "config": config}
-    flags |= {"tensor_parallel_size": tensor_parallel_size}
-    settings = o.config_from(flags | {"worker_metrics_port": metrics_port, "insecure": insecure})
+    flags: dict[str, Any] = {
+        "model": model,
+        "served_model_name": served_model_name,
+        "config": config,
+        "insecure": insecure,
+    }
+    flags |= {"worker_metrics_port": metrics_port, "tensor_parallel_size": tensor_parallel_size}
+    settings = o.config_from(flags)
     check_key(settings)
     num_ranks = tensor_parallel_size or settings.cluster.ranks_of(role)
     run_worker(

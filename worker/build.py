@@ -172,8 +172,8 @@ def _started_ranks(
 
 def _load_pinned(model: ResolvedModel, options: RunnerOptions, settings: WorkerSettings, ranks: Ranks) -> Runner:
     """Load rank 0's part in a thread on its cores, so that the kernels' threads stay there; wait for the others."""
-    with ThreadPoolExecutor(1, "load") as loading:
-        own = loading.submit(lambda: (pin_thread(_cores(settings, 0)), load_runner(model, options, ranks.group))[1])
+    with ThreadPoolExecutor(1, "load", initializer=pin_thread, initargs=(_cores(settings, 0),)) as loading:
+        own = loading.submit(load_runner, model, options, ranks.group)
         ranks.wait_ready(LOAD_S)
         return own.result()
 

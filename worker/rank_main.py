@@ -20,10 +20,10 @@ from ..core.foreground import leave
 from ..engine.link.rank_link import LinkEnded, RankReceiver
 from ..engine.loop import EngineStore
 from ..kernels.cpu.build import built_library
-from ..kernels.cpu.group import SharedMemoryGroup
 from ..kv.keys import digest_key
 from ..kv.store.host_store import HostStore
 from ..model.loader import RunnerOptions, load_runner
+from ..model.parallel.shared_group import SharedMemoryGroup
 from ..model.resolved import resolve
 from ..model.runner import Runner
 from .rank_order import RankOrder, send_answer

@@ -13,9 +13,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
-import numpy as np
 from numpy.typing import NDArray
 
 from ..core.errors import InternalError, KvCorrupted, RankLost, RanksDiffer
@@ -24,10 +23,10 @@ from ..engine.loop import StepRunner
 from ..engine.plan import SequenceStep, StepPlan, StepResult
 from ..engine.store_ops import FetchOp, ReadOp, StoreOp, SwapInOp, SwapOutOp, WriteOp
 from ..engine.turn import Store
-from ..kernels.cpu.group import SharedMemoryGroup
 from ..kv.section import SectionData
 from ..kv.slices import joined_sections, sections_of_rank
 from ..kv.spec import KvSpec
+from ..model.parallel.shared_group import SharedMemoryGroup
 from .machine import pin_thread
 
 T = TypeVar("T")
@@ -169,11 +168,11 @@ class SlicedStore:
 def gather_sections(group: SharedMemoryGroup, sections: Sequence[SectionData]) -> list[tuple[SectionData, ...]] | None:
     """The sections of all ranks, which have equal shapes, at rank 0; None at the others."""
 
-    def gathered(array: NDArray[np.generic] | None) -> list[NDArray[np.generic] | None]:
+    def gathered(array: NDArray[Any] | None) -> list[Any]:
         found = None if array is None else group.gather_bytes(array)
         return [None] * group.size if found is None else list(found)
 
-    each = [(section, *map(gathered, (section.payload, section.scales, section.digests))) for section in sections]
+    each = [(s, gathered(s.payload), gathered(s.scales), gathered(s.digests)) for s in sections]
     if group.rank:
         return None
     return [

@@ -24,7 +24,7 @@ from contextlib import suppress
 
 from ..core.errors import ConfigError, InternalError, TwostrokeError
 from ..engine.link.rank_link import RankSender
-from ..kernels.cpu.group import SharedMemoryGroup, shared_region
+from ..model.parallel.shared_group import SharedMemoryGroup, shared_region
 from .rank_order import RankOrder, read_answer
 
 WATCH_S = 0.1  # between two looks at the processes and at the group

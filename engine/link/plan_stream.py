@@ -81,7 +81,8 @@ def _is_expected(step: SequenceStep, last: SequenceStep) -> bool:
         and number == last_number + 1
         and len(ids) == 1
         and samples
-        and place is mask is None
+        and place is None
+        and mask is None
         and adapter == last_adapter
         and not (tail or drafts or targets)
         and (history is past is None or _is_next(history, past, ids[0]))
@@ -123,9 +124,9 @@ class PlanSender:
         return self._put(plan) if data is None else data
 
     def _put(self, plan: StepPlan) -> bytes:
-        for known, step in zip(self._last, self._steady.steps, strict=True):  # what steady messages have changed
-            known.step, known.message = step, self._message - 1
-        rows: list[_Known] = []
+        for before, step in zip(self._last, self._steady.steps, strict=True):  # what steady messages have changed
+            before.step, before.message = step, self._message - 1
+        rows = []
         tokens: list[int] = []
         grown: list[int] = []  # slot, number of blocks, the blocks, their generations
         changed: list[object] = []
@@ -209,8 +210,8 @@ class PlanReceiver:
         if is_whole:
             self._steps, self._rows = {}, ()
             self._steady.set(())
-        elif self._message is None or message != self._message + 1:
-            raise PlanGap(f"plan message {message} follows {self._message or 'none'}; the sender must reset")
+        else:
+            self._check_next(message)
         try:
             plan = StepPlan(number, tuple(self._apply(parts)))
         except (TypeError, ValueError, KeyError, IndexError, StopIteration, AttributeError) as error:
@@ -222,8 +223,7 @@ class PlanReceiver:
 
     def _decode_steady(self, data: bytes) -> StepPlan:
         message = self._steady.message(data)
-        if self._message is None or message != self._message + 1:
-            raise PlanGap(f"plan message {message} follows {self._message or 'none'}; the sender must reset")
+        self._check_next(message)
         try:
             plan = self._steady.get(data)
         except WireError:
@@ -231,6 +231,10 @@ class PlanReceiver:
             raise
         self._message = message
         return plan
+
+    def _check_next(self, message: int) -> None:
+        if self._message is None or message != self._message + 1:
+            raise PlanGap(f"plan message {message} follows {self._message or 'none'}; the sender must reset")
 
     def _apply(self, parts: list[Any]) -> list[SequenceStep]:
         rows, tokens, grown, changed, whole, gone = parts

@@ -15,7 +15,6 @@ import socket
 import struct
 import zlib
 from collections.abc import Callable, Sequence
-from typing import cast
 
 from ...core.errors import RankLost
 from ..plan import StepPlan
@@ -138,7 +137,7 @@ class RankReceiver:
             return None
         if not isinstance(value, StoreOp):
             raise WireError(f"a message of kind {kind!r} with {type(value).__name__}")
-        return cast(StoreOp, value)
+        return value
 
     def _read(self, look: Callable[[], None]) -> bytes:
         while True:

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from ...checkpoint.spec import DenseFfn, ModelSpec, PlainAttention
 from ...kernels.cpu import library as native
-from ...kernels.cpu.group import SharedMemoryGroup
 from ...kernels.cpu.memory import take_memory
 from ...kv.store.store import KvStore
 from ..batch import StepBatch
 from ..ops.native_ops import ACTIVATIONS, KINDS, NativeOps, PackedLinear, StepSpans, address, native_plane, single_rows
 from ..ops.seam import Linear, Norm, Ops
 from ..parallel.collectives import ONE_RANK, Collectives
+from ..parallel.shared_group import SharedMemoryGroup
 from ..weights.weights import DenseWeights, LayerWeights, PlainWeights, Weights
 
 _MAX_ROPES = 2
@@ -123,11 +123,11 @@ class NativeStack:
         )  # fmt: skip
         for i, (cos, sin) in enumerate(rows.angles):
             step.cos[i], step.sin[i], step.half[i] = cos.data_ptr(), sin.data_ptr(), cos.shape[1]
-        refused = self._ops.run_layers(layers, step)
-        if refused < 0:
+        num_refused = self._ops.run_layers(layers, step)
+        if num_refused < 0:
             assert self._group is not None, "only a group fails"
-            self._group.check(refused - native.GROUP_FAILED)
-        return refused
+            self._group.check(num_refused - native.GROUP_FAILED)
+        return num_refused
 
     def _room(self, count: int, widths: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Buffers [count, width] for each width, valid until the next call. Memory grows to the largest step's."""

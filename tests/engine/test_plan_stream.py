@@ -63,6 +63,7 @@ def test_a_sequence_that_pauses_is_known_for_a_while_and_whole_again_afterwards(
             data = sender.encode(plan)
             assert receiver.decode(data) == plan
         assert (b"paused" in data) == is_whole
+        assert b"other" not in data
 
 
 def test_slots_of_sequences_that_are_gone_are_used_again():

@@ -235,7 +235,7 @@ _TASTE = [
 
 _PLANS = [
     Mutant("engine/link/plan_stream.py", "        gone = self._forget()\n", "        gone = ()\n"),
-    Mutant("engine/link/plan_stream.py", "known.step, known.message = step, self._message", "known.step = step"),
+    Mutant("engine/link/plan_stream.py", "before.step, before.message = step, self._message - 1", "before.step = step"),
     Mutant("engine/link/plan_stream.py", "or message != self._message + 1", ""),
     Mutant("engine/link/plan_stream.py", "        self._is_whole = True\n\n    def encode", "\n    def encode"),
     Mutant(

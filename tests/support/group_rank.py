@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from twostroke.core.errors import RanksDiffer
-from twostroke.kernels.cpu.group import SharedMemoryGroup
+from twostroke.model.parallel.shared_group import SharedMemoryGroup
 
 SIZES = (1, 15, 16, 17, 63, 1000, 4097)
 REPEATS = 100

@@ -18,7 +18,6 @@ from twostroke.engine.loop import EngineStore
 from twostroke.engine.plan import History, SampledPlace, SequenceStep, StepPlan, StepResult
 from twostroke.engine.store_ops import ReadOp, SwapInOp, SwapOutOp, WriteOp
 from twostroke.kernels.cpu.build import NativeUnavailable, built_library
-from twostroke.kernels.cpu.group import SharedMemoryGroup, shared_region
 from twostroke.kernels.reference import store_kv
 from twostroke.kv.block import BlockId
 from twostroke.kv.section import HeldTokens
@@ -26,6 +25,7 @@ from twostroke.kv.slices import sections_of_rank
 from twostroke.kv.spec import KvSpec, attention_spec, mla_spec
 from twostroke.kv.store.host_store import HostStore
 from twostroke.kv.store.store import KvStore
+from twostroke.model.parallel.shared_group import SharedMemoryGroup, shared_region
 from twostroke.worker.rank_work import Leader, SlicedStore, follow
 
 KEY, BLOCKS, TOKENS = 0xC0FFEE, 12, 59
@@ -75,7 +75,9 @@ class Worker:
         sender = RankSender([here for here, _ in pairs])
         self.stores = [KvStore(spec.of_rank(rank, size), BLOCKS, 16, digest_key=KEY) for rank in range(size)]
         self.runners = [Scripted(group) for group in self.groups]
-        engines = [EngineStore(store, HostStore(store, store.on_host(8))) for store in self.stores]
+        self.host_stores = [store.on_host(8) for store in self.stores]
+        both = zip(self.stores, self.host_stores, strict=True)
+        engines = [EngineStore(store, HostStore(store, host)) for store, host in both]
         self.leader = Leader(self.runners[0], sender, self.groups[0])
         self.store = SlicedStore(engines[0], sender, self.groups[0], spec)
         self.ends: list[BaseException] = []
@@ -189,7 +191,7 @@ def test_a_swapped_sequence_comes_back_at_every_rank_or_is_damaged_at_all(make_w
     assert worker.store.swap_in(back)
     got = worker.store.read(ReadOp(SEQUENCE, 0, TOKENS, *now))
     assert all(np.array_equal(a.payload, b.payload) for a, b in zip(got, sections, strict=True))
-    worker.store._mine._host._host.components[0].payload.fill_(0x11)  # at rank 0 only
+    worker.host_stores[0].components[0].payload.fill_(0x11)
     assert not worker.store.swap_in(back)
 
 

@@ -16,7 +16,7 @@ from support.group_rank import GENEROUS_S, REPEATS, SIZES, numbers
 from twostroke.core.errors import RankLost, RanksDiffer
 from twostroke.kernels.cpu import library as native
 from twostroke.kernels.cpu.build import NativeUnavailable
-from twostroke.kernels.cpu.group import SharedMemoryGroup, shared_region
+from twostroke.model.parallel.shared_group import SharedMemoryGroup, shared_region
 
 PAGE = 4096
 

@@ -1,7 +1,7 @@
 """One rank's end of a group: sums and exchanges with the other ranks of a model through memory that they share.
 
 The memory has no name in any file system: it is a file descriptor that the worker's process makes and its ranks
-inherit, so it is gone with the last of their processes, however they end. `group.h` draws its layout.
+inherit, so it is gone with the last of their processes, however they end. `kernels/cpu/group.h` draws its layout.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...core.errors import RankLost, RanksDiffer
-from . import library as native
+from ...kernels.cpu import library as native
 
 CALL_TIMEOUT_S = 60.0  # longest wait for another rank within a step; a rank that lives but is stuck
 SILENCE_S = 0.8  # a rank whose process shows no life for so long is gone
@@ -35,10 +35,11 @@ def shared_region(size: int, slot_bytes: int) -> int:
 
 
 class SharedMemoryGroup:
-    """One rank of a group. All ranks make the same calls in the same order, each from one thread at a time.
+    """One rank of a group, for one thread at a time. Implements `Collectives`.
 
+    All ranks make the same calls in the same order.
     Results have the same bits at every rank and in every run: sums are added in the order of ranks, in float32, and
-    rounded once. With tensors of float32 or bfloat16 on the CPU.
+    rounded once. For tensors of float32 or bfloat16 on the CPU.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class SharedMemoryGroup:
         pieces = -(-row_bytes // self._slot_bytes)
         if pieces > 1:  # a row is wider than a slot
             wide = -(-columns // pieces)
-            parts = [self.all_gather(part, self.size * part.shape[1]) for part in x.split(wide, 1)]
+            parts = [self.all_gather(part, self.size * part.shape[1]) for part in torch.split(x, wide, 1)]
             out = torch.cat([part.view(rows, self.size, -1) for part in parts], 2).view(rows, -1)
         else:
             self.check(self._library.all_gather(self._group, x.data_ptr(), rows, row_bytes, out.data_ptr()))
