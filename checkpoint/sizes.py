@@ -15,6 +15,7 @@ from .spec import DType, ModelSpec
 def held_bytes(path: Path, spec: ModelSpec, model: ModelConfig, kernels: Kernels) -> int:
     """Upper bound of the memory of a worker's weights with these kernels, in bytes.
 
+    `spec`: of the model, or of a tensor-parallel rank (`RankSpec.local`), whose own weights are counted then.
     Native kernels pack every matrix, also a tied head, and leave the embedding in its file if it has the compute dtype.
     They usually store bfloat16 in 12 bits instead of 16, but that is known only after the weights were read. The other
     kernels store int8 weights in the compute dtype.

@@ -88,6 +88,7 @@ def rank_options(order: RankOrder) -> RunnerOptions:
         block_tokens=settings.cache.block_size,
         num_threads=settings.num_threads,
         digest_key=digest_key(settings.cluster_key),
+        samples=False,
     )
 
 

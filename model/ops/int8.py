@@ -19,7 +19,10 @@ def described(quantization: Quantization, dtype: torch.dtype) -> str:
 
 
 def to_int8(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Round to symmetric int8 [out, in] per channel. Also returns each row's step: largest magnitude / 127, [out]."""
+    """Round to symmetric int8 [out, in] per channel. Also returns each row's step: largest magnitude / 127, [out].
+
+    A tensor-parallel rank that has some columns of a matrix takes its steps from these columns only.
+    """
     wide = matrix.float()
     step = wide.abs().amax(dim=1) / 127.0
     step = torch.where(step == 0, torch.ones_like(step), step)

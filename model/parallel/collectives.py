@@ -75,6 +75,6 @@ def ordered_sum(parts: Tensor, out: Tensor) -> Tensor:
     """
     wide = torch.float32 if parts.is_floating_point() else parts.dtype
     total = parts[0].to(wide, copy=True)
-    for part in reversed(parts[1:]):
+    for part in parts[1:]:
         total += part
     return out.copy_(total)

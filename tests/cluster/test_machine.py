@@ -10,6 +10,7 @@ import torch
 
 from twostroke.checkpoint.config import ModelConfig
 from twostroke.checkpoint.config_json import load_spec
+from twostroke.checkpoint.shards import Shard, shard_spec
 from twostroke.checkpoint.sizes import held_bytes
 from twostroke.cluster.config import load_config
 from twostroke.cluster.model_facts import model_facts
@@ -20,6 +21,7 @@ from twostroke.model.loader import make_ops
 from twostroke.model.ops.device import chosen_kernels
 from twostroke.model.ops.native_ops import PackedLinear
 from twostroke.model.ops.torch_ops import TorchLinear
+from twostroke.model.weights.rank_source import cut_source
 from twostroke.model.weights.tensors import open_source
 from twostroke.model.weights.weights import load_weights
 
@@ -58,6 +60,26 @@ def test_the_memory_of_the_plan_is_what_weights_take_at_most(dtype: str, quantiz
         assert sum(memory.values()) == pytest.approx(part * planned, rel=0.01)
     else:
         assert sum(memory.values()) == pytest.approx(planned, rel=0.002)  # norms are held in float32
+
+
+@pytest.mark.parametrize(
+    ("kernels", "dtype", "quantization"),
+    [("auto", "float32", "none"), ("auto", "bfloat16", "int8"), ("torch", "bfloat16", "none")],
+)
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_memory_of_the_plan_is_what_a_ranks_weights_take(
+    size: int, dtype: str, quantization: str, kernels: str
+) -> None:
+    model = ModelConfig(path=str(BUNDLED), dtype=dtype, quantization=quantization)
+    rank = shard_spec(load_spec(BUNDLED), Shard(size - 1, size))
+    ops = make_ops(getattr(torch, dtype), quantization, kernels=kernels)
+    weights = load_weights(cut_source(open_source(BUNDLED), rank), rank.local, ops)
+    memory = sum(storages(dataclasses.replace(weights, embedding=torch.empty(0))).values())
+    if dtype == "float32":  # else it is a view of the file
+        memory += weights.embedding.nbytes
+    planned = held_bytes(BUNDLED, rank.local, model, chosen_kernels(kernels, "cpu", build.built_library))
+    assert memory == pytest.approx(planned, rel=0.005)  # norms are held in float32
+    assert planned < 0.6 * held_bytes(BUNDLED, rank.whole, model, chosen_kernels(kernels, "cpu", build.built_library))
 
 
 def test_a_table_that_must_be_copied_counts(tmp_path: Path) -> None:
