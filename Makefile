@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PROTOC := PATH="$(CURDIR)/.venv-protos/bin:$$PATH" .venv-protos/bin/python
 
-.PHONY: setup check format test campaigns mutants hostile demo serve bench bench-engine load-generators protos docs clean
+.PHONY: setup check format test campaigns arm mutants hostile demo serve bench bench-engine load-generators protos docs clean
 
 setup: $(STAMP)-all
 
@@ -42,6 +42,10 @@ format: $(STAMP)-all,test,redis,check
 SCHEDULES ?= 20000
 campaigns: $(STAMP)-all
 	$(BIN)/twostroke sim faults --schedules $(SCHEDULES) --seed 100000
+
+# The CPU kernels for 64-bit Arm under qemu: needs g++-aarch64-linux-gnu and qemu-user-static.
+arm: $(STAMP)-all,test,redis
+	$(BIN)/python -m pytest -rs tests/kernels/test_arm.py
 
 # Small bugs planted one at a time: does a test or the simulator see each? About an hour on two busy cores.
 mutants: $(STAMP)-all,test,redis

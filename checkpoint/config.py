@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from ..core.config import Section
 
@@ -14,6 +14,12 @@ DTypeChoice = Literal["auto", "bfloat16", "float32"]
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 KernelsChoice = Literal["auto", "native", "torch"]
 Kernels = Literal["native", "torch", "triton"]
+
+
+GenerationConfig = Annotated[
+    Literal["auto", "none"], BeforeValidator(lambda value: "none" if value == "vllm" else value)
+]
+"""`vllm` is vLLM's own word for none."""
 
 
 class ModelConfig(Section):
@@ -37,7 +43,7 @@ class ModelConfig(Section):
         "Within a worker on a CPU, logits never depend on batch, chunking or cached prefix; on a GPU, last bits may: "
         "cuBLAS chooses by the number of rows",
     )
-    generation_config: Literal["auto", "none"] = Field(
+    generation_config: GenerationConfig = Field(
         "auto",
         description="sampling where a request says nothing; auto: as the checkpoint's generation_config.json (or GGUF) "
         "recommends; none: temperature 1 and no filters. Its end-of-sequence ids count either way",

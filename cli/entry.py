@@ -17,6 +17,9 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("twostroke"):
             raise
-        sys.exit(f"twostroke: the command line needs {error.name}; pip install 'twostroke[all]'")
+        sys.exit(
+            f"twostroke: the command line needs {error.name}, and only the client SDK is installed; install the rest "
+            "with `make setup`, or `pip install '.[all]'`, in twostroke's folder"
+        )
     signal.signal(signal.SIGINT, interrupted)
     run()

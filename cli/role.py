@@ -26,7 +26,7 @@ def role(
     config: o.ConfigFile = None,
     force: Annotated[bool, typer.Option("--force", help="Also where no other worker of its model decodes.")] = False,
 ) -> None:
-    """Change a worker's role; what it runs goes on, and the routers follow at once.
+    """Change a worker's role; what it runs goes on, and the routers follow at once. `serve` restarts it with this role.
 
     The cluster's key is TWOSTROKE__CLUSTER__KEY: start `serve` with one to change roles by hand.
     """
@@ -44,13 +44,17 @@ def _address(workers: list[dict[str, Any]], name: str, new_role: Role, *, force:
 
     Raises:
         InvalidRequest: no worker has this name.
-        ConfigError: no worker would be left that decodes its model, and `force` is not set.
+        ConfigError: no live worker would be left that decodes its model, and `force` is not set.
     """
     found = {worker["worker_id"]: worker for worker in workers}
     if name not in found:
         raise InvalidRequest(f"no worker is called {name!r}; there are: {', '.join(sorted(found)) or 'none'}")
     model = found[name]["model"]
-    others = [w for n, w in found.items() if n != name and w["model"] == model and w["role"] != Role.PREFILL.value]
+    others = [
+        w
+        for n, w in found.items()
+        if n != name and w["model"] == model and w["role"] != Role.PREFILL.value and w["state"] == "live"
+    ]
     if new_role is Role.PREFILL and not others and not force:
         raise ConfigError(
             f"{name} alone decodes {model}: as a prefill worker it would leave nobody to answer. Give another worker "

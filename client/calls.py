@@ -17,6 +17,7 @@ from ..core.sampling import FIELDS, Form, SamplingField, SamplingOptions
 from ..protos import common_pb2, inference_pb2
 from .fields import as_list as _list
 from .fields import set_field as _set
+from .fields import shown
 from .messages import Message, TemplateOptions, add_messages, set_template_options
 from .values import Choice, Chunk, Completion, ModelCard, Tokens, Usage
 
@@ -74,10 +75,9 @@ def generate(prompt: str | Sequence[int], options: Options) -> Call[Completion]:
 
 def generate_stream(prompt: str | Sequence[int], options: Options) -> Call[Chunk]:
     """Complete a text or token ids as a stream; raises as `generate` does."""
-    reader = StreamReader(options.get("n", 1))
-    return Call(
-        "GenerateStream", _generate_request(prompt, options), reader.read, options.get("timeout_s"), reader.finish
-    )
+    request = _generate_request(prompt, options)
+    reader = StreamReader(request.num_choices)
+    return Call("GenerateStream", request, reader.read, options.get("timeout_s"), reader.finish)
 
 
 def chat(messages: Sequence[Message], options: ChatOptions) -> Call[Completion]:
@@ -87,8 +87,9 @@ def chat(messages: Sequence[Message], options: ChatOptions) -> Call[Completion]:
 
 def chat_stream(messages: Sequence[Message], options: ChatOptions) -> Call[Chunk]:
     """Answer a conversation as a stream."""
-    reader = StreamReader(options.get("n", 1))
-    return Call("ChatStream", _chat_request(messages, options), reader.read, options.get("timeout_s"), reader.finish)
+    request = _chat_request(messages, options)
+    reader = StreamReader(request.num_choices)
+    return Call("ChatStream", request, reader.read, options.get("timeout_s"), reader.finish)
 
 
 def tokenize(prompt: str | Sequence[Message], model: str, options: TemplateOptions) -> Call[Tokens]:
@@ -163,7 +164,7 @@ def _fill(request: inference_pb2.GenerateRequest | inference_pb2.ChatRequest, op
     for name in ("model", "request_id", "user"):
         if name in options:
             _set(request, name, options[name])  # type: ignore[literal-required, unused-ignore]
-    if "n" in options:
+    if options.get("n") is not None:
         if options["n"] == 0:  # on the wire, 0 means absent
             raise InvalidRequest("n is 0; must be at least 1", param="n")
         _set(request, "num_choices", options["n"], "n")
@@ -179,15 +180,30 @@ def _set_sampling(sampling: common_pb2.SamplingParams, field: SamplingField, val
         _set_biases(sampling, field.api, value)
     elif field.takes_one and isinstance(value, str):
         _set(sampling, field.api, [value])
+    elif field.is_list:
+        _set(sampling, field.api, _list(value, field.api))
+    elif isinstance(value, bool) != (field.form is Form.FLAG):  # protobuf takes each for the other
+        kind = field.form.value if field.form is Form.FLAG else f"a {field.form.value}"
+        raise InvalidRequest(f"{field.api} is {shown(value)}; must be {kind}", param=field.api)
     else:
-        _set(sampling, field.api, _list(value, field.api) if field.is_list else value)
+        _set(sampling, field.api, _UNSIGNED.get(field.name, lambda same: same)(value))
+
+
+_UNSIGNED: Mapping[str, Callable[[Any], Any]] = {
+    "seed": lambda seed: seed % 2**64 if isinstance(seed, int) and -(2**63) <= seed < 0 else seed,  # the same 64 bits
+    "top_k": lambda top_k: 0 if top_k == -1 else top_k,  # vLLM's word for "off"
+}
+"""Fields that clients may write with a sign, over HTTP and here, as the wire has them."""
 
 
 def _set_biases(sampling: common_pb2.SamplingParams, name: str, biases: Any) -> None:
     try:
-        getattr(sampling, name).update(dict(biases))
-    except (TypeError, ValueError) as error:
-        raise InvalidRequest(f"{name} is {repr(biases)[:80]}; give {{token id: bias}}: {error}", param=name) from None
+        given = dict(biases)
+        if any(isinstance(bias, bool) for bias in given.values()):
+            raise TypeError("a bias is a number")
+        getattr(sampling, name).update(given)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidRequest(f"{name} is {shown(biases)}; give {{token id: bias}}: {error}", param=name) from None
 
 
 # ---------------------------------------------------------------- answers
@@ -230,8 +246,10 @@ class StreamReader:
     """Converts the messages of one stream, and detects lost tokens: a gap, a repeat, an early end."""
 
     def __init__(self, num_choices: int) -> None:
-        self._next_index = [0] * max(1, num_choices)
-        self._open = set(range(len(self._next_index)))
+        """`num_choices` as asked for; 0: not given, which is one."""
+        self._num_choices = max(1, num_choices)
+        self._next_index: dict[int, int] = {}  # by choice
+        self._ended: set[int] = set()
         self._complete = False
 
     def read(self, message: inference_pb2.GenerateChunk) -> Chunk:
@@ -262,23 +280,24 @@ class StreamReader:
         Raises:
             TokensLost: a choice is unfinished, or the last piece (with `usage`) is missing.
         """
-        if self._open or not self._complete:
-            missing = f"choices {sorted(self._open)} are unfinished" if self._open else "the last piece is missing"
+        if len(self._ended) < self._num_choices or not self._complete:
+            unfinished = [choice for choice in range(self._num_choices) if choice not in self._ended]
+            missing = f"choices {unfinished} are unfinished" if unfinished else "the last piece is missing"
             raise TokensLost(f"the stream stopped early: {missing}")
 
     def _check(self, chunk: Chunk) -> None:
-        if chunk.choice >= len(self._next_index):
-            raise TokensLost(f"a piece is of choice {chunk.choice}; asked for {len(self._next_index)}")
+        if chunk.choice >= self._num_choices:
+            raise TokensLost(f"a piece is of choice {chunk.choice}; asked for {self._num_choices}")
         if self._complete:
             raise TokensLost("a piece came after the last one")
         if chunk.token_ids:
-            expected = self._next_index[chunk.choice]
-            if chunk.choice not in self._open or chunk.first_index != expected:
+            expected = self._next_index.get(chunk.choice, 0)
+            if chunk.choice in self._ended or chunk.first_index != expected:
                 where = f"request {chunk.request_id}, choice {chunk.choice}"
                 raise TokensLost(f"{where}: got tokens from index {chunk.first_index}, expected index {expected}")
             self._next_index[chunk.choice] = expected + len(chunk.token_ids)
         if chunk.finish_reason is not None:
-            self._open.discard(chunk.choice)
+            self._ended.add(chunk.choice)
         self._complete = chunk.usage is not None
 
 

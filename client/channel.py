@@ -12,11 +12,12 @@ from typing import Any, Protocol
 import grpc
 import grpc.aio
 
-from ..core.errors import ConfigError, InvalidRequest
+from ..core.errors import Cancelled, ConfigError, InvalidRequest
 from ..protos.inference_pb2_grpc import InferenceStub
 from .calls import STREAMS, UNARY, Rpc
 
 SERVICE = "twostroke.v1.Inference"
+_CLOSED = "the client is closed; make a new one"
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 
 
@@ -54,14 +55,14 @@ class Endpoint:
     insecure: bool = False
 
     def __post_init__(self) -> None:
-        if not self.address or "://" in self.address:
+        if ":" not in self.address or "://" in self.address:
             raise ConfigError(f"address is {self.address!r}; give host:port, e.g. 'localhost:8001'")
         if self.tls is not None and self.insecure:
             raise ConfigError("tls=... and insecure=True contradict each other; give one of them")
         if self.tls is None and not self.insecure and not is_loopback(self.address):
             raise ConfigError(
-                f"{self.address} is another machine: give tls=Tls(...), or insecure=True (--insecure) to send "
-                "prompts and keys in the clear"
+                f"{self.address} is another machine: give tls=Tls(...) (in the SDK), or insecure=True (--insecure) to "
+                "send prompts and keys in the clear"
             )
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
@@ -181,18 +182,24 @@ class GrpcTransport:
         else:
             self._channel = grpc.secure_channel(endpoint.address, endpoint.tls.credentials(), options)
         self._stub = InferenceStub(self._channel)
+        self._closed = False
         self._metadata = endpoint.metadata()
 
     def open(self, rpc: Rpc, request: Any, timeout_s: float) -> Replies:
         """Start the call."""
         method = getattr(self._stub, rpc)
-        if rpc in STREAMS:
-            stream: Replies = method(request, timeout=timeout_s, metadata=self._metadata)
-            return stream
-        return _OneReply(method.future(request, timeout=timeout_s, metadata=self._metadata))
+        call = method if rpc in STREAMS else method.future
+        try:
+            replies: Any = call(request, timeout=timeout_s, metadata=self._metadata)
+        except ValueError:  # grpc's, perhaps while another thread closes the channel
+            if self._closed:
+                raise Cancelled(_CLOSED) from None
+            raise
+        return replies if rpc in STREAMS else _OneReply(replies)
 
     def close(self) -> None:
         """Cancel running calls and close the connection."""
+        self._closed = True
         self._channel.close()
 
 
@@ -221,7 +228,7 @@ class GrpcAsyncTransport:
 
     def _connected(self) -> grpc.aio.Channel:
         if self._closed:
-            raise ValueError("the client is closed")
+            raise Cancelled(_CLOSED)
         if self._channel is None:
             address, options = self._endpoint.address, self._endpoint.options()
             if self._credentials is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from ..core.errors import InvalidRequest
@@ -30,15 +31,17 @@ def as_list(values: Any, param: str) -> list[Any]:
     """Return the values of an iterable as a list.
 
     Raises:
-        InvalidRequest: `values` is not iterable.
+        InvalidRequest: `values` is not iterable, or a text, bytes or a mapping, whose parts would pass for values.
     """
-    try:
+    if isinstance(values, Iterable) and not isinstance(values, str | bytes | bytearray | Mapping):
         return list(values)
-    except TypeError:
-        raise InvalidRequest(f"{param} is {shown(values)}; give a list", param=param) from None
+    raise InvalidRequest(f"{param} is {shown(values)}; give a list", param=param)
 
 
 def shown(value: Any) -> str:
     """Text of a value for an error message, at most 80 characters."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more than 4,300 digits
+        return f"a long {type(value).__name__}"
     return text if len(text) <= 80 else text[:77] + "..."

@@ -69,6 +69,13 @@ class ClusterConfig(Section):
         of_role = self.prefill_tp if role is Role.PREFILL else self.decode_tp
         return of_role or self.tensor_parallel_size
 
+    @field_validator("key", mode="before")
+    @classmethod
+    def _is_given(cls, key: object) -> object:
+        if key is None:
+            raise ValueError("it is empty; give the secret of 16 characters or more that all processes share")
+        return key
+
     @field_validator("key")
     @classmethod
     def _is_bare(cls, key: str) -> str:
@@ -129,6 +136,9 @@ def _yaml_mistake(error: yaml.YAMLError) -> str:
 
 def _from_environment(environment: Mapping[str, str]) -> Iterable[tuple[str, Any]]:
     for name, text in sorted(environment.items()):
+        if name.startswith("TWOSTROKE_") and "__" in name and not name.startswith(ENVIRONMENT_PREFIX):
+            right = ENVIRONMENT_PREFIX + name.removeprefix("TWOSTROKE_")
+            raise ConfigError(f"the environment variable {name} is not a setting; did you mean {right}?")
         if name.startswith(ENVIRONMENT_PREFIX):
             path = name.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")
             try:

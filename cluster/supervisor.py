@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ..client.async_client import AsyncClient
 from ..core.clock import Clock, MonotonicClock
 from ..core.errors import TwostrokeError, Unavailable
 from ..core.ports import free_ports, target
+from ..core.request import Role
 from .config import Config
 from .launch.last_words import ProcessEnd
 from .launch.launcher import Launcher, Site
@@ -185,6 +187,10 @@ class Supervisor:
                 self._membership.ready(name, now_s)
                 arithmetic = lives[name].arithmetic
                 self._say(f"{name} is ready" + (f": {arithmetic}" if arithmetic else ""))
+            if is_new and lives[name].role is not None:
+                # `twostroke role` asks the worker itself. Its next process starts with the role of this one, unless the
+                # process ends before the role is seen here.
+                self._members[name] = replace(self._members[name], role=lives[name].role)
             is_heard = cluster is not None or self._members[name].kind == "router"
             use = lives[name].use if is_new else Use.NONE
             self._membership.seen(name, use if is_heard else None, now_s)
@@ -196,6 +202,7 @@ class _Life(NamedTuple):
     incarnation: str
     use: Use
     arithmetic: str = ""  # of a worker: description of its numerics class
+    role: Role | None = None  # of a worker: the present one
 
 
 def launcher_class(config: Config) -> Callable[[Site], Launcher]:
@@ -227,7 +234,7 @@ def _lives(cluster: dict[str, Any] | None) -> dict[str, _Life]:
     found = {"router-0": _Life(cluster["router"]["incarnation"], Use.SERVES)}
     for worker in cluster["workers"]:
         use = _USE_BY_STATE.get(worker["state"], Use.NONE)
-        found[worker["worker_id"]] = _Life(worker["incarnation"], use, worker["numerics"])
+        found[worker["worker_id"]] = _Life(worker["incarnation"], use, worker["numerics"], Role(worker["role"]))
     return found
 
 

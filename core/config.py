@@ -48,6 +48,8 @@ def explain(kind: type[BaseModel], error: ValidationError, where: str = "") -> s
             value = problem["input"]
             is_secret = _SECRETS & set(problem["loc"]) or isinstance(value, (dict, list))  # may hold a secret
             text = problem["msg"].removeprefix("Value error, ")
+            if problem["type"] in ("model_type", "model_attributes_type"):
+                text = "must be a mapping of its settings"
             if problem["type"] == "tuple_type":
                 text = f'must be a JSON list, e.g. ["…"], not {type(value).__name__}'
             lines.append(f"{path}: {text}" if is_secret else f"{path} is {value!r}: {text}")

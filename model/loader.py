@@ -65,8 +65,7 @@ def load_runner(model: ResolvedModel, options: RunnerOptions, collectives: Colle
     rank = shard_spec(model.spec, Shard(collectives.rank, collectives.size))
     weights = load_weights(cut_source(open_source(directory), rank), rank.local, ops)
     give_back_after_load(checkpoint_files(directory) if directory.is_dir() else (directory,))
-    kv_spec = model.kv_spec.of_rank(rank.shard.rank, rank.shard.size)
-    store = KvStore(kv_spec, options.num_blocks, options.block_tokens, device, options.digest_key)
+    store = KvStore(rank.kv_spec(model.codec), options.num_blocks, options.block_tokens, device, options.digest_key)
     graph_seqs = options.graph_seqs if device.type != "cpu" else 0
     return Runner(
         rank.local,

@@ -62,7 +62,7 @@ def _signal_words(number: int) -> str:
     except ValueError:
         name = f"signal {number}"
     if name == "SIGKILL":
-        return "SIGKILL, which the system sends when memory runs out"
+        return "SIGKILL: `kill -9`, or a system out of memory"
     return name
 
 

@@ -39,6 +39,8 @@ class FaceEnd:
         self._reader = reader
         self._writer = writer
         self._refused: list[Event] = []
+        self._refusal: asyncio.Future[None] | None = None  # ends the wait of `receive`
+        self._reading: asyncio.Task[Any] | None = None  # outlives a cancelled `receive`, so that no frame is cut
         self._is_closed = False
 
     @classmethod
@@ -61,16 +63,27 @@ class FaceEnd:
                 raise Unavailable("this worker's engine takes no commands just now", retry_after_s=1.0)
             if isinstance(command, FetchBlocks):
                 self._refused.append(BlocksFetched(command.fetch_id, 0, ()))
+                if self._refusal is not None and not self._refusal.done():
+                    self._refusal.set_result(None)
                 return
         self._writer.write(_frame(command))
 
     async def receive(self) -> Sequence[Event]:
         """Wait for events; returns those of one frame, in order. Empty: the engine has ended, or its process died."""
+        if self._is_closed:
+            return []
+        reading = self._reading = self._reading or asyncio.create_task(_read(self._reader))
+        if not self._refused:
+            self._refusal = asyncio.get_running_loop().create_future()
+            await asyncio.wait({reading, self._refusal}, return_when=asyncio.FIRST_COMPLETED)
         if self._refused:
             refused, self._refused = self._refused, []
             return refused
+        self._reading = None
         try:
-            events: list[Event] = await _read(self._reader)
+            events: list[Event] = reading.result()
+            if not isinstance(events, list):
+                raise WireError(f"a {type(events).__name__}")
         except (asyncio.IncompleteReadError, ConnectionError):
             events = []
         except WireError as error:
@@ -101,8 +114,9 @@ async def _carry(sock: socket.socket, link: ThreadLink) -> None:
             async with asyncio.timeout(STALL_S):  # meanwhile events collect in the link, up to its bound
                 await writer.drain()
         writer.write(_frame([]))
+        writer.close()
         async with asyncio.timeout(STALL_S):
-            await writer.drain()
+            await writer.wait_closed()  # until all is sent: what is unsent when the loop ends is lost
     except (ConnectionError, TimeoutError, WireError) as error:
         _log.warning("the face is gone, reads nothing or cannot be told (%r): the engine stops", error)
         link.send(Stop())
@@ -118,6 +132,8 @@ async def _carry_commands(reader: asyncio.StreamReader, link: ThreadLink) -> Non
     while True:
         try:
             command: Command = await _read(reader)
+            if not isinstance(command, Command):
+                raise WireError(f"a {type(command).__name__}")
         except (asyncio.IncompleteReadError, ConnectionError, WireError) as error:
             if isinstance(error, WireError):
                 _log.error("the face said something that is no command: %s", error)

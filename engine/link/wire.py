@@ -69,7 +69,7 @@ def decode(data: bytes) -> Any:
     """
     try:
         value, end = _get(data, 0)
-    except (struct.error, IndexError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (struct.error, IndexError, KeyError, TypeError, ValueError, RecursionError, SyntaxError) as error:
         raise WireError(f"{len(data)} bytes are no value: {error}") from None
     if end != len(data):
         raise WireError(f"{len(data) - end} bytes follow the value")
@@ -207,7 +207,7 @@ def _get_array(data: bytes, at: int) -> tuple[Any, int]:
     dtype, at = _sized(data, at)
     shape, at = _get(data, at)
     planes, at = _sized(data, at)
-    return np.frombuffer(planes, dtype=dtype.decode()).reshape(shape), at
+    return np.frombuffer(planes, dtype=dtype.decode()).reshape(shape), at  # SyntaxError: numpy parses the dtype
 
 
 _READERS: dict[bytes, Callable[[bytes, int], tuple[Any, int]]] = {

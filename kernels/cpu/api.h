@@ -138,7 +138,7 @@ void twostroke_pack(Threads* threads, const void* from, int32_t kind, int32_t co
                     int64_t panel_bytes, void* to);
 
 // out [rows, columns] = x [rows, inner] times the matrix. x: float32, or bfloat16 (inner even, unless the weights are int8).
-// scratch: at least (rows + 32) * (inner numbers of x + 16 bytes), 64-byte aligned. out must not overlap x.
+// scratch: at least (rows + 32) * (4 * inner + 16) bytes, 64-byte aligned. out must not overlap x.
 // With an activation, panels of the matrix alternate between gate and up, and out [rows, columns of up] is
 // activation(gate) * up. out_columns: columns of out.
 void twostroke_linear(Threads* threads, const Matrix* matrix, const Rows* x, const Rows* out, int32_t activation,

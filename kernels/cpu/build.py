@@ -26,7 +26,20 @@ from .folder import forget_empty_folder, library_folder, take_lock
 
 SOURCES = tuple(  # longest compile first, so that all cores end together
     f"{name}.cpp"
-    for name in ("linear_int8", "attention", "linear", "pack", "head", "rows", "check", "layers", "group", "digest")
+    for name in (
+        "attention",
+        "linear_int8",
+        "linear_avx2",
+        "linear_int8_avx2",
+        "linear",
+        "pack",
+        "rows",
+        "head",
+        "check",
+        "layers",
+        "group",
+        "digest",
+    )
 )
 FLAGS = (
     "-O3",
@@ -136,6 +149,8 @@ def find_compiler() -> str:
 
 def _machine_flags() -> list[tuple[str, ...]]:
     """Sets of flags to try: exactly this CPU, then without AMX tiles."""
+    if platform.machine() in ("aarch64", "arm64"):
+        return [("-mcpu=native",), ()]
     if platform.machine() not in ("x86_64", "AMD64"):
         return [()]
     # A CPU may have tiles while its system (seccomp in a container, an old kernel) refuses them.

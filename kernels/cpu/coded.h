@@ -41,7 +41,7 @@ inline int64_t groups_bytes(int inner) { return (int64_t)(inner / INNER_MULTIPLE
 inline int byte_of(int step, int number) { return 16 * (number / 8) + 8 * (step % 2) + number % 8; }
 
 // Only with byte-shuffle instructions: without them decoding is slower than reading bfloat16.
-#if defined(__AVX2__)
+#if defined(__AVX512BW__) || defined(TWOSTROKE_AVX2)
 constexpr bool DECODES = true;
 #else
 constexpr bool DECODES = false;
@@ -56,7 +56,7 @@ struct Tables {
         low = _mm512_and_si512(_mm512_slli_epi16(each, 7), _mm512_set1_epi8((char)0x80));
         high = _mm512_and_si512(_mm512_srli_epi16(each, 1), _mm512_set1_epi8(0x7F));
     }
-#elif defined(__AVX2__)
+#elif defined(TWOSTROKE_AVX2)
     __m256i low, high;
     explicit Tables(const uint8_t* exponents) {
         const __m256i each = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)exponents));
@@ -94,21 +94,21 @@ __attribute__((always_inline)) inline void decode(const Tables& tables, const ch
         steps[2 * half] = (U32)_mm512_unpacklo_epi8(low, high);
         steps[2 * half + 1] = (U32)_mm512_unpackhi_epi8(low, high);
     }
-#elif defined(__AVX2__)
-    union {
-        U32 whole;
-        __m256i part[2];
-    } first, second;
+#elif defined(TWOSTROKE_AVX2)
     const __m256i nibble = _mm256_set1_epi8(0x0F), mantissa = _mm256_set1_epi8(0x7F);
+#pragma GCC unroll 2
     for (int half = 0; half < 2; half++) {
+        __m256i first[2], second[2];
+#pragma GCC unroll 2
         for (int i = 0; i < 2; i++) {
             const __m256i codes = load<__m256i>(group + 2 * LINE + 32 * i), rest = load<__m256i>(group + half * LINE + 32 * i);
             const __m256i code = _mm256_and_si256(half ? _mm256_srli_epi16(codes, 4) : codes, nibble);
             const __m256i low = _mm256_or_si256(_mm256_shuffle_epi8(tables.low, code), _mm256_and_si256(rest, mantissa));
             const __m256i high = _mm256_or_si256(_mm256_shuffle_epi8(tables.high, code), _mm256_andnot_si256(mantissa, rest));
-            first.part[i] = _mm256_unpacklo_epi8(low, high), second.part[i] = _mm256_unpackhi_epi8(low, high);
+            first[i] = _mm256_unpacklo_epi8(low, high), second[i] = _mm256_unpackhi_epi8(low, high);
         }
-        steps[2 * half] = first.whole, steps[2 * half + 1] = second.whole;
+        steps[2 * half] = {(U32::Half)first[0], (U32::Half)first[1]};
+        steps[2 * half + 1] = {(U32::Half)second[0], (U32::Half)second[1]};
     }
 #endif
 }
@@ -123,10 +123,15 @@ class Panel {
           end_(odd_ + ((const Header*)panel)->num_odd),
           odd_group_(group_of(odd_, end_)) {}
 
+    const char* at() const { return at_; }  // of the next group
+
     // Decode the next group's k-steps, and prefetch `ahead` bytes further into the second-level cache.
     __attribute__((always_inline)) void next(U32 (&steps)[STEPS], int64_t ahead) {
 #pragma GCC unroll 3
         for (int line = 0; line < GROUP_BYTES; line += LINE) __builtin_prefetch(at_ + line + ahead, 0, 2);
+        next(steps);
+    }
+    __attribute__((always_inline)) void next(U32 (&steps)[STEPS]) {
         decode(tables_, at_, steps);
         if (__builtin_expect(group_ == odd_group_, 0)) {
             alignas(LINE) uint16_t numbers[NUMBERS];  // a copy, so that the four vectors stay in registers

@@ -282,6 +282,9 @@ void linear::multiply(Threads& threads, const Matrix& matrix, const Rows& x, con
         return multiply_tiles(job, threads);
     }
 #endif
+#if defined(TWOSTROKE_AVX2)
+    multiply_avx2(job, x, scratch, threads);
+#else
     const Blocks blocks(x, steps, (char*)scratch);
     if (matrix.kind == FLOAT32)
         multiply_blocks<Panel<FLOAT32>>(job, blocks, threads);
@@ -291,6 +294,7 @@ void linear::multiply(Threads& threads, const Matrix& matrix, const Rows& x, con
         multiply_blocks<Panel<BFLOAT16>>(job, blocks, threads);
     else
         multiply_blocks<Panel<INT8>>(job, blocks, threads);
+#endif
 }
 
 extern "C" {
@@ -310,6 +314,8 @@ const char* twostroke_level() {
     return "avx512";
 #elif defined(__FMA__)
     return "avx2";
+#elif defined(__aarch64__)
+    return "neon";  // dot products of bytes are exact with and without instructions for them
 #else
     return "plain";
 #endif

@@ -9,16 +9,20 @@
 //
 // Panels of 16 columns hold [inner / 4][16 columns][4 neighbours in k], as w + 128: the instruction multiplies unsigned by
 // signed bytes. The offset adds 128 * sum(q) to a group's sum, so sums begin at minus that. On machines with AMX tiles, steps
-// of many rows use them: integers, so the same bits.
+// of many rows use them: integers, so the same bits. Machines with AVX2 and without AVX-512 have another layout:
+// linear_int8_avx2.cpp.
 #include "api.h"
 #include "linear.h"
+#include "row_rounding.h"
 #include "tiles.h"
+
+#if !defined(TWOSTROKE_INT8_AVX2)
 
 namespace linear {
 
 namespace {
 
-constexpr int GROUP = 64, QUAD = 4, OFFSET = 128;  // numbers of k
+constexpr int QUAD = 4;  // numbers of k
 // PART_ROWS: rows that one inner kernel keeps in registers with two panels. BLOCK_PARTS: parts that share a pass over a group's
 // weights.
 #if defined(__AVX512F__)
@@ -29,7 +33,6 @@ constexpr int PART_ROWS = 4;
 constexpr int BLOCK_PARTS = 2, BLOCK_ROWS = PART_ROWS * BLOCK_PARTS;
 
 int quads(int inner) { return (inner + QUAD - 1) / QUAD; }
-int num_groups(int inner) { return (inner + GROUP - 1) / GROUP; }
 // 32-bit words of a packed row: its integers, and for each group the start of its sums and its scale.
 int row_words(int inner) { return quads(inner) + 2 * num_groups(inner); }
 
@@ -39,59 +42,10 @@ int padded_rows(int rows) {
         if (rows <= size) return size;
     return PART_ROWS;
 }
-struct Division {
+struct Parts {
     int parts, rows;  // of each part
-    explicit Division(int block) : parts(block > PART_ROWS ? 2 : 1), rows(padded_rows((block + parts - 1) / parts)) {}
+    explicit Parts(int block) : parts(block > PART_ROWS ? 2 : 1), rows(padded_rows((block + parts - 1) / parts)) {}
 };
-
-// Sixteen numbers of a row from k on; zeros past the row's end.
-F32 numbers(const Rows& x, int row, int k, int inner) {
-    const int64_t at = row * x.stride + k;
-    const int count = std::min(LANES, inner - k);
-    if (x.kind == BFLOAT16) {
-        if (count == LANES) return load_bf16((const uint16_t*)x.data + at);
-        U16x16 some{};
-        std::memcpy(&some, (const uint16_t*)x.data + at, 2 * count);
-        return widen(some);
-    }
-    F32 some{};
-    std::memcpy(&some, (const float*)x.data + at, 4 * count);
-    return some;
-}
-
-// One row of a group, rounded.
-struct Rounded {
-    alignas(64) int8_t numbers[GROUP];
-    int32_t begin;  // start of the row's sums: minus the offset that unsigned weights add
-    float scale;    // NaN if a number is not finite, so that every output is NaN
-};
-
-void round_group(const Rows& x, int row, int first, int inner, Rounded& to) {
-    const int count = std::min(GROUP, inner - first);
-    F32 v[GROUP / LANES];
-    U32 top{};
-    for (int i = 0; i * LANES < count; i++) {
-        v[i] = numbers(x, row, first + i * LANES, inner);
-        top = larger_u32(top, (U32)v[i] & 0x7FFFFFFFu);  // bits of magnitudes are ordered as the magnitudes, NaN last
-    }
-    const uint32_t bits = largest_u32(top);
-    float largest, inverse = 0.0f;
-    std::memcpy(&largest, &bits, 4);
-    to.scale = 0.0f;
-    if (bits >= 0x7F800000u)
-        to.scale = __builtin_nanf("");
-    else if (largest >= 0x1p-100f)  // below, 127 / largest may not be finite
-        to.scale = largest / 127.0f, inverse = 127.0f / largest;
-    constexpr float INTEGERS = 12582912.0f;  // 1.5 * 2**23: added, it leaves a small number as an integer in the low bits
-    I32 sum{};
-    for (int i = 0; i * LANES < count; i++) {
-        const F32 rounded = v[i] * splat(inverse) + splat(INTEGERS);
-        const I32 q = (I32)rounded - (I32)splat(INTEGERS);
-        sum += q;
-        store_bytes(to.numbers + i * LANES, q);
-    }
-    to.begin = -OFFSET * sum_integers(sum);
-}
 
 // Call `pack(row)` for all rows, shared among the threads.
 template <class F>
@@ -103,7 +57,7 @@ void share_rows(int rows, Threads& threads, const F& pack) {
 }
 
 // Pack one row of a block for the kernel: per part, per group { begin [rows], scale [rows], numbers [quads][rows] }.
-void pack_row(const Rows& x, int first, int in_block, int inner, Division d, uint32_t* block) {
+void pack_row(const Rows& x, int first, int in_block, int inner, Parts d, uint32_t* block) {
     const int row = first + in_block, r = in_block % d.rows;
     uint32_t* to = block + (int64_t)(in_block / d.rows) * d.rows * row_words(inner);
     Rounded group{};
@@ -148,7 +102,7 @@ void add_group(const uint32_t* x, const char* w, int64_t panel_bytes, int steps,
 
 template <int ROWS, int PANELS>
 void kernel(const Job& job, const uint32_t* x, int first, int rows, int panel, F32* gates) {
-    const int inner = job.matrix->inner, parts = Division(rows).parts;
+    const int inner = job.matrix->inner, parts = Parts(rows).parts;
     const int64_t panel_bytes = int8_panel_bytes(inner), part_words = (int64_t)ROWS * row_words(inner);
     const char* w = (const char*)job.matrix->panels + panel * panel_bytes;
     F32 sums[BLOCK_PARTS * ROWS][PANELS] = {};
@@ -163,7 +117,7 @@ void kernel(const Job& job, const uint32_t* x, int first, int rows, int panel, F
 
 template <int PANELS>
 void block(const Job& job, const uint32_t* x, int first, int rows, int panel, F32* gates) {
-    switch (Division(rows).rows) {
+    switch (Parts(rows).rows) {
         case 1: return kernel<1, PANELS>(job, x, first, rows, panel, gates);
         case 2: return kernel<2, PANELS>(job, x, first, rows, panel, gates);
         case 4: return kernel<4, PANELS>(job, x, first, rows, panel, gates);
@@ -181,7 +135,7 @@ void multiply_rows(const Job& job, const Rows& x, uint32_t* scratch, Threads& th
     const auto block_of = [&](int first) { return scratch + (int64_t)first * row_words(inner); };
     share_rows(x.rows, threads, [&](int row) {
         const int first = row / BLOCK_ROWS * BLOCK_ROWS, rows = std::min(BLOCK_ROWS, x.rows - first);
-        const Division d(rows);
+        const Parts d(rows);
         pack_row(x, first, row - first, inner, d, block_of(first));
         if (row + 1 == x.rows)  // padding rows of the last part
             for (int r = rows; r < d.parts * d.rows; r++) pack_row(x, first, r, inner, d, block_of(first));
@@ -290,3 +244,5 @@ void multiply_int8(const Job& job, const Rows& x, uint32_t* scratch, Threads& th
 }
 
 }  // namespace linear
+
+#endif

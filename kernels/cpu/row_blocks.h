@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "api.h"
+#include "avx2.h"
 
 namespace linear {
 
@@ -13,10 +14,21 @@ namespace linear {
 #if defined(__AVX512F__)
 constexpr int WIDE_ROWS = 12, WIDE_PANELS = 2;  // 24 accumulators of 32 registers
 constexpr int TALL_ROWS = 16;                   // one panel: a decode batch of 16 reads its weights once
+#elif defined(TWOSTROKE_AVX2)
+constexpr int WIDE_ROWS = 6, WIDE_PANELS = 1;  // 12 accumulators of eight lanes, of 16 registers
+constexpr int TALL_ROWS = 6;
 #else
 constexpr int WIDE_ROWS = 4, WIDE_PANELS = 1;
 constexpr int TALL_ROWS = 4;
 #endif
+
+// Rows divided into as few blocks as fit the registers, of nearly equal size.
+struct Division {
+    int rows, blocks;
+    explicit Division(int count) : rows(count), blocks((count + WIDE_ROWS - 1) / WIDE_ROWS) {}
+    int first(int block) const { return (int)((int64_t)rows * block / blocks); }
+    int size(int block) const { return first(block + 1) - first(block); }
+};
 
 // Rows of x as stored, in words of 32 bits: two bfloat16 or one float32.
 struct Block {

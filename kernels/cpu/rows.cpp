@@ -201,12 +201,7 @@ bool encode_fp8(const Rows& x, int64_t at, int width, uint8_t* payload, uint8_t*
         I32 is_small = (I32)(magnitude < 0x3C800000u);
         I32 code = (small & is_small) | (normal & ~is_small) | (I32)((bits >> 24) & 0x80u);
         if (!finite) code = I32{};
-        U8x16 bytes;
-#if defined(__AVX512F__)
-        bytes = (U8x16)_mm512_cvtepi32_epi8((__m512i)code);
-#else
-        bytes = __builtin_convertvector(code, U8x16);
-#endif
+        const U8x16 bytes = low_bytes(code);
         std::memcpy(payload + i, &bytes, std::min(LANES, width - i));
     }
     *scale = (uint8_t)byte;

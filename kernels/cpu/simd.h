@@ -6,18 +6,24 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "api.h"
+#include "avx2.h"
 
 namespace simd {
 
+#if !defined(TWOSTROKE_AVX2)
 typedef float F32 __attribute__((vector_size(64)));
 typedef int32_t I32 __attribute__((vector_size(64)));
 typedef uint32_t U32 __attribute__((vector_size(64)));
+#endif
 typedef uint16_t U16x16 __attribute__((vector_size(32)));
 typedef uint8_t U8x16 __attribute__((vector_size(16)));
 typedef int8_t I8x16 __attribute__((vector_size(16)));
@@ -26,37 +32,83 @@ constexpr int LANES = 16;
 
 template <class V>
 inline V load(const void* p) {
+#if defined(TWOSTROKE_AVX2)
+    if constexpr (std::is_class_v<V>)  // each half as a whole: compilers copy a struct through memory
+        return {load<typename V::Half>(p), load<typename V::Half>((const char*)p + sizeof(typename V::Half))};
+#endif
     V v;
     std::memcpy(&v, p, sizeof v);
     return v;
 }
 template <class V>
 inline void store(void* p, V v) {
+#if defined(TWOSTROKE_AVX2)
+    if constexpr (std::is_class_v<V>) return store(p, v.lo), store((char*)p + sizeof v.lo, v.hi);
+#endif
     std::memcpy(p, &v, sizeof v);
 }
+#if defined(TWOSTROKE_AVX2)
+inline F32 splat(float x) {
+    const __m256 all = _mm256_set1_ps(x + 0.0f);  // -0 becomes 0, as below
+    return {all, all};
+}
+inline U32 splat_u32(uint32_t x) {
+    const U32::Half all = (U32::Half)_mm256_set1_epi32((int)x);
+    return {all, all};
+}
+#else
 inline F32 splat(float x) { return F32{} + x; }
 inline U32 splat_u32(uint32_t x) { return U32{} + x; }
+#endif
+
+#if defined(__aarch64__)
+// Sixteen lanes as the four registers of a 64-bit Arm.
+template <class R>
+class Quarters {
+   public:
+    template <class V>
+    explicit Quarters(const V& v) {
+        std::memcpy(parts_, &v, sizeof parts_);
+    }
+    R& operator[](int i) { return parts_[i]; }
+    const R& operator[](int i) const { return parts_[i]; }
+    template <class V>
+    V whole() const {
+        return load<V>(parts_);
+    }
+
+   private:
+    R parts_[4];
+};
+#endif
 
 inline F32 fma(F32 a, F32 b, F32 c) {
 #if defined(__AVX512F__)
     return (F32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__FMA__)
-    union {
-        F32 whole;
-        __m256 half[2];
-    } x{a}, y{b}, z{c};
-    z.half[0] = _mm256_fmadd_ps(x.half[0], y.half[0], z.half[0]);
-    z.half[1] = _mm256_fmadd_ps(x.half[1], y.half[1], z.half[1]);
-    return z.whole;
+#elif defined(TWOSTROKE_AVX2)
+    return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+#elif defined(__aarch64__)
+    Quarters<float32x4_t> sum(c);
+    const Quarters<float32x4_t> x(a), y(b);
+    for (int i = 0; i < 4; i++) sum[i] = vfmaq_f32(sum[i], x[i], y[i]);
+    return sum.whole<F32>();
 #else
     return a * b + c;
 #endif
 }
 
-inline F32 select(I32 mask, F32 yes, F32 no) { return (F32)(((I32)yes & mask) | ((I32)no & ~mask)); }
+inline F32 select(I32 mask, F32 yes, F32 no) {
+#if defined(TWOSTROKE_AVX2)
+    return {_mm256_blendv_ps(no.lo, yes.lo, (__m256)mask.lo), _mm256_blendv_ps(no.hi, yes.hi, (__m256)mask.hi)};
+#else
+    return (F32)(((I32)yes & mask) | ((I32)no & ~mask));
+#endif
+}
 inline F32 larger(F32 a, F32 b) {
 #if defined(__AVX512F__)
     return (F32)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(TWOSTROKE_AVX2)
+    return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)};
 #else
     return select(a > b, a, b);
 #endif
@@ -88,6 +140,8 @@ inline F32 absolute(F32 a) { return (F32)((U32)a & 0x7FFFFFFFu); }
 inline U32 larger_u32(U32 a, U32 b) {
 #if defined(__AVX512F__)
     return (U32)_mm512_max_epu32((__m512i)a, (__m512i)b);
+#elif defined(TWOSTROKE_AVX2)
+    return {(U32::Half)_mm256_max_epu32((__m256i)a.lo, (__m256i)b.lo), (U32::Half)_mm256_max_epu32((__m256i)a.hi, (__m256i)b.hi)};
 #else
     const I32 greater = (I32)(a > b);
     return (U32)(((I32)a & greater) | ((I32)b & ~greater));
@@ -105,11 +159,15 @@ inline uint32_t largest_u32(U32 v) {
 
 // Reduction by a fixed tree: lane 0 with 8, 1 with 9 ..., then 0 with 4 .... Written out, because a compiler may choose another
 // tree for its own reductions. The lower lane is the first operand: for a maximum this decides which NaNs survive.
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(TWOSTROKE_AVX2)
 template <class EIGHT, class FOUR>
 inline float fold(F32 v, const EIGHT& by_eight, const FOUR& by_four) {
+#if defined(TWOSTROKE_AVX2)
+    const __m256 eight = by_eight(v.lo, v.hi);
+#else
     const __m256 eight = by_eight(_mm512_castps512_ps256((__m512)v),
                                   _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd((__m512)v), 1)));
+#endif
     const __m128 four = by_four(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
     const __m128 two = by_four(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(by_four(two, _mm_movehdup_ps(two)));
@@ -143,6 +201,10 @@ inline float largest(F32 v) {
 inline U32 widen_u16(U16x16 v) {
 #if defined(__AVX512F__)
     return (U32)_mm512_cvtepu16_epi32((__m256i)v);
+#elif defined(TWOSTROKE_AVX2)
+    const __m256i bits = (__m256i)v;
+    return {(U32::Half)_mm256_cvtepu16_epi32(_mm256_castsi256_si128(bits)),
+            (U32::Half)_mm256_cvtepu16_epi32(_mm256_extracti128_si256(bits, 1))};
 #else
     return __builtin_convertvector(v, U32);
 #endif
@@ -150,17 +212,20 @@ inline U32 widen_u16(U16x16 v) {
 inline F32 widen_i8(const void* p) {
 #if defined(__AVX512F__)
     return (F32)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
-#elif defined(__AVX2__)
-    union {
-        __m256 half[2];
-        F32 whole;
-    } v;
-    __m128i bytes = _mm_loadu_si128((const __m128i*)p);
-    v.half[0] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
-    v.half[1] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)));
-    return v.whole;
+#elif defined(TWOSTROKE_AVX2)
+    const __m128i bytes = _mm_loadu_si128((const __m128i*)p);
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
+            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
 #else
     return __builtin_convertvector(__builtin_convertvector(load<I8x16>(p), I32), F32);
+#endif
+}
+// The low sixteen bits of each lane; the others are zeros.
+inline U16x16 low_halves(U32 v) {
+#if defined(TWOSTROKE_AVX2)
+    return (U16x16)_mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)v.lo, (__m256i)v.hi), 0xD8);
+#else
+    return __builtin_convertvector(v, U16x16);
 #endif
 }
 inline F32 widen(U16x16 bits) { return (F32)(widen_u16(bits) << 16); }
@@ -180,7 +245,7 @@ inline U16x16 narrow(F32 v) {
     U32 rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
     U32 quiet = (bits >> 16) | 0x40u;
     I32 is_nan = v != v;
-    return __builtin_convertvector((U32)(((I32)quiet & is_nan) | ((I32)rounded & ~is_nan)), U16x16);
+    return low_halves((U32)select(is_nan, (F32)quiet, (F32)rounded));
 #endif
 }
 // The same, but subnormals may become zero, as by the CPU's instruction.
@@ -214,14 +279,16 @@ inline F32 dot_pairs(F32 acc, U32 w, U32 x) {
 inline U32 pack_exact(F32 low, F32 high) {
 #if defined(__AVX512BF16__)
     return (U32)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+#elif defined(TWOSTROKE_AVX2)
+    return {(U32::Half)low_halves((U32)low >> 16), (U32::Half)low_halves((U32)high >> 16)};
 #else
     typedef uint16_t U16x32 __attribute__((vector_size(64)));
     union {
         U16x16 half[2];
         U16x32 whole;
     } both;
-    both.half[0] = __builtin_convertvector((U32)low >> 16, U16x16);
-    both.half[1] = __builtin_convertvector((U32)high >> 16, U16x16);
+    both.half[0] = low_halves((U32)low >> 16);
+    both.half[1] = low_halves((U32)high >> 16);
     return (U32)both.whole;
 #endif
 }
@@ -230,6 +297,8 @@ inline U32 pack_exact(F32 low, F32 high) {
 inline U32 pack_rounded(F32 low, F32 high) {
 #if defined(__AVX512BF16__)
     return (U32)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+#elif defined(TWOSTROKE_AVX2)
+    return {(U32::Half)narrow(low), (U32::Half)narrow(high)};
 #else
     return pack_exact(widen(narrow(low)), widen(narrow(high)));
 #endif
@@ -237,54 +306,78 @@ inline U32 pack_rounded(F32 low, F32 high) {
 
 // ---------------------------------------------------------------- bytes
 
+#if defined(TWOSTROKE_AVX2)
+inline __m256i dot_quads(__m256i acc, __m256i w, __m256i x) {
+#if defined(__AVXVNNI__)
+    return _mm256_dpbusd_avx_epi32(acc, w, x);
+#else
+    // In pairs of 16 bits, because the instruction for pairs of bytes saturates.
+    const __m256i even = _mm256_and_si256(w, _mm256_set1_epi32(0x00FF00FF)), odd = _mm256_srli_epi16(w, 8);
+    const __m256i by_even = _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8), by_odd = _mm256_srai_epi16(x, 8);
+    return _mm256_add_epi32(acc, _mm256_add_epi32(_mm256_madd_epi16(even, by_even), _mm256_madd_epi16(odd, by_odd)));
+#endif
+}
+#endif
 // acc[lane] += the sum of four products, unsigned bytes of w by signed bytes of x.
 inline I32 dot_quads(I32 acc, U32 w, U32 x) {
 #if defined(__AVX512VNNI__)
     return (I32)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)x);
-#elif defined(__AVX2__)
-    union {
-        U32 whole;
-        __m256i half[2];
-    } a{(U32)acc}, b{w}, c{x};
-    for (int i = 0; i < 2; i++) {
-#if defined(__AVXVNNI__)
-        a.half[i] = _mm256_dpbusd_avx_epi32(a.half[i], b.half[i], c.half[i]);
+#elif defined(TWOSTROKE_AVX2)
+    return {(I32::Half)dot_quads((__m256i)acc.lo, (__m256i)w.lo, (__m256i)x.lo),
+            (I32::Half)dot_quads((__m256i)acc.hi, (__m256i)w.hi, (__m256i)x.hi)};
+#elif defined(__ARM_FEATURE_MATMUL_INT8) || defined(__ARM_FEATURE_DOTPROD)
+    Quarters<int32x4_t> sum(acc);
+    const Quarters<uint8x16_t> a(w);
+    const Quarters<int8x16_t> b(x);
+    for (int i = 0; i < 4; i++) {
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+        sum[i] = vusdotq_s32(sum[i], a[i], b[i]);
 #else
-        // In pairs of 16 bits, because the instruction for pairs of bytes saturates.
-        const __m256i even = _mm256_and_si256(b.half[i], _mm256_set1_epi32(0x00FF00FF));
-        const __m256i odd = _mm256_srli_epi16(b.half[i], 8);
-        const __m256i by_even = _mm256_srai_epi16(_mm256_slli_epi16(c.half[i], 8), 8);
-        const __m256i by_odd = _mm256_srai_epi16(c.half[i], 8);
-        a.half[i] = _mm256_add_epi32(a.half[i], _mm256_madd_epi16(even, by_even));
-        a.half[i] = _mm256_add_epi32(a.half[i], _mm256_madd_epi16(odd, by_odd));
+        // Signed by signed alone: w = (w - 128) + 2 * 64.
+        const int8x16_t half = vdupq_n_s8(64);
+        sum[i] = vdotq_s32(sum[i], vreinterpretq_s8_u8(veorq_u8(a[i], vdupq_n_u8(128))), b[i]);
+        sum[i] = vdotq_s32(vdotq_s32(sum[i], half, b[i]), half, b[i]);
 #endif
     }
-    return (I32)a.whole;
+    return sum.whole<I32>();
 #else
     for (int j = 0; j < 32; j += 8) acc += (I32)(w >> j & 0xFFu) * ((I32)(x << (24 - j)) >> 24);
     return acc;
 #endif
 }
+#if defined(TWOSTROKE_AVX2)
+inline F32 to_floats(I32 v) { return {_mm256_cvtepi32_ps((__m256i)v.lo), _mm256_cvtepi32_ps((__m256i)v.hi)}; }
+inline I32 to_integers(F32 v) { return {(I32::Half)_mm256_cvttps_epi32(v.lo), (I32::Half)_mm256_cvttps_epi32(v.hi)}; }
+#else
 inline F32 to_floats(I32 v) { return __builtin_convertvector(v, F32); }
+inline I32 to_integers(F32 v) { return __builtin_convertvector(v, I32); }
+#endif
 inline int32_t sum_integers(I32 v) {
     int32_t sum = 0;
     for (int i = 0; i < LANES; i++) sum += v[i];
     return sum;
 }
-// Store the low byte of every lane.
-inline void store_bytes(int8_t* p, I32 v) {
+// The low byte of each lane.
+inline U8x16 low_bytes(I32 v) {
 #if defined(__AVX512F__)
-    _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)v));
+    return (U8x16)_mm512_cvtepi32_epi8((__m512i)v);
+#elif defined(TWOSTROKE_AVX2)
+    const __m256i pairs = (__m256i)low_halves((U32)v & 0xFFu);
+    return (U8x16)_mm_packus_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
 #else
-    store(p, __builtin_convertvector(v, I8x16));
+    return __builtin_convertvector(v, U8x16);
 #endif
 }
+inline void store_bytes(int8_t* p, I32 v) { store(p, low_bytes(v)); }
 
 // ---------------------------------------------------------------- e4m3
 
 inline U32 widen_u8(const void* p) {
 #if defined(__AVX512F__)
     return (U32)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif defined(TWOSTROKE_AVX2)
+    const __m128i bytes = _mm_loadu_si128((const __m128i*)p);
+    return {(U32::Half)_mm256_cvtepu8_epi32(bytes), (U32::Half)_mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))};
 #else
     return __builtin_convertvector(load<U8x16>(p), U32);
 #endif
@@ -292,11 +385,16 @@ inline U32 widen_u8(const void* p) {
 
 // Decode sixteen codes, divided by 256, as halves with another exponent bias. Exact, subnormals included.
 inline F32 decode_e4m3_by_256(U8x16 codes) {
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(TWOSTROKE_AVX2)
     __m256i wide = _mm256_cvtepu8_epi16((__m128i)codes);
     __m256i sign = _mm256_and_si256(_mm256_slli_epi16(wide, 8), _mm256_set1_epi16((short)0x8000));
     __m256i rest = _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(0x3F80));
+#if defined(TWOSTROKE_AVX2)
+    const __m256i halves = _mm256_or_si256(sign, rest);
+    return {_mm256_cvtph_ps(_mm256_castsi256_si128(halves)), _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1))};
+#else
     return (F32)_mm512_cvtph_ps(_mm256_or_si256(sign, rest));
+#endif
 #else
     U32 wide = __builtin_convertvector(codes, U32);
     F32 value = (F32)(((wide & 0x80u) << 24) | ((wide & 0x7Fu) << 20));
@@ -401,7 +499,7 @@ inline F32 exponential(F32 x) {
 #if defined(__AVX512F__)
     F32 scaled = (F32)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
-    I32 power = __builtin_convertvector(n, I32);
+    I32 power = to_integers(n);
     I32 first = power >> 1;  // in two factors: 2**128 is no float32
     F32 scaled = p * (F32)((first + 127) << 23) * (F32)((power - first + 127) << 23);
 #endif
@@ -427,7 +525,7 @@ inline F32 power_of_two(F32 x) {
 #if defined(__AVX512DQ__)
     return (F32)_mm512_scalef_ps((__m512)p, (__m512)x);  // times 2**floor(x)
 #else
-    const F32 scaled = p * (F32)((__builtin_convertvector(floor, I32) + 127) << 23);
+    const F32 scaled = p * (F32)((to_integers(floor) + 127) << 23);
     return select(x < splat(-126.0f), splat(0.0f), select(x >= splat(128.0f), splat(__builtin_inff()), scaled));
 #endif
 }
@@ -453,6 +551,30 @@ inline F32 activate(F32 gate, int activation, bool bfloat16) {
 
 // ---------------------------------------------------------------- transposing
 
+#if defined(TWOSTROKE_AVX2)
+// Transpose eight rows of eight 32-bit numbers in place.
+__attribute__((always_inline)) inline void transpose_quarter(U32::Half (&m)[8]) {
+    __m256i a[8], b[8];
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) {
+        a[i] = _mm256_unpacklo_epi32((__m256i)m[i], (__m256i)m[i + 1]);
+        a[i + 1] = _mm256_unpackhi_epi32((__m256i)m[i], (__m256i)m[i + 1]);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4)
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++) {
+            b[i + 2 * j] = _mm256_unpacklo_epi64(a[i + j], a[i + j + 2]);
+            b[i + 2 * j + 1] = _mm256_unpackhi_epi64(a[i + j], a[i + j + 2]);
+        }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        m[i] = (U32::Half)_mm256_permute2x128_si256(b[i], b[i + 4], 0x20);
+        m[i + 4] = (U32::Half)_mm256_permute2x128_si256(b[i], b[i + 4], 0x31);
+    }
+}
+#endif
+
 // Transpose sixteen rows of sixteen 32-bit numbers in place.
 __attribute__((always_inline)) inline void transpose(U32 (&m)[16]) {
 #if defined(__AVX512F__)
@@ -475,6 +597,14 @@ __attribute__((always_inline)) inline void transpose(U32 (&m)[16]) {
         m[i] = (U32)_mm512_shuffle_i32x4(a[i], a[i + 8], 0x88);
         m[i + 8] = (U32)_mm512_shuffle_i32x4(a[i], a[i + 8], 0xDD);
     }
+#elif defined(TWOSTROKE_AVX2)
+    typedef U32::Half Half;
+    Half low[8], high[8], below_low[8], below_high[8];  // the four quarters
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) low[i] = m[i].lo, high[i] = m[i].hi, below_low[i] = m[i + 8].lo, below_high[i] = m[i + 8].hi;
+    transpose_quarter(low), transpose_quarter(high), transpose_quarter(below_low), transpose_quarter(below_high);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) m[i] = {low[i], below_low[i]}, m[i + 8] = {high[i], below_high[i]};
 #else
     for (int i = 0; i < 16; i++)
         for (int j = i + 1; j < 16; j++) {

@@ -57,6 +57,8 @@ class Threads {
         if (spin < SPINS) {
 #if defined(__x86_64__)
             __builtin_ia32_pause();
+#elif defined(__aarch64__)
+            asm volatile("yield");
 #endif
         } else {
             std::this_thread::yield();

@@ -170,14 +170,14 @@ class NativeOps:
         matrix = packed.matrix
         x = x.to(packed.dtype)
         rows = x.shape[0]
-        scratch = self.scratch_for(rows, matrix.inner, x.element_size())
+        scratch = self.scratch_for(rows, matrix.inner)
         out = torch.empty(rows, packed.width, dtype=torch.float32 if matrix.float32_out else self.dtype)
         self._library.linear(self._threads, matrix, _rows(x), _rows(out), activation, packed.width, scratch)
         return out
 
-    def scratch_for(self, rows: int, inner: int, number_bytes: int = 4) -> int:
+    def scratch_for(self, rows: int, inner: int) -> int:
         """Address of scratch for a `linear` of rows [rows, inner]; valid until the next call."""
-        needed = (rows + 32) * (inner * number_bytes + 16)
+        needed = (rows + 32) * (4 * inner + 16)
         if needed > len(self._scratch):
             self._scratch = take_memory(needed)
         return self._scratch.data_ptr()
@@ -198,7 +198,7 @@ class NativeOps:
         found, places = _room_for_extremes(len(x))
         self._library.head(
             self._threads, packed.matrix, norm.weight.data_ptr(), norm.eps, _rows(x), _rows(h), _rows(out),
-            self.scratch_for(len(x), x.shape[1], x.element_size()), *places,
+            self.scratch_for(len(x), x.shape[1]), *places,
         )  # fmt: skip
         return Logits(out, found)
 

@@ -15,7 +15,7 @@ import pytest
 from support.peer import API_KEY, serving
 
 import twostroke
-from twostroke import Client, Tls
+from twostroke import AsyncClient, Client, Tls
 from twostroke.client.channel import Endpoint, is_loopback, service_config
 from twostroke.core.errors import (
     ERROR_BY_CODE,
@@ -73,10 +73,21 @@ def test_only_what_a_proxy_cannot_read_goes_through_one(endpoint, may_use_it):
     assert dict(endpoint.options())["grpc.enable_http_proxy"] == may_use_it
 
 
-@pytest.mark.parametrize("address", ["", "http://localhost:8000"])
+@pytest.mark.parametrize("address", ["", "localhost", "http://localhost:8000"])
 def test_an_address_is_no_url(address):
     with pytest.raises(ConfigError, match="host:port"):
         Client(address)
+
+
+async def test_a_closed_client_says_so(address):
+    client = Client(address, api_key=API_KEY)
+    client.close()
+    with pytest.raises(Cancelled, match="the client is closed"):
+        client.models()
+    other = AsyncClient(address, api_key=API_KEY)
+    await other.close()
+    with pytest.raises(Cancelled, match="the client is closed"):
+        await other.models()
 
 
 def test_half_a_certificate_is_refused():

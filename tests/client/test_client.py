@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
+import tracemalloc
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from support.awaited import Awaited, AwaitedStream
 
 from twostroke import AsyncClient, Client
+from twostroke.client.calls import generate_stream
 from twostroke.core.errors import (
     ERROR_BY_CODE,
     Cancelled,
@@ -356,6 +358,23 @@ def test_a_lost_piece_is_noticed(client, peer, prompt):
         ({"temperature": [0.5]}, "temperature"),
         ({"seed": [1, 2]}, "seed"),
         ({"ignore_eos": 2**70}, "ignore_eos"),
+        ({"ignore_eos": 1}, "ignore_eos"),
+        ({"skip_special_tokens": 0}, "skip_special_tokens"),
+        ({"temperature": True}, "temperature"),
+        ({"max_tokens": True}, "max_tokens"),
+        ({"logit_bias": {7: True}}, "logit_bias"),
+        ({"logit_bias": {7: 10**400}}, "logit_bias"),
+        ({"bad_words": "word"}, "bad_words"),
+        ({"bad_words": {"word": 1}}, "bad_words"),
+        ({"stop": b"a"}, "stop"),
+        ({"stop_token_ids": {}}, "stop_token_ids"),
+        ({"n": 1.5}, "n"),
+        ({"n": "2"}, "n"),
+        ({"n": [2]}, "n"),
+        ({"n": 2**40}, "n"),
+        ({"seed": -(2**63) - 1}, "seed"),
+        ({"seed": 10**5000}, "seed"),
+        ({"top_k": -2}, "top_k"),
     ],
 )
 def test_a_value_that_cannot_be_sent_is_named(client, peer, options, param):
@@ -364,6 +383,30 @@ def test_a_value_that_cannot_be_sent_is_named(client, peer, options, param):
             ask("x", **options)
         assert caught.value.param == param
     assert peer.seen == []
+
+
+def test_numbers_with_a_sign_mean_what_they_mean_over_http(client, peer):
+    client.generate("x", seed=-1, top_k=-1, n=None)
+    (request,) = peer.seen
+    assert (request.sampling.seed, request.sampling.top_k, request.num_choices) == (2**64 - 1, 0, 0)
+    assert request.sampling.HasField("top_k")
+
+
+@pytest.mark.parametrize("prompt", [b"text", {"text": 1}])
+def test_a_prompt_whose_parts_would_pass_for_token_ids_is_refused(client, peer, prompt):
+    with pytest.raises(InvalidRequest, match="give a list"):
+        client.generate(prompt)
+    assert peer.seen == []
+
+
+def test_a_stream_of_more_choices_than_memory_holds_is_the_server_s_to_refuse():
+    options = cast(Any, {"n": 2**32 - 1})
+    tracemalloc.start()
+    try:
+        generate_stream("x", options)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,21 @@ def test_flags_win_over_environment_and_environment_over_file(tmp_path: Path):
     assert config.step == Config().step
 
 
+def test_a_variable_that_is_nearly_a_setting_is_refused():
+    with pytest.raises(ConfigError, match="did you mean TWOSTROKE__CACHE__BLOCK_SIZE"):
+        load_config(environment={"TWOSTROKE_CACHE__BLOCK_SIZE": "32"})
+    assert load_config(environment={"TWOSTROKE_API_KEY": "x", "TWOSTROKEN__X": "1"}).cache == Config().cache
+
+
+def test_an_empty_cluster_key_is_refused_with_the_remedy():
+    with pytest.raises(ConfigError, match=r"cluster\.key: it is empty; give the secret"):
+        load_config(environment={"TWOSTROKE__CLUSTER__KEY": ""})
+
+
+def test_vllms_word_for_no_defaults_is_known():
+    assert load_config(flags={"model.generation_config": "vllm"}).model.generation_config == "none"
+
+
 def test_the_example_file_is_valid():
     assert load_config(ROOT / "deploy/local/cluster.yaml").cluster.prefill == 2
 
@@ -37,6 +52,7 @@ def test_the_example_file_is_valid():
     ("flags", "words"),
     [
         ({"cluster.prefil": 1}, ["cluster.prefil", "did you mean 'prefill'"]),
+        ({"cache": 3}, ["cache", "mapping of its settings"]),
         ({"cash.dtype": "fp8"}, ["cash", "did you mean 'cache'"]),
         ({"cluster.decode": 0}, ["cluster.decode", "0", "greater than or equal to 1"]),
         ({"model.kernels": "avx"}, ["model.kernels", "avx", "'auto', 'native' or 'torch'"]),

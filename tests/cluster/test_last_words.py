@@ -30,7 +30,7 @@ weights 2 MiB = 0 blocks
                               "DefaultCPUAllocator: can't allocate memory")),
         (1, "the engine has ended\n", ProcessEnd("exit code 1: the engine has ended")),
         (1, "", ProcessEnd("exit code 1")),
-        (-9, "loading", ProcessEnd("exit code -9: SIGKILL, which the system sends when memory runs out")),
+        (-9, "loading", ProcessEnd("exit code -9: SIGKILL: `kill -9`, or a system out of memory")),
         (-11, "", ProcessEnd("exit code -11: SIGSEGV")),
     ],
 )  # fmt: skip

@@ -2,16 +2,21 @@
 
 import asyncio
 import json
+import os
+import signal
 
 import pytest
 from typer.testing import CliRunner
 
 from twostroke.cli.main import app
+from twostroke.cli.role import _address
 from twostroke.client.async_client import AsyncClient
 from twostroke.cluster.config import Config, load_config
 from twostroke.cluster.model_facts import model_facts
 from twostroke.cluster.placement import place
 from twostroke.cluster.supervisor import Supervisor
+from twostroke.core.errors import ConfigError
+from twostroke.core.request import Role
 from twostroke.worker.machine import machine_facts
 
 pytestmark = pytest.mark.timeout(600)  # four processes start
@@ -93,6 +98,29 @@ async def test_roles_change_under_load_and_no_request_fails(tiny_checkpoint):
         await supervisor.stop()
 
 
+async def test_a_worker_that_is_killed_comes_back_with_the_role_that_it_was_given(tiny_checkpoint):
+    config = configured(tiny_checkpoint, **{"cluster.launcher": "process", "cluster.prefill": 1, "cluster.decode": 1})
+    supervisor = Supervisor(config, place(config, machine_facts(), model_facts(config)), say=lambda _: None)
+    try:
+        await supervisor.start()
+        async with AsyncClient(supervisor.grpc_address, timeout_s=BUSY_MACHINE_S) as client:
+            assert await said(supervisor, "prefill-0", "combined") == (0, "prefill-0 is combined\n")
+            async with asyncio.timeout(BUSY_MACHINE_S):
+                while supervisor._members["prefill-0"].role is not Role.COMBINED:
+                    await asyncio.sleep(0.05)
+                first = await _pid(client, "prefill-0")
+                os.kill(first, signal.SIGKILL)
+                while await _pid(client, "prefill-0") in (None, first):
+                    await asyncio.sleep(0.05)
+            assert await _roles(client) == {"prefill-0": "combined", "decode-0": "decode"}
+    finally:
+        await supervisor.stop()
+
+
+async def _pid(client: AsyncClient, worker: str) -> int | None:
+    return {w["worker_id"]: w["pid"] for w in (await client.cluster())["workers"]}.get(worker)
+
+
 async def _roles(client: AsyncClient) -> dict[str, str]:
     return {worker["worker_id"]: worker["role"] for worker in (await client.cluster())["workers"]}
 
@@ -121,3 +149,15 @@ async def test_what_is_no_worker_or_would_leave_nobody_to_decode_is_refused(tiny
             assert json.dumps(await client.cluster())
     finally:
         await supervisor.stop()
+
+
+@pytest.mark.parametrize("state", ["joining", "suspect", "draining", "live"])
+def test_only_a_live_worker_counts_as_one_that_decodes(state: str) -> None:
+    last = {"worker_id": "decode-0", "model": "m", "role": "decode", "state": "live", "address": "127.0.0.1:1"}
+    workers = [last, {**last, "worker_id": "decode-1", "state": state}]
+    if state == "live":
+        assert _address(workers, "decode-0", Role.PREFILL, force=False) == "127.0.0.1:1"
+    else:
+        with pytest.raises(ConfigError, match="decode-0 alone decodes m"):
+            _address(workers, "decode-0", Role.PREFILL, force=False)
+    assert _address(workers, "decode-0", Role.PREFILL, force=True) == "127.0.0.1:1"

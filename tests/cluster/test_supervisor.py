@@ -13,6 +13,7 @@ from twostroke.cluster.model_facts import model_facts
 from twostroke.cluster.placement import place
 from twostroke.cluster.restarts import Standing, Use
 from twostroke.cluster.supervisor import Supervisor
+from twostroke.core.request import Role
 from twostroke.worker.machine import machine_facts
 
 
@@ -41,9 +42,10 @@ def worker_of(supervisor: Supervisor) -> str:
     return next(name for name, member in supervisor._members.items() if member.kind == "worker")
 
 
-def seen(*workers: tuple[str, str, str]) -> dict[str, Any]:
+def seen(*workers: tuple[str, str, str], role: str = "combined") -> dict[str, Any]:
     """As the router shows workers: name, incarnation, state."""
-    shown = [{"worker_id": name, "incarnation": life, "state": state, "numerics": ""} for name, life, state in workers]
+    common = {"numerics": "", "role": role}
+    shown = [{"worker_id": name, "incarnation": life, "state": state, **common} for name, life, state in workers]
     return {"router": {"incarnation": "1"}, "workers": shown}
 
 
@@ -58,6 +60,20 @@ async def test_the_life_that_ended_does_not_pass_for_the_new_one(made: tuple[Sup
     assert standing(name) is Standing.STARTING
     supervisor._note(seen((name, "second", "live")))
     assert standing(name) is Standing.READY
+
+
+async def test_a_changed_role_is_the_role_of_the_next_process(made: tuple[Supervisor, Clock]) -> None:
+    supervisor, clock = made
+    name = worker_of(supervisor)
+    supervisor._note(seen((name, "first", "live")))
+    assert supervisor._members[name].role is Role.COMBINED
+    supervisor._note(seen((name, "first", "live"), role="prefill"))
+    supervisor._ended(name, ProcessEnd("killed"))
+    assert supervisor._members[name].role is Role.PREFILL
+    supervisor._membership.started(name, clock.at_s)
+    supervisor._note(seen((name, "first", "suspect"), role="decode"))  # late words about the life that ended
+    supervisor._note(None)
+    assert supervisor._members[name].role is Role.PREFILL
 
 
 async def test_of_workers_a_router_that_is_away_says_nothing(made: tuple[Supervisor, Clock]) -> None:

@@ -32,6 +32,7 @@ from twostroke.engine.link.wire import encode
 PROGRAM = Path(__file__).parents[1] / "support" / "engine_process.py"
 KEY = SequenceKey("r", 0)
 TIMEOUT_S = 120
+LATE = Ended(KEY, FinishReason.ERROR, "internal", "broken")
 
 
 def submit(num_tokens=20, max_tokens=5) -> Submit:
@@ -101,12 +102,13 @@ async def test_an_engine_whose_face_is_gone_stops(other):
     assert await asyncio.wait_for(asyncio.to_thread(process.wait, TIMEOUT_S), TIMEOUT_S) == 0
 
 
-async def test_bytes_that_are_no_command_stop_the_engine():
+@pytest.mark.parametrize("said", [b"???", encode(5), encode(None), encode([Stop()]), encode(LATE)])
+async def test_bytes_that_are_no_command_stop_the_engine(said: bytes):
     ours, theirs = socket.socketpair()
     link = ThreadLink()
     carrying = serve_engine(theirs, link)
     with ours:
-        ours.sendall((3).to_bytes(4, "little") + b"???")
+        ours.sendall(len(said).to_bytes(4, "little") + said)
         (command,) = await asyncio.to_thread(link.take, 1, TIMEOUT_S)
         assert command == Stop()
     link.close()
@@ -122,8 +124,12 @@ async def test_new_work_is_refused_while_the_engine_reads_nothing(monkeypatch):
             face._writer.write(process_link._frame(submit(num_tokens=4_000)))
         with pytest.raises(Unavailable, match="takes no commands"):
             face.send(submit())
-        face.send(FetchBlocks(7, (), 0, b"root"))
-        assert await face.receive() == [BlocksFetched(7, 0, ())]
+        waiting = asyncio.create_task(face.receive())
+        await asyncio.sleep(0)
+        for fetch_id in (7, 8):
+            face.send(FetchBlocks(fetch_id, (), 0, b"root"))
+        async with asyncio.timeout(TIMEOUT_S):  # the engine says nothing meanwhile
+            assert await waiting == [BlocksFetched(7, 0, ()), BlocksFetched(8, 0, ())]
         face.send(AskSnapshot())  # what does not bring work always gets in
 
 
@@ -132,10 +138,76 @@ async def test_an_ended_engine_gives_out_its_last_events():
     link = ThreadLink()
     carrying = serve_engine(theirs, link)
     face = await FaceEnd.open(ours)
-    last = Ended(KEY, FinishReason.ERROR, "internal", "broken")
-    link.close([last])
+    link.close([LATE])
     async with asyncio.timeout(TIMEOUT_S):
-        assert await face.receive() == [last]
+        assert await face.receive() == [LATE]
+        assert await face.receive() == []
         assert await face.receive() == []
     await asyncio.to_thread(carrying.join, TIMEOUT_S)
-    assert len(encode(last)) < 100
+    assert len(encode(LATE)) < 100
+
+
+async def test_a_face_that_reads_late_gets_the_last_events_too():
+    """More than the socket holds, and less than the other end would wait for before it goes on."""
+    ours, theirs = socket.socketpair()
+    for sock, option in ((ours, socket.SO_RCVBUF), (theirs, socket.SO_SNDBUF)):
+        sock.setsockopt(socket.SOL_SOCKET, option, 4096)
+    link = ThreadLink()
+    carrying = serve_engine(theirs, link)
+    events = [LATE] * 700
+    link.close(events)
+    await asyncio.to_thread(carrying.join, 1.0)  # a link that does not wait for its reader has ended by then
+    face, heard = await FaceEnd.open(ours), []
+    async with asyncio.timeout(TIMEOUT_S):
+        while batch := await face.receive():
+            heard += batch
+    assert heard == events
+    await asyncio.to_thread(carrying.join, TIMEOUT_S)
+
+
+@pytest.mark.parametrize("said", [b"???", encode(5), encode("words"), encode((LATE,))])
+async def test_bytes_that_are_no_events_count_as_the_engine_s_end(said: bytes):
+    ours, theirs = socket.socketpair()
+    with theirs:
+        face = await FaceEnd.open(ours)
+        theirs.sendall(len(said).to_bytes(4, "little") + said)
+        async with asyncio.timeout(TIMEOUT_S):
+            assert await face.receive() == []
+        with pytest.raises(Unavailable):
+            face.send(submit())
+
+
+@pytest.mark.parametrize("head", [b"\xff\xff\xff\xff", b"\x01\x00\x00\x40", b"\x00\x00", b""])
+async def test_a_frame_too_large_or_cut_is_the_end_on_both_sides(head: bytes):
+    ours, theirs = socket.socketpair()
+    face = await FaceEnd.open(ours)
+    theirs.sendall(head)
+    theirs.shutdown(socket.SHUT_WR)
+    async with asyncio.timeout(TIMEOUT_S):
+        assert await face.receive() == []
+    theirs.close()
+    ours, theirs = socket.socketpair()
+    link = ThreadLink()
+    carrying = serve_engine(theirs, link)
+    ours.sendall(head)
+    ours.shutdown(socket.SHUT_WR)
+    assert await asyncio.to_thread(link.take, 1, TIMEOUT_S) == [Stop()]
+    link.close()
+    ours.close()
+    await asyncio.to_thread(carrying.join, TIMEOUT_S)
+
+
+async def test_a_reader_that_gives_up_waiting_loses_nothing():
+    ours, theirs = socket.socketpair()
+    with theirs:
+        face = await FaceEnd.open(ours)
+        frame = process_link._frame([LATE])
+        theirs.sendall(frame[:7])
+        for _ in range(2):
+            reading = asyncio.create_task(face.receive())
+            await asyncio.sleep(0.01)
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+        theirs.sendall(frame[7:])
+        async with asyncio.timeout(TIMEOUT_S):
+            assert await face.receive() == [LATE]

@@ -100,3 +100,11 @@ def test_bytes_that_are_cut_or_changed_give_an_error_or_another_value(value, dat
 def test_what_is_no_plain_value_is_refused(value):
     with pytest.raises(WireError, match="no plain value"):
         encode(value)
+
+
+@pytest.mark.parametrize("dtype", ["i4,(", "<04", ",f4", "|O", "V0", "(9999999999,)i4"])
+def test_an_array_whose_dtype_is_none_is_malformed(dtype):
+    good = encode(np.zeros(2, "<f4"))
+    written = b"a" + len(dtype).to_bytes(4, "little") + dtype.encode() + good[good.index(b"<f4") + 3 :]
+    with pytest.raises(WireError):
+        decode(written)

@@ -224,7 +224,8 @@ SEEDED = SamplingParams(max_tokens=64, temperature=1.1, top_p=0.95, top_k=50, se
 def test_runners_of_all_ranks_say_the_one_runners_tokens(
     name: str, params: SamplingParams, family_directory: Callable[[str], Path]
 ) -> None:
-    model, options = resolved(family_directory(name), "float32"), RunnerOptions(num_blocks=32, digest_key=9)
+    directory, options = family_directory(name), RunnerOptions(num_blocks=32, digest_key=9)
+    model = resolved(directory, kv_dtype="float32")
     alone = rank_steps.run(load_runner(model, options), prompts(), params, NEW_TOKENS)
     group = ThreadGroup(2)
     runners = [load_runner(model, options, end) for end in group.ends()]
@@ -239,7 +240,7 @@ def test_runners_of_all_ranks_say_the_one_runners_tokens(
 def test_two_processes_over_gloo_say_the_one_processs_tokens(
     family_directory: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    model, options = resolved(family_directory("qwen2-moe"), "fp8"), RunnerOptions(num_blocks=32, digest_key=9)
+    model, options = resolved(family_directory("qwen2-moe")), RunnerOptions(num_blocks=32, digest_key=9)
     work = (prompts(), GREEDY, NEW_TOKENS)
     alone = rank_steps.run(load_runner(model, options), *work)
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:

@@ -155,9 +155,10 @@ def poison(store: KvStore) -> None:
             store_component.scales.fill_(0xFF)
 
 
-def resolved(directory: Path, kv_dtype: str = "auto", **model: object) -> ResolvedModel:
+def resolved(directory: Path, kv_dtype: str = "auto", end_ids: Sequence[int] = (), **model: object) -> ResolvedModel:
     """The checkpoint as a worker on this machine's CPU resolves it. `model`: fields of `ModelConfig`."""
-    return resolve(directory, ModelConfig.model_validate(model), kv_dtype, "cpu", built_library)
+    found = resolve(directory, ModelConfig.model_validate(model), kv_dtype, "cpu", built_library)
+    return found.ends_with(end_ids)
 
 
 @pytest.fixture(scope="session")

@@ -69,6 +69,7 @@ class _Face:
     def __init__(self, config: RouterConfig, front: Frontend) -> None:
         self._config = config
         self._front = front
+        self._started_s = int(time.time())
         self._building = asyncio.Lock()  # one body at a time, so that several large ones load the loop no more than one
 
     async def chat(self, http: HttpRequest) -> Response:
@@ -134,7 +135,7 @@ class _Face:
         return {
             "id": facts.name,
             "object": "model",
-            "created": 0,  # unknown: checkpoints have no date
+            "created": self._started_s,  # checkpoints have no date
             "owned_by": "twostroke",
             "max_model_len": facts.max_model_len,
             "default_sampling_params": served.defaults.told,

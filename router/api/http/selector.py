@@ -52,8 +52,10 @@ class TieredSelector(selectors.BaseSelector):
 
         Raises:
             KeyError: it is registered already.
+            ValueError: it is closed.
+            OSError: epoll refuses the descriptor.
         """
-        fd = _fileno(fileobj)
+        fd = self._fd_of(fileobj)
         if fd in self._keys:
             raise KeyError(f"{fileobj!r} (FD {fd}) is already registered")
         tier = self._second if fd in self._demoted else self._first
@@ -63,12 +65,13 @@ class TieredSelector(selectors.BaseSelector):
         return key
 
     def unregister(self, fileobj: FileDescriptorLike) -> selectors.SelectorKey:
-        """Watch `fileobj` no more.
+        """Watch `fileobj` no more. It may be closed already.
 
         Raises:
             KeyError: it is not registered.
+            ValueError: it is closed and not registered.
         """
-        fd = _fileno(fileobj)
+        fd = self._fd_of(fileobj)
         key = self._keys.pop(fd)
         try:
             self._tiers.pop(fd).unregister(fd)
@@ -81,11 +84,17 @@ class TieredSelector(selectors.BaseSelector):
 
         Raises:
             KeyError: it is not registered.
+            ValueError: it is closed and not registered.
+            OSError: it is closed, or its number names another file now. It is not registered any more.
         """
-        fd = _fileno(fileobj)
+        fd = self._fd_of(fileobj)
         key = self._keys[fd]
         if events != key.events:
-            self._tiers[fd].modify(fd, _mask(events))
+            try:
+                self._tiers[fd].modify(fd, _mask(events))
+            except OSError:
+                del self._keys[fd], self._tiers[fd]  # else the number's next file could never be registered
+                raise
         key = self._keys[fd] = key._replace(events=events, data=data)
         return key
 
@@ -115,8 +124,9 @@ class TieredSelector(selectors.BaseSelector):
 
         Raises:
             KeyError: it is not registered.
+            ValueError: it is closed and not registered.
         """
-        return self._keys[_fileno(fileobj)]
+        return self._keys[self._fd_of(fileobj)]
 
     def close(self) -> None:
         """Close both epolls."""
@@ -125,14 +135,20 @@ class TieredSelector(selectors.BaseSelector):
         self._keys.clear()
         self._tiers.clear()
 
+    def _fd_of(self, fileobj: FileDescriptorLike) -> int:
+        """The descriptor of `fileobj`: of a closed object the one under which it is registered."""
+        fd = fileobj if isinstance(fileobj, int) else fileobj.fileno()
+        if fd < 0:
+            for key in self._keys.values():
+                if key.fileobj is fileobj:
+                    return key.fd
+            raise ValueError(f"{fileobj!r} is closed")
+        return fd
+
 
 def tiered_selector() -> TieredSelector | None:
     """A selector for the loop of a router process; None where the system has no epoll."""
     return TieredSelector() if hasattr(select, "epoll") else None
-
-
-def _fileno(fileobj: FileDescriptorLike) -> int:
-    return fileobj if isinstance(fileobj, int) else fileobj.fileno()
 
 
 def _mask(events: int) -> int:

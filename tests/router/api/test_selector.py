@@ -1,7 +1,9 @@
 """Two tiers of events: connections cannot delay what the loop itself waits for."""
 
 import asyncio
+import contextlib
 import itertools
+import random
 import selectors
 import socket
 from typing import Any, cast
@@ -115,6 +117,54 @@ def test_it_answers_as_the_standard_selector_does(selector: TieredSelector, pair
             said.append((len(tried.get_map()), tried.select(0)))
         assert told[0] == told[1]
         assert told[0][1] == [("read", selectors.EVENT_READ)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_it_does_what_the_standard_selector_does_whatever_happens_to_the_files(seed: int):
+    """Random steps on both, over four sockets that close, are closed by their peers, and leave their numbers to others.
+
+    Both register the same sockets, and see the same of them: four are fewer than `MAX_EVENTS`.
+    """
+    rng = random.Random(seed)
+    for _ in range(20):
+        standard, tiered = selectors.EpollSelector(), TieredSelector()
+        pairs = [socket.socketpair() for _ in range(4)]
+        for _ in range(60):
+            at = rng.randrange(4)
+            ours, theirs = pairs[at]
+            match step := rng.choice(("register", "modify", "unregister", "get_key", "select", "send", "hang up")):
+                case "send" if theirs.fileno() >= 0:
+                    with contextlib.suppress(OSError):
+                        theirs.send(b"x")
+                case "hang up":
+                    rng.choice((ours, theirs)).close()
+                    if rng.random() < 0.5:
+                        ours.close()
+                        theirs.close()
+                        pairs[at] = socket.socketpair()  # mostly under the same numbers
+                case "register" | "modify":
+                    if rng.random() < 0.5 and ours.fileno() >= 0:
+                        tiered.demote(ours.fileno())
+                    words = (ours, rng.choice((1, 2, 3)), at)
+                    assert done(standard, step, *words) == done(tiered, step, *words)
+                case "unregister" | "get_key":
+                    assert done(standard, step, ours) == done(tiered, step, ours)
+                case "select":
+                    assert done(standard, step, 0) == done(tiered, step, 0)
+        standard.close()
+        tiered.close()
+        for pair in pairs:
+            for end in pair:
+                end.close()
+
+
+def done(tried: selectors.BaseSelector, step: str, *words: Any) -> Any:
+    """What a step gives, in an order that does not depend on the selector; or the kind of error."""
+    try:
+        found = getattr(tried, step)(*words)
+    except (KeyError, ValueError, OSError) as error:
+        return type(error)
+    return sorted((key.fd, events) for key, events in found) if step == "select" else found
 
 
 def test_a_server_over_it_answers_and_what_closes_at_once_leaves_room_for_others():
