@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..core.clock import Clock
-from ..core.errors import RankLost
+from ..core.errors import ConfigError, RankLost
 from ..core.request import Role
 from ..decode_worker.policy import combined_policy, decode_policy
 from ..engine.core import CoreLimits, EngineCore
@@ -17,7 +17,7 @@ from ..engine.facts import FaceFacts, ModelFacts
 from ..engine.link.thread_link import ThreadLink
 from ..engine.loop import Engine
 from ..engine.policy import StepLimits, scored_rows
-from ..kernels.cpu.build import built_library
+from ..kernels.cpu.build import NativeUnavailable, built_library
 from ..kv.cache.pool import BlockPool
 from ..kv.cache.prefix import PrefixCache
 from ..kv.keys import PromptHasher, digest_key, identity_key
@@ -25,7 +25,7 @@ from ..kv.sizing import PoolSize
 from ..kv.store.host_store import HostStore
 from ..model.loader import RunnerOptions, load_runner, numerics_class
 from ..model.ops.device import resolve_device
-from ..model.resolved import DeviceKind, ResolvedModel, resolve
+from ..model.resolved import DeviceKind, ResolvedModel, needs_of_ranks, resolve
 from ..model.runner import Runner
 from ..model.weights.tensors import weights_fingerprint
 from ..prefill_worker.policy import prefill_policy
@@ -149,7 +149,19 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> BuiltEngine:
 def _started_ranks(
     settings: WorkerSettings, model: ResolvedModel, sized: SizedWorker, on_lost: Callable[[str], None]
 ) -> Ranks:
-    """Start the processes of the other ranks, which load their parts while this process loads its own."""
+    """Start the processes of the other ranks, which load their parts while this process loads its own.
+
+    Raises:
+        ConfigError: this device or machine has no ranks.
+    """
+    if model.device != "cpu":
+        raise ConfigError(
+            f"this worker has {settings.num_ranks} tensor-parallel ranks, and GPUs have one in this release"
+        )
+    try:
+        built_library()
+    except NativeUnavailable as error:
+        raise ConfigError(f"tensor-parallel ranks exchange sums by the native kernels, but {error}") from None
     decided = {"max_model_len": model.max_model_len, "kernels": model.kernels, "device": model.device}
     same = settings.model_copy(
         update={"step": sized.step, "cache": sized.cache, "model": settings.model.model_copy(update=decided)}
@@ -206,7 +218,7 @@ def _sized(settings: WorkerSettings, model: ResolvedModel) -> SizedWorker:
     available = machine.memory_bytes if model.device == "cpu" else machine.gpu_bytes[settings.gpu]
     wanted = settings.model.max_model_len
     sized = size_worker(
-        model,
+        needs_of_ranks(model, settings.model, settings.num_ranks),
         settings.step,
         settings.cache,
         model.device,

@@ -106,9 +106,10 @@ def make_ranks(
     kernels: KernelsChoice = "torch",
     quantization: Quantization = "none",
     max_model_len: int | None = None,
+    group: ThreadGroup | None = None,
 ) -> Ranks:
     """Hands of all ranks over a checkpoint, with poisoned stores."""
-    spec, group = load_spec(path), ThreadGroup(size)
+    spec, group = load_spec(path), group or ThreadGroup(size)
     hands = []
     for end in group.ends():
         rank = shard_spec(spec, Shard(end.rank, end.size))
