@@ -5,7 +5,7 @@
 Decode steps as a scheduler makes them: every sequence computes one token, and every 16th step adds a block to its
 table. The three ways are timed one after the other at each step, encode and decode together; medians of all steps.
 The last line is between two processes, by the rank link: from the plan at the first rank to the equal plan at the
-other, which sleeps `--step-ms` before, as a rank does that waits for the next step.
+other, which has waited for it for `--step-ms`, as a rank does while the first one samples and schedules.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ def plans(num_sequences: int, num_tokens: int, num_steps: int, params: SamplingP
     """Consecutive decode steps; tables that did not grow are the same objects, as the cache manager's are."""
     tables: list[tuple[int, ...]] = [()] * num_sequences
     outputs: list[tuple[int, ...]] = [()] * num_sequences
+    keys = [SequenceKey(f"cmpl-{number:032d}", 0) for number in range(num_sequences)]
     prompt = tuple(range(num_tokens))  # one object for a sequence's life, as the engine has it
     for step in range(num_steps):
         steps = []
@@ -49,7 +50,7 @@ def plans(num_sequences: int, num_tokens: int, num_steps: int, params: SamplingP
                 history = History(prompt, outputs[number])
             steps.append(
                 SequenceStep(
-                    *(SequenceKey(f"cmpl-{number:032d}", 0), start, (token_id,)),
+                    *(keys[number], start, (token_id,)),
                     *(tables[number], tables[number], True, params, step + 1),
                     history=history,
                 )
@@ -78,7 +79,9 @@ def between_processes(steps: Iterator[StepPlan], step_ms: float) -> list[float]:
     sender, sent = RankSender([here]), []
     time.sleep(2.0)
     for plan in steps:
-        time.sleep(step_ms / 1000)
+        until_s = time.perf_counter() + step_ms / 1000
+        while time.perf_counter() < until_s:  # the first rank computes meanwhile
+            pass
         sent.append(time.monotonic_ns())
         sender.send_plan(plan)
     sender.close()
