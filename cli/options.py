@@ -29,6 +29,9 @@ SETTING_BY_FLAG = {
     "threads": "step.num_threads",
     "prefill": "cluster.prefill",
     "decode": "cluster.decode",
+    "tensor_parallel_size": "cluster.tensor_parallel_size",
+    "prefill_tp": "cluster.prefill_tp",
+    "decode_tp": "cluster.decode_tp",
     "launcher": "cluster.launcher",
     "worker_metrics_port": "cluster.worker_metrics_port",
     "host": "router.host",
@@ -80,6 +83,12 @@ MaxNumBatchedTokens = Annotated[int | None, typer.Option(help="Most tokens per s
 Threads = Annotated[int | None, typer.Option(help="CPU threads per worker. Default: physical cores / workers.")]
 Prefill = Annotated[int | None, typer.Option(help="Prefill workers. 0: combined workers, no disaggregation.")]
 Decode = Annotated[int | None, typer.Option(help="Decode workers.")]
+TensorParallelSize = Annotated[
+    int | None,
+    typer.Option("--tensor-parallel-size", "-tp", help="Ranks per worker: processes that split one model. Default: 1."),
+]
+PrefillTp = Annotated[int | None, typer.Option(help="The same for prefill workers alone.")]
+DecodeTp = Annotated[int | None, typer.Option(help="The same for decode workers alone.")]
 Launcher = Annotated[str | None, typer.Option(help="ray, process or inprocess.")]
 Host = Annotated[str | None, typer.Option(help="Address of both faces. Another than loopback needs --insecure.")]
 Port = Annotated[int | None, typer.Option(help="HTTP: OpenAI API and metrics. Default: 8000.")]

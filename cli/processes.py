@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -38,6 +38,10 @@ def worker(
     served_model_name: o.ServedModelName = None,
     config: o.ConfigFile = None,
     insecure: o.Insecure = None,
+    tensor_parallel_size: o.TensorParallelSize = None,
+    first_core: Annotated[
+        int | None, typer.Option(help="First of the physical cores that its ranks share out.", hidden=True)
+    ] = None,
     parent_pid: ParentPid = None,
 ) -> None:
     """Run one worker and announce it to the routers. The cluster's key is TWOSTROKE__CLUSTER__KEY."""
@@ -48,13 +52,20 @@ def worker(
     from ..worker.process import run_worker
     from ..worker.settings import WorkerSettings
 
-    flags = {"model": model, "served_model_name": served_model_name, "config": config}
-    settings = o.config_from(flags | {"worker_metrics_port": metrics_port, "insecure": insecure})
+    flags: dict[str, Any] = {
+        "model": model,
+        "served_model_name": served_model_name,
+        "config": config,
+        "insecure": insecure,
+    }
+    flags |= {"worker_metrics_port": metrics_port, "tensor_parallel_size": tensor_parallel_size}
+    settings = o.config_from(flags)
     check_key(settings)
     if not router and not routers_at:
         raise ConfigError("no router is given to announce to; give --router HOST:PORT or --routers-at NAME:PORT")
     for name in routers_at or ():
         check_address(name, "--routers-at")
+    num_ranks = tensor_parallel_size or settings.cluster.ranks_of(role)
     run_worker(
         WorkerSettings(
             worker_id=worker_id or f"{role}-{os.getpid()}",
@@ -65,7 +76,9 @@ def worker(
             cache=settings.cache,
             step=settings.step,
             memory_bytes=memory_bytes,
-            num_threads=settings.step.num_threads or machine_facts().num_cores,
+            num_threads=settings.step.num_threads or max(1, machine_facts().num_cores // num_ranks),
+            num_ranks=num_ranks,
+            first_core=first_core,
             host=host,
             insecure=settings.router.insecure,
             port=port,

@@ -33,6 +33,9 @@ def serve(
     served_model_name: o.ServedModelName = None,
     prefill: o.Prefill = None,
     decode: o.Decode = None,
+    tensor_parallel_size: o.TensorParallelSize = None,
+    prefill_tp: o.PrefillTp = None,
+    decode_tp: o.DecodeTp = None,
     launcher: o.Launcher = None,
     host: o.Host = None,
     port: o.Port = None,
@@ -79,15 +82,16 @@ def serve(
 def show_plan(config: Config, plan: Plan, out: Console) -> None:
     """Print workers, threads, memory and ports, as tables and calculations."""
     table = Table(title=f"{plan.model.name} — launcher {config.cluster.launcher}", title_justify="left")
-    for heading in ("member", "role", "threads", "memory at most", "KV pool"):
+    for heading in ("member", "role", "ranks", "threads each", "memory at most", "KV pool"):
         table.add_column(heading)
     for member in plan.members:
         if member.kind == "router":
-            table.add_row(member.name, "router", "", "", "")
+            table.add_row(member.name, "router", "", "", "", "")
         else:
             pool = f"{plan.pool.num_blocks:,} × {plan.pool.block_tokens} = {plan.pool.num_tokens:,} tokens"
             memory = f"{f'GPU {member.gpu}: ' if member.device == 'cuda' else ''}{member.memory_bytes / 2**20:,.0f} MiB"
-            table.add_row(member.name, str(member.role), str(member.num_threads), memory, pool)
+            ranks, threads = str(member.num_ranks), str(member.num_threads)
+            table.add_row(member.name, str(member.role), ranks, threads, memory, pool)
     out.print(table)
     taken = (plan.model.weight_bytes + plan.pool.pool_bytes) / 2**20
     out.print(

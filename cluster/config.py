@@ -19,6 +19,7 @@ from ..core.config import Section, load_section
 from ..core.errors import ConfigError
 from ..core.lease import ORPHAN_GRACE_S
 from ..core.ports import bindable_host
+from ..core.request import Role
 from ..engine.config import StepConfig
 from ..kv.config import CacheConfig
 from ..router.config import RouterConfig
@@ -38,6 +39,11 @@ class ClusterConfig(Section):
 
     prefill: int = Field(1, ge=0, le=64, description="prefill workers; 0: combined workers, no disaggregation")
     decode: int = Field(1, ge=1, le=64, description="decode workers (combined ones when prefill is 0)")
+    tensor_parallel_size: int = Field(
+        1, ge=1, le=64, description="ranks of each worker: processes that share one model's layers by heads and columns"
+    )
+    prefill_tp: int | None = Field(None, ge=1, le=64, description="ranks of a prefill worker; none: as the others")
+    decode_tp: int | None = Field(None, ge=1, le=64, description="ranks of a decode worker; none: as the others")
     launcher: Literal["ray", "process", "inprocess"] = "ray"
     key: str = Field(
         default_factory=lambda: secrets.token_hex(16),
@@ -57,6 +63,11 @@ class ClusterConfig(Section):
     worker_metrics_port: MetricsPort = Field(
         0, description="GET /metrics and /health of the first worker, each next one +1; 0: any, none: off"
     )
+
+    def ranks_of(self, role: Role) -> int:
+        """Tensor-parallel ranks of a worker of this role. A combined worker decodes."""
+        of_role = self.prefill_tp if role is Role.PREFILL else self.decode_tp
+        return of_role or self.tensor_parallel_size
 
     @field_validator("key", mode="before")
     @classmethod

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ..checkpoint.locate import located, served_name
+from ..core.request import Role
 from ..model.ops.device import chosen_kind, gpu_free_bytes
-from ..model.resolved import ResolvedModel, resolve
+from ..model.resolved import ResolvedModel, needs_of_ranks, resolve
 from ..router.api.defaults import SamplingDefaults, described
 from .config import Config
 from .placement import ModelFacts
@@ -15,16 +16,21 @@ def model_facts(config: Config) -> ModelFacts:
 
     Raises:
         CheckpointError: the checkpoint cannot be found or is not supported.
-        ConfigError: the asked-for context is longer than the checkpoint's, or the device cannot serve it.
+        ConfigError: the asked-for context is longer than the checkpoint's, the device cannot serve it, or its heads
+            cannot be split over the ranks of a worker.
     """
     directory = located(config.model.path)
     kind = chosen_kind(config.model.device, len(gpu_free_bytes()))
     model = resolve(directory, config.model, config.cache.dtype, kind)
+    cluster = config.cluster
+    roles = (Role.PREFILL, Role.DECODE) if cluster.prefill else (Role.COMBINED,)
+    needs = [needs_of_ranks(model, config.model, cluster.ranks_of(role)) for role in roles]
+    most = max(needs, key=lambda each: each.weight_bytes)
     return ModelFacts(
         name=served_name(config.model.path, config.model.name),
         directory=str(directory),
-        weight_bytes=model.weight_bytes,
-        kv_spec=model.kv_spec,
+        weight_bytes=most.weight_bytes,
+        kv_spec=most.kv_spec,
         max_model_len=model.max_model_len,
         asked_max_model_len=config.model.max_model_len,
         remarks=model.spec.remarks,

@@ -42,6 +42,8 @@ class ProcessPlan:
     device: Literal["cpu", "cuda"] = "cpu"
     gpu: int = 0
     metrics_port: int | None = None  # of a worker; 0: any, None: off
+    num_ranks: int = 1  # tensor-parallel ranks of a worker, with `num_threads` each
+    first_core: int | None = None  # its ranks' cores begin here, among those of the machine; None: any cores
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,7 @@ class Plan:
 
 
 ROUTER_BYTES = 400 << 20  # memory of a router (without torch) and of the launcher
+RANK_BYTES = 300 << 20  # memory of a further rank's process, without weights and pool
 
 
 def place(config: Config, machine: MachineFacts, model: ModelFacts) -> Plan:
@@ -82,7 +85,7 @@ def place(config: Config, machine: MachineFacts, model: ModelFacts) -> Plan:
 
     Raises:
         DoesNotFit: weights and pool of so many workers do not fit the machine, or the configured context does not.
-        ConfigError: the configured device is not there, or two members would have one port.
+        ConfigError: the configured device is not there, cannot have several ranks, or two members would have one port.
     """
     cluster = config.cluster
     if cluster.prefill:
@@ -90,8 +93,11 @@ def place(config: Config, machine: MachineFacts, model: ModelFacts) -> Plan:
     else:
         roles = [("combined", Role.COMBINED)] * cluster.decode
     device = chosen_kind(config.model.device, len(machine.gpu_bytes))
-    share = _share(machine, device, len(roles))
-    threads = config.step.num_threads or max(1, machine.num_cores // len(roles))
+    ranks = [cluster.ranks_of(role) for _, role in roles]
+    _check_ranks(config, device)
+    more_ranks = sum(ranks) - len(ranks)
+    share = _share(machine, device, len(roles), more_ranks)
+    threads = config.step.num_threads or max(1, machine.num_cores // sum(ranks))
     _check_metrics_ports(config, len(roles))
     sized = size_worker(
         model,
@@ -103,7 +109,7 @@ def place(config: Config, machine: MachineFacts, model: ModelFacts) -> Plan:
         wanted=model.asked_max_model_len,
     )
     decisions = list(sized.decisions)
-    reason = f"{machine.num_cores} cores{machine.cores_reason and f' ({machine.cores_reason})'} ÷ {len(roles)} workers"
+    reason = f"{machine.num_cores} cores{machine.cores_reason and f' ({machine.cores_reason})'} ÷ {_told_ranks(ranks)}"
     decisions.append(Decision("step.num_threads", str(threads), "as given" if config.step.num_threads else reason))
     router, more = decided_router(config.router, cluster.decode, sized.step.max_num_seqs, sized.pool)
     decisions += more
@@ -111,22 +117,51 @@ def place(config: Config, machine: MachineFacts, model: ModelFacts) -> Plan:
     decisions += more
     counts: dict[str, int] = {}
     members = [ProcessPlan("router-0", "router")]
-    for prefix, role in roles:
+    next_core = 0
+    for (prefix, role), num_ranks in zip(roles, ranks, strict=True):
         index = counts.setdefault(prefix, 0)
         counts[prefix] += 1
         place_of_worker = len(members) - 1
         gpu = place_of_worker % len(machine.gpu_bytes) if device == "cuda" else 0
         port = cluster.worker_metrics_port and cluster.worker_metrics_port + place_of_worker
-        members.append(ProcessPlan(f"{prefix}-{index}", "worker", role, threads, share, device, gpu, port))
+        first_core = next_core if more_ranks and threads * sum(ranks) <= machine.num_cores else None
+        next_core += threads * num_ranks
+        members.append(
+            ProcessPlan(
+                *(f"{prefix}-{index}", "worker", role, threads, share, device, gpu, port),
+                num_ranks=num_ranks,
+                first_core=first_core,
+            )
+        )
     update = {"step": sized.step, "cache": sized.cache, "router": router, "cluster": patience}
     served = replace(model, max_model_len=sized.max_model_len)
     return Plan(tuple(members), served, sized.pool, config.model_copy(update=update), tuple(decisions))
 
 
-def _share(machine: MachineFacts, device: str, num_workers: int) -> int:
+def _told_ranks(ranks: list[int]) -> str:
+    return f"{len(ranks)} workers" if sum(ranks) == len(ranks) else f"{sum(ranks)} ranks of {len(ranks)} workers"
+
+
+def _check_ranks(config: Config, device: str) -> None:
+    cluster = config.cluster
+    if device == "cuda" and max(cluster.ranks_of(Role.PREFILL), cluster.ranks_of(Role.DECODE)) > 1:
+        raise ConfigError(
+            "cluster.tensor_parallel_size, prefill_tp and decode_tp must be 1 on GPUs in this release; tensor "
+            "parallelism runs on CPUs (TWOSTROKE__MODEL__DEVICE=cpu)"
+        )
+    prefill, decode = cluster.ranks_of(Role.PREFILL), cluster.ranks_of(Role.DECODE)
+    if cluster.prefill and config.model.deterministic and prefill != decode:
+        raise ConfigError(
+            f"prefill workers have {prefill} tensor-parallel ranks and decode workers {decode}: their sums differ in "
+            "the last bits, and with model.deterministic only equal ones hand over. Give both the same number "
+            "(--tensor-parallel-size), or set model.deterministic to false"
+        )
+
+
+def _share(machine: MachineFacts, device: str, num_workers: int, more_ranks: int) -> int:
     """Memory of each worker in bytes: the smallest share over all devices."""
     if device == "cpu":
-        return max(0, machine.memory_bytes - ROUTER_BYTES) // num_workers
+        return max(0, machine.memory_bytes - ROUTER_BYTES - more_ranks * RANK_BYTES) // num_workers
     num_gpus = len(machine.gpu_bytes)
     workers = [len(range(gpu, num_workers, num_gpus)) for gpu in range(num_gpus)]
     return min(free // count for free, count in zip(machine.gpu_bytes, workers, strict=True) if count)

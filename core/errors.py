@@ -28,6 +28,14 @@ class InternalError(TwostrokeError):
     """Fault of the cluster itself; the log has the details."""
 
 
+class RankLost(InternalError):
+    """A rank of a worker is dead, frozen or stuck. The worker's ranks end together, and the worker is restarted."""
+
+
+class RanksDiffer(InternalError):
+    """The ranks of a worker made different calls, because one of them ended its step early. Each gets this error."""
+
+
 # ------------------------------------------------------------------ the request is at fault
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
 from ..core.clock import Clock
-from ..core.errors import InternalError
+from ..core.errors import InternalError, RankLost
 from ..core.lease import ENGINE_LEASE
 from ..core.request import FinishReason, SequenceKey
 from ..kv.section import HeldTokens, SectionData
@@ -25,7 +25,7 @@ from .link.thread_link import ThreadLink
 from .plan import StepPlan, StepResult
 from .step_times import StepTimeModel
 from .store_ops import FetchOp, ReadOp, StoreOp, SwapInOp, SwapOp, SwapOutOp, WriteOp
-from .turn import Turn
+from .turn import Store, Turn
 
 INTEGRITY_S = 5.0
 CHECKED_BLOCKS = 4096  # per integrity check: a million blocks would take a quarter of a second
@@ -86,13 +86,18 @@ class Engine:
         clock: Clock,
         *,
         host: HostStore | None = None,
+        over_ranks: Callable[[Store], Store] | None = None,
     ) -> None:
-        """`host` has as many blocks as the core's limits say; None: no swapping."""
+        """`host` has as many blocks as the core's limits say; None: no swapping.
+
+        `over_ranks`: makes the store of all ranks from that of rank 0. None: there is one rank.
+        """
         self.is_broken = False  # ended by its own fault: the process should end too, and be restarted
         self._core = core
         self._runner = runner
         self._store = EngineStore(store, host)
-        self._turns = Turn(core, self._store, link.emit, _log_refusal)
+        whole: Store = self._store if over_ranks is None else over_ranks(self._store)
+        self._turns = Turn(core, whole, link.emit, _log_refusal)
         self._link = link
         self._clock = clock
         self._pace = StepTimeModel()
@@ -102,6 +107,7 @@ class Engine:
         self._next_beat_s = 0.0
         self._next_check_s = 0.0
         self._next_checked = 0
+        self._fault: Exception | None = None  # from outside
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # ------------------------------------------------------------------ for tests, while no step runs
@@ -132,6 +138,11 @@ class Engine:
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
+    def fail(self, error: Exception) -> None:
+        """End the engine as by its own fault: it lost something that it cannot compute without."""
+        self._fault = error
+        self._link.wake()
+
     # ------------------------------------------------------------------ the thread
 
     def _run(self) -> None:
@@ -152,6 +163,8 @@ class Engine:
         """One turn: commands, time, one step, and the beat."""
         for command in self._link.take(COMMANDS_PER_TURN, self._wait_s()):
             self._turns.take(command, self._clock.now_s())
+        if self._fault is not None:
+            raise self._fault
         now_s = self._clock.now_s()
         plan = self._turns.plan(now_s)
         if plan is None:
@@ -178,6 +191,8 @@ class Engine:
         self._is_for_peers = self._core.is_for_peers(plan)
         try:
             result = self._runner.run(plan)
+        except RankLost:
+            raise
         except Exception as error:
             _log.exception("step %d failed with %d sequences", plan.step, len(plan.sequences))
             found = self._one_by_one(plan)
@@ -208,6 +223,8 @@ class Engine:
         for step in plan.sequences:
             try:
                 results.append(self._runner.run(StepPlan(plan.step, (step,))))
+            except RankLost:
+                raise
             except Exception as error:
                 _log.warning("%s fails alone too: it ends with %r", step.key, error)
                 failed[step.key] = _failure(error)

@@ -84,6 +84,14 @@ class KvSpec:
             groups.append(replace(group, components=components))
         return KvSpec(tuple(groups))
 
+    def of_all_ranks(self, size: int) -> KvSpec:
+        """Layout of what `size` TP ranks hold together: heads that several ranks hold are counted at each of them."""
+        groups = []
+        for group in self.of_rank(0, size).groups:
+            components = tuple(replace(component, heads=component.heads * size) for component in group.components)
+            groups.append(replace(group, components=components))
+        return KvSpec(tuple(groups))
+
     def fingerprint(self) -> bytes:
         """16-byte hash of the spec."""
         return hashlib.blake2b(repr(self).encode(), digest_size=16).digest()

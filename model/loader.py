@@ -39,6 +39,7 @@ class RunnerOptions:
     num_threads: int = 1
     digest_key: int = 0  # the cluster's 64-bit key
     gpu: int = 0  # index of the GPU
+    samples: bool = True  # False: for a tensor-parallel rank whose tokens nobody reads
     graph_seqs: int = 0  # on a GPU: the largest decode step that runs as a graph
 
 
@@ -66,7 +67,16 @@ def load_runner(model: ResolvedModel, options: RunnerOptions, collectives: Colle
     give_back_after_load(checkpoint_files(directory) if directory.is_dir() else (directory,))
     store = KvStore(rank.kv_spec(model.codec), options.num_blocks, options.block_tokens, device, options.digest_key)
     graph_seqs = options.graph_seqs if device.type != "cpu" else 0
-    return Runner(rank.local, weights, ops, store, model.max_model_len, graph_seqs=graph_seqs, collectives=collectives)
+    return Runner(
+        rank.local,
+        weights,
+        ops,
+        store,
+        model.max_model_len,
+        graph_seqs=graph_seqs,
+        collectives=collectives,
+        samples=options.samples,
+    )
 
 
 def _torch_device(model: ResolvedModel, gpu: int) -> torch.device:

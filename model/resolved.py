@@ -9,6 +9,7 @@ from typing import Literal
 
 from ..checkpoint.config import Kernels, ModelConfig
 from ..checkpoint.config_json import load_spec
+from ..checkpoint.shards import Shard, shard_spec
 from ..checkpoint.sizes import cache_codec, compute_dtype, context_length, held_bytes
 from ..checkpoint.spec import DType, ModelSpec, Quantization
 from ..kernels.cpu.build import find_compiler
@@ -41,6 +42,28 @@ class ResolvedModel:
         """With further end tokens; ids outside the vocabulary are left out, tokenizers may have more ids."""
         known = (id_ for id_ in end_ids if id_ < self.spec.vocab_size)
         return replace(self, spec=replace(self.spec, eos_ids=tuple(dict.fromkeys((*self.spec.eos_ids, *known)))))
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryNeeds:
+    """Needs of all ranks of a worker together."""
+
+    weight_bytes: int
+    kv_spec: KvSpec
+    max_model_len: int
+
+
+def needs_of_ranks(model: ResolvedModel, settings: ModelConfig, num_ranks: int) -> MemoryNeeds:
+    """Needs of a worker of `num_ranks` tensor-parallel ranks. `settings`: those that `model` was resolved with.
+
+    Raises:
+        ConfigError: the model's heads cannot be split over so many ranks; names the sizes that work.
+    """
+    rank = shard_spec(model.spec, Shard(0, num_ranks))
+    if num_ranks == 1:
+        return MemoryNeeds(model.weight_bytes, model.kv_spec, model.max_model_len)
+    weight_bytes = num_ranks * held_bytes(model.directory, rank.local, settings, model.kernels)
+    return MemoryNeeds(weight_bytes, model.kv_spec.of_all_ranks(num_ranks), model.max_model_len)
 
 
 def resolve(

@@ -48,11 +48,13 @@ class Runner:
         *,
         graph_seqs: int = 0,
         collectives: Collectives = ONE_RANK,
+        samples: bool = True,
     ) -> None:
         """`graph_seqs`: decode steps of up to this many sequences run as graphs (on a GPU only; 0: none).
 
         `collectives`: of a tensor-parallel group, whose ranks warm up together and run the same plans in the same
         order. `spec`, `weights` and `store` are then the rank's. Several ranks run without graphs.
+        `samples` False: another rank samples, and results have no tokens.
         """
         self.spec = spec
         self.weights = weights
@@ -60,6 +62,7 @@ class Runner:
         self.ops = ops
         self.max_model_len = max_model_len or spec.max_model_len
         self._collectives = collectives
+        self._samples = samples
         self._graph_seqs = graph_seqs if collectives.size == 1 else 0
         self._is_cpu = ops.device.type == "cpu"
         self._decoder: Decoder | None = None
@@ -139,12 +142,16 @@ class Runner:
         assert decoder is not None
         if batch.sampled and all_greedy(plan):
             logits = decoder.logits(batch.spoken(rows))
+            if not self._samples:
+                return StepOutputs([()] * len(plan.sequences), {}, {}, {})
             if self._is_cpu and logits.extremes is None:
                 logits = Logits(logits.rows, self.ops.extremes(logits.rows.numpy()))
             return speak_greedily(plan, batch, logits, bad)
         if self._sampler is None:
             to_logits = decoder.logits if self._is_cpu else lambda rows: Logits(decoder.logits(rows).rows.cpu(), None)
-            self._sampler = StepSampler(self.spec.vocab_size, self.spec.eos_ids, to_logits, self.ops.extremes)
+            self._sampler = StepSampler(
+                self.spec.vocab_size, self.spec.eos_ids, to_logits, self.ops.extremes, draws=self._samples
+            )
         return self._sampler.run(plan, batch, rows, bad, last)
 
     def _seal(self, steps: Sequence[SequenceStep]) -> None:

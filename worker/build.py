@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..core.clock import Clock
+from ..core.errors import ConfigError, RankLost
 from ..core.request import Role
 from ..decode_worker.policy import combined_policy, decode_policy
 from ..engine.core import CoreLimits, EngineCore
@@ -14,7 +17,7 @@ from ..engine.facts import FaceFacts, ModelFacts
 from ..engine.link.thread_link import ThreadLink
 from ..engine.loop import Engine
 from ..engine.policy import StepLimits, scored_rows
-from ..kernels.cpu.build import built_library
+from ..kernels.cpu.build import NativeUnavailable, built_library
 from ..kv.cache.pool import BlockPool
 from ..kv.cache.prefix import PrefixCache
 from ..kv.keys import PromptHasher, digest_key, identity_key
@@ -22,15 +25,21 @@ from ..kv.sizing import PoolSize
 from ..kv.store.host_store import HostStore
 from ..model.loader import RunnerOptions, load_runner, numerics_class
 from ..model.ops.device import resolve_device
-from ..model.resolved import DeviceKind, ResolvedModel, resolve
+from ..model.resolved import DeviceKind, ResolvedModel, needs_of_ranks, resolve
+from ..model.runner import Runner
 from ..model.weights.tensors import weights_fingerprint
 from ..prefill_worker.policy import prefill_policy
 from ..text.incremental import check_decoder
 from ..text.tokenizer import Tokenizer
 from .automatic import SizedWorker, size_worker
-from .machine import machine_facts
+from .machine import cores, cores_of_rank, machine_facts, pin_thread
+from .rank_order import RankOrder
+from .rank_work import Leader, SlicedStore
+from .ranks import Ranks
 from .settings import WorkerSettings
 
+LOAD_S = 600.0  # longest time for all ranks to load a large model
+LEAST_SLOT_BYTES, MOST_SLOT_BYTES = 1 << 18, 16 << 20  # of one rank in a sum; larger sums take several turns
 _log = logging.getLogger(__name__)
 
 
@@ -43,6 +52,24 @@ class BuiltEngine:
     facts: FaceFacts
     tokenizer: Tokenizer
     pool_size: PoolSize
+    ranks: Ranks | None = None  # the other ranks' processes, which `close` ends
+
+    def close(self) -> None:
+        """End the other ranks. Call it after the engine's end."""
+        if self.ranks is not None:
+            self.ranks.close(is_idle=self.engine.join(0))
+
+
+class _LateEngine:
+    """Passes the loss of a rank on to an engine that is built while the ranks load."""
+
+    def __init__(self) -> None:
+        self.engine: Engine | None = None
+
+    def fail(self, reason: str) -> None:
+        """End the engine, if there is one; while the ranks load, `Ranks.wait_ready` reports the loss."""
+        if self.engine is not None:
+            self.engine.fail(RankLost(reason))
 
 
 def build_engine(settings: WorkerSettings, clock: Clock) -> BuiltEngine:
@@ -73,7 +100,14 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> BuiltEngine:
         gpu=settings.gpu,
         graph_seqs=step.max_num_seqs,
     )
-    runner = load_runner(resolved, options)
+    late = _LateEngine()
+    ranks = _started_ranks(settings, resolved, sized, late.fail) if settings.num_ranks > 1 else None
+    try:
+        runner = load_runner(resolved, options) if ranks is None else _load_pinned(resolved, options, settings, ranks)
+    except BaseException:
+        if ranks is not None:
+            ranks.close()
+        raise
     limits = StepLimits(step.max_num_seqs, step.max_num_batched_tokens, step.max_waiting, target_ms=step.target_ms)
     roles = {
         Role.PREFILL: prefill_policy(limits),
@@ -100,14 +134,70 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> BuiltEngine:
     host = None
     if pool_size.num_swap_blocks:
         host = HostStore(runner.store, runner.store.on_host(pool_size.num_swap_blocks))
-    engine = Engine(core, runner, runner.store, link, clock, host=host)
-    return BuiltEngine(engine, link, facts, tokenizer, pool_size)
+    if ranks is None:
+        engine = Engine(core, runner, runner.store, link, clock, host=host)
+        return BuiltEngine(engine, link, facts, tokenizer, pool_size)
+    sender, group, spec = ranks.sender, ranks.group, model.kv_spec
+    leader = Leader(runner, sender, group, _cores(settings, 0))
+    engine = late.engine = Engine(
+        core, leader, runner.store, link, clock, host=host,
+        over_ranks=lambda mine: SlicedStore(mine, sender, group, spec),
+    )  # fmt: skip
+    return BuiltEngine(engine, link, facts, tokenizer, pool_size, ranks)
+
+
+def _started_ranks(
+    settings: WorkerSettings, model: ResolvedModel, sized: SizedWorker, on_lost: Callable[[str], None]
+) -> Ranks:
+    """Start the processes of the other ranks, which load their parts while this process loads its own.
+
+    Raises:
+        ConfigError: this device or machine has no ranks.
+    """
+    if model.device != "cpu":
+        raise ConfigError(
+            f"this worker has {settings.num_ranks} tensor-parallel ranks, and GPUs have one in this release"
+        )
+    try:
+        built_library()
+    except NativeUnavailable as error:
+        raise ConfigError(f"tensor-parallel ranks exchange sums by the native kernels, but {error}") from None
+    decided = {"max_model_len": model.max_model_len, "kernels": model.kernels, "device": model.device}
+    same = settings.model_copy(
+        update={"step": sized.step, "cache": sized.cache, "model": settings.model.model_copy(update=decided)}
+    )
+    width = 4 * model.spec.hidden_size
+    orders = [
+        RankOrder(
+            settings=same,
+            rank=rank,
+            size=settings.num_ranks,
+            num_blocks=sized.pool.num_blocks,
+            num_swap_blocks=sized.pool.num_swap_blocks,
+            slot_bytes=min(max(LEAST_SLOT_BYTES, sized.step.max_num_batched_tokens * width), MOST_SLOT_BYTES),
+            cores=_cores(settings, rank),
+        )
+        for rank in range(settings.num_ranks)
+    ]
+    return Ranks.start(orders, on_lost)
+
+
+def _load_pinned(model: ResolvedModel, options: RunnerOptions, settings: WorkerSettings, ranks: Ranks) -> Runner:
+    """Load rank 0's part in a thread on its cores, so that the kernels' threads stay there; wait for the others."""
+    with ThreadPoolExecutor(1, "load", initializer=pin_thread, initargs=(_cores(settings, 0),)) as loading:
+        own = loading.submit(load_runner, model, options, ranks.group)
+        ranks.wait_ready(LOAD_S)
+        return own.result()
+
+
+def _cores(settings: WorkerSettings, rank: int) -> tuple[int, ...]:
+    return cores_of_rank(cores(), settings.first_core, rank, settings.num_threads)
 
 
 def _model_facts(settings: WorkerSettings, model: ResolvedModel) -> ModelFacts:
     for remark in model.spec.remarks:
         _log.warning("%s: %s", settings.model_name, remark)
-    numerics = numerics_class(model, settings.gpu)
+    numerics = numerics_class(model, settings.gpu, settings.num_ranks)
     return ModelFacts(
         name=settings.model_name,
         directory=str(model.directory),
@@ -128,7 +218,7 @@ def _sized(settings: WorkerSettings, model: ResolvedModel) -> SizedWorker:
     available = machine.memory_bytes if model.device == "cpu" else machine.gpu_bytes[settings.gpu]
     wanted = settings.model.max_model_len
     sized = size_worker(
-        model,
+        needs_of_ranks(model, settings.model, settings.num_ranks),
         settings.step,
         settings.cache,
         model.device,

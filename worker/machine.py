@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,28 @@ def machine_facts() -> MachineFacts:
     memory_bytes = _available_bytes() if in_group is None else min(_available_bytes(), in_group)
     cores, reason = usable_cores(os.sched_getaffinity(0), quota_cores(), _siblings)
     return MachineFacts(cores, memory_bytes, gpu_free_bytes(), reason)
+
+
+def cores() -> tuple[int, ...]:
+    """One logical processor of each physical core that this process may use, ascending."""
+    first_of: dict[str, int] = {}
+    for processor in sorted(os.sched_getaffinity(0)):
+        first_of.setdefault(_siblings(processor) or str(processor), processor)
+    return tuple(first_of.values())
+
+
+def cores_of_rank(every: Sequence[int], first: int | None, rank: int, num_threads: int) -> tuple[int, ...]:
+    """The cores of one rank: `num_threads` neighbours of `every`. Empty, for any: not told, or there are too few."""
+    if first is None:
+        return ()
+    start = first + rank * num_threads
+    return tuple(every[start : start + num_threads]) if start + num_threads <= len(every) else ()
+
+
+def pin_thread(processors: Sequence[int]) -> None:
+    """Let the calling thread, and threads that it starts, run on these processors only. Empty: no change."""
+    if processors:
+        os.sched_setaffinity(0, processors)
 
 
 def usable_cores(allowed: Set[int], quota: float | None, siblings: Callable[[int], str]) -> tuple[int, str]:

@@ -139,6 +139,7 @@ class WorkerProcess:
             self._room.link.send(link.Stop())
             if not await asyncio.to_thread(self._room.engine.join, STOP_S):
                 log.error("%s: the engine's last step did not end within %.0f s", self.settings.worker_id, STOP_S)
+            await asyncio.to_thread(self._room.close)
             self.decode.close()
         for task in self._tasks:
             task.cancel()

@@ -23,7 +23,9 @@ class WorkerSettings(Section):
     cache: CacheConfig = CacheConfig()
     step: StepConfig = StepConfig()
     memory_bytes: int | None = None  # share of the machine or device; None: all that is available now
-    num_threads: int = 1
+    num_threads: int = 1  # of each rank
+    num_ranks: int = Field(1, ge=1, le=64)  # tensor-parallel: processes that split the model's layers
+    first_core: int | None = None  # the ranks' cores begin here, in the order of `machine.cores`; None: any cores
     gpu: int = 0  # index among the GPUs that the process sees
     host: str = "127.0.0.1"
     insecure: bool = False  # True: `host` may be an address that other machines can reach

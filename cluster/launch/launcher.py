@@ -73,6 +73,8 @@ def worker_settings(site: Site, member: ProcessPlan) -> WorkerSettings:
         step=config.step,
         memory_bytes=member.memory_bytes,
         num_threads=member.num_threads,
+        num_ranks=member.num_ranks,
+        first_core=member.first_core,
         insecure=config.router.insecure,
         metrics_port=member.metrics_port,
         metrics_keys=config.router.api_keys,

@@ -117,6 +117,8 @@ class ProcessLauncher:
         if member.kind == "worker":
             command += ["--role", str(member.role), "--worker-id", member.name]
             command += ["--router", self._site.internal_address, "--memory-bytes", str(member.memory_bytes)]
+            if member.first_core is not None:
+                command += ["--first-core", str(member.first_core)]
             command += ["--metrics-port", "none" if member.metrics_port is None else str(member.metrics_port)]
         return [*command, "--parent-pid", str(os.getpid())]
 

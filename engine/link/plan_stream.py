@@ -13,7 +13,8 @@ Sender and receiver remember the last step of each sequence. From it both derive
     whole      steps of sequences that the receiver does not know
     gone       slots that are free again: their sequence was in no plan for `MAX_ABSENT_STEPS`
 
-so a step of 128 decoding sequences costs about a kilobyte, however long they are. The idea is that of vLLM's
+and if all sequences are those of the message before, and expected, only their tokens and the blocks that were added
+(`Steady`). So a step of 128 decoding sequences costs half a kilobyte, however long they are. The idea is that of vLLM's
 `SchedulerOutput` (new requests in full, cached ones by their changes). Messages are numbered: a receiver that missed
 one says so, and the sender starts again with whole sequences (`reset`).
 """
@@ -26,6 +27,7 @@ from typing import Any
 from ...core.request import SequenceKey
 from ...kv.block import BlockId
 from ..plan import History, SequenceStep, StepPlan
+from .steady import STEADY, Steady
 from .wire import WireError, decode, encode
 
 MAX_ABSENT_STEPS = 32  # a sequence that was preempted may come back; its slot is kept for so many messages
@@ -47,22 +49,51 @@ class _Known:
 
 
 def expected_step(
-    last: SequenceStep, token_id: int, blocks: tuple[BlockId, ...], uses: tuple[int, ...]
+    last: SequenceStep, token_id: int, blocks: tuple[BlockId, ...] = (), uses: tuple[int, ...] = ()
 ) -> SequenceStep:
     """The next step of a decoding sequence: computes `token_id`, over the same blocks and those that were added."""
-    history = last.history
-    return SequenceStep(
-        key=last.key,
-        start=last.start + len(last.token_ids),
-        token_ids=(token_id,),
-        block_table=last.block_table + blocks if blocks else last.block_table,
-        generations=last.generations + uses if uses else last.generations,
-        samples=True,
-        params=last.params,
-        num_generated=last.num_generated + 1,
-        adapter_slot=last.adapter_slot,
-        history=None if history is None else History(history.prompt_ids, (*history.output_ids, token_id)),
+    key, start, ids, table, generations, _, params, number, _, _, adapter, _, _, history, _ = last
+    if blocks:
+        table += blocks
+    if uses:
+        generations += uses
+    if history is not None:
+        history = History(history.prompt_ids, (*history.output_ids, token_id))
+    # By keywords this takes three times as long, and a step has one per sequence.
+    rest = (False, None, adapter, None, (), history, ())
+    return SequenceStep._make((key, start + len(ids), (token_id,), table, generations, True, params, number + 1, *rest))
+
+
+def _is_expected(step: SequenceStep, last: SequenceStep) -> bool:
+    """True if `step` is surely `expected_step` after `last`, for its own token and without new blocks.
+
+    Compares objects by identity: a decoding sequence keeps its blocks and parameters from step to step.
+    """
+    _, start, ids, table, uses, samples, params, number, tail, place, adapter, mask, drafts, history, targets = step
+    _, last_start, last_ids, last_table, last_uses, _, last_params, last_number, _, _, last_adapter, _, _, past, _ = (
+        last
     )
+    return (
+        table is last_table
+        and uses is last_uses
+        and params is last_params
+        and start == last_start + len(last_ids)
+        and number == last_number + 1
+        and len(ids) == 1
+        and samples
+        and place is None
+        and mask is None
+        and adapter == last_adapter
+        and not (tail or drafts or targets)
+        and (history is past is None or _is_next(history, past, ids[0]))
+    )
+
+
+def _is_next(history: History | None, past: History | None, token_id: int) -> bool:
+    if history is None or past is None:
+        return False
+    outputs = history.output_ids
+    return history.prompt_ids is past.prompt_ids and outputs[-1:] == (token_id,) and outputs[:-1] == past.output_ids
 
 
 class PlanSender:
@@ -74,35 +105,51 @@ class PlanSender:
         self._free: list[int] = []
         self._num_slots = 0
         self._is_whole = True
+        self._last: list[_Known] = []  # sequences of the last message
+        self._steady = Steady()
 
     def reset(self) -> None:
         """Make the next message understandable without the ones before it."""
         self._known.clear()
         self._free.clear()
+        self._last = []
+        self._steady.set(())
         self._num_slots = 0
         self._is_whole = True
 
     def encode(self, plan: StepPlan) -> bytes:
         """The message of a plan. Receivers must get every message, in order."""
         self._message += 1
-        rows: list[int] = []
+        data = None if self._is_whole else self._steady.put(self._message, plan)
+        return self._put(plan) if data is None else data
+
+    def _put(self, plan: StepPlan) -> bytes:
+        for before, step in zip(self._last, self._steady.steps, strict=True):  # what steady messages have changed
+            before.step, before.message = step, self._message - 1
+        rows = []
         tokens: list[int] = []
         grown: list[int] = []  # slot, number of blocks, the blocks, their generations
         changed: list[object] = []
         whole: list[object] = []
         gone = self._forget()
+        find, message = self._known.get, self._message
         for step in plan.sequences:
-            known = self._known.get(step.key)
+            known = find(step[0])
             if known is None:
-                known = self._known[step.key] = _Known(self._take_slot(), step, self._message)
+                known = self._known[step.key] = _Known(self._take_slot(), step, message)
                 whole += (known.slot, step)
+            elif _is_expected(step, known.step):
+                tokens.append(step[2][0])
+                known.step, known.message = step, message
             else:
                 self._put_changes(known, step, tokens, grown, changed)
-                known.step, known.message = step, self._message
-            rows.append(known.slot)
-        parts = (tuple(rows), tuple(tokens), tuple(grown), tuple(changed), tuple(whole), gone)
-        data = encode((self._message, self._is_whole, plan.step, *parts))
-        self._is_whole = False
+                known.step, known.message = step, message
+            rows.append(known)
+        slots = tuple([known.slot for known in rows])
+        parts = (slots, tuple(tokens), tuple(grown), tuple(changed), tuple(whole), gone)
+        data = encode((message, self._is_whole, plan.step, *parts))
+        self._is_whole, self._last = False, rows
+        self._steady.set(plan.sequences)
         return data
 
     def _put_changes(
@@ -144,6 +191,8 @@ class PlanReceiver:
     def __init__(self) -> None:
         self._message: int | None = None
         self._steps: dict[int, SequenceStep] = {}  # by slot
+        self._rows: tuple[int, ...] = ()  # slots of the last message
+        self._steady = Steady()
 
     def decode(self, data: bytes) -> StepPlan:
         """The plan of a message.
@@ -152,24 +201,44 @@ class PlanReceiver:
             PlanGap: a message before this one is missing; nothing is understood until the sender resets.
             WireError: no sender of this release wrote these bytes.
         """
+        if data[:1] == STEADY:
+            return self._decode_steady(data)
         try:
             message, is_whole, number, *parts = decode(data)
         except (TypeError, ValueError) as error:
             raise error if isinstance(error, WireError) else WireError(f"not a plan: {error}") from None
         if is_whole:
-            self._steps = {}
-        elif self._message is None or message != self._message + 1:
-            raise PlanGap(f"plan message {message} follows {self._message or 'none'}; the sender must reset")
+            self._steps, self._rows = {}, ()
+            self._steady.set(())
+        else:
+            self._check_next(message)
         try:
             plan = StepPlan(number, tuple(self._apply(parts)))
         except (TypeError, ValueError, KeyError, IndexError, StopIteration, AttributeError) as error:
             self._message = None
             raise WireError(f"plan message {message} does not fit what came before it: {error!r}") from None
         self._message = message
+        self._steady.set(plan.sequences)
         return plan
+
+    def _decode_steady(self, data: bytes) -> StepPlan:
+        message = self._steady.message(data)
+        self._check_next(message)
+        try:
+            plan = self._steady.get(data)
+        except WireError:
+            self._message = None
+            raise
+        self._message = message
+        return plan
+
+    def _check_next(self, message: int) -> None:
+        if self._message is None or message != self._message + 1:
+            raise PlanGap(f"plan message {message} follows {self._message or 'none'}; the sender must reset")
 
     def _apply(self, parts: list[Any]) -> list[SequenceStep]:
         rows, tokens, grown, changed, whole, gone = parts
+        self._steps.update(zip(self._rows, self._steady.steps, strict=True))
         for slot in gone:
             del self._steps[slot]
         added = _growths(grown)
@@ -187,6 +256,7 @@ class PlanReceiver:
                 raise TypeError(f"slot {slot} holds {type(step).__name__}")
             self._steps[slot] = step
             steps.append(step)
+        self._rows = tuple(rows)
         return steps
 
 

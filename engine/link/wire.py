@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import struct
+from array import array
 from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any
@@ -19,6 +20,7 @@ from ...core.tally import Spread
 from ...kv.section import SectionData
 from ..link import messages as m
 from ..plan import History, SampledPlace, SequenceStep, StepPlan, StepResult
+from ..store_ops import FetchOp, ReadOp, SwapInOp, SwapOutOp, WriteOp
 
 CLASSES: tuple[Any, ...] = (
     *(m.Submit, m.CancelSequence, m.Bind, m.WriteKv, m.KvComplete, m.PrefillLocally, m.PeerBound, m.PeerNotYet),
@@ -27,6 +29,7 @@ CLASSES: tuple[Any, ...] = (
     *(m.BlocksFetched, m.Ended, m.CacheDelta, m.CacheSnapshot, m.LoadNews),
     *(SequenceKey, SamplingParams, TokenLogprobs, Spread, SectionData),
     *(History, SampledPlace, SequenceStep, StepPlan, StepResult),
+    *(ReadOp, WriteOp, FetchOp, SwapOutOp, SwapInOp),
 )
 ENUMS: tuple[type[Enum], ...] = (m.Source, FinishReason, Role)
 
@@ -39,6 +42,7 @@ _MEMBERS = [tuple(cls) for cls in ENUMS]
 _MEMBER_NUMBER = {member: (e, i) for e, members in enumerate(_MEMBERS) for i, member in enumerate(members)}
 _LENGTH = struct.Struct("<I")
 _REAL = struct.Struct("<d")
+assert array("I").itemsize == 4
 _LEAST_PACKED = 4  # shorter tuples are smaller without packing
 
 
@@ -113,9 +117,14 @@ def _put(value: Any, out: bytearray) -> None:
 
 
 def _put_tuple(values: tuple[Any, ...], out: bytearray) -> None:
-    if len(values) >= _LEAST_PACKED and set(map(type, values)) == {int} and 0 <= min(values) <= max(values) < 1 << 32:
-        _put_sized(b"p", np.array(values, dtype="<u4").tobytes(), out)
-        return
+    if len(values) >= _LEAST_PACKED and set(map(type, values)) == {int}:
+        try:
+            packed = array("I", values).tobytes()
+        except OverflowError:
+            pass
+        else:
+            _put_sized(b"p", packed, out)
+            return
     out += b"t" + _LENGTH.pack(len(values))
     for value in values:
         _put(value, out)
@@ -151,7 +160,9 @@ def _get_str(data: bytes, at: int) -> tuple[str, int]:
 
 def _get_packed(data: bytes, at: int) -> tuple[tuple[int, ...], int]:
     packed, end = _sized(data, at)
-    return tuple(np.frombuffer(packed, dtype="<u4").tolist()), end
+    values = array("I")
+    values.frombytes(packed)
+    return tuple(values), end
 
 
 def _get_many(data: bytes, at: int) -> tuple[list[Any], int]:

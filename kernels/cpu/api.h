@@ -6,6 +6,7 @@
 #include <cstdint>
 
 class Threads;  // threads.h
+class Group;    // group.h
 
 enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, FP8 = 3, CODED = 4 };
 enum Activation : int32_t { NO_ACTIVATION = -1, SILU = 0, GELU_TANH = 1 };
@@ -14,6 +15,10 @@ enum Activation : int32_t { NO_ACTIVATION = -1, SILU = 0, GELU_TANH = 1 };
 // A step then makes two calls: all layers for all rows, with KEYS_ONLY in the last one; then the last layer alone, with
 // QUERIES_ONLY, for the rows whose hidden state is read. Their keys and values are stored by then.
 enum LastLayer : int32_t { WHOLE = 0, KEYS_ONLY = 1, QUERIES_ONLY = 2 };
+
+// Failure of a call of a group: 1 + the rank that is gone, for this and all later calls; or GROUP_DIFFERS: the ranks made different
+// calls, and each of them got this answer.
+enum GroupFailure : int32_t { GROUP_DIFFERS = -1 };
 
 extern "C" {
 
@@ -89,6 +94,7 @@ struct Step {
     int32_t *refused, *non_finite;  // [rows]: scratch; sum over the layers (the caller writes zeros first)
     int32_t rows, kind, num_spans, hidden, heads, kv_heads, width, ffn, activation, half[2];
     int32_t last_layer;
+    Group* group;  // null: this rank holds the whole model. Else `output` and `down` give partial sums, added over the ranks
 };
 
 // Planes of one component [layers, num_blocks, heads, block_tokens, ...], the keys of its digests and where these are written.
@@ -169,7 +175,8 @@ void twostroke_write(Threads* threads, const StorePart* parts, int32_t num_parts
 // Attention of the spans' rows to the cache. Rows of `out` that belong to no span are left unchanged.
 void twostroke_attend(Threads* threads, const Attend* job);
 
-// All `count` layers over the rows of a step. Returns the number of vectors of keys and values that were not finite.
+// All `count` layers over the rows of a step. Returns the number of vectors of keys and values that were not finite; INT64_MIN +
+// 1 + a GroupFailure if the step's group failed: then the rows hold anything.
 int64_t twostroke_layers(Threads* threads, const Layer* layers, int32_t count, const Step* step);
 
 // Digests of `count` hash blocks. Number i begins at token offsets[i] of block blocks[i]; tokens[i] of its tokens are present.
@@ -181,5 +188,28 @@ void twostroke_digest(const SealedPlanes* planes, int32_t count, const int64_t* 
 // hash blocks per block] for which use of its block, and up to which token, each is sealed.
 void twostroke_seal(const SealedPlanes* planes, int32_t components, const HashBlock* sealed, int32_t count,
                     int32_t block_units, int64_t* generations, int64_t* tokens);
+
+// ---------------------------------------------------------------- ranks of one model on one machine
+
+// Bytes of the memory that the processes of `size` ranks share. It begins as zeros. slot_bytes: what one rank gives to a call at
+// once; larger calls take several turns.
+int64_t twostroke_group_bytes(int32_t size, int64_t slot_bytes);
+
+// Become a rank, once per rank and region. Every rank makes the same calls in the same order, from one thread at a time. A call waits
+// at most timeout_ms for the other ranks. A rank whose process shows no life for silence_ms is gone, also between calls.
+Group* twostroke_join_group(void* region, int32_t rank, int32_t size, int64_t slot_bytes, int32_t timeout_ms, int32_t silence_ms);
+void twostroke_leave_group(Group* group);
+
+// From any thread: declare a rank gone, which ends all waits of all ranks; the failure of the group, or 0.
+void twostroke_fail_group(Group* group, int32_t rank);
+int32_t twostroke_group_failure(Group* group);
+
+// The following return 0 or a GroupFailure.
+// x = sum of all ranks' x, added in float32 in the order of ranks and rounded once: FLOAT32 or BFLOAT16. threads may be null.
+int32_t twostroke_all_reduce(Group* group, Threads* threads, void* x, int64_t numbers, int32_t kind);
+// to [rows, ranks, row_bytes] = all ranks' from [rows, row_bytes]; row_bytes at most slot_bytes. to: null where it is not needed.
+int32_t twostroke_all_gather(Group* group, const void* from, int64_t rows, int64_t row_bytes, void* to);
+// all [ranks] = every rank's number.
+int32_t twostroke_agree(Group* group, int64_t mine, int64_t* all);
 
 }  // extern "C"

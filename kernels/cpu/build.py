@@ -37,6 +37,7 @@ SOURCES = tuple(  # longest compile first, so that all cores end together
         "head",
         "check",
         "layers",
+        "group",
         "digest",
     )
 )

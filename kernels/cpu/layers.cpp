@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "api.h"
+#include "group.h"
 #include "simd.h"
 #include "threads.h"
 
@@ -18,10 +19,12 @@ class Stack {
             const Layer& layer = layers[i];
             if (i + 1 == count && s_.last_layer == KEYS_ONLY) return keep(layer);
             attend(layer);
+            if (failure_) return;
             if (layer.after_attention.weight) norm(s_.delta, nullptr, layer.after_attention, s_.delta);
             norm(s_.x, s_.delta, layer.ffn_norm, s_.h);
             linear(layer.gate_up, s_.h, s_.hidden, s_.gated, s_.ffn, s_.activation);
-            linear(layer.down, s_.gated, s_.ffn, s_.delta, s_.hidden, NO_ACTIVATION);
+            add_up(layer.down, s_.gated, s_.ffn);
+            if (failure_) return;
             if (layer.after_ffn.weight) norm(s_.delta, nullptr, layer.after_ffn, s_.delta);
             if (i + 1 < count)
                 norm(s_.x, s_.delta, layers[i + 1].attention_norm, s_.h);
@@ -30,7 +33,7 @@ class Stack {
         }
     }
 
-    int64_t refused() const { return refused_; }
+    int64_t refused() const { return failure_ ? INT64_MIN + 1 + failure_ : refused_; }
 
    private:
     Rows rows(void* data, int64_t stride, int64_t first = 0) const {
@@ -43,6 +46,15 @@ class Stack {
     void linear(const Matrix& by, void* x, int in, void* out, int columns, int activation) {
         const Rows from = rows(x, in), to = rows(out, columns);
         twostroke_linear(threads_, &by, &from, &to, activation, columns, s_.scratch);
+    }
+    // delta = x times the matrix. With a group: the sum over its ranks, in float32 until it is rounded once.
+    void add_up(const Matrix& by, void* x, int in) {
+        if (!s_.group) return linear(by, x, in, s_.delta, s_.hidden, NO_ACTIVATION);
+        const int64_t numbers = (int64_t)s_.rows * s_.hidden;
+        float* partial = s_.group->partial(numbers);
+        const Rows from = rows(x, in), to{partial, s_.hidden, s_.rows, FLOAT32};
+        twostroke_linear(threads_, &by, &from, &to, NO_ACTIVATION, s_.hidden, s_.scratch);
+        failure_ = s_.group->sum(threads_, partial, s_.delta, numbers, s_.kind);
     }
 
     // Columns [first, first + columns) of a matrix; `first` is a multiple of 16.
@@ -87,7 +99,7 @@ class Stack {
         job.out = rows(s_.mixed, queries()), job.spans = s_.spans, job.num_parts = 1, job.num_spans = s_.num_spans;
         job.heads = s_.heads, job.window = layer.window, job.scale = layer.scale, job.softcap = layer.softcap;
         twostroke_attend(threads_, &job);
-        linear(layer.output, s_.mixed, queries(), s_.delta, s_.hidden, NO_ACTIVATION);
+        add_up(layer.output, s_.mixed, queries());
     }
 
     // Compute and store keys and values, without queries.
@@ -127,6 +139,7 @@ class Stack {
     Threads* threads_;
     const Step& s_;
     int64_t refused_ = 0;
+    int32_t failure_ = 0;  // of the group
 };
 
 }  // namespace

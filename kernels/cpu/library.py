@@ -16,6 +16,8 @@ from .build import built_library
 FLOAT32, BFLOAT16, INT8, FP8, CODED = range(5)
 WHOLE, KEYS_ONLY, QUERIES_ONLY = range(3)  # part of the last layer that a call computes
 NO_ACTIVATION, SILU, GELU_TANH = range(-1, 2)
+GROUP_DIFFERS = -1  # failure of a group's call; others are 1 + the rank that is gone
+GROUP_FAILED = 1 - (1 << 63)  # plus such a failure: the answer of `layers` when its group failed
 LANES = 16  # columns per panel
 ALIGNMENT = 64
 
@@ -129,6 +131,7 @@ class Step(ctypes.Structure):
         ("activation", c_int32),
         ("half", c_int32 * 2),
         ("last_layer", c_int32),
+        ("group", c_void_p),
     )
 
 
@@ -176,6 +179,14 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "layers": (c_int64, (c_void_p, POINTER(Layer), c_int32, POINTER(Step))),
     "digest": (None, (POINTER(SealedPlanes), c_int32, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p)),
     "seal": (None, (POINTER(SealedPlanes), c_int32, c_void_p, c_int32, c_int32, c_void_p, c_void_p)),
+    "group_bytes": (c_int64, (c_int32, c_int64)),
+    "join_group": (c_void_p, (c_void_p, c_int32, c_int32, c_int64, c_int32, c_int32)),
+    "leave_group": (None, (c_void_p,)),
+    "fail_group": (None, (c_void_p, c_int32)),
+    "group_failure": (c_int32, (c_void_p,)),
+    "all_reduce": (c_int32, (c_void_p, c_void_p, c_void_p, c_int64, c_int32)),
+    "all_gather": (c_int32, (c_void_p, c_void_p, c_int64, c_int64, c_void_p)),
+    "agree": (c_int32, (c_void_p, c_int64, c_void_p)),
     "self_check": (c_int32, ()),
 }
 

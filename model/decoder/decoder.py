@@ -60,8 +60,7 @@ class Decoder:
         tables = (rotary_table(rope, max_model_len) for rope in spec.ropes)
         self._tables = [(cos.to(ops.device), sin.to(ops.device)) for cos, sin in tables]
         self._ranks = collectives
-        # TODO: several ranks run op by op until native.Step takes a sum over ranks, to be called after output and down.
-        self._stack = NativeStack.make(spec, weights, ops) if collectives.size == 1 else None
+        self._stack = NativeStack.make(spec, weights, ops, collectives)
         self._kinds = [_attention_kind(spec, layer.window) for layer in spec.layers]
 
     @property
@@ -75,7 +74,10 @@ class Decoder:
         x = self._embed(batch.token_ids)  # [rows, hidden]
         angles = [tuple(t.index_select(0, batch.positions) for t in table) for table in self._tables]
         if self._stack is not None:
-            return Hidden(x, *self._stack.run(x, angles, batch, store))
+            non_finite, refused = self._stack.run(x, angles, batch, store)
+            if self._ranks.size == 1:
+                return Hidden(x, non_finite, refused)
+            return Hidden(x, self._ranks.all_reduce(non_finite))
         rotations = [Rotation(batch.positions, *table) for table in self._tables]
         births = store.births(batch.slots)
         non_finite = torch.zeros(len(x), dtype=torch.int32, device=x.device)
@@ -86,9 +88,9 @@ class Decoder:
                 ops, cos, sin, store.planes(index), batch.slots, batch.attention, self._kinds[index],
                 index, rotations[shape.rope], births,
             )  # fmt: skip
-            delta, refused = self._attend(h, layer.attention, step)
+            delta, counts = self._attend(h, layer.attention, step)
             delta = self._ranks.all_reduce(delta)
-            non_finite += refused
+            non_finite += counts
             if layer.after_attention is not None:
                 delta = ops.rms_norm(delta, layer.after_attention)
             x, h = ops.add_rms_norm(x, delta, layer.ffn_norm)

@@ -2,6 +2,9 @@
 
 Serves models whose layers all have plain attention and a dense gate; other models run op by op. Both give the same
 bits. During the call the GIL is free for the worker's face.
+
+A rank of a `SharedMemoryGroup` adds its partial results to those of the others inside the call. They stay float32 until
+they are added, so there the bits are not those of op by op, which rounds them first.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ from ...kv.store.store import KvStore
 from ..batch import StepBatch
 from ..ops.native_ops import ACTIVATIONS, KINDS, NativeOps, PackedLinear, StepSpans, address, native_plane, single_rows
 from ..ops.seam import Linear, Norm, Ops
+from ..parallel.collectives import ONE_RANK, Collectives
+from ..parallel.shared_group import SharedMemoryGroup
 from ..weights.weights import DenseWeights, LayerWeights, PlainWeights, Weights
 
 _MAX_ROPES = 2
@@ -40,7 +45,8 @@ class _Rows(NamedTuple):
 class NativeStack:
     """All layers of one model, created by `make`. For one caller at a time."""
 
-    def __init__(self, spec: ModelSpec, weights: Weights, ops: NativeOps) -> None:
+    def __init__(self, spec: ModelSpec, weights: Weights, ops: NativeOps, group: SharedMemoryGroup | None) -> None:
+        self._group = group
         self._spec = spec
         self._weights = weights
         self._ops = ops
@@ -52,15 +58,21 @@ class NativeStack:
         self._layers: WeakKeyDictionary[KvStore, ctypes.Array[native.Layer]] = WeakKeyDictionary()
 
     @staticmethod
-    def make(spec: ModelSpec, weights: Weights, ops: Ops) -> NativeStack | None:
-        """The stack of a model; None for other ops, or for a model with layers of another kind."""
+    def make(spec: ModelSpec, weights: Weights, ops: Ops, collectives: Collectives = ONE_RANK) -> NativeStack | None:
+        """The stack of a model; None for other ops, for a model with layers of another kind, or another kind of group.
+
+        `collectives`: if it has several ranks, `spec` and `weights` are the rank's.
+        """
+        group = collectives if isinstance(collectives, SharedMemoryGroup) else None
+        if group is None and collectives.size > 1:
+            return None
         if not isinstance(ops, NativeOps) or not isinstance(spec.attention, PlainAttention):
             return None
         ffns = {layer.ffn for layer in spec.layers}
         if len(ffns) > 1 or not isinstance(ffns.pop(), DenseFfn) or len(spec.ropes) > _MAX_ROPES:
             return None
         takes = {part.dtype for layer in weights.layers for part in _linears(layer)}
-        return NativeStack(spec, weights, ops) if takes == {ops.dtype} else None
+        return NativeStack(spec, weights, ops, group) if takes == {ops.dtype} else None
 
     def run(self, x: Tensor, angles: Angles, batch: StepBatch, store: KvStore) -> tuple[Tensor, int]:
         """Run all layers over rows x [rows, hidden], in place: x becomes the residual stream.
@@ -107,10 +119,15 @@ class NativeStack:
             kind=KINDS[x.dtype], num_spans=spans.count, hidden=spec.hidden_size, heads=attention.num_heads,
             kv_heads=attention.num_kv_heads, width=attention.head_dim, ffn=ffn.width,
             activation=ACTIVATIONS[spec.activation], last_layer=last_layer,
+            group=None if self._group is None else self._group.address,
         )  # fmt: skip
         for i, (cos, sin) in enumerate(rows.angles):
             step.cos[i], step.sin[i], step.half[i] = cos.data_ptr(), sin.data_ptr(), cos.shape[1]
-        return self._ops.run_layers(layers, step)
+        num_refused = self._ops.run_layers(layers, step)
+        if num_refused < 0:
+            assert self._group is not None, "only a group fails"
+            self._group.check(num_refused - native.GROUP_FAILED)
+        return num_refused
 
     def _room(self, count: int, widths: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Buffers [count, width] for each width, valid until the next call. Memory grows to the largest step's."""

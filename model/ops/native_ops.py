@@ -183,7 +183,10 @@ class NativeOps:
         return self._scratch.data_ptr()
 
     def run_layers(self, layers: ctypes.Array[native.Layer], step: native.Step) -> int:
-        """Run all layers over a step; returns the number of vectors of keys and values that were not finite."""
+        """Run all layers over a step; returns the number of vectors of keys and values that were not finite.
+
+        Below zero, if the step's group failed: `native.GROUP_FAILED` plus the failure.
+        """
         return int(self._library.layers(self._threads, layers, len(layers), step))
 
     def head(self, x: Tensor, norm: Norm, packed: Linear) -> Logits:

@@ -17,10 +17,6 @@ import torch
 from torch import Tensor
 
 
-class RankLost(RuntimeError):
-    """A rank of the group ended, or did not answer in time. The group cannot be used any more."""
-
-
 class Collectives(Protocol):
     """One rank's end of a group. To be used by one thread at a time, which is the thread of the steps."""
 

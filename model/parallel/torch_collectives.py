@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from ...checkpoint.shards import Shard
-from .collectives import RankLost, ordered_sum
+from ...core.errors import RankLost
+from .collectives import ordered_sum
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...core.errors import RankLost, RanksDiffer
 from ...core.request import SequenceKey, TokenLogprobs
 from ...engine.plan import SequenceStep, StepPlan
 from ..batch import StepBatch
@@ -43,8 +44,16 @@ class StepSampler:
     """
 
     def __init__(
-        self, vocab_size: int, eos_ids: Sequence[int], to_logits: ToLogits, extremes: Callable[[F32], Extremes]
+        self,
+        vocab_size: int,
+        eos_ids: Sequence[int],
+        to_logits: ToLogits,
+        extremes: Callable[[F32], Extremes],
+        *,
+        draws: bool = True,
     ) -> None:
+        """`draws` False: compute the logits as for sampling, and draw no token, for ranks that only take part."""
+        self._draws = draws
         self._sampler = Sampler(eos_ids, extremes)
         self._scorer = Scorer()
         self._to_logits = to_logits
@@ -60,11 +69,15 @@ class StepSampler:
             if step.targets and step.key not in bad:
                 try:
                     self._score(step, rows[batch.first_rows[i] :], bad, spoken)
+                except (RankLost, RanksDiffer):
+                    raise  # the fault of no sequence
                 except Exception as error:
                     _fail(step.key, error, spoken)
         if not batch.sampled:
             return spoken
         logits = self._to_logits(batch.spoken(rows))
+        if not self._draws:
+            return spoken
         draws = [_draw(plan.sequences[i], last[i]) for i in batch.sampled]
         tokens = self._sampler.sample(logits.rows.numpy()[: len(draws)], draws, logits.extremes)
         for i, sampled in zip(batch.sampled, tokens, strict=True):
@@ -93,7 +106,8 @@ class StepSampler:
             if not (-least.max() < float("inf") and greatest.max() < float("inf")):
                 bad.add(step.key)
                 return
-            scores += self._scorer.score(logits, targets, num_top, greatest)
+            if self._draws:
+                scores += self._scorer.score(logits, targets, num_top, greatest)
         spoken.prompt_logprobs[step.key] = tuple(scores)
 
 

@@ -28,7 +28,7 @@ ROOMS = {
 # Whole folders, without the files that drive them.
 PURE_FOLDERS = {
     "engine": {"loop.py"},
-    "engine/link": {"client.py", "process_link.py", "thread_link.py"},
+    "engine/link": {"client.py", "process_link.py", "rank_link.py", "thread_link.py"},
     "kv/cache": set(),
     "kv/handover": {"driver.py"},
     "router/requests": {"decision_log.py", "dispatch.py", "flow.py"},

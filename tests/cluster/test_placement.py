@@ -3,7 +3,7 @@
 import pytest
 
 from twostroke.cluster.config import load_config
-from twostroke.cluster.placement import ModelFacts, place
+from twostroke.cluster.placement import RANK_BYTES, ROUTER_BYTES, ModelFacts, place
 from twostroke.core.errors import ConfigError, DoesNotFit
 from twostroke.core.request import Role
 from twostroke.kv.sizing import MemoryFacts, size_pool
@@ -96,3 +96,40 @@ def test_swap_space_is_taken_from_the_same_memory_and_counted_in_blocks():
 def test_a_swap_space_that_holds_no_block_is_refused():
     with pytest.raises(DoesNotFit, match=r"cache.swap_space is 1,000 bytes and one KV block takes 1,056,768"):
         size_pool(SPEC, 16, None, 0.5, MemoryFacts(20 << 30, 16 << 30, 1000))
+
+
+# ---------------------------------------------------------------- tensor-parallel ranks
+
+
+def test_cores_are_shared_out_to_ranks_and_memory_to_workers():
+    flags = {"cluster.prefill": 1, "cluster.decode": 2, "cluster.tensor_parallel_size": 2}
+    memory = (120 << 30) + ROUTER_BYTES + 3 * RANK_BYTES
+    plan = place(load_config(flags=flags), MachineFacts(num_cores=13, memory_bytes=memory), MODEL)
+    assert [(m.num_ranks, m.num_threads, m.first_core) for m in plan.workers] == [(2, 2, 0), (2, 2, 4), (2, 2, 8)]
+    assert {m.memory_bytes for m in plan.workers} == {40 << 30}
+    (reason,) = (d.reason for d in plan.decisions if d.setting == "step.num_threads")
+    assert reason == "13 cores ÷ 6 ranks of 3 workers"
+
+
+def test_ranks_that_outnumber_the_cores_are_not_bound_to_any():
+    config = load_config(flags={"cluster.prefill": 0, "cluster.tensor_parallel_size": 4})
+    (worker,) = place(config, MachineFacts(2, 200 << 30), MODEL).workers
+    assert (worker.num_ranks, worker.num_threads, worker.first_core) == (4, 1, None)
+    (alone,) = place(load_config(flags={"cluster.prefill": 0}), MachineFacts(2, 200 << 30), MODEL).workers
+    assert (alone.num_ranks, alone.num_threads, alone.first_core) == (1, 2, None)
+
+
+def test_a_role_may_have_ranks_of_its_own_where_bits_may_differ():
+    flags = {"cluster.tensor_parallel_size": 2, "cluster.prefill_tp": 4}
+    with pytest.raises(ConfigError, match=r"prefill workers have 4 .* and decode workers 2.*deterministic"):
+        place(load_config(flags=flags), MachineFacts(8, 200 << 30), MODEL)
+    free = load_config(flags=flags | {"model.deterministic": False})
+    assert [m.num_ranks for m in place(free, MachineFacts(8, 200 << 30), MODEL).workers] == [4, 2]
+    alone = load_config(flags={"cluster.prefill": 0, "cluster.decode_tp": 3})
+    assert [m.num_ranks for m in place(alone, MachineFacts(8, 200 << 30), MODEL).workers] == [3]
+
+
+def test_gpus_have_one_rank_each():
+    config = load_config(flags={"cluster.tensor_parallel_size": 2})
+    with pytest.raises(ConfigError, match="must be 1 on GPUs"):
+        place(config, MachineFacts(8, 8 << 30, (80 << 30,)), MODEL)

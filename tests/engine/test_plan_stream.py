@@ -5,14 +5,13 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.plans import PARAMS, WITH_PAST, Life
 
 from twostroke.core.request import SamplingParams, SequenceKey
 from twostroke.engine.link.plan_stream import MAX_ABSENT_STEPS, PlanGap, PlanReceiver, PlanSender
+from twostroke.engine.link.steady import STEADY
 from twostroke.engine.link.wire import WireError, decode, encode
-from twostroke.engine.plan import History, SampledPlace, SequenceStep, StepPlan
-
-PARAMS = SamplingParams(100, 0.7, seed=3, stop=("é",))
-WITH_PAST = SamplingParams(100, 0.7, repetition_penalty=1.2)
+from twostroke.engine.plan import History, SequenceStep, StepPlan
 
 
 def decode_step(
@@ -64,6 +63,7 @@ def test_a_sequence_that_pauses_is_known_for_a_while_and_whole_again_afterwards(
             data = sender.encode(plan)
             assert receiver.decode(data) == plan
         assert (b"paused" in data) == is_whole
+        assert b"other" not in data
 
 
 def test_slots_of_sequences_that_are_gone_are_used_again():
@@ -123,44 +123,6 @@ def test_a_message_with_an_unknown_field_is_refused():
         receiver.decode(encode((2, False, 2, (0,), (11,), (), (0, {"no_field": 1}), (), ())))
 
 
-class Life:
-    """A sequence that may do at any step whatever a scheduler does with one."""
-
-    def __init__(self, name: str, draw: random.Random) -> None:
-        self._draw, self.key = draw, SequenceKey(name, draw.randrange(3))
-        self.params = draw.choice([PARAMS, WITH_PAST])
-        self.start, self.generated, self.table, self.uses = 0, 0, (), ()
-
-    def step(self) -> SequenceStep:
-        draw = self._draw
-        size = 1 if self.generated else draw.choice([1, 16, 33])
-        if draw.random() < 0.1:  # preempted, then computed again in other blocks
-            self.start, self.table, self.uses = draw.choice([0, 16]), (), ()
-        count = (self.start + size) // 16 + 1
-        more = max(count - len(self.table), 0)
-        self.table += tuple(draw.randrange(1 << 20) for _ in range(more))
-        self.uses += tuple(draw.randrange(1 << 33) for _ in range(more))
-        if self.table and draw.random() < 0.05:  # the last block was shared and is another one now
-            self.table = (*self.table[:-1], draw.randrange(1 << 20))
-        samples = draw.random() < 0.7
-        past = History(tuple(range(5)), tuple(range(self.generated))) if self.params.needs_history and samples else None
-        made = SequenceStep(
-            *(self.key, self.start, tuple(draw.randrange(1 << 17) for _ in range(size)), self.table[:count]),
-            *(self.uses[:count], samples, self.params, self.generated),
-            seals_tail=draw.random() < 0.1,
-            from_place=SampledPlace(draw.randrange(9), 0) if draw.random() < 0.05 else None,
-            adapter_slot=draw.choice([0, 0, 0, 2]),
-            logits_mask=b"\xff\x01" if draw.random() < 0.05 else None,
-            draft_ids=(4, 5) if draw.random() < 0.05 else (),
-            history=past,
-            targets=(1, 2) if draw.random() < 0.05 else (),
-        )
-        self.start, self.generated = self.start + size, self.generated + samples
-        if draw.random() < 0.05:
-            self.params = draw.choice([PARAMS, WITH_PAST])
-        return made
-
-
 @pytest.mark.parametrize("seed", range(60))
 def test_any_plans_arrive_as_they_were_sent_at_any_number_of_ranks(seed: int):
     draw = random.Random(seed)
@@ -180,3 +142,78 @@ def test_any_plans_arrive_as_they_were_sent_at_any_number_of_ranks(seed: int):
         assert [rank.decode(data) for rank in ranks] == [plan, plan]
         if not is_late:
             assert late.decode(data) == plan
+
+
+def steady(step: int, num_sequences: int = 20) -> StepPlan:
+    """Decodes whose tables grow at different steps."""
+    return StepPlan(step, tuple(decode_step(f"r{n}", 100 + n + step, 1 + step) for n in range(num_sequences)))
+
+
+def test_a_plan_of_decodes_alone_costs_a_word_per_sequence():
+    sender, receiver = PlanSender(), PlanReceiver()
+    tables: list[dict] = []
+    for step in range(100):
+        plan = steady(step)
+        if step:  # objects that did not change are the same ones, as a scheduler has them
+            again = [
+                each._replace(block_table=old.block_table, generations=old.generations)
+                if each.block_table == old.block_table
+                else each
+                for each, old in zip(plan.sequences, tables[-1].sequences, strict=True)
+            ]
+            plan = StepPlan(step, tuple(again))
+        tables.append(plan)
+        data = sender.encode(plan)
+        assert receiver.decode(data) == plan
+        assert step == 0 or data.startswith(STEADY)
+        assert step == 0 or len(data) <= 40 + 4 * 20 + 2 * 32
+
+
+@pytest.mark.parametrize("change", ["absent", "order", "table", "generation", "params", "number", "large"])
+def test_a_plan_that_only_looks_like_decodes_alone_arrives_too(change: str):
+    sender, receiver = PlanSender(), PlanReceiver()
+    for step in range(3):
+        assert receiver.decode(sender.encode(steady(step))) == steady(step)
+    rows = list(steady(3).sequences)
+    first = rows[0]
+    other = {
+        "absent": [],
+        "order": [rows[1], first],
+        "table": [first._replace(block_table=(7, *first.block_table[1:])), rows[1]],
+        "generation": [first._replace(generations=(7, *first.generations[1:])), rows[1]],
+        "params": [first._replace(params=WITH_PAST), rows[1]],
+        "number": [first._replace(num_generated=9), rows[1]],
+        "large": [first._replace(token_ids=(1 << 40,)), rows[1]],
+    }
+    plan = StepPlan(3, tuple(other[change] + rows[2:]))
+    data = sender.encode(plan)
+    assert not data.startswith(STEADY)
+    assert receiver.decode(data) == plan
+    following = StepPlan(4, tuple(steady(4).sequences))
+    assert receiver.decode(sender.encode(following)) == following
+
+
+@pytest.mark.parametrize("bad", ["cut", "long", "count", "growth", "row", "repeated"])
+def test_a_damaged_plan_of_decodes_alone_is_refused(bad: str):
+    sender, receiver = PlanSender(), PlanReceiver()
+    for step in range(12):
+        data = sender.encode(steady(step))
+        assert receiver.decode(data) == steady(step)
+    data = sender.encode(steady(12))
+    grown = 1 + 8 + 8 + 4
+    assert data.startswith(STEADY)
+    assert data[-32:-24] != bytes(8)  # it ends with a growth of one block
+    changed = {
+        "cut": data[:-1],
+        "long": data + b"\0",
+        "count": data[: grown - 4] + bytes([1]) + data[grown - 3 :],
+        "growth": data[:-24] + bytes([9]) + data[-23:],
+        "row": data[:-32] + bytes([200]) + data[-31:],
+        "repeated": data,
+    }
+    if bad == "repeated":
+        receiver.decode(data)
+    with pytest.raises(WireError):
+        receiver.decode(changed[bad])
+    sender.reset()
+    assert receiver.decode(sender.encode(steady(13))) == steady(13)

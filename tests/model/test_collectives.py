@@ -8,7 +8,8 @@ import torch
 from torch.distributed import HashStore
 
 from twostroke.checkpoint.shards import Shard
-from twostroke.model.parallel.collectives import ONE_RANK, RankLost, ordered_sum
+from twostroke.core.errors import RankLost
+from twostroke.model.parallel.collectives import ONE_RANK, ordered_sum
 from twostroke.model.parallel.torch_collectives import TorchCollectives, join_gloo
 
 

@@ -235,7 +235,7 @@ _TASTE = [
 
 _PLANS = [
     Mutant("engine/link/plan_stream.py", "        gone = self._forget()\n", "        gone = ()\n"),
-    Mutant("engine/link/plan_stream.py", "known.step, known.message = step, self._message", "known.step = step"),
+    Mutant("engine/link/plan_stream.py", "before.step, before.message = step, self._message - 1", "before.step = step"),
     Mutant("engine/link/plan_stream.py", "or message != self._message + 1", ""),
     Mutant("engine/link/plan_stream.py", "        self._is_whole = True\n\n    def encode", "\n    def encode"),
     Mutant(
@@ -245,6 +245,26 @@ _PLANS = [
         survives="a growth that does not fit is overruled by the changed field: more bytes, the same plan",
     ),
     Mutant("engine/link/plan_stream.py", "        self._free += slots\n", ""),
+    Mutant("engine/link/steady.py", "if not now or now[0] != last[0]:", "if not now:"),
+    Mutant("engine/link/steady.py", "            or params != last[6]\n", ""),
+    Mutant("engine/link/steady.py", "            or list(starts) != _next_starts(last)\n", ""),
+    Mutant("engine/link/steady.py", "or list(numbers) != [number + 1 for number in last[7]]", ""),
+    Mutant("engine/link/steady.py", "table[:count] != before or now[:used] != past or ", ""),
+    Mutant("engine/link/steady.py", " or num_tokens != len(self._steps):", ":"),
+    Mutant("engine/link/rank_link.py", "        if zlib.crc32(body) != checksum:\n", "        if False:\n"),
+    Mutant("engine/link/rank_link.py", "        if number != self._number + 1:\n", "        if False:\n"),
+    Mutant(
+        "engine/link/rank_link.py", "body, self._unread = whole[:size], whole[size:]", 'body, self._unread = whole, b""'
+    ),
+    Mutant("worker/rank_work.py", "        _tell_failure(group)\n        raise", "        raise"),
+    Mutant("worker/rank_work.py", "    if _DAMAGED in found:\n", "    if False:\n"),
+    Mutant(
+        "worker/rank_work.py",
+        "            history = history._replace(output_ids=(*history.output_ids, first))\n",
+        "            pass\n",
+    ),
+    Mutant("kv/slices.py", "head_start=start - component.first_head,", "head_start=start,"),
+    Mutant("kv/slices.py", "if rank % component.holders == 0]", "]"),
 ]
 
 MUTANTS = [*_ENGINE, *_AROUND, *_TASTE, *_PLANS]

@@ -14,10 +14,11 @@ from twostroke.checkpoint.config import KernelsChoice
 from twostroke.checkpoint.config_json import load_spec
 from twostroke.checkpoint.shards import Shard, shard_spec
 from twostroke.checkpoint.spec import DType, Quantization
+from twostroke.core.errors import RankLost
 from twostroke.kv.store.store import KvStore
 from twostroke.model.decoder.decoder import Decoder
 from twostroke.model.loader import make_ops, torch_dtype
-from twostroke.model.parallel.collectives import ONE_RANK, Collectives, RankLost, ordered_sum
+from twostroke.model.parallel.collectives import ONE_RANK, Collectives, ordered_sum
 from twostroke.model.weights.rank_source import cut_source
 from twostroke.model.weights.tensors import open_source
 from twostroke.model.weights.weights import load_weights
@@ -105,9 +106,10 @@ def make_ranks(
     kernels: KernelsChoice = "torch",
     quantization: Quantization = "none",
     max_model_len: int | None = None,
+    group: ThreadGroup | None = None,
 ) -> Ranks:
     """Hands of all ranks over a checkpoint, with poisoned stores."""
-    spec, group = load_spec(path), ThreadGroup(size)
+    spec, group = load_spec(path), group or ThreadGroup(size)
     hands = []
     for end in group.ends():
         rank = shard_spec(spec, Shard(end.rank, end.size))

@@ -8,35 +8,13 @@ import textwrap
 
 import grpc.aio
 import pytest
+from support.worker_main import MAIN, settings_for
 
-from twostroke.checkpoint.config import ModelConfig
 from twostroke.checkpoint.layout import weight_bytes
 from twostroke.core.errors import ConfigError, DoesNotFit
 from twostroke.core.request import Role
 from twostroke.kv.config import CacheConfig
 from twostroke.worker.process import WorkerProcess
-from twostroke.worker.settings import WorkerSettings
-
-MAIN = textwrap.dedent("""
-    import logging, sys
-    logging.basicConfig(level=logging.INFO, stream=sys.stdout)
-    from twostroke.worker.settings import WorkerSettings
-    from twostroke.worker.process import run_worker
-    run_worker(WorkerSettings.model_validate_json(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else None)
-""")
-
-
-def settings_for(checkpoint, **changes):
-    return WorkerSettings(
-        worker_id="w",
-        role=Role.COMBINED,
-        model_directory=str(checkpoint),
-        model_name="tiny",
-        model=ModelConfig(path=str(checkpoint), **changes.pop("model", {})),
-        cluster_key="a key of the tests",
-        drain_timeout_s=5.0,
-        **changes,
-    )
 
 
 async def spawn(checkpoint, *arguments):
