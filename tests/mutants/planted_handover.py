@@ -57,7 +57,7 @@ _HANDOVER = [
     ),
     Mutant(
         "kv/handover/receiver.py",
-        "        return [self._send(pb.SlotFree(count=1), now_s)]\n\n    def cancel",
+        "        return [self._free(slot, now_s)]\n\n    def cancel",
         "        return []\n\n    def cancel",
     ),
     Mutant(
