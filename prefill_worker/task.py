@@ -60,7 +60,7 @@ class PrefillTask:
     ) -> None:
         """`memory`: the peer's ring that the sender shares; closed at the end of the hand-over."""
         self.sender = sender
-        self._memory = memory
+        self.memory = memory
         self._slots: dict[tuple[int, int], int] = {}  # of the ring, by the range that is read into it
         self._submit = submit
         self._host = host
@@ -226,21 +226,21 @@ class PrefillTask:
     def _read(self, token_start: int, token_count: int) -> None:
         """Have the engine read planes, into their slot if they have one."""
         slot = self._slots.get((token_start, token_count))
-        into = None if slot is None or self._memory is None else PlaneBuffer(self._memory.slot(slot))
+        into = None if slot is None or self.memory is None else PlaneBuffer(self.memory.slot(slot))
         self._tools.dispatcher.send(link.ReadKv(self.key, token_start, token_count, into))
 
     def _close_memory(self) -> None:
-        if self._memory is not None:
-            self._memory.close()
-            self._memory = None
+        if self.memory is not None:
+            self.memory.close()
+            self.memory = None
 
     def _frame(self, action: SendFrame) -> bytes:
         place = action.token_start, action.token_count
         sections, slot = self._planes.pop(place), None
         if action.slot is not None:
-            assert self._memory is not None, "a frame leaves after the end"
+            assert self.memory is not None, "a frame leaves after the end"
             del self._slots[place]
-            slot = PlaneSlot(action.slot, self._memory.slot(action.slot))
+            slot = PlaneSlot(action.slot, self.memory.slot(action.slot))
         label = FrameLabel(
             self.sender.label, action.sequence, self._tools.numerics_class, action.token_start, action.token_count
         )
