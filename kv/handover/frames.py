@@ -25,7 +25,8 @@ from ...protos import handover_pb2 as pb
 from ...protos import worker_pb2
 from ..block import IDENTITY_BYTES
 from ..codec import Codec, payload_bytes, scale_bytes
-from ..digest import frame_digests, places
+from ..digest import places
+from ..frame_digest import section_digests
 from ..section import PLANE_ALIGNMENT, SectionData
 from ..spec import COMPONENT_NUMBERS, HASH_BLOCK_TOKENS, KvSpec
 from .machine import Label
@@ -378,7 +379,7 @@ def damaged_ranges(
         heads = section.head_start + np.arange(section.head_count)
         blocks = first + np.arange(len(bad))
         place = places(layers[:, None, None], COMPONENT_NUMBERS[section.component], heads[:, None], blocks)
-        found = frame_digests(section.payload, section.scales, place, key, HASH_BLOCK_TOKENS)
+        found = section_digests(section.payload, section.scales, place, key)
         bad |= (found != section.digests).any(axis=(0, 1))
     edges = np.flatnonzero(np.diff(bad, prepend=False, append=False)).reshape(-1, 2)
     stop = token_start + token_count
