@@ -1,6 +1,7 @@
-"""The hand-over between two worker processes, beside a bare gRPC stream and a bare TCP socket, in GB/s.
+"""The hand-over between two worker processes over both plane channels, beside bare transports, in GB/s.
 
-A random model that caches much and computes little is served by one decode worker per cache codec and one prefill
+A random model that caches much and computes little is served by two decode workers per cache codec (one takes planes
+over gRPC, one through shared memory) and one prefill
 worker per codec and frame size. The prefill workers hold the prompt in their prefix cache, the decode workers keep
 none: so every request moves the prompt's whole KV, and computes its last block only. Everything else is production:
 store, seals, digests on both sides, envelopes, credits, gRPC, session.
@@ -40,6 +41,7 @@ from twostroke.kv.spec import CODEC_NAMES, HASH_BLOCK_TOKENS, KvSpec, attention_
 from twostroke.kv.store.store import KvStore
 from twostroke.worker.settings import WorkerSettings
 
+TRANSPORTS = ("grpc", "shm")
 SHAPE = CacheShape(layers=4, kv_heads=8, head_dim=128)
 VOCABULARY = 4000
 KEY = 0x9E3779B97F4A7C15
@@ -68,10 +70,13 @@ class Case:
 class Rounds:
     """GB/s (1e9 bytes) of each round of one case."""
 
-    handover: list[float] = field(default_factory=list)  # planes ready → last frame stored
+    handover: list[float] = field(default_factory=list)  # over gRPC: planes ready → last frame stored
     whole: list[float] = field(default_factory=list)  # bound → last frame stored: with the last block's step
     grpc: list[float] = field(default_factory=list)
     tcp: list[float] = field(default_factory=list)
+    shared: list[float] = field(default_factory=list)  # as `handover` and `whole`, through shared memory
+    shared_whole: list[float] = field(default_factory=list)
+    copy: list[float] = field(default_factory=list)  # into shared memory by one process, out of it by another
 
 
 def spec_of(codec: str) -> KvSpec:
@@ -88,20 +93,25 @@ class Cluster:
     def __init__(self, directory: Path, cases: list[Case], prompt_tokens: int) -> None:
         self._directory = directory
         self._pool_tokens = prompt_tokens + prompt_tokens // 4 + 256
-        self._prefill_by_case = {case: self._child(Role.PREFILL, case) for case in cases}
-        one_by_codec = {case.codec: case for case in cases}  # a decode worker takes frames of any size
-        self._decode_by_codec = {codec: self._child(Role.DECODE, case) for codec, case in one_by_codec.items()}
-        self._hands: dict[str, Hand] = {}
+        self._prefill_by_case = {case: self._child(Role.PREFILL, case, "auto") for case in cases}
+        largest = {case.codec: case for case in sorted(cases, key=lambda case: case.frame_bytes)}
+        self._decode_by_channel = {
+            (codec, transport): self._child(Role.DECODE, case, transport)
+            for codec, case in largest.items()  # a decode worker takes frames of any size
+            for transport in TRANSPORTS
+        }
+        self._hands: dict[tuple[str, str], Hand] = {}
 
-    def _child(self, role: Role, case: Case) -> WorkerChild:
+    def _child(self, role: Role, case: Case, transport: str) -> WorkerChild:
         cache = CacheConfig(
             dtype=case.codec,  # type: ignore[arg-type]
             tokens=self._pool_tokens,
             prefix_caching=role is Role.PREFILL,
             frame_bytes=case.frame_bytes,
+            transport=transport,  # type: ignore[arg-type]
         )
         settings = WorkerSettings(
-            worker_id=f"{role.value}-{case.codec}-{case.frame_tokens}",
+            worker_id=f"{role.value}-{case.codec}-{case.frame_tokens}-{transport}",
             role=role,
             model_directory=str(self._directory),
             model_name="bench",
@@ -115,8 +125,8 @@ class Cluster:
 
     async def __aenter__(self) -> Cluster:
         await asyncio.gather(*(child.serving() for child in self._children()))
-        for codec, child in self._decode_by_codec.items():
-            self._hands[codec] = await Hand(child).__aenter__()
+        for channel, child in self._decode_by_channel.items():
+            self._hands[channel] = await Hand(child).__aenter__()
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -127,16 +137,17 @@ class Cluster:
         for child in self._children():
             child.stop()
 
-    async def move(self, case: Case, prompt: list[int], *, is_warm: bool) -> tuple[int, float, float]:
+    async def move(self, case: Case, transport: str, prompt: list[int], *, is_warm: bool) -> tuple[int, float, float]:
         """One hand-over: bytes moved, and seconds from when the planes were ready and from bound to the last frame.
 
         Raises:
-            RuntimeError: `is_warm`, and not all of the prompt travelled, or some of it was computed.
+            RuntimeError: `is_warm`, and not all of the prompt travelled so, or some of it was computed.
         """
-        end = await self._hands[case.codec].generate(prompt, self._prefill_by_case[case], max_tokens=2)
+        end = await self._hands[case.codec, transport].generate(prompt, self._prefill_by_case[case], max_tokens=2)
         report, line = end.handover, timeline_of(end)
         computed = len(prompt) - report.prefill_cached_tokens
-        if is_warm and (report.tokens_moved != len(prompt) or computed > HASH_BLOCK_TOKENS):
+        is_whole = report.transport == transport and report.tokens_moved == len(prompt)
+        if is_warm and (not is_whole or computed > HASH_BLOCK_TOKENS):
             raise RuntimeError(f"not a hand-over from the prefix cache: {report}")
         bound_s, first_s, last_s = (line.at_s(i) for i in (Instant.BOUND, Instant.FIRST_FRAME, Instant.LAST_FRAME))
         assert bound_s is not None and first_s is not None and last_s is not None, "a hand-over took place"  # noqa: PT018
@@ -151,12 +162,12 @@ class Cluster:
         async def fill_codec(codec: str) -> None:
             for case in self._prefill_by_case:
                 if case.codec == codec:
-                    await self.move(case, prompt, is_warm=False)
+                    await self.move(case, TRANSPORTS[0], prompt, is_warm=False)
 
-        await asyncio.gather(*map(fill_codec, self._decode_by_codec))
+        await asyncio.gather(*map(fill_codec, {case.codec for case in self._prefill_by_case}))
 
     def _children(self) -> list[WorkerChild]:
-        return [*self._prefill_by_case.values(), *self._decode_by_codec.values()]
+        return [*self._prefill_by_case.values(), *self._decode_by_channel.values()]
 
 
 async def run(cases: list[Case], prompt_tokens: int, num_rounds: int) -> dict[Case, Rounds]:
@@ -172,17 +183,22 @@ async def run(cases: list[Case], prompt_tokens: int, num_rounds: int) -> dict[Ca
                 await cluster.fill(prompt)
                 for number in range(-1, num_rounds):  # round -1 warms channels and caches up and is not counted
                     for case in cases:
-                        moved, ready_s, bound_s = await cluster.move(case, prompt, is_warm=True)
+                        moved, ready_s, bound_s = await cluster.move(case, "grpc", prompt, is_warm=True)
+                        _, shared_s, shared_bound_s = await cluster.move(case, "shm", prompt, is_warm=True)
                         count = -(-moved // case.frame_bytes)
                         total = count * case.frame_bytes
                         grpc_s = await loopback.grpc_s(case.frame_bytes, count)
                         tcp_s = loopback.tcp_s(case.frame_bytes, count)
+                        copy_s = loopback.copy_s(case.frame_bytes, count)
                         if number >= 0:
                             rounds = results[case]
                             rounds.handover.append(moved / ready_s / 1e9)
                             rounds.whole.append(moved / bound_s / 1e9)
                             rounds.grpc.append(total / grpc_s / 1e9)
                             rounds.tcp.append(total / tcp_s / 1e9)
+                            rounds.shared.append(moved / shared_s / 1e9)
+                            rounds.shared_whole.append(moved / shared_bound_s / 1e9)
+                            rounds.copy.append(total / copy_s / 1e9)
         finally:
             cluster.stop()
     return results
@@ -236,7 +252,7 @@ def page(results: dict[Case, Rounds], parts: dict[Case, dict[str, list[float]]],
     """Both tables, with what they mean."""
     rows = []
     for case, r in results.items():
-        middle = statistics.median(r.handover)
+        middle, shared = statistics.median(r.handover), statistics.median(r.shared)
         rows.append(
             [
                 case.codec,
@@ -246,10 +262,14 @@ def page(results: dict[Case, Rounds], parts: dict[Case, dict[str, list[float]]],
                 spread(r.grpc),
                 spread(r.tcp),
                 f"{middle / statistics.median(r.grpc):.0%}",
-                f"{middle / statistics.median(r.tcp):.0%}",
+                spread(r.shared),
+                spread(r.shared_whole),
+                spread(r.copy),
+                f"{shared / statistics.median(r.copy):.0%}",
             ]
         )
-    headings = ["cache", "frame", "hand-over", "from bound", "bare gRPC", "bare TCP", "of gRPC", "of TCP"]
+    headings = ["cache", "frame", "gRPC", "from bound", "bare gRPC", "bare TCP", "of bare gRPC"]
+    headings += ["shared memory", "from bound", "bare copy", "of copy"]
     names = list(next(iter(parts.values())))
     stage_rows = [
         [case.codec, f"{case.frame_bytes / 2**20:.2f} MiB", *(spread(p[n]) for n in names)] for case, p in parts.items()
@@ -257,10 +277,12 @@ def page(results: dict[Case, Rounds], parts: dict[Case, dict[str, list[float]]],
     return (
         f"GB/s (1e9 bytes), median (range) of {len(next(iter(results.values())).tcp)} interleaved rounds. Two worker "
         f"processes; a prompt of {prompt_tokens} tokens whose KV the prefill worker holds; {SHAPE.layers} layers of "
-        f"{SHAPE.kv_heads} KV heads of {SHAPE.head_dim}. *hand-over*: from when the planes are ready on the prefill "
-        "worker until the last frame is verified and stored on the decode worker. *from bound*: from when decode has "
+        f"{SHAPE.kv_heads} KV heads of {SHAPE.head_dim}. *gRPC* and *shared memory*: a hand-over, from "
+        "when the planes are ready on the prefill worker until the last frame is verified and stored on the decode "
+        "worker. *from bound*: from when decode has "
         "bound blocks; the step over the prompt's last block comes before the frames and counts. The bare streams move "
-        "the same messages between two processes, and do nothing with them.\n\n"
+        "the same messages between two processes, and do nothing with them; *bare copy*: one process copies them into "
+        "shared memory while another copies them out.\n\n"
         f"{table(headings, rows)}\n\n"
         "Each stage alone, in one process on one thread. A worker's stages run in its engine (store), its loop "
         "(frames) and a pool of threads (digests), side by side where cores allow.\n\n"
@@ -284,7 +306,7 @@ def main() -> None:
         "prompt_tokens": given.prompt_tokens,
         "cases": [
             {"codec": c.codec, "frame_bytes": c.frame_bytes, "stages": parts[c]}
-            | {name: getattr(r, name) for name in ("handover", "whole", "grpc", "tcp")}
+            | {name: getattr(r, name) for name in Rounds.__dataclass_fields__}
             for c, r in results.items()
         ],
     }

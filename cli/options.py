@@ -24,6 +24,8 @@ SETTING_BY_FLAG = {
     "kv_cache_tokens": "cache.tokens",
     "kv_cache_memory_fraction": "cache.memory_fraction",
     "swap_space": "cache.swap_space",
+    "kv_transport": "cache.transport",
+    "require_kv_transport": "cache.require_transport",
     "max_num_seqs": "step.max_num_seqs",
     "max_num_batched_tokens": "step.max_num_batched_tokens",
     "threads": "step.num_threads",
@@ -77,6 +79,13 @@ KvCacheMemoryFraction = Annotated[
 SwapSpace = Annotated[
     float | None,
     typer.Option(help="GiB of host memory per worker for preempted sequences' KV. Default: 0, they are recomputed."),
+]
+KvTransport = Annotated[
+    str | None,
+    typer.Option(help="Of hand-overs: auto, grpc, or shm, shared memory between workers of one host."),
+]
+RequireKvTransport = Annotated[
+    bool | None, typer.Option("--require-kv-transport", help="Refuse a hand-over that would use less than it.")
 ]
 MaxNumSeqs = Annotated[int | None, typer.Option(help="Most sequences per step.")]
 MaxNumBatchedTokens = Annotated[int | None, typer.Option(help="Most tokens per step: the prefill chunk.")]

@@ -52,6 +52,8 @@ def serve(
     kv_cache_tokens: o.KvCacheTokens = None,
     kv_cache_memory_fraction: o.KvCacheMemoryFraction = None,
     swap_space: o.SwapSpace = None,
+    kv_transport: o.KvTransport = None,
+    require_kv_transport: o.RequireKvTransport = None,
     threads: o.Threads = None,
     insecure: o.Insecure = None,
     strict: o.Strict = None,

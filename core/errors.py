@@ -146,6 +146,12 @@ class Unavailable(TwostrokeError):
     grpc_status = "UNAVAILABLE"
 
 
+class TransportUnavailable(Unavailable):
+    """A hand-over would use less than the transport that the configuration requires. The message names the reason."""
+
+    code = "kv_transport_unavailable"
+
+
 class WorkerLost(Unavailable):
     """The worker of this request died or fell silent, and no other worker could continue it."""
 

@@ -134,7 +134,9 @@ BLOCK_REUSE_GAP = Metric(
 COUNTED_BY_ENGINES = {
     PREEMPTIONS: ("preemptions",),
     CORRUPTED: ("ended_non_finite_kv",),
-    HANDOVER_FAILURES: tuple(f"handover_lost_{end}" for end in ("failed", "closed", "silent", "protocol", "corrupted")),
+    HANDOVER_FAILURES: tuple(
+        f"handover_lost_{end}" for end in ("failed", "closed", "silent", "protocol", "corrupted", "transport")
+    ),
     HANDOVER_EXPIRED: ("handover_aborted_silent",),
     HANDOVER_GARBLED: ("handover_garbled",),
 }
@@ -157,6 +159,8 @@ HANDOVER_STREAMS = {
     "frame_bytes": _of_handovers(
         "frame_bytes", "Bytes of these frames: planes and scales where they are sent, with headers where they arrive"
     ),
+    "shared_frames": _of_handovers("shared_frames", "Frames of these whose planes went through shared memory"),
+    "shared_bytes": _of_handovers("shared_bytes", "Bytes of the frames whose planes went through shared memory"),
     "duplicates": _of_handovers("duplicates", "Messages dropped because their sequence had been seen"),
     "stale": _of_handovers("stale", "Messages dropped because they are of an older dispatch"),
     "gaps": _of_handovers("gaps", "Missing sequences; each ended its hand-over"),

@@ -21,11 +21,12 @@ from ..kv.handover.carrier import Carrier, Check, CheckLine, StreamHost
 from ..kv.handover.exported import CountersExport
 from ..kv.handover.frames import Frame, WireError, decode_envelope, encode_message, verify_frame
 from ..kv.handover.machine import Action, AskBind, Close, Complete, GotFirstToken, HandoverEnd, Lost, Send, Write
+from ..kv.handover.plane_channel import SHM, LentRing, RingPool
 from ..kv.handover.receiver import FrameArrived, Receiver
 from ..kv.messages import adopt_instants
 from ..kv.spec import HASH_BLOCK_TOKENS, KvSpec
 from ..protos import handover_pb2
-from .speed import Arrival, HandoverSpeed
+from .speed import Arrival, HandoverSpeed, rate_of
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class KvPullTools:
     counters: Counter[str]
     speed: HandoverSpeed = field(default_factory=HandoverSpeed)
     ended: Callable[[Life], None] = forget  # called for every run that is over
+    rings: RingPool | None = None  # shared memory for peers on this host; None: all planes come over the stream
 
 
 class PullOwner(Protocol):
@@ -69,9 +71,19 @@ class KvPull:
     """One hand-over, from the order to the machine's end. The host reads the stream; all calls come on its loop."""
 
     def __init__(
-        self, receiver: Receiver, host: StreamHost, engine_key: SequenceKey, owner: PullOwner, tools: KvPullTools
+        self,
+        receiver: Receiver,
+        host: StreamHost,
+        engine_key: SequenceKey,
+        owner: PullOwner,
+        tools: KvPullTools,
+        *,
+        ring: LentRing | None = None,
     ) -> None:
+        """`ring`: the shared memory that the receiver's order offers."""
         self.receiver = receiver
+        self.transport_reason = ""  # why the peer does not use the ring
+        self.bytes_per_s = 0.0  # of the frames that came after the prompt was computed
         self.timeline = Timeline()  # ours and the peer's instants of this hand-over
         self.prefill_cached_tokens = 0
         self.refetched_blocks = 0  # hash blocks
@@ -79,6 +91,7 @@ class KvPull:
         self._engine_key = engine_key
         self._owner = owner
         self._tools = tools
+        self._ring = ring
         self._arrivals: list[Arrival] = []
         self._frame: Frame | None = None  # the one that the machine is handling
         self._opened_at_s = host.now_s()
@@ -105,6 +118,7 @@ class KvPull:
     def cancel(self, reason: str) -> None:
         """End the hand-over; its result is no longer wanted."""
         self._carrier.do(self.receiver.cancel(reason, self._host.now_s()))
+        self._give_back()  # also if the stream was closed before, and no action follows
 
     # ------------------------------------------------------------------ the stream
 
@@ -114,11 +128,12 @@ class KvPull:
     def _take(self, envelope: bytes | None) -> Check | None:
         """Handle one envelope, after all earlier ones. A frame returns a check of its digests first."""
         now_s = self._host.now_s()
-        if envelope is None:
+        if envelope is None or self.receiver.is_over:
             self._carrier.do(self.receiver.closed(now_s))
             return None
+        ring = self._ring if self.receiver.transport == SHM else None
         try:
-            received = decode_envelope(envelope)
+            received = decode_envelope(envelope, memory=None if ring is None else ring.memory)
             if isinstance(received, handover_pb2.HandoverUp):
                 raise WireError("a message of the other direction")
         except WireError as error:
@@ -126,9 +141,12 @@ class KvPull:
             self._carrier.do(self.receiver.garbled(now_s, str(error)))
             return None
         if isinstance(received, Frame):
-            return self._check_of(received, len(envelope))
+            in_slot = 0 if received.slot is None else len(received.planes)
+            return self._check_of(received, len(envelope) + in_slot)
         self._note(received)
         self._carrier.do(self.receiver.on_message(received, now_s))
+        if received.HasField("started") and self.receiver.transport != SHM:
+            self._give_back(is_orderly=True)  # the peer has not mapped it
         return None
 
     def _check_of(self, frame: Frame, size_bytes: int) -> Check | None:
@@ -157,6 +175,7 @@ class KvPull:
         body = message.WhichOneof("body")
         if body == "started":
             self.prefill_cached_tokens = message.started.cached_tokens
+            self.transport_reason = message.started.transport_reason
         elif body == "first_token":
             adopt_instants(self.timeline, message.first_token.timeline, self._opened_at_s)
         elif body == "done":
@@ -183,15 +202,31 @@ class KvPull:
                 prefilled_s = self.timeline.at_s(Instant.PREFILLED)
                 if prefilled_s is not None:
                     self._tools.speed.observe(self._arrivals, prefilled_s)
+                    self.bytes_per_s = rate_of(self._arrivals, prefilled_s)
+                self._give_back(is_orderly=self.receiver.is_orderly)
                 self._owner.pull_completed()
             case Lost(reason):
                 self._tools.counters[f"handover_lost_{reason.value}"] += 1
+                self._give_back()
                 self._owner.pull_lost(action)
             case Close(now):
                 self._host.close(now=now)
             case _:
                 raise AssertionError(action)
 
+    def _give_back(self, *, is_orderly: bool = False) -> None:
+        """Give the ring back; only the first call of a hand-over has an effect."""
+        if self._ring is not None:
+            self._ring.give_back(is_orderly=is_orderly)
+            self._ring = None
 
-REFUSALS = (HandoverEnd.FAILED, HandoverEnd.CLOSED, HandoverEnd.SILENT, HandoverEnd.PROTOCOL, HandoverEnd.CORRUPTED)
+
+REFUSALS = (
+    HandoverEnd.FAILED,
+    HandoverEnd.CLOSED,
+    HandoverEnd.SILENT,
+    HandoverEnd.PROTOCOL,
+    HandoverEnd.CORRUPTED,
+    HandoverEnd.TRANSPORT,
+)
 """Ends of a hand-over after which another peer or this worker may prefill. The other ends also end the request."""

@@ -39,6 +39,9 @@ class HandoverTotals:
     tokens_asked: int = 0  # of a peer
     tokens_moved: int = 0
     bytes_moved: int = 0
+    transport: str = "none"  # of the last hand-over that moved bytes
+    transport_reason: str = ""
+    bytes_per_s: float = 0.0
     prefill_cached_tokens: int = 0
     refetched_blocks: int = 0
     recomputed_tokens: int = 0
@@ -49,6 +52,9 @@ class HandoverTotals:
         """Add the counts of a hand-over, complete or lost."""
         counters = pull.receiver.counters
         self.bytes_moved += counters.frame_bytes
+        if counters.frame_bytes:
+            self.transport = pull.receiver.transport
+            self.transport_reason, self.bytes_per_s = pull.transport_reason, pull.bytes_per_s
         self.tokens_moved += max(0, pull.receiver.stored_upto - self.tokens_held)
         self.refetched_blocks += pull.refetched_blocks
         self.prefill_cached_tokens = pull.prefill_cached_tokens
@@ -147,7 +153,9 @@ def _error_of(event: link.Ended) -> TwostrokeError:
 def _handover(told: HandoverTotals, spec: KvSpec) -> worker_pb2.HandoverReport:
     return worker_pb2.HandoverReport(
         prefill_worker=told.prefill_worker if told.is_complete else "",
-        transport="grpc" if told.bytes_moved else "none",
+        transport=told.transport,
+        transport_reason=told.transport_reason,
+        bytes_per_s=told.bytes_per_s,
         bytes_moved=told.bytes_moved,
         bytes_as_bf16=told.tokens_moved * spec.bf16_bytes_per_token,
         tokens_moved=told.tokens_moved,

@@ -16,6 +16,13 @@ class Arrival(NamedTuple):
     num_bytes: int
 
 
+def rate_of(arrivals: Iterable[Arrival], prefilled_s: float) -> float:
+    """Bytes per second of the frames that came after the prompt was computed; 0.0 if these are too few to tell."""
+    late = [arrival for arrival in arrivals if arrival.at_s > prefilled_s]
+    num_bytes = sum(arrival.num_bytes for arrival in late)
+    return num_bytes / (late[-1].at_s - prefilled_s) if num_bytes >= _MIN_SAMPLE_BYTES else 0.0
+
+
 class HandoverSpeed:
     """Moving average of bytes per second after the prompt was computed; 0.0 before the first sample.
 
@@ -27,9 +34,7 @@ class HandoverSpeed:
 
     def observe(self, arrivals: Iterable[Arrival], prefilled_s: float) -> None:
         """Add a complete hand-over; the peer had computed its prompt at `prefilled_s` of our clock."""
-        late = [arrival for arrival in arrivals if arrival.at_s > prefilled_s]
-        num_bytes = sum(arrival.num_bytes for arrival in late)
-        if num_bytes < _MIN_SAMPLE_BYTES:
+        rate = rate_of(arrivals, prefilled_s)
+        if not rate:
             return
-        rate = num_bytes / (late[-1].at_s - prefilled_s)
         self.bytes_per_s = (1 - _WEIGHT) * self.bytes_per_s + _WEIGHT * rate if self.bytes_per_s else rate

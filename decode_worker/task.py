@@ -15,6 +15,7 @@ from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..core.errors import TransportUnavailable
 from ..core.request import FinishReason, SequenceKey
 from ..core.timeline import Instant, Timeline
 from ..engine.facts import FaceFacts
@@ -23,6 +24,7 @@ from ..engine.link.client import SequenceEvent
 from ..kv.handover.carrier import StreamHost
 from ..kv.handover.driver import ClientDriver
 from ..kv.handover.machine import HANDOVER, GotFirstToken, Label, Lost
+from ..kv.handover.plane_channel import SHM, LentRing
 from ..kv.handover.receiver import Receiver
 from ..kv.handover.transports.grpc import Channels
 from ..kv.messages import sampling_to_wire, scope_to_wire, spec_to_wire
@@ -162,16 +164,21 @@ class DecodeTask:
     def _pull_from_next(self) -> None:
         peer = self._peers.pop(0)
         order, tools = self.order, self._tools
+        policy, rings = tools.facts.transport, tools.pull.rings
+        ring = rings.take(peer.address) if rings is not None and policy.may_share else None
+        if ring is None and policy.required == SHM:
+            self._go_local("no_shared_memory", self._held_tokens, None)
+            return
         label = Label(order.key.request_id, order.key.choice, order.epoch)
         now_s = tools.pull.clock.now_s()
-        receiver = Receiver(label, self._open(now_s), tools.pull.timing, self._deadline_s, now_s)
+        receiver = Receiver(label, self._open(now_s, ring), tools.pull.timing, self._deadline_s, now_s)
         self.told.prefill_worker = peer.worker_id
         self.told.tokens_asked = len(order.prompt_ids) - self._held_tokens
         self._pull_waits = False
         host = tools.connect(order.engine_key, peer.address)
-        self._pull = KvPull(receiver, host, order.engine_key, self, tools.pull)
+        self._pull = KvPull(receiver, host, order.engine_key, self, tools.pull, ring=ring)
 
-    def _open(self, now_s: float) -> handover_pb2.Open:
+    def _open(self, now_s: float, ring: LentRing | None) -> handover_pb2.Open:
         order, facts = self.order, self._tools.facts
         return handover_pb2.Open(
             prompt_ids=order.prompt_ids,
@@ -188,6 +195,8 @@ class DecodeTask:
             priority=order.priority,
             emitted_tokens=order.num_emitted,
             identity_root=order.prompt.names.root,
+            shared_memory=None if ring is None else ring.memory.offer(),
+            required_transport=facts.transport.required,
         )
 
     def bind_wanted(self) -> None:
@@ -226,7 +235,9 @@ class DecodeTask:
         if lost.reason in REFUSALS and is_untouched and self._peers:
             self._pull_from_next()
         elif lost.reason in REFUSALS:
+            is_by_transport = lost.error_code == TransportUnavailable.code
             reason = "peer_refused" if lost.error_code else f"peer_{lost.reason.value}"
+            reason = "peer_transport" if is_by_transport else reason
             self._go_local(reason, lost.stored_upto, lost.first_token)
         # else: the request's own deadline; the engine's clock ends it
 

@@ -212,7 +212,7 @@ class Commands:
             self._lives.outbox.append(KvRead(command.key, command.token_start, command.token_count, None))
             return
         table = self._lives.holdings.table(sequence, end)
-        self._lives.outbox.append(ReadOp(command.key, command.token_start, command.token_count, *table))
+        self._lives.outbox.append(ReadOp(command.key, command.token_start, command.token_count, *table, command.into))
 
     def fetch(self, command: FetchBlocks) -> None:
         """Read the planes of the longest leading part of a chain that is held here."""

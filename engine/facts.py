@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..core.errors import ContextLengthExceeded, InvalidRequest
 from ..core.request import SamplingParams
+from ..kv.handover.plane_channel import TransportPolicy
 from ..kv.keys import PromptHasher
 from ..kv.spec import KvSpec
 
@@ -81,3 +82,4 @@ class FaceFacts:
     frame_slots: int  # frames under way per hand-over
     max_num_seqs: int
     max_batch_tokens: int
+    transport: TransportPolicy = field(default_factory=TransportPolicy)  # of planes

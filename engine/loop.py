@@ -57,7 +57,7 @@ class EngineStore:
 
     def read(self, op: ReadOp | FetchOp) -> tuple[SectionData, ...]:
         """Implements `Store.read`."""
-        return self._store.read_tokens(_held(op))
+        return self._store.read_tokens(_held(op), op.into if isinstance(op, ReadOp) else None)
 
     def write(self, op: WriteOp) -> None:
         """Implements `Store.write`."""

@@ -12,7 +12,7 @@ from ..core.request import SequenceKey
 from ..kv.block import BlockId
 
 if TYPE_CHECKING:
-    from ..kv.section import SectionData
+    from ..kv.section import PlaneBuffer, SectionData
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,7 @@ class ReadOp:
     token_count: int
     block_table: tuple[BlockId, ...]  # of the sequence, from its first token on
     generations: tuple[int, ...]
+    into: PlaneBuffer | None = None  # memory for the planes; None: new memory
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ..core.config import Section
 
@@ -38,6 +38,29 @@ class CacheConfig(Section):
     prefix_caching: bool = Field(True, description="keep finished blocks findable by the prompts that come later")
     frame_bytes: int = Field(1 << 20, ge=4096, le=16 << 20, description="planes per hand-over frame, at most")
     frame_slots: int = Field(8, ge=1, le=256, description="frames under way per hand-over")
+    transport: Literal["auto", "grpc", "shm"] = Field(
+        "auto",
+        description="of hand-overs: shm is shared memory between workers of one host; auto: shm where it can be, else "
+        "grpc",
+    )
+    require_transport: bool = Field(False, description="refuse a hand-over that would use less than transport")
+    ring_bytes: int = Field(
+        64 << 20,
+        ge=0,
+        le=64 << 30,
+        description="shared memory per worker for hand-overs to it; those beyond it go through grpc",
+    )
+
+    @model_validator(mode="after")
+    def _requires_something(self) -> CacheConfig:
+        if self.require_transport and self.transport == "auto":
+            raise ValueError("require_transport needs a transport that is not auto: --kv-transport shm")
+        return self
+
+    @property
+    def shared_bytes(self) -> int:
+        """Most shared memory of a worker's hand-overs."""
+        return 0 if self.transport == "grpc" else self.ring_bytes
 
     @property
     def swap_bytes(self) -> int:

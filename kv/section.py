@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .block import BlockId
+
+PLANE_ALIGNMENT = 16  # bytes, of every plane in a frame
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +32,33 @@ class HeldTokens:
         return self.start + self.count
 
 
+class PlaneBuffer:
+    """Memory that receives the planes of one range, each behind the one before and aligned to 16 bytes."""
+
+    def __init__(self, memory: memoryview) -> None:
+        self._memory = memory
+        self._end = 0
+
+    def take(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+        """Take the place of the next plane: uint8 of `shape`, not initialised.
+
+        Raises:
+            ValueError: it does not fit the rest of the memory.
+        """
+        start = self._end + -self._end % PLANE_ALIGNMENT
+        size = prod(shape)
+        if start + size > len(self._memory):
+            raise ValueError(f"planes of {start + size} bytes for a buffer of {len(self._memory)}")
+        self._end = start + size
+        return np.frombuffer(self._memory, np.uint8, size, start).reshape(shape)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class SectionData:
-    """Bytes and digests of one component for a range of layers, heads and tokens. Arrays may view an envelope."""
+    """Bytes and digests of one component for a range of layers, heads and tokens.
+
+    Arrays may view an envelope or a slot of shared memory.
+    """
 
     group: str
     component: str

@@ -17,7 +17,8 @@ class MemoryFacts:
     memory_bytes: int  # this worker's share of the device or machine
     weight_bytes: int
     swap_bytes: int = 0  # for preempted sequences' blocks
-    swaps_elsewhere: bool = False  # swap space is in another memory than the pool: the host's, for a GPU
+    swaps_elsewhere: bool = False  # swap space and rings are in another memory than the pool: the host's, for a GPU
+    ring_bytes: int = 0  # shared memory of hand-overs
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +53,16 @@ def size_pool(spec: KvSpec, block_tokens: int, max_tokens: int | None, fraction:
             "give it more GiB, or 0 for none"
         )
     swap_bytes = 0 if facts.swaps_elsewhere else facts.swap_bytes
-    left = facts.memory_bytes - facts.weight_bytes - swap_bytes
+    ring_bytes = 0 if facts.swaps_elsewhere else facts.ring_bytes
+    left = facts.memory_bytes - facts.weight_bytes - swap_bytes - ring_bytes
     by_memory = int(max(0, left) * fraction) // block_bytes
     by_tokens = None if max_tokens is None else max_tokens // block_tokens
     num_blocks = min(by_memory, MAX_POOL_BLOCKS) if by_tokens is None else min(by_memory, by_tokens, MAX_POOL_BLOCKS)
     limit = "no token limit" if by_tokens is None else f"at most {max_tokens:,} tokens = {by_tokens:,} blocks"
     swap = f" − swap space {_mib(swap_bytes)}" if swap_bytes else ""
+    rings = f" − hand-over rings {_mib(ring_bytes)}" if ring_bytes else ""
     arithmetic = (
-        f"memory {_mib(facts.memory_bytes)} − weights {_mib(facts.weight_bytes)}{swap} = {_mib(left)}; "
+        f"memory {_mib(facts.memory_bytes)} − weights {_mib(facts.weight_bytes)}{swap}{rings} = {_mib(left)}; "
         f"× {fraction:g} ÷ ({spec.bytes_per_token:,} bytes/token × {block_tokens} tokens/block) "
         f"= {by_memory:,} blocks; "
         f"{limit}"
@@ -67,7 +70,7 @@ def size_pool(spec: KvSpec, block_tokens: int, max_tokens: int | None, fraction:
     if num_blocks < 1:
         raise DoesNotFit(
             f"no KV block fits: {arithmetic}. Use a smaller model or dtype, fewer workers, a larger "
-            "cache.memory_fraction, less cache.swap_space, or more cache.tokens"
+            "cache.memory_fraction, less cache.swap_space or cache.ring_bytes, or more cache.tokens"
         )
     return PoolSize(num_blocks, block_tokens, num_blocks * block_bytes, arithmetic, num_swap_blocks)
 

@@ -6,14 +6,15 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 
-from ..core.errors import InvalidRequest, Overloaded, TwostrokeError, Unavailable
+from ..core.errors import InvalidRequest, Overloaded, TransportUnavailable, TwostrokeError, Unavailable
 from ..core.request import Role, SequenceKey
 from ..engine.facts import FaceFacts
 from ..engine.link import messages as link
 from ..kv.handover.carrier import StreamHost
 from ..kv.handover.driver import Driver
-from ..kv.handover.frames import WireError, decode_envelope, encode_message, tokens_per_frame
+from ..kv.handover.frames import WireError, decode_envelope, encode_message, tokens_per_frame, tokens_per_slot
 from ..kv.handover.machine import HANDOVER, Label
+from ..kv.handover.plane_channel import GRPC, PlaneMemory, UnusableMemory
 from ..kv.handover.sender import Sender, refuse
 from ..kv.handover.transports.grpc import ByteStream, ServerContext, ServerStream
 from ..kv.messages import error_to_wire, sampling_from_wire, scope_from_wire, spec_from_wire
@@ -140,7 +141,41 @@ class PrefillService:
         frame_tokens = tokens_per_frame(facts.model.kv_spec, facts.frame_bytes)
         sender = Sender(message, frame_tokens, facts.frame_slots, tools.timing, now_s)
         self._check_compatible(sender.order)
-        return PrefillTask(sender, self._submit(sender, now_s), host, tools)
+        submit = self._submit(sender, now_s)
+        return PrefillTask(sender, submit, host, tools, self._share(sender, frame_tokens))
+
+    def _share(self, sender: Sender, frame_tokens: int) -> PlaneMemory | None:
+        """Map the peer's ring, and have the sender use it; None: planes travel over the stream.
+
+        Raises:
+            TransportUnavailable: the peer or this worker requires more than there is.
+        """
+        order = sender.order
+        required = {order.required_transport, self._facts.transport.required} - {""}
+        try:
+            memory = self._mapped(order)
+        except UnusableMemory as error:
+            if required - {GRPC}:
+                raise TransportUnavailable(
+                    f"{', '.join(sorted(required))} is required for KV, and cannot be used: {error}",
+                    param="required_transport",
+                    retry_after_s=RETRY_S,
+                ) from None
+            sender.decline(str(error))
+            return None
+        tokens = tokens_per_slot(self._facts.model.kv_spec, memory.slot_bytes)
+        sender.share(memory.slots, min(frame_tokens, tokens))
+        return memory
+
+    def _mapped(self, order: handover_pb2.Open) -> PlaneMemory:
+        if not order.HasField("shared_memory"):
+            raise UnusableMemory("the peer offers no shared memory")
+        if not self._facts.transport.may_share or self._tools.open_memory is None:
+            raise UnusableMemory("this prefill worker's cache.transport is grpc")
+        size = order.shared_memory.slot_bytes
+        if not tokens_per_slot(self._facts.model.kv_spec, size):
+            raise UnusableMemory(f"slots of {size} bytes hold no hash block")
+        return self._tools.open_memory(order.shared_memory)
 
     def _check_compatible(self, order: handover_pb2.Open) -> None:
         model = self._facts.model

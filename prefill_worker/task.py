@@ -21,9 +21,10 @@ from ..kv.handover.carrier import Carrier, Check, CheckLine, StreamHost
 from ..kv.handover.exported import CountersExport
 from ..kv.handover.frames import FrameLabel, WireError, decode_envelope, encode_frame, encode_message, verify_sections
 from ..kv.handover.machine import Abort, Action, Close, EngineBound, EngineNotYet, Read, ReleaseBlocks, Send, SendFrame
+from ..kv.handover.plane_channel import OpenMemory, PlaneMemory, PlaneSlot
 from ..kv.handover.sender import Sender
 from ..kv.messages import error_to_wire, instants_to_wire, logprobs_to_wire
-from ..kv.section import SectionData
+from ..kv.section import PlaneBuffer, SectionData
 from ..protos import handover_pb2
 
 log = logging.getLogger(__name__)
@@ -43,13 +44,24 @@ class PrefillTaskTools:
     clock: Clock
     counters: Counter[str]
     ended: Callable[[Life], None] = forget  # called for every job that is over
+    open_memory: OpenMemory | None = None  # maps a peer's shared memory; None: this worker cannot
 
 
 class PrefillTask:
     """One hand-over, from an accepted Open until its stream and its sequence have ended. The host reads the stream."""
 
-    def __init__(self, sender: Sender, submit: link.Submit, host: StreamHost, tools: PrefillTaskTools) -> None:
+    def __init__(
+        self,
+        sender: Sender,
+        submit: link.Submit,
+        host: StreamHost,
+        tools: PrefillTaskTools,
+        memory: PlaneMemory | None = None,
+    ) -> None:
+        """`memory`: the peer's ring that the sender shares; closed at the end of the hand-over."""
         self.sender = sender
+        self.memory = memory
+        self._slots: dict[tuple[int, int], int] = {}  # of the ring, by the range that is read into it
         self._submit = submit
         self._host = host
         self._tools = tools
@@ -77,6 +89,7 @@ class PrefillTask:
 
     def leave(self) -> None:
         """The stream has ended: give back all blocks that are not given back yet."""
+        self._close_memory()
         self._carrier.do(self.sender.closed(self._host.now_s()))
 
     def _take(self, envelope: bytes | None) -> None:
@@ -173,7 +186,7 @@ class PrefillTask:
         tools.counters["kv_corrupted_reads"] += 1
         log.warning("%s: tokens %d+%d do not match their seals", self.key, *place)
         if self._mismatches[place] < MAX_READS:
-            tools.dispatcher.send(link.ReadKv(self.key, *place))
+            self._read(*place)
         else:
             error = KvCorrupted(f"tokens {place[0]}+{place[1]} do not match their seals on the prefill worker")
             self._carrier.do(self.sender.failed(error_to_wire(error), self._host.now_s()))
@@ -189,15 +202,19 @@ class PrefillTask:
                 self._host.send(encode_message(message))
             case SendFrame():
                 self._host.send(self._frame(action))
-            case Read(token_start, token_count):
-                send(link.ReadKv(self.key, token_start, token_count))
+            case Read(token_start, token_count, slot):
+                if slot is not None:
+                    self._slots[token_start, token_count] = slot
+                self._read(token_start, token_count)
             case EngineBound():
                 send(link.PeerBound(self.key))
             case EngineNotYet():
                 send(link.PeerNotYet(self.key))
             case ReleaseBlocks():
+                self._close_memory()
                 send(link.Release(self.key))
             case Abort(reason):
+                self._close_memory()
                 self._tools.counters[f"handover_aborted_{reason.value}"] += 1
                 if not self._has_ended:
                     send(link.CancelSequence(self.key))
@@ -206,12 +223,28 @@ class PrefillTask:
             case _:
                 raise AssertionError(action)
 
+    def _read(self, token_start: int, token_count: int) -> None:
+        """Have the engine read planes, into their slot if they have one."""
+        slot = self._slots.get((token_start, token_count))
+        into = None if slot is None or self.memory is None else PlaneBuffer(self.memory.slot(slot))
+        self._tools.dispatcher.send(link.ReadKv(self.key, token_start, token_count, into))
+
+    def _close_memory(self) -> None:
+        if self.memory is not None:
+            self.memory.close()
+            self.memory = None
+
     def _frame(self, action: SendFrame) -> bytes:
-        sections = self._planes.pop((action.token_start, action.token_count))
+        place = action.token_start, action.token_count
+        sections, slot = self._planes.pop(place), None
+        if action.slot is not None:
+            assert self.memory is not None, "a frame leaves after the end"
+            del self._slots[place]
+            slot = PlaneSlot(action.slot, self.memory.slot(action.slot))
         label = FrameLabel(
             self.sender.label, action.sequence, self._tools.numerics_class, action.token_start, action.token_count
         )
-        return encode_frame(label, sections, is_last=action.is_last)
+        return encode_frame(label, sections, is_last=action.is_last, slot=slot)
 
 
 def _why(event: link.Ended) -> TwostrokeError:

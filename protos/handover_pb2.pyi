@@ -10,6 +10,9 @@ The methods are registered as raw-bytes handlers (kv/handover/frames.py), becaus
 
 kind 1: a HandoverUp (decode to prefill); kind 3: a HandoverDown (prefill to decode); kind 2: a FrameHeader and its
 planes. The checksum covers the first 8 bytes and the protobuf bytes; planes have digests.
+
+Between two processes of one host, planes can go through shared memory: decode offers a ring of slots in Open, prefill
+answers in Started. Then a FrameHeader names its slot, and no planes follow it.
 """
 
 from collections import abc as _abc
@@ -114,6 +117,8 @@ class Open(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     EMITTED_TOKENS_FIELD_NUMBER: _builtins.int
     IDENTITY_ROOT_FIELD_NUMBER: _builtins.int
+    SHARED_MEMORY_FIELD_NUMBER: _builtins.int
+    REQUIRED_TRANSPORT_FIELD_NUMBER: _builtins.int
     held_tokens: _builtins.int
     """leading tokens whose KV decode already holds: a multiple of 16, never the whole prompt"""
     isolation_domain: _builtins.str
@@ -130,6 +135,8 @@ class Open(_message.Message):
     """trailing prompt ids the client has already: they count as generated"""
     identity_root: _builtins.bytes
     """name of the empty prefix as decode makes it: key, weights, numerics, domain, adapter"""
+    required_transport: _builtins.str
+    """of planes: "grpc" or "shm"; empty: any. Refused where it cannot be had"""
     @_builtins.property
     def prompt_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -140,6 +147,10 @@ class Open(_message.Message):
 
     @_builtins.property
     def capabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def shared_memory(self) -> Global___SharedMemory:
+        """absent: planes go behind their headers"""
+
     def __init__(
         self,
         *,
@@ -158,14 +169,54 @@ class Open(_message.Message):
         priority: _builtins.int = ...,
         emitted_tokens: _builtins.int = ...,
         identity_root: _builtins.bytes = ...,
+        shared_memory: Global___SharedMemory | None = ...,
+        required_transport: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["kv_spec", b"kv_spec", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["kv_spec", b"kv_spec", "sampling", b"sampling", "shared_memory", b"shared_memory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "capabilities", b"capabilities", "deterministic", b"deterministic", "emitted_tokens", b"emitted_tokens", "frame_slots", b"frame_slots", "held_tokens", b"held_tokens", "identity_root", b"identity_root", "isolation_domain", b"isolation_domain", "kv_spec", b"kv_spec", "numerics_class", b"numerics_class", "priority", b"priority", "prompt_ids", b"prompt_ids", "sampling", b"sampling", "timeout_ms", b"timeout_ms", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "capabilities", b"capabilities", "deterministic", b"deterministic", "emitted_tokens", b"emitted_tokens", "frame_slots", b"frame_slots", "held_tokens", b"held_tokens", "identity_root", b"identity_root", "isolation_domain", b"isolation_domain", "kv_spec", b"kv_spec", "numerics_class", b"numerics_class", "priority", b"priority", "prompt_ids", b"prompt_ids", "required_transport", b"required_transport", "sampling", b"sampling", "shared_memory", b"shared_memory", "timeout_ms", b"timeout_ms", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Open: _TypeAlias = Open  # noqa: Y015
+
+@_typing.final
+class SharedMemory(_message.Message):
+    """A ring of decode's, in anonymous memory: a page with the nonce, then the slots. Prefill opens /proc/PID/fd/DESCRIPTOR."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOST_FIELD_NUMBER: _builtins.int
+    PID_FIELD_NUMBER: _builtins.int
+    DESCRIPTOR_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
+    SLOTS_FIELD_NUMBER: _builtins.int
+    SLOT_BYTES_FIELD_NUMBER: _builtins.int
+    host: _builtins.bytes
+    """boot and PID namespace: in another one the pid means another process"""
+    pid: _builtins.int
+    descriptor: _builtins.int
+    nonce: _builtins.bytes
+    """16 random bytes, also at the start of the memory"""
+    slots: _builtins.int
+    slot_bytes: _builtins.int
+    def __init__(
+        self,
+        *,
+        host: _builtins.bytes = ...,
+        pid: _builtins.int = ...,
+        descriptor: _builtins.int = ...,
+        nonce: _builtins.bytes = ...,
+        slots: _builtins.int = ...,
+        slot_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["descriptor", b"descriptor", "host", b"host", "nonce", b"nonce", "pid", b"pid", "slot_bytes", b"slot_bytes", "slots", b"slots"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SharedMemory: _TypeAlias = SharedMemory  # noqa: Y015
 
 @_typing.final
 class Bind(_message.Message):
@@ -247,15 +298,21 @@ class SlotFree(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     COUNT_FIELD_NUMBER: _builtins.int
+    SLOTS_FIELD_NUMBER: _builtins.int
     count: _builtins.int
+    @_builtins.property
+    def slots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """those of shared memory; empty: frames came with their planes"""
+
     def __init__(
         self,
         *,
         count: _builtins.int = ...,
+        slots: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "slots", b"slots"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -352,16 +409,24 @@ class Started(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    TRANSPORT_FIELD_NUMBER: _builtins.int
+    TRANSPORT_REASON_FIELD_NUMBER: _builtins.int
     cached_tokens: _builtins.int
     """prefill's own cache covers these"""
+    transport: _builtins.str
+    """of planes: "shm", else "grpc" """
+    transport_reason: _builtins.str
+    """why it is not the offered one"""
     def __init__(
         self,
         *,
         cached_tokens: _builtins.int = ...,
+        transport: _builtins.str = ...,
+        transport_reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "transport", b"transport", "transport_reason", b"transport_reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -447,6 +512,8 @@ class FrameHeader(_message.Message):
     SECTIONS_FIELD_NUMBER: _builtins.int
     IDENTITIES_FIELD_NUMBER: _builtins.int
     LAST_FIELD_NUMBER: _builtins.int
+    SLOT_FIELD_NUMBER: _builtins.int
+    SLOT_BYTES_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """empty for Blocks.Fetch"""
     choice: _builtins.int
@@ -456,6 +523,10 @@ class FrameHeader(_message.Message):
     """a multiple of 16"""
     token_count: _builtins.int
     last: _builtins.bool
+    slot: _builtins.int
+    """of shared memory, where the planes are; absent: they follow this header"""
+    slot_bytes: _builtins.int
+    """of planes in that slot"""
     @_builtins.property
     def epoch(self) -> _worker_pb2.Epoch: ...
     @_builtins.property
@@ -477,12 +548,16 @@ class FrameHeader(_message.Message):
         sections: _abc.Iterable[Global___Section] | None = ...,
         identities: _abc.Iterable[_builtins.bytes] | None = ...,
         last: _builtins.bool = ...,
+        slot: _builtins.int | None = ...,
+        slot_bytes: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_slot", b"_slot", "epoch", b"epoch", "slot", b"slot"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "epoch", b"epoch", "identities", b"identities", "last", b"last", "numerics_class", b"numerics_class", "request_id", b"request_id", "sections", b"sections", "sequence", b"sequence", "token_count", b"token_count", "token_start", b"token_start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_slot", b"_slot", "choice", b"choice", "epoch", b"epoch", "identities", b"identities", "last", b"last", "numerics_class", b"numerics_class", "request_id", b"request_id", "sections", b"sections", "sequence", b"sequence", "slot", b"slot", "slot_bytes", b"slot_bytes", "token_count", b"token_count", "token_start", b"token_start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__slot: _TypeAlias = _typing.Literal["slot"]  # noqa: Y015
+    _WhichOneofArgType__slot: _TypeAlias = _typing.Literal["_slot", b"_slot"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__slot) -> _WhichOneofReturnType__slot | None: ...
 
 Global___FrameHeader: _TypeAlias = FrameHeader  # noqa: Y015
 

@@ -522,10 +522,12 @@ class HandoverReport(_message.Message):
     RECOMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
     LOCAL_REASON_FIELD_NUMBER: _builtins.int
     TOKENS_ASKED_FIELD_NUMBER: _builtins.int
+    TRANSPORT_REASON_FIELD_NUMBER: _builtins.int
+    BYTES_PER_S_FIELD_NUMBER: _builtins.int
     prefill_worker: _builtins.str
     """empty: prefilled locally"""
     transport: _builtins.str
-    """"grpc", "none" """
+    """of planes: "shm", "grpc", "none" """
     bytes_moved: _builtins.int
     """payload, scales and headers"""
     bytes_as_bf16: _builtins.int
@@ -540,6 +542,10 @@ class HandoverReport(_message.Message):
     """why the prefill was local, if it was: "ordered", "peer_lost", ..."""
     tokens_asked: _builtins.int
     """of a prefill worker, whether they came or not"""
+    transport_reason: _builtins.str
+    """why planes did not go through shared memory, where it was offered"""
+    bytes_per_s: _builtins.float
+    """of the frames that came after the prompt was computed; 0: too few to tell"""
     def __init__(
         self,
         *,
@@ -554,10 +560,12 @@ class HandoverReport(_message.Message):
         recomputed_tokens: _builtins.int = ...,
         local_reason: _builtins.str = ...,
         tokens_asked: _builtins.int = ...,
+        transport_reason: _builtins.str = ...,
+        bytes_per_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_as_bf16", b"bytes_as_bf16", "bytes_moved", b"bytes_moved", "local_reason", b"local_reason", "prefill_cached_tokens", b"prefill_cached_tokens", "prefill_worker", b"prefill_worker", "recomputed_tokens", b"recomputed_tokens", "refetched_blocks", b"refetched_blocks", "tokens_asked", b"tokens_asked", "tokens_held", b"tokens_held", "tokens_moved", b"tokens_moved", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_as_bf16", b"bytes_as_bf16", "bytes_moved", b"bytes_moved", "bytes_per_s", b"bytes_per_s", "local_reason", b"local_reason", "prefill_cached_tokens", b"prefill_cached_tokens", "prefill_worker", b"prefill_worker", "recomputed_tokens", b"recomputed_tokens", "refetched_blocks", b"refetched_blocks", "tokens_asked", b"tokens_asked", "tokens_held", b"tokens_held", "tokens_moved", b"tokens_moved", "transport", b"transport", "transport_reason", b"transport_reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

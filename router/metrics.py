@@ -21,7 +21,7 @@ _ERROR_BUCKETS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 4, 8)
 
 DROP_REASONS = ("unknown_request", "stale_epoch", "wrong_worker", "repeated", "gap", "after_end")
 OUTCOMES = ("finished", "rejected", "cancelled", "failed")
-TRANSPORTS = ("grpc", "none")
+TRANSPORTS = ("grpc", "shm", "none")
 
 
 class RouterMetrics:

@@ -13,6 +13,7 @@ from .client import Client
 from .invariants import Violation
 from .knowledge import Idleness, check_beliefs
 from .network import Network
+from .rings import Host
 from .router import RouterNode
 from .setting import Mishap, Setting, Vary, as_drawn, draw
 from .store import Ledger
@@ -44,7 +45,7 @@ class Schedule:
     def __init__(self, seed: int, *, keep_all: bool = False, vary: Vary = as_drawn) -> None:
         self.setting: Setting = vary(draw(seed))
         self.world = World(seed, keep_all=keep_all)
-        self.network = Network(self.world, self.setting.weather)
+        self.network = Network(self.world, self.setting.weather, Host(is_shared=self.setting.is_one_host))
         self.ledger = Ledger()
         self.processes = {worker.worker_id: Process(worker.worker_id) for worker in self.setting.workers}
         self.processes |= {name: Process(name) for name in self.setting.routers}

@@ -38,7 +38,8 @@ class SimHost:
     def __init__(self, place: Place, end: End, name: str, closed: Callable[[], None] | None = None) -> None:
         """`closed` is called when the machine closes the stream; only the side that accepted the stream gives it."""
         self.name = name
-        self.sends: Callable[[SendFrame, bytes], None] = lambda frame, envelope: None  # called with each frame sent
+        # Called with each frame sent; returns the memory of its planes if they are beside the stream.
+        self.sends: Callable[[SendFrame, bytes], memoryview | None] = lambda frame, envelope: None
         self._place = place
         self._end = end
         self._closed = closed
@@ -59,9 +60,10 @@ class SimHost:
     def send(self, envelope: bytes) -> None:
         """Implements `StreamHost.send`; first passes a frame to `sends`."""
         if self._frame is not None:
-            self.sends(self._frame, envelope)
+            self._end.planes = self.sends(self._frame, envelope)
             self._frame = None
         self._end.send(envelope)
+        self._end.planes = None
 
     def close(self, *, now: bool) -> None:
         """Implements `StreamHost.close`."""

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from .rings import Host
 from .world import Process, World
 
 ECHO_S = 1.0  # longest delay of the second copy of a message
@@ -51,6 +52,7 @@ class End:
         self.is_calm = False
         self.num_lost = 0  # messages sent here that never arrive
         self.echo = 0.0  # probability that a message sent here arrives a second time, after others
+        self.planes: memoryview | None = None  # of the frame that is sent next, if they are beside the stream
         self._network = network
         self._arrival_s = 0.0  # arrival of the last message on its way to this end
 
@@ -92,8 +94,10 @@ class End:
 class Network:
     """All streams and messages between processes."""
 
-    def __init__(self, world: World, weather: Weather) -> None:
+    def __init__(self, world: World, weather: Weather, host: Host) -> None:
+        """`host` has the memory that processes share."""
         self.world = self._world = world
+        self.host = host
         self.weather = weather
         self._blocked_until_s: dict[tuple[str, str], float] = {}  # one-way partitions
         self._open: list[End] = []  # opening ends; swept at every crash
@@ -184,6 +188,9 @@ class Network:
             return self._flipped(envelope, 0)
         if envelope[3] == 2 and world.chance(weather.damage):
             world.note(source.process, f"{source.name} damages planes")
+            if source.planes is not None:
+                source.planes[world.random.randrange(len(source.planes))] ^= 1 << world.random.randrange(8)
+                return envelope
             return self._flipped(envelope, len(envelope) - 8)  # the last token's row
         return envelope
 

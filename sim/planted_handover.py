@@ -7,14 +7,15 @@ from typing import Any
 from weakref import WeakSet
 
 from ..decode_worker import pull
+from ..decode_worker.pull import KvPull
 from ..decode_worker.task import DecodeTask as DecodeRun
 from ..kv.handover.carrier import Carrier, CheckLine
-from ..kv.handover.machine import Action, Label, Lost, MessageVerdict, NumberedStream
-from ..kv.handover.receiver import FrameArrived, Receiver
+from ..kv.handover.machine import Action, Label, Lost, MessageVerdict, NumberedStream, Send
+from ..kv.handover.receiver import FrameArrived, Receiver, ReceiverState
 from ..kv.handover.sender import Sender
 from ..kv.section import SectionData
 from ..prefill_worker.task import PrefillTask
-from .planting import Planted, damaging, instead
+from .planting import Planted, both, damaging, instead, sharing
 
 
 def digests_are_not_checked() -> AbstractContextManager[None]:
@@ -117,6 +118,38 @@ def the_timer_is_set_once() -> AbstractContextManager[None]:
     return instead(Carrier, "rearm", rearm)
 
 
+def rings_are_not_given_back_after_a_cancel() -> AbstractContextManager[None]:
+    """The ring of a hand-over that was cancelled stays lent for ever."""
+    original = KvPull._give_back
+
+    def give_back(self: KvPull, *, is_orderly: bool = False) -> None:
+        if self.receiver.state is not ReceiverState.CANCELLED:
+            original(self, is_orderly=is_orderly)
+
+    return instead(KvPull, "_give_back", give_back)
+
+
+def slots_are_freed_before_they_are_stored() -> AbstractContextManager[None]:
+    """The slot of a verified frame is freed at once: the next frame is written over it before the engine stores it."""
+    take, written = Receiver._take, Receiver.written
+
+    def take_and_free(self: Receiver, frame: FrameArrived, units: range, now_s: float) -> list[Action]:
+        actions = take(self, frame, units, now_s)
+        if self.state is ReceiverState.RECEIVING:
+            self._writing[frame.token_start, frame.token_count] = None
+            actions.append(self._free(frame.slot, now_s))
+        return actions
+
+    def not_freed_again(self: Receiver, token_start: int, token_count: int, now_s: float) -> list[Action]:
+        before = self._stream._sent
+        actions = written(self, token_start, token_count, now_s)
+        freed = [a for a in actions if isinstance(a, Send) and a.message.WhichOneof("body") == "slot_free"]
+        self._stream._sent = before if freed else self._stream._sent
+        return [action for action in actions if action not in freed]
+
+    return both(instead(Receiver, "_take", take_and_free), instead(Receiver, "written", not_freed_again))
+
+
 BUGS = (
     Planted(digests_are_not_checked, ("K4",), 300),
     Planted(planes_leave_though_they_mismatch, ("K4",), 150, damaging),
@@ -128,4 +161,6 @@ BUGS = (
     Planted(older_epochs_are_admitted, ("L1",), 550),
     Planted(frames_are_overtaken_by_what_follows, ("L1",), 300),
     Planted(the_timer_is_set_once, ("R7",), 550),
+    Planted(rings_are_not_given_back_after_a_cancel, ("K1",), 300, sharing),
+    Planted(slots_are_freed_before_they_are_stored, ("K4",), 1100, sharing),
 )

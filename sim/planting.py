@@ -79,6 +79,13 @@ def instead(owner: Any, name: str, replacement: Any) -> Iterator[None]:
         setattr(owner, name, original)
 
 
+@contextmanager
+def both(first: AbstractContextManager[None], second: AbstractContextManager[None]) -> Iterator[None]:
+    """Two replacements that are one bug."""
+    with first, second:
+        yield
+
+
 # ------------------------------------------------------------------ biased settings
 
 
@@ -96,6 +103,15 @@ def overpromising(setting: Setting) -> Setting:
 def damaging(setting: Setting) -> Setting:
     """Prefill workers often read damaged planes from their stores."""
     return replace(setting, read_damage=max(setting.read_damage, 0.1))
+
+
+def sharing(setting: Setting) -> Setting:
+    """All workers share memory; frames are small, slots few, checks and links slow."""
+    workers = tuple(
+        replace(worker, num_rings=8, frame_tokens=16, frame_slots=2, link_s=0.005, check_s=0.001)
+        for worker in setting.workers
+    )
+    return replace(setting, is_one_host=True, workers=workers)
 
 
 def losing_routers(setting: Setting) -> Setting:

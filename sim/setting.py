@@ -13,6 +13,7 @@ from ..engine.policy import Policy, StepLimits
 from ..prefill_worker.policy import prefill_policy
 from ..router.routing.fleet import FleetLimits
 from .network import Weather
+from .rings import MAX_RINGS
 from .store import VOCABULARY
 
 ACCEPTABLE_TIMEOUT_S = 20.0
@@ -38,6 +39,7 @@ class WorkerSetting:
     numerics: bytes = b"numerics"  # the announced numerics class
     num_swap_blocks: int = 0  # host blocks for preempted sequences
     check_s: float = 0.0  # duration of verifying digests off the loop; 0: on the loop, at once
+    num_rings: int = 0  # most rings of shared memory for hand-overs to it
 
     @property
     def most_taken(self) -> float:
@@ -104,6 +106,7 @@ class Setting:
     stray: float  # probability that a message of an older dispatch precedes one of a hand-over, under its number
     workers: tuple[WorkerSetting, ...]
     routers: tuple[str, ...]
+    is_one_host: bool  # workers can map each other's memory
     names_repeat: bool  # a tenant's id gets the same internal name each time: only epochs differ
     orders: tuple[Order, ...]
     mishaps: tuple[Mishap, ...]
@@ -129,6 +132,8 @@ def draw(seed: int) -> Setting:
     workers = tuple(replace(worker, num_swap_blocks=swap.choice((0, 4, 16, 16))) for worker in workers)
     late = random.Random(f"late {seed}")  # separate too
     workers = tuple(replace(worker, check_s=late.choice((0.0, 0.0, 0.001, 0.02))) for worker in workers)
+    rings = random.Random(f"rings {seed}")  # separate too
+    workers = tuple(replace(worker, num_rings=rings.choice(MAX_RINGS)) for worker in workers)
     setting = Setting(
         weather=_bearable_weather(rng) if is_bearable else _weather(rng),
         timing=Lease(beat_s, beat_s * rng.choice((2.5, 4.0))),
@@ -148,6 +153,7 @@ def draw(seed: int) -> Setting:
         stray=_rate(late, 0.2),
         workers=workers,
         routers=("router",),
+        is_one_host=rings.random() < 0.7,
         names_repeat=False,
         orders=orders,
         mishaps=() if is_bearable else (*_mishaps(rng, [worker.worker_id for worker in workers]), *_router_lost(late)),

@@ -7,7 +7,7 @@ Swapping is kv/store/host_store.py over two stores of cells. Knows no scheduler,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -110,6 +110,10 @@ class Store:
         held = _held(op, op.token_start, op.token_start + op.token_count)
         self._device.check_owned(held)
         (section,) = self._device.read_tokens(held)
+        if isinstance(op, ReadOp) and op.into is not None:
+            place = op.into.take(section.payload.shape)
+            place[...] = section.payload
+            section = replace(section, payload=place)
         if self._world.chance(self._read_damage):
             section.payload.reshape(-1)[self._world.random.randrange(section.payload.size)] ^= 4
         return (section,)

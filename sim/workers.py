@@ -23,8 +23,9 @@ from ..engine.facts import FaceFacts, ModelFacts
 from ..engine.link import messages as link
 from ..engine.link.client import EngineClient, Owner, SequenceEvent
 from ..kv.handover.carrier import StreamHost
-from ..kv.handover.frames import WireError, decode_envelope
+from ..kv.handover.frames import WireError, decode_envelope, slot_bytes
 from ..kv.handover.machine import SendFrame
+from ..kv.handover.plane_channel import RingPool
 from ..kv.handover.transports.grpc import Channels
 from ..kv.keys import PromptHasher
 from ..kv.messages import epoch_from_wire
@@ -41,6 +42,7 @@ from .faces import SessionFace, WatchFace
 from .handovers import Place, SimHost
 from .invariants import Violation, check_drained
 from .network import End, Network
+from .rings import Host, SimRing
 from .setting import Setting, WorkerSetting
 from .store import EOS, VOCABULARY, Ledger
 from .world import Process
@@ -173,11 +175,30 @@ class WorkerNode:
         self.engine.tell = self._tell
         self.facts = _face_facts(worker)
         self.session_timing = cast(Any, None)  # SessionFace has its own timers
-        pull = KvPullTools(self.dispatcher, cast(Executor, None), DIGEST_KEY, SPEC, setting.timing, world, Counter())
+        self.rings = _rings(network.host, worker)
+        pull = KvPullTools(
+            self.dispatcher,
+            cast(Executor, None),
+            DIGEST_KEY,
+            SPEC,
+            setting.timing,
+            world,
+            Counter(),
+            rings=self.rings,
+        )
         tools = SimRunTools(self.facts, pull, cast(Channels, None), self)
         self.service = SimService(tools, cast(Tokenizer, None), setting.grace_s)
         self.service.node, self.service.highest = self, {}
-        jobs = PrefillTaskTools(self.dispatcher, pull.executor, DIGEST_KEY, NUMERICS, setting.timing, world, Counter())
+        jobs = PrefillTaskTools(
+            self.dispatcher,
+            pull.executor,
+            DIGEST_KEY,
+            NUMERICS,
+            setting.timing,
+            world,
+            Counter(),
+            open_memory=network.host.open,
+        )
         self.prefill = PrefillService(self.facts, jobs, lambda: worker.role, worker.max_handovers)
         self.sessions: list[SessionFace] = []
         self.watches: list[WatchFace] = []
@@ -253,7 +274,7 @@ class WorkerNode:
         if job is not None:
             found.append(job)
             self.jobs[job] = host
-            host.sends = lambda frame, envelope: self._check_frame(job.key, frame, envelope)
+            host.sends = lambda frame, envelope: self._check_frame(job, frame, envelope)
 
     def _job_over(self, found: list[PrefillTask]) -> None:
         """Leave the job after the current actions, as a stream ends when its handler returns."""
@@ -266,11 +287,16 @@ class WorkerNode:
             self.prefill.leave(job)
             self._orphans[job.key] = self.world.now_s()
 
-    def _check_frame(self, key: SequenceKey, frame: SendFrame, envelope: bytes) -> None:
-        """Check K4: the planes of a frame are those computed for its tokens."""
-        planes = envelope[len(envelope) - frame.token_count * CELL_BYTES :]
-        if not self.engine.store.leaves_as_computed(key, frame.token_start, planes):
+    def _check_frame(self, job: PrefillTask, frame: SendFrame, envelope: bytes) -> memoryview | None:
+        """Check K4: the planes of a frame are those computed for its tokens. Returns them if they are in a slot."""
+        key, size = job.key, frame.token_count * CELL_BYTES
+        planes = memoryview(envelope)[len(envelope) - size :]
+        if frame.slot is not None:
+            assert job.memory is not None, "a frame in a slot of no ring"
+            planes = job.memory.slot(frame.slot)[:size]
+        if not self.engine.store.leaves_as_computed(key, frame.token_start, bytes(planes)):
             raise Violation("K4", f"{key}: a frame leaves that is not the KV of its tokens")
+        return planes if frame.slot is not None else None
 
     # ------------------------------------------------------------------ inside
 
@@ -320,6 +346,8 @@ class WorkerNode:
         for watch in self.watches:
             if watch.is_up_to_date and watch.told != findable and not self.engine.has_waiting_commands:
                 raise Violation("K5", f"{self.process}: told {len(watch.told)} blocks, {len(findable)} are findable")
+        if self.rings.used:
+            raise Violation("K1", f"{self.process}: {len(self.rings.used)} rings are not given back")
         if self.jobs or self.service.num_running or self.dispatcher.num_owned:
             raise Violation(
                 "K1", f"{self.process}: jobs or runs are left: {[host.name for host in self.jobs.values()]}"
@@ -337,6 +365,12 @@ ROUTER_MODEL = router_facts.ModelFacts(
     path="",
     kv_bytes_per_token=SPEC.bytes_per_token,
 )
+
+
+def _rings(host: Host, worker: WorkerSetting) -> RingPool:
+    size = slot_bytes(SPEC, worker.frame_tokens * SPEC.bytes_per_token)
+    one = worker.frame_slots * size
+    return RingPool(lambda: SimRing(host, worker.frame_slots, size), one, one * worker.num_rings)
 
 
 def _face_facts(worker: WorkerSetting) -> FaceFacts:

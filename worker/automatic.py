@@ -81,7 +81,13 @@ def size_worker(
         DoesNotFit: nothing is left for the pool, or `wanted` does not fit it; with the arithmetic.
     """
     step, decisions = decided_step(step, device, device_bytes)
-    facts = MemoryFacts(memory_bytes, model.weight_bytes, cache.swap_bytes, swaps_elsewhere=device == "cuda")
+    facts = MemoryFacts(
+        memory_bytes,
+        model.weight_bytes,
+        cache.swap_bytes,
+        swaps_elsewhere=device == "cuda",
+        ring_bytes=cache.shared_bytes,
+    )
     pool, cache, more = decided_pool(model.kv_spec, cache, device, facts, step.max_num_seqs * model.max_model_len)
     context, decision = decided_context(model.max_model_len, wanted, pool)
     return SizedWorker(step, cache, context, pool, [*decisions, *more, decision])

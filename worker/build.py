@@ -20,6 +20,7 @@ from ..engine.policy import StepLimits, scored_rows
 from ..kernels.cpu.build import NativeUnavailable, built_library
 from ..kv.cache.pool import BlockPool
 from ..kv.cache.prefix import PrefixCache
+from ..kv.handover.plane_channel import TransportPolicy
 from ..kv.keys import PromptHasher, digest_key, identity_key
 from ..kv.sizing import PoolSize
 from ..kv.store.host_store import HostStore
@@ -130,6 +131,7 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> BuiltEngine:
         frame_slots=cache.frame_slots,
         max_num_seqs=step.max_num_seqs,
         max_batch_tokens=step.max_num_batched_tokens,
+        transport=TransportPolicy(cache.transport, cache.require_transport),
     )
     host = None
     if pool_size.num_swap_blocks:

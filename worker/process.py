@@ -26,11 +26,15 @@ from ..core.request import Role
 from ..decode_worker.pull import KvPullTools
 from ..decode_worker.service import DecodeService
 from ..decode_worker.task import DecodeTaskTools
+from ..engine.facts import FaceFacts
 from ..engine.link import messages as link
 from ..engine.link.client import EngineClient
 from ..kernels.cpu.build import stop_building
+from ..kv.handover.frames import slot_bytes
 from ..kv.handover.machine import HANDOVER
+from ..kv.handover.plane_channel import RingPool
 from ..kv.handover.transports.grpc import SERVER_OPTIONS, Channels, handlers
+from ..kv.handover.transports.shared_memory import OwnRing, host_identity, open_ring, ring_bytes
 from ..kv.keys import proof_key
 from ..kv.messages import role_to_wire, spec_to_wire
 from ..prefill_worker.service import PrefillService
@@ -74,6 +78,7 @@ class WorkerProcess:
         self._proof_key = proof_key(settings.cluster_key)
         self._channels = Channels(self._proof_key)
         self._guard = Guard(self._proof_key, settings.worker_id, self._count_refusal)
+        self.rings: RingPool | None = None  # shared memory for hand-overs to this worker; known after `start`
         self._room: BuiltEngine | None = None
         self._server: grpc.aio.Server | None = None
         self._scrapes: ScrapeServer | None = None
@@ -141,6 +146,8 @@ class WorkerProcess:
                 log.error("%s: the engine's last step did not end within %.0f s", self.settings.worker_id, STOP_S)
             await asyncio.to_thread(self._room.close)
             self.decode.close()
+            if self.rings is not None:
+                self.rings.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -211,11 +218,12 @@ class WorkerProcess:
             "counters": self.counters,
             "ended": self._metrics.ended,
         }
-        pull = self._pull = KvPullTools(kv_spec=facts.model.kv_spec, **common)
+        self.rings = _rings(facts, settings.cache.shared_bytes)
+        pull = self._pull = KvPullTools(kv_spec=facts.model.kv_spec, rings=self.rings, **common)
         self.decode = DecodeService(
             DecodeTaskTools(facts, pull, self._channels), room.tokenizer, settings.orphan_grace_s
         )
-        job = PrefillTaskTools(numerics_class=facts.model.numerics_class, **common)
+        job = PrefillTaskTools(numerics_class=facts.model.numerics_class, open_memory=open_ring, **common)
         max_streams = settings.step.max_waiting + facts.max_num_seqs
         self.prefill = PrefillService(facts, job, lambda: self.role, max_streams)
         self.fetch = FetchService(facts, self.dispatcher)
@@ -316,6 +324,14 @@ async def _serve(worker: WorkerProcess, grace_s: float, parent_pid: int | None) 
         leave(stop.exit_code)
     if is_broken:
         raise SystemExit(1)
+
+
+def _rings(facts: FaceFacts, most_bytes: int) -> RingPool | None:
+    """Shared memory for hand-overs from prefill workers of this host; None where the system has none for us."""
+    if not host_identity() or not most_bytes:
+        return None
+    size = slot_bytes(facts.model.kv_spec, facts.frame_bytes)
+    return RingPool(lambda: OwnRing(facts.frame_slots, size), ring_bytes(facts.frame_slots, size), most_bytes)
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:

@@ -4,7 +4,7 @@
                                                    ◀── Event ───
 
 Commands and events are frozen values without callbacks or shared objects, so that the pair can be two threads (small
-machines) or two processes (GPUs). KV planes travel in them by value.
+machines) or two processes (GPUs). KV planes travel in them by value; between threads they may view memory of the face.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from ...core.tally import Spread
 from ...kv.block import BlockIdentity
 
 if TYPE_CHECKING:
-    from ...kv.section import SectionData
+    from ...kv.section import PlaneBuffer, SectionData
+
+LOCAL = {"is_local": True}
+"""Metadata of a field that does not leave the process: between processes it keeps its default."""
 
 # ------------------------------------------------------------------ face to engine
 
@@ -109,6 +112,7 @@ class ReadKv:
     key: SequenceKey
     token_start: int
     token_count: int
+    into: PlaneBuffer | None = field(default=None, metadata=LOCAL)  # memory for the planes, of this process
 
 
 @dataclass(frozen=True, slots=True)

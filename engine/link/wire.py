@@ -35,7 +35,9 @@ ENUMS: tuple[type[Enum], ...] = (m.Source, FinishReason, Role)
 
 _NUMBER = {cls: number for number, cls in enumerate(CLASSES)}
 _FIELDS = {
-    cls: tuple(f.name for f in dataclasses.fields(cls)) if dataclasses.is_dataclass(cls) else cls._fields
+    cls: tuple(f.name for f in dataclasses.fields(cls) if not f.metadata.get("is_local"))
+    if dataclasses.is_dataclass(cls)
+    else cls._fields
     for cls in CLASSES
 }
 _MEMBERS = [tuple(cls) for cls in ENUMS]

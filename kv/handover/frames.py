@@ -2,9 +2,10 @@
 
     "TK" | version u8 | kind u8 | length u32 LE | crc32 u32 LE | protobuf bytes | zeros to 16 | raw planes (frames only)
 
-The checksum covers all bytes before the zeros except itself, because a flipped bit in FirstToken would be a wrong
-token. Planes carry their digests. `decode_envelope` checks every length, offset and range of its input; malformed input
-raises WireError and no other error. Arrays that it returns are views of the envelope, not copies.
+A frame's planes are behind its header, or in a slot of shared memory (plane_channel.py) which the header names. The
+checksum covers all bytes before the zeros except itself, because a flipped bit in FirstToken would be a wrong token.
+Planes carry their digests. `decode_envelope` checks every length, offset and range of its input; malformed input
+raises WireError and no other error. Arrays that it returns are views of the envelope or of the slot, not copies.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ from ...protos import handover_pb2 as pb
 from ...protos import worker_pb2
 from ..block import IDENTITY_BYTES
 from ..codec import Codec, payload_bytes, scale_bytes
-from ..digest import frame_digests, places
-from ..section import SectionData
+from ..digest import places
+from ..frame_digest import section_digests
+from ..section import PLANE_ALIGNMENT, SectionData
 from ..spec import COMPONENT_NUMBERS, HASH_BLOCK_TOKENS, KvSpec
 from .machine import Label
+from .plane_channel import PlaneMemory, PlaneSlot
 
 VERSION = 1
 MAX_ENVELOPE_BYTES = 64 << 20
@@ -37,7 +40,7 @@ _MAGIC = b"TK"
 _UP, _FRAME, _DOWN = 1, 2, 3  # kinds
 _HEAD = struct.Struct("<2sBBI")
 _CRC = struct.Struct("<I")
-_ALIGN = 16
+_ALIGN = PLANE_ALIGNMENT
 _MAX_MESSAGE_BYTES = 16 << 20
 _MAX_ROW_BYTES = 1 << 16
 _MAX_LAYERS_OR_HEADS = 1 << 16
@@ -69,10 +72,27 @@ class Frame:
     planes: memoryview
     sections: tuple[SectionData, ...]  # views of `planes`
 
+    @property
+    def slot(self) -> int | None:
+        """Slot of shared memory that has the planes; None: they came with the header."""
+        return self.header.slot if self.header.HasField("slot") else None
+
 
 def tokens_per_frame(spec: KvSpec, max_bytes: int = DEFAULT_FRAME_BYTES) -> int:
     """Most tokens whose planes fit `max_bytes`: a multiple of 16, and at least 16 for any bound."""
     return max(1, max_bytes // (spec.bytes_per_token * HASH_BLOCK_TOKENS)) * HASH_BLOCK_TOKENS
+
+
+def slot_bytes(spec: KvSpec, max_bytes: int = DEFAULT_FRAME_BYTES) -> int:
+    """Size of a slot that holds a frame of `tokens_per_frame` tokens with the padding between its planes."""
+    num_planes = 2 * len(spec.main.components)
+    return tokens_per_frame(spec, max_bytes) * spec.bytes_per_token + num_planes * _ALIGN
+
+
+def tokens_per_slot(spec: KvSpec, size: int) -> int:
+    """Most tokens whose planes fit a slot of `size` bytes: a multiple of 16, or 0."""
+    left = size - 2 * len(spec.main.components) * _ALIGN
+    return max(0, left) // (spec.bytes_per_token * HASH_BLOCK_TOKENS) * HASH_BLOCK_TOKENS
 
 
 # ------------------------------------------------------------------ out
@@ -84,8 +104,13 @@ def encode_message(message: pb.HandoverUp | pb.HandoverDown) -> bytes:
     return _start(_UP if isinstance(message, pb.HandoverUp) else _DOWN, body) + body
 
 
-def encode_frame(label: FrameLabel, sections: Sequence[SectionData], *, is_last: bool) -> bytes:
-    """Encode a frame as an envelope, with one copy of the planes. All sections have `label.token_count` tokens."""
+def encode_frame(
+    label: FrameLabel, sections: Sequence[SectionData], *, is_last: bool, slot: PlaneSlot | None = None
+) -> bytes:
+    """Encode a frame as an envelope. All sections have `label.token_count` tokens.
+
+    With a `slot`, its memory receives the planes, and planes that lie at their place in it already are not copied.
+    """
     mine = label.label
     header = pb.FrameHeader(
         request_id=mine.request_id,
@@ -98,7 +123,7 @@ def encode_frame(label: FrameLabel, sections: Sequence[SectionData], *, is_last:
         identities=label.identities,
         last=is_last,
     )
-    planes = _Planes()
+    planes = _Planes() if slot is None else _SlotPlanes(slot.memory)
     for section in sections:
         shape = (section.layer_count, section.head_count, label.token_count, section.row_bytes)
         assert section.payload.shape == shape, f"payload {section.payload.shape}, not {shape}"
@@ -118,8 +143,12 @@ def encode_frame(label: FrameLabel, sections: Sequence[SectionData], *, is_last:
         if section.scales is not None:
             message.scale_offset = planes.append(section.scales)
             message.scale_bytes = section.scales.nbytes
+    if slot is not None:
+        header.slot, header.slot_bytes = slot.number, planes.num_bytes
     body = header.SerializeToString()
     start = _start(_FRAME, body)
+    if slot is not None:
+        return start + body
     return b"".join([start, body, bytes(-(len(start) + len(body)) % _ALIGN), *planes.parts])
 
 
@@ -128,15 +157,32 @@ class _Planes:
 
     def __init__(self) -> None:
         self.parts: list[bytes | memoryview] = []
-        self._end = 0
+        self.num_bytes = 0
 
     def append(self, plane: NDArray[np.uint8]) -> int:
         """Add a plane; returns its offset in bytes."""
-        padding = -self._end % _ALIGN
-        offset = self._end + padding
-        self._end = offset + plane.nbytes
-        self.parts += [bytes(padding), np.ascontiguousarray(plane).data.cast("B")]
+        padding = -self.num_bytes % _ALIGN
+        offset = self.num_bytes + padding
+        self.num_bytes = offset + plane.nbytes
+        self._put(padding, plane, offset)
         return offset
+
+    def _put(self, padding: int, plane: NDArray[np.uint8], offset: int) -> None:
+        self.parts += [bytes(padding), np.ascontiguousarray(plane).data.cast("B")]
+
+
+class _SlotPlanes(_Planes):
+    """The same in a slot: the padding is not written, and not sent."""
+
+    def __init__(self, memory: memoryview) -> None:
+        super().__init__()
+        self._memory = np.frombuffer(memory, np.uint8)
+
+    def _put(self, padding: int, plane: NDArray[np.uint8], offset: int) -> None:
+        target = self._memory[offset : self.num_bytes].reshape(plane.shape)
+        if target.ctypes.data != plane.ctypes.data or not plane.flags.c_contiguous:
+            assert not np.may_share_memory(self._memory, plane), "a plane at another place of its slot"
+            target[...] = plane
 
 
 def _start(kind: int, body: bytes) -> bytes:
@@ -147,8 +193,12 @@ def _start(kind: int, body: bytes) -> bytes:
 # ------------------------------------------------------------------ in
 
 
-def decode_envelope(envelope: bytes, max_bytes: int = MAX_ENVELOPE_BYTES) -> pb.HandoverUp | pb.HandoverDown | Frame:
+def decode_envelope(
+    envelope: bytes, max_bytes: int = MAX_ENVELOPE_BYTES, memory: PlaneMemory | None = None
+) -> pb.HandoverUp | pb.HandoverDown | Frame:
     """Decode one envelope to its control message or frame.
+
+    `memory`: the ring that both sides agreed on; None: planes must be in the envelope.
 
     Raises:
         WireError: the envelope is cut off, damaged, too large, or of another version.
@@ -158,7 +208,11 @@ def decode_envelope(envelope: bytes, max_bytes: int = MAX_ENVELOPE_BYTES) -> pb.
     kind, body, end = _opened(envelope)
     try:
         if kind == _FRAME:
-            return _frame(pb.FrameHeader.FromString(body), memoryview(envelope), end)
+            header = pb.FrameHeader.FromString(body)
+            planes = _slot(header, memory) if header.HasField("slot") else _planes(envelope, end)
+            if header.HasField("slot") and end != len(envelope):
+                raise WireError(f"{len(envelope) - end} bytes after the header of planes in shared memory")
+            return _frame(header, planes)
         message = (pb.HandoverUp if kind == _UP else pb.HandoverDown).FromString(body)
     except DecodeError as error:
         raise WireError(f"no protobuf message: {error}") from None
@@ -189,10 +243,22 @@ def _opened(envelope: bytes) -> tuple[int, bytes, int]:
     return kind, body, first + length
 
 
-def _frame(header: pb.FrameHeader, envelope: memoryview, end: int) -> Frame:
+def _planes(envelope: bytes, end: int) -> memoryview:
     start = end + -end % _ALIGN
     if len(envelope) < start or any(envelope[end:start]):
         raise WireError("no zeros between header and planes")
+    return memoryview(envelope)[start:]
+
+
+def _slot(header: pb.FrameHeader, memory: PlaneMemory | None) -> memoryview:
+    if memory is None:
+        raise WireError("planes in shared memory, which was not agreed on")
+    if header.slot >= memory.slots or header.slot_bytes > memory.slot_bytes:
+        raise WireError(f"{header.slot_bytes} bytes in slot {header.slot} of {memory.slots}")
+    return memory.slot(header.slot)[: header.slot_bytes].toreadonly()
+
+
+def _frame(header: pb.FrameHeader, planes: memoryview) -> Frame:
     tokens, stop = header.token_count, header.token_start + header.token_count
     if tokens < 1 or header.token_start % HASH_BLOCK_TOKENS or stop > _MAX_TOKENS:
         raise WireError(f"tokens [{header.token_start}, {stop})")
@@ -202,7 +268,6 @@ def _frame(header: pb.FrameHeader, envelope: memoryview, end: int) -> Frame:
         raise WireError(f"{len(header.identities)} identities for {tokens} tokens")
     if not 0 < len(header.sections) <= _MAX_SECTIONS:
         raise WireError(f"{len(header.sections)} sections")
-    planes = envelope[start:]
     extents = [extent for section in header.sections for extent in _extents(section, tokens)]
     _check_layout(extents, len(planes))
     sections = tuple(_section(section, tokens, planes) for section in header.sections)
@@ -314,7 +379,7 @@ def damaged_ranges(
         heads = section.head_start + np.arange(section.head_count)
         blocks = first + np.arange(len(bad))
         place = places(layers[:, None, None], COMPONENT_NUMBERS[section.component], heads[:, None], blocks)
-        found = frame_digests(section.payload, section.scales, place, key, HASH_BLOCK_TOKENS)
+        found = section_digests(section.payload, section.scales, place, key)
         bad |= (found != section.digests).any(axis=(0, 1))
     edges = np.flatnonzero(np.diff(bad, prepend=False, append=False)).reshape(-1, 2)
     stop = token_start + token_count

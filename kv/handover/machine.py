@@ -41,6 +41,8 @@ class Counters:
     gaps: int = 0  # ended the stream
     refetches: int = 0
     late: int = 0  # events after the end
+    shared_frames: int = 0  # those of `frames` whose planes went through shared memory
+    shared_bytes: int = 0  # of those planes
 
 
 class HandoverEnd(StrEnum):
@@ -53,6 +55,7 @@ class HandoverEnd(StrEnum):
     FAILED = "failed"  # the prefill side refused or failed; `error_code` and `error_message` say why
     CORRUPTED = "corrupted"  # the same tokens arrived damaged twice
     CANCELLED = "cancelled"  # the decode side asked for it
+    TRANSPORT = "transport"  # the peer would use less than the required transport
 
 
 # ------------------------------------------------------------------ actions
@@ -131,6 +134,7 @@ class Read:
 
     token_start: int
     token_count: int
+    slot: int | None = None  # of shared memory, for the planes; None: any memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +145,7 @@ class SendFrame:
     token_start: int
     token_count: int
     is_last: bool
+    slot: int | None = None  # of shared memory, where the planes were read to
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,7 @@ from .machine import (
     UpBody,
     Write,
 )
+from .plane_channel import GRPC, SHM, Transport
 
 _MISSING, _VERIFIED, _STORED = 0, 1, 2
 
@@ -71,12 +72,14 @@ class FrameArrived:
     is_intact: bool
     num_bytes: int
     numerics_class: bytes = b""
+    slot: int | None = None  # of shared memory; None: its planes came with it
 
     @classmethod
     def of(cls, header: pb.FrameHeader, *, is_intact: bool, num_bytes: int) -> FrameArrived:
         """Build the event from a frame's header."""
         place = (header.sequence, header.token_start, header.token_count)
-        return cls(Label.of(header), *place, is_intact, num_bytes, header.numerics_class)
+        slot = header.slot if header.HasField("slot") else None
+        return cls(Label.of(header), *place, is_intact, num_bytes, header.numerics_class, slot)
 
 
 class Receiver:
@@ -93,6 +96,7 @@ class Receiver:
         self.label = label
         self.state = ReceiverState.NEW
         self.first_token: int | None = None
+        self.transport: Transport = GRPC  # of planes; Started may say otherwise
         self._order = order
         self._num_tokens = num_tokens
         self._stream = NumberedStream(label, timing, deadline_s, said_s=now_s, heard_s=now_s)
@@ -104,7 +108,7 @@ class Receiver:
         self._awaited: set[int] = set()  # hash blocks whose refetch is under way
         self._verified_units = held_units  # leading ones
         self._stored_units = held_units  # leading ones
-        self._writing: dict[tuple[int, int], int] = {}  # (start, count) of a frame being written, to its sequence
+        self._writing: dict[tuple[int, int], int | None] = {}  # (start, count) of a frame being written, to its slot
         self._is_done = False
         self._is_closed = False
 
@@ -117,6 +121,11 @@ class Receiver:
     def is_over(self) -> bool:
         """True after the machine ended."""
         return self.state in _OVER
+
+    @property
+    def is_orderly(self) -> bool:
+        """True if the peer has nothing left to write: it said Done, and all its frames are stored."""
+        return self.state is ReceiverState.COMPLETE and self._is_done
 
     @property
     def next_deadline_s(self) -> float | None:
@@ -154,7 +163,7 @@ class Receiver:
         if body == "beat":
             return []
         if body == "started":
-            return self._started(now_s)
+            return self._started(message.started, now_s)
         if body == "first_token":
             return self._first_token(message.first_token, now_s)
         if body == "done":
@@ -174,6 +183,9 @@ class Receiver:
             return self._lose(HandoverEnd.PROTOCOL, now_s, fault)
         self.counters.frames += 1
         self.counters.frame_bytes += frame.num_bytes
+        if frame.slot is not None:
+            self.counters.shared_frames += 1
+            self.counters.shared_bytes += frame.num_bytes
         units = self._range(frame.token_start, frame.token_count)
         return self._take(frame, units, now_s) if frame.is_intact else self._refetch(frame, units, now_s)
 
@@ -224,15 +236,16 @@ class Receiver:
         """The engine carried out a Write; the frame's buffer is free again."""
         if self._is_late():
             return []
-        if self._writing.pop((token_start, token_count), None) is None:
+        if (token_start, token_count) not in self._writing:
             self.counters.late += 1  # written for a hand-over of the same prompt that was lost before this one
             return []
+        slot = self._writing.pop((token_start, token_count))
         for unit in self._range(token_start, token_count):
             self._units[unit] = _STORED
         self._stored_units = self._advance(self._stored_units, _STORED)
         if self.state is ReceiverState.STORING:
             return self._perhaps_complete()
-        return [self._send(pb.SlotFree(count=1), now_s)]
+        return [self._free(slot, now_s)]
 
     def cancel(self, reason: str, now_s: float) -> list[Action]:
         """The result is no longer wanted."""
@@ -269,9 +282,17 @@ class Receiver:
     def _needs_nobody(self) -> bool:
         return self._is_late() or self.state is ReceiverState.STORING
 
-    def _started(self, now_s: float) -> list[Action]:
+    def _started(self, started: pb.Started, now_s: float) -> list[Action]:
         if self.state is not ReceiverState.OPEN:
             return self._lose(HandoverEnd.PROTOCOL, now_s, "started twice")
+        if started.transport == SHM:
+            if not self._order.HasField("shared_memory"):
+                return self._lose(HandoverEnd.PROTOCOL, now_s, "planes in shared memory that was not offered")
+            self.transport = SHM
+        required = self._order.required_transport
+        if required not in ("", self.transport):
+            detail = f"{required} is required, and the peer uses {self.transport}: {started.transport_reason}"
+            return self._lose(HandoverEnd.TRANSPORT, now_s, detail)
         self.state = ReceiverState.ASKING
         return [AskBind()]
 
@@ -301,6 +322,10 @@ class Receiver:
             return "a frame before Bind"
         if len(self._writing) >= self._order.frame_slots:
             return f"more than {self._order.frame_slots} frames under way"
+        if (frame.slot is None) is (self.transport is SHM):
+            return f"planes in slot {frame.slot}, and the transport is {self.transport}"
+        if frame.slot is not None and frame.slot in self._writing.values():
+            return f"slot {frame.slot} is not free"
         if self._order.deterministic and frame.numerics_class != self._order.numerics_class:
             return f"a frame of numerics class {frame.numerics_class.hex()}, not {self._order.numerics_class.hex()}"
         if (
@@ -319,7 +344,7 @@ class Receiver:
         for unit in units:
             self._units[unit] = _VERIFIED
         self._awaited.difference_update(units)
-        self._writing[frame.token_start, frame.token_count] = frame.sequence
+        self._writing[frame.token_start, frame.token_count] = frame.slot
         actions: list[Action] = [Write(frame.sequence, frame.token_start, frame.token_count)]
         verified = self._advance(self._verified_units, _VERIFIED)
         if verified > self._verified_units:
@@ -336,7 +361,10 @@ class Receiver:
         self.counters.refetches += 1
         self._awaited.update(units)
         wanted = pb.Refetch(token_start=frame.token_start, token_count=frame.token_count, attempt=attempt)
-        return [self._send(wanted, now_s), self._send(pb.SlotFree(count=1), now_s)]
+        return [self._send(wanted, now_s), self._free(frame.slot, now_s)]
+
+    def _free(self, slot: int | None, now_s: float) -> Send:
+        return self._send(pb.SlotFree(count=1, slots=[] if slot is None else [slot]), now_s)
 
     def _has_all(self) -> bool:
         return self._verified_units == len(self._units) and self.first_token is not None

@@ -8,7 +8,8 @@
 
 Every wait ends by the peer's silence or the request's deadline. The blocks stay until everything is verified or the
 stream ends, so a Refetch can be answered after Done too. Frames that are being read, and those sent but not yet freed
-by SlotFree, are together never more than the slots. A frame gets its sequence number when it is sent, not when its
+by SlotFree, are together never more than the slots. With shared memory each of them has a slot of its own, from before
+it is read until SlotFree names the slot. A frame gets its sequence number when it is sent, not when its
 reading begins: FirstToken and beats may be sent in between. Knows no bytes and no store.
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 from collections import deque
 from enum import StrEnum
+from heapq import heappop, heappush
 
 from ...core.errors import DeadlineExceeded, InternalError, InvalidRequest
 from ...core.lease import Lease
@@ -40,6 +42,7 @@ from .machine import (
     Send,
     SendFrame,
 )
+from .plane_channel import GRPC, SHM, Transport
 
 
 class SenderState(StrEnum):
@@ -79,6 +82,8 @@ class Sender:
         self.label = Label.of(message)
         self.state = SenderState.QUEUED
         self.order = order
+        self.transport: Transport = GRPC  # of planes
+        self._transport_reason = ""
         self._num_tokens = len(order.prompt_ids)
         self._tokens_per_frame = tokens_per_frame
         self._slots = min(order.frame_slots, max_frames)
@@ -90,8 +95,10 @@ class Sender:
         self._next = order.held_tokens
         self._sealed = 0
         self._again: deque[tuple[int, int]] = deque()  # damaged ranges to read once more
-        self._reading: set[tuple[int, int]] = set()
+        self._reading: dict[tuple[int, int], int | None] = {}  # (start, count), to its slot of shared memory
         self._unfreed = 0  # frames sent whose slots are not freed yet
+        self._free: list[int] = []  # slots of shared memory without a frame: a heap, so that the first ones are used
+        self._unfreed_slots: set[int] = set()  # those of frames sent
         num_units = -(-self._num_tokens // HASH_BLOCK_TOKENS)
         self._times_sent = bytearray(num_units)  # per hash block; at most 1 + MAX_REFETCHES
         self._times_refetched = bytearray(num_units)
@@ -111,6 +118,19 @@ class Sender:
     def next_deadline_s(self) -> float | None:
         """Latest time of the next `tick` call; None after the end."""
         return None if self.is_over else self._stream.next_deadline_s
+
+    def share(self, slots: int, tokens_per_frame: int) -> None:
+        """Use the shared memory that decode offered; call it before `started`. Its slots hold `tokens_per_frame`."""
+        assert self.state is SenderState.QUEUED, self.state
+        assert 0 < tokens_per_frame <= self._tokens_per_frame, tokens_per_frame
+        self.transport = SHM
+        self._tokens_per_frame = tokens_per_frame
+        self._slots = min(self._slots, slots)
+        self._free = list(range(self._slots))
+
+    def decline(self, reason: str) -> None:
+        """Do not use the shared memory that decode offered; Started says why."""
+        self._transport_reason = reason
 
     # ------------------------------------------------------------------ the stream's events
 
@@ -138,7 +158,7 @@ class Sender:
         if body == "refetch":
             return self._refetch(message.refetch, now_s)
         if body == "slot_free":
-            return self._free_slots(message.slot_free.count, now_s)
+            return self._free_slots(message.slot_free, now_s)
         if body == "cancel":
             return self._abort(HandoverEnd.CANCELLED, now_s, message.cancel.reason)
         return self._abort(HandoverEnd.PROTOCOL, now_s, f"a message of kind {body}")
@@ -169,7 +189,10 @@ class Sender:
         if self._is_late() or self.state is not SenderState.QUEUED:
             return []
         self.state = SenderState.OFFERED
-        return [self._send(pb.Started(cached_tokens=cached_tokens), now_s)]
+        started = pb.Started(
+            cached_tokens=cached_tokens, transport=self.transport, transport_reason=self._transport_reason
+        )
+        return [self._send(started, now_s)]
 
     def progress(self, num_computed: int, now_s: float) -> list[Action]:
         """KV of all tokens below `num_computed` (cached ones included) is in our blocks and sealed."""
@@ -191,14 +214,18 @@ class Sender:
         """The planes of a Read were read; they have `num_bytes` bytes."""
         if self._is_late():
             return []
-        self._reading.remove((token_start, token_count))
+        slot = self._reading.pop((token_start, token_count))
         for unit in _units(token_start, token_count):
             self._times_sent[unit] += 1
         self._unfreed += 1
         self.counters.frames += 1
         self.counters.frame_bytes += num_bytes
+        if slot is not None:
+            self._unfreed_slots.add(slot)
+            self.counters.shared_frames += 1
+            self.counters.shared_bytes += num_bytes
         is_last = token_start + token_count == self._num_tokens
-        frame = SendFrame(self._stream.number(now_s), token_start, token_count, is_last)
+        frame = SendFrame(self._stream.number(now_s), token_start, token_count, is_last, slot)
         return [frame, *self._perhaps_done(now_s)]
 
     def failed(self, error: common_pb2.Error, now_s: float) -> list[Action]:
@@ -247,10 +274,16 @@ class Sender:
             self._again.append((first, min(self._tokens_per_frame, end - first)))
         return self._pump()
 
-    def _free_slots(self, count: int, now_s: float) -> list[Action]:
+    def _free_slots(self, freed: pb.SlotFree, now_s: float) -> list[Action]:
+        count, slots = freed.count, set(freed.slots)
         if not 0 < count <= self._unfreed:
             return self._abort(HandoverEnd.PROTOCOL, now_s, f"{count} slots freed, {self._unfreed} in use")
+        if not slots <= self._unfreed_slots or len(slots) != (count if self.transport is SHM else 0):
+            return self._abort(HandoverEnd.PROTOCOL, now_s, f"slots {sorted(slots)} freed of {self._unfreed_slots}")
         self._unfreed -= count
+        self._unfreed_slots -= slots
+        for slot in slots:
+            heappush(self._free, slot)
         return self._pump()
 
     def _pump(self) -> list[Action]:
@@ -267,8 +300,9 @@ class Sender:
                 self._next += count
             else:
                 break
-            self._reading.add((start, count))
-            actions.append(Read(start, count))
+            slot = heappop(self._free) if self.transport is SHM else None
+            self._reading[start, count] = slot
+            actions.append(Read(start, count, slot))
         return actions
 
     def _perhaps_done(self, now_s: float) -> list[Action]:

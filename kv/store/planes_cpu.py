@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 
 import numpy as np
@@ -16,6 +16,7 @@ from ...kernels.reference import Planes
 from ..block import BlockId
 from ..codec import U8, Codec
 from ..digest import U64, key_table, scale_keys, stream_seeds
+from ..section import PlaneBuffer
 from ..spec import HASH_BLOCK_TOKENS, Component
 
 I64 = NDArray[np.int64]
@@ -61,18 +62,33 @@ class CpuPlanes:
         """Planes of one layer: views of the store's memory."""
         return Planes(self.payload[layer], None if self.scales is None else self.scales[layer])
 
-    def gather(self, block_table: Sequence[BlockId], tokens: range) -> tuple[U8, U8 | None]:
-        """Copies: payload [layers, heads, tokens, row_bytes] and scales [layers, heads, tokens]."""
-        first, last = tokens.start // self.block_tokens, -(-tokens.stop // self.block_tokens)
-        blocks = np.asarray(block_table[first:last], np.int64)
-        within = slice(tokens.start - first * self.block_tokens, tokens.stop - first * self.block_tokens)
+    def gather(
+        self, block_table: Sequence[BlockId], tokens: range, into: PlaneBuffer | None = None
+    ) -> tuple[U8, U8 | None]:
+        """Copies: payload [layers, heads, tokens, row_bytes] and scales [layers, heads, tokens], in `into` if given."""
+        spans = list(self._spans(block_table, tokens))
 
         def take(plane: U8) -> U8:
-            picked = plane[:, blocks].swapaxes(1, 2)  # [layers, heads, blocks, block_tokens, ...]
-            flat = picked.reshape(*picked.shape[:2], -1, *picked.shape[4:])
-            return np.ascontiguousarray(flat[:, :, within])
+            shape = (plane.shape[0], plane.shape[2], len(tokens), *plane.shape[4:])
+            copy = np.empty(shape, np.uint8) if into is None else into.take(shape)
+            for block, within, place in spans:
+                copy[:, :, place] = plane[:, block, :, within]
+            return copy
 
         return take(self.payload_view), None if self.scales_view is None else take(self.scales_view)
+
+    def _spans(self, block_table: Sequence[BlockId], tokens: range) -> Iterator[tuple[BlockId, slice, slice]]:
+        """Each block of a range, with the place of its part of the range in the block and in the range."""
+        size, start = self.block_tokens, tokens.start
+        while start < tokens.stop:
+            first = start % size
+            end = min(start - first + size, tokens.stop)
+            yield (
+                block_table[start // size],
+                slice(first, first + end - start),
+                slice(start - tokens.start, end - tokens.start),
+            )
+            start = end
 
     def digests_in_place(self, blocks: I64, offsets: I64, tokens: I64, place: U64, key: int) -> U64 | None:
         """Digests uint64 [layers, heads, n] of hash blocks, computed without a copy; None: no native library.
@@ -109,12 +125,9 @@ class CpuPlanes:
     ) -> None:
         """Write `rows` of the given layers and heads, in the layout that `gather` returns."""
         payload, scales = rows
-        positions = np.arange(tokens.start, tokens.stop)
-        blocks = np.asarray(block_table, np.int64)[positions // self.block_tokens]
-        offsets = positions % self.block_tokens
         part, row = slice(layers.start, layers.stop), slice(heads.start, heads.stop)
-        # Numpy puts the tokens first in the result when index arrays stand on both sides of a slice.
-        self.payload_view[part, blocks, row, offsets] = payload.transpose(2, 0, 1, 3)
-        if self.scales_view is not None:
-            assert scales is not None, "fp8 rows come with scales"
-            self.scales_view[part, blocks, row, offsets] = scales.transpose(2, 0, 1)
+        for block, within, place in self._spans(block_table, tokens):
+            self.payload_view[part, block, row, within] = payload[:, :, place]
+            if self.scales_view is not None:
+                assert scales is not None, "fp8 rows come with scales"
+                self.scales_view[part, block, row, within] = scales[:, :, place]

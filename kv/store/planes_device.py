@@ -20,6 +20,7 @@ from ...kernels.reference_kv import Seal, digest_keys
 from ..block import BlockId
 from ..codec import U8, Codec
 from ..digest import U64
+from ..section import PlaneBuffer
 from ..spec import COMPONENT_NUMBERS, HASH_BLOCK_TOKENS, Component
 
 I64 = NDArray[np.int64]
@@ -45,12 +46,14 @@ class DevicePlanes:
         """Planes of one layer: views of the store's memory."""
         return Planes(self.payload[layer], None if self.scales is None else self.scales[layer])
 
-    def gather(self, block_table: Sequence[BlockId], tokens: range) -> tuple[U8, U8 | None]:
-        """Copies in pinned host memory, in the shapes of `CpuPlanes.gather`; waits for earlier work of the device."""
+    def gather(
+        self, block_table: Sequence[BlockId], tokens: range, into: PlaneBuffer | None = None
+    ) -> tuple[U8, U8 | None]:
+        """Copies in the shapes of `CpuPlanes.gather`, in `into` or in pinned memory; waits for the device's work."""
         store = Planes(self.payload, self.scales)
         rows = gather_tokens(store, self._table(block_table, tokens), tokens, range(self.component.heads))
-        payload = self._to_host(rows.payload)
-        return payload, None if rows.scales is None else self._to_host(rows.scales)
+        payload = self._to_host(rows.payload, into)
+        return payload, None if rows.scales is None else self._to_host(rows.scales, into)
 
     def scatter(
         self, block_table: Sequence[BlockId], tokens: range, layers: range, heads: range, rows: tuple[U8, U8 | None]
@@ -69,7 +72,11 @@ class DevicePlanes:
         blocks = np.asarray(block_table[: -(-tokens.stop // block_tokens)], np.int64)
         return torch.from_numpy(blocks).to(self.device)
 
-    def _to_host(self, rows: Tensor) -> U8:
+    def _to_host(self, rows: Tensor, into: PlaneBuffer | None) -> U8:
+        if into is not None:
+            target = into.take(tuple(rows.shape))
+            torch.from_numpy(target).copy_(rows)
+            return target
         if self.device.type == "cpu":
             return rows.numpy()
         pinned = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)

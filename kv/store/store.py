@@ -23,7 +23,7 @@ from ...kernels.reference import Planes
 from ..block import BlockId
 from ..codec import U8, Codec, transcode
 from ..digest import MAX_HASH_BLOCKS, U64, frame_digests, places, unit_digests
-from ..section import HeldTokens, SectionData
+from ..section import HeldTokens, PlaneBuffer, SectionData
 from ..spec import COMPONENT_NUMBERS, HASH_BLOCK_TOKENS, Component, KvSpec
 from .planes_cpu import CpuPlanes
 from .sealer import Marks, Sealer
@@ -174,9 +174,10 @@ class KvStore:
 
     # ------------------------------------------------------------------ peers
 
-    def read_tokens(self, held: HeldTokens) -> tuple[SectionData, ...]:
+    def read_tokens(self, held: HeldTokens, into: PlaneBuffer | None = None) -> tuple[SectionData, ...]:
         """Copies of a range's planes with their sealed digests, one section per component.
 
+        `into` receives the planes: per component, payload before scales.
         If the range ends inside a hash block that is sealed further, that block is verified and its part digested.
 
         Raises:
@@ -191,7 +192,7 @@ class KvStore:
             raise KvCorrupted(f"block {blocks[-1]} does not hold what was sealed")
         sections = []
         for store in self._components:
-            payload, scales = self._gather(store, held)
+            payload, scales = store.gather(held.block_table, range(held.start, held.end), into)
             digests = store.digests[:, :, blocks, units]
             if cut:
                 digests[:, :, -1] = self._digest(store, tail)[:, :, 0]

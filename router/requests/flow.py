@@ -167,7 +167,7 @@ class Flow:
                 "in_flight_tokens": admission.tokens,
                 "prefix_blocks": len(self._members.prefixes),
                 "ttft_prediction_error": self._dispatcher.prediction.mean_ratio,
-                "kv_transport": "grpc",
+                "handovers_by_transport": {name: self._moved[f"handovers_{name}"] for name in TRANSPORTS[:-1]},
                 "calls_refused": self._guard.refusals.total(),
                 "last_refused": self._guard.last_refused,
             },
@@ -198,6 +198,7 @@ class Flow:
         _measure(self.metrics, run, self.clock.now_s())
         for _, report in run.handovers:
             self._moved["handovers"] += report["bytes_moved"] > 0
+            self._moved[f"handovers_{report['transport']}"] += report["bytes_moved"] > 0
             self._moved["kv_bytes_moved"] += report["bytes_moved"]
         self._journal.add(explain_run(run, state))
         self._members.wake()

@@ -1,7 +1,8 @@
 """Runs the transcripts under tests/scenarios/handover: events in, actions out, one file per behaviour.
 
-A transcript opens with facts (`prompt 40`, `held 16`, `slots 2`, `frame 16`), then has events, each with every action
-that must follow, indented; `= state` at the end of them checks the state:
+A transcript opens with facts (`prompt 40`, `held 16`, `slots 2`, `frame 16`; `shared 1`: decode offers shared memory
+and prefill takes it; `required 1`: decode takes nothing less). Then it has events, each with every action that must
+follow, indented; `= state` at the end of them checks the state:
 
     decode  0.10  hears frame [16,32) damaged
         send #4 refetch [16,32) attempt=1
@@ -28,7 +29,7 @@ from twostroke.protos import handover_pb2 as pb
 
 SCENARIOS = sorted((Path(__file__).parents[1] / "scenarios" / "handover").glob("*.txt"))
 LABEL = Label("r1", 0, Epoch(1, 5))
-FACTS = {"prompt": 40, "held": 0, "slots": 4, "frame": 16, "timeout_s": 60}
+FACTS = {"prompt": 40, "held": 0, "slots": 4, "frame": 16, "timeout_s": 60, "shared": 0, "required": 0}
 
 
 def test_there_are_transcripts():
@@ -84,12 +85,15 @@ class Stage:
             if side not in self.machine_by_side:
                 sender = Sender(message, self.facts["frame"], 8, HANDOVER_LEASE, now_s)
                 self.machine = self.machine_by_side[side] = sender
+                if self.facts["shared"]:
+                    sender.share(self.facts["slots"], self.facts["frame"])
                 return []
         self.machine = self.machine_by_side[side]
         if kind == "frame":
-            start, count = numbers(rest)
+            start, count, *slot = numbers(rest)
             intact = {"ok": True, "damaged": False}[rest[1]]
-            return self.machine.on_frame(FrameArrived(label, sequence, start, count, intact, 1000), now_s)
+            arrived = FrameArrived(label, sequence, start, count, intact, 1000, slot=slot[0] if slot else None)
+            return self.machine.on_frame(arrived, now_s)
         make = label.up if side == "prefill" else label.down
         return self.machine.on_message(make(sequence, self.body(kind, rest)), now_s)
 
@@ -100,13 +104,17 @@ class Stage:
             return common_pb2.Error(code=words[0], message="told so")
         if kind == "cancel":
             return pb.Cancel(reason=words[0])
+        if kind == "slot_free":
+            count, *slots = numbers(words)
+            return pb.SlotFree(count=count, slots=slots)
+        if kind == "started" and len(words) > 1:
+            return pb.Started(cached_tokens=int(words[0]), transport=words[1].removeprefix("transport="))
         given = numbers(words)
         shapes = {
             "bind": (pb.Bind, ()),
             "not_yet": (pb.NotYet, ()),
             "verified": (pb.Verified, ("upto_token",)),
             "refetch": (pb.Refetch, ("token_start", "token_count", "attempt")),
-            "slot_free": (pb.SlotFree, ("count",)),
             "beat": (pb.HandoverBeat, ()),
             "started": (pb.Started, ("cached_tokens",)),
             "first_token": (pb.FirstToken, ("token_id",)),
@@ -119,7 +127,15 @@ class Stage:
         facts = self.facts
         prompt = range(facts["prompt"])
         timeout_ms = facts["timeout_s"] * 1000
-        return pb.Open(prompt_ids=prompt, held_tokens=facts["held"], frame_slots=facts["slots"], timeout_ms=timeout_ms)
+        memory = pb.SharedMemory(slots=facts["slots"], slot_bytes=4096) if facts["shared"] else None
+        return pb.Open(
+            prompt_ids=prompt,
+            held_tokens=facts["held"],
+            frame_slots=facts["slots"],
+            timeout_ms=timeout_ms,
+            shared_memory=memory,
+            required_transport="shm" if facts["required"] else "",
+        )
 
 
 def argument(value):
@@ -145,6 +161,10 @@ def span_of(start: int, count: int) -> str:
     return f"[{start},{start + count})"
 
 
+def slot_of(slot: int | None) -> str:
+    return "" if slot is None else f" slot={slot}"
+
+
 def render(action: Action) -> str:
     match action:
         case Send(message):
@@ -154,20 +174,20 @@ def render(action: Action) -> str:
                 "open": lambda: f" held={body.held_tokens} of {len(body.prompt_ids)}",
                 "refetch": lambda: f" {span_of(body.token_start, body.token_count)} attempt={body.attempt}",
                 "verified": lambda: f" {body.upto_token}",
-                "slot_free": lambda: f" {body.count}",
+                "slot_free": lambda: f" {body.count}" + "".join(f" slot={slot}" for slot in body.slots),
                 "cancel": lambda: f" {body.reason}",
-                "started": lambda: f" cached={body.cached_tokens}",
+                "started": lambda: f" cached={body.cached_tokens}" + " shm" * (body.transport == "shm"),
                 "first_token": lambda: f" {body.token_id}",
                 "done": lambda: f" frames={body.num_frames} bytes={body.bytes_sent}",
                 "failed": lambda: f" {body.code}",
             }.get(kind, str)()
             return f"send #{message.sequence} {kind}{words}"
-        case SendFrame(sequence, start, count, is_last):
-            return f"frame #{sequence} {span_of(start, count)}{' last' * is_last}"
+        case SendFrame(sequence, start, count, is_last, slot):
+            return f"frame #{sequence} {span_of(start, count)}{' last' * is_last}{slot_of(slot)}"
         case Write(sequence, start, count):
             return f"write #{sequence} {span_of(start, count)}"
-        case Read(start, count):
-            return f"read {span_of(start, count)}"
+        case Read(start, count, slot):
+            return f"read {span_of(start, count)}{slot_of(slot)}"
         case GotFirstToken(token_id):
             return f"first token {token_id}"
         case Lost(reason, upto, first_token, _, code, _):

@@ -246,7 +246,9 @@ _CONNECTIONS = [
         "",
         survives="a connection is looked at before its time, which changes nothing",
     ),
-    Mutant("router/api/http/connections.py", "                    connection.look(now_s)\n", "                    pass\n"),
+    Mutant(
+        "router/api/http/connections.py", "                    connection.look(now_s)\n", "                    pass\n"
+    ),
     Mutant("router/api/http/connection.py", "        self._among.demote(transport)\n", ""),
 ]
 

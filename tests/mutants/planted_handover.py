@@ -57,7 +57,7 @@ _HANDOVER = [
     ),
     Mutant(
         "kv/handover/receiver.py",
-        "        return [self._send(pb.SlotFree(count=1), now_s)]\n\n    def cancel",
+        "        return [self._free(slot, now_s)]\n\n    def cancel",
         "        return []\n\n    def cancel",
     ),
     Mutant(
@@ -238,6 +238,9 @@ _PULLED = [
         "",
     ),
     Mutant("prefill_worker/task.py", "                send(link.Release(self.key))\n", "                pass\n"),
+    Mutant("kv/handover/plane_channel.py", "if is_orderly:", "if True:"),
+    Mutant("kv/handover/plane_channel.py", "if other == peer]", "if other]"),
+    Mutant("kv/handover/transports/shared_memory.py", "if ring.nonce != offer.nonce:", "if False:"),
     Mutant("prefill_worker/service.py", "        if order.identity_root != names.root:\n", "        if False:\n"),
     Mutant("prefill_worker/service.py", "        if self._role() is Role.COMBINED:\n", "        if False:\n"),
     Mutant(

@@ -8,11 +8,12 @@ from pathlib import Path
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from support.frames import damaged, is_frame
 
 from twostroke.core.metrics import HANDOVER_STREAMS, SIDES
 from twostroke.core.request import Role
+from twostroke.kv.config import CacheConfig
 from twostroke.kv.handover.exported import CountersExport
-from twostroke.kv.handover.frames import Frame, decode_envelope
 from twostroke.kv.handover.machine import Counters
 from twostroke.kv.handover.transports.grpc import ServerStream
 
@@ -34,14 +35,19 @@ async def scraped(worker):
     return values, helps
 
 
+@pytest.fixture
 def damage_second_frame(monkeypatch):
+    return lambda rings: _damage_second_frame(monkeypatch, rings)
+
+
+def _damage_second_frame(monkeypatch, rings):
     send, seen = ServerStream.send, []
 
     async def damaging(stream, envelope):
-        if isinstance(decode_envelope(envelope), Frame):
+        if is_frame(envelope):
             seen.append(envelope)
             if len(seen) == 2:
-                envelope = envelope[:-5] + bytes([envelope[-5] ^ 0x40]) + envelope[-4:]
+                envelope = damaged(envelope, rings())
         await send(stream, envelope)
 
     monkeypatch.setattr(ServerStream, "send", damaging)
@@ -54,16 +60,23 @@ def test_every_counter_is_exported_and_documented():
         assert f"_{name}_total`" in text
 
 
+@pytest.fixture(params=["grpc", "shm"])
+async def pair(start_worker, request):
+    cache = CacheConfig(tokens=8192, frame_bytes=8192, transport=request.param)
+    return [await start_worker(role, cache=cache) for role in (Role.PREFILL, Role.DECODE)]
+
+
 async def test_both_sides_of_a_real_handover_are_in_metrics(
-    start_worker, router_of, make_prompt, all_free, monkeypatch
+    pair, router_of, make_prompt, all_free, damage_second_frame
 ):
-    prefill, decode = await start_worker(Role.PREFILL), await start_worker(Role.DECODE)
+    prefill, decode = pair
+    is_shared = decode.settings.cache.transport == "shm"
     hand = await router_of(decode)
     for worker in (prefill, decode):
         values, helps = await scraped(worker)
         assert values == {side: dict.fromkeys(HANDOVER_STREAMS, 0.0) for side in SIDES}  # there before anything happens
         assert helps == {name: metric.help for name, metric in HANDOVER_STREAMS.items()}
-    damage_second_frame(monkeypatch)
+    damage_second_frame(lambda: decode.rings)
     answer = await (await hand.submit("r", make_prompt(320), [prefill])).ended()
     assert answer.end.handover.refetched_blocks > 0
     await all_free(prefill, decode)
@@ -80,6 +93,10 @@ async def test_both_sides_of_a_real_handover_are_in_metrics(
     assert (prefills["mismatches"], decodes["mismatches"]) == (0, 1)
     assert prefills["messages_sent"] >= decodes["messages_received"] > decodes["frames"]
     assert decodes["messages_sent"] >= prefills["messages_received"] > 1
+    for name, whole in (("shared_frames", "frames"), ("shared_bytes", "frame_bytes")):
+        assert [side[name] for side in (prefills, decodes)] == [
+            side[whole] if is_shared else 0 for side in (prefills, decodes)
+        ]
     for name in ("duplicates", "stale", "gaps"):
         assert prefills[name] == decodes[name] == 0
 

@@ -4,9 +4,10 @@ import asyncio
 import contextlib
 
 import pytest
+from support.frames import damaged, is_frame
 
 from twostroke.core.request import Role
-from twostroke.kv.handover.frames import Frame, decode_envelope
+from twostroke.kv.config import CacheConfig
 from twostroke.kv.handover.transports.grpc import ServerStream
 from twostroke.protos import common_pb2
 
@@ -19,7 +20,10 @@ CANCELLED, STOP, LENGTH = (
 
 
 class Tap:
-    """Stands between every prefill worker and its streams: damages or holds back the frames that it is told to."""
+    """Stands between every prefill worker and its streams: damages or holds back the frames that it is told to.
+
+    `rings` is the pool of the decode worker whose shared memory is damaged.
+    """
 
     def __init__(self, monkeypatch):
         self.damage = set()  # numbers of frames (from 1) to flip a byte in
@@ -27,6 +31,7 @@ class Tap:
         self.hold_after = None  # so many frames pass, then nothing does
         self.num_frames = 0
         self.held = asyncio.Event()
+        self.rings = None
         self._send = ServerStream.send
         tap = self
 
@@ -36,12 +41,12 @@ class Tap:
         monkeypatch.setattr(ServerStream, "send", send)
 
     async def pass_on(self, stream, envelope):
-        if isinstance(decode_envelope(envelope), Frame):
+        if is_frame(envelope):
             self.num_frames += 1
             if self.num_frames in self.damage:
                 while not self.damage_when():
                     await asyncio.sleep(0.005)
-                envelope = envelope[:-5] + bytes([envelope[-5] ^ 0x40]) + envelope[-4:]
+                envelope = damaged(envelope, self.rings)
             if self.hold_after is not None and self.num_frames > self.hold_after:
                 self.held.set()
                 await asyncio.Event().wait()
@@ -97,10 +102,12 @@ async def proxy():
     await made.close()
 
 
-@pytest.fixture
-async def pair(start_worker, router_of, make_prompt):
+@pytest.fixture(params=["grpc", "shm"])
+async def pair(start_worker, router_of, make_prompt, tap, request):
     """Prefill worker, decode worker, a session with the latter, and the text that it all must give."""
-    prefill, decode = await start_worker(Role.PREFILL), await start_worker(Role.DECODE)
+    cache = CacheConfig(tokens=8192, frame_bytes=8192, transport=request.param)
+    prefill, decode = [await start_worker(role, cache=cache) for role in (Role.PREFILL, Role.DECODE)]
+    tap.rings = decode.rings
     alone = await start_worker(Role.COMBINED)
     hand = await router_of(decode)
     expected = await (await (await router_of(alone)).submit("x", make_prompt(LONG))).ended()

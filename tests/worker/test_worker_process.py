@@ -100,7 +100,7 @@ async def test_the_pool_is_the_smaller_of_tokens_and_memory(start_worker):
     weights = weight_bytes(by_tokens.room.engine.runner.spec, "float32")
     memory = weights + 10 * per_block * 2
     by_memory = await start_worker(
-        Role.COMBINED, cache=CacheConfig(tokens=1024, memory_fraction=0.5), memory_bytes=memory
+        Role.COMBINED, cache=CacheConfig(tokens=1024, memory_fraction=0.5, ring_bytes=0), memory_bytes=memory
     )
     assert by_tokens.info().num_kv_blocks == 64
     assert by_memory.info().num_kv_blocks == 10

@@ -153,7 +153,7 @@ async def test_the_end_tells_the_whole_life(start_worker, router_of, make_prompt
     per_token = sum(2 * spec.num_layers * c.heads * c.width for c in spec.components)
     assert handover.bytes_as_bf16 == 100 * per_token
     assert handover.bytes_moved > 100 * per_token / 2  # fp8 payload, scales and headers
-    assert handover.transport == "grpc"
+    assert handover.transport == "shm"
 
 
 # ---------------------------------------------------------------- orders
