@@ -49,6 +49,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "kv/cache/residency": ("tests/kv/test_residency.py",),
     "kv/block": ("tests/kv/test_identities.py",),
     "kv/keys": ("tests/kv/test_identities.py", "tests/core/test_proof.py"),
+    "kv/slices": ("tests/worker/test_rank_work.py",),
     "kv/": ("tests/kv/test_pool.py", "tests/kv/test_prefix.py"),
     "engine/policy": (
         "tests/prefill_worker/test_prefill_policy.py",
@@ -60,7 +61,6 @@ TESTS: dict[str, tuple[str, ...]] = {
     "engine/link/steady": ("tests/engine/test_plan_stream.py",),
     "engine/link/rank_link": ("tests/engine/test_rank_link.py",),
     "worker/rank_work": ("tests/worker/test_rank_work.py",),
-    "kv/slices": ("tests/worker/test_rank_work.py",),
     "engine/link/client": ("tests/engine/test_client.py", "tests/engine/test_thread_link.py"),
     "engine/loop": ("tests/engine/test_engine.py",),
     "engine/turn": ("tests/engine/test_turn.py", *_ENGINE, "tests/engine/test_swap.py"),
