@@ -20,7 +20,7 @@ from twostroke.engine.store_ops import ReadOp, SwapInOp, SwapOutOp, WriteOp
 from twostroke.kernels.cpu.build import NativeUnavailable, built_library
 from twostroke.kernels.reference import store_kv
 from twostroke.kv.block import BlockId
-from twostroke.kv.section import HeldTokens
+from twostroke.kv.section import HeldTokens, PlaneBuffer
 from twostroke.kv.slices import sections_of_rank
 from twostroke.kv.spec import KvSpec, attention_spec, mla_spec
 from twostroke.kv.store.host_store import HostStore
@@ -153,7 +153,8 @@ def test_a_prompt_that_arrives_is_shared_out_and_read_as_it_came(size: int, spec
     assert all(store.verify(held) for store in worker.stores)
     for start, count in ((0, TOKENS), (16, 32), (48, 5)):
         part = HeldTokens(TABLE, USES, start, count)
-        got = worker.store.read(ReadOp(SEQUENCE, start, count, TABLE, USES))
+        slot = PlaneBuffer(memoryview(bytearray(1 << 20)))  # a hand-over through shared memory asks so
+        got = worker.store.read(ReadOp(SEQUENCE, start, count, TABLE, USES, slot))
         for mine, wanted in zip(got, whole.read_tokens(part), strict=True):
             assert replace(mine, payload=0, scales=0, digests=0) == replace(wanted, payload=0, scales=0, digests=0) or (
                 (mine.component, mine.head_start, mine.head_count) == (wanted.component, 0, wanted.head_count)
