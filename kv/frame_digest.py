@@ -22,7 +22,7 @@ def section_digests(payload: U8, scales: U8 | None, place: U64, key: int) -> U64
     if library is None or not is_plain or payload.shape[-1] % _WORD_BYTES:
         return frame_digests(payload, scales, place, key, HASH_BLOCK_TOKENS)
     layers, heads, tokens, row_bytes = payload.shape
-    offsets = np.arange(0, tokens, HASH_BLOCK_TOKENS, np.int64)
+    offsets = np.arange(0, tokens, HASH_BLOCK_TOKENS, dtype=np.int64)
     counts = np.minimum(tokens - offsets, HASH_BLOCK_TOKENS)
     blocks = np.zeros(len(offsets), np.int64)  # the whole section is one block of the kernel's
     words = row_bytes // _WORD_BYTES
