@@ -97,7 +97,7 @@ class KvPull:
         self._opened_at_s = host.now_s()
         export = CountersExport(receiver.counters, "decode", tools.counters)
         self._carrier = Carrier(receiver, host, self._act, export.update)
-        self._envelopes: CheckLine[bytes | None] = CheckLine(host, self._take)
+        self._envelopes: CheckLine[bytes | None] = CheckLine(host, self._check_of, self._take)
         host.listen(self._envelopes.put)
         host.after(0.0, self._open)  # later, because the owner does not have its reference to this object yet
 
@@ -125,40 +125,52 @@ class KvPull:
     def _open(self) -> None:
         self._carrier.do(self.receiver.opened(self._host.now_s()))
 
-    def _take(self, envelope: bytes | None) -> Check | None:
-        """Handle one envelope, after all earlier ones. A frame returns a check of its digests first."""
+    def _check_of(self, envelope: bytes | None) -> Check | None:
+        """The check of a frame's digests; None: it is no frame, or nothing more is wanted."""
+        if envelope is None or self.receiver.is_over:
+            return None
+        try:
+            frame = self._decoded(envelope)
+        except WireError:
+            return None  # `_take` comes to it in its turn
+        if not isinstance(frame, Frame):
+            return None
+        tools = self._tools
+        size_bytes = len(envelope) + (0 if frame.slot is None else len(frame.planes))
+        holds = partial(verify_frame, frame, tools.digest_key, tools.kv_spec)
+        return Check(holds, size_bytes, partial(self._judge, frame, size_bytes))
+
+    def _decoded(self, envelope: bytes) -> handover_pb2.HandoverDown | Frame:
+        ring = self._ring if self.receiver.transport == SHM else None
+        received = decode_envelope(envelope, memory=None if ring is None else ring.memory)
+        if isinstance(received, handover_pb2.HandoverUp):
+            raise WireError("a message of the other direction")
+        return received
+
+    def _take(self, envelope: bytes | None) -> None:
+        """Handle an envelope that is no frame, after all earlier ones."""
         now_s = self._host.now_s()
         if envelope is None or self.receiver.is_over:
             self._carrier.do(self.receiver.closed(now_s))
-            return None
-        ring = self._ring if self.receiver.transport == SHM else None
+            return
         try:
-            received = decode_envelope(envelope, memory=None if ring is None else ring.memory)
-            if isinstance(received, handover_pb2.HandoverUp):
-                raise WireError("a message of the other direction")
+            received = self._decoded(envelope)
         except WireError as error:
             self._tools.counters["handover_garbled"] += 1
             self._carrier.do(self.receiver.garbled(now_s, str(error)))
-            return None
-        if isinstance(received, Frame):
-            in_slot = 0 if received.slot is None else len(received.planes)
-            return self._check_of(received, len(envelope) + in_slot)
+            return
+        assert isinstance(received, handover_pb2.HandoverDown), "frames are checked"
         self._note(received)
         self._carrier.do(self.receiver.on_message(received, now_s))
         if received.HasField("started") and self.receiver.transport != SHM:
             self._give_back(is_orderly=True)  # the peer has not mapped it
-        return None
-
-    def _check_of(self, frame: Frame, size_bytes: int) -> Check | None:
-        if self.receiver.is_over:
-            return None
-        tools = self._tools
-        holds = partial(verify_frame, frame, tools.digest_key, tools.kv_spec)
-        return Check(holds, size_bytes, partial(self._judge, frame, size_bytes))
 
     def _judge(self, frame: Frame, size_bytes: int, is_intact: bool) -> None:
         """Pass a frame to the machine after its digests were checked."""
         now_s = self._host.now_s()
+        if self.receiver.is_over:  # by a frame before it
+            self._carrier.do(self.receiver.closed(now_s))
+            return
         if is_intact:
             self.timeline.mark(Instant.FIRST_FRAME, now_s)
             self._arrivals.append(Arrival(now_s, size_bytes))

@@ -73,7 +73,7 @@ class PrefillTask:
         export = CountersExport(sender.counters, "prefill", tools.counters)
         self._carrier = Carrier(sender, host, self._act, export.update)
         # In order, so that leading tokens are sent first: decode can use only a prefix without gaps.
-        self._read_planes: CheckLine[link.KvRead] = CheckLine(host, self._check_of)
+        self._read_planes: CheckLine[link.KvRead] = CheckLine(host, self._check_of, lambda _: None)
         host.listen(self._take)
 
     @property

@@ -17,6 +17,7 @@ from typing import Generic, Protocol, TypeVar
 
 from .machine import Action
 
+MAX_CHECKS = 4  # verifications of one hand-over side by side: while one thread works, the next frame is there already
 MIN_DELAY_S = 0.001  # timers round to milliseconds: without it, a timer that fires early would be set again at once
 
 Item = TypeVar("Item")
@@ -131,15 +132,30 @@ class Carrier:
         self.do(self._machine.tick(self._host.now_s()))
 
 
-class CheckLine(Generic[Item]):
-    """Queue of items handled one after the other; while the digests of one are verified, the later ones wait."""
+@dataclass(slots=True)
+class _Pending:
+    """A verification under way."""
 
-    def __init__(self, host: StreamHost, handle: Callable[[Item], Check | None]) -> None:
-        """`handle` handles an item and returns None, or returns a check whose `done` handles the item."""
+    check: Check
+    holds: bool | None = None  # its result
+
+
+class CheckLine(Generic[Item]):
+    """Queue of items handled in order, those with digests after these were verified.
+
+    The digests of up to MAX_CHECKS items at the head of the queue are verified side by side; `done` is called in the
+    items' order. An item without digests waits until all items before it are done.
+    """
+
+    def __init__(
+        self, host: StreamHost, check_of: Callable[[Item], Check | None], handle: Callable[[Item], None]
+    ) -> None:
+        """`check_of` has no side effect; it returns None for an item without digests, which `handle` then handles."""
         self._host = host
+        self._check_of = check_of
         self._handle = handle
         self._items: deque[Item] = deque()
-        self._is_checking = False
+        self._pending: deque[_Pending] = deque()
         self._is_moving = False
 
     def put(self, item: Item) -> None:
@@ -152,17 +168,40 @@ class CheckLine(Generic[Item]):
             return
         self._is_moving = True
         try:
-            while self._items and not self._is_checking:
-                check = self._handle(self._items.popleft())
-                if check is not None:
-                    self._is_checking = True
-                    self._host.check(check, lambda holds, done=check.done: self._answered(done, holds))  # type: ignore[misc]
+            while self._finish_first() or self._begin_next():
+                pass
         finally:
             self._is_moving = False
 
-    def _answered(self, done: Callable[[bool], None], holds: bool) -> None:
-        try:
-            done(holds)
-        finally:
-            self._is_checking = False
+    def _finish_first(self) -> bool:
+        """Finish the first verification if it has a result; False: there is none."""
+        if not self._pending or self._pending[0].holds is None:
+            return False
+        first = self._pending.popleft()
+        assert first.holds is not None
+        first.check.done(first.holds)
+        return True
+
+    def _begin_next(self) -> bool:
+        """Begin the next item's verification, or handle it; False: it has to wait, or there is none."""
+        if not self._items or len(self._pending) >= MAX_CHECKS:
+            return False
+        check = self._check_of(self._items[0])
+        if check is None and self._must_wait():
+            return False
+        item = self._items.popleft()
+        if check is None:
+            self._handle(item)
+            return True
+        pending = _Pending(check)
+        self._pending.append(pending)
+        self._host.check(check, lambda holds: self._answered(pending, holds))
+        return True
+
+    def _must_wait(self) -> bool:
+        """True if an item without digests must wait for the verifications under way."""
+        return bool(self._pending)
+
+    def _answered(self, pending: _Pending, holds: bool) -> None:
+        pending.holds = holds
         self._move()

@@ -120,6 +120,8 @@ class Bench:
         async with asyncio.timeout(5):
             while self.pull.receiver.counters.messages_received < self.sequence - 1 and not self.pull.receiver.is_over:
                 await asyncio.sleep(0.001)
+        for _ in range(5):
+            await asyncio.sleep(0)  # the writer's turn: what was said is sent
 
     @property
     def written(self):

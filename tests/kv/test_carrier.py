@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from twostroke.core.clock import MonotonicClock
-from twostroke.kv.handover.carrier import Carrier, Check, CheckLine
+from twostroke.kv.handover.carrier import MAX_CHECKS, Carrier, Check, CheckLine
 from twostroke.kv.handover.driver import INLINE_BYTES, ClientDriver
 
 
@@ -54,21 +54,42 @@ def test_what_an_action_brings_comes_after_the_actions_before_it() -> None:
     assert counted == [0, 0]  # before the actions, and those of an answer at once
 
 
-def test_items_wait_for_the_verdict_of_the_one_before_them() -> None:
-    host, heard = Host(), []
+def line_of(host: Host, heard: list[str]) -> CheckLine[str]:
+    """A line whose frames have digests, and whose words have none."""
 
-    def handle(item: str) -> Check | None:
-        heard.append(item)
-        return Check(lambda: True, 1, lambda holds: heard.append(f"{item} {holds}")) if item == "frame" else None
+    def check_of(item: str) -> Check | None:
+        return Check(lambda: True, 1, lambda holds: heard.append(f"{item} {holds}")) if "frame" in item else None
 
-    line: CheckLine[str] = CheckLine(host, handle)  # type: ignore[arg-type]
-    for item in ("word", "frame", "frame", "word"):
+    return CheckLine(host, check_of, heard.append)  # type: ignore[arg-type]
+
+
+def test_an_item_without_digests_waits_for_the_verdicts_before_it() -> None:
+    host, heard = Host(), list[str]()
+    line = line_of(host, heard)
+    for item in ("word", "frame 1", "second word", "frame 2"):
         line.put(item)
-    assert heard == ["word", "frame"]
+    assert (heard, len(host.verdicts)) == (["word"], 1)
     host.verdicts.pop()(False)
-    assert heard == ["word", "frame", "frame False", "frame"]
+    assert heard == ["word", "frame 1 False", "second word"]
     host.verdicts.pop()(True)
-    assert heard[4:] == ["frame True", "word"]
+    assert heard[3:] == ["frame 2 True"]
+
+
+def test_frames_are_verified_side_by_side_and_done_in_their_order() -> None:
+    host, heard = Host(), list[str]()
+    line = line_of(host, heard)
+    for number in range(MAX_CHECKS + 1):
+        line.put(f"frame {number}")
+    line.put("word")
+    assert len(host.verdicts) == MAX_CHECKS
+    host.verdicts[1](False)
+    assert heard == []
+    host.verdicts[0](True)
+    assert heard == ["frame 0 True", "frame 1 False"]
+    assert len(host.verdicts) == MAX_CHECKS + 1
+    for verdict in host.verdicts[:1:-1]:
+        verdict(True)
+    assert heard[2:] == [*(f"frame {number} True" for number in range(2, MAX_CHECKS + 1)), "word"]
 
 
 class Stream:
@@ -119,20 +140,19 @@ async def test_a_verdict_is_what_the_digests_say_and_a_worker_that_ends_says_no(
 
 
 def test_what_comes_while_a_verdict_is_told_waits_for_its_end() -> None:
-    host, heard = Host(), []
+    host, heard = Host(), list[str]()
 
     def told(holds: bool) -> None:
         line.put("word")
         heard.append("told")
 
-    def handle(item: str) -> Check | None:
-        heard.append(item)
+    def check_of(item: str) -> Check | None:
         return Check(lambda: True, 1, told) if item == "frame" else None
 
-    line: CheckLine[str] = CheckLine(host, handle)  # type: ignore[arg-type]
+    line: CheckLine[str] = CheckLine(host, check_of, heard.append)  # type: ignore[arg-type]
     line.put("frame")
     host.verdicts.pop()(True)
-    assert heard == ["frame", "told", "word"]
+    assert heard == ["told", "word"]
 
 
 class Timer:

@@ -102,7 +102,7 @@ _HANDOVER = [
 _CARRIED = [
     Mutant("kv/handover/carrier.py", "        self.rearm()\n\n    def rearm", "\n    def rearm"),
     Mutant("kv/handover/carrier.py", "        if self._is_doing:\n            return\n", ""),
-    Mutant("kv/handover/carrier.py", "while self._items and not self._is_checking:", "while self._items:"),
+    Mutant("kv/handover/carrier.py", "return bool(self._pending)\n", "return False\n"),
     Mutant("kv/handover/driver.py", "            answered(check.holds())\n", "            answered(True)\n"),
     Mutant("kv/handover/driver.py", "error is None and future.result())\n", "error is None)\n"),
     Mutant(
@@ -114,8 +114,8 @@ _CARRIED = [
     Mutant("kv/handover/driver.py", "        self._hear(None)\n", ""),
     Mutant(
         "kv/handover/driver.py",
-        "        while self._checks:\n            await asyncio.wait(self._checks)\n",
-        "        return\n",
+        "        while len(self._checks) >= MAX_CHECKS:\n",
+        "        while False:\n",
     ),
     Mutant(
         "kv/handover/driver.py",
@@ -186,11 +186,11 @@ _BYTES = [
 _PULLED = [
     Mutant(
         "decode_worker/pull.py",
-        "            if isinstance(received, handover_pb2.HandoverUp):\n",
-        "            if False:\n",
+        "        if isinstance(received, handover_pb2.HandoverUp):\n",
+        "        if False:\n",
     ),
     Mutant(
-        "decode_worker/pull.py", "            self._carrier.do(self.receiver.closed(now_s))\n", "            pass\n"
+        "decode_worker/pull.py", "if envelope is None or self.receiver.is_over:\n            self._carrier", "if False:\n            self._carrier"
     ),
     Mutant(
         "decode_worker/pull.py",
