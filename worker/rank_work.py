@@ -135,7 +135,10 @@ class SlicedStore:
         self._specs = [spec.of_rank(rank, group.size) for rank in range(group.size)]
 
     def read(self, op: ReadOp | FetchOp) -> tuple[SectionData, ...]:
-        """Copy planes out of all ranks, with their seals. `ReadOp.into` is not used: the ranks' heads are joined first."""
+        """Copy planes out of all ranks, with their seals.
+
+        `ReadOp.into` is not used: the ranks' heads are joined first.
+        """
         if isinstance(op, ReadOp):
             op = replace(op, into=None)
         self._send(op)

@@ -190,7 +190,9 @@ _PULLED = [
         "        if False:\n",
     ),
     Mutant(
-        "decode_worker/pull.py", "if envelope is None or self.receiver.is_over:\n            self._carrier", "if False:\n            self._carrier"
+        "decode_worker/pull.py",
+        "if envelope is None or self.receiver.is_over:\n            self._carrier",
+        "if False:\n            self._carrier",
     ),
     Mutant(
         "decode_worker/pull.py",
