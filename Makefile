@@ -40,12 +40,13 @@ format: $(STAMP)-all,test,redis,check
 
 # What is too long for the tests: 500 other schedules run there. CI plays the first SCHEDULES of these.
 SCHEDULES ?= 20000
-campaigns: $(STAMP)-all
+campaigns: $(STAMP)-all,test,redis
 	$(BIN)/twostroke sim faults --schedules $(SCHEDULES) --seed 100000
+	$(BIN)/python -m pytest -rs -m campaign tests/deploy
 
 # The CPU kernels for 64-bit Arm under qemu: needs g++-aarch64-linux-gnu and qemu-user-static.
 arm: $(STAMP)-all,test,redis
-	$(BIN)/python -m pytest -rs tests/kernels/test_arm.py
+	$(BIN)/python -m pytest -rs -m campaign tests/kernels/test_arm.py
 
 # Small bugs planted one at a time: does a test or the simulator see each? About an hour on two busy cores.
 mutants: $(STAMP)-all,test,redis

@@ -11,6 +11,8 @@ import pytest
 from support.charts import CHART, ROOT, helm
 from support.kube.cluster import Kube, kube
 
+pytestmark = pytest.mark.campaign
+
 KEY = "a-key-of-the-tests-1"
 VALUES = f"--values={ROOT / 'deploy/helm/presets/kind.yaml'}"
 SETTINGS = (

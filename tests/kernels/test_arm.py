@@ -17,7 +17,10 @@ CROSS = shutil.which("aarch64-linux-gnu-g++") or ""
 QEMU = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64") or ""
 QUICK = ("-O1", "-Wno-psabi")  # bits hang on the order that the sources write, not on the optimiser
 
-pytestmark = pytest.mark.skipif(not (CROSS and QEMU), reason="no cross compiler or no qemu-user for 64-bit Arm")
+pytestmark = [
+    pytest.mark.campaign,
+    pytest.mark.skipif(not (CROSS and QEMU), reason="no cross compiler or no qemu-user for 64-bit Arm"),
+]
 
 
 def program(compiler: str, folder: Path, *flags: str) -> Path:
