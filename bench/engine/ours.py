@@ -37,6 +37,7 @@ BLOCK_TOKENS = 16
 POOL_TOKENS = 2 * MAX_BATCH * (PROMPT_TOKENS + NEW_TOKENS + RAMP_TOKENS)  # as in service: half of it holds old prefixes
 KEY, ROOT = b"bench", b"root"
 TIMEOUT_S = 300.0
+ALL_AT_ONCE_MS = 1e6
 
 
 class Ours:
@@ -59,7 +60,9 @@ class Ours:
         config = ModelConfig(quantization=self.given.variant)
         runner = load_runner(resolve(self.given.checkpoint / "hf", config, "auto", "cpu", built_library), options)
         step = StepConfig()
-        limits = StepLimits(step.max_num_seqs, step.max_num_batched_tokens, step.max_waiting)
+        # Prompts in whole steps, as the peers compute them: in service they give way to streams (`step.target_ms`), and
+        # the first sequences of a batch would end before the last begins to decode.
+        limits = StepLimits(step.max_num_seqs, step.max_num_batched_tokens, step.max_waiting, target_ms=ALL_AT_ONCE_MS)
         pool = BlockPool(options.num_blocks, BLOCK_TOKENS)
         self.link = ThreadLink()
         core = EngineCore(
