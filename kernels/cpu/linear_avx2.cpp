@@ -7,6 +7,7 @@
 // Few rows: a panel is read once for all blocks, a piece of k at a time, and the next panel is prefetched meanwhile. Many rows: a
 // block of rows is read once for a stretch of panels that stays in the second-level cache.
 // Source: blocking for registers and caches as in Goto and van de Geijn 2008.
+#include "api.h"
 #include "linear.h"
 
 #if defined(TWOSTROKE_AVX2)

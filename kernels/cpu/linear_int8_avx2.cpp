@@ -3,6 +3,7 @@
 // The instruction for pairs of bytes saturates, so weights are widened to pairs of 16 bits, whose products are summed in 32 bits
 // exactly. Panels of 16 columns hold signed bytes, [inner / 2][16 columns][2 neighbours in k]. Rows are stored widened: blocks of
 // up to six rows, per group { scale [rows], pairs [32][rows] }.
+#include "api.h"
 #include "linear.h"
 #include "row_blocks.h"
 #include "row_rounding.h"
