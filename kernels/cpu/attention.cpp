@@ -25,6 +25,8 @@ namespace {
 constexpr int UNIT_ROWS = softmax::MOST_ROWS;  // query rows (token, head) that share the unpacked keys and values of a tile
 #if defined(__AVX512F__)
 constexpr int SCORE_ROWS = 6, MIX_ROWS = 6, MIX_LANES = 4, DIRECT_ROWS = 4;
+#elif defined(TWOSTROKE_AVX2)
+constexpr int SCORE_ROWS = 6, MIX_ROWS = 6, MIX_LANES = 1, DIRECT_ROWS = 2;
 #else
 constexpr int SCORE_ROWS = 2, MIX_ROWS = 2, MIX_LANES = 2, DIRECT_ROWS = 2;
 #endif
@@ -92,12 +94,22 @@ class Worker {
                 scales[p][g] = rows.scales(g, !by_64(plane)) * splat(job_.scale * (job_.softcap ? 1.0f : LOG2_E));
             if (job_.num_parts == 1 && by_64(plane) && unit_.rows <= DIRECT_ROWS && plane.width <= 128)
                 return plane.width == 64 ? score_few<64>(tile, rows, scales[0]) : score_few<128>(tile, rows, scales[0]);
+#if defined(TWOSTROKE_AVX2)
+            if (PAIRS && job_.num_parts == 1 && plane.codec == FP8 && unit_.rows <= DIRECT_ROWS && plane.width % 32 == 0 &&
+                plane.width <= MOST_DIRECT_WIDTH)
+                return score_by_bytes(rows, scales[0], Ahead(rows_of(job_.values, tile), rows));
+#endif
             for (int g = 0; g < GROUPS && rows.rows[g]; g++)
                 take_group(plane, rows.rows[g], steps(p), to + (int64_t)g * steps(p) * LANES);
         }
         int row = first_seeing(tile);
         for (; row + SCORE_ROWS <= unit_.rows; row += SCORE_ROWS) {
-            switch ((position(row + SCORE_ROWS - 1) - tile * TILE) / LANES) {  // the last group that the last row sees
+            const int last = (position(row + SCORE_ROWS - 1) - tile * TILE) / LANES;  // group that the last row sees
+#if defined(TWOSTROKE_AVX2)
+            for (int g = 0; g <= std::min(last, GROUPS - 1); g++) score_rows<SCORE_ROWS, 1>(row, scales, g);
+            continue;
+#endif
+            switch (last) {
                 case 0: score_rows<SCORE_ROWS, 1>(row, scales); break;
                 case 1: score_rows<SCORE_ROWS, 2>(row, scales); break;
                 case 2: score_rows<SCORE_ROWS, 3>(row, scales); break;
@@ -125,6 +137,14 @@ class Worker {
             const Ahead ahead(rows_of(job_.keys[0], tile + 1), values);
             return mix_from(ValuesBy64{values, ahead}, tile);
         }
+#if defined(TWOSTROKE_AVX2)
+        if (unit_.rows <= MIX_ROWS) {
+            const Ahead keys(rows_of(job_.keys[0], tile + 1), values);
+            const int bytes = LANES * job_.keys[0].width * number_bytes(job_.keys[0].codec);
+            for (int g = 0; g < GROUPS; g++)
+                for (int at = 0; at < bytes; at += 64) keys.ask(g, at);
+        }
+#endif
         switch (job_.values.codec) {
             case FP8: return mix_of<FP8>(values, tile);
             case BFLOAT16: return mix_of<BFLOAT16>(values, tile);
@@ -253,9 +273,41 @@ class Worker {
             for (int g = 0; g < GROUPS; g++) store(softmax_.scores + r * TILE + g * LANES, acc[r][g] * scales[g]);
     }
 
-    // Scores of ROWS rows with the first SEEN groups of keys. Scores of later groups are undefined.
+#if defined(TWOSTROKE_AVX2)
+    // The same for machines whose registers hold two rows and one group. Sixteen keys are transposed as bytes.
+    static constexpr int MOST_DIRECT_WIDTH = 256;
+    void score_by_bytes(const TileRows& rows, const F32 (&scales)[GROUPS], const Ahead& values) {
+        float q[DIRECT_ROWS][MOST_DIRECT_WIDTH];
+        const int width = job_.keys[0].width;
+        for (int r = 0; r < DIRECT_ROWS; r++) {
+            const uint16_t* from = (const uint16_t*)(queries() + std::min(r, unit_.rows - 1) * query_steps_);
+            for (int i = 0; i < width; i += LANES) store(q[r] + i, load_bf16(from + i));
+        }
+        for (int g = 0; g < GROUPS; g++) {
+            F32 acc[DIRECT_ROWS] = {};
+            for (int at = 0; at < width && rows.rows[g]; at += LANES) {
+#pragma GCC unroll 4
+                for (int line = 0; line < 4; line++) values.ask(g, 16 * at + 64 * line);
+                __m256i codes[8];
+                load_byte_columns(rows.rows[g] + at, width, codes);
+#pragma GCC unroll 8
+                for (int i = 0; i < 8; i++) {
+                    const F32 even = decode_byte_column<false>(codes[i]), odd = decode_byte_column<true>(codes[i]);
+#pragma GCC unroll 2
+                    for (int r = 0; r < DIRECT_ROWS; r++) {
+                        const __m256 x = _mm256_broadcast_ss(q[r] + at + 2 * i), y = _mm256_broadcast_ss(q[r] + at + 2 * i + 1);
+                        acc[r] = fma(odd, {y, y}, fma(even, {x, x}, acc[r]));
+                    }
+                }
+            }
+            for (int r = 0; r < unit_.rows; r++) store(softmax_.scores + r * TILE + g * LANES, acc[r] * scales[g]);
+        }
+    }
+#endif
+
+    // Scores of ROWS rows with SEEN groups of keys from group `from` on. Scores of later groups are undefined.
     template <int ROWS, int SEEN>
-    void score_rows(int first, const F32 (&scales)[2][GROUPS]) {
+    void score_rows(int first, const F32 (&scales)[2][GROUPS], int from = 0) {
         F32 score[ROWS][SEEN];
         static_assert(ROWS <= 6, "three rows to an address, as in linear.cpp, and two addresses");
         const int64_t places[3] = {0, query_steps_, 2 * query_steps_};
@@ -271,7 +323,7 @@ class Worker {
                 asm("" : "+r"(q0), "+r"(q3));
                 U32 keys[SEEN];
 #pragma GCC unroll 4
-                for (int g = 0; g < SEEN; g++) keys[g] = load<U32>(k + ((int64_t)g * n + i) * LANES);
+                for (int g = 0; g < SEEN; g++) keys[g] = load<U32>(k + ((int64_t)(from + g) * n + i) * LANES);
 #pragma GCC unroll 8
                 for (int r = 0; r < ROWS; r++) {
                     const U32 x = splat_u32((r < 3 ? q0 : q3)[places[r % 3]]);
@@ -285,10 +337,10 @@ class Worker {
             for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
                 for (int g = 0; g < SEEN; g++)
-                    score[r][g] = p ? fma(acc[r][g], scales[p][g], score[r][g]) : acc[r][g] * scales[p][g];
+                    score[r][g] = p ? fma(acc[r][g], scales[p][from + g], score[r][g]) : acc[r][g] * scales[p][from + g];
         }
         for (int r = 0; r < ROWS; r++)
-            for (int g = 0; g < SEEN; g++) store(softmax_.scores + (first + r) * TILE + g * LANES, score[r][g]);
+            for (int g = 0; g < SEEN; g++) store(softmax_.scores + (first + r) * TILE + (from + g) * LANES, score[r][g]);
     }
 
     // ------------------------------------------------------------ values
@@ -350,6 +402,21 @@ class Worker {
             for (int c = 0; c < WIDE; c++)
                 acc[r][c] = load<F32>(to + r * width_ + c * LANES) * splat(softmax_.shrink[first + r]);
         for (int step = 0; step < count; step++) {
+#if defined(TWOSTROKE_AVX2)
+            if constexpr (PAIRS && Source::READS_SINGLE) {  // without packing two numbers into one lane
+#pragma GCC unroll 4
+                for (int c = 0; c < WIDE; c++) {
+                    const F32 one = source.one(2 * step, column + c * LANES), other = source.one(2 * step + 1, column + c * LANES);
+#pragma GCC unroll 8
+                    for (int r = 0; r < ROWS; r++) {
+                        const U32 weight = splat_u32(weights[r * TILE + step]);
+                        acc[r][c] = fma(one, (F32)(weight << 16), acc[r][c]);
+                        acc[r][c] = fma(other, (F32)(weight & 0xFFFF0000u), acc[r][c]);
+                    }
+                }
+                continue;
+            }
+#endif
             U32 value[WIDE];
             source.take(step, column, value);
 #pragma GCC unroll 8

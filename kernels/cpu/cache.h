@@ -92,6 +92,7 @@ inline void take_keys(const uint8_t* rows, int width, int steps, uint32_t* to) {
 // Values of key pairs (PAIRS) or of single keys, decoded on demand: `take` returns 32 bits per column, [step][columns].
 template <bool PAIRS, int CODEC, bool WHOLE>
 struct Values {
+    static constexpr bool READS_SINGLE = true;  // has `one`
     const TileRows& tile;
     int width, held;
     template <int WIDE>
@@ -102,12 +103,12 @@ struct Values {
                 to[c] = (U32)get(step, column + c * LANES);
                 continue;
             }
-            // A neighbour beyond the sequence has zero weight; its bytes are arbitrary and are not read.
-            const F32 first = get(2 * step, column + c * LANES);
-            const F32 second = 2 * step + 1 < held ? get(2 * step + 1, column + c * LANES) : F32{};
+            const F32 first = get(2 * step, column + c * LANES), second = one(2 * step + 1, column + c * LANES);
             to[c] = ((U32)first >> 16) | ((U32)second & 0xFFFF0000u);
         }
     }
+    // A neighbour beyond the sequence has zero weight; its bytes are arbitrary and are not read.
+    F32 one(int j, int column) const { return j < held ? get(j, column) : F32{}; }
     F32 get(int j, int column) const {
         return numbers<CODEC, WHOLE>(tile.rows[j / LANES] + j % LANES * tile.row_bytes, column, width);
     }
@@ -115,6 +116,7 @@ struct Values {
 // The same for fp8, 64 columns at a time, in another column order (simd.h: restore_columns). Every code decodes to a finite
 // number.
 struct ValuesBy64 {
+    static constexpr bool READS_SINGLE = false;
     const TileRows& tile;
     const Ahead& ahead;
     template <int WIDE>
@@ -130,6 +132,7 @@ struct ValuesBy64 {
 };
 // Values that were decoded into scratch [steps][columns].
 struct ValuesKept {
+    static constexpr bool READS_SINGLE = false;
     const uint32_t* values;
     int columns;
     template <int WIDE>

@@ -402,6 +402,35 @@ inline F32 decode_e4m3_by_256(U8x16 codes) {
 #endif
 }
 
+#if defined(TWOSTROKE_AVX2)
+// Transpose sixteen bytes of each of sixteen rows: codes[i] holds elements 2i and 2i + 1 of all rows, eight rows per half.
+__attribute__((always_inline)) inline void load_byte_columns(const uint8_t* rows, int row_bytes, __m256i (&codes)[8]) {
+    __m256i a[8], b[8];
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; j++)
+        a[j] = _mm256_inserti128_si256(_mm256_castsi128_si256(load<__m128i>(rows + j * row_bytes)),
+                                       load<__m128i>(rows + (j + 8) * row_bytes), 1);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++)
+        b[j] = _mm256_unpacklo_epi8(a[2 * j], a[2 * j + 1]), b[j + 4] = _mm256_unpackhi_epi8(a[2 * j], a[2 * j + 1]);
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4) {  // elements 0-7, 8-15
+        a[0] = _mm256_unpacklo_epi16(b[i], b[i + 1]), a[1] = _mm256_unpackhi_epi16(b[i], b[i + 1]);
+        a[2] = _mm256_unpacklo_epi16(b[i + 2], b[i + 3]), a[3] = _mm256_unpackhi_epi16(b[i + 2], b[i + 3]);
+        codes[i] = _mm256_unpacklo_epi32(a[0], a[2]), codes[i + 1] = _mm256_unpackhi_epi32(a[0], a[2]);
+        codes[i + 2] = _mm256_unpacklo_epi32(a[1], a[3]), codes[i + 3] = _mm256_unpackhi_epi32(a[1], a[3]);
+    }
+}
+// Decode the first (ODD: the second) element of all rows, one row per lane, divided by 256 as in decode_e4m3_by_256.
+template <bool ODD>
+__attribute__((always_inline)) inline F32 decode_byte_column(__m256i codes) {
+    const __m256i zero = _mm256_setzero_si256();
+    __m256i half = ODD ? _mm256_unpackhi_epi8(zero, codes) : _mm256_unpacklo_epi8(zero, codes);
+    half = _mm256_and_si256(_mm256_srai_epi16(half, 1), _mm256_set1_epi16((short)0xBF80));
+    return {_mm256_cvtph_ps(_mm256_castsi256_si128(half)), _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1))};
+}
+#endif
+
 // Decode 64 codes (a sign and seven bits) into bfloat16 by byte tables. Interleaving the bytes leaves elements 0-7, 16-23, 32-39,
 // 48-55 in `low` and the others in `high`.
 #if defined(__AVX512VBMI__) && defined(__AVX512BF16__)
