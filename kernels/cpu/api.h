@@ -16,9 +16,11 @@ enum Activation : int32_t { NO_ACTIVATION = -1, SILU = 0, GELU_TANH = 1 };
 // QUERIES_ONLY, for the rows whose hidden state is read. Their keys and values are stored by then.
 enum LastLayer : int32_t { WHOLE = 0, KEYS_ONLY = 1, QUERIES_ONLY = 2 };
 
-// Failure of a call of a group: 1 + the rank that is gone, for this and all later calls; or GROUP_DIFFERS: the ranks made different
-// calls, and each of them got this answer.
+// Failure of a call of a group: GROUP_DIFFERS: the ranks made different calls, and each of them got this answer. Or, for this and all
+// later calls, why * 256 + 1 + the rank that is gone.
 enum GroupFailure : int32_t { GROUP_DIFFERS = -1 };
+// DECLARED by twostroke_fail_group; SILENT: its process is dead or frozen; LEFT the group; LATE: it made no call in time.
+enum WhyGone : int32_t { DECLARED = 0, SILENT = 1, LEFT = 2, LATE = 3 };
 
 extern "C" {
 

@@ -48,7 +48,7 @@ int number_bytes(int kind) { return kind == BFLOAT16 ? 2 : 4; }
 }  // namespace
 
 struct alignas(64) Group::Header {
-    std::atomic<int32_t> gone;  // 0, or 1 + the rank that is gone
+    std::atomic<int32_t> gone;  // 0, or why * 256 + 1 + the rank that is gone
 };
 
 struct alignas(64) Group::Place {
@@ -90,9 +90,9 @@ char* Group::slot(int rank, uint32_t turn) const {
     return region_ + first + (2 * rank + turn % 2) * slot_bytes_;
 }
 
-void Group::fail(int rank) {
+void Group::fail(int rank, WhyGone why) {
     int32_t none = 0;
-    ((Header*)region_)->gone.compare_exchange_strong(none, 1 + rank);
+    ((Header*)region_)->gone.compare_exchange_strong(none, why * 256 + 1 + rank);
     for (int r = 0; r < size_; r++) wake(place(r).arrived);
 }
 
@@ -113,7 +113,7 @@ void Group::beat(int interval_ms, int silence_ms) {
             const uint32_t now = place(r).beats.load();
             missed[r] = now == seen[r] ? missed[r] + 1 : 0;
             seen[r] = now;
-            if (r != rank_ && now && !place(r).has_left.load() && missed[r] * interval_ms >= silence_ms) fail(r);
+            if (r != rank_ && now && !place(r).has_left.load() && missed[r] * interval_ms >= silence_ms) fail(r, SILENT);
         }
     }
 }
@@ -133,7 +133,7 @@ int32_t Group::wait_for(int rank) {
         if (!is_there(arrived) && !has_left && !failure()) sleep_while(other.arrived, arrived);
         other.asleep.fetch_sub(1);
         if (is_there(other.arrived.load())) return 0;
-        if (has_left || Clock::now() > deadline) fail(rank);
+        if (has_left || Clock::now() > deadline) fail(rank, has_left ? LEFT : LATE);
         if (const int32_t gone = failure()) return gone;
     }
 }
@@ -264,7 +264,7 @@ extern "C" Group* twostroke_join_group(void* region, int32_t rank, int32_t size,
     return new Group(region, rank, size, slot_bytes, timeout_ms, silence_ms);
 }
 extern "C" void twostroke_leave_group(Group* group) { delete group; }
-extern "C" void twostroke_fail_group(Group* group, int32_t rank) { group->fail(rank); }
+extern "C" void twostroke_fail_group(Group* group, int32_t rank) { group->fail(rank, DECLARED); }
 extern "C" int32_t twostroke_group_failure(Group* group) { return group->failure(); }
 extern "C" int32_t twostroke_all_reduce(Group* group, Threads* threads, void* x, int64_t numbers, int32_t kind) {
     return group->all_reduce(threads, x, numbers, kind);

@@ -34,7 +34,7 @@ class Group {
     int32_t all_gather(const void* from, int64_t rows, int64_t row_bytes, void* to);
     int32_t agree(int64_t mine, int64_t* all);
     // Declare a rank gone: every wait of every rank ends.
-    void fail(int rank);
+    void fail(int rank, WhyGone why);
     int32_t failure() const;
 
    private:

@@ -16,7 +16,8 @@ from .build import built_library
 FLOAT32, BFLOAT16, INT8, FP8, CODED = range(5)
 WHOLE, KEYS_ONLY, QUERIES_ONLY = range(3)  # part of the last layer that a call computes
 NO_ACTIVATION, SILU, GELU_TANH = range(-1, 2)
-GROUP_DIFFERS = -1  # failure of a group's call; others are 1 + the rank that is gone
+GROUP_DIFFERS = -1  # failure of a group's call; others are why * 256 + 1 + the rank that is gone
+DECLARED, SILENT, LEFT, LATE = range(4)  # why a rank is gone
 GROUP_FAILED = 1 - (1 << 63)  # plus such a failure: the answer of `layers` when its group failed
 LANES = 16  # columns per panel
 ALIGNMENT = 64

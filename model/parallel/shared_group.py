@@ -24,6 +24,12 @@ from ...kernels.cpu import library as native
 CALL_TIMEOUT_S = 60.0  # longest wait for another rank within a step; a rank that lives but is stuck
 SILENCE_S = 0.8  # a rank whose process shows no life for so long is gone
 MESSAGE_BYTES = 1 << 16  # columns in which `gather_bytes` passes an array through the slots
+_WHY_GONE = {
+    native.DECLARED: "is gone",
+    native.SILENT: "shows no sign of life",
+    native.LEFT: "has left its group",
+    native.LATE: "did not do its part in time",
+}
 _KINDS = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16}
 
 
@@ -142,7 +148,8 @@ class SharedMemoryGroup:
         if failure == native.GROUP_DIFFERS:
             raise RanksDiffer("the ranks of this model made different calls")
         if failure:
-            raise RankLost(f"rank {failure - 1} of {self.size} is gone or does not answer")
+            why, rank = divmod(failure - 1, 256)
+            raise RankLost(f"rank {rank} of {self.size} {_WHY_GONE[why]}")
 
     def fail(self, rank: int) -> None:
         """Declare a rank gone: calls that wait for it end with `RankLost`, at every rank. From any thread."""
@@ -154,7 +161,7 @@ class SharedMemoryGroup:
         """The rank that is gone; None while all are there. From any thread."""
         with self._closing:
             failure = self._library.group_failure(self._group) if self._group else 0
-        return failure - 1 if failure else None
+        return (failure - 1) % 256 if failure else None
 
     def close(self) -> None:
         """Leave the group: another rank that waits for this one gets `RankLost`. Not during a call."""

@@ -169,7 +169,9 @@ def test_a_plan_of_decodes_alone_costs_a_word_per_sequence():
         assert step == 0 or len(data) <= 40 + 4 * 20 + 2 * 32
 
 
-@pytest.mark.parametrize("change", ["absent", "order", "table", "generation", "params", "number", "large"])
+@pytest.mark.parametrize(
+    "change", ["absent", "order", "key", "start", "table", "generation", "params", "number", "large"]
+)
 def test_a_plan_that_only_looks_like_decodes_alone_arrives_too(change: str):
     sender, receiver = PlanSender(), PlanReceiver()
     for step in range(3):
@@ -179,6 +181,8 @@ def test_a_plan_that_only_looks_like_decodes_alone_arrives_too(change: str):
     other = {
         "absent": [],
         "order": [rows[1], first],
+        "key": [first._replace(key=SequenceKey("another", 0)), rows[1]],
+        "start": [first._replace(start=first.start + 1), rows[1]],
         "table": [first._replace(block_table=(7, *first.block_table[1:])), rows[1]],
         "generation": [first._replace(generations=(7, *first.generations[1:])), rows[1]],
         "params": [first._replace(params=WITH_PAST), rows[1]],
@@ -193,7 +197,7 @@ def test_a_plan_that_only_looks_like_decodes_alone_arrives_too(change: str):
     assert receiver.decode(sender.encode(following)) == following
 
 
-@pytest.mark.parametrize("bad", ["cut", "long", "count", "growth", "row", "repeated"])
+@pytest.mark.parametrize("bad", ["cut", "long", "count", "growth", "row", "repeated", "fewer"])
 def test_a_damaged_plan_of_decodes_alone_is_refused(bad: str):
     sender, receiver = PlanSender(), PlanReceiver()
     for step in range(12):
@@ -210,7 +214,11 @@ def test_a_damaged_plan_of_decodes_alone_is_refused(bad: str):
         "growth": data[:-24] + bytes([9]) + data[-23:],
         "row": data[:-32] + bytes([200]) + data[-31:],
         "repeated": data,
+        "fewer": b"",
     }
+    if bad == "fewer":  # a message for a receiver of other sequences
+        other = PlanSender()
+        changed["fewer"] = [other.encode(steady(step, 19)) for step in range(13)][-1]
     if bad == "repeated":
         receiver.decode(data)
     with pytest.raises(WireError):

@@ -85,12 +85,12 @@ def test_a_dead_and_a_frozen_rank_end_the_wait_of_the_others(number: int) -> Non
             assert process.stdout.readline() == "met\n"
         processes[2].send_signal(number)
         for process in processes[:2]:
-            assert said(process) == "RankLost rank 2 of 3 is gone or does not answer True\n"
+            assert said(process) == "RankLost rank 2 of 3 shows no sign of life True\n"
 
 
 def test_a_rank_that_leaves_ends_the_wait_of_the_others() -> None:
     with ranks(2, "leave") as processes:
-        assert said(processes[0]) == "RankLost rank 1 of 2 is gone or does not answer\n"
+        assert said(processes[0]) == "RankLost rank 1 of 2 has left its group\n"
 
 
 def test_a_rank_that_ends_its_step_early_is_noticed_by_all_and_they_go_on() -> None:
@@ -106,7 +106,7 @@ def test_a_rank_that_lives_and_does_not_call_ends_the_wait_at_its_deadline() -> 
     region = shared_region(2, PAGE)
     here, other = (SharedMemoryGroup(region, rank, 2, PAGE, timeout_s=0.05) for rank in range(2))
     os.close(region)
-    with pytest.raises(RankLost, match="rank 1 of 2"):
+    with pytest.raises(RankLost, match="rank 1 of 2 did not do its part in time"):
         here.all_reduce(torch.ones(3))
     assert other.lost_rank() == 1
     with pytest.raises(RankLost):

@@ -192,8 +192,9 @@ def test_a_swapped_sequence_comes_back_at_every_rank_or_is_damaged_at_all(make_w
     assert worker.store.swap_in(back)
     got = worker.store.read(ReadOp(SEQUENCE, 0, TOKENS, *now))
     assert all(np.array_equal(a.payload, b.payload) for a, b in zip(got, sections, strict=True))
-    worker.host_stores[0].components[0].payload.fill_(0x11)
-    assert not worker.store.swap_in(back)
+    for rank in (1, 0):
+        worker.host_stores[rank].components[0].payload.fill_(0x11)
+        assert not worker.store.swap_in(back)
 
 
 def step(token: int, place: SampledPlace | None = None, history: History | None = None) -> SequenceStep:
