@@ -154,7 +154,7 @@ async def test_what_is_no_worker_or_would_leave_nobody_to_decode_is_refused(tiny
 @pytest.mark.parametrize("state", ["joining", "suspect", "draining", "live"])
 def test_only_a_live_worker_counts_as_one_that_decodes(state: str) -> None:
     last = {"worker_id": "decode-0", "model": "m", "role": "decode", "state": "live", "address": "127.0.0.1:1"}
-    workers = [last, {**last, "worker_id": "decode-1", "state": state}]
+    workers = [last, {**last, "worker_id": "decode-1", "state": state}, {**last, "worker_id": "other", "model": "o"}]
     if state == "live":
         assert _address(workers, "decode-0", Role.PREFILL, force=False) == "127.0.0.1:1"
     else:

@@ -283,6 +283,12 @@ async def test_who_takes_no_hand_overs_says_so(bench, why):
     assert (await pipe.read("failed")).failed.code == "unavailable"
 
 
+async def test_a_decode_worker_takes_hand_overs_that_were_on_their_way_when_its_role_changed(bench):
+    it = bench(role=Role.DECODE)
+    it.open(order())
+    assert (await it.link.until(Submit)).source is Source.FOR_PEER
+
+
 @pytest.mark.parametrize("how", ["cancel", "hang up", "silence", "task cancelled", "garbage", "deadline"])
 async def test_every_way_out_gives_the_blocks_back(bench, how):
     it = bench(timing=Lease(beat_s=0.05, silence_s=0.3 if how == "silence" else 60.0))

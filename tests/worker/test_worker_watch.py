@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import time
+from dataclasses import replace
 
 import grpc
 import grpc.aio
@@ -14,11 +15,14 @@ from support.ear import KEY, Ear
 from support.flow_cluster import until
 
 from twostroke.core.inside import InsideChannel
+from twostroke.core.lease import WORKER_LEASE
 from twostroke.core.request import CacheScope, Role
 from twostroke.kv.config import CacheConfig
 from twostroke.kv.handover.frames import Frame, decode_envelope, verify_frame
 from twostroke.kv.handover.transports.grpc import Channels
-from twostroke.protos import common_pb2, handover_pb2, worker_pb2
+from twostroke.kv.messages import role_to_wire
+from twostroke.protos import common_pb2, handover_pb2, worker_pb2, worker_pb2_grpc
+from twostroke.worker import announcer as announcer_module
 from twostroke.worker.announcer import Announcer, Retry
 
 SMALL = CacheConfig(tokens=1024, frame_bytes=8192)  # 64 blocks: evicts all the time
@@ -283,6 +287,33 @@ async def test_a_router_at_every_address_of_a_name_is_told_and_one_that_the_name
     await announcer.leave()
     assert second.heard[-1].leaving
     await two.stop(0)
+
+
+async def test_a_change_of_role_is_answered_told_at_once_and_is_the_engine_s(start_worker, monkeypatch):
+    """Without the next beat, which comes in an hour here."""
+    monkeypatch.setattr(announcer_module, "WORKER_LEASE", replace(WORKER_LEASE, beat_s=3600.0, silence_s=7200.0))
+    ear = Ear()
+    server, address = await ear.listen()
+    worker = await start_worker(Role.DECODE, routers=(address,))
+    await ear.until(lambda heard: heard)
+    async with InsideChannel(worker.address, KEY) as channel:
+        stub = worker_pb2_grpc.WorkerStub(channel)
+        for role, share in ((Role.COMBINED, 0.5), (Role.PREFILL, 1.0), (Role.DECODE, 0.25)):
+            wire = role_to_wire(role)
+            answer = await stub.SetRole(worker_pb2.SetRoleRequest(role=wire))
+            assert answer == worker.info()
+            assert answer.role == wire
+            await ear.until(lambda heard, wire=wire: heard[-1].worker.role == wire)
+            async with asyncio.timeout(60):
+                while worker.room.engine.core.policy.prefill_share != share:
+                    await asyncio.sleep(0.01)
+        for unknown in (0, 99):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.SetRole(worker_pb2.SetRoleRequest(role=unknown))
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert worker.role is Role.DECODE
+    await worker.stop(0.0)
+    await server.stop(0)
 
 
 async def test_a_router_that_comes_back_is_told_again():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from twostroke.router.requests.delivery import Delivery, DeliveryVerdict, PieceB
 from twostroke.router.requests.history import RequestHistory
 from twostroke.router.requests.pieces import OutputDelta
 from twostroke.router.routing.coefficients import Coefficients
-from twostroke.router.routing.facts import ModelFacts, WorkerFacts, WorkerKey
+from twostroke.router.routing.facts import LoadFacts, ModelFacts, WorkerFacts, WorkerKey
 from twostroke.router.routing.fleet import Fleet
 from twostroke.router.routing.policy import PolicyLimits, RequestFacts, WorkerView, choose
 
@@ -237,3 +238,25 @@ def test_a_model_has_the_context_that_each_of_its_workers_can_hold(lengths: tupl
         fleet.session_up(facts.key, facts, 0.0)
     assert fleet.models()["m"].max_model_len == 1024
     assert fleet.ready_models()["m"].max_model_len == 1024
+
+
+@pytest.mark.parametrize("way", ["announced", "welcome", "report"])
+def test_a_role_follows_the_last_word_on_any_stream(way: str) -> None:
+    fleet, model = Fleet(), ModelFacts("m", b"f", b"n", "", 1024, 256, True, "", 1)
+    facts = WorkerFacts("w", 1, Role.DECODE, "w:1", model, 64, 16, 8, 64)
+    fleet.announced(facts, 0.0)
+    fleet.session_up(facts.key, facts, 0.0)
+    worker = fleet.get("w")
+    assert worker is not None
+    for role in (Role.PREFILL, Role.COMBINED, Role.DECODE):
+        if way == "announced":
+            fleet.announced(replace(facts, role=role), 1.0)
+        elif way == "welcome":
+            fleet.session_up(facts.key, replace(facts, role=role), 1.0)
+        else:
+            fleet.loaded(facts.key, LoadFacts(), role, 1.0)
+        assert worker.role is role
+        decodes = role is not Role.PREFILL
+        assert fleet.may_serve_soon("m") == decodes
+        assert ("m" in fleet.ready_models()) == decodes
+        assert "m" in fleet.models()
