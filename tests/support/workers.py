@@ -96,9 +96,9 @@ async def start_worker(tiny_checkpoint: Path) -> AsyncIterator[Start]:
         settings = WorkerSettings(
             worker_id=changes.pop("worker_id", f"{role.value}-{len(workers)}"),
             role=role,
-            model_directory=str(tiny_checkpoint),
+            model_directory=(directory := changes.pop("model_directory", str(tiny_checkpoint))),
             model_name="tiny",
-            model=ModelConfig(path=str(tiny_checkpoint), **changes.pop("model", {})),
+            model=ModelConfig(path=directory, **changes.pop("model", {})),
             cache=changes.pop("cache", CacheConfig(tokens=8192, frame_bytes=8192)),
             step=changes.pop("step", StepConfig(max_num_batched_tokens=64)),
             cluster_key=CLUSTER_KEY,

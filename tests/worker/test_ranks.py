@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from support.worker_main import MAIN, settings_for
 
+from twostroke.checkpoint.locate import BUNDLED, located
 from twostroke.core.errors import CheckpointError, ConfigError, InternalError
 from twostroke.core.request import Role
 from twostroke.engine.config import StepConfig
@@ -50,6 +51,26 @@ async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(LIMIT_S):
         while not condition():
             await asyncio.sleep(0.02)
+
+
+async def test_two_ranks_say_the_bundled_models_text(start_worker, router_of):
+    directory = located(BUNDLED)
+    model = {"dtype": "float32"}  # with fewer bits, two tokens that are nearly equal could change places
+    texts = []
+    for ranks in (1, 2):
+        cache = CacheConfig(tokens=8192, dtype="float32")
+        worker = await start_worker(
+            Role.COMBINED, num_ranks=ranks, model_directory=str(directory), model=model, cache=cache
+        )
+        hand = await router_of(worker)
+        prompts = ("def add(a, b):", "import os\n\nfor name in os.listdir(", "class Stack:")
+        told = [
+            await hand.submit(f"r{i}", worker.room.tokenizer.encode(prompt), sampling={"max_tokens": 60})
+            for i, prompt in enumerate(prompts)
+        ]
+        texts.append([(await answer.ended(LIMIT_S)).text for answer in told])
+    assert texts[0] == texts[1]
+    assert all(texts[0])
 
 
 @pytest.mark.parametrize(("num_ranks", "kernels"), [(2, "native"), (2, "torch"), (4, "native")])
