@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PROTOC := PATH="$(CURDIR)/.venv-protos/bin:$$PATH" .venv-protos/bin/python
 
-.PHONY: setup check format test campaigns arm mutants hostile demo serve bench bench-engine load-generators protos helm chart docs clean
+.PHONY: setup check format test campaigns arm mutants hostile demo serve bench bench-engine load-generators protos helm chart chart-life docs clean
 
 setup: $(STAMP)-all
 
@@ -40,13 +40,16 @@ format: $(STAMP)-all,test,redis,check
 
 # What is too long for the tests: 500 other schedules run there. CI plays the first SCHEDULES of these.
 SCHEDULES ?= 20000
-campaigns: $(STAMP)-all,test,redis
+campaigns: $(STAMP)-all
 	$(BIN)/twostroke sim faults --schedules $(SCHEDULES) --seed 100000
-	$(BIN)/python -m pytest -rs -m campaign tests/deploy
 
 # The CPU kernels for 64-bit Arm under qemu: needs g++-aarch64-linux-gnu and qemu-user-static.
 arm: $(STAMP)-all,test,redis
 	$(BIN)/python -m pytest -rs -m campaign tests/kernels/test_arm.py
+
+# The chart's life with real helm, and the pods' commands as processes: some minutes.
+chart-life: $(STAMP)-all,test,redis .helm/helm
+	$(BIN)/python -m pytest -rs -m campaign tests/deploy
 
 # Small bugs planted one at a time: does a test or the simulator see each? About an hour on two busy cores.
 mutants: $(STAMP)-all,test,redis
