@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .core.errors import Overloaded as Overloaded
     from .core.errors import RequestNotFound as RequestNotFound
     from .core.errors import TokensLost as TokensLost
+    from .core.errors import TransportUnavailable as TransportUnavailable
     from .core.errors import TwostrokeError as TwostrokeError
     from .core.errors import Unauthenticated as Unauthenticated
     from .core.errors import Unavailable as Unavailable
@@ -57,7 +58,8 @@ _NAMES_BY_MODULE = {
     ".core.errors": (
         *("BodyTooLarge", "Cancelled", "CheckpointError", "ConfigError", "ContextLengthExceeded", "DeadlineExceeded"),
         *("DoesNotFit", "HostForbidden", "InternalError", "InvalidRequest", "KvCorrupted", "ModelNotFound", "NonFiniteKv"),
-        *("OriginForbidden", "Overloaded", "RequestNotFound", "TokensLost", "TwostrokeError", "Unauthenticated"),
+        *("OriginForbidden", "Overloaded", "RequestNotFound", "TokensLost", "TransportUnavailable"),
+        *("TwostrokeError", "Unauthenticated"),
         *("Unavailable", "UnsupportedContentType", "UnsupportedEncoding", "UnsupportedParameter", "WorkerLost"),
     ),
     ".core.request": ("FinishReason", "TokenLogprobs"),

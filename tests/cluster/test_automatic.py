@@ -18,6 +18,7 @@ from twostroke.cluster.model_facts import model_facts
 from twostroke.cluster.placement import ROUTER_BYTES, ModelFacts, Plan, ProcessPlan, place
 from twostroke.core.errors import ConfigError, DoesNotFit
 from twostroke.core.request import Role
+from twostroke.kv.config import CacheConfig
 from twostroke.kv.sizing import MAX_POOL_BLOCKS, MemoryFacts, size_pool
 from twostroke.kv.spec import attention_spec
 from twostroke.model.resolved import resolve
@@ -177,7 +178,8 @@ def test_a_context_may_fill_the_pool_and_no_more():
 def test_workers_accept_what_is_decided_for_the_smallest_pools(num_blocks: int):
     """The file that a launcher writes for its members has the bounds of any other."""
     one = SPEC.bytes_per_token * 16
-    machine = MachineFacts(8, ROUTER_BYTES + SMALL.weight_bytes + num_blocks * one)
+    rings = CacheConfig().shared_bytes
+    machine = MachineFacts(8, ROUTER_BYTES + SMALL.weight_bytes + rings + num_blocks * one)
     plan = planned(SMALL, machine, cache__memory_fraction=1.0)
     assert plan.pool.num_tokens == plan.model.max_model_len == 16 * num_blocks
     again = load_config(
