@@ -1,7 +1,7 @@
 """The same bits for the same prefix, however a prompt is cut, batched, cached, placed or threaded."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -114,6 +114,15 @@ def test_decoding_one_by_one_gives_the_bits_of_one_piece_across_a_tile_boundary(
         assert torch.equal(bits(logits[0]), bits(expected[position]))
 
 
+@pytest.fixture
+def proofs_anew() -> Iterator[None]:
+    """Proofs are made once per process and shape: another test may have made these, or may need them true."""
+    products.prove.cache_clear()
+    yield
+    products.prove.cache_clear()
+
+
+@pytest.mark.usefixtures("proofs_anew")
 def test_a_form_whose_bits_differ_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     real = torch.mm
 
@@ -126,9 +135,9 @@ def test_a_form_whose_bits_differ_is_not_used(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(products.torch, "mm", mm)
     row_steps, _ = products.prove(24, 40, torch.float32, True, 1)
     assert 256 not in row_steps
-    products.prove.cache_clear()
 
 
+@pytest.mark.usefixtures("proofs_anew")
 def test_a_machine_without_reproducible_tiles_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     real = torch.mm
 
