@@ -57,6 +57,7 @@ Progress = Callable[[int, int], None]
 """Called with the number of compiled sources and the number of all sources."""
 
 _builds: set[Commands] = set()  # running in this process
+_leaving: list[int] = []  # the signal that ends this process, while a build stops
 
 
 class NativeUnavailable(Exception):
@@ -249,16 +250,24 @@ def _main() -> None:
     try:
         print(f"native kernels: {built_library(show)}")
     except NativeUnavailable as error:
+        if _leaving:
+            raise SystemExit(128 + _leaving[0]) from None
         print(f"no native kernels, everything runs without them but slower: {error}")
     finally:
         forget_empty_folder()
 
 
 def _leave(number: int, _: object) -> None:
-    """Exit by an exception, so that `finally` clauses stop the compilers and remove their files."""
+    """Stop a build, which ends its compilers and removes their files; without one, exit.
+
+    An exception here could come while a compiler is started and not yet known: it would outlive this process.
+    """
     for other in (signal.SIGTERM, signal.SIGINT):
         signal.signal(other, signal.SIG_IGN)
-    raise SystemExit(128 + number)
+    if not _builds:
+        raise SystemExit(128 + number)
+    _leaving.append(number)
+    stop_building(0.0)
 
 
 def _outlive(parent_pid: int) -> None:
