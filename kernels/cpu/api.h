@@ -198,7 +198,8 @@ void twostroke_seal(const SealedPlanes* planes, int32_t components, const HashBl
 int64_t twostroke_group_bytes(int32_t size, int64_t slot_bytes);
 
 // Become a rank, once per rank and region. Every rank makes the same calls in the same order, from one thread at a time. A call waits
-// at most timeout_ms for the other ranks. A rank whose process shows no life for silence_ms is gone, also between calls.
+// at most timeout_ms for the other ranks. A rank is gone, also between calls, if its process shows no life for silence_ms and the
+// system says that it is dead or stopped; or for ten times as long.
 Group* twostroke_join_group(void* region, int32_t rank, int32_t size, int64_t slot_bytes, int32_t timeout_ms, int32_t silence_ms);
 void twostroke_leave_group(Group* group);
 

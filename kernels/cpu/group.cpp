@@ -3,7 +3,9 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstdio>
 #include <cstring>
+#include <string>
 
 #include "api.h"
 #include "simd.h"
@@ -21,6 +23,7 @@ constexpr int SPINS = 4000;               // as in threads.h: about 40 microseco
 constexpr int SLICE_MS = 10;              // longest sleep between two looks at the header
 constexpr int64_t SHARED_NUMBERS = 8192;  // per thread; fewer are added faster by one
 constexpr int64_t PAGE = 4096;
+constexpr int PATIENCE = 10;  // times silence_ms, for a process that is neither dead nor stopped
 
 using Clock = std::chrono::steady_clock;
 
@@ -42,6 +45,31 @@ void relax() {
     __builtin_ia32_pause();
 #endif
 }
+// True if a process is dead or stopped. Without its beats alone this is not known: on a busy machine its threads may wait long.
+bool is_still(int32_t process) {
+#if defined(__linux__)
+    char line[512];
+    const auto stat = [&](const std::string& which) {
+        std::FILE* file = std::fopen(("/proc/" + which + "/stat").c_str(), "r");
+        const size_t size = file ? std::fread(line, 1, sizeof line - 1, file) : 0;
+        if (file) std::fclose(file);
+        line[size] = 0;
+        return size > 0;
+    };
+    if (!stat(std::to_string(process))) return stat("self");  // dead, if others are to be seen there
+    const char* name_end = std::strrchr(line, ')');
+    return name_end && name_end[1] && std::strchr("TtZX", name_end[2]);
+#else
+    return true;
+#endif
+}
+int32_t own_process() {
+#if defined(__linux__)
+    return getpid();
+#else
+    return 0;
+#endif
+}
 int64_t rounded_up(int64_t bytes, int64_t to) { return (bytes + to - 1) / to * to; }
 int number_bytes(int kind) { return kind == BFLOAT16 ? 2 : 4; }
 
@@ -57,6 +85,7 @@ struct alignas(64) Group::Place {
     alignas(64) std::atomic<uint32_t> asleep;  // ranks that sleep until `arrived` changes
     alignas(64) std::atomic<uint32_t> beats;   // 0: not joined yet
     std::atomic<uint32_t> has_left;
+    std::atomic<int32_t> process;
 };
 
 static_assert(std::atomic<uint32_t>::is_always_lock_free && std::atomic<uint64_t>::is_always_lock_free);
@@ -67,6 +96,7 @@ int64_t Group::bytes(int size, int64_t slot_bytes) {
 
 Group::Group(void* region, int rank, int size, int64_t slot_bytes, int timeout_ms, int silence_ms)
     : region_((char*)region), rank_(rank), size_(size), timeout_ms_(timeout_ms), slot_bytes_(rounded_up(slot_bytes, PAGE)) {
+    place(rank_).process.store(own_process());
     place(rank_).beats.store(1);
     const int interval_ms = std::max(1, silence_ms / 16);
     beats_ = std::thread([=] { beat(interval_ms, silence_ms); });
@@ -113,7 +143,9 @@ void Group::beat(int interval_ms, int silence_ms) {
             const uint32_t now = place(r).beats.load();
             missed[r] = now == seen[r] ? missed[r] + 1 : 0;
             seen[r] = now;
-            if (r != rank_ && now && !place(r).has_left.load() && missed[r] * interval_ms >= silence_ms) fail(r, SILENT);
+            const int silent_ms = missed[r] * interval_ms;
+            if (r == rank_ || !now || place(r).has_left.load() || silent_ms < silence_ms) continue;
+            if (silent_ms >= PATIENCE * silence_ms || is_still(place(r).process.load())) fail(r, SILENT);
         }
     }
 }

@@ -22,7 +22,7 @@ from ...core.errors import RankLost, RanksDiffer
 from ...kernels.cpu import library as native
 
 CALL_TIMEOUT_S = 60.0  # longest wait for another rank within a step; a rank that lives but is stuck
-SILENCE_S = 0.8  # a rank whose process shows no life for so long is gone
+SILENCE_S = 0.8  # a rank whose process is dead or stopped for so long is gone; one that is only starved, after 8 s
 MESSAGE_BYTES = 1 << 16  # columns in which `gather_bytes` passes an array through the slots
 _WHY_GONE = {
     native.DECLARED: "is gone",
