@@ -3,7 +3,7 @@
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -95,14 +95,16 @@ def brief(workers: Workers) -> str:
     )
 
 
-class Footprint:
-    """Every process, Ray directory and shared memory file of a cluster, taken while it runs."""
+def descendants(pid: int | None = None) -> set[psutil.Process]:
+    """The processes below `pid`, or below this process."""
+    return set(psutil.Process(pid).children(recursive=True))
 
-    def __init__(self, *pids: int) -> None:
-        """Descendants of this process, and the processes `pids`."""
-        here = psutil.Process()
-        found = {*here.children(recursive=True)} | {psutil.Process(pid) for pid in pids}
-        self.processes = {process for process in found if process != here}
+
+class Footprint:
+    """Processes of a running cluster, with the Ray directories and the shared memory files that they name."""
+
+    def __init__(self, processes: Iterable[psutil.Process]) -> None:
+        self.processes = set(processes)
         texts = [_read(process, "cmdline") for process in self.processes]
         self.directories = {Path(path) for text in texts for path in re.findall(r"/[\w./-]*?/ts-ray-\w+", text)}
         maps = [_read(process, "maps") for process in self.processes]
@@ -111,7 +113,9 @@ class Footprint:
 
     def remains(self) -> list[str]:
         """What of it is still there."""
-        alive = [f"process {process.pid}" for process in self.processes if _is_alive(process)]
+        alive = [
+            f"process {process.pid}: {_read(process, 'cmdline')}" for process in self.processes if _is_alive(process)
+        ]
         return alive + [str(path) for path in (*self.directories, *self.shared_memory) if path.exists()]
 
     def until_gone(self, timeout_s: float) -> None:

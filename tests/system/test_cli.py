@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from support.observer import POLL_S, Footprint, Observer
+from support.observer import POLL_S, Footprint, Observer, descendants
 
 from twostroke.core.ports import free_ports
 
@@ -58,10 +58,7 @@ class Served:
 
     def footprint(self) -> Footprint:
         """The members; the command itself is seen by its exit code."""
-        found = Footprint(self.process.pid)
-        members = set(psutil.Process(self.process.pid).children(recursive=True))
-        found.processes &= members
-        return found
+        return Footprint(descendants(self.process.pid))
 
     def end(self) -> None:
         """For tests that failed: leave nothing, whatever happened."""

@@ -19,7 +19,7 @@ import grpc
 import openai
 import psutil
 import pytest
-from support.observer import Footprint, Observer, Workers, brief, send_signal
+from support.observer import Footprint, Observer, Workers, brief, descendants, send_signal
 from support.sockets import check_listeners, declared_by, listeners
 from support.visitors import MODEL, Crowd, OpenAiVisitor, SdkVisitor, SocketVisitor, Told, Visitor, prompt_of
 
@@ -38,6 +38,7 @@ def cluster(run_cluster: Any) -> Iterator[Any]:
     """Two and two on Ray. At the end nothing of it may be left: no process, no directory, no shared memory."""
     small = {"step__num_threads": 1, "step__max_num_batched_tokens": 256, "cache__tokens": 16384}
     patience = {"cluster__ready_timeout_s": 300.0, "cluster__replace_after_s": REPLACE_AFTER_S}
+    of_others = descendants()  # such as the resource tracker of an earlier test's `multiprocessing`
     with run_cluster(
         cluster__launcher="ray",
         cluster__prefill=2,
@@ -46,6 +47,7 @@ def cluster(run_cluster: Any) -> Iterator[Any]:
         **small,
         **patience,
     ) as running:
+        running.of_others = of_others
         yield running
         footprint = _footprint(running)
         assert len(footprint.processes) > len(WORKERS)
@@ -67,7 +69,8 @@ def _footprint(cluster: Any) -> Footprint:
     observer = Observer(cluster.grpc)
     facts = observer.facts()
     observer.close()
-    return Footprint(facts["router"]["pid"], *(worker["pid"] for worker in facts["workers"]))
+    members = {psutil.Process(member["pid"]) for member in (facts["router"], *facts["workers"])}
+    return Footprint(members | descendants() - cluster.of_others)
 
 
 def _crowd(cluster: Any, name: str) -> Crowd:
@@ -361,8 +364,7 @@ def _ask_in_the_meantime(cluster: Any, observer: Observer, frozen: str) -> None:
 def test_a_worker_that_stays_frozen_is_replaced(cluster: Any, observer: Observer, role: str):
     before = observer.workers()
     victim = f"{role}-1"
-    footprint = Footprint(before[victim]["pid"])
-    footprint.processes = {process for process in footprint.processes if process.pid == before[victim]["pid"]}
+    frozen = Footprint([psutil.Process(before[victim]["pid"])])
     send_signal(before[victim], signal.SIGSTOP)
     answers: list[Any] = []
     asking = threading.Thread(target=lambda: answers.append(_ask(cluster)))
@@ -370,8 +372,8 @@ def test_a_worker_that_stays_frozen_is_replaced(cluster: Any, observer: Observer
     observer.until(lambda workers: _is_replaced(workers, before, victim), BUSY_MACHINE_S, f"a new {victim} live")
     asking.join(BUSY_MACHINE_S)
     assert answers == [8]
-    footprint.directories = set()
-    footprint.until_gone(5.0)  # the frozen one is dead, not forgotten
+    frozen.directories.clear()
+    frozen.until_gone(5.0)  # the frozen one is dead, not forgotten
     assert [line for line in cluster.said if line.startswith(f"{victim} runs but cannot be used")]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support.observer import POLL_S, Footprint
+from support.observer import POLL_S, Footprint, descendants
 from support.sockets import check_listeners, declared_by, listeners
 
 pytestmark = pytest.mark.timeout(400)
@@ -81,9 +81,8 @@ def killable(tmp_path: Path) -> Iterator[Killable]:
 
 def test_sockets_are_declared_keys_are_nowhere_and_a_kill_leaves_no_member(killable: Killable, tmp_path: Path):
     killable.until_up()
-    footprint = Footprint(killable.process.pid)
-    members = psutil.Process(killable.process.pid).children(recursive=True)
-    footprint.processes &= set(members)
+    members = descendants(killable.process.pid)
+    footprint = Footprint(members)
     assert len(members) == 3
     key_file = tmp_path / "key"
     key_file.write_text(API_KEY + "\n")
@@ -100,7 +99,7 @@ def test_sockets_are_declared_keys_are_nowhere_and_a_kill_leaves_no_member(killa
     assert list(killable.home.rglob("*")) == list(killable.here.rglob("*")) == []
 
 
-def _check_that_no_key_is_seen(killable: Killable, members: list[psutil.Process]) -> None:
+def _check_that_no_key_is_seen(killable: Killable, members: set[psutil.Process]) -> None:
     for member in members:
         for shown in (" ".join(member.cmdline()), *member.environ().values()):
             assert CLUSTER_KEY not in shown
