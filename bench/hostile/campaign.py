@@ -5,8 +5,10 @@
 A cluster of `twostroke serve --launcher process` with two API keys; 24 streams over HTTP and gRPC run all the time
 under one of them, and who attacks with a key has the other. Every input is sent `--times` at once. Before each, a quiet
 window of the same streams tells what the machine itself does.
-Right is: no gap above 100 ms that the quiet windows do not have as well, the router's memory grows by at most 64 MiB,
-every process lives on, and no stream breaks. Exit status 1: something was not right.
+An input beside which a gap exceeds the bound is sent in two more windows, since a virtual machine stands still at times
+without any attack: the median of the three counts, and the table shows all.
+Right is: that gap is at most 100 ms, the router's memory grows by at most 64 MiB, every process lives on, and no stream
+breaks. Exit status 1: something was not right.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -50,16 +52,25 @@ class Outcome:
     answers: str
     seconds: float
     quiet_ms: float
-    gap_ms: float
+    gaps_ms: tuple[float, ...]  # of one window, or of three
     growth_mib: float  # the router's peak during the attack over what it held before
     broken: int
     errors: tuple[str, ...]
     died: int
 
-    def wrong(self, noise_ms: float) -> list[str]:
-        """What is not right. `noise_ms`: the longest gap that this machine makes by itself."""
+    @property
+    def gap_ms(self) -> float:
+        """The median of the windows."""
+        return statistics.median(self.gaps_ms)
+
+    def gaps_text(self) -> str:
+        """Every window's gap."""
+        return ", ".join(f"{gap:.0f}" for gap in self.gaps_ms)
+
+    def wrong(self) -> list[str]:
+        """What is not right."""
         wrong = []
-        if self.gap_ms > max(MOST_GAP_MS, noise_ms):
+        if self.gap_ms > MOST_GAP_MS:
             wrong.append("gap")
         if self.growth_mib > MOST_GROWTH_MIB:
             wrong.append("memory")
@@ -124,6 +135,22 @@ def cluster(folder: Path) -> Iterator[tuple[Served, Served, Cluster]]:
         yield ports, replace(ports, key=other), Cluster(mark)
 
 
+def judged(make: Callable[[], Attack], near: Neighbours, members: Cluster) -> Outcome:
+    """One window, or three if the first one's gap exceeds the bound."""
+    first = attacked(make(), near, members)
+    if first.gap_ms <= MOST_GAP_MS:
+        return first
+    windows = [first, *(attacked(make(), near, members) for _ in range(2))]
+    return replace(
+        first,
+        gaps_ms=tuple(one.gap_ms for one in windows),
+        growth_mib=max(one.growth_mib for one in windows),
+        broken=sum(one.broken for one in windows),
+        errors=tuple(error for one in windows for error in one.errors),
+        died=sum(one.died for one in windows),
+    )
+
+
 def attacked(attack: Attack, near: Neighbours, members: Cluster) -> Outcome:
     """One quiet window, one attack."""
     near.window()
@@ -138,7 +165,15 @@ def attacked(attack: Attack, near: Neighbours, members: Cluster) -> Outcome:
     seen: Seen = near.window()
     growth_mib = members.memory_mib("VmHWM") - before_mib
     return Outcome(
-        attack.name, answers, seconds, quiet.gap_ms, seen.gap_ms, growth_mib, seen.broken, seen.errors, members.died()
+        attack.name,
+        answers,
+        seconds,
+        quiet.gap_ms,
+        (seen.gap_ms,),
+        growth_mib,
+        seen.broken,
+        seen.errors,
+        members.died(),
     )
 
 
@@ -147,21 +182,23 @@ def find(fuzz: int, seed: int, name: str) -> Input:
     return next(one for one in [*KNOWN, *fuzzed(fuzz, seed)] if one.name == name)
 
 
-def body(outcomes: list[Outcome], noise_ms: float, grown_mib: float) -> str:
+def body(outcomes: list[Outcome], grown_mib: float) -> str:
     """The table and what it amounts to."""
     gaps, quiet = [one.gap_ms for one in outcomes], [one.quiet_ms for one in outcomes]
     peak_mib, died = max(one.growth_mib for one in outcomes), sum(one.died for one in outcomes)
-    wrong = [one for one in outcomes if one.wrong(noise_ms)]
+    wrong = [one for one in outcomes if one.wrong()]
+    windows = [gap for one in outcomes for gap in one.gaps_ms]
+    within = sum(gap <= MOST_GAP_MS for gap in windows)
     rows = [
         [
             one.name,
             one.answers,
             f"{one.seconds:.1f}",
             f"{one.quiet_ms:.0f}",
-            f"{one.gap_ms:.0f}",
+            one.gaps_text(),
             f"{one.growth_mib:.0f}",
             one.broken or "",
-            ", ".join(one.wrong(noise_ms)) or "right",
+            ", ".join(one.wrong()) or "right",
         ]
         for one in outcomes
     ]
@@ -171,6 +208,8 @@ def body(outcomes: list[Outcome], noise_ms: float, grown_mib: float) -> str:
             f"{NUM_HTTP} HTTP and {NUM_GRPC} gRPC streams beside every input; gaps are between two pieces of one "
             f"stream as its client sees them. Quiet: the same streams just before, with the attacker built and silent.",
             f"- inputs: {len(outcomes)}, right: {len(outcomes) - len(wrong)}\n"
+            f"- windows: {len(windows)}, with a gap of at most {MOST_GAP_MS:.0f} ms: {within}; "
+            f"of the quiet ones {sum(one <= MOST_GAP_MS for one in quiet)} of {len(quiet)}\n"
             f"- longest gap: median {statistics.median(gaps):.0f} ms, largest {max(gaps):.0f} ms\n"
             f"- longest quiet gap: median {statistics.median(quiet):.0f} ms, largest {max(quiet):.0f} ms\n"
             f"- the router's memory: + {peak_mib:.0f} MiB at most by one input, + {grown_mib:.0f} MiB at the end\n"
@@ -201,23 +240,23 @@ def main() -> int:
             near.window()
             base_mib = members.memory_mib()
             for one in inputs:
-                outcomes.append(attacked(Attack(lookup, one.name, attacked_at, given.times), near, members))
+                make = partial(Attack, lookup, one.name, attacked_at, given.times)
+                outcomes.append(judged(make, near, members))
                 last = outcomes[-1]
                 print(
-                    f"{last.name}: {last.answers}; quiet {last.quiet_ms:.0f} ms, gap {last.gap_ms:.0f} ms, "
+                    f"{last.name}: {last.answers}; quiet {last.quiet_ms:.0f} ms, gap {last.gaps_text()} ms, "
                     f"+{last.growth_mib:.0f} MiB, broken {last.broken} {last.errors[:1]}, died {last.died}",
                     flush=True,
                 )
             grown_mib = members.memory_mib() - base_mib
         finally:
             near.close()
-    noise_ms = max(one.quiet_ms for one in outcomes)
-    text = body(outcomes, noise_ms, grown_mib)
+    text = body(outcomes, grown_mib)
     print(text)
     if not given.only:
         title = "Hostile inputs beside 24 running streams"
         print(report.save("hostile", title, text, {"outcomes": [asdict(one) for one in outcomes]}, facts))
-    return 1 if any(one.wrong(noise_ms) for one in outcomes) else 0
+    return 1 if any(one.wrong() for one in outcomes) else 0
 
 
 if __name__ == "__main__":
