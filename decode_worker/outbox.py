@@ -17,6 +17,10 @@ MAX_PENDING_BYTES = 64 << 20  # mostly logprobs of prompts
 MAX_MESSAGE_BYTES = 8 << 20  # exceeded by at most one choice's part; gRPC takes 64 MiB (kv/handover/transports/grpc.py)
 _TOKEN_BYTES = 8  # estimate for an id and its share of the envelope, used for the bounds only
 _CHARACTER_BYTES = 4
+_LOGPROB_BYTES = 8  # of a token or of one alternative
+_ROWS_PER_TURN = (
+    256  # logprobs of prompt tokens that one turn of the event loop converts: 1.5 ms if each has five
+)
 
 
 @dataclass(slots=True)
@@ -28,8 +32,15 @@ class _Pending:
     text: list[str] = field(default_factory=list)
     logprobs: list[common_pb2.TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[common_pb2.TokenLogprobs] = field(default_factory=list)
+    unconverted: tuple[TokenLogprobs, ...] = ()  # of the prompt; the part waits until there are none
     num_shown: int = 0
     num_bytes: int = 0  # roughly
+
+    def convert(self, most_rows: int) -> int:
+        """Convert logprobs of the prompt, at most `most_rows`; returns how many."""
+        now, self.unconverted = self.unconverted[:most_rows], self.unconverted[most_rows:]
+        self.prompt_logprobs += logprobs_to_wire(now)
+        return len(now)
 
 
 class Scores(NamedTuple):
@@ -74,6 +85,11 @@ class Outbox:
         self._room.set()
 
     @property
+    def is_empty(self) -> bool:
+        """True if nothing waits to be sent."""
+        return not self._waiting.is_set()
+
+    @property
     def is_full(self) -> bool:
         """True if a bound is reached: the router reads too slowly to be given more work."""
         is_long = self._num_tokens >= self._max_tokens or len(self._ends) >= self._max_ends
@@ -96,11 +112,10 @@ class Outbox:
         pending.text.append(text)
         num_bytes = _TOKEN_BYTES * len(token_ids) + _CHARACTER_BYTES * len(text)
         if scores is not NO_SCORES:
-            logprobs, prompt_logprobs = logprobs_to_wire(scores.logprobs), logprobs_to_wire(scores.prompt_logprobs)
-            pending.logprobs += logprobs
-            pending.prompt_logprobs += prompt_logprobs
+            pending.logprobs += logprobs_to_wire(scores.logprobs)
+            pending.unconverted += scores.prompt_logprobs
             pending.num_shown = scores.num_shown
-            num_bytes += sum([one.ByteSize() for one in (*logprobs, *prompt_logprobs)])
+            num_bytes += _LOGPROB_BYTES * sum([1 + len(one.top) for one in (*scores.logprobs, *scores.prompt_logprobs)])
         pending.num_bytes += num_bytes
         self._num_bytes += num_bytes
         self._num_tokens += len(token_ids)
@@ -133,8 +148,11 @@ class Outbox:
         await self._room.wait()
 
     def take(self) -> worker_pb2.StepOutput | None:
-        """The waiting output as one message, up to the size bound; None if there is none."""
-        if not self._waiting.is_set():
+        """The waiting output as one message, up to the size bound; None if there is none, or none is ready.
+
+        Logprobs of many prompt tokens take several calls to convert. Their choice waits meanwhile, the others do not.
+        """
+        if self.is_empty:
             return None
         output = worker_pb2.StepOutput(step=self._step)
         self._take_tokens(output)
@@ -146,14 +164,17 @@ class Outbox:
             self._waiting.clear()
         if not self.is_full:
             self._room.set()
-        return output
+        return output if output.tokens or output.ends else None
 
     def _take_tokens(self, output: worker_pb2.StepOutput) -> None:
         """Move parts into a message: at least one, and as many as the size bound allows."""
-        num_bytes = 0
+        num_bytes, rows = 0, _ROWS_PER_TURN
         for (key, epoch), parts in list(self._tokens.items()):
             while parts:
                 pending = parts[0]
+                rows -= pending.convert(rows)
+                if pending.unconverted:
+                    break
                 if num_bytes and num_bytes + pending.num_bytes > self._max_message_bytes:
                     return
                 num_bytes += pending.num_bytes
@@ -171,7 +192,8 @@ class Outbox:
                     prompt_logprobs=pending.prompt_logprobs,
                     shown_tokens=pending.num_shown,
                 )
-            del self._tokens[key, epoch]
+            if not parts:
+                del self._tokens[key, epoch]
 
     def _changed(self) -> None:
         self._waiting.set()

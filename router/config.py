@@ -46,7 +46,7 @@ class RouterConfig(Section):
     )
     max_body_bytes: int = Field(4 << 20, ge=1024)
     max_bodies_bytes: int = Field(
-        32 << 20,
+        24 << 20,
         ge=1024,
         description="of all messages that are read at once, over HTTP and gRPC; more wait, then get a 429",
     )

@@ -21,7 +21,6 @@ from neighbours import Served
 
 ANSWER_S = 60.0
 BUILD_S = 120.0
-NICENESS = 10  # the attacker is no part of what is measured
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,8 @@ class Attack:
 
 
 def _attack(pipe: Connection, find: Callable[[str], Input], name: str, served: Served, times: int) -> None:
-    os.nice(NICENESS)
+    # An attacker has a machine of its own: here it takes what time the others leave.
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     given = find(name)
     built = given.build()
     pipe.send("built")

@@ -74,8 +74,9 @@ def end_of(key, epoch=EPOCH):
 
 def taken(outbox):
     messages = []
-    while (message := outbox.take()) is not None:
-        messages.append(message)
+    while not outbox.is_empty:
+        message = outbox.take()  # None: scores are converted
+        messages += [] if message is None else [message]
     return messages
 
 
@@ -118,6 +119,20 @@ def test_one_choice_that_has_much_to_tell_is_split_in_order():
     assert [part.first_index for part in parts] == [sum(len(p.token_ids) for p in parts[:i]) for i in range(len(parts))]
     assert [len(message.ends) for message in messages] == [0] * (len(messages) - 1) + [1]
     assert parts[-1].shown_tokens == 39
+
+
+def test_others_do_not_wait_while_the_scores_of_a_long_prompt_are_converted():
+    outbox, told = Outbox(), scores(2_000)
+    other = SequenceKey("other", 0)
+    outbox.add_tokens(KEY, EPOCH, 0, (7,), "a", scores=Scores((), told, 1))
+    outbox.add_end(end_of(KEY))
+    for place in range(5):
+        outbox.add_tokens(other, EPOCH, place, (place,), "b")
+        message = outbox.take()
+        assert [tokens.request_id for tokens in message.tokens] == ["other"]
+        assert not message.ends
+    long, *rest = taken(outbox)
+    assert (len(long.tokens[0].prompt_logprobs), len(long.ends), rest) == (2_000, 1, [])
 
 
 async def test_bytes_count_as_being_behind_too():

@@ -8,6 +8,7 @@ import re
 import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 
@@ -71,6 +72,7 @@ class _Face:
         self._front = front
         self._started_s = int(time.time())
         self._building = asyncio.Lock()  # one body at a time, so that several large ones load the loop no more than one
+        self._scores = ThreadPoolExecutor(1, "scores")  # likewise one long answer: each thread delays the loop's turn
 
     async def chat(self, http: HttpRequest) -> Response:
         api_key, tenant = self._admit(http)
@@ -115,11 +117,11 @@ class _Face:
             else:
                 answer = _answer_to(body, head, started)
             if not body.stream:
-                return JsonAnswer(await until_disconnect(http, _whole(started, answer)))
+                return JsonAnswer(await until_disconnect(http, _whole(started, answer, self._scores)))
         except BaseException:
             await started.rest.aclose()
             raise
-        events = _events(started, answer, _with_usage(body))
+        events = _events(started, answer, self._scores, with_usage=_with_usage(body))
         return EventStream(events, {}, self._config.slow_client_s, source=started.rest)
 
     async def models(self, http: HttpRequest) -> Response:
@@ -210,7 +212,7 @@ def _wants(body: Body, started: Started) -> Wants:
     )
 
 
-async def _whole(started: Started, answer: Answer) -> dict[str, Any] | bytes:
+async def _whole(started: Started, answer: Answer, scores: Executor) -> dict[str, Any] | bytes:
     """Collect all pieces in one response object; with prompt scores, which may be many, its JSON bytes."""
     pieces = started.pieces()
     try:
@@ -220,16 +222,19 @@ async def _whole(started: Started, answer: Answer) -> dict[str, Any] | bytes:
         await pieces.aclose()
     if not answer.has_scores:
         return answer.whole()
-    return await asyncio.to_thread(lambda: to_json_in_parts(answer.whole()))
+    return await asyncio.get_running_loop().run_in_executor(scores, lambda: to_json_in_parts(answer.whole()))
 
 
-async def _events(started: Started, answer: Answer, with_usage: bool) -> AsyncGenerator[bytes, None]:
+async def _events(
+    started: Started, answer: Answer, scores: Executor, *, with_usage: bool
+) -> AsyncGenerator[bytes, None]:
     """Yield the server-sent events of a stream; an error in it becomes its last event."""
     pieces: AsyncGenerator[OutputDelta, None] = started.pieces()
     try:
         async for piece in pieces:
             if piece.prompt_scores:
-                yield b"data: %s\n\n" % await asyncio.to_thread(_scored_chunk, answer, piece)
+                chunk = asyncio.get_running_loop().run_in_executor(scores, _scored_chunk, answer, piece)
+                yield b"data: %s\n\n" % await chunk
             else:
                 yield event(answer.chunk(piece))
         last = answer.last_chunk()

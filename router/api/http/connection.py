@@ -8,8 +8,8 @@ are checked there. Knows no route and no body.
              (where there is no room, the longest idle connection makes some, then the longest in its head)
     body     the headers are here, and the application answers
     behind   the answer is complete, and the body is not: what still comes is thrown away
-    ending   nothing more is answered; what the client still sends is read and thrown away, for a socket that is closed
-             over unread bytes takes the answer back from a client that has not read it yet
+    ending   nothing more is answered; what the client still sends is read and thrown away, within bounds, for a socket
+             that is closed over unread bytes takes the answer back from a client that has not read it yet
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ FIRST_BYTE_S = 30.0  # a new connection's wait for the first byte of its first r
 HEAD_S = 10.0  # from a head's first byte to its last
 BODY_AFTER_ANSWER_S = 5.0  # for the rest of a body behind its answer
 MAX_HEAD_BYTES = 32 << 10
+MAX_THROWN_BYTES = 16 << 20  # behind the last answer of a connection: the rest of a body, a few times too large
+MAX_THROWN_HEAD_BYTES = 1 << 20  # the rest of a head
 MAX_HEADERS = 128
 MAX_PIPELINED = 16  # requests that wait for the answer to the one before
 _WISHES = (b"upgrade", b"http2-settings")  # for another protocol
@@ -47,6 +49,7 @@ class Connection(HttpToolsProtocol):
         self._refusal = "400 Bad Request"
         self._has_spoken = False
         self._is_ending = False
+        self._may_throw = MAX_THROWN_BYTES
         self._asks_for_upgrade = False
         self._since_s = 0.0  # when the first byte, the head or the time behind the answer began
         self._unsent = 0  # bytes at the last look
@@ -104,11 +107,16 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Feed the parser, within the bounds of a head."""
-        if self.transport.is_closing() or self._is_ending:
+        if self.transport.is_closing():
+            return
+        if self._is_ending:
+            self._throw_away(len(data))
             return
         self._unset_keepalive_if_required()
         if not self._in_message and not self._in_head:
             self._begin_head()
+        elif self._in_message and not self._in_head and not self._is_answering:
+            self._throw_away(len(data))  # and parsed, for the next request
         try:
             self._feed(data)
         except httptools.HttpParserError:  # also errors that a callback raised
@@ -118,6 +126,12 @@ class Connection(HttpToolsProtocol):
             self._head_bytes += len(data)
             if self._head_bytes > 2 * MAX_HEAD_BYTES:
                 self._refuse("431 Request Header Fields Too Large")
+
+    def _throw_away(self, num_bytes: int) -> None:
+        """A client that sends for ever what is not read takes time of this loop."""
+        self._may_throw -= num_bytes
+        if self._may_throw < 0:
+            self.give_up()
 
     def _feed(self, data: bytes) -> None:
         """Parse. A request that asks for another protocol is answered in this one (RFC 9110, section 7.8).
@@ -140,6 +154,7 @@ class Connection(HttpToolsProtocol):
     def _begin_head(self) -> None:
         self._in_head = self._has_spoken = True
         self._head_bytes = self._num_headers = 0
+        self._may_throw = MAX_THROWN_BYTES
         self._since_s = self.loop.time()
         if self._is_answering or self.pipeline:
             self._among.note_busy(self)
@@ -232,6 +247,8 @@ class Connection(HttpToolsProtocol):
     def _refuse(self, status: str) -> None:
         """One answer without a request, and the end; requests before it that wait for their answers get them first."""
         self._is_ending = True
+        if self._in_head:
+            self._may_throw = MAX_THROWN_HEAD_BYTES
         if self._is_answering:
             return
         body = b'{"error":{"message":"%s","type":"%s","param":null,"code":null}}' % (

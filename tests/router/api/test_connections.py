@@ -348,3 +348,25 @@ def test_files_are_left_for_what_is_no_connection():
     assert connections_within(4096, 1024) == 768
     assert connections_within(4096, 64) == 32
     assert connections_within(4096, -1) == 4096
+
+
+@pytest.mark.parametrize("sent", ["more of a head", "more of a body"])
+async def test_what_is_thrown_away_is_bounded(sent: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(connection, "MAX_THROWN_BYTES", 2 << 20)
+    monkeypatch.setattr(connection, "BODY_AFTER_ANSWER_S", 60.0)
+    body = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 999999999\r\n\r\n"
+    async with served() as (port, among):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /" + b"a" * (64 << 10) if sent == "more of a head" else body)
+        assert b" 431 " in (line := await reader.readline()) or b" 413 " in line
+        for _ in range(512):  # 32 MiB: the bound, and more than the system's buffers of both sides take
+            writer.write(b"a" * (64 << 10))
+            try:
+                await writer.drain()
+            except ConnectionError:
+                break
+        else:
+            pytest.fail("all is read")
+        writer.transport.abort()
+        while len(among):
+            await asyncio.sleep(0.01)
