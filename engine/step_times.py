@@ -4,6 +4,9 @@ A step of u prompt tokens after h computed ones costs  a·u + b·u·(h + u/2)  b
 linears per token, b that of attention per (query, key) pair. Both are fitted by least squares over recent steps with
 fading weights. b is drawn towards zero until steps are long enough to measure it: a few milliseconds of noise over
 short prompts, taken as a cost per pair, would predict an hour for a long prompt.
+
+Recent steps are often alike (the last chunks of one long prompt), and the fit then says little about others. So the
+tokens of a step beside decodes grow by a factor of two at most over the largest recent step of its kind.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from typing import NamedTuple
 
 from .plan import StepPlan
 
+_GROWTH = 2.0
 _FADE = 0.95  # weight of the past at each new step: a memory of about 20 steps
 _TILE_TOKENS = 16  # fewer rows take the same time (model/ops/products.py)
 _MIN_PAIRS = 1e4  # noise of 10 ms over a believable 1e-3 ms per pair: b counts from about so many pairs on
@@ -25,13 +29,17 @@ class StepTimes(NamedTuple):
     prefill_ms_per_token_pair: float = 0.0
     scored_ms_per_token: float = 0.0  # of prompts whose logprobs are wanted
     scored_ms_per_token_pair: float = 0.0
+    largest_tokens: float = float("inf")  # prompt tokens of the largest recent step of its kind
+    largest_scored_tokens: float = float("inf")
 
     def tokens_within(self, budget_ms: float, num_computed: int, *, is_scored: bool = False) -> float:
-        """Prompt tokens after `num_computed` ones that a step computes in `budget_ms`; infinite if not known yet."""
+        """Prompt tokens after `num_computed` ones that a step computes in `budget_ms`, within the growth of steps."""
+        largest = self.largest_scored_tokens if is_scored else self.largest_tokens
         per_token_ms = self.prefill_ms_per_token + self.prefill_ms_per_token_pair * num_computed
         if is_scored and (self.scored_ms_per_token or self.scored_ms_per_token_pair):
             per_token_ms = self.scored_ms_per_token + self.scored_ms_per_token_pair * num_computed
-        return budget_ms / per_token_ms if per_token_ms > 0 else float("inf")
+        fits = budget_ms / per_token_ms if per_token_ms > 0 else float("inf")
+        return min(fits, _GROWTH * largest)
 
 
 class StepTimeModel:
@@ -56,7 +64,13 @@ class StepTimeModel:
         """The coefficients as one value."""
         plain, scored = self._prefill, self._scored
         return StepTimes(
-            self.decode_step_ms, plain.per_token_ms, plain.per_pair_ms, scored.per_token_ms, scored.per_pair_ms
+            self.decode_step_ms,
+            plain.per_token_ms,
+            plain.per_pair_ms,
+            scored.per_token_ms,
+            scored.per_pair_ms,
+            plain.largest_tokens,
+            scored.largest_tokens,
         )
 
     def observe(self, plan: StepPlan, took_ms: float) -> None:
@@ -82,9 +96,11 @@ class _Fit:
 
     def __init__(self) -> None:
         self.per_token_ms = self.per_pair_ms = 0.0
+        self.largest_tokens = 0.0  # fades
         self._moments = (0.0, 0.0, 0.0, 0.0, 0.0)  # faded sums: uu, up, pp, ut, pt
 
     def observe(self, tokens: float, pairs: float, ms: float) -> None:
+        self.largest_tokens = max(_FADE * self.largest_tokens, tokens)
         new = (tokens * tokens, tokens * pairs, pairs * pairs, tokens * ms, pairs * ms)
         self._moments = tuple(_FADE * old + fresh for old, fresh in zip(self._moments, new, strict=True))  # type: ignore[assignment]
         self._solve()
