@@ -31,6 +31,7 @@ MAX_HEAD_BYTES = 32 << 10
 MAX_THROWN_BYTES = 16 << 20  # behind the last answer of a connection: the rest of a body, a few times too large
 MAX_THROWN_HEAD_BYTES = 1 << 20  # the rest of a head
 MAX_HEADERS = 128
+RECEIVED_AT_ONCE = 64 << 10  # a connection that must wait holds this and the server's 64 KiB
 MAX_PIPELINED = 16  # requests that wait for the answer to the one before
 _WISHES = (b"upgrade", b"http2-settings")  # for another protocol
 
@@ -58,6 +59,7 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to look at the connection; refuse it where there is no room."""
         self._among.demote(transport)
+        transport.max_size = RECEIVED_AT_ONCE  # type: ignore[attr-defined]
         super().connection_made(transport)
         self._since_s = self._took_s = self.loop.time()
         self._among.look_later(self, self.loop)

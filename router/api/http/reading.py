@@ -20,7 +20,7 @@ T = TypeVar("T")
 READ_S = 30.0  # longest time to receive a message
 CONTENDED_READ_S = 1.0  # the same, while other messages wait for room
 WAIT_S = 10.0  # longest wait for room
-MAX_WAITING = 512
+MAX_WAITING = 128  # each holds up to 128 KiB that the server has received
 INLINE_BYTES = 2048  # smaller messages are parsed on the event loop, which takes less than a millisecond
 
 
