@@ -22,6 +22,8 @@ not scored do not have this cost. (bench/scoring.py measures it.)
 SCORED_ROW_LOGITS = 1 << 14
 """Fixed cost of a scored row, in logits: its most likely tokens are converted to values one by one."""
 
+SCORED_SHARE = 0.5  # of a step's time for prompts beside decodes
+
 
 def scored_rows(vocab_size: int) -> int:
     """Most prompt rows that a step may score: whole hash blocks, at least one."""
@@ -228,12 +230,14 @@ class RolePolicy:
     def prompt_tokens(self, num_tokens: int, times: StepTimes, num_computed: int, *, is_scored: bool) -> int:
         """Tokens that fit the time left of `target_ms` beside the decodes, or the decodes' own time if that is more.
 
-        So a step with prompts takes about `target_ms`, or twice the time of a step without prompts, on any machine. At
-        least two hash blocks.
+        So a step with prompts takes about `target_ms`, or twice the time of a step without prompts, on any machine. A
+        prompt that is scored gets half of that time, since its logprobs are work outside the step as well. At least two
+        hash blocks.
         """
         if not self.spares_decodes:
             return num_tokens
         budget_ms = max(self.limits.target_ms - times.decode_step_ms, times.decode_step_ms)
+        budget_ms *= SCORED_SHARE if is_scored else 1.0
         fits = max(times.tokens_within(budget_ms, num_computed, is_scored=is_scored), 2 * HASH_BLOCK_TOKENS)
         return int(min(num_tokens, fits))
 
