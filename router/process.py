@@ -121,6 +121,7 @@ class RouterProcess:
             timeout_keep_alive=75,
             backlog=ACCEPTS,
         )
+        connections.pace([listener.fileno()])
         self._http = _HttpServer(config)
         self._http_task = asyncio.create_task(self._http.serve([listener]))
         self._http_task.add_done_callback(lambda _: self.ended.set())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import resource
 from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 from .connection import Connection
@@ -12,6 +13,8 @@ from .selector import TieredSelector
 
 LOOK_S = 1.0  # between two looks at the same connection
 LOOKS_AT_ONCE = 32  # connections that are looked at in one turn of the loop
+ACCEPTS_PER_WINDOW = 128  # new connections; more wait in the listening socket's queue
+ACCEPT_WINDOW_S = 0.1
 RESERVED_FILES = 256  # of the process, for anything but HTTP connections
 
 
@@ -45,13 +48,39 @@ class Connections:
         self._all: set[Connection] = set()
         self._idle: dict[Connection, None] = {}  # the longest idle one first
         self._heads: dict[Connection, None] = {}  # in a head, the longest first: one that is in earnest is short
+        self._listeners: list[int] = []
+        self._num_new = 0  # connections of this window
+        self._window_end_s = 0.0
 
     def __len__(self) -> int:
         return len(self._all)
 
+    def pace(self, listeners: Iterable[int]) -> None:
+        """Accept at most `ACCEPTS_PER_WINDOW` connections of these listening sockets in `ACCEPT_WINDOW_S`.
+
+        Opening and closing one takes 0.15 ms of the event loop: thousands at once would slow down all streams.
+        """
+        self._listeners = list(listeners)
+
     def protocol(self, **known: Any) -> Connection:
         """For `uvicorn.Config(http=...)`: the protocol of a new connection."""
+        self._count_new(asyncio.get_running_loop())
         return Connection(self, **known)
+
+    def _count_new(self, loop: asyncio.AbstractEventLoop) -> None:
+        now_s = loop.time()
+        if now_s >= self._window_end_s:
+            self._num_new, self._window_end_s = 0, now_s + ACCEPT_WINDOW_S
+        self._num_new += 1
+        if self._num_new == ACCEPTS_PER_WINDOW and self._selector is not None and self._listeners:
+            for fd in self._listeners:
+                self._selector.mute(fd)
+            loop.call_at(self._window_end_s, self._listen_again)
+
+    def _listen_again(self) -> None:
+        assert self._selector is not None
+        for fd in self._listeners:
+            self._selector.unmute(fd)
 
     def add(self, connection: Connection) -> bool:
         """A new connection; another makes room for it. False: there is no room, and all have whole requests."""

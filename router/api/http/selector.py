@@ -47,6 +47,16 @@ class TieredSelector(selectors.BaseSelector):
         """The descriptor is about to be closed; its number may name another file afterwards."""
         self._demoted.discard(fd)
 
+    def mute(self, fd: int) -> None:
+        """Return no events of a registered descriptor until `unmute`."""
+        if fd in self._keys:
+            self._tiers[fd].modify(fd, 0)
+
+    def unmute(self, fd: int) -> None:
+        """Return events of the descriptor again; no effect if it is not registered any more."""
+        if fd in self._keys:
+            self._tiers[fd].modify(fd, _mask(self._keys[fd].events))
+
     def register(self, fileobj: FileDescriptorLike, events: int, data: object = None) -> selectors.SelectorKey:
         """Begin to watch `fileobj` for EVENT_READ and/or EVENT_WRITE.
 

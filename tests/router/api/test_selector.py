@@ -11,6 +11,7 @@ from typing import Any, cast
 import pytest
 import uvicorn
 
+from twostroke.router.api.http import connections
 from twostroke.router.api.http.connections import Connections
 from twostroke.router.api.http.selector import MAX_EVENTS, TieredSelector
 
@@ -169,8 +170,11 @@ def done(tried: selectors.BaseSelector, step: str, *words: Any) -> Any:
     return sorted((key.fd, events) for key, events in found) if step == "select" else found
 
 
-def test_a_server_over_it_answers_and_what_closes_at_once_leaves_room_for_others():
+def test_a_server_over_it_answers_and_what_closes_at_once_leaves_room_for_others(monkeypatch: pytest.MonkeyPatch):
     """Hundreds of connections are answered, then closed in one moment; another thread's calls come between."""
+    monkeypatch.setattr(connections, "ACCEPTS_PER_WINDOW", 30)
+    monkeypatch.setattr(connections, "ACCEPT_WINDOW_S", 0.05)
+    accepted: dict[float, int] = {}  # of each window, by its end
     tiered = TieredSelector()
     turns: list[int] = []
 
@@ -181,8 +185,16 @@ def test_a_server_over_it_answers_and_what_closes_at_once_leaves_room_for_others
     async def run() -> None:
         among = Connections(NUM_CONNECTIONS, 5.0, tiered)
         listener = socket.create_server(("127.0.0.1", 0))
-        protocol = cast(Any, among.protocol)
-        server = uvicorn.Server(uvicorn.Config(app, http=protocol, ws="none", lifespan="off", log_level="critical"))
+        among.pace([listener.fileno()])
+
+        def protocol(**known: Any) -> Any:
+            made = among.protocol(**known)
+            accepted[among._window_end_s] = accepted.get(among._window_end_s, 0) + 1
+            return made
+
+        server = uvicorn.Server(
+            uvicorn.Config(app, http=cast(Any, protocol), ws="none", lifespan="off", log_level="critical", backlog=1)
+        )
         running = asyncio.create_task(server._serve([listener]))
         loop = asyncio.get_running_loop()
         clients = [socket.create_connection(listener.getsockname()) for _ in range(NUM_CONNECTIONS)]
@@ -211,3 +223,5 @@ def test_a_server_over_it_answers_and_what_closes_at_once_leaves_room_for_others
     gone = [before - after for before, after in itertools.pairwise(turns)]
     assert max(gone) <= MAX_EVENTS
     assert len(gone) >= NUM_CONNECTIONS // MAX_EVENTS
+    assert sum(accepted.values()) == NUM_CONNECTIONS
+    assert max(accepted.values()) <= 32  # asyncio makes the protocol a turn after it accepted
