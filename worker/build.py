@@ -132,6 +132,7 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> BuiltEngine:
         max_num_seqs=step.max_num_seqs,
         max_batch_tokens=step.max_num_batched_tokens,
         transport=TransportPolicy(cache.transport, cache.require_transport),
+        num_ranks=settings.num_ranks,
     )
     host = None
     if pool_size.num_swap_blocks:

@@ -13,13 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
-from ...core.errors import InvalidRequest
+from ...core.errors import PairRefused
 from ..spec import Component, KvSpec
-
-
-class UnlikeCaches(InvalidRequest):
-    """Two caches whose blocks do not hold the same numbers. No slice of one fits the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +39,12 @@ def rank_specs(spec: KvSpec, size: int) -> tuple[KvSpec, ...]:
     """Specs of the ranks of a worker with `size` ranks. `spec`: of the whole model.
 
     Raises:
-        UnlikeCaches: the heads of a component cannot be split over so many ranks.
+        PairRefused: the heads of a component cannot be split over so many ranks.
     """
     for component in spec.main.components:
         heads = component.heads
         if component.shard == "split" and heads % size and size % heads:
-            raise UnlikeCaches(
+            raise PairRefused(
                 f"{heads} heads of {component.name} cannot be split over {size} ranks; one must be a multiple of the "
                 "other",
                 param="tensor_parallel_size",
@@ -61,7 +58,7 @@ def plan_slices(source: Sequence[KvSpec], destination: Sequence[KvSpec]) -> tupl
     Codecs are not compared: a store translates what it can read (`pairing.py` decides which codecs pair).
 
     Raises:
-        UnlikeCaches: layers, components, widths or heads differ.
+        PairRefused: layers, components, widths or heads differ.
     """
     check_alike(source[0], destination[0])
     loads = _Loads([0] * len(source), [0] * len(destination))
@@ -70,7 +67,7 @@ def plan_slices(source: Sequence[KvSpec], destination: Sequence[KvSpec]) -> tupl
         givers = [spec.main.components[place] for spec in source]
         takers = [_named(spec, component.name) for spec in destination]
         if _heads_of(givers) != _heads_of(takers):
-            raise UnlikeCaches(
+            raise PairRefused(
                 f"the source has heads {_heads_of(givers)} of {component.name}, the destination {_heads_of(takers)}",
                 param="kv_spec",
             )
@@ -83,13 +80,13 @@ def check_alike(ours: KvSpec, theirs: KvSpec) -> None:
     """Check that two specs have the same layers, and components of the same widths, whatever their heads and codecs.
 
     Raises:
-        UnlikeCaches: they do not; the message names the difference.
+        PairRefused: they do not; the message names the difference.
     """
     if theirs.main.num_layers != ours.main.num_layers:
-        raise UnlikeCaches(f"kv_spec has {theirs.main.num_layers} layers, ours {ours.main.num_layers}", param="kv_spec")
+        raise PairRefused(f"kv_spec has {theirs.main.num_layers} layers, ours {ours.main.num_layers}", param="kv_spec")
     mine, other = ({c.name: c.width for c in spec.main.components} for spec in (ours, theirs))
     if mine != other:
-        raise UnlikeCaches(f"kv_spec has components of widths {other}, ours {mine}", param="kv_spec")
+        raise PairRefused(f"kv_spec has components of widths {other}, ours {mine}", param="kv_spec")
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,13 +141,13 @@ def _holders(ranks: Iterable[Component], heads: range) -> tuple[int, ...]:
 def _intervals(ranks: Iterable[Component]) -> list[range]:
     """Heads of the model, cut wherever the heads of some rank begin or end."""
     edges = sorted({edge for component in ranks for edge in (_heads(component).start, _heads(component).stop)})
-    return [range(start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
+    return [range(start, stop) for start, stop in pairwise(edges)]
 
 
 def _heads_of(ranks: Iterable[Component]) -> str:
     """All heads that some rank holds, as text."""
     held = sorted({head for component in ranks for head in _heads(component)})
-    gaps = [head for before, head in zip(held, held[1:], strict=False) if head != before + 1]
+    gaps = [head for before, head in pairwise(held) if head != before + 1]
     return f"{held[0]} to {held[-1]}" + (f" without those before {gaps}" if gaps else "")
 
 

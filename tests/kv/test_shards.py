@@ -5,7 +5,8 @@ from collections import Counter
 
 import pytest
 
-from twostroke.kv.handover.shards import Slice, UnlikeCaches, plan_slices, rank_specs
+from twostroke.core.errors import PairRefused
+from twostroke.kv.handover.shards import Slice, plan_slices, rank_specs
 from twostroke.kv.spec import Component, KvSpec, LayerGroup, attention_spec, mla_spec
 
 SIZES = (1, 2, 4, 8)
@@ -77,7 +78,7 @@ def test_every_pair_of_sizes_fills_every_head_once_from_a_holder(heads: int, lay
         if splits(heads, one) and splits(heads, other):
             check(rank_specs(spec, one), rank_specs(spec, other))
         else:
-            with pytest.raises(UnlikeCaches, match=f"{heads} heads of k cannot be split over"):
+            with pytest.raises(PairRefused, match=f"{heads} heads of k cannot be split over"):
                 plan_slices(rank_specs(spec, one), rank_specs(spec, other))
 
 
@@ -140,5 +141,5 @@ def test_replicas_on_both_sides_share_in_unlike_numbers() -> None:
     ],
 )
 def test_caches_that_hold_other_numbers_have_no_plan(other: KvSpec, told: str) -> None:
-    with pytest.raises(UnlikeCaches, match=told):
+    with pytest.raises(PairRefused, match=told):
         plan_slices((attention_spec(2, 4, 16, 1),), (other,))
