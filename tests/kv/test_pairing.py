@@ -9,11 +9,14 @@ from twostroke.kv.handover.pairing import CAPABILITIES, why_refused
 from twostroke.kv.spec import Component, KvSpec, LayerGroup, attention_spec, mla_spec
 
 
+SPEC = attention_spec(2, 4, 16, 1)
+
+
 @dataclass(frozen=True)
 class Side:
     numerics: bytes = b"n"
     capabilities: tuple[str, ...] = CAPABILITIES
-    kv_spec: KvSpec | None = attention_spec(2, 4, 16, 1)
+    kv_spec: KvSpec | None = SPEC
     num_ranks: int = 1
 
 

@@ -76,7 +76,9 @@ class Stage:
 
     # ---------------------------------------------------------------- fleet
 
-    def on_announced(self, name, role, incarnation, *, seqs="16", blocks="1000", numerics="x", knows="", tp="1", codec="1"):
+    def on_announced(
+        self, name, role, incarnation, *, seqs="16", blocks="1000", numerics="x", knows="", tp="1", codec="1"
+    ):
         spec = attention_spec(2, 4, 16, int(codec))
         model = ModelFacts("m", b"f" * 16, numerics.encode(), "", 4096, 1000, True, "", 1000, spec)
         number = int(incarnation.removeprefix("#"))
