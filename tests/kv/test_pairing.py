@@ -8,7 +8,6 @@ from twostroke.core.errors import InvalidRequest, PairRefused, from_code
 from twostroke.kv.handover.pairing import CAPABILITIES, why_refused
 from twostroke.kv.spec import Component, KvSpec, LayerGroup, attention_spec, mla_spec
 
-
 SPEC = attention_spec(2, 4, 16, 1)
 
 
