@@ -169,8 +169,22 @@ def _check(config: Config) -> None:
             f"router.port is {router.port}, router.grpc_port {router.grpc_port}, router.internal_port "
             f"{router.internal_port}; they must differ (--port, --grpc-port)"
         )
+    _check_pairs(config)
     largest = config.step.max_num_batched_tokens
     if largest < config.cache.block_size:
         raise ConfigError(
             f"step.max_num_batched_tokens is {largest}; must be at least cache.block_size ({config.cache.block_size})"
+        )
+
+
+def _check_pairs(config: Config) -> None:
+    """Refuse roles that could not hand over. Here, because nothing must be compiled or loaded before."""
+    cluster = config.cluster
+    prefill, decode = cluster.ranks_of(Role.PREFILL), cluster.ranks_of(Role.DECODE)
+    if cluster.prefill and config.model.deterministic and prefill != decode:
+        raise ConfigError(
+            f"prefill workers have {prefill} tensor-parallel ranks and decode workers {decode}: their sums differ in "
+            "the last bits, and with model.deterministic only equal ones hand over. Give both the same number "
+            f"(--tensor-parallel-size {max(prefill, decode)}), or let the bits differ: model.deterministic: false in "
+            "--config, or TWOSTROKE__MODEL__DETERMINISTIC=false"
         )

@@ -149,13 +149,6 @@ def _check_ranks(config: Config, device: str) -> None:
             "cluster.tensor_parallel_size, prefill_tp and decode_tp must be 1 on GPUs in this release; tensor "
             "parallelism runs on CPUs (TWOSTROKE__MODEL__DEVICE=cpu)"
         )
-    prefill, decode = cluster.ranks_of(Role.PREFILL), cluster.ranks_of(Role.DECODE)
-    if cluster.prefill and config.model.deterministic and prefill != decode:
-        raise ConfigError(
-            f"prefill workers have {prefill} tensor-parallel ranks and decode workers {decode}: their sums differ in "
-            "the last bits, and with model.deterministic only equal ones hand over. Give both the same number "
-            "(--tensor-parallel-size), or set model.deterministic to false"
-        )
 
 
 def _share(machine: MachineFacts, device: str, num_workers: int, more_ranks: int) -> int:

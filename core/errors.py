@@ -60,6 +60,12 @@ class UnsupportedParameter(InvalidRequest):
     code = "unsupported_parameter"
 
 
+class PairRefused(InvalidRequest):
+    """A prefill and a decode worker cannot hand over to each other. The message names the reason, `param` its field."""
+
+    code = "kv_pair_refused"
+
+
 class ModelNotFound(InvalidRequest):
     """No worker serves a model of that name."""
 

@@ -23,7 +23,8 @@ from ..engine.link import messages as link
 from ..engine.link.client import SequenceEvent
 from ..kv.handover.carrier import StreamHost
 from ..kv.handover.driver import ClientDriver
-from ..kv.handover.machine import HANDOVER, GotFirstToken, Label, Lost
+from ..kv.handover.machine import GotFirstToken, Label, Lost
+from ..kv.handover.pairing import CAPABILITIES
 from ..kv.handover.plane_channel import SHM, LentRing
 from ..kv.handover.receiver import Receiver
 from ..kv.handover.transports.grpc import Channels
@@ -39,7 +40,6 @@ from .report import Ending, HandoverTotals, end_message, life_of
 log = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT_S = 600.0
-CAPABILITIES = (HANDOVER,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +197,7 @@ class DecodeTask:
             identity_root=order.prompt.names.root,
             shared_memory=None if ring is None else ring.memory.offer(),
             required_transport=facts.transport.required,
+            tensor_parallel_size=facts.num_ranks,
         )
 
     def bind_wanted(self) -> None:

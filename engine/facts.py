@@ -83,3 +83,4 @@ class FaceFacts:
     max_num_seqs: int
     max_batch_tokens: int
     transport: TransportPolicy = field(default_factory=TransportPolicy)  # of planes
+    num_ranks: int = 1  # tensor-parallel ranks

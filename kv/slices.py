@@ -4,6 +4,7 @@
     2 ranks       rank 0: 0 1 | rank 1: 2 3  a section of a rank's own store counts that rank's heads from 0
 
 A replicated component (`Component.shard`) is whole on every rank; with more ranks than heads, neighbours hold the same.
+Slices of `handover/shards.py` say which rank gives which layers and heads; holders of the same heads share them.
 """
 
 from __future__ import annotations
@@ -12,61 +13,144 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
-from .section import SectionData
-from .spec import Component, KvSpec
+from .handover.shards import Slice, plan_slices, rank_specs
+from .section import PlaneBuffer, SectionData
+from .spec import HASH_BLOCK_TOKENS, Component, KvSpec
 
-
-def sections_of_rank(sections: Iterable[SectionData], rank_spec: KvSpec) -> tuple[SectionData, ...]:
-    """A rank's part of sections of the whole model, as its store takes them; those without heads of it are left out.
-
-    `rank_spec`: the rank's, of `KvSpec.of_rank`. Arrays are views where possible.
-    """
-    components = {component.name: component for component in rank_spec.main.components}
-    found = []
-    for section in sections:
-        component = components.get(section.component) if section.group == rank_spec.main.name else None
-        if component is not None:
-            part = _cut(section, component)
-            if part.head_count:
-                found.append(part)
-    return tuple(found)
+U8 = NDArray[np.uint8]
 
 
-def joined_sections(parts: Sequence[Sequence[SectionData]], rank_specs: Sequence[KvSpec]) -> tuple[SectionData, ...]:
-    """Sections of the whole model from those that every rank's store has read: one per component, all heads in order.
+class RankSlices:
+    """Slices between the ranks of one worker and its endpoint, where the sections of all heads leave and arrive."""
 
-    `parts`: per rank, one section of all its heads per component, in the order of its spec.
-    """
-    joined = []
-    for place, component in enumerate(rank_specs[0].main.components):
-        owners = [rank for rank in range(len(parts)) if rank % component.holders == 0]
-        sections = [parts[rank][place] for rank in owners]
-        assert all(section.component == component.name for section in sections)
-        first = sections[0]
-        scales = [section.scales for section in sections if section.scales is not None]
-        joined.append(
-            replace(
-                first,
-                head_start=0,
-                head_count=sum(section.head_count for section in sections),
-                payload=np.concatenate([section.payload for section in sections], axis=1),
-                scales=np.concatenate(scales, axis=1) if scales else None,
-                digests=np.concatenate([section.digests for section in sections], axis=1),
-            )
-        )
-    return tuple(joined)
+    def __init__(self, spec: KvSpec, size: int) -> None:
+        """`spec`: of the whole model.
+
+        Raises:
+            PairRefused: its heads cannot be split over so many ranks.
+        """
+        self.ranks = rank_specs(spec, size)
+        self._spec = spec
+        self._given = [[s for s in plan_slices(self.ranks, (spec,)) if s.source == rank] for rank in range(size)]
+        self._taken = plan_slices((spec,), self.ranks)
+
+    def packed_bytes(self, num_tokens: int) -> int:
+        """Size in which the part of every rank fits: that of the largest one."""
+        return max(sum(_size(self._component(s), s, num_tokens) for s in given) for given in self._given)
+
+    def packed(self, rank: int, sections: Sequence[SectionData], num_tokens: int) -> U8:
+        """A rank's part of a range: the layers and heads that it gives, one plane behind the other.
+
+        `sections`: of all its heads, as its store reads them.
+        """
+        out = np.zeros(self.packed_bytes(num_tokens), np.uint8)
+        own = {section.component: section for section in sections}
+        end = 0
+        for piece in self._given[rank]:
+            section = own[piece.component]
+            first_head = _named(self.ranks[rank], piece.component).first_head
+            place = _place(piece, first_head)
+            for plane in (section.payload, section.scales, section.digests):
+                if plane is not None:
+                    flat = np.ascontiguousarray(plane[place]).reshape(-1).view(np.uint8)
+                    out[end : end + len(flat)] = flat
+                    end += len(flat)
+        return out
+
+    def joined(self, parts: Sequence[U8], num_tokens: int, into: PlaneBuffer | None = None) -> tuple[SectionData, ...]:
+        """Sections of the whole model, one per component, from the packed parts of all ranks.
+
+        `into` receives the planes: per component, payload before scales.
+        """
+        whole = {c.name: _empty(c, self._spec.main.num_layers, num_tokens, into) for c in self._spec.main.components}
+        for given, part in zip(self._given, parts, strict=True):
+            end = 0
+            for piece in given:
+                section, place = whole[piece.component], _place(piece, 0)
+                for plane in (section.payload, section.scales, section.digests):
+                    if plane is not None:
+                        target = plane[place]
+                        flat = part[end : end + target.nbytes]
+                        plane[place] = flat.view(plane.dtype).reshape(target.shape)
+                        end += target.nbytes
+        return tuple(whole.values())
+
+    def taken_apart(self, sections: Iterable[SectionData]) -> list[tuple[SectionData, ...]]:
+        """Each rank's part of sections of the whole model, as its store takes them. Arrays are views."""
+        parts: list[list[SectionData]] = [[] for _ in self.ranks]
+        for section in sections:
+            for piece in self._taken:
+                if section.group == self._spec.main.name and section.component == piece.component:
+                    for rank in piece.destinations:
+                        cut = _cut(section, piece, _named(self.ranks[rank], piece.component).first_head)
+                        parts[rank] += [] if cut is None else [cut]
+        return [tuple(part) for part in parts]
+
+    def _component(self, piece: Slice) -> Component:
+        return _named(self._spec, piece.component)
 
 
-def _cut(section: SectionData, component: Component) -> SectionData:
-    start = max(section.head_start, component.first_head)
-    stop = min(section.head_start + section.head_count, component.first_head + component.heads)
-    heads = slice(start - section.head_start, max(start, stop) - section.head_start)
+def _size(component: Component, piece: Slice, num_tokens: int) -> int:
+    """Bytes of payload, scales and digests."""
+    rows = len(piece.layers) * len(piece.heads)
+    row_bytes = component.bytes_per_token // component.heads
+    return rows * (num_tokens * row_bytes + 8 * -(-num_tokens // HASH_BLOCK_TOKENS))
+
+
+def _empty(component: Component, num_layers: int, num_tokens: int, into: PlaneBuffer | None) -> SectionData:
+    shape = (num_layers, component.heads, num_tokens)
+    has_scales = component.bytes_per_token > component.heads * component.row_bytes
+
+    def plane(*dimensions: int) -> U8:
+        return np.empty(dimensions, np.uint8) if into is None else into.take(dimensions)
+
+    return SectionData(
+        group="main",
+        component=component.name,
+        layer_start=0,
+        layer_count=num_layers,
+        head_start=0,
+        head_count=component.heads,
+        codec=component.codec,
+        row_bytes=component.row_bytes,
+        payload=plane(*shape, component.row_bytes),
+        scales=plane(*shape) if has_scales else None,
+        digests=np.empty((*shape[:2], -(-num_tokens // HASH_BLOCK_TOKENS)), np.uint64),
+    )
+
+
+def _cut(section: SectionData, piece: Slice, first_head: int) -> SectionData | None:
+    """The part of a section that is in a slice, its heads counted from `first_head`; None: there is none."""
+    layers = _common(section.layer_start, section.layer_count, piece.layers)
+    heads = _common(section.head_start, section.head_count, piece.heads)
+    if not layers or not heads:
+        return None
+    place = (
+        slice(layers.start - section.layer_start, layers.stop - section.layer_start),
+        slice(heads.start - section.head_start, heads.stop - section.head_start),
+    )
     return replace(
         section,
-        head_start=start - component.first_head,
-        head_count=max(0, stop - start),
-        payload=section.payload[:, heads],
-        scales=None if section.scales is None else section.scales[:, heads],
-        digests=section.digests[:, heads],
+        layer_start=layers.start,
+        layer_count=len(layers),
+        head_start=heads.start - first_head,
+        head_count=len(heads),
+        payload=section.payload[place],
+        scales=None if section.scales is None else section.scales[place],
+        digests=section.digests[place],
     )
+
+
+def _common(start: int, count: int, other: range) -> range:
+    return range(max(start, other.start), min(start + count, other.stop))
+
+
+def _place(piece: Slice, first_head: int) -> tuple[slice, slice]:
+    heads = slice(piece.heads.start - first_head, piece.heads.stop - first_head)
+    return slice(piece.layers.start, piece.layers.stop), heads
+
+
+def _named(spec: KvSpec, name: str) -> Component:
+    return next(component for component in spec.main.components if component.name == name)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
+from dataclasses import dataclass
 
-from ..core.errors import InvalidRequest, Overloaded, TransportUnavailable, TwostrokeError, Unavailable
+from ..core.errors import InvalidRequest, Overloaded, PairRefused, TransportUnavailable, TwostrokeError, Unavailable
 from ..core.request import Role, SequenceKey
 from ..engine.facts import FaceFacts
 from ..engine.link import messages as link
 from ..kv.handover.carrier import StreamHost
 from ..kv.handover.driver import Driver
 from ..kv.handover.frames import WireError, decode_envelope, encode_message, tokens_per_frame, tokens_per_slot
-from ..kv.handover.machine import HANDOVER, Label
+from ..kv.handover.machine import Label
+from ..kv.handover.pairing import CAPABILITIES, why_refused
 from ..kv.handover.plane_channel import GRPC, PlaneMemory, UnusableMemory
 from ..kv.handover.sender import Sender, refuse
 from ..kv.handover.transports.grpc import ByteStream, ServerContext, ServerStream
@@ -178,19 +180,18 @@ class PrefillService:
         return self._tools.open_memory(order.shared_memory)
 
     def _check_compatible(self, order: handover_pb2.Open) -> None:
-        model = self._facts.model
-        if order.capabilities and HANDOVER not in order.capabilities:
-            raise InvalidRequest(
-                f"the peer knows the hand-overs {', '.join(order.capabilities)}, this worker {HANDOVER}",
-                param="capabilities",
-            )
-        check_specs(spec_from_wire(order.kv_spec), model.kv_spec)
+        facts, model = self._facts, self._facts.model
         if (order.deterministic or model.deterministic) and order.numerics_class != model.numerics_class:
-            raise InvalidRequest(
+            raise PairRefused(
                 f"numerics class {order.numerics_class.hex()} is not ours ({model.numerics_class.hex()}: "
                 f"{model.numerics_description}); deterministic mode pairs equal ones only",
                 param="numerics_class",
             )
+        ours = _Side(CAPABILITIES, model.kv_spec, facts.num_ranks)
+        theirs = _Side(order.capabilities, spec_from_wire(order.kv_spec), max(1, order.tensor_parallel_size))
+        refused = why_refused(ours, theirs)
+        if refused is not None:
+            raise refused
 
     def _submit(self, sender: Sender, now_s: float) -> link.Submit:
         order = sender.order
@@ -224,17 +225,11 @@ class PrefillService:
         return SequenceKey(f"{label.request_id}/p{self._count}", label.choice)
 
 
-def check_specs(wanted: KvSpec, ours: KvSpec) -> None:
-    """Check that a cache of spec `wanted` can take the blocks of a cache of spec `ours`. Codecs may differ.
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """One worker of a pair whose weights and numerics were compared already. Implements `HandoverSide`."""
 
-    Raises:
-        InvalidRequest: the layouts differ; the message names the difference.
-    """
-    if wanted.main.num_layers != ours.main.num_layers:
-        raise InvalidRequest(
-            f"kv_spec has {wanted.main.num_layers} layers, ours {ours.main.num_layers}", param="kv_spec"
-        )
-    mine = {c.name: (c.heads, c.width) for c in ours.main.components}
-    theirs = {c.name: (c.heads, c.width) for c in wanted.main.components}
-    if mine != theirs:
-        raise InvalidRequest(f"kv_spec has components {theirs} as (heads, width), ours {mine}", param="kv_spec")
+    capabilities: Collection[str]
+    kv_spec: KvSpec
+    num_ranks: int
+    numerics: bytes = b""

@@ -477,6 +477,7 @@ class WorkerInfo(_message.Message):
     RELEASE_FIELD_NUMBER: _builtins.int
     PID_FIELD_NUMBER: _builtins.int
     METRICS_ADDRESS_FIELD_NUMBER: _builtins.int
+    TENSOR_PARALLEL_SIZE_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     incarnation: _builtins.int
     """new at every start of the process"""
@@ -492,6 +493,8 @@ class WorkerInfo(_message.Message):
     pid: _builtins.int
     metrics_address: _builtins.str
     """host:port of GET /metrics and /health; empty: none"""
+    tensor_parallel_size: _builtins.int
+    """ranks; 0: one"""
     @_builtins.property
     def data_addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """one per rank; empty: the same as address"""
@@ -520,10 +523,11 @@ class WorkerInfo(_message.Message):
         release: _builtins.str = ...,
         pid: _builtins.int = ...,
         metrics_address: _builtins.str = ...,
+        tensor_parallel_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_tokens", b"block_tokens", "capabilities", b"capabilities", "data_addresses", b"data_addresses", "dp_rank", b"dp_rank", "incarnation", b"incarnation", "max_batch_tokens", b"max_batch_tokens", "max_num_seqs", b"max_num_seqs", "metrics_address", b"metrics_address", "model", b"model", "num_kv_blocks", b"num_kv_blocks", "pid", b"pid", "release", b"release", "role", b"role", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_tokens", b"block_tokens", "capabilities", b"capabilities", "data_addresses", b"data_addresses", "dp_rank", b"dp_rank", "incarnation", b"incarnation", "max_batch_tokens", b"max_batch_tokens", "max_num_seqs", b"max_num_seqs", "metrics_address", b"metrics_address", "model", b"model", "num_kv_blocks", b"num_kv_blocks", "pid", b"pid", "release", b"release", "role", b"role", "tensor_parallel_size", b"tensor_parallel_size", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -119,6 +119,7 @@ class Open(_message.Message):
     IDENTITY_ROOT_FIELD_NUMBER: _builtins.int
     SHARED_MEMORY_FIELD_NUMBER: _builtins.int
     REQUIRED_TRANSPORT_FIELD_NUMBER: _builtins.int
+    TENSOR_PARALLEL_SIZE_FIELD_NUMBER: _builtins.int
     held_tokens: _builtins.int
     """leading tokens whose KV decode already holds: a multiple of 16, never the whole prompt"""
     isolation_domain: _builtins.str
@@ -137,6 +138,8 @@ class Open(_message.Message):
     """name of the empty prefix as decode makes it: key, weights, numerics, domain, adapter"""
     required_transport: _builtins.str
     """of planes: "grpc" or "shm"; empty: any. Refused where it cannot be had"""
+    tensor_parallel_size: _builtins.int
+    """of decode; 0: one"""
     @_builtins.property
     def prompt_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -171,10 +174,11 @@ class Open(_message.Message):
         identity_root: _builtins.bytes = ...,
         shared_memory: Global___SharedMemory | None = ...,
         required_transport: _builtins.str = ...,
+        tensor_parallel_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["kv_spec", b"kv_spec", "sampling", b"sampling", "shared_memory", b"shared_memory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "capabilities", b"capabilities", "deterministic", b"deterministic", "emitted_tokens", b"emitted_tokens", "frame_slots", b"frame_slots", "held_tokens", b"held_tokens", "identity_root", b"identity_root", "isolation_domain", b"isolation_domain", "kv_spec", b"kv_spec", "numerics_class", b"numerics_class", "priority", b"priority", "prompt_ids", b"prompt_ids", "required_transport", b"required_transport", "sampling", b"sampling", "shared_memory", b"shared_memory", "timeout_ms", b"timeout_ms", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "capabilities", b"capabilities", "deterministic", b"deterministic", "emitted_tokens", b"emitted_tokens", "frame_slots", b"frame_slots", "held_tokens", b"held_tokens", "identity_root", b"identity_root", "isolation_domain", b"isolation_domain", "kv_spec", b"kv_spec", "numerics_class", b"numerics_class", "priority", b"priority", "prompt_ids", b"prompt_ids", "required_transport", b"required_transport", "sampling", b"sampling", "shared_memory", b"shared_memory", "tensor_parallel_size", b"tensor_parallel_size", "timeout_ms", b"timeout_ms", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -23,6 +23,7 @@ from ..kv.cache.prefix import PrefixCache
 from ..kv.handover.plane_channel import TransportPolicy
 from ..kv.keys import PromptHasher, digest_key, identity_key
 from ..kv.sizing import PoolSize
+from ..kv.slices import RankSlices
 from ..kv.store.host_store import HostStore
 from ..model.loader import RunnerOptions, load_runner, numerics_class
 from ..model.ops.device import resolve_device
@@ -132,6 +133,7 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> BuiltEngine:
         max_num_seqs=step.max_num_seqs,
         max_batch_tokens=step.max_num_batched_tokens,
         transport=TransportPolicy(cache.transport, cache.require_transport),
+        num_ranks=settings.num_ranks,
     )
     host = None
     if pool_size.num_swap_blocks:
@@ -139,11 +141,12 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> BuiltEngine:
     if ranks is None:
         engine = Engine(core, runner, runner.store, link, clock, host=host)
         return BuiltEngine(engine, link, facts, tokenizer, pool_size)
-    sender, group, spec = ranks.sender, ranks.group, model.kv_spec
+    sender, group = ranks.sender, ranks.group
+    slices = RankSlices(model.kv_spec, group.size)
     leader = Leader(runner, sender, group, _cores(settings, 0))
     engine = late.engine = Engine(
         core, leader, runner.store, link, clock, host=host,
-        over_ranks=lambda mine: SlicedStore(mine, sender, group, spec),
+        over_ranks=lambda mine: SlicedStore(mine, sender, group, slices),
     )  # fmt: skip
     return BuiltEngine(engine, link, facts, tokenizer, pool_size, ranks)
 

@@ -30,8 +30,8 @@ from ..engine.facts import FaceFacts
 from ..engine.link import messages as link
 from ..engine.link.client import EngineClient
 from ..kernels.cpu.build import stop_building
+from ..kv.handover import pairing
 from ..kv.handover.frames import slot_bytes
-from ..kv.handover.machine import HANDOVER
 from ..kv.handover.plane_channel import RingPool
 from ..kv.handover.transports.grpc import SERVER_OPTIONS, Channels, handlers
 from ..kv.handover.transports.shared_memory import OwnRing, host_identity, open_ring, ring_bytes
@@ -52,7 +52,7 @@ from .watch import FaceLoad, Watchers
 
 log = logging.getLogger(__name__)
 
-CAPABILITIES = (HANDOVER, "blocks.fetch.1", "session.1")
+CAPABILITIES = (*pairing.CAPABILITIES, "blocks.fetch.1", "session.1")
 READY_S = 600.0  # longest time to load and warm up a large model
 STOP_BUILDING_S = 1.0
 ORPHANED = 2  # index of `orphaned` among the events that a serving worker waits for
@@ -202,6 +202,7 @@ class WorkerProcess:
             release=__version__,
             pid=os.getpid(),
             metrics_address=self.metrics_address,
+            tensor_parallel_size=facts.num_ranks,
         )
 
     # ------------------------------------------------------------------ inside

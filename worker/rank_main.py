@@ -21,6 +21,7 @@ from ..engine.link.rank_link import LinkEnded, RankReceiver
 from ..engine.loop import EngineStore
 from ..kernels.cpu.build import built_library
 from ..kv.keys import digest_key
+from ..kv.slices import RankSlices
 from ..kv.store.host_store import HostStore
 from ..model.loader import RunnerOptions, load_runner
 from ..model.parallel.shared_group import SharedMemoryGroup
@@ -45,7 +46,7 @@ def main() -> int:
     group = SharedMemoryGroup(region, order.rank, order.size, order.slot_bytes)
     os.close(region)
     try:
-        runner, store = load_rank(order, group)
+        runner, store, slices = load_rank(order, group)
     except BaseException as error:
         if not isinstance(error, TwostrokeError):
             _log.exception("the model could not be loaded")
@@ -54,7 +55,7 @@ def main() -> int:
     send_answer(sock, None)
     receiver = RankReceiver(sock)
     try:
-        follow(receiver, runner, store, group)
+        follow(receiver, runner, store, group, slices)
     except LinkEnded:
         return 0
     except Exception as error:
@@ -65,8 +66,8 @@ def main() -> int:
     return 1
 
 
-def load_rank(order: RankOrder, group: SharedMemoryGroup) -> tuple[Runner, EngineStore]:
-    """Load a rank's weights and make its store.
+def load_rank(order: RankOrder, group: SharedMemoryGroup) -> tuple[Runner, EngineStore, RankSlices]:
+    """Load a rank's weights and make its store; also returns the slices of its worker.
 
     Raises:
         CheckpointError, ConfigError, DoesNotFit: as `build_engine` of build.py.
@@ -77,7 +78,7 @@ def load_rank(order: RankOrder, group: SharedMemoryGroup) -> tuple[Runner, Engin
     host = None
     if order.num_swap_blocks:
         host = HostStore(runner.store, runner.store.on_host(order.num_swap_blocks))
-    return runner, EngineStore(runner.store, host)
+    return runner, EngineStore(runner.store, host), RankSlices(model.kv_spec, order.size)
 
 
 def rank_options(order: RankOrder) -> RunnerOptions:

@@ -13,9 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol, TypeVar
-
-from numpy.typing import NDArray
+from typing import Protocol, TypeVar
 
 from ..core.errors import InternalError, KvCorrupted, RankLost, RanksDiffer
 from ..engine.link.rank_link import RankReceiver, RankSender
@@ -24,8 +22,7 @@ from ..engine.plan import SequenceStep, StepPlan, StepResult
 from ..engine.store_ops import FetchOp, ReadOp, StoreOp, SwapInOp, SwapOutOp, WriteOp
 from ..engine.turn import Store
 from ..kv.section import SectionData
-from ..kv.slices import joined_sections, sections_of_rank
-from ..kv.spec import KvSpec
+from ..kv.slices import RankSlices
 from ..model.parallel.shared_group import SharedMemoryGroup
 from .machine import pin_thread
 
@@ -127,29 +124,27 @@ class SlicedStore:
     Reads join the heads of all ranks, writes take them apart; swaps are done by each rank in its own host memory.
     """
 
-    def __init__(self, mine: Store, sender: RankSender, group: SharedMemoryGroup, spec: KvSpec) -> None:
-        """`spec`: of the whole model; `mine`: rank 0's own store."""
+    def __init__(self, mine: Store, sender: RankSender, group: SharedMemoryGroup, slices: RankSlices) -> None:
+        """`mine`: rank 0's own store."""
         self._mine = mine
         self._sender = sender
         self._group = group
-        self._specs = [spec.of_rank(rank, group.size) for rank in range(group.size)]
+        self._slices = slices
 
     def read(self, op: ReadOp | FetchOp) -> tuple[SectionData, ...]:
-        """Copy planes out of all ranks, with their seals.
-
-        `ReadOp.into` is not used: the ranks' heads are joined first.
-        """
+        """Copy planes out of all ranks, with their seals."""
+        into = op.into if isinstance(op, ReadOp) else None
         if isinstance(op, ReadOp):
-            op = replace(op, into=None)
+            op = replace(op, into=None)  # of this process, and for the joined heads
         self._send(op)
         sections = together(self._group, lambda: self._mine.read(op))
-        parts = gather_sections(self._group, sections)
+        parts = self._group.gather_bytes(self._slices.packed(0, sections, op.token_count))
         assert parts is not None, "rank 0 gathers"
-        return joined_sections(parts, self._specs)
+        return self._slices.joined(parts, op.token_count, into)
 
     def write(self, op: WriteOp) -> None:
         """Give every rank its heads of verified planes."""
-        own, *others = (replace(op, sections=sections_of_rank(op.sections, spec)) for spec in self._specs)
+        own, *others = (replace(op, sections=sections) for sections in self._slices.taken_apart(op.sections))
         self._sender.send_operations(others)
         together(self._group, lambda: self._mine.write(own))
 
@@ -170,26 +165,9 @@ class SlicedStore:
         self._sender.send_operations([op] * (self._group.size - 1))
 
 
-def gather_sections(group: SharedMemoryGroup, sections: Sequence[SectionData]) -> list[tuple[SectionData, ...]] | None:
-    """The sections of all ranks, which have equal shapes, at rank 0; None at the others."""
-
-    def gathered(array: NDArray[Any] | None) -> list[Any]:
-        found = None if array is None else group.gather_bytes(array)
-        return [None] * group.size if found is None else list(found)
-
-    each = [(s, gathered(s.payload), gathered(s.scales), gathered(s.digests)) for s in sections]
-    if group.rank:
-        return None
-    return [
-        tuple(
-            replace(section, payload=payload[rank], scales=scales[rank], digests=digests[rank])
-            for section, payload, scales, digests in each
-        )
-        for rank in range(group.size)
-    ]
-
-
-def follow(receiver: RankReceiver, runner: StepRunner, store: Store, group: SharedMemoryGroup) -> None:
+def follow(
+    receiver: RankReceiver, runner: StepRunner, store: Store, group: SharedMemoryGroup, slices: RankSlices
+) -> None:
     """Do this rank's part of all work, until rank 0 ends.
 
     Raises:
@@ -212,17 +190,18 @@ def follow(receiver: RankReceiver, runner: StepRunner, store: Store, group: Shar
                 plan = message
                 together(group, lambda: runner.run(plan))  # noqa: B023 - called at once
             else:
-                _execute(message, store, group)
+                _execute(message, store, group, slices)
         except RankLost:
             raise
         except Exception:
             _log.exception("rank %d: %s failed", group.rank, type(message).__name__)
 
 
-def _execute(op: StoreOp, store: Store, group: SharedMemoryGroup) -> None:
+def _execute(op: StoreOp, store: Store, group: SharedMemoryGroup, slices: RankSlices) -> None:
     match op:
         case ReadOp() | FetchOp():
-            gather_sections(group, together(group, lambda: store.read(op)))
+            sections = together(group, lambda: store.read(op))
+            group.gather_bytes(slices.packed(group.rank, sections, op.token_count))
         case WriteOp():
             together(group, lambda: store.write(op))
         case SwapOutOp():

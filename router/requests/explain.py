@@ -99,6 +99,10 @@ def explain_choice(choice: RoutingDecision) -> dict[str, Any]:
         "winner": _candidate(choice.winner),
         "prefill_peers": [peer.worker_id for peer in choice.prefill_peers],
         "candidates": [_candidate(candidate) for candidate in choice.candidates],
+        "refused_pairs": [
+            {"prefill_worker": p.prefill, "decode_worker": p.decode, "field": p.field, "reason": p.reason}
+            for p in choice.refused
+        ],
     }
 
 
@@ -116,6 +120,7 @@ def explain_worker(worker: Worker, coefficients: Coefficients, now_s: float) -> 
         "release": facts.release,
         "model": facts.model.name,
         "numerics": facts.model.numerics_description,
+        "tensor_parallel_size": facts.num_ranks,
         "session": "up" if worker.session_up else "down",
         "phase": worker.phase,
         "steps": worker.steps,

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from ...core.request import Role
 from ...core.tally import Spread
+from ...kv.spec import KvSpec
 
 
 class WorkerKey(NamedTuple):
@@ -30,6 +31,7 @@ class ModelFacts:
     deterministic: bool
     path: str  # the checkpoint's directory, as the worker names it
     kv_bytes_per_token: int  # moved by a hand-over
+    kv_spec: KvSpec | None = None  # of all ranks together
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +51,12 @@ class WorkerFacts:
     release: str = ""
     capabilities: tuple[str, ...] = ()
     metrics_address: str = ""  # host:port of its GET /metrics; empty: none
+    num_ranks: int = 1  # tensor-parallel ranks
 
     @property
     def key(self) -> WorkerKey:
         """Key of this incarnation of the worker."""
         return WorkerKey(self.worker_id, self.incarnation)
-
-    @property
-    def handovers(self) -> frozenset[str]:
-        """Names of the hand-over protocols that it supports."""
-        return frozenset(name for name in self.capabilities if name.startswith("handover."))
 
     @property
     def num_kv_tokens(self) -> int:

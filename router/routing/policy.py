@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ...core.request import Role
-from ...kv.spec import HASH_BLOCK_TOKENS
+from ...kv.spec import HASH_BLOCK_TOKENS, KvSpec
 from .coefficients import Coefficients
 from .facts import WorkerKey
+from .pairs import RefusedPair, pairs_of
 
 CANDIDATES = 4
 
@@ -57,7 +58,9 @@ class WorkerView:
     address: str
     role: Role
     numerics: bytes  # must be equal in a pair
-    handovers: frozenset[str]  # hand-over protocols that it supports: pairs must share one; empty: not announced
+    capabilities: tuple[str, ...]  # names; empty: not announced
+    kv_spec: KvSpec | None  # of all ranks together; None: not announced
+    num_ranks: int
     coefficients: Coefficients
     kv_bytes_per_token: int
     queued_prefill_tokens: int
@@ -122,6 +125,7 @@ class RoutingDecision:
     prefill_peers: tuple[WorkerView, ...]  # for the winner's decode worker, best first; empty: prefill locally
     candidates: tuple[Candidate, ...]
     reason: str
+    refused: tuple[RefusedPair, ...] = ()  # pairs that would have been candidates
 
 
 def choose(
@@ -132,26 +136,18 @@ def choose(
     `held`: number of leading hash blocks of this prompt that each worker holds or soon will.
     """
     cost = _Costs(request, held, limits)
-    peers = sorted((w for w in workers if w.role is Role.PREFILL), key=cost.prefill_rank)[:CANDIDATES]
+    peers = sorted((w for w in workers if w.role is Role.PREFILL), key=cost.prefill_rank)
     decoders = [w for w in workers if w.role is not Role.PREFILL]
-    pairs = [
-        cost.pair(p, d)
-        for d in sorted((w for w in decoders if w.role is Role.DECODE), key=cost.decode_rank)[:CANDIDATES]
-        for p in peers
-        if p.numerics == d.numerics and can_hand_over(p, d)
-    ]
+    paired = pairs_of(peers, sorted((w for w in decoders if w.role is Role.DECODE), key=cost.decode_rank), CANDIDATES)
+    pairs = [cost.pair(p, d) for p, d in paired.possible]
     local = [cost.local(d) for d in decoders if d.role is Role.COMBINED or limits.local_prefill]
     candidates = pairs + local or [cost.local(d) for d in decoders]  # no prefill worker is there: better than nothing
     if not candidates:
         return None
     ranked = sorted(candidates, key=lambda c: (c.terms.total_ms, c.name))
     winner = _pick(ranked, request.request_id, limits)
-    return RoutingDecision(winner, _peers(winner, ranked), tuple(ranked), _reason(winner, ranked, request))
-
-
-def can_hand_over(prefill: WorkerView, decode: WorkerView) -> bool:
-    """True if both support a common hand-over protocol, or one of them announced none."""
-    return not prefill.handovers or not decode.handovers or not prefill.handovers.isdisjoint(decode.handovers)
+    reason = _reason(winner, ranked, request)
+    return RoutingDecision(winner, _peers(winner, ranked), tuple(ranked), reason, tuple(paired.refused))
 
 
 class _Figures(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 from ...core.errors import InvalidRequest
 from ...core.life import Transfer
@@ -19,6 +20,7 @@ from ...kv.messages import (
     scope_to_wire,
     spec_from_wire,
 )
+from ...kv.spec import KvSpec
 from ...protos import common_pb2, worker_pb2
 from ..routing.facts import LoadFacts, ModelFacts, WorkerFacts
 from ..routing.policy import WorkerView
@@ -51,11 +53,12 @@ def worker_from_wire(info: common_pb2.WorkerInfo) -> WorkerFacts:
         release=info.release,
         capabilities=tuple(info.capabilities),
         metrics_address=info.metrics_address,
+        num_ranks=max(1, info.tensor_parallel_size),
     )
 
 
 def _model_from(model: common_pb2.ModelInfo) -> ModelFacts:
-    spec = spec_from_wire(model.kv_spec)
+    spec = _spec_from(model.kv_spec.SerializeToString())
     return ModelFacts(
         name=model.name,
         weights_fingerprint=model.weights_fingerprint,
@@ -66,7 +69,14 @@ def _model_from(model: common_pb2.ModelInfo) -> ModelFacts:
         deterministic=model.deterministic,
         path=model.path,
         kv_bytes_per_token=spec.bytes_per_token,
+        kv_spec=spec,
     )
+
+
+@lru_cache(maxsize=64)
+def _spec_from(message: bytes) -> KvSpec:
+    """Equal layouts become one object, so that comparing those of two workers is cheap."""
+    return spec_from_wire(common_pb2.KvSpec.FromString(message))
 
 
 def load_from_wire(report: worker_pb2.LoadReport) -> LoadFacts:

@@ -270,3 +270,15 @@ async def test_a_router_that_may_not_binds_nothing():
     with pytest.raises(ConfigError, match="--insecure"):
         await router.start()
     await router.stop(0.0)
+
+
+def test_unlike_ranks_are_refused_in_deterministic_mode_before_anything_is_read():
+    flags = {"cluster.prefill_tp": 2, "cluster.decode_tp": 4, "model.path": "/nowhere"}
+    with pytest.raises(ConfigError) as caught:
+        load_config(flags=flags)
+    for word in ("have 2 tensor", "workers 4", "--tensor-parallel-size 4", "TWOSTROKE__MODEL__DETERMINISTIC=false"):
+        assert word in caught.value.message
+    free = load_config(None, {"TWOSTROKE__MODEL__DETERMINISTIC": "false"}, flags)
+    assert (free.cluster.ranks_of(Role.PREFILL), free.cluster.ranks_of(Role.DECODE)) == (2, 4)
+    load_config(flags=flags | {"cluster.decode_tp": 2})
+    load_config(flags=flags | {"cluster.prefill": 0})  # combined workers hand over to none

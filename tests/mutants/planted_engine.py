@@ -263,8 +263,13 @@ _PLANS = [
         "            history = history._replace(output_ids=(*history.output_ids, first))\n",
         "            pass\n",
     ),
-    Mutant("kv/slices.py", "head_start=start - component.first_head,", "head_start=start,"),
-    Mutant("kv/slices.py", "if rank % component.holders == 0]", "]"),
+    Mutant("kv/slices.py", "head_start=heads.start - first_head,", "head_start=heads.start,"),
+    Mutant("kv/slices.py", "        layer_start=layers.start,\n", ""),
+    Mutant(
+        "kv/slices.py",
+        "np.empty(dimensions, np.uint8) if into is None else into.take(dimensions)",
+        "np.empty(dimensions, np.uint8)",
+    ),
 ]
 
 MUTANTS = [*_ENGINE, *_AROUND, *_TASTE, *_PLANS]

@@ -252,16 +252,15 @@ _PULLED = [
     ),
     Mutant("prefill_worker/service.py", "                self.leave(job)\n", "                pass\n"),
     Mutant("prefill_worker/service.py", "        job.leave()\n", ""),
-    Mutant("prefill_worker/service.py", "if order.capabilities and HANDOVER not in order.capabilities:", "if False:"),
-    Mutant(
-        "router/routing/policy.py", "if p.numerics == d.numerics and can_hand_over(p, d)", "if p.numerics == d.numerics"
-    ),
+    Mutant("kv/handover/pairing.py", "if mine and theirs and mine.isdisjoint(theirs):", "if False:"),
+    Mutant("kv/handover/pairing.py", "    if unread:\n", "    if False:\n"),
+    Mutant("kv/handover/shards.py", "least = min(ranks, key=lambda rank: loads[rank])", "least = ranks[0]"),
     Mutant("prefill_worker/service.py", "            num_emitted=order.emitted_tokens,\n", ""),
     Mutant("prefill_worker/service.py", 'f"{label.request_id}/p{self._count}"', 'f"{label.request_id}/p"'),
     Mutant(
         "prefill_worker/service.py", "if (order.deterministic or model.deterministic) and", "if order.deterministic and"
     ),
-    Mutant("prefill_worker/service.py", "        check_specs(spec_from_wire(order.kv_spec), model.kv_spec)\n", ""),
+    Mutant("prefill_worker/service.py", "        if refused is not None:\n            raise refused\n", ""),
     Mutant(
         "prefill_worker/service.py",
         "        if self.is_draining:\n            raise",

@@ -58,7 +58,7 @@ _ROUTER = [
         "            self._generation >= self._swept[0].died_in_generation + 2 or",
         "            self._generation >= self._swept[0].died_in_generation or",
     ),
-    Mutant("router/routing/policy.py", "if p.numerics == d.numerics and can_hand_over", "if can_hand_over"),
+    Mutant("kv/handover/pairing.py", "    if prefill.numerics != decode.numerics:\n", "    if False:\n"),
     Mutant("router/routing/policy.py", "if d.role is Role.COMBINED or limits.local_prefill]", "if True]"),
     Mutant(
         "router/routing/policy.py", "uncached = request.prompt_tokens - held\n", "uncached = request.prompt_tokens\n"

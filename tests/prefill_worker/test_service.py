@@ -183,10 +183,12 @@ async def test_the_engine_waits_for_room_over_there(bench):
 @pytest.mark.parametrize(
     ("changes", "code", "word"),
     [
-        ({"numerics_class": b"x" * 16}, "invalid_value", "numerics class"),
-        ({"kv_spec": spec_to_wire(attention_spec(3, 2, 16, Codec.FP8_E4M3))}, "invalid_value", "3 layers"),
-        ({"kv_spec": spec_to_wire(attention_spec(2, 4, 16, Codec.FP8_E4M3))}, "invalid_value", "components"),
-        ({"capabilities": ["handover.shm.1"]}, "invalid_value", "handover.grpc.1"),
+        ({"numerics_class": b"x" * 16}, "kv_pair_refused", "numerics class"),
+        ({"kv_spec": spec_to_wire(attention_spec(3, 2, 16, Codec.FP8_E4M3))}, "kv_pair_refused", "3 layers"),
+        ({"kv_spec": spec_to_wire(attention_spec(2, 4, 16, Codec.FP8_E4M3))}, "kv_pair_refused", "heads 0 to 1 of k"),
+        ({"capabilities": ["handover.shm.1"]}, "kv_pair_refused", "handover.grpc.1"),
+        ({"tensor_parallel_size": 3}, "kv_pair_refused", "over 3 ranks"),
+        ({"capabilities": ["kv.read.float32"]}, "kv_pair_refused", "cannot store fp8"),
         ({"prompt_ids": []}, "invalid_value", "held_tokens"),
         ({"prompt_ids": [1] * 64}, "context_length_exceeded", "64"),
         ({"prompt_ids": [100]}, "invalid_value", "vocabulary"),

@@ -201,6 +201,8 @@ MISTAKES: list[tuple[list[str], dict[str, str], list[str]]] = [
     (["--port", "7000", "--grpc-port", "7000"], {}, ["7000", "must differ"]),
     ([], {"TWOSTROKE__CLUSTER__WORKER_METRICS_PORT": "some"}, ["cluster.worker_metrics_port", "some"]),
     (["--model", "/nowhere/at-all"], {}, ["/nowhere/at-all"]),
+    (["--prefill-tp", "2", "--model", "/nowhere"], {}, ["prefill workers have 2", "--tensor-parallel-size 2"]),
+    (["--decode-tp", "2", "--dry-run"], {}, ["decode workers 2", "MODEL__DETERMINISTIC=false"]),
     (["--api-key", "seven77"], {}, ["router.api_keys", "8"]),
     (["--api-key", "@/nowhere/key"], {}, ["--api-key", "/nowhere/key"]),
     (["--config", "/nowhere.yaml"], {}, ["--config /nowhere.yaml"]),

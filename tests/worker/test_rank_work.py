@@ -21,7 +21,7 @@ from twostroke.kernels.cpu.build import NativeUnavailable, built_library
 from twostroke.kernels.reference import store_kv
 from twostroke.kv.block import BlockId
 from twostroke.kv.section import HeldTokens, PlaneBuffer
-from twostroke.kv.slices import sections_of_rank
+from twostroke.kv.slices import RankSlices
 from twostroke.kv.spec import KvSpec, attention_spec, mla_spec
 from twostroke.kv.store.host_store import HostStore
 from twostroke.kv.store.store import KvStore
@@ -79,7 +79,8 @@ class Worker:
         both = zip(self.stores, self.host_stores, strict=True)
         engines = [EngineStore(store, HostStore(store, host)) for store, host in both]
         self.leader = Leader(self.runners[0], sender, self.groups[0])
-        self.store = SlicedStore(engines[0], sender, self.groups[0], spec)
+        self.slices = RankSlices(spec, size)
+        self.store = SlicedStore(engines[0], sender, self.groups[0], self.slices)
         self.ends: list[BaseException] = []
         self._sender = sender
         self._threads = [
@@ -91,7 +92,7 @@ class Worker:
 
     def _follow(self, receiver: RankReceiver, rank: int, store: EngineStore) -> None:
         try:
-            follow(receiver, self.runners[rank], store, self.groups[rank])
+            follow(receiver, self.runners[rank], store, self.groups[rank], self.slices)
         except BaseException as error:
             self.ends.append(error)
         receiver.close()
@@ -153,7 +154,8 @@ def test_a_prompt_that_arrives_is_shared_out_and_read_as_it_came(size: int, spec
     assert all(store.verify(held) for store in worker.stores)
     for start, count in ((0, TOKENS), (16, 32), (48, 5)):
         part = HeldTokens(TABLE, USES, start, count)
-        slot = PlaneBuffer(memoryview(bytearray(1 << 20)))  # a hand-over through shared memory asks so
+        memory = np.zeros(1 << 20, np.uint8)
+        slot = PlaneBuffer(memoryview(memory))  # a hand-over through shared memory asks so
         got = worker.store.read(ReadOp(SEQUENCE, start, count, TABLE, USES, slot))
         for mine, wanted in zip(got, whole.read_tokens(part), strict=True):
             assert replace(mine, payload=0, scales=0, digests=0) == replace(wanted, payload=0, scales=0, digests=0) or (
@@ -163,6 +165,7 @@ def test_a_prompt_that_arrives_is_shared_out_and_read_as_it_came(size: int, spec
             assert np.array_equal(mine.digests, wanted.digests)
             assert (mine.scales is None) == (wanted.scales is None)
             assert mine.scales is None or np.array_equal(mine.scales, wanted.scales)
+        assert np.shares_memory(got[0].payload, memory), "the joined heads are in the slot"
 
 
 def test_a_rank_that_cannot_read_fails_the_read_and_the_next_one_works(make_worker) -> None:
@@ -245,9 +248,19 @@ def test_a_section_of_other_heads_or_another_group_gives_a_rank_nothing() -> Non
     whole, held = filled(PLAIN[0])
     first = whole.read_tokens(held)[0]
     part = replace(first, head_count=2, payload=first.payload[:, :2], digests=first.digests[:, :2], scales=None)
-    spec = PLAIN[0]
-    assert sections_of_rank([part], spec.of_rank(1, 2)) == ()
-    assert sections_of_rank([replace(part, group="draft")], spec.of_rank(0, 2)) == ()
-    (mine,) = sections_of_rank([part], spec.of_rank(1, 4))
+    two, four = (RankSlices(PLAIN[0], size) for size in (2, 4))
+    assert two.taken_apart([part])[1] == ()
+    assert two.taken_apart([replace(part, group="draft")]) == [(), ()]
+    _, (mine,), *others = four.taken_apart([part])
+    assert others == [(), ()]
     assert (mine.head_start, mine.head_count) == (0, 1)
     assert np.array_equal(mine.payload[:, 0], first.payload[:, 1])
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize("spec", [mla_spec(8, 32, 16, 2), attention_spec(8, 1, 16, 1)], ids=["mla", "mqa"])
+def test_ranks_that_hold_the_same_give_equal_shares(size: int, spec: KvSpec) -> None:
+    """Each packs its share of the layers, so that the parts of all together are the whole once."""
+    num_bytes = 8 * (64 * spec.main.components[0].bytes_per_token + 4 * 8)  # payload, scales, digests
+    num_bytes += 8 * (64 * spec.main.components[1].bytes_per_token + 4 * 8)
+    assert RankSlices(spec, size).packed_bytes(64) == num_bytes // size

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from twostroke.core.errors import Overloaded
 from twostroke.core.request import Epoch, FinishReason, Role, TokenLogprobs
+from twostroke.kv.handover.pairing import why_refused
+from twostroke.kv.spec import attention_spec
 from twostroke.protos import common_pb2
 from twostroke.router.requests.admission import Admission, AdmissionLimits, Offer
 from twostroke.router.requests.delivery import Delivery, DeliveryVerdict, PieceBuffer
@@ -137,6 +139,9 @@ workers = st.lists(
         address=st.just("a"),
         role=st.sampled_from(list(Role)),
         numerics=st.sampled_from([b"x", b"x", b"y"]),
+        capabilities=st.sampled_from([(), ("handover.grpc.1", "kv.read.fp8"), ("handover.grpc.1", "kv.read.float32")]),
+        kv_spec=st.sampled_from([None, attention_spec(2, 4, 16, 1), attention_spec(2, 4, 16, 3)]),
+        num_ranks=st.sampled_from([1, 2, 4]),
         coefficients=st.builds(Coefficients, st.floats(0.01, 5), st.floats(0, 1e-3), st.floats(1, 100)),
         kv_bytes_per_token=st.just(1000),
         queued_prefill_tokens=st.integers(0, 50_000),
@@ -168,7 +173,10 @@ def test_the_winner_is_cheapest_within_the_noise_and_can_do_the_work(views, prom
         terms = candidate.terms
         assert min(terms.prefill_queue_ms, terms.transfer_ms, terms.decode_queue_ms, terms.load_penalty_ms) >= 0
         assert terms.prefill_ms > 0  # the last token is always computed
-        assert candidate.prefill is None or candidate.prefill.numerics == candidate.decode.numerics
+        assert candidate.prefill is None or why_refused(candidate.prefill, candidate.decode) is None
+    known = {view.worker_id: view for view in views}
+    for pair in choice.refused:
+        assert why_refused(known[pair.prefill], known[pair.decode]).message == pair.reason
     assert choice == choose(RequestFacts("r", prompt, 100), views, held, limits)
 
 

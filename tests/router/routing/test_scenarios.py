@@ -2,7 +2,7 @@
 
 Each line is an event; what must follow stands below it, indented. `0.50` at the start of a line is the time in seconds.
 
-    announced p0 prefill #1      a worker of that role and incarnation (seqs=16 blocks=1000 numerics=x)
+    announced p0 prefill #1      a worker of that role and incarnation (seqs=16 blocks=1000 numerics=x tp=1 codec=1)
     up p0 | down p0 | beat p0 run 7 | load p0 queued=100 running=3 a=0.5 | leaving p0 | ended p0 | tick
     states                       who stands where
     held p0=10 d0=5              hash blocks of the next prompts that workers hold
@@ -23,6 +23,7 @@ from support.recorded import Recorded
 
 from twostroke.core.errors import TwostrokeError
 from twostroke.core.request import Epoch, FinishReason, Role, SequenceKey
+from twostroke.kv.spec import attention_spec
 from twostroke.router.requests.admission import Admission, AdmissionLimits, Offer
 from twostroke.router.requests.delivery import Delivery
 from twostroke.router.routing.facts import LoadFacts, ModelFacts, WorkerFacts, WorkerKey
@@ -75,11 +76,14 @@ class Stage:
 
     # ---------------------------------------------------------------- fleet
 
-    def on_announced(self, name, role, incarnation, *, seqs="16", blocks="1000", numerics="x", knows=""):
-        model = ModelFacts("m", b"f" * 16, numerics.encode(), "", 4096, 1000, True, "", 1000)
+    def on_announced(
+        self, name, role, incarnation, *, seqs="16", blocks="1000", numerics="x", knows="", tp="1", codec="1"
+    ):
+        spec = attention_spec(2, 4, 16, int(codec))
+        model = ModelFacts("m", b"f" * 16, numerics.encode(), "", 4096, 1000, True, "", 1000, spec)
         number = int(incarnation.removeprefix("#"))
         facts = WorkerFacts(name, number, Role(role), f"{name}:1", model, int(blocks), 16, int(seqs), 2048)
-        facts = replace(facts, capabilities=tuple(knows.split(",")))
+        facts = replace(facts, capabilities=tuple(knows.split(",")), num_ranks=int(tp))
         changes = self.fleet.announced(facts, self.now_s)
         self.keys[name] = facts.key
         return changes
@@ -134,7 +138,8 @@ class Stage:
         shown = choice.candidates if "all" in flags else (choice.winner,)
         peers = [f"peers {' '.join(p.worker_id for p in choice.prefill_peers)}"] if choice.prefill_peers else []
         reason = [f"because {choice.reason}"] if "why" in flags else []
-        return [*(_candidate(c, c is choice.winner) for c in shown), *peers, *reason]
+        refused = [f"not {r.prefill} > {r.decode}: {r.field}: {r.reason}" for r in choice.refused]
+        return [*(_candidate(c, c is choice.winner) for c in shown), *peers, *reason, *refused]
 
     def on_spread(self, prompt, count):
         """Many requests, each forgotten at once: who wins how often."""
