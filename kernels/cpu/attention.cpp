@@ -138,8 +138,10 @@ class Worker {
             return mix_from(ValuesBy64{values, ahead}, tile);
         }
 #if defined(TWOSTROKE_AVX2)
+        const Ahead keys(rows_of(job_.keys[0], tile + 1), values);
+        if (PAIRS && job_.values.codec == FP8 && unit_.rows <= DIRECT_ROWS && width_ == job_.values.width)
+            return unit_.rows - first_seeing(tile) == 1 ? mix_bytes<1>(values, tile, keys) : mix_bytes<2>(values, tile, keys);
         if (unit_.rows <= MIX_ROWS) {
-            const Ahead keys(rows_of(job_.keys[0], tile + 1), values);
             const int bytes = LANES * job_.keys[0].width * number_bytes(job_.keys[0].codec);
             for (int g = 0; g < GROUPS; g++)
                 for (int at = 0; at < bytes; at += 64) keys.ask(g, at);
@@ -274,34 +276,46 @@ class Worker {
     }
 
 #if defined(TWOSTROKE_AVX2)
-    // The same for machines whose registers hold two rows and one group. Sixteen keys are transposed as bytes.
+    // The same for machines whose registers hold two rows and two groups. Sixteen keys are transposed as bytes.
     static constexpr int MOST_DIRECT_WIDTH = 256;
     void score_by_bytes(const TileRows& rows, const F32 (&scales)[GROUPS], const Ahead& values) {
         float q[DIRECT_ROWS][MOST_DIRECT_WIDTH];
-        const int width = job_.keys[0].width;
         for (int r = 0; r < DIRECT_ROWS; r++) {
             const uint16_t* from = (const uint16_t*)(queries() + std::min(r, unit_.rows - 1) * query_steps_);
-            for (int i = 0; i < width; i += LANES) store(q[r] + i, load_bf16(from + i));
+            for (int i = 0; i < job_.keys[0].width; i += LANES) store(q[r] + i, load_bf16(from + i));
         }
-        for (int g = 0; g < GROUPS; g++) {
-            F32 acc[DIRECT_ROWS] = {};
-            for (int at = 0; at < width && rows.rows[g]; at += LANES) {
-#pragma GCC unroll 4
-                for (int line = 0; line < 4; line++) values.ask(g, 16 * at + 64 * line);
-                __m256i codes[8];
-                load_byte_columns(rows.rows[g] + at, width, codes);
-#pragma GCC unroll 8
-                for (int i = 0; i < 8; i++) {
-                    const F32 even = decode_byte_column<false>(codes[i]), odd = decode_byte_column<true>(codes[i]);
+        for (int g = 0; g < GROUPS && rows.rows[g]; g += 2)
+            unit_.rows == 1 ? score_two_groups<1>(q, g, rows, scales, values) : score_two_groups<2>(q, g, rows, scales, values);
+    }
+    // Groups `group` and `group + 1` together: four sums would wait for each other. A missing group repeats the first.
+    template <int ROWS>
+    void score_two_groups(const float (&q)[DIRECT_ROWS][MOST_DIRECT_WIDTH], int group, const TileRows& rows,
+                          const F32 (&scales)[GROUPS], const Ahead& values) {
+        const int width = job_.keys[0].width, last = rows.rows[group + 1] ? group + 1 : group;
+        F32 acc[2][ROWS] = {};
+        for (int at = 0; at < width; at += LANES) {
+            __m256i codes[2][8];
 #pragma GCC unroll 2
-                    for (int r = 0; r < DIRECT_ROWS; r++) {
+            for (int g = 0; g < 2; g++) {
+#pragma GCC unroll 4
+                for (int line = 0; line < 4; line++) values.ask(group + g, LANES * at + 64 * line);
+                load_byte_columns(rows.rows[g ? last : group] + at, width, codes[g]);
+            }
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; i++) {
+#pragma GCC unroll 2
+                for (int g = 0; g < 2; g++) {
+                    const F32 even = decode_byte_column<false>(codes[g][i]), odd = decode_byte_column<true>(codes[g][i]);
+#pragma GCC unroll 2
+                    for (int r = 0; r < ROWS; r++) {
                         const __m256 x = _mm256_broadcast_ss(q[r] + at + 2 * i), y = _mm256_broadcast_ss(q[r] + at + 2 * i + 1);
-                        acc[r] = fma(odd, {y, y}, fma(even, {x, x}, acc[r]));
+                        acc[g][r] = fma(odd, {y, y}, fma(even, {x, x}, acc[g][r]));
                     }
                 }
             }
-            for (int r = 0; r < unit_.rows; r++) store(softmax_.scores + r * TILE + g * LANES, acc[r] * scales[g]);
         }
+        for (int g = group; g <= last; g++)
+            for (int r = 0; r < ROWS; r++) store(softmax_.scores + r * TILE + g * LANES, acc[g - group][r] * scales[g]);
     }
 #endif
 
@@ -353,6 +367,48 @@ class Worker {
         else
             mix_from(Values<PAIRS, CODEC, true>{values, width, held(tile)}, tile);
     }
+#if defined(TWOSTROKE_AVX2)
+    // `mix_all` for the last ROWS rows of a unit of few rows, with fp8 values: 32 columns at a time, weights as float32. The next
+    // tile's keys are prefetched meanwhile.
+    template <int ROWS>
+    void mix_bytes(const TileRows& rows, int tile, const Ahead& keys) {
+        const int first = unit_.rows - ROWS, count = std::min(held(tile), position(unit_.rows - 1) - tile * TILE + 1);
+        const int ahead_bytes = LANES * job_.keys[0].width * number_bytes(job_.keys[0].codec);
+        float weights[ROWS][TILE];
+        for (int r = 0; r < ROWS; r++) {
+            const uint16_t* from = (const uint16_t*)(softmax_.scores + (first + r) * TILE);
+            for (int i = 0; i < TILE; i += LANES) store(weights[r] + i, load_bf16(from + i));
+        }
+        for (int column = 0; column < width_; column += 32) {
+            float* to = mixed() + (int64_t)first * width_ + column;
+            F32 acc[ROWS][2];
+#pragma GCC unroll 2
+            for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 2
+                for (int c = 0; c < 2; c++) acc[r][c] = load<F32>(to + r * width_ + c * LANES) * splat(softmax_.shrink[first + r]);
+            for (int g = 0; g * LANES < count; g++) {
+                const uint8_t* at = rows.rows[g] + column;
+                const int end = std::min(LANES, count - g * LANES);
+                for (int line = column * ahead_bytes / width_; line < (column + 32) * ahead_bytes / width_; line += 64)
+                    keys.ask(g, line);
+                for (int j = 0; j < end; j++, at += rows.row_bytes) {
+                    F32 value[2];
+                    decode_32(at, value);
+#pragma GCC unroll 2
+                    for (int r = 0; r < ROWS; r++) {
+                        const __m256 weight = _mm256_broadcast_ss(weights[r] + g * LANES + j);
+#pragma GCC unroll 2
+                        for (int c = 0; c < 2; c++) acc[r][c] = fma(value[c], {weight, weight}, acc[r][c]);
+                    }
+                }
+            }
+#pragma GCC unroll 2
+            for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 2
+                for (int c = 0; c < 2; c++) store(to + r * width_ + c * LANES, acc[r][c]);
+        }
+    }
+#endif
     // Many rows share values that are decoded once into scratch. Few rows decode them directly.
     template <class Source>
     void mix_from(const Source& source, int tile) {

@@ -429,6 +429,14 @@ __attribute__((always_inline)) inline F32 decode_byte_column(__m256i codes) {
     half = _mm256_and_si256(_mm256_srai_epi16(half, 1), _mm256_set1_epi16((short)0xBF80));
     return {_mm256_cvtph_ps(_mm256_castsi256_si128(half)), _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1))};
 }
+// Decode 32 codes of a row, divided by 256.
+__attribute__((always_inline)) inline void decode_32(const void* codes, F32 (&to)[2]) {
+    const __m256i zero = _mm256_setzero_si256(), mask = _mm256_set1_epi16((short)0xBF80), all = load<__m256i>(codes);
+    const __m256i low = _mm256_and_si256(_mm256_srai_epi16(_mm256_unpacklo_epi8(zero, all), 1), mask);
+    const __m256i high = _mm256_and_si256(_mm256_srai_epi16(_mm256_unpackhi_epi8(zero, all), 1), mask);
+    to[0] = {_mm256_cvtph_ps(_mm256_castsi256_si128(low)), _mm256_cvtph_ps(_mm256_castsi256_si128(high))};
+    to[1] = {_mm256_cvtph_ps(_mm256_extracti128_si256(low, 1)), _mm256_cvtph_ps(_mm256_extracti128_si256(high, 1))};
+}
 #endif
 
 // Decode 64 codes (a sign and seven bits) into bfloat16 by byte tables. Interleaving the bytes leaves elements 0-7, 16-23, 32-39,
