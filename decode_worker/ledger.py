@@ -108,7 +108,7 @@ class Ledger(Generic[TaskT, SessionT]):
     def end(self, run: TaskT) -> None:
         """Remove a run that is over."""
         router, key, epoch, _ = self._entries.pop(run)
-        newest = self._newest[router]
+        newest = self._newest.get(router, {})  # empty: a newer run of the same choice has ended before this one
         if newest.get(key) is run:
             del newest[key]
             if not newest:

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..core.request import Role
 from .faults import Outcome, run_schedule
 from .setting import Mishap, Setting, Vary, as_drawn
 
@@ -112,6 +113,26 @@ def sharing(setting: Setting) -> Setting:
         for worker in setting.workers
     )
     return replace(setting, is_one_host=True, workers=workers)
+
+
+def freezing(setting: Setting) -> Setting:
+    """Prefill workers stand still for a while as the first requests come."""
+    first_s = min(order.at_s for order in setting.orders)
+    names = [worker.worker_id for worker in setting.workers if worker.role is Role.PREFILL]
+    freezes = [Mishap(first_s + 0.03 + 0.02 * place, "freeze", name, name, 5.0) for place, name in enumerate(names)]
+    return replace(setting, is_bearable=False, mishaps=(*setting.mishaps, *freezes))
+
+
+def leaving(setting: Setting) -> Setting:
+    """As `sharing`, with one ring per worker, slow reads, and clients that leave soon and ask again."""
+    setting = sharing(setting)
+    first_s = min(order.at_s for order in setting.orders)
+    orders = tuple(
+        replace(order, at_s=first_s + 0.02 * place, cancel_after_s=None if place % 2 else 0.05, attempts=3)
+        for place, order in enumerate(setting.orders)
+    )
+    workers = tuple(replace(worker, num_rings=1, link_s=0.02) for worker in setting.workers)
+    return replace(setting, is_bearable=False, orders=orders, workers=workers)
 
 
 def losing_routers(setting: Setting) -> Setting:

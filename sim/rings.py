@@ -5,8 +5,11 @@ Slots are plain memory: a write that comes late changes what another hand-over r
 
 from __future__ import annotations
 
+from weakref import ref
+
 from ..kv.handover.plane_channel import UnusableMemory
 from ..protos import handover_pb2
+from .invariants import Violation
 
 MAX_RINGS = (0, 1, 2, 8)  # of a decode worker
 
@@ -20,6 +23,7 @@ class SimRing:
         self.is_gone = False
         self._nonce = host.add(self)
         self._memory = memoryview(bytearray(slots * slot_bytes))
+        self._peers_views: list[ref[memoryview]] = []  # of the peer's reads that may still write
 
     def slot(self, index: int) -> memoryview:
         """Implements `PlaneMemory.slot`."""
@@ -27,8 +31,17 @@ class SimRing:
         return self._memory[index * self.slot_bytes : (index + 1) * self.slot_bytes]
 
     def offer(self) -> handover_pb2.SharedMemory:
-        """Implements `OfferedMemory.offer`."""
+        """Implements `OfferedMemory.offer`. Checks K3: no write of an earlier hand-over is under way."""
+        if any(view() is not None for view in self._peers_views):
+            raise Violation("K3", "a ring is lent again while a peer may still write into it")
+        self._peers_views.clear()
         return handover_pb2.SharedMemory(nonce=self._nonce, slots=self.slots, slot_bytes=self.slot_bytes)
+
+    def mapped_slot(self, index: int) -> memoryview:
+        """The same for the peer."""
+        view = self.slot(index)
+        self._peers_views.append(ref(view))
+        return view
 
     def close(self) -> None:
         """Implements `OfferedMemory.close`. Writers that have mapped it can still reach the memory."""
@@ -41,7 +54,7 @@ class MappedRing:
     def __init__(self, ring: SimRing) -> None:
         self.slots = ring.slots
         self.slot_bytes = ring.slot_bytes
-        self.slot = ring.slot
+        self.slot = ring.mapped_slot
 
     def close(self) -> None:
         """Implements `PlaneMemory.close`."""

@@ -130,3 +130,13 @@ def test_nothing_is_left_of_runs_that_ended(ledger):
     assert len(ledger) == 0
     assert ledger.runs == ()
     assert ledger._newest == {}
+
+
+def test_a_run_may_end_after_a_newer_one_of_the_same_choice(ledger):
+    ledger.begin("older", "to a", A, KEY, FIRST)
+    ledger.begin("newer", "to a again", A, KEY, NEXT)
+    ledger.end("newer")
+    ledger.end("older")
+    assert len(ledger) == 0
+    assert ledger.standing(A, KEY, NEXT) is Standing.DUPLICATE
+    assert ledger.standing(A, KEY, FIRST) is Standing.STALE
