@@ -17,6 +17,7 @@ from enum import Enum
 from ...core.lease import WORKER_LEASE
 from ...core.request import Role, SequenceKey
 from .facts import LoadFacts, ModelFacts, WorkerFacts, WorkerKey, WorkerState
+from .lost_workers import LostWorkers
 
 REPORT_LAG_S = 0.25
 """A load report may lack work that was dispatched less than this time before its arrival."""
@@ -30,6 +31,7 @@ class FleetLimits:
     silent_after_s: float = WORKER_LEASE.silence_s
     stall_after_s: float = 15.0  # the step loop's count stands still while it claims to work
     max_workers: int = 1024
+    return_s: float = 30.0  # a lost decode worker may come back within this time
 
 
 class Change(Enum):
@@ -122,6 +124,7 @@ class Fleet:
     def __init__(self, limits: FleetLimits | None = None) -> None:
         self._limits = limits or FleetLimits()
         self._workers: dict[str, Worker] = {}
+        self.lost = LostWorkers(self._limits.return_s)
         self._replaced: dict[str, deque[int]] = {}  # incarnations that may not come back
         self._ticked_s: float | None = None
         self.num_lost = 0  # workers that went without announcing it
@@ -143,7 +146,7 @@ class Fleet:
             return []
         changes = []
         if known is not None:
-            changes = self._gone(known, "a new incarnation took its place")
+            changes = self._gone(known, now_s, "a new incarnation took its place")
             self._replaced.setdefault(facts.worker_id, deque(maxlen=8)).append(known.facts.incarnation)
         self._workers[facts.worker_id] = Worker(
             facts, heard_s=now_s, beat_s=now_s, step_changed_s=now_s, role=facts.role
@@ -154,8 +157,9 @@ class Fleet:
         """A worker announced that it leaves: it gets no new work; running work may end."""
         if worker := self._find(key):
             worker.draining = True
+            self.lost.remove(key.worker_id)
 
-    def announce_ended(self, key: WorkerKey) -> list[FleetChange]:
+    def announce_ended(self, key: WorkerKey, now_s: float) -> list[FleetChange]:
         """A worker's announce stream ended. If it has no session either, the worker is gone."""
         worker = self._find(key)
         if worker is None:
@@ -163,7 +167,7 @@ class Fleet:
         worker.announcing = False
         if worker.session_up:
             return []
-        return self._gone(worker, "its announce stream ended and it has no session")
+        return self._gone(worker, now_s, "its announce stream ended and it has no session")
 
     def session_up(self, key: WorkerKey, facts: WorkerFacts | None, now_s: float) -> None:
         """The worker welcomed this router."""
@@ -173,6 +177,7 @@ class Fleet:
             worker.heard_s = worker.beat_s = worker.step_changed_s = now_s
             if facts is not None and facts.key == key:
                 worker.facts, worker.role = facts, facts.role
+            self.lost.remove(key.worker_id)
 
     def session_down(self, key: WorkerKey, now_s: float, reason: str) -> list[FleetChange]:
         """A worker's session broke: its requests are lost from now on."""
@@ -181,7 +186,8 @@ class Fleet:
             return []
         worker.session_up = False
         if worker.draining or not worker.announcing or now_s - worker.heard_s > self._limits.silent_after_s:
-            return self._gone(worker, reason)
+            return self._gone(worker, now_s, reason)
+        self._note_loss(worker, now_s)
         worker.in_flight.clear()
         return [FleetChange(Change.LOST, worker.facts, reason)]
 
@@ -206,6 +212,7 @@ class Fleet:
     def tick(self, now_s: float) -> list[FleetChange]:
         """Find workers that fell silent. Call at least every 0.2 s: a long gap counts as a pause of this process."""
         self._forgive_own_pause(now_s)
+        self.lost.tick(now_s)
         changes: list[FleetChange] = []
         limits = self._limits
         for worker in list(self._workers.values()):
@@ -216,7 +223,7 @@ class Fleet:
                 if silence_s > limits.silent_after_s:
                     changes += self.session_down(worker.facts.key, now_s, f"silent for {silence_s:.1f} s")
             elif now_s - worker.heard_s > limits.silent_after_s:
-                changes += self._gone(worker, f"silent for {now_s - worker.heard_s:.1f} s")
+                changes += self._gone(worker, now_s, f"silent for {now_s - worker.heard_s:.1f} s")
         return changes
 
     # ------------------------------------------------------------------ work under way
@@ -263,8 +270,12 @@ class Fleet:
         )
 
     def models(self) -> dict[str, ModelFacts]:
-        """Models of all known workers, by name."""
-        return _by_name(w.facts.model for w in self._workers.values())
+        """Models of all known workers and of lost ones that may come back, by name."""
+        return _by_name([*(w.facts.model for w in self._workers.values()), *self.lost.models()])
+
+    def expected_models(self) -> dict[str, ModelFacts]:
+        """Models that requests are accepted for, by name: ready ones, and those whose lost worker may come back."""
+        return _by_name([*self.ready_models().values(), *self.lost.models()])
 
     def ready_models(self) -> dict[str, ModelFacts]:
         """Models that can be served now, by name: a worker that decodes them has a session."""
@@ -276,7 +287,13 @@ class Fleet:
         worker = self._workers.get(key.worker_id)
         return worker if worker is not None and worker.facts.incarnation == key.incarnation else None
 
-    def _gone(self, worker: Worker, reason: str) -> list[FleetChange]:
+    def _note_loss(self, worker: Worker, now_s: float) -> None:
+        """Remember a decode worker that served and did not leave on purpose."""
+        if worker.welcomed and not worker.draining and worker.role is not Role.PREFILL:
+            self.lost.add(worker.facts, now_s)
+
+    def _gone(self, worker: Worker, now_s: float, reason: str) -> list[FleetChange]:
+        self._note_loss(worker, now_s)
         worker.in_flight.clear()
         self._workers.pop(worker.facts.worker_id, None)
         self.num_lost += 0 if worker.draining else 1
