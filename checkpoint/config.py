@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, field_validator
 
 from ..core.config import Section
 
@@ -49,3 +49,11 @@ class ModelConfig(Section):
         "recommends; none: temperature 1 and no filters. Its end-of-sequence ids count either way",
     )
     device: DeviceChoice = Field("auto", description="auto: a GPU where torch sees one; workers take GPUs in turn")
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_name(cls, name: str | None) -> str | None:
+        """Refuse a name that no request could give."""
+        if name is not None and not name.strip():
+            raise ValueError("it is empty; give the name that clients use, or leave it out for the checkpoint's own")
+        return name

@@ -13,7 +13,7 @@ from rich.table import Table
 from ..cli import options as o
 from ..cluster.config import Config
 from ..cluster.model_facts import model_facts
-from ..cluster.placement import Plan, place
+from ..cluster.placement import Plan, bytes_beside_workers, place
 from ..cluster.prepare import prepare
 from ..cluster.supervisor import Supervisor
 from ..core.errors import ConfigError, TwostrokeError
@@ -102,6 +102,8 @@ def show_plan(config: Config, plan: Plan, out: Console) -> None:
     )
     out.print(f"computes in {plan.model.arithmetic}")
     out.print(f"pool of each worker: {plan.pool.arithmetic}")
+    beside = bytes_beside_workers(config) / 2**20
+    out.print(f"beside the workers: {beside:,.0f} MiB for the router, the launcher and a Ray that is started for them")
     if plan.pool.num_swap_blocks:
         swap_tokens = plan.pool.num_swap_blocks * plan.pool.block_tokens
         out.print(

@@ -77,6 +77,7 @@ class Plan:
 
 
 ROUTER_BYTES = 400 << 20  # memory of a router (without torch) and of the launcher
+RAY_BYTES = 450 << 20  # memory of the processes of a local Ray: 340 MiB measured, and its object store
 RANK_BYTES = 300 << 20  # memory of a further rank's process, without weights and pool
 
 
@@ -96,7 +97,7 @@ def place(config: Config, machine: MachineFacts, model: ModelFacts) -> Plan:
     ranks = [cluster.ranks_of(role) for _, role in roles]
     _check_ranks(config, device)
     more_ranks = sum(ranks) - len(ranks)
-    share = _share(machine, device, len(roles), more_ranks)
+    share = _share(machine, device, len(roles), more_ranks * RANK_BYTES + bytes_beside_workers(config))
     threads = config.step.num_threads or max(1, machine.num_cores // sum(ranks))
     _check_metrics_ports(config, len(roles))
     sized = size_worker(
@@ -151,10 +152,16 @@ def _check_ranks(config: Config, device: str) -> None:
         )
 
 
-def _share(machine: MachineFacts, device: str, num_workers: int, more_ranks: int) -> int:
-    """Memory of each worker in bytes: the smallest share over all devices."""
+def bytes_beside_workers(config: Config) -> int:
+    """Memory of the other processes of a cluster on this machine: the router, the launcher, and a Ray of our own."""
+    has_ray = config.cluster.launcher == "ray" and config.cluster.ray_address in (None, "local")
+    return ROUTER_BYTES + (RAY_BYTES if has_ray else 0)
+
+
+def _share(machine: MachineFacts, device: str, num_workers: int, other_bytes: int) -> int:
+    """Memory of each worker in bytes: the smallest share over all devices. `other_bytes`: of other processes."""
     if device == "cpu":
-        return max(0, machine.memory_bytes - ROUTER_BYTES - more_ranks * RANK_BYTES) // num_workers
+        return max(0, machine.memory_bytes - other_bytes) // num_workers
     num_gpus = len(machine.gpu_bytes)
     workers = [len(range(gpu, num_workers, num_gpus)) for gpu in range(num_gpus)]
     return min(free // count for free, count in zip(machine.gpu_bytes, workers, strict=True) if count)

@@ -83,6 +83,11 @@ class RouterConfig(Section):
     client_buffer_pieces: int = Field(1024, ge=16, description="pieces kept for a slow client before it is dropped")
     slow_client_s: float = Field(10.0, gt=0, description="how long a client may leave that buffer full")
     worker_patience_s: float = Field(2.0, ge=0, description="how long a request waits for a worker that is on its way")
+    worker_return_s: float = Field(
+        30.0,
+        ge=0,
+        description="how long a request waits for a lost decode worker that no other replaces",
+    )
     local_prefill: bool = Field(True, description="decode workers may prefill where that is predicted to be quicker")
     decision_log: Path | None = Field(None, description="JSONL file of every decision")
 

@@ -82,6 +82,16 @@ class RouterProcess:
         self._http: uvicorn.Server | None = None
         self._http_task: asyncio.Task[None] | None = None
 
+    @property
+    def readiness(self) -> str:
+        """One line for the operator: the addresses, and where workers announce themselves."""
+        settings = self._settings
+        return (
+            f"router is ready: HTTP at http://{target(settings.host, settings.port)}, gRPC at "
+            f"{target(settings.host, settings.grpc_port)}; it waits for workers at "
+            f"{target(settings.internal_host, settings.internal_port)}"
+        )
+
     async def start(self) -> None:
         """Bind all ports, then serve.
 
@@ -174,6 +184,8 @@ async def _run(process: RouterProcess, grace_s: float, parent_pid: int | None) -
     except BaseException:
         await process.stop(0.0)
         raise
+    if parent_pid is None:  # started by hand, or by a system that keeps the output
+        print(process.readiness, file=sys.stderr, flush=True)
     gc.collect()
     gc.freeze()  # present objects stay for ever, so later collections can skip them
     await first(process.ended.wait(), stop.asked.wait(), orphaned(parent_pid))

@@ -57,6 +57,7 @@ class RouterNode:
         self.find: Callable[[str], WorkerNode]  # by worker id: the current life of that worker
         limits = LifeLimits(
             setting.worker_patience_s,
+            setting.fleet.return_s,
             buffer_pieces=16,
             admission=AdmissionLimits(max_requests=setting.max_requests),
             policy=PolicyLimits(local_prefill=setting.local_prefill),

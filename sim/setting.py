@@ -134,12 +134,13 @@ def draw(seed: int) -> Setting:
     workers = tuple(replace(worker, check_s=late.choice((0.0, 0.0, 0.001, 0.02))) for worker in workers)
     rings = random.Random(f"rings {seed}")  # separate too
     workers = tuple(replace(worker, num_rings=rings.choice(MAX_RINGS)) for worker in workers)
+    return_s = random.Random(f"return {seed}").choice((0.0, 0.0, 3.0))  # separate too
     setting = Setting(
         weather=_bearable_weather(rng) if is_bearable else _weather(rng),
         timing=Lease(beat_s, beat_s * rng.choice((2.5, 4.0))),
         session_lease=Lease(rng.choice((0.25, 0.5)), rng.choice((1.0, 2.0, 4.0))),
         grace_s=rng.choice((0.0, 0.5, 2.0)),
-        fleet=FleetLimits(suspect_after_s=silent_s / 2, silent_after_s=silent_s, stall_after_s=5.0),
+        fleet=FleetLimits(suspect_after_s=silent_s / 2, silent_after_s=silent_s, stall_after_s=5.0, return_s=return_s),
         worker_patience_s=rng.choice((0.3, 1.0)),
         local_prefill=rng.random() < 0.3,
         max_requests=rng.choice((2, 8, 8)),

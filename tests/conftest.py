@@ -17,6 +17,11 @@ from support.recorded import REWRITTEN, Recorded
 if os.environ.get("TWOSTROKE_TEST_GPU") != "1":
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Test processes share the cores: torch computes with one thread unless a test asks for more, and threads of OpenMP that
+# wait for each other sleep. Where they spin, two threads on a busy core take many times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 try:
     from hypothesis import settings
 except ImportError:  # a machine with a GPU, torch and pytest is enough for the tests named above

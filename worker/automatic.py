@@ -22,6 +22,7 @@ S = TypeVar("S", bound=Section)
 LARGE_GPU_BYTES = 64 << 30  # free memory of a GPU of 80 GB or more
 LEAST_POOL_TOKENS = 64  # lower bound of cache.tokens
 GPU_SHARE, CPU_SHARE = 0.9, 0.5  # of the memory left after the weights
+PROCESS_BYTES = 300 << 20  # a worker without weights and pool: interpreter, torch, gRPC; 250 to 270 MiB measured
 LOADED_BYTES_PER_S = 100 << 20  # of a slow or a network disk
 
 
@@ -87,6 +88,7 @@ def size_worker(
         cache.swap_bytes,
         swaps_elsewhere=device == "cuda",
         ring_bytes=cache.shared_bytes,
+        process_bytes=PROCESS_BYTES if device == "cpu" else 0,
     )
     pool, cache, more = decided_pool(model.kv_spec, cache, device, facts, step.max_num_seqs * model.max_model_len)
     context, decision = decided_context(model.max_model_len, wanted, pool)

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -89,6 +90,16 @@ class WorkerProcess:
     def address(self) -> str:
         """host:port of all services; known after `start`."""
         return target(self.settings.host, self._port)
+
+    @property
+    def readiness(self) -> str:
+        """One line for the operator: address, model, and the routers that the worker announces itself to."""
+        settings = self.settings
+        routers = ", ".join((*settings.routers, *(f"all of {name}" for name in settings.routers_at)))
+        return (
+            f"{settings.worker_id} ({self.role.value}) is ready with {settings.model_name} at {self.address}; "
+            f"it takes work from the routers that it announces itself to: {routers}"
+        )
 
     @property
     def is_draining(self) -> bool:
@@ -316,6 +327,8 @@ async def _serve(worker: WorkerProcess, grace_s: float, parent_pid: int | None) 
         await asyncio.to_thread(stop_building, STOP_BUILDING_S)
         leave(stop.exit_code if stop.number else 0)
     await starting
+    if parent_pid is None:  # started by hand, or by a system that keeps the output
+        print(worker.readiness, file=sys.stderr, flush=True)
     if await first(worker.ended.wait(), stop.asked.wait(), orphaned(parent_pid)) == ORPHANED:
         log.warning("%s: whoever started us is gone", worker.settings.worker_id)
     is_broken = worker.ended.is_set()

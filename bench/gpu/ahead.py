@@ -2,7 +2,8 @@
 
 The wrappers run on tensors without memory while a recorder stands in for the launch: so the types, constants and
 options compiled here are those of a real run. `python bench/gpu/ahead.py` prints the results as JSON, `--all` of every
-configuration for every target; without it those that the tests need. Knows no timing.
+configuration for every target; without it those that the tests need, for some targets only if they are named. Knows
+no timing.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -253,27 +254,30 @@ def compile_shape(job: tuple[str, str, tuple[str, ...]]) -> list[dict[str, Any]]
     return results
 
 
-def jobs(everything: bool) -> list[tuple[str, str, tuple[str, ...]]]:
-    """What to compile. For the tests: one shape for all targets, and the attention of others for sm_90."""
+def jobs(everything: bool, targets: Sequence[str] = tuple(TARGETS)) -> list[tuple[str, str, tuple[str, ...]]]:
+    """What to compile. For the tests: one shape for these targets, and the attention of others for sm_90."""
     if everything:
         names = dict.fromkeys(SHAPES, (*ATTENTION, "rotary_store_kv"))
         names[REPRESENTATIVE] = tuple(calls(SHAPES[REPRESENTATIVE]))
         return [(shape, target, names[shape]) for shape in SHAPES for target in TARGETS]
-    found = [(REPRESENTATIVE, target, (*QUICK, *ATTENTION)) for target in TARGETS]
-    found += [(shape, "sm_90", ATTENTION) for shape in SHAPES if shape != REPRESENTATIVE]
+    found = [(REPRESENTATIVE, target, (*QUICK, *ATTENTION)) for target in targets]
+    if "sm_90" in targets:
+        found += [(shape, "sm_90", ATTENTION) for shape in SHAPES if shape != REPRESENTATIVE]
     # The widest heads are what the 99 KiB of a block could be too small for.
-    return found + [(WIDEST, target, ATTENTION[1:]) for target in launch.LIMITED]
+    return found + [(WIDEST, target, ATTENTION[1:]) for target in launch.LIMITED if target in targets]
 
 
-def compile_all(everything: bool, processes: int = 2) -> list[dict[str, Any]]:
+def compile_all(everything: bool, targets: Sequence[str] = tuple(TARGETS), processes: int = 2) -> list[dict[str, Any]]:
     with ProcessPoolExecutor(processes) as pool:
-        return [result for results in pool.map(compile_shape, jobs(everything)) for result in results]
+        return [result for results in pool.map(compile_shape, jobs(everything, targets)) for result in results]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--all", action="store_true", help="every shape for every target (minutes)")
-    print(json.dumps(compile_all(parser.parse_args().all)))
+    parser.add_argument("targets", nargs="*", default=[*TARGETS], help="such as sm_90; without --all (default: all)")
+    given = parser.parse_args()
+    print(json.dumps(compile_all(given.all, given.targets)))
 
 
 if __name__ == "__main__":

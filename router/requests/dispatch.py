@@ -19,6 +19,7 @@ from ..config import RouterConfig
 from ..metrics import RouterMetrics
 from ..routing.coefficients import PredictionError
 from ..routing.facts import ModelFacts, WorkerKey
+from ..routing.fleet import FleetLimits
 from ..routing.policy import PolicyLimits
 from ..routing.views import RETRY_AFTER_S
 from ..workers.registry import Identity, RegistryHandlers, WorkerRegistry
@@ -39,9 +40,11 @@ class Dispatcher:
         self.clock = clock
         self.prediction = PredictionError()
         handlers = RegistryHandlers(self._on_lost, self._on_step, self._on_change, self._on_tick)
-        self.members = WorkerRegistry(identity, handlers, metrics, clock)
+        fleet = FleetLimits(return_s=config.worker_return_s)
+        self.members = WorkerRegistry(identity, handlers, metrics, clock, fleet)
         limits = LifeLimits(
             config.worker_patience_s,
+            config.worker_return_s,
             config.slow_client_s,
             config.client_buffer_pieces,
             AdmissionLimits(config.max_running, config.max_running_tokens),

@@ -11,7 +11,7 @@ from ...core.request import SamplingParams
 from ...core.sampling import FIELD_BY_NAME, Form, SamplingField
 from ...core.timeline import Instant
 from ..routing.coefficients import FIELDS, Coefficients
-from ..routing.fleet import Worker
+from ..routing.known_worker import Worker
 from ..routing.policy import Candidate, RoutingDecision
 from .state import RequestState
 

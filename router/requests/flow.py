@@ -185,9 +185,14 @@ class Flow:
         }
 
     def models(self) -> list[ModelFacts]:
-        """Models that can be served now, sorted by name: a worker that decodes them is connected."""
-        ready = self._members.fleet.ready_models()
-        return [ready[name] for name in sorted(ready)]
+        """Models that requests are accepted for, sorted by name: a decode worker is connected, or lost and expected."""
+        accepted = self._members.fleet.expected_models()
+        return [accepted[name] for name in sorted(accepted)]
+
+    @property
+    def is_ready(self) -> bool:
+        """True if a worker that decodes is connected."""
+        return bool(self._members.fleet.ready_models())
 
     def _conclude(self, run: RequestState) -> None:
         """The stream is closed: record the outcome of the request."""

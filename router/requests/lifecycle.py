@@ -104,7 +104,7 @@ class Lifecycle:
 
     def begin(self, run: RequestState, now_s: float) -> None:
         """Route an admitted request to the workers with the lowest cost; it may wait shortly for a worker."""
-        run.patience_end_s = now_s + self._limits.worker_patience_s
+        run.waits_since_s = now_s
         self._route(run, now_s)
 
     def abort(self, tenant: str, request_id: str, now_s: float) -> bool:
@@ -217,15 +217,25 @@ class Lifecycle:
 
     def _wait(self, run: RequestState, now_s: float) -> None:
         """No worker can take the request now: wait for one, or fail."""
-        if now_s >= run.patience_end_s or not self._fleet.may_serve_soon(run.request.model):
+        end_s = self._patience_end_s(run, now_s)
+        if now_s >= end_s:
             nobody = Unavailable(
                 f"no worker for {run.request.model!r} can take the request now", retry_after_s=RETRY_AFTER_S
             )
             self.fail(run, run.cause or nobody, now_s)  # after a retry report its cause, not the lack of workers
             return
-        self._waiting[run.name] = self._driver.later(
-            run.patience_end_s - now_s, lambda now_s: self._look_again(run.name, now_s)
-        )
+        self._waiting[run.name] = self._driver.later(end_s - now_s, lambda now_s: self._look_again(run.name, now_s))
+
+    def _patience_end_s(self, run: RequestState, now_s: float) -> float:
+        """End of the request's wait: later if a lost decode worker may come back; now if no worker is in sight."""
+        model, limits = run.request.model, self._limits
+        end_s = now_s
+        if self._fleet.may_serve_soon(model):
+            end_s = run.waits_since_s + limits.worker_patience_s
+        returns_until_s = self._fleet.lost.until_s(model)
+        if returns_until_s is not None:
+            end_s = max(end_s, min(returns_until_s, run.waits_since_s + limits.worker_return_s))
+        return end_s
 
     def _look_again(self, name: str, now_s: float) -> None:
         timer = self._waiting.pop(name, None)
@@ -300,7 +310,7 @@ class Lifecycle:
             self.fail(run, error, now_s)
             return
         self._recall(run, living, "sent elsewhere", may_return=is_lost)
-        run.cause, run.patience_end_s = error, now_s + self._limits.worker_patience_s
+        run.cause, run.waits_since_s = error, now_s
         self._observer.sent_again(run, error)
         # Not at once: the caller is still handling a worker's messages or its loss.
         self._waiting[run.name] = self._driver.later(0.0, lambda now_s: self._look_again(run.name, now_s))

@@ -59,9 +59,9 @@ class Roster:
         self.fleet.leaving(key)
         self._wires.changed()
 
-    def announce_ended(self, key: WorkerKey) -> None:
+    def announce_ended(self, key: WorkerKey, now_s: float) -> None:
         """A worker's announce stream ended."""
-        self._apply(self.fleet.announce_ended(key))
+        self._apply(self.fleet.announce_ended(key, now_s))
 
     def session_up(self, key: WorkerKey, facts: WorkerFacts | None, now_s: float) -> None:
         """A worker's session is open; `facts` are those of its welcome."""

@@ -70,7 +70,7 @@ class RequestState:
         self.facts = RequestFacts(name, prompt_tokens, expected, request.num_choices)
         self.excluded: set[WorkerKey] = set()  # workers that failed it
         self.stage = Stage.ROUTING
-        self.patience_end_s = 0.0  # while ROUTING: end of the wait for a worker
+        self.waits_since_s = 0.0  # while ROUTING: begin of the wait for a worker
         self.cause: TwostrokeError | None = None  # reason of the last retry
         self.error: TwostrokeError | None = None
         self.on_news: Callable[[], None] = lambda: None  # a piece can be fetched, or the stream is over

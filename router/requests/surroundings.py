@@ -82,7 +82,8 @@ class Observer(Protocol):
 class LifeLimits:
     """Bounds for every request."""
 
-    worker_patience_s: float = 2.0  # longest wait for a worker
+    worker_patience_s: float = 2.0  # longest wait for a worker that is known
+    worker_return_s: float = 30.0  # longest wait for a lost decode worker to come back
     slow_client_s: float = 10.0  # longest time that a client may leave its buffer of pieces full
     buffer_pieces: int = 1024
     admission: AdmissionLimits = field(default_factory=AdmissionLimits)

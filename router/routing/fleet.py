@@ -11,15 +11,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
 from ...core.lease import WORKER_LEASE
 from ...core.request import Role, SequenceKey
 from .facts import LoadFacts, ModelFacts, WorkerFacts, WorkerKey, WorkerState
-
-REPORT_LAG_S = 0.25
-"""A load report may lack work that was dispatched less than this time before its arrival."""
+from .known_worker import Dispatched, Worker
+from .lost_workers import LostWorkers
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +29,7 @@ class FleetLimits:
     silent_after_s: float = WORKER_LEASE.silence_s
     stall_after_s: float = 15.0  # the step loop's count stands still while it claims to work
     max_workers: int = 1024
+    return_s: float = 30.0  # a lost decode worker may come back within this time
 
 
 class Change(Enum):
@@ -49,79 +49,13 @@ class FleetChange:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Dispatched:
-    """Cost of one sequence for one worker, as estimated at dispatch."""
-
-    at_s: float
-    prefill_tokens: int  # to compute here; 0 after the first token, or for a pair's decode side
-    context_tokens: int  # to hold here while decoding; 0 for a pair's prefill side
-
-
-@dataclass(slots=True)
-class Worker:
-    """State of one worker in this router."""
-
-    facts: WorkerFacts
-    heard_s: float  # time of its last message on any stream
-    beat_s: float  # time of its last message on its session
-    announcing: bool = True
-    welcomed: bool = False  # its session was up at least once in this incarnation
-    session_up: bool = False
-    draining: bool = False
-    silent: bool = False  # no message on its session for suspect_after_s
-    phase: str = ""
-    steps: int = 0
-    step_changed_s: float = 0.0
-    stalled: bool = False
-    load: LoadFacts = field(default_factory=LoadFacts)
-    load_s: float | None = None
-    role: Role = Role.DECODE
-    in_flight: dict[SequenceKey, Dispatched] = field(default_factory=dict)
-
-    @property
-    def state(self) -> WorkerState:
-        """Present state."""
-        if not self.session_up:
-            return WorkerState.SUSPECT if self.welcomed else WorkerState.JOINING
-        if self.draining:
-            return WorkerState.DRAINING
-        return WorkerState.SUSPECT if self.silent or self.stalled else WorkerState.LIVE
-
-    @property
-    def queued_prefill_tokens(self) -> int:
-        """Tokens to compute before a new prompt: reported plus later dispatches, or recent dispatches if more."""
-        since = self.load_s
-        if since is None:
-            return sum(d.prefill_tokens for d in self.in_flight.values())
-        later = sum(d.prefill_tokens for d in self.in_flight.values() if d.at_s > since)
-        recent = sum(d.prefill_tokens for d in self.in_flight.values() if d.at_s > since - REPORT_LAG_S)
-        return max(self.load.queued_prefill_tokens + later, recent)
-
-    @property
-    def num_decoding(self) -> int:
-        """Number of sequences that decode or wait to, own dispatches included."""
-        own = [d for d in self.in_flight.values() if d.context_tokens]
-        if self.load_s is None:
-            return len(own)
-        later = sum(1 for d in own if d.at_s > self.load_s)
-        return max(self.load.waiting + self.load.running + later, len(own))
-
-    @property
-    def free_kv_tokens(self) -> int:
-        """Free and unpromised room in tokens, minus the work dispatched since the report."""
-        if self.load_s is None:
-            return self.facts.num_kv_tokens - sum(d.context_tokens for d in self.in_flight.values())
-        later = sum(d.context_tokens for d in self.in_flight.values() if d.at_s > self.load_s - REPORT_LAG_S)
-        return (self.load.free_blocks - self.load.promised_blocks) * self.facts.block_tokens - later
-
-
 class Fleet:
     """All workers known to this router. Methods that can lose a worker return the changes for the caller to act on."""
 
     def __init__(self, limits: FleetLimits | None = None) -> None:
         self._limits = limits or FleetLimits()
         self._workers: dict[str, Worker] = {}
+        self.lost = LostWorkers(self._limits.return_s)
         self._replaced: dict[str, deque[int]] = {}  # incarnations that may not come back
         self._ticked_s: float | None = None
         self.num_lost = 0  # workers that went without announcing it
@@ -143,7 +77,7 @@ class Fleet:
             return []
         changes = []
         if known is not None:
-            changes = self._gone(known, "a new incarnation took its place")
+            changes = self._gone(known, now_s, "a new incarnation took its place")
             self._replaced.setdefault(facts.worker_id, deque(maxlen=8)).append(known.facts.incarnation)
         self._workers[facts.worker_id] = Worker(
             facts, heard_s=now_s, beat_s=now_s, step_changed_s=now_s, role=facts.role
@@ -154,8 +88,9 @@ class Fleet:
         """A worker announced that it leaves: it gets no new work; running work may end."""
         if worker := self._find(key):
             worker.draining = True
+            self.lost.remove(key.worker_id)
 
-    def announce_ended(self, key: WorkerKey) -> list[FleetChange]:
+    def announce_ended(self, key: WorkerKey, now_s: float) -> list[FleetChange]:
         """A worker's announce stream ended. If it has no session either, the worker is gone."""
         worker = self._find(key)
         if worker is None:
@@ -163,7 +98,7 @@ class Fleet:
         worker.announcing = False
         if worker.session_up:
             return []
-        return self._gone(worker, "its announce stream ended and it has no session")
+        return self._gone(worker, now_s, "its announce stream ended and it has no session")
 
     def session_up(self, key: WorkerKey, facts: WorkerFacts | None, now_s: float) -> None:
         """The worker welcomed this router."""
@@ -173,6 +108,7 @@ class Fleet:
             worker.heard_s = worker.beat_s = worker.step_changed_s = now_s
             if facts is not None and facts.key == key:
                 worker.facts, worker.role = facts, facts.role
+            self.lost.remove(key.worker_id)
 
     def session_down(self, key: WorkerKey, now_s: float, reason: str) -> list[FleetChange]:
         """A worker's session broke: its requests are lost from now on."""
@@ -181,7 +117,8 @@ class Fleet:
             return []
         worker.session_up = False
         if worker.draining or not worker.announcing or now_s - worker.heard_s > self._limits.silent_after_s:
-            return self._gone(worker, reason)
+            return self._gone(worker, now_s, reason)
+        self._note_loss(worker, now_s)
         worker.in_flight.clear()
         return [FleetChange(Change.LOST, worker.facts, reason)]
 
@@ -206,6 +143,7 @@ class Fleet:
     def tick(self, now_s: float) -> list[FleetChange]:
         """Find workers that fell silent. Call at least every 0.2 s: a long gap counts as a pause of this process."""
         self._forgive_own_pause(now_s)
+        self.lost.tick(now_s)
         changes: list[FleetChange] = []
         limits = self._limits
         for worker in list(self._workers.values()):
@@ -216,7 +154,7 @@ class Fleet:
                 if silence_s > limits.silent_after_s:
                     changes += self.session_down(worker.facts.key, now_s, f"silent for {silence_s:.1f} s")
             elif now_s - worker.heard_s > limits.silent_after_s:
-                changes += self._gone(worker, f"silent for {now_s - worker.heard_s:.1f} s")
+                changes += self._gone(worker, now_s, f"silent for {now_s - worker.heard_s:.1f} s")
         return changes
 
     # ------------------------------------------------------------------ work under way
@@ -263,8 +201,12 @@ class Fleet:
         )
 
     def models(self) -> dict[str, ModelFacts]:
-        """Models of all known workers, by name."""
-        return _by_name(w.facts.model for w in self._workers.values())
+        """Models of all known workers and of lost ones that may come back, by name."""
+        return _by_name([*(w.facts.model for w in self._workers.values()), *self.lost.models()])
+
+    def expected_models(self) -> dict[str, ModelFacts]:
+        """Models that requests are accepted for, by name: ready ones, and those whose lost worker may come back."""
+        return _by_name([*self.ready_models().values(), *self.lost.models()])
 
     def ready_models(self) -> dict[str, ModelFacts]:
         """Models that can be served now, by name: a worker that decodes them has a session."""
@@ -276,7 +218,13 @@ class Fleet:
         worker = self._workers.get(key.worker_id)
         return worker if worker is not None and worker.facts.incarnation == key.incarnation else None
 
-    def _gone(self, worker: Worker, reason: str) -> list[FleetChange]:
+    def _note_loss(self, worker: Worker, now_s: float) -> None:
+        """Remember a decode worker that served and did not leave on purpose."""
+        if worker.welcomed and not worker.draining and worker.role is not Role.PREFILL:
+            self.lost.add(worker.facts, now_s)
+
+    def _gone(self, worker: Worker, now_s: float, reason: str) -> list[FleetChange]:
+        self._note_loss(worker, now_s)
         worker.in_flight.clear()
         self._workers.pop(worker.facts.worker_id, None)
         self.num_lost += 0 if worker.draining else 1

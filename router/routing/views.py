@@ -9,7 +9,8 @@ from ...core.request import Request, Role, SequenceKey
 from ...kv.keys import identity_class
 from .coefficients import coefficients_of, guess
 from .facts import ModelFacts
-from .fleet import Dispatched, Fleet, Worker
+from .fleet import Fleet
+from .known_worker import Dispatched, Worker
 from .policy import RequestFacts, RoutingDecision, WorkerView
 
 RETRY_AFTER_S = 1.0

@@ -24,7 +24,7 @@ from ..requests.roster import Roster
 from ..requests.surroundings import Order
 from ..routing.coefficients import FIELDS, coefficients_of, guess
 from ..routing.facts import ModelFacts, WorkerFacts, WorkerKey
-from ..routing.fleet import Fleet, FleetChange
+from ..routing.fleet import Fleet, FleetChange, FleetLimits
 from ..routing.prefixes import PrefixMap
 from .announce import AnnounceHandlers, AnnounceService
 from .links import LinkHandlers, WorkerLink
@@ -58,8 +58,15 @@ class RegistryHandlers:
 class WorkerRegistry:
     """All workers of this router, with their connections and facts."""
 
-    def __init__(self, identity: Identity, handlers: RegistryHandlers, metrics: RouterMetrics, clock: Clock) -> None:
-        self.fleet = Fleet()
+    def __init__(
+        self,
+        identity: Identity,
+        handlers: RegistryHandlers,
+        metrics: RouterMetrics,
+        clock: Clock,
+        limits: FleetLimits | None = None,
+    ) -> None:
+        self.fleet = Fleet(limits)
         self.prefixes = PrefixMap()
         self.roster = Roster(self.fleet, self.prefixes, self)
         self._identity = identity
@@ -142,7 +149,7 @@ class WorkerRegistry:
 
     def _on_announce_ended(self, key: WorkerKey) -> None:
         if not self._is_closed:
-            self.roster.announce_ended(key)
+            self.roster.announce_ended(key, self._clock.now_s())
 
     def _on_up(self, key: WorkerKey, facts: WorkerFacts) -> None:
         log.info("%s: session is up (%s, %s)", key.worker_id, facts.role.value, facts.address)

@@ -15,7 +15,7 @@ from twostroke.cli.serve import show_plan
 from twostroke.cluster.config import load_config
 from twostroke.cluster.launch.launcher import Site, worker_settings
 from twostroke.cluster.model_facts import model_facts
-from twostroke.cluster.placement import ROUTER_BYTES, ModelFacts, Plan, ProcessPlan, place
+from twostroke.cluster.placement import ModelFacts, Plan, ProcessPlan, bytes_beside_workers, place
 from twostroke.core.errors import ConfigError, DoesNotFit
 from twostroke.core.request import Role
 from twostroke.kv.config import CacheConfig
@@ -23,6 +23,7 @@ from twostroke.kv.sizing import MAX_POOL_BLOCKS, MemoryFacts, size_pool
 from twostroke.kv.spec import attention_spec
 from twostroke.model.resolved import resolve
 from twostroke.worker import build
+from twostroke.worker.automatic import PROCESS_BYTES
 from twostroke.worker.build import _sized
 from twostroke.worker.cgroup import left_bytes, quota_cores
 from twostroke.worker.machine import MachineFacts, usable_cores
@@ -58,7 +59,7 @@ def test_a_gpus_pool_is_what_its_memory_allows():
 
 def test_a_laptop_keeps_half_of_what_the_weights_leave():
     plan = planned(SMALL, LAPTOP)
-    left = (12 << 30) - (400 << 20) - (1 << 30) - plan.config.cache.ring_bytes
+    left = (12 << 30) - bytes_beside_workers(plan.config) - PROCESS_BYTES - (1 << 30) - plan.config.cache.ring_bytes
     assert plan.pool.pool_bytes == pytest.approx(left / 2, rel=0.001)
     assert (plan.config.step.max_num_seqs, plan.config.step.max_num_batched_tokens) == (64, 1024)
     assert "other programs" in reason(plan, "cache.memory_fraction")
@@ -155,7 +156,8 @@ def test_each_worker_gets_what_the_plan_says(
         write_gguf(path, tmp_path / "tiny.gguf")
         path = tmp_path / "tiny.gguf"
     config = load_config(flags=ONE | {"model.path": str(path), "model.device": "cpu"} | flags)
-    plan = place(config, MachineFacts(8, 2 << 30), model_facts(config))
+    processes = bytes_beside_workers(config) + (config.cluster.prefill + config.cluster.decode) * PROCESS_BYTES
+    plan = place(config, MachineFacts(8, processes + (1 << 30)), model_facts(config))
     site = Site(plan.settle(config), plan.model.directory, plan.model.name, 1)
     for member in plan.workers:
         settings = worker_settings(site, member)
@@ -179,7 +181,8 @@ def test_workers_accept_what_is_decided_for_the_smallest_pools(num_blocks: int):
     """The file that a launcher writes for its members has the bounds of any other."""
     one = SPEC.bytes_per_token * 16
     rings = CacheConfig().shared_bytes
-    machine = MachineFacts(8, ROUTER_BYTES + SMALL.weight_bytes + rings + num_blocks * one)
+    other = bytes_beside_workers(load_config()) + PROCESS_BYTES
+    machine = MachineFacts(8, other + SMALL.weight_bytes + rings + num_blocks * one)
     plan = planned(SMALL, machine, cache__memory_fraction=1.0)
     assert plan.pool.num_tokens == plan.model.max_model_len == 16 * num_blocks
     again = load_config(

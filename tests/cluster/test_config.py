@@ -35,6 +35,12 @@ def test_a_variable_that_is_nearly_a_setting_is_refused():
     assert load_config(environment={"TWOSTROKE_API_KEY": "x", "TWOSTROKEN__X": "1"}).cache == Config().cache
 
 
+@pytest.mark.parametrize("name", ["", " \t"])
+def test_an_empty_served_name_is_refused_with_the_remedy(name: str):
+    with pytest.raises(ConfigError, match=r"model\.name is .*: it is empty; give the name"):
+        load_config(flags={"model.name": name})
+
+
 def test_an_empty_cluster_key_is_refused_with_the_remedy():
     with pytest.raises(ConfigError, match=r"cluster\.key: it is empty; give the secret"):
         load_config(environment={"TWOSTROKE__CLUSTER__KEY": ""})

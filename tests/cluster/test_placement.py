@@ -3,11 +3,12 @@
 import pytest
 
 from twostroke.cluster.config import load_config
-from twostroke.cluster.placement import RANK_BYTES, ROUTER_BYTES, ModelFacts, place
+from twostroke.cluster.placement import RANK_BYTES, RAY_BYTES, ModelFacts, bytes_beside_workers, place
 from twostroke.core.errors import ConfigError, DoesNotFit
 from twostroke.core.request import Role
 from twostroke.kv.sizing import MemoryFacts, size_pool
 from twostroke.kv.spec import attention_spec
+from twostroke.worker.automatic import PROCESS_BYTES
 from twostroke.worker.machine import MachineFacts
 
 SPEC = attention_spec(num_layers=32, kv_heads=8, head_dim=128, codec=1)
@@ -22,7 +23,7 @@ def test_bytes_per_token_are_those_of_the_formula():
 
 def test_roles_threads_and_memory_are_shared_out():
     config = load_config(flags={"cluster.prefill": 2, "cluster.decode": 2})
-    plan = place(config, MachineFacts(num_cores=8, memory_bytes=(200 << 30) + (400 << 20)), MODEL)
+    plan = place(config, MachineFacts(num_cores=8, memory_bytes=(200 << 30) + bytes_beside_workers(config)), MODEL)
     assert [m.name for m in plan.members] == ["router-0", "prefill-0", "prefill-1", "decode-0", "decode-1"]
     assert [m.role for m in plan.workers] == [Role.PREFILL, Role.PREFILL, Role.DECODE, Role.DECODE]
     assert {m.num_threads for m in plan.workers} == {2}
@@ -72,6 +73,22 @@ def test_the_pool_is_the_smaller_of_tokens_and_memory():
     assert size_pool(SPEC, 16, 1000, 0.5, facts).num_tokens == 992
 
 
+def test_the_memory_of_the_processes_themselves_is_counted_and_shown():
+    small = ModelFacts("small", "anywhere", 64 << 20, SPEC, 64)
+    flags = {"cluster.prefill": 1, "cluster.decode": 1, "cache.tokens": 64, "cache.memory_fraction": 1.0}
+    process, ray = (load_config(flags=flags | {"cluster.launcher": launcher}) for launcher in ("process", "ray"))
+    pool = 64 * SPEC.bytes_per_token
+    fits = bytes_beside_workers(process) + 2 * (PROCESS_BYTES + (64 << 20) + process.cache.shared_bytes + pool)
+    plan = place(process, MachineFacts(2, fits), small)
+    assert plan.pool.num_tokens == 64
+    assert f"− process {PROCESS_BYTES >> 20} MiB" in plan.pool.arithmetic
+    with pytest.raises(DoesNotFit, match="no KV block fits"):
+        place(process, MachineFacts(2, fits - 2 * PROCESS_BYTES), small)
+    with pytest.raises(DoesNotFit, match="no KV block fits"):
+        place(ray, MachineFacts(2, fits), small)  # Ray's own processes take memory, too
+    assert place(ray, MachineFacts(2, fits + RAY_BYTES), small).pool.num_tokens == 64
+
+
 @pytest.mark.parametrize("memory_bytes", [0, 16 << 30, (16 << 30) + 1000])
 def test_what_cannot_fit_is_refused_with_the_arithmetic(memory_bytes: int):
     with pytest.raises(DoesNotFit) as caught:
@@ -83,7 +100,7 @@ def test_what_cannot_fit_is_refused_with_the_arithmetic(memory_bytes: int):
 def test_swap_space_is_taken_from_the_same_memory_and_counted_in_blocks():
     block_bytes = SPEC.bytes_per_token * 16
     config = load_config(flags={"cluster.prefill": 0, "cluster.decode": 1, "cache.swap_space": 2, "cache.tokens": None})
-    machine = MachineFacts(1, (20 << 30) + (400 << 20))
+    machine = MachineFacts(1, (20 << 30) + bytes_beside_workers(config))
     plan = place(config, machine, MODEL)
     assert plan.pool.num_swap_blocks == (2 << 30) // block_bytes
     assert "swap space 2,048 MiB" in plan.pool.arithmetic
@@ -103,8 +120,9 @@ def test_a_swap_space_that_holds_no_block_is_refused():
 
 def test_cores_are_shared_out_to_ranks_and_memory_to_workers():
     flags = {"cluster.prefill": 1, "cluster.decode": 2, "cluster.tensor_parallel_size": 2}
-    memory = (120 << 30) + ROUTER_BYTES + 3 * RANK_BYTES
-    plan = place(load_config(flags=flags), MachineFacts(num_cores=13, memory_bytes=memory), MODEL)
+    config = load_config(flags=flags)
+    memory = (120 << 30) + bytes_beside_workers(config) + 3 * RANK_BYTES
+    plan = place(config, MachineFacts(num_cores=13, memory_bytes=memory), MODEL)
     assert [(m.num_ranks, m.num_threads, m.first_core) for m in plan.workers] == [(2, 2, 0), (2, 2, 4), (2, 2, 8)]
     assert {m.memory_bytes for m in plan.workers} == {40 << 30}
     (reason,) = (d.reason for d in plan.decisions if d.setting == "step.num_threads")

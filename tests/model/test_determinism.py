@@ -1,7 +1,8 @@
 """The same bits for the same prefix, however a prompt is cut, batched, cached, placed or threaded."""
 
+import functools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -115,11 +116,9 @@ def test_decoding_one_by_one_gives_the_bits_of_one_piece_across_a_tile_boundary(
 
 
 @pytest.fixture
-def proofs_anew() -> Iterator[None]:
-    """Proofs are made once per process and shape: another test may have made these, or may need them true."""
-    products.prove.cache_clear()
-    yield
-    products.prove.cache_clear()
+def proofs_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proofs are made once per process and shape: these are kept apart from those of other tests."""
+    monkeypatch.setattr(products, "prove", functools.cache(products.prove.__wrapped__))
 
 
 @pytest.mark.usefixtures("proofs_anew")

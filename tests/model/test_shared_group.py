@@ -5,7 +5,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import TextIO
 
 import numpy as np
 import pytest
@@ -29,29 +31,40 @@ def _kernels() -> None:
         pytest.skip(str(error))
 
 
+@dataclass
+class RankProcess:
+    pid: int
+    stdout: TextIO  # ends with the process
+
+
 @contextmanager
 def ranks(size: int, work: str, *, slot_bytes: int = PAGE, silence_s: float = GENEROUS_S) -> Iterator[list]:
-    """The processes of a group. Only a test of silence has one that can end it."""
+    """The processes of a group, forks of one. Only a test of silence has one that can end it."""
     region = shared_region(size, slot_bytes)
-    command = [sys.executable, "-P", group_rank.__file__]
-    processes = [
-        subprocess.Popen(
-            [*command, *map(str, (region, rank, size, slot_bytes, work, GENEROUS_S, silence_s))],
-            stdout=subprocess.PIPE, text=True, pass_fds=(region,),
-        )
-        for rank in range(size)
-    ]  # fmt: skip
-    os.close(region)
-    try:
-        yield processes
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
+    pipes = [os.pipe() for _ in range(size)]
+    outs = [out for _, out in pipes]
+    given = (region, size, slot_bytes, work, GENEROUS_S, silence_s, *outs)
+    command = [sys.executable, "-P", group_rank.__file__, *map(str, given)]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, pass_fds=(region, *outs))
+    for mine in (region, *outs):
+        os.close(mine)
+    with ExitStack() as stack:
+        reads = [stack.enter_context(os.fdopen(read)) for read, _ in pipes]
+        stack.callback(parent.communicate)
+        assert parent.stdout is not None
+        processes = [
+            RankProcess(int(pid), out) for pid, out in zip(parent.stdout.readline().split(), reads, strict=True)
+        ]
+        try:
+            yield processes
+        finally:
+            for process in processes:
+                with suppress(ProcessLookupError):  # it has ended and its parent knows it
+                    os.kill(process.pid, signal.SIGKILL)
 
 
-def said(process: subprocess.Popen) -> str:
-    return process.communicate(timeout=GENEROUS_S)[0]
+def said(process: RankProcess) -> str:
+    return process.stdout.read()
 
 
 def in_order(parts: list[np.ndarray]) -> np.ndarray:
@@ -83,7 +96,7 @@ def test_a_dead_and_a_frozen_rank_end_the_wait_of_the_others(number: int) -> Non
     with ranks(3, "one_sum", silence_s=1.0) as processes:
         for process in processes:
             assert process.stdout.readline() == "met\n"
-        processes[2].send_signal(number)
+        os.kill(processes[2].pid, number)
         for process in processes[:2]:
             assert said(process) == "RankLost rank 2 of 3 shows no sign of life True\n"
 

@@ -1,4 +1,4 @@
-"""500 schedules without a violation, every planted bug within its bound, and a seed that plays the same everywhere."""
+"""250 schedules without a violation, every planted bug within its bound, and a seed that plays the same everywhere."""
 
 import os
 import subprocess
@@ -14,17 +14,19 @@ from twostroke.sim import planting
 from twostroke.sim.faults import run_campaign, run_schedule, seeds_of
 from twostroke.sim.planted import PLANTED
 from twostroke.sim.planting import Planted, instead
-from twostroke.sim.setting import Vary
+from twostroke.sim.setting import Vary, as_drawn
 from twostroke.sim.store import Store
+
+NUM_SCHEDULES = 250  # `make campaigns` plays thousands
 
 
 @pytest.mark.timeout(600)  # a minute at most on a quiet machine; a busy one may take its time
-def test_500_schedules_hold_every_invariant():
+def test_250_schedules_hold_every_invariant():
     happened: Counter[str] = Counter()
-    campaign = run_campaign(seeds_of(0, 500), heard=lambda outcome: happened.update(outcome.counters))
+    campaign = run_campaign(seeds_of(0, NUM_SCHEDULES), heard=lambda outcome: happened.update(outcome.counters))
     assert not campaign.failed, [f"{o.seed}: {o.violation}" for o in campaign.failed]
     # The weather must bite and must not drown everything.
-    assert campaign.ends["finished"] > 500
+    assert campaign.ends["finished"] > 250
     for end in ("cancelled", "deadline_exceeded", "worker_lost", "router lost", "tokens_lost", "overloaded"):
         assert campaign.ends[end], end
     for counter in ("submitted", "ended_length", "ended_cancelled", "ended_deadline_exceeded", "ended_internal_error"):
@@ -38,6 +40,8 @@ def test_a_planted_bug_is_found(bug: Planted):
     assert found is not None, f"{bug.name} lived through {bug.max_seeds} schedules"
     crashes = [str(other.violation) for other in others if other.violation and other.violation.invariant == "crash"]
     assert not crashes, "the change does not fit the code that it patches"
+    if bug.vary is as_drawn and bug.max_seeds <= NUM_SCHEDULES:
+        return  # the campaign above plays these seeds without the bug
     for outcome in (*others, found):
         assert run_schedule(outcome.seed, vary=bug.vary).violation is None, "without the bug it is violated, too"
 

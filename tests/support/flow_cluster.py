@@ -45,7 +45,9 @@ async def until(condition: Callable[[], object], timeout_s: float = 5.0) -> None
 
 @asynccontextmanager
 async def cluster(**settings: object) -> AsyncIterator[Cluster]:
-    flow = Flow(RouterConfig(**{"worker_patience_s": 0.5, **settings}), KEY, proof_key=PROOF_KEY)
+    flow = Flow(
+        RouterConfig(**{"worker_patience_s": 0.5, "worker_return_s": 0.0, **settings}), KEY, proof_key=PROOF_KEY
+    )
     server = flow.internal_server()
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

@@ -1,6 +1,7 @@
-"""One rank of a group in a process of its own: `python group_rank.py REGION RANK SIZE SLOT_BYTES WORK`.
+"""Ranks of a group, forked by one process: `group_rank.py REGION SIZE SLOT_BYTES WORK TIMEOUT_S SILENCE_S FD…`.
 
-WORK is one of the functions below. It prints a line per result; the test compares the lines of all ranks.
+One process imports torch, forks the ranks and prints their process ids. WORK is one of the functions below; a rank
+writes a line per result to its FD, and the test compares the lines of all ranks.
 """
 
 import hashlib
@@ -89,11 +90,38 @@ def differ(group: SharedMemoryGroup) -> None:
     print(group.agree(5))
 
 
-if __name__ == "__main__":
-    region, rank, size, slot_bytes = map(int, sys.argv[1:5])
-    timeout_s, silence_s = map(float, sys.argv[6:8])
-    torch.set_num_threads(1)
+def run_rank(rank: int, given: list[str], out: int) -> None:
+    region, size, slot_bytes = map(int, given[:3])
+    timeout_s, silence_s = map(float, given[4:6])
+    os.dup2(out, sys.stdout.fileno())
     mine = SharedMemoryGroup(region, rank, size, slot_bytes, timeout_s=timeout_s, silence_s=silence_s)
     os.close(region)
-    globals()[sys.argv[5]](mine)
+    globals()[given[3]](mine)
     mine.close()
+    sys.stdout.flush()
+
+
+def main(given: list[str], outs: list[int]) -> None:
+    torch.set_num_threads(1)
+    pids = []
+    for rank, out in enumerate(outs):
+        pid = os.fork()
+        if pid == 0:
+            for other in outs[:rank] + outs[rank + 1 :]:
+                os.close(other)
+            code = 1
+            try:
+                run_rank(rank, given, out)
+                code = 0
+            finally:
+                os._exit(code)
+        pids.append(pid)
+    for out in outs:
+        os.close(out)
+    print(*pids, flush=True)
+    for pid in pids:
+        os.waitpid(pid, 0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:7], [*map(int, sys.argv[7:])])

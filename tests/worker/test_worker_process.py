@@ -14,14 +14,16 @@ from twostroke.checkpoint.layout import weight_bytes
 from twostroke.core.errors import ConfigError, DoesNotFit
 from twostroke.core.request import Role
 from twostroke.kv.config import CacheConfig
+from twostroke.worker.automatic import PROCESS_BYTES
 from twostroke.worker.process import WorkerProcess
 
 
-async def spawn(checkpoint, *arguments):
+async def spawn(checkpoint, *arguments, stderr=None):
     """The process and its address."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", MAIN, settings_for(checkpoint).model_dump_json(), *arguments),
         stdout=asyncio.subprocess.PIPE,
+        stderr=stderr,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     async with asyncio.timeout(60):
@@ -30,8 +32,9 @@ async def spawn(checkpoint, *arguments):
     return process, line.split()[-1].decode()
 
 
-async def test_sigterm_lets_the_running_end_and_exits_with_zero(tiny_checkpoint, hand_to, make_prompt):
-    process, address = await spawn(tiny_checkpoint)
+async def test_sigterm_lets_the_running_end_and_exits_with_zero(tiny_checkpoint, hand_to, make_prompt, tmp_path):
+    with (tmp_path / "stderr").open("wb") as stderr:
+        process, address = await spawn(tiny_checkpoint, stderr=stderr)
     try:
         hand = await hand_to(address)
         answer = await hand.submit("r", make_prompt(20), sampling={"max_tokens": 200, "ignore_eos": True})
@@ -40,6 +43,7 @@ async def test_sigterm_lets_the_running_end_and_exits_with_zero(tiny_checkpoint,
         await answer.ended()
         assert len(answer.token_ids) == 200
         assert await asyncio.wait_for(process.wait(), 10) == 0
+        assert f"is ready with tiny at {address}; it takes work" in (tmp_path / "stderr").read_text()
     finally:
         if process.returncode is None:
             process.kill()
@@ -98,7 +102,7 @@ async def test_the_pool_is_the_smaller_of_tokens_and_memory(start_worker):
     by_tokens = await start_worker(Role.COMBINED, cache=CacheConfig(tokens=1024))
     per_block = 16 * 2 * 2 * 2 * (16 + 1)  # tokens, k and v, layers, heads, fp8 row and its scale
     weights = weight_bytes(by_tokens.room.engine.runner.spec, "float32")
-    memory = weights + 10 * per_block * 2
+    memory = PROCESS_BYTES + weights + 10 * per_block * 2
     by_memory = await start_worker(
         Role.COMBINED, cache=CacheConfig(tokens=1024, memory_fraction=0.5, ring_bytes=0), memory_bytes=memory
     )

@@ -158,7 +158,7 @@ class _Face:
     async def health(self, http: HttpRequest) -> Response:
         if self._front.flow.refusing:
             raise Unavailable(self._front.flow.refusing, retry_after_s=2.0)
-        if not self._front.flow.models():
+        if not self._front.flow.is_ready:
             raise Unavailable("no worker is ready", retry_after_s=2.0)
         return JsonAnswer({"status": "ok"})
 

@@ -233,6 +233,21 @@ async def test_a_waiting_request_goes_as_soon_as_a_worker_is_there() -> None:
         assert tokens_of(await task) == expected(5)
 
 
+async def test_a_request_waits_for_the_only_worker_to_come_back() -> None:
+    async with cluster(worker_return_s=60.0) as c:
+        worker = await c.add(FakeWorker("a"))
+        await worker.die()
+        await until(lambda: c.state("a") is None)
+        assert [model.name for model in c.flow.models()] == [MODEL]
+        assert not c.flow.is_ready
+        tasks = [asyncio.create_task(collect(c.flow, request(f"r{n}"))) for n in range(2)]
+        await asyncio.sleep(0.7)  # longer than for a worker that is known
+        assert not any(task.done() for task in tasks)
+        await c.add(reborn(worker))
+        assert [tokens_of(await task) for task in tasks] == [expected(5)] * 2
+        assert c.flow.is_ready
+
+
 async def test_a_worker_that_is_gone_is_counted_once_and_leaves_nothing() -> None:
     async with cluster() as c:
         worker, other = FakeWorker("a", load={"counters": {"preemptions": 3}}), FakeWorker("b")

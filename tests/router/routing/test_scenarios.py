@@ -109,7 +109,7 @@ class Stage:
         self.fleet.leaving(self.keys[name])
 
     def on_ended(self, name):
-        return self.fleet.announce_ended(self.keys[name])
+        return self.fleet.announce_ended(self.keys[name], self.now_s)
 
     def on_tick(self):
         return self.fleet.tick(self.now_s)

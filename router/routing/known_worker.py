@@ -1,0 +1,78 @@
+"""State of one worker in a router: what it announced and reported, and the work sent to it. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ...core.request import Role, SequenceKey
+from .facts import LoadFacts, WorkerFacts, WorkerState
+
+REPORT_LAG_S = 0.25
+"""A load report may lack work that was dispatched less than this time before its arrival."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatched:
+    """Cost of one sequence for one worker, as estimated at dispatch."""
+
+    at_s: float
+    prefill_tokens: int  # to compute here; 0 after the first token, or for a pair's decode side
+    context_tokens: int  # to hold here while decoding; 0 for a pair's prefill side
+
+
+@dataclass(slots=True)
+class Worker:
+    """State of one worker in this router."""
+
+    facts: WorkerFacts
+    heard_s: float  # time of its last message on any stream
+    beat_s: float  # time of its last message on its session
+    announcing: bool = True
+    welcomed: bool = False  # its session was up at least once in this incarnation
+    session_up: bool = False
+    draining: bool = False
+    silent: bool = False  # no message on its session for suspect_after_s
+    phase: str = ""
+    steps: int = 0
+    step_changed_s: float = 0.0
+    stalled: bool = False
+    load: LoadFacts = field(default_factory=LoadFacts)
+    load_s: float | None = None
+    role: Role = Role.DECODE
+    in_flight: dict[SequenceKey, Dispatched] = field(default_factory=dict)
+
+    @property
+    def state(self) -> WorkerState:
+        """Present state."""
+        if not self.session_up:
+            return WorkerState.SUSPECT if self.welcomed else WorkerState.JOINING
+        if self.draining:
+            return WorkerState.DRAINING
+        return WorkerState.SUSPECT if self.silent or self.stalled else WorkerState.LIVE
+
+    @property
+    def queued_prefill_tokens(self) -> int:
+        """Tokens to compute before a new prompt: reported plus later dispatches, or recent dispatches if more."""
+        since = self.load_s
+        if since is None:
+            return sum(d.prefill_tokens for d in self.in_flight.values())
+        later = sum(d.prefill_tokens for d in self.in_flight.values() if d.at_s > since)
+        recent = sum(d.prefill_tokens for d in self.in_flight.values() if d.at_s > since - REPORT_LAG_S)
+        return max(self.load.queued_prefill_tokens + later, recent)
+
+    @property
+    def num_decoding(self) -> int:
+        """Number of sequences that decode or wait to, own dispatches included."""
+        own = [d for d in self.in_flight.values() if d.context_tokens]
+        if self.load_s is None:
+            return len(own)
+        later = sum(1 for d in own if d.at_s > self.load_s)
+        return max(self.load.waiting + self.load.running + later, len(own))
+
+    @property
+    def free_kv_tokens(self) -> int:
+        """Free and unpromised room in tokens, minus the work dispatched since the report."""
+        if self.load_s is None:
+            return self.facts.num_kv_tokens - sum(d.context_tokens for d in self.in_flight.values())
+        later = sum(d.context_tokens for d in self.in_flight.values() if d.at_s > self.load_s - REPORT_LAG_S)
+        return (self.load.free_blocks - self.load.promised_blocks) * self.facts.block_tokens - later
