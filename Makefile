@@ -42,15 +42,21 @@ format: $(STAMP)-all,test,redis,check
 	$(BIN)/ruff format .
 
 # What is too long for the tests: 250 other schedules run there. CI plays the first SCHEDULES of these.
+# On both cores, with progress; stopped, it goes on where it was, as long as the code is the same (build/campaign.jsonl).
 SCHEDULES ?= 20000
-campaigns: $(STAMP)-all
-	$(BIN)/twostroke sim faults --schedules $(SCHEDULES) --seed 100000
+JOBS ?= $(shell nproc)
+SCOPE ?= 2x1x1x1
+campaigns: $(STAMP)-all,test,redis
+	$(BIN)/twostroke sim faults --schedules $(SCHEDULES) --seed 100000 --jobs $(JOBS) --journal build/campaign.jsonl
+	$(BIN)/twostroke sim exhaustive --scope $(SCOPE)
+	$(BIN)/python bench/corruptions.py
+	$(BIN)/python -m pytest -s -m campaign tests/worker/test_chaos.py
 
 # The CPU kernels for 64-bit Arm under qemu: needs g++-aarch64-linux-gnu and qemu-user-static.
 arm: $(STAMP)-all,test,redis
 	$(BIN)/python -m pytest -rs -m campaign tests/kernels/test_arm.py
 
-# Every GPU kernel for the targets that the tests leave out: a minute of compiling.
+# Every GPU kernel for the targets that the tests leave out.
 targets: $(STAMP)-all,test,redis
 	$(BIN)/python -m pytest -rs -m campaign tests/kernels/test_ahead_of_time.py
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -24,6 +26,10 @@ def faults(
     verbose: Annotated[
         bool, typer.Option("--verbose", help="Print how each schedule ended; with --replay, every event.")
     ] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes, with --journal.")] = 1,
+    journal: Annotated[
+        Path | None, typer.Option(help="File of what is done: a stopped campaign goes on there, with progress.")
+    ] = None,
     list_bugs: Annotated[
         bool, typer.Option("--list-bugs", help="List the planted bugs that measure the simulator; play nothing.")
     ] = False,
@@ -54,6 +60,10 @@ def faults(
         typer.echo(str(outcome.violation or "every invariant held"))
         raise typer.Exit(1 if outcome.violation else 0)
 
+    if journal is not None:
+        _continue(journal, seed, schedules, jobs)
+        return
+
     campaign = run_campaign(seeds_of(seed, schedules), heard=heard)
     for outcome in campaign.failed:
         typer.echo("\n".join(outcome.lines))
@@ -72,6 +82,41 @@ def faults(
         else "passed: every invariant held (requests may fail in this weather; what they got may not be wrong)"
     )
     raise typer.Exit(1 if campaign.failed else 0)
+
+
+def _continue(path: Path, campaign: int, schedules: int, jobs: int) -> None:
+    """Play what a campaign's journal does not have yet, on several cores."""
+    from ..sim.campaigns.journal import Journal, Sums, code_digest
+    from ..sim.campaigns.runner import run_ranges
+
+    journal = Journal(path, campaign, code_digest())
+    known = sum(done.count for done in journal.done)
+    if known:
+        typer.echo(f"{known} schedules are done already, by {path}")
+    began_s = time.perf_counter()
+
+    def heard(sums: Sums) -> None:
+        per_s = (sums.num_schedules - known) / (time.perf_counter() - began_s)
+        left_min = max(0, schedules - sums.num_schedules) / per_s / 60 if per_s > 0 else 0.0
+        typer.echo(
+            f"\r{sums.num_schedules} of {schedules} schedules, {per_s:.0f}/s, {left_min:.0f} min left   ",
+            nl=False,
+            err=True,
+        )
+
+    sums = run_ranges(campaign, schedules, journal, jobs, heard)
+    typer.echo("", err=True)
+    ends = ", ".join(f"{count} {end}" for end, count in sums.ends.most_common())
+    typer.echo(f"requests: {ends}")
+    typer.echo(
+        f"{sums.num_schedules} schedules, {sums.num_events} events, {sums.virtual_s:.0f} virtual seconds, "
+        f"{time.perf_counter() - began_s:.1f} s in this run"
+    )
+    for seed in sums.failed:
+        typer.echo(f"FAILED: replay it: twostroke sim faults --replay {seed} --verbose")
+    if not sums.failed:
+        typer.echo("passed: every invariant held (requests may fail in this weather; what they got may not be wrong)")
+    raise typer.Exit(1 if sums.failed else 0)
 
 
 def _list_bugs() -> None:

@@ -81,6 +81,7 @@ class DecodeTask:
         self._peers = list(order.peers)
         self._has_bound = False
         self._has_asked = False
+        self._is_put_off = False  # the engine has answered NotYet
         self._pull_waits = False  # the present pull asked for Bind and has no answer yet
         self._held_tokens = 0
         self._last_token_s: float | None = None
@@ -130,6 +131,7 @@ class DecodeTask:
             case link.Bound():
                 self._bound()
             case link.NotYet():
+                self._is_put_off = True
                 if self._pull is not None and self._pull_waits:
                     self._pull.not_yet()
             case link.KvWritten(_, token_start, token_count):
@@ -206,9 +208,9 @@ class DecodeTask:
         self._pull_waits = True
         if self._has_bound:
             self._pull.bound()
-        elif self._has_asked:
+        elif self._is_put_off:
             self._pull.not_yet()  # Bound will come
-        else:
+        elif not self._has_asked:  # else the answer to an earlier peer's question is on its way
             self._has_asked = True
             self._tools.pull.dispatcher.send(link.Bind(self.order.engine_key))
 

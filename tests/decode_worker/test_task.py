@@ -160,6 +160,21 @@ def test_room_that_a_lost_peer_asked_for_waits_for_the_next_one_to_ask() -> None
     assert len(it.sent(link.Bind)) == 1
 
 
+@pytest.mark.parametrize("answer", [link.NotYet, link.Bound])
+def test_an_answer_that_a_lost_peer_asked_for_reaches_the_next_one_once(answer: Any) -> None:
+    it = Bench()
+    it.peers[0].says(pb.Started())
+    it.peers[0].hear(None)  # lost before the engine has answered
+    it.peers[1].says(pb.Started())
+    assert it.peers[1].said == ["open"]
+    it.run.handle(answer(it.key))
+    if answer is link.NotYet:
+        assert it.peers[1].said == ["open", "not_yet"]
+        it.run.handle(link.Bound(it.key))
+    assert it.peers[1].said[-1] == "bind"
+    assert len(it.sent(link.Bind)) == 1
+
+
 def test_the_engine_knows_when_the_request_is_too_late() -> None:
     (submit,) = Bench().sent(link.Submit)
     assert 0 < submit.deadline_s - MonotonicClock().now_s() <= 60

@@ -84,7 +84,7 @@ def ended_epochs_are_forgotten() -> AbstractContextManager[None]:
         (planted_router.worker_is_not_told_of_the_end, "1x1x1x1", "R8", None),
         (an_older_run_must_end_first, "1x1x1x1", "crash", None),
         (ended_epochs_are_forgotten, "1x1x1x1", "R8", None),
-        (planted_handover.a_registration_outlives_its_request, "1x1x1x1", "K2", None),
+        (planted_handover.a_registration_outlives_its_request, "1x1x1x1", "K3", None),
         (planted_handover.completions_are_dropped, "1x1x1x0", "R7", None),
     ],
     ids=lambda value: getattr(value, "__name__", None),
