@@ -1,7 +1,6 @@
 """Every kernel becomes machine code for every target, as its wrapper launches it, on a machine without a GPU.
 
-`make test` compiles for the oldest target, the one with the least shared memory, the one that we ship for, and AMD;
-`make targets` for the others.
+`make test` compiles for sm_80, sm_89, sm_90, sm_100 and gfx942; `make targets` for the others.
 """
 
 import functools
