@@ -23,7 +23,7 @@ from ...router.requests.roster import Roster
 from ...router.requests.state import RequestState, Stage
 from ...router.requests.surroundings import LifeLimits, Order
 from ...router.routing.facts import ModelFacts, WorkerFacts, WorkerKey
-from ...router.routing.fleet import Fleet, FleetChange
+from ...router.routing.fleet import Fleet, FleetChange, FleetLimits
 from ...router.routing.policy import PolicyLimits
 from ...router.routing.prefixes import PrefixMap
 from ..engine import IDENTITY_KEY
@@ -160,10 +160,11 @@ class Router:
         self._soon: deque[_Later] = deque()
         self._now_s = 0.0
         self._waits: dict[int, _Later] = {}
-        self.roster = Roster(Fleet(), PrefixMap(max_entries=200), cast(Any, self))
+        fleet = Fleet(FleetLimits(return_s=PATIENCE_S))  # one timer ends both waits: for a free worker, for a lost one
+        self.roster = Roster(fleet, PrefixMap(max_entries=200), cast(Any, self))
         self._workers = [_worker(f"d{index}", Role.DECODE) for index in range(num_decode)]
         self._workers += [_worker(f"p{index}", Role.PREFILL) for index in range(num_prefill)]
-        limits = LifeLimits(PATIENCE_S, policy=PolicyLimits(local_prefill=False))
+        limits = LifeLimits(PATIENCE_S, PATIENCE_S, policy=PolicyLimits(local_prefill=False))
         self.life = Lifecycle(ROUTER.incarnation, limits, self.roster, self, cast(Any, self))
         self.requests = [_request(index) for index in range(num_requests)]
         self.runs: list[RequestState] = []
