@@ -270,7 +270,7 @@ BUGS = (
     Planted(beats_are_not_checked, ("R7",), 100, freezing),
     Planted(a_failed_read_is_not_reported, ("L1", "R7"), 400, damaging),
     Planted(the_source_is_freed_when_all_is_sent, ("L1", "K3"), 1100),
-    Planted(rings_leave_quarantine_at_the_first_error, ("K3", "K4"), 3500, leaving),
+    Planted(rings_leave_quarantine_at_the_first_error, ("K3", "K4"), 150, leaving),
     Planted(completions_are_dropped, ("L1", "R7"), 150),
     Planted(a_beat_renews_another_generation, ("L1",), 700),
 )
