@@ -1,4 +1,4 @@
-"""500 schedules without a violation, every planted bug within its bound, and a seed that plays the same everywhere."""
+"""2,000 schedules without a violation, every planted bug within its bound, and a seed that plays the same everywhere."""
 
 import os
 import subprocess
@@ -29,6 +29,13 @@ def test_500_schedules_hold_every_invariant():
         assert campaign.ends[end], end
     for counter in ("submitted", "ended_length", "ended_cancelled", "ended_deadline_exceeded", "ended_internal_error"):
         assert happened[counter], (counter, happened)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("campaign", range(10, 16))
+def test_1500_more_schedules_hold_every_invariant(campaign: int):
+    found = run_campaign(seeds_of(campaign, 250))
+    assert not found.failed, [f"{o.seed}: {o.violation}" for o in found.failed]
 
 
 @pytest.mark.timeout(600)
