@@ -238,6 +238,8 @@ class Cluster:
             is_own = living[task.request] == task.epoch and not state.orders[d] and not state.dead_decode[d]
             if not is_own or task.task == GONE or state.sessions[d] != task.session or task.stage in ("waits", "asked"):
                 continue
+            if state.is_session_lossy and state.outputs[d]:
+                continue  # the router may find that tokens are missing, and cancel
             if any(stream.stage == "bound" for stream in task.links if stream is not None):
                 continue
             steps = self._task_steps(state, place)

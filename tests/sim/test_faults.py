@@ -1,4 +1,4 @@
-"""2,000 schedules without a violation, every planted bug within its bound, and a seed that plays the same everywhere."""
+"""2,000 schedules without a violation, every planted bug within its bound, a seed that plays the same everywhere."""
 
 import os
 import subprocess
