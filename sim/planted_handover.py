@@ -162,7 +162,7 @@ def a_hit_is_trimmed_on_one_side() -> AbstractContextManager[None]:
     return instead(Sender, "started", started)
 
 
-class _Nobody:
+class _NoOwner:
     """Owner of a hand-over whose request is over."""
 
     def bind_wanted(self) -> None:
@@ -182,7 +182,7 @@ def a_registration_outlives_its_request() -> AbstractContextManager[None]:
     """A hand-over of a cancelled request continues, and its frames are written (vllm#48633 C1)."""
 
     def cancel(self: KvPull, reason: str) -> None:
-        self._owner = _Nobody()
+        self._owner = _NoOwner()
 
     return instead(KvPull, "cancel", cancel)
 
