@@ -100,7 +100,7 @@ def accepted(made: Made, envelope: bytes) -> tuple[SectionData, ...] | None:
 
 
 def is_same(one: tuple[SectionData, ...], other: tuple[SectionData, ...]) -> bool:
-    """Whether two frames store the same bytes in the same places."""
+    """True if two frames store the same bytes in the same places."""
     return len(one) == len(other) and all(
         (a.component, a.layer_start, a.head_start) == (b.component, b.layer_start, b.head_start)
         and np.array_equal(a.payload, b.payload)

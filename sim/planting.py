@@ -63,6 +63,7 @@ def owner_module(owner: Any) -> str:
 
 
 CROWDED_PROMPT, CROWDED_ANSWER = 24, 40  # tokens of each order
+LEAVING_PROMPT = 64
 _listeners: list[Callable[[Any], None]] = []
 
 
@@ -124,14 +125,27 @@ def freezing(setting: Setting) -> Setting:
 
 
 def leaving(setting: Setting) -> Setting:
-    """As `sharing`, with one ring per worker, slow reads, and clients that leave soon and ask again."""
+    """As `sharing`, with slow reads, room for one request per decode worker, and clients that leave one by one."""
     setting = sharing(setting)
     first_s = min(order.at_s for order in setting.orders)
     orders = tuple(
-        replace(order, at_s=first_s + 0.02 * place, cancel_after_s=None if place % 2 else 0.05, attempts=3)
+        replace(
+            order,
+            at_s=first_s,
+            prompt_ids=(order.prompt_ids * LEAVING_PROMPT)[:LEAVING_PROMPT],
+            timeout_s=5.0,
+            cancel_after_s=0.5 + 0.4 * place,
+            attempts=3,
+        )
         for place, order in enumerate(setting.orders)
     )
-    workers = tuple(replace(worker, num_rings=1, link_s=0.02) for worker in setting.workers)
+    longest = LEAVING_PROMPT + max(order.sampling.max_tokens for order in orders)
+    workers = tuple(
+        replace(worker, num_blocks=8 * -(-longest // worker.block_tokens), link_s=0.1)
+        if worker.role is Role.PREFILL
+        else replace(worker, num_blocks=-(-longest // worker.block_tokens), link_s=0.0)
+        for worker in setting.workers
+    )
     return replace(setting, is_bearable=False, orders=orders, workers=workers)
 
 

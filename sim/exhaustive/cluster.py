@@ -103,7 +103,7 @@ class Cluster:
                 )
 
     def is_end(self, state: State) -> bool:
-        """Whether every request is over and nothing is left of any.
+        """True if every request is over and nothing is left of any.
 
         Raises:
             Violation: everything is over, and a block or a task is left.
@@ -238,6 +238,8 @@ class Cluster:
             is_own = living[task.request] == task.epoch and not state.orders[d] and not state.dead_decode[d]
             if not is_own or task.task == GONE or state.sessions[d] != task.session or task.stage in ("waits", "asked"):
                 continue
+            if state.is_session_lossy and state.outputs[d]:
+                continue  # the router may find that tokens are missing, and cancel
             if any(stream.stage == "bound" for stream in task.links if stream is not None):
                 continue
             steps = self._task_steps(state, place)
@@ -246,7 +248,7 @@ class Cluster:
         return None
 
     def _is_quiet(self, before: Task, step: Step) -> bool:
-        """Whether a move says nothing, and takes and frees no block."""
+        """True if a move says nothing, and takes and frees no block."""
         after = step.after
         if after is None or step.says or before.blocks != after.blocks or after.stage in ("waits", "asked"):
             return False
@@ -254,7 +256,7 @@ class Cluster:
         return held == [stream.blocks for stream in after.links if stream is not None and stream.blocks]
 
     def _fair_of_all(self, state: State) -> Iterator[Move]:
-        """What happens by itself in the end, but for the moves of tasks: router, sessions, timers."""
+        """Fair moves of router, sessions and timers: they happen by themselves in the end."""
         for d in range(self.scope.decode):
             dead = state.dead_decode[d]
             if state.orders[d] and not dead:

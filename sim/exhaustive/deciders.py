@@ -94,7 +94,7 @@ class Service(DecodeService):
         self.actions.append(action)
 
     def _newest(self, run: Any, key: Any, message: worker_pb2.Submit) -> bool:
-        """Whether a run is of the same or a newer dispatch of the order's choice, or not told to end."""
+        """True if a run is of the same or a newer dispatch of the order's choice, or not told to end."""
         entry = self._ledger._entries[run]
         return entry.key == key and (entry.epoch >= epoch_from_wire(message.epoch) or not run.is_cancelled)
 
@@ -122,7 +122,7 @@ class Service(DecodeService):
         return ""
 
     def facts(self) -> tuple[bool, bool]:
-        """Whether a task is left, and whether a grace is running."""
+        """Two flags: a task is left; a grace is running."""
         return len(self._ledger) > 0, bool(self._graces)
 
 

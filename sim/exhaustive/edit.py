@@ -470,7 +470,7 @@ _JOB_KEY = SequenceKey("r/p1", 0)
 
 
 def _ends_by_itself(task: Task) -> bool:
-    """Whether the engine ends a sequence, and the task does not know it yet: its commands are void."""
+    """True if the engine ends a sequence and the task does not know it yet: its commands are void."""
     return task.stage == "cancelled" and task.reason is FinishReason.ERROR
 
 

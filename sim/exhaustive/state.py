@@ -66,7 +66,7 @@ class State(NamedTuple):
     outputs: tuple[tuple[int, ...], ...]  # on the way from it
     dead_decode: tuple[int, ...]  # 0 alive, 1 crashed, 2 vanished without a word; +10: the router knows
     dead_prefill: tuple[int, ...]
-    is_session_lossy: bool  # an order or an output was lost: nobody can know before the deadline
+    is_session_lossy: bool  # an order or an output was lost: neither side can know before the deadline
     tasks: tuple[Task, ...]
 
 
@@ -114,7 +114,7 @@ class TaskMove(NamedTuple):
 
 
 class Reached(NamedTuple):
-    """What an event led to."""
+    """An event, and the state that it led to."""
 
     label: str
     is_fault: bool

@@ -18,6 +18,9 @@ _DECODE = [
     ),
     Mutant("decode_worker/choice.py", "logprobs[start - first_index :][: len(counted)]", "logprobs[: len(counted)]"),
     Mutant("decode_worker/task.py", "        self._pull_waits = False\n        host", "        host"),
+    Mutant("decode_worker/task.py", "        elif not self._has_asked:  #", "        else:  #"),
+    Mutant("decode_worker/task.py", "                self._is_put_off = True\n", ""),
+    Mutant("decode_worker/ledger.py", "self._newest.get(router, {})  #", "self._newest[router]  #"),
     Mutant(
         "decode_worker/task.py",
         "is_untouched = lost.stored_upto <= self._held_tokens and lost.first_token is None",

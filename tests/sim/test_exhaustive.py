@@ -10,6 +10,8 @@ from typer.testing import CliRunner
 
 from twostroke.cli.main import app
 from twostroke.decode_worker.ledger import Ledger
+from twostroke.decode_worker.task import DecodeTask
+from twostroke.engine.link import messages as link
 from twostroke.sim import planted_handover, planted_router
 from twostroke.sim.exhaustive.canonical import canonical
 from twostroke.sim.exhaustive.cluster import Cluster
@@ -30,7 +32,7 @@ def silenced():
     logging.disable(before)
 
 
-@pytest.mark.parametrize("scope", ["1x1x1x1", "1x1x1x1+", "2x1x1x0", "2x2x2x0", "1x2x2x0"])
+@pytest.mark.parametrize("scope", ["1x1x1x1", "1x1x1x1+", "1x2x1x1+", "2x1x1x0", "2x1x1x0+", "2x2x2x0", "1x2x2x0"])
 def test_a_small_scope_closes_and_every_run_of_it_ends(scope: str):
     found = search(Scope.parse(scope))
     assert found.violation is None, (str(found.violation), found.trace)
@@ -43,8 +45,9 @@ def test_a_small_scope_closes_and_every_run_of_it_ends(scope: str):
         assert outcomes == {"finished"}, "without a fault every request finishes"
 
 
-def test_a_reduced_search_ends_in_the_same_states_as_a_full_one():
-    reduced, full = (search(Scope.parse("2x1x1x0"), is_reduced=is_reduced) for is_reduced in (True, False))
+@pytest.mark.parametrize("scope", ["2x1x1x0", "2x2x2x0", "1x1x1x1"])
+def test_a_reduced_search_ends_in_the_same_states_as_a_full_one(scope: str):
+    reduced, full = (search(Scope.parse(scope), is_reduced=is_reduced) for is_reduced in (True, False))
     assert reduced.num_states < full.num_states
     assert (reduced.num_ends, reduced.outcomes, reduced.longest_run) == (full.num_ends, full.outcomes, full.longest_run)
 
@@ -62,6 +65,23 @@ def an_older_run_must_end_first() -> AbstractContextManager[None]:
             self._remember(router, key, epoch)
 
     return instead(Ledger, "end", end)
+
+
+def an_answer_is_given_twice() -> AbstractContextManager[None]:
+    """A second peer is told NotYet before the engine has answered the first one's question, and again after it."""
+
+    def bind_wanted(self: DecodeTask) -> None:
+        assert self._pull is not None
+        self._pull_waits = True
+        if self._has_bound:
+            self._pull.bound()
+        elif self._has_asked:
+            self._pull.not_yet()
+        else:
+            self._has_asked = True
+            self._tools.pull.dispatcher.send(link.Bind(self.order.engine_key))
+
+    return instead(DecodeTask, "bind_wanted", bind_wanted)
 
 
 def ended_epochs_are_forgotten() -> AbstractContextManager[None]:
@@ -83,6 +103,7 @@ def ended_epochs_are_forgotten() -> AbstractContextManager[None]:
         (planted_router.waiting_requests_are_forgotten, "1x1x1x1", "R7", None),
         (planted_router.worker_is_not_told_of_the_end, "1x1x1x1", "R8", None),
         (an_older_run_must_end_first, "1x1x1x1", "crash", None),
+        (an_answer_is_given_twice, "1x2x1x1+", "crash", 9),
         (ended_epochs_are_forgotten, "1x1x1x1", "R8", None),
         (planted_handover.a_registration_outlives_its_request, "1x1x1x1", "K3", None),
         (planted_handover.completions_are_dropped, "1x1x1x0", "R7", None),

@@ -13,7 +13,7 @@ RESET = struct.pack("ii", 1, 0)  # SO_LINGER of 0 s: closing sends RST
 
 
 class Fault(StrEnum):
-    """What happens to the bytes of one direction, or at one of them."""
+    """Fault of one direction, lasting or at one byte."""
 
     SPLIT = "split"  # leave in small pieces
     COALESCE = "coalesce"  # gather for a while
@@ -21,7 +21,7 @@ class Fault(StrEnum):
     RESET = "reset"  # at the byte: RST on both sides
     HALF_CLOSE = "half-close"  # at the byte: this direction ends, the other goes on
     TRUNCATE = "truncate"  # at the byte: both directions end in order, and what follows is lost
-    STALL = "stall"  # at the byte: nothing follows, and nobody is told
+    STALL = "stall"  # at the byte: nothing follows, and neither side is told
 
 
 LASTING = (Fault.SPLIT, Fault.COALESCE, Fault.DELAY)

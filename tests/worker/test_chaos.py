@@ -1,10 +1,12 @@
 """Two real workers with a hostile network between them: no text changes, every request ends, every block comes back."""
 
+import asyncio
 import random
 from collections import Counter
 
 import pytest
 from support.chaos import LASTING, ChaosProxy, Fault, Plan
+from support.workers import RouterHand
 
 from twostroke.core.request import Role
 from twostroke.kv.config import CacheConfig
@@ -109,3 +111,35 @@ async def test_a_peer_that_never_answers_does_not_hold_up_others(chaotic, make_p
 def test_every_fault_is_planned():
     assert {plan.fault for plan in plans_of(0, 2 * len(Fault)) if plan} == set(Fault)
     assert set(LASTING) < set(Fault)
+
+
+async def test_a_router_behind_a_hostile_network_has_a_prefix_and_leaves_no_block(start_worker, make_prompt, all_free):
+    decode = await start_worker(Role.COMBINED)
+    sampling = {"max_tokens": 60, "temperature": 0.0, "ignore_eos": True}
+    async with RouterHand(decode.address) as hand:
+        calm = (await (await hand.submit("calm", make_prompt(48), sampling=sampling)).ended()).token_ids
+    proxy = ChaosProxy(seed=2)
+    await proxy.start(decode.address)
+    decode._guard.audience = proxy.address
+    rng = random.Random(3)
+    complete = []
+    try:
+        for number, fault in enumerate(fault for fault in Fault for _ in range(2)):
+            proxy.set(None)
+            async with RouterHand(proxy.address, incarnation=10 + number) as hand:
+                proxy.set(Plan(fault, "down", rng.randrange(3_000)))
+                answer = await hand.submit(f"r{number}", make_prompt(48), sampling=sampling)
+                ended = asyncio.create_task(answer.ended(60.0 if fault in LASTING else 3.0))
+                await asyncio.wait({ended, hand._reader}, return_when=asyncio.FIRST_COMPLETED)
+                ended.cancel()
+                await asyncio.gather(ended, return_exceptions=True)
+                proxy.set(None)
+            assert answer.token_ids == calm[: len(answer.token_ids)], fault
+            if answer.ends:
+                complete.append(fault)
+                assert answer.token_ids == calm, "an end is said after the last token only"
+            await all_free(decode, timeout_s=10.0)
+    finally:
+        await proxy.close()
+    assert set(LASTING) <= set(complete)
+    assert len(complete) < 2 * len(Fault), "no session broke"
