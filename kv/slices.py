@@ -53,6 +53,7 @@ def joined_sections(parts: Sequence[Sequence[SectionData]], rank_specs: Sequence
                 payload=np.concatenate([section.payload for section in sections], axis=1),
                 scales=np.concatenate(scales, axis=1) if scales else None,
                 digests=np.concatenate([section.digests for section in sections], axis=1),
+                found=None,  # the join has copied the bytes
             )
         )
     return tuple(joined)
@@ -69,4 +70,5 @@ def _cut(section: SectionData, component: Component) -> SectionData:
         payload=section.payload[:, heads],
         scales=None if section.scales is None else section.scales[:, heads],
         digests=section.digests[:, heads],
+        found=None if section.found is None else section.found[:, heads],
     )
