@@ -42,7 +42,7 @@ from twostroke.kv.store.store import KvStore
 from twostroke.worker.settings import WorkerSettings
 
 TRANSPORTS = ("grpc", "shm")
-SHAPE = CacheShape(layers=4, kv_heads=8, head_dim=128)
+SHAPE = CacheShape(layers=16, kv_heads=8, head_dim=64)
 VOCABULARY = 4000
 KEY = 0x9E3779B97F4A7C15
 

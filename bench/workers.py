@@ -145,8 +145,8 @@ class Hand:
         self._call.cancel()
         await self._channel.close()
 
-    async def generate(self, prompt: list[int], peer: WorkerChild, max_tokens: int) -> worker_pb2.RequestEnd:
-        """Order one request with that prefill worker, and wait for its end.
+    async def generate(self, prompt: list[int], peer: WorkerChild | None, max_tokens: int) -> worker_pb2.RequestEnd:
+        """Order one request with that prefill worker (None: with none), and wait for its end.
 
         Raises:
             RuntimeError: it ended with an error.
@@ -161,8 +161,9 @@ class Hand:
             isolation_domain="bench",
             prefill_peers=[
                 worker_pb2.PrefillPeer(
-                    worker_id=peer.settings.worker_id, incarnation=peer.info.incarnation, address=peer.address
+                    worker_id=each.settings.worker_id, incarnation=each.info.incarnation, address=each.address
                 )
+                for each in ([] if peer is None else [peer])
             ],
             timeout_ms=300_000,
         )

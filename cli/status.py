@@ -43,6 +43,8 @@ def status(
         return
     console = Console()
     console.print(_table(cluster))
+    if cluster.get("pairs"):
+        console.print(_pairs(cluster))
     router = cluster["router"]
     if router.get("calls_refused"):
         console.print(
@@ -66,5 +68,23 @@ def _table(cluster: dict[str, Any]) -> Table:
             str(load["waiting"]),
             f"{blocks['total'] - blocks['free']:,}/{blocks['total']:,}",
             worker.get("metrics_address") or "none",
+        )
+    return table
+
+
+def _pairs(cluster: dict[str, Any]) -> Table:
+    """Transport and measured speed of each pair of workers that handed over."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("hand-overs from", "to", "through", "GB/s", "count", "why not shm"):
+        table.add_column(heading, no_wrap=heading != "why not shm")
+    for pair in cluster["pairs"]:
+        speed = pair["bytes_per_s"]
+        table.add_row(
+            pair["prefill_worker"],
+            pair["decode_worker"],
+            pair["transport"],
+            f"{speed / 1e9:.2f}" if speed else "?",
+            f"{pair['handovers']:,}",
+            pair["reason"],
         )
     return table

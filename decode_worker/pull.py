@@ -79,10 +79,11 @@ class KvPull:
         tools: KvPullTools,
         *,
         ring: LentRing | None = None,
+        why_no_ring: str = "",
     ) -> None:
-        """`ring`: the shared memory that the receiver's order offers."""
+        """`ring`: the shared memory that the receiver's order offers; None: `why_no_ring`, empty if none is wanted."""
         self.receiver = receiver
-        self.transport_reason = ""  # why the peer does not use the ring
+        self.transport_reason = why_no_ring  # why planes do not go through shared memory
         self.bytes_per_s = 0.0  # of the frames that came after the prompt was computed
         self.timeline = Timeline()  # ours and the peer's instants of this hand-over
         self.prefill_cached_tokens = 0
@@ -187,7 +188,7 @@ class KvPull:
         body = message.WhichOneof("body")
         if body == "started":
             self.prefill_cached_tokens = message.started.cached_tokens
-            self.transport_reason = message.started.transport_reason
+            self.transport_reason = self.transport_reason or message.started.transport_reason
         elif body == "first_token":
             adopt_instants(self.timeline, message.first_token.timeline, self._opened_at_s)
         elif body == "done":
@@ -219,17 +220,18 @@ class KvPull:
                 self._owner.pull_completed()
             case Lost(reason):
                 self._tools.counters[f"handover_lost_{reason.value}"] += 1
-                self._give_back()
+                is_wrong = reason in (HandoverEnd.CORRUPTED, HandoverEnd.PROTOCOL)
+                self._give_back(has_failed=is_wrong and self.receiver.transport == SHM)
                 self._owner.pull_lost(action)
             case Close(now):
                 self._host.close(now=now)
             case _:
                 raise AssertionError(action)
 
-    def _give_back(self, *, is_orderly: bool = False) -> None:
+    def _give_back(self, *, is_orderly: bool = False, has_failed: bool = False) -> None:
         """Give the ring back; only the first call of a hand-over has an effect."""
         if self._ring is not None:
-            self._ring.give_back(is_orderly=is_orderly)
+            self._ring.give_back(is_orderly=is_orderly, has_failed=has_failed)
             self._ring = None
 
 

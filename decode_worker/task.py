@@ -167,7 +167,10 @@ class DecodeTask:
         peer = self._peers.pop(0)
         order, tools = self.order, self._tools
         policy, rings = tools.facts.transport, tools.pull.rings
-        ring = rings.take(peer.address) if rings is not None and policy.may_share else None
+        ring, why_no_ring = None, ""
+        if rings is not None and policy.may_share:
+            why_no_ring = rings.why_none(peer.address)
+            ring = rings.take(peer.address)
         if ring is None and policy.required == SHM:
             self._go_local("no_shared_memory", self._held_tokens, None)
             return
@@ -178,7 +181,8 @@ class DecodeTask:
         self.told.tokens_asked = len(order.prompt_ids) - self._held_tokens
         self._pull_waits = False
         host = tools.connect(order.engine_key, peer.address)
-        self._pull = KvPull(receiver, host, order.engine_key, self, tools.pull, ring=ring)
+        why = why_no_ring if ring is None else ""
+        self._pull = KvPull(receiver, host, order.engine_key, self, tools.pull, ring=ring, why_no_ring=why)
 
     def _open(self, now_s: float, ring: LentRing | None) -> handover_pb2.Open:
         order, facts = self.order, self._tools.facts

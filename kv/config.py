@@ -36,7 +36,7 @@ class CacheConfig(Section):
         description="GiB of host memory per worker for the blocks of preempted sequences; 0: they are computed again",
     )
     prefix_caching: bool = Field(True, description="keep finished blocks findable by the prompts that come later")
-    frame_bytes: int = Field(1 << 20, ge=4096, le=16 << 20, description="planes per hand-over frame, at most")
+    frame_bytes: int = Field(2 << 20, ge=4096, le=16 << 20, description="planes per hand-over frame, at most")
     frame_slots: int = Field(8, ge=1, le=256, description="frames under way per hand-over")
     transport: Literal["auto", "grpc", "shm"] = Field(
         "auto",
@@ -45,7 +45,7 @@ class CacheConfig(Section):
     )
     require_transport: bool = Field(False, description="refuse a hand-over that would use less than transport")
     ring_bytes: int = Field(
-        64 << 20,
+        128 << 20,
         ge=0,
         le=64 << 30,
         description="shared memory per worker for hand-overs to it; those beyond it go through grpc",

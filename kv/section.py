@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 import numpy as np
@@ -70,7 +70,10 @@ class SectionData:
     row_bytes: int
     payload: NDArray[np.uint8]  # [layers, heads, tokens, row_bytes]
     scales: NDArray[np.uint8] | None  # [layers, heads, tokens]
-    digests: NDArray[np.uint64]  # [layers, heads, ceil(tokens / 16)]
+    digests: NDArray[np.uint64]  # [layers, heads, ceil(tokens / 16)]: the seals
+    # The digests of these very bytes, computed as they were copied. None: not computed yet. A link between processes
+    # does not carry them: what has travelled is verified anew.
+    found: NDArray[np.uint64] | None = field(default=None, metadata={"is_local": True})
 
     @property
     def num_bytes(self) -> int:

@@ -140,6 +140,7 @@ def _cut(section: SectionData, piece: Slice, first_head: int) -> SectionData | N
         payload=section.payload[place],
         scales=None if section.scales is None else section.scales[place],
         digests=section.digests[place],
+        found=None if section.found is None else section.found[place],
     )
 
 

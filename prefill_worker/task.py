@@ -168,7 +168,7 @@ class PrefillTask:
         if sections is None or self.sender.is_over:
             return None
         place = (read.token_start, read.token_count)
-        size_bytes = sum(section.num_bytes for section in sections)
+        size_bytes = sum(section.num_bytes for section in sections if section.found is None)
         holds = partial(verify_sections, sections, *place, self._tools.digest_key)
         return Check(holds, size_bytes, partial(self._judge, place, sections))
 

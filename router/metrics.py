@@ -6,7 +6,7 @@ Knows no request's state and no connection: the measuring parts call it. Series 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -30,6 +30,7 @@ class RouterMetrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._totals: dict[str, EngineTotals] = {}
+        self.pair_speeds: Callable[[], Mapping[tuple[str, str, str], float]] = dict  # read at each scrape
         self._board = Board(self.registry, ("model_name",), self._refresh)
         self._pools = Board(self.registry, ("model_name", "engine"))
         self._own()
@@ -49,6 +50,12 @@ class RouterMetrics:
             "twostroke_ignored_fields", "Fields of request bodies that are unknown and were ignored", registry=registry
         )
         self.kv_bytes = Counter("twostroke_kv_bytes_moved", "KV handed over", ["transport"], registry=registry)
+        self._pair_speed = Gauge(
+            "twostroke_handover_bytes_per_second",
+            "Measured speed of a pair's hand-overs by the transport that it uses now; 0: too small to tell",
+            ["prefill_worker", "decode_worker", "transport"],
+            registry=registry,
+        )
         self.kv_bytes_as_bf16 = Counter("twostroke_kv_bytes_as_bf16", "The same KV in bf16", registry=registry)
         self.refetched = Counter("twostroke_kv_blocks_refetched", "KV blocks that arrived damaged", registry=registry)
         self.workers = Gauge("twostroke_workers", "Workers by role and state", ["role", "state"], registry=registry)
@@ -120,6 +127,9 @@ class RouterMetrics:
 
     def render(self, accept: str) -> tuple[bytes, str]:
         """All metrics, in the format that the Accept header asks for: body and content type."""
+        self._pair_speed.clear()
+        for pair, bytes_per_s in self.pair_speeds().items():
+            self._pair_speed.labels(*pair).set(bytes_per_s)
         return render(self.registry, accept)
 
     def fleet(self, states: Iterable[tuple[str, WorkerState]]) -> None:

@@ -120,9 +120,9 @@ def rings_are_not_given_back_after_a_cancel() -> AbstractContextManager[None]:
     """The ring of a hand-over that was cancelled stays lent for ever."""
     original = KvPull._give_back
 
-    def give_back(self: KvPull, *, is_orderly: bool = False) -> None:
+    def give_back(self: KvPull, *, is_orderly: bool = False, has_failed: bool = False) -> None:
         if self.receiver.state is not ReceiverState.CANCELLED:
-            original(self, is_orderly=is_orderly)
+            original(self, is_orderly=is_orderly, has_failed=has_failed)
 
     return instead(KvPull, "_give_back", give_back)
 
@@ -135,7 +135,8 @@ def slots_are_freed_before_they_are_stored() -> AbstractContextManager[None]:
         actions = take(self, frame, units, now_s)
         if self.state is ReceiverState.RECEIVING:
             self._writing[frame.token_start, frame.token_count] = None
-            actions.append(self._free(frame.slot, now_s))
+            self._unsaid_free.append(frame.slot)
+            actions += self._say_free(now_s)
         return actions
 
     def not_freed_again(self: Receiver, token_start: int, token_count: int, now_s: float) -> list[Action]:
@@ -143,6 +144,7 @@ def slots_are_freed_before_they_are_stored() -> AbstractContextManager[None]:
         actions = written(self, token_start, token_count, now_s)
         freed = [a for a in actions if isinstance(a, Send) and a.message.WhichOneof("body") == "slot_free"]
         self._stream._sent = before if freed else self._stream._sent
+        self._unsaid_free.clear()
         return [action for action in actions if action not in freed]
 
     return both(instead(Receiver, "_take", take_and_free), instead(Receiver, "written", not_freed_again))

@@ -186,6 +186,16 @@ int64_t twostroke_layers(Threads* threads, const Layer* layers, int32_t count, c
 void twostroke_digest(const SealedPlanes* planes, int32_t count, const int64_t* blocks, const int64_t* offsets,
                       const int64_t* tokens, const uint64_t* places, uint64_t* digests);
 
+// Copy `count` hash blocks, named as for twostroke_digest, one behind the other into payload [layers, heads, rows, words of 32 bits]
+// and scales [layers, heads, rows] (null: the planes have none); rows: the sum of tokens. digests [layers, heads, count] are those
+// of the copies.
+void twostroke_take(const SealedPlanes* planes, int32_t count, const int64_t* blocks, const int64_t* offsets,
+                    const int64_t* tokens, const uint64_t* places, uint8_t* payload, uint8_t* scales, uint64_t* digests);
+
+// Copy rows in the layout of twostroke_take into the planes.
+void twostroke_put(const SealedPlanes* planes, int32_t count, const int64_t* blocks, const int64_t* offsets,
+                   const int64_t* tokens, const uint8_t* payload, const uint8_t* scales);
+
 // Digest `count` hash blocks of all components into SealedPlanes::digests, and record in generations and tokens [num_blocks,
 // hash blocks per block] for which use of its block, and up to which token, each is sealed.
 void twostroke_seal(const SealedPlanes* planes, int32_t components, const HashBlock* sealed, int32_t count,

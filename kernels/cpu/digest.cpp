@@ -1,4 +1,4 @@
-// Digests of stored keys and values, computed in place. Definition and reasons: kv/digest.py.
+// Digests of stored keys and values, computed in place or beside a copy. Definition and reasons: kv/digest.py.
 #include <cstdint>
 #include <cstring>
 
@@ -25,11 +25,22 @@ uint64_t keyed_sum(const uint8_t* payload, const uint64_t* keys, int64_t words) 
     return low + (high << 32);
 }
 
-uint64_t digest_of(const SealedPlanes& p, int64_t row, int64_t tokens, uint64_t place) {
-    uint64_t sum = keyed_sum(p.payload + row * p.words * 4, p.keys, tokens * p.words);
-    if (p.scales)
-        for (int64_t t = 0; t < tokens; t++) sum += p.scale_keys[t] * p.scales[row + t];
+// Digest of rows that lie at `payload` and `scales`, which need not be in the planes.
+uint64_t digest_at(const SealedPlanes& p, const uint8_t* payload, const uint8_t* scales, int64_t tokens, uint64_t place) {
+    uint64_t sum = keyed_sum(payload, p.keys, tokens * p.words);
+    if (scales)
+        for (int64_t t = 0; t < tokens; t++) sum += p.scale_keys[t] * scales[t];
     return sum * (mixed(place ^ p.multiplier_seed) | 1) + (mixed(place ^ p.addend_seed) | 1) * (uint64_t)tokens;
+}
+
+uint64_t digest_of(const SealedPlanes& p, int64_t row, int64_t tokens, uint64_t place) {
+    return digest_at(p, p.payload + row * p.words * 4, p.scales ? p.scales + row : nullptr, tokens, place);
+}
+
+// Index of the row of a block's token `offset` in the planes; pair: layer * heads + head.
+int64_t row_of(const SealedPlanes& p, int64_t pair, int64_t block, int64_t offset) {
+    const int64_t layer = pair / p.heads, head = pair % p.heads;
+    return ((layer * p.num_blocks + block) * p.heads + head) * p.block_tokens + offset;
 }
 
 // Call `each(layer, head, row)` for every layer and head; row: index of the block's token `offset` in the planes.
@@ -37,7 +48,7 @@ template <class F>
 void each_row(const SealedPlanes& p, int64_t block, int64_t offset, const F& each) {
     for (int64_t layer = 0; layer < p.layers; layer++)
         for (int64_t head = 0; head < p.heads; head++)
-            each(layer, head, ((layer * p.num_blocks + block) * p.heads + head) * p.block_tokens + offset);
+            each(layer, head, row_of(p, layer * p.heads + head, block, offset));
 }
 
 }  // namespace
@@ -51,6 +62,35 @@ void twostroke_digest(const SealedPlanes* planes, int32_t count, const int64_t* 
             const int64_t at = (layer * planes->heads + head) * count + i;
             digests[at] = digest_of(*planes, row, tokens[i], places[at]);
         });
+}
+
+void twostroke_take(const SealedPlanes* planes, int32_t count, const int64_t* blocks, const int64_t* offsets,
+                    const int64_t* tokens, const uint64_t* places, uint8_t* payload, uint8_t* scales, uint64_t* digests) {
+    const SealedPlanes& p = *planes;
+    const int64_t row_bytes = (int64_t)p.words * 4;
+    for (int64_t pair = 0; pair < (int64_t)p.layers * p.heads; pair++)
+        for (int64_t i = 0; i < count; i++) {
+            const int64_t row = row_of(p, pair, blocks[i], offsets[i]), at = pair * count + i;
+            std::memcpy(payload, p.payload + row * row_bytes, tokens[i] * row_bytes);
+            if (scales) std::memcpy(scales, p.scales + row, tokens[i]);
+            digests[at] = digest_at(p, payload, scales, tokens[i], places[at]);  // of the copy, while it is in the L1
+            payload += tokens[i] * row_bytes;
+            if (scales) scales += tokens[i];
+        }
+}
+
+void twostroke_put(const SealedPlanes* planes, int32_t count, const int64_t* blocks, const int64_t* offsets,
+                   const int64_t* tokens, const uint8_t* payload, const uint8_t* scales) {
+    const SealedPlanes& p = *planes;
+    const int64_t row_bytes = (int64_t)p.words * 4;
+    for (int64_t pair = 0; pair < (int64_t)p.layers * p.heads; pair++)
+        for (int64_t i = 0; i < count; i++) {
+            const int64_t row = row_of(p, pair, blocks[i], offsets[i]);
+            std::memcpy(const_cast<uint8_t*>(p.payload) + row * row_bytes, payload, tokens[i] * row_bytes);
+            if (scales) std::memcpy(const_cast<uint8_t*>(p.scales) + row, scales, tokens[i]);
+            payload += tokens[i] * row_bytes;
+            if (scales) scales += tokens[i];
+        }
 }
 
 void twostroke_seal(const SealedPlanes* planes, int32_t components, const HashBlock* sealed, int32_t count,

@@ -179,6 +179,8 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "attend": (None, (c_void_p, POINTER(Attend))),
     "layers": (c_int64, (c_void_p, POINTER(Layer), c_int32, POINTER(Step))),
     "digest": (None, (POINTER(SealedPlanes), c_int32, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p)),
+    "take": (None, (POINTER(SealedPlanes), c_int32, *[c_void_p] * 7)),
+    "put": (None, (POINTER(SealedPlanes), c_int32, *[c_void_p] * 5)),
     "seal": (None, (POINTER(SealedPlanes), c_int32, c_void_p, c_int32, c_int32, c_void_p, c_void_p)),
     "group_bytes": (c_int64, (c_int32, c_int64)),
     "join_group": (c_void_p, (c_void_p, c_int32, c_int32, c_int64, c_int32, c_int32)),

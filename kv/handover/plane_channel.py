@@ -17,6 +17,11 @@ Transport = Literal["grpc", "shm"]
 GRPC: Transport = "grpc"
 SHM: Transport = "shm"
 
+DISTRUSTED = 100  # hand-overs from a peer that use the stream after shared memory gave wrong bytes
+MAX_DISTRUSTED = 1024  # peers
+WRONG_BYTES = "shared memory gave wrong bytes"
+ALL_USED = "all shared memory for hand-overs is in use"
+
 
 class UnusableMemory(Exception):
     """The offered memory cannot be mapped by this process. The text is the reason, for `explain`."""
@@ -95,14 +100,16 @@ class LentRing:
         self._peer = peer
         self._is_back = False
 
-    def give_back(self, *, is_orderly: bool) -> None:
+    def give_back(self, *, is_orderly: bool, has_failed: bool = False) -> None:
         """Give the ring back: the hand-over is over, or does not use it. Later calls have no effect.
 
-        `is_orderly`: the peer can have no write under way.
+        `is_orderly`: the peer can have no write under way. `has_failed`: what came through it was wrong.
         """
         if not self._is_back:
             self._is_back = True
             self._pool.take_back(self.memory, self._peer, is_orderly=is_orderly)
+            if has_failed:
+                self._pool.distrust(self._peer)
 
 
 class RingPool:
@@ -110,7 +117,8 @@ class RingPool:
 
     A ring serves one hand-over at a time. It is used again, for the same peer only, after the hand-over ended in order:
     then all frames have arrived, and the peer has nothing left to write. After any other end a write of the peer may
-    still be under way, so the ring is closed. Its bytes count until its last view is gone.
+    still be under way, so the ring is closed. Its bytes count until its last view is gone. After wrong bytes, the next
+    hand-overs from that peer get none: they use the stream.
     """
 
     def __init__(self, make: Callable[[], OfferedMemory], ring_bytes: int, max_bytes: int) -> None:
@@ -120,6 +128,7 @@ class RingPool:
         self._idle: list[tuple[str, OfferedMemory]] = []  # with the peer that knows it; used longest ago first
         self._used: dict[int, OfferedMemory] = {}  # by id()
         self._leaving: list[OfferedMemory] = []  # closed, and perhaps still viewed
+        self._distrusted: dict[str, int] = {}  # hand-overs without a ring that a peer has before it
 
     @property
     def used(self) -> tuple[OfferedMemory, ...]:
@@ -137,8 +146,28 @@ class RingPool:
         self._leaving = [ring for ring in self._leaving if not ring.is_gone]
         return len(self._idle) + len(self._used) + len(self._leaving)
 
+    def distrust(self, peer: str) -> None:
+        """Shared memory with this peer gave wrong bytes: the next DISTRUSTED hand-overs from it get no ring."""
+        self._distrusted[peer] = DISTRUSTED
+        while len(self._distrusted) > MAX_DISTRUSTED:
+            del self._distrusted[next(iter(self._distrusted))]
+
+    def why_none(self, peer: str) -> str:
+        """Reason why `take` gives this peer no ring; empty if there never is one: the peer then says so."""
+        if not self._max_rings:
+            return ""
+        return WRONG_BYTES if peer in self._distrusted else ALL_USED
+
     def take(self, peer: str) -> LentRing | None:
-        """A ring for a hand-over from this peer, to be given back; None: the bound or the system allows no other."""
+        """A ring for a hand-over from this peer, to be given back.
+
+        None: it is distrusted, or the bound or the system allows no other; `why_none` said which, before the call.
+        """
+        if peer in self._distrusted:
+            self._distrusted[peer] -= 1
+            if not self._distrusted[peer]:
+                del self._distrusted[peer]
+            return None
         known = [place for place, (other, _) in enumerate(self._idle) if other == peer]
         ring = self._idle.pop(known[-1])[1] if known else self._make_one()
         if ring is None:

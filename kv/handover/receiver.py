@@ -58,6 +58,8 @@ class ReceiverState(StrEnum):
     CANCELLED = "cancelled"
 
 
+FREE_SHARE = 2  # SlotFree names this part of all slots at once
+
 _OVER = (ReceiverState.COMPLETE, ReceiverState.LOST, ReceiverState.CANCELLED)
 
 
@@ -109,6 +111,10 @@ class Receiver:
         self._verified_units = held_units  # leading ones
         self._stored_units = held_units  # leading ones
         self._writing: dict[tuple[int, int], int | None] = {}  # (start, count) of a frame being written, to its slot
+        # A message per frame costs as much as a small frame. With fewer than this many slots kept back, most are free.
+        self._free_at_once = max(1, order.frame_slots // FREE_SHARE)
+        self._unsaid_free: list[int | None] = []  # slots that are free here, and not yet told
+        self._said_verified = order.held_tokens
         self._is_done = False
         self._is_closed = False
 
@@ -245,7 +251,9 @@ class Receiver:
         self._stored_units = self._advance(self._stored_units, _STORED)
         if self.state is ReceiverState.STORING:
             return self._perhaps_complete()
-        return [self._free(slot, now_s)]
+        self._unsaid_free.append(slot)
+        is_due = len(self._unsaid_free) >= self._free_at_once and self._verified_units < len(self._units)
+        return self._say_free(now_s) if is_due else []
 
     def cancel(self, reason: str, now_s: float) -> list[Action]:
         """The result is no longer wanted."""
@@ -320,11 +328,11 @@ class Receiver:
         end = frame.token_start + frame.token_count
         if self.state is not ReceiverState.RECEIVING:
             return "a frame before Bind"
-        if len(self._writing) >= self._order.frame_slots:
+        if len(self._writing) + len(self._unsaid_free) >= self._order.frame_slots:
             return f"more than {self._order.frame_slots} frames under way"
         if (frame.slot is None) is (self.transport is SHM):
             return f"planes in slot {frame.slot}, and the transport is {self.transport}"
-        if frame.slot is not None and frame.slot in self._writing.values():
+        if frame.slot is not None and frame.slot in (*self._writing.values(), *self._unsaid_free):
             return f"slot {frame.slot} is not free"
         if self._order.deterministic and frame.numerics_class != self._order.numerics_class:
             return f"a frame of numerics class {frame.numerics_class.hex()}, not {self._order.numerics_class.hex()}"
@@ -346,10 +354,9 @@ class Receiver:
         self._awaited.difference_update(units)
         self._writing[frame.token_start, frame.token_count] = frame.slot
         actions: list[Action] = [Write(frame.sequence, frame.token_start, frame.token_count)]
-        verified = self._advance(self._verified_units, _VERIFIED)
-        if verified > self._verified_units:
-            self._verified_units = verified
-            actions.append(self._send(pb.Verified(upto_token=self.verified_upto), now_s))
+        self._verified_units = self._advance(self._verified_units, _VERIFIED)
+        if self._verified_units == len(self._units):
+            actions += self._say_verified(now_s)
         return [*actions, *self._perhaps_complete()]
 
     def _refetch(self, frame: FrameArrived, units: range, now_s: float) -> list[Action]:
@@ -361,10 +368,20 @@ class Receiver:
         self.counters.refetches += 1
         self._awaited.update(units)
         wanted = pb.Refetch(token_start=frame.token_start, token_count=frame.token_count, attempt=attempt)
-        return [self._send(wanted, now_s), self._free(frame.slot, now_s)]
+        self._unsaid_free.append(frame.slot)
+        return [self._send(wanted, now_s), *self._say_free(now_s)]
 
-    def _free(self, slot: int | None, now_s: float) -> Send:
-        return self._send(pb.SlotFree(count=1, slots=[] if slot is None else [slot]), now_s)
+    def _say_verified(self, now_s: float) -> list[Action]:
+        if self.verified_upto == self._said_verified:
+            return []
+        self._said_verified = self.verified_upto
+        return [self._send(pb.Verified(upto_token=self.verified_upto), now_s)]
+
+    def _say_free(self, now_s: float) -> list[Action]:
+        """Tell how far everything is verified, and which slots are free since the last time."""
+        slots = [slot for slot in self._unsaid_free if slot is not None]
+        count, self._unsaid_free = len(self._unsaid_free), []
+        return [*self._say_verified(now_s), self._send(pb.SlotFree(count=count, slots=slots), now_s)]
 
     def _has_all(self) -> bool:
         return self._verified_units == len(self._units) and self.first_token is not None

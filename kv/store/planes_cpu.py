@@ -30,6 +30,19 @@ def _library() -> native.Library | None:
         return None
 
 
+class HashBlocks:
+    """Hash blocks of a store: number i begins at token offsets[i] of block blocks[i]; tokens[i] of it are present."""
+
+    def __init__(self, blocks: I64, offsets: I64, tokens: I64) -> None:
+        self.tokens = tokens
+        self._arrays = [np.ascontiguousarray(part) for part in (blocks, offsets, tokens)]
+
+    @property
+    def arguments(self) -> tuple[int, ...]:
+        """Their number and the addresses of the three arrays, valid as long as this object."""
+        return len(self.tokens), *(part.ctypes.data for part in self._arrays)
+
+
 class CpuPlanes:
     """Payload, scales and digests of a component, in the layout that `kv/store/store.py` draws."""
 
@@ -47,6 +60,7 @@ class CpuPlanes:
         self.library = _library() if component.row_bytes % 4 == 0 else None  # None: seals take copies
         units = (num_layers, component.heads, num_blocks, block_tokens // HASH_BLOCK_TOKENS)
         self.digests: U64 = np.zeros(units, np.uint64)
+        self._planes_by_key: dict[int, native.SealedPlanes] = {}
 
     def _touch(self, block_bytes: int) -> None:
         """Write zeros to the first blocks, so that the system maps their pages before the first prompts arrive.
@@ -90,18 +104,44 @@ class CpuPlanes:
             )
             start = end
 
-    def digests_in_place(self, blocks: I64, offsets: I64, tokens: I64, place: U64, key: int) -> U64 | None:
-        """Digests uint64 [layers, heads, n] of hash blocks, computed without a copy; None: no native library.
-
-        Hash block i begins at token offsets[i] of block blocks[i], and tokens[i] of its tokens are present.
-        """
+    def digests_in_place(self, parts: HashBlocks, place: U64, key: int) -> U64 | None:
+        """Digests uint64 [layers, heads, n] of hash blocks, computed without a copy; None: no native library."""
         if self.library is None:
             return None
-        planes = self.sealed_planes(key)
-        parts = [np.ascontiguousarray(part) for part in (blocks, offsets, tokens, place)]
-        digests = np.empty(place.shape, np.uint64)
-        self.library.digest(planes, len(blocks), *(part.ctypes.data for part in parts), digests.ctypes.data)
+        digests, place = np.empty(place.shape, np.uint64), np.ascontiguousarray(place)
+        self.library.digest(self._keyed(key), *parts.arguments, place.ctypes.data, digests.ctypes.data)
         return digests
+
+    def take_in_place(
+        self, parts: HashBlocks, place: U64, key: int, into: PlaneBuffer | None = None
+    ) -> tuple[U8, U8 | None, U64] | None:
+        """The copies of `gather` and their digests [layers, heads, n], in one pass; None: no native library."""
+        if self.library is None:
+            return None
+        rows = (self.payload.shape[0], self.component.heads, int(parts.tokens.sum()))
+        empty = (lambda shape: np.empty(shape, np.uint8)) if into is None else into.take
+        payload = empty((*rows, self.component.row_bytes))
+        scales = None if self.scales is None else empty(rows)
+        digests, place = np.empty(place.shape, np.uint64), np.ascontiguousarray(place)
+        to = payload.ctypes.data, None if scales is None else scales.ctypes.data, digests.ctypes.data
+        self.library.take(self._keyed(key), *parts.arguments, place.ctypes.data, *to)
+        return payload, scales, digests
+
+    def put_in_place(self, parts: HashBlocks, rows: tuple[U8, U8 | None]) -> bool:
+        """Write rows of all layers and heads, in the layout of `gather`. False: nothing is written, use `scatter`."""
+        payload, scales = rows
+        is_plain = payload.flags.c_contiguous and (scales is None or scales.flags.c_contiguous)
+        if self.library is None or not is_plain:
+            return False
+        source = payload.ctypes.data, None if scales is None else scales.ctypes.data
+        self.library.put(self._keyed(0), *parts.arguments, *source)
+        return True
+
+    def _keyed(self, key: int) -> native.SealedPlanes:
+        """`sealed_planes` of this key, built once."""
+        if key not in self._planes_by_key:
+            self._planes_by_key[key] = self.sealed_planes(key)
+        return self._planes_by_key[key]
 
     def sealed_planes(self, key: int, first_places: U64 | None = None) -> native.SealedPlanes:
         """Addresses of these planes and of a key's tables, as the kernels read them.

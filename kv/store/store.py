@@ -25,7 +25,7 @@ from ..codec import U8, Codec, transcode
 from ..digest import MAX_HASH_BLOCKS, U64, frame_digests, places, unit_digests
 from ..section import HeldTokens, PlaneBuffer, SectionData
 from ..spec import COMPONENT_NUMBERS, HASH_BLOCK_TOKENS, Component, KvSpec
-from .planes_cpu import CpuPlanes
+from .planes_cpu import CpuPlanes, HashBlocks
 from .sealer import Marks, Sealer
 
 if TYPE_CHECKING:  # needs triton, which may be absent on machines without a GPU
@@ -192,11 +192,11 @@ class KvStore:
             raise KvCorrupted(f"block {blocks[-1]} does not hold what was sealed")
         sections = []
         for store in self._components:
-            payload, scales = store.gather(held.block_table, range(held.start, held.end), into)
+            payload, scales, found = self._copies(store, held, into)
             digests = store.digests[:, :, blocks, units]
             if cut:
                 digests[:, :, -1] = self._digest(store, tail)[:, :, 0]
-            sections.append(_section(store.component, payload, scales, digests))
+            sections.append(_section(store.component, payload, scales, digests, found))
         return tuple(sections)
 
     def write_tokens(self, held: HeldTokens, sections: Sequence[SectionData]) -> None:
@@ -223,6 +223,25 @@ class KvStore:
         self._tell_births(held)
 
     # ------------------------------------------------------------------ inside
+
+    def _copies(
+        self, store: ComponentStore, held: HeldTokens, into: PlaneBuffer | None
+    ) -> tuple[U8, U8 | None, U64 | None]:
+        """Copies of a range's payload and scales, with their digests if they were computed in the same pass."""
+        if isinstance(store, CpuPlanes):
+            words = self._place_words(store, self._numbers(held))
+            copied = store.take_in_place(self._hash_blocks(held), words, self._key, into)
+            if copied is not None:
+                return copied
+        return *store.gather(held.block_table, range(held.start, held.end), into), None
+
+    def _hash_blocks(self, held: HeldTokens) -> HashBlocks:
+        blocks, units, _ = self._places(held)
+        return HashBlocks(blocks, units * HASH_BLOCK_TOKENS, self._counts(held))
+
+    def _numbers(self, held: HeldTokens) -> NDArray[np.int64]:
+        """Numbers of a range's hash blocks in the sequence."""
+        return np.arange(held.start // HASH_BLOCK_TOKENS, -(-held.end // HASH_BLOCK_TOKENS))
 
     def _place(self, held: HeldTokens, hash_block: int) -> tuple[BlockId, int, int]:
         index, offset = divmod(hash_block * HASH_BLOCK_TOKENS, self.block_tokens)
@@ -301,11 +320,9 @@ class KvStore:
 
     def _digest(self, store: ComponentStore, held: HeldTokens) -> U64:
         """Digests [layers, heads, hash blocks] of the present contents of the planes."""
-        first = held.start // HASH_BLOCK_TOKENS
-        words = self._place_words(store, np.arange(first, first - (-held.count // HASH_BLOCK_TOKENS)))
+        words = self._place_words(store, self._numbers(held))
         if isinstance(store, CpuPlanes):
-            blocks, units, _ = self._places(held)
-            digests = store.digests_in_place(blocks, units * HASH_BLOCK_TOKENS, self._counts(held), words, self._key)
+            digests = store.digests_in_place(self._hash_blocks(held), words, self._key)
             if digests is not None:
                 return digests
         payload, scales = self._gather(store, held)
@@ -336,13 +353,15 @@ class KvStore:
         layers = range(section.layer_start, section.layer_start + section.layer_count)
         heads = range(section.head_start, section.head_start + section.head_count)
         rows = (encoded.payload, encoded.scales)
-        store.scatter(held.block_table, range(held.start, held.end), layers, heads, rows)
+        is_whole = len(layers) * len(heads) == len(self._layers) * store.component.heads
+        if not (is_whole and isinstance(store, CpuPlanes) and store.put_in_place(self._hash_blocks(held), rows)):
+            store.scatter(held.block_table, range(held.start, held.end), layers, heads, rows)
         hash_blocks, units, _ = self._places(held)
         part, row = slice(layers.start, layers.stop), slice(heads.start, heads.stop)
         store.digests[part, row, hash_blocks, units] = section.digests
 
 
-def _section(component: Component, payload: U8, scales: U8 | None, digests: U64) -> SectionData:
+def _section(component: Component, payload: U8, scales: U8 | None, digests: U64, found: U64 | None) -> SectionData:
     layers, heads = payload.shape[:2]
     return SectionData(
         group="main",
@@ -356,4 +375,5 @@ def _section(component: Component, payload: U8, scales: U8 | None, digests: U64)
         payload=payload,
         scales=scales,
         digests=digests,
+        found=found,
     )

@@ -27,6 +27,7 @@ from .dispatch import Dispatcher, PieceStream
 from .explain import explain_run
 from .history import RequestHistory
 from .life import life_of
+from .pairs import PairKey, Pairs
 from .pieces import OutputDelta
 from .state import RequestState
 
@@ -65,6 +66,8 @@ class Flow:
         self._journal = RequestHistory(config.decision_log)
         self._began_s = self.clock.now_s()
         self._moved: Counter[str] = Counter()  # hand-overs and KV bytes of requests that have ended
+        self._pairs = Pairs()
+        self.metrics.pair_speeds = lambda: self._known_pairs().speeds()
 
     @property
     def members(self) -> WorkerRegistry:
@@ -151,12 +154,17 @@ class Flow:
         return explain_run(run, "running") if run is not None else self._journal.find(tenant, request_id)
 
     def cluster(self) -> dict[str, Any]:
-        """Workers {worker_id, role, state, address, pid, model, load, ...}, router facts and counters, JSON-able."""
+        """Workers {worker_id, role, state, address, pid, model, load, ...}, router facts and counters, JSON-able.
+
+        pairs: {prefill_worker, decode_worker, transport, reason, bytes_per_s, handovers, bytes_moved} of the pairs of
+        present workers that handed over since this router began.
+        """
         now_s = self.clock.now_s()
         admission = self._life.admission
         return {
             "workers": self._members.facts(now_s),
             "models": [model.name for model in self.models()],
+            "pairs": self._known_pairs().facts(),
             "router": {
                 "router_id": self._identity.router_id,
                 "incarnation": str(self._identity.incarnation),
@@ -194,6 +202,11 @@ class Flow:
         """True if a worker that decodes is connected."""
         return bool(self._members.fleet.ready_models())
 
+    def _known_pairs(self) -> Pairs:
+        """The pairs; those of workers that are gone are forgotten first."""
+        self._pairs.keep(frozenset(worker.facts.worker_id for worker in self._members.fleet))
+        return self._pairs
+
     def _conclude(self, run: RequestState) -> None:
         """The stream is closed: record the outcome of the request."""
         if not self._life.conclude(run):
@@ -205,6 +218,8 @@ class Flow:
             self._moved["handovers"] += report["bytes_moved"] > 0
             self._moved[f"handovers_{report['transport']}"] += report["bytes_moved"] > 0
             self._moved["kv_bytes_moved"] += report["bytes_moved"]
+            if run.current is not None and report["prefill_worker"]:
+                self._pairs.observe(PairKey(report["prefill_worker"], run.current.decode.worker_id), report)
         self._journal.add(explain_run(run, state))
         self._members.wake()
 

@@ -21,7 +21,7 @@ FLOOR = {
     "cli": 7,
 }
 ROOMS = {
-    "torch": ("kernels/", "model/", "kv/store/", "checkpoint/safetensors_files.py"),
+    "torch": ("kernels/", "model/", "kv/store/", "kv/handover/transports/", "checkpoint/safetensors_files.py"),
     "triton": ("kernels/gpu/", "model/ops/triton_ops.py"),
     "ray": ("cluster/launch/", "prefill_worker/actor.py", "decode_worker/actor.py", "router/actor.py"),
 }

@@ -9,7 +9,7 @@ from twostroke.kernels.cpu.build import NativeUnavailable
 from twostroke.kv.digest import frame_digests, places
 from twostroke.kv.section import HeldTokens
 from twostroke.kv.spec import CODEC_NAMES, HASH_BLOCK_TOKENS, Component, attention_spec
-from twostroke.kv.store.planes_cpu import CpuPlanes
+from twostroke.kv.store.planes_cpu import CpuPlanes, HashBlocks
 from twostroke.kv.store.store import KvStore
 
 LAYERS, NUM_BLOCKS, KEY = 3, 7, 0xFEDCBA9876543210
@@ -35,9 +35,21 @@ def test_equals_the_definition(codec: str, block_tokens: int, width: int) -> Non
     words = places(np.arange(LAYERS)[:, None, None], 0, np.arange(2)[:, None], np.arange(5, 5 + len(starts)))
     payload, scales = planes.gather(table, range(count))
     tokens = np.minimum(count - starts, HASH_BLOCK_TOKENS)
-    got = planes.digests_in_place(table[starts // block_tokens], starts % block_tokens, tokens, words, KEY)
-    assert got is not None
-    assert np.array_equal(got, frame_digests(payload, scales, words, KEY, HASH_BLOCK_TOKENS))
+    parts = HashBlocks(table[starts // block_tokens], starts % block_tokens, tokens)
+    wanted = frame_digests(payload, scales, words, KEY, HASH_BLOCK_TOKENS)
+    assert np.array_equal(planes.digests_in_place(parts, words, KEY), wanted)
+    copied, copied_scales, digests = planes.take_in_place(parts, words, KEY)
+    assert np.array_equal(digests, wanted)
+    assert np.array_equal(copied, payload)
+    assert scales is None or np.array_equal(copied_scales, scales)
+    target = CpuPlanes(component, LAYERS, NUM_BLOCKS, block_tokens)
+    expected = target.payload_view.copy()
+    assert target.put_in_place(parts, (copied, copied_scales))
+    assert np.array_equal(target.gather(table, range(count))[0], payload)
+    assert scales is None or np.array_equal(target.gather(table, range(count))[1], scales)
+    others = [block for block in range(NUM_BLOCKS) if block not in table]
+    assert np.array_equal(target.payload_view[:, others], expected[:, others])
+    assert not target.put_in_place(parts, (copied[:, ::-1], copied_scales))  # not contiguous
 
 
 @pytest.mark.parametrize("block_tokens", [16, 32])

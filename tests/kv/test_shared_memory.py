@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from twostroke.kv.handover import plane_channel
 from twostroke.kv.handover.plane_channel import RingPool, TransportPolicy, UnusableMemory
 from twostroke.kv.handover.transports import shared_memory
 from twostroke.kv.handover.transports.shared_memory import OwnRing, host_identity, open_ring, ring_bytes
@@ -318,6 +319,26 @@ def test_a_closed_ring_counts_until_its_last_view_is_gone(pool, made):
     assert pool.take("p:3") is None
     made[0].is_viewed = False
     assert pool.take("p:3") is not None
+
+
+def test_after_wrong_bytes_a_peer_gets_no_ring_for_a_while_and_the_reason_says_so(pool, monkeypatch):
+    monkeypatch.setattr(plane_channel, "DISTRUSTED", 2)
+    assert pool.why_none("p:1") == plane_channel.ALL_USED
+    pool.take("p:1").give_back(is_orderly=False, has_failed=True)
+    for _ in range(2):
+        assert pool.why_none("p:1") == plane_channel.WRONG_BYTES
+        assert pool.take("p:1") is None
+    assert pool.take("p:1") is not None
+    assert pool.take("p:2") is not None
+
+
+def test_distrusted_peers_are_bounded(pool, monkeypatch):
+    monkeypatch.setattr(plane_channel, "MAX_DISTRUSTED", 2)
+    for number in range(3):
+        pool.distrust(f"p:{number}")
+    assert pool.take("p:0") is not None
+    assert pool.take("p:1") is None
+    assert pool.take("p:2") is None
 
 
 def test_no_memory_means_no_ring():

@@ -28,8 +28,8 @@ _HANDOVER = [
     ),
     Mutant(
         "kv/handover/receiver.py",
-        "        if len(self._writing) >= self._order.frame_slots:\n",
-        "        if len(self._writing) > self._order.frame_slots:\n",
+        "        if len(self._writing) + len(self._unsaid_free) >= self._order.frame_slots:\n",
+        "        if len(self._writing) + len(self._unsaid_free) > self._order.frame_slots:\n",
     ),
     Mutant("kv/handover/receiver.py", "            or frame.token_start < self._order.held_tokens\n", ""),
     Mutant("kv/handover/receiver.py", "        if end > self._num_tokens or (", "        if ("),
@@ -57,7 +57,7 @@ _HANDOVER = [
     ),
     Mutant(
         "kv/handover/receiver.py",
-        "        return [self._free(slot, now_s)]\n\n    def cancel",
+        "        return self._say_free(now_s) if is_due else []\n\n    def cancel",
         "        return []\n\n    def cancel",
     ),
     Mutant(
@@ -157,10 +157,10 @@ _BYTES = [
     ),
     Mutant(
         "kv/handover/frames.py",
-        "        blocks = first + np.arange(len(bad))\n",
-        "        blocks = np.arange(len(bad))\n",
+        "            blocks = np.arange(first, first + len(bad), dtype=np.uint64)\n",
+        "            blocks = np.arange(len(bad), dtype=np.uint64)\n",
     ),
-    Mutant("kv/handover/frames.py", "        heads = section.head_start + np.arange", "        heads = np.arange"),
+    Mutant("kv/handover/frames.py", "    heads = head_start + np.arange", "    heads = np.arange"),
     Mutant("kv/handover/frames.py", "            return [(token_start, token_count)]\n", "            continue\n"),
     Mutant("kv/handover/frames.py", "    return not any(missing.values())\n", "    return True\n"),
     Mutant(

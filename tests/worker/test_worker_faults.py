@@ -145,10 +145,12 @@ async def test_memory_that_goes_bad_under_a_prefill_worker_changes_no_text(pair,
 
     def damaged(op):
         nonlocal num_flips
+        planes = store._store.components[0].payload_view  # [layers, blocks, heads, block_tokens, row_bytes]
+        row = planes[0, op.block_table[op.token_start // planes.shape[3]], 0, 0]
+        row[0] ^= 0x40 * (is_lasting or num_flips == 0)
         sections = read(op)
-        if is_lasting or num_flips == 0:
-            num_flips += 1
-            sections[0].payload.reshape(-1)[0] ^= 0x40
+        row[0] ^= 0x40 * (is_lasting or num_flips == 0)  # a reading error: the memory itself is whole
+        num_flips += 1
         return sections
 
     store.read = damaged

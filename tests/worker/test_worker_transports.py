@@ -7,7 +7,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from support.frames import is_frame
+from support.frames import damaged, is_frame
 from support.workers import CLUSTER_KEY
 
 from twostroke.checkpoint.config import ModelConfig
@@ -16,6 +16,7 @@ from twostroke.engine.config import StepConfig
 from twostroke.kv.codec import Codec
 from twostroke.kv.config import CacheConfig
 from twostroke.kv.handover.frames import slot_bytes
+from twostroke.kv.handover.plane_channel import ALL_USED, WRONG_BYTES
 from twostroke.kv.handover.transports.grpc import ServerStream
 from twostroke.kv.handover.transports.shared_memory import NAME, ring_bytes
 from twostroke.kv.spec import attention_spec
@@ -148,10 +149,33 @@ async def test_a_decode_worker_without_memory_for_the_required_transport_asks_no
 async def test_beyond_the_bound_hand_overs_go_over_the_stream(start_pair, make_prompt, all_free):
     prefill, decode, hand = await start_pair(decode={"ring_bytes": ONE_RING})
     lent = decode.rings.take("somebody else")
-    assert (await asked(hand, prefill, make_prompt(LONG), "r1")).transport == "grpc"
+    full = await asked(hand, prefill, make_prompt(LONG), "r1")
+    assert (full.transport, full.transport_reason) == ("grpc", ALL_USED)
     lent.give_back(is_orderly=False)
     assert (await asked(hand, prefill, make_prompt(LONG, 2), "r2")).transport == "shm"
     await all_free(prefill, decode)
+
+
+async def test_after_wrong_bytes_in_shared_memory_a_pair_uses_the_stream_and_says_why(
+    start_pair, make_prompt, all_free, monkeypatch
+):
+    prefill, decode, hand = await start_pair()
+    alone = await asked(hand, prefill, make_prompt(LONG), "r0")
+    assert alone.transport == "shm"
+    send = ServerStream.send
+
+    async def damaging(stream, envelope):  # as if the memory itself were bad: every frame, also when it is read again
+        await send(stream, damaged(envelope, decode.rings) if is_frame(envelope) else envelope)
+
+    monkeypatch.setattr(ServerStream, "send", damaging)
+    broken = await asked(hand, prefill, make_prompt(LONG, 1), "r1")
+    assert broken.local_reason == "peer_corrupted"
+    monkeypatch.setattr(ServerStream, "send", send)
+    after = await asked(hand, prefill, make_prompt(LONG, 2), "r2")
+    assert (after.transport, after.transport_reason) == ("grpc", WRONG_BYTES)
+    assert (after.tokens_moved, after.local_reason) == (LONG, "")
+    await all_free(prefill, decode)
+    assert decode.rings.num_rings == 0
 
 
 @pytest.fixture
