@@ -18,9 +18,7 @@ MAX_MESSAGE_BYTES = 8 << 20  # exceeded by at most one choice's part; gRPC takes
 _TOKEN_BYTES = 8  # estimate for an id and its share of the envelope, used for the bounds only
 _CHARACTER_BYTES = 4
 _LOGPROB_BYTES = 8  # of a token or of one alternative
-_ROWS_PER_TURN = (
-    256  # logprobs of prompt tokens that one turn of the event loop converts: 1.5 ms if each has five
-)
+_ROWS_PER_TURN = 256  # logprobs of prompt tokens that one turn of the event loop converts: 1.5 ms if each has five
 
 
 @dataclass(slots=True)
