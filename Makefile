@@ -45,7 +45,7 @@ format: $(STAMP)-all,test,redis,check
 # On both cores, with progress; stopped, it goes on where it was, as long as the code is the same (build/campaign.jsonl).
 SCHEDULES ?= 20000
 JOBS ?= $(shell nproc)
-SCOPES ?= 1x2x2x2 2x1x1x1
+SCOPES ?= 1x2x2x2 2x1x1x1 2x2x2x1
 campaigns: $(STAMP)-all,test,redis
 	$(BIN)/twostroke sim faults --schedules $(SCHEDULES) --seed 100000 --jobs $(JOBS) --journal build/campaign.jsonl
 	for scope in $(SCOPES); do $(BIN)/twostroke sim exhaustive --scope $$scope || exit; done
