@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PROTOC := PATH="$(CURDIR)/.venv-protos/bin:$$PATH" .venv-protos/bin/python
 
-.PHONY: setup check format test campaigns arm targets mutants hostile demo serve bench bench-engine load-generators protos helm chart chart-life docs clean
+.PHONY: setup check format test campaigns chaos arm targets mutants hostile demo serve bench bench-engine load-generators protos helm chart chart-life docs clean
 
 setup: $(STAMP)-all
 
@@ -46,10 +46,15 @@ format: $(STAMP)-all,test,redis,check
 SCHEDULES ?= 20000
 JOBS ?= $(shell nproc)
 SCOPES ?= 1x2x2x2 2x1x1x1 2x2x2x1
+CORRUPTIONS ?= 100000
+CLEAN_BLOCKS ?= 10000000
 campaigns: $(STAMP)-all,test,redis
 	$(BIN)/twostroke sim faults --schedules $(SCHEDULES) --seed 100000 --jobs $(JOBS) --journal build/campaign.jsonl
 	for scope in $(SCOPES); do $(BIN)/twostroke sim exhaustive --scope $$scope || exit; done
-	$(BIN)/python bench/corruptions.py
+	$(BIN)/python bench/corruptions.py --corruptions $(CORRUPTIONS) --clean-blocks $(CLEAN_BLOCKS)
+
+# Real workers behind a proxy that splits, delays, cuts and resets their streams: ten minutes.
+chaos: $(STAMP)-all,test,redis
 	$(BIN)/python -m pytest -s -m campaign tests/worker/test_chaos.py
 
 # The CPU kernels for 64-bit Arm under qemu: needs g++-aarch64-linux-gnu and qemu-user-static.
