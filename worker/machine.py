@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
@@ -9,6 +10,12 @@ from pathlib import Path
 
 from ..model.ops.device import gpu_free_bytes
 from .cgroup import left_bytes, quota_cores
+
+KEPT_ALLOCATION_BYTES = (
+    32 << 20
+)  # larger ones (weights, pools) are still mapped and unmapped; frames are at most 16 MiB
+KEPT_BYTES = 64 << 20  # freed memory at the end of a heap
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +50,19 @@ def cores_of_rank(every: Sequence[int], first: int | None, rank: int, num_thread
         return ()
     start = first + rank * num_threads
     return tuple(every[start : start + num_threads]) if start + num_threads <= len(every) else ()
+
+
+def keep_freed_memory() -> bool:
+    """Let this process's allocator keep freed memory up to KEPT_BYTES; False: it is not glibc's.
+
+    By default it returns the memory of each frame to the system, and every new frame costs a page fault per 4 KiB: on a
+    hand-over over gRPC that took as much time as all the rest.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    return bool(mallopt(_M_MMAP_THRESHOLD, KEPT_ALLOCATION_BYTES)) and bool(mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES))
 
 
 def pin_thread(processors: Sequence[int]) -> None:

@@ -45,6 +45,7 @@ from .announcer import Announcer
 from .build import BuiltEngine, build_engine
 from .fetch import FetchService
 from .health import Health, enable_reflection
+from .machine import keep_freed_memory
 from .metrics import WorkerMetrics, pages
 from .scrape import ScrapeServer
 from .service import WorkerService
@@ -311,6 +312,7 @@ def run_worker(settings: WorkerSettings, parent_pid: int | None = None) -> None:
     Raises:
         SystemExit: with 1, if the engine ended by its own fault: the process must be restarted.
     """
+    keep_freed_memory()
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(_serve(WorkerProcess(settings), settings.drain_timeout_s, parent_pid))
 
