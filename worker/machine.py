@@ -11,9 +11,7 @@ from pathlib import Path
 from ..model.ops.device import gpu_free_bytes
 from .cgroup import left_bytes, quota_cores
 
-KEPT_ALLOCATION_BYTES = (
-    32 << 20
-)  # larger ones (weights, pools) are still mapped and unmapped; frames are at most 16 MiB
+KEPT_ALLOCATION_BYTES = 32 << 20  # frames are at most 16 MiB; weights and pools are still mapped and unmapped
 KEPT_BYTES = 64 << 20  # freed memory at the end of a heap
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
