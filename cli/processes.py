@@ -113,7 +113,6 @@ def router(
     The cluster's key is TWOSTROKE__CLUSTER__KEY, the workers' port TWOSTROKE__ROUTER__INTERNAL_PORT.
     """
     settings = o.config_from(locals())
-    from ..router.api.http.selector import tiered_selector
     from ..router.process import RouterProcess, run_router
 
     check_key(settings)
@@ -123,9 +122,7 @@ def router(
             "TWOSTROKE__ROUTER__INTERNAL_PORT, e.g. to 8002"
         )
     reads_defaults = settings.model.generation_config == "auto"
-    process = RouterProcess(
-        settings.router, settings.cluster.key, reads_defaults=reads_defaults, selector=tiered_selector()
-    )
+    process = RouterProcess(settings.router, settings.cluster.key, reads_defaults=reads_defaults)
     run_router(process, settings.cluster.drain_timeout_s, parent_pid)
 
 

@@ -39,12 +39,16 @@ class Hosted:
         self._wanted_gone = threading.Event()
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, lambda *_: self._wanted_gone.set())
-        self._loop = asyncio.new_event_loop()
+        self._loop = self._new_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="serve", daemon=True)
         self._thread.start()
         self._server = self._call(_build(build), None)
         self._call(self._server.start(), None)
         asyncio.run_coroutine_threadsafe(self._notice_end(), self._loop)
+
+    def _new_loop(self) -> asyncio.AbstractEventLoop:
+        """The loop that the server runs on."""
+        return asyncio.new_event_loop()
 
     def run(self) -> str:
         """Block until `stop`, SIGTERM or the server's own end; then drain. Returns a description of the end."""

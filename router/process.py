@@ -27,7 +27,7 @@ from .api.grpc.guard import SPARE_CALLS, Guard
 from .api.grpc.service import InferenceService
 from .api.http.app import make_app
 from .api.http.connections import Connections, connections_within, raise_file_limit
-from .api.http.selector import TieredSelector
+from .api.http.selector import TieredLoop, running_tiers
 from .config import RouterConfig
 from .ports import PORT_REMEDIES, check_ports
 from .requests.flow import Flow
@@ -65,14 +65,9 @@ class RouterProcess:
         cluster_key: str,
         *,
         reads_defaults: bool = True,
-        selector: TieredSelector | None = None,
     ) -> None:
-        """`reads_defaults`: whether a checkpoint's sampling defaults count (model.generation_config).
-
-        `selector`: that of the loop which will run this router, where the router may choose it.
-        """
+        """`reads_defaults`: whether a checkpoint's sampling defaults count (model.generation_config)."""
         self.ended = asyncio.Event()  # the HTTP server has ended, by `stop` or by its own fault
-        self.selector = selector
         self._settings = settings
         self._flow = Flow(settings, identity_key(cluster_key), proof_key=proof_key(cluster_key))
         self._front = Frontend(settings, self._flow, reads_defaults=reads_defaults)
@@ -120,7 +115,7 @@ class RouterProcess:
         for service in ("", _INFERENCE):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         most = connections_within(settings.max_connections, num_files)
-        connections = Connections(most, settings.slow_client_s, self.selector)
+        connections = Connections(most, settings.slow_client_s, running_tiers())
         config = uvicorn.Config(
             make_app(settings, self._front),
             http=cast(Any, connections.protocol),
@@ -162,15 +157,20 @@ class RouterProcess:
         self._servers.append(server)
 
 
+def prepared_loop() -> asyncio.AbstractEventLoop:
+    """The event loop of a router, with two tiers of events, in a process that is prepared for it."""
+    give_large_memory_back()
+    sys.setswitchinterval(SWITCH_S)
+    return TieredLoop()
+
+
 def run_router(process: RouterProcess, grace_s: float, parent_pid: int | None = None) -> None:
     """Main function of a router process: serve until SIGTERM, SIGINT or the parent's death, then drain.
 
     Raises:
         SystemExit: with 1, if the HTTP server ended by its own fault.
     """
-    give_large_memory_back()
-    sys.setswitchinterval(SWITCH_S)
-    with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(process.selector)) as runner:
+    with asyncio.Runner(loop_factory=prepared_loop) as runner:
         runner.run(_run(process, grace_s, parent_pid))
 
 

@@ -144,11 +144,19 @@ class RaySession:
 
     def _remove_files(self) -> None:
         self._scratch.remove()
+        _forget_excepthook()
         if self._before:
             set_variables(self._before)
             self._before = {}
             if "ray" in sys.modules:
                 ray_guard.read_settings()  # a Ray that the program uses next gets the program's own settings
+
+
+def _forget_excepthook() -> None:
+    """Take Ray's hook for uncaught exceptions away: without a Ray it tries for a minute, then ends without the error."""
+    worker = sys.modules.get("ray._private.worker")
+    if worker is not None and sys.excepthook is worker.custom_excepthook:
+        sys.excepthook = worker.normal_excepthook
 
 
 def _check_answers(address: str) -> None:

@@ -157,7 +157,7 @@ def test_each_worker_gets_what_the_plan_says(
         path = tmp_path / "tiny.gguf"
     config = load_config(flags=ONE | {"model.path": str(path), "model.device": "cpu"} | flags)
     processes = bytes_beside_workers(config) + (config.cluster.prefill + config.cluster.decode) * PROCESS_BYTES
-    plan = place(config, MachineFacts(8, processes + (1 << 30)), model_facts(config))
+    plan = place(config, MachineFacts(8, processes + (2 << 30)), model_facts(config))
     site = Site(plan.settle(config), plan.model.directory, plan.model.name, 1)
     for member in plan.workers:
         settings = worker_settings(site, member)

@@ -124,6 +124,6 @@ def test_a_prompt_whose_logprobs_are_wanted_gets_a_chunk_by_its_own_price(prompt
     prompt = tuple(range(100, 500))
     core.handle(Submit(SequenceKey("long", 0), Source.LOCAL, prompt, (), ROOT, params), 0.0)
     core.tick(0.0)
-    core.set_times(StepTimes(20.0, 0.25, 0.0, 0.8))
+    core.set_times(StepTimes(20.0, 0.25, 0.0, 0.4))
     decode, chunk = core.plan(0.0).sequences
     assert (decode.num_tokens, chunk.num_tokens) == (1, num_tokens)

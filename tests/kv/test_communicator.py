@@ -79,8 +79,7 @@ def test_a_source_that_freezes_is_given_up_after_the_patience_and_cannot_write_l
     ours.memory.fill_(7)
     pipe.close()
     os.kill(process.pid, signal.SIGCONT)
-    process.join(2 * PATIENCE_S)  # it sees the end of the control stream, and ends
-    assert not process.is_alive()
+    process.join(5.0)  # time to write, if it could
     assert bool((ours.memory == 7).all()), "a frozen peer wrote after the abort"
 
 

@@ -7,6 +7,7 @@ hanging on a busy machine. Every test begins with a whole, idle cluster, and so 
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from collections import Counter
@@ -53,6 +54,7 @@ def cluster(run_cluster: Any) -> Iterator[Any]:
         assert len(footprint.processes) > len(WORKERS)
         assert len(footprint.directories) == 1, footprint.directories
     footprint.until_gone(30.0)
+    assert "ray" not in sys.excepthook.__module__  # its hook would hide what an uncaught exception says
 
 
 @pytest.fixture

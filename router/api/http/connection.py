@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from asyncio.selector_events import _SelectorSocketTransport as _SelectorTransport  # type: ignore[attr-defined]
 from typing import TYPE_CHECKING, Any, cast
 
 import httptools
@@ -59,7 +60,8 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to look at the connection; refuse it where there is no room."""
         self._among.demote(transport)
-        transport.max_size = RECEIVED_AT_ONCE  # type: ignore[attr-defined]
+        if isinstance(transport, _SelectorTransport):  # other loops have no such setting
+            transport.max_size = RECEIVED_AT_ONCE
         super().connection_made(transport)
         self._since_s = self._took_s = self.loop.time()
         self._among.look_later(self, self.loop)

@@ -7,11 +7,12 @@ own, which takes part as one event; a few of its events are taken at each turn o
     loop ─ select ─┬─ first tier: wake-ups of other threads, gRPC, listening sockets     all that are ready
                    └─ second tier: HTTP connections                                      MAX_EVENTS per turn
 
-Knows no HTTP. Linux only: `tiered_selector` returns None where there is no epoll.
+Knows no HTTP. Linux only: elsewhere `TieredLoop` is a plain loop.
 """
 
 from __future__ import annotations
 
+import asyncio
 import select
 import selectors
 from collections.abc import Mapping
@@ -156,9 +157,18 @@ class TieredSelector(selectors.BaseSelector):
         return fd
 
 
-def tiered_selector() -> TieredSelector | None:
-    """A selector for the loop of a router process; None where the system has no epoll."""
-    return TieredSelector() if hasattr(select, "epoll") else None
+class TieredLoop(asyncio.SelectorEventLoop):
+    """The event loop of a router: over two tiers, where the system has epoll."""
+
+    def __init__(self) -> None:
+        self.tiers = TieredSelector() if hasattr(select, "epoll") else None
+        super().__init__(self.tiers)
+
+
+def running_tiers() -> TieredSelector | None:
+    """The selector of the running loop; None if it is not a loop over two tiers."""
+    loop = asyncio.get_running_loop()
+    return loop.tiers if isinstance(loop, TieredLoop) else None
 
 
 def _mask(events: int) -> int:
