@@ -153,7 +153,7 @@ class RaySession:
 
 
 def _forget_excepthook() -> None:
-    """Take Ray's hook for uncaught exceptions away: without a Ray it tries for a minute, then ends without the error."""
+    """Remove Ray's hook for uncaught exceptions: without a Ray it tries for a minute, and ends without the error."""
     worker = sys.modules.get("ray._private.worker")
     if worker is not None and sys.excepthook is worker.custom_excepthook:
         sys.excepthook = worker.normal_excepthook

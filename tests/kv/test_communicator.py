@@ -74,6 +74,8 @@ def test_a_source_that_freezes_is_given_up_after_the_patience_and_cannot_write_l
     process, pipe = source(ours.port, transfers=1000)
     ours.receive(pipe, count=2)
     os.kill(process.pid, signal.SIGSTOP)
+    if not ours.until_aborted(within_s=5.0):  # frozen while nothing was posted: only the control stream would notice
+        ours.channel.fail("the peer is silent")
     assert ours.until_aborted()
     assert ours.end.quarantined == frozenset()
     ours.memory.fill_(7)

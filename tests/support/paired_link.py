@@ -43,15 +43,15 @@ class Destination:
         self._until(lambda: len(self.got) >= count or self.channel.is_gone)
         return self.got
 
-    def until_aborted(self) -> bool:
-        self._until(lambda: self.channel.is_gone)
+    def until_aborted(self, within_s: float = GIVE_UP_S) -> bool:
+        self._until(lambda: self.channel.is_gone, within_s)
         return self.channel.is_gone
 
     def close(self) -> None:
         assert self.channel.close(self._patience_s + 10)
 
-    def _until(self, is_so) -> None:
-        end_s = time.monotonic() + GIVE_UP_S
+    def _until(self, is_so, within_s: float = GIVE_UP_S) -> None:
+        end_s = time.monotonic() + within_s
         while not is_so() and time.monotonic() < end_s:
             self._turn()
 
