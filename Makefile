@@ -53,17 +53,17 @@ campaigns: $(STAMP)-all,test,redis
 	for scope in $(SCOPES); do $(BIN)/twostroke sim exhaustive --scope $$scope || exit; done
 	$(BIN)/python bench/corruptions.py --corruptions $(CORRUPTIONS) --clean-blocks $(CLEAN_BLOCKS)
 
-# Real workers behind a proxy that splits, delays, cuts and resets their streams: ten minutes.
+# Real workers behind a proxy that splits, delays, cuts and resets their streams, and all unlike pairs: ten minutes.
 chaos: $(STAMP)-all,test,redis
-	$(BIN)/python -m pytest -s -m campaign tests/worker/test_chaos.py
+	$(BIN)/python -m pytest -s -m campaign tests/worker/test_chaos.py tests/worker/test_unlike_workers.py tests/system/test_unlike_ranks.py
 
 # The CPU kernels for 64-bit Arm under qemu: needs g++-aarch64-linux-gnu and qemu-user-static.
 arm: $(STAMP)-all,test,redis
 	$(BIN)/python -m pytest -rs -m campaign tests/kernels/test_arm.py
 
-# Every GPU kernel for the targets that the tests leave out.
+# Every GPU kernel for the targets that the tests leave out, and the GPU benchmark's engine under the interpreter.
 targets: $(STAMP)-all,test,redis
-	$(BIN)/python -m pytest -rs -m campaign tests/kernels/test_ahead_of_time.py
+	$(BIN)/python -m pytest -rs -m campaign tests/kernels/test_ahead_of_time.py tests/kernels/test_bench_gpu.py
 
 # The chart's life with real helm, and the pods' commands as processes: some minutes.
 chart-life: $(STAMP)-all,test,redis .helm/helm

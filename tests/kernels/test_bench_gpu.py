@@ -56,6 +56,7 @@ def test_one_command_finds_every_kernel_right_with_torch_and_triton_only(tmp_pat
     assert "| rotary_store_kv, fp8 | yes |" in (tmp_path / "kernels.md").read_text()
 
 
+@pytest.mark.campaign
 def test_the_engine_runs_end_to_end_with_torch_and_triton_only(tmp_path: Path) -> None:
     command = [sys.executable, "-c", WITHOUT, str(FOLDER / "engine.py"), "--interpret", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False, cwd=tmp_path)
