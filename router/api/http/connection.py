@@ -5,7 +5,7 @@ are checked there. Knows no route and no body.
 
     idle     nothing of a request is here
     head     some of a request's line and headers are here
-             (where there is no room, the longest idle connection makes some, then the longest in its head)
+             (where there is no room, a slow head makes some, then the longest idle connection, then the longest head)
     body     the headers are here, and the application answers
     behind   the answer is complete, and the body is not: what still comes is thrown away
     ending   nothing more is answered; what the client still sends is read and thrown away, within bounds, for a socket
@@ -75,6 +75,11 @@ class Connection(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         self._among.remove(self)
         super().connection_lost(exc)
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since the first byte of the head, or since the connection became idle."""
+        return self.loop.time() - self._since_s
 
     def give_up(self) -> None:
         """Close at once and drop unsent bytes."""

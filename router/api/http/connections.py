@@ -15,6 +15,7 @@ LOOK_S = 1.0  # between two looks at the same connection
 LOOKS_AT_ONCE = 32  # connections that are looked at in one turn of the loop
 ACCEPTS_PER_WINDOW = 128  # new connections; more wait in the listening socket's queue
 ACCEPT_WINDOW_S = 0.1
+SLOW_HEAD_S = 1.0  # a head that takes longer makes room before an idle connection, which its client may use again
 RESERVED_FILES = 256  # of the process, for anything but HTTP connections
 
 
@@ -85,13 +86,20 @@ class Connections:
     def add(self, connection: Connection) -> bool:
         """A new connection; another makes room for it. False: there is no room, and all have whole requests."""
         if len(self._all) >= self._most:
-            others = self._idle or self._heads
-            if not others:
+            victim = self._victim()
+            if victim is None:
                 return False
-            next(iter(others)).give_up()
+            victim.give_up()
         self._all.add(connection)
         self._idle[connection] = None
         return True
+
+    def _victim(self) -> Connection | None:
+        """The connection that makes room: the longest slow head, the longest idle one, or the longest head."""
+        head = next(iter(self._heads), None)
+        if head is not None and head.age_s > SLOW_HEAD_S:
+            return head
+        return next(iter(self._idle), head)
 
     def demote(self, transport: asyncio.Transport) -> None:
         """Events of a new connection wait behind those of the router's own work."""

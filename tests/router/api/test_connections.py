@@ -136,6 +136,27 @@ async def test_half_a_head_makes_room_for_a_new_connection():
             writer.transport.abort()
 
 
+@pytest.mark.parametrize(("slow_s", "idle_stays"), [(0.0, True), (60.0, False)])
+async def test_a_slow_head_makes_room_before_a_connection_that_its_client_may_use_again(
+    slow_s: float, idle_stays: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(connections, "SLOW_HEAD_S", slow_s)
+    async with served(most=2) as (port, among):
+        idle = await asyncio.open_connection("127.0.0.1", port)
+        half = await asyncio.open_connection("127.0.0.1", port)
+        half[1].write(GET[:20])
+        while not (len(among._heads) == len(among._idle) == 1):
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.01)
+        assert b"no worker" in await answer(port, GET[:-2] + b"connection: close\r\n\r\n")
+        gone = half if idle_stays else idle
+        with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+            await gone[0].readexactly(1)
+        assert len(among) == 1
+        for _, writer in (idle, half):
+            writer.transport.abort()
+
+
 async def test_a_request_behind_another_ones_answer_is_no_half_head():
     """A connection whose answer is under way keeps it, whatever it has begun to send behind it."""
 
