@@ -66,7 +66,6 @@ def test_a_source_that_is_killed_aborts_the_link_and_frees_all_memory(source, de
     process.kill()
     assert ours.until_aborted()
     assert ours.end.quarantined == frozenset()
-    assert ours.freed, "posted receives were in quarantine"
 
 
 def test_a_source_that_freezes_is_given_up_after_the_patience_and_cannot_write_later(source, destination) -> None:
