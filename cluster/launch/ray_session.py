@@ -155,7 +155,7 @@ class RaySession:
 def _forget_excepthook() -> None:
     """Remove Ray's hook for uncaught exceptions: without a Ray it tries for a minute, and ends without the error."""
     worker = sys.modules.get("ray._private.worker")
-    if worker is not None and sys.excepthook is worker.custom_excepthook:
+    if worker is not None and sys.excepthook is getattr(worker, "custom_excepthook", None):
         sys.excepthook = worker.normal_excepthook
 
 

@@ -15,6 +15,7 @@ The library's ids and tags are not trusted over time: ids are ours, begin at 1 a
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from dataclasses import dataclass
 from enum import StrEnum
@@ -78,7 +79,7 @@ class LinkState(StrEnum):
     GONE = "gone"
 
 
-class _End:
+class _End(ABC):
     """What both ends have in common: posted operations, their deadline, and the abort."""
 
     def __init__(self, patience_s: float) -> None:
@@ -127,8 +128,9 @@ class _End:
         self._posted[post.id] = (post, now_s + self._patience_s)
         return post
 
+    @abstractmethod
     def _forget_unposted(self) -> list[LinkAction]:
-        raise NotImplementedError
+        """Forget the transfers that are not posted yet; Free of their slots, if the library never had them."""
 
     def _take_posted(self, transfer: int) -> Post | None:
         """The post that completed; None: the link is being aborted, and its completions count no more."""
@@ -180,16 +182,16 @@ class DestinationEnd(_End):
         super().__init__(patience_s)
         self._slots, self._slot_bytes = slots, slot_bytes
         self._free = deque(range(slots))
-        self._last_id = 0
+        self.last_id = 0  # of the transfers that were announced
         self._waiting: deque[Announce] = deque()  # for a slot
 
     def announced(self, transfer: int, num_bytes: int, now_s: float) -> list[LinkAction]:
         """The source has filled a slot of its own."""
         if self.state is not LinkState.OPEN:
             return []
-        if transfer != self._last_id + 1 or not 0 < num_bytes <= self._slot_bytes or len(self._waiting) >= self._slots:
-            return self.failed(f"transfer {transfer} of {num_bytes} bytes after {self._last_id}")
-        self._last_id = transfer
+        if transfer != self.last_id + 1 or not 0 < num_bytes <= self._slot_bytes or len(self._waiting) >= self._slots:
+            return self.failed(f"transfer {transfer} of {num_bytes} bytes after {self.last_id}")
+        self.last_id = transfer
         self._waiting.append(Announce(transfer, num_bytes))
         return self._pump(now_s)
 

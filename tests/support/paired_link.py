@@ -43,15 +43,25 @@ class Destination:
         self._until(lambda: len(self.got) >= count or self.channel.is_gone)
         return self.got
 
-    def until_aborted(self, within_s: float = GIVE_UP_S) -> bool:
-        self._until(lambda: self.channel.is_gone, within_s)
+    def post_one_more(self) -> None:
+        """With a stopped source: take all that it has announced, then announce a transfer that it never sends."""
+        while wait([self._pipe], 0) or self._full:
+            self._turn()
+        end_s = time.monotonic() + 1.0  # what it had posted before it stopped may still arrive
+        while self.end.quarantined and time.monotonic() < end_s and not self.channel.is_gone:
+            self._turn()
+        if not self.end.quarantined:
+            self.channel.hear(Announce(self.end.last_id + 1, 1), time.monotonic())
+
+    def until_aborted(self) -> bool:
+        self._until(lambda: self.channel.is_gone)
         return self.channel.is_gone
 
     def close(self) -> None:
         assert self.channel.close(self._patience_s + 10)
 
-    def _until(self, is_so, within_s: float = GIVE_UP_S) -> None:
-        end_s = time.monotonic() + within_s
+    def _until(self, is_so) -> None:
+        end_s = time.monotonic() + GIVE_UP_S
         while not is_so() and time.monotonic() < end_s:
             self._turn()
 

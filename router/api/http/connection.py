@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from asyncio.selector_events import _SelectorSocketTransport as _SelectorTransport  # type: ignore[attr-defined]
 from typing import TYPE_CHECKING, Any, cast
 
 import httptools
@@ -60,7 +59,7 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to look at the connection; refuse it where there is no room."""
         self._among.demote(transport)
-        if isinstance(transport, _SelectorTransport):  # other loops have no such setting
+        if hasattr(transport, "max_size"):  # asyncio's own; other loops have no such setting
             transport.max_size = RECEIVED_AT_ONCE
         super().connection_made(transport)
         self._since_s = self._took_s = self.loop.time()
