@@ -49,6 +49,18 @@ from .world import Process
 
 MODEL = "model"
 MAX_MODEL_LEN = 1 << 20
+MODEL_FACTS = ModelFacts(
+    name=MODEL,
+    directory="",
+    vocab_size=VOCABULARY,
+    max_model_len=MAX_MODEL_LEN,
+    eos_ids=frozenset([EOS]),
+    weights_fingerprint=FINGERPRINT,
+    numerics_class=NUMERICS,
+    numerics_description="",
+    deterministic=True,
+    kv_spec=SPEC,
+)
 NO_EPOCH = Epoch(0, 0)
 ORPHAN_SLACK_S = 0.5  # time for commands under way, and for the running step to end
 PORT = 1  # port of every worker: orders name peers by host and port
@@ -374,22 +386,10 @@ def _rings(host: Host, worker: WorkerSetting) -> RingPool:
 
 
 def _face_facts(worker: WorkerSetting) -> FaceFacts:
-    model = ModelFacts(
-        name=MODEL,
-        directory="",
-        vocab_size=VOCABULARY,
-        max_model_len=MAX_MODEL_LEN,
-        eos_ids=frozenset([EOS]),
-        weights_fingerprint=FINGERPRINT,
-        numerics_class=NUMERICS,
-        numerics_description="",
-        deterministic=True,
-        kv_spec=SPEC,
-    )
     return FaceFacts(
         worker_id=worker.worker_id,
-        model=model,
-        namer=PromptHasher.of(IDENTITY_KEY, model),
+        model=MODEL_FACTS,
+        namer=PromptHasher.of(IDENTITY_KEY, MODEL_FACTS),
         digest_key=DIGEST_KEY,
         num_blocks=worker.num_blocks,
         block_tokens=worker.block_tokens,

@@ -18,7 +18,7 @@ from ...decode_worker.order import Order, Peer
 from ...decode_worker.outbox import Outbox
 from ...decode_worker.pull import KvPullTools
 from ...decode_worker.task import DecodeTask, DecodeTaskTools
-from ...engine.facts import FaceFacts, ModelFacts
+from ...engine.facts import FaceFacts
 from ...engine.link import messages as link
 from ...kv.handover.carrier import Check, Hear, StreamHost
 from ...kv.handover.frames import Frame, FrameLabel, WireError, decode_envelope, encode_frame, verify_frame
@@ -32,10 +32,9 @@ from ...prefill_worker.service import PrefillService
 from ...prefill_worker.task import PrefillTask, PrefillTaskTools
 from ...protos import handover_pb2
 from ..cells import CELL_BYTES, DIGEST_KEY, SPEC, digest_of
-from ..engine import FINGERPRINT, IDENTITY_KEY, NUMERICS
+from ..engine import IDENTITY_KEY, NUMERICS
 from ..invariants import Violation
-from ..store import EOS, VOCABULARY
-from ..workers import MAX_MODEL_LEN, MODEL, SimChoice, SimDispatcher
+from ..workers import MODEL_FACTS, SimChoice, SimDispatcher
 from .canonical import canonical
 
 PROMPT_TOKENS, UNIT_TOKENS = 24, 16  # two hash blocks, the second one partial: two frames
@@ -463,22 +462,10 @@ def _label_of(envelope: bytes | None, stream: NumberedStream | None) -> str:
 
 PARAMS = SamplingParams(max_tokens=len(TOKENS), temperature=0.0, ignore_eos=True)
 SCOPE = CacheScope(DOMAIN, b"")
-_MODEL = ModelFacts(
-    name=MODEL,
-    directory="",
-    vocab_size=VOCABULARY,
-    max_model_len=MAX_MODEL_LEN,
-    eos_ids=frozenset([EOS]),
-    weights_fingerprint=FINGERPRINT,
-    numerics_class=NUMERICS,
-    numerics_description="",
-    deterministic=True,
-    kv_spec=SPEC,
-)
 FACTS = FaceFacts(
     worker_id="w",
-    model=_MODEL,
-    namer=PromptHasher.of(IDENTITY_KEY, _MODEL),
+    model=MODEL_FACTS,
+    namer=PromptHasher.of(IDENTITY_KEY, MODEL_FACTS),
     digest_key=DIGEST_KEY,
     num_blocks=3,
     block_tokens=UNIT_TOKENS,
