@@ -9,10 +9,12 @@ and of the ops over both (`tests/kernels tests/kv/test_device_store.py tests/mod
 """
 
 import os
+import re
 from collections.abc import Callable
 
 import pytest
 from support.recorded import REWRITTEN, Recorded
+from support.shares import dealt
 
 if os.environ.get("TWOSTROKE_TEST_GPU") != "1":
     os.environ["TRITON_INTERPRET"] = "1"
@@ -32,6 +34,9 @@ else:
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
+STARTS_CLUSTERS = re.compile(r"tests/(system|worker)/")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--rewrite", action="store_true", help="write what the code says into recorded files (tests/scenarios, …)"
@@ -42,6 +47,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def recorded(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> Recorded:
     """Compares what the code says with a file; with `--rewrite` it writes the file."""
     return Recorded(request.node.nodeid, request.config.getoption("--rewrite"), record_property)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several test processes: what starts clusters first, each module in one process."""
+    num_processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if num_processes > 1:
+        items[:] = dealt(items, num_processes, lambda item: item.nodeid.split("::")[0], STARTS_CLUSTERS.match)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
