@@ -13,6 +13,8 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
+from .collection import keep_present_objects
+
 
 class Server(Protocol):
     """Server that `Hosted` can run."""
@@ -52,6 +54,7 @@ class Hosted:
 
     def run(self) -> str:
         """Block until `stop`, SIGTERM or the server's own end; then drain. Returns a description of the end."""
+        keep_present_objects()
         self._wanted_gone.wait()
         is_broken = self._server.ended.is_set()
         grace_s = 0.0 if is_broken else self._grace_s

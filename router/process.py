@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import signal
 import socket
 import sys
@@ -16,6 +15,7 @@ import uvicorn
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from ..core.collection import keep_present_objects
 from ..core.errors import ConfigError
 from ..core.foreground import Stop, Stopped, first, leave, orphaned, unless
 from ..core.memory import give_large_memory_back
@@ -186,8 +186,7 @@ async def _run(process: RouterProcess, grace_s: float, parent_pid: int | None) -
         raise
     if parent_pid is None:  # started by hand, or by a system that keeps the output
         print(process.readiness, file=sys.stderr, flush=True)
-    gc.collect()
-    gc.freeze()  # present objects stay for ever, so later collections can skip them
+    keep_present_objects()
     await first(process.ended.wait(), stop.asked.wait(), orphaned(parent_pid))
     is_broken = process.ended.is_set()
     try:

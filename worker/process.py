@@ -18,6 +18,7 @@ import grpc.aio
 
 from .. import __version__
 from ..core.clock import Clock, MonotonicClock
+from ..core.collection import keep_present_objects
 from ..core.errors import ConfigError, InternalError
 from ..core.foreground import Stop, Stopped, first, leave, orphaned, unless
 from ..core.guard import Guard
@@ -329,6 +330,7 @@ async def _serve(worker: WorkerProcess, grace_s: float, parent_pid: int | None) 
         await asyncio.to_thread(stop_building, STOP_BUILDING_S)
         leave(stop.exit_code if stop.number else 0)
     await starting
+    keep_present_objects()
     if parent_pid is None:  # started by hand, or by a system that keeps the output
         print(worker.readiness, file=sys.stderr, flush=True)
     if await first(worker.ended.wait(), stop.asked.wait(), orphaned(parent_pid)) == ORPHANED:

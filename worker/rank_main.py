@@ -15,6 +15,7 @@ import socket
 import sys
 from pathlib import Path
 
+from ..core.collection import keep_present_objects
 from ..core.errors import TwostrokeError
 from ..core.foreground import leave
 from ..engine.link.rank_link import LinkEnded, RankReceiver
@@ -52,6 +53,7 @@ def main() -> int:
             _log.exception("the model could not be loaded")
         send_answer(sock, error)
         return 1
+    keep_present_objects()
     send_answer(sock, None)
     receiver = RankReceiver(sock)
     try:

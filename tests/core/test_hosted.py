@@ -1,6 +1,7 @@
 """A hosted server's end: asked for, or its own. Whoever waits in `run` hears of both."""
 
 import asyncio
+import gc
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -30,6 +31,7 @@ def hosted():
     with ThreadPoolExecutor(1) as pool:
         yield hosted, server, pool.submit(hosted.run)
         hosted.stop()
+    gc.unfreeze()
 
 
 def test_a_wanted_end_drains(hosted):
@@ -38,6 +40,7 @@ def test_a_wanted_end_drains(hosted):
     host.stop()
     assert running.result(10) == "stopped"
     assert server.graces_s == [3.0]
+    assert gc.get_freeze_count() > 0  # what the start left behind is not collected again
 
 
 def test_a_server_that_breaks_ends_its_process_without_a_drain(hosted):

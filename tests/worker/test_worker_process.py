@@ -17,6 +17,8 @@ from twostroke.kv.config import CacheConfig
 from twostroke.worker.automatic import PROCESS_BYTES
 from twostroke.worker.process import WorkerProcess
 
+OBJECTS_OF_TORCH = 100_000
+
 
 async def spawn(checkpoint, *arguments, stderr=None):
     """The process and its address."""
@@ -43,6 +45,8 @@ async def test_sigterm_lets_the_running_end_and_exits_with_zero(tiny_checkpoint,
         await answer.ended()
         assert len(answer.token_ids) == 200
         assert await asyncio.wait_for(process.wait(), 10) == 0
+        kept = (await process.stdout.read()).decode().split("never scanned again: ")[1]
+        assert int(kept) > OBJECTS_OF_TORCH, "a collection scans them all, and holds every stream meanwhile"
         assert f"is ready with tiny at {address}; it takes work" in (tmp_path / "stderr").read_text()
     finally:
         if process.returncode is None:
