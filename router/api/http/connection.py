@@ -257,7 +257,7 @@ class Connection(HttpToolsProtocol):
         self._is_ending = True
         if self._in_head:
             self._may_throw = MAX_THROWN_HEAD_BYTES
-        if self._is_answering:
+        if self._is_answering and not self._takes_back():
             return
         body = b'{"error":{"message":"%s","type":"%s","param":null,"code":null}}' % (
             status[4:].encode(),
@@ -267,6 +267,15 @@ class Connection(HttpToolsProtocol):
         head += "retry-after: 1\r\n" if status.startswith("503") else ""
         self.transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
         self._stop_writing()
+
+    def _takes_back(self) -> bool:
+        """End a request whose body is broken: the application sees that its client left. False: it answers already."""
+        cycle = self.cycle
+        if self._in_head or not self._in_message or self.pipeline or cycle.response_started:
+            return False
+        cycle.disconnected = cycle.response_complete = True
+        cycle.message_event.set()
+        return True
 
 
 class _Answering:

@@ -24,9 +24,12 @@ _LINE_END = re.compile("[\x85\u2028\u2029]")
 
 
 def to_json(value: Any) -> bytes:
-    """Encode a value as JSON on one line, for every definition of a line end."""
+    """Encode a value as JSON on one line, for every definition of a line end.
+
+    A lone surrogate, which UTF-8 cannot encode, becomes its JSON escape: an error may name what a client sent.
+    """
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return _LINE_END.sub(lambda end: f"\\u{ord(end[0]):04x}", text).encode()
+    return _LINE_END.sub(lambda end: f"\\u{ord(end[0]):04x}", text).encode("utf-8", "backslashreplace")
 
 
 def to_json_in_parts(value: Any) -> bytes:

@@ -364,6 +364,49 @@ async def test_an_answer_before_the_end_of_a_body_reaches_a_client_that_writes_f
             await asyncio.sleep(0.01)
 
 
+@pytest.mark.parametrize("rest", [b"zz\r\n", b"2\r\nhello\r\n", b"fffffffffffffffff\r\n", b"0\r\n\x00: y\r\n\r\n"])
+async def test_a_broken_body_is_refused_at_once_and_given_up(rest: bytes):
+    """The application does not wait for the rest, which never comes."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        while (message := await receive())["type"] == "http.request":
+            pass
+        seen.append(message["type"])
+        await send({"type": "http.response.start", "status": 499, "headers": []})  # to nobody
+        await send({"type": "http.response.body", "body": b""})
+
+    seen: list[str] = []
+    head = b"POST / HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n2\r\n{}\r\n"
+    async with served(app=app) as (port, among):
+        got = await answer(port, head + rest)
+        assert got.startswith(b"HTTP/1.1 400")
+        assert got.count(b"HTTP/1.1") == 1
+        assert seen == ["http.disconnect"]
+        while len(among):
+            await asyncio.sleep(0.01)
+
+
+async def test_a_broken_body_behind_the_begin_of_its_answer_adds_no_other():
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        headers = [(b"content-length", b"5")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await go_on.wait()
+        await send({"type": "http.response.body", "body": b"whole"})
+
+    go_on = asyncio.Event()
+    async with served(app=app) as (port, _):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"POST / HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n2\r\n{}\r\n")
+        assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+        writer.write(b"zz\r\n")
+        await writer.drain()
+        asyncio.get_running_loop().call_later(0.1, go_on.set)
+        rest = await reader.read(-1)
+        assert rest.endswith(b"whole")
+        assert b"HTTP/1.1" not in rest
+        writer.transport.abort()
+
+
 def test_files_are_left_for_what_is_no_connection():
     assert connections_within(4096, 1 << 20) == 4096
     assert connections_within(4096, 1024) == 768

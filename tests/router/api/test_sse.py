@@ -106,3 +106,7 @@ async def test_a_client_that_takes_not_even_the_head_is_given_up_and_what_it_cam
 )
 def test_json_in_parts_is_the_same_json(value: Any):
     assert to_json_in_parts(value) == to_json(value)
+
+
+def test_a_lone_surrogate_becomes_its_escape():
+    assert to_json({"a": "\ud800\u2028é"}) == '{"a":"\\ud800\\u2028é"}'.encode()
