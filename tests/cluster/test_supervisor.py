@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +127,38 @@ async def test_a_worker_that_drains_has_the_longer_of_both_times(tiny_checkpoint
         members.seen(name, Use.DRAINS, 0.0)
         assert members.overdue(39.0) == []
         assert members.overdue(41.0) == [name]
+
+
+async def test_one_end_is_by_our_own_hand_once(made: tuple[Supervisor, Clock]) -> None:
+    supervisor, clock = made
+    name, said = worker_of(supervisor), []
+    supervisor._settled.set()
+    supervisor._say = said.append
+    supervisor._replaced.add(name)
+    for cause in ("signal 9", "out of memory"):
+        supervisor._membership.started(name, clock.at_s)
+        supervisor._ended(name, ProcessEnd(cause))
+    assert [line.partition(";")[0] for line in said] == [
+        f"{name} ended (killed, to be replaced)",
+        f"{name} ended (out of memory)",
+    ]
+
+
+async def test_routers_stop_first_and_only_then_their_workers(made: tuple[Supervisor, Clock]) -> None:
+    """Else the streams that a router lets end have no worker any more."""
+
+    class Stops:
+        async def stop(self, name: str, grace_s: float) -> None:
+            acts.append(f"stop {name}")
+            await asyncio.sleep(0)
+            acts.append(f"{name} is over")
+
+        async def close(self) -> None:
+            acts.append("close")
+
+    supervisor, _ = made
+    acts: list[str] = []
+    supervisor._launcher = Stops()  # type: ignore[assignment]
+    await supervisor.stop()
+    worker = worker_of(supervisor)
+    assert acts == ["stop router-0", "router-0 is over", f"stop {worker}", f"{worker} is over", "close"]

@@ -24,10 +24,20 @@ from twostroke.kv.handover.machine import HandoverEnd, Label, Lost
 from twostroke.kv.keys import PromptHasher
 from twostroke.kv.recent_prompts import RecentPrompts
 from twostroke.kv.spec import attention_spec
+from twostroke.protos import common_pb2
 from twostroke.protos import handover_pb2 as pb
 
 SPEC, CLASS = attention_spec(2, 2, 16, Codec.FP8_E4M3), b"c" * 16
 KEY, EPOCH, TOKENS = SequenceKey("r", 0), Epoch(1, 5), 72
+
+
+class Clock(MonotonicClock):
+    """It can be put forward."""
+
+    ahead_s = 0.0
+
+    def now_s(self) -> float:
+        return super().now_s() + self.ahead_s
 
 
 class Timer:
@@ -53,7 +63,11 @@ class Peerage:
         self.hear = hear
 
     def send(self, envelope: bytes) -> None:
-        self.said.append(decode_envelope(envelope).WhichOneof("body"))  # type: ignore[union-attr, call-overload]
+        message = decode_envelope(envelope)
+        self.said.append(message.WhichOneof("body"))  # type: ignore[union-attr, call-overload]
+        if self.said[-1] == "open":
+            self.timeout_ms = message.open.timeout_ms  # type: ignore[union-attr]
+            self.offers_memory = message.open.HasField("shared_memory")  # type: ignore[union-attr]
 
     def close(self, *, now: bool) -> None:
         self.said.append("close")
@@ -77,20 +91,24 @@ class Text:
         ended = FinishReason.STOP if is_by_text else FinishReason.LENGTH
         return TextDelta(first_index, token_ids, "x", ended, is_by_text)
 
+    def flush(self) -> str:
+        return ""
+
 
 class Bench:
-    def __init__(self, num_peers: int = 2, held_tokens: int = 0) -> None:
+    def __init__(self, num_peers: int = 2, held_tokens: int = 0, rings: Any = None) -> None:
         self.commands: list[Any] = []
         self.peers: list[Peerage] = []
+        self.clock, self.outbox = Clock(), Outbox()
         model = ModelFacts("m", "", 100, 64, frozenset({1}), b"w" * 16, CLASS, "here", True, SPEC)
         self.facts = FaceFacts("d", model, PromptHasher(b"k" * 32, b"w" * 16, CLASS), 7, 10, 16, 8192, 4, 8, 64)
-        self.pull = KvPullTools(self, None, 7, SPEC, HANDOVER_LEASE, MonotonicClock(), Counter())  # type: ignore[arg-type]
+        self.pull = KvPullTools(self, None, 7, SPEC, HANDOVER_LEASE, self.clock, Counter(), rings=rings)  # type: ignore[arg-type]
         peers = tuple(Peer(f"p{n}", 1, f"p{n}:1") for n in range(num_peers))
         params = SamplingParams(max_tokens=9)
         scope = CacheScope("t", b"")
         prompt = RecentPrompts(self.facts.namer).name(KEY.request_id, tuple(range(TOKENS)), scope)
         order = Order(KEY, EPOCH, prompt, params, scope, peers, 60.0, 0, 0, 1)
-        self.run = DecodeTask(order, Text(), Outbox(), self, lambda _: None)  # type: ignore[arg-type]
+        self.run = DecodeTask(order, Text(), self.outbox, self, lambda _: None)  # type: ignore[arg-type]
         self.run.start()
         self.run.handle(link.Promised(order.engine_key, held_tokens))
         self.key = order.engine_key
@@ -199,3 +217,53 @@ def test_the_end_of_a_sequence_ends_its_hand_over() -> None:
     it.peers[0].says(pb.Started())
     it.run.handle(link.Ended(it.key, FinishReason.ERROR, "deadline_exceeded", "late"))
     assert it.peers[0].said[-2:] == ["cancel", "close"]
+
+
+def test_the_first_reason_to_end_stays() -> None:
+    it = Bench(num_peers=0)
+    it.run.handle(link.TokenNews(it.key, 0, (5,)))  # a stop string
+    it.run.cancel("the client left")
+    it.run.handle(link.Ended(it.key, FinishReason.CANCELLED))
+    output = it.outbox.take()
+    assert output is not None
+    assert [end.reason for end in output.ends] == [common_pb2.FINISH_REASON_STOP]
+
+
+def test_a_later_peer_gets_the_time_that_is_left() -> None:
+    it = Bench()
+    it.peers[0].says(pb.Started())
+    it.clock.ahead_s = 20.0
+    it.peers[0].hear(None)
+    it.peers[1].says(pb.Started())
+    assert [round(peer.timeout_ms / 1000) for peer in it.peers] == [60, 40]
+
+
+class Ring:
+    """Shared memory of one pair; `take` gives it once until it is given back."""
+
+    def __init__(self) -> None:
+        self.is_lent, self.slot_bytes = False, 8192
+        self.memory = self
+
+    def why_none(self, address: str) -> str:
+        return ""
+
+    def take(self, address: str) -> Ring | None:
+        if self.is_lent:
+            return None
+        self.is_lent = True
+        return self
+
+    def offer(self) -> pb.SharedMemory:
+        return pb.SharedMemory(slot_bytes=self.slot_bytes)
+
+    def give_back(self, *, is_orderly: bool, has_failed: bool) -> None:
+        self.is_lent = False
+
+
+def test_a_lost_peers_ring_is_there_for_the_next_one() -> None:
+    it = Bench(rings=Ring())
+    it.peers[0].says(pb.Started())
+    it.peers[0].hear(None)
+    it.peers[1].says(pb.Started())
+    assert [peer.offers_memory for peer in it.peers] == [True, True]

@@ -252,4 +252,23 @@ _CONNECTIONS = [
     Mutant("router/api/http/connection.py", "        self._among.demote(transport)\n", ""),
 ]
 
-MUTANTS = [*_INSIDE, *_OUTSIDE, *_TEXT, *_CONNECTIONS]
+_LATER = [
+    Mutant("router/api/frontend.py", "        self._num_reading += len(calls)\n", "        self._num_reading += 1\n"),
+    Mutant(
+        "router/api/frontend.py",
+        "        except BaseException:\n            self._have_read(len(calls))\n            raise\n        work",
+        "        except BaseException:\n            raise\n        work",
+    ),
+    Mutant(
+        "router/api/batch.py",
+        "            if has_begun or loop.time() >= end_s:",
+        "            if loop.time() >= end_s:",
+    ),
+    Mutant(
+        "router/api/http/connection.py", "if self._is_answering and not self._takes_back():", "if self._is_answering:"
+    ),
+    Mutant("router/api/http/connection.py", "or self.pipeline or cycle.response_started:", "or self.pipeline:"),
+    Mutant("router/api/http/sse.py", '.encode("utf-8", "backslashreplace")', ".encode()"),
+]
+
+MUTANTS = [*_INSIDE, *_OUTSIDE, *_TEXT, *_CONNECTIONS, *_LATER]

@@ -272,4 +272,20 @@ _PLANS = [
     ),
 ]
 
-MUTANTS = [*_ENGINE, *_AROUND, *_TASTE, *_PLANS]
+_LATER = [
+    Mutant(
+        "engine/commands.py",
+        "        if sequence.state is not _S.PROMISED or sequence.wants_bind:",
+        "        if sequence.state is not _S.PROMISED:",
+    ),
+    Mutant(
+        "engine/cache_manager.py",
+        "        sequence.written.clear()\n",
+        "",
+        survives=(
+            "only a sequence that waits for a peer is written to, and one that gave its blocks back is computed here"
+        ),
+    ),
+]
+
+MUTANTS = [*_ENGINE, *_AROUND, *_TASTE, *_PLANS, *_LATER]

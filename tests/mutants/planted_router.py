@@ -316,4 +316,40 @@ _DRIVEN = [
     ),
 ]
 
-MUTANTS = [*_ROUTER, *_LIVES, *_DRIVEN]
+_LATER = [
+    Mutant(
+        "router/workers/links.py",
+        "            self._is_up = False\n            self._handlers.down(self.key, reason)\n",
+        "            self._handlers.down(self.key, reason)\n            self._is_up = False\n",
+    ),
+    Mutant(
+        "router/requests/lifecycle.py",
+        "            left_s = run.left_s(now_s)\n            key",
+        "            left_s = run.request.timeout_s\n            key",
+    ),
+    Mutant(
+        "router/requests/lifecycle.py",
+        "self._driver.later(max(0.0, run.left_s(now_s)),",
+        "self._driver.later(run.request.timeout_s,",
+    ),
+    Mutant("router/requests/lifecycle.py", "run.cause, run.waits_since_s = error, now_s", "run.cause = error"),
+    Mutant(
+        "router/routing/fleet.py",
+        "            worker.heard_s = worker.beat_s = worker.step_changed_s = now_s\n",
+        "            worker.heard_s = now_s\n",
+    ),
+    Mutant(
+        "router/routing/fleet.py",
+        "            worker.silent = worker.stalled = False\n            worker.heard_s",
+        "            worker.heard_s",
+    ),
+    Mutant("router/routing/lost_workers.py", "return max((lost.until_s", "return min((lost.until_s"),
+    Mutant("router/requests/admission.py", "and own + size > fair:", "and own > fair:"),
+    Mutant(
+        "router/requests/flow.py",
+        "        while self._life.runs.open and loop.time()",
+        "        while self._life.runs.active and loop.time()",
+    ),
+]
+
+MUTANTS = [*_ROUTER, *_LIVES, *_DRIVEN, *_LATER]

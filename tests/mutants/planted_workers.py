@@ -231,4 +231,34 @@ _CLUSTER = [
     Mutant("cluster/supervisor.py", "                    await self._launcher.kill(name)\n", ""),
 ]
 
-MUTANTS = [*_DECODE, *_CLUSTER]
+_LATER = [
+    Mutant(
+        "decode_worker/pull.py",
+        "                self._give_back(has_failed=is_wrong and self.receiver.transport == SHM)\n"
+        "                self._owner.pull_lost(action)\n",
+        "                self._owner.pull_lost(action)\n"
+        "                self._give_back(has_failed=is_wrong and self.receiver.transport == SHM)\n",
+    ),
+    Mutant(
+        "cluster/supervisor.py",
+        "        await asyncio.gather(*(self._launcher.stop(name, grace_s) for name in routers))\n"
+        "        await asyncio.gather(*(self._launcher.stop(name, grace_s) for name in workers))\n",
+        "        await asyncio.gather(*(self._launcher.stop(name, grace_s) for name in workers))\n"
+        "        await asyncio.gather(*(self._launcher.stop(name, grace_s) for name in routers))\n",
+    ),
+    Mutant(
+        "decode_worker/task.py",
+        "round((self._deadline_s - now_s) * 1000)",
+        "round((self._deadline_s - self._received_at_s) * 1000)",
+    ),
+    Mutant(
+        "decode_worker/task.py",
+        "            self._verdict = verdict\n"
+        "            self._tools.pull.dispatcher.send(link.CancelSequence(self.order.engine_key, verdict))\n",
+        "            self._tools.pull.dispatcher.send(link.CancelSequence(self.order.engine_key, verdict))\n"
+        "        self._verdict = verdict\n",
+    ),
+    Mutant("cluster/supervisor.py", "            self._replaced.remove(name)\n            end", "            end"),
+]
+
+MUTANTS = [*_DECODE, *_CLUSTER, *_LATER]

@@ -38,6 +38,7 @@ class Router:
         """`return_s`: how long a lost decode worker may stay away while requests wait for it."""
         self.now_s = 0.0
         self.sent: list[tuple[str, str]] = []  # worker, what
+        self.timeouts_ms: list[int] = []  # of the orders that were sent
         self.full: set[str] = set()  # workers that take no order beyond the first that is sent to them
         self.timers: list[FakeTimer] = []
         self.drops: list[str] = []
@@ -83,6 +84,7 @@ class Router:
         if isinstance(order, worker_pb2.Submit):
             if key.worker_id in self.full and any(w == key.worker_id and "submit" in what for w, what in self.sent):
                 return False
+            self.timeouts_ms.append(order.timeout_ms)
             self.sent.append((key.worker_id, f"submit {order.request_id}#{order.choice} @{order.epoch.counter}"))
         else:
             self.sent.append((key.worker_id, f"cancel {order.request_id} @{order.epoch.counter}"))
@@ -138,7 +140,7 @@ class Router:
             request_id, "m", tuple(range(50)), sampling, num_choices, domain, fields.pop("timeout_s", 9.0)
         )
         timeline = Timeline()
-        timeline.mark(Instant.ARRIVED, self.now_s)
+        timeline.mark(Instant.ARRIVED, fields.pop("arrived_s", self.now_s))
         run = self.life.admit(request, timeline, self.now_s)
         self.life.begin(run, self.now_s)
         return run

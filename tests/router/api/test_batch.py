@@ -166,3 +166,20 @@ async def test_a_stream_that_ends_without_its_last_piece_is_an_error_and_no_wait
     async with asyncio.timeout(5):
         with pytest.raises(InternalError):
             [piece async for piece in merged([cut_short], 1, at_once=1, patience_s=0)]
+
+
+async def test_a_prompt_that_has_begun_does_not_begin_again():
+    class Full(Source):
+        num_begun = 0
+
+        async def pieces(self) -> AsyncGenerator[OutputDelta, None]:
+            Full.num_begun += 1
+            async for piece in super().pieces():
+                yield piece
+
+    first, full = Source(1), Full(1, Overloaded("full", retry_after_s=0.001))
+    for source in (first, full):
+        source.may_end.set()
+    with pytest.raises(Overloaded):
+        [piece async for piece in merged([first.pieces, full.pieces], 2, at_once=1, patience_s=5)]
+    assert Full.num_begun == 1

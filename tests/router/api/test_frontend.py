@@ -84,3 +84,33 @@ async def test_calls_beyond_the_bound_are_refused_before_they_are_tokenised(monk
 def test_a_peers_error_that_means_later_always_says_when(code):
     assert errors.from_code(code, "no").retry_after_s
     assert errors.from_code(code, "no", retry_after_s=7.0).retry_after_s == 7.0
+
+
+async def test_every_prompt_of_a_list_counts_and_no_more_when_its_model_is_not_there(monkeypatch):
+    async with cluster() as c:
+        front = Frontend(RouterConfig(max_running=2), c.flow)
+
+        async def nobody(_: object) -> None:
+            raise errors.Unavailable("nobody", retry_after_s=1.0)
+
+        monkeypatch.setattr(front.models, "get", nobody)
+        calls = [GenerateCall(model=MODEL, prompt="x")] * 3
+        with pytest.raises(errors.Overloaded):
+            await front.start_list("L", calls)
+        for _ in range(3):
+            with pytest.raises(errors.Unavailable):
+                await front.start_list("L", calls[:2])
+        hold = asyncio.Event()
+
+        async def slow(_: object) -> None:
+            await hold.wait()
+            raise errors.Unavailable("nobody", retry_after_s=1.0)
+
+        monkeypatch.setattr(front.models, "get", slow)
+        reading = asyncio.create_task(front.start_list("L", calls[:2]))
+        await asyncio.sleep(0)
+        with pytest.raises(errors.Overloaded):
+            await asyncio.wait_for(front.start_list("L", calls[:1]), 2)
+        hold.set()
+        with pytest.raises(errors.Unavailable):
+            await reading

@@ -366,3 +366,16 @@ async def test_metrics_exist_with_zero_and_then_count() -> None:
         assert value("vllm:request_success_total", {"model_name": MODEL, "finished_reason": "length"}) == 1
         assert value("vllm:time_to_first_token_seconds_count", {"model_name": MODEL}) == 1
         assert value("vllm:inter_token_latency_seconds_count", {"model_name": MODEL}) == 4
+
+
+async def test_a_drain_waits_for_clients_that_have_not_read_all_yet() -> None:
+    async with cluster() as c:
+        worker = await c.add(FakeWorker("w"))
+        stream = c.flow.generate(request(max_tokens=10), Timeline())
+        got = [await anext(stream)]
+        await until(lambda: not c.flow._life.runs.active)
+        assert worker.submits
+        assert not await c.flow.drain(0.05)
+        await collect_into(got, stream)
+        assert tokens_of(got) == expected(10)
+        assert await c.flow.drain(0.05)

@@ -375,3 +375,31 @@ def test_of_an_earlier_life_nothing_is_heard_and_nothing_stays() -> None:
     assert roster.prefixes.held(blocks) == {}
     roster.tick(0.0, 100)
     assert len(roster.prefixes) == 0
+
+
+def test_deadlines_count_from_the_arrival_on_the_worker_too() -> None:
+    router = Router("a")
+    router.now_s = 3.0
+    run = router.ask(arrived_s=1.0, timeout_s=9.0)
+    assert router.timeouts_ms == [7000]
+    router.pass_s(2.0)
+    router.end(run, code="overloaded")
+    router.join("b")
+    router.pass_s(0.1)
+    assert router.timeouts_ms == [7000, 5000]
+    router.pass_s(4.8)
+    assert run.stage is Stage.DISPATCHED
+    router.pass_s(0.2)
+    assert isinstance(run.error, errors.DeadlineExceeded)
+
+
+def test_a_request_that_is_taken_back_waits_as_long_as_a_new_one() -> None:
+    router = Router("a")
+    run = router.ask()
+    router.pass_s(5.0)
+    router.roster.beat(placed(run), None, router.now_s)
+    router.roster.session_down(placed(run), "broke", router.now_s)
+    router.pass_s(1.9)
+    assert run.stage is Stage.ROUTING
+    router.pass_s(0.2)
+    assert isinstance(run.error, errors.WorkerLost)

@@ -98,3 +98,15 @@ def test_another_worker_takes_the_request_at_once() -> None:
     router = Router("a", "b", return_s=30.0)
     lose(router)
     assert router.ask().dispatches[-1].decode == WorkerKey("b", 1)
+
+
+def test_the_last_worker_that_may_return_ends_the_wait() -> None:
+    router = Router("a", "b", return_s=30.0)
+    lose(router, "a")
+    pass_s(router, 20)
+    lose(router, "b")
+    run = router.ask(timeout_s=90.0)
+    pass_s(router, 20)
+    assert run.stage is Stage.ROUTING
+    pass_s(router, 11)
+    assert isinstance(run.error, errors.Unavailable)

@@ -19,7 +19,7 @@ from twostroke.router.requests.delivery import Delivery, DeliveryVerdict, PieceB
 from twostroke.router.requests.history import RequestHistory
 from twostroke.router.requests.pieces import OutputDelta
 from twostroke.router.routing.coefficients import Coefficients
-from twostroke.router.routing.facts import LoadFacts, ModelFacts, WorkerFacts, WorkerKey
+from twostroke.router.routing.facts import LoadFacts, ModelFacts, WorkerFacts, WorkerKey, WorkerState
 from twostroke.router.routing.fleet import Fleet
 from twostroke.router.routing.policy import PolicyLimits, RequestFacts, WorkerView, choose
 
@@ -268,3 +268,31 @@ def test_a_role_follows_the_last_word_on_any_stream(way: str) -> None:
         assert fleet.may_serve_soon("m") == decodes
         assert ("m" in fleet.ready_models()) == decodes
         assert "m" in fleet.models()
+
+
+def test_a_session_that_is_open_again_counts_as_heard_now() -> None:
+    fleet, model = Fleet(), ModelFacts("m", b"f", b"n", "", 1024, 256, True, "", 1)
+    facts = WorkerFacts("w", 1, Role.DECODE, "w:1", model, 64, 16, 8, 64)
+    fleet.announced(facts, 0.0)
+    fleet.session_up(facts.key, facts, 0.0)
+    fleet.beat(facts.key, 0.0, "step", 1)
+    for place in range(1, 199):
+        now_s = place / 10
+        fleet.announced(facts, now_s)
+        fleet.beat(facts.key, now_s) if now_s < 18.0 else None
+        fleet.tick(now_s)
+    assert [worker.state for worker in fleet] == [WorkerState.SUSPECT], "its count of steps stands still"
+    fleet.session_down(facts.key, 20.0, "broke")
+    fleet.session_up(facts.key, facts, 20.1)
+    assert [worker.state for worker in fleet] == [WorkerState.LIVE]
+    assert fleet.tick(20.2) == []
+    assert [worker.state for worker in fleet] == [WorkerState.LIVE]
+
+
+def test_above_the_contended_share_a_tenant_may_not_go_beyond_its_part_by_its_next_request() -> None:
+    admission = Admission(AdmissionLimits(max_requests=100, max_tokens=1000))
+    admission.offer(Offer("a1", "ann", 350, 60.0), 0.0)
+    admission.offer(Offer("b1", "bob", 100, 60.0), 0.0)
+    with pytest.raises(Overloaded, match="35%"):
+        admission.offer(Offer("a2", "ann", 350, 60.0), 0.0)
+    admission.offer(Offer("b2", "bob", 250, 60.0), 0.0)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import grpc.aio
 from support.fake_worker import FakeWorker
 from support.flow_cluster import cluster, collect, request, until
+from support.list_router import MODEL
 
+from twostroke.core.request import Role
 from twostroke.protos import worker_pb2
+from twostroke.router.routing.facts import WorkerFacts, WorkerKey
 from twostroke.router.workers import links as sessions
 
 
@@ -54,3 +57,22 @@ async def test_orders_that_waited_when_a_session_broke_are_not_sent_in_the_next(
         assert link.send(worker_pb2.SessionUp(submit=worker_pb2.Submit(request_id="last")))
         await until(lambda: worker.submits and worker.submits[-1].request_id == "last")
         assert len(worker.submits) < 400
+
+
+async def test_no_order_is_taken_by_a_session_that_is_being_reported_as_broken() -> None:
+    """It would wait for the next session, and be stale there."""
+
+    def down(key: WorkerKey, reason: str) -> None:
+        taken.append(link.send(worker_pb2.SessionUp(cancel=worker_pb2.CancelRequest(request_id="r"))))
+
+    def nothing(*_: object) -> bool:
+        return True
+
+    taken: list[bool] = []
+    facts = WorkerFacts("w", 1, Role.DECODE, "127.0.0.1:1", MODEL, 64, 16, 8, 64)
+    handlers = sessions.LinkHandlers(nothing, down, nothing, nothing, nothing, nothing)
+    link = sessions.WorkerLink(facts, worker_pb2.SessionHello(), handlers, b"p" * 32)
+    link._is_up = True
+    link._mark_down("broke")
+    await link.close()
+    assert taken == [False]
