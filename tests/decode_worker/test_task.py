@@ -67,7 +67,6 @@ class Peerage:
         self.said.append(message.WhichOneof("body"))  # type: ignore[union-attr, call-overload]
         if self.said[-1] == "open":
             self.timeout_ms = message.open.timeout_ms  # type: ignore[union-attr]
-            self.offers_memory = message.open.HasField("shared_memory")  # type: ignore[union-attr]
 
     def close(self, *, now: bool) -> None:
         self.said.append("close")
@@ -96,13 +95,13 @@ class Text:
 
 
 class Bench:
-    def __init__(self, num_peers: int = 2, held_tokens: int = 0, rings: Any = None) -> None:
+    def __init__(self, num_peers: int = 2, held_tokens: int = 0) -> None:
         self.commands: list[Any] = []
         self.peers: list[Peerage] = []
         self.clock, self.outbox = Clock(), Outbox()
         model = ModelFacts("m", "", 100, 64, frozenset({1}), b"w" * 16, CLASS, "here", True, SPEC)
         self.facts = FaceFacts("d", model, PromptHasher(b"k" * 32, b"w" * 16, CLASS), 7, 10, 16, 8192, 4, 8, 64)
-        self.pull = KvPullTools(self, None, 7, SPEC, HANDOVER_LEASE, self.clock, Counter(), rings=rings)  # type: ignore[arg-type]
+        self.pull = KvPullTools(self, None, 7, SPEC, HANDOVER_LEASE, self.clock, Counter())  # type: ignore[arg-type]
         peers = tuple(Peer(f"p{n}", 1, f"p{n}:1") for n in range(num_peers))
         params = SamplingParams(max_tokens=9)
         scope = CacheScope("t", b"")
@@ -236,34 +235,3 @@ def test_a_later_peer_gets_the_time_that_is_left() -> None:
     it.peers[0].hear(None)
     it.peers[1].says(pb.Started())
     assert [round(peer.timeout_ms / 1000) for peer in it.peers] == [60, 40]
-
-
-class Ring:
-    """Shared memory of one pair; `take` gives it once until it is given back."""
-
-    def __init__(self) -> None:
-        self.is_lent, self.slot_bytes = False, 8192
-        self.memory = self
-
-    def why_none(self, address: str) -> str:
-        return ""
-
-    def take(self, address: str) -> Ring | None:
-        if self.is_lent:
-            return None
-        self.is_lent = True
-        return self
-
-    def offer(self) -> pb.SharedMemory:
-        return pb.SharedMemory(slot_bytes=self.slot_bytes)
-
-    def give_back(self, *, is_orderly: bool, has_failed: bool) -> None:
-        self.is_lent = False
-
-
-def test_a_lost_peers_ring_is_there_for_the_next_one() -> None:
-    it = Bench(rings=Ring())
-    it.peers[0].says(pb.Started())
-    it.peers[0].hear(None)
-    it.peers[1].says(pb.Started())
-    assert [peer.offers_memory for peer in it.peers] == [True, True]

@@ -233,13 +233,6 @@ _CLUSTER = [
 
 _LATER = [
     Mutant(
-        "decode_worker/pull.py",
-        "                self._give_back(has_failed=is_wrong and self.receiver.transport == SHM)\n"
-        "                self._owner.pull_lost(action)\n",
-        "                self._owner.pull_lost(action)\n"
-        "                self._give_back(has_failed=is_wrong and self.receiver.transport == SHM)\n",
-    ),
-    Mutant(
         "cluster/supervisor.py",
         "        await asyncio.gather(*(self._launcher.stop(name, grace_s) for name in routers))\n"
         "        await asyncio.gather(*(self._launcher.stop(name, grace_s) for name in workers))\n",

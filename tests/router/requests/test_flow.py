@@ -376,6 +376,9 @@ async def test_a_drain_waits_for_clients_that_have_not_read_all_yet() -> None:
         await until(lambda: not c.flow._life.runs.active)
         assert worker.submits
         assert not await c.flow.drain(0.05)
+        draining = asyncio.create_task(c.flow.drain(5.0))
+        await asyncio.sleep(0.02)
+        assert not draining.done()
         await collect_into(got, stream)
         assert tokens_of(got) == expected(10)
-        assert await c.flow.drain(0.05)
+        assert await draining
