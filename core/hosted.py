@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
-from .collection import keep_present_objects
+from .memory import keep_present_objects
 
 
 class Server(Protocol):

@@ -18,11 +18,11 @@ import grpc.aio
 
 from .. import __version__
 from ..core.clock import Clock, MonotonicClock
-from ..core.collection import keep_present_objects
 from ..core.errors import ConfigError, InternalError
 from ..core.foreground import Stop, Stopped, first, leave, orphaned, unless
 from ..core.guard import Guard
 from ..core.lease import HANDOVER_LEASE, Lease
+from ..core.memory import keep_present_objects
 from ..core.ports import bindable_host, check_port, target
 from ..core.request import Role
 from ..decode_worker.pull import KvPullTools

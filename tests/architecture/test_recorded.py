@@ -32,6 +32,7 @@ def copy(tmp_path: Path) -> Path:
         "pyproject.toml",
         "tests/conftest.py",
         "tests/support/recorded.py",
+        "tests/support/shares.py",
         MODULE,
         SCENARIO,
     ):
