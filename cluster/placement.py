@@ -55,6 +55,7 @@ class Plan:
     pool: PoolSize  # of each worker
     config: Config  # with decided values for settings that were not given
     decisions: tuple[Decision, ...]
+    spare_gpus: tuple[int, ...] = ()  # without a worker
 
     @property
     def workers(self) -> tuple[ProcessPlan, ...]:
@@ -136,7 +137,9 @@ def place(config: Config, machine: MachineFacts, model: ModelFacts) -> Plan:
         )
     update = {"step": sized.step, "cache": sized.cache, "router": router, "cluster": patience}
     served = replace(model, max_model_len=sized.max_model_len)
-    return Plan(tuple(members), served, sized.pool, config.model_copy(update=update), tuple(decisions))
+    used = {member.gpu for member in members if member.device == "cuda"}
+    spare = tuple(sorted(set(range(len(machine.gpu_bytes))) - used)) if device == "cuda" else ()
+    return Plan(tuple(members), served, sized.pool, config.model_copy(update=update), tuple(decisions), spare)
 
 
 def _told_ranks(ranks: list[int]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ...core.request import Role, SequenceKey
-from .facts import LoadFacts, WorkerFacts, WorkerState
+from .facts import GpuFacts, LoadFacts, WorkerFacts, WorkerState
 
 REPORT_LAG_S = 0.25
 """A load report may lack work that was dispatched less than this time before its arrival."""
@@ -49,6 +49,16 @@ class Worker:
         if self.draining:
             return WorkerState.DRAINING
         return WorkerState.SUSPECT if self.silent or self.stalled else WorkerState.LIVE
+
+    @property
+    def gpus(self) -> tuple[GpuFacts, ...]:
+        """Its GPUs by its last report."""
+        return self.load.gpus or self.facts.gpus
+
+    @property
+    def slowdown(self) -> float:
+        """Factor on predicted times while a GPU of it is throttled; 1: none is."""
+        return max((gpu.slowdown for gpu in self.gpus if gpu.verdict == "throttled"), default=1.0) or 1.0
 
     @property
     def queued_prefill_tokens(self) -> int:

@@ -236,4 +236,5 @@ def _candidate(c: Candidate, wins: bool) -> str:
     return (
         f"{mark}{c.name}: {t.total_ms:.1f} = queue {t.prefill_queue_ms:.1f} + prefill {t.prefill_ms:.1f} "
         f"+ transfer {t.transfer_ms:.1f} + queue {t.decode_queue_ms:.1f} + load penalty {t.load_penalty_ms:.1f}"
+        + (f" + throttled {t.throttle_ms:.1f}" if t.throttle_ms else "")
     )
