@@ -54,6 +54,7 @@ class Supervisor:
         self._tasks: list[asyncio.Task[None]] = []
         self._members = {member.name: member for member in plan.members}
         self._devices = Devices(plan.spare_gpus)
+        self._cordons: dict[str, str] = {}  # members whose present life reports a cordoned GPU, with the reason
 
     @property
     def http_url(self) -> str:
@@ -140,6 +141,9 @@ class Supervisor:
             self._replaced.remove(name)
             end = ProcessEnd("killed, to be replaced")
         self._ended_life[name] = self._life.get(name, "")
+        cordon = self._cordons.pop(name, None)
+        if cordon is not None:  # whatever ended it in the end
+            end = ProcessEnd(cordon, device=DeviceEnd.CORDONED)
         if end.device is not DeviceEnd.NONE and not self._find_device(name, end):
             return
         due_s = self._membership.ended(name, end.cause, self._clock.now_s())
@@ -211,6 +215,8 @@ class Supervisor:
                 self._membership.ready(name, now_s)
                 arithmetic = lives[name].arithmetic
                 self._say(f"{name} is ready" + (f": {arithmetic}" if arithmetic else ""))
+            if is_new and lives[name].cordon:
+                self._cordons[name] = lives[name].cordon
             if is_new and lives[name].role is not None:
                 # `twostroke role` asks the worker itself. Its next process starts with the role of this one, unless the
                 # process ends before the role is seen here.
@@ -227,6 +233,7 @@ class _Life(NamedTuple):
     use: Use
     arithmetic: str = ""  # of a worker: description of its numerics class
     role: Role | None = None  # of a worker: the present one
+    cordon: str = ""  # of a worker: its cordoned GPU and why
 
 
 def launcher_class(config: Config) -> Callable[[Site], Launcher]:
@@ -258,8 +265,14 @@ def _lives(cluster: dict[str, Any] | None) -> dict[str, _Life]:
     found = {"router-0": _Life(cluster["router"]["incarnation"], Use.SERVES)}
     for worker in cluster["workers"]:
         use = _USE_BY_STATE.get(worker["state"], Use.NONE)
-        found[worker["worker_id"]] = _Life(worker["incarnation"], use, worker["numerics"], Role(worker["role"]))
+        role, cordon = Role(worker["role"]), _cordon_of(worker)
+        found[worker["worker_id"]] = _Life(worker["incarnation"], use, worker["numerics"], role, cordon)
     return found
+
+
+def _cordon_of(worker: dict[str, Any]) -> str:
+    cordoned = [gpu for gpu in worker.get("gpus", ()) if gpu["verdict"] == "cordon"]
+    return "".join(f"{gpu['uuid']} is cordoned: {'; '.join(gpu['reasons'])}" for gpu in cordoned[:1])
 
 
 def _with_fixed_ports(config: Config) -> Config:

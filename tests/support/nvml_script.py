@@ -105,24 +105,33 @@ class NvmlScript:
 
     @classmethod
     def following(cls, file: Path) -> NvmlScript:
-        """Devices as a JSON file describes them, which is read again whenever it changes."""
+        """Devices as a JSON file describes them, which is read again whenever it changes.
+
+        XIDs that stand there at the first reading are of before; later ones are told once.
+        """
         script = cls()
-        seen: list[Any] = [None, 0]
+        seen = [""]
+        told: dict[str, int] = {}
 
         def refresh() -> None:
             text = file.read_text()
             if text == seen[0]:
                 return
-            found = [Device(**{**entry, "hangs": set(entry.get("hangs", ()))}) for entry in json.loads(text)]
+            seen[0] = text
+            waiting = {device.uuid: device.xids for device in script.devices}
+            found = [Device(**entry) for entry in json.loads(text)]
             for device in found:
-                device.xids = device.xids[seen[1] :] if len(found) == 1 else device.xids
-            seen[0], seen[1] = text, len(json.loads(text)[0].get("xids", ()))
-            waiting = script.devices[0].xids if script.devices else []
-            if found:
-                found[0].xids = [*waiting, *found[0].xids]
-            script.devices = found
+                history, device.hangs = device.xids, set(device.hangs)
+                device.xids = [*waiting.get(device.uuid, ()), *history[told.get(device.uuid, len(history)) :]]
+                told[device.uuid] = len(history)
+            for at, device in enumerate(found):  # handles stay valid
+                if at < len(script.devices):
+                    script.devices[at].__dict__.update(device.__dict__)
+                else:
+                    script.devices.append(device)
 
         script._refresh = refresh
+        refresh()
         return script
 
     def release(self) -> None:

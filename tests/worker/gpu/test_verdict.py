@@ -154,6 +154,13 @@ def test_throttling_appears_after_two_seconds_and_vanishes_after_five() -> None:
     assert states == [False, False, False, True, True, True, True, True, True, False, False, False, False]
 
 
+def test_short_dips_of_the_clocks_do_not_add_up() -> None:
+    health = started()
+    for second in range(1, 20):
+        health.read(HOT if second % 2 else HEALTHY, float(second))
+        assert health.verdict(float(second)).action is Action.NOTHING
+
+
 def test_a_throttled_gpu_is_slower_by_its_clocks_within_bounds() -> None:
     def slowdown(**changes: object) -> float:
         health = started()
