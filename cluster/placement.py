@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from ..checkpoint.activations import NO_STEP, StepBytes
 from ..core.errors import ConfigError
 from ..core.request import Role
 from ..kv.sizing import PoolSize
@@ -28,6 +29,7 @@ class ModelFacts:
     asked_max_model_len: int | None = None  # as configured
     remarks: tuple[str, ...] = ()  # differences between the checkpoint's statements and our reading of them
     sampling: str = ""  # the checkpoint's sampling defaults, as text; empty: none
+    step_bytes: StepBytes = NO_STEP  # of a step's intermediate values
 
 
 @dataclass(frozen=True, slots=True)

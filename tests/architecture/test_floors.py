@@ -50,7 +50,9 @@ PURE_FILES = (
     "worker/gpu/verdict.py",
     "worker/gpu/visible.py",
     "worker/gpu/xid.py",
+    "cluster/catalogue.py",
     "cluster/devices.py",
+    "cluster/fit.py",
     "cluster/placement.py",
     "cluster/restarts.py",
 )
