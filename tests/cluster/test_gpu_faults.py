@@ -151,3 +151,31 @@ async def test_a_cluster_does_not_start_on_an_unfit_gpu_and_says_why(tiny_checkp
     with pytest.raises(Exception, match="GPU-zero is cordoned: a memory row could not be remapped"):
         async with running(tiny_checkpoint):
             pass
+
+
+async def test_a_hot_gpu_is_shown_and_one_off_the_bus_leaves_its_worker_down(tiny_checkpoint: Path, gpus: Gpus) -> None:
+    async def verdict() -> str:
+        worker = await cluster.worker()
+        return worker["gpus"][0]["verdict"] if worker else "nobody"
+
+    async def becomes(wanted: str) -> None:
+        async with asyncio.timeout(60):
+            while await verdict() != wanted:
+                await asyncio.sleep(0.1)
+
+    device = gpus.devices[0]
+    async with running(tiny_checkpoint) as cluster:
+        await becomes("ok")
+        device["values"] = {"clock_reasons": 0x20, "sm_clock": 990}
+        gpus.write()
+        await becomes("throttled")
+        device["values"], device["errors"] = {}, {"nvmlDeviceGetTemperature": "UNKNOWN"}  # in the middle of a poll
+        gpus.write()
+        await asyncio.sleep(2.0)
+        device["errors"] = {}
+        gpus.write()
+        await becomes("ok")
+        device["errors"] = {"all": "GPU_IS_LOST"}
+        gpus.write()
+        await cluster.heard("is not started again, because no other GPU is free: GPU-zero is cordoned: the GPU is lost")
+        assert await verdict() == "nobody"
