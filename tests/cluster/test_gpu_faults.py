@@ -115,10 +115,11 @@ def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gpus:
     return Gpus(tmp_path / "gpus.json", "GPU-zero", "GPU-one")
 
 
+@pytest.mark.parametrize("launcher", ["process", pytest.param("ray", marks=pytest.mark.ray)])
 async def test_a_worker_is_restarted_on_its_gpu_moved_to_a_spare_one_and_then_left_down(
-    tiny_checkpoint: Path, gpus: Gpus
+    tiny_checkpoint: Path, gpus: Gpus, launcher: str
 ) -> None:
-    async with running(tiny_checkpoint, spare=(1,)) as cluster:
+    async with running(tiny_checkpoint, spare=(1,), cluster__launcher=launcher) as cluster:
         first = await cluster.another("")
         assert [gpu["uuid"] for gpu in first["gpus"]] == ["GPU-zero"]
         gpus.xid(0, 31)  # a fault of the work: the process is restarted on the same GPU

@@ -115,8 +115,10 @@ class GpuMonitor:
             await asyncio.sleep(LOOK_S)
 
     def _look(self) -> None:
+        if self._looker is None or self._stopping.is_set():
+            return  # the first verdict is the result of `start`
         verdict = self.state().verdict
-        if verdict != self._told and not self._stopping.is_set():
+        if verdict != self._told:
             self._told = verdict
             self._on_change(verdict)
 

@@ -113,6 +113,15 @@ async def test_a_gpu_off_the_bus_is_cordoned(watched: Callable[..., Watched]) ->
     assert "the GPU is lost" in one.monitor.state().verdict.reasons[-1]
 
 
+async def test_the_first_verdict_is_told_once(watched: Callable[..., Watched]) -> None:
+    one = watched(Device("GPU-a", errors={"nvmlDeviceGetMemoryInfo": "GPU_IS_LOST"}))
+    verdict = await one.monitor.start()
+    assert verdict is not None
+    assert verdict.action is Action.CORDON
+    await asyncio.sleep(0.1)
+    assert one.told == []
+
+
 @pytest.mark.parametrize("function", ["nvmlDeviceGetTemperature", "nvmlEventSetWait_v2"])
 async def test_a_hang_is_noticed_and_stops_nobody(watched: Callable[..., Watched], function: str) -> None:
     one = watched()
