@@ -10,6 +10,9 @@ from .facts import GpuFacts, LoadFacts, WorkerFacts, WorkerState
 REPORT_LAG_S = 0.25
 """A load report may lack work that was dispatched less than this time before its arrival."""
 
+MAX_SLOWDOWN = 100.0
+"""Largest factor of a throttled GPU that counts, whatever a worker reports."""
+
 
 @dataclass(frozen=True, slots=True)
 class Dispatched:
@@ -58,7 +61,8 @@ class Worker:
     @property
     def slowdown(self) -> float:
         """Factor on predicted times while a GPU of it is throttled; 1: none is."""
-        return max((gpu.slowdown for gpu in self.gpus if gpu.verdict == "throttled"), default=1.0) or 1.0
+        slowdowns = [gpu.slowdown for gpu in self.gpus if gpu.verdict == "throttled"]
+        return max((min(MAX_SLOWDOWN, max(1.0, slowdown)) for slowdown in slowdowns), default=1.0)  # NaN counts as 1
 
     @property
     def queued_prefill_tokens(self) -> int:
