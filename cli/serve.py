@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -14,8 +13,8 @@ from rich.table import Table
 from ..cli import options as o
 from ..cluster.catalogue import MachineShape, parse_machine
 from ..cluster.config import Config
-from ..cluster.fit import RankFit, fits, machine_of
-from ..cluster.model_facts import model_facts, needs_by_ranks
+from ..cluster.fit import machine_of
+from ..cluster.model_facts import model_facts
 from ..cluster.placement import Plan, bytes_beside_workers, place
 from ..cluster.prepare import prepare
 from ..cluster.supervisor import Supervisor
@@ -26,6 +25,7 @@ from ..core.ports import numeric_host
 from ..router.config import GOOD_KEY_CHARS
 from ..worker.machine import machine_facts
 from .failure import fail
+from .fits import mib, show_fits
 
 console = Console(stderr=True, log_path=False, soft_wrap=True)
 
@@ -87,54 +87,14 @@ def serve(
             raise ConfigError(
                 f"--machine is {machine!r}, which is only for plans: give --dry-run with it, or leave it out"
             )
-        show_elsewhere(settings, parse_machine(machine), Console())
+        shape = parse_machine(machine)
+        show_fits(settings, shape, Console())
+        show_plan(settings, place(settings, machine_of(shape), model_facts(settings, shape.num_gpus)), Console(), shape)
         return
     if dry_run:
         show_plan(settings, place(settings, machine_facts(), model_facts(settings)), Console())
         return
     raise typer.Exit(run(lambda stop: _serve(settings, stop)))
-
-
-def show_elsewhere(config: Config, shape: MachineShape, out: Console) -> None:
-    """Print what fits GPUs that are not here, rank by rank, and the plan for them.
-
-    Raises:
-        DoesNotFit: the configured workers do not fit them; with the arithmetic.
-        ConfigError: the configuration cannot run on GPUs.
-    """
-    if config.model.device == "cpu":
-        raise ConfigError("model.device is 'cpu', and --machine names GPUs: leave one of them out")
-    out.print(f"{shape}", highlight=False)
-    found = fits(needs_by_ranks(config, shape.gpus_per_node), config, shape.gpu)
-    table = Table(title="one worker, by its GPUs", title_justify="left")
-    for heading in (
-        "GPUs",
-        "weights each",
-        "activations each",
-        "KV pool each",
-        "tokens of KV",
-        "context",
-        "weights read in",
-    ):
-        table.add_column(heading, justify="right")
-    for fit in found:
-        pool = _mib(fit.pool_bytes) if fit.is_possible else "does not fit"
-        step = [_mib(fit.activation_bytes), pool, f"{fit.num_tokens:,}", f"{fit.max_model_len:,}"]
-        shown = step if fit.is_possible else ["", pool, "", ""]
-        table.add_row(str(fit.num_ranks), _mib(fit.weight_bytes), *shown, f"{fit.read_ms(shape.gpu):.2f} ms")
-    out.print(table)
-    for fit in found[:1]:
-        out.print(f"on one GPU: {fit.arithmetic}", highlight=False)
-    out.print(f"note: {_least_ranks(found)}; this release runs workers of one GPU, more are for planning")
-    plan = place(config, machine_of(shape), model_facts(config, shape.num_gpus))
-    show_plan(config, plan, out, shape)
-
-
-def _least_ranks(found: Sequence[RankFit]) -> str:
-    least = next((fit.num_ranks for fit in found if fit.is_possible), None)
-    if least is None:
-        return f"a worker does not fit {found[-1].num_ranks} GPUs, the most of a node that its heads can be split over"
-    return f"a worker fits {least} {'GPU' if least == 1 else 'GPUs'} of this kind"
 
 
 def show_plan(config: Config, plan: Plan, out: Console, shape: MachineShape | None = None) -> None:
@@ -148,7 +108,7 @@ def show_plan(config: Config, plan: Plan, out: Console, shape: MachineShape | No
         else:
             pool = f"{plan.pool.num_blocks:,} × {plan.pool.block_tokens} = {plan.pool.num_tokens:,} tokens"
             where = f"GPU {member.gpu}" if shape is None else shape.name_of(member.gpu)
-            memory = f"{f'{where}: ' if member.device == 'cuda' else ''}{_mib(member.memory_bytes)}"
+            memory = f"{f'{where}: ' if member.device == 'cuda' else ''}{mib(member.memory_bytes)}"
             ranks, threads = str(member.num_ranks), str(member.num_threads)
             table.add_row(member.name, str(member.role), ranks, threads, memory, pool)
     out.print(table)
@@ -186,10 +146,6 @@ def show_plan(config: Config, plan: Plan, out: Console, shape: MachineShape | No
         name = f"{decision.setting} ({flags[decision.setting]})" if decision.setting in flags else decision.setting
         reasons.add_row(name, decision.value, decision.reason)
     out.print(reasons)
-
-
-def _mib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**20:,.0f} MiB"
 
 
 def _metrics_ports(plan: Plan) -> str:
