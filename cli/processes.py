@@ -79,6 +79,7 @@ def worker(
             num_threads=settings.step.num_threads or max(1, machine_facts().num_cores // num_ranks),
             num_ranks=num_ranks,
             first_core=first_core,
+            gpu_health=settings.cluster.gpu_health,
             host=host,
             insecure=settings.router.insecure,
             port=port,

@@ -11,7 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ..cli import options as o
+from ..cluster.catalogue import MachineShape, parse_machine
 from ..cluster.config import Config
+from ..cluster.fit import machine_of
 from ..cluster.model_facts import model_facts
 from ..cluster.placement import Plan, bytes_beside_workers, place
 from ..cluster.prepare import prepare
@@ -23,6 +25,7 @@ from ..core.ports import numeric_host
 from ..router.config import GOOD_KEY_CHARS
 from ..worker.machine import machine_facts
 from .failure import fail
+from .fits import mib, show_fits
 
 console = Console(stderr=True, log_path=False, soft_wrap=True)
 
@@ -65,6 +68,10 @@ def serve(
     allow_credentials: o.AllowCredentials = None,
     config: o.ConfigFile = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    machine: Annotated[
+        str | None,
+        typer.Option(help="With --dry-run: plan for GPUs that are not here, e.g. 8xH100, or 2x4xA100-80GB on 2 nodes."),
+    ] = None,
 ) -> None:
     """Start a cluster on this machine and serve until Ctrl-C.
 
@@ -75,14 +82,23 @@ def serve(
     model = model or checkpoint
     api_keys = None if api_key is None else [api_key]
     settings = o.config_from(locals() | {"api_keys": api_keys})
+    if machine is not None:
+        if not dry_run:
+            raise ConfigError(
+                f"--machine is {machine!r}, which is only for plans: give --dry-run with it, or leave it out"
+            )
+        shape = parse_machine(machine)
+        show_fits(settings, shape, Console())
+        show_plan(settings, place(settings, machine_of(shape), model_facts(settings, shape.num_gpus)), Console(), shape)
+        return
     if dry_run:
         show_plan(settings, place(settings, machine_facts(), model_facts(settings)), Console())
         return
     raise typer.Exit(run(lambda stop: _serve(settings, stop)))
 
 
-def show_plan(config: Config, plan: Plan, out: Console) -> None:
-    """Print workers, threads, memory and ports, as tables and calculations."""
+def show_plan(config: Config, plan: Plan, out: Console, shape: MachineShape | None = None) -> None:
+    """Print workers, threads, memory and ports, as tables and calculations. `shape`: of a machine that is not here."""
     table = Table(title=f"{plan.model.name} — launcher {config.cluster.launcher}", title_justify="left")
     for heading in ("member", "role", "ranks", "threads each", "memory at most", "KV pool"):
         table.add_column(heading)
@@ -91,7 +107,8 @@ def show_plan(config: Config, plan: Plan, out: Console) -> None:
             table.add_row(member.name, "router", "", "", "", "")
         else:
             pool = f"{plan.pool.num_blocks:,} × {plan.pool.block_tokens} = {plan.pool.num_tokens:,} tokens"
-            memory = f"{f'GPU {member.gpu}: ' if member.device == 'cuda' else ''}{member.memory_bytes / 2**20:,.0f} MiB"
+            where = f"GPU {member.gpu}" if shape is None else shape.name_of(member.gpu)
+            memory = f"{f'{where}: ' if member.device == 'cuda' else ''}{mib(member.memory_bytes)}"
             ranks, threads = str(member.num_ranks), str(member.num_threads)
             table.add_row(member.name, str(member.role), ranks, threads, memory, pool)
     out.print(table)

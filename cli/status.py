@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ..client.client import Client
@@ -45,6 +46,15 @@ def status(
     console.print(_table(cluster))
     if cluster.get("pairs"):
         console.print(_pairs(cluster))
+    if any(worker.get("gpus") for worker in cluster["workers"]):
+        console.print(_gpus(cluster))
+    for gpu in cluster.get("cordoned_gpus", ()):
+        console.print(
+            f"cordoned: {gpu['uuid']} ({gpu['name'] or '?'}) of {gpu['worker_id']}, {gpu['since_s']:,.0f} s ago: "
+            f"{'; '.join(gpu['reasons'])}",
+            markup=False,
+            highlight=False,
+        )
     router = cluster["router"]
     if router.get("calls_refused"):
         console.print(
@@ -69,6 +79,27 @@ def _table(cluster: dict[str, Any]) -> Table:
             f"{blocks['total'] - blocks['free']:,}/{blocks['total']:,}",
             worker.get("metrics_address") or "none",
         )
+    return table
+
+
+def _gpus(cluster: dict[str, Any]) -> Table:
+    """Health of the watched GPUs."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("worker", "GPU", "health", "MiB used", "W", "°C", "ECC", "why"):
+        table.add_column(heading, no_wrap=heading not in ("GPU", "why"))
+    for worker in cluster["workers"]:
+        for gpu in worker.get("gpus") or ():
+            slower = f" ×{gpu['slowdown']:g}" if gpu["slowdown"] else ""
+            table.add_row(
+                worker["worker_id"],
+                f"{gpu['name']} {gpu['uuid'][:12]}".strip(),
+                gpu["verdict"] + slower,
+                f"{gpu['memory_used_bytes'] >> 20:,}/{gpu['memory_total_bytes'] >> 20:,}",
+                f"{gpu['power_watts']:.0f}/{gpu['power_limit_watts']:.0f}",
+                str(gpu["temperature_c"]),
+                f"{gpu['corrected_errors']:,}+{gpu['uncorrected_errors']:,}",
+                escape("; ".join(gpu["reasons"]) or "-"),
+            )
     return table
 
 

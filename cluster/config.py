@@ -23,6 +23,7 @@ from ..core.request import Role
 from ..engine.config import StepConfig
 from ..kv.config import CacheConfig
 from ..router.config import RouterConfig
+from ..worker.settings import GpuHealth
 
 ENVIRONMENT_PREFIX = "TWOSTROKE__"
 STDIN = Path("-")  # as a configuration file: a configuration with keys need not be stored in a file
@@ -62,6 +63,12 @@ class ClusterConfig(Section):
     )
     worker_metrics_port: MetricsPort = Field(
         0, description="GET /metrics and /health of the first worker, each next one +1; 0: any, none: off"
+    )
+
+    gpu_health: GpuHealth = Field(
+        "auto",
+        description="watch the GPUs through NVML (docs/gpu_health.md); auto: those that workers compute on; on: also "
+        "beside models on the CPU; off: leave it to others",
     )
 
     def ranks_of(self, role: Role) -> int:

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from ..checkpoint.locate import located, served_name
+from ..checkpoint.shards import group_sizes
 from ..core.request import Role
 from ..model.ops.device import chosen_kind, gpu_free_bytes
-from ..model.resolved import ResolvedModel, needs_of_ranks, resolve
+from ..model.resolved import MemoryNeeds, ResolvedModel, needs_of_ranks, resolve
 from ..router.api.defaults import SamplingDefaults, described
 from .config import Config
 from .placement import ModelFacts
 
 
-def model_facts(config: Config) -> ModelFacts:
+def model_facts(config: Config, num_gpus: int | None = None) -> ModelFacts:
     """Requirements of the configured checkpoint, in the configured dtypes.
+
+    `num_gpus`: of the machine that will serve it; None: this one's.
 
     Raises:
         CheckpointError: the checkpoint cannot be found or is not supported.
         ConfigError: the asked-for context is longer than the checkpoint's, the device cannot serve it, or its heads
             cannot be split over the ranks of a worker.
     """
-    directory = located(config.model.path)
-    kind = chosen_kind(config.model.device, len(gpu_free_bytes()))
-    model = resolve(directory, config.model, config.cache.dtype, kind)
+    model = _resolved(config, num_gpus)
+    directory, kind = model.directory, model.device
     cluster = config.cluster
     roles = (Role.PREFILL, Role.DECODE) if cluster.prefill else (Role.COMBINED,)
     needs = [needs_of_ranks(model, config.model, cluster.ranks_of(role)) for role in roles]
@@ -31,12 +33,29 @@ def model_facts(config: Config) -> ModelFacts:
         directory=str(directory),
         weight_bytes=most.weight_bytes,
         kv_spec=most.kv_spec,
+        step_bytes=most.step_bytes,
         max_model_len=model.max_model_len,
         asked_max_model_len=config.model.max_model_len,
         remarks=model.spec.remarks,
         sampling=_sampling(model) if config.model.generation_config == "auto" else "",
         arithmetic=f"{model.dtype}, {_rounding(model)}, {model.kernels} kernels on {kind}",
     )
+
+
+def needs_by_ranks(config: Config, most: int) -> dict[int, MemoryNeeds]:
+    """Needs of a worker on GPUs, of all its ranks together, for every number of ranks up to `most` that can split it.
+
+    Raises:
+        CheckpointError, ConfigError: as `model_facts`.
+    """
+    model = _resolved(config, most)
+    sizes = [size for size in group_sizes(model.spec) if size <= most]
+    return {size: needs_of_ranks(model, config.model, size) for size in sizes}
+
+
+def _resolved(config: Config, num_gpus: int | None) -> ResolvedModel:
+    kind = chosen_kind(config.model.device, len(gpu_free_bytes()) if num_gpus is None else num_gpus)
+    return resolve(located(config.model.path), config.model, config.cache.dtype, kind)
 
 
 def _rounding(model: ResolvedModel) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from ..checkpoint.activations import NO_STEP, StepBytes
 from ..core.errors import ConfigError
 from ..core.request import Role
 from ..kv.sizing import PoolSize
@@ -28,6 +29,7 @@ class ModelFacts:
     asked_max_model_len: int | None = None  # as configured
     remarks: tuple[str, ...] = ()  # differences between the checkpoint's statements and our reading of them
     sampling: str = ""  # the checkpoint's sampling defaults, as text; empty: none
+    step_bytes: StepBytes = NO_STEP  # of a step's intermediate values
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,7 @@ class Plan:
     pool: PoolSize  # of each worker
     config: Config  # with decided values for settings that were not given
     decisions: tuple[Decision, ...]
+    spare_gpus: tuple[int, ...] = ()  # without a worker
 
     @property
     def workers(self) -> tuple[ProcessPlan, ...]:
@@ -136,7 +139,9 @@ def place(config: Config, machine: MachineFacts, model: ModelFacts) -> Plan:
         )
     update = {"step": sized.step, "cache": sized.cache, "router": router, "cluster": patience}
     served = replace(model, max_model_len=sized.max_model_len)
-    return Plan(tuple(members), served, sized.pool, config.model_copy(update=update), tuple(decisions))
+    used = {member.gpu for member in members if member.device == "cuda"}
+    spare = tuple(sorted(set(range(len(machine.gpu_bytes))) - used)) if device == "cuda" else ()
+    return Plan(tuple(members), served, sized.pool, config.model_copy(update=update), tuple(decisions), spare)
 
 
 def _told_ranks(ranks: list[int]) -> str:

@@ -13,6 +13,7 @@ class Standing(Enum):
     READY = "ready"
     WAITING = "waiting"  # dead, its back-off runs
     STOPPED = "stopped"  # must not run any more
+    WITHHELD = "withheld"  # dead, and its GPU is cordoned
 
 
 class Use(Enum):
@@ -132,6 +133,16 @@ class RestartBook:
         member.standing, member.since_s = Standing.WAITING, now_s
         member.due_s = now_s + self.back_off.wait_s(member.failures)
         return member.due_s
+
+    def withhold(self, name: str, last_words: str, now_s: float) -> None:
+        """Record the end of a member that must not be started again, because no usable GPU is left for it."""
+        member = self._members[name]
+        if member.standing is not Standing.STOPPED:
+            member.standing, member.since_s, member.last_words = Standing.WITHHELD, now_s, last_words
+
+    def last_words(self, name: str) -> str:
+        """Cause of a member's last end."""
+        return self._members[name].last_words
 
     def stop(self, name: str) -> None:
         """Record that a member must not run any more."""

@@ -15,7 +15,8 @@ from ..core.errors import TwostrokeError, Unavailable
 from ..core.ports import free_ports, target
 from ..core.request import Role
 from .config import Config
-from .launch.last_words import ProcessEnd
+from .devices import Devices
+from .launch.last_words import DeviceEnd, ProcessEnd, end_of_typed
 from .launch.launcher import Launcher, Site
 from .placement import Plan
 from .restarts import Patience, RestartBook, Standing, Use
@@ -52,6 +53,8 @@ class Supervisor:
         self._startup_error = ""
         self._tasks: list[asyncio.Task[None]] = []
         self._members = {member.name: member for member in plan.members}
+        self._devices = Devices(plan.spare_gpus)
+        self._cordons: dict[str, str] = {}  # members whose present life reports a cordoned GPU, with the reason
 
     @property
     def http_url(self) -> str:
@@ -131,17 +134,42 @@ class Supervisor:
             try:
                 await self._launcher.start(self._members[name], self._ended)
             except TwostrokeError as error:
-                self._ended(name, ProcessEnd(str(error), is_certain=True))
+                self._ended(name, end_of_typed(error))
 
     def _ended(self, name: str, end: ProcessEnd) -> None:
         if name in self._replaced:
             self._replaced.remove(name)
             end = ProcessEnd("killed, to be replaced")
-        due_s = self._membership.ended(name, end.cause, self._clock.now_s())
         self._ended_life[name] = self._life.get(name, "")
+        cordon = self._cordons.pop(name, None)
+        if cordon is not None:  # whatever ended it in the end
+            end = ProcessEnd(cordon, device=DeviceEnd.CORDONED)
+        if end.device is not DeviceEnd.NONE and not self._find_device(name, end):
+            return
+        due_s = self._membership.ended(name, end.cause, self._clock.now_s())
         if due_s is not None:
             self._note_end(name, end, max(0.0, due_s - self._clock.now_s()))
         self._changed.set()
+
+    def _find_device(self, name: str, end: ProcessEnd) -> bool:
+        """After a fault of a member's GPU: False, and the member is not started again, if it has no usable one."""
+        gpu, now_s, cause = self._members[name].gpu, self._clock.now_s(), end.cause
+        if end.device is DeviceEnd.FAULT:
+            if not self._devices.faulted(gpu, now_s):
+                return True
+            cause = f"{cause}; the last of too many faults of this GPU"
+        spare = self._devices.cordon(gpu, cause)
+        if spare is not None:
+            self._say(f"{name} moves from GPU {gpu} to GPU {spare}: {cause}")
+            self._members[name] = replace(self._members[name], gpu=spare)
+            return True
+        self._membership.withhold(name, cause, now_s)
+        self._say(f"{name} is not started again, because no other GPU is free: {cause}")
+        if not self._settled.is_set():
+            self._startup_error = f"{name} cannot start: {cause}"
+            self._settled.set()
+        self._changed.set()
+        return False
 
     def _note_end(self, name: str, end: ProcessEnd, wait_s: float) -> None:
         """Report the end of a member. During the start, give up if another attempt would end the same way."""
@@ -187,6 +215,8 @@ class Supervisor:
                 self._membership.ready(name, now_s)
                 arithmetic = lives[name].arithmetic
                 self._say(f"{name} is ready" + (f": {arithmetic}" if arithmetic else ""))
+            if is_new and lives[name].cordon:
+                self._cordons[name] = lives[name].cordon
             if is_new and lives[name].role is not None:
                 # `twostroke role` asks the worker itself. Its next process starts with the role of this one, unless the
                 # process ends before the role is seen here.
@@ -203,6 +233,7 @@ class _Life(NamedTuple):
     use: Use
     arithmetic: str = ""  # of a worker: description of its numerics class
     role: Role | None = None  # of a worker: the present one
+    cordon: str = ""  # of a worker: its cordoned GPU and why
 
 
 def launcher_class(config: Config) -> Callable[[Site], Launcher]:
@@ -234,8 +265,14 @@ def _lives(cluster: dict[str, Any] | None) -> dict[str, _Life]:
     found = {"router-0": _Life(cluster["router"]["incarnation"], Use.SERVES)}
     for worker in cluster["workers"]:
         use = _USE_BY_STATE.get(worker["state"], Use.NONE)
-        found[worker["worker_id"]] = _Life(worker["incarnation"], use, worker["numerics"], Role(worker["role"]))
+        role, cordon = Role(worker["role"]), _cordon_of(worker)
+        found[worker["worker_id"]] = _Life(worker["incarnation"], use, worker["numerics"], role, cordon)
     return found
+
+
+def _cordon_of(worker: dict[str, Any]) -> str:
+    cordoned = [gpu for gpu in worker.get("gpus", ()) if gpu["verdict"] == "cordon"]
+    return "".join(f"{gpu['uuid']} is cordoned: {'; '.join(gpu['reasons'])}" for gpu in cordoned[:1])
 
 
 def _with_fixed_ports(config: Config) -> Config:

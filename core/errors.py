@@ -32,6 +32,18 @@ class RankLost(InternalError):
     """A rank of a worker is dead, frozen or stuck. The worker's ranks end together, and the worker is restarted."""
 
 
+class DeviceFault(InternalError):
+    """The GPU of a worker lost or spoiled its work. The worker's process ends, and another one may use the GPU."""
+
+    exit_code: ClassVar[int] = 4  # of the worker's process
+
+
+class DeviceCordoned(DeviceFault):
+    """The GPU of a worker must not be used again before an operator has seen to it. The message names it and why."""
+
+    exit_code = 3
+
+
 class RanksDiffer(InternalError):
     """The ranks of a worker made different calls, because one of them ended its step early. Each gets this error."""
 

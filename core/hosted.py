@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
+from .errors import DeviceFault
 from .memory import keep_present_objects
 
 
@@ -20,6 +21,7 @@ class Server(Protocol):
     """Server that `Hosted` can run."""
 
     ended: asyncio.Event  # set when serving has ended, by `stop` or by a fault
+    fault: DeviceFault | None  # why it ended, if a device is the cause
 
     async def start(self) -> None:
         """Start to serve; returns when ready."""
@@ -53,7 +55,11 @@ class Hosted:
         return asyncio.new_event_loop()
 
     def run(self) -> str:
-        """Block until `stop`, SIGTERM or the server's own end; then drain. Returns a description of the end."""
+        """Block until `stop`, SIGTERM or the server's own end; then drain. Returns a description of the end.
+
+        Raises:
+            DeviceFault: the server ended because of its device.
+        """
         keep_present_objects()
         self._wanted_gone.wait()
         is_broken = self._server.ended.is_set()
@@ -61,6 +67,8 @@ class Hosted:
         self._call(self._server.stop(grace_s), grace_s + 5.0)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(5.0)
+        if self._server.fault is not None:
+            raise self._server.fault
         return "ended by its own fault; its log has more" if is_broken else "stopped"
 
     def stop(self) -> None:

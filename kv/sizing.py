@@ -20,6 +20,7 @@ class MemoryFacts:
     swaps_elsewhere: bool = False  # swap space and rings are in another memory than the pool: the host's, for a GPU
     ring_bytes: int = 0  # shared memory of hand-overs
     process_bytes: int = 0  # the interpreter and its libraries
+    activation_bytes: int = 0  # intermediate values of the largest step
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,8 @@ def size_pool(spec: KvSpec, block_tokens: int, max_tokens: int | None, fraction:
         )
     swap_bytes = 0 if facts.swaps_elsewhere else facts.swap_bytes
     ring_bytes = 0 if facts.swaps_elsewhere else facts.ring_bytes
-    left = facts.memory_bytes - facts.process_bytes - facts.weight_bytes - swap_bytes - ring_bytes
+    others = facts.process_bytes + facts.activation_bytes + swap_bytes + ring_bytes
+    left = facts.memory_bytes - facts.weight_bytes - others
     by_memory = int(max(0, left) * fraction) // block_bytes
     by_tokens = None if max_tokens is None else max_tokens // block_tokens
     num_blocks = min(by_memory, MAX_POOL_BLOCKS) if by_tokens is None else min(by_memory, by_tokens, MAX_POOL_BLOCKS)
@@ -63,8 +65,10 @@ def size_pool(spec: KvSpec, block_tokens: int, max_tokens: int | None, fraction:
     swap = f" − swap space {_mib(swap_bytes)}" if swap_bytes else ""
     rings = f" − hand-over rings {_mib(ring_bytes)}" if ring_bytes else ""
     process = f" − process {_mib(facts.process_bytes)}" if facts.process_bytes else ""
+    steps = f" − activations {_mib(facts.activation_bytes)}" if facts.activation_bytes else ""
+    taken = f"{process} − weights {_mib(facts.weight_bytes)}{steps}{swap}{rings}"
     arithmetic = (
-        f"memory {_mib(facts.memory_bytes)}{process} − weights {_mib(facts.weight_bytes)}{swap}{rings} = {_mib(left)}; "
+        f"memory {_mib(facts.memory_bytes)}{taken} = {_mib(left)}; "
         f"× {fraction:g} ÷ ({spec.bytes_per_token:,} bytes/token × {block_tokens} tokens/block) "
         f"= {by_memory:,} blocks; "
         f"{limit}"

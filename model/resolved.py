@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from ..checkpoint.activations import NO_STEP, StepBytes, step_bytes
 from ..checkpoint.config import Kernels, ModelConfig
 from ..checkpoint.config_json import load_spec
 from ..checkpoint.shards import Shard, shard_spec
@@ -51,6 +52,7 @@ class MemoryNeeds:
     weight_bytes: int
     kv_spec: KvSpec
     max_model_len: int
+    step_bytes: StepBytes = NO_STEP
 
 
 def needs_of_ranks(model: ResolvedModel, settings: ModelConfig, num_ranks: int) -> MemoryNeeds:
@@ -61,9 +63,11 @@ def needs_of_ranks(model: ResolvedModel, settings: ModelConfig, num_ranks: int) 
     """
     rank = shard_spec(model.spec, Shard(0, num_ranks))
     if num_ranks == 1:
-        return MemoryNeeds(model.weight_bytes, model.kv_spec, model.max_model_len)
+        return MemoryNeeds(model.weight_bytes, model.kv_spec, model.max_model_len, step_bytes(model.spec, model.dtype))
     weight_bytes = num_ranks * held_bytes(model.directory, rank.local, settings, model.kernels)
-    return MemoryNeeds(weight_bytes, model.kv_spec.of_all_ranks(num_ranks), model.max_model_len)
+    step = step_bytes(rank.local, model.dtype)
+    of_all = StepBytes(num_ranks * step.per_token, num_ranks * step.per_row)
+    return MemoryNeeds(weight_bytes, model.kv_spec.of_all_ranks(num_ranks), model.max_model_len, of_all)
 
 
 def resolve(

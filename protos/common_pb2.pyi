@@ -478,6 +478,7 @@ class WorkerInfo(_message.Message):
     PID_FIELD_NUMBER: _builtins.int
     METRICS_ADDRESS_FIELD_NUMBER: _builtins.int
     TENSOR_PARALLEL_SIZE_FIELD_NUMBER: _builtins.int
+    GPUS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     incarnation: _builtins.int
     """new at every start of the process"""
@@ -505,6 +506,10 @@ class WorkerInfo(_message.Message):
 
     @_builtins.property
     def model(self) -> Global___ModelInfo: ...
+    @_builtins.property
+    def gpus(self) -> _containers.RepeatedCompositeFieldContainer[Global___GpuState]:
+        """the devices it computes on, where it watches them"""
+
     def __init__(
         self,
         *,
@@ -524,14 +529,85 @@ class WorkerInfo(_message.Message):
         pid: _builtins.int = ...,
         metrics_address: _builtins.str = ...,
         tensor_parallel_size: _builtins.int = ...,
+        gpus: _abc.Iterable[Global___GpuState] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_tokens", b"block_tokens", "capabilities", b"capabilities", "data_addresses", b"data_addresses", "dp_rank", b"dp_rank", "incarnation", b"incarnation", "max_batch_tokens", b"max_batch_tokens", "max_num_seqs", b"max_num_seqs", "metrics_address", b"metrics_address", "model", b"model", "num_kv_blocks", b"num_kv_blocks", "pid", b"pid", "release", b"release", "role", b"role", "tensor_parallel_size", b"tensor_parallel_size", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_tokens", b"block_tokens", "capabilities", b"capabilities", "data_addresses", b"data_addresses", "dp_rank", b"dp_rank", "gpus", b"gpus", "incarnation", b"incarnation", "max_batch_tokens", b"max_batch_tokens", "max_num_seqs", b"max_num_seqs", "metrics_address", b"metrics_address", "model", b"model", "num_kv_blocks", b"num_kv_blocks", "pid", b"pid", "release", b"release", "role", b"role", "tensor_parallel_size", b"tensor_parallel_size", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerInfo: _TypeAlias = WorkerInfo  # noqa: Y015
+
+@_typing.final
+class GpuState(_message.Message):
+    """Health of one GPU, or of one slice of it. Numbers are 0 where the device gives none."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UUID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    PARENT_UUID_FIELD_NUMBER: _builtins.int
+    VERDICT_FIELD_NUMBER: _builtins.int
+    REASONS_FIELD_NUMBER: _builtins.int
+    SLOWDOWN_FIELD_NUMBER: _builtins.int
+    MEMORY_USED_BYTES_FIELD_NUMBER: _builtins.int
+    MEMORY_TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    POWER_WATTS_FIELD_NUMBER: _builtins.int
+    POWER_LIMIT_WATTS_FIELD_NUMBER: _builtins.int
+    TEMPERATURE_C_FIELD_NUMBER: _builtins.int
+    CORRECTED_ERRORS_FIELD_NUMBER: _builtins.int
+    UNCORRECTED_ERRORS_FIELD_NUMBER: _builtins.int
+    READING_AGE_S_FIELD_NUMBER: _builtins.int
+    uuid: _builtins.str
+    """"GPU-…" or "MIG-…" """
+    name: _builtins.str
+    """"NVIDIA H100 80GB HBM3" """
+    parent_uuid: _builtins.str
+    """of a slice: its GPU"""
+    verdict: _builtins.str
+    """"ok", "throttled", "drain", "restart", "cordon" """
+    slowdown: _builtins.float
+    """factor on predicted times while throttled; 0: none"""
+    memory_used_bytes: _builtins.int
+    memory_total_bytes: _builtins.int
+    power_watts: _builtins.float
+    power_limit_watts: _builtins.float
+    temperature_c: _builtins.int
+    corrected_errors: _builtins.int
+    """ECC"""
+    uncorrected_errors: _builtins.int
+    reading_age_s: _builtins.float
+    """since the last reading; negative: there was none"""
+    @_builtins.property
+    def reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """newest last"""
+
+    def __init__(
+        self,
+        *,
+        uuid: _builtins.str = ...,
+        name: _builtins.str = ...,
+        parent_uuid: _builtins.str = ...,
+        verdict: _builtins.str = ...,
+        reasons: _abc.Iterable[_builtins.str] | None = ...,
+        slowdown: _builtins.float = ...,
+        memory_used_bytes: _builtins.int = ...,
+        memory_total_bytes: _builtins.int = ...,
+        power_watts: _builtins.float = ...,
+        power_limit_watts: _builtins.float = ...,
+        temperature_c: _builtins.int = ...,
+        corrected_errors: _builtins.int = ...,
+        uncorrected_errors: _builtins.int = ...,
+        reading_age_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["corrected_errors", b"corrected_errors", "memory_total_bytes", b"memory_total_bytes", "memory_used_bytes", b"memory_used_bytes", "name", b"name", "parent_uuid", b"parent_uuid", "power_limit_watts", b"power_limit_watts", "power_watts", b"power_watts", "reading_age_s", b"reading_age_s", "reasons", b"reasons", "slowdown", b"slowdown", "temperature_c", b"temperature_c", "uncorrected_errors", b"uncorrected_errors", "uuid", b"uuid", "verdict", b"verdict"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GpuState: _TypeAlias = GpuState  # noqa: Y015
 
 @_typing.final
 class ModelInfo(_message.Message):

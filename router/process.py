@@ -15,7 +15,7 @@ import uvicorn
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from ..core.errors import ConfigError
+from ..core.errors import ConfigError, DeviceFault
 from ..core.foreground import Stop, Stopped, first, leave, orphaned, unless
 from ..core.memory import give_large_memory_back, keep_present_objects
 from ..core.ports import bindable_host, bound_socket, check_port, target
@@ -66,6 +66,7 @@ class RouterProcess:
         reads_defaults: bool = True,
     ) -> None:
         """`reads_defaults`: whether a checkpoint's sampling defaults count (model.generation_config)."""
+        self.fault: DeviceFault | None = None  # always: a router computes on no device
         self.ended = asyncio.Event()  # the HTTP server has ended, by `stop` or by its own fault
         self._settings = settings
         self._flow = Flow(settings, identity_key(cluster_key), proof_key=proof_key(cluster_key))

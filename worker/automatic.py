@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
+from ..checkpoint.activations import StepBytes
 from ..core.config import Section
 from ..core.errors import DoesNotFit
 from ..engine.config import StepConfig
@@ -53,6 +54,11 @@ class ModelNeeds(Protocol):
         """Tokens of the longest context: as configured, or the checkpoint's."""
         ...
 
+    @property
+    def step_bytes(self) -> StepBytes:
+        """Memory of a step's intermediate values, of all ranks."""
+        ...
+
 
 class SizedWorker(NamedTuple):
     """Bounds of a worker's steps, its pool, its longest context, and the reasons."""
@@ -62,6 +68,7 @@ class SizedWorker(NamedTuple):
     max_model_len: int  # tokens
     pool: PoolSize
     decisions: list[Decision]
+    activation_bytes: int = 0  # of all ranks, on a GPU
 
 
 def size_worker(
@@ -82,6 +89,8 @@ def size_worker(
         DoesNotFit: nothing is left for the pool, or `wanted` does not fit it; with the arithmetic.
     """
     step, decisions = decided_step(step, device, device_bytes)
+    tokens, rows = step.max_num_batched_tokens, step.max_num_seqs
+    activation_bytes = tokens * model.step_bytes.per_token + rows * model.step_bytes.per_row
     facts = MemoryFacts(
         memory_bytes,
         model.weight_bytes,
@@ -89,10 +98,12 @@ def size_worker(
         swaps_elsewhere=device == "cuda",
         ring_bytes=cache.shared_bytes,
         process_bytes=PROCESS_BYTES if device == "cpu" else 0,
+        # On a CPU the half of the memory that the pool leaves is for them, too.
+        activation_bytes=activation_bytes if device == "cuda" else 0,
     )
     pool, cache, more = decided_pool(model.kv_spec, cache, device, facts, step.max_num_seqs * model.max_model_len)
     context, decision = decided_context(model.max_model_len, wanted, pool)
-    return SizedWorker(step, cache, context, pool, [*decisions, *more, decision])
+    return SizedWorker(step, cache, context, pool, [*decisions, *more, decision], facts.activation_bytes)
 
 
 def decided_step(step: StepConfig, device: Device, device_bytes: int) -> tuple[StepConfig, list[Decision]]:
@@ -126,7 +137,11 @@ def decided_pool(spec: KvSpec, cache: CacheConfig, device: Device, facts: Memory
         DoesNotFit: raised by `size_pool`.
     """
     share = GPU_SHARE if device == "cuda" else CPU_SHARE
-    others = "steps need the rest" if device == "cuda" else "the rest is for other programs and cached files"
+    others = (
+        "the rest is for libraries and fragments"
+        if device == "cuda"
+        else "the rest is for other programs and cached files"
+    )
     cache, decisions = _decide("cache", cache, {"memory_fraction": share}, {"memory_fraction": others})
     tokens = cache.tokens
     if tokens is not None:

@@ -227,7 +227,7 @@ def _sized(settings: WorkerSettings, model: ResolvedModel) -> SizedWorker:
         settings.step,
         settings.cache,
         model.device,
-        memory_bytes=available if settings.memory_bytes is None else settings.memory_bytes,
+        memory_bytes=_share(settings.memory_bytes, available, model.device),
         device_bytes=available,
         wanted=wanted,
     )
@@ -235,3 +235,10 @@ def _sized(settings: WorkerSettings, model: ResolvedModel) -> SizedWorker:
         context = sized.decisions[-1]
         _log.info("%s is %s: %s", context.setting, context.value, context.reason)
     return sized
+
+
+def _share(planned: int | None, available: int, device: DeviceKind) -> int:
+    """Memory to share out: as planned. On a GPU no more than is free now: others may use it since the plan was made."""
+    if planned is None:
+        return available
+    return min(planned, available) if device == "cuda" else planned

@@ -19,6 +19,8 @@ from ..engine.facts import FaceFacts
 from ..engine.link.client import EngineClient
 from ..engine.link.messages import LoadNews
 from ..kv.sizing import PoolSize
+from .gpu.export import set_metrics
+from .gpu.monitor import GpuState
 from .health import Health
 from .scrape import Answer, Page
 from .settings import WorkerSettings
@@ -58,10 +60,12 @@ class WorkerMetrics:
             moved = life.prompt_tokens - life.cached_tokens - life.computed_tokens
             self._count_sources(life.computed_tokens, life.cached_tokens, moved)
 
-    def render(self, load: LoadNews | None, accept: str) -> tuple[bytes, str]:
-        """All metrics as of the engine's last beat: body and content type."""
+    def render(self, load: LoadNews | None, accept: str, gpu: GpuState | None = None) -> tuple[bytes, str]:
+        """All metrics as of the engine's last beat and the GPU's last reading: body and content type."""
         if load is not None:
             self._take(load)
+        if gpu is not None:
+            set_metrics(self._board, gpu, *self._labels)
         return render(self._registry, accept)
 
     def _take(self, load: LoadNews) -> None:
@@ -85,7 +89,11 @@ class WorkerMetrics:
 
 
 def pages(
-    exported: WorkerMetrics, dispatcher: EngineClient, health: Health, is_known: Callable[[], bool]
+    exported: WorkerMetrics,
+    dispatcher: EngineClient,
+    health: Health,
+    is_known: Callable[[], bool],
+    gpu: Callable[[], GpuState | None],
 ) -> dict[str, Page]:
     """Pages of a worker's HTTP port: /metrics, and for probes /health, /livez and /readyz.
 
@@ -93,7 +101,7 @@ def pages(
     """
 
     def all_metrics(accept: str) -> Answer:
-        body, content_type = exported.render(dispatcher.last_load, accept)
+        body, content_type = exported.render(dispatcher.last_load, accept, gpu())
         return HTTPStatus.OK, content_type, body
 
     def probe(holds: Callable[[], bool], otherwise: str) -> Page:

@@ -18,7 +18,7 @@ import grpc.aio
 
 from .. import __version__
 from ..core.clock import Clock, MonotonicClock
-from ..core.errors import ConfigError, InternalError
+from ..core.errors import ConfigError, DeviceFault, InternalError
 from ..core.foreground import Stop, Stopped, first, leave, orphaned, unless
 from ..core.guard import Guard
 from ..core.lease import HANDOVER_LEASE, Lease
@@ -45,6 +45,10 @@ from ..protos import common_pb2, worker_pb2_grpc
 from .announcer import Announcer
 from .build import BuiltEngine, build_engine
 from .fetch import FetchService
+from .gpu.export import to_wire
+from .gpu.nvml import Library
+from .gpu.verdict import Verdict
+from .gpu.watch import GpuWatch
 from .health import Health, enable_reflection
 from .machine import keep_freed_memory
 from .metrics import WorkerMetrics, pages
@@ -66,11 +70,19 @@ STOP_S = 5.0  # longest time for the engine's last step
 class WorkerProcess:
     """One worker: `start` it, `stop` it. Several can run in one process (tests, the in-process launcher)."""
 
-    def __init__(self, settings: WorkerSettings, clock: Clock | None = None, timing: Lease | None = None) -> None:
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        clock: Clock | None = None,
+        timing: Lease | None = None,
+        nvml: Library | None = None,
+    ) -> None:
+        """`nvml`: a module of pynvml's shape; None: pynvml, if it is installed."""
         self.settings = settings
         self.role = settings.role
         self.incarnation = time.time_ns()
         self.ended = asyncio.Event()  # the engine has ended, by `stop` or by its own fault
+        self.fault: DeviceFault | None = None  # why the worker ended itself, for a reason that lies in its GPU
         self.counters: Counter[str] = Counter()
         self.metrics_address = ""  # host:port of GET /metrics and /health, after `start`; empty: none
         self._clock = clock or MonotonicClock()
@@ -87,6 +99,8 @@ class WorkerProcess:
         self._scrapes: ScrapeServer | None = None
         self._announcer: Announcer | None = None
         self._is_stopping = False
+        self._nvml = nvml
+        self._gpu: GpuWatch | None = None
 
     @property
     def address(self) -> str:
@@ -121,9 +135,11 @@ class WorkerProcess:
 
         Raises:
             CheckpointError, DoesNotFit, ConfigError: the worker cannot be started with these settings.
+            DeviceCordoned: its GPU is unfit.
             InternalError: the engine did not become ready.
         """
         check_port(self._host(), self.settings.port, PORT_REMEDY)  # first, because loading can take minutes
+        self._gpu = await GpuWatch.start(self.settings, self._clock, self._on_gpu, self._nvml)
         room = self._room = await asyncio.to_thread(build_engine, self.settings, self._clock)
         log.info("%s computes with %s", self.settings.worker_id, room.facts.model.numerics_description)
         log.info("%s: %s", self.settings.worker_id, room.pool_size.arithmetic)
@@ -164,6 +180,8 @@ class WorkerProcess:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._gpu is not None:
+            await self._gpu.close()
         await self._channels.close()
         self._executor.shutdown(wait=False)
 
@@ -216,6 +234,7 @@ class WorkerProcess:
             pid=os.getpid(),
             metrics_address=self.metrics_address,
             tensor_parallel_size=facts.num_ranks,
+            gpus=self._gpus(),
         )
 
     # ------------------------------------------------------------------ inside
@@ -245,7 +264,28 @@ class WorkerProcess:
         self.health = Health(self.dispatcher, self._clock, lambda: self.is_draining)
 
     def _face_load(self) -> FaceLoad:
-        return FaceLoad(self.role, self.is_draining, self._pull.speed.bytes_per_s)
+        return FaceLoad(self.role, self.is_draining, self._pull.speed.bytes_per_s, self._gpus())
+
+    def _gpus(self) -> tuple[common_pb2.GpuState, ...]:
+        return () if self._gpu is None else (to_wire(self._gpu.state()),)
+
+    def _on_gpu(self, verdict: Verdict) -> None:
+        """A new verdict on the GPU: tell the routers; if the GPU is unfit, end this worker, once."""
+        if self._announcer is not None:
+            self._announcer.update(self.info())
+        if verdict.ends_process and self.fault is None:
+            assert self._gpu is not None
+            self.fault = self._gpu.fault()
+            self._tasks.append(asyncio.create_task(self._give_up_gpu(verdict)))
+
+    async def _give_up_gpu(self, verdict: Verdict) -> None:
+        """Let running work end where the verdict allows it, then end."""
+        assert self._gpu is not None
+        if verdict.lets_work_end and self._server is not None:
+            await self.drain(self.settings.drain_timeout_s)
+        await self._gpu.settled()
+        self.fault = self._gpu.fault()
+        self.ended.set()
 
     async def _dispatch(self) -> None:
         try:
@@ -261,7 +301,7 @@ class WorkerProcess:
         try:
             await asyncio.wait([ready, ended], timeout=READY_S, return_when=asyncio.FIRST_COMPLETED)
             if not ready.done():
-                raise InternalError("the engine did not become ready; its log has more")
+                raise self.fault or InternalError("the engine did not become ready; its log has more")
         finally:
             for task in (ready, ended):
                 task.cancel()
@@ -283,7 +323,8 @@ class WorkerProcess:
         await server.start()
         self._server = server
         if self.settings.metrics_port is not None:
-            served = pages(self._metrics, self.dispatcher, self.health, self._is_known)
+            gpu = self._gpu.state if self._gpu is not None else lambda: None
+            served = pages(self._metrics, self.dispatcher, self.health, self._is_known, gpu)
             self._scrapes = ScrapeServer(served, self.settings.metrics_keys)
             self.metrics_address = await self._scrapes.start(host, self.settings.metrics_port)
 
@@ -312,6 +353,7 @@ def run_worker(settings: WorkerSettings, parent_pid: int | None = None) -> None:
 
     Raises:
         SystemExit: with 1, if the engine ended by its own fault: the process must be restarted.
+        DeviceFault: the worker ended because of its GPU; DeviceCordoned: no process must be started on it again.
     """
     keep_freed_memory()
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
@@ -340,6 +382,8 @@ async def _serve(worker: WorkerProcess, grace_s: float, parent_pid: int | None) 
         await unless(stop.asked_again, worker.stop(0.0 if is_broken else grace_s))
     except Stopped:
         leave(stop.exit_code)
+    if worker.fault is not None:
+        raise worker.fault
     if is_broken:
         raise SystemExit(1)
 

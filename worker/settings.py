@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from ..checkpoint.config import ModelConfig
@@ -10,6 +12,9 @@ from ..core.lease import ORPHAN_GRACE_S
 from ..core.request import Role
 from ..engine.config import StepConfig
 from ..kv.config import CacheConfig
+
+GpuHealth = Literal["auto", "on", "off"]
+"""Whether a worker watches its GPU through NVML. auto: if it computes on one; on: also beside a model on the CPU."""
 
 
 class WorkerSettings(Section):
@@ -27,6 +32,7 @@ class WorkerSettings(Section):
     num_ranks: int = Field(1, ge=1, le=64)  # tensor-parallel: processes that split the model's layers
     first_core: int | None = None  # the ranks' cores begin here, in the order of `machine.cores`; None: any cores
     gpu: int = 0  # index among the GPUs that the process sees
+    gpu_health: GpuHealth = "auto"
     host: str = "127.0.0.1"
     insecure: bool = False  # True: `host` may be an address that other machines can reach
     port: int = 0  # 0: any

@@ -11,7 +11,7 @@ from ..core.request import Role
 from ..engine.link.client import EngineClient
 from ..engine.link.messages import CacheDelta, CacheSnapshot, LoadNews
 from ..kv.messages import role_to_wire
-from ..protos import worker_pb2
+from ..protos import common_pb2, worker_pb2
 
 PIECE_IDENTITIES = 16_384  # 256 KiB of a snapshot per message
 MAX_PENDING_IDENTITIES = 65_536  # in deltas kept for one watcher; with more, a new snapshot is cheaper
@@ -24,6 +24,7 @@ class FaceLoad:
     role: Role
     draining: bool = False
     handover_bytes_per_s: float = 0.0
+    gpus: tuple[common_pb2.GpuState, ...] = ()
 
 
 class Watchers:
@@ -122,6 +123,7 @@ class Watchers:
             decode_step_ms=load.decode_step_ms,
             handover_bytes_per_s=face.handover_bytes_per_s,
             counters=dict(counters),
+            gpus=face.gpus,
             spreads={name: worker_pb2.Spread(counts=s.counts, total=s.total) for name, s in load.spreads},
         )
 

@@ -9,7 +9,7 @@ from ...kernels.cpu.build import stop_building
 from ...router.process import RouterProcess
 from ...worker.process import WorkerProcess
 from ..placement import ProcessPlan
-from .last_words import ProcessEnd
+from .last_words import ProcessEnd, end_of_typed
 from .launcher import Ended, Site, worker_settings
 
 ABORT_S = 0.5
@@ -77,4 +77,5 @@ class InProcessLauncher:
         if self._running.get(name, (None,))[0] is process:
             _, ended = self._running.pop(name)
             await process.stop(0.0)
-            ended(name, ProcessEnd("it ended by its own fault; the log has more"))
+            unknown = ProcessEnd("it ended by its own fault; the log has more")
+            ended(name, unknown if process.fault is None else end_of_typed(process.fault))

@@ -4,11 +4,25 @@ from __future__ import annotations
 
 import re
 import signal
+from enum import Enum
 from typing import NamedTuple
+
+from ...core.errors import DeviceCordoned, DeviceFault, TwostrokeError
+
+
+class DeviceEnd(Enum):
+    """What the end of a worker says about its GPU."""
+
+    NONE = "none"
+    FAULT = "fault"  # it lost or spoiled the worker's work
+    CORDONED = "cordoned"  # it must not be used again
+
 
 _LONGEST = 400  # characters of a cause
 _TYPED = "twostroke: "  # prefix of the line with which our commands report a typed error
 _TYPED_EXIT = 2  # exit code after a typed error
+_DEVICE_EXITS = {DeviceFault.exit_code: DeviceEnd.FAULT, DeviceCordoned.exit_code: DeviceEnd.CORDONED}
+_DEVICE_ERRORS = {"DeviceFault": DeviceEnd.FAULT, "DeviceCordoned": DeviceEnd.CORDONED}
 _RAISED = re.compile(r"^((?:\w+\.)*)([A-Z]\w+)(?:: (.*))?$")  # last line of a traceback
 
 
@@ -17,6 +31,7 @@ class ProcessEnd(NamedTuple):
 
     cause: str  # one line
     is_certain: bool = False  # a typed error of ours: another start would end the same way
+    device: DeviceEnd = DeviceEnd.NONE
 
 
 def end_of_process(code: int, output: str) -> ProcessEnd:
@@ -26,6 +41,8 @@ def end_of_process(code: int, output: str) -> ProcessEnd:
     if code < 0:
         return ProcessEnd(f"exit code {code}: {_signal_words(-code)}")
     typed = [line for line in output.splitlines() if line.startswith(_TYPED)]
+    if typed and code in _DEVICE_EXITS:
+        return ProcessEnd(_short(typed[-1].removeprefix(_TYPED)), device=_DEVICE_EXITS[code])
     if typed and code == _TYPED_EXIT:
         return ProcessEnd(_short(typed[-1].removeprefix(_TYPED)), is_certain=True)
     return ProcessEnd(": ".join(part for part in (f"exit code {code}", cause_of(output)) if part))
@@ -37,8 +54,17 @@ def end_of_error(text: str) -> ProcessEnd:
     for place in range(len(lines) - 1, -1, -1):
         found = _RAISED.match(lines[place])
         if found and found[1].startswith("twostroke.core.errors."):
-            return ProcessEnd(_short(" ".join([found[3] or found[2], *lines[place + 1 :]])), is_certain=True)
+            device = _DEVICE_ERRORS.get(found[2], DeviceEnd.NONE)
+            cause = _short(" ".join([found[3] or found[2], *lines[place + 1 :]]))
+            return ProcessEnd(cause, is_certain=device is DeviceEnd.NONE, device=device)
     return ProcessEnd(cause_of(text) or "it ended without a word")
+
+
+def end_of_typed(error: TwostrokeError) -> ProcessEnd:
+    """The end of a member by a typed error in this process."""
+    if isinstance(error, DeviceFault):
+        return ProcessEnd(_short(str(error)), device=_DEVICE_ERRORS[type(error).__name__])
+    return ProcessEnd(str(error), is_certain=True)
 
 
 def cause_of(output: str) -> str:

@@ -69,6 +69,7 @@ def worker_settings(site: Site, member: ProcessPlan) -> WorkerSettings:
         model_name=site.model_name,
         model=config.model.model_copy(update={"device": member.device}),
         gpu=member.gpu,
+        gpu_health=config.cluster.gpu_health,
         cache=config.cache,
         step=config.step,
         memory_bytes=member.memory_bytes,

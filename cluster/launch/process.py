@@ -128,7 +128,7 @@ class ProcessLauncher:
         given = {"OMP_NUM_THREADS": threads, "TWOSTROKE__STEP__NUM_THREADS": threads}
         if member.kind == "worker":
             given["TWOSTROKE__MODEL__DEVICE"] = member.device
-        if member.device == "cuda":
+        if member.device == "cuda" or self._site.config.cluster.gpu_health == "on":
             visible = kept.get("CUDA_VISIBLE_DEVICES", "").split(",")
             given["CUDA_VISIBLE_DEVICES"] = visible[member.gpu] if visible[0] else str(member.gpu)
         return kept | given

@@ -111,6 +111,17 @@ def resolve_device(wanted: DeviceChoice, index: int = 0) -> torch.device:
     return torch.device("cuda", index)
 
 
+def gpu_uuid(index: int) -> str:
+    """UUID of a GPU that torch sees, as NVML names it; empty if torch does not tell it.
+
+    Torch counts GPUs in the order of CUDA_DEVICE_ORDER, which need not be NVML's.
+    """
+    import torch
+
+    found = getattr(torch.cuda.get_device_properties(index), "uuid", None)
+    return f"GPU-{found}" if found else ""
+
+
 def describe_device(device: torch.device) -> str:
     """Properties by which libraries choose their kernels on a GPU."""
     import torch

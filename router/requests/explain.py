@@ -11,6 +11,8 @@ from ...core.request import SamplingParams
 from ...core.sampling import FIELD_BY_NAME, Form, SamplingField
 from ...core.timeline import Instant
 from ..routing.coefficients import FIELDS, Coefficients
+from ..routing.cordoned import Cordoned
+from ..routing.facts import GpuFacts
 from ..routing.known_worker import Worker
 from ..routing.policy import Candidate, RoutingDecision
 from .state import RequestState
@@ -142,6 +144,23 @@ def explain_worker(worker: Worker, coefficients: Coefficients, now_s: float) -> 
         },
         "coefficients": {name: getattr(coefficients, name) for name in FIELDS},
         "counters": dict(load.counters),
+        "gpus": [explain_gpu(gpu) for gpu in worker.gpus],
+    }
+
+
+def explain_gpu(gpu: GpuFacts) -> dict[str, Any]:
+    """Report of one GPU of a worker, for `status`."""
+    return {**asdict(gpu), "reasons": list(gpu.reasons)}
+
+
+def explain_cordoned(cordoned: Cordoned, now_s: float) -> dict[str, Any]:
+    """Report of a GPU that no worker may use any more."""
+    return {
+        "uuid": cordoned.gpu.uuid,
+        "name": cordoned.gpu.name,
+        "worker_id": cordoned.worker_id,
+        "reasons": list(cordoned.gpu.reasons),
+        "since_s": round(now_s - cordoned.at_s, 3),
     }
 
 

@@ -158,6 +158,7 @@ class Flow:
 
         pairs: {prefill_worker, decode_worker, transport, reason, bytes_per_s, handovers, bytes_moved} of the pairs of
         present workers that handed over since this router began.
+        cordoned_gpus: {uuid, name, worker_id, reasons, since_s} of GPUs that workers gave up since then.
         """
         now_s = self.clock.now_s()
         admission = self._life.admission
@@ -165,6 +166,7 @@ class Flow:
             "workers": self._members.facts(now_s),
             "models": [model.name for model in self.models()],
             "pairs": self._known_pairs().facts(),
+            "cordoned_gpus": self._members.cordoned(now_s),
             "router": {
                 "router_id": self._identity.router_id,
                 "incarnation": str(self._identity.incarnation),

@@ -35,6 +35,26 @@ class ModelFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class GpuFacts:
+    """State of a GPU as its worker reported it. Numbers are 0 where the device gives none."""
+
+    uuid: str
+    name: str = ""
+    parent_uuid: str = ""  # of a slice: its GPU
+    verdict: str = "ok"  # "throttled", "drain", "restart", "cordon"
+    reasons: tuple[str, ...] = ()
+    slowdown: float = 0.0  # factor on predicted times while throttled; 0: none
+    memory_used_bytes: int = 0
+    memory_total_bytes: int = 0
+    power_watts: float = 0.0
+    power_limit_watts: float = 0.0
+    temperature_c: int = 0
+    corrected_errors: int = 0
+    uncorrected_errors: int = 0
+    reading_age_s: float = 0.0  # negative: there was no reading
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerFacts:
     """Facts about a worker, as it announced them."""
 
@@ -52,6 +72,7 @@ class WorkerFacts:
     capabilities: tuple[str, ...] = ()
     metrics_address: str = ""  # host:port of its GET /metrics; empty: none
     num_ranks: int = 1  # tensor-parallel ranks
+    gpus: tuple[GpuFacts, ...] = ()  # those that it watches, as announced
 
     @property
     def key(self) -> WorkerKey:
@@ -85,6 +106,7 @@ class LoadFacts:
     handover_bytes_per_s: float = 0.0
     counters: tuple[tuple[str, int], ...] = ()
     spreads: tuple[tuple[str, Spread], ...] = ()
+    gpus: tuple[GpuFacts, ...] = ()
 
 
 class WorkerState(StrEnum):

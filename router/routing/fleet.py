@@ -16,6 +16,7 @@ from enum import Enum
 
 from ...core.lease import WORKER_LEASE
 from ...core.request import Role, SequenceKey
+from .cordoned import CordonedGpus
 from .facts import LoadFacts, ModelFacts, WorkerFacts, WorkerKey, WorkerState
 from .known_worker import Dispatched, Worker
 from .lost_workers import LostWorkers
@@ -58,6 +59,7 @@ class Fleet:
         self.lost = LostWorkers(self._limits.return_s)
         self._replaced: dict[str, deque[int]] = {}  # incarnations that may not come back
         self._ticked_s: float | None = None
+        self.cordoned = CordonedGpus()
         self.num_lost = 0  # workers that went without announcing it
 
     # ------------------------------------------------------------------ events
@@ -67,6 +69,7 @@ class Fleet:
 
         A new incarnation replaces the old one, whose requests are lost; a replaced incarnation cannot come back.
         """
+        self.cordoned.see(facts.worker_id, facts.gpus, now_s)
         known = self._workers.get(facts.worker_id)
         if known is not None and known.facts.incarnation == facts.incarnation:
             known.facts, known.role, known.heard_s, known.announcing = facts, facts.role, now_s, True
@@ -139,6 +142,7 @@ class Fleet:
         if worker := self._find(key):
             worker.load, worker.load_s, worker.role = load, now_s, role
             worker.draining = worker.draining or load.draining
+            self.cordoned.see(key.worker_id, load.gpus, now_s)
 
     def tick(self, now_s: float) -> list[FleetChange]:
         """Find workers that fell silent. Call at least every 0.2 s: a long gap counts as a pause of this process."""

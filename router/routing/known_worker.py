@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ...core.request import Role, SequenceKey
-from .facts import LoadFacts, WorkerFacts, WorkerState
+from .facts import GpuFacts, LoadFacts, WorkerFacts, WorkerState
 
 REPORT_LAG_S = 0.25
 """A load report may lack work that was dispatched less than this time before its arrival."""
+
+MAX_SLOWDOWN = 100.0
+"""Largest factor of a throttled GPU that counts, whatever a worker reports."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,17 @@ class Worker:
         if self.draining:
             return WorkerState.DRAINING
         return WorkerState.SUSPECT if self.silent or self.stalled else WorkerState.LIVE
+
+    @property
+    def gpus(self) -> tuple[GpuFacts, ...]:
+        """Its GPUs by its last report."""
+        return self.load.gpus or self.facts.gpus
+
+    @property
+    def slowdown(self) -> float:
+        """Factor on predicted times while a GPU of it is throttled; 1: none is."""
+        slowdowns = [gpu.slowdown for gpu in self.gpus if gpu.verdict == "throttled"]
+        return max((min(MAX_SLOWDOWN, max(1.0, slowdown)) for slowdown in slowdowns), default=1.0)  # NaN counts as 1
 
     @property
     def queued_prefill_tokens(self) -> int:

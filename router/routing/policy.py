@@ -4,6 +4,7 @@
          + (1 - overlap) * bytes not held by D / bandwidth      0 for a local prefill
          + queue of D
          + load penalty: the delay to sequences that decode on D, and the work itself, which later requests wait for
+         + (slowdown - 1) * time on a throttled GPU     of the prefill on P, and of all steps on D
 
 A local prefill has P = D, and its load penalty covers the steps it takes from D's other sequences. The penalty on work
 is why siblings of a burst go where their prefix is being computed, although another worker would be as quick. The best
@@ -25,6 +26,7 @@ from .facts import WorkerKey
 from .pairs import RefusedPair, pairs_of
 
 CANDIDATES = 4
+MEAN_LIFE_TOKENS = 256  # upper bound of the tokens that a sequence is expected to generate
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,7 @@ class WorkerView:
     max_num_seqs: int
     free_kv_tokens: int
     in_flight: int  # sequences that this router has dispatched to it
+    slowdown: float = 1.0  # of a throttled GPU: factor on all times; 1: none
 
     @property
     def worker_id(self) -> str:
@@ -84,6 +87,7 @@ class Terms:
     transfer_ms: float
     decode_queue_ms: float
     load_penalty_ms: float  # no part of this request's latency: what it costs other requests, weighted
+    throttle_ms: float = 0.0  # what throttled GPUs add, until the measured speeds know of them
 
     @property
     def first_token_ms(self) -> float:
@@ -93,7 +97,7 @@ class Terms:
     @property
     def total_ms(self) -> float:
         """Predicted cost of the candidate; the lowest wins."""
-        return self.first_token_ms + self.transfer_ms + self.load_penalty_ms
+        return self.first_token_ms + self.transfer_ms + self.load_penalty_ms + self.throttle_ms
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +163,8 @@ class _Figures(NamedTuple):
     missing_bytes: int
     decode_queue_ms: float
     interference_ms: float
+    slow_prefill_ms: float  # added by a throttled GPU, as P and as D
+    slow_decode_ms: float
 
 
 class _Costs:
@@ -172,19 +178,20 @@ class _Costs:
 
     def prefill_rank(self, worker: WorkerView) -> tuple[float, int, bytes]:
         own = self._of(worker)
-        total_ms = own.prefill_queue_ms + own.prefill_ms
+        total_ms = own.prefill_queue_ms + own.prefill_ms + own.slow_prefill_ms
         return (total_ms, worker.in_flight, _hash(self._request.request_id, worker.worker_id))
 
     def decode_rank(self, worker: WorkerView) -> tuple[float, int, bytes]:
         own = self._of(worker)
-        total_ms = self._transfer_ms(worker, worker) + own.decode_queue_ms + own.interference_ms
+        total_ms = self._transfer_ms(worker, worker) + own.decode_queue_ms + own.interference_ms + own.slow_decode_ms
         return (total_ms, worker.in_flight, _hash(self._request.request_id, worker.worker_id))
 
     def pair(self, prefill: WorkerView, decode: WorkerView) -> Candidate:
         p, d = self._of(prefill), self._of(decode)
         load_penalty_ms = d.interference_ms + self._limits.work_weight * p.prefill_ms
         transfer_ms = self._transfer_ms(decode, prefill)
-        terms = Terms(p.prefill_queue_ms, p.prefill_ms, transfer_ms, d.decode_queue_ms, load_penalty_ms)
+        throttle_ms = p.slow_prefill_ms + d.slow_decode_ms
+        terms = Terms(p.prefill_queue_ms, p.prefill_ms, transfer_ms, d.decode_queue_ms, load_penalty_ms, throttle_ms)
         return Candidate(decode, prefill, p.held, d.held, terms)
 
     def local(self, decode: WorkerView) -> Candidate:
@@ -193,7 +200,8 @@ class _Costs:
         disturbed = decode.num_decoding + (1 if decode.role is Role.DECODE else 0)
         weight = self._limits.work_weight + self._limits.delay_weight * disturbed
         load_penalty_ms = own.interference_ms + weight * own.prefill_ms
-        terms = Terms(own.prefill_queue_ms, own.prefill_ms, 0.0, own.decode_queue_ms, load_penalty_ms)
+        throttle_ms = own.slow_prefill_ms + own.slow_decode_ms
+        terms = Terms(own.prefill_queue_ms, own.prefill_ms, 0.0, own.decode_queue_ms, load_penalty_ms, throttle_ms)
         return Candidate(decode, None, own.held, own.held, terms)
 
     def _of(self, worker: WorkerView) -> _Figures:
@@ -208,13 +216,19 @@ class _Costs:
         uncached = request.prompt_tokens - held
         # One more row in every step: a share of a step for each sequence that is there.
         interference_ms = self._limits.delay_weight * speed.decode_step_ms * worker.num_decoding * request.num_choices
+        queue_ms = speed.prefill_ms_per_token * worker.queued_prefill_tokens
+        prefill_ms, decode_queue_ms = speed.prefill_ms(uncached, held), self._decode_queue_ms(worker)
+        steps_ms = speed.decode_step_ms * min(request.expected_tokens, MEAN_LIFE_TOKENS)
+        slower = worker.slowdown - 1.0
         return _Figures(
             held,
-            speed.prefill_ms_per_token * worker.queued_prefill_tokens,
-            speed.prefill_ms(uncached, held),
+            queue_ms,
+            prefill_ms,
             uncached * worker.kv_bytes_per_token,
-            self._decode_queue_ms(worker),
+            decode_queue_ms,
             interference_ms,
+            slower * (queue_ms + prefill_ms),
+            slower * (decode_queue_ms + steps_ms),
         )
 
     def _transfer_ms(self, decode: WorkerView, prefill: WorkerView) -> float:
@@ -228,7 +242,7 @@ class _Costs:
         each = request.prompt_tokens + request.expected_tokens
         excess_seqs = float(worker.num_decoding + request.num_choices - worker.max_num_seqs)
         excess_room = request.num_choices - worker.free_kv_tokens / each
-        mean_life_ms = worker.coefficients.decode_step_ms * min(request.expected_tokens, 256)
+        mean_life_ms = worker.coefficients.decode_step_ms * min(request.expected_tokens, MEAN_LIFE_TOKENS)
         excess = max(0.0, excess_seqs, excess_room)
         return excess * mean_life_ms / max(1, min(worker.num_decoding, worker.max_num_seqs))
 
@@ -262,5 +276,6 @@ def _reason(winner: Candidate, ranked: Sequence[Candidate], request: RequestFact
     if others:
         more_ms = others[0].terms.total_ms - terms.total_ms
         than = "as cheap as" if more_ms < 0.05 else f"{more_ms:.1f} ms less than"
-        parts.append(f"{than} {others[0].name}")
+        throttled = f", of which {others[0].terms.throttle_ms:.1f} ms for a throttled GPU"
+        parts.append(f"{than} {others[0].name}{throttled if others[0].terms.throttle_ms else ''}")
     return "; ".join(parts)

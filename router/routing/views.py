@@ -61,6 +61,7 @@ def views_of(workers: Iterable[Worker]) -> list[WorkerView]:
             max_num_seqs=worker.facts.max_num_seqs,
             free_kv_tokens=worker.free_kv_tokens,
             in_flight=len(worker.in_flight),
+            slowdown=worker.slowdown,
         )
         for worker in eligible
     ]

@@ -46,10 +46,10 @@ class AnnounceService(worker_pb2_grpc.AnnounceServicer):
                     facts = self._who(message, facts)
                 except InvalidRequest as error:
                     await context.abort(grpc.StatusCode.INVALID_ARGUMENT, error.message)
+                if not message.leaving or message.HasField("worker"):  # a leaving worker may say why
+                    self._handlers.announced(facts)
                 if message.leaving:
                     self._handlers.leaving(facts.key)
-                else:
-                    self._handlers.announced(facts)
                 yield worker_pb2.AnnounceReply(
                     router_id=self._router_id, router_incarnation=self._incarnation, sequence=message.sequence
                 )

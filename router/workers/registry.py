@@ -19,7 +19,7 @@ from ...kv.block import BlockIdentity
 from ...kv.keys import PromptHasher
 from ...protos import worker_pb2, worker_pb2_grpc
 from ..metrics import RouterMetrics
-from ..requests.explain import explain_worker
+from ..requests.explain import explain_cordoned, explain_worker
 from ..requests.roster import Roster
 from ..requests.surroundings import Order
 from ..routing.coefficients import FIELDS, coefficients_of, guess
@@ -140,6 +140,10 @@ class WorkerRegistry:
         workers = sorted(self.fleet, key=lambda worker: worker.facts.worker_id)
         otherwise = guess(worker.load for worker in workers)
         return [explain_worker(worker, coefficients_of(worker.load, otherwise), now_s) for worker in workers]
+
+    def cordoned(self, now_s: float) -> list[dict[str, Any]]:
+        """Reports of cordoned GPUs for `status`, oldest first."""
+        return [explain_cordoned(found, now_s) for found in self.fleet.cordoned.all()]
 
     # ------------------------------------------------------------------ events of the connections
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from itertools import islice
 
 from ...core.errors import InvalidRequest
 from ...core.life import Transfer
@@ -22,10 +23,13 @@ from ...kv.messages import (
 )
 from ...kv.spec import KvSpec
 from ...protos import common_pb2, worker_pb2
-from ..routing.facts import LoadFacts, ModelFacts, WorkerFacts
+from ..routing.facts import GpuFacts, LoadFacts, ModelFacts, WorkerFacts
 from ..routing.policy import WorkerView
 
-_LOAD_FIELDS = [name for name in LoadFacts.__dataclass_fields__ if name not in ("counters", "spreads")]
+_LOAD_FIELDS = [name for name in LoadFacts.__dataclass_fields__ if name not in ("counters", "spreads", "gpus")]
+
+_GPU_FIELDS = [name for name in GpuFacts.__dataclass_fields__ if name not in ("verdict", "reasons")]
+MAX_GPUS, MAX_REASONS, MAX_REASON_CHARS = 64, 16, 256
 
 
 def worker_from_wire(info: common_pb2.WorkerInfo) -> WorkerFacts:
@@ -54,6 +58,19 @@ def worker_from_wire(info: common_pb2.WorkerInfo) -> WorkerFacts:
         capabilities=tuple(info.capabilities),
         metrics_address=info.metrics_address,
         num_ranks=max(1, info.tensor_parallel_size),
+        gpus=_gpus_from(info.gpus),
+    )
+
+
+def _gpus_from(messages: Iterable[common_pb2.GpuState]) -> tuple[GpuFacts, ...]:
+    """The first MAX_GPUS devices of a worker, each with its first MAX_REASONS reasons."""
+    return tuple(
+        GpuFacts(
+            **{name: getattr(gpu, name) for name in _GPU_FIELDS},
+            verdict=gpu.verdict or "ok",
+            reasons=tuple(reason[:MAX_REASON_CHARS] for reason in gpu.reasons[:MAX_REASONS]),
+        )
+        for gpu in islice(messages, MAX_GPUS)
     )
 
 
@@ -83,7 +100,9 @@ def load_from_wire(report: worker_pb2.LoadReport) -> LoadFacts:
     """Facts of a worker's load report."""
     values = {name: getattr(report, name) for name in _LOAD_FIELDS}
     spreads = tuple((name, Spread(tuple(spread.counts), spread.total)) for name, spread in report.spreads.items())
-    return LoadFacts(**values, counters=tuple(sorted(report.counters.items())), spreads=spreads)
+    return LoadFacts(
+        **values, counters=tuple(sorted(report.counters.items())), spreads=spreads, gpus=_gpus_from(report.gpus)
+    )
 
 
 def submit_to_wire(

@@ -46,6 +46,13 @@ PURE_FILES = (
     "decode_worker/task.py",
     "decode_worker/speed.py",
     "worker/automatic.py",
+    "worker/gpu/reading.py",
+    "worker/gpu/verdict.py",
+    "worker/gpu/visible.py",
+    "worker/gpu/xid.py",
+    "cluster/catalogue.py",
+    "cluster/devices.py",
+    "cluster/fit.py",
     "cluster/placement.py",
     "cluster/restarts.py",
 )

@@ -2,7 +2,15 @@
 
 import pytest
 
-from twostroke.cluster.launch.last_words import ProcessEnd, cause_of, end_of_error, end_of_process
+from twostroke.cluster.launch.last_words import (
+    DeviceEnd,
+    ProcessEnd,
+    cause_of,
+    end_of_error,
+    end_of_process,
+    end_of_typed,
+)
+from twostroke.core import errors
 
 CRASH = """INFO: loading
 Traceback (most recent call last):
@@ -32,6 +40,8 @@ weights 2 MiB = 0 blocks
         (1, "", ProcessEnd("exit code 1")),
         (-9, "loading", ProcessEnd("exit code -9: SIGKILL: `kill -9`, or a system out of memory")),
         (-11, "", ProcessEnd("exit code -11: SIGSEGV")),
+        (3, "twostroke: GPU-a is cordoned: XID 79", ProcessEnd("GPU-a is cordoned: XID 79", device=DeviceEnd.CORDONED)),
+        (4, "twostroke: GPU-a: restart: XID 31\n", ProcessEnd("GPU-a: restart: XID 31", False, DeviceEnd.FAULT)),
     ],
 )  # fmt: skip
 def test_the_end_of_a_process_is_its_cause_in_one_line(code: int, output: str, end: ProcessEnd):
@@ -46,3 +56,15 @@ def test_an_error_of_ours_in_another_process_is_its_message_and_certain():
 
 def test_a_long_cause_is_cut():
     assert len(cause_of("x" * 10_000)) == 400
+
+
+@pytest.mark.parametrize(("kind", "device"), [("DeviceFault", DeviceEnd.FAULT), ("DeviceCordoned", DeviceEnd.CORDONED)])
+def test_an_actor_says_what_its_gpu_did(kind: str, device: DeviceEnd):
+    end = end_of_error(RAY_ERROR.replace("DoesNotFit: memory 1 MiB", f"{kind}: GPU-a"))
+    assert (end.device, end.is_certain) == (device, False)
+    here = end_of_typed(getattr(errors, kind)("GPU-a"))
+    assert here == ProcessEnd("GPU-a", False, device)
+
+
+def test_another_typed_error_says_nothing_of_a_gpu():
+    assert end_of_typed(errors.DoesNotFit("too large")) == ProcessEnd("too large", is_certain=True)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from twostroke.cluster.config import load_config
-from twostroke.cluster.launch.last_words import ProcessEnd
+from twostroke.cluster.launch.last_words import DeviceEnd, ProcessEnd
 from twostroke.cluster.model_facts import model_facts
 from twostroke.cluster.placement import place
 from twostroke.cluster.restarts import Standing, Use
@@ -162,3 +162,30 @@ async def test_routers_stop_first_and_only_then_their_workers(made: tuple[Superv
     await supervisor.stop()
     worker = worker_of(supervisor)
     assert acts == ["stop router-0", "router-0 is over", f"stop {worker}", f"{worker} is over", "close"]
+
+
+async def test_a_worker_that_reported_a_cordoned_gpu_is_not_started_again_however_it_ends(
+    made: tuple[Supervisor, Clock],
+) -> None:
+    """A process that hangs in its driver is killed in the end, and cannot say why."""
+    supervisor, _ = made
+    name = worker_of(supervisor)
+    supervisor._settled.set()
+    report = seen((name, "first", "live"))
+    report["workers"][0]["gpus"] = [{"uuid": "GPU-a", "verdict": "cordon", "reasons": ["XID 79"]}]
+    supervisor._note(report)
+    supervisor._ended(name, ProcessEnd("SIGKILL"))
+    assert supervisor._membership.standing(name) is Standing.WITHHELD
+    assert supervisor._membership.last_words(name) == "GPU-a is cordoned: XID 79"
+
+
+async def test_many_faults_of_one_gpu_cordon_it(made: tuple[Supervisor, Clock]) -> None:
+    supervisor, clock = made
+    name = worker_of(supervisor)
+    supervisor._settled.set()
+    standings = []
+    for clock.at_s in range(4):
+        supervisor._membership.started(name, clock.at_s)
+        supervisor._ended(name, ProcessEnd("XID 31", device=DeviceEnd.FAULT))
+        standings.append(supervisor._membership.standing(name))
+    assert standings == [Standing.WAITING] * 3 + [Standing.WITHHELD]

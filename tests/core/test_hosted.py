@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from twostroke.core.errors import DeviceCordoned, DeviceFault
 from twostroke.core.hosted import Hosted
 
 
@@ -14,6 +15,7 @@ class Quiet:
 
     def __init__(self) -> None:
         self.ended = asyncio.Event()
+        self.fault: DeviceFault | None = None
         self.graces_s: list[float] = []
 
     async def start(self) -> None:
@@ -47,4 +49,13 @@ def test_a_server_that_breaks_ends_its_process_without_a_drain(hosted):
     _, server, running = hosted
     server.loop.call_soon_threadsafe(server.ended.set)
     assert running.result(10).startswith("ended by its own fault")
+    assert server.graces_s == [0.0]
+
+
+def test_a_fault_of_the_device_is_raised_to_whoever_waits(hosted):
+    _, server, running = hosted
+    server.fault = DeviceCordoned("GPU-a is cordoned: XID 79")
+    server.loop.call_soon_threadsafe(server.ended.set)
+    with pytest.raises(DeviceCordoned, match="XID 79"):
+        running.result(10)
     assert server.graces_s == [0.0]

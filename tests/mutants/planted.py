@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import planted_doors
 import planted_engine
+import planted_gpu
 import planted_handover
 import planted_kv
 import planted_router
@@ -127,10 +128,15 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/decode_worker/test_choice.py",
     ),
     "text/": ("tests/text/test_incremental.py", "tests/text/test_behind_prompt.py"),
+    "cluster/devices": ("tests/cluster/test_devices.py",),
     "cluster/restarts": ("tests/cluster/test_restarts.py",),
     "cluster/supervisor": ("tests/cluster/test_supervisor.py", "tests/cluster/test_drained.py"),
     "worker/watch": ("tests/worker/test_watchers.py", "tests/worker/test_worker_watch.py"),
     "worker/announcer": ("tests/worker/test_announcer.py", "tests/worker/test_worker_watch.py"),
+    "worker/gpu/nvml": ("tests/worker/gpu/test_nvml.py",),
+    "worker/gpu/monitor": ("tests/worker/gpu/test_monitor.py",),
+    "worker/gpu/visible": ("tests/worker/gpu/test_visible.py",),
+    "worker/gpu/": ("tests/worker/gpu/test_verdict.py",),
     "worker/": ("tests/worker/test_worker_watch.py",),
 }
 
@@ -141,4 +147,5 @@ MUTANTS = [
     *planted_workers.MUTANTS,
     *planted_router.MUTANTS,
     *planted_doors.MUTANTS,
+    *planted_gpu.MUTANTS,
 ]

@@ -15,6 +15,7 @@ class LoopNoted:
 
     def __init__(self) -> None:
         self.ended = asyncio.Event()
+        self.fault = None
         self.loop = asyncio.get_running_loop()
         self.tiers = running_tiers()
 

@@ -92,7 +92,7 @@ async def start_worker(tiny_checkpoint: Path) -> AsyncIterator[Start]:
     workers: list[WorkerProcess] = []
 
     async def start(role: Role, **changes: Any) -> WorkerProcess:
-        clock = changes.pop("clock", None)
+        clock, nvml = changes.pop("clock", None), changes.pop("nvml", None)
         settings = WorkerSettings(
             worker_id=changes.pop("worker_id", f"{role.value}-{len(workers)}"),
             role=role,
@@ -105,7 +105,7 @@ async def start_worker(tiny_checkpoint: Path) -> AsyncIterator[Start]:
             orphan_grace_s=changes.pop("orphan_grace_s", 0.3),
             **changes,
         )
-        worker = WorkerProcess(settings, clock)
+        worker = WorkerProcess(settings, clock, nvml=nvml)
         workers.append(worker)
         await worker.start()
         return worker

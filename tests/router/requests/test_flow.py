@@ -64,6 +64,7 @@ async def test_streams_a_request_and_explains_it() -> None:
             "transfer_ms",
             "decode_queue_ms",
             "load_penalty_ms",
+            "throttle_ms",
         )  # as README says
         for candidate in explained["choice"]["candidates"]:
             assert candidate["total_ms"] == pytest.approx(sum(candidate[term] for term in terms), abs=0.01)

@@ -19,8 +19,16 @@ from twostroke.router.requests.delivery import Delivery, DeliveryVerdict, PieceB
 from twostroke.router.requests.history import RequestHistory
 from twostroke.router.requests.pieces import OutputDelta
 from twostroke.router.routing.coefficients import Coefficients
-from twostroke.router.routing.facts import LoadFacts, ModelFacts, WorkerFacts, WorkerKey, WorkerState
+from twostroke.router.routing.facts import (
+    GpuFacts,
+    LoadFacts,
+    ModelFacts,
+    WorkerFacts,
+    WorkerKey,
+    WorkerState,
+)
 from twostroke.router.routing.fleet import Fleet
+from twostroke.router.routing.known_worker import Worker
 from twostroke.router.routing.policy import PolicyLimits, RequestFacts, WorkerView, choose
 
 messages = st.lists(
@@ -296,3 +304,16 @@ def test_above_the_contended_share_a_tenant_may_not_go_beyond_its_part_by_its_ne
     with pytest.raises(Overloaded, match="35%"):
         admission.offer(Offer("a2", "ann", 350, 60.0), 0.0)
     admission.offer(Offer("b2", "bob", 250, 60.0), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("reported", "counted"),
+    [(3.0, 3.0), (0.0, 1.0), (-5.0, 1.0), (float("nan"), 1.0), (float("inf"), 100.0), (1e9, 100.0)],
+)
+def test_a_reported_slowdown_counts_within_bounds(reported: float, counted: float) -> None:
+    model = ModelFacts("m", b"f" * 16, b"n" * 16, "", 4096, 1000, True, "", 1000)
+    worker = Worker(WorkerFacts("w", 1, Role.DECODE, "w:1", model, 10, 16, 4, 512), 0.0, 0.0)
+    assert worker.slowdown == 1.0
+    gpus = (GpuFacts("GPU-a", verdict="throttled", slowdown=reported), GpuFacts("GPU-b", slowdown=50.0))
+    worker.load = LoadFacts(gpus=gpus)
+    assert worker.slowdown == counted

@@ -4,6 +4,7 @@ Each line is an event; what must follow stands below it, indented. `0.50` at the
 
     announced p0 prefill #1      a worker of that role and incarnation (seqs=16 blocks=1000 numerics=x tp=1 codec=1)
     up p0 | down p0 | beat p0 run 7 | load p0 queued=100 running=3 a=0.5 | leaving p0 | ended p0 | tick
+    gpu p0 throttled 3.0 hot     a report on its GPU: verdict, slowdown, reasons;  cordoned: GPUs that were given up
     states                       who stands where
     held p0=10 d0=5              hash blocks of the next prompts that workers hold
     choose r1 1600 max=100       the winner, its terms, and the ranked peers; `all` lists every candidate
@@ -26,7 +27,7 @@ from twostroke.core.request import Epoch, FinishReason, Role, SequenceKey
 from twostroke.kv.spec import attention_spec
 from twostroke.router.requests.admission import Admission, AdmissionLimits, Offer
 from twostroke.router.requests.delivery import Delivery
-from twostroke.router.routing.facts import LoadFacts, ModelFacts, WorkerFacts, WorkerKey
+from twostroke.router.routing.facts import GpuFacts, LoadFacts, ModelFacts, WorkerFacts, WorkerKey
 from twostroke.router.routing.fleet import Fleet, FleetChange
 from twostroke.router.routing.policy import Candidate, PolicyLimits, RequestFacts, RoutingDecision, choose
 from twostroke.router.routing.views import count_work, views_of
@@ -104,6 +105,15 @@ class Stage:
         values = {"free_blocks": worker.facts.num_kv_blocks, **values}
         values["draining"] = bool(values.get("draining", False))
         self.fleet.loaded(self.keys[name], LoadFacts(**values), worker.role, self.now_s)
+
+    def on_gpu(self, name, verdict, slowdown="0", *reasons):
+        worker = self.fleet.get(name)
+        gpu = GpuFacts(f"GPU-{name}", verdict=verdict, slowdown=float(slowdown), reasons=reasons)
+        self.fleet.loaded(self.keys[name], replace(worker.load, gpus=(gpu,)), worker.role, self.now_s)
+
+    def on_cordoned(self):
+        found = self.fleet.cordoned.all()
+        return [f"{c.gpu.uuid} of {c.worker_id} at {c.at_s:g} s: {' '.join(c.gpu.reasons)}" for c in found] or ["none"]
 
     def on_leaving(self, name):
         self.fleet.leaving(self.keys[name])
@@ -236,4 +246,5 @@ def _candidate(c: Candidate, wins: bool) -> str:
     return (
         f"{mark}{c.name}: {t.total_ms:.1f} = queue {t.prefill_queue_ms:.1f} + prefill {t.prefill_ms:.1f} "
         f"+ transfer {t.transfer_ms:.1f} + queue {t.decode_queue_ms:.1f} + load penalty {t.load_penalty_ms:.1f}"
+        + (f" + throttled {t.throttle_ms:.1f}" if t.throttle_ms else "")
     )
