@@ -20,6 +20,7 @@ class DeviceEnd(Enum):
 
 _LONGEST = 400  # characters of a cause
 _TYPED = "twostroke: "  # prefix of the line with which our commands report a typed error
+_WANTED_ENDS = (signal.SIGINT, signal.SIGTERM)  # `leave` of core/foreground.py adds 128
 _TYPED_EXIT = 2  # exit code after a typed error
 _DEVICE_EXITS = {DeviceFault.exit_code: DeviceEnd.FAULT, DeviceCordoned.exit_code: DeviceEnd.CORDONED}
 _DEVICE_ERRORS = {"DeviceFault": DeviceEnd.FAULT, "DeviceCordoned": DeviceEnd.CORDONED}
@@ -40,6 +41,8 @@ def end_of_process(code: int, output: str) -> ProcessEnd:
         return ProcessEnd("exit code 0: it was told to stop")
     if code < 0:
         return ProcessEnd(f"exit code {code}: {_signal_words(-code)}")
+    if code - 128 in _WANTED_ENDS:  # what it said long before is no cause
+        return ProcessEnd(f"exit code {code}: it was told to stop by {_signal_words(code - 128)}, more than once")
     typed = [line for line in output.splitlines() if line.startswith(_TYPED)]
     if typed and code in _DEVICE_EXITS:
         return ProcessEnd(_short(typed[-1].removeprefix(_TYPED)), device=_DEVICE_EXITS[code])

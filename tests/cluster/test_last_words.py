@@ -39,6 +39,7 @@ weights 2 MiB = 0 blocks
         (1, "the engine has ended\n", ProcessEnd("exit code 1: the engine has ended")),
         (1, "", ProcessEnd("exit code 1")),
         (-9, "loading", ProcessEnd("exit code -9: SIGKILL: `kill -9`, or a system out of memory")),
+        (143, CRASH, ProcessEnd("exit code 143: it was told to stop by SIGTERM, more than once")),
         (-11, "", ProcessEnd("exit code -11: SIGSEGV")),
         (3, "twostroke: GPU-a is cordoned: XID 79", ProcessEnd("GPU-a is cordoned: XID 79", device=DeviceEnd.CORDONED)),
         (4, "twostroke: GPU-a: restart: XID 31\n", ProcessEnd("GPU-a: restart: XID 31", False, DeviceEnd.FAULT)),

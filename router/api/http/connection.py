@@ -185,6 +185,8 @@ class Connection(HttpToolsProtocol):
         """One header."""
         self._num_headers += 1  # also those behind a chunked body
         self._count(len(name) + len(value))
+        if name.lower() == b"transfer-encoding" and value.strip().lower() != b"chunked":
+            raise ValueError("the parser would take all that follows for the body (RFC 9112, section 6.3)")
         super().on_header(name, value)
 
     def _count(self, num_bytes: int) -> None:

@@ -90,6 +90,14 @@ async def test_hostile_heads_are_refused_and_their_connections_closed():
             await asyncio.sleep(0.01)
 
 
+@pytest.mark.parametrize("coding", ["xchunked", "gzip, chunked", "identity", "chunked, chunked"])
+async def test_a_body_of_unknown_length_is_refused_at_once(coding: str):
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: {coding}\r\n\r\n5\r\nab"
+    async with served() as (port, _):
+        got = await answer(port, head.encode())
+    assert got.startswith(b"HTTP/1.1 400 ")
+
+
 async def test_a_head_of_usual_size_is_served():
     headers = b"".join(b"a%d: %s\r\n" % (place, b"b" * 100) for place in range(MAX_HEADERS - 2))
     async with served() as (port, _):
