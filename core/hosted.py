@@ -1,7 +1,7 @@
 """A synchronous object that runs a server on its own event loop, so that a Ray actor can drain.
 
 An async Ray actor cannot catch SIGTERM, so ours are synchronous: the loop runs in a thread, the actor's main thread
-waits in `run` and gets the signal. Knows no Ray.
+waits in `run` and gets the signal. One coroutine method, of whatever name, would make the actor async. Knows no Ray.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Hosted:
         self._thread.start()
         self._server = self._call(_build(build), None)
         self._call(self._server.start(), None)
-        asyncio.run_coroutine_threadsafe(self._notice_end(), self._loop)
+        asyncio.run_coroutine_threadsafe(_tell_end(self._server, self._wanted_gone), self._loop)
 
     def _new_loop(self) -> asyncio.AbstractEventLoop:
         """The loop that the server runs on."""
@@ -79,13 +79,14 @@ class Hosted:
         """Id of the process that hosts the server."""
         return os.getpid()
 
-    async def _notice_end(self) -> None:
-        await self._server.ended.wait()
-        self._wanted_gone.set()
-
     def _call(self, coroutine: Coroutine[Any, Any, Any], timeout_s: float | None) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout_s)
 
 
 async def _build(build: Callable[[], Server]) -> Server:
     return build()
+
+
+async def _tell_end(server: Server, told: threading.Event) -> None:
+    await server.ended.wait()
+    told.set()

@@ -2,12 +2,16 @@
 
 import asyncio
 import gc
+import inspect
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from twostroke.core.errors import DeviceCordoned, DeviceFault
 from twostroke.core.hosted import Hosted
+from twostroke.decode_worker.actor import DecodeWorker
+from twostroke.prefill_worker.actor import PrefillWorker
+from twostroke.router.actor import Router
 
 
 class Quiet:
@@ -59,3 +63,8 @@ def test_a_fault_of_the_device_is_raised_to_whoever_waits(hosted):
     with pytest.raises(DeviceCordoned, match="XID 79"):
         running.result(10)
     assert server.graces_s == [0.0]
+
+
+@pytest.mark.parametrize("kind", [Hosted, DecodeWorker, PrefillWorker, Router])
+def test_no_method_is_a_coroutine_for_ray_gives_async_actors_no_signals(kind: type[Hosted]):
+    assert inspect.getmembers(kind, inspect.iscoroutinefunction) == []

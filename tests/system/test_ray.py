@@ -311,6 +311,19 @@ def test_a_killed_prefill_worker_fails_no_request(cluster: Any, observer: Observ
     _without_fault(cluster, crowd.told, "after-prefill-kill")
 
 
+def test_a_worker_that_is_told_to_end_lets_its_streams_end_and_is_replaced(cluster: Any, observer: Observer):
+    before = observer.workers()
+    with _crowd(cluster, "told-to-end") as crowd:
+        for n in range(6):
+            crowd.sdk(prompt_of(50, seed=1500 + n), 100)
+        crowd.until_all_heard()
+        victim = observer.await_decode_worker(crowd.told[0].request_id)
+        send_signal(before[victim], signal.SIGTERM)
+    assert [told.error_code for told in crowd.told if not told.is_whole] == []
+    observer.until(lambda workers: _is_replaced(workers, before, victim), BUSY_MACHINE_S, f"a new {victim} live")
+    observer.until_idle(10.0)
+
+
 # ---------------------------------------------------------------- workers that freeze
 
 
