@@ -96,11 +96,7 @@ class SimChoice(ChoiceText):
     """The production rules for which tokens count, without a tokenizer."""
 
     def __init__(self, order_params: Any, emitted_ids: Sequence[int]) -> None:
-        self._params = order_params
-        self._eos_ids = frozenset([EOS])
-        self._text = cast(Any, NoText())
-        self.num_tokens = len(emitted_ids)
-        self.ended = None
+        self._begin(cast(Any, NoText()), order_params, frozenset([EOS]), emitted_ids)
 
 
 class SimService(DecodeService):

@@ -19,6 +19,7 @@ _ENGINE = ("tests/engine/test_engine_core.py", "tests/engine/test_scheduler_scen
 _SESSION = ("tests/decode_worker/test_ledger.py", "tests/worker/test_worker_session.py")
 _PURE = (
     "tests/router/requests/test_lifecycle.py",
+    "tests/router/requests/test_resume.py",
     "tests/router/routing/test_scenarios.py",
     "tests/router/routing/test_pure.py",
 )
