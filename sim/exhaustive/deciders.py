@@ -32,8 +32,9 @@ from ...router.routing.prefixes import PrefixMap
 from ..cells import SPEC
 from ..engine import IDENTITY_KEY
 from ..invariants import Violation
-from ..workers import MODEL, ROUTER_MODEL, SimChoice
+from ..workers import MODEL, ROUTER_MODEL
 from .machines import DOMAIN, FACTS, PARAMS, PROMPT_IDS, TIMEOUT_S, TOKENS, Event
+from .silent import SilentChoice
 
 ROUTER = RouterKey("router", 1)
 PATIENCE_S = 2.0
@@ -96,7 +97,7 @@ class Service(DecodeService):
         emitted = order.prompt_ids[len(order.prompt_ids) - order.num_emitted :]
         if emitted != TOKENS[: len(emitted)]:
             raise Violation("R3", f"{name} is to go on after {emitted}")
-        end = known_end_message(order, SimChoice(order.params, emitted), 0.0, SPEC)
+        end = known_end_message(order, SilentChoice(order.params, emitted), 0.0, SPEC)
         if end is not None:
             return end
         peers = tuple(peer.worker_id for peer in message.prefill_peers)

@@ -34,8 +34,9 @@ from ...protos import handover_pb2
 from ..cells import CELL_BYTES, DIGEST_KEY, SPEC, digest_of
 from ..engine import IDENTITY_KEY, NUMERICS
 from ..invariants import Violation
-from ..workers import MODEL_FACTS, SimChoice, SimDispatcher
+from ..workers import MODEL_FACTS, SimDispatcher
 from .canonical import canonical
+from .silent import SilentChoice
 
 PROMPT_TOKENS, UNIT_TOKENS = 24, 16  # two hash blocks, the second one partial: two frames
 TOKENS = (5, 6)  # of every answer; a prefill worker samples the first
@@ -250,7 +251,7 @@ class DecodeSide(_Face):
         timing, clock = HANDOVER_LEASE, self.clock
         pull = KvPullTools(self.client, cast(Any, None), DIGEST_KEY, SPEC, timing, clock, Counter())
         tools = _Connecting(FACTS, pull, cast(Any, self))
-        self.task = DecodeTask(order, SimChoice(PARAMS, emitted), self._outbox, tools, self._task_ended)
+        self.task = DecodeTask(order, SilentChoice(PARAMS, emitted), self._outbox, tools, self._task_ended)
 
     def _task_ended(self, _: DecodeTask) -> None:
         self.is_ended = True
