@@ -32,8 +32,8 @@ class Orders:
         unfinished = run.dispatched(dispatch)
         self._observer.dispatched(run)
         for index in unfinished:
-            key, left_s, emitted_ids = SequenceKey(run.name, index), run.left_s(now_s), run.delivery.ids_of(index)
-            peers = choice.prefill_peers
+            left_s = run.left_s(now_s)
+            key, peers, emitted_ids = SequenceKey(run.name, index), choice.prefill_peers, run.delivery.ids_of(index)
             order = submit_to_wire(key, run.request, dispatch.epoch, peers, left_s, emitted_ids=emitted_ids)
             if not self._driver.send(dispatch.decode, order):
                 return False

@@ -362,7 +362,7 @@ _LATER = [
         "            self._handlers.down(self.key, reason)\n            self._is_up = False\n",
     ),
     Mutant(
-        "router/requests/lifecycle.py",
+        "router/requests/orders.py",
         "            left_s = run.left_s(now_s)\n            key",
         "            left_s = run.request.timeout_s\n            key",
     ),
