@@ -176,6 +176,12 @@ class WorkerLost(Unavailable):
     code = "worker_lost"
 
 
+class PoisonRequest(TwostrokeError):
+    """Two workers were lost while they computed this request; it is not given to a third one."""
+
+    code = "poison_request"
+
+
 class DeadlineExceeded(TwostrokeError):
     """The request's own deadline passed."""
 

@@ -45,10 +45,9 @@ class ChoiceText:
 
         Raises:
             InvalidRequest: a stop string is empty.
+            InternalError: the choice had ended before the last of `emitted_ids`.
         """
-        self._params = params
-        self._eos_ids = eos_ids
-        self._text = TextStream(
+        text = TextStream(
             tokenizer,
             params.stop,
             params.skip_special_tokens,
@@ -56,9 +55,19 @@ class ChoiceText:
             include_stop=params.include_stop,
             prompt_ids=prompt_ids,
         )
-        self._text.push(emitted_ids)
-        self.num_tokens = len(emitted_ids)
-        self.ended: FinishReason | None = FinishReason.STOP if self._text.is_stopped else None
+        self._begin(text, params, eos_ids, emitted_ids)
+
+    def _begin(
+        self, text: TextStream, params: SamplingParams, eos_ids: Collection[int], emitted_ids: Sequence[int]
+    ) -> None:
+        self._text = text
+        self._params = params
+        self._eos_ids = eos_ids
+        self.num_tokens = 0
+        self.ended: FinishReason | None = None  # also by the emitted tokens alone, if their worker died with the end
+        self.push(0, emitted_ids)  # the client has the text that this returns
+        if self.num_tokens < len(emitted_ids):
+            raise InternalError(f"{len(emitted_ids)} tokens were emitted; the choice ended after {self.num_tokens}")
 
     @property
     def num_shown(self) -> int:

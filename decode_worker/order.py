@@ -61,7 +61,7 @@ def order_from_wire(message: worker_pb2.Submit, model: ModelFacts, prompts: Rece
         ContextLengthExceeded: the prompt leaves no room for a token.
     """
     prompt_ids = tuple(message.prompt_ids)
-    model.check_prompt(prompt_ids)
+    model.check_prompt(prompt_ids, message.emitted_tokens)
     if message.emitted_tokens >= len(prompt_ids):
         raise InvalidRequest(
             f"emitted_tokens is {message.emitted_tokens} of {len(prompt_ids)} prompt ids; must be fewer",

@@ -14,6 +14,7 @@ from ..engine.link import messages as link
 from ..kv.messages import epoch_to_wire, error_to_wire, finish_to_wire, instants_to_wire
 from ..kv.spec import KvSpec
 from ..protos import common_pb2, worker_pb2
+from .choice import ChoiceText
 from .order import Order
 from .pull import KvPull
 
@@ -115,7 +116,7 @@ def end_message(
         usage=common_pb2.Usage(
             prompt_tokens=len(order.prompt_ids) - order.num_emitted,
             completion_tokens=ending.num_tokens,
-            cached_tokens=min(cached, len(order.prompt_ids)),
+            cached_tokens=min(cached, len(order.prompt_ids) - order.num_emitted),
         ),
         timeline=instants_to_wire(timeline, _received_s(timeline)),
         handover=_handover(told, spec),
@@ -125,6 +126,21 @@ def end_message(
     if ending.reason is FinishReason.ERROR:
         end.error.CopyFrom(error_to_wire(_error_of(ending.event)))
     return end
+
+
+def known_end_message(order: Order, choice: ChoiceText, now_s: float, spec: KvSpec) -> worker_pb2.RequestEnd | None:
+    """The end of an order whose emitted tokens ended the choice already; None: more tokens follow.
+
+    The worker that generated them died before it could send the end.
+    """
+    if choice.ended is None:
+        return None
+    tail = choice.flush()  # may complete a stop string, and change `ended`
+    event = link.Ended(order.engine_key, choice.ended)
+    timeline = Timeline()
+    timeline.mark(Instant.RECEIVED, now_s)
+    ending = Ending(event, choice.ended, tail, choice.num_tokens, choice.num_shown)
+    return end_message(order, ending, HandoverTotals(local_reason="ended_already"), timeline, spec)
 
 
 def refusal_message(message: worker_pb2.Submit, error: TwostrokeError) -> worker_pb2.RequestEnd:

@@ -17,7 +17,7 @@ from ..text.tokenizer import Tokenizer
 from .choice import ChoiceText
 from .ledger import Ledger, Standing
 from .order import Order, key_of, order_from_wire
-from .report import refusal_message
+from .report import known_end_message, refusal_message
 from .router_session import RouterSession, SessionContext, SessionTiming
 from .task import DecodeTask, DecodeTaskTools
 
@@ -118,6 +118,11 @@ class DecodeService:
             self._ledger.refuse(router, key, epoch)
             session.outbox.add_end(refusal_message(message, error))
             return
+        if isinstance(run, worker_pb2.RequestEnd):
+            self._counters["orders_ended_already"] += 1
+            self._ledger.refuse(router, key, epoch)
+            session.outbox.add_end(run)
+            return
         self._ledger.begin(run, session, router, key, epoch)
         self._idle.clear()
 
@@ -156,8 +161,8 @@ class DecodeService:
 
     # ------------------------------------------------------------------ inside
 
-    def _begin(self, session: RouterSession, message: worker_pb2.Submit) -> DecodeTask:
-        """Start the run of an order.
+    def _begin(self, session: RouterSession, message: worker_pb2.Submit) -> DecodeTask | worker_pb2.RequestEnd:
+        """Start the run of an order; returns the end of one that needs no run.
 
         Raises:
             TwostrokeError: the order cannot be carried out.
@@ -167,7 +172,11 @@ class DecodeService:
         try:
             self._num_orders += 1
             order = order_from_wire(message, self._tools.facts.model, self._prompts, self._num_orders)
-            run = DecodeTask(order, self._choice(order), session.outbox, self._tools, self._on_end)
+            choice, tools = self._choice(order), self._tools
+            end = known_end_message(order, choice, tools.pull.clock.now_s(), tools.facts.model.kv_spec)
+            if end is not None:
+                return end
+            run = DecodeTask(order, choice, session.outbox, tools, self._on_end)
             run.start()
         except TwostrokeError:
             raise

@@ -26,21 +26,22 @@ class ModelFacts:
     deterministic: bool
     kv_spec: KvSpec
 
-    def check_prompt(self, prompt_ids: tuple[int, ...]) -> None:
-        """Check that the model can take these ids.
+    def check_prompt(self, prompt_ids: tuple[int, ...], num_emitted: int = 0) -> None:
+        """Check that the model can take these ids. The last `num_emitted` of them were generated.
 
         Raises:
             InvalidRequest: there is no id, or one outside the vocabulary.
-            ContextLengthExceeded: there are `max_model_len` ids or more.
+            ContextLengthExceeded: the ids that were not generated are `max_model_len` or more.
         """
         if not prompt_ids:
             raise InvalidRequest("the prompt has no tokens", param="prompt")
         largest = max(prompt_ids)
         if largest >= self.vocab_size:
             raise InvalidRequest(f"token id {largest} is outside the vocabulary of {self.vocab_size}", param="prompt")
-        if len(prompt_ids) >= self.max_model_len:
+        num_prompt = len(prompt_ids) - num_emitted
+        if num_prompt >= self.max_model_len:
             raise ContextLengthExceeded(
-                f"the prompt has {len(prompt_ids)} tokens; the model takes {self.max_model_len} with what it generates",
+                f"the prompt has {num_prompt} tokens; the model takes {self.max_model_len} with what it generates",
                 param="prompt",
             )
 

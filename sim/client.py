@@ -7,13 +7,14 @@ from dataclasses import replace
 
 from ..core.errors import TwostrokeError
 from ..core.request import FinishReason, Request
+from ..decode_worker.choice import ChoiceText
 from ..router.requests.pieces import OutputDelta
 from .cells import cells_after, domain_cell
 from .invariants import Samples, Violation
 from .network import End, Network
 from .router import RouterNode
 from .setting import Order, Setting
-from .store import EOS
+from .store import undisturbed
 from .workers import MODEL
 from .world import Process, World
 
@@ -24,10 +25,11 @@ SLACK_S = 2.0  # for messages under way, steps under way, and ticks
 class Stream:
     """Tokens of one choice received so far."""
 
-    def __init__(self, cell: int) -> None:
+    def __init__(self, cell: int, text: ChoiceText) -> None:
         self.tokens: list[int] = []
         self.cell = cell  # cell of the last token so far (of the prompt, at first)
         self.finish: FinishReason | None = None
+        self.text = text  # of the same tokens, if no worker had failed
 
 
 class Attempt:
@@ -36,7 +38,8 @@ class Attempt:
     def __init__(self, client: Client, request: Request, end: End, router: RouterNode) -> None:
         cell = cells_after(domain_cell(request.isolation_domain), request.prompt_ids)[-1]
         self.request = request
-        self.streams = [Stream(cell) for _ in range(request.num_choices)]
+        texts = [undisturbed(request.sampling, request.prompt_ids) for _ in range(request.num_choices)]
+        self.streams = [Stream(cell, text) for text in texts]
         self.outcome: str | None = None
         self._client = client
         self._end = end
@@ -64,10 +67,12 @@ class Attempt:
         stream = self.streams[message.choice]
         if message.first_index != len(stream.tokens) or stream.finish is not None:
             raise Violation("R2", f"{self._name}: token {message.first_index} came, {len(stream.tokens)} were there")
-        for token_id in message.token_ids:
-            self._take(stream, message.choice, token_id)
+        text = "".join([self._take(stream, message.choice, token_id) for token_id in message.token_ids])
         if message.finish_reason is not None:
+            text += stream.text.flush()
             self._finish(stream, message.finish_reason)
+        if message.text != text:
+            raise Violation("R4", f"{self._name}: {message.text!r} came where {text!r} was next")
         if message.usage is not None:
             delivered = sum(len(s.tokens) for s in self.streams)
             if message.usage.completion_tokens != delivered:
@@ -75,18 +80,17 @@ class Attempt:
         if all(s.finish is not None for s in self.streams):
             self._over("finished")
 
-    def _take(self, stream: Stream, choice: int, token_id: int) -> None:
+    def _take(self, stream: Stream, choice: int, token_id: int) -> str:
+        """Check a token; returns its text."""
         if not self._client.samples.may_follow(token_id, stream.cell, self.request.sampling.seed, choice):
             place = len(stream.tokens)
             raise Violation("R3", f"{self._name}: nobody computed token {place} ({token_id}) from what came before it")
         stream.tokens.append(token_id)
         stream.cell = cells_after(stream.cell, (token_id,))[0]
+        return stream.text.push(len(stream.tokens) - 1, (token_id,)).text
 
     def _finish(self, stream: Stream, reason: FinishReason) -> None:
-        sampling = self.request.sampling
-        is_long = len(stream.tokens) == sampling.max_tokens
-        is_stop = bool(stream.tokens) and stream.tokens[-1] == EOS and not sampling.ignore_eos
-        if {FinishReason.LENGTH: is_long, FinishReason.STOP: is_stop}.get(reason) is not True:
+        if reason is not stream.text.ended:
             raise Violation("R1", f"{self._name}: ended by {reason} after {len(stream.tokens)} tokens")
         stream.finish = reason
 

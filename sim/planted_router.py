@@ -11,9 +11,10 @@ from typing import Any
 from ..core.errors import WorkerLost
 from ..core.request import Epoch, Request
 from ..protos import worker_pb2
-from ..router.requests import delivery, lifecycle
+from ..router.requests import choosing, delivery
 from ..router.requests.history import RequestHistory
 from ..router.requests.lifecycle import Lifecycle
+from ..router.requests.orders import Orders
 from ..router.requests.roster import Roster
 from ..router.requests.state import RequestState, RequestStates, Stage
 from ..router.routing.facts import WorkerKey
@@ -40,11 +41,11 @@ def gaps_are_closed() -> AbstractContextManager[None]:
     """The router accepts tokens after a gap."""
 
     def tokens(
-        self: delivery.Delivery, choice: int, epoch: Epoch, first_index: int, count: int
+        self: delivery.Delivery, choice: int, epoch: Epoch, first_index: int, token_ids: Sequence[int]
     ) -> delivery.DeliveryVerdict:
         verdict = self._standing(choice, epoch)
         if verdict is delivery.DeliveryVerdict.TAKE:
-            self._choices[choice].next_index = first_index + count
+            self._choices[choice].token_ids.extend(token_ids)
         return verdict
 
     return instead(delivery.Delivery, "tokens", tokens)
@@ -56,10 +57,10 @@ def epochs_begin_anew_with_each_request() -> AbstractContextManager[None]:
     def next_name(self: Lifecycle, request: Request) -> str:
         return f"{request.owner}/{request.request_id}"
 
-    def next_epoch(self: Lifecycle, run: RequestState) -> Epoch:
+    def next_epoch(self: Orders, run: RequestState) -> Epoch:
         return Epoch(self._incarnation, len(run.dispatches) + 1)
 
-    return _both(instead(Lifecycle, "_next_name", next_name), instead(Lifecycle, "_next_epoch", next_epoch))
+    return _both(instead(Lifecycle, "_next_name", next_name), instead(Orders, "_next_epoch", next_epoch))
 
 
 # ------------------------------------------------------------------ dispatches
@@ -67,46 +68,46 @@ def epochs_begin_anew_with_each_request() -> AbstractContextManager[None]:
 
 def old_worker_is_not_told() -> AbstractContextManager[None]:
     """A request that is sent elsewhere is not cancelled on the worker that had it."""
-    return instead(Lifecycle, "_cancel_on_worker", _telling(lambda reason: reason != "sent elsewhere"))
+    return instead(Orders, "cancel", _telling(lambda reason: reason != "sent elsewhere"))
 
 
 def worker_is_not_told_of_the_end() -> AbstractContextManager[None]:
     """A request that fails, or whose client leaves, is not cancelled on its worker."""
-    return instead(Lifecycle, "_cancel_on_worker", _telling(lambda reason: reason == "sent elsewhere"))
+    return instead(Orders, "cancel", _telling(lambda reason: reason == "sent elsewhere"))
 
 
 def _telling(tells: Any) -> Any:
-    original = Lifecycle._cancel_on_worker
+    original = Orders.cancel
 
-    def cancel_on_worker(self: Lifecycle, run: RequestState, reason: str) -> None:
+    def cancel(self: Orders, run: RequestState, reason: str) -> None:
         if tells(reason):
             original(self, run, reason)
 
-    return cancel_on_worker
+    return cancel
 
 
 def one_loss_is_two_dispatches() -> AbstractContextManager[None]:
     """A real bug once: a request that waits for a worker still counts as running on its last worker."""
 
-    def lost(self: Lifecycle, key: WorkerKey, reason: str, now_s: float) -> None:
+    def lost(self: Lifecycle, key: WorkerKey, reason: str, now_s: float, *, has_left: bool = False) -> None:
         for run in list(self.runs.active.values()):
             if run.current is not None and run.current.decode == key:
                 run.stage = Stage.DISPATCHED
-                self._retry_or_fail(run, WorkerLost(reason, retry_after_s=1.0), now_s)
+                self._send_again_or_fail(run, WorkerLost(reason, retry_after_s=1.0), now_s)
 
     return instead(Lifecycle, "lost", lost)
 
 
 def work_is_counted_for_ever() -> AbstractContextManager[None]:
     """Dispatched work still counts against a worker after the request has left it."""
-    return instead(Lifecycle, "_forget_work", lambda self, run: None)
+    return instead(Orders, "forget", lambda self, run: None)
 
 
 def waiting_requests_are_forgotten() -> AbstractContextManager[None]:
     """A request that waits to be sent again is not retried before its deadline."""
 
     def look_again(self: Lifecycle, name: str, now_s: float) -> None:
-        self._waiting.pop(name, None)
+        self._waiting.remove(name)
 
     return instead(Lifecycle, "_look_again", look_again)
 
@@ -187,7 +188,7 @@ def other_numerics_are_paired() -> AbstractContextManager[None]:
         prefill = None if pair.prefill is None else known[pair.prefill.key]
         return replace(choice, winner=replace(pair, prefill=prefill, decode=known[pair.decode.key]))
 
-    return instead(lifecycle, "choose", choose_any)
+    return instead(choosing, "choose", choose_any)
 
 
 class _both(AbstractContextManager[None]):  # lower case: used like a function

@@ -9,7 +9,8 @@ from typing import Any
 
 from ..core.request import Role
 from .faults import Outcome, run_schedule
-from .setting import Mishap, Setting, Vary, as_drawn
+from .network import Weather
+from .setting import ACCEPTABLE_TIMEOUT_S, Mishap, Setting, Vary, as_drawn
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,7 @@ def owner_module(owner: Any) -> str:
 
 CROWDED_PROMPT, CROWDED_ANSWER = 24, 40  # tokens of each order
 LEAVING_PROMPT = 64
+LOST_ANSWER = 30
 _listeners: list[Callable[[Any], None]] = []
 
 
@@ -147,6 +149,43 @@ def leaving(setting: Setting) -> Setting:
         for worker in setting.workers
     )
     return replace(setting, is_bearable=False, orders=orders, workers=workers)
+
+
+def losing_decoders(setting: Setting) -> Setting:
+    """Long answers in calm weather; a decode worker crashes or freezes while they run, and all must finish."""
+    first_s = min(order.at_s for order in setting.orders)
+    begin_s = 0.5  # when every worker is known
+    orders = tuple(
+        replace(
+            order,
+            at_s=begin_s + (order.at_s - first_s) / 10,
+            sampling=replace(order.sampling, max_tokens=LOST_ANSWER, ignore_eos=True),
+            num_choices=3 if order.num_choices > 1 else 1,
+            timeout_s=ACCEPTABLE_TIMEOUT_S,
+            cancel_after_s=None,
+        )
+        for order in setting.orders
+    )
+    longest = max(len(order.prompt_ids) for order in orders) + LOST_ANSWER
+    workers = tuple(
+        replace(worker, num_blocks=8 * -(-longest // worker.block_tokens), numerics=setting.workers[0].numerics)
+        for worker in setting.workers
+    )
+    decoders = [worker for worker in workers if worker.role is not Role.PREFILL]
+    mishaps = tuple(
+        Mishap(begin_s + 0.1 + 3.0 * place + 8 * worker.step_s[1], "crash", worker.worker_id, worker.worker_id, 0.5)
+        for place, worker in enumerate(decoders)
+    )
+    return replace(
+        setting,
+        weather=Weather(delay_s=0.0005),
+        is_bearable=True,
+        step_failure=0.0,
+        orders=orders,
+        workers=workers,
+        mishaps=mishaps,
+        fleet=replace(setting.fleet, return_s=ACCEPTABLE_TIMEOUT_S),
+    )
 
 
 def losing_routers(setting: Setting) -> Setting:

@@ -14,7 +14,7 @@ from ..prefill_worker.policy import prefill_policy
 from ..router.routing.fleet import FleetLimits
 from .network import Weather
 from .rings import MAX_RINGS
-from .store import VOCABULARY
+from .store import LETTERS, VOCABULARY
 
 ACCEPTABLE_TIMEOUT_S = 20.0
 DOMAINS = ("acme", "umbrella")
@@ -159,7 +159,37 @@ def draw(seed: int) -> Setting:
         orders=orders,
         mishaps=() if is_bearable else (*_mishaps(rng, [worker.worker_id for worker in workers]), *_router_lost(late)),
     )
-    return _with_others(random.Random(f"others {seed}"), setting)
+    setting = _with_others(random.Random(f"others {seed}"), setting)
+    return _with_texts(random.Random(f"texts {seed}"), _with_a_loss(random.Random(f"loss {seed}"), setting))
+
+
+def _with_a_loss(rng: random.Random, setting: Setting) -> Setting:
+    """In half of the bearable schedules one worker is lost while requests are under way, and comes back in time."""
+    if not setting.is_bearable or rng.random() < 0.5:
+        return setting
+    decoders = [worker.worker_id for worker in setting.workers if worker.role is not Role.PREFILL]
+    who = rng.choice(rng.choice((decoders, [worker.worker_id for worker in setting.workers])))
+    kind = rng.choice(("crash", "crash", "freeze", "cut"))
+    at_s = min(order.at_s for order in setting.orders) + rng.random() * rng.choice((0.1, 0.5, 1.0))
+    mishap = Mishap(at_s, kind, who, rng.choice(setting.routers), rng.choice((0.3, 1.0, 2.5)))
+    return replace(setting, mishaps=(mishap,), fleet=replace(setting.fleet, return_s=ACCEPTABLE_TIMEOUT_S))
+
+
+def _with_texts(rng: random.Random, setting: Setting) -> Setting:
+    """Stop strings, and more choices, for some requests."""
+    orders = []
+    for order in setting.orders:
+        sampling, num_choices = order.sampling, order.num_choices
+        if rng.random() < 0.4:
+            letters = LETTERS * 3 + "\u00e4\ufffd"
+            stop = {"".join(rng.choices(letters, k=rng.randint(2, 9))) for _ in range(rng.randint(1, 2))}
+            min_tokens = rng.choice((0, 0, min(3, sampling.max_tokens)))
+            include_stop = rng.random() < 0.3
+            sampling = replace(sampling, stop=tuple(sorted(stop)), min_tokens=min_tokens, include_stop=include_stop)
+        if num_choices > 1 and rng.random() < 0.5:
+            num_choices = 3
+        orders.append(replace(order, sampling=sampling, num_choices=num_choices))
+    return replace(setting, orders=tuple(orders))
 
 
 def _rate(rng: random.Random, most: float) -> float:

@@ -6,24 +6,31 @@ Swapping is kv/store/host_store.py over two stores of cells. Knows no scheduler,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice, product
 
 import numpy as np
+import tokenizers
+from tokenizers import decoders, models
 
-from ..core.request import SequenceKey
+from ..core.request import SamplingParams, SequenceKey
+from ..decode_worker.choice import ChoiceText
 from ..engine.plan import SequenceStep, StepPlan, StepResult
 from ..engine.store_ops import FetchOp, ReadOp, StoreOp, SwapInOp, SwapOp, SwapOutOp, WriteOp
 from ..kv.cache.pool import BlockPool
 from ..kv.section import HeldTokens, SectionData
 from ..kv.spec import HASH_BLOCK_TOKENS
 from ..kv.store.host_store import HostStore
+from ..text.tokenizer import Tokenizer
 from .cells import CELL_BYTES, CellStore, cells_after, domain_cell, mix
 from .invariants import Violation
 from .world import World
 
 VOCABULARY = 61
 EOS = 0
+LETTERS = "ab"  # of the texts, which so often hold a stop string or half of one
+_HALF_CHARACTERS = ("\u00c3", "\u00a4")  # in a byte-level vocabulary the two bytes of U+00E4
 
 
 @dataclass(slots=True)
@@ -142,3 +149,29 @@ def _held(op: SequenceStep | StoreOp, start: int, end: int) -> HeldTokens:
 
 def _on_host(op: SwapOp) -> HeldTokens:
     return HeldTokens(op.host_table, op.host_generations, op.token_start, op.token_count)
+
+
+# ------------------------------------------------------------------ text
+
+
+def _words() -> Iterator[str]:
+    """Two halves of a character, and all words of two letters, the shortest first."""
+    yield from _HALF_CHARACTERS
+    for length in range(1, 7):
+        yield from map("".join, product(LETTERS, repeat=length))
+
+
+def _tokenizer() -> Tokenizer:
+    words = ["</s>", *islice(_words(), VOCABULARY - 1)]
+    backend = tokenizers.Tokenizer(models.WordLevel({word: id_ for id_, word in enumerate(words)}, unk_token="</s>"))
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["</s>"])
+    return Tokenizer(backend, {}, [EOS])
+
+
+TOKENIZER = _tokenizer()
+
+
+def undisturbed(params: SamplingParams, prompt_ids: Sequence[int]) -> ChoiceText:
+    """The text of a choice on a worker that never fails."""
+    return ChoiceText(TOKENIZER, params, frozenset([EOS]), prompt_ids=prompt_ids)

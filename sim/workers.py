@@ -12,9 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from ..core.request import Epoch, SequenceKey
-from ..decode_worker.choice import ChoiceText
 from ..decode_worker.ledger import RouterKey
-from ..decode_worker.order import Order
 from ..decode_worker.pull import KvPullTools
 from ..decode_worker.router_session import RouterSession
 from ..decode_worker.service import DecodeService
@@ -33,8 +31,6 @@ from ..prefill_worker.service import PrefillService
 from ..prefill_worker.task import PrefillTask, PrefillTaskTools
 from ..protos import common_pb2, handover_pb2, worker_pb2
 from ..router.routing import facts as router_facts
-from ..text.stream import TextPiece
-from ..text.tokenizer import Tokenizer
 from ..worker.watch import FaceLoad, Watchers
 from .cells import CELL_BYTES, DIGEST_KEY, SPEC
 from .engine import FINGERPRINT, IDENTITY_KEY, NUMERICS, Engine
@@ -44,7 +40,7 @@ from .invariants import Violation, check_drained
 from .network import End, Network
 from .rings import Host, SimRing
 from .setting import Setting, WorkerSetting
-from .store import EOS, VOCABULARY, Ledger
+from .store import EOS, TOKENIZER, VOCABULARY, Ledger
 from .world import Process
 
 MODEL = "model"
@@ -66,25 +62,6 @@ ORPHAN_SLACK_S = 0.5  # time for commands under way, and for the running step to
 PORT = 1  # port of every worker: orders name peers by host and port
 
 
-class NoText:
-    """Incremental text that is always empty: the simulator checks token ids only."""
-
-    is_stopped = False
-    num_shown = 0
-
-    def push(self, ids: Sequence[int]) -> TextPiece:
-        """Return an empty piece that covers all ids."""
-        return TextPiece("", len(ids), False)
-
-    def may_stop_at(self, token_id: int) -> bool:
-        """Return False: there is no stop string without text."""
-        return False
-
-    def flush(self) -> str:
-        """Return the empty string."""
-        return ""
-
-
 class SimDispatcher(EngineClient):
     """The production routing of events; an owner's exception is raised here instead of logged."""
 
@@ -92,25 +69,11 @@ class SimDispatcher(EngineClient):
         owner(event)
 
 
-class SimChoice(ChoiceText):
-    """The production rules for which tokens count, without a tokenizer."""
-
-    def __init__(self, order_params: Any, emitted_ids: Sequence[int]) -> None:
-        self._params = order_params
-        self._eos_ids = frozenset([EOS])
-        self._text = cast(Any, NoText())
-        self.num_tokens = len(emitted_ids)
-        self.ended = None
-
-
 class SimService(DecodeService):
-    """The production decode service, with simulated text and timers."""
+    """The production decode service, with simulated timers."""
 
     node: WorkerNode
     highest: dict[tuple[RouterKey, SequenceKey], Epoch]  # newest epoch of each choice ever run
-
-    def _choice(self, order: Order) -> ChoiceText:
-        return SimChoice(order.params, order.prompt_ids[len(order.prompt_ids) - order.num_emitted :])
 
     def _broken(self, message: worker_pb2.Submit, error: Exception) -> None:
         raise error
@@ -199,7 +162,7 @@ class WorkerNode:
             rings=self.rings,
         )
         tools = SimRunTools(self.facts, pull, cast(Channels, None), self)
-        self.service = SimService(tools, cast(Tokenizer, None), setting.grace_s)
+        self.service = SimService(tools, TOKENIZER, setting.grace_s)
         self.service.node, self.service.highest = self, {}
         jobs = PrefillTaskTools(
             self.dispatcher,
@@ -216,7 +179,7 @@ class WorkerNode:
         self.watches: list[WatchFace] = []
         self.jobs: dict[PrefillTask, SimHost] = {}
         self.find: Callable[[str], WorkerNode | None] = lambda _: None  # by worker id: its current life
-        self._place = Place(world, process, setting.is_bearable, worker.check_s, setting.stray)
+        self._place = Place(world, process, setting.is_bearable and not setting.mishaps, worker.check_s, setting.stray)
         self._orphans: dict[SequenceKey, float] = {}  # sequences whose hand-over ended: time of the end
         face = FaceLoad(worker.role)
         self.watchers = Watchers(self.dispatcher, process.life, lambda: face, Counter(), piece_identities=3)

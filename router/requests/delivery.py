@@ -6,8 +6,10 @@ of retries, delays and duplicates, the client's stream is always a prefix of the
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from ...core.request import Epoch, FinishReason
@@ -27,8 +29,12 @@ class DeliveryVerdict(StrEnum):
 @dataclass(slots=True)
 class _Progress:
     epoch: Epoch | None = None
-    next_index: int = 0
+    token_ids: array[int] = field(default_factory=lambda: array("I"))  # delivered: the prompt of a later dispatch
     finish: FinishReason | None = None
+
+    @property
+    def next_index(self) -> int:
+        return len(self.token_ids)
 
 
 class Delivery:
@@ -41,11 +47,6 @@ class Delivery:
     def unfinished(self) -> tuple[int, ...]:
         """Choices that have not ended."""
         return tuple(i for i, progress in enumerate(self._choices) if progress.finish is None)
-
-    @property
-    def may_start_over(self) -> bool:
-        """True if the client has no token of any unfinished choice yet."""
-        return all(progress.next_index == 0 for progress in self._choices if progress.finish is None)
 
     @property
     def completion_tokens(self) -> int:
@@ -61,6 +62,10 @@ class Delivery:
         """Number of delivered tokens of one choice."""
         return self._choices[choice].next_index
 
+    def ids_of(self, choice: int) -> tuple[int, ...]:
+        """Delivered token ids of one choice."""
+        return tuple(self._choices[choice].token_ids)
+
     def dispatch(self, epoch: Epoch) -> tuple[int, ...]:
         """Assign all unfinished choices to this epoch; returns them."""
         for index in self.unfinished:
@@ -74,15 +79,15 @@ class Delivery:
         for index in self.unfinished:
             self._choices[index].epoch = None
 
-    def tokens(self, choice: int, epoch: Epoch, first_index: int, count: int) -> DeliveryVerdict:
-        """Tokens [first_index, +count) of a choice arrived: take them, or return why not."""
+    def tokens(self, choice: int, epoch: Epoch, first_index: int, token_ids: Sequence[int]) -> DeliveryVerdict:
+        """Tokens of a choice from `first_index` on arrived: take them, or return why not."""
         verdict = self._standing(choice, epoch)
         if verdict is not DeliveryVerdict.TAKE:
             return verdict
         progress = self._choices[choice]
         if first_index != progress.next_index:
             return DeliveryVerdict.REPEATED if first_index < progress.next_index else DeliveryVerdict.GAP
-        progress.next_index += count
+        progress.token_ids.extend(token_ids)
         return DeliveryVerdict.TAKE
 
     def is_awaited(self, choice: int, epoch: Epoch) -> bool:

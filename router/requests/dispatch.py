@@ -19,7 +19,7 @@ from ..config import RouterConfig
 from ..metrics import RouterMetrics
 from ..routing.coefficients import PredictionError
 from ..routing.facts import ModelFacts, WorkerKey
-from ..routing.fleet import FleetLimits
+from ..routing.fleet import FleetChange, FleetLimits
 from ..routing.policy import PolicyLimits
 from ..routing.views import RETRY_AFTER_S
 from ..workers.registry import Identity, RegistryHandlers, WorkerRegistry
@@ -64,8 +64,8 @@ class Dispatcher:
 
     # ------------------------------------------------------------------ events of the workers
 
-    def _on_lost(self, key: WorkerKey, reason: str) -> None:
-        self.life.lost(key, reason, self.clock.now_s())
+    def _on_lost(self, change: FleetChange) -> None:
+        self.life.lost(change.worker.key, change.reason, self.clock.now_s(), has_left=change.has_left)
 
     def _on_step(self, key: WorkerKey, output: worker_pb2.StepOutput) -> None:
         self.life.take_step(key, output, self.clock.now_s())

@@ -9,12 +9,13 @@ from typing import Any
 
 from ...core.request import SamplingParams
 from ...core.sampling import FIELD_BY_NAME, Form, SamplingField
-from ...core.timeline import Instant
+from ...core.timeline import Instant, Timeline
 from ..routing.coefficients import FIELDS, Coefficients
 from ..routing.cordoned import Cordoned
 from ..routing.facts import GpuFacts
 from ..routing.known_worker import Worker
 from ..routing.policy import Candidate, RoutingDecision
+from .attempts import Dispatch
 from .state import RequestState
 
 MAX_SHOWN = 32  # entries of a list; a longer one is replaced by its length
@@ -55,14 +56,28 @@ def explain_run(run: RequestState, state: str) -> dict[str, Any]:
         "error": {"code": run.error.code, "message": _cut(run.error.message, MAX_MESSAGE)} if run.error else None,
         "timeline": timeline_ms(run),
         "choice": explain_choice(current.choice) if current else None,
-        "dispatches": [
-            {
-                "epoch": list(dispatch.epoch),
-                "at_ms": _ms(dispatch.at_s - run.arrived_s),
-                "decode_worker": dispatch.decode.worker_id,
-            }
-            for dispatch in run.dispatches
-        ],
+        "dispatches": [_dispatch(run, dispatch) for dispatch in run.dispatches],
+    }
+
+
+def _dispatch(run: RequestState, dispatch: Dispatch) -> dict[str, Any]:
+    """One attempt: where it went, after how many tokens, what its workers told of it, and why it was given up."""
+    left, first_s = dispatch.left, dispatch.first_token_s
+    return {
+        "epoch": list(dispatch.epoch),
+        "at_ms": _ms(dispatch.at_s - run.arrived_s),
+        "decode_worker": dispatch.decode.worker_id,
+        "prefill_peers": [peer.worker_id for peer in dispatch.choice.prefill_peers],
+        "resumed_tokens": list(dispatch.resumed),
+        "first_token_ms": None if first_s is None else _ms(first_s - run.arrived_s),
+        "timeline": _instants_ms(run, dispatch.timeline),
+        "left": None
+        if left is None
+        else {
+            "at_ms": _ms(left.at_s - run.arrived_s),
+            "code": left.error.code,
+            "message": _cut(left.error.message, MAX_MESSAGE),
+        },
     }
 
 
@@ -90,7 +105,11 @@ def _cut(text: str, most: int) -> str:
 
 def timeline_ms(run: RequestState) -> dict[str, float]:
     """All recorded instants, in order, in milliseconds since the request's arrival."""
-    found = [(at_s, instant.value) for instant in Instant if (at_s := run.timeline.at_s(instant)) is not None]
+    return _instants_ms(run, run.timeline)
+
+
+def _instants_ms(run: RequestState, timeline: Timeline) -> dict[str, float]:
+    found = [(at_s, instant.value) for instant in Instant if (at_s := timeline.at_s(instant)) is not None]
     return {name: _ms(at_s - run.arrived_s) for at_s, name in sorted(found, key=lambda pair: pair[0])}
 
 

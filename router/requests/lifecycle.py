@@ -1,6 +1,6 @@
 """Lifecycle of every request in one router, from admission to the end. Pure.
 
-                          a worker refuses it, loses tokens or is lost, and its client has nothing yet
+                              a worker refuses it, loses tokens, stops or is lost
                                 ┌──────────────── cancel, recall, forget ────────────────┐
                                 ▼                                                        │
     admit ── begin ──▶ ROUTING ── order every unfinished choice, new epoch ──▶ DISPATCHED ── all ended ──▶ SETTLED
@@ -11,6 +11,8 @@ Events are method calls with the time; orders and timers go out through `Driver`
 (surroundings.py). dispatch.py drives it under asyncio, sim/router.py in virtual time.
 At most one dispatch of a request is current: a request that is being routed belongs to no worker, so the loss of
 another worker meanwhile does not affect it.
+What a client has of a choice is the end of the prompt of its next dispatch: so its stream goes on where it stopped, and
+every token is computed after exactly those that the client has.
 """
 
 from __future__ import annotations
@@ -19,26 +21,31 @@ from ...core.errors import (
     Cancelled,
     DeadlineExceeded,
     InvalidRequest,
+    PoisonRequest,
     TokensLost,
     TwostrokeError,
     Unavailable,
     WorkerLost,
 )
-from ...core.request import Epoch, Request, SequenceKey
+from ...core.request import Request, SequenceKey
 from ...core.timeline import Instant, Timeline
 from ...kv.messages import epoch_from_wire
 from ...protos import worker_pb2
 from ..routing.facts import WorkerKey
-from ..routing.policy import RoutingDecision, choose
-from ..routing.views import RETRY_AFTER_S, count_work, model_of, views_of
-from ..workers.wire import cancel_to_wire, submit_to_wire
+from ..routing.policy import RoutingDecision
+from ..routing.views import RETRY_AFTER_S, model_of
 from .admission import Admission, Offer
+from .choosing import Chooser
 from .delivery import DeliveryVerdict
+from .orders import Orders
 from .roster import Roster
-from .state import Dispatch, RequestState, RequestStates, Stage, Timer
+from .state import RequestState, RequestStates, Stage
 from .surroundings import Driver, LifeLimits, Observer
+from .suspects import acquit, blame
+from .waiting import Waiting
 
-MAX_DISPATCHES = 3
+MAX_DISPATCHES = 3  # of a request without output
+MAX_RESUMED_DISPATCHES = 16  # of one whose client has output
 MAX_ID_IN_NAME = 128  # characters of the client's id in a name, for operators who read logs
 # A refusal with one of these codes concerns the worker and not the request, so another worker may be tried.
 _OTHERS_MAY_TRY = frozenset({"unavailable", "overloaded", "worker_lost", "tokens_lost"})
@@ -62,13 +69,12 @@ class Lifecycle:
         self._incarnation = incarnation
         self._limits = limits
         self._fleet = roster.fleet
-        self._prefixes = roster.prefixes
+        self._chooser = Chooser(self.runs.active, roster, driver, limits)
         self._driver = driver
         self._observer = observer
         self._num_admitted = 0
-        self._num_dispatched = 0
-        self._waiting: dict[str, Timer] = {}  # requests without a worker now, and the timer that ends their wait
-        self._wake_due: Timer | None = None
+        self._orders = Orders(incarnation, roster.fleet, driver, observer)
+        self._waiting = Waiting(driver, self._look_again)
 
     @property
     def is_idle(self) -> bool:
@@ -119,7 +125,7 @@ class Lifecycle:
         """End a request with an error; no effect on a settled one."""
         if run.stage is Stage.SETTLED:
             return
-        self._cancel_on_worker(run, error.code)
+        self._orders.cancel(run, error.code)
         run.fail(error)
         self._settle(run, now_s)
         run.on_news()
@@ -141,16 +147,23 @@ class Lifecycle:
             if run is not None:
                 self._take_end(run, end, now_s)
 
-    def lost(self, key: WorkerKey, reason: str, now_s: float) -> None:
-        """A worker is lost: its requests without delivered tokens are sent to another worker, the others fail."""
+    def lost(self, key: WorkerKey, reason: str, now_s: float, *, has_left: bool = False) -> None:
+        """A worker is lost: its requests go on elsewhere, but for one that it was lost by, as its last one was.
+
+        `has_left`: it had said before that it leaves, so no request is to blame.
+        """
+        guilty = None if has_left else blame(key, self.runs.active.values())
+        if guilty is not None and guilty.suspicion is not None:
+            names = ", ".join(one.worker_id for one in (*guilty.suspicion.workers, key))
+            poison = f"the workers {names} were lost while they computed this request; it is not given to another one"
+            self.fail(guilty, PoisonRequest(poison), now_s)
         for run in self.runs.on(key):
             error = WorkerLost(f"worker {key.worker_id} was lost: {reason}", retry_after_s=RETRY_AFTER_S)
-            self._retry_or_fail(run, error, now_s, is_lost=True)
+            self._send_again_or_fail(run, error, now_s, is_lost=True)
 
     def workers_changed(self) -> None:
         """Workers or their load changed: waiting requests are routed again."""
-        if self._waiting and self._wake_due is None:
-            self._wake_due = self._driver.later(0.0, self._wake)
+        self._waiting.wake()
 
     def tick(self, now_s: float) -> None:
         """Cancel the requests of clients that do not read."""
@@ -166,11 +179,6 @@ class Lifecycle:
         self._num_admitted += 1
         return f"{request.request_id[:MAX_ID_IN_NAME]}@{self._incarnation:x}.{self._num_admitted:x}"
 
-    def _next_epoch(self, run: RequestState) -> Epoch:
-        """The next epoch; the counter runs over all requests of this router."""
-        self._num_dispatched += 1
-        return Epoch(self._incarnation, self._num_dispatched)
-
     def _route(self, run: RequestState, now_s: float) -> None:
         while run.stage is Stage.ROUTING:
             choice = self._choose(run, now_s)
@@ -184,69 +192,32 @@ class Lifecycle:
                 except TwostrokeError as error:
                     self.fail(run, error, now_s)
                     return
-            self._dispatch(run, choice, now_s)
+            if not self._orders.dispatch(run, choice, now_s):
+                self._recall(run, Unavailable("its worker takes no orders"), now_s)
 
     def _choose(self, run: RequestState, now_s: float) -> RoutingDecision | None:
-        request = run.request
         with self._observer.choosing():
-            views = views_of(w for w in self._fleet.serving(request.model) if w.facts.key not in run.excluded)
-            if run.identities is None:
-                run.identities = self._driver.identities(request, run.model)
-            # A scored prompt is always computed, so cached prefixes do not help.
-            usable = run.identities if request.sampling.prompt_logprobs is None else ()
-            choice = choose(run.facts, views, self._prefixes.expected(usable, now_s), self._limits.policy)
-            if choice is not None:
-                # Later requests can use the prefix on the worker that computes it, not yet on the decode worker.
-                computes = choice.winner.prefill or choice.winner.decode
-                self._prefixes.predict([computes.worker_id], run.identities, now_s)
-        return choice
-
-    def _dispatch(self, run: RequestState, choice: RoutingDecision, now_s: float) -> None:
-        """Send an order for every unfinished choice to the chosen worker, under a new epoch. All or nothing."""
-        dispatch = Dispatch(self._next_epoch(run), choice, now_s)
-        unfinished = run.dispatched(dispatch)
-        self._observer.dispatched(run)
-        for index in unfinished:
-            left_s = run.left_s(now_s)
-            key = SequenceKey(run.name, index)
-            order = submit_to_wire(key, run.request, dispatch.epoch, choice.prefill_peers, left_s)
-            if not self._driver.send(dispatch.decode, order):
-                self._recall(run, dispatch, "its worker takes no orders")
-                return
-            count_work(self._fleet, run.facts, index, choice, now_s)
+            return self._chooser.choose(run, now_s)
 
     def _wait(self, run: RequestState, now_s: float) -> None:
         """No worker can take the request now: wait for one, or fail."""
-        end_s = self._patience_end_s(run, now_s)
-        if now_s >= end_s:
+        look_s = self._chooser.next_look_s(run, now_s)
+        if look_s is None:
             nobody = Unavailable(
                 f"no worker for {run.request.model!r} can take the request now", retry_after_s=RETRY_AFTER_S
             )
             self.fail(run, run.cause or nobody, now_s)  # after a retry report its cause, not the lack of workers
             return
-        self._waiting[run.name] = self._driver.later(end_s - now_s, lambda now_s: self._look_again(run.name, now_s))
+        self._waiting.add(run.name, look_s - now_s, lambda now_s: self._ask_all_again(run, now_s))
 
-    def _patience_end_s(self, run: RequestState, now_s: float) -> float:
-        """End of the request's wait: later if a lost decode worker may come back; now if no worker is in sight."""
-        model, limits = run.request.model, self._limits
-        end_s = now_s
-        if self._fleet.may_serve_soon(model):
-            end_s = run.waits_since_s + limits.worker_patience_s
-        returns_until_s = self._fleet.lost.until_s(model)
-        if returns_until_s is not None:
-            end_s = max(end_s, min(returns_until_s, run.waits_since_s + limits.worker_return_s))
-        return end_s
+    def _ask_all_again(self, run: RequestState, now_s: float) -> None:
+        if run.has_output:
+            run.excluded.clear()
+        self._look_again(run.name, now_s)
 
     def _look_again(self, name: str, now_s: float) -> None:
-        timer = self._waiting.pop(name, None)
-        if timer is not None:
-            timer.cancel()
+        if self._waiting.remove(name):
             self._route(self.runs.active[name], now_s)
-
-    def _wake(self, now_s: float) -> None:
-        self._wake_due = None
-        for name in list(self._waiting):
-            self._look_again(name, now_s)
 
     # ------------------------------------------------------------------ back
 
@@ -266,14 +237,15 @@ class Lifecycle:
             self._observer.dropped(run.name, verdict.value)
             if verdict is DeliveryVerdict.GAP:
                 lost = TokensLost("a worker skipped tokens", retry_after_s=RETRY_AFTER_S)
-                self._retry_or_fail(run, lost, now_s)
+                self._send_again_or_fail(run, lost, now_s)
             return
         self._observer.heard(run, epoch_from_wire(tokens.epoch), len(tokens.token_ids))
-        if tokens.first_index == 0:
+        if run.living is not None and tokens.first_index == run.living.begins_with(tokens.choice):
             self._fleet.first_token(SequenceKey(run.name, tokens.choice))
         if is_first and run.living is not None:
             predicted_ms = run.living.choice.winner.terms.first_token_ms
             self._observer.first_token(run, predicted_ms, (now_s - run.living.at_s) * 1e3)
+        self._acquit(run)
         run.on_news()
 
     def _take_end(self, run: RequestState, end: worker_pb2.RequestEnd, now_s: float) -> None:
@@ -284,7 +256,7 @@ class Lifecycle:
         self._observer.heard(run, epoch_from_wire(end.epoch), 0)
         if isinstance(outcome, TwostrokeError):
             if outcome.code in _OTHERS_MAY_TRY:
-                self._retry_or_fail(run, outcome, now_s)
+                self._send_again_or_fail(run, outcome, now_s)
             else:
                 self.fail(run, outcome, now_s)
             return
@@ -292,48 +264,50 @@ class Lifecycle:
         had = run.delivery.tokens_of(end.choice)
         if end.usage.completion_tokens != had:
             self._observer.usage_differs(run, end.usage.completion_tokens, had)
+        self._acquit(run)
         if not run.delivery.unfinished:
             self._settle(run, now_s)
         run.on_news()
 
+    def _acquit(self, run: RequestState) -> None:
+        if acquit(run):
+            self.workers_changed()  # the next suspect may take its place
+
     # ------------------------------------------------------------------ again, or over
 
-    def _retry_or_fail(self, run: RequestState, error: TwostrokeError, now_s: float, *, is_lost: bool = False) -> None:
-        """Route the request again if its client has no token yet and the budget allows it; else fail it with `error`.
+    def _send_again_or_fail(
+        self, run: RequestState, error: TwostrokeError, now_s: float, *, is_lost: bool = False
+    ) -> None:
+        """Route the request again, after what its client has of it; if the bounds forbid it, fail it with `error`.
 
         `is_lost`: its worker was lost, not refusing, and may come back.
         """
-        living = run.living
-        assert living is not None
-        may_retry = run.delivery.may_start_over and len(run.dispatches) < MAX_DISPATCHES
-        if not may_retry or not self.admission.may_retry():
+        most = MAX_RESUMED_DISPATCHES if run.has_output else MAX_DISPATCHES
+        is_free = is_lost or run.has_output  # the budget is for requests that a client could send again itself
+        if len(run.dispatches) >= most or not (is_free or self.admission.may_retry()):
             self.fail(run, error, now_s)
             return
-        self._recall(run, living, "sent elsewhere", may_return=is_lost)
+        self._recall(run, error, now_s, may_return=is_lost)
         run.cause, run.waits_since_s = error, now_s
         self._observer.sent_again(run, error)
         # Not at once: the caller is still handling a worker's messages or its loss.
-        self._waiting[run.name] = self._driver.later(0.0, lambda now_s: self._look_again(run.name, now_s))
+        self._waiting.add(run.name, 0.0, lambda now_s: self._look_again(run.name, now_s))
+        if run.suspicion is not None:
+            self.workers_changed()  # another suspect may take its place
 
-    def _recall(self, run: RequestState, dispatch: Dispatch, reason: str, *, may_return: bool = False) -> None:
+    def _recall(self, run: RequestState, error: TwostrokeError, now_s: float, *, may_return: bool = False) -> None:
         """Take a request back from its worker, which gets a cancel and is not chosen for it again.
 
         `may_return`: the worker's session broke, so no cancel reaches it. It may get the request once more when it is
         back, under a higher epoch, which ends the older run there.
         """
-        self._cancel_on_worker(run, reason)
-        run.recall()  # a token that is under way now would make starting over impossible
-        self._forget_work(run)
+        assert run.living is not None
+        worker = run.living.decode
+        self._orders.cancel(run, "sent elsewhere")
+        run.recall(error, now_s)  # a token that is under way now would come from the next worker once more
+        self._orders.forget(run)
         if not may_return:
-            run.excluded.add(dispatch.decode)
-
-    def _cancel_on_worker(self, run: RequestState, reason: str) -> None:
-        if run.living is not None:
-            self._driver.send(run.living.decode, cancel_to_wire(run.name, run.living.epoch, reason))
-
-    def _forget_work(self, run: RequestState) -> None:
-        for index in range(run.request.num_choices):
-            self._fleet.ended(SequenceKey(run.name, index))
+            run.excluded.add(worker)
 
     def _expire(self, run: RequestState, now_s: float) -> None:
         self.fail(run, DeadlineExceeded(f"the request's timeout of {run.request.timeout_s:g} s passed"), now_s)
@@ -342,10 +316,10 @@ class Lifecycle:
         """No more output is expected from workers: free the request's resources in this router."""
         run.stage = Stage.SETTLED
         run.timeline.mark(Instant.FINISHED, now_s)
-        for timer in (run.deadline, self._waiting.pop(run.name, None)):
-            if timer is not None:
-                timer.cancel()
-        self._forget_work(run)
+        self._waiting.remove(run.name)
+        if run.deadline is not None:
+            run.deadline.cancel()
+        self._orders.forget(run)
         del self.runs.active[run.name]
         cancelled = isinstance(run.error, Cancelled)
         if run.error is not None and not run.dispatches and not cancelled:

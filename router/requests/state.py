@@ -13,16 +13,18 @@ from typing import Any, Protocol
 
 from ...core.errors import TokensLost, TwostrokeError, WorkerLost
 from ...core.life import Transfer
-from ...core.request import Epoch, FinishReason, Request
+from ...core.request import FinishReason, Request
 from ...core.timeline import Instant, Timeline
 from ...kv.block import BlockIdentity
 from ...kv.messages import adopt_instants, epoch_from_wire, error_from_wire, finish_from_wire, logprobs_from_wire
 from ...protos import worker_pb2
 from ..routing.facts import ModelFacts, WorkerKey
-from ..routing.policy import RequestFacts, RoutingDecision
+from ..routing.policy import RequestFacts
 from ..workers.wire import transfer_of
+from .attempts import Dispatch, Left
 from .delivery import Delivery, DeliveryVerdict, PieceBuffer
 from .pieces import OutputDelta, TokenUsage
+from .suspects import Suspicion
 
 
 class Stage(Enum):
@@ -41,20 +43,6 @@ class Timer(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Dispatch:
-    """One dispatch of a request to a worker."""
-
-    epoch: Epoch
-    choice: RoutingDecision
-    at_s: float
-
-    @property
-    def decode(self) -> WorkerKey:
-        """The decode worker, which sends the tokens."""
-        return self.choice.winner.decode.key
-
-
 class RequestState:
     """The state of one request, from admission until its stream is closed."""
 
@@ -66,15 +54,14 @@ class RequestState:
         self.model = model
         self.delivery = Delivery(request.num_choices)
         self.dispatches: list[Dispatch] = []
-        prompt_tokens, expected = len(request.prompt_ids), request.expected_tokens
-        self.facts = RequestFacts(name, prompt_tokens, expected, request.num_choices)
         self.excluded: set[WorkerKey] = set()  # workers that failed it
+        self.suspicion: Suspicion | None = None  # a worker was lost with it
         self.stage = Stage.ROUTING
         self.waits_since_s = 0.0  # while ROUTING: begin of the wait for a worker
         self.cause: TwostrokeError | None = None  # reason of the last retry
         self.error: TwostrokeError | None = None
         self.on_news: Callable[[], None] = lambda: None  # a piece can be fetched, or the stream is over
-        self.identities: Sequence[BlockIdentity] | None = None  # of its prompt; None: not computed yet
+        self.identities: Sequence[BlockIdentity] | None = None  # of its prompt and the tokens since; None: unknown
         self.token_gaps_s = array("d")
         self.first_token_s: float | None = None
         self.handovers: list[tuple[int, dict[str, Any]]] = []
@@ -100,18 +87,46 @@ class RequestState:
         """The dispatch whose worker computes the request now; None while it is routed, and after it is settled."""
         return self.dispatches[-1] if self.stage is Stage.DISPATCHED else None
 
+    @property
+    def has_output(self) -> bool:
+        """True if its client has a token: another worker must go on after it."""
+        return self.delivery.completion_tokens > 0
+
+    @property
+    def leading(self) -> int:
+        """The unfinished choice that stands for the others where workers are chosen."""
+        return self.delivery.unfinished[0]
+
+    def ids_of(self, choice: int) -> tuple[int, ...]:
+        """The prompt and the tokens that the client has of a choice: the prompt of its next dispatch."""
+        return self.request.prompt_ids + self.delivery.ids_of(choice)
+
+    @property
+    def facts(self) -> RequestFacts:
+        """Facts for the choice of workers: what is left to do."""
+        request, had = self.request, self.delivery.tokens_of(self.leading)
+        expected = max(1, request.expected_tokens - had)
+        return RequestFacts(self.name, len(request.prompt_ids) + had, expected, len(self.delivery.unfinished))
+
     def dispatched(self, dispatch: Dispatch) -> tuple[int, ...]:
         """Begin a dispatch; returns the choices to order: those that have not ended."""
         assert self.stage is Stage.ROUTING
         self.stage = Stage.DISPATCHED
         self.dispatches.append(dispatch)
         self.timeline.mark(Instant.ROUTED, dispatch.at_s)
+        dispatch.resumed = tuple(map(self.delivery.tokens_of, range(self.request.num_choices)))
         return self.delivery.dispatch(dispatch.epoch)
 
-    def recall(self) -> None:
+    def recall(self, error: TwostrokeError, now_s: float) -> None:
         """Take the request back from its worker: later messages of the last dispatch are stale."""
+        assert self.living is not None
+        self.living.left = Left(now_s, error)
         self.stage = Stage.ROUTING
         self.delivery.recall()
+        if self.has_output:
+            self.identities = None  # of a longer chain now
+            if self.first_token_s is not None:  # its worker's own time of it may never come
+                self.timeline.mark(Instant.FIRST_TOKEN, self.first_token_s)
 
     @property
     def usage(self) -> TokenUsage:
@@ -139,10 +154,10 @@ class RequestState:
 
     def take_tokens(self, output: worker_pb2.TokenOutput, now_s: float) -> DeliveryVerdict:
         """Add tokens to the stream if they are the next ones of the current epoch."""
-        count = len(output.token_ids)
-        verdict = self.delivery.tokens(output.choice, epoch_from_wire(output.epoch), output.first_index, count)
+        epoch = epoch_from_wire(output.epoch)
+        verdict = self.delivery.tokens(output.choice, epoch, output.first_index, output.token_ids)
         if verdict is DeliveryVerdict.TAKE:
-            self._note_pace(output.choice, count, now_s)
+            self._note_pace(output.choice, len(output.token_ids), now_s)
             piece = OutputDelta(
                 output.choice,
                 output.first_index,
@@ -182,6 +197,9 @@ class RequestState:
     def _note_pace(self, choice: int, count: int, now_s: float) -> None:
         if self.first_token_s is None:
             self.first_token_s, self.first_choice = now_s, choice
+        current = self.current
+        if current is not None and current.first_token_s is None:
+            current.first_token_s = now_s
         last_s = self._last_token_s.get(choice)
         if last_s is not None and count:
             self.token_gaps_s.extend([(now_s - last_s) / count] * count)
@@ -190,8 +208,12 @@ class RequestState:
     def _note_report(self, end: worker_pb2.RequestEnd) -> None:
         current = self.current
         assert current is not None
-        if self.first_choice in (None, end.choice):
+        adopt_instants(current.timeline, end.timeline, current.at_s)
+        last_s = current.timeline.at_s(Instant.LAST_TOKEN)
+        if self.first_choice in (None, end.choice) and not current.is_resumed:
             adopt_instants(self.timeline, end.timeline, current.at_s)
+        elif self.first_choice == end.choice and last_s is not None:
+            self.timeline.mark(Instant.LAST_TOKEN, last_s)  # the others happened on an earlier worker
         report = {field.name: getattr(end.handover, field.name) for field in end.handover.DESCRIPTOR.fields}
         self.handovers.append((end.choice, report))
         transfer = transfer_of(end)

@@ -48,6 +48,7 @@ class FleetChange:
     change: Change
     worker: WorkerFacts
     reason: str
+    has_left: bool = False  # it had reported that it drains or leaves
 
 
 class Fleet:
@@ -232,7 +233,7 @@ class Fleet:
         worker.in_flight.clear()
         self._workers.pop(worker.facts.worker_id, None)
         self.num_lost += 0 if worker.draining else 1
-        return [FleetChange(Change.GONE, worker.facts, reason)]
+        return [FleetChange(Change.GONE, worker.facts, reason, has_left=worker.draining)]
 
     def _forgive_own_pause(self, now_s: float) -> None:
         """Do not count a pause of this process as silence of the workers."""

@@ -67,12 +67,17 @@ def views_of(workers: Iterable[Worker]) -> list[WorkerView]:
     ]
 
 
-def count_work(fleet: Fleet, request: RequestFacts, index: int, choice: RoutingDecision, now_s: float) -> None:
-    """Add one choice of a request to the chosen workers' counts, so that the next decision includes it."""
+def count_work(
+    fleet: Fleet, request: RequestFacts, index: int, choice: RoutingDecision, now_s: float, *, is_leading: bool
+) -> None:
+    """Add one choice of a request to the chosen workers' counts, so that the next decision includes it.
+
+    `is_leading`: it is the first one that is ordered.
+    """
     key = SequenceKey(request.request_id, index)
     winner = choice.winner
     # The choices share the prompt: only the first one has prefill work.
-    uncached = request.prompt_tokens - winner.prefill_held_tokens if index == 0 else 1
+    uncached = request.prompt_tokens - winner.prefill_held_tokens if is_leading else 1
     context = request.prompt_tokens + request.expected_tokens
     local = winner.prefill is None
     fleet.dispatched(winner.decode.worker_id, key, Dispatched(now_s, uncached if local else 0, context))

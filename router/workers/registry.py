@@ -49,7 +49,7 @@ class Identity:
 class RegistryHandlers:
     """Callbacks of the registry to the flow."""
 
-    lost: Callable[[WorkerKey, str], None]  # the requests on this worker are lost
+    lost: Callable[[FleetChange], None]  # the requests on this worker are lost
     step: Callable[[WorkerKey, worker_pb2.StepOutput], None]
     changed: Callable[[], None]  # a worker came, went or changed
     ticked: Callable[[float], None]
@@ -209,7 +209,7 @@ class WorkerRegistry:
         """Implements `Wires.lost`."""
         key = change.worker.key
         log.warning("%s: %s (%s)", key.worker_id, change.change.value, change.reason)
-        self._handlers.lost(key, change.reason)
+        self._handlers.lost(change)
 
     def changed(self) -> None:
         """Implements `Wires.changed`."""

@@ -106,18 +106,27 @@ def load_from_wire(report: worker_pb2.LoadReport) -> LoadFacts:
 
 
 def submit_to_wire(
-    key: SequenceKey, request: Request, epoch: Epoch, peers: Sequence[WorkerView], left_s: float
+    key: SequenceKey,
+    request: Request,
+    epoch: Epoch,
+    peers: Sequence[WorkerView],
+    left_s: float,
+    *,
+    emitted_ids: tuple[int, ...] = (),
 ) -> worker_pb2.Submit:
-    """Order to run one choice of a request; workers know it by `key`.
+    """Order to run one choice of a request, after `emitted_ids`, which its client has; workers know it by `key`.
 
-    Logprobs of the prompt are asked for with the first choice only, because all choices have the same prompt.
+    Logprobs of the prompt are asked for with the first choice only, because all choices have the same prompt. They come
+    with the first token.
     """
-    sampling = request.sampling if key.choice == 0 else replace(request.sampling, prompt_logprobs=None)
+    has_scores = key.choice == 0 and not emitted_ids
+    sampling = request.sampling if has_scores else replace(request.sampling, prompt_logprobs=None)
     return worker_pb2.Submit(
         request_id=key.request_id,
         choice=key.choice,
         epoch=epoch_to_wire(epoch),
-        prompt_ids=request.prompt_ids,
+        prompt_ids=request.prompt_ids + emitted_ids,
+        emitted_tokens=len(emitted_ids),
         sampling=sampling_to_wire(sampling),
         **scope_to_wire(request.cache_scope),
         prefill_peers=[

@@ -65,7 +65,7 @@ IGNORED: dict[str, frozenset[str]] = {
         ]
     ),
     "Peer": frozenset(),
-    "SimChoice": frozenset(["_params", "_eos_ids", "_text"]),
+    "SilentChoice": frozenset(["_params", "_eos_ids", "_text"]),
 }
 VALUES = (int, float, str, bytes, bool, type(None), Enum)
 

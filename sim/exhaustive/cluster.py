@@ -15,7 +15,7 @@ from typing import Any
 from ..invariants import Violation
 from .deciders import Router, Service
 from .edit import Edit, described
-from .machines import Automaton, DecodeSide, PrefillSide
+from .machines import TOKENS, Automaton, DecodeSide, PrefillSide
 from .state import (
     GONE,
     MAX_KNOWN_STEPS,
@@ -40,7 +40,11 @@ class Cluster:
         self.scope = scope
         self.router = Automaton(lambda: Router(scope.requests, scope.prefill, scope.decode))
         self.service = Automaton(Service)
-        self.tasks = [Automaton(lambda peers=peers: DecodeSide(peers)) for peers in range(scope.prefill + 1)]  # type: ignore[misc]
+        self.tasks = {
+            (peers, resumed): Automaton(lambda peers=peers, resumed=resumed: DecodeSide(peers, resumed))  # type: ignore[misc]
+            for peers in range(scope.prefill + 1)
+            for resumed in range(len(TOKENS))
+        }
         self.job = Automaton(PrefillSide)
         self._known_steps: dict[Any, list[Step]] = {}
         self._numbers: dict[Any, int] = {}
@@ -50,7 +54,10 @@ class Cluster:
     @property
     def automata(self) -> dict[str, Automaton]:
         """Every automaton, by its name."""
-        tasks = {f"decode task, {peers} peers": automaton for peers, automaton in enumerate(self.tasks)}
+        tasks = {
+            f"decode task, {peers} peers" + (f", after {resumed}" if resumed else ""): automaton
+            for (peers, resumed), automaton in self.tasks.items()
+        }
         return {"router": self.router, "decode service": self.service, **tasks, "prefill job": self.job}
 
     def number(self, value: Any) -> int:
@@ -295,7 +302,7 @@ class Cluster:
 
     def _fair_of_link(self, state: State, task: Task, k: int, stream: Link) -> Iterator[TaskMove]:
         name = f"r{task.request}.{task.epoch} d{task.decode}-p{stream.prefill}"
-        decode_facts = None if task.task == GONE else self.tasks[len(task.peers)].facts[task.task]
+        decode_facts = None if task.task == GONE else self.tasks[len(task.peers), task.resumed].facts[task.task]
         job_facts = self.job.facts[stream.job] if stream.job >= 0 else None
         dead_peer, dead_self = state.dead_prefill[stream.prefill] % 10, state.dead_decode[task.decode] % 10
         if stream.job != GONE:
@@ -375,7 +382,7 @@ class Cluster:
                 yield TaskMove(f"{what}: damaged", True, _damage(k, is_up, "bit"))
                 if not stream.is_rotten:
                     yield TaskMove(f"{what}: damaged, and every one after it", True, _damage(k, is_up, "rot"))
-        facts = None if task.task == GONE else self.tasks[len(task.peers)].facts[task.task]
+        facts = None if task.task == GONE else self.tasks[len(task.peers), task.resumed].facts[task.task]
         if facts is not None and facts.is_waiting and can_hear_down:
             yield TaskMove(f"{name}: decode hears nothing, though prefill lives", True, _time(-1, "silent"))
         if facts is not None and not facts.is_over and k == len(task.links) - 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -12,11 +13,13 @@ from ...core.errors import TwostrokeError
 from ...core.request import Epoch, FinishReason, Request, Role
 from ...core.timeline import Instant, Timeline
 from ...decode_worker.ledger import RouterKey
-from ...decode_worker.order import key_of
+from ...decode_worker.order import key_of, order_from_wire
+from ...decode_worker.report import known_end_message
 from ...decode_worker.service import DecodeService
 from ...kv.block import BlockIdentity
 from ...kv.keys import PromptHasher
 from ...kv.messages import epoch_from_wire
+from ...kv.recent_prompts import RecentPrompts
 from ...protos import worker_pb2
 from ...router.requests.lifecycle import Lifecycle
 from ...router.requests.roster import Roster
@@ -26,10 +29,12 @@ from ...router.routing.facts import ModelFacts, WorkerFacts, WorkerKey
 from ...router.routing.fleet import Fleet, FleetChange, FleetLimits
 from ...router.routing.policy import PolicyLimits
 from ...router.routing.prefixes import PrefixMap
+from ..cells import SPEC
 from ..engine import IDENTITY_KEY
 from ..invariants import Violation
 from ..workers import MODEL, ROUTER_MODEL
 from .machines import DOMAIN, FACTS, PARAMS, PROMPT_IDS, TIMEOUT_S, TOKENS, Event
+from .silent import SilentChoice
 
 ROUTER = RouterKey("router", 1)
 PATIENCE_S = 2.0
@@ -67,7 +72,8 @@ class Service(DecodeService):
         """Handle a message of a session, its begin or end, the end of a task, or the end of a grace."""
         match event:
             case ("open",):
-                session = SimpleNamespace(router=ROUTER, router_id=ROUTER.router_id, outbox=None)
+                outbox = SimpleNamespace(add_end=partial(self._say, len(self._opened)))
+                session = SimpleNamespace(router=ROUTER, router_id=ROUTER.router_id, outbox=outbox)
                 self._opened.append(_ByIdentity(session))
                 self.open(cast(Any, self._opened[-1]))
             case ("lose",):
@@ -87,8 +93,21 @@ class Service(DecodeService):
         runs = [one for one in self.runs if cast(Any, one).name == name or self._newest(one, key_of(message), message)]
         if runs:
             raise Violation("R6", f"{name} begins beside {[cast(Any, one).name for one in runs]}")
-        self.actions.append(("begin", *name, len(self._opened) - 1, tuple(p.worker_id for p in message.prefill_peers)))
+        order = order_from_wire(message, FACTS.model, RecentPrompts(FACTS.namer), 1)
+        emitted = order.prompt_ids[len(order.prompt_ids) - order.num_emitted :]
+        if emitted != TOKENS[: len(emitted)]:
+            raise Violation("R3", f"{name} is to go on after {emitted}")
+        end = known_end_message(order, SilentChoice(order.params, emitted), 0.0, SPEC)
+        if end is not None:
+            return end
+        peers = tuple(peer.worker_id for peer in message.prefill_peers)
+        self.actions.append(("begin", *name, len(self._opened) - 1, peers, order.num_emitted))
         return _Run(name, self._add)
+
+    def _say(self, session: int, end: worker_pb2.RequestEnd) -> None:
+        end.ClearField("timeline")
+        end.ClearField("handover")
+        self.actions.append(("says", session, worker_pb2.StepOutput(ends=[end]).SerializeToString()))
 
     def _add(self, action: Any) -> None:
         self.actions.append(action)
@@ -192,7 +211,7 @@ class Router:
                 deadline.fire(TIMEOUT_S)
             case ("patience", index):
                 self._now_s = PATIENCE_S
-                timer = self.life._waiting[self.runs[index].name]
+                timer = self.life._waiting.timers[self.runs[index].name]
                 assert isinstance(timer, _Later)
                 timer.fire(PATIENCE_S)
         while self._soon:
@@ -265,7 +284,7 @@ class Router:
             (worker.facts.worker_id, worker.state.value, tuple(sorted(worker.in_flight)))
             for worker in self.roster.fleet
         )
-        return runs, fleet, life._num_dispatched, life._wake_due is None
+        return runs, fleet, life._orders.num_dispatched, life._waiting.wake_due is None
 
     def place(self) -> str:
         """No hand-over machine is inside."""
@@ -306,7 +325,7 @@ class Router:
 
     def lost(self, change: FleetChange) -> None:
         """Implements `Wires.lost`."""
-        self.life.lost(change.worker.key, change.reason, self._now_s)
+        self.life.lost(change.worker.key, change.reason, self._now_s, has_left=change.has_left)
 
     def changed(self) -> None:
         """Implements `Wires.changed`."""

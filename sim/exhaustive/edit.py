@@ -97,11 +97,15 @@ class Edit:
         self._services[d], actions = self._c.service.step(self._services[d], event)
         for action in actions:
             if action[0] == "begin":
-                _, request_id, epoch, session, peers = action
+                _, request_id, epoch, session, peers, resumed = action
                 request = int(request_id[1 : request_id.index("@")])
                 known = tuple(int(peer[1:]) for peer in peers)
-                self._tasks.append(Task(d, request, epoch, session, 0, known))
+                self._tasks.append(Task(d, request, epoch, session, 0, known, resumed, emitted=resumed))
                 self.tell_task(len(self._tasks) - 1, ("start",))
+            elif action[0] == "says":
+                _, session, output = action
+                if self._sessions[d] == session:
+                    self._outputs[d] = (*self._outputs[d], self._c.number(output))
             else:
                 _, request_id, epoch, reason, verdict = action
                 self.tell_task(self._find(d, request_id, epoch), ("cancel", reason, verdict))
@@ -193,7 +197,7 @@ class Edit:
         task = self._task(place)
         if task.task == GONE:
             return
-        number, actions = self._c.tasks[len(task.peers)].step(task.task, event)
+        number, actions = self._c.tasks[len(task.peers), task.resumed].step(task.task, event)
         self._set(place, task=number)
         answers: list[Any] = []
         for action in actions:
@@ -260,12 +264,13 @@ class Edit:
             case link.KvComplete():
                 if task.stage != "bound" or task.units != ALL_UNITS or task.writes:
                     raise Violation("K2", f"complete with blocks {task.units:b} while it is {task.stage or 'over'}")
-                self._set(place, stage="decodes", emitted=1)
+                self._set(place, stage="decodes", emitted=task.resumed + 1)
             case link.PrefillLocally(_, kept, first):
                 kept_units = (1 << -(-kept // UNIT_TOKENS)) - 1
                 if task.stage not in ("promised", "asked", "waits", "bound") or kept_units & ~task.units:
                     raise Violation("K2", f"{kept} tokens are kept of blocks {task.units:b}, stage {task.stage}")
-                self._set(place, stage="local", writes=(), units=kept_units, emitted=0 if first is None else 1)
+                emitted = task.resumed + (first is not None)
+                self._set(place, stage="local", writes=(), units=kept_units, emitted=emitted)
             case link.CancelSequence(_, reason):
                 if task.stage and task.stage != "cancelled":
                     self._set(place, stage="cancelled", writes=(), reason=reason)
@@ -300,7 +305,7 @@ class Edit:
         task = self._task(place)
         unit = task.writes[0]
         self._set(place, writes=task.writes[1:], units=task.units | 1 << unit)
-        count = min(UNIT_TOKENS, PROMPT_TOKENS - unit * UNIT_TOKENS)
+        count = min(UNIT_TOKENS, PROMPT_TOKENS + task.resumed - unit * UNIT_TOKENS)
         self.tell_task(place, ("engine", link.KvWritten(_DECODE_KEY, unit * UNIT_TOKENS, count)))
 
     def finish(self, place: int) -> None:
@@ -390,9 +395,10 @@ class Edit:
         taken = {block for stream in links for block in stream.blocks}
         free = [block for block in range(POOL) if block not in taken]
         self._set_link(place, k, stage="computed", blocks=tuple(free[:NEEDED]))
-        news = link.TokenNews(_JOB_KEY, 0, TOKENS[:1])
+        resumed = self._task(place).resumed
+        news = link.TokenNews(_JOB_KEY, resumed, TOKENS[resumed : resumed + 1])
         self.tell_job(place, k, ("engine", link.StepTokens(0, (news,))))
-        self.tell_job(place, k, ("engine", link.Progress(_JOB_KEY, PROMPT_TOKENS)))
+        self.tell_job(place, k, ("engine", link.Progress(_JOB_KEY, PROMPT_TOKENS + resumed)))
 
     # ------------------------------------------------------------------ streams
 

@@ -34,8 +34,9 @@ from ...protos import handover_pb2
 from ..cells import CELL_BYTES, DIGEST_KEY, SPEC, digest_of
 from ..engine import IDENTITY_KEY, NUMERICS
 from ..invariants import Violation
-from ..workers import MODEL_FACTS, SimChoice, SimDispatcher
+from ..workers import MODEL_FACTS, SimDispatcher
 from .canonical import canonical
+from .silent import SilentChoice
 
 PROMPT_TOKENS, UNIT_TOKENS = 24, 16  # two hash blocks, the second one partial: two frames
 TOKENS = (5, 6)  # of every answer; a prefill worker samples the first
@@ -239,17 +240,18 @@ class _Face:
 class DecodeSide(_Face):
     """The task of one order on a decode worker: production's task, pull, receiver and carrier."""
 
-    def __init__(self, num_peers: int) -> None:
+    def __init__(self, num_peers: int, num_resumed: int) -> None:
         super().__init__()
         peers = tuple(Peer(str(peer), 1, f"{peer}:1") for peer in range(num_peers))
         self._outbox, self.is_ended = Outbox(), False
         self.streams: list[_Stream] = []
         self._receiver: Receiver | None = None  # of the last event
-        order = Order(SequenceKey("r", 0), EPOCH, _PROMPT, PARAMS, SCOPE, peers, TIMEOUT_S, 0, 0, 1)
+        prompt, emitted = _PROMPTS[num_resumed], TOKENS[:num_resumed]
+        order = Order(SequenceKey("r", 0), EPOCH, prompt, PARAMS, SCOPE, peers, TIMEOUT_S, num_resumed, 0, 1)
         timing, clock = HANDOVER_LEASE, self.clock
         pull = KvPullTools(self.client, cast(Any, None), DIGEST_KEY, SPEC, timing, clock, Counter())
         tools = _Connecting(FACTS, pull, cast(Any, self))
-        self.task = DecodeTask(order, SimChoice(PARAMS, ()), self._outbox, tools, self._task_ended)
+        self.task = DecodeTask(order, SilentChoice(PARAMS, emitted), self._outbox, tools, self._task_ended)
 
     def _task_ended(self, _: DecodeTask) -> None:
         self.is_ended = True
@@ -475,7 +477,9 @@ FACTS = FaceFacts(
     max_batch_tokens=64,
 )
 PROMPT_IDS = tuple(range(1, PROMPT_TOKENS + 1))
-_PROMPT: NamedPrompt = RecentPrompts(FACTS.namer).name("r", PROMPT_IDS, SCOPE)
+_PROMPTS: list[NamedPrompt] = [
+    RecentPrompts(FACTS.namer).name("r", PROMPT_IDS + TOKENS[:resumed], SCOPE) for resumed in range(len(TOKENS))
+]
 
 
 def sections_of(start: int, count: int, first_cell: int) -> tuple[SectionData, ...]:

@@ -97,7 +97,7 @@ class _Search:
             break
         found.is_closed &= found.violation is None
         found.decided = sum(automaton.num_steps for automaton in self._cluster.automata.values())
-        found.receiver_edges = frozenset().union(*(task.edges for task in self._cluster.tasks))
+        found.receiver_edges = frozenset().union(*(task.edges for task in self._cluster.tasks.values()))
         found.sender_edges = frozenset(self._cluster.job.edges)
         if found.is_closed:
             self._check_that_all_ends()

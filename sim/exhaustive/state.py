@@ -46,11 +46,12 @@ class Task(NamedTuple):
     session: int
     task: int  # GONE: its worker died
     peers: tuple[int, ...]
+    resumed: int = 0  # tokens that an earlier dispatch gave to the client
     stage: str = ""
     blocks: tuple[int, ...] = ()
     units: int = 0  # bits of the hash blocks that are stored
     writes: tuple[int, ...] = ()  # hash blocks that are on their way into the store
-    emitted: int = 0
+    emitted: int = 0  # tokens that are known here before the engine samples any, `resumed` ones included
     reason: FinishReason = FinishReason.CANCELLED
     links: tuple[Link | None, ...] = ()
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .core.errors import OriginForbidden as OriginForbidden
     from .core.errors import Overloaded as Overloaded
     from .core.errors import PairRefused as PairRefused
+    from .core.errors import PoisonRequest as PoisonRequest
     from .core.errors import RequestNotFound as RequestNotFound
     from .core.errors import TokensLost as TokensLost
     from .core.errors import TransportUnavailable as TransportUnavailable
@@ -59,8 +60,8 @@ _NAMES_BY_MODULE = {
     ".core.errors": (
         *("BodyTooLarge", "Cancelled", "CheckpointError", "ConfigError", "ContextLengthExceeded", "DeadlineExceeded"),
         *("DoesNotFit", "HostForbidden", "InternalError", "InvalidRequest", "KvCorrupted", "ModelNotFound", "NonFiniteKv"),
-        *("OriginForbidden", "Overloaded", "PairRefused", "RequestNotFound", "TokensLost", "TransportUnavailable"),
-        *("TwostrokeError", "Unauthenticated"),
+        *("OriginForbidden", "Overloaded", "PairRefused", "PoisonRequest", "RequestNotFound", "TokensLost"),
+        *("TransportUnavailable", "TwostrokeError", "Unauthenticated"),
         *("Unavailable", "UnsupportedContentType", "UnsupportedEncoding", "UnsupportedParameter", "WorkerLost"),
     ),
     ".core.request": ("FinishReason", "TokenLogprobs"),

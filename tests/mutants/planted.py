@@ -16,9 +16,14 @@ _MACHINES = (
     "tests/prefill_worker/test_prefill_task.py",
 )
 _ENGINE = ("tests/engine/test_engine_core.py", "tests/engine/test_scheduler_scenarios.py")
-_SESSION = ("tests/decode_worker/test_ledger.py", "tests/worker/test_worker_session.py")
+_SESSION = (
+    "tests/decode_worker/test_ledger.py",
+    "tests/worker/test_worker_session.py",
+    "tests/worker/test_resume.py",
+)
 _PURE = (
     "tests/router/requests/test_lifecycle.py",
+    "tests/router/requests/test_resume.py",
     "tests/router/routing/test_scenarios.py",
     "tests/router/routing/test_pure.py",
 )

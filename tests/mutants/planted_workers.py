@@ -64,7 +64,29 @@ _DECODE = [
         "        if self._pull is not None:\n            self._pull.bound()",
     ),
     Mutant("decode_worker/service.py", '            older.cancel("a newer dispatch")\n', "            pass\n"),
-    Mutant("decode_worker/service.py", "            self._ledger.refuse(router, key, epoch)\n", ""),
+    Mutant(
+        "decode_worker/service.py",
+        "            self._ledger.refuse(router, key, epoch)\n            session.outbox.add_end(refusal",
+        "            session.outbox.add_end(refusal",
+    ),
+    Mutant(
+        "decode_worker/service.py",
+        '_ended_already"] += 1\n            self._ledger.refuse(router, key, epoch)\n',
+        '_ended_already"] += 1\n',
+    ),
+    Mutant("decode_worker/service.py", "            if end is not None:\n", "            if False:\n"),
+    Mutant("decode_worker/choice.py", "        self.push(0, emitted_ids)", "        self._text.push(emitted_ids)"),
+    Mutant("decode_worker/report.py", "    tail = choice.flush()  # may", '    tail = ""  # may'),
+    Mutant(
+        "decode_worker/report.py",
+        "min(cached, len(order.prompt_ids) - order.num_emitted)",
+        "min(cached, len(order.prompt_ids))",
+    ),
+    Mutant(
+        "decode_worker/order.py",
+        "model.check_prompt(prompt_ids, message.emitted_tokens)",
+        "model.check_prompt(prompt_ids)",
+    ),
     Mutant("decode_worker/service.py", "        self._after(grace_s, lambda: self._end_orphans(orphans))\n", ""),
     Mutant(
         "decode_worker/service.py", '        return self.cancel_all("draining")\n', "        return self.num_running\n"

@@ -45,6 +45,14 @@ def test_a_small_scope_closes_and_every_run_of_it_ends(scope: str):
         assert outcomes == {"finished"}, "without a fault every request finishes"
 
 
+@pytest.mark.parametrize("scope", ["1x1x2x1", "1x1x2x1+"])
+def test_no_single_fault_ends_a_stream_where_another_decode_worker_is_left(scope: str):
+    found = search(Scope.parse(scope))
+    assert found.violation is None, (str(found.violation), found.trace)
+    assert found.is_closed
+    assert set(found.outcomes) == {"finished", "cancelled", "deadline_exceeded"}  # cancelled: the client left
+
+
 @pytest.mark.parametrize("scope", ["2x1x1x0", "2x2x2x0", "1x1x1x1"])
 def test_a_reduced_search_ends_in_the_same_states_as_a_full_one(scope: str):
     reduced, full = (search(Scope.parse(scope), is_reduced=is_reduced) for is_reduced in (True, False))

@@ -27,7 +27,7 @@ def test_250_schedules_hold_every_invariant():
     assert not campaign.failed, [f"{o.seed}: {o.violation}" for o in campaign.failed]
     # The weather must bite and must not drown everything.
     assert campaign.ends["finished"] > 250
-    for end in ("cancelled", "deadline_exceeded", "worker_lost", "router lost", "tokens_lost", "overloaded"):
+    for end in ("cancelled", "deadline_exceeded", "worker_lost", "router lost", "poison_request", "overloaded"):
         assert campaign.ends[end], end
     for counter in ("submitted", "ended_length", "ended_cancelled", "ended_deadline_exceeded", "ended_internal_error"):
         assert happened[counter], (counter, happened)

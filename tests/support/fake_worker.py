@@ -193,7 +193,7 @@ class FakeWorker:
         if how.hold_first is not None:
             await how.hold_first.wait()
         count = order.sampling.max_tokens
-        for index in range(count):
+        for index in range(order.emitted_tokens, count):
             if how.stop_after is not None and index >= how.stop_after:
                 await asyncio.Event().wait()
             if how.token_s:
@@ -207,7 +207,8 @@ class FakeWorker:
             self._end(order, common_pb2.FINISH_REASON_LENGTH, count)
 
     def _tokens(self, order: worker_pb2.Submit, index: int) -> None:
-        token = token_at(list(order.prompt_ids), order.choice, index)
+        asked = list(order.prompt_ids[: len(order.prompt_ids) - order.emitted_tokens])
+        token = token_at(asked, order.choice, index)
         output = worker_pb2.TokenOutput(
             request_id=order.request_id,
             choice=order.choice,
@@ -243,7 +244,9 @@ class FakeWorker:
             reason=reason,
             error=error,
             usage=common_pb2.Usage(
-                prompt_tokens=len(order.prompt_ids), completion_tokens=count, cached_tokens=16 * order.choice
+                prompt_tokens=len(order.prompt_ids) - order.emitted_tokens,
+                completion_tokens=count,
+                cached_tokens=16 * order.choice,
             ),
             timeline=[
                 common_pb2.Instant(name="received", since_seen_ns=0),

@@ -39,6 +39,7 @@ class Router:
         self.now_s = 0.0
         self.sent: list[tuple[str, str]] = []  # worker, what
         self.timeouts_ms: list[int] = []  # of the orders that were sent
+        self.orders: list[worker_pb2.Submit] = []
         self.full: set[str] = set()  # workers that take no order beyond the first that is sent to them
         self.timers: list[FakeTimer] = []
         self.drops: list[str] = []
@@ -70,7 +71,7 @@ class Router:
 
     def lost(self, change) -> None:
         self.up.discard(change.worker.key)
-        self.life.lost(change.worker.key, change.reason, self.now_s)
+        self.life.lost(change.worker.key, change.reason, self.now_s, has_left=change.has_left)
 
     def changed(self) -> None:
         if hasattr(self, "life"):
@@ -85,6 +86,7 @@ class Router:
             if key.worker_id in self.full and any(w == key.worker_id and "submit" in what for w, what in self.sent):
                 return False
             self.timeouts_ms.append(order.timeout_ms)
+            self.orders.append(order)
             self.sent.append((key.worker_id, f"submit {order.request_id}#{order.choice} @{order.epoch.counter}"))
         else:
             self.sent.append((key.worker_id, f"cancel {order.request_id} @{order.epoch.counter}"))

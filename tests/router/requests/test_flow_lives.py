@@ -110,24 +110,36 @@ async def test_two_tenants_and_two_routers_may_use_the_same_request_id() -> None
         assert c.flow.explain("three", "same") is None
 
 
-async def test_a_worker_that_dies_after_the_first_token_ends_its_requests_typed_and_at_once() -> None:
+async def test_a_worker_that_dies_in_the_middle_costs_its_streams_a_pause() -> None:
     async with cluster() as c:
         await c.add(FakeWorker("a"), FakeWorker("b"))
         for worker in c.workers:
             worker.behaviour.stop_after = 2
-        stream = c.flow.generate(request(), Timeline())
-        got = [await anext(stream), await anext(stream)]
-        victim, other = sorted(c.workers, key=lambda worker: not worker.submits)
+        stream = c.flow.generate(request(num_choices=3), Timeline())
+        got = [await anext(stream) for _ in range(6)]
+        victim, heir = sorted(c.workers, key=lambda worker: not worker.submits)
+        heir.behaviour.stop_after = None
         await victim.die()
-        loop = asyncio.get_running_loop()
-        died_s = loop.time()
-        with pytest.raises(errors.WorkerLost) as caught:
-            await anext(stream)
-        assert loop.time() - died_s < 1.0
-        assert caught.value.retry_after_s
-        assert tokens_of(got) == expected(2)
-        assert not other.submits, "it cannot go on elsewhere: the client has tokens"
+        got += [piece async for piece in stream]
+        for choice in range(3):
+            assert tokens_of(got, choice) == expected(5, choice)
+            (order,) = [order for order in heir.submits if order.choice == choice]
+            assert order.prompt_ids == [*PROMPT, *expected(2, choice)]
+            assert (order.emitted_tokens, order.epoch.counter) == (2, 2)
+        assert [piece.usage.completion_tokens for piece in got if piece.usage] == [15]
         await until(lambda: c.state(victim.worker_id) is None)
+        explained = c.flow.explain("tenant", "r1")
+        assert explained is not None
+        first, second = explained["dispatches"]
+        assert (first["resumed_tokens"], second["resumed_tokens"]) == ([0, 0, 0], [2, 2, 2])
+        assert first["left"]["code"] == "worker_lost"
+        assert first["at_ms"] < first["first_token_ms"] < first["left"]["at_ms"] <= second["at_ms"]
+        assert second["left"] is None
+        timeline = explained["timeline"]
+        assert timeline["first_token"] < first["left"]["at_ms"], (
+            "the client's first token, not that of the second worker"
+        )
+        assert explained["decode_worker"] == heir.worker_id
 
 
 async def test_a_stuck_session_is_opened_anew() -> None:

@@ -145,7 +145,7 @@ def test_the_first_choice_of_a_life_is_the_one_whose_token_came_first():
     model = ModelFacts("tiny", b"f" * 16, b"n", "", 4096, 1000, True, "", 1000)
     run = RequestState("r", request(num_choices=3), timeline, model, 16)
     for choice, count in enumerate((4, 5, 6)):
-        run.delivery._choices[choice].next_index = count
+        run.delivery._choices[choice].token_ids.extend(range(count))
     for first, generated in ((0, (4, 5, 6)), (1, (5, 4, 6)), (2, (6, 4, 5)), (None, (4, 5, 6))):
         run.first_choice = first
         assert life_of(run, 1.0).generated == generated

@@ -46,7 +46,7 @@ def test_whatever_arrives_the_stream_is_a_gapless_prefix_of_the_living_epochs(ar
     ended: dict[int, int] = {}
     for what, choice, epoch, index in arriving:
         if what == "dispatch":
-            if delivery.unfinished and delivery.may_start_over:
+            if delivery.unfinished:
                 counter += 1
                 delivery.dispatch(Epoch(1, counter))
         elif what == "end":
@@ -54,13 +54,14 @@ def test_whatever_arrives_the_stream_is_a_gapless_prefix_of_the_living_epochs(ar
                 assert choice not in ended
                 assert epoch == counter
                 ended[choice] = epoch
-        elif delivery.tokens(choice, Epoch(1, epoch), index, 1) is DeliveryVerdict.TAKE:
+        elif delivery.tokens(choice, Epoch(1, epoch), index, [10 * epoch + index]) is DeliveryVerdict.TAKE:
             assert choice not in ended
             assert epoch == counter
             delivered[choice].append((index, epoch))
     for choice, tokens in enumerate(delivered):
         assert [index for index, _ in tokens] == list(range(delivery.tokens_of(choice)))
-        assert len({epoch for _, epoch in tokens}) <= 1
+        assert list(delivery.ids_of(choice)) == [10 * epoch + index for index, epoch in tokens]
+        assert [epoch for _, epoch in tokens] == sorted(epoch for _, epoch in tokens)
 
 
 def test_what_comes_from_a_recalled_epoch_is_stale():
@@ -68,11 +69,11 @@ def test_what_comes_from_a_recalled_epoch_is_stale():
     delivery = Delivery(2)
     delivery.dispatch(Epoch(1, 1))
     delivery.recall()
-    assert delivery.tokens(0, Epoch(1, 1), 0, 1) is DeliveryVerdict.STALE_EPOCH
+    assert delivery.tokens(0, Epoch(1, 1), 0, [9]) is DeliveryVerdict.STALE_EPOCH
     assert delivery.end(0, Epoch(1, 1), FinishReason.STOP) is DeliveryVerdict.STALE_EPOCH
-    assert delivery.may_start_over
+    assert delivery.ids_of(0) == ()
     delivery.dispatch(Epoch(1, 2))
-    assert delivery.tokens(0, Epoch(1, 2), 0, 1) is DeliveryVerdict.TAKE
+    assert delivery.tokens(0, Epoch(1, 2), 0, [9]) is DeliveryVerdict.TAKE
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 1), st.integers(1, 3)), max_size=60), st.integers(1, 5))

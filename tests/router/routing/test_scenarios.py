@@ -164,7 +164,7 @@ class Stage:
     def on_dispatch(self):
         facts, choice = self.last
         for index in range(facts.num_choices):
-            count_work(self.fleet, facts, index, choice, self.now_s)
+            count_work(self.fleet, facts, index, choice, self.now_s, is_leading=index == 0)
 
     def on_first(self, name):
         self.fleet.first_token(SequenceKey(name, 0))
@@ -222,15 +222,14 @@ class Stage:
 
     def on_tokens(self, choice, epoch, place):
         first, count = place.split("+")
-        return [self.delivery.tokens(int(choice), _epoch(epoch), int(first), int(count)).value]
+        return [self.delivery.tokens(int(choice), _epoch(epoch), int(first), [7] * int(count)).value]
 
     def on_end(self, choice, epoch, reason):
         return [self.delivery.end(int(choice), _epoch(epoch), FinishReason(reason)).value]
 
     def on_cursor(self):
         d = self.delivery
-        over = "may start over" if d.may_start_over else "must go on"
-        return [f"{d.completion_tokens} tokens, unfinished {list(d.unfinished)}, {over}"]
+        return [f"{d.completion_tokens} tokens, unfinished {list(d.unfinished)}"]
 
 
 def _epoch(word: str) -> Epoch:

@@ -1,0 +1,46 @@
+"""One dispatch of a request to a worker, from its order to the moment when the request left that worker. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from ...core.errors import TwostrokeError
+from ...core.request import Epoch
+from ...core.timeline import Timeline
+from ..routing.facts import WorkerKey
+from ..routing.policy import RoutingDecision
+
+
+class Left(NamedTuple):
+    """Why and when a request left a worker before it was over."""
+
+    at_s: float
+    error: TwostrokeError
+
+
+@dataclass(slots=True, eq=False)
+class Dispatch:
+    """One dispatch of a request to a worker."""
+
+    epoch: Epoch
+    choice: RoutingDecision
+    at_s: float
+    resumed: tuple[int, ...] = ()  # tokens of each choice that the client had already; empty: none of any
+    first_token_s: float | None = None
+    left: Left | None = None  # None: it is the last one
+    timeline: Timeline = field(default_factory=Timeline)  # instants of its worker, if the worker told them
+
+    @property
+    def decode(self) -> WorkerKey:
+        """The decode worker, which sends the tokens."""
+        return self.choice.winner.decode.key
+
+    @property
+    def is_resumed(self) -> bool:
+        """True if the client had tokens when it was sent."""
+        return any(self.resumed)
+
+    def begins_with(self, choice: int) -> int:
+        """Index of the first token of a choice that this dispatch generates."""
+        return self.resumed[choice] if self.resumed else 0

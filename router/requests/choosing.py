@@ -1,0 +1,76 @@
+"""Which workers a request is sent to, and how long it waits if there are none. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from ...core.request import Role
+from ..routing.policy import RoutingDecision, choose
+from ..routing.views import RETRY_AFTER_S, views_of
+from .roster import Roster
+from .state import RequestState
+from .surroundings import Driver, LifeLimits
+from .suspects import taken_by_suspects
+
+
+class Chooser:
+    """Choice of workers for the requests of one router."""
+
+    def __init__(self, active: Mapping[str, RequestState], roster: Roster, driver: Driver, limits: LifeLimits) -> None:
+        """`active`: all requests that are not settled, kept up to date by their owner."""
+        self._active = active
+        self._roster = roster
+        self._driver = driver
+        self._limits = limits
+
+    def choose(self, run: RequestState, now_s: float) -> RoutingDecision | None:
+        """The workers with the lowest cost for a request; None: nobody can take it now."""
+        request, prefixes = run.request, self._roster.prefixes
+        workers = [w for w in self._roster.fleet.serving(request.model) if w.facts.key not in run.excluded]
+        taken = taken_by_suspects(run, self._active.values())
+        if taken:
+            workers = [w for w in workers if w.facts.key not in taken]
+            if all(w.role is Role.PREFILL for w in workers):
+                return None  # common after a loss, when many requests ask: so before anything that costs time
+        if run.identities is None:
+            known = replace(request, prompt_ids=run.ids_of(run.leading)) if run.has_output else request
+            run.identities = self._driver.identities(known, run.model)
+        # A scored prompt is always computed, so cached prefixes do not help.
+        usable = run.identities if request.sampling.prompt_logprobs is None or run.has_output else ()
+        choice = choose(run.facts, views_of(workers), prefixes.expected(usable, now_s), self._limits.policy)
+        if choice is not None:
+            # Later requests can use the prefix on the worker that computes it, not yet on the decode worker.
+            computes = choice.winner.prefill or choice.winner.decode
+            prefixes.predict([computes.worker_id], run.identities, now_s)
+        return choice
+
+    def end_of_wait_s(self, run: RequestState, now_s: float) -> float:
+        """When a request gives up to wait for a worker: `now_s` if none is in sight.
+
+        A stream that has begun waits as long for any worker as a new request waits for a lost one that may come back.
+        A suspect that waits for its turn waits until its deadline: those before it get on, or end, by theirs.
+        """
+        model, limits, fleet = run.request.model, self._limits, self._roster.fleet
+        if taken_by_suspects(run, self._active.values()):
+            return now_s + max(0.0, run.left_s(now_s))
+        end_s = now_s
+        if fleet.may_serve_soon(model):
+            patience_s = limits.worker_patience_s
+            if run.has_output:
+                patience_s = max(patience_s, limits.worker_return_s)
+            end_s = run.waits_since_s + patience_s
+        returns_until_s = fleet.lost.until_s(model)
+        if returns_until_s is not None:
+            end_s = max(end_s, min(returns_until_s, run.waits_since_s + limits.worker_return_s))
+        return end_s
+
+    def next_look_s(self, run: RequestState, now_s: float) -> float | None:
+        """When a waiting request looks for a worker again if nothing changes before; None: it gives up now.
+
+        A stream that has begun then asks those again that refused it; a new request does not.
+        """
+        end_s = self.end_of_wait_s(run, now_s)
+        if now_s >= end_s:
+            return None
+        return min(end_s, now_s + RETRY_AFTER_S) if run.has_output and run.excluded else end_s

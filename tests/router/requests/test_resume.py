@@ -1,0 +1,270 @@
+"""A stream survives the loss of its worker: what is ordered again, and which requests are suspected of the loss."""
+
+from __future__ import annotations
+
+from support.list_router import Router
+
+from twostroke.core import errors
+from twostroke.core.request import Role, SamplingParams
+from twostroke.core.timeline import Instant
+from twostroke.protos import worker_pb2
+from twostroke.router.requests.lifecycle import MAX_RESUMED_DISPATCHES
+from twostroke.router.requests.state import RequestState, Stage
+from twostroke.router.requests.suspects import PROOF_TOKENS
+from twostroke.router.routing.facts import WorkerKey
+from twostroke.router.routing.policy import PolicyLimits
+
+LONG = SamplingParams(max_tokens=100)
+
+
+def placed(run: RequestState) -> WorkerKey:
+    assert run.living is not None, run.stage
+    return run.living.decode
+
+
+def kill(router: Router, key: WorkerKey) -> None:
+    router.roster.session_down(key, "broke", router.now_s)
+    router.roster.announce_ended(key, router.now_s)
+    router.pass_s(0.0)
+
+
+def test_a_lost_stream_is_ordered_again_after_what_its_client_has() -> None:
+    router = Router("a", "b")
+    run = router.ask(num_choices=3, sampling=SamplingParams(max_tokens=5, prompt_logprobs=1))
+    router.tokens(run, 2, choice=0)
+    router.tokens(run, 1, choice=2)
+    first = placed(run)
+    kill(router, first)
+    assert placed(run) != first
+    orders = router.orders[-3:]
+    assert [(order.choice, order.emitted_tokens, len(order.prompt_ids)) for order in orders] == [
+        (0, 2, 52),
+        (1, 0, 50),
+        (2, 1, 51),
+    ]
+    assert all(order.prompt_ids[:50] == list(range(50)) for order in orders)
+    assert all(order.epoch.counter == 2 for order in orders)
+    assert not any(order.sampling.HasField("prompt_logprobs") for order in orders), "the client has them"
+    router.tokens(run, 3, choice=0)
+    pieces = [piece for piece in iter(run.take_piece, None) if piece.choice == 0]
+    assert [piece.first_index for piece in pieces] == [0, 2]
+
+
+def test_what_the_first_worker_still_sends_is_dropped() -> None:
+    router = Router("a")
+    run = router.ask(sampling=LONG)
+    router.tokens(run)
+    key, epoch = placed(run), run.dispatches[0].epoch
+    router.roster.session_down(key, "silent", router.now_s)  # frozen: it comes back as the same one
+    router.join("a")
+    router.pass_s(0.0)
+    assert placed(run) == key
+    late = worker_pb2.TokenOutput(request_id=run.name, token_ids=[9], first_index=1)
+    late.epoch.incarnation, late.epoch.counter = epoch
+    router.life.take_step(key, worker_pb2.StepOutput(tokens=[late]), router.now_s)
+    assert router.drops[-1] == "stale_epoch"
+    assert run.delivery.ids_of(0) == (1,)
+
+
+def test_choices_that_ended_are_not_ordered_again() -> None:
+    router = Router("a", "b")
+    run = router.ask(num_choices=2)
+    router.tokens(run, 5, choice=0)
+    router.end(run, choice=0)
+    kill(router, placed(run))
+    assert [order.choice for order in router.orders] == [0, 1, 1]
+    router.end(run, choice=1)
+    assert (run.stage, run.error, run.usage.completion_tokens) == (Stage.SETTLED, None, 5)
+    router.life.conclude(run)
+    router.assert_nothing_is_left()
+
+
+def test_the_work_that_is_left_is_counted() -> None:
+    router = Router("a", "b")
+    run = router.ask(num_choices=2, sampling=SamplingParams(max_tokens=60))
+    router.tokens(run, 30, choice=0)
+    router.tokens(run, 60, choice=1)
+    router.end(run, choice=1)
+    kill(router, placed(run))
+    assert (run.facts.prompt_tokens, run.facts.expected_tokens, run.facts.num_choices) == (80, 30, 1)
+    worker = router.roster.fleet.get(placed(run).worker_id)
+    assert worker is not None
+    assert (worker.queued_prefill_tokens, worker.num_decoding) == (80, 1)
+    router.tokens(run, 1, choice=0)
+    assert worker.queued_prefill_tokens == 0, "its first token here is not its first"
+
+
+def test_a_draining_workers_streams_go_on_elsewhere_without_suspicion() -> None:
+    router = Router("a", "b")
+    run = router.ask(sampling=LONG)
+    router.tokens(run)
+    key = placed(run)
+    router.roster.leaving(key)
+    router.roster.session_down(key, "closed", router.now_s)
+    router.pass_s(0.0)
+    assert placed(run) != key
+    assert run.suspicion is None
+
+
+def test_a_stream_waits_for_its_only_worker_to_come_back() -> None:
+    router = Router("a", return_s=5.0)
+    run = router.ask(sampling=LONG)
+    router.tokens(run)
+    kill(router, placed(run))
+    router.pass_s(4.0)
+    assert run.stage is Stage.ROUTING
+    router.join("a", incarnation=2)
+    router.pass_s(0.0)
+    assert placed(run) == WorkerKey("a", 2)
+    late = Router("a", return_s=5.0)
+    run = late.ask(sampling=LONG)
+    late.tokens(run)
+    kill(late, placed(run))
+    late.pass_s(5.1)
+    assert isinstance(run.error, errors.WorkerLost)
+
+
+def test_a_stream_asks_those_again_that_refused_it() -> None:
+    router = Router("a", "b", return_s=30.0)
+    run = router.ask(sampling=LONG)
+    router.tokens(run)
+    kill(router, placed(run))
+    for _ in range(3):
+        router.end(run, code="overloaded")
+        router.pass_s(0.0)
+        assert run.stage is Stage.ROUTING
+        router.pass_s(1.0)
+        assert run.stage is Stage.DISPATCHED
+    assert run.error is None
+
+
+def test_a_stream_that_skips_tokens_goes_on_elsewhere_until_the_bound() -> None:
+    router = Router("a", "b", return_s=30.0)
+    run = router.ask(sampling=LONG, timeout_s=1000.0)
+    router.tokens(run)
+    while run.error is None:
+        output = worker_pb2.TokenOutput(request_id=run.name, token_ids=[5], first_index=7)
+        output.epoch.incarnation, output.epoch.counter = run.dispatches[-1].epoch
+        router.life.take_step(placed(run), worker_pb2.StepOutput(tokens=[output]), router.now_s)
+        router.pass_s(1.1)
+        assert len(run.dispatches) <= MAX_RESUMED_DISPATCHES
+    assert isinstance(run.error, errors.TokensLost)
+    assert len(run.dispatches) == MAX_RESUMED_DISPATCHES
+    assert run.delivery.ids_of(0) == (1,)
+
+
+def test_the_timeline_keeps_the_first_token_of_the_first_worker() -> None:
+    router = Router("a", "b")
+    run = router.ask()
+    router.pass_s(1.0)
+    router.tokens(run)
+    kill(router, placed(run))
+    router.pass_s(1.0)
+    router.tokens(run, 4)
+    end = worker_pb2.RequestEnd(request_id=run.name, reason=2)
+    end.timeline.add(name="first_token", since_seen_ns=10**9)
+    end.timeline.add(name="last_token", since_seen_ns=2 * 10**9)
+    end.epoch.incarnation, end.epoch.counter = run.dispatches[-1].epoch
+    end.usage.completion_tokens = 5
+    router.life.take_step(placed(run), worker_pb2.StepOutput(ends=[end]), router.now_s)
+    assert run.timeline.at_s(Instant.FIRST_TOKEN) == 1.0
+    assert run.timeline.at_s(Instant.LAST_TOKEN) == 3.0
+    assert run.dispatches[1].timeline.at_s(Instant.FIRST_TOKEN) == 2.0
+
+
+# ------------------------------------------------------------------ who killed it
+
+
+def test_a_request_that_kills_each_of_its_workers_takes_two_and_gets_a_500() -> None:
+    router = Router("a", "b", "c")
+    run = router.ask(sampling=LONG)
+    router.tokens(run, 3)
+    first = placed(run)
+    kill(router, first)
+    second = placed(run)
+    router.tokens(run, PROOF_TOKENS - 1)
+    kill(router, second)
+    assert isinstance(run.error, errors.PoisonRequest)
+    assert run.error.http_status == 500
+    assert first.worker_id in run.error.message
+    assert second.worker_id in run.error.message
+    assert len(run.dispatches) == 2
+
+
+def test_suspects_are_ordered_one_at_a_time_and_only_the_guilty_one_fails() -> None:
+    router = Router("a", "b", return_s=30.0)
+    runs = [router.ask(f"r{i}", sampling=LONG) for i in range(4)]
+    victim = placed(runs[0])
+    together = [run for run in runs if placed(run) == victim]
+    others = [run for run in runs if placed(run) != victim]
+    for run in runs:
+        router.tokens(run)
+    kill(router, victim)
+    guilty, innocent = together
+    assert all(run.suspicion is not None for run in together)
+    assert all(run.suspicion is None for run in others)
+    assert guilty.stage is Stage.DISPATCHED
+    assert innocent.stage is Stage.ROUTING, "it waits until the other one has shown that it is harmless"
+    router.pass_s(5.0)
+    assert innocent.stage is Stage.ROUTING, "and for longer than for a worker"
+    heir = placed(guilty)
+    kill(router, heir)
+    router.join("c")
+    router.pass_s(0.0)
+    assert isinstance(guilty.error, errors.PoisonRequest)
+    assert all(run.error is None and run.suspicion is None for run in others), "whoever was beside it is not blamed"
+    assert all(placed(run).worker_id == "c" for run in (innocent, *others))
+
+
+def test_a_suspect_that_gets_on_is_innocent_and_lets_the_next_one_in() -> None:
+    router = Router("a", "b")
+    runs = [router.ask(f"r{i}", sampling=LONG) for i in range(4)]
+    victim = placed(runs[0])
+    first, second = [run for run in runs if placed(run) == victim]
+    for run in runs:
+        router.tokens(run)
+    kill(router, victim)
+    router.tokens(first, PROOF_TOKENS - 1)
+    router.pass_s(0.0)
+    assert second.stage is Stage.ROUTING
+    router.tokens(first)
+    router.pass_s(0.0)
+    assert first.suspicion is None
+    assert second.stage is Stage.DISPATCHED
+    router.life.abort("acme", second.request_id, router.now_s)
+    assert not router.life._waiting
+
+
+def test_the_end_of_a_suspect_lets_the_next_one_in() -> None:
+    for leave in ("end", "abort", "refused"):
+        router = Router("a", "b")
+        runs = [router.ask(f"r{i}", sampling=LONG) for i in range(4)]
+        victim = placed(runs[0])
+        first, second = [run for run in runs if placed(run) == victim]
+        kill(router, victim)
+        assert second.stage is Stage.ROUTING
+        if leave == "end":
+            router.end(first)
+        elif leave == "abort":
+            router.life.abort("acme", first.request_id, router.now_s)
+        else:
+            router.end(first, code="unavailable")
+        router.pass_s(0.0)
+        assert second.stage is Stage.DISPATCHED, leave
+
+
+def test_a_prompt_that_kills_prefill_workers_takes_two() -> None:
+    router = Router(policy=PolicyLimits(local_prefill=False))
+    router.join("d", role=Role.DECODE)
+    for name in ("p", "q"):
+        router.join(name, role=Role.PREFILL)
+    run = router.ask(sampling=LONG)
+    assert run.living is not None
+    peers = [peer.key for peer in run.living.choice.prefill_peers]
+    assert len(peers) == 2
+    kill(router, peers[0])
+    assert run.stage is Stage.DISPATCHED
+    assert run.suspicion is not None
+    kill(router, peers[1])
+    assert isinstance(run.error, errors.PoisonRequest)
+    assert router.sent[-1] == ("d", f"cancel {run.name} @1")
