@@ -82,6 +82,7 @@ def worker(
             gpu_health=settings.cluster.gpu_health,
             host=host,
             insecure=settings.router.insecure,
+            tls=settings.cluster.tls,
             port=port,
             metrics_port=settings.cluster.worker_metrics_port,
             metrics_keys=settings.router.api_keys,
@@ -123,7 +124,9 @@ def router(
             "TWOSTROKE__ROUTER__INTERNAL_PORT, e.g. to 8002"
         )
     reads_defaults = settings.model.generation_config == "auto"
-    process = RouterProcess(settings.router, settings.cluster.key, reads_defaults=reads_defaults)
+    process = RouterProcess(
+        settings.router, settings.cluster.key, reads_defaults=reads_defaults, tls=settings.cluster.tls
+    )
     run_router(process, settings.cluster.drain_timeout_s, parent_pid)
 
 

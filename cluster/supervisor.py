@@ -14,6 +14,7 @@ from ..core.clock import Clock, MonotonicClock
 from ..core.errors import TwostrokeError, Unavailable
 from ..core.ports import free_ports, target
 from ..core.request import Role
+from .certificates import certificates_of
 from .config import Config
 from .devices import Devices
 from .launch.last_words import DeviceEnd, ProcessEnd, end_of_typed
@@ -39,7 +40,10 @@ class Supervisor:
         self._clock = clock or MonotonicClock()
         self._say = say or log.info
         self.config = _with_fixed_ports(plan.settle(config))
-        site = Site(self.config, plan.model.directory, plan.model.name, self.config.router.internal_port)
+        certificates = certificates_of(self.config)
+        self.tls_remark = certificates.remark  # for the operator
+        internal_port = self.config.router.internal_port
+        site = Site(self.config, plan.model.directory, plan.model.name, internal_port, certificates.by_role)
         self._launcher = launcher_class(self.config)(site)
         cluster = self.config.cluster
         draining_s = max(cluster.replace_after_s, cluster.drain_timeout_s)

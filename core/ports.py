@@ -78,6 +78,8 @@ def numeric_host(host: str) -> str:
 def bindable_host(host: str, setting: str, *, insecure: bool) -> str:
     """Return the numeric address that a server may bind for `host`. Every listener of ours must use this check.
 
+    `insecure`: an address that others can reach is accepted, because certificates protect it or the user wants it so.
+
     Raises:
         ConfigError: other machines can reach it, and `insecure` is false. `setting` names the origin of `host`.
     """
@@ -86,6 +88,7 @@ def bindable_host(host: str, setting: str, *, insecure: bool) -> str:
         raise ConfigError(
             f"{setting} is {host!r}, which others can reach, and there are no certificates; "
             "keep 127.0.0.1 behind a proxy that authenticates, or accept the risk with --insecure (router.insecure)"
+            f"{'' if setting == 'router.host' else ', or give cluster.tls: `twostroke certs DIR` makes it'}"
         )
     return address
 

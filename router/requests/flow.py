@@ -19,6 +19,7 @@ from ...core.errors import Cancelled
 from ...core.guard import Guard
 from ...core.request import Request
 from ...core.timeline import Instant, Timeline
+from ...core.tls.identity import TlsIdentity
 from ..config import RouterConfig
 from ..metrics import TRANSPORTS, RouterMetrics
 from ..routing.facts import ModelFacts
@@ -47,10 +48,13 @@ class Flow:
         clock: Clock | None = None,
         *,
         proof_key: bytes,
+        tls: TlsIdentity | None = None,
     ) -> None:
         """`identity_key`: `kv.keys.identity_key` of the cluster's shared secret; gives the workers' block identities.
 
         `proof_key`: `kv.keys.proof_key` of it; workers and routers prove to each other that they know it.
+
+        `tls`: the router's certificates for workers; None: it has none.
 
         `metrics`: the metrics for /metrics; None: new ones in their own registry.
         """
@@ -58,8 +62,9 @@ class Flow:
         self.clock = clock or MonotonicClock()
         self._config = config
         # Only the order of incarnations matters: a restarted router must have a higher one than before.
-        self._identity = Identity(f"router-{os.getpid()}", time.time_ns(), identity_key, proof_key)
-        self._guard = Guard(proof_key, "router")
+        self._identity = Identity(f"router-{os.getpid()}", time.time_ns(), identity_key, proof_key, tls)
+        self._guard = Guard(proof_key, "router", tls=tls)
+        self._tls = tls
         self._dispatcher = Dispatcher(config, self._identity, self.metrics, self.clock)
         self._members = self._dispatcher.members
         self._life = self._dispatcher.life
