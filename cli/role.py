@@ -13,7 +13,7 @@ from ..cluster.config import ClusterConfig
 from ..core.errors import ConfigError, InvalidRequest, Unavailable
 from ..core.request import Role
 from .processes import check_key
-from .status import ApiKey, Grpc, Insecure
+from .status import ApiKey, Ca, Cert, Grpc, Insecure, Key, tls_of
 
 TIMEOUT_S = 10.0
 
@@ -24,6 +24,9 @@ def role(
     grpc: Grpc = "127.0.0.1:8001",
     api_key: ApiKey = None,
     insecure: Insecure = False,
+    tls_ca: Ca = None,
+    tls_cert: Cert = None,
+    tls_key: Key = None,
     config: o.ConfigFile = None,
     force: Annotated[bool, typer.Option("--force", help="Also where no other worker of its model decodes.")] = False,
 ) -> None:
@@ -33,7 +36,8 @@ def role(
     """
     settings = o.config_from({"config": config})
     check_key(settings)
-    with Client(grpc, api_key=api_key, insecure=insecure, timeout_s=5.0) as client:
+    tls = tls_of(tls_ca)
+    with Client(grpc, api_key=api_key, insecure=insecure, tls=tls, cert=tls_cert, key=tls_key, timeout_s=5.0) as client:
         workers = client.cluster()["workers"]
     address = _address(workers, worker, new_role, force=force)
     asyncio.run(_set_role(address, settings.cluster, new_role))

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
+from ..client.channel import Tls
 from ..core.errors import ConfigError
 from ..core.hosts import is_loopback_name
 from ..core.ports import numeric_host
 from ..core.tls.callers import Caller
 from ..core.tls.config import TlsConfig
+from ..core.tls.handshake import Pem, names_in
+from ..router.config import RouterConfig
 from .config import Config
 
 
@@ -18,6 +22,39 @@ class Certificates(NamedTuple):
 
     by_role: Mapping[Caller, TlsConfig] | None  # None: loopback only, or insecure
     remark: str
+
+
+def face_tls(router: RouterConfig) -> Tls | None:
+    """TLS of the launcher's own client to the router, which trusts the router's present certificate and no other.
+
+    Where clients must show certificates, it shows the router's own.
+
+    Raises:
+        ConfigError: a file cannot be read, or clients must show certificates and the router's own is not valid as one.
+    """
+    if router.ssl_certfile is None:
+        return None
+    chain = _read("router.ssl_certfile", router.ssl_certfile)
+    key = _read("router.ssl_keyfile", router.ssl_keyfile or router.ssl_certfile)
+    names = [name for name in names_in(Pem(chain, chain, key)) if "://" not in name]
+    name = names[0].replace("*", "router") if names else None
+    if router.ssl_ca_certs is None:
+        return Tls(root_certificates=chain, server_name=name)
+    try:
+        names_in(Pem(_read("router.ssl_ca_certs", router.ssl_ca_certs), chain, key))
+    except ConfigError as error:
+        raise ConfigError(
+            f"router.ssl_ca_certs is {router.ssl_ca_certs!r}: the launcher is a client too and shows "
+            f"router.ssl_certfile, which is not valid for clients: {error}. `twostroke certs DIR` makes one that is"
+        ) from None
+    return Tls(chain, key, chain, name)
+
+
+def _read(setting: str, path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{setting} is {path!r}: {error.strerror}; `twostroke certs DIR` makes such files") from None
 
 
 def needs_certificates(config: Config) -> str:

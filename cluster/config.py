@@ -172,7 +172,7 @@ def _put(values: dict[str, Any], path: list[str], value: Any) -> None:
 def _check(config: Config) -> None:
     router = config.router
     if not router.insecure:
-        bindable_host(router.host, "router.host", insecure=False)
+        bindable_host(router.host, "router.host", insecure=router.may_be_public)
         bindable_host(router.internal_host, "router.internal_host", insecure=config.cluster.tls is not None)
     ports = [port for port in (router.port, router.grpc_port, router.internal_port) if port]
     if len(set(ports)) != len(ports):

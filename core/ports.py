@@ -10,6 +10,10 @@ import socket
 from .errors import ConfigError, InvalidRequest
 from .hosts import is_loopback_name
 
+_CERTIFICATES = (
+    ", or give --ssl-certfile and --ssl-keyfile (`twostroke certs DIR` makes them), and router.api_keys or "
+    "--ssl-ca-certs"
+)
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}(%[\w.-]{1,16})?\]|[A-Za-z0-9_.-]{1,253}):([0-9]{1,5})", re.ASCII)
 
 
@@ -88,7 +92,7 @@ def bindable_host(host: str, setting: str, *, insecure: bool) -> str:
         raise ConfigError(
             f"{setting} is {host!r}, which others can reach, and there are no certificates; "
             "keep 127.0.0.1 behind a proxy that authenticates, or accept the risk with --insecure (router.insecure)"
-            f"{'' if setting == 'router.host' else ', or give cluster.tls: `twostroke certs DIR` makes it'}"
+            f"{_CERTIFICATES if setting == 'router.host' else ', or give cluster.tls: `twostroke certs DIR` makes it'}"
         )
     return address
 

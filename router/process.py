@@ -22,6 +22,7 @@ from ..core.memory import give_large_memory_back, keep_present_objects
 from ..core.ports import bindable_host, bound_socket, check_port, target
 from ..core.tls.callers import Caller
 from ..core.tls.config import TlsConfig
+from ..core.tls.face import FaceTls
 from ..core.tls.identity import TlsIdentity, add_port
 from ..kv.keys import identity_key, proof_key
 from ..protos import inference_pb2, inference_pb2_grpc
@@ -90,6 +91,7 @@ class RouterProcess:
         self._guard = Guard(settings, self._front.authenticate, _INFERENCE, self._front.room)
         self._health = health.aio.HealthServicer()
         self._servers: list[grpc.aio.Server] = []
+        self._connections: Connections | None = None
         self._http: uvicorn.Server | None = None
         self._http_task: asyncio.Task[None] | None = None
 
@@ -97,8 +99,9 @@ class RouterProcess:
     def readiness(self) -> str:
         """One line for the operator: the addresses, and where workers announce themselves."""
         settings = self._settings
+        scheme = "https" if settings.ssl_certfile else "http"
         return (
-            f"router is ready: HTTP at http://{target(settings.host, settings.port)}, gRPC at "
+            f"router is ready: HTTP at {scheme}://{target(settings.host, settings.port)}, gRPC at "
             f"{target(settings.host, settings.grpc_port)}; it waits for workers at "
             f"{target(settings.internal_host, settings.internal_port)}"
         )
@@ -112,7 +115,10 @@ class RouterProcess:
         settings = self._settings
         num_files = raise_file_limit()
         check_ports(settings)  # all of them before any is bound
-        host = bindable_host(settings.host, "router.host", insecure=settings.insecure)
+        host = bindable_host(settings.host, "router.host", insecure=settings.may_be_public)
+        face = None
+        if settings.ssl_certfile:
+            face = FaceTls(settings.ssl_certfile, settings.ssl_keyfile, settings.ssl_ca_certs)
         is_safe = settings.insecure or self._tls is not None
         inside = bindable_host(settings.internal_host, "router.internal_host", insecure=is_safe)
         listener = bound_socket(host, settings.port, PORT_REMEDIES["port"])
@@ -129,11 +135,11 @@ class RouterProcess:
         inference_pb2_grpc.add_InferenceServicer_to_server(InferenceService(self._front), clients)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, clients)
         reflection.enable_server_reflection((_INFERENCE, health.SERVICE_NAME, reflection.SERVICE_NAME), clients)
-        await self._serve(clients, host, "grpc_port")
+        await self._serve(clients, host, "grpc_port", face.grpc_credentials() if face else None)
         for service in ("", _INFERENCE):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         most = connections_within(settings.max_connections, num_files)
-        connections = Connections(most, settings.slow_client_s, running_tiers())
+        connections = Connections(most, settings.slow_client_s, running_tiers(), face.http_context() if face else None)
         config = uvicorn.Config(
             make_app(settings, self._front),
             http=cast(Any, connections.protocol),
@@ -144,6 +150,7 @@ class RouterProcess:
             timeout_keep_alive=75,
             backlog=ACCEPTS,
         )
+        self._connections = connections
         connections.pace([listener.fileno()])
         self._http = _HttpServer(config)
         self._http_task = asyncio.create_task(self._http.serve([listener]))
@@ -156,6 +163,8 @@ class RouterProcess:
         await self._flow.close()
         if self._http and self._http_task:
             self._http.should_exit = True
+            if self._connections:
+                self._connections.close_handshakes()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(asyncio.shield(self._http_task), 1.0)
             self._http.force_exit = True

@@ -43,6 +43,22 @@ def context_of(pem: Pem, *, server_side: bool = False) -> ssl.SSLContext:
     return context
 
 
+def server_context(pem: Pem, *, wants_certificates: bool) -> ssl.SSLContext:
+    """A context of a server that shows the certificate, and may want one of its clients.
+
+    Raises:
+        ssl.SSLError: certificate and key do not belong together, or one is no PEM.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if wants_certificates:
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_verify_locations(cadata=pem.ca.decode("ascii", "replace"))
+    with _file_of(pem.chain + b"\n" + pem.key) as path:
+        context.load_cert_chain(path)
+    return context
+
+
 def names_in(pem: Pem) -> list[str]:
     """Names in a certificate that is good for servers and for clients.
 
@@ -51,12 +67,14 @@ def names_in(pem: Pem) -> list[str]:
     """
     try:
         client, server = context_of(pem), context_of(pem, server_side=True)
+        for context in (client, server):
+            context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # a trusted certificate need not be an authority's
         client.check_hostname = False
         up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
         ends = (client.wrap_bio(down, up), server.wrap_bio(up, down, server_side=True))
         _shake(ends)
     except ssl.SSLError as error:
-        raise ConfigError(f"the certificate of cluster.tls is no good: {_reason(error)}") from None
+        raise ConfigError(f"the certificate of cluster.tls is no good: {reason_of(error)}") from None
     shown = ends[0].getpeercert() or {}
     names: Any = shown.get("subjectAltName", ())  # pairs of kind and value
     return [str(value) for _, value in names]
@@ -96,7 +114,7 @@ def why_refused(address: str, pem: Pem | None, name: str) -> str | None:
     except ssl.SSLCertVerificationError as error:
         return f"its certificate is not valid for us: {error.verify_message}; it must be {name}'s, of our authority"
     except ssl.SSLError as error:
-        return _reason(error)
+        return reason_of(error)
     except ConnectionResetError:
         return _flaw(pem)
     except (OSError, ValueError):
@@ -127,7 +145,8 @@ _REASONS = {
 }
 
 
-def _reason(error: ssl.SSLError) -> str:
+def reason_of(error: ssl.SSLError) -> str:
+    """The error in words."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return error.verify_message
     reason = str(error.reason or "")

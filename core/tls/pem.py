@@ -6,13 +6,15 @@ import logging
 import os
 import stat
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from ..errors import ConfigError
 from .config import PEM_BEGINS, TlsConfig
 from .handshake import Pem
 
 log = logging.getLogger(__name__)
+
+_NAMES = ("ca", "cert", "key")
 
 Stamp = tuple[tuple[int, int, int], ...]
 
@@ -24,14 +26,19 @@ class PemSource:
     the last good ones stay in use, and the reason is logged.
     """
 
-    def __init__(self, config: TlsConfig, check: Callable[[Pem], None]) -> None:
+    def __init__(
+        self, config: TlsConfig, check: Callable[[Pem], None], settings: Mapping[str, str] | None = None
+    ) -> None:
         """`config`: of one role. `check` raises ConfigError for certificates that must not be used.
+
+        `settings`: what the user calls ca, cert and key, for messages; None: those of cluster.tls.
 
         Raises:
             ConfigError: a file cannot be read, or `check` refuses the certificates.
         """
         self._config = config
         self._check = check
+        self._settings = settings or {name: f"cluster.tls.{name}" for name in _NAMES}
         self._lock = threading.Lock()
         self._stamp = self._stamped()
         self._pem = self._read()
@@ -65,21 +72,21 @@ class PemSource:
         log.info("certificates were read again: %s", self._config.cert)
 
     def _read(self) -> Pem:
-        return Pem(*(_contents(getattr(self._config, name), name) for name in ("ca", "cert", "key")))
+        return Pem(*(_contents(getattr(self._config, name), self._settings[name]) for name in _NAMES))
 
     def _stamped(self) -> Stamp:
         """Identity, time and size of the files; a text has none."""
         found = []
-        for name in ("ca", "cert", "key"):
+        for name in _NAMES:
             path = getattr(self._config, name)
             if not path.startswith(PEM_BEGINS):
-                facts = _facts(path, name)
+                facts = _facts(path, self._settings[name])
                 found.append((facts.st_ino, facts.st_mtime_ns, facts.st_size))
         return tuple(found)
 
     def _warn_of_readers(self) -> None:
         path = self._config.key
-        if not path.startswith(PEM_BEGINS) and _facts(path, "key").st_mode & stat.S_IROTH:
+        if not path.startswith(PEM_BEGINS) and _facts(path, self._settings["key"]).st_mode & stat.S_IROTH:
             log.warning("every user of this machine can read the private key %s; chmod 600 it", path)
 
 
@@ -101,6 +108,4 @@ def _contents(path: str, name: str) -> bytes:
 
 
 def _unreadable(path: str, name: str, error: OSError) -> ConfigError:
-    return ConfigError(
-        f"cluster.tls.{name} is {path[:300]!r}: {error.strerror}; `twostroke certs DIR` makes such files"
-    )
+    return ConfigError(f"{name} is {path[:300]!r}: {error.strerror}; `twostroke certs DIR` makes such files")
