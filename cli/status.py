@@ -71,11 +71,21 @@ def status(
             highlight=False,
         )
     router = cluster["router"]
+    console.print(_encryption(cluster), markup=False)
     if router.get("calls_refused"):
         console.print(
             f"{router['calls_refused']:,} calls refused at the workers' port, last of {router['last_refused']}",
             markup=False,
         )
+
+
+def _encryption(cluster: dict[str, Any]) -> str:
+    """One line on what is encrypted between the processes."""
+    if not cluster["router"].get("inner_tls"):
+        return "links inside: not encrypted (cluster.tls)"
+    others = {pair["transport"] for pair in cluster.get("pairs", ())} - {"grpc", "none"}
+    plain = f"; not encrypted: {', '.join(sorted(others))}, open to this user of the host alone" if others else ""
+    return f"links inside: mutual TLS{plain}"
 
 
 def _table(cluster: dict[str, Any]) -> Table:

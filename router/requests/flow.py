@@ -64,7 +64,9 @@ class Flow:
         # Only the order of incarnations matters: a restarted router must have a higher one than before.
         self._identity = Identity(f"router-{os.getpid()}", time.time_ns(), identity_key, proof_key, tls)
         self._guard = Guard(proof_key, "router", tls=tls)
-        self._tls = tls
+        self.metrics.calls_refused.set_function(self._guard.refusals.total)
+        self.metrics.tls_failed.set_function(lambda: tls.num_failed if tls else 0)
+        self._is_encrypted = tls is not None
         self._dispatcher = Dispatcher(config, self._identity, self.metrics, self.clock)
         self._members = self._dispatcher.members
         self._life = self._dispatcher.life
@@ -183,6 +185,7 @@ class Flow:
                 "prefix_blocks": len(self._members.prefixes),
                 "ttft_prediction_error": self._dispatcher.prediction.mean_ratio,
                 "handovers_by_transport": {name: self._moved[f"handovers_{name}"] for name in TRANSPORTS[:-1]},
+                "inner_tls": self._is_encrypted,
                 "calls_refused": self._guard.refusals.total(),
                 "last_refused": self._guard.last_refused,
             },

@@ -124,6 +124,8 @@ async def test_the_routers_internal_port_is_for_workers_alone(tmp_path):
         address = f"127.0.0.1:{internal}"
         await try_every_role(address, authority, Caller.ROUTER, [ANNOUNCE])
         await try_bad_certificates(address, authority, Caller.ROUTER, ANNOUNCE)
+        exported = router._flow.metrics.render("")[0].decode()
+        assert "twostroke_inside_calls_refused 2.0" in exported  # a router and an operator
     finally:
         await router.stop(0.0)
 

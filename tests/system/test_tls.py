@@ -70,6 +70,12 @@ def test_commands_speak_tls(secured):
     command += ["--tls-key", f"{directory}/operator.key"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert len(json.loads(done.stdout)["workers"]) == 2
+    command.remove("--json")
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert "links inside: mutual TLS" in shown
+    with Client(secured.grpc, **options(directory), timeout_s=60) as client:
+        speaks_shm = any(pair["transport"] == "shm" for pair in client.cluster()["pairs"])
+    assert ("not encrypted: shm" in shown) == speaks_shm
 
 
 def test_no_request_fails_while_all_certificates_change(secured):
