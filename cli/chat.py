@@ -10,13 +10,16 @@ from rich.console import Console
 from ..client.calls import Options
 from ..client.client import Client
 from ..core.errors import TwostrokeError
-from .status import ApiKey, Grpc, Insecure
+from .status import ApiKey, Ca, Cert, Grpc, Insecure, Key, tls_of
 
 
 def chat(
     grpc: Grpc = "127.0.0.1:8001",
     api_key: ApiKey = None,
     insecure: Insecure = False,
+    tls_ca: Ca = None,
+    tls_cert: Cert = None,
+    tls_key: Key = None,
     system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Default: until the answer ends.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0.0, help="Default: the model's.")] = None,
@@ -29,7 +32,8 @@ def chat(
         options["max_tokens"] = max_tokens
     if temperature is not None:
         options["temperature"] = temperature
-    with Client(grpc, api_key=api_key, insecure=insecure) as client:
+    tls = tls_of(tls_ca)
+    with Client(grpc, api_key=api_key, insecure=insecure, tls=tls, cert=tls_cert, key=tls_key) as client:
         answer: str | None = ""
         while question := _question(console):
             messages.append({"role": "user", "content": question})

@@ -1,4 +1,4 @@
-"""The command `twostroke`: serve, worker, router, status, role, chat, sim. Each command has its own file."""
+"""The command `twostroke`: serve, worker, router, status, role, chat, certs, sim. Each command has its own file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..cli import chat, role, serve, status
+from ..cli import certs, chat, role, serve, status
 from ..cli import processes as members
 from ..core.errors import TwostrokeError
 from .failure import fail
@@ -42,6 +42,7 @@ app.command()(members.router)
 app.command()(status.status)
 app.command()(role.role)
 app.command()(chat.chat)
+app.command()(certs.certs)
 app.add_typer(sim_app, name="sim")
 
 

@@ -40,6 +40,9 @@ SETTING_BY_FLAG = {
     "port": "router.port",
     "grpc_port": "router.grpc_port",
     "insecure": "router.insecure",
+    "ssl_certfile": "router.ssl_certfile",
+    "ssl_keyfile": "router.ssl_keyfile",
+    "ssl_ca_certs": "router.ssl_ca_certs",
     "strict": "router.strict",
     "api_keys": "router.api_keys",
     "allowed_hosts": "router.allowed_hosts",
@@ -99,12 +102,19 @@ TensorParallelSize = Annotated[
 PrefillTp = Annotated[int | None, typer.Option(help="The same for prefill workers alone.")]
 DecodeTp = Annotated[int | None, typer.Option(help="The same for decode workers alone.")]
 Launcher = Annotated[str | None, typer.Option(help="ray, process or inprocess.")]
-Host = Annotated[str | None, typer.Option(help="Address of both faces. Another than loopback needs --insecure.")]
+Host = Annotated[
+    str | None, typer.Option(help="Address of both faces. Another than loopback needs TLS and keys, or --insecure.")
+]
 Port = Annotated[int | None, typer.Option(help="HTTP: OpenAI API and metrics. Default: 8000.")]
 GrpcPort = Annotated[int | None, typer.Option(help="gRPC: the SDK. Default: 8001.")]
 Insecure = Annotated[
     bool | None,
-    typer.Option("--insecure", help="Allow a host that others can reach; with keys too, as there are no certificates."),
+    typer.Option("--insecure", help="Allow a host that others can reach without certificates."),
+]
+SslCertfile = Annotated[str | None, typer.Option(help="Certificate that clients see: TLS for HTTP and gRPC.")]
+SslKeyfile = Annotated[str | None, typer.Option(help="Its private key. Default: it is in --ssl-certfile.")]
+SslCaCerts = Annotated[
+    str | None, typer.Option(help="Authorities whose certificates clients must show. Default: they show none.")
 ]
 Strict = Annotated[
     bool | None, typer.Option("--strict", help="Refuse unknown fields of a body; else they are named in the response.")

@@ -82,6 +82,7 @@ def worker(
             gpu_health=settings.cluster.gpu_health,
             host=host,
             insecure=settings.router.insecure,
+            tls=settings.cluster.tls,
             port=port,
             metrics_port=settings.cluster.worker_metrics_port,
             metrics_keys=settings.router.api_keys,
@@ -100,6 +101,9 @@ def router(
     port: o.Port = None,
     grpc_port: o.GrpcPort = None,
     insecure: o.Insecure = None,
+    ssl_certfile: o.SslCertfile = None,
+    ssl_keyfile: o.SslKeyfile = None,
+    ssl_ca_certs: o.SslCaCerts = None,
     strict: o.Strict = None,
     allowed_hosts: o.AllowedHosts = None,
     allowed_origins: o.AllowedOrigins = None,
@@ -123,7 +127,9 @@ def router(
             "TWOSTROKE__ROUTER__INTERNAL_PORT, e.g. to 8002"
         )
     reads_defaults = settings.model.generation_config == "auto"
-    process = RouterProcess(settings.router, settings.cluster.key, reads_defaults=reads_defaults)
+    process = RouterProcess(
+        settings.router, settings.cluster.key, reads_defaults=reads_defaults, tls=settings.cluster.tls
+    )
     run_router(process, settings.cluster.drain_timeout_s, parent_pid)
 
 

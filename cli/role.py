@@ -9,10 +9,11 @@ import typer
 
 from ..cli import options as o
 from ..client.client import Client
+from ..cluster.config import ClusterConfig
 from ..core.errors import ConfigError, InvalidRequest, Unavailable
 from ..core.request import Role
 from .processes import check_key
-from .status import ApiKey, Grpc, Insecure
+from .status import ApiKey, Ca, Cert, Grpc, Insecure, Key, tls_of
 
 TIMEOUT_S = 10.0
 
@@ -23,6 +24,9 @@ def role(
     grpc: Grpc = "127.0.0.1:8001",
     api_key: ApiKey = None,
     insecure: Insecure = False,
+    tls_ca: Ca = None,
+    tls_cert: Cert = None,
+    tls_key: Key = None,
     config: o.ConfigFile = None,
     force: Annotated[bool, typer.Option("--force", help="Also where no other worker of its model decodes.")] = False,
 ) -> None:
@@ -32,10 +36,11 @@ def role(
     """
     settings = o.config_from({"config": config})
     check_key(settings)
-    with Client(grpc, api_key=api_key, insecure=insecure, timeout_s=5.0) as client:
+    tls = tls_of(tls_ca)
+    with Client(grpc, api_key=api_key, insecure=insecure, tls=tls, cert=tls_cert, key=tls_key, timeout_s=5.0) as client:
         workers = client.cluster()["workers"]
     address = _address(workers, worker, new_role, force=force)
-    asyncio.run(_set_role(address, settings.cluster.key, new_role))
+    asyncio.run(_set_role(address, settings.cluster, new_role))
     typer.echo(f"{worker} is {new_role.value}")
 
 
@@ -63,20 +68,24 @@ def _address(workers: list[dict[str, Any]], name: str, new_role: Role, *, force:
     return str(found[name]["address"])
 
 
-async def _set_role(address: str, cluster_key: str, new_role: Role) -> None:
+async def _set_role(address: str, cluster: ClusterConfig, new_role: Role) -> None:
     """Send the new role to the worker.
 
     Raises:
-        Unavailable: it did not answer, or the keys differ.
+        Unavailable: it did not answer, the keys differ, or it refuses our certificate.
+        ConfigError: there is no valid certificate of an operator.
     """
     import grpc.aio
 
     from ..core.inside import InsideChannel
+    from ..core.tls.callers import Caller
+    from ..core.tls.identity import TlsIdentity
     from ..kv.keys import proof_key
     from ..kv.messages import role_to_wire
     from ..protos import worker_pb2, worker_pb2_grpc
 
-    async with InsideChannel(address, proof_key(cluster_key)) as channel:
+    tls = TlsIdentity(cluster.tls, Caller.OPERATOR) if cluster.tls else None
+    async with InsideChannel(address, proof_key(cluster.key), tls=tls) as channel:
         stub = worker_pb2_grpc.WorkerStub(channel)
         try:
             await stub.SetRole(worker_pb2.SetRoleRequest(role=role_to_wire(new_role)), timeout=TIMEOUT_S)

@@ -59,6 +59,9 @@ def serve(
     require_kv_transport: o.RequireKvTransport = None,
     threads: o.Threads = None,
     insecure: o.Insecure = None,
+    ssl_certfile: o.SslCertfile = None,
+    ssl_keyfile: o.SslKeyfile = None,
+    ssl_ca_certs: o.SslCaCerts = None,
     strict: o.Strict = None,
     api_key: o.RouterApiKey = None,
     allowed_hosts: o.AllowedHosts = None,
@@ -161,7 +164,7 @@ async def _serve(config: Config, stop: Stop) -> int:
         with _Progress() as progress:
             config, plan = await unless(stop.asked, prepare(config, progress.show))
             supervisor = Supervisor(config, plan, say=lambda line: console.log(line, markup=False))
-            for remark in [*_remarks(plan), *settings_remarks(config)]:
+            for remark in [*_remarks(plan), *settings_remarks(config), supervisor.tls_remark]:
                 console.log(remark, markup=False)
             progress.show(f"starting {len(plan.members)} processes")
             await unless(stop.asked, supervisor.start())

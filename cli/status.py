@@ -29,15 +29,30 @@ Insecure = Annotated[
     bool, typer.Option("--insecure", help="Speak to another machine in the clear: others may read prompts and the key.")
 ]
 
+Ca = Annotated[
+    str | None, typer.Option("--tls-ca", help="File of the router's authority, or `system`: speak TLS to it.")
+]
+Cert = Annotated[str | None, typer.Option("--tls-cert", help="File of our certificate, where the router wants one.")]
+Key = Annotated[str | None, typer.Option("--tls-key", help="File of its private key.")]
+
+
+def tls_of(ca: str | None) -> str | bool | None:
+    """What `--tls-ca` means to the SDK."""
+    return True if ca == "system" else ca
+
 
 def status(
     grpc: Grpc = "127.0.0.1:8001",
     api_key: ApiKey = None,
     insecure: Insecure = False,
+    tls_ca: Ca = None,
+    tls_cert: Cert = None,
+    tls_key: Key = None,
     as_json: Annotated[bool, typer.Option("--json", help="The whole document.")] = False,
 ) -> None:
     """Show the cluster."""
-    with Client(grpc, api_key=api_key, insecure=insecure, timeout_s=5.0) as client:
+    tls = tls_of(tls_ca)
+    with Client(grpc, api_key=api_key, insecure=insecure, tls=tls, cert=tls_cert, key=tls_key, timeout_s=5.0) as client:
         cluster = client.cluster()
     if as_json:
         typer.echo(json.dumps(cluster, indent=2))
@@ -56,11 +71,21 @@ def status(
             highlight=False,
         )
     router = cluster["router"]
+    console.print(_encryption(cluster), markup=False)
     if router.get("calls_refused"):
         console.print(
             f"{router['calls_refused']:,} calls refused at the workers' port, last of {router['last_refused']}",
             markup=False,
         )
+
+
+def _encryption(cluster: dict[str, Any]) -> str:
+    """One line on what is encrypted between the processes."""
+    if not cluster["router"].get("inner_tls"):
+        return "links inside: not encrypted (cluster.tls)"
+    others = {pair["transport"] for pair in cluster.get("pairs", ())} - {"grpc", "none"}
+    plain = f"; not encrypted: {', '.join(sorted(others))}, open to this user of the host alone" if others else ""
+    return f"links inside: mutual TLS{plain}"
 
 
 def _table(cluster: dict[str, Any]) -> Table:

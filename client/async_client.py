@@ -13,7 +13,7 @@ import grpc
 from ..client import calls
 from ..core.errors import Cancelled
 from .calls import Call, ChatOptions, Options
-from .channel import AsyncReplies, AsyncTransport, Endpoint, GrpcAsyncTransport, Tls, check_timeout
+from .channel import AsyncReplies, AsyncTransport, Endpoint, File, GrpcAsyncTransport, Tls, check_timeout
 from .messages import Message, TemplateOptions
 from .status import from_rpc_error
 from .values import Chunk, Completion, ModelCard, Tokens
@@ -103,16 +103,21 @@ class AsyncClient:
         *,
         api_key: str | None = None,
         timeout_s: float = 60.0,
-        tls: Tls | None = None,
+        tls: Tls | bool | File | None = None,
+        cert: File | None = None,
+        key: File | None = None,
         insecure: bool = False,
         transport: AsyncTransport | None = None,
     ) -> None:
-        """Connects at the first call. `transport` replaces the network; the caller closes it.
+        """`tls`: True, or a file of the server's authority; `cert`, `key`: files of ours, where the server wants them.
+
+        Connects at the first call. `transport` replaces the network; the caller closes it.
 
         Raises:
             ConfigError: the address is invalid, or the server is on another machine without `tls` or `insecure`.
         """
-        self._grpc = GrpcAsyncTransport(Endpoint(address, api_key, tls, insecure)) if transport is None else None
+        endpoint = Endpoint(address, api_key, Tls.of(tls, cert, key), insecure)
+        self._grpc = GrpcAsyncTransport(endpoint) if transport is None else None
         self._transport: AsyncTransport = transport or self._grpc  # type: ignore[assignment]  # one of them is there
         self._address = address
         self._timeout_s = check_timeout(timeout_s)

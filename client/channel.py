@@ -7,6 +7,8 @@ import json
 import math
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
 from typing import Any, Protocol
 
 import grpc
@@ -18,6 +20,7 @@ from .calls import STREAMS, UNARY, Rpc
 
 SERVICE = "twostroke.v1.Inference"
 _CLOSED = "the client is closed; make a new one"
+File = str | PathLike[str]  # in PEM
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 
 
@@ -29,6 +32,32 @@ class Tls:
     private_key: bytes | None = None
     certificate_chain: bytes | None = None
     server_name: str | None = None  # expected name in the server's certificate; None: the address
+
+    @classmethod
+    def of(
+        cls,
+        tls: Tls | bool | File | None,
+        cert: File | None,
+        key: File | None,
+    ) -> Tls | None:
+        """What `Client(tls=..., cert=..., key=...)` means: True is the system's authorities, a path is a file of them.
+
+        Raises:
+            ConfigError: a file cannot be read, or certificates are given without TLS.
+        """
+        if isinstance(tls, Tls):
+            if cert or key:
+                raise ConfigError("tls=Tls(...) holds certificate and key; leave cert=... and key=... out")
+            return tls
+        if tls is None or tls is False:
+            if cert or key:
+                raise ConfigError("cert=... and key=... need tls=True, or tls= a file of the server's authority")
+            return None
+        return cls(
+            root_certificates=None if tls is True else _read("tls", tls),
+            private_key=_read("key", key) if key else None,
+            certificate_chain=_read("cert", cert) if cert else None,
+        )
 
     def credentials(self) -> grpc.ChannelCredentials:
         """Convert to gRPC's credentials.
@@ -83,6 +112,13 @@ class Endpoint:
         if self.tls is not None and self.tls.server_name is not None:
             options.append(("grpc.ssl_target_name_override", self.tls.server_name))
         return options
+
+
+def _read(name: str, path: File) -> bytes:
+    try:
+        return Path(path).expanduser().read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{name} is {str(path)!r}: {error.strerror}; it takes a file in PEM") from None
 
 
 def service_config() -> dict[str, Any]:

@@ -20,6 +20,7 @@ from ..core.errors import ConfigError
 from ..core.lease import ORPHAN_GRACE_S
 from ..core.ports import bindable_host
 from ..core.request import Role
+from ..core.tls.config import TlsConfig
 from ..engine.config import StepConfig
 from ..kv.config import CacheConfig
 from ..router.config import RouterConfig
@@ -51,6 +52,9 @@ class ClusterConfig(Section):
         min_length=16,
         repr=False,
         description="shared secret of all processes: they prove it to each other; keys block identities and digests",
+    )
+    tls: TlsConfig | None = Field(
+        None, description="certificates of the gRPC links between routers and workers; none: they use loopback only"
     )
     ready_timeout_s: float = Field(
         120.0, gt=0, description="for a member to serve; default: 120, and the time to read the weights at 100 MiB/s"
@@ -168,8 +172,8 @@ def _put(values: dict[str, Any], path: list[str], value: Any) -> None:
 def _check(config: Config) -> None:
     router = config.router
     if not router.insecure:
-        bindable_host(router.host, "router.host", insecure=False)
-        bindable_host(router.internal_host, "router.internal_host", insecure=False)
+        bindable_host(router.host, "router.host", insecure=router.may_be_public)
+        bindable_host(router.internal_host, "router.internal_host", insecure=config.cluster.tls is not None)
     ports = [port for port in (router.port, router.grpc_port, router.internal_port) if port]
     if len(set(ports)) != len(ports):
         raise ConfigError(

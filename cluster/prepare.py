@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from ..checkpoint.locate import located, served_name
 from ..core.errors import CheckpointError, ConfigError
@@ -63,8 +64,13 @@ def _with_checkpoint(config: Config) -> Config:
         raise CheckpointError(f"model.path is {path!r}: it cannot be read: {error.strerror}") from None
     model = config.model.model_copy(update={"path": str(place_of_it), "name": served_name(path, name)})
     log = config.router.decision_log
-    router = config.router.model_copy(update={"decision_log": log and log.expanduser().absolute()})
+    named = {name: _absolute(getattr(config.router, name)) for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs")}
+    router = config.router.model_copy(update=named | {"decision_log": log and log.expanduser().absolute()})
     return config.model_copy(update={"model": model, "router": router})
+
+
+def _absolute(path: str | None) -> str | None:
+    return str(Path(path).expanduser().absolute()) if path else None
 
 
 async def _with_kernels(config: Config, show: Show) -> Config:

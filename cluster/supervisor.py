@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 from ..client.async_client import AsyncClient
 from ..core.clock import Clock, MonotonicClock
-from ..core.errors import TwostrokeError, Unavailable
+from ..core.errors import ConfigError, TwostrokeError, Unavailable
 from ..core.ports import free_ports, target
 from ..core.request import Role
+from .certificates import certificates_of, face_tls
 from .config import Config
 from .devices import Devices
 from .launch.last_words import DeviceEnd, ProcessEnd, end_of_typed
@@ -39,7 +40,11 @@ class Supervisor:
         self._clock = clock or MonotonicClock()
         self._say = say or log.info
         self.config = _with_fixed_ports(plan.settle(config))
-        site = Site(self.config, plan.model.directory, plan.model.name, self.config.router.internal_port)
+        certificates = certificates_of(self.config)
+        face_tls(self.config.router)  # raises now, if its files cannot be used
+        self.tls_remark = certificates.remark  # for the operator
+        internal_port = self.config.router.internal_port
+        site = Site(self.config, plan.model.directory, plan.model.name, internal_port, certificates.by_role)
         self._launcher = launcher_class(self.config)(site)
         cluster = self.config.cluster
         draining_s = max(cluster.replace_after_s, cluster.drain_timeout_s)
@@ -59,7 +64,8 @@ class Supervisor:
     @property
     def http_url(self) -> str:
         """URL of the OpenAI API."""
-        return f"http://{target(_reachable(self.config.router.host), self.config.router.port)}"
+        scheme = "https" if self.config.router.ssl_certfile else "http"
+        return f"{scheme}://{target(_reachable(self.config.router.host), self.config.router.port)}"
 
     @property
     def grpc_address(self) -> str:
@@ -187,22 +193,34 @@ class Supervisor:
         """Ask the router for the state of all members, and replace those that are unavailable for too long."""
         router = self.config.router
         key = router.api_keys[0] if router.api_keys else None
-        async with AsyncClient(self.grpc_address, api_key=key, timeout_s=2.0, insecure=router.insecure) as client:
-            while True:
-                self._started.clear()
-                cluster = await _cluster_or_none(client)
-                self._note(cluster)
-                for name in self._membership.overdue(self._clock.now_s()):
-                    is_draining = self._membership.use(name) is Use.DRAINS
-                    what = "drains, and nobody here asked for it" if is_draining else "runs but cannot be used"
-                    self._say(f"{name} {what}; replacing it")
-                    self._replaced.add(name)
-                    await self._launcher.kill(name)
-                if not self._membership.starting():
-                    self._settled.set()
-                with contextlib.suppress(TimeoutError):
-                    wait_s = _POLL_S if self._membership.starting() else _WATCH_S
-                    await asyncio.wait_for(self._started.wait(), wait_s)
+        tls = None
+        while True:
+            with contextlib.suppress(ConfigError):  # while the files change; those before may still be good
+                tls = await asyncio.to_thread(face_tls, router)
+            insecure = tls is None and router.insecure
+            async with AsyncClient(self.grpc_address, api_key=key, timeout_s=2.0, insecure=insecure, tls=tls) as client:
+                await self._observe_through(client, may_change=tls is not None)
+
+    async def _observe_through(self, client: AsyncClient, *, may_change: bool) -> None:
+        """The same through one connection, until it fails and its certificates may have changed."""
+        while True:
+            self._started.clear()
+            cluster = await _cluster_or_none(client)
+            self._note(cluster)
+            has_failed = cluster is None and may_change
+            for name in self._membership.overdue(self._clock.now_s()):
+                is_draining = self._membership.use(name) is Use.DRAINS
+                what = "drains, and nobody here asked for it" if is_draining else "runs but cannot be used"
+                self._say(f"{name} {what}; replacing it")
+                self._replaced.add(name)
+                await self._launcher.kill(name)
+            if not self._membership.starting():
+                self._settled.set()
+            with contextlib.suppress(TimeoutError):
+                wait_s = _POLL_S if self._membership.starting() else _WATCH_S
+                await asyncio.wait_for(self._started.wait(), wait_s)
+            if has_failed:
+                return
 
     def _note(self, cluster: dict[str, Any] | None) -> None:
         """Record the router's report on every member; without an answer the state of workers is unknown."""

@@ -1,6 +1,7 @@
 """gRPC interceptor for servers inside the cluster: refuses calls without a proof of the cluster's key.
 
-It checks the proof before it reads any message of the call, and answers it in the initial metadata. Knows no service.
+It checks the proof before it reads any message of the call, and answers it in the initial metadata. With certificates
+the role in the caller's must be one that may call the method (tls/callers.py). Knows no service.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import grpc.aio
 
 from .probes import Probes
 from .proof import ANSWER_HEADER, CALL_HEADER, Fault, ProofRefused, Verifier
+from .tls.callers import may_call
+from .tls.identity import TlsIdentity
 
 log = logging.getLogger(__name__)
 
@@ -32,13 +35,19 @@ Continue = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
 class Guard(grpc.aio.ServerInterceptor):
     """Interceptor of one server. If callers know it by one address only, set `audience` before the server starts."""
 
-    def __init__(self, key: bytes, who: str, refused: Callable[[], None] = lambda: None) -> None:
-        """`key` is kv.keys.proof_key; `who` names the server in the log; `refused` is called for every refused call."""
+    def __init__(
+        self, key: bytes, who: str, refused: Callable[[], None] = lambda: None, tls: TlsIdentity | None = None
+    ) -> None:
+        """`key` is kv.keys.proof_key; `who` names the server in the log; `refused` is called for every refused call.
+
+        `tls`: the certificates of the server; None: it has none, and the callers have no roles.
+        """
         self.refusals: Counter[Fault] = Counter()
         self.last_refused = ""  # peer and reason
         self._verifier = Verifier(key, _now_ms())
         self._who = who
         self._refused = refused
+        self._tls = tls
         self._said_at_s: dict[Fault, float] = {}
         self._health_watches = 0
         self._probes = Probes()
@@ -68,12 +77,25 @@ class Guard(grpc.aio.ServerInterceptor):
 
         @asynccontextmanager
         async def answering(context: Any) -> AsyncIterator[None]:
+            await self._check_caller(method, context)
             # Also at the end: of a stream that ends at once, grpc.aio may report no initial metadata (`StreamCall`).
             context.set_trailing_metadata(((ANSWER_HEADER, answer),))
             await context.send_initial_metadata(((ANSWER_HEADER, answer),))
             yield
 
         return _wrapped(handler, answering)
+
+    async def _check_caller(self, method: str, context: Any) -> None:
+        """End a call whose method is not for the role in its caller's certificate."""
+        if self._tls is None:
+            return
+        caller = self._tls.caller_of(context)
+        if may_call(caller, method):
+            return
+        whose = f"a {caller}" if caller else f"nobody of the deployment {self._tls.deployment!r}"
+        error = ProofRefused(Fault.ROLE, f"{method} is not for {whose}, which the caller's certificate names")
+        self._note(method, context.peer(), error)
+        await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error))
 
     def _refusal(self, method: str, error: ProofRefused) -> Any:
         """Handler that ends a call of any form without reading a message."""

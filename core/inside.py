@@ -2,6 +2,9 @@
 
 A stream's first message waits for the callee's proof, which comes with the initial metadata: one round trip. The only
 message of a unary call is sent at once, so it must contain no secret. No answer is used before its proof is verified.
+
+With certificates (`tls`) both ends also show theirs. A call after these have changed goes over a new connection; calls
+that run stay on the old one, which is closed at the end of the last.
 """
 
 from __future__ import annotations
@@ -9,18 +12,23 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Generator
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 from typing import Any
 
 import grpc
 import grpc.aio
 
 from .proof import ANSWER_HEADER, CALL_HEADER, NONCE_BYTES, Claim, call_header, is_answer_to
+from .tls.callers import Caller
+from .tls.identity import HandshakeRefused, TlsIdentity, is_handshake
 
 ANSWER_S = 5.0  # timeout of the callee's proof: a live process answers in one round trip
 STATUS_S = 0.5  # timeout of a refusal's status after its metadata; both come together
 
 _MAX_DETAIL = 300
+
+Explain = Callable[[grpc.aio.AioRpcError], Awaitable[grpc.aio.AioRpcError]]
 
 
 class Unproven(grpc.aio.AioRpcError):
@@ -38,11 +46,27 @@ class Unproven(grpc.aio.AioRpcError):
 class InsideChannel(grpc.aio.Channel):
     """Channel to one address whose calls send and require proofs. A stub can use it in place of any other channel."""
 
-    def __init__(self, address: str, key: bytes, options: Any = None) -> None:
-        """`key` is kv.keys.proof_key; `address` is host:port, which the callee compares with its own address."""
+    def __init__(
+        self,
+        address: str,
+        key: bytes,
+        options: Any = None,
+        tls: TlsIdentity | None = None,
+        callee: Caller = Caller.WORKER,
+    ) -> None:
+        """`key` is kv.keys.proof_key; `address` is host:port, which the callee compares with its own address.
+
+        `tls`: our certificates; None: the connection is not encrypted. `callee`: the role that the callee's must name.
+        """
         self._address = address
         self._key = key
-        self._channel = grpc.aio.insecure_channel(address, options=options)
+        self._options = options
+        self._tls = tls
+        self._callee = callee
+        self._pem = tls.current() if tls else None
+        self._channel = self._connected()
+        self._num_calls: Counter[grpc.aio.Channel] = Counter()  # that run, with certificates only
+        self._closing: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> InsideChannel:
         return self
@@ -52,11 +76,12 @@ class InsideChannel(grpc.aio.Channel):
 
     async def close(self, grace: float | None = None) -> None:
         """Implements `grpc.aio.Channel.close`."""
-        await self._channel.close(grace)
+        old = [channel for channel in self._num_calls if channel is not self._channel]
+        await asyncio.gather(*(channel.close(grace) for channel in (self._channel, *old)), *self._closing)
 
     def get_state(self, try_to_connect: bool = False) -> grpc.ChannelConnectivity:
         """Implements `grpc.aio.Channel.get_state`."""
-        return self._channel.get_state(try_to_connect)
+        return self._current().get_state(try_to_connect)
 
     async def wait_for_state_change(self, last_observed_state: grpc.ChannelConnectivity) -> None:
         """Implements `grpc.aio.Channel.wait_for_state_change`."""
@@ -64,15 +89,15 @@ class InsideChannel(grpc.aio.Channel):
 
     async def channel_ready(self) -> None:
         """Implements `grpc.aio.Channel.channel_ready`."""
-        await self._channel.channel_ready()
+        await self._current().channel_ready()
 
     def unary_unary(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Implements `grpc.aio.Channel.unary_unary`."""
-        return self._proving(method, self._channel.unary_unary(method, *args, **kwargs), UnaryCall)
+        return self._proving(method, lambda channel: channel.unary_unary(method, *args, **kwargs), UnaryCall)
 
     def unary_stream(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Implements `grpc.aio.Channel.unary_stream`."""
-        return self._proving(method, self._channel.unary_stream(method, *args, **kwargs), StreamCall)
+        return self._proving(method, lambda channel: channel.unary_stream(method, *args, **kwargs), StreamCall)
 
     def stream_unary(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Not supported: no call inside the cluster has this form."""
@@ -80,24 +105,77 @@ class InsideChannel(grpc.aio.Channel):
 
     def stream_stream(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Implements `grpc.aio.Channel.stream_stream`. Send with `write` only: an iterator would not wait."""
-        return self._proving(method, self._channel.stream_stream(method, *args, **kwargs), StreamCall)
+        return self._proving(method, lambda channel: channel.stream_stream(method, *args, **kwargs), StreamCall)
 
-    def _proving(self, method: str, call: Any, kind: Callable[[Any, Claim, bytes], Any]) -> Any:
+    def _proving(self, method: str, form: Callable[[grpc.aio.Channel], Any], kind: Callable[..., Any]) -> Any:
+        made_by, make = self._channel, form(self._channel)
+
         def proven(*request: Any, **options: Any) -> Any:
+            nonlocal made_by, make
+            channel = self._current()
+            if channel is not made_by:
+                made_by, make = channel, form(channel)
             claim = Claim(method, self._address, time.time_ns() // 1_000_000, os.urandom(NONCE_BYTES))
             metadata = ((CALL_HEADER, call_header(self._key, claim)), *(options.pop("metadata", None) or ()))
-            return kind(call(*request, metadata=metadata, **options), claim, self._key)
+            call = make(*request, metadata=metadata, **options)
+            self._note_call(call, channel)
+            return kind(call, claim, self._key, self._explained)
 
         return proven
+
+    # ------------------------------------------------------------------ certificates
+
+    def _connected(self) -> grpc.aio.Channel:
+        if self._tls is None:
+            return grpc.aio.insecure_channel(self._address, options=self._options)
+        return self._tls.channel(self._address, self._callee, self._options)
+
+    def _current(self) -> grpc.aio.Channel:
+        """The channel for new calls: another one after our certificates have changed."""
+        if self._tls is None or (pem := self._tls.current()) is self._pem:
+            return self._channel
+        old, self._pem = self._channel, pem
+        self._channel = self._connected()
+        self._close_unused(old)
+        return self._channel
+
+    def _note_call(self, call: Any, channel: grpc.aio.Channel) -> None:
+        if self._tls is None:
+            return
+
+        def ended(_: Any) -> None:
+            self._num_calls[channel] -= 1
+            self._close_unused(channel)
+
+        self._num_calls[channel] += 1
+        call.add_done_callback(ended)
+
+    def _close_unused(self, channel: grpc.aio.Channel) -> None:
+        """Close a channel with old certificates after the end of its last call."""
+        if channel is self._channel or self._num_calls[channel] > 0:
+            return
+        del self._num_calls[channel]
+        closing = asyncio.ensure_future(channel.close())
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+
+    async def _explained(self, error: grpc.aio.AioRpcError) -> grpc.aio.AioRpcError:
+        """The same error, or why no connection came about."""
+        if self._tls is not None:
+            return await self._tls.explained(error, self._address, self._callee)
+        if is_handshake(error):
+            return HandshakeRefused(self._address, "we have no certificate (cluster.tls), and it may want one")
+        return error
 
 
 class _Call:
     """Base of all calls. Attributes that need no proof come from the inner call."""
 
-    def __init__(self, call: Any, claim: Claim, key: bytes) -> None:
+    def __init__(self, call: Any, claim: Claim, key: bytes, explain: Explain | None = None) -> None:
         self._call = call
         self._claim = claim
         self._key = key
+        self._explain = explain
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._call, name)
@@ -117,7 +195,12 @@ class UnaryCall(_Call):
         return self._answered().__await__()
 
     async def _answered(self) -> Any:
-        response = await self._call
+        try:
+            response = await self._call
+        except grpc.aio.AioRpcError as error:
+            if self._explain is None:
+                raise
+            raise await self._explain(error) from None
         self._check(await self._call.initial_metadata())
         return response
 
@@ -174,5 +257,6 @@ class StreamCall(_Call):
             return False
         if code is not grpc.StatusCode.OK:
             details = str(await self._call.details() or "")[:_MAX_DETAIL]
-            raise grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details)
+            error = grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details)
+            raise await self._explain(error) if self._explain else error
         return True

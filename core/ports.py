@@ -10,6 +10,10 @@ import socket
 from .errors import ConfigError, InvalidRequest
 from .hosts import is_loopback_name
 
+_CERTIFICATES = (
+    ", or give --ssl-certfile and --ssl-keyfile (`twostroke certs DIR` makes them), and router.api_keys or "
+    "--ssl-ca-certs"
+)
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}(%[\w.-]{1,16})?\]|[A-Za-z0-9_.-]{1,253}):([0-9]{1,5})", re.ASCII)
 
 
@@ -78,6 +82,8 @@ def numeric_host(host: str) -> str:
 def bindable_host(host: str, setting: str, *, insecure: bool) -> str:
     """Return the numeric address that a server may bind for `host`. Every listener of ours must use this check.
 
+    `insecure`: an address that others can reach is accepted, because certificates protect it or the user wants it so.
+
     Raises:
         ConfigError: other machines can reach it, and `insecure` is false. `setting` names the origin of `host`.
     """
@@ -86,6 +92,7 @@ def bindable_host(host: str, setting: str, *, insecure: bool) -> str:
         raise ConfigError(
             f"{setting} is {host!r}, which others can reach, and there are no certificates; "
             "keep 127.0.0.1 behind a proxy that authenticates, or accept the risk with --insecure (router.insecure)"
+            f"{_CERTIFICATES if setting == 'router.host' else ', or give cluster.tls: `twostroke certs DIR` makes it'}"
         )
     return address
 

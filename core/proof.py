@@ -55,6 +55,7 @@ class Fault(StrEnum):
     AUDIENCE = "audience"
     CLOCK = "clock"
     REPLAY = "replay"
+    ROLE = "role"  # of the caller's certificate
 
 
 class ProofRefused(Exception):

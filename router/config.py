@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from ..core.config import Section
 
@@ -40,6 +40,13 @@ class RouterConfig(Section):
     internal_port: int = Field(0, ge=0, le=65535, description="where workers announce themselves; 0 = any")
     insecure: bool = Field(
         False, description="allow a host that others can reach, without certificates, with or without keys"
+    )
+    ssl_certfile: str | None = Field(
+        None, description="file of the certificate that clients see, with its chain; read again when it changes"
+    )
+    ssl_keyfile: str | None = Field(None, description="file of its private key; none: it is in ssl_certfile")
+    ssl_ca_certs: str | None = Field(
+        None, description="file of the authorities whose certificates clients must show; none: they show none"
     )
     api_keys: tuple[str, ...] = Field(
         (), repr=False, description="accepted keys, 16 characters or more; none: no authentication"
@@ -129,6 +136,18 @@ class RouterConfig(Section):
         if len(set(keys)) < len(keys):
             raise ValueError("two of them are the same; give each tenant a key of its own")
         return keys
+
+    @model_validator(mode="after")
+    def _has_a_certificate(self) -> RouterConfig:
+        """Refuse parts of a certificate without the certificate."""
+        if self.ssl_certfile is None and (self.ssl_keyfile or self.ssl_ca_certs):
+            raise ValueError("ssl_keyfile and ssl_ca_certs need ssl_certfile (--ssl-certfile)")
+        return self
+
+    @property
+    def may_be_public(self) -> bool:
+        """Whether the faces may have an address that others can reach: TLS, and clients who prove who they are."""
+        return self.insecure or bool(self.ssl_certfile and (self.api_keys or self.ssl_ca_certs))
 
     @property
     def num_weak_keys(self) -> int:

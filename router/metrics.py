@@ -49,6 +49,12 @@ class RouterMetrics:
         self.ignored_fields = Counter(
             "twostroke_ignored_fields", "Fields of request bodies that are unknown and were ignored", registry=registry
         )
+        self.calls_refused = Gauge(
+            "twostroke_inside_calls_refused", "Calls at the workers' port without proof or role", registry=registry
+        )
+        self.tls_failed = Gauge(
+            "twostroke_inside_tls_failed", "Connections to workers that failed for certificates", registry=registry
+        )
         self.kv_bytes = Counter("twostroke_kv_bytes_moved", "KV handed over", ["transport"], registry=registry)
         self._pair_speed = Gauge(
             "twostroke_handover_bytes_per_second",

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Generator
 from typing import Any, cast
 
+import grpc
 import grpc.aio
 import uvicorn
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -19,6 +20,10 @@ from ..core.errors import ConfigError, DeviceFault
 from ..core.foreground import Stop, Stopped, first, leave, orphaned, unless
 from ..core.memory import give_large_memory_back, keep_present_objects
 from ..core.ports import bindable_host, bound_socket, check_port, target
+from ..core.tls.callers import Caller
+from ..core.tls.config import TlsConfig
+from ..core.tls.face import FaceTls
+from ..core.tls.identity import TlsIdentity, add_port
 from ..kv.keys import identity_key, proof_key
 from ..protos import inference_pb2, inference_pb2_grpc
 from .api.frontend import Frontend
@@ -37,7 +42,11 @@ _GRPC_OPTIONS = (
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
 )
-_INTERNAL_OPTIONS = (*_GRPC_OPTIONS, ("grpc.max_concurrent_streams", 4096))
+_INTERNAL_OPTIONS = (
+    *_GRPC_OPTIONS,
+    ("grpc.max_concurrent_streams", 4096),
+    ("grpc.server_handshake_timeout_ms", 5_000),
+)
 _CLIENTS_OPTIONS = (
     *_GRPC_OPTIONS,
     ("grpc.max_allowed_incoming_connections", 4096),
@@ -64,16 +73,25 @@ class RouterProcess:
         cluster_key: str,
         *,
         reads_defaults: bool = True,
+        tls: TlsConfig | None = None,
     ) -> None:
-        """`reads_defaults`: whether a checkpoint's sampling defaults count (model.generation_config)."""
+        """`reads_defaults`: whether a checkpoint's sampling defaults count (model.generation_config).
+
+        `tls`: certificates for the links to workers (cluster.tls); None: these links are not encrypted.
+
+        Raises:
+            ConfigError: a certificate cannot be read, or is not valid for a router now.
+        """
         self.fault: DeviceFault | None = None  # always: a router computes on no device
         self.ended = asyncio.Event()  # the HTTP server has ended, by `stop` or by its own fault
         self._settings = settings
-        self._flow = Flow(settings, identity_key(cluster_key), proof_key=proof_key(cluster_key))
+        self._tls = TlsIdentity(tls, Caller.ROUTER) if tls else None
+        self._flow = Flow(settings, identity_key(cluster_key), proof_key=proof_key(cluster_key), tls=self._tls)
         self._front = Frontend(settings, self._flow, reads_defaults=reads_defaults)
         self._guard = Guard(settings, self._front.authenticate, _INFERENCE, self._front.room)
         self._health = health.aio.HealthServicer()
         self._servers: list[grpc.aio.Server] = []
+        self._connections: Connections | None = None
         self._http: uvicorn.Server | None = None
         self._http_task: asyncio.Task[None] | None = None
 
@@ -81,8 +99,9 @@ class RouterProcess:
     def readiness(self) -> str:
         """One line for the operator: the addresses, and where workers announce themselves."""
         settings = self._settings
+        scheme = "https" if settings.ssl_certfile else "http"
         return (
-            f"router is ready: HTTP at http://{target(settings.host, settings.port)}, gRPC at "
+            f"router is ready: HTTP at {scheme}://{target(settings.host, settings.port)}, gRPC at "
             f"{target(settings.host, settings.grpc_port)}; it waits for workers at "
             f"{target(settings.internal_host, settings.internal_port)}"
         )
@@ -96,12 +115,17 @@ class RouterProcess:
         settings = self._settings
         num_files = raise_file_limit()
         check_ports(settings)  # all of them before any is bound
-        host = bindable_host(settings.host, "router.host", insecure=settings.insecure)
-        inside = bindable_host(settings.internal_host, "router.internal_host", insecure=settings.insecure)
+        host = bindable_host(settings.host, "router.host", insecure=settings.may_be_public)
+        face = None
+        if settings.ssl_certfile:
+            face = FaceTls(settings.ssl_certfile, settings.ssl_keyfile, settings.ssl_ca_certs)
+        is_safe = settings.insecure or self._tls is not None
+        inside = bindable_host(settings.internal_host, "router.internal_host", insecure=is_safe)
         listener = bound_socket(host, settings.port, PORT_REMEDIES["port"])
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         await self._flow.start()
-        await self._serve(self._flow.internal_server(_INTERNAL_OPTIONS), inside, "internal_port")
+        inner = self._tls.server_credentials() if self._tls else None
+        await self._serve(self._flow.internal_server(_INTERNAL_OPTIONS), inside, "internal_port", inner)
         options = [
             *_CLIENTS_OPTIONS,
             ("grpc.max_receive_message_length", settings.max_body_bytes),
@@ -111,11 +135,11 @@ class RouterProcess:
         inference_pb2_grpc.add_InferenceServicer_to_server(InferenceService(self._front), clients)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, clients)
         reflection.enable_server_reflection((_INFERENCE, health.SERVICE_NAME, reflection.SERVICE_NAME), clients)
-        await self._serve(clients, host, "grpc_port")
+        await self._serve(clients, host, "grpc_port", face.grpc_credentials() if face else None)
         for service in ("", _INFERENCE):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         most = connections_within(settings.max_connections, num_files)
-        connections = Connections(most, settings.slow_client_s, running_tiers())
+        connections = Connections(most, settings.slow_client_s, running_tiers(), face.http_context() if face else None)
         config = uvicorn.Config(
             make_app(settings, self._front),
             http=cast(Any, connections.protocol),
@@ -126,6 +150,7 @@ class RouterProcess:
             timeout_keep_alive=75,
             backlog=ACCEPTS,
         )
+        self._connections = connections
         connections.pace([listener.fileno()])
         self._http = _HttpServer(config)
         self._http_task = asyncio.create_task(self._http.serve([listener]))
@@ -138,6 +163,8 @@ class RouterProcess:
         await self._flow.close()
         if self._http and self._http_task:
             self._http.should_exit = True
+            if self._connections:
+                self._connections.close_handshakes()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(asyncio.shield(self._http_task), 1.0)
             self._http.force_exit = True
@@ -146,10 +173,12 @@ class RouterProcess:
         await asyncio.gather(*(server.stop(0.5) for server in self._servers))
         self._guard.close()
 
-    async def _serve(self, server: grpc.aio.Server, host: str, name: str) -> None:
+    async def _serve(
+        self, server: grpc.aio.Server, host: str, name: str, credentials: grpc.ServerCredentials | None = None
+    ) -> None:
         port = getattr(self._settings, name)
         try:
-            server.add_insecure_port(target(host, port))
+            add_port(server, target(host, port), credentials)
         except RuntimeError as error:
             check_port(host, port, PORT_REMEDIES[name])  # raises with the reason, if it finds one
             raise ConfigError(f"port {port} cannot be bound: {error}") from None

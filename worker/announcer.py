@@ -15,6 +15,8 @@ import grpc.aio
 from ..core.inside import InsideChannel
 from ..core.lease import WORKER_LEASE
 from ..core.ports import target
+from ..core.tls.callers import Caller
+from ..core.tls.identity import HandshakeRefused, TlsIdentity
 from ..kv.handover.transports.grpc import CHANNEL_OPTIONS
 from ..protos import common_pb2, worker_pb2, worker_pb2_grpc
 
@@ -48,15 +50,20 @@ class Announcer:
         key: bytes,
         retry: Retry | None = None,
         names: Iterable[str] = (),
+        *,
+        tls: TlsIdentity | None = None,
     ) -> None:
         """`routers`: host:port of their Announce services. `key`: kv.keys.proof_key, the same as the routers'.
 
         `names`: DNS name:port; a router is expected at every address of the name, which is looked up again and again.
+
+        `tls`: this worker's certificates.
         """
         self._routers = frozenset(routers)
         self._names = tuple(names)
         self._info = info
         self._key = key
+        self._tls = tls
         self._retry = retry or Retry()
         self._leaving = asyncio.Event()
         self._found: dict[str, frozenset[str]] = {}  # by name: the addresses of its last lookup
@@ -127,7 +134,7 @@ class Announcer:
         """Announce to one router until we leave; reconnect after every loss, unless its name has lost the address."""
         failures = 0
         while not self._leaving.is_set() and self._is_expected(address):
-            async with InsideChannel(address, self._key, CHANNEL_OPTIONS) as channel:
+            async with InsideChannel(address, self._key, CHANNEL_OPTIONS, self._tls, Caller.ROUTER) as channel:
                 reached = await self._announce(channel, address)
             failures = 0 if reached else failures + 1
             with contextlib.suppress(TimeoutError):
@@ -161,7 +168,8 @@ class Announcer:
         """Warn of an error of the stream to a router."""
         if not isinstance(error, grpc.aio.AioRpcError):
             return
-        is_stranger = error.code() is grpc.StatusCode.UNAUTHENTICATED
+        refusals = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
+        is_stranger = error.code() in refusals or (self._tls is not None and isinstance(error, HandshakeRefused))
         hint = "" if is_stranger else "; is it the port where the router takes announcements (router.internal_port)?"
         self._complain_of(address, f"{error.details()}{hint}", at_once=is_stranger)
 

@@ -25,6 +25,8 @@ from ..core.lease import HANDOVER_LEASE, Lease
 from ..core.memory import keep_present_objects
 from ..core.ports import bindable_host, check_port, target
 from ..core.request import Role
+from ..core.tls.callers import Caller
+from ..core.tls.identity import TlsIdentity, add_port
 from ..decode_worker.pull import KvPullTools
 from ..decode_worker.service import DecodeService
 from ..decode_worker.task import DecodeTaskTools
@@ -91,8 +93,9 @@ class WorkerProcess:
         self._tasks: list[asyncio.Task[None]] = []
         self._executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="digest")
         self._proof_key = proof_key(settings.cluster_key)
-        self._channels = Channels(self._proof_key)
-        self._guard = Guard(self._proof_key, settings.worker_id, self._count_refusal)
+        self._tls = TlsIdentity(settings.tls, Caller.WORKER) if settings.tls else None
+        self._channels = Channels(self._proof_key, self._tls)
+        self._guard = Guard(self._proof_key, settings.worker_id, self._count_refusal, self._tls)
         self.rings: RingPool | None = None  # shared memory for hand-overs to this worker; known after `start`
         self._room: BuiltEngine | None = None
         self._server: grpc.aio.Server | None = None
@@ -150,7 +153,9 @@ class WorkerProcess:
         await self._ready()
         await self._bind()
         self._tasks.append(asyncio.create_task(self.health.keep()))
-        self._announcer = Announcer(self.settings.routers, self.info(), self._proof_key, names=self.settings.routers_at)
+        self._announcer = Announcer(
+            self.settings.routers, self.info(), self._proof_key, names=self.settings.routers_at, tls=self._tls
+        )
         self._announcer.start()
         if self.metrics_address:
             log.info("%s exports metrics at http://%s/metrics", self.settings.worker_id, self.metrics_address)
@@ -315,7 +320,7 @@ class WorkerProcess:
         enable_reflection(server)
         wanted = target(host, port)
         try:
-            self._port = server.add_insecure_port(wanted)
+            self._port = add_port(server, wanted, self._tls.server_credentials() if self._tls else None)
         except RuntimeError as error:
             check_port(host, port, PORT_REMEDY)  # raises with the reason, if it finds one
             raise ConfigError(f"{wanted} cannot be bound: {error}") from None
@@ -332,9 +337,10 @@ class WorkerProcess:
         """The host to bind.
 
         Raises:
-            ConfigError: the address is public, and `insecure` is not set.
+            ConfigError: the address is public, there are no certificates, and `insecure` is not set.
         """
-        return bindable_host(self.settings.host, "--host", insecure=self.settings.insecure)
+        is_safe = self.settings.insecure or self.settings.tls is not None
+        return bindable_host(self.settings.host, "--host", insecure=is_safe)
 
     def _is_known(self) -> bool:
         """True if a router knows this worker, so that it can be chosen for requests."""

@@ -10,6 +10,7 @@ from ..checkpoint.config import ModelConfig
 from ..core.config import Section
 from ..core.lease import ORPHAN_GRACE_S
 from ..core.request import Role
+from ..core.tls.config import TlsConfig
 from ..engine.config import StepConfig
 from ..kv.config import CacheConfig
 
@@ -35,6 +36,7 @@ class WorkerSettings(Section):
     gpu_health: GpuHealth = "auto"
     host: str = "127.0.0.1"
     insecure: bool = False  # True: `host` may be an address that other machines can reach
+    tls: TlsConfig | None = None  # certificates of the gRPC links; with them `host` may be such an address, too
     port: int = 0  # 0: any
     metrics_port: int | None = 0  # GET /metrics and /health, on the same host; 0: any, None: off
     metrics_keys: tuple[str, ...] = Field((), repr=False)  # GET /metrics needs one of them; empty: no key

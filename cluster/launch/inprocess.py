@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
+from ...core.tls.callers import Caller
 from ...kernels.cpu.build import stop_building
 from ...router.process import RouterProcess
 from ...worker.process import WorkerProcess
@@ -30,7 +31,8 @@ class InProcessLauncher:
             config = self._site.config
             settings = config.router.model_copy(update={"internal_port": self._site.internal_port})
             reads_defaults = config.model.generation_config == "auto"
-            process = RouterProcess(settings, config.cluster.key, reads_defaults=reads_defaults)
+            tls = self._site.tls_of(Caller.ROUTER)
+            process = RouterProcess(settings, config.cluster.key, reads_defaults=reads_defaults, tls=tls)
         else:
             process = WorkerProcess(worker_settings(self._site, member))
         try:

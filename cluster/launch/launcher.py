@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 from ...core.request import Role
+from ...core.tls.callers import Caller
+from ...core.tls.config import TlsConfig
 from ...worker.settings import WorkerSettings
 from ..config import Config
 from ..placement import ProcessPlan
@@ -24,11 +26,21 @@ class Site:
     model_directory: str
     model_name: str
     internal_port: int  # of the router, fixed before the first start so that a restarted router is found again
+    tls: Mapping[Caller, TlsConfig] | None = None  # certificates by role
 
     @property
     def internal_address(self) -> str:
         """host:port of the router's Announce service."""
         return f"127.0.0.1:{self.internal_port}"
+
+    def tls_of(self, caller: Caller) -> TlsConfig | None:
+        """Certificates of a role; None: there are none."""
+        return self.tls[caller] if self.tls else None
+
+    def config_of(self, caller: Caller) -> Config:
+        """The configuration of a member, with the certificates of its role."""
+        tls = self.tls_of(caller)
+        return self.config.model_copy(update={"cluster": self.config.cluster.model_copy(update={"tls": tls})})
 
 
 class Launcher(Protocol):
@@ -77,6 +89,7 @@ def worker_settings(site: Site, member: ProcessPlan) -> WorkerSettings:
         num_ranks=member.num_ranks,
         first_core=member.first_core,
         insecure=config.router.insecure,
+        tls=site.tls_of(Caller.WORKER),
         metrics_port=member.metrics_port,
         metrics_keys=config.router.api_keys,
         routers=(site.internal_address,),

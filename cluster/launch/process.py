@@ -10,6 +10,7 @@ import sys
 
 import yaml
 
+from ...core.tls.callers import Caller
 from ..placement import ProcessPlan
 from ..scratch import Scratch
 from .environment import member_environment
@@ -19,6 +20,7 @@ from .member_log import MemberLog
 
 _LOG_CHECK_S = 5.0
 _ABORT_S = 0.5
+_CALLERS = {"router": Caller.ROUTER, "worker": Caller.WORKER}  # by kind of member
 
 
 class ProcessLauncher:
@@ -34,10 +36,7 @@ class ProcessLauncher:
         self._processes: dict[str, asyncio.subprocess.Process] = {}
         self._spawning: set[asyncio.Task[None]] = set()
         self._watchers: set[asyncio.Task[None]] = set()
-        values = site.config.model_dump(mode="json")
-        values["model"]["path"], values["model"]["name"] = site.model_directory, site.model_name
-        values["router"]["internal_port"] = site.internal_port
-        self._config = yaml.safe_dump(values).encode()
+        self._configs = {kind: _config_text(site, caller) for kind, caller in _CALLERS.items()}
 
     async def start(self, member: ProcessPlan, ended: Ended) -> None:
         """Start one child; its output goes to a log file, from whose end the cause of its end is read.
@@ -62,7 +61,7 @@ class ProcessLauncher:
             )
         self._processes[member.name] = process
         assert process.stdin is not None
-        process.stdin.write(self._config)  # buffered; the transport sends it as the child reads
+        process.stdin.write(self._configs[member.kind])  # buffered; the transport sends it as the child reads
         process.stdin.close()
         watcher = asyncio.create_task(self._watch(member.name, process, log, ended))
         self._watchers.add(watcher)
@@ -141,6 +140,14 @@ class ProcessLauncher:
         if self._processes.get(name) is process:
             del self._processes[name]
         ended(name, end_of_process(code, log.tail()))
+
+
+def _config_text(site: Site, caller: Caller) -> bytes:
+    """The configuration of members of one role, for their standard input."""
+    values = site.config_of(caller).model_dump(mode="json")
+    values["model"]["path"], values["model"]["name"] = site.model_directory, site.model_name
+    values["router"]["internal_port"] = site.internal_port
+    return yaml.safe_dump(values).encode()
 
 
 def _end(process: asyncio.subprocess.Process) -> None:

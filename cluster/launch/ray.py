@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ...core.hosted import Hosted
 from ...core.request import Role
+from ...core.tls.callers import Caller
+from ...core.tls.config import TlsConfig
 from ...decode_worker.actor import DecodeWorker
 from ...prefill_worker.actor import PrefillWorker
 from ...router.actor import Router
@@ -88,7 +90,8 @@ class RayLauncher:
         if member.kind == "router":
             settings = site.config.router.model_copy(update={"internal_port": site.internal_port})
             reads_defaults = site.config.model.generation_config == "auto"
-            build = _BuildRouter(settings, site.config.cluster.key, reads_defaults=reads_defaults)
+            tls = site.tls_of(Caller.ROUTER)
+            build = _BuildRouter(settings, site.config.cluster.key, reads_defaults=reads_defaults, tls=tls)
             return _actor(Router, member).remote(build, grace_s)
         kind = PrefillWorker if member.role is Role.PREFILL else DecodeWorker
         return _actor(kind, member).remote(_BuildWorker(worker_settings(site, member)), grace_s)
@@ -108,13 +111,13 @@ class RayLauncher:
 class _BuildRouter:
     """Factory of a router, pickled to the actor's process and called there: only that process imports the router."""
 
-    def __init__(self, settings: RouterConfig, key: str, *, reads_defaults: bool) -> None:
-        self._settings, self._key, self._reads_defaults = settings, key, reads_defaults
+    def __init__(self, settings: RouterConfig, key: str, *, reads_defaults: bool, tls: TlsConfig | None) -> None:
+        self._settings, self._key, self._reads_defaults, self._tls = settings, key, reads_defaults, tls
 
     def __call__(self) -> RouterProcess:
         from ...router.process import RouterProcess
 
-        return RouterProcess(self._settings, self._key, reads_defaults=self._reads_defaults)
+        return RouterProcess(self._settings, self._key, reads_defaults=self._reads_defaults, tls=self._tls)
 
 
 class _BuildWorker:

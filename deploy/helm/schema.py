@@ -80,6 +80,19 @@ class ClusterKey(Values):
     secretKey: str = "key"
 
 
+class CertManager(Values):
+    issuerRef: Labels = {}
+    duration: Duration = "2160h"
+    renewBefore: Duration = "720h"
+
+
+class Tls(Values):
+    enabled: bool = False
+    routerSecretName: str = ""
+    workerSecretName: str = ""
+    certManager: CertManager = CertManager()
+
+
 class ApiKeys(Values):
     secretName: str = ""
     secretKey: str = "keys"
@@ -316,6 +329,7 @@ class Chart(Values):
     mode: Literal["deployments", "ray", "disaggregatedset"] = "deployments"
     image: Image = Image()
     clusterKey: ClusterKey = ClusterKey()
+    tls: Tls = Tls()
     apiKeys: ApiKeys = ApiKeys()
     model: Model = Model()
     config: Settings = Settings()

@@ -19,6 +19,7 @@ from ...core.errors import Cancelled
 from ...core.guard import Guard
 from ...core.request import Request
 from ...core.timeline import Instant, Timeline
+from ...core.tls.identity import TlsIdentity
 from ..config import RouterConfig
 from ..metrics import TRANSPORTS, RouterMetrics
 from ..routing.facts import ModelFacts
@@ -47,10 +48,13 @@ class Flow:
         clock: Clock | None = None,
         *,
         proof_key: bytes,
+        tls: TlsIdentity | None = None,
     ) -> None:
         """`identity_key`: `kv.keys.identity_key` of the cluster's shared secret; gives the workers' block identities.
 
         `proof_key`: `kv.keys.proof_key` of it; workers and routers prove to each other that they know it.
+
+        `tls`: the router's certificates for workers; None: it has none.
 
         `metrics`: the metrics for /metrics; None: new ones in their own registry.
         """
@@ -58,8 +62,11 @@ class Flow:
         self.clock = clock or MonotonicClock()
         self._config = config
         # Only the order of incarnations matters: a restarted router must have a higher one than before.
-        self._identity = Identity(f"router-{os.getpid()}", time.time_ns(), identity_key, proof_key)
-        self._guard = Guard(proof_key, "router")
+        self._identity = Identity(f"router-{os.getpid()}", time.time_ns(), identity_key, proof_key, tls)
+        self._guard = Guard(proof_key, "router", tls=tls)
+        self.metrics.calls_refused.set_function(self._guard.refusals.total)
+        self.metrics.tls_failed.set_function(lambda: tls.num_failed if tls else 0)
+        self._is_encrypted = tls is not None
         self._dispatcher = Dispatcher(config, self._identity, self.metrics, self.clock)
         self._members = self._dispatcher.members
         self._life = self._dispatcher.life
@@ -178,6 +185,7 @@ class Flow:
                 "prefix_blocks": len(self._members.prefixes),
                 "ttft_prediction_error": self._dispatcher.prediction.mean_ratio,
                 "handovers_by_transport": {name: self._moved[f"handovers_{name}"] for name in TRANSPORTS[:-1]},
+                "inner_tls": self._is_encrypted,
                 "calls_refused": self._guard.refusals.total(),
                 "last_refused": self._guard.last_refused,
             },

@@ -14,6 +14,7 @@ import grpc.aio
 from ...core.errors import InvalidRequest
 from ...core.inside import InsideChannel
 from ...core.lease import ROUTER_LEASE
+from ...core.tls.identity import HandshakeRefused, TlsIdentity
 from ...kv.handover.transports.grpc import CHANNEL_OPTIONS
 from ...protos import worker_pb2, worker_pb2_grpc
 from ..routing.facts import WorkerFacts, WorkerKey
@@ -25,6 +26,7 @@ MAX_WAITING_ORDERS = 8_192
 FLUSH_S = 0.3
 _FIRST_RETRY_S = 0.05
 _LONGEST_RETRY_S = 1.0
+_STRANGE = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
 _STREAM_ERRORS = (grpc.RpcError, grpc.aio.UsageError, grpc.aio.InternalError)
 
 
@@ -48,14 +50,22 @@ class WorkerLink:
     """All streams between this router and one incarnation of one worker."""
 
     def __init__(
-        self, facts: WorkerFacts, hello: worker_pb2.SessionHello, handlers: LinkHandlers, proof_key: bytes
+        self,
+        facts: WorkerFacts,
+        hello: worker_pb2.SessionHello,
+        handlers: LinkHandlers,
+        proof_key: bytes,
+        tls: TlsIdentity | None = None,
     ) -> None:
-        """`proof_key` (kv/keys.py): orders are sent only to a worker that proves that it knows the key."""
+        """`proof_key` (kv/keys.py): orders are sent only to a worker that proves that it knows the key.
+
+        `tls`: the router's certificates.
+        """
         self.key = facts.key
         self._hello = hello
         self._handlers = handlers
         self._orders: asyncio.Queue[worker_pb2.SessionUp] = asyncio.Queue(MAX_WAITING_ORDERS)
-        self._channel = InsideChannel(facts.address, proof_key, CHANNEL_OPTIONS)
+        self._channel = InsideChannel(facts.address, proof_key, CHANNEL_OPTIONS, tls)
         self._stub: worker_pb2_grpc.WorkerAsyncStub = worker_pb2_grpc.WorkerStub(self._channel)
         self._session: asyncio.Task[None] | None = None
         self._keepers: list[asyncio.Task[None]] = []
@@ -140,8 +150,10 @@ class WorkerLink:
         return reason
 
     def _complain(self, error: BaseException, reason: str) -> None:
-        """Warn once if the worker at this address has another cluster key."""
-        is_strange = isinstance(error, grpc.aio.AioRpcError) and error.code() is grpc.StatusCode.UNAUTHENTICATED
+        """Warn once if the worker at this address has another cluster key, or other certificates."""
+        is_strange = isinstance(error, HandshakeRefused) or (
+            isinstance(error, grpc.aio.AioRpcError) and error.code() in _STRANGE
+        )
         if is_strange and not self._has_complained:
             self._has_complained = True
             log.warning("%s gets no orders: %s", self.key.worker_id, reason)

@@ -15,6 +15,7 @@ import grpc.aio
 
 from ...core.clock import Clock
 from ...core.request import Request
+from ...core.tls.identity import TlsIdentity
 from ...kv.block import BlockIdentity
 from ...kv.keys import PromptHasher
 from ...protos import worker_pb2, worker_pb2_grpc
@@ -43,6 +44,7 @@ class Identity:
     incarnation: int
     identity_key: bytes  # kv/keys.py, derived from the cluster's shared secret
     proof_key: bytes  # kv/keys.py, too
+    tls: TlsIdentity | None = None  # its certificates
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +189,7 @@ class WorkerRegistry:
         handlers = LinkHandlers(
             self._on_up, self._on_down, self._on_beat, self._handlers.step, self.roster.watching, self._on_event
         )
-        link = WorkerLink(facts, hello, handlers, self._identity.proof_key)
+        link = WorkerLink(facts, hello, handlers, self._identity.proof_key, self._identity.tls)
         self._links[facts.key] = link
         link.open()
 

@@ -6,9 +6,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = sorted(link.name for link in (ROOT / "src/twostroke").iterdir() if link.is_symlink())
 OPENS = re.compile(
-    r"\.bind\((?=\()|add_(?:in)?secure_port\(|start_(?:unix_)?server\(|create_(?:unix_)?server\(|HTTPServer\("
+    r"\badd_port\(|\.bind\((?=\()|add_(?:in)?secure_port\(|start_(?:unix_)?server\(|create_(?:unix_)?server\(|HTTPServer\("
 )
 KNOWN = {
+    "core/tls/identity.py",  # a gRPC server's port, with or without TLS, at the address that its caller gives
     "core/ports.py",  # a socket for the router's HTTP port, and probes
     "router/process.py",  # the router's two gRPC ports
     "worker/process.py",  # the worker's services

@@ -84,8 +84,8 @@ async def test_a_chatty_members_log_is_cut_while_it_runs_and_its_last_words_are_
     try:
         await launcher.start(ProcessPlan("router-0", "router"), lambda _, end: ends.put_nowait(end))
         end = await asyncio.wait_for(ends.get(), 60)
-        assert end == ProcessEnd(f"the last word; configured with {len(launcher._config)}", is_certain=True)
-        assert len(launcher._config) > 500_000
+        assert end == ProcessEnd(f"the last word; configured with {len(launcher._configs['router'])}", is_certain=True)
+        assert len(launcher._configs["router"]) > 500_000
     finally:
         await launcher.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import planted_certificates
 import planted_doors
 import planted_engine
 import planted_gpu
@@ -125,6 +126,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     "core/call_reaper": ("tests/core/test_call_reaper.py", "tests/router/api/test_guard.py"),
     "core/probes": ("tests/core/test_call_reaper.py", "tests/router/api/test_guard.py"),
     "core/proof": ("tests/core/test_proof.py",),
+    "core/tls/face": ("tests/router/api/test_tls.py",),
+    "core/tls/": ("tests/core/test_tls.py", "tests/cluster/test_tls_doors.py"),
     "core/": ("tests/cluster/test_inner_doors.py", "tests/router/workers/test_strangers.py"),
     "text/stop": ("tests/text/test_special_stop.py", "tests/text/test_shown.py", "tests/text/test_incremental.py"),
     "text/stream": (
@@ -153,4 +156,5 @@ MUTANTS = [
     *planted_router.MUTANTS,
     *planted_doors.MUTANTS,
     *planted_gpu.MUTANTS,
+    *planted_certificates.MUTANTS,
 ]

@@ -17,6 +17,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from twostroke.checkpoint.config import ModelConfig
 from twostroke.core.inside import InsideChannel
 from twostroke.core.request import Role
+from twostroke.core.tls.callers import Caller
+from twostroke.core.tls.identity import TlsIdentity
 from twostroke.engine.config import StepConfig
 from twostroke.kv.config import CacheConfig
 from twostroke.kv.handover.transports.grpc import CHANNEL_OPTIONS
@@ -148,14 +150,16 @@ class Answer:
 class RouterHand:
     """One session with one worker."""
 
-    def __init__(self, address: str, incarnation: int = 7, router_id: str = "hand") -> None:
+    def __init__(
+        self, address: str, incarnation: int = 7, router_id: str = "hand", tls: TlsIdentity | None = None
+    ) -> None:
         self.incarnation = incarnation
         self.router_id = router_id
         self.answers: dict[tuple[str, int], Answer] = {}
         self.messages: list[worker_pb2.SessionDown] = []
         self.welcome: common_pb2.WorkerInfo | None = None
         self._channel = InsideChannel(
-            address, proof_key(CLUSTER_KEY), [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
+            address, proof_key(CLUSTER_KEY), [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)], tls
         )
         self.stub: Any = worker_pb2_grpc.WorkerStub(self._channel)
         self._call: Any = None
@@ -254,7 +258,8 @@ async def router_of() -> AsyncIterator[Callable[[WorkerProcess], Awaitable[Route
     async with contextlib.AsyncExitStack() as stack:
 
         async def open_session(worker: WorkerProcess, incarnation: int = 7, router_id: str = "hand") -> RouterHand:
-            return await stack.enter_async_context(RouterHand(worker.address, incarnation, router_id))
+            tls = TlsIdentity(worker.settings.tls, Caller.ROUTER) if worker.settings.tls else None
+            return await stack.enter_async_context(RouterHand(worker.address, incarnation, router_id, tls))
 
         yield open_session
 

@@ -13,6 +13,7 @@ import grpc
 import grpc.aio
 
 from ....core.inside import InsideChannel
+from ....core.tls.identity import TlsIdentity
 
 HANDOVER_SERVICE = "twostroke.v1.Handover"
 BLOCKS_SERVICE = "twostroke.v1.Blocks"
@@ -39,6 +40,7 @@ SERVER_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.so_reuseport", 0),  # a port in use must be an error; with reuse two servers would share its traffic
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.server_handshake_timeout_ms", 5_000),
 ]
 
 ServerContext = grpc.aio.ServicerContext[bytes, bytes]
@@ -120,16 +122,17 @@ class ClientStream:
 class Channels:
     """One channel per peer address, kept for all hand-overs to it."""
 
-    def __init__(self, key: bytes) -> None:
-        """`key` is kv.keys.proof_key: both ends prove to each other that they know it."""
+    def __init__(self, key: bytes, tls: TlsIdentity | None = None) -> None:
+        """`key` is kv.keys.proof_key: both ends prove to each other that they know it. `tls`: our certificates."""
         self._key = key
+        self._tls = tls
         self._channel_by_address: dict[str, grpc.aio.Channel] = {}
 
     def to(self, address: str) -> grpc.aio.Channel:
         """The channel to `address` (host:port), opened at the first use."""
         channel = self._channel_by_address.get(address)
         if channel is None:
-            channel = InsideChannel(address, self._key, CHANNEL_OPTIONS)
+            channel = InsideChannel(address, self._key, CHANNEL_OPTIONS, self._tls)
             self._channel_by_address[address] = channel
         return channel
 

@@ -54,11 +54,13 @@ class Connection(HttpToolsProtocol):
         self._asks_for_upgrade = False
         self._since_s = 0.0  # when the first byte, the head or the time behind the answer began
         self._unsent = 0  # bytes at the last look
+        self._number = -1  # of the socket
         self._took_s = 0.0  # when the client last took some
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to look at the connection; refuse it where there is no room."""
         self._among.demote(transport)
+        self._number = transport.get_extra_info("socket").fileno()
         if hasattr(transport, "max_size"):  # asyncio's own; other loops have no such setting
             transport.max_size = RECEIVED_AT_ONCE
         super().connection_made(transport)
@@ -70,7 +72,7 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection counts no more."""
         self.is_lost = True
-        self._among.forget(self.transport)
+        self._among.forget_number(self._number)  # with TLS the socket is closed already
         self._unset_keepalive_if_required()
         self._among.remove(self)
         super().connection_lost(exc)

@@ -42,6 +42,7 @@ capabilities:
 - {name: config, mountPath: /etc/twostroke, readOnly: true}
 - {name: tmp, mountPath: /tmp}
 - {name: cache, mountPath: /cache}
+{{- include "twostroke.tlsMount" . }}
 {{- include "twostroke.modelMount" . }}
 {{- end }}
 
@@ -53,6 +54,24 @@ capabilities:
 - name: cache
   emptyDir: {}
 {{- include "twostroke.modelVolume" . }}
+{{- end }}
+
+{{/* Certificates of a pod, of the role router or worker. Give dict "root" $ "role" ROLE. */}}
+{{- define "twostroke.tlsSecret" -}}
+{{ default (printf "%s-%s-tls" (include "twostroke.fullname" .root) .role) (index .root.Values.tls (printf "%sSecretName" .role)) }}
+{{- end }}
+
+{{- define "twostroke.tlsVolume" -}}
+{{- if .root.Values.tls.enabled }}
+- name: tls
+  secret: {secretName: {{ include "twostroke.tlsSecret" . }}, defaultMode: 288} # 0440
+{{- end }}
+{{- end }}
+
+{{- define "twostroke.tlsMount" -}}
+{{- if .Values.tls.enabled }}
+- {name: tls, mountPath: /etc/twostroke-tls, readOnly: true}
+{{- end }}
 {{- end }}
 
 {{/* Metadata of a pod. Give dict "root" $ "component" NAME "block" VALUES. */}}

@@ -23,6 +23,7 @@ containers:
   {{- with $block.extraContainers }}{{ toYaml . | nindent 2 }}{{ end }}
 volumes:
   {{- include "twostroke.volumes" $root | nindent 2 }}
+  {{- include "twostroke.tlsVolume" (dict "root" $root "role" "worker") | nindent 2 }}
   - name: shm
     emptyDir:
       medium: Memory
@@ -43,7 +44,9 @@ volumes:
     - --role={{ .component }}
     - --worker-id=$(POD_NAME)
     - --host=$(POD_IP) # routers and other workers reach it there
+    {{- if not $root.Values.tls.enabled }}
     - --insecure # no certificates: the cluster's key proves who calls, the NetworkPolicy keeps strangers out
+    {{- end }}
     - --port={{ $root.Values.ports.worker }}
     - --metrics-port={{ $root.Values.ports.metrics }}
     - --routers-at={{ include "twostroke.routersAt" $root }}

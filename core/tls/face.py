@@ -1,0 +1,78 @@
+"""Certificates of a server that clients call: for HTTP by the standard library, for gRPC by its own credentials."""
+
+from __future__ import annotations
+
+import ssl
+from typing import Any
+
+import grpc
+
+from ..errors import ConfigError
+from .config import TlsConfig
+from .handshake import Pem, reason_of, server_context
+from .pem import PemSource
+
+SETTINGS = {"ca": "router.ssl_ca_certs", "cert": "router.ssl_certfile", "key": "router.ssl_keyfile"}
+
+
+class FaceTls:
+    """Certificates of the router's two faces. Files that change are read again, for new connections."""
+
+    def __init__(self, certfile: str, keyfile: str | None, ca_certs: str | None) -> None:
+        """`keyfile` None: `certfile` holds the key, too. `ca_certs`: authorities of clients, who must show some.
+
+        Raises:
+            ConfigError: a file cannot be read, or certificate and key do not belong together.
+        """
+        self.wants_certificates = ca_certs is not None
+        config = TlsConfig(ca=ca_certs or certfile, cert=certfile, key=keyfile or certfile)
+        settings = SETTINGS if ca_certs else SETTINGS | {"ca": SETTINGS["cert"]}
+        self._source = PemSource(config, self._check, settings)
+        self._pem = self._source.current()
+        self._context = self._made(self._pem)
+
+    def http_context(self) -> ssl.SSLContext:
+        """Context for servers of the standard library. It hands every new connection to the present one."""
+        outer = self._made(self._source.current())
+
+        def pick(connection: ssl.SSLObject, _: str | None, __: ssl.SSLContext) -> None:
+            connection.context = self._present()
+
+        outer.sni_callback = pick
+        return outer
+
+    def grpc_credentials(self) -> grpc.ServerCredentials:
+        """Credentials for gRPC servers."""
+        used = self._source.current()
+
+        def changed() -> Any:
+            nonlocal used
+            present = self._source.current()
+            if present is used:
+                return None
+            used = present
+            return self._configuration(present)
+
+        return grpc.dynamic_ssl_server_credentials(
+            self._configuration(used), changed, require_client_authentication=self.wants_certificates
+        )
+
+    def _configuration(self, pem: Pem) -> Any:
+        authorities = pem.ca if self.wants_certificates else None
+        return grpc.ssl_server_certificate_configuration([(pem.key, pem.chain)], root_certificates=authorities)
+
+    def _present(self) -> ssl.SSLContext:
+        pem = self._source.current()
+        if pem is not self._pem:
+            self._context, self._pem = self._made(pem), pem
+        return self._context
+
+    def _made(self, pem: Pem) -> ssl.SSLContext:
+        return server_context(pem, wants_certificates=self.wants_certificates)
+
+    def _check(self, pem: Pem) -> None:
+        try:
+            self._made(pem)
+        except ssl.SSLError as error:
+            what = f"router.ssl_certfile and router.ssl_keyfile cannot be used: {reason_of(error)}"
+            raise ConfigError(what) from None

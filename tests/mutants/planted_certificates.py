@@ -1,0 +1,21 @@
+"""Mutants of certificates: roles, files that change, and connections with old ones."""
+
+from __future__ import annotations
+
+from mutant import Mutant
+
+MUTANTS = [
+    Mutant(
+        "core/tls/callers.py",
+        "    return caller is not None and caller in ALLOWED.get(method, frozenset())\n",
+        "    return caller is not None and caller in ALLOWED.get(method, _EVERYBODY)\n",
+    ),
+    Mutant("core/tls/callers.py", "if len(found) == 1 else None", "if found else None"),
+    Mutant("core/tls/pem.py", "            self._check(pem)\n        except", "            pass\n        except"),
+    Mutant("core/tls/pem.py", "        if stamp == self._stamp:\n", "        if True:\n"),
+    Mutant("core/tls/identity.py", "            if present is used:\n", "            if True:\n"),
+    Mutant("core/tls/identity.py", "require_client_authentication=True", "require_client_authentication=False"),
+    Mutant("core/tls/identity.py", "        self.num_failed += 1\n", ""),
+    Mutant("core/tls/handshake.py", "            return _flaw(pem)  #", "            return None  #"),
+    Mutant("core/tls/face.py", "            connection.context = self._present()\n", "            pass\n"),
+]
