@@ -26,8 +26,8 @@ import report
 
 TIMEOUT_S = 900.0
 ENGINE_LINE = re.compile(r"round 1, (.+), (twostroke .+): ([0-9.]+) tokens/s")
-# The campaign without what it measures of the machine, which takes minutes and is the same for both. It keeps PYTHONPATH
-# from its contestants, so ours gets its tree's by the program that starts it.
+# The campaign without what it measures of the machine, which takes minutes and is the same for both.
+# It keeps PYTHONPATH from its contestants, so ours gets its tree's by the program that starts it.
 ENGINE = """
 import pathlib, sys
 sys.path[:0] = ["bench/engine", "bench"]
