@@ -19,7 +19,7 @@ from twostroke.kv.handover.transports.grpc import CHANNEL_OPTIONS
 from twostroke.kv.keys import proof_key
 from twostroke.kv.messages import adopt_instants
 from twostroke.protos import common_pb2, worker_pb2, worker_pb2_grpc
-from twostroke.worker.process import run_worker
+from twostroke.worker.main import run_worker
 from twostroke.worker.settings import WorkerSettings
 
 START_S = 300.0

@@ -49,7 +49,7 @@ def worker(
 
     from ..checkpoint.locate import located, served_name
     from ..worker.machine import machine_facts
-    from ..worker.process import run_worker
+    from ..worker.main import run_worker
     from ..worker.settings import WorkerSettings
 
     flags: dict[str, Any] = {

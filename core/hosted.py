@@ -14,7 +14,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
 from .errors import DeviceFault
-from .memory import keep_present_objects
+from .process_settings import keep_present_objects
 
 
 class Server(Protocol):

@@ -18,8 +18,8 @@ from grpc_reflection.v1alpha import reflection
 
 from ..core.errors import ConfigError, DeviceFault
 from ..core.foreground import Stop, Stopped, first, leave, orphaned, unless
-from ..core.memory import give_large_memory_back, keep_present_objects
 from ..core.ports import bindable_host, bound_socket, check_port, target
+from ..core.process_settings import give_large_memory_back, keep_present_objects, switch_often
 from ..core.tls.callers import Caller
 from ..core.tls.config import TlsConfig
 from ..core.tls.face import FaceTls
@@ -61,7 +61,6 @@ _CLIENTS_OPTIONS = (
 )
 ACCEPTS = 2  # connections that the event loop accepts per turn (asyncio's `backlog`)
 BACKLOG = 2048  # connections that wait in the system to be accepted
-SWITCH_S = 0.0005  # the interpreter's switch interval: bounds the event loop's wait for a thread that parses a message
 
 
 class RouterProcess:
@@ -189,7 +188,7 @@ class RouterProcess:
 def prepared_loop() -> asyncio.AbstractEventLoop:
     """The event loop of a router, with two tiers of events, in a process that is prepared for it."""
     give_large_memory_back()
-    sys.setswitchinterval(SWITCH_S)
+    switch_often()
     return TieredLoop()
 
 

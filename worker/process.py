@@ -5,11 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
@@ -19,10 +16,8 @@ import grpc.aio
 from .. import __version__
 from ..core.clock import Clock, MonotonicClock
 from ..core.errors import ConfigError, DeviceFault, InternalError
-from ..core.foreground import Stop, Stopped, first, leave, orphaned, unless
 from ..core.guard import Guard
 from ..core.lease import HANDOVER_LEASE, Lease
-from ..core.memory import keep_present_objects
 from ..core.ports import bindable_host, check_port, target
 from ..core.request import Role
 from ..core.tls.callers import Caller
@@ -33,7 +28,6 @@ from ..decode_worker.task import DecodeTaskTools
 from ..engine.facts import FaceFacts
 from ..engine.link import messages as link
 from ..engine.link.client import EngineClient
-from ..kernels.cpu.build import stop_building
 from ..kv.handover import pairing
 from ..kv.handover.frames import slot_bytes
 from ..kv.handover.plane_channel import RingPool
@@ -52,7 +46,6 @@ from .gpu.nvml import Library
 from .gpu.verdict import Verdict
 from .gpu.watch import GpuWatch
 from .health import Health, enable_reflection
-from .machine import keep_freed_memory
 from .metrics import WorkerMetrics, pages
 from .scrape import ScrapeServer
 from .service import WorkerService
@@ -63,8 +56,6 @@ log = logging.getLogger(__name__)
 
 CAPABILITIES = (*pairing.CAPABILITIES, "blocks.fetch.1", "session.1")
 READY_S = 600.0  # longest time to load and warm up a large model
-STOP_BUILDING_S = 1.0
-ORPHANED = 2  # index of `orphaned` among the events that a serving worker waits for
 PORT_REMEDY = "--port, or 0 for any"
 STOP_S = 5.0  # longest time for the engine's last step
 
@@ -354,58 +345,9 @@ class WorkerProcess:
             await self.dispatcher.next_end()
 
 
-def run_worker(settings: WorkerSettings, parent_pid: int | None = None) -> None:
-    """Main function of a worker process: serve until SIGTERM, SIGINT or the parent's death, drain, return.
-
-    Raises:
-        SystemExit: with 1, if the engine ended by its own fault: the process must be restarted.
-        DeviceFault: the worker ended because of its GPU; DeviceCordoned: no process must be started on it again.
-    """
-    keep_freed_memory()
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_serve(WorkerProcess(settings), settings.drain_timeout_s, parent_pid))
-
-
-async def _serve(worker: WorkerProcess, grace_s: float, parent_pid: int | None) -> None:
-    stop = Stop()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.hear, number)
-    starter_pid = None if parent_pid is None else os.getppid()
-    starting = asyncio.create_task(worker.start())
-    await first(asyncio.wait([starting]), stop.asked.wait(), orphaned(starter_pid))
-    if not starting.done():  # no request is running, and the thread that loads cannot be ended
-        await asyncio.to_thread(stop_building, STOP_BUILDING_S)
-        leave(stop.exit_code if stop.number else 0)
-    await starting
-    keep_present_objects()
-    if parent_pid is None:  # started by hand, or by a system that keeps the output
-        print(worker.readiness, file=sys.stderr, flush=True)
-    if await first(worker.ended.wait(), stop.asked.wait(), orphaned(parent_pid)) == ORPHANED:
-        log.warning("%s: whoever started us is gone", worker.settings.worker_id)
-    is_broken = worker.ended.is_set()
-    try:
-        await unless(stop.asked_again, worker.stop(0.0 if is_broken else grace_s))
-    except Stopped:
-        leave(stop.exit_code)
-    if worker.fault is not None:
-        raise worker.fault
-    if is_broken:
-        raise SystemExit(1)
-
-
 def _rings(facts: FaceFacts, most_bytes: int) -> RingPool | None:
     """Shared memory for hand-overs from prefill workers of this host; None where the system has none for us."""
     if not host_identity() or not most_bytes:
         return None
     size = slot_bytes(facts.model.kv_spec, facts.frame_bytes)
     return RingPool(lambda: OwnRing(facts.frame_slots, size), ring_bytes(facts.frame_slots, size), most_bytes)
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
-    """uvloop's loop if uvloop is installed, else asyncio's."""
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.new_event_loop
-    return uvloop.new_event_loop

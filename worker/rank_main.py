@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ..core.errors import TwostrokeError
 from ..core.foreground import leave
-from ..core.memory import keep_present_objects
+from ..core.process_settings import keep_present_objects
 from ..engine.link.rank_link import LinkEnded, RankReceiver
 from ..engine.loop import EngineStore
 from ..kernels.cpu.build import built_library

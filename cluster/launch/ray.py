@@ -127,8 +127,10 @@ class _BuildWorker:
         self._settings = settings
 
     def __call__(self) -> WorkerProcess:
+        from ...worker.main import prepare_process
         from ...worker.process import WorkerProcess
 
+        prepare_process()
         return WorkerProcess(self._settings)
 
 

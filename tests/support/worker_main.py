@@ -10,8 +10,9 @@ MAIN = textwrap.dedent("""
     import gc, logging, sys
     logging.basicConfig(level=logging.INFO, stream=sys.stdout)
     from twostroke.worker.settings import WorkerSettings
-    from twostroke.worker.process import run_worker
+    from twostroke.worker.main import run_worker
     run_worker(WorkerSettings.model_validate_json(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else None)
+    print("threads switch after", sys.getswitchinterval())
     print("never scanned again:", gc.get_freeze_count())
 """)
 

@@ -12,6 +12,7 @@ from support.worker_main import MAIN, settings_for
 
 from twostroke.checkpoint.layout import weight_bytes
 from twostroke.core.errors import ConfigError, DoesNotFit
+from twostroke.core.process_settings import SWITCH_S
 from twostroke.core.request import Role
 from twostroke.kv.config import CacheConfig
 from twostroke.worker.automatic import PROCESS_BYTES
@@ -45,7 +46,9 @@ async def test_sigterm_lets_the_running_end_and_exits_with_zero(tiny_checkpoint,
         await answer.ended()
         assert len(answer.token_ids) == 200
         assert await asyncio.wait_for(process.wait(), 10) == 0
-        kept = (await process.stdout.read()).decode().split("never scanned again: ")[1]
+        said = (await process.stdout.read()).decode()
+        assert f"threads switch after {SWITCH_S}" in said
+        kept = said.split("never scanned again: ")[1]
         assert int(kept) > OBJECTS_OF_TORCH, "a collection scans them all, and holds every stream meanwhile"
         assert f"is ready with tiny at {address}; it takes work" in (tmp_path / "stderr").read_text()
     finally:

@@ -220,7 +220,7 @@ MAIN = textwrap.dedent("""
     import asyncio, logging, sys
     logging.basicConfig(level=logging.INFO, stream=sys.stdout)
     from twostroke.kv.handover.transports.grpc import ServerStream
-    from twostroke.worker.process import run_worker
+    from twostroke.worker.main import run_worker
     from twostroke.worker.settings import WorkerSettings
 
     num_frames, send = 0, ServerStream.send

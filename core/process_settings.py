@@ -1,13 +1,15 @@
-"""Memory of processes that serve: settings of glibc's malloc (no effect without glibc), and of Python's collector."""
+"""Settings of a process that serves: glibc's malloc (no effect without glibc), Python's collector and its threads."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import sys
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD, _ARENA_MAX = -3, -1, -8  # Source: malloc.h of glibc
 LARGE_BYTES = 256 << 10
 MAX_ARENAS = 2
+SWITCH_S = 0.0005  # longest wait of a thread for another one that runs Python; 5 ms by default
 
 
 def give_large_memory_back() -> None:
@@ -32,3 +34,12 @@ def keep_present_objects() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+def switch_often() -> None:
+    """Let threads take the interpreter from each other after `SWITCH_S`.
+
+    A thread gives it away at every call of the system and of a kernel, and waits so long to get it back if another one
+    computes in Python: an event loop with 24 streams, or a step of the engine, waits some ten times.
+    """
+    sys.setswitchinterval(SWITCH_S)
