@@ -187,3 +187,40 @@ def exhaustive(
     typer.echo(
         f"closed: every invariant holds, and every run ends within {found.longest_run} moves after its last fault"
     )
+
+
+@app.command()
+def scale(
+    trace: Annotated[
+        str,
+        typer.Argument(help="A trace file (.jsonl as Mooncake's, .csv as Azure's), or the made ones: bursts, drift."),
+    ],
+    copies: Annotated[int, typer.Option(min=1, help="Every request of a file so many times, seconds apart.")] = 1,
+    ttft_ms: Annotated[float, typer.Option(min=1.0, help="Target of the first token.")] = 2000.0,
+    itl_ms: Annotated[float, typer.Option(min=0.1, help="Target between tokens, as the mean of a request.")] = 20.0,
+    start_up_s: Annotated[float, typer.Option(min=1.0, max=140.0, help="Until a started worker serves.")] = 60.0,
+    most: Annotated[int, typer.Option(min=2, max=256, help="Most workers of each role.")] = 24,
+    seed: Annotated[int, typer.Option(min=0, help="Of copies and made traces.")] = 1,
+) -> None:
+    """The planner on a trace, beside the best static split, KEDA's rule and an oracle: attainment and GPU-hours.
+
+    A queue-level model with step times measured on an H200 (sim/scale/machine.py). Takes minutes.
+    """
+    from ..sim.scale.cluster import Times
+    from ..sim.scale.compare import Case, Comparison
+    from ..sim.scale.demand import bursts, copied, drift, read_trace
+
+    made = {"bursts": bursts, "drift": drift}
+    demands = made[trace](seed) if trace in made else copied(read_trace(Path(trace)), copies, seed)
+    case = Case(demands, ttft_ms / 1e3, itl_ms / 1e3, times=Times(start_up_s), most=most)
+    comparison = Comparison(case, lambda line: typer.echo(line, err=True))
+    best = comparison.best_static()
+    split = next(split for split, row in comparison.played if row is best)
+    rows = [best, comparison.planner(split), *comparison.keda(split), comparison.oracle(best)]
+    heads = f"{'control':<42}{'attained':>9}{'TTFT':>9}{'ITL':>9}"
+    typer.echo(heads + f"{'GPU-hours':>11}{'of static':>11}{'roles':>7}{'starts':>8}")
+    for row in rows:
+        typer.echo(
+            f"{row.control:<42}{row.attainment:>9.2%}{row.ttft_attainment:>9.2%}{row.itl_attainment:>9.2%}"
+            f"{row.gpu_hours:>11.2f}{row.gpu_hours / best.gpu_hours:>11.2f}{row.role_changes:>7}{row.starts:>8}"
+        )

@@ -17,8 +17,9 @@ FLOOR = {
     **dict.fromkeys(("text", "model"), 3),
     **dict.fromkeys(("router", "prefill_worker", "decode_worker"), 4),
     "worker": 5,
-    **dict.fromkeys(("cluster", "sim"), 6),
-    "cli": 7,
+    "cluster": 6,
+    "sim": 7,
+    "cli": 8,
 }
 ROOMS = {
     "torch": ("kernels/", "model/", "kv/store/", "kv/handover/transports/", "checkpoint/safetensors_files.py"),
@@ -31,6 +32,7 @@ PURE_FOLDERS = {
     "engine/link": {"client.py", "process_link.py", "rank_link.py", "thread_link.py"},
     "kv/cache": set(),
     "kv/handover": {"driver.py"},
+    "cluster/planner": set(),
     "router/requests": {"decision_log.py", "dispatch.py", "flow.py"},
     "router/routing": set(),
 }
