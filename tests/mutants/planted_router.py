@@ -172,7 +172,7 @@ _LIVES = [
     Mutant(
         "router/requests/choosing.py",
         "            return now_s + max(0.0, run.left_s(now_s))\n",
-        "            return now_s + self._limits.worker_patience_s\n",
+        "            return now_s\n",
     ),
     Mutant("router/requests/choosing.py", "patience_s = max(patience_s, limits.worker_return_s)", "pass"),
     Mutant("router/requests/orders.py", "emitted_ids=emitted_ids)", "emitted_ids=emitted_ids[:-1])"),
