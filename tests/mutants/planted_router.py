@@ -92,7 +92,6 @@ _LIVES = [
         "router/requests/lifecycle.py",
         "        run.recall(error, now_s)  # a token",
         "        run.stage = Stage.ROUTING  # a token",
-        survives="while it is routed no worker is heard (`_run_from`); the next dispatch has an epoch of its own",
     ),
     Mutant(
         "router/requests/lifecycle.py",

@@ -317,3 +317,15 @@ def test_of_several_suspects_on_one_worker_none_is_guilty() -> None:
     assert all(run.error is None and run.suspicion is not None for run in runs)
     assert innocent.suspicion is None, "two are suspected more"
     assert sum(run.stage is Stage.DISPATCHED for run in runs) == 1, "from now on one at a time"
+
+
+def test_a_choice_that_ended_needs_no_further_proof() -> None:
+    router = Router("a", "b")
+    run = router.ask(num_choices=2, sampling=LONG)
+    router.tokens(run, 1, choice=0)
+    kill(router, placed(run))
+    router.tokens(run, 1, choice=0)
+    router.end(run, choice=0)
+    assert run.suspicion is not None
+    router.tokens(run, PROOF_TOKENS, choice=1)
+    assert run.suspicion is None
