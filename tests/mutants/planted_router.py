@@ -92,7 +92,6 @@ _LIVES = [
         "router/requests/lifecycle.py",
         "        run.recall(error, now_s)  # a token",
         "        run.stage = Stage.ROUTING  # a token",
-        survives="while it is routed no worker is heard (`_run_from`); the next dispatch has an epoch of its own",
     ),
     Mutant(
         "router/requests/lifecycle.py",
@@ -172,7 +171,7 @@ _LIVES = [
     Mutant(
         "router/requests/choosing.py",
         "            return now_s + max(0.0, run.left_s(now_s))\n",
-        "            return now_s + self._limits.worker_patience_s\n",
+        "            return now_s\n",
     ),
     Mutant("router/requests/choosing.py", "patience_s = max(patience_s, limits.worker_return_s)", "pass"),
     Mutant("router/requests/orders.py", "emitted_ids=emitted_ids)", "emitted_ids=emitted_ids[:-1])"),

@@ -31,7 +31,6 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 WORKERS = {"prefill-0", "prefill-1", "decode-0", "decode-1"}
 REPLACE_AFTER_S = 8.0
 BUSY_MACHINE_S = 120.0  # what may take long only because others compute here too
-LOST = {"worker_lost", "unavailable"}
 
 
 @pytest.fixture(scope="module")
@@ -247,12 +246,12 @@ def test_clients_that_leave_before_the_first_token_free_all_their_blocks(cluster
 # ---------------------------------------------------------------- workers that die
 
 
-def test_a_killed_decode_worker_ends_its_streams_typed_and_comes_back(cluster: Any, observer: Observer):
+def test_the_streams_of_a_killed_decode_worker_go_on_elsewhere_and_it_comes_back(cluster: Any, observer: Observer):
     before = observer.workers()
     with _crowd(cluster, "killed") as crowd:
         for n in range(12):
             read = crowd.http if n % 3 == 2 else crowd.sdk
-            read(prompt_of(50, seed=700 + n), 200)
+            read(prompt_of(50, seed=700 + n), 800)
         crowd.until_all_heard()
         streaming = list(crowd.told)
         place_of = {told.request_id: observer.await_decode_worker(told.request_id) for told in streaming}
@@ -261,21 +260,13 @@ def test_a_killed_decode_worker_ends_its_streams_typed_and_comes_back(cluster: A
         for told in unheard:
             observer.await_decode_worker(told.request_id)
         send_signal(before[victim], signal.SIGKILL)
-        killed_s = time.monotonic()
         back_s = observer.until(
             lambda workers: _is_replaced(workers, before, victim), BUSY_MACHINE_S, f"a new {victim} live"
         )
-    lost = [told for told in streaming if place_of[told.request_id] == victim and not told.is_whole]
-    assert lost
-    for told in lost:
-        assert told.error_code == "worker_lost", told
-        assert told.ended_s - killed_s < 10.0
-    unharmed = [told for told in streaming if place_of[told.request_id] != victim]
-    assert unharmed
-    assert all(told.is_whole for told in unharmed), [told.error_code for told in unharmed]
-    assert all(told.is_whole or told.error_code in LOST for told in unheard), unheard
-    assert all(told.token_ids == [] for told in unheard if not told.is_whole)
-    assert any(told.is_whole for told in unheard)
+    assert [told.error_code for told in (*streaming, *unheard) if not told.is_whole] == []
+    explained = [observer.explain(told.request_id) or {} for told in streaming]
+    assert any(any(dispatch["resumed_tokens"]) for facts in explained for dispatch in facts["dispatches"])
+    assert any(place != victim for place in place_of.values())
     observer.until_whole(WORKERS, BUSY_MACHINE_S)
     observer.until_idle(10.0)
     assert back_s < 30.0 or _is_busy_machine(), back_s
@@ -334,7 +325,6 @@ def test_a_frozen_decode_worker_is_avoided_and_its_peers_free_what_they_hold(clu
         for n in range(8):
             crowd.sdk(prompt_of(50, seed=1000 + n), 200)
         crowd.until_all_heard()
-        place_of = {told.request_id: observer.await_decode_worker(told.request_id) for told in crowd.told}
         # So many that prefill is still at it when a report that it works has come: one is over before that.
         names = [f"frozen-handover-{n}" for n in range(8)]
         handovers = [SdkVisitor(cluster.url, cluster.grpc, prompt_of(3500, seed=name), 4, name) for name in names]
@@ -356,7 +346,7 @@ def test_a_frozen_decode_worker_is_avoided_and_its_peers_free_what_they_hold(clu
         finally:
             send_signal(before[victim], signal.SIGCONT)
     for told in crowd.told:
-        assert told.is_whole or (place_of[told.request_id] == victim and told.error_code == "worker_lost"), told
+        assert told.is_whole, told
     observer.until_whole(WORKERS, BUSY_MACHINE_S)
     observer.until_idle(BUSY_MACHINE_S)
     _without_fault(cluster, crowd.told, "after-thaw")

@@ -182,3 +182,14 @@ async def test_an_order_after_the_end_of_its_choice_is_refused_typed(workers, ha
     stopped = {**SAMPLED, "stop_token_ids": [7]}
     answer = await (await run(hands[0], make_prompt(PROMPT_TOKENS), [], stopped, name="r", emitted=[5, 7, 9])).ended()
     assert answer.end.error.code == "internal_error"
+
+
+async def test_generated_tokens_do_not_count_as_cached_prompt(workers, hands, make_prompt):
+    prompt = make_prompt(PROMPT_TOKENS)
+    whole = await (await hands[0].submit("whole", prompt, sampling=PLAIN)).ended()
+    resumed = hands[0].answers.setdefault(("again", 0), Answer())
+    resumed.token_ids += whole.token_ids[:15]
+    await hands[0].submit("again", prompt + whole.token_ids[:15], sampling=PLAIN, emitted_tokens=15)
+    await resumed.ended()
+    assert resumed.end.handover.tokens_held == 48
+    assert resumed.end.usage.cached_tokens == PROMPT_TOKENS

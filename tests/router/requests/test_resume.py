@@ -82,15 +82,15 @@ def test_choices_that_ended_are_not_ordered_again() -> None:
 def test_the_work_that_is_left_is_counted() -> None:
     router = Router("a", "b")
     run = router.ask(num_choices=2, sampling=SamplingParams(max_tokens=60))
-    router.tokens(run, 30, choice=0)
-    router.tokens(run, 60, choice=1)
-    router.end(run, choice=1)
+    router.tokens(run, 30, choice=1)
+    router.tokens(run, 60, choice=0)
+    router.end(run, choice=0)
     kill(router, placed(run))
     assert (run.facts.prompt_tokens, run.facts.expected_tokens, run.facts.num_choices) == (80, 30, 1)
     worker = router.roster.fleet.get(placed(run).worker_id)
     assert worker is not None
     assert (worker.queued_prefill_tokens, worker.num_decoding) == (80, 1)
-    router.tokens(run, 1, choice=0)
+    router.tokens(run, 1, choice=1)
     assert worker.queued_prefill_tokens == 0, "its first token here is not its first"
 
 
@@ -136,6 +136,24 @@ def test_a_stream_asks_those_again_that_refused_it() -> None:
         router.pass_s(1.0)
         assert run.stage is Stage.DISPATCHED
     assert run.error is None
+
+
+def test_a_stream_waits_longer_for_a_full_cluster_than_a_new_request() -> None:
+    router = Router("a", "b", return_s=6.0)
+    run = router.ask(sampling=LONG)
+    router.tokens(run)
+    key = placed(run)
+    router.roster.leaving(key)
+    (heir,) = [other for other in router.up if other != key]
+    router.up.discard(heir)  # it takes no orders for a while
+    router.roster.session_down(key, "closed", router.now_s)
+    fresh = router.ask("fresh")
+    router.pass_s(4.0)
+    assert isinstance(fresh.error, errors.Unavailable)
+    assert run.stage is Stage.ROUTING
+    router.up.add(heir)
+    router.pass_s(1.0)
+    assert placed(run) == heir
 
 
 def test_a_stream_that_skips_tokens_goes_on_elsewhere_until_the_bound() -> None:
@@ -268,3 +286,46 @@ def test_a_prompt_that_kills_prefill_workers_takes_two() -> None:
     kill(router, peers[1])
     assert isinstance(run.error, errors.PoisonRequest)
     assert router.sent[-1] == ("d", f"cancel {run.name} @1")
+
+
+def disaggregated(*requests: str) -> tuple[Router, list[RequestState], list[WorkerKey]]:
+    """Requests on one decode worker; the prefill workers that compute their prompts, the first one now."""
+    router = Router(policy=PolicyLimits(local_prefill=False))
+    for name, role in (("d", Role.DECODE), ("p", Role.PREFILL)):
+        router.join(name, role=role)
+    runs = [router.ask(name, sampling=LONG) for name in requests]
+    assert runs[0].living is not None
+    return router, runs, [peer.key for peer in runs[0].living.choice.prefill_peers]
+
+
+def test_a_request_whose_prompt_was_computed_did_not_kill_the_prefill_worker() -> None:
+    router, (begun, waiting), peers = disaggregated("begun", "waiting")
+    router.tokens(begun)
+    kill(router, peers[0])
+    assert (begun.suspicion, waiting.suspicion is None) == (None, False)
+
+
+def test_of_several_suspects_on_one_worker_none_is_guilty() -> None:
+    router, runs, peers = disaggregated("one", "other")
+    kill(router, peers[0])
+    assert all(run.suspicion is not None for run in runs)
+    innocent = router.ask("innocent", sampling=LONG)
+    router.join("e", role=Role.DECODE)
+    router.join("q", role=Role.PREFILL)
+    router.pass_s(0.0)
+    kill(router, placed(runs[0]))
+    assert all(run.error is None and run.suspicion is not None for run in runs)
+    assert innocent.suspicion is None, "two are suspected more"
+    assert sum(run.stage is Stage.DISPATCHED for run in runs) == 1, "from now on one at a time"
+
+
+def test_a_choice_that_ended_needs_no_further_proof() -> None:
+    router = Router("a", "b")
+    run = router.ask(num_choices=2, sampling=LONG)
+    router.tokens(run, 1, choice=0)
+    kill(router, placed(run))
+    router.tokens(run, 1, choice=0)
+    router.end(run, choice=0)
+    assert run.suspicion is not None
+    router.tokens(run, PROOF_TOKENS, choice=1)
+    assert run.suspicion is None
