@@ -34,7 +34,7 @@ else:
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
-STARTS_CLUSTERS = re.compile(r"tests/(system|worker)/")
+SLOW_TO_START = re.compile(r"tests/system/test_ray\.py$")  # half a minute in each process that takes some of its tests
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -50,10 +50,10 @@ def recorded(request: pytest.FixtureRequest, record_property: Callable[[str, obj
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several test processes: what starts clusters first, each module in one process."""
+    """With several test processes: a module whose cluster starts slowly comes first, and whole in one process."""
     num_processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if num_processes > 1:
-        items[:] = dealt(items, num_processes, lambda item: item.nodeid.split("::")[0], STARTS_CLUSTERS.match)
+        items[:] = dealt(items, num_processes, lambda item: item.nodeid.split("::")[0], SLOW_TO_START.match)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

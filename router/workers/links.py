@@ -69,7 +69,7 @@ class WorkerLink:
         self._stub: worker_pb2_grpc.WorkerAsyncStub = worker_pb2_grpc.WorkerStub(self._channel)
         self._session: asyncio.Task[None] | None = None
         self._keepers: list[asyncio.Task[None]] = []
-        self._is_up = False
+        self._is_up = self._is_closing = False
         self._reset_reason = "reset"
         self._has_complained = False  # a warning about different keys was logged
 
@@ -102,6 +102,7 @@ class WorkerLink:
         with contextlib.suppress(TimeoutError):
             if self._is_up:
                 await asyncio.wait_for(self._orders.join(), FLUSH_S)
+        self._is_closing = True
         tasks = [*self._keepers, *([self._session] if self._session else [])]
         for task in tasks:
             task.cancel()
@@ -115,7 +116,7 @@ class WorkerLink:
         """Run a stream repeatedly, with a growing wait while it cannot be opened."""
         wait_s = _FIRST_RETRY_S
         loop = asyncio.get_running_loop()
-        while True:
+        while not self._is_closing:  # a call that fails at the same moment as it is cancelled raises its error instead
             began_s = loop.time()
             reason = await self._run_once(run, is_session)
             wait_s = _FIRST_RETRY_S if loop.time() - began_s > 1.0 else min(_LONGEST_RETRY_S, 2 * wait_s)

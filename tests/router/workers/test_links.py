@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import grpc.aio
 from support.fake_worker import FakeWorker
 from support.flow_cluster import cluster, collect, request, until
@@ -76,3 +78,19 @@ async def test_no_order_is_taken_by_a_session_that_is_being_reported_as_broken()
     link._mark_down("broke")
     await link.close()
     assert taken == [False]
+
+
+async def test_a_link_closes_although_a_cancelled_call_raised_its_own_error() -> None:
+    async def fails_when_cancelled() -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            raise grpc.aio.UsageError("it failed at the same moment") from None
+
+    async with cluster() as c:
+        await c.add(FakeWorker("a"))
+        link = next(iter(c.flow.members.links.values()))
+        link._keepers.append(asyncio.create_task(link._keep(fails_when_cancelled, is_session=False)))
+        await asyncio.sleep(0)
+        async with asyncio.timeout(20):
+            await link.close()
