@@ -55,7 +55,7 @@ async def _serve(worker: WorkerProcess, grace_s: float, parent_pid: int | None) 
     if parent_pid is None:  # started by hand, or by a system that keeps the output
         print(worker.readiness, file=sys.stderr, flush=True)
     if await first(worker.ended.wait(), stop.asked.wait(), orphaned(parent_pid)) == ORPHANED:
-        log.warning("%s: whoever started us is gone", worker.settings.worker_id)
+        log.warning("%s: its parent process is gone", worker.settings.worker_id)
     is_broken = worker.ended.is_set()
     try:
         await unless(stop.asked_again, worker.stop(0.0 if is_broken else grace_s))

@@ -28,19 +28,13 @@ class Pem:
     key: bytes = field(repr=False)
 
 
-def context_of(pem: Pem, *, server_side: bool = False) -> ssl.SSLContext:
-    """A context that shows the certificate and wants one of the peer's, from a trusted authority.
+def client_context(pem: Pem) -> ssl.SSLContext:
+    """A context of a client that shows the certificate, and wants one of the server's from a trusted authority.
 
     Raises:
         ssl.SSLError: certificate and key do not belong together, or one is no PEM.
     """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server_side else ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.verify_mode = ssl.CERT_REQUIRED
-    context.load_verify_locations(cadata=pem.ca.decode("ascii", "replace"))
-    with _file_of(pem.chain + b"\n" + pem.key) as path:
-        context.load_cert_chain(path)
-    return context
+    return _shows(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), pem, wants_certificates=True)
 
 
 def server_context(pem: Pem, *, wants_certificates: bool) -> ssl.SSLContext:
@@ -49,7 +43,10 @@ def server_context(pem: Pem, *, wants_certificates: bool) -> ssl.SSLContext:
     Raises:
         ssl.SSLError: certificate and key do not belong together, or one is no PEM.
     """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    return _shows(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), pem, wants_certificates=wants_certificates)
+
+
+def _shows(context: ssl.SSLContext, pem: Pem, *, wants_certificates: bool) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if wants_certificates:
         context.verify_mode = ssl.CERT_REQUIRED
@@ -66,7 +63,7 @@ def names_in(pem: Pem) -> list[str]:
         ConfigError: it is not: expired, without its key, of another authority, or for another use.
     """
     try:
-        client, server = context_of(pem), context_of(pem, server_side=True)
+        client, server = client_context(pem), server_context(pem, wants_certificates=True)
         for context in (client, server):
             context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # a trusted certificate need not be an authority's
         client.check_hostname = False
@@ -101,7 +98,7 @@ def why_refused(address: str, pem: Pem | None, name: str) -> str | None:
     """
     host, _, port = address.rpartition(":")
     try:
-        context = ssl.create_default_context() if pem is None else context_of(pem)
+        context = ssl.create_default_context() if pem is None else client_context(pem)
         context.set_alpn_protocols(["h2"])
         with (
             socket.create_connection((host.strip("[]"), int(port)), PROBE_S) as plain,

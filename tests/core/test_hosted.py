@@ -32,6 +32,7 @@ class Quiet:
 
 @pytest.fixture
 def hosted():
+    gc.unfreeze()  # another test of this process may have run an actor
     server = Quiet()
     hosted = Hosted(lambda: server, 3.0)
     with ThreadPoolExecutor(1) as pool:

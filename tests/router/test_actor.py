@@ -1,6 +1,7 @@
 """The actor that hosts a router: on which loop it runs."""
 
 import asyncio
+import gc
 import signal
 import sys
 
@@ -33,6 +34,7 @@ def _this_process_stays_as_it_is(monkeypatch: pytest.MonkeyPatch):
     yield
     sys.setswitchinterval(interval_s)
     signal.signal(signal.SIGTERM, handler)
+    gc.unfreeze()
 
 
 @pytest.mark.usefixtures("_this_process_stays_as_it_is")
