@@ -271,4 +271,13 @@ _LATER = [
     Mutant("router/api/http/sse.py", '.encode("utf-8", "backslashreplace")', ".encode()"),
 ]
 
-MUTANTS = [*_INSIDE, *_OUTSIDE, *_TEXT, *_CONNECTIONS, *_LATER]
+_PROCESSES = [
+    Mutant("router/workers/links.py", "        self._is_closing = True\n", ""),
+    Mutant("router/api/http/connection.py", 'if name.lower() == b"transfer-encoding" and', "if False and"),
+    Mutant("core/hosted.py", "        keep_present_objects()\n", ""),
+    Mutant("worker/main.py", "    keep_freed_memory()\n    switch_often()\n", "    keep_freed_memory()\n"),
+    Mutant("worker/main.py", "    await starting\n    keep_present_objects()\n", "    await starting\n"),
+    Mutant("cluster/launch/last_words.py", "    if code - 128 in _WANTED_ENDS:", "    if False:"),
+]
+
+MUTANTS = [*_PROCESSES, *_INSIDE, *_OUTSIDE, *_TEXT, *_CONNECTIONS, *_LATER]
