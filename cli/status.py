@@ -70,6 +70,8 @@ def status(
             markup=False,
             highlight=False,
         )
+    if len(cluster.get("routers", ())) > 1:
+        console.print(_routers(cluster))
     router = cluster["router"]
     console.print(_encryption(cluster), markup=False)
     if router.get("calls_refused"):
@@ -104,6 +106,19 @@ def _table(cluster: dict[str, Any]) -> Table:
             f"{blocks['total'] - blocks['free']:,}/{blocks['total']:,}",
             worker.get("metrics_address") or "none",
         )
+    return table
+
+
+def _routers(cluster: dict[str, Any]) -> Table:
+    """Routers that share the ports; the first one has answered."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("router", "state", "pid", "requests", "tokens", "live workers"):
+        table.add_column(heading, no_wrap=True)
+    for router in cluster["routers"]:
+        states = router["workers"].values()
+        live = f"{sum(state == 'live' for state in states)}/{len(states)}"
+        numbers = [f"{router[name]:,}" for name in ("in_flight_requests", "in_flight_tokens")]
+        table.add_row(router["name"], router["state"], str(router["pid"]), *numbers, live)
     return table
 
 

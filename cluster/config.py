@@ -27,6 +27,7 @@ from ..router.config import RouterConfig
 from ..worker.settings import GpuHealth
 
 ENVIRONMENT_PREFIX = "TWOSTROKE__"
+MAX_ROUTERS = 64
 STDIN = Path("-")  # as a configuration file: a configuration with keys need not be stored in a file
 
 
@@ -46,6 +47,9 @@ class ClusterConfig(Section):
     )
     prefill_tp: int | None = Field(None, ge=1, le=64, description="ranks of a prefill worker; none: as the others")
     decode_tp: int | None = Field(None, ge=1, le=64, description="ranks of a decode worker; none: as the others")
+    routers: int = Field(
+        1, ge=1, le=MAX_ROUTERS, description="routers on this machine; several share router.port and grpc_port"
+    )
     launcher: Literal["ray", "process", "inprocess"] = "ray"
     key: str = Field(
         default_factory=lambda: secrets.token_hex(16),
@@ -180,11 +184,27 @@ def _check(config: Config) -> None:
             f"router.port is {router.port}, router.grpc_port {router.grpc_port}, router.internal_port "
             f"{router.internal_port}; they must differ (--port, --grpc-port)"
         )
+    _check_router_ports(config)
     _check_pairs(config)
     largest = config.step.max_num_batched_tokens
     if largest < config.cache.block_size:
         raise ConfigError(
             f"step.max_num_batched_tokens is {largest}; must be at least cache.block_size ({config.cache.block_size})"
+        )
+
+
+def _check_router_ports(config: Config) -> None:
+    """Refuse internal ports of several routers that another port of theirs is among, or that end above 65535."""
+    router, number = config.router, config.cluster.routers
+    if number == 1 or not router.internal_port:
+        return
+    ports = range(router.internal_port, router.internal_port + number)
+    taken = [port for port in (router.port, router.grpc_port) if port in ports]
+    if taken or ports[-1] > 65535:
+        what = f"the routers share {taken[0]}" if taken else "65535 is the last port"
+        raise ConfigError(
+            f"router.internal_port is {ports[0]}, so {number} routers take {ports[0]} to {ports[-1]}, and {what}; "
+            "choose another, or 0 for any (router.internal_port)"
         )
 
 

@@ -46,6 +46,7 @@ class ProcessPlan:
     metrics_port: int | None = None  # of a worker; 0: any, None: off
     num_ranks: int = 1  # tensor-parallel ranks of a worker, with `num_threads` each
     first_core: int | None = None  # its ranks' cores begin here, among those of the machine; None: any cores
+    index: int = 0  # of a router, among those that share its ports
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +81,13 @@ class Plan:
 
 
 ROUTER_BYTES = 400 << 20  # memory of a router (without torch) and of the launcher
+FURTHER_ROUTER_BYTES = 200 << 20  # of each router after the first
 RAY_BYTES = 450 << 20  # memory of the processes of a local Ray: 340 MiB measured, and its object store
 RANK_BYTES = 300 << 20  # memory of a further rank's process, without weights and pool
 
 
 def place(config: Config, machine: MachineFacts, model: ModelFacts) -> Plan:
-    """Plan one router, then prefill, then decode workers; cores and memory in equal shares, GPUs round-robin.
+    """Plan the routers, then prefill, then decode workers; cores and memory in equal shares, GPUs round-robin.
 
     Raises:
         DoesNotFit: weights and pool of so many workers do not fit the machine, or the configured context does not.
@@ -120,12 +122,13 @@ def place(config: Config, machine: MachineFacts, model: ModelFacts) -> Plan:
     patience, more = decided_patience(cluster, model.weight_bytes, len(roles))
     decisions += more
     counts: dict[str, int] = {}
-    members = [ProcessPlan("router-0", "router")]
+    routers = [ProcessPlan(f"router-{index}", "router", index=index) for index in range(cluster.routers)]
+    members: list[ProcessPlan] = []
     next_core = 0
     for (prefix, role), num_ranks in zip(roles, ranks, strict=True):
         index = counts.setdefault(prefix, 0)
         counts[prefix] += 1
-        place_of_worker = len(members) - 1
+        place_of_worker = len(members)
         gpu = place_of_worker % len(machine.gpu_bytes) if device == "cuda" else 0
         port = cluster.worker_metrics_port and cluster.worker_metrics_port + place_of_worker
         first_core = next_core if more_ranks and threads * sum(ranks) <= machine.num_cores else None
@@ -141,7 +144,7 @@ def place(config: Config, machine: MachineFacts, model: ModelFacts) -> Plan:
     served = replace(model, max_model_len=sized.max_model_len)
     used = {member.gpu for member in members if member.device == "cuda"}
     spare = tuple(sorted(set(range(len(machine.gpu_bytes))) - used)) if device == "cuda" else ()
-    return Plan(tuple(members), served, sized.pool, config.model_copy(update=update), tuple(decisions), spare)
+    return Plan((*routers, *members), served, sized.pool, config.model_copy(update=update), tuple(decisions), spare)
 
 
 def _told_ranks(ranks: list[int]) -> str:
@@ -158,9 +161,10 @@ def _check_ranks(config: Config, device: str) -> None:
 
 
 def bytes_beside_workers(config: Config) -> int:
-    """Memory of the other processes of a cluster on this machine: the router, the launcher, and a Ray of our own."""
+    """Memory of the other processes of a cluster on this machine: routers, launcher, and a Ray of our own."""
     has_ray = config.cluster.launcher == "ray" and config.cluster.ray_address in (None, "local")
-    return ROUTER_BYTES + (RAY_BYTES if has_ray else 0)
+    further_routers = (config.cluster.routers - 1) * FURTHER_ROUTER_BYTES
+    return ROUTER_BYTES + further_routers + (RAY_BYTES if has_ray else 0)
 
 
 def _share(machine: MachineFacts, device: str, num_workers: int, other_bytes: int) -> int:
@@ -177,7 +181,8 @@ def _check_metrics_ports(config: Config, num_workers: int) -> None:
     if not first:
         return
     ports = range(first, first + num_workers)
-    shared = [port for port in (router.port, router.grpc_port, router.internal_port) if port in ports]
+    inside = range(router.internal_port, router.internal_port + config.cluster.routers) if router.internal_port else ()
+    shared = [port for port in (router.port, router.grpc_port, *inside) if port in ports]
     if shared or ports[-1] > 65535:
         what = f"the router has {shared[0]}" if shared else "65535 is the last port"
         raise ConfigError(

@@ -41,7 +41,7 @@ async def prepare(config: Config, show: Show) -> tuple[Config, Plan]:
     Raises:
         ConfigError, CheckpointError, DoesNotFit: the cluster cannot be started; with the reason and a remedy.
     """
-    check_ports(config.router)
+    check_ports(config.router)  # not as shared ones: other routers on them would share our clients
     _check_launcher(config)
     await asyncio.to_thread(launcher_class, config)  # importing an engine takes seconds; the loop must handle signals
     config = await asyncio.to_thread(_with_checkpoint, config)

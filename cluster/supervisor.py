@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 Say = Callable[[str], None]
 
 _USE_BY_STATE = {"live": Use.SERVES, "draining": Use.DRAINS}
+_LEAST_USE = (Use.NONE, Use.DRAINS, Use.SERVES)
 _POLL_S = 0.1  # while a member is starting
 _WATCH_S = 1.0  # otherwise
 _START_TRIES = 3
@@ -39,12 +40,11 @@ class Supervisor:
         self._plan = plan
         self._clock = clock or MonotonicClock()
         self._say = say or log.info
-        self.config = _with_fixed_ports(plan.settle(config))
+        self.config, internal_ports = _with_fixed_ports(plan.settle(config))
         certificates = certificates_of(self.config)
         face_tls(self.config.router)  # raises now, if its files cannot be used
         self.tls_remark = certificates.remark  # for the operator
-        internal_port = self.config.router.internal_port
-        site = Site(self.config, plan.model.directory, plan.model.name, internal_port, certificates.by_role)
+        site = Site(self.config, plan.model.directory, plan.model.name, internal_ports, certificates.by_role)
         self._launcher = launcher_class(self.config)(site)
         cluster = self.config.cluster
         draining_s = max(cluster.replace_after_s, cluster.drain_timeout_s)
@@ -199,10 +199,11 @@ class Supervisor:
                 tls = await asyncio.to_thread(face_tls, router)
             insecure = tls is None and router.insecure
             async with AsyncClient(self.grpc_address, api_key=key, timeout_s=2.0, insecure=insecure, tls=tls) as client:
-                await self._observe_through(client, may_change=tls is not None)
+                # Another connection may lead to another router, too, of those that share the port.
+                await self._observe_through(client, may_change=tls is not None or self.config.cluster.routers > 1)
 
     async def _observe_through(self, client: AsyncClient, *, may_change: bool) -> None:
-        """The same through one connection, until it fails and its certificates may have changed."""
+        """The same through one connection, until it fails and another one may do better (`may_change`)."""
         while True:
             self._started.clear()
             cluster = await _cluster_or_none(client)
@@ -280,9 +281,11 @@ def _lives(cluster: dict[str, Any] | None) -> dict[str, _Life]:
     """State of the router, if it answered, and of the workers that it knows."""
     if cluster is None:
         return {}
-    found = {"router-0": _Life(cluster["router"]["incarnation"], Use.SERVES)}
+    routers = cluster.get("routers") or [cluster["router"] | {"name": "router-0"}]
+    found = {router["name"]: _Life(router["incarnation"], Use.SERVES) for router in routers}
     for worker in cluster["workers"]:
-        use = _USE_BY_STATE.get(worker["state"], Use.NONE)
+        states = [worker["state"], *(router["workers"].get(worker["worker_id"]) for router in routers[1:])]
+        use = min((_USE_BY_STATE.get(state, Use.NONE) for state in states), key=_LEAST_USE.index)
         role, cordon = Role(worker["role"]), _cordon_of(worker)
         found[worker["worker_id"]] = _Life(worker["incarnation"], use, worker["numerics"], role, cordon)
     return found
@@ -293,11 +296,17 @@ def _cordon_of(worker: dict[str, Any]) -> str:
     return "".join(f"{gpu['uuid']} is cordoned: {'; '.join(gpu['reasons'])}" for gpu in cordoned[:1])
 
 
-def _with_fixed_ports(config: Config) -> Config:
-    """Replace ports of 0 by free ones, so that a restarted router has the same ports as before."""
-    names = [name for name in ("port", "grpc_port", "internal_port") if getattr(config.router, name) == 0]
-    free = dict(zip(names, free_ports(config.router.host, len(names)), strict=True))
-    return config.model_copy(update={"router": config.router.model_copy(update=free)})
+def _with_fixed_ports(config: Config) -> tuple[Config, tuple[int, ...]]:
+    """Replace ports of 0 by free ones, so that a restarted router has the same ports as before.
+
+    Also returns the internal port of each router: the configured one and those after it, or free ones.
+    """
+    number, first = config.cluster.routers, config.router.internal_port
+    names = [name for name in ("port", "grpc_port") if getattr(config.router, name) == 0]
+    free = free_ports(config.router.host, len(names) + (0 if first else number))
+    inside = tuple(range(first, first + number)) if first else tuple(free[len(names) :])
+    found = dict(zip(names, free, strict=False)) | {"internal_port": inside[0]}
+    return config.model_copy(update={"router": config.router.model_copy(update=found)}), inside
 
 
 def _reachable(host: str) -> str:

@@ -30,19 +30,21 @@ def check_address(address: str, param: str) -> str:
     return address
 
 
-def check_port(host: str, port: int, remedy: str) -> None:
+def check_port(host: str, port: int, remedy: str, *, shared: bool = False) -> None:
     """Check that a server can bind a port. `remedy` names the flag or setting that chooses another port.
 
-    A port that another server shares by SO_REUSEPORT counts as taken.
+    A port that another server shares by SO_REUSEPORT counts as taken, unless we share it too (`shared`).
 
     Raises:
         ConfigError: the port is taken or forbidden, or `host` is no address of this machine.
     """
-    bound_socket(host, port, remedy).close()
+    bound_socket(host, port, remedy, shared=shared).close()
 
 
-def bound_socket(host: str, port: int, remedy: str) -> socket.socket:
+def bound_socket(host: str, port: int, remedy: str, *, shared: bool = False) -> socket.socket:
     """Return a TCP socket that is bound and does not listen yet. The caller closes it.
+
+    `shared`: several processes of this user listen on the port (SO_REUSEPORT); the kernel deals connections out.
 
     Raises:
         ConfigError: as for `check_port`.
@@ -50,6 +52,8 @@ def bound_socket(host: str, port: int, remedy: str) -> socket.socket:
     address = numeric_host(host)
     bound = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections in TIME_WAIT do not block the port
+    if shared:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
         bound.bind((address, port))
     except OSError as error:

@@ -12,7 +12,7 @@ from pathlib import Path
 from grpc_tools import protoc
 
 ROOT = Path(__file__).resolve().parent.parent
-SERVICES = ("inference", "worker")  # the others define messages only: no *_pb2_grpc for them
+SERVICES = ("inference", "peers", "worker")  # the others define messages only: no *_pb2_grpc for them
 
 
 def generate(out: Path) -> int:

@@ -38,6 +38,17 @@ class RouterConfig(Section):
         "127.0.0.1", description="address of the port for workers; another than loopback needs insecure=true"
     )
     internal_port: int = Field(0, ge=0, le=65535, description="where workers announce themselves; 0 = any")
+    name: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$",
+        description="name of this router in status, metrics and logs; none: router-PID",
+    )
+    peers: Words = Field(
+        (), description="host:port of the other routers' internal ports: explain, abort, status and metrics ask them"
+    )
+    shared_ports: bool = Field(
+        False, description="share port and grpc_port with other routers of this user on this machine (SO_REUSEPORT)"
+    )
     insecure: bool = Field(
         False, description="allow a host that others can reach, without certificates, with or without keys"
     )

@@ -20,4 +20,5 @@ def check_ports(settings: RouterConfig) -> None:
     """
     for name, remedy in PORT_REMEDIES.items():
         host = settings.internal_host if name == "internal_port" else settings.host
-        check_port(host, getattr(settings, name), remedy)
+        is_shared = settings.shared_ports and name != "internal_port"  # workers must reach this very router
+        check_port(host, getattr(settings, name), remedy, shared=is_shared)

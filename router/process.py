@@ -25,7 +25,7 @@ from ..core.tls.config import TlsConfig
 from ..core.tls.face import FaceTls
 from ..core.tls.identity import TlsIdentity, add_port
 from ..kv.keys import identity_key, proof_key
-from ..protos import inference_pb2, inference_pb2_grpc
+from ..protos import inference_pb2, inference_pb2_grpc, peers_pb2_grpc
 from .api.frontend import Frontend
 from .api.grpc.guard import SPARE_CALLS, Guard
 from .api.grpc.service import InferenceService
@@ -33,17 +33,20 @@ from .api.http.app import make_app
 from .api.http.connections import Connections, connections_within, raise_file_limit
 from .api.http.selector import TieredLoop, running_tiers
 from .config import RouterConfig
+from .peers.joined import live_workers
+from .peers.peers import Peers
+from .peers.service import PeerHandlers, PeerService
 from .ports import PORT_REMEDIES, check_ports
 from .requests.flow import Flow
 
 _INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 _GRPC_OPTIONS = (
-    ("grpc.so_reuseport", 0),  # a second router on the port must fail, not share it silently
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
 )
 _INTERNAL_OPTIONS = (
     *_GRPC_OPTIONS,
+    ("grpc.so_reuseport", 0),  # a second router on the port must fail, not share it silently
     ("grpc.max_concurrent_streams", 4096),
     ("grpc.server_handshake_timeout_ms", 5_000),
 )
@@ -59,6 +62,7 @@ _CLIENTS_OPTIONS = (
     ("grpc.http2.lookahead_bytes", 16 << 10),  # buffered per stream that is not read yet
     ("grpc.http2.bdp_probe", 0),  # with probes these windows would grow to megabytes
 )
+JOIN_S = 5.0  # a router that starts beside others waits for their workers: each announces itself every 2 s at least
 ACCEPTS = 2  # connections that the event loop accepts per turn (asyncio's `backlog`)
 BACKLOG = 2048  # connections that wait in the system to be accepted
 
@@ -85,8 +89,10 @@ class RouterProcess:
         self.ended = asyncio.Event()  # the HTTP server has ended, by `stop` or by its own fault
         self._settings = settings
         self._tls = TlsIdentity(tls, Caller.ROUTER) if tls else None
-        self._flow = Flow(settings, identity_key(cluster_key), proof_key=proof_key(cluster_key), tls=self._tls)
-        self._front = Frontend(settings, self._flow, reads_defaults=reads_defaults)
+        proof = proof_key(cluster_key)
+        self._flow = Flow(settings, identity_key(cluster_key), proof_key=proof, tls=self._tls)
+        self._peers = Peers(settings.peers, proof, self._tls)
+        self._front = Frontend(settings, self._flow, self._peers, reads_defaults=reads_defaults)
         self._guard = Guard(settings, self._front.authenticate, _INFERENCE, self._front.room)
         self._health = health.aio.HealthServicer()
         self._servers: list[grpc.aio.Server] = []
@@ -120,13 +126,18 @@ class RouterProcess:
             face = FaceTls(settings.ssl_certfile, settings.ssl_keyfile, settings.ssl_ca_certs)
         is_safe = settings.insecure or self._tls is not None
         inside = bindable_host(settings.internal_host, "router.internal_host", insecure=is_safe)
-        listener = bound_socket(host, settings.port, PORT_REMEDIES["port"])
+        listener = bound_socket(host, settings.port, PORT_REMEDIES["port"], shared=settings.shared_ports)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         await self._flow.start()
         inner = self._tls.server_credentials() if self._tls else None
-        await self._serve(self._flow.internal_server(_INTERNAL_OPTIONS), inside, "internal_port", inner)
+        internal = self._flow.internal_server(_INTERNAL_OPTIONS)
+        peers_pb2_grpc.add_PeersServicer_to_server(PeerService(self._for_peers()), internal)
+        await self._serve(internal, inside, "internal_port", inner)
+        await self._hear_workers()
         options = [
             *_CLIENTS_OPTIONS,
+            # 0: a second router on the port must fail, not share it silently. 1: gRPC sets SO_REUSEPORT itself.
+            ("grpc.so_reuseport", int(settings.shared_ports)),
             ("grpc.max_receive_message_length", settings.max_body_bytes),
             ("grpc.max_concurrent_streams", settings.max_running + SPARE_CALLS),  # of one connection: more wait there
         ]
@@ -169,17 +180,34 @@ class RouterProcess:
             self._http.force_exit = True
             with contextlib.suppress(TimeoutError, asyncio.CancelledError):
                 await asyncio.wait_for(self._http_task, 1.0)
-        await asyncio.gather(*(server.stop(0.5) for server in self._servers))
+        await asyncio.gather(*(server.stop(0.5) for server in self._servers), self._peers.close())
         self._guard.close()
+
+    async def _hear_workers(self) -> None:
+        """Before clients come, wait for the workers that the other routers have, for at most `JOIN_S`.
+
+        The kernel deals connections out to every router that listens, so one without workers would refuse its share.
+        """
+        loop = asyncio.get_running_loop()
+        end_s = loop.time() + JOIN_S
+        expected = {name for report in await self._peers.reports() for name in live_workers(report)}
+        while not expected <= live_workers(self._flow.cluster()) and loop.time() < end_s:
+            await self._flow.members.wait_for_change(end_s - loop.time())
+
+    def _for_peers(self) -> PeerHandlers:
+        front, flow = self._front, self._flow
+        return PeerHandlers(flow.router_id, front.explain_here, front.abort_here, flow.cluster, front.metrics_here)
 
     async def _serve(
         self, server: grpc.aio.Server, host: str, name: str, credentials: grpc.ServerCredentials | None = None
     ) -> None:
-        port = getattr(self._settings, name)
+        settings = self._settings
+        port = getattr(settings, name)
         try:
             add_port(server, target(host, port), credentials)
         except RuntimeError as error:
-            check_port(host, port, PORT_REMEDIES[name])  # raises with the reason, if it finds one
+            is_shared = settings.shared_ports and name == "grpc_port"
+            check_port(host, port, PORT_REMEDIES[name], shared=is_shared)  # raises with the reason, if it finds one
             raise ConfigError(f"port {port} cannot be bound: {error}") from None
         await server.start()
         self._servers.append(server)

@@ -29,7 +29,7 @@ class InProcessLauncher:
         process: WorkerProcess | RouterProcess
         if member.kind == "router":
             config = self._site.config
-            settings = config.router.model_copy(update={"internal_port": self._site.internal_port})
+            settings = self._site.router_settings(member)
             reads_defaults = config.model.generation_config == "auto"
             tls = self._site.tls_of(Caller.ROUTER)
             process = RouterProcess(settings, config.cluster.key, reads_defaults=reads_defaults, tls=tls)

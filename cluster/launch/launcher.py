@@ -9,6 +9,7 @@ from typing import Protocol
 from ...core.request import Role
 from ...core.tls.callers import Caller
 from ...core.tls.config import TlsConfig
+from ...router.config import RouterConfig
 from ...worker.settings import WorkerSettings
 from ..config import Config
 from ..placement import ProcessPlan
@@ -20,18 +21,29 @@ Ended = Callable[[str, ProcessEnd], None]
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Facts shared by all members of a cluster: configuration, checkpoint directory, router address."""
+    """Facts shared by all members of a cluster: configuration, checkpoint directory, addresses of routers."""
 
     config: Config
     model_directory: str
     model_name: str
-    internal_port: int  # of the router, fixed before the first start so that a restarted router is found again
+    internal_ports: tuple[int, ...]  # of each router, fixed before the start so that a restarted one is found again
     tls: Mapping[Caller, TlsConfig] | None = None  # certificates by role
 
     @property
-    def internal_address(self) -> str:
-        """host:port of the router's Announce service."""
-        return f"127.0.0.1:{self.internal_port}"
+    def internal_addresses(self) -> tuple[str, ...]:
+        """host:port of each router's Announce service, in the order of their indices."""
+        return tuple(f"127.0.0.1:{port}" for port in self.internal_ports)
+
+    def router_settings(self, member: ProcessPlan) -> RouterConfig:
+        """Settings of one router: its name, its own internal port, and what it shares with the others."""
+        addresses = self.internal_addresses
+        own = {
+            "name": member.name,
+            "internal_port": self.internal_ports[member.index],
+            "peers": tuple(address for index, address in enumerate(addresses) if index != member.index),
+            "shared_ports": len(addresses) > 1,
+        }
+        return self.config.router.model_copy(update=own)
 
     def tls_of(self, caller: Caller) -> TlsConfig | None:
         """Certificates of a role; None: there are none."""
@@ -92,7 +104,7 @@ def worker_settings(site: Site, member: ProcessPlan) -> WorkerSettings:
         tls=site.tls_of(Caller.WORKER),
         metrics_port=member.metrics_port,
         metrics_keys=config.router.api_keys,
-        routers=(site.internal_address,),
+        routers=site.internal_addresses,
         cluster_key=config.cluster.key,
         orphan_grace_s=config.cluster.orphan_grace_s,
         drain_timeout_s=config.cluster.drain_timeout_s,

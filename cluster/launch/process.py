@@ -36,7 +36,6 @@ class ProcessLauncher:
         self._processes: dict[str, asyncio.subprocess.Process] = {}
         self._spawning: set[asyncio.Task[None]] = set()
         self._watchers: set[asyncio.Task[None]] = set()
-        self._configs = {kind: _config_text(site, caller) for kind, caller in _CALLERS.items()}
 
     async def start(self, member: ProcessPlan, ended: Ended) -> None:
         """Start one child; its output goes to a log file, from whose end the cause of its end is read.
@@ -61,7 +60,7 @@ class ProcessLauncher:
             )
         self._processes[member.name] = process
         assert process.stdin is not None
-        process.stdin.write(self._configs[member.kind])  # buffered; the transport sends it as the child reads
+        process.stdin.write(_config_text(self._site, member))  # buffered; the transport sends it as the child reads
         process.stdin.close()
         watcher = asyncio.create_task(self._watch(member.name, process, log, ended))
         self._watchers.add(watcher)
@@ -115,7 +114,8 @@ class ProcessLauncher:
         command = [sys.executable, "-P", "-m", "twostroke.cli.main", member.kind, "--config", "-"]
         if member.kind == "worker":
             command += ["--role", str(member.role), "--worker-id", member.name]
-            command += ["--router", self._site.internal_address, "--memory-bytes", str(member.memory_bytes)]
+            command += [word for address in self._site.internal_addresses for word in ("--router", address)]
+            command += ["--memory-bytes", str(member.memory_bytes)]
             if member.first_core is not None:
                 command += ["--first-core", str(member.first_core)]
             command += ["--metrics-port", "none" if member.metrics_port is None else str(member.metrics_port)]
@@ -142,11 +142,12 @@ class ProcessLauncher:
         ended(name, end_of_process(code, log.tail()))
 
 
-def _config_text(site: Site, caller: Caller) -> bytes:
-    """The configuration of members of one role, for their standard input."""
-    values = site.config_of(caller).model_dump(mode="json")
+def _config_text(site: Site, member: ProcessPlan) -> bytes:
+    """The configuration of one member, for its standard input."""
+    values = site.config_of(_CALLERS[member.kind]).model_dump(mode="json")
     values["model"]["path"], values["model"]["name"] = site.model_directory, site.model_name
-    values["router"]["internal_port"] = site.internal_port
+    if member.kind == "router":
+        values["router"] = site.router_settings(member).model_dump(mode="json")
     return yaml.safe_dump(values).encode()
 
 

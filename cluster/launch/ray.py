@@ -88,7 +88,7 @@ class RayLauncher:
     def _create(self, member: ProcessPlan) -> Any:
         site, grace_s = self._site, self._site.config.cluster.drain_timeout_s
         if member.kind == "router":
-            settings = site.config.router.model_copy(update={"internal_port": site.internal_port})
+            settings = site.router_settings(member)
             reads_defaults = site.config.model.generation_config == "auto"
             tls = site.tls_of(Caller.ROUTER)
             build = _BuildRouter(settings, site.config.cluster.key, reads_defaults=reads_defaults, tls=tls)

@@ -25,6 +25,10 @@ _EVERYBODY = frozenset(Caller)
 
 ALLOWED: dict[str, frozenset[Caller]] = {
     "/twostroke.v1.Announce/Announce": frozenset({Caller.WORKER}),
+    "/twostroke.v1.Peers/Explain": frozenset({Caller.ROUTER}),
+    "/twostroke.v1.Peers/Abort": frozenset({Caller.ROUTER}),
+    "/twostroke.v1.Peers/Report": frozenset({Caller.ROUTER}),
+    "/twostroke.v1.Peers/Metrics": frozenset({Caller.ROUTER}),
     "/twostroke.v1.Worker/Session": frozenset({Caller.ROUTER}),
     "/twostroke.v1.Worker/Watch": frozenset({Caller.ROUTER}),
     "/twostroke.v1.Worker/Describe": frozenset({Caller.ROUTER, Caller.OPERATOR}),

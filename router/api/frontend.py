@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,6 +12,8 @@ from ...core.errors import InvalidRequest, Overloaded
 from ...core.request import Request
 from ...core.timeline import Instant, Timeline
 from ..config import RouterConfig
+from ..peers.joined import joined_metrics, joined_report
+from ..peers.peers import Peers
 from ..requests.flow import Flow
 from ..requests.pieces import OutputDelta
 from .batch import Lists, Start, explain_list, merged, name_of, streams_at_once
@@ -48,9 +51,12 @@ class Started:
 class Frontend:
     """Shared front end of the HTTP and gRPC APIs; one per router process."""
 
-    def __init__(self, config: RouterConfig, flow: Flow, *, reads_defaults: bool = True) -> None:
-        """`reads_defaults` is passed to `ModelDirectory`."""
+    def __init__(
+        self, config: RouterConfig, flow: Flow, peers: Peers | None = None, *, reads_defaults: bool = True
+    ) -> None:
+        """`peers`: the other routers; None: there are none. `reads_defaults` is passed to `ModelDirectory`."""
         self.flow = flow
+        self.peers = peers or Peers((), b"")
         self.limits = Limits.of(config)
         self.room = room_of(config)  # for the messages of both APIs
         self.texts = TextWork()
@@ -72,8 +78,12 @@ class Frontend:
         """Longest context of all served models, in tokens; None: no model is served."""
         return max((self.models.facts(name).max_model_len for name in self.models.names()), default=None)
 
-    def explain(self, request_id: str, domain: str) -> dict[str, Any] | None:
-        """Report about a tenant's own request or list; None: not known (any more)."""
+    async def explain(self, request_id: str, domain: str) -> dict[str, Any] | None:
+        """Report about a tenant's own request or list, of the router that has it; None: not known (any more)."""
+        return self.explain_here(domain, request_id) or await self.peers.explain(domain, request_id)
+
+    def explain_here(self, domain: str, request_id: str) -> dict[str, Any] | None:
+        """The same of this router alone."""
         explained = self.flow.explain(domain, request_id)
         if explained is not None:
             return explained
@@ -81,9 +91,28 @@ class Frontend:
         return explain_list(request_id, names, lambda name: self.flow.explain(domain, name))
 
     async def abort(self, request_id: str, domain: str) -> bool:
-        """Cancel a tenant's own running request, or all of a list. False: the tenant has none of that name."""
+        """Cancel a tenant's own running request, or all of a list, at any router. False: there is none of that name."""
+        return await self.abort_here(domain, request_id) or await self.peers.abort(domain, request_id)
+
+    async def abort_here(self, domain: str, request_id: str) -> bool:
+        """The same at this router alone."""
         names = [request_id, *self._lists.requests(domain, request_id)]
         return any([await self.flow.abort(domain, name) for name in names])
+
+    async def cluster(self) -> dict[str, Any]:
+        """`Flow.cluster` with what the other routers report; keys as in router/peers/joined.py."""
+        return joined_report(self.flow.cluster(), await self.peers.reports())
+
+    async def metrics(self, accept: str) -> tuple[bytes, str]:
+        """Metrics of all routers, in the format that the Accept header asks for: body and content type."""
+        if not len(self.peers):
+            return self.flow.metrics.render(accept)
+        texts = [(self.flow.router_id, self.metrics_here()), *await self.peers.metrics()]
+        return await asyncio.to_thread(joined_metrics, texts, accept)  # parsing takes some ten milliseconds
+
+    def metrics_here(self) -> str:
+        """Metrics of this router, as OpenMetrics text."""
+        return self.flow.metrics.render("application/openmetrics-text")[0].decode()
 
     async def admit(self, call: GenerateCall) -> tuple[Request, ServedModel]:
         """Validate and tokenise a call.

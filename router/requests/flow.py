@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
@@ -61,8 +62,8 @@ class Flow:
         self.metrics = metrics or RouterMetrics()
         self.clock = clock or MonotonicClock()
         self._config = config
-        # Only the order of incarnations matters: a restarted router must have a higher one than before.
-        self._identity = Identity(f"router-{os.getpid()}", time.time_ns(), identity_key, proof_key, tls)
+        name = config.name or f"router-{os.getpid()}"
+        self._identity = Identity(name, _new_incarnation(), identity_key, proof_key, tls)
         self._guard = Guard(proof_key, "router", tls=tls)
         self.metrics.calls_refused.set_function(self._guard.refusals.total)
         self.metrics.tls_failed.set_function(lambda: tls.num_failed if tls else 0)
@@ -75,6 +76,11 @@ class Flow:
         self._moved: Counter[str] = Counter()  # hand-overs and KV bytes of requests that have ended
         self._pairs = Pairs()
         self.metrics.pair_speeds = lambda: self._known_pairs().speeds()
+
+    @property
+    def router_id(self) -> str:
+        """Name of this router."""
+        return self._identity.router_id
 
     @property
     def members(self) -> WorkerRegistry:
@@ -175,6 +181,7 @@ class Flow:
             "pairs": self._known_pairs().facts(),
             "cordoned_gpus": self._members.cordoned(now_s),
             "router": {
+                "name": self._identity.router_id,
                 "router_id": self._identity.router_id,
                 "incarnation": str(self._identity.incarnation),
                 "pid": os.getpid(),
@@ -232,6 +239,14 @@ class Flow:
                 self._pairs.observe(PairKey(report["prefill_worker"], run.current.decode.worker_id), report)
         self._journal.add(explain_run(run, state))
         self._members.wake()
+
+
+def _new_incarnation() -> int:
+    """Number of this life of a router: higher than those of its earlier lives, different from all other routers'.
+
+    Routers may start in the same instant, so the lowest bits, 1 µs of the time, are drawn.
+    """
+    return time.time_ns() >> 10 << 10 | secrets.randbits(10)
 
 
 def _state_of(run: RequestState) -> str:

@@ -125,7 +125,7 @@ def test_every_process_goes_by_what_was_decided():
     machine = MachineFacts(8, 100 << 30, (79 << 30,))
     plan = place(config, machine, replace(LLAMA_8B, max_model_len=1 << 22))
     settled = plan.settle(config)
-    worker = worker_settings(Site(settled, "anywhere", "m", 1), plan.workers[0])
+    worker = worker_settings(Site(settled, "anywhere", "m", (1,)), plan.workers[0])
     assert worker.model.max_model_len == plan.pool.num_tokens
     assert worker.step.max_num_batched_tokens == 8192
     again = place(load_config(flags=settled.model_dump()), machine, LLAMA_8B)  # as a file that a launcher wrote
@@ -158,7 +158,7 @@ def test_each_worker_gets_what_the_plan_says(
     config = load_config(flags=ONE | {"model.path": str(path), "model.device": "cpu"} | flags)
     processes = bytes_beside_workers(config) + (config.cluster.prefill + config.cluster.decode) * PROCESS_BYTES
     plan = place(config, MachineFacts(8, processes + (2 << 30)), model_facts(config))
-    site = Site(plan.settle(config), plan.model.directory, plan.model.name, 1)
+    site = Site(plan.settle(config), plan.model.directory, plan.model.name, (1,))
     for member in plan.workers:
         settings = worker_settings(site, member)
         model = resolve(Path(settings.model_directory), settings.model, settings.cache.dtype, "cpu")
@@ -201,7 +201,7 @@ def test_steps_are_sized_by_the_whole_gpu_and_not_by_a_share_of_it(
     monkeypatch.setattr(build, "machine_facts", lambda: machine)
     config = load_config(flags=ONE | {"model.path": str(path)})
     member = ProcessPlan("decode-0", "worker", Role.DECODE, 1, 1 << 30, "cuda")
-    settings = worker_settings(Site(config, str(path), "m", 1), member)
+    settings = worker_settings(Site(config, str(path), "m", (1,)), member)
     sized = build._sized(settings, resolve(path, settings.model, "auto", "cuda"))
     assert sized.step.max_num_batched_tokens == tokens
     assert sized.pool.pool_bytes <= 1 << 30
@@ -210,7 +210,7 @@ def test_steps_are_sized_by_the_whole_gpu_and_not_by_a_share_of_it(
 def test_no_memory_is_not_all_memory(tiny_checkpoint: Path):
     config = load_config(flags=ONE | {"model.path": str(tiny_checkpoint), "model.device": "cpu"})
     plan = place(config, LAPTOP, model_facts(config))
-    settings = worker_settings(Site(plan.settle(config), plan.model.directory, "m", 1), plan.workers[0])
+    settings = worker_settings(Site(plan.settle(config), plan.model.directory, "m", (1,)), plan.workers[0])
     model = resolve(tiny_checkpoint, settings.model, settings.cache.dtype, "cpu")
     with pytest.raises(DoesNotFit, match="memory 0 MiB"):
         _sized(settings.model_copy(update={"memory_bytes": 0}), model)

@@ -251,7 +251,7 @@ def test_a_worker_adds_up_what_is_free_when_it_starts(large: Path, monkeypatch: 
     free = 180 << 30
     config = load_config(flags={"model.path": str(large), "cluster.prefill": 0})
     plan = place(config, MachineFacts(8, 100 << 30, (free,)), model_facts(config, 1))
-    settings = worker_settings(Site(plan.settle(config), str(large), "m", 1), plan.workers[0])
+    settings = worker_settings(Site(plan.settle(config), str(large), "m", (1,)), plan.workers[0])
     model = resolve(large, settings.model, settings.cache.dtype, "cuda")
     monkeypatch.setattr(build, "machine_facts", lambda: MachineFacts(8, 100 << 30, (free,)))
     assert build._sized(settings, model).pool.num_tokens == plan.pool.num_tokens
@@ -268,7 +268,7 @@ def test_a_worker_adds_up_what_is_free_when_it_starts(large: Path, monkeypatch: 
 def test_a_worker_on_a_gpu_by_hand_takes_what_is_free(large: Path, monkeypatch: pytest.MonkeyPatch):
     config = load_config(flags={"model.path": str(large)})
     member = ProcessPlan("decode-0", "worker", Role.DECODE, 1, 0, "cuda")
-    settings = worker_settings(Site(config, str(large), "m", 1), member).model_copy(update={"memory_bytes": None})
+    settings = worker_settings(Site(config, str(large), "m", (1,)), member).model_copy(update={"memory_bytes": None})
     monkeypatch.setattr(build, "machine_facts", lambda: MachineFacts(8, 100 << 30, (170 << 30,)))
     sized = build._sized(settings, resolve(large, settings.model, "auto", "cuda"))
     assert "memory 174,080 MiB" in sized.pool.arithmetic

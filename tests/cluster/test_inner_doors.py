@@ -84,7 +84,7 @@ async def refuses_strangers(address: str, paths: dict[str, str]) -> None:
 async def test_the_protos_declare_the_services_that_we_know():
     """A new one is tried by the tests below, unless it is for clients and named so here."""
     ours = {path.split("/")[1].removeprefix("twostroke.v1.") for path in methods() if "twostroke" in path}
-    assert ours == {"Worker", "Announce", "Handover", "Blocks"}
+    assert ours == {"Worker", "Announce", "Peers", "Handover", "Blocks"}
     assert len(methods()) >= 10
 
 

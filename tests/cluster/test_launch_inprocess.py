@@ -24,7 +24,7 @@ from twostroke.engine.link import messages as link
 async def launcher(tiny_checkpoint):
     flags = {"cache.tokens": 1024, "step.num_threads": 1, "model.max_model_len": 256, "router.port": 0}
     config = load_config(flags=flags | {"router.grpc_port": 0})
-    made = InProcessLauncher(Site(config, str(tiny_checkpoint), "tiny", 0))
+    made = InProcessLauncher(Site(config, str(tiny_checkpoint), "tiny", (0,)))
     yield made
     await made.close()
 
@@ -57,7 +57,7 @@ async def test_a_router_that_cannot_start_lets_its_ports_go():
         taken.listen()
         (free,) = free_ports("127.0.0.1", 1)
         flags = {"router.port": free, "router.grpc_port": taken.getsockname()[1]}
-        launcher = InProcessLauncher(Site(load_config(flags=flags), "", "", 0))
+        launcher = InProcessLauncher(Site(load_config(flags=flags), "", "", (0,)))
         before = asyncio.all_tasks()
         with pytest.raises(ConfigError, match=r"is in use; choose another with --grpc-port"):
             await launcher.start(ProcessPlan("router-0", "router"), lambda *_: None)
@@ -72,7 +72,7 @@ async def test_a_checkpoints_sampling_defaults_reach_both_faces_unless_turned_of
     (checkpoint / "generation_config.json").write_text('{"top_k": 3, "temperature": 0.25, "max_new_tokens": 5}')
     http, grpc, internal = free_ports("127.0.0.1", 3)
     flags = {"router.port": http, "router.grpc_port": grpc, "model.generation_config": setting, "cache.tokens": 1024}
-    launcher = InProcessLauncher(Site(load_config(flags=flags), str(checkpoint), "tiny", internal))
+    launcher = InProcessLauncher(Site(load_config(flags=flags), str(checkpoint), "tiny", (internal,)))
     try:
         for member in (ProcessPlan("router-0", "router"), ProcessPlan("w", "worker", Role.COMBINED, 1, 1 << 30)):
             await launcher.start(member, lambda *_: None)

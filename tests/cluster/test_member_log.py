@@ -78,7 +78,7 @@ async def test_a_chatty_members_log_is_cut_while_it_runs_and_its_last_words_are_
     monkeypatch.setattr(launch_process, "_LOG_CHECK_S", 0.01)
     monkeypatch.setattr(launch_process, "MemberLog", partial(MemberLog, max_bytes=100_000))
     keys = [f"key-{number:020d}" for number in range(20_000)]
-    launcher = ProcessLauncher(Site(load_config(flags={"router.api_keys": keys}), "", "", 0))
+    launcher = ProcessLauncher(Site(load_config(flags={"router.api_keys": keys}), "", "", (0,)))
     monkeypatch.setattr(launcher, "_command", lambda _: [sys.executable, "-c", CHILD])
     ends = asyncio.Queue[ProcessEnd]()
     try:
@@ -91,7 +91,7 @@ async def test_a_chatty_members_log_is_cut_while_it_runs_and_its_last_words_are_
 
 
 async def test_a_member_that_reads_nothing_ends_like_any_other(monkeypatch, caplog):
-    launcher = ProcessLauncher(Site(load_config(flags={"router.api_keys": ["k" * 500_000]}), "", "", 0))
+    launcher = ProcessLauncher(Site(load_config(flags={"router.api_keys": ["k" * 500_000]}), "", "", (0,)))
     monkeypatch.setattr(launcher, "_command", lambda _: ["false"])
     ends = asyncio.Queue[ProcessEnd]()
     try:
@@ -103,7 +103,7 @@ async def test_a_member_that_reads_nothing_ends_like_any_other(monkeypatch, capl
 
 
 async def test_a_child_that_is_being_made_when_its_start_is_cancelled_is_ended_too(monkeypatch):
-    launcher = ProcessLauncher(Site(load_config(), "", "", 0))
+    launcher = ProcessLauncher(Site(load_config(), "", "", (0,)))
     monkeypatch.setattr(launcher, "_command", lambda _: ["sleep", "1000"])
     begun, made = asyncio.Event(), asyncio.Queue[asyncio.subprocess.Process]()
     create = asyncio.create_subprocess_exec

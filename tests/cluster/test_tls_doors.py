@@ -189,7 +189,7 @@ def test_without_the_library_a_cluster_that_needs_certificates_does_not_start(mo
 def test_a_child_process_gets_the_certificate_of_its_role_by_its_standard_input_alone():
     config = load_config(flags={"router.host": "0.0.0.0", "router.insecure": True})
     certificates = certificates_of(config)
-    launcher = ProcessLauncher(Site(config, "", "", 1, certificates.by_role))
+    launcher = ProcessLauncher(Site(config, "", "", (1,), certificates.by_role))
     try:
         for kind, caller in (("router", Caller.ROUTER), ("worker", Caller.WORKER)):
             given = yaml.safe_load(launcher._configs[kind])["cluster"]["tls"]

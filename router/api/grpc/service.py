@@ -81,7 +81,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def Explain(self, request: inference_pb2.ExplainRequest, context: Context) -> Any:
         """Report about a request: its workers, reasons and times."""
-        explained = self._front.explain(request.request_id, self._tenant(context))
+        explained = await self._front.explain(request.request_id, self._tenant(context))
         if explained is None:
             raise RequestNotFound(
                 f"no request {request.request_id[:128]!r} is known here (any more)", param="request_id"
@@ -90,7 +90,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def Cluster(self, request: inference_pb2.ClusterRequest, context: Context) -> Any:
         """Report about the router and its workers."""
-        return inference_pb2.ClusterResponse(json=json.dumps(self._front.flow.cluster()))
+        return inference_pb2.ClusterResponse(json=json.dumps(await self._front.cluster()))
 
     # -------------------------------------------------------------- inside
 

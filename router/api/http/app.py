@@ -146,14 +146,14 @@ class _Face:
     async def explain(self, http: HttpRequest) -> Response:
         domain = self._front.authenticate(_api_key(http))
         request_id = http.path_params["request_id"]
-        explained = self._front.explain(request_id, domain)
+        explained = await self._front.explain(request_id, domain)
         if explained is None:
             raise RequestNotFound(f"no request {request_id[:128]!r} is known here (any more)", param="request_id")
         return JsonAnswer(explained)
 
     async def cluster(self, http: HttpRequest) -> Response:
         self._front.authenticate(_api_key(http))
-        return JsonAnswer(self._front.flow.cluster())
+        return JsonAnswer(await self._front.cluster())
 
     async def health(self, http: HttpRequest) -> Response:
         if self._front.flow.refusing:
@@ -164,7 +164,7 @@ class _Face:
 
     async def metrics(self, http: HttpRequest) -> Response:
         self._front.authenticate(_api_key(http))
-        body, content_type = self._front.flow.metrics.render(http.headers.get("accept", ""))
+        body, content_type = await self._front.metrics(http.headers.get("accept", ""))
         return Response(body, headers={"content-type": content_type})
 
     async def version(self, http: HttpRequest) -> Response:

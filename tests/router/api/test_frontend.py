@@ -20,7 +20,7 @@ async def test_a_tenant_cannot_abort_anothers_request():
         await c.add(FakeWorker("w0", behaviour=Behaviour(stop_after=2)))
         front = Frontend(RouterConfig(), c.flow)
         running = asyncio.create_task(collect(c.flow, request("r1", isolation_domain="key-0")))
-        await until(lambda: (known := front.explain("r1", "key-0")) and known["tokens"]["completion"] == 2)
+        await until(lambda: (known := front.explain_here("key-0", "r1")) and known["tokens"]["completion"] == 2)
         assert not await front.abort("r1", "key-1")
         assert not running.done()
         assert await front.abort("r1", "key-0")
@@ -43,7 +43,7 @@ async def test_a_name_is_a_list_and_a_request_and_stays_that_whatever_is_refused
         listed = await front.start_list("L", calls)
         with pytest.raises(errors.InvalidRequest, match="L-0"):  # its requests' names are in use
             await front.start_list("L", calls[:2])
-        assert (front.explain("L", "key-0") or {})["num_prompts"] == 3
+        assert (await front.explain("L", "key-0") or {})["num_prompts"] == 3
         alone = await front.start(replace(calls[0], request_id="L"))
         assert await front.abort("L", "key-0")
         for started in (listed, alone):

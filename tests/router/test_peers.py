@@ -1,0 +1,185 @@
+"""Several routers over one set of workers: joined reports and metrics, questions to the others, shared ports."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+from support.fake_worker import Behaviour
+from support.short_worker import MODEL, ShortWorker
+
+from twostroke.client.async_client import AsyncClient
+from twostroke.core.errors import ConfigError
+from twostroke.core.ports import bound_socket, check_port, free_ports
+from twostroke.kv.keys import proof_key
+from twostroke.router.config import RouterConfig
+from twostroke.router.peers.joined import joined_metrics, joined_report
+from twostroke.router.peers.peers import Peers
+from twostroke.router.process import RouterProcess
+
+KEY = "a-key-of-this-test's-cluster"
+KEYS = ("first-key-of-this-test", "second-key-of-this-test")
+
+
+class Routers:
+    """Routers in this process that share their client ports, and one worker that announces itself to all."""
+
+    def __init__(self, number: int) -> None:
+        self.port, self.grpc_port, *self.inside = free_ports("127.0.0.1", 2 + number)
+        self.processes: list[RouterProcess] = []
+        self.worker = ShortWorker("w0", proof_key=proof_key(KEY), behaviour=Behaviour())
+
+    def settings(self, index: int) -> RouterConfig:
+        return RouterConfig(
+            port=self.port,
+            grpc_port=self.grpc_port,
+            internal_port=self.inside[index],
+            name=f"router-{index}",
+            peers=[f"127.0.0.1:{port}" for place, port in enumerate(self.inside) if place != index],
+            shared_ports=True,
+            api_keys=KEYS,
+        )
+
+    async def get(self, path: str, key: str = KEYS[0]) -> httpx.Response:
+        """Ask over a connection of its own: the kernel chooses the router."""
+        async with httpx.AsyncClient(timeout=20) as client:
+            return await client.get(f"http://127.0.0.1:{self.port}{path}", headers={"api-key": key})
+
+
+@asynccontextmanager
+async def routers(number: int = 2) -> AsyncIterator[Routers]:
+    found = Routers(number)
+    async with AsyncExitStack() as stack:
+        for index in range(number):
+            process = RouterProcess(found.settings(index), KEY)
+            await process.start()
+            stack.push_async_callback(process.stop, 0.0)
+            found.processes.append(process)
+        worker = found.worker
+        await worker.start(f"127.0.0.1:{found.inside[0]}")
+        stack.push_async_callback(worker.die)
+        for port in found.inside[1:]:
+            await worker.announce_also(f"127.0.0.1:{port}")
+        async with asyncio.timeout(20):
+            while not all(p._flow.is_ready for p in found.processes):
+                await asyncio.sleep(0.01)
+        yield found
+
+
+async def test_whichever_router_answers_a_request_is_explained_and_counted():
+    async with routers() as both:
+        async with AsyncClient(f"127.0.0.1:{both.grpc_port}", api_key=KEYS[0]) as client:
+            await client.generate("hello", model=MODEL, request_id="r1")
+        answered = Counter[str]()
+        for _ in range(24):
+            explained = await both.get("/v1/requests/r1/explain")
+            assert explained.json()["state"] == "finished"
+            assert (await both.get("/v1/requests/r1/explain", KEYS[1])).status_code == 404, "another tenant's"
+            report = (await both.get("/v1/cluster")).json()
+            answered[report["router"]["name"]] += 1
+            assert {router["name"] for router in report["routers"]} == {"router-0", "router-1"}
+            assert all(router["workers"] == {"w0": "live"} for router in report["routers"])
+            assert report["counters"]["accepted"] == 1
+            lines = (await both.get("/metrics")).text.splitlines()
+            finished = [line for line in lines if line.startswith('twostroke_requests_total{outcome="finished"')]
+            assert sum(float(line.split()[-1]) for line in finished) == 1
+            assert len(finished) == 2
+        assert len(answered) == 2, "24 connections reach both"
+
+
+async def test_names_of_requests_differ_between_routers():
+    async with routers(3) as three:
+        lives = {(p._flow.router_id, p._flow.cluster()["router"]["incarnation"]) for p in three.processes}
+        assert len(lives) == 3
+        assert len({life for _, life in lives}) == 3
+
+
+async def test_a_router_that_ends_takes_only_its_own_connections():
+    async with routers() as both:
+        await both.processes[0].stop(0.0)
+        for _ in range(12):
+            report = (await both.get("/v1/cluster")).json()
+            assert [router["name"] for router in report["routers"]] == ["router-1"]
+            assert (await both.get("/health")).status_code == 200
+
+
+async def test_a_router_that_joins_others_hears_their_workers_before_clients_come():
+    async with routers() as both:
+        await both.processes[0].stop(0.0)
+        starting = asyncio.create_task((again := RouterProcess(both.settings(0), KEY)).start())
+        await asyncio.sleep(0.5)
+        assert not starting.done(), "it waits for the worker that the other router has"
+        await both.worker.announce_also(f"127.0.0.1:{both.inside[0]}")  # workers try again and again; this one once
+        while not starting.done():
+            assert (await both.get("/health")).status_code == 200
+        await starting
+        assert again._flow.is_ready
+        await again.stop(0.0)
+
+
+async def test_a_stranger_learns_nothing_from_a_router():
+    async with routers(1) as one:
+        stranger = Peers([f"127.0.0.1:{one.inside[0]}"], b"another key".ljust(32))
+        assert await stranger.reports() == []
+        assert await stranger.explain("key-0", "r1") is None
+        assert not await stranger.abort("key-0", "r1")
+        await stranger.close()
+
+
+async def test_a_peer_that_is_silent_or_absent_is_left_out():
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        (absent,) = free_ports("127.0.0.1", 1)
+        peers = Peers([f"127.0.0.1:{silent.getsockname()[1]}", f"127.0.0.1:{absent}"], b"k" * 32)
+        async with asyncio.timeout(5):
+            assert await peers.reports() == []
+            assert await peers.metrics() == []
+        await peers.close()
+
+
+def test_a_shared_port_is_taken_for_those_who_do_not_share_it():
+    (port,) = free_ports("127.0.0.1", 1)
+    with bound_socket("127.0.0.1", port, "--port", shared=True) as listener:
+        listener.listen()
+        check_port("127.0.0.1", port, "--port", shared=True)
+        with pytest.raises(ConfigError, match=f"port {port} is in use"):
+            check_port("127.0.0.1", port, "--port")
+
+
+REPORT: dict[str, Any] = {
+    "router": {"name": "a", "incarnation": "1"},
+    "workers": [{"worker_id": "w", "state": "live"}],
+    "counters": {"accepted": 2, "workers_lost": 3},
+}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{}, {"router": {}}, {**REPORT, "workers": [{}]}, {**REPORT, "counters": []}, {**REPORT, "router": {"name": "b"}}],
+)
+def test_a_report_of_another_form_is_left_out(other: dict[str, Any]):
+    assert json.loads(json.dumps(joined_report(REPORT, [other])))["routers"] == [
+        {"name": "a", "incarnation": "1", "workers": {"w": "live"}}
+    ]
+
+
+def test_counts_are_sums_but_those_of_what_every_router_sees():
+    other = {**REPORT, "router": {"name": "b", "incarnation": "2"}, "counters": {"accepted": 5, "workers_lost": 1}}
+    assert joined_report(REPORT, [other])["counters"] == {"accepted": 7, "workers_lost": 3}
+
+
+def test_metrics_of_two_routers_differ_in_one_label():
+    text = '# HELP n Some.\n# TYPE n counter\nn_total{x="1"} 4.0\n# EOF\n'
+    body, kind = joined_metrics([("a", text), ("b", text)], "")
+    assert kind.startswith("text/plain")
+    assert body.decode().splitlines()[-2:] == ['n_total{router="a",x="1"} 4.0', 'n_total{router="b",x="1"} 4.0'] or (
+        body.decode().splitlines()[-2:] == ['n_total{x="1",router="a"} 4.0', 'n_total{x="1",router="b"} 4.0']
+    )
