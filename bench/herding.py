@@ -4,9 +4,9 @@
 
 The production fleet and policy of each router choose among simulated workers. A worker computes prompts one after
 the other and decodes all its sequences at once, each for its number of steps. Every worker reports its load to all
-routers 10 times a second, and after each prompt while others wait, as real ones do after each step; a router counts
-what it dispatched itself at once, and knows of the others' work by those reports alone. Requests come at random (Poisson) and each goes to a random router,
-as the kernel deals connections out.
+routers 10 times a second, and after each prompt while others wait, as real ones do after each step. A router counts
+what it dispatched itself at once, and knows of the others' work by those reports alone. Requests come at random
+(Poisson) and each goes to a random router, as the kernel deals connections out.
 
 imbalance: the most sequences on a worker over the mean of all workers, over time, weighted by time. Exit status 1: that
 of 4 routers exceeds 1.1 times that of one.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
@@ -11,10 +12,11 @@ from typing import Any, Self, TypeVar, Unpack
 import grpc
 
 from ..client import calls
-from ..core.errors import Cancelled
-from .calls import Call, ChatOptions, Options
+from ..core.errors import Cancelled, TwostrokeError
+from .calls import Call, ChatOptions, Options, Rpc
 from .channel import AsyncReplies, AsyncTransport, Endpoint, File, GrpcAsyncTransport, Tls, check_timeout
 from .messages import Message, TemplateOptions
+from .reconnection import SHORTEST_S, Reconnection
 from .status import from_rpc_error
 from .values import Chunk, Completion, ModelCard, Tokens
 
@@ -27,8 +29,16 @@ class AsyncCompletionStream(AsyncIterator[Chunk]):
     Use it only in the event loop in which it was made.
     """
 
-    def __init__(self, replies: AsyncReplies, call: Call[Chunk], explain_failure: Callable[[Any], Exception]) -> None:
+    def __init__(
+        self,
+        replies: AsyncReplies,
+        call: Call[Chunk],
+        explain_failure: Callable[[Any], TwostrokeError],
+        reopen: Callable[[Rpc, Any], AsyncReplies],
+    ) -> None:
         self._replies = replies
+        self._reopen = reopen
+        self._reconnection = Reconnection(call)
         self._call = call
         self._explain_failure = explain_failure
         self._loop = asyncio.get_running_loop()
@@ -44,7 +54,7 @@ class AsyncCompletionStream(AsyncIterator[Chunk]):
         if self._over:
             raise StopAsyncIteration
         try:
-            chunk = self._call.read(await self._replies.__anext__())
+            chunk = self._call.read(await self._next_reply())
         except StopAsyncIteration:
             self._over = True
             self._call.finish()
@@ -64,7 +74,22 @@ class AsyncCompletionStream(AsyncIterator[Chunk]):
             self._cancel()
             raise
         self.request_id = chunk.request_id
+        self._reconnection.heard(chunk)
         return chunk
+
+    async def _next_reply(self) -> Any:
+        """The next message; a lost connection of a resumable stream is opened again."""
+        while True:
+            try:
+                return await self._replies.__anext__()
+            except grpc.RpcError as failure:
+                again = self._reconnection.after(failure, self._explain_failure(failure))
+                if again is None:
+                    raise
+                await asyncio.sleep(again.wait_s)
+                if self._over:
+                    raise StopAsyncIteration from None
+                self._replies = self._reopen(again.rpc, again.request)
 
     async def close(self) -> None:
         """Cancel the request if it still runs. Iteration then stops."""
@@ -138,6 +163,14 @@ class AsyncClient:
         """Answer a conversation as a stream. Do not await the result: iterate it."""
         return self._stream(calls.chat_stream(messages, options))
 
+    def resume(self, request_id: str, cursor: str = "", *, n: int = 1) -> AsyncCompletionStream:
+        """Go on with a resumable stream behind the piece with this cursor, at any router; "": from its beginning.
+
+        `n`: its number of choices. The stream raises CursorLost if it cannot go on there, and RequestNotFound if no
+        router knows it any more.
+        """
+        return self._stream(calls.resume(request_id, cursor, n))
+
     async def tokenize(
         self, prompt: str | Sequence[Message], *, model: str = "", **options: Unpack[TemplateOptions]
     ) -> Tokens:
@@ -186,13 +219,20 @@ class AsyncClient:
             raise Cancelled("the client was closed during the call") from None
 
     def _stream(self, call: Call[Chunk]) -> AsyncCompletionStream:
-        return AsyncCompletionStream(self._open(call), call, self._explain_failure)
+        end_s = time.monotonic() + self._timeout_of(call)
+
+        def reopen(rpc: Rpc, request: Any) -> AsyncReplies:
+            return self._transport.open(rpc, request, max(SHORTEST_S, end_s - time.monotonic()))
+
+        return AsyncCompletionStream(self._open(call), call, self._explain_failure, reopen)
 
     def _open(self, call: Call[Any]) -> AsyncReplies:
-        timeout_s = self._timeout_s if call.timeout_s is None else check_timeout(call.timeout_s)
-        return self._transport.open(call.rpc, call.request, timeout_s)
+        return self._transport.open(call.rpc, call.request, self._timeout_of(call))
 
-    def _explain_failure(self, failure: Any) -> Exception:
+    def _timeout_of(self, call: Call[Any]) -> float:
+        return self._timeout_s if call.timeout_s is None else check_timeout(call.timeout_s)
+
+    def _explain_failure(self, failure: Any) -> TwostrokeError:
         return from_rpc_error(failure, self._address)
 
 

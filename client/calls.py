@@ -16,15 +16,24 @@ from ..core.request import FinishReason, TokenLogprobs
 from ..core.sampling import FIELDS, Form, SamplingField, SamplingOptions
 from ..protos import common_pb2, inference_pb2
 from .fields import as_list as _list
+from .fields import make_resumable, shown
 from .fields import set_field as _set
-from .fields import shown
 from .messages import Message, TemplateOptions, add_messages, set_template_options
 from .values import Choice, Chunk, Completion, ModelCard, Tokens, Usage
 
 Rpc = Literal[
-    "Generate", "GenerateStream", "Chat", "ChatStream", "Tokenize", "ListModels", "Abort", "Explain", "Cluster"
+    "Generate",
+    "GenerateStream",
+    "Chat",
+    "ChatStream",
+    "Resume",
+    "Tokenize",
+    "ListModels",
+    "Abort",
+    "Explain",
+    "Cluster",
 ]
-STREAMS: frozenset[Rpc] = frozenset({"GenerateStream", "ChatStream"})
+STREAMS: frozenset[Rpc] = frozenset({"GenerateStream", "ChatStream", "Resume"})
 UNARY: tuple[Rpc, ...] = ("Generate", "Chat", "Tokenize", "ListModels", "Abort", "Explain", "Cluster")
 
 Result = TypeVar("Result")
@@ -43,6 +52,8 @@ class Options(ModelOption, SamplingOptions, total=False):
     request_id: str  # for `abort` and `explain`; if absent, the server makes one
     user: str
     timeout_s: float  # for the whole call; for a stream, until its end
+    resumable: bool  # a stream that is kept for its client: a lost connection is opened again by itself
+    idempotency_key: str  # the same key and request: the same answer, also when sent twice
 
 
 class ChatOptions(Options, TemplateOptions, total=False):
@@ -90,6 +101,17 @@ def chat_stream(messages: Sequence[Message], options: ChatOptions) -> Call[Chunk
     request = _chat_request(messages, options)
     reader = StreamReader(request.num_choices)
     return Call("ChatStream", request, reader.read, options.get("timeout_s"), reader.finish)
+
+
+def resume(request_id: str, cursor: str, num_choices: int) -> Call[Chunk]:
+    """Go on with a resumable stream after the cursor of the last piece that arrived.
+
+    Raises:
+        InvalidRequest: a value cannot be written to the wire.
+    """
+    request = _set(_set(inference_pb2.ResumeRequest(), "request_id", request_id), "cursor", cursor)
+    reader = StreamReader(num_choices, is_resumed=bool(cursor))
+    return Call("Resume", request, reader.read, None, reader.finish)
 
 
 def tokenize(prompt: str | Sequence[Message], model: str, options: TemplateOptions) -> Call[Tokens]:
@@ -161,7 +183,7 @@ def _check_names(options: Mapping[str, Any], known: Mapping[str, Any]) -> None:
 
 
 def _fill(request: inference_pb2.GenerateRequest | inference_pb2.ChatRequest, options: Options) -> None:
-    for name in ("model", "request_id", "user"):
+    for name in ("model", "request_id", "user", "resumable", "idempotency_key"):
         if name in options:
             _set(request, name, options[name])  # type: ignore[literal-required, unused-ignore]
     if options.get("n") is not None:
@@ -173,6 +195,7 @@ def _fill(request: inference_pb2.GenerateRequest | inference_pb2.ChatRequest, op
         value = options.get(field.api)
         if value is not None:
             _set_sampling(request.sampling, field, value)
+    make_resumable(request)
 
 
 def _set_sampling(sampling: common_pb2.SamplingParams, field: SamplingField, value: Any) -> None:
@@ -245,9 +268,10 @@ def read_json(reply: inference_pb2.ExplainResponse | inference_pb2.ClusterRespon
 class StreamReader:
     """Converts the messages of one stream, and detects lost tokens: a gap, a repeat, an early end."""
 
-    def __init__(self, num_choices: int) -> None:
-        """`num_choices` as asked for; 0: not given, which is one."""
+    def __init__(self, num_choices: int, *, is_resumed: bool = False) -> None:
+        """`num_choices` as asked for; 0: not given, which is one. `is_resumed`: earlier pieces are elsewhere."""
         self._num_choices = max(1, num_choices)
+        self._is_resumed = is_resumed
         self._next_index: dict[int, int] = {}  # by choice
         self._ended: set[int] = set()
         self._complete = False
@@ -280,7 +304,8 @@ class StreamReader:
         Raises:
             TokensLost: a choice is unfinished, or the last piece (with `usage`) is missing.
         """
-        if len(self._ended) < self._num_choices or not self._complete:
+        is_unfinished = len(self._ended) < self._num_choices and not self._is_resumed
+        if is_unfinished or not self._complete:
             unfinished = [choice for choice in range(self._num_choices) if choice not in self._ended]
             missing = f"choices {unfinished} are unfinished" if unfinished else "the last piece is missing"
             raise TokensLost(f"the stream stopped early: {missing}")
@@ -291,7 +316,8 @@ class StreamReader:
         if self._complete:
             raise TokensLost("a piece came after the last one")
         if chunk.token_ids:
-            expected = self._next_index.get(chunk.choice, 0)
+            start = chunk.first_index if self._is_resumed else 0
+            expected = self._next_index.get(chunk.choice, start)
             if chunk.choice in self._ended or chunk.first_index != expected:
                 where = f"request {chunk.request_id}, choice {chunk.choice}"
                 raise TokensLost(f"{where}: got tokens from index {chunk.first_index}, expected index {expected}")

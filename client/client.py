@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
@@ -10,9 +11,11 @@ from typing import Any, Self, TypeVar, Unpack
 import grpc
 
 from ..client import calls
-from .calls import Call, ChatOptions, Options
+from ..core.errors import TwostrokeError
+from .calls import Call, ChatOptions, Options, Rpc
 from .channel import Endpoint, File, GrpcTransport, Replies, Tls, Transport, check_timeout
 from .messages import Message, TemplateOptions
+from .reconnection import SHORTEST_S, Reconnection
 from .status import from_rpc_error
 from .values import Chunk, Completion, ModelCard, Tokens
 
@@ -22,8 +25,16 @@ Result = TypeVar("Result")
 class CompletionStream(Iterator[Chunk]):
     """Pieces of an answer as they arrive. Closing it, leaving its `with`, or dropping it cancels the request."""
 
-    def __init__(self, replies: Replies, call: Call[Chunk], explain_failure: Callable[[Any], Exception]) -> None:
+    def __init__(
+        self,
+        replies: Replies,
+        call: Call[Chunk],
+        explain_failure: Callable[[Any], TwostrokeError],
+        reopen: Callable[[Rpc, Any], Replies],
+    ) -> None:
         self._replies = replies
+        self._reopen = reopen
+        self._reconnection = Reconnection(call)
         self._call = call
         self._explain_failure = explain_failure
         self._over = False
@@ -38,7 +49,7 @@ class CompletionStream(Iterator[Chunk]):
         if self._over:
             raise StopIteration
         try:
-            chunk = self._call.read(next(self._replies))
+            chunk = self._call.read(self._next_reply())
         except StopIteration:
             self._over = True
             self._call.finish()
@@ -52,7 +63,20 @@ class CompletionStream(Iterator[Chunk]):
             self.close()
             raise
         self.request_id = chunk.request_id
+        self._reconnection.heard(chunk)
         return chunk
+
+    def _next_reply(self) -> Any:
+        """The next message; a lost connection of a resumable stream is opened again."""
+        while True:
+            try:
+                return next(self._replies)
+            except grpc.RpcError as failure:
+                again = None if self._over else self._reconnection.after(failure, self._explain_failure(failure))
+                if again is None:
+                    raise
+                time.sleep(again.wait_s)
+                self._replies = self._reopen(again.rpc, again.request)
 
     def close(self) -> None:
         """Cancel the request if it still runs. Iteration then stops."""
@@ -121,6 +145,14 @@ class Client:
         """Answer a conversation as a stream."""
         return self._stream(calls.chat_stream(messages, options))
 
+    def resume(self, request_id: str, cursor: str = "", *, n: int = 1) -> CompletionStream:
+        """Go on with a resumable stream behind the piece with this cursor, at any router; "": from its beginning.
+
+        `n`: its number of choices. The stream raises CursorLost if it cannot go on there, and RequestNotFound if no
+        router knows it any more.
+        """
+        return self._stream(calls.resume(request_id, cursor, n))
+
     def tokenize(
         self, prompt: str | Sequence[Message], *, model: str = "", **options: Unpack[TemplateOptions]
     ) -> Tokens:
@@ -167,11 +199,18 @@ class Client:
             raise
 
     def _stream(self, call: Call[Chunk]) -> CompletionStream:
-        return CompletionStream(self._open(call), call, self._explain_failure)
+        end_s = time.monotonic() + self._timeout_of(call)
+
+        def reopen(rpc: Rpc, request: Any) -> Replies:
+            return self._transport.open(rpc, request, max(SHORTEST_S, end_s - time.monotonic()))
+
+        return CompletionStream(self._open(call), call, self._explain_failure, reopen)
 
     def _open(self, call: Call[Any]) -> Replies:
-        timeout_s = self._timeout_s if call.timeout_s is None else check_timeout(call.timeout_s)
-        return self._transport.open(call.rpc, call.request, timeout_s)
+        return self._transport.open(call.rpc, call.request, self._timeout_of(call))
 
-    def _explain_failure(self, failure: Any) -> Exception:
+    def _timeout_of(self, call: Call[Any]) -> float:
+        return self._timeout_s if call.timeout_s is None else check_timeout(call.timeout_s)
+
+    def _explain_failure(self, failure: Any) -> TwostrokeError:
         return from_rpc_error(failure, self._address)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from ..core.errors import InvalidRequest
+from ..protos import inference_pb2
 
 Wire = TypeVar("Wire")
 
@@ -45,3 +47,11 @@ def shown(value: Any) -> str:
     except ValueError:  # an integer of more than 4,300 digits
         return f"a long {type(value).__name__}"
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def make_resumable(request: inference_pb2.GenerateRequest | inference_pb2.ChatRequest) -> None:
+    """Name a resumable request, so that it can be sent again; what the caller has named stays."""
+    if request.resumable or request.idempotency_key:
+        request.resumable = True
+        request.request_id = request.request_id or f"sdk-{secrets.token_hex(12)}"
+        request.idempotency_key = request.idempotency_key or request.request_id

@@ -119,6 +119,11 @@ def from_rpc_error(failure: RpcFailure, target: str = "the server") -> Twostroke
     )
 
 
+def is_typed(failure: RpcFailure) -> bool:
+    """True if the server itself sent the error; false if the connection was lost, or was never there."""
+    return _error_info(failure) is not None
+
+
 def _error_info(failure: RpcFailure) -> error_details_pb2.ErrorInfo | None:
     for key, value in failure.trailing_metadata() or ():
         if key != DETAILS_KEY:

@@ -94,6 +94,22 @@ class RequestNotFound(InvalidRequest):
     grpc_status = "NOT_FOUND"
 
 
+class CursorLost(InvalidRequest):
+    """The stream cannot go on after this cursor: what its client has is not, or no longer, what would come before."""
+
+    code = "cursor_lost"
+    http_status = 409
+    grpc_status = "ABORTED"
+
+
+class IdempotencyKeyReused(InvalidRequest):
+    """The Idempotency-Key was sent before with another request."""
+
+    code = "idempotency_key_reused"
+    http_status = 422
+    grpc_status = "FAILED_PRECONDITION"
+
+
 class BodyTooLarge(InvalidRequest):
     """The request's body exceeds the configured limit."""
 

@@ -27,6 +27,11 @@ def proof_key(cluster_key: str) -> bytes:
     return hashlib.blake2b(cluster_key.encode(), digest_size=32, person=b"twostroke-proof").digest()
 
 
+def journal_key(cluster_key: str) -> bytes:
+    """32 bytes that encrypt journaled requests in a store (router/journal/sealed.py)."""
+    return hashlib.blake2b(cluster_key.encode(), digest_size=32, person=b"twostroke-journ").digest()
+
+
 @dataclass(frozen=True, slots=True)
 class PromptNames:
     """Root of a prompt's chain, and identities of its full hash blocks."""

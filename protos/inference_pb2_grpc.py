@@ -54,6 +54,11 @@ class InferenceStub(object):
                 request_serializer=twostroke_dot_protos_dot_inference__pb2.ChatRequest.SerializeToString,
                 response_deserializer=twostroke_dot_protos_dot_inference__pb2.GenerateChunk.FromString,
                 _registered_method=True)
+        self.Resume = channel.unary_stream(
+                '/twostroke.v1.Inference/Resume',
+                request_serializer=twostroke_dot_protos_dot_inference__pb2.ResumeRequest.SerializeToString,
+                response_deserializer=twostroke_dot_protos_dot_inference__pb2.GenerateChunk.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/twostroke.v1.Inference/Tokenize',
                 request_serializer=twostroke_dot_protos_dot_inference__pb2.TokenizeRequest.SerializeToString,
@@ -104,6 +109,13 @@ class InferenceServicer(object):
 
     def ChatStream(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Resume(self, request, context):
+        """a resumable stream, after what its client has
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -159,6 +171,11 @@ def add_InferenceServicer_to_server(servicer, server):
             'ChatStream': grpc.unary_stream_rpc_method_handler(
                     servicer.ChatStream,
                     request_deserializer=twostroke_dot_protos_dot_inference__pb2.ChatRequest.FromString,
+                    response_serializer=twostroke_dot_protos_dot_inference__pb2.GenerateChunk.SerializeToString,
+            ),
+            'Resume': grpc.unary_stream_rpc_method_handler(
+                    servicer.Resume,
+                    request_deserializer=twostroke_dot_protos_dot_inference__pb2.ResumeRequest.FromString,
                     response_serializer=twostroke_dot_protos_dot_inference__pb2.GenerateChunk.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
@@ -294,6 +311,33 @@ class Inference(object):
             target,
             '/twostroke.v1.Inference/ChatStream',
             twostroke_dot_protos_dot_inference__pb2.ChatRequest.SerializeToString,
+            twostroke_dot_protos_dot_inference__pb2.GenerateChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/twostroke.v1.Inference/Resume',
+            twostroke_dot_protos_dot_inference__pb2.ResumeRequest.SerializeToString,
             twostroke_dot_protos_dot_inference__pb2.GenerateChunk.FromString,
             options,
             channel_credentials,

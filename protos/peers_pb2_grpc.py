@@ -49,6 +49,16 @@ class PeersStub(object):
                 request_serializer=twostroke_dot_protos_dot_peers__pb2.PeerQuestion.SerializeToString,
                 response_deserializer=twostroke_dot_protos_dot_peers__pb2.PeerJson.FromString,
                 _registered_method=True)
+        self.Follow = channel.unary_stream(
+                '/twostroke.v1.Peers/Follow',
+                request_serializer=twostroke_dot_protos_dot_peers__pb2.PeerRequest.SerializeToString,
+                response_deserializer=twostroke_dot_protos_dot_peers__pb2.JournalItem.FromString,
+                _registered_method=True)
+        self.FindKey = channel.unary_unary(
+                '/twostroke.v1.Peers/FindKey',
+                request_serializer=twostroke_dot_protos_dot_peers__pb2.PeerKey.SerializeToString,
+                response_deserializer=twostroke_dot_protos_dot_peers__pb2.JournaledKey.FromString,
+                _registered_method=True)
         self.Metrics = channel.unary_unary(
                 '/twostroke.v1.Peers/Metrics',
                 request_serializer=twostroke_dot_protos_dot_peers__pb2.PeerQuestion.SerializeToString,
@@ -79,6 +89,20 @@ class PeersServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Follow(self, request, context):
+        """All of a resumable request from its beginning, as it goes on; empty: not known there.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FindKey(self, request, context):
+        """empty: not known there
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Metrics(self, request, context):
         """its own GET /metrics, in the OpenMetrics format
         """
@@ -103,6 +127,16 @@ def add_PeersServicer_to_server(servicer, server):
                     servicer.Report,
                     request_deserializer=twostroke_dot_protos_dot_peers__pb2.PeerQuestion.FromString,
                     response_serializer=twostroke_dot_protos_dot_peers__pb2.PeerJson.SerializeToString,
+            ),
+            'Follow': grpc.unary_stream_rpc_method_handler(
+                    servicer.Follow,
+                    request_deserializer=twostroke_dot_protos_dot_peers__pb2.PeerRequest.FromString,
+                    response_serializer=twostroke_dot_protos_dot_peers__pb2.JournalItem.SerializeToString,
+            ),
+            'FindKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.FindKey,
+                    request_deserializer=twostroke_dot_protos_dot_peers__pb2.PeerKey.FromString,
+                    response_serializer=twostroke_dot_protos_dot_peers__pb2.JournaledKey.SerializeToString,
             ),
             'Metrics': grpc.unary_unary_rpc_method_handler(
                     servicer.Metrics,
@@ -191,6 +225,60 @@ class Peers(object):
             '/twostroke.v1.Peers/Report',
             twostroke_dot_protos_dot_peers__pb2.PeerQuestion.SerializeToString,
             twostroke_dot_protos_dot_peers__pb2.PeerJson.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Follow(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/twostroke.v1.Peers/Follow',
+            twostroke_dot_protos_dot_peers__pb2.PeerRequest.SerializeToString,
+            twostroke_dot_protos_dot_peers__pb2.JournalItem.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FindKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/twostroke.v1.Peers/FindKey',
+            twostroke_dot_protos_dot_peers__pb2.PeerKey.SerializeToString,
+            twostroke_dot_protos_dot_peers__pb2.JournaledKey.FromString,
             options,
             channel_credentials,
             insecure,

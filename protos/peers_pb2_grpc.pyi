@@ -36,6 +36,10 @@ class PeersStub:
     Abort: _grpc.UnaryUnaryMultiCallable[_peers_pb2.PeerRequest, _peers_pb2.PeerFound]
     Report: _grpc.UnaryUnaryMultiCallable[_peers_pb2.PeerQuestion, _peers_pb2.PeerJson]
     """its own GET /v1/cluster"""
+    Follow: _grpc.UnaryStreamMultiCallable[_peers_pb2.PeerRequest, _peers_pb2.JournalItem]
+    """All of a resumable request from its beginning, as it goes on; empty: not known there."""
+    FindKey: _grpc.UnaryUnaryMultiCallable[_peers_pb2.PeerKey, _peers_pb2.JournaledKey]
+    """empty: not known there"""
     Metrics: _grpc.UnaryUnaryMultiCallable[_peers_pb2.PeerQuestion, _peers_pb2.PeerText]
     """its own GET /metrics, in the OpenMetrics format"""
 
@@ -47,6 +51,10 @@ class PeersAsyncStub(PeersStub):
     Abort: _aio.UnaryUnaryMultiCallable[_peers_pb2.PeerRequest, _peers_pb2.PeerFound]  # type: ignore[assignment]
     Report: _aio.UnaryUnaryMultiCallable[_peers_pb2.PeerQuestion, _peers_pb2.PeerJson]  # type: ignore[assignment]
     """its own GET /v1/cluster"""
+    Follow: _aio.UnaryStreamMultiCallable[_peers_pb2.PeerRequest, _peers_pb2.JournalItem]  # type: ignore[assignment]
+    """All of a resumable request from its beginning, as it goes on; empty: not known there."""
+    FindKey: _aio.UnaryUnaryMultiCallable[_peers_pb2.PeerKey, _peers_pb2.JournaledKey]  # type: ignore[assignment]
+    """empty: not known there"""
     Metrics: _aio.UnaryUnaryMultiCallable[_peers_pb2.PeerQuestion, _peers_pb2.PeerText]  # type: ignore[assignment]
     """its own GET /metrics, in the OpenMetrics format"""
 
@@ -73,6 +81,22 @@ class PeersServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_peers_pb2.PeerJson, _abc.Awaitable[_peers_pb2.PeerJson]]:
         """its own GET /v1/cluster"""
+
+    @_abc_1.abstractmethod
+    def Follow(
+        self,
+        request: _peers_pb2.PeerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_peers_pb2.JournalItem], _abc.AsyncIterator[_peers_pb2.JournalItem]]:
+        """All of a resumable request from its beginning, as it goes on; empty: not known there."""
+
+    @_abc_1.abstractmethod
+    def FindKey(
+        self,
+        request: _peers_pb2.PeerKey,
+        context: _ServicerContext,
+    ) -> _typing.Union[_peers_pb2.JournaledKey, _abc.Awaitable[_peers_pb2.JournaledKey]]:
+        """empty: not known there"""
 
     @_abc_1.abstractmethod
     def Metrics(

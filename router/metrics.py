@@ -55,6 +55,19 @@ class RouterMetrics:
         self.tls_failed = Gauge(
             "twostroke_inside_tls_failed", "Connections to workers that failed for certificates", registry=registry
         )
+        self.journal_requests = Gauge("twostroke_journal_requests", "Resumable requests in memory", registry=registry)
+        self.journal_bytes = Gauge("twostroke_journal_bytes", "Estimated memory of these", registry=registry)
+        self.journal_store_up = Gauge(
+            "twostroke_journal_store_up",
+            "1: streams of this router could be adopted by another; 0: its store does not answer, or there is none",
+            registry=registry,
+        )
+        self.streams_adopted = Gauge(
+            "twostroke_streams_adopted", "Streams of lost routers that go on here", registry=registry
+        )
+        self.streams_fenced = Counter(
+            "twostroke_streams_fenced", "Streams of ours that another router took over", registry=registry
+        )
         self.kv_bytes = Counter("twostroke_kv_bytes_moved", "KV handed over", ["transport"], registry=registry)
         self._pair_speed = Gauge(
             "twostroke_handover_bytes_per_second",

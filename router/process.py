@@ -24,7 +24,7 @@ from ..core.tls.callers import Caller
 from ..core.tls.config import TlsConfig
 from ..core.tls.face import FaceTls
 from ..core.tls.identity import TlsIdentity, add_port
-from ..kv.keys import identity_key, proof_key
+from ..kv.keys import identity_key, journal_key, proof_key
 from ..protos import inference_pb2, inference_pb2_grpc, peers_pb2_grpc
 from .api.frontend import Frontend
 from .api.grpc.guard import SPARE_CALLS, Guard
@@ -93,6 +93,8 @@ class RouterProcess:
         self._flow = Flow(settings, identity_key(cluster_key), proof_key=proof, tls=self._tls)
         self._peers = Peers(settings.peers, proof, self._tls)
         self._front = Frontend(settings, self._flow, self._peers, reads_defaults=reads_defaults)
+        if settings.journal_url is not None:
+            self._front.use_store(settings.journal_url, journal_key(cluster_key), settings.journal_s)
         self._guard = Guard(settings, self._front.authenticate, _INFERENCE, self._front.room)
         self._health = health.aio.HealthServicer()
         self._servers: list[grpc.aio.Server] = []
@@ -170,7 +172,9 @@ class RouterProcess:
         """Refuse new requests, let the running ones end within `grace_s`, then close all servers and connections."""
         await self._health.enter_graceful_shutdown()
         await self._flow.drain(grace_s)
+        await self._front.leave()
         await self._flow.close()
+        await self._front.close()
         if self._http and self._http_task:
             self._http.should_exit = True
             if self._connections:
@@ -196,7 +200,9 @@ class RouterProcess:
 
     def _for_peers(self) -> PeerHandlers:
         front, flow = self._front, self._flow
-        return PeerHandlers(flow.router_id, front.explain_here, front.abort_here, flow.cluster, front.metrics_here)
+        return PeerHandlers(
+            flow.router_id, front.explain_here, front.abort_here, flow.cluster, front.metrics_here, front.streams
+        )
 
     async def _serve(
         self, server: grpc.aio.Server, host: str, name: str, credentials: grpc.ServerCredentials | None = None

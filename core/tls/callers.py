@@ -27,6 +27,8 @@ ALLOWED: dict[str, frozenset[Caller]] = {
     "/twostroke.v1.Announce/Announce": frozenset({Caller.WORKER}),
     "/twostroke.v1.Peers/Explain": frozenset({Caller.ROUTER}),
     "/twostroke.v1.Peers/Abort": frozenset({Caller.ROUTER}),
+    "/twostroke.v1.Peers/Follow": frozenset({Caller.ROUTER}),
+    "/twostroke.v1.Peers/FindKey": frozenset({Caller.ROUTER}),
     "/twostroke.v1.Peers/Report": frozenset({Caller.ROUTER}),
     "/twostroke.v1.Peers/Metrics": frozenset({Caller.ROUTER}),
     "/twostroke.v1.Worker/Session": frozenset({Caller.ROUTER}),

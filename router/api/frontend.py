@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,9 @@ from ...core.errors import InvalidRequest, Overloaded
 from ...core.request import Request
 from ...core.timeline import Instant, Timeline
 from ..config import RouterConfig
+from ..journal.journal import Entry, Journal, JournalLimits
+from ..journal.redis_store import RedisStore
+from ..journal.streams import ResumableStreams
 from ..peers.joined import joined_metrics, joined_report
 from ..peers.peers import Peers
 from ..requests.flow import Flow
@@ -20,32 +23,10 @@ from .batch import Lists, Start, explain_list, merged, name_of, streams_at_once
 from .call import GenerateCall
 from .http.reading import room_of
 from .models import ModelDirectory, ServedModel
+from .resumable import Resumables
+from .started import Started
 from .text_work import TextWork
 from .validate import Limits, authenticate, num_chars_of, timeout_of, validate
-
-
-@dataclass(frozen=True, slots=True)
-class Started:
-    """A request under way, or a list of them. `first` has arrived, so no refusal can come any more."""
-
-    requests: tuple[Request, ...]
-    model: ServedModel
-    first: OutputDelta
-    rest: AsyncGenerator[OutputDelta, None]
-
-    @property
-    def request(self) -> Request:
-        """The request, or the first of a list."""
-        return self.requests[0]
-
-    async def pieces(self) -> AsyncGenerator[OutputDelta, None]:
-        """Yield all pieces in order. Closing the generator cancels the request."""
-        try:
-            yield self.first
-            async for piece in self.rest:
-                yield piece
-        finally:
-            await self.rest.aclose()
 
 
 class Frontend:
@@ -62,9 +43,43 @@ class Frontend:
         self.texts = TextWork()
         self._lists = Lists()
         self.models = ModelDirectory(flow, reads_defaults=reads_defaults)
+        limits = JournalLimits(config.journal_requests, config.journal_bytes, config.journal_s, config.resume_grace_s)
+        self.streams = ResumableStreams(Journal(limits), flow.clock)
+        self.resumables = Resumables(self, self.streams, self.peers)
+        flow.metrics.journal_requests.set_function(lambda: len(self.streams.journal))
+        flow.metrics.journal_bytes.set_function(lambda: self.streams.journal.num_bytes)
+        flow.metrics.streams_adopted.set_function(lambda: self.resumables.num_adopted)
         self._max_reading = config.max_running
         self._max_tokens = config.max_running_tokens
         self._num_reading = 0  # calls whose body was read and that are not admitted yet
+
+    def use_store(self, url: str, key: bytes, keep_s: float) -> None:
+        """Write resumable requests to a Redis, too. `key`: kv.keys.journal_key.
+
+        Raises:
+            ConfigError: its client is not installed, or the address is none.
+        """
+        metrics, streams = self.flow.metrics, self.streams
+
+        def fenced(entry: Entry) -> None:
+            metrics.streams_fenced.inc()
+            streams.give_up(entry)
+
+        life = f"{self.flow.router_id}/{self.flow.incarnation}"
+        store = RedisStore(url, key, life, keep_s, fenced)
+        self.resumables.store = store
+        streams.on_change = store.changed
+        metrics.journal_store_up.set_function(lambda: float(store.is_up))
+
+    async def leave(self) -> None:
+        """Leave resumable requests that still run to other routers: their ends here are written nowhere."""
+        self.streams.leave()
+        await self.resumables.store.close()
+
+    async def close(self) -> None:
+        """End all resumable requests, and disconnect from the store."""
+        await self.streams.close()
+        await self.resumables.store.close()
 
     def authenticate(self, api_key: str | None) -> str:
         """The isolation domain of a key.

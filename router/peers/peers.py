@@ -5,17 +5,22 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
 
+from ...core.errors import InvalidRequest, Unavailable
 from ...core.inside import InsideChannel
 from ...core.tls.callers import Caller
 from ...core.tls.identity import TlsIdentity
 from ...kv.handover.transports.grpc import CHANNEL_OPTIONS
+from ...kv.messages import error_from_wire
 from ...protos import peers_pb2, peers_pb2_grpc
+from ..journal.journal import Asked
+from ..journal.wire import asked_from_wire, piece_from_wire
+from ..requests.pieces import OutputDelta
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +69,28 @@ class Peers:
         replies = await self._ask_all(lambda stub: stub.Metrics(question, timeout=ANSWER_S))
         return [(reply.router_id, reply.text) for reply in replies]
 
+    async def find_key(self, tenant: str, key: str) -> peers_pb2.JournaledKey | None:
+        """The request that a tenant started with this Idempotency-Key at another router; None: none."""
+        asked = peers_pb2.PeerKey(tenant=tenant, key=key)
+        replies = await self._ask_all(lambda stub: stub.FindKey(asked, timeout=ANSWER_S))
+        return next((reply for reply in replies if reply.request_id), None)
+
+    async def follow(self, tenant: str, request_id: str) -> tuple[Asked, AsyncGenerator[OutputDelta, None]] | None:
+        """A tenant's resumable request at another router, and all its pieces as they come; None: no router has it."""
+        for address in self._addresses:
+            call = peers_pb2_grpc.PeersStub(self._channel(address)).Follow(
+                peers_pb2.PeerRequest(tenant=tenant, request_id=request_id)
+            )
+            try:
+                async with asyncio.timeout(ANSWER_S):
+                    item: Any = await call.read()
+                if item is not grpc.aio.EOF and item.HasField("request"):
+                    return asked_from_wire(item.request), _followed(call, address)
+            except (*_FAILURES, InvalidRequest) as error:
+                log.debug("router at %s: no answer: %s", address, error)
+            call.cancel()
+        return None
+
     async def close(self) -> None:
         """Close all connections."""
         channels, self._channels = list(self._channels.values()), {}
@@ -74,18 +101,39 @@ class Peers:
         return [reply for reply in replies if reply is not None]
 
     async def _ask(self, address: str, ask: Callable[[Any], Awaitable[Reply]]) -> Reply | None:
-        channel = self._channels.get(address)
-        if channel is None:
-            options = [*CHANNEL_OPTIONS, ("grpc.max_receive_message_length", MAX_ANSWER_BYTES)]
-            channel = InsideChannel(address, self._key, options, self._tls, Caller.ROUTER)
-            self._channels[address] = channel
-        stub: Any = peers_pb2_grpc.PeersStub(channel)
+        stub: Any = peers_pb2_grpc.PeersStub(self._channel(address))
         try:
             async with asyncio.timeout(ANSWER_S + 0.5):  # also for the proof of its answer
                 return await ask(stub)
         except _FAILURES as error:
             log.debug("router at %s: no answer: %s", address, error)
             return None
+
+    def _channel(self, address: str) -> Any:
+        channel = self._channels.get(address)
+        if channel is None:
+            options = [*CHANNEL_OPTIONS, ("grpc.max_receive_message_length", MAX_ANSWER_BYTES)]
+            channel = InsideChannel(address, self._key, options, self._tls, Caller.ROUTER)
+            self._channels[address] = channel
+        return channel
+
+
+async def _followed(call: Any, address: str) -> AsyncGenerator[OutputDelta, None]:
+    """The pieces of a followed request.
+
+    Raises:
+        TwostrokeError: the request failed.
+        Unavailable: its router was lost.
+    """
+    try:
+        while (item := await call.read()) is not grpc.aio.EOF:
+            if item.HasField("error"):
+                raise error_from_wire(item.error)
+            yield piece_from_wire(item.piece)
+    except _FAILURES as error:
+        raise Unavailable(f"the router of this stream at {address} was lost; resume it", retry_after_s=1.0) from error
+    finally:
+        call.cancel()
 
 
 def _json_object(text: str) -> dict[str, Any] | None:

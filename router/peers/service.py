@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ...core.errors import TwostrokeError
+from ...kv.messages import error_to_wire
 from ...protos import peers_pb2, peers_pb2_grpc
+from ..journal.streams import ResumableStreams
+from ..journal.wire import asked_to_wire, piece_to_wire
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +24,7 @@ class PeerHandlers:
     abort: Callable[[str, str], Awaitable[bool]]  # of the same
     report: Callable[[], dict[str, Any]]  # GET /v1/cluster
     metrics: Callable[[], str]  # OpenMetrics text
+    streams: ResumableStreams
 
 
 class PeerService(peers_pb2_grpc.PeersServicer):
@@ -39,6 +45,27 @@ class PeerService(peers_pb2_grpc.PeersServicer):
     async def Report(self, request: peers_pb2.PeerQuestion, context: Any) -> peers_pb2.PeerJson:
         """Report about the cluster as this router sees it."""
         return peers_pb2.PeerJson(json=json.dumps(self._handlers.report()))
+
+    async def Follow(self, request: peers_pb2.PeerRequest, context: Any) -> AsyncIterator[peers_pb2.JournalItem]:
+        """All of a resumable request, as it goes on."""
+        streams = self._handlers.streams
+        entry = streams.journal.find(request.tenant, request.request_id)
+        if entry is None or streams.is_leaving:
+            return
+        yield peers_pb2.JournalItem(request=asked_to_wire(entry.asked))
+        try:
+            async with contextlib.aclosing(streams.read(entry)) as pieces:
+                async for piece in pieces:
+                    yield peers_pb2.JournalItem(piece=piece_to_wire(piece))
+        except TwostrokeError as error:
+            yield peers_pb2.JournalItem(error=error_to_wire(error))
+
+    async def FindKey(self, request: peers_pb2.PeerKey, context: Any) -> peers_pb2.JournaledKey:
+        """The request of a tenant's Idempotency-Key; empty if it is not known here."""
+        entry = self._handlers.streams.journal.find_key(request.tenant, request.key)
+        if entry is None:
+            return peers_pb2.JournaledKey()
+        return peers_pb2.JournaledKey(request_id=entry.asked.request.request_id, fingerprint=entry.asked.fingerprint)
 
     async def Metrics(self, request: peers_pb2.PeerQuestion, context: Any) -> peers_pb2.PeerText:
         """All metrics of this router."""

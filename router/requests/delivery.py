@@ -66,6 +66,15 @@ class Delivery:
         """Delivered token ids of one choice."""
         return tuple(self._choices[choice].token_ids)
 
+    def restore(self, choice: int, first_index: int, token_ids: Sequence[int], finish: FinishReason | None) -> bool:
+        """Take over what a client has of a choice, before any dispatch. False: it does not continue what is there."""
+        progress = self._choices[choice] if choice < len(self._choices) else None
+        if progress is None or progress.finish is not None or first_index != progress.next_index:
+            return False
+        progress.token_ids.extend(token_ids)
+        progress.finish = finish
+        return True
+
     def dispatch(self, epoch: Epoch) -> tuple[int, ...]:
         """Assign all unfinished choices to this epoch; returns them."""
         for index in self.unfinished:

@@ -16,7 +16,7 @@ from typing import Any
 import grpc.aio
 
 from ...core.clock import Clock, MonotonicClock
-from ...core.errors import Cancelled
+from ...core.errors import Cancelled, InternalError
 from ...core.guard import Guard
 from ...core.request import Request
 from ...core.timeline import Instant, Timeline
@@ -83,6 +83,11 @@ class Flow:
         return self._identity.router_id
 
     @property
+    def incarnation(self) -> int:
+        """Number of this life of this router."""
+        return self._identity.incarnation
+
+    @property
     def members(self) -> WorkerRegistry:
         """The workers that this router knows, and the connections to them."""
         return self._members
@@ -121,8 +126,12 @@ class Flow:
 
     # ------------------------------------------------------------------ for the APIs
 
-    async def generate(self, request: Request, timeline: Timeline) -> AsyncGenerator[OutputDelta, None]:
+    async def generate(
+        self, request: Request, timeline: Timeline, had: Sequence[OutputDelta] = ()
+    ) -> AsyncGenerator[OutputDelta, None]:
         """Run a request; yields its pieces, without gaps per choice, `usage` with the very last one.
+
+        `had`: pieces of it that came at another router; the rest follows them.
 
         `timeline` must hold ARRIVED on this flow's clock (`self.clock`); the deadline counts from there. Admission,
         routing and every refusal happen before the first piece: await it before you send a 200. `aclose()` (or
@@ -139,6 +148,8 @@ class Flow:
         run = self._life.admit(request, timeline, self.clock.now_s())
         self.metrics.in_flight_tokens.set(self._life.admission.tokens)
         try:
+            if not all(run.delivery.restore(p.choice, p.first_index, p.token_ids, p.finish_reason) for p in had):
+                raise InternalError("the journaled pieces of the request have gaps")
             stream = PieceStream(run)
             self._life.begin(run, self.clock.now_s())
             while (piece := await stream.next_piece()) is not None:
@@ -147,6 +158,14 @@ class Flow:
         finally:
             self._dispatcher.fail(run, Cancelled("the client went away"))  # no effect if it is settled
             self._conclude(run)
+
+    def check_id(self, request: Request) -> None:
+        """Check that the tenant has no running request of the same id.
+
+        Raises:
+            InvalidRequest: it has one.
+        """
+        self._life.check_id(request)
 
     async def abort(self, tenant: str, request_id: str) -> bool:
         """Cancel a tenant's running request: its stream ends with `Cancelled`. False: there is none of that id."""

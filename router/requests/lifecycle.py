@@ -90,8 +90,7 @@ class Lifecycle:
             InvalidRequest: its tenant has a request of that id whose stream is open.
             ModelNotFound, ContextLengthExceeded, Unavailable, Overloaded: it cannot be served, or not now.
         """
-        if self.runs.find(request.owner, request.request_id) is not None:
-            raise InvalidRequest(f"request_id {request.request_id!r} is in use; choose another", param="request_id")
+        self.check_id(request)
         model = model_of(self._fleet, request)
         name = self._next_name(request)
         tokens = request.num_choices * (len(request.prompt_ids) + request.expected_tokens)
@@ -107,6 +106,11 @@ class Lifecycle:
         self.runs.active[name] = self.runs.open[request.owner, request.request_id] = run
         run.deadline = self._driver.later(max(0.0, run.left_s(now_s)), lambda now_s: self._expire(run, now_s))
         return run
+
+    def check_id(self, request: Request) -> None:
+        """Raise InvalidRequest if its tenant has a request of that id whose stream is open."""
+        if self.runs.find(request.owner, request.request_id) is not None:
+            raise InvalidRequest(f"request_id {request.request_id!r} is in use; choose another", param="request_id")
 
     def begin(self, run: RequestState, now_s: float) -> None:
         """Route an admitted request to the workers with the lowest cost; it may wait shortly for a worker."""

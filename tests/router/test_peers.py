@@ -10,47 +10,16 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
-import httpx
 import pytest
-from support.fake_worker import Behaviour
-from support.short_worker import MODEL, ShortWorker
+from support.several_routers import KEY, KEYS, Routers
+from support.short_worker import MODEL
 
 from twostroke.client.async_client import AsyncClient
 from twostroke.core.errors import ConfigError
 from twostroke.core.ports import bound_socket, check_port, free_ports
-from twostroke.kv.keys import proof_key
-from twostroke.router.config import RouterConfig
 from twostroke.router.peers.joined import joined_metrics, joined_report
 from twostroke.router.peers.peers import Peers
 from twostroke.router.process import RouterProcess
-
-KEY = "a-key-of-this-test's-cluster"
-KEYS = ("first-key-of-this-test", "second-key-of-this-test")
-
-
-class Routers:
-    """Routers in this process that share their client ports, and one worker that announces itself to all."""
-
-    def __init__(self, number: int) -> None:
-        self.port, self.grpc_port, *self.inside = free_ports("127.0.0.1", 2 + number)
-        self.processes: list[RouterProcess] = []
-        self.worker = ShortWorker("w0", proof_key=proof_key(KEY), behaviour=Behaviour())
-
-    def settings(self, index: int) -> RouterConfig:
-        return RouterConfig(
-            port=self.port,
-            grpc_port=self.grpc_port,
-            internal_port=self.inside[index],
-            name=f"router-{index}",
-            peers=[f"127.0.0.1:{port}" for place, port in enumerate(self.inside) if place != index],
-            shared_ports=True,
-            api_keys=KEYS,
-        )
-
-    async def get(self, path: str, key: str = KEYS[0]) -> httpx.Response:
-        """Ask over a connection of its own: the kernel chooses the router."""
-        async with httpx.AsyncClient(timeout=20) as client:
-            return await client.get(f"http://127.0.0.1:{self.port}{path}", headers={"api-key": key})
 
 
 @asynccontextmanager

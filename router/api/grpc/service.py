@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+from collections import deque
 from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any, TypeAlias
@@ -14,7 +16,9 @@ from ....kv.messages import logprobs_to_wire
 from ....protos import common_pb2, inference_pb2, inference_pb2_grpc
 from ...requests.pieces import OutputDelta, TokenUsage
 from ..call import GenerateCall
-from ..frontend import Frontend, Started
+from ..frontend import Frontend
+from ..resumable import Terms
+from ..started import Started
 from .call_wire import Reader, Said, chat_call, generate_call, tokenize_call
 from .guard import api_key
 
@@ -58,6 +62,15 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     ) -> AsyncIterator[inference_pb2.GenerateChunk]:
         """Stream the answer to a chat."""
         return self._chunks(chat_call, request, context)
+
+    async def Resume(
+        self, request: inference_pb2.ResumeRequest, context: Context
+    ) -> AsyncIterator[inference_pb2.GenerateChunk]:
+        """Go on with a resumable stream after a cursor."""
+        tenant = self._tenant(context)
+        started = await self._front.resumables.resume(tenant, request.request_id, request.cursor)
+        async for chunk in self._told(started, context):
+            yield chunk
 
     async def Tokenize(self, request: inference_pb2.TokenizeRequest, context: Context) -> Any:
         """Token ids of a prompt or a chat."""
@@ -105,6 +118,13 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         return call
 
     async def _start(self, read: Reader, message: Any, context: Context) -> Started:
+        if message.resumable or message.idempotency_key:
+            sent = message.SerializeToString(deterministic=True)
+            fingerprint = hashlib.blake2b(sent, digest_size=16, person=b"twostroke-grpc").digest()
+            terms = Terms("grpc", {}, message.idempotency_key, fingerprint)
+            call = await self._read(read, message, context)
+            context.admitted()
+            return await self._front.resumables.start(call, terms)
         return await self._front.start(await self._read(read, message, context), context.admitted)
 
     async def _whole(self, read: Reader, message: Any, context: Context) -> inference_pb2.GenerateResponse:
@@ -135,12 +155,29 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def _chunks(self, read: Reader, message: Any, context: Context) -> AsyncIterator[inference_pb2.GenerateChunk]:
         started = await self._start(read, message, context)
         del message
+        async for chunk in self._told(started, context):
+            yield chunk
+
+    async def _told(self, started: Started, context: Context) -> AsyncIterator[inference_pb2.GenerateChunk]:
+        """The chunks of a stream, those that its client lacks."""
+        track = started.track
+        held: deque[inference_pb2.GenerateChunk] = deque()
         async with contextlib.aclosing(started.pieces()) as pieces:
             await _tell_ignored(started.request, context)
             async for piece in pieces:
+                if track is not None and not track.take(piece):
+                    while held and track.is_confirmed:
+                        yield held.popleft()
+                    continue
                 chunk = _chunk(piece, started.request.request_id, started.request.model)
                 chunk.prompt_logprobs.extend(piece.prompt_scores)
-                yield chunk
+                if track is None:
+                    yield chunk
+                    continue
+                chunk.cursor = track.cursor
+                held.append(chunk)
+                while held and track.is_confirmed:
+                    yield held.popleft()
 
 
 # ------------------------------------------------------------------ conversions

@@ -7,8 +7,10 @@ import logging
 import re
 import secrets
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -21,15 +23,17 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .... import __version__
-from ....core.errors import InternalError, RequestNotFound, TwostrokeError, Unavailable
+from ....core.errors import CursorLost, InternalError, InvalidRequest, RequestNotFound, TwostrokeError, Unavailable
 from ...api import openai_requests as openai
 from ...config import RouterConfig
 from ...requests.pieces import OutputDelta
 from ..call import GenerateCall
 from ..echo import Echo, echo_of
 from ..fields import Body, ChatBody, CompletionBody
-from ..frontend import Frontend, Started
+from ..frontend import Frontend
 from ..openai_responses import Answer, Wants, error_body
+from ..resumable import CURSOR_HEADER, HEADER, KEY_HEADER, Terms, fingerprint_of
+from ..started import Started
 from ..validate import is_request_id, new_request_id
 from .bodies import read_body
 from .browser import middleware_for_pages
@@ -39,6 +43,9 @@ log = logging.getLogger(__name__)
 
 REQUEST_ID = "x-request-id"
 IGNORED = "x-twostroke-ignored"
+EVENT_ID_PARTS = ":"  # between request id and cursor, which has none
+_NO_MESSAGES = [{"role": "user", "content": ""}]  # in a journaled body, whose prompt is elsewhere as token ids
+USAGE_MARK = ".u"  # behind the cursor of the event with the usage
 
 T = TypeVar("T")
 Handler = Callable[[HttpRequest], Awaitable[Response]]
@@ -76,11 +83,15 @@ class _Face:
 
     async def chat(self, http: HttpRequest) -> Response:
         api_key, tenant = self._admit(http)
+        if CURSOR_HEADER in http.headers:
+            return await self._resume(http, tenant)
         body = await self._parse(http, ChatBody, tenant)
         return await self._run(http, [openai.chat_call(body, api_key)], "chat.completion", body)
 
     async def completions(self, http: HttpRequest) -> Response:
         api_key, tenant = self._admit(http)
+        if CURSOR_HEADER in http.headers:
+            return await self._resume(http, tenant)
         body = await self._parse(http, CompletionBody, tenant)
         openai.refuse_endless(body, self._front.longest_context())  # before another large body is built
         most = min(self._config.max_prompts, self._config.max_running)
@@ -106,9 +117,43 @@ class _Face:
         name = body.request_id or new_request_id(kind.startswith("chat"))
         if is_request_id(name):
             http.state.request_id = name  # also for errors: `explain` knows the request by it
-        started = await until_disconnect(http, self._front.start_list(name, calls))
+        terms = _terms(http, calls, kind, body)
+        if terms is None:
+            starting = self._front.start_list(name, calls)
+        else:
+            starting = self._front.resumables.start(replace(calls[0], request_id=name), terms)
+        started = await until_disconnect(http, starting)
         self._note_ignored(http, started.request.ignored_fields)
-        head = {"id": name, "object": kind, "created": int(time.time()), "model": started.request.model}
+        return await self._tell(http, started, kind, body)
+
+    async def _resume(self, http: HttpRequest, tenant: str) -> Response:
+        """Go on with a stream after the event that the Last-Event-ID names; the body, if there is one, is not read."""
+        request_id, _, cursor = http.headers[CURSOR_HEADER].rpartition(EVENT_ID_PARTS)
+        if is_request_id(request_id):
+            http.state.request_id = request_id
+        resuming = self._front.resumables.resume(tenant, request_id, cursor.removesuffix(USAGE_MARK), CURSOR_HEADER)
+        started = await until_disconnect(http, resuming)
+        asked = started.asked
+        if asked is None or asked.face == "grpc":
+            await started.rest.aclose()
+            raise InvalidRequest(f"{request_id!r} was asked for over gRPC; resume it there", param=CURSOR_HEADER)
+        kind: type[Body] = ChatBody if asked.face.startswith("chat") else CompletionBody
+        try:
+            body = kind.model_validate({**asked.body, "stream": True})
+        except ValueError:  # journaled by another release
+            await started.rest.aclose()
+            raise CursorLost(f"{request_id!r} was asked for in a form that is unknown here; send it again") from None
+        return await self._tell(http, started, asked.face, body, has_usage=cursor.endswith(USAGE_MARK))
+
+    async def _tell(
+        self, http: HttpRequest, started: Started, kind: str, body: Body, *, has_usage: bool = False
+    ) -> Response:
+        """Answer with a request that has begun; `has_usage`: the client of a resumed stream has that event already."""
+        asked = started.asked
+        name = http.state.request_id if asked is None else asked.request.request_id
+        http.state.request_id = name
+        created = int(time.time()) if asked is None else asked.created_s
+        head = {"id": name, "object": kind, "created": created, "model": started.request.model}
         try:
             if isinstance(body, CompletionBody) and body.echo:  # slow for long prompts: computes token offsets
                 sizes = sum(len(request.prompt_ids) for request in started.requests)
@@ -118,10 +163,14 @@ class _Face:
                 answer = _answer_to(body, head, started)
             if not body.stream:
                 return JsonAnswer(await until_disconnect(http, _whole(started, answer, self._scores)))
+            chunks = _chunks(started, answer, self._scores, with_usage=_with_usage(body) and not has_usage)
+            first: bytes | None = None
+            if started.track is not None:
+                first = await until_disconnect(http, _first(chunks))  # a wrong cursor is an error before the stream
         except BaseException:
             await started.rest.aclose()
             raise
-        events = _events(started, answer, self._scores, with_usage=_with_usage(body))
+        events = _events(chunks, first, answer)
         return EventStream(events, {}, self._config.slow_client_s, source=started.rest)
 
     async def models(self, http: HttpRequest) -> Response:
@@ -183,6 +232,27 @@ async def _in_steps(steps: Generator[None, None, T]) -> T:
             return result
 
 
+def _terms(http: HttpRequest, calls: Sequence[GenerateCall], kind: str, body: Body) -> Terms | None:
+    """What the client says of a resumable call; None: it did not ask for one.
+
+    Raises:
+        InvalidRequest: the call has several prompts.
+    """
+    key, wish = http.headers.get(KEY_HEADER, ""), http.headers.get(HEADER, "").lower()
+    if KEY_HEADER not in http.headers and wish in ("", "0", "false"):
+        return None
+    if len(calls) > 1:
+        raise InvalidRequest(f"{len(calls)} prompts cannot be resumed; send them one by one", param="prompt")
+    values = body.model_dump(mode="json", exclude_none=True)
+    fingerprint = fingerprint_of(kind, values)
+    kept = {name: value for name, value in values.items() if name not in ("messages", "prompt", "request_id")}
+    if isinstance(body, ChatBody):
+        kept["messages"] = _NO_MESSAGES
+    else:
+        kept["prompt"] = values["prompt"] if body.echo else ""
+    return Terms(kind, kept, key, fingerprint)
+
+
 def _with_usage(body: Body) -> bool:
     return bool(body.stream_options and body.stream_options.include_usage)
 
@@ -225,29 +295,54 @@ async def _whole(started: Started, answer: Answer, scores: Executor) -> dict[str
     return await asyncio.get_running_loop().run_in_executor(scores, lambda: to_json_in_parts(answer.whole()))
 
 
-async def _events(
+async def _chunks(
     started: Started, answer: Answer, scores: Executor, *, with_usage: bool
 ) -> AsyncGenerator[bytes, None]:
-    """Yield the server-sent events of a stream; an error in it becomes its last event."""
+    """Yield the server-sent events of a stream, those that its client lacks. Of a resumable one they have ids."""
+    track, name = started.track, answer.head["id"]
+    held: deque[bytes] = deque()
     pieces: AsyncGenerator[OutputDelta, None] = started.pieces()
     try:
         async for piece in pieces:
-            if piece.prompt_scores:
-                chunk = asyncio.get_running_loop().run_in_executor(scores, _scored_chunk, answer, piece)
-                yield b"data: %s\n\n" % await chunk
+            if track is not None:
+                is_new, chunk = track.take(piece), answer.chunk(piece)
+                if is_new:
+                    held.append(event(chunk, f"{name}{EVENT_ID_PARTS}{track.cursor}"))
+                while held and track.is_confirmed:
+                    yield held.popleft()
+            elif piece.prompt_scores:
+                scored = asyncio.get_running_loop().run_in_executor(scores, _scored_chunk, answer, piece)
+                yield b"data: %s\n\n" % await scored
             else:
                 yield event(answer.chunk(piece))
         last = answer.last_chunk()
         if with_usage and last is not None:
-            yield event(last)
+            yield event(last, f"{name}{EVENT_ID_PARTS}{track.cursor}{USAGE_MARK}" if track is not None else None)
         yield b"data: [DONE]\n\n"
+    finally:
+        await pieces.aclose()
+
+
+async def _first(chunks: AsyncGenerator[bytes, None]) -> bytes:
+    return await anext(chunks)
+
+
+async def _events(
+    chunks: AsyncGenerator[bytes, None], first: bytes | None, answer: Answer
+) -> AsyncGenerator[bytes, None]:
+    """Yield the events of a stream; an error in it becomes its last event."""
+    try:
+        if first is not None:
+            yield first
+        async for chunk in chunks:
+            yield chunk
     except TwostrokeError as error:
         yield event(error_body(error))
     except Exception:
         log.exception("request %s failed within its stream", answer.head["id"])
         yield event(error_body(InternalError("the request failed; the router's log has more")))
     finally:
-        await pieces.aclose()
+        await chunks.aclose()
 
 
 def _scored_chunk(answer: Answer, piece: OutputDelta) -> bytes:

@@ -44,9 +44,10 @@ def to_json_in_parts(value: Any) -> bytes:
     return to_json(value)
 
 
-def event(value: Any) -> bytes:
-    """Encode one server-sent event."""
-    return b"data: " + to_json(value) + b"\n\n"
+def event(value: Any, event_id: str | None = None) -> bytes:
+    """Encode one server-sent event; `event_id`: what clients send back as Last-Event-ID."""
+    head = b"" if event_id is None else b"id: %s\n" % event_id.encode()
+    return head + b"data: " + to_json(value) + b"\n\n"
 
 
 class JsonAnswer(JSONResponse):

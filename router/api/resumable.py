@@ -1,0 +1,170 @@
+"""Resumable calls of both APIs: started, started again under their Idempotency-Key, and resumed. Knows no protocol.
+
+A client asks for it: a call without it takes the usual path and is not journaled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from ...core.errors import DeadlineExceeded, InvalidRequest, RequestNotFound, Unavailable
+from ...core.timeline import Instant, Timeline
+from ..journal.cursor import Track, parse_cursor
+from ..journal.journal import Asked, Entry, check_same
+from ..journal.store import JournalStore, NoStore
+from ..journal.streams import ResumableStreams
+from ..peers.peers import Peers
+from ..requests.pieces import OutputDelta
+from .call import GenerateCall
+from .started import Started
+
+if TYPE_CHECKING:
+    from .frontend import Frontend
+
+_KEY = re.compile(r"[!-~]{1,255}")
+HEADER = "x-twostroke-resumable"
+KEY_HEADER = "idempotency-key"
+CURSOR_HEADER = "last-event-id"
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a client says of a resumable call, beside the call."""
+
+    face: str  # object of its answers
+    body: dict[str, Any] = field(default_factory=dict)  # fields of the HTTP body that shape the answer
+    key: str = ""  # Idempotency-Key; empty: none
+    fingerprint: bytes = b""  # of all that the client sent
+
+
+class Resumables:
+    """Resumable calls of one router."""
+
+    def __init__(self, front: Frontend, streams: ResumableStreams, peers: Peers) -> None:
+        self._front = front
+        self._streams = streams
+        self._peers = peers
+        self.store: JournalStore = NoStore()
+        self.num_adopted = 0  # requests of routers that died
+
+    async def start(self, call: GenerateCall, terms: Terms) -> Started:
+        """Run a call up to its first piece, or join the one that was started with the same Idempotency-Key.
+
+        Raises:
+            IdempotencyKeyReused: the key came with another call before.
+            TwostrokeError: the call was refused.
+        """
+        front = self._front
+        tenant = front.authenticate(call.api_key)
+        if terms.key:
+            _check_key(terms.key)
+            found = self._known(tenant, terms) or await self._known_elsewhere(tenant, terms)
+            if found is not None:
+                return await self.resume(tenant, found, "")
+        timeline = Timeline()
+        timeline.mark(Instant.ARRIVED, front.flow.clock.now_s())
+        request, _ = await front.admit(call)
+        if request.sampling.prompt_logprobs is not None:
+            raise InvalidRequest("a resumable request has no logprobs of its prompt; leave one out", param=HEADER)
+        found = self._known(tenant, terms) if terms.key else None  # it may have come while this one was read
+        if found is not None:
+            return await self.resume(tenant, found, "")
+        asked = Asked(request, terms.face, terms.body, int(time.time()), terms.key, terms.fingerprint)
+        front.flow.check_id(request)
+        entry = self._streams.start(asked, front.flow.generate(request, timeline))
+        return await self._started(asked, self._streams.read(entry), "", "")
+
+    async def resume(self, tenant: str, request_id: str, cursor: str, param: str = "cursor") -> Started:
+        """Go on with a tenant's resumable request after a cursor; an empty one is the beginning.
+
+        Raises:
+            RequestNotFound: the tenant has none of that id, or it has been forgotten.
+            InvalidRequest: the cursor is none of it. `param` names where it was given.
+            TwostrokeError: the request failed.
+        """
+        entry = self._streams.journal.find(tenant, request_id)
+        if entry is not None:
+            return await self._started(entry.asked, self._streams.read(entry), cursor, param)
+        followed = await self._peers.follow(tenant, request_id)
+        if followed is not None:
+            return await self._started(*followed, cursor, param)
+        entry = await self._adopted(tenant, request_id)
+        if entry is not None:
+            return await self._started(entry.asked, self._streams.read(entry), cursor, param)
+        raise RequestNotFound(
+            f"no resumable request {request_id[:128]!r} is known (any more); send the request again", param="request_id"
+        )
+
+    async def _adopted(self, tenant: str, request_id: str) -> Entry | None:
+        """Take over a stored request whose router does not answer; None: there is none."""
+        claim = await self.store.find(tenant, request_id)
+        if claim is None:
+            return None
+        stored = claim.stored
+        entry = self._streams.journal.find(tenant, request_id)  # another connection of its client may have been quicker
+        if entry is not None:
+            return entry
+        if stored.is_over:
+            return self._streams.keep(stored.asked, stored.pieces, stored.error)
+        left_s = stored.asked.created_s + stored.asked.request.timeout_s - time.time()
+        if left_s <= 0:
+            raise DeadlineExceeded("the request's timeout passed while no router had it")
+        if not await claim.take():
+            raise Unavailable("another router is taking the stream over; resume it again", retry_after_s=1.0)
+        if (entry := self._streams.journal.find(tenant, request_id)) is not None:
+            return entry
+        request = replace(stored.asked.request, timeout_s=min(left_s, stored.asked.request.timeout_s))
+        timeline = Timeline()
+        timeline.mark(Instant.ARRIVED, self._front.flow.clock.now_s())
+        rest = self._front.flow.generate(request, timeline, stored.pieces)
+        entry = self._streams.start(stored.asked, rest, stored.pieces)
+        self.store.own(entry, claim)
+        self.num_adopted += 1
+        return entry
+
+    async def _started(
+        self, asked: Asked, pieces: AsyncGenerator[OutputDelta, None], cursor: str, param: str
+    ) -> Started:
+        request = asked.request
+        try:
+            track = Track(request.num_choices, parse_cursor(cursor, request.num_choices, param))
+            model = await self._front.models.get(request.model)
+            first = await anext(pieces)
+        except BaseException:
+            await pieces.aclose()
+            raise
+        return Started((request,), model, first, pieces, track, asked)
+
+    def _known(self, tenant: str, terms: Terms) -> str | None:
+        entry = self._streams.journal.find_key(tenant, terms.key)
+        if entry is None:
+            return None
+        check_same(entry.asked.fingerprint, terms.fingerprint)
+        return entry.asked.request.request_id
+
+    async def _known_elsewhere(self, tenant: str, terms: Terms) -> str | None:
+        found = await self._peers.find_key(tenant, terms.key)
+        if found is None:
+            return None
+        check_same(found.fingerprint, terms.fingerprint)
+        return found.request_id
+
+
+def fingerprint_of(face: str, values: Any) -> bytes:
+    """Fingerprint of a body: equal for equal values, whatever their order and spaces."""
+    text = json.dumps([face, values], sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def _check_key(key: str) -> None:
+    if not _KEY.fullmatch(key):
+        raise InvalidRequest(
+            f"the Idempotency-Key has {len(key)} characters, or one that is not visible ASCII; use 1 to 255 of them",
+            param="Idempotency-Key",
+        )

@@ -1,0 +1,55 @@
+"""Where other routers find the resumable requests of a router that died. Knows no Redis."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from .journal import Entry
+from .stored import Stored
+
+
+class Claim(Protocol):
+    """A stored request, before it is taken over."""
+
+    stored: Stored
+
+    async def take(self) -> bool:
+        """Become its owner. False: another router was quicker, or the store does not answer."""
+        ...
+
+
+class JournalStore(Protocol):
+    """A store of resumable requests, written behind. Its failures cost resumability and nothing else."""
+
+    def changed(self, entry: Entry) -> None:
+        """A request of ours has begun, has a new piece, or is over; it is written with the next batch."""
+        ...
+
+    async def find(self, tenant: str, request_id: str) -> Claim | None:
+        """A tenant's request of any router; None: it is not there, or the store does not answer."""
+        ...
+
+    def own(self, entry: Entry, claim: Any) -> None:
+        """Write on behind what was stored of a request that was taken over by this claim."""
+        ...
+
+    async def close(self) -> None:
+        """Write what is not written yet, if that is quick, and disconnect."""
+        ...
+
+
+class NoStore:
+    """Memory only: requests of a router that died are lost."""
+
+    def changed(self, entry: Entry) -> None:
+        """Nothing is written."""
+
+    async def find(self, tenant: str, request_id: str) -> Claim | None:
+        """Nothing is there."""
+        return None
+
+    def own(self, entry: Entry, claim: Any) -> None:
+        """There are no claims."""
+
+    async def close(self) -> None:
+        """Nothing is open."""
