@@ -50,8 +50,8 @@ class ResumableStreams:
 
     def give_up(self, entry: Entry) -> None:
         """Another router has this request now: end it here."""
-        self._taken.add(entry)
         if entry in self._pumps:
+            self._taken.add(entry)
             self._pumps[entry].cancel()
 
     def keep(self, asked: Asked, pieces: list[OutputDelta], error: TwostrokeError | None) -> Entry:
@@ -118,10 +118,11 @@ class ResumableStreams:
             raise
         finally:
             self.journal.end(entry, error, self._clock.now_s())
-            self.on_change(entry)
             if entry in self._taken:
                 self._taken.remove(entry)
                 self.journal.forget(entry)
+            else:
+                self.on_change(entry)
             del self._pumps[entry]
 
     async def _tick_for_ever(self) -> None:

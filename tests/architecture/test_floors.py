@@ -37,6 +37,7 @@ PURE_FOLDERS = {
     "router/routing": set(),
 }
 PURE_FILES = (
+    "client/reconnection.py",
     "core/proof.py",
     "core/tally.py",
     "kv/store/host_store.py",
@@ -52,6 +53,11 @@ PURE_FILES = (
     "worker/gpu/verdict.py",
     "worker/gpu/visible.py",
     "worker/gpu/xid.py",
+    "router/journal/cursor.py",
+    "router/journal/journal.py",
+    "router/journal/stored.py",
+    "router/journal/wire.py",
+    "router/peers/joined.py",
     "cluster/catalogue.py",
     "cluster/devices.py",
     "cluster/fit.py",

@@ -1,0 +1,192 @@
+"""The pure parts of the journal, by properties: no cursor forks a stream, bounds hold, what is read back is a prefix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from twostroke.core.errors import CursorLost, IdempotencyKeyReused, InvalidRequest, Unavailable
+from twostroke.core.request import FinishReason, Request, SamplingParams
+from twostroke.router.journal.cursor import Track, parse_cursor
+from twostroke.router.journal.journal import Asked, Entry, Journal, JournalLimits, check_same
+from twostroke.router.journal.sealed import Sealer
+from twostroke.router.journal.stored import batch_of, read_back
+from twostroke.router.requests.pieces import OutputDelta, TokenUsage
+
+
+def asked(name: str = "r", tenant: str = "t", **more: Any) -> Asked:
+    request = Request(name, "m", (1, 2, 3), SamplingParams(8, seed=5, stop=("x",)), 2, "d", 60.0, tenant=tenant)
+    return Asked(request, "text_completion", {"stream": True}, 7, **more)
+
+
+@st.composite
+def streams(draw: Any) -> list[OutputDelta]:
+    """A whole stream of two choices, in any order of their pieces."""
+    lengths = [draw(st.integers(0, 6)) for _ in range(2)]
+    waiting, pieces = [0, 0], []
+    order = draw(st.permutations([0] * (lengths[0] + 1) + [1] * (lengths[1] + 1)))
+    for choice in order:
+        index = waiting[choice]
+        waiting[choice] += 1
+        if index < lengths[choice]:
+            pieces.append(OutputDelta(choice, index, (draw(st.integers(0, 3)),), f"{choice}.{index} "))
+        else:
+            pieces.append(OutputDelta(choice, index, (), "!", FinishReason.LENGTH))
+    last = pieces[-1]
+    pieces[-1] = OutputDelta(
+        last.choice, last.first_index, (), "!", FinishReason.LENGTH, TokenUsage(3, sum(lengths), 0)
+    )
+    return pieces
+
+
+def told(pieces: list[OutputDelta], cursor: str) -> list[OutputDelta]:
+    """What a client with this cursor gets of a stream."""
+    track = Track(2, parse_cursor(cursor, 2, "cursor"))
+    new, held = [], []
+    for piece in pieces:
+        if track.take(piece):
+            held.append(piece)
+        if track.is_confirmed:
+            new += held
+            held = []
+    assert not held, "nothing is held back at the end"
+    return new
+
+
+@given(streams(), st.data())
+def test_a_cursor_splits_a_stream_in_what_was_had_and_the_rest(pieces: list[OutputDelta], data: Any):
+    split = data.draw(st.integers(0, len(pieces)))
+    track = Track(2)
+    assert all(track.take(piece) for piece in pieces[:split])
+    assert told(pieces, track.cursor) == pieces[split:]
+
+
+@given(streams(), streams(), st.data())
+def test_a_cursor_of_another_stream_ends_in_an_error_or_continues_the_same_tokens(
+    one: list[OutputDelta], other: list[OutputDelta], data: Any
+):
+    had = one[: data.draw(st.integers(0, len(one)))]
+    track = Track(2)
+    for piece in had:
+        track.take(piece)
+    try:
+        rest = told(other, track.cursor)
+    except CursorLost:
+        return
+    for choice in (0, 1):
+        joined = [t for piece in had + rest if piece.choice == choice for t in piece.token_ids]
+        assert joined == [t for piece in other if piece.choice == choice for t in piece.token_ids]
+
+
+@given(st.text(max_size=40))
+def test_any_text_is_a_cursor_or_a_typed_error(text: str):
+    try:
+        marks = parse_cursor(text, 2, "cursor")
+    except InvalidRequest:
+        return
+    assert parse_cursor(".".join(map(str, marks)), 2, "cursor") == marks
+
+
+LIMITS = JournalLimits(max_requests=3, max_bytes=20_000, keep_s=10.0, grace_s=2.0)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["add", "put", "end", "read", "leave", "tick"]), st.integers(0, 5)), max_size=60)
+)
+def test_bounds_hold_whatever_happens(events: list[tuple[str, int]]):
+    journal, entries, readers, now_s = Journal(LIMITS), dict[int, Entry](), dict[int, int](), 0.0
+    for what, number in events:
+        now_s += 0.7
+        entry = entries.get(number)
+        if what == "add" and (entry is None or entry.is_over):
+            entries[number] = journal.add(asked(f"r{number}", key=f"k{number}"), now_s)
+            readers[number] = 0
+        elif what == "put" and entry is not None and not entry.is_over:
+            journal.put(entry, OutputDelta(0, len(entry.pieces), (1,), "x" * 1000))
+        elif what == "end" and entry is not None:
+            journal.end(entry, None, now_s)
+        elif what == "read" and entry is not None:
+            journal.attach(entry)
+            readers[number] += 1
+        elif what == "leave" and entry is not None and readers[number]:
+            journal.detach(entry, now_s)
+            readers[number] -= 1
+        elif what == "tick":
+            for late in journal.tick(now_s):
+                assert late.num_readers == 0
+                assert not late.is_over
+        kept = [entry for entry in entries.values() if journal.is_kept(entry)]
+        assert len(kept) == len(journal) <= 3
+        assert journal.num_bytes == sum(entry.size_bytes for entry in kept) <= 20_000
+        for index, entry in entries.items():
+            assert (journal.find("t", f"r{index}") is entry) == journal.is_kept(entry)
+            assert (journal.find_key("t", f"k{index}") is entry) == journal.is_kept(entry)
+            assert journal.find("other", f"r{index}") is None
+
+
+def test_what_failed_before_its_first_piece_leaves_its_key():
+    journal = Journal()
+    entry = journal.add(asked(key="k"), 0.0)
+    journal.end(entry, Unavailable("no", retry_after_s=1.0), 1.0)
+    assert journal.find_key("t", "k") is None
+    journal.add(asked(key="k"), 2.0)
+    with pytest.raises(InvalidRequest, match="in use"):
+        journal.add(asked(), 3.0)
+    with pytest.raises(IdempotencyKeyReused):
+        check_same(b"one", b"other")
+
+
+def test_a_request_is_kept_for_its_time_and_running_ones_for_their_grace():
+    journal = Journal(LIMITS)
+    entry = journal.add(asked(), 0.0)
+    journal.attach(entry)
+    assert journal.tick(100.0) == []
+    journal.detach(entry, 100.0)
+    assert journal.tick(102.0) == []
+    assert journal.tick(102.1) == [entry]
+    journal.put(entry, OutputDelta(0, 0, (1,), "a"))
+    journal.end(entry, None, 103.0)
+    journal.tick(113.0)
+    assert journal.is_kept(entry)
+    journal.tick(113.1)
+    assert not journal.is_kept(entry)
+
+
+@given(streams(), st.data())
+def test_what_is_read_back_is_a_prefix_whatever_is_missing_or_damaged(pieces: list[OutputDelta], data: Any):
+    entry = Entry(asked(), 0.0)
+    batches, written = [], 0
+    for piece in pieces:
+        entry.pieces.append(piece)
+        if data.draw(st.booleans()):
+            batch = batch_of(entry, written)
+            batches.append(batch.SerializeToString())
+            if data.draw(st.booleans()):  # else it is written once more, as after a lost answer
+                written = batch.first + len(batch.items)
+    entry.ended_s = 1.0
+    batches.append(batch_of(entry, written).SerializeToString())
+    whole = read_back(batches, "t", "r")
+    assert whole is not None
+    assert (whole.asked, whole.pieces, whole.is_over) == (entry.asked, pieces, True)
+    assert read_back(batches, "t2", "r") is read_back(batches, "t", "r2") is None
+    place = data.draw(st.integers(0, len(batches) - 1))
+    damaged = data.draw(st.sampled_from([None, b"", b"\xff\xff", b"\x08\x01", data.draw(st.binary(max_size=30))]))
+    less = batches[:place] + ([] if damaged is None else [damaged]) + batches[place + 1 :]
+    found = read_back(less, "t", "r")
+    assert found is None or found.pieces == pieces[: len(found.pieces)]
+
+
+@given(st.binary(max_size=60), st.binary(max_size=60))
+def test_a_sealed_value_opens_at_its_place_alone(value: bytes, noise: bytes):
+    sealer, other = Sealer(b"k" * 32), Sealer(b"o" * 32)
+    place = sealer.place("t", "r")
+    sealed = sealer.seal(value, place)
+    assert sealer.open(sealed, place) == value
+    assert sealer.open(sealed, sealer.place("t", "r2")) is None
+    assert other.open(sealed, place) is None
+    assert sealer.open(sealed[:-1], place) is None
+    assert sealer.open(noise, place) is None
+    assert sealer.place("ab", "c") != sealer.place("a", "bc")
