@@ -28,6 +28,7 @@ serve: $(STAMP)-all
 # Four processes also on two cores: many tests wait for processes, leases and frozen workers. All of them and their
 # children share compiled bytecode, which some machines switch off.
 BYTECODE := PYTHONDONTWRITEBYTECODE=
+# Tests of streams whose router died start a real Redis, and are skipped without one: apt-get install redis-server.
 test: $(STAMP)-all,test,redis
 	$(BYTECODE) $(BIN)/python -m pytest tests -n 4 --dist worksteal
 

@@ -8,12 +8,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from ...core.errors import InvalidRequest, Overloaded
+from ...core.errors import ConfigError, InvalidRequest, Overloaded
 from ...core.request import Request
 from ...core.timeline import Instant, Timeline
 from ..config import RouterConfig
 from ..journal.journal import Entry, Journal, JournalLimits
-from ..journal.redis_store import RedisStore
 from ..journal.streams import ResumableStreams
 from ..peers.joined import joined_metrics, joined_report
 from ..peers.peers import Peers
@@ -59,6 +58,10 @@ class Frontend:
         Raises:
             ConfigError: its client is not installed, or the address is none.
         """
+        try:
+            from ..journal.redis_store import RedisStore  # with libraries that only this setting needs
+        except ImportError:
+            raise ConfigError("router.journal_url needs libraries: pip install 'twostroke[redis]'") from None
         metrics, streams = self.flow.metrics, self.streams
 
         def fenced(entry: Entry) -> None:

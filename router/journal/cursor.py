@@ -96,8 +96,9 @@ class Track:
         if before < had.num_tokens == after and choice.mark.digest != had.digest:
             raise CursorLost(f"choice {piece.choice} has other tokens now than its client; start a new request")
         is_split = before < had.num_tokens < after
-        is_over = choice.has_end and (after < had.num_tokens or (bool(piece.token_ids) and after == had.num_tokens))
-        if is_split or (is_over and not had.has_end) or (had.has_end and after > had.num_tokens):
+        is_short = choice.has_end and after < had.num_tokens
+        is_mixed = choice.has_end and not had.has_end and bool(piece.token_ids) and after == had.num_tokens
+        if is_split or is_short or is_mixed or (had.has_end and after > had.num_tokens):
             raise CursorLost(f"choice {piece.choice} cannot go on after token {had.num_tokens}; start a new request")
         if piece.finish_reason is not None:
             return not had.has_end
