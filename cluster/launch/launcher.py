@@ -37,7 +37,11 @@ class Site:
     def router_settings(self, member: ProcessPlan) -> RouterConfig:
         """Settings of one router: its name, its own internal port, and what it shares with the others."""
         addresses = self.internal_addresses
+        log = self.config.router.decision_log
+        if log is not None and member.index > 0:  # two routers cannot write one file
+            log = log.with_stem(f"{log.stem}-{member.name}")
         own = {
+            "decision_log": log,
             "name": member.name,
             "internal_port": self.internal_ports[member.index],
             "peers": tuple(address for index, address in enumerate(addresses) if index != member.index),

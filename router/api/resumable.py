@@ -110,7 +110,7 @@ class Resumables:
         entry = self._streams.journal.find(tenant, request_id)  # another connection of its client may have been quicker
         if entry is not None:
             return entry
-        if stored.is_over:
+        if stored.is_over or any(piece.usage is not None for piece in stored.pieces):
             return self._streams.keep(stored.asked, stored.pieces, stored.error)
         left_s = stored.asked.created_s + stored.asked.request.timeout_s - time.time()
         if left_s <= 0:

@@ -88,6 +88,10 @@ class Journal:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def entries(self) -> tuple[Entry, ...]:
+        """All requests, in the order they came."""
+        return tuple(self._entries.values())
+
     def add(self, asked: Asked, now_s: float) -> Entry:
         """Add a request that begins now; `attach` its first reader next.
 

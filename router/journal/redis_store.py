@@ -61,7 +61,7 @@ class RedisStore:
         except ImportError:
             raise ConfigError("router.journal_url needs the Redis client: pip install 'twostroke[redis]'") from None
         try:
-            self._redis: Any = redis.asyncio.from_url(url, socket_timeout=CALL_S, socket_connect_timeout=CALL_S)  # type: ignore[no-untyped-call]
+            self._redis: Any = redis.asyncio.from_url(url, socket_timeout=CALL_S, socket_connect_timeout=CALL_S)
         except ValueError as error:
             raise ConfigError(f"router.journal_url is no address of a Redis: {error}") from None
         self._sealer = Sealer(key)

@@ -77,18 +77,25 @@ class Peers:
 
     async def follow(self, tenant: str, request_id: str) -> tuple[Asked, AsyncGenerator[OutputDelta, None]] | None:
         """A tenant's resumable request at another router, and all its pieces as they come; None: no router has it."""
-        for address in self._addresses:
-            call = peers_pb2_grpc.PeersStub(self._channel(address)).Follow(
-                peers_pb2.PeerRequest(tenant=tenant, request_id=request_id)
-            )
-            try:
-                async with asyncio.timeout(ANSWER_S):
-                    item: Any = await call.read()
-                if item is not grpc.aio.EOF and item.HasField("request"):
-                    return asked_from_wire(item.request), _followed(call, address)
-            except (*_FAILURES, InvalidRequest) as error:
-                log.debug("router at %s: no answer: %s", address, error)
+        asked = peers_pb2.PeerRequest(tenant=tenant, request_id=request_id)
+        begun = await asyncio.gather(*(self._begin(address, asked) for address in self._addresses))
+        found = [one for one in begun if one is not None]
+        for _, call, _ in found[1:]:
             call.cancel()
+        return (found[0][0], _followed(*found[0][1:])) if found else None
+
+    async def _begin(self, address: str, asked: peers_pb2.PeerRequest) -> tuple[Asked, Any, str] | None:
+        """The request, and the call that goes on with its pieces; None: it is not there."""
+        stub: Any = peers_pb2_grpc.PeersStub(self._channel(address))
+        call = stub.Follow(asked)
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                item = await call.read()
+            if item is not grpc.aio.EOF and item.HasField("request"):
+                return asked_from_wire(item.request), call, address
+        except (*_FAILURES, InvalidRequest) as error:
+            log.debug("router at %s: no answer: %s", address, error)
+        call.cancel()
         return None
 
     async def close(self) -> None:

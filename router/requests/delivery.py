@@ -71,7 +71,7 @@ class Delivery:
         progress = self._choices[choice] if choice < len(self._choices) else None
         if progress is None or progress.finish is not None or first_index != progress.next_index:
             return False
-        progress.token_ids.extend(token_ids)
+        progress.token_ids += array("I", token_ids)
         progress.finish = finish
         return True
 

@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from .core.errors import CheckpointError as CheckpointError
     from .core.errors import ConfigError as ConfigError
     from .core.errors import ContextLengthExceeded as ContextLengthExceeded
+    from .core.errors import CursorLost as CursorLost
     from .core.errors import DeadlineExceeded as DeadlineExceeded
     from .core.errors import DoesNotFit as DoesNotFit
     from .core.errors import HostForbidden as HostForbidden
+    from .core.errors import IdempotencyKeyReused as IdempotencyKeyReused
     from .core.errors import InternalError as InternalError
     from .core.errors import InvalidRequest as InvalidRequest
     from .core.errors import KvCorrupted as KvCorrupted
@@ -58,8 +60,9 @@ _NAMES_BY_MODULE = {
     ".client.client": ("Client", "CompletionStream"),
     ".client.values": ("Choice", "Chunk", "Completion", "ModelCard", "Tokens", "Usage"),
     ".core.errors": (
-        *("BodyTooLarge", "Cancelled", "CheckpointError", "ConfigError", "ContextLengthExceeded", "DeadlineExceeded"),
-        *("DoesNotFit", "HostForbidden", "InternalError", "InvalidRequest", "KvCorrupted", "ModelNotFound", "NonFiniteKv"),
+        *("BodyTooLarge", "Cancelled", "CheckpointError", "ConfigError", "ContextLengthExceeded", "CursorLost"),
+        *("DeadlineExceeded", "DoesNotFit", "HostForbidden", "IdempotencyKeyReused"),
+        *("InternalError", "InvalidRequest", "KvCorrupted", "ModelNotFound", "NonFiniteKv"),
         *("OriginForbidden", "Overloaded", "PairRefused", "PoisonRequest", "RequestNotFound", "TokensLost"),
         *("TransportUnavailable", "TwostrokeError", "Unauthenticated"),
         *("Unavailable", "UnsupportedContentType", "UnsupportedEncoding", "UnsupportedParameter", "WorkerLost"),

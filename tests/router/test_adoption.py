@@ -48,7 +48,9 @@ async def test_a_stream_whose_router_ended_goes_on_at_the_other_as_it_would_have
             whole = await events(both, body(request_id="whole", seed=1), **RESUMABLE)
             both.worker.submits.clear()
             for process in both.processes:
-                process._front.streams.journal._entries.clear()
+                journal = process._front.streams.journal
+                for entry in journal.entries():
+                    journal.forget(entry)
             had = await events(both, body(seed=1), most=9, **RESUMABLE)
             gone = owner_of(both)
             await both.processes[gone].stop(0.0)
@@ -78,7 +80,7 @@ async def test_a_router_that_was_thought_dead_gives_its_stream_up():
             had = await events(both, body(), most=6, **RESUMABLE)
             owner = owner_of(both)
             adopter = both.processes[1 - owner]
-            adopter._front.peers._addresses = ()  # as if the owner were frozen: it does not answer
+            both.processes[owner]._front.streams.is_leaving = True  # as if it were frozen: it does not answer
             await until(lambda: gauge(both, "twostroke_journal_store_up", owner) == 1)
             started = await adopter._front.resumables.resume(
                 await tenant(adopter), "r1", ids_of(had)[-1].removeprefix("r1:")
@@ -86,7 +88,7 @@ async def test_a_router_that_was_thought_dead_gives_its_stream_up():
             await started.rest.aclose()
             await until(lambda: gauge(both, "twostroke_streams_fenced_total", owner) == 1)
             assert len(both.processes[owner]._front.streams.journal) == 0
-            await until(lambda: all(e.is_over for e in adopter._front.streams.journal._entries.values()), 20)
+            await until(lambda: all(entry.is_over for entry in adopter._front.streams.journal.entries()), 20)
 
 
 async def tenant(process: Any) -> str:

@@ -1,4 +1,4 @@
-"""The pure parts of the journal, by properties: no cursor forks a stream, bounds hold, what is read back is a prefix."""
+"""The pure parts of the journal by properties: no cursor forks a stream, bounds hold, what is read back is a prefix."""
 
 from __future__ import annotations
 

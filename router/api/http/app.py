@@ -248,7 +248,7 @@ def _terms(http: HttpRequest, calls: Sequence[GenerateCall], kind: str, body: Bo
     kept = {name: value for name, value in values.items() if name not in ("messages", "prompt", "request_id")}
     if isinstance(body, ChatBody):
         kept["messages"] = _NO_MESSAGES
-    else:
+    elif isinstance(body, CompletionBody):
         kept["prompt"] = values["prompt"] if body.echo else ""
     return Terms(kind, kept, key, fingerprint)
 
