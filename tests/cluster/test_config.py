@@ -288,3 +288,12 @@ def test_unlike_ranks_are_refused_in_deterministic_mode_before_anything_is_read(
     assert (free.cluster.ranks_of(Role.PREFILL), free.cluster.ranks_of(Role.DECODE)) == (2, 4)
     load_config(flags=flags | {"cluster.decode_tp": 2})
     load_config(flags=flags | {"cluster.prefill": 0})  # combined workers hand over to none
+
+
+def test_internal_ports_of_several_routers_may_not_meet_the_shared_ones() -> None:
+    flags = {"cluster.routers": 3, "router.port": 8000, "router.grpc_port": 8001, "router.internal_port": 7999}
+    with pytest.raises(ConfigError, match="3 routers take 7999 to 8001, and the routers share 8000"):
+        load_config(flags=flags)
+    with pytest.raises(ConfigError, match="65535 is the last port"):
+        load_config(flags=flags | {"router.internal_port": 65534})
+    assert load_config(flags=flags | {"router.internal_port": 8002}).cluster.routers == 3
