@@ -99,6 +99,21 @@ _HANDOVER = [
     ),
 ]
 
+_ENDS = [
+    Mutant(
+        "kv/handover/receiver.py",
+        "attempt = max(self._damaged[unit] for unit in units)",
+        "attempt = min(self._damaged[unit] for unit in units)",
+    ),
+    Mutant(
+        "decode_worker/pull.py",
+        "                self._give_back(has_failed=is_wrong and self.receiver.transport == SHM)\n"
+        "                self._owner.pull_lost(action)\n",
+        "                self._owner.pull_lost(action)\n"
+        "                self._give_back(has_failed=is_wrong and self.receiver.transport == SHM)\n",
+    ),
+]
+
 _CARRIED = [
     Mutant("kv/handover/carrier.py", "        self.rearm()\n\n    def rearm", "\n    def rearm"),
     Mutant("kv/handover/carrier.py", "        if self._is_doing:\n            return\n", ""),
@@ -275,4 +290,4 @@ _PULLED = [
     ),
 ]
 
-MUTANTS = [*_HANDOVER, *_CARRIED, *_BYTES, *_PULLED]
+MUTANTS = [*_HANDOVER, *_ENDS, *_CARRIED, *_BYTES, *_PULLED]

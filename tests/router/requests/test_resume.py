@@ -190,6 +190,17 @@ def test_the_timeline_keeps_the_first_token_of_the_first_worker() -> None:
     assert run.dispatches[1].timeline.at_s(Instant.FIRST_TOKEN) == 2.0
 
 
+def test_the_timeline_of_an_answer_without_a_token_is_its_workers() -> None:
+    router = Router("a", "b")
+    run = router.ask()
+    router.pass_s(1.0)
+    end = worker_pb2.RequestEnd(request_id=run.name, reason=1)  # the first token was the end
+    end.timeline.add(name="received", since_seen_ns=10**9)
+    end.epoch.incarnation, end.epoch.counter = run.dispatches[-1].epoch
+    router.life.take_step(placed(run), worker_pb2.StepOutput(ends=[end]), router.now_s)
+    assert run.timeline.at_s(Instant.RECEIVED) == run.dispatches[-1].at_s + 1.0
+
+
 # ------------------------------------------------------------------ who killed it
 
 
