@@ -253,6 +253,7 @@ _CONNECTIONS = [
 ]
 
 _LATER = [
+    Mutant("router/api/http/connection.py", "            self._may_frame -= len(data)\n", "            pass\n"),
     Mutant("router/api/frontend.py", "        self._num_reading += len(calls)\n", "        self._num_reading += 1\n"),
     Mutant(
         "router/api/frontend.py",

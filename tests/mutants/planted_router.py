@@ -205,7 +205,9 @@ _LIVES = [
     Mutant("router/requests/suspects.py", "peer == key and living.first_token_s is None", "peer == key"),
     Mutant("router/requests/state.py", "            self.identities = None  # of", "            pass  # of"),
     Mutant("router/requests/state.py", " and not current.is_resumed:", ":"),
-    Mutant("router/requests/state.py", "self.first_choice in (None, end.choice) and", "self.first_choice == end.choice and"),
+    Mutant(
+        "router/requests/state.py", "self.first_choice in (None, end.choice) and", "self.first_choice == end.choice and"
+    ),
     Mutant("router/requests/state.py", "        self.living.left = Left(now_s, error)\n", ""),
     Mutant(
         "router/requests/roster.py",
