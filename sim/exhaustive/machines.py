@@ -21,7 +21,8 @@ from ...decode_worker.task import DecodeTask, DecodeTaskTools
 from ...engine.facts import FaceFacts
 from ...engine.link import messages as link
 from ...kv.handover.carrier import Check, Hear, StreamHost
-from ...kv.handover.frames import Frame, FrameLabel, WireError, decode_envelope, encode_frame, verify_frame
+from ...kv.handover.damage import verify_frame
+from ...kv.handover.frames import Frame, FrameLabel, WireError, decode_envelope, encode_frame
 from ...kv.handover.machine import Action, Label, NumberedStream
 from ...kv.handover.receiver import Receiver, ReceiverState
 from ...kv.handover.sender import SenderState
