@@ -33,7 +33,8 @@ from ..cells import SPEC
 from ..engine import IDENTITY_KEY
 from ..invariants import Violation
 from ..workers import MODEL, ROUTER_MODEL
-from .machines import DOMAIN, FACTS, PARAMS, PROMPT_IDS, TIMEOUT_S, TOKENS, Event
+from .automaton import Event
+from .given import DOMAIN, FACTS, PARAMS, PROMPT_IDS, TIMEOUT_S, TOKENS
 from .silent import SilentChoice
 
 ROUTER = RouterKey("router", 1)

@@ -81,7 +81,8 @@ _OUTSIDE = [
     ),
     Mutant("core/call_reaper.py", "        call.cancel()\n        self._stalled", "        self._stalled"),
     Mutant("core/call_reaper.py", "            self._sweep = None\n\n\ndef", "            pass\n\n\ndef"),
-    Mutant("core/probes.py", "                    oldest.reschedule(0.0)\n", "                    pass\n"),
+    Mutant("core/probes.py", "if not oldest.expired():", "if True:"),
+    Mutant("core/probes.py", "                        oldest.reschedule(0.0)\n", "                        pass\n"),
     Mutant("core/probes.py", "            self._reaper.end_later(PROBE_TIMEOUT_S)\n", ""),
     Mutant(
         "router/api/grpc/guard.py",
