@@ -19,7 +19,7 @@ from .fields import as_list as _list
 from .fields import set_field as _set
 from .fields import shown
 from .messages import Message, TemplateOptions, add_messages, set_template_options
-from .values import Choice, Chunk, Completion, ModelCard, Tokens, Usage
+from .values import Choice, Chunk, Completion, ModelCard, Tokens, ToolCall, Usage
 
 Rpc = Literal[
     "Generate", "GenerateStream", "Chat", "ChatStream", "Tokenize", "ListModels", "Abort", "Explain", "Cluster"
@@ -214,6 +214,7 @@ _FINISH: dict[int, FinishReason | None] = {
     common_pb2.FINISH_REASON_LENGTH: FinishReason.LENGTH,
     common_pb2.FINISH_REASON_CANCELLED: FinishReason.CANCELLED,
     common_pb2.FINISH_REASON_ERROR: FinishReason.ERROR,
+    common_pb2.FINISH_REASON_TOOL_CALLS: FinishReason.TOOL_CALLS,
 }
 
 
@@ -223,7 +224,15 @@ def read_completion(reply: inference_pb2.GenerateResponse) -> Completion:
         request_id=reply.request_id,
         model=reply.model,
         choices=tuple(
-            Choice(c.index, c.text, tuple(c.token_ids), _finish(c.finish_reason), _logprobs(c.logprobs))
+            Choice(
+                c.index,
+                c.text,
+                tuple(c.token_ids),
+                _finish(c.finish_reason),
+                _logprobs(c.logprobs),
+                c.reasoning,
+                _calls(c.tool_calls),
+            )
             for c in reply.choices
         ),
         usage=_usage(reply.usage),
@@ -270,6 +279,8 @@ class StreamReader:
             cursor=message.cursor,
             logprobs=_logprobs(message.logprobs),
             prompt_logprobs=_logprobs(message.prompt_logprobs),
+            reasoning=message.reasoning,
+            tool_calls=_calls(message.tool_calls),
         )
         self._check(chunk)
         return chunk
@@ -305,6 +316,10 @@ def _finish(value: int) -> FinishReason | None:
     return _FINISH.get(value, FinishReason.ERROR)  # an unknown value, of a newer release
 
 
+def _calls(messages: Iterable[inference_pb2.ToolCall]) -> tuple[ToolCall, ...]:
+    return tuple(ToolCall(m.id, m.name, m.arguments) for m in messages)
+
+
 def _logprobs(messages: Iterable[common_pb2.TokenLogprobs]) -> tuple[TokenLogprobs, ...]:
     return tuple(
         TokenLogprobs(m.token_id, m.logprob, m.rank, tuple(zip(m.top_ids, m.top_logprobs, strict=False)))
@@ -313,4 +328,4 @@ def _logprobs(messages: Iterable[common_pb2.TokenLogprobs]) -> tuple[TokenLogpro
 
 
 def _usage(usage: common_pb2.Usage) -> Usage:
-    return Usage(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)
+    return Usage(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens, usage.reasoning_tokens)

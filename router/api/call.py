@@ -23,6 +23,9 @@ class GenerateCall:
     continue_final_message: bool | None = None
     documents: Sequence[Mapping[str, Any]] | None = None
     reasoning_effort: str | None = None
+    tools: Sequence[Mapping[str, Any]] | None = None  # these three, too
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
     sampling: SamplingOptions = field(default_factory=SamplingOptions)  # what the client said; shared, never changed
     usual_max_tokens: int | None = None  # the face's own default for max_tokens; none: the router's
     top_logprobs: int | None = None  # `logprobs` of the sampling under the name that chats have for it; one of the two

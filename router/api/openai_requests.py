@@ -17,6 +17,7 @@ from .checks import short
 from .fields import (
     ACCEPTED,
     ACCEPTED_STREAM_OPTIONS,
+    INSTEAD,
     REFUSED,
     REFUSED_OF_CHATS,
     REFUSED_OF_COMPLETIONS,
@@ -152,6 +153,9 @@ def chat_call(body: ChatBody, api_key: str | None) -> GenerateCall:
         continue_final_message=body.continue_final_message,
         documents=body.documents,
         reasoning_effort=body.reasoning_effort,
+        tools=body.tools,
+        tool_choice=body.tool_choice,
+        parallel_tool_calls=body.parallel_tool_calls,
         top_logprobs=top_logprobs,
         **_common(body, None, api_key),
     )
@@ -221,7 +225,8 @@ def _served(
                 served[name] = value
         elif name in refused:
             if value is not None and value not in refused[name]:
-                raise UnsupportedParameter(f"{name} is not served yet; leave it out", param=name)
+                remedy = INSTEAD.get(name, "leave it out")
+                raise UnsupportedParameter(f"{name} is not served yet; {remedy}", param=name)
         elif name not in accepted:
             unknown.append(name)
     return served

@@ -11,7 +11,8 @@ from __future__ import annotations
 import re
 
 from .formats import CallFormat, json_call
-from .source import MAX_TAG_CHARS, Call, Kind, Malformed, Markers, Source, Steps
+from .scan import Markers
+from .source import MAX_TAG_CHARS, Call, Kind, Malformed, Source, Steps
 from .values import dumps, json_or_text, object_text, typed
 
 _BEGIN, _END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"

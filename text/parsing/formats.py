@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from .source import Call, Kind, Malformed, Markers, Source, Steps
+from .scan import Markers
+from .source import Call, Kind, Malformed, Source, Steps
 from .values import Tools, checked_object
 
 Run = Callable[["Source", "Reading"], Steps[None]]

@@ -6,7 +6,8 @@ Strings stand between `<|"|>` as they are; keys are not quoted, and may hold spa
 from __future__ import annotations
 
 from .formats import CallFormat
-from .source import MAX_DEPTH, Call, Kind, Malformed, Markers, Source, Steps
+from .scan import MAX_DEPTH, Markers
+from .source import Call, Kind, Malformed, Source, Steps
 from .values import checked_object, dumps, json_or_text
 
 _QUOTE = '<|"|>'

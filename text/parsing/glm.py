@@ -8,7 +8,8 @@ Values are not quoted; a parameter's schema tells strings from JSON.
 from __future__ import annotations
 
 from .formats import CallFormat
-from .source import Call, Markers, Source, Steps
+from .scan import Markers
+from .source import Call, Source, Steps
 from .values import object_text, typed
 
 _KEY_ENDS = Markers("</arg_key>")

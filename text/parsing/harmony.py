@@ -13,7 +13,8 @@ from __future__ import annotations
 import re
 
 from .formats import Reading
-from .source import Call, Kind, Malformed, Markers, Source, Steps, Unfinished
+from .scan import Markers
+from .source import Call, Kind, Malformed, Source, Steps, Unfinished
 from .values import checked_object
 
 _MESSAGE, _END = "<|message|>", ("<|end|>", "<|call|>", "<|return|>")

@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 
 from .formats import CallFormat, json_call
-from .source import MAX_TAG_CHARS, Kind, Malformed, Markers, Source, Steps
+from .scan import Markers
+from .source import MAX_TAG_CHARS, Kind, Malformed, Source, Steps
 
 _CALL, _END = "<|tool_call_begin|>", "<|tool_calls_section_end|>"
 _SECTION = Markers(_CALL, _END)

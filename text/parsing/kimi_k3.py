@@ -14,7 +14,8 @@ from __future__ import annotations
 import re
 
 from .formats import Reading
-from .source import MAX_TAG_CHARS, Call, Kind, Malformed, Markers, Source, Steps
+from .scan import Markers
+from .source import MAX_TAG_CHARS, Call, Kind, Malformed, Source, Steps
 from .values import dumps, json_or_text, object_text
 
 _OPEN, _CLOSE, _SEP = "<|open|>", "<|close|>", "<|sep|>"

@@ -101,6 +101,10 @@ class Parsers(NamedTuple):
         return frozenset(found)
 
 
+NO_PARSERS = Parsers()
+OWN_PARSERS = Parsers(AUTO, AUTO)  # those that the model's chat template calls for
+
+
 def parsers_of(template: str | None, tools: str = AUTO, reasoning: str = AUTO) -> Parsers:
     """The parsers for a model with this source of its chat template; AUTO: what the template calls for.
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from .source import MAX_DEPTH, Call, Malformed, Markers, Source, Steps
+from .scan import MAX_DEPTH, Markers
+from .source import Call, Malformed, Source, Steps
 from .values import dumps, loads, object_text
 
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "0": "\0", "a": "\a", "v": "\v", "\n": ""}

@@ -16,7 +16,8 @@ model would write it: at the beginning of a line if the value began with one, an
 from __future__ import annotations
 
 from .formats import CallFormat
-from .source import Call, Kind, Malformed, Markers, Source, Steps
+from .scan import Markers
+from .source import Call, Kind, Malformed, Source, Steps
 from .values import object_text, typed
 
 _TAG_ENDS = Markers(">", "\n")

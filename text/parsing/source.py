@@ -17,18 +17,17 @@ from collections.abc import Generator
 from enum import Enum
 from typing import NamedTuple, TypeVar
 
+from .scan import JsonScan, Markers
+
 T = TypeVar("T")
 Steps = Generator[None, None, T]  # yields when it needs more text; returns a T
 
-MAX_DEPTH = 128  # of JSON in a call
 MAX_NAME_CHARS = 256
 MAX_TAG_CHARS = 4096  # of the attributes in a tag
 MAX_TRIMMED = 64  # characters of whitespace before a marker that are held back, and dropped with it
 
 _SPACES = re.compile(r"\s*")
 _NAME = re.compile(r"[\w.:/-]*")
-_IN_STRING = re.compile(r'[^"\\]*')
-_OUT_OF_STRING = re.compile(r"[\s:,0-9eE+\-.a-z]*")
 
 
 class Kind(Enum):
@@ -63,29 +62,6 @@ class Malformed(Exception):
 
 class Unfinished(Exception):
     """The output ended within a tool call."""
-
-
-class Markers:
-    """Words that end a text, searched together in one pass."""
-
-    def __init__(self, *words: str) -> None:
-        self._pattern = re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True)))) if words else None
-        self._begins = {word[:length] for word in words for length in range(1, len(word))}
-        self._first = re.compile("|".join(re.escape(char) for char in sorted({word[0] for word in words})))
-        self._longest = max(map(len, words), default=0)
-
-    def search(self, text: str, start: int) -> re.Match[str] | None:
-        """The first word in `text` from `start` on; of several at one place the longest."""
-        return self._pattern.search(text, start) if self._pattern else None
-
-    def overlap(self, text: str, start: int) -> int:
-        """Length of the longest end of `text[start:]` that may be the beginning of a word."""
-        if self._pattern is None:
-            return 0
-        found = self._first.search(text, max(start, len(text) - self._longest + 1))
-        if found is None:
-            return 0
-        return next((len(text) - at for at in range(found.start(), len(text)) if text[at:] in self._begins), 0)
 
 
 class Source:
@@ -293,7 +269,7 @@ class Source:
             yield
 
     def json_text(self, begun: str = "") -> Steps[str]:
-        """Read one JSON object or array; returns it. Only its nesting is checked, up to MAX_DEPTH.
+        """Read one JSON object or array; returns it. Only its nesting is checked, up to MAX_DEPTH (scan.py).
 
         `begun`: its beginning, if that was read already.
 
@@ -303,7 +279,7 @@ class Source:
         """
         if not begun and (char := (yield from self.peek())) not in ("{", "["):
             raise Malformed if char else Unfinished
-        scan = _JsonScan()
+        scan = JsonScan()
         scan.advance(begun, 0)
         parts = [begun]
         while True:
@@ -316,44 +292,3 @@ class Source:
             if self.is_over:
                 raise Unfinished
             yield
-
-
-class _JsonScan:
-    """Finds the end of a JSON value: depth of nesting, and whether a string is open."""
-
-    def __init__(self) -> None:
-        self.depth = 0
-        self.is_wrong = False
-        self._is_string = False
-
-    def advance(self, text: str, at: int) -> int:
-        """Read on from `at`; returns where the value ended, went wrong, or needs more text."""
-        while at < len(text):
-            pattern = _IN_STRING if self._is_string else _OUT_OF_STRING
-            found = pattern.match(text, at)
-            assert found is not None  # the patterns match the empty text
-            at = found.end()
-            if at == len(text):
-                break
-            char = text[at]
-            if char == "\\" and self._is_string:
-                if at + 1 == len(text):
-                    break
-                at += 2
-                continue
-            at += 1
-            if char == '"':
-                self._is_string = not self._is_string
-            elif char in "{[":
-                self.depth += 1
-            elif char in "}]":
-                self.depth -= 1
-            else:
-                self.is_wrong = True
-                return at - 1
-            if self.depth > MAX_DEPTH:
-                self.is_wrong = True
-                return at
-            if self.depth == 0:
-                return at
-        return at

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from twostroke.core.errors import ConfigError
 from twostroke.text.parsing.parser import OutputParser, parse
 from twostroke.text.parsing.parsers import CALLS, REASONING_PARSERS, TOOL_PARSERS, WHOLE, Parsers, parsers_of
-from twostroke.text.parsing.source import MAX_DEPTH, Event, Kind
+from twostroke.text.parsing.scan import MAX_DEPTH
+from twostroke.text.parsing.source import Event, Kind
 from twostroke.text.parsing.values import Tools
 
 TOOLS = Tools(
