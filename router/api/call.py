@@ -17,6 +17,7 @@ class GenerateCall:
 
     model: str | None = None
     prompt: str | Sequence[int] | None = None  # exactly one of prompt and messages
+    suffix: str | None = None  # text behind the answer; with a prompt of text only
     messages: Sequence[Mapping[str, Any]] | None = None
     chat_template_kwargs: Mapping[str, Any] | None = None  # these five are allowed with messages only
     add_generation_prompt: bool | None = None

@@ -147,6 +147,7 @@ class CompletionBody(Body):
     prompt: Any  # a text, token ids, or a list of either; checked by `prompts_of` in openai_requests.py
     logprobs: Annotated[int | None, BeforeValidator(_number_of_scores)] = None
     echo: bool | None = None
+    suffix: str | None = None
 
 
 # ------------------------------------------------------------------ known, without effect on the answer
@@ -203,7 +204,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     # Bounded reasoning.
     "thinking_token_budget": (-1,),
     # The source of the prompt.
-    "suffix": ("",),
     "prompt_embeds": ([],),
     "input_ids": ([],),
     "chat_template": ("",),
@@ -242,7 +242,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "kv_transfer_params": ({},),
     "ec_transfer_params": ({},),
 }
-REFUSED_OF_CHATS: dict[str, tuple[Any, ...]] = {"echo": _NO, "add_special_tokens": _NO}
+REFUSED_OF_CHATS: dict[str, tuple[Any, ...]] = {"echo": _NO, "suffix": ("",), "add_special_tokens": _NO}
 REFUSED_OF_COMPLETIONS: dict[str, tuple[Any, ...]] = {
     "add_special_tokens": (True,),
     "reasoning_effort": (),

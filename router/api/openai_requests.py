@@ -175,9 +175,15 @@ def completion_calls(body: CompletionBody, api_key: str | None, max_prompts: int
         if body.stream and (body.n or 1) > 1:
             raise InvalidRequest("echo with logprobs is streamed for n 1 only; set stream to false", param="echo")
         sampling["prompt_logprobs"] = max(body.logprobs, sampling.get("prompt_logprobs", 0))
+    if body.suffix and body.echo:
+        raise InvalidRequest(
+            "echo and suffix are both given; the answer stands between two texts: leave one out", param="echo"
+        )
     if is_scored_only(body):
         sampling["max_tokens"] = 1  # the workers' least; answers.py keeps it to itself
-    return [GenerateCall(prompt=prompt, **common) for prompt in prompts_of(body, max_prompts)]
+    return [
+        GenerateCall(prompt=prompt, suffix=body.suffix or None, **common) for prompt in prompts_of(body, max_prompts)
+    ]
 
 
 def is_scored_only(body: Body) -> bool:

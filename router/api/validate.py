@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ...core.errors import ContextLengthExceeded, InvalidRequest, Unauthenticated
+from ...core.errors import ContextLengthExceeded, InvalidRequest, Unauthenticated, UnsupportedParameter
 from ...core.request import AnswerForm, Request
+from ...text.fill_in import KNOWN_WORDS, fill_in_prompt
 from ...text.parsing.parser import PROMPT_END_CHARS
 from ...text.parsing.parsers import NONE
 from ...text.tokenizer import TooManyTokens
@@ -104,7 +105,7 @@ def timeout_of(call: GenerateCall, limits: Limits) -> float:
 def num_chars_of(call: GenerateCall) -> int:
     """Approximate number of characters to render and tokenise for a call; 0 for token ids."""
     if isinstance(call.prompt, str):
-        return len(call.prompt)
+        return len(call.prompt) + len(call.suffix or "")
     messages = sum(
         _num_chars(message.get("content")) for message in call.messages or () if isinstance(message, Mapping)
     )
@@ -178,7 +179,12 @@ def _prompt_ids(call: GenerateCall, prompt: Prompt | None, model: ServedModel) -
         ids: Sequence[int] = _encoded(where, prompt.text, model, add_special_tokens=False)
     elif isinstance(call.prompt, str):
         where = "prompt"
-        ids = _encoded(where, text_of("prompt", call.prompt), model, add_special_tokens=True)
+        text = call.prompt if call.suffix is None else _between(call.prompt, call.suffix, model)
+        ids = _encoded(where, text_of("prompt", text), model, add_special_tokens=True)
+    elif call.suffix is not None:
+        raise InvalidRequest(
+            "suffix is given with token ids; give the prompt as text, or both in one prompt", param="suffix"
+        )
     else:
         ids, where = call.prompt or (), "prompt"
         if len(ids) < model.max_model_len:  # else it is refused below by its length
@@ -196,6 +202,18 @@ def _prompt_ids(call: GenerateCall, prompt: Prompt | None, model: ServedModel) -
             param=where,
         )
     return tuple(ids)
+
+
+def _between(before: str, after: str, model: ServedModel) -> str:
+    """The prompt for the text between two others."""
+    vocabulary = model.tokenizer.backend
+    text = fill_in_prompt(before, after, lambda word: vocabulary.token_to_id(word) is not None)
+    if text is None:
+        raise UnsupportedParameter(
+            f"suffix: {model.name} has no tokens for text in the middle (none of {KNOWN_WORDS}); leave it out",
+            param="suffix",
+        )
+    return text
 
 
 def _encoded(where: str, text: str, model: ServedModel, *, add_special_tokens: bool) -> Sequence[int]:

@@ -45,7 +45,6 @@ def test_what_clients_of_others_ask_for_and_would_miss_is_known():
     tools = {"functions", "function_call", "response_format", "structured_outputs"}
     guided = {"guided_json", "guided_regex", "guided_choice", "guided_grammar", "grammar", "json_schema"}
     others = {
-        "suffix",
         "best_of",
         "use_beam_search",
         "logits_processors",
