@@ -37,12 +37,18 @@ class ModelOption(TypedDict, total=False):
 
 
 class Options(ModelOption, SamplingOptions, total=False):
-    """Keyword options of `generate` and `chat`. An absent option has the model's or the server's default."""
+    """Common keyword options of `generate` and `chat`. An absent option has the model's or the server's default."""
 
     n: int  # number of choices
     request_id: str  # for `abort` and `explain`; if absent, the server makes one
     user: str
     timeout_s: float  # for the whole call; for a stream, until its end
+
+
+class GenerateOptions(Options, total=False):
+    """Keyword options of `generate`."""
+
+    suffix: str  # text behind the answer, which fills in the middle; for models whose tokenizer has words for that
 
 
 class ChatOptions(Options, TemplateOptions, total=False):
@@ -63,7 +69,7 @@ class Call(Generic[Result]):
 # ---------------------------------------------------------------- requests
 
 
-def generate(prompt: str | Sequence[int], options: Options) -> Call[Completion]:
+def generate(prompt: str | Sequence[int], options: GenerateOptions) -> Call[Completion]:
     """Complete a text or token ids.
 
     Raises:
@@ -73,7 +79,7 @@ def generate(prompt: str | Sequence[int], options: Options) -> Call[Completion]:
     return Call("Generate", _generate_request(prompt, options), read_completion, options.get("timeout_s"))
 
 
-def generate_stream(prompt: str | Sequence[int], options: Options) -> Call[Chunk]:
+def generate_stream(prompt: str | Sequence[int], options: GenerateOptions) -> Call[Chunk]:
     """Complete a text or token ids as a stream; raises as `generate` does."""
     request = _generate_request(prompt, options)
     reader = StreamReader(request.num_choices)
@@ -132,14 +138,16 @@ def cluster() -> Call[dict[str, Any]]:
     return Call("Cluster", inference_pb2.ClusterRequest(), read_json)
 
 
-def _generate_request(prompt: str | Sequence[int], options: Options) -> inference_pb2.GenerateRequest:
+def _generate_request(prompt: str | Sequence[int], options: GenerateOptions) -> inference_pb2.GenerateRequest:
     request = inference_pb2.GenerateRequest()
     if isinstance(prompt, str):
         _set(request, "text", prompt, "prompt")
     else:
         request.token_ids.SetInParent()  # keeps an empty prompt present, so that the server can refuse it
         _set(request.token_ids, "ids", _list(prompt, "prompt"), "prompt")
-    _check_names(options, Options.__annotations__)
+    _check_names(options, GenerateOptions.__annotations__)
+    if options.get("suffix"):
+        _set(request, "suffix", options["suffix"])
     _fill(request, options)
     return request
 

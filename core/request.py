@@ -106,6 +106,7 @@ class AnswerForm:
     prompt_end: str  # text at the end of the prompt, which may have begun the reasoning
     tools: tuple[Mapping[str, Any], ...] | None  # in OpenAI's format, checked; None: calls are content
     parallel: bool = True  # more than one call is given out
+    hides_special_tokens: bool = False  # the text has special tokens for the parser; the client wants none
 
 
 @dataclass(frozen=True, slots=True)

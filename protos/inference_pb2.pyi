@@ -30,6 +30,7 @@ class GenerateRequest(_message.Message):
     NUM_CHOICES_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     USER_FIELD_NUMBER: _builtins.int
+    SUFFIX_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """empty: the only one"""
     text: _builtins.str
@@ -38,6 +39,8 @@ class GenerateRequest(_message.Message):
     request_id: _builtins.str
     """empty: the router makes one"""
     user: _builtins.str
+    suffix: _builtins.str
+    """text behind the answer, for a prompt of text; empty: none"""
     @_builtins.property
     def token_ids(self) -> _common_pb2.TokenIds: ...
     @_builtins.property
@@ -52,10 +55,11 @@ class GenerateRequest(_message.Message):
         num_choices: _builtins.int = ...,
         request_id: _builtins.str = ...,
         user: _builtins.str = ...,
+        suffix: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "num_choices", b"num_choices", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "num_choices", b"num_choices", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "suffix", b"suffix", "text", b"text", "token_ids", b"token_ids", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015

@@ -50,6 +50,7 @@ class ChoiceOutput:
         self._seed = f"{request.request_id}/{choice}"
         self._is_short = model.parsers.tools == "mistral"
         self._tokens = _TokenCount(model, request.sampling.skip_special_tokens)
+        self._hidden = model.tokenizer.special_words if request.answer.hides_special_tokens else None
         self.num_calls = 0
 
     @property
@@ -61,14 +62,19 @@ class ChoiceOutput:
         """Add a piece; returns what is certain now."""
         events = self._parser.push(piece.text)
         if piece.finish_reason is not None:
-            events += self._parser.finish()
+            events += self._parser.finish(is_cut=piece.finish_reason is not FinishReason.STOP)
         self._tokens.take(piece.token_ids, events)
         calls = [self._given(event.call) for event in events if event.call is not None and self._has_room()]
-        return ParsedDelta(_text(events, Kind.CONTENT), _text(events, Kind.REASONING), tuple(calls))
+        return ParsedDelta(self._text(events, Kind.CONTENT), self._text(events, Kind.REASONING), tuple(calls))
 
     def reason(self, given: FinishReason | None) -> FinishReason | None:
         """The finish reason for clients: a choice with calls that stopped by itself stopped for them."""
         return FinishReason.TOOL_CALLS if given is FinishReason.STOP and self.num_calls else given
+
+    def _text(self, events: list[Event], kind: Kind) -> str:
+        """The text of all events of a kind. A special token comes whole, so each event can be searched alone."""
+        texts = (event.text for event in events if event.kind is kind)
+        return "".join(texts if self._hidden is None else (self._hidden.sub("", text) for text in texts))
 
     def _has_room(self) -> bool:
         return self._most_calls is None or self.num_calls < self._most_calls
@@ -84,10 +90,6 @@ class ChoiceOutput:
             ).hexdigest()
             call_id = digest[:_SHORT_ID_CHARS] if self._is_short else f"call_{digest}"
         return GivenCall(index, call_id, call.name, call.arguments)
-
-
-def _text(events: list[Event], kind: Kind) -> str:
-    return "".join(event.text for event in events if event.kind is kind)
 
 
 class _TokenCount:

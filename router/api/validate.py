@@ -80,6 +80,7 @@ def validate(call: GenerateCall, model: ServedModel, limits: Limits) -> Request:
     sampling = sampling_of(call, model, prompt_ids, limits.default_max_tokens)
     answer = _answer_form(prompt, model)
     if answer is not None and model.needs_special_tokens:
+        answer = replace(answer, hides_special_tokens=sampling.skip_special_tokens)
         sampling = replace(sampling, skip_special_tokens=False)
     return Request(
         request_id=request_id,

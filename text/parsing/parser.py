@@ -23,6 +23,7 @@ class OutputParser:
         self._source = Source()
         self._steps = reading_of(parsers, self._source, prompt_end[-PROMPT_END_CHARS:], tools)
         self._rest: Kind | None = None  # kind of all further text; None: the format reads on
+        self._unfinished = Kind.CONTENT
 
     @property
     def num_unread(self) -> int:
@@ -35,9 +36,14 @@ class OutputParser:
         self._resume()
         return self._source.events()
 
-    def finish(self) -> list[Event]:
-        """End the text; returns the last events. A call that is not complete is not given out."""
+    def finish(self, *, is_cut: bool = False) -> list[Event]:
+        """End the text; returns the last events.
+
+        `is_cut`: the model had not ended it. A call that is not complete is then shown to nobody; else it is no call,
+        and content.
+        """
         self._source.is_over = True
+        self._unfinished = Kind.MARK if is_cut else Kind.CONTENT
         self._resume()
         return self._source.events()
 
@@ -50,12 +56,19 @@ class OutputParser:
                 self._source.emit_read(Kind.MARK)
                 self._rest = Kind.CONTENT
             except Unfinished:
-                self._rest = Kind.MARK
+                self._rest = self._unfinished
         self._source.emit_rest(self._rest)
 
 
-def parse(pieces: Iterable[str], parsers: Parsers, prompt_end: str = "", tools: Tools | None = None) -> list[Event]:
+def parse(
+    pieces: Iterable[str],
+    parsers: Parsers,
+    prompt_end: str = "",
+    tools: Tools | None = None,
+    *,
+    is_cut: bool = False,
+) -> list[Event]:
     """All events of an output: the fold of `push` over its pieces."""
     parser = OutputParser(parsers, prompt_end, tools)
     events = [event for piece in pieces for event in parser.push(piece)]
-    return events + parser.finish()
+    return events + parser.finish(is_cut=is_cut)

@@ -284,6 +284,16 @@ async def test_markers_that_are_special_tokens_are_seen_and_ids_fit_the_template
         assert not scripted.submits[-1].sampling.skip_special_tokens
 
 
+async def test_other_special_tokens_show_only_where_the_client_wants_them(tmp_path):
+    path = make_model(tmp_path / "control", CONTROL, CONTROL_TOKENS)
+    async with router() as there:
+        await there.add(worker(path, "Hi [ARGS]there<|user|>.[TOOL_CALLS] Bye."))
+        plain = await there.chat(tools=[WEATHER])
+        assert plain.choices[0].message.content == "Hi there. Bye."
+        shown = await there.chat(tools=[WEATHER], extra_body={"skip_special_tokens": False})
+        assert shown.choices[0].message.content == "Hi [ARGS]there<|user|>.[TOOL_CALLS] Bye."
+
+
 async def test_a_named_parser_overrides_the_template(model):
     async with router(tool_parser="mistral", reasoning_parser="none") as there:
         await there.add(worker(model, '<think>x</think>[TOOL_CALLS]get_weather[ARGS]{"city": "Rome"}'))

@@ -170,6 +170,12 @@ def test_a_malformed_call_is_content_as_it_was_written():
     assert told(parse(text, Parsers("hermes"), tools=TOOLS)) == (text, "", [])
 
 
+def test_a_call_that_never_ends_is_shown_to_nobody_only_if_the_output_was_cut():
+    text = 'before <tool_call>{"name": "f"'
+    assert told(parse(text, Parsers("hermes"), tools=TOOLS)) == (text, "", [])
+    assert told(parse(text, Parsers("hermes"), tools=TOOLS, is_cut=True)) == ("before", "", [])
+
+
 def test_reasoning_that_the_prompt_began_ends_with_its_tag():
     events = parse(["I see.\n</think>\n\nYes."], Parsers("hermes", "think"), "<think>\n", TOOLS)
     assert told(events) == ("Yes.", "I see.", [])

@@ -41,7 +41,7 @@ def parsed(fixture: Fixture, pieces: Sequence[str]) -> list[Event]:
     if prompt_end is None:
         prompt_end = reference.default_generation_prompt or ""
     parsers = OTHER.get(reference.variant, PARSERS[fixture.family])
-    return parse(pieces, parsers, prompt_end, Tools(fixture.tools))
+    return parse(pieces, parsers, prompt_end, Tools(fixture.tools), is_cut=fixture.truncated)
 
 
 def result_of(events: list[Event]) -> ParseResult:
