@@ -69,11 +69,11 @@ _SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("deepseek", ("<｜tool▁calls▁begin｜>",)),
     ("gemma4", ("<|tool_call>", "<tool_call|>")),
     ("glm", ("<arg_key>", "<arg_value>")),
-    ("qwen3_xml", ("<function=", "<parameter=")),
+    ("qwen3_xml", ("<tool_call>", "<function=", "<parameter=")),
     ("mistral", ("[TOOL_CALLS]",)),
     ("llama4_pythonic", ("<|header_start|>",)),
-    ("llama3_json", ("<|start_header_id|>", "tools", "parameters")),
-    ("hermes", ("<tool_call>",)),
+    ("llama3_json", ("<|start_header_id|>", '{"name": function name, "parameters"')),
+    ("hermes", ("<tool_call>", "arguments")),
 )
 _REASONING_SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("harmony", ("<|channel|>", "<|message|>", "<|start|>")),

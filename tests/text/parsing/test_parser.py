@@ -189,7 +189,7 @@ def test_reasoning_stays_content_without_its_parser():
 @pytest.mark.parametrize(
     ("template", "found"),
     [
-        ("{{ '<tool_call>' }} </think>", Parsers("hermes", "think")),
+        ("{{ '<tool_call>' }} arguments </think>", Parsers("hermes", "think")),
         ("<tool_call> <function= <parameter= </think>", Parsers("qwen3_xml", "think")),
         ("<arg_key> <arg_value> <tool_call>", Parsers("glm", "none")),
         ("<|start|> <|channel|> <|message|>", Parsers("harmony", "harmony")),
