@@ -137,6 +137,7 @@ class ChatBody(Body):
     tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS, fail_fast=True)
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
     logprobs: bool | None = None
     top_logprobs: Whole | None = None
 
@@ -161,7 +162,7 @@ ACCEPTED = frozenset(
         # Options of images, beams and grammars, none of which is served, and of how reasoning is separated.
         *("mm_processor_kwargs", "media_io_kwargs", "images_config", "return_mm_kwargs"),
         *("length_penalty", "early_stopping", "guided_decoding_backend", "guided_whitespace_pattern"),
-        *("include_reasoning", "separate_reasoning", "stream_reasoning"),
+        *("separate_reasoning", "stream_reasoning"),
         # Fast tokenizers put no spaces there.
         "spaces_between_special_tokens",
         # A hint that a model may ignore; it promises nothing about the answer.

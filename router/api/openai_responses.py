@@ -39,6 +39,7 @@ class Wants(NamedTuple):
     tokens_as_ids: bool = False  # logprobs name tokens "token_id:7"
     usage_so_far: bool = False  # in every chunk
     prompt_only: bool = False  # return no generated tokens
+    reasoning: bool = True
 
 
 def error_body(error: TwostrokeError) -> dict[str, Any]:
@@ -285,6 +286,8 @@ class Answer:
             piece = _without_output(piece)
         choice = self._choices[piece.choice]
         parsed = choice.parsed(piece)
+        if not self._wants.reasoning:
+            parsed = parsed._replace(reasoning="")
         fresh = choice.add(piece, parsed)
         self._num_generated += len(piece.token_ids)
         self._usage = piece.usage or self._usage

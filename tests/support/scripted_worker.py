@@ -25,7 +25,8 @@ MODEL = "scripted"
 HERMES = """\
 {%- if tools %}<|system|>{% for tool in tools %}{{ tool | tojson }}{% endfor %}<tool_call></tool_call><|end|>{% endif %}
 {%- for m in messages %}<|{{ m.role if m.role != 'tool' else 'user' }}|>{{ m.content or '' }}
-{%- for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}<|end|>
+{%- for call in m.tool_calls or [] %}<tool_call>{"name": {{ call.function.name | tojson }}, "arguments": {{
+call.function.arguments | tojson }}}</tool_call>{% endfor %}<|end|>
 {%- endfor %}
 {%- if add_generation_prompt %}<|assistant|>{% if enable_thinking %}<think>{{ '\\n' }}{% endif %}{% endif %}
 {%- if false %}</think>{{ reasoning_effort }}{% endif %}"""

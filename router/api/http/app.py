@@ -209,6 +209,7 @@ def _wants(body: Body, started: Started) -> Wants:
         tokens_as_ids=bool(body.return_tokens_as_token_ids),
         usage_so_far=bool(options and options.include_usage and options.continuous_usage_stats),
         prompt_only=openai.is_scored_only(body),
+        reasoning=not isinstance(body, ChatBody) or body.include_reasoning is not False,
     )
 
 

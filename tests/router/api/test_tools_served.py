@@ -183,6 +183,10 @@ async def test_reasoning_has_both_names_and_is_counted(model):
         assert abs(counted - len(scripted.tokenizer.encode(thoughts, False))) <= 1
         said = assembled([chunk async for chunk in await there.chat(stream=True, **asked)])[0]
         assert (said["content"], said["reasoning"], said["reason"]) == ("It rains.", thoughts, "stop")
+        asked["extra_body"]["include_reasoning"] = False
+        without = (await there.chat(**asked)).choices[0].message
+        assert without.content == "It rains."
+        assert not hasattr(without, "reasoning")
 
 
 async def test_reasoning_effort_reaches_the_template(model):
