@@ -12,7 +12,7 @@ import grpc
 
 from ..client import calls
 from ..core.errors import Cancelled
-from .calls import Call, ChatOptions, Options
+from .calls import Call, ChatOptions, GenerateOptions
 from .channel import AsyncReplies, AsyncTransport, Endpoint, File, GrpcAsyncTransport, Tls, check_timeout
 from .messages import Message, TemplateOptions
 from .status import from_rpc_error
@@ -122,11 +122,11 @@ class AsyncClient:
         self._address = address
         self._timeout_s = check_timeout(timeout_s)
 
-    async def generate(self, prompt: str | Sequence[int], **options: Unpack[Options]) -> Completion:
+    async def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Completion:
         """Complete a text (or token ids) and wait for the whole answer."""
         return await self._ask(calls.generate(prompt, options))
 
-    def generate_stream(self, prompt: str | Sequence[int], **options: Unpack[Options]) -> AsyncCompletionStream:
+    def generate_stream(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> AsyncCompletionStream:
         """Complete a text (or token ids) as a stream. Do not await the result: iterate it."""
         return self._stream(calls.generate_stream(prompt, options))
 

@@ -19,7 +19,7 @@ from .fields import as_list as _list
 from .fields import set_field as _set
 from .fields import shown
 from .messages import Message, TemplateOptions, add_messages, set_template_options
-from .values import Choice, Chunk, Completion, ModelCard, Tokens, Usage
+from .values import Choice, Chunk, Completion, ModelCard, Tokens, ToolCall, Usage
 
 Rpc = Literal[
     "Generate", "GenerateStream", "Chat", "ChatStream", "Tokenize", "ListModels", "Abort", "Explain", "Cluster"
@@ -37,12 +37,18 @@ class ModelOption(TypedDict, total=False):
 
 
 class Options(ModelOption, SamplingOptions, total=False):
-    """Keyword options of `generate` and `chat`. An absent option has the model's or the server's default."""
+    """Common keyword options of `generate` and `chat`. An absent option has the model's or the server's default."""
 
     n: int  # number of choices
     request_id: str  # for `abort` and `explain`; if absent, the server makes one
     user: str
     timeout_s: float  # for the whole call; for a stream, until its end
+
+
+class GenerateOptions(Options, total=False):
+    """Keyword options of `generate`."""
+
+    suffix: str  # text behind the answer, which fills in the middle; for models whose tokenizer has words for that
 
 
 class ChatOptions(Options, TemplateOptions, total=False):
@@ -63,7 +69,7 @@ class Call(Generic[Result]):
 # ---------------------------------------------------------------- requests
 
 
-def generate(prompt: str | Sequence[int], options: Options) -> Call[Completion]:
+def generate(prompt: str | Sequence[int], options: GenerateOptions) -> Call[Completion]:
     """Complete a text or token ids.
 
     Raises:
@@ -73,7 +79,7 @@ def generate(prompt: str | Sequence[int], options: Options) -> Call[Completion]:
     return Call("Generate", _generate_request(prompt, options), read_completion, options.get("timeout_s"))
 
 
-def generate_stream(prompt: str | Sequence[int], options: Options) -> Call[Chunk]:
+def generate_stream(prompt: str | Sequence[int], options: GenerateOptions) -> Call[Chunk]:
     """Complete a text or token ids as a stream; raises as `generate` does."""
     request = _generate_request(prompt, options)
     reader = StreamReader(request.num_choices)
@@ -132,14 +138,16 @@ def cluster() -> Call[dict[str, Any]]:
     return Call("Cluster", inference_pb2.ClusterRequest(), read_json)
 
 
-def _generate_request(prompt: str | Sequence[int], options: Options) -> inference_pb2.GenerateRequest:
+def _generate_request(prompt: str | Sequence[int], options: GenerateOptions) -> inference_pb2.GenerateRequest:
     request = inference_pb2.GenerateRequest()
     if isinstance(prompt, str):
         _set(request, "text", prompt, "prompt")
     else:
         request.token_ids.SetInParent()  # keeps an empty prompt present, so that the server can refuse it
         _set(request.token_ids, "ids", _list(prompt, "prompt"), "prompt")
-    _check_names(options, Options.__annotations__)
+    _check_names(options, GenerateOptions.__annotations__)
+    if options.get("suffix"):
+        _set(request, "suffix", options["suffix"])
     _fill(request, options)
     return request
 
@@ -214,6 +222,7 @@ _FINISH: dict[int, FinishReason | None] = {
     common_pb2.FINISH_REASON_LENGTH: FinishReason.LENGTH,
     common_pb2.FINISH_REASON_CANCELLED: FinishReason.CANCELLED,
     common_pb2.FINISH_REASON_ERROR: FinishReason.ERROR,
+    common_pb2.FINISH_REASON_TOOL_CALLS: FinishReason.TOOL_CALLS,
 }
 
 
@@ -223,7 +232,15 @@ def read_completion(reply: inference_pb2.GenerateResponse) -> Completion:
         request_id=reply.request_id,
         model=reply.model,
         choices=tuple(
-            Choice(c.index, c.text, tuple(c.token_ids), _finish(c.finish_reason), _logprobs(c.logprobs))
+            Choice(
+                c.index,
+                c.text,
+                tuple(c.token_ids),
+                _finish(c.finish_reason),
+                _logprobs(c.logprobs),
+                c.reasoning,
+                _calls(c.tool_calls),
+            )
             for c in reply.choices
         ),
         usage=_usage(reply.usage),
@@ -270,6 +287,8 @@ class StreamReader:
             cursor=message.cursor,
             logprobs=_logprobs(message.logprobs),
             prompt_logprobs=_logprobs(message.prompt_logprobs),
+            reasoning=message.reasoning,
+            tool_calls=_calls(message.tool_calls),
         )
         self._check(chunk)
         return chunk
@@ -305,6 +324,10 @@ def _finish(value: int) -> FinishReason | None:
     return _FINISH.get(value, FinishReason.ERROR)  # an unknown value, of a newer release
 
 
+def _calls(messages: Iterable[inference_pb2.ToolCall]) -> tuple[ToolCall, ...]:
+    return tuple(ToolCall(m.id, m.name, m.arguments) for m in messages)
+
+
 def _logprobs(messages: Iterable[common_pb2.TokenLogprobs]) -> tuple[TokenLogprobs, ...]:
     return tuple(
         TokenLogprobs(m.token_id, m.logprob, m.rank, tuple(zip(m.top_ids, m.top_logprobs, strict=False)))
@@ -313,4 +336,4 @@ def _logprobs(messages: Iterable[common_pb2.TokenLogprobs]) -> tuple[TokenLogpro
 
 
 def _usage(usage: common_pb2.Usage) -> Usage:
-    return Usage(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)
+    return Usage(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens, usage.reasoning_tokens)

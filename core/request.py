@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,7 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     CANCELLED = "cancelled"
     ERROR = "error"
+    TOOL_CALLS = "tool_calls"  # of the client APIs: for workers it is STOP
 
 
 class Role(StrEnum):
@@ -98,6 +100,16 @@ class CacheScope:
 
 
 @dataclass(frozen=True, slots=True)
+class AnswerForm:
+    """How the router reads the answer to a chat: as content, reasoning and tool calls."""
+
+    prompt_end: str  # text at the end of the prompt, which may have begun the reasoning
+    tools: tuple[Mapping[str, Any], ...] | None  # in OpenAI's format, checked; None: calls are content
+    parallel: bool = True  # more than one call is given out
+    hides_special_tokens: bool = False  # the text has special tokens for the parser; the client wants none
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One validated request in the router, the same for HTTP and gRPC."""
 
@@ -113,6 +125,7 @@ class Request:
     ignored_fields: tuple[str, ...] = ()  # names of fields that the client sent and that have no effect
     tenant: str | None = None  # owner of the request; None: the isolation domain
     adapter: bytes = b""  # content hash; empty: none, the only one that is served
+    answer: AnswerForm | None = None  # None: the answer is its text
 
     @property
     def expected_tokens(self) -> int:

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from ..core.config import Section
+from ..core.errors import ConfigError
+from ..text.parsing.parsers import AUTO, parsers_of
 
 
 def _listed(value: Any) -> Any:
@@ -95,6 +97,12 @@ class RouterConfig(Section):
         ge=0,
         description="how long a request waits for a lost decode worker that no other replaces",
     )
+    tool_parser: str = Field(
+        AUTO, description="format of the model's tool calls; auto: the chat template's; none: they stay content"
+    )
+    reasoning_parser: str = Field(
+        AUTO, description="format of the model's reasoning; auto: the chat template's; none: it stays content"
+    )
     local_prefill: bool = Field(True, description="decode workers may prefill where that is predicted to be quicker")
     decision_log: Path | None = Field(None, description="JSONL file of every decision")
 
@@ -136,6 +144,15 @@ class RouterConfig(Section):
         if len(set(keys)) < len(keys):
             raise ValueError("two of them are the same; give each tenant a key of its own")
         return keys
+
+    @model_validator(mode="after")
+    def _has_parsers(self) -> RouterConfig:
+        """Refuse names of parsers that are unknown, or do not go together."""
+        try:
+            parsers_of(None, self.tool_parser, self.reasoning_parser)
+        except ConfigError as error:
+            raise ValueError(error.message) from None
+        return self
 
     @model_validator(mode="after")
     def _has_a_certificate(self) -> RouterConfig:

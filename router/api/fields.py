@@ -19,6 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 from ...core.errors import InvalidRequest
 from ...core.sampling import FIELDS, Form, SamplingField, SamplingOptions
 from .messages import MAX_MESSAGES
+from .tools import MAX_TOOLS
 
 # ------------------------------------------------------------------ served
 
@@ -133,6 +134,10 @@ class ChatBody(Body):
     continue_final_message: bool | None = None
     documents: list[dict[str, Any]] | None = Field(None, max_length=MAX_MESSAGES, fail_fast=True)
     reasoning_effort: str | None = None
+    tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS, fail_fast=True)
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
     logprobs: bool | None = None
     top_logprobs: Whole | None = None
 
@@ -143,6 +148,7 @@ class CompletionBody(Body):
     prompt: Any  # a text, token ids, or a list of either; checked by `prompts_of` in openai_requests.py
     logprobs: Annotated[int | None, BeforeValidator(_number_of_scores)] = None
     echo: bool | None = None
+    suffix: str | None = None
 
 
 # ------------------------------------------------------------------ known, without effect on the answer
@@ -153,10 +159,10 @@ ACCEPTED = frozenset(
         *("user", "metadata", "store", "service_tier", "safety_identifier", "custom_labels", "extra_key"),
         *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "session_id", "session_params"),
         *("priority", "data_parallel_rank", "routed_dp_rank", "keep_alive", "cache_prompt", "id_slot", "slot_id"),
-        # Options of tools, images, beams, grammars and separated reasoning, none of which is served.
-        *("parallel_tool_calls", "mm_processor_kwargs", "media_io_kwargs", "images_config", "return_mm_kwargs"),
+        # Options of images, beams and grammars, none of which is served, and of how reasoning is separated.
+        *("mm_processor_kwargs", "media_io_kwargs", "images_config", "return_mm_kwargs"),
         *("length_penalty", "early_stopping", "guided_decoding_backend", "guided_whitespace_pattern"),
-        *("include_reasoning", "separate_reasoning", "stream_reasoning"),
+        *("separate_reasoning", "stream_reasoning"),
         # Fast tokenizers put no spaces there.
         "spaces_between_special_tokens",
         # A hint that a model may ignore; it promises nothing about the answer.
@@ -177,9 +183,7 @@ _NOTHING: tuple[Any, ...] = ("", [], {})
 
 # Field name to the values, beside null, that mean "off".
 REFUSED: dict[str, tuple[Any, ...]] = {
-    # Tools and the form of the answer.
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
+    # The form of the answer, and the older names of tools and tool_choice.
     "functions": ([],),
     "function_call": ("none", "auto"),
     "response_format": ({}, {"type": "text"}),
@@ -201,7 +205,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     # Bounded reasoning.
     "thinking_token_budget": (-1,),
     # The source of the prompt.
-    "suffix": ("",),
     "prompt_embeds": ([],),
     "input_ids": ([],),
     "chat_template": ("",),
@@ -240,5 +243,11 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "kv_transfer_params": ({},),
     "ec_transfer_params": ({},),
 }
-REFUSED_OF_CHATS: dict[str, tuple[Any, ...]] = {"echo": _NO, "add_special_tokens": _NO}
-REFUSED_OF_COMPLETIONS: dict[str, tuple[Any, ...]] = {"add_special_tokens": (True,), "reasoning_effort": ()}
+REFUSED_OF_CHATS: dict[str, tuple[Any, ...]] = {"echo": _NO, "suffix": ("",), "add_special_tokens": _NO}
+REFUSED_OF_COMPLETIONS: dict[str, tuple[Any, ...]] = {
+    "add_special_tokens": (True,),
+    "reasoning_effort": (),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+}
+INSTEAD = {"functions": "give tools", "function_call": "give tool_choice"}  # other words for refused fields

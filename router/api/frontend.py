@@ -10,6 +10,7 @@ from typing import Any
 from ...core.errors import InvalidRequest, Overloaded
 from ...core.request import Request
 from ...core.timeline import Instant, Timeline
+from ...text.parsing.parsers import Parsers
 from ..config import RouterConfig
 from ..requests.flow import Flow
 from ..requests.pieces import OutputDelta
@@ -55,7 +56,8 @@ class Frontend:
         self.room = room_of(config)  # for the messages of both APIs
         self.texts = TextWork()
         self._lists = Lists()
-        self.models = ModelDirectory(flow, reads_defaults=reads_defaults)
+        parsers = Parsers(config.tool_parser, config.reasoning_parser)
+        self.models = ModelDirectory(flow, reads_defaults=reads_defaults, parsers=parsers)
         self._max_reading = config.max_running
         self._max_tokens = config.max_running_tokens
         self._num_reading = 0  # calls whose body was read and that are not admitted yet

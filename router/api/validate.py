@@ -9,21 +9,25 @@ import hashlib
 import re
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ...core.errors import ContextLengthExceeded, InvalidRequest, Unauthenticated
-from ...core.request import Request
+from ...core.errors import ContextLengthExceeded, InvalidRequest, Unauthenticated, UnsupportedParameter
+from ...core.request import AnswerForm, Request
+from ...text.fill_in import KNOWN_WORDS, fill_in_prompt
+from ...text.parsing.parser import PROMPT_END_CHARS
+from ...text.parsing.parsers import NONE
 from ...text.tokenizer import TooManyTokens
 from ..config import RouterConfig
 from .call import GenerateCall
-from .chat import chat_prompt
+from .chat import Prompt, chat_prompt
 from .checks import integer, short, text_of
 from .ignored import Ignored
 from .models import ServedModel
 from .sampling import is_bounded, sampling_of
 
 MAX_SALT_CHARS = 1024
+CHARS_OF_A_TOOL = 1024  # a guess, for `num_chars_of`
 DEFAULT_ISOLATION_DOMAIN = "public"
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -71,8 +75,13 @@ def validate(call: GenerateCall, model: ServedModel, limits: Limits) -> Request:
     num_choices = integer("n", call.n, 1, 1, limits.max_choices)
     request_id = _request_id(call)
     ignored = Ignored()
-    prompt_ids = _prompt_ids(call, model, ignored)
+    prompt = _prompt(call, model, ignored)
+    prompt_ids = _prompt_ids(call, prompt, model)
     sampling = sampling_of(call, model, prompt_ids, limits.default_max_tokens)
+    answer = _answer_form(prompt, model)
+    if answer is not None and model.needs_special_tokens:
+        answer = replace(answer, hides_special_tokens=sampling.skip_special_tokens)
+        sampling = replace(sampling, skip_special_tokens=False)
     return Request(
         request_id=request_id,
         model=model.name,
@@ -85,6 +94,7 @@ def validate(call: GenerateCall, model: ServedModel, limits: Limits) -> Request:
         tenant=tenant,
         ignored_fields=ignored.names(),
         is_bounded=is_bounded(call, model, limits.default_max_tokens),
+        answer=answer,
     )
 
 
@@ -96,8 +106,11 @@ def timeout_of(call: GenerateCall, limits: Limits) -> float:
 def num_chars_of(call: GenerateCall) -> int:
     """Approximate number of characters to render and tokenise for a call; 0 for token ids."""
     if isinstance(call.prompt, str):
-        return len(call.prompt)
-    return sum(_num_chars(message.get("content")) for message in call.messages or () if isinstance(message, Mapping))
+        return len(call.prompt) + len(call.suffix or "")
+    messages = sum(
+        _num_chars(message.get("content")) for message in call.messages or () if isinstance(message, Mapping)
+    )
+    return messages + CHARS_OF_A_TOOL * len(call.tools or ())
 
 
 def _num_chars(content: Any) -> int:
@@ -141,18 +154,38 @@ def _request_id(call: GenerateCall) -> str:
     return call.request_id
 
 
-def _prompt_ids(call: GenerateCall, model: ServedModel, ignored: Ignored) -> tuple[int, ...]:
+def _prompt(call: GenerateCall, model: ServedModel, ignored: Ignored) -> Prompt | None:
+    """The rendered prompt of a chat; None: the call gives its prompt."""
     if (call.prompt is None) == (call.messages is None):
         raise InvalidRequest("give exactly one of prompt and messages", param="prompt")
     if call.prompt is not None and len(call.prompt) == 0:
         raise InvalidRequest("prompt is empty; give at least one character or token", param="prompt")
-    if call.messages is not None:
-        text = chat_prompt(call, model, ignored)
+    return None if call.messages is None else chat_prompt(call, model, ignored)
+
+
+def _answer_form(prompt: Prompt | None, model: ServedModel) -> AnswerForm | None:
+    """How to read the answer; None: it is its text."""
+    if prompt is None:
+        return None
+    offered = prompt.offered if model.parsers.tools != NONE else None
+    if offered is None and model.parsers.reasoning == NONE:
+        return None
+    end = prompt.text[-PROMPT_END_CHARS:]
+    return AnswerForm(end, offered.tools if offered else None, offered.parallel if offered else True)
+
+
+def _prompt_ids(call: GenerateCall, prompt: Prompt | None, model: ServedModel) -> tuple[int, ...]:
+    if prompt is not None:
         where = "messages"
-        ids: Sequence[int] = _encoded(where, text, model, add_special_tokens=False)
+        ids: Sequence[int] = _encoded(where, prompt.text, model, add_special_tokens=False)
     elif isinstance(call.prompt, str):
         where = "prompt"
-        ids = _encoded(where, text_of("prompt", call.prompt), model, add_special_tokens=True)
+        text = call.prompt if call.suffix is None else _between(call.prompt, call.suffix, model)
+        ids = _encoded(where, text_of("prompt", text), model, add_special_tokens=True)
+    elif call.suffix is not None:
+        raise InvalidRequest(
+            "suffix is given with token ids; give the prompt as text, or both in one prompt", param="suffix"
+        )
     else:
         ids, where = call.prompt or (), "prompt"
         if len(ids) < model.max_model_len:  # else it is refused below by its length
@@ -170,6 +203,18 @@ def _prompt_ids(call: GenerateCall, model: ServedModel, ignored: Ignored) -> tup
             param=where,
         )
     return tuple(ids)
+
+
+def _between(before: str, after: str, model: ServedModel) -> str:
+    """The prompt for the text between two others."""
+    vocabulary = model.tokenizer.backend
+    text = fill_in_prompt(before, after, lambda word: vocabulary.token_to_id(word) is not None)
+    if text is None:
+        raise UnsupportedParameter(
+            f"suffix: {model.name} has no tokens for text in the middle (none of {KNOWN_WORDS}); leave it out",
+            param="suffix",
+        )
+    return text
 
 
 def _encoded(where: str, text: str, model: ServedModel, *, add_special_tokens: bool) -> Sequence[int]:

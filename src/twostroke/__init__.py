@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .client.values import Completion as Completion
     from .client.values import ModelCard as ModelCard
     from .client.values import Tokens as Tokens
+    from .client.values import ToolCall as ToolCall
     from .client.values import Usage as Usage
     from .core.errors import BodyTooLarge as BodyTooLarge
     from .core.errors import Cancelled as Cancelled
@@ -56,7 +57,7 @@ _NAMES_BY_MODULE = {
     ".client.async_client": ("AsyncClient", "AsyncCompletionStream"),
     ".client.channel": ("Tls",),
     ".client.client": ("Client", "CompletionStream"),
-    ".client.values": ("Choice", "Chunk", "Completion", "ModelCard", "Tokens", "Usage"),
+    ".client.values": ("Choice", "Chunk", "Completion", "ModelCard", "Tokens", "ToolCall", "Usage"),
     ".core.errors": (
         *("BodyTooLarge", "Cancelled", "CheckpointError", "ConfigError", "ContextLengthExceeded", "DeadlineExceeded"),
         *("DoesNotFit", "HostForbidden", "InternalError", "InvalidRequest", "KvCorrupted", "ModelNotFound", "NonFiniteKv"),

@@ -51,7 +51,8 @@ def generate_call(said: Said) -> GenerateCall:
     if which is None:
         raise InvalidRequest("prompt is missing; give text or token_ids", param="prompt")
     prompt = message.text if which == "text" else _token_ids(said)
-    return GenerateCall(prompt=prompt, usual_max_tokens=_USUAL_COMPLETION, **_common(said))
+    suffix = message.suffix or None
+    return GenerateCall(prompt=prompt, suffix=suffix, usual_max_tokens=_USUAL_COMPLETION, **_common(said))
 
 
 def chat_call(said: Said) -> GenerateCall:

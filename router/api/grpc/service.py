@@ -15,6 +15,7 @@ from ....protos import common_pb2, inference_pb2, inference_pb2_grpc
 from ...requests.pieces import OutputDelta, TokenUsage
 from ..call import GenerateCall
 from ..frontend import Frontend, Started
+from ..output import ChoiceOutput, GivenCall, ParsedDelta
 from .call_wire import Reader, Said, chat_call, generate_call, tokenize_call
 from .guard import api_key
 
@@ -24,6 +25,7 @@ _REASONS = {
     FinishReason.LENGTH: common_pb2.FINISH_REASON_LENGTH,
     FinishReason.CANCELLED: common_pb2.FINISH_REASON_CANCELLED,
     FinishReason.ERROR: common_pb2.FINISH_REASON_ERROR,
+    FinishReason.TOOL_CALLS: common_pb2.FINISH_REASON_TOOL_CALLS,
 }
 
 
@@ -112,15 +114,18 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         del message  # frees its memory while the request runs
         request = started.request
         choices = [inference_pb2.Choice(index=index) for index in range(request.num_choices)]
+        outputs = _outputs(started)
         usage: TokenUsage | None = None
         prompt_logprobs: list[common_pb2.TokenLogprobs] = []
         async with contextlib.aclosing(started.pieces()) as pieces:
             await _tell_ignored(request, context)
             async for piece in pieces:
-                choice = choices[piece.choice]
-                choice.text += piece.text
+                choice, parsed, reason = choices[piece.choice], *_parsed(piece, outputs)
+                choice.text += parsed.content
+                choice.reasoning += parsed.reasoning
+                choice.tool_calls.extend(map(_call, parsed.calls))
                 choice.token_ids.extend(piece.token_ids)
-                choice.finish_reason = _REASONS[piece.finish_reason]
+                choice.finish_reason = _REASONS[reason]
                 choice.logprobs.extend(logprobs_to_wire(piece.logprobs))
                 prompt_logprobs += piece.prompt_scores
                 usage = piece.usage or usage
@@ -128,17 +133,18 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             request_id=request.request_id,
             model=request.model,
             choices=choices,
-            usage=_usage(usage),
+            usage=_usage(usage, outputs),
             prompt_logprobs=prompt_logprobs,
         )
 
     async def _chunks(self, read: Reader, message: Any, context: Context) -> AsyncIterator[inference_pb2.GenerateChunk]:
         started = await self._start(read, message, context)
         del message
+        outputs = _outputs(started)
         async with contextlib.aclosing(started.pieces()) as pieces:
             await _tell_ignored(started.request, context)
             async for piece in pieces:
-                chunk = _chunk(piece, started.request.request_id, started.request.model)
+                chunk = _chunk(piece, started.request, outputs)
                 chunk.prompt_logprobs.extend(piece.prompt_scores)
                 yield chunk
 
@@ -146,27 +152,50 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 # ------------------------------------------------------------------ conversions
 
 
-def _chunk(piece: OutputDelta, request_id: str, model: str) -> inference_pb2.GenerateChunk:
+def _outputs(started: Started) -> list[ChoiceOutput]:
+    """Parsers of the choices; empty if the answer is its text."""
+    request = started.request
+    choices = range(request.num_choices if request.answer is not None else 0)
+    return [ChoiceOutput(request, choice, started.model) for choice in choices]
+
+
+def _parsed(piece: OutputDelta, outputs: list[ChoiceOutput]) -> tuple[ParsedDelta, FinishReason | None]:
+    """What a piece adds to its choice, and the choice's finish reason for clients."""
+    if not outputs:
+        return ParsedDelta(piece.text), piece.finish_reason
+    output = outputs[piece.choice]
+    return output.take(piece), output.reason(piece.finish_reason)
+
+
+def _call(call: GivenCall) -> inference_pb2.ToolCall:
+    return inference_pb2.ToolCall(id=call.id, name=call.name, arguments=call.arguments)
+
+
+def _chunk(piece: OutputDelta, request: Request, outputs: list[ChoiceOutput]) -> inference_pb2.GenerateChunk:
+    parsed, reason = _parsed(piece, outputs)
     return inference_pb2.GenerateChunk(
-        request_id=request_id,
-        model=model,
+        request_id=request.request_id,
+        model=request.model,
         choice=piece.choice,
-        text=piece.text,
+        text=parsed.content,
+        reasoning=parsed.reasoning,
+        tool_calls=map(_call, parsed.calls),
         token_ids=piece.token_ids,
         first_index=piece.first_index,
-        finish_reason=_REASONS[piece.finish_reason],
-        usage=_usage(piece.usage),
+        finish_reason=_REASONS[reason],
+        usage=_usage(piece.usage, outputs),
         logprobs=logprobs_to_wire(piece.logprobs),
     )
 
 
-def _usage(usage: TokenUsage | None) -> common_pb2.Usage | None:
+def _usage(usage: TokenUsage | None, outputs: list[ChoiceOutput]) -> common_pb2.Usage | None:
     if usage is None:
         return None
     return common_pb2.Usage(
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
         cached_tokens=usage.cached_tokens,
+        reasoning_tokens=sum(output.reasoning_tokens for output in outputs),
     )
 
 

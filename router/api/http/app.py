@@ -209,6 +209,7 @@ def _wants(body: Body, started: Started) -> Wants:
         tokens_as_ids=bool(body.return_tokens_as_token_ids),
         usage_so_far=bool(options and options.include_usage and options.continuous_usage_stats),
         prompt_only=openai.is_scored_only(body),
+        reasoning=not isinstance(body, ChatBody) or body.include_reasoning is not False,
     )
 
 
@@ -233,10 +234,11 @@ async def _events(
     try:
         async for piece in pieces:
             if piece.prompt_scores:
-                chunk = asyncio.get_running_loop().run_in_executor(scores, _scored_chunk, answer, piece)
-                yield b"data: %s\n\n" % await chunk
+                chunks = asyncio.get_running_loop().run_in_executor(scores, _scored_chunks, answer, piece)
+                yield await chunks
             else:
-                yield event(answer.chunk(piece))
+                for chunk in answer.chunks(piece):
+                    yield event(chunk)
         last = answer.last_chunk()
         if with_usage and last is not None:
             yield event(last)
@@ -250,8 +252,8 @@ async def _events(
         await pieces.aclose()
 
 
-def _scored_chunk(answer: Answer, piece: OutputDelta) -> bytes:
-    return to_json_in_parts(answer.chunk(piece))
+def _scored_chunks(answer: Answer, piece: OutputDelta) -> bytes:
+    return b"".join(b"data: %s\n\n" % to_json_in_parts(chunk) for chunk in answer.chunks(piece))
 
 
 def _api_key(http: HttpRequest) -> str | None:
