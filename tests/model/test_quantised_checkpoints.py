@@ -9,8 +9,10 @@ from support.quantised_checkpoints import NAMES, PLACE, digest, expected
 from support.thread_group import make_ranks
 
 from twostroke.checkpoint.config_json import load_spec
+from twostroke.checkpoint.quantised.matrices import ScaledMatrix
 from twostroke.checkpoint.shards import Shard, shard_spec
 from twostroke.model.weights.quantised import decode
+from twostroke.model.weights.quantised.numbers import floats, unpacked
 from twostroke.model.weights.rank_source import cut_source
 from twostroke.model.weights.tensors import open_source
 
@@ -75,3 +77,33 @@ def test_pieces_do_not_change_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(decode, "PIECE_NUMBERS", 200)
         assert torch.equal(source.take(DOWN), whole), name
         monkeypatch.undo()
+
+
+def test_blocks_that_do_not_divide_a_matrix_end_with_it() -> None:
+    """300 x 200 in blocks of 128 x 128, by the definition, number by number."""
+    torch.manual_seed(3)
+    numbers = torch.randn(300, 200).to(torch.float8_e4m3fn)
+    scales = torch.rand(3, 2)
+    matrix = ScaledMatrix(300, 200, "w", "s", (128, 128))
+    tensors = {"w": numbers, "s": scales}
+    got = decode.Decoder(tensors.__getitem__).decode(matrix, range(100, 300), range(120, 200))
+    for row, column in ((100, 120), (127, 127), (128, 127), (128, 128), (256, 199), (299, 120)):
+        assert got[row - 100, column - 120] == numbers[row, column].float() * scales[row // 128, column // 128]
+
+
+def test_every_byte_of_eight_bits_is_its_float() -> None:
+    byte = torch.arange(256, dtype=torch.uint8)
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu):
+        assert torch.equal(floats(byte.view(dtype)).nan_to_num(), byte.view(dtype).float().nan_to_num())
+    assert torch.equal(floats(byte, exponents=True).nan_to_num(), byte.view(torch.float8_e8m0fnu).float().nan_to_num())
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_numbers_of_any_width_come_out_of_words(bits: int) -> None:
+    """Packed one by one into one long integer per row, as the format is defined."""
+    numbers = torch.randint(0, 1 << bits, (3, 64), generator=torch.Generator().manual_seed(bits))
+    streams = [sum(int(n) << bits * at for at, n in enumerate(row)) for row in numbers]
+    words = [[(stream >> 32 * at) & 0xFFFFFFFF for at in range(2 * bits)] for stream in streams]
+    stored = torch.tensor(words, dtype=torch.int64).to(torch.int32)  # the same bits
+    for part in (range(64), range(11, 53), range(31, 33), range(63, 64), range(5, 5)):
+        assert torch.equal(unpacked(stored, bits, part).long(), numbers[:, part.start : part.stop])

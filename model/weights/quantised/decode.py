@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ....checkpoint.quantised.matrices import (
-    AWQ_ORDER,
     AwqMatrix,
     Float4Matrix,
     GptqMatrix,
@@ -22,7 +21,7 @@ from ....checkpoint.quantised.matrices import (
     StoredMatrix,
     TableMatrix,
 )
-from .numbers import E2M1, floats, nibbles, unpacked
+from .numbers import E2M1, floats, looked_up, nibbles, of_groups, unpacked
 
 PIECE_NUMBERS = 1 << 20  # decoded at once
 
@@ -65,65 +64,79 @@ class Decoder:
     def _scaled(self, matrix: ScaledMatrix, rows: range, columns: range) -> Tensor:
         high, wide = matrix.block
         shape = -(-matrix.rows // high), -(-matrix.columns // wide)
-        block_rows, block_columns = _places(rows, high), _places(columns, wide)
+        block_rows = torch.arange(rows.start, rows.stop) // high
 
         def spread(name: str) -> Tensor:
-            return floats(self._take(name)).reshape(shape)[block_rows][:, block_columns]
+            return of_groups(floats(self._take(name)).reshape(shape)[block_rows], wide, columns)
 
         numbers = floats(_cut(self._take(matrix.weight), rows, columns))
         if matrix.zeros is not None:
-            numbers = numbers - spread(matrix.zeros)
+            numbers -= spread(matrix.zeros)
+        numbers *= spread(matrix.scale)
         if matrix.divisor != 1:  # as the library: times the scale, then times the rounded reciprocal
-            return numbers * spread(matrix.scale) * (1.0 / matrix.divisor)
-        return numbers * spread(matrix.scale)
+            numbers *= 1.0 / matrix.divisor
+        return numbers
 
     def _packed(self, matrix: PackedMatrix, rows: range, columns: range) -> Tensor:
-        words = self._take(matrix.weight)[rows.start : rows.stop]
-        numbers = unpacked(words, matrix.bits, columns)
-        groups = self._groups(matrix.group_index, matrix.group, columns)
-        scale = floats(self._take(matrix.scale).reshape(matrix.rows, -1)[rows.start : rows.stop])[:, groups]
+        numbers = unpacked(self._take(matrix.weight)[rows.start : rows.stop], matrix.bits, columns).float()
+        scale = floats(self._take(matrix.scale).reshape(matrix.rows, -1)[rows.start : rows.stop])
         if matrix.zeros is None:
-            zeros: Tensor | int = 1 << (matrix.bits - 1)
+            zeros = torch.full_like(scale, 1 << (matrix.bits - 1))
         else:
-            zeros = unpacked(self._take(matrix.zeros).t(), matrix.bits, rows).t()[:, groups]
-        return (numbers - zeros).float() * scale
+            zeros = unpacked(self._take(matrix.zeros).t(), matrix.bits, rows).t().float()
+        return self._grouped(numbers, zeros, scale, matrix, columns)
 
     def _gptq(self, matrix: GptqMatrix, rows: range, columns: range) -> Tensor:
         words = self._take(matrix.weight)[:, rows.start : rows.stop]
-        numbers = unpacked(words.t(), matrix.bits, columns)
-        groups = self._groups(matrix.group_index, matrix.group, columns)
+        numbers = unpacked(words.t(), matrix.bits, columns).float()
         zeros = unpacked(self._take(matrix.zeros), matrix.bits, rows)
         zeros = (zeros + matrix.zero_offset) & ((1 << matrix.bits) - 1)  # a zero point of 0 is stored as all ones
         scale = floats(self._take(matrix.scale)[:, rows.start : rows.stop])
-        return (numbers - zeros.t()[:, groups]).float() * scale.t()[:, groups]
+        return self._grouped(numbers, zeros.t().float(), scale.t(), matrix, columns)
 
     def _awq(self, matrix: AwqMatrix, rows: range, columns: range) -> Tensor:
-        groups = _places(columns, matrix.group)
-        numbers = _awq_unpacked(self._take(matrix.weight)[columns.start : columns.stop], rows)
-        scale = floats(self._take(matrix.scale)[:, rows.start : rows.stop])
-        zeros = 8 if matrix.zeros is None else _awq_unpacked(self._take(matrix.zeros), rows)[groups]
-        return ((numbers - zeros).float() * scale[groups]).t()
+        numbers = _awq_unpacked(self._take(matrix.weight)[columns.start : columns.stop], rows).t().float()
+        scale = floats(self._take(matrix.scale)[:, rows.start : rows.stop]).t()
+        if matrix.zeros is None:
+            zeros = torch.full_like(scale, 8)
+        else:
+            zeros = _awq_unpacked(self._take(matrix.zeros), rows).t().float()
+        return self._grouped(numbers, zeros, scale, matrix, columns)
+
+    def _grouped(
+        self, numbers: Tensor, zeros: Tensor, scale: Tensor, matrix: PackedMatrix | GptqMatrix | AwqMatrix, part: range
+    ) -> Tensor:
+        """(q - zero) * scale, in the memory of `numbers` [rows, part]; zeros and scales are [rows, groups]."""
+        index = None if isinstance(matrix, AwqMatrix) else self._group_index(matrix.group_index, part)
+        if index is None:
+            numbers -= of_groups(zeros, matrix.group, part)
+            numbers *= of_groups(scale, matrix.group, part)
+        else:
+            numbers -= zeros.index_select(1, index)
+            numbers *= scale.index_select(1, index)
+        return numbers
 
     def _float4(self, matrix: Float4Matrix, rows: range, columns: range) -> Tensor:
         first, last = columns.start // 2, -(-columns.stop // 2)
         pairs = self._take(matrix.weight)[rows.start : rows.stop, first:last]
         indices = nibbles(pairs, high_first=False)[:, columns.start - 2 * first :][:, : len(columns)]
-        numbers: Tensor = E2M1[indices]
         scale = floats(self._take(matrix.scale)[rows.start : rows.stop], exponents=True)
         if matrix.global_scale is not None:
             whole = floats(self._take(matrix.global_scale)).reshape(())
             scale = scale / whole if matrix.divides else scale * whole
-        result: Tensor = numbers * scale[:, _places(columns, matrix.group)]
-        return result
+        numbers = looked_up(E2M1, indices)
+        numbers *= of_groups(scale, matrix.group, columns)
+        return numbers
 
     def _table(self, matrix: TableMatrix, rows: range, columns: range) -> Tensor:
-        first, last = rows.start * matrix.columns, rows.stop * matrix.columns  # of the flat row of numbers
-        stored = self._take(matrix.weight).reshape(-1).view(torch.uint8)[first // 2 : -(-last // 2)]
-        indices = nibbles(stored, high_first=True)[first % 2 :][: last - first]
-        blocks = torch.arange(first, last) // matrix.block
-        begin = first // matrix.block
-        magnitudes = self._magnitudes(matrix, range(begin, (last - 1) // matrix.block + 1))
-        flat = floats(self._take(matrix.table))[indices] * magnitudes[blocks - begin]
+        part = range(rows.start * matrix.columns, rows.stop * matrix.columns)  # of the flat row of numbers
+        stored = self._take(matrix.weight).reshape(-1).view(torch.uint8)[part.start // 2 : -(-part.stop // 2)]
+        indices = nibbles(stored, high_first=True)[part.start % 2 :][: len(part)]
+        begin = part.start // matrix.block
+        magnitudes = self._magnitudes(matrix, range(begin, -(-part.stop // matrix.block)))
+        inside = range(part.start - begin * matrix.block, part.stop - begin * matrix.block)
+        flat = looked_up(floats(self._take(matrix.table)), indices)
+        flat *= of_groups(magnitudes.unsqueeze(0), matrix.block, inside).squeeze(0)
         return flat.reshape(len(rows), matrix.columns)[:, columns.start : columns.stop]
 
     def _magnitudes(self, matrix: TableMatrix, blocks: range) -> Tensor:
@@ -132,21 +145,15 @@ class Decoder:
         if matrix.nested is None:
             return floats(stored)
         assert matrix.nested_table is not None
-        of_block = floats(self._take(matrix.nested))[_places(blocks, matrix.nested_block)]
-        return floats(self._take(matrix.nested_table))[stored.long()] * of_block + matrix.offset
+        of_block = of_groups(floats(self._take(matrix.nested)).unsqueeze(0), matrix.nested_block, blocks).squeeze(0)
+        return looked_up(floats(self._take(matrix.nested_table)), stored) * of_block + matrix.offset
 
-    def _groups(self, index: str | None, group: int, columns: range) -> Tensor:
-        """Group of each column: by the index if there is one (-1 everywhere: none), else in order."""
-        if index is not None:
-            found = self._take(index)[columns.start : columns.stop].long()
-            if not bool((found < 0).any()):
-                return found
-        return _places(columns, group)
-
-
-def _places(part: range, size: int) -> Tensor:
-    """Index of the block of `size` numbers in which each number of a part is."""
-    return torch.arange(part.start, part.stop) // size
+    def _group_index(self, name: str | None, columns: range) -> Tensor | None:
+        """Group of each column, if the format stores it; -1 stands for columns in order."""
+        if name is None:
+            return None
+        found = self._take(name)[columns.start : columns.stop].int()
+        return None if bool((found < 0).any()) else found
 
 
 def _cut(tensor: Tensor, rows: range, columns: range) -> Tensor:
@@ -154,10 +161,10 @@ def _cut(tensor: Tensor, rows: range, columns: range) -> Tensor:
 
 
 def _awq_unpacked(words: Tensor, rows: range) -> Tensor:
-    """Numbers of `rows` of the model from words [n, all rows / 8] of AWQ: int32 [n, rows]."""
+    """Numbers of `rows` of the model from words [n, all rows / 8] of AWQ: uint8 [n, rows]."""
     first, last = rows.start // 8, -(-rows.stop // 8)
-    kept = words[:, first:last]
-    shifts = torch.empty(8, dtype=torch.int32)
-    shifts[list(AWQ_ORDER)] = torch.arange(0, 32, 4, dtype=torch.int32)
-    numbers = (kept.unsqueeze(2) >> shifts) & 15
-    return numbers.flatten(1)[:, rows.start - 8 * first :][:, : len(rows)]
+    kept = words[:, first:last].clone(memory_format=torch.contiguous_format)  # bytes must be neighbours
+    halves = nibbles(kept.view(torch.uint8), high_first=False)
+    # A word's low 16 bits have its even rows, the high ones its odd rows (`AWQ_ORDER`).
+    numbers = halves.reshape(len(words), -1, 2, 4).transpose(2, 3).flatten(1)
+    return numbers[:, rows.start - 8 * first :][:, : len(rows)]
