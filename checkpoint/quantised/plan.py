@@ -133,7 +133,9 @@ def make_plan(method: Method, stored: Mapping[str, StoredTensor], keys: Keys) ->
         if tensor.dtype not in FLOATS:
             raise tensor.wrong(f"is {tensor.dtype} and belongs to no matrix of the config's format")
     shapes = {name: tensor.shape for name, tensor in floats.items()}
-    return QuantisedPlan(matrices, shapes, (*_told(matrices), *method.remarks, *_cache_remarks(stored, keys)))
+    return QuantisedPlan(
+        matrices, shapes, (*_told(len(matrices), keys), *method.remarks, *_cache_remarks(stored, keys))
+    )
 
 
 def _by_module(stored: Mapping[str, StoredTensor], roles: tuple[str, ...]) -> dict[str, dict[str, StoredTensor]]:
@@ -148,13 +150,11 @@ def _by_module(stored: Mapping[str, StoredTensor], roles: tuple[str, ...]) -> di
     return found
 
 
-def _told(matrices: Mapping[str, StoredMatrix]) -> tuple[str, ...]:
-    if not matrices:
-        return ()
-    kinds = sorted({type(matrix).__name__.removesuffix("Matrix").lower() for matrix in matrices.values()})
+def _told(count: int, keys: Keys) -> tuple[str, ...]:
+    name = keys.config.get("quant_method") or "compressed-tensors"
     return (
-        f"{len(matrices)} matrices are stored quantised ({', '.join(kinds)}); they are decoded while loading and held "
-        "in the compute dtype, or in 8 bits with model.quantization: int8",
+        f"{count} matrices are stored quantised ({name}); they are decoded while loading and held in the compute dtype, "
+        "or in 8 bits with model.quantization: int8",
     )
 
 
