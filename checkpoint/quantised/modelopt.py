@@ -40,7 +40,7 @@ class Modelopt:
         )
 
     def _of_layer(self, keys: Keys) -> tuple[str, int]:
-        keys.know(("quant_algo", "group_size"), ("awq_block_size", "has_zero_point", "pre_quant_scale"))
+        keys.know(("quant_algo", "group_size"), ())
         return str(keys.one_of("quant_algo", ALGORITHMS)), keys.count("group_size", self._group)
 
     def matrix(self, tensors: ModuleTensors) -> StoredMatrix:

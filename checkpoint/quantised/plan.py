@@ -152,9 +152,11 @@ def _by_module(stored: Mapping[str, StoredTensor], roles: tuple[str, ...]) -> di
 
 def _told(count: int, keys: Keys) -> tuple[str, ...]:
     name = keys.config.get("quant_method") or "compressed-tensors"
+    if not count:
+        return (f"no matrix is stored quantised, although the config names {name}",)
     return (
-        f"{count} matrices are stored quantised ({name}); they are decoded while loading and held in the compute dtype, "
-        "or in 8 bits with model.quantization: int8",
+        f"{count} matrices are stored quantised ({name}); they are decoded while loading and held in the "
+        "compute dtype, or in 8 bits with model.quantization: int8",
     )
 
 

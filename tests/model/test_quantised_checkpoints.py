@@ -1,15 +1,17 @@
 """Quantised checkpoints: decoded as their formats' libraries decode them, and served as transformers computes them."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from support.models import Hand
-from support.quantised_checkpoints import NAMES, PLACE, digest, expected
+from support.quantised_checkpoints import NAMES, PLACE, as_fp8, digest, expected
 from support.thread_group import make_ranks
 
 from twostroke.checkpoint.config_json import load_spec
 from twostroke.checkpoint.quantised.matrices import ScaledMatrix
+from twostroke.checkpoint.quantised.plan import quantised_plan
 from twostroke.checkpoint.shards import Shard, shard_spec
 from twostroke.model.weights.quantised import decode
 from twostroke.model.weights.quantised.numbers import floats, unpacked
@@ -77,6 +79,21 @@ def test_pieces_do_not_change_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(decode, "PIECE_NUMBERS", 200)
         assert torch.equal(source.take(DOWN), whole), name
         monkeypatch.undo()
+
+
+@pytest.mark.parametrize("name", ["phi3", "mixtral", "qwen2-moe", "deepseek-v2", "gemma3"])
+def test_a_family_in_fp8_is_the_family_of_its_dequantised_numbers(
+    name: str, family_directory: Callable[[str], Path], make_hand: Callable[..., Hand], tmp_path: Path
+) -> None:
+    """Fused projections, experts, latents: scales per block of 16 x 32, and the router left as it is."""
+    as_fp8(family_directory(name), tmp_path / "fp8", tmp_path / "float")
+    ids = list(range(3, 40))
+    (ours,) = make_hand(tmp_path / "fp8").logits([("a", 0, ids)])
+    (floats_,) = make_hand(tmp_path / "float").logits([("a", 0, ids)])
+    assert torch.equal(ours, floats_)
+    plan = quantised_plan(tmp_path / "fp8")
+    assert plan is not None
+    assert len(plan.matrices) >= 8
 
 
 def test_blocks_that_do_not_divide_a_matrix_end_with_it() -> None:
