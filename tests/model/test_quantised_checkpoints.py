@@ -10,7 +10,7 @@ from support.quantised_checkpoints import NAMES, PLACE, as_fp8, digest, expected
 from support.thread_group import make_ranks
 
 from twostroke.checkpoint.config_json import load_spec
-from twostroke.checkpoint.quantised.matrices import ScaledMatrix
+from twostroke.checkpoint.quantised.matrices import GptqMatrix, ScaledMatrix
 from twostroke.checkpoint.quantised.plan import quantised_plan
 from twostroke.checkpoint.shards import Shard, shard_spec
 from twostroke.model.weights.quantised import decode
@@ -124,3 +124,14 @@ def test_numbers_of_any_width_come_out_of_words(bits: int) -> None:
     stored = torch.tensor(words, dtype=torch.int64).to(torch.int32)  # the same bits
     for part in (range(64), range(11, 53), range(31, 33), range(63, 64), range(5, 5)):
         assert torch.equal(unpacked(stored, bits, part).long(), numbers[:, part.start : part.stop])
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_gptqs_first_version_stores_a_zero_point_of_zero_as_all_ones(bits: int) -> None:
+    rows, columns = 32, 32
+    ones = torch.full((1, rows * bits // 32), -1, dtype=torch.int32)
+    words = torch.full((columns * bits // 32, rows), 1, dtype=torch.int32)  # the first number of each word is 1
+    tensors = {"w": words, "z": ones, "s": torch.ones(1, rows)}
+    matrix = GptqMatrix(rows, columns, "w", "s", "z", bits, columns, zero_offset=1)
+    got = decode.Decoder(tensors.__getitem__).decode(matrix, range(rows), range(columns))
+    assert torch.equal(got, ((torch.arange(columns) * bits % 32 == 0).float()).expand(rows, -1))
