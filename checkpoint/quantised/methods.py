@@ -53,7 +53,8 @@ def scaled(
         scale = tensors.need(scale_role, dtypes, (), (1,), (1, 1), (rows,), (rows, 1))
         block = (rows if scale.size_bytes == _one(scale.dtype) else 1, columns)
     else:
-        scale = tensors.need(scale_role, dtypes, (-(-rows // block[0]), -(-columns // block[1])))
+        high, wide = -(-rows // block[0]), -(-columns // block[1])
+        scale = tensors.need(scale_role, dtypes, (high, wide), (high, 1, wide, 1))  # the latter: ModelOpt's
     return ScaledMatrix(rows, columns, weight.name, scale.name, block)
 
 

@@ -10,7 +10,7 @@ from support.quantised_checkpoints import NAMES, PLACE, as_fp8, digest, expected
 from support.thread_group import make_ranks
 
 from twostroke.checkpoint.config_json import load_spec
-from twostroke.checkpoint.quantised.matrices import GptqMatrix, ScaledMatrix
+from twostroke.checkpoint.quantised.matrices import AwqMatrix, GptqMatrix, PackedMatrix, ScaledMatrix
 from twostroke.checkpoint.quantised.plan import quantised_plan
 from twostroke.checkpoint.shards import Shard, shard_spec
 from twostroke.model.weights.quantised import decode
@@ -135,3 +135,24 @@ def test_gptqs_first_version_stores_a_zero_point_of_zero_as_all_ones(bits: int) 
     matrix = GptqMatrix(rows, columns, "w", "s", "z", bits, columns, zero_offset=1)
     got = decode.Decoder(tensors.__getitem__).decode(matrix, range(rows), range(columns))
     assert torch.equal(got, ((torch.arange(columns) * bits % 32 == 0).float()).expand(rows, -1))
+
+
+def test_a_stored_order_of_columns_says_each_columns_group() -> None:
+    """compressed-tensors' act order; -1 everywhere stands for columns in order."""
+    torch.manual_seed(5)
+    tensors = {"w": torch.randint(-(2**31), 2**31 - 1, (3, 8), dtype=torch.int32), "s": torch.rand(3, 2)}
+    tensors["g"] = torch.randint(0, 2, (64,), dtype=torch.int32)
+    numbers = unpacked(tensors["w"], 4, range(64)).float() - 8
+    matrix = PackedMatrix(3, 64, "w", "s", 4, 32, group_index="g")
+    got = decode.Decoder(tensors.__getitem__).decode(matrix, range(1, 3), range(7, 50))
+    assert torch.equal(got, (numbers * tensors["s"][:, tensors["g"].long()])[1:, 7:50])
+    tensors["g"] = torch.full((64,), -1, dtype=torch.int32)
+    got = decode.Decoder(tensors.__getitem__).decode(matrix, range(3), range(64))
+    assert torch.equal(got, numbers * tensors["s"].repeat_interleave(32, 1))
+
+
+def test_awq_without_zero_points_is_symmetric() -> None:
+    words = torch.tensor([[0x76543210]], dtype=torch.int32)
+    tensors = {"w": words, "s": torch.ones(1, 8)}
+    got = decode.Decoder(tensors.__getitem__).decode(AwqMatrix(8, 1, "w", "s", None, 1), range(8), range(1))
+    assert (got[:, 0] + 8).tolist() == [0, 4, 1, 5, 2, 6, 3, 7]  # rows 0 2 4 6 1 3 5 7, from the lowest bits on
