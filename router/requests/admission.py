@@ -1,6 +1,6 @@
-"""Admission control: bounded requests and tokens, fair between tenants, with estimated Retry-After times. Pure.
+"""Admission control: bounds in requests, tokens and predicted time, with estimated Retry-After times. Pure.
 
-offered = accepted + rejected + cancelled      at every moment; accepted requests run or have ended by themselves
+offered = accepted + rejected + cancelled      at every moment; accepted requests wait, run or have ended by themselves
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from ...core.errors import DeadlineExceeded, Overloaded
 
 _RATE_WINDOW_S = 10.0
+_LEAST_FULL_S = 1.0  # shorter times with waiting requests tell nothing about the rate
+_ANSWER_SMOOTHING = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +21,7 @@ class AdmissionLimits:
 
     max_requests: int = 512
     max_tokens: int = 2_000_000
-    contended_share: float = 0.5  # above this fill level no tenant gets more than an equal share
+    max_wait_s: float = 60.0  # predicted, for a free worker
     first_retry_s: float = 1.0  # Retry-After before any work has ended, and its lower bound
     longest_retry_s: float = 60.0
     retry_share: float = 0.1  # second dispatches per accepted request
@@ -34,6 +36,55 @@ class Offer:
     tenant: str
     tokens: int  # prompt tokens and expected generated tokens, of all choices
     timeout_s: float
+
+
+class FullRate:
+    """Rate at which work ends while other work waits for it, over the last seconds of such time.
+
+    Unlike the rate over all time it does not fall when little is asked for, so it predicts waits.
+    """
+
+    def __init__(self) -> None:
+        self._tokens = 0.0
+        self._seconds = 0.0
+        self._full_since_s: float | None = None  # the part before is in `_seconds`
+
+    def see(self, now_s: float, *, is_full: bool) -> None:
+        """Requests wait from now on, or none does."""
+        self._advance(now_s)
+        self._full_since_s = now_s if is_full else None
+
+    def note(self, tokens: int, now_s: float) -> None:
+        """Add the tokens of a request that ended now, if others wait."""
+        if self._full_since_s is not None:
+            self._advance(now_s)
+            self._tokens += tokens
+
+    def per_s(self, now_s: float) -> float | None:
+        """Tokens per second; None: unknown."""
+        self._advance(now_s)
+        return self._tokens / self._seconds if self._tokens and self._seconds >= _LEAST_FULL_S else None
+
+    def _advance(self, now_s: float) -> None:
+        if self._full_since_s is not None:
+            kept = math.exp(-max(0.0, now_s - self._full_since_s) / _RATE_WINDOW_S)
+            self._tokens *= kept
+            self._seconds = self._seconds * kept + _RATE_WINDOW_S * (1.0 - kept)
+            self._full_since_s = now_s
+
+
+class AnswerShare:
+    """Share of the expected tokens that answers have had, exponentially weighted over the last dozens of requests.
+
+    Clients ask for far more tokens than they get. 0 before the first answer: only what is known refuses a request.
+    """
+
+    def __init__(self) -> None:
+        self.mean = 0.0
+
+    def note(self, generated: int, expected: int) -> None:
+        """Add a request that ended by itself."""
+        self.mean += _ANSWER_SMOOTHING * (min(1.0, generated / max(1, expected)) - self.mean)
 
 
 class DrainRate:
@@ -64,12 +115,13 @@ class DrainRate:
 
 
 class Admission:
-    """Bounds the requests under way. `offer` accepts or refuses; an accepted one ends by one `release` or `reject`."""
+    """Bounds the requests that wait or run. Each one that `offer` accepts ends by one `release` or `reject`."""
 
     def __init__(self, limits: AdmissionLimits | None = None) -> None:
         self.limits = limits or AdmissionLimits()
+        self.full_rate = FullRate()
+        self.answers = AnswerShare()
         self._under_way: dict[str, Offer] = {}
-        self._share_by_tenant: dict[str, float] = {}  # share of the bounds that each tenant uses
         self._drain = DrainRate()
         self._retry_tokens = self.limits.retry_reserve
         self.tokens = 0
@@ -84,52 +136,115 @@ class Admission:
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._under_way
 
+    def excess(self, tokens: int) -> tuple[int, int]:
+        """Requests and tokens that must leave before a request of `tokens` tokens fits; (0, 0): it fits.
+
+        A request alone always fits, whatever its size.
+        """
+        if not self._under_way:
+            return 0, 0
+        limits = self.limits
+        return max(0, len(self._under_way) + 1 - limits.max_requests), max(0, self.tokens + tokens - limits.max_tokens)
+
     def offer(self, offer: Offer, now_s: float) -> None:
         """Accept a request.
 
         Raises:
-            Overloaded: too much is under way, in total or for this tenant; with an estimated `retry_after_s`.
+            Overloaded: too much waits or runs; with an estimated `retry_after_s`.
         """
         assert offer.request_id not in self._under_way
-        self.offered += 1
         try:
-            self._check(offer, now_s)
+            self.check(offer.tokens, now_s)
         except Overloaded:
-            self.rejected += 1
+            self.refuse()
             raise
+        self.offered += 1
         self.accepted += 1
         self._under_way[offer.request_id] = offer
         self.tokens += offer.tokens
-        self._share_by_tenant[offer.tenant] = self._share_by_tenant.get(offer.tenant, 0.0) + self._size(offer)
         self._retry_tokens = min(self.limits.retry_reserve, self._retry_tokens + self.limits.retry_share)
 
+    def refuse(self) -> None:
+        """Count a request that was refused without being offered."""
+        self.offered += 1
+        self.rejected += 1
+
     def reject(self, request_id: str, now_s: float) -> None:
-        """Remove an accepted request that cannot be served after all; it counts as rejected."""
-        if self._leave(request_id, now_s):
+        """Remove an accepted request that was not served after all; it counts as rejected."""
+        if self._leave(request_id) is not None:
             self.accepted -= 1
             self.rejected += 1
 
-    def release(self, request_id: str, now_s: float, cancelled: bool = False) -> None:
-        """Remove an accepted request that is over."""
-        if self._leave(request_id, now_s) and cancelled:
+    def release(self, request_id: str, now_s: float, cancelled: bool = False, *, served: bool = True) -> None:
+        """Remove an accepted request that is over. `served`: a worker had it, so its end is finished work."""
+        offer = self._leave(request_id)
+        if offer is None:
+            return
+        if served:
+            self._drain.note(offer.tokens, now_s)
+            self.full_rate.note(offer.tokens, now_s)
+        if cancelled:
             self.accepted -= 1
             self.cancelled += 1
 
-    def check_deadline(self, first_token_ms: float, alone_ms: float, timeout_s: float) -> None:
-        """Refuse a request that cannot meet its deadline.
+    def check(self, tokens: int, now_s: float) -> None:
+        """Check the bounds for a request of this cost. Changes nothing.
 
         Raises:
-            DeadlineExceeded: even an idle worker would be too late (`alone_ms`).
+            Overloaded: it does not fit.
+        """
+        num, excess = self.excess(tokens)
+        if excess:
+            raise Overloaded(
+                f"{self.tokens} tokens are under way of at most {self.limits.max_tokens}",
+                retry_after_s=self.retry_after_s(excess, now_s),
+            )
+        if num:
+            mean = max(1, self.tokens // len(self._under_way))
+            raise Overloaded(
+                f"{len(self._under_way)} requests are under way, the most that are taken",
+                retry_after_s=self.retry_after_s(mean, now_s),
+            )
+
+    def check_wait(self, cost_before: float, least_ms: float, left_s: float, now_s: float) -> None:
+        """Refuse a request that would wait too long behind others, at the rate at which work ends while others wait.
+
+        `least_ms`: time that its answer takes at least.
+
+        Raises:
+            Overloaded: it would miss its deadline, or wait longer than `max_wait_s`.
+        """
+        rate = self.full_rate.per_s(now_s)
+        if not cost_before or rate is None:
+            return
+        wait_s, allowed_s = cost_before / rate, min(self.limits.max_wait_s, left_s - least_ms / 1e3)
+        if wait_s > allowed_s:
+            raise Overloaded(
+                f"{cost_before:.0f} tokens of others come first, for about {wait_s:.1f} s; this request may wait "
+                f"{max(0.0, allowed_s):.1f} s",
+                retry_after_s=self._bounded(wait_s - allowed_s),
+            )
+
+    def check_deadline(self, first_token_ms: float, alone_ms: float, timeout_s: float, answer_ms: float = 0.0) -> None:
+        """Refuse a request that cannot meet its deadline.
+
+        `answer_ms`: predicted time from the first token to the last one.
+
+        Raises:
+            DeadlineExceeded: even an idle worker would be too late (`alone_ms` to the first token).
             Overloaded: the queues are too long for this deadline.
         """
-        if alone_ms > timeout_s * 1e3:
+        what = "answer" if answer_ms else "first token"
+        if alone_ms + answer_ms > timeout_s * 1e3:
+            alone_s = (alone_ms + answer_ms) / 1e3
             raise DeadlineExceeded(
-                f"the first token takes {alone_ms / 1e3:.1f} s of computing, longer than timeout {timeout_s:g} s"
+                f"the {what} takes {alone_s:.1f} s of computing, longer than timeout {timeout_s:g} s"
             )
-        if first_token_ms > timeout_s * 1e3:
+        expected_s = (first_token_ms + answer_ms) / 1e3
+        if expected_s > timeout_s:
             raise Overloaded(
-                f"the first token is expected in {first_token_ms / 1e3:.1f} s, later than timeout {timeout_s:g} s",
-                retry_after_s=self._bounded(first_token_ms / 1e3 - timeout_s),
+                f"the {what} is expected in {expected_s:.1f} s, later than timeout {timeout_s:g} s",
+                retry_after_s=self._bounded(expected_s - timeout_s),
             )
 
     def may_retry(self) -> bool:
@@ -141,52 +256,14 @@ class Admission:
 
     def retry_after_s(self, tokens: int, now_s: float) -> float:
         """Estimated seconds until `tokens` tokens have ended, at the recent rate, within the bounds."""
-        rate = self._drain.per_s(now_s)
+        rate = self.full_rate.per_s(now_s) or self._drain.per_s(now_s)
         return self._bounded(tokens / rate) if rate > 0 else self.limits.first_retry_s
 
-    def _check(self, offer: Offer, now_s: float) -> None:
-        limits = self.limits
-        excess = self.tokens + offer.tokens - limits.max_tokens
-        if excess > 0 and self._under_way:
-            raise Overloaded(
-                f"{self.tokens} tokens are under way of at most {limits.max_tokens}",
-                retry_after_s=self.retry_after_s(excess, now_s),
-            )
-        if len(self._under_way) >= limits.max_requests:
-            mean = max(1, self.tokens // len(self._under_way))
-            raise Overloaded(
-                f"{len(self._under_way)} requests are under way, the most that are taken",
-                retry_after_s=self.retry_after_s(mean, now_s),
-            )
-        self._check_share(offer, now_s)
-
-    def _check_share(self, offer: Offer, now_s: float) -> None:
-        """Above `contended_share`, a tenant may not exceed an equal share of the used capacity."""
-        limits = self.limits
-        size = self._size(offer)
-        own = self._share_by_tenant.get(offer.tenant, 0.0)
-        tenants = len(self._share_by_tenant.keys() | {offer.tenant})
-        fill = sum(self._share_by_tenant.values()) + size
-        fair = max(fill, limits.contended_share) / tenants
-        if tenants > 1 and own and fill > limits.contended_share and own + size > fair:
-            raise Overloaded(
-                f"this tenant uses {own:.0%} of what the cluster takes; its share among {tenants} is {fair:.0%}",
-                retry_after_s=self.retry_after_s(offer.tokens, now_s),
-            )
-
-    def _size(self, offer: Offer) -> float:
-        return max(offer.tokens / self.limits.max_tokens, 1 / self.limits.max_requests)
-
-    def _leave(self, request_id: str, now_s: float) -> bool:
+    def _leave(self, request_id: str) -> Offer | None:
         offer = self._under_way.pop(request_id, None)
-        if offer is None:
-            return False
-        self.tokens -= offer.tokens
-        self._share_by_tenant[offer.tenant] -= self._size(offer)
-        if not any(other.tenant == offer.tenant for other in self._under_way.values()):
-            del self._share_by_tenant[offer.tenant]  # sums of floats may not return to exactly 0
-        self._drain.note(offer.tokens, now_s)
-        return True
+        if offer is not None:
+            self.tokens -= offer.tokens
+        return offer
 
     def _bounded(self, seconds: float) -> float:
         return min(self.limits.longest_retry_s, max(self.limits.first_retry_s, seconds))

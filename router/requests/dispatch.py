@@ -47,7 +47,7 @@ class Dispatcher:
             config.worker_return_s,
             config.slow_client_s,
             config.client_buffer_pieces,
-            AdmissionLimits(config.max_running, config.max_running_tokens),
+            AdmissionLimits(config.max_running, config.max_running_tokens, config.max_wait_s),
             PolicyLimits(local_prefill=config.local_prefill),
         )
         self.life = Lifecycle(identity.incarnation, limits, self.members.roster, self, self)

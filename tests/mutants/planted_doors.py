@@ -142,12 +142,12 @@ _OUTSIDE = [
     Mutant("router/api/http/browser.py", "    if len(hosts) != 1:\n", "    if not hosts:\n"),
     Mutant(
         "router/api/http/browser.py",
-        "bool(config.allowed_hosts) or (is_private and not config.api_keys)",
-        "is_private and not config.api_keys",
+        "bool(config.allowed_hosts) or (is_private and not config.has_keys)",
+        "is_private and not config.has_keys",
     ),
     Mutant(
         "router/api/http/browser.py",
-        "(is_private and not config.api_keys)\n        self._names",
+        "(is_private and not config.has_keys)\n        self._names",
         "is_private\n        self._names",
     ),
     Mutant("router/api/http/browser.py", "            _check_content_type(headers)\n", "            pass\n"),

@@ -298,15 +298,6 @@ def test_a_session_that_is_open_again_counts_as_heard_now() -> None:
     assert [worker.state for worker in fleet] == [WorkerState.LIVE]
 
 
-def test_above_the_contended_share_a_tenant_may_not_go_beyond_its_part_by_its_next_request() -> None:
-    admission = Admission(AdmissionLimits(max_requests=100, max_tokens=1000))
-    admission.offer(Offer("a1", "ann", 350, 60.0), 0.0)
-    admission.offer(Offer("b1", "bob", 100, 60.0), 0.0)
-    with pytest.raises(Overloaded, match="35%"):
-        admission.offer(Offer("a2", "ann", 350, 60.0), 0.0)
-    admission.offer(Offer("b2", "bob", 250, 60.0), 0.0)
-
-
 @pytest.mark.parametrize(
     ("reported", "counted"),
     [(3.0, 3.0), (0.0, 1.0), (-5.0, 1.0), (float("nan"), 1.0), (float("inf"), 100.0), (1e9, 100.0)],
