@@ -13,6 +13,7 @@ from ...core.timeline import Instant, Timeline
 from ..config import RouterConfig
 from ..keys.grants import Grant
 from ..keys.rotation import KeyRotation
+from ..requests.admission import FullRate
 from ..requests.entrance import Announced
 from ..requests.flow import Flow
 from ..requests.pieces import OutputDelta
@@ -22,6 +23,9 @@ from .http.reading import room_of
 from .models import ModelDirectory, ServedModel
 from .text_work import TextWork
 from .validate import Limits, num_chars_of, timeout_of, validate
+
+MAX_READING_S = 1.0  # longest predicted wait to be read
+MAX_READING_SHARE = 0.25  # of the time to the deadline
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,7 @@ class Frontend:
         self._max_reading = config.max_running
         self._max_tokens = config.max_running_tokens
         self._num_reading = 0  # calls whose body was read and that are not admitted yet
+        self._read_rate = FullRate()  # of calls per second, while some are being read
 
     def grant_of(self, api_key: str | None) -> Grant:
         """What a key allows.
@@ -87,6 +92,7 @@ class Frontend:
             Unavailable, Overloaded, DeadlineExceeded: it would be.
         """
         left_s = min(timeout_s or self.limits.request_timeout_s, self.limits.request_timeout_s)
+        self._check_reading(1, left_s)
         self.flow.foresee(Announced(grant.tenant, grant.priority, grant.allowance, size_bytes, left_s))
 
     def longest_context(self) -> int | None:
@@ -125,9 +131,9 @@ class Frontend:
         left_s = timeout_s if arrived_s is None else timeout_s - (self.flow.clock.now_s() - arrived_s)
         if left_s <= 0:
             raise DeadlineExceeded(f"the request's timeout of {timeout_s:g} s passed before its message was read")
-        if self._num_reading + len(calls) > self._max_reading:
-            raise Overloaded(f"{self._num_reading} requests are being read, the most that are", retry_after_s=1.0)
+        self._check_reading(len(calls), left_s)
         self._num_reading += len(calls)
+        self._read_rate.see(self.flow.clock.now_s(), is_full=True)
         try:
             model = await self.models.get(calls[0].model)
         except BaseException:
@@ -137,8 +143,20 @@ class Frontend:
         num_chars = sum(map(num_chars_of, calls))
         return await self.texts.run(work, num_chars, left_s, partial(self._have_read, len(calls))), model
 
+    def _check_reading(self, num_calls: int, left_s: float) -> None:
+        """Refuse calls that would wait long to be read: else all would be read too late, and none be served."""
+        if self._num_reading + num_calls > self._max_reading:
+            raise Overloaded(f"{self._num_reading} requests are being read, the most that are", retry_after_s=1.0)
+        rate = self._read_rate.per_s(self.flow.clock.now_s())
+        wait_s = self._num_reading / rate if rate else 0.0
+        if wait_s > min(MAX_READING_S, left_s * MAX_READING_SHARE):
+            raise Overloaded(f"{self._num_reading} requests are read first, for {wait_s:.1f} s", retry_after_s=wait_s)
+
     def _have_read(self, num_calls: int) -> None:
+        now_s = self.flow.clock.now_s()
+        self._read_rate.note(num_calls, now_s)
         self._num_reading -= num_calls
+        self._read_rate.see(now_s, is_full=self._num_reading > 0)
 
     async def start(self, call: GenerateCall, admitted: Callable[[], None] | None = None) -> Started:
         """Admit a call and run it up to its first piece. `admitted` is called when `call` is no longer needed.

@@ -13,6 +13,7 @@ from ...core.errors import DeadlineExceeded, Overloaded
 _RATE_WINDOW_S = 10.0
 _LEAST_FULL_S = 1.0  # shorter times with waiting requests tell nothing about the rate
 _ANSWER_SMOOTHING = 0.05
+_MAX_TIMING_ERROR = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,32 @@ class AnswerShare:
         self.mean += _ANSWER_SMOOTHING * (min(1.0, generated / max(1, expected)) - self.mean)
 
 
+class TimingError:
+    """How much longer answers take than was predicted for their length: mean plus deviation, within bounds.
+
+    A queue in which many wait gives a free worker to the one whose deadline is nearest to be missed. So a prediction
+    that is a little short would let all of them begin and none of them end in time.
+    Source: the estimate of retransmission timeouts (Jacobson 1988).
+    """
+
+    def __init__(self) -> None:
+        self._mean = 1.0
+        self._deviation = 0.0
+
+    @property
+    def factor(self) -> float:
+        """Factor on predicted times, from 1 to _MAX_TIMING_ERROR."""
+        return min(_MAX_TIMING_ERROR, max(1.0, self._mean + self._deviation))
+
+    def note(self, predicted_ms: float, took_ms: float) -> None:
+        """Add a request that ended, or whose deadline passed: then with the predicted time of what it lacked."""
+        if predicted_ms <= 0:
+            return
+        error = min(_MAX_TIMING_ERROR, took_ms / predicted_ms) - self._mean
+        self._mean += error / 8
+        self._deviation += (abs(error) - self._deviation) / 4
+
+
 class DrainRate:
     """Rate of finished work in tokens per second, over the last seconds."""
 
@@ -121,6 +148,8 @@ class Admission:
         self.limits = limits or AdmissionLimits()
         self.full_rate = FullRate()
         self.answers = AnswerShare()
+        self.timing = TimingError()
+        self._first_ms = 0.0  # predicted time to the first token of requests whose turn came; recent mean
         self._under_way: dict[str, Offer] = {}
         self._drain = DrainRate()
         self._retry_tokens = self.limits.retry_reserve
@@ -217,7 +246,9 @@ class Admission:
         rate = self.full_rate.per_s(now_s)
         if not cost_before or rate is None:
             return
-        wait_s, allowed_s = cost_before / rate, min(self.limits.max_wait_s, left_s - least_ms / 1e3)
+        after_ms = self.timing.factor * (least_ms + self._first_ms)  # as `check_deadline` will ask for, after the wait
+        allowed_s = min(self.limits.max_wait_s, left_s - after_ms / 1e3)
+        wait_s = cost_before / rate
         if wait_s > allowed_s:
             raise Overloaded(
                 f"{cost_before:.0f} tokens of others come first, for about {wait_s:.1f} s; this request may wait "
@@ -225,22 +256,27 @@ class Admission:
                 retry_after_s=self._bounded(wait_s - allowed_s),
             )
 
-    def check_deadline(self, first_token_ms: float, alone_ms: float, timeout_s: float, answer_ms: float = 0.0) -> None:
+    def check_deadline(
+        self, first_token_ms: float, alone_ms: float, timeout_s: float, answer_ms: float = 0.0, *, others: bool = False
+    ) -> None:
         """Refuse a request that cannot meet its deadline.
 
-        `answer_ms`: predicted time from the first token to the last one.
+        `answer_ms`: predicted time from the first token to the last one; 0: not known, and only the first one counts.
+        `others`: others wait, who could use the worker instead: then the prediction's usual error counts as well. Else
+        the request is tried, so that an error that has passed is forgotten.
 
         Raises:
             DeadlineExceeded: even an idle worker would be too late (`alone_ms` to the first token).
             Overloaded: the queues are too long for this deadline.
         """
+        self._first_ms += (first_token_ms - self._first_ms) / 8
         what = "answer" if answer_ms else "first token"
-        if alone_ms + answer_ms > timeout_s * 1e3:
-            alone_s = (alone_ms + answer_ms) / 1e3
+        alone_s = (alone_ms + answer_ms) / 1e3
+        if alone_s > timeout_s:
             raise DeadlineExceeded(
                 f"the {what} takes {alone_s:.1f} s of computing, longer than timeout {timeout_s:g} s"
             )
-        expected_s = (first_token_ms + answer_ms) / 1e3
+        expected_s = (self.timing.factor if others else 1.0) * (first_token_ms + answer_ms) / 1e3
         if expected_s > timeout_s:
             raise Overloaded(
                 f"the {what} is expected in {expected_s:.1f} s, later than timeout {timeout_s:g} s",

@@ -222,9 +222,12 @@ class Lifecycle:
             terms = choice.winner.terms
             if not run.dispatches:
                 try:
-                    answer_ms = self._chooser.step_ms(choice) * run.facts.expected_tokens * self.admission.answers.mean
-                    left_s = run.left_s(now_s)
-                    self.admission.check_deadline(terms.first_token_ms, terms.prefill_ms, left_s, answer_ms)
+                    step_ms, left_s = self._chooser.step_ms(choice), run.left_s(now_s)
+                    answer_ms = step_ms * run.facts.expected_tokens * self.admission.answers.mean
+                    run.predicted = (terms.first_token_ms, step_ms)
+                    self.admission.check_deadline(
+                        terms.first_token_ms, terms.prefill_ms, left_s, answer_ms, others=bool(self.entrance)
+                    )
                 except TwostrokeError as error:
                     self.fail(run, error, now_s)
                     return
@@ -350,6 +353,18 @@ class Lifecycle:
     def _expire(self, run: RequestState, now_s: float) -> None:
         self.fail(run, DeadlineExceeded(f"the request's timeout of {run.request.timeout_s:g} s passed"), now_s)
 
+    def _learn(self, run: RequestState, now_s: float) -> None:
+        """Compare what was predicted of a request with what it had and how long it took."""
+        num_choices, generated = run.request.num_choices, run.delivery.completion_tokens
+        first_ms, step_ms = run.predicted
+        if len(run.dispatches) == 1 and step_ms and (run.error is None or isinstance(run.error, DeadlineExceeded)):
+            had = generated / num_choices
+            whole = had if run.error is None else max(had, run.request.expected_tokens * self.admission.answers.mean)
+            took_ms = (now_s - run.dispatches[0].at_s) * 1e3 + step_ms * (whole - had)
+            self.admission.timing.note(first_ms + step_ms * whole, took_ms)
+        if run.error is None:
+            self.admission.answers.note(generated, num_choices * run.request.expected_tokens)
+
     def _settle(self, run: RequestState, now_s: float) -> None:
         """No more output is expected from workers: free the request's resources in this router."""
         run.stage = Stage.SETTLED
@@ -366,9 +381,7 @@ class Lifecycle:
             self.admission.reject(run.name, now_s)
         else:
             self.admission.release(run.name, now_s, cancelled, served=served)
-        if run.error is None:
-            expected = run.request.num_choices * run.request.expected_tokens
-            self.admission.answers.note(run.delivery.completion_tokens, expected)
+        self._learn(run, now_s)
         self.entrance.settled(run.request, run.delivery.completion_tokens, now_s, served=served)
         self._observer.settled(run)
         self.workers_changed()

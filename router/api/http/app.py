@@ -37,6 +37,7 @@ from .bodies import read_body
 from .browser import middleware_for_pages
 from .callers import Caller, KeyDoor, caller_of
 from .sse import EventStream, JsonAnswer, event, to_json_in_parts, until_disconnect
+from .structure import SLICE_BYTES, finished
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ class _Face:
         self._config = config
         self._front = front
         self._started_s = int(time.time())
-        self._building = asyncio.Lock()  # one body at a time, so that several large ones load the loop no more than one
+        self._building = asyncio.Lock()  # one large body at a time, so that several load the loop no more than one
         self._scores = ThreadPoolExecutor(1, "scores")  # likewise one long answer: each thread delays the loop's turn
 
     async def chat(self, http: HttpRequest) -> Response:
@@ -98,9 +99,14 @@ class _Face:
         return caller
 
     async def _parse(self, http: HttpRequest, kind: type[openai.B], tenant: str) -> openai.B:
-        async with read_body(http, self._config.max_body_bytes, self._front.room, tenant) as data, self._building:
-            values = await _in_steps(openai.json_object(data))
-            body, ignored = openai.parse(values, kind, strict=self._config.strict)
+        async with read_body(http, self._config.max_body_bytes, self._front.room, tenant) as data:
+            if len(data) <= SLICE_BYTES:  # built in one step, so it need not wait for others
+                values = finished(openai.json_object(data))
+                body, ignored = openai.parse(values, kind, strict=self._config.strict)
+            else:
+                async with self._building:
+                    values = await _in_steps(openai.json_object(data))
+                    body, ignored = openai.parse(values, kind, strict=self._config.strict)
         self._note_ignored(http, ignored)  # now, so that later errors have the header, too
         return body
 
