@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "load_generators"))
 from report import machine, save, table
 from server import served
 
-from twostroke.core.key_digests import line_for
+from twostroke.router.keys.digests import line_for
 
 VICTIM, ATTACKER, COLLEAGUE = "sk-key-of-the-victim-0", "sk-key-of-the-attacker", "sk-of-the-victim-also-1"
 KEYS = f"""keys:

@@ -30,8 +30,8 @@ from open_loop import Generator, Result, Target, poisson
 from report import machine, save, table
 from stub_workers import Curve
 
-from twostroke.core.key_digests import line_for
 from twostroke.core.ports import free_ports
+from twostroke.router.keys.digests import line_for
 
 HERE = Path(__file__).resolve().parent
 KEY, SPENT = "sk-key-of-the-benchmark", "sk-key-whose-quota-is-spent"

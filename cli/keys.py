@@ -22,7 +22,7 @@ def new(
     tenant: Annotated[str, typer.Argument(metavar="TENANT", help="Whose key it is; several keys may have one tenant.")],
 ) -> None:
     """Print a new key, which is stored nowhere, and its entry for router.api_key_file."""
-    from ..core.key_digests import line_for
+    from ..router.keys.digests import line_for
     from ..router.keys.key_file import KeyEntry, new_key
 
     key = new_key()

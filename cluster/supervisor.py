@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 from ..client.async_client import AsyncClient
 from ..core.clock import Clock, MonotonicClock
 from ..core.errors import ConfigError, TwostrokeError, Unavailable
-from ..core.key_digests import line_for
 from ..core.ports import free_ports, target
 from ..core.request import Role
+from ..router.keys.digests import line_for
 from .certificates import certificates_of, face_tls
 from .config import Config
 from .devices import Devices

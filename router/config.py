@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from ..core.config import Section
-from ..core.key_digests import DIGEST_PREFIX, check_digest, is_digest
+from .keys.digests import DIGEST_PREFIX, check_digest, is_digest
 
 
 def _listed(value: Any) -> Any:

@@ -12,7 +12,7 @@ from ..core.errors import WorkerLost
 from ..core.request import Epoch, Request
 from ..protos import worker_pb2
 from ..router.requests import choosing, delivery
-from ..router.requests.entrance import Entrance
+from ..router.requests.admission.entrance import Entrance
 from ..router.requests.history import RequestHistory
 from ..router.requests.lifecycle import Lifecycle
 from ..router.requests.orders import Orders

@@ -16,7 +16,7 @@ from ..core.timeline import Instant, Timeline
 from ..kv.block import BlockIdentity
 from ..kv.keys import PromptHasher
 from ..protos import worker_pb2
-from ..router.requests.admission import AdmissionLimits
+from ..router.requests.admission.bounds import AdmissionLimits
 from ..router.requests.explain import explain_run
 from ..router.requests.history import RequestHistory
 from ..router.requests.lifecycle import Lifecycle

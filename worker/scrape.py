@@ -15,7 +15,7 @@ from http import HTTPStatus
 
 from ..core.errors import ConfigError
 from ..core.hosts import is_loopback_name, name_in
-from ..core.key_digests import digest_of, is_digest
+from ..router.keys.digests import digest_of, is_digest
 
 log = logging.getLogger(__name__)
 

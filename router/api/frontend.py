@@ -13,8 +13,8 @@ from ...core.timeline import Instant, Timeline
 from ..config import RouterConfig
 from ..keys.grants import Grant
 from ..keys.rotation import KeyRotation
-from ..requests.admission import FullRate
-from ..requests.entrance import Announced
+from ..requests.admission.entrance import Announced
+from ..requests.admission.estimates import FullRate
 from ..requests.flow import Flow
 from ..requests.pieces import OutputDelta
 from .batch import Lists, Start, explain_list, merged, name_of, streams_at_once

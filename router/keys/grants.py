@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ...core.errors import KeyForbids, ModelNotFound, Unauthenticated
-from ...core.key_digests import digest_of, is_digest
 from ...core.request import Allowance
+from .digests import digest_of, is_digest
 
 PUBLIC = "public"  # tenant of all clients where there are no keys
 

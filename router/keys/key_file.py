@@ -20,8 +20,8 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ...core.errors import ConfigError
-from ...core.key_digests import check_digest, digest_of
 from ...core.request import HIGHEST_PRIORITY, LOWEST_PRIORITY, Allowance
+from .digests import check_digest, digest_of
 from .grants import Grant, tenant_of
 
 MAX_FILE_BYTES = 16 << 20

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from ...core.errors import ConfigError
-from ...core.key_digests import digest_of
+from .digests import digest_of
 from .grants import OPERATOR, Grant, KeyRing, bare_grant
 from .key_file import grants_in
 

@@ -23,7 +23,7 @@ from ..routing.fleet import FleetChange, FleetLimits
 from ..routing.policy import PolicyLimits
 from ..routing.views import RETRY_AFTER_S
 from ..workers.registry import Identity, RegistryHandlers, WorkerRegistry
-from .admission import AdmissionLimits
+from .admission.bounds import AdmissionLimits
 from .lifecycle import Lifecycle
 from .pieces import OutputDelta
 from .state import RequestState, Timer

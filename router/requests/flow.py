@@ -24,8 +24,8 @@ from ..config import RouterConfig
 from ..metrics import TRANSPORTS, RouterMetrics
 from ..routing.facts import ModelFacts
 from ..workers.registry import Identity, WorkerRegistry
+from .admission.entrance import Announced
 from .dispatch import Dispatcher, PieceStream
-from .entrance import Announced
 from .explain import explain_run
 from .history import RequestHistory
 from .life import life_of

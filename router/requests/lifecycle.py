@@ -35,9 +35,9 @@ from ...protos import worker_pb2
 from ..routing.facts import WorkerKey
 from ..routing.policy import RoutingDecision
 from ..routing.views import RETRY_AFTER_S, model_of
+from .admission.entrance import Announced, Entrance
 from .choosing import Chooser
 from .delivery import DeliveryVerdict
-from .entrance import Announced, Entrance
 from .orders import Orders
 from .roster import Roster
 from .state import RequestState, RequestStates, Stage

@@ -158,7 +158,7 @@ _OUTSIDE = [
         ' and not scope["path"].startswith(PROBES):',
     ),
     Mutant("router/api/http/browser.py", "        _check_origin(headers)\n", ""),
-    Mutant("router/api/validate.py", "_isolation_domain(tenant, call.cache_salt)", "tenant"),
+    Mutant("router/api/validate.py", "_isolation_domain(grant.isolation_domain, call.cache_salt)", "grant.tenant"),
     Mutant(
         "router/api/validate.py",
         '    return f"{tenant}/salt-{digest.hexdigest()}"\n',
@@ -169,7 +169,7 @@ _OUTSIDE = [
         "min(call.timeout_s or limits.request_timeout_s, limits.request_timeout_s)",
         "call.timeout_s or limits.request_timeout_s",
     ),
-    Mutant("router/api/validate.py", "        tenant=tenant,\n", ""),
+    Mutant("router/api/validate.py", "        tenant=grant.tenant,\n", ""),
     Mutant(
         "router/api/validate.py",
         "    if len(ids) >= model.max_model_len:\n",

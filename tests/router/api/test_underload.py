@@ -16,11 +16,11 @@ from openai import AsyncOpenAI
 from support.fake_worker import MODEL, Behaviour, FakeWorker
 from support.flow_cluster import Cluster, cluster, until
 
-from twostroke.core.key_digests import line_for
 from twostroke.core.ports import bound_socket
 from twostroke.router.api.frontend import Frontend
 from twostroke.router.api.http.app import make_app
 from twostroke.router.config import RouterConfig
+from twostroke.router.keys.digests import line_for
 
 ACME, ACME_TOO, BATCH = "sk-acme-first-key-123", "sk-acme-second-key-45", "sk-batch-key-67890123"
 OPERATOR = "sk-key-of-the-operator-1"

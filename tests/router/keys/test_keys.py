@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from twostroke.cli.main import app
 from twostroke.core.errors import ConfigError, KeyForbids, ModelNotFound, Unauthenticated
-from twostroke.core.key_digests import line_for
 from twostroke.router.config import RouterConfig
+from twostroke.router.keys.digests import line_for
 from twostroke.router.keys.grants import ANYONE, KeyRing
 from twostroke.router.keys.key_file import grants_in, new_key
 from twostroke.router.keys.rotation import KeyRotation

@@ -9,8 +9,8 @@ from twostroke.core import errors
 from twostroke.core.request import Allowance, Request, SamplingParams
 from twostroke.core.timeline import Instant, Timeline
 from twostroke.protos import worker_pb2
-from twostroke.router.requests.admission import AdmissionLimits
-from twostroke.router.requests.entrance import Announced
+from twostroke.router.requests.admission.bounds import AdmissionLimits
+from twostroke.router.requests.admission.entrance import Announced
 from twostroke.router.requests.state import RequestState, Stage
 from twostroke.router.routing.facts import WorkerKey
 

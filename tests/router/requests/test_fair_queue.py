@@ -7,7 +7,7 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from twostroke.router.requests.fair_queue import FairQueue, Ticket
+from twostroke.router.requests.admission.fair_queue import FairQueue, Ticket
 
 
 def filled(*tickets: Ticket) -> FairQueue:

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from twostroke.core.errors import QuotaExceeded
 from twostroke.core.request import Allowance
-from twostroke.router.requests import quotas
-from twostroke.router.requests.quotas import Quotas
+from twostroke.router.requests.admission import quotas
+from twostroke.router.requests.admission.quotas import Quotas
 
 
 def taken(held: Quotas, allowance: Allowance | None, tokens: int, now_s: float) -> float:

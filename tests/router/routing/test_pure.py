@@ -14,7 +14,7 @@ from twostroke.core.request import Epoch, FinishReason, Role, TokenLogprobs
 from twostroke.kv.handover.pairing import why_refused
 from twostroke.kv.spec import attention_spec
 from twostroke.protos import common_pb2
-from twostroke.router.requests.admission import Admission, AdmissionLimits, Offer
+from twostroke.router.requests.admission.bounds import Admission, AdmissionLimits, Offer
 from twostroke.router.requests.delivery import Delivery, DeliveryVerdict, PieceBuffer
 from twostroke.router.requests.history import RequestHistory
 from twostroke.router.requests.pieces import OutputDelta

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...core.errors import QuotaExceeded
-from ...core.request import Allowance
+from ....core.errors import QuotaExceeded
+from ....core.request import Allowance
 
 MAX_BUCKETS = 10_000  # of keys with work in the last minute; more are full again first
 _MINUTE_S = 60.0

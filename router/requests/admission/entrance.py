@@ -12,13 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ...core.errors import DeadlineExceeded, Overloaded
-from ...core.request import Allowance, Request
-from .admission import Admission, AdmissionLimits, Offer
+from ....core.errors import DeadlineExceeded, Overloaded
+from ....core.request import Allowance, Request
+from ..state import Timer
+from ..surroundings import Driver
+from .bounds import Admission, AdmissionLimits, Offer
 from .fair_queue import FairQueue, Ticket
 from .quotas import Quotas
-from .state import Timer
-from .surroundings import Driver
 
 MOST_BYTES_PER_TOKEN = 16  # of a body; nearly all have fewer, so a body has more tokens than this says
 
