@@ -1,4 +1,4 @@
-"""The command `twostroke`: serve, worker, router, status, role, chat, certs, sim. Each command has its own file."""
+"""The command `twostroke`: serve, worker, router, status, role, chat, certs, keys, sim; a file for each."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from ..cli import certs, chat, role, serve, status
 from ..cli import processes as members
 from ..core.errors import TwostrokeError
 from .failure import fail
+from .keys import app as keys_app
 from .sim import app as sim_app
 
 app = typer.Typer(
@@ -43,6 +44,7 @@ app.command()(status.status)
 app.command()(role.role)
 app.command()(chat.chat)
 app.command()(certs.certs)
+app.add_typer(keys_app, name="keys")
 app.add_typer(sim_app, name="sim")
 
 

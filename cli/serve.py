@@ -228,7 +228,7 @@ def settings_remarks(config: Config) -> list[str]:
     if weak:
         have = "has" if weak == 1 else "have"
         remarks.append(f"note: {weak} of router.api_keys {have} fewer than {GOOD_KEY_CHARS} characters")
-    if not is_loopback_name(numeric_host(config.router.host)) and not config.router.api_keys:
+    if not is_loopback_name(numeric_host(config.router.host)) and not config.router.has_keys:
         remarks.append(
             f"note: whoever reaches {config.router.host} may use this, for there are no router.api_keys "
             "(TWOSTROKE__ROUTER__API_KEYS)"
@@ -249,8 +249,8 @@ def _greet(supervisor: Supervisor, plan: Plan) -> None:
     body = f'{{"model": "{name}", "messages": {messages}, "max_tokens": 100}}'
     out.print(f"\n[bold]{name}[/bold] is served at [bold]{url}/v1[/bold] (OpenAI API)\n")
     header = key = ""
-    if supervisor.config.router.api_keys:
-        print("  export TWOSTROKE_API_KEY=...  # one of router.api_keys")
+    if supervisor.config.router.has_keys:
+        print("  export TWOSTROKE_API_KEY=...  # a key of a client")
         header, key = ' -H "authorization: Bearer $TWOSTROKE_API_KEY"', ", api_key=os.environ['TWOSTROKE_API_KEY']"
     print(f"  curl {url}/v1/chat/completions -H 'content-type: application/json'{header} -d '{body}'")
     client = f"Client('{supervisor.grpc_address}'{key})"

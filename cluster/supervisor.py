@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import secrets
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from ..core.clock import Clock, MonotonicClock
 from ..core.errors import ConfigError, TwostrokeError, Unavailable
 from ..core.ports import free_ports, target
 from ..core.request import Role
+from ..router.keys.digests import line_for
 from .certificates import certificates_of, face_tls
 from .config import Config
 from .devices import Devices
@@ -39,7 +41,8 @@ class Supervisor:
         self._plan = plan
         self._clock = clock or MonotonicClock()
         self._say = say or log.info
-        self.config = _with_fixed_ports(plan.settle(config))
+        self._operator_key = secrets.token_urlsafe(32)  # to ask the router, which keeps only digests of keys
+        self.config = _with_fixed_ports(_with_operator(plan.settle(config), self._operator_key))
         certificates = certificates_of(self.config)
         face_tls(self.config.router)  # raises now, if its files cannot be used
         self.tls_remark = certificates.remark  # for the operator
@@ -192,7 +195,7 @@ class Supervisor:
     async def _observe(self) -> None:
         """Ask the router for the state of all members, and replace those that are unavailable for too long."""
         router = self.config.router
-        key = router.api_keys[0] if router.api_keys else None
+        key = self._operator_key if router.has_keys else None
         tls = None
         while True:
             with contextlib.suppress(ConfigError):  # while the files change; those before may still be good
@@ -291,6 +294,11 @@ def _lives(cluster: dict[str, Any] | None) -> dict[str, _Life]:
 def _cordon_of(worker: dict[str, Any]) -> str:
     cordoned = [gpu for gpu in worker.get("gpus", ()) if gpu["verdict"] == "cordon"]
     return "".join(f"{gpu['uuid']} is cordoned: {'; '.join(gpu['reasons'])}" for gpu in cordoned[:1])
+
+
+def _with_operator(config: Config, key: str) -> Config:
+    """The configuration with the digest of the supervisor's own key, which replaces one that was given."""
+    return config.model_copy(update={"router": config.router.model_copy(update={"operator_key": line_for(key)})})
 
 
 def _with_fixed_ports(config: Config) -> Config:

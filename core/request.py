@@ -110,6 +110,19 @@ class AnswerForm:
 
 
 @dataclass(frozen=True, slots=True)
+class Allowance:
+    """What one API key may use. None: no bound."""
+
+    key: str  # name of the key in logs and counters, no secret
+    requests_per_minute: float | None = None
+    tokens_per_minute: float | None = None  # of prompts and answers
+    share: float = 1.0  # of the cluster, relative to other tenants', while requests wait
+
+
+HIGHEST_PRIORITY, LOWEST_PRIORITY = -1000, 1000  # as in vLLM's API, a lower number is served earlier
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One validated request in the router, the same for HTTP and gRPC."""
 
@@ -126,6 +139,13 @@ class Request:
     tenant: str | None = None  # owner of the request; None: the isolation domain
     adapter: bytes = b""  # content hash; empty: none, the only one that is served
     answer: AnswerForm | None = None  # None: the answer is its text
+    priority: int = 0  # HIGHEST_PRIORITY to LOWEST_PRIORITY
+    allowance: Allowance | None = None  # of its API key; None: no bounds
+
+    @property
+    def num_tokens(self) -> int:
+        """Its cost for admission: prompt and expected new tokens, of all choices."""
+        return self.num_choices * (len(self.prompt_ids) + self.expected_tokens)
 
     @property
     def expected_tokens(self) -> int:

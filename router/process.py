@@ -123,6 +123,7 @@ class RouterProcess:
         listener = bound_socket(host, settings.port, PORT_REMEDIES["port"])
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         await self._flow.start()
+        self._front.keys.start()
         inner = self._tls.server_credentials() if self._tls else None
         await self._serve(self._flow.internal_server(_INTERNAL_OPTIONS), inside, "internal_port", inner)
         options = [
@@ -160,6 +161,7 @@ class RouterProcess:
         await self._health.enter_graceful_shutdown()
         await self._flow.drain(grace_s)
         await self._flow.close()
+        await self._front.keys.close()
         if self._http and self._http_task:
             self._http.should_exit = True
             if self._connections:

@@ -63,7 +63,8 @@ class Settings(Values):
     cache: _config_section(CacheConfig, without=set()) = Field(default_factory=dict)  # type: ignore[valid-type]
     step: _config_section(StepConfig, without=set()) = Field(default_factory=dict)  # type: ignore[valid-type]
     router: _config_section(  # type: ignore[valid-type]
-        RouterConfig, without={"host", "port", "grpc_port", "internal_host", "internal_port", "insecure", "api_keys"}
+        RouterConfig,
+        without={"host", "port", "grpc_port", "internal_host", "internal_port", "insecure", "api_keys", "operator_key"},
     ) = Field(default_factory=dict)
 
 

@@ -32,6 +32,7 @@ class GenerateCall:
     top_logprobs: int | None = None  # `logprobs` of the sampling under the name that chats have for it; one of the two
     n: int | None = None
     cache_salt: str | None = None  # only requests of the same tenant and salt share cached prefixes
+    priority: int | None = None  # lower is earlier; the key bounds it
     request_id: str | None = None
     api_key: str | None = None
-    timeout_s: float | None = None  # remaining time of the client's own deadline
+    timeout_s: float | None = None  # of the client's own deadline, from the arrival of its headers

@@ -100,6 +100,7 @@ class Body(SamplingBody):
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     cache_salt: str | None = None
+    priority: Whole | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -158,7 +159,7 @@ ACCEPTED = frozenset(
         # Fields about the user, the purpose and the cost.
         *("user", "metadata", "store", "service_tier", "safety_identifier", "custom_labels", "extra_key"),
         *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "session_id", "session_params"),
-        *("priority", "data_parallel_rank", "routed_dp_rank", "keep_alive", "cache_prompt", "id_slot", "slot_id"),
+        *("data_parallel_rank", "routed_dp_rank", "keep_alive", "cache_prompt", "id_slot", "slot_id"),
         # Options of images, beams and grammars, none of which is served, and of how reasoning is separated.
         *("mm_processor_kwargs", "media_io_kwargs", "images_config", "return_mm_kwargs"),
         *("length_penalty", "early_stopping", "guided_decoding_backend", "guided_whitespace_pattern"),

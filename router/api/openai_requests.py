@@ -208,6 +208,7 @@ def _common(body: Body, usual_max_tokens: int | None, api_key: str | None) -> di
         "usual_max_tokens": usual_max_tokens,
         "n": body.n,
         "cache_salt": body.cache_salt,
+        "priority": body.priority,
         "request_id": body.request_id,
         "api_key": api_key,
     }

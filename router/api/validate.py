@@ -12,13 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ...core.errors import ContextLengthExceeded, InvalidRequest, Unauthenticated, UnsupportedParameter
-from ...core.request import AnswerForm, Request
+from ...core.errors import ContextLengthExceeded, InvalidRequest, UnsupportedParameter
+from ...core.request import HIGHEST_PRIORITY, LOWEST_PRIORITY, AnswerForm, Request
 from ...text.fill_in import KNOWN_WORDS, fill_in_prompt
 from ...text.parsing.parser import PROMPT_END_CHARS
 from ...text.parsing.parsers import NONE
 from ...text.tokenizer import TooManyTokens
 from ..config import RouterConfig
+from ..keys.grants import Grant, KeyRing
 from .call import GenerateCall
 from .chat import Prompt, chat_prompt
 from .checks import integer, short, text_of
@@ -28,7 +29,6 @@ from .sampling import is_bounded, sampling_of
 
 MAX_SALT_CHARS = 1024
 CHARS_OF_A_TOOL = 1024  # a guess, for `num_chars_of`
-DEFAULT_ISOLATION_DOMAIN = "public"
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
@@ -40,27 +40,22 @@ class Limits:
     max_choices: int
     default_max_tokens: int | None  # None: as many as fit
     request_timeout_s: float
-    api_keys: tuple[str, ...]
+    keys: KeyRing
 
     @classmethod
-    def of(cls, config: RouterConfig) -> Limits:
-        """Limits of a router's configuration."""
-        return cls(config.max_choices, config.default_max_tokens, config.request_timeout_s, config.api_keys)
+    def of(cls, config: RouterConfig, keys: KeyRing | None = None) -> Limits:
+        """Limits of a router's configuration. `keys`: the ring that is kept up to date; None: one of its `api_keys`."""
+        ring = KeyRing.of(config.api_keys) if keys is None else keys
+        return cls(config.max_choices, config.default_max_tokens, config.request_timeout_s, ring)
 
 
 def authenticate(api_key: str | None, limits: Limits) -> str:
-    """The isolation domain of a key; without configured keys all clients share one.
+    """The tenant of a key; without configured keys all clients are one.
 
     Raises:
         Unauthenticated: keys are configured and this is none of them.
     """
-    if not limits.api_keys:
-        return DEFAULT_ISOLATION_DOMAIN
-    for known in limits.api_keys:
-        if api_key and secrets.compare_digest(api_key.encode(errors="replace"), known.encode()):
-            # Derived from the key itself: a new order of the keys must not give cached prefixes to another tenant.
-            return "key-" + hashlib.blake2b(known.encode(), digest_size=8, person=b"twostroke-tenant").hexdigest()
-    raise Unauthenticated("the API key is missing or unknown; send 'Authorization: Bearer KEY'")
+    return limits.keys.grant_of(api_key).tenant
 
 
 def validate(call: GenerateCall, model: ServedModel, limits: Limits) -> Request:
@@ -69,12 +64,15 @@ def validate(call: GenerateCall, model: ServedModel, limits: Limits) -> Request:
     Raises:
         InvalidRequest: a field is out of range, of the wrong type or not served; `param` names it.
         ContextLengthExceeded: the prompt leaves no room for a token, or not for `max_tokens`.
-        Unauthenticated: raised by `authenticate`.
+        ModelNotFound: the key may not use this model.
+        Unauthenticated: raised by `KeyRing.grant_of`.
     """
-    tenant = authenticate(call.api_key, limits)
+    grant = limits.keys.grant_of(call.api_key)
+    grant.check_model(model.name)
     num_choices = integer("n", call.n, 1, 1, limits.max_choices)
     request_id = _request_id(call)
     ignored = Ignored()
+    priority = _priority(call, grant, ignored)
     prompt = _prompt(call, model, ignored)
     prompt_ids = _prompt_ids(call, prompt, model)
     sampling = sampling_of(call, model, prompt_ids, limits.default_max_tokens)
@@ -88,14 +86,26 @@ def validate(call: GenerateCall, model: ServedModel, limits: Limits) -> Request:
         prompt_ids=prompt_ids,
         sampling=sampling,
         num_choices=num_choices,
-        isolation_domain=_isolation_domain(tenant, call.cache_salt),
+        isolation_domain=_isolation_domain(grant.isolation_domain, call.cache_salt),
         timeout_s=timeout_of(call, limits),
         is_chat=call.messages is not None,
-        tenant=tenant,
+        tenant=grant.tenant,
+        priority=priority,
+        allowance=grant.allowance,
         ignored_fields=ignored.names(),
         is_bounded=is_bounded(call, model, limits.default_max_tokens),
         answer=answer,
     )
+
+
+def _priority(call: GenerateCall, grant: Grant, ignored: Ignored) -> int:
+    """Priority of a request: its own, at most its key's. A lower number is served earlier, as in vLLM's API."""
+    if call.priority is None:
+        return grant.priority
+    wanted = integer("priority", call.priority, 0, HIGHEST_PRIORITY, LOWEST_PRIORITY)
+    if wanted < grant.priority:
+        ignored.add("priority")  # so that who asks for more can see that the key does not give it
+    return max(wanted, grant.priority)
 
 
 def timeout_of(call: GenerateCall, limits: Limits) -> float:

@@ -15,7 +15,7 @@ from typing import Any
 import grpc.aio
 
 from ...core.clock import Clock, MonotonicClock
-from ...core.errors import Cancelled
+from ...core.errors import Cancelled, TwostrokeError
 from ...core.guard import Guard
 from ...core.request import Request
 from ...core.timeline import Instant, Timeline
@@ -24,6 +24,7 @@ from ..config import RouterConfig
 from ..metrics import TRANSPORTS, RouterMetrics
 from ..routing.facts import ModelFacts
 from ..workers.registry import Identity, WorkerRegistry
+from .admission.entrance import Announced
 from .dispatch import Dispatcher, PieceStream
 from .explain import explain_run
 from .history import RequestHistory
@@ -142,6 +143,18 @@ class Flow:
             self._dispatcher.fail(run, Cancelled("the client went away"))  # no effect if it is settled
             self._conclude(run)
 
+    def foresee(self, announced: Announced) -> None:
+        """Refuse a request whose body is not read yet, if it would be refused in any case.
+
+        Raises:
+            Unavailable, Overloaded, DeadlineExceeded: it would be.
+        """
+        try:
+            self._life.foresee(announced, self.clock.now_s())
+        except TwostrokeError:
+            self.metrics.requests.labels("rejected").inc()
+            raise
+
     async def abort(self, tenant: str, request_id: str) -> bool:
         """Cancel a tenant's running request: its stream ends with `Cancelled`. False: there is none of that id."""
         return self._life.abort(tenant, request_id, self.clock.now_s())
@@ -182,6 +195,8 @@ class Flow:
                 "uptime_s": round(now_s - self._began_s, 3),
                 "in_flight_requests": len(admission),
                 "in_flight_tokens": admission.tokens,
+                "waiting_requests": len(self._life.entrance),
+                "waiting_tokens": self._life.entrance.waiting_tokens,
                 "prefix_blocks": len(self._members.prefixes),
                 "ttft_prediction_error": self._dispatcher.prediction.mean_ratio,
                 "handovers_by_transport": {name: self._moved[f"handovers_{name}"] for name in TRANSPORTS[:-1]},

@@ -143,12 +143,12 @@ _OUTSIDE = [
     Mutant("router/api/http/browser.py", "    if len(hosts) != 1:\n", "    if not hosts:\n"),
     Mutant(
         "router/api/http/browser.py",
-        "bool(config.allowed_hosts) or (is_private and not config.api_keys)",
-        "is_private and not config.api_keys",
+        "bool(config.allowed_hosts) or (is_private and not config.has_keys)",
+        "is_private and not config.has_keys",
     ),
     Mutant(
         "router/api/http/browser.py",
-        "(is_private and not config.api_keys)\n        self._names",
+        "(is_private and not config.has_keys)\n        self._names",
         "is_private\n        self._names",
     ),
     Mutant("router/api/http/browser.py", "            _check_content_type(headers)\n", "            pass\n"),
@@ -159,7 +159,7 @@ _OUTSIDE = [
         ' and not scope["path"].startswith(PROBES):',
     ),
     Mutant("router/api/http/browser.py", "        _check_origin(headers)\n", ""),
-    Mutant("router/api/validate.py", "_isolation_domain(tenant, call.cache_salt)", "tenant"),
+    Mutant("router/api/validate.py", "_isolation_domain(grant.isolation_domain, call.cache_salt)", "grant.tenant"),
     Mutant(
         "router/api/validate.py",
         '    return f"{tenant}/salt-{digest.hexdigest()}"\n',
@@ -170,7 +170,7 @@ _OUTSIDE = [
         "min(call.timeout_s or limits.request_timeout_s, limits.request_timeout_s)",
         "call.timeout_s or limits.request_timeout_s",
     ),
-    Mutant("router/api/validate.py", "        tenant=tenant,\n", ""),
+    Mutant("router/api/validate.py", "        tenant=grant.tenant,\n", ""),
     Mutant(
         "router/api/validate.py",
         "    if len(ids) >= model.max_model_len:\n",

@@ -12,6 +12,7 @@ from ....core.errors import RequestNotFound
 from ....core.request import FinishReason, Request
 from ....kv.messages import logprobs_to_wire
 from ....protos import common_pb2, inference_pb2, inference_pb2_grpc
+from ...keys.grants import Grant
 from ...requests.pieces import OutputDelta, TokenUsage
 from ..call import GenerateCall
 from ..frontend import Frontend, Started
@@ -70,9 +71,11 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def ListModels(self, request: inference_pb2.ListModelsRequest, context: Context) -> Any:
         """List the served models."""
+        allowed = self._grant(context).models
         cards = [
             inference_pb2.ModelCard(id=name, max_model_len=self._front.models.facts(name).max_model_len)
             for name in self._front.models.names()
+            if not allowed or name in allowed
         ]
         return inference_pb2.ListModelsResponse(models=cards)
 
@@ -92,12 +95,16 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def Cluster(self, request: inference_pb2.ClusterRequest, context: Context) -> Any:
         """Report about the router and its workers."""
+        self._grant(context).check_monitor()
         return inference_pb2.ClusterResponse(json=json.dumps(self._front.flow.cluster()))
 
     # -------------------------------------------------------------- inside
 
     def _tenant(self, context: Context) -> str:
-        return self._front.authenticate(api_key(context.invocation_metadata()))
+        return self._grant(context).tenant
+
+    def _grant(self, context: Context) -> Grant:
+        return self._front.grant_of(api_key(context.invocation_metadata()))
 
     async def _read(self, read: Reader, message: Any, context: Context) -> GenerateCall:
         """Convert a message to a call; long ones outside the event loop."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import re
 import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -33,7 +35,9 @@ from ..openai_responses import Answer, Wants, error_body
 from ..validate import is_request_id, new_request_id
 from .bodies import read_body
 from .browser import middleware_for_pages
+from .callers import Caller, KeyDoor, caller_of
 from .sse import EventStream, JsonAnswer, event, to_json_in_parts, until_disconnect
+from .structure import SLICE_BYTES, finished
 
 log = logging.getLogger(__name__)
 
@@ -59,9 +63,10 @@ def make_app(config: RouterConfig, front: Frontend) -> Starlette:
         Route("/version", _typed(face.version), methods=["GET"]),
         Route("/metrics", _typed(face.metrics), methods=["GET"]),
     ]
+    door = Middleware(KeyDoor, front=front, answer=_refusal)
     return Starlette(
         routes=routes,
-        middleware=[*middleware_for_pages(config, _refusal), Middleware(_TidyPaths)],
+        middleware=[*middleware_for_pages(config, _refusal), Middleware(_TidyPaths), door],
         exception_handlers={404: _no_such_route, 405: _wrong_method},
     )
 
@@ -71,30 +76,37 @@ class _Face:
         self._config = config
         self._front = front
         self._started_s = int(time.time())
-        self._building = asyncio.Lock()  # one body at a time, so that several large ones load the loop no more than one
+        self._building = asyncio.Lock()  # one large body at a time, so that several load the loop no more than one
         self._scores = ThreadPoolExecutor(1, "scores")  # likewise one long answer: each thread delays the loop's turn
 
     async def chat(self, http: HttpRequest) -> Response:
-        api_key, tenant = self._admit(http)
-        body = await self._parse(http, ChatBody, tenant)
-        return await self._run(http, [openai.chat_call(body, api_key)], "chat.completion", body)
+        caller = self._admit(http)
+        body = await self._parse(http, ChatBody, caller.grant.tenant)
+        return await self._run(http, [openai.chat_call(body, caller.api_key)], "chat.completion", body)
 
     async def completions(self, http: HttpRequest) -> Response:
-        api_key, tenant = self._admit(http)
-        body = await self._parse(http, CompletionBody, tenant)
+        caller = self._admit(http)
+        body = await self._parse(http, CompletionBody, caller.grant.tenant)
         openai.refuse_endless(body, self._front.longest_context())  # before another large body is built
         most = min(self._config.max_prompts, self._config.max_running)
-        return await self._run(http, openai.completion_calls(body, api_key, most), "text_completion", body)
+        calls = openai.completion_calls(body, caller.api_key, most)
+        return await self._run(http, calls, "text_completion", body)
 
-    def _admit(self, http: HttpRequest) -> tuple[str | None, str]:
-        """Check the key; returns key and tenant. Called before the body is read."""
-        api_key = _api_key(http)
-        return api_key, self._front.authenticate(api_key)
+    def _admit(self, http: HttpRequest) -> Caller:
+        """Refuse the request by its headers if possible. Called before the body is read."""
+        caller = caller_of(http)
+        self._front.foresee(caller.grant, caller.size_bytes, caller.timeout_s)
+        return caller
 
     async def _parse(self, http: HttpRequest, kind: type[openai.B], tenant: str) -> openai.B:
-        async with read_body(http, self._config.max_body_bytes, self._front.room, tenant) as data, self._building:
-            values = await _in_steps(openai.json_object(data))
-            body, ignored = openai.parse(values, kind, strict=self._config.strict)
+        async with read_body(http, self._config.max_body_bytes, self._front.room, tenant) as data:
+            if len(data) <= SLICE_BYTES:  # built in one step, so it need not wait for others
+                values = finished(openai.json_object(data))
+                body, ignored = openai.parse(values, kind, strict=self._config.strict)
+            else:
+                async with self._building:
+                    values = await _in_steps(openai.json_object(data))
+                    body, ignored = openai.parse(values, kind, strict=self._config.strict)
         self._note_ignored(http, ignored)  # now, so that later errors have the header, too
         return body
 
@@ -106,7 +118,10 @@ class _Face:
         name = body.request_id or new_request_id(kind.startswith("chat"))
         if is_request_id(name):
             http.state.request_id = name  # also for errors: `explain` knows the request by it
-        started = await until_disconnect(http, self._front.start_list(name, calls))
+        caller = caller_of(http)
+        if caller.timeout_s is not None:
+            calls = [replace(call, timeout_s=caller.timeout_s) for call in calls]
+        started = await until_disconnect(http, self._front.start_list(name, calls, caller.arrived_s))
         self._note_ignored(http, started.request.ignored_fields)
         head = {"id": name, "object": kind, "created": int(time.time()), "model": started.request.model}
         try:
@@ -125,11 +140,12 @@ class _Face:
         return EventStream(events, {}, self._config.slow_client_s, source=started.rest)
 
     async def models(self, http: HttpRequest) -> Response:
-        self._front.authenticate(_api_key(http))
-        return JsonAnswer({"object": "list", "data": [await self._card(name) for name in self._front.models.names()]})
+        allowed = caller_of(http).grant.models
+        names = [name for name in self._front.models.names() if not allowed or name in allowed]
+        return JsonAnswer({"object": "list", "data": [await self._card(name) for name in names]})
 
     async def model(self, http: HttpRequest) -> Response:
-        self._front.authenticate(_api_key(http))
+        caller_of(http).grant.check_model(http.path_params["name"])
         return JsonAnswer(await self._card(http.path_params["name"]))
 
     async def _card(self, name: str) -> dict[str, Any]:
@@ -144,15 +160,14 @@ class _Face:
         }
 
     async def explain(self, http: HttpRequest) -> Response:
-        domain = self._front.authenticate(_api_key(http))
         request_id = http.path_params["request_id"]
-        explained = self._front.explain(request_id, domain)
+        explained = self._front.explain(request_id, caller_of(http).grant.tenant)
         if explained is None:
             raise RequestNotFound(f"no request {request_id[:128]!r} is known here (any more)", param="request_id")
         return JsonAnswer(explained)
 
     async def cluster(self, http: HttpRequest) -> Response:
-        self._front.authenticate(_api_key(http))
+        caller_of(http).grant.check_monitor()
         return JsonAnswer(self._front.flow.cluster())
 
     async def health(self, http: HttpRequest) -> Response:
@@ -163,12 +178,11 @@ class _Face:
         return JsonAnswer({"status": "ok"})
 
     async def metrics(self, http: HttpRequest) -> Response:
-        self._front.authenticate(_api_key(http))
+        caller_of(http).grant.check_monitor()
         body, content_type = self._front.flow.metrics.render(http.headers.get("accept", ""))
         return Response(body, headers={"content-type": content_type})
 
     async def version(self, http: HttpRequest) -> Response:
-        self._front.authenticate(_api_key(http))
         return JsonAnswer({"version": __version__})
 
 
@@ -256,14 +270,6 @@ def _scored_chunks(answer: Answer, piece: OutputDelta) -> bytes:
     return b"".join(b"data: %s\n\n" % to_json_in_parts(chunk) for chunk in answer.chunks(piece))
 
 
-def _api_key(http: HttpRequest) -> str | None:
-    """The key in OpenAI's header, else in Azure's or Anthropic's, which some gateways send."""
-    scheme, _, key = http.headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer":
-        return key.strip()
-    return http.headers.get("api-key") or http.headers.get("x-api-key")
-
-
 class _TidyPaths:
     """Middleware that removes superfluous slashes from paths, because base URLs often end with one."""
 
@@ -303,7 +309,7 @@ def _typed(handler: Handler) -> Handler:
 def _error(error: TwostrokeError) -> Response:
     headers = {}
     if error.retry_after_s is not None:
-        headers["retry-after"] = str(max(1, round(error.retry_after_s)))
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))  # earlier would be in vain
     if error.http_status == 401:
         headers["www-authenticate"] = "Bearer"
     return JsonAnswer(error_body(error), status_code=error.http_status, headers=headers)

@@ -38,13 +38,14 @@ from twostroke.router.api.models import ModelDirectory, ServedModel
 from twostroke.router.api.openai_requests import chat_call, completion_calls, parse
 from twostroke.router.api.sampling import OWN_CHECKS
 from twostroke.router.api.validate import Limits, validate
+from twostroke.router.keys.grants import KeyRing
 from twostroke.router.requests.explain import explain_sampling
 from twostroke.router.routing.facts import ModelFacts
 from twostroke.router.workers.wire import submit_to_wire
 
 BUNDLED = Path(__file__).resolve().parents[3] / "model" / "bundled"
 VOCAB, CONTEXT = 4096, 1024
-LIMITS = Limits(8, None, 60.0, ())
+LIMITS = Limits(8, None, 60.0, KeyRing())
 HELLO: list[dict[str, Any]] = [{"role": "user", "content": "hello"}]
 KEY, EPOCH = SequenceKey("r", 0), Epoch(1, 1)
 ON_WIRE = common_pb2.SamplingParams.DESCRIPTOR.fields_by_name
