@@ -23,7 +23,7 @@ class SampledPlace:
 
 
 class History(NamedTuple):
-    """Token ids for penalties and bad words. Tokens of earlier dispatches count as output."""
+    """Token ids for penalties, bad words and grammars. Tokens of earlier dispatches count as output."""
 
     prompt_ids: tuple[int, ...]
     output_ids: tuple[int, ...]
@@ -84,3 +84,4 @@ class StepResult:
     logprobs: Mapping[SequenceKey, tuple[TokenLogprobs, ...]] = field(default_factory=dict)  # of `tokens`, if asked for
     prompt_logprobs: Mapping[SequenceKey, tuple[TokenLogprobs, ...]] = field(default_factory=dict)  # of `targets`
     failed: Mapping[SequenceKey, str] = field(default_factory=dict)  # sequences that end by our own fault, and why
+    deferred: frozenset[SequenceKey] = frozenset()  # computed, not sampled: the grammar's mask is not ready yet

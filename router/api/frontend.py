@@ -15,8 +15,10 @@ from ..requests.flow import Flow
 from ..requests.pieces import OutputDelta
 from .batch import Lists, Start, explain_list, merged, name_of, streams_at_once
 from .call import GenerateCall
+from .grammar_checks import GrammarChecks
 from .http.reading import room_of
 from .models import ModelDirectory, ServedModel
+from .structured import named
 from .text_work import TextWork
 from .validate import Limits, authenticate, num_chars_of, timeout_of, validate
 
@@ -54,6 +56,7 @@ class Frontend:
         self.limits = Limits.of(config)
         self.room = room_of(config)  # for the messages of both APIs
         self.texts = TextWork()
+        self.grammars = GrammarChecks()
         self._lists = Lists()
         self.models = ModelDirectory(flow, reads_defaults=reads_defaults)
         self._max_reading = config.max_running
@@ -108,7 +111,14 @@ class Frontend:
             raise
         work = partial(_validate, calls, model, self.limits)
         num_chars, timeout_s = sum(map(num_chars_of, calls)), timeout_of(calls[0], self.limits)
-        return await self.texts.run(work, num_chars, timeout_s, partial(self._have_read, len(calls))), model
+        requests = await self.texts.run(work, num_chars, timeout_s, partial(self._have_read, len(calls)))
+        grammar = requests[0].sampling.grammar  # the calls of a list have the same
+        if grammar is not None:
+            try:
+                await self.grammars.check(grammar, model)
+            except InvalidRequest as error:
+                raise named(error, calls[0].rule_field) from None
+        return requests, model
 
     def _have_read(self, num_calls: int) -> None:
         self._num_reading -= num_calls

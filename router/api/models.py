@@ -34,6 +34,7 @@ class ServedModel:
     tokenizer: Tokenizer
     template: ChatTemplate | None  # None: a base model, for completions only
     token_texts: TokenTexts
+    directory: str = ""
     defaults: SamplingDefaults = NO_DEFAULTS  # for fields that a request does not give
 
 
@@ -96,5 +97,6 @@ def _load(facts: ModelFacts, reads_defaults: bool) -> ServedModel:
         tokenizer=tokenizer,
         template=template,
         token_texts=TokenTexts(tokenizer),
+        directory=facts.path,
         defaults=SamplingDefaults.load(directory, facts.vocab_size) if reads_defaults else NO_DEFAULTS,
     )
