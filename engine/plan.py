@@ -43,7 +43,6 @@ class SequenceStep(NamedTuple):
     seals_tail: bool = False  # the prompt ends in this step: seal the partial last hash block too
     from_place: SampledPlace | None = None  # place of the first token's id, if the id is not known yet
     adapter_slot: int = 0  # 0: none
-    logits_mask: bytes | None = None  # packed bits over the vocabulary
     draft_ids: tuple[int, ...] = ()
     history: History | None = None  # if `params` need it; without the token that `from_place` names
     targets: tuple[int, ...] = ()  # prompt ids whose logprobs are wanted; the i-th follows the step's i-th row
