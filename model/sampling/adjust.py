@@ -52,7 +52,7 @@ class Adjuster:
         if logits_mask is not None:
             packed = np.frombuffer(logits_mask, np.uint8)
             allowed = np.unpackbits(packed, count=len(row), bitorder="little")
-            row[np.flatnonzero(allowed == 0)] = _MINUS_INFINITY
+            np.copyto(row, _MINUS_INFINITY, where=allowed == 0)  # several times as fast as by indices
             if forbidden:
                 allowed[forbidden] = 0
                 forbidden = forbidden if allowed.any() else []  # the grammar goes first
