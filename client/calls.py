@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypedDict, TypeVar
 
 from ..core.errors import InternalError, InvalidRequest, TokensLost
-from ..core.request import FinishReason, TokenLogprobs
+from ..core.request import GRAMMAR_KINDS, FinishReason, TokenLogprobs
 from ..core.sampling import FIELDS, Form, SamplingField, SamplingOptions
 from ..protos import common_pb2, inference_pb2
 from .fields import as_list as _list
@@ -186,6 +186,8 @@ def _fill(request: inference_pb2.GenerateRequest | inference_pb2.ChatRequest, op
 def _set_sampling(sampling: common_pb2.SamplingParams, field: SamplingField, value: Any) -> None:
     if field.form is Form.BIASES:
         _set_biases(sampling, field.api, value)
+    elif field.form is Form.GRAMMAR:
+        _set_rule(sampling, field.api, value)
     elif field.takes_one and isinstance(value, str):
         _set(sampling, field.api, [value])
     elif field.is_list:
@@ -212,6 +214,22 @@ def _set_biases(sampling: common_pb2.SamplingParams, name: str, biases: Any) -> 
         getattr(sampling, name).update(given)
     except (TypeError, ValueError, OverflowError) as error:
         raise InvalidRequest(f"{name} is {shown(biases)}; give {{token id: bias}}: {error}", param=name) from None
+
+
+def _set_rule(sampling: common_pb2.SamplingParams, name: str, rule: Any) -> None:
+    """Write `{kind: rule}`; a rule that is no text, e.g. a JSON schema, is written as JSON."""
+    if not isinstance(rule, Mapping) or len(rule) != 1:
+        kinds = ", ".join(GRAMMAR_KINDS)
+        raise InvalidRequest(f"{name} is {shown(rule)}; give a dict with one of {kinds}", param=name)
+    ((kind, source),) = rule.items()
+    if kind not in GRAMMAR_KINDS:
+        raise InvalidRequest(f"{name} has {shown(kind)}; give one of {', '.join(GRAMMAR_KINDS)}", param=name)
+    if not isinstance(source, str) and kind not in ("regex", "grammar"):
+        try:
+            source = json.dumps(source, ensure_ascii=False, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InvalidRequest(f"{name} is {shown(rule)}: {error}", param=name) from None
+    _set(getattr(sampling, name), kind, source, name)
 
 
 # ---------------------------------------------------------------- answers

@@ -8,6 +8,17 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 
+class Grammar(NamedTuple):
+    """Rule for the text of a choice (structured output). text/grammar.py compiles it."""
+
+    kind: str  # of `GRAMMAR_KINDS`
+    source: str
+
+
+GRAMMAR_KINDS = ("json", "regex", "choice", "grammar", "structural_tag")
+"""json: a JSON schema; choice: a JSON list of texts; grammar: Lark or GBNF; structural_tag: a JSON object."""
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """Sampling parameters of a request. Already validated: ranges hold, `seed` and `max_tokens` are set.
@@ -35,12 +46,13 @@ class SamplingParams:
     skip_special_tokens: bool = True  # special tokens produce no text
     logprobs: int | None = None  # number of likeliest tokens given per generated token; None: no logprobs
     prompt_logprobs: int | None = None  # the same for every prompt token except the first
+    grammar: Grammar | None = None  # rule for the text; None: any text
 
     @property
     def needs_history(self) -> bool:
-        """True if sampling needs the earlier token ids (penalties, bad words)."""
+        """True if sampling needs the earlier token ids (penalties, bad words, a grammar)."""
         penalties = (self.repetition_penalty, self.frequency_penalty, self.presence_penalty)
-        return penalties != (1.0, 0.0, 0.0) or bool(self.bad_words)
+        return penalties != (1.0, 0.0, 0.0) or bool(self.bad_words) or self.grammar is not None
 
 
 class TokenLogprobs(NamedTuple):

@@ -173,6 +173,7 @@ class RouterProcess:
                 await asyncio.wait_for(self._http_task, 1.0)
         await asyncio.gather(*(server.stop(0.5) for server in self._servers))
         self._guard.close()
+        self._front.grammars.close()
 
     async def _serve(
         self, server: grpc.aio.Server, host: str, name: str, credentials: grpc.ServerCredentials | None = None

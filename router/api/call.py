@@ -29,6 +29,7 @@ class GenerateCall:
     parallel_tool_calls: bool | None = None
     sampling: SamplingOptions = field(default_factory=SamplingOptions)  # what the client said; shared, never changed
     usual_max_tokens: int | None = None  # the face's own default for max_tokens; none: the router's
+    rule_field: str = "structured_outputs"  # field of the client that gave `structured_outputs` of the sampling
     top_logprobs: int | None = None  # `logprobs` of the sampling under the name that chats have for it; one of the two
     n: int | None = None
     cache_salt: str | None = None  # only requests of the same tenant and salt share cached prefixes

@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
 from ...core.errors import InvalidRequest
 from ...core.sampling import FIELDS, Form, SamplingField, SamplingOptions
+from ...text.grammar_program import MAX_CHOICES
 from .messages import MAX_MESSAGES
 from .tools import MAX_TOOLS
 
@@ -71,6 +72,8 @@ def _json_type(field: SamplingField) -> Any:
     """The strict type of a sampling field in a body."""
     if field.form is Form.BIASES:
         return Annotated[dict[str, float], BeforeValidator(partial(_bounded, field.max_entries))]
+    if field.form is Form.GRAMMAR:
+        return dict[str, Any]
     if not field.is_list:
         return {Form.WHOLE: Whole, Form.NUMBER: float, Form.FLAG: bool}[field.form]
     item = Whole if field.form is Form.TOKEN_IDS else str
@@ -97,6 +100,12 @@ class Body(SamplingBody):
     """Fields of both endpoints, with every sampling field of the table that has one form in both."""
 
     n: Whole | None = None
+    response_format: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | bool | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = Field(None, max_length=MAX_CHOICES, fail_fast=True)
+    guided_grammar: str | None = None
+    structural_tag: dict[str, Any] | str | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     cache_salt: str | None = None
@@ -160,7 +169,7 @@ ACCEPTED = frozenset(
         *("user", "metadata", "store", "service_tier", "safety_identifier", "custom_labels", "extra_key"),
         *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "session_id", "session_params"),
         *("data_parallel_rank", "routed_dp_rank", "keep_alive", "cache_prompt", "id_slot", "slot_id"),
-        # Options of images, beams and grammars, none of which is served, and of how reasoning is separated.
+        # Options of images, beams and engines of grammars, none of which is served, and of how reasoning is separated.
         *("mm_processor_kwargs", "media_io_kwargs", "images_config", "return_mm_kwargs"),
         *("length_penalty", "early_stopping", "guided_decoding_backend", "guided_whitespace_pattern"),
         *("separate_reasoning", "stream_reasoning"),
@@ -187,13 +196,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     # The form of the answer, and the older names of tools and tool_choice.
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({}, {"type": "text"}),
-    "structured_outputs": _NOTHING,
-    "structural_tag": _NOTHING,
-    "guided_json": _NOTHING,
-    "guided_regex": _NOTHING,
-    "guided_choice": _NOTHING,
-    "guided_grammar": _NOTHING,
     "json_schema": _NOTHING,
     "regex": _NOTHING,
     "ebnf": _NOTHING,

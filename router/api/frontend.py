@@ -20,8 +20,10 @@ from ..requests.flow import Flow
 from ..requests.pieces import OutputDelta
 from .batch import Lists, Start, explain_list, merged, name_of, streams_at_once
 from .call import GenerateCall
+from .grammar_checks import GrammarChecks
 from .http.reading import room_of
 from .models import ModelDirectory, ServedModel
+from .structured import named
 from .text_work import TextWork
 from .validate import Limits, num_chars_of, timeout_of, validate
 
@@ -67,6 +69,7 @@ class Frontend:
         self.limits = Limits.of(config, self.keys.ring)
         self.room = room_of(config)  # for the messages of both APIs
         self.texts = TextWork()
+        self.grammars = GrammarChecks()
         self._lists = Lists()
         parsers = Parsers(config.tool_parser, config.reasoning_parser)
         self.models = ModelDirectory(flow, reads_defaults=reads_defaults, parsers=parsers)
@@ -143,7 +146,14 @@ class Frontend:
             raise
         work = partial(_validate, calls, model, self.limits)
         num_chars = sum(map(num_chars_of, calls))
-        return await self.texts.run(work, num_chars, left_s, partial(self._have_read, len(calls))), model
+        requests = await self.texts.run(work, num_chars, left_s, partial(self._have_read, len(calls)))
+        grammar = requests[0].sampling.grammar  # the calls of a list have the same
+        if grammar is not None:
+            try:
+                await self.grammars.check(grammar, model)
+            except InvalidRequest as error:
+                raise named(error, calls[0].rule_field) from None
+        return requests, model
 
     def _check_reading(self, num_calls: int, left_s: float) -> None:
         """Refuse calls that would wait long to be read: else all would be read too late, and none be served."""

@@ -35,6 +35,7 @@ class ServedModel:
     tokenizer: Tokenizer
     template: ChatTemplate | None  # None: a base model, for completions only
     token_texts: TokenTexts
+    directory: str = ""
     defaults: SamplingDefaults = NO_DEFAULTS  # for fields that a request does not give
     parsers: Parsers = NO_PARSERS  # of reasoning and tool calls in its answers
     leaves_calls: bool = False  # the operator wants calls to stay content
@@ -103,6 +104,7 @@ def _load(facts: ModelFacts, reads_defaults: bool, parsers: Parsers) -> ServedMo
         tokenizer=tokenizer,
         template=template,
         token_texts=TokenTexts(tokenizer),
+        directory=facts.path,
         defaults=SamplingDefaults.load(directory, facts.vocab_size) if reads_defaults else NO_DEFAULTS,
         parsers=chosen,
         leaves_calls=parsers.tools == NONE,

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from ...core.errors import ContextLengthExceeded, InvalidRequest, UnsupportedParameter
 from ...core.sampling import SamplingOptions
+from ...text.grammar_program import PARAM
 from .call import UNTIL_FULL, GenerateCall
 from .checks import short
 from .fields import (
@@ -28,6 +29,7 @@ from .fields import (
     StreamOptions,
 )
 from .http.structure import built
+from .structured import SPELLINGS, rule_of
 
 B = TypeVar("B", ChatBody, CompletionBody)
 
@@ -202,9 +204,14 @@ def _common(body: Body, usual_max_tokens: int | None, api_key: str | None) -> di
         del sampling["seed"]
     if sampling.get("top_p") == 0:
         sampling["top_p"] = LEAST_TOP_P
+    rule = rule_of({name: getattr(body, name) for name in ("response_format", PARAM, *SPELLINGS)})
+    sampling.pop("structured_outputs", None)
+    if rule is not None:
+        sampling["structured_outputs"] = rule.said
     return {
         "model": body.model,
         "sampling": sampling,
+        "rule_field": PARAM if rule is None else rule.field,
         "usual_max_tokens": usual_max_tokens,
         "n": body.n,
         "cache_salt": body.cache_salt,

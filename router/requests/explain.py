@@ -89,6 +89,8 @@ def explain_sampling(sampling: SamplingParams) -> dict[str, Any]:
 def _of_field(field: SamplingField, value: Any) -> Any:
     if field.form is Form.WORDS and sum(map(len, value)) > MAX_SHOWN:
         return f"{len(value)} {field.form.value}"
+    if field.form is Form.GRAMMAR and value is not None:
+        return {value.kind: _cut(value.source, MAX_TEXT)}
     return _shown(value, field.form.value) if field.max_entries else value
 
 
