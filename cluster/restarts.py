@@ -148,6 +148,14 @@ class RestartBook:
         """Record that a member must not run any more."""
         self._members[name].standing = Standing.STOPPED
 
+    def forget(self, name: str) -> None:
+        """A stopped member is gone for good."""
+        self._members.pop(name, None)
+
+    def owned(self, name: str) -> bool:
+        """True if a member runs or will run again."""
+        return self._members[name].standing not in (Standing.STOPPED, Standing.WITHHELD)
+
     def standing(self, name: str) -> Standing:
         """State of a member."""
         return self._members[name].standing
