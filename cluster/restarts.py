@@ -145,8 +145,8 @@ class RestartBook:
         return self._members[name].last_words
 
     def stop(self, name: str) -> None:
-        """Record that a member must not run any more."""
-        self._members[name].standing = Standing.STOPPED
+        """Record that a member must not run any more, also one that was never wanted."""
+        self._members.setdefault(name, _Member()).standing = Standing.STOPPED
 
     def forget(self, name: str) -> None:
         """A stopped member is gone for good."""
