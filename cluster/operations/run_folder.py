@@ -71,7 +71,7 @@ class RunFolder:
         """
         for _ in range(10):  # a folder that its last holder removes meanwhile is made again
             self.make()
-            file = (self.path / _LOCK).open("a", opener=_for_owner)
+            file = open(self.path / _LOCK, "a", opener=_for_owner)  # noqa: SIM115  # Path.open has no opener
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -107,7 +107,7 @@ class RunFolder:
 
     def write(self, state: State) -> None:
         """Store what others need to find the cluster."""
-        with (self.path / f"{_STATE}.new").open("w", opener=_for_owner) as file:
+        with open(self.path / f"{_STATE}.new", "w", opener=_for_owner) as file:
             json.dump(state._asdict(), file)
         (self.path / f"{_STATE}.new").rename(self.path / _STATE)
 

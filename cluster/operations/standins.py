@@ -30,4 +30,4 @@ def check_stand_in(workers: Sequence[Mapping[str, Any]], name: str, becomes: str
 
 
 def _decodes(worker: Mapping[str, Any]) -> bool:
-    return worker["role"] != Role.PREFILL.value and worker["state"] == "live"
+    return bool(worker["role"] != Role.PREFILL.value and worker["state"] == "live")
