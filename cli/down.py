@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import time
+from pathlib import Path
 
 import typer
 
@@ -33,14 +34,14 @@ def down(grpc: Grpc = "127.0.0.1:8001") -> None:
         return
     state = folder.state()
     _ask(folder, state)
-    if _is_gone(folder, STOP_S + (state.drain_timeout_s if state else 0.0)):
+    if _is_gone(folder, state, STOP_S + (state.drain_timeout_s if state else 0.0)):
         typer.echo("stopped")
         return
     for number in (signal.SIGTERM, signal.SIGKILL):  # a second signal stops without waiting
         if state is not None:
             typer.echo(f"process {state.pid} does not end; it gets {number.name}", err=True)
             _send(folder, state, number)
-        if _is_gone(folder, KILL_S):
+        if _is_gone(folder, state, KILL_S):
             folder.release()
             typer.echo("stopped")
             return
@@ -63,10 +64,18 @@ def _send(folder: RunFolder, state: State, number: signal.Signals) -> None:
             os.kill(state.pid, number)
 
 
-def _is_gone(folder: RunFolder, within_s: float) -> bool:
+def _is_gone(folder: RunFolder, state: State | None, within_s: float) -> bool:
+    """Wait until nobody runs the cluster and its process has ended."""
     end_s = time.monotonic() + within_s
-    while folder.is_held:
+    while folder.is_held or (state is not None and _lives(state.pid)):
         if time.monotonic() >= end_s:
             return False
         time.sleep(POLL_S)
     return True
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False

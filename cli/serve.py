@@ -124,6 +124,11 @@ def show_plan(config: Config, plan: Plan, out: Console, shape: MachineShape | No
     )
     out.print(f"computes in {plan.model.arithmetic}")
     out.print(f"pool of each worker: {plan.pool.arithmetic}")
+    if plan.free_places:
+        out.print(
+            f"places for {len(plan.free_places)} further workers, which the planner may start (planner.max_workers): "
+            "each has its share of this machine already"
+        )
     beside = bytes_beside_workers(config) / 2**20
     out.print(f"beside the workers: {beside:,.0f} MiB for the router, the launcher and a Ray that is started for them")
     if plan.pool.num_swap_blocks:

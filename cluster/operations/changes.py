@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 
 PROGRESS_S = 1.0
+END_S = 8.0  # for the process of a worker without work to end by itself: its engine may need 5 s
 
 
 class Retired(NamedTuple):
@@ -123,7 +124,7 @@ class Changes:
         self._check(name)
         self._supervisor.let_go(name, frees_place=frees_place)
         retired = await self.drain(name, timeout_s, say)
-        await self._supervisor.remove(name, 0.0)
+        await self.end(name)
         return retired
 
     async def drain(self, name: str, timeout_s: float, say: Say | None = None) -> Retired:
@@ -146,7 +147,7 @@ class Changes:
 
     async def end(self, name: str) -> None:
         """End the process of a worker that was let go and has no work."""
-        await self._supervisor.remove(name, 0.0)
+        await self._supervisor.remove(name, END_S)
 
     def let_go(self, name: str) -> None:
         """Restart a worker no more.
@@ -221,7 +222,7 @@ class Changes:
             say(f"{name} restarts in its place: {how.reason}")
             supervisor.keep_stopped(name)
             retired = await self.drain(name, cluster.drain_timeout_s, say)
-            await supervisor.again(name, 0.0)
+            await supervisor.again(name, END_S)
             await self.serves(name, cluster.ready_timeout_s)
             say(f"{name} serves again{_moved(retired)}")
             return retired.num_moved

@@ -298,7 +298,9 @@ class Lifecycle:
 
     def _drains(self, run: RequestState) -> bool:
         """True if the request's decode worker drains, so that it gives its work back on purpose."""
-        worker = None if run.living is None else self._fleet.get(run.living.decode.worker_id)
+        if run.living is None:
+            return False
+        worker = self._fleet.get(run.living.decode.worker_id)
         return worker is not None and worker.facts.key == run.living.decode and worker.draining
 
     def _recall(self, run: RequestState, error: TwostrokeError, now_s: float, *, may_return: bool = False) -> None:

@@ -6,10 +6,13 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
+import httpx
 import pytest
 from support.asking import Asking
 from support.supervised import BUSY_MACHINE_S, supervised
+from typer.testing import CliRunner
 
+from twostroke.cli.main import app
 from twostroke.client.async_client import AsyncClient
 from twostroke.cluster.operations.scaler import Scaler
 from twostroke.cluster.planner.observation import Observation, Prompts, WorkerReport
@@ -99,6 +102,13 @@ async def test_a_decode_worker_comes_with_the_load_and_goes_with_it(tiny_checkpo
         assert told["decision"]["terms"]["have_decode"] >= 1
         assert [line.split(":")[1].strip() for line in told["events"]] == ["start", "drain", "stop"]
         assert supervisor.room.num_free == 1
+        shown = await asyncio.to_thread(CliRunner().invoke, app, ["status", "--grpc", supervisor.grpc_address])
+        assert "planner: 1 of 1 prefill, 1 of 1 decode; hold: 1 prefill and 1 decode workers are needed" in " ".join(
+            shown.output.split()
+        )
+        metrics = (await asyncio.to_thread(httpx.get, f"{supervisor.http_url}/metrics")).text
+        assert 'twostroke_planner_workers{kind="desired",role="decode"} 1.0' in metrics
+        assert 'twostroke_planner_last_action{action="hold"} 1.0' in metrics
 
 
 async def test_a_role_changes_where_prompts_wait_and_decode_can_spare_a_worker(tiny_checkpoint):
