@@ -25,6 +25,7 @@ _EVERYBODY = frozenset(Caller)
 
 ALLOWED: dict[str, frozenset[Caller]] = {
     "/twostroke.v1.Announce/Announce": frozenset({Caller.WORKER}),
+    "/twostroke.v1.Announce/Report": frozenset({Caller.OPERATOR}),
     "/twostroke.v1.Worker/Session": frozenset({Caller.ROUTER}),
     "/twostroke.v1.Worker/Watch": frozenset({Caller.ROUTER}),
     "/twostroke.v1.Worker/Describe": frozenset({Caller.ROUTER, Caller.OPERATOR}),

@@ -163,7 +163,8 @@ def explain_worker(worker: Worker, coefficients: Coefficients, now_s: float) -> 
             "cached": load.cached_blocks,
             "promised": load.promised_blocks,
         },
-        "coefficients": {name: getattr(coefficients, name) for name in FIELDS},
+        "coefficients": {name: getattr(coefficients, name) for name in FIELDS},  # that routing uses
+        "measured": {name: getattr(load, name) for name in FIELDS},  # by the worker itself; 0: not yet
         "counters": dict(load.counters),
         "gpus": [explain_gpu(gpu) for gpu in worker.gpus],
     }

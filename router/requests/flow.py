@@ -10,6 +10,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import grpc.aio
@@ -176,8 +177,10 @@ class Flow:
     def cluster(self) -> dict[str, Any]:
         """Workers {worker_id, role, state, address, pid, model, load, ...}, router facts and counters, JSON-able.
 
+        prompts: {count, tokens, tokens_squared} of all dispatched prompts, in tokens to compute.
         pairs: {prefill_worker, decode_worker, transport, reason, bytes_per_s, handovers, bytes_moved} of the pairs of
         present workers that handed over since this router began.
+        supervisor: {desired, actual, action, reason, decision, events, age_s, incarnation} of its last report, or None.
         cordoned_gpus: {uuid, name, worker_id, reasons, since_s} of GPUs that workers gave up since then.
         """
         now_s = self.clock.now_s()
@@ -185,8 +188,10 @@ class Flow:
         return {
             "workers": self._members.facts(now_s),
             "models": [model.name for model in self.models()],
+            "prompts": asdict(self._members.fleet.prompts),
             "pairs": self._known_pairs().facts(),
             "cordoned_gpus": self._members.cordoned(now_s),
+            "supervisor": self._members.supervision.facts(now_s),
             "router": {
                 "router_id": self._identity.router_id,
                 "incarnation": str(self._identity.incarnation),

@@ -324,7 +324,8 @@ class Lifecycle:
         `is_lost`: its worker was lost, not refusing, and may come back.
         """
         most = MAX_RESUMED_DISPATCHES if run.has_output else MAX_DISPATCHES
-        is_free = is_lost or run.has_output  # the budget is for requests that a client could send again itself
+        # The budget is for requests that a client could send again itself; a worker that drains refuses none of them.
+        is_free = is_lost or run.has_output or self._drains(run)
         if len(run.dispatches) >= most or not (is_free or self.admission.may_retry()):
             self.fail(run, error, now_s)
             return
@@ -335,6 +336,13 @@ class Lifecycle:
         self._waiting.add(run.name, 0.0, lambda now_s: self._look_again(run.name, now_s))
         if run.suspicion is not None:
             self.workers_changed()  # another suspect may take its place
+
+    def _drains(self, run: RequestState) -> bool:
+        """True if the request's decode worker drains, so that it gives its work back on purpose."""
+        if run.living is None:
+            return False
+        worker = self._fleet.get(run.living.decode.worker_id)
+        return worker is not None and worker.facts.key == run.living.decode and worker.draining
 
     def _recall(self, run: RequestState, error: TwostrokeError, now_s: float, *, may_return: bool = False) -> None:
         """Take a request back from its worker, which gets a cancel and is not chosen for it again.

@@ -56,6 +56,8 @@ PURE_FILES = (
     "cluster/catalogue.py",
     "cluster/devices.py",
     "cluster/fit.py",
+    "cluster/operations/rolling.py",
+    "cluster/operations/room.py",
     "cluster/placement.py",
     "cluster/restarts.py",
 )

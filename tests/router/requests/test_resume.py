@@ -340,3 +340,15 @@ def test_a_choice_that_ended_needs_no_further_proof() -> None:
     assert run.suspicion is not None
     router.tokens(run, PROOF_TOKENS, choice=1)
     assert run.suspicion is None
+
+
+def test_what_a_draining_worker_gives_back_costs_none_of_the_retries() -> None:
+    router = Router("a", "b")
+    runs = [router.ask(f"r{number}", sampling=LONG) for number in range(40)]
+    drained = [run for run in runs if placed(run).worker_id == "a"]
+    assert len(drained) > 10, "more than the reserve of retries"
+    router.roster.leaving(placed(drained[0]))
+    for run in drained:
+        router.end(run, code="unavailable")
+    router.pass_s(0.0)
+    assert {placed(run).worker_id for run in runs} == {"b"}
