@@ -56,7 +56,7 @@ campaigns: $(STAMP)-all,test,redis
 
 # Real workers behind a proxy that splits, delays, cuts and resets their streams, and all unlike pairs: ten minutes.
 chaos: $(STAMP)-all,test,redis
-	$(BIN)/python -m pytest -s -m campaign tests/worker/test_chaos.py tests/worker/test_unlike_workers.py tests/system/test_unlike_ranks.py
+	$(BIN)/python -m pytest -s -m campaign tests/worker/test_chaos.py tests/worker/test_unlike_workers.py tests/system/test_unlike_ranks.py tests/model/test_grammar_masks.py
 
 # The CPU kernels for 64-bit Arm under qemu: needs g++-aarch64-linux-gnu and qemu-user-static.
 arm: $(STAMP)-all,test,redis

@@ -22,7 +22,8 @@ from twostroke.kernels.cpu.build import NativeUnavailable
 from twostroke.kv.codec import U8, Codec, payload_bytes, scale_bytes
 from twostroke.kv.digest import places
 from twostroke.kv.frame_digest import section_digests
-from twostroke.kv.handover.frames import Frame, FrameLabel, WireError, decode_envelope, encode_frame, verify_frame
+from twostroke.kv.handover.damage import verify_frame
+from twostroke.kv.handover.frames import Frame, FrameLabel, WireError, decode_envelope, encode_frame
 from twostroke.kv.handover.machine import Label
 from twostroke.kv.section import SectionData
 from twostroke.kv.spec import COMPONENT_NUMBERS, HASH_BLOCK_TOKENS, KvSpec, attention_spec, mla_spec

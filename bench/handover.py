@@ -34,7 +34,8 @@ from twostroke.core.timeline import Instant
 from twostroke.engine.config import StepConfig
 from twostroke.kv.block import BlockId
 from twostroke.kv.config import CacheConfig
-from twostroke.kv.handover.frames import Frame, FrameLabel, decode_envelope, encode_frame, verify_frame
+from twostroke.kv.handover.damage import verify_frame
+from twostroke.kv.handover.frames import Frame, FrameLabel, decode_envelope, encode_frame
 from twostroke.kv.handover.machine import Label
 from twostroke.kv.section import HeldTokens
 from twostroke.kv.spec import CODEC_NAMES, HASH_BLOCK_TOKENS, KvSpec, attention_spec

@@ -1,8 +1,10 @@
-"""Typed access to fields of a checkpoint's config.json; errors name the field. Knows no model."""
+"""Reads a checkpoint's config.json, with typed access to its fields; errors name the field. Knows no model."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ..core.errors import CheckpointError
@@ -106,3 +108,16 @@ class Fields:
         if value is None:
             raise CheckpointError(f"{self.where}: config.json has no {name}; fetch it again")
         return value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises CheckpointError: the file is missing, or holds none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; give a directory in Hugging Face's format") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}); fetch it again") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds no JSON object; fetch it again")
+    return value

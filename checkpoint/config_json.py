@@ -6,18 +6,18 @@ Accepts the keys of transformers 4 (`rope_theta`, `rope_scaling`, `torch_dtype`)
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from ..core.errors import CheckpointError
-from .config_fields import Fields
+from .config_fields import Fields, read_json
 from .families import FAMILIES
 from .gguf.config import read_config
 from .gguf.file import is_gguf
 from .layout import EMBEDDING, HEAD
+from .quantised.plan import config_keys, find_plan, method_of
 from .safetensors_files import differ
 from .spec import DType, ModelSpec
 
@@ -40,32 +40,25 @@ def load_spec(path: Path) -> ModelSpec:
     """Read the spec of a checkpoint: from config.json and generation_config.json (if it exists), or from a GGUF file.
 
     If config.json ties the head to the embedding but the checkpoint contains a different head, this head is used.
+    The headers of a quantised checkpoint are read too, and its tensors checked against its format.
 
     Raises:
-        CheckpointError: a file is missing or no JSON, or the model is not supported; names the field.
+        CheckpointError: a file is missing or no JSON, or the model or its quantisation is not supported; names the
+            field or the tensor.
     """
     if is_gguf(path):
         return spec_from_config(*read_config(path), str(path))
-    config = _read_json(path / "config.json")
+    config = read_json(path / "config.json")
     generation_file = path / "generation_config.json"
-    generation = _read_json(generation_file) if generation_file.exists() else {}
+    generation = read_json(generation_file) if generation_file.exists() else {}
     spec = spec_from_config(config, generation, str(path))
-    if spec.tied_embeddings and differ(path, EMBEDDING, HEAD):
+    plan = find_plan(path, config)
+    if plan is not None:
+        spec = replace(spec, remarks=(*spec.remarks, *plan.remarks))
+    if spec.tied_embeddings and ((plan is not None and HEAD in plan.matrices) or differ(path, EMBEDDING, HEAD)):
         remark = f"config.json ties {HEAD} to the embedding; the checkpoint holds another one, which is used"
         return replace(spec, tied_embeddings=False, remarks=(*spec.remarks, remark))
     return spec
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; give a directory in Hugging Face's format") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}); fetch it again") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object; fetch it again")
-    return value
 
 
 def spec_from_config(config: Mapping[str, Any], generation: Mapping[str, Any], where: str) -> ModelSpec:
@@ -74,12 +67,9 @@ def spec_from_config(config: Mapping[str, Any], generation: Mapping[str, Any], w
     names = config.get("architectures") or [f"(none; model_type {config.get('model_type')!r})"]
     if names[0] not in FAMILIES:
         raise CheckpointError(f"{where}: architecture {names[0]} is not served; {_remedy(config)}")
-    if config.get("quantization_config"):
-        method = fields.mapping("quantization_config").get("quant_method")
-        raise CheckpointError(
-            f"{where}: config.json sets quantization_config ({method}); weights quantised elsewhere are not served: "
-            "give the float checkpoint, and model.quantization: int8 for 8-bit weights"
-        )
+    keys = config_keys(config, where)
+    if keys is not None:
+        method_of(keys)  # refuses what is not served
     if config.get("vision_config"):
         raise CheckpointError(f"{where}: config.json sets vision_config; {_remedy(config)}")
     if config.get("text_config"):

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-_STORED_DTYPES = tuple(_DTYPE_NAMES)
+_FLOATS = tuple(_DTYPE_NAMES)
+_QUANTISED = (*_FLOATS, "F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "I16", "I32", "I64")
+QUANTISATION_FILE = "hf_quant_config.json"  # of ModelOpt; says what stored tensors mean
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _CHUNK_BYTES = 4 << 20
 
@@ -26,8 +28,8 @@ _CHUNK_BYTES = 4 << 20
 class SafetensorsFiles:
     """Implements `PartSource` for one file, or for shards with an index. Tensors are views of the mapped files."""
 
-    def __init__(self, directory: Path) -> None:
-        """Read all headers.
+    def __init__(self, directory: Path, *, quantised: bool = False) -> None:
+        """Read all headers. `quantised`: tensors may also be integers or floats of 8 bits.
 
         Raises:
             CheckpointError: a file or tensor, which it names, is missing, damaged, truncated, or of a wrong dtype.
@@ -37,14 +39,15 @@ class SafetensorsFiles:
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._path_by_name: dict[str, Path] = {}
         self._handles: dict[Path, Any] = {}
+        served = _QUANTISED if quantised else _FLOATS
         for path in checkpoint_files(directory):
             for name, entry in read_header(path)[1].items():
                 if name in self._path_by_name:
                     raise CheckpointError(
                         f"{path} holds {name}, and so does {self._path_by_name[name]}; fetch it again"
                     )
-                if entry["dtype"] not in _STORED_DTYPES:
-                    raise CheckpointError(f"{path}: {name} is {entry['dtype']}; served: {', '.join(_STORED_DTYPES)}")
+                if entry["dtype"] not in served:
+                    raise CheckpointError(_not_served(path, name, entry["dtype"], served))
                 self._shapes[name] = tuple(entry["shape"])
                 self._path_by_name[name] = path
 
@@ -70,6 +73,13 @@ class SafetensorsFiles:
     def fingerprint(self) -> bytes:
         """Implements `TensorSource.fingerprint` by `safetensors_fingerprint`."""
         return safetensors_fingerprint(self._directory)
+
+
+def _not_served(path: Path, name: str, dtype: str, served: tuple[str, ...]) -> str:
+    remedy = ""
+    if dtype in _QUANTISED:
+        remedy = "; a quantised checkpoint says so in config.json's quantization_config: fetch config.json again"
+    return f"{path}: {name} is {dtype}; served: {', '.join(served)}{remedy}"
 
 
 def stored_dtype(path: Path, name: str) -> str | None:
@@ -187,11 +197,13 @@ def read_header(path: Path) -> tuple[bytes, dict[str, Any]]:
 
 
 def safetensors_fingerprint(directory: Path) -> bytes:
-    """Fingerprint of a checkpoint, 16 bytes: of config.json, and of every file's name, size, header and content.
+    """Fingerprint of a checkpoint, 16 bytes: of its configs, and of every file's name, size, header and content.
 
     The content of large files is sampled; fingerprint.py describes the limits of this.
     """
     hasher = hashlib.blake2b((directory / "config.json").read_bytes(), digest_size=16)
+    if (beside := directory / QUANTISATION_FILE).is_file():
+        hasher.update(beside.read_bytes())
     for path in checkpoint_files(directory):
         raw, header = read_header(path)
         hasher.update(f"{path.name}:{path.stat().st_size}:{len(raw)}".encode() + raw)

@@ -62,6 +62,8 @@ def _answer(client: Client, messages: list[dict[str, str]], options: Options, co
     try:
         with client.chat_stream(messages, **options) as stream:
             for chunk in stream:
+                if chunk.reasoning:
+                    console.print(chunk.reasoning, style="dim", end="", markup=False, highlight=False, soft_wrap=True)
                 console.print(chunk.text, end="", markup=False, highlight=False, soft_wrap=True)
                 text += chunk.text
     except KeyboardInterrupt:

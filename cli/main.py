@@ -1,4 +1,4 @@
-"""The command `twostroke`: serve, worker, router, status, role, chat, certs, sim. Each command has its own file."""
+"""The command `twostroke`: serve, up, down, status, role, drain, restart, chat, keys, …: a file for each."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from typing import Annotated
 
 import typer
 
-from ..cli import certs, chat, role, serve, status
+from ..cli import certs, chat, down, drain, restart, role, serve, status, up
 from ..cli import processes as members
 from ..core.errors import TwostrokeError
 from .failure import fail
+from .keys import app as keys_app
 from .sim import app as sim_app
 
 app = typer.Typer(
@@ -37,12 +38,17 @@ def _root(
 
 
 app.command()(serve.serve)
+app.command()(up.up)
+app.command()(down.down)
 app.command()(members.worker)
 app.command()(members.router)
 app.command()(status.status)
 app.command()(role.role)
+app.command()(drain.drain)
+app.command()(restart.restart)
 app.command()(chat.chat)
 app.command()(certs.certs)
+app.add_typer(keys_app, name="keys")
 app.add_typer(sim_app, name="sim")
 
 

@@ -85,7 +85,7 @@ def worker(
             tls=settings.cluster.tls,
             port=port,
             metrics_port=settings.cluster.worker_metrics_port,
-            metrics_keys=settings.router.api_keys,
+            metrics_keys=settings.router.metrics_keys,
             routers=tuple(router or ()),
             routers_at=tuple(routers_at or ()),
             cluster_key=settings.cluster.key,

@@ -24,6 +24,7 @@ from ..core.hosts import is_loopback_name
 from ..core.ports import numeric_host
 from ..router.config import GOOD_KEY_CHARS
 from ..worker.machine import machine_facts
+from .doors import Doors
 from .failure import fail
 from .fits import mib, show_fits
 
@@ -75,6 +76,7 @@ def serve(
         str | None,
         typer.Option(help="With --dry-run: plan for GPUs that are not here, e.g. 8xH100, or 2x4xA100-80GB on 2 nodes."),
     ] = None,
+    detached: Annotated[bool, typer.Option("--detached", help="Started by `up`.", hidden=True)] = False,
 ) -> None:
     """Start a cluster on this machine and serve until Ctrl-C.
 
@@ -97,7 +99,7 @@ def serve(
     if dry_run:
         show_plan(settings, place(settings, machine_facts(), model_facts(settings)), Console())
         return
-    raise typer.Exit(run(lambda stop: _serve(settings, stop)))
+    raise typer.Exit(run(lambda stop: _serve(settings, stop, detached=detached)))
 
 
 def show_plan(config: Config, plan: Plan, out: Console, shape: MachineShape | None = None) -> None:
@@ -122,6 +124,11 @@ def show_plan(config: Config, plan: Plan, out: Console, shape: MachineShape | No
     )
     out.print(f"computes in {plan.model.arithmetic}")
     out.print(f"pool of each worker: {plan.pool.arithmetic}")
+    if plan.free_places:
+        out.print(
+            f"places for {len(plan.free_places)} further workers, which the planner may start (planner.max_workers): "
+            "each has its share of this machine already"
+        )
     beside = bytes_beside_workers(config) / 2**20
     out.print(f"beside the workers: {beside:,.0f} MiB for the router, the launcher and a Ray that is started for them")
     if plan.pool.num_swap_blocks:
@@ -158,16 +165,20 @@ def _metrics_ports(plan: Plan) -> str:
     return f"{ports[0]} to {ports[-1]}" if ports[0] else "any"
 
 
-async def _serve(config: Config, stop: Stop) -> int:
+async def _serve(config: Config, stop: Stop, *, detached: bool) -> int:
     supervisor: Supervisor | None = None
+    doors: Doors | None = None
     try:
         with _Progress() as progress:
             config, plan = await unless(stop.asked, prepare(config, progress.show))
             supervisor = Supervisor(config, plan, say=lambda line: console.log(line, markup=False))
             for remark in [*_remarks(plan), *settings_remarks(config), supervisor.tls_remark]:
                 console.log(remark, markup=False)
+            doors = Doors(supervisor, stop, is_required=detached)
+            await doors.open()
             progress.show(f"starting {len(plan.members)} processes")
             await unless(stop.asked, supervisor.start())
+        doors.ready()
         _greet(supervisor, plan)
         await stop.asked.wait()
         grace_s = config.cluster.drain_timeout_s
@@ -182,8 +193,13 @@ async def _serve(config: Config, stop: Stop) -> int:
         if supervisor is not None:
             await supervisor.abort()
         if isinstance(error, TwostrokeError):
+            if doors is not None:
+                await doors.close()
             fail(error)
         raise
+    finally:
+        if doors is not None:
+            await doors.close()
 
 
 class _Progress:
@@ -228,7 +244,7 @@ def settings_remarks(config: Config) -> list[str]:
     if weak:
         have = "has" if weak == 1 else "have"
         remarks.append(f"note: {weak} of router.api_keys {have} fewer than {GOOD_KEY_CHARS} characters")
-    if not is_loopback_name(numeric_host(config.router.host)) and not config.router.api_keys:
+    if not is_loopback_name(numeric_host(config.router.host)) and not config.router.has_keys:
         remarks.append(
             f"note: whoever reaches {config.router.host} may use this, for there are no router.api_keys "
             "(TWOSTROKE__ROUTER__API_KEYS)"
@@ -249,8 +265,8 @@ def _greet(supervisor: Supervisor, plan: Plan) -> None:
     body = f'{{"model": "{name}", "messages": {messages}, "max_tokens": 100}}'
     out.print(f"\n[bold]{name}[/bold] is served at [bold]{url}/v1[/bold] (OpenAI API)\n")
     header = key = ""
-    if supervisor.config.router.api_keys:
-        print("  export TWOSTROKE_API_KEY=...  # one of router.api_keys")
+    if supervisor.config.router.has_keys:
+        print("  export TWOSTROKE_API_KEY=...  # a key of a client")
         header, key = ' -H "authorization: Bearer $TWOSTROKE_API_KEY"', ", api_key=os.environ['TWOSTROKE_API_KEY']"
     print(f"  curl {url}/v1/chat/completions -H 'content-type: application/json'{header} -d '{body}'")
     client = f"Client('{supervisor.grpc_address}'{key})"

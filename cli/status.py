@@ -72,6 +72,8 @@ def status(
         )
     if len(cluster.get("routers", ())) > 1:
         console.print(_routers(cluster))
+    if cluster.get("supervisor"):
+        console.print(_planner(cluster["supervisor"]), markup=False)
     router = cluster["router"]
     console.print(_encryption(cluster), markup=False)
     if router.get("calls_refused"):
@@ -79,6 +81,13 @@ def status(
             f"{router['calls_refused']:,} calls refused at the workers' port, last of {router['last_refused']}",
             markup=False,
         )
+
+
+def _planner(told: dict[str, Any]) -> str:
+    """One line on the planner: workers by role that serve and that it wants, and its last decision."""
+    roles = sorted({*told["desired"], *told["actual"]}, reverse=True)
+    counts = ", ".join(f"{told['actual'].get(role, 0)} of {told['desired'].get(role, '?')} {role}" for role in roles)
+    return f"planner: {counts or 'nothing known yet'}; {told['action']}: {told['reason']} ({told['age_s']:.0f} s ago)"
 
 
 def _encryption(cluster: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ import grpc
 
 from ..client import calls
 from ..core.errors import Cancelled, TwostrokeError
-from .calls import Call, ChatOptions, Options, Rpc
+from .calls import Call, ChatOptions, GenerateOptions, Rpc
 from .channel import AsyncReplies, AsyncTransport, Endpoint, File, GrpcAsyncTransport, Tls, check_timeout
 from .messages import Message, TemplateOptions
 from .reconnection import SHORTEST_S, Reconnection
@@ -147,11 +147,11 @@ class AsyncClient:
         self._address = address
         self._timeout_s = check_timeout(timeout_s)
 
-    async def generate(self, prompt: str | Sequence[int], **options: Unpack[Options]) -> Completion:
+    async def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Completion:
         """Complete a text (or token ids) and wait for the whole answer."""
         return await self._ask(calls.generate(prompt, options))
 
-    def generate_stream(self, prompt: str | Sequence[int], **options: Unpack[Options]) -> AsyncCompletionStream:
+    def generate_stream(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> AsyncCompletionStream:
         """Complete a text (or token ids) as a stream. Do not await the result: iterate it."""
         return self._stream(calls.generate_stream(prompt, options))
 

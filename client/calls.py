@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypedDict, TypeVar
 
 from ..core.errors import InternalError, InvalidRequest, TokensLost
-from ..core.request import FinishReason, TokenLogprobs
+from ..core.request import GRAMMAR_KINDS, FinishReason, TokenLogprobs
 from ..core.sampling import FIELDS, Form, SamplingField, SamplingOptions
 from ..protos import common_pb2, inference_pb2
 from .fields import as_list as _list
 from .fields import make_resumable, shown
 from .fields import set_field as _set
 from .messages import Message, TemplateOptions, add_messages, set_template_options
-from .values import Choice, Chunk, Completion, ModelCard, Tokens, Usage
+from .values import Choice, Chunk, Completion, ModelCard, Tokens, ToolCall, Usage
 
 Rpc = Literal[
     "Generate",
@@ -46,7 +46,7 @@ class ModelOption(TypedDict, total=False):
 
 
 class Options(ModelOption, SamplingOptions, total=False):
-    """Keyword options of `generate` and `chat`. An absent option has the model's or the server's default."""
+    """Common keyword options of `generate` and `chat`. An absent option has the model's or the server's default."""
 
     n: int  # number of choices
     request_id: str  # for `abort` and `explain`; if absent, the server makes one
@@ -54,6 +54,12 @@ class Options(ModelOption, SamplingOptions, total=False):
     timeout_s: float  # for the whole call; for a stream, until its end
     resumable: bool  # a stream that is kept for its client: a lost connection is opened again by itself
     idempotency_key: str  # the same key and request: the same answer, also when sent twice
+
+
+class GenerateOptions(Options, total=False):
+    """Keyword options of `generate`."""
+
+    suffix: str  # text behind the answer, which fills in the middle; for models whose tokenizer has words for that
 
 
 class ChatOptions(Options, TemplateOptions, total=False):
@@ -74,7 +80,7 @@ class Call(Generic[Result]):
 # ---------------------------------------------------------------- requests
 
 
-def generate(prompt: str | Sequence[int], options: Options) -> Call[Completion]:
+def generate(prompt: str | Sequence[int], options: GenerateOptions) -> Call[Completion]:
     """Complete a text or token ids.
 
     Raises:
@@ -84,7 +90,7 @@ def generate(prompt: str | Sequence[int], options: Options) -> Call[Completion]:
     return Call("Generate", _generate_request(prompt, options), read_completion, options.get("timeout_s"))
 
 
-def generate_stream(prompt: str | Sequence[int], options: Options) -> Call[Chunk]:
+def generate_stream(prompt: str | Sequence[int], options: GenerateOptions) -> Call[Chunk]:
     """Complete a text or token ids as a stream; raises as `generate` does."""
     request = _generate_request(prompt, options)
     reader = StreamReader(request.num_choices)
@@ -154,14 +160,16 @@ def cluster() -> Call[dict[str, Any]]:
     return Call("Cluster", inference_pb2.ClusterRequest(), read_json)
 
 
-def _generate_request(prompt: str | Sequence[int], options: Options) -> inference_pb2.GenerateRequest:
+def _generate_request(prompt: str | Sequence[int], options: GenerateOptions) -> inference_pb2.GenerateRequest:
     request = inference_pb2.GenerateRequest()
     if isinstance(prompt, str):
         _set(request, "text", prompt, "prompt")
     else:
         request.token_ids.SetInParent()  # keeps an empty prompt present, so that the server can refuse it
         _set(request.token_ids, "ids", _list(prompt, "prompt"), "prompt")
-    _check_names(options, Options.__annotations__)
+    _check_names(options, GenerateOptions.__annotations__)
+    if options.get("suffix"):
+        _set(request, "suffix", options["suffix"])
     _fill(request, options)
     return request
 
@@ -201,6 +209,8 @@ def _fill(request: inference_pb2.GenerateRequest | inference_pb2.ChatRequest, op
 def _set_sampling(sampling: common_pb2.SamplingParams, field: SamplingField, value: Any) -> None:
     if field.form is Form.BIASES:
         _set_biases(sampling, field.api, value)
+    elif field.form is Form.GRAMMAR:
+        _set_rule(sampling, field.api, value)
     elif field.takes_one and isinstance(value, str):
         _set(sampling, field.api, [value])
     elif field.is_list:
@@ -229,6 +239,22 @@ def _set_biases(sampling: common_pb2.SamplingParams, name: str, biases: Any) -> 
         raise InvalidRequest(f"{name} is {shown(biases)}; give {{token id: bias}}: {error}", param=name) from None
 
 
+def _set_rule(sampling: common_pb2.SamplingParams, name: str, rule: Any) -> None:
+    """Write `{kind: rule}`; a rule that is no text, e.g. a JSON schema, is written as JSON."""
+    if not isinstance(rule, Mapping) or len(rule) != 1:
+        kinds = ", ".join(GRAMMAR_KINDS)
+        raise InvalidRequest(f"{name} is {shown(rule)}; give a dict with one of {kinds}", param=name)
+    ((kind, source),) = rule.items()
+    if kind not in GRAMMAR_KINDS:
+        raise InvalidRequest(f"{name} has {shown(kind)}; give one of {', '.join(GRAMMAR_KINDS)}", param=name)
+    if not isinstance(source, str) and kind not in ("regex", "grammar"):
+        try:
+            source = json.dumps(source, ensure_ascii=False, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InvalidRequest(f"{name} is {shown(rule)}: {error}", param=name) from None
+    _set(getattr(sampling, name), kind, source, name)
+
+
 # ---------------------------------------------------------------- answers
 
 _FINISH: dict[int, FinishReason | None] = {
@@ -237,6 +263,7 @@ _FINISH: dict[int, FinishReason | None] = {
     common_pb2.FINISH_REASON_LENGTH: FinishReason.LENGTH,
     common_pb2.FINISH_REASON_CANCELLED: FinishReason.CANCELLED,
     common_pb2.FINISH_REASON_ERROR: FinishReason.ERROR,
+    common_pb2.FINISH_REASON_TOOL_CALLS: FinishReason.TOOL_CALLS,
 }
 
 
@@ -246,7 +273,15 @@ def read_completion(reply: inference_pb2.GenerateResponse) -> Completion:
         request_id=reply.request_id,
         model=reply.model,
         choices=tuple(
-            Choice(c.index, c.text, tuple(c.token_ids), _finish(c.finish_reason), _logprobs(c.logprobs))
+            Choice(
+                c.index,
+                c.text,
+                tuple(c.token_ids),
+                _finish(c.finish_reason),
+                _logprobs(c.logprobs),
+                c.reasoning,
+                _calls(c.tool_calls),
+            )
             for c in reply.choices
         ),
         usage=_usage(reply.usage),
@@ -294,6 +329,8 @@ class StreamReader:
             cursor=message.cursor,
             logprobs=_logprobs(message.logprobs),
             prompt_logprobs=_logprobs(message.prompt_logprobs),
+            reasoning=message.reasoning,
+            tool_calls=_calls(message.tool_calls),
         )
         self._check(chunk)
         return chunk
@@ -331,6 +368,10 @@ def _finish(value: int) -> FinishReason | None:
     return _FINISH.get(value, FinishReason.ERROR)  # an unknown value, of a newer release
 
 
+def _calls(messages: Iterable[inference_pb2.ToolCall]) -> tuple[ToolCall, ...]:
+    return tuple(ToolCall(m.id, m.name, m.arguments) for m in messages)
+
+
 def _logprobs(messages: Iterable[common_pb2.TokenLogprobs]) -> tuple[TokenLogprobs, ...]:
     return tuple(
         TokenLogprobs(m.token_id, m.logprob, m.rank, tuple(zip(m.top_ids, m.top_logprobs, strict=False)))
@@ -339,4 +380,4 @@ def _logprobs(messages: Iterable[common_pb2.TokenLogprobs]) -> tuple[TokenLogpro
 
 
 def _usage(usage: common_pb2.Usage) -> Usage:
-    return Usage(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)
+    return Usage(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens, usage.reasoning_tokens)

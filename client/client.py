@@ -12,7 +12,7 @@ import grpc
 
 from ..client import calls
 from ..core.errors import TwostrokeError
-from .calls import Call, ChatOptions, Options, Rpc
+from .calls import Call, ChatOptions, GenerateOptions, Rpc
 from .channel import Endpoint, File, GrpcTransport, Replies, Tls, Transport, check_timeout
 from .messages import Message, TemplateOptions
 from .reconnection import SHORTEST_S, Reconnection
@@ -129,11 +129,11 @@ class Client:
         self._address = address
         self._timeout_s = check_timeout(timeout_s)
 
-    def generate(self, prompt: str | Sequence[int], **options: Unpack[Options]) -> Completion:
+    def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Completion:
         """Complete a text (or token ids) and wait for the whole answer."""
         return self._ask(calls.generate(prompt, options))
 
-    def generate_stream(self, prompt: str | Sequence[int], **options: Unpack[Options]) -> CompletionStream:
+    def generate_stream(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> CompletionStream:
         """Complete a text (or token ids) as a stream."""
         return self._stream(calls.generate_stream(prompt, options))
 

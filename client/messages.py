@@ -26,6 +26,9 @@ class TemplateOptions(TypedDict, total=False):
     continue_final_message: bool  # the prompt ends within the last message, which the answer continues
     documents: Sequence[Mapping[str, Any]]
     reasoning_effort: str
+    tools: Sequence[Mapping[str, Any]]  # functions in OpenAI's format
+    tool_choice: str | Mapping[str, Any]
+    parallel_tool_calls: bool
 
 
 def add_messages(request: inference_pb2.ChatRequest | inference_pb2.TokenizeChat, messages: Sequence[Message]) -> None:
@@ -47,10 +50,10 @@ def add_messages(request: inference_pb2.ChatRequest | inference_pb2.TokenizeChat
 
 def set_template_options(options: inference_pb2.ChatOptions, given: Mapping[str, Any]) -> None:
     """Write those of the `given` options that belong to `TemplateOptions`."""
-    for name in ("chat_template_kwargs", "documents"):
+    for name in ("chat_template_kwargs", "documents", "tools", "tool_choice"):
         if given.get(name) is not None:
             set_field(options, name, _json(given[name], name), name)
-    for name in ("add_generation_prompt", "continue_final_message", "reasoning_effort"):
+    for name in ("add_generation_prompt", "continue_final_message", "reasoning_effort", "parallel_tool_calls"):
         if given.get(name) is not None:
             set_field(options, name, given[name])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ..core.request import FinishReason, TokenLogprobs
 
@@ -14,11 +15,26 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int  # prompt tokens whose KV was cached, not computed for this request
+    reasoning_tokens: int = 0  # of the completion tokens of a chat
 
     @property
     def total_tokens(self) -> int:
         """Sum of prompt and completion tokens."""
         return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A tool call that an answer asks for, always complete."""
+
+    id: str
+    name: str
+    arguments: str  # text of a JSON object
+
+    @property
+    def message_part(self) -> dict[str, Any]:
+        """The call as the `tool_calls` of an assistant message have it."""
+        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +46,8 @@ class Choice:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
     logprobs: tuple[TokenLogprobs, ...] = ()  # one per token id, if requested
+    reasoning: str = ""  # of a chat, not in `text`
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +81,8 @@ class Chunk:
     cursor: str  # position for resuming the stream; empty if the server cannot resume
     logprobs: tuple[TokenLogprobs, ...] = ()  # one per token id, if requested
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # if requested, in the first piece of choice 0
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()  # each complete, in order
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from ..engine.config import StepConfig
 from ..kv.config import CacheConfig
 from ..router.config import RouterConfig
 from ..worker.settings import GpuHealth
+from .planner.config import PlannerConfig
 
 ENVIRONMENT_PREFIX = "TWOSTROKE__"
 MAX_ROUTERS = 64
@@ -107,6 +108,13 @@ class Config(Section):
     step: StepConfig = StepConfig()
     router: RouterConfig = RouterConfig()
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
+    planner: PlannerConfig = PlannerConfig()
+
+    @property
+    def num_places(self) -> int:
+        """Most workers that there ever are: the planner's, or as many as are configured."""
+        configured = self.cluster.prefill + self.cluster.decode
+        return max(configured, self.planner.max_workers or 0) if self.planner.enabled else configured
 
 
 def load_config(
@@ -186,6 +194,7 @@ def _check(config: Config) -> None:
         )
     _check_router_ports(config)
     _check_pairs(config)
+    _check_planner(config)
     largest = config.step.max_num_batched_tokens
     if largest < config.cache.block_size:
         raise ConfigError(
@@ -218,4 +227,35 @@ def _check_pairs(config: Config) -> None:
             "the last bits, and with model.deterministic only equal ones hand over. Give both the same number "
             f"(--tensor-parallel-size {max(prefill, decode)}), or let the bits differ: model.deterministic: false in "
             "--config, or TWOSTROKE__MODEL__DETERMINISTIC=false"
+        )
+
+
+def _check_planner(config: Config) -> None:
+    """Refuse a planner whose bounds exclude the configured numbers, or whose workers could not change roles."""
+    cluster, planner = config.cluster, config.planner
+    if not planner.enabled:
+        return
+    if not cluster.prefill:
+        raise ConfigError(
+            "planner.enabled is true and cluster.prefill 0: combined workers have no roles to plan; give "
+            "cluster.prefill 1 or more, or leave the planner off"
+        )
+    if cluster.ranks_of(Role.PREFILL) != cluster.ranks_of(Role.DECODE):
+        raise ConfigError(
+            f"planner.enabled is true, and prefill workers have {cluster.ranks_of(Role.PREFILL)} tensor-parallel ranks "
+            f"and decode workers {cluster.ranks_of(Role.DECODE)}: a worker keeps its ranks when its role changes; give "
+            "both the same number, or leave the planner off"
+        )
+    for role, count in (("prefill", cluster.prefill), ("decode", cluster.decode)):
+        least, most = getattr(planner, f"min_{role}_workers"), getattr(planner, f"max_{role}_workers")
+        if not least <= count <= most:
+            raise ConfigError(
+                f"cluster.{role} is {count}; must be within planner.min_{role}_workers ({least}) and "
+                f"planner.max_{role}_workers ({most}), as the cluster starts with it"
+            )
+    total = cluster.prefill + cluster.decode
+    if planner.max_workers is not None and not planner.min_workers <= total <= planner.max_workers:
+        raise ConfigError(
+            f"cluster.prefill and cluster.decode make {total} workers; must be within planner.min_workers "
+            f"({planner.min_workers}) and planner.max_workers ({planner.max_workers})"
         )

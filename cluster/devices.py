@@ -36,3 +36,13 @@ class Devices:
         """Use a GPU never again; returns a spare one for its worker, or None."""
         self._cordoned.setdefault(gpu, reason)
         return self._spare.popleft() if self._spare else None
+
+    def take(self, gpu: int) -> None:
+        """A worker of a further place uses a GPU; if it is spare, it is so no more."""
+        if gpu in self._spare:
+            self._spare.remove(gpu)
+
+    def give_back(self, gpu: int) -> None:
+        """A GPU has no worker any more. It is spare, unless it is cordoned."""
+        if gpu not in self._cordoned and gpu not in self._spare:
+            self._spare.append(gpu)

@@ -59,6 +59,7 @@ class Plan:
     config: Config  # with decided values for settings that were not given
     decisions: tuple[Decision, ...]
     spare_gpus: tuple[int, ...] = ()  # without a worker
+    free_places: tuple[ProcessPlan, ...] = ()  # for workers that the planner may start; without name and role
 
     @property
     def workers(self) -> tuple[ProcessPlan, ...]:
@@ -99,12 +100,14 @@ def place(config: Config, machine: MachineFacts, model: ModelFacts) -> Plan:
     else:
         roles = [("combined", Role.COMBINED)] * cluster.decode
     device = chosen_kind(config.model.device, len(machine.gpu_bytes))
+    most = config.num_places
     ranks = [cluster.ranks_of(role) for _, role in roles]
+    ranks += ranks[-1:] * (most - len(ranks))  # the planner's workers all have the same number
     _check_ranks(config, device)
-    more_ranks = sum(ranks) - len(ranks)
-    share = _share(machine, device, len(roles), more_ranks * RANK_BYTES + bytes_beside_workers(config))
+    more_ranks = sum(ranks) - most
+    share = _share(machine, device, most, more_ranks * RANK_BYTES + bytes_beside_workers(config))
     threads = config.step.num_threads or max(1, machine.num_cores // sum(ranks))
-    _check_metrics_ports(config, len(roles))
+    _check_metrics_ports(config, most)
     sized = size_worker(
         model,
         config.step,
@@ -117,34 +120,45 @@ def place(config: Config, machine: MachineFacts, model: ModelFacts) -> Plan:
     decisions = list(sized.decisions)
     reason = f"{machine.num_cores} cores{machine.cores_reason and f' ({machine.cores_reason})'} ÷ {_told_ranks(ranks)}"
     decisions.append(Decision("step.num_threads", str(threads), "as given" if config.step.num_threads else reason))
-    router, more = decided_router(config.router, cluster.decode, sized.step.max_num_seqs, sized.pool)
+    decoders = most - 1 if most > len(roles) else cluster.decode
+    router, more = decided_router(config.router, decoders, sized.step.max_num_seqs, sized.pool)
     decisions += more
     patience, more = decided_patience(cluster, model.weight_bytes, len(roles))
     decisions += more
+    has_cores = bool(more_ranks) and threads * sum(ranks) <= machine.num_cores
+    each = ProcessPlan("", "worker", num_threads=threads, memory_bytes=share, device=device)
+    places = _places(each, ranks, len(machine.gpu_bytes), cluster.worker_metrics_port, has_cores=has_cores)
     counts: dict[str, int] = {}
-    routers = [ProcessPlan(f"router-{index}", "router", index=index) for index in range(cluster.routers)]
-    members: list[ProcessPlan] = []
-    next_core = 0
-    for (prefix, role), num_ranks in zip(roles, ranks, strict=True):
+    members = [ProcessPlan(f"router-{index}", "router", index=index) for index in range(cluster.routers)]
+    for (prefix, role), empty in zip(roles, places, strict=False):
         index = counts.setdefault(prefix, 0)
         counts[prefix] += 1
-        place_of_worker = len(members)
-        gpu = place_of_worker % len(machine.gpu_bytes) if device == "cuda" else 0
-        port = cluster.worker_metrics_port and cluster.worker_metrics_port + place_of_worker
-        first_core = next_core if more_ranks and threads * sum(ranks) <= machine.num_cores else None
-        next_core += threads * num_ranks
-        members.append(
-            ProcessPlan(
-                *(f"{prefix}-{index}", "worker", role, threads, share, device, gpu, port),
-                num_ranks=num_ranks,
-                first_core=first_core,
-            )
-        )
+        members.append(replace(empty, name=f"{prefix}-{index}", role=role))
     update = {"step": sized.step, "cache": sized.cache, "router": router, "cluster": patience}
     served = replace(model, max_model_len=sized.max_model_len)
     used = {member.gpu for member in members if member.device == "cuda"}
     spare = tuple(sorted(set(range(len(machine.gpu_bytes))) - used)) if device == "cuda" else ()
-    return Plan((*routers, *members), served, sized.pool, config.model_copy(update=update), tuple(decisions), spare)
+    settled, free = config.model_copy(update=update), tuple(places[len(roles) :])
+    return Plan(tuple(members), served, sized.pool, settled, tuple(decisions), spare, free)
+
+
+def _places(
+    each: ProcessPlan, ranks: list[int], num_gpus: int, first_port: int | None, *, has_cores: bool
+) -> list[ProcessPlan]:
+    """Room for each worker that there may ever be, all like `each`. `ranks`: of each; `has_cores`: has its own."""
+    next_core, places = 0, list[ProcessPlan]()
+    for number, num_ranks in enumerate(ranks):
+        places.append(
+            replace(
+                each,
+                gpu=number % num_gpus if each.device == "cuda" else 0,
+                metrics_port=first_port and first_port + number,
+                num_ranks=num_ranks,
+                first_core=next_core if has_cores else None,
+            )
+        )
+        next_core += each.num_threads * num_ranks
+    return places
 
 
 def _told_ranks(ranks: list[int]) -> str:

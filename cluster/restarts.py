@@ -145,8 +145,16 @@ class RestartBook:
         return self._members[name].last_words
 
     def stop(self, name: str) -> None:
-        """Record that a member must not run any more."""
-        self._members[name].standing = Standing.STOPPED
+        """Record that a member must not run any more, also one that was never wanted."""
+        self._members.setdefault(name, _Member()).standing = Standing.STOPPED
+
+    def forget(self, name: str) -> None:
+        """A stopped member is gone for good."""
+        self._members.pop(name, None)
+
+    def owned(self, name: str) -> bool:
+        """True if a member runs or will run again."""
+        return self._members[name].standing not in (Standing.STOPPED, Standing.WITHHELD)
 
     def standing(self, name: str) -> Standing:
         """State of a member."""

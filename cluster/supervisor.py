@@ -5,32 +5,38 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import secrets
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..client.async_client import AsyncClient
 from ..core.clock import Clock, MonotonicClock
 from ..core.errors import ConfigError, TwostrokeError, Unavailable
 from ..core.ports import free_ports, target
-from ..core.request import Role
+from ..core.tls.callers import Caller
+from ..router.keys.digests import line_for
 from .certificates import certificates_of, face_tls
 from .config import Config
 from .devices import Devices
 from .launch.last_words import DeviceEnd, ProcessEnd, end_of_typed
 from .launch.launcher import Launcher, Site
-from .placement import Plan
+from .lives import Seen, cluster_or_none, lives_of
+from .operations.changes import Changes
+from .operations.operator import Operator
+from .operations.room import Room
+from .operations.scaler import Scaler
+from .placement import Plan, ProcessPlan
 from .restarts import Patience, RestartBook, Standing, Use
 
 log = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
 
-_USE_BY_STATE = {"live": Use.SERVES, "draining": Use.DRAINS}
-_LEAST_USE = (Use.NONE, Use.DRAINS, Use.SERVES)
 _POLL_S = 0.1  # while a member is starting
 _WATCH_S = 1.0  # otherwise
 _START_TRIES = 3
+_END_S = 3.0  # from the end of a process until its launcher has reported it
 
 
 class Supervisor:
@@ -40,7 +46,8 @@ class Supervisor:
         self._plan = plan
         self._clock = clock or MonotonicClock()
         self._say = say or log.info
-        self.config, internal_ports = _with_fixed_ports(plan.settle(config))
+        self._operator_key = secrets.token_urlsafe(32)  # to ask the routers, which keep only digests of keys
+        self.config, internal_ports = _with_fixed_ports(_with_operator(plan.settle(config), self._operator_key))
         certificates = certificates_of(self.config)
         face_tls(self.config.router)  # raises now, if its files cannot be used
         self.tls_remark = certificates.remark  # for the operator
@@ -60,6 +67,17 @@ class Supervisor:
         self._members = {member.name: member for member in plan.members}
         self._devices = Devices(plan.spare_gpus)
         self._cordons: dict[str, str] = {}  # members whose present life reports a cordoned GPU, with the reason
+        self._going: dict[str, bool] = {}  # members that leave for good; True: their place is free then
+        self._processes: set[str] = set()  # members whose process was started and has not ended
+        self._news = asyncio.Event()  # replaced whenever a member changed
+        self.seen: Seen | None = None  # the router's last report
+        self.room = Room(plan)
+        operator = Operator(self.config.cluster.key, site.tls_of(Caller.OPERATOR))
+        self.changes = Changes(self, operator)
+        self.scaler: Scaler | None = None
+        if self.config.planner.enabled:
+            num_configured = len(plan.workers)
+            self.scaler = Scaler(self.config.planner, self.changes, num_configured, self._clock, self._say)
 
     @property
     def http_url(self) -> str:
@@ -71,6 +89,11 @@ class Supervisor:
     def grpc_address(self) -> str:
         """host:port of the gRPC API, for the SDK."""
         return target(_reachable(self.config.router.host), self.config.router.grpc_port)
+
+    @property
+    def model_name(self) -> str:
+        """Name that clients call the model."""
+        return self._plan.model.name
 
     async def start(self) -> None:
         """Start every member and wait until all of them serve.
@@ -90,6 +113,8 @@ class Supervisor:
             raise Unavailable(self._lateness(patience_s), retry_after_s=5.0) from None
         if self._startup_error:
             raise Unavailable(self._startup_error, retry_after_s=30.0)
+        if self.scaler is not None:
+            self._tasks.append(asyncio.create_task(self.scaler.run()))
 
     async def stop(self) -> None:
         """Stop routers first (they refuse new requests and let streams end), then workers; remove all files."""
@@ -97,9 +122,10 @@ class Supervisor:
             self._membership.stop(name)
         for task in self._tasks:
             task.cancel()
+        self.changes.close()
         grace_s = self.config.cluster.drain_timeout_s
-        routers = [m.name for m in self._plan.members if m.kind == "router"]
-        workers = [m.name for m in self._plan.members if m.kind == "worker"]
+        routers = [m.name for m in self._members.values() if m.kind == "router"]
+        workers = [m.name for m in self._members.values() if m.kind == "worker"]
         await asyncio.gather(*(self._launcher.stop(name, grace_s) for name in routers))
         await asyncio.gather(*(self._launcher.stop(name, grace_s) for name in workers))
         await self._launcher.close()
@@ -110,7 +136,92 @@ class Supervisor:
             self._membership.stop(name)
         for task in self._tasks:
             task.cancel()
+        self.changes.close()
         await self._launcher.abort()
+
+    # ------------------------------------------------------------------ changes of the members (operations/)
+
+    @property
+    def members(self) -> dict[str, ProcessPlan]:
+        """All members, by name."""
+        return dict(self._members)
+
+    @property
+    def cordoned_gpus(self) -> dict[int, str]:
+        """GPUs that no worker may use, with the reason."""
+        return self._devices.cordoned
+
+    def standing(self, name: str) -> Standing | None:
+        """State of a member; None: there is none of this name."""
+        return self._membership.standing(name) if name in self._members else None
+
+    @property
+    def num_owned(self) -> int:
+        """Number of workers that run or will be restarted."""
+        return sum(1 for m in self._members.values() if m.kind == "worker" and self._membership.owned(m.name))
+
+    async def news(self, timeout_s: float) -> None:
+        """Wait until a member may have changed, or for `timeout_s`."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._news.wait(), max(0.0, timeout_s))
+
+    def add(self, member: ProcessPlan) -> None:
+        """Start a further member, and restart it from now on."""
+        self._members[member.name] = member
+        if member.device == "cuda":
+            self._devices.take(member.gpu)
+        self._membership.want(member.name, self._clock.now_s())
+        self._changed.set()
+
+    def let_go(self, name: str, *, frees_place: bool = True) -> None:
+        """Restart a member never again. Its end, whenever it comes, is its last."""
+        self._membership.stop(name)
+        self._going[name] = frees_place
+
+    async def remove(self, name: str, grace_s: float) -> None:
+        """End a member that was let go, and forget it. Its process drains for `grace_s`."""
+        await self._launcher.stop(name, grace_s)
+        await self._end_of(name)
+        self._forget(name)  # a member that waited for its restart had no process, so nobody reported an end
+
+    async def again(self, name: str, grace_s: float) -> None:
+        """End a member's process, and start the member again when it has ended."""
+        self._membership.stop(name)
+        await self._launcher.stop(name, grace_s)
+        await self._end_of(name)
+        self._membership.want(name, self._clock.now_s())
+        self._changed.set()
+
+    def keep_stopped(self, name: str) -> None:
+        """Restart a member no more, until `again`."""
+        self._membership.stop(name)
+
+    def settle_in(self, name: str, metrics_port: int | None) -> None:
+        """The member that had this port is gone: the next process of this one has it."""
+        self._members[name] = replace(self._members[name], metrics_port=metrics_port)
+
+    async def _end_of(self, name: str) -> None:
+        """Wait until the launcher has reported the end of a member's process."""
+        end_s = self._clock.now_s() + _END_S
+        while name in self._processes and self._clock.now_s() < end_s:
+            await self.news(end_s - self._clock.now_s())
+
+    def _forget(self, name: str) -> None:
+        if name not in self._members:
+            return
+        member, frees_place = self._members.pop(name), self._going.pop(name, True)
+        self._membership.forget(name)
+        for told in (self._life, self._ended_life, self._cordons):
+            told.pop(name, None)
+        if frees_place:
+            self.room.give_back(member)
+        if member.device == "cuda":
+            self._devices.give_back(member.gpu)
+        self._tell()
+
+    def _tell(self) -> None:
+        self._news.set()
+        self._news = asyncio.Event()
 
     def _lateness(self, patience_s: float) -> str:
         """Message about members that are not ready: the last line of each one's log, and the remedy."""
@@ -135,14 +246,23 @@ class Supervisor:
 
     async def _start_due(self) -> None:
         for name in self._membership.due(self._clock.now_s()):
+            if name not in self._members or self._membership.standing(name) is not Standing.WAITING:
+                continue  # let go while another was started
             self._membership.started(name, self._clock.now_s())
             self._started.set()
+            self._processes.add(name)
             try:
                 await self._launcher.start(self._members[name], self._ended)
             except TwostrokeError as error:
                 self._ended(name, end_of_typed(error))
 
     def _ended(self, name: str, end: ProcessEnd) -> None:
+        self._processes.discard(name)
+        if name not in self._members:
+            return
+        if name in self._going:
+            self._forget(name)
+            return
         if name in self._replaced:
             self._replaced.remove(name)
             end = ProcessEnd("killed, to be replaced")
@@ -153,6 +273,7 @@ class Supervisor:
         if end.device is not DeviceEnd.NONE and not self._find_device(name, end):
             return
         due_s = self._membership.ended(name, end.cause, self._clock.now_s())
+        self._tell()
         if due_s is not None:
             self._note_end(name, end, max(0.0, due_s - self._clock.now_s()))
         self._changed.set()
@@ -192,7 +313,7 @@ class Supervisor:
     async def _observe(self) -> None:
         """Ask the router for the state of all members, and replace those that are unavailable for too long."""
         router = self.config.router
-        key = router.api_keys[0] if router.api_keys else None
+        key = self._operator_key if router.has_keys else None
         tls = None
         while True:
             with contextlib.suppress(ConfigError):  # while the files change; those before may still be good
@@ -206,7 +327,7 @@ class Supervisor:
         """The same through one connection, until it fails and another one may do better (`may_change`)."""
         while True:
             self._started.clear()
-            cluster = await _cluster_or_none(client)
+            cluster = await cluster_or_none(client)
             self._note(cluster)
             has_failed = cluster is None and may_change
             for name in self._membership.overdue(self._clock.now_s()):
@@ -225,8 +346,9 @@ class Supervisor:
 
     def _note(self, cluster: dict[str, Any] | None) -> None:
         """Record the router's report on every member; without an answer the state of workers is unknown."""
-        lives = _lives(cluster)
+        lives = lives_of(cluster)
         now_s = self._clock.now_s()
+        self.seen = None if cluster is None else Seen(cluster, now_s)
         for name in self._members:
             is_new = name in lives and lives[name].incarnation != self._ended_life.get(name)
             if is_new and lives[name].use is Use.SERVES and name in self._membership.starting():
@@ -243,16 +365,7 @@ class Supervisor:
             is_heard = cluster is not None or self._members[name].kind == "router"
             use = lives[name].use if is_new else Use.NONE
             self._membership.seen(name, use if is_heard else None, now_s)
-
-
-class _Life(NamedTuple):
-    """One member as the router reports it."""
-
-    incarnation: str
-    use: Use
-    arithmetic: str = ""  # of a worker: description of its numerics class
-    role: Role | None = None  # of a worker: the present one
-    cordon: str = ""  # of a worker: its cordoned GPU and why
+        self._tell()
 
 
 def launcher_class(config: Config) -> Callable[[Site], Launcher]:
@@ -270,30 +383,9 @@ def launcher_class(config: Config) -> Callable[[Site], Launcher]:
     return InProcessLauncher
 
 
-async def _cluster_or_none(client: AsyncClient) -> dict[str, Any] | None:
-    try:
-        return await client.cluster()
-    except TwostrokeError:
-        return None  # the router is still starting; the caller's deadline bounds the wait
-
-
-def _lives(cluster: dict[str, Any] | None) -> dict[str, _Life]:
-    """State of the router, if it answered, and of the workers that it knows."""
-    if cluster is None:
-        return {}
-    routers = cluster.get("routers") or [cluster["router"] | {"name": "router-0"}]
-    found = {router["name"]: _Life(router["incarnation"], Use.SERVES) for router in routers}
-    for worker in cluster["workers"]:
-        states = [worker["state"], *(router["workers"].get(worker["worker_id"]) for router in routers[1:])]
-        use = min((_USE_BY_STATE.get(state, Use.NONE) for state in states), key=_LEAST_USE.index)
-        role, cordon = Role(worker["role"]), _cordon_of(worker)
-        found[worker["worker_id"]] = _Life(worker["incarnation"], use, worker["numerics"], role, cordon)
-    return found
-
-
-def _cordon_of(worker: dict[str, Any]) -> str:
-    cordoned = [gpu for gpu in worker.get("gpus", ()) if gpu["verdict"] == "cordon"]
-    return "".join(f"{gpu['uuid']} is cordoned: {'; '.join(gpu['reasons'])}" for gpu in cordoned[:1])
+def _with_operator(config: Config, key: str) -> Config:
+    """The configuration with the digest of the supervisor's own key, which replaces one that was given."""
+    return config.model_copy(update={"router": config.router.model_copy(update={"operator_key": line_for(key)})})
 
 
 def _with_fixed_ports(config: Config) -> tuple[Config, tuple[int, ...]]:

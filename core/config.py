@@ -19,7 +19,7 @@ class Section(BaseModel):
 
 S = TypeVar("S", bound=Section)
 
-_SECRETS = frozenset({"key", "api_keys", "cluster_key"})  # error messages never show these settings' values
+_SECRETS = frozenset({"key", "api_keys", "cluster_key", "operator_key"})  # errors never show their values
 
 
 def load_section(kind: type[S], values: Mapping[str, Any], where: str = "") -> S:

@@ -16,12 +16,13 @@ class TwostrokeError(Exception):
     type: ClassVar[str] = "server_error"
     http_status: ClassVar[int] = 500
     grpc_status: ClassVar[str] = "INTERNAL"
+    usual_retry_after_s: ClassVar[float | None] = None  # where the one who raises it knows no better
 
     def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
-        self.retry_after_s = retry_after_s
+        self.retry_after_s = self.usual_retry_after_s if retry_after_s is None else retry_after_s
 
 
 class InternalError(TwostrokeError):
@@ -159,6 +160,15 @@ class Unauthenticated(TwostrokeError):
     grpc_status = "UNAUTHENTICATED"
 
 
+class KeyForbids(TwostrokeError):
+    """The API key is valid, and does not allow this. The message names what would."""
+
+    code = "key_not_allowed"
+    type = "permission_error"
+    http_status = 403
+    grpc_status = "PERMISSION_DENIED"
+
+
 # ------------------------------------------------------------------ the cluster cannot, just now
 
 
@@ -169,6 +179,13 @@ class Overloaded(TwostrokeError):
     type = "rate_limit_error"
     http_status = 429
     grpc_status = "RESOURCE_EXHAUSTED"
+    usual_retry_after_s = 1.0
+
+
+class QuotaExceeded(Overloaded):
+    """The API key's quota of requests or tokens per minute is used up. `retry_after_s` is when enough of it is back."""
+
+    code = "rate_limit_exceeded"
 
 
 class Unavailable(TwostrokeError):
@@ -178,6 +195,7 @@ class Unavailable(TwostrokeError):
     type = "server_error"
     http_status = 503
     grpc_status = "UNAVAILABLE"
+    usual_retry_after_s = 1.0
 
 
 class TransportUnavailable(Unavailable):
@@ -275,9 +293,7 @@ def from_code(
 ) -> TwostrokeError:
     """Build the error that a peer named by its code. An unknown code, of a newer release, becomes InternalError.
 
-    Overloaded and Unavailable get `retry_after_s` = 1 if the peer gave none.
+    Overloaded and Unavailable have a `retry_after_s` also if the peer gave none.
     """
     kind = ERROR_BY_CODE.get(code, InternalError)
-    if retry_after_s is None and issubclass(kind, (Overloaded, Unavailable)):
-        retry_after_s = 1.0
     return kind(message, param=param, retry_after_s=retry_after_s)

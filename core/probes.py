@@ -58,7 +58,8 @@ class Probes:
                 if len(self._waiting) > MAX_WAITING:
                     oldest = next(iter(self._waiting))
                     del self._waiting[oldest]
-                    oldest.reschedule(0.0)
+                    if not oldest.expired():  # its time may be over, and its task not have run since
+                        oldest.reschedule(0.0)
                 return await context.read()
         except TimeoutError:
             return None

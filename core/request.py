@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+
+class Grammar(NamedTuple):
+    """Rule for the text of a choice (structured output). text/grammar.py compiles it."""
+
+    kind: str  # of `GRAMMAR_KINDS`
+    source: str
+
+
+GRAMMAR_KINDS = ("json", "regex", "choice", "grammar", "structural_tag")
+"""json: a JSON schema; choice: a JSON list of texts; grammar: Lark or GBNF; structural_tag: a JSON object."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +46,13 @@ class SamplingParams:
     skip_special_tokens: bool = True  # special tokens produce no text
     logprobs: int | None = None  # number of likeliest tokens given per generated token; None: no logprobs
     prompt_logprobs: int | None = None  # the same for every prompt token except the first
+    grammar: Grammar | None = None  # rule for the text; None: any text
 
     @property
     def needs_history(self) -> bool:
-        """True if sampling needs the earlier token ids (penalties, bad words)."""
+        """True if sampling needs the earlier token ids (penalties, bad words, a grammar)."""
         penalties = (self.repetition_penalty, self.frequency_penalty, self.presence_penalty)
-        return penalties != (1.0, 0.0, 0.0) or bool(self.bad_words)
+        return penalties != (1.0, 0.0, 0.0) or bool(self.bad_words) or self.grammar is not None
 
 
 class TokenLogprobs(NamedTuple):
@@ -72,6 +85,7 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     CANCELLED = "cancelled"
     ERROR = "error"
+    TOOL_CALLS = "tool_calls"  # of the client APIs: for workers it is STOP
 
 
 class Role(StrEnum):
@@ -98,6 +112,29 @@ class CacheScope:
 
 
 @dataclass(frozen=True, slots=True)
+class AnswerForm:
+    """How the router reads the answer to a chat: as content, reasoning and tool calls."""
+
+    prompt_end: str  # text at the end of the prompt, which may have begun the reasoning
+    tools: tuple[Mapping[str, Any], ...] | None  # in OpenAI's format, checked; None: calls are content
+    parallel: bool = True  # more than one call is given out
+    hides_special_tokens: bool = False  # the text has special tokens for the parser; the client wants none
+
+
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """What one API key may use. None: no bound."""
+
+    key: str  # name of the key in logs and counters, no secret
+    requests_per_minute: float | None = None
+    tokens_per_minute: float | None = None  # of prompts and answers
+    share: float = 1.0  # of the cluster, relative to other tenants', while requests wait
+
+
+HIGHEST_PRIORITY, LOWEST_PRIORITY = -1000, 1000  # as in vLLM's API, a lower number is served earlier
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One validated request in the router, the same for HTTP and gRPC."""
 
@@ -113,6 +150,14 @@ class Request:
     ignored_fields: tuple[str, ...] = ()  # names of fields that the client sent and that have no effect
     tenant: str | None = None  # owner of the request; None: the isolation domain
     adapter: bytes = b""  # content hash; empty: none, the only one that is served
+    answer: AnswerForm | None = None  # None: the answer is its text
+    priority: int = 0  # HIGHEST_PRIORITY to LOWEST_PRIORITY
+    allowance: Allowance | None = None  # of its API key; None: no bounds
+
+    @property
+    def num_tokens(self) -> int:
+        """Its cost for admission: prompt and expected new tokens, of all choices."""
+        return self.num_choices * (len(self.prompt_ids) + self.expected_tokens)
 
     @property
     def expected_tokens(self) -> int:

@@ -19,6 +19,7 @@ from .request import SamplingParams
 MOST_INT32 = 2**31 - 1
 ABOVE_ZERO = math.ulp(0.0)
 FINITE = sys.float_info.max
+MAX_GRAMMAR_CHARS = 1 << 17  # of the source of a grammar
 
 _NEUTRAL = {field.name: field.default for field in fields(SamplingParams)}
 
@@ -45,6 +46,7 @@ class SamplingOptions(TypedDict, total=False):
     min_tokens: int
     logprobs: int  # how likely every token was, with so many of the likeliest
     prompt_logprobs: int  # the same of every prompt token but the first
+    structured_outputs: Mapping[str, Any]  # one of json, regex, choice, grammar, structural_tag: the rule for the text
 
 
 class Form(Enum):
@@ -57,6 +59,7 @@ class Form(Enum):
     TOKEN_IDS = "token ids"
     WORDS = "words"  # texts from clients, token ids in `SamplingParams`
     BIASES = "entries"  # numbers by token id
+    GRAMMAR = "characters"  # a kind and its source; clients write an object with one key
 
 
 class Range(NamedTuple):
@@ -179,5 +182,6 @@ FIELDS: tuple[SamplingField, ...] = (
     # OpenAI's bound for chats; its completions stop at 5.
     SamplingField("logprobs", Form.WHOLE, 0, 20, is_in_every_body=False),
     SamplingField("prompt_logprobs", Form.WHOLE, 0, 20),
+    SamplingField("grammar", Form.GRAMMAR, api_name="structured_outputs", max_chars=MAX_GRAMMAR_CHARS),
 )
 FIELD_BY_NAME: Mapping[str, SamplingField] = {field.name: field for field in FIELDS}

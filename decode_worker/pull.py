@@ -18,8 +18,9 @@ from ..core.timeline import Instant, Timeline
 from ..engine.link.client import EngineClient
 from ..engine.link.messages import WriteKv
 from ..kv.handover.carrier import Carrier, Check, CheckLine, StreamHost
+from ..kv.handover.damage import verify_frame
 from ..kv.handover.exported import CountersExport
-from ..kv.handover.frames import Frame, WireError, decode_envelope, encode_message, verify_frame
+from ..kv.handover.frames import Frame, WireError, decode_envelope, encode_message
 from ..kv.handover.machine import Action, AskBind, Close, Complete, GotFirstToken, HandoverEnd, Lost, Send, Write
 from ..kv.handover.plane_channel import SHM, LentRing, RingPool
 from ..kv.handover.receiver import FrameArrived, Receiver

@@ -21,6 +21,7 @@ from ..core.request import FinishReason, Role, SequenceKey
 from ..core.tally import Tally
 from ..kv.cache.pool import BlockPool
 from ..kv.cache.prefix import PrefixCache
+from ..kv.spec import HASH_BLOCK_TOKENS
 from .cache_manager import KvCacheManager
 from .commands import Commands
 from .lifecycle import SequenceLifecycle
@@ -159,6 +160,8 @@ class EngineCore:
                 doom = doom or PendingFinish(FinishReason.ERROR, InternalError.code, result.failed[step.key])
             else:
                 sequence.num_computed = step.end
+                if step.key in result.deferred:
+                    sequence.num_computed = _before_last(step)
                 lives.holdings.publish(sequence)
             if doom is None:
                 doom = self._take_tokens(sequence, step, result, token_ids, news)
@@ -287,7 +290,8 @@ class EngineCore:
         news: list[TokenNews],
     ) -> PendingFinish | None:
         """Append the sampled token and its event for the face; returns the end of the sequence, or None."""
-        assert len(token_ids) == int(step.samples), f"{step.key}: {len(token_ids)} tokens for samples={step.samples}"
+        num_expected = int(step.samples and step.key not in result.deferred)
+        assert len(token_ids) == num_expected, f"{step.key}: {len(token_ids)} tokens, {num_expected} were to come"
         if sequence.scores is not None:  # after a preemption some are known already: append only the others
             sequence.scores += result.prompt_logprobs.get(step.key, ())[max(len(sequence.scores) - step.start, 0) :]
         if not token_ids:
@@ -302,3 +306,12 @@ class EngineCore:
         if doom is None and sequence.state is _S.PREFILLING:
             self._scheduler.move(sequence, _S.DECODING)
         return doom
+
+
+def _before_last(step: SequenceStep) -> int:
+    """Where a deferred sequence goes on: its last row is computed again, from the beginning of that row's hash block.
+
+    The rows overwrite what is stored with the same bits.
+    """
+    last = step.end - 1
+    return max(step.start, last - last % HASH_BLOCK_TOKENS)

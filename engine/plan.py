@@ -23,7 +23,7 @@ class SampledPlace:
 
 
 class History(NamedTuple):
-    """Token ids for penalties and bad words. Tokens of earlier dispatches count as output."""
+    """Token ids for penalties, bad words and grammars. Tokens of earlier dispatches count as output."""
 
     prompt_ids: tuple[int, ...]
     output_ids: tuple[int, ...]
@@ -43,7 +43,6 @@ class SequenceStep(NamedTuple):
     seals_tail: bool = False  # the prompt ends in this step: seal the partial last hash block too
     from_place: SampledPlace | None = None  # place of the first token's id, if the id is not known yet
     adapter_slot: int = 0  # 0: none
-    logits_mask: bytes | None = None  # packed bits over the vocabulary
     draft_ids: tuple[int, ...] = ()
     history: History | None = None  # if `params` need it; without the token that `from_place` names
     targets: tuple[int, ...] = ()  # prompt ids whose logprobs are wanted; the i-th follows the step's i-th row
@@ -84,3 +83,4 @@ class StepResult:
     logprobs: Mapping[SequenceKey, tuple[TokenLogprobs, ...]] = field(default_factory=dict)  # of `tokens`, if asked for
     prompt_logprobs: Mapping[SequenceKey, tuple[TokenLogprobs, ...]] = field(default_factory=dict)  # of `targets`
     failed: Mapping[SequenceKey, str] = field(default_factory=dict)  # sequences that end by our own fault, and why
+    deferred: frozenset[SequenceKey] = frozenset()  # computed, not sampled: the grammar's mask is not ready yet

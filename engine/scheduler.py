@@ -6,7 +6,8 @@ full the pool may get, and which prompts may pass others.
 
 1. `admit`: sequences with a promise take their blocks (Bind, or ready for a peer). Then the queue, in rank order: begin
    (LOCAL), promise (PEER) or offer (FOR_PEER). The first sequence that lacks room or a seat stops all behind it, so
-   that no sequence starves for blocks; a sequence that only waits for its turn does not.
+   that no sequence starves for blocks; a sequence that only waits for its turn, or for a prefix that another sequence
+   is computing, does not. So identical prompts are prefilled once.
 2. `plan`: decoding sequences grow by a block if necessary, in rank order. When no block is left, the lowest-ranked
    running sequence is preempted: it gives its blocks back and waits, keeping its tokens. It is either recomputed, or
    swapped: its KV is copied to host blocks (`swap.py` decides when) and copied back when its turn comes. Hand-overs
@@ -151,6 +152,8 @@ class Scheduler:
         is_decode = sequence.state is _S.SWAPPED and sequence.num_remaining == 1
         if sequence.source is not Source.PEER and not is_decode and not self._is_near(sequence):
             return True
+        if sequence.state is _S.WAITING and sequence.source is not Source.PEER and self._awaits_prefix(sequence):
+            return True
         if not is_offer and self.count(*_SEATED) >= self.policy.budget(self.count(_S.DECODING)).max_seqs:
             return False
         cost = self.holdings.cost(sequence)
@@ -187,7 +190,7 @@ class Scheduler:
     def _begin_for_peer(self, sequence: Sequence, events: list[Event | StoreOp]) -> bool:
         """READY: begin if the sequence is near and blocks are free. False: blocks are lacking."""
         budget = self.policy.budget(self.count(_S.DECODING))
-        if self.count(*_SEATED) >= budget.max_seqs or not self._is_near(sequence):
+        if self.count(*_SEATED) >= budget.max_seqs or not self._is_near(sequence) or self._awaits_prefix(sequence):
             return True
         if self.holdings.cost(sequence).from_free > self.holdings.pool.num_free:
             return False
@@ -202,6 +205,19 @@ class Scheduler:
         """True if the sequence would run in one of the next steps, by the policy."""
         before = (_S.PREFILLING, _S.READY, _S.OFFERED) if sequence.state is _S.QUEUED else (_S.PREFILLING,)
         return self.policy.is_near(sequence.num_expected, Ahead(self._lengths(*before), self.count(_S.DECODING)))
+
+    def _awaits_prefix(self, sequence: Sequence) -> bool:
+        """True if another sequence computes the next block that this one lacks: it is taken from there, computed once.
+
+        The wait ends when the other one publishes that block, or computes no more: at the latest by its deadline.
+        """
+        findable = sequence.findable
+        held = self.holdings.prefix.match(findable)
+        if held == len(findable):
+            return False
+        lacking = findable[held]
+        works = self._by_state[_S.PREFILLING].values()
+        return any(held < len(work.identities) and work.identities[held] == lacking for work in works)
 
     def _lengths(self, *states: SequenceState) -> tuple[int, ...]:
         """Tokens to be computed for each sequence in these states, in no order.

@@ -12,7 +12,7 @@ from operator import attrgetter
 from typing import Any, Literal
 
 from ..core.errors import InvalidRequest, TwostrokeError, from_code
-from ..core.request import CacheScope, Epoch, FinishReason, Role, SamplingParams, TokenLogprobs
+from ..core.request import CacheScope, Epoch, FinishReason, Grammar, Role, SamplingParams, TokenLogprobs
 from ..core.sampling import FIELDS, Form
 from ..core.timeline import Timeline
 from ..protos import common_pb2, handover_pb2, worker_pb2
@@ -52,12 +52,27 @@ def _biases_from_wire(biases: Mapping[int, float]) -> tuple[tuple[int, float], .
     return tuple(sorted(biases.items()))
 
 
-_TO_WIRE: Mapping[Form, Callable[[Any], Any]] = {Form.BIASES: dict, Form.WORDS: _words_to_wire}
+def _grammar_to_wire(grammar: Grammar | None) -> common_pb2.StructuredOutputs | None:
+    return None if grammar is None else common_pb2.StructuredOutputs(**{grammar.kind: grammar.source})
+
+
+def grammar_from_wire(message: common_pb2.StructuredOutputs) -> Grammar | None:
+    """The rule in a message; None: it holds none."""
+    kind = message.WhichOneof("rule")
+    return None if kind is None else Grammar(kind, getattr(message, kind))
+
+
+_TO_WIRE: Mapping[Form, Callable[[Any], Any]] = {
+    Form.BIASES: dict,
+    Form.WORDS: _words_to_wire,
+    Form.GRAMMAR: _grammar_to_wire,
+}
 _FROM_WIRE: Mapping[Form, Callable[[Any], Any]] = {
     Form.TEXTS: tuple,
     Form.TOKEN_IDS: tuple,
     Form.WORDS: _words_from_wire,
     Form.BIASES: _biases_from_wire,
+    Form.GRAMMAR: grammar_from_wire,
 }
 _ON_WIRE = common_pb2.SamplingParams.DESCRIPTOR.fields_by_name
 
@@ -72,7 +87,7 @@ _REQUIRED = tuple(field.wire for field in FIELDS if field.is_required)
 _ABSENT = tuple(  # (name, name on the wire, value) where protobuf's value of an absent field is another than ours
     (field.name, field.wire, field.neutral)
     for field, on_wire in ((field, _ON_WIRE[field.wire]) for field in FIELDS if not field.is_required)
-    if on_wire.has_presence and on_wire.default_value != field.neutral
+    if on_wire.has_presence and on_wire.message_type is None and on_wire.default_value != field.neutral
 )
 _COMPUTABLE = tuple((field.name, *field.computable) for field in FIELDS if field.computable)
 _ADDENDS = tuple(field.name for field in FIELDS if field.form is Form.NUMBER and not field.computable)

@@ -21,6 +21,7 @@ from .decoder.decoder import Decoder, Hidden
 from .ops.seam import Logits, Ops
 from .parallel.collectives import ONE_RANK, Collectives
 from .sampling.greedy import all_greedy, speak_greedily
+from .sampling.masks import GrammarMasks, StartMatcher
 from .sampling.step import StepOutputs, StepSampler
 from .weights.weights import Weights
 
@@ -70,6 +71,11 @@ class Runner:
         self._graphs: DecodeGraphs | None = None
         self._results: OrderedDict[int, StepResult] = OrderedDict()
         self._sampler: StepSampler | None = None
+        self._masks: GrammarMasks | None = None
+
+    def serve_grammars(self, start: StartMatcher) -> None:
+        """Sample sequences that have a grammar by the matchers that `start` makes. Call it before the first step."""
+        self._masks = GrammarMasks(start)
 
     def warm_up(self) -> None:
         """Prepare the ops, run steps that write nothing, capture graphs. Call it in the thread of the steps."""
@@ -98,13 +104,21 @@ class Runner:
         if not plan.sequences:
             return self._remember(StepResult(plan.step, ()))
         ids = [self._resolve(step) for step in plan.sequences]
+        if self._masks is not None and self._samples:
+            self._masks.begin(plan)
         with torch.inference_mode() if self._has_many_ops else _NO_MODE:
             batch, hidden = self._compute(self._decoder, plan, ids)
             bad = _bad_sequences(plan, batch, hidden)
             spoken = self._sample(plan, batch, hidden.rows, bad, [row[-1] for row in ids])
         self._seal([step for step in plan.sequences if step.key not in bad] if bad else plan.sequences)
         result = StepResult(
-            plan.step, tuple(spoken.tokens), frozenset(bad), spoken.logprobs, spoken.prompt_logprobs, spoken.failed
+            plan.step,
+            tuple(spoken.tokens),
+            frozenset(bad),
+            spoken.logprobs,
+            spoken.prompt_logprobs,
+            spoken.failed,
+            spoken.deferred,
         )
         return self._remember(result)
 
@@ -152,7 +166,8 @@ class Runner:
             self._sampler = StepSampler(
                 self.spec.vocab_size, self.spec.eos_ids, to_logits, self.ops.extremes, draws=self._samples
             )
-        return self._sampler.run(plan, batch, rows, bad, last)
+        take = None if self._masks is None else self._masks.take
+        return self._sampler.run(plan, batch, rows, bad, last, take_masks=take)
 
     def _seal(self, steps: Sequence[SequenceStep]) -> None:
         ranges = []

@@ -18,8 +18,9 @@ from ..core.timeline import Instant, Timeline
 from ..engine.link import messages as link
 from ..engine.link.client import EngineClient, SequenceEvent
 from ..kv.handover.carrier import Carrier, Check, CheckLine, StreamHost
+from ..kv.handover.damage import verify_sections
 from ..kv.handover.exported import CountersExport
-from ..kv.handover.frames import FrameLabel, WireError, decode_envelope, encode_frame, encode_message, verify_sections
+from ..kv.handover.frames import FrameLabel, WireError, decode_envelope, encode_frame, encode_message
 from ..kv.handover.machine import Abort, Action, Close, EngineBound, EngineNotYet, Read, ReleaseBlocks, Send, SendFrame
 from ..kv.handover.plane_channel import OpenMemory, PlaneMemory, PlaneSlot
 from ..kv.handover.sender import Sender

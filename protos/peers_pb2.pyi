@@ -186,6 +186,9 @@ class JournaledRequest(_message.Message):
     CREATED_S_FIELD_NUMBER: _builtins.int
     KEY_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
+    ANSWER_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    ALLOWANCE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     model: _builtins.str
     num_choices: _builtins.int
@@ -205,10 +208,19 @@ class JournaledRequest(_message.Message):
     """Idempotency-Key; empty: none"""
     fingerprint: _builtins.bytes
     """of what the client sent"""
+    priority: _builtins.int
     @_builtins.property
     def prompt_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def sampling(self) -> _common_pb2.SamplingParams: ...
+    @_builtins.property
+    def answer(self) -> Global___JournaledForm:
+        """absent: the answer is its text"""
+
+    @_builtins.property
+    def allowance(self) -> Global___JournaledAllowance:
+        """absent: no bounds"""
+
     def __init__(
         self,
         *,
@@ -228,14 +240,87 @@ class JournaledRequest(_message.Message):
         created_s: _builtins.int = ...,
         key: _builtins.str = ...,
         fingerprint: _builtins.bytes = ...,
+        answer: Global___JournaledForm | None = ...,
+        priority: _builtins.int = ...,
+        allowance: Global___JournaledAllowance | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["allowance", b"allowance", "answer", b"answer", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "body_json", b"body_json", "created_s", b"created_s", "face", b"face", "fingerprint", b"fingerprint", "is_bounded", b"is_bounded", "is_chat", b"is_chat", "isolation_domain", b"isolation_domain", "key", b"key", "model", b"model", "num_choices", b"num_choices", "prompt_ids", b"prompt_ids", "request_id", b"request_id", "sampling", b"sampling", "tenant", b"tenant", "timeout_s", b"timeout_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "allowance", b"allowance", "answer", b"answer", "body_json", b"body_json", "created_s", b"created_s", "face", b"face", "fingerprint", b"fingerprint", "is_bounded", b"is_bounded", "is_chat", b"is_chat", "isolation_domain", b"isolation_domain", "key", b"key", "model", b"model", "num_choices", b"num_choices", "priority", b"priority", "prompt_ids", b"prompt_ids", "request_id", b"request_id", "sampling", b"sampling", "tenant", b"tenant", "timeout_s", b"timeout_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___JournaledRequest: _TypeAlias = JournaledRequest  # noqa: Y015
+
+@_typing.final
+class JournaledForm(_message.Message):
+    """How the answer to a chat is read."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPT_END_FIELD_NUMBER: _builtins.int
+    TOOLS_JSON_FIELD_NUMBER: _builtins.int
+    PARALLEL_FIELD_NUMBER: _builtins.int
+    HIDES_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
+    prompt_end: _builtins.str
+    tools_json: _builtins.str
+    """absent: calls are content"""
+    parallel: _builtins.bool
+    hides_special_tokens: _builtins.bool
+    def __init__(
+        self,
+        *,
+        prompt_end: _builtins.str = ...,
+        tools_json: _builtins.str | None = ...,
+        parallel: _builtins.bool = ...,
+        hides_special_tokens: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_tools_json", b"_tools_json", "tools_json", b"tools_json"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tools_json", b"_tools_json", "hides_special_tokens", b"hides_special_tokens", "parallel", b"parallel", "prompt_end", b"prompt_end", "tools_json", b"tools_json"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__tools_json: _TypeAlias = _typing.Literal["tools_json"]  # noqa: Y015
+    _WhichOneofArgType__tools_json: _TypeAlias = _typing.Literal["_tools_json", b"_tools_json"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tools_json) -> _WhichOneofReturnType__tools_json | None: ...
+
+Global___JournaledForm: _TypeAlias = JournaledForm  # noqa: Y015
+
+@_typing.final
+class JournaledAllowance(_message.Message):
+    """What the API key of the request may use."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    REQUESTS_PER_MINUTE_FIELD_NUMBER: _builtins.int
+    TOKENS_PER_MINUTE_FIELD_NUMBER: _builtins.int
+    SHARE_FIELD_NUMBER: _builtins.int
+    key: _builtins.str
+    requests_per_minute: _builtins.float
+    tokens_per_minute: _builtins.float
+    share: _builtins.float
+    def __init__(
+        self,
+        *,
+        key: _builtins.str = ...,
+        requests_per_minute: _builtins.float | None = ...,
+        tokens_per_minute: _builtins.float | None = ...,
+        share: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_requests_per_minute", b"_requests_per_minute", "_tokens_per_minute", b"_tokens_per_minute", "requests_per_minute", b"requests_per_minute", "tokens_per_minute", b"tokens_per_minute"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_requests_per_minute", b"_requests_per_minute", "_tokens_per_minute", b"_tokens_per_minute", "key", b"key", "requests_per_minute", b"requests_per_minute", "share", b"share", "tokens_per_minute", b"tokens_per_minute"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__requests_per_minute: _TypeAlias = _typing.Literal["requests_per_minute"]  # noqa: Y015
+    _WhichOneofArgType__requests_per_minute: _TypeAlias = _typing.Literal["_requests_per_minute", b"_requests_per_minute"]  # noqa: Y015
+    _WhichOneofReturnType__tokens_per_minute: _TypeAlias = _typing.Literal["tokens_per_minute"]  # noqa: Y015
+    _WhichOneofArgType__tokens_per_minute: _TypeAlias = _typing.Literal["_tokens_per_minute", b"_tokens_per_minute"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__requests_per_minute) -> _WhichOneofReturnType__requests_per_minute | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tokens_per_minute) -> _WhichOneofReturnType__tokens_per_minute | None: ...
+
+Global___JournaledAllowance: _TypeAlias = JournaledAllowance  # noqa: Y015
 
 @_typing.final
 class JournaledPiece(_message.Message):

@@ -73,6 +73,110 @@ class AnnounceReply(_message.Message):
 Global___AnnounceReply: _TypeAlias = AnnounceReply  # noqa: Y015
 
 @_typing.final
+class SupervisorReport(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class DesiredEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class ActualEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    DESIRED_FIELD_NUMBER: _builtins.int
+    ACTUAL_FIELD_NUMBER: _builtins.int
+    ACTION_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    DECISION_FIELD_NUMBER: _builtins.int
+    EVENTS_FIELD_NUMBER: _builtins.int
+    incarnation: _builtins.int
+    """of the supervisor; reports of an older one than the last are dropped"""
+    action: _builtins.str
+    """of the last decision: "hold", "start", ..."""
+    reason: _builtins.str
+    decision: _builtins.str
+    """the last decision with all terms, as JSON"""
+    @_builtins.property
+    def desired(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """workers by role; empty: nothing plans them"""
+
+    @_builtins.property
+    def actual(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """that serve"""
+
+    @_builtins.property
+    def events(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """the latest ones, oldest first"""
+
+    def __init__(
+        self,
+        *,
+        incarnation: _builtins.int = ...,
+        desired: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        actual: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        action: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        decision: _builtins.str = ...,
+        events: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "actual", b"actual", "decision", b"decision", "desired", b"desired", "events", b"events", "incarnation", b"incarnation", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SupervisorReport: _TypeAlias = SupervisorReport  # noqa: Y015
+
+@_typing.final
+class SupervisorReportReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SupervisorReportReply: _TypeAlias = SupervisorReportReply  # noqa: Y015
+
+@_typing.final
 class Epoch(_message.Message):
     """---------------------------------------------------------------- Session"""
 

@@ -289,6 +289,11 @@ class AnnounceStub(object):
                 request_serializer=twostroke_dot_protos_dot_worker__pb2.Announcement.SerializeToString,
                 response_deserializer=twostroke_dot_protos_dot_worker__pb2.AnnounceReply.FromString,
                 _registered_method=True)
+        self.Report = channel.unary_unary(
+                '/twostroke.v1.Announce/Report',
+                request_serializer=twostroke_dot_protos_dot_worker__pb2.SupervisorReport.SerializeToString,
+                response_deserializer=twostroke_dot_protos_dot_worker__pb2.SupervisorReportReply.FromString,
+                _registered_method=True)
 
 
 class AnnounceServicer(object):
@@ -301,6 +306,13 @@ class AnnounceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Report(self, request, context):
+        """How many workers the cluster's supervisor wants and why, for `status` and metrics. The last report counts.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AnnounceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -308,6 +320,11 @@ def add_AnnounceServicer_to_server(servicer, server):
                     servicer.Announce,
                     request_deserializer=twostroke_dot_protos_dot_worker__pb2.Announcement.FromString,
                     response_serializer=twostroke_dot_protos_dot_worker__pb2.AnnounceReply.SerializeToString,
+            ),
+            'Report': grpc.unary_unary_rpc_method_handler(
+                    servicer.Report,
+                    request_deserializer=twostroke_dot_protos_dot_worker__pb2.SupervisorReport.FromString,
+                    response_serializer=twostroke_dot_protos_dot_worker__pb2.SupervisorReportReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -338,6 +355,33 @@ class Announce(object):
             '/twostroke.v1.Announce/Announce',
             twostroke_dot_protos_dot_worker__pb2.Announcement.SerializeToString,
             twostroke_dot_protos_dot_worker__pb2.AnnounceReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Report(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/twostroke.v1.Announce/Report',
+            twostroke_dot_protos_dot_worker__pb2.SupervisorReport.SerializeToString,
+            twostroke_dot_protos_dot_worker__pb2.SupervisorReportReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -105,6 +105,8 @@ class AnnounceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AnnounceAsyncStub: ...
     Announce: _grpc.StreamStreamMultiCallable[_worker_pb2.Announcement, _worker_pb2.AnnounceReply]
+    Report: _grpc.UnaryUnaryMultiCallable[_worker_pb2.SupervisorReport, _worker_pb2.SupervisorReportReply]
+    """How many workers the cluster's supervisor wants and why, for `status` and metrics. The last report counts."""
 
 @_typing.type_check_only
 class AnnounceAsyncStub(AnnounceStub):
@@ -112,6 +114,8 @@ class AnnounceAsyncStub(AnnounceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Announce: _aio.StreamStreamMultiCallable[_worker_pb2.Announcement, _worker_pb2.AnnounceReply]  # type: ignore[assignment]
+    Report: _aio.UnaryUnaryMultiCallable[_worker_pb2.SupervisorReport, _worker_pb2.SupervisorReportReply]  # type: ignore[assignment]
+    """How many workers the cluster's supervisor wants and why, for `status` and metrics. The last report counts."""
 
 class AnnounceServicer(metaclass=_abc_1.ABCMeta):
     """Served by routers. A worker keeps one stream to every router; its silence is a departure."""
@@ -122,5 +126,13 @@ class AnnounceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_worker_pb2.Announcement],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_worker_pb2.AnnounceReply], _abc.AsyncIterator[_worker_pb2.AnnounceReply]]: ...
+
+    @_abc_1.abstractmethod
+    def Report(
+        self,
+        request: _worker_pb2.SupervisorReport,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.SupervisorReportReply, _abc.Awaitable[_worker_pb2.SupervisorReportReply]]:
+        """How many workers the cluster's supervisor wants and why, for `status` and metrics. The last report counts."""
 
 def add_AnnounceServicer_to_server(servicer: AnnounceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

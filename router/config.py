@@ -10,6 +10,9 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from ..core.config import Section
+from ..core.errors import ConfigError
+from ..text.parsing.parsers import AUTO, parsers_of
+from .keys.digests import DIGEST_PREFIX, check_digest, is_digest
 
 
 def _listed(value: Any) -> Any:
@@ -60,7 +63,15 @@ class RouterConfig(Section):
         None, description="file of the authorities whose certificates clients must show; none: they show none"
     )
     api_keys: tuple[str, ...] = Field(
-        (), repr=False, description="accepted keys, 16 characters or more; none: no authentication"
+        (),
+        repr=False,
+        description="accepted keys, 16 characters or more, or their digests (sha256:...); none: no authentication",
+    )
+    api_key_file: Path | None = Field(
+        None, description="YAML file of more keys with what each allows; read again when it changes"
+    )
+    operator_key: str | None = Field(
+        None, repr=False, description="digest of a key for whoever manages the cluster; `serve` makes one"
     )
     max_body_bytes: int = Field(4 << 20, ge=1024)
     max_bodies_bytes: int = Field(
@@ -95,6 +106,9 @@ class RouterConfig(Section):
     default_max_tokens: int | None = Field(
         None, ge=1, description="of a chat that says nothing; none: until it ends or the context is full"
     )
+    max_wait_s: float = Field(
+        60.0, gt=0, description="longest predicted wait for a free worker; a request that would wait longer gets a 429"
+    )
     request_timeout_s: float = Field(
         3600.0, gt=0, description="longest life of a request; clients give theirs, and leaving ends it at once"
     )
@@ -105,6 +119,12 @@ class RouterConfig(Section):
         30.0,
         ge=0,
         description="how long a request waits for a lost decode worker that no other replaces",
+    )
+    tool_parser: str = Field(
+        AUTO, description="format of the model's tool calls; auto: the chat template's; none: they stay content"
+    )
+    reasoning_parser: str = Field(
+        AUTO, description="format of the model's reasoning; auto: the chat template's; none: it stays content"
     )
     local_prefill: bool = Field(True, description="decode workers may prefill where that is predicted to be quicker")
     resume_grace_s: float = Field(
@@ -145,6 +165,12 @@ class RouterConfig(Section):
         """Refuse keys that are empty or can be guessed. No message shows a key."""
         for place, key in enumerate(keys, 1):
             which = f"key {place} of {len(keys)}"
+            if is_digest(key):
+                try:
+                    check_digest(key)
+                except ValueError as error:
+                    raise ValueError(f"{which} {error}") from None
+                continue
             if not key.strip():
                 raise ValueError(f"{which} is empty: is a variable unset? For no keys, leave the list out")
             if not re.fullmatch("[!-~]+", key):
@@ -160,6 +186,21 @@ class RouterConfig(Section):
             raise ValueError("two of them are the same; give each tenant a key of its own")
         return keys
 
+    @field_validator("operator_key")
+    @classmethod
+    def _is_digest(cls, key: str | None) -> str | None:
+        """Refuse a plain key: only its digest is needed here."""
+        return None if key is None else check_digest(key)
+
+    @model_validator(mode="after")
+    def _has_parsers(self) -> RouterConfig:
+        """Refuse names of parsers that are unknown, or do not go together."""
+        try:
+            parsers_of(None, self.tool_parser, self.reasoning_parser)
+        except ConfigError as error:
+            raise ValueError(error.message) from None
+        return self
+
     @model_validator(mode="after")
     def _has_a_certificate(self) -> RouterConfig:
         """Refuse parts of a certificate without the certificate."""
@@ -170,9 +211,25 @@ class RouterConfig(Section):
     @property
     def may_be_public(self) -> bool:
         """Whether the faces may have an address that others can reach: TLS, and clients who prove who they are."""
-        return self.insecure or bool(self.ssl_certfile and (self.api_keys or self.ssl_ca_certs))
+        return self.insecure or bool(self.ssl_certfile and (self.has_keys or self.ssl_ca_certs))
+
+    @property
+    def has_keys(self) -> bool:
+        """True if clients need a key."""
+        return bool(self.api_keys or self.api_key_file)
+
+    @property
+    def metrics_keys(self) -> tuple[str, ...]:
+        """Keys and digests for /metrics of workers. Workers do not have the file: where it has all keys, none fits."""
+        own = (*self.api_keys, *((self.operator_key,) if self.operator_key else ()))
+        return (own or (f"{DIGEST_PREFIX}{'0' * 64}",)) if self.has_keys else ()
+
+    @property
+    def has_tenants(self) -> bool:
+        """True if clients may be of several tenants."""
+        return len(self.api_keys) > 1 or self.api_key_file is not None
 
     @property
     def num_weak_keys(self) -> int:
         """Number of accepted keys that are shorter than recommended."""
-        return sum(len(key) < GOOD_KEY_CHARS for key in self.api_keys)
+        return sum(len(key) < GOOD_KEY_CHARS and not is_digest(key) for key in self.api_keys)

@@ -16,11 +16,13 @@ from ..core.life import Life
 from .routing.coefficients import FIELDS
 from .routing.engine_totals import EngineTotals
 from .routing.facts import LoadFacts, WorkerFacts, WorkerState
+from .workers.supervision import Supervision
 
 _ERROR_BUCKETS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 4, 8)
 
 DROP_REASONS = ("unknown_request", "stale_epoch", "wrong_worker", "repeated", "gap", "after_end")
 OUTCOMES = ("finished", "rejected", "cancelled", "failed")
+PLANNER_ACTIONS = ("hold", "change_role", "start", "drain", "stop")
 TRANSPORTS = ("grpc", "shm", "none")
 
 
@@ -78,6 +80,18 @@ class RouterMetrics:
         self.kv_bytes_as_bf16 = Counter("twostroke_kv_bytes_as_bf16", "The same KV in bf16", registry=registry)
         self.refetched = Counter("twostroke_kv_blocks_refetched", "KV blocks that arrived damaged", registry=registry)
         self.workers = Gauge("twostroke_workers", "Workers by role and state", ["role", "state"], registry=registry)
+        self._planned = Gauge(
+            "twostroke_planner_workers",
+            "Workers by role that the planner wants (desired) and that serve (actual), as the supervisor reported",
+            ["role", "kind"],
+            registry=registry,
+        )
+        self._last_action = Gauge(
+            "twostroke_planner_last_action",
+            "1 for the action of the planner's last decision",
+            ["action"],
+            registry=registry,
+        )
         self.prefix_entries = Gauge("twostroke_prefix_entries", "Hash blocks in the prefix map", registry=registry)
         self.prefix_dropped = Gauge("twostroke_prefix_entries_dropped", "Forgotten for the bound", registry=registry)
         self.in_flight_tokens = Gauge("twostroke_in_flight_tokens", "Admitted tokens under way", registry=registry)
@@ -159,6 +173,16 @@ class RouterMetrics:
         for role in ("prefill", "decode", "combined"):
             for state in WorkerState:
                 self.workers.labels(role, state.value).set(counts.get((role, state), 0))
+
+    def planned(self, report: Supervision) -> None:
+        """Set what the supervisor reported last."""
+        self._planned.clear()
+        for kind, counts in (("desired", report.desired), ("actual", report.actual)):
+            for role, count in counts.items():
+                self._planned.labels(role, kind).set(count)
+        self._last_action.clear()
+        if report.action in PLANNER_ACTIONS:
+            self._last_action.labels(report.action).set(1)
 
     def load(self, model: str, loads: Iterable[LoadFacts]) -> None:
         """Set a model's sums over its workers."""

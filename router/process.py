@@ -131,6 +131,7 @@ class RouterProcess:
         listener = bound_socket(host, settings.port, PORT_REMEDIES["port"], shared=settings.shared_ports)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         await self._flow.start()
+        self._front.keys.start()
         inner = self._tls.server_credentials() if self._tls else None
         internal = self._flow.internal_server(_INTERNAL_OPTIONS)
         peers_pb2_grpc.add_PeersServicer_to_server(PeerService(self._for_peers()), internal)
@@ -175,6 +176,7 @@ class RouterProcess:
         await self._front.leave()
         await self._flow.close()
         await self._front.close()
+        await self._front.keys.close()
         if self._http and self._http_task:
             self._http.should_exit = True
             if self._connections:
@@ -186,6 +188,7 @@ class RouterProcess:
                 await asyncio.wait_for(self._http_task, 1.0)
         await asyncio.gather(*(server.stop(0.5) for server in self._servers), self._peers.close())
         self._guard.close()
+        self._front.grammars.close()
 
     async def _hear_workers(self) -> None:
         """Before clients come, wait for the workers that the other routers have, for at most `JOIN_S`.

@@ -12,6 +12,7 @@ from ..core.errors import WorkerLost
 from ..core.request import Epoch, Request
 from ..protos import worker_pb2
 from ..router.requests import choosing, delivery
+from ..router.requests.admission.entrance import Entrance
 from ..router.requests.history import RequestHistory
 from ..router.requests.lifecycle import Lifecycle
 from ..router.requests.orders import Orders
@@ -110,6 +111,16 @@ def waiting_requests_are_forgotten() -> AbstractContextManager[None]:
         self._waiting.remove(name)
 
     return instead(Lifecycle, "_look_again", look_again)
+
+
+def free_workers_are_not_noticed() -> AbstractContextManager[None]:
+    """Requests that wait for a free worker are not started when one is."""
+    return instead(Entrance, "wake", lambda self: None)
+
+
+def who_left_the_queue_is_served() -> AbstractContextManager[None]:
+    """A request that ended while it waited for a free worker keeps its place."""
+    return instead(Entrance, "leave", lambda self, name, now_s: False)
 
 
 def admission_keeps_what_failed() -> AbstractContextManager[None]:
@@ -215,6 +226,8 @@ BUGS = (
     Planted(one_loss_is_two_dispatches, ("R9",), 700),
     Planted(work_is_counted_for_ever, ("R1",), 100),
     Planted(waiting_requests_are_forgotten, ("R7",), 100),
+    Planted(free_workers_are_not_noticed, ("L1", "R1"), 300),
+    Planted(who_left_the_queue_is_served, ("R1", "crash"), 300),
     Planted(admission_keeps_what_failed, ("R1",), 100),
     Planted(ids_are_names, ("crash",), 550),
     Planted(ids_in_use_are_everybodys, ("S1",), 300),

@@ -16,7 +16,7 @@ from ..core.timeline import Instant, Timeline
 from ..kv.block import BlockIdentity
 from ..kv.keys import PromptHasher
 from ..protos import worker_pb2
-from ..router.requests.admission import AdmissionLimits
+from ..router.requests.admission.bounds import AdmissionLimits
 from ..router.requests.explain import explain_run
 from ..router.requests.history import RequestHistory
 from ..router.requests.lifecycle import Lifecycle
@@ -246,7 +246,7 @@ class RouterNode:
         if len(self.life.runs.open) != self._num_streams:
             raise Violation("R1", f"{self._num_streams} streams are open, {len(self.life.runs.open)} are known")
         for run in active.values():
-            if run.stage is Stage.ROUTING and run.name not in self.life._waiting:
+            if run.stage is Stage.ROUTING and run.name not in self.life._waiting and run.name not in self.life.entrance:
                 raise Violation("R7", f"{run.name} belongs to no worker, and none is looked for")
         if len(admission) != len(active):
             raise Violation("R1", f"{len(admission)} requests are admitted, {len(active)} are under way")
@@ -261,8 +261,8 @@ class RouterNode:
         if counted:
             raise Violation("R1", f"after the drain work is still counted against {counted}")
         admission, prefixes = self.life.admission, self.roster.prefixes
-        if admission.tokens or admission._share_by_tenant:
-            raise Violation("R1", f"after the drain tenants still have {admission._share_by_tenant}")
+        if admission.tokens or self.life.entrance.waiting_tokens:
+            raise Violation("R1", f"after the drain {admission.tokens} tokens are still admitted")
         prefixes.check_integrity()
         prefixes.tick(self.world.now_s() + PREDICTIONS_END_S)
         if prefixes.num_predicted:

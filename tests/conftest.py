@@ -13,8 +13,11 @@ import re
 from collections.abc import Callable
 
 import pytest
+from support.pickles import Watch
 from support.recorded import REWRITTEN, Recorded
 from support.shares import dealt
+
+PICKLES = Watch()
 
 if os.environ.get("TWOSTROKE_TEST_GPU") != "1":
     os.environ["TRITON_INTERPRET"] = "1"
@@ -56,6 +59,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         items[:] = dealt(items, num_processes, lambda item: item.nodeid.split("::")[0], SLOW_TO_START.match)
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """The run fails if any of its processes unpickled something."""
+    if PICKLES.seen():
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     reports = terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
     paths = {value for report in reports for name, value in report.user_properties if name == REWRITTEN}
@@ -63,3 +72,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section(f"{len(paths)} recorded files rewritten; read them with git diff")
     for path in sorted(paths):
         terminalreporter.line(str(path))
+    lines = PICKLES.seen()
+    if lines:
+        terminalreporter.section(f"unpickled {len(lines)} times (support/pickles.py)", red=True)
+    for line in lines[:20]:
+        terminalreporter.line(line)
+    PICKLES.close()

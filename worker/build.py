@@ -31,6 +31,7 @@ from ..model.resolved import DeviceKind, ResolvedModel, needs_of_ranks, resolve
 from ..model.runner import Runner
 from ..model.weights.tensors import weights_fingerprint
 from ..prefill_worker.policy import prefill_policy
+from ..text.grammar import GrammarCompiler
 from ..text.incremental import check_decoder
 from ..text.tokenizer import Tokenizer
 from .automatic import SizedWorker, size_worker
@@ -110,6 +111,7 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> BuiltEngine:
         if ranks is not None:
             ranks.close()
         raise
+    runner.serve_grammars(GrammarCompiler(tokenizer, model.vocab_size, model.eos_ids).start)
     limits = StepLimits(step.max_num_seqs, step.max_num_batched_tokens, step.max_waiting, target_ms=step.target_ms)
     roles = {
         Role.PREFILL: prefill_policy(limits),

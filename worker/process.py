@@ -57,6 +57,8 @@ log = logging.getLogger(__name__)
 CAPABILITIES = (*pairing.CAPABILITIES, "blocks.fetch.1", "session.1")
 READY_S = 600.0  # longest time to load and warm up a large model
 PORT_REMEDY = "--port, or 0 for any"
+HAND_BACK_S = 1.5  # of a stop's grace: what still runs then is cancelled and goes on at other workers
+HAND_BACK_SHARE = 0.2  # at most, of a short grace
 STOP_S = 5.0  # longest time for the engine's last step
 
 
@@ -153,14 +155,17 @@ class WorkerProcess:
         log.info("%s (%s) serves at %s", self.settings.worker_id, self.role.value, self.address)
 
     async def stop(self, grace_s: float) -> None:
-        """Tell the routers, drain for at most `grace_s`, end the engine, free all resources. Idempotent."""
+        """Tell the routers, drain, end the engine, free all resources; `grace_s` bounds all of it but the last step.
+
+        Idempotent.
+        """
         if self._is_stopping:
             return
         self._is_stopping = True
         if self._announcer is not None:
             await self._announcer.leave()  # first, so that no router sends new work while the running work ends
         if self._server is not None:
-            await self.drain(grace_s)
+            await self.drain(grace_s - min(HAND_BACK_S, grace_s * HAND_BACK_SHARE))
         if self._server is not None:
             await self._server.stop(0.2)
         if self._scrapes is not None:

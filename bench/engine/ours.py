@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from protocol import MAX_BATCH, NEW_TOKENS, PROMPT_TOKENS, RAMP_TOKENS, Trace, arguments, serve
@@ -25,7 +27,7 @@ from twostroke.engine.link.messages import Ended, LoadNews, Source, StepTokens, 
 from twostroke.engine.link.thread_link import ThreadLink
 from twostroke.engine.loop import Engine
 from twostroke.engine.policy import StepLimits
-from twostroke.kernels.cpu.build import built_library
+from twostroke.kernels.cpu.build import build, built_library
 from twostroke.kv.block import chain
 from twostroke.kv.cache.pool import BlockPool
 from twostroke.kv.cache.prefix import PrefixCache
@@ -58,7 +60,7 @@ class Ours:
             num_threads=self.given.threads,
         )
         config = ModelConfig(quantization=self.given.variant)
-        runner = load_runner(resolve(self.given.checkpoint / "hf", config, "auto", "cpu", built_library), options)
+        runner = load_runner(resolve(self.given.checkpoint / "hf", config, "auto", "cpu", _library), options)
         step = StepConfig()
         # Prompts in whole steps, as the peers compute them: in service they give way to streams (`step.target_ms`), and
         # the first sequences of a batch would end before the last begins to decode.
@@ -143,6 +145,12 @@ class Ours:
         """End the engine's thread."""
         self.link.send(Stop())
         self.engine.join(TIMEOUT_S)
+
+
+def _library() -> Path:
+    """The kernels: exactly this machine's, or those of the instruction set that the campaign compares."""
+    isa = os.environ.get("TWOSTROKE_BENCH_ISA")
+    return build((f"-march={isa}",)) if isa else built_library()
 
 
 def _weight_bytes(quantization: str) -> int:

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,19 +60,33 @@ ENTRIES = (
     Entry("vllm bf16, compiled", "peer_vllm.py", "compiled", "16-bit", "vllm"),
 )
 LIMITS = Entry("machine", "limits.py", "", "limits")
+AVX2 = "x86-64-v3"
+"""The compiler's name for a machine with AVX2 and FMA, and without AVX-512."""
+_AVX2_ENTRIES = ("twostroke", "llama.cpp q8_0", "openvino")  # those that can be kept to AVX2
+_AVX2_SURROUNDINGS = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "TWOSTROKE_BENCH_ISA": AVX2}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all contestants are given."""
+
+    checkpoint: Path
+    threads: int
+    isa: str | None = None  # AVX2, or None for all that this machine has
 
 
 class Seat:
     """A contestant's process. Stopped whenever it is not asked."""
 
-    def __init__(self, entry: Entry, python: Path, checkpoint: Path, threads: int, log: Path) -> None:
+    def __init__(self, entry: Entry, python: Path, work: Work, log: Path) -> None:
         self.entry = entry
-        command = [str(python), str(HERE / entry.script), "--checkpoint", str(checkpoint)]
-        command += ["--variant", entry.variant, "--threads", str(threads)]
+        command = [str(python), str(HERE / entry.script), "--checkpoint", str(work.checkpoint)]
+        command += ["--variant", entry.variant, "--threads", str(work.threads)]
         surroundings = {
             name: value for name, value in os.environ.items() if not name.startswith(("PYTHONPATH", "VIRTUAL_ENV"))
         }
-        surroundings["OMP_NUM_THREADS"] = str(threads)
+        surroundings["OMP_NUM_THREADS"] = str(work.threads)
+        surroundings |= _AVX2_SURROUNDINGS if work.isa == AVX2 else {}
         log.parent.mkdir(parents=True, exist_ok=True)
         self._partial = b""
         with log.open("w") as errors:
@@ -154,6 +168,12 @@ def python_of(entry: Entry, own: str) -> Path:
     return Path(own) if entry.environment is None else environments.BY_NAME[entry.environment].python
 
 
-def chosen(names: Sequence[str]) -> list[Entry]:
-    """Entries whose name begins with one of `names`; all without any."""
-    return [entry for entry in ENTRIES if not names or entry.name.startswith(tuple(names))]
+def chosen(names: Sequence[str], isa: str | None = None) -> list[Entry]:
+    """Entries whose name begins with one of `names`; all without any; of those the ones that can be kept to `isa`."""
+    entries = [entry for entry in ENTRIES if not names or entry.name.startswith(tuple(names))]
+    if isa is None:
+        return entries
+    entries = [entry for entry in entries if entry.name.startswith(_AVX2_ENTRIES)]
+    return [
+        replace(entry, environment="llama_cpp_avx2") if entry.environment == "llama_cpp" else entry for entry in entries
+    ]

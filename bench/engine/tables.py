@@ -51,6 +51,7 @@ def body(entries: Sequence[Entry], results: Results) -> str:
         f"random ids, {NEW_TOKENS} new tokens, greedy, end token ignored; {results.threads} threads; {results.rounds} "
         f"interleaved rounds, one contestant computing while all others are stopped. Tokens per second, median "
         f"(lowest–highest); decode counts only steps in which every sequence of the batch decodes.",
+        f"Everybody is kept to {results.isa} (AVX2 and FMA), and this machine has more." if results.isa else "",
         _throughput(entries, results),
         _goals(entries, results),
         _own(results),
@@ -119,6 +120,8 @@ def _own(results: Results) -> str:
 def _limits(results: Results) -> str:
     names = {
         "read_gb_per_s": "memory reads, GB/s",
+        "float_tmul_per_s": "float32 products in registers, 10^12/s",
+        "byte_tmul_per_s": "byte products in registers, 10^12/s",
         "bf16_tflop_per_s": "bf16 2048³, TFLOP/s",
         "int8_top_per_s": "int8 2048³, TOP/s",
     }

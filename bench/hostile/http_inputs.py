@@ -43,6 +43,13 @@ def bodies() -> Iterator[Body]:
     yield Body("fields of a message", CHAT, fields, True)
     options = b'{"messages":[%s],"chat_template_kwargs":{%s}}' % (_TURN, _fields(270_000))
     yield Body("template options", CHAT, options, True)
+    patterns = b",".join(b'{"type":"string","pattern":".*a%d.*"}' % number for number in range(200))
+    yield Body("patterns of a schema", COMPLETIONS, _ruled(b'"guided_json":{"allOf":[%s]}' % patterns), False)
+    yield Body(
+        "depth of a schema", COMPLETIONS, _ruled(b'"guided_json":' + b'{"items":' * 55 + b"{}" + b"}" * 55), False
+    )
+    yield Body("a long schema", COMPLETIONS, _ruled(b'"guided_json":{"enum":[%s]}' % (b"1," * 600_000 + b"1")), False)
+    yield Body("repeats of a regex", COMPLETIONS, _ruled(b'"guided_regex":"((((a{100}){100}){100}){100})"'), False)
     yield Body("messages", CHAT, b'{"messages":[' + b",".join([_TURN] * 130_000) + b"]}", True)
 
 
@@ -63,3 +70,7 @@ def _prompt(item: bytes, num_items: int) -> bytes:
 
 def _fields(num_fields: int) -> bytes:
     return b",".join(b'"f%d":1' % place for place in range(num_fields))
+
+
+def _ruled(rule: bytes) -> bytes:
+    return b'{"prompt":"x","max_tokens":4,%s}' % rule

@@ -107,7 +107,7 @@ def worker_settings(site: Site, member: ProcessPlan) -> WorkerSettings:
         insecure=config.router.insecure,
         tls=site.tls_of(Caller.WORKER),
         metrics_port=member.metrics_port,
-        metrics_keys=config.router.api_keys,
+        metrics_keys=config.router.metrics_keys,
         routers=site.internal_addresses,
         cluster_key=config.cluster.key,
         orphan_grace_s=config.cluster.orphan_grace_s,

@@ -24,10 +24,10 @@ class PlannerConfig(Section):
     kv_target_fraction: float = Field(0.8, gt=0, lt=1, description="share of decode's KV pools that may be in use")
     seats_target_fraction: float = Field(0.9, gt=0, le=1, description="share of decode's sequences per step in use")
     prefill_busy_fraction: float = Field(0.9, gt=0, lt=1, description="share of its time that prefill may compute")
-    min_prefill_workers: int = Field(1, ge=1, le=1024)
-    max_prefill_workers: int = Field(64, ge=1, le=1024)
-    min_decode_workers: int = Field(1, ge=1, le=1024)
-    max_decode_workers: int = Field(64, ge=1, le=1024)
+    min_prefill_workers: int = Field(1, ge=1, le=1024, description="never fewer prefill workers")
+    max_prefill_workers: int = Field(64, ge=1, le=1024, description="never more prefill workers")
+    min_decode_workers: int = Field(1, ge=1, le=1024, description="never fewer decode workers")
+    max_decode_workers: int = Field(64, ge=1, le=1024, description="never more decode workers")
     min_workers: int = Field(2, ge=2, le=1024, description="of both roles together")
     max_workers: int | None = Field(
         None, ge=2, le=1024, description="of both roles together; none: as many as are configured: only roles change"

@@ -6,7 +6,8 @@ In this order, one action per decision:
 2. A worker that drained and has no work is stopped.
 3. A role with too few workers gets one of the other's spare ones; where both are short and no worker can be started at
    once, they share what is there.
-4. If the forecast for the end of a start-up needs more than there are, so many are started.
+4. If the forecast for the end of a start-up needs more than there are, so many are started; none for a time to the
+   first token that one prompt alone misses, and none for a while after a start was refused or failed.
 5. If the need, with hysteresis, was lower for a whole cool-down, the surplus is drained.
 
 A change of roles and a change of machines may be under way at the same time, two of one kind may not.
@@ -40,6 +41,8 @@ class Planner:
         self._needed: deque[tuple[float, int]] = deque()  # within the cool-down; falling, so the first is the most
         self._watched_since_s: float | None = None
         self._role_changed_s = self._machines_changed_s = float("-inf")
+        self._refusal = ""
+        self._refused_until_s = float("-inf")
         self.log = DecisionLog(config.log_decisions)
 
     def decide(self, observation: Observation | None, now_s: float, num_owned: int | None = None) -> Decision:
@@ -47,6 +50,15 @@ class Planner:
         decision = self._decide(observation, now_s, num_owned)
         self.log.add(decision)
         return decision
+
+    def refused(self, count: int, reason: str, now_s: float) -> None:
+        """`count` of the workers that the last `Start` named do not come: there is no room, or they do not serve."""
+        self._pending.refused(count)
+        self._refusal, self._refused_until_s = reason, now_s + self._config.start_up_s
+
+    def refusal(self, now_s: float) -> str:
+        """Why no worker can be started at this time; empty: one can."""
+        return self._refusal if now_s < self._refused_until_s else ""
 
     def _decide(self, observation: Observation | None, now_s: float, num_owned: int | None) -> Decision:
         if observation is None:
@@ -127,6 +139,7 @@ class _Turn:
                 max(self.later.decode, self._needs.decode_now(more)),
             )
         )
+        self._refusal = planner.refusal(now_s)
         self.in_window = planner._most_needed(self.with_hysteresis.total, now_s)
 
     def terms(self) -> Terms:
@@ -183,7 +196,7 @@ class _Turn:
             )
         # While workers can be started at once, that comes first: a worker that moves makes the other role short.
         if have.total < want.total and (
-            self._pending.changes_machines or self.present + self.leaving >= self._bounds.most
+            self._pending.changes_machines or self.present + self.leaving >= self._bounds.most or self._refusal
         ):
             target = divided(want, have.total, self._bounds)
             if after.of(role) <= target.of(role) and is_better(after, have, want, self._config.hysteresis_fraction):
@@ -202,7 +215,7 @@ class _Turn:
         return have - max(self._bounds.least(role), self._needs.decode_now(more))
 
     def _start(self) -> tuple[Action, str] | None:
-        if self._pending.changes_machines or self._pending.changes_role:
+        if self._pending.changes_machines or self._pending.changes_role or self._refusal:
             return None
         room = self._bounds.most - self.present - self.leaving
         count = min(room, self.later.total - self.present)
@@ -247,12 +260,16 @@ class _Turn:
     def _why_not(self) -> str:
         if self._pending.failures:
             return "; ".join(self._pending.failures)
+        if self._refusal and self.later.total > self.present:
+            return f"{self.later.total} workers are needed, {self.present} are there, and no more come: {self._refusal}"
         if self._needs.prefill is None:
             return "no worker has measured its prefill speed yet"
         if self.later.total > self.present + self.leaving and self.present + self.leaving >= self._bounds.most:
             return f"{self.later.total} workers are needed, and {self._bounds.most} are the most"
         if self.present > self.in_window:
             return f"{self.present} are there, {self.in_window} were enough; cool-down or an action under way"
+        if self._needs.is_out_of_reach:
+            return "one prompt alone takes longer than the target for the first token: more workers cannot help it"
         return f"{self.now.prefill} prefill and {self.now.decode} decode workers are needed and there"
 
 

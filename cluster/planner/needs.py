@@ -11,7 +11,15 @@ from .config import PlannerConfig
 from .decision import Terms
 from .estimates import Estimates
 from .observation import Observation, WorkerReport, prefill_ms
-from .queueing import DecodeLimits, DecodeLoad, PrefillLoad, PrefillTarget, decode_workers, prefill_workers
+from .queueing import (
+    DecodeLimits,
+    DecodeLoad,
+    PrefillLoad,
+    PrefillTarget,
+    decode_workers,
+    misses_alone,
+    prefill_workers,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +40,11 @@ class Needs:
     def prefill_later(self, have: int) -> int:
         """Prefill workers for the load when a worker started now would serve."""
         return have if self.prefill_forecast is None else prefill_workers(self.prefill_forecast, self.target)
+
+    @property
+    def is_out_of_reach(self) -> bool:
+        """True if one prompt alone misses the target, so that no worker is started for it."""
+        return self.prefill is not None and misses_alone(self.prefill, self.target)
 
     def decode_now(self, more: float = 0.0) -> int:
         """Decode workers for the present load, or for a share `more` above it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...core.request import Role
 from .config import PlannerConfig
@@ -64,6 +64,13 @@ class Pending:
     def start(self, roles: tuple[Role, ...], observation: Observation, now_s: float) -> None:
         """A start was decided."""
         self._starting = _Starting(roles, frozenset(worker.name for worker in observation.workers), now_s)
+
+    def refused(self, count: int) -> None:
+        """So many of the workers that were to start do not come; the last of them."""
+        starting = self._starting
+        if starting is not None:
+            roles = starting.roles[: max(0, len(starting.roles) - count)]
+            self._starting = replace(starting, roles=roles) if roles else None
 
     def drain(self, workers: tuple[str, ...], now_s: float) -> None:
         """A drain was decided."""

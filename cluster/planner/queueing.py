@@ -6,6 +6,9 @@
     decode    smallest n with   step <= target,   X / n * step <= kv_target * pool,   Y / n * step <= seats
                                 where step = c0 / (1 - c1 * X / n)
 
+Where s alone exceeds the target (or c0 does, of decode), workers cannot bring it back: only the work counts then, so
+that queues do not grow without end.
+
 A: work that arrives, in worker-seconds per second; s: mean time of one prompt. X = K / step and Y = B / step, per ms,
 of K tokens of KV in use and B sequences: what is asked of decode, whatever its number of workers. K is no demand: with
 fewer workers a step takes longer, so a sequence stays longer (Little's law) and K grows. A step reads the weights
@@ -28,6 +31,7 @@ import math
 from dataclasses import dataclass
 
 MOST_WORKERS = 4096  # more is no plan
+LEAST_PATIENCE = 0.5  # of the target may be waited, also where a prompt takes most of it: else the need has no bound
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +65,18 @@ def wait_quantile_s(load: PrefillLoad, num_workers: int, quantile: float) -> flo
     return mean_s * math.log(waits / (1 - quantile))
 
 
+def misses_alone(load: PrefillLoad, target: PrefillTarget) -> bool:
+    """True if the mean prompt takes longer than the target on an idle worker: no number of workers can help."""
+    return load.mean_s >= target.ttft_s
+
+
 def prefill_workers(load: PrefillLoad, target: PrefillTarget) -> int:
-    """Fewest workers that hold the target. A prompt that alone takes longer than the target gets half of it to wait."""
-    patience_s = max(target.ttft_s - load.mean_s, target.ttft_s / 2)
-    least = max(1, math.ceil(load.work / target.busy), math.ceil(load.backlog_s / patience_s))
+    """Fewest workers that hold the target. Where one prompt alone misses it, only as many as the work keeps busy."""
+    least = max(1, math.ceil(load.work / target.busy))
+    if misses_alone(load, target):
+        return min(least, MOST_WORKERS)
+    patience_s = max(target.ttft_s - load.mean_s, target.ttft_s * LEAST_PATIENCE)
+    least = max(least, math.ceil(load.backlog_s / patience_s))
     for num_workers in range(least, MOST_WORKERS):
         if wait_quantile_s(load, num_workers, target.attainment) <= patience_s:
             return num_workers

@@ -31,6 +31,7 @@ ALLOWED: dict[str, frozenset[Caller]] = {
     "/twostroke.v1.Peers/FindKey": frozenset({Caller.ROUTER}),
     "/twostroke.v1.Peers/Report": frozenset({Caller.ROUTER}),
     "/twostroke.v1.Peers/Metrics": frozenset({Caller.ROUTER}),
+    "/twostroke.v1.Announce/Report": frozenset({Caller.OPERATOR}),
     "/twostroke.v1.Worker/Session": frozenset({Caller.ROUTER}),
     "/twostroke.v1.Worker/Watch": frozenset({Caller.ROUTER}),
     "/twostroke.v1.Worker/Describe": frozenset({Caller.ROUTER, Caller.OPERATOR}),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ssl
-from typing import Any
 
 import grpc
 
 from ..errors import ConfigError
 from .config import TlsConfig
+from .credentials import rotating_credentials
 from .handshake import Pem, reason_of, server_context
 from .pem import PemSource
 
@@ -43,23 +43,7 @@ class FaceTls:
 
     def grpc_credentials(self) -> grpc.ServerCredentials:
         """Credentials for gRPC servers."""
-        used = self._source.current()
-
-        def changed() -> Any:
-            nonlocal used
-            present = self._source.current()
-            if present is used:
-                return None
-            used = present
-            return self._configuration(present)
-
-        return grpc.dynamic_ssl_server_credentials(
-            self._configuration(used), changed, require_client_authentication=self.wants_certificates
-        )
-
-    def _configuration(self, pem: Pem) -> Any:
-        authorities = pem.ca if self.wants_certificates else None
-        return grpc.ssl_server_certificate_configuration([(pem.key, pem.chain)], root_certificates=authorities)
+        return rotating_credentials(self._source.current, wants_certificates=self.wants_certificates)
 
     def _present(self) -> ssl.SSLContext:
         pem = self._source.current()

@@ -13,6 +13,7 @@ import grpc.aio
 from ..errors import ConfigError
 from .callers import Caller, caller_in, name_of, uri_of
 from .config import TlsConfig
+from .credentials import rotating_credentials
 from .handshake import Pem, names_in, why_refused
 from .pem import PemSource
 
@@ -52,20 +53,7 @@ class TlsIdentity:
 
     def server_credentials(self) -> grpc.ServerCredentials:
         """Credentials that want a certificate of every client. Each new connection uses the present certificates."""
-        used = self.current()
-
-        def changed() -> Any:
-            """The certificates of a new connection; None: those of the one before."""
-            nonlocal used
-            present = self.current()
-            if present is used:
-                return None
-            used = present
-            return _server_configuration(present)
-
-        return grpc.dynamic_ssl_server_credentials(
-            _server_configuration(used), changed, require_client_authentication=True
-        )
+        return rotating_credentials(self.current, wants_certificates=True)
 
     def channel(self, address: str, callee: Caller, options: Sequence[tuple[str, Any]] | None) -> grpc.aio.Channel:
         """A channel with the present certificates to a process of the role `callee`."""
@@ -125,7 +113,3 @@ def add_port(server: grpc.aio.Server, address: str, credentials: grpc.ServerCred
     if credentials is None:
         return int(server.add_insecure_port(address))
     return int(server.add_secure_port(address, credentials))
-
-
-def _server_configuration(pem: Pem) -> Any:
-    return grpc.ssl_server_certificate_configuration([(pem.key, pem.chain)], root_certificates=pem.ca)

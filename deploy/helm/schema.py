@@ -66,7 +66,7 @@ class Settings(Values):
         RouterConfig,
         without={
             *("host", "port", "grpc_port", "internal_host", "internal_port", "insecure", "api_keys"),
-            *("name", "shared_ports"),
+            *("name", "shared_ports", "operator_key"),
         },
     ) = Field(default_factory=dict)
 

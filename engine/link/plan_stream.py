@@ -52,7 +52,7 @@ def expected_step(
     last: SequenceStep, token_id: int, blocks: tuple[BlockId, ...] = (), uses: tuple[int, ...] = ()
 ) -> SequenceStep:
     """The next step of a decoding sequence: computes `token_id`, over the same blocks and those that were added."""
-    key, start, ids, table, generations, _, params, number, _, _, adapter, _, _, history, _ = last
+    key, start, ids, table, generations, _, params, number, _, _, adapter, _, history, _ = last
     if blocks:
         table += blocks
     if uses:
@@ -60,7 +60,7 @@ def expected_step(
     if history is not None:
         history = History(history.prompt_ids, (*history.output_ids, token_id))
     # By keywords this takes three times as long, and a step has one per sequence.
-    rest = (False, None, adapter, None, (), history, ())
+    rest = (False, None, adapter, (), history, ())
     return SequenceStep._make((key, start + len(ids), (token_id,), table, generations, True, params, number + 1, *rest))
 
 
@@ -69,10 +69,8 @@ def _is_expected(step: SequenceStep, last: SequenceStep) -> bool:
 
     Compares objects by identity: a decoding sequence keeps its blocks and parameters from step to step.
     """
-    _, start, ids, table, uses, samples, params, number, tail, place, adapter, mask, drafts, history, targets = step
-    _, last_start, last_ids, last_table, last_uses, _, last_params, last_number, _, _, last_adapter, _, _, past, _ = (
-        last
-    )
+    _, start, ids, table, uses, samples, params, number, tail, place, adapter, drafts, history, targets = step
+    _, last_start, last_ids, last_table, last_uses, _, last_params, last_number, _, _, last_adapter, _, past, _ = last
     return (
         table is last_table
         and uses is last_uses
@@ -82,7 +80,6 @@ def _is_expected(step: SequenceStep, last: SequenceStep) -> bool:
         and len(ids) == 1
         and samples
         and place is None
-        and mask is None
         and adapter == last_adapter
         and not (tail or drafts or targets)
         and (history is past is None or _is_next(history, past, ids[0]))

@@ -46,8 +46,8 @@ class Steady:
         """Begin again with the steps of a message of another kind."""
         self._steps, self._columns = steps, tuple(zip(*steps, strict=True))
         n = len(steps)
-        # seals_tail, from_place, logits_mask, draft_ids, history, targets
-        self._plain = (False,) * n, (None,) * n, (None,) * n, ((),) * n, (None,) * n, ((),) * n
+        # seals_tail, from_place, draft_ids, history, targets
+        self._plain = (False,) * n, (None,) * n, ((),) * n, (None,) * n, ((),) * n
 
     def put(self, message: int, plan: StepPlan) -> bytes | None:
         """The message of a plan; None: it is not steady, and nothing has changed here."""
@@ -56,9 +56,9 @@ class Steady:
         now, last = tuple(zip(*plan.sequences, strict=True)), self._columns
         if not now or now[0] != last[0]:
             return None
-        _, starts, ids, tables, uses, samples, params, numbers, tails, places, adapters, masks, *rest = now
+        _, starts, ids, tables, uses, samples, params, numbers, tails, places, adapters, *rest = now
         if (
-            (tails, places, masks, *rest) != self._plain
+            (tails, places, *rest) != self._plain
             or adapters != last[10]
             or params != last[6]
             or not all(samples)
@@ -107,12 +107,12 @@ class Steady:
         if not last:
             return StepPlan(number, ())
         keys, _, _, tables, uses, _, params, numbers, _, _, adapters, *_ = last
-        tails, places, masks, drafts, histories, targets = self._plain
+        tails, places, drafts, histories, targets = self._plain
         if growths:
             tables, uses = _grown(growths, list(tables), list(uses))
         now = (
             *(keys, _next_starts(last), list(zip(tokens, strict=True)), tables, uses, (True,) * num_tokens, params),
-            *([number + 1 for number in numbers], tails, places, adapters, masks, drafts, histories, targets),
+            *([number + 1 for number in numbers], tails, places, adapters, drafts, histories, targets),
         )
         steps: tuple[SequenceStep, ...] = tuple(map(_make_step, zip(*now, strict=True)))
         self._steps, self._columns = steps, now

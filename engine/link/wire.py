@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ...core.request import FinishReason, Role, SamplingParams, SequenceKey, TokenLogprobs
+from ...core.request import FinishReason, Grammar, Role, SamplingParams, SequenceKey, TokenLogprobs
 from ...core.tally import Spread
 from ...kv.section import SectionData
 from ..link import messages as m
@@ -29,7 +29,7 @@ CLASSES: tuple[Any, ...] = (
     *(m.BlocksFetched, m.Ended, m.CacheDelta, m.CacheSnapshot, m.LoadNews),
     *(SequenceKey, SamplingParams, TokenLogprobs, Spread, SectionData),
     *(History, SampledPlace, SequenceStep, StepPlan, StepResult),
-    *(ReadOp, WriteOp, FetchOp, SwapOutOp, SwapInOp),
+    *(ReadOp, WriteOp, FetchOp, SwapOutOp, SwapInOp, Grammar),
 )
 ENUMS: tuple[type[Enum], ...] = (m.Source, FinishReason, Role)
 

@@ -47,12 +47,17 @@ class Adjuster:
         logits_mask: bytes | None,
     ) -> None:
         """Apply, in this order: mask, bad words, `ends` (tokens that would end the text too early), bias, penalties."""
+        banned = self._words.of(params.bad_words).forbidden(history.output_ids) if params.bad_words else []
+        forbidden = [*banned, *ends]
         if logits_mask is not None:
             packed = np.frombuffer(logits_mask, np.uint8)
-            row[np.flatnonzero(np.unpackbits(packed, count=len(row), bitorder="little") == 0)] = _MINUS_INFINITY
-        banned = self._words.of(params.bad_words).forbidden(history.output_ids) if params.bad_words else []
-        if banned or ends:
-            row[[*banned, *ends]] = _MINUS_INFINITY
+            allowed = np.unpackbits(packed, count=len(row), bitorder="little")
+            np.copyto(row, _MINUS_INFINITY, where=allowed == 0)  # several times as fast as by indices
+            if forbidden:
+                allowed[forbidden] = 0
+                forbidden = forbidden if allowed.any() else []  # the grammar goes first
+        if forbidden:
+            row[forbidden] = _MINUS_INFINITY
         if params.logit_bias:
             ids, biases = self._biases.of(params.logit_bias)
             row[ids] += biases

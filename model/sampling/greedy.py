@@ -23,7 +23,7 @@ _INFINITY = float("inf")
 def all_greedy(plan: StepPlan) -> bool:
     """Return whether every sequence needs only its likeliest token, and no logprobs or changed logits."""
     for step in plan.sequences:
-        if step.targets or (step.samples and not is_plain(step.params, step.num_generated, step.logits_mask)):
+        if step.targets or (step.samples and not is_plain(step.params, step.num_generated, None)):
             return False
     return True
 

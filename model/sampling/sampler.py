@@ -3,7 +3,7 @@
 Order in which a request's parameters apply (the same as vLLM's; each step works on the result of the one before):
 
     1. logprobs are computed from the model's own logits (sampling/logprobs.py)
-    2. the logits mask: tokens that structured output allows
+    2. the logits mask: tokens that structured output allows. If 3 and 4 would leave none of them, they do not apply
     3. bad_words: the last token of a word is forbidden when its beginning was just generated
     4. min_tokens: end-of-sequence tokens and stop_token_ids are forbidden until min_tokens are generated
     5. logit_bias is added
@@ -79,8 +79,11 @@ class Sampler:
         self._adjuster = Adjuster()
         self._scorer = Scorer()
 
-    def sample(self, logits: F32, draws: Sequence[Draw], known: Extremes | None = None) -> list[Outcome]:
-        """Sample one token per row of logits [len(draws), vocab]; logits stay the same. `known`: the rows' extremes."""
+    def sample(self, logits: F32, draws: Sequence[Draw | None], known: Extremes | None = None) -> list[Outcome]:
+        """Sample one token per row of logits [len(draws), vocab]; logits stay the same. `known`: the rows' extremes.
+
+        A row without a draw gets an outcome that means nothing, unless it is None: the row is not a distribution.
+        """
         assert len(logits) == len(draws), (logits.shape, len(draws))
         if not draws:
             return []
@@ -89,7 +92,7 @@ class Sampler:
         return [
             # A row with a NaN has NaN as its least number; minus infinity fails this test too.
             None if not (-least[i] < _INFINITY and greatest[i] < _INFINITY)
-            else Sampled(best[i], None) if is_plain(draw.params, draw.position, draw.logits_mask)
+            else Sampled(best[i], None) if draw is None or is_plain(draw.params, draw.position, draw.logits_mask)
             else self._outcome(logits[i], draw, best[i])
             for i, draw in enumerate(draws)
         ]  # fmt: skip

@@ -17,6 +17,7 @@ from ..ops.extremes import Extremes
 from ..ops.products import TILE_ROWS
 from ..ops.seam import Logits
 from .logprobs import Scorer
+from .masks import NO_MASKS, Masks
 from .noise import F32
 from .sampler import Draw, Failed, Sampler
 
@@ -35,6 +36,7 @@ class StepOutputs(NamedTuple):
     logprobs: dict[SequenceKey, tuple[TokenLogprobs, ...]]
     prompt_logprobs: dict[SequenceKey, tuple[TokenLogprobs, ...]]
     failed: dict[SequenceKey, str]
+    deferred: frozenset[SequenceKey] = frozenset()
 
 
 class StepSampler:
@@ -61,9 +63,19 @@ class StepSampler:
         self._rows_at_once = max(1, SCORED_NUMBERS // (vocab_size * TILE_ROWS)) * TILE_ROWS
 
     def run(
-        self, plan: StepPlan, batch: StepBatch, rows: Tensor, bad: set[SequenceKey], last: Sequence[int]
+        self,
+        plan: StepPlan,
+        batch: StepBatch,
+        rows: Tensor,
+        bad: set[SequenceKey],
+        last: Sequence[int],
+        *,
+        take_masks: Callable[[StepPlan, Sequence[int]], Masks] | None = None,
     ) -> StepOutputs:
-        """Sample a step. `rows`: hidden rows of the batch. `last`: token id of each sequence's last row."""
+        """Sample a step. `rows`: hidden rows of the batch. `last`: token id of each sequence's last row.
+
+        `take_masks`: asked after the logits are computed, if the plan has grammars.
+        """
         spoken = StepOutputs([() for _ in plan.sequences], {}, {}, {})
         for i, step in enumerate(plan.sequences):
             if step.targets and step.key not in bad:
@@ -78,10 +90,19 @@ class StepSampler:
         logits = self._to_logits(batch.spoken(rows))
         if not self._draws:
             return spoken
-        draws = [_draw(plan.sequences[i], last[i]) for i in batch.sampled]
+        masks = NO_MASKS if take_masks is None else take_masks(plan, last)
+        for key, why in masks.failed.items():
+            _log.warning("%s: its grammar failed: %r", key, why)
+            spoken.failed.setdefault(key, f"structured_outputs: {str(why)[:300]}")
+        draws = [_draw(plan.sequences[i], last[i], masks) for i in batch.sampled]
+        for i, draw in zip(batch.sampled, draws, strict=True):
+            if draw is None and (key := plan.sequences[i].key) not in masks.deferred:
+                spoken.failed.setdefault(key, "structured_outputs: this worker makes no masks")
         tokens = self._sampler.sample(logits.rows.numpy()[: len(draws)], draws, logits.extremes)
         for i, sampled in zip(batch.sampled, tokens, strict=True):
             key = plan.sequences[i].key
+            if key in masks.deferred:
+                continue
             if sampled is None:
                 bad.add(key)
             elif isinstance(sampled, Failed):
@@ -90,7 +111,7 @@ class StepSampler:
                 spoken.tokens[i] = (sampled.token_id,)
                 if sampled.logprobs is not None:
                     spoken.logprobs[key] = (sampled.logprobs,)
-        return spoken
+        return spoken._replace(deferred=masks.deferred - bad) if masks.deferred else spoken
 
     def _score(self, step: SequenceStep, rows: Tensor, bad: set[SequenceKey], spoken: StepOutputs) -> None:
         """Logprobs of the prompt ids that the step's first rows predict."""
@@ -117,8 +138,13 @@ def _fail(key: SequenceKey, error: Exception, spoken: StepOutputs) -> None:
         spoken.failed[key] = f"a token could not be sampled: {type(error).__name__}; the worker's log has more"
 
 
-def _draw(step: SequenceStep, last_id: int) -> Draw:
-    history = step.history
+def _draw(step: SequenceStep, last_id: int, masks: Masks) -> Draw | None:
+    """The draw of a row; None: it gets no token in this step, because its mask is not there."""
+    history, mask = step.history, None
+    if step.params.grammar is not None:
+        mask = masks.ready.get(step.key)
+        if mask is None:
+            return None
     if history is not None and step.from_place is not None:
         history = history._replace(output_ids=(*history.output_ids, last_id))
-    return Draw(step.params, step.key.choice, step.num_generated, step.logits_mask, history)
+    return Draw(step.params, step.key.choice, step.num_generated, mask, history)

@@ -1,6 +1,7 @@
 """Sources of a model's tensors, under Hugging Face's names. Knows no model.
 
-Two formats: safetensors (checkpoint/safetensors_files.py) and GGUF (`gguf_source.py`). No code of a checkpoint runs.
+Two formats of files: safetensors (checkpoint/safetensors_files.py), perhaps of quantised matrices (`quantised/`), and
+GGUF (`gguf_source.py`). No code of a checkpoint runs.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from typing import Protocol
 from torch import Tensor
 
 from ...checkpoint.gguf.file import is_gguf
+from ...checkpoint.quantised.plan import quantised_plan
 from ...checkpoint.safetensors_files import SafetensorsFiles, safetensors_fingerprint
 from .gguf_source import GgufSource, gguf_fingerprint
+from .quantised.source import QuantisedSource
 
 
 class TensorSource(Protocol):
@@ -59,7 +62,10 @@ def open_source(path: Path) -> PartSource:
     Raises:
         CheckpointError: it is no checkpoint, or it is damaged; names the file.
     """
-    return GgufSource(path) if is_gguf(path) else SafetensorsFiles(path)
+    if is_gguf(path):
+        return GgufSource(path)
+    plan = quantised_plan(path)
+    return SafetensorsFiles(path) if plan is None else QuantisedSource(SafetensorsFiles(path, quantised=True), plan)
 
 
 def weights_fingerprint(path: Path) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...core.errors import InvalidRequest, UnsupportedParameter
 from ...text.templates.conversation import Placed, adapt
@@ -16,6 +16,7 @@ from .checks import deeper_than, short, text_of
 from .ignored import Ignored
 from .messages import check_messages
 from .models import ServedModel
+from .tools import Offered, offered_tools
 
 MAX_KWARGS = 64
 MAX_DEPTH = 16  # of a template's option or document
@@ -36,8 +37,15 @@ class Wishes:
     options: dict[str, Any]
 
 
-def chat_prompt(call: GenerateCall, model: ServedModel, ignored: Ignored) -> str:
-    """Text of the prompt, special tokens written out. Fields without effect are added to `ignored`.
+class Prompt(NamedTuple):
+    """Text of a prompt, special tokens written out, and the tools that it offers."""
+
+    text: str
+    offered: Offered | None
+
+
+def chat_prompt(call: GenerateCall, model: ServedModel, ignored: Ignored) -> Prompt:
+    """Render a chat. Fields without effect are added to `ignored`.
 
     Raises:
         InvalidRequest: a field is wrong, or the template would drop a field that changes the meaning; `param` names it.
@@ -46,18 +54,20 @@ def chat_prompt(call: GenerateCall, model: ServedModel, ignored: Ignored) -> str
     if template is None:
         raise InvalidRequest(f"{model.name} has no chat template; use completions", param="messages")
     wishes = _wishes(call, template, ignored)
+    offered = offered_tools(call, model, ignored)
     sent = call.messages or ()
     placed = adapt(check_messages(sent, ignored), template.traits)
     rendered = template.render_traced(
         [message for _, message in placed],
         wishes.add_generation_prompt,
+        offered.tools if offered else None,
         documents=wishes.documents,
         options=wishes.options,
         continue_final_message=wishes.continue_final_message,
         keep_null_content=True,
     )
     _tell_unread(sent, placed, rendered, template.traits, ignored)
-    return text_of("messages", rendered.text)
+    return Prompt(text_of("messages", rendered.text), offered)
 
 
 def _tell_unread(

@@ -18,7 +18,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
 from ...core.errors import InvalidRequest
 from ...core.sampling import FIELDS, Form, SamplingField, SamplingOptions
+from ...text.grammar_program import MAX_CHOICES
 from .messages import MAX_MESSAGES
+from .tools import MAX_TOOLS
 
 # ------------------------------------------------------------------ served
 
@@ -70,6 +72,8 @@ def _json_type(field: SamplingField) -> Any:
     """The strict type of a sampling field in a body."""
     if field.form is Form.BIASES:
         return Annotated[dict[str, float], BeforeValidator(partial(_bounded, field.max_entries))]
+    if field.form is Form.GRAMMAR:
+        return dict[str, Any]
     if not field.is_list:
         return {Form.WHOLE: Whole, Form.NUMBER: float, Form.FLAG: bool}[field.form]
     item = Whole if field.form is Form.TOKEN_IDS else str
@@ -96,9 +100,16 @@ class Body(SamplingBody):
     """Fields of both endpoints, with every sampling field of the table that has one form in both."""
 
     n: Whole | None = None
+    response_format: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | bool | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = Field(None, max_length=MAX_CHOICES, fail_fast=True)
+    guided_grammar: str | None = None
+    structural_tag: dict[str, Any] | str | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     cache_salt: str | None = None
+    priority: Whole | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -133,6 +144,10 @@ class ChatBody(Body):
     continue_final_message: bool | None = None
     documents: list[dict[str, Any]] | None = Field(None, max_length=MAX_MESSAGES, fail_fast=True)
     reasoning_effort: str | None = None
+    tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS, fail_fast=True)
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
     logprobs: bool | None = None
     top_logprobs: Whole | None = None
 
@@ -143,6 +158,7 @@ class CompletionBody(Body):
     prompt: Any  # a text, token ids, or a list of either; checked by `prompts_of` in openai_requests.py
     logprobs: Annotated[int | None, BeforeValidator(_number_of_scores)] = None
     echo: bool | None = None
+    suffix: str | None = None
 
 
 # ------------------------------------------------------------------ known, without effect on the answer
@@ -152,11 +168,11 @@ ACCEPTED = frozenset(
         # Fields about the user, the purpose and the cost.
         *("user", "metadata", "store", "service_tier", "safety_identifier", "custom_labels", "extra_key"),
         *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "session_id", "session_params"),
-        *("priority", "data_parallel_rank", "routed_dp_rank", "keep_alive", "cache_prompt", "id_slot", "slot_id"),
-        # Options of tools, images, beams, grammars and separated reasoning, none of which is served.
-        *("parallel_tool_calls", "mm_processor_kwargs", "media_io_kwargs", "images_config", "return_mm_kwargs"),
+        *("data_parallel_rank", "routed_dp_rank", "keep_alive", "cache_prompt", "id_slot", "slot_id"),
+        # Options of images, beams and engines of grammars, none of which is served, and of how reasoning is separated.
+        *("mm_processor_kwargs", "media_io_kwargs", "images_config", "return_mm_kwargs"),
         *("length_penalty", "early_stopping", "guided_decoding_backend", "guided_whitespace_pattern"),
-        *("include_reasoning", "separate_reasoning", "stream_reasoning"),
+        *("separate_reasoning", "stream_reasoning"),
         # Fast tokenizers put no spaces there.
         "spaces_between_special_tokens",
         # A hint that a model may ignore; it promises nothing about the answer.
@@ -177,18 +193,9 @@ _NOTHING: tuple[Any, ...] = ("", [], {})
 
 # Field name to the values, beside null, that mean "off".
 REFUSED: dict[str, tuple[Any, ...]] = {
-    # Tools and the form of the answer.
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
+    # The form of the answer, and the older names of tools and tool_choice.
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({}, {"type": "text"}),
-    "structured_outputs": _NOTHING,
-    "structural_tag": _NOTHING,
-    "guided_json": _NOTHING,
-    "guided_regex": _NOTHING,
-    "guided_choice": _NOTHING,
-    "guided_grammar": _NOTHING,
     "json_schema": _NOTHING,
     "regex": _NOTHING,
     "ebnf": _NOTHING,
@@ -201,7 +208,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     # Bounded reasoning.
     "thinking_token_budget": (-1,),
     # The source of the prompt.
-    "suffix": ("",),
     "prompt_embeds": ([],),
     "input_ids": ([],),
     "chat_template": ("",),
@@ -240,5 +246,11 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "kv_transfer_params": ({},),
     "ec_transfer_params": ({},),
 }
-REFUSED_OF_CHATS: dict[str, tuple[Any, ...]] = {"echo": _NO, "add_special_tokens": _NO}
-REFUSED_OF_COMPLETIONS: dict[str, tuple[Any, ...]] = {"add_special_tokens": (True,), "reasoning_effort": ()}
+REFUSED_OF_CHATS: dict[str, tuple[Any, ...]] = {"echo": _NO, "suffix": ("",), "add_special_tokens": _NO}
+REFUSED_OF_COMPLETIONS: dict[str, tuple[Any, ...]] = {
+    "add_special_tokens": (True,),
+    "reasoning_effort": (),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+}
+INSTEAD = {"functions": "give tools", "function_call": "give tool_choice"}  # other words for refused fields

@@ -8,24 +8,34 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from ...core.errors import ConfigError, InvalidRequest, Overloaded
+from ...core.errors import ConfigError, DeadlineExceeded, InvalidRequest, Overloaded
 from ...core.request import Request
 from ...core.timeline import Instant, Timeline
+from ...text.parsing.parsers import Parsers
 from ..config import RouterConfig
 from ..journal.journal import Entry, Journal, JournalLimits
 from ..journal.streams import ResumableStreams
+from ..keys.grants import Grant
+from ..keys.rotation import KeyRotation
 from ..peers.joined import joined_metrics, joined_report
 from ..peers.peers import Peers
+from ..requests.admission.entrance import Announced
+from ..requests.admission.estimates import FullRate
 from ..requests.flow import Flow
 from ..requests.pieces import OutputDelta
 from .batch import Lists, Start, explain_list, merged, name_of, streams_at_once
 from .call import GenerateCall
+from .grammar_checks import GrammarChecks
 from .http.reading import room_of
 from .models import ModelDirectory, ServedModel
-from .resumable import Resumables
-from .started import Started
+from .running.resumable import Resumables
+from .running.started import Started
+from .structured import named
 from .text_work import TextWork
-from .validate import Limits, authenticate, num_chars_of, timeout_of, validate
+from .validate import Limits, num_chars_of, timeout_of, validate
+
+MAX_READING_S = 1.0  # longest predicted wait to be read
+MAX_READING_SHARE = 0.25  # of the time to the deadline
 
 
 class Frontend:
@@ -34,14 +44,21 @@ class Frontend:
     def __init__(
         self, config: RouterConfig, flow: Flow, peers: Peers | None = None, *, reads_defaults: bool = True
     ) -> None:
-        """`peers`: the other routers; None: there are none. `reads_defaults` is passed to `ModelDirectory`."""
+        """`peers`: the other routers; None: there are none. `reads_defaults` is passed to `ModelDirectory`.
+
+        Raises:
+            ConfigError: the file of keys cannot be read, or is wrong.
+        """
         self.flow = flow
         self.peers = peers or Peers((), b"")
-        self.limits = Limits.of(config)
+        self.keys = KeyRotation(config.api_keys, config.api_key_file, config.operator_key)
+        self.limits = Limits.of(config, self.keys.ring)
         self.room = room_of(config)  # for the messages of both APIs
         self.texts = TextWork()
+        self.grammars = GrammarChecks()
         self._lists = Lists()
-        self.models = ModelDirectory(flow, reads_defaults=reads_defaults)
+        parsers = Parsers(config.tool_parser, config.reasoning_parser)
+        self.models = ModelDirectory(flow, reads_defaults=reads_defaults, parsers=parsers)
         limits = JournalLimits(config.journal_requests, config.journal_bytes, config.journal_s, config.resume_grace_s)
         self.streams = ResumableStreams(Journal(limits), flow.clock)
         self.resumables = Resumables(self, self.streams, self.peers)
@@ -51,6 +68,7 @@ class Frontend:
         self._max_reading = config.max_running
         self._max_tokens = config.max_running_tokens
         self._num_reading = 0  # calls whose body was read and that are not admitted yet
+        self._read_rate = FullRate()  # of calls per second, while some are being read
 
     def use_store(self, url: str, key: bytes, keep_s: float) -> None:
         """Write resumable requests to a Redis, too. `key`: kv.keys.journal_key.
@@ -84,13 +102,27 @@ class Frontend:
         await self.streams.close()
         await self.resumables.store.close()
 
-    def authenticate(self, api_key: str | None) -> str:
-        """The isolation domain of a key.
+    def grant_of(self, api_key: str | None) -> Grant:
+        """What a key allows.
 
         Raises:
             Unauthenticated: keys are configured and this is none of them.
         """
-        return authenticate(api_key, self.limits)
+        return self.limits.keys.grant_of(api_key)
+
+    def authenticate(self, api_key: str | None) -> str:
+        """The tenant of a key. Raises the errors of `grant_of`."""
+        return self.grant_of(api_key).tenant
+
+    def foresee(self, grant: Grant, size_bytes: int, timeout_s: float | None) -> None:
+        """Refuse a request by its headers, if it would be refused whatever its body says.
+
+        Raises:
+            Unavailable, Overloaded, DeadlineExceeded: it would be.
+        """
+        left_s = min(timeout_s or self.limits.request_timeout_s, self.limits.request_timeout_s)
+        self._check_reading(1, left_s)
+        self.flow.foresee(Announced(grant.tenant, grant.priority, grant.allowance, size_bytes, left_s))
 
     def longest_context(self) -> int | None:
         """Longest context of all served models, in tokens; None: no model is served."""
@@ -132,33 +164,58 @@ class Frontend:
         """Metrics of this router, as OpenMetrics text."""
         return self.flow.metrics.render("application/openmetrics-text")[0].decode()
 
-    async def admit(self, call: GenerateCall) -> tuple[Request, ServedModel]:
-        """Validate and tokenise a call.
+    async def admit(self, call: GenerateCall, arrived_s: float | None = None) -> tuple[Request, ServedModel]:
+        """Validate and tokenise a call. Its deadline counts from `arrived_s` on the flow's clock; None: from now.
 
         Raises:
             InvalidRequest and subclasses, Unauthenticated, Unavailable: raised by validate.py and models.py.
             Overloaded: too many calls are being read already.
             DeadlineExceeded: rendering and tokenising took longer than the call's timeout.
         """
-        (request,), model = await self._admit([call])
+        (request,), model = await self._admit([call], arrived_s)
         return request, model
 
-    async def _admit(self, calls: Sequence[GenerateCall]) -> tuple[tuple[Request, ...], ServedModel]:
-        self.authenticate(calls[0].api_key)  # first, so that errors tell strangers nothing about models
-        if self._num_reading + len(calls) > self._max_reading:
-            raise Overloaded(f"{self._num_reading} requests are being read, the most that are", retry_after_s=1.0)
+    async def _admit(
+        self, calls: Sequence[GenerateCall], arrived_s: float | None = None
+    ) -> tuple[tuple[Request, ...], ServedModel]:
+        self.grant_of(calls[0].api_key)  # first, so that errors tell strangers nothing about models
+        timeout_s = timeout_of(calls[0], self.limits)
+        left_s = timeout_s if arrived_s is None else timeout_s - (self.flow.clock.now_s() - arrived_s)
+        if left_s <= 0:
+            raise DeadlineExceeded(f"the request's timeout of {timeout_s:g} s passed before its message was read")
+        self._check_reading(len(calls), left_s)
         self._num_reading += len(calls)
+        self._read_rate.see(self.flow.clock.now_s(), is_full=True)
         try:
             model = await self.models.get(calls[0].model)
         except BaseException:
             self._have_read(len(calls))
             raise
         work = partial(_validate, calls, model, self.limits)
-        num_chars, timeout_s = sum(map(num_chars_of, calls)), timeout_of(calls[0], self.limits)
-        return await self.texts.run(work, num_chars, timeout_s, partial(self._have_read, len(calls))), model
+        num_chars = sum(map(num_chars_of, calls))
+        requests = await self.texts.run(work, num_chars, left_s, partial(self._have_read, len(calls)))
+        grammar = requests[0].sampling.grammar  # the calls of a list have the same
+        if grammar is not None:
+            try:
+                await self.grammars.check(grammar, model)
+            except InvalidRequest as error:
+                raise named(error, calls[0].rule_field) from None
+        return requests, model
+
+    def _check_reading(self, num_calls: int, left_s: float) -> None:
+        """Refuse calls that would wait long to be read: else all would be read too late, and none be served."""
+        if self._num_reading + num_calls > self._max_reading:
+            raise Overloaded(f"{self._num_reading} requests are being read, the most that are", retry_after_s=1.0)
+        rate = self._read_rate.per_s(self.flow.clock.now_s())
+        wait_s = self._num_reading / rate if rate else 0.0
+        if wait_s > min(MAX_READING_S, left_s * MAX_READING_SHARE):
+            raise Overloaded(f"{self._num_reading} requests are read first, for {wait_s:.1f} s", retry_after_s=wait_s)
 
     def _have_read(self, num_calls: int) -> None:
+        now_s = self.flow.clock.now_s()
+        self._read_rate.note(num_calls, now_s)
         self._num_reading -= num_calls
+        self._read_rate.see(now_s, is_full=self._num_reading > 0)
 
     async def start(self, call: GenerateCall, admitted: Callable[[], None] | None = None) -> Started:
         """Admit a call and run it up to its first piece. `admitted` is called when `call` is no longer needed.
@@ -168,24 +225,29 @@ class Frontend:
         """
         return await self._start([call], admitted=admitted)
 
-    async def start_list(self, name: str, calls: Sequence[GenerateCall]) -> Started:
+    async def start_list(self, name: str, calls: Sequence[GenerateCall], arrived_s: float | None = None) -> Started:
         """Admit the calls of a list, which differ in their prompts only, and run them up to the first piece.
 
-        A list with one call becomes a request of that name.
+        A list with one call becomes a request of that name. Deadlines count from `arrived_s` on the flow's clock; None:
+        from now.
 
         Raises:
             TwostrokeError: one of them was refused; then none of them runs.
         """
         if len(calls) == 1:
-            return await self.start(replace(calls[0], request_id=name))
+            return await self._start([replace(calls[0], request_id=name)], arrived_s=arrived_s)
         named = [replace(call, request_id=name_of(name, place)) for place, call in enumerate(calls)]
-        return await self._start(named, name)
+        return await self._start(named, name, arrived_s=arrived_s)
 
     async def _start(
-        self, calls: Sequence[GenerateCall], name: str | None = None, admitted: Callable[[], None] | None = None
+        self,
+        calls: Sequence[GenerateCall],
+        name: str | None = None,
+        admitted: Callable[[], None] | None = None,
+        arrived_s: float | None = None,
     ) -> Started:
-        arrived_s = self.flow.clock.now_s()
-        requests, model = await self._admit(calls)
+        arrived_s = self.flow.clock.now_s() if arrived_s is None else arrived_s
+        requests, model = await self._admit(calls, arrived_s)
         if admitted is not None:
             admitted()
         before = 0
@@ -208,7 +270,7 @@ class Frontend:
 
     def _check_room(self, requests: Sequence[Request]) -> None:
         """Refuse a list whose prompts that run at once exceed what the router admits; the other prompts wait."""
-        sizes = sorted((r.num_choices * (len(r.prompt_ids) + r.expected_tokens) for r in requests), reverse=True)
+        sizes = sorted((request.num_tokens for request in requests), reverse=True)
         at_once = _at_once(requests)
         tokens = sum(sizes[:at_once])
         if tokens > self._max_tokens:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ...core.errors import ModelNotFound, Unavailable
+from ...text.parsing.parsers import NO_PARSERS, NONE, OWN_PARSERS, Parsers, parsers_of
 from ...text.templates.template import ChatTemplate
 from ...text.token_text import TokenTexts
 from ...text.tokenizer import Tokenizer
@@ -34,15 +35,20 @@ class ServedModel:
     tokenizer: Tokenizer
     template: ChatTemplate | None  # None: a base model, for completions only
     token_texts: TokenTexts
+    directory: str = ""
     defaults: SamplingDefaults = NO_DEFAULTS  # for fields that a request does not give
+    parsers: Parsers = NO_PARSERS  # of reasoning and tool calls in its answers
+    leaves_calls: bool = False  # the operator wants calls to stay content
+    needs_special_tokens: bool = False  # its answers can be parsed only with the text of special tokens
 
 
 class ModelDirectory:
     """Models by name. Loading takes some ten milliseconds and happens in a thread."""
 
-    def __init__(self, source: OffersModels, *, reads_defaults: bool = True) -> None:
-        """`reads_defaults` false: ignore the sampling defaults of checkpoints."""
+    def __init__(self, source: OffersModels, *, reads_defaults: bool = True, parsers: Parsers = OWN_PARSERS) -> None:
+        """`reads_defaults` false: ignore the sampling defaults of checkpoints. `parsers`: names."""
         self._source = source
+        self._parsers = parsers
         self._reads_defaults = reads_defaults
         self._loaded: dict[tuple[str, str, int], ServedModel] = {}
         self._loading = asyncio.Lock()
@@ -79,16 +85,18 @@ class ModelDirectory:
         key = (facts.name, facts.path, facts.max_model_len)
         async with self._loading:
             if key not in self._loaded:
-                self._loaded[key] = await asyncio.to_thread(_load, facts, self._reads_defaults)
+                self._loaded[key] = await asyncio.to_thread(_load, facts, self._reads_defaults, self._parsers)
         return self._loaded[key]
 
 
-def _load(facts: ModelFacts, reads_defaults: bool) -> ServedModel:
+def _load(facts: ModelFacts, reads_defaults: bool, parsers: Parsers) -> ServedModel:
     directory = Path(facts.path)
     tokenizer, template = Tokenizer.load(directory), ChatTemplate.load(directory)
     tokenizer.prepare()
     if template is not None:
         _ = template.traits  # computed now, so that the first request does not wait for it
+    chosen = parsers_of(template.source if template else None, *parsers)
+    special = set(map(tokenizer.token, tokenizer.special_ids))
     return ServedModel(
         name=facts.name,
         max_model_len=facts.max_model_len,
@@ -96,5 +104,9 @@ def _load(facts: ModelFacts, reads_defaults: bool) -> ServedModel:
         tokenizer=tokenizer,
         template=template,
         token_texts=TokenTexts(tokenizer),
+        directory=facts.path,
         defaults=SamplingDefaults.load(directory, facts.vocab_size) if reads_defaults else NO_DEFAULTS,
+        parsers=chosen,
+        leaves_calls=parsers.tools == NONE,
+        needs_special_tokens=not special.isdisjoint(chosen.words),
     )

@@ -12,11 +12,13 @@ from pydantic import ValidationError
 
 from ...core.errors import ContextLengthExceeded, InvalidRequest, UnsupportedParameter
 from ...core.sampling import SamplingOptions
+from ...text.grammar_program import PARAM
 from .call import UNTIL_FULL, GenerateCall
 from .checks import short
 from .fields import (
     ACCEPTED,
     ACCEPTED_STREAM_OPTIONS,
+    INSTEAD,
     REFUSED,
     REFUSED_OF_CHATS,
     REFUSED_OF_COMPLETIONS,
@@ -27,6 +29,7 @@ from .fields import (
     StreamOptions,
 )
 from .http.structure import built
+from .structured import SPELLINGS, rule_of
 
 B = TypeVar("B", ChatBody, CompletionBody)
 
@@ -152,6 +155,9 @@ def chat_call(body: ChatBody, api_key: str | None) -> GenerateCall:
         continue_final_message=body.continue_final_message,
         documents=body.documents,
         reasoning_effort=body.reasoning_effort,
+        tools=body.tools,
+        tool_choice=body.tool_choice,
+        parallel_tool_calls=body.parallel_tool_calls,
         top_logprobs=top_logprobs,
         **_common(body, None, api_key),
     )
@@ -171,9 +177,15 @@ def completion_calls(body: CompletionBody, api_key: str | None, max_prompts: int
         if body.stream and (body.n or 1) > 1:
             raise InvalidRequest("echo with logprobs is streamed for n 1 only; set stream to false", param="echo")
         sampling["prompt_logprobs"] = max(body.logprobs, sampling.get("prompt_logprobs", 0))
+    if body.suffix and body.echo:
+        raise InvalidRequest(
+            "echo and suffix are both given; the answer stands between two texts: leave one out", param="echo"
+        )
     if is_scored_only(body):
         sampling["max_tokens"] = 1  # the workers' least; answers.py keeps it to itself
-    return [GenerateCall(prompt=prompt, **common) for prompt in prompts_of(body, max_prompts)]
+    return [
+        GenerateCall(prompt=prompt, suffix=body.suffix or None, **common) for prompt in prompts_of(body, max_prompts)
+    ]
 
 
 def is_scored_only(body: Body) -> bool:
@@ -192,12 +204,18 @@ def _common(body: Body, usual_max_tokens: int | None, api_key: str | None) -> di
         del sampling["seed"]
     if sampling.get("top_p") == 0:
         sampling["top_p"] = LEAST_TOP_P
+    rule = rule_of({name: getattr(body, name) for name in ("response_format", PARAM, *SPELLINGS)})
+    sampling.pop("structured_outputs", None)
+    if rule is not None:
+        sampling["structured_outputs"] = rule.said
     return {
         "model": body.model,
         "sampling": sampling,
+        "rule_field": PARAM if rule is None else rule.field,
         "usual_max_tokens": usual_max_tokens,
         "n": body.n,
         "cache_salt": body.cache_salt,
+        "priority": body.priority,
         "request_id": body.request_id,
         "api_key": api_key,
     }
@@ -221,7 +239,8 @@ def _served(
                 served[name] = value
         elif name in refused:
             if value is not None and value not in refused[name]:
-                raise UnsupportedParameter(f"{name} is not served yet; leave it out", param=name)
+                remedy = INSTEAD.get(name, "leave it out")
+                raise UnsupportedParameter(f"{name} is not served yet; {remedy}", param=name)
         elif name not in accepted:
             unknown.append(name)
     return served

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -20,10 +20,13 @@ from ...core.request import FinishReason, Request, TokenLogprobs
 from ...kv.messages import logprobs_from_wire
 from ...protos import common_pb2
 from ...text.places import TokenPlaces
-from ...text.token_text import TokenTexts
 from ..requests.pieces import OutputDelta, TokenUsage
 from .echo import Echo
 from .models import ServedModel
+from .openai_logprobs import LogprobWords
+from .output import ChoiceOutput, GivenCall, ParsedDelta
+
+PART_CHARS = 8192  # of a call's arguments in one chunk
 
 
 class Wants(NamedTuple):
@@ -36,6 +39,7 @@ class Wants(NamedTuple):
     tokens_as_ids: bool = False  # logprobs name tokens "token_id:7"
     usage_so_far: bool = False  # in every chunk
     prompt_only: bool = False  # return no generated tokens
+    reasoning: bool = True
 
 
 def error_body(error: TwostrokeError) -> dict[str, Any]:
@@ -43,14 +47,35 @@ def error_body(error: TwostrokeError) -> dict[str, Any]:
     return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
 
 
-def usage_body(usage: TokenUsage) -> dict[str, Any]:
-    """Token counts in OpenAI's format."""
-    return {
+def usage_body(usage: TokenUsage, reasoning_tokens: int | None = None) -> dict[str, Any]:
+    """Token counts in OpenAI's format. `reasoning_tokens` None: the answer was not searched for reasoning."""
+    counts: dict[str, Any] = {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
     }
+    details = {} if reasoning_tokens is None else {"completion_tokens_details": {"reasoning_tokens": reasoning_tokens}}
+    return counts | details
+
+
+def call_body(call: GivenCall) -> dict[str, Any]:
+    """A tool call in OpenAI's format."""
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def call_deltas(call: GivenCall) -> Iterator[dict[str, Any]]:
+    """A tool call as deltas of a stream: id and name first, then its arguments in parts."""
+    begun = {"index": call.place, **call_body(call._replace(arguments=""))}
+    yield {"tool_calls": [begun]}
+    for start in range(0, len(call.arguments), PART_CHARS):
+        part = call.arguments[start : start + PART_CHARS]
+        yield {"tool_calls": [{"index": call.place, "function": {"arguments": part}}]}
+
+
+def reasoning_body(reasoning: str) -> dict[str, Any]:
+    """Reasoning under both of its names; empty if there is none."""
+    return {"reasoning": reasoning, "reasoning_content": reasoning} if reasoning else {}
 
 
 def _without_output(piece: OutputDelta) -> OutputDelta:
@@ -85,7 +110,10 @@ class _Choice:
 
     prompt: _Prompt
     places: TokenPlaces  # offsets of tokens in its text
-    text: str = ""
+    output: ChoiceOutput | None  # None: the answer is its text
+    text: str = ""  # content
+    reasoning: str = ""
+    calls: list[GivenCall] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     reason: str | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # collected for a whole answer
@@ -93,19 +121,42 @@ class _Choice:
     num_shown: int = 0
     has_begun: bool = False
 
-    def add(self, piece: OutputDelta) -> list[TokenLogprobs]:
+    def parsed(self, piece: OutputDelta) -> ParsedDelta:
+        """What a piece adds to content, reasoning and calls."""
+        return ParsedDelta(piece.text) if self.output is None else self.output.take(piece)
+
+    def add(self, piece: OutputDelta, parsed: ParsedDelta) -> list[TokenLogprobs]:
         """Add a piece; returns the logprobs of tokens whose text is complete now."""
-        self.text += piece.text
+        self.text += parsed.content
+        self.reasoning += parsed.reasoning
+        self.calls += parsed.calls
         self.token_ids += piece.token_ids
         self.prompt.scores = piece.prompt_scores or self.prompt.scores
         self.waiting += piece.logprobs
-        if piece.finish_reason is not None:
-            self.reason = piece.finish_reason.value
+        reason = piece.finish_reason if self.output is None else self.output.reason(piece.finish_reason)
+        if reason is not None:
+            self.reason = reason.value
         fresh = []
         while self.waiting and self.num_shown < piece.num_shown:
             fresh.append(self.waiting.popleft())
             self.num_shown += 1
         return fresh
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The message of a chat's whole answer. Without text its content is null beside calls or reasoning."""
+        content = self.text or (None if self.calls or self.reasoning else "")
+        calls = {"tool_calls": list(map(call_body, self.calls))} if self.calls else {}
+        return {"role": "assistant", "content": content, "refusal": None, **reasoning_body(self.reasoning), **calls}
+
+
+class _Taken(NamedTuple):
+    """What a piece gives to show."""
+
+    piece: OutputDelta
+    parsed: ParsedDelta
+    choice: _Choice
+    fresh: list[TokenLogprobs]  # that can be returned now
 
 
 class Answer:
@@ -121,9 +172,13 @@ class Answer:
         self._prompts = [_Prompt(request.prompt_ids, echo) for request, echo in zip(requests, echoes, strict=False)]
         skip, tokenizer = requests[0].sampling.skip_special_tokens, model.tokenizer
         self._choices = [
-            _Choice(prompt, TokenPlaces(tokenizer, skip, prompt.ids, len(prompt.echo_text)))
-            for prompt in self._prompts
-            for _ in range(requests[0].num_choices)
+            _Choice(
+                prompt,
+                TokenPlaces(tokenizer, skip, prompt.ids, len(prompt.echo_text)),
+                ChoiceOutput(request, choice, model) if request.answer is not None else None,
+            )
+            for prompt, request in zip(self._prompts, requests, strict=True)
+            for choice in range(request.num_choices)
         ]
         self._num_generated = 0
         self._usage: TokenUsage | None = None
@@ -132,8 +187,8 @@ class Answer:
 
     def add(self, piece: OutputDelta) -> None:
         """Add a piece to a whole answer."""
-        _, choice, fresh = self._take(piece)
-        choice.logprobs += fresh
+        taken = self._take(piece)
+        taken.choice.logprobs += taken.fresh
 
     @property
     def has_scores(self) -> bool:
@@ -143,7 +198,7 @@ class Answer:
     def whole(self) -> dict[str, Any]:
         """The response, after the last piece."""
         choices = [self._whole_choice(index, choice) for index, choice in enumerate(self._choices)]
-        answer = self.head | {"choices": choices, "usage": usage_body(self._usage) if self._usage else None}
+        answer = self.head | {"choices": choices, "usage": self._usage_body()}
         if self._is_chat and self._wants.prompt_logprobs is not None:
             answer["prompt_logprobs"] = self._prompt_logprobs(self._choices[0])
         if self._is_chat and self._wants.token_ids:
@@ -156,7 +211,7 @@ class Answer:
         if self._wants.token_ids:
             said["token_ids"] = choice.token_ids
         if self._is_chat:
-            return said | {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
+            return said | {"message": choice.message}
         if self._wants.token_ids:
             said["prompt_token_ids"] = choice.prompt.ids
         if self._wants.prompt_logprobs is not None:
@@ -168,13 +223,41 @@ class Answer:
 
     # ------------------------------------------------------------------ chunks
 
+    def chunks(self, piece: OutputDelta) -> Iterator[dict[str, Any]]:
+        """Build the streamed chunks of a piece of one choice: one, and for each tool call two or more.
+
+        The choice's first one has the role, or the echo; the last one its finish reason.
+        """
+        piece, parsed, choice, fresh = self._take(piece)
+        chunk = self._chunk(piece, parsed, choice, fresh)
+        deltas = [delta for call in parsed.calls for delta in call_deltas(call)]
+        reason = choice.reason if piece.finish_reason is not None else None
+        chunk["choices"][0]["finish_reason"] = None if deltas else reason
+        yield chunk
+        for place, delta in enumerate(deltas, 1):
+            said = {"index": piece.choice, "finish_reason": reason if place == len(deltas) else None, "logprobs": None}
+            more = self.head | {"choices": [said | {"delta": delta}]}
+            if self._wants.usage_so_far:
+                more["usage"] = self._usage_so_far()
+            yield more
+
     def chunk(self, piece: OutputDelta) -> dict[str, Any]:
-        """Build one streamed chunk of one choice; the choice's first one has the role, or the echo."""
-        piece, choice, fresh = self._take(piece)
+        """All chunks of a piece in one, of streams that can be resumed where pieces end and nowhere else."""
+        piece, parsed, choice, fresh = self._take(piece)
+        chunk = self._chunk(piece, parsed, choice, fresh)
+        said = chunk["choices"][0]
+        if parsed.calls:
+            said["delta"]["tool_calls"] = [{"index": call.place, **call_body(call)} for call in parsed.calls]
+        said["finish_reason"] = choice.reason if piece.finish_reason is not None else None
+        return chunk
+
+    def _chunk(
+        self, piece: OutputDelta, parsed: ParsedDelta, choice: _Choice, fresh: list[TokenLogprobs]
+    ) -> dict[str, Any]:
+        """The chunk of a piece without its tool calls and its finish reason."""
         is_first, choice.has_begun = not choice.has_begun, True
-        reason = piece.finish_reason.value if piece.finish_reason else None
         logprobs = self._logprobs(choice, fresh, is_first=is_first)
-        said: dict[str, Any] = {"index": piece.choice, "finish_reason": reason, "logprobs": logprobs}
+        said: dict[str, Any] = {"index": piece.choice, "finish_reason": None, "logprobs": logprobs}
         chunk = self.head | {"choices": [said]}
         if self._wants.token_ids:
             said["token_ids"] = piece.token_ids
@@ -182,7 +265,8 @@ class Answer:
                 (chunk if self._is_chat else said)["prompt_token_ids"] = choice.prompt.ids
         if self._is_chat:
             role = {"role": "assistant"} if is_first else {}
-            said["delta"] = role | ({"content": piece.text} if piece.text or is_first else {})
+            content = {"content": parsed.content} if parsed.content or is_first else {}
+            said["delta"] = role | content | reasoning_body(parsed.reasoning)
         else:
             said["text"] = (choice.prompt.echo_text if is_first else "") + piece.text
         if self._wants.usage_so_far:
@@ -191,7 +275,12 @@ class Answer:
 
     def last_chunk(self) -> dict[str, Any] | None:
         """The chunk after all choices, with the usage; None: the stream did not reach its end."""
-        return None if self._usage is None else self.head | {"choices": [], "usage": usage_body(self._usage)}
+        return None if self._usage is None else self.head | {"choices": [], "usage": self._usage_body()}
+
+    def _usage_body(self) -> dict[str, Any] | None:
+        outputs = [choice.output for choice in self._choices if choice.output is not None]
+        reasoning = sum(output.reasoning_tokens for output in outputs) if outputs else None
+        return usage_body(self._usage, reasoning) if self._usage else None
 
     def _usage_so_far(self) -> dict[str, Any]:
         """Token counts of all choices together, without cached tokens, which are known at the end only."""
@@ -201,15 +290,18 @@ class Answer:
 
     # ------------------------------------------------------------------ both
 
-    def _take(self, piece: OutputDelta) -> tuple[OutputDelta, _Choice, list[TokenLogprobs]]:
-        """Add a piece; returns the piece to show, its choice, and the logprobs that can be returned now."""
+    def _take(self, piece: OutputDelta) -> _Taken:
+        """Add a piece; returns what there is to show now."""
         if self._wants.prompt_only:
             piece = _without_output(piece)
         choice = self._choices[piece.choice]
-        fresh = choice.add(piece)
+        parsed = choice.parsed(piece)
+        if not self._wants.reasoning:
+            parsed = parsed._replace(reasoning="")
+        fresh = choice.add(piece, parsed)
         self._num_generated += len(piece.token_ids)
         self._usage = piece.usage or self._usage
-        return piece, choice, fresh
+        return _Taken(piece, parsed, choice, fresh)
 
     def _logprobs(self, choice: _Choice, fresh: list[TokenLogprobs], *, is_first: bool) -> dict[str, Any] | None:
         """Value of `logprobs`; None: not asked for, or none in this part."""
@@ -225,56 +317,3 @@ class Answer:
             told = [*itertools.zip_longest(prompt.ids, (None, *prompt.logprobs)[: len(prompt.ids)]), *told]
             places = [*prompt.echo.places, *places]
         return self._words.completion(told, num_top, places) if told else None
-
-
-class LogprobWords:
-    """Logprobs in the formats of OpenAI's two APIs and of vLLM's extension."""
-
-    def __init__(self, texts: TokenTexts, *, as_ids: bool = False) -> None:
-        """`as_ids`: name tokens "token_id:7", because texts are not unique. Bytes and offsets do not change."""
-        self._texts = texts
-        self._as_ids = as_ids
-
-    def _name(self, token_id: int) -> str:
-        return f"token_id:{token_id}" if self._as_ids else self._texts.of(token_id).text
-
-    def chat(self, one: TokenLogprobs) -> dict[str, Any]:
-        """An entry of a chat's `logprobs.content`."""
-        top = [self._entry(token_id, logprob) for token_id, logprob in one.top]
-        return self._entry(one.token_id, one.logprob) | {"top_logprobs": top}
-
-    def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
-        return {"token": self._name(token_id), "logprob": logprob, "bytes": list(self._texts.of(token_id).raw)}
-
-    def completion(
-        self, told: Sequence[tuple[int, TokenLogprobs | None]], num_top: int, places: list[int]
-    ) -> dict[str, Any]:
-        """A completion's `logprobs`. `told`: token ids with their logprobs or None; `places`: their text offsets.
-
-        The alternatives include the token itself, so there may be one more than asked for.
-        """
-        return {
-            "tokens": [self._name(token_id) for token_id, _ in told],
-            "token_logprobs": [one and one.logprob for _, one in told],
-            "top_logprobs": [one and self._alternatives(one, num_top) for _, one in told],
-            "text_offset": places,
-        }
-
-    def _alternatives(self, one: TokenLogprobs, num_top: int) -> dict[str, float]:
-        named: dict[str, float] = {}
-        for token_id, logprob in (*one.top[:num_top], (one.token_id, one.logprob)):
-            named.setdefault(self._name(token_id), logprob)
-        return named
-
-    def prompt(self, prompt: tuple[TokenLogprobs, ...], num_top: int) -> list[dict[str, Any] | None]:
-        """vLLM's `prompt_logprobs`: per prompt token its logprob and alternatives; None for the first."""
-        return [None, *({**self._ranked(one, num_top)} for one in prompt)]
-
-    def _ranked(self, one: TokenLogprobs, num_top: int) -> dict[str, Any]:
-        ranked = [(token_id, logprob, rank) for rank, (token_id, logprob) in enumerate(one.top[:num_top], 1)]
-        if one.rank > num_top:
-            ranked.insert(0, (one.token_id, one.logprob, one.rank))
-        return {
-            str(token_id): {"logprob": logprob, "rank": rank, "decoded_token": self._texts.of(token_id).text}
-            for token_id, logprob, rank in ranked
-        }

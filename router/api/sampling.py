@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...core.errors import ContextLengthExceeded, InvalidRequest
-from ...core.request import SamplingParams
+from ...core.request import Grammar, SamplingParams
 from ...core.sampling import FIELDS, MOST_INT32, Form, SamplingField, SamplingOptions
+from ...text.grammar_program import PARAM, grammar_of
 from .call import UNTIL_FULL, GenerateCall
 from .checks import integer, number, short, text_of
 from .models import ServedModel
+from .structured import named
 
 MAX_BAD_WORD_TOKENS = 8192  # of all: a running request keeps them here and on its worker
 MAX_PROMPT_SCORES = 1 << 18  # prompt tokens times what is said of each: they travel in one message
@@ -41,9 +43,12 @@ def sampling_of(
     max_tokens = _max_tokens(call, model, len(prompt_ids), default_max_tokens)
     asked = Asked(call.sampling, call.top_logprobs, model, len(prompt_ids), max_tokens)
     values: dict[str, Any] = {}
-    for field in FIELDS:
-        check = OWN_CHECKS.get(field.name)
-        values[field.name] = check(field, asked) if check else _checked(field, asked)
+    try:
+        for field in FIELDS:
+            check = OWN_CHECKS.get(field.name)
+            values[field.name] = check(field, asked) if check else _checked(field, asked)
+    except InvalidRequest as error:
+        raise named(error, call.rule_field) from None
     return SamplingParams(**values)
 
 
@@ -178,6 +183,8 @@ def _bad_words(field: SamplingField, asked: Asked) -> tuple[tuple[int, ...], ...
 
 def _min_tokens(field: SamplingField, asked: Asked) -> int:
     default = min(asked.model.defaults.min_tokens, asked.max_tokens)
+    if asked.said.get(PARAM) is not None:
+        default = 0  # a rule decides where its text ends
     return integer("min_tokens", asked.said.get("min_tokens"), default, int(field.low), asked.max_tokens)
 
 
@@ -199,6 +206,20 @@ def _prompt_logprobs(field: SamplingField, asked: Asked) -> int | None:
     return num_top
 
 
+def _grammar(field: SamplingField, asked: Asked) -> Grammar | None:
+    """The rule for the text. Whether it can be followed, grammar_checks.py finds out."""
+    rule = asked.said.get(PARAM)
+    if rule is None:
+        return None
+    for name in ("ignore_eos", "min_tokens"):
+        if asked.said.get(name):
+            raise InvalidRequest(
+                f"{name} is {asked.said[name]} beside {field.api}, whose text ends where it is complete; leave one out",
+                param=name,
+            )
+    return grammar_of(rule)
+
+
 OWN_CHECKS: Mapping[str, Callable[[SamplingField, Asked], Any]] = {
     "max_tokens": lambda _, asked: asked.max_tokens,
     "top_p": _top_p,
@@ -210,6 +231,7 @@ OWN_CHECKS: Mapping[str, Callable[[SamplingField, Asked], Any]] = {
     "min_tokens": _min_tokens,
     "logprobs": _logprobs,
     "prompt_logprobs": _prompt_logprobs,
+    "grammar": _grammar,
 }
 
 # ------------------------------------------------------------------ lists

@@ -9,22 +9,26 @@ import hashlib
 import re
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ...core.errors import ContextLengthExceeded, InvalidRequest, Unauthenticated
-from ...core.request import Request
+from ...core.errors import ContextLengthExceeded, InvalidRequest, UnsupportedParameter
+from ...core.request import HIGHEST_PRIORITY, LOWEST_PRIORITY, AnswerForm, Request
+from ...text.fill_in import KNOWN_WORDS, fill_in_prompt
+from ...text.parsing.parser import PROMPT_END_CHARS
+from ...text.parsing.parsers import NONE
 from ...text.tokenizer import TooManyTokens
 from ..config import RouterConfig
+from ..keys.grants import Grant, KeyRing
 from .call import GenerateCall
-from .chat import chat_prompt
+from .chat import Prompt, chat_prompt
 from .checks import integer, short, text_of
 from .ignored import Ignored
 from .models import ServedModel
 from .sampling import is_bounded, sampling_of
 
 MAX_SALT_CHARS = 1024
-DEFAULT_ISOLATION_DOMAIN = "public"
+CHARS_OF_A_TOOL = 1024  # a guess, for `num_chars_of`
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
@@ -36,27 +40,22 @@ class Limits:
     max_choices: int
     default_max_tokens: int | None  # None: as many as fit
     request_timeout_s: float
-    api_keys: tuple[str, ...]
+    keys: KeyRing
 
     @classmethod
-    def of(cls, config: RouterConfig) -> Limits:
-        """Limits of a router's configuration."""
-        return cls(config.max_choices, config.default_max_tokens, config.request_timeout_s, config.api_keys)
+    def of(cls, config: RouterConfig, keys: KeyRing | None = None) -> Limits:
+        """Limits of a router's configuration. `keys`: the ring that is kept up to date; None: one of its `api_keys`."""
+        ring = KeyRing.of(config.api_keys) if keys is None else keys
+        return cls(config.max_choices, config.default_max_tokens, config.request_timeout_s, ring)
 
 
 def authenticate(api_key: str | None, limits: Limits) -> str:
-    """The isolation domain of a key; without configured keys all clients share one.
+    """The tenant of a key; without configured keys all clients are one.
 
     Raises:
         Unauthenticated: keys are configured and this is none of them.
     """
-    if not limits.api_keys:
-        return DEFAULT_ISOLATION_DOMAIN
-    for known in limits.api_keys:
-        if api_key and secrets.compare_digest(api_key.encode(errors="replace"), known.encode()):
-            # Derived from the key itself: a new order of the keys must not give cached prefixes to another tenant.
-            return "key-" + hashlib.blake2b(known.encode(), digest_size=8, person=b"twostroke-tenant").hexdigest()
-    raise Unauthenticated("the API key is missing or unknown; send 'Authorization: Bearer KEY'")
+    return limits.keys.grant_of(api_key).tenant
 
 
 def validate(call: GenerateCall, model: ServedModel, limits: Limits) -> Request:
@@ -65,27 +64,48 @@ def validate(call: GenerateCall, model: ServedModel, limits: Limits) -> Request:
     Raises:
         InvalidRequest: a field is out of range, of the wrong type or not served; `param` names it.
         ContextLengthExceeded: the prompt leaves no room for a token, or not for `max_tokens`.
-        Unauthenticated: raised by `authenticate`.
+        ModelNotFound: the key may not use this model.
+        Unauthenticated: raised by `KeyRing.grant_of`.
     """
-    tenant = authenticate(call.api_key, limits)
+    grant = limits.keys.grant_of(call.api_key)
+    grant.check_model(model.name)
     num_choices = integer("n", call.n, 1, 1, limits.max_choices)
     request_id = _request_id(call)
     ignored = Ignored()
-    prompt_ids = _prompt_ids(call, model, ignored)
+    priority = _priority(call, grant, ignored)
+    prompt = _prompt(call, model, ignored)
+    prompt_ids = _prompt_ids(call, prompt, model)
     sampling = sampling_of(call, model, prompt_ids, limits.default_max_tokens)
+    answer = _answer_form(prompt, model)
+    if answer is not None and model.needs_special_tokens:
+        answer = replace(answer, hides_special_tokens=sampling.skip_special_tokens)
+        sampling = replace(sampling, skip_special_tokens=False)
     return Request(
         request_id=request_id,
         model=model.name,
         prompt_ids=prompt_ids,
         sampling=sampling,
         num_choices=num_choices,
-        isolation_domain=_isolation_domain(tenant, call.cache_salt),
+        isolation_domain=_isolation_domain(grant.isolation_domain, call.cache_salt),
         timeout_s=timeout_of(call, limits),
         is_chat=call.messages is not None,
-        tenant=tenant,
+        tenant=grant.tenant,
+        priority=priority,
+        allowance=grant.allowance,
         ignored_fields=ignored.names(),
         is_bounded=is_bounded(call, model, limits.default_max_tokens),
+        answer=answer,
     )
+
+
+def _priority(call: GenerateCall, grant: Grant, ignored: Ignored) -> int:
+    """Priority of a request: its own, at most its key's. A lower number is served earlier, as in vLLM's API."""
+    if call.priority is None:
+        return grant.priority
+    wanted = integer("priority", call.priority, 0, HIGHEST_PRIORITY, LOWEST_PRIORITY)
+    if wanted < grant.priority:
+        ignored.add("priority")  # so that who asks for more can see that the key does not give it
+    return max(wanted, grant.priority)
 
 
 def timeout_of(call: GenerateCall, limits: Limits) -> float:
@@ -96,8 +116,11 @@ def timeout_of(call: GenerateCall, limits: Limits) -> float:
 def num_chars_of(call: GenerateCall) -> int:
     """Approximate number of characters to render and tokenise for a call; 0 for token ids."""
     if isinstance(call.prompt, str):
-        return len(call.prompt)
-    return sum(_num_chars(message.get("content")) for message in call.messages or () if isinstance(message, Mapping))
+        return len(call.prompt) + len(call.suffix or "")
+    messages = sum(
+        _num_chars(message.get("content")) for message in call.messages or () if isinstance(message, Mapping)
+    )
+    return messages + CHARS_OF_A_TOOL * len(call.tools or ())
 
 
 def _num_chars(content: Any) -> int:
@@ -141,18 +164,38 @@ def _request_id(call: GenerateCall) -> str:
     return call.request_id
 
 
-def _prompt_ids(call: GenerateCall, model: ServedModel, ignored: Ignored) -> tuple[int, ...]:
+def _prompt(call: GenerateCall, model: ServedModel, ignored: Ignored) -> Prompt | None:
+    """The rendered prompt of a chat; None: the call gives its prompt."""
     if (call.prompt is None) == (call.messages is None):
         raise InvalidRequest("give exactly one of prompt and messages", param="prompt")
     if call.prompt is not None and len(call.prompt) == 0:
         raise InvalidRequest("prompt is empty; give at least one character or token", param="prompt")
-    if call.messages is not None:
-        text = chat_prompt(call, model, ignored)
+    return None if call.messages is None else chat_prompt(call, model, ignored)
+
+
+def _answer_form(prompt: Prompt | None, model: ServedModel) -> AnswerForm | None:
+    """How to read the answer; None: it is its text."""
+    if prompt is None:
+        return None
+    offered = prompt.offered if model.parsers.tools != NONE else None
+    if offered is None and model.parsers.reasoning == NONE:
+        return None
+    end = prompt.text[-PROMPT_END_CHARS:]
+    return AnswerForm(end, offered.tools if offered else None, offered.parallel if offered else True)
+
+
+def _prompt_ids(call: GenerateCall, prompt: Prompt | None, model: ServedModel) -> tuple[int, ...]:
+    if prompt is not None:
         where = "messages"
-        ids: Sequence[int] = _encoded(where, text, model, add_special_tokens=False)
+        ids: Sequence[int] = _encoded(where, prompt.text, model, add_special_tokens=False)
     elif isinstance(call.prompt, str):
         where = "prompt"
-        ids = _encoded(where, text_of("prompt", call.prompt), model, add_special_tokens=True)
+        text = call.prompt if call.suffix is None else _between(call.prompt, call.suffix, model)
+        ids = _encoded(where, text_of("prompt", text), model, add_special_tokens=True)
+    elif call.suffix is not None:
+        raise InvalidRequest(
+            "suffix is given with token ids; give the prompt as text, or both in one prompt", param="suffix"
+        )
     else:
         ids, where = call.prompt or (), "prompt"
         if len(ids) < model.max_model_len:  # else it is refused below by its length
@@ -170,6 +213,18 @@ def _prompt_ids(call: GenerateCall, model: ServedModel, ignored: Ignored) -> tup
             param=where,
         )
     return tuple(ids)
+
+
+def _between(before: str, after: str, model: ServedModel) -> str:
+    """The prompt for the text between two others."""
+    vocabulary = model.tokenizer.backend
+    text = fill_in_prompt(before, after, lambda word: vocabulary.token_to_id(word) is not None)
+    if text is None:
+        raise UnsupportedParameter(
+            f"suffix: {model.name} has no tokens for text in the middle (none of {KNOWN_WORDS}); leave it out",
+            param="suffix",
+        )
+    return text
 
 
 def _encoded(where: str, text: str, model: ServedModel, *, add_special_tokens: bool) -> Sequence[int]:

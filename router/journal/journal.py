@@ -105,7 +105,7 @@ class Journal:
         if known is not None:
             self.forget(known)
         entry = Entry(asked, now_s)
-        entry.size_bytes += 4 * len(asked.request.prompt_ids)
+        entry.size_bytes += _asked_bytes(asked)
         self._entries[asked.name] = entry
         if asked.key:
             self._by_key[tenant, asked.key] = entry
@@ -187,6 +187,12 @@ class Journal:
             victim = next((entry for entry in others if entry.is_over), others[0] if others else newest)
             self.forget(victim)
             self.num_evicted += 1
+
+
+def _asked_bytes(asked: Asked) -> int:
+    """Approximate size of what a client asked: its prompt, body, tools, stop strings and grammar."""
+    request = asked.request
+    return 4 * len(request.prompt_ids) + sum(len(repr(part)) for part in (asked.body, request.answer, request.sampling))
 
 
 def check_same(fingerprint: bytes, asked: bytes) -> None:

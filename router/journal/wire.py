@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 
 from ...core.errors import InvalidRequest, TwostrokeError
-from ...core.request import Request
+from ...core.request import Allowance, AnswerForm, Request
 from ...kv.messages import (
     error_to_wire,
     finish_from_wire,
@@ -24,7 +24,7 @@ MAX_CHOICES = 128
 
 
 def asked_to_wire(asked: Asked) -> peers_pb2.JournaledRequest:
-    """A request as a message."""
+    """A request as a message; without the ignored fields, which its client was told when it began."""
     request = asked.request
     return peers_pb2.JournaledRequest(
         request_id=request.request_id,
@@ -38,6 +38,9 @@ def asked_to_wire(asked: Asked) -> peers_pb2.JournaledRequest:
         is_chat=request.is_chat,
         is_bounded=request.is_bounded,
         adapter=request.adapter,
+        answer=_form_to_wire(request.answer),
+        priority=request.priority,
+        allowance=_allowance_to_wire(request.allowance),
         face=asked.face,
         body_json=json.dumps(asked.body),
         created_s=asked.created_s,
@@ -71,8 +74,56 @@ def asked_from_wire(message: peers_pb2.JournaledRequest) -> Asked:
         is_bounded=message.is_bounded,
         tenant=message.tenant,
         adapter=message.adapter,
+        answer=_form_from_wire(message.answer) if message.HasField("answer") else None,
+        priority=message.priority,
+        allowance=_allowance_from_wire(message.allowance) if message.HasField("allowance") else None,
     )
     return Asked(request, message.face, body, message.created_s, message.key, message.fingerprint)
+
+
+def _form_to_wire(form: AnswerForm | None) -> peers_pb2.JournaledForm | None:
+    if form is None:
+        return None
+    return peers_pb2.JournaledForm(
+        prompt_end=form.prompt_end,
+        tools_json=None if form.tools is None else json.dumps(form.tools),
+        parallel=form.parallel,
+        hides_special_tokens=form.hides_special_tokens,
+    )
+
+
+def _form_from_wire(message: peers_pb2.JournaledForm) -> AnswerForm:
+    tools = None
+    if message.HasField("tools_json"):
+        try:
+            tools = json.loads(message.tools_json)
+        except ValueError:
+            tools = ""
+        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+            raise InvalidRequest("a journaled request has tools that are no list of objects")
+    return AnswerForm(
+        message.prompt_end, None if tools is None else tuple(tools), message.parallel, message.hides_special_tokens
+    )
+
+
+def _allowance_to_wire(allowance: Allowance | None) -> peers_pb2.JournaledAllowance | None:
+    if allowance is None:
+        return None
+    return peers_pb2.JournaledAllowance(
+        key=allowance.key,
+        requests_per_minute=allowance.requests_per_minute,
+        tokens_per_minute=allowance.tokens_per_minute,
+        share=allowance.share,
+    )
+
+
+def _allowance_from_wire(message: peers_pb2.JournaledAllowance) -> Allowance:
+    return Allowance(
+        message.key,
+        message.requests_per_minute if message.HasField("requests_per_minute") else None,
+        message.tokens_per_minute if message.HasField("tokens_per_minute") else None,
+        message.share or 1.0,
+    )
 
 
 def piece_to_wire(piece: OutputDelta) -> peers_pb2.JournaledPiece:

@@ -28,6 +28,9 @@ class Chooser:
         """The workers with the lowest cost for a request; None: nobody can take it now."""
         request, prefixes = run.request, self._roster.prefixes
         workers = [w for w in self._roster.fleet.serving(request.model) if w.facts.key not in run.excluded]
+        if not run.dispatches:  # else a client waits in the middle of its answer, or was promised one
+            num, prompt = request.num_choices, len(request.prompt_ids)
+            workers = [w for w in workers if w.role is Role.PREFILL or w.has_seat(num, prompt)]
         taken = taken_by_suspects(run, self._active.values())
         if taken:
             workers = [w for w in workers if w.facts.key not in taken]
@@ -44,6 +47,28 @@ class Chooser:
             computes = choice.winner.prefill or choice.winner.decode
             prefixes.predict([computes.worker_id], run.identities, now_s)
         return choice
+
+    def has_room(self, run: RequestState) -> bool:
+        """True if a worker can begin a new request about now, or if none can at all, so that queueing does not help."""
+        workers = self._roster.fleet.serving(run.request.model)
+        decoders = [w for w in workers if w.role is not Role.PREFILL]
+        if not decoders:
+            return True
+        num, prompt = run.request.num_choices, len(run.request.prompt_ids)
+        if not any(w.has_seat(num, prompt) for w in decoders):
+            return False
+        is_local = self._limits.policy.local_prefill or all(w.role is not Role.PREFILL for w in workers)
+        return any(w.can_prefill for w in workers if is_local or w.role is not Role.DECODE)
+
+    def step_ms(self, choice: RoutingDecision) -> float:
+        """Measured time of a decode step on the chosen worker; 0: not measured."""
+        worker = self._roster.fleet.get(choice.winner.decode.worker_id)
+        return 0.0 if worker is None else worker.load.decode_step_ms
+
+    def least_step_ms(self, model: str) -> float:
+        """Least measured time of a decode step of all workers; 0: not all have measured it."""
+        workers = self._roster.fleet.serving(model)
+        return min((w.load.decode_step_ms for w in workers if w.role is not Role.PREFILL), default=0.0)
 
     def end_of_wait_s(self, run: RequestState, now_s: float) -> float:
         """When a request gives up to wait for a worker: `now_s` if none is in sight.

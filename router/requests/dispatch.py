@@ -23,7 +23,7 @@ from ..routing.fleet import FleetChange, FleetLimits
 from ..routing.policy import PolicyLimits
 from ..routing.views import RETRY_AFTER_S
 from ..workers.registry import Identity, RegistryHandlers, WorkerRegistry
-from .admission import AdmissionLimits
+from .admission.bounds import AdmissionLimits
 from .lifecycle import Lifecycle
 from .pieces import OutputDelta
 from .state import RequestState, Timer
@@ -47,7 +47,7 @@ class Dispatcher:
             config.worker_return_s,
             config.slow_client_s,
             config.client_buffer_pieces,
-            AdmissionLimits(config.max_running, config.max_running_tokens),
+            AdmissionLimits(config.max_running, config.max_running_tokens, config.max_wait_s),
             PolicyLimits(local_prefill=config.local_prefill),
         )
         self.life = Lifecycle(identity.incarnation, limits, self.members.roster, self, self)

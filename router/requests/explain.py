@@ -89,6 +89,8 @@ def explain_sampling(sampling: SamplingParams) -> dict[str, Any]:
 def _of_field(field: SamplingField, value: Any) -> Any:
     if field.form is Form.WORDS and sum(map(len, value)) > MAX_SHOWN:
         return f"{len(value)} {field.form.value}"
+    if field.form is Form.GRAMMAR and value is not None:
+        return {value.kind: _cut(value.source, MAX_TEXT)}
     return _shown(value, field.form.value) if field.max_entries else value
 
 
@@ -161,7 +163,8 @@ def explain_worker(worker: Worker, coefficients: Coefficients, now_s: float) -> 
             "cached": load.cached_blocks,
             "promised": load.promised_blocks,
         },
-        "coefficients": {name: getattr(coefficients, name) for name in FIELDS},
+        "coefficients": {name: getattr(coefficients, name) for name in FIELDS},  # that routing uses
+        "measured": {name: getattr(load, name) for name in FIELDS},  # by the worker itself; 0: not yet
         "counters": dict(load.counters),
         "gpus": [explain_gpu(gpu) for gpu in worker.gpus],
     }

@@ -11,12 +11,13 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import grpc.aio
 
 from ...core.clock import Clock, MonotonicClock
-from ...core.errors import Cancelled, InternalError
+from ...core.errors import Cancelled, InternalError, TwostrokeError
 from ...core.guard import Guard
 from ...core.request import Request
 from ...core.timeline import Instant, Timeline
@@ -25,6 +26,7 @@ from ..config import RouterConfig
 from ..metrics import TRANSPORTS, RouterMetrics
 from ..routing.facts import ModelFacts
 from ..workers.registry import Identity, WorkerRegistry
+from .admission.entrance import Announced
 from .dispatch import Dispatcher, PieceStream
 from .explain import explain_run
 from .history import RequestHistory
@@ -167,6 +169,18 @@ class Flow:
         """
         self._life.check_id(request)
 
+    def foresee(self, announced: Announced) -> None:
+        """Refuse a request whose body is not read yet, if it would be refused in any case.
+
+        Raises:
+            Unavailable, Overloaded, DeadlineExceeded: it would be.
+        """
+        try:
+            self._life.foresee(announced, self.clock.now_s())
+        except TwostrokeError:
+            self.metrics.requests.labels("rejected").inc()
+            raise
+
     async def abort(self, tenant: str, request_id: str) -> bool:
         """Cancel a tenant's running request: its stream ends with `Cancelled`. False: there is none of that id."""
         return self._life.abort(tenant, request_id, self.clock.now_s())
@@ -188,8 +202,10 @@ class Flow:
     def cluster(self) -> dict[str, Any]:
         """Workers {worker_id, role, state, address, pid, model, load, ...}, router facts and counters, JSON-able.
 
+        prompts: {count, tokens, tokens_squared} of all dispatched prompts, in tokens to compute.
         pairs: {prefill_worker, decode_worker, transport, reason, bytes_per_s, handovers, bytes_moved} of the pairs of
         present workers that handed over since this router began.
+        supervisor: {desired, actual, action, reason, decision, events, age_s, incarnation} of its last report, or None.
         cordoned_gpus: {uuid, name, worker_id, reasons, since_s} of GPUs that workers gave up since then.
         """
         now_s = self.clock.now_s()
@@ -197,8 +213,10 @@ class Flow:
         return {
             "workers": self._members.facts(now_s),
             "models": [model.name for model in self.models()],
+            "prompts": asdict(self._members.fleet.prompts),
             "pairs": self._known_pairs().facts(),
             "cordoned_gpus": self._members.cordoned(now_s),
+            "supervisor": self._members.supervision.facts(now_s),
             "router": {
                 "name": self._identity.router_id,
                 "router_id": self._identity.router_id,
@@ -208,6 +226,8 @@ class Flow:
                 "uptime_s": round(now_s - self._began_s, 3),
                 "in_flight_requests": len(admission),
                 "in_flight_tokens": admission.tokens,
+                "waiting_requests": len(self._life.entrance),
+                "waiting_tokens": self._life.entrance.waiting_tokens,
                 "prefix_blocks": len(self._members.prefixes),
                 "ttft_prediction_error": self._dispatcher.prediction.mean_ratio,
                 "handovers_by_transport": {name: self._moved[f"handovers_{name}"] for name in TRANSPORTS[:-1]},

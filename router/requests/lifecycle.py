@@ -21,6 +21,7 @@ from ...core.errors import (
     Cancelled,
     DeadlineExceeded,
     InvalidRequest,
+    Overloaded,
     PoisonRequest,
     TokensLost,
     TwostrokeError,
@@ -34,7 +35,7 @@ from ...protos import worker_pb2
 from ..routing.facts import WorkerKey
 from ..routing.policy import RoutingDecision
 from ..routing.views import RETRY_AFTER_S, model_of
-from .admission import Admission, Offer
+from .admission.entrance import Announced, Entrance
 from .choosing import Chooser
 from .delivery import DeliveryVerdict
 from .orders import Orders
@@ -63,7 +64,6 @@ class Lifecycle:
         observer: Observer,
     ) -> None:
         """`incarnation`: of this router, higher than all of its earlier ones and different from other routers'."""
-        self.admission = Admission(limits.admission)
         self.runs = RequestStates()
         self.refusing: str | None = None  # reason to refuse new requests; None: accept them
         self._incarnation = incarnation
@@ -75,34 +75,53 @@ class Lifecycle:
         self._num_admitted = 0
         self._orders = Orders(incarnation, roster.fleet, driver, observer)
         self._waiting = Waiting(driver, self._look_again)
+        self.entrance = Entrance(limits.admission, driver, self._has_room, self._start)
+        self.admission = self.entrance.admission
 
     @property
     def is_idle(self) -> bool:
         """True if no request is under way and no client's stream is open."""
-        return not (self.runs.active or self.runs.open or self._waiting)
+        return not (self.runs.active or self.runs.open or self._waiting or self.entrance)
 
     # ------------------------------------------------------------------ from the client
+
+    def foresee(self, announced: Announced, now_s: float) -> None:
+        """Refuse a request whose body is not read yet, if it would be refused in any case.
+
+        Raises:
+            Unavailable, Overloaded, DeadlineExceeded: it would be.
+        """
+        if self.refusing is not None:
+            raise Unavailable(self.refusing, retry_after_s=RETRY_AFTER_S)
+        self.entrance.foresee(announced, now_s)
 
     def admit(self, request: Request, timeline: Timeline, now_s: float) -> RequestState:
         """Admit a request and start its deadline. `timeline` must hold ARRIVED. Call `begin` next.
 
+        Waiting requests of lower priority, or of tenants with more of them, may be refused to make room for it.
+
         Raises:
             InvalidRequest: its tenant has a request of that id whose stream is open.
-            ModelNotFound, ContextLengthExceeded, Unavailable, Overloaded: it cannot be served, or not now.
+            ModelNotFound, ContextLengthExceeded: it cannot be served.
+            Unavailable, Overloaded, DeadlineExceeded: not now, or not in time.
         """
         self.check_id(request)
         model = model_of(self._fleet, request)
         name = self._next_name(request)
-        tokens = request.num_choices * (len(request.prompt_ids) + request.expected_tokens)
+        run = RequestState(name, request, timeline, model, self._limits.buffer_pieces)
         try:
             if self.refusing is not None:
                 raise Unavailable(self.refusing, retry_after_s=RETRY_AFTER_S)
-            self.admission.offer(Offer(name, request.owner, tokens, request.timeout_s), now_s)
+            expected = request.expected_tokens * self.admission.answers.mean
+            answer_ms = self._chooser.least_step_ms(request.model) * expected
+            victims = self.entrance.admit(name, request, answer_ms, run.left_s(now_s), now_s)
         except TwostrokeError as error:
             self._observer.refused(request, error)
             raise
+        for victim in victims:
+            self._give_way(self.runs.active[victim], now_s)
+        self.entrance.accept(name, request, now_s)
         timeline.mark(Instant.ADMITTED, now_s)
-        run = RequestState(name, request, timeline, model, self._limits.buffer_pieces)
         self.runs.active[name] = self.runs.open[request.owner, request.request_id] = run
         run.deadline = self._driver.later(max(0.0, run.left_s(now_s)), lambda now_s: self._expire(run, now_s))
         return run
@@ -113,9 +132,14 @@ class Lifecycle:
             raise InvalidRequest(f"request_id {request.request_id!r} is in use; choose another", param="request_id")
 
     def begin(self, run: RequestState, now_s: float) -> None:
-        """Route an admitted request to the workers with the lowest cost; it may wait shortly for a worker."""
-        run.waits_since_s = now_s
-        self._route(run, now_s)
+        """Route an admitted request to the workers with the lowest cost, when it is its turn and one is free.
+
+        One that has output of another router had its turn there, so it does not wait again.
+        """
+        if run.has_output:
+            self._start(run.name, now_s)
+        else:
+            self.entrance.wait(run.name, run.request, now_s)
 
     def abort(self, tenant: str, request_id: str, now_s: float) -> bool:
         """Cancel a tenant's running request. False: it has none of that id."""
@@ -168,9 +192,11 @@ class Lifecycle:
     def workers_changed(self) -> None:
         """Workers or their load changed: waiting requests are routed again."""
         self._waiting.wake()
+        self.entrance.wake()
 
     def tick(self, now_s: float) -> None:
-        """Cancel the requests of clients that do not read."""
+        """Cancel the requests of clients that do not read, and use what load reports say of free workers."""
+        self.entrance.wake()
         patience_s = self._limits.slow_client_s
         for run in list(self.runs.active.values()):
             if run.is_slow(now_s, patience_s):
@@ -183,6 +209,20 @@ class Lifecycle:
         self._num_admitted += 1
         return f"{request.request_id[:MAX_ID_IN_NAME]}@{self._incarnation:x}.{self._num_admitted:x}"
 
+    def _has_room(self, name: str) -> bool:
+        return self._chooser.has_room(self.runs.active[name])
+
+    def _start(self, name: str, now_s: float) -> None:
+        run = self.runs.active[name]
+        run.waits_since_s = now_s
+        self._route(run, now_s)
+
+    def _give_way(self, run: RequestState, now_s: float) -> None:
+        """Refuse a waiting request, because one that comes before it takes its place."""
+        retry_s = self.admission.retry_after_s(self.entrance.waiting_tokens, now_s)
+        what = "a request of higher priority, or of a tenant with fewer that wait, has its place in the queue"
+        self.fail(run, Overloaded(what, retry_after_s=retry_s), now_s)
+
     def _route(self, run: RequestState, now_s: float) -> None:
         while run.stage is Stage.ROUTING:
             choice = self._choose(run, now_s)
@@ -190,9 +230,14 @@ class Lifecycle:
                 self._wait(run, now_s)
                 return
             terms = choice.winner.terms
-            if not run.dispatches:
+            if not (run.dispatches or run.has_output):
                 try:
-                    self.admission.check_deadline(terms.first_token_ms, terms.prefill_ms, run.left_s(now_s))
+                    step_ms, left_s = self._chooser.step_ms(choice), run.left_s(now_s)
+                    answer_ms = step_ms * run.facts.expected_tokens * self.admission.answers.mean
+                    run.predicted = (terms.first_token_ms, step_ms)
+                    self.admission.check_deadline(
+                        terms.first_token_ms, terms.prefill_ms, left_s, answer_ms, others=bool(self.entrance)
+                    )
                 except TwostrokeError as error:
                     self.fail(run, error, now_s)
                     return
@@ -246,6 +291,8 @@ class Lifecycle:
         self._observer.heard(run, epoch_from_wire(tokens.epoch), len(tokens.token_ids))
         if run.living is not None and tokens.first_index == run.living.begins_with(tokens.choice):
             self._fleet.first_token(SequenceKey(run.name, tokens.choice))
+        if is_first:
+            self.entrance.wake()  # its prompt is computed: there is room for the next one
         if is_first and run.living is not None:
             predicted_ms = run.living.choice.winner.terms.first_token_ms
             self._observer.first_token(run, predicted_ms, (now_s - run.living.at_s) * 1e3)
@@ -287,7 +334,8 @@ class Lifecycle:
         `is_lost`: its worker was lost, not refusing, and may come back.
         """
         most = MAX_RESUMED_DISPATCHES if run.has_output else MAX_DISPATCHES
-        is_free = is_lost or run.has_output  # the budget is for requests that a client could send again itself
+        # The budget is for requests that a client could send again itself; a worker that drains refuses none of them.
+        is_free = is_lost or run.has_output or self._drains(run)
         if len(run.dispatches) >= most or not (is_free or self.admission.may_retry()):
             self.fail(run, error, now_s)
             return
@@ -298,6 +346,13 @@ class Lifecycle:
         self._waiting.add(run.name, 0.0, lambda now_s: self._look_again(run.name, now_s))
         if run.suspicion is not None:
             self.workers_changed()  # another suspect may take its place
+
+    def _drains(self, run: RequestState) -> bool:
+        """True if the request's decode worker drains, so that it gives its work back on purpose."""
+        if run.living is None:
+            return False
+        worker = self._fleet.get(run.living.decode.worker_id)
+        return worker is not None and worker.facts.key == run.living.decode and worker.draining
 
     def _recall(self, run: RequestState, error: TwostrokeError, now_s: float, *, may_return: bool = False) -> None:
         """Take a request back from its worker, which gets a cancel and is not chosen for it again.
@@ -316,19 +371,35 @@ class Lifecycle:
     def _expire(self, run: RequestState, now_s: float) -> None:
         self.fail(run, DeadlineExceeded(f"the request's timeout of {run.request.timeout_s:g} s passed"), now_s)
 
+    def _learn(self, run: RequestState, now_s: float) -> None:
+        """Compare what was predicted of a request with what it had and how long it took."""
+        num_choices, generated = run.request.num_choices, run.delivery.completion_tokens
+        first_ms, step_ms = run.predicted
+        if len(run.dispatches) == 1 and step_ms and (run.error is None or isinstance(run.error, DeadlineExceeded)):
+            had = generated / num_choices
+            whole = had if run.error is None else max(had, run.request.expected_tokens * self.admission.answers.mean)
+            took_ms = (now_s - run.dispatches[0].at_s) * 1e3 + step_ms * (whole - had)
+            self.admission.timing.note(first_ms + step_ms * whole, took_ms)
+        if run.error is None:
+            self.admission.answers.note(generated, num_choices * run.request.expected_tokens)
+
     def _settle(self, run: RequestState, now_s: float) -> None:
         """No more output is expected from workers: free the request's resources in this router."""
         run.stage = Stage.SETTLED
         run.timeline.mark(Instant.FINISHED, now_s)
         self._waiting.remove(run.name)
+        self.entrance.leave(run.name, now_s)
         if run.deadline is not None:
             run.deadline.cancel()
         self._orders.forget(run)
         del self.runs.active[run.name]
         cancelled = isinstance(run.error, Cancelled)
-        if run.error is not None and not run.dispatches and not cancelled:
+        served = bool(run.dispatches)
+        if run.error is not None and not served and not cancelled:
             self.admission.reject(run.name, now_s)
         else:
-            self.admission.release(run.name, now_s, cancelled)
+            self.admission.release(run.name, now_s, cancelled, served=served)
+        self._learn(run, now_s)
+        self.entrance.settled(run.request, run.delivery.completion_tokens, now_s, served=served)
         self._observer.settled(run)
         self.workers_changed()

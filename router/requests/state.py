@@ -68,6 +68,7 @@ class RequestState:
         self.transfers: list[Transfer] = []
         self.deadline: Timer | None = None
         self.first_choice: int | None = None  # choice with the first token; its instants count for the request
+        self.predicted = (0.0, 0.0)  # ms to the first token, and per later one, of its first dispatch
         self._last_token_s: dict[int, float] = {}
         self._cached: dict[int, int] = {}
         self._buffer = PieceBuffer(max_pieces)

@@ -16,7 +16,7 @@ from ...kv.block import BlockIdentity
 from ...protos import worker_pb2
 from ..routing.facts import ModelFacts, WorkerKey
 from ..routing.policy import PolicyLimits
-from .admission import AdmissionLimits
+from .admission.bounds import AdmissionLimits
 from .state import RequestState, Timer
 
 Order = worker_pb2.Submit | worker_pb2.CancelRequest

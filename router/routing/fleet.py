@@ -20,6 +20,7 @@ from .cordoned import CordonedGpus
 from .facts import LoadFacts, ModelFacts, WorkerFacts, WorkerKey, WorkerState
 from .known_worker import Dispatched, Worker
 from .lost_workers import LostWorkers
+from .prompt_sums import PromptSums
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,7 @@ class Fleet:
         self._replaced: dict[str, deque[int]] = {}  # incarnations that may not come back
         self._ticked_s: float | None = None
         self.cordoned = CordonedGpus()
+        self.prompts = PromptSums()
         self.num_lost = 0  # workers that went without announcing it
 
     # ------------------------------------------------------------------ events

@@ -10,6 +10,15 @@ from .facts import GpuFacts, LoadFacts, WorkerFacts, WorkerState
 REPORT_LAG_S = 0.25
 """A load report may lack work that was dispatched less than this time before its arrival."""
 
+AHEAD_SHARE = 0.25
+"""Sequences that a worker may have waiting, as a share of its seats, so that none of them is empty between two."""
+
+AHEAD_BATCHES = 2
+"""Prefill steps' worth of prompts that a worker may have waiting."""
+
+LEAST_BATCH_TOKENS = 512
+"""Smallest step that counts for these, of a worker that announced a smaller one or none."""
+
 MAX_SLOWDOWN = 100.0
 """Largest factor of a throttled GPU that counts, whatever a worker reports."""
 
@@ -90,3 +99,17 @@ class Worker:
             return self.facts.num_kv_tokens - sum(d.context_tokens for d in self.in_flight.values())
         later = sum(d.context_tokens for d in self.in_flight.values() if d.at_s > self.load_s - REPORT_LAG_S)
         return (self.load.free_blocks - self.load.promised_blocks) * self.facts.block_tokens - later
+
+    def has_seat(self, num_sequences: int, prompt_tokens: int) -> bool:
+        """True if it can take this many more sequences of one prompt, or nearly so. An idle worker takes any."""
+        decoding = self.num_decoding
+        if not decoding:
+            return True
+        seats = self.facts.max_num_seqs
+        most = seats + max(1, int(seats * AHEAD_SHARE))
+        return decoding + num_sequences <= most and self.free_kv_tokens >= prompt_tokens
+
+    @property
+    def can_prefill(self) -> bool:
+        """True if it will begin another prompt within a few steps."""
+        return self.queued_prefill_tokens < AHEAD_BATCHES * max(LEAST_BATCH_TOKENS, self.facts.max_batch_tokens)

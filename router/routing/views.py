@@ -80,6 +80,8 @@ def count_work(
     uncached = request.prompt_tokens - winner.prefill_held_tokens if is_leading else 1
     context = request.prompt_tokens + request.expected_tokens
     local = winner.prefill is None
+    if is_leading:
+        fleet.prompts.add(uncached)
     fleet.dispatched(winner.decode.worker_id, key, Dispatched(now_s, uncached if local else 0, context))
     if winner.prefill is not None:
         fleet.dispatched(winner.prefill.worker_id, key, Dispatched(now_s, uncached, 0))

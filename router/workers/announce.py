@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -22,6 +23,7 @@ class AnnounceHandlers:
     announced: Callable[[WorkerFacts], None]  # every announcement of a worker that does not leave
     leaving: Callable[[WorkerKey], None]
     ended: Callable[[WorkerKey], None]  # the last of its streams ended
+    reported: Callable[[worker_pb2.SupervisorReport], None]
 
 
 class AnnounceService(worker_pb2_grpc.AnnounceServicer):
@@ -56,6 +58,11 @@ class AnnounceService(worker_pb2_grpc.AnnounceServicer):
         finally:
             if facts is not None:
                 self._forget(facts.key)
+
+    async def Report(self, request: worker_pb2.SupervisorReport, context: Any) -> worker_pb2.SupervisorReportReply:
+        """Take the supervisor's report."""
+        self._handlers.reported(request)
+        return worker_pb2.SupervisorReportReply()
 
     def _who(self, message: worker_pb2.Announcement, known: WorkerFacts | None) -> WorkerFacts:
         if not message.HasField("worker"):

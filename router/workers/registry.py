@@ -29,6 +29,7 @@ from ..routing.fleet import Fleet, FleetChange, FleetLimits
 from ..routing.prefixes import PrefixMap
 from .announce import AnnounceHandlers, AnnounceService
 from .links import LinkHandlers, WorkerLink
+from .supervision import Supervision
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ class WorkerRegistry:
     ) -> None:
         self.fleet = Fleet(limits)
         self.prefixes = PrefixMap()
+        self.supervision = Supervision()
         self.roster = Roster(self.fleet, self.prefixes, self)
         self._identity = identity
         self._handlers = handlers
@@ -91,7 +93,7 @@ class WorkerRegistry:
 
     def add_announce(self, server: grpc.aio.Server) -> None:
         """Register the Announce service."""
-        handlers = AnnounceHandlers(self._on_announced, self.roster.leaving, self._on_announce_ended)
+        handlers = AnnounceHandlers(self._on_announced, self.roster.leaving, self._on_announce_ended, self._on_report)
         service = AnnounceService(self._identity.router_id, self._identity.incarnation, handlers)
         worker_pb2_grpc.add_AnnounceServicer_to_server(service, server)
 
@@ -156,6 +158,10 @@ class WorkerRegistry:
     def _on_announce_ended(self, key: WorkerKey) -> None:
         if not self._is_closed:
             self.roster.announce_ended(key, self._clock.now_s())
+
+    def _on_report(self, report: worker_pb2.SupervisorReport) -> None:
+        if self.supervision.take(report, self._clock.now_s()):
+            self._metrics.planned(self.supervision)
 
     def _on_up(self, key: WorkerKey, facts: WorkerFacts) -> None:
         log.info("%s: session is up (%s, %s)", key.worker_id, facts.role.value, facts.address)

@@ -10,7 +10,7 @@ from itertools import islice
 from ...core.errors import InvalidRequest
 from ...core.life import Transfer
 from ...core.ports import check_address
-from ...core.request import Epoch, Request, SequenceKey
+from ...core.request import LOWEST_PRIORITY, Epoch, Request, SequenceKey
 from ...core.tally import Spread
 from ...core.timeline import Instant, Timeline
 from ...kv.messages import (
@@ -134,6 +134,7 @@ def submit_to_wire(
             for p in peers
         ],
         timeout_ms=max(1, round(left_s * 1e3)),
+        priority=LOWEST_PRIORITY - request.priority,  # on the wire a higher number goes first
     )
 
 

@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..invariants import Violation
+from .automaton import Automaton
 from .deciders import Router, Service
 from .edit import Edit, described
-from .machines import TOKENS, Automaton, DecodeSide, PrefillSide
+from .given import TOKENS
+from .machines import DecodeSide, PrefillSide
 from .state import (
     GONE,
     MAX_KNOWN_STEPS,

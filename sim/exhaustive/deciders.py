@@ -33,7 +33,8 @@ from ..cells import SPEC
 from ..engine import IDENTITY_KEY
 from ..invariants import Violation
 from ..workers import MODEL, ROUTER_MODEL
-from .machines import DOMAIN, FACTS, PARAMS, PROMPT_IDS, TIMEOUT_S, TOKENS, Event
+from .automaton import Event
+from .given import DOMAIN, FACTS, PARAMS, PROMPT_IDS, TIMEOUT_S, TOKENS
 from .silent import SilentChoice
 
 ROUTER = RouterKey("router", 1)
@@ -258,7 +259,7 @@ class Router:
         if len(admission) != len(active):
             raise Violation("R1", f"{len(admission)} requests are admitted, {len(active)} are under way")
         for run in active.values():
-            if run.stage is Stage.ROUTING and run.name not in self.life._waiting:
+            if run.stage is Stage.ROUTING and run.name not in self.life._waiting and run.name not in self.life.entrance:
                 raise Violation("R7", f"{run.name} belongs to no worker, and none is looked for")
         if self.life.is_idle and any(worker.in_flight for worker in self.roster.fleet):
             raise Violation("R1", "work is still counted after every request ended")

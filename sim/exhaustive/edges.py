@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from ...kv.handover.receiver import ReceiverState
 from ...kv.handover.sender import SenderState
-from .machines import Edge
+from .automaton import Edge
 from .search import search
 from .state import Scope
 

@@ -14,7 +14,7 @@ from ...engine.link import messages as link
 from ...kv.handover.frames import Frame, WireError, decode_envelope, encode_message
 from ...protos import worker_pb2
 from ..invariants import Violation
-from .machines import OLDER, PROMPT_TOKENS, TOKENS, UNIT_TOKENS, older_frame
+from .given import OLDER, PROMPT_TOKENS, TOKENS, UNIT_TOKENS, older_frame
 from .state import ALL_UNITS, GONE, NEEDED, POOL, UNOPENED, Link, State, Task
 
 if TYPE_CHECKING:

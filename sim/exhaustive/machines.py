@@ -1,146 +1,34 @@
-"""The production machines of a cluster as automata: a state is a number, an event gives the next state and actions.
-
-The decision of a state and event is made once, by production code: it is played again from the machine's beginning
-along a shortest path, and remembered. So the search multiplies numbers, and no production object is copied.
-"""
+"""The two sides of a hand-over, each one production machine with its surroundings as events and actions."""
 
 from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple, Protocol, cast
-
-import numpy as np
+from typing import Any, NamedTuple, cast
 
 from ...core.lease import HANDOVER_LEASE
-from ...core.request import CacheScope, Epoch, Role, SamplingParams, SequenceKey
+from ...core.request import Role, SequenceKey
 from ...decode_worker.order import Order, Peer
 from ...decode_worker.outbox import Outbox
 from ...decode_worker.pull import KvPullTools
 from ...decode_worker.task import DecodeTask, DecodeTaskTools
-from ...engine.facts import FaceFacts
 from ...engine.link import messages as link
 from ...kv.handover.carrier import Check, Hear, StreamHost
-from ...kv.handover.frames import Frame, FrameLabel, WireError, decode_envelope, encode_frame, verify_frame
+from ...kv.handover.damage import verify_frame
+from ...kv.handover.frames import Frame, WireError, decode_envelope
 from ...kv.handover.machine import Action, Label, NumberedStream
 from ...kv.handover.receiver import Receiver, ReceiverState
 from ...kv.handover.sender import SenderState
-from ...kv.keys import PromptHasher
-from ...kv.recent_prompts import NamedPrompt, RecentPrompts
-from ...kv.section import SectionData
 from ...prefill_worker.service import PrefillService
 from ...prefill_worker.task import PrefillTask, PrefillTaskTools
 from ...protos import handover_pb2
-from ..cells import CELL_BYTES, DIGEST_KEY, SPEC, digest_of
-from ..engine import IDENTITY_KEY, NUMERICS
-from ..invariants import Violation
-from ..workers import MODEL_FACTS, SimDispatcher
+from ..cells import DIGEST_KEY, SPEC
+from ..engine import NUMERICS
+from ..workers import SimDispatcher
+from .automaton import Event
 from .canonical import canonical
+from .given import CELLS, EPOCH, FACTS, PARAMS, PROMPTS, SCOPE, TIMEOUT_S, TOKENS, check_content, sections_of
 from .silent import SilentChoice
-
-PROMPT_TOKENS, UNIT_TOKENS = 24, 16  # two hash blocks, the second one partial: two frames
-TOKENS = (5, 6)  # of every answer; a prefill worker samples the first
-FRAME_SLOTS = 1
-EPOCH, OLDER = Epoch(1, 2), Epoch(1, 1)  # of a hand-over, and of the strays on its stream
-DOMAIN = "acme"
-TIMEOUT_S = 1_000.0
-CELLS, STALE_CELLS = 1_000, 9_000  # KV of a token is this plus its position
-
-Event = tuple[Any, ...]
-Step = tuple[int, tuple[Any, ...]]
-
-
-class Machine(Protocol):
-    """One production machine with its surroundings."""
-
-    actions: list[Any]
-
-    def feed(self, event: Event) -> None:
-        """Handle an event; appends to `actions`."""
-        ...
-
-    def state(self) -> Hashable:
-        """Canonical state."""
-        ...
-
-    def facts(self) -> Any:
-        """Facts of the state that decide which events can happen."""
-        ...
-
-    def place(self) -> str:
-        """State of the hand-over machine inside, by name; empty: there is none."""
-        ...
-
-    def label(self, event: Event) -> str:
-        """Name of an event for the hand-over machine inside; empty: it is no event of it."""
-        ...
-
-
-class Edge(NamedTuple):
-    """One step of a hand-over machine."""
-
-    before: str
-    event: str
-    after: str
-
-
-class Automaton:
-    """All states of one kind of machine that were reached, numbered from 0 (the beginning)."""
-
-    def __init__(self, build: Callable[[], Machine]) -> None:
-        self.facts: list[Any] = []
-        self._build = build
-        self._number_by_state: dict[Hashable, int] = {}
-        self._origins: list[tuple[int, Event] | None] = []
-        self._steps: dict[tuple[int, Event], Step] = {}
-        self.edges: set[Edge] = set()  # of the hand-over machine inside, as far as it was stepped
-        self._number(build(), None)
-
-    def __len__(self) -> int:
-        return len(self.facts)
-
-    @property
-    def num_steps(self) -> int:
-        """Number of different (state, event) pairs that production code decided."""
-        return len(self._steps)
-
-    def step(self, state: int, event: Event) -> Step:
-        """The next state, and the actions.
-
-        Raises:
-            Violation: the event breaks an invariant.
-        """
-        known = self._steps.get((state, event))
-        if known is None:
-            machine = self._build()
-            for earlier in self._path(state):
-                machine.feed(earlier)
-            machine.actions = []
-            before, label = machine.place(), machine.label(event)
-            machine.feed(event)
-            after = machine.place()
-            if label and (before or after):
-                self.edges.add(Edge(before, label, after))
-            known = self._number(machine, (state, event)), tuple(machine.actions)
-            self._steps[state, event] = known
-        return known
-
-    def _path(self, state: int) -> list[Event]:
-        path = []
-        origin = self._origins[state]
-        while origin is not None:
-            path.append(origin[1])
-            origin = self._origins[origin[0]]
-        return path[::-1]
-
-    def _number(self, machine: Machine, origin: tuple[int, Event] | None) -> int:
-        state = machine.state()
-        number = self._number_by_state.get(state)
-        if number is None:
-            number = self._number_by_state[state] = len(self.facts)
-            self.facts.append(machine.facts())
-            self._origins.append(origin)
-        return number
 
 
 class StreamFacts(NamedTuple):
@@ -246,7 +134,7 @@ class DecodeSide(_Face):
         self._outbox, self.is_ended = Outbox(), False
         self.streams: list[_Stream] = []
         self._receiver: Receiver | None = None  # of the last event
-        prompt, emitted = _PROMPTS[num_resumed], TOKENS[:num_resumed]
+        prompt, emitted = PROMPTS[num_resumed], TOKENS[:num_resumed]
         order = Order(SequenceKey("r", 0), EPOCH, prompt, PARAMS, SCOPE, peers, TIMEOUT_S, num_resumed, 0, 1)
         timing, clock = HANDOVER_LEASE, self.clock
         pull = KvPullTools(self.client, cast(Any, None), DIGEST_KEY, SPEC, timing, clock, Counter())
@@ -267,7 +155,7 @@ class DecodeSide(_Face):
         """Implements `FaceLink.send`. Checks K4 of what is stored."""
         if isinstance(command, link.WriteKv):
             start, count = command.token_start, command.token_count
-            _check_content(start, count, command.sections)
+            check_content(start, count, command.sections)
             self.actions.append(("write", start, count))
         else:
             self.actions.append(command)
@@ -458,50 +346,3 @@ def _label_of(envelope: bytes | None, stream: NumberedStream | None) -> str:
     if sequence <= received:
         return "duplicate or late"
     return name if sequence == received + 1 else "gap: lost or overtaken"
-
-
-# ------------------------------------------------------------------ what all of them share
-
-PARAMS = SamplingParams(max_tokens=len(TOKENS), temperature=0.0, ignore_eos=True)
-SCOPE = CacheScope(DOMAIN, b"")
-FACTS = FaceFacts(
-    worker_id="w",
-    model=MODEL_FACTS,
-    namer=PromptHasher.of(IDENTITY_KEY, MODEL_FACTS),
-    digest_key=DIGEST_KEY,
-    num_blocks=3,
-    block_tokens=UNIT_TOKENS,
-    frame_bytes=UNIT_TOKENS * SPEC.bytes_per_token,
-    frame_slots=FRAME_SLOTS,
-    max_num_seqs=8,
-    max_batch_tokens=64,
-)
-PROMPT_IDS = tuple(range(1, PROMPT_TOKENS + 1))
-_PROMPTS: list[NamedPrompt] = [
-    RecentPrompts(FACTS.namer).name("r", PROMPT_IDS + TOKENS[:resumed], SCOPE) for resumed in range(len(TOKENS))
-]
-
-
-def sections_of(start: int, count: int, first_cell: int) -> tuple[SectionData, ...]:
-    """Planes and seals of tokens [start, +count)."""
-    cells = [first_cell + token for token in range(start, start + count)]
-    planes = np.array(cells, np.uint64).view(np.uint8).reshape(1, 1, -1, CELL_BYTES)
-    units = range(start // UNIT_TOKENS, -(-(start + count) // UNIT_TOKENS))
-    parts = [cells[place * UNIT_TOKENS : (place + 1) * UNIT_TOKENS] for place in range(len(units))]
-    seals = [digest_of(part, unit) for part, unit in zip(parts, units, strict=True)]
-    return (
-        SectionData("main", "k", 0, 1, 0, 1, 3, CELL_BYTES, planes, None, np.array(seals, np.uint64).reshape(1, 1, -1)),
-    )
-
-
-def older_frame(sequence: int, start: int, count: int) -> bytes:
-    """A frame of an older dispatch, with that dispatch's KV and matching seals."""
-    label = FrameLabel(Label("r", 0, OLDER), sequence, NUMERICS, start, count)
-    return encode_frame(label, sections_of(start, count, STALE_CELLS), is_last=False)
-
-
-def _check_content(start: int, count: int, sections: tuple[SectionData, ...]) -> None:
-    (section,) = sections
-    cells = np.frombuffer(section.payload.tobytes(), np.uint64).tolist()
-    if cells != [CELLS + token for token in range(start, start + count)]:
-        raise Violation("K4", f"tokens {start}+{count} are stored, and they are not this dispatch's KV")

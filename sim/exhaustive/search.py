@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from ..invariants import Violation
+from .automaton import Edge
 from .cluster import Cluster
-from .machines import Edge
 from .state import Broken, Reached, Scope, State
 
 

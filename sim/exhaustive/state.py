@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ...core.request import FinishReason
 from ..invariants import Violation
-from .machines import PROMPT_TOKENS, UNIT_TOKENS
+from .given import PROMPT_TOKENS, UNIT_TOKENS
 
 if TYPE_CHECKING:
     from .edit import Edit

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .client.values import Completion as Completion
     from .client.values import ModelCard as ModelCard
     from .client.values import Tokens as Tokens
+    from .client.values import ToolCall as ToolCall
     from .client.values import Usage as Usage
     from .core.errors import BodyTooLarge as BodyTooLarge
     from .core.errors import Cancelled as Cancelled
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from .core.errors import IdempotencyKeyReused as IdempotencyKeyReused
     from .core.errors import InternalError as InternalError
     from .core.errors import InvalidRequest as InvalidRequest
+    from .core.errors import KeyForbids as KeyForbids
     from .core.errors import KvCorrupted as KvCorrupted
     from .core.errors import ModelNotFound as ModelNotFound
     from .core.errors import NonFiniteKv as NonFiniteKv
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from .core.errors import Overloaded as Overloaded
     from .core.errors import PairRefused as PairRefused
     from .core.errors import PoisonRequest as PoisonRequest
+    from .core.errors import QuotaExceeded as QuotaExceeded
     from .core.errors import RequestNotFound as RequestNotFound
     from .core.errors import TokensLost as TokensLost
     from .core.errors import TransportUnavailable as TransportUnavailable
@@ -58,13 +61,13 @@ _NAMES_BY_MODULE = {
     ".client.async_client": ("AsyncClient", "AsyncCompletionStream"),
     ".client.channel": ("Tls",),
     ".client.client": ("Client", "CompletionStream"),
-    ".client.values": ("Choice", "Chunk", "Completion", "ModelCard", "Tokens", "Usage"),
+    ".client.values": ("Choice", "Chunk", "Completion", "ModelCard", "Tokens", "ToolCall", "Usage"),
     ".core.errors": (
         *("BodyTooLarge", "Cancelled", "CheckpointError", "ConfigError", "ContextLengthExceeded", "CursorLost"),
         *("DeadlineExceeded", "DoesNotFit", "HostForbidden", "IdempotencyKeyReused"),
-        *("InternalError", "InvalidRequest", "KvCorrupted", "ModelNotFound", "NonFiniteKv"),
-        *("OriginForbidden", "Overloaded", "PairRefused", "PoisonRequest", "RequestNotFound", "TokensLost"),
-        *("TransportUnavailable", "TwostrokeError", "Unauthenticated"),
+        *("InternalError", "InvalidRequest", "KeyForbids", "KvCorrupted", "ModelNotFound", "NonFiniteKv"),
+        *("OriginForbidden", "Overloaded", "PairRefused", "PoisonRequest", "QuotaExceeded", "RequestNotFound"),
+        *("TokensLost", "TransportUnavailable", "TwostrokeError", "Unauthenticated"),
         *("Unavailable", "UnsupportedContentType", "UnsupportedEncoding", "UnsupportedParameter", "WorkerLost"),
     ),
     ".core.request": ("FinishReason", "TokenLogprobs"),

@@ -35,6 +35,7 @@ PURE_FOLDERS = {
     "cluster/planner": set(),
     "router/requests": {"decision_log.py", "dispatch.py", "flow.py"},
     "router/routing": set(),
+    "text/parsing": set(),
 }
 PURE_FILES = (
     "client/reconnection.py",
@@ -61,6 +62,8 @@ PURE_FILES = (
     "cluster/catalogue.py",
     "cluster/devices.py",
     "cluster/fit.py",
+    "cluster/operations/rolling.py",
+    "cluster/operations/room.py",
     "cluster/placement.py",
     "cluster/restarts.py",
 )

@@ -9,6 +9,7 @@ OPENS = re.compile(
     r"\badd_port\(|\.bind\((?=\()|add_(?:in)?secure_port\(|start_(?:unix_)?server\(|create_(?:unix_)?server\(|HTTPServer\("
 )
 KNOWN = {
+    "cluster/operations/control.py",  # a socket in a folder that only its owner can enter
     "core/tls/identity.py",  # a gRPC server's port, with or without TLS, at the address that its caller gives
     "core/ports.py",  # a socket for the router's HTTP port, and probes
     "router/process.py",  # the router's two gRPC ports

@@ -31,6 +31,8 @@ def copy(tmp_path: Path) -> Path:
     for name in (
         "pyproject.toml",
         "tests/conftest.py",
+        "tests/support/pickles.py",
+        "tests/support/no_pickle/sitecustomize.py",
         "tests/support/recorded.py",
         "tests/support/shares.py",
         MODULE,

@@ -138,7 +138,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("LlamaForCausalLM", {"attention_sinks": 4}, "attention_sinks"),
     ("LlamaForCausalLM", {"alibi": True}, "alibi"),
     ("LlamaForCausalLM", {"vision_config": {"depth": 2}}, "vision.*text-only"),
-    ("LlamaForCausalLM", {"quantization_config": {"quant_method": "awq"}}, "awq.*int8"),
+    ("LlamaForCausalLM", {"quantization_config": {"quant_method": "hqq"}}, "hqq.*int8"),
     ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "linear"}}, "factor"),
     ("LlamaForCausalLM", {"attention_bias": "yes"}, "attention_bias"),
     ("LlamaForCausalLM", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.quantised_checkpoints import PLACE
 
 from twostroke.checkpoint.config import ModelConfig
 from twostroke.checkpoint.config_json import load_spec
@@ -80,6 +81,21 @@ def test_the_memory_of_the_plan_is_what_a_ranks_weights_take(
     planned = held_bytes(BUNDLED, rank.local, model, chosen_kernels(kernels, "cpu", build.built_library))
     assert memory == pytest.approx(planned, rel=0.005)  # norms are held in float32
     assert planned < 0.6 * held_bytes(BUNDLED, rank.whole, model, chosen_kernels(kernels, "cpu", build.built_library))
+
+
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("name", ["fp8-block32", "compressed-int", "bitsandbytes-nf4"])
+def test_the_memory_of_the_plan_is_what_decoded_weights_take(name: str, dtype: str, kernels: str) -> None:
+    model, spec = ModelConfig(dtype=dtype), load_spec(PLACE / name)
+    weights = load_weights(open_source(PLACE / name), spec, make_ops(getattr(torch, dtype), kernels=kernels))
+    memory = storages(weights)
+    found = chosen_kernels(kernels, "cpu", build.built_library)
+    if dtype == "bfloat16" and found == "native":
+        del memory[weights.embedding.untyped_storage().data_ptr()]  # a view of the file
+    planned = held_bytes(PLACE / name, spec, model, found)
+    assert sum(memory.values()) <= 1.02 * planned  # norms are held in float32
+    assert sum(memory.values()) >= 0.7 * planned  # twelve bits of sixteen at least
 
 
 def test_a_table_that_must_be_copied_counts(tmp_path: Path) -> None:

@@ -189,3 +189,40 @@ async def test_many_faults_of_one_gpu_cordon_it(made: tuple[Supervisor, Clock]) 
         supervisor._ended(name, ProcessEnd("XID 31", device=DeviceEnd.FAULT))
         standings.append(supervisor._membership.standing(name))
     assert standings == [Standing.WAITING] * 3 + [Standing.WITHHELD]
+
+
+async def test_a_worker_that_was_let_go_is_forgotten_at_its_end_whoever_ended_it(
+    made: tuple[Supervisor, Clock],
+) -> None:
+    supervisor, _ = made
+    name = worker_of(supervisor)
+    supervisor._note(seen((name, "first", "live")))
+    assert (supervisor.num_owned, supervisor.room.num_free) == (1, 0)
+    supervisor.let_go(name)
+    assert (supervisor.num_owned, supervisor.standing(name)) == (0, Standing.STOPPED)
+    supervisor._ended(name, ProcessEnd("killed"))
+    assert (supervisor.standing(name), supervisor.room.num_free) == (None, 1)
+    supervisor._ended(name, ProcessEnd("killed"))  # a late word of it changes nothing
+    assert supervisor._membership.next_due_s() is None
+
+
+async def test_a_worker_whose_place_another_has_leaves_none(made: tuple[Supervisor, Clock]) -> None:
+    supervisor, _ = made
+    name = worker_of(supervisor)
+    supervisor.let_go(name, frees_place=False)
+    supervisor._ended(name, ProcessEnd("stopped"))
+    assert (supervisor.standing(name), supervisor.room.num_free) == (None, 0)
+
+
+async def test_a_wanted_restart_waits_for_the_end_and_is_no_failure(made: tuple[Supervisor, Clock]) -> None:
+    supervisor, _ = made
+    name = worker_of(supervisor)
+    supervisor._note(seen((name, "first", "live")))
+    supervisor._processes.add(name)
+    again = asyncio.create_task(supervisor.again(name, 0.0))
+    while supervisor.standing(name) is not Standing.STOPPED:
+        await asyncio.sleep(0)
+    supervisor._ended(name, ProcessEnd("stopped"))
+    await again
+    assert supervisor._membership.due(0.0) == [name]
+    assert supervisor._membership.restarts(name) == 0

@@ -21,6 +21,7 @@ from twostroke.kv.handover.machine import Label
 from twostroke.kv.handover.receiver import Receiver, ReceiverState
 from twostroke.kv.section import SectionData
 from twostroke.kv.spec import attention_spec
+from twostroke.protos import common_pb2
 from twostroke.protos import handover_pb2 as pb
 
 KEY, CLASS = 0xC0FFEE, b"c" * 16
@@ -216,6 +217,35 @@ async def test_the_same_tokens_damaged_twice_are_given_up(bench, size):
     assert it.lost.reason == "corrupted"
     assert it.lost.stored_upto == 0
     assert it.written == []
+
+
+async def test_one_block_damaged_twice_is_given_up_whatever_came_with_it(bench):
+    it = bench()
+    it.give(it.envelope(0, 16, change=DAMAGES["last byte"]))
+    it.give(it.envelope(0, 32, change=DAMAGES["last byte"]))
+    await it.settled()
+    assert [(m.token_start, m.token_count, m.attempt) for m in it.said("refetch")] == [(0, 16, 1)]
+    assert it.lost.reason == "corrupted"
+
+
+class _Ring:
+    """A lent ring that writes down when it comes back."""
+
+    def __init__(self, log):
+        self.log = log
+
+    def give_back(self, *, is_orderly, has_failed):
+        self.log.append(("ring", is_orderly, has_failed))
+
+
+async def test_the_ring_is_given_back_before_the_owner_hears_of_the_loss(bench):
+    it, log = bench(), []
+    await it.settled()
+    it.pull._ring = _Ring(log)
+    it.pull_lost = lambda lost: log.append(("lost", lost.reason))  # the owner may open the next hand-over at once
+    it.say(common_pb2.Error(code="unavailable", message="no"))
+    await it.settled()
+    assert log == [("ring", False, False), ("lost", "failed")]
 
 
 @pytest.mark.parametrize("size", ["small", "1 MiB"])

@@ -6,29 +6,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from support.sampling_room import Room, ids_of, submit
 
 from twostroke.core.clock import MonotonicClock
-from twostroke.core.request import FinishReason, SamplingParams, SequenceKey, TokenLogprobs
+from twostroke.core.request import FinishReason, SamplingParams, SequenceKey
 from twostroke.decode_worker.policy import combined_policy, decode_policy
-from twostroke.engine.core import CoreLimits, EngineCore
 from twostroke.engine.link.messages import (
     Bind,
-    Ended,
     KvComplete,
     PeerBound,
     PrefillLocally,
-    Promised,
     Source,
-    StepTokens,
-    Submit,
 )
 from twostroke.engine.loop import Engine
 from twostroke.engine.plan import History, SampledPlace, SequenceStep
-from twostroke.engine.policy import StepLimits
 from twostroke.engine.sequence import new_sequence
-from twostroke.kv.block import chain
-from twostroke.kv.cache.pool import BlockPool
-from twostroke.kv.cache.prefix import PrefixCache
 from twostroke.model.sampling import step as sampling_step
 from twostroke.prefill_worker.policy import prefill_policy
 
@@ -48,56 +40,6 @@ EVERYTHING = replace(
 )
 
 
-class Room:
-    """A core and a runner without a thread: steps are taken by hand."""
-
-    def __init__(self, runner, policy=combined_policy, num_blocks=64, **limits):
-        self.runner = runner
-        self.pool = BlockPool(num_blocks, 16)
-        limits = StepLimits(**limits)
-        self.core = EngineCore(
-            CoreLimits(), self.pool, PrefixCache(self.pool), policy(limits), eos_ids=[1], key=b"cluster"
-        )
-        self.tokens: dict[str, list[int]] = {}
-        self.logprobs: dict[str, list[TokenLogprobs]] = {}
-        self.prompt_logprobs: dict[str, tuple[TokenLogprobs, ...]] = {}
-        self.ended: dict[str, Ended] = {}
-        self.promised: dict[str, int] = {}
-
-    def send(self, *commands):
-        for command in commands:
-            self.hear(self.core.handle(command, 0.0))
-
-    def hear(self, events):
-        for event in events:
-            if isinstance(event, Ended):
-                self.ended[event.key.request_id] = event
-            elif isinstance(event, Promised):
-                self.promised[event.key.request_id] = event.held_tokens
-            elif isinstance(event, StepTokens):
-                for news in event.news:
-                    name = news.key.request_id
-                    self.tokens.setdefault(name, []).extend(news.token_ids)
-                    self.logprobs.setdefault(name, []).extend(news.logprobs)
-                    if news.prompt_logprobs:
-                        assert name not in self.prompt_logprobs, "said twice"
-                        self.prompt_logprobs[name] = news.prompt_logprobs
-
-    def step(self) -> bool:
-        self.hear(self.core.tick(0.0))
-        plan = self.core.plan(0.0)
-        if plan is not None:
-            self.hear(self.core.apply(plan, self.runner.run(plan), 0.0))
-        self.core.check_integrity()
-        return plan is not None
-
-    def run(self, *commands):
-        self.send(*commands)
-        while self.step():
-            pass
-        return self
-
-
 class EngineRoom(Room):
     """The same with an engine that takes the steps, without its thread."""
 
@@ -115,15 +57,6 @@ class EngineRoom(Room):
             self.engine._step(plan)
         self.core.check_integrity()
         return plan is not None
-
-
-def ids_of(length, seed=1):
-    return tuple(torch.randint(3, 160, (length,), generator=torch.Generator().manual_seed(seed)).tolist())
-
-
-def submit(name, prompt, params, source=Source.LOCAL, **more):
-    identities = tuple(chain(b"cluster", b"root", prompt[: len(prompt) // 16 * 16]))
-    return Submit(SequenceKey(name, 0), source, tuple(prompt), identities, b"root", params, **more)
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from twostroke.core.lease import HANDOVER_LEASE
 from twostroke.core.request import Epoch
 from twostroke.kv.codec import Codec
 from twostroke.kv.digest import frame_digests, places
+from twostroke.kv.handover.damage import verify_frame
 from twostroke.kv.handover.frames import (
     Frame,
     FrameLabel,
@@ -25,7 +26,6 @@ from twostroke.kv.handover.frames import (
     decode_envelope,
     encode_frame,
     encode_message,
-    verify_frame,
 )
 from twostroke.kv.handover.machine import (
     Abort,

@@ -10,7 +10,8 @@ from twostroke.core.errors import KvCorrupted
 from twostroke.core.request import Epoch
 from twostroke.kernels.reference import store_kv
 from twostroke.kv.block import BlockId
-from twostroke.kv.handover.frames import Frame, FrameLabel, covers, decode_envelope, encode_frame, verify_frame
+from twostroke.kv.handover.damage import covers, verify_frame
+from twostroke.kv.handover.frames import Frame, FrameLabel, decode_envelope, encode_frame
 from twostroke.kv.handover.machine import Label
 from twostroke.kv.messages import spec_from_wire, spec_to_wire
 from twostroke.kv.section import HeldTokens

@@ -12,18 +12,16 @@ from hypothesis import given, settings
 from twostroke.core.request import Epoch
 from twostroke.kv.codec import Codec, payload_bytes, scale_bytes
 from twostroke.kv.digest import frame_digests, places
+from twostroke.kv.handover.damage import covers, damaged_ranges, verify_frame
 from twostroke.kv.handover.frames import (
     Frame,
     FrameLabel,
     SectionData,
     WireError,
-    covers,
-    damaged_ranges,
     decode_envelope,
     encode_frame,
     encode_message,
     tokens_per_frame,
-    verify_frame,
 )
 from twostroke.kv.handover.machine import Label
 from twostroke.kv.spec import attention_spec

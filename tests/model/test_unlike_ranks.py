@@ -13,7 +13,8 @@ from support.tiny_families import VOCAB
 
 from twostroke.checkpoint.config_json import load_spec
 from twostroke.core.request import Epoch
-from twostroke.kv.handover.frames import Frame, FrameLabel, decode_envelope, encode_frame, verify_frame
+from twostroke.kv.handover.damage import verify_frame
+from twostroke.kv.handover.frames import Frame, FrameLabel, decode_envelope, encode_frame
 from twostroke.kv.handover.machine import Label
 from twostroke.kv.section import HeldTokens, SectionData
 from twostroke.kv.slices import RankSlices

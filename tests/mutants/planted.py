@@ -9,6 +9,7 @@ import planted_gpu
 import planted_handover
 import planted_kv
 import planted_router
+import planted_scaling
 import planted_workers
 
 _MACHINES = (
@@ -140,6 +141,9 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "text/": ("tests/text/test_incremental.py", "tests/text/test_behind_prompt.py"),
     "cluster/devices": ("tests/cluster/test_devices.py",),
+    "cluster/planner/": ("tests/cluster/planner/test_law.py",),
+    "cluster/operations/room": ("tests/cluster/operations/test_room.py",),
+    "cluster/operations/rolling": ("tests/cluster/operations/test_rolling.py",),
     "cluster/restarts": ("tests/cluster/test_restarts.py",),
     "cluster/supervisor": ("tests/cluster/test_supervisor.py", "tests/cluster/test_drained.py"),
     "worker/watch": ("tests/worker/test_watchers.py", "tests/worker/test_worker_watch.py"),
@@ -160,4 +164,5 @@ MUTANTS = [
     *planted_doors.MUTANTS,
     *planted_gpu.MUTANTS,
     *planted_certificates.MUTANTS,
+    *planted_scaling.MUTANTS,
 ]

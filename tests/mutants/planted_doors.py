@@ -81,7 +81,8 @@ _OUTSIDE = [
     ),
     Mutant("core/call_reaper.py", "        call.cancel()\n        self._stalled", "        self._stalled"),
     Mutant("core/call_reaper.py", "            self._sweep = None\n\n\ndef", "            pass\n\n\ndef"),
-    Mutant("core/probes.py", "                    oldest.reschedule(0.0)\n", "                    pass\n"),
+    Mutant("core/probes.py", "if not oldest.expired():", "if True:"),
+    Mutant("core/probes.py", "                        oldest.reschedule(0.0)\n", "                        pass\n"),
     Mutant("core/probes.py", "            self._reaper.end_later(PROBE_TIMEOUT_S)\n", ""),
     Mutant(
         "router/api/grpc/guard.py",
@@ -142,12 +143,12 @@ _OUTSIDE = [
     Mutant("router/api/http/browser.py", "    if len(hosts) != 1:\n", "    if not hosts:\n"),
     Mutant(
         "router/api/http/browser.py",
-        "bool(config.allowed_hosts) or (is_private and not config.api_keys)",
-        "is_private and not config.api_keys",
+        "bool(config.allowed_hosts) or (is_private and not config.has_keys)",
+        "is_private and not config.has_keys",
     ),
     Mutant(
         "router/api/http/browser.py",
-        "(is_private and not config.api_keys)\n        self._names",
+        "(is_private and not config.has_keys)\n        self._names",
         "is_private\n        self._names",
     ),
     Mutant("router/api/http/browser.py", "            _check_content_type(headers)\n", "            pass\n"),
@@ -158,7 +159,7 @@ _OUTSIDE = [
         ' and not scope["path"].startswith(PROBES):',
     ),
     Mutant("router/api/http/browser.py", "        _check_origin(headers)\n", ""),
-    Mutant("router/api/validate.py", "_isolation_domain(tenant, call.cache_salt)", "tenant"),
+    Mutant("router/api/validate.py", "_isolation_domain(grant.isolation_domain, call.cache_salt)", "grant.tenant"),
     Mutant(
         "router/api/validate.py",
         '    return f"{tenant}/salt-{digest.hexdigest()}"\n',
@@ -169,7 +170,7 @@ _OUTSIDE = [
         "min(call.timeout_s or limits.request_timeout_s, limits.request_timeout_s)",
         "call.timeout_s or limits.request_timeout_s",
     ),
-    Mutant("router/api/validate.py", "        tenant=tenant,\n", ""),
+    Mutant("router/api/validate.py", "        tenant=grant.tenant,\n", ""),
     Mutant(
         "router/api/validate.py",
         "    if len(ids) >= model.max_model_len:\n",
@@ -253,6 +254,7 @@ _CONNECTIONS = [
 ]
 
 _LATER = [
+    Mutant("router/api/http/connection.py", "            self._may_frame -= len(data)\n", "            pass\n"),
     Mutant("router/api/frontend.py", "        self._num_reading += len(calls)\n", "        self._num_reading += 1\n"),
     Mutant(
         "router/api/frontend.py",

@@ -99,6 +99,21 @@ _HANDOVER = [
     ),
 ]
 
+_ENDS = [
+    Mutant(
+        "kv/handover/receiver.py",
+        "attempt = max(self._damaged[unit] for unit in units)",
+        "attempt = min(self._damaged[unit] for unit in units)",
+    ),
+    Mutant(
+        "decode_worker/pull.py",
+        "                self._give_back(has_failed=is_wrong and self.receiver.transport == SHM)\n"
+        "                self._owner.pull_lost(action)\n",
+        "                self._owner.pull_lost(action)\n"
+        "                self._give_back(has_failed=is_wrong and self.receiver.transport == SHM)\n",
+    ),
+]
+
 _CARRIED = [
     Mutant("kv/handover/carrier.py", "        self.rearm()\n\n    def rearm", "\n    def rearm"),
     Mutant("kv/handover/carrier.py", "        if self._is_doing:\n            return\n", ""),
@@ -150,27 +165,27 @@ _BYTES = [
     Mutant("kv/handover/frames.py", "        if offset != end + -end % _ALIGN:\n", "        if offset % _ALIGN:\n"),
     Mutant("kv/handover/frames.py", "    if end != num_bytes:\n", "    if False:\n"),
     Mutant(
-        "kv/handover/frames.py", "    if spec is not None and not covers(frame.sections, spec):\n", "    if False:\n"
+        "kv/handover/damage.py", "    if spec is not None and not covers(frame.sections, spec):\n", "    if False:\n"
     ),
     Mutant(
-        "kv/handover/frames.py", "        bad |= (found != section.digests)", "        bad = (found != section.digests)"
+        "kv/handover/damage.py", "        bad |= (found != section.digests)", "        bad = (found != section.digests)"
     ),
     Mutant(
-        "kv/handover/frames.py",
+        "kv/handover/damage.py",
         "            blocks = np.arange(first, first + len(bad), dtype=np.uint64)\n",
         "            blocks = np.arange(len(bad), dtype=np.uint64)\n",
     ),
-    Mutant("kv/handover/frames.py", "    heads = head_start + np.arange", "    heads = np.arange"),
-    Mutant("kv/handover/frames.py", "            return [(token_start, token_count)]\n", "            continue\n"),
-    Mutant("kv/handover/frames.py", "    return not any(missing.values())\n", "    return True\n"),
+    Mutant("kv/handover/damage.py", "    heads = head_start + np.arange", "    heads = np.arange"),
+    Mutant("kv/handover/damage.py", "            return [(token_start, token_count)]\n", "            continue\n"),
+    Mutant("kv/handover/damage.py", "    return not any(missing.values())\n", "    return True\n"),
     Mutant(
-        "kv/handover/frames.py",
-        "any(missing.values())\n\n\ndef _units",
-        "all(missing.values())\n\n\ndef _units",
+        "kv/handover/damage.py",
+        "any(missing.values())",
+        "all(missing.values())",
     ),
-    Mutant("kv/handover/frames.py", "        if not fits_layers or not fits_heads:\n", "        if not fits_layers:\n"),
+    Mutant("kv/handover/damage.py", "        if not fits_layers or not fits_heads:\n", "        if not fits_layers:\n"),
     Mutant(
-        "kv/handover/frames.py",
+        "kv/handover/damage.py",
         "        if section.row_bytes != payload_bytes(Codec(section.codec), component.width):\n",
         "        if False:\n",
     ),
@@ -180,7 +195,7 @@ _BYTES = [
     Mutant(
         "kv/handover/frames.py", "    if len(header.identities) > tokens // HASH_BLOCK_TOKENS:\n", "    if False:\n"
     ),
-    Mutant("kv/handover/frames.py", "min(end, stop) - start", "end - start"),
+    Mutant("kv/handover/damage.py", "min(end, stop) - start", "end - start"),
 ]
 
 _PULLED = [
@@ -275,4 +290,4 @@ _PULLED = [
     ),
 ]
 
-MUTANTS = [*_HANDOVER, *_CARRIED, *_BYTES, *_PULLED]
+MUTANTS = [*_HANDOVER, *_ENDS, *_CARRIED, *_BYTES, *_PULLED]

@@ -23,19 +23,49 @@ _ROUTER = [
         "                if True:\n",
     ),
     Mutant("router/requests/state.py", "            if missing > 0:\n", "            if False:\n"),
-    Mutant("router/requests/admission.py", "        self.tokens -= offer.tokens\n", ""),
-    Mutant("router/requests/admission.py", "        self._share_by_tenant[offer.tenant] -= self._size(offer)\n", ""),
-    Mutant("router/requests/admission.py", "        self._retry_tokens -= 1.0\n", ""),
+    Mutant("router/requests/admission/bounds.py", "        self.tokens -= offer.tokens\n", ""),
     Mutant(
-        "router/requests/admission.py",
-        "            self.accepted -= 1\n            self.cancelled += 1\n",
-        "            self.cancelled += 1\n",
+        "router/requests/admission/bounds.py",
+        "            self.full_rate.note(offer.tokens, now_s)\n",
+        "            self.full_rate.note(1, now_s)\n",
+    ),
+    Mutant("router/requests/admission/estimates.py", "            self._tokens *= kept\n", "            pass\n"),
+    Mutant("router/requests/admission/fair_queue.py", "start + ticket.cost / ticket.share\n", "start + ticket.cost\n"),
+    Mutant("router/requests/admission/fair_queue.py", "= start + ticket.cost / ticket", "= start + 1.0 / ticket"),
+    Mutant(
+        "router/requests/admission/fair_queue.py",
+        "= max(self._virtual, self._starts.get(ticket.tenant, 0.0))\n",
+        "= self._starts.get(ticket.tenant, 0.0)\n",
+    ),
+    Mutant("router/requests/admission/fair_queue.py", "self._lines[min(self._lines)]", "self._lines[max(self._lines)]"),
+    Mutant("router/requests/admission/fair_queue.py", "left[tenant] <= own:\n", "left[tenant] < own:\n"),
+    Mutant(
+        "router/requests/admission/quotas.py",
+        "            wait_s = self._bucket",
+        "            wait_s = 0.0 * self._bucket",
     ),
     Mutant(
-        "router/requests/admission.py",
-        "if tenants > 1 and own and fill",
-        "if own and fill",
-        survives="alone, a tenant has all that is used, and its fair part is all of it: never beyond",
+        "router/requests/admission/quotas.py",
+        "lacking = min(cost, self.per_minute) - self.level\n",
+        "lacking = cost - self.level\n",
+    ),
+    Mutant("router/requests/admission/entrance.py", "        self.quotas.take(", "        self.quotas.check("),
+    Mutant("router/requests/admission/entrance.py", "requests=0 if served else 1)", "requests=0)"),
+    Mutant("router/requests/admission/entrance.py", "if newcomer.left_s <= 0:", "if False:"),
+    Mutant("router/keys/grants.py", "if hmac.compare_digest(known, presented):\n", "if True:\n"),
+    Mutant("router/keys/grants.py", "if api_key and not is_digest(api_key):", "if api_key:"),
+    Mutant("router/keys/rotation.py", "            self.ring.is_open = False", "            pass"),
+    Mutant("router/api/validate.py", "    grant.check_model(model.name)\n", ""),
+    Mutant("router/api/validate.py", "    return max(wanted, grant.priority)\n", "    return wanted\n"),
+    Mutant("router/api/http/callers.py", 'scope["path"] not in PROBES:', 'scope["path"] in ("/v1/completions",):'),
+    Mutant(
+        "engine/scheduler.py", "        if held == len(findable):\n            return False\n", "        return False\n"
+    ),
+    Mutant("router/requests/admission/bounds.py", "        self._retry_tokens -= 1.0\n", ""),
+    Mutant(
+        "router/requests/admission/bounds.py",
+        "            self.accepted -= 1\n            self.cancelled += 1\n",
+        "            self.cancelled += 1\n",
     ),
     Mutant(
         "router/routing/prefixes.py",
@@ -85,7 +115,7 @@ _LIVES = [
         "        if self.runs.find(request.owner, request.request_id) is not None:\n",
         "        if False:\n",
     ),
-    Mutant("router/requests/lifecycle.py", "tokens = request.num_choices * (len(", "tokens = (len("),
+    Mutant("core/request.py", "return self.num_choices * (len(", "return (len("),
     Mutant("router/requests/lifecycle.py", "        self._orders.cancel(run, error.code)\n", ""),
     Mutant("router/requests/lifecycle.py", '        self._orders.cancel(run, "sent elsewhere")\n', ""),
     Mutant(
@@ -205,6 +235,9 @@ _LIVES = [
     Mutant("router/requests/suspects.py", "peer == key and living.first_token_s is None", "peer == key"),
     Mutant("router/requests/state.py", "            self.identities = None  # of", "            pass  # of"),
     Mutant("router/requests/state.py", " and not current.is_resumed:", ":"),
+    Mutant(
+        "router/requests/state.py", "self.first_choice in (None, end.choice) and", "self.first_choice == end.choice and"
+    ),
     Mutant("router/requests/state.py", "        self.living.left = Left(now_s, error)\n", ""),
     Mutant(
         "router/requests/roster.py",
@@ -382,7 +415,6 @@ _LATER = [
         "            worker.heard_s",
     ),
     Mutant("router/routing/lost_workers.py", "return max((lost.until_s", "return min((lost.until_s"),
-    Mutant("router/requests/admission.py", "and own + size > fair:", "and own > fair:"),
     Mutant(
         "router/requests/flow.py",
         "        while self._life.runs.open and loop.time()",

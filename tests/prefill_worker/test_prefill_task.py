@@ -13,8 +13,9 @@ from twostroke.core.request import Epoch, FinishReason, SamplingParams, Sequence
 from twostroke.engine.link import messages as link
 from twostroke.kv.codec import Codec
 from twostroke.kv.digest import frame_digests, places
+from twostroke.kv.handover.damage import verify_frame
 from twostroke.kv.handover.driver import Driver
-from twostroke.kv.handover.frames import Frame, decode_envelope, encode_message, verify_frame
+from twostroke.kv.handover.frames import Frame, decode_envelope, encode_message
 from twostroke.kv.handover.machine import Label
 from twostroke.kv.handover.sender import Sender, SenderState
 from twostroke.kv.section import SectionData

@@ -173,7 +173,7 @@ class Router:
     def assert_nothing_is_left(self) -> None:
         admission = self.life.admission
         assert self.life.is_idle
-        assert (len(admission), admission.tokens, admission._share_by_tenant) == (0, 0, {})
+        assert (len(admission), admission.tokens, self.life.entrance.waiting_tokens) == (0, 0, 0)
         assert admission.offered == admission.accepted + admission.rejected + admission.cancelled
         assert not [w.facts.worker_id for w in self.roster.fleet if w.in_flight]
         assert self.num_timers == 0

@@ -36,7 +36,6 @@ class Life:
             seals_tail=draw.random() < 0.1,
             from_place=SampledPlace(draw.randrange(9), 0) if draw.random() < 0.05 else None,
             adapter_slot=draw.choice([0, 0, 0, 2]),
-            logits_mask=b"\xff\x01" if draw.random() < 0.05 else None,
             draft_ids=(4, 5) if draw.random() < 0.05 else (),
             history=past,
             targets=(1, 2) if draw.random() < 0.05 else (),

@@ -77,7 +77,13 @@ BAD_BODIES: list[tuple[str, Any, int, str, str | None]] = [
     (CHAT, {"messages": HELLO, "bad_words": "word"}, 400, "invalid_value", "bad_words"),
     (CHAT, {"messages": HELLO, "bad_words": ["x"] * 200}, 400, "invalid_value", "bad_words"),
     (CHAT, {"messages": HELLO, "min_tokens": 9, "max_tokens": 8}, 400, "invalid_value", "min_tokens"),
-    (CHAT, {"messages": HELLO, "tools": [{"type": "function"}]}, 400, "unsupported_parameter", "tools"),
+    (
+        CHAT,
+        {"messages": HELLO, "tools": [{"type": "function", "function": {"name": "f"}}]},
+        400,
+        "unsupported_parameter",
+        "tools",
+    ),
     (CHAT, {"messages": [{"role": "user", "content": "word " * 6000}]}, 400, "context_length_exceeded", "messages"),
     (CHAT, b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400, "invalid_value", "messages[0].content"),
     (

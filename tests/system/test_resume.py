@@ -18,6 +18,8 @@ HELLO = [{"role": "user", "content": "What does os.path.join do?"}]
 PROMPT = "def add(a, b):\n    return a + b\n\n\ndef main():\n    "
 LONG = {"max_tokens": 400, "extra_body": {"ignore_eos": True}}
 SEEDED = {**LONG, "temperature": 1.0, "seed": 11}
+ROW = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 20}, "size": {"type": "integer"}}}
+ROWS = {"type": "array", "minItems": 60, "items": ROW | {"required": ["name", "size"], "additionalProperties": False}}
 KINDS: dict[str, dict[str, Any]] = {
     "greedy": {**LONG, "temperature": 0},
     "seeded": SEEDED,
@@ -25,6 +27,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "stop": {**SEEDED, "stop": ["zzz", "import x", "\n\n\n\n"]},
     "logprobs": {**LONG, "temperature": 0, "logprobs": 2},
     "penalties": {**SEEDED, "frequency_penalty": 0.5, "presence_penalty": 0.3},
+    "grammar": {"max_tokens": 400, "temperature": 1.0, "seed": 11, "n": 3, "extra_body": {"guided_json": ROWS}},
     "echo": {**SEEDED, "echo": True, "logprobs": 1},
     "chat": {**SEEDED, "messages": HELLO, "logprobs": True, "top_logprobs": 2},
 }

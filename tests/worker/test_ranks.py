@@ -18,7 +18,7 @@ from twostroke.kv.config import CacheConfig
 from twostroke.worker.rank_order import RankOrder
 from twostroke.worker.ranks import Ranks
 
-LIMIT_S = 60.0
+LIMIT_S = 150.0
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from twostroke.core.request import Request, Role, SamplingParams
 from twostroke.engine.config import StepConfig
 from twostroke.kv.config import CacheConfig
 
-LIMIT_S = 60.0
+LIMIT_S = 150.0
 FREE = {"deterministic": False}  # the TP size is part of the numerics class
 RANKS = [(1, 2), (2, 1), (4, 2)]
 CODECS = [("float32", "float32"), ("fp8", "fp8"), ("fp8", "float32")]

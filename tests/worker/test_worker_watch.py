@@ -18,7 +18,8 @@ from twostroke.core.inside import InsideChannel
 from twostroke.core.lease import WORKER_LEASE
 from twostroke.core.request import CacheScope, Role
 from twostroke.kv.config import CacheConfig
-from twostroke.kv.handover.frames import Frame, decode_envelope, verify_frame
+from twostroke.kv.handover.damage import verify_frame
+from twostroke.kv.handover.frames import Frame, decode_envelope
 from twostroke.kv.handover.transports.grpc import Channels
 from twostroke.kv.messages import role_to_wire
 from twostroke.protos import common_pb2, handover_pb2, worker_pb2, worker_pb2_grpc

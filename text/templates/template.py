@@ -57,6 +57,7 @@ class ChatTemplate:
         self._limits = limits or Limits()
         self._environment = MeteredEnvironment()
         self._special = dict(special or {})
+        self.source = "\n".join(source_by_name.values())  # of all templates
         self._variables: set[str] = set()  # names of variables in the templates
         self._fields: set[str] = set()  # names of fields in the templates
         self._template_by_name = {name: self._compile(name, source) for name, source in source_by_name.items()}

@@ -8,7 +8,9 @@ from typing import Any, TypeAlias, cast
 
 from ....core.errors import ContextLengthExceeded, DeadlineExceeded, InvalidRequest
 from ....core.sampling import FIELDS, Form, SamplingOptions
+from ....kv.messages import grammar_from_wire
 from ....protos import common_pb2, inference_pb2
+from ....text.grammar_program import PARAM
 from ..call import GenerateCall
 from ..models import ModelDirectory
 from .chat_wire import chat_messages, template_options
@@ -51,7 +53,8 @@ def generate_call(said: Said) -> GenerateCall:
     if which is None:
         raise InvalidRequest("prompt is missing; give text or token_ids", param="prompt")
     prompt = message.text if which == "text" else _token_ids(said)
-    return GenerateCall(prompt=prompt, usual_max_tokens=_USUAL_COMPLETION, **_common(said))
+    suffix = message.suffix or None
+    return GenerateCall(prompt=prompt, suffix=suffix, usual_max_tokens=_USUAL_COMPLETION, **_common(said))
 
 
 def chat_call(said: Said) -> GenerateCall:
@@ -105,6 +108,9 @@ def _sampling(message: common_pb2.SamplingParams) -> SamplingOptions:
             raise InvalidRequest(f"{wire} are the router's to make; give {api}", param=wire)
     has: Callable[[Any], bool] = message.HasField
     found: dict[str, Any] = {name: getattr(message, name) for name in _OPTIONAL if has(name)}
+    if has(PARAM):
+        grammar = grammar_from_wire(message.structured_outputs)
+        found[PARAM] = {} if grammar is None else {grammar.kind: grammar.source}
     found |= {name: copied(value) for name, copied in _OTHERS if (value := getattr(message, name))}
     return cast(SamplingOptions, found)
 

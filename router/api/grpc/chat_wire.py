@@ -37,10 +37,10 @@ def template_options(options: inference_pb2.ChatOptions) -> dict[str, Any]:
     """
     found: dict[str, Any] = {
         name: getattr(options, name)
-        for name in ("add_generation_prompt", "continue_final_message", "reasoning_effort")
+        for name in ("add_generation_prompt", "continue_final_message", "reasoning_effort", "parallel_tool_calls")
         if options.HasField(name)
     }
-    for name in ("chat_template_kwargs", "documents"):
+    for name in ("chat_template_kwargs", "documents", "tools", "tool_choice"):
         text = getattr(options, name)
         if text:
             found[name] = _json(text, name)

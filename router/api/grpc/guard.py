@@ -86,7 +86,7 @@ class Guard(grpc.aio.ServerInterceptor):
         self._max_calls = config.max_running + SPARE_CALLS
         self._num_calls = {True: 0, False: 0}  # of our service (True) and of the others
         self._tenant_calls: Counter[str] = Counter()  # of our service
-        self._max_tenant_calls = self._max_calls if len(config.api_keys) < 2 else self._max_calls // 2
+        self._max_tenant_calls = self._max_calls // 2 if config.has_tenants else self._max_calls
         self._room = room
         self._bench = Workbench()
         self._probes = Probes()

@@ -14,11 +14,13 @@ from ....core.errors import RequestNotFound
 from ....core.request import FinishReason, Request
 from ....kv.messages import logprobs_to_wire
 from ....protos import common_pb2, inference_pb2, inference_pb2_grpc
+from ...keys.grants import Grant
 from ...requests.pieces import OutputDelta, TokenUsage
 from ..call import GenerateCall
 from ..frontend import Frontend
-from ..resumable import Terms
-from ..started import Started
+from ..output import ChoiceOutput, GivenCall, ParsedDelta
+from ..running.resumable import Terms
+from ..running.started import Started
 from .call_wire import Reader, Said, chat_call, generate_call, tokenize_call
 from .guard import api_key
 
@@ -28,6 +30,7 @@ _REASONS = {
     FinishReason.LENGTH: common_pb2.FINISH_REASON_LENGTH,
     FinishReason.CANCELLED: common_pb2.FINISH_REASON_CANCELLED,
     FinishReason.ERROR: common_pb2.FINISH_REASON_ERROR,
+    FinishReason.TOOL_CALLS: common_pb2.FINISH_REASON_TOOL_CALLS,
 }
 
 
@@ -81,9 +84,11 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def ListModels(self, request: inference_pb2.ListModelsRequest, context: Context) -> Any:
         """List the served models."""
+        allowed = self._grant(context).models
         cards = [
             inference_pb2.ModelCard(id=name, max_model_len=self._front.models.facts(name).max_model_len)
             for name in self._front.models.names()
+            if not allowed or name in allowed
         ]
         return inference_pb2.ListModelsResponse(models=cards)
 
@@ -103,12 +108,16 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def Cluster(self, request: inference_pb2.ClusterRequest, context: Context) -> Any:
         """Report about the router and its workers."""
+        self._grant(context).check_monitor()
         return inference_pb2.ClusterResponse(json=json.dumps(await self._front.cluster()))
 
     # -------------------------------------------------------------- inside
 
     def _tenant(self, context: Context) -> str:
-        return self._front.authenticate(api_key(context.invocation_metadata()))
+        return self._grant(context).tenant
+
+    def _grant(self, context: Context) -> Grant:
+        return self._front.grant_of(api_key(context.invocation_metadata()))
 
     async def _read(self, read: Reader, message: Any, context: Context) -> GenerateCall:
         """Convert a message to a call; long ones outside the event loop."""
@@ -123,8 +132,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             fingerprint = hashlib.blake2b(sent, digest_size=16, person=b"twostroke-grpc").digest()
             terms = Terms("grpc", {}, message.idempotency_key, fingerprint)
             call = await self._read(read, message, context)
-            context.admitted()
-            return await self._front.resumables.start(call, terms)
+            return await self._front.resumables.start(call, terms, context.admitted)
         return await self._front.start(await self._read(read, message, context), context.admitted)
 
     async def _whole(self, read: Reader, message: Any, context: Context) -> inference_pb2.GenerateResponse:
@@ -132,15 +140,18 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         del message  # frees its memory while the request runs
         request = started.request
         choices = [inference_pb2.Choice(index=index) for index in range(request.num_choices)]
+        outputs = _outputs(started)
         usage: TokenUsage | None = None
         prompt_logprobs: list[common_pb2.TokenLogprobs] = []
         async with contextlib.aclosing(started.pieces()) as pieces:
             await _tell_ignored(request, context)
             async for piece in pieces:
-                choice = choices[piece.choice]
-                choice.text += piece.text
+                choice, parsed, reason = choices[piece.choice], *_parsed(piece, outputs)
+                choice.text += parsed.content
+                choice.reasoning += parsed.reasoning
+                choice.tool_calls.extend(map(_call, parsed.calls))
                 choice.token_ids.extend(piece.token_ids)
-                choice.finish_reason = _REASONS[piece.finish_reason]
+                choice.finish_reason = _REASONS[reason]
                 choice.logprobs.extend(logprobs_to_wire(piece.logprobs))
                 prompt_logprobs += piece.prompt_scores
                 usage = piece.usage or usage
@@ -148,7 +159,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             request_id=request.request_id,
             model=request.model,
             choices=choices,
-            usage=_usage(usage),
+            usage=_usage(usage, outputs),
             prompt_logprobs=prompt_logprobs,
         )
 
@@ -160,22 +171,20 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def _told(self, started: Started, context: Context) -> AsyncIterator[inference_pb2.GenerateChunk]:
         """The chunks of a stream, those that its client lacks."""
-        track = started.track
+        track, outputs = started.track, _outputs(started)
         held: deque[inference_pb2.GenerateChunk] = deque()
         async with contextlib.aclosing(started.pieces()) as pieces:
             await _tell_ignored(started.request, context)
             async for piece in pieces:
-                if track is not None and not track.take(piece):
-                    while held and track.is_confirmed:
-                        yield held.popleft()
-                    continue
-                chunk = _chunk(piece, started.request.request_id, started.request.model)
+                is_new = track is None or track.take(piece)
+                chunk = _chunk(piece, started.request, outputs)  # also of what the client has: the parsers read on
                 chunk.prompt_logprobs.extend(piece.prompt_scores)
                 if track is None:
                     yield chunk
                     continue
-                chunk.cursor = track.cursor
-                held.append(chunk)
+                if is_new:
+                    chunk.cursor = track.cursor
+                    held.append(chunk)
                 while held and track.is_confirmed:
                     yield held.popleft()
 
@@ -183,27 +192,50 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 # ------------------------------------------------------------------ conversions
 
 
-def _chunk(piece: OutputDelta, request_id: str, model: str) -> inference_pb2.GenerateChunk:
+def _outputs(started: Started) -> list[ChoiceOutput]:
+    """Parsers of the choices; empty if the answer is its text."""
+    request = started.request
+    choices = range(request.num_choices if request.answer is not None else 0)
+    return [ChoiceOutput(request, choice, started.model) for choice in choices]
+
+
+def _parsed(piece: OutputDelta, outputs: list[ChoiceOutput]) -> tuple[ParsedDelta, FinishReason | None]:
+    """What a piece adds to its choice, and the choice's finish reason for clients."""
+    if not outputs:
+        return ParsedDelta(piece.text), piece.finish_reason
+    output = outputs[piece.choice]
+    return output.take(piece), output.reason(piece.finish_reason)
+
+
+def _call(call: GivenCall) -> inference_pb2.ToolCall:
+    return inference_pb2.ToolCall(id=call.id, name=call.name, arguments=call.arguments)
+
+
+def _chunk(piece: OutputDelta, request: Request, outputs: list[ChoiceOutput]) -> inference_pb2.GenerateChunk:
+    parsed, reason = _parsed(piece, outputs)
     return inference_pb2.GenerateChunk(
-        request_id=request_id,
-        model=model,
+        request_id=request.request_id,
+        model=request.model,
         choice=piece.choice,
-        text=piece.text,
+        text=parsed.content,
+        reasoning=parsed.reasoning,
+        tool_calls=map(_call, parsed.calls),
         token_ids=piece.token_ids,
         first_index=piece.first_index,
-        finish_reason=_REASONS[piece.finish_reason],
-        usage=_usage(piece.usage),
+        finish_reason=_REASONS[reason],
+        usage=_usage(piece.usage, outputs),
         logprobs=logprobs_to_wire(piece.logprobs),
     )
 
 
-def _usage(usage: TokenUsage | None) -> common_pb2.Usage | None:
+def _usage(usage: TokenUsage | None, outputs: list[ChoiceOutput]) -> common_pb2.Usage | None:
     if usage is None:
         return None
     return common_pb2.Usage(
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
         cached_tokens=usage.cached_tokens,
+        reasoning_tokens=sum(output.reasoning_tokens for output in outputs),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import re
 import secrets
 import time
@@ -32,12 +33,14 @@ from ..echo import Echo, echo_of
 from ..fields import Body, ChatBody, CompletionBody
 from ..frontend import Frontend
 from ..openai_responses import Answer, Wants, error_body
-from ..resumable import CURSOR_HEADER, HEADER, KEY_HEADER, Terms, fingerprint_of
-from ..started import Started
+from ..running.resumable import CURSOR_HEADER, HEADER, KEY_HEADER, Terms, fingerprint_of
+from ..running.started import Started
 from ..validate import is_request_id, new_request_id
 from .bodies import read_body
 from .browser import middleware_for_pages
+from .callers import Caller, KeyDoor, caller_of
 from .sse import EventStream, JsonAnswer, event, to_json_in_parts, until_disconnect
+from .structure import SLICE_BYTES, finished
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +48,14 @@ REQUEST_ID = "x-request-id"
 IGNORED = "x-twostroke-ignored"
 EVENT_ID_PARTS = ":"  # between request id and cursor, which has none
 _NO_MESSAGES = [{"role": "user", "content": ""}]  # in a journaled body, whose prompt is elsewhere as token ids
+# Fields that act through the journaled request alone. The others may shape the answer and are journaled with the body.
+_OF_THE_REQUEST = frozenset(
+    {
+        *("messages", "prompt", "suffix", "request_id", "tools", "tool_choice", "documents", "chat_template_kwargs"),
+        *("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+        "structural_tag",
+    }
+)
 USAGE_MARK = ".u"  # behind the cursor of the event with the usage
 
 T = TypeVar("T")
@@ -66,9 +77,10 @@ def make_app(config: RouterConfig, front: Frontend) -> Starlette:
         Route("/version", _typed(face.version), methods=["GET"]),
         Route("/metrics", _typed(face.metrics), methods=["GET"]),
     ]
+    door = Middleware(KeyDoor, front=front, answer=_refusal)
     return Starlette(
         routes=routes,
-        middleware=[*middleware_for_pages(config, _refusal), Middleware(_TidyPaths)],
+        middleware=[*middleware_for_pages(config, _refusal), Middleware(_TidyPaths), door],
         exception_handlers={404: _no_such_route, 405: _wrong_method},
     )
 
@@ -78,34 +90,41 @@ class _Face:
         self._config = config
         self._front = front
         self._started_s = int(time.time())
-        self._building = asyncio.Lock()  # one body at a time, so that several large ones load the loop no more than one
+        self._building = asyncio.Lock()  # one large body at a time, so that several load the loop no more than one
         self._scores = ThreadPoolExecutor(1, "scores")  # likewise one long answer: each thread delays the loop's turn
 
     async def chat(self, http: HttpRequest) -> Response:
-        api_key, tenant = self._admit(http)
+        caller = caller_of(http)
         if CURSOR_HEADER in http.headers:
-            return await self._resume(http, tenant)
-        body = await self._parse(http, ChatBody, tenant)
-        return await self._run(http, [openai.chat_call(body, api_key)], "chat.completion", body)
+            return await self._resume(http, caller.grant.tenant)
+        self._foresee(caller)
+        body = await self._parse(http, ChatBody, caller.grant.tenant)
+        return await self._run(http, [openai.chat_call(body, caller.api_key)], "chat.completion", body)
 
     async def completions(self, http: HttpRequest) -> Response:
-        api_key, tenant = self._admit(http)
+        caller = caller_of(http)
         if CURSOR_HEADER in http.headers:
-            return await self._resume(http, tenant)
-        body = await self._parse(http, CompletionBody, tenant)
+            return await self._resume(http, caller.grant.tenant)
+        self._foresee(caller)
+        body = await self._parse(http, CompletionBody, caller.grant.tenant)
         openai.refuse_endless(body, self._front.longest_context())  # before another large body is built
         most = min(self._config.max_prompts, self._config.max_running)
-        return await self._run(http, openai.completion_calls(body, api_key, most), "text_completion", body)
+        calls = openai.completion_calls(body, caller.api_key, most)
+        return await self._run(http, calls, "text_completion", body)
 
-    def _admit(self, http: HttpRequest) -> tuple[str | None, str]:
-        """Check the key; returns key and tenant. Called before the body is read."""
-        api_key = _api_key(http)
-        return api_key, self._front.authenticate(api_key)
+    def _foresee(self, caller: Caller) -> None:
+        """Refuse a request by its headers if possible. Called before the body is read."""
+        self._front.foresee(caller.grant, caller.size_bytes, caller.timeout_s)
 
     async def _parse(self, http: HttpRequest, kind: type[openai.B], tenant: str) -> openai.B:
-        async with read_body(http, self._config.max_body_bytes, self._front.room, tenant) as data, self._building:
-            values = await _in_steps(openai.json_object(data))
-            body, ignored = openai.parse(values, kind, strict=self._config.strict)
+        async with read_body(http, self._config.max_body_bytes, self._front.room, tenant) as data:
+            if len(data) <= SLICE_BYTES:  # built in one step, so it need not wait for others
+                values = finished(openai.json_object(data))
+                body, ignored = openai.parse(values, kind, strict=self._config.strict)
+            else:
+                async with self._building:
+                    values = await _in_steps(openai.json_object(data))
+                    body, ignored = openai.parse(values, kind, strict=self._config.strict)
         self._note_ignored(http, ignored)  # now, so that later errors have the header, too
         return body
 
@@ -117,11 +136,15 @@ class _Face:
         name = body.request_id or new_request_id(kind.startswith("chat"))
         if is_request_id(name):
             http.state.request_id = name  # also for errors: `explain` knows the request by it
+        caller = caller_of(http)
+        if caller.timeout_s is not None:
+            calls = [replace(call, timeout_s=caller.timeout_s) for call in calls]
         terms = _terms(http, calls, kind, body)
         if terms is None:
-            starting = self._front.start_list(name, calls)
+            starting = self._front.start_list(name, calls, caller.arrived_s)
         else:
-            starting = self._front.resumables.start(replace(calls[0], request_id=name), terms)
+            call = replace(calls[0], request_id=name)
+            starting = self._front.resumables.start(call, terms, arrived_s=caller.arrived_s)
         started = await until_disconnect(http, starting)
         self._note_ignored(http, started.request.ignored_fields)
         return await self._tell(http, started, kind, body)
@@ -174,11 +197,12 @@ class _Face:
         return EventStream(events, {}, self._config.slow_client_s, source=started.rest)
 
     async def models(self, http: HttpRequest) -> Response:
-        self._front.authenticate(_api_key(http))
-        return JsonAnswer({"object": "list", "data": [await self._card(name) for name in self._front.models.names()]})
+        allowed = caller_of(http).grant.models
+        names = [name for name in self._front.models.names() if not allowed or name in allowed]
+        return JsonAnswer({"object": "list", "data": [await self._card(name) for name in names]})
 
     async def model(self, http: HttpRequest) -> Response:
-        self._front.authenticate(_api_key(http))
+        caller_of(http).grant.check_model(http.path_params["name"])
         return JsonAnswer(await self._card(http.path_params["name"]))
 
     async def _card(self, name: str) -> dict[str, Any]:
@@ -193,15 +217,14 @@ class _Face:
         }
 
     async def explain(self, http: HttpRequest) -> Response:
-        domain = self._front.authenticate(_api_key(http))
         request_id = http.path_params["request_id"]
-        explained = await self._front.explain(request_id, domain)
+        explained = await self._front.explain(request_id, caller_of(http).grant.tenant)
         if explained is None:
             raise RequestNotFound(f"no request {request_id[:128]!r} is known here (any more)", param="request_id")
         return JsonAnswer(explained)
 
     async def cluster(self, http: HttpRequest) -> Response:
-        self._front.authenticate(_api_key(http))
+        caller_of(http).grant.check_monitor()
         return JsonAnswer(await self._front.cluster())
 
     async def health(self, http: HttpRequest) -> Response:
@@ -212,12 +235,11 @@ class _Face:
         return JsonAnswer({"status": "ok"})
 
     async def metrics(self, http: HttpRequest) -> Response:
-        self._front.authenticate(_api_key(http))
+        caller_of(http).grant.check_monitor()
         body, content_type = await self._front.metrics(http.headers.get("accept", ""))
         return Response(body, headers={"content-type": content_type})
 
     async def version(self, http: HttpRequest) -> Response:
-        self._front.authenticate(_api_key(http))
         return JsonAnswer({"version": __version__})
 
 
@@ -245,7 +267,7 @@ def _terms(http: HttpRequest, calls: Sequence[GenerateCall], kind: str, body: Bo
         raise InvalidRequest(f"{len(calls)} prompts cannot be resumed; send them one by one", param="prompt")
     values = body.model_dump(mode="json", exclude_none=True)
     fingerprint = fingerprint_of(kind, values)
-    kept = {name: value for name, value in values.items() if name not in ("messages", "prompt", "request_id")}
+    kept = {name: value for name, value in values.items() if name not in _OF_THE_REQUEST}
     if isinstance(body, ChatBody):
         kept["messages"] = _NO_MESSAGES
     elif isinstance(body, CompletionBody):
@@ -279,6 +301,7 @@ def _wants(body: Body, started: Started) -> Wants:
         tokens_as_ids=bool(body.return_tokens_as_token_ids),
         usage_so_far=bool(options and options.include_usage and options.continuous_usage_stats),
         prompt_only=openai.is_scored_only(body),
+        reasoning=not isinstance(body, ChatBody) or body.include_reasoning is not False,
     )
 
 
@@ -311,10 +334,11 @@ async def _chunks(
                 while held and track.is_confirmed:
                     yield held.popleft()
             elif piece.prompt_scores:
-                scored = asyncio.get_running_loop().run_in_executor(scores, _scored_chunk, answer, piece)
-                yield b"data: %s\n\n" % await scored
+                chunks = asyncio.get_running_loop().run_in_executor(scores, _scored_chunks, answer, piece)
+                yield await chunks
             else:
-                yield event(answer.chunk(piece))
+                for chunk in answer.chunks(piece):
+                    yield event(chunk)
         last = answer.last_chunk()
         if with_usage and last is not None:
             yield event(last, f"{name}{EVENT_ID_PARTS}{track.cursor}{USAGE_MARK}" if track is not None else None)
@@ -345,16 +369,8 @@ async def _events(
         await chunks.aclose()
 
 
-def _scored_chunk(answer: Answer, piece: OutputDelta) -> bytes:
-    return to_json_in_parts(answer.chunk(piece))
-
-
-def _api_key(http: HttpRequest) -> str | None:
-    """The key in OpenAI's header, else in Azure's or Anthropic's, which some gateways send."""
-    scheme, _, key = http.headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer":
-        return key.strip()
-    return http.headers.get("api-key") or http.headers.get("x-api-key")
+def _scored_chunks(answer: Answer, piece: OutputDelta) -> bytes:
+    return b"".join(b"data: %s\n\n" % to_json_in_parts(chunk) for chunk in answer.chunks(piece))
 
 
 class _TidyPaths:
@@ -396,7 +412,7 @@ def _typed(handler: Handler) -> Handler:
 def _error(error: TwostrokeError) -> Response:
     headers = {}
     if error.retry_after_s is not None:
-        headers["retry-after"] = str(max(1, round(error.retry_after_s)))
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))  # earlier would be in vain
     if error.http_status == 401:
         headers["www-authenticate"] = "Bearer"
     return JsonAnswer(error_body(error), status_code=error.http_status, headers=headers)

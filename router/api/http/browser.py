@@ -50,7 +50,7 @@ class PageGuard:
         self._app, self._config, self._answer = app, config, answer
         is_private = is_loopback_name(numeric_host(config.host))
         # With keys, a page has none. On a public address, only the operator knows its host names.
-        self._checks_host = bool(config.allowed_hosts) or (is_private and not config.api_keys)
+        self._checks_host = bool(config.allowed_hosts) or (is_private and not config.has_keys)
         self._names = (*config.allowed_hosts, config.host)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -67,7 +67,7 @@ class PageGuard:
         headers = Headers(scope=scope)
         if self._checks_host:
             _check_host(headers, self._names, is_old=scope["http_version"] == "1.0")
-        if self._config.api_keys or {"*", headers.get("origin")} & set(self._config.allowed_origins):
+        if self._config.has_keys or {"*", headers.get("origin")} & set(self._config.allowed_origins):
             return
         _check_origin(headers)
         if scope["method"] == "POST":

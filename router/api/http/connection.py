@@ -10,6 +10,9 @@ are checked there. Knows no route and no body.
     behind   the answer is complete, and the body is not: what still comes is thrown away
     ending   nothing more is answered; what the client still sends is read and thrown away, within bounds, for a socket
              that is closed over unread bytes takes the answer back from a client that has not read it yet
+
+A client that closes its half of the connection has left, and its request is cancelled: whether it still reads can be
+known only by writing, and an answer in one piece is written when all of it is computed.
 """
 
 from __future__ import annotations
@@ -31,6 +34,8 @@ MAX_HEAD_BYTES = 32 << 10
 MAX_THROWN_BYTES = 16 << 20  # behind the last answer of a connection: the rest of a body, a few times too large
 MAX_THROWN_HEAD_BYTES = 1 << 20  # the rest of a head
 MAX_HEADERS = 128
+MAX_FRAMING_BYTES = 64 << 10  # of a chunked body besides its data: sizes, extensions, line ends
+FRAMING_PER_BYTE = 8  # and for each byte of data, since chunks of one byte have six
 RECEIVED_AT_ONCE = 64 << 10  # a connection that must wait holds this and the server's 64 KiB
 MAX_PIPELINED = 16  # requests that wait for the answer to the one before
 _WISHES = (b"upgrade", b"http2-settings")  # for another protocol
@@ -51,6 +56,7 @@ class Connection(HttpToolsProtocol):
         self._has_spoken = False
         self._is_ending = False
         self._may_throw = MAX_THROWN_BYTES
+        self._may_frame = MAX_FRAMING_BYTES
         self._asks_for_upgrade = False
         self._since_s = 0.0  # when the first byte, the head or the time behind the answer began
         self._unsent = 0  # bytes at the last look
@@ -125,13 +131,17 @@ class Connection(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         if not self._in_message and not self._in_head:
             self._begin_head()
-        elif self._in_message and not self._in_head and not self._is_answering:
-            self._throw_away(len(data))  # and parsed, for the next request
+        elif self._in_message and not self._in_head:
+            self._may_frame -= len(data)
+            if not self._is_answering:
+                self._throw_away(len(data))  # and parsed, for the next request
         try:
             self._feed(data)
         except httptools.HttpParserError:  # also errors that a callback raised
             self._refuse(self._refusal)
             return
+        if self._may_frame < 0 and self._in_message and not self._is_ending:
+            self._refuse("400 Bad Request")
         if self._in_head:  # one long header may not have come to a callback yet
             self._head_bytes += len(data)
             if self._head_bytes > 2 * MAX_HEAD_BYTES:
@@ -165,6 +175,7 @@ class Connection(HttpToolsProtocol):
         self._in_head = self._has_spoken = True
         self._head_bytes = self._num_headers = 0
         self._may_throw = MAX_THROWN_BYTES
+        self._may_frame = MAX_FRAMING_BYTES
         self._since_s = self.loop.time()
         if self._is_answering or self.pipeline:
             self._among.note_busy(self)
@@ -210,6 +221,11 @@ class Connection(HttpToolsProtocol):
             raise ValueError("too many requests wait for their answers")
         super().on_headers_complete()
         self.cycle.transport = cast(asyncio.Transport, _Answering(self))
+
+    def on_body(self, body: bytes) -> None:
+        """Data of the body."""
+        self._may_frame += len(body) * (1 + FRAMING_PER_BYTE)
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         """The request is whole."""

@@ -127,3 +127,27 @@ def test_the_log_is_bounded_and_keeps_every_action() -> None:
     facts = toy.planner.log.last_action.facts()
     assert facts["action"] == "stop"
     assert set(facts["terms"]) >= {"prefill_work", "needed_decode", "step_base_ms", "have_prefill"}
+
+
+def test_where_one_prompt_alone_misses_the_target_only_the_work_counts() -> None:
+    late = PrefillLoad(0.5, 100.0, 2.5, 4.0)
+    assert prefill_workers(late, TARGET) == 1, "no number of workers brings 2.5 s below 2 s"
+    assert prefill_workers(PrefillLoad(2.0, 100.0, 2.5, 4.0), TARGET) == 3, "but queues must not grow without end"
+    assert prefill_workers(PrefillLoad(0.5, 100.0, 1.9, 4.0), TARGET) == 100
+
+
+def test_a_refused_start_is_told_and_tried_again_after_a_start_up() -> None:
+    config = PlannerConfig(enabled=True, max_workers=8, start_up_s=20, shrink_cooldown_s=30, rate_window_s=1)
+    toy = Toy(config, prefill=1, decode=1)
+    toy.load(3.0, 10)
+    while not toy.done:
+        toy.second()
+    asked_s, asked = toy.now_s, len(toy.starting)
+    toy.starting.clear()
+    toy.planner.refused(asked, "every GPU has a worker", toy.now_s)
+    while len(toy.done) == 1:
+        said = toy.second()
+        if len(toy.done) == 1:
+            assert "no more come: every GPU has a worker" in said.reason
+            assert said.terms.starting == 0
+    assert toy.now_s == asked_s + config.start_up_s

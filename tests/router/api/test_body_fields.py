@@ -42,10 +42,9 @@ def test_no_field_is_in_two_classes():
 
 
 def test_what_clients_of_others_ask_for_and_would_miss_is_known():
-    tools = {"tools", "tool_choice", "functions", "function_call", "response_format", "structured_outputs"}
-    guided = {"guided_json", "guided_regex", "guided_choice", "guided_grammar", "grammar", "json_schema"}
+    tools = {"functions", "function_call"}
+    guided = {"grammar", "json_schema", "regex", "ebnf"}
     others = {
-        "suffix",
         "best_of",
         "use_beam_search",
         "logits_processors",

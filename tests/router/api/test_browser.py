@@ -20,6 +20,7 @@ from twostroke.router.api.frontend import Frontend
 from twostroke.router.api.http.app import make_app
 from twostroke.router.api.validate import Limits, authenticate
 from twostroke.router.config import RouterConfig
+from twostroke.router.keys.grants import KeyRing
 from twostroke.router.process import RouterProcess
 from twostroke.router.requests.flow import Flow
 
@@ -251,4 +252,4 @@ def test_no_key_is_no_key_whatever_is_configured(given: str | None):
     limits = Limits.of(RouterConfig())
     for keys in (("",), ("None",), (KEY,)):
         with pytest.raises(Unauthenticated):
-            authenticate(given, replace(limits, api_keys=keys))
+            authenticate(given, replace(limits, keys=KeyRing.of(keys)))

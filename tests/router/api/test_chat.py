@@ -33,7 +33,7 @@ def prompt(template: ChatTemplate | str, messages: list[Any], **more: Any) -> tu
     """The prompt, and the names of what has no effect on it."""
     found, ignored = TEMPLATES[template] if isinstance(template, str) else template, Ignored()
     model = ServedModel("m", 64, 2, TOKENIZER, found, None)  # type: ignore[arg-type]  # no texts of tokens needed
-    return chat_prompt(GenerateCall(messages=messages, **more), model, ignored), ignored.names()
+    return chat_prompt(GenerateCall(messages=messages, **more), model, ignored).text, ignored.names()
 
 
 def refusal(template: ChatTemplate | str, messages: list[Any], **more: Any) -> InvalidRequest:

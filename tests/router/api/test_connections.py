@@ -394,6 +394,29 @@ async def test_a_broken_body_is_refused_at_once_and_given_up(rest: bytes):
             await asyncio.sleep(0.01)
 
 
+async def _length(scope: Any, receive: Any, send: Any) -> None:
+    """An application that answers with its body's length."""
+    total, more = 0, True
+    while more:
+        message = await receive()
+        if message["type"] != "http.request":
+            return
+        total, more = total + len(message["body"]), message["more_body"]
+    body = b"%d" % total
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def test_small_chunks_are_read_and_endless_extensions_refused():
+    head = b"POST / HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ntransfer-encoding: chunked\r\n\r\n"
+    async with served(app=_length) as (port, _):
+        assert (await answer(port, head + b"1\r\na\r\n" * 100_000 + b"0\r\n\r\n")).endswith(b"100000")
+        named = b"1;name=%s\r\na\r\n" % (b"v" * 30_000)
+        assert (await answer(port, head + named + b"0\r\n\r\n")).endswith(b"\r\n\r\n1")
+        for endless in (b"1;name=" + b"v" * (1 << 18), b"1;a=bcdefghijklm\r\na\r\n" * 20_000):
+            assert (await answer(port, head + endless)).startswith(b"HTTP/1.1 400 ")
+
+
 async def test_a_broken_body_behind_the_begin_of_its_answer_adds_no_other():
     async def app(scope: Any, receive: Any, send: Any) -> None:
         headers = [(b"content-length", b"5")]

@@ -17,12 +17,13 @@ from twostroke.router.api.defaults import NO_DEFAULTS, SamplingDefaults, describ
 from twostroke.router.api.models import ModelDirectory, ServedModel
 from twostroke.router.api.sampling import sampling_of
 from twostroke.router.api.validate import Limits, validate
+from twostroke.router.keys.grants import KeyRing
 from twostroke.router.routing.facts import ModelFacts
 from twostroke.text.tokenizer import Tokenizer
 
 BUNDLED = Path(__file__).resolve().parents[3] / "model" / "bundled"
 VOCAB = 4096
-LIMITS = Limits(8, None, 3600.0, ())
+LIMITS = Limits(8, None, 3600.0, KeyRing())
 GIVEN = {
     "eos_token_id": [1],
     "do_sample": True,
@@ -207,7 +208,7 @@ async def test_a_chat_runs_until_it_ends_or_the_context_is_full(tmp_path: Path) 
     request = validate(chat, model, LIMITS)
     assert request.sampling.max_tokens == 1024 - len(request.prompt_ids)
     assert not request.is_bounded
-    capped = validate(chat, model, Limits(8, 50, 3600.0, ()))
+    capped = validate(chat, model, Limits(8, 50, 3600.0, KeyRing()))
     assert (capped.sampling.max_tokens, capped.is_bounded) == (50, True)
     completion = validate(GenerateCall(prompt="hi", usual_max_tokens=16), model, LIMITS)
     assert (completion.sampling.max_tokens, completion.is_bounded) == (16, True)

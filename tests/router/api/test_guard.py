@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -205,6 +206,22 @@ async def test_probes_that_say_nothing_are_ended_and_keep_nobody_out(monkeypatch
         for call in calls:
             assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
         assert there.guard.num_waiting_probes == 0
+
+
+async def test_a_probe_may_come_just_when_the_oldest_expires(monkeypatch):
+    class Silent:
+        async def read(self):
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr(probes, "PROBE_TIMEOUT_S", 0.05)
+    found, loop = probes.Probes(), asyncio.get_running_loop()
+    waiting = [loop.create_task(found._message(Silent())) for _ in range(probes.MAX_WAITING)]
+    await until(lambda: found.num_waiting == probes.MAX_WAITING)
+    time.sleep(0.1)  # the loop was held: all expire in its next turn, and the new one comes before they have run
+    loop.call_soon(lambda: waiting.append(loop.create_task(found._message(Silent()))))
+    await asyncio.sleep(0.01)
+    assert await asyncio.gather(*waiting) == [None] * (probes.MAX_WAITING + 1)
+    assert found.num_waiting == 0
 
 
 async def test_one_more_silent_probe_ends_the_oldest(monkeypatch):

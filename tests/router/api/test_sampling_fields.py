@@ -18,7 +18,7 @@ from google.protobuf.descriptor import FieldDescriptor
 
 from twostroke.client import calls
 from twostroke.core.errors import InvalidRequest
-from twostroke.core.request import Epoch, SamplingParams, SequenceKey
+from twostroke.core.request import Epoch, Grammar, SamplingParams, SequenceKey
 from twostroke.core.sampling import FIELDS, Form, SamplingField, SamplingOptions
 from twostroke.decode_worker.order import order_from_wire
 from twostroke.engine import facts as engine_facts
@@ -38,13 +38,14 @@ from twostroke.router.api.models import ModelDirectory, ServedModel
 from twostroke.router.api.openai_requests import chat_call, completion_calls, parse
 from twostroke.router.api.sampling import OWN_CHECKS
 from twostroke.router.api.validate import Limits, validate
+from twostroke.router.keys.grants import KeyRing
 from twostroke.router.requests.explain import explain_sampling
 from twostroke.router.routing.facts import ModelFacts
 from twostroke.router.workers.wire import submit_to_wire
 
 BUNDLED = Path(__file__).resolve().parents[3] / "model" / "bundled"
 VOCAB, CONTEXT = 4096, 1024
-LIMITS = Limits(8, None, 60.0, ())
+LIMITS = Limits(8, None, 60.0, KeyRing())
 HELLO: list[dict[str, Any]] = [{"role": "user", "content": "hello"}]
 KEY, EPOCH = SequenceKey("r", 0), Epoch(1, 1)
 ON_WIRE = common_pb2.SamplingParams.DESCRIPTOR.fields_by_name
@@ -72,10 +73,14 @@ def other_than_neutral(field: SamplingField) -> Any:
     if field.form is Form.NUMBER:
         return (field.low + field.high) / 2 if field.neutral != (field.low + field.high) / 2 else field.high
     listed = {Form.TEXTS: ["a", "€"], Form.TOKEN_IDS: [3, 4], Form.WORDS: ["word"], Form.BIASES: {7: 1.5}}
+    listed[Form.GRAMMAR] = {"regex": "a+"}
     return listed.get(field.form, not field.neutral if field.form is Form.FLAG else 3)
 
 
 def as_params_have_it(field: SamplingField, value: Any) -> Any:
+    if field.form is Form.GRAMMAR:
+        ((kind, source),) = value.items()
+        return Grammar(kind, source)
     return tuple(value.items()) if field.form is Form.BIASES else tuple(value) if field.is_list else value
 
 
@@ -100,11 +105,13 @@ def test_its_types_say_what_the_row_says(field: SamplingField) -> None:
     kind = get_type_hints(SamplingOptions)[field.api]
     texts = str | Sequence[str] if field.takes_one else Sequence[str]
     types = {Form.WHOLE: int, Form.NUMBER: float, Form.FLAG: bool, Form.TEXTS: texts, Form.WORDS: texts}
-    assert kind == (types | {Form.TOKEN_IDS: Sequence[int], Form.BIASES: Mapping[int, float]})[field.form]
+    types |= {Form.TOKEN_IDS: Sequence[int], Form.BIASES: Mapping[int, float], Form.GRAMMAR: Mapping[str, Any]}
+    assert kind == types[field.form]
     wire = ON_WIRE[field.api]
     numbers = {FieldDescriptor.TYPE_UINT32, FieldDescriptor.TYPE_UINT64}
     wires = {Form.WHOLE: numbers, Form.NUMBER: {FieldDescriptor.TYPE_DOUBLE}, Form.FLAG: {FieldDescriptor.TYPE_BOOL}}
-    wires |= {Form.TOKEN_IDS: numbers, Form.BIASES: {FieldDescriptor.TYPE_MESSAGE}}
+    messages = {FieldDescriptor.TYPE_MESSAGE}
+    wires |= {Form.TOKEN_IDS: numbers, Form.BIASES: messages, Form.GRAMMAR: messages}
     assert wire.type in wires.get(field.form, {FieldDescriptor.TYPE_STRING})
     assert wire.is_repeated == (field.is_list or field.form is Form.BIASES)
     assert wire.is_repeated or wire.has_presence or field.neutral is False, "0 could not be told from nothing said"
@@ -172,6 +179,8 @@ def test_the_message_to_a_worker_has_it_under_the_name_of_its_row(field: Samplin
     value = [(5, 6)] if field.form is Form.WORDS else other_than_neutral(field)
     params = replace(SamplingParams(max_tokens=1), **{field.name: as_params_have_it(field, value)})
     found = getattr(sampling_to_wire(params), field.wire)
+    if field.form is Form.GRAMMAR:
+        found = {found.WhichOneof("rule"): found.regex}
     assert [tuple(word.ids) for word in found] == value if field.form is Form.WORDS else found == value
 
 
@@ -202,6 +211,8 @@ def test_an_alias_says_the_same(field: SamplingField, alias: str, model: ServedM
 
 
 def beyond(field: SamplingField) -> Any:
+    if field.form is Form.GRAMMAR:
+        return {"grammar": "a" * (field.max_chars + 1)}
     if field.form is Form.BIASES:
         return dict.fromkeys(range(field.max_entries + 1), 1.0)
     return other_than_neutral(field)[:1] * (field.max_entries + 1) if field.is_list else field.high * 2 + 2
@@ -210,7 +221,7 @@ def beyond(field: SamplingField) -> Any:
 @pytest.mark.parametrize("field", [one for one in FIELDS if one.form is not Form.FLAG], ids=lambda field: field.name)
 @pytest.mark.parametrize("way", [completion, chat, sdk_generate, sdk_chat], ids=lambda way: way.__name__)
 def test_a_client_is_refused_outside_of_the_bounds(way: Any, field: SamplingField, model: ServedModel) -> None:
-    assert field.max_entries or (math.isfinite(field.low) and math.isfinite(field.high))
+    assert field.max_entries or field.max_chars or (math.isfinite(field.low) and math.isfinite(field.high))
     with pytest.raises(InvalidRequest) as caught:
         at_the_worker(way({field.api: beyond(field)}), model)
     assert caught.value.param in (field.api, f"top_{field.api}")  # a chat's `logprobs` are its `top_logprobs`
@@ -237,6 +248,10 @@ EDGES: dict[str, tuple[list[Any], list[Any]]] = {
     "min_tokens": ([0, 16], [-1, 17]),  # beside a `max_tokens` of 16
     "logprobs": ([0, 20], [-1, 21]),
     "prompt_logprobs": ([0, 20], [-1, 21]),
+    "structured_outputs": (
+        [{"grammar": "a" * (1 << 17)}, {"choice": ["a"] * 1024}],
+        [{"grammar": "a" * ((1 << 17) + 1)}, {"choice": ["a"] * 1025}, {"poem": "a"}, {"regex": ""}],
+    ),
 }
 
 
@@ -286,7 +301,7 @@ def test_a_worker_takes_what_it_can_compute_with_whatever_a_router_of_another_re
 
 def test_a_form_without_a_general_check_has_its_own() -> None:
     assert OWN_CHECKS.keys() <= {field.name for field in FIELDS}
-    assert all(field.name in OWN_CHECKS for field in FIELDS if field.form in (Form.WORDS, Form.BIASES))
+    assert all(field.name in OWN_CHECKS for field in FIELDS if field.form in (Form.WORDS, Form.BIASES, Form.GRAMMAR))
 
 
 @pytest.mark.parametrize("field", [one for one in FIELDS if one.form is Form.NUMBER], ids=lambda field: field.name)

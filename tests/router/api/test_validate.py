@@ -12,6 +12,7 @@ from twostroke.core.request import Request
 from twostroke.router.api.call import GenerateCall
 from twostroke.router.api.models import ServedModel
 from twostroke.router.api.validate import Limits, validate
+from twostroke.router.keys.grants import KeyRing
 from twostroke.text.tokenizer import Tokenizer
 
 VOCAB, CONTEXT = 4096, 100
@@ -21,7 +22,7 @@ TOKENIZER = Tokenizer.load(Path(__file__).resolve().parents[3] / "model" / "bund
 
 def checked(prompt: Any = (5, 6), *, vocab: int = VOCAB, keys: tuple[str, ...] = KEYS, **fields: Any) -> Request:
     model = ServedModel("m", CONTEXT, vocab, TOKENIZER, None, None)  # type: ignore[arg-type]
-    return validate(GenerateCall(prompt=prompt, **fields), model, Limits(8, None, 60.0, keys))
+    return validate(GenerateCall(prompt=prompt, **fields), model, Limits(8, None, 60.0, KeyRing.of(keys)))
 
 
 def test_a_tenant_and_its_salts_have_domains_of_their_own() -> None:

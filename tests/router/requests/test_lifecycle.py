@@ -9,7 +9,7 @@ from twostroke.core import errors
 from twostroke.core.request import Role, SamplingParams
 from twostroke.kv.block import BlockIdentity
 from twostroke.protos import common_pb2, worker_pb2
-from twostroke.router.requests.admission import AdmissionLimits
+from twostroke.router.requests.admission.bounds import AdmissionLimits
 from twostroke.router.requests.state import RequestState, Stage
 from twostroke.router.routing.facts import WorkerFacts, WorkerKey
 

@@ -190,6 +190,17 @@ def test_the_timeline_keeps_the_first_token_of_the_first_worker() -> None:
     assert run.dispatches[1].timeline.at_s(Instant.FIRST_TOKEN) == 2.0
 
 
+def test_the_timeline_of_an_answer_without_a_token_is_its_workers() -> None:
+    router = Router("a", "b")
+    run = router.ask()
+    router.pass_s(1.0)
+    end = worker_pb2.RequestEnd(request_id=run.name, reason=1)  # the first token was the end
+    end.timeline.add(name="received", since_seen_ns=10**9)
+    end.epoch.incarnation, end.epoch.counter = run.dispatches[-1].epoch
+    router.life.take_step(placed(run), worker_pb2.StepOutput(ends=[end]), router.now_s)
+    assert run.timeline.at_s(Instant.RECEIVED) == run.dispatches[-1].at_s + 1.0
+
+
 # ------------------------------------------------------------------ who killed it
 
 
@@ -329,3 +340,15 @@ def test_a_choice_that_ended_needs_no_further_proof() -> None:
     assert run.suspicion is not None
     router.tokens(run, PROOF_TOKENS, choice=1)
     assert run.suspicion is None
+
+
+def test_what_a_draining_worker_gives_back_costs_none_of_the_retries() -> None:
+    router = Router("a", "b")
+    runs = [router.ask(f"r{number}", sampling=LONG) for number in range(40)]
+    drained = [run for run in runs if placed(run).worker_id == "a"]
+    assert len(drained) > 10, "more than the reserve of retries"
+    router.roster.leaving(placed(drained[0]))
+    for run in drained:
+        router.end(run, code="unavailable")
+    router.pass_s(0.0)
+    assert {placed(run).worker_id for run in runs} == {"b"}

@@ -14,7 +14,7 @@ from twostroke.core.request import Epoch, FinishReason, Role, TokenLogprobs
 from twostroke.kv.handover.pairing import why_refused
 from twostroke.kv.spec import attention_spec
 from twostroke.protos import common_pb2
-from twostroke.router.requests.admission import Admission, AdmissionLimits, Offer
+from twostroke.router.requests.admission.bounds import Admission, AdmissionLimits, Offer
 from twostroke.router.requests.delivery import Delivery, DeliveryVerdict, PieceBuffer
 from twostroke.router.requests.history import RequestHistory
 from twostroke.router.requests.pieces import OutputDelta
@@ -296,15 +296,6 @@ def test_a_session_that_is_open_again_counts_as_heard_now() -> None:
     assert [worker.state for worker in fleet] == [WorkerState.LIVE]
     assert fleet.tick(20.2) == []
     assert [worker.state for worker in fleet] == [WorkerState.LIVE]
-
-
-def test_above_the_contended_share_a_tenant_may_not_go_beyond_its_part_by_its_next_request() -> None:
-    admission = Admission(AdmissionLimits(max_requests=100, max_tokens=1000))
-    admission.offer(Offer("a1", "ann", 350, 60.0), 0.0)
-    admission.offer(Offer("b1", "bob", 100, 60.0), 0.0)
-    with pytest.raises(Overloaded, match="35%"):
-        admission.offer(Offer("a2", "ann", 350, 60.0), 0.0)
-    admission.offer(Offer("b2", "bob", 250, 60.0), 0.0)
 
 
 @pytest.mark.parametrize(

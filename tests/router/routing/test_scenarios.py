@@ -25,7 +25,7 @@ from support.recorded import Recorded
 from twostroke.core.errors import TwostrokeError
 from twostroke.core.request import Epoch, FinishReason, Role, SequenceKey
 from twostroke.kv.spec import attention_spec
-from twostroke.router.requests.admission import Admission, AdmissionLimits, Offer
+from twostroke.router.requests.admission.bounds import Admission, AdmissionLimits, Offer
 from twostroke.router.requests.delivery import Delivery
 from twostroke.router.routing.facts import GpuFacts, LoadFacts, ModelFacts, WorkerFacts, WorkerKey
 from twostroke.router.routing.fleet import Fleet, FleetChange

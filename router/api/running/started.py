@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
-from ...core.request import Request
-from ..journal.cursor import Track
-from ..journal.journal import Asked
-from ..requests.pieces import OutputDelta
-from .models import ServedModel
+from ....core.request import Request
+from ...journal.cursor import Track
+from ...journal.journal import Asked
+from ...requests.pieces import OutputDelta
+from ..models import ServedModel
 
 
 @dataclass(frozen=True, slots=True)

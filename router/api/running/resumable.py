@@ -9,23 +9,25 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from ...core.errors import DeadlineExceeded, InvalidRequest, RequestNotFound, Unavailable
-from ...core.timeline import Instant, Timeline
-from ..journal.cursor import Track, parse_cursor
-from ..journal.journal import Asked, Entry, check_same
-from ..journal.store import JournalStore, NoStore
-from ..journal.streams import ResumableStreams
-from ..peers.peers import Peers
-from ..requests.pieces import OutputDelta
-from .call import GenerateCall
+from ....core.errors import DeadlineExceeded, InvalidRequest, RequestNotFound, Unavailable
+from ....core.request import Request
+from ....core.timeline import Instant, Timeline
+from ...journal.cursor import Track, parse_cursor
+from ...journal.journal import Asked, Entry, check_same
+from ...journal.store import JournalStore, NoStore
+from ...journal.streams import ResumableStreams
+from ...peers.peers import Peers
+from ...requests.admission.entrance import MOST_BYTES_PER_TOKEN, Announced
+from ...requests.pieces import OutputDelta
+from ..call import GenerateCall
 from .started import Started
 
 if TYPE_CHECKING:
-    from .frontend import Frontend
+    from ..frontend import Frontend
 
 _KEY = re.compile(r"[!-~]{1,255}")
 HEADER = "x-twostroke-resumable"
@@ -53,28 +55,38 @@ class Resumables:
         self.store: JournalStore = NoStore()
         self.num_adopted = 0  # requests of routers that died
 
-    async def start(self, call: GenerateCall, terms: Terms) -> Started:
+    async def start(
+        self,
+        call: GenerateCall,
+        terms: Terms,
+        admitted: Callable[[], None] | None = None,
+        arrived_s: float | None = None,
+    ) -> Started:
         """Run a call up to its first piece, or join the one that was started with the same Idempotency-Key.
+
+        `admitted` is called when `call` is no longer needed. The deadline counts from `arrived_s` on the flow's clock;
+        None: from now.
 
         Raises:
             IdempotencyKeyReused: the key came with another call before.
             TwostrokeError: the call was refused.
         """
         front = self._front
-        tenant = front.authenticate(call.api_key)
+        timeline = Timeline()
+        timeline.mark(Instant.ARRIVED, front.flow.clock.now_s() if arrived_s is None else arrived_s)
+        tenant, found, request = front.authenticate(call.api_key), None, None
         if terms.key:
             _check_key(terms.key)
             found = self._known(tenant, terms) or await self._known_elsewhere(tenant, terms)
-            if found is not None:
-                return await self.resume(tenant, found, "")
-        timeline = Timeline()
-        timeline.mark(Instant.ARRIVED, front.flow.clock.now_s())
-        request, _ = await front.admit(call)
-        if request.sampling.prompt_logprobs is not None:
-            raise InvalidRequest("a resumable request has no logprobs of its prompt; leave one out", param=HEADER)
-        found = self._known(tenant, terms) if terms.key else None  # it may have come while this one was read
-        if found is not None:
-            return await self.resume(tenant, found, "")
+        if found is None:
+            request, _ = await front.admit(call, arrived_s)
+            if request.sampling.prompt_logprobs is not None:
+                raise InvalidRequest("a resumable request has no logprobs of its prompt; leave one out", param=HEADER)
+            found = self._known(tenant, terms) if terms.key else None  # it may have come while this one was read
+        if admitted is not None:
+            admitted()
+        if found is not None or request is None:
+            return await self.resume(tenant, found or "", "")
         asked = Asked(request, terms.face, terms.body, int(time.time()), terms.key, terms.fingerprint)
         front.flow.check_id(request)
         entry = self._streams.start(asked, front.flow.generate(request, timeline))
@@ -102,7 +114,11 @@ class Resumables:
         )
 
     async def _adopted(self, tenant: str, request_id: str) -> Entry | None:
-        """Take over a stored request whose router does not answer; None: there is none."""
+        """Take over a stored request whose router does not answer; None: there is none.
+
+        Raises:
+            TwostrokeError: it cannot go on here, now or at all. Unless it is over, another router may take it over.
+        """
         claim = await self.store.find(tenant, request_id)
         if claim is None:
             return None
@@ -115,11 +131,14 @@ class Resumables:
         left_s = stored.asked.created_s + stored.asked.request.timeout_s - time.time()
         if left_s <= 0:
             raise DeadlineExceeded("the request's timeout passed while no router had it")
+        request = _charged(replace(stored.asked.request, timeout_s=min(left_s, stored.asked.request.timeout_s)))
+        await self._front.models.get(request.model)  # this and the next refuse it before it is ours: it stays resumable
+        num_bytes = request.num_tokens * MOST_BYTES_PER_TOKEN
+        self._front.flow.foresee(Announced(tenant, request.priority, request.allowance, num_bytes, left_s))
         if not await claim.take():
             raise Unavailable("another router is taking the stream over; resume it again", retry_after_s=1.0)
         if (entry := self._streams.journal.find(tenant, request_id)) is not None:
             return entry
-        request = replace(stored.asked.request, timeout_s=min(left_s, stored.asked.request.timeout_s))
         timeline = Timeline()
         timeline.mark(Instant.ARRIVED, self._front.flow.clock.now_s())
         rest = self._front.flow.generate(request, timeline, stored.pieces)
@@ -154,6 +173,13 @@ class Resumables:
             return None
         check_same(found.fingerprint, terms.fingerprint)
         return found.request_id
+
+
+def _charged(request: Request) -> Request:
+    """An adopted request: the router that it came to has charged its key for it."""
+    if request.allowance is None:
+        return request
+    return replace(request, allowance=replace(request.allowance, requests_per_minute=None, tokens_per_minute=None))
 
 
 def fingerprint_of(face: str, values: Any) -> bytes:

@@ -1,0 +1,123 @@
+"""`twostroke up`: `serve` as a process of its own, which stays when this command has ended."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import IO
+
+import typer
+import yaml
+
+from ..cli import options as o
+from ..cluster.config import Config
+from ..cluster.launch.environment import member_environment
+from ..cluster.launch.member_log import MemberLog
+from ..cluster.operations.control import command
+from ..cluster.operations.run_folder import LOG_NAME, RunFolder
+from ..core.errors import ConfigError, TwostrokeError, Unavailable
+from ..core.ports import free_ports
+
+POLL_S = 0.2
+ASK_S = 5.0
+END_S = 10.0  # for a start that is given up
+
+
+def up(
+    config: o.ConfigFile = None,
+    model: o.Model = None,
+    prefill: o.Prefill = None,
+    decode: o.Decode = None,
+    launcher: o.Launcher = None,
+    host: o.Host = None,
+    port: o.Port = None,
+    grpc_port: o.GrpcPort = None,
+    insecure: o.Insecure = None,
+) -> None:
+    """Start a cluster on this machine and return when it serves; `twostroke down` ends it.
+
+    All other settings: `--config` and the environment, as for `serve`. One cluster runs per gRPC port. Its folder
+    ($XDG_RUNTIME_DIR/twostroke/PORT, else twostroke-run-UID/PORT in the folder for temporary files) has its log.
+    """
+    settings = _with_fixed_ports(o.config_from(locals()))
+    folder = RunFolder(settings.router.grpc_port)
+    if folder.is_held:
+        raise ConfigError(folder.occupied())
+    folder.release()  # what a killed process left
+    folder.make()
+    log = MemberLog(folder.path, LOG_NAME)
+    with log.open() as out:
+        process = _spawn(settings, out)
+    try:
+        _wait(process, folder, log)
+    except BaseException as error:
+        _give_up(process)
+        said = log.tail().rpartition("\n")[2]
+        folder.release()
+        if isinstance(error, TwostrokeError):
+            raise Unavailable(f"{error}: {said}" if said else str(error)) from None
+        raise
+    state = folder.state()
+    assert state is not None
+    typer.echo(f"{state.model} is served at {state.http_url}/v1 (OpenAI API) and {state.grpc_address} (gRPC)")
+    typer.echo(f"its log: {folder.path / LOG_NAME}.log; `twostroke down --grpc {state.grpc_address}` ends it")
+
+
+def _with_fixed_ports(config: Config) -> Config:
+    """Replace ports of 0: the folder is found by the port."""
+    names = [name for name in ("port", "grpc_port") if getattr(config.router, name) == 0]
+    free = dict(zip(names, free_ports(config.router.host, len(names)), strict=True))
+    return config.model_copy(update={"router": config.router.model_copy(update=free)})
+
+
+def _spawn(settings: Config, out: IO[bytes]) -> subprocess.Popen[bytes]:
+    """Start `serve` in a session of its own. Its configuration holds keys, so it goes through standard input."""
+    given = settings.model_dump(mode="json", exclude_unset=True)
+    given.setdefault("router", {}).update(port=settings.router.port, grpc_port=settings.router.grpc_port)
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "twostroke.cli.main", "serve", "--config", "-", "--detached"],
+        stdin=subprocess.PIPE,
+        stdout=out,
+        stderr=out,
+        start_new_session=True,
+        env=member_environment(),
+    )
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):  # it ended already; its log says why
+        process.stdin.write(yaml.safe_dump(given).encode())
+        process.stdin.close()
+    return process
+
+
+def _wait(process: subprocess.Popen[bytes], folder: RunFolder, log: MemberLog) -> None:
+    """Wait until the cluster serves. Its own deadlines bound the wait; what it logs is shown.
+
+    Raises:
+        Unavailable: its process ended.
+    """
+    said = ""
+    while True:
+        if process.poll() is not None:
+            raise Unavailable(f"the cluster ended on its way up, with exit code {process.returncode}")
+        line = log.tail().rpartition("\n")[2]
+        if line and line != said:
+            typer.echo(line, err=True)
+            said = line
+        with contextlib.suppress(TwostrokeError):
+            if asyncio.run(command(folder.socket, {"verb": "state"}, lambda _: None, ASK_S)).said == "serves":
+                return
+        time.sleep(POLL_S)
+
+
+def _give_up(process: subprocess.Popen[bytes]) -> None:
+    """End a start: once politely, then at once; its members end with it."""
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is None:
+            os.kill(process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(END_S)

@@ -1,0 +1,61 @@
+"""The members of a cluster as its routers report them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from ..client.async_client import AsyncClient
+from ..core.errors import TwostrokeError
+from ..core.request import Role
+from .restarts import Use
+
+_USE_BY_STATE = {"live": Use.SERVES, "draining": Use.DRAINS}
+_LEAST_USE = (Use.NONE, Use.DRAINS, Use.SERVES)
+
+
+class Life(NamedTuple):
+    """One member as the router reports it."""
+
+    incarnation: str
+    use: Use
+    arithmetic: str = ""  # of a worker: description of its numerics class
+    role: Role | None = None  # of a worker: the present one
+    cordon: str = ""  # of a worker: its cordoned GPU and why
+
+
+class Seen(NamedTuple):
+    """A report of the router."""
+
+    cluster: dict[str, Any]
+    at_s: float
+
+    def worker(self, name: str) -> dict[str, Any] | None:
+        """The report on one worker; None: the router does not know it."""
+        return next((worker for worker in self.cluster["workers"] if worker["worker_id"] == name), None)
+
+
+async def cluster_or_none(client: AsyncClient) -> dict[str, Any] | None:
+    """The router's report; None: it does not answer."""
+    try:
+        return await client.cluster()
+    except TwostrokeError:
+        return None  # the router is still starting; the caller's deadline bounds the wait
+
+
+def lives_of(cluster: dict[str, Any] | None) -> dict[str, Life]:
+    """State of the routers that answered, and of the workers: what the least of the routers can do with each."""
+    if cluster is None:
+        return {}
+    routers = cluster.get("routers") or [cluster["router"] | {"name": "router-0"}]
+    found = {router["name"]: Life(router["incarnation"], Use.SERVES) for router in routers}
+    for worker in cluster["workers"]:
+        states = [worker["state"], *(router["workers"].get(worker["worker_id"]) for router in routers[1:])]
+        use = min((_USE_BY_STATE.get(state, Use.NONE) for state in states), key=_LEAST_USE.index)
+        role, cordon = Role(worker["role"]), _cordon_of(worker)
+        found[worker["worker_id"]] = Life(worker["incarnation"], use, worker["numerics"], role, cordon)
+    return found
+
+
+def _cordon_of(worker: dict[str, Any]) -> str:
+    cordoned = [gpu for gpu in worker.get("gpus", ()) if gpu["verdict"] == "cordon"]
+    return "".join(f"{gpu['uuid']} is cordoned: {'; '.join(gpu['reasons'])}" for gpu in cordoned[:1])

@@ -1,0 +1,184 @@
+"""Masks of sequences with a grammar: made in threads while the step computes. Knows no logits and no tokenizer.
+
+    plan ─ begin ─▶ a thread per grammar row: matcher of the choice + its new tokens ─▶ mask
+                    │ the decoder computes the rows
+    sampler ◀─ take ─┘   not ready within `WAIT_S`: the row waits for a later step (`StepResult.deferred`)
+
+A matcher is a function of the grammar and the generated ids. It is kept between steps to save time, and made anew from
+all ids where the kept one does not fit: after a preemption, on another worker, for a request that was sent again.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from ...core.request import Grammar, SequenceKey
+from ...engine.plan import SequenceStep, StepPlan
+
+_log = logging.getLogger(__name__)
+
+THREADS = 2
+WAIT_S = 0.005  # of a step for all of its masks; longer ones must not hold the other sequences
+OVERDUE_S = 10.0  # a sequence whose mask takes longer ends; the time includes compiling
+MAX_MATCHERS = 1024
+MAX_STUCK = 8  # threads given up; then the worker takes no more grammars
+
+
+class ChoiceMatcher(Protocol):
+    """State of one choice in its grammar (text/grammar.py). Both methods may raise."""
+
+    def advance(self, token_ids: Sequence[int]) -> None:
+        """Take tokens of the choice."""
+        ...
+
+    def mask(self) -> bytes:
+        """Allowed next tokens, as packed bits."""
+        ...
+
+
+StartMatcher = Callable[[Grammar], ChoiceMatcher]
+"""Makes the matcher of a grammar; compiles the grammar if necessary. Called in a thread."""
+
+
+class Masks(NamedTuple):
+    """Masks of one step."""
+
+    ready: dict[SequenceKey, bytes]
+    failed: dict[SequenceKey, Exception]
+    deferred: frozenset[SequenceKey]  # not ready yet
+
+
+NO_MASKS = Masks({}, {}, frozenset())
+
+
+@dataclass(slots=True)
+class _Known:
+    """The kept matcher of a sequence. Only its running job may use it."""
+
+    grammar: Grammar
+    matcher: ChoiceMatcher | None = None
+    taken: tuple[int, ...] = ()  # ids that the matcher has taken
+    wanted: tuple[int, ...] = ()  # ids of the job
+    job: Future[bytes] | None = None
+    began_s: float = field(default=0.0)
+
+
+class GrammarMasks:
+    """Matchers of one runner's sequences. Only the thread of the steps may call it."""
+
+    def __init__(self, start: StartMatcher) -> None:
+        self._start = start
+        self._known: OrderedDict[SequenceKey, _Known] = OrderedDict()
+        self._threads: ThreadPoolExecutor | None = None
+        self._num_stuck = 0
+        self._last_overdue_s = 0.0
+
+    def begin(self, plan: StepPlan) -> None:
+        """Begin the masks of a plan's sampling rows, and the grammars of prompts that are under way."""
+        for step in plan.sequences:
+            if step.params.grammar is not None:
+                self._begin(step, step.params.grammar)
+        while len(self._known) > max(MAX_MATCHERS, len(plan.sequences)):
+            self._known.popitem(last=False)
+
+    def take(self, plan: StepPlan, last: Sequence[int]) -> Masks:
+        """Masks of the plan that was begun. `last`: id of each sequence's last row, for ids of a running step."""
+        jobs: dict[SequenceKey, Future[bytes]] = {}
+        late: set[SequenceKey] = set()
+        for step, last_id in zip(plan.sequences, last, strict=True):
+            grammar = step.params.grammar
+            if grammar is None or not step.samples:
+                continue
+            if step.from_place is not None:  # its last id was not known when the step began
+                self._begin(step, grammar, (last_id,))
+            known = self._known[step.key]
+            assert known.job is not None
+            jobs[step.key] = known.job
+            if known.wanted != _ids(step, last_id):
+                late.add(step.key)
+        if not jobs:
+            return NO_MASKS
+        wait(jobs.values(), WAIT_S)
+        ready: dict[SequenceKey, bytes] = {}
+        failed: dict[SequenceKey, Exception] = {}
+        for key, job in jobs.items():
+            if job.running() and time.monotonic() - self._known[key].began_s > OVERDUE_S:
+                failed[key] = TimeoutError(f"the grammar took longer than {OVERDUE_S:g} s")
+                self._give_up()
+            elif not job.done() or job.cancelled() or key in late:
+                late.add(key)
+            elif (error := job.exception()) is not None:
+                failed[key] = error if isinstance(error, Exception) else RuntimeError(repr(error))
+            else:
+                ready[key] = job.result()
+        for key in failed:
+            del self._known[key]
+        return Masks(ready, failed, frozenset(late))
+
+    @property
+    def num_matchers(self) -> int:
+        """Number of kept matchers."""
+        return len(self._known)
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._threads is not None:
+            self._threads.shutdown(wait=False, cancel_futures=True)
+            self._threads = None
+
+    # ------------------------------------------------------------------ inside
+
+    def _begin(self, step: SequenceStep, grammar: Grammar, more: tuple[int, ...] = ()) -> None:
+        assert step.history is not None or not step.samples, "a grammar needs the ids before"
+        ids = (*step.history.output_ids, *more) if step.history is not None else ()
+        known = self._known.get(step.key)
+        if known is None or known.grammar != grammar:
+            known = self._known[step.key] = _Known(grammar)
+        self._known.move_to_end(step.key)
+        job = known.job
+        if job is not None and not job.cancelled() and (known.wanted == ids or not job.done()):
+            return  # the same row again, which could not wait for its mask; or an older mask is still being made
+        known.wanted, known.began_s = ids, time.monotonic()
+        known.job = self._submit(known, ids)
+
+    def _submit(self, known: _Known, ids: tuple[int, ...]) -> Future[bytes]:
+        if self._num_stuck >= MAX_STUCK:
+            failed: Future[bytes] = Future()
+            failed.set_exception(RuntimeError("too many grammars took too long on this worker"))
+            return failed
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(THREADS, "grammar")
+        return self._threads.submit(self._mask, known, ids)
+
+    def _mask(self, known: _Known, ids: tuple[int, ...]) -> bytes:
+        count = len(known.taken)
+        matcher = known.matcher
+        if matcher is None or ids[:count] != known.taken:
+            matcher, count = self._start(known.grammar), 0
+        known.matcher = None  # until it is known to be whole
+        matcher.advance(ids[count:])
+        mask = matcher.mask()
+        known.matcher, known.taken = matcher, ids
+        return mask
+
+    def _give_up(self) -> None:
+        """Leave the threads to what holds them; later masks get new ones. Once for all jobs that wait for the same."""
+        now_s = time.monotonic()
+        if now_s - self._last_overdue_s < OVERDUE_S:
+            return
+        self._last_overdue_s = now_s
+        self._num_stuck += THREADS
+        _log.error("a grammar holds a thread for more than %g s; its sequence ends", OVERDUE_S)
+        self.close()
+
+
+def _ids(step: SequenceStep, last_id: int) -> tuple[int, ...]:
+    """Generated ids before the token of a sampling row."""
+    assert step.history is not None
+    return step.history.output_ids if step.from_place is None else (*step.history.output_ids, last_id)

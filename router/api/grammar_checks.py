@@ -1,0 +1,166 @@
+"""Checks of grammars in processes that may be lost: a hostile one costs its sender an error and the router nothing.
+
+request ─▶ a thread ─▶ an idle process of this model, or a new one ─▶ answer within CHECK_S, or its end
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import select
+import subprocess
+import sys
+import threading
+import time
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from ...core.errors import InternalError, Overloaded
+from ...core.request import Grammar
+from ...text.grammar import digest_of
+from ...text.grammar_check import CHECK_S
+from ...text.grammar_program import refused
+from .models import ServedModel
+
+AT_ONCE = 2  # processes
+START_S = 60.0  # of one: it reads the tokenizer
+WAIT_S = 20.0  # longest wait of a request for its check, the wait for a thread included
+MAX_REMEMBERED = 1024  # grammars whose answer is known
+
+
+@dataclass(frozen=True, slots=True)
+class _Name:
+    directory: str
+    vocab_size: int
+    eos_ids: tuple[int, ...]
+
+
+class GrammarChecks:
+    """Checks grammars of all served models; one per router."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(AT_ONCE, "grammar-checks")
+        self._lock = threading.Lock()
+        self._idle: dict[_Name, list[_Checker]] = {}
+        self._answers: OrderedDict[tuple[_Name, bytes], str | None] = OrderedDict()
+
+    async def check(self, grammar: Grammar, model: ServedModel) -> None:
+        """Check that workers of the model can follow a grammar.
+
+        Raises:
+            InvalidRequest: they cannot; says why, or which limit it passes.
+            Overloaded: too many grammars are being checked.
+            InternalError: no process for the check could be started.
+        """
+        eos_ids = model.tokenizer.eos_ids or (0,)
+        name = _Name(model.directory, model.vocab_size, tuple(id_ for id_ in eos_ids if id_ < model.vocab_size))
+        key = (name, digest_of(grammar))
+        if key not in self._answers:
+            work = asyncio.wrap_future(self._threads.submit(self._ask, name, grammar))
+            try:
+                answer = await asyncio.wait_for(work, WAIT_S)
+            except TimeoutError:
+                raise Overloaded("too many grammars are being checked; try again soon", retry_after_s=2.0) from None
+            self._answers[key] = answer
+            while len(self._answers) > MAX_REMEMBERED:
+                self._answers.popitem(last=False)
+        self._answers.move_to_end(key)
+        error = self._answers[key]
+        if error is not None:
+            raise refused(error)
+
+    def close(self) -> None:
+        """End the processes that no check uses."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            idle, self._idle = [one for some in self._idle.values() for one in some], {}
+        for checker in idle:
+            checker.end()
+
+    def _ask(self, name: _Name, grammar: Grammar) -> str | None:
+        """The reason of a refusal, or None."""
+        with self._lock:
+            some = self._idle.get(name)
+            checker = some.pop() if some else None
+        if checker is None or not checker.lives:
+            checker = _Checker(name)
+        try:
+            answer = checker.ask(grammar)
+        except _Lost:
+            checker.end()
+            return f"{grammar.kind} takes more than {CHECK_S} s or too much memory to compile; give a simpler one"
+        with self._lock:
+            others = [] if sum(map(len, self._idle.values())) < AT_ONCE else [self._idle.popitem()[1]]
+            self._idle.setdefault(name, []).append(checker)
+        for other in (one for some in others for one in some):
+            other.end()
+        return answer
+
+
+class _Lost(Exception):
+    """The process has ended, or does not answer."""
+
+
+class _Checker:
+    """A process of text/grammar_check.py. One thread at a time may use it."""
+
+    def __init__(self, name: _Name) -> None:
+        ids = ",".join(map(str, name.eos_ids))
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "twostroke.text.grammar_check",
+            name.directory,
+            str(name.vocab_size),
+            ids,
+        ]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+        try:
+            self._read(START_S)
+        except _Lost:
+            self.end()
+            raise InternalError("the process that checks grammars could not be started") from None
+
+    @property
+    def lives(self) -> bool:
+        """True while the process runs."""
+        return self._process.poll() is None
+
+    def ask(self, grammar: Grammar) -> str | None:
+        """Check a grammar; returns the reason of a refusal, or None. Raises _Lost."""
+        assert self._process.stdin is not None
+        asked = json.dumps({"kind": grammar.kind, "source": grammar.source}) + "\n"
+        try:
+            self._process.stdin.write(asked.encode())
+            self._process.stdin.flush()
+        except OSError:
+            raise _Lost from None
+        error: str | None = self._read(CHECK_S + 2.0)["error"]
+        return None if error is None else error.partition(": ")[2]
+
+    def end(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+    def _read(self, timeout_s: float) -> dict[str, str | None]:
+        """The next answer. Raises _Lost."""
+        assert self._process.stdout is not None
+        end_s, line = time.monotonic() + timeout_s, b""
+        while not line.endswith(b"\n"):
+            left_s = end_s - time.monotonic()
+            if left_s <= 0 or not select.select([self._process.stdout], [], [], left_s)[0]:
+                raise _Lost
+            read = self._process.stdout.read1(1 << 16)  # type: ignore[attr-defined]
+            if not read:
+                raise _Lost
+            line += read
+        found: dict[str, str | None] = json.loads(line)
+        return found

@@ -1,0 +1,146 @@
+"""`twostroke up`, `drain`, `restart --rolling`, `down` as a user runs them: exit codes, output, and nothing left."""
+
+import json
+import os
+import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import pytest
+from typer.testing import CliRunner
+
+from twostroke.cli.main import app
+from twostroke.core.errors import TwostrokeError
+from twostroke.core.ports import free_ports
+
+pytestmark = pytest.mark.timeout(600)
+
+BUSY_MACHINE_S = 240.0
+
+
+class Said(NamedTuple):
+    """How a command ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+class Home:
+    """A short folder for everything that a cluster makes, and a configuration file."""
+
+    def __init__(self, folder: Path, checkpoint: Path) -> None:
+        self.folder = folder
+        self.port, self.grpc_port = free_ports("127.0.0.1", 2)
+        self.config = folder / "cluster.json"
+        settings = {
+            "model": {"path": str(checkpoint), "max_model_len": 256, "kernels": "torch"},
+            "cache": {"tokens": 4096},
+            "step": {"num_threads": 1},
+            "router": {"port": self.port, "grpc_port": self.grpc_port},
+            "cluster": {"launcher": "process", "prefill": 1, "decode": 1, "key": "a key of this test"},
+        }
+        self.config.write_text(json.dumps(settings))
+
+    @property
+    def grpc(self) -> str:
+        return f"127.0.0.1:{self.grpc_port}"
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "twostroke"
+
+    def say(self, *words: str) -> Said:
+        """A command; `--grpc` is added where it belongs. What it starts has this folder in its environment."""
+        where = () if words[0] == "up" else ("--grpc", self.grpc)
+        mine = {"XDG_RUNTIME_DIR": str(self.folder), "TMPDIR": str(self.folder), "OMP_NUM_THREADS": "1"}
+        result = CliRunner().invoke(app, [*words, *where], env=mine)
+        if isinstance(result.exception, TwostrokeError):  # what `main` makes a line and exit code 2
+            return Said(2, result.stdout, f"{result.stderr}twostroke: {result.exception}\n")
+        return Said(result.exit_code, result.stdout, result.stderr)
+
+    def processes(self) -> list[psutil.Process]:
+        """Every process that has this folder in its environment."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if (
+                    process.pid != os.getpid()
+                    and process.environ().get("TMPDIR") == str(self.folder)
+                    and process.status() != psutil.STATUS_ZOMBIE
+                ):
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+
+@pytest.fixture
+def home(tiny_checkpoint: Path) -> Iterator[Home]:
+    with tempfile.TemporaryDirectory(prefix="ts-") as folder:
+        home = Home(Path(folder), tiny_checkpoint)
+        yield home
+        for process in home.processes():  # of a test that failed
+            process.kill()
+
+
+def test_a_cluster_goes_up_serves_is_restarted_and_goes_down_without_a_trace(home: Home) -> None:
+    shared_before = set(os.listdir("/dev/shm"))
+    up = home.say("up", "--config", str(home.config))
+    assert up.returncode == 0, up.stderr
+    assert f"is served at http://127.0.0.1:{home.port}/v1" in up.stdout
+    files = [home.run, *home.run.rglob("*")]
+    assert {file.stat().st_mode & 0o077 for file in files} == {0}, "for its owner alone"
+    assert not any(b"a key of this test" in file.read_bytes() for file in files if file.is_file())
+    assert not any("a key of this test" in " ".join(process.cmdline()) for process in home.processes())
+
+    again = home.say("up", "--config", str(home.config))
+    assert again.returncode == 2
+    assert f"a cluster runs at port {home.grpc_port} already" in again.stderr
+
+    alone = home.say("drain", "decode-0")
+    assert alone.returncode == 2
+    assert "decode-0 alone decodes" in alone.stderr
+    unknown = home.say("drain", "decode-9")
+    assert (unknown.returncode, "no worker is called 'decode-9'" in unknown.stderr) == (2, True)
+
+    restarted = home.say("restart", "--rolling")
+    assert restarted.returncode == 0, restarted.stderr
+    assert "[2/2] decode-1 serves, decode-0 is gone" in restarted.stderr
+    assert restarted.stdout == "every worker was restarted\n"
+    assert home.say("restart").returncode == 2
+
+    drained = home.say("drain", "prefill-1")
+    assert drained.returncode == 0, drained.stderr
+    assert "prefill-1 is drained: everything ended by itself; its process is gone" in drained.stdout
+    workers = json.loads(home.say("status", "--json").stdout)["workers"]
+    assert [worker["worker_id"] for worker in workers if worker["state"] == "live"] == ["decode-1"]
+
+    down = home.say("down")
+    assert (down.returncode, down.stdout) == (0, "stopped\n"), down.stderr
+    assert home.processes() == []
+    assert sorted(path.name for path in home.folder.iterdir()) == ["cluster.json"]
+    assert set(os.listdir("/dev/shm")) <= shared_before | {n for n in os.listdir("/dev/shm") if "twostroke" not in n}
+
+
+def test_what_a_killed_cluster_leaves_does_not_stop_the_next(home: Home) -> None:
+    up = home.say("up", "--config", str(home.config))
+    assert up.returncode == 0, up.stderr
+    state = json.loads((home.run / str(home.grpc_port) / "state.json").read_text())
+    os.kill(state["pid"], signal.SIGKILL)
+    psutil.wait_procs(home.processes(), timeout=BUSY_MACHINE_S)  # members end with their parent
+    assert home.processes() == []
+    down = home.say("down")
+    assert (down.returncode, down.stdout) == (0, f"no cluster runs at {home.grpc}\n")
+    assert not home.run.exists()
+
+
+def test_a_start_that_fails_says_why_and_leaves_nothing(home: Home) -> None:
+    up = home.say("up", "--config", str(home.config), "--model", str(home.folder / "nothing"))
+    assert up.returncode == 2
+    assert "nothing" in up.stderr
+    assert home.processes() == []
+    assert not home.run.exists()

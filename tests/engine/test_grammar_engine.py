@@ -1,0 +1,132 @@
+"""Sequences with a grammar through the real core and runner, where masks come late, or not at all."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from support.sampling_room import Room, ids_of, submit
+
+from twostroke.core.request import FinishReason, Grammar, SamplingParams
+from twostroke.engine.link.messages import Ended, PeerBound, Progress, Source
+from twostroke.prefill_worker.policy import prefill_policy
+
+VOCAB_BYTES = 20  # of a tiny model's 160 tokens
+PARAMS = SamplingParams(max_tokens=12, temperature=0.9, seed=7, grammar=Grammar("regex", "odd"), logprobs=1)
+
+
+class EveryThird:
+    """Matcher that allows the ids whose remainder by 3 is the number of ids taken so far, modulo 3."""
+
+    def __init__(self) -> None:
+        self._num_taken = 0
+
+    def advance(self, token_ids: Sequence[int]) -> None:
+        self._num_taken += len(token_ids)
+
+    def mask(self) -> bytes:
+        bits = sum(1 << id_ for id_ in range(3, VOCAB_BYTES * 8) if id_ % 3 == self._num_taken % 3)
+        return bits.to_bytes(VOCAB_BYTES, "little")
+
+
+class Late:
+    """Masks of which each is ready only when it was asked for `patience` times."""
+
+    def __init__(self, masks: Any, patience: int) -> None:
+        self._masks, self._patience = masks, patience
+        self._asked: Counter[Any] = Counter()
+        self.num_deferred = 0
+
+    def begin(self, plan: Any) -> None:
+        self._masks.begin(plan)
+
+    def take(self, plan: Any, last: Any) -> Any:
+        made = self._masks.take(plan, last)
+        while made.deferred:
+            made = self._masks.take(plan, last)
+        late = set()
+        for step in plan.sequences:
+            row = (step.key, step.num_generated)
+            if step.key in made.ready and self._asked[row] < self._patience:
+                self._asked[row] += 1
+                late.add(step.key)
+        self.num_deferred += len(late)
+        ready = {key: mask for key, mask in made.ready.items() if key not in late}
+        return made._replace(ready=ready, deferred=frozenset(late))
+
+
+@pytest.fixture
+def make_room(write_tiny, make_runner):
+    def make(patience: int = 0, policy: Any = None, **limits: Any) -> Room:
+        runner = make_runner(write_tiny({}), dtype="float32", kv_dtype="float32")
+        runner.serve_grammars(lambda _: EveryThird())
+        runner._masks = Late(runner._masks, patience)
+        return Room(runner, **({"policy": policy} if policy else {}), **limits)
+
+    return make
+
+
+def told(room: Room, name: str) -> Any:
+    return room.tokens[name], room.logprobs[name], room.prompt_logprobs.get(name)
+
+
+@pytest.mark.parametrize("length", [1, 16, 17, 50])
+def test_masks_that_come_late_change_nothing(make_room, length: int):
+    params = replace(PARAMS, prompt_logprobs=1)
+    whole = make_room().run(submit("a", ids_of(length), params))
+    assert [id_ % 3 for id_ in whole.tokens["a"]] == [number % 3 for number in range(12)]
+    assert whole.ended["a"].reason is FinishReason.LENGTH
+    late = make_room(patience=2, max_batch_tokens=16).run(submit("a", ids_of(length), params))
+    assert late.runner._masks.num_deferred >= 24
+    assert told(late, "a") == told(whole, "a")
+
+
+def test_the_others_of_a_step_do_not_wait(make_room):
+    free = replace(PARAMS, grammar=None)
+    alone = make_room().run(submit("free", ids_of(20), free))
+    room = make_room(patience=3)
+    room.send(submit("slow", ids_of(20), PARAMS), submit("free", ids_of(20), free))
+    for _ in range(13):
+        room.step()
+    assert told(room, "free") == told(alone, "free")
+    assert len(room.tokens["slow"]) < 6
+    room.run()
+    assert room.tokens["slow"] == make_room().run(submit("slow", ids_of(20), PARAMS)).tokens["slow"]
+
+
+def test_a_preempted_and_a_resumed_sequence_say_the_same(make_room):
+    prompt = ids_of(30)
+    whole = make_room().run(submit("a", prompt, PARAMS)).tokens["a"]
+    crowded = make_room(patience=1, num_blocks=6)
+    crowded.run(*(submit(name, prompt if name == "a" else ids_of(30, 2), PARAMS) for name in ("b", "a")))
+    assert crowded.core.load(0.0).counters
+    assert crowded.tokens["a"] == whole
+    for at in range(1, 12):
+        room = make_room().run(submit("a", (*prompt, *whole[:at]), PARAMS, num_emitted=at))
+        assert room.tokens["a"] == whole[at:]
+
+
+def test_a_prompt_for_a_peer_reports_whole_blocks_while_its_mask_is_late(make_room):
+    room = make_room(patience=2, policy=prefill_policy)
+    heard: list[Any] = []
+    hear = room.hear
+    room.hear = lambda events: (heard.extend(events), hear(events))
+    room.send(submit("a", ids_of(40), PARAMS, Source.FOR_PEER))
+    room.step()
+    room.send(PeerBound(submit("a", ids_of(40), PARAMS).key))
+    room.run()
+    reported = [event.num_computed for event in heard if isinstance(event, Progress)]
+    assert all(count % 16 == 0 for count in reported[:-1])
+    assert reported[-1] == 40
+    assert room.tokens["a"] == make_room().run(submit("a", ids_of(40), PARAMS)).tokens["a"][:1]
+    assert not any(isinstance(event, Ended) for event in heard)
+
+
+def test_a_worker_without_masks_ends_the_sequence_and_says_no_token(write_tiny, make_runner):
+    room = Room(make_runner(write_tiny({}), dtype="float32", kv_dtype="float32"))
+    room.run(submit("a", ids_of(20), PARAMS), submit("b", ids_of(20), replace(PARAMS, grammar=None)))
+    assert room.ended["a"].reason is FinishReason.ERROR
+    assert "structured_outputs" in room.ended["a"].error_message
+    assert "a" not in room.tokens
+    assert len(room.tokens["b"]) == 12

@@ -1,0 +1,112 @@
+"""Grammars of outputs that must call a tool: llguidance accepts calls and nothing else, and the parsers read them."""
+
+import json
+
+import pytest
+
+pytest.importorskip("llguidance")
+
+import llguidance
+
+from twostroke.text.parsing.grammar import grammar_of
+from twostroke.text.parsing.parser import parse
+from twostroke.text.parsing.parsers import CALLS, WHOLE, Parsers
+from twostroke.text.parsing.values import Tools
+
+CITY = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+TOOLS = [
+    {"type": "function", "function": {"name": "weather", "parameters": CITY}},
+    {"type": "function", "function": {"name": "time"}},
+]
+HERMES = Parsers("hermes", "think")
+WEATHER = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+TIME = '<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call>'
+BYTES = llguidance.LLTokenizer("byte")
+
+
+def accepts(grammar: str, text: str) -> bool:
+    """Whether the whole text is one of the grammar's."""
+    matcher = llguidance.LLMatcher(BYTES, llguidance.LLMatcher.grammar_from_lark(grammar))
+    assert not matcher.is_error(), matcher.get_error()
+    tokens = list(text.encode())
+    return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
+
+
+def no_special(text: str) -> None:
+    return None
+
+
+def made(name: str | None = None, parsers: Parsers = HERMES, **more: bool) -> str:
+    grammar = grammar_of(TOOLS, name, parsers, no_special, **more)
+    assert grammar is not None
+    return grammar
+
+
+def test_required_takes_any_calls_and_no_text():
+    grammar = made()
+    assert accepts(grammar, WEATHER)
+    assert accepts(grammar, f"{WEATHER}\n{TIME}")
+    assert not accepts(grammar, "It rains.")
+    assert not accepts(grammar, "")
+    assert not accepts(grammar, WEATHER[:-3])
+
+
+def test_arguments_conform_to_the_schema():
+    assert not accepts(made(), WEATHER.replace('"Oslo"', "7"))
+    assert not accepts(made(), WEATHER.replace("city", "town"))
+    assert not accepts(made(), WEATHER.replace("weather", "whether"))
+
+
+def test_a_named_tool_is_the_only_one():
+    assert accepts(made("time"), TIME)
+    assert not accepts(made("time"), WEATHER)
+
+
+def test_without_parallel_calls_there_is_one():
+    assert accepts(made(parallel=False), WEATHER)
+    assert not accepts(made(parallel=False), f"{WEATHER}\n{TIME}")
+
+
+def test_reasoning_may_come_first_and_must_end_if_the_prompt_began_it():
+    assert accepts(made(), f"<think>\nHm, <b>.\n</think>\n\n{WEATHER}")
+    assert accepts(made(is_thinking=True), f"Hm.\n</think>\n\n{WEATHER}")
+    assert not accepts(made(is_thinking=True), WEATHER)
+
+
+@pytest.mark.parametrize(
+    ("parsers", "text"),
+    [
+        (HERMES, f"<think>x</think>\n\n{WEATHER}\n{WEATHER}"),
+        (Parsers("llama3_json", "none"), '{"name": "weather", "parameters": {"city": "Oslo"}}'),
+        (Parsers("mistral", "none"), '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Oslo"}}]'),
+        (
+            Parsers("harmony", "harmony"),
+            "<|channel|>analysis<|message|>x<|end|><|start|>assistant to=functions.weather<|channel|>commentary "
+            '<|constrain|>json<|message|>{"city": "Oslo"}',
+        ),
+    ],
+    ids=lambda value: value.tools if isinstance(value, Parsers) else None,
+)
+def test_what_a_grammar_accepts_the_parser_reads(parsers, text):
+    assert accepts(made("weather", parsers), text)
+    assert not accepts(made("weather", parsers), "It rains.")
+    calls = [event.call for event in parse([text], parsers, "", Tools(TOOLS)) if event.call]
+    assert calls
+    assert all((call.name, json.loads(call.arguments)) == ("weather", {"city": "Oslo"}) for call in calls)
+
+
+def test_special_tokens_stand_by_their_ids():
+    ids = {"[TOOL_CALLS]": 5, "[ARGS]": 9}
+    grammar = grammar_of(TOOLS, "time", Parsers("mistral", "none"), ids.get)
+    assert grammar is not None
+    assert 'call: <[5]> "time" <[9]> %json' in grammar
+
+
+def test_formats_without_json_arguments_have_no_grammar():
+    for name in (set(CALLS) | set(WHOLE)) - {"hermes", "llama3_json", "mistral", "harmony"}:
+        assert grammar_of(TOOLS, None, Parsers(name), no_special) is None
