@@ -52,7 +52,10 @@ class Supervisor:
         face_tls(self.config.router)  # raises now, if its files cannot be used
         self.tls_remark = certificates.remark  # for the operator
         internal_port = self.config.router.internal_port
-        site = Site(self.config, plan.model.directory, plan.model.name, internal_port, certificates.by_role)
+        router_host = next(member.host for member in plan.members if member.kind == "router")
+        site = Site(
+            *(self.config, plan.model.directory, plan.model.name, internal_port, certificates.by_role), router_host
+        )
         self._launcher = launcher_class(self.config)(site)
         cluster = self.config.cluster
         draining_s = max(cluster.replace_after_s, cluster.drain_timeout_s)

@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from ...core.ports import target
 from ...core.request import Role
 from ...core.tls.callers import Caller
 from ...core.tls.config import TlsConfig
 from ...worker.settings import WorkerSettings
 from ..config import Config
+from ..nodes import LOOPBACK
 from ..placement import ProcessPlan
 from .last_words import ProcessEnd
 
@@ -27,11 +29,12 @@ class Site:
     model_name: str
     internal_port: int  # of the router, fixed before the first start so that a restarted router is found again
     tls: Mapping[Caller, TlsConfig] | None = None  # certificates by role
+    router_host: str = LOOPBACK  # address of the router's machine, as workers reach it
 
     @property
     def internal_address(self) -> str:
         """host:port of the router's Announce service."""
-        return f"127.0.0.1:{self.internal_port}"
+        return target(self.router_host, self.internal_port)
 
     def tls_of(self, caller: Caller) -> TlsConfig | None:
         """Certificates of a role; None: there are none."""
@@ -88,6 +91,7 @@ def worker_settings(site: Site, member: ProcessPlan) -> WorkerSettings:
         num_threads=member.num_threads,
         num_ranks=member.num_ranks,
         first_core=member.first_core,
+        host=member.host,
         insecure=config.router.insecure,
         tls=site.tls_of(Caller.WORKER),
         metrics_port=member.metrics_port,
