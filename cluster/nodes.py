@@ -42,16 +42,20 @@ def spread(nodes: Sequence[Node], wanted: Sequence[Wanted], device: str) -> list
     """Place each worker on a node; returns indices of `nodes`, which have at least one unit of the device each.
 
     In order: nodes with a free unit for each of its ranks, then those with the fewest workers of its role, so that the
-    loss of a node takes few of each, then those with most free units. So equal workers alternate between equal nodes.
+    loss of a node takes few of each. Then, on CPUs, the node that is used least, because workers share its cores; on
+    GPUs, which nobody shares while one is free, the first, so that both roles are on each node and hand over inside it.
     """
-    free = [node.units(device) for node in nodes]
+    units = [node.units(device) for node in nodes]
+    free = list(units)
     roles = [Counter[str]() for _ in nodes]
     chosen = []
     for worker in wanted:
-        at = min(
-            range(len(nodes)),
-            key=lambda n: (free[n] < worker.num_ranks, roles[n][worker.role], -free[n], n),
-        )
+
+        def cost(n: int, worker: Wanted = worker) -> tuple[bool, int, float, int]:
+            use = 0.0 if device == "cuda" else 1 - (free[n] - worker.num_ranks) / units[n]
+            return free[n] < worker.num_ranks, roles[n][worker.role], use, n
+
+        at = min(range(len(nodes)), key=cost)
         free[at] -= worker.num_ranks
         roles[at][worker.role] += 1
         chosen.append(at)

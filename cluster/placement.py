@@ -104,7 +104,7 @@ def place_on(config: Config, nodes: Sequence[Node], model: ModelFacts) -> Plan:
 
     Raises:
         DoesNotFit: weights and pool of so many workers do not fit the nodes, or the configured context does not.
-        ConfigError: the configured device is not there, cannot have several ranks, or two members would have one port.
+        ConfigError: no node has the configured device, it cannot have several ranks, or two members had one port.
     """
     cluster = config.cluster
     if cluster.prefill:
@@ -113,6 +113,9 @@ def place_on(config: Config, nodes: Sequence[Node], model: ModelFacts) -> Plan:
         roles = [("combined", Role.COMBINED)] * cluster.decode
     device = chosen_kind(config.model.device, sum(len(node.machine.gpu_bytes) for node in nodes))
     usable = [node for node in nodes if node.units(device)]
+    if not usable:
+        what = "GPU" if device == "cuda" else "CPU"
+        raise ConfigError(f"no node of the cluster has a {what} that may be used; `ray start --num-{what.lower()}s N`")
     _check_ranks(config, device)
     most = config.num_places
     wanted = [Wanted(prefix, cluster.ranks_of(role)) for prefix, role in roles]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +14,8 @@ from .last_words import cause_of
 from .ray_session import RaySession
 
 _FACTS_S = 60.0  # for all nodes to import this package and answer
+_PROBE_S = 0.8
+_PROBES = 64  # at once
 _ALL_GPUS = {"env_vars": {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}}  # tasks without GPUs see them
 
 
@@ -32,10 +36,29 @@ def nodes_of(address: str) -> list[Node]:
 
 
 def alive_nodes() -> dict[str, str]:
-    """Address of each living node of the Ray that this process has joined, by its id."""
+    """Address of each living node of the Ray that this process has joined, by its id. Takes a second at most.
+
+    Ray needs 15 to 20 seconds to find that a node is gone, so each is asked for a connection as well.
+    """
     import ray
 
-    return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    listed = [node for node in ray.nodes() if node["Alive"]]
+    with ThreadPoolExecutor(max(1, min(len(listed), _PROBES))) as probes:
+        answers = probes.map(_answers, listed)
+        return {
+            node["NodeID"]: node["NodeManagerAddress"]
+            for node, answers_now in zip(listed, answers, strict=True)
+            if answers_now
+        }
+
+
+def _answers(node: dict[str, Any]) -> bool:
+    """Return whether Ray's process on a node accepts a connection."""
+    try:
+        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), _PROBE_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def on_node(node_id: str) -> dict[str, Any]:
