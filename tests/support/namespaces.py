@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 
@@ -51,6 +52,14 @@ class Machines:
         mounted = ["ip", "netns", "exec", self.names[machine], "cat", path]  # ip mounts the namespace's own /sys
         return int(subprocess.run(mounted, capture_output=True, text=True, check=True, timeout=30).stdout)
 
+    def commands(self, machine: int) -> list[str]:
+        """Command lines of its processes."""
+        lines = []
+        for pid in self._pids(machine):
+            with contextlib.suppress(OSError):
+                lines.append(Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").strip())
+        return [line for line in lines if line]
+
     def power_off(self, machine: int) -> None:
         """Kill all its processes at once, and take its cable away."""
         with contextlib.suppress(subprocess.CalledProcessError):
@@ -75,6 +84,11 @@ class Machines:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.05)
+
+    def _pids(self, machine: int) -> list[int]:
+        ask = ["ip", "netns", "pids", self.names[machine]]
+        listed = subprocess.run(ask, capture_output=True, text=True, check=False)
+        return [int(pid) for pid in listed.stdout.split()]
 
 
 @contextlib.contextmanager
