@@ -104,10 +104,10 @@ class RayLauncher:
             build = _BuildRouter(settings, site.config.cluster.key, reads_defaults=reads_defaults, tls=tls)
             return _actor(Router, member).remote(build, grace_s)
         kind = PrefillWorker if member.role is Role.PREFILL else DecodeWorker
-        settings = worker_settings(site, member)
+        worker = worker_settings(site, member)
         if member.node:
-            settings = settings.model_copy(update={"gpu": 0})  # the process sees no other than its own
-        return _actor(kind, member).remote(_BuildWorker(settings), grace_s)
+            worker = worker.model_copy(update={"gpu": 0})  # the process sees no other than its own
+        return _actor(kind, member).remote(_BuildWorker(worker), grace_s)
 
     def _on_living_node(self, member: ProcessPlan) -> ProcessPlan:
         """The member on its node; if that is gone, on the living node with the fewest of our members.

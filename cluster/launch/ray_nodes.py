@@ -40,9 +40,7 @@ def alive_nodes() -> dict[str, str]:
 
     Ray needs 15 to 20 seconds to find that a node is gone, so each is asked for a connection as well.
     """
-    import ray
-
-    listed = [node for node in ray.nodes() if node["Alive"]]
+    listed = _listed()
     with ThreadPoolExecutor(max(1, min(len(listed), _PROBES))) as probes:
         answers = probes.map(_answers, listed)
         return {
@@ -50,6 +48,14 @@ def alive_nodes() -> dict[str, str]:
             for node, answers_now in zip(listed, answers, strict=True)
             if answers_now
         }
+
+
+def _listed() -> list[dict[str, Any]]:
+    """Ray's facts of each node that it takes for alive."""
+    import ray
+
+    list_nodes: Any = ray.nodes  # it has no types
+    return [node for node in list_nodes() if node["Alive"]]
 
 
 def _answers(node: dict[str, Any]) -> bool:
@@ -74,7 +80,7 @@ def _nodes() -> list[Node]:
     import ray
 
     here = ray.get_runtime_context().get_node_id()
-    found = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: node["NodeID"] != here)
+    found = sorted(_listed(), key=lambda node: bool(node["NodeID"] != here))
     ask: Any = ray.remote(num_cpus=0, max_calls=1, max_retries=0, runtime_env=_ALL_GPUS)(machine_facts)
     asked = [ask.options(**on_node(node["NodeID"])).remote() for node in found]
     answered, _ = ray.wait(asked, num_returns=len(asked), timeout=_FACTS_S)
