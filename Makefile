@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PROTOC := PATH="$(CURDIR)/.venv-protos/bin:$$PATH" .venv-protos/bin/python
 
-.PHONY: setup check format test campaigns chaos arm targets mutants hostile demo serve bench bench-engine load-generators protos helm chart chart-life docs clean
+.PHONY: setup check format test campaigns chaos nodes arm targets mutants hostile demo serve bench bench-engine load-generators protos helm chart chart-life docs clean
 
 setup: $(STAMP)-all
 
@@ -57,6 +57,10 @@ campaigns: $(STAMP)-all,test,redis
 # Real workers behind a proxy that splits, delays, cuts and resets their streams, and all unlike pairs: ten minutes.
 chaos: $(STAMP)-all,test,redis
 	$(BIN)/python -m pytest -s -m campaign tests/worker/test_chaos.py tests/worker/test_unlike_workers.py tests/system/test_unlike_ranks.py tests/model/test_grammar_masks.py
+
+# A cluster over two machines (network namespaces: needs root and iproute2), one of which is lost: a minute.
+nodes: $(STAMP)-all,test,redis
+	$(BIN)/python -m pytest -rs -m campaign tests/system/test_nodes.py
 
 # The CPU kernels for 64-bit Arm under qemu: needs g++-aarch64-linux-gnu and qemu-user-static.
 arm: $(STAMP)-all,test,redis

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import socket
 from pathlib import Path
 
 from ..core.errors import CheckpointError
 from .config import BUNDLED
 from .gguf.file import GgufFile
 
+_BUNDLED_PLACE = f"/model/{BUNDLED}"
+_SNAPSHOT = re.compile(r"/models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<revision>[0-9a-f]{40})/?$")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]  # no pickles
 
 
@@ -30,6 +34,28 @@ def located(path: str) -> Path:
     return directory
 
 
+def located_on_node(directory: str) -> Path:
+    """Return the checkpoint that `located` found as `directory` on another machine, on this one.
+
+    It is at the same place here, or it is the bundled one, or a snapshot of the hub, of which the same revision is
+    downloaded. Several processes may call this at once: one of them downloads.
+
+    Raises:
+        CheckpointError: it is none of these.
+    """
+    if Path(directory).exists():
+        return Path(directory)
+    if directory.endswith(_BUNDLED_PLACE):
+        return located(BUNDLED)
+    snapshot = _SNAPSHOT.search(directory)
+    if snapshot is None:
+        raise CheckpointError(
+            f"model.path is {directory!r}, and {socket.gethostname()} has no such directory or file: put it at the "
+            "same place on every node, or give a hub name 'owner/model'"
+        )
+    return _download(f"{snapshot['owner']}/{snapshot['name']}", snapshot["revision"])
+
+
 def served_name(path: str, name: str | None) -> str:
     """Name of the model for clients: the given name, the hub name, the directory's, or the file's without .gguf."""
     if name:
@@ -42,7 +68,7 @@ def served_name(path: str, name: str | None) -> str:
     return Path(path).name if place.is_dir() else path
 
 
-def _download(path: str) -> Path:
+def _download(path: str, revision: str | None = None) -> Path:
     looks_like_a_hub_name = path.count("/") == 1 and not path.startswith((".", "/", "~"))
     if not looks_like_a_hub_name:
         raise CheckpointError(
@@ -51,7 +77,7 @@ def _download(path: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(path, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(path, revision=revision, allow_patterns=_HUB_FILES))
     except Exception as error:  # the hub client has many error classes; all mean the same for the user
         raise CheckpointError(
             f"model.path is {path!r}: not a directory here, and the hub did not give it: {error}"

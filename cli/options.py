@@ -35,6 +35,7 @@ SETTING_BY_FLAG = {
     "prefill_tp": "cluster.prefill_tp",
     "decode_tp": "cluster.decode_tp",
     "launcher": "cluster.launcher",
+    "ray_address": "cluster.ray_address",
     "worker_metrics_port": "cluster.worker_metrics_port",
     "host": "router.host",
     "port": "router.port",
@@ -102,6 +103,10 @@ TensorParallelSize = Annotated[
 PrefillTp = Annotated[int | None, typer.Option(help="The same for prefill workers alone.")]
 DecodeTp = Annotated[int | None, typer.Option(help="The same for decode workers alone.")]
 Launcher = Annotated[str | None, typer.Option(help="ray, process or inprocess.")]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(help="host:port of a Ray cluster to run on, on all its nodes. Default: a Ray of our own, here."),
+]
 Host = Annotated[
     str | None, typer.Option(help="Address of both faces. Another than loopback needs TLS and keys, or --insecure.")
 ]

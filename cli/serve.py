@@ -41,6 +41,7 @@ def serve(
     prefill_tp: o.PrefillTp = None,
     decode_tp: o.DecodeTp = None,
     launcher: o.Launcher = None,
+    ray_address: o.RayAddress = None,
     host: o.Host = None,
     port: o.Port = None,
     grpc_port: o.GrpcPort = None,

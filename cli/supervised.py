@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from ..cluster.operations.run_folder import RunFolder
-from ..core.hosts import is_loopback_name
-from ..core.ports import numeric_host
+from ..core.ports import is_own_address
 
 
 def folder_of(grpc: str) -> RunFolder | None:
@@ -12,7 +11,7 @@ def folder_of(grpc: str) -> RunFolder | None:
     host, _, port = grpc.rpartition(":")
     if not port.isdecimal():
         return None
-    return RunFolder(int(port)) if is_loopback_name(numeric_host(host.strip("[]"))) else None
+    return RunFolder(int(port)) if is_own_address(host.strip("[]")) else None
 
 
 def running_folder_of(grpc: str) -> RunFolder | None:

@@ -34,6 +34,7 @@ def up(
     prefill: o.Prefill = None,
     decode: o.Decode = None,
     launcher: o.Launcher = None,
+    ray_address: o.RayAddress = None,
     host: o.Host = None,
     port: o.Port = None,
     grpc_port: o.GrpcPort = None,

@@ -22,7 +22,8 @@ from ..router.ports import check_ports
 from ..worker.machine import machine_facts
 from .config import Config
 from .model_facts import model_facts
-from .placement import Plan, place
+from .nodes import Node
+from .placement import Plan, place_on
 from .supervisor import launcher_class
 
 Show = Callable[[str], None]
@@ -46,8 +47,20 @@ async def prepare(config: Config, show: Show) -> tuple[Config, Plan]:
     await asyncio.to_thread(launcher_class, config)  # importing an engine takes seconds; the loop must handle signals
     config = await asyncio.to_thread(_with_checkpoint, config)
     config = await _with_kernels(config, show)
-    plan = await asyncio.to_thread(lambda: place(config, machine_facts(), model_facts(config)))
+    nodes = await _nodes(config, show)
+    plan = await asyncio.to_thread(lambda: place_on(config, nodes, model_facts(config)))
     return config, plan
+
+
+async def _nodes(config: Config, show: Show) -> list[Node]:
+    """The machines that members may run on."""
+    address = config.cluster.ray_address
+    if config.cluster.launcher != "ray" or address in (None, "local"):
+        return [Node.alone(await asyncio.to_thread(machine_facts))]
+    from .launch.ray_nodes import nodes_of
+
+    show(f"asking the nodes of the Ray at {address} what they have")
+    return await asyncio.to_thread(nodes_of, address)
 
 
 def _check_launcher(config: Config) -> None:

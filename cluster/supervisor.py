@@ -36,6 +36,7 @@ Say = Callable[[str], None]
 _POLL_S = 0.1  # while a member is starting
 _WATCH_S = 1.0  # otherwise
 _START_TRIES = 3
+_SILENT_LOOKS = 4  # per router: so many looks in a row without an answer count against all routers
 _END_S = 3.0  # from the end of a process until its launcher has reported it
 
 
@@ -51,7 +52,11 @@ class Supervisor:
         certificates = certificates_of(self.config)
         face_tls(self.config.router)  # raises now, if its files cannot be used
         self.tls_remark = certificates.remark  # for the operator
-        site = Site(self.config, plan.model.directory, plan.model.name, internal_ports, certificates.by_role)
+        router_host = next(member.host for member in plan.members if member.kind == "router")
+        site = Site(
+            *(self.config, plan.model.directory, plan.model.name, internal_ports, certificates.by_role), router_host
+        )
+        self.internal_addresses = site.internal_addresses  # of the routers
         self._launcher = launcher_class(self.config)(site)
         cluster = self.config.cluster
         draining_s = max(cluster.replace_after_s, cluster.drain_timeout_s)
@@ -70,6 +75,7 @@ class Supervisor:
         self._going: dict[str, bool] = {}  # members that leave for good; True: their place is free then
         self._processes: set[str] = set()  # members whose process was started and has not ended
         self._news = asyncio.Event()  # replaced whenever a member changed
+        self._num_silent = 0  # looks in a row that no router answered
         self.seen: Seen | None = None  # the router's last report
         self.room = Room(plan)
         operator = Operator(self.config.cluster.key, site.tls_of(Caller.OPERATOR))
@@ -349,6 +355,7 @@ class Supervisor:
         lives = lives_of(cluster)
         now_s = self._clock.now_s()
         self.seen = None if cluster is None else Seen(cluster, now_s)
+        self._num_silent = self._num_silent + 1 if cluster is None else 0
         for name in self._members:
             is_new = name in lives and lives[name].incarnation != self._ended_life.get(name)
             if is_new and lives[name].use is Use.SERVES and name in self._membership.starting():
@@ -362,10 +369,19 @@ class Supervisor:
                 # `twostroke role` asks the worker itself. Its next process starts with the role of this one, unless the
                 # process ends before the role is seen here.
                 self._members[name] = replace(self._members[name], role=lives[name].role)
-            is_heard = cluster is not None or self._members[name].kind == "router"
+            is_heard = cluster is not None or (self._members[name].kind == "router" and self._are_silent())
             use = lives[name].use if is_new else Use.NONE
             self._membership.seen(name, use if is_heard else None, now_s)
         self._tell()
+
+    def _are_silent(self) -> bool:
+        """True if a look without an answer says something about every router.
+
+        Of several, the kernel chose the one that did not answer; the next connection may lead to another, which says
+        which of them is missing.
+        """
+        number = self.config.cluster.routers
+        return number == 1 or self._num_silent >= _SILENT_LOOKS * number
 
 
 def launcher_class(config: Config) -> Callable[[Site], Launcher]:

@@ -83,6 +83,20 @@ def numeric_host(host: str) -> str:
     return next((address for address in addresses if ":" not in address), addresses[0])
 
 
+def is_own_address(host: str) -> bool:
+    """Return whether `host` is an address of this machine.
+
+    Raises:
+        ConfigError: the name cannot be resolved.
+    """
+    try:
+        bound_socket(host, 0, "").close()
+    except ConfigError:
+        numeric_host(host)  # raises, if it was the name
+        return False
+    return True
+
+
 def bindable_host(host: str, setting: str, *, insecure: bool) -> str:
     """Return the numeric address that a server may bind for `host`. Every listener of ours must use this check.
 

@@ -98,6 +98,7 @@ class RouterProcess:
         self._guard = Guard(settings, self._front.authenticate, _INFERENCE, self._front.room)
         self._health = health.aio.HealthServicer()
         self._servers: list[grpc.aio.Server] = []
+        self._clients: grpc.aio.Server | None = None  # of them, the one for clients
         self._connections: Connections | None = None
         self._http: uvicorn.Server | None = None
         self._http_task: asyncio.Task[None] | None = None
@@ -148,6 +149,7 @@ class RouterProcess:
         inference_pb2_grpc.add_InferenceServicer_to_server(InferenceService(self._front), clients)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, clients)
         reflection.enable_server_reflection((_INFERENCE, health.SERVICE_NAME, reflection.SERVICE_NAME), clients)
+        self._clients = clients
         await self._serve(clients, host, "grpc_port", face.grpc_credentials() if face else None)
         for service in ("", _INFERENCE):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
@@ -172,6 +174,7 @@ class RouterProcess:
     async def stop(self, grace_s: float) -> None:
         """Refuse new requests, let the running ones end within `grace_s`, then close all servers and connections."""
         await self._health.enter_graceful_shutdown()
+        leaving = asyncio.create_task(self._leave_ports(grace_s))
         await self._flow.drain(grace_s)
         await self._front.leave()
         await self._flow.close()
@@ -187,8 +190,18 @@ class RouterProcess:
             with contextlib.suppress(TimeoutError, asyncio.CancelledError):
                 await asyncio.wait_for(self._http_task, 1.0)
         await asyncio.gather(*(server.stop(0.5) for server in self._servers), self._peers.close())
+        await leaving
         self._guard.close()
         self._front.grammars.close()
+
+    async def _leave_ports(self, grace_s: float) -> None:
+        """Listen no more on ports that other routers share, so that they take all new connections meanwhile."""
+        if self._settings.shared_ports and self._http is not None and self._clients is not None:
+            if self._connections is not None:
+                self._connections.pace([])
+            for listening in getattr(self._http, "servers", ()):  # it has none before it has started
+                listening.close()
+            await self._clients.stop(grace_s)  # its connections are told to go; their calls run on
 
     async def _hear_workers(self) -> None:
         """Before clients come, wait for the workers that the other routers have, for at most `JOIN_S`.

@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from ...core.ports import target
 from ...core.request import Role
 from ...core.tls.callers import Caller
 from ...core.tls.config import TlsConfig
 from ...router.config import RouterConfig
 from ...worker.settings import WorkerSettings
 from ..config import Config
+from ..nodes import LOOPBACK
 from ..placement import ProcessPlan
 from .last_words import ProcessEnd
 
@@ -28,11 +30,12 @@ class Site:
     model_name: str
     internal_ports: tuple[int, ...]  # of each router, fixed before the start so that a restarted one is found again
     tls: Mapping[Caller, TlsConfig] | None = None  # certificates by role
+    router_host: str = LOOPBACK  # address of the routers' machine, as workers reach it
 
     @property
     def internal_addresses(self) -> tuple[str, ...]:
         """host:port of each router's Announce service, in the order of their indices."""
-        return tuple(f"127.0.0.1:{port}" for port in self.internal_ports)
+        return tuple(target(self.router_host, port) for port in self.internal_ports)
 
     def router_settings(self, member: ProcessPlan) -> RouterConfig:
         """Settings of one router: its name, its own internal port, and what it shares with the others."""
@@ -104,6 +107,7 @@ def worker_settings(site: Site, member: ProcessPlan) -> WorkerSettings:
         num_threads=member.num_threads,
         num_ranks=member.num_ranks,
         first_core=member.first_core,
+        host=member.host,
         insecure=config.router.insecure,
         tls=site.tls_of(Caller.WORKER),
         metrics_port=member.metrics_port,

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ...core.hosted import Hosted
@@ -19,11 +22,14 @@ from ...worker.settings import WorkerSettings
 from ..placement import ProcessPlan
 from .last_words import ProcessEnd, end_of_error
 from .launcher import Ended, Site, worker_settings
+from .ray_nodes import alive_nodes, on_node
 from .ray_session import RaySession
 
 if TYPE_CHECKING:
     from ...router.process import RouterProcess
     from ...worker.process import WorkerProcess
+
+log = logging.getLogger(__name__)
 
 
 class RayLauncher:
@@ -36,12 +42,16 @@ class RayLauncher:
         self._executor = ThreadPoolExecutor(1, "ray")  # Ray's processes end with the thread that started them
         self._actors: dict[str, Any] = {}
         self._watchers: dict[str, asyncio.Task[None]] = {}
+        self._nodes: dict[str, str] = {}  # of each member, now or last
 
     async def start(self, member: ProcessPlan, ended: Ended) -> None:
         """Create the actor; it starts serving in its constructor."""
         if not self._opened:
             await asyncio.get_running_loop().run_in_executor(self._executor, self._session.open)
             self._opened = True
+        if member.node:
+            member = await asyncio.get_running_loop().run_in_executor(self._executor, self._on_living_node, member)
+        self._nodes[member.name] = member.node
         actor = self._create(member)
         self._actors[member.name] = actor
         self._watchers[member.name] = asyncio.create_task(self._watch(member.name, actor, ended))
@@ -94,7 +104,23 @@ class RayLauncher:
             build = _BuildRouter(settings, site.config.cluster.key, reads_defaults=reads_defaults, tls=tls)
             return _actor(Router, member).remote(build, grace_s)
         kind = PrefillWorker if member.role is Role.PREFILL else DecodeWorker
-        return _actor(kind, member).remote(_BuildWorker(worker_settings(site, member)), grace_s)
+        worker = worker_settings(site, member)
+        if member.node:
+            worker = worker.model_copy(update={"gpu": 0})  # the process sees no other than its own
+        return _actor(kind, member).remote(_BuildWorker(worker), grace_s)
+
+    def _on_living_node(self, member: ProcessPlan) -> ProcessPlan:
+        """The member on its node; if that is gone, on the living node with the fewest of our members.
+
+        The router stays where it is, because workers look for it there.
+        """
+        nodes = alive_nodes()
+        if member.kind == "router" or member.node in nodes or not nodes:
+            return member
+        here = Counter(self._nodes[name] for name in self._actors if name in self._nodes)
+        chosen = min(nodes, key=lambda node: (here[node], node))
+        log.warning("%s moves to %s, because its node is gone", member.name, nodes[chosen])
+        return replace(member, node=chosen, host=nodes[chosen])
 
     async def _watch(self, name: str, actor: Any, ended: Ended) -> None:
         import ray
@@ -127,11 +153,13 @@ class _BuildWorker:
         self._settings = settings
 
     def __call__(self) -> WorkerProcess:
+        from ...checkpoint.locate import located_on_node
         from ...worker.main import prepare_process
         from ...worker.process import WorkerProcess
 
         prepare_process()
-        return WorkerProcess(self._settings)
+        directory = located_on_node(self._settings.model_directory)
+        return WorkerProcess(self._settings.model_copy(update={"model_directory": str(directory)}))
 
 
 def _actor(kind: type[Hosted], member: ProcessPlan) -> Any:
@@ -144,9 +172,12 @@ def _actor(kind: type[Hosted], member: ProcessPlan) -> Any:
     return remote(concurrency_groups={"control": 2})(remote_kind).options(
         name=f"{member.name}-{os.urandom(3).hex()}",  # the name of a dead actor stays in use for a while
         num_cpus=0,
+        # On a joined Ray, others may want GPUs too, so it counts and assigns them. On our own we place them ourselves
+        # (settings.gpu), and Ray must not hide them from an actor that asked for none.
+        num_gpus=member.gpu_share if member.node and member.device == "cuda" else 0,
         max_restarts=0,
         max_task_retries=0,
-        # We place GPUs ourselves (settings.gpu), so Ray must not hide them from an actor that asked for none.
+        **on_node(member.node),
         runtime_env={
             "env_vars": {"OMP_NUM_THREADS": str(member.num_threads), "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
         },

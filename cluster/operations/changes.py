@@ -12,7 +12,6 @@ from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...core.errors import InvalidRequest, TwostrokeError, Unavailable
-from ...core.ports import target
 from ...core.request import Role
 from ...protos import worker_pb2
 from ...worker.machine import machine_facts
@@ -20,7 +19,7 @@ from ..placement import ProcessPlan
 from ..planner.observation import Observation, observed
 from ..restarts import Standing
 from .operator import Operator
-from .rolling import InPlace, Refused, Replace, how_to_restart, order_of
+from .rolling import InPlace, Refused, Replace, how_to_restart, order_of, routers_of
 from .room import NoRoom
 
 if TYPE_CHECKING:
@@ -170,18 +169,23 @@ class Changes:
         await self._operator.set_role(address, role)
 
     async def report(self, report: worker_pb2.SupervisorReport) -> None:
-        """Tell the router what is wanted.
+        """Tell every router what is wanted.
 
         Raises:
-            Unavailable: it did not answer.
+            Unavailable: a router did not answer; the others have it.
         """
-        router = self._supervisor.config.router
-        await self._operator.report(target("127.0.0.1", router.internal_port), report)
+        addresses = self._supervisor.internal_addresses
+        told = [self._operator.report(address, report) for address in addresses]
+        for answer in await asyncio.gather(*told, return_exceptions=True):
+            if isinstance(answer, BaseException):
+                raise answer
 
     # ------------------------------------------------------------------ all of them, one after the other
 
     async def restart_all(self, say: Say, *, force: bool = False) -> int:
         """Restart every worker, one at a time; a new one serves before the old one goes, where both fit.
+
+        Then the routers that share the ports, one at a time: the others take the connections. One alone is left out.
 
         Returns the number of streams that had to go on at another worker. After an error the rest is left as it is.
 
@@ -196,12 +200,17 @@ class Changes:
         try:
             num_moved = 0
             names = order_of(self._supervisor.members.values())
+            routers = routers_of(self._supervisor.members.values())
 
             def told(place: int) -> Say:
-                return lambda line: say(f"[{place}/{len(names)}] {line}")
+                return lambda line: say(f"[{place}/{len(names) + len(routers)}] {line}")
 
             for number, name in enumerate(names, 1):
                 num_moved += await self._restart(name, told(number), force)
+            for number, name in enumerate(routers, 1 + len(names)):
+                await self._restart_router(name, told(number))
+            if not routers:
+                say("the router is left out: no other one takes its place (cluster.routers)")
             return num_moved
         finally:
             self.rolling = False
@@ -240,6 +249,13 @@ class Changes:
         supervisor.settle_in(new.name, members[name].metrics_port)
         say(f"{new.name} serves, {name} is gone{_moved(retired)}")
         return retired.num_moved
+
+    async def _restart_router(self, name: str, say: Say) -> None:
+        cluster = self._supervisor.config.cluster
+        say(f"{name} drains; the other routers take new connections")
+        await self._supervisor.again(name, cluster.drain_timeout_s)
+        await self.serves(name, cluster.ready_timeout_s)
+        say(f"{name} serves again")
 
     # ------------------------------------------------------------------ inside
 

@@ -1,4 +1,4 @@
-"""Rolling restart: in which order workers restart, and whether a new one can serve before the old one goes. Pure."""
+"""Rolling restart: in which order workers and routers restart, and whether a new one can serve before the old one goes. Pure."""
 
 from __future__ import annotations
 
@@ -36,6 +36,12 @@ def order_of(members: Iterable[ProcessPlan]) -> list[str]:
     """Names of the workers to restart: those that prefill first, because decode workers can do without them."""
     workers = [member for member in members if member.kind == "worker"]
     return [m.name for m in sorted(workers, key=lambda m: (m.role is not Role.PREFILL, m.name))]
+
+
+def routers_of(members: Iterable[ProcessPlan]) -> list[str]:
+    """Names of the routers to restart: none if there is only one, because nobody would take requests meanwhile."""
+    routers = [member.name for member in members if member.kind == "router"]
+    return routers if len(routers) > 1 else []
 
 
 def how_to_restart(

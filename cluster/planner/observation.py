@@ -90,10 +90,10 @@ def observed(cluster: Mapping[str, Any], at_s: float) -> Observation:
     Raises:
         KeyError, TypeError, ValueError: the document is of another release; it counts as missing.
     """
-    router, sums = cluster["router"], cluster["prompts"]
+    sums, routers = cluster["prompts"], cluster.get("routers") or [cluster["router"]]
     return Observation(
         at_s=at_s,
-        source=str(router["incarnation"]),
+        source="/".join(sorted(str(router["incarnation"]) for router in routers)),
         workers=tuple(_report(worker) for worker in cluster["workers"]),
         prompts=Prompts(int(sums["count"]), int(sums["tokens"]), int(sums["tokens_squared"])),
     )

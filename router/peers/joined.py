@@ -19,11 +19,13 @@ def joined_report(own: Mapping[str, Any], others: Iterable[Mapping[str, Any]]) -
     """The report of one router with those of the others.
 
     routers: {..., workers {worker_id: state}} of each, the own one first. counters: their sums; of what every router
-    sees for itself, the largest. All other keys are those of the own report.
+    sees for itself, the largest. prompts: sums over all. All other keys are those of the own report.
     """
     reports = [own, *(report for report in others if _is_report(report))]
     counters = {name: _join(name, [report["counters"].get(name, 0) for report in reports]) for name in own["counters"]}
-    return {**own, "routers": [_router_of(report) for report in reports], "counters": counters}
+    prompts = {name: sum(report["prompts"].get(name, 0) for report in reports) for name in own["prompts"]}
+    routers = [_router_of(report) for report in reports]
+    return {**own, "routers": routers, "counters": counters, "prompts": prompts}
 
 
 def live_workers(report: Mapping[str, Any]) -> set[str]:
@@ -70,8 +72,9 @@ def _router_of(report: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_report(report: Mapping[str, Any]) -> bool:
     """Whether a peer's report has the parts that are used here; one of another release may not."""
-    router, workers, counters = (report.get(name) for name in ("router", "workers", "counters"))
-    if not (isinstance(router, dict) and isinstance(workers, list) and isinstance(counters, dict)):
+    router, workers = report.get("router"), report.get("workers")
+    sums = [report.get(name) for name in ("counters", "prompts")]
+    if not (isinstance(router, dict) and isinstance(workers, list) and all(isinstance(one, dict) for one in sums)):
         return False
     return {"name", "incarnation"} <= router.keys() and all(
         isinstance(worker, dict) and {"worker_id", "state"} <= worker.keys() for worker in workers

@@ -65,17 +65,18 @@ Handler = Callable[[HttpRequest], Awaitable[Response]]
 def make_app(config: RouterConfig, front: Frontend) -> Starlette:
     """The ASGI application of one router."""
     face = _Face(config, front)
+    typed = partial(_typed, front)
     routes = [
-        Route("/v1/chat/completions", _typed(face.chat), methods=["POST"]),
-        Route("/v1/completions", _typed(face.completions), methods=["POST"]),
-        Route("/v1/models", _typed(face.models), methods=["GET"]),
-        Route("/v1/models/{name:path}", _typed(face.model), methods=["GET"]),
-        Route("/v1/requests/{request_id}/explain", _typed(face.explain), methods=["GET"]),
-        Route("/v1/cluster", _typed(face.cluster), methods=["GET"]),
-        Route("/health", _typed(face.health), methods=["GET"]),
-        Route("/ping", _typed(face.health), methods=["GET", "POST"]),  # SageMaker's health check, as in vLLM
-        Route("/version", _typed(face.version), methods=["GET"]),
-        Route("/metrics", _typed(face.metrics), methods=["GET"]),
+        Route("/v1/chat/completions", typed(face.chat), methods=["POST"]),
+        Route("/v1/completions", typed(face.completions), methods=["POST"]),
+        Route("/v1/models", typed(face.models), methods=["GET"]),
+        Route("/v1/models/{name:path}", typed(face.model), methods=["GET"]),
+        Route("/v1/requests/{request_id}/explain", typed(face.explain), methods=["GET"]),
+        Route("/v1/cluster", typed(face.cluster), methods=["GET"]),
+        Route("/health", typed(face.health), methods=["GET"]),
+        Route("/ping", typed(face.health), methods=["GET", "POST"]),  # SageMaker's health check, as in vLLM
+        Route("/version", typed(face.version), methods=["GET"]),
+        Route("/metrics", typed(face.metrics), methods=["GET"]),
     ]
     door = Middleware(KeyDoor, front=front, answer=_refusal)
     return Starlette(
@@ -386,10 +387,11 @@ class _TidyPaths:
         await self._app(scope, receive, send)
 
 
-def _typed(handler: Handler) -> Handler:
+def _typed(front: Frontend, handler: Handler) -> Handler:
     """Wrap a handler: failures become `{"error": {...}}` with their status and, if they have one, Retry-After.
 
-    Every answer has an x-request-id; unexpected failures are logged with it.
+    Every answer has an x-request-id; unexpected failures are logged with it. The connections of a router that drains
+    end with their next answer, because another router may be behind the next one.
     """
 
     async def wrapped(http: HttpRequest) -> Response:
@@ -404,6 +406,8 @@ def _typed(handler: Handler) -> Handler:
         response.headers[REQUEST_ID] = http.state.request_id
         if http.state.ignored:
             response.headers[IGNORED] = openai.names_of_ignored(http.state.ignored)
+        if front.flow.refusing:
+            response.headers["connection"] = "close"
         return response
 
     return wrapped
