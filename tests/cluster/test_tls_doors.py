@@ -17,7 +17,8 @@ from twostroke.cluster.authority import Authority, _loaded, renew, renew_authori
 from twostroke.cluster.certificates import certificates_of
 from twostroke.cluster.config import load_config
 from twostroke.cluster.launch.launcher import Site
-from twostroke.cluster.launch.process import ProcessLauncher
+from twostroke.cluster.launch.process import ProcessLauncher, _config_text
+from twostroke.cluster.placement import ProcessPlan
 from twostroke.core.errors import ConfigError
 from twostroke.core.inside import InsideChannel
 from twostroke.core.ports import free_ports
@@ -35,7 +36,8 @@ KEY = proof_key(CLUSTER_KEY)
 ANNOUNCE = "/twostroke.v1.Announce/Announce"
 STREAMS = {TRANSFER, ANNOUNCE, "/twostroke.v1.Worker/Session"}
 REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
-WORKERS = [path for path in ALLOWED if path != ANNOUNCE and "/grpc." not in path]
+ROUTERS = [path for path in ALLOWED if path.startswith(("/twostroke.v1.Announce/", "/twostroke.v1.Peers/"))]
+WORKERS = [path for path in ALLOWED if path not in ROUTERS and "/grpc." not in path]
 
 
 async def code_of(channel: grpc.aio.Channel, path: str) -> tuple[grpc.StatusCode | None, str]:
@@ -114,7 +116,7 @@ async def test_a_worker_lets_each_role_do_its_own(start_worker, tmp_path):
     assert not worker.is_draining
 
 
-async def test_the_routers_internal_port_is_for_workers_alone(tmp_path):
+async def test_the_routers_internal_port_lets_each_role_do_its_own(tmp_path):
     http, grpc_port, internal = free_ports("127.0.0.1", 3)
     settings = RouterConfig(port=http, grpc_port=grpc_port, internal_port=internal)
     router = RouterProcess(settings, CLUSTER_KEY, tls=made(tmp_path))
@@ -122,10 +124,10 @@ async def test_the_routers_internal_port_is_for_workers_alone(tmp_path):
     try:
         authority = _loaded(tmp_path)
         address = f"127.0.0.1:{internal}"
-        await try_every_role(address, authority, Caller.ROUTER, [ANNOUNCE])
+        await try_every_role(address, authority, Caller.ROUTER, ROUTERS)
         await try_bad_certificates(address, authority, Caller.ROUTER, ANNOUNCE)
         exported = router._flow.metrics.render("")[0].decode()
-        assert "twostroke_inside_calls_refused 2.0" in exported  # a router and an operator
+        assert f"twostroke_inside_calls_refused {2.0 * len(ROUTERS)}" in exported  # each is for one role of three
     finally:
         await router.stop(0.0)
 
@@ -189,10 +191,14 @@ def test_without_the_library_a_cluster_that_needs_certificates_does_not_start(mo
 def test_a_child_process_gets_the_certificate_of_its_role_by_its_standard_input_alone():
     config = load_config(flags={"router.host": "0.0.0.0", "router.insecure": True})
     certificates = certificates_of(config)
-    launcher = ProcessLauncher(Site(config, "", "", (1,), certificates.by_role))
+    site = Site(config, "", "", (1,), certificates.by_role)
+    launcher = ProcessLauncher(site)
     try:
-        for kind, caller in (("router", Caller.ROUTER), ("worker", Caller.WORKER)):
-            given = yaml.safe_load(launcher._configs[kind])["cluster"]["tls"]
+        for member, caller in (
+            (ProcessPlan("r", "router"), Caller.ROUTER),
+            (ProcessPlan("w", "worker"), Caller.WORKER),
+        ):
+            given = yaml.safe_load(_config_text(site, member))["cluster"]["tls"]
             assert given["cert"] == certificates.by_role[caller].cert
         written = [path.read_text() for path in Path(launcher._directory).rglob("*") if path.is_file()]
         assert not any("PRIVATE KEY" in text for text in written)

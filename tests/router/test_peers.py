@@ -11,8 +11,10 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import pytest
+from support.flow_cluster import until
 from support.several_routers import KEY, KEYS, Routers
 from support.short_worker import MODEL
+from support.steady_routers import pair
 
 from twostroke.client.async_client import AsyncClient
 from twostroke.core.errors import ConfigError
@@ -68,6 +70,28 @@ async def test_names_of_requests_differ_between_routers():
         lives = {(p._flow.router_id, p._flow.cluster()["router"]["incarnation"]) for p in three.processes}
         assert len(lives) == 3
         assert len({life for _, life in lives}) == 3
+
+
+async def test_while_a_router_drains_the_others_take_all_new_connections():
+    async with pair() as both:
+        both.worker.behaviour.hold_first = asyncio.Event()
+        clients = [AsyncClient(f"127.0.0.1:{both.grpc_port}", api_key=KEYS[0]) for _ in range(8)]
+        asking = [asyncio.create_task(client.generate("hello", model=MODEL, max_tokens=2)) for client in clients]
+        counts = lambda: [p._flow.cluster()["router"]["in_flight_requests"] for p in both.processes]  # noqa: E731
+        await until(lambda: sum(counts()) == len(clients), 20.0)
+        drained = both.processes[0 if counts()[0] else 1]
+        stopping = asyncio.create_task(drained.stop(20.0))
+        await until(lambda: drained._flow.refusing)
+        for _ in range(16):
+            assert (await both.get("/health")).status_code == 200
+            async with AsyncClient(f"127.0.0.1:{both.grpc_port}", api_key=KEYS[0]) as client:
+                await client.models()
+        assert not stopping.done()
+        both.worker.behaviour.hold_first.set()
+        assert len(await asyncio.gather(*asking)) == len(clients), "what it had ends there"
+        await stopping
+        for client in clients:
+            await client.close()
 
 
 async def test_a_router_that_ends_takes_only_its_own_connections():
@@ -127,12 +151,20 @@ REPORT: dict[str, Any] = {
     "router": {"name": "a", "incarnation": "1"},
     "workers": [{"worker_id": "w", "state": "live"}],
     "counters": {"accepted": 2, "workers_lost": 3},
+    "prompts": {"count": 1, "tokens": 10},
 }
 
 
 @pytest.mark.parametrize(
     "other",
-    [{}, {"router": {}}, {**REPORT, "workers": [{}]}, {**REPORT, "counters": []}, {**REPORT, "router": {"name": "b"}}],
+    [
+        {},
+        {"router": {}},
+        {**REPORT, "workers": [{}]},
+        {**REPORT, "counters": []},
+        {**REPORT, "prompts": 3},
+        {**REPORT, "router": {"name": "b"}},
+    ],
 )
 def test_a_report_of_another_form_is_left_out(other: dict[str, Any]):
     assert json.loads(json.dumps(joined_report(REPORT, [other])))["routers"] == [
@@ -142,7 +174,9 @@ def test_a_report_of_another_form_is_left_out(other: dict[str, Any]):
 
 def test_counts_are_sums_but_those_of_what_every_router_sees():
     other = {**REPORT, "router": {"name": "b", "incarnation": "2"}, "counters": {"accepted": 5, "workers_lost": 1}}
-    assert joined_report(REPORT, [other])["counters"] == {"accepted": 7, "workers_lost": 3}
+    joined = joined_report(REPORT, [other | {"prompts": {"count": 2, "tokens": 5}}])
+    assert joined["counters"] == {"accepted": 7, "workers_lost": 3}
+    assert joined["prompts"] == {"count": 3, "tokens": 15}
 
 
 def test_metrics_of_two_routers_differ_in_one_label():
