@@ -47,7 +47,10 @@ def lives_of(cluster: dict[str, Any] | None) -> dict[str, Life]:
     if cluster is None:
         return {}
     routers = cluster.get("routers") or [cluster["router"] | {"name": "router-0"}]
-    found = {router["name"]: Life(router["incarnation"], Use.SERVES) for router in routers}
+    found = {
+        router["name"]: Life(router["incarnation"], Use.NONE if router["state"] == "starting" else Use.SERVES)
+        for router in routers
+    }
     for worker in cluster["workers"]:
         states = [worker["state"], *(router["workers"].get(worker["worker_id"]) for router in routers[1:])]
         use = min((_USE_BY_STATE.get(state, Use.NONE) for state in states), key=_LEAST_USE.index)

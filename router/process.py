@@ -217,8 +217,15 @@ class RouterProcess:
     def _for_peers(self) -> PeerHandlers:
         front, flow = self._front, self._flow
         return PeerHandlers(
-            flow.router_id, front.explain_here, front.abort_here, flow.cluster, front.metrics_here, front.streams
+            flow.router_id, front.explain_here, front.abort_here, self._report, front.metrics_here, front.streams
         )
+
+    def _report(self) -> dict[str, Any]:
+        """`Flow.cluster` for the other routers, which may ask before this one is open for clients."""
+        report = self._flow.cluster()
+        if self._http is None or not self._http.started:
+            report["router"]["state"] = "starting"
+        return report
 
     async def _serve(
         self, server: grpc.aio.Server, host: str, name: str, credentials: grpc.ServerCredentials | None = None

@@ -103,7 +103,7 @@ async def test_a_chat_with_tools_is_resumed_behind_every_event(tmp_path: Path):
     async with pair(tmp_path) as both:
         plain = await events(both, ASKED)
         whole = await events(both, ASKED | {"request_id": "r1"}, x_twostroke_resumable="1")
-        assert said(plain) == said(whole) == ("Two cities.", "Let me see.\n", CALLS, "tool_calls")
+        assert said(plain) == said(whole) == ("Two cities.", "Let me see.", CALLS, "tool_calls")
         ids = ids_of(whole)
         assert len(ids) == len(set(ids)) == len(whole) - 1
         for place in range(len(ids)):
@@ -147,7 +147,7 @@ async def test_a_router_dies_and_the_other_goes_on_within_reasoning_and_calls(tm
             await owner.stop(0.0)
             more = await events(both, {}, last_event_id=ids_of(had)[-1])
             assert more[-1] == "data: [DONE]"
-            assert said(had + more) == ("Two cities.", "Let me see.\n", CALLS, "tool_calls")
+            assert said(had + more) == ("Two cities.", "Let me see.", CALLS, "tool_calls")
             (adopter,) = [p for p in both.processes if p is not owner]
             assert adopter._front.resumables.num_adopted == 1
 

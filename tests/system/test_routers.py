@@ -32,6 +32,7 @@ def cluster(run_cluster) -> Iterator[Any]:
             cluster__routers=2,
             cluster__prefill=1,
             cluster__decode=1,
+            cluster__replace_after_s=5.0,
             step__num_threads=1,
             cache__tokens=16384,
             router__journal_url=server.url,
@@ -46,11 +47,19 @@ def report(cluster: Any) -> dict[str, Any]:
         return found
 
 
+def report_or_nothing(cluster: Any) -> list[dict[str, Any]]:
+    """The routers; none where the one that was asked breaks off."""
+    try:
+        return list(report(cluster)["routers"])
+    except OSError:
+        return []
+
+
 def until_whole(cluster: Any) -> dict[str, int]:
     """Wait until both routers have all workers; returns the routers' pids by name."""
     end_s = time.monotonic() + PATIENCE_S
     while time.monotonic() < end_s:
-        routers = report(cluster)["routers"]
+        routers = report_or_nothing(cluster)
         if len(routers) == 2 and all(list(r["workers"].values()) == ["live", "live"] for r in routers):
             return {router["name"]: router["pid"] for router in routers}
         time.sleep(0.2)
@@ -140,6 +149,29 @@ def test_a_router_is_killed_under_load_and_all_its_streams_go_on(cluster: Any):
         ids = [event.split("\n")[0] for event in reader.events if event.startswith("id: ")]
         assert len(ids) == len(set(ids))
     assert until_whole(cluster)["router-0"] != pids["router-0"]
+
+
+def test_a_frozen_router_is_replaced_and_costs_connections_a_pause(cluster: Any):
+    """The kernel goes on to deal connections out to it: they wait until it is replaced, and then they break."""
+    pids = until_whole(cluster)
+    os.kill(pids["router-1"], signal.SIGSTOP)
+    began_s, answered, num_broken = time.monotonic(), 0, 0
+    while time.monotonic() - began_s < PATIENCE_S and answered < 20:
+        try:
+            with httpx.Client(timeout=PATIENCE_S) as client:
+                assert client.get(cluster.url + "/health").status_code == 200
+            answered += 1
+        except httpx.HTTPError:
+            num_broken += 1  # at most those that it had when it was ended
+    assert answered == 20
+    assert num_broken <= 2, "one after the other: a connection that hangs breaks once, when the router is replaced"
+    deadline_s = time.monotonic() + PATIENCE_S
+    now = until_whole(cluster)
+    while now["router-1"] == pids["router-1"] and time.monotonic() < deadline_s:
+        time.sleep(0.2)
+        now = until_whole(cluster)
+    assert now["router-1"] != pids["router-1"]
+    assert now["router-0"] == pids["router-0"], "and the other one is left alone"
 
 
 def test_the_sdk_comes_back_by_itself(cluster: Any):

@@ -34,6 +34,30 @@ async def test_all_workers_restart_under_load_and_no_stream_notices(tiny_checkpo
 
 
 @pytest.mark.timeout(600)
+async def test_routers_restart_after_the_workers_and_requests_go_on(tiny_checkpoint):
+    said: list[str] = []
+    async with supervised(tiny_checkpoint, **{"cluster.prefill": 0, "cluster.routers": 2}) as supervisor:
+        async with AsyncClient(supervisor.grpc_address, timeout_s=BUSY_MACHINE_S) as client:
+            before = {router["name"]: router["pid"] for router in (await client.cluster())["routers"]}
+        async with (
+            AsyncClient(supervisor.grpc_address, timeout_s=BUSY_MACHINE_S) as client,
+            Asking(client, 3) as asking,
+        ):
+            await supervisor.changes.restart_all(said.append)
+            await asking.more(3)
+        async with AsyncClient(supervisor.grpc_address, timeout_s=BUSY_MACHINE_S) as client:
+            after = {router["name"]: router["pid"] for router in (await client.cluster())["routers"]}
+        assert set(after) == set(before) == {"router-0", "router-1"}
+        assert not set(after.values()) & set(before.values())
+    assert [line for line in said if "router" in line] == [
+        "[2/3] router-0 drains; the other routers take new connections",
+        "[2/3] router-0 serves again",
+        "[3/3] router-1 drains; the other routers take new connections",
+        "[3/3] router-1 serves again",
+    ]
+
+
+@pytest.mark.timeout(600)
 async def test_without_room_workers_restart_in_their_places(tiny_checkpoint, monkeypatch):
     monkeypatch.setattr("twostroke.cluster.operations.changes.machine_facts", lambda: MachineFacts(1, 1 << 20))
     said: list[str] = []
