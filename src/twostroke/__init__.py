@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .core.errors import HostForbidden as HostForbidden
     from .core.errors import InternalError as InternalError
     from .core.errors import InvalidRequest as InvalidRequest
+    from .core.errors import KeyForbids as KeyForbids
     from .core.errors import KvCorrupted as KvCorrupted
     from .core.errors import ModelNotFound as ModelNotFound
     from .core.errors import NonFiniteKv as NonFiniteKv
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from .core.errors import Overloaded as Overloaded
     from .core.errors import PairRefused as PairRefused
     from .core.errors import PoisonRequest as PoisonRequest
+    from .core.errors import QuotaExceeded as QuotaExceeded
     from .core.errors import RequestNotFound as RequestNotFound
     from .core.errors import TokensLost as TokensLost
     from .core.errors import TransportUnavailable as TransportUnavailable
@@ -60,8 +62,10 @@ _NAMES_BY_MODULE = {
     ".client.values": ("Choice", "Chunk", "Completion", "ModelCard", "Tokens", "ToolCall", "Usage"),
     ".core.errors": (
         *("BodyTooLarge", "Cancelled", "CheckpointError", "ConfigError", "ContextLengthExceeded", "DeadlineExceeded"),
-        *("DoesNotFit", "HostForbidden", "InternalError", "InvalidRequest", "KvCorrupted", "ModelNotFound", "NonFiniteKv"),
-        *("OriginForbidden", "Overloaded", "PairRefused", "PoisonRequest", "RequestNotFound", "TokensLost"),
+        *("DoesNotFit", "HostForbidden", "InternalError", "InvalidRequest", "KeyForbids", "KvCorrupted"),
+        *("ModelNotFound", "NonFiniteKv"),
+        *("OriginForbidden", "Overloaded", "PairRefused", "PoisonRequest", "QuotaExceeded", "RequestNotFound"),
+        *("TokensLost",),
         *("TransportUnavailable", "TwostrokeError", "Unauthenticated"),
         *("Unavailable", "UnsupportedContentType", "UnsupportedEncoding", "UnsupportedParameter", "WorkerLost"),
     ),

@@ -35,7 +35,7 @@ KEY = proof_key(CLUSTER_KEY)
 ANNOUNCE = "/twostroke.v1.Announce/Announce"
 STREAMS = {TRANSFER, ANNOUNCE, "/twostroke.v1.Worker/Session"}
 REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
-WORKERS = [path for path in ALLOWED if path != ANNOUNCE and "/grpc." not in path]
+WORKERS = [path for path in ALLOWED if "/twostroke.v1.Announce/" not in path and "/grpc." not in path]
 
 
 async def code_of(channel: grpc.aio.Channel, path: str) -> tuple[grpc.StatusCode | None, str]:

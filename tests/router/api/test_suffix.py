@@ -11,11 +11,12 @@ from twostroke.router.api.fields import ChatBody, CompletionBody
 from twostroke.router.api.models import ServedModel
 from twostroke.router.api.openai_requests import completion_calls, parse
 from twostroke.router.api.validate import Limits, validate
+from twostroke.router.keys.grants import KeyRing
 from twostroke.text.fill_in import fill_in_prompt
 from twostroke.text.tokenizer import Tokenizer
 
 QWEN = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
-LIMITS = Limits(8, None, 10.0, ())
+LIMITS = Limits(8, None, 10.0, KeyRing())
 
 
 def served(path: Path, special: tuple[str, ...]) -> ServedModel:
