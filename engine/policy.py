@@ -22,7 +22,7 @@ not scored do not have this cost. (bench/scoring.py measures it.)
 SCORED_ROW_LOGITS = 1 << 14
 """Fixed cost of a scored row, in logits: its most likely tokens are converted to values one by one."""
 
-SCORED_SHARE = 0.5  # of a step's time for prompts beside decodes
+SCORED_SHARE = 0.35  # of a step's time for prompts beside decodes
 
 
 def scored_rows(vocab_size: int) -> int:
@@ -231,8 +231,8 @@ class RolePolicy:
         """Tokens that fit the time left of `target_ms` beside the decodes, or the decodes' own time if that is more.
 
         So a step with prompts takes about `target_ms`, or twice the time of a step without prompts, on any machine. A
-        prompt that is scored gets half of that time, since its logprobs are work outside the step as well. At least two
-        hash blocks.
+        prompt that is scored gets a third of that time, since its logprobs are work outside the step as well. At least
+        two hash blocks.
         """
         if not self.spares_decodes:
             return num_tokens

@@ -114,7 +114,8 @@ class Control:
     async def _drain(self, name: str, timeout_s: float, force: bool, say: Say) -> Answer:
         if not 0 <= timeout_s <= MAX_DRAIN_S:
             raise InvalidRequest(f"the timeout is {timeout_s:g} s; must be from 0 to {MAX_DRAIN_S:g}")
-        workers = self._workers()
+        # The router's report may be a second old: who goes already stands in for nobody.
+        workers = [w for w in self._workers() if w["worker_id"] == name or self._changes.is_serving(w["worker_id"])]
         if any(worker["worker_id"] == name and worker["role"] != Role.PREFILL.value for worker in workers):
             check_stand_in(workers, name, "a drained worker", force=force)
         retired = await self._changes.retire(name, timeout_s, say)

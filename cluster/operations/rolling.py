@@ -1,4 +1,4 @@
-"""Rolling restart: in which order workers and routers restart, and whether a new one can serve before the old one goes. Pure."""
+"""Rolling restart: the order of workers and routers, and whether a new worker can serve before the old one goes. Pure."""
 
 from __future__ import annotations
 

@@ -51,6 +51,8 @@ class RunFolder:
         Raises:
             ConfigError: somebody else owns a part of the path, or it cannot be created.
         """
+        if len(os.fsencode(self.socket)) > MAX_SOCKET_PATH:
+            raise ConfigError(f"{self.socket} is too long for a socket; set XDG_RUNTIME_DIR to a shorter folder")
         for folder in (self.path.parent, self.path):
             try:
                 folder.mkdir(mode=0o700, exist_ok=True)
@@ -60,8 +62,6 @@ class RunFolder:
             is_ours = stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid() and not facts.st_mode & 0o077
             if not is_ours:
                 raise ConfigError(f"{folder} must be a folder of yours that nobody else can enter; remove it")
-        if len(os.fsencode(self.socket)) > MAX_SOCKET_PATH:
-            raise ConfigError(f"{self.socket} is too long for a socket; set XDG_RUNTIME_DIR to a shorter folder")
 
     def hold(self) -> None:
         """Become the one process that runs the cluster here, until `release` or this process ends.

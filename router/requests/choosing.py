@@ -73,7 +73,8 @@ class Chooser:
     def end_of_wait_s(self, run: RequestState, now_s: float) -> float:
         """When a request gives up to wait for a worker: `now_s` if none is in sight.
 
-        A stream that has begun waits as long for any worker as a new request waits for a lost one that may come back.
+        A stream that has begun waits as long for any worker as a new request waits for one that is lost or suspect and
+        may come back.
         A suspect that waits for its turn waits until its deadline: those before it get on, or end, by theirs.
         """
         model, limits, fleet = run.request.model, self._limits, self._roster.fleet
@@ -82,7 +83,7 @@ class Chooser:
         end_s = now_s
         if fleet.may_serve_soon(model):
             patience_s = limits.worker_patience_s
-            if run.has_output:
+            if run.has_output or fleet.may_be_lost(model):
                 patience_s = max(patience_s, limits.worker_return_s)
             end_s = run.waits_since_s + patience_s
         returns_until_s = fleet.lost.until_s(model)

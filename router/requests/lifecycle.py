@@ -227,7 +227,10 @@ class Lifecycle:
         while run.stage is Stage.ROUTING:
             choice = self._choose(run, now_s)
             if choice is None:
-                self._wait(run, now_s)
+                if run.dispatches or self._chooser.has_room(run):
+                    self._wait(run, now_s)
+                else:  # it left the queue when there was no worker at all; now there is one, and it is full
+                    self.entrance.wait(run.name, run.request, now_s)
                 return
             terms = choice.winner.terms
             if not (run.dispatches or run.has_output):

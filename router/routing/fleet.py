@@ -207,6 +207,13 @@ class Fleet:
             for w in self._workers.values()
         )
 
+    def may_be_lost(self, model: str) -> bool:
+        """True if a worker that can decode the model is suspect: soon it is live again, or lost."""
+        return any(
+            w.facts.model.name == model and w.role is not Role.PREFILL and w.state is WorkerState.SUSPECT
+            for w in self._workers.values()
+        )
+
     def models(self) -> dict[str, ModelFacts]:
         """Models of all known workers and of lost ones that may come back, by name."""
         return _by_name([*(w.facts.model for w in self._workers.values()), *self.lost.models()])

@@ -51,9 +51,9 @@ def test_the_time_of_a_step_is_configured():
 
 
 def test_prompts_whose_logprobs_are_wanted_have_prices_of_their_own_once_they_are_known():
-    assert POLICY.prompt_tokens(500, StepTimes(20.0, 0.5), 0, is_scored=True) == 60  # half the time
+    assert POLICY.prompt_tokens(500, StepTimes(20.0, 0.5), 0, is_scored=True) == 42  # a third of the time
     times = StepTimes(20.0, 0.5, 0.0, 0.5, 0.001)
-    assert POLICY.prompt_tokens(500, times, 100, is_scored=True) == 50
+    assert POLICY.prompt_tokens(500, times, 100, is_scored=True) == 35
     assert POLICY.prompt_tokens(500, times, 500, is_scored=False) == 120
 
 

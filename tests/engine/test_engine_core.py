@@ -113,7 +113,7 @@ def test_stop_ends_everything_and_takes_nothing_in():
     assert core.num_live == 0
 
 
-@pytest.mark.parametrize(("prompt_logprobs", "num_tokens"), [(None, 160), (3, 48)])
+@pytest.mark.parametrize(("prompt_logprobs", "num_tokens"), [(None, 160), (3, 32)])
 def test_a_prompt_whose_logprobs_are_wanted_gets_a_chunk_by_its_own_price(prompt_logprobs, num_tokens):
     core = small_core(num_blocks=64, target_ms=60.0)
     core.handle(local("decoding"), 0.0)

@@ -22,6 +22,7 @@ from twostroke.engine.loop import Engine
 from twostroke.engine.plan import History, SampledPlace, SequenceStep
 from twostroke.engine.sequence import new_sequence
 from twostroke.model.sampling import step as sampling_step
+from twostroke.model.sampling.masks import NO_MASKS
 from twostroke.prefill_worker.policy import prefill_policy
 
 BASE = SamplingParams(max_tokens=14, temperature=0.0, ignore_eos=True)
@@ -268,5 +269,5 @@ def test_penalties_count_the_token_of_the_step_in_flight():
     history, place = History((1, 2), (5,)), SampledPlace(1, 0)
     known = SequenceStep(SequenceKey("r", 0), 3, (5,), (), (), True, EVERYTHING, 1, history=history)
     flying = known._replace(from_place=place)
-    assert sampling_step._draw(known, 9).history == history
-    assert sampling_step._draw(flying, 9).history == History((1, 2), (5, 9))
+    assert sampling_step._draw(known, 9, NO_MASKS).history == history
+    assert sampling_step._draw(flying, 9, NO_MASKS).history == History((1, 2), (5, 9))

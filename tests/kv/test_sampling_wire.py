@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 import pytest
 
 from twostroke.core.errors import InvalidRequest
-from twostroke.core.request import SamplingParams, TokenLogprobs
+from twostroke.core.request import Grammar, SamplingParams, TokenLogprobs
 from twostroke.kv.messages import logprobs_from_wire, logprobs_to_wire, sampling_from_wire, sampling_to_wire
 from twostroke.protos import common_pb2
 
@@ -29,6 +29,7 @@ FULL = SamplingParams(
     skip_special_tokens=False,
     logprobs=0,
     prompt_logprobs=20,
+    grammar=Grammar("regex", "[ab]+"),
 )
 
 

@@ -225,6 +225,8 @@ _LIVES = [
         "tokens.first_index == run.living.begins_with(tokens.choice)",
         "tokens.first_index == 0",
     ),
+    Mutant("router/requests/lifecycle.py", "if run.dispatches or self._chooser.has_room(run):", "if True:"),
+    Mutant("router/requests/choosing.py", "if run.has_output or fleet.may_be_lost(model):", "if run.has_output:"),
     Mutant("router/requests/suspects.py", "for run in suspects or involved:", "for run in involved:"),
     Mutant("router/requests/suspects.py", "    if len(suspects) == 1:\n", "    if suspects:\n"),
     Mutant(

@@ -130,6 +130,7 @@ def test_a_folder_that_others_can_enter_is_refused(folder, monkeypatch):
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(deep))
     with pytest.raises(ConfigError, match="too long for a socket"):
         RunFolder(1).hold()
+    assert list(deep.iterdir()) == []
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"pid": "x", "http_url": 1}', "\x00"])
