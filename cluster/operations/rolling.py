@@ -1,4 +1,4 @@
-"""Rolling restart: the order of workers and routers, and whether a new worker can serve before the old one goes. Pure."""
+"""Rolling restart: the order of workers and routers, and whether a new worker can serve before the old goes. Pure."""
 
 from __future__ import annotations
 
