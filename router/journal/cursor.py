@@ -1,23 +1,26 @@
 """What a client has of a resumable stream, written as a cursor, and which pieces it still lacks. Pure.
 
-    cursor = per choice COUNT[e]-DIGEST, joined by dots      "12-9f3a66e0.7e-01b2c3d4", "0" where it has nothing
+    cursor = per choice COUNT~CHARS[e]-DIGEST, joined by dots      "12~40-9f3a66e0.7~22e-01b2c3d4", "0": it has nothing
 
-COUNT tokens of the choice are there, `e`: and its end. The digest is over their ids, so a stream that says something
-else up to there is recognised before it is continued: a resumed stream is the rest of the same one, or an error.
+COUNT tokens of the choice are there, and CHARS characters of its text; `e`: and its end. The digest is over the ids, so
+a stream that says something else up to there is recognised before it is continued: a resumed stream is the rest of the
+same one, or an error. Another router that computes the stream again may pack its tokens into other pieces: a piece that
+the client has a part of is split there, by the characters.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ...core.errors import CursorLost, InvalidRequest
 from ..requests.pieces import OutputDelta
 
 MAX_CURSOR_CHARS = 4096
-_PART = re.compile(r"(0|[1-9][0-9]{0,8})(e?)(?:-([0-9a-f]{8}))?", re.ASCII)
+_NUMBER = r"(0|[1-9][0-9]{0,8})"
+_PART = re.compile(rf"{_NUMBER}(?:~{_NUMBER})?(e?)(?:-([0-9a-f]{{8}}))?", re.ASCII)
 _EMPTY = b"\0" * 8
 
 
@@ -27,10 +30,12 @@ class Mark(NamedTuple):
     num_tokens: int = 0
     has_end: bool = False
     digest: str = ""  # of the token ids; empty without any
+    num_chars: int | None = None  # of the text; None: unknown, so no piece can be split
 
     def __str__(self) -> str:
         digest = f"-{self.digest}" if self.digest else ""
-        return f"{self.num_tokens}{'e' if self.has_end else ''}{digest}"
+        chars = "" if self.num_chars is None else f"~{self.num_chars}"
+        return f"{self.num_tokens}{chars}{'e' if self.has_end else ''}{digest}"
 
 
 def parse_cursor(text: str, num_choices: int, param: str) -> tuple[Mark, ...]:
@@ -47,18 +52,22 @@ def parse_cursor(text: str, num_choices: int, param: str) -> tuple[Mark, ...]:
         raise InvalidRequest(
             f"{param} has the cursor {text[:40]!r}; give the one of the last event as it came", param=param
         )
-    return tuple(Mark(int(one[1]), bool(one[2]), one[3] or "") for one in found if one)
+    return tuple(
+        Mark(int(one[1]), bool(one[3]), one[4] or "", None if one[2] is None else int(one[2])) for one in found if one
+    )
 
 
 @dataclass(slots=True)
 class _Progress:
     num_tokens: int = 0
+    num_chars: int = 0
     has_end: bool = False
     state: bytes = _EMPTY
 
     @property
     def mark(self) -> Mark:
-        return Mark(self.num_tokens, self.has_end, self.state[:4].hex() if self.num_tokens else "")
+        digest = self.state[:4].hex() if self.num_tokens else ""
+        return Mark(self.num_tokens, self.has_end, digest, self.num_chars or None)
 
 
 class Track:
@@ -80,17 +89,45 @@ class Track:
         pairs = zip(self._choices, self._had, strict=True)
         return all(now.num_tokens >= had.num_tokens and now.has_end >= had.has_end for now, had in pairs)
 
+    def parts(self, piece: OutputDelta) -> tuple[OutputDelta, ...]:
+        """The next piece; in two, if the client has a part of it. Give each to `take`."""
+        choice, had = self._choices[piece.choice], self._had[piece.choice]
+        num, after = had.num_tokens - choice.num_tokens, choice.num_tokens + len(piece.token_ids)
+        lacks_some = after > had.num_tokens or (piece.finish_reason is not None and not had.has_end)
+        chars = (had.num_chars or 0) - choice.num_chars
+        if num <= 0 or had.num_tokens > after or not lacks_some or not 0 <= chars <= len(piece.text):
+            return (piece,)
+        first = replace(
+            piece,
+            token_ids=piece.token_ids[:num],
+            text=piece.text[:chars],
+            finish_reason=None,
+            usage=None,
+            logprobs=piece.logprobs[:num],
+            num_shown=min(piece.num_shown, had.num_tokens),
+        )
+        rest = replace(
+            piece,
+            first_index=piece.first_index + num,
+            token_ids=piece.token_ids[num:],
+            text=piece.text[chars:],
+            logprobs=piece.logprobs[num:],
+            prompt_scores=(),
+        )
+        return first, rest
+
     def take(self, piece: OutputDelta) -> bool:
-        """Follow the next piece. Returns whether the client lacks it.
+        """Follow the next piece of `parts`. Returns whether the client lacks it.
 
         Raises:
-            CursorLost: the client has something else, or a part of this piece.
+            CursorLost: the client has something else, or a part of this piece that cannot be told from the rest.
         """
         choice, had = self._choices[piece.choice], self._had[piece.choice]
         before = choice.num_tokens
         for token_id in piece.token_ids:
             choice.state = hashlib.blake2b(choice.state + token_id.to_bytes(4, "little"), digest_size=8).digest()
         choice.num_tokens += len(piece.token_ids)
+        choice.num_chars += len(piece.text)
         choice.has_end = choice.has_end or piece.finish_reason is not None
         after = choice.num_tokens
         if before < had.num_tokens == after and choice.mark.digest != had.digest:

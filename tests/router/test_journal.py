@@ -47,8 +47,7 @@ def told(pieces: list[OutputDelta], cursor: str) -> list[OutputDelta]:
     track = Track(2, parse_cursor(cursor, 2, "cursor"))
     new, held = [], []
     for piece in pieces:
-        if track.take(piece):
-            held.append(piece)
+        held += [part for part in track.parts(piece) if track.take(part)]
         if track.is_confirmed:
             new += held
             held = []
@@ -62,6 +61,32 @@ def test_a_cursor_splits_a_stream_in_what_was_had_and_the_rest(pieces: list[Outp
     track = Track(2)
     assert all(track.take(piece) for piece in pieces[:split])
     assert told(pieces, track.cursor) == pieces[split:]
+
+
+@given(streams(), st.data())
+def test_a_stream_that_is_packed_otherwise_goes_on_at_the_same_token_and_character(
+    pieces: list[OutputDelta], data: Any
+):
+    track = Track(2)
+    had = pieces[: data.draw(st.integers(0, len(pieces)))]
+    for piece in had:
+        track.take(piece)
+    packed: list[OutputDelta] = []
+    for choice in (0, 1):
+        of_it = [piece for piece in pieces if piece.choice == choice]
+        while of_it:
+            num = data.draw(st.integers(1, len(of_it)))
+            some, of_it = of_it[:num], of_it[num:]
+            ids = tuple(t for piece in some for t in piece.token_ids)
+            text, last = "".join(piece.text for piece in some), some[-1]
+            packed.append(OutputDelta(choice, some[0].first_index, ids, text, last.finish_reason, last.usage))
+    rest = told(packed, track.cursor)
+    for choice in (0, 1):
+        joined = [piece for piece in had + rest if piece.choice == choice]
+        whole = [piece for piece in pieces if piece.choice == choice]
+        assert [t for piece in joined for t in piece.token_ids] == [t for piece in whole for t in piece.token_ids]
+        assert "".join(piece.text for piece in joined) == "".join(piece.text for piece in whole)
+        assert [piece.finish_reason for piece in joined if piece.finish_reason] == [FinishReason.LENGTH]
 
 
 @given(streams(), streams(), st.data())

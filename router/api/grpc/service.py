@@ -176,20 +176,28 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         async with contextlib.aclosing(started.pieces()) as pieces:
             await _tell_ignored(started.request, context)
             async for piece in pieces:
-                is_new = track is None or track.take(piece)
-                chunk = _chunk(piece, started.request, outputs)  # also of what the client has: the parsers read on
-                chunk.prompt_logprobs.extend(piece.prompt_scores)
                 if track is None:
-                    yield chunk
+                    yield _chunk_with_scores(piece, started, outputs)
                     continue
-                if is_new:
-                    chunk.cursor = track.cursor
-                    held.append(chunk)
+                for part in track.parts(piece):
+                    is_new = track.take(part)
+                    chunk = _chunk_with_scores(part, started, outputs)  # also what the client has: the parsers read on
+                    if is_new:
+                        chunk.cursor = track.cursor
+                        held.append(chunk)
                 while held and track.is_confirmed:
                     yield held.popleft()
 
 
 # ------------------------------------------------------------------ conversions
+
+
+def _chunk_with_scores(
+    piece: OutputDelta, started: Started, outputs: list[ChoiceOutput]
+) -> inference_pb2.GenerateChunk:
+    chunk = _chunk(piece, started.request, outputs)
+    chunk.prompt_logprobs.extend(piece.prompt_scores)
+    return chunk
 
 
 def _outputs(started: Started) -> list[ChoiceOutput]:

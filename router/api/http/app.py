@@ -329,9 +329,10 @@ async def _chunks(
     try:
         async for piece in pieces:
             if track is not None:
-                is_new, chunk = track.take(piece), answer.chunk(piece)
-                if is_new:
-                    held.append(event(chunk, f"{name}{EVENT_ID_PARTS}{track.cursor}"))
+                for part in track.parts(piece):
+                    is_new, chunk = track.take(part), answer.chunk(part)
+                    if is_new:
+                        held.append(event(chunk, f"{name}{EVENT_ID_PARTS}{track.cursor}"))
                 while held and track.is_confirmed:
                     yield held.popleft()
             elif piece.prompt_scores:
