@@ -11,7 +11,6 @@ import asyncio
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from protocol import MAX_BATCH, NEW_TOKENS, PROMPT_TOKENS, RAMP_TOKENS, Trace, arguments, serve
@@ -27,6 +26,7 @@ from twostroke.engine.link.messages import Ended, LoadNews, Source, StepTokens, 
 from twostroke.engine.link.thread_link import ThreadLink
 from twostroke.engine.loop import Engine
 from twostroke.engine.policy import StepLimits
+from twostroke.kernels.cpu import library as native
 from twostroke.kernels.cpu.build import build, built_library
 from twostroke.kv.block import chain
 from twostroke.kv.cache.pool import BlockPool
@@ -60,7 +60,8 @@ class Ours:
             num_threads=self.given.threads,
         )
         config = ModelConfig(quantization=self.given.variant)
-        runner = load_runner(resolve(self.given.checkpoint / "hf", config, "auto", "cpu", _library), options)
+        _keep_to_isa()
+        runner = load_runner(resolve(self.given.checkpoint / "hf", config, "auto", "cpu", built_library), options)
         step = StepConfig()
         # Prompts in whole steps, as the peers compute them: in service they give way to streams (`step.target_ms`), and
         # the first sequences of a batch would end before the last begins to decode.
@@ -147,10 +148,12 @@ class Ours:
         self.engine.join(TIMEOUT_S)
 
 
-def _library() -> Path:
-    """The kernels: exactly this machine's, or those of the instruction set that the campaign compares."""
+def _keep_to_isa() -> None:
+    """Load the kernels of the instruction set that the campaign compares, where it is not this machine's own."""
     isa = os.environ.get("TWOSTROKE_BENCH_ISA")
-    return build((f"-march={isa}",)) if isa else built_library()
+    if isa:
+        library = native.Library(build((f"-march={isa}",)))
+        native.load = lambda: library  # type: ignore[assignment]
 
 
 def _weight_bytes(quantization: str) -> int:

@@ -51,7 +51,10 @@ def body(entries: Sequence[Entry], results: Results) -> str:
         f"random ids, {NEW_TOKENS} new tokens, greedy, end token ignored; {results.threads} threads; {results.rounds} "
         f"interleaved rounds, one contestant computing while all others are stopped. Tokens per second, median "
         f"(lowest–highest); decode counts only steps in which every sequence of the batch decodes.",
-        f"Everybody is kept to {results.isa} (AVX2 and FMA), and this machine has more." if results.isa else "",
+        f"Ours and llama.cpp are kept to {results.isa} (AVX2 and FMA), and this machine has more; OpenVINO, which "
+        "cannot be kept to it, uses what there is."
+        if results.isa
+        else "",
         _throughput(entries, results),
         _goals(entries, results),
         _own(results),
