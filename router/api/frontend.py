@@ -23,7 +23,7 @@ from .call import GenerateCall
 from .grammar_checks import GrammarChecks
 from .http.reading import room_of
 from .models import ModelDirectory, ServedModel
-from .structured import named
+from .structured import field_of_rule, named
 from .text_work import TextWork
 from .validate import Limits, num_chars_of, timeout_of, validate
 
@@ -152,7 +152,7 @@ class Frontend:
             try:
                 await self.grammars.check(grammar, model)
             except InvalidRequest as error:
-                raise named(error, calls[0].rule_field) from None
+                raise named(error, field_of_rule(calls[0])) from None
         return requests, model
 
     def _check_reading(self, num_calls: int, left_s: float) -> None:
