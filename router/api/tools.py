@@ -107,11 +107,12 @@ def with_rule(
     else:
         said = call.sampling
         is_free = said.get(PARAM) is None and not said.get("ignore_eos") and not said.get("min_tokens")
-        strict = offered.strict if is_free else frozenset()
-        source = strict and free_grammar_of(
-            offered.tools, strict, model.parsers, model.special_id, is_thinking=is_thinking
-        )
-        if not source:
+        source = None
+        if is_free:
+            source = free_grammar_of(
+                offered.tools, offered.strict, model.parsers, model.special_id, is_thinking=is_thinking
+            )
+        if source is None:
             ignored.add("tools", "strict")
             return call
     sampling: SamplingOptions = {**call.sampling, "structured_outputs": {"grammar": source}}
