@@ -21,6 +21,8 @@ from .door import DialectRoute, Door
 from .errors import anthropic_error
 from .one_choice import OneChoice
 
+_NAMES = {"chat_template_kwargs.enable_thinking": "thinking", "reasoning_effort": "output_config.effort"}
+
 
 def anthropic_routes(door: Door) -> list[DialectRoute]:
     """The routes of Anthropic's API."""
@@ -38,7 +40,7 @@ class _Face:
     async def messages(self, http: HttpRequest) -> Response:
         asked = await self._door.reads.read(http, partial(asked_of, strict=self._door.config.strict))
         name = f"msg_{secrets.token_hex(12)}"
-        started = await self._door.start(http, chat_call(asked.chat, caller_of(http).api_key), name)
+        started = await self._door.start(http, chat_call(asked.chat, caller_of(http).api_key), name, _NAMES)
         choice = OneChoice(started.request, started.model, asked.stops)
         num_prompt = len(started.request.prompt_ids)
         message = Message(name, started.request.model, choice, num_prompt, shows_thinking=asked.shows_thinking)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -65,10 +65,6 @@ class Writer(Protocol):
         ...
 
 
-# Names of fields that the dialects have other words for.
-_THEIR_NAMES = {"chat_template_kwargs.enable_thinking": "thinking"}
-
-
 @dataclass(frozen=True, slots=True)
 class Door:
     """Starts requests of the dialects."""
@@ -77,13 +73,16 @@ class Door:
     front: Frontend
     reads: Reads
 
-    async def start(self, http: HttpRequest, call: GenerateCall, name: str) -> Started:
-        """Run a call up to its first piece, under the name `name`. Raises the errors of `Frontend.start_list`."""
+    async def start(self, http: HttpRequest, call: GenerateCall, name: str, their_names: Mapping[str, str]) -> Started:
+        """Run a call up to its first piece, under the name `name`. Raises the errors of `Frontend.start_list`.
+
+        `their_names`: the dialect's names of fields without effect, by OpenAI's, where they differ.
+        """
         http.state.request_id = name  # also for errors: `explain` knows the request by it
         starting = self.front.start_list(name, [self.timed(http, call)], caller_of(http).arrived_s)
         started = await until_disconnect(http, starting)
         names = started.request.ignored_fields
-        self.reads.note_ignored(http, [_THEIR_NAMES.get(name, name) for name in names])
+        self.reads.note_ignored(http, [their_names.get(name, name) for name in names])
         return started
 
     def timed(self, http: HttpRequest, call: GenerateCall) -> GenerateCall:

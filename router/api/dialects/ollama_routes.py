@@ -26,6 +26,7 @@ from .ollama_responses import Reply, loaded
 from .one_choice import OneChoice
 
 _LATEST = ":latest"  # the tag that Ollama adds to a name without one
+_NAMES = {"chat_template_kwargs.enable_thinking": "think", "reasoning_effort": "think"}
 _LINES = "application/x-ndjson"
 
 
@@ -61,7 +62,7 @@ class _Face:
         if call is None:
             caller.grant.check_model(self._front.models.facts(self._name(asked.model)).name)
             return JsonAnswer(loaded(asked.model, is_chat=is_chat))
-        started = await self._door.start(http, call, new_request_id(call.messages is not None))
+        started = await self._door.start(http, call, new_request_id(call.messages is not None), _NAMES)
         choice = OneChoice(started.request, started.model)
         reply = Reply(
             asked.model,

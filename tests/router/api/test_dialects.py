@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import anthropic
+import httpx
 import ollama
 import pytest
 from support.scripted_router import HELLO, router, worker
@@ -174,6 +175,19 @@ async def test_an_ollama_chat_has_thinking_and_calls_whole_and_streamed(model):
         assert [part.done for part in parts] == [False] * (len(parts) - 1) + [True]
         silent = await client.chat(MODEL, HELLO, tools=tools, think=False)
         assert silent.message.thinking is None
+
+
+async def test_a_wish_to_think_without_effect_has_the_dialects_name(tmp_path):
+    path = make_model(tmp_path / "plain", "{% for m in messages %}{{ m.content }}{% endfor %}")
+    async with router() as there, httpx.AsyncClient(base_url=there.url) as client:
+        await there.add(worker(path, "Hi."))
+        for route, wish, name in (
+            ("/v1/messages", {"thinking": {"type": "enabled"}}, "thinking"),
+            ("/v1/messages", {"output_config": {"effort": "low"}}, "output_config.effort"),
+            ("/api/chat", {"think": True, "stream": False}, "max_tokens, think"),
+        ):
+            reply = await client.post(route, json={**BODY, **wish})
+            assert (reply.status_code, reply.headers["x-twostroke-ignored"]) == (200, name)
 
 
 def test_results_follow_the_calls_of_their_name():
