@@ -23,12 +23,10 @@ MAX_REGEX_CHARS = 16_384
 MAX_TAGS = 64
 MAX_INDENT = 32  # blanks at the beginning of a line of JSON
 # Between two parts of a JSON text: one space, or a line break and an indentation. So blanks come to an end.
+_BLANKS = rf"(\x20|\r?\n[\x20\x09]{{0,{MAX_INDENT}}})"
 # A client's own options stand in its schema, under "x-guidance"; these come after them.
-_JSON_OPTIONS: Any = {
-    "whitespace_pattern": rf"(\x20|\r?\n[\x20\x09]{{0,{MAX_INDENT}}})",
-    "whitespace_flexible": True,
-    "lenient": False,
-}
+_JSON_OVERRIDES: Any = {"whitespace_pattern": _BLANKS, "whitespace_flexible": True, "lenient": False}
+JSON_OPTIONS: Mapping[str, Any] = {"whitespace_pattern": _BLANKS, "lenient": False}  # of a schema within Lark
 _ANY_OBJECT = '{"type":"object"}'
 
 
@@ -85,7 +83,7 @@ def program_of(grammar: Grammar, is_special: Callable[[str], bool]) -> str:
         if kind == "json":
             schema = json.loads(source)
             schema = {} if schema is True else schema
-            return str(LLMatcher.grammar_from_json_schema(schema, overrides=_JSON_OPTIONS))
+            return str(LLMatcher.grammar_from_json_schema(schema, overrides=_JSON_OVERRIDES))
         if kind == "regex":
             return str(LLMatcher.grammar_from_regex(source))
         if kind == "choice":
@@ -183,8 +181,7 @@ def _structure(place: int, structure: Any) -> tuple[str, Any, str]:
     begin, schema, end = structure.get("begin"), structure.get("schema", {}), structure.get("end", "")
     if not isinstance(begin, str) or not begin or not isinstance(end, str) or not isinstance(schema, Mapping):
         raise refused(f"{where} must have a text as begin, an object as schema and a text as end")
-    options = {"whitespace_pattern": _JSON_OPTIONS["whitespace_pattern"], "lenient": False}
-    return begin, {**schema, "x-guidance": options}, end
+    return begin, {**schema, "x-guidance": JSON_OPTIONS}, end
 
 
 def _quoted(text: str) -> tuple[str, ...]:

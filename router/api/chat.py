@@ -54,7 +54,7 @@ def chat_prompt(call: GenerateCall, model: ServedModel, ignored: Ignored) -> Pro
     if template is None:
         raise InvalidRequest(f"{model.name} has no chat template; use completions", param="messages")
     wishes = _wishes(call, template, ignored)
-    offered = offered_tools(call, model, ignored)
+    offered = offered_tools(call, model)
     sent = call.messages or ()
     placed = adapt(check_messages(sent, ignored), template.traits)
     rendered = template.render_traced(

@@ -30,7 +30,7 @@ from .http.reading import room_of
 from .models import ModelDirectory, ServedModel
 from .running.resumable import Resumables
 from .running.started import Started
-from .structured import named
+from .structured import field_of_rule, named
 from .text_work import TextWork
 from .validate import Limits, num_chars_of, timeout_of, validate
 
@@ -199,7 +199,7 @@ class Frontend:
             try:
                 await self.grammars.check(grammar, model)
             except InvalidRequest as error:
-                raise named(error, calls[0].rule_field) from None
+                raise named(error, field_of_rule(calls[0])) from None
         return requests, model
 
     def _check_reading(self, num_calls: int, left_s: float) -> None:

@@ -41,6 +41,11 @@ class ServedModel:
     leaves_calls: bool = False  # the operator wants calls to stay content
     needs_special_tokens: bool = False  # its answers can be parsed only with the text of special tokens
 
+    def special_id(self, text: str) -> int | None:
+        """Id of the special token with this text; None: it is none, or the model has no such token."""
+        id_ = self.tokenizer.backend.token_to_id(text)
+        return id_ if id_ in self.tokenizer.special_ids and id_ < self.vocab_size else None
+
 
 class ModelDirectory:
     """Models by name. Loading takes some ten milliseconds and happens in a thread."""

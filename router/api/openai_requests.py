@@ -32,6 +32,7 @@ from .http.structure import built
 from .structured import SPELLINGS, rule_of
 
 B = TypeVar("B", ChatBody, CompletionBody)
+K = TypeVar("K", bound=Known)
 
 USUAL_COMPLETION_TOKENS = 16  # OpenAI's default for max_tokens of completions
 LEAST_TOP_P = 1e-12  # replaces 0, which OpenAI allows: both keep only the most likely token
@@ -51,8 +52,24 @@ def parse(values: dict[str, Any], kind: type[B], *, strict: bool = False) -> tup
     refused = REFUSED | (REFUSED_OF_CHATS if kind is ChatBody else REFUSED_OF_COMPLETIONS)
     if values.get("best_of") is not None and values["best_of"] == values.get("n"):
         del values["best_of"]  # without effect: all generated choices are returned
+    return checked(values, kind, ACCEPTED, refused, strict=strict)
+
+
+def checked(
+    values: dict[str, Any],
+    kind: type[K],
+    accepted: frozenset[str],
+    refused: dict[str, tuple[Any, ...]],
+    *,
+    strict: bool,
+) -> tuple[K, list[str]]:
+    """Check a body by its classes of fields, as fields.py has them; returns it with the names of its unknown fields.
+
+    Raises:
+        InvalidRequest, UnsupportedParameter: as `parse`.
+    """
     unknown: list[str] = []
-    served = _served(values, kind, ACCEPTED, refused, unknown)
+    served = _served(values, kind, accepted, refused, unknown)
     options = served.get("stream_options")
     if isinstance(options, dict):
         inner: list[str] = []
@@ -246,7 +263,7 @@ def _served(
     return served
 
 
-def _unknown(name: str, kind: type[Body]) -> InvalidRequest:
+def _unknown(name: str, kind: type[Known]) -> InvalidRequest:
     known = [*kind.model_fields, *(f"stream_options.{option}" for option in StreamOptions.model_fields)]
     near = difflib.get_close_matches(_shown(name), known, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""

@@ -29,6 +29,7 @@ class Asked:
     model: ServedModel
     num_prompt: int  # tokens
     max_tokens: int  # checked
+    rule_field: str  # of the client that gave the rule for the text
 
 
 def sampling_of(
@@ -41,7 +42,7 @@ def sampling_of(
         ContextLengthExceeded: prompt and `max_tokens` do not fit the model together.
     """
     max_tokens = _max_tokens(call, model, len(prompt_ids), default_max_tokens)
-    asked = Asked(call.sampling, call.top_logprobs, model, len(prompt_ids), max_tokens)
+    asked = Asked(call.sampling, call.top_logprobs, model, len(prompt_ids), max_tokens, call.rule_field)
     values: dict[str, Any] = {}
     try:
         for field in FIELDS:
@@ -214,7 +215,8 @@ def _grammar(field: SamplingField, asked: Asked) -> Grammar | None:
     for name in ("ignore_eos", "min_tokens"):
         if asked.said.get(name):
             raise InvalidRequest(
-                f"{name} is {asked.said[name]} beside {field.api}, whose text ends where it is complete; leave one out",
+                f"{name} is {asked.said[name]} beside {asked.rule_field}, whose text ends where it is complete; "
+                "leave one out",
                 param=name,
             )
     return grammar_of(rule)

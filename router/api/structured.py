@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from ...core.errors import InvalidRequest, UnsupportedParameter
 from ...text.grammar_program import PARAM, any_object
+from .call import GenerateCall
 from .checks import short
 
 # Field to the kind of its rule.
@@ -59,6 +60,11 @@ def rule_of(fields: Mapping[str, Any]) -> Rule | None:
     if len(found) > 1:
         raise InvalidRequest(f"{found[0].field} and {found[1].field} both give a rule; give one", param=found[1].field)
     return found[0] if found else None
+
+
+def field_of_rule(call: GenerateCall) -> str:
+    """The field of the client that gave the rule of a call: the one that says so, or the tools of its choice."""
+    return call.rule_field if call.sampling.get(PARAM) is not None else "tools"
 
 
 def named(error: InvalidRequest, field: str) -> InvalidRequest:

@@ -1,14 +1,21 @@
-"""Checks the tools that a chat offers, and the choice among them. Knows no format of calls and runs no tool."""
+"""Checks the tools that a chat offers and the choice among them, and makes the rule that enforces the choice.
+
+Knows no format of calls and runs no tool.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...core.errors import InvalidRequest, UnsupportedParameter
-from ...text.parsing.parsers import NONE, TOOL_PARSERS
+from ...core.sampling import SamplingOptions
+from ...text.grammar_program import PARAM
+from ...text.parsing.grammar import free_grammar_of, grammar_of
+from ...text.parsing.parser import PROMPT_END_CHARS
+from ...text.parsing.parsers import NONE, TOOL_PARSERS, begins_reasoning
 from .call import GenerateCall
 from .checks import deeper_than, short
 from .ignored import Ignored
@@ -28,26 +35,22 @@ class Offered:
 
     tools: tuple[dict[str, Any], ...]
     parallel: bool  # more than one call per answer is given out
+    must_call: bool = False
+    only: str | None = None  # the only tool that may be called; None: any
+    strict: frozenset[str] = frozenset()  # names of those whose calls must have valid arguments
 
 
-def offered_tools(call: GenerateCall, model: ServedModel, ignored: Ignored) -> Offered | None:
+def offered_tools(call: GenerateCall, model: ServedModel) -> Offered | None:
     """The tools that the model may call; None: it has none, or may call none (`tool_choice: none`).
 
     Raises:
         InvalidRequest: a tool or the choice has not the form of the API; `param` names the field.
-        UnsupportedParameter: the model's template takes no tools, its calls cannot be parsed, or the choice needs a
-            grammar.
+        UnsupportedParameter: the model's template takes no tools, or its calls cannot be parsed.
     """
-    tools = _tools(call.tools, ignored)
-    choice = _choice(call.tool_choice, {tool["function"]["name"] for tool in tools})
+    tools = _tools(call.tools)
+    choice, only = _choice(call.tool_choice, {tool["function"]["name"] for tool in tools})
     if not tools or choice == "none":
         return None
-    if choice != "auto":
-        raise UnsupportedParameter(
-            f"tool_choice is {short(call.tool_choice)}; a call cannot be enforced yet: give auto, and ask for the call "
-            "in a message",
-            param="tool_choice",
-        )
     if model.template is not None and not model.template.asks_for("tools"):
         raise UnsupportedParameter(
             "tools: the model's chat template reads none; describe them in a message, or serve a model with tools",
@@ -59,17 +62,76 @@ def offered_tools(call: GenerateCall, model: ServedModel, ignored: Ignored) -> O
             f"--tool-parser, one of {', '.join(TOOL_PARSERS)}",
             param="tools",
         )
-    return Offered(tools, call.parallel_tool_calls is not False)
+    return Offered(
+        tools=tuple({"type": "function", "function": _printed(tool["function"])} for tool in tools),
+        parallel=call.parallel_tool_calls is not False,
+        must_call=choice != "auto",
+        only=only,
+        strict=frozenset(tool["function"]["name"] for tool in tools if tool["function"].get("strict")),
+    )
 
 
-def _tools(given: Any, ignored: Ignored) -> tuple[dict[str, Any], ...]:
+def with_rule(
+    call: GenerateCall, offered: Offered | None, prompt: str, model: ServedModel, ignored: Ignored
+) -> GenerateCall:
+    """The call with the grammar that its tools need; unchanged if they need none.
+
+    Raises:
+        InvalidRequest: another field gives a rule for the text, too.
+        UnsupportedParameter: no grammar can enforce calls of the model's format.
+    """
+    if offered is None or not (offered.must_call or offered.strict):
+        return call
+    is_thinking = begins_reasoning(model.parsers, prompt[-PROMPT_END_CHARS:])
+    if offered.must_call:
+        if call.sampling.get(PARAM) is not None:
+            raise InvalidRequest(
+                f"{call.rule_field} gives a rule for the text, and tool_choice is {short(call.tool_choice)}, which "
+                "allows calls only; leave one out",
+                param=call.rule_field,
+            )
+        source = grammar_of(
+            offered.tools,
+            offered.only,
+            model.parsers,
+            model.special_id,
+            parallel=offered.parallel,
+            is_thinking=is_thinking,
+        )
+        if source is None:
+            raise UnsupportedParameter(
+                f"tool_choice is {short(call.tool_choice)}; calls in the format of {model.name} "
+                f"({model.parsers.tools}) cannot be enforced: give auto, and ask for the call in a message",
+                param="tool_choice",
+            )
+    else:
+        said = call.sampling
+        is_free = said.get(PARAM) is None and not said.get("ignore_eos") and not said.get("min_tokens")
+        source = None
+        if is_free:
+            source = free_grammar_of(
+                offered.tools, offered.strict, model.parsers, model.special_id, is_thinking=is_thinking
+            )
+        if source is None:
+            ignored.add("tools", "strict")
+            return call
+    sampling: SamplingOptions = {**call.sampling, "structured_outputs": {"grammar": source}}
+    return replace(call, sampling=sampling, rule_field="tools")
+
+
+def _printed(function: Mapping[str, Any]) -> dict[str, Any]:
+    """A function as chat templates print it: what the client sent, without fields of no template."""
+    return {key: value for key, value in function.items() if key != "strict"}
+
+
+def _tools(given: Any) -> tuple[dict[str, Any], ...]:
     if given is None:
         return ()
     if not isinstance(given, (list, tuple)):
         raise InvalidRequest(f"tools is {short(given)}; must be a list of functions", param="tools")
     if len(given) > MAX_TOOLS:
         raise InvalidRequest(f"tools has {len(given)} entries; at most {MAX_TOOLS}", param="tools")
-    tools = tuple(_tool(tool, f"tools[{place}]", ignored) for place, tool in enumerate(given))
+    tools = tuple(_tool(tool, f"tools[{place}]") for place, tool in enumerate(given))
     names: set[str] = set()
     for place, tool in enumerate(tools):
         name = tool["function"]["name"]
@@ -82,8 +144,8 @@ def _tools(given: Any, ignored: Ignored) -> tuple[dict[str, Any], ...]:
     return tools
 
 
-def _tool(tool: Any, where: str, ignored: Ignored) -> dict[str, Any]:
-    """One tool as chat templates print it: what the client sent, nulls and fields of no template left out."""
+def _tool(tool: Any, where: str) -> dict[str, Any]:
+    """One tool: what the client sent, without nulls, and with `strict` if it stood there or beside the function."""
     if not isinstance(tool, Mapping):
         raise InvalidRequest(f"{where} is {short(tool)}; must be an object with type and function", param=where)
     kind = tool.get("type", "function")
@@ -116,16 +178,19 @@ def _tool(tool: Any, where: str, ignored: Ignored) -> dict[str, Any]:
         )
     if deeper_than(tool, MAX_DEPTH):
         raise InvalidRequest(f"{where} is nested more than {MAX_DEPTH} levels deep; flatten its schema", param=where)
-    if function.get("strict") or tool.get("strict"):
-        ignored.add("tools", "strict")  # arguments are not forced into the schema
-    kept = {key: value for key, value in function.items() if value is not None and key != "strict"}
-    return {"type": "function", "function": kept}
+    strict = function.get("strict") or tool.get("strict")
+    if strict not in (None, True, False):
+        raise InvalidRequest(
+            f"{where}.function.strict is {short(strict)}; must be true or false", param=f"{where}.function.strict"
+        )
+    kept = {key: value for key, value in function.items() if value is not None}
+    return {"type": "function", "function": {**kept, "strict": bool(strict)}}
 
 
-def _choice(given: Any, names: set[str]) -> str:
-    """`auto`, `none`, `required`, or `named`."""
+def _choice(given: Any, names: set[str]) -> tuple[str, str | None]:
+    """`auto`, `none`, `required`, or `named` with the name."""
     if given is None:
-        return "auto"
+        return "auto", None
     if isinstance(given, str):
         if given not in _CHOICES:
             raise InvalidRequest(
@@ -134,7 +199,7 @@ def _choice(given: Any, names: set[str]) -> str:
             )
         if given == "required" and not names:
             raise InvalidRequest("tool_choice is 'required' without tools; give tools", param="tool_choice")
-        return given
+        return given, None
     function = given.get("function") if isinstance(given, Mapping) else None
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(name, str):
@@ -145,4 +210,4 @@ def _choice(given: Any, names: set[str]) -> str:
         )
     if name not in names:
         raise InvalidRequest(f"tool_choice names {short(name)}, which is none of the tools", param="tool_choice")
-    return "named"
+    return "named", name

@@ -26,6 +26,7 @@ from .checks import integer, short, text_of
 from .ignored import Ignored
 from .models import ServedModel
 from .sampling import is_bounded, sampling_of
+from .tools import with_rule
 
 MAX_SALT_CHARS = 1024
 CHARS_OF_A_TOOL = 1024  # a guess, for `num_chars_of`
@@ -75,6 +76,8 @@ def validate(call: GenerateCall, model: ServedModel, limits: Limits) -> Request:
     priority = _priority(call, grant, ignored)
     prompt = _prompt(call, model, ignored)
     prompt_ids = _prompt_ids(call, prompt, model)
+    if prompt is not None:
+        call = with_rule(call, prompt.offered, prompt.text, model, ignored)
     sampling = sampling_of(call, model, prompt_ids, limits.default_max_tokens)
     answer = _answer_form(prompt, model)
     if answer is not None and model.needs_special_tokens:

@@ -142,14 +142,23 @@ def reading_of(parsers: Parsers, source: Source, prompt_end: str, tools: Tools |
     `prompt_end`: the end of the prompt's text, which may have begun the reasoning. `tools`: those that may be called;
     None: calls stay content.
     """
-    tags = TAGS.get(parsers.reasoning) or _WHOLE_TAGS.get(parsers.reasoning)
-    is_thinking = tags is not None and _is_open(tags, prompt_end)
+    tags, is_thinking = _tags_of(parsers), begins_reasoning(parsers, prompt_end)
     whole = next((WHOLE[name] for name in parsers if name in WHOLE), None)
     if whole is not None:
         may_call = tools is not None and parsers.tools in WHOLE
         return whole(source, Reading(tags, CallFormat(tools) if may_call and tools is not None else None, is_thinking))
     kind = CALLS.get(parsers.tools)
     return read_output(source, Reading(tags, kind(tools) if kind and tools is not None else None, is_thinking))
+
+
+def begins_reasoning(parsers: Parsers, prompt_end: str) -> bool:
+    """True if the end of a prompt has begun the reasoning, which the output goes on with."""
+    tags = _tags_of(parsers)
+    return tags is not None and _is_open(tags, prompt_end)
+
+
+def _tags_of(parsers: Parsers) -> Tags | None:
+    return TAGS.get(parsers.reasoning) or _WHOLE_TAGS.get(parsers.reasoning)
 
 
 def _is_open(tags: Tags, text: str) -> bool:

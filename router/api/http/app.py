@@ -1,4 +1,4 @@
-"""The OpenAI-compatible HTTP API: routes, status codes, event streams. Holds no logic of its own."""
+"""The HTTP APIs, OpenAI's and those of dialects/: routes, status codes, event streams. Holds no logic of its own."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ from ...api import openai_requests as openai
 from ...config import RouterConfig
 from ...requests.pieces import OutputDelta
 from ..call import GenerateCall
+from ..dialects.errors import error_form
+from ..dialects.routes import dialect_routes
 from ..echo import Echo, echo_of
 from ..fields import Body, ChatBody, CompletionBody
 from ..frontend import Frontend
@@ -78,6 +80,8 @@ def make_app(config: RouterConfig, front: Frontend) -> Starlette:
         Route("/version", typed(face.version), methods=["GET"]),
         Route("/metrics", typed(face.metrics), methods=["GET"]),
     ]
+    dialects = dialect_routes(config, front, face)
+    routes += [Route(one.path, typed(one.handler), methods=[one.method]) for one in dialects]
     door = Middleware(KeyDoor, front=front, answer=_refusal)
     return Starlette(
         routes=routes,
@@ -118,18 +122,26 @@ class _Face:
         self._front.foresee(caller.grant, caller.size_bytes, caller.timeout_s)
 
     async def _parse(self, http: HttpRequest, kind: type[openai.B], tenant: str) -> openai.B:
+        return await self._read(http, partial(openai.parse, kind=kind, strict=self._config.strict), tenant)
+
+    async def read(self, http: HttpRequest, parse: Callable[[dict[str, Any]], tuple[T, list[str]]]) -> T:
+        """Read and check a body of a dialect (dialects/door.py)."""
+        caller = caller_of(http)
+        self._foresee(caller)
+        return await self._read(http, parse, caller.grant.tenant)
+
+    async def _read(self, http: HttpRequest, parse: Callable[[dict[str, Any]], tuple[T, list[str]]], tenant: str) -> T:
         async with read_body(http, self._config.max_body_bytes, self._front.room, tenant) as data:
             if len(data) <= SLICE_BYTES:  # built in one step, so it need not wait for others
-                values = finished(openai.json_object(data))
-                body, ignored = openai.parse(values, kind, strict=self._config.strict)
+                body, ignored = parse(finished(openai.json_object(data)))
             else:
                 async with self._building:
-                    values = await _in_steps(openai.json_object(data))
-                    body, ignored = openai.parse(values, kind, strict=self._config.strict)
-        self._note_ignored(http, ignored)  # now, so that later errors have the header, too
+                    body, ignored = parse(await _in_steps(openai.json_object(data)))
+        self.note_ignored(http, ignored)  # now, so that later errors have the header, too
         return body
 
-    def _note_ignored(self, http: HttpRequest, names: Sequence[str]) -> None:
+    def note_ignored(self, http: HttpRequest, names: Sequence[str]) -> None:
+        """Name fields without effect in the response."""
         http.state.ignored += names
         self._front.flow.metrics.ignored_fields.inc(len(names))
 
@@ -147,7 +159,7 @@ class _Face:
             call = replace(calls[0], request_id=name)
             starting = self._front.resumables.start(call, terms, arrived_s=caller.arrived_s)
         started = await until_disconnect(http, starting)
-        self._note_ignored(http, started.request.ignored_fields)
+        self.note_ignored(http, started.request.ignored_fields)
         return await self._tell(http, started, kind, body)
 
     async def _resume(self, http: HttpRequest, tenant: str) -> Response:
@@ -400,10 +412,10 @@ def _typed(front: Frontend, handler: Handler) -> Handler:
         try:
             response = await handler(http)
         except TwostrokeError as error:
-            response = _error(error)
+            response = _error(error, http.url.path)
         except Exception:
             log.exception("%s %s failed (%s)", http.method, http.url.path, http.state.request_id)
-            response = _error(InternalError("the request failed; the router's log has more"))
+            response = _error(InternalError("the request failed; the router's log has more"), http.url.path)
         response.headers[REQUEST_ID] = http.state.request_id
         if http.state.ignored:
             response.headers[IGNORED] = openai.names_of_ignored(http.state.ignored)
@@ -414,20 +426,24 @@ def _typed(front: Frontend, handler: Handler) -> Handler:
     return wrapped
 
 
-def _error(error: TwostrokeError) -> Response:
+def _error(error: TwostrokeError, path: str) -> Response:
     headers = {}
     if error.retry_after_s is not None:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))  # earlier would be in vain
     if error.http_status == 401:
         headers["www-authenticate"] = "Bearer"
-    return JsonAnswer(error_body(error), status_code=error.http_status, headers=headers)
+    return JsonAnswer(error_form(path)(error), status_code=error.http_status, headers=headers)
 
 
-def _refusal(error: TwostrokeError) -> Response:
+def _refusal(error: TwostrokeError) -> ASGIApp:
     """Error response of a request that reaches no handler."""
-    response = _error(error)
-    response.headers[REQUEST_ID] = _new_id()
-    return response
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        response = _error(error, scope["path"])
+        response.headers[REQUEST_ID] = _new_id()
+        await response(scope, receive, send)
+
+    return answer
 
 
 def _new_id() -> str:

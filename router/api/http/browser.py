@@ -12,7 +12,6 @@ from collections.abc import Callable
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ....core.errors import HostForbidden, InvalidRequest, OriginForbidden, TwostrokeError, UnsupportedContentType
@@ -24,7 +23,7 @@ from ..checks import short
 EXPOSED_HEADERS = ("x-request-id", "x-twostroke-ignored", "retry-after")
 PROBES = ("/health", "/ping")  # load balancers use any host name, and the answer has no private information
 
-Answer = Callable[[TwostrokeError], Response]
+Answer = Callable[[TwostrokeError], ASGIApp]
 
 
 def middleware_for_pages(config: RouterConfig, answer: Answer) -> list[Middleware]:

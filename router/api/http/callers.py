@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 from starlette.requests import Request as HttpRequest
-from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ....core.errors import InvalidRequest, TwostrokeError
@@ -40,7 +39,7 @@ class Caller:
 class KeyDoor:
     """Middleware that lets only requests with a key in."""
 
-    def __init__(self, app: ASGIApp, front: Frontend, answer: Callable[[TwostrokeError], Response]) -> None:
+    def __init__(self, app: ASGIApp, front: Frontend, answer: Callable[[TwostrokeError], ASGIApp]) -> None:
         self._app, self._front, self._answer = app, front, answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

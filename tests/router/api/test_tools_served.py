@@ -4,24 +4,17 @@ The workers are scripted, because the bundled model emits no calls; router, wire
 """
 
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 from support.flow_cluster import until
-from support.scripted_worker import CONTROL, CONTROL_TOKENS, MODEL, ScriptedWorker, make_model
+from support.scripted_router import HELLO, router, worker
+from support.scripted_worker import CONTROL, CONTROL_TOKENS, MODEL, make_model
 
-from twostroke import AsyncClient
-from twostroke.core.ports import free_ports
-from twostroke.kv.keys import proof_key
 from twostroke.router.config import RouterConfig
-from twostroke.router.process import RouterProcess
 
-KEY = "a key of the tests"
-HELLO: list[Any] = [{"role": "user", "content": "What is the weather in Oslo?"}]
 WEATHER: dict[str, Any] = {
     "type": "function",
     "function": {
@@ -33,57 +26,20 @@ WEATHER: dict[str, Any] = {
 OSLO, ROME = {"city": "Oslo – Østkanten"}, {"city": "Rome"}
 
 
+UNKNOWN = {"type": "object", "properties": {"x": {"type": "nonsense"}}}
+
+
+def with_function(**fields: Any) -> dict[str, Any]:
+    """WEATHER with other fields of its function."""
+    return {**WEATHER, "function": {**WEATHER["function"], **fields}}
+
+
 def call_text(arguments: dict[str, Any], name: str = "get_weather") -> str:
     body = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
     return f"<tool_call>\n{body}\n</tool_call>"
 
 
 TWO = f"Let me see.\n{call_text(OSLO)}\n{call_text(ROME)}"
-
-
-class There:
-    """A router with its workers, and the clients of both APIs."""
-
-    def __init__(self, process: RouterProcess, config: RouterConfig) -> None:
-        self.process = process
-        self.openai = openai.AsyncOpenAI(
-            base_url=f"http://127.0.0.1:{config.port}/v1", api_key="none", max_retries=0, timeout=30
-        )
-        self.sdk = AsyncClient(f"127.0.0.1:{config.grpc_port}")
-        self._internal = f"127.0.0.1:{config.internal_port}"
-        self.workers: list[ScriptedWorker] = []
-
-    async def add(self, worker: ScriptedWorker) -> ScriptedWorker:
-        await worker.start(self._internal)
-        self.workers.append(worker)
-        flow = self.process._flow
-        states = lambda: {w["worker_id"]: w["state"] for w in flow.cluster()["workers"]}  # noqa: E731
-        await until(lambda: states().get(worker.worker_id) == "live" and worker.watchers)
-        return worker
-
-    async def chat(self, **more: Any) -> Any:
-        return await self.openai.chat.completions.create(model=MODEL, messages=HELLO, **more)
-
-
-@asynccontextmanager
-async def router(**settings: Any) -> AsyncIterator[There]:
-    port, grpc_port, internal = free_ports("127.0.0.1", 3)
-    config = RouterConfig(port=port, grpc_port=grpc_port, internal_port=internal, worker_return_s=0.0, **settings)
-    process = RouterProcess(config, KEY)
-    await process.start()
-    there = There(process, config)
-    try:
-        yield there
-    finally:
-        await there.openai.close()
-        await there.sdk.close()
-        for worker in there.workers:
-            await worker.die()
-        await process.stop(0.0)
-
-
-def worker(path: Path, says: str = "", name: str = "w0", **more: Any) -> ScriptedWorker:
-    return ScriptedWorker(name, model_path=path, says=says, proof_key=proof_key(KEY), kv_blocks=100_000, **more)
 
 
 @pytest.fixture
@@ -333,12 +289,15 @@ async def test_the_sdk_has_calls_and_reasoning(model):
 @pytest.mark.parametrize(
     ("more", "param", "words"),
     [
-        ({"tools": [WEATHER], "tool_choice": "required"}, "tool_choice", "give auto"),
         (
-            {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "get_weather"}}},
-            "tool_choice",
-            "give auto",
+            {"tools": [WEATHER], "tool_choice": "required", "response_format": {"type": "json_object"}},
+            "response_format",
+            "allows calls only",
         ),
+        ({"tools": [WEATHER], "tool_choice": "required", "extra_body": {"ignore_eos": True}}, "ignore_eos", "tools"),
+        ({"tools": [with_function(parameters=UNKNOWN)], "tool_choice": "required"}, "tools", "nonsense"),
+        ({"tools": [with_function(parameters=UNKNOWN, strict=True)]}, "tools", "nonsense"),
+        ({"tools": [with_function(strict="yes")]}, "tools[0].function.strict", "true or false"),
         (
             {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "other"}}},
             "tool_choice",
@@ -387,3 +346,35 @@ async def test_a_template_of_an_unknown_format_is_told(tmp_path):
 def test_an_unknown_parser_in_the_configuration_is_refused_with_the_list():
     with pytest.raises(ValueError, match=r"router\.tool_parser is 'hermse'; must be one of auto, none, hermes"):
         RouterConfig(tool_parser="hermse")
+
+
+@pytest.mark.parametrize(
+    ("more", "mentions", "not_mentioned"),
+    [
+        ({"tool_choice": "required"}, ("call (", "get_weather", "get_time"), "before"),
+        ({"tool_choice": {"type": "function", "function": {"name": "get_time"}}}, ("get_time",), "get_weather"),
+        ({"tool_choice": "required", "parallel_tool_calls": False}, ("get_weather",), "call ("),
+        ({"tools": [with_function(strict=True)]}, ("before", "get_weather"), "call ("),
+    ],
+)
+async def test_the_choice_of_a_tool_reaches_the_worker_as_a_grammar(model, more, mentions, not_mentioned):
+    asked = {"tools": [WEATHER, {"type": "function", "function": {"name": "get_time"}}], **more}
+    async with router() as there:
+        scripted = await there.add(worker(model, call_text(OSLO)))
+        await there.chat(**asked)
+        by_http = scripted.submits[-1].sampling.structured_outputs
+        assert all(word in by_http.grammar for word in mentions)
+        assert not_mentioned not in by_http.grammar
+        await there.sdk.chat(HELLO, **asked)
+        assert scripted.submits[-1].sampling.structured_outputs == by_http
+
+
+async def test_a_format_without_a_grammar_refuses_to_enforce_and_names_strict_as_ignored(model):
+    async with router(tool_parser="glm", reasoning_parser="none") as there:
+        await there.add(worker(model, "Hi."))
+        with pytest.raises(openai.BadRequestError, match="cannot be enforced: give auto"):
+            await there.chat(tools=[WEATHER], tool_choice="required")
+        answer = await there.openai.chat.completions.with_raw_response.create(
+            model=MODEL, messages=HELLO, tools=[with_function(strict=True)]
+        )
+        assert answer.headers["x-twostroke-ignored"] == "tools.strict"

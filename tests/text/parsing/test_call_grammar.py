@@ -8,7 +8,7 @@ pytest.importorskip("llguidance")
 
 import llguidance
 
-from twostroke.text.parsing.grammar import grammar_of
+from twostroke.text.parsing.grammar import free_grammar_of, grammar_of
 from twostroke.text.parsing.parser import parse
 from twostroke.text.parsing.parsers import CALLS, WHOLE, Parsers
 from twostroke.text.parsing.values import Tools
@@ -104,9 +104,65 @@ def test_special_tokens_stand_by_their_ids():
     ids = {"[TOOL_CALLS]": 5, "[ARGS]": 9}
     grammar = grammar_of(TOOLS, "time", Parsers("mistral", "none"), ids.get)
     assert grammar is not None
-    assert 'call: <[5]> "time" <[9]> %json' in grammar
+    assert "call: <[5]> rest" in grammar
+    assert 'rest: ("time" <[9]> %json' in grammar
 
 
 def test_formats_without_json_arguments_have_no_grammar():
     for name in (set(CALLS) | set(WHOLE)) - {"hermes", "llama3_json", "mistral", "harmony"}:
         assert grammar_of(TOOLS, None, Parsers(name), no_special) is None
+        assert free_grammar_of(TOOLS, frozenset({"weather"}), Parsers(name), no_special) is None
+
+
+def test_references_of_a_schema_count_from_its_own_root():
+    schema = {
+        "type": "object",
+        "properties": {"place": {"$ref": "#/$defs/Place"}},
+        "required": ["place"],
+        "$defs": {"Place": {"type": "string", "enum": ["Oslo", "Rome"]}},
+    }
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": schema}}]
+    for name, begin, end in (
+        ("hermes", '<tool_call>\n{"name": "weather", "arguments": ', "}\n</tool_call>"),
+        ("llama3_json", '{"name": "weather", "parameters": ', "}"),
+        ("mistral", '[TOOL_CALLS] [{"name": "weather", "arguments": ', "}]"),
+    ):
+        grammar = grammar_of(tools, None, Parsers(name, "none"), no_special)
+        assert grammar is not None
+        assert accepts(grammar, begin + '{"place": "Rome"}' + end)
+        assert not accepts(grammar, begin + '{"place": "Paris"}' + end)
+
+
+def test_a_tool_without_parameters_takes_none():
+    assert not accepts(made("time"), TIME.replace("{}", '{"zone": 1}'))
+
+
+def test_strict_leaves_text_free_and_holds_the_schemas_of_strict_tools():
+    grammar = free_grammar_of(TOOLS, frozenset({"weather"}), HERMES, no_special)
+    assert grammar is not None
+    for text in (
+        "",
+        "It rains.",
+        "a < b",
+        WEATHER,
+        f"Let me see.\n{WEATHER}\n{TIME}\nSo.",
+        f"<think>x</think>\n{WEATHER}",
+    ):
+        assert accepts(grammar, text), text
+    assert accepts(grammar, TIME.replace("{}", '{"zone": 1}'))
+    assert not accepts(grammar, WEATHER.replace('"Oslo"', "7"))
+    assert not accepts(grammar, f"Well: {WEATHER.replace('weather', 'whether')}")
+    assert not accepts(grammar, f"{WEATHER}\n<tool_call>\nno call")
+
+
+def test_strict_holds_behind_reasoning_that_the_prompt_began():
+    grammar = free_grammar_of(TOOLS, frozenset({"weather"}), HERMES, no_special, is_thinking=True)
+    assert grammar is not None
+    assert accepts(grammar, f"Hm.\n</think>\n\n{WEATHER}")
+    assert accepts(grammar, "Hm.\n</think>\n\nIt rains.")
+    assert not accepts(grammar, f"Hm.\n</think>\n\n{WEATHER.replace('city', 'town')}")
+
+
+def test_text_alone_marks_no_call_where_calls_have_no_opener():
+    for name in ("llama3_json", "harmony"):
+        assert free_grammar_of(TOOLS, frozenset({"weather"}), Parsers(name, "none"), no_special) is None
