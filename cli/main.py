@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..cli import certs, chat, down, drain, restart, role, serve, status, up
+from ..cli import certs, chat, down, drain, quantize, restart, role, serve, status, up
 from ..cli import processes as members
 from ..core.errors import TwostrokeError
 from .failure import fail
@@ -48,6 +48,7 @@ app.command()(drain.drain)
 app.command()(restart.restart)
 app.command()(chat.chat)
 app.command()(certs.certs)
+app.command()(quantize.quantize)
 app.add_typer(keys_app, name="keys")
 app.add_typer(sim_app, name="sim")
 

@@ -71,7 +71,7 @@ class Decoder:
     def hidden(self, batch: StepBatch, store: KvStore) -> Hidden:
         """Run all layers over a step's rows and store their keys and values."""
         ops, layers = self.ops, self.weights.layers
-        x = self._embed(batch.token_ids)  # [rows, hidden]
+        x = embedded(self.weights.embedding, batch.token_ids, self.spec)  # [rows, hidden]
         angles = [tuple(t.index_select(0, batch.positions) for t in table) for table in self._tables]
         if self._stack is not None:
             non_finite, refused = self._stack.run(x, angles, batch, store)
@@ -112,11 +112,6 @@ class Decoder:
             return logits
         return Logits(softcapped(logits.rows, self.spec.final_softcap), None)
 
-    def _embed(self, token_ids: Tensor) -> Tensor:
-        x = self.weights.embedding.index_select(0, token_ids)
-        if self.spec.embedding_scale is None:
-            return x
-        return x * torch.tensor(self.spec.embedding_scale, dtype=x.dtype)  # scale rounded first, as in Gemma's training
 
     def _attend(self, h: Tensor, weights: PlainWeights | LatentWeights, step: LayerStep) -> tuple[Tensor, Tensor]:
         """Attention of h [rows, hidden]: its output [rows, hidden], and counts [rows] of non-finite keys and values."""
@@ -132,6 +127,14 @@ class Decoder:
             assert isinstance(shape, ExpertsFfn)
             return mix_experts(self.ops, h, weights, shape, self.spec.activation)
         return self.ops.linear(self.ops.gated_linear(h, weights.gate_up, self.spec.activation), weights.down)
+
+
+def embedded(table: Tensor, token_ids: Tensor, spec: ModelSpec) -> Tensor:
+    """Rows [n, hidden] of the first residual stream, for token ids [n] and a table [vocab, hidden]."""
+    x = table.index_select(0, token_ids)
+    if spec.embedding_scale is None:
+        return x
+    return x * torch.tensor(spec.embedding_scale, dtype=x.dtype)  # scale rounded first, as in Gemma's training
 
 
 def _attend_plain(h: Tensor, weights: PlainWeights, shape: PlainAttention, step: LayerStep) -> tuple[Tensor, Tensor]:

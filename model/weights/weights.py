@@ -109,6 +109,16 @@ def load_weights(source: TensorSource, spec: ModelSpec, ops: Ops) -> Weights:
     )
 
 
+def load_layer(source: TensorSource, spec: ModelSpec, ops: Ops, index: int) -> LayerWeights:
+    """Take and pack the tensors of one layer of a source that `check_tensors` has seen. Raises as `load_weights`."""
+    return _Loader(source, spec, ops).layer(index)
+
+
+def load_norm(source: TensorSource, spec: ModelSpec, ops: Ops) -> Norm:
+    """Take the norm after the last layer. Raises as `load_weights`."""
+    return _Loader(source, spec, ops).norm(FINAL_NORM)
+
+
 def check_tensors(source: TensorSource, spec: ModelSpec) -> None:
     """Check that a source has exactly the spec's tensors, in their shapes.
 
