@@ -88,6 +88,7 @@ bench: $(STAMP)-all
 	$(BIN)/python bench/serve.py
 	$(BIN)/python bench/plans.py
 	$(BIN)/python bench/quality.py
+	$(BIN)/python bench/quantize.py
 
 # Beside transformers, llama.cpp, OpenVINO and vLLM: installs them (into .bench-envs/) the first time, which takes long.
 bench-engine: $(STAMP)-all,test

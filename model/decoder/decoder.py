@@ -112,7 +112,6 @@ class Decoder:
             return logits
         return Logits(softcapped(logits.rows, self.spec.final_softcap), None)
 
-
     def _attend(self, h: Tensor, weights: PlainWeights | LatentWeights, step: LayerStep) -> tuple[Tensor, Tensor]:
         """Attention of h [rows, hidden]: its output [rows, hidden], and counts [rows] of non-finite keys and values."""
         shape = self.spec.attention

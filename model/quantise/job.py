@@ -130,8 +130,10 @@ class _Job:
         del observer
         served = load_layer(Overlay(source, result.served), spec, ops, index)
         self._round_activations(served, index, result)
+        is_last = index + 1 == spec.num_layers
+        calibration = state["calibration"][:0] if is_last else state["calibration"]  # nobody needs it after the last
         after = {
-            "calibration": through_layer(spec, index, served, ops, state["calibration"]),
+            "calibration": through_layer(spec, index, served, ops, calibration),
             "original": original,
             "quantised": through_layer(spec, index, served, ops, state["quantised"]),
         }

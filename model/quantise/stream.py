@@ -72,7 +72,7 @@ def through_layer(spec: ModelSpec, index: int, weights: LayerWeights, ops: Obser
     batch = read_whole(build_batch(StepPlan(0, (step,)), [ids], _BLOCK_TOKENS, ops))
     length = spec.max_model_len if spec.length_matters else min(spec.max_model_len, count)
     out = torch.empty_like(x)
-    unused, decoder = ops.pack(x[0, :1]), None  # of the norm and the head after the last layer
+    unused, decoder = ops.pack(x.new_zeros(1, x.shape[2])), None  # of the norm and the head after the last layer
     for window, rows in enumerate(x):
         held = Weights(rows, (weights,), weights.attention_norm, unused, b"")
         if decoder is None:
