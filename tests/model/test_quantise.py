@@ -39,6 +39,7 @@ FORMS = {
     "fp8-channel": Settings("fp8"),
     "fp8-block": Settings("fp8", granularity="block"),
 }
+FAMILIES = ("phi3", "gemma3", "mixtral", "qwen2-moe", "deepseek-v2")
 NO_CALIBRATION = [name for name in FORMS if not name.startswith("smooth")]  # their matrices are the same everywhere
 
 
@@ -210,8 +211,15 @@ def test_checkpoints_texts_and_machines_that_do_not_do_are_refused(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("method", ["awq", "smoothquant", "gptq"])
-@pytest.mark.parametrize("name", ["phi3", "gemma3", "mixtral", "qwen2-moe", "deepseek-v2"])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        *((name, "awq") for name in FAMILIES),
+        ("gemma3", "smoothquant"),
+        ("deepseek-v2", "smoothquant"),
+        ("phi3", "gptq"),
+    ],
+)
 def test_families_keep_their_numbers_in_eight_bits(
     name: str, method: str, family_directory: Callable[[str], Path], make_hand: Callable[..., Hand], tmp_path: Path
 ) -> None:
