@@ -48,7 +48,7 @@ def lives_of(cluster: dict[str, Any] | None) -> dict[str, Life]:
         return {}
     routers = cluster.get("routers") or [cluster["router"] | {"name": "router-0"}]
     found = {
-        router["name"]: Life(router["incarnation"], Use.NONE if router["state"] == "starting" else Use.SERVES)
+        router["name"]: Life(router["incarnation"], Use.NONE if router.get("state") == "starting" else Use.SERVES)
         for router in routers
     }
     for worker in cluster["workers"]:

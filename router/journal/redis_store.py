@@ -77,6 +77,11 @@ class RedisStore:
         self.is_up = True  # the last call was answered
         self.num_failures = 0
 
+    @property
+    def num_waiting(self) -> int:
+        """Requests of which something is not written yet."""
+        return len(self._dirty)
+
     def changed(self, entry: Entry) -> None:
         """Implements `JournalStore.changed`."""
         if self._is_closed:

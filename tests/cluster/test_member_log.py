@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from twostroke.cluster.config import load_config
+from twostroke.cluster.launch import process
 from twostroke.cluster.launch import process as launch_process
 from twostroke.cluster.launch.last_words import ProcessEnd, end_of_process
 from twostroke.cluster.launch.launcher import Site
@@ -78,14 +79,16 @@ async def test_a_chatty_members_log_is_cut_while_it_runs_and_its_last_words_are_
     monkeypatch.setattr(launch_process, "_LOG_CHECK_S", 0.01)
     monkeypatch.setattr(launch_process, "MemberLog", partial(MemberLog, max_bytes=100_000))
     keys = [f"key-{number:020d}" for number in range(20_000)]
-    launcher = ProcessLauncher(Site(load_config(flags={"router.api_keys": keys}), "", "", (0,)))
+    site, router = Site(load_config(flags={"router.api_keys": keys}), "", "", (0,)), ProcessPlan("router-0", "router")
+    launcher = ProcessLauncher(site)
     monkeypatch.setattr(launcher, "_command", lambda _: [sys.executable, "-c", CHILD])
     ends = asyncio.Queue[ProcessEnd]()
     try:
-        await launcher.start(ProcessPlan("router-0", "router"), lambda _, end: ends.put_nowait(end))
+        await launcher.start(router, lambda _, end: ends.put_nowait(end))
         end = await asyncio.wait_for(ends.get(), 60)
-        assert end == ProcessEnd(f"the last word; configured with {len(launcher._configs['router'])}", is_certain=True)
-        assert len(launcher._configs["router"]) > 500_000
+        size = len(process._config_text(site, router))
+        assert end == ProcessEnd(f"the last word; configured with {size}", is_certain=True)
+        assert size > 500_000
     finally:
         await launcher.close()
 

@@ -157,7 +157,7 @@ async def test_a_chat_that_is_over_is_read_from_the_store_as_it_was(tmp_path: Pa
         async with pair(tmp_path, journal_url=server.url) as both:
             whole = await events(both, ASKED | {"request_id": "r1"}, x_twostroke_resumable="1")
             (owner,) = [p for p in both.processes if len(p._front.streams.journal)]
-            await until(lambda: not owner._front.resumables.store._dirty)
+            await until(lambda: not owner._front.resumables.store.num_waiting)
             await asyncio.sleep(0.2)  # the last batch may be under way
             await owner.stop(0.0)
             assert await events(both, {}, last_event_id="r1:") == whole

@@ -119,7 +119,7 @@ def start() -> Iterator[Callable[..., Start]]:
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("launcher", ["process", pytest.param("ray", marks=pytest.mark.ray)])
+@pytest.mark.parametrize("launcher", ["process", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.campaign])])
 def test_serves_a_model_of_the_folder_and_runs_none_of_its_files(start, monkeypatch, launcher):
     """Traps in the folder, proxies that lead nowhere, another Ray named: a user's shell may look like that."""
     elsewhere = {"RAY_ADDRESS": "127.0.0.1:9", "RAY_NAMESPACE": "other", "RAY_RUNTIME_ENV_HOOK": "no.such.hook"}

@@ -12,7 +12,8 @@ PROMPTS = ("def add(a, b):", "import os\n\nfor name in os.listdir(", "class Stac
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ranks share memory on Linux only")
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.campaign), "bfloat16"])
+@pytest.mark.campaign
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_ranks_of_one_role_alone_change_no_token(run_cluster, dtype: str):
     common: dict[str, Any] = {
         "step__num_threads": 1,
