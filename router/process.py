@@ -63,6 +63,7 @@ _CLIENTS_OPTIONS = (
     ("grpc.http2.bdp_probe", 0),  # with probes these windows would grow to megabytes
 )
 JOIN_S = 5.0  # a router that starts beside others waits for their workers: each announces itself every 2 s at least
+LAST_READ_S = 2.0  # for clients to read what a stopping router has sent
 ACCEPTS = 2  # connections that the event loop accepts per turn (asyncio's `backlog`)
 BACKLOG = 2048  # connections that wait in the system to be accepted
 
@@ -189,7 +190,10 @@ class RouterProcess:
             self._http.force_exit = True
             with contextlib.suppress(TimeoutError, asyncio.CancelledError):
                 await asyncio.wait_for(self._http_task, 1.0)
-        await asyncio.gather(*(server.stop(0.5) for server in self._servers), self._peers.close())
+        # All requests are over, and a client may still be reading the end of one.
+        graces = [LAST_READ_S if server is self._clients else 0.5 for server in self._servers]
+        stopping = (server.stop(grace) for server, grace in zip(self._servers, graces, strict=True))
+        await asyncio.gather(*stopping, self._peers.close())
         await leaving
         self._guard.close()
         self._front.grammars.close()

@@ -158,7 +158,7 @@ def disturb(cluster: Any, client: openai.OpenAI, kinds: list[str], how: signal.S
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.campaign)])
 def test_streams_survive_the_loss_of_their_decode_worker(decoders, client, undisturbed, how):
     rng = random.Random(SEED)
     resumed = 0

@@ -33,6 +33,7 @@ async def test_all_workers_restart_under_load_and_no_stream_notices(tiny_checkpo
     ]
 
 
+@pytest.mark.campaign
 @pytest.mark.timeout(600)
 async def test_routers_restart_after_the_workers_and_requests_go_on(tiny_checkpoint):
     said: list[str] = []

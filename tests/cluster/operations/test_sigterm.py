@@ -11,6 +11,7 @@ from support.supervised import BUSY_MACHINE_S, supervised
 from twostroke.client.async_client import AsyncClient
 
 
+@pytest.mark.campaign
 @pytest.mark.timeout(600)
 async def test_streams_of_a_terminated_worker_go_on_and_it_comes_back(tiny_checkpoint):
     flags = {"cluster.decode": 2, "cluster.drain_timeout_s": 0.1}  # no stream ends in so short a time
