@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -36,6 +36,28 @@ class Wanted(NamedTuple):
 
     role: str
     num_ranks: int  # all on one node
+
+
+class Living(NamedTuple):
+    """A machine that answers now."""
+
+    name: str
+    address: str
+    num_cpus: float  # that the launcher may use of it
+    num_gpus: float
+
+    def takes(self, device: str) -> bool:
+        """True if a worker of this device may run there."""
+        return (self.num_gpus if device == "cuda" else self.num_cpus) > 0
+
+
+def stand_in(living: Sequence[Living], num_members: Mapping[str, int], device: str) -> Living | None:
+    """The machine for a worker whose own is gone: of those with its device, the one with the fewest members.
+
+    `num_members`: by the machine's name. None: no machine has the device; the worker waits for its own.
+    """
+    usable = [node for node in living if node.takes(device)]
+    return min(usable, key=lambda node: (num_members.get(node.name, 0), node.name), default=None)
 
 
 def spread(nodes: Sequence[Node], wanted: Sequence[Wanted], device: str) -> list[int]:

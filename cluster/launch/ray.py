@@ -19,10 +19,11 @@ from ...prefill_worker.actor import PrefillWorker
 from ...router.actor import Router
 from ...router.config import RouterConfig
 from ...worker.settings import WorkerSettings
+from ..nodes import stand_in
 from ..placement import ProcessPlan
 from .last_words import ProcessEnd, end_of_error
 from .launcher import Ended, Site, worker_settings
-from .ray_nodes import alive_nodes, on_node
+from .ray_nodes import living_nodes, on_node
 from .ray_session import RaySession
 
 if TYPE_CHECKING:
@@ -110,17 +111,18 @@ class RayLauncher:
         return _actor(kind, member).remote(_BuildWorker(worker), grace_s)
 
     def _on_living_node(self, member: ProcessPlan) -> ProcessPlan:
-        """The member on its node; if that is gone, on the living node with the fewest of our members.
+        """The member on its node; if that is gone, on another (nodes.py).
 
-        The router stays where it is, because workers look for it there.
+        Routers stay where they are, because workers look for them there.
         """
-        nodes = alive_nodes()
-        if member.kind == "router" or member.node in nodes or not nodes:
+        living = living_nodes()
+        if member.kind == "router" or any(node.name == member.node for node in living):
             return member
-        here = Counter(self._nodes[name] for name in self._actors if name in self._nodes)
-        chosen = min(nodes, key=lambda node: (here[node], node))
-        log.warning("%s moves to %s, because its node is gone", member.name, nodes[chosen])
-        return replace(member, node=chosen, host=nodes[chosen])
+        chosen = stand_in(living, Counter(self._nodes[name] for name in self._actors), member.device)
+        if chosen is None:
+            return member
+        log.warning("%s moves to %s, because its node is gone", member.name, chosen.address)
+        return replace(member, node=chosen.name, host=chosen.address)
 
     async def _watch(self, name: str, actor: Any, ended: Ended) -> None:
         import ray

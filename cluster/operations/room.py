@@ -24,6 +24,7 @@ class Room:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
+        self._here = next(member.node for member in plan.members if member.kind == "router")
         self._free: list[ProcessPlan] = list(plan.free_places)
         self._next: Counter[str] = Counter(_prefix(worker) for worker in plan.workers)
         places = [*plan.workers, *plan.free_places]
@@ -101,6 +102,8 @@ class Room:
 
     def _lack(self, place: ProcessPlan, machine: MachineFacts) -> str:
         """What is missing for a worker in this place, as arithmetic; empty: nothing."""
+        if place.node != self._here:
+            return f"it is for {place.host}, another machine, and what is free there is not known here"
         model, pool = self._plan.model, self._plan.pool
         needed = self._bytes_of(place)
         have, where = machine.memory_bytes, "the machine has"

@@ -10,9 +10,11 @@ from twostroke.checkpoint import locate
 from twostroke.checkpoint.config import BUNDLED
 from twostroke.checkpoint.locate import located, located_on_node
 from twostroke.cluster.config import load_config
-from twostroke.cluster.nodes import LOOPBACK, Node, Wanted, spread
+from twostroke.cluster.nodes import LOOPBACK, Living, Node, Wanted, spread, stand_in
+from twostroke.cluster.operations.room import NoRoom, Room
 from twostroke.cluster.placement import ModelFacts, bytes_beside_workers, place, place_on
 from twostroke.core.errors import CheckpointError, ConfigError
+from twostroke.core.request import Role
 from twostroke.kv.spec import attention_spec
 from twostroke.worker.machine import MachineFacts
 
@@ -119,6 +121,29 @@ def test_spread_fills_before_it_shares_and_spreads_roles(cores: list[int], worke
                 sum(w.role == role and at == n for w, at in zip(wanted, chosen, strict=True)) for n in range(len(nodes))
             ]
             assert max(counts) - min(counts) <= 1 or min(free) == 0
+
+
+def test_a_worker_without_its_machine_goes_where_its_device_is_and_fewest_members_are():
+    cpu, gpu, busy = Living("a", "10.0.0.1", 8, 0), Living("b", "10.0.0.2", 8, 1), Living("c", "10.0.0.3", 8, 1)
+    assert stand_in([cpu, busy, gpu], {"c": 2, "b": 1}, "cuda") == gpu
+    assert stand_in([cpu, busy, gpu], {"c": 2, "b": 1}, "cpu") == cpu
+    assert stand_in([cpu], {}, "cuda") is None
+    assert stand_in([Living("head", "10.0.0.9", 0, 0)], {}, "cpu") is None
+
+
+def test_no_worker_is_added_where_free_memory_is_not_known():
+    flags = {"planner.enabled": True, "planner.max_workers": 4, "cache.tokens": 4096}
+    plan = plan_of([node(1), node(2)], cluster__prefill=1, cluster__decode=1, **flags)
+    room, here = Room(plan), MachineFacts(8, 100 * GIB)
+    assert {place.node for place in plan.free_places} == {"n1", "n2"}
+    taken = room.take(Role.DECODE, here, plan.members)
+    assert not isinstance(taken, NoRoom)
+    assert taken.node == "n1"
+    refused = room.take(Role.DECODE, here, plan.members)
+    assert isinstance(refused, NoRoom)
+    assert "it is for 10.0.0.2, another machine" in refused.reason
+    elsewhere = next(worker for worker in plan.workers if worker.node == "n2")
+    assert isinstance(room.beside(elsewhere, here, plan.members), NoRoom)
 
 
 def test_a_checkpoint_is_found_again_on_another_node(tmp_path, monkeypatch):
