@@ -7,11 +7,16 @@
 
 #if defined(__AVX512F__)
 #define FLOATS 16
-#else
+#elif defined(__AVX__)
 #define FLOATS 8
+#else
+#define FLOATS 4
 #endif
 typedef float floats __attribute__((vector_size(4 * FLOATS)));
-#define NUM_SUMS 12 /* latency 4, two units: 8 are enough */
+/* Twelve sums in variables of their own: an array of them is kept in memory, and the loop waits for that. A product takes
+   four cycles and there are two units, so eight sums are enough. */
+#define TWELVE(do) do(0) do(1) do(2) do(3) do(4) do(5) do(6) do(7) do(8) do(9) do(10) do(11)
+#define NUM_SUMS 12
 
 /* The sum of all words; four sums, so that additions are never what it waits for. */
 uint64_t read_all(const uint64_t *words, size_t count, int threads) {
@@ -38,19 +43,19 @@ uint64_t read_all(const uint64_t *words, size_t count, int threads) {
 double multiply_floats(long times, int threads, float *kept) {
     #pragma omp parallel num_threads(threads)
     {
-        floats sums[NUM_SUMS], x, y;
+        floats x, y, total = {0};
         for (int i = 0; i < FLOATS; i++) { x[i] = kept[0]; y[i] = kept[1]; }
-        for (int s = 0; s < NUM_SUMS; s++) sums[s] = x * (float)s;
-        for (long t = 0; t < times; t++) {
-            #pragma GCC unroll 12
-            for (int s = 0; s < NUM_SUMS; s++) {
-                sums[s] = sums[s] * x + y;
-                __asm__ volatile("" : "+x"(sums[s]));
-            }
-        }
-        for (int s = 1; s < NUM_SUMS; s++) sums[0] += sums[s];
+#define BEGIN(n) floats sum##n = x * (float)n;
+#define STEP(n) sum##n = sum##n * x + y; __asm__ volatile("" : "+x"(sum##n));
+#define END(n) total += sum##n;
+        TWELVE(BEGIN)
+        for (long t = 0; t < times; t++) { TWELVE(STEP) }
+        TWELVE(END)
+#undef BEGIN
+#undef STEP
+#undef END
         #pragma omp critical
-        kept[2] += sums[0][0];
+        kept[2] += total[0];
     }
     return (double)times * NUM_SUMS * FLOATS * threads;
 }
@@ -58,40 +63,40 @@ double multiply_floats(long times, int threads, float *kept) {
 /* Products of bytes, summed in 32 bits, by the instructions of this machine; 0: it has none that is known here. */
 double multiply_bytes(long times, int threads, int *kept) {
 #if defined(__AVX512VNNI__)
-    #pragma omp parallel num_threads(threads)
-    {
-        __m512i sums[NUM_SUMS], x = _mm512_set1_epi32(kept[0]), y = _mm512_set1_epi32(kept[1]);
-        for (int s = 0; s < NUM_SUMS; s++) sums[s] = _mm512_set1_epi32(s);
-        for (long t = 0; t < times; t++)
-            #pragma GCC unroll 12
-            for (int s = 0; s < NUM_SUMS; s++) {
-                sums[s] = _mm512_dpbusd_epi32(sums[s], x, y);
-                __asm__ volatile("" : "+x"(sums[s]));
-            }
-        for (int s = 1; s < NUM_SUMS; s++) sums[0] = _mm512_add_epi32(sums[0], sums[s]);
-        #pragma omp critical
-        kept[2] += _mm512_cvtsi512_si32(sums[0]);
-    }
-    return (double)times * NUM_SUMS * 64 * threads;
+#define INTS __m512i
+#define SET _mm512_set1_epi32
+#define ADD _mm512_add_epi32
+#define FIRST _mm512_cvtsi512_si32
+#define STEP(n) sum##n = _mm512_dpbusd_epi32(sum##n, x, y); __asm__ volatile("" : "+x"(sum##n));
 #elif defined(__AVX2__)
+#define INTS __m256i
+#define SET _mm256_set1_epi32
+#define ADD _mm256_add_epi32
+#define FIRST(v) _mm_cvtsi128_si32(_mm256_castsi256_si128(v))
+/* The barrier behind the first instruction: it is computed anew for every sum. */
+#define STEP(n) { \
+    __m256i pairs = _mm256_maddubs_epi16(x, y); \
+    __asm__ volatile("" : "+x"(pairs)); \
+    sum##n = _mm256_add_epi32(sum##n, _mm256_madd_epi16(pairs, ones)); \
+    __asm__ volatile("" : "+x"(sum##n)); \
+}
+#endif
+#if defined(STEP)
     #pragma omp parallel num_threads(threads)
     {
-        __m256i sums[NUM_SUMS], x = _mm256_set1_epi32(kept[0]), y = _mm256_set1_epi32(kept[1]);
+        INTS x = SET(kept[0]), y = SET(kept[1]), total = SET(0);
+#if !defined(__AVX512VNNI__)
         const __m256i ones = _mm256_set1_epi16(1);
-        for (int s = 0; s < NUM_SUMS; s++) sums[s] = _mm256_set1_epi32(s);
-        for (long t = 0; t < times; t++)
-            #pragma GCC unroll 12
-            for (int s = 0; s < NUM_SUMS; s++) {
-                __m256i pairs = _mm256_maddubs_epi16(x, y);
-                __asm__ volatile("" : "+x"(pairs)); /* computed anew for every sum */
-                sums[s] = _mm256_add_epi32(sums[s], _mm256_madd_epi16(pairs, ones));
-                __asm__ volatile("" : "+x"(sums[s]));
-            }
-        for (int s = 1; s < NUM_SUMS; s++) sums[0] = _mm256_add_epi32(sums[0], sums[s]);
+#endif
+#define BEGIN(n) INTS sum##n = SET(n);
+#define END(n) total = ADD(total, sum##n);
+        TWELVE(BEGIN)
+        for (long t = 0; t < times; t++) { TWELVE(STEP) }
+        TWELVE(END)
         #pragma omp critical
-        kept[2] += _mm_cvtsi128_si32(_mm256_castsi256_si128(sums[0]));
+        kept[2] += FIRST(total);
     }
-    return (double)times * NUM_SUMS * 32 * threads;
+    return (double)times * NUM_SUMS * sizeof(INTS) * threads;
 #else
     return 0.0;
 #endif
