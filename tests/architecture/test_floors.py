@@ -34,6 +34,7 @@ PURE_FOLDERS = {
     "kv/handover": {"driver.py"},
     "cluster/planner": set(),
     "router/requests": {"decision_log.py", "dispatch.py", "flow.py"},
+    "router/requests/admission": set(),
     "router/routing": set(),
     "text/parsing": set(),
 }
@@ -62,8 +63,10 @@ PURE_FILES = (
     "cluster/catalogue.py",
     "cluster/devices.py",
     "cluster/fit.py",
+    "cluster/nodes.py",
     "cluster/operations/rolling.py",
     "cluster/operations/room.py",
+    "cluster/operations/standins.py",
     "cluster/placement.py",
     "cluster/restarts.py",
 )
