@@ -4,51 +4,40 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
-import re
-import secrets
 import time
-from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .... import __version__
-from ....core.errors import CursorLost, InternalError, InvalidRequest, RequestNotFound, TwostrokeError, Unavailable
+from ....core.errors import CursorLost, InvalidRequest, RequestNotFound, Unavailable
 from ...api import openai_requests as openai
 from ...config import RouterConfig
-from ...requests.pieces import OutputDelta
 from ..call import GenerateCall
-from ..dialects.errors import error_form
 from ..dialects.routes import dialect_routes
-from ..echo import Echo, echo_of
 from ..fields import Body, ChatBody, CompletionBody
 from ..frontend import Frontend
-from ..openai_responses import Answer, Wants, error_body
 from ..running.resumable import CURSOR_HEADER, HEADER, KEY_HEADER, Terms, fingerprint_of
 from ..running.started import Started
 from ..validate import is_request_id, new_request_id
 from .bodies import read_body
 from .browser import middleware_for_pages
 from .callers import Caller, KeyDoor, caller_of
-from .sse import EventStream, JsonAnswer, event, to_json_in_parts, until_disconnect
+from .chunks import EVENT_ID_PARTS, USAGE_MARK, answer_to, chunks_of, events_of, first_of, wants_usage, whole
+from .failures import TidyPaths, no_such_route, refusal, typed_handler, wrong_method
+from .sse import EventStream, JsonAnswer, until_disconnect
 from .structure import SLICE_BYTES, finished
 
 log = logging.getLogger(__name__)
 
-REQUEST_ID = "x-request-id"
-IGNORED = "x-twostroke-ignored"
-EVENT_ID_PARTS = ":"  # between request id and cursor, which has none
 _NO_MESSAGES = [{"role": "user", "content": ""}]  # in a journaled body, whose prompt is elsewhere as token ids
 # Fields that act through the journaled request alone. The others may shape the answer and are journaled with the body.
 _OF_THE_REQUEST = frozenset(
@@ -58,16 +47,14 @@ _OF_THE_REQUEST = frozenset(
         "structural_tag",
     }
 )
-USAGE_MARK = ".u"  # behind the cursor of the event with the usage
 
 T = TypeVar("T")
-Handler = Callable[[HttpRequest], Awaitable[Response]]
 
 
 def make_app(config: RouterConfig, front: Frontend) -> Starlette:
     """The ASGI application of one router."""
     face = _Face(config, front)
-    typed = partial(_typed, front)
+    typed = partial(typed_handler, front)
     routes = [
         Route("/v1/chat/completions", typed(face.chat), methods=["POST"]),
         Route("/v1/completions", typed(face.completions), methods=["POST"]),
@@ -82,11 +69,11 @@ def make_app(config: RouterConfig, front: Frontend) -> Starlette:
     ]
     dialects = dialect_routes(config, front, face)
     routes += [Route(one.path, typed(one.handler), methods=[one.method]) for one in dialects]
-    door = Middleware(KeyDoor, front=front, answer=_refusal)
+    door = Middleware(KeyDoor, front=front, answer=refusal)
     return Starlette(
         routes=routes,
-        middleware=[*middleware_for_pages(config, _refusal), Middleware(_TidyPaths), door],
-        exception_handlers={404: _no_such_route, 405: _wrong_method},
+        middleware=[*middleware_for_pages(config, refusal), Middleware(TidyPaths), door],
+        exception_handlers={404: no_such_route, 405: wrong_method},
     )
 
 
@@ -193,20 +180,20 @@ class _Face:
         try:
             if isinstance(body, CompletionBody) and body.echo:  # slow for long prompts: computes token offsets
                 sizes = sum(len(request.prompt_ids) for request in started.requests)
-                work = partial(_answer_to, body, head, started)
+                work = partial(answer_to, body, head, started)
                 answer = await self._front.texts.run(work, sizes, started.request.timeout_s)
             else:
-                answer = _answer_to(body, head, started)
+                answer = answer_to(body, head, started)
             if not body.stream:
-                return JsonAnswer(await until_disconnect(http, _whole(started, answer, self._scores)))
-            chunks = _chunks(started, answer, self._scores, with_usage=_with_usage(body) and not has_usage)
+                return JsonAnswer(await until_disconnect(http, whole(started, answer, self._scores)))
+            chunks = chunks_of(started, answer, self._scores, with_usage=wants_usage(body) and not has_usage)
             first: bytes | None = None
             if started.track is not None:
-                first = await until_disconnect(http, _first(chunks))  # a wrong cursor is an error before the stream
+                first = await until_disconnect(http, first_of(chunks))  # a wrong cursor is an error before the stream
         except BaseException:
             await started.rest.aclose()
             raise
-        events = _events(chunks, first, answer)
+        events = events_of(chunks, first, answer)
         return EventStream(events, {}, self._config.slow_client_s, source=started.rest)
 
     async def models(self, http: HttpRequest) -> Response:
@@ -286,182 +273,3 @@ def _terms(http: HttpRequest, calls: Sequence[GenerateCall], kind: str, body: Bo
     elif isinstance(body, CompletionBody):
         kept["prompt"] = values["prompt"] if body.echo else ""
     return Terms(kind, kept, key, fingerprint)
-
-
-def _with_usage(body: Body) -> bool:
-    return bool(body.stream_options and body.stream_options.include_usage)
-
-
-def _answer_to(body: Body, head: dict[str, Any], started: Started) -> Answer:
-    if body.stream:
-        head["object"] = "chat.completion.chunk" if started.request.is_chat else head["object"]
-        head |= {"usage": None} if _with_usage(body) else {}
-    return Answer(head, started.requests, started.model, _wants(body, started))
-
-
-def _wants(body: Body, started: Started) -> Wants:
-    echo: tuple[Echo, ...] | None = None
-    options = body.stream_options
-    if isinstance(body, CompletionBody) and body.echo:
-        prompts, tokenizer = openai.prompts_of(body, len(started.requests)), started.model.tokenizer
-        pairs = zip(prompts, started.requests, strict=True)
-        echo = tuple(echo_of(prompt, request, tokenizer) for prompt, request in pairs)
-    return Wants(
-        logprobs=started.request.sampling.logprobs,
-        prompt_logprobs=body.sampling_options().get("prompt_logprobs"),
-        echo=echo,
-        token_ids=bool(body.return_token_ids),
-        tokens_as_ids=bool(body.return_tokens_as_token_ids),
-        usage_so_far=bool(options and options.include_usage and options.continuous_usage_stats),
-        prompt_only=openai.is_scored_only(body),
-        reasoning=not isinstance(body, ChatBody) or body.include_reasoning is not False,
-    )
-
-
-async def _whole(started: Started, answer: Answer, scores: Executor) -> dict[str, Any] | bytes:
-    """Collect all pieces in one response object; with prompt scores, which may be many, its JSON bytes."""
-    pieces = started.pieces()
-    try:
-        async for piece in pieces:
-            answer.add(piece)
-    finally:
-        await pieces.aclose()
-    if not answer.has_scores:
-        return answer.whole()
-    return await asyncio.get_running_loop().run_in_executor(scores, lambda: to_json_in_parts(answer.whole()))
-
-
-async def _chunks(
-    started: Started, answer: Answer, scores: Executor, *, with_usage: bool
-) -> AsyncGenerator[bytes, None]:
-    """Yield the server-sent events of a stream, those that its client lacks. Of a resumable one they have ids."""
-    track, name = started.track, answer.head["id"]
-    held: deque[bytes] = deque()
-    pieces: AsyncGenerator[OutputDelta, None] = started.pieces()
-    try:
-        async for piece in pieces:
-            if track is not None:
-                for part in track.parts(piece):
-                    is_new, chunk = track.take(part), answer.chunk(part)
-                    if is_new:
-                        held.append(event(chunk, f"{name}{EVENT_ID_PARTS}{track.cursor}"))
-                while held and track.is_confirmed:
-                    yield held.popleft()
-            elif piece.prompt_scores:
-                chunks = asyncio.get_running_loop().run_in_executor(scores, _scored_chunks, answer, piece)
-                yield await chunks
-            else:
-                for chunk in answer.chunks(piece):
-                    yield event(chunk)
-        last = answer.last_chunk()
-        if with_usage and last is not None:
-            yield event(last, f"{name}{EVENT_ID_PARTS}{track.cursor}{USAGE_MARK}" if track is not None else None)
-        yield b"data: [DONE]\n\n"
-    finally:
-        await pieces.aclose()
-
-
-async def _first(chunks: AsyncGenerator[bytes, None]) -> bytes:
-    return await anext(chunks)
-
-
-async def _events(
-    chunks: AsyncGenerator[bytes, None], first: bytes | None, answer: Answer
-) -> AsyncGenerator[bytes, None]:
-    """Yield the events of a stream; an error in it becomes its last event."""
-    try:
-        if first is not None:
-            yield first
-        async for chunk in chunks:
-            yield chunk
-    except TwostrokeError as error:
-        yield event(error_body(error))
-    except Exception:
-        log.exception("request %s failed within its stream", answer.head["id"])
-        yield event(error_body(InternalError("the request failed; the router's log has more")))
-    finally:
-        await chunks.aclose()
-
-
-def _scored_chunks(answer: Answer, piece: OutputDelta) -> bytes:
-    return b"".join(b"data: %s\n\n" % to_json_in_parts(chunk) for chunk in answer.chunks(piece))
-
-
-class _TidyPaths:
-    """Middleware that removes superfluous slashes from paths, because base URLs often end with one."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            path = re.sub("/{2,}", "/", scope["path"])
-            scope = {**scope, "path": path.rstrip("/") or "/"}
-        await self._app(scope, receive, send)
-
-
-def _typed(front: Frontend, handler: Handler) -> Handler:
-    """Wrap a handler: failures become `{"error": {...}}` with their status and, if they have one, Retry-After.
-
-    Every answer has an x-request-id; unexpected failures are logged with it. The connections of a router that drains
-    end with their next answer, because another router may be behind the next one.
-    """
-
-    async def wrapped(http: HttpRequest) -> Response:
-        http.state.request_id, http.state.ignored = _new_id(), []
-        try:
-            response = await handler(http)
-        except TwostrokeError as error:
-            response = _error(error, http.url.path)
-        except Exception:
-            log.exception("%s %s failed (%s)", http.method, http.url.path, http.state.request_id)
-            response = _error(InternalError("the request failed; the router's log has more"), http.url.path)
-        response.headers[REQUEST_ID] = http.state.request_id
-        if http.state.ignored:
-            response.headers[IGNORED] = openai.names_of_ignored(http.state.ignored)
-        if front.flow.refusing:
-            response.headers["connection"] = "close"
-        return response
-
-    return wrapped
-
-
-def _error(error: TwostrokeError, path: str) -> Response:
-    headers = {}
-    if error.retry_after_s is not None:
-        headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))  # earlier would be in vain
-    if error.http_status == 401:
-        headers["www-authenticate"] = "Bearer"
-    return JsonAnswer(error_form(path)(error), status_code=error.http_status, headers=headers)
-
-
-def _refusal(error: TwostrokeError) -> ASGIApp:
-    """Error response of a request that reaches no handler."""
-
-    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-        response = _error(error, scope["path"])
-        response.headers[REQUEST_ID] = _new_id()
-        await response(scope, receive, send)
-
-    return answer
-
-
-def _new_id() -> str:
-    return f"req-{secrets.token_hex(12)}"
-
-
-async def _no_such_route(http: HttpRequest, error: Exception) -> Response:
-    path = http.url.path[:200]
-    is_below = any(isinstance(route, Route) and route.path == f"/v1{path}" for route in http.app.routes)
-    hint = f"; it is /v1{path}: base URLs end in /v1" if is_below else ""
-    return _no_route(404, f"no route {http.method} {path}{hint}", "not_found", {})
-
-
-async def _wrong_method(http: HttpRequest, error: Exception) -> Response:
-    allowed = error.headers if isinstance(error, HTTPException) else None
-    return _no_route(405, f"{http.url.path[:200]} does not take {http.method}", "method_not_allowed", allowed)
-
-
-def _no_route(status: int, message: str, code: str, headers: Mapping[str, str] | None) -> Response:
-    body = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
-    return JsonAnswer({"error": body}, status, {REQUEST_ID: _new_id(), **(headers or {})})
