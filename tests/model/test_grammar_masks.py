@@ -3,6 +3,7 @@
 import json
 import random
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -310,6 +311,20 @@ def test_a_grammar_that_never_comes_ends_its_sequence_and_later_ones_get_threads
         assert text_of(batch.ids[SequenceKey("later", 0)]) == "aaa"
     finally:
         go.set()
+
+
+def test_grammars_that_waited_long_for_a_thread_are_not_overdue(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(masks_file, "OVERDUE_S", 0.5)
+
+    def start(grammar: Grammar) -> Any:
+        time.sleep(0.2)
+        return COMPILER.start(grammar)
+
+    batch = Batch(start)
+    for number in range(5 * masks_file.THREADS):  # the last ones wait 0.8 s
+        batch.add(SequenceKey(f"k{number}", 0), params_of({"regex": f"[a]{{3}}{number}"}))
+    batch.run()
+    assert batch.failed == {}
 
 
 def test_kept_matchers_are_bounded(monkeypatch: pytest.MonkeyPatch):
