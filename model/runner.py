@@ -95,8 +95,8 @@ class Runner:
         """Compute a plan: store its keys and values, seal finished hash blocks, sample tokens.
 
         A sequence whose keys, values or logits are not finite is listed in `non_finite`; it gets no token, and its
-        blocks get no seal. A sequence whose token could not be sampled is listed in `failed`, or `refused`. The others are not
-        affected.
+        blocks get no seal. A sequence whose token could not be sampled is listed in `failed`, one whose grammar cannot
+        go on in `refused`. The others are not affected.
         """
         if self._decoder is None:
             self.warm_up()
