@@ -16,7 +16,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from ..core.buckets import STEP_TOKENS
-from ..core.errors import DeadlineExceeded, InternalError, NonFiniteKv
+from ..core.errors import DeadlineExceeded, InternalError, InvalidRequest, NonFiniteKv
 from ..core.request import FinishReason, Role, SequenceKey
 from ..core.tally import Tally
 from ..kv.cache.pool import BlockPool
@@ -158,6 +158,8 @@ class EngineCore:
                 )
             elif step.key in result.failed:
                 doom = doom or PendingFinish(FinishReason.ERROR, InternalError.code, result.failed[step.key])
+            elif step.key in result.refused:
+                doom = doom or PendingFinish(FinishReason.ERROR, InvalidRequest.code, result.refused[step.key])
             else:
                 sequence.num_computed = step.end
                 if step.key in result.deferred:

@@ -282,6 +282,7 @@ def _joined(step: int, results: Sequence[StepResult], failed: dict[SequenceKey, 
         {key: told for result in results for key, told in result.logprobs.items()},
         {key: told for result in results for key, told in result.prompt_logprobs.items()},
         failed,
+        {key: why for result in results for key, why in result.refused.items()},
         frozenset(key for result in results for key in result.deferred),
     )
 

@@ -83,4 +83,5 @@ class StepResult:
     logprobs: Mapping[SequenceKey, tuple[TokenLogprobs, ...]] = field(default_factory=dict)  # of `tokens`, if asked for
     prompt_logprobs: Mapping[SequenceKey, tuple[TokenLogprobs, ...]] = field(default_factory=dict)  # of `targets`
     failed: Mapping[SequenceKey, str] = field(default_factory=dict)  # sequences that end by our own fault, and why
+    refused: Mapping[SequenceKey, str] = field(default_factory=dict)  # that end by their client's grammar, and why
     deferred: frozenset[SequenceKey] = frozenset()  # computed, not sampled: the grammar's mask is not ready yet

@@ -95,8 +95,8 @@ class Runner:
         """Compute a plan: store its keys and values, seal finished hash blocks, sample tokens.
 
         A sequence whose keys, values or logits are not finite is listed in `non_finite`; it gets no token, and its
-        blocks get no seal. A sequence whose token could not be sampled is listed in `failed`. The others are not
-        affected.
+        blocks get no seal. A sequence whose token could not be sampled is listed in `failed`, one whose grammar cannot
+        go on in `refused`. The others are not affected.
         """
         if self._decoder is None:
             self.warm_up()
@@ -118,6 +118,7 @@ class Runner:
             spoken.logprobs,
             spoken.prompt_logprobs,
             spoken.failed,
+            spoken.refused,
             spoken.deferred,
         )
         return self._remember(result)
@@ -157,7 +158,7 @@ class Runner:
         if batch.sampled and all_greedy(plan):
             logits = decoder.logits(batch.spoken(rows))
             if not self._samples:
-                return StepOutputs([()] * len(plan.sequences), {}, {}, {})
+                return StepOutputs([()] * len(plan.sequences), {}, {}, {}, {})
             if self._is_cpu and logits.extremes is None:
                 logits = Logits(logits.rows, self.ops.extremes(logits.rows.numpy()))
             return speak_greedily(plan, batch, logits, bad)

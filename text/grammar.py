@@ -41,7 +41,7 @@ _LIMITS = LLParserLimits(
 )
 
 
-class GrammarFailed(Exception):
+class GrammarFailed(InvalidRequest):
     """A matcher cannot go on: a limit was passed, or its tokens are not those of its grammar."""
 
 

@@ -42,7 +42,7 @@ def likeliest(logits: Tensor) -> Tensor:
 
 def speak_greedily(plan: StepPlan, batch: StepBatch, logits: Logits, bad: set[SequenceKey]) -> StepOutputs:
     """Result of the sampler for logits [>= len(batch.sampled), vocab] of a plan that is `all_greedy`."""
-    spoken = StepOutputs([()] * len(plan.sequences), {}, {}, {})
+    spoken = StepOutputs([()] * len(plan.sequences), {}, {}, {}, {})
     known = logits.extremes
     found = likeliest(logits.rows).tolist() if known is None else _known(known)
     for i, token_id in zip(batch.sampled, found, strict=False):

@@ -15,7 +15,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from ...core.request import Grammar, SequenceKey
@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 THREADS = 2
 WAIT_S = 0.005  # of a step for all of its masks; longer ones must not hold the other sequences
-OVERDUE_S = 10.0  # a sequence whose mask takes longer ends; the time includes compiling
+OVERDUE_S = 10.0  # a sequence whose mask takes longer ends; compiling included, waiting for a thread not
 MAX_MATCHERS = 1024
 MAX_STUCK = 8  # threads given up; then the worker takes no more grammars
 
@@ -66,7 +66,7 @@ class _Known:
     taken: tuple[int, ...] = ()  # ids that the matcher has taken
     wanted: tuple[int, ...] = ()  # ids of the job
     job: Future[bytes] | None = None
-    began_s: float = field(default=0.0)
+    began_s: float | None = None  # when a thread took the job; None: it waits for one
 
 
 class GrammarMasks:
@@ -108,7 +108,8 @@ class GrammarMasks:
         ready: dict[SequenceKey, bytes] = {}
         failed: dict[SequenceKey, Exception] = {}
         for key, job in jobs.items():
-            if job.running() and time.monotonic() - self._known[key].began_s > OVERDUE_S:
+            began_s = self._known[key].began_s
+            if job.running() and began_s is not None and time.monotonic() - began_s > OVERDUE_S:
                 failed[key] = TimeoutError(f"the grammar took longer than {OVERDUE_S:g} s")
                 self._give_up()
             elif not job.done() or job.cancelled() or key in late:
@@ -144,7 +145,7 @@ class GrammarMasks:
         job = known.job
         if job is not None and not job.cancelled() and (known.wanted == ids or not job.done()):
             return  # the same row again, which could not wait for its mask; or an older mask is still being made
-        known.wanted, known.began_s = ids, time.monotonic()
+        known.wanted, known.began_s = ids, None
         known.job = self._submit(known, ids)
 
     def _submit(self, known: _Known, ids: tuple[int, ...]) -> Future[bytes]:
@@ -157,6 +158,7 @@ class GrammarMasks:
         return self._threads.submit(self._mask, known, ids)
 
     def _mask(self, known: _Known, ids: tuple[int, ...]) -> bytes:
+        known.began_s = time.monotonic()
         count = len(known.taken)
         matcher = known.matcher
         if matcher is None or ids[:count] != known.taken:

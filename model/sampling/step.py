@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...core.errors import RankLost, RanksDiffer
+from ...core.errors import InvalidRequest, RankLost, RanksDiffer
 from ...core.request import SequenceKey, TokenLogprobs
 from ...engine.plan import SequenceStep, StepPlan
 from ..batch import StepBatch
@@ -36,6 +36,7 @@ class StepOutputs(NamedTuple):
     logprobs: dict[SequenceKey, tuple[TokenLogprobs, ...]]
     prompt_logprobs: dict[SequenceKey, tuple[TokenLogprobs, ...]]
     failed: dict[SequenceKey, str]
+    refused: dict[SequenceKey, str]  # by their grammars, which pass a limit or allow no token
     deferred: frozenset[SequenceKey] = frozenset()
 
 
@@ -76,7 +77,7 @@ class StepSampler:
 
         `take_masks`: asked after the logits are computed, if the plan has grammars.
         """
-        spoken = StepOutputs([() for _ in plan.sequences], {}, {}, {})
+        spoken = StepOutputs([() for _ in plan.sequences], {}, {}, {}, {})
         for i, step in enumerate(plan.sequences):
             if step.targets and step.key not in bad:
                 try:
@@ -93,10 +94,11 @@ class StepSampler:
         masks = NO_MASKS if take_masks is None else take_masks(plan, last)
         for key, why in masks.failed.items():
             _log.warning("%s: its grammar failed: %r", key, why)
-            spoken.failed.setdefault(key, f"structured_outputs: {str(why)[:300]}")
+            ended = spoken.refused if isinstance(why, InvalidRequest) else spoken.failed
+            ended.setdefault(key, f"structured_outputs: {str(why)[:300].removeprefix('structured_outputs: ')}")
         draws = [_draw(plan.sequences[i], last[i], masks) for i in batch.sampled]
         for i, draw in zip(batch.sampled, draws, strict=True):
-            if draw is None and (key := plan.sequences[i].key) not in masks.deferred:
+            if draw is None and (key := plan.sequences[i].key) not in masks.deferred and key not in spoken.refused:
                 spoken.failed.setdefault(key, "structured_outputs: this worker makes no masks")
         tokens = self._sampler.sample(logits.rows.numpy()[: len(draws)], draws, logits.extremes)
         for i, sampled in zip(batch.sampled, tokens, strict=True):
@@ -107,7 +109,7 @@ class StepSampler:
                 bad.add(key)
             elif isinstance(sampled, Failed):
                 _fail(key, sampled.error, spoken)
-            elif key not in bad and key not in spoken.failed:
+            elif key not in bad and key not in spoken.failed and key not in spoken.refused:
                 spoken.tokens[i] = (sampled.token_id,)
                 if sampled.logprobs is not None:
                     spoken.logprobs[key] = (sampled.logprobs,)

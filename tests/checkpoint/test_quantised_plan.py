@@ -13,6 +13,7 @@ from support.quantised_checkpoints import NAMES, PLACE
 
 from twostroke.checkpoint.config_json import load_spec, spec_from_config
 from twostroke.checkpoint.layout import EMBEDDING, HEAD, expected_shapes
+from twostroke.checkpoint.quantised.matrices import AwqMatrix
 from twostroke.checkpoint.quantised.plan import quantised_plan
 from twostroke.checkpoint.safetensors_files import safetensors_fingerprint
 from twostroke.core.errors import CheckpointError
@@ -209,3 +210,15 @@ def test_a_config_alone_is_checked_too() -> None:
         spec_from_config(config, {}, "here")
     with pytest.raises(CheckpointError, match="must be an object"):
         spec_from_config(config | {"quantization_config": [1]}, {}, "here")
+
+
+def test_one_group_of_all_columns_is_as_wide_as_its_matrix(changed: Callable[..., Path]) -> None:
+    def first_group(tensors: Tensors) -> None:
+        for name in [name for name in tensors if name.endswith((".scales", ".qzeros"))]:
+            tensors[name] = tensors[name][:1].clone()
+
+    plan = quantised_plan(changed("awq", {"group_size": -1}, first_group))
+    assert plan is not None
+    grouped = [matrix for matrix in plan.matrices.values() if isinstance(matrix, AwqMatrix)]
+    assert grouped
+    assert all(matrix.group == matrix.columns for matrix in grouped)

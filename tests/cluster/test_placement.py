@@ -3,7 +3,15 @@
 import pytest
 
 from twostroke.cluster.config import load_config
-from twostroke.cluster.placement import RANK_BYTES, RAY_BYTES, ModelFacts, bytes_beside_workers, place
+from twostroke.cluster.placement import (
+    FURTHER_ROUTER_BYTES,
+    RANK_BYTES,
+    RAY_BYTES,
+    ROUTER_BYTES,
+    ModelFacts,
+    bytes_beside_workers,
+    place,
+)
 from twostroke.core.errors import ConfigError, DoesNotFit
 from twostroke.core.request import Role
 from twostroke.kv.sizing import MemoryFacts, size_pool
@@ -87,6 +95,12 @@ def test_the_memory_of_the_processes_themselves_is_counted_and_shown():
     with pytest.raises(DoesNotFit, match="no KV block fits"):
         place(ray, MachineFacts(2, fits), small)  # Ray's own processes take memory, too
     assert place(ray, MachineFacts(2, fits + RAY_BYTES), small).pool.num_tokens == 64
+
+
+def test_each_router_after_the_first_takes_memory_of_its_own():
+    one, three = (load_config(flags={"cluster.routers": routers, "cluster.launcher": "process"}) for routers in (1, 3))
+    assert bytes_beside_workers(one) == ROUTER_BYTES
+    assert bytes_beside_workers(three) == ROUTER_BYTES + 2 * FURTHER_ROUTER_BYTES
 
 
 @pytest.mark.parametrize("memory_bytes", [0, 16 << 30, (16 << 30) + 1000])

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from support.sampling_room import Room, ids_of, submit
 
+from twostroke.core.errors import InternalError, InvalidRequest
 from twostroke.core.request import FinishReason, Grammar, SamplingParams
 from twostroke.engine.link.messages import Ended, PeerBound, Progress, Source
 from twostroke.prefill_worker.policy import prefill_policy
+from twostroke.text.grammar import GrammarFailed
 
 VOCAB_BYTES = 20  # of a tiny model's 160 tokens
 PARAMS = SamplingParams(max_tokens=12, temperature=0.9, seed=7, grammar=Grammar("regex", "odd"), logprobs=1)
@@ -129,4 +131,32 @@ def test_a_worker_without_masks_ends_the_sequence_and_says_no_token(write_tiny, 
     assert room.ended["a"].reason is FinishReason.ERROR
     assert "structured_outputs" in room.ended["a"].error_message
     assert "a" not in room.tokens
+    assert len(room.tokens["b"]) == 12
+
+
+class Narrow(EveryThird):
+    """Matcher that fails at its third token."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self._error = error
+
+    def mask(self) -> bytes:
+        if self._num_taken == 2:
+            raise self._error
+        return super().mask()
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(GrammarFailed("too many items"), InvalidRequest.code), (RuntimeError("planted"), InternalError.code)],
+)
+def test_a_grammar_that_passes_a_limit_is_its_clients_fault(write_tiny, make_runner, error: Exception, code: str):
+    runner = make_runner(write_tiny({}), dtype="float32", kv_dtype="float32")
+    runner.serve_grammars(lambda _: Narrow(error))
+    room = Room(runner)
+    room.run(submit("a", ids_of(20), PARAMS), submit("b", ids_of(20), replace(PARAMS, grammar=None)))
+    assert room.ended["a"].error_code == code
+    assert room.ended["a"].error_message == f"structured_outputs: {error}"
+    assert len(room.tokens["a"]) == 2
     assert len(room.tokens["b"]) == 12

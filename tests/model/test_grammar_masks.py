@@ -3,6 +3,7 @@
 import json
 import random
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from support.schemas import random_schema
 
 from twostroke.core.request import Grammar, SamplingParams, SequenceKey
-from twostroke.engine.plan import History, SequenceStep, StepPlan
+from twostroke.engine.plan import History, SampledPlace, SequenceStep, StepPlan
 from twostroke.model.sampling import masks as masks_file
 from twostroke.model.sampling.masks import GrammarMasks, Masks
 from twostroke.model.sampling.sampler import Draw, Sampled, Sampler
@@ -310,6 +311,46 @@ def test_a_grammar_that_never_comes_ends_its_sequence_and_later_ones_get_threads
         assert text_of(batch.ids[SequenceKey("later", 0)]) == "aaa"
     finally:
         go.set()
+
+
+def test_grammars_that_waited_long_for_a_thread_are_not_overdue(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(masks_file, "OVERDUE_S", 0.5)
+
+    def start(grammar: Grammar) -> Any:
+        time.sleep(0.2)
+        return COMPILER.start(grammar)
+
+    batch = Batch(start)
+    for number in range(5 * masks_file.THREADS):  # the last ones wait 0.8 s
+        batch.add(SequenceKey(f"k{number}", 0), params_of({"regex": f"[a]{{3}}{number}"}))
+    batch.run()
+    assert batch.failed == {}
+
+
+def test_the_mask_of_the_row_before_is_never_taken_for_this_one(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(masks_file, "WAIT_S", 20.0)
+    go = threading.Event()
+
+    class Counting:
+        ids: tuple[int, ...] = ()
+
+        def advance(self, token_ids: Sequence[int]) -> None:
+            self.ids += tuple(token_ids)
+
+        def mask(self) -> bytes:
+            assert self.ids or go.wait(60)
+            return bytes(self.ids)
+
+    masks = GrammarMasks(lambda _: Counting())
+    key = SequenceKey("a", 0)
+    step = SequenceStep(
+        key, 4, (0,), (), (), True, params_of({"regex": "a"}), 1, from_place=SampledPlace(0, 0), history=History((), ())
+    )
+    plan = StepPlan(1, (step,))
+    masks.begin(plan)  # without the id that the running step samples
+    threading.Timer(0.05, go.set).start()
+    assert masks.take(plan, [7]) == Masks({}, {}, frozenset({key}))
+    assert masks.take(plan, [7]) == Masks({key: bytes((7,))}, {}, frozenset())
 
 
 def test_kept_matchers_are_bounded(monkeypatch: pytest.MonkeyPatch):

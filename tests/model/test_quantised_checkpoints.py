@@ -10,7 +10,7 @@ from support.quantised_checkpoints import NAMES, PLACE, as_fp8, digest, expected
 from support.thread_group import make_ranks
 
 from twostroke.checkpoint.config_json import load_spec
-from twostroke.checkpoint.quantised.matrices import AwqMatrix, GptqMatrix, PackedMatrix, ScaledMatrix
+from twostroke.checkpoint.quantised.matrices import AwqMatrix, GptqMatrix, PackedMatrix, ScaledMatrix, TableMatrix
 from twostroke.checkpoint.quantised.plan import quantised_plan
 from twostroke.checkpoint.shards import Shard, shard_spec
 from twostroke.model.weights.quantised import decode
@@ -156,3 +156,17 @@ def test_awq_without_zero_points_is_symmetric() -> None:
     tensors = {"w": words, "s": torch.ones(1, 8)}
     got = decode.Decoder(tensors.__getitem__).decode(AwqMatrix(8, 1, "w", "s", None, 1), range(8), range(1))
     assert (got[:, 0] + 8).tolist() == [0, 4, 1, 5, 2, 6, 3, 7]  # rows 0 2 4 6 1 3 5 7, from the lowest bits on
+
+
+def test_a_table_of_odd_rows_is_read_from_the_middle_of_a_byte() -> None:
+    rows, columns = 5, 7  # 35 numbers, the last byte half used
+    indices = torch.arange(rows * columns) % 16
+    pairs = torch.nn.functional.pad(indices, (0, 1)).reshape(-1, 2)
+    tensors = {
+        "w": (pairs[:, 0] * 16 + pairs[:, 1]).to(torch.uint8).reshape(-1, 1),
+        "s": torch.ones(9),
+        "t": torch.arange(16.0),
+    }
+    matrix = TableMatrix(rows, columns, "w", "s", "t", 4)
+    got = decode.Decoder(tensors.__getitem__).decode(matrix, range(1, 4), range(2, 7))
+    assert torch.equal(got, indices.float().reshape(rows, columns)[1:4, 2:7])

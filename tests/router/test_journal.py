@@ -87,6 +87,8 @@ def test_a_stream_that_is_packed_otherwise_goes_on_at_the_same_token_and_charact
         assert [t for piece in joined for t in piece.token_ids] == [t for piece in whole for t in piece.token_ids]
         assert "".join(piece.text for piece in joined) == "".join(piece.text for piece in whole)
         assert [piece.finish_reason for piece in joined if piece.finish_reason] == [FinishReason.LENGTH]
+        places = [piece.first_index for piece in joined if piece.token_ids]
+        assert places == [sum(len(piece.token_ids) for piece in joined[:n]) for n in range(len(places))]
 
 
 @given(streams(), streams(), st.data())
@@ -104,6 +106,39 @@ def test_a_cursor_of_another_stream_ends_in_an_error_or_continues_the_same_token
     for choice in (0, 1):
         joined = [t for piece in had + rest if piece.choice == choice for t in piece.token_ids]
         assert joined == [t for piece in other if piece.choice == choice for t in piece.token_ids]
+
+
+def test_an_end_that_came_with_tokens_its_client_has_is_not_given_out_with_their_text_again():
+    track = Track(1)
+    track.take(OutputDelta(0, 0, (5,), "five "))
+    track.take(OutputDelta(0, 1, (6,), "six "))
+    without_chars = track.cursor.replace("~9", "")  # so the piece cannot be split
+    again = Track(1, parse_cursor(without_chars, 1, "cursor"))
+    again.take(OutputDelta(0, 0, (5,), "five "))
+    (piece,) = again.parts(OutputDelta(0, 1, (6,), "six !", FinishReason.STOP))
+    with pytest.raises(CursorLost):
+        again.take(piece)
+
+
+def test_the_first_part_of_a_split_piece_says_nothing_of_the_rest():
+    track = Track(1, parse_cursor(f"1~2-{_digest(5)}", 1, "cursor"))
+    usage = TokenUsage(3, 2, 0)
+    first, rest = track.parts(OutputDelta(0, 0, (5, 6), "a b ", FinishReason.LENGTH, usage, num_shown=2))
+    assert (first.token_ids, first.text, first.finish_reason, first.usage, first.num_shown) == (
+        (5,),
+        "a ",
+        None,
+        None,
+        1,
+    )
+    assert (rest.token_ids, rest.text, rest.usage, rest.num_shown) == ((6,), "b ", usage, 2)
+    assert [track.take(part) for part in (first, rest)] == [False, True]
+
+
+def _digest(*ids: int) -> str:
+    track = Track(1)
+    track.take(OutputDelta(0, 0, ids, ""))
+    return track.cursor.partition("-")[2]
 
 
 @given(st.text(max_size=40))
@@ -162,6 +197,25 @@ def test_what_failed_before_its_first_piece_leaves_its_key():
         journal.add(asked(), 3.0)
     with pytest.raises(IdempotencyKeyReused):
         check_same(b"one", b"other")
+
+
+def test_a_forgotten_request_leaves_the_key_to_the_later_one_that_has_it():
+    journal = Journal(LIMITS)
+    early = journal.add(asked("r1", key="k"), 0.0)
+    later = journal.add(asked("r2", key="k"), 1.0)  # two posts at the same instant
+    journal.end(early, None, 1.0)
+    journal.forget(early)
+    assert journal.find_key("t", "k") is later
+
+
+def test_over_a_bound_what_is_over_is_forgotten_first_then_the_oldest():
+    journal = Journal(LIMITS)
+    one, two, three = (journal.add(asked(f"r{number}"), 0.0) for number in range(3))
+    journal.end(two, None, 1.0)
+    four = journal.add(asked("r4"), 2.0)
+    assert [journal.is_kept(entry) for entry in (one, two, three, four)] == [True, False, True, True]
+    five = journal.add(asked("r5"), 3.0)
+    assert [journal.is_kept(entry) for entry in (one, three, four, five)] == [False, True, True, True]
 
 
 def test_a_request_is_kept_for_its_time_and_running_ones_for_their_grace():

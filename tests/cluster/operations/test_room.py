@@ -74,6 +74,15 @@ def test_a_gpu_that_is_cordoned_or_in_use_is_no_place() -> None:
     assert taken(room.take(Role.DECODE, GPUS, plan.members)).gpu == 2
 
 
+def test_a_gpu_has_as_many_workers_as_the_plan_gave_it() -> None:
+    two = replace(GPUS, gpu_bytes=GPUS.gpu_bytes[:2])
+    plan = planned(two)
+    room, members = Room(plan), list(plan.members)
+    members += [taken(room.take(Role.DECODE, two, members))]
+    members += [taken(room.take(Role.DECODE, two, members))]
+    assert sorted(member.gpu for member in members if member.kind == "worker") == [0, 0, 1, 1]
+
+
 def test_beside_a_worker_on_a_gpu_another_one_must_be_free() -> None:
     plan = planned(GPUS, **{"planner.max_workers": 3, "cluster.worker_metrics_port": 9100})
     room, old = Room(plan), plan.workers[1]

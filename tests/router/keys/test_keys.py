@@ -129,6 +129,18 @@ def test_a_changed_file_changes_the_keys_and_a_broken_one_does_not(tmp_path: Pat
         ring.grant_of(OTHER)
 
 
+def test_a_broken_file_is_read_once_and_a_configured_key_keeps_its_grant_whatever_the_file_says(tmp_path: Path) -> None:
+    path = written(tmp_path / "keys.yaml", "keys: []")
+    rotation = KeyRotation((KEY,), path)
+    bare = rotation.ring.grant_of(KEY)
+    written(path, "keys:\n" + entry(KEY, "    tenant: other\n") + entry(OTHER))
+    assert rotation.look()
+    assert rotation.ring.grant_of(KEY) == bare
+    written(path, "keys: nonsense")
+    assert [rotation.look() for _ in range(3)] == [False] * 3
+    assert rotation.num_failed == 1, "until it changes again"
+
+
 def test_an_empty_list_in_the_file_keeps_everybody_out(tmp_path: Path) -> None:
     ring = KeyRotation((), written(tmp_path / "keys.yaml", "keys: []")).ring
     with pytest.raises(Unauthenticated):

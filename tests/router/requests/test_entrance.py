@@ -11,6 +11,7 @@ from twostroke.core.timeline import Instant, Timeline
 from twostroke.protos import worker_pb2
 from twostroke.router.requests.admission.bounds import AdmissionLimits
 from twostroke.router.requests.admission.entrance import Announced
+from twostroke.router.requests.admission.estimates import TimingError
 from twostroke.router.requests.state import RequestState, Stage
 from twostroke.router.routing.facts import WorkerKey
 
@@ -238,3 +239,12 @@ def test_a_stream_that_goes_on_elsewhere_passes_the_queue() -> None:
     router.pass_s(0.0)
     assert lost.dispatches[-1].decode.worker_id == "b"
     assert waits.stage is Stage.ROUTING
+
+
+def test_predictions_that_are_right_on_average_and_often_wrong_are_trusted_less() -> None:
+    exact, wrong = TimingError(), TimingError()
+    for number in range(60):
+        exact.note(100.0, 100.0)
+        wrong.note(100.0, 50.0 if number % 2 else 150.0)
+    assert exact.factor == pytest.approx(1.0)
+    assert 1.3 < wrong.factor < 1.7

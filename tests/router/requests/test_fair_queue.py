@@ -96,6 +96,12 @@ def test_lower_priorities_give_way_first_also_within_a_tenant() -> None:
     assert [t.name for t in queue.displaced_by(Ticket("x", "a", 10), 1, 0) or ()] == ["batch"]
 
 
+def test_a_tenant_gives_no_place_up_to_one_that_would_have_as_much_with_it() -> None:
+    queue = filled(*line("a", 3))
+    assert queue.displaced_by(Ticket("b0", "b", 30), 1, 0) is None
+    assert [ticket.name for ticket in queue.displaced_by(Ticket("b0", "b", 29), 1, 0) or ()] == ["a2"]
+
+
 tickets = st.tuples(st.sampled_from("abcd"), st.integers(1, 50), st.integers(0, 2), st.sampled_from([0.5, 1.0, 2.0]))
 
 

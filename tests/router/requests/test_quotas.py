@@ -51,6 +51,14 @@ def test_what_was_not_used_comes_back_and_never_more_than_the_bucket_holds() -> 
     assert taken(held, key, 1, 0.0) > 0
 
 
+def test_a_time_that_lies_before_the_last_one_fills_nothing_twice() -> None:
+    held, key = Quotas(), Allowance("k", requests_per_minute=6)
+    assert [taken(held, key, 1, 0.0) for _ in range(6)] == [0.0] * 6
+    assert taken(held, key, 1, 10.0) == 0.0
+    assert taken(held, key, 1, 0.0) == pytest.approx(10.0)
+    assert taken(held, key, 1, 10.0) == pytest.approx(10.0)
+
+
 def test_without_quotas_nothing_is_kept() -> None:
     held = Quotas()
     assert [taken(held, one, 10**9, 0.0) for one in (None, Allowance("k"))] == [0.0, 0.0]
