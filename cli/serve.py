@@ -118,6 +118,8 @@ def show_plan(config: Config, plan: Plan, out: Console, shape: MachineShape | No
             ranks, threads = str(member.num_ranks), str(member.num_threads)
             table.add_row(member.name, str(member.role), ranks, threads, memory, pool)
     out.print(table)
+    if plan.spare_gpus:
+        out.print(f"{len(plan.spare_gpus)} GPUs have no worker; --prefill and --decode ask for more workers")
     taken = (plan.model.weight_bytes + plan.pool.pool_bytes) / 2**20
     out.print(
         f"each worker takes {taken:,.0f} MiB for weights and KV pool, as requests fill it; at most: its share of what "
@@ -180,7 +182,8 @@ async def _serve(config: Config, stop: Stop, *, detached: bool) -> int:
             progress.show(f"starting {len(plan.members)} processes")
             await unless(stop.asked, supervisor.start())
         doors.ready()
-        _greet(supervisor, plan)
+        if not detached:
+            _greet(supervisor, plan)
         await stop.asked.wait()
         grace_s = config.cluster.drain_timeout_s
         console.log(

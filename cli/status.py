@@ -70,8 +70,10 @@ def status(
             markup=False,
             highlight=False,
         )
-    if len(cluster.get("routers", ())) > 1:
+    if cluster["router"].get("num_routers", 1) > 1:
         console.print(_routers(cluster))
+    for line in router_problems(cluster):
+        console.print(line, markup=False)
     if cluster.get("supervisor"):
         console.print(_planner(cluster["supervisor"]), markup=False)
     router = cluster["router"]
@@ -129,6 +131,16 @@ def _routers(cluster: dict[str, Any]) -> Table:
         numbers = [f"{router[name]:,}" for name in ("in_flight_requests", "in_flight_tokens")]
         table.add_row(router["name"], router["state"], str(router["pid"]), *numbers, live)
     return table
+
+
+def router_problems(cluster: dict[str, Any]) -> list[str]:
+    """A line for the routers that did not answer, and one for each that could not read its new keys."""
+    routers = cluster["routers"]
+    num_routers = cluster["router"].get("num_routers", 1)
+    silent = num_routers - len(routers)
+    lines = [f"{silent} of {num_routers} routers do not answer"] if silent > 0 else []
+    lines += [f"{one['name']} keeps its keys: {one['keys_problem']}" for one in routers if one.get("keys_problem")]
+    return lines
 
 
 def _gpus(cluster: dict[str, Any]) -> Table:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import IO
 
 import typer
@@ -25,6 +26,7 @@ from ..core.ports import free_ports
 
 POLL_S = 0.2
 ASK_S = 5.0
+LOG_COLUMNS = "1000"  # a line of the log is not cut into several
 END_S = 10.0  # for a start that is given up
 
 
@@ -51,18 +53,17 @@ def up(
         raise ConfigError(folder.occupied())
     folder.release()  # what a killed process left
     folder.make()
-    log = MemberLog(folder.path, LOG_NAME)
-    with log.open() as out:
+    with MemberLog(folder.path, LOG_NAME).open() as out, _Listener(Path(out.name)) as told:
         process = _spawn(settings, out)
-    try:
-        _wait(process, folder, log)
-    except BaseException as error:
-        _give_up(process)
-        said = log.tail().rpartition("\n")[2]
-        folder.release()
-        if isinstance(error, TwostrokeError):
-            raise Unavailable(f"{error}: {said}" if said else str(error)) from None
-        raise
+        try:
+            _wait(process, folder, told)
+        except BaseException as error:
+            _give_up(process)
+            said = told.news()
+            folder.release()
+            if isinstance(error, TwostrokeError):
+                raise Unavailable(": ".join([str(error), *said[-1:]])) from None
+            raise
     state = folder.state()
     assert state is not None
     typer.echo(f"{state.model} is served at {state.http_url}/v1 (OpenAI API) and {state.grpc_address} (gRPC)")
@@ -86,7 +87,7 @@ def _spawn(settings: Config, out: IO[bytes]) -> subprocess.Popen[bytes]:
         stdout=out,
         stderr=out,
         start_new_session=True,
-        env=member_environment(),
+        env=member_environment() | {"COLUMNS": LOG_COLUMNS},
     )
     assert process.stdin is not None
     with contextlib.suppress(BrokenPipeError):  # it ended already; its log says why
@@ -95,20 +96,37 @@ def _spawn(settings: Config, out: IO[bytes]) -> subprocess.Popen[bytes]:
     return process
 
 
-def _wait(process: subprocess.Popen[bytes], folder: RunFolder, log: MemberLog) -> None:
+class _Listener:
+    """Reads what the cluster logs; also when it has removed its folder, which it does when its start fails."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file.open("rb")
+        self._cut = b""  # a line without its end
+
+    def __enter__(self) -> _Listener:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def news(self) -> list[str]:
+        """Whole lines that came since the last call."""
+        *whole, self._cut = (self._cut + self._file.read()).split(b"\n")
+        lines = (line.decode(errors="replace").strip() for line in whole)
+        return [line for line in lines if line]
+
+
+def _wait(process: subprocess.Popen[bytes], folder: RunFolder, told: _Listener) -> None:
     """Wait until the cluster serves. Its own deadlines bound the wait; what it logs is shown.
 
     Raises:
         Unavailable: its process ended.
     """
-    said = ""
     while True:
         if process.poll() is not None:
             raise Unavailable(f"the cluster ended on its way up, with exit code {process.returncode}")
-        line = log.tail().rpartition("\n")[2]
-        if line and line != said:
+        for line in told.news():
             typer.echo(line, err=True)
-            said = line
         with contextlib.suppress(TwostrokeError):
             if asyncio.run(command(folder.socket, {"verb": "state"}, lambda _: None, ASK_S)).said == "serves":
                 return

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint.locate import located, served_name
 from ..core.errors import CheckpointError, ConfigError
@@ -76,9 +77,13 @@ def _with_checkpoint(config: Config) -> Config:
     except OSError as error:
         raise CheckpointError(f"model.path is {path!r}: it cannot be read: {error.strerror}") from None
     model = config.model.model_copy(update={"path": str(place_of_it), "name": served_name(path, name)})
-    log = config.router.decision_log
-    named = {name: _absolute(getattr(config.router, name)) for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs")}
-    router = config.router.model_copy(update=named | {"decision_log": log and log.expanduser().absolute()})
+    named: dict[str, Any] = {
+        name: _absolute(getattr(config.router, name)) for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs")
+    }
+    for name in ("decision_log", "api_key_file"):
+        file: Path | None = getattr(config.router, name)
+        named[name] = file and file.expanduser().absolute()
+    router = config.router.model_copy(update=named)
     return config.model_copy(update={"model": model, "router": router})
 
 

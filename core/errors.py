@@ -79,6 +79,24 @@ class PairRefused(InvalidRequest):
     code = "kv_pair_refused"
 
 
+class NoSuchRoute(TwostrokeError):
+    """No HTTP route has this path."""
+
+    code = "not_found"
+    type = "invalid_request_error"
+    http_status = 404
+    grpc_status = "UNIMPLEMENTED"
+
+
+class MethodNotAllowed(TwostrokeError):
+    """The HTTP route does not take this method."""
+
+    code = "method_not_allowed"
+    type = "invalid_request_error"
+    http_status = 405
+    grpc_status = "UNIMPLEMENTED"
+
+
 class ModelNotFound(InvalidRequest):
     """No worker serves a model of that name."""
 

@@ -62,6 +62,8 @@ def size_pool(spec: KvSpec, block_tokens: int, max_tokens: int | None, fraction:
     by_tokens = None if max_tokens is None else max_tokens // block_tokens
     num_blocks = min(by_memory, MAX_POOL_BLOCKS) if by_tokens is None else min(by_memory, by_tokens, MAX_POOL_BLOCKS)
     limit = "no token limit" if by_tokens is None else f"at most {max_tokens:,} tokens = {by_tokens:,} blocks"
+    if num_blocks == MAX_POOL_BLOCKS < by_memory:
+        limit += f", at most {MAX_POOL_BLOCKS:,} blocks in any pool"
     swap = f" − swap space {_mib(swap_bytes)}" if swap_bytes else ""
     rings = f" − hand-over rings {_mib(ring_bytes)}" if ring_bytes else ""
     process = f" − process {_mib(facts.process_bytes)}" if facts.process_bytes else ""

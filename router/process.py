@@ -225,8 +225,8 @@ class RouterProcess:
         )
 
     def _report(self) -> dict[str, Any]:
-        """`Flow.cluster` for the other routers, which may ask before this one is open for clients."""
-        report = self._flow.cluster()
+        """`Frontend.report` for the other routers, which may ask before this one is open for clients."""
+        report = self._front.report()
         if self._http is None or not self._http.started:
             report["router"]["state"] = "starting"
         return report

@@ -151,7 +151,13 @@ class Frontend:
 
     async def cluster(self) -> dict[str, Any]:
         """`Flow.cluster` with what the other routers report; keys as in router/peers/joined.py."""
-        return joined_report(self.flow.cluster(), await self.peers.reports())
+        return joined_report(self.report(), await self.peers.reports())
+
+    def report(self) -> dict[str, Any]:
+        """`Flow.cluster`, with what this router knows of its keys and of how many routers there are."""
+        report = self.flow.cluster()
+        report["router"] |= {"num_routers": len(self.peers) + 1, "keys_problem": self.keys.problem}
+        return report
 
     async def metrics(self, accept: str) -> tuple[bytes, str]:
         """Metrics of all routers, in the format that the Accept header asks for: body and content type."""

@@ -65,10 +65,11 @@ _NAMES_BY_MODULE = {
     ".core.errors": (
         *("BodyTooLarge", "Cancelled", "CheckpointError", "ConfigError", "ContextLengthExceeded", "CursorLost"),
         *("DeadlineExceeded", "DoesNotFit", "HostForbidden", "IdempotencyKeyReused"),
-        *("InternalError", "InvalidRequest", "KeyForbids", "KvCorrupted", "ModelNotFound", "NonFiniteKv"),
-        *("OriginForbidden", "Overloaded", "PairRefused", "PoisonRequest", "QuotaExceeded", "RequestNotFound"),
-        *("TokensLost", "TransportUnavailable", "TwostrokeError", "Unauthenticated"),
-        *("Unavailable", "UnsupportedContentType", "UnsupportedEncoding", "UnsupportedParameter", "WorkerLost"),
+        *("InternalError", "InvalidRequest", "KeyForbids", "KvCorrupted", "MethodNotAllowed", "ModelNotFound"),
+        *("NoSuchRoute", "NonFiniteKv", "OriginForbidden", "Overloaded", "PairRefused", "PoisonRequest"),
+        *("QuotaExceeded", "RequestNotFound", "TokensLost", "TransportUnavailable", "TwostrokeError"),
+        *("Unauthenticated", "Unavailable", "UnsupportedContentType", "UnsupportedEncoding"),
+        *("UnsupportedParameter", "WorkerLost"),
     ),
     ".core.request": ("FinishReason", "TokenLogprobs"),
 }

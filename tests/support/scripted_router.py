@@ -28,7 +28,8 @@ class There:
         self.process = process
         self.url = f"http://127.0.0.1:{config.port}"
         self.openai = openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=30)
-        self.sdk = AsyncClient(f"127.0.0.1:{config.grpc_port}")
+        self.grpc = f"127.0.0.1:{config.grpc_port}"
+        self.sdk = AsyncClient(self.grpc)
         self._internal = f"127.0.0.1:{config.internal_port}"
         self.workers: list[ScriptedWorker] = []
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field
 
@@ -41,7 +41,7 @@ class MessagesBody(Known):
 
     model: str
     messages: list[dict[str, Any]] = Field(max_length=MAX_MESSAGES, fail_fast=True)
-    max_tokens: Whole
+    max_tokens: Annotated[Whole, Field(ge=1)]
     system: str | list[dict[str, Any]] | None = None
     stop_sequences: list[str] | None = None
     stream: bool | None = None
@@ -57,7 +57,7 @@ class MessagesBody(Known):
 class CountBody(MessagesBody):
     """Body of POST /v1/messages/count_tokens."""
 
-    max_tokens: Whole = 1
+    max_tokens: Annotated[Whole, Field(ge=1)] = 1
 
 
 class Asked(NamedTuple):

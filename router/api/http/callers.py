@@ -84,7 +84,7 @@ def _timeout_s(headers: Headers) -> float | None:
     if said is None:
         return None
     try:
-        timeout_s = float(said)
+        timeout_s = math.nan if "_" in said else float(said)  # Python's float takes 1_0
     except ValueError:
         timeout_s = math.nan
     if not 0 < timeout_s <= MAX_TIMEOUT_S:

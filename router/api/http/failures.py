@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ....core.errors import InternalError, TwostrokeError
+from ....core.errors import InternalError, MethodNotAllowed, NoSuchRoute, TwostrokeError
 from ...api import openai_requests as openai
 from ..dialects.errors import error_form
 from ..frontend import Frontend
@@ -97,15 +97,15 @@ async def no_such_route(http: HttpRequest, error: Exception) -> Response:
     path = http.url.path[:200]
     is_below = any(isinstance(route, Route) and route.path == f"/v1{path}" for route in http.app.routes)
     hint = f"; it is /v1{path}: base URLs end in /v1" if is_below else ""
-    return _no_route(404, f"no route {http.method} {path}{hint}", "not_found", {})
+    return _no_route(path, NoSuchRoute(f"no route {http.method} {path}{hint}"), {})
 
 
 async def wrong_method(http: HttpRequest, error: Exception) -> Response:
     """Starlette's handler of 405."""
     allowed = error.headers if isinstance(error, HTTPException) else None
-    return _no_route(405, f"{http.url.path[:200]} does not take {http.method}", "method_not_allowed", allowed)
+    path = http.url.path[:200]
+    return _no_route(path, MethodNotAllowed(f"{path} does not take {http.method}"), allowed)
 
 
-def _no_route(status: int, message: str, code: str, headers: Mapping[str, str] | None) -> Response:
-    body = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
-    return JsonAnswer({"error": body}, status, {REQUEST_ID: _new_id(), **(headers or {})})
+def _no_route(path: str, error: TwostrokeError, headers: Mapping[str, str] | None) -> Response:
+    return JsonAnswer(error_form(path)(error), error.http_status, {REQUEST_ID: _new_id(), **(headers or {})})

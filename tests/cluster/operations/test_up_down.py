@@ -144,3 +144,15 @@ def test_a_start_that_fails_says_why_and_leaves_nothing(home: Home) -> None:
     assert "nothing" in up.stderr
     assert home.processes() == []
     assert not home.run.exists()
+
+
+def test_a_start_that_fails_in_its_own_process_shows_its_last_line(home: Home) -> None:
+    """The cluster's folder is gone by then, its log with it."""
+    settings = json.loads(home.config.read_text())
+    settings["router"]["api_key_file"] = str(home.folder / "no such keys.yaml")
+    home.config.write_text(json.dumps(settings))
+    up = home.say("up", "--config", str(home.config))
+    assert up.returncode == 2
+    assert "no such keys.yaml" in up.stderr.splitlines()[-1]
+    assert home.processes() == []
+    assert not home.run.exists()

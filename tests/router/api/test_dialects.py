@@ -132,6 +132,7 @@ def test_every_choice_of_a_tool_has_its_word(choice, tool_choice, parallel):
     ("more", "kind", "param"),
     [
         ({"max_tokens": None}, InvalidRequest, "max_tokens"),
+        ({"max_tokens": -1}, InvalidRequest, "max_tokens"),
         ({"container": "c"}, UnsupportedParameter, "container"),
         ({"stop_sequence": "x"}, InvalidRequest, "stop_sequence"),
         ({"thinking": {"type": "deep"}}, InvalidRequest, "thinking"),
@@ -252,3 +253,13 @@ def test_an_error_has_the_form_of_its_path(error, kind):
     assert error_form("/v1/messages/count_tokens") is error_form("/v1/messages")
     assert error_form("/api/chat")(error) == {"error": "x"}
     assert error_form("/v1/chat/completions")(error)["error"]["code"] == error.code
+
+
+async def test_a_route_that_is_not_there_answers_in_the_form_of_its_dialect() -> None:
+    async with router() as there, httpx.AsyncClient(base_url=there.url) as client:
+        anthropics = await client.get("/v1/messages")
+        assert (anthropics.status_code, anthropics.json()["type"]) == (405, "error")
+        ollamas = await client.get("/api/chat")
+        assert (ollamas.status_code, ollamas.json()) == (405, {"error": "/api/chat does not take GET"})
+        others = await client.get("/v1/nothing")
+        assert (others.status_code, others.json()["error"]["code"]) == (404, "not_found")

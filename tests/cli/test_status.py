@@ -1,0 +1,40 @@
+"""The lines of `twostroke status`, on reports of a real router."""
+
+from pathlib import Path
+from typing import Any
+
+from support.scripted_router import router
+
+from twostroke import AsyncClient
+from twostroke.cli.status import router_problems
+from twostroke.router.keys.digests import line_for
+from twostroke.router.peers.joined import joined_report
+
+OPERATOR = "a key of the operator, long enough"
+
+
+async def report() -> dict[str, Any]:
+    async with router() as there:
+        return await there.sdk.cluster()
+
+
+async def test_a_router_alone_has_no_problem() -> None:
+    assert router_problems(await report()) == []
+
+
+async def test_routers_that_do_not_answer_are_counted() -> None:
+    own = await report()
+    own["router"]["num_routers"] = 3
+    assert router_problems(joined_report(own, [own])) == ["1 of 3 routers do not answer"]
+
+
+async def test_keys_that_cannot_be_read_are_shown(tmp_path: Path) -> None:
+    path = tmp_path / "keys.yaml"
+    path.write_text(f"keys:\n  - key: {line_for(OPERATOR)}\n    monitor: true\n")
+    async with router(api_key_file=path) as there, AsyncClient(there.grpc, api_key=OPERATOR) as client:
+        assert router_problems(await client.cluster()) == []
+        path.write_text("keys: nonsense")
+        there.process._front.keys.look()
+        (line,) = router_problems(await client.cluster())
+    assert "keeps its keys: " in line
+    assert str(path) in line
