@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from attack import Body, Built, Input, Message
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from pydantic import BaseModel
 
 from twostroke.protos import inference_pb2
+from twostroke.router.api.dialects.anthropic_requests import MessagesBody
+from twostroke.router.api.dialects.ollama_requests import OllamaChat, OllamaGenerate
 from twostroke.router.api.fields import ACCEPTED, REFUSED, ChatBody, CompletionBody
 
 SIZES = (64 << 10, 512 << 10, (4 << 20) - 4096)
@@ -58,9 +62,26 @@ JSON_SHAPES: dict[str, Callable[[int, random.Random], str]] = {
     ),
 }
 
-_USUAL = {
-    "/v1/completions": ("prompt", '"hi"'),
-    "/v1/chat/completions": ("messages", '[{"role":"user","content":"hi"}]'),
+_TURNS = '[{"role":"user","content":"hi"}]'
+_OLLAMA = '"model":"twostroke-bundled","options":{"num_predict":2}'
+
+
+@dataclass(frozen=True)
+class _Face:
+    """A path: its body, a usual value of the field that it must have, and fields for the model and a short answer."""
+
+    body: type[BaseModel]
+    largest: tuple[str, ...]  # fields that hold the most, the necessary one first
+    usual: str
+    short: str = '"model":"twostroke-bundled","max_tokens":2'
+
+
+_FACES = {
+    "/v1/completions": _Face(CompletionBody, ("prompt",), '"hi"'),
+    "/v1/chat/completions": _Face(ChatBody, ("messages", "chat_template_kwargs", "tools", "response_format"), _TURNS),
+    "/v1/messages": _Face(MessagesBody, ("messages", "system", "tools"), _TURNS),
+    "/api/chat": _Face(OllamaChat, ("messages", "tools", "format"), _TURNS, _OLLAMA),
+    "/api/generate": _Face(OllamaGenerate, ("prompt", "system", "format"), '"hi"', _OLLAMA),
 }
 
 
@@ -70,15 +91,16 @@ def _word(draw: random.Random) -> str:
 
 def _json(path: str, field: str, shape: str, size: int, seed: int) -> Body:
     value = JSON_SHAPES[shape](size, random.Random(seed))
-    name, usual = _USUAL[path]
-    rest = "" if field == name else f'"{name}":{usual},'
-    return Body(path, f'{{{rest}"max_tokens":2,"{field}":{value}}}'.encode())
+    face = _FACES[path]
+    name = face.largest[0]
+    rest = "" if field == name else f'"{name}":{face.usual},'
+    return Body(path, f'{{{rest}{face.short},"{field}":{value}}}'.encode())
 
 
 def _unknown_names(path: str, size: int) -> Body:
-    name, usual = _USUAL[path]
+    face = _FACES[path]
     names = ",".join(f'"unknown_{number}":1' for number in range(size // 19))
-    return Body(path, f'{{"{name}":{usual},{names}}}'.encode())
+    return Body(path, f'{{"{face.largest[0]}":{face.usual},{face.short},{names}}}'.encode())
 
 
 # ------------------------------------------------------------------ protobuf
@@ -162,12 +184,13 @@ def fuzzed(number: int, seed: int) -> list[Input]:
 
 
 def _drawn_http(draw: random.Random, number: int) -> Input:
-    path, has_key, size = draw.choice(list(_USUAL)), draw.random() < SHARE_WITH_KEY, draw.choice(SIZES)
-    fields = sorted({*(ChatBody if "chat" in path else CompletionBody).model_fields})
+    path, has_key, size = draw.choice(list(_FACES)), draw.random() < SHARE_WITH_KEY, draw.choice(SIZES)
+    face = _FACES[path]
+    fields = sorted({*face.body.model_fields})
     others = [*sorted(ACCEPTED), *sorted(REFUSED), "unknown", "x" * 300]
     field, shape = draw.choice(draw.choice((fields, fields, others))), draw.choice(list(JSON_SHAPES))
-    if draw.random() < 0.2:  # the fields that hold the most
-        field = draw.choice(("prompt",) if path == "/v1/completions" else ("messages", "chat_template_kwargs"))
+    if draw.random() < 0.2:
+        field = draw.choice(face.largest)
     if draw.random() < 0.05:
         return _input(f"http {path} unknown names", size, has_key, lambda: _unknown_names(path, size))
     seed = draw.randrange(1 << 30)

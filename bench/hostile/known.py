@@ -25,6 +25,24 @@ def chat(**fields: Any) -> Body:
     return Body("/v1/chat/completions", json.dumps(usual | fields).encode())
 
 
+def anthropic(below: str = "", **fields: Any) -> Body:
+    """A body of Anthropic's."""
+    usual = {"model": "twostroke-bundled", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+    return Body(f"/v1/messages{below}", json.dumps(usual | fields).encode())
+
+
+def ollama(**fields: Any) -> Body:
+    """A body of Ollama's."""
+    usual = {"messages": [{"role": "user", "content": "hi"}], "options": {"num_predict": 2}}
+    return Body("/api/chat", json.dumps({"model": "twostroke-bundled"} | usual | fields).encode())
+
+
+def tool(schema: dict[str, Any], number: int = 0) -> dict[str, Any]:
+    """A function with one argument of this schema."""
+    parameters = {"type": "object", "properties": {"x": schema}}
+    return {"type": "function", "function": {"name": f"f{number}", "parameters": parameters}}
+
+
 def raw(text: str, path: str = "/v1/completions") -> Body:
     """A body that no library would write."""
     return Body(path, text.encode())
@@ -70,6 +88,23 @@ _BODIES: dict[str, Callable[[], Built]] = {
     "prompt_logprobs of 4,000 tokens": lambda: completion(prompt=list(range(100, 1_100)) * 3, prompt_logprobs=5),
     "64 prompts with their scores": lambda: completion(prompt=[words(500)] * 64, prompt_logprobs=3, max_tokens=1),
     "a list of 1,000 prompts": lambda: completion(prompt=["hi"] * 1_000),
+    "a tool of 4 MB": lambda: chat(tools=[tool({"enum": ["x" * 100] * 38_000})], tool_choice="required"),
+    "128 tools of 30 KB": lambda: chat(tools=[tool({"enum": ["x" * 100] * 290}, n) for n in range(128)]),
+    "a schema that is slow to compile": lambda: completion(
+        guided_json={"allOf": [{"type": "string", "pattern": f".*a{n}.*"} for n in range(200)]}
+    ),
+    "a schema of 600,000 values": lambda: raw('{"prompt":"x","guided_json":{"enum":[' + "1," * 600_000 + "1]}}"),
+    "a regex of 100 M repeats": lambda: completion(guided_regex="((((a{100}){100}){100}){100})"),
+    "Anthropic: a system of 4 MB": lambda: anthropic(system=words(LARGEST - 200)),
+    "Anthropic: 2,000 messages of 1 KB": lambda: anthropic(
+        messages=[{"role": "user", "content": words(1_000)}] * 2_000
+    ),
+    "Anthropic: 130,000 blocks": lambda: anthropic(
+        messages=[{"role": "user", "content": [{"type": "text", "text": "x"}] * 130_000}]
+    ),
+    "Anthropic: 4 MB to count": lambda: anthropic("/count_tokens", system=words(LARGEST - 200)),
+    "Ollama: a chat of 4 MB": lambda: ollama(messages=[{"role": "user", "content": words(LARGEST - 200)}]),
+    "Ollama: 130,000 stops": lambda: ollama(options={"stop": ["x"] * 130_000}),
 }
 
 # ------------------------------------------------------------------ messages

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import islice
 from reprlib import Repr
 from typing import Any
 
@@ -11,6 +12,7 @@ from ...core.errors import InvalidRequest
 
 _BRIEF = Repr()
 _BRIEF.maxlevel, _BRIEF.maxstring = 3, 60
+_CHARS_OF_A_VALUE = 4  # quotes, comma, space
 
 
 def integer(name: str, value: Any, default: int, low: int, high: int) -> int:
@@ -74,6 +76,22 @@ def deeper_than(value: Any, levels: int) -> bool:
         if not layer:
             break
     return bool(layer)
+
+
+def least_chars(value: Any, enough: int) -> int:
+    """About the characters that a value has as JSON; counts no further than `enough`."""
+    num_chars, rest = 0, [value]
+    while rest and num_chars < enough:
+        inner = rest.pop()
+        if isinstance(inner, str):
+            num_chars += len(inner)
+        elif isinstance(inner, Mapping):
+            num_chars += sum(map(len, islice(inner, enough)))
+            rest.extend(inner.values())
+        elif isinstance(inner, (list, tuple)):
+            rest.extend(inner)
+        num_chars += _CHARS_OF_A_VALUE
+    return num_chars
 
 
 def refuse_constant(name: str) -> float:

@@ -203,7 +203,8 @@ class Frontend:
         grammar = requests[0].sampling.grammar  # the calls of a list have the same
         if grammar is not None:
             try:
-                await self.grammars.check(grammar, model)
+                left_s = timeout_s if arrived_s is None else timeout_s - (self.flow.clock.now_s() - arrived_s)
+                await self.grammars.check(grammar, model, requests[0].owner, left_s)
             except InvalidRequest as error:
                 raise named(error, field_of_rule(calls[0])) from None
         return requests, model

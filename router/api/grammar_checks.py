@@ -1,6 +1,8 @@
 """Checks of grammars in processes that may be lost: a hostile one costs its sender an error and the router nothing.
 
-request ─▶ a thread ─▶ an idle process of this model, or a new one ─▶ answer within CHECK_S, or its end
+request ─▶ its tenant's turn ─▶ a thread ─▶ an idle process of this model, or a new one ─▶ answer in time, or its end
+
+One grammar of a tenant is checked at a time, so those of others are checked in between, however slow its are.
 """
 
 from __future__ import annotations
@@ -12,8 +14,9 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from ...core.errors import InternalError, Overloaded
@@ -44,9 +47,10 @@ class GrammarChecks:
         self._lock = threading.Lock()
         self._idle: dict[_Name, list[_Checker]] = {}
         self._answers: OrderedDict[tuple[_Name, bytes], str | None] = OrderedDict()
+        self._turns: weakref.WeakValueDictionary[str, asyncio.Semaphore] = weakref.WeakValueDictionary()  # by tenant
 
-    async def check(self, grammar: Grammar, model: ServedModel) -> None:
-        """Check that workers of the model can follow a grammar.
+    async def check(self, grammar: Grammar, model: ServedModel, tenant: str, left_s: float = WAIT_S) -> None:
+        """Check that workers of the model can follow a grammar. `left_s`: until the request's deadline.
 
         Raises:
             InvalidRequest: they cannot; says why, or which limit it passes.
@@ -56,19 +60,42 @@ class GrammarChecks:
         eos_ids = model.tokenizer.eos_ids or (0,)
         name = _Name(model.directory, model.vocab_size, tuple(id_ for id_ in eos_ids if id_ < model.vocab_size))
         key = (name, digest_of(grammar))
-        if key not in self._answers:
-            work = asyncio.wrap_future(self._threads.submit(self._ask, name, grammar))
-            try:
-                answer = await asyncio.wait_for(work, WAIT_S)
-            except TimeoutError:
-                raise Overloaded("too many grammars are being checked; try again soon", retry_after_s=2.0) from None
-            self._answers[key] = answer
-            while len(self._answers) > MAX_REMEMBERED:
-                self._answers.popitem(last=False)
+        try:
+            async with asyncio.timeout(min(WAIT_S, left_s)):
+                while key not in self._answers:
+                    await self._check_in_turn(key, grammar, tenant)
+        except TimeoutError:
+            raise Overloaded("too many grammars are being checked; try again soon", retry_after_s=2.0) from None
         self._answers.move_to_end(key)
         error = self._answers[key]
         if error is not None:
             raise refused(error)
+
+    async def _check_in_turn(self, key: tuple[_Name, bytes], grammar: Grammar, tenant: str) -> None:
+        turn = self._turns.get(tenant)
+        if turn is None:
+            turn = self._turns[tenant] = asyncio.Semaphore()
+        await turn.acquire()
+        if key in self._answers:  # since the tenant's grammar before
+            turn.release()
+            return
+        loop = asyncio.get_running_loop()
+        try:
+            work = self._threads.submit(self._ask, key[0], grammar)
+        except BaseException:
+            turn.release()
+            raise
+        # A thread cannot be stopped: the turn ends with its work, not with the request that waits for it.
+        work.add_done_callback(lambda _: loop.is_closed() or loop.call_soon_threadsafe(self._checked, key, work, turn))
+        await asyncio.wrap_future(work)
+
+    def _checked(self, key: tuple[_Name, bytes], work: Future[str | None], turn: asyncio.Semaphore) -> None:
+        turn.release()
+        if work.cancelled() or work.exception() is not None:
+            return
+        self._answers[key] = work.result()
+        while len(self._answers) > MAX_REMEMBERED:
+            self._answers.popitem(last=False)
 
     def close(self) -> None:
         """End the processes that no check uses."""

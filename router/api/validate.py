@@ -8,9 +8,8 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from ...core.errors import ContextLengthExceeded, InvalidRequest, UnsupportedParameter
 from ...core.request import HIGHEST_PRIORITY, LOWEST_PRIORITY, AnswerForm, Request
@@ -22,14 +21,14 @@ from ..config import RouterConfig
 from ..keys.grants import Grant, KeyRing
 from .call import GenerateCall
 from .chat import Prompt, chat_prompt
-from .checks import integer, short, text_of
+from .checks import integer, least_chars, short, text_of
 from .ignored import Ignored
 from .models import ServedModel
 from .sampling import is_bounded, sampling_of
+from .text_work import LARGE_CHARS
 from .tools import with_rule
 
 MAX_SALT_CHARS = 1024
-CHARS_OF_A_TOOL = 1024  # a guess, for `num_chars_of`
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
@@ -117,20 +116,10 @@ def timeout_of(call: GenerateCall, limits: Limits) -> float:
 
 
 def num_chars_of(call: GenerateCall) -> int:
-    """Approximate number of characters to render and tokenise for a call; 0 for token ids."""
+    """About the characters to render and tokenise for a call, counted until it is large; 0 for token ids."""
     if isinstance(call.prompt, str):
         return len(call.prompt) + len(call.suffix or "")
-    messages = sum(
-        _num_chars(message.get("content")) for message in call.messages or () if isinstance(message, Mapping)
-    )
-    return messages + CHARS_OF_A_TOOL * len(call.tools or ())
-
-
-def _num_chars(content: Any) -> int:
-    if isinstance(content, str):
-        return len(content)
-    parts = content if isinstance(content, (list, tuple)) else ()
-    return sum(_num_chars(part.get("text")) for part in parts if isinstance(part, Mapping))
+    return least_chars((call.messages, call.tools, call.documents), LARGE_CHARS + 1)
 
 
 def _isolation_domain(tenant: str, salt: str | None) -> str:

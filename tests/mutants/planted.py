@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import planted_api
 import planted_certificates
 import planted_doors
 import planted_engine
@@ -121,6 +122,9 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "router/api/http/sse": ("tests/router/api/test_sse.py",),
     "router/api/frontend": ("tests/router/api/test_frontend.py",),
+    "router/api/grammar_checks": ("tests/router/api/test_grammar_checks.py",),
+    "router/api/checks": ("tests/router/api/test_validate.py",),
+    "router/journal/redis_store": ("tests/router/test_redis_writes.py", "tests/router/test_adoption.py"),
     "router/api/batch": ("tests/router/api/test_batch.py",),
     "router/routing/lost_workers": ("tests/router/requests/test_lost_workers.py",),
     "router/": (*_PURE, "tests/router/requests/test_flow.py"),
@@ -161,6 +165,7 @@ MUTANTS = [
     *planted_engine.MUTANTS,
     *planted_workers.MUTANTS,
     *planted_router.MUTANTS,
+    *planted_api.MUTANTS,
     *planted_doors.MUTANTS,
     *planted_gpu.MUTANTS,
     *planted_certificates.MUTANTS,

@@ -7,6 +7,11 @@ from mutant import Mutant
 _ENGINE = [
     Mutant(
         "engine/scheduler.py",
+        "if sequence.state is _S.WAITING and sequence.source is not Source.PEER and self._awaits_prefix",
+        "if sequence.source is not Source.PEER and self._awaits_prefix",
+    ),
+    Mutant(
+        "engine/scheduler.py",
         'it owns nothing any more and is forgotten."""\n        self._promise(sequence, 0)\n',
         'it owns nothing any more and is forgotten."""\n',
     ),

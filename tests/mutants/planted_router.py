@@ -176,6 +176,11 @@ _LIVES = [
         "usable = run.identities",
     ),
     Mutant(
+        "router/requests/choosing.py",
+        "prompt_logprobs is None or run.has_output else ()",
+        "prompt_logprobs is None else ()",
+    ),
+    Mutant(
         "router/requests/lifecycle.py",
         "            self.fail(run, run.cause or nobody, now_s)",
         "            self.fail(run, nobody, now_s)",

@@ -11,11 +11,13 @@ from twostroke.core.errors import ContextLengthExceeded, InvalidRequest, Unauthe
 from twostroke.core.request import Request
 from twostroke.router.api.call import GenerateCall
 from twostroke.router.api.models import ServedModel
-from twostroke.router.api.validate import Limits, validate
+from twostroke.router.api.text_work import LARGE_CHARS
+from twostroke.router.api.validate import Limits, num_chars_of, validate
 from twostroke.router.keys.grants import KeyRing
 from twostroke.text.tokenizer import Tokenizer
 
 VOCAB, CONTEXT = 4096, 100
+HELLO = [{"role": "user", "content": "hello"}]
 KEYS = ("a-secret-of-ann", "a-secret-of-bob")
 TOKENIZER = Tokenizer.load(Path(__file__).resolve().parents[3] / "model" / "bundled")
 
@@ -58,3 +60,22 @@ def test_a_text_whose_tokens_the_model_has_not_is_refused() -> None:
     assert checked("Hello there", keys=(), vocab=max(ids) + 1).prompt_ids == ids
     with pytest.raises(InvalidRequest, match="leave it out"):
         checked("Hello there", keys=(), vocab=max(ids))
+
+
+@pytest.mark.parametrize(
+    "large",
+    [
+        {"messages": [{"role": "user", "content": "x" * 70_000}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}] * 5_000}]},
+        {
+            "messages": HELLO,
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": {"x" * 70_000: 1}}}],
+        },
+        {"messages": HELLO, "tools": [{"function": {"parameters": {"enum": list(range(40_000))}}}]},
+        {"messages": HELLO, "documents": [{"text": "x" * 70_000}]},
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": "x" * 70_000}}]}]},
+    ],
+)
+def test_a_large_text_is_known_wherever_it_stands(large):
+    assert num_chars_of(GenerateCall(**large)) > LARGE_CHARS
+    assert 0 < num_chars_of(GenerateCall(messages=HELLO, tools=[{"function": {"name": "f"}}])) < 200

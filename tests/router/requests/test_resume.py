@@ -7,6 +7,7 @@ from support.list_router import Router
 from twostroke.core import errors
 from twostroke.core.request import Role, SamplingParams
 from twostroke.core.timeline import Instant
+from twostroke.kv.block import BlockIdentity
 from twostroke.protos import worker_pb2
 from twostroke.router.requests.lifecycle import MAX_RESUMED_DISPATCHES
 from twostroke.router.requests.state import RequestState, Stage
@@ -48,6 +49,22 @@ def test_a_lost_stream_is_ordered_again_after_what_its_client_has() -> None:
     router.tokens(run, 3, choice=0)
     pieces = [piece for piece in iter(run.take_piece, None) if piece.choice == 0]
     assert [piece.first_index for piece in pieces] == [0, 2]
+
+
+def test_a_scored_prompt_that_is_sent_again_may_use_what_is_cached() -> None:
+    blocks = [BlockIdentity(bytes([n] * 16)) for n in range(3)]
+    router = Router("a", "b")
+    router.identities = lambda *_: blocks  # type: ignore[method-assign]
+    for name in ("a", "b"):
+        router.roster.watching(WorkerKey(name, 1))
+        event = worker_pb2.WatchEvent(incarnation=1, sequence=1)
+        event.snapshot.identities, event.snapshot.last = b"".join(blocks), True
+        assert router.roster.take_event(WorkerKey(name, 1), event, 0.0)
+    run = router.ask(sampling=SamplingParams(max_tokens=5, prompt_logprobs=1))
+    router.tokens(run)
+    kill(router, placed(run))
+    held = [dispatch.choice.winner.decode_held_tokens for dispatch in run.dispatches]
+    assert held == [0, 48], "the second one scores nothing"
 
 
 def test_what_the_first_worker_still_sends_is_dropped() -> None:

@@ -1,0 +1,28 @@
+"""Mutants of what a router does with requests before they are routed, and of its journal."""
+
+from __future__ import annotations
+
+from mutant import Mutant
+
+MUTANTS = [
+    Mutant("router/api/grammar_checks.py", "        await turn.acquire()\n", ""),
+    Mutant(
+        "router/api/grammar_checks.py", "        turn.release()\n        if work.cancelled", "        if work.cancelled"
+    ),
+    Mutant("router/api/grammar_checks.py", "asyncio.timeout(min(WAIT_S, left_s))", "asyncio.timeout(WAIT_S)"),
+    Mutant("router/api/grammar_checks.py", "        self._answers[key] = work.result()\n", "        pass\n"),
+    Mutant("router/api/validate.py", "(call.messages, call.tools, call.documents)", "(call.messages,)"),
+    Mutant("router/api/checks.py", "            num_chars += sum(map(len, islice(inner, enough)))\n", ""),
+    Mutant(
+        "router/journal/redis_store.py",
+        "1 + len(claim.stored.pieces)",
+        "len(claim.stored.pieces)",
+        "the last piece is written twice, and `read_back` takes each number once",
+    ),
+    Mutant(
+        "router/journal/redis_store.py",
+        "                break\n            batches.append(raw)",
+        "                continue\n            batches.append(raw)",
+        "`read_back` ends at the number that is missing",
+    ),
+]

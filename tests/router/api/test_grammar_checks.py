@@ -1,0 +1,93 @@
+"""Grammars are checked in turns of their tenants: those of one, however slow, do not hold up another's."""
+
+import asyncio
+import gc
+import threading
+
+import pytest
+from support.flow_cluster import until
+
+from twostroke.core.errors import InvalidRequest, Overloaded
+from twostroke.core.request import Grammar
+from twostroke.router.api import grammar_checks
+from twostroke.router.api.grammar_checks import GrammarChecks
+from twostroke.router.api.models import ServedModel
+
+OTHERS = 10.0  # seconds; nothing here takes them unless it is wrong
+
+
+class Slow:
+    """Stands where the processes are: grammars named slow… wait until they are let go."""
+
+    def __init__(self, checks: GrammarChecks, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.go = threading.Event()
+        self.asked: list[str] = []
+        monkeypatch.setattr(checks, "_ask", self._ask)
+
+    def _ask(self, _: object, grammar: Grammar) -> str | None:
+        self.asked.append(grammar.source)
+        if grammar.source.startswith("slow"):
+            self.go.wait(60)
+        return "it is bad" if grammar.source.endswith("bad") else None
+
+
+@pytest.fixture
+def checks():
+    checks = GrammarChecks()
+    yield checks
+    checks.close()
+
+
+class Tokenizer:
+    eos_ids = (2,)
+
+
+def model() -> ServedModel:
+    return ServedModel("m", 10, 10, Tokenizer(), None, None, "/nothing")  # type: ignore[arg-type]
+
+
+def regex(source: str) -> Grammar:
+    return Grammar("regex", source)
+
+
+async def test_slow_grammars_of_one_tenant_leave_a_process_to_others(checks, monkeypatch) -> None:
+    slow = Slow(checks, monkeypatch)
+    first = [asyncio.create_task(checks.check(regex(f"slow{n}"), model(), "a")) for n in range(6)]
+    while not slow.asked:
+        await asyncio.sleep(0.01)
+    async with asyncio.timeout(OTHERS):
+        await checks.check(regex("quick"), model(), "b")
+        with pytest.raises(InvalidRequest, match="it is bad"):
+            await checks.check(regex("quick and bad"), model(), "b")
+    assert slow.asked == ["slow0", "quick", "quick and bad"]
+    slow.go.set()
+    await asyncio.gather(*first)
+    assert slow.asked[3:] == [f"slow{n}" for n in range(1, 6)]
+    del first
+    await until(lambda: gc.collect() >= 0 and not checks._turns)  # nothing is kept of tenants without a check
+
+
+async def test_what_was_checked_is_known_also_if_nobody_waited(checks, monkeypatch) -> None:
+    slow = Slow(checks, monkeypatch)
+    with pytest.raises(Overloaded):
+        await checks.check(regex("slow"), model(), "a", left_s=0.05)
+    slow.go.set()
+    async with asyncio.timeout(OTHERS):
+        await asyncio.gather(*(checks.check(regex("slow"), model(), "a") for _ in range(3)))
+        await checks.check(regex("slow"), model(), "b")
+    assert slow.asked == ["slow"]
+
+
+async def test_a_wait_ends_with_the_requests_time(checks, monkeypatch) -> None:
+    slow = Slow(checks, monkeypatch)
+    held = asyncio.create_task(checks.check(regex("slow"), model(), "a"))
+    while not slow.asked:
+        await asyncio.sleep(0.01)
+    monkeypatch.setattr(grammar_checks, "WAIT_S", 600.0)
+    async with asyncio.timeout(OTHERS):
+        with pytest.raises(Overloaded):
+            await checks.check(regex("quick"), model(), "a", left_s=0.05)
+    slow.go.set()
+    await held
+    await checks.check(regex("quick"), model(), "a")
+    assert slow.asked == ["slow", "quick"]
