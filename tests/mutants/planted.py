@@ -119,6 +119,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/router/api/test_defaults.py",
         "tests/router/api/test_messages.py",
         "tests/router/api/test_body_fields.py",
+        "tests/router/api/test_underload.py",
     ),
     "router/api/http/sse": ("tests/router/api/test_sse.py",),
     "router/api/frontend": ("tests/router/api/test_frontend.py",),
