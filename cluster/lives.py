@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator
 from typing import Any, NamedTuple
 
 from ..client.async_client import AsyncClient
-from ..core.errors import TwostrokeError
+from ..core.errors import ConfigError, TwostrokeError
 from ..core.request import Role
+from .certificates import face_tls
+from .config import Config
 from .restarts import Use
+
+ASK_S = 2.0
 
 _USE_BY_STATE = {"live": Use.SERVES, "draining": Use.DRAINS}
 _LEAST_USE = (Use.NONE, Use.DRAINS, Use.SERVES)
@@ -32,6 +39,22 @@ class Seen(NamedTuple):
     def worker(self, name: str) -> dict[str, Any] | None:
         """The report on one worker; None: the router does not know it."""
         return next((worker for worker in self.cluster["workers"] if worker["worker_id"] == name), None)
+
+
+async def looks(config: Config, address: str, api_key: str | None) -> AsyncGenerator[dict[str, Any] | None, None]:
+    """What a router reports at each look; None: none has answered. Each look may lead to another router after that."""
+    may_change = config.cluster.routers > 1  # of several that share the port another connection may lead to another one
+    tls = None
+    while True:
+        with contextlib.suppress(ConfigError):  # while the files change; those before may still be good
+            tls = await asyncio.to_thread(face_tls, config.router)
+        insecure = tls is None and config.router.insecure
+        async with AsyncClient(address, api_key=api_key, timeout_s=ASK_S, insecure=insecure, tls=tls) as client:
+            while True:
+                cluster = await cluster_or_none(client)
+                yield cluster
+                if cluster is None and (may_change or tls is not None):
+                    break
 
 
 async def cluster_or_none(client: AsyncClient) -> dict[str, Any] | None:

@@ -22,10 +22,10 @@ from ..model.ops.device import chosen_kind, gpu_free_bytes
 from ..router.ports import check_ports
 from ..worker.machine import machine_facts
 from .config import Config
+from .launch.launchers import launcher_class
 from .model_facts import model_facts
 from .nodes import Node
 from .placement import Plan, place_on
-from .supervisor import launcher_class
 
 Show = Callable[[str], None]
 """Callback that shows a line of progress; the next line replaces it."""

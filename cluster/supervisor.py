@@ -10,24 +10,24 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ..client.async_client import AsyncClient
 from ..core.clock import Clock, MonotonicClock
-from ..core.errors import ConfigError, TwostrokeError, Unavailable
-from ..core.ports import free_ports, target
+from ..core.errors import TwostrokeError, Unavailable
+from ..core.ports import target
 from ..core.tls.callers import Caller
-from ..router.keys.digests import line_for
 from .certificates import certificates_of, face_tls
 from .config import Config
 from .devices import Devices
 from .launch.last_words import DeviceEnd, ProcessEnd, end_of_typed
-from .launch.launcher import Launcher, Site
-from .lives import Seen, cluster_or_none, lives_of
+from .launch.launcher import Site
+from .launch.launchers import launcher_class
+from .lives import Seen, lives_of, looks
 from .operations.changes import Changes
 from .operations.operator import Operator
 from .operations.room import Room
 from .operations.scaler import Scaler
 from .placement import Plan, ProcessPlan
 from .restarts import Patience, RestartBook, Standing, Use
+from .settled import reachable, with_fixed_ports, with_operator
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Supervisor:
         self._clock = clock or MonotonicClock()
         self._say = say or log.info
         self._operator_key = secrets.token_urlsafe(32)  # to ask the routers, which keep only digests of keys
-        self.config, internal_ports = _with_fixed_ports(_with_operator(plan.settle(config), self._operator_key))
+        self.config, internal_ports = with_fixed_ports(with_operator(plan.settle(config), self._operator_key))
         certificates = certificates_of(self.config)
         face_tls(self.config.router)  # raises now, if its files cannot be used
         self.tls_remark = certificates.remark  # for the operator
@@ -89,12 +89,12 @@ class Supervisor:
     def http_url(self) -> str:
         """URL of the OpenAI API."""
         scheme = "https" if self.config.router.ssl_certfile else "http"
-        return f"{scheme}://{target(_reachable(self.config.router.host), self.config.router.port)}"
+        return f"{scheme}://{target(reachable(self.config.router.host), self.config.router.port)}"
 
     @property
     def grpc_address(self) -> str:
         """host:port of the gRPC API, for the SDK."""
-        return target(_reachable(self.config.router.host), self.config.router.grpc_port)
+        return target(reachable(self.config.router.host), self.config.router.grpc_port)
 
     @property
     def model_name(self) -> str:
@@ -317,38 +317,23 @@ class Supervisor:
         self._say(f"{name} ended ({end.cause}); starting it again in {wait_s:.1f} s")
 
     async def _observe(self) -> None:
-        """Ask the router for the state of all members, and replace those that are unavailable for too long."""
-        router = self.config.router
-        key = self._operator_key if router.has_keys else None
-        tls = None
-        while True:
-            with contextlib.suppress(ConfigError):  # while the files change; those before may still be good
-                tls = await asyncio.to_thread(face_tls, router)
-            insecure = tls is None and router.insecure
-            async with AsyncClient(self.grpc_address, api_key=key, timeout_s=2.0, insecure=insecure, tls=tls) as client:
-                # Another connection may lead to another router, too, of those that share the port.
-                await self._observe_through(client, may_change=tls is not None or self.config.cluster.routers > 1)
-
-    async def _observe_through(self, client: AsyncClient, *, may_change: bool) -> None:
-        """The same through one connection, until it fails and another one may do better (`may_change`)."""
-        while True:
-            self._started.clear()
-            cluster = await cluster_or_none(client)
-            self._note(cluster)
-            has_failed = cluster is None and may_change
-            for name in self._membership.overdue(self._clock.now_s()):
-                is_draining = self._membership.use(name) is Use.DRAINS
-                what = "drains, and nobody here asked for it" if is_draining else "runs but cannot be used"
-                self._say(f"{name} {what}; replacing it")
-                self._replaced.add(name)
-                await self._launcher.kill(name)
-            if not self._membership.starting():
-                self._settled.set()
-            with contextlib.suppress(TimeoutError):
-                wait_s = _POLL_S if self._membership.starting() else _WATCH_S
-                await asyncio.wait_for(self._started.wait(), wait_s)
-            if has_failed:
-                return
+        """Follow what the routers report of all members, and replace those that are unavailable for too long."""
+        key = self._operator_key if self.config.router.has_keys else None
+        async with contextlib.aclosing(looks(self.config, self.grpc_address, key)) as reports:
+            async for cluster in reports:
+                self._started.clear()
+                self._note(cluster)
+                for name in self._membership.overdue(self._clock.now_s()):
+                    is_draining = self._membership.use(name) is Use.DRAINS
+                    what = "drains, and nobody here asked for it" if is_draining else "runs but cannot be used"
+                    self._say(f"{name} {what}; replacing it")
+                    self._replaced.add(name)
+                    await self._launcher.kill(name)
+                if not self._membership.starting():
+                    self._settled.set()
+                with contextlib.suppress(TimeoutError):
+                    wait_s = _POLL_S if self._membership.starting() else _WATCH_S
+                    await asyncio.wait_for(self._started.wait(), wait_s)
 
     def _note(self, cluster: dict[str, Any] | None) -> None:
         """Record the router's report on every member; without an answer the state of workers is unknown."""
@@ -382,41 +367,3 @@ class Supervisor:
         """
         number = self.config.cluster.routers
         return number == 1 or self._num_silent >= _SILENT_LOOKS * number
-
-
-def launcher_class(config: Config) -> Callable[[Site], Launcher]:
-    """The launcher class that the configuration names. Only that one is imported."""
-    if config.cluster.launcher == "ray":
-        from .launch.ray import RayLauncher
-
-        return RayLauncher
-    if config.cluster.launcher == "process":
-        from .launch.process import ProcessLauncher
-
-        return ProcessLauncher
-    from .launch.inprocess import InProcessLauncher
-
-    return InProcessLauncher
-
-
-def _with_operator(config: Config, key: str) -> Config:
-    """The configuration with the digest of the supervisor's own key, which replaces one that was given."""
-    return config.model_copy(update={"router": config.router.model_copy(update={"operator_key": line_for(key)})})
-
-
-def _with_fixed_ports(config: Config) -> tuple[Config, tuple[int, ...]]:
-    """Replace ports of 0 by free ones, so that a restarted router has the same ports as before.
-
-    Also returns the internal port of each router: the configured one and those after it, or free ones.
-    """
-    number, first = config.cluster.routers, config.router.internal_port
-    names = [name for name in ("port", "grpc_port") if getattr(config.router, name) == 0]
-    free = free_ports(config.router.host, len(names) + (0 if first else number))
-    inside = tuple(range(first, first + number)) if first else tuple(free[len(names) :])
-    found = dict(zip(names, free, strict=False)) | {"internal_port": inside[0]}
-    return config.model_copy(update={"router": config.router.model_copy(update=found)}), inside
-
-
-def _reachable(host: str) -> str:
-    """The host name for clients on this machine: loopback for a wildcard address."""
-    return {"0.0.0.0": "127.0.0.1", "::": "::1", "localhost": "127.0.0.1"}.get(host, host)
