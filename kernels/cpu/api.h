@@ -24,7 +24,7 @@ enum WhyGone : int32_t { DECLARED = 0, SILENT = 1, LEFT = 2, LATE = 3 };
 
 extern "C" {
 
-// A matrix [columns, inner] in panels of 16 columns, one every panel_bytes. Layout of a panel: linear.cpp, linear_int8.cpp.
+// A matrix [columns, inner] in panels of 16 columns, one every panel_bytes. Layout of a panel: linear/linear.cpp, linear/int8.cpp.
 struct Matrix {
     const void* panels;
     const float* scales;  // INT8: one per column; else null
@@ -132,7 +132,7 @@ void twostroke_stop_threads(Threads* threads);
 int64_t twostroke_panel_bytes(int32_t kind, int32_t inner, int32_t pairs);
 
 // Bytes of one panel of this bfloat16 matrix in the CODED form. 0: the form does not pay, because too many weights are odd
-// (coded.h) or the machine lacks the instructions.
+// (linear/coded.h) or the machine lacks the instructions.
 int64_t twostroke_coded_panel_bytes(Threads* threads, const uint16_t* from, int32_t columns, int32_t inner);
 
 // Copy numbers [columns, inner] into panels of `kind`. CODED panels are made from bfloat16.

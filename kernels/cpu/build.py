@@ -28,11 +28,11 @@ SOURCES = tuple(  # longest compile first, so that all cores end together
     f"{name}.cpp"
     for name in (
         "attention",
-        "linear_int8",
-        "linear_avx2",
-        "linear_int8_avx2",
-        "linear",
-        "pack",
+        "linear/int8",
+        "linear/avx2",
+        "linear/int8_avx2",
+        "linear/linear",
+        "linear/pack",
         "rows",
         "head",
         "check",
@@ -187,9 +187,10 @@ def _compile(
     folder = library.with_suffix(".building")
     folder.mkdir(mode=0o700)
     here, unfinished = Path(__file__).parent, folder / "library.so"
-    objects = {name: folder / f"{name}.o" for name in SOURCES}
+    objects = {name: folder / f"{name.replace('/', '-')}.o" for name in SOURCES}
     compiles = [
-        [compiler, *FLAGS, *machine_flags, "-c", str(here / name), "-o", str(made)] for name, made in objects.items()
+        [compiler, *FLAGS, *machine_flags, f"-I{here}", "-c", str(here / name), "-o", str(made)]
+        for name, made in objects.items()
     ]
     link = [compiler, *FLAGS, *machine_flags, "-shared", *map(str, objects.values()), "-o", str(unfinished)]
 
@@ -216,7 +217,7 @@ def _name(compiler: str, machine_flags: tuple[str, ...]) -> str:
     """Name of a library: a hash of sources, flags, compiler and CPU."""
     here = Path(__file__).parent
     hasher = hashlib.blake2b(digest_size=12)
-    for source in (*(here / name for name in SOURCES), *sorted(here.glob("*.h"))):
+    for source in (*(here / name for name in SOURCES), *sorted(here.rglob("*.h"))):
         hasher.update(source.read_bytes() + b"\0")
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=30, check=False).stdout
     hasher.update(repr((FLAGS, machine_flags, version, cpu_features())).encode())

@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "api.h"
-#include "coded.h"
+#include "linear/coded.h"
 #include "simd.h"
 #include "threads.h"
 

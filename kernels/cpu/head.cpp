@@ -1,6 +1,6 @@
 // From the residual stream to logits: the last norm, the product, and the extremes of each row, in one pass.
 #include "api.h"
-#include "linear.h"
+#include "linear/linear.h"
 
 extern "C" {
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...checkpoint.spec import Quantization
 
-GROUP = 64  # numbers in a row that share a scale; kernels/cpu/linear_int8.cpp must have the same value
+GROUP = 64  # numbers in a row that share a scale; kernels/cpu/linear/int8.cpp must have the same value
 _LEAST = 2.0**-100  # smaller magnitudes count as zero: 127 / magnitude might not be finite
 
 

@@ -1,7 +1,7 @@
 """The decoder's ops by the C++ kernels of `kernels/cpu`. Knows no model.
 
 Weights are packed once, into panels that decode and prefill share. The bits of a row depend on that row alone (see
-`kernels/cpu/linear.cpp`, `attention.cpp`, `rows.cpp`), so batches need no padding and the number of threads does not
+`kernels/cpu/linear/linear.cpp`, `attention.cpp`, `rows.cpp`), so batches need no padding and the number of threads does not
 matter.
 """
 
@@ -124,7 +124,7 @@ class NativeOps:
     ) -> PackedLinear:
         """Copy a matrix [out, in] into panels: in the compute dtype, or int8 with one scale per output.
 
-        bfloat16 is stored in twelve bits without loss where its exponents allow that (`kernels/cpu/coded.h`). Panels of
+        bfloat16 is stored in twelve bits without loss where its exponents allow that (`kernels/cpu/linear/coded.h`). Panels of
         a gated matrix alternate between gate and up, so that one pass has both numbers in registers.
         """
         width = len(matrix) // 2 if gated else len(matrix)

@@ -19,7 +19,9 @@ from twostroke.kernels.cpu.build import NativeUnavailable
 
 FOLDER = Path(build.__file__).parent
 SOURCES = {
-    path.name: re.sub(r"//.*", "", path.read_text()) for path in sorted(FOLDER.glob("*.[ch]*")) if path.is_file()
+    path.relative_to(FOLDER).as_posix(): re.sub(r"//.*", "", path.read_text())
+    for path in sorted(FOLDER.rglob("*"))
+    if path.suffix in (".h", ".cpp")
 }
 API = SOURCES["api.h"]
 STRUCTS = dict(re.findall(r"^struct (\w+) \{(.*?)^\};", API, re.M | re.S))

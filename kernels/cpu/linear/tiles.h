@@ -17,7 +17,7 @@
 #include <unistd.h>
 #endif
 
-// Tiles read the layout of linear_int8.cpp.
+// Tiles read the layout of linear/int8.cpp.
 #if defined(TWOSTROKE_AVX2) && !defined(TWOSTROKE_TILES)
 #define TWOSTROKE_INT8_AVX2 1
 #endif

@@ -1,4 +1,4 @@
-// Rows rounded to 8 bits, in groups of 64 neighbours: linear_int8.cpp has the definition.
+// Rows rounded to 8 bits, in groups of 64 neighbours: linear/int8.cpp has the definition.
 #pragma once
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-// linear_int8.cpp for machines with AVX2 and without AVX-512. Sums of integers are exact, so the bits are the same.
+// linear/int8.cpp for machines with AVX2 and without AVX-512. Sums of integers are exact, so the bits are the same.
 //
 // The instruction for pairs of bytes saturates, so weights are widened to pairs of 16 bits, whose products are summed in 32 bits
 // exactly. Panels of 16 columns hold signed bytes, [inner / 2][16 columns][2 neighbours in k]. Rows are stored widened: blocks of

@@ -110,10 +110,10 @@ void share_panels(const Job& job, Threads& threads, int64_t panel_bytes, const F
 void multiply(Threads& threads, const Matrix& matrix, const Rows& x, const Rows& out, int activation, int out_columns,
               uint32_t* scratch, extremes::Search* search);
 
-// linear_avx2.cpp: products of float32 or bfloat16 rows on machines with AVX2 and without AVX-512.
+// linear/avx2.cpp: products of float32 or bfloat16 rows on machines with AVX2 and without AVX-512.
 void multiply_avx2(const Job& job, const Rows& x, uint32_t* scratch, Threads& threads);
 
-// linear_int8.cpp, linear_int8_avx2.cpp: products of rows rounded to 8 bits with 8-bit matrices.
+// linear/int8.cpp, linear/int8_avx2.cpp: products of rows rounded to 8 bits with 8-bit matrices.
 int64_t int8_panel_bytes(int inner);
 void pack_int8(const int8_t* from, int columns, int inner, uint8_t* to);
 void multiply_int8(const Job& job, const Rows& x, uint32_t* scratch, Threads& threads);

@@ -10,7 +10,7 @@
 // Panels of 16 columns hold [inner / 4][16 columns][4 neighbours in k], as w + 128: the instruction multiplies unsigned by
 // signed bytes. The offset adds 128 * sum(q) to a group's sum, so sums begin at minus that. On machines with AMX tiles, steps
 // of many rows use them: integers, so the same bits. Machines with AVX2 and without AVX-512 have another layout:
-// linear_int8_avx2.cpp.
+// linear/int8_avx2.cpp.
 #include "api.h"
 #include "linear.h"
 #include "row_rounding.h"

@@ -1,4 +1,4 @@
-// Copies matrices [columns, inner] into the panels that linear.cpp and linear_int8.cpp read.
+// Copies matrices [columns, inner] into the panels that linear.cpp and linear/int8.cpp read.
 #include <algorithm>
 #include <array>
 #include <atomic>

@@ -8,7 +8,7 @@
 // out[r, c] = ( sum over k = 0, 1, 2 ... of x[r, k] * w[c, k] ) * scale[c] + bias[c]. Each output has one float32 accumulator
 // lane, from the first k to the last; pairs of k go through dot_pairs. So an output's bits depend on its own row and column
 // alone. On machines with AMX tiles, bfloat16 uses them for every number of rows: 32 k at a time, in the instruction's order.
-// Int8 matrices for bfloat16 rows: linear_int8.cpp.
+// Int8 matrices for bfloat16 rows: linear/int8.cpp.
 #include <vector>
 
 #include "api.h"
