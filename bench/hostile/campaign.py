@@ -5,8 +5,9 @@
 A cluster of `twostroke serve --launcher process` with two API keys; 24 streams over HTTP and gRPC run all the time
 under one of them, and who attacks with a key has the other. Every input is sent `--times` at once. Before each, a quiet
 window of the same streams tells what the machine itself does.
-An input beside which a gap exceeds the bound is sent in two more windows, since a virtual machine stands still at times
-without any attack: the median of the three counts, and the table shows all.
+An input beside which a gap exceeds the bound is sent in four more windows after all others, since a virtual machine
+stands still at times without any attack, often several times in a minute: the median of the five counts, and the table
+shows all.
 Right is: that gap is at most 100 ms, the router's memory grows by at most 64 MiB, every process lives on, and no stream
 breaks. Exit status 1: something was not right.
 """
@@ -20,7 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -42,6 +43,7 @@ NUM_HTTP, NUM_GRPC = 18, 6
 MOST_GAP_MS = 100.0
 MOST_GROWTH_MIB = 64.0
 QUIET_S, AFTER_S, WARM_UP_S = 1.5, 0.7, 8.0
+MORE_WINDOWS = 4  # for an input whose first one exceeds the bound
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Outcome:
     answers: str
     seconds: float
     quiet_ms: float
-    gaps_ms: tuple[float, ...]  # of one window, or of three
+    gaps_ms: tuple[float, ...]  # of one window, or of five
     growth_mib: float  # the router's peak during the attack over what it held before
     broken: int
     errors: tuple[str, ...]
@@ -135,15 +137,11 @@ def cluster(folder: Path) -> Iterator[tuple[Served, Served, Cluster]]:
         yield ports, replace(ports, key=other), Cluster(mark)
 
 
-def judged(make: Callable[[], Attack], near: Neighbours, members: Cluster) -> Outcome:
-    """One window, or three if the first one's gap exceeds the bound."""
-    first = attacked(make(), near, members)
-    if first.gap_ms <= MOST_GAP_MS:
-        return first
-    windows = [first, *(attacked(make(), near, members) for _ in range(2))]
+def joined(windows: Sequence[Outcome]) -> Outcome:
+    """One input's windows together."""
     return replace(
-        first,
-        gaps_ms=tuple(one.gap_ms for one in windows),
+        windows[0],
+        gaps_ms=tuple(gap for one in windows for gap in one.gaps_ms),
         growth_mib=max(one.growth_mib for one in windows),
         broken=sum(one.broken for one in windows),
         errors=tuple(error for one in windows for error in one.errors),
@@ -232,31 +230,36 @@ def main() -> int:
     inputs = [*(KNOWN if given.known else ()), *fuzzed(given.fuzz, given.seed)]
     inputs = [one for one in inputs if re.search(given.only, one.name)]
     lookup = partial(find, given.fuzz, given.seed)
-    outcomes: list[Outcome] = []
+    outcomes: dict[str, list[Outcome]] = {}  # by input, one per window
     with tempfile.TemporaryDirectory() as temporary, cluster(Path(temporary)) as (where, attacked_at, members):
         near = Neighbours(where, NUM_HTTP, NUM_GRPC)
         try:
             time.sleep(WARM_UP_S)
             near.window()
             base_mib = members.memory_mib()
-            for one in inputs:
-                make = partial(Attack, lookup, one.name, attacked_at, given.times)
-                outcomes.append(judged(make, near, members))
-                last = outcomes[-1]
-                print(
-                    f"{last.name}: {last.answers}; quiet {last.quiet_ms:.0f} ms, gap {last.gaps_text()} ms, "
-                    f"+{last.growth_mib:.0f} MiB, broken {last.broken} {last.errors[:1]}, died {last.died}",
-                    flush=True,
-                )
+            for place in range(1 + MORE_WINDOWS):
+                again = {name for name, one in outcomes.items() if one[0].gap_ms > MOST_GAP_MS}
+                for one in inputs:
+                    if place and one.name not in again:
+                        continue
+                    attack = Attack(lookup, one.name, attacked_at, given.times)
+                    last = attacked(attack, near, members)
+                    outcomes.setdefault(one.name, []).append(last)
+                    print(
+                        f"{last.name}: {last.answers}; quiet {last.quiet_ms:.0f} ms, gap {last.gaps_text()} ms, "
+                        f"+{last.growth_mib:.0f} MiB, broken {last.broken} {last.errors[:1]}, died {last.died}",
+                        flush=True,
+                    )
             grown_mib = members.memory_mib() - base_mib
         finally:
             near.close()
-    text = body(outcomes, grown_mib)
+    judged = [joined(windows) for windows in outcomes.values()]
+    text = body(judged, grown_mib)
     print(text)
     if not given.only:
         title = "Hostile inputs beside 24 running streams"
-        print(report.save("hostile", title, text, {"outcomes": [asdict(one) for one in outcomes]}, facts))
-    return 1 if any(one.wrong() for one in outcomes) else 0
+        print(report.save("hostile", title, text, {"outcomes": [asdict(one) for one in judged]}, facts))
+    return 1 if any(one.wrong() for one in judged) else 0
 
 
 if __name__ == "__main__":
