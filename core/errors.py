@@ -113,6 +113,12 @@ class RequestNotFound(InvalidRequest):
     grpc_status = "NOT_FOUND"
 
 
+class PreviousResponseNotFound(InvalidRequest):
+    """The response that a conversation goes on from is not stored here, or not any more."""
+
+    code = "previous_response_not_found"
+
+
 class CursorLost(InvalidRequest):
     """The stream cannot go on after this cursor: what its client has is not, or no longer, what would come before."""
 
@@ -226,6 +232,12 @@ class WorkerLost(Unavailable):
     """The worker of this request died or fell silent, and no other worker could continue it."""
 
     code = "worker_lost"
+
+
+class StreamMoved(Unavailable):
+    """The router of this stream stopped, was lost, or gave it up. The request goes on: resume it, at any router."""
+
+    code = "stream_moved"
 
 
 class PoisonRequest(TwostrokeError):

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from twostroke.protos import common_pb2 as twostroke_dot_protos_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ctwostroke/protos/peers.proto\x12\x0ctwostroke.v1\x1a\x1dtwostroke/protos/common.proto\"\x0e\n\x0cPeerQuestion\"1\n\x0bPeerRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"&\n\x07PeerKey\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\"7\n\x0cJournaledKey\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\x0c\"\xad\x01\n\x0bJournalItem\x12\x31\n\x07request\x18\x01 \x01(\x0b\x32\x1e.twostroke.v1.JournaledRequestH\x00\x12-\n\x05piece\x18\x02 \x01(\x0b\x32\x1c.twostroke.v1.JournaledPieceH\x00\x12$\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x13.twostroke.v1.ErrorH\x00\x12\x0e\n\x04over\x18\x04 \x01(\x08H\x00\x42\x06\n\x04\x62ody\"G\n\x0cJournalBatch\x12\r\n\x05\x66irst\x18\x01 \x01(\x04\x12(\n\x05items\x18\x02 \x03(\x0b\x32\x19.twostroke.v1.JournalItem\"\xcb\x03\n\x10JournaledRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x12\n\nprompt_ids\x18\x03 \x03(\r\x12.\n\x08sampling\x18\x04 \x01(\x0b\x32\x1c.twostroke.v1.SamplingParams\x12\x13\n\x0bnum_choices\x18\x05 \x01(\r\x12\x18\n\x10isolation_domain\x18\x06 \x01(\t\x12\x0e\n\x06tenant\x18\x07 \x01(\t\x12\x11\n\ttimeout_s\x18\x08 \x01(\x01\x12\x0f\n\x07is_chat\x18\t \x01(\x08\x12\x12\n\nis_bounded\x18\n \x01(\x08\x12\x0f\n\x07\x61\x64\x61pter\x18\x0b \x01(\x0c\x12\x0c\n\x04\x66\x61\x63\x65\x18\x0c \x01(\t\x12\x11\n\tbody_json\x18\r \x01(\t\x12\x11\n\tcreated_s\x18\x0e \x01(\x04\x12\x0b\n\x03key\x18\x0f \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x10 \x01(\x0c\x12+\n\x06\x61nswer\x18\x11 \x01(\x0b\x32\x1b.twostroke.v1.JournaledForm\x12\x10\n\x08priority\x18\x12 \x01(\x11\x12\x33\n\tallowance\x18\x13 \x01(\x0b\x32 .twostroke.v1.JournaledAllowance\"{\n\rJournaledForm\x12\x12\n\nprompt_end\x18\x01 \x01(\t\x12\x17\n\ntools_json\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x10\n\x08parallel\x18\x03 \x01(\x08\x12\x1c\n\x14hides_special_tokens\x18\x04 \x01(\x08\x42\r\n\x0b_tools_json\"\xa0\x01\n\x12JournaledAllowance\x12\x0b\n\x03key\x18\x01 \x01(\t\x12 \n\x13requests_per_minute\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x1e\n\x11tokens_per_minute\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\r\n\x05share\x18\x04 \x01(\x01\x42\x16\n\x14_requests_per_minuteB\x14\n\x12_tokens_per_minute\"\xf3\x01\n\x0eJournaledPiece\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x13\n\x0b\x66irst_index\x18\x02 \x01(\r\x12\x15\n\ttoken_ids\x18\x03 \x03(\rB\x02\x10\x01\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x31\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x1a.twostroke.v1.FinishReason\x12\"\n\x05usage\x18\x06 \x01(\x0b\x32\x13.twostroke.v1.Usage\x12-\n\x08logprobs\x18\x07 \x03(\x0b\x32\x1b.twostroke.v1.TokenLogprobs\x12\x11\n\tnum_shown\x18\x08 \x01(\r\"\x18\n\x08PeerJson\x12\x0c\n\x04json\x18\x01 \x01(\t\"\x1a\n\tPeerFound\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"+\n\x08PeerText\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t2\xff\x02\n\x05Peers\x12<\n\x07\x45xplain\x12\x19.twostroke.v1.PeerRequest\x1a\x16.twostroke.v1.PeerJson\x12;\n\x05\x41\x62ort\x12\x19.twostroke.v1.PeerRequest\x1a\x17.twostroke.v1.PeerFound\x12<\n\x06Report\x12\x1a.twostroke.v1.PeerQuestion\x1a\x16.twostroke.v1.PeerJson\x12@\n\x06\x46ollow\x12\x19.twostroke.v1.PeerRequest\x1a\x19.twostroke.v1.JournalItem0\x01\x12<\n\x07\x46indKey\x12\x15.twostroke.v1.PeerKey\x1a\x1a.twostroke.v1.JournaledKey\x12=\n\x07Metrics\x12\x1a.twostroke.v1.PeerQuestion\x1a\x16.twostroke.v1.PeerTextb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ctwostroke/protos/peers.proto\x12\x0ctwostroke.v1\x1a\x1dtwostroke/protos/common.proto\"\x0e\n\x0cPeerQuestion\"A\n\x0bPeerRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x06so_far\x18\x03 \x01(\x08\"&\n\x07PeerKey\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\"7\n\x0cJournaledKey\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\x0c\"\xd5\x01\n\x0bJournalItem\x12\x31\n\x07request\x18\x01 \x01(\x0b\x32\x1e.twostroke.v1.JournaledRequestH\x00\x12-\n\x05piece\x18\x02 \x01(\x0b\x32\x1c.twostroke.v1.JournaledPieceH\x00\x12$\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x13.twostroke.v1.ErrorH\x00\x12\x0e\n\x04over\x18\x04 \x01(\x08H\x00\x12\x17\n\nnum_proven\x18\x05 \x01(\rH\x01\x88\x01\x01\x42\x06\n\x04\x62odyB\r\n\x0b_num_proven\"G\n\x0cJournalBatch\x12\r\n\x05\x66irst\x18\x01 \x01(\x04\x12(\n\x05items\x18\x02 \x03(\x0b\x32\x19.twostroke.v1.JournalItem\"\xcb\x03\n\x10JournaledRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x12\n\nprompt_ids\x18\x03 \x03(\r\x12.\n\x08sampling\x18\x04 \x01(\x0b\x32\x1c.twostroke.v1.SamplingParams\x12\x13\n\x0bnum_choices\x18\x05 \x01(\r\x12\x18\n\x10isolation_domain\x18\x06 \x01(\t\x12\x0e\n\x06tenant\x18\x07 \x01(\t\x12\x11\n\ttimeout_s\x18\x08 \x01(\x01\x12\x0f\n\x07is_chat\x18\t \x01(\x08\x12\x12\n\nis_bounded\x18\n \x01(\x08\x12\x0f\n\x07\x61\x64\x61pter\x18\x0b \x01(\x0c\x12\x0c\n\x04\x66\x61\x63\x65\x18\x0c \x01(\t\x12\x11\n\tbody_json\x18\r \x01(\t\x12\x11\n\tcreated_s\x18\x0e \x01(\x04\x12\x0b\n\x03key\x18\x0f \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x10 \x01(\x0c\x12+\n\x06\x61nswer\x18\x11 \x01(\x0b\x32\x1b.twostroke.v1.JournaledForm\x12\x10\n\x08priority\x18\x12 \x01(\x11\x12\x33\n\tallowance\x18\x13 \x01(\x0b\x32 .twostroke.v1.JournaledAllowance\"{\n\rJournaledForm\x12\x12\n\nprompt_end\x18\x01 \x01(\t\x12\x17\n\ntools_json\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x10\n\x08parallel\x18\x03 \x01(\x08\x12\x1c\n\x14hides_special_tokens\x18\x04 \x01(\x08\x42\r\n\x0b_tools_json\"\xa0\x01\n\x12JournaledAllowance\x12\x0b\n\x03key\x18\x01 \x01(\t\x12 \n\x13requests_per_minute\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x1e\n\x11tokens_per_minute\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\r\n\x05share\x18\x04 \x01(\x01\x42\x16\n\x14_requests_per_minuteB\x14\n\x12_tokens_per_minute\"\xf3\x01\n\x0eJournaledPiece\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x13\n\x0b\x66irst_index\x18\x02 \x01(\r\x12\x15\n\ttoken_ids\x18\x03 \x03(\rB\x02\x10\x01\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x31\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x1a.twostroke.v1.FinishReason\x12\"\n\x05usage\x18\x06 \x01(\x0b\x32\x13.twostroke.v1.Usage\x12-\n\x08logprobs\x18\x07 \x03(\x0b\x32\x1b.twostroke.v1.TokenLogprobs\x12\x11\n\tnum_shown\x18\x08 \x01(\r\"\x18\n\x08PeerJson\x12\x0c\n\x04json\x18\x01 \x01(\t\"\x1a\n\tPeerFound\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"+\n\x08PeerText\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t2\xbd\x03\n\x05Peers\x12<\n\x07\x45xplain\x12\x19.twostroke.v1.PeerRequest\x1a\x16.twostroke.v1.PeerJson\x12;\n\x05\x41\x62ort\x12\x19.twostroke.v1.PeerRequest\x1a\x17.twostroke.v1.PeerFound\x12<\n\x06Report\x12\x1a.twostroke.v1.PeerQuestion\x1a\x16.twostroke.v1.PeerJson\x12@\n\x06\x46ollow\x12\x19.twostroke.v1.PeerRequest\x1a\x19.twostroke.v1.JournalItem0\x01\x12<\n\x07\x46indKey\x12\x15.twostroke.v1.PeerKey\x1a\x1a.twostroke.v1.JournaledKey\x12<\n\x06\x46orget\x12\x19.twostroke.v1.PeerRequest\x1a\x17.twostroke.v1.PeerFound\x12=\n\x07Metrics\x12\x1a.twostroke.v1.PeerQuestion\x1a\x16.twostroke.v1.PeerTextb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,29 +37,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PEERQUESTION']._serialized_start=77
   _globals['_PEERQUESTION']._serialized_end=91
   _globals['_PEERREQUEST']._serialized_start=93
-  _globals['_PEERREQUEST']._serialized_end=142
-  _globals['_PEERKEY']._serialized_start=144
-  _globals['_PEERKEY']._serialized_end=182
-  _globals['_JOURNALEDKEY']._serialized_start=184
-  _globals['_JOURNALEDKEY']._serialized_end=239
-  _globals['_JOURNALITEM']._serialized_start=242
-  _globals['_JOURNALITEM']._serialized_end=415
-  _globals['_JOURNALBATCH']._serialized_start=417
-  _globals['_JOURNALBATCH']._serialized_end=488
-  _globals['_JOURNALEDREQUEST']._serialized_start=491
-  _globals['_JOURNALEDREQUEST']._serialized_end=950
-  _globals['_JOURNALEDFORM']._serialized_start=952
-  _globals['_JOURNALEDFORM']._serialized_end=1075
-  _globals['_JOURNALEDALLOWANCE']._serialized_start=1078
-  _globals['_JOURNALEDALLOWANCE']._serialized_end=1238
-  _globals['_JOURNALEDPIECE']._serialized_start=1241
-  _globals['_JOURNALEDPIECE']._serialized_end=1484
-  _globals['_PEERJSON']._serialized_start=1486
-  _globals['_PEERJSON']._serialized_end=1510
-  _globals['_PEERFOUND']._serialized_start=1512
-  _globals['_PEERFOUND']._serialized_end=1538
-  _globals['_PEERTEXT']._serialized_start=1540
-  _globals['_PEERTEXT']._serialized_end=1583
-  _globals['_PEERS']._serialized_start=1586
-  _globals['_PEERS']._serialized_end=1969
+  _globals['_PEERREQUEST']._serialized_end=158
+  _globals['_PEERKEY']._serialized_start=160
+  _globals['_PEERKEY']._serialized_end=198
+  _globals['_JOURNALEDKEY']._serialized_start=200
+  _globals['_JOURNALEDKEY']._serialized_end=255
+  _globals['_JOURNALITEM']._serialized_start=258
+  _globals['_JOURNALITEM']._serialized_end=471
+  _globals['_JOURNALBATCH']._serialized_start=473
+  _globals['_JOURNALBATCH']._serialized_end=544
+  _globals['_JOURNALEDREQUEST']._serialized_start=547
+  _globals['_JOURNALEDREQUEST']._serialized_end=1006
+  _globals['_JOURNALEDFORM']._serialized_start=1008
+  _globals['_JOURNALEDFORM']._serialized_end=1131
+  _globals['_JOURNALEDALLOWANCE']._serialized_start=1134
+  _globals['_JOURNALEDALLOWANCE']._serialized_end=1294
+  _globals['_JOURNALEDPIECE']._serialized_start=1297
+  _globals['_JOURNALEDPIECE']._serialized_end=1540
+  _globals['_PEERJSON']._serialized_start=1542
+  _globals['_PEERJSON']._serialized_end=1566
+  _globals['_PEERFOUND']._serialized_start=1568
+  _globals['_PEERFOUND']._serialized_end=1594
+  _globals['_PEERTEXT']._serialized_start=1596
+  _globals['_PEERTEXT']._serialized_end=1639
+  _globals['_PEERS']._serialized_start=1642
+  _globals['_PEERS']._serialized_end=2087
 # @@protoc_insertion_point(module_scope)

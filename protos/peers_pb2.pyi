@@ -42,17 +42,21 @@ class PeerRequest(_message.Message):
 
     TENANT_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    SO_FAR_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
     request_id: _builtins.str
+    so_far: _builtins.bool
+    """with Follow: what there is now, and nothing that comes later"""
     def __init__(
         self,
         *,
         tenant: _builtins.str = ...,
         request_id: _builtins.str = ...,
+        so_far: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "so_far", b"so_far", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -114,8 +118,11 @@ class JournalItem(_message.Message):
     PIECE_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     OVER_FIELD_NUMBER: _builtins.int
+    NUM_PROVEN_FIELD_NUMBER: _builtins.int
     over: _builtins.bool
-    """every choice has ended; in a store only"""
+    """every choice has ended; in a store, and with `so_far`"""
+    num_proven: _builtins.int
+    """with the request, of one that was adopted: pieces that are the first router's"""
     @_builtins.property
     def request(self) -> Global___JournaledRequest: ...
     @_builtins.property
@@ -129,13 +136,19 @@ class JournalItem(_message.Message):
         piece: Global___JournaledPiece | None = ...,
         error: _common_pb2.Error | None = ...,
         over: _builtins.bool = ...,
+        num_proven: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "error", b"error", "over", b"over", "piece", b"piece", "request", b"request"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_num_proven", b"_num_proven", "body", b"body", "error", b"error", "num_proven", b"num_proven", "over", b"over", "piece", b"piece", "request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "error", b"error", "over", b"over", "piece", b"piece", "request", b"request"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_proven", b"_num_proven", "body", b"body", "error", b"error", "num_proven", b"num_proven", "over", b"over", "piece", b"piece", "request", b"request"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__num_proven: _TypeAlias = _typing.Literal["num_proven"]  # noqa: Y015
+    _WhichOneofArgType__num_proven: _TypeAlias = _typing.Literal["_num_proven", b"_num_proven"]  # noqa: Y015
     _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["request", "piece", "error", "over"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__num_proven) -> _WhichOneofReturnType__num_proven | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
 Global___JournalItem: _TypeAlias = JournalItem  # noqa: Y015

@@ -59,6 +59,11 @@ class PeersStub(object):
                 request_serializer=twostroke_dot_protos_dot_peers__pb2.PeerKey.SerializeToString,
                 response_deserializer=twostroke_dot_protos_dot_peers__pb2.JournaledKey.FromString,
                 _registered_method=True)
+        self.Forget = channel.unary_unary(
+                '/twostroke.v1.Peers/Forget',
+                request_serializer=twostroke_dot_protos_dot_peers__pb2.PeerRequest.SerializeToString,
+                response_deserializer=twostroke_dot_protos_dot_peers__pb2.PeerFound.FromString,
+                _registered_method=True)
         self.Metrics = channel.unary_unary(
                 '/twostroke.v1.Peers/Metrics',
                 request_serializer=twostroke_dot_protos_dot_peers__pb2.PeerQuestion.SerializeToString,
@@ -103,6 +108,13 @@ class PeersServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Forget(self, request, context):
+        """a resumable request; one that runs is cancelled
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Metrics(self, request, context):
         """its own GET /metrics, in the OpenMetrics format
         """
@@ -137,6 +149,11 @@ def add_PeersServicer_to_server(servicer, server):
                     servicer.FindKey,
                     request_deserializer=twostroke_dot_protos_dot_peers__pb2.PeerKey.FromString,
                     response_serializer=twostroke_dot_protos_dot_peers__pb2.JournaledKey.SerializeToString,
+            ),
+            'Forget': grpc.unary_unary_rpc_method_handler(
+                    servicer.Forget,
+                    request_deserializer=twostroke_dot_protos_dot_peers__pb2.PeerRequest.FromString,
+                    response_serializer=twostroke_dot_protos_dot_peers__pb2.PeerFound.SerializeToString,
             ),
             'Metrics': grpc.unary_unary_rpc_method_handler(
                     servicer.Metrics,
@@ -279,6 +296,33 @@ class Peers(object):
             '/twostroke.v1.Peers/FindKey',
             twostroke_dot_protos_dot_peers__pb2.PeerKey.SerializeToString,
             twostroke_dot_protos_dot_peers__pb2.JournaledKey.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Forget(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/twostroke.v1.Peers/Forget',
+            twostroke_dot_protos_dot_peers__pb2.PeerRequest.SerializeToString,
+            twostroke_dot_protos_dot_peers__pb2.PeerFound.FromString,
             options,
             channel_credentials,
             insecure,

@@ -40,6 +40,8 @@ class PeersStub:
     """All of a resumable request from its beginning, as it goes on; empty: not known there."""
     FindKey: _grpc.UnaryUnaryMultiCallable[_peers_pb2.PeerKey, _peers_pb2.JournaledKey]
     """empty: not known there"""
+    Forget: _grpc.UnaryUnaryMultiCallable[_peers_pb2.PeerRequest, _peers_pb2.PeerFound]
+    """a resumable request; one that runs is cancelled"""
     Metrics: _grpc.UnaryUnaryMultiCallable[_peers_pb2.PeerQuestion, _peers_pb2.PeerText]
     """its own GET /metrics, in the OpenMetrics format"""
 
@@ -55,6 +57,8 @@ class PeersAsyncStub(PeersStub):
     """All of a resumable request from its beginning, as it goes on; empty: not known there."""
     FindKey: _aio.UnaryUnaryMultiCallable[_peers_pb2.PeerKey, _peers_pb2.JournaledKey]  # type: ignore[assignment]
     """empty: not known there"""
+    Forget: _aio.UnaryUnaryMultiCallable[_peers_pb2.PeerRequest, _peers_pb2.PeerFound]  # type: ignore[assignment]
+    """a resumable request; one that runs is cancelled"""
     Metrics: _aio.UnaryUnaryMultiCallable[_peers_pb2.PeerQuestion, _peers_pb2.PeerText]  # type: ignore[assignment]
     """its own GET /metrics, in the OpenMetrics format"""
 
@@ -97,6 +101,14 @@ class PeersServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_peers_pb2.JournaledKey, _abc.Awaitable[_peers_pb2.JournaledKey]]:
         """empty: not known there"""
+
+    @_abc_1.abstractmethod
+    def Forget(
+        self,
+        request: _peers_pb2.PeerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_peers_pb2.PeerFound, _abc.Awaitable[_peers_pb2.PeerFound]]:
+        """a resumable request; one that runs is cancelled"""
 
     @_abc_1.abstractmethod
     def Metrics(

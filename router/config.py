@@ -131,13 +131,14 @@ class RouterConfig(Section):
         30.0, ge=0, description="how long a resumable request is computed on without its client, before it is cancelled"
     )
     journal_s: float = Field(300.0, gt=0, description="how long a resumable request is kept after its end")
+    responses_s: float = Field(3600.0, gt=0, description="how long a stored response is kept after its end")
     journal_url: str | None = Field(
         None,
         repr=False,
         pattern=r"^(rediss?|unix)://",
         description="Redis 7 or later, where others find resumable requests of a router that died; none: memory only",
     )
-    journal_requests: int = Field(1000, ge=1, description="most resumable requests kept")
+    journal_requests: int = Field(1000, ge=1, description="most resumable requests and stored responses kept")
     journal_bytes: int = Field(64 << 20, ge=1 << 20, description="most memory of what is kept of them")
     decision_log: Path | None = Field(None, description="JSONL file of every decision")
 

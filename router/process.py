@@ -95,7 +95,7 @@ class RouterProcess:
         self._peers = Peers(settings.peers, proof, self._tls)
         self._front = Frontend(settings, self._flow, self._peers, reads_defaults=reads_defaults)
         if settings.journal_url is not None:
-            self._front.use_store(settings.journal_url, journal_key(cluster_key), settings.journal_s)
+            self._front.use_store(settings.journal_url, journal_key(cluster_key))
         self._guard = Guard(settings, self._front.authenticate, _INFERENCE, self._front.room)
         self._health = health.aio.HealthServicer()
         self._servers: list[grpc.aio.Server] = []
@@ -221,7 +221,13 @@ class RouterProcess:
     def _for_peers(self) -> PeerHandlers:
         front, flow = self._front, self._flow
         return PeerHandlers(
-            flow.router_id, front.explain_here, front.abort_here, self._report, front.metrics_here, front.streams
+            flow.router_id,
+            front.explain_here,
+            front.abort_here,
+            self._report,
+            front.metrics_here,
+            front.streams,
+            front.resumables.forget_here,
         )
 
     def _report(self) -> dict[str, Any]:

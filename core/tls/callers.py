@@ -29,6 +29,7 @@ ALLOWED: dict[str, frozenset[Caller]] = {
     "/twostroke.v1.Peers/Abort": frozenset({Caller.ROUTER}),
     "/twostroke.v1.Peers/Follow": frozenset({Caller.ROUTER}),
     "/twostroke.v1.Peers/FindKey": frozenset({Caller.ROUTER}),
+    "/twostroke.v1.Peers/Forget": frozenset({Caller.ROUTER}),
     "/twostroke.v1.Peers/Report": frozenset({Caller.ROUTER}),
     "/twostroke.v1.Peers/Metrics": frozenset({Caller.ROUTER}),
     "/twostroke.v1.Announce/Report": frozenset({Caller.OPERATOR}),

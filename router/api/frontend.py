@@ -59,7 +59,13 @@ class Frontend:
         self._lists = Lists()
         parsers = Parsers(config.tool_parser, config.reasoning_parser)
         self.models = ModelDirectory(flow, reads_defaults=reads_defaults, parsers=parsers)
-        limits = JournalLimits(config.journal_requests, config.journal_bytes, config.journal_s, config.resume_grace_s)
+        limits = JournalLimits(
+            config.journal_requests,
+            config.journal_bytes,
+            config.journal_s,
+            config.responses_s,
+            config.resume_grace_s,
+        )
         self.streams = ResumableStreams(Journal(limits), flow.clock)
         self.resumables = Resumables(self, self.streams, self.peers)
         flow.metrics.journal_requests.set_function(lambda: len(self.streams.journal))
@@ -70,7 +76,7 @@ class Frontend:
         self._num_reading = 0  # calls whose body was read and that are not admitted yet
         self._read_rate = FullRate()  # of calls per second, while some are being read
 
-    def use_store(self, url: str, key: bytes, keep_s: float) -> None:
+    def use_store(self, url: str, key: bytes) -> None:
         """Write resumable requests to a Redis, too. `key`: kv.keys.journal_key.
 
         Raises:
@@ -87,9 +93,9 @@ class Frontend:
             streams.give_up(entry)
 
         life = f"{self.flow.router_id}/{self.flow.incarnation}"
-        store = RedisStore(url, key, life, keep_s, fenced)
+        store = RedisStore(url, key, life, streams.journal.keep_s, fenced)
         self.resumables.store = store
-        streams.on_change = store.changed
+        streams.on_change, streams.num_safe = store.changed, store.num_safe
         metrics.journal_store_up.set_function(lambda: float(store.is_up))
 
     async def leave(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import deque
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from ...core.request import FinishReason, Request
@@ -38,6 +39,18 @@ class ParsedDelta(NamedTuple):
     calls: tuple[GivenCall, ...] = ()
 
 
+_NOTHING = ParsedDelta()
+
+
+def joined(parts: Sequence[ParsedDelta]) -> ParsedDelta:
+    """Several parts as one, without the order of their kinds."""
+    return ParsedDelta(
+        "".join(part.content for part in parts),
+        "".join(part.reasoning for part in parts),
+        tuple(call for part in parts for call in part.calls),
+    )
+
+
 class ChoiceOutput:
     """Content, reasoning and calls of one choice, piece by piece."""
 
@@ -60,21 +73,28 @@ class ChoiceOutput:
 
     def take(self, piece: OutputDelta) -> ParsedDelta:
         """Add a piece; returns what is certain now."""
+        return joined(self.parts(piece))
+
+    def parts(self, piece: OutputDelta) -> list[ParsedDelta]:
+        """The same in the order of the text, each part of one kind."""
         events = self._parser.push(piece.text)
         if piece.finish_reason is not None:
             events += self._parser.finish(is_cut=piece.finish_reason is not FinishReason.STOP)
         self._tokens.take(piece.token_ids, events)
-        calls = [self._given(event.call) for event in events if event.call is not None and self._has_room()]
-        return ParsedDelta(self._text(events, Kind.CONTENT), self._text(events, Kind.REASONING), tuple(calls))
+        return [part for part in map(self._part, events) if part != _NOTHING]
 
     def reason(self, given: FinishReason | None) -> FinishReason | None:
         """The finish reason for clients: a choice with calls that stopped by itself stopped for them."""
         return FinishReason.TOOL_CALLS if given is FinishReason.STOP and self.num_calls else given
 
-    def _text(self, events: list[Event], kind: Kind) -> str:
-        """The text of all events of a kind. A special token comes whole, so each event can be searched alone."""
-        texts = (event.text for event in events if event.kind is kind)
-        return "".join(texts if self._hidden is None else (self._hidden.sub("", text) for text in texts))
+    def _part(self, event: Event) -> ParsedDelta:
+        """What an event gives. A special token comes whole, so each event can be searched for it alone."""
+        if event.call is not None:
+            return ParsedDelta(calls=(self._given(event.call),)) if self._has_room() else _NOTHING
+        text = event.text if self._hidden is None else self._hidden.sub("", event.text)
+        if event.kind is Kind.REASONING:
+            return ParsedDelta(reasoning=text)
+        return ParsedDelta(text) if event.kind is Kind.CONTENT else _NOTHING
 
     def _has_room(self) -> bool:
         return self._most_calls is None or self.num_calls < self._most_calls

@@ -5,12 +5,13 @@
                └──▶ `tick` returns it: its owner cancels it
 
 A request belongs to its tenant: another one finds neither its id nor its key. Over a bound the oldest request that is
-over is forgotten, then the oldest running one, which goes on for its readers and can no longer be resumed.
+over is forgotten, of the tenant that keeps most; then the oldest running one, which goes on for its readers and can no
+longer be resumed.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,8 @@ _ENTRY_BYTES = 2048  # of an entry without prompt and pieces
 _PIECE_BYTES = 400  # of a piece without logprobs, measured
 _LOGPROBS_BYTES = 200  # of the logprobs of one token, and of each alternative
 
+RESPONSE = "response"  # face of the Responses API
+
 
 @dataclass(frozen=True, slots=True)
 class JournalLimits:
@@ -31,6 +34,7 @@ class JournalLimits:
     max_requests: int = 1000
     max_bytes: int = 64 << 20
     keep_s: float = 300.0  # after the end
+    keep_responses_s: float = 3600.0  # the same of responses, which their clients ask for again
     grace_s: float = 30.0  # without a reader
 
 
@@ -39,7 +43,7 @@ class Asked:
     """A resumable request, with all that its answers are made of."""
 
     request: Request
-    face: str  # object of its answers: "chat.completion", "text_completion"; "grpc"
+    face: str  # object of its answers: "chat.completion", "text_completion", "response"; "grpc"
     body: dict[str, Any]  # fields of the HTTP body that shape the answer
     created_s: int  # as its answers say
     key: str = ""  # Idempotency-Key; empty: none
@@ -50,6 +54,16 @@ class Asked:
         """Tenant and client's id."""
         return self.request.owner, self.request.request_id
 
+    @property
+    def is_response(self) -> bool:
+        """Whether it is kept for clients who ask for it by its id, and its events have numbers."""
+        return self.face == RESPONSE
+
+    @property
+    def runs_alone(self) -> bool:
+        """Whether it runs to its end without a reader, and its failure is kept, too."""
+        return self.is_response and self.body.get("background") is True
+
 
 @dataclass(eq=False, slots=True)
 class Entry:
@@ -57,6 +71,8 @@ class Entry:
 
     asked: Asked
     left_s: float | None  # since when nobody reads it; None: somebody does
+    num_had: int | None = None  # pieces of another router that it was adopted with; None: it began here
+    num_read: int = 0  # most pieces that a reader was given
     pieces: list[OutputDelta] = field(default_factory=list)
     error: TwostrokeError | None = None
     ended_s: float | None = None
@@ -68,6 +84,14 @@ class Entry:
     def is_over(self) -> bool:
         """True if no piece will be added."""
         return self.ended_s is not None
+
+    @property
+    def num_proven(self) -> int | None:
+        """Pieces that a client may know of by their number. None: all, because it began here.
+
+        Of an adopted request: those that came with it, and those that were read here.
+        """
+        return None if self.num_had is None else max(self.num_had, self.num_read)
 
     def changed(self) -> None:
         """Tell all readers."""
@@ -91,6 +115,10 @@ class Journal:
     def entries(self) -> tuple[Entry, ...]:
         """All requests, in the order they came."""
         return tuple(self._entries.values())
+
+    def keep_s(self, asked: Asked) -> float:
+        """How long a request is kept after its end."""
+        return self.limits.keep_responses_s if asked.is_response else self.limits.keep_s
 
     def add(self, asked: Asked, now_s: float) -> Entry:
         """Add a request that begins now; `attach` its first reader next.
@@ -129,11 +157,14 @@ class Journal:
         entry.changed()
 
     def end(self, entry: Entry, error: TwostrokeError | None, now_s: float) -> None:
-        """The request is over. One that failed before its first piece is forgotten: its key may be used again."""
+        """The request is over. One that failed before its first piece is forgotten: its key may be used again.
+
+        One that runs alone is kept: its client learns of the failure later.
+        """
         if entry.is_over:
             return
         entry.error, entry.ended_s = error, now_s
-        if error is not None and not entry.pieces:
+        if error is not None and not entry.pieces and not entry.asked.runs_alone:
             self.forget(entry)
         entry.changed()
 
@@ -150,15 +181,15 @@ class Journal:
 
     def tick(self, now_s: float) -> list[Entry]:
         """Forget what was kept long enough; returns running requests that nobody came back for."""
-        limits = self.limits
-        over = [e for e in self._entries.values() if e.ended_s is not None and now_s - e.ended_s > limits.keep_s]
-        for entry in over:
-            self.forget(entry)
-        return [
-            entry
-            for entry in self._entries.values()
-            if not entry.is_over and entry.left_s is not None and now_s - entry.left_s > limits.grace_s
-        ]
+        for entry in self.entries():
+            if entry.ended_s is not None and now_s - entry.ended_s > self.keep_s(entry.asked):
+                self.forget(entry)
+        return [entry for entry in self._entries.values() if self._is_left(entry, now_s)]
+
+    def _is_left(self, entry: Entry, now_s: float) -> bool:
+        if entry.is_over or entry.left_s is None or entry.asked.runs_alone:
+            return False
+        return now_s - entry.left_s > self.limits.grace_s
 
     def is_kept(self, entry: Entry) -> bool:
         """True while the request can be found."""
@@ -184,15 +215,24 @@ class Journal:
         limits = self.limits
         while len(self._entries) > limits.max_requests or self.num_bytes > limits.max_bytes:
             others = [entry for entry in self._entries.values() if entry is not newest]
-            victim = next((entry for entry in others if entry.is_over), others[0] if others else newest)
-            self.forget(victim)
+            over = [entry for entry in others if entry.is_over]
+            self.forget(self._oldest_of_the_largest(over or others or [newest]))
             self.num_evicted += 1
+
+    def _oldest_of_the_largest(self, entries: list[Entry]) -> Entry:
+        """The oldest of these entries that belongs to the tenant which keeps most."""
+        sizes: Counter[str] = Counter()
+        for kept in self._entries.values():
+            sizes[kept.asked.request.owner] += kept.size_bytes
+        most = max(sizes[entry.asked.request.owner] for entry in entries)
+        return next(entry for entry in entries if sizes[entry.asked.request.owner] == most)
 
 
 def _asked_bytes(asked: Asked) -> int:
     """Approximate size of what a client asked: its prompt, body, tools, stop strings and grammar."""
     request = asked.request
-    return 4 * len(request.prompt_ids) + sum(len(repr(part)) for part in (asked.body, request.answer, request.sampling))
+    said = sum(len(part if isinstance(part, str) else repr(part)) for part in asked.body.values())
+    return 4 * len(request.prompt_ids) + said + len(repr(request.answer)) + len(repr(request.sampling))
 
 
 def check_same(fingerprint: bytes, asked: bytes) -> None:

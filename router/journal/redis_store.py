@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from ...core.errors import ConfigError
-from .journal import Entry
+from .journal import Asked, Entry
 from .sealed import Sealer
 from .stored import Stored, batch_of, read_back
 
@@ -48,8 +48,10 @@ Reply = TypeVar("Reply")
 class RedisStore:
     """One connection pool to one Redis."""
 
-    def __init__(self, url: str, key: bytes, router: str, keep_s: float, fenced: Callable[[Entry], None]) -> None:
-        """`key`: kv.keys.journal_key. `router`: name and life of this router. `keep_s`: how long values are kept.
+    def __init__(
+        self, url: str, key: bytes, router: str, keep_s: Callable[[Asked], float], fenced: Callable[[Entry], None]
+    ) -> None:
+        """`key`: kv.keys.journal_key. `router`: name and life of this router. `keep_s`: how long a request is kept.
 
         `fenced`: another router has taken this request over.
 
@@ -66,13 +68,14 @@ class RedisStore:
             raise ConfigError(f"router.journal_url is no address of a Redis: {error}") from None
         self._sealer = Sealer(key)
         self._router = router.encode()
-        self._keep_ms = max(1000, round(keep_s * 1e3))
+        self._keep_s = keep_s
         self._fenced = fenced
         self._owners: dict[Entry, bytes] = {}  # our sealed name in each request that we write
         self._written: dict[Entry, int] = {}  # items that are stored
         self._dirty: dict[Entry, None] = {}
         self._writer: asyncio.Task[None] | None = None
         self._news = asyncio.Event()
+        self._writing = asyncio.Lock()
         self._is_closed = False
         self.is_up = True  # the last call was answered
         self.num_failures = 0
@@ -113,6 +116,21 @@ class RedisStore:
         self._written[entry] = 1 + len(claim.stored.pieces)
         self.changed(entry)
 
+    def num_safe(self, entry: Entry) -> int | None:
+        """Implements `JournalStore.num_safe`."""
+        is_waiting = entry in self._dirty or entry in self._owners
+        if not self.is_up or not is_waiting:
+            return None
+        return max(0, self._written.get(entry, 0) - 1)  # the first item is the request
+
+    async def forget(self, tenant: str, request_id: str) -> bool:
+        """Implements `JournalStore.forget`."""
+        place = self._sealer.place(tenant, request_id)
+        async with self._writing:  # what is being written would come back
+            for entry in [one for one in {**self._dirty, **self._owners} if one.asked.name == (tenant, request_id)]:
+                self._forget(entry)
+            return await self._call(self._redis.delete(f"ts:j:{place}", f"ts:o:{place}")) is not None
+
     async def close(self) -> None:
         """Implements `JournalStore.close`."""
         if self._is_closed:
@@ -129,10 +147,10 @@ class RedisStore:
         except Exception as error:  # of any kind: nothing is left to do
             log.debug("journal store: %s", error)
 
-    async def claim(self, place: str, owner: bytes) -> bytes | None:
+    async def claim(self, place: str, owner: bytes, asked: Asked) -> bytes | None:
         """Replace the owner of a place by ourselves. None: somebody else has done so, or Redis does not answer."""
         ours = self._sealer.seal(self._router, f"owner/{place}")
-        claimed = await self._call(self._redis.eval(_CLAIM, 1, f"ts:o:{place}", owner, ours, self._keep_ms))
+        claimed = await self._call(self._redis.eval(_CLAIM, 1, f"ts:o:{place}", owner, ours, self._keep_ms(asked)))
         return ours if claimed == 1 else None
 
     async def _write_for_ever(self) -> None:
@@ -145,8 +163,15 @@ class RedisStore:
             if self._dirty:
                 self._news.set()
 
+    def _keep_ms(self, asked: Asked) -> int:
+        return max(1000, round(self._keep_s(asked) * 1e3))
+
     async def _write(self) -> bool:
         """Write one batch. False: Redis failed; nothing is lost, and all is written again later."""
+        async with self._writing:
+            return await self._write_batch()
+
+    async def _write_batch(self) -> bool:
         pipeline = self._redis.pipeline(transaction=False)
         chosen: list[tuple[Entry, int]] = []
         num_bytes = 0
@@ -160,7 +185,8 @@ class RedisStore:
             place = self._sealer.place(*entry.asked.name)
             sealed = self._sealer.seal(batch.SerializeToString(), place)
             owner = self._owners.setdefault(entry, self._sealer.seal(self._router, f"owner/{place}"))
-            pipeline.eval(_WRITE, 2, f"ts:j:{place}", f"ts:o:{place}", owner, sealed, self._keep_ms, MAX_VALUES)
+            keep_ms = self._keep_ms(entry.asked)
+            pipeline.eval(_WRITE, 2, f"ts:j:{place}", f"ts:o:{place}", owner, sealed, keep_ms, MAX_VALUES)
             chosen.append((entry, batch.first + len(batch.items)))
             num_bytes += len(sealed)
             del self._dirty[entry]
@@ -171,6 +197,8 @@ class RedisStore:
             if answers is not None:
                 self._failed(f"answered {str(answers)[:200]}")
             self._dirty = dict.fromkeys(entry for entry, _ in chosen) | self._dirty
+            for entry in self._dirty:
+                entry.changed()  # what waited to be stored is given out
             return False
         for (entry, written), answer in zip(chosen, answers, strict=True):
             self._written[entry] = written
@@ -179,6 +207,7 @@ class RedisStore:
                 self._fenced(entry)
             elif entry.is_over and entry not in self._dirty:
                 self._forget(entry)
+            entry.changed()
         return True
 
     def _forget(self, entry: Entry) -> None:
@@ -214,7 +243,7 @@ class RedisClaim:
 
     async def take(self) -> bool:
         """Implements `Claim.take`."""
-        ours = await self._store.claim(self._place, self.owner)
+        ours = await self._store.claim(self._place, self.owner, self.stored.asked)
         if ours is None:
             return False
         self.owner = ours

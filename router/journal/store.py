@@ -33,6 +33,14 @@ class JournalStore(Protocol):
         """Write on behind what was stored of a request that was taken over by this claim."""
         ...
 
+    def num_safe(self, entry: Entry) -> int | None:
+        """Number of a request's pieces that are stored; None: all that will be, or the store does not answer."""
+        ...
+
+    async def forget(self, tenant: str, request_id: str) -> bool:
+        """Delete a request; nothing of it is written any more. False: the store does not answer, and may have it."""
+        ...
+
     async def close(self) -> None:
         """Write what is not written yet, if that is quick, and disconnect."""
         ...
@@ -50,6 +58,14 @@ class NoStore:
 
     def own(self, entry: Entry, claim: Any) -> None:
         """There are no claims."""
+
+    def num_safe(self, entry: Entry) -> int | None:
+        """Nothing will be stored."""
+        return None
+
+    async def forget(self, tenant: str, request_id: str) -> bool:
+        """Nothing is there."""
+        return True
 
     async def close(self) -> None:
         """Nothing is open."""

@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import AsyncGenerator, Callable
 
 from ...core.clock import Clock
-from ...core.errors import Cancelled, InternalError, TwostrokeError, Unavailable
+from ...core.errors import Cancelled, InternalError, StreamMoved, TwostrokeError
 from ..requests.pieces import OutputDelta
 from .journal import Asked, Entry, Journal
 
@@ -27,9 +27,10 @@ class ResumableStreams:
         self._clock = clock
         self._pumps: dict[Entry, asyncio.Task[None]] = {}
         self.is_leaving = False
-        self._taken: set[Entry] = set()  # by other routers
+        self._dropped: dict[Entry, TwostrokeError] = {}  # what their readers are told
         self._ticker: asyncio.Task[None] | None = None
         self.on_change: Callable[[Entry], None] = lambda _: None  # for a store: begun, one more piece, or over
+        self.num_safe: Callable[[Entry], int | None] = lambda _: None  # `JournalStore.num_safe`
 
     def start(self, asked: Asked, pieces: Pieces, had: list[OutputDelta] | None = None) -> Entry:
         """Journal a request from now on, and run it: `pieces` is its stream, after those that it `had`.
@@ -38,6 +39,7 @@ class ResumableStreams:
             InvalidRequest: its tenant has a resumable request of that id that still runs.
         """
         entry = self.journal.add(asked, self._clock.now_s())
+        entry.num_had = None if had is None else len(had)
         for piece in had or ():
             self.journal.put(entry, piece)
         self.on_change(entry)
@@ -50,9 +52,14 @@ class ResumableStreams:
 
     def give_up(self, entry: Entry) -> None:
         """Another router has this request now: end it here."""
+        self.drop(entry, StreamMoved("another router has taken the stream over; resume it"))
+
+    def drop(self, entry: Entry, error: TwostrokeError) -> None:
+        """Forget a request here, and end it if it still runs: its readers get the error. A store is told nothing."""
         if entry in self._pumps:
-            self._taken.add(entry)
+            self._dropped[entry] = error
             self._pumps[entry].cancel()
+        self.journal.forget(entry)
 
     def keep(self, asked: Asked, pieces: list[OutputDelta], error: TwostrokeError | None) -> Entry:
         """Journal a request that is over already."""
@@ -65,6 +72,9 @@ class ResumableStreams:
     async def read(self, entry: Entry) -> Pieces:
         """Yield all pieces of a request from its beginning, as they come. Closing it leaves the request alone.
 
+        Pieces of a response that runs alone are given out when a working store has them: so no client has an event that
+        another router could number otherwise.
+
         Raises:
             TwostrokeError: the request failed.
         """
@@ -74,18 +84,25 @@ class ResumableStreams:
         place = 0
         try:
             while True:
-                while place < len(entry.pieces):
+                while place < self._num_given(entry):
                     place += 1
+                    entry.num_read = max(entry.num_read, place)
                     yield entry.pieces[place - 1]
-                if entry.error is not None:
+                is_last = place == len(entry.pieces)
+                if is_last and entry.error is not None:
                     raise entry.error
-                if entry.is_over:
+                if is_last and entry.is_over:
                     return
                 news.clear()
                 await news.wait()
         finally:
             entry.listeners.discard(news.set)
             self.journal.detach(entry, self._clock.now_s())
+
+    def _num_given(self, entry: Entry) -> int:
+        """Number of pieces that readers may have now."""
+        safe = self.num_safe(entry) if entry.asked.runs_alone else None
+        return len(entry.pieces) if safe is None else min(safe, len(entry.pieces))
 
     def leave(self) -> None:
         """This router stops: from now on no other one finds the requests here, and none of their ends is final."""
@@ -108,18 +125,18 @@ class ResumableStreams:
                     self.on_change(entry)
             error = None
         except asyncio.CancelledError:
-            if entry in self._taken:
-                error = Unavailable("another router has taken the stream over; resume it", retry_after_s=1.0)
+            error = self._dropped.get(entry, error)
             raise
         except TwostrokeError as failure:
             error = failure
+            if self.is_leaving and entry.asked.runs_alone:
+                error = StreamMoved("the router is stopping; resume the stream")
         except Exception as failure:
             error = InternalError(f"the request failed: {failure}")
             raise
         finally:
             self.journal.end(entry, error, self._clock.now_s())
-            if entry in self._taken:
-                self._taken.remove(entry)
+            if self._dropped.pop(entry, None) is not None:
                 self.journal.forget(entry)
             else:
                 self.on_change(entry)

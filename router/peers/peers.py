@@ -6,12 +6,12 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import grpc
 import grpc.aio
 
-from ...core.errors import InvalidRequest, Unavailable
+from ...core.errors import InvalidRequest, StreamMoved, Unavailable
 from ...core.inside import InsideChannel
 from ...core.tls.callers import Caller
 from ...core.tls.identity import TlsIdentity
@@ -19,13 +19,15 @@ from ...kv.handover.transports.grpc import CHANNEL_OPTIONS
 from ...kv.messages import error_from_wire
 from ...protos import peers_pb2, peers_pb2_grpc
 from ..journal.journal import Asked
+from ..journal.stored import Stored
 from ..journal.wire import asked_from_wire, piece_from_wire
 from ..requests.pieces import OutputDelta
 
 log = logging.getLogger(__name__)
 
 ANSWER_S = 1.0  # a router that does not answer within this time is left out
-MAX_ANSWER_BYTES = 16 << 20
+READ_S = 5.0  # longest time to read what a router has of a request
+MAX_ANSWER_BYTES = 32 << 20  # a stored conversation of the longest bodies, with escapes
 
 Reply = TypeVar("Reply")
 _FAILURES = (grpc.RpcError, grpc.aio.UsageError, grpc.aio.InternalError, TimeoutError)
@@ -75,16 +77,43 @@ class Peers:
         replies = await self._ask_all(lambda stub: stub.FindKey(asked, timeout=ANSWER_S))
         return next((reply for reply in replies if reply.request_id), None)
 
-    async def follow(self, tenant: str, request_id: str) -> tuple[Asked, AsyncGenerator[OutputDelta, None]] | None:
+    async def follow(self, tenant: str, request_id: str) -> Followed | None:
         """A tenant's resumable request at another router, and all its pieces as they come; None: no router has it."""
+        begun = await self._begun(peers_pb2.PeerRequest(tenant=tenant, request_id=request_id))
+        return None if begun is None else Followed(begun.asked, _followed(begun), begun.num_proven)
+
+    async def so_far(self, tenant: str, request_id: str) -> Stored | None:
+        """What another router has of a tenant's resumable request now; None: no router has it.
+
+        Raises:
+            Unavailable: its router was lost meanwhile.
+        """
+        begun = await self._begun(peers_pb2.PeerRequest(tenant=tenant, request_id=request_id, so_far=True))
+        if begun is None:
+            return None
+        stored = Stored(begun.asked)
+        try:
+            async with asyncio.timeout(READ_S):
+                async for piece in _followed(begun, stored):
+                    stored.pieces.append(piece)
+        except TimeoutError:
+            raise Unavailable(f"the router at {begun.address} is slow; ask again", retry_after_s=1.0) from None
+        return stored
+
+    async def forget(self, tenant: str, request_id: str) -> bool:
+        """Delete a tenant's resumable request wherever it is. False: no router has it."""
         asked = peers_pb2.PeerRequest(tenant=tenant, request_id=request_id)
+        return any(reply.found for reply in await self._ask_all(lambda stub: stub.Forget(asked, timeout=ANSWER_S)))
+
+    async def _begun(self, asked: peers_pb2.PeerRequest) -> _Begun | None:
+        """A request as the first router that has it begins to tell it; None: no router has it."""
         begun = await asyncio.gather(*(self._begin(address, asked) for address in self._addresses))
         found = [one for one in begun if one is not None]
-        for _, call, _ in found[1:]:
-            call.cancel()
-        return (found[0][0], _followed(*found[0][1:])) if found else None
+        for other in found[1:]:
+            other.call.cancel()
+        return found[0] if found else None
 
-    async def _begin(self, address: str, asked: peers_pb2.PeerRequest) -> tuple[Asked, Any, str] | None:
+    async def _begin(self, address: str, asked: peers_pb2.PeerRequest) -> _Begun | None:
         """The request, and the call that goes on with its pieces; None: it is not there."""
         stub: Any = peers_pb2_grpc.PeersStub(self._channel(address))
         call = stub.Follow(asked)
@@ -92,7 +121,8 @@ class Peers:
             async with asyncio.timeout(ANSWER_S):
                 item = await call.read()
             if item is not grpc.aio.EOF and item.HasField("request"):
-                return asked_from_wire(item.request), call, address
+                num_proven = item.num_proven if item.HasField("num_proven") else None
+                return _Begun(asked_from_wire(item.request), call, address, num_proven)
         except (*_FAILURES, InvalidRequest) as error:
             log.debug("router at %s: no answer: %s", address, error)
         call.cancel()
@@ -125,22 +155,41 @@ class Peers:
         return channel
 
 
-async def _followed(call: Any, address: str) -> AsyncGenerator[OutputDelta, None]:
-    """The pieces of a followed request.
+class Followed(NamedTuple):
+    """A request at another router."""
+
+    asked: Asked
+    pieces: AsyncGenerator[OutputDelta, None]
+    num_proven: int | None  # of an adopted one: pieces that are the first router's
+
+
+class _Begun(NamedTuple):
+    asked: Asked
+    call: Any  # goes on with its pieces
+    address: str
+    num_proven: int | None
+
+
+async def _followed(begun: _Begun, stored: Stored | None = None) -> AsyncGenerator[OutputDelta, None]:
+    """The pieces of a followed request. `stored`: gets its end; then an error of its own is not raised.
 
     Raises:
         TwostrokeError: the request failed.
-        Unavailable: its router was lost.
+        StreamMoved: its router was lost.
     """
     try:
-        while (item := await call.read()) is not grpc.aio.EOF:
+        while (item := await begun.call.read()) is not grpc.aio.EOF:
+            if stored is not None and item.WhichOneof("body") in ("error", "over"):
+                stored.is_over = True
+                stored.error = error_from_wire(item.error) if item.HasField("error") else None
+                return
             if item.HasField("error"):
                 raise error_from_wire(item.error)
             yield piece_from_wire(item.piece)
     except _FAILURES as error:
-        raise Unavailable(f"the router of this stream at {address} was lost; resume it", retry_after_s=1.0) from error
+        raise StreamMoved(f"the router of this stream at {begun.address} was lost; resume it") from error
     finally:
-        call.cancel()
+        begun.call.cancel()
 
 
 def _json_object(text: str) -> dict[str, Any] | None:

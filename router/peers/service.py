@@ -11,6 +11,7 @@ from typing import Any
 from ...core.errors import TwostrokeError
 from ...kv.messages import error_to_wire
 from ...protos import peers_pb2, peers_pb2_grpc
+from ..journal.merged import merged
 from ..journal.streams import ResumableStreams
 from ..journal.wire import asked_to_wire, piece_to_wire
 
@@ -25,6 +26,7 @@ class PeerHandlers:
     report: Callable[[], dict[str, Any]]  # GET /v1/cluster
     metrics: Callable[[], str]  # OpenMetrics text
     streams: ResumableStreams
+    forget: Callable[[str, str], Awaitable[bool]]  # of tenant and client's request id
 
 
 class PeerService(peers_pb2_grpc.PeersServicer):
@@ -47,18 +49,30 @@ class PeerService(peers_pb2_grpc.PeersServicer):
         return peers_pb2.PeerJson(json=json.dumps(self._handlers.report()))
 
     async def Follow(self, request: peers_pb2.PeerRequest, context: Any) -> AsyncIterator[peers_pb2.JournalItem]:
-        """All of a resumable request, as it goes on."""
+        """All of a resumable request, as it goes on, or what there is of it now."""
         streams = self._handlers.streams
         entry = streams.journal.find(request.tenant, request.request_id)
         if entry is None or streams.is_leaving:
             return
-        yield peers_pb2.JournalItem(request=asked_to_wire(entry.asked))
+        yield peers_pb2.JournalItem(request=asked_to_wire(entry.asked), num_proven=entry.num_proven)
+        if request.so_far:
+            for piece in merged(entry.pieces):
+                yield peers_pb2.JournalItem(piece=piece_to_wire(piece))
+            if entry.error is not None:
+                yield peers_pb2.JournalItem(error=error_to_wire(entry.error))
+            elif entry.is_over:
+                yield peers_pb2.JournalItem(over=True)
+            return
         try:
             async with contextlib.aclosing(streams.read(entry)) as pieces:
                 async for piece in pieces:
                     yield peers_pb2.JournalItem(piece=piece_to_wire(piece))
         except TwostrokeError as error:
             yield peers_pb2.JournalItem(error=error_to_wire(error))
+
+    async def Forget(self, request: peers_pb2.PeerRequest, context: Any) -> peers_pb2.PeerFound:
+        """Delete a resumable request here."""
+        return peers_pb2.PeerFound(found=await self._handlers.forget(request.tenant, request.request_id))
 
     async def FindKey(self, request: peers_pb2.PeerKey, context: Any) -> peers_pb2.JournaledKey:
         """The request of a tenant's Idempotency-Key; empty if it is not known here."""

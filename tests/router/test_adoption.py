@@ -166,7 +166,7 @@ async def test_two_routers_cannot_take_the_same_request():
             await events(both, body(), most=6, **RESUMABLE)
             await asyncio.sleep(0.3)
             key = journal_key(KEY)
-            stores = [RedisStore(server.url, key, f"x{n}", 60, _never) for n in (0, 1)]
+            stores = [RedisStore(server.url, key, f"x{n}", lambda _: 60.0, _never) for n in (0, 1)]
             claims = [await store.find(await tenant(both.processes[0]), "r1") for store in stores]
             took = await asyncio.gather(*(claim.take() for claim in claims if claim is not None))
             assert sorted(took) == [False, True]

@@ -37,7 +37,7 @@ def entry(name: str) -> Entry:
 
 
 def store_with(during: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> RedisStore:
-    store = RedisStore("redis://127.0.0.1:1", b"k" * 32, "router", 60.0, lambda _: None)
+    store = RedisStore("redis://127.0.0.1:1", b"k" * 32, "router", lambda _: 60.0, lambda _: None)
     monkeypatch.setattr(store, "_write_for_ever", _nothing)
     monkeypatch.setattr(store._redis, "pipeline", lambda **_: Pipeline(during))
     return store

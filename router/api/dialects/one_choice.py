@@ -8,7 +8,7 @@ from dataclasses import replace
 from ....core.request import FinishReason, Request
 from ...requests.pieces import OutputDelta, TokenUsage
 from ..models import ServedModel
-from ..output import ChoiceOutput, ParsedDelta
+from ..output import ChoiceOutput, ParsedDelta, joined
 
 
 class OneChoice:
@@ -33,16 +33,20 @@ class OneChoice:
 
     def take(self, piece: OutputDelta) -> ParsedDelta:
         """Add a piece; returns what is certain now."""
+        return joined(self.parts(piece))
+
+    def parts(self, piece: OutputDelta) -> list[ParsedDelta]:
+        """The same in the order of the text, each part of one kind."""
         self.num_tokens += len(piece.token_ids)
         self._last_id = piece.token_ids[-1] if piece.token_ids else self._last_id
         self.usage = piece.usage or self.usage
         piece = replace(piece, text=self._without_stop(piece))
         if self._output is None:
             self.reason = piece.finish_reason
-            return ParsedDelta(piece.text)
-        parsed = self._output.take(piece)
+            return [ParsedDelta(piece.text)] if piece.text else []
+        parts = self._output.parts(piece)
         self.reason = self._output.reason(piece.finish_reason)
-        return parsed
+        return parts
 
     def _without_stop(self, piece: OutputDelta) -> str:
         """Text of a piece, without the stop string at the end of the answer. A stop string comes whole in one piece."""

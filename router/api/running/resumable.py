@@ -5,6 +5,7 @@ A client asks for it: a call without it takes the usual path and is not journale
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import re
@@ -13,12 +14,13 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from ....core.errors import DeadlineExceeded, InvalidRequest, RequestNotFound, Unavailable
+from ....core.errors import Cancelled, DeadlineExceeded, InvalidRequest, RequestNotFound, Unavailable
 from ....core.request import Request
 from ....core.timeline import Instant, Timeline
 from ...journal.cursor import Track, parse_cursor
 from ...journal.journal import Asked, Entry, check_same
 from ...journal.store import JournalStore, NoStore
+from ...journal.stored import Stored
 from ...journal.streams import ResumableStreams
 from ...peers.peers import Peers
 from ...requests.admission.entrance import MOST_BYTES_PER_TOKEN, Announced
@@ -64,12 +66,29 @@ class Resumables:
     ) -> Started:
         """Run a call up to its first piece, or join the one that was started with the same Idempotency-Key.
 
+        Parameters and errors are those of `begin`.
+        """
+        begun = await self.begin(call, terms, admitted, arrived_s)
+        if isinstance(begun, str):
+            return await self.resume(self._front.authenticate(call.api_key), begun, "")
+        return await self._started(begun.asked, self._streams.read(begun), "", "")
+
+    async def begin(
+        self,
+        call: GenerateCall,
+        terms: Terms,
+        admitted: Callable[[], None] | None = None,
+        arrived_s: float | None = None,
+    ) -> Entry | str:
+        """Begin a call, or return the id of the one that was started with the same Idempotency-Key.
+
         `admitted` is called when `call` is no longer needed. The deadline counts from `arrived_s` on the flow's clock;
         None: from now.
 
         Raises:
             IdempotencyKeyReused: the key came with another call before.
-            TwostrokeError: the call was refused.
+            TwostrokeError: the call was refused. (Of one that does not run alone, the reader of its pieces learns of
+                refusals by the flow.)
         """
         front = self._front
         timeline = Timeline()
@@ -86,11 +105,16 @@ class Resumables:
         if admitted is not None:
             admitted()
         if found is not None or request is None:
-            return await self.resume(tenant, found or "", "")
+            return found or ""
         asked = Asked(request, terms.face, terms.body, int(time.time()), terms.key, terms.fingerprint)
         front.flow.check_id(request)
         entry = self._streams.start(asked, front.flow.generate(request, timeline))
-        return await self._started(asked, self._streams.read(entry), "", "")
+        if asked.runs_alone:
+            await asyncio.sleep(0)  # its first step admits or refuses it, before anything is awaited
+            if entry.error is not None:
+                self._streams.journal.forget(entry)
+                raise entry.error
+        return entry
 
     async def resume(self, tenant: str, request_id: str, cursor: str, param: str = "cursor") -> Started:
         """Go on with a tenant's resumable request after a cursor; an empty one is the beginning.
@@ -105,15 +129,51 @@ class Resumables:
             return await self._started(entry.asked, self._streams.read(entry), cursor, param)
         followed = await self._peers.follow(tenant, request_id)
         if followed is not None:
-            return await self._started(*followed, cursor, param)
-        entry = await self._adopted(tenant, request_id)
+            return await self._started(followed.asked, followed.pieces, cursor, param)
+        entry = await self.adopted(tenant, request_id)
         if entry is not None:
             return await self._started(entry.asked, self._streams.read(entry), cursor, param)
         raise RequestNotFound(
             f"no resumable request {request_id[:128]!r} is known (any more); send the request again", param="request_id"
         )
 
-    async def _adopted(self, tenant: str, request_id: str) -> Entry | None:
+    async def so_far(self, tenant: str, request_id: str) -> Stored | None:
+        """What there is of a tenant's resumable request now, at any router; None: none of that id is known (any more).
+
+        Raises:
+            TwostrokeError: its router was lost, and it cannot go on here now.
+        """
+        entry = self._streams.journal.find(tenant, request_id)
+        if entry is None and (stored := await self._peers.so_far(tenant, request_id)) is not None:
+            return stored
+        entry = entry or await self.adopted(tenant, request_id)
+        return None if entry is None else Stored(entry.asked, list(entry.pieces), entry.error, entry.is_over)
+
+    async def forget(self, tenant: str, request_id: str) -> None:
+        """Delete a resumable request at every router and in the store; one that runs is cancelled.
+
+        Raises:
+            Unavailable: the store does not answer, and may still have it.
+        """
+        await self._peers.forget(tenant, request_id)
+        if not await self._forget(tenant, request_id):
+            raise Unavailable("the journal's store does not answer; delete it again", retry_after_s=1.0)
+
+    async def forget_here(self, tenant: str, request_id: str) -> bool:
+        """Delete a resumable request of this router. False: there is none of that id."""
+        if self._streams.journal.find(tenant, request_id) is None:
+            return False
+        await self._forget(tenant, request_id)
+        return True
+
+    async def _forget(self, tenant: str, request_id: str) -> bool:
+        """The same, and what a store has of it. False: the store does not answer."""
+        entry = self._streams.journal.find(tenant, request_id)
+        if entry is not None:
+            self._streams.drop(entry, Cancelled("it was deleted"))
+        return await self.store.forget(tenant, request_id)
+
+    async def adopted(self, tenant: str, request_id: str) -> Entry | None:
         """Take over a stored request whose router does not answer; None: there is none.
 
         Raises:
@@ -130,7 +190,10 @@ class Resumables:
             return self._streams.keep(stored.asked, stored.pieces, stored.error)
         left_s = stored.asked.created_s + stored.asked.request.timeout_s - time.time()
         if left_s <= 0:
-            raise DeadlineExceeded("the request's timeout passed while no router had it")
+            late = DeadlineExceeded("the request's timeout passed while no router had it")
+            if stored.asked.runs_alone:
+                return self._streams.keep(stored.asked, stored.pieces, late)
+            raise late
         request = _charged(replace(stored.asked.request, timeout_s=min(left_s, stored.asked.request.timeout_s)))
         await self._front.models.get(request.model)  # this and the next refuse it before it is ours: it stays resumable
         num_bytes = request.num_tokens * MOST_BYTES_PER_TOKEN

@@ -1,0 +1,253 @@
+"""Body of POST /v1/responses: its fields, and the chat that it asks for. Knows no HTTP and no model.
+
+Fields are served, accepted without effect, refused by name, or unknown, by the rules of router/api/fields.py.
+Source of the fields: OpenAI's API reference of Responses, and the types of its Python client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from .....core.errors import InvalidRequest, TwostrokeError
+from ...checks import short
+from ...fields import ChatBody, Known, Whole
+from ...ignored import Ignored
+from ...openai_requests import checked, parse
+from ...tools import MAX_TOOLS
+from .items import MAX_ITEMS, Item, items_of, messages_of
+from .tools import Offer, format_of, offer_of
+
+MAX_METADATA, MAX_KEY_CHARS, MAX_VALUE_CHARS = 16, 64, 512  # OpenAI's bounds
+MAX_NAME_CHARS = 512  # of users, cache keys, tiers
+MAX_INCLUDES = 32
+
+ACCEPTED = frozenset(
+    {
+        *("prompt_cache_retention", "prompt_cache_options", "max_tool_calls", "client_metadata", "access_programs"),
+        *("background_options", "image"),
+    }
+)
+REFUSED: dict[str, tuple[Any, ...]] = {
+    "conversation": (),  # previous_response_id is served
+    "prompt": (),  # a template that OpenAI keeps
+    "context_management": ([],),
+    "moderation": (),
+}
+# Fields of chats that OpenAI's Responses lack, as vLLM and others have them here too.
+_OF_CHATS = (
+    *("temperature", "top_p", "top_k", "min_p", "seed", "stop", "presence_penalty", "frequency_penalty"),
+    *("repetition_penalty", "min_tokens", "ignore_eos", "cache_salt", "priority", "chat_template_kwargs"),
+)
+LOGPROBS = "message.output_text.logprobs"
+# Parts of an answer that built-in tools make, which are not served; and the reasoning, which is given anyway.
+_INCLUDED_OF_NOTHING = frozenset(
+    {
+        *("reasoning.encrypted_content", "web_search_call.results", "web_search_call.action.sources"),
+        *("file_search_call.results", "code_interpreter_call.outputs", "computer_call_output.output.image_url"),
+        "message.input_image.image_url",
+    }
+)
+_SUMMARIES = ("auto", "concise", "detailed")
+
+# Their names of fields that the validator knows by those of chats.
+THEIR_NAMES = {
+    "messages": "input",
+    "max_tokens": "max_output_tokens",
+    "response_format": "text.format",
+    "reasoning_effort": "reasoning.effort",
+}
+
+
+class ResponsesBody(Known):
+    """Body of POST /v1/responses."""
+
+    model: str | None = None
+    input: str | Annotated[list[Any], Field(max_length=MAX_ITEMS)] = ""
+    instructions: str | None = None
+    max_output_tokens: Annotated[Whole, Field(ge=1)] | None = None
+    stream: bool | None = None
+    stream_options: Any = None
+    tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS, fail_fast=True)
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    text: dict[str, Any] | None = None
+    reasoning: dict[str, Any] | None = None
+    include: list[str] | None = Field(None, max_length=MAX_INCLUDES, fail_fast=True)
+    top_logprobs: Whole | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    background: bool | None = None
+    previous_response_id: str | None = None
+    truncation: str | None = None
+    user: str | None = Field(None, max_length=MAX_NAME_CHARS)
+    prompt_cache_key: str | None = Field(None, max_length=MAX_NAME_CHARS)
+    safety_identifier: str | None = Field(None, max_length=MAX_NAME_CHARS)
+    service_tier: str | None = Field(None, max_length=MAX_NAME_CHARS)
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: Whole | None = None
+    min_p: float | None = None
+    seed: Whole | None = None
+    stop: Any = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: Whole | None = None
+    ignore_eos: bool | None = None
+    cache_salt: str | None = None
+    priority: Whole | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A checked body."""
+
+    body: ResponsesBody
+    items: list[Item]  # of its input
+    offer: Offer
+    summary: str | None  # the kind of summary of the reasoning that it asks for
+    logprobs: bool
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether the response can be asked for later."""
+        return self.body.store is not False
+
+    def said(self) -> dict[str, Any]:
+        """The fields that the response repeats, without those that the request decides."""
+        body, text, reasoning = self.body, self.body.text or {}, self.body.reasoning or {}
+        return {
+            "background": bool(body.background),
+            "instructions": body.instructions,
+            "max_output_tokens": body.max_output_tokens,
+            "max_tool_calls": None,
+            "metadata": body.metadata or {},
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
+            "previous_response_id": body.previous_response_id,
+            "prompt_cache_key": body.prompt_cache_key,
+            "reasoning": {"effort": reasoning.get("effort"), "summary": self.summary},
+            "safety_identifier": body.safety_identifier,
+            "service_tier": "default",
+            "store": self.is_stored,
+            "text": {"format": text.get("format") or {"type": "text"}, "verbosity": text.get("verbosity") or "medium"},
+            "tool_choice": self.offer.choice_said,
+            "tools": self.offer.tools_said,
+            "top_logprobs": body.top_logprobs or 0,
+            "truncation": "disabled",
+            "user": body.user,
+        }
+
+    def chat(self, items: Sequence[Item]) -> ChatBody:
+        """The chat of a whole conversation. Raises the errors of `parse`, in their words."""
+        body = self.body
+        reasoning = body.reasoning or {}
+        chat: dict[str, Any] = {
+            "model": body.model,
+            "messages": messages_of(items, body.instructions),
+            "max_tokens": body.max_output_tokens,
+            "stream": body.stream,
+            "tools": self.offer.tools or None,
+            "tool_choice": self.offer.choice,
+            "parallel_tool_calls": body.parallel_tool_calls,
+            "reasoning_effort": reasoning.get("effort"),
+            "response_format": format_of(body.text),
+            "logprobs": True if self.logprobs else None,
+            "top_logprobs": body.top_logprobs if self.logprobs else None,
+            **{name: getattr(body, name) for name in _OF_CHATS},
+        }
+        try:
+            return parse(chat, ChatBody)[0]
+        except TwostrokeError as error:
+            raise in_their_words(error) from None
+
+
+def wanted_of(values: dict[str, Any], *, strict: bool) -> tuple[Wanted, list[str]]:
+    """Check a body; returns it with the names of its fields without effect.
+
+    Raises:
+        InvalidRequest: a field has a wrong form; with `strict` also an unknown field.
+        UnsupportedParameter: a field, an item or a tool that is not served.
+    """
+    body, unknown = checked(values, ResponsesBody, ACCEPTED, REFUSED, strict=strict)
+    ignored = Ignored()
+    _check_metadata(body.metadata)
+    if body.background and body.store is False:
+        raise InvalidRequest("background is true and store is false; a response is kept for who asks later: leave "
+                             "store out", param="background")  # fmt: skip
+    if not body.input and body.previous_response_id is None:
+        raise InvalidRequest("input is empty; give a text or at least one item", param="input")
+    _check_truncation(body.truncation, ignored)
+    logprobs = _includes(body.include, ignored)
+    if body.top_logprobs and not logprobs:
+        logprobs = True  # OpenAI's newer servers need no include beside it
+    for name in body.text or {}:
+        if name not in ("format", "verbosity"):
+            ignored.add("text", name)
+    format_of(body.text)  # its errors come before any other work
+    wanted = Wanted(body, items_of(body.input, ignored), offer_of(body, ignored), _summary(body, ignored), logprobs)
+    return wanted, [*unknown, *ignored.names()]
+
+
+def in_their_words(error: TwostrokeError) -> TwostrokeError:
+    """An error of the validator with the names of this API, where it begins with one of chats."""
+    theirs = THEIR_NAMES.get(error.param or "")
+    if theirs is None:
+        return error
+    message = error.message
+    if message.startswith(error.param or ""):
+        message = theirs + message.removeprefix(error.param or "")
+    return type(error)(message, param=theirs, retry_after_s=error.retry_after_s)
+
+
+def _check_metadata(metadata: dict[str, Any] | None) -> None:
+    if metadata is None:
+        return
+    if len(metadata) > MAX_METADATA:
+        raise InvalidRequest(f"metadata has {len(metadata)} entries; at most {MAX_METADATA}", param="metadata")
+    for key, value in metadata.items():
+        if len(key) > MAX_KEY_CHARS or not isinstance(value, str) or len(value) > MAX_VALUE_CHARS:
+            raise InvalidRequest(
+                f"metadata has the entry {short(key)}: {short(value)}; keys have at most {MAX_KEY_CHARS} characters, "
+                f"and values are strings of at most {MAX_VALUE_CHARS}",
+                param="metadata",
+            )
+
+
+def _check_truncation(truncation: str | None, ignored: Ignored) -> None:
+    if truncation not in (None, "auto", "disabled"):
+        raise InvalidRequest(f"truncation is {short(truncation)}; must be auto or disabled", param="truncation")
+    if truncation == "auto":
+        ignored.add("truncation")  # what exceeds the context is refused, never shortened
+
+
+def _includes(include: Sequence[str] | None, ignored: Ignored) -> bool:
+    """Whether logprobs are asked for."""
+    for name in include or ():
+        if name != LOGPROBS and name not in _INCLUDED_OF_NOTHING:
+            ignored.add("include", name)
+    return LOGPROBS in (include or ())
+
+
+def _summary(body: ResponsesBody, ignored: Ignored) -> str | None:
+    found: str | None = None
+    for name, value in (body.reasoning or {}).items():
+        if value is None:
+            continue
+        if name in ("summary", "generate_summary"):
+            if value not in _SUMMARIES:
+                raise InvalidRequest(
+                    f"reasoning.{name} is {short(value)}; must be one of {', '.join(_SUMMARIES)}",
+                    param=f"reasoning.{name}",
+                )
+            found = value
+        elif name == "effort":
+            if not isinstance(value, str):
+                raise InvalidRequest(f"reasoning.effort is {short(value)}; must be a string", param="reasoning.effort")
+        else:
+            ignored.add("reasoning", name)
+    return found
