@@ -54,6 +54,7 @@ class ScriptedWorker(FakeWorker):
     model_path: Path = BUNDLED
     says: str = ""
     outputs: tuple[str, ...] = ()
+    token_s: float = 0.0  # before each token
     dies_at: int | None = None  # no more tokens from this index on; the test ends the worker then
 
     def __post_init__(self) -> None:
@@ -89,7 +90,7 @@ class ScriptedWorker(FakeWorker):
             if index == self.dies_at:
                 self.is_stuck.set()
                 await asyncio.Event().wait()
-            await asyncio.sleep(0)
+            await asyncio.sleep(self.token_s)
             piece = stream.push([ids[index]])
             count += 1
             self._say(order, index, ids[index], piece.text, stream.num_shown)
