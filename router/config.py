@@ -138,7 +138,7 @@ class RouterConfig(Section):
         pattern=r"^(rediss?|unix)://",
         description="Redis 7 or later, where others find resumable requests of a router that died; none: memory only",
     )
-    journal_requests: int = Field(1000, ge=1, description="most resumable requests and stored responses kept")
+    journal_requests: int = Field(4096, ge=1, description="most resumable requests and stored responses kept")
     journal_bytes: int = Field(64 << 20, ge=1 << 20, description="most memory of what is kept of them")
     decision_log: Path | None = Field(None, description="JSONL file of every decision")
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+COMPLETIONS, CHAT, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
 
 _TURN = b'{"role":"user","content":"x"}'
 _CALL = (
     b'{"messages":[%s,{"role":"assistant","tool_calls":[{"type":"function","function":{"name":"a","arguments":%s}}]}]}'
 )
+
+
+_LONG_CALL = b'{"type":"function_call","call_id":"c","name":"f","arguments":"%s"}'
 
 
 class Body(NamedTuple):
@@ -51,6 +54,14 @@ def bodies() -> Iterator[Body]:
     yield Body("a long schema", COMPLETIONS, _ruled(b'"guided_json":{"enum":[%s]}' % (b"1," * 600_000 + b"1")), False)
     yield Body("repeats of a regex", COMPLETIONS, _ruled(b'"guided_regex":"((((a{100}){100}){100}){100})"'), False)
     yield Body("messages", CHAT, b'{"messages":[' + b",".join([_TURN] * 130_000) + b"]}", True)
+    yield Body("items", RESPONSES, _input(_TURN, 100_000), True)
+    yield Body("items that are numbers", RESPONSES, _input(b"7", 600_000), False)
+    yield Body("depth of an item", RESPONSES, b'{"input":[' + b'{"content":' * 360_000, True)
+    yield Body("parts of an item", RESPONSES, _input(b'{"role":"user","content":[%s]}' % _parts(30_000), 1), False)
+    yield Body("arguments of an item", RESPONSES, _input(_LONG_CALL % (b"[" * 4_000_000), 1), False)
+    yield Body("fields of an item", RESPONSES, _input(b'{"role":"user","content":"x",%s}' % _fields(60_000), 1), False)
+    yield Body("a long id", RESPONSES, b'{"input":"x","previous_response_id":"%s"}' % (b"r" * 4_100_000), False)
+    yield Body("metadata", RESPONSES, b'{"input":"x","metadata":{%s}}' % _fields(60_000), False)
 
 
 def heads() -> Iterator[tuple[str, bytes]]:
@@ -66,6 +77,14 @@ def heads() -> Iterator[tuple[str, bytes]]:
 
 def _prompt(item: bytes, num_items: int) -> bytes:
     return b'{"prompt":[' + b",".join([item] * num_items) + b"]}"
+
+
+def _input(item: bytes, num_items: int) -> bytes:
+    return b'{"input":[' + b",".join([item] * num_items) + b"]}"
+
+
+def _parts(num_parts: int) -> bytes:
+    return b",".join([b'{"type":"input_text","text":"x"}'] * num_parts)
 
 
 def _fields(num_fields: int) -> bytes:

@@ -107,6 +107,7 @@ class Journal:
         self._entries: OrderedDict[tuple[str, str], Entry] = OrderedDict()  # in the order they came
         self._by_key: dict[tuple[str, str], Entry] = {}  # by tenant and Idempotency-Key
         self.num_bytes = 0
+        self._bytes: Counter[str] = Counter()  # of each tenant
         self.num_evicted = 0  # forgotten for a bound, before their time
 
     def __len__(self) -> int:
@@ -137,7 +138,7 @@ class Journal:
         self._entries[asked.name] = entry
         if asked.key:
             self._by_key[tenant, asked.key] = entry
-        self.num_bytes += entry.size_bytes
+        self._count(entry, entry.size_bytes)
         self._keep_bounds(entry)
         return entry
 
@@ -200,7 +201,7 @@ class Journal:
         if not self.is_kept(entry):
             return
         del self._entries[entry.asked.name]
-        self.num_bytes -= entry.size_bytes
+        self._count(entry, -entry.size_bytes)
         name = (entry.asked.request.owner, entry.asked.key)
         if self._by_key.get(name) is entry:
             del self._by_key[name]
@@ -208,24 +209,32 @@ class Journal:
     def _grow(self, entry: Entry, num_bytes: int) -> None:
         entry.size_bytes += num_bytes
         if self.is_kept(entry):
-            self.num_bytes += num_bytes
+            self._count(entry, num_bytes)
             self._keep_bounds(entry)
+
+    def _count(self, entry: Entry, num_bytes: int) -> None:
+        tenant = entry.asked.request.owner
+        self.num_bytes += num_bytes
+        self._bytes[tenant] += num_bytes
+        if not self._bytes[tenant]:
+            del self._bytes[tenant]
 
     def _keep_bounds(self, newest: Entry) -> None:
         limits = self.limits
         while len(self._entries) > limits.max_requests or self.num_bytes > limits.max_bytes:
-            others = [entry for entry in self._entries.values() if entry is not newest]
-            over = [entry for entry in others if entry.is_over]
-            self.forget(self._oldest_of_the_largest(over or others or [newest]))
+            self.forget(self._victim(newest))
             self.num_evicted += 1
 
-    def _oldest_of_the_largest(self, entries: list[Entry]) -> Entry:
-        """The oldest of these entries that belongs to the tenant which keeps most."""
-        sizes: Counter[str] = Counter()
-        for kept in self._entries.values():
-            sizes[kept.asked.request.owner] += kept.size_bytes
-        most = max(sizes[entry.asked.request.owner] for entry in entries)
-        return next(entry for entry in entries if sizes[entry.asked.request.owner] == most)
+    def _victim(self, newest: Entry) -> Entry:
+        """The oldest request that is over, of the tenant that keeps most; then the same of all that run."""
+        tenants = [tenant for tenant, _ in self._bytes.most_common()]
+        for takes_running in (False, True):
+            for tenant in tenants:
+                for entry in self._entries.values():  # found near its beginning, as a rule
+                    is_one = entry.is_over or takes_running
+                    if is_one and entry is not newest and entry.asked.request.owner == tenant:
+                        return entry
+        return newest
 
 
 def _asked_bytes(asked: Asked) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from twostroke.core.errors import CursorLost, IdempotencyKeyReused, InvalidRequest, Unavailable
-from twostroke.core.request import FinishReason, Request, SamplingParams
+from twostroke.core.request import FinishReason, Request, SamplingParams, TokenLogprobs
 from twostroke.router.journal.cursor import Track, parse_cursor
 from twostroke.router.journal.journal import Asked, Entry, Journal, JournalLimits, check_same
+from twostroke.router.journal.merged import merged
 from twostroke.router.journal.sealed import Sealer
 from twostroke.router.journal.stored import batch_of, read_back
 from twostroke.router.requests.pieces import OutputDelta, TokenUsage
@@ -216,6 +218,68 @@ def test_over_a_bound_what_is_over_is_forgotten_first_then_the_oldest():
     assert [journal.is_kept(entry) for entry in (one, two, three, four)] == [True, False, True, True]
     five = journal.add(asked("r5"), 3.0)
     assert [journal.is_kept(entry) for entry in (one, three, four, five)] == [False, True, True, True]
+
+
+def test_a_tenant_that_keeps_most_loses_first():
+    journal = Journal(LIMITS)
+    for number in range(3):
+        one = journal.add(asked(f"r{number}", tenant="few" if number == 0 else "many"), 0.0)
+        journal.end(one, None, 0.5)
+    journal.add(asked("r4", tenant="third"), 1.0)
+    assert journal.find("few", "r0") is not None, "the oldest of all, of a tenant that keeps less"
+    assert journal.find("many", "r1") is None
+    assert journal.find("many", "r2") is not None
+
+
+def response(name: str = "r", *, background: bool = True) -> Asked:
+    return replace(asked(name), face="response", body={"background": background, "items": "x" * 5000})
+
+
+def test_a_response_is_kept_longer_and_in_the_background_it_needs_no_reader():
+    journal = Journal(replace(LIMITS, keep_responses_s=50.0))
+    alone, left = journal.add(response("r1"), 0.0), journal.add(response("r2", background=False), 0.0)
+    assert alone.size_bytes > 5000, "the text of its body counts as it is"
+    assert journal.tick(5.0) == [left]
+    for entry in (alone, left):
+        journal.put(entry, OutputDelta(0, 0, (1,), "a"))
+        journal.end(entry, None, 10.0)
+    journal.tick(60.0)
+    assert len(journal) == 2
+    journal.tick(60.1)
+    assert len(journal) == 0
+
+
+def test_a_response_in_the_background_is_kept_as_failed_and_others_are_not():
+    journal = Journal(LIMITS)
+    late = Unavailable("no", retry_after_s=1.0)
+    for is_alone in (True, False):
+        entry = journal.add(response(background=is_alone), 0.0)
+        journal.end(entry, late, 1.0)
+        assert journal.is_kept(entry) is is_alone
+        journal.forget(entry)
+    assert journal.num_bytes == 0
+
+
+def test_pieces_of_an_adopted_request_are_proven_by_its_store_and_by_its_readers():
+    journal = Journal(LIMITS)
+    entry = journal.add(response(), 0.0)
+    assert entry.num_proven is None
+    entry.num_had = 3
+    assert entry.num_proven == 3
+    entry.num_read = 5
+    assert entry.num_proven == 5
+
+
+@given(streams())
+def test_merged_pieces_of_one_choice_are_one_piece(pieces: list[OutputDelta]):
+    one = [piece for piece in pieces if piece.choice == 0]
+    (whole,) = merged(one)
+    assert whole.text == "".join(piece.text for piece in one)
+    assert whole.token_ids == tuple(token for piece in one for token in piece.token_ids)
+    assert (whole.finish_reason, whole.usage, whole.first_index) == (one[-1].finish_reason, one[-1].usage, 0)
+    assert merged(pieces) == pieces, "several choices stay as they are"
+    scored = replace(one[0], logprobs=(TokenLogprobs(1, -1.0, 1, ()),))
+    assert merged([scored, *one[1:]]) == [scored, *one[1:]]
 
 
 def test_a_request_is_kept_for_its_time_and_running_ones_for_their_grace():

@@ -1,4 +1,4 @@
-"""Enforced tool calls, and the dialects of Anthropic and Ollama, with their official clients against a real cluster.
+"""Enforced tool calls, Responses, and the dialects of Anthropic and Ollama: official clients, a real cluster.
 
 The model is the bundled one with a chat template that prints tools: its texts mean nothing, but a grammar forces calls.
 """
@@ -115,6 +115,72 @@ def test_strict_leaves_the_text_as_it_was(by_openai, model):
     asked: dict[str, Any] = {"model": model, "messages": HELLO, "max_tokens": 12, "temperature": 0}
     plain = by_openai.chat.completions.create(**asked, tools=TOOLS[:1]).choices[0].message.content
     assert by_openai.chat.completions.create(**asked, tools=strict).choices[0].message.content == plain
+
+
+# ---------------------------------------------------------------- Responses
+
+
+def test_a_response_says_what_a_chat_says_whole_streamed_stored_and_in_the_background(by_openai, model):
+    asked: dict[str, Any] = {"model": model, "input": HELLO, "max_output_tokens": 12, "instructions": "Be brief."}
+    asked |= GREEDY
+    whole = by_openai.responses.create(**asked)
+    chat = by_openai.chat.completions.create(
+        model=model, messages=[{"role": "system", "content": "Be brief."}, *HELLO], max_tokens=12, temperature=0
+    )
+    assert whole.output_text == chat.choices[0].message.content
+    assert whole.status == {"length": "incomplete", "stop": "completed"}[chat.choices[0].finish_reason]
+    assert (whole.usage.input_tokens, whole.usage.output_tokens) == (
+        chat.usage.prompt_tokens,
+        chat.usage.completion_tokens,
+    )
+    with by_openai.responses.create(**asked, stream=True) as stream:
+        events = list(stream)
+    assert "".join(e.delta for e in events if e.type == "response.output_text.delta") == whole.output_text
+    assert events[-1].response.output_text == whole.output_text
+    kept = by_openai.responses.retrieve(events[-1].response.id)
+    assert kept == events[-1].response
+    then = by_openai.responses.create(**{**asked, "input": "Why?"}, previous_response_id=kept.id)
+    assert then.usage.input_tokens_details.cached_tokens > 0
+    begun = by_openai.responses.create(**asked, background=True)
+    while begun.status in ("queued", "in_progress"):
+        begun = by_openai.responses.retrieve(begun.id)
+    assert begun.output_text == whole.output_text
+    rest = list(by_openai.responses.retrieve(begun.id, stream=True, starting_after=4))
+    assert rest[0].sequence_number == 5
+    assert rest[-1].response == begun
+
+
+def test_a_function_is_called_and_its_output_goes_on(by_openai, model):
+    tools: list[Any] = [{"type": "function", **WEATHER}]
+    choice: Any = {"type": "function", "name": "get_weather"}
+    asked: dict[str, Any] = {"model": model, "tools": tools, "max_output_tokens": 400, **GREEDY}
+    short = {**asked, "max_output_tokens": 4}
+    first = by_openai.responses.create(input=HELLO, tool_choice=choice, parallel_tool_calls=False, **asked)
+    (call,) = first.output
+    jsonschema.validate(json.loads(call.arguments), SCHEMA)
+    with by_openai.responses.stream(
+        model=model, input=HELLO, tools=tools, tool_choice=choice, parallel_tool_calls=False, extra_body={"seed": 3}
+    ) as stream:
+        streamed = stream.get_final_response().output[0]
+    jsonschema.validate(json.loads(streamed.arguments), SCHEMA)
+    result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "rain"}
+    kept = by_openai.responses.create(input=[result], previous_response_id=first.id, **short)
+    by_hand = by_openai.responses.create(input=[*HELLO, call.to_dict(), result], **short, store=False)
+    assert (kept.output_text, kept.usage.input_tokens) == (by_hand.output_text, by_hand.usage.input_tokens)
+
+
+def test_logprobs_and_a_schema_of_the_text(by_openai, model):
+    asked: dict[str, Any] = {"model": model, "input": HELLO, "max_output_tokens": 300}
+    answer = by_openai.responses.create(
+        **asked, text={"format": {"type": "json_schema", "name": "weather", "schema": SCHEMA, "strict": True}}
+    )
+    jsonschema.validate(json.loads(answer.output_text), SCHEMA)
+    scored = by_openai.responses.create(
+        **{**asked, "max_output_tokens": 5}, top_logprobs=3, include=["message.output_text.logprobs"]
+    )
+    (part,) = scored.output[0].content
+    assert b"".join(bytes(one.bytes) for one in part.logprobs).decode() == part.text
+    assert all(len(one.top_logprobs) == 3 for one in part.logprobs)
 
 
 # ---------------------------------------------------------------- Anthropic
