@@ -9,6 +9,7 @@ import planted_engine
 import planted_gpu
 import planted_handover
 import planted_kv
+import planted_responses
 import planted_router
 import planted_scaling
 import planted_workers
@@ -128,6 +129,12 @@ TESTS: dict[str, tuple[str, ...]] = {
     "router/journal/redis_store": ("tests/router/test_redis_writes.py", "tests/router/test_adoption.py"),
     "router/api/batch": ("tests/router/api/test_batch.py",),
     "router/routing/lost_workers": ("tests/router/requests/test_lost_workers.py",),
+    "router/api/dialects/responses/": (
+        "tests/router/api/test_response_items.py",
+        "tests/router/api/test_responses.py",
+        "tests/router/test_stored_responses.py",
+    ),
+    "router/journal/": ("tests/router/test_journal.py", "tests/router/test_stored_responses.py"),
     "router/": (*_PURE, "tests/router/requests/test_flow.py"),
     "core/call_reaper": ("tests/core/test_call_reaper.py", "tests/router/api/test_guard.py"),
     "core/probes": ("tests/core/test_call_reaper.py", "tests/router/api/test_guard.py"),
@@ -168,6 +175,7 @@ MUTANTS = [
     *planted_router.MUTANTS,
     *planted_api.MUTANTS,
     *planted_doors.MUTANTS,
+    *planted_responses.MUTANTS,
     *planted_gpu.MUTANTS,
     *planted_certificates.MUTANTS,
     *planted_scaling.MUTANTS,

@@ -37,7 +37,7 @@ FUNCTION: dict[str, Any] = {"type": "function", "name": "f", "parameters": {"typ
 
 def chat_of(body: dict[str, Any]) -> Any:
     wanted, _ = wanted_of({**BODY, **body}, strict=True)
-    return wanted.chat(wanted.items)
+    return wanted.chat(wanted.items()[0])
 
 
 def test_a_conversation_becomes_a_chat():
@@ -166,11 +166,12 @@ def test_every_field_has_its_place_in_the_chat():
         ({"context_management": [{"type": "compaction"}]}, UnsupportedParameter, "context_management"),
         ({"verve": 1}, InvalidRequest, "verve"),
         ({"input": "", "instructions": "x"}, InvalidRequest, "input"),
+        ({"input": [{"role": "user", "content": "x"}] * 2049}, InvalidRequest, "input"),
     ],
 )
 def test_what_is_wrong_is_named_by_the_clients_own_path(more, kind, param):
     with pytest.raises(InvalidRequest) as caught:
-        wanted_of({**BODY, **more}, strict=True)
+        chat_of(more)
     assert type(caught.value) is kind
     assert param is None or caught.value.param == param
     assert caught.value.param.partition("[")[0].partition(".")[0] in more
@@ -189,6 +190,8 @@ def test_errors_of_the_validator_have_the_names_of_this_api():
     error = in_their_words(Overloaded("max_tokens is 9", param="max_tokens", retry_after_s=3.0))
     assert (type(error), error.message, error.param) == (Overloaded, "max_output_tokens is 9", "max_output_tokens")
     assert error.retry_after_s == 3.0
+    tool = in_their_words(InvalidRequest("tools[1].function.name is 7", param="tools[1].function.name"))
+    assert (tool.message, tool.param) == ("tools[1].name is 7", "tools[1].name")
     other = InvalidRequest("top_p is 9", param="top_p")
     assert in_their_words(other) is other
 

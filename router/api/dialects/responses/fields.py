@@ -16,9 +16,10 @@ from .....core.errors import InvalidRequest, TwostrokeError
 from ...checks import short
 from ...fields import ChatBody, Known, Whole
 from ...ignored import Ignored
+from ...messages import MAX_MESSAGES
 from ...openai_requests import checked, parse
 from ...tools import MAX_TOOLS
-from .items import MAX_ITEMS, Item, items_of, messages_of
+from .items import Item, check_number, items_of, messages_of
 from .tools import Offer, format_of, offer_of
 
 MAX_METADATA, MAX_KEY_CHARS, MAX_VALUE_CHARS = 16, 64, 512  # OpenAI's bounds
@@ -66,7 +67,7 @@ class ResponsesBody(Known):
     """Body of POST /v1/responses."""
 
     model: str | None = None
-    input: str | Annotated[list[Any], Field(max_length=MAX_ITEMS)] = ""
+    input: Any = ""  # a text or a list of items; checked by `_check_input` and items.py
     instructions: str | None = None
     max_output_tokens: Annotated[Whole, Field(ge=1)] | None = None
     stream: bool | None = None
@@ -108,7 +109,6 @@ class Wanted:
     """A checked body."""
 
     body: ResponsesBody
-    items: list[Item]  # of its input
     offer: Offer
     summary: str | None  # the kind of summary of the reasoning that it asks for
     logprobs: bool
@@ -117,6 +117,12 @@ class Wanted:
     def is_stored(self) -> bool:
         """Whether the response can be asked for later."""
         return self.body.store is not False
+
+    def items(self) -> tuple[list[Item], list[str]]:
+        """The items of its input, with the names of their fields without effect. Raises the errors of `items_of`."""
+        ignored = Ignored()
+        found = items_of(self.body.input, ignored)
+        return found, list(ignored.names())
 
     def said(self) -> dict[str, Any]:
         """The fields that the response repeats, without those that the request decides."""
@@ -146,9 +152,14 @@ class Wanted:
         """The chat of a whole conversation. Raises the errors of `parse`, in their words."""
         body = self.body
         reasoning = body.reasoning or {}
+        messages = messages_of(items, body.instructions)
+        if len(messages) > MAX_MESSAGES:
+            raise InvalidRequest(
+                f"input: the conversation has {len(messages)} messages; at most {MAX_MESSAGES}", param="input"
+            )
         chat: dict[str, Any] = {
             "model": body.model,
-            "messages": messages_of(items, body.instructions),
+            "messages": messages,
             "max_tokens": body.max_output_tokens,
             "stream": body.stream,
             "tools": self.offer.tools or None,
@@ -167,11 +178,11 @@ class Wanted:
 
 
 def wanted_of(values: dict[str, Any], *, strict: bool) -> tuple[Wanted, list[str]]:
-    """Check a body; returns it with the names of its fields without effect.
+    """Check a body but for its items; returns it with the names of its fields without effect.
 
     Raises:
         InvalidRequest: a field has a wrong form; with `strict` also an unknown field.
-        UnsupportedParameter: a field, an item or a tool that is not served.
+        UnsupportedParameter: a field or a tool that is not served.
     """
     body, unknown = checked(values, ResponsesBody, ACCEPTED, REFUSED, strict=strict)
     ignored = Ignored()
@@ -179,8 +190,7 @@ def wanted_of(values: dict[str, Any], *, strict: bool) -> tuple[Wanted, list[str
     if body.background and body.store is False:
         raise InvalidRequest("background is true and store is false; a response is kept for who asks later: leave "
                              "store out", param="background")  # fmt: skip
-    if not body.input and body.previous_response_id is None:
-        raise InvalidRequest("input is empty; give a text or at least one item", param="input")
+    _check_input(body)
     _check_truncation(body.truncation, ignored)
     logprobs = _includes(body.include, ignored)
     if body.top_logprobs and not logprobs:
@@ -189,19 +199,27 @@ def wanted_of(values: dict[str, Any], *, strict: bool) -> tuple[Wanted, list[str
         if name not in ("format", "verbosity"):
             ignored.add("text", name)
     format_of(body.text)  # its errors come before any other work
-    wanted = Wanted(body, items_of(body.input, ignored), offer_of(body, ignored), _summary(body, ignored), logprobs)
+    wanted = Wanted(body, offer_of(body, ignored), _summary(body, ignored), logprobs)
     return wanted, [*unknown, *ignored.names()]
 
 
 def in_their_words(error: TwostrokeError) -> TwostrokeError:
-    """An error of the validator with the names of this API, where it begins with one of chats."""
-    theirs = THEIR_NAMES.get(error.param or "")
-    if theirs is None:
+    """An error of the validator with the names of this API, where its field has another one in chats."""
+    ours = error.param or ""
+    theirs = ours.replace(".function", "", 1) if ours.startswith("tools[") else THEIR_NAMES.get(ours, ours)
+    if theirs == ours:
         return error
-    message = error.message
-    if message.startswith(error.param or ""):
-        message = theirs + message.removeprefix(error.param or "")
+    message = theirs + error.message.removeprefix(ours) if error.message.startswith(ours) else error.message
     return type(error)(message, param=theirs, retry_after_s=error.retry_after_s)
+
+
+def _check_input(body: ResponsesBody) -> None:
+    if not isinstance(body.input, (str, list)):
+        raise InvalidRequest(f"input is {short(body.input)}; must be a text or a list of items", param="input")
+    if not body.input and body.previous_response_id is None:
+        raise InvalidRequest("input is empty; give a text or at least one item", param="input")
+    if isinstance(body.input, list):
+        check_number(len(body.input), "input")
 
 
 def _check_metadata(metadata: dict[str, Any] | None) -> None:

@@ -49,13 +49,19 @@ def items_of(given: str | Sequence[Any], ignored: Ignored) -> list[Item]:
 
 
 def check_number(num_items: int, param: str) -> None:
-    """Check the number of items of a whole conversation.
+    """Check the number of items of a conversation.
 
     Raises:
         InvalidRequest: there are too many.
     """
     if num_items > MAX_ITEMS:
-        raise InvalidRequest(f"the conversation has {num_items} items; at most {MAX_ITEMS}", param=param)
+        raise InvalidRequest(f"{param}: the conversation has {num_items} items; at most {MAX_ITEMS}", param=param)
+
+
+def num_parts(items: str | Sequence[Any]) -> int:
+    """Number of items and of their parts, checked or not: what the work on them depends on."""
+    lists = (item.get("content") for item in items if isinstance(item, Mapping)) if isinstance(items, list) else ()
+    return len(items if isinstance(items, list) else ()) + sum(len(one) for one in lists if isinstance(one, list))
 
 
 def _item(given: Any, where: str, ignored: Ignored) -> Item:

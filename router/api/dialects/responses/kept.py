@@ -28,12 +28,13 @@ from ...frontend import Frontend
 from ...http.structure import SLICE_BYTES
 from ...validate import is_request_id
 from .fields import Wanted
-from .items import Item, check_number
+from .items import Item, check_number, num_parts
 from .reply import Reply, Shape
 
 T = TypeVar("T")
 
 PREVIOUS = "previous_response_id"
+PARTS_AT_ONCE = 256  # items and parts that are worked on at once, in a millisecond
 
 
 class KeptResponses:
@@ -51,7 +52,10 @@ class KeptResponses:
             InvalidRequest: the conversation is too long to be stored.
         """
         kept = items if wanted.is_stored else []
-        text = await _apart(sum(map(_num_chars, kept)), lambda: json.dumps(kept, ensure_ascii=False))
+        is_long = num_parts(kept) > PARTS_AT_ONCE or sum(map(_num_chars, kept)) > SLICE_BYTES
+        text = await apart(lambda: json.dumps(kept, ensure_ascii=False), is_long=is_long)
+        has_many_tools = sum(len(tool) for tool in wanted.offer.tools) > PARTS_AT_ONCE
+        said = await apart(lambda: json.dumps(wanted.said()), is_long=is_long or has_many_tools)
         if len(text) > self._max_bytes:
             raise InvalidRequest(
                 f"the conversation has {len(text)} characters; at most {self._max_bytes} are stored (twice "
@@ -62,7 +66,7 @@ class KeptResponses:
             "background": bool(wanted.body.background),
             "resumable": is_resumable,
             "logprobs": wanted.logprobs,
-            "said": json.dumps(wanted.said()),
+            "said": said,
             "items": text,
         }
 
@@ -152,7 +156,7 @@ class KeptResponses:
                     pass
             return reply.whole()
 
-        return await _apart(sum(len(piece.text) for piece in pieces), fold)
+        return await apart(fold, is_long=sum(len(piece.text) for piece in pieces) > SLICE_BYTES)
 
     async def reply_of(self, asked: Asked) -> Reply:
         """The fold of a response's pieces, at its beginning."""
@@ -177,13 +181,13 @@ async def items_of_asked(asked: Asked) -> list[Item]:
     text = asked.body.get("items")
     if asked.face != RESPONSE or not isinstance(text, str):
         raise InternalError("the items of a stored response are missing")
-    found: list[Item] = await _apart(len(text), lambda: json.loads(text))
+    found: list[Item] = await apart(lambda: json.loads(text), is_long=len(text) > SLICE_BYTES)
     return found
 
 
-async def _apart(num_chars: int, work: Callable[[], T]) -> T:
-    """Run work on a text: a long one in a thread."""
-    return work() if num_chars <= SLICE_BYTES else await asyncio.to_thread(work)
+async def apart(work: Callable[[], T], *, is_long: bool) -> T:
+    """Run work: in a thread, if it is long."""
+    return await asyncio.to_thread(work) if is_long else work()
 
 
 def _num_chars(item: Item) -> int:

@@ -27,8 +27,8 @@ from ...running.resumable import HEADER, KEY_HEADER, Terms, fingerprint_of
 from ...validate import is_request_id
 from ..door import DialectRoute, Door, Handler
 from .fields import THEIR_NAMES, Wanted, in_their_words, wanted_of
-from .items import Item, check_number
-from .kept import PREVIOUS, KeptResponses, items_of_asked, shape_of
+from .items import Item, check_number, num_parts
+from .kept import PARTS_AT_ONCE, PREVIOUS, KeptResponses, apart, items_of_asked, shape_of
 from .reply import Reply
 from .streams import CONTENT_TYPE, OwnEvents, events_after
 
@@ -71,8 +71,7 @@ class _Face:
         self._kept = KeptResponses(door.front, 2 * door.config.max_body_bytes)
 
     async def create(self, http: HttpRequest) -> Response:
-        wanted, items = await self._read(http)
-        call = chat_call(wanted.chat(items), caller_of(http).api_key)
+        wanted, items, call = await self._read(http)
         name = f"resp_{secrets.token_hex(24)}"
         http.state.request_id = name  # also for errors: `explain` knows the request by it
         is_resumable = _is_resumable(http)
@@ -83,16 +82,18 @@ class _Face:
             return await self._run_kept(http, wanted, replace(call, request_id=name), body)
         return await self._run(http, wanted, call, body)
 
-    async def _read(self, http: HttpRequest) -> tuple[Wanted, list[Item]]:
-        """The body, and the items of its whole conversation."""
+    async def _read(self, http: HttpRequest) -> tuple[Wanted, list[Item], GenerateCall]:
+        """The body, the items of its whole conversation, and the call for its answer."""
+        caller = caller_of(http)
         wanted = await self._door.reads.read(http, partial(wanted_of, strict=self._door.config.strict))
+        items, ignored = await apart(wanted.items, is_long=num_parts(wanted.body.input) > PARTS_AT_ONCE)
+        self._door.reads.note_ignored(http, ignored)
         previous = wanted.body.previous_response_id
-        if previous is None:
-            return wanted, wanted.items
-        finding = self._kept.conversation(caller_of(http).grant.tenant, previous)
-        items = [*await until_disconnect(http, finding), *wanted.items]
-        check_number(len(items), PREVIOUS)
-        return wanted, items
+        if previous is not None:
+            items = [*await until_disconnect(http, self._kept.conversation(caller.grant.tenant, previous)), *items]
+            check_number(len(items), PREVIOUS)
+        chat = await apart(partial(wanted.chat, items), is_long=num_parts(items) > PARTS_AT_ONCE)
+        return wanted, items, chat_call(chat, caller.api_key)
 
     async def _run(self, http: HttpRequest, wanted: Wanted, call: GenerateCall, body: dict[str, Any]) -> Response:
         """Run a request for its client alone, and store the response at its end."""
@@ -176,9 +177,8 @@ class _Face:
         return JsonAnswer(_page(http, items))
 
     async def count_tokens(self, http: HttpRequest) -> Response:
-        wanted, items = await self._read(http)
-        call = self._door.timed(http, chat_call(wanted.chat(items), caller_of(http).api_key))
-        request, _ = await until_disconnect(http, self._front.admit(call))
+        _, _, call = await self._read(http)
+        request, _ = await until_disconnect(http, self._front.admit(self._door.timed(http, call)))
         return JsonAnswer({"object": "response.input_tokens", "input_tokens": len(request.prompt_ids)})
 
     async def _now(self, http: HttpRequest, name: str) -> dict[str, Any]:
