@@ -32,6 +32,8 @@ from .api.grpc.service import InferenceService
 from .api.http.app import make_app
 from .api.http.connections import Connections, connections_within, raise_file_limit
 from .api.http.selector import TieredLoop, running_tiers
+from .api.kserve.service import SERVICE as KSERVE
+from .api.kserve.service import KserveService
 from .config import RouterConfig
 from .peers.joined import live_workers
 from .peers.peers import Peers
@@ -96,7 +98,7 @@ class RouterProcess:
         self._front = Frontend(settings, self._flow, self._peers, reads_defaults=reads_defaults)
         if settings.journal_url is not None:
             self._front.use_store(settings.journal_url, journal_key(cluster_key))
-        self._guard = Guard(settings, self._front.authenticate, _INFERENCE, self._front.room)
+        self._guard = Guard(settings, self._front.authenticate, (_INFERENCE, KSERVE), self._front.room)
         self._health = health.aio.HealthServicer()
         self._servers: list[grpc.aio.Server] = []
         self._clients: grpc.aio.Server | None = None  # of them, the one for clients
@@ -148,6 +150,7 @@ class RouterProcess:
         ]
         clients = grpc.aio.server(interceptors=[self._guard], options=options)
         inference_pb2_grpc.add_InferenceServicer_to_server(InferenceService(self._front), clients)
+        clients.add_generic_rpc_handlers((KserveService(self._front, strict=settings.strict).handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, clients)
         reflection.enable_server_reflection((_INFERENCE, health.SERVICE_NAME, reflection.SERVICE_NAME), clients)
         self._clients = clients

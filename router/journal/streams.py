@@ -72,7 +72,7 @@ class ResumableStreams:
     async def read(self, entry: Entry) -> Pieces:
         """Yield all pieces of a request from its beginning, as they come. Closing it leaves the request alone.
 
-        Pieces of a response that runs alone are given out when a working store has them: so no client has an event that
+        Pieces of a response are given out when a working store has them: so no client has an event that
         another router could number otherwise.
 
         Raises:
@@ -101,7 +101,7 @@ class ResumableStreams:
 
     def _num_given(self, entry: Entry) -> int:
         """Number of pieces that readers may have now."""
-        safe = self.num_safe(entry) if entry.asked.runs_alone else None
+        safe = self.num_safe(entry) if entry.asked.is_response else None
         return len(entry.pieces) if safe is None else min(safe, len(entry.pieces))
 
     def leave(self) -> None:
@@ -129,7 +129,7 @@ class ResumableStreams:
             raise
         except TwostrokeError as failure:
             error = failure
-            if self.is_leaving and entry.asked.runs_alone:
+            if self.is_leaving and entry.asked.is_response:
                 error = StreamMoved("the router is stopping; resume the stream")
         except Exception as failure:
             error = InternalError(f"the request failed: {failure}")

@@ -134,6 +134,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/router/api/test_responses.py",
         "tests/router/test_stored_responses.py",
     ),
+    "router/api/kserve/": ("tests/router/api/test_kserve.py",),
     "router/journal/": ("tests/router/test_journal.py", "tests/router/test_stored_responses.py"),
     "router/": (*_PURE, "tests/router/requests/test_flow.py"),
     "core/call_reaper": ("tests/core/test_call_reaper.py", "tests/router/api/test_guard.py"),

@@ -1,4 +1,4 @@
-"""Mutants of stored and numbered responses: their items, their fold, the journal that keeps them."""
+"""Mutants of stored and numbered responses, and of KServe's tensors."""
 
 from __future__ import annotations
 
@@ -46,11 +46,16 @@ MUTANTS = [
     Mutant("router/journal/journal.py", "entry.left_s is None or entry.asked.runs_alone:", "entry.left_s is None:"),
     Mutant("router/journal/journal.py", "for tenant, _ in self._bytes.most_common()]", "for tenant in self._bytes]"),
     Mutant("router/journal/journal.py", "        if not self._bytes[tenant]:\n", "        if False:\n"),
-    Mutant("router/journal/merged.py", "if piece.logprobs or piece.choice for", "if piece.choice for"),
-    Mutant("router/journal/streams.py", "self.num_safe(entry) if entry.asked.runs_alone else None", "None"),
+    Mutant("router/journal/merged.py", "any(piece.logprobs or piece.choice for", "any(piece.choice for"),
+    Mutant("router/journal/streams.py", "self.num_safe(entry) if entry.asked.is_response else None", "None"),
     Mutant(
         "router/journal/redis_store.py",
         "        if not self.is_up or not is_waiting:\n",
         "        if not is_waiting:\n",
     ),
+    Mutant("router/api/kserve/tensors.py", "if len(raw) < 4 or len(raw) != 4 + size:", "if len(raw) < 4:"),
+    Mutant("router/api/kserve/tensors.py", "if raw and len(raw) != len(message.inputs):", "if False:"),
+    Mutant("router/api/kserve/tensors.py", "any(size != 1 for size in tensor.shape) or ", ""),
+    Mutant("router/api/kserve/completions.py", "not is_streamed and not excludes", "not excludes"),
+    Mutant("router/api/kserve/completions.py", "    if (body.n or 1) > 1:\n", "    if False:\n"),
 ]

@@ -76,7 +76,7 @@ def tokenize_call(said: Said) -> GenerateCall:
         **template_options(message.chat.options),
         sampling={"max_tokens": 1},
         api_key=said.api_key,
-        timeout_s=_timeout_s(said),
+        timeout_s=checked_left_s(said.left_s),
     )
 
 
@@ -98,7 +98,7 @@ def _common(said: Said) -> dict[str, Any]:
         "sampling": _sampling(message.sampling),
         "request_id": message.request_id or None,
         "api_key": said.api_key,
-        "timeout_s": _timeout_s(said),
+        "timeout_s": checked_left_s(said.left_s),
     }
 
 
@@ -115,7 +115,12 @@ def _sampling(message: common_pb2.SamplingParams) -> SamplingOptions:
     return cast(SamplingOptions, found)
 
 
-def _timeout_s(said: Said) -> float | None:
-    if said.left_s is not None and said.left_s <= 0:
+def checked_left_s(left_s: float | None) -> float | None:
+    """The time until a client's deadline; None: it has none.
+
+    Raises:
+        DeadlineExceeded: the deadline is over.
+    """
+    if left_s is not None and left_s <= 0:
         raise DeadlineExceeded("the client's deadline was over when its call was read")
-    return said.left_s
+    return left_s

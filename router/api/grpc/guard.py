@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -40,7 +40,8 @@ Handler: TypeAlias = Any  # a grpc.RpcMethodHandler, whose types are those of se
 
 OPEN = frozenset({"/grpc.health.v1.Health/Check"})  # probes have no key
 SMALL_BYTES = 4096  # bound on messages of other services and of our methods without prompts
-LARGE = frozenset({"Generate", "GenerateStream", "Chat", "ChatStream", "Tokenize"})  # methods that carry prompts
+# Methods that carry prompts.
+LARGE = frozenset({"Generate", "GenerateStream", "Chat", "ChatStream", "Tokenize", "ModelInfer", "ModelStreamInfer"})
 SMALL_CALLS = "/small calls"  # name under which all small messages share the room, like a tenant
 SMALL_READ_S = 5.0  # longest wait for a small message
 MAX_STANDING = 64  # calls of other services under way: clients may keep Watch and reflection open for ever
@@ -76,11 +77,11 @@ class Guard(grpc.aio.ServerInterceptor):
     """Interceptor of the clients' server; one per router."""
 
     def __init__(
-        self, config: RouterConfig, authenticate: Callable[[str | None], str], own_service: str, room: Room
+        self, config: RouterConfig, authenticate: Callable[[str | None], str], own_services: Sequence[str], room: Room
     ) -> None:
-        """`authenticate` returns the tenant of a key; messages of other services than `own_service` must be small."""
+        """`authenticate` returns the tenant of a key; messages of others than `own_services` must be small."""
         self._authenticate = authenticate
-        self._own = f"/{own_service}/"
+        self._own = tuple(f"/{service}/" for service in own_services)
         self._max_bytes = config.max_body_bytes
         self._stall_s = config.slow_client_s
         self._max_calls = config.max_running + SPARE_CALLS
@@ -191,7 +192,7 @@ class Guard(grpc.aio.ServerInterceptor):
             yield message
 
     def _is_large(self, method: str) -> bool:
-        return method.startswith(self._own) and method.removeprefix(self._own) in LARGE
+        return method.startswith(self._own) and method.rpartition("/")[2] in LARGE
 
     async def _lease(self, method: str, tenant: str) -> Lease:
         """Room for the next message. Small messages have their own share, so that monitoring works under load."""

@@ -22,12 +22,17 @@ from .chat_wire import MAX_ITEMS
 
 MAX_FIELDS = 40_960  # per message: 2,048 chat messages and 16,384 parts with their texts have 39,000
 
+MAX_TENSORS = 256  # inputs, outputs and parameters of one inference request (KServe)
+_KSERVE_KINDS = ("bool", "int", "int64", "uint", "uint64", "fp32", "fp64", "bytes")
+
 # Most entries of the repeated fields, over the whole message.
 MAX_ENTRIES: Mapping[str, int] = {
     "messages": MAX_MESSAGES,
     "parts": MAX_ITEMS,
     "tool_calls": MAX_ITEMS,
     **{field.api: field.max_entries for field in FIELDS if field.max_entries},
+    **dict.fromkeys(("inputs", "outputs", "raw_input_contents", "parameters"), MAX_TENSORS),
+    **dict.fromkeys(("shape", *(f"{kind}_contents" for kind in _KSERVE_KINDS)), 4 * MAX_TENSORS),
     "ids": MAX_COMMAS,  # of tokens: whether they fit the model is seen when they are here, eight bytes each
 }
 
@@ -123,7 +128,10 @@ def _fields_of(kind: Descriptor) -> Mapping[int, _Field]:
 
 def _field(field: Any) -> _Field:
     is_message = field.type == FieldDescriptor.TYPE_MESSAGE
-    numbers = (FieldDescriptor.CPPTYPE_UINT32, FieldDescriptor.CPPTYPE_INT32, FieldDescriptor.CPPTYPE_UINT64)
+    numbers = (
+        *(FieldDescriptor.CPPTYPE_UINT32, FieldDescriptor.CPPTYPE_INT32, FieldDescriptor.CPPTYPE_UINT64),
+        *(FieldDescriptor.CPPTYPE_INT64, FieldDescriptor.CPPTYPE_BOOL),
+    )
     return _Field(
         field.name,
         MAX_ENTRIES.get(field.name),

@@ -66,7 +66,7 @@ class There:
 async def serving(**settings: Any) -> AsyncIterator[There]:
     config = RouterConfig(**{"api_keys": (KEY,), "slow_client_s": 0.3, **settings})
     limits = Limits.of(config)
-    guard = Guard(config, lambda key: authenticate(key, limits), OWN, room_of(config))
+    guard = Guard(config, lambda key: authenticate(key, limits), (OWN,), room_of(config))
     server = grpc.aio.server(interceptors=[guard])
     service, health_ = Answers(), health.aio.HealthServicer()
     inference_pb2_grpc.add_InferenceServicer_to_server(service, server)
