@@ -89,8 +89,8 @@ class ResumableStreams:
                     entry.num_read = max(entry.num_read, place)
                     yield entry.pieces[place - 1]
                 is_last = place == len(entry.pieces)
-                if is_last and entry.error is not None:
-                    raise entry.error
+                if entry.error is not None and (is_last or isinstance(entry.error, StreamMoved)):
+                    raise entry.error  # the rest of a stream that moved comes from elsewhere
                 if is_last and entry.is_over:
                     return
                 news.clear()

@@ -126,7 +126,11 @@ TESTS: dict[str, tuple[str, ...]] = {
     "router/api/frontend": ("tests/router/api/test_frontend.py",),
     "router/api/grammar_checks": ("tests/router/api/test_grammar_checks.py",),
     "router/api/checks": ("tests/router/api/test_validate.py",),
-    "router/journal/redis_store": ("tests/router/test_redis_writes.py", "tests/router/test_adoption.py"),
+    "router/journal/redis_store": (
+        "tests/router/test_redis_writes.py",
+        "tests/router/test_adoption.py",
+        "tests/router/test_stored_responses.py",
+    ),
     "router/api/batch": ("tests/router/api/test_batch.py",),
     "router/routing/lost_workers": ("tests/router/requests/test_lost_workers.py",),
     "router/api/dialects/responses/": (

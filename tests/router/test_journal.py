@@ -258,6 +258,7 @@ def test_a_response_in_the_background_is_kept_as_failed_and_others_are_not():
         assert journal.is_kept(entry) is is_alone
         journal.forget(entry)
     assert journal.num_bytes == 0
+    assert not journal._bytes, "nothing is left of a tenant without requests"
 
 
 def test_pieces_of_an_adopted_request_are_proven_by_its_store_and_by_its_readers():

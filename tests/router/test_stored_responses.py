@@ -24,6 +24,7 @@ from support.steady_routers import Quick
 from twostroke.core.ports import free_ports
 from twostroke.kv.keys import proof_key
 from twostroke.router.config import RouterConfig
+from twostroke.router.journal.redis_store import RedisStore
 from twostroke.router.process import RouterProcess
 
 SAYS = "Two cities.</think>Let me see: it rains in Oslo – and it will rain in Rome.\n" + (
@@ -190,6 +191,29 @@ async def test_an_event_that_was_not_stored_before_its_router_was_lost_is_no_pla
             rest = await both.events(1, f"{path}{certain}")
             assert rest[0]["sequence_number"] == certain + 1
             assert rest[-1]["type"] == "response.completed"
+
+
+async def test_no_event_is_given_out_before_it_is_stored_so_a_killed_router_leaves_no_gap(tmp_path, monkeypatch):
+    with redis_server() as server:
+        async with pair(tmp_path, journal_url=server.url) as both:
+            sent = {**ASKED, "stream": True, "seed": 1}
+            whole = await both.events(1, "", json=sent)
+            reading = asyncio.create_task(both.events(0, "", json=sent))
+            await asyncio.sleep(0.4)
+            dead, write = both.processes[0]._front.resumables.store, RedisStore._write
+
+            async def writes(store: RedisStore) -> bool:
+                return True if store is dead else await write(store)
+
+            monkeypatch.setattr(RedisStore, "_write", writes)
+            await asyncio.sleep(0.3)  # it computes on, and its last words are never stored
+            await both.processes[0].stop(0.0)
+            *had, moved = await reading
+            assert (moved["type"], moved["code"]) == ("error", "stream_moved")
+            name, last = had[0]["response"]["id"], had[-1]["sequence_number"]
+            more = await both.events(1, f"/{name}?stream=true&starting_after={last}")
+            assert 5 < len(had) < len(whole) - 5
+            assert without_times(had + more) == without_times(whole)
 
 
 async def test_a_background_response_goes_on_where_it_is_asked_for_after_its_router_was_lost(tmp_path):

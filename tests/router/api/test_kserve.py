@@ -230,6 +230,16 @@ def test_data_may_stand_in_the_fields_of_their_types():
     assert (body.prompt, body.max_tokens, body.seed, body.temperature, body.ignore_eos) == ("Hi", 7, 5, 0.5, True)
 
 
+def test_a_stream_has_no_prompt_and_an_answer_has_it_unless_it_is_excluded():
+    found = []
+    for name in (None, "stream", "exclude_input_in_output"):
+        made = request()
+        if name is not None:
+            made.inputs.add(name=name, datatype="BOOL", shape=[1]).contents.bool_contents.append(True)
+        found.append(inference_of(made, strict=True).has_prompt)
+    assert found == [True, False, False]
+
+
 def raw(kind: str, data: bytes, shape: tuple[int, ...] = (1,)) -> kserve_pb2.ModelInferRequest:
     made = kserve_pb2.ModelInferRequest(raw_input_contents=[data])
     made.inputs.add(name="text_input", datatype=kind, shape=shape)
