@@ -57,7 +57,9 @@ class RouterMetrics:
         self.tls_failed = Gauge(
             "twostroke_inside_tls_failed", "Connections to workers that failed for certificates", registry=registry
         )
-        self.journal_requests = Gauge("twostroke_journal_requests", "Resumable requests in memory", registry=registry)
+        self.journal_requests = Gauge(
+            "twostroke_journal_requests", "Resumable requests and stored responses in memory", registry=registry
+        )
         self.journal_bytes = Gauge("twostroke_journal_bytes", "Estimated memory of these", registry=registry)
         self.journal_store_up = Gauge(
             "twostroke_journal_store_up",

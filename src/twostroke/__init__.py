@@ -41,8 +41,10 @@ if TYPE_CHECKING:
     from .core.errors import Overloaded as Overloaded
     from .core.errors import PairRefused as PairRefused
     from .core.errors import PoisonRequest as PoisonRequest
+    from .core.errors import PreviousResponseNotFound as PreviousResponseNotFound
     from .core.errors import QuotaExceeded as QuotaExceeded
     from .core.errors import RequestNotFound as RequestNotFound
+    from .core.errors import StreamMoved as StreamMoved
     from .core.errors import TokensLost as TokensLost
     from .core.errors import TransportUnavailable as TransportUnavailable
     from .core.errors import TwostrokeError as TwostrokeError
@@ -67,7 +69,8 @@ _NAMES_BY_MODULE = {
         *("DeadlineExceeded", "DoesNotFit", "HostForbidden", "IdempotencyKeyReused"),
         *("InternalError", "InvalidRequest", "KeyForbids", "KvCorrupted", "MethodNotAllowed", "ModelNotFound"),
         *("NoSuchRoute", "NonFiniteKv", "OriginForbidden", "Overloaded", "PairRefused", "PoisonRequest"),
-        *("QuotaExceeded", "RequestNotFound", "TokensLost", "TransportUnavailable", "TwostrokeError"),
+        *("PreviousResponseNotFound", "QuotaExceeded", "RequestNotFound", "StreamMoved", "TokensLost"),
+        *("TransportUnavailable", "TwostrokeError"),
         *("Unauthenticated", "Unavailable", "UnsupportedContentType", "UnsupportedEncoding"),
         *("UnsupportedParameter", "WorkerLost"),
     ),

@@ -54,8 +54,8 @@ class KeptResponses:
         kept = items if wanted.is_stored else []
         is_long = num_parts(kept) > PARTS_AT_ONCE or sum(map(_num_chars, kept)) > SLICE_BYTES
         text = await apart(lambda: json.dumps(kept, ensure_ascii=False), is_long=is_long)
-        has_many_tools = sum(len(tool) for tool in wanted.offer.tools) > PARTS_AT_ONCE
-        said = await apart(lambda: json.dumps(wanted.said()), is_long=is_long or has_many_tools)
+        is_long = is_long or bool(wanted.offer.tools) or len(wanted.body.instructions or "") > SLICE_BYTES
+        said = await apart(lambda: json.dumps(wanted.said()), is_long=is_long)
         if len(text) > self._max_bytes:
             raise InvalidRequest(
                 f"the conversation has {len(text)} characters; at most {self._max_bytes} are stored (twice "
