@@ -17,6 +17,13 @@ INFERENCE = "/twostroke.v1.Inference/"
 _CHAT, _CHAT_STREAM = INFERENCE + "Chat", INFERENCE + "ChatStream"
 _GENERATE, _GENERATE_STREAM = INFERENCE + "Generate", INFERENCE + "GenerateStream"
 _TOKENIZE = INFERENCE + "Tokenize"
+_INFER_METHOD = "/inference.GRPCInferenceService/ModelInfer"
+_INFER = {  # repeated fields of KServe's request
+    "empty inputs": b"\x2a\x00",
+    "empty outputs": b"\x32\x00",
+    "empty data": b"\x3a\x00",
+    "empty parameters": b"\x22\x00",
+}
 _HEALTH = "/grpc.health.v1.Health/"
 _REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 
@@ -136,6 +143,13 @@ def hostile_messages(most_bytes: int = MOST_BYTES) -> Iterator[HostileMessage]:
                     options=inference_pb2.ChatOptions(**{f: t(room - 64)}),
                 ).SerializeToString(),
             )
+    for name, entry in _INFER.items():
+        yield HostileMessage(f"ModelInfer: {name}", _INFER_METHOD, lambda e=entry: e * (room // len(e)))
+    yield HostileMessage("ModelInfer: a long name", _INFER_METHOD, lambda: _field(5, _field(1, b"n" * room)))
+    yield HostileMessage("ModelInfer: packed shape", _INFER_METHOD, lambda: _field(5, _field(3, b"\x01" * room)))
+    yield HostileMessage(
+        "ModelInfer: packed numbers", _INFER_METHOD, lambda: _field(5, _field(5, _field(3, b"\x01" * room)))
+    )
     for method in ("Explain", "Abort"):
         yield HostileMessage(f"{method}: a long request id", INFERENCE + method, lambda: _field(1, b"r" * room))
     for method in ("ListModels", "Cluster"):

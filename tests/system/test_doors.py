@@ -20,6 +20,7 @@ from twostroke.client.status import from_rpc_error
 from twostroke.core.errors import InternalError
 from twostroke.protos import common_pb2, inference_pb2
 from twostroke.router.api.grpc.guard import OPEN
+from twostroke.router.api.kserve.service import SERVICE as KSERVE
 
 KEY = "first-secret"
 GOOD = (("authorization", f"Bearer {KEY}"),)
@@ -125,7 +126,8 @@ def test_every_registered_method_asks_for_the_key_before_it_reads(guarded):
         methods = registered(channel)
         assert len(methods) >= 12
         assert set(methods) >= OPEN
-        for method in {*methods, "/twostroke.v1.Inference/Nothing"} - OPEN:
+        kserve = [f"/{KSERVE}/{name}" for name in ("ServerLive", "ModelInfer", "ModelStreamInfer", "Nothing")]
+        for method in {*methods, *kserve, "/twostroke.v1.Inference/Nothing"} - OPEN:
             error = ended(channel.stream_stream(method)(nothing_yet(), timeout=10))
             assert error.code() is grpc.StatusCode.UNAUTHENTICATED, method
         never.set()
