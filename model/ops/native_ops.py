@@ -1,8 +1,8 @@
 """The decoder's ops by the C++ kernels of `kernels/cpu`. Knows no model.
 
 Weights are packed once, into panels that decode and prefill share. The bits of a row depend on that row alone (see
-`kernels/cpu/linear/linear.cpp`, `attention.cpp`, `rows.cpp`), so batches need no padding and the number of threads does not
-matter.
+`linear/linear.cpp`, `attention.cpp`, `rows.cpp` of `kernels/cpu/`), so batches need no padding and the number of
+threads does not matter.
 """
 
 from __future__ import annotations
@@ -124,8 +124,8 @@ class NativeOps:
     ) -> PackedLinear:
         """Copy a matrix [out, in] into panels: in the compute dtype, or int8 with one scale per output.
 
-        bfloat16 is stored in twelve bits without loss where its exponents allow that (`kernels/cpu/linear/coded.h`). Panels of
-        a gated matrix alternate between gate and up, so that one pass has both numbers in registers.
+        bfloat16 is stored in twelve bits without loss where its exponents allow that (`kernels/cpu/linear/coded.h`).
+        Panels of a gated matrix alternate between gate and up, so that one pass has both numbers in registers.
         """
         width = len(matrix) // 2 if gated else len(matrix)
         if gated:
