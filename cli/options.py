@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ..cluster.config import Config, load_config
+from ..core.errors import ConfigError
 from .secret import read_key
 
 SETTING_BY_FLAG = {
@@ -28,6 +30,7 @@ SETTING_BY_FLAG = {
     "require_kv_transport": "cache.require_transport",
     "max_num_seqs": "step.max_num_seqs",
     "max_num_batched_tokens": "step.max_num_batched_tokens",
+    "speculative_config": "speculation",
     "threads": "step.num_threads",
     "prefill": "cluster.prefill",
     "decode": "cluster.decode",
@@ -93,6 +96,13 @@ RequireKvTransport = Annotated[
 ]
 MaxNumSeqs = Annotated[int | None, typer.Option(help="Most sequences per step.")]
 MaxNumBatchedTokens = Annotated[int | None, typer.Option(help="Most tokens per step: the prefill chunk.")]
+SpeculativeConfig = Annotated[
+    str | None,
+    typer.Option(
+        help="Speculative decoding, as JSON with vLLM's keys: "
+        '\'{"method": "ngram", "num_speculative_tokens": 4}\'. Default: off. The output is the same.'
+    ),
+]
 Threads = Annotated[int | None, typer.Option(help="CPU threads per worker. Default: physical cores / workers.")]
 Prefill = Annotated[int | None, typer.Option(help="Prefill workers. 0: combined workers, no disaggregation.")]
 Decode = Annotated[int | None, typer.Option(help="Decode workers.")]
@@ -156,4 +166,21 @@ def config_from(flags: dict[str, Any]) -> Config:
         ConfigError: a setting is invalid; names the setting, the value and the remedy.
     """
     given = {SETTING_BY_FLAG[name]: value for name, value in flags.items() if name in SETTING_BY_FLAG}
+    if given.get("speculation") is not None:
+        given["speculation"] = _json_mapping("--speculative-config", given["speculation"])
     return load_config(flags.get("config"), os.environ, given)
+
+
+def _json_mapping(flag: str, text: str) -> dict[str, Any]:
+    """Value of a flag that is a JSON object.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{flag} is {text[:80]!r}, which is not JSON ({error}); give an object with keys") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f'{flag} is {text[:80]!r}; must be a JSON object, e.g. {{"method": "ngram"}}')
+    return value

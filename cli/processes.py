@@ -75,6 +75,7 @@ def worker(
             model=settings.model,
             cache=settings.cache,
             step=settings.step,
+            speculation=settings.speculation,
             memory_bytes=memory_bytes,
             num_threads=settings.step.num_threads or max(1, machine_facts().num_cores // num_ranks),
             num_ranks=num_ranks,

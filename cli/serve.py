@@ -54,6 +54,7 @@ def serve(
     generation_config: o.GenerationConfig = None,
     max_num_seqs: o.MaxNumSeqs = None,
     max_num_batched_tokens: o.MaxNumBatchedTokens = None,
+    speculative_config: o.SpeculativeConfig = None,
     kv_cache_tokens: o.KvCacheTokens = None,
     kv_cache_memory_fraction: o.KvCacheMemoryFraction = None,
     swap_space: o.SwapSpace = None,

@@ -21,7 +21,7 @@ from ..core.lease import ORPHAN_GRACE_S
 from ..core.ports import bindable_host
 from ..core.request import Role
 from ..core.tls.config import TlsConfig
-from ..engine.config import StepConfig
+from ..engine.config import SpeculationConfig, StepConfig
 from ..kv.config import CacheConfig
 from ..router.config import RouterConfig
 from ..worker.settings import GpuHealth
@@ -106,6 +106,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     cache: CacheConfig = CacheConfig()
     step: StepConfig = StepConfig()
+    speculation: SpeculationConfig = SpeculationConfig()
     router: RouterConfig = RouterConfig()
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     planner: PlannerConfig = PlannerConfig()
@@ -195,6 +196,12 @@ def _check(config: Config) -> None:
     _check_router_ports(config)
     _check_pairs(config)
     _check_planner(config)
+    ranks = config.cluster.ranks_of(Role.DECODE)
+    if config.speculation.method is not None and ranks > 1:
+        raise ConfigError(
+            f"speculation.method is {config.speculation.method!r} and decode workers have {ranks} tensor-parallel "
+            "ranks; speculation is served on one rank in this release: leave one of the two out"
+        )
     largest = config.step.max_num_batched_tokens
     if largest < config.cache.block_size:
         raise ConfigError(

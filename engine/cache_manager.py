@@ -78,6 +78,15 @@ class KvCacheManager:
             sequence.blocks += taken
             sequence.table = None
 
+    def trim(self, sequence: Sequence, num_tokens: int) -> None:
+        """Give back the blocks beyond those that cover `num_tokens` tokens: they held rejected drafts only."""
+        spare = sequence.blocks[self.blocks_for(num_tokens) :]
+        if spare:
+            assert len(sequence.blocks) - len(spare) >= sequence.num_published, f"{sequence.key} published drafts"
+            self.pool.give_back(spare)
+            del sequence.blocks[-len(spare) :]
+            sequence.table = None
+
     def release(self, sequence: Sequence) -> None:
         """Give all blocks back, host blocks too; published blocks stay findable until they are evicted."""
         self.pool.give_back(sequence.blocks)

@@ -1,8 +1,8 @@
-"""Settings of the engine's step and queues."""
+"""Settings of the engine's step and queues, and of speculative decoding."""
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from ..core.config import Section
 
@@ -25,3 +25,40 @@ class StepConfig(Section):
     )
     max_waiting: int = Field(256, ge=1, description="sequences that may wait on one worker")
     num_threads: int | None = Field(None, ge=1, description="CPU threads per worker; default: physical cores / workers")
+
+
+SPECULATIVE_METHODS = ("ngram",)
+
+
+class SpeculationConfig(Section):
+    """Speculative decoding: guess tokens, compute several at a time, keep the right ones. The output stays the same."""
+
+    method: str | None = Field(
+        None, description="what guesses: ngram, from earlier occurrences in prompt and output; none: off"
+    )
+    num_speculative_tokens: int = Field(4, ge=1, le=32, description="most guessed tokens per sequence and step")
+    prompt_lookup_max: int = Field(4, ge=1, le=32, description="ngram: longest match that is looked for, in tokens")
+    prompt_lookup_min: int = Field(2, ge=1, le=32, description="ngram: shortest match that is guessed from, in tokens")
+
+    @field_validator("method")
+    @classmethod
+    def _is_served(cls, method: str | None) -> str | None:
+        if method is not None and method not in SPECULATIVE_METHODS:
+            raise ValueError(f"{method!r} is not served yet; use ngram, or leave speculation out")
+        return method
+
+    @model_validator(mode="after")
+    def _has_a_method(self) -> SpeculationConfig:
+        given = self.model_fields_set - {"method"}
+        if self.method is None and given:
+            raise ValueError(f"method is not given, and {', '.join(sorted(given))} needs it; give method: ngram")
+        return self
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> SpeculationConfig:
+        if self.prompt_lookup_min > self.prompt_lookup_max:
+            raise ValueError(
+                f"prompt_lookup_min is {self.prompt_lookup_min}, above prompt_lookup_max "
+                f"({self.prompt_lookup_max}); lower it"
+            )
+        return self

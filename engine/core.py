@@ -24,6 +24,7 @@ from ..kv.cache.prefix import PrefixCache
 from ..kv.spec import HASH_BLOCK_TOKENS
 from .cache_manager import KvCacheManager
 from .commands import Commands
+from .integrity import check_no_drafts
 from .lifecycle import SequenceLifecycle
 from .link.messages import (
     AskSnapshot,
@@ -45,6 +46,7 @@ from .policy import Policy
 from .report import load_news
 from .scheduler import Scheduler
 from .sequence import QUEUE_STATES, PendingFinish, Sequence, SequenceState
+from .speculation.speculation import Speculation
 from .step_times import StepTimes
 from .store_ops import StoreOp
 from .swap import SwapSpace
@@ -74,12 +76,14 @@ class EngineCore:
         eos_ids: Collection[int],
         key: bytes,
         roles: Mapping[Role, Policy] | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
-        """`roles`: the policy of each role that a `SetRole` may ask for."""
+        """`roles`: the policy of each role that a `SetRole` may ask for. `speculation` None: no token is guessed."""
         self.prefix = prefix
         self.stopped = False  # a Stop came: new sequences are refused
         swap = SwapSpace(limits.num_swap_blocks, pool.block_tokens) if limits.num_swap_blocks else None
-        self._scheduler = Scheduler(KvCacheManager(pool, prefix, key, swap), policy, limits.max_scored_rows)
+        holdings = KvCacheManager(pool, prefix, key, swap)
+        self._scheduler = Scheduler(holdings, policy, limits.max_scored_rows, speculation)
         self._lives = SequenceLifecycle(self._scheduler, frozenset(eos_ids))
         self._commands = Commands(self._lives, limits.max_model_len)
         self._roles = dict(roles or {})
@@ -143,13 +147,13 @@ class EngineCore:
         lives.in_step = frozenset()
         lives.holdings.residency.now_s = now_s
         self._num_steps += 1
-        self._step_tokens.add(sum([len(step.token_ids) for step in plan.sequences]))
+        self._step_tokens.add(sum([len(step.token_ids) + len(step.draft_ids) for step in plan.sequences]))
         news: list[TokenNews] = []
         progress: list[Progress] = []
         ends: list[tuple[Sequence, PendingFinish]] = []
         for step, token_ids in zip(plan.sequences, result.tokens, strict=True):
             sequence = self._scheduler.by_key[step.key]
-            doom = sequence.doom
+            doom, is_computed = sequence.doom, False
             if sequence.began_s is None:
                 sequence.began_s = self._planned_s
             if step.key in result.non_finite:
@@ -161,16 +165,18 @@ class EngineCore:
             elif step.key in result.refused:
                 doom = doom or PendingFinish(FinishReason.ERROR, InvalidRequest.code, result.refused[step.key])
             else:
+                is_computed = True
                 sequence.num_computed = step.end
                 if step.key in result.deferred:
                     sequence.num_computed = _before_last(step)
-                lives.holdings.publish(sequence)
             if doom is None:
                 doom = self._take_tokens(sequence, step, result, token_ids, news)
                 if sequence.source is Source.FOR_PEER:
                     began = not sequence.has_begun
                     progress.append(Progress(sequence.key, sequence.num_computed, began, sequence.began_s))
                     sequence.has_begun = True
+            if is_computed:
+                lives.holdings.publish(sequence)
             if doom is not None:
                 ends.append((sequence, doom))
         if news:
@@ -232,6 +238,11 @@ class EngineCore:
         """Set the measured step times, from which the policy bounds the prompt tokens beside decodes."""
         self._scheduler.times = times
 
+    def time_step(self, plan: StepPlan, result: StepResult, took_ms: float) -> None:
+        """Tell how long a step took, proposals included: speculation switches itself off where it does not pay."""
+        if self._scheduler.speculation is not None:
+            self._scheduler.speculation.observe(plan, result, took_ms)
+
     def is_for_peers(self, plan: StepPlan) -> bool:
         """True if a plan computes a prompt for a decode worker."""
         by_key = self._scheduler.by_key
@@ -277,7 +288,9 @@ class EngineCore:
         """
         self._scheduler.check_integrity(among)
         for sequence in self._scheduler.by_key.values():
-            assert sequence.doom is None or sequence.key in self._lives.in_step, f"{sequence.key} is doomed, lives on"
+            if sequence.key not in self._lives.in_step:
+                assert sequence.doom is None, f"{sequence.key} is doomed, lives on"
+                check_no_drafts(sequence, self._lives.holdings)
 
     def load(self, now_s: float) -> LoadNews:
         """Values of a beat; the engine loop sets phase and coefficients, which need a clock."""
@@ -291,17 +304,25 @@ class EngineCore:
         token_ids: tuple[int, ...],
         news: list[TokenNews],
     ) -> PendingFinish | None:
-        """Append the sampled token and its event for the face; returns the end of the sequence, or None."""
-        num_expected = int(step.samples and step.key not in result.deferred)
-        assert len(token_ids) == num_expected, f"{step.key}: {len(token_ids)} tokens, {num_expected} were to come"
+        """Append the sampled tokens and their event for the face; returns the end of the sequence, or None.
+
+        Tokens after one that ends the sequence are dropped.
+        """
+        least = int(step.samples and step.key not in result.deferred)
+        most = least + len(step.draft_ids)
+        assert least <= len(token_ids) <= most, f"{step.key}: {len(token_ids)} tokens, {least} to {most} were to come"
         if sequence.scores is not None:  # after a preemption some are known already: append only the others
             sequence.scores += result.prompt_logprobs.get(step.key, ())[max(len(sequence.scores) - step.start, 0) :]
         if not token_ids:
             return None
-        logprobs, scores = result.logprobs.get(step.key, ()), tuple(sequence.scores or ())
+        first_index, logprobs = sequence.num_generated, result.logprobs.get(step.key, ())
+        scores = tuple(sequence.scores or ())
         began_s = sequence.began_s if sequence.source is Source.FOR_PEER else None
-        news.append(TokenNews(sequence.key, sequence.num_generated, token_ids, logprobs, scores, began_s))
         doom = self._lives.accept(sequence, token_ids[0])
+        if step.draft_ids:
+            doom, token_ids = self._lives.accept_drafts(sequence, step, token_ids, doom)
+            logprobs = logprobs[: len(token_ids)]
+        news.append(TokenNews(sequence.key, first_index, token_ids, logprobs, scores, began_s))
         if sequence.source is Source.FOR_PEER:
             self._scheduler.move(sequence, _S.HELD)  # even if the token ends the choice: decode fetches, then releases
             return None

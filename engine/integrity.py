@@ -34,6 +34,16 @@ def check_holdings(holdings: KvCacheManager, sequences: Collection[Sequence], am
         swap.check_integrity(sequences, _within(among, swap.pool.num_blocks))
 
 
+def check_no_drafts(sequence: Sequence, holdings: KvCacheManager) -> None:
+    """Prove that a sequence outside a step holds no block for guessed tokens.
+
+    Raises:
+        AssertionError: names the sequence.
+    """
+    most = holdings.blocks_for(len(sequence.tokens) + 1)
+    assert len(sequence.blocks) <= most, f"{sequence.key} owns {len(sequence.blocks)} blocks, its tokens fill {most}"
+
+
 def _within(among: range | None, num_blocks: int) -> range:
     return range(num_blocks) if among is None else range(min(among.start, num_blocks), min(among.stop, num_blocks))
 

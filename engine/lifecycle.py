@@ -1,4 +1,4 @@
-"""Ends of an engine's sequences, and the outbox of events and store operations. Knows no commands and no steps."""
+"""Tokens and ends of an engine's sequences, and the outbox of events and store operations. Knows no commands."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections import Counter
 from ..core.request import SequenceKey
 from .cache_manager import KvCacheManager
 from .link.messages import Ended, Event
+from .plan import SequenceStep
 from .scheduler import Scheduler
 from .sequence import PendingFinish, Sequence
 from .stopping import finish_reason
@@ -39,6 +40,28 @@ class SequenceLifecycle:
         sequence.scores = None  # the face has them, or the peer's face
         reason = finish_reason(token_id, sequence.num_generated, sequence.params, self._eos_ids)
         return None if reason is None else PendingFinish(reason)
+
+    def accept_drafts(
+        self, sequence: Sequence, step: SequenceStep, token_ids: tuple[int, ...], doom: PendingFinish | None
+    ) -> tuple[PendingFinish | None, tuple[int, ...]]:
+        """After the first of a step's tokens, append the others, as far as the sequence goes.
+
+        The KV of the accepted drafts is computed; blocks that hold only rejected ones are given back. `doom`: by the
+        first token. Returns the end of the sequence, and the tokens that belong to it.
+        """
+        num_taken = 1
+        while doom is None and num_taken < len(token_ids):
+            doom = self.accept(sequence, token_ids[num_taken])
+            num_taken += 1
+        num_accepted = num_taken - 1
+        sequence.num_computed = step.end + num_accepted
+        self.holdings.trim(sequence, len(sequence.tokens))
+        assert sequence.drafting is not None, f"{step.key} has drafts of nobody"
+        sequence.drafting.judge(len(step.draft_ids), num_accepted, sequence.num_generated)
+        self.counters["spec_decode_num_drafts"] += 1
+        self.counters["spec_decode_num_draft_tokens"] += len(step.draft_ids)
+        self.counters["spec_decode_num_accepted_tokens"] += num_accepted
+        return doom, token_ids[:num_taken]
 
     def end(self, sequence: Sequence, doom: PendingFinish) -> None:
         """End a sequence now, or after the running step if that computes it."""

@@ -171,7 +171,7 @@ class Engine:
             self._phase = "idle"
             self._check(now_s)
         else:
-            self._step(plan)
+            self._step(plan, now_s)
         now_s = self._clock.now_s()
         if now_s >= self._next_beat_s:
             self._beat(now_s)
@@ -184,8 +184,11 @@ class Engine:
         wake_s = self._next_beat_s if deadline_s is None else min(self._next_beat_s, deadline_s)
         return max(wake_s - self._clock.now_s(), 0.0)
 
-    def _step(self, plan: StepPlan) -> None:
-        """Run a plan. A failure ends the sequences that cause it; steps without a result, in a row, end the engine."""
+    def _step(self, plan: StepPlan, planned_s: float | None = None) -> None:
+        """Run a plan. A failure ends the sequences that cause it; steps without a result, in a row, end the engine.
+
+        `planned_s`: when planning began; None: now.
+        """
         began_s = self._clock.now_s()
         self._phase = _phase(plan)
         self._is_for_peers = self._core.is_for_peers(plan)
@@ -207,6 +210,7 @@ class Engine:
         now_s = self._clock.now_s()
         self._pace.observe(plan, (now_s - began_s) * 1000)
         self._core.set_times(self._pace.times)
+        self._core.time_step(plan, result, (now_s - (began_s if planned_s is None else planned_s)) * 1000)
         self._turns.apply(plan, result, now_s)
         if self._core.num_waiting:
             self._beat(now_s)
@@ -288,7 +292,7 @@ def _joined(step: int, results: Sequence[StepResult], failed: dict[SequenceKey, 
 
 
 def _phase(plan: StepPlan) -> str:
-    decodes = sum(1 for step in plan.sequences if step.num_tokens == 1 and step.samples)
+    decodes = sum(1 for step in plan.sequences if len(step.token_ids) == 1 and step.samples)
     if decodes == len(plan.sequences):
         return "decode"
     return "mixed" if decodes else "prefill"

@@ -30,12 +30,19 @@ class History(NamedTuple):
 
 
 class SequenceStep(NamedTuple):
-    """Work of one sequence in one step: compute `token_ids` at positions `start` …, then sample if `samples`."""
+    """Work of one sequence in one step: compute `token_ids` at positions `start` …, then sample if `samples`.
+
+    `draft_ids` are guesses of the tokens that follow (speculation/). Their rows are computed too, and sampled one after
+    the other: row i counts if all drafts before it are what was sampled. KV of the other drafts is never sealed.
+
+        rows     | token_ids … last | draft 0 | draft 1 |        sampled: a, b, c; draft 0 = a and draft 1 = b
+        sampled                a         b         c             give the three tokens a, b, c; draft 0 ≠ a gives a
+    """
 
     key: SequenceKey
     start: int  # position of the first computed token; all tokens before it are in the cache
     token_ids: tuple[int, ...]  # ids to compute, in order
-    block_table: tuple[BlockId, ...]  # covers start + len(token_ids) tokens
+    block_table: tuple[BlockId, ...]  # covers start + num_tokens tokens
     generations: tuple[int, ...]  # of the blocks; a digest is stored with them
     samples: bool  # True: sample from the last row's logits
     params: SamplingParams
@@ -43,18 +50,18 @@ class SequenceStep(NamedTuple):
     seals_tail: bool = False  # the prompt ends in this step: seal the partial last hash block too
     from_place: SampledPlace | None = None  # place of the first token's id, if the id is not known yet
     adapter_slot: int = 0  # 0: none
-    draft_ids: tuple[int, ...] = ()
+    draft_ids: tuple[int, ...] = ()  # only if `samples`
     history: History | None = None  # if `params` need it; without the token that `from_place` names
     targets: tuple[int, ...] = ()  # prompt ids whose logprobs are wanted; the i-th follows the step's i-th row
 
     @property
     def num_tokens(self) -> int:
-        """Number of rows of this sequence in the batch."""
-        return len(self.token_ids)
+        """Number of rows of this sequence in the batch, drafts included."""
+        return len(self.token_ids) + len(self.draft_ids)
 
     @property
     def end(self) -> int:
-        """Number of tokens in the cache after the step."""
+        """Number of tokens in the cache after the step, without drafts."""
         return self.start + len(self.token_ids)
 
 

@@ -31,6 +31,7 @@ from .link.messages import Bound, Event, NotYet, Offered, Progress, Promised, So
 from .plan import SequenceStep, StepPlan
 from .policy import Ahead, Policy, Room, Want, bound_scored
 from .sequence import NEXT_STATES, Sequence, SequenceState
+from .speculation.speculation import Speculation
 from .step_times import StepTimes
 from .store_ops import StoreOp, SwapOp
 
@@ -42,8 +43,18 @@ _GIVES_BACK = (_S.BOUND, _S.PREFILLING, _S.DECODING, _S.HELD)  # these free thei
 class Scheduler:
     """All live sequences by state, and the scheduling decisions."""
 
-    def __init__(self, holdings: KvCacheManager, policy: Policy, max_scored_rows: int | None = None) -> None:
-        """`max_scored_rows`: prompt rows whose logprobs one step may give; None: any number."""
+    def __init__(
+        self,
+        holdings: KvCacheManager,
+        policy: Policy,
+        max_scored_rows: int | None = None,
+        speculation: Speculation | None = None,
+    ) -> None:
+        """`max_scored_rows`: prompt rows whose logprobs one step may give; None: any number.
+
+        `speculation` None: no token is guessed.
+        """
+        self.speculation = speculation
         self.holdings = holdings
         self._max_scored_rows = sys.maxsize if max_scored_rows is None else max_scored_rows
         self.policy = policy
@@ -250,11 +261,15 @@ class Scheduler:
         rows = min(budget.max_seqs, budget.max_batch_tokens)
         # Only after a change of policy there are more decodes than rows: those that waited longest go first.
         chosen = sorted(self.within(_S.DECODING), key=lambda s: s.last_step)[:rows]
-        steps = []
-        for sequence in sorted(chosen, key=lambda s: s.rank):
-            if sequence.state is _S.DECODING and self._grow(sequence):
-                steps.append(self._step(sequence, sequence.num_remaining))
-        num_tokens = min(budget.prefill_tokens, budget.max_batch_tokens - len(steps))
+        decodes = [s for s in sorted(chosen, key=lambda s: s.rank) if s.state is _S.DECODING and self._grow(s)]
+        drafts: dict[SequenceKey, tuple[int, ...]] = {}
+        if self.speculation is not None and decodes:
+            prompts = budget.prefill_tokens if self._by_state[_S.PREFILLING] else 0
+            rows = budget.max_batch_tokens - len(decodes) - prompts
+            drafts = self.speculation.drafts(decodes, rows, self.holdings, self.num_promised)
+        steps = [self._step(s, s.num_remaining, drafts.get(s.key, ())) for s in decodes]
+        num_drafts = sum([len(ids) for ids in drafts.values()])
+        num_tokens = min(budget.prefill_tokens, budget.max_batch_tokens - len(steps) - num_drafts)
         if steps:
             works = self._by_state[_S.PREFILLING].values()
             longest = max((s.num_computed for s in works), default=0)
@@ -282,10 +297,10 @@ class Scheduler:
                 steps.append(self._step(sequence, size))
         return steps
 
-    def _step(self, sequence: Sequence, size: int) -> SequenceStep:
+    def _step(self, sequence: Sequence, size: int, drafts: tuple[int, ...] = ()) -> SequenceStep:
         start, end = sequence.num_computed, sequence.num_computed + size
         sequence.last_step = self._next_step + 1
-        table = self.holdings.table(sequence, end)
+        table = self.holdings.table(sequence, end + len(drafts))
         samples = end == len(sequence.tokens)
         return SequenceStep(
             key=sequence.key,
@@ -297,6 +312,7 @@ class Scheduler:
             params=sequence.params,
             num_generated=sequence.num_generated,
             seals_tail=samples and sequence.source is Source.FOR_PEER,
+            draft_ids=drafts,
             history=sequence.history if samples else None,
             targets=sequence.targets(start, end),
         )

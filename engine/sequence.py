@@ -28,6 +28,7 @@ from ..kv.block import BlockId, BlockIdentity
 from ..kv.spec import HASH_BLOCK_TOKENS
 from .link.messages import Source, Submit
 from .plan import History
+from .speculation.drafting import Drafting
 
 
 class SequenceState(Enum):
@@ -131,6 +132,7 @@ class Sequence:
     wants_bind: bool = False
     has_begun: bool = False  # Promised (LOCAL) or the first Progress (FOR_PEER) was sent
     began_s: float | None = None  # planning time of the first step that computed it here
+    drafting: Drafting | None = None  # of its guessed tokens; None: none were guessed so far
     doom: PendingFinish | None = None
 
     @property

@@ -77,11 +77,12 @@ class StepTimeModel:
         """Add the duration of one step."""
         tokens, pairs, decodes = 0.0, 0.0, 0
         for step in plan.sequences:
-            if step.num_tokens == 1 and step.samples and step.num_generated:
+            count = len(step.token_ids)
+            if count == 1 and step.samples and step.num_generated:
                 decodes += 1
             else:
-                tokens += step.num_tokens
-                pairs += step.num_tokens * (step.start + step.num_tokens / 2)
+                tokens += count
+                pairs += count * (step.start + count / 2)
         if tokens == 0:
             known = self.decode_step_ms or took_ms
             self.decode_step_ms = _FADE * known + (1 - _FADE) * took_ms

@@ -29,7 +29,7 @@ class StepBatch:
     attention: Any  # result of `ops.lay_out` for the step's spans
     num_rows: int  # including padding
     first_rows: Sequence[int]  # first row of each sequence of the plan
-    sampled: Sequence[int]  # indices into plan.sequences
+    sampled: Sequence[int]  # indices into plan.sequences; one again for each of its drafts
     sample_rows: Sequence[int]  # row from which each of these samples; padded to `ops.row_multiple`
     read_rows: Sequence[int]  # ascending: rows read after the last layer; the others may hold anything
 
@@ -52,13 +52,13 @@ def on_device(batch: StepBatch, device: torch.device) -> StepBatch:
 
 
 def build_batch(plan: StepPlan, token_ids: Sequence[Sequence[int]], block_tokens: int, ops: Ops) -> StepBatch:
-    """Make the batch of a plan. `token_ids`: per sequence, with the ids that earlier steps sampled."""
+    """Make the batch of a plan. `token_ids`: of all rows per sequence, with the ids that earlier steps sampled."""
     first_rows: list[int] = []
     spans: list[Span] = []
     positions: list[int] = []
     slots: list[int] = []
-    for step in plan.sequences:
-        start, count, row = step.start, len(step.token_ids), len(positions)
+    for step, ids in zip(plan.sequences, token_ids, strict=True):
+        start, count, row = step.start, len(ids), len(positions)
         table = step.block_table[: -(-(start + count) // block_tokens)]
         first_rows.append(row)
         spans.append(Span(row, start, count, table))
@@ -70,8 +70,15 @@ def build_batch(plan: StepPlan, token_ids: Sequence[Sequence[int]], block_tokens
             slots += _slots(table, range(start, start + count), block_tokens)
     rows = len(positions)
     spare = -rows % ops.row_multiple
-    sampled = [i for i, step in enumerate(plan.sequences) if step.samples]
-    last_rows = [first_rows[i] + len(plan.sequences[i].token_ids) - 1 for i in sampled]
+    sampled: list[int] = []
+    last_rows: list[int] = []
+    for i, step in enumerate(plan.sequences):
+        if step.samples:
+            sampled.append(i)
+            last_rows.append(first_rows[i] + len(step.token_ids) - 1)
+            if step.draft_ids:
+                sampled += [i] * len(step.draft_ids)
+                last_rows += range(last_rows[-1] + 1, last_rows[-1] + 1 + len(step.draft_ids))
     read_rows = sorted({*last_rows, *_scored_rows(plan, first_rows)})
     last_rows += [0] * (-len(last_rows) % ops.row_multiple)
     return StepBatch(

@@ -96,7 +96,8 @@ class Runner:
 
         A sequence whose keys, values or logits are not finite is listed in `non_finite`; it gets no token, and its
         blocks get no seal. A sequence whose token could not be sampled is listed in `failed`, one whose grammar cannot
-        go on in `refused`. The others are not affected.
+        go on in `refused`. The others are not affected. A draft with such a row counts as rejected: if it was right,
+        the next step computes its token and reports it.
         """
         if self._decoder is None:
             self.warm_up()
@@ -109,8 +110,10 @@ class Runner:
         with torch.inference_mode() if self._has_many_ops else _NO_MODE:
             batch, hidden = self._compute(self._decoder, plan, ids)
             bad = _bad_sequences(plan, batch, hidden)
-            spoken = self._sample(plan, batch, hidden.rows, bad, [row[-1] for row in ids])
-        self._seal([step for step in plan.sequences if step.key not in bad] if bad else plan.sequences)
+            last = [row[len(step.token_ids) - 1] for row, step in zip(ids, plan.sequences, strict=True)]
+            spoken = self._sample(plan, batch, hidden.rows, bad, last)
+        _drop_non_finite_drafts(plan, batch, hidden, spoken)
+        self._seal(plan, spoken.tokens, bad)
         result = StepResult(
             plan.step,
             tuple(spoken.tokens),
@@ -141,14 +144,14 @@ class Runner:
         return batch, decoder.hidden(batch, self.store)
 
     def _resolve(self, step: SequenceStep) -> tuple[int, ...]:
-        """Token ids of a sequence in the step. The first one may be the result of an earlier step."""
-        assert not step.draft_ids, "drafts are not run yet"
+        """Token ids of a sequence's rows. The first one may be the result of an earlier step."""
+        assert not step.draft_ids or (self._samples and step.samples), "only a rank that samples can judge drafts"
         assert step.adapter_slot == 0, "adapters are not run yet"
         if step.from_place is None:
-            return step.token_ids
+            return step.token_ids + step.draft_ids if step.draft_ids else step.token_ids
         sampled = self._results[step.from_place.step].tokens[step.from_place.row]
         # A sequence that failed in that step has no token; its rows are computed anyway, and the caller drops them.
-        return (sampled[-1] if sampled else 0, *step.token_ids[1:])
+        return (sampled[-1] if sampled else 0, *step.token_ids[1:], *step.draft_ids)
 
     def _sample(
         self, plan: StepPlan, batch: StepBatch, rows: Tensor, bad: set[SequenceKey], last: Sequence[int]
@@ -170,10 +173,15 @@ class Runner:
         take = None if self._masks is None else self._masks.take
         return self._sampler.run(plan, batch, rows, bad, last, take_masks=take)
 
-    def _seal(self, steps: Sequence[SequenceStep]) -> None:
+    def _seal(self, plan: StepPlan, tokens: Sequence[tuple[int, ...]], bad: set[SequenceKey]) -> None:
+        """Seal what the step has finished. Of drafts those that were accepted: all of `tokens` but the last one."""
         ranges = []
-        for step in steps:
+        for step, sampled in zip(plan.sequences, tokens, strict=True):
+            if bad and step.key in bad:
+                continue
             start, end = step.start, step.start + len(step.token_ids)
+            if step.draft_ids:
+                end += max(len(sampled) - 1, 0)
             first = start - start % HASH_BLOCK_TOKENS
             if not step.seals_tail:
                 end -= end % HASH_BLOCK_TOKENS
@@ -195,5 +203,18 @@ def _bad_sequences(plan: StepPlan, batch: StepBatch, hidden: Hidden) -> set[Sequ
     return {
         step.key
         for row, step in zip(batch.first_rows, plan.sequences, strict=True)
-        if bool(hidden.non_finite[row : row + step.num_tokens].any())
+        if bool(hidden.non_finite[row : row + len(step.token_ids)].any())
     }
+
+
+def _drop_non_finite_drafts(plan: StepPlan, batch: StepBatch, hidden: Hidden, spoken: StepOutputs) -> None:
+    """Drop the tokens from the first draft on whose keys or values are not finite."""
+    if hidden.num_refused == 0 or all(len(told) < 2 for told in spoken.tokens):
+        return
+    counts = hidden.non_finite.tolist()
+    for i, (step, told) in enumerate(zip(plan.sequences, spoken.tokens, strict=True)):
+        if len(told) > 1:
+            first = batch.first_rows[i] + len(step.token_ids)
+            drafts = counts[first : first + len(told) - 1]
+            good = next((place for place, count in enumerate(drafts) if count), len(drafts))
+            spoken.cut(i, step.key, good + 1)

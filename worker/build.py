@@ -17,6 +17,8 @@ from ..engine.facts import FaceFacts, ModelFacts
 from ..engine.link.thread_link import ThreadLink
 from ..engine.loop import Engine
 from ..engine.policy import StepLimits, scored_rows
+from ..engine.speculation.ngram import NgramLimits, NgramProposer
+from ..engine.speculation.speculation import Speculation
 from ..kernels.cpu.build import NativeUnavailable, built_library
 from ..kv.cache.pool import BlockPool
 from ..kv.cache.prefix import PrefixCache
@@ -83,6 +85,7 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> BuiltEngine:
         DoesNotFit: nothing is left for the KV pool, or the longest context does not fit it; with the arithmetic.
         ConfigError: a setting cannot work on this machine.
     """
+    speculation = _speculation(settings)
     device = resolve_device(settings.model.device, settings.gpu)
     kind: DeviceKind = "cpu" if device.type == "cpu" else "cuda"
     directory = Path(settings.model_directory)
@@ -121,7 +124,16 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> BuiltEngine:
     pool = BlockPool(pool_size.num_blocks, cache.block_size)
     bounds = CoreLimits(model.max_model_len, pool_size.num_swap_blocks, scored_rows(model.vocab_size))
     prefix = PrefixCache(pool, enabled=cache.prefix_caching)
-    core = EngineCore(bounds, pool, prefix, roles[settings.role], eos_ids=model.eos_ids, key=key, roles=roles)
+    core = EngineCore(
+        bounds,
+        pool,
+        prefix,
+        roles[settings.role],
+        eos_ids=model.eos_ids,
+        key=key,
+        roles=roles,
+        speculation=speculation,
+    )
     link = ThreadLink()
     facts = FaceFacts(
         worker_id=settings.worker_id,
@@ -195,6 +207,24 @@ def _load_pinned(model: ResolvedModel, options: RunnerOptions, settings: WorkerS
         own = loading.submit(load_runner, model, options, ranks.group)
         ranks.wait_ready(LOAD_S)
         return own.result()
+
+
+def _speculation(settings: WorkerSettings) -> Speculation | None:
+    """Speculative decoding as configured; None: off.
+
+    Raises:
+        ConfigError: the worker has several ranks, of which only the first one samples.
+    """
+    config = settings.speculation
+    if config.method is None:
+        return None
+    if settings.num_ranks > 1:
+        raise ConfigError(
+            f"speculation.method is {config.method!r} and this worker has {settings.num_ranks} tensor-parallel ranks; "
+            "speculation is served on one rank in this release: leave one of the two out"
+        )
+    limits = NgramLimits(config.prompt_lookup_min, config.prompt_lookup_max)
+    return Speculation(lambda key, params: NgramProposer(limits), config.num_speculative_tokens)
 
 
 def _cores(settings: WorkerSettings, rank: int) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from ..core.config import Section
 from ..core.lease import ORPHAN_GRACE_S
 from ..core.request import Role
 from ..core.tls.config import TlsConfig
-from ..engine.config import StepConfig
+from ..engine.config import SpeculationConfig, StepConfig
 from ..kv.config import CacheConfig
 
 GpuHealth = Literal["auto", "on", "off"]
@@ -28,6 +28,7 @@ class WorkerSettings(Section):
     model: ModelConfig = ModelConfig()
     cache: CacheConfig = CacheConfig()
     step: StepConfig = StepConfig()
+    speculation: SpeculationConfig = SpeculationConfig()
     memory_bytes: int | None = None  # share of the machine or device; None: all that is available now
     num_threads: int = 1  # of each rank
     num_ranks: int = Field(1, ge=1, le=64)  # tensor-parallel: processes that split the model's layers

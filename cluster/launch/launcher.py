@@ -103,6 +103,7 @@ def worker_settings(site: Site, member: ProcessPlan) -> WorkerSettings:
         gpu_health=config.cluster.gpu_health,
         cache=config.cache,
         step=config.step,
+        speculation=config.speculation,
         memory_bytes=member.memory_bytes,
         num_threads=member.num_threads,
         num_ranks=member.num_ranks,

@@ -14,7 +14,7 @@ from ..batch import StepBatch
 from ..ops.extremes import Extremes
 from ..ops.seam import Logits
 from .sampler import is_plain
-from .step import StepOutputs
+from .step import StepOutputs, is_right
 
 _NOTHING = -1
 _INFINITY = float("inf")
@@ -42,10 +42,19 @@ def likeliest(logits: Tensor) -> Tensor:
 
 def speak_greedily(plan: StepPlan, batch: StepBatch, logits: Logits, bad: set[SequenceKey]) -> StepOutputs:
     """Result of the sampler for logits [>= len(batch.sampled), vocab] of a plan that is `all_greedy`."""
+    row = 0  # of the present sequence
     spoken = StepOutputs([()] * len(plan.sequences), {}, {}, {}, {})
     known = logits.extremes
     found = likeliest(logits.rows).tolist() if known is None else _known(known)
+    before = -1
     for i, token_id in zip(batch.sampled, found, strict=False):
+        if i == before:  # the row of a draft: it counts if all before it were right
+            told = spoken.tokens[i]
+            row += 1
+            if token_id != _NOTHING and is_right(plan.sequences[i].draft_ids, told, row):
+                spoken.tokens[i] = (*told, token_id)
+            continue
+        before, row = i, 0
         if token_id == _NOTHING:
             bad.add(plan.sequences[i].key)
         elif not bad or plan.sequences[i].key not in bad:

@@ -68,6 +68,9 @@ class Failed(NamedTuple):
 Outcome = Sampled | Failed | None
 """None: the row is not a distribution, because it has a number that is not finite, or because no token is allowed."""
 
+SampleRow = Callable[[int, Draw | None], Outcome]
+"""Samples one row of logits by its number."""
+
 
 class Sampler:
     """Sampler of one model. Its caches only save time."""
@@ -87,15 +90,23 @@ class Sampler:
         assert len(logits) == len(draws), (logits.shape, len(draws))
         if not draws:
             return []
+        sample = self.by_row(logits, known)
+        return [sample(row, draw) for row, draw in enumerate(draws)]
+
+    def by_row(self, logits: F32, known: Extremes | None = None) -> SampleRow:
+        """The same for one row at a time: the draw of a draft's row depends on what the row before it gave."""
         found = self._extremes(logits) if known is None else known
         least, greatest, best = (part.tolist() for part in found)
-        return [
+
+        def sample(row: int, draw: Draw | None) -> Outcome:
             # A row with a NaN has NaN as its least number; minus infinity fails this test too.
-            None if not (-least[i] < _INFINITY and greatest[i] < _INFINITY)
-            else Sampled(best[i], None) if draw is None or is_plain(draw.params, draw.position, draw.logits_mask)
-            else self._outcome(logits[i], draw, best[i])
-            for i, draw in enumerate(draws)
-        ]  # fmt: skip
+            if not (-least[row] < _INFINITY and greatest[row] < _INFINITY):
+                return None
+            if draw is None or is_plain(draw.params, draw.position, draw.logits_mask):
+                return Sampled(best[row], None)
+            return self._outcome(logits[row], draw, best[row])
+
+        return sample
 
     def _outcome(self, raw: F32, draw: Draw, best: int) -> Outcome:
         try:

@@ -19,7 +19,7 @@ from ..ops.seam import Logits
 from .logprobs import Scorer
 from .masks import NO_MASKS, Masks
 from .noise import F32
-from .sampler import Draw, Failed, Sampler
+from .sampler import Draw, Sampled, Sampler
 
 _log = logging.getLogger(__name__)
 
@@ -38,6 +38,20 @@ class StepOutputs(NamedTuple):
     failed: dict[SequenceKey, str]
     refused: dict[SequenceKey, str]  # by their grammars, which pass a limit or allow no token
     deferred: frozenset[SequenceKey] = frozenset()
+
+    def cut(self, place: int, key: SequenceKey, count: int) -> None:
+        """Keep `count` tokens of the plan's `place`-th sequence."""
+        self.tokens[place] = self.tokens[place][:count]
+        if key in self.logprobs:
+            self.logprobs[key] = self.logprobs[key][:count]
+
+
+def is_right(draft_ids: Sequence[int], sampled: Sequence[int], row: int) -> bool:
+    """Return whether the `row`-th sampling row of a sequence (from 0) counts, after the tokens `sampled` before it.
+
+    It does if all rows before it did, and its own id, which is the draft before it, is the last of their tokens.
+    """
+    return row == len(sampled) and (row == 0 or sampled[-1] == draft_ids[row - 1])
 
 
 class StepSampler:
@@ -96,23 +110,30 @@ class StepSampler:
             _log.warning("%s: its grammar failed: %r", key, why)
             ended = spoken.refused if isinstance(why, InvalidRequest) else spoken.failed
             ended.setdefault(key, f"structured_outputs: {str(why)[:300].removeprefix('structured_outputs: ')}")
-        draws = [_draw(plan.sequences[i], last[i], masks) for i in batch.sampled]
-        for i, draw in zip(batch.sampled, draws, strict=True):
-            if draw is None and (key := plan.sequences[i].key) not in masks.deferred and key not in spoken.refused:
+        sample = self._sampler.by_row(logits.rows.numpy()[: len(batch.sampled)], logits.extremes)
+        before, row = -1, 0  # the sequence, and the row among its sampling rows
+        for place, i in enumerate(batch.sampled):
+            step, is_draft = plan.sequences[i], i == before
+            before, row = i, row + 1 if is_draft else 0
+            if is_draft and not is_right(step.draft_ids, spoken.tokens[i], row):
+                continue
+            draw, key = _draw(step, last[i], masks, row), step.key
+            if draw is None and key not in masks.deferred and key not in spoken.refused:
                 spoken.failed.setdefault(key, "structured_outputs: this worker makes no masks")
-        tokens = self._sampler.sample(logits.rows.numpy()[: len(draws)], draws, logits.extremes)
-        for i, sampled in zip(batch.sampled, tokens, strict=True):
-            key = plan.sequences[i].key
+            sampled = sample(place, draw)
             if key in masks.deferred:
                 continue
-            if sampled is None:
+            if isinstance(sampled, Sampled):
+                if key not in bad and key not in spoken.failed and key not in spoken.refused:
+                    spoken.tokens[i] += (sampled.token_id,)
+                    if sampled.logprobs is not None:
+                        spoken.logprobs[key] = (*spoken.logprobs.get(key, ()), sampled.logprobs)
+            elif is_draft:
+                pass  # the next step computes this row again, as its first, and fails
+            elif sampled is None:
                 bad.add(key)
-            elif isinstance(sampled, Failed):
+            else:
                 _fail(key, sampled.error, spoken)
-            elif key not in bad and key not in spoken.failed and key not in spoken.refused:
-                spoken.tokens[i] = (sampled.token_id,)
-                if sampled.logprobs is not None:
-                    spoken.logprobs[key] = (sampled.logprobs,)
         return spoken._replace(deferred=masks.deferred - bad) if masks.deferred else spoken
 
     def _score(self, step: SequenceStep, rows: Tensor, bad: set[SequenceKey], spoken: StepOutputs) -> None:
@@ -140,8 +161,8 @@ def _fail(key: SequenceKey, error: Exception, spoken: StepOutputs) -> None:
         spoken.failed[key] = f"a token could not be sampled: {type(error).__name__}; the worker's log has more"
 
 
-def _draw(step: SequenceStep, last_id: int, masks: Masks) -> Draw | None:
-    """The draw of a row; None: it gets no token in this step, because its mask is not there."""
+def _draw(step: SequenceStep, last_id: int, masks: Masks, row: int = 0) -> Draw | None:
+    """The draw of a sequence's `row`-th sampling row; None: no token in this step, because its mask is not there."""
     history, mask = step.history, None
     if step.params.grammar is not None:
         mask = masks.ready.get(step.key)
@@ -149,4 +170,6 @@ def _draw(step: SequenceStep, last_id: int, masks: Masks) -> Draw | None:
             return None
     if history is not None and step.from_place is not None:
         history = history._replace(output_ids=(*history.output_ids, last_id))
-    return Draw(step.params, step.key.choice, step.num_generated, mask, history)
+    if row and history is not None:
+        history = history._replace(output_ids=history.output_ids + step.draft_ids[:row])
+    return Draw(step.params, step.key.choice, step.num_generated + row, mask, history)

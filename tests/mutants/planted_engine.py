@@ -232,8 +232,8 @@ _TASTE = [
     Mutant("engine/step_times.py", "        pp += _MIN_PAIRS**2\n", ""),
     Mutant(
         "engine/step_times.py",
-        "if step.num_tokens == 1 and step.samples and step.num_generated:",
-        "if step.num_tokens == 1:",
+        "if count == 1 and step.samples and step.num_generated:",
+        "if count == 1:",
     ),
     Mutant("engine/step_times.py", "            if a < 0:\n", "            if False:\n"),
 ]

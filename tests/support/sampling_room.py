@@ -15,12 +15,18 @@ from twostroke.kv.cache.prefix import PrefixCache
 class Room:
     """A core and a runner without a thread: steps are taken by hand."""
 
-    def __init__(self, runner, policy=combined_policy, num_blocks=64, **limits):
+    def __init__(self, runner, policy=combined_policy, num_blocks=64, speculation=None, **limits):
         self.runner = runner
         self.pool = BlockPool(num_blocks, 16)
         limits = StepLimits(**limits)
         self.core = EngineCore(
-            CoreLimits(), self.pool, PrefixCache(self.pool), policy(limits), eos_ids=[1], key=b"cluster"
+            CoreLimits(),
+            self.pool,
+            PrefixCache(self.pool),
+            policy(limits),
+            eos_ids=[1],
+            key=b"cluster",
+            speculation=speculation,
         )
         self.tokens: dict[str, list[int]] = {}
         self.logprobs: dict[str, list[TokenLogprobs]] = {}
