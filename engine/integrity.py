@@ -34,16 +34,6 @@ def check_holdings(holdings: KvCacheManager, sequences: Collection[Sequence], am
         swap.check_integrity(sequences, _within(among, swap.pool.num_blocks))
 
 
-def check_no_drafts(sequence: Sequence, holdings: KvCacheManager) -> None:
-    """Prove that a sequence outside a step holds no block for guessed tokens.
-
-    Raises:
-        AssertionError: names the sequence.
-    """
-    most = holdings.blocks_for(len(sequence.tokens) + 1)
-    assert len(sequence.blocks) <= most, f"{sequence.key} owns {len(sequence.blocks)} blocks, its tokens fill {most}"
-
-
 def _within(among: range | None, num_blocks: int) -> range:
     return range(num_blocks) if among is None else range(min(among.start, num_blocks), min(among.stop, num_blocks))
 
@@ -60,6 +50,9 @@ def _check_sequence(sequence: Sequence, holdings: KvCacheManager) -> None:
         assert sequence.num_computed == swapped.end, f"{where} computed {sequence.num_computed}, swapped {swapped.end}"
         return
     assert sequence.num_computed <= covered, f"{where} has {sequence.num_computed} computed in {covered}"
+    num_drafts = 0 if sequence.drafting is None else sequence.drafting.num_under_way
+    most = holdings.blocks_for(len(sequence.tokens) + max(num_drafts, 1))
+    assert len(sequence.blocks) <= most, f"{where} owns {len(sequence.blocks)} blocks, its tokens fill {most}"
     if sequence.state in (_S.BOUND, _S.PREFILLING):
         assert covered >= sequence.num_prompt, f"{where} covers {covered} of {sequence.num_prompt}"
     if sequence.state is _S.DECODING:

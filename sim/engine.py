@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 from ..core.errors import InternalError, TwostrokeError
-from ..core.request import CacheScope
+from ..core.request import CacheScope, SamplingParams, SequenceKey
 from ..engine.core import CoreLimits, EngineCore
 from ..engine.link.messages import Command, Ended, Event, LoadNews, Offered, Promised, Submit
 from ..engine.link.plan_stream import PlanReceiver, PlanSender
 from ..engine.plan import StepPlan, StepResult
+from ..engine.speculation.speculation import Speculation
 from ..engine.store_ops import StoreOp
 from ..engine.turn import Turn
 from ..kv.cache.pool import BlockPool
@@ -22,7 +25,7 @@ from ..kv.keys import PromptHasher
 from .cells import mix
 from .invariants import check_core, check_deadlines, check_promises, check_travelled
 from .setting import DOMAINS, Setting, WorkerSetting
-from .store import EOS, Known, Ledger, Store
+from .store import EOS, VOCABULARY, Known, Ledger, Store
 from .world import Process, Timer, World
 
 IDENTITY_KEY = b"sim"
@@ -33,6 +36,22 @@ DEADLINE_SLACK_S = 0.5
 
 _HASHER = PromptHasher(IDENTITY_KEY, FINGERPRINT, NUMERICS)
 _DOMAIN_BY_ROOT = {_HASHER.root(CacheScope(domain, b"")): domain for domain in DOMAINS}
+
+
+@dataclass(frozen=True, slots=True)
+class Guesses:
+    """Implements `Proposer` of engine/speculation/: right and wrong guesses, a function of the tokens before."""
+
+    store: Store
+    rate: float  # of right ones
+    key: SequenceKey
+    params: SamplingParams
+
+    def propose(self, tokens: Sequence[int], most: int) -> tuple[int, ...]:
+        """Implements `Proposer.propose`."""
+        right = self.store.guess(self.key, tokens, self.params.seed, most)
+        luck = [mix(len(tokens) + place, tokens[-1]) % 1000 < 1000 * self.rate for place in range(most)]
+        return tuple([(id_ if is_right else id_ + 1) % VOCABULARY for id_, is_right in zip(right, luck, strict=True)])
 
 
 class Engine:
@@ -51,7 +70,19 @@ class Engine:
             swap_damage=setting.swap_damage,
         )
         limits = CoreLimits(num_swap_blocks=worker.num_swap_blocks)
-        self.core = EngineCore(limits, self.pool, self.prefix, worker.policy(), eos_ids=[EOS], key=IDENTITY_KEY)
+        speculation = None
+        if setting.num_speculative:
+            start = partial(Guesses, self.store, setting.right_guesses)
+            speculation = Speculation(start, setting.num_speculative)
+        self.core = EngineCore(
+            limits,
+            self.pool,
+            self.prefix,
+            worker.policy(),
+            eos_ids=[EOS],
+            key=IDENTITY_KEY,
+            speculation=speculation,
+        )
         self._turns = Turn(self.core, self.store, self._emit, self._refused)
         self.tell: Callable[[Sequence[Event]], None] = lambda _: None
         self._world = world
@@ -195,6 +226,6 @@ class Engine:
 def _described(plan: StepPlan, result: StepResult) -> str:
     parts = []
     for step, tokens in zip(plan.sequences, result.tokens, strict=True):
-        sampled = f" -> {tokens[0]}" if tokens else ""
+        sampled = f" -> {' '.join(map(str, tokens))}" if tokens else ""
         parts.append(f"{step.key.request_id}#{step.key.choice} {step.start}+{step.num_tokens}{sampled}")
     return ", ".join(parts)

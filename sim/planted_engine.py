@@ -23,7 +23,7 @@ from ..kv.block import BlockIdentity, chain
 from ..kv.cache.prefix import PrefixCache
 from ..kv.section import HeldTokens
 from ..kv.store.host_store import HostStore
-from .planting import Planted, instead, overpromising, swapping
+from .planting import Planted, guessing, instead, overpromising, swapping
 
 
 def everything_is_kept_after_a_loss() -> AbstractContextManager[None]:
@@ -203,6 +203,49 @@ def tails_go_out_unsealed() -> AbstractContextManager[None]:
     return instead(HostStore, "swap_out", swap_out)
 
 
+def rejected_drafts_keep_their_blocks() -> AbstractContextManager[None]:
+    """Blocks that were taken for guessed tokens stay with the sequence when the guesses were wrong."""
+    return instead(KvCacheManager, "trim", lambda self, sequence, num_tokens: None)
+
+
+def one_rejected_draft_counts_as_computed() -> AbstractContextManager[None]:
+    """After a wrong guess the sequence goes on one token too late: the KV there is the rejected token's."""
+    original = SequenceLifecycle.accept_drafts
+
+    def accept_drafts(self: SequenceLifecycle, sequence: Live, step: Any, token_ids: Any, doom: Any) -> Any:
+        found = original(self, sequence, step, token_ids, doom)
+        sequence.num_computed += len(token_ids) <= len(step.draft_ids)
+        return found
+
+    return instead(SequenceLifecycle, "accept_drafts", accept_drafts)
+
+
+def drafts_are_published() -> AbstractContextManager[None]:
+    """Blocks are published under the guessed tokens before the step has judged them."""
+    original = SequenceLifecycle.accept_drafts
+
+    def accept_drafts(self: SequenceLifecycle, sequence: Live, step: Any, token_ids: Any, doom: Any) -> Any:
+        last = sequence.tokens.pop()
+        sequence.tokens += step.draft_ids
+        sequence.num_computed = step.end + len(step.draft_ids)
+        self.holdings.publish(sequence)
+        sequence.tokens[step.end :] = [last]
+        return original(self, sequence, step, token_ids, doom)
+
+    return instead(SequenceLifecycle, "accept_drafts", accept_drafts)
+
+
+def accepted_drafts_are_not_said() -> AbstractContextManager[None]:
+    """Only the first token of a step goes to the face; the engine goes on after all of them."""
+    original = SequenceLifecycle.accept_drafts
+
+    def accept_drafts(self: SequenceLifecycle, sequence: Live, step: Any, token_ids: Any, doom: Any) -> Any:
+        doom, _ = original(self, sequence, step, token_ids, doom)
+        return doom, token_ids[:1]
+
+    return instead(SequenceLifecycle, "accept_drafts", accept_drafts)
+
+
 BUGS = (
     Planted(everything_is_kept_after_a_loss, ("K4",), 300),
     Planted(bind_is_forgotten_after_not_yet, ("L1",), 700, overpromising),
@@ -220,4 +263,8 @@ BUGS = (
     Planted(failed_swaps_are_served, ("K4",), 150, swapping),
     Planted(tails_go_out_unsealed, ("K4",), 100, swapping),
     Planted(blocks_are_copied_out_after_the_step, ("K3", "K4"), 100, swapping),
+    Planted(rejected_drafts_keep_their_blocks, ("K2",), 100, guessing),
+    Planted(one_rejected_draft_counts_as_computed, ("K2", "K4"), 100, guessing),
+    Planted(drafts_are_published, ("K2", "K3", "K4"), 100, guessing),
+    Planted(accepted_drafts_are_not_said, ("L1", "R1"), 150, guessing),
 )

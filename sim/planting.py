@@ -98,6 +98,13 @@ def swapping(setting: Setting) -> Setting:
     return replace(_crowded(setting), swap_damage=max(setting.swap_damage, 0.3))
 
 
+def guessing(setting: Setting) -> Setting:
+    """Long answers, which may end anywhere, guessed many tokens at a time; nine of ten are right."""
+    setting = _crowded(setting)
+    orders = tuple(replace(order, sampling=replace(order.sampling, ignore_eos=False)) for order in setting.orders)
+    return replace(setting, orders=orders, num_speculative=20, right_guesses=0.9)
+
+
 def overpromising(setting: Setting) -> Setting:
     """Decode workers promise twice their pools: a bind is often answered by NotYet."""
     setting = _crowded(setting)

@@ -101,6 +101,8 @@ class Setting:
     read_damage: float
     step_failure: float
     swap_damage: float  # probability that a copy in host memory is damaged
+    num_speculative: int  # most guessed tokens per sequence and step; 0: none
+    right_guesses: float  # probability that a guessed token is right
     message_bytes: int  # largest message of a worker to its router
     echo: float  # probability that a router's message to a worker arrives once more, much later
     stray: float  # probability that a message of an older dispatch precedes one of a hand-over, under its number
@@ -135,6 +137,7 @@ def draw(seed: int) -> Setting:
     rings = random.Random(f"rings {seed}")  # separate too
     workers = tuple(replace(worker, num_rings=rings.choice(MAX_RINGS)) for worker in workers)
     return_s = random.Random(f"return {seed}").choice((0.0, 0.0, 3.0))  # separate too
+    guesses = random.Random(f"guesses {seed}")  # separate too
     setting = Setting(
         weather=_bearable_weather(rng) if is_bearable else _weather(rng),
         timing=Lease(beat_s, beat_s * rng.choice((2.5, 4.0))),
@@ -149,6 +152,8 @@ def draw(seed: int) -> Setting:
         read_damage=_rate(rng, 0.1),
         step_failure=0.0 if is_bearable else _rate(rng, 0.02),
         swap_damage=swap.choice((0.0, 0.0, swap.random() * 0.5)),
+        num_speculative=guesses.choice((0, 0, 1, 4, 20)),
+        right_guesses=guesses.choice((0.5, 0.9, 1.0)),
         message_bytes=late.choice((8, 1 << 20)),
         echo=late.choice((0.0, 0.0, late.random())),
         stray=_rate(late, 0.2),

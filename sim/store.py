@@ -33,6 +33,10 @@ LETTERS = "ab"  # of the texts, which so often hold a stop string or half of one
 _HALF_CHARACTERS = ("\u00c3", "\u00a4")  # in a byte-level vocabulary the two bytes of U+00E4
 
 
+def _sampled(cell: int, seed: int, choice: int, noise: int) -> int:
+    return mix(mix(mix(cell, seed), choice), noise) % VOCABULARY
+
+
 @dataclass(slots=True)
 class Ledger:
     """All tokens ever sampled, by prefix, seed and choice: only these may follow that prefix in a client's stream."""
@@ -41,7 +45,7 @@ class Ledger:
 
     def sample(self, cell: int, seed: int, choice: int, noise: int) -> int:
         """Sample the token that follows a prefix, and record it."""
-        token_id = mix(mix(mix(cell, seed), choice), noise) % VOCABULARY
+        token_id = _sampled(cell, seed, choice, noise)
         self.sampled.setdefault((cell, seed, choice), []).append(token_id)
         return token_id
 
@@ -86,27 +90,52 @@ class Store:
         self._read_damage = read_damage
         self._device = CellStore(pool.block_tokens, pool)
         self._host = HostStore(self._device, CellStore(pool.block_tokens, damaged=lambda: world.chance(swap_damage)))
+        self._last_step = 0
         self.known: dict[SequenceKey, Known] = {}
 
     # ------------------------------------------------------------------ the runner
 
     def run(self, plan: StepPlan) -> StepResult:
-        """Compute a step: check all earlier cells, write the new ones, sample."""
+        """Compute a step: check all earlier cells, write the new ones, sample. Drafts as in model/runner.py."""
         rows = []
         for step in plan.sequences:
             known = self.known[step.key]
             self._device.check_prefix(_held(step, 0, step.start), known.cells)
             known.take(step.start, step.token_ids)
-            self._device.write(_held(step, step.start, step.end), known.cells[step.start : step.end])
-            self._seal(step)
-            noise = mix(self._noise, plan.step) if self._noise else 0
-            cell, params = known.cells[step.end - 1], step.params
-            rows.append((self._ledger.sample(cell, params.seed, step.key.choice, noise),) if step.samples else ())
+            drafts = cells_after(known.cells[step.end - 1], step.draft_ids)
+            cells = [*known.cells[step.start : step.end], *drafts]
+            self._device.write(_held(step, step.start, step.start + step.num_tokens), cells)
+            tokens: list[int] = []
+            for row, cell in enumerate([known.cells[step.end - 1], *drafts] if step.samples else ()):
+                if row and tokens[-1] != step.draft_ids[row - 1]:
+                    break
+                noise = self._noise_of(plan.step)
+                tokens.append(self._ledger.sample(cell, step.params.seed, step.key.choice, noise))
+            num_accepted = max(len(tokens) - 1, 0)
+            known.take(step.end, step.draft_ids[:num_accepted])
+            self._seal(step, step.end + num_accepted)
+            rows.append(tuple(tokens))
+        self._last_step = plan.step
         return StepResult(plan.step, tuple(rows))
 
-    def _seal(self, step: SequenceStep) -> None:
+    def guess(self, key: SequenceKey, tokens: Sequence[int], seed: int, most: int) -> list[int]:
+        """The tokens that the next step will sample after `tokens`, of which all but the last are computed."""
+        known = self.known[key]
+        cell = known.cells[len(tokens) - 2] if len(tokens) > 1 else domain_cell(known.domain)
+        guessed: list[int] = []
+        last = tokens[-1]
+        for _ in range(most):
+            cell = cells_after(cell, (last,))[0]
+            last = _sampled(cell, seed, key.choice, self._noise_of(self._last_step + 1))
+            guessed.append(last)
+        return guessed
+
+    def _noise_of(self, step: int) -> int:
+        return mix(self._noise, step) if self._noise else 0
+
+    def _seal(self, step: SequenceStep, end: int) -> None:
         start = step.start - step.start % HASH_BLOCK_TOKENS
-        end = step.end if step.seals_tail else step.end - step.end % HASH_BLOCK_TOKENS
+        end = end if step.seals_tail else end - end % HASH_BLOCK_TOKENS
         if end > start:
             self._device.seal(_held(step, start, end))
 

@@ -17,14 +17,18 @@ class Drafting:
     length: DraftLength
     num_drafted: int = 0  # guessed tokens that a step has judged
     num_accepted: int = 0
+    num_under_way: int = 0  # guessed tokens of the running step
 
     def propose(self, tokens: Sequence[int], num_generated: int, most: int) -> tuple[int, ...]:
         """Guess at most `most` tokens after `tokens`."""
         most = min(most, self.length.at(num_generated))
-        return self.proposer.propose(tokens, most) if most > 0 else ()
+        guessed = self.proposer.propose(tokens, most) if most > 0 else ()
+        self.num_under_way = len(guessed)
+        return guessed
 
     def judge(self, num_drafted: int, num_accepted: int, num_generated: int) -> None:
         """Take the outcome of a guess."""
+        self.num_under_way = 0
         self.num_drafted += num_drafted
         self.num_accepted += num_accepted
         self.length.judge(num_drafted, num_accepted, num_generated)
