@@ -380,4 +380,11 @@ def _logprobs(messages: Iterable[common_pb2.TokenLogprobs]) -> tuple[TokenLogpro
 
 
 def _usage(usage: common_pb2.Usage) -> Usage:
-    return Usage(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens, usage.reasoning_tokens)
+    return Usage(
+        usage.prompt_tokens,
+        usage.completion_tokens,
+        usage.cached_tokens,
+        usage.reasoning_tokens,
+        usage.draft_tokens,
+        usage.accepted_tokens,
+    )

@@ -16,6 +16,8 @@ class Usage:
     completion_tokens: int
     cached_tokens: int  # prompt tokens whose KV was cached, not computed for this request
     reasoning_tokens: int = 0  # of the completion tokens of a chat
+    draft_tokens: int = 0  # guessed by speculative decoding; not billed
+    accepted_tokens: int = 0  # those of them that were right: part of the completion tokens
 
     @property
     def total_tokens(self) -> int:

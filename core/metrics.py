@@ -97,6 +97,11 @@ OF_REQUESTS = (
 
 GENERATION_TOKENS = Metric("vllm:generation_tokens", Kind.COUNTER, "Generated tokens")
 PREEMPTIONS = Metric("vllm:num_preemptions", Kind.COUNTER, "Running sequences that gave their blocks back for others")
+SPEC_DRAFTS = Metric("vllm:spec_decode_num_drafts", Kind.COUNTER, "Guesses of speculative decoding that were checked")
+SPEC_DRAFT_TOKENS = Metric("vllm:spec_decode_num_draft_tokens", Kind.COUNTER, "Tokens of these guesses")
+SPEC_ACCEPTED_TOKENS = Metric(
+    "vllm:spec_decode_num_accepted_tokens", Kind.COUNTER, "Tokens of these guesses that were right"
+)
 CORRUPTED = Metric(
     "vllm:corrupted_requests", Kind.COUNTER, "Requests that ended because a number in them was not finite"
 )
@@ -133,6 +138,9 @@ BLOCK_REUSE_GAP = Metric(
 
 COUNTED_BY_ENGINES = {
     PREEMPTIONS: ("preemptions",),
+    SPEC_DRAFTS: ("spec_decode_num_drafts",),
+    SPEC_DRAFT_TOKENS: ("spec_decode_num_draft_tokens",),
+    SPEC_ACCEPTED_TOKENS: ("spec_decode_num_accepted_tokens",),
     CORRUPTED: ("ended_non_finite_kv",),
     HANDOVER_FAILURES: tuple(
         f"handover_lost_{end}" for end in ("failed", "closed", "silent", "protocol", "corrupted", "transport")

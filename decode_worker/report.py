@@ -117,6 +117,8 @@ def end_message(
             prompt_tokens=len(order.prompt_ids) - order.num_emitted,
             completion_tokens=ending.num_tokens,
             cached_tokens=min(cached, len(order.prompt_ids) - order.num_emitted),
+            draft_tokens=ending.event.draft_tokens,
+            accepted_tokens=ending.event.accepted_tokens,
         ),
         timeline=instants_to_wire(timeline, _received_s(timeline)),
         handover=_handover(told, spec),

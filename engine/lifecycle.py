@@ -99,4 +99,6 @@ def _ended(key: SequenceKey, doom: PendingFinish, sequence: Sequence | None = No
     told = (doom.reason, doom.error_code, doom.error_message)
     if sequence is None:
         return Ended(key, *told)
-    return Ended(key, *told, sequence.cached_tokens, sequence.preemptions, sequence.began_s)
+    drafting = sequence.drafting
+    guesses = (0, 0) if drafting is None else (drafting.num_drafted, drafting.num_accepted)
+    return Ended(key, *told, sequence.cached_tokens, sequence.preemptions, *guesses, sequence.began_s)

@@ -267,6 +267,8 @@ class Ended:
     error_message: str = ""
     cached_tokens: int = 0  # prompt tokens found in this worker's own cache
     preemptions: int = 0
+    draft_tokens: int = 0  # guessed here (engine/speculation/)
+    accepted_tokens: int = 0  # those of them that were right
     began_s: float | None = field(default=None, compare=False)  # planning time of its first step, of the engine's clock
 
 

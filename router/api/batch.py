@@ -110,6 +110,8 @@ def _sum(one: TokenUsage, other: TokenUsage) -> TokenUsage:
         one.prompt_tokens + other.prompt_tokens,
         one.completion_tokens + other.completion_tokens,
         one.cached_tokens + other.cached_tokens,
+        one.draft_tokens + other.draft_tokens,
+        one.accepted_tokens + other.accepted_tokens,
     )
 
 

@@ -55,8 +55,11 @@ def usage_body(usage: TokenUsage, reasoning_tokens: int | None = None) -> dict[s
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
     }
-    details = {} if reasoning_tokens is None else {"completion_tokens_details": {"reasoning_tokens": reasoning_tokens}}
-    return counts | details
+    details = {} if reasoning_tokens is None else {"reasoning_tokens": reasoning_tokens}
+    if usage.draft_tokens:
+        details["accepted_prediction_tokens"] = usage.accepted_tokens
+        details["rejected_prediction_tokens"] = usage.draft_tokens - usage.accepted_tokens
+    return counts | ({"completion_tokens_details": details} if details else {})
 
 
 def call_body(call: GivenCall) -> dict[str, Any]:

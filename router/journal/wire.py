@@ -145,6 +145,8 @@ def piece_to_wire(piece: OutputDelta) -> peers_pb2.JournaledPiece:
                 prompt_tokens=usage.prompt_tokens,
                 completion_tokens=usage.completion_tokens,
                 cached_tokens=usage.cached_tokens,
+                draft_tokens=usage.draft_tokens,
+                accepted_tokens=usage.accepted_tokens,
             )
         )
     return message
@@ -159,7 +161,13 @@ def piece_from_wire(message: peers_pb2.JournaledPiece) -> OutputDelta:
         tuple(message.token_ids),
         message.text,
         finish_from_wire(message.finish_reason),
-        TokenUsage(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)
+        TokenUsage(
+            usage.prompt_tokens,
+            usage.completion_tokens,
+            usage.cached_tokens,
+            usage.draft_tokens,
+            usage.accepted_tokens,
+        )
         if message.HasField("usage")
         else None,
         logprobs_from_wire(message.logprobs),

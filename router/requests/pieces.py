@@ -15,6 +15,8 @@ class TokenUsage:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    draft_tokens: int = 0  # guessed by speculative decoding; they are not billed
+    accepted_tokens: int = 0  # those of them that were right: part of `completion_tokens`
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,6 +71,7 @@ class RequestState:
         self.predicted = (0.0, 0.0)  # ms to the first token, and per later one, of its first dispatch
         self._last_token_s: dict[int, float] = {}
         self._cached: dict[int, int] = {}
+        self._guesses = (0, 0)  # tokens guessed by speculative decoding, and those that were right
         self._buffer = PieceBuffer(max_pieces)
 
     @property
@@ -133,7 +134,8 @@ class RequestState:
     def usage(self) -> TokenUsage:
         """Billed tokens: the prompt once, every delivered token; cached tokens are the least over all choices."""
         cached = min(self._cached.values(), default=0)
-        return TokenUsage(len(self.request.prompt_ids), self.delivery.completion_tokens, cached)
+        drafted, accepted = self._guesses
+        return TokenUsage(len(self.request.prompt_ids), self.delivery.completion_tokens, cached, drafted, accepted)
 
     @property
     def finish_reasons(self) -> tuple[FinishReason, ...]:
@@ -217,6 +219,8 @@ class RequestState:
             self.timeline.mark(Instant.LAST_TOKEN, last_s)  # the others happened on an earlier worker
         report = {field.name: getattr(end.handover, field.name) for field in end.handover.DESCRIPTOR.fields}
         self.handovers.append((end.choice, report))
+        drafted, accepted = self._guesses
+        self._guesses = drafted + end.usage.draft_tokens, accepted + end.usage.accepted_tokens
         transfer = transfer_of(end)
         if transfer is not None:
             self.transfers.append(transfer)

@@ -68,6 +68,16 @@ def test_the_example_file_is_valid():
         ({"router.internal_host": "0.0.0.0"}, ["router.internal_host", "0.0.0.0", "--insecure"]),
         ({"router.port": 9000, "router.grpc_port": 9000}, ["must differ"]),
         ({"step.max_num_batched_tokens": 16, "cache.block_size": 64}, ["max_num_batched_tokens", "at least"]),
+        ({"speculation": {"method": "eagle3"}}, ["speculation.method", "'eagle3' is not served yet", "ngram"]),
+        ({"speculation": {"num_speculative_tokens": 4}}, ["method is not given", "num_speculative_tokens"]),
+        (
+            {"speculation": {"method": "ngram", "num_speculative_tokens": 0}},
+            ["num_speculative_tokens", "0", "equal to 1"],
+        ),
+        ({"speculation": {"method": "ngram", "num_speculative_tokens": 33}}, ["num_speculative_tokens", "33", "32"]),
+        ({"speculation": {"method": "ngram", "prompt_lookup_max": 1}}, ["prompt_lookup_min is 2", "prompt_lookup_max"]),
+        ({"speculation": {"method": "ngram", "num_speculativ_tokens": 4}}, ["did you mean 'num_speculative_tokens'"]),
+        ({"speculation": {"method": "ngram"}, "cluster.tensor_parallel_size": 2}, ["2 tensor-parallel ranks", "ngram"]),
     ],
 )
 def test_a_bad_setting_is_named_with_its_remedy(flags: dict[str, object], words: list[str]):
@@ -297,3 +307,24 @@ def test_internal_ports_of_several_routers_may_not_meet_the_shared_ones() -> Non
     with pytest.raises(ConfigError, match="65535 is the last port"):
         load_config(flags=flags | {"router.internal_port": 65534})
     assert load_config(flags=flags | {"router.internal_port": 8002}).cluster.routers == 3
+
+
+def test_speculation_is_off_unless_it_is_asked_for_by_vllms_flag_or_by_the_environment():
+    from twostroke.cli.options import config_from
+
+    assert load_config().speculation.method is None
+    given = config_from({"speculative_config": '{"method": "ngram", "num_speculative_tokens": 6}'}).speculation
+    assert (given.method, given.num_speculative_tokens, given.prompt_lookup_max, given.prompt_lookup_min) == (
+        *("ngram", 6),
+        *(4, 2),
+    )
+    names = {"TWOSTROKE__SPECULATION__METHOD": "ngram", "TWOSTROKE__SPECULATION__PROMPT_LOOKUP_MIN": "3"}
+    assert load_config(environment=names).speculation.prompt_lookup_min == 3
+
+
+@pytest.mark.parametrize("text", ["{", "ngram", "[1]", "3"])
+def test_a_speculative_config_that_is_no_object_is_refused_with_an_example(text: str):
+    from twostroke.cli.options import config_from
+
+    with pytest.raises(ConfigError, match="--speculative-config"):
+        config_from({"speculative_config": text})

@@ -2,14 +2,15 @@
 
 A transcript opens with facts (`pool 8 blocks of 16`, `policy combined`, `seqs 8`, `batch 64`, `waiting 10`, `swap 0`:
 host blocks, `watermark 200`: percent of the pool that decode promises, `context 512`, `scored 64`: prompt rows per step
-whose logprobs are wanted), then has commands, each with everything that must come of it, indented:
+whose logprobs are wanted, `guess 4`: most guessed tokens, of which `wrong 7`: every 7th is wrong), then has commands,
+each with everything that must come of it, indented:
 
     submit a local 40 max=4          # like=b:32 shares b's first 32 tokens, generated ones too; scored=0, emitted=, …
     step                             # tick, plan, apply; `step 3`: thrice; `quiet 3`: without a word; `broken`: fails
     spoil b                          # what b copies back next is damaged
         promised a held=0
-        plan a[0,40)*                # computed positions; * samples
-        tokens a#0
+        plan a[0,40)*                # computed positions; * samples; +3: and three guessed tokens
+        tokens a#0                   # a#1..3: three tokens
     at 2.5                           # the clock
     = a decoding | free 5, promised 0
 
@@ -53,6 +54,7 @@ from twostroke.engine.link.messages import (
 )
 from twostroke.engine.plan import StepResult
 from twostroke.engine.policy import StepLimits
+from twostroke.engine.speculation.speculation import Speculation
 from twostroke.engine.store_ops import FetchOp, ReadOp, SwapInOp, SwapOutOp, WriteOp
 from twostroke.kv.block import chain
 from twostroke.kv.cache.pool import BlockPool
@@ -70,6 +72,8 @@ FACTS = {
     "swap": 0,
     "context": 512,
     "scored": 64,
+    "guess": 0,
+    "wrong": 0,
 }
 
 FOLDER = Path(__file__).parents[1] / "scenarios"
@@ -106,7 +110,11 @@ class Stage:
             self.pool = BlockPool(self.facts["pool"], self.facts["block"])
             prefix = PrefixCache(self.pool)
             limits = CoreLimits(self.facts["context"], self.facts["swap"], self.facts["scored"])
-            self.core = EngineCore(limits, self.pool, prefix, self.policy(), eos_ids=[EOS], key=KEY)
+            most = self.facts["guess"]
+            speculation = Speculation(lambda key, _: Guesser(self, key), most) if most else None
+            self.core = EngineCore(
+                limits, self.pool, prefix, self.policy(), eos_ids=[EOS], key=KEY, speculation=speculation
+            )
         out = self.do(word, rest)
         self.core.check_integrity()
         return [text for item in out for text in ([item] if isinstance(item, str) else said(item))]
@@ -212,17 +220,30 @@ class Stage:
         out += self.core.drain()
         if plan is None:
             return [*out, "plan nothing"]
-        parts = [f"{s.key.request_id}[{s.start},{s.end}){'*' if s.samples else ''}" for s in plan.sequences]
+        parts = [
+            f"{s.key.request_id}[{s.start},{s.end}){'*' if s.samples else ''}"
+            + (f"+{len(s.draft_ids)}" if s.draft_ids else "")
+            for s in plan.sequences
+        ]
         out.append("plan " + " ".join(parts))
         if fails:
             return out + self.core.fail_step(plan, "internal_error", "boom")
-        tokens = tuple(
-            ((EOS if self.eos.get(s.key) == s.num_generated else 50_000 + s.end),) if s.samples else ()
-            for s in plan.sequences
-        )
+        tokens = tuple(self.sampled(s) if s.samples else () for s in plan.sequences)
         for sequence, sampled in zip(plan.sequences, tokens, strict=True):
             self.prompts[sequence.key.request_id] += sampled
         return out + self.core.apply(plan, StepResult(plan.step, tokens), self.now_s)
+
+    def sampled(self, step) -> tuple[int, ...]:
+        """The token of the last row, and of the rows of guesses that are right."""
+        found = [self.token(step.key, step.num_generated, step.end)]
+        for place, draft in enumerate(step.draft_ids, 1):
+            if draft != found[-1]:
+                break
+            found.append(self.token(step.key, step.num_generated + place, step.end + place))
+        return tuple(found)
+
+    def token(self, key, num_generated: int, place: int) -> int:
+        return EOS if self.eos.get(key) == num_generated else 50_000 + place
 
     def state(self) -> str:
         states = ", ".join(f"{key.request_id} {state.name.lower()}" for key, state in self.core.states().items())
@@ -230,6 +251,29 @@ class Stage:
         load = dict(self.core.load(self.now_s).counters)
         host = f", swapped {load['swap_blocks_in_use']}" if "swap_blocks" in load else ""
         return f"{states or 'nothing'} | free {self.pool.num_free}, promised {promised}{host}"
+
+
+class Guesser:
+    """Guesses what the stage will say, but for every `wrong`-th token."""
+
+    def __init__(self, stage: Stage, key: SequenceKey):
+        self.stage, self.key = stage, key
+
+    def propose(self, tokens, most):
+        num_generated, wrong = self.stage.core._scheduler.by_key[self.key].num_generated, self.stage.facts["wrong"]
+        return tuple(
+            7
+            if wrong and (len(tokens) + n) % wrong == 0
+            else self.stage.token(self.key, num_generated + n, len(tokens) + n)
+            for n in range(most)
+        )
+
+
+def numbered(news) -> str:
+    """Name and numbers of new tokens."""
+    last = news.first_index + len(news.token_ids) - 1
+    more = f"..{last}" if last > news.first_index else ""
+    return f"{news.key.request_id}#{news.first_index}{more}"
 
 
 def said(item) -> list[str]:
@@ -247,7 +291,7 @@ def said(item) -> list[str]:
         case Progress():
             return [f"progress {name} {item.num_computed}{' began' if item.began else ''}"]
         case StepTokens():
-            return ["tokens " + " ".join(f"{news.key.request_id}#{news.first_index}" for news in item.news)]
+            return ["tokens " + " ".join(map(numbered, item.news))]
         case Ended():
             preempted = f" preempted={item.preemptions}" if item.preemptions else ""
             cached = f" cached={item.cached_tokens}" if item.cached_tokens else ""

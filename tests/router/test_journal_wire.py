@@ -73,7 +73,7 @@ PIECE = OutputDelta(
     token_ids=(8, 9),
     text="hé",
     finish_reason=FinishReason.LENGTH,
-    usage=TokenUsage(3, 6, 2),
+    usage=TokenUsage(3, 6, 2, 5, 4),
     logprobs=(TokenLogprobs(8, -0.5, 1, ((8, -0.5), (9, -2.0))), TokenLogprobs(9, -1.5, 2, ())),
     num_shown=5,
 )

@@ -243,6 +243,8 @@ def _usage(usage: TokenUsage | None, outputs: list[ChoiceOutput]) -> common_pb2.
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
         cached_tokens=usage.cached_tokens,
+        draft_tokens=usage.draft_tokens,
+        accepted_tokens=usage.accepted_tokens,
         reasoning_tokens=sum(output.reasoning_tokens for output in outputs),
     )
 
