@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, create_model
 
 from twostroke.checkpoint.config import ModelConfig
-from twostroke.engine.config import StepConfig
+from twostroke.engine.config import SpeculationConfig, StepConfig
 from twostroke.kv.config import CacheConfig
 from twostroke.router.config import RouterConfig
 
@@ -62,6 +62,7 @@ class Settings(Values):
     model: _config_section(ModelConfig, without={"path", "name", "device"}) = Field(default_factory=dict)  # type: ignore[valid-type]
     cache: _config_section(CacheConfig, without=set()) = Field(default_factory=dict)  # type: ignore[valid-type]
     step: _config_section(StepConfig, without=set()) = Field(default_factory=dict)  # type: ignore[valid-type]
+    speculation: _config_section(SpeculationConfig, without=set()) = Field(default_factory=dict)  # type: ignore[valid-type]
     router: _config_section(  # type: ignore[valid-type]
         RouterConfig,
         without={

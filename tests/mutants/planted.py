@@ -12,6 +12,7 @@ import planted_kv
 import planted_responses
 import planted_router
 import planted_scaling
+import planted_speculation
 import planted_workers
 
 _MACHINES = (
@@ -67,6 +68,11 @@ TESTS: dict[str, tuple[str, ...]] = {
         *_ENGINE,
     ),
     "engine/step_times": ("tests/engine/test_step_times.py",),
+    "engine/speculation/": ("tests/engine/test_speculation.py",),
+    "engine/lifecycle": (*_ENGINE, "tests/engine/test_speculation_engine.py"),
+    "engine/core": (*_ENGINE, "tests/engine/test_speculation_engine.py"),
+    "model/runner": ("tests/engine/test_speculation_engine.py",),
+    "model/sampling/step": ("tests/engine/test_speculation_engine.py", "tests/engine/test_sampling_engine.py"),
     "engine/link/plan_stream": ("tests/engine/test_plan_stream.py",),
     "engine/link/steady": ("tests/engine/test_plan_stream.py",),
     "engine/link/rank_link": ("tests/engine/test_rank_link.py",),
@@ -184,4 +190,5 @@ MUTANTS = [
     *planted_gpu.MUTANTS,
     *planted_certificates.MUTANTS,
     *planted_scaling.MUTANTS,
+    *planted_speculation.MUTANTS,
 ]

@@ -1,0 +1,64 @@
+"""Mutants of speculative decoding."""
+
+from __future__ import annotations
+
+from mutant import Mutant
+
+MUTANTS = [
+    Mutant("engine/speculation/ngram.py", "            if length > longest:\n", "            if length >= longest:\n"),
+    Mutant(
+        "engine/speculation/ngram.py", "        length = 0  # two runs may have one hash\n", "        length = least\n"
+    ),
+    Mutant("engine/speculation/ngram.py", "            guessed.append(guessed[-period])\n", "            break\n"),
+    Mutant("engine/speculation/ngram.py", "earlier.append(latest.get(run, -1))", "earlier.append(-1)"),
+    Mutant("engine/speculation/length.py", "            if num_drafted >= self.length:\n", "            if True:\n"),
+    Mutant("engine/speculation/length.py", "2 * num_accepted < num_drafted", "num_accepted < num_drafted"),
+    Mutant("engine/speculation/length.py", "self.rest = min(2 * self.rest, LONGEST_REST)", "pass"),
+    Mutant("engine/speculation/length.py", "            self.rest = FIRST_REST\n", ""),
+    Mutant("engine/speculation/pace.py", "ms = min(ms, _MOST_OVER_MEAN * self.ms / self.steps)", "pass"),
+    Mutant(
+        "engine/speculation/pace.py",
+        "each.drafted.rate >= MARGIN * each.plain.rate",
+        "each.drafted.rate >= each.plain.rate",
+    ),
+    Mutant("engine/speculation/pace.py", "            each.pause = min(2 * each.pause, _LONGEST_PAUSE)\n", ""),
+    Mutant("engine/speculation/pace.py", "        return not is_on\n", "        return is_on\n"),
+    Mutant("engine/speculation/speculation.py", "max(pool.num_free - num_promised, 0)", "pool.num_free"),
+    Mutant("engine/speculation/speculation.py", "                rows -= len(ids)\n", ""),
+    Mutant(
+        "engine/speculation/speculation.py",
+        "params.max_tokens - num_generated - 1",
+        "params.max_tokens - num_generated",
+    ),
+    Mutant("engine/speculation/speculation.py", " or params.grammar is not None:", ":"),
+    Mutant(
+        "engine/scheduler.py",
+        "rows = budget.max_batch_tokens - len(decodes) - prompts",
+        "rows = budget.max_batch_tokens - len(decodes)",
+    ),
+    Mutant(
+        "engine/lifecycle.py",
+        "        while doom is None and num_taken < len(token_ids):",
+        "        while num_taken < len(token_ids):",
+    ),
+    Mutant("engine/lifecycle.py", "        self.holdings.trim(sequence, len(sequence.tokens))\n", ""),
+    Mutant("engine/core.py", "            logprobs = logprobs[: len(token_ids)]\n", ""),
+    Mutant(
+        "model/runner.py",
+        "                end += max(len(sampled) - 1, 0)\n",
+        "                end += len(step.draft_ids)\n",
+    ),
+    Mutant("model/runner.py", "                end += max(len(sampled) - 1, 0)\n", "                pass\n"),
+    Mutant("model/runner.py", "            spoken.cut(i, step.key, good + 1)\n", "            pass\n"),
+    Mutant(
+        "model/sampling/step.py",
+        "output_ids=history.output_ids + step.draft_ids[:row]",
+        "output_ids=history.output_ids",
+    ),
+    Mutant("model/sampling/step.py", "step.num_generated + row, mask, history", "step.num_generated, mask, history"),
+    Mutant(
+        "model/sampling/step.py",
+        "(row == 0 or sampled[-1] == draft_ids[row - 1])",
+        "(row == 0 or sampled[-1] in draft_ids)",
+    ),
+]
