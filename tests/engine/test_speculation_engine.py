@@ -12,6 +12,7 @@ from twostroke.decode_worker.policy import combined_policy, decode_policy
 from twostroke.engine.link.messages import Bind, CancelSequence, KvComplete, PrefillLocally, Source
 from twostroke.engine.speculation.ngram import NgramLimits, NgramProposer
 from twostroke.engine.speculation.speculation import Speculation
+from twostroke.kv.section import HeldTokens
 
 GREEDY = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
 SAMPLED = replace(GREEDY, temperature=0.9, seed=11)
@@ -28,6 +29,7 @@ SETTINGS = {
     "stop ids": replace(SAMPLED, stop_token_ids=(20, 21, 22, 23, 24, 25), min_tokens=3),
     "logprobs": replace(GREEDY, logprobs=4, prompt_logprobs=2),
     "sampled logprobs": replace(SAMPLED, logprobs=2, top_p=0.95),
+    "logprobs before an end": replace(SAMPLED, logprobs=2, stop_token_ids=tuple(range(20, 32))),
     "short": replace(GREEDY, max_tokens=3),
 }
 
@@ -142,6 +144,26 @@ def test_generated_blocks_are_found_and_hold_what_plain_decoding_stores(runner):
     room.run(first).run(again)
     assert room.ended["b"].cached_tokens == plain.ended["b"].cached_tokens == 64
     assert told(room, "b") == told(plain, "b")
+
+
+def test_what_is_sealed_is_what_was_accepted(runner, write_tiny, make_runner):
+    prompt = ids_of(27)
+    other = make_runner(write_tiny({}), dtype="float32", kv_dtype="float32")  # its seals are not in our store
+    plain = Room(other).run(submit("a", prompt, GREEDY))
+    room = Room(runner, speculation=guessing({"a": (*prompt, *plain.tokens["a"])}, 20, 0.15))
+    room.send(submit("a", prompt, GREEDY))
+    num_sealed, num_beyond = 0, 0
+    while room.step():
+        for sequence in room.core._scheduler.by_key.values():
+            table = [*room.core._scheduler.holdings.table(sequence, len(sequence.tokens))]
+            whole = sequence.num_computed // 16
+            assert runner.store.verify(HeldTokens(*table, 0, 16 * whole))
+            num_sealed = max(num_sealed, whole)
+            if len(table[0]) > whole:  # the block may hold rejected tokens
+                assert not runner.store.is_sealed(HeldTokens(*table, 16 * whole, 1))
+                num_beyond += 1
+    assert (num_sealed, counted(room, "accepted_tokens") > 9, num_beyond > 5) == (3, True, True)
+    assert counted(room, "draft_tokens") > counted(room, "accepted_tokens")
 
 
 @pytest.mark.parametrize("first_known", [True, False])
