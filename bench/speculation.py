@@ -149,7 +149,7 @@ async def measure(given: argparse.Namespace) -> tuple[list[tuple[object, ...]], 
 async def compare(
     contestants: tuple[Contestant, Contestant], batch: int, params: SamplingParams, rounds: int
 ) -> tuple[str, ...]:
-    """Tokens per second without and with speculation, the gain, and how much of the guesses was right."""
+    """Thousands of tokens per second without and with speculation, the gain, and how much of the guesses was right."""
     work, before = prompts()[: max(batch, NUM_AT_LEAST)], Counter(contestants[1].core.counters)
     rates: tuple[list[float], list[float]] = ([], [])
     for number in range(rounds):
@@ -163,7 +163,7 @@ async def compare(
                 texts[who] = list(said.tokens.values())
             assert texts[0] == texts[1], "speculation changed a text"
         for who in (0, 1):
-            rates[who].append(counts[who] / seconds[who])
+            rates[who].append(counts[who] / seconds[who] / 1000)
     counters = contestants[1].core.counters
     drafted, accepted = (
         counters[name] - before[name] for name in ("spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens")
@@ -182,12 +182,19 @@ def main() -> None:
     given = parser.parse_args()
     facts = report.machine()
     rows, arithmetic = asyncio.run(measure(given))
-    headings = ("sampling", "batch", "off", "on", "gain, of each round", "guesses that were right")
+    headings = (
+        "sampling",
+        "batch",
+        "off, thousands",
+        "on, thousands",
+        "gain, of each round",
+        "guesses that were right",
+    )
     body = (
         f"Bundled model, {arithmetic}; one thread, prompts of {PROMPT_TOKENS} tokens of Python modules, "
         f"{given.new_tokens} new tokens, n-grams of 2 to 4, at most {given.most} guessed tokens.\n\n"
         + report.table(headings, rows)
-        + "\n\nTokens per second of CPU time: median and range over the rounds. All texts were equal."
+        + "\n\nThousands of tokens per second of CPU time: median and range over the rounds. All texts were equal."
     )
     report.save("speculation", "Speculation by n-grams, on and off in turns", body, {"rows": rows}, facts)
 

@@ -263,7 +263,7 @@ BUGS = (
     Planted(failed_swaps_are_served, ("K4",), 150, swapping),
     Planted(tails_go_out_unsealed, ("K4",), 100, swapping),
     Planted(blocks_are_copied_out_after_the_step, ("K3", "K4"), 100, swapping),
-    Planted(rejected_drafts_keep_their_blocks, ("K2",), 100, guessing),
+    Planted(rejected_drafts_keep_their_blocks, ("K2",), 150, guessing),
     Planted(one_rejected_draft_counts_as_computed, ("K2", "K4"), 100, guessing),
     Planted(drafts_are_published, ("K2", "K3", "K4"), 100, guessing),
     Planted(accepted_drafts_are_not_said, ("L1", "R1"), 150, guessing),

@@ -1,15 +1,15 @@
 """How many tokens to guess for one request, by what became of the guesses before. Pure.
 
-The length grows by one when all guesses were right, and is halved when less than half of them were. At zero the request
-rests: nothing is guessed for `rest` tokens, twice as many each time, then one token is tried. So a text that cannot be
-guessed soon costs nothing, and one that becomes predictable is found again.
+The length begins at one, grows by one when all guesses were right, and is halved when less than half of them were. At
+zero the request rests: nothing is guessed for `rest` tokens, twice as many each time, then one token is tried. So a
+text that cannot be guessed soon costs nothing, and one that becomes predictable is found again.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-FIRST_REST, LONGEST_REST = 8, 256  # tokens
+FIRST_REST, LONGEST_REST = 16, 512  # tokens
 
 
 @dataclass(slots=True)
@@ -17,12 +17,9 @@ class DraftLength:
     """Length of the next guess of one request, at most `most`."""
 
     most: int
-    length: int = 0  # now; 0: it rests
+    length: int = 1  # now; 0: it rests
     rest: int = FIRST_REST
     resumes_at: int = 0  # generated tokens of the sequence at which the rest ends
-
-    def __post_init__(self) -> None:
-        self.length = self.length or max(1, self.most // 2)
 
     def at(self, num_generated: int) -> int:
         """Most tokens to guess after `num_generated` generated ones."""

@@ -9,6 +9,7 @@ from twostroke.engine.cache_manager import KvCacheManager
 from twostroke.engine.link.messages import Source, Submit
 from twostroke.engine.plan import SequenceStep, StepPlan, StepResult
 from twostroke.engine.sequence import new_sequence
+from twostroke.engine.speculation.drafting import Drafting
 from twostroke.engine.speculation.length import FIRST_REST, LONGEST_REST, DraftLength
 from twostroke.engine.speculation.ngram import INDEXED_PER_LOOKUP, MAX_MATCHES, NgramLimits, NgramProposer
 from twostroke.engine.speculation.pace import MARGIN, DraftPace
@@ -101,8 +102,9 @@ def test_runs_with_one_hash_are_told_apart():
 
 def test_the_length_grows_by_one_and_is_halved():
     length = DraftLength(6)
-    assert length.at(0) == 3
-    length.judge(3, 3, 4)
+    for expected in (1, 2, 3):
+        assert length.at(expected) == expected
+        length.judge(expected, expected, 4)
     assert length.at(4) == 4
     length.judge(4, 2, 7)
     assert length.at(7) == 4  # half were right
@@ -114,7 +116,7 @@ def test_the_length_grows_by_one_and_is_halved():
 
 
 def test_a_shorter_guess_that_was_right_does_not_lengthen():
-    length = DraftLength(8)
+    length = DraftLength(8, length=4)
     length.judge(2, 2, 3)
     assert length.at(3) == 4
 
@@ -221,6 +223,7 @@ def decoding(holdings, name, length, params=PARAMS):
     sequence.tokens.append(length)
     sequence.num_computed = length
     holdings.extend(sequence, length + 1)
+    sequence.drafting = Drafting(Counting(), DraftLength(8, length=4))
     return sequence
 
 
@@ -268,6 +271,12 @@ def test_the_last_token_is_never_guessed(holdings):
 def test_a_sequence_with_a_grammar_is_not_guessed(holdings):
     params = SamplingParams(max_tokens=100, grammar=Grammar("regex", "a*"))
     assert speculation().drafts([decoding(holdings, "a", 3, params)], 64, holdings, 0) == {}
+
+
+def test_the_first_guess_of_a_sequence_is_one_token(holdings):
+    one = decoding(holdings, "a", 3)
+    one.drafting = None
+    assert speculation(8).drafts([one], 64, holdings, 0) == {one.key: (4,)}
 
 
 def test_steps_with_prompts_are_not_measured(holdings):

@@ -227,7 +227,7 @@ def test_a_draft_whose_keys_are_not_finite_is_as_if_it_was_wrong(runner, monkeyp
 
     def hidden(self, batch, store):
         found = original(self, batch, store)
-        if len(batch.sampled) > 1:
+        if len(batch.sampled) > 2:
             found.non_finite[2] = 1  # the second draft's
             found = found._replace(num_refused=1)
         return found

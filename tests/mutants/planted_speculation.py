@@ -48,7 +48,6 @@ MUTANTS = [
         "                end += max(len(sampled) - 1, 0)\n",
         "                end += len(step.draft_ids)\n",
     ),
-    Mutant("model/runner.py", "                end += max(len(sampled) - 1, 0)\n", "                pass\n"),
     Mutant("model/runner.py", "            spoken.cut(i, step.key, good + 1)\n", "            pass\n"),
     Mutant(
         "model/sampling/step.py",
