@@ -168,6 +168,8 @@ def config_from(flags: dict[str, Any]) -> Config:
     given = {SETTING_BY_FLAG[name]: value for name, value in flags.items() if name in SETTING_BY_FLAG}
     if given.get("speculation") is not None:
         given["speculation"] = _json_mapping("--speculative-config", given["speculation"])
+        if "method" not in given["speculation"]:
+            raise ConfigError('--speculative-config has no "method"; give {"method": "ngram"}, or leave the flag out')
     return load_config(flags.get("config"), os.environ, given)
 
 

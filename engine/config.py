@@ -49,7 +49,9 @@ class SpeculationConfig(Section):
 
     @model_validator(mode="after")
     def _has_a_method(self) -> SpeculationConfig:
-        given = self.model_fields_set - {"method"}
+        # What differs from the default, not what was set: members get the whole section from the launcher.
+        fields = type(self).model_fields
+        given = [name for name in fields if name != "method" and getattr(self, name) != fields[name].default]
         if self.method is None and given:
             raise ValueError(f"method is not given, and {', '.join(sorted(given))} needs it; give method: ngram")
         return self

@@ -69,7 +69,7 @@ def test_the_example_file_is_valid():
         ({"router.port": 9000, "router.grpc_port": 9000}, ["must differ"]),
         ({"step.max_num_batched_tokens": 16, "cache.block_size": 64}, ["max_num_batched_tokens", "at least"]),
         ({"speculation": {"method": "eagle3"}}, ["speculation.method", "'eagle3' is not served yet", "ngram"]),
-        ({"speculation": {"num_speculative_tokens": 4}}, ["method is not given", "num_speculative_tokens"]),
+        ({"speculation": {"num_speculative_tokens": 5}}, ["method is not given", "num_speculative_tokens"]),
         (
             {"speculation": {"method": "ngram", "num_speculative_tokens": 0}},
             ["num_speculative_tokens", "0", "equal to 1"],
@@ -322,7 +322,12 @@ def test_speculation_is_off_unless_it_is_asked_for_by_vllms_flag_or_by_the_envir
     assert load_config(environment=names).speculation.prompt_lookup_min == 3
 
 
-@pytest.mark.parametrize("text", ["{", "ngram", "[1]", "3"])
+def test_a_section_without_a_method_travels_whole_from_the_launcher_to_its_members():
+    config = load_config()
+    assert load_section(Config, config.model_dump(mode="json")).speculation == config.speculation
+
+
+@pytest.mark.parametrize("text", ["{", "ngram", "[1]", "3", "{}", '{"num_speculative_tokens": 4}'])
 def test_a_speculative_config_that_is_no_object_is_refused_with_an_example(text: str):
     from twostroke.cli.options import config_from
 
