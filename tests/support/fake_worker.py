@@ -43,6 +43,7 @@ class Behaviour:
     welcome_as: int | None = None  # another incarnation answers at the address
     end_twice: bool = False
     bytes_moved: int = 0
+    guesses: int = 0  # right ones of each choice; thrice as many were made
 
 
 @dataclass
@@ -250,6 +251,8 @@ class FakeWorker:
                 prompt_tokens=len(order.prompt_ids) - order.emitted_tokens,
                 completion_tokens=count,
                 cached_tokens=16 * order.choice,
+                draft_tokens=3 * self.behaviour.guesses,
+                accepted_tokens=self.behaviour.guesses,
             ),
             timeline=[
                 common_pb2.Instant(name="received", since_seen_ns=0),

@@ -27,7 +27,8 @@ from twostroke.core.request import CacheScope, FinishReason, Request, Role, Samp
 from twostroke.core.timeline import Timeline
 from twostroke.kv.keys import PromptHasher
 from twostroke.protos import common_pb2
-from twostroke.router.requests.pieces import OutputDelta
+from twostroke.router.api.openai_responses import usage_body
+from twostroke.router.requests.pieces import OutputDelta, TokenUsage
 
 
 async def test_streams_a_request_and_explains_it() -> None:
@@ -86,6 +87,23 @@ async def test_choices_are_merged_gapless_and_usage_comes_once() -> None:
         assert usage is not None
         assert (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens) == (100, 15, 0)
         assert sum(p.finish_reason is not None for p in pieces) == 3
+
+
+async def test_guesses_of_all_choices_are_told_in_usage_and_explained() -> None:
+    async with cluster() as c:
+        worker = FakeWorker("w")
+        worker.behaviour = Behaviour(guesses=4)
+        await c.add(worker)
+        usage = (await collect(c.flow, request(num_choices=3)))[-1].usage
+        assert usage is not None
+        assert (usage.draft_tokens, usage.accepted_tokens) == (36, 12)
+        explained = c.flow.explain("tenant", "r1")
+        assert explained is not None
+        assert explained["speculation"] == {"draft_tokens": 36, "accepted_tokens": 12}
+        details = {"accepted_prediction_tokens": 12, "rejected_prediction_tokens": 24}
+        assert usage_body(usage)["completion_tokens_details"] == details
+        assert usage_body(usage, 5)["completion_tokens_details"] == {"reasoning_tokens": 5} | details
+        assert "completion_tokens_details" not in usage_body(TokenUsage(100, 15, 0))
 
 
 async def test_stale_repeated_and_doubled_messages_are_dropped_and_counted() -> None:
