@@ -56,9 +56,18 @@ def explain_run(run: RequestState, state: str) -> dict[str, Any]:
         "finish_reasons": [reason.value if reason else None for reason in run.delivery.finish_reasons],
         "error": {"code": run.error.code, "message": _cut(run.error.message, MAX_MESSAGE)} if run.error else None,
         "timeline": timeline_ms(run),
-        "choice": explain_choice(current.choice) if current else None,
+        "choice": _made(explain_choice(current.choice), handover) if current else None,
         "dispatches": [_dispatch(run, dispatch) for dispatch in run.dispatches],
     }
+
+
+def _made(choice: dict[str, Any], handover: dict[str, Any] | None) -> dict[str, Any]:
+    """A choice whose reason also says where the decode worker departed from it, as its report tells."""
+    why = handover["local_reason"] if handover is not None else ""
+    if why and why != "ordered" and choice["winner"]["computed_by"] != choice["winner"]["decode_worker"]:
+        worker = choice["winner"]["decode_worker"]
+        choice["reason"] += f"; {worker} computed the prompt itself after all: {why}"
+    return choice
 
 
 def _dispatch(run: RequestState, dispatch: Dispatch) -> dict[str, Any]:
@@ -193,6 +202,7 @@ def _candidate(candidate: Candidate) -> dict[str, Any]:
     return {
         "prefill_worker": candidate.prefill.worker_id if candidate.prefill else None,
         "decode_worker": candidate.decode.worker_id,
+        "computed_by": candidate.computes.worker_id,  # the prompt
         "prefill_held_tokens": candidate.prefill_held_tokens,
         "decode_held_tokens": candidate.decode_held_tokens,
         **terms,

@@ -193,8 +193,8 @@ _LIVES = [
     Mutant("router/requests/lifecycle.py", "@{self._incarnation:x}.{self._num_admitted:x}", "@{self._num_admitted:x}"),
     Mutant(
         "router/requests/choosing.py",
-        "computes = choice.winner.prefill or choice.winner.decode",
-        "computes = choice.winner.decode",
+        "prefixes.predict([choice.winner.computes.worker_id]",
+        "prefixes.predict([choice.winner.decode.worker_id]",
     ),
     Mutant(
         "router/requests/lifecycle.py",

@@ -154,6 +154,7 @@ workers = st.lists(
         coefficients=st.builds(Coefficients, st.floats(0.01, 5), st.floats(0, 1e-3), st.floats(1, 100)),
         kv_bytes_per_token=st.just(1000),
         queued_prefill_tokens=st.integers(0, 50_000),
+        queued_prefill_pairs=st.floats(0, 1e9),
         num_decoding=st.integers(0, 64),
         max_num_seqs=st.integers(1, 64),
         free_kv_tokens=st.integers(0, 100_000),
