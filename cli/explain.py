@@ -127,7 +127,7 @@ def _named(timeline: Mapping[str, float], until: list[float]) -> dict[str, float
 
 def _lines(title: str, marks: Mapping[str, float], end_ms: float) -> Text:
     """One line per span between two instants."""
-    ordered = sorted(marks.items(), key=lambda pair: pair[1])
+    ordered = sorted(marks.items(), key=lambda pair: (pair[1], pair[0] != "routed"))
     lines = [title]
     for (name, start_ms), (following, stop_ms) in itertools.pairwise(ordered):
         label = f"{name} > {following}"

@@ -1,23 +1,23 @@
-"""An oracle: a router that knows every answer's length, every true time, and every cache and queue without a delay.
+"""An oracle: the production policy with true facts in place of reports, estimates and hints.
 
-Not the optimum, which nobody computes: it is greedy. For each request it takes the workers with the lowest sum of the
-true time to the first token there and a price for the work, and it sees all requests under way exactly. Its requests
-wait in the router as ours do while all workers are full.
+It knows each answer's length, what every worker computes and decodes at this moment (with orders still under way), its
+true speed, and which blocks each cache holds now. So the regret to it is the price of what a router cannot know. It is
+not the best that is possible: it chooses for one request after the other, and by the production costs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
-from ...core.request import Role
-from ...router.routing.known_worker import Worker
-from .job import Job
+from ...kv.spec import HASH_BLOCK_TOKENS
+from ...router.routing.coefficients import Coefficients, pairs_of
+from ...router.routing.policy import PolicyLimits, RequestFacts, WorkerView, choose
+from ...router.routing.views import views_of
 from .policies import Query, Route
+from .spec import HANDOVER_BYTES_PER_S
 from .trace import Ask
 from .worker import SimWorker
-
-WORK_PRICE = 0.5  # in ms per ms of prefill that later requests wait for
-STREAM_PRICE = 0.05  # in ms per ms and sequence that decodes there and is delayed
 
 
 class Oracle:
@@ -30,57 +30,43 @@ class Oracle:
         self._ask_by_id = ask_by_id
 
     def route(self, query: Query) -> Route:
-        """The lowest true cost of all pairs and all local prefills."""
+        """The production choice among true views."""
         ask = self._ask_by_id[query.request.request_id.partition("@")[0]]
-        prefill = [w for w in query.workers if w.role is Role.PREFILL]
-        decode = [w for w in query.workers if w.role is not Role.PREFILL]
-        costs = {w.facts.worker_id: self._decode_cost_ms(ask, self._of(w)) for w in decode}
-        routes = []
-        for place, d in enumerate(decode):
-            local_ms = self._prefill_cost_ms(query, ask, d) + costs[d.facts.worker_id]
-            routes.append((local_ms, place, Route(d, None)))
-        if prefill:
-            best = min(decode, key=lambda w: costs[w.facts.worker_id])
-            for place, p in enumerate(prefill):
-                pair_ms = self._prefill_cost_ms(query, ask, p) + costs[best.facts.worker_id]
-                routes.append((pair_ms, len(decode) + place, Route(best, p)))
-        return min(routes)[2]
+        request = RequestFacts(query.request.request_id, ask.prompt_tokens, ask.answer_tokens)
+        views = [self._true(view) for view in views_of(query.workers)]
+        held = {view.worker_id: self._held(ask, view.worker_id, query) // HASH_BLOCK_TOKENS for view in views}
+        choice = choose(request, views, held, PolicyLimits())
+        assert choice is not None
+        by_name = {worker.facts.worker_id: worker for worker in query.workers}
+        winner = choice.winner
+        return Route(
+            by_name[winner.decode.worker_id],
+            None if winner.computes is winner.decode else by_name[winner.computes.worker_id],
+        )
 
-    def _of(self, worker: Worker) -> SimWorker:
-        return self._workers[worker.facts.worker_id]
+    def _true(self, view: WorkerView) -> WorkerView:
+        sim = self._workers[view.worker_id]
+        machine, decoding, pool = sim.machine, sim.decoding, sim.cache.pool
+        queue = [*sim.prefilling, *sim.waiting, *sim.coming]
+        # Bound and under way: sequences that will decode here, whoever computes their prompts.
+        to_come = sum(
+            1 for w in self._workers.values() for job in (*w.prefilling, *w.waiting, *w.coming) if job.decode is sim
+        )
+        step_ms = machine.step_s(max(1, len(decoding)), decoding.context_tokens) * 1e3
+        return replace(
+            view,
+            coefficients=Coefficients(
+                machine.prefill_ms_per_token, machine.prefill_ms_per_token_pair, step_ms, HANDOVER_BYTES_PER_S
+            ),
+            queued_prefill_tokens=sum(job.num_expected for job in queue),
+            queued_prefill_pairs=sum(pairs_of(job.num_expected, job.prompt_tokens - job.num_expected) for job in queue),
+            num_decoding=len(decoding) + to_come,
+            free_kv_tokens=pool.num_free * sim.cache.block_tokens
+            - sum(j.prompt_tokens for j in sim.coming if j.decode is sim),
+        )
 
-    def _prefill_cost_ms(self, query: Query, ask: Ask, worker: Worker) -> float:
-        """True time to the first token, and the price of the work for others."""
-        sim = self._of(worker)
-        findable = ask.identities[: (ask.prompt_tokens - 1) // sim.cache.block_tokens]
-        expected = query.held_tokens.get(worker.facts.worker_id, 0)
-        held = min(max(sim.cache.prefix.match(findable) * sim.cache.block_tokens, expected), ask.prompt_tokens - 1)
-        own_ms = sim.machine.prefill_s(ask.prompt_tokens - held, held) * 1e3
-        before_ms = sum(_left_ms(sim, job) for job in (*sim.prefilling, *sim.waiting, *sim.coming))
-        count = len(sim.decoding)
-        slower = 1.0
-        if count:
-            step_ms = sim.machine.step_s(count, sim.decoding.context_tokens) * 1e3
-            slower = 1.0 + step_ms / max(sim.policy.limits.target_ms - step_ms, step_ms)
-        return (before_ms + own_ms) * slower + (WORK_PRICE + STREAM_PRICE * count) * own_ms
-
-    def _decode_cost_ms(self, ask: Ask, sim: SimWorker) -> float:
-        """Time of a step there, and the time until its blocks are free: of the sequences that end first."""
-        coming = [j for w in self._workers.values() for j in (*w.prefilling, *w.waiting, *w.coming) if j.decode is sim]
-        context = sim.decoding.context_tokens + sum(job.prompt_tokens for job in coming)
-        step_ms = sim.machine.step_s(len(sim.decoding) + len(coming) + 1, context + ask.prompt_tokens) * 1e3
-        pool = sim.cache.pool
-        needed = -(-(ask.prompt_tokens + ask.answer_tokens) // sim.cache.block_tokens)
-        lacks, steps = pool.num_live + needed - pool.num_blocks, 0
-        for end, blocks in (
-            sorted((sim.decoding.end_of(job), len(job.blocks)) for job in sim.decoding) if lacks > 0 else ()
-        ):
-            steps, lacks = end - sim.decoding.num_steps, lacks - blocks
-            if lacks <= 0:
-                break
-        return step_ms * (1 + steps)
-
-
-def _left_ms(sim: SimWorker, job: Job) -> float:
-    held = job.num_computed or job.likely_cached
-    return sim.machine.prefill_s(job.prompt_tokens - held, held) * 1e3
+    def _held(self, ask: Ask, name: str, query: Query) -> int:
+        """Leading tokens that a worker has, or that it is about to compute."""
+        sim = self._workers[name]
+        now = sim.cache.prefix.match(ask.identities) * sim.cache.block_tokens
+        return max(now, query.held_tokens.get(name, 0))

@@ -25,6 +25,7 @@ from ...engine.policy import Ahead, RolePolicy
 from ...engine.step_times import StepTimeModel
 from ...kv.cache.pool import OutOfBlocks
 from ...kv.spec import HASH_BLOCK_TOKENS
+from ...router.routing.coefficients import pairs_of
 from ...router.routing.facts import LoadFacts
 from ..scale.machine import Machine
 from .cache import JobCache
@@ -96,6 +97,8 @@ class SimWorker:
         self._next_beat_s = 0.0
         self._first: list[Job] = []
         self._ended: list[Job] = []
+        self._waiting_tokens = 0
+        self._waiting_pairs = 0.0
         self._arrived: list[Job] = []  # bound sequences whose KV is here
 
     # ------------------------------------------------------------------ from outside
@@ -104,7 +107,7 @@ class SimWorker:
         """A request arrives: to be computed here, for itself or for a peer."""
         self.coming.remove(job)
         job.likely_cached = self.cache.held_tokens(job)
-        insort(self.waiting, job, key=rank_of)
+        self._wait(job)
         self.wake()
 
     def wake(self) -> None:
@@ -132,12 +135,13 @@ class SimWorker:
 
     def load(self) -> LoadFacts:
         """Its load, as engine/report.py counts it."""
-        pool, queue = self.cache.pool, (*self.waiting, *self.prefilling)
+        pool = self.cache.pool
         return LoadFacts(
             waiting=len(self.waiting) + self.num_bound,
             running=len(self.prefilling) + len(self.decoding),
-            queued_prefill_tokens=sum([job.num_expected for job in queue]),
-            queued_prefill_pairs=sum([job.num_expected * (job.prompt_tokens - job.num_expected / 2) for job in queue]),
+            queued_prefill_tokens=self._waiting_tokens + sum([job.num_remaining for job in self.prefilling]),
+            queued_prefill_pairs=self._waiting_pairs
+            + sum([pairs_of(job.num_remaining, job.num_computed) for job in self.prefilling]),
             running_context_tokens=self.decoding.context_tokens,
             free_blocks=pool.num_free,
             cached_blocks=pool.num_cached,
@@ -158,6 +162,8 @@ class SimWorker:
     def _admit(self) -> None:
         max_seqs = self.policy.budget(len(self.decoding)).max_seqs
         ahead = self._ahead()
+        if not self.policy.is_near(1, ahead):
+            return  # then no longer prompt is near, either
         for job in self.waiting[:SCANNED]:
             if not self.policy.is_near(job.num_expected, ahead) or self._awaits_prefix(job):
                 continue
@@ -169,8 +175,19 @@ class SimWorker:
             if job.cached_tokens is None:
                 job.cached_tokens = job.num_computed
             self.waiting.remove(job)
+            self._count_waiting(job, -1)
             insort(self.prefilling, job, key=rank_of)
             ahead = self._ahead()
+
+    def _wait(self, job: Job) -> None:
+        insort(self.waiting, job, key=rank_of)
+        self._count_waiting(job, 1)
+
+    def _count_waiting(self, job: Job, sign: int) -> None:
+        """Keep the sums over `waiting`; a job that leaves counts as it did when it came."""
+        tokens = job.prompt_tokens - job.likely_cached
+        self._waiting_tokens += sign * tokens
+        self._waiting_pairs += sign * pairs_of(tokens, job.likely_cached)
 
     def _ahead(self) -> Ahead:
         return Ahead(tuple([job.num_remaining for job in self.prefilling]), len(self.decoding))
@@ -350,7 +367,7 @@ class SimWorker:
             self.prefilling.remove(job)
         self.cache.release(job)
         job.num_computed = job.likely_cached = 0
-        insort(self.waiting, job, key=rank_of)
+        self._wait(job)
 
     def _end(self, job: Job) -> None:
         self.cache.release(job)
