@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from ...core.errors import ConfigError
 from ...core.request import Role
 from ...protos import worker_pb2
 from ...router.routing.facts import ModelFacts, WorkerFacts, WorkerKey
@@ -75,6 +76,8 @@ class Replay:
     """A cluster, its router, and the requests of a trace."""
 
     def __init__(self, trace: Trace, spec: ClusterSpec, policy: str, seed: int = 1) -> None:
+        """Raises ConfigError: a request fits in no worker."""
+        _check_fit(trace, spec)
         self.clock = VirtualClock()
         self._trace = trace
         self._policy = policy
@@ -174,6 +177,14 @@ class Replay:
                 self._most += max(counts)
                 self._mean += sum(counts) / len(counts)
             self.clock.later(SAMPLE_S, self._sample)
+
+
+def _check_fit(trace: Trace, spec: ClusterSpec) -> None:
+    room = spec.machine.kv_capacity_tokens // trace.block_tokens * trace.block_tokens
+    for place, ask in enumerate(trace.asks):
+        if ask.prompt_tokens + ask.answer_tokens > room:
+            what = f"{ask.prompt_tokens} prompt and {ask.answer_tokens} answer tokens"
+            raise ConfigError(f"request {place} of the trace has {what}; a worker of {spec.machine.name} holds {room}")
 
 
 def _handover_s(tokens: int) -> float:

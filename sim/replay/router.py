@@ -70,6 +70,7 @@ class ReplayRouter:
         self._send = send
         self._sequence: dict[str, int] = {}
         self._facts: dict[str, WorkerFacts] = {}
+        self._room_tokens = 0  # of a worker that decodes
         self._epoch: dict[str, worker_pb2.Epoch] = {}
         self._identities: dict[str, Sequence[BlockIdentity]] = {}
         self._run_by_id: dict[str, RequestState] = {}
@@ -85,6 +86,8 @@ class ReplayRouter:
     def add_worker(self, facts: WorkerFacts) -> None:
         """A worker announces itself, opens its session and sends its empty snapshot."""
         self._facts[facts.worker_id] = facts
+        if facts.role is not Role.PREFILL:
+            self._room_tokens = facts.num_kv_tokens
         self.roster.announced(facts, 0.0)
         self.roster.session_up(facts.key, facts, 0.0)
         self.roster.watching(facts.key)
@@ -95,7 +98,7 @@ class ReplayRouter:
         """A client's request arrives."""
         timeline = Timeline()
         timeline.mark(Instant.ARRIVED, now_s)
-        most = max(MAX_ANSWER_TOKENS, ask.answer_tokens)
+        most = max(ask.answer_tokens, min(MAX_ANSWER_TOKENS, self._room_tokens - ask.prompt_tokens))
         request = Request(
             request_id,
             MODEL,
