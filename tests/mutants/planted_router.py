@@ -98,6 +98,39 @@ _ROUTER = [
         "return min(equal, key=lambda c: (c.in_flight,",
         "return min(equal, key=lambda c: (-c.in_flight,",
     ),
+    Mutant(
+        "router/routing/policy.py",
+        "speed.work_ms(worker.queued_prefill_tokens, worker.queued_prefill_pairs)",
+        "speed.work_ms(worker.queued_prefill_tokens, 0.0)",
+    ),
+    Mutant(
+        "router/routing/policy.py",
+        "if self._request.prompt_tokens - d.held < HASH_BLOCK_TOKENS:",
+        "if self._request.prompt_tokens - d.held <= HASH_BLOCK_TOKENS:",
+    ),
+    Mutant(
+        "router/routing/policy.py",
+        "if self.prefill is None or self.is_under_a_block else",
+        "if self.prefill is None else",
+    ),
+    Mutant("router/routing/policy.py", "    if winner.prefill and winner.is_under_a_block:\n", "    if False:\n"),
+    Mutant("router/routing/coefficients.py", "uncached * (held + uncached / 2)", "uncached * uncached / 2"),
+    Mutant("router/routing/known_worker.py", "recent += amount(work)\n", "pass\n"),
+    Mutant(
+        "router/routing/known_worker.py",
+        "if work.at_s > since else 0.0",
+        "if work.at_s > since - REPORT_LAG_S else 0.0",
+    ),
+    Mutant("router/routing/views.py", "if is_leading else 0.0\n", "if is_leading else 1e6\n"),
+    Mutant("router/routing/views.py", "Dispatched(now_s, uncached, 0, pairs)", "Dispatched(now_s, uncached, 0)"),
+    Mutant(
+        "router/routing/views.py", "Dispatched(now_s, uncached, context, pairs)", "Dispatched(now_s, uncached, context)"
+    ),
+    Mutant(
+        "router/requests/explain.py",
+        'if why and why != "ordered" and',
+        "if why and",
+    ),
     Mutant("router/routing/fleet.py", "            return []  # a zombie of an earlier life\n", "            pass\n"),
     Mutant(
         "router/routing/fleet.py",
