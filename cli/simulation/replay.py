@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
 
 def replay(
-    trace: Annotated[Path, typer.Option(help="A trace file: .jsonl as Mooncake's, .csv as Azure's.")],
+    trace: Annotated[Path | None, typer.Option(help="A trace file: .jsonl as Mooncake's, .csv as Azure's.")] = None,
+    decisions: Annotated[
+        Path | None,
+        typer.Option(help="A router's decision log instead: make each of its decisions again, and compare."),
+    ] = None,
     policy: Annotated[str, typer.Option(help="Names separated by commas, or all.")] = "all",
     cluster: Annotated[
         str, typer.Option(help="combined=N, or prefill=N,decode=N; ,machine=FILE: another machine than the H200.")
@@ -40,6 +44,11 @@ def replay(
     Prints goodput under both targets with 95 % intervals, regret to an oracle, times to the first token and between
     tokens, hit rate and imbalance. About a minute per policy and load for 12,000 requests on 16 workers.
     """
+    if (trace is None) == (decisions is None):
+        raise ConfigError("give either --trace FILE or --decisions LOG")
+    if decisions is not None:
+        _again(decisions)
+    assert trace is not None
     # Imported here: the command line must start without numpy and the engine.
     from ...sim.replay.compare import compare, parse_loads, parse_policies
     from ...sim.replay.figures import Targets
@@ -70,6 +79,20 @@ def replay(
     )
     for each in loads:
         console.print(table(found.at(each), each))
+
+
+def _again(path: Path) -> NoReturn:
+    """Make the decisions of a log again. Exit code 1: one differs, or the log has none."""
+    from ...sim.replay.decisions import replay_decisions
+
+    found = replay_decisions(path)
+    without = f", {found.num_without} requests without recorded decisions" if found.num_without else ""
+    typer.echo(f"{found.num_decisions} decisions of {found.num_requests} requests{without}")
+    if found.difference is not None:
+        typer.echo(f"differs: {found.difference}")
+    else:
+        typer.echo("each came out the same" if found.num_decisions else "there is nothing to compare")
+    raise typer.Exit(0 if found.num_decisions and found.difference is None else 1)
 
 
 def document(found: Compared, title: str, targets: Any) -> dict[str, Any]:

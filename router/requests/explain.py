@@ -15,6 +15,7 @@ from ..routing.cordoned import Cordoned
 from ..routing.facts import GpuFacts
 from ..routing.known_worker import Worker
 from ..routing.policy import Candidate, RoutingDecision
+from ..routing.recorded import asked_to_json
 from .attempts import Dispatch
 from .state import RequestState
 
@@ -137,6 +138,19 @@ def explain_choice(choice: RoutingDecision) -> dict[str, Any]:
             for p in choice.refused
         ],
     }
+
+
+def explain_decisions(run: RequestState) -> list[dict[str, Any]]:
+    """Every attempt's decision with all that it was made from, for the decision log."""
+    return [
+        {
+            "epoch": list(dispatch.epoch),
+            "asked": asked_to_json(dispatch.choice.asked),
+            "choice": explain_choice(dispatch.choice),
+        }
+        for dispatch in run.dispatches
+        if dispatch.choice.asked is not None
+    ]
 
 
 def explain_worker(worker: Worker, coefficients: Coefficients, now_s: float) -> dict[str, Any]:

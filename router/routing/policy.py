@@ -130,6 +130,16 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
+class Asked:
+    """All that a decision was made from: equal ones give equal decisions."""
+
+    request: RequestFacts
+    workers: tuple[WorkerView, ...]
+    held: Mapping[str, int]
+    limits: PolicyLimits
+
+
+@dataclass(frozen=True, slots=True)
 class RoutingDecision:
     """The chosen candidate, the reason, and all candidates (cheapest first)."""
 
@@ -138,6 +148,7 @@ class RoutingDecision:
     candidates: tuple[Candidate, ...]
     reason: str
     refused: tuple[RefusedPair, ...] = ()  # pairs that would have been candidates
+    asked: Asked | None = None  # None: another policy's
 
 
 def choose(
@@ -159,7 +170,8 @@ def choose(
     ranked = sorted(candidates, key=lambda c: (c.terms.total_ms, c.name))
     winner = _pick(ranked, request.request_id, limits)
     reason = _reason(winner, ranked, request)
-    return RoutingDecision(winner, _peers(winner, ranked), tuple(ranked), reason, tuple(paired.refused))
+    asked = Asked(request, tuple(workers), held, limits)
+    return RoutingDecision(winner, _peers(winner, ranked), tuple(ranked), reason, tuple(paired.refused), asked)
 
 
 class _Figures(NamedTuple):

@@ -418,7 +418,7 @@ _DRIVEN = [
         "        self._forget(key)\n        self._entries[key] = line\n",
         "        self._entries[key] = line\n",
     ),
-    Mutant("router/requests/history.py", "    while len(line) > MAX_ENTRY_BYTES:\n", "    while False:\n"),
+    Mutant("router/requests/history.py", "    while len(line) > most:\n", "    while False:\n"),
     Mutant(
         "router/requests/history.py",
         " for name, value in entry.items() if name not in _NAMES}",
