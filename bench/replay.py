@@ -1,15 +1,16 @@
 """Routing policies beside each other on real traces: goodput, latencies, hit rate and regret to an oracle, simulated.
 
-    python bench/replay.py [--traces ../shared/traces] [--setup mooncake] [--load 0.9]
+    python bench/replay.py [--traces ../shared/traces] [--setup mooncake] [--runs FOLDER]
 
-Writes bench/results/replay.md, .json and a plot for each setup. A run of one setup or load keeps the figures of others;
-the capacity of a setup is measured once and kept until --setup is run without --load.
+Writes bench/results/replay.md, .json and a plot for each setup.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,9 +19,9 @@ from typing import Any
 
 import report
 
-from twostroke.sim.replay.compare import Compared, capacity_per_s, compare
-from twostroke.sim.replay.figures import Interval, Row, Targets
-from twostroke.sim.replay.play import ORACLE, OURS, POLICIES
+from twostroke.sim.replay.compare import Compared, capacity_per_s
+from twostroke.sim.replay.figures import Interval, Row, Targets, row_of
+from twostroke.sim.replay.play import ORACLE, OURS, POLICIES, Course, Played, play
 from twostroke.sim.replay.plot import plot
 from twostroke.sim.replay.spec import parse_cluster
 from twostroke.sim.replay.trace import read_trace
@@ -46,14 +47,14 @@ SETUPS = {
         "Mooncake conversations, 16 combined workers",
         "mooncake_conversation.jsonl",
         "combined=16",
-        3000,
+        2500,
         Targets(5.0, 0.075),
     ),
     "mooncake_pairs": Setup(
         "Mooncake conversations, 12 prefill and 4 decode workers",
         "mooncake_conversation.jsonl",
         "prefill=12,decode=4",
-        3000,
+        2000,
         Targets(5.0, 0.075),
     ),
     "azure": Setup(
@@ -145,36 +146,63 @@ def body_of(setups: dict[str, Any]) -> str:
     return "\n\n".join(text)
 
 
+def played(folder: Path, name: str, setup: Setup, traces: Path, most_s: float) -> dict[str, Any] | None:
+    """All runs of one setup; those that are in the folder are not played again. None: `most_s` is over before."""
+    began_s = time.perf_counter()
+    trace, spec = read_trace(traces / setup.file).first(setup.requests), parse_cluster(setup.cluster)
+    kept = folder / f"{name}.capacity"
+    if not kept.exists():
+        kept.write_text(str(capacity_per_s(trace, spec)))
+    capacity, rows = float(kept.read_text()), []
+    for load in LOADS:
+        oracle: Played | None = None
+        for policy in (ORACLE, *(each for each in POLICIES if each != ORACLE)):
+            file = folder / f"{name}-{load:g}-{policy}.json"
+            if not file.exists():
+                if time.perf_counter() - began_s > most_s:
+                    return None
+                file.write_text(json.dumps(asdict(play(trace.at_rate(load * capacity), spec, policy))))
+            run = _run_of(json.loads(file.read_text()))
+            oracle = run if policy == ORACLE else oracle
+            rows.append(row_of(run, load, setup.targets, oracle))
+            print(f"{name} {load:g} {policy}: {rows[-1].attained.value:.2%}", flush=True)
+    rows.sort(key=lambda row: (row.load, POLICIES.index(row.policy)))
+    (report.RESULTS / f"replay_{name}.svg").write_text(plot(Compared(capacity, tuple(rows)), setup.title))
+    return {
+        "title": setup.title,
+        "requests": len(trace.asks),
+        "capacity_per_s": capacity,
+        "targets": asdict(setup.targets),
+        "rows": [asdict(row) for row in rows],
+    }
+
+
+def _run_of(told: dict[str, Any]) -> Played:
+    courses = [Course(**course) for course in told["courses"]]
+    gaps_ms = {int(gap): tokens for gap, tokens in told["gaps_ms"].items()}
+    return Played(**{**told, "courses": courses, "gaps_ms": gaps_ms})
+
+
 def main() -> None:
     """Play, write, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--traces", type=Path, default=Path("../shared/traces"), help="folder of the two real traces")
-    parser.add_argument("--setup", choices=tuple(SETUPS))
-    parser.add_argument("--load", type=float, choices=LOADS)
+    parser.add_argument("--setup", choices=tuple(SETUPS), help="only this one; the figures of others stay")
+    parser.add_argument("--runs", type=Path, help="folder in which runs are kept, so that a stopped bench goes on")
+    parser.add_argument("--most-s", type=float, default=1e9, help="begin no run after so many seconds; exit status 3")
     arguments = parser.parse_args()
     facts, old = report.machine(), report.RESULTS / "replay.json"
     setups = json.loads(old.read_text())["setups"] if old.exists() else {}
-    for name, setup in SETUPS.items():
-        if arguments.setup not in (None, name):
-            continue
-        began_s = time.perf_counter()
-        trace, spec = read_trace(arguments.traces / setup.file).first(setup.requests), parse_cluster(setup.cluster)
-        known = setups.get(name) if arguments.load else None
-        capacity = known["capacity_per_s"] if known else capacity_per_s(trace, spec)
-        loads = LOADS if arguments.load is None else (arguments.load,)
-        played = compare(trace, spec, POLICIES, loads, setup.targets, capacity=capacity, said=print)
-        kept = [row for row in (rows_of(known) if known else []) if row.load not in loads]
-        rows = sorted([*kept, *played.rows], key=lambda row: (row.load, POLICIES.index(row.policy)))
-        setups[name] = {
-            "title": setup.title,
-            "requests": len(trace.asks),
-            "capacity_per_s": capacity,
-            "targets": asdict(setup.targets),
-            "rows": [asdict(row) for row in rows],
-            "took_s": {**(known or {}).get("took_s", {}), ",".join(map(str, loads)): time.perf_counter() - began_s},
-        }
-        (report.RESULTS / f"replay_{name}.svg").write_text(plot(Compared(capacity, tuple(rows)), setup.title))
-        report.save("replay", "Routing policies on real traces", body_of(setups), {"setups": setups}, facts)
+    with tempfile.TemporaryDirectory() as fresh:
+        folder = arguments.runs or Path(fresh)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, setup in SETUPS.items():
+            if arguments.setup in (None, name):
+                found = played(folder, name, setup, arguments.traces, arguments.most_s)
+                if found is None:
+                    sys.exit(3)
+                setups[name] = found
+                report.save("replay", "Routing policies on real traces", body_of(setups), {"setups": setups}, facts)
     print((report.RESULTS / "replay.md").read_text())
 
 

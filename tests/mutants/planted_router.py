@@ -114,6 +114,15 @@ _ROUTER = [
         "if self.prefill is None else",
     ),
     Mutant("router/routing/policy.py", "    if winner.prefill and winner.is_under_a_block:\n", "    if False:\n"),
+    Mutant("router/routing/recorded.py", '"side": sides.index(side)', '"side": 0'),
+    Mutant("router/routing/recorded.py", "        if side not in sides:\n", "        if True:\n"),
+    Mutant("router/routing/recorded.py", "int(blocks) for name", "1 for name"),
+    Mutant(
+        "router/routing/policy.py",
+        "asked = Asked(request, tuple(workers), held,",
+        "asked = Asked(request, tuple(workers), {},",
+    ),
+    Mutant("router/requests/history.py", "_line(logged, MAX_LOGGED_BYTES)", "_line(entry, MAX_LOGGED_BYTES)"),
     Mutant("router/routing/coefficients.py", "uncached * (held + uncached / 2)", "uncached * uncached / 2"),
     Mutant("router/routing/known_worker.py", "recent += amount(work)\n", "pass\n"),
     Mutant(
