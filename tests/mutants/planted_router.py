@@ -414,8 +414,8 @@ _DRIVEN = [
     Mutant("router/workers/links.py", "        if not self._is_up:\n            return False\n", ""),
     Mutant(
         "router/requests/history.py",
-        '(entry["tenant"], entry["request_id"]), _line(entry)',
-        '("", entry["request_id"]), _line(entry)',
+        '(entry["tenant"], entry["request_id"]), _line(entry, MAX',
+        '("", entry["request_id"]), _line(entry, MAX',
     ),
     Mutant(
         "router/requests/history.py",
