@@ -22,8 +22,10 @@ class SglangCacheAware(ByStage):
     """SGLang's `cache_aware`: affinity while the loads are balanced, else the least loaded worker.
 
     Imbalanced: max - min > 64 and max > 1.5 * min, in requests under way. Balanced: the worker with the longest prefix
-    if more than 0.3 of the prompt matches, else the least loaded one. Source: SGLang Model Gateway documentation, "Load
-    Balancing Policies", with its defaults. Earlier releases chose the smallest cache tree where nothing matches.
+    if more than 0.3 of the prompt matches. With disaggregation this chooses the prefill worker, and the decode worker
+    is the least loaded one. Source: SGLang Model Gateway, the header of its policy `cache_aware` and its options. One
+    difference: where too little matches, that router takes the worker with the smallest tree of what it sent; here it
+    is the least loaded one, because the tree is an estimate of a cache that is known here.
     """
 
     name = "sglang"
@@ -35,7 +37,9 @@ class SglangCacheAware(ByStage):
         """By prefix or by load."""
         loads = [load_of(w) for w in question.workers]
         most, least = max(loads), min(loads)
-        if not (most - least > SGLANG_ABSOLUTE and most > SGLANG_RELATIVE * least):
+        if question.stage is not Stage.DECODE and not (
+            most - least > SGLANG_ABSOLUTE and most > SGLANG_RELATIVE * least
+        ):
             best = max(question.workers, key=lambda w: (question.held(w), -load_of(w)))
             if question.held(best) > SGLANG_MATCH_RATE * question.request.prompt_tokens:
                 return best

@@ -71,6 +71,12 @@ def test_sglang(loads: tuple[int, int], held: int, chosen: str):
     assert name_of(SglangCacheAware(CHANCE).pick(ask(workers, a=held))) == chosen
 
 
+def test_sglang_decodes_on_the_least_loaded_worker():
+    workers = [worker("a", 3), worker("b", 2)]
+    assert name_of(SglangCacheAware(CHANCE).pick(ask(workers, Stage.DECODE, a=1600))) == "b"
+    assert name_of(SglangCacheAware(CHANCE).pick(ask(workers, Stage.PREFILL, a=1600))) == "a"
+
+
 def test_dynamo_adds_the_blocks_to_compute_and_those_under_way():
     busy = worker("a", running_context_tokens=3200)
     busy.in_flight[SequenceKey("x", 0)] = Dispatched(0.5, 320, 320 + 1024)  # 320 tokens to compute, reported since
