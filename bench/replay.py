@@ -47,14 +47,14 @@ SETUPS = {
         "Mooncake conversations, 16 combined workers",
         "mooncake_conversation.jsonl",
         "combined=16",
-        2500,
+        2000,
         Targets(5.0, 0.075),
     ),
     "mooncake_pairs": Setup(
         "Mooncake conversations, 12 prefill and 4 decode workers",
         "mooncake_conversation.jsonl",
         "prefill=12,decode=4",
-        2000,
+        1500,
         Targets(5.0, 0.075),
     ),
     "azure": Setup(
