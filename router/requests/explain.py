@@ -65,7 +65,7 @@ def explain_run(run: RequestState, state: str) -> dict[str, Any]:
 def _made(choice: dict[str, Any], handover: dict[str, Any] | None) -> dict[str, Any]:
     """A choice whose reason also says where the decode worker departed from it, as its report tells."""
     why = handover["local_reason"] if handover is not None else ""
-    if why and why != "ordered" and choice["winner"]["computed_by"] != choice["winner"]["decode_worker"]:
+    if why and choice["winner"]["computed_by"] != choice["winner"]["decode_worker"]:
         worker = choice["winner"]["decode_worker"]
         choice["reason"] += f"; {worker} computed the prompt itself after all: {why}"
     return choice

@@ -137,8 +137,8 @@ _ROUTER = [
     ),
     Mutant(
         "router/requests/explain.py",
-        'if why and why != "ordered" and',
-        "if why and",
+        'if why and choice["winner"]["computed_by"] != choice["winner"]["decode_worker"]:',
+        "if why:",
     ),
     Mutant("router/routing/fleet.py", "            return []  # a zombie of an earlier life\n", "            pass\n"),
     Mutant(
