@@ -61,7 +61,7 @@ SETUPS = {
         "Azure 2023 conversations, 4 combined workers",
         "azure_conversation_2023.csv",
         "combined=4",
-        6_000,
+        4_000,
         Targets(0.5, 0.075),
     ),
 }

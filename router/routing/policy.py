@@ -37,6 +37,7 @@ class PolicyLimits:
     overlap: float = 0.8  # share of a hand-over that overlaps with its prefill
     handover_fixed_ms: float = 2.0  # for the stream, promise and bind
     delay_weight: float = 0.5  # penalty in ms per ms of delay of another request
+    max_disturbed: int = 32  # sequences whose delay counts: `step.target_ms` bounds it for any number of them
     work_weight: float = 0.2  # penalty in ms per ms of computation, for requests that come next
     equal_ms: float = 0.1  # candidates within this or equal_share of the best count as equal
     equal_share: float = 0.02
@@ -219,7 +220,7 @@ class _Costs:
     def local(self, decode: WorkerView) -> Candidate:
         own = self._of(decode)
         # Those who decode there wait while it prefills; on a decode worker so do those who are to come.
-        disturbed = decode.num_decoding + (1 if decode.role is Role.DECODE else 0)
+        disturbed = min(decode.num_decoding, self._limits.max_disturbed) + (1 if decode.role is Role.DECODE else 0)
         weight = self._limits.work_weight + self._limits.delay_weight * disturbed
         load_penalty_ms = own.interference_ms + weight * own.prefill_ms
         throttle_ms = own.slow_prefill_ms + own.slow_decode_ms
@@ -237,7 +238,8 @@ class _Costs:
         held = min(self._held.get(worker.worker_id, 0) * HASH_BLOCK_TOKENS, request.prompt_tokens - 1)
         uncached = request.prompt_tokens - held
         # One more row in every step: a share of a step for each sequence that is there.
-        interference_ms = self._limits.delay_weight * speed.decode_step_ms * worker.num_decoding * request.num_choices
+        disturbed = min(worker.num_decoding, self._limits.max_disturbed)
+        interference_ms = self._limits.delay_weight * speed.decode_step_ms * disturbed * request.num_choices
         queue_ms = speed.work_ms(worker.queued_prefill_tokens, worker.queued_prefill_pairs)
         prefill_ms, decode_queue_ms = speed.prefill_ms(uncached, held), self._decode_queue_ms(worker)
         steps_ms = speed.decode_step_ms * min(request.expected_tokens, MEAN_LIFE_TOKENS)

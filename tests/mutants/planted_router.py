@@ -114,6 +114,16 @@ _ROUTER = [
         "if self.prefill is None else",
     ),
     Mutant("router/routing/policy.py", "    if winner.prefill and winner.is_under_a_block:\n", "    if False:\n"),
+    Mutant(
+        "router/routing/policy.py",
+        "disturbed = min(worker.num_decoding, self._limits.max_disturbed)\n",
+        "disturbed = worker.num_decoding\n",
+    ),
+    Mutant(
+        "router/routing/policy.py",
+        "disturbed = min(decode.num_decoding, self._limits.max_disturbed) +",
+        "disturbed = decode.num_decoding +",
+    ),
     Mutant("router/routing/recorded.py", '"side": sides.index(side)', '"side": 0'),
     Mutant("router/routing/recorded.py", "        if side not in sides:\n", "        if True:\n"),
     Mutant("router/routing/recorded.py", "int(blocks) for name", "1 for name"),
