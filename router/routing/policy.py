@@ -37,7 +37,7 @@ class PolicyLimits:
     overlap: float = 0.8  # share of a hand-over that overlaps with its prefill
     handover_fixed_ms: float = 2.0  # for the stream, promise and bind
     delay_weight: float = 0.5  # penalty in ms per ms of delay of another request
-    max_disturbed: int = 32  # sequences whose delay counts: `step.target_ms` bounds it for any number of them
+    max_disturbed: int = 64  # sequences whose delay counts: `step.target_ms` bounds it for any number of them
     work_weight: float = 0.2  # penalty in ms per ms of computation, for requests that come next
     equal_ms: float = 0.1  # candidates within this or equal_share of the best count as equal
     equal_share: float = 0.02
