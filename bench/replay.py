@@ -54,14 +54,14 @@ SETUPS = {
         "Mooncake conversations, 12 prefill and 4 decode workers",
         "mooncake_conversation.jsonl",
         "prefill=12,decode=4",
-        1500,
+        1000,
         Targets(5.0, 0.075),
     ),
     "azure": Setup(
         "Azure 2023 conversations, 4 combined workers",
         "azure_conversation_2023.csv",
         "combined=4",
-        4_000,
+        3_000,
         Targets(0.5, 0.075),
     ),
 }
