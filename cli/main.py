@@ -6,12 +6,12 @@ from typing import Annotated
 
 import typer
 
-from ..cli import certs, chat, down, drain, quantize, restart, role, serve, status, up
+from ..cli import certs, chat, down, drain, explain, quantize, restart, role, serve, status, up
 from ..cli import processes as members
 from ..core.errors import TwostrokeError
 from .failure import fail
 from .keys import app as keys_app
-from .sim import app as sim_app
+from .simulation.sim import app as sim_app
 
 app = typer.Typer(
     name="twostroke",
@@ -43,6 +43,7 @@ app.command()(down.down)
 app.command()(members.worker)
 app.command()(members.router)
 app.command()(status.status)
+app.command()(explain.explain)
 app.command()(role.role)
 app.command()(drain.drain)
 app.command()(restart.restart)

@@ -151,6 +151,11 @@ class Sequence:
         return self.num_remaining if self.num_computed else self.num_remaining - self.likely_cached
 
     @property
+    def expected_pairs(self) -> float:
+        """(query, key) pairs of `num_expected`: the part of their cost that grows with the square."""
+        return self.num_expected * (len(self.tokens) - self.num_expected / 2)
+
+    @property
     def tokens_to_hold(self) -> int:
         """Tokens that its blocks must cover to begin: the known ones, and the first decode unless a peer decodes."""
         return self.num_prompt if self.source is Source.FOR_PEER else len(self.tokens) + 1

@@ -858,6 +858,7 @@ class LoadReport(_message.Message):
     HANDOVER_BYTES_PER_S_FIELD_NUMBER: _builtins.int
     COUNTERS_FIELD_NUMBER: _builtins.int
     SPREADS_FIELD_NUMBER: _builtins.int
+    QUEUED_PREFILL_PAIRS_FIELD_NUMBER: _builtins.int
     GPUS_FIELD_NUMBER: _builtins.int
     role: _common_pb2.Role.ValueType
     waiting: _builtins.int
@@ -876,6 +877,8 @@ class LoadReport(_message.Message):
     prefill_ms_per_token_pair: _builtins.float
     decode_step_ms: _builtins.float
     handover_bytes_per_s: _builtins.float
+    queued_prefill_pairs: _builtins.float
+    """(query, key) pairs of queued_prefill_tokens; 0 of an older release"""
     @_builtins.property
     def counters(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]: ...
     @_builtins.property
@@ -907,11 +910,12 @@ class LoadReport(_message.Message):
         handover_bytes_per_s: _builtins.float = ...,
         counters: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         spreads: _abc.Mapping[_builtins.str, Global___Spread] | None = ...,
+        queued_prefill_pairs: _builtins.float = ...,
         gpus: _abc.Iterable[_common_pb2.GpuState] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_blocks", b"cached_blocks", "counters", b"counters", "decode_step_ms", b"decode_step_ms", "draining", b"draining", "free_blocks", b"free_blocks", "gpus", b"gpus", "handover_bytes_per_s", b"handover_bytes_per_s", "phase", b"phase", "prefill_ms_per_token", b"prefill_ms_per_token", "prefill_ms_per_token_pair", b"prefill_ms_per_token_pair", "promised_blocks", b"promised_blocks", "queued_prefill_tokens", b"queued_prefill_tokens", "role", b"role", "running", b"running", "running_context_tokens", b"running_context_tokens", "spreads", b"spreads", "steps", b"steps", "total_blocks", b"total_blocks", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_blocks", b"cached_blocks", "counters", b"counters", "decode_step_ms", b"decode_step_ms", "draining", b"draining", "free_blocks", b"free_blocks", "gpus", b"gpus", "handover_bytes_per_s", b"handover_bytes_per_s", "phase", b"phase", "prefill_ms_per_token", b"prefill_ms_per_token", "prefill_ms_per_token_pair", b"prefill_ms_per_token_pair", "promised_blocks", b"promised_blocks", "queued_prefill_pairs", b"queued_prefill_pairs", "queued_prefill_tokens", b"queued_prefill_tokens", "role", b"role", "running", b"running", "running_context_tokens", b"running_context_tokens", "spreads", b"spreads", "steps", b"steps", "total_blocks", b"total_blocks", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -110,6 +110,7 @@ class Watchers:
             waiting=load.waiting,
             running=load.running,
             queued_prefill_tokens=load.queued_prefill_tokens,
+            queued_prefill_pairs=load.queued_prefill_pairs,
             running_context_tokens=load.running_context_tokens,
             free_blocks=load.free_blocks,
             cached_blocks=load.cached_blocks,

@@ -312,6 +312,7 @@ class LoadNews:
     counters: tuple[tuple[str, int], ...]
     waiting_for_peer: int = 0  # sequences that wait for the other worker of a hand-over
     waiting_for_room: int = 0  # sequences that wait for blocks or seats here
+    queued_prefill_pairs: float = 0.0  # (query, key) pairs of `queued_prefill_tokens`
     spreads: tuple[tuple[str, Spread], ...] = ()  # histograms by name, since the start: core/metrics.py
 
 

@@ -44,8 +44,7 @@ class Chooser:
         choice = choose(run.facts, views_of(workers), prefixes.expected(usable, now_s), self._limits.policy)
         if choice is not None:
             # Later requests can use the prefix on the worker that computes it, not yet on the decode worker.
-            computes = choice.winner.prefill or choice.winner.decode
-            prefixes.predict([computes.worker_id], run.identities, now_s)
+            prefixes.predict([choice.winner.computes.worker_id], run.identities, now_s)
         return choice
 
     def has_room(self, run: RequestState) -> bool:

@@ -15,6 +15,7 @@ from ..routing.cordoned import Cordoned
 from ..routing.facts import GpuFacts
 from ..routing.known_worker import Worker
 from ..routing.policy import Candidate, RoutingDecision
+from ..routing.recorded import asked_to_json
 from .attempts import Dispatch
 from .state import RequestState
 
@@ -56,9 +57,18 @@ def explain_run(run: RequestState, state: str) -> dict[str, Any]:
         "finish_reasons": [reason.value if reason else None for reason in run.delivery.finish_reasons],
         "error": {"code": run.error.code, "message": _cut(run.error.message, MAX_MESSAGE)} if run.error else None,
         "timeline": timeline_ms(run),
-        "choice": explain_choice(current.choice) if current else None,
+        "choice": _made(explain_choice(current.choice), handover) if current else None,
         "dispatches": [_dispatch(run, dispatch) for dispatch in run.dispatches],
     }
+
+
+def _made(choice: dict[str, Any], handover: dict[str, Any] | None) -> dict[str, Any]:
+    """A choice whose reason also says where the decode worker departed from it, as its report tells."""
+    why = handover["local_reason"] if handover is not None else ""
+    if why and choice["winner"]["computed_by"] != choice["winner"]["decode_worker"]:
+        worker = choice["winner"]["decode_worker"]
+        choice["reason"] += f"; {worker} computed the prompt itself after all: {why}"
+    return choice
 
 
 def _dispatch(run: RequestState, dispatch: Dispatch) -> dict[str, Any]:
@@ -130,6 +140,19 @@ def explain_choice(choice: RoutingDecision) -> dict[str, Any]:
     }
 
 
+def explain_decisions(run: RequestState) -> list[dict[str, Any]]:
+    """Every attempt's decision with all that it was made from, for the decision log."""
+    return [
+        {
+            "epoch": list(dispatch.epoch),
+            "asked": asked_to_json(dispatch.choice.asked),
+            "choice": explain_choice(dispatch.choice),
+        }
+        for dispatch in run.dispatches
+        if dispatch.choice.asked is not None
+    ]
+
+
 def explain_worker(worker: Worker, coefficients: Coefficients, now_s: float) -> dict[str, Any]:
     """Report of one worker, for `status`."""
     facts, load = worker.facts, worker.load
@@ -193,6 +216,7 @@ def _candidate(candidate: Candidate) -> dict[str, Any]:
     return {
         "prefill_worker": candidate.prefill.worker_id if candidate.prefill else None,
         "decode_worker": candidate.decode.worker_id,
+        "computed_by": candidate.computes.worker_id,  # the prompt
         "prefill_held_tokens": candidate.prefill_held_tokens,
         "decode_held_tokens": candidate.decode_held_tokens,
         **terms,

@@ -28,7 +28,7 @@ from ..routing.facts import ModelFacts
 from ..workers.registry import Identity, WorkerRegistry
 from .admission.entrance import Announced
 from .dispatch import Dispatcher, PieceStream
-from .explain import explain_run
+from .explain import explain_decisions, explain_run
 from .history import RequestHistory
 from .life import life_of
 from .pairs import PairKey, Pairs
@@ -276,7 +276,7 @@ class Flow:
             self._moved["kv_bytes_moved"] += report["bytes_moved"]
             if run.current is not None and report["prefill_worker"]:
                 self._pairs.observe(PairKey(report["prefill_worker"], run.current.decode.worker_id), report)
-        self._journal.add(explain_run(run, state))
+        self._journal.add(explain_run(run, state), lambda: explain_decisions(run))
         self._members.wake()
 
 

@@ -10,6 +10,11 @@ from .facts import LoadFacts
 _SMOOTHING = 0.1
 
 
+def pairs_of(uncached: int, held: int) -> float:
+    """(query, key) pairs of `uncached` tokens after `held` ones."""
+    return uncached * (held + uncached / 2)
+
+
 @dataclass(frozen=True, slots=True)
 class Coefficients:
     """Prefilling u tokens after h held ones takes `a*u + b*u*(h + u/2)` ms; a decode step takes `decode_step_ms`."""
@@ -21,8 +26,11 @@ class Coefficients:
 
     def prefill_ms(self, uncached: int, held: int) -> float:
         """Time to compute `uncached` tokens after `held` ones."""
-        pairs = uncached * (held + uncached / 2)
-        return self.prefill_ms_per_token * uncached + self.prefill_ms_per_token_pair * pairs
+        return self.work_ms(uncached, pairs_of(uncached, held))
+
+    def work_ms(self, tokens: float, pairs: float) -> float:
+        """Time to compute this many tokens, with this many (query, key) pairs."""
+        return self.prefill_ms_per_token * tokens + self.prefill_ms_per_token_pair * pairs
 
 
 DEFAULTS = Coefficients()

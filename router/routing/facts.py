@@ -92,6 +92,7 @@ class LoadFacts:
     waiting: int = 0
     running: int = 0
     queued_prefill_tokens: int = 0
+    queued_prefill_pairs: float = 0.0  # of a worker of an older release: 0
     running_context_tokens: int = 0
     free_blocks: int = 0
     cached_blocks: int = 0

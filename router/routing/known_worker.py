@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ...core.request import Role, SequenceKey
@@ -30,6 +31,9 @@ class Dispatched:
     at_s: float
     prefill_tokens: int  # to compute here; 0 after the first token, or for a pair's decode side
     context_tokens: int  # to hold here while decoding; 0 for a pair's prefill side
+    prefill_pairs: float = (
+        0.0  # (query, key) pairs of `prefill_tokens`: the part of their cost that grows with the square
+    )
 
 
 @dataclass(slots=True)
@@ -76,12 +80,23 @@ class Worker:
     @property
     def queued_prefill_tokens(self) -> int:
         """Tokens to compute before a new prompt: reported plus later dispatches, or recent dispatches if more."""
+        return int(self._queued(self.load.queued_prefill_tokens, lambda work: work.prefill_tokens))
+
+    @property
+    def queued_prefill_pairs(self) -> float:
+        """The same in (query, key) pairs."""
+        return self._queued(self.load.queued_prefill_pairs, lambda work: work.prefill_pairs)
+
+    def _queued(self, reported: float, amount: Callable[[Dispatched], float]) -> float:
         since = self.load_s
         if since is None:
-            return sum(d.prefill_tokens for d in self.in_flight.values())
-        later = sum(d.prefill_tokens for d in self.in_flight.values() if d.at_s > since)
-        recent = sum(d.prefill_tokens for d in self.in_flight.values() if d.at_s > since - REPORT_LAG_S)
-        return max(self.load.queued_prefill_tokens + later, recent)
+            return sum(amount(d) for d in self.in_flight.values())
+        later = recent = 0.0
+        for work in self.in_flight.values():
+            if work.at_s > since - REPORT_LAG_S:
+                recent += amount(work)
+                later += amount(work) if work.at_s > since else 0.0
+        return max(reported + later, recent)
 
     @property
     def num_decoding(self) -> int:

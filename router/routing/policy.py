@@ -6,7 +6,8 @@
          + load penalty: the delay to sequences that decode on D, and the work itself, which later requests wait for
          + (slowdown - 1) * time on a throttled GPU     of the prefill on P, and of all steps on D
 
-A local prefill has P = D, and its load penalty covers the steps it takes from D's other sequences. The penalty on work
+A local prefill has P = D, and its load penalty covers the steps it takes from D's other sequences. A decode worker that
+lacks less than a block computes it itself, so such a pair costs what a local prefill there does. The penalty on work
 is why siblings of a burst go where their prefix is being computed, although another worker would be as quick. The best
 4 P x the best 4 D and every local prefill are compared exactly. Candidates within the measuring noise of each other
 count as equal; then fewer sequences under way win, and then a hash of the request's id, and no worker is always first.
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ...core.request import Role
@@ -36,6 +37,7 @@ class PolicyLimits:
     overlap: float = 0.8  # share of a hand-over that overlaps with its prefill
     handover_fixed_ms: float = 2.0  # for the stream, promise and bind
     delay_weight: float = 0.5  # penalty in ms per ms of delay of another request
+    max_disturbed: int = 64  # sequences whose delay counts: `step.target_ms` bounds it for any number of them
     work_weight: float = 0.2  # penalty in ms per ms of computation, for requests that come next
     equal_ms: float = 0.1  # candidates within this or equal_share of the best count as equal
     equal_share: float = 0.02
@@ -66,6 +68,7 @@ class WorkerView:
     coefficients: Coefficients
     kv_bytes_per_token: int
     queued_prefill_tokens: int
+    queued_prefill_pairs: float
     num_decoding: int
     max_num_seqs: int
     free_kv_tokens: int
@@ -109,6 +112,12 @@ class Candidate:
     prefill_held_tokens: int
     decode_held_tokens: int
     terms: Terms
+    is_under_a_block: bool = False  # the decode worker lacks so little that it computes it itself, although paired
+
+    @property
+    def computes(self) -> WorkerView:
+        """The worker that computes the prompt."""
+        return self.decode if self.prefill is None or self.is_under_a_block else self.prefill
 
     @property
     def in_flight(self) -> int:
@@ -122,6 +131,16 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
+class Asked:
+    """All that a decision was made from: equal ones give equal decisions."""
+
+    request: RequestFacts
+    workers: tuple[WorkerView, ...]
+    held: Mapping[str, int]
+    limits: PolicyLimits
+
+
+@dataclass(frozen=True, slots=True)
 class RoutingDecision:
     """The chosen candidate, the reason, and all candidates (cheapest first)."""
 
@@ -130,6 +149,7 @@ class RoutingDecision:
     candidates: tuple[Candidate, ...]
     reason: str
     refused: tuple[RefusedPair, ...] = ()  # pairs that would have been candidates
+    asked: Asked | None = None  # None: another policy's
 
 
 def choose(
@@ -151,7 +171,8 @@ def choose(
     ranked = sorted(candidates, key=lambda c: (c.terms.total_ms, c.name))
     winner = _pick(ranked, request.request_id, limits)
     reason = _reason(winner, ranked, request)
-    return RoutingDecision(winner, _peers(winner, ranked), tuple(ranked), reason, tuple(paired.refused))
+    asked = Asked(request, tuple(workers), held, limits)
+    return RoutingDecision(winner, _peers(winner, ranked), tuple(ranked), reason, tuple(paired.refused), asked)
 
 
 class _Figures(NamedTuple):
@@ -188,6 +209,8 @@ class _Costs:
 
     def pair(self, prefill: WorkerView, decode: WorkerView) -> Candidate:
         p, d = self._of(prefill), self._of(decode)
+        if self._request.prompt_tokens - d.held < HASH_BLOCK_TOKENS:  # decode_worker/task.py does not ask its peer
+            return replace(self.local(decode), prefill=prefill, is_under_a_block=True)
         load_penalty_ms = d.interference_ms + self._limits.work_weight * p.prefill_ms
         transfer_ms = self._transfer_ms(decode, prefill)
         throttle_ms = p.slow_prefill_ms + d.slow_decode_ms
@@ -197,7 +220,7 @@ class _Costs:
     def local(self, decode: WorkerView) -> Candidate:
         own = self._of(decode)
         # Those who decode there wait while it prefills; on a decode worker so do those who are to come.
-        disturbed = decode.num_decoding + (1 if decode.role is Role.DECODE else 0)
+        disturbed = min(decode.num_decoding, self._limits.max_disturbed) + (1 if decode.role is Role.DECODE else 0)
         weight = self._limits.work_weight + self._limits.delay_weight * disturbed
         load_penalty_ms = own.interference_ms + weight * own.prefill_ms
         throttle_ms = own.slow_prefill_ms + own.slow_decode_ms
@@ -215,8 +238,9 @@ class _Costs:
         held = min(self._held.get(worker.worker_id, 0) * HASH_BLOCK_TOKENS, request.prompt_tokens - 1)
         uncached = request.prompt_tokens - held
         # One more row in every step: a share of a step for each sequence that is there.
-        interference_ms = self._limits.delay_weight * speed.decode_step_ms * worker.num_decoding * request.num_choices
-        queue_ms = speed.prefill_ms_per_token * worker.queued_prefill_tokens
+        disturbed = min(worker.num_decoding, self._limits.max_disturbed)
+        interference_ms = self._limits.delay_weight * speed.decode_step_ms * disturbed * request.num_choices
+        queue_ms = speed.work_ms(worker.queued_prefill_tokens, worker.queued_prefill_pairs)
         prefill_ms, decode_queue_ms = speed.prefill_ms(uncached, held), self._decode_queue_ms(worker)
         steps_ms = speed.decode_step_ms * min(request.expected_tokens, MEAN_LIFE_TOKENS)
         slower = worker.slowdown - 1.0
@@ -268,6 +292,8 @@ def _hash(request_id: str, name: str) -> bytes:
 def _reason(winner: Candidate, ranked: Sequence[Candidate], request: RequestFacts) -> str:
     terms = winner.terms
     where = f"prefill on {winner.prefill.worker_id}" if winner.prefill else "prefill locally"
+    if winner.prefill and winner.is_under_a_block:
+        where = f"prefill locally, because less than a block is missing ({winner.prefill.worker_id} stands by)"
     parts = [
         f"{winner.decode.worker_id}, {where}: {terms.total_ms:.1f} ms",
         f"{winner.prefill_held_tokens} of {request.prompt_tokens} tokens held",

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from ...core.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound, Unavailable
 from ...core.request import Request, Role, SequenceKey
 from ...kv.keys import identity_class
-from .coefficients import coefficients_of, guess
+from .coefficients import coefficients_of, guess, pairs_of
 from .facts import ModelFacts
 from .fleet import Fleet
 from .known_worker import Dispatched, Worker
@@ -57,6 +57,7 @@ def views_of(workers: Iterable[Worker]) -> list[WorkerView]:
             coefficients=coefficients_of(worker.load, otherwise),
             kv_bytes_per_token=worker.facts.model.kv_bytes_per_token,
             queued_prefill_tokens=worker.queued_prefill_tokens,
+            queued_prefill_pairs=worker.queued_prefill_pairs,
             num_decoding=worker.num_decoding,
             max_num_seqs=worker.facts.max_num_seqs,
             free_kv_tokens=worker.free_kv_tokens,
@@ -78,10 +79,13 @@ def count_work(
     winner = choice.winner
     # The choices share the prompt: only the first one has prefill work.
     uncached = request.prompt_tokens - winner.prefill_held_tokens if is_leading else 1
+    pairs = pairs_of(uncached, winner.prefill_held_tokens) if is_leading else 0.0
     context = request.prompt_tokens + request.expected_tokens
-    local = winner.prefill is None
+    is_local = winner.computes is winner.decode
     if is_leading:
         fleet.prompts.add(uncached)
-    fleet.dispatched(winner.decode.worker_id, key, Dispatched(now_s, uncached if local else 0, context))
-    if winner.prefill is not None:
-        fleet.dispatched(winner.prefill.worker_id, key, Dispatched(now_s, uncached, 0))
+    if is_local:
+        fleet.dispatched(winner.decode.worker_id, key, Dispatched(now_s, uncached, context, pairs))
+    else:
+        fleet.dispatched(winner.decode.worker_id, key, Dispatched(now_s, 0, context))
+        fleet.dispatched(winner.computes.worker_id, key, Dispatched(now_s, uncached, 0, pairs))

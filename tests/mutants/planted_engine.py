@@ -293,4 +293,9 @@ _LATER = [
     ),
 ]
 
-MUTANTS = [*_ENGINE, *_AROUND, *_TASTE, *_PLANS, *_LATER]
+_REPORT = [
+    Mutant("engine/report.py", "sum(s.num_expected for s in to_prefill)", "sum(s.num_remaining for s in to_prefill)"),
+    Mutant("engine/sequence.py", "(len(self.tokens) - self.num_expected / 2)", "(self.num_expected / 2)"),
+]
+
+MUTANTS = [*_ENGINE, *_AROUND, *_TASTE, *_PLANS, *_LATER, *_REPORT]

@@ -98,6 +98,58 @@ _ROUTER = [
         "return min(equal, key=lambda c: (c.in_flight,",
         "return min(equal, key=lambda c: (-c.in_flight,",
     ),
+    Mutant(
+        "router/routing/policy.py",
+        "speed.work_ms(worker.queued_prefill_tokens, worker.queued_prefill_pairs)",
+        "speed.work_ms(worker.queued_prefill_tokens, 0.0)",
+    ),
+    Mutant(
+        "router/routing/policy.py",
+        "if self._request.prompt_tokens - d.held < HASH_BLOCK_TOKENS:",
+        "if self._request.prompt_tokens - d.held <= HASH_BLOCK_TOKENS:",
+    ),
+    Mutant(
+        "router/routing/policy.py",
+        "if self.prefill is None or self.is_under_a_block else",
+        "if self.prefill is None else",
+    ),
+    Mutant("router/routing/policy.py", "    if winner.prefill and winner.is_under_a_block:\n", "    if False:\n"),
+    Mutant(
+        "router/routing/policy.py",
+        "disturbed = min(worker.num_decoding, self._limits.max_disturbed)\n",
+        "disturbed = worker.num_decoding\n",
+    ),
+    Mutant(
+        "router/routing/policy.py",
+        "disturbed = min(decode.num_decoding, self._limits.max_disturbed) +",
+        "disturbed = decode.num_decoding +",
+    ),
+    Mutant("router/routing/recorded.py", '"side": sides.index(side)', '"side": 0'),
+    Mutant("router/routing/recorded.py", "        if side not in sides:\n", "        if True:\n"),
+    Mutant("router/routing/recorded.py", "int(blocks) for name", "1 for name"),
+    Mutant(
+        "router/routing/policy.py",
+        "asked = Asked(request, tuple(workers), held,",
+        "asked = Asked(request, tuple(workers), {},",
+    ),
+    Mutant("router/requests/history.py", "_line(logged, MAX_LOGGED_BYTES)", "_line(entry, MAX_LOGGED_BYTES)"),
+    Mutant("router/routing/coefficients.py", "uncached * (held + uncached / 2)", "uncached * uncached / 2"),
+    Mutant("router/routing/known_worker.py", "recent += amount(work)\n", "pass\n"),
+    Mutant(
+        "router/routing/known_worker.py",
+        "if work.at_s > since else 0.0",
+        "if work.at_s > since - REPORT_LAG_S else 0.0",
+    ),
+    Mutant("router/routing/views.py", "if is_leading else 0.0\n", "if is_leading else 1e6\n"),
+    Mutant("router/routing/views.py", "Dispatched(now_s, uncached, 0, pairs)", "Dispatched(now_s, uncached, 0)"),
+    Mutant(
+        "router/routing/views.py", "Dispatched(now_s, uncached, context, pairs)", "Dispatched(now_s, uncached, context)"
+    ),
+    Mutant(
+        "router/requests/explain.py",
+        'if why and choice["winner"]["computed_by"] != choice["winner"]["decode_worker"]:',
+        "if why:",
+    ),
     Mutant("router/routing/fleet.py", "            return []  # a zombie of an earlier life\n", "            pass\n"),
     Mutant(
         "router/routing/fleet.py",
@@ -193,8 +245,8 @@ _LIVES = [
     Mutant("router/requests/lifecycle.py", "@{self._incarnation:x}.{self._num_admitted:x}", "@{self._num_admitted:x}"),
     Mutant(
         "router/requests/choosing.py",
-        "computes = choice.winner.prefill or choice.winner.decode",
-        "computes = choice.winner.decode",
+        "prefixes.predict([choice.winner.computes.worker_id]",
+        "prefixes.predict([choice.winner.decode.worker_id]",
     ),
     Mutant(
         "router/requests/lifecycle.py",
@@ -372,8 +424,8 @@ _DRIVEN = [
     Mutant("router/workers/links.py", "        if not self._is_up:\n            return False\n", ""),
     Mutant(
         "router/requests/history.py",
-        '(entry["tenant"], entry["request_id"]), _line(entry)',
-        '("", entry["request_id"]), _line(entry)',
+        '(entry["tenant"], entry["request_id"]), _line(entry, MAX',
+        '("", entry["request_id"]), _line(entry, MAX',
     ),
     Mutant(
         "router/requests/history.py",
@@ -385,7 +437,7 @@ _DRIVEN = [
         "        self._forget(key)\n        self._entries[key] = line\n",
         "        self._entries[key] = line\n",
     ),
-    Mutant("router/requests/history.py", "    while len(line) > MAX_ENTRY_BYTES:\n", "    while False:\n"),
+    Mutant("router/requests/history.py", "    while len(line) > most:\n", "    while False:\n"),
     Mutant(
         "router/requests/history.py",
         " for name, value in entry.items() if name not in _NAMES}",

@@ -44,6 +44,7 @@ class Behaviour:
     end_twice: bool = False
     bytes_moved: int = 0
     guesses: int = 0  # right ones of each choice; thrice as many were made
+    local_reason: str = ""  # why it computes prompts itself, although it was given a peer
 
 
 @dataclass
@@ -259,7 +260,8 @@ class FakeWorker:
                 common_pb2.Instant(name="first_token", since_seen_ns=1_000_000),
             ],
             handover=worker_pb2.HandoverReport(
-                prefill_worker=peer,
+                prefill_worker="" if self.behaviour.local_reason else peer,
+                local_reason=self.behaviour.local_reason if peer else "ordered",
                 transport="grpc" if peer else "none",
                 bytes_moved=self.behaviour.bytes_moved,
                 bytes_as_bf16=2 * self.behaviour.bytes_moved,

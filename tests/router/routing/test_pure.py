@@ -154,6 +154,7 @@ workers = st.lists(
         coefficients=st.builds(Coefficients, st.floats(0.01, 5), st.floats(0, 1e-3), st.floats(1, 100)),
         kv_bytes_per_token=st.just(1000),
         queued_prefill_tokens=st.integers(0, 50_000),
+        queued_prefill_pairs=st.floats(0, 1e9),
         num_decoding=st.integers(0, 64),
         max_num_seqs=st.integers(1, 64),
         free_kv_tokens=st.integers(0, 100_000),
@@ -173,6 +174,10 @@ def test_the_winner_is_cheapest_within_the_noise_and_can_do_the_work(views, prom
     if choice is None:
         assert all(view.role is Role.PREFILL for view in views)
         return
+    asked = choice.asked
+    assert asked is not None
+    assert choose(asked.request, asked.workers, asked.held, asked.limits) == choice
+    assert asked.held == held
     best_ms = min(c.terms.total_ms for c in choice.candidates)
     noise_ms = max(limits.equal_ms, limits.equal_share * best_ms)
     assert choice.winner.terms.total_ms <= best_ms + noise_ms

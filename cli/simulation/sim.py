@@ -8,7 +8,10 @@ from typing import Annotated
 
 import typer
 
+from .replay import replay as replay_traces
+
 app = typer.Typer(help="Run the production machines under a virtual clock.", no_args_is_help=True)
+app.command(name="replay")(replay_traces)
 
 
 @app.callback()
@@ -39,7 +42,7 @@ def faults(
     Exit code 1 and the seed where one does not hold. A seed replays byte for byte.
     """
     # Imported here: the command line must start without numpy and the engine.
-    from ..sim.faults import Outcome, run_campaign, run_schedule, seeds_of
+    from ...sim.faults import Outcome, run_campaign, run_schedule, seeds_of
 
     def heard(outcome: Outcome) -> None:
         if verbose:
@@ -86,8 +89,8 @@ def faults(
 
 def _continue(path: Path, campaign: int, schedules: int, jobs: int) -> None:
     """Play what a campaign's journal does not have yet, on several cores."""
-    from ..sim.campaigns.journal import Journal, Sums, code_digest
-    from ..sim.campaigns.runner import run_ranges
+    from ...sim.campaigns.journal import Journal, Sums, code_digest
+    from ...sim.campaigns.runner import run_ranges
 
     journal = Journal(path, campaign, code_digest())
     known = sum(done.count for done in journal.done)
@@ -121,7 +124,7 @@ def _continue(path: Path, campaign: int, schedules: int, jobs: int) -> None:
 
 def _list_bugs() -> None:
     """Print each planted bug with the files that it patches, the invariants that it breaks, its bound and bias."""
-    from ..sim.planted import PLANTED
+    from ...sim.planted import PLANTED
 
     rows = [("bug", "patches", "breaks", "within", "settings")]
     for bug in PLANTED:
@@ -152,9 +155,9 @@ def exhaustive(
     # Imported here: the command line must start without numpy and the engine.
     import logging
 
-    from ..sim.exhaustive.edges import tables
-    from ..sim.exhaustive.search import Found, search
-    from ..sim.exhaustive.state import Scope
+    from ...sim.exhaustive.edges import tables
+    from ...sim.exhaustive.search import Found, search
+    from ...sim.exhaustive.state import Scope
 
     logging.disable(logging.CRITICAL)  # faults would make production code log thousands of warnings
     if edges:
@@ -206,9 +209,9 @@ def scale(
 
     A queue-level model with step times measured on an H200 (sim/scale/machine.py). Takes minutes.
     """
-    from ..sim.scale.cluster import Times
-    from ..sim.scale.compare import Case, Comparison
-    from ..sim.scale.demand import bursts, copied, drift, read_trace
+    from ...sim.scale.cluster import Times
+    from ...sim.scale.compare import Case, Comparison
+    from ...sim.scale.demand import bursts, copied, drift, read_trace
 
     made = {"bursts": bursts, "drift": drift}
     demands = made[trace](seed) if trace in made else copied(read_trace(Path(trace)), copies, seed)
