@@ -74,6 +74,7 @@ class Frontend:
         self._max_reading = config.max_running
         self._max_tokens = config.max_running_tokens
         self._num_reading = 0  # calls whose body was read and that are not admitted yet
+        self._num_loading = 0  # of those that are read: they wait for their model, which says nothing of the rate
         self._read_rate = FullRate()  # of calls per second, while some are being read
 
     def use_store(self, url: str, key: bytes) -> None:
@@ -197,12 +198,15 @@ class Frontend:
             raise DeadlineExceeded(f"the request's timeout of {timeout_s:g} s passed before its message was read")
         self._check_reading(len(calls), left_s)
         self._num_reading += len(calls)
-        self._read_rate.see(self.flow.clock.now_s(), is_full=True)
+        self._num_loading += len(calls)
         try:
             model = await self.models.get(calls[0].model)
         except BaseException:
-            self._have_read(len(calls))
+            self._num_reading -= len(calls)
             raise
+        finally:
+            self._num_loading -= len(calls)
+        self._read_rate.see(self.flow.clock.now_s(), is_full=True)
         work = partial(_validate, calls, model, self.limits)
         num_chars = sum(map(num_chars_of, calls))
         requests = await self.texts.run(work, num_chars, left_s, partial(self._have_read, len(calls)))
@@ -228,7 +232,7 @@ class Frontend:
         now_s = self.flow.clock.now_s()
         self._read_rate.note(num_calls, now_s)
         self._num_reading -= num_calls
-        self._read_rate.see(now_s, is_full=self._num_reading > 0)
+        self._read_rate.see(now_s, is_full=self._num_reading > self._num_loading)
 
     async def start(self, call: GenerateCall, admitted: Callable[[], None] | None = None) -> Started:
         """Admit a call and run it up to its first piece. `admitted` is called when `call` is no longer needed.

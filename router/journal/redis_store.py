@@ -137,8 +137,9 @@ class RedisStore:
             return
         self._is_closed = True
         if self._writer is not None:
-            self._writer.cancel()
-            await asyncio.gather(self._writer, return_exceptions=True)
+            while not self._writer.done():  # a library may swallow one cancellation
+                self._writer.cancel()
+                await asyncio.wait({self._writer}, timeout=CALL_S)
         if self._dirty and self.is_up:
             await self._write()
         try:
@@ -154,7 +155,7 @@ class RedisStore:
         return ours if claimed == 1 else None
 
     async def _write_for_ever(self) -> None:
-        while True:
+        while not self._is_closed:
             await self._news.wait()
             self._news.clear()
             if not await self._write():
@@ -192,9 +193,11 @@ class RedisStore:
             del self._dirty[entry]
         if not chosen:
             return True
+        was_up = self.is_up
         answers = await self._call(pipeline.execute(raise_on_error=False))
         if not isinstance(answers, list) or len(answers) != len(chosen) or any(a not in (0, 1) for a in answers):
             if answers is not None:
+                self.is_up = was_up  # it answers, and takes nothing
                 self._failed(f"answered {str(answers)[:200]}")
             self._dirty = dict.fromkeys(entry for entry, _ in chosen) | self._dirty
             for entry in self._dirty:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -74,3 +75,44 @@ async def test_the_end_of_a_request_that_came_during_a_write_is_written(monkeypa
     assert list(store._dirty) == [one]
     assert await store._write()
     assert store.num_waiting == 0
+
+
+async def test_a_full_redis_is_down_until_it_takes_something(monkeypatch: pytest.MonkeyPatch, caplog: Any):
+    answer: list[Any] = [ValueError("OOM")]
+    store = store_with(lambda: None, monkeypatch)
+
+    class Full(Pipeline):
+        async def execute(self, *, raise_on_error: bool) -> list[Any]:
+            return answer * self._num
+
+    monkeypatch.setattr(store._redis, "pipeline", lambda **_: Full(lambda: None))
+    store.changed(entry("one"))
+    for _ in range(3):
+        assert not await store._write()
+        assert not store.is_up
+    assert len(caplog.records) == 1, "said once"
+    answer[0] = 1
+    assert await store._write()
+    assert store.is_up
+
+
+async def test_it_closes_though_a_library_swallows_a_cancellation():
+    store = RedisStore("redis://127.0.0.1:1", b"k" * 32, "router", lambda _: 60.0, lambda _: None)
+    swallowed: list[bool] = []
+    writing = asyncio.Event()
+
+    async def write() -> bool:
+        writing.set()
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            swallowed.append(True)
+        return False
+
+    store._write = write  # type: ignore[method-assign]
+    store.changed(entry("one"))
+    await writing.wait()
+    store.is_up = False
+    async with asyncio.timeout(20):
+        await store.close()
+    assert swallowed

@@ -75,11 +75,14 @@ def body(**more: Any) -> dict[str, Any]:
 async def events(
     routers: Quick, sent: dict[str, Any] | None, *, most: int | None = None, key: str = KEYS[0], **headers: str
 ) -> list[str]:
-    """The events of a stream, over a connection of its own; leaves after `most`."""
+    """The events of a stream, over a connection of its own; leaves after `most`. Asks again where a router is busy."""
     url = f"http://127.0.0.1:{routers.port}/v1/completions"
     found: list[str] = []
     named = {name.replace("_", "-"): value for name, value in headers.items()} | {"api-key": key}
     async with httpx.AsyncClient(timeout=20) as client, client.stream("POST", url, json=sent, headers=named) as answer:
+        if answer.status_code == 429:  # on a starved machine
+            await asyncio.sleep(float(answer.headers["retry-after"]))
+            return await events(routers, sent, most=most, key=key, **headers)
         if answer.status_code != 200:
             return [f"{answer.status_code} {json.loads(await answer.aread())['error']['code']}"]
         text = ""

@@ -66,7 +66,8 @@ async def _all_at_once(address: str, prompts: list[dict[str, Any]]) -> list[tupl
 def assert_all_were_handed_over(client: Client, prompts: list[dict[str, Any]]) -> None:
     """Every prompt's KV came from a prefill worker, but where no whole block was missing or no second token wanted.
 
-    On a machine that is slow enough, a worker is silent for longer than a hand-over's lease. A few prompts may end so.
+    On a machine that is slow enough, a worker is silent for longer than its lease. A few hand-overs may end so, or be
+    ordered again without their peer.
     """
     explained = [client.explain(given["request_id"]) for given in prompts]
     needed = num_silent = 0
@@ -76,7 +77,7 @@ def assert_all_were_handed_over(client: Client, prompts: list[dict[str, Any]]) -
             continue  # the first token comes before the KV, and is the last
         if found["tokens"]["prompt"] - report["tokens_held"] < HASH_BLOCK_TOKENS:
             assert (found["kv_bytes_moved"], report["local_reason"]) == (0, "under_a_block_missing"), found
-        elif report["local_reason"] == "peer_silent":
+        elif report["local_reason"] in ("peer_silent", "ordered"):
             num_silent += 1
         else:
             assert found["kv_bytes_moved"] > 0, str(report)

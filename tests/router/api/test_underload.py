@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from support.fake_worker import MODEL, Behaviour, FakeWorker
 from support.flow_cluster import Cluster, cluster, until
 
 from twostroke.core.ports import bound_socket
+from twostroke.router.api import models
 from twostroke.router.api.frontend import Frontend
 from twostroke.router.api.http.app import make_app
 from twostroke.router.config import RouterConfig
@@ -195,3 +197,19 @@ async def test_a_key_is_exchanged_without_a_restart(tmp_path: Path) -> None:
         async with there.openai(fresh) as new:
             await ask(new)
         assert {order.isolation_domain for order in there.there.workers[0].submits} == {"tenant-batch"}
+
+
+async def test_loading_a_model_says_nothing_of_how_fast_requests_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = models._load
+
+    def slowly(*given: Any) -> Any:
+        time.sleep(2.5)
+        return load(*given)
+
+    monkeypatch.setattr(models, "_load", slowly)
+    async with served(tmp_path, FakeWorker("w")) as there, there.openai(OPERATOR) as client:
+        await ask(client)
+        assert there.front._read_rate.per_s(there.front.flow.clock.now_s()) is None
+        await asyncio.gather(*(ask(client) for _ in range(2)))
