@@ -258,8 +258,14 @@ _LATER = [
     Mutant("router/api/frontend.py", "        self._num_reading += len(calls)\n", "        self._num_reading += 1\n"),
     Mutant(
         "router/api/frontend.py",
-        "        except BaseException:\n            self._have_read(len(calls))\n            raise\n        work",
-        "        except BaseException:\n            raise\n        work",
+        "            self._num_reading -= len(calls)\n            raise\n",
+        "            raise\n",
+    ),
+    Mutant("router/api/frontend.py", "is_full=self._num_reading > self._num_loading", "is_full=False"),
+    Mutant(
+        "router/api/frontend.py",
+        "        finally:\n            self._num_loading -= len(calls)\n",
+        "        finally:\n            pass\n",
     ),
     Mutant(
         "router/api/batch.py",

@@ -199,8 +199,8 @@ async def test_no_event_is_given_out_before_it_is_stored_so_a_killed_router_leav
             sent = {**ASKED, "stream": True, "seed": 1}
             whole = await both.events(1, "", json=sent)
             reading = asyncio.create_task(both.events(0, "", json=sent))
-            await asyncio.sleep(0.4)
             dead, write = both.processes[0]._front.resumables.store, RedisStore._write
+            await until(lambda: max(dead._written.values(), default=0) > 12)
 
             async def writes(store: RedisStore) -> bool:
                 return True if store is dead else await write(store)

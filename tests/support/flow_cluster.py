@@ -35,7 +35,7 @@ class Cluster:
         return {w["worker_id"]: w["state"] for w in self.flow.cluster()["workers"]}.get(worker_id)
 
 
-async def until(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
+async def until(condition: Callable[[], object], timeout_s: float = 60.0) -> None:
     loop = asyncio.get_running_loop()
     end_s = loop.time() + timeout_s
     while not condition():
