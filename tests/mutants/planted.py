@@ -133,7 +133,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/router/api/test_underload.py",
     ),
     "router/api/http/sse": ("tests/router/api/test_sse.py",),
-    "router/api/frontend": ("tests/router/api/test_frontend.py",),
+    "router/api/frontend": ("tests/router/api/test_frontend.py", "tests/router/api/test_underload.py"),
     "router/api/grammar_checks": ("tests/router/api/test_grammar_checks.py",),
     "router/api/checks": ("tests/router/api/test_validate.py",),
     "router/journal/redis_store": (

@@ -23,6 +23,7 @@ from twostroke.router.api.frontend import Frontend
 from twostroke.router.api.http.app import make_app
 from twostroke.router.config import RouterConfig
 from twostroke.router.keys.digests import line_for
+from twostroke.router.requests.admission.estimates import FullRate
 
 ACME, ACME_TOO, BATCH = "sk-acme-first-key-123", "sk-acme-second-key-45", "sk-batch-key-67890123"
 OPERATOR = "sk-key-of-the-operator-1"
@@ -212,4 +213,23 @@ async def test_loading_a_model_says_nothing_of_how_fast_requests_are_read(
     async with served(tmp_path, FakeWorker("w")) as there, there.openai(OPERATOR) as client:
         await ask(client)
         assert there.front._read_rate.per_s(there.front.flow.clock.now_s()) is None
+        assert there.front._num_loading == there.front._num_reading == 0
         await asyncio.gather(*(ask(client) for _ in range(2)))
+
+
+async def test_reading_is_full_while_others_are_read_and_not_while_they_wait_for_their_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[bool] = []
+
+    class Rate(FullRate):
+        def see(self, now_s: float, *, is_full: bool) -> None:
+            told.append(is_full)
+
+    async with served(tmp_path, FakeWorker("w")) as there:
+        monkeypatch.setattr(there.front, "_read_rate", Rate())
+        for reading, loading in ((3, 0), (3, 2), (1, 0)):
+            monkeypatch.setattr(there.front, "_num_reading", reading)
+            monkeypatch.setattr(there.front, "_num_loading", loading)
+            there.front._have_read(1)
+    assert told == [True, False, False]
