@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 TICK_S = 0.05
 CALL_S = 1.0  # longest wait for Redis
 RETRY_S = 1.0  # after a failure
+CANCELS = 5  # of the writer when the store closes
 MAX_BATCH_BYTES = 4 << 20  # of one tick; the rest waits for the next
 MAX_VALUES = 100_000  # of one stream
 
@@ -137,9 +138,10 @@ class RedisStore:
             return
         self._is_closed = True
         if self._writer is not None:
-            while not self._writer.done():  # a library may swallow one cancellation
+            for _ in range(CANCELS):  # a library may swallow one
                 self._writer.cancel()
-                await asyncio.wait({self._writer}, timeout=CALL_S)
+                if (await asyncio.wait({self._writer}, timeout=CALL_S))[0]:
+                    break
         if self._dirty and self.is_up:
             await self._write()
         try:
