@@ -145,6 +145,9 @@ def show_plan(config: Config, plan: Plan, out: Console, shape: MachineShape | No
         f"weights {plan.model.weight_bytes / 2**20:,.1f} MiB per worker · context {plan.model.max_model_len:,} · "
         f"KV {plan.model.kv_spec.bytes_per_token:,} bytes/token"
     )
+    if config.speculation.method is not None:
+        most = config.speculation.num_speculative_tokens
+        out.print(f"speculation: {config.speculation.method}, at most {most} guessed tokens per sequence and step")
     out.print(f"where a request says nothing: {plan.model.sampling or 'temperature 1.0, no filters'}")
     for remark in [*(f"note: {remark}" for remark in plan.model.remarks), *settings_remarks(config)]:
         out.print(remark)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import difflib
 import re
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -62,18 +62,21 @@ def checked(
     refused: dict[str, tuple[Any, ...]],
     *,
     strict: bool,
+    instead: Mapping[str, str] = INSTEAD,
 ) -> tuple[K, list[str]]:
     """Check a body by its classes of fields, as fields.py has them; returns it with the names of its unknown fields.
+
+    `instead`: remedies for refused fields.
 
     Raises:
         InvalidRequest, UnsupportedParameter: as `parse`.
     """
     unknown: list[str] = []
-    served = _served(values, kind, accepted, refused, unknown)
+    served = _served(values, kind, accepted, refused, unknown, instead=instead)
     options = served.get("stream_options")
     if isinstance(options, dict):
         inner: list[str] = []
-        served["stream_options"] = _served(options, StreamOptions, ACCEPTED_STREAM_OPTIONS, {}, inner)
+        served["stream_options"] = _served(options, StreamOptions, ACCEPTED_STREAM_OPTIONS, {}, inner, instead={})
         unknown += [f"stream_options.{name}" for name in inner]
     if strict and unknown:
         raise _unknown(unknown[0], kind)
@@ -247,6 +250,8 @@ def _served(
     accepted: frozenset[str],
     refused: dict[str, tuple[Any, ...]],
     unknown: list[str],
+    *,
+    instead: Mapping[str, str],
 ) -> dict[str, Any]:
     """Served fields with a value. Adds the names of unknown fields to `unknown`."""
     known, served = kind.model_fields, {}
@@ -256,7 +261,7 @@ def _served(
                 served[name] = value
         elif name in refused:
             if value is not None and value not in refused[name]:
-                remedy = INSTEAD.get(name, "leave it out")
+                remedy = instead.get(name, "leave it out")
                 raise UnsupportedParameter(f"{name} is not served yet; {remedy}", param=name)
         elif name not in accepted:
             unknown.append(name)

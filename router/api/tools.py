@@ -95,7 +95,7 @@ def with_rule(
             offered.only,
             model.parsers,
             model.special_id,
-            parallel=offered.parallel,
+            parallel=offered.parallel and offered.only is None,  # a named function is called once
             is_thinking=is_thinking,
         )
         if source is None:

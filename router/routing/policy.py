@@ -299,6 +299,8 @@ def _reason(winner: Candidate, ranked: Sequence[Candidate], request: RequestFact
         f"{winner.prefill_held_tokens} of {request.prompt_tokens} tokens held",
     ]
     others = [c for c in ranked if c is not winner]
+    if winner.is_under_a_block:  # with or without a peer beside it, the same worker does the same
+        others = [c for c in others if c.decode.key != winner.decode.key]
     if others:
         more_ms = others[0].terms.total_ms - terms.total_ms
         than = "as cheap as" if more_ms < 0.05 else f"{more_ms:.1f} ms less than"

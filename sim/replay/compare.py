@@ -80,6 +80,8 @@ def compare(
     said: Callable[[str], None] = lambda _: None,
 ) -> Compared:
     """Play every policy at every load, the oracle first. `capacity`: None: it is measured."""
+    num_runs = len(policies) * len(loads)
+    said(f"{len(trace.asks):,} requests, {num_runs} runs: {len(policies)} policies at {len(loads)} loads")
     per_s = capacity_per_s(trace, spec) if capacity is None else capacity
     said(f"capacity: {per_s:.2f} requests/s")
     rows = []
@@ -90,5 +92,5 @@ def compare(
             played = play(scaled, spec, name, seed)
             oracle = played if name == ORACLE else oracle
             rows.append(row_of(played, load, targets, oracle))
-            said(f"load {load:g}, {name}: {rows[-1].attained.value:.2%} within the targets")
+            said(f"{len(rows)} of {num_runs}: load {load:g}, {name}: {rows[-1].attained.value:.2%} within the targets")
     return Compared(per_s, tuple(rows))

@@ -25,7 +25,7 @@ class Replayed:
 
 
 def replay_decisions(path: Path) -> Replayed:
-    """Make every decision of a log again; ends at the first that differs.
+    """Make every decision of a log again; ends at the first that differs. A last line that was cut is left out.
 
     Raises:
         ConfigError: the file cannot be read; a malformed line is named with its number.
@@ -34,7 +34,7 @@ def replay_decisions(path: Path) -> Replayed:
     try:
         with path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
-                if not line.strip():
+                if not line.strip() or (not line.endswith("\n") and _is_cut(line)):
                     continue
                 where = f"{path}:{number}"
                 entry = _entry(where, line)
@@ -51,6 +51,15 @@ def replay_decisions(path: Path) -> Replayed:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}") from None
     return Replayed(num_requests, num_decisions, num_without, None)
+
+
+def _is_cut(line: str) -> bool:
+    """True if the last line of a log is not whole: it was being written when its router ended."""
+    try:
+        json.loads(line)
+    except ValueError:
+        return True
+    return False
 
 
 def _entry(where: str, line: str) -> dict[str, Any]:

@@ -335,3 +335,8 @@ def test_a_response_that_failed_says_why_and_keeps_what_it_said(served, error: T
     assert final["output"][0]["status"] == "incomplete"
     assert final["output"][0]["content"][0]["text"] == "half an ans"
     assert final["usage"] is None
+
+
+def test_an_error_inside_the_conversation_names_the_input():
+    error = in_their_words(InvalidRequest("messages[1].tool_calls: none are shown", param="messages[1].tool_calls"))
+    assert (error.param, error.message) == ("input", "input: messages[1].tool_calls: none are shown")

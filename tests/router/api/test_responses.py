@@ -396,7 +396,15 @@ async def test_an_idempotency_key_gives_the_same_response(there):
         ({"background": True, "store": False}, 400, "invalid_value", "background"),
         ({"previous_response_id": "resp_x"}, 400, "previous_response_not_found", "previous_response_id"),
         ({"text": {"format": {"type": "xml"}}}, 400, "invalid_value", "text.format"),
-        ({"text": {"format": {"type": "json_schema", "schema": {"$ref": 7}}}}, 400, "invalid_value", "text.format"),
+        ({"text": {"format": {"type": "json_schema", "schema": {}}}}, 400, "invalid_value", "text.format.name"),
+        (
+            {"text": {"format": {"type": "json_schema", "name": "n", "schema": {"$ref": 7}}}},
+            *(400, "invalid_value", "text.format"),
+        ),
+        ({"max_tokens": 3}, 400, "unsupported_parameter", "max_tokens"),
+        ({"messages": [{"role": "user", "content": "x"}]}, 400, "unsupported_parameter", "messages"),
+        ({"response_format": {"type": "json_object"}}, 400, "unsupported_parameter", "response_format"),
+        ({"n": 2}, 400, "unsupported_parameter", "n"),
         ({"reasoning": {"effort": "wild"}}, 400, "invalid_value", "reasoning.effort"),
         ({"tools": [{"type": "web_search"}]}, 400, "unsupported_parameter", "tools[0].type"),
         ({"tools": [WEATHER], "tool_choice": {"type": "mcp"}}, 400, "unsupported_parameter", "tool_choice"),
@@ -406,7 +414,22 @@ async def test_errors_have_openais_form_and_the_clients_names(there, more, statu
     body = {"model": MODEL, "input": "Hi", **more}
     async with httpx.AsyncClient(base_url=there.url, timeout=30) as client:
         reply = await client.post("/v1/responses", json=body)
-    assert (reply.status_code, reply.json()["error"]["code"], reply.json()["error"]["param"]) == (status, code, param)
+    error = reply.json()["error"]
+    assert (reply.status_code, error["code"], error["param"]) == (status, code, param)
+
+
+async def test_unknown_fields_are_named_as_the_client_wrote_them(model):
+    async with router(strict=True) as there, httpx.AsyncClient(base_url=there.url, timeout=30) as client:
+        await there.add(worker(model, "x"))
+        reply = await client.post("/v1/responses", json={"model": MODEL, "input": "Hi", "max_outputs": 3})
+        error = reply.json()["error"]
+    assert (reply.status_code, error["param"]) == (400, "max_outputs")
+    assert error["message"].startswith("max_outputs is not a field of this API; did you mean max_output_tokens?")
+
+
+async def test_a_call_that_is_not_served_is_no_wrong_method(there):
+    async with httpx.AsyncClient(base_url=there.url, timeout=30) as client:
+        assert (await client.post("/v1/responses/compact", json={})).status_code == 404
 
 
 @pytest.mark.parametrize("after", ["-1", "1e3", "x", "9" * 30, "٣", "%00"])

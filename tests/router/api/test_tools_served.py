@@ -353,6 +353,7 @@ def test_an_unknown_parser_in_the_configuration_is_refused_with_the_list():
     [
         ({"tool_choice": "required"}, ("call (", "get_weather", "get_time"), "before"),
         ({"tool_choice": {"type": "function", "function": {"name": "get_time"}}}, ("get_time",), "get_weather"),
+        ({"tool_choice": {"type": "function", "function": {"name": "get_time"}}}, ("get_time",), "call ("),
         ({"tool_choice": "required", "parallel_tool_calls": False}, ("get_weather",), "call ("),
         ({"tools": [with_function(strict=True)]}, ("before", "get_weather"), "call ("),
     ],

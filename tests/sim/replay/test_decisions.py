@@ -89,6 +89,17 @@ def test_a_malformed_line_is_named(tmp_path: Path, line: str, said: str):
         replay_decisions(tmp_path / "none")
 
 
+async def test_a_last_line_that_was_cut_is_left_out(tmp_path: Path):
+    path = tmp_path / "decisions.jsonl"
+    entries = await logged(path)
+    whole = replay_decisions(path)
+    path.write_text(path.read_text()[:-40])
+    cut = replay_decisions(path)
+    assert (cut.num_requests, cut.difference) == (len(entries) - 1, None)
+    path.write_text("\n".join(json.dumps(entry) for entry in entries))
+    assert replay_decisions(path) == whole, "a whole last line counts, with or without its end"
+
+
 def test_the_command_wants_a_trace_or_a_log():
     for options in ([], ["--trace", "a.csv", "--decisions", "b"]):
         found = CliRunner().invoke(app, ["sim", "replay", *options])

@@ -141,3 +141,8 @@ def test_a_malformed_line_ends_the_command(tmp_path: Path):
     found = CliRunner().invoke(app, ["sim", "replay", "--trace", str(path)])
     assert isinstance(found.exception, ConfigError)
     assert f"{path}:1: input_length is missing" in str(found.exception)
+
+
+def test_the_help_names_every_policy():
+    said = CliRunner().invoke(app, ["sim", "replay", "--help"], env={"COLUMNS": "300"}).stdout
+    assert all(name in said for name in POLICIES)

@@ -37,6 +37,22 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "prompt": (),  # a template that OpenAI keeps
     "context_management": ([],),
     "moderation": (),
+    # Fields of chats; here they have other names.
+    "messages": ([],),
+    "max_tokens": (),
+    "max_completion_tokens": (),
+    "response_format": ({"type": "text"},),
+    "reasoning_effort": (),
+    "n": (1,),
+}
+INSTEAD = {
+    "conversation": "give previous_response_id",
+    "messages": "it belongs to /v1/chat/completions: give input",
+    "max_tokens": "give max_output_tokens",
+    "max_completion_tokens": "give max_output_tokens",
+    "response_format": "give text.format",
+    "reasoning_effort": "give reasoning.effort",
+    "n": "a response has one answer: send it several times",
 }
 # Fields of chats that OpenAI's Responses lack, as vLLM and others have them here too.
 _OF_CHATS = (
@@ -149,7 +165,7 @@ class Wanted:
         }
 
     def chat(self, items: Sequence[Item]) -> ChatBody:
-        """The chat of a whole conversation. Raises the errors of `parse`, in their words."""
+        """The chat of a whole conversation. Raises the errors of `parse`, with the names of chats."""
         body = self.body
         reasoning = body.reasoning or {}
         messages = messages_of(items, body.instructions)
@@ -171,10 +187,7 @@ class Wanted:
             "top_logprobs": body.top_logprobs if self.logprobs else None,
             **{name: getattr(body, name) for name in _OF_CHATS},
         }
-        try:
-            return parse(chat, ChatBody)[0]
-        except TwostrokeError as error:
-            raise in_their_words(error) from None
+        return parse(chat, ChatBody)[0]
 
 
 def wanted_of(values: dict[str, Any], *, strict: bool) -> tuple[Wanted, list[str]]:
@@ -184,7 +197,7 @@ def wanted_of(values: dict[str, Any], *, strict: bool) -> tuple[Wanted, list[str
         InvalidRequest: a field has a wrong form; with `strict` also an unknown field.
         UnsupportedParameter: a field or a tool that is not served.
     """
-    body, unknown = checked(values, ResponsesBody, ACCEPTED, REFUSED, strict=strict)
+    body, unknown = checked(values, ResponsesBody, ACCEPTED, REFUSED, strict=strict, instead=INSTEAD)
     ignored = Ignored()
     _check_metadata(body.metadata)
     if body.background and body.store is False:
@@ -206,6 +219,8 @@ def wanted_of(values: dict[str, Any], *, strict: bool) -> tuple[Wanted, list[str
 def in_their_words(error: TwostrokeError) -> TwostrokeError:
     """An error of the validator with the names of this API, where its field has another one in chats."""
     ours = error.param or ""
+    if ours.startswith("messages["):  # of the whole conversation, so its number is not that of an item
+        return type(error)(f"input: {error.message}", param="input", retry_after_s=error.retry_after_s)
     theirs = ours.replace(".function", "", 1) if ours.startswith("tools[") else THEIR_NAMES.get(ours, ours)
     if theirs == ours:
         return error

@@ -5,16 +5,16 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Generator
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from .....core.errors import Cancelled, InvalidRequest, TwostrokeError
+from .....core.errors import Cancelled, InvalidRequest, NoSuchRoute, TwostrokeError
 from ....journal.journal import RESPONSE, Asked
 from ....peers.peers import Followed
 from ....requests.pieces import OutputDelta
@@ -25,7 +25,7 @@ from ...http.sse import EventStream, JsonAnswer, until_disconnect
 from ...openai_requests import chat_call
 from ...running.resumable import HEADER, KEY_HEADER, Terms, fingerprint_of
 from ...validate import is_request_id
-from ..door import DialectRoute, Door, Handler
+from ..door import DialectRoute, Door
 from .fields import THEIR_NAMES, Wanted, in_their_words, wanted_of
 from .items import Item, check_number, num_parts
 from .kept import PARTS_AT_ONCE, PREVIOUS, KeptResponses, apart, items_of_asked, shape_of
@@ -48,20 +48,20 @@ def responses_routes(door: Door) -> list[DialectRoute]:
         DialectRoute(f"{_ID}/cancel", face.cancel, "POST"),
         DialectRoute(f"{_ID}/input_items", face.input_items, "GET"),
     ]
-    return [route._replace(handler=_translated(route.handler)) for route in routes]
+    return [*routes, DialectRoute("/v1/responses/compact", _compact, "POST")]
 
 
-def _translated(handler: Handler) -> Handler:
-    """A handler whose errors have this API's names of fields."""
+async def _compact(http: HttpRequest) -> Response:
+    raise NoSuchRoute("/v1/responses/compact is not served; send a shorter conversation as input")
 
-    @wraps(handler)
-    async def wrapped(http: HttpRequest) -> Response:
-        try:
-            return await handler(http)
-        except TwostrokeError as error:
-            raise in_their_words(error) from error
 
-    return wrapped
+@contextmanager
+def _their_words() -> Generator[None, None, None]:
+    """Errors of the validator get this API's names of fields."""
+    try:
+        yield
+    except TwostrokeError as error:
+        raise in_their_words(error) from error
 
 
 class _Face:
@@ -92,12 +92,14 @@ class _Face:
         if previous is not None:
             items = [*await until_disconnect(http, self._kept.conversation(caller.grant.tenant, previous)), *items]
             check_number(len(items), PREVIOUS)
-        chat = await apart(partial(wanted.chat, items), is_long=num_parts(items) > PARTS_AT_ONCE)
-        return wanted, items, chat_call(chat, caller.api_key)
+        with _their_words():
+            chat = await apart(partial(wanted.chat, items), is_long=num_parts(items) > PARTS_AT_ONCE)
+            return wanted, items, chat_call(chat, caller.api_key)
 
     async def _run(self, http: HttpRequest, wanted: Wanted, call: GenerateCall, body: dict[str, Any]) -> Response:
         """Run a request for its client alone, and store the response at its end."""
-        started = await self._door.start(http, call, http.state.request_id, THEIR_NAMES)
+        with _their_words():
+            started = await self._door.start(http, call, http.state.request_id, THEIR_NAMES)
         asked = Asked(started.request, RESPONSE, body, int(time.time()))
         reply = Reply(shape_of(asked), started.request, started.model)
         keep = partial(self._kept.keep, asked) if wanted.is_stored else None
@@ -116,9 +118,9 @@ class _Face:
         key = http.headers.get(KEY_HEADER, "")
         values = wanted.body.model_dump(mode="json", exclude_none=True) if key else None
         terms = Terms(RESPONSE, body, key, fingerprint_of(RESPONSE, values))
-        begun = await until_disconnect(
-            http, self._front.resumables.begin(self._door.timed(http, call), terms, arrived_s=caller.arrived_s)
-        )
+        beginning = self._front.resumables.begin(self._door.timed(http, call), terms, arrived_s=caller.arrived_s)
+        with _their_words():
+            begun = await until_disconnect(http, beginning)
         if isinstance(begun, str):
             http.state.request_id = begun
         else:
@@ -178,7 +180,8 @@ class _Face:
 
     async def count_tokens(self, http: HttpRequest) -> Response:
         _, _, call = await self._read(http)
-        request, _ = await until_disconnect(http, self._front.admit(self._door.timed(http, call)))
+        with _their_words():
+            request, _ = await until_disconnect(http, self._front.admit(self._door.timed(http, call)))
         return JsonAnswer({"object": "response.input_tokens", "input_tokens": len(request.prompt_ids)})
 
     async def _now(self, http: HttpRequest, name: str) -> dict[str, Any]:

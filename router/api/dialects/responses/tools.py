@@ -94,7 +94,7 @@ def format_of(text: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """`text.format` as the `response_format` of a chat; None: any text.
 
     Raises:
-        InvalidRequest: it is none of text, json_object and json_schema with a schema.
+        InvalidRequest: it is none of text, json_object and json_schema with name and schema.
     """
     given = (text or {}).get("format")
     if given is None:
@@ -109,5 +109,8 @@ def format_of(text: Mapping[str, Any] | None) -> dict[str, Any] | None:
             f"text.format is {short(given)}; must have the type text, json_object, or json_schema with name and schema",
             param="text.format",
         )
+    name = given.get("name")
+    if not isinstance(name, str) or not name:
+        raise InvalidRequest(f"text.format.name is {short(name)}; give the schema a name", param="text.format.name")
     named = {name: given[name] for name in ("name", "description", "schema", "strict") if given.get(name) is not None}
-    return {"type": "json_schema", "json_schema": {"name": "output", **named}}
+    return {"type": "json_schema", "json_schema": named}
