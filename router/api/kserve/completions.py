@@ -27,6 +27,7 @@ from .tensors import Value, parameter_of, values_of
 
 VERSION = "1"  # models have one
 MAX_SAMPLING_CHARS = 64 << 10
+MAX_NUMBER_CHARS = 64  # of a number that is given as text; so none nests, or is too large for a float
 MORE_OUTPUTS = ("finish_reason", "num_input_tokens", "num_output_tokens")
 EMPTY_FINAL = "triton_enable_empty_final_response"  # parameter: an answer without outputs ends the stream
 
@@ -130,7 +131,7 @@ def _flag(values: dict[str, Value], name: str) -> bool | None:
 def _in_form(name: str, value: Any) -> Any:
     """A sampling field's value; text becomes a number or a truth value where the field is one."""
     form = _FORMS.get(name)
-    if not isinstance(value, str) or form not in (Form.WHOLE, Form.NUMBER, Form.FLAG):
+    if not isinstance(value, str) or form not in (Form.WHOLE, Form.NUMBER, Form.FLAG) or len(value) > MAX_NUMBER_CHARS:
         return value
     try:
         found = json.loads(value.strip().lower(), parse_constant=refuse_constant)

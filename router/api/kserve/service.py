@@ -18,7 +18,7 @@ from ..call import GenerateCall
 from ..frontend import Frontend
 from ..grpc.call_wire import checked_left_s
 from ..grpc.guard import api_key
-from ..openai_requests import completion_calls
+from ..openai_requests import completion_calls, names_of_ignored
 from ..running.started import Started
 from .completions import VERSION, Inference, check_version, inference_of
 from .tensors import count_tensor, text_tensor
@@ -121,7 +121,7 @@ class KserveService:
         if inference.is_streamed:
             raise InvalidRequest("stream is true; a stream needs ModelStreamInfer", param="stream")
         if inference.ignored:
-            await context.send_initial_metadata((("x-twostroke-ignored", ", ".join(inference.ignored)),))
+            await context.send_initial_metadata((("x-twostroke-ignored", names_of_ignored(inference.ignored)),))
         started = await self._front.start(self._call(inference, context), context.admitted)
         return await _whole(inference, started)
 
