@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PROTOC := PATH="$(CURDIR)/.venv-protos/bin:$$PATH" .venv-protos/bin/python
 
-.PHONY: setup check format test campaigns chaos nodes arm targets mutants hostile demo serve bench bench-engine load-generators protos helm chart chart-life docs clean
+.PHONY: setup check format test campaigns chaos nodes arm targets mutants hostile demo serve bench bench-engine load-generators protos helm chart chart-life clean
 
 setup: $(STAMP)-all
 

@@ -48,6 +48,9 @@ SETTING_BY_FLAG = {
     "ssl_keyfile": "router.ssl_keyfile",
     "ssl_ca_certs": "router.ssl_ca_certs",
     "strict": "router.strict",
+    "chat_template": "router.chat_template",
+    "tool_parser": "router.tool_parser",
+    "reasoning_parser": "router.reasoning_parser",
     "api_keys": "router.api_keys",
     "allowed_hosts": "router.allowed_hosts",
     "allowed_origins": "router.allowed_origins",
@@ -153,6 +156,25 @@ AllowedMethods = Annotated[str | None, typer.Option(help="""Methods that those p
 AllowedHeaders = Annotated[str | None, typer.Option(help="""Headers that those pages may send. Default: '["*"]'.""")]
 AllowCredentials = Annotated[
     bool | None, typer.Option("--allow-credentials", help="Let browsers send cookies along for those pages.")
+]
+ChatTemplate = Annotated[
+    str | None,
+    typer.Option(help="Chat template (Jinja) instead of the checkpoint's: a file, or the template itself."),
+]
+ToolParser = Annotated[
+    str | None,
+    typer.Option(
+        "--tool-parser",
+        "--tool-call-parser",
+        help="Format of the model's tool calls. Default: auto, the chat template's; none: they stay content.",
+    ),
+]
+ReasoningParser = Annotated[
+    str | None,
+    typer.Option(help="Format of the model's reasoning. Default: auto, the chat template's; none: it stays content."),
+]
+EnableAutoToolChoice = Annotated[
+    bool, typer.Option("--enable-auto-tool-choice", hidden=True, help="Taken as vLLM's; tool_choice auto always works.")
 ]
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="YAML file, or - for standard input; flags and environment win over it.")

@@ -166,14 +166,16 @@ def _hint(message: str) -> str:
     """Most likely cause of a refused connection. A refused mTLS handshake looks like any other failed connection."""
     lowered = message.lower()
     if "http1" in lowered or "http/1" in lowered:
-        return "That is an HTTP port; the SDK speaks gRPC (port 8001 by default)."
+        return "That is an HTTP port; give the gRPC port, 8001 by default."
+    if "expected settings frame" in lowered:
+        return "What listens there speaks no gRPC; give the gRPC port, 8001 by default."
     if any(word in lowered for word in ("ssl", "tls", "handshake", "certificate", "wrong_version_number")):
-        return "The TLS handshake failed: check that both sides use TLS and the certificates in tls=... ."
+        return "The TLS handshake failed: check that both sides use TLS and the certificates in tls=... (--tls)."
     if "dns" in lowered or "resolution" in lowered:
         return "The host's name could not be resolved."
     if "failed to connect" in lowered or "refused" in lowered:
         return (
             "Is the server started, and is this its gRPC address (port 8001 by default)? "
-            "A server that wants TLS or a client certificate refuses like this too: see tls=... ."
+            "A server that wants TLS or a client certificate refuses like this too: see tls=... (--tls)."
         )
     return "The connection was lost."

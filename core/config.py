@@ -19,6 +19,7 @@ class Section(BaseModel):
 
 S = TypeVar("S", bound=Section)
 
+MOST_ECHOED = 200  # characters of a wrong value
 _SECRETS = frozenset({"key", "api_keys", "cluster_key", "operator_key"})  # errors never show their values
 
 
@@ -52,8 +53,13 @@ def explain(kind: type[BaseModel], error: ValidationError, where: str = "") -> s
                 text = "must be a mapping of its settings"
             if problem["type"] == "tuple_type":
                 text = f'must be a JSON list, e.g. ["…"], not {type(value).__name__}'
-            lines.append(f"{path}: {text}" if is_secret else f"{path} is {value!r}: {text}")
+            lines.append(f"{path}: {text}" if is_secret else f"{path} is {_short(value)}: {text}")
     return "\n".join(lines)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= MOST_ECHOED else f"{text[:MOST_ECHOED]}…"
 
 
 def _keys_at(kind: type[BaseModel], path: tuple[Any, ...]) -> list[str]:

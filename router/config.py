@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from ..core.config import Section
 from ..core.errors import ConfigError
 from ..text.parsing.parsers import AUTO, parsers_of
+from ..text.templates.given import chat_template_of
 from .keys.digests import DIGEST_PREFIX, check_digest, is_digest
 
 
@@ -120,6 +121,11 @@ class RouterConfig(Section):
         ge=0,
         description="how long a request waits for a lost decode worker that no other replaces",
     )
+    chat_template: str | None = Field(
+        None,
+        repr=False,
+        description="Jinja source, or the file that it is read from once, instead of the checkpoint's chat template",
+    )
     tool_parser: str = Field(
         AUTO, description="format of the model's tool calls; auto: the chat template's; none: they stay content"
     )
@@ -159,6 +165,12 @@ class RouterConfig(Section):
             if origin not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/]+", origin):
                 raise ValueError(f"{origin!r} is not an origin; it has a scheme and no path: http://localhost:3000")
         return origins
+
+    @field_validator("chat_template")
+    @classmethod
+    def _is_read(cls, value: str | None) -> str | None:
+        """Replace the name of a file by its text, so that members on other machines need no such file."""
+        return None if value is None else chat_template_of(value)
 
     @field_validator("api_keys")
     @classmethod

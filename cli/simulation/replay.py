@@ -24,6 +24,7 @@ _POLICY_HELP = (
 
 
 def replay(
+    context: typer.Context,
     trace: Annotated[Path | None, typer.Option(help="A trace file: .jsonl as Mooncake's, .csv as Azure's.")] = None,
     decisions: Annotated[
         Path | None,
@@ -53,6 +54,7 @@ def replay(
     if (trace is None) == (decisions is None):
         raise ConfigError("give either --trace FILE or --decisions LOG")
     if decisions is not None:
+        _refuse_others(context)
         _again(decisions)
     assert trace is not None
     # Imported here: the command line must start without numpy and the engine.
@@ -85,6 +87,16 @@ def replay(
     )
     for each in loads:
         console.print(table(found.at(each), each))
+
+
+def _refuse_others(context: typer.Context) -> None:
+    """Refuse flags of a comparison beside a decision log: they would change nothing."""
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if name != "decisions" and source is not None and source.name == "COMMANDLINE":
+            raise ConfigError(
+                f"--{name.removesuffix('_file').replace('_', '-')} has no meaning with --decisions; leave it out"
+            )
 
 
 def _again(path: Path) -> NoReturn:

@@ -58,7 +58,9 @@ class Frontend:
         self.grammars = GrammarChecks()
         self._lists = Lists()
         parsers = Parsers(config.tool_parser, config.reasoning_parser)
-        self.models = ModelDirectory(flow, reads_defaults=reads_defaults, parsers=parsers)
+        self.models = ModelDirectory(
+            flow, reads_defaults=reads_defaults, parsers=parsers, chat_template=config.chat_template
+        )
         limits = JournalLimits(
             config.journal_requests,
             config.journal_bytes,

@@ -50,10 +50,21 @@ class ServedModel:
 class ModelDirectory:
     """Models by name. Loading takes some ten milliseconds and happens in a thread."""
 
-    def __init__(self, source: OffersModels, *, reads_defaults: bool = True, parsers: Parsers = OWN_PARSERS) -> None:
-        """`reads_defaults` false: ignore the sampling defaults of checkpoints. `parsers`: names."""
+    def __init__(
+        self,
+        source: OffersModels,
+        *,
+        reads_defaults: bool = True,
+        parsers: Parsers = OWN_PARSERS,
+        chat_template: str | None = None,
+    ) -> None:
+        """`reads_defaults` false: ignore the sampling defaults of checkpoints. `parsers`: names.
+
+        `chat_template`: source of the template for all models; None: each has its checkpoint's own.
+        """
         self._source = source
         self._parsers = parsers
+        self._chat_template = chat_template
         self._reads_defaults = reads_defaults
         self._loaded: dict[tuple[str, str, int], ServedModel] = {}
         self._loading = asyncio.Lock()
@@ -90,13 +101,15 @@ class ModelDirectory:
         key = (facts.name, facts.path, facts.max_model_len)
         async with self._loading:
             if key not in self._loaded:
-                self._loaded[key] = await asyncio.to_thread(_load, facts, self._reads_defaults, self._parsers)
+                self._loaded[key] = await asyncio.to_thread(
+                    _load, facts, self._reads_defaults, self._parsers, self._chat_template
+                )
         return self._loaded[key]
 
 
-def _load(facts: ModelFacts, reads_defaults: bool, parsers: Parsers) -> ServedModel:
+def _load(facts: ModelFacts, reads_defaults: bool, parsers: Parsers, chat_template: str | None) -> ServedModel:
     directory = Path(facts.path)
-    tokenizer, template = Tokenizer.load(directory), ChatTemplate.load(directory)
+    tokenizer, template = Tokenizer.load(directory), ChatTemplate.load(directory, given=chat_template)
     tokenizer.prepare()
     if template is not None:
         _ = template.traits  # computed now, so that the first request does not wait for it

@@ -64,7 +64,7 @@ def capacity_per_s(trace: Trace, spec: ClusterSpec) -> float:
     ends = sorted(course.ended_s for course in play(sample.at_once(), spec, OURS).courses)
     first, last = (int(share * (len(ends) - 1)) for share in MIDDLE)
     if ends[last] <= ends[first]:
-        raise ConfigError(f"the trace has {len(ends)} requests; too few to measure the capacity, give --rate")
+        raise ConfigError(f"the trace has {len(ends)} requests; too few to measure the capacity, give --capacity")
     return (last - first) / (ends[last] - ends[first])
 
 

@@ -65,8 +65,12 @@ class ChatTemplate:
         self._finding_traits = threading.Lock()
 
     @classmethod
-    def load(cls, directory: str | Path, limits: Limits | None = None) -> ChatTemplate | None:
+    def load(
+        cls, directory: str | Path, limits: Limits | None = None, *, given: str | None = None
+    ) -> ChatTemplate | None:
         """Load the templates of a checkpoint; None if it has none (a base model).
+
+        `given`: source of the only template instead; it gets the checkpoint's special tokens.
 
         `chat_template.jinja` and `additional_chat_templates/*.jinja` have precedence over tokenizer_config.json's
         `chat_template`, which is a string or a list of `{"name", "template"}`. A GGUF file contains its own.
@@ -75,13 +79,14 @@ class ChatTemplate:
             CheckpointError: a file is broken; names it.
         """
         directory, file = Path(directory), GgufFile(directory) if is_gguf(directory) else None
-        sources = read_templates(file) if file else _sources(directory)
+        sources = {"default": given} if given is not None else read_templates(file) if file else _sources(directory)
         if not sources:
             return None
         try:
             return cls(sources, special_tokens_of(file) if file else special_tokens(directory), limits)
         except CheckpointError as error:
-            raise CheckpointError(f"{directory}: {error.message}") from None
+            place = directory if given is None else "the given chat template"
+            raise CheckpointError(f"{place}: {error.message}") from None
 
     @property
     def traits(self) -> TemplateTraits:

@@ -11,7 +11,7 @@ import openai
 import pytest
 from support.flow_cluster import until
 from support.scripted_router import HELLO, router, worker
-from support.scripted_worker import CONTROL, CONTROL_TOKENS, MODEL, make_model
+from support.scripted_worker import CONTROL, CONTROL_TOKENS, HERMES, MODEL, make_model
 
 from twostroke.router.config import RouterConfig
 
@@ -260,6 +260,17 @@ async def test_a_named_parser_overrides_the_template(model):
         message = (await there.chat(tools=[WEATHER])).choices[0].message
         assert message.content == "<think>x</think>"
         assert json.loads(message.tool_calls[0].function.arguments) == ROME
+
+
+async def test_a_given_template_replaces_the_checkpoints(tmp_path):
+    path = tmp_path / "template.jinja"
+    path.write_text(HERMES)
+    model = make_model(tmp_path / "model", "{{ messages[0].content }}")  # no tools in it
+    async with router(chat_template=str(path)) as there:
+        path.unlink()  # it was read when the router was configured
+        await there.add(worker(model, TWO))
+        (call, _) = (await there.chat(tools=[WEATHER])).choices[0].message.tool_calls
+        assert (call.function.name, json.loads(call.function.arguments)) == ("get_weather", OSLO)
 
 
 async def test_parsers_can_be_switched_off(model):

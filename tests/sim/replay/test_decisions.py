@@ -48,6 +48,9 @@ async def test_every_decision_comes_out_the_same(tmp_path: Path):
     shown = CliRunner().invoke(app, ["sim", "replay", "--decisions", str(path)])
     assert shown.exit_code == 0
     assert "7 decisions of 6 requests" in shown.output
+    refused = CliRunner().invoke(app, ["sim", "replay", "--decisions", str(path), "--load", "0.3"])
+    assert isinstance(refused.exception, ConfigError)
+    assert "--load has no meaning with --decisions" in str(refused.exception)
 
 
 async def test_the_first_that_differs_is_named(tmp_path: Path):
