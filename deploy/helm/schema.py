@@ -67,7 +67,7 @@ class Settings(Values):
         RouterConfig,
         without={
             *("host", "port", "grpc_port", "internal_host", "internal_port", "insecure", "api_keys"),
-            *("name", "shared_ports", "operator_key"),
+            *("name", "shared_ports", "operator_key", "ssl_certfile", "ssl_keyfile"),
         },
     ) = Field(default_factory=dict)
 
@@ -211,10 +211,18 @@ class RouterAutoscaling(Values):
     cpuPercent: int = Field(70, ge=1, le=100)
 
 
+class PublicTls(Values):
+    enabled: bool = False
+    secretName: str = ""
+    issuerRef: Labels = {}
+    dnsNames: list[str] = []
+
+
 class Router(Pods):
     replicas: int = Field(1, ge=1)
     bindAddress: str = "0.0.0.0"
     service: Service = Service()
+    tls: PublicTls = PublicTls()
     endpointSeconds: int = Field(5, ge=0, le=60)
     probes: Probes = Probes(startupSeconds=120)
     autoscaling: RouterAutoscaling = RouterAutoscaling()

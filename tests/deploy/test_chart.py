@@ -282,7 +282,7 @@ def test_probes_ask_for_the_step_loop_and_for_a_worker_that_decodes(arguments: l
                 start = container["startupProbe"]
                 assert start["failureThreshold"] * start["periodSeconds"] >= 1800
             elif container["name"] == "router":
-                assert container["readinessProbe"]["httpGet"] == {"path": "/health", "port": "http"}
+                assert container["readinessProbe"]["httpGet"] == {"path": "/health", "port": "http", "scheme": "HTTP"}
                 assert container["livenessProbe"]["grpc"] == {"port": 8001}
 
 

@@ -14,7 +14,7 @@ CUSTOM_GROUPS = {
     *("ray.io", "disaggregatedset.x-k8s.io", "monitoring.coreos.com", "keda.sh", "inference.networking.k8s.io")
 }
 EVERYTHING = """
-router: {autoscaling: {enabled: true}}
+router: {autoscaling: {enabled: true}, tls: {enabled: true, secretName: public}}
 prefill: {autoscaling: {kind: hpa}, extraEnv: [{name: A, value: b}], extraArgs: [--memory-bytes=1000000000]}
 decode: {autoscaling: {kind: keda}}
 combined: {create: true, replicas: 2}

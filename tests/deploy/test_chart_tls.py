@@ -5,9 +5,12 @@ from support.charts import MODES, mode_arguments, render
 
 from twostroke.core.tls.callers import Caller, name_of, uri_of
 from twostroke.core.tls.config import TlsConfig
+from twostroke.router.config import RouterConfig
 
 ISSUER = ["--set=tls.enabled=true", "--set=tls.certManager.issuerRef.name=ours"]
+PUBLIC = ["--set=router.tls.enabled=true", "--set=router.tls.issuerRef.name=public"]
 NAME = "ts-twostroke"
+FACE = "/etc/twostroke-public-tls"
 
 
 def pods(manifests):
@@ -67,3 +70,37 @@ def test_own_secrets_need_no_cert_manager_and_without_tls_there_is_nothing():
     for container, pod in pods(render()):
         assert not [each for each in pod["volumes"] if each["name"] == "tls"]
         assert "--insecure" in container["args"]
+
+
+def test_clients_see_a_certificate_of_their_own():
+    """All that speaks to the routers' faces speaks TLS then: probes, monitors, the chart's test, the Service."""
+    made = render(
+        *PUBLIC, "--set=monitoring.serviceMonitor.enabled=true", "--set=router.tls.dnsNames={llm.example.com}"
+    )
+    (config,) = [m for m in made if m["kind"] == "ConfigMap" and m["metadata"]["name"] == NAME]
+    settings = RouterConfig(**yaml.safe_load(config["data"]["config.yaml"])["router"])
+    assert (settings.ssl_certfile, settings.ssl_keyfile) == (f"{FACE}/tls.crt", f"{FACE}/tls.key")
+    ((container, pod),) = [(c, p) for c, p in pods(made) if c["name"] == "router"]
+    (mount,) = [m for m in container["volumeMounts"] if m["name"] == "public-tls"]
+    (volume,) = [v for v in pod["volumes"] if v["name"] == "public-tls"]
+    assert (mount["mountPath"], volume["secret"]["secretName"]) == (FACE, f"{NAME}-public-tls")
+    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+        assert container[probe]["httpGet"]["scheme"] == "HTTPS"
+    (certificate,) = [m for m in made if m["kind"] == "Certificate"]
+    assert certificate["spec"]["secretName"] == f"{NAME}-public-tls"
+    assert {NAME, f"{NAME}.llm.svc", "llm.example.com"} <= set(certificate["spec"]["dnsNames"])
+    (service,) = [m for m in made if m["kind"] == "Service" and m["metadata"]["name"] == NAME]
+    assert [port["appProtocol"] for port in service["spec"]["ports"]] == ["https", "https"]
+    (monitor,) = [m for m in made if m["kind"] == "ServiceMonitor"]
+    assert monitor["spec"]["endpoints"][0]["scheme"] == "https"
+    assert monitor["spec"]["endpoints"][0]["tlsConfig"]["serverName"] in certificate["spec"]["dnsNames"]
+    (test,) = [m for m in made if m["kind"] == "Pod"]
+    assert {"name": "URL", "value": f"https://{NAME}:8000"} in test["spec"]["containers"][0]["env"]
+    for container, pod in pods(made):
+        assert (container["name"] == "router") == ("public-tls" in [each["name"] for each in pod["volumes"]])
+
+
+def test_without_it_probes_ask_in_plain_words():
+    ((container, _),) = [(c, p) for c, p in pods(render()) if c["name"] == "router"]
+    assert container["livenessProbe"]["grpc"] == {"port": 8001}
+    assert container["readinessProbe"]["httpGet"]["scheme"] == "HTTP"

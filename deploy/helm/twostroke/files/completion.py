@@ -2,16 +2,22 @@
 
 import json
 import os
+import ssl
 import urllib.request
 
 URL, KEY = os.environ["URL"], os.environ.get("API_KEY")
 HEADERS = {"content-type": "application/json"} | ({"authorization": f"Bearer {KEY}"} if KEY else {})
 
+CA_FILE = os.environ.get("CA_FILE", "")
+CONTEXT = ssl.create_default_context(cafile=CA_FILE if os.path.exists(CA_FILE) else None)
+
 
 def ask(path: str, body: dict | None = None) -> dict:
     """Send a request and return the answer's document."""
     data = json.dumps(body).encode() if body else None
-    with urllib.request.urlopen(urllib.request.Request(URL + path, data, HEADERS), timeout=120) as answer:
+    with urllib.request.urlopen(
+        urllib.request.Request(URL + path, data, HEADERS), timeout=120, context=CONTEXT
+    ) as answer:
         return json.load(answer)
 
 

@@ -74,6 +74,15 @@ capabilities:
 {{- end }}
 {{- end }}
 
+{{/* Certificate of the routers that clients see, and the scheme that goes with it. */}}
+{{- define "twostroke.publicTlsSecret" -}}
+{{ default (printf "%s-public-tls" (include "twostroke.fullname" .)) .Values.router.tls.secretName }}
+{{- end }}
+
+{{- define "twostroke.scheme" -}}
+{{ ternary "https" "http" .Values.router.tls.enabled }}
+{{- end }}
+
 {{/* Metadata of a pod. Give dict "root" $ "component" NAME "block" VALUES. */}}
 {{- define "twostroke.podMetadata" -}}
 labels:
