@@ -52,6 +52,7 @@ CLEAN_BLOCKS ?= 10000000
 campaigns: $(STAMP)-all,test,redis
 	$(BIN)/twostroke sim faults --schedules $(SCHEDULES) --seed 100000 --jobs $(JOBS) --journal build/campaign.jsonl
 	for scope in $(SCOPES); do $(BIN)/twostroke sim exhaustive --scope $$scope || exit; done
+	$(BIN)/python -m pytest -rs -m campaign tests/model/test_quantise.py tests/tools
 	$(BIN)/python bench/corruptions.py --corruptions $(CORRUPTIONS) --clean-blocks $(CLEAN_BLOCKS)
 
 # Real workers behind a proxy that splits, delays, cuts and resets their streams, and all unlike pairs: ten minutes.

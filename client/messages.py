@@ -86,7 +86,7 @@ def _add(added: inference_pb2.ChatMessage, message: dict[str, Any], where: str) 
     _add_calls(added, message, where)
     content = message.get("content") or message.get("refusal", message.get("content"))
     if content is None:
-        if not added.tool_calls and not added.HasField("reasoning_content") and added.role not in ("tool", "function"):
+        if added.role not in ("assistant", "tool", "function"):
             raise InvalidRequest(f"{where} has no content; give role and content", param=where)
     elif isinstance(content, (list, tuple)):
         for place, part in enumerate(content):

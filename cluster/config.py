@@ -164,6 +164,8 @@ def _from_environment(environment: Mapping[str, str]) -> Iterable[tuple[str, Any
             right = ENVIRONMENT_PREFIX + name.removeprefix("TWOSTROKE_")
             raise ConfigError(f"the environment variable {name} is not a setting; did you mean {right}?")
         if name.startswith(ENVIRONMENT_PREFIX):
+            if not text.strip():  # not "unset": an empty list of keys would open a cluster to everybody
+                raise ConfigError(f"the environment variable {name} is empty; unset it, or give it a value")
             path = name.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")
             try:
                 yield path, yaml.safe_load(text)

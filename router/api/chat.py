@@ -78,6 +78,7 @@ def _tell_unread(
     ignored: Ignored,
 ) -> None:
     """Refuse fields of the sent messages that must not be dropped by the template; note other unread fields."""
+    by_order = _told_by_order(placed)
     for (place, message), unread in zip(placed, rendered.unread, strict=True):
         without_text = "tool_calls" in message and traits.call_form is not None and not traits.call_form.shows_text
         if message.get("content") and (without_text or message["role"] in traits.vanishing_roles):
@@ -89,9 +90,24 @@ def _tell_unread(
                     "leave them out, or send the message without content",
                     param=f"messages[{place}].tool_calls",
                 )
-            given = name != "tool_call_id" or name in sent[place]  # results of `function_call` get an id from us
+            # Results of `function_call` get an id from us, and those in the order of their calls need none.
+            given = name != "tool_call_id" or (name in sent[place] and place not in by_order)
             if name != "role" and message[name] and given:
                 ignored.add("messages", name)
+
+
+def _told_by_order(placed: Sequence[Placed]) -> set[int]:
+    """Places of the tool results that stand in the order of their calls: which call each belongs to is seen."""
+    found: set[int] = set()
+    expected: list[Any] = []
+    for place, message in placed:
+        if message["role"] != "tool":
+            expected = [call.get("id") for call in message.get("tool_calls", ())]
+        elif expected and message.get("tool_call_id") == expected.pop(0):
+            found.add(place)
+        else:
+            expected = []
+    return found
 
 
 # ---------------------------------------------------------------- template options beside messages

@@ -1,7 +1,7 @@
 """Checks messages of a chat and reduces the API's variants to one form. Knows no chat template.
 
 The result has `role` (system, developer, user, assistant, tool), `content` (text, a list of text parts, or null
-if tool calls or reasoning replace it), and those of the other fields that are not empty:
+if tool calls replace it), and those of the other fields that are not empty:
 
     tool_calls            arguments become objects: the API has JSON text, chat templates print objects
     function_call         becomes a tool call, and the role `function` becomes `tool`: their older names
@@ -93,7 +93,7 @@ def _message(given: Any, where: str, ignored: Ignored) -> dict[str, Any]:
         else:
             content = refusal
     if content is None:
-        content = _without_content(role, bool(calls or reasoning), given.get("content"), f"{where}.content")
+        content = _without_content(role, bool(calls), given.get("content"), f"{where}.content")
     message: dict[str, Any] = {"role": "tool" if role == "function" else role, "content": content}
     for name in ("name", "tool_call_id"):
         if name in fields and not isinstance(fields[name], str):
@@ -106,16 +106,12 @@ def _says_nothing(value: Any) -> bool:
     return value is None or (isinstance(value, (str, list, tuple, dict)) and not value)
 
 
-def _without_content(role: str, has_other: bool, given: Any, where: str) -> str | None:
+def _without_content(role: str, has_calls: bool, given: Any, where: str) -> str | None:
     if role in ("tool", "function"):
         return ""  # the tool had no output
-    if role == "assistant" and has_other:
-        return None
-    raise InvalidRequest(
-        f"{where} is {short(given)}; must be a string or a list of text parts"
-        + (" (null only beside tool_calls or reasoning_content)" if role == "assistant" else ""),
-        param=where,
-    )
+    if role == "assistant":
+        return None if has_calls else ""  # an empty turn; many templates join text to it
+    raise InvalidRequest(f"{where} is {short(given)}; must be a string or a list of text parts", param=where)
 
 
 def _apart(content: Any, role: str) -> tuple[Any, list[Any]]:

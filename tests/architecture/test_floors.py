@@ -159,6 +159,6 @@ def test_parts_have_no_init_file():
 def test_the_sdk_needs_neither_torch_nor_ray():
     heavy = {"torch", "ray", "numpy", "pydantic"}
     code = f"import sys, twostroke; twostroke.Client; print(sorted({heavy} & set(sys.modules)))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "[]"

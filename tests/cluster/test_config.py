@@ -32,6 +32,8 @@ def test_flags_win_over_environment_and_environment_over_file(tmp_path: Path):
 def test_a_variable_that_is_nearly_a_setting_is_refused():
     with pytest.raises(ConfigError, match="did you mean TWOSTROKE__CACHE__BLOCK_SIZE"):
         load_config(environment={"TWOSTROKE_CACHE__BLOCK_SIZE": "32"})
+    with pytest.raises(ConfigError, match="TWOSTROKE__ROUTER__API_KEYS is empty; unset it, or give it a value"):
+        load_config(environment={"TWOSTROKE__ROUTER__API_KEYS": ""})
     assert load_config(environment={"TWOSTROKE_API_KEY": "x", "TWOSTROKEN__X": "1"}).cache == Config().cache
 
 
@@ -41,9 +43,11 @@ def test_an_empty_served_name_is_refused_with_the_remedy(name: str):
         load_config(flags={"model.name": name})
 
 
-def test_an_empty_cluster_key_is_refused_with_the_remedy():
+def test_an_empty_cluster_key_is_refused_with_the_remedy(tmp_path: Path):
+    file = tmp_path / "cluster.yaml"
+    file.write_text("cluster: {key: }")
     with pytest.raises(ConfigError, match=r"cluster\.key: it is empty; give the secret"):
-        load_config(environment={"TWOSTROKE__CLUSTER__KEY": ""})
+        load_config(file)
 
 
 def test_vllms_word_for_no_defaults_is_known():

@@ -68,7 +68,7 @@ class Cluster:
 
     async def heard(self, words: str) -> None:
         """Wait until the supervisor says something."""
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(240):
             while not any(words in line for line in self.said):
                 await asyncio.sleep(0.1)
 
@@ -160,7 +160,7 @@ async def test_a_hot_gpu_is_shown_and_one_off_the_bus_leaves_its_worker_down(tin
         return worker["gpus"][0]["verdict"] if worker else "nobody"
 
     async def becomes(wanted: str) -> None:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(240):
             while await verdict() != wanted:
                 await asyncio.sleep(0.1)
 

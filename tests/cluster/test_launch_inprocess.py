@@ -77,7 +77,7 @@ async def test_a_checkpoints_sampling_defaults_reach_both_faces_unless_turned_of
         for member in (ProcessPlan("router-0", "router"), ProcessPlan("w", "worker", Role.COMBINED, 1, 1 << 30)):
             await launcher.start(member, lambda *_: None)
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{http}") as client:
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(240):
                 while (await client.get("/health")).status_code != 200:
                     await asyncio.sleep(0.05)
             card = (await client.get("/v1/models")).json()["data"][0]

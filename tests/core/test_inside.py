@@ -96,7 +96,7 @@ async def test_a_server_proves_itself_at_the_beginning_and_at_the_end_of_a_strea
     guard.audience = address
     await server.start()
     try:
-        async with asyncio.timeout(60), InsideChannel(address, key) as channel:
+        async with asyncio.timeout(240), InsideChannel(address, key) as channel:
             calls = [channel.unary_stream("/a.B/C")(b"") for _ in range(100)]
             for call in calls:
                 assert [message async for message in call] == []

@@ -110,7 +110,7 @@ def test_a_builder_whose_launcher_is_gone_stops(cache, tmp_path):
     compiler.chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     command = [sys.executable, "-m", "twostroke.kernels.cpu.build", "1"]  # its parent is another one
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert "it was stopped" in done.stdout
     assert [path.name for path in cache.iterdir()] == ["lock"]
 

@@ -92,6 +92,7 @@ def test_the_loader_serves_the_rounded_matrices(
     assert torch.isfinite(next_).all()
 
 
+@pytest.mark.campaign
 def test_four_bits_by_gptq_and_awq_are_nearer_to_the_original_than_rounding(tmp_path: Path) -> None:
     given = texts(calibration=8, evaluation=3, window=512)
     reports = {m: quantised(BUNDLED, tmp_path / m, Settings(m), given) for m in ("rtn", "awq", "gptq")}  # type: ignore[arg-type]

@@ -82,7 +82,7 @@ async def test_an_idempotency_key_gives_the_same_answer_once_computed():
         url = f"http://127.0.0.1:{both.port}/v1/completions"
 
         async def post(**changes: Any) -> httpx.Response:
-            async with httpx.AsyncClient(timeout=20) as client:
+            async with httpx.AsyncClient(timeout=60) as client:
                 headers = {"api-key": KEYS[0], "idempotency-key": "once"}
                 return await client.post(url, json={**sent, **changes}, headers=headers)
 

@@ -70,7 +70,7 @@ async def events(
     named = {name.replace("_", "-"): value for name, value in headers.items()} | {"api-key": KEYS[0]}
     found: list[str] = []
     url = f"http://127.0.0.1:{both.port}/v1/{path}"
-    async with httpx.AsyncClient(timeout=20) as client, client.stream("POST", url, json=sent, headers=named) as answer:
+    async with httpx.AsyncClient(timeout=60) as client, client.stream("POST", url, json=sent, headers=named) as answer:
         assert answer.status_code == 200, await answer.aread()
         text = ""
         async for part in answer.aiter_text():

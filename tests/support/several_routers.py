@@ -36,5 +36,5 @@ class Routers:
 
     async def get(self, path: str, key: str = KEYS[0]) -> httpx.Response:
         """Ask over a connection of its own: the kernel chooses the router."""
-        async with httpx.AsyncClient(timeout=20) as client:
+        async with httpx.AsyncClient(timeout=60) as client:
             return await client.get(f"http://127.0.0.1:{self.port}{path}", headers={"api-key": key})

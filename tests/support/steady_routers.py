@@ -79,7 +79,7 @@ async def events(
     url = f"http://127.0.0.1:{routers.port}/v1/completions"
     found: list[str] = []
     named = {name.replace("_", "-"): value for name, value in headers.items()} | {"api-key": key}
-    async with httpx.AsyncClient(timeout=20) as client, client.stream("POST", url, json=sent, headers=named) as answer:
+    async with httpx.AsyncClient(timeout=60) as client, client.stream("POST", url, json=sent, headers=named) as answer:
         if answer.status_code == 429:  # on a starved machine
             await asyncio.sleep(float(answer.headers["retry-after"]))
             return await events(routers, sent, most=most, key=key, **headers)

@@ -112,7 +112,7 @@ def test_serves_answers_reports_drains_and_leaves_nothing(served: Served):
         assert str(worker["pid"]) in line
         assert f"0/{worker['blocks']['total']:,}" in line
         assert worker["metrics_address"] in line
-        assert httpx.get(f"http://{worker['metrics_address']}/health", timeout=20).status_code == 200
+        assert httpx.get(f"http://{worker['metrics_address']}/health", timeout=60).status_code == 200
     _interrupt_in_mid_stream(served, url)
 
 

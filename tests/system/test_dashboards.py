@@ -126,7 +126,7 @@ def doors(cluster) -> dict[str, str]:
 
 
 def scraped(url: str) -> list[Series]:
-    return scrape(httpx.get(url + "/metrics", timeout=20).text)
+    return scrape(httpx.get(url + "/metrics", timeout=60).text)
 
 
 def value(series: list[Series], name: str, **labels: str) -> float:

@@ -345,6 +345,11 @@ def test_ollama_describes_what_is_served(by_ollama, by_openai, served, model):
     assert said.capabilities[:2] == ["completion", "tools"]
     assert said.template == HERMES
     assert said.modelinfo[f"{said.modelinfo['general.architecture']}.context_length"] == length
+    (running,) = by_ollama.ps().models
+    assert (running.name, running.digest, running.size_vram) == (model, listed.digest, listed.size)
+    assert httpx.head(served.url, headers={"x-api-key": KEY}).status_code == 200
+    missing = httpx.get(f"{served.url}/api/embed", headers={"x-api-key": KEY})
+    assert (missing.status_code, "models that write text" in missing.json()["error"]) == (404, True)
     assert httpx.get(f"{served.url}/api/version", headers={"x-api-key": KEY}).json()["version"]
 
 

@@ -148,7 +148,7 @@ def test_a_client_of_ray_without_the_token_is_refused(cluster: Any):
         with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
             ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
             try:
-                ask(b"", timeout=20, metadata=metadata)
+                ask(b"", timeout=60, metadata=metadata)
                 answers[shown] = grpc.StatusCode.OK
             except grpc.RpcError as error:
                 answers[shown] = error.code()

@@ -68,10 +68,10 @@ def test_commands_speak_tls(secured):
     command = [sys.executable, "-P", "-m", "twostroke.cli.main", "status", "--json", "--grpc", secured.grpc]
     command += ["--tls-ca", f"{directory}/ca.pem", "--tls-cert", f"{directory}/operator.pem"]
     command += ["--tls-key", f"{directory}/operator.key"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
     assert len(json.loads(done.stdout)["workers"]) == 2
     command.remove("--json")
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True).stdout
     assert "links inside: mutual TLS" in shown
     with Client(secured.grpc, **options(directory), timeout_s=60) as client:
         speaks_shm = any(pair["transport"] == "shm" for pair in client.cluster()["pairs"])

@@ -166,6 +166,7 @@ def held_out_texts() -> list[str]:
     return [(root / name).read_text(encoding="utf-8") for name in names]
 
 
+@pytest.mark.campaign
 def test_the_weights_predict_held_out_files_better_than_the_ngram_did(
     tokenizer: PreTrainedTokenizerBase, facts: dict[str, Any]
 ):
@@ -176,6 +177,7 @@ def test_the_weights_predict_held_out_files_better_than_the_ngram_did(
 
 
 @torch.no_grad()
+@pytest.mark.campaign
 def test_the_end_of_the_context_is_predicted_as_well_as_its_middle(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ):

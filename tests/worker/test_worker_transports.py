@@ -261,7 +261,7 @@ class Child:
         self.address = (await self.heard("serves at")).split()[-1]
 
     async def heard(self, words):
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(240):
             while words not in (line := (await self.process.stdout.readline()).decode()):
                 assert line, f"it ended before it said {words!r}"
         return line

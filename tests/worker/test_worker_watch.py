@@ -306,7 +306,7 @@ async def test_a_change_of_role_is_answered_told_at_once_and_is_the_engine_s(sta
             assert answer == worker.info()
             assert answer.role == wire
             await ear.until(lambda heard, wire=wire: heard[-1].worker.role == wire)
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(240):
                 while worker.room.engine.core.policy.prefill_share != share:
                     await asyncio.sleep(0.01)
         for unknown in (0, 99):

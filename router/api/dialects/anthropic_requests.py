@@ -29,7 +29,6 @@ ACCEPTED = frozenset(
 REFUSED: dict[str, tuple[Any, ...]] = {
     "container": (),
     "mcp_servers": ([],),
-    "context_management": ({},),
     "output_format": (),  # its older name; output_config.format is served
 }
 _QUIET_OF_TOOLS = ("cache_control", "eager_input_streaming", "type")

@@ -13,6 +13,8 @@ from ...routing.facts import ModelFacts
 from ..defaults import described
 from ..models import ServedModel
 
+_NEVER = "2318-01-01T00:00:00Z"  # the field is a time; Ollama's own for models that stay is some 290 years away
+
 
 def tag_of(facts: ModelFacts) -> dict[str, Any]:
     """Entry of a model in the list of /api/tags. The digest names its weights; the size is that of its files."""
@@ -28,6 +30,13 @@ def tag_of(facts: ModelFacts) -> dict[str, Any]:
         "digest": facts.weights_fingerprint.hex(),
         "details": _details(path),
     }
+
+
+def running(facts: ModelFacts) -> dict[str, Any]:
+    """Entry of a model in the list of /api/ps: it is loaded, and stays so."""
+    tag = tag_of(facts)
+    del tag["modified_at"]
+    return {**tag, "expires_at": _NEVER, "size_vram": tag["size"], "context_length": facts.max_model_len}
 
 
 def shown(facts: ModelFacts, served: ServedModel) -> dict[str, Any]:

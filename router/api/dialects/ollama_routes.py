@@ -13,6 +13,7 @@ from starlette.responses import Response
 from .... import __version__
 from ....core.errors import InvalidRequest, TwostrokeError
 from ...requests.pieces import OutputDelta
+from ...routing.facts import ModelFacts
 from ..call import GenerateCall
 from ..http.callers import caller_of
 from ..http.sse import JsonAnswer, to_json
@@ -20,7 +21,7 @@ from ..openai_requests import chat_call, checked, completion_calls
 from ..validate import new_request_id
 from .door import DialectRoute, Door, Values
 from .errors import ollama_error
-from .ollama_models import shown, tag_of
+from .ollama_models import running, shown, tag_of
 from .ollama_requests import Asked, ShowBody, asked_of_chat, asked_of_generate
 from .ollama_responses import Reply, loaded
 from .one_choice import OneChoice
@@ -37,6 +38,7 @@ def ollama_routes(door: Door) -> list[DialectRoute]:
         DialectRoute("/api/chat", face.chat, "POST"),
         DialectRoute("/api/generate", face.generate, "POST"),
         DialectRoute("/api/tags", face.tags, "GET"),
+        DialectRoute("/api/ps", face.ps, "GET"),
         DialectRoute("/api/show", face.show, "POST"),
         DialectRoute("/api/version", face.version, "GET"),
     ]
@@ -96,10 +98,17 @@ class _Face:
         return bare if given not in self._front.models.names() and bare in self._front.models.names() else given
 
     async def tags(self, http: HttpRequest) -> Response:
+        return JsonAnswer({"models": await self._listed(http, tag_of)})
+
+    async def ps(self, http: HttpRequest) -> Response:
+        return JsonAnswer({"models": await self._listed(http, running)})
+
+    async def _listed(self, http: HttpRequest, form: Callable[[ModelFacts], dict[str, Any]]) -> list[dict[str, Any]]:
+        """The models that the caller may use; their files are looked at in a thread."""
         allowed = caller_of(http).grant.models
         names = [name for name in self._front.models.names() if not allowed or name in allowed]
         facts = [self._front.models.facts(name) for name in names]
-        return JsonAnswer({"models": await asyncio.to_thread(lambda: list(map(tag_of, facts)))})
+        return await asyncio.to_thread(lambda: list(map(form, facts)))
 
     async def show(self, http: HttpRequest) -> Response:
         body = await self._door.reads.read(http, partial(_show_body, strict=self._door.config.strict))

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request as HttpRequest
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from .... import __version__
@@ -64,6 +64,7 @@ def make_app(config: RouterConfig, front: Frontend) -> Starlette:
         Route("/v1/cluster", typed(face.cluster), methods=["GET"]),
         Route("/health", typed(face.health), methods=["GET"]),
         Route("/ping", typed(face.health), methods=["GET", "POST"]),  # SageMaker's health check, as in vLLM
+        Route("/", typed(face.root), methods=["GET"]),  # HEAD: how Ollama's client looks for a server
         Route("/version", typed(face.version), methods=["GET"]),
         Route("/metrics", typed(face.metrics), methods=["GET"]),
     ]
@@ -238,6 +239,9 @@ class _Face:
         caller_of(http).grant.check_monitor()
         body, content_type = await self._front.metrics(http.headers.get("accept", ""))
         return Response(body, headers={"content-type": content_type})
+
+    async def root(self, http: HttpRequest) -> Response:
+        return PlainTextResponse("Twostroke is running")
 
     async def version(self, http: HttpRequest) -> Response:
         return JsonAnswer({"version": __version__})

@@ -92,11 +92,24 @@ def _new_id() -> str:
     return f"req-{secrets.token_hex(12)}"
 
 
+_TEXT_ONLY = "; this cluster serves models that write text: /v1/chat/completions, /v1/completions, /v1/responses"
+# Paths of other servers that clients ask for, and what is there instead.
+_ABSENT = {
+    **dict.fromkeys(("/embeddings", "/api/embed", "/api/embeddings", "/rerank", "/score", "/pooling"), _TEXT_ONLY),
+    **dict.fromkeys(("/moderations", "/images/generations", "/audio/speech", "/audio/transcriptions"), _TEXT_ONLY),
+    **dict.fromkeys(
+        ("/tokenize", "/detokenize"),
+        "; /v1/responses/input_tokens and /v1/messages/count_tokens count tokens, return_token_ids shows an answer's",
+    ),
+    **dict.fromkeys(("/conversations", "/assistants", "/threads"), "; /v1/responses keeps a conversation's turns"),
+}
+
+
 async def no_such_route(http: HttpRequest, error: Exception) -> Response:
     """Starlette's handler of 404; names the route that was meant, where a base URL lacks /v1."""
     path = http.url.path[:200]
     is_below = any(isinstance(route, Route) and route.path == f"/v1{path}" for route in http.app.routes)
-    hint = f"; it is /v1{path}: base URLs end in /v1" if is_below else ""
+    hint = f"; it is /v1{path}: base URLs end in /v1" if is_below else _ABSENT.get(path.removeprefix("/v1"), "")
     return _no_route(path, NoSuchRoute(f"no route {http.method} {path}{hint}"), {})
 
 

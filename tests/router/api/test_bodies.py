@@ -72,7 +72,7 @@ async def http() -> AsyncIterator[httpx.AsyncClient]:
         await there.add(ShortWorker("w0", kv_blocks=100_000))
         app = make_app(RouterConfig(), Frontend(RouterConfig(), there.flow))
         transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=20) as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=60) as client:
             yield client
 
 

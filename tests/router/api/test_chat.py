@@ -114,6 +114,15 @@ def check_nothing_vanishes(template: ChatTemplate, where: str) -> tuple[int, int
     return shown, refused
 
 
+@pytest.mark.parametrize(
+    ("ids", "named"), [(("call12345", "call54321"), False), (("call54321", "call12345"), True), (("call12345",), False)]
+)
+def test_an_id_that_the_template_leaves_out_is_named_where_the_order_tells_another(ids, named):
+    calls = assistant(None, tool_calls=[call("a"), call("b", "call54321")])
+    _, ignored = prompt("json_calls", [user("x"), calls, *(result("y", id_) for id_ in ids)])
+    assert ("messages.tool_call_id" in ignored) == named
+
+
 @pytest.mark.parametrize("style", STYLES)
 def test_nothing_vanishes_in_silence(style):
     shown, refused = check_nothing_vanishes(TEMPLATES[style], style)

@@ -128,6 +128,13 @@ def test_every_choice_of_a_tool_has_its_word(choice, tool_choice, parallel):
     assert (asked.chat.tool_choice, asked.chat.parallel_tool_calls) == (tool_choice, parallel)
 
 
+def test_edits_of_the_context_are_named_as_ignored():
+    """Claude Code sends them with every request."""
+    edits = {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}
+    _, ignored = asked_of({**BODY, "context_management": edits}, strict=False)
+    assert ignored == ["context_management"]
+
+
 @pytest.mark.parametrize(
     ("more", "kind", "param"),
     [

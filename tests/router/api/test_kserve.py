@@ -151,7 +151,7 @@ async def test_the_client_without_asyncio_is_told_which_response_is_the_last(the
                 MODEL, inputs(stream=True), parameters={"max_tokens": 40}, enable_empty_final_response=True
             )
             while not found or not found[-1][0]:
-                result, error = answers.get(timeout=20)
+                result, error = answers.get(timeout=60)
                 assert error is None
                 response = result.get_response()
                 found.append((response.parameters["triton_final_response"].bool_param, len(response.outputs)))

@@ -108,7 +108,7 @@ async def test_a_response_has_reasoning_text_and_calls_whole_and_streamed(there)
 
 
 async def test_every_event_is_one_of_the_clients_and_says_the_same_as_the_object(there):
-    async with httpx.AsyncClient(base_url=there.url, timeout=20) as client:
+    async with httpx.AsyncClient(base_url=there.url, timeout=60) as client:
         asked = {"model": MODEL, "input": "Hi", "stream": True, "reasoning": {"summary": "auto"}, "include": []}
         there.workers[0].says = SAID
         text = (await client.post("/v1/responses", json=asked)).text
@@ -353,11 +353,10 @@ async def test_a_client_that_leaves_ends_its_request_unless_it_comes_back(there)
     slow(there)
     for headers, is_running in (({}, False), ({"x-twostroke-resumable": "1"}, True)):
         there.workers[0].submits.clear()
-        with pytest.raises(openai.APITimeoutError):
-            await there.openai.with_options(timeout=0.3).responses.create(
-                model=MODEL, input="Hi", extra_headers=headers
-            )
+        asking = asyncio.create_task(create(there, extra_headers=headers))
         await until(lambda: bool(there.workers[0].submits))
+        asking.cancel()
+        await asyncio.wait((asking,))
         if not is_running:
             await until(lambda: there.process._flow.cluster()["router"]["in_flight_requests"] == 0)
     (entry,) = there.process._front.streams.journal.entries()
@@ -435,7 +434,7 @@ async def test_a_call_that_is_not_served_is_no_wrong_method(there):
 @pytest.mark.parametrize("after", ["-1", "1e3", "x", "9" * 30, "٣", "%00"])
 async def test_a_place_that_is_no_number_is_refused(there, after):
     response = await create(there, background=True)
-    async with httpx.AsyncClient(base_url=there.url, timeout=20) as client:
+    async with httpx.AsyncClient(base_url=there.url, timeout=60) as client:
         reply = await client.get(f"/v1/responses/{response.id}?stream=true&starting_after={after}")
         assert (reply.status_code, reply.json()["error"]["param"]) == (400, "starting_after")
         for query in ("stream=maybe", "starting_after=3"):
@@ -483,7 +482,7 @@ async def test_what_agents_send_is_taken_and_what_has_no_effect_is_named(there):
         "client_metadata": {"x": "y"},
         "verve": 3,
     }
-    async with httpx.AsyncClient(base_url=there.url, timeout=20) as client:
+    async with httpx.AsyncClient(base_url=there.url, timeout=60) as client:
         reply = await client.post("/v1/responses", json=body)
     assert reply.status_code == 200
     assert "response.completed" in reply.text

@@ -215,7 +215,7 @@ def test_a_server_over_it_answers_and_what_closes_at_once_leaves_room_for_others
         await running
 
     async def bounded() -> None:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(240):
             await run()
 
     with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(tiered)) as runner:
