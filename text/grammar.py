@@ -23,6 +23,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from ..core.errors import InvalidRequest
 from ..core.request import Grammar
 from .grammar_program import program_of, refused
+from .schemas import told
 from .token_text import TokenTexts
 from .tokenizer import Tokenizer
 
@@ -152,7 +153,9 @@ class GrammarCompiler:
         began_s = time.monotonic()
         inner = LLMatcher(vocabulary, program, log_level=0, limits=_LIMITS)
         if inner.is_error():
-            raise refused(f"{grammar.kind} is refused: {_brief(inner.get_error())}")
+            error = inner.get_error()
+            about = told(json.loads(grammar.source), error) if grammar.kind == "json" else None
+            raise refused(f"{grammar.kind} is refused: {about or _brief(error)}")
         took_s = time.monotonic() - began_s
         if took_s > MAX_COMPILE_S:
             raise refused(

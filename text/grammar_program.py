@@ -13,6 +13,7 @@ from llguidance.gbnf_to_lark import any_to_lark
 from ..core.errors import InvalidRequest
 from ..core.request import GRAMMAR_KINDS, Grammar
 from ..core.sampling import MAX_GRAMMAR_CHARS
+from .schemas import keepable
 
 PARAM = "structured_outputs"
 MAX_DEPTH = 48  # of lists and objects in a JSON schema
@@ -82,7 +83,7 @@ def program_of(grammar: Grammar, is_special: Callable[[str], bool]) -> str:
     try:
         if kind == "json":
             schema = json.loads(source)
-            schema = {} if schema is True else schema
+            schema = {} if schema is True else keepable(schema)
             return str(LLMatcher.grammar_from_json_schema(schema, overrides=_JSON_OVERRIDES))
         if kind == "regex":
             return str(LLMatcher.grammar_from_regex(source))
@@ -181,7 +182,7 @@ def _structure(place: int, structure: Any) -> tuple[str, Any, str]:
     begin, schema, end = structure.get("begin"), structure.get("schema", {}), structure.get("end", "")
     if not isinstance(begin, str) or not begin or not isinstance(end, str) or not isinstance(schema, Mapping):
         raise refused(f"{where} must have a text as begin, an object as schema and a text as end")
-    return begin, {**schema, "x-guidance": JSON_OPTIONS}, end
+    return begin, {**keepable(schema), "x-guidance": JSON_OPTIONS}, end
 
 
 def _quoted(text: str) -> tuple[str, ...]:

@@ -218,7 +218,7 @@ class Frontend:
                 left_s = timeout_s if arrived_s is None else timeout_s - (self.flow.clock.now_s() - arrived_s)
                 await self.grammars.check(grammar, model, requests[0].owner, left_s)
             except InvalidRequest as error:
-                raise named(error, field_of_rule(calls[0])) from None
+                raise named(error, field_of_rule(calls[0]), calls[0].tools) from None
         return requests, model
 
     def _check_reading(self, num_calls: int, left_s: float) -> None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from ...core.errors import InvalidRequest, UnsupportedParameter
 from ...text.grammar_program import PARAM, any_object
+from ...text.schemas import told
 from .call import GenerateCall
 from .checks import short
 
@@ -67,12 +68,29 @@ def field_of_rule(call: GenerateCall) -> str:
     return call.rule_field if call.sampling.get(PARAM) is not None else "tools"
 
 
-def named(error: InvalidRequest, field: str) -> InvalidRequest:
-    """An error about the rule, under the name of the field that gave it."""
+def named(error: InvalidRequest, field: str, tools: Any = None) -> InvalidRequest:
+    """An error about the rule, under the name of the field that gave it. `tools`: those of a rule that calls made."""
     if error.param != PARAM or field == PARAM:
         return error
     message = error.message
+    if field == "tools":
+        where = _tool_at_fault(tools, message)
+        message = f"{field}{where}; leave it out, or give tool_choice auto" if where else _first_words(message)
     return InvalidRequest(message.replace(f"{PARAM}:", f"{field}:", 1), param=field)
+
+
+def _tool_at_fault(tools: Any, message: str) -> str | None:
+    """Place and reason within the tools, for the rule that a compiler refused; None: nothing was recognised."""
+    for place, tool in enumerate(tools or ()):
+        about = told(tool["function"].get("parameters"), message)
+        if about is not None:
+            return f"[{place}].function.parameters.{about}"
+    return None
+
+
+def _first_words(message: str) -> str:
+    """The message without the text of the grammar, which is ours and tells a client nothing."""
+    return message.partition(" 2 | start:")[0]
 
 
 def _says(value: Any) -> bool:

@@ -13,6 +13,11 @@ MUTANTS = [
     Mutant("router/api/grammar_checks.py", "        self._answers[key] = work.result()\n", "        pass\n"),
     Mutant("router/api/validate.py", "(call.messages, call.tools, call.documents)", "(call.messages,)"),
     Mutant("router/api/checks.py", "            num_chars += sum(map(len, islice(inner, enough)))\n", ""),
+    Mutant("text/schemas.py", 'kept["format"] not in FORMATS', 'kept["format"] in FORMATS'),
+    Mutant("text/schemas.py", '"properties", "patternProperties", "required"}', '"patternProperties", "required"}'),
+    Mutant("text/schemas.py", ', "additionalProperties": False}\n    allowed', "}\n    allowed"),
+    Mutant("text/schemas.py", "dict.fromkeys(allowed, values)", "dict.fromkeys(allowed, {})"),
+    Mutant("router/api/chat.py", "expected.pop(0)", "expected.pop()"),
     Mutant(
         "router/journal/redis_store.py",
         "1 + len(claim.stored.pieces)",

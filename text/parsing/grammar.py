@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..grammar_program import JSON_OPTIONS
+from ..schemas import keepable
 from .parsers import Parsers
 
 SpecialId = Callable[[str], int | None]  # id of the special token with this text; None: it is none
@@ -169,7 +170,7 @@ def _schema(function: Mapping[str, Any]) -> str:
     """
     given = function.get("parameters")
     schema = {"properties": {}, "additionalProperties": False} if given is None else given
-    return json.dumps({**schema, "type": "object", "x-guidance": JSON_OPTIONS})
+    return json.dumps({**keepable(schema), "type": "object", "x-guidance": JSON_OPTIONS})
 
 
 def _object(function: Mapping[str, Any], arguments: str) -> str:

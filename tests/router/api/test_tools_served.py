@@ -262,6 +262,23 @@ async def test_a_named_parser_overrides_the_template(model):
         assert json.loads(message.tool_calls[0].function.arguments) == ROME
 
 
+@pytest.mark.parametrize(
+    ("schema", "about"),
+    [
+        ({"type": "array", "uniqueItems": True}, "uniqueItems cannot be kept"),
+        ({"type": "string", "pattern": "(?=a)b"}, "the pattern cannot be kept (look-around"),
+    ],
+)
+async def test_a_schema_that_cannot_be_kept_is_named_with_its_tool(model, schema, about):
+    tools = [WEATHER, with_function(name="other", parameters={"type": "object", "properties": {"a": schema}})]
+    async with router() as there:
+        await there.add(worker(model, TWO))
+        with pytest.raises(openai.BadRequestError) as caught:
+            await there.chat(tools=tools, tool_choice="required")
+        assert f"tools[1].function.parameters.properties.a: {about}" in caught.value.message
+        assert "start:" not in caught.value.message
+
+
 async def test_a_given_template_replaces_the_checkpoints(tmp_path):
     path = tmp_path / "template.jinja"
     path.write_text(HERMES)
