@@ -38,6 +38,17 @@ MUTANTS = [
         "            if proven is not None and place >= proven and reply.num_events <= after:\n",
         "            if False:\n",
     ),
+    Mutant(f"{_RESPONSES}/items.py", "            if name not in known:\n", "            if name in unanswered:\n"),
+    Mutant(f"{_RESPONSES}/items.py", "            unanswered.pop(name, None)\n", "            pass\n"),
+    Mutant(f"{_RESPONSES}/items.py", "content = None if calls and not texts else", "content = None if not texts else"),
+    Mutant(f"{_RESPONSES}/fields.py", "if name != LOGPROBS and name not in _INCLUDED_OF_NOTHING:", "if False:"),
+    Mutant(f"{_RESPONSES}/tools.py", "if verbosity is not None and verbosity not in _VERBOSITIES:", "if False:"),
+    Mutant(f"{_RESPONSES}/routes.py", "        check_calls(items)\n", ""),
+    Mutant(
+        f"{_RESPONSES}/kept.py",
+        "                    async for _ in pieces:\n                        pass\n",
+        "                    pass\n",
+    ),
     Mutant(f"{_RESPONSES}/kept.py", "stored is None or not stored.asked.is_response:\n", "stored is None:\n"),
     Mutant(f"{_RESPONSES}/kept.py", "        if not stored.is_over:\n", "        if False:\n"),
     Mutant(
@@ -56,6 +67,9 @@ MUTANTS = [
     Mutant("router/api/kserve/tensors.py", "if len(raw) < 4 or len(raw) != 4 + size:", "if len(raw) < 4:"),
     Mutant("router/api/kserve/tensors.py", "if raw and len(raw) != len(message.inputs):", "if False:"),
     Mutant("router/api/kserve/tensors.py", "any(size != 1 for size in tensor.shape) or ", ""),
+    Mutant("router/api/kserve/tensors.py", "if raw is not None or one.name != field]", "if one.name != field]"),
+    Mutant("router/api/kserve/tensors.py", "        struct.pack(_NUMBERS[kind][0], value)\n", "        pass\n"),
+    Mutant("router/api/kserve/completions.py", "is not None or name in values:", "is not None:"),
     Mutant("router/api/kserve/completions.py", "not is_streamed and not excludes", "not excludes"),
     Mutant("router/api/kserve/completions.py", "    if (body.n or 1) > 1:\n", "    if False:\n"),
 ]
