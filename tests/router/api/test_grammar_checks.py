@@ -2,16 +2,21 @@
 
 import asyncio
 import gc
+import os
+import signal
 import threading
 
 import pytest
 from support.flow_cluster import until
+from support.scripted_worker import make_model
 
 from twostroke.core.errors import InvalidRequest, Overloaded
 from twostroke.core.request import Grammar
 from twostroke.router.api import grammar_checks
 from twostroke.router.api.grammar_checks import GrammarChecks
 from twostroke.router.api.models import ServedModel
+from twostroke.text.token_text import TokenTexts
+from twostroke.text.tokenizer import Tokenizer
 
 OTHERS = 10.0  # seconds; nothing here takes them unless it is wrong
 
@@ -38,12 +43,12 @@ def checks():
     checks.close()
 
 
-class Tokenizer:
+class NoTokenizer:
     eos_ids = (2,)
 
 
 def model() -> ServedModel:
-    return ServedModel("m", 10, 10, Tokenizer(), None, None, "/nothing")  # type: ignore[arg-type]
+    return ServedModel("m", 10, 10, NoTokenizer(), None, None, "/nothing")  # type: ignore[arg-type]
 
 
 def regex(source: str) -> Grammar:
@@ -91,3 +96,19 @@ async def test_a_wait_ends_with_the_requests_time(checks, monkeypatch) -> None:
     await held
     await checks.check(regex("quick"), model(), "a")
     assert slow.asked == ["slow", "quick"]
+
+
+async def test_a_process_that_does_not_answer_is_ended_and_the_next_check_has_a_new_one(checks, tmp_path, monkeypatch):
+    tokenizer = Tokenizer.load(make_model(tmp_path / "model"))
+    served = ServedModel("m", 10, tokenizer.vocab_size, tokenizer, None, TokenTexts(tokenizer), str(tmp_path / "model"))
+    await checks.check(regex("a+"), served, "a")
+    ((first,),) = checks._idle.values()
+    os.kill(first._process.pid, signal.SIGSTOP)
+    monkeypatch.setattr(grammar_checks, "CHECK_S", -1.5)  # half a second
+    with pytest.raises(InvalidRequest, match="to compile; give a simpler one"):
+        await checks.check(regex("b+"), served, "a")
+    assert not first.lives
+    monkeypatch.undo()
+    await checks.check(regex("c+"), served, "a")
+    ((second,),) = checks._idle.values()
+    assert second is not first

@@ -191,6 +191,8 @@ async def test_a_conversation_goes_on_from_a_stored_response(there):
     assert [item.type for item in listed] == ["message", *KINDS, *["function_call_output"] * 2]
     newest = await there.openai.responses.input_items.list(second.id, limit=1)
     assert newest.data[0].call_id == results[1]["call_id"]
+    whole = await there.openai.responses.input_items.list(second.id, limit=len(listed))
+    assert (newest.has_more, whole.has_more, len(whole.data)) == (True, False, len(listed))
     await there.openai.responses.delete(first.id)
     third = await create(there, "And then?", previous_response_id=second.id, tools=[WEATHER])
     assert third.usage.input_tokens > second.usage.input_tokens, "a response holds its whole conversation"
