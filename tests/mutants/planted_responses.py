@@ -44,6 +44,7 @@ MUTANTS = [
     Mutant(f"{_RESPONSES}/fields.py", "if name != LOGPROBS and name not in _INCLUDED_OF_NOTHING:", "if False:"),
     Mutant(f"{_RESPONSES}/tools.py", "if verbosity is not None and verbosity not in _VERBOSITIES:", "if False:"),
     Mutant(f"{_RESPONSES}/routes.py", "        check_calls(items)\n", ""),
+    Mutant(f"{_RESPONSES}/routes.py", '"has_more": len(listed) > num,', '"has_more": len(listed) >= num,'),
     Mutant(
         f"{_RESPONSES}/kept.py",
         "                    async for _ in pieces:\n                        pass\n",
