@@ -470,6 +470,11 @@ _LATER = [
     ),
     Mutant(
         "router/routing/fleet.py",
+        "            worker.heard_s = worker.beat_s = worker.step_changed_s = now_s\n",
+        "            worker.heard_s = worker.beat_s = now_s\n",
+    ),
+    Mutant(
+        "router/routing/fleet.py",
         "            worker.silent = worker.stalled = False\n            worker.heard_s",
         "            worker.heard_s",
     ),
