@@ -9,6 +9,7 @@ MUTANTS = [
     Mutant(
         "router/api/grammar_checks.py", "        except _Lost:\n            checker.end()\n", "        except _Lost:\n"
     ),
+    Mutant("router/api/grammar_checks.py", "< AT_ONCE else", "<= AT_ONCE else"),
     Mutant("router/api/http/reading.py", "            self._admit()  # those behind it\n", ""),
     Mutant("router/api/http/reading.py", "                    break\n", "                    continue\n"),
     Mutant(

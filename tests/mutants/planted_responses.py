@@ -70,6 +70,7 @@ MUTANTS = [
     Mutant("router/api/kserve/tensors.py", "any(size != 1 for size in tensor.shape) or ", ""),
     Mutant("router/api/kserve/tensors.py", "if raw is not None or one.name != field]", "if one.name != field]"),
     Mutant("router/api/kserve/tensors.py", "        struct.pack(_NUMBERS[kind][0], value)\n", "        pass\n"),
+    Mutant("router/api/kserve/service.py", "replace(call, timeout_s=checked_left_s(context.time_remaining()))", "call"),
     Mutant("router/api/kserve/completions.py", "is not None or name in values:", "is not None:"),
     Mutant("router/api/kserve/completions.py", "not is_streamed and not excludes", "not excludes"),
     Mutant("router/api/kserve/completions.py", "    if (body.n or 1) > 1:\n", "    if False:\n"),

@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+import httpx
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
@@ -229,6 +230,17 @@ async def test_keys_hold_here_too(tmp_path):
             assert await client.is_server_live(headers=held)
             answer = await client.infer(MODEL, inputs(exclude_input_in_output=True), headers=held)
             assert texts_of(answer)
+
+
+async def test_the_clients_deadline_is_the_requests(there):
+    made = request()
+    made.parameters["request_id"].string_param = "mine"
+    async with grpc.aio.insecure_channel(there.grpc) as channel:
+        infer = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+        await infer(made.SerializeToString(), timeout=7.0)
+    async with httpx.AsyncClient(base_url=there.url, timeout=20) as client:
+        told = (await client.get("/v1/requests/mine/explain")).json()
+    assert 0 < told["timeout_s"] < 8.0, "the usual one is an hour"
 
 
 def request(**more: Any) -> kserve_pb2.ModelInferRequest:
