@@ -109,6 +109,9 @@ def build(machine_flags: tuple[str, ...], progress: Progress | None = None) -> P
     """`built_library` for the flags of a given machine: tests build for older machines too."""
     compiler = find_compiler()
     name, commands = _name(compiler, machine_flags), Commands(_BUILD_S)
+    built = library_folder() / f"{name}.so"
+    if built.exists():  # it came there whole; the lock may be held for minutes by a build of other sources
+        return built
     _builds.add(commands)
     try:
         with _locked_cache(commands) as directory:  # a second process finds the library built

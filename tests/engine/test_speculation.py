@@ -115,6 +115,14 @@ def test_the_length_grows_by_one_and_is_halved():
     assert length.at(99) == 6
 
 
+def test_a_guess_is_under_way_until_it_is_judged():
+    drafting = Drafting(Counting(), DraftLength(8, length=4))
+    drafting.propose([1, 2, 3], 0, 3)
+    assert drafting.num_under_way == 3
+    drafting.judge(3, 1, 2)
+    assert (drafting.num_under_way, drafting.num_drafted, drafting.num_accepted) == (0, 3, 1)
+
+
 def test_a_shorter_guess_that_was_right_does_not_lengthen():
     length = DraftLength(8, length=4)
     length.judge(2, 2, 3)

@@ -14,7 +14,7 @@ import pytest
 
 from twostroke.kernels.cpu import build
 from twostroke.kernels.cpu.build import NativeUnavailable
-from twostroke.kernels.cpu.folder import forget_empty_folder, library_folder
+from twostroke.kernels.cpu.folder import forget_empty_folder, library_folder, take_lock
 
 REAL = shutil.which("c++") or shutil.which("g++")
 COMPILER = """#!/bin/sh
@@ -56,6 +56,18 @@ def test_files_are_compiled_one_by_one_and_nothing_but_the_library_stays(cache, 
     assert all(" ".join((*build.FLAGS, "-DX")) in call for call in calls)
     assert build.build(("-DX",), lambda *_: seen.append((0, 0))) == library
     assert (0, 0) not in seen  # it was found
+
+
+@pytest.mark.skipif(REAL is None, reason="no C++ compiler")
+def test_a_library_that_is_there_waits_for_no_build_of_others(cache, tmp_path, monkeypatch):
+    use_compiler(tmp_path, monkeypatch)
+    library = build.build(("-DX",))
+    monkeypatch.setattr(build, "_BUILD_S", 0)
+    with (cache / "lock").open("w") as lock:
+        assert take_lock(lock)
+        assert build.build(("-DX",)) == library
+        with pytest.raises(NativeUnavailable, match="another process has held"):
+            build.build(("-DY",))
 
 
 @pytest.mark.skipif(REAL is None, reason="no C++ compiler")

@@ -117,6 +117,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "router/api/grpc/guard": ("tests/router/api/test_guard.py", "tests/router/api/test_connections.py"),
     "router/api/grpc/message_bounds": ("tests/router/api/test_message_bounds.py",),
     "router/api/http/structure": ("tests/router/api/test_structure.py",),
+    "router/api/http/reading": ("tests/router/api/test_reading.py", "tests/router/api/test_body_room.py"),
     "router/api/http/bodies": (
         "tests/router/api/test_bodies.py",
         "tests/router/api/test_body_room.py",

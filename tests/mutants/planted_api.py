@@ -7,6 +7,15 @@ from mutant import Mutant
 MUTANTS = [
     Mutant("router/api/grammar_checks.py", "        await turn.acquire()\n", ""),
     Mutant(
+        "router/api/grammar_checks.py", "        except _Lost:\n            checker.end()\n", "        except _Lost:\n"
+    ),
+    Mutant("router/api/grammar_checks.py", "< AT_ONCE else", "<= AT_ONCE else"),
+    Mutant("router/api/http/reading.py", "            self._admit()  # those behind it\n", ""),
+    Mutant("router/api/http/reading.py", "                    break\n", "                    continue\n"),
+    Mutant(
+        "router/api/http/reading.py", "one.tenant == tenant or self._is_within(one) for", "one.tenant == tenant for"
+    ),
+    Mutant(
         "router/api/grammar_checks.py", "        turn.release()\n        if work.cancelled", "        if work.cancelled"
     ),
     Mutant("router/api/grammar_checks.py", "asyncio.timeout(min(WAIT_S, left_s))", "asyncio.timeout(WAIT_S)"),

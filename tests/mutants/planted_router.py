@@ -468,6 +468,7 @@ _LATER = [
         "            worker.heard_s = worker.beat_s = worker.step_changed_s = now_s\n",
         "            worker.heard_s = now_s\n",
     ),
+    Mutant("router/routing/fleet.py", " = worker.step_changed_s = now_s\n", " = now_s\n"),
     Mutant(
         "router/routing/fleet.py",
         "            worker.silent = worker.stalled = False\n            worker.heard_s",

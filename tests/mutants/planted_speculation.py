@@ -15,6 +15,12 @@ MUTANTS = [
     Mutant("engine/speculation/length.py", "2 * num_accepted < num_drafted", "num_accepted < num_drafted"),
     Mutant("engine/speculation/length.py", "self.rest = min(2 * self.rest, LONGEST_REST)", "pass"),
     Mutant("engine/speculation/length.py", "            self.rest = FIRST_REST\n", ""),
+    Mutant(
+        "engine/speculation/drafting.py",
+        "        self.num_under_way = 0\n        self.num_drafted += num_drafted\n",
+        "        self.num_drafted += num_drafted\n",
+    ),
+    Mutant("engine/speculation/pace.py", "(num_seqs - 1).bit_length()", "num_seqs.bit_length()"),
     Mutant("engine/speculation/pace.py", "ms = min(ms, _MOST_OVER_MEAN * self.ms / self.steps)", "pass"),
     Mutant(
         "engine/speculation/pace.py",

@@ -133,7 +133,12 @@ async def test_any_router_answers_for_a_response_of_another(tmp_path):
         listed = await both.ask(1, "GET", f"/{name}/input_items")
         assert listed["data"][0]["content"][0]["text"] == ASKED["input"]
         foreground = await both.ask(0, "POST", json={**ASKED, "background": False})
-        then = {"model": MODEL, "input": "And then?", "previous_response_id": foreground["id"]}
+        then: dict[str, Any] = {"model": MODEL, "input": "And then?", "previous_response_id": foreground["id"]}
+        unanswered = await both.ask(1, "POST", json=then)
+        call = foreground["output"][-1]["call_id"]
+        assert unanswered["http_status"] == 400
+        assert f"No tool output found for function call '{call}'" in unanswered["error"]["message"]
+        then["input"] = [{"type": "function_call_output", "call_id": call, "output": "rain"}]
         assert (await both.ask(1, "POST", json=then))["status"] == "completed"
         other = await both.ask(1, "GET", f"/{name}", key=KEYS[1])
         assert (other["http_status"], other["error"]["code"]) == (404, "request_not_found")
@@ -157,6 +162,17 @@ async def test_any_router_follows_and_cancels_what_runs_at_another(tmp_path):
         assert [event["sequence_number"] for event in had + rest] == list(range(len(had + rest)))
         assert (rest[-1]["type"], rest[-1]["response"]["status"]) == ("response.failed", "cancelled")
         assert (await both.ask(0, "GET", path))["status"] == "cancelled"
+
+
+async def test_cancelling_at_all_routers_at_once_says_the_same_everywhere(tmp_path):
+    async with pair(tmp_path, token_s=0.05) as both:
+        for _ in range(4):
+            begun = await both.ask(0, "POST", json=ASKED)
+            path = f"/{begun['id']}"
+            await both.events(1, f"{path}?stream=true", most=8)
+            told = await asyncio.gather(*(both.ask(number % 2, "POST", f"{path}/cancel") for number in range(8)))
+            assert [one["status"] for one in told] == ["cancelled"] * 8
+            assert all(one == told[0] for one in told), "what was said is final"
 
 
 async def test_a_stream_whose_router_ended_goes_on_at_the_other_behind_its_number(tmp_path):

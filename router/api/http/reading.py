@@ -66,7 +66,7 @@ class Room:
         """
         loop = asyncio.get_running_loop()
         lease = Lease(self, tenant, size_bytes)
-        if self._fits(lease) and not any(other.tenant == tenant for other, _ in self._waiting):
+        if self._fits(lease) and not any(one.tenant == tenant or self._is_within(one) for one, _ in self._waiting):
             self._give(lease)
             return lease
         if len(self._waiting) >= MAX_WAITING:
@@ -80,6 +80,7 @@ class Room:
         except BaseException as error:
             self._waiting = deque(pair for pair in self._waiting if pair[0] is not lease)
             lease.give_back()  # it may have been given at the same time
+            self._admit()  # those behind it
             if isinstance(error, TimeoutError):
                 raise Overloaded(f"no room to read the message within {WAIT_S:g} s", retry_after_s=1.0) from None
             raise
@@ -115,10 +116,13 @@ class Room:
                 del self._used_bytes[lease.tenant]
         self._admit()
 
-    def _fits(self, lease: Lease) -> bool:
+    def _is_within(self, lease: Lease) -> bool:
+        """Whether its tenant may have it: one message per tenant is always allowed."""
         used = self._used_bytes.get(lease.tenant, 0)
-        is_within = not used or used + lease.size_bytes <= self._most_bytes  # one message per tenant is always allowed
-        return is_within and lease.size_bytes <= self._free_bytes
+        return not used or used + lease.size_bytes <= self._most_bytes
+
+    def _fits(self, lease: Lease) -> bool:
+        return self._is_within(lease) and lease.size_bytes <= self._free_bytes
 
     def _give(self, lease: Lease) -> None:
         self._free_bytes -= lease.size_bytes
@@ -126,9 +130,15 @@ class Room:
         self._leases.add(lease)
 
     def _admit(self) -> None:
-        """Give leases to waiting messages that fit, in order; a tenant at its limit does not block other tenants."""
+        """Give leases to waiting messages that fit, in order.
+
+        A tenant at its limit does not block other tenants. A long message keeps shorter ones behind it from taking the
+        room that it waits for: else two tenants with many short ones could keep a third from being read.
+        """
         for lease, turn in list(self._waiting):
-            if not turn.done() and self._fits(lease):
+            if not turn.done() and self._is_within(lease):
+                if lease.size_bytes > self._free_bytes:
+                    break
                 self._give(lease)
                 turn.set_result(None)
         self._waiting = deque(pair for pair in self._waiting if not pair[1].done())

@@ -32,7 +32,17 @@ MORE_OUTPUTS = ("finish_reason", "num_input_tokens", "num_output_tokens")
 EMPTY_FINAL = "triton_enable_empty_final_response"  # parameter: an answer without outputs ends the stream
 
 _FORMS = {field.api: field.form for field in FIELDS}
-_REFUSED = ("image", "return_logprobs", "return_cumulative_logprob", "embedding_request", "lora_name")
+_REFUSED = (
+    *("image", "return_logprobs", "return_cumulative_logprob", "embedding_request", "lora_name"),
+    *("logprobs", "prompt_logprobs", "return_token_ids", "echo"),  # an answer has no place for them
+)
+_ELSEWHERE = {  # what a sampling field of this name would say is said by
+    "text_input": "a tensor",
+    "stream": "a tensor",
+    "exclude_input_in_output": "a tensor",
+    "prompt": "the tensor text_input",
+    "model": "model_name",
+}
 _WITHOUT_EFFECT = frozenset({"priority", "timeout", "sequence_id", "sequence_start", "sequence_end", "early_stopping"})
 
 
@@ -73,6 +83,9 @@ def inference_of(message: kserve_pb2.ModelInferRequest, *, strict: bool) -> Infe
             param="exclude_input_in_output",
         )
     outputs = tuple(name for name in MORE_OUTPUTS if _flag(values, f"return_{name}"))
+    for name, where in _ELSEWHERE.items():
+        if fields.get(name) is not None or name in values:
+            raise InvalidRequest(f"{name} is given as a sampling field; give it as {where}", param=name)
     has_empty_final = fields.pop(EMPTY_FINAL, None) in (True, "true")
     fields |= values
     for name in _REFUSED:

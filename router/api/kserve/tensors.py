@@ -61,22 +61,36 @@ def _value(tensor: kserve_pb2.ModelInferRequest.InferInputTensor, raw: bytes | N
             f"input {short(name)} has the shape {short(list(tensor.shape[:8]))}; must be [1]: one request at a time",
             param=name,
         )
-    if kind == "BYTES":
-        return _text(name, _framed(name, raw) if raw is not None else _only(name, tensor.contents.bytes_contents))
-    if kind not in _NUMBERS:
+    if kind != "BYTES" and kind not in _NUMBERS:
         raise InvalidRequest(
             f"input {short(name)} has the datatype {short(kind)}; must be BYTES, {', '.join(_NUMBERS)}", param=name
         )
-    form, field = _NUMBERS[kind]
+    form, field = _NUMBERS.get(kind, ("", "bytes_contents"))
+    others = [one.name for one, _ in tensor.contents.ListFields() if raw is not None or one.name != field]
+    if others:
+        place = "raw_input_contents" if raw is not None else field
+        raise InvalidRequest(
+            f"input {short(name)} has {others[0]}; the data of its {kind} stand in {place}: give them once", param=name
+        )
+    if kind == "BYTES":
+        return _text(name, _framed(name, raw) if raw is not None else _only(name, tensor.contents.bytes_contents))
     if raw is None:
-        value: Value = _only(name, getattr(tensor.contents, field))
-        return value
+        return _in_range(name, kind, _only(name, getattr(tensor.contents, field)))
     if len(raw) != struct.calcsize(form):
         raise InvalidRequest(
             f"input {short(name)} has {len(raw)} bytes; a {kind} has {struct.calcsize(form)}", param=name
         )
     (number,) = struct.unpack(form, raw)
     return number  # type: ignore[no-any-return]
+
+
+def _in_range(name: str, kind: str, value: Value) -> Value:
+    """Check a number of a field that holds larger ones than its data type does."""
+    try:
+        struct.pack(_NUMBERS[kind][0], value)
+    except (struct.error, OverflowError):
+        raise InvalidRequest(f"input {short(name)} is {short(value)}, which is no {kind}", param=name) from None
+    return value
 
 
 def _framed(name: str, raw: bytes) -> bytes:

@@ -2,16 +2,23 @@
 
 import asyncio
 import gc
+import os
+import signal
 import threading
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from support.flow_cluster import until
+from support.scripted_worker import make_model
 
 from twostroke.core.errors import InvalidRequest, Overloaded
 from twostroke.core.request import Grammar
 from twostroke.router.api import grammar_checks
 from twostroke.router.api.grammar_checks import GrammarChecks
 from twostroke.router.api.models import ServedModel
+from twostroke.text.token_text import TokenTexts
+from twostroke.text.tokenizer import Tokenizer
 
 OTHERS = 10.0  # seconds; nothing here takes them unless it is wrong
 
@@ -38,12 +45,12 @@ def checks():
     checks.close()
 
 
-class Tokenizer:
+class NoTokenizer:
     eos_ids = (2,)
 
 
 def model() -> ServedModel:
-    return ServedModel("m", 10, 10, Tokenizer(), None, None, "/nothing")  # type: ignore[arg-type]
+    return ServedModel("m", 10, 10, NoTokenizer(), None, None, "/nothing")  # type: ignore[arg-type]
 
 
 def regex(source: str) -> Grammar:
@@ -91,3 +98,34 @@ async def test_a_wait_ends_with_the_requests_time(checks, monkeypatch) -> None:
     await held
     await checks.check(regex("quick"), model(), "a")
     assert slow.asked == ["slow", "quick"]
+
+
+@pytest.fixture
+def real(tmp_path: Path) -> ServedModel:
+    tokenizer = Tokenizer.load(make_model(tmp_path / "model"))
+    texts, directory = TokenTexts(tokenizer), str(tmp_path / "model")
+    return ServedModel("m", 10, tokenizer.vocab_size, tokenizer, None, texts, directory)
+
+
+async def test_a_process_that_does_not_answer_is_ended_and_the_next_check_has_a_new_one(checks, real, monkeypatch):
+    await checks.check(regex("a+"), real, "a")
+    ((first,),) = checks._idle.values()
+    os.kill(first._process.pid, signal.SIGSTOP)
+    monkeypatch.setattr(grammar_checks, "CHECK_S", -1.5)  # half a second
+    with pytest.raises(InvalidRequest, match="to compile; give a simpler one"):
+        await checks.check(regex("b+"), real, "a")
+    assert not first.lives
+    monkeypatch.undo()
+    await checks.check(regex("c+"), real, "a")
+    ((second,),) = checks._idle.values()
+    assert second is not first
+
+
+async def test_idle_processes_are_bounded_however_many_models_there_are(checks, real):
+    seen = []
+    for number in range(grammar_checks.AT_ONCE + 1):
+        await checks.check(regex("a+"), replace(real, vocab_size=real.vocab_size - number), "a")
+        seen += [one for some in checks._idle.values() for one in some if one not in seen]
+    assert len(seen) == grammar_checks.AT_ONCE + 1
+    assert sum(map(len, checks._idle.values())) == grammar_checks.AT_ONCE
+    await until(lambda: sum(one.lives for one in seen) == grammar_checks.AT_ONCE)

@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+import httpx
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
@@ -191,6 +192,13 @@ async def test_a_client_that_leaves_its_stream_ends_its_request(there, client):
         ({"sampling_parameters": '{"temperature": NaN}'}, {}, "must be a JSON object"),
         ({"sampling_parameters": "[" * 60_000}, {}, "at most"),
         ({"return_logprobs": True}, {}, "return_logprobs is not served"),
+        ({}, {"stream": True}, "stream is given as a sampling field; give it as a tensor"),
+        ({}, {"text_input": "x"}, "text_input is given as a sampling field"),
+        ({"sampling_parameters": '{"prompt": "x"}'}, {}, "prompt is given as a sampling field; give it as the tensor"),
+        ({"model": "x"}, {}, "model is given as a sampling field; give it as model_name"),
+        ({}, {"logprobs": 3}, "logprobs is not served"),
+        ({}, {"echo": True}, "echo is not served"),
+        ({"sampling_parameters": '{"prompt_logprobs": 1}'}, {}, "prompt_logprobs is not served"),
         ({}, {"temperature": "1" * 400}, "temperature is '111"),
         ({}, {"max_tokens": "[" * 100_000}, "max_tokens is '[["),
     ],
@@ -222,6 +230,17 @@ async def test_keys_hold_here_too(tmp_path):
             assert await client.is_server_live(headers=held)
             answer = await client.infer(MODEL, inputs(exclude_input_in_output=True), headers=held)
             assert texts_of(answer)
+
+
+async def test_the_clients_deadline_is_the_requests(there):
+    made = request()
+    made.parameters["request_id"].string_param = "mine"
+    async with grpc.aio.insecure_channel(there.grpc) as channel:
+        infer = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+        await infer(made.SerializeToString(), timeout=7.0)
+    async with httpx.AsyncClient(base_url=there.url, timeout=20) as client:
+        told = (await client.get("/v1/requests/mine/explain")).json()
+    assert 0 < told["timeout_s"] < 8.0, "the usual one is an hour"
 
 
 def request(**more: Any) -> kserve_pb2.ModelInferRequest:
@@ -273,6 +292,12 @@ def shared() -> kserve_pb2.ModelInferRequest:
     return made
 
 
+def with_number(name: str, kind: str, field: str, value: int) -> kserve_pb2.ModelInferRequest:
+    made = request()
+    getattr(made.inputs.add(name=name, datatype=kind, shape=[1]).contents, field).append(value)
+    return made
+
+
 def another_output() -> kserve_pb2.ModelInferRequest:
     made = request()
     made.outputs.add(name="logits")
@@ -287,6 +312,15 @@ def another_output() -> kserve_pb2.ModelInferRequest:
         (request(raw_input_contents=[b"", b""]), InvalidRequest, "2 entries for 1 inputs"),
         (raw("BYTES", b"\x09\x00\x00\x00short"), InvalidRequest, "length of a text"),
         (raw("BYTES", b"\xff\xff\xff\xff"), InvalidRequest, "length of a text"),
+        (
+            request(raw_input_contents=[b"\x01\x00\x00\x00x"]),
+            InvalidRequest,
+            "has bytes_contents; .* raw_input_contents",
+        ),
+        (with_number("text_input", "BYTES", "int_contents", 7), InvalidRequest, "given twice"),
+        (with_number("seed", "INT64", "int_contents", 7), InvalidRequest, "has int_contents; .* in int64_contents"),
+        (with_number("max_tokens", "INT8", "int_contents", 300), InvalidRequest, "is 300, which is no INT8"),
+        (with_number("max_tokens", "UINT16", "uint_contents", 1 << 16), InvalidRequest, "is 65536, which is no UINT16"),
         (raw("BYTES", b""), InvalidRequest, "length of a text"),
         (raw("BYTES", b"\x01\x00\x00\x00\xff"), InvalidRequest, "no UTF-8"),
         (raw("INT64", b"\x01"), InvalidRequest, "a INT64 has 8"),

@@ -56,6 +56,29 @@ async def test_who_is_cancelled_while_waiting_keeps_nothing(is_served_first: boo
     (await room.take("c", 10)).give_back()
 
 
+async def test_short_messages_of_others_take_no_room_that_a_long_one_waits_for(monkeypatch: pytest.MonkeyPatch):
+    room = Room(100, one_tenant=False)
+    held = [await room.take(tenant, 20) for tenant in ("b", "c")]
+    long = asyncio.create_task(room.take("a", 70))
+    await asyncio.sleep(0)
+    short = [asyncio.create_task(room.take(tenant, 20)) for tenant in ("b", "c", "d")]
+    await asyncio.sleep(0)
+    held[0].give_back()
+    (await asyncio.wait_for(long, 1)).give_back()
+    assert len([await asyncio.wait_for(one, 1) for one in short]) == 3
+
+    room = Room(100, one_tenant=False)
+    await room.take("b", 40)
+    monkeypatch.setattr(reading, "WAIT_S", 0.05)
+    long = asyncio.create_task(room.take("a", 70))
+    await asyncio.sleep(0)
+    monkeypatch.setattr(reading, "WAIT_S", 10.0)
+    short = [asyncio.create_task(room.take("c", 20))]
+    with pytest.raises(Overloaded):
+        await long
+    await asyncio.wait_for(short[0], 1)  # nothing keeps those behind one that gave up
+
+
 async def test_waiting_is_bounded_in_time_and_in_number(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(reading, "WAIT_S", 0.05)
     monkeypatch.setattr(reading, "MAX_WAITING", 1)

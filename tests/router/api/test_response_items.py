@@ -21,7 +21,7 @@ from twostroke.core.errors import (
 )
 from twostroke.core.request import AnswerForm, FinishReason, Request, SamplingParams
 from twostroke.router.api.dialects.responses.fields import in_their_words, wanted_of
-from twostroke.router.api.dialects.responses.items import MAX_ITEMS, check_number, items_of, messages_of
+from twostroke.router.api.dialects.responses.items import MAX_ITEMS, check_calls, check_number, items_of, messages_of
 from twostroke.router.api.dialects.responses.reply import Reply, Shape
 from twostroke.router.api.ignored import Ignored
 from twostroke.router.api.models import ServedModel
@@ -166,6 +166,13 @@ def test_every_field_has_its_place_in_the_chat():
         ({"context_management": [{"type": "compaction"}]}, UnsupportedParameter, "context_management"),
         ({"verve": 1}, InvalidRequest, "verve"),
         ({"input": "", "instructions": "x"}, InvalidRequest, "input"),
+        ({"input": [{"type": "function_call_output", "call_id": "", "output": "x"}]}, InvalidRequest, None),
+        ({"include": ["junk"]}, InvalidRequest, "include[0]"),
+        ({"text": {"verbosity": "loud"}}, InvalidRequest, "text.verbosity"),
+        ({"text": {"verbosity": ["low"]}}, InvalidRequest, "text.verbosity"),
+        ({"text": {"format": {"type": "xml"}}}, InvalidRequest, "text.format"),
+        ({"stream_options": "all"}, InvalidRequest, "stream_options"),
+        ({"instructions": "\ud800"}, InvalidRequest, "instructions"),
         ({"input": [{"role": "user", "content": "x"}] * 2049}, InvalidRequest, "input"),
     ],
 )
@@ -175,6 +182,49 @@ def test_what_is_wrong_is_named_by_the_clients_own_path(more, kind, param):
     assert type(caught.value) is kind
     assert param is None or caught.value.param == param
     assert caught.value.param.partition("[")[0].partition(".")[0] in more
+
+
+def test_what_is_wrong_is_told_with_the_values_that_are_served():
+    for body, said in (
+        ({"include": ["junk"]}, r"include\[0\] is 'junk'; must be one of message.output_text.logprobs, reasoning.enc"),
+        ({"text": {"verbosity": 3}}, r"text.verbosity is 3; must be one of low, medium, high"),
+    ):
+        with pytest.raises(InvalidRequest, match=said):
+            wanted_of({**BODY, **body}, strict=False)
+
+
+CALLED, ANSWERED = (
+    lambda name: {"type": "function_call", "call_id": name, "name": "f", "arguments": "{}"},
+    lambda name: {"type": "function_call_output", "call_id": name, "output": "x"},
+)
+
+
+@pytest.mark.parametrize(
+    ("items", "said"),
+    [
+        ([CALLED("a"), CALLED("b"), ANSWERED("b"), ANSWERED("a")], None),
+        ([CALLED("a"), {"role": "user", "content": "x"}, ANSWERED("a"), ANSWERED("a")], None),
+        ([ANSWERED("a")], "No tool call found for function call output with call_id 'a'"),
+        ([ANSWERED("a"), CALLED("a")], "No tool call found for function call output with call_id 'a'"),
+        ([CALLED("a")], "No tool output found for function call 'a'"),
+        ([CALLED("a"), CALLED("b"), ANSWERED("a"), {"role": "user", "content": "x"}], "No tool output .* call 'b'"),
+        ([CALLED("a"), ANSWERED("a"), CALLED("a")], "No tool output found for function call 'a'"),
+    ],
+)
+def test_calls_have_their_outputs_and_outputs_their_calls(items, said):
+    conversation = items_of(items, Ignored())
+    if said is None:
+        check_calls(conversation)
+        return
+    with pytest.raises(InvalidRequest, match=said) as caught:
+        check_calls(conversation)
+    assert caught.value.param == "input"
+
+
+def test_a_turn_of_reasoning_alone_has_text_for_templates_that_join_it():
+    thought = {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "t"}]}
+    (message,) = messages_of(items_of([thought], Ignored()), None)
+    assert message == {"role": "assistant", "content": "", "reasoning_content": "t"}
 
 
 def test_tools_of_other_servers_are_left_out_beside_functions():

@@ -191,6 +191,8 @@ async def test_a_conversation_goes_on_from_a_stored_response(there):
     assert [item.type for item in listed] == ["message", *KINDS, *["function_call_output"] * 2]
     newest = await there.openai.responses.input_items.list(second.id, limit=1)
     assert newest.data[0].call_id == results[1]["call_id"]
+    whole = await there.openai.responses.input_items.list(second.id, limit=len(listed))
+    assert (newest.has_more, whole.has_more, len(whole.data)) == (True, False, len(listed))
     await there.openai.responses.delete(first.id)
     third = await create(there, "And then?", previous_response_id=second.id, tools=[WEATHER])
     assert third.usage.input_tokens > second.usage.input_tokens, "a response holds its whole conversation"
@@ -400,6 +402,7 @@ async def test_an_idempotency_key_gives_the_same_response(there):
             {"text": {"format": {"type": "json_schema", "name": "n", "schema": {"$ref": 7}}}},
             *(400, "invalid_value", "text.format"),
         ),
+        ({"input": [{"type": "function_call_output", "call_id": "a", "output": "x"}]}, 400, "invalid_value", "input"),
         ({"max_tokens": 3}, 400, "unsupported_parameter", "max_tokens"),
         ({"messages": [{"role": "user", "content": "x"}]}, 400, "unsupported_parameter", "messages"),
         ({"response_format": {"type": "json_object"}}, 400, "unsupported_parameter", "response_format"),
@@ -437,9 +440,9 @@ async def test_a_place_that_is_no_number_is_refused(there, after):
     async with httpx.AsyncClient(base_url=there.url, timeout=60) as client:
         reply = await client.get(f"/v1/responses/{response.id}?stream=true&starting_after={after}")
         assert (reply.status_code, reply.json()["error"]["param"]) == (400, "starting_after")
-        for query in ("stream=maybe", "starting_after=3"):
+        for query in ("stream=maybe", "starting_after=3", "include=junk", "include[]=junk"):
             assert (await client.get(f"/v1/responses/{response.id}?{query}")).status_code == 400
-        for query in ("limit=0", "limit=101", "limit=x", "order=up", "after=nothing"):
+        for query in ("limit=0", "limit=101", "limit=x", "order=up", "after=nothing", "include=junk"):
             assert (await client.get(f"/v1/responses/{response.id}/input_items?{query}")).status_code == 400
 
 

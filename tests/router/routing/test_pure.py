@@ -293,7 +293,7 @@ def test_a_session_that_is_open_again_counts_as_heard_now() -> None:
     for place in range(1, 199):
         now_s = place / 10
         fleet.announced(facts, now_s)
-        fleet.beat(facts.key, now_s) if now_s < 18.0 else None
+        fleet.beat(facts.key, now_s, "step", 1) if now_s < 18.0 else None
         fleet.tick(now_s)
     assert [worker.state for worker in fleet] == [WorkerState.SUSPECT], "its count of steps stands still"
     fleet.session_down(facts.key, 20.0, "broke")

@@ -13,14 +13,14 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from .....core.errors import InvalidRequest, TwostrokeError
-from ...checks import short
+from ...checks import short, text_of
 from ...fields import ChatBody, Known, Whole
 from ...ignored import Ignored
 from ...messages import MAX_MESSAGES
 from ...openai_requests import checked, parse
 from ...tools import MAX_TOOLS
 from .items import Item, check_number, items_of, messages_of
-from .tools import Offer, format_of, offer_of
+from .tools import Offer, check_text, format_of, offer_of
 
 MAX_METADATA, MAX_KEY_CHARS, MAX_VALUE_CHARS = 16, 64, 512  # OpenAI's bounds
 MAX_NAME_CHARS = 512  # of users, cache keys, tiers
@@ -61,12 +61,10 @@ _OF_CHATS = (
 )
 LOGPROBS = "message.output_text.logprobs"
 # Parts of an answer that built-in tools make, which are not served; and the reasoning, which is given anyway.
-_INCLUDED_OF_NOTHING = frozenset(
-    {
-        *("reasoning.encrypted_content", "web_search_call.results", "web_search_call.action.sources"),
-        *("file_search_call.results", "code_interpreter_call.outputs", "computer_call_output.output.image_url"),
-        "message.input_image.image_url",
-    }
+_INCLUDED_OF_NOTHING = (
+    *("reasoning.encrypted_content", "web_search_call.results", "web_search_call.action.sources"),
+    *("file_search_call.results", "code_interpreter_call.outputs", "computer_call_output.output.image_url"),
+    "message.input_image.image_url",
 )
 _SUMMARIES = ("auto", "concise", "detailed")
 
@@ -87,7 +85,7 @@ class ResponsesBody(Known):
     instructions: str | None = None
     max_output_tokens: Annotated[Whole, Field(ge=1)] | None = None
     stream: bool | None = None
-    stream_options: Any = None
+    stream_options: dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS, fail_fast=True)
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -205,13 +203,13 @@ def wanted_of(values: dict[str, Any], *, strict: bool) -> tuple[Wanted, list[str
                              "store out", param="background")  # fmt: skip
     _check_input(body)
     _check_truncation(body.truncation, ignored)
-    logprobs = _includes(body.include, ignored)
+    check_include(body.include or ())
+    logprobs = LOGPROBS in (body.include or ())
+    if body.instructions is not None:
+        text_of("instructions", body.instructions)
     if body.top_logprobs and not logprobs:
         logprobs = True  # OpenAI's newer servers need no include beside it
-    for name in body.text or {}:
-        if name not in ("format", "verbosity"):
-            ignored.add("text", name)
-    format_of(body.text)  # its errors come before any other work
+    check_text(body.text or {}, ignored)  # its errors come before any other work
     wanted = Wanted(body, offer_of(body, ignored), _summary(body, ignored), logprobs)
     return wanted, [*unknown, *ignored.names()]
 
@@ -258,12 +256,18 @@ def _check_truncation(truncation: str | None, ignored: Ignored) -> None:
         ignored.add("truncation")  # what exceeds the context is refused, never shortened
 
 
-def _includes(include: Sequence[str] | None, ignored: Ignored) -> bool:
-    """Whether logprobs are asked for."""
-    for name in include or ():
+def check_include(include: Sequence[str]) -> None:
+    """Check what parts of an answer are asked for.
+
+    Raises:
+        InvalidRequest: one that the API does not have.
+    """
+    for place, name in enumerate(include):
         if name != LOGPROBS and name not in _INCLUDED_OF_NOTHING:
-            ignored.add("include", name)
-    return LOGPROBS in (include or ())
+            known = ", ".join((LOGPROBS, *_INCLUDED_OF_NOTHING))
+            raise InvalidRequest(
+                f"include[{place}] is {short(name)}; must be one of {known}", param=f"include[{place}]"
+            )
 
 
 def _summary(body: ResponsesBody, ignored: Ignored) -> str | None:

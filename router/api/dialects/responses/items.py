@@ -58,6 +58,35 @@ def check_number(num_items: int, param: str) -> None:
         raise InvalidRequest(f"{param}: the conversation has {num_items} items; at most {MAX_ITEMS}", param=param)
 
 
+def check_calls(items: Sequence[Item]) -> None:
+    """Check that every call of a whole conversation has its output behind it, and every output its call before it.
+
+    Raises:
+        InvalidRequest: one has not; OpenAI's API refuses it in these words.
+    """
+    known: set[str] = set()
+    unanswered: dict[str, None] = {}
+    for item in items:
+        if item["type"] == "function_call":
+            known.add(item["call_id"])
+            unanswered[item["call_id"]] = None
+        elif item["type"] == "function_call_output":
+            name = item["call_id"]
+            if name not in known:
+                raise InvalidRequest(
+                    f"No tool call found for function call output with call_id {short(name)}; send its function_call "
+                    "before it, or the previous_response_id of the response that made the call",
+                    param="input",
+                )
+            unanswered.pop(name, None)
+    for name in unanswered:
+        raise InvalidRequest(
+            f"No tool output found for function call {short(name)}; send its function_call_output, or leave the call "
+            "out",
+            param="input",
+        )
+
+
 def num_parts(items: str | Sequence[Any]) -> int:
     """Number of items and of their parts, checked or not: what the work on them depends on."""
     lists = (item.get("content") for item in items if isinstance(item, Mapping)) if isinstance(items, list) else ()
@@ -84,8 +113,8 @@ def _item(given: Any, where: str, ignored: Ignored) -> Item:
         case "reasoning":
             return _thought(given, where, item_id, ignored)
         case "function_call":
-            call = {name: _string(given, name, where) for name in ("call_id", "name", "arguments")}
-            return {"id": item_id, "type": "function_call", "status": "completed", **call}
+            call = {name: _string(given, name, where) for name in ("name", "arguments")}
+            return {"id": item_id, "type": "function_call", "status": "completed", **_called(given, where), **call}
     output = given.get("output")
     if not isinstance(output, str):
         output = [] if output is None else _parts(output, f"{where}.output", "input_text", ignored)
@@ -93,9 +122,16 @@ def _item(given: Any, where: str, ignored: Ignored) -> Item:
         "id": item_id,
         "type": "function_call_output",
         "status": "completed",
-        "call_id": _string(given, "call_id", where),
+        **_called(given, where),
         "output": output,
     }
+
+
+def _called(given: Mapping[str, Any], where: str) -> dict[str, str]:
+    name = _string(given, "call_id", where)
+    if not name:
+        raise InvalidRequest(f"{where}.call_id is ''; must name the call", param=f"{where}.call_id")
+    return {"call_id": name}
 
 
 def _said(given: Mapping[str, Any], where: str, item_id: str, ignored: Ignored) -> Item:
@@ -212,7 +248,8 @@ def _turn(items: Sequence[Item]) -> list[dict[str, Any]]:
                 calls.append({"id": item["call_id"], "type": "function", "function": function})
     if not (any(thoughts) or texts or calls):
         return []
-    message: dict[str, Any] = {"role": "assistant", "content": _content(texts) if texts else None}
+    content = None if calls and not texts else _content(texts)  # many templates join the content of other messages
+    message: dict[str, Any] = {"role": "assistant", "content": content}
     if any(thoughts):
         message["reasoning_content"] = "\n".join(thoughts)
     return [message | ({"tool_calls": calls} if calls else {})]

@@ -7,6 +7,7 @@ stored of a body is JSON text: compact, counted as it is, and made in a thread w
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from .....core.errors import (
     InvalidRequest,
     PreviousResponseNotFound,
     RequestNotFound,
+    TwostrokeError,
 )
 from ....journal.journal import RESPONSE, Asked
 from ....journal.merged import merged
@@ -34,6 +36,7 @@ from .reply import Reply, Shape
 T = TypeVar("T")
 
 PREVIOUS = "previous_response_id"
+ENDING_S = 2.0  # that a cancelled response may take to end
 PARTS_AT_ONCE = 256  # items and parts that are worked on at once, in a millisecond
 
 
@@ -91,6 +94,20 @@ class KeptResponses:
                 param="response_id",
             )
         return stored
+
+    async def ended(self, tenant: str, response_id: str) -> Stored:
+        """A tenant's response whose end is on its way, when it is over; as it is after `ENDING_S`.
+
+        Raises:
+            RequestNotFound: as `find`.
+        """
+        with contextlib.suppress(TimeoutError, TwostrokeError):
+            async with asyncio.timeout(ENDING_S):
+                followed = await self.follow(tenant, response_id)
+                async with contextlib.aclosing(followed.pieces) as pieces:
+                    async for _ in pieces:
+                        pass
+        return await self.find(tenant, response_id)
 
     async def follow(self, tenant: str, response_id: str) -> Followed:
         """A tenant's response from its beginning, as it goes on. Its owner closes the pieces.

@@ -26,8 +26,8 @@ from ...openai_requests import chat_call
 from ...running.resumable import HEADER, KEY_HEADER, Terms, fingerprint_of
 from ...validate import is_request_id
 from ..door import DialectRoute, Door
-from .fields import THEIR_NAMES, Wanted, in_their_words, wanted_of
-from .items import Item, check_number, num_parts
+from .fields import THEIR_NAMES, Wanted, check_include, in_their_words, wanted_of
+from .items import Item, check_calls, check_number, num_parts
 from .kept import PARTS_AT_ONCE, PREVIOUS, KeptResponses, apart, items_of_asked, shape_of
 from .reply import Reply
 from .streams import CONTENT_TYPE, OwnEvents, events_after
@@ -92,6 +92,7 @@ class _Face:
         if previous is not None:
             items = [*await until_disconnect(http, self._kept.conversation(caller.grant.tenant, previous)), *items]
             check_number(len(items), PREVIOUS)
+        check_calls(items)
         with _their_words():
             chat = await apart(partial(wanted.chat, items), is_long=num_parts(items) > PARTS_AT_ONCE)
             return wanted, items, chat_call(chat, caller.api_key)
@@ -140,6 +141,7 @@ class _Face:
 
     async def retrieve(self, http: HttpRequest) -> Response:
         name = _id_of(http)
+        _check_included(http)
         is_streamed = _flag(http, "stream")
         after = http.query_params.get("starting_after")
         if after is not None and not _NUMBER.fullmatch(after):
@@ -161,9 +163,10 @@ class _Face:
                 f"response {short(name)} was made without background; its client cancels it by leaving",
                 param="response_id",
             )
-        if not stored.is_over and await self._front.abort(name, tenant):
-            stored = await self._kept.find(tenant, name)
-            if not stored.is_over:  # its end is on its way
+        if not stored.is_over:
+            is_cancelled = await self._front.abort(name, tenant)  # False: it is ending already
+            stored = await self._kept.ended(tenant, name)
+            if is_cancelled and not stored.is_over:
                 stored.error, stored.is_over = Cancelled("it was cancelled"), True
         return JsonAnswer(await self._kept.whole(stored))
 
@@ -174,6 +177,7 @@ class _Face:
         return JsonAnswer({"id": name, "object": "response", "deleted": True})
 
     async def input_items(self, http: HttpRequest) -> Response:
+        _check_included(http)
         stored = await self._kept.find(caller_of(http).grant.tenant, _id_of(http))
         items = await items_of_asked(stored.asked)
         return JsonAnswer(_page(http, items))
@@ -251,6 +255,11 @@ def _id_of(http: HttpRequest) -> str:
     if is_request_id(name):
         http.state.request_id = name
     return name
+
+
+def _check_included(http: HttpRequest) -> None:
+    """Check `include` of a query: given several times, with or without brackets, as clients of several languages do."""
+    check_include([*http.query_params.getlist("include"), *http.query_params.getlist("include[]")])
 
 
 def _flag(http: HttpRequest, name: str) -> bool:

@@ -16,6 +16,7 @@ from ...ignored import Ignored
 if TYPE_CHECKING:
     from .fields import ResponsesBody
 
+_VERBOSITIES = ("low", "medium", "high")
 _OF_A_FUNCTION = ("name", "description", "parameters", "strict")
 
 
@@ -88,6 +89,23 @@ def _choice(choice: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
         f'tool_choice is {short(choice)}; must be auto, none, required or {{"type": "function", "name": ...}}',
         param="tool_choice",
     )
+
+
+def check_text(text: Mapping[str, Any], ignored: Ignored) -> None:
+    """Check `text` of a body; fields without effect are added to `ignored`.
+
+    Raises:
+        InvalidRequest: a verbosity that the API does not have, or the errors of `format_of`.
+    """
+    for name in text:
+        if name not in ("format", "verbosity"):
+            ignored.add("text", name)
+    verbosity = text.get("verbosity")
+    if verbosity is not None and verbosity not in _VERBOSITIES:
+        raise InvalidRequest(
+            f"text.verbosity is {short(verbosity)}; must be one of {', '.join(_VERBOSITIES)}", param="text.verbosity"
+        )
+    format_of(text)
 
 
 def format_of(text: Mapping[str, Any] | None) -> dict[str, Any] | None:
