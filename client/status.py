@@ -170,12 +170,12 @@ def _hint(message: str) -> str:
     if "expected settings frame" in lowered:
         return "What listens there speaks no gRPC; give the gRPC port, 8001 by default."
     if any(word in lowered for word in ("ssl", "tls", "handshake", "certificate", "wrong_version_number")):
-        return "The TLS handshake failed: check that both sides use TLS and the certificates in tls=... (--tls)."
+        return "The TLS handshake failed: check that both sides use TLS and the certificates in tls=... (--tls-ca)."
     if "dns" in lowered or "resolution" in lowered:
         return "The host's name could not be resolved."
     if "failed to connect" in lowered or "refused" in lowered:
         return (
             "Is the server started, and is this its gRPC address (port 8001 by default)? "
-            "A server that wants TLS or a client certificate refuses like this too: see tls=... (--tls)."
+            "A server that wants TLS or a client certificate refuses like this too: see tls=... (--tls-ca)."
         )
     return "The connection was lost."

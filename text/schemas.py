@@ -15,8 +15,10 @@ from typing import Any
 FORMATS = frozenset(
     ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri", "unknown")
 )
-_ONE = ("items", "additionalItems", "additionalProperties", "contains", "propertyNames", "not", "if", "then", "else")
-_ONE += ("unevaluatedItems", "unevaluatedProperties")
+_ONE = (
+    *("items", "additionalItems", "additionalProperties", "contains", "propertyNames", "not", "if", "then", "else"),
+    *("unevaluatedItems", "unevaluatedProperties"),
+)
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
 _NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _NAMES_ONLY = frozenset(("type", "title", "description"))  # of a `propertyNames` that any name satisfies
@@ -66,7 +68,7 @@ def _with_names(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_text(names: Mapping[str, Any]) -> bool:
-    return names.get("type", "string") == "string"
+    return bool(names.get("type", "string") == "string")
 
 
 def told(schema: Any, error: str) -> str | None:

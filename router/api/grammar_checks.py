@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import select
 import subprocess
 import sys
@@ -159,13 +160,7 @@ class _Checker:
 
     def ask(self, grammar: Grammar) -> str | None:
         """Check a grammar; returns the reason of a refusal, or None. Raises _Lost."""
-        assert self._process.stdin is not None
-        asked = json.dumps({"kind": grammar.kind, "source": grammar.source}) + "\n"
-        try:
-            self._process.stdin.write(asked.encode())
-            self._process.stdin.flush()
-        except OSError:
-            raise _Lost from None
+        self._write((json.dumps({"kind": grammar.kind, "source": grammar.source}) + "\n").encode(), CHECK_S)
         error: str | None = self._read(CHECK_S + 2.0)["error"]
         return None if error is None else error.partition(": ")[2]
 
@@ -177,17 +172,37 @@ class _Checker:
             if pipe is not None:
                 pipe.close()
 
+    def _write(self, message: bytes, timeout_s: float) -> None:
+        """Write to the process, which may have stopped reading. Raises _Lost."""
+        assert self._process.stdin is not None
+        end_s, file, left = time.monotonic() + timeout_s, self._process.stdin.fileno(), memoryview(message)
+        os.set_blocking(file, False)
+        while left:
+            _wait_for(file, select.POLLOUT, end_s)
+            try:
+                left = left[os.write(file, left) :]
+            except BlockingIOError:
+                continue
+            except OSError:
+                raise _Lost from None
+
     def _read(self, timeout_s: float) -> dict[str, str | None]:
         """The next answer. Raises _Lost."""
         assert self._process.stdout is not None
-        end_s, line = time.monotonic() + timeout_s, b""
+        end_s, file, line = time.monotonic() + timeout_s, self._process.stdout.fileno(), b""
         while not line.endswith(b"\n"):
-            left_s = end_s - time.monotonic()
-            if left_s <= 0 or not select.select([self._process.stdout], [], [], left_s)[0]:
-                raise _Lost
-            read = self._process.stdout.read1(1 << 16)  # type: ignore[attr-defined]
+            _wait_for(file, select.POLLIN, end_s)
+            read = os.read(file, 1 << 16)
             if not read:
                 raise _Lost
             line += read
         found: dict[str, str | None] = json.loads(line)
         return found
+
+
+def _wait_for(file: int, event: int, end_s: float) -> None:
+    """Wait until a file can be read or written. By poll, because select takes no file above 1,023. Raises _Lost."""
+    waits = select.poll()
+    waits.register(file, event)
+    if not waits.poll(max(0.0, end_s - time.monotonic()) * 1000):
+        raise _Lost

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import os
+import resource
 import signal
 import threading
 from dataclasses import replace
@@ -129,3 +130,29 @@ async def test_idle_processes_are_bounded_however_many_models_there_are(checks, 
     assert len(seen) == grammar_checks.AT_ONCE + 1
     assert sum(map(len, checks._idle.values())) == grammar_checks.AT_ONCE
     await until(lambda: sum(one.lives for one in seen) == grammar_checks.AT_ONCE)
+
+
+async def test_a_process_that_stopped_reading_holds_nobody(checks, real, monkeypatch):
+    await checks.check(regex("a+"), real, "a")
+    ((first,),) = checks._idle.values()
+    os.kill(first._process.pid, signal.SIGSTOP)
+    monkeypatch.setattr(grammar_checks, "CHECK_S", 0.5)
+    async with asyncio.timeout(OTHERS):
+        with pytest.raises(InvalidRequest, match="to compile; give a simpler one"):
+            await checks.check(Grammar("grammar", "a" * 120_000), real, "a")  # more than a pipe takes
+    assert not first.lives
+
+
+async def test_files_with_large_numbers_can_be_waited_for(checks, real):
+    """A router with a thousand connections has such; `select` takes none of them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+    held: list[int] = []
+    try:
+        while not held or held[-1] < 1100:
+            held.append(os.open(os.devnull, os.O_RDONLY))
+        await checks.check(regex("a+"), real, "a")
+    finally:
+        for file in held:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
