@@ -48,7 +48,13 @@ def offered_tools(call: GenerateCall, model: ServedModel) -> Offered | None:
         UnsupportedParameter: the model's template takes no tools, or its calls cannot be parsed.
     """
     tools = _tools(call.tools)
-    choice, only = _choice(call.tool_choice, {tool["function"]["name"] for tool in tools})
+    names = {tool["function"]["name"] for tool in tools}
+    if isinstance(call.tool_choice, Mapping) and call.tool_choice.get("type") == "allowed_tools":
+        choice, allowed = _allowed(call.tool_choice, names)
+        tools = tuple(tool for tool in tools if tool["function"]["name"] in allowed)
+        only = None
+    else:
+        choice, only = _choice(call.tool_choice, names)
     if not tools or choice == "none":
         return None
     if model.template is not None and not model.template.asks_for("tools"):
@@ -185,6 +191,23 @@ def _tool(tool: Any, where: str) -> dict[str, Any]:
         )
     kept = {key: value for key, value in function.items() if value is not None}
     return {"type": "function", "function": {**kept, "strict": bool(strict)}}
+
+
+def _allowed(given: Mapping[str, Any], names: set[str]) -> tuple[str, set[str]]:
+    """`auto` or `required`, and the names among which it is: the model sees no other tool."""
+    where = "tool_choice.allowed_tools"
+    said = given.get("allowed_tools")
+    mode, listed = (said.get("mode"), said.get("tools")) if isinstance(said, Mapping) else (None, None)
+    if mode not in ("auto", "required"):
+        raise InvalidRequest(f"{where}.mode is {short(mode)}; must be auto or required", param="tool_choice")
+    if not isinstance(listed, (list, tuple)) or not 1 <= len(listed) <= MAX_TOOLS:
+        raise InvalidRequest(
+            f"{where}.tools is {short(listed)}; must be a list of 1 to {MAX_TOOLS} functions", param="tool_choice"
+        )
+    return mode, {
+        _choice(one, names)[1] or ""
+        for one in (one if isinstance(one, Mapping) else {"function": one} for one in listed)
+    }
 
 
 def _choice(given: Any, names: set[str]) -> tuple[str, str | None]:

@@ -121,6 +121,10 @@ def test_every_field_has_its_place_in_the_chat():
     assert (chat.logprobs, chat.top_logprobs) == (True, 4)
     schema = {"name": "n", "schema": {"type": "object"}, "strict": True}
     assert chat.response_format == {"type": "json_schema", "json_schema": schema}
+    among = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "f"}]}
+    named = {"type": "function", "function": {"name": "f"}}
+    expected = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [named]}}
+    assert chat_of({"tools": [FUNCTION], "tool_choice": among}).tool_choice == expected
     assert chat_of({"text": {"format": {"type": "json_object"}}}).response_format == {"type": "json_object"}
     assert chat_of({"text": {"format": {"type": "text"}, "verbosity": "low"}}).response_format is None
 
@@ -153,7 +157,7 @@ def test_every_field_has_its_place_in_the_chat():
         ({"tools": [{"type": "mcp"}]}, UnsupportedParameter, "tools[0].type"),
         ({"tools": [{"name": "f"}]}, InvalidRequest, "tools[0].type"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, InvalidRequest, "tools[0].function"),
-        ({"tools": [FUNCTION], "tool_choice": {"type": "allowed_tools"}}, UnsupportedParameter, "tool_choice"),
+        ({"tools": [FUNCTION], "tool_choice": {"type": "mcp"}}, UnsupportedParameter, "tool_choice"),
         ({"tools": [FUNCTION], "tool_choice": {"name": "f"}}, InvalidRequest, "tool_choice"),
         ({"reasoning": {"summary": "long"}}, InvalidRequest, "reasoning.summary"),
         ({"reasoning": {"effort": 7}}, InvalidRequest, "reasoning.effort"),

@@ -34,6 +34,12 @@ def with_function(**fields: Any) -> dict[str, Any]:
     return {**WEATHER, "function": {**WEATHER["function"], **fields}}
 
 
+def among(mode: str, *names: str) -> dict[str, Any]:
+    """The choice of OpenAI's `allowed_tools`."""
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
 def call_text(arguments: dict[str, Any], name: str = "get_weather") -> str:
     body = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
     return f"<tool_call>\n{body}\n</tool_call>"
@@ -331,6 +337,9 @@ async def test_the_sdk_has_calls_and_reasoning(model):
             "tool_choice",
             "none of the tools",
         ),
+        ({"tools": [WEATHER], "tool_choice": among("auto", "other")}, "tool_choice", "names 'other'"),
+        ({"tools": [WEATHER], "tool_choice": among("never", "get_weather")}, "tool_choice", "mode is 'never'"),
+        ({"tools": [WEATHER], "tool_choice": among("auto")}, "tool_choice", "a list of 1 to"),
         ({"tools": [WEATHER], "tool_choice": "never"}, "tool_choice", "auto, none, required"),
         ({"tool_choice": "required"}, "tool_choice", "give tools"),
         ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools[0].type", "only function"),
@@ -382,6 +391,7 @@ def test_an_unknown_parser_in_the_configuration_is_refused_with_the_list():
         ({"tool_choice": "required"}, ("call (", "get_weather", "get_time"), "before"),
         ({"tool_choice": {"type": "function", "function": {"name": "get_time"}}}, ("get_time",), "get_weather"),
         ({"tool_choice": {"type": "function", "function": {"name": "get_time"}}}, ("get_time",), "call ("),
+        ({"tool_choice": among("required", "get_time")}, ("get_time",), "get_weather"),
         ({"tool_choice": "required", "parallel_tool_calls": False}, ("get_weather",), "call ("),
         ({"tools": [with_function(strict=True)]}, ("before", "get_weather"), "call ("),
     ],

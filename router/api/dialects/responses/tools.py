@@ -80,9 +80,15 @@ def _choice(choice: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
     kind = choice.get("type")
     if kind == "function":
         return {"type": "function", "function": {"name": choice.get("name")}}
-    if kind == "allowed_tools" or isinstance(kind, str):
+    if kind == "allowed_tools":
+        listed = choice.get("tools")
+        tools = (
+            [_choice(one) if isinstance(one, dict) else one for one in listed] if isinstance(listed, list) else listed
+        )
+        return {"type": kind, "allowed_tools": {"mode": choice.get("mode"), "tools": tools}}
+    if isinstance(kind, str):
         raise UnsupportedParameter(
-            f"tool_choice.type is {short(kind)}; served: auto, none, required, or a function by its name",
+            f"tool_choice.type is {short(kind)}; served: auto, none, required, function with its name, allowed_tools",
             param="tool_choice",
         )
     raise InvalidRequest(
