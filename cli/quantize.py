@@ -80,6 +80,12 @@ def quantize(
     columns = TextColumn("{task.description:12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=screen) as bar:
         task = bar.add_task("reading", total=None)
+
+        def tell(done: int, of: int, what: str) -> None:
+            bar.update(task, completed=done, total=of, description=what)
+            if not screen.is_terminal:  # no bar is drawn there
+                typer.echo(f"{what}: {done} of {of}", err=True)
+
         report = quantise(
             directory,
             out,
@@ -87,7 +93,7 @@ def quantize(
             texts,
             memory_bytes=machine.memory_bytes if memory is None else int(memory * 2**30),
             num_threads=threads or machine.num_cores,
-            tell=lambda done, of, what: bar.update(task, completed=done, total=of, description=what),
+            tell=tell,
         )
     for line in report.summary():
         typer.echo(line)

@@ -10,6 +10,8 @@ import typer
 
 from .replay import replay as replay_traces
 
+TELL_S = 10.0  # between two lines that tell how far a campaign is
+
 app = typer.Typer(help="Run the production machines under a virtual clock.", no_args_is_help=True)
 app.command(name="replay")(replay_traces)
 
@@ -44,7 +46,14 @@ def faults(
     # Imported here: the command line must start without numpy and the engine.
     from ...sim.faults import Outcome, run_campaign, run_schedule, seeds_of
 
+    num_played, told_s = 0, time.monotonic()
+
     def heard(outcome: Outcome) -> None:
+        nonlocal num_played, told_s
+        num_played += 1
+        if not verbose and time.monotonic() - told_s > TELL_S:
+            told_s = time.monotonic()
+            typer.echo(f"{num_played} of {schedules} schedules", err=True)
         if verbose:
             ends = ", ".join(f"{count} {end}" for end, count in sorted(outcome.ends.items()))
             typer.echo(
