@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..core.errors import InternalError
 from ..engine.plan import StepPlan
 from ..kv.block import BlockId
+from .adapters.loaded import AdapterRows, LoadedAdapter
 from .ops.seam import Ops, Span
 from .ops.upload import upload
 
@@ -32,6 +34,7 @@ class StepBatch:
     sampled: Sequence[int]  # indices into plan.sequences; one again for each of its drafts
     sample_rows: Sequence[int]  # row from which each of these samples; padded to `ops.row_multiple`
     read_rows: Sequence[int]  # ascending: rows read after the last layer; the others may hold anything
+    adapters: Sequence[AdapterRows] = ()  # rows with an adapter; no row has two
 
     def spoken(self, rows: Tensor) -> Tensor:
         """Select the sampled rows from `rows` [num_rows, ...], in order of `sampled`, then padding."""
@@ -41,6 +44,24 @@ class StepBatch:
 def read_whole(batch: StepBatch) -> StepBatch:
     """Copy of the batch whose `read_rows` are all rows of the residual stream."""
     return replace(batch, read_rows=range(batch.num_rows))
+
+
+def with_adapters(
+    batch: StepBatch, plan: StepPlan, adapters: Mapping[int, LoadedAdapter], device: torch.device
+) -> StepBatch:
+    """Copy of the batch with the adapters of the plan's sequences, by slot.
+
+    Raises:
+        InternalError: a slot holds no adapter.
+    """
+    rows_by_slot: dict[int, list[int]] = {}
+    for first, step in zip(batch.first_rows, plan.sequences, strict=True):
+        if step.adapter_slot:
+            rows_by_slot.setdefault(step.adapter_slot, []).extend(range(first, first + step.num_tokens))
+    if not rows_by_slot.keys() <= adapters.keys():
+        raise InternalError(f"adapter slot {min(rows_by_slot.keys() - adapters.keys())} is empty")
+    rows = [AdapterRows(adapters[slot], _int64(rows).to(device)) for slot, rows in rows_by_slot.items()]
+    return replace(batch, adapters=rows)
 
 
 def on_device(batch: StepBatch, device: torch.device) -> StepBatch:

@@ -89,7 +89,7 @@ class DecodeGraphs:
     def serves(self, plan: StepPlan) -> bool:
         """Return whether a plan is one decode step that fits a captured size."""
         return len(plan.sequences) <= self.sizes[-1] and all(
-            step.num_tokens == 1 and step.end <= self._max_context for step in plan.sequences
+            step.num_tokens == 1 and step.end <= self._max_context and not step.adapter_slot for step in plan.sequences
         )
 
     def run(self, plan: StepPlan, token_ids: Sequence[Sequence[int]]) -> tuple[StepBatch, Hidden]:

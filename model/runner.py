@@ -16,7 +16,8 @@ from ..engine.plan import SequenceStep, StepPlan, StepResult
 from ..kv.section import HeldTokens
 from ..kv.spec import HASH_BLOCK_TOKENS
 from ..kv.store.store import KvStore
-from .batch import StepBatch, build_batch, on_device, warm_up_batch
+from .adapters.loaded import LoadedAdapter
+from .batch import StepBatch, build_batch, on_device, warm_up_batch, with_adapters
 from .decoder.decoder import Decoder, Hidden
 from .ops.seam import Logits, Ops
 from .parallel.collectives import ONE_RANK, Collectives
@@ -72,10 +73,21 @@ class Runner:
         self._results: OrderedDict[int, StepResult] = OrderedDict()
         self._sampler: StepSampler | None = None
         self._masks: GrammarMasks | None = None
+        self._adapters: dict[int, LoadedAdapter] = {}
 
     def serve_grammars(self, start: StartMatcher) -> None:
         """Sample sequences that have a grammar by the matchers that `start` makes. Call it before the first step."""
         self._masks = GrammarMasks(start)
+
+    def hold_adapter(self, slot: int, adapter: LoadedAdapter) -> None:
+        """Serve the sequences of a slot (above 0) with this adapter, from the next step on. Any thread may call it."""
+        assert slot > 0
+        assert self._collectives.size == 1, "adapters are not served by several ranks"
+        self._adapters[slot] = adapter
+
+    def drop_adapter(self, slot: int) -> None:
+        """Forget the adapter of a slot, if there is one. Any thread may call it."""
+        self._adapters.pop(slot, None)
 
     def warm_up(self) -> None:
         """Prepare the ops, run steps that write nothing, capture graphs. Call it in the thread of the steps."""
@@ -141,12 +153,13 @@ class Runner:
         batch = build_batch(plan, ids, self.store.block_tokens, self.ops)
         if not self._is_cpu:
             batch = on_device(batch, self.ops.device)
+        if any(step.adapter_slot for step in plan.sequences):
+            batch = with_adapters(batch, plan, self._adapters, self.ops.device)
         return batch, decoder.hidden(batch, self.store)
 
     def _resolve(self, step: SequenceStep) -> tuple[int, ...]:
         """Token ids of a sequence's rows. The first one may be the result of an earlier step."""
         assert not step.draft_ids or (self._samples and step.samples), "only a rank that samples can judge drafts"
-        assert step.adapter_slot == 0, "adapters are not run yet"
         if step.from_place is None:
             return step.token_ids + step.draft_ids if step.draft_ids else step.token_ids
         sampled = self._results[step.from_place.step].tokens[step.from_place.row]

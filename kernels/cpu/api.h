@@ -86,6 +86,27 @@ struct Layer {
     int32_t window, rope;
 };
 
+// Part of a low-rank change of a matrix: adds scale * up^T (down x) to columns of the product y with a row x.
+// down [rank, inner] and up [rank, count], rows dense, of `kind` FLOAT32 or BFLOAT16. Number j of the change is column
+// first + j / 16 * step + j % 16 of y; step is 16, or 32 where the matrix's panels alternate between gate and up.
+struct LowRank {
+    const void *down, *up;
+    float scale;
+    int32_t kind, rank, inner, count, first, step, reserved;
+};
+
+// Matrices of a layer, in the order of AdapterRows::starts.
+enum Adapted : int32_t { ADAPTED_QKV = 0, ADAPTED_OUTPUT = 1, ADAPTED_GATE_UP = 2, ADAPTED_DOWN = 3, NUM_ADAPTED = 4 };
+
+// Rows of a batch that one adapter changes. Its parts for place p are [starts[p], starts[p + 1]); the place of a matrix is
+// layer * NUM_ADAPTED + the matrix. No row is changed by two adapters.
+struct AdapterRows {
+    const LowRank* parts;
+    const int32_t* starts;
+    const int64_t* rows;
+    int32_t num_rows, reserved;
+};
+
 // Rows of one step and the buffers that they pass through.
 struct Step {
     void *x, *h, *qkv, *mixed, *gated, *delta;  // [rows, ...]: hidden, hidden, qkv's columns, q's columns, ffn, hidden
@@ -97,6 +118,9 @@ struct Step {
     int32_t rows, kind, num_spans, hidden, heads, kv_heads, width, ffn, activation, half[2];
     int32_t last_layer;
     Group* group;  // null: this rank holds the whole model. Else `output` and `down` give partial sums, added over the ranks
+    const AdapterRows* adapters;  // none, if there is a group or last_layer is not WHOLE
+    void* halves;                 // [rows, gate_up's columns]; null if there are no adapters
+    int32_t num_adapters, reserved;
 };
 
 // Planes of one component [layers, num_blocks, heads, block_tokens, ...], the keys of its digests and where these are written.
@@ -150,6 +174,15 @@ void twostroke_linear(Threads* threads, const Matrix* matrix, const Rows* x, con
 // h [rows, inner], of x's kind, and scratch, as for twostroke_linear, are overwritten.
 void twostroke_head(Threads* threads, const Matrix* matrix, const float* weight, float eps, const Rows* x, const Rows* h,
                     const Rows* out, uint32_t* scratch, float* least, float* greatest, int32_t* best);
+
+// y += the changes of all adapters at `place`, for their rows; y = x times the matrix of that place, with its panels' order
+// of columns. Changes are float32; their sum with y is rounded once. A row's bits depend on that row alone.
+void twostroke_add_changes(Threads* threads, const AdapterRows* adapters, int32_t count, int32_t place, const Rows* x,
+                           const Rows* y);
+
+// out [rows, columns] = activation(gate) * up, of rows of halves whose panels alternate between gate and up: the bits of
+// twostroke_linear with this activation.
+void twostroke_gate(Threads* threads, const Rows* halves, const Rows* out, int32_t activation, int32_t columns);
 
 // ---------------------------------------------------------------- rows
 

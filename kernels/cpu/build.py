@@ -34,6 +34,7 @@ SOURCES = tuple(  # longest compile first, so that all cores end together
         "linear/linear",
         "linear/pack",
         "rows",
+        "low_rank",
         "head",
         "check",
         "layers",

@@ -18,12 +18,13 @@ class Stack {
         for (int i = 0; i < count; i++) {
             const Layer& layer = layers[i];
             if (i + 1 == count && s_.last_layer == KEYS_ONLY) return keep(layer);
-            attend(layer);
+            attend(layer, i);
             if (failure_) return;
             if (layer.after_attention.weight) norm(s_.delta, nullptr, layer.after_attention, s_.delta);
             norm(s_.x, s_.delta, layer.ffn_norm, s_.h);
-            linear(layer.gate_up, s_.h, s_.hidden, s_.gated, s_.ffn, s_.activation);
+            gate(layer, i);
             add_up(layer.down, s_.gated, s_.ffn);
+            change(i, ADAPTED_DOWN, rows(s_.gated, s_.ffn), rows(s_.delta, s_.hidden));
             if (failure_) return;
             if (layer.after_ffn.weight) norm(s_.delta, nullptr, layer.after_ffn, s_.delta);
             if (i + 1 < count)
@@ -57,6 +58,24 @@ class Stack {
         failure_ = s_.group->sum(threads_, partial, s_.delta, numbers, s_.kind);
     }
 
+    bool changes(int layer, int matrix) const {
+        const int place = layer * NUM_ADAPTED + matrix;
+        for (int a = 0; a < s_.num_adapters; a++)
+            if (s_.adapters[a].starts[place] < s_.adapters[a].starts[place + 1]) return true;
+        return false;
+    }
+    void change(int layer, int matrix, const Rows& x, const Rows& y) {
+        if (s_.num_adapters)
+            twostroke_add_changes(threads_, s_.adapters, s_.num_adapters, layer * NUM_ADAPTED + matrix, &x, &y);
+    }
+    void gate(const Layer& layer, int i) {
+        if (!changes(i, ADAPTED_GATE_UP)) return linear(layer.gate_up, s_.h, s_.hidden, s_.gated, s_.ffn, s_.activation);
+        const Rows halves = rows(s_.halves, layer.gate_up.columns), out = rows(s_.gated, s_.ffn);
+        linear(layer.gate_up, s_.h, s_.hidden, s_.halves, layer.gate_up.columns, NO_ACTIVATION);
+        change(i, ADAPTED_GATE_UP, rows(s_.h, s_.hidden), halves);
+        twostroke_gate(threads_, &halves, &out, s_.activation, s_.ffn);
+    }
+
     // Columns [first, first + columns) of a matrix; `first` is a multiple of 16.
     Matrix slice(const Matrix& by, int first, int columns) const {
         Matrix part = by;
@@ -83,13 +102,14 @@ class Stack {
         twostroke_rotary(threads_, &x, heads, s_.width, s_.cos[rope], s_.sin[rope], s_.half[rope], 0);
     }
 
-    void attend(const Layer& layer) {
+    void attend(const Layer& layer, int i) {
         const bool stores = s_.last_layer != QUERIES_ONLY;
         const Rows q = head_rows(0), k = head_rows(queries());
         if (stores)
             project(layer.qkv, 0, queries() + 2 * kept());
         else
             project(slice(layer.qkv, 0, queries()), 0, queries());
+        change(i, ADAPTED_QKV, rows(s_.h, s_.hidden), head_rows(0));
         norm_heads(layer.q_norm, q, s_.heads);
         if (stores) norm_heads(layer.k_norm, k, s_.kv_heads);
         rotate(layer, q, s_.heads + (stores ? s_.kv_heads : 0));
@@ -100,6 +120,7 @@ class Stack {
         job.heads = s_.heads, job.window = layer.window, job.scale = layer.scale, job.softcap = layer.softcap;
         twostroke_attend(threads_, &job);
         add_up(layer.output, s_.mixed, queries());
+        change(i, ADAPTED_OUTPUT, rows(s_.mixed, queries()), rows(s_.delta, s_.hidden));
     }
 
     // Compute and store keys and values, without queries.

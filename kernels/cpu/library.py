@@ -15,6 +15,7 @@ from .build import built_library
 
 FLOAT32, BFLOAT16, INT8, FP8, CODED = range(5)
 WHOLE, KEYS_ONLY, QUERIES_ONLY = range(3)  # part of the last layer that a call computes
+ADAPTED_QKV, ADAPTED_OUTPUT, ADAPTED_GATE_UP, ADAPTED_DOWN, NUM_ADAPTED = range(5)  # matrices of a layer
 NO_ACTIVATION, SILU, GELU_TANH = range(-1, 2)
 GROUP_DIFFERS = -1  # failure of a group's call; others are why * 256 + 1 + the rank that is gone
 DECLARED, SILENT, LEFT, LATE = range(4)  # why a rank is gone
@@ -117,6 +118,29 @@ class Layer(ctypes.Structure):
     )
 
 
+class LowRank(ctypes.Structure):
+    """Part of a low-rank change of a matrix."""
+
+    _fields_ = (
+        ("down", c_void_p),
+        ("up", c_void_p),
+        ("scale", c_float),
+        *((name, c_int32) for name in ("kind", "rank", "inner", "count", "first", "step", "reserved")),
+    )
+
+
+class AdapterRows(ctypes.Structure):
+    """Rows of a batch that one adapter changes, and its parts by place."""
+
+    _fields_ = (
+        ("parts", c_void_p),  # of LowRank
+        ("starts", c_void_p),
+        ("rows", c_void_p),
+        ("num_rows", c_int32),
+        ("reserved", c_int32),
+    )
+
+
 class Step(ctypes.Structure):
     """Rows of one step and the buffers that they pass through."""
 
@@ -133,6 +157,10 @@ class Step(ctypes.Structure):
         ("half", c_int32 * 2),
         ("last_layer", c_int32),
         ("group", c_void_p),
+        ("adapters", c_void_p),  # of AdapterRows
+        ("halves", c_void_p),
+        ("num_adapters", c_int32),
+        ("reserved", c_int32),
     )
 
 
@@ -171,6 +199,8 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "coded_panel_bytes": (c_int64, (c_void_p, c_void_p, c_int32, c_int32)),
     "pack": (None, (c_void_p, c_void_p, c_int32, c_int32, c_int32, c_int32, c_int64, c_void_p)),
     "linear": (None, (c_void_p, POINTER(Matrix), _ROWS, _ROWS, c_int32, c_int32, c_void_p)),
+    "add_changes": (None, (c_void_p, POINTER(AdapterRows), c_int32, c_int32, _ROWS, _ROWS)),
+    "gate": (None, (c_void_p, _ROWS, _ROWS, c_int32, c_int32)),
     "rms_norm": (None, (c_void_p, _ROWS, _ROWS, c_void_p, c_float, c_int32, c_int32, _ROWS)),
     "rotary": (None, (c_void_p, _ROWS, c_int32, c_int32, c_void_p, c_void_p, c_int32, c_int32)),
     "extremes": (None, (c_void_p, _ROWS, c_int32, c_void_p, c_void_p, c_void_p)),

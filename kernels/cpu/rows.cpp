@@ -6,6 +6,7 @@
 
 #include "api.h"
 #include "extremes.h"
+#include "lanes.h"
 #include "simd.h"
 #include "threads.h"
 
@@ -22,33 +23,6 @@ void share_rows(Threads& threads, int rows, const std::function<void(int)>& each
     });
 }
 
-// Sixteen numbers from `at` on; numbers from `count` on are zeros.
-inline F32 get(const void* data, int kind, int64_t at, int count) {
-    if (count >= LANES)
-        return kind == BFLOAT16 ? load_bf16((const uint16_t*)data + at) : load<F32>((const float*)data + at);
-    if (kind == BFLOAT16) {
-        U16x16 bits{};
-        std::memcpy(&bits, (const uint16_t*)data + at, 2 * std::max(count, 0));
-        return widen(bits);
-    }
-    F32 v{};
-    std::memcpy(&v, (const float*)data + at, 4 * std::max(count, 0));
-    return v;
-}
-template <U16x16 (*ROUND)(F32) = rounded>
-inline void put(void* data, int kind, int64_t at, int count, F32 v) {
-    if (kind == BFLOAT16) {
-        U16x16 bits = ROUND(v);
-        if (count >= LANES)
-            store((uint16_t*)data + at, bits);
-        else
-            std::memcpy((uint16_t*)data + at, &bits, 2 * count);
-    } else if (count >= LANES) {
-        store((float*)data + at, v);
-    } else {
-        std::memcpy((float*)data + at, &v, 4 * count);
-    }
-}
 // Normalise one vector; x, delta and out have one kind.
 template <int KIND>
 void norm(void* x, int64_t at, const void* delta, int64_t from, const float* weight, float eps, int width, void* out,

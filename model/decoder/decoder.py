@@ -18,9 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...checkpoint.spec import ExpertsFfn, LatentAttention, ModelSpec, PlainAttention
+from ...checkpoint.spec import DenseFfn, ExpertsFfn, LatentAttention, ModelSpec, PlainAttention
 from ...kernels.reference_kv import Rotation
 from ...kv.store.store import KvStore
+from ..adapters.loaded import LayerChanges
 from ..batch import StepBatch
 from ..ops.elementwise import softcapped
 from ..ops.seam import AttentionKind, Logits, Ops
@@ -86,7 +87,7 @@ class Decoder:
             cos, sin = angles[shape.rope]
             step = LayerStep(
                 ops, cos, sin, store.planes(index), batch.slots, batch.attention, self._kinds[index],
-                index, rotations[shape.rope], births,
+                index, rotations[shape.rope], births, LayerChanges(ops, batch.adapters, index),
             )  # fmt: skip
             delta, counts = self._attend(h, layer.attention, step)
             delta = self._ranks.all_reduce(delta)
@@ -94,7 +95,7 @@ class Decoder:
             if layer.after_attention is not None:
                 delta = ops.rms_norm(delta, layer.after_attention)
             x, h = ops.add_rms_norm(x, delta, layer.ffn_norm)
-            delta = self._ranks.all_reduce(self._feed_forward(h, layer.ffn, shape.ffn))
+            delta = self._ranks.all_reduce(self._feed_forward(h, layer.ffn, shape.ffn, step.changes))
             if layer.after_ffn is not None:
                 delta = ops.rms_norm(delta, layer.after_ffn)
             if index + 1 < len(layers):
@@ -121,11 +122,21 @@ class Decoder:
         assert isinstance(shape, PlainAttention)
         return _attend_plain(h, weights, shape, step)
 
-    def _feed_forward(self, h: Tensor, weights: DenseWeights | ExpertsWeights, shape: object) -> Tensor:
+    def _feed_forward(
+        self, h: Tensor, weights: DenseWeights | ExpertsWeights, shape: object, changes: LayerChanges
+    ) -> Tensor:
         if isinstance(weights, ExpertsWeights):
             assert isinstance(shape, ExpertsFfn)
             return mix_experts(self.ops, h, weights, shape, self.spec.activation)
-        return self.ops.linear(self.ops.gated_linear(h, weights.gate_up, self.spec.activation), weights.down)
+        activation, of_gates = self.spec.activation, changes.of("gate_up")
+        if of_gates:
+            assert isinstance(shape, DenseFfn)
+            halves = self.ops.halves(h, weights.gate_up)
+            self.ops.add_changes(halves, h, of_gates)
+            gated = self.ops.gate(halves, activation, shape.width)
+        else:
+            gated = self.ops.gated_linear(h, weights.gate_up, activation)
+        return changes.add("down", self.ops.linear(gated, weights.down), gated)
 
 
 def embedded(table: Tensor, token_ids: Tensor, spec: ModelSpec) -> Tensor:
@@ -138,7 +149,8 @@ def embedded(table: Tensor, token_ids: Tensor, spec: ModelSpec) -> Tensor:
 
 def _attend_plain(h: Tensor, weights: PlainWeights, shape: PlainAttention, step: LayerStep) -> tuple[Tensor, Tensor]:
     ops, heads = step.ops, shape.num_heads
-    qkv = ops.linear(h, weights.qkv).view(len(h), heads + 2 * shape.num_kv_heads, shape.head_dim)
+    qkv = step.changes.add("qkv", ops.linear(h, weights.qkv), h)
+    qkv = qkv.view(len(h), heads + 2 * shape.num_kv_heads, shape.head_dim)
     norms = None
     if weights.q_norm is not None and weights.k_norm is not None:
         norms = weights.q_norm, weights.k_norm
@@ -146,7 +158,8 @@ def _attend_plain(h: Tensor, weights: PlainWeights, shape: PlainAttention, step:
     q, refused = ops.store_heads(qkv, heads, norms, step)
     keys, values = step.planes
     mixed = ops.attend((q,), (keys,), values, step.layout, step.kind)
-    return ops.linear(mixed.flatten(1), weights.output), refused
+    mixed = mixed.flatten(1)
+    return step.changes.add("output", ops.linear(mixed, weights.output), mixed), refused
 
 
 def _attention_kind(spec: ModelSpec, window: int | None) -> AttentionKind:

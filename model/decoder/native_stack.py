@@ -10,6 +10,7 @@ they are added, so there the bits are not those of op by op, which rounds them f
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -17,18 +18,27 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from ...checkpoint.adapters.adapter import MatrixName
 from ...checkpoint.spec import DenseFfn, ModelSpec, PlainAttention
 from ...kernels.cpu import library as native
 from ...kernels.cpu.memory import take_memory
 from ...kv.store.store import KvStore
+from ..adapters.loaded import AdapterRows, LoadedAdapter
 from ..batch import StepBatch
+from ..ops.native_changes import ChangeTable
 from ..ops.native_ops import ACTIVATIONS, KINDS, NativeOps, PackedLinear, StepSpans, address, native_plane, single_rows
-from ..ops.seam import Linear, Norm, Ops
+from ..ops.seam import Change, Linear, Norm, Ops
 from ..parallel.collectives import ONE_RANK, Collectives
 from ..parallel.shared_group import SharedMemoryGroup
 from ..weights.weights import DenseWeights, LayerWeights, PlainWeights, Weights
 
 _MAX_ROPES = 2
+_PLACES: dict[MatrixName, int] = {
+    "qkv": native.ADAPTED_QKV,
+    "output": native.ADAPTED_OUTPUT,
+    "gate_up": native.ADAPTED_GATE_UP,
+    "down": native.ADAPTED_DOWN,
+}
 Angles = list[tuple[Tensor, ...]]  # per rope: cos and sin [rows, half] float32
 
 
@@ -40,6 +50,7 @@ class _Rows(NamedTuple):
     spans: StepSpans
     slots: Tensor | None
     non_finite: Tensor | None
+    adapters: Sequence[AdapterRows] = ()
 
 
 class NativeStack:
@@ -56,6 +67,7 @@ class NativeStack:
         self._splits = attention.num_heads * attention.head_dim % native.LANES == 0
         self._memory = take_memory(0)
         self._layers: WeakKeyDictionary[KvStore, ctypes.Array[native.Layer]] = WeakKeyDictionary()
+        self._changes: WeakKeyDictionary[LoadedAdapter, ChangeTable] = WeakKeyDictionary()
 
     @staticmethod
     def make(spec: ModelSpec, weights: Weights, ops: Ops, collectives: Collectives = ONE_RANK) -> NativeStack | None:
@@ -84,9 +96,9 @@ class NativeStack:
         if layers is None:
             layers = self._layers[store] = self._describe(store)
         non_finite = torch.zeros(len(x), dtype=torch.int32)
-        rows = _Rows(x, angles, batch.attention, batch.slots, non_finite)
+        rows = _Rows(x, angles, batch.attention, batch.slots, non_finite, batch.adapters)
         read = batch.read_rows
-        if not self._splits or len(read) == batch.num_rows:
+        if not self._splits or len(read) == batch.num_rows or batch.adapters:
             return non_finite, self._run(layers, rows, native.WHOLE)
         refused = self._run(layers, rows, native.KEYS_ONLY)
         if read:
@@ -107,8 +119,11 @@ class NativeStack:
         assert isinstance(ffn, DenseFfn)
         q_width = attention.num_heads * attention.head_dim
         qkv_width = q_width + 2 * attention.num_kv_heads * attention.head_dim
-        widths = (spec.hidden_size, qkv_width, q_width, ffn.width, spec.hidden_size)
-        h, qkv, mixed, gated, delta = self._room(count, widths, x.dtype)
+        widths: tuple[int, ...] = (spec.hidden_size, qkv_width, q_width, ffn.width, spec.hidden_size)
+        adapters = self._adapters(rows.adapters)
+        if len(adapters):
+            widths = (*widths, layers[0].gate_up.columns)
+        h, qkv, mixed, gated, delta, *halves = self._room(count, widths, x.dtype)
         if count != spans.num_rows:
             mixed.zero_()  # rows of no span must be zeros
         refused = torch.empty(count, dtype=torch.int32)
@@ -119,7 +134,8 @@ class NativeStack:
             kind=KINDS[x.dtype], num_spans=spans.count, hidden=spec.hidden_size, heads=attention.num_heads,
             kv_heads=attention.num_kv_heads, width=attention.head_dim, ffn=ffn.width,
             activation=ACTIVATIONS[spec.activation], last_layer=last_layer,
-            group=None if self._group is None else self._group.address,
+            group=None if self._group is None else self._group.address, adapters=ctypes.addressof(adapters),
+            halves=halves[0].data_ptr() if halves else None, num_adapters=len(adapters),
         )  # fmt: skip
         for i, (cos, sin) in enumerate(rows.angles):
             step.cos[i], step.sin[i], step.half[i] = cos.data_ptr(), sin.data_ptr(), cos.shape[1]
@@ -128,6 +144,19 @@ class NativeStack:
             assert self._group is not None, "only a group fails"
             self._group.check(num_refused - native.GROUP_FAILED)
         return num_refused
+
+    def _adapters(self, rows: Sequence[AdapterRows]) -> ctypes.Array[native.AdapterRows]:
+        """The adapters of a step's rows, valid while these live."""
+        assert not rows or self._group is None, "adapters are not served by several ranks"
+        found = []
+        for adapter, chosen in rows:
+            table = self._changes.get(adapter)
+            if table is None:
+                table = self._changes[adapter] = ChangeTable(
+                    _by_place(adapter), native.NUM_ADAPTED * len(adapter.layers)
+                )
+            found.append(table.of_rows(chosen))
+        return (native.AdapterRows * len(found))(*found)
 
     def _room(self, count: int, widths: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Buffers [count, width] for each width, valid until the next call. Memory grows to the largest step's."""
@@ -154,6 +183,15 @@ class NativeStack:
             to.scale, to.softcap = attention.scale, attention.softcap or 0.0
             to.window, to.rope = shape.window or 0, shape.rope
         return layers
+
+
+def _by_place(adapter: LoadedAdapter) -> dict[int, Change]:
+    """Changes of an adapter by the numbers that the kernels give to matrices of layers."""
+    return {
+        index * native.NUM_ADAPTED + _PLACES[matrix]: change
+        for index, layer in enumerate(adapter.layers)
+        for matrix, change in layer.items()
+    }
 
 
 def _linears(layer: LayerWeights) -> tuple[PackedLinear, ...]:

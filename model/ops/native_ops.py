@@ -27,7 +27,9 @@ from ..sampling.noise import F32
 from .composed import head, store_heads
 from .extremes import Extremes
 from .int8 import described, to_int8
-from .seam import Activation, AttentionKind, Linear, Logits, Norm, Quantization, Span
+from .native_changes import PackedChange
+from .native_changes import described as changes_at_once
+from .seam import Activation, AttentionKind, Linear, Logits, LowRank, Norm, Quantization, RowsOfChange, Span
 from .step import LayerStep
 
 ACTIVATIONS = {"silu": native.SILU, "gelu_tanh": native.GELU_TANH}
@@ -164,6 +166,31 @@ class NativeOps:
     def gated_linear(self, x: Tensor, packed: Linear, activation: Activation) -> Tensor:
         """activation(gate) * up of x [rows, in] times a gated matrix; [rows, out / 2]."""
         return self._multiply(x, packed, ACTIVATIONS[activation])
+
+    def pack_change(self, parts: Sequence[LowRank], *, gate_width: int | None = None) -> PackedChange:
+        """Copy its matrices, bfloat16 as such, others as float32."""
+        return PackedChange.of(parts, gate_width)
+
+    def add_changes(self, y: Tensor, x: Tensor, changes: Sequence[RowsOfChange]) -> None:
+        """Add all changes in one call."""
+        adapters, _held = changes_at_once(changes)
+        self._library.add_changes(self._threads, adapters, len(adapters), 0, _rows(x), _rows(y))
+
+    def halves(self, x: Tensor, packed: Linear) -> Tensor:
+        """Sixteen numbers of the gate, sixteen of up, and so on."""
+        assert isinstance(packed, PackedLinear)
+        x = x.to(packed.dtype)
+        columns = packed.matrix.columns
+        out = torch.empty(len(x), columns, dtype=self.dtype)
+        scratch = self.scratch_for(len(x), packed.matrix.inner)
+        self._library.linear(self._threads, packed.matrix, _rows(x), _rows(out), native.NO_ACTIVATION, columns, scratch)
+        return out
+
+    def gate(self, halves: Tensor, activation: Activation, width: int) -> Tensor:
+        """activation(gate) * up."""
+        out = torch.empty(len(halves), width, dtype=halves.dtype)
+        self._library.gate(self._threads, _rows(halves), _rows(out), ACTIVATIONS[activation], width)
+        return out
 
     def _multiply(self, x: Tensor, packed: Linear, activation: int) -> Tensor:
         assert isinstance(packed, PackedLinear)

@@ -75,6 +75,31 @@ class Linear(Protocol):
         ...
 
 
+class LowRank(NamedTuple):
+    """Part of a low-rank change of a matrix: scale * B A, added to the rows [first_row, first_row + len(b)) of it."""
+
+    a: Tensor  # [rank, in] any dtype
+    b: Tensor  # [rows, rank] of the same dtype
+    scale: float
+    first_row: int
+
+
+class Change(Protocol):
+    """Packed low-rank change of one matrix. Only the ops that packed it can use it."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of its matrices, in bytes."""
+        ...
+
+
+class RowsOfChange(NamedTuple):
+    """Rows of a step that a change applies to."""
+
+    change: Change
+    rows: Tensor  # [n] int64, ascending, on the device of the ops; n > 0
+
+
 class Ops(Protocol):
     """Operations of one device in one compute dtype. To be used by one thread at a time."""
 
@@ -120,6 +145,28 @@ class Ops(Protocol):
 
     def gated_linear(self, x: Tensor, packed: Linear, activation: Activation) -> Tensor:
         """activation(gate) * up: [rows, width]. Gate and up are the rounded halves of the result of `linear`."""
+        ...
+
+    def pack_change(self, parts: Sequence[LowRank], *, gate_width: int | None = None) -> Change:
+        """Pack a low-rank change of one matrix. Any thread may call it.
+
+        `gate_width`: rows of the gate, if the matrix was packed as gated; then each part begins and ends with a half.
+        """
+        ...
+
+    def add_changes(self, y: Tensor, x: Tensor, changes: Sequence[RowsOfChange]) -> None:
+        """Add to each row of y, which is the result of `linear` or `halves` for x, its change of the matrix; in place.
+
+        No row has two changes. float32 inside; the sum is rounded once more.
+        """
+        ...
+
+    def halves(self, x: Tensor, packed: Linear) -> Tensor:
+        """Gate and up of x [rows, in] times a gated matrix, rounded, in an order of columns that `gate` knows."""
+        ...
+
+    def gate(self, halves: Tensor, activation: Activation, width: int) -> Tensor:
+        """activation(gate) * up of a result of `halves`: [rows, width]; the bits of `gated_linear`."""
         ...
 
     def rms_norm(self, x: Tensor, norm: Norm) -> Tensor:

@@ -12,6 +12,7 @@ from .seam import AttentionKind, Ops
 
 if TYPE_CHECKING:
     from ...kv.store.planes_device import StepBirths
+    from ..adapters.loaded import LayerChanges
 
 
 class LayerStep(NamedTuple):
@@ -27,3 +28,4 @@ class LayerStep(NamedTuple):
     layer: int
     rotation: Rotation  # tables of cos and sin, by position
     births: StepBirths | None  # receives a device's digests of stored rows
+    changes: LayerChanges  # of the rows that have an adapter

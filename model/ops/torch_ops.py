@@ -18,11 +18,11 @@ from ...core.errors import ConfigError
 from ...kernels.reference import Planes, encode_rows, fp8_encode, rms_norm
 from ..sampling.noise import F32
 from .composed import head, store_heads
-from .elementwise import activated
 from .extremes import Extremes, extremes
 from .int8 import described, rounded_rows, rounded_to_int8
+from .low_rank import ComposedChange, add_changes, gate, pack_change
 from .products import TILE_ROWS, Product
-from .seam import Activation, AttentionKind, Linear, Logits, Norm, Quantization, Span
+from .seam import Activation, AttentionKind, Linear, Logits, LowRank, Norm, Quantization, RowsOfChange, Span
 from .step import LayerStep
 from .torch_attention import Attention, AttentionLayout, HeadShape
 
@@ -134,8 +134,23 @@ class TorchOps:
 
     def gated_linear(self, x: Tensor, packed: Linear, activation: Activation) -> Tensor:
         """activation(gate) * up."""
-        gate, up = self.linear(x, packed).float().chunk(2, dim=-1)
-        return (activated(gate, activation) * up).to(x.dtype)
+        return gate(self.linear(x, packed), activation)
+
+    def pack_change(self, parts: Sequence[LowRank], *, gate_width: int | None = None) -> ComposedChange:
+        """Pack its matrices as float32."""
+        return pack_change(self, parts)
+
+    def add_changes(self, y: Tensor, x: Tensor, changes: Sequence[RowsOfChange]) -> None:
+        """Add by tiles of 16 rows."""
+        add_changes(self, y, x, changes)
+
+    def halves(self, x: Tensor, packed: Linear) -> Tensor:
+        """Gate, then up."""
+        return self.linear(x, packed)
+
+    def gate(self, halves: Tensor, activation: Activation, width: int) -> Tensor:
+        """activation(gate) * up."""
+        return gate(halves, activation)
 
     def write(self, parts: Sequence[Tensor], planes: Sequence[Planes], slots: Tensor) -> Tensor:
         """Store as `kernels.reference.store_kv` does, for parts of any widths."""

@@ -28,7 +28,8 @@ from ..sampling.noise import F32
 from .composed import head
 from .extremes import Extremes, extremes
 from .int8 import rounded_to_int8
-from .seam import Activation, AttentionKind, Linear, Logits, Norm, Quantization, Span
+from .low_rank import ComposedChange, add_changes, pack_change
+from .seam import Activation, AttentionKind, Linear, Logits, LowRank, Norm, Quantization, RowsOfChange, Span
 from .step import LayerStep
 from .upload import upload
 
@@ -137,6 +138,22 @@ class TritonOps:
     def gated_linear(self, x: Tensor, packed: Linear, activation: Activation) -> Tensor:
         """activation(gate) * up."""
         return activation_kernel.act_mul(self.linear(x, packed), activation)
+
+    def pack_change(self, parts: Sequence[LowRank], *, gate_width: int | None = None) -> ComposedChange:
+        """Copy its matrices to the device, as float32."""
+        return pack_change(self, parts)
+
+    def add_changes(self, y: Tensor, x: Tensor, changes: Sequence[RowsOfChange]) -> None:
+        """Add by a product per change and side."""
+        add_changes(self, y, x, changes)
+
+    def halves(self, x: Tensor, packed: Linear) -> Tensor:
+        """Gate, then up."""
+        return self.linear(x, packed)
+
+    def gate(self, halves: Tensor, activation: Activation, width: int) -> Tensor:
+        """activation(gate) * up."""
+        return activation_kernel.act_mul(halves, activation)
 
     def write(self, parts: Sequence[Tensor], planes: Sequence[Planes], slots: Tensor) -> Tensor:
         """Store keys and values without rotation. Makes no digests; seals are computed later from the stored bytes."""

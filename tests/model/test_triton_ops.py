@@ -1,10 +1,13 @@
 """The decoder over Triton kernels, in Triton's interpreter or on a GPU: torch's answers, and graphs of any size."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
+from support.adapters import save_adapter
+from support.models import loaded_adapter
 
 from twostroke.checkpoint.config_json import load_spec
 from twostroke.core.errors import ConfigError
@@ -54,7 +57,10 @@ def runner(directory: Path, ops: Ops, kv: str, *, by_kernels: bool, graph_seqs: 
 class Talk:
     """Sequences that a runner prefills and decodes, mixed; remembers tokens and the logits they came from."""
 
-    def __init__(self, under: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(
+        self, under: Runner, monkeypatch: pytest.MonkeyPatch, slots: Mapping[str, int] = MappingProxyType({})
+    ) -> None:
+        self.slots = slots  # of adapters, by sequence
         self.runner, self.texts = under, {name: list(prompt) for name, prompt in PROMPTS.items()}
         self.done = dict.fromkeys(PROMPTS, 0)
         self.logits: list[torch.Tensor] = []
@@ -84,6 +90,7 @@ class Talk:
                 SequenceStep(
                     SequenceKey(name, 0), start, ids, self.table(name), (1, 2, 3), last, GREEDY,
                     len(self.texts[name]) - len(PROMPTS[name]), seals_tail=self.done[name] == len(PROMPTS[name]),
+                    adapter_slot=self.slots.get(name, 0),
                 )
             )  # fmt: skip
         result = self.runner.run(StepPlan(number, tuple(steps)))
@@ -129,6 +136,30 @@ def test_families_answer_as_by_torch(
     for name, prompt in PROMPTS.items():  # what the steps left as seals is what the bytes say
         whole = ours.done[name] - ours.done[name] % 16
         assert ours.runner.store.verify(HeldTokens(ours.table(name), (1, 2, 3), 0, whole or len(prompt)))
+
+
+def test_rows_with_adapters_answer_as_by_torch(
+    family_directory: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """Steps with adapters run without a graph; those of the other sequences are not touched by them."""
+    directory = family_directory("llama-llama3")
+    saved = [save_adapter(directory, tmp_path / str(r), seed=r, r=r) for r in (4, 16)]
+    talks = []
+    for ops in (TorchOps(torch.float32), TritonOps(torch.float32, DEVICE)):
+        by_kernels = isinstance(ops, TritonOps)
+        under = runner(directory, ops, "fp8", by_kernels=by_kernels, graph_seqs=4 if by_kernels else 0)
+        for slot, adapter in enumerate(saved, 1):
+            under.hold_adapter(slot, loaded_adapter(directory, adapter, ops))
+        talks.append(Talk(under, monkeypatch, {"a": 2, "b": 1}))
+        talks[-1].run()
+    plain = Talk(runner(directory, TorchOps(torch.float32), "fp8", by_kernels=False), monkeypatch)
+    plain.run()
+    definition, ours = talks
+    assert ours.texts == definition.texts
+    assert ours.texts["c"] == plain.texts["c"]
+    assert ours.texts["a"] != plain.texts["a"]
+    for mine, theirs in zip(last_rows(ours), last_rows(definition), strict=True):
+        assert (mine - theirs).abs().max() <= 5e-3 * theirs.abs().max()
 
 
 def test_bf16_is_close_to_torch_in_bf16(family_directory: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch):

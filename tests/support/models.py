@@ -11,6 +11,7 @@ import torch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from twostroke.checkpoint.adapters.adapter import read_adapter
 from twostroke.checkpoint.config import KernelsChoice, ModelConfig
 from twostroke.checkpoint.config_json import load_spec
 from twostroke.checkpoint.spec import DType, ModelSpec
@@ -20,7 +21,8 @@ from twostroke.engine.plan import SequenceStep, StepPlan
 from twostroke.kernels.cpu.build import built_library
 from twostroke.kv.block import BlockId
 from twostroke.kv.store.store import KvStore
-from twostroke.model.batch import build_batch, read_whole
+from twostroke.model.adapters.loaded import LoadedAdapter, pack_adapter
+from twostroke.model.batch import build_batch, read_whole, with_adapters
 from twostroke.model.decoder.decoder import Decoder
 from twostroke.model.loader import RunnerOptions, load_runner, make_ops, torch_dtype
 from twostroke.model.ops.seam import Ops
@@ -109,6 +111,7 @@ class Hand:
     decoder: Decoder
     store: KvStore
     tables: dict[str, list[BlockId]] = field(default_factory=dict)
+    adapters: dict[str, LoadedAdapter] = field(default_factory=dict)  # by sequence
     _blocks: itertools.count = field(default_factory=itertools.count)  # type: ignore[type-arg]
 
     def table(self, name: str, tokens: int) -> tuple[BlockId, ...]:
@@ -126,6 +129,8 @@ class Hand:
         self, work: Sequence[tuple[str, int, Sequence[int]]], read_rows: Sequence[int] | None = None
     ) -> list[torch.Tensor]:
         """One step over (sequence, start, ids); logits [len(ids), vocab] of each, or of `read_rows` alone."""
+        held = dict(enumerate(dict.fromkeys(self.adapters.values()), 1))  # one slot per adapter
+        slots = {name: slot for name, mine in self.adapters.items() for slot, one in held.items() if one is mine}
         steps = [
             SequenceStep(
                 SequenceKey(name, 0),
@@ -136,6 +141,7 @@ class Hand:
                 True,
                 GREEDY,
                 0,
+                adapter_slot=slots.get(name, 0),
             )
             for name, start, ids in work
         ]
@@ -143,8 +149,15 @@ class Hand:
         with torch.inference_mode():
             batch = build_batch(plan, [s.token_ids for s in steps], self.store.block_tokens, self.decoder.ops)
             batch = read_whole(batch) if read_rows is None else replace(batch, read_rows=read_rows)
+            batch = with_adapters(batch, plan, held, self.decoder.ops.device)
             logits = self.decoder.logits(self.decoder.hidden(batch, self.store).rows).rows
         return [logits[row : row + s.num_tokens] for row, s in zip(batch.first_rows, steps, strict=True)]
+
+
+def loaded_adapter(base: Path, directory: Path, ops: Ops) -> LoadedAdapter:
+    """An adapter of a checkpoint, read and packed."""
+    spec = load_spec(base)
+    return pack_adapter(read_adapter(directory, spec, open_source(base).shapes()), ops, spec)
 
 
 def poison(store: KvStore) -> None:
