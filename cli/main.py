@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -11,6 +12,7 @@ from ..cli import processes as members
 from ..core.errors import TwostrokeError
 from .failure import fail
 from .keys import app as keys_app
+from .options import spread_modules
 from .simulation.sim import app as sim_app
 
 app = typer.Typer(
@@ -57,7 +59,7 @@ app.add_typer(sim_app, name="sim")
 def main() -> None:
     """Run a command; a typed error becomes one line and exit code 2."""
     try:
-        app()
+        app(spread_modules(sys.argv[1:]))
     except TwostrokeError as error:
         fail(error)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +22,11 @@ SETTING_BY_FLAG = {
     "kernels": "model.kernels",
     "max_model_len": "model.max_model_len",
     "generation_config": "model.generation_config",
+    "enable_lora": "model.enable_lora",
+    "lora_modules": "model.lora_modules",
+    "max_loras": "model.max_loras",
+    "max_lora_rank": "model.max_lora_rank",
+    "enable_runtime_lora": "router.runtime_lora",
     "kv_cache_dtype": "cache.dtype",
     "block_size": "cache.block_size",
     "kv_cache_tokens": "cache.tokens",
@@ -79,6 +85,19 @@ MaxModelLen = Annotated[
 GenerationConfig = Annotated[
     str | None,
     typer.Option(help="Sampling where a request says nothing: auto, as the checkpoint recommends, or none."),
+]
+EnableLora = Annotated[
+    bool | None, typer.Option("--enable-lora", help="Keep memory for adapters. --lora-modules does so by itself.")
+]
+LoraModules = Annotated[
+    list[str] | None,
+    typer.Option(help="Adapters to serve, as vLLM has them: NAME=PATH …, or JSON with name and path. PEFT's LoRA."),
+]
+MaxLoras = Annotated[int | None, typer.Option(help="Adapters that a worker holds at once. Default: 64.")]
+MaxLoraRank = Annotated[int | None, typer.Option(help="Largest rank of an adapter. Default: 64.")]
+EnableRuntimeLora = Annotated[
+    bool | None,
+    typer.Option("--enable-runtime-lora", help="Serve POST /v1/load_lora_adapter and /v1/unload_lora_adapter."),
 ]
 BlockSize = Annotated[int | None, typer.Option(help="Tokens per KV block: 16, 32 or 64.")]
 KvCacheTokens = Annotated[int | None, typer.Option(help="Most tokens a worker's KV pool holds.")]
@@ -192,7 +211,23 @@ def config_from(flags: dict[str, Any]) -> Config:
         given["speculation"] = _json_mapping("--speculative-config", given["speculation"])
         if "method" not in given["speculation"]:
             raise ConfigError('--speculative-config has no "method"; give {"method": "ngram"}, or leave the flag out')
+    if given.get("router.runtime_lora"):
+        given["model.enable_lora"] = True
     return load_config(flags.get("config"), os.environ, given)
+
+
+def spread_modules(arguments: Sequence[str]) -> list[str]:
+    """Arguments with every value behind --lora-modules as a flag of its own: vLLM's flag takes several."""
+    spread: list[str] = []
+    takes_more = False
+    for argument in arguments:
+        is_module = "=" in argument or argument.startswith(("{", "["))
+        if takes_more and not argument.startswith("-") and is_module and spread[-1] != "--lora-modules":
+            spread.append("--lora-modules")
+        elif argument.startswith("-"):
+            takes_more = argument == "--lora-modules"
+        spread.append(argument)
+    return spread
 
 
 def _json_mapping(flag: str, text: str) -> dict[str, Any]:

@@ -195,6 +195,8 @@ def _check(config: Config) -> None:
             f"router.port is {router.port}, router.grpc_port {router.grpc_port}, router.internal_port "
             f"{router.internal_port}; they must differ (--port, --grpc-port)"
         )
+    if router.runtime_lora and not config.model.serves_adapters:
+        raise ConfigError("router.runtime_lora is true and model.enable_lora false; turn that on, too")
     _check_router_ports(config)
     _check_pairs(config)
     _check_planner(config)

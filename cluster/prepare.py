@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.adapters.config import read_config
+from ..checkpoint.config import LoraModule
 from ..checkpoint.locate import located, served_name
 from ..core.errors import CheckpointError, ConfigError
 from ..kernels.cpu.build import NativeUnavailable, found_library
@@ -76,7 +78,9 @@ def _with_checkpoint(config: Config) -> Config:
         place_of_it = located(path).absolute()  # members may have another working folder
     except OSError as error:
         raise CheckpointError(f"model.path is {path!r}: it cannot be read: {error.strerror}") from None
-    model = config.model.model_copy(update={"path": str(place_of_it), "name": served_name(path, name)})
+    adapters = tuple(_located_adapter(module) for module in config.model.lora_modules)
+    decided = {"path": str(place_of_it), "name": served_name(path, name), "lora_modules": adapters}
+    model = config.model.model_copy(update=decided)
     named: dict[str, Any] = {
         name: _absolute(getattr(config.router, name)) for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs")
     }
@@ -85,6 +89,13 @@ def _with_checkpoint(config: Config) -> Config:
         named[name] = file and file.expanduser().absolute()
     router = config.router.model_copy(update=named)
     return config.model_copy(update={"model": model, "router": router})
+
+
+def _located_adapter(module: LoraModule) -> LoraModule:
+    """An adapter with its absolute path; what its config asks for is refused here, before anything starts."""
+    directory = Path(module.path).expanduser().absolute()
+    read_config(directory)
+    return module.model_copy(update={"path": str(directory)})
 
 
 def _absolute(path: str | None) -> str | None:

@@ -149,7 +149,8 @@ class Request:
     is_bounded: bool = True  # false: the client gave no limit; `max_tokens` is all that fits
     ignored_fields: tuple[str, ...] = ()  # names of fields that the client sent and that have no effect
     tenant: str | None = None  # owner of the request; None: the isolation domain
-    adapter: bytes = b""  # content hash; empty: none, the only one that is served
+    adapter: bytes = b""  # content hash; empty: none
+    base_model: str = ""  # with an adapter: the model that it changes, as workers name it
     answer: AnswerForm | None = None  # None: the answer is its text
     priority: int = 0  # HIGHEST_PRIORITY to LOWEST_PRIORITY
     allowance: Allowance | None = None  # of its API key; None: no bounds
@@ -164,6 +165,11 @@ class Request:
         """New tokens per choice for admission and routing: the client's limit, else at most USUAL_ANSWER_TOKENS."""
         most = self.sampling.max_tokens
         return most if self.is_bounded else min(most, USUAL_ANSWER_TOKENS)
+
+    @property
+    def worker_model(self) -> str:
+        """The model as its workers name it: without an adapter's name."""
+        return self.base_model or self.model
 
     @property
     def cache_scope(self) -> CacheScope:

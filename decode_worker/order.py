@@ -70,7 +70,6 @@ def order_from_wire(message: worker_pb2.Submit, model: ModelFacts, prompts: Rece
     params = sampling_from_wire(message.sampling)
     model.check_sampling(params)
     scope = scope_from_wire(message)
-    model.check_adapter(scope.adapter)
     return Order(
         key=key_of(message),
         epoch=epoch_from_wire(message.epoch),

@@ -176,13 +176,23 @@ class DecodeService:
             end = known_end_message(order, choice, tools.pull.clock.now_s(), tools.facts.model.kv_spec)
             if end is not None:
                 return end
-            run = DecodeTask(order, choice, session.outbox, tools, self._on_end)
-            run.start()
+            run = self._start(session, order, choice)
         except TwostrokeError:
             raise
         except Exception as error:
             self._broken(message, error)
             raise InternalError("this order could not be taken; the worker's log has more") from error
+        return run
+
+    def _start(self, session: RouterSession, order: Order, choice: ChoiceText) -> DecodeTask:
+        adapters = self._tools.adapters
+        slot = adapters.hold(order.scope.adapter)
+        try:
+            run = DecodeTask(order, choice, session.outbox, self._tools, self._on_end, adapter_slot=slot)
+            run.start()
+        except BaseException:
+            adapters.release(slot)
+            raise
         return run
 
     def _broken(self, message: worker_pb2.Submit, error: Exception) -> None:
@@ -195,6 +205,7 @@ class DecodeService:
         return ChoiceText(self._tokenizer, order.params, self._tools.facts.model.eos_ids, emitted, prompt_ids=prompt)
 
     def _on_end(self, run: DecodeTask) -> None:
+        self._tools.adapters.release(run.adapter_slot)
         self._ledger.end(run)
         if not len(self._ledger):
             self._idle.set()

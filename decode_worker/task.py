@@ -13,11 +13,12 @@ from __future__ import annotations
 import logging
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..core.errors import TransportUnavailable
 from ..core.request import FinishReason, SequenceKey
 from ..core.timeline import Instant, Timeline
+from ..engine.adapters import AdapterTable
 from ..engine.facts import FaceFacts
 from ..engine.link import messages as link
 from ..engine.link.client import SequenceEvent
@@ -49,6 +50,7 @@ class DecodeTaskTools:
     facts: FaceFacts
     pull: KvPullTools
     channels: Channels
+    adapters: AdapterTable = field(default_factory=AdapterTable)  # of this worker
 
     def connect(self, key: SequenceKey, address: str) -> StreamHost:
         """Open a hand-over stream to a prefill worker for a sequence."""
@@ -67,8 +69,12 @@ class DecodeTask:
         outbox: Outbox,
         tools: DecodeTaskTools,
         ended: Callable[[DecodeTask], None],
+        *,
+        adapter_slot: int = 0,
     ) -> None:
+        """`adapter_slot`: held for this run by its owner, who releases it at its end."""
         self.order = order
+        self.adapter_slot = adapter_slot
         self.timeline = Timeline()
         self._choice = choice
         self._outbox = outbox
@@ -108,6 +114,7 @@ class DecodeTask:
                 num_emitted=order.num_emitted,
                 priority=order.priority,
                 deadline_s=self._deadline_s,
+                adapter_slot=self.adapter_slot,
             )
         )
         if not order.peers:

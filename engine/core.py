@@ -27,7 +27,7 @@ from .commands import Commands
 from .lifecycle import SequenceLifecycle
 from .link.messages import (
     AskSnapshot,
-    Command,
+    CoreCommand,
     Event,
     FetchBlocks,
     LoadNews,
@@ -92,7 +92,7 @@ class EngineCore:
 
     # ------------------------------------------------------------------ commands, time, steps
 
-    def handle(self, command: Command, now_s: float) -> list[Event | StoreOp]:
+    def handle(self, command: CoreCommand, now_s: float) -> list[Event | StoreOp]:
         """Apply one command. The caller executes the returned store operations before its next call."""
         lives = self._lives
         lives.holdings.residency.now_s = now_s

@@ -45,17 +45,6 @@ class ModelFacts:
                 param="prompt",
             )
 
-    def check_adapter(self, adapter: bytes) -> None:
-        """Check that the weights which a request asks for are loaded. Only the model's own are, for now.
-
-        Raises:
-            InvalidRequest: it asks for an adapter; without it the model would answer as another one, under its name.
-        """
-        if adapter:
-            raise InvalidRequest(
-                f"adapter {adapter.hex()[:32]} is not loaded by this worker; leave the adapter out", param="adapter"
-            )
-
     def check_sampling(self, params: SamplingParams) -> None:
         """Check that the parameters name tokens of this model only; others would break a step for all its sequences.
 

@@ -13,14 +13,14 @@ from dataclasses import replace
 from typing import Protocol
 
 from ..core.clock import Clock
-from ..core.errors import InternalError, RankLost
+from ..core.errors import InternalError, InvalidRequest, RankLost
 from ..core.lease import ENGINE_LEASE
 from ..core.request import FinishReason, SequenceKey
 from ..kv.section import HeldTokens, SectionData
 from ..kv.store.host_store import HostStore
 from ..kv.store.store import KvStore
 from .core import EngineCore
-from .link.messages import Ended, Event, LoadNews
+from .link.messages import AdapterCommand, AdapterRefused, DropAdapter, Ended, Event, LoadAdapter, LoadNews
 from .link.thread_link import ThreadLink
 from .plan import StepPlan, StepResult
 from .step_times import StepTimeModel
@@ -45,6 +45,18 @@ class StepRunner(Protocol):
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute one step."""
+        ...
+
+
+class AdapterHost(Protocol):
+    """Loads adapters for a runner: model/adapters/loading.py."""
+
+    def load(self, command: LoadAdapter, tell: Callable[[Sequence[Event]], None]) -> None:
+        """Begin to load an adapter, and return at once; `tell` gets the answer, in another thread."""
+        ...
+
+    def drop(self, slot: int) -> None:
+        """Forget the adapter of a slot."""
         ...
 
 
@@ -87,8 +99,9 @@ class Engine:
         *,
         host: HostStore | None = None,
         over_ranks: Callable[[Store], Store] | None = None,
+        adapters: AdapterHost | None = None,
     ) -> None:
-        """`host` has as many blocks as the core's limits say; None: no swapping.
+        """`host` has as many blocks as the core's limits say; None: no swapping. `adapters` None: each is refused.
 
         `over_ranks`: makes the store of all ranks from that of rank 0. None: there is one rank.
         """
@@ -99,6 +112,7 @@ class Engine:
         whole: Store = self._store if over_ranks is None else over_ranks(self._store)
         self._turns = Turn(core, whole, link.emit, _log_refusal)
         self._link = link
+        self._adapters = adapters
         self._clock = clock
         self._pace = StepTimeModel()
         self._phase = "loading"
@@ -162,7 +176,10 @@ class Engine:
     def _turn(self) -> None:
         """One turn: commands, time, one step, and the beat."""
         for command in self._link.take(COMMANDS_PER_TURN, self._wait_s()):
-            self._turns.take(command, self._clock.now_s())
+            if isinstance(command, AdapterCommand):
+                self._change_adapters(command)
+            else:
+                self._turns.take(command, self._clock.now_s())
         if self._fault is not None:
             raise self._fault
         now_s = self._clock.now_s()
@@ -175,6 +192,16 @@ class Engine:
         now_s = self._clock.now_s()
         if now_s >= self._next_beat_s:
             self._beat(now_s)
+
+    def _change_adapters(self, command: AdapterCommand) -> None:
+        if isinstance(command, DropAdapter):
+            if self._adapters is not None:
+                self._adapters.drop(command.slot)
+        elif self._adapters is None:
+            why = "adapters are not served by workers of several tensor-parallel ranks"
+            self._link.emit((AdapterRefused(command.slot, InvalidRequest.code, why),))
+        else:
+            self._adapters.load(command, self._link.emit)
 
     def _wait_s(self) -> float:
         """Longest wait for commands, in seconds: short or zero while steps run, else until the beat or a deadline."""

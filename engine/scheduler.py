@@ -312,6 +312,7 @@ class Scheduler:
             params=sequence.params,
             num_generated=sequence.num_generated,
             seals_tail=samples and sequence.source is Source.FOR_PEER,
+            adapter_slot=sequence.adapter_slot,
             draft_ids=drafts,
             history=sequence.history if samples else None,
             targets=sequence.targets(start, end),

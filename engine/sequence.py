@@ -134,6 +134,7 @@ class Sequence:
     began_s: float | None = None  # planning time of the first step that computed it here
     drafting: Drafting | None = None  # of its guessed tokens; None: none were guessed so far
     doom: PendingFinish | None = None
+    adapter_slot: int = 0  # 0: none
 
     @property
     def num_generated(self) -> int:
@@ -204,5 +205,6 @@ def new_sequence(submit: Submit, arrival: int) -> Sequence:
         rank=(-submit.priority, arrival),
         prompt_ids=submit.prompt_ids[: num_prompt - submit.num_emitted],
         scores=[] if wants_scores else None,
+        adapter_slot=submit.adapter_slot,
         state=SequenceState.QUEUED if submit.source is Source.FOR_PEER else SequenceState.WAITING,
     )

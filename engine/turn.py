@@ -16,7 +16,7 @@ from ..core.errors import InternalError, TwostrokeError
 from ..kv.section import SectionData
 from ..kv.spec import HASH_BLOCK_TOKENS
 from .core import EngineCore
-from .link.messages import BlocksFetched, Command, Event, KvRead, KvWritten
+from .link.messages import BlocksFetched, CoreCommand, Event, KvRead, KvWritten
 from .plan import StepPlan, StepResult
 from .store_ops import FetchOp, ReadOp, StoreOp, SwapInOp, SwapOutOp, WriteOp
 
@@ -57,7 +57,7 @@ class Turn:
         self._emit = emit
         self._refused = refused
 
-    def take(self, command: Command, now_s: float) -> None:
+    def take(self, command: CoreCommand, now_s: float) -> None:
         """Apply one command of the face."""
         self._say(self._core.handle(command, now_s))
 

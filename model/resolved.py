@@ -13,6 +13,7 @@ from ..checkpoint.config_json import load_spec
 from ..checkpoint.shards import Shard, shard_spec
 from ..checkpoint.sizes import cache_codec, compute_dtype, context_length, held_bytes
 from ..checkpoint.spec import DType, ModelSpec, Quantization
+from ..core.errors import ConfigError
 from ..kernels.cpu.build import find_compiler
 from ..kv.spec import KvSpec
 from .ops.device import chosen_kernels, refuse_unserved
@@ -49,7 +50,7 @@ class ResolvedModel:
 class MemoryNeeds:
     """Needs of all ranks of a worker together."""
 
-    weight_bytes: int
+    weight_bytes: int  # with what is kept for adapters
     kv_spec: KvSpec
     max_model_len: int
     step_bytes: StepBytes = NO_STEP
@@ -59,11 +60,18 @@ def needs_of_ranks(model: ResolvedModel, settings: ModelConfig, num_ranks: int) 
     """Needs of a worker of `num_ranks` tensor-parallel ranks. `settings`: those that `model` was resolved with.
 
     Raises:
-        ConfigError: the model's heads cannot be split over so many ranks; names the sizes that work.
+        ConfigError: the model's heads cannot be split over so many ranks; names the sizes that work. Or several ranks
+            are to serve adapters.
     """
     rank = shard_spec(model.spec, Shard(0, num_ranks))
     if num_ranks == 1:
-        return MemoryNeeds(model.weight_bytes, model.kv_spec, model.max_model_len, step_bytes(model.spec, model.dtype))
+        held = model.weight_bytes + settings.adapter_bytes
+        return MemoryNeeds(held, model.kv_spec, model.max_model_len, step_bytes(model.spec, model.dtype))
+    if settings.serves_adapters:
+        raise ConfigError(
+            f"adapters are to be served (model.lora_modules or enable_lora) by workers of {num_ranks} tensor-parallel "
+            "ranks; they are served on one rank in this release: leave one of the two out"
+        )
     weight_bytes = num_ranks * held_bytes(model.directory, rank.local, settings, model.kernels)
     step = step_bytes(rank.local, model.dtype)
     of_all = StepBytes(num_ranks * step.per_token, num_ranks * step.per_row)

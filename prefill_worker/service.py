@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..core.errors import InvalidRequest, Overloaded, PairRefused, TransportUnavailable, TwostrokeError, Unavailable
 from ..core.request import Role, SequenceKey
@@ -95,6 +95,7 @@ class PrefillService:
     def leave(self, job: PrefillTask) -> None:
         """A job's stream has ended: its remaining blocks are given back."""
         job.leave()
+        self._tools.adapters.release(job.adapter_slot)
         del self._jobs[job.key]
         if not self._jobs:
             self._idle.set()
@@ -144,7 +145,14 @@ class PrefillService:
         sender = Sender(message, frame_tokens, facts.frame_slots, tools.timing, now_s)
         self._check_compatible(sender.order)
         submit = self._submit(sender, now_s)
-        return PrefillTask(sender, submit, host, tools, self._share(sender, frame_tokens))
+        memory = self._share(sender, frame_tokens)
+        try:
+            slot = tools.adapters.hold(sender.order.adapter)  # last: what follows cannot fail
+        except TwostrokeError:
+            if memory is not None:
+                memory.close()
+            raise
+        return PrefillTask(sender, replace(submit, adapter_slot=slot), host, tools, memory)
 
     def _share(self, sender: Sender, frame_tokens: int) -> PlaneMemory | None:
         """Map the peer's ring, and have the sender use it; None: planes travel over the stream.
@@ -199,7 +207,6 @@ class PrefillService:
         self._facts.model.check_prompt(asked_ids)
         params = sampling_from_wire(order.sampling)
         self._facts.model.check_sampling(params)
-        self._facts.model.check_adapter(order.adapter)
         prompt_ids, names = self._prompts.name(sender.label.request_id, asked_ids, scope_from_wire(order))
         if order.identity_root != names.root:
             raise InvalidRequest(

@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from ..core.clock import Clock
@@ -15,6 +15,7 @@ from ..core.lease import Lease
 from ..core.life import Life, forget
 from ..core.request import FinishReason, SequenceKey
 from ..core.timeline import Instant, Timeline
+from ..engine.adapters import AdapterTable
 from ..engine.link import messages as link
 from ..engine.link.client import EngineClient, SequenceEvent
 from ..kv.handover.carrier import Carrier, Check, CheckLine, StreamHost
@@ -46,6 +47,7 @@ class PrefillTaskTools:
     counters: Counter[str]
     ended: Callable[[Life], None] = forget  # called for every job that is over
     open_memory: OpenMemory | None = None  # maps a peer's shared memory; None: this worker cannot
+    adapters: AdapterTable = field(default_factory=AdapterTable)  # of this worker
 
 
 class PrefillTask:
@@ -81,6 +83,11 @@ class PrefillTask:
     def key(self) -> SequenceKey:
         """Name of the sequence inside this worker."""
         return self._submit.key
+
+    @property
+    def adapter_slot(self) -> int:
+        """Slot of its adapter, held for this job by its owner; 0: none."""
+        return self._submit.adapter_slot
 
     def start(self) -> None:
         """Submit the sequence to the engine."""

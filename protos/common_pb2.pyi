@@ -540,6 +540,7 @@ class WorkerInfo(_message.Message):
     METRICS_ADDRESS_FIELD_NUMBER: _builtins.int
     TENSOR_PARALLEL_SIZE_FIELD_NUMBER: _builtins.int
     GPUS_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     incarnation: _builtins.int
     """new at every start of the process"""
@@ -571,6 +572,10 @@ class WorkerInfo(_message.Message):
     def gpus(self) -> _containers.RepeatedCompositeFieldContainer[Global___GpuState]:
         """the devices it computes on, where it watches them"""
 
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterInfo]:
+        """that it holds, each under every name of it"""
+
     def __init__(
         self,
         *,
@@ -591,14 +596,52 @@ class WorkerInfo(_message.Message):
         metrics_address: _builtins.str = ...,
         tensor_parallel_size: _builtins.int = ...,
         gpus: _abc.Iterable[Global___GpuState] | None = ...,
+        adapters: _abc.Iterable[Global___AdapterInfo] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_tokens", b"block_tokens", "capabilities", b"capabilities", "data_addresses", b"data_addresses", "dp_rank", b"dp_rank", "gpus", b"gpus", "incarnation", b"incarnation", "max_batch_tokens", b"max_batch_tokens", "max_num_seqs", b"max_num_seqs", "metrics_address", b"metrics_address", "model", b"model", "num_kv_blocks", b"num_kv_blocks", "pid", b"pid", "release", b"release", "role", b"role", "tensor_parallel_size", b"tensor_parallel_size", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "address", b"address", "block_tokens", b"block_tokens", "capabilities", b"capabilities", "data_addresses", b"data_addresses", "dp_rank", b"dp_rank", "gpus", b"gpus", "incarnation", b"incarnation", "max_batch_tokens", b"max_batch_tokens", "max_num_seqs", b"max_num_seqs", "metrics_address", b"metrics_address", "model", b"model", "num_kv_blocks", b"num_kv_blocks", "pid", b"pid", "release", b"release", "role", b"role", "tensor_parallel_size", b"tensor_parallel_size", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerInfo: _TypeAlias = WorkerInfo  # noqa: Y015
+
+@_typing.final
+class AdapterInfo(_message.Message):
+    """A low-rank adapter under one name."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """as clients name the model with it"""
+    digest: _builtins.bytes
+    """16 bytes, of its config and tensors"""
+    path: _builtins.str
+    """directory that the worker read it from"""
+    rank: _builtins.int
+    size_bytes: _builtins.int
+    """in the worker's memory"""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        digest: _builtins.bytes = ...,
+        path: _builtins.str = ...,
+        rank: _builtins.int = ...,
+        size_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "name", b"name", "path", b"path", "rank", b"rank", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdapterInfo: _TypeAlias = AdapterInfo  # noqa: Y015
 
 @_typing.final
 class GpuState(_message.Message):

@@ -202,6 +202,7 @@ class JournaledRequest(_message.Message):
     ANSWER_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     ALLOWANCE_FIELD_NUMBER: _builtins.int
+    BASE_MODEL_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     model: _builtins.str
     num_choices: _builtins.int
@@ -222,6 +223,8 @@ class JournaledRequest(_message.Message):
     fingerprint: _builtins.bytes
     """of what the client sent"""
     priority: _builtins.int
+    base_model: _builtins.str
+    """with an adapter: the model that it changes"""
     @_builtins.property
     def prompt_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -256,10 +259,11 @@ class JournaledRequest(_message.Message):
         answer: Global___JournaledForm | None = ...,
         priority: _builtins.int = ...,
         allowance: Global___JournaledAllowance | None = ...,
+        base_model: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["allowance", b"allowance", "answer", b"answer", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "allowance", b"allowance", "answer", b"answer", "body_json", b"body_json", "created_s", b"created_s", "face", b"face", "fingerprint", b"fingerprint", "is_bounded", b"is_bounded", "is_chat", b"is_chat", "isolation_domain", b"isolation_domain", "key", b"key", "model", b"model", "num_choices", b"num_choices", "priority", b"priority", "prompt_ids", b"prompt_ids", "request_id", b"request_id", "sampling", b"sampling", "tenant", b"tenant", "timeout_s", b"timeout_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "allowance", b"allowance", "answer", b"answer", "base_model", b"base_model", "body_json", b"body_json", "created_s", b"created_s", "face", b"face", "fingerprint", b"fingerprint", "is_bounded", b"is_bounded", "is_chat", b"is_chat", "isolation_domain", b"isolation_domain", "key", b"key", "model", b"model", "num_choices", b"num_choices", "priority", b"priority", "prompt_ids", b"prompt_ids", "request_id", b"request_id", "sampling", b"sampling", "tenant", b"tenant", "timeout_s", b"timeout_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -60,6 +60,16 @@ class WorkerStub(object):
                 request_serializer=twostroke_dot_protos_dot_worker__pb2.SetRoleRequest.SerializeToString,
                 response_deserializer=twostroke_dot_protos_dot_common__pb2.WorkerInfo.FromString,
                 _registered_method=True)
+        self.LoadAdapter = channel.unary_unary(
+                '/twostroke.v1.Worker/LoadAdapter',
+                request_serializer=twostroke_dot_protos_dot_worker__pb2.LoadAdapterRequest.SerializeToString,
+                response_deserializer=twostroke_dot_protos_dot_common__pb2.WorkerInfo.FromString,
+                _registered_method=True)
+        self.UnloadAdapter = channel.unary_unary(
+                '/twostroke.v1.Worker/UnloadAdapter',
+                request_serializer=twostroke_dot_protos_dot_worker__pb2.UnloadAdapterRequest.SerializeToString,
+                response_deserializer=twostroke_dot_protos_dot_common__pb2.WorkerInfo.FromString,
+                _registered_method=True)
 
 
 class WorkerServicer(object):
@@ -99,6 +109,20 @@ class WorkerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LoadAdapter(self, request, context):
+        """Hold an adapter and serve it under a name; answered when it may be asked for. What runs goes on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadAdapter(self, request, context):
+        """Serve a name no longer; requests that have begun with its adapter go on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -125,6 +149,16 @@ def add_WorkerServicer_to_server(servicer, server):
             'SetRole': grpc.unary_unary_rpc_method_handler(
                     servicer.SetRole,
                     request_deserializer=twostroke_dot_protos_dot_worker__pb2.SetRoleRequest.FromString,
+                    response_serializer=twostroke_dot_protos_dot_common__pb2.WorkerInfo.SerializeToString,
+            ),
+            'LoadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadAdapter,
+                    request_deserializer=twostroke_dot_protos_dot_worker__pb2.LoadAdapterRequest.FromString,
+                    response_serializer=twostroke_dot_protos_dot_common__pb2.WorkerInfo.SerializeToString,
+            ),
+            'UnloadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadAdapter,
+                    request_deserializer=twostroke_dot_protos_dot_worker__pb2.UnloadAdapterRequest.FromString,
                     response_serializer=twostroke_dot_protos_dot_common__pb2.WorkerInfo.SerializeToString,
             ),
     }
@@ -262,6 +296,60 @@ class Worker(object):
             target,
             '/twostroke.v1.Worker/SetRole',
             twostroke_dot_protos_dot_worker__pb2.SetRoleRequest.SerializeToString,
+            twostroke_dot_protos_dot_common__pb2.WorkerInfo.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/twostroke.v1.Worker/LoadAdapter',
+            twostroke_dot_protos_dot_worker__pb2.LoadAdapterRequest.SerializeToString,
+            twostroke_dot_protos_dot_common__pb2.WorkerInfo.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/twostroke.v1.Worker/UnloadAdapter',
+            twostroke_dot_protos_dot_worker__pb2.UnloadAdapterRequest.SerializeToString,
             twostroke_dot_protos_dot_common__pb2.WorkerInfo.FromString,
             options,
             channel_credentials,

@@ -41,6 +41,10 @@ class WorkerStub:
     """Stop taking orders, let the running ones end, then answer."""
     SetRole: _grpc.UnaryUnaryMultiCallable[_worker_pb2.SetRoleRequest, _common_pb2.WorkerInfo]
     """Take another role; what runs goes on."""
+    LoadAdapter: _grpc.UnaryUnaryMultiCallable[_worker_pb2.LoadAdapterRequest, _common_pb2.WorkerInfo]
+    """Hold an adapter and serve it under a name; answered when it may be asked for. What runs goes on."""
+    UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_worker_pb2.UnloadAdapterRequest, _common_pb2.WorkerInfo]
+    """Serve a name no longer; requests that have begun with its adapter go on."""
 
 @_typing.type_check_only
 class WorkerAsyncStub(WorkerStub):
@@ -54,6 +58,10 @@ class WorkerAsyncStub(WorkerStub):
     """Stop taking orders, let the running ones end, then answer."""
     SetRole: _aio.UnaryUnaryMultiCallable[_worker_pb2.SetRoleRequest, _common_pb2.WorkerInfo]  # type: ignore[assignment]
     """Take another role; what runs goes on."""
+    LoadAdapter: _aio.UnaryUnaryMultiCallable[_worker_pb2.LoadAdapterRequest, _common_pb2.WorkerInfo]  # type: ignore[assignment]
+    """Hold an adapter and serve it under a name; answered when it may be asked for. What runs goes on."""
+    UnloadAdapter: _aio.UnaryUnaryMultiCallable[_worker_pb2.UnloadAdapterRequest, _common_pb2.WorkerInfo]  # type: ignore[assignment]
+    """Serve a name no longer; requests that have begun with its adapter go on."""
 
 class WorkerServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -94,6 +102,22 @@ class WorkerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_common_pb2.WorkerInfo, _abc.Awaitable[_common_pb2.WorkerInfo]]:
         """Take another role; what runs goes on."""
+
+    @_abc_1.abstractmethod
+    def LoadAdapter(
+        self,
+        request: _worker_pb2.LoadAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_common_pb2.WorkerInfo, _abc.Awaitable[_common_pb2.WorkerInfo]]:
+        """Hold an adapter and serve it under a name; answered when it may be asked for. What runs goes on."""
+
+    @_abc_1.abstractmethod
+    def UnloadAdapter(
+        self,
+        request: _worker_pb2.UnloadAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_common_pb2.WorkerInfo, _abc.Awaitable[_common_pb2.WorkerInfo]]:
+        """Serve a name no longer; requests that have begun with its adapter go on."""
 
 def add_WorkerServicer_to_server(servicer: WorkerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 

@@ -83,6 +83,11 @@ class RouterConfig(Section):
     max_connections: int = Field(
         4096, ge=1, description="HTTP connections; at the bound the longest idle one is closed, or a new one gets a 503"
     )
+    runtime_lora: bool = Field(
+        False,
+        description="serve POST /v1/load_lora_adapter and /v1/unload_lora_adapter, which read directories of the "
+        "workers; with keys, for those alone that may manage the cluster",
+    )
     strict: bool = Field(False, description="refuse unknown fields of a body instead of naming them in the response")
     allowed_hosts: Words = Field(
         (), description="names that clients may ask this router by, '*.name': below it, '*': any; loopback ones always"

@@ -13,7 +13,7 @@ from functools import partial
 from ..core.errors import InternalError, TwostrokeError
 from ..core.request import CacheScope, SamplingParams, SequenceKey
 from ..engine.core import CoreLimits, EngineCore
-from ..engine.link.messages import Command, Ended, Event, LoadNews, Offered, Promised, Submit
+from ..engine.link.messages import AdapterCommand, Command, Ended, Event, LoadNews, Offered, Promised, Submit
 from ..engine.link.plan_stream import PlanReceiver, PlanSender
 from ..engine.plan import StepPlan, StepResult
 from ..engine.speculation.speculation import Speculation
@@ -163,6 +163,7 @@ class Engine:
             command = self._inbox.popleft()
             if isinstance(command, Submit):
                 self._know(command)
+            assert not isinstance(command, AdapterCommand), "simulated workers have their adapters from the start"
             self._turns.take(command, self._world.now_s())
 
     def _know(self, submit: Submit) -> None:

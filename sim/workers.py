@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from ..core.request import Epoch, SequenceKey
@@ -129,7 +129,7 @@ class SimService(DecodeService):
 class SimRunTools(DecodeTaskTools):
     """The production tools of a run, with simulated streams."""
 
-    node: WorkerNode
+    node: WorkerNode = field(kw_only=True)
 
     def connect(self, key: SequenceKey, address: str) -> StreamHost:
         """Implements `DecodeTaskTools.connect`."""
@@ -161,7 +161,7 @@ class WorkerNode:
             Counter(),
             rings=self.rings,
         )
-        tools = SimRunTools(self.facts, pull, cast(Channels, None), self)
+        tools = SimRunTools(self.facts, pull, cast(Channels, None), node=self)
         self.service = SimService(tools, TOKENIZER, setting.grace_s)
         self.service.node, self.service.highest = self, {}
         jobs = PrefillTaskTools(

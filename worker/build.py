@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
+from ..checkpoint.adapters.adapter import AdapterLimits, read_adapter
+from ..checkpoint.spec import ModelSpec
 from ..core.clock import Clock
 from ..core.errors import ConfigError, RankLost
 from ..core.request import Role
 from ..decode_worker.policy import combined_policy, decode_policy
+from ..engine.adapters import AdapterFiles
 from ..engine.core import CoreLimits, EngineCore
 from ..engine.facts import FaceFacts, ModelFacts
 from ..engine.link.thread_link import ThreadLink
@@ -27,15 +31,17 @@ from ..kv.keys import PromptHasher, digest_key, identity_key
 from ..kv.sizing import PoolSize
 from ..kv.slices import RankSlices
 from ..kv.store.host_store import HostStore
+from ..model.adapters.loading import AdapterLoader
 from ..model.loader import RunnerOptions, load_runner, numerics_class
 from ..model.ops.device import resolve_device
 from ..model.resolved import DeviceKind, ResolvedModel, needs_of_ranks, resolve
 from ..model.runner import Runner
-from ..model.weights.tensors import weights_fingerprint
+from ..model.weights.tensors import open_source, weights_fingerprint
 from ..prefill_worker.policy import prefill_policy
 from ..text.grammar import GrammarCompiler
 from ..text.incremental import check_decoder
 from ..text.tokenizer import Tokenizer
+from .adapters import ReadAdapter
 from .automatic import SizedWorker, size_worker
 from .machine import cores, cores_of_rank, machine_facts, pin_thread
 from .rank_order import RankOrder
@@ -57,6 +63,7 @@ class BuiltEngine:
     facts: FaceFacts
     tokenizer: Tokenizer
     pool_size: PoolSize
+    read_adapter: ReadAdapter  # of this worker's model
     ranks: Ranks | None = None  # the other ranks' processes, which `close` ends
 
     def close(self) -> None:
@@ -149,12 +156,16 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> BuiltEngine:
         transport=TransportPolicy(cache.transport, cache.require_transport),
         num_ranks=settings.num_ranks,
     )
+    present = frozenset(open_source(directory).shapes())
+    adapter_limits = AdapterLimits(settings.model.max_lora_rank, settings.model.max_lora_bytes)
+    read = partial(_adapter_files, spec=resolved.spec, present=present, limits=adapter_limits)
     host = None
     if pool_size.num_swap_blocks:
         host = HostStore(runner.store, runner.store.on_host(pool_size.num_swap_blocks))
     if ranks is None:
-        engine = Engine(core, runner, runner.store, link, clock, host=host)
-        return BuiltEngine(engine, link, facts, tokenizer, pool_size)
+        adapters = AdapterLoader(runner, present, adapter_limits)
+        engine = Engine(core, runner, runner.store, link, clock, host=host, adapters=adapters)
+        return BuiltEngine(engine, link, facts, tokenizer, pool_size, read)
     sender, group = ranks.sender, ranks.group
     slices = RankSlices(model.kv_spec, group.size)
     leader = Leader(runner, sender, group, _cores(settings, 0))
@@ -162,7 +173,13 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> BuiltEngine:
         core, leader, runner.store, link, clock, host=host,
         over_ranks=lambda mine: SlicedStore(mine, sender, group, slices),
     )  # fmt: skip
-    return BuiltEngine(engine, link, facts, tokenizer, pool_size, ranks)
+    return BuiltEngine(engine, link, facts, tokenizer, pool_size, read, ranks)
+
+
+def _adapter_files(directory: Path, spec: ModelSpec, present: Container[str], limits: AdapterLimits) -> AdapterFiles:
+    """Read an adapter, all of it, for its digest and its size in memory. Raises CheckpointError as `read_adapter`."""
+    adapter = read_adapter(directory, spec, present, limits)
+    return AdapterFiles(adapter.digest, adapter.directory, adapter.rank, 4 * adapter.num_parameters)
 
 
 def _started_ranks(

@@ -25,6 +25,7 @@ from ..core.tls.identity import TlsIdentity, add_port
 from ..decode_worker.pull import KvPullTools
 from ..decode_worker.service import DecodeService
 from ..decode_worker.task import DecodeTaskTools
+from ..engine.adapters import AdapterBounds, AdapterTable
 from ..engine.facts import FaceFacts
 from ..engine.link import messages as link
 from ..engine.link.client import EngineClient
@@ -38,6 +39,7 @@ from ..kv.messages import role_to_wire, spec_to_wire
 from ..prefill_worker.service import PrefillService
 from ..prefill_worker.task import PrefillTaskTools
 from ..protos import common_pb2, worker_pb2_grpc
+from .adapters import WorkerAdapters
 from .announcer import Announcer
 from .build import BuiltEngine, build_engine
 from .fetch import FetchService
@@ -144,6 +146,8 @@ class WorkerProcess:
         room.engine.start()
         self._tasks.append(asyncio.create_task(self._dispatch()))
         await self._ready()
+        for module in self.settings.model.lora_modules:
+            await self.adapters.load(module.name, module.path)
         await self._bind()
         self._tasks.append(asyncio.create_task(self.health.keep()))
         self._announcer = Announcer(
@@ -200,8 +204,7 @@ class WorkerProcess:
         self.role = role
         self._room.link.send(link.SetRole(role))
         log.info("%s is %s from now on", self.settings.worker_id, role.value)
-        if self._announcer is not None:
-            self._announcer.update(self.info())
+        self._announce()
 
     # ------------------------------------------------------------------ who we are
 
@@ -236,6 +239,7 @@ class WorkerProcess:
             metrics_address=self.metrics_address,
             tensor_parallel_size=facts.num_ranks,
             gpus=self._gpus(),
+            adapters=self.adapters.messages(),
         )
 
     # ------------------------------------------------------------------ inside
@@ -253,11 +257,17 @@ class WorkerProcess:
             "ended": self._metrics.ended,
         }
         self.rings = _rings(facts, settings.cache.shared_bytes)
+        model = settings.model
+        bounds = AdapterBounds(model.max_loras, model.max_lora_bytes) if model.serves_adapters else AdapterBounds()
+        table = AdapterTable(bounds, self.dispatcher.drop_adapter)
+        self.adapters = WorkerAdapters(table, self.dispatcher, room.read_adapter, facts.model.name, self._announce)
         pull = self._pull = KvPullTools(kv_spec=facts.model.kv_spec, rings=self.rings, **common)
         self.decode = DecodeService(
-            DecodeTaskTools(facts, pull, self._channels), room.tokenizer, settings.orphan_grace_s
+            DecodeTaskTools(facts, pull, self._channels, table), room.tokenizer, settings.orphan_grace_s
         )
-        job = PrefillTaskTools(numerics_class=facts.model.numerics_class, open_memory=open_ring, **common)
+        job = PrefillTaskTools(
+            numerics_class=facts.model.numerics_class, open_memory=open_ring, adapters=table, **common
+        )
         max_streams = settings.step.max_waiting + facts.max_num_seqs
         self.prefill = PrefillService(facts, job, lambda: self.role, max_streams)
         self.fetch = FetchService(facts, self.dispatcher)
@@ -272,12 +282,16 @@ class WorkerProcess:
 
     def _on_gpu(self, verdict: Verdict) -> None:
         """A new verdict on the GPU: tell the routers; if the GPU is unfit, end this worker, once."""
-        if self._announcer is not None:
-            self._announcer.update(self.info())
+        self._announce()
         if verdict.ends_process and self.fault is None:
             assert self._gpu is not None
             self.fault = self._gpu.fault()
             self._tasks.append(asyncio.create_task(self._give_up_gpu(verdict)))
+
+    def _announce(self) -> None:
+        """Tell the routers what has changed. Before the worker announces itself, nobody needs to know."""
+        if self._announcer is not None:
+            self._announcer.update(self.info())
 
     async def _give_up_gpu(self, verdict: Verdict) -> None:
         """Let running work end where the verdict allows it, then end."""

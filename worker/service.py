@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from ..core.errors import InvalidRequest
+from ..client.status import to_rpc_status
+from ..core.errors import InvalidRequest, TwostrokeError
 from ..kv.messages import role_from_wire
 from ..protos import common_pb2, worker_pb2, worker_pb2_grpc
 
@@ -41,6 +42,22 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         except InvalidRequest as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         self._worker.set_role(role)
+        return self._worker.info()
+
+    async def LoadAdapter(self, request: worker_pb2.LoadAdapterRequest, context: Any) -> common_pb2.WorkerInfo:
+        """Hold an adapter and serve it under a name."""
+        try:
+            await self._worker.adapters.load(request.name, request.path, request.digest, replace=request.replace)
+        except TwostrokeError as error:
+            await context.abort_with_status(to_rpc_status(error))
+        return self._worker.info()
+
+    async def UnloadAdapter(self, request: worker_pb2.UnloadAdapterRequest, context: Any) -> common_pb2.WorkerInfo:
+        """Serve a name no longer."""
+        try:
+            self._worker.adapters.unload(request.name)
+        except TwostrokeError as error:
+            await context.abort_with_status(to_rpc_status(error))
         return self._worker.info()
 
     async def Drain(self, request: worker_pb2.DrainRequest, context: Any) -> worker_pb2.DrainResponse:

@@ -6,21 +6,25 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from ...core.errors import Unavailable
 from ...core.request import FinishReason, SequenceKey
 from ...kv.block import BlockIdentity
 from .messages import (
+    AdapterLoaded,
+    AdapterRefused,
     AskSnapshot,
     BlocksFetched,
     CacheDelta,
     CacheSnapshot,
     CancelSequence,
     Command,
+    DropAdapter,
     Ended,
     Event,
     FetchBlocks,
+    LoadAdapter,
     LoadNews,
     StepTokens,
     Submit,
@@ -64,6 +68,7 @@ class EngineClient:
         self._owner_by_key: dict[SequenceKey, Owner] = {}
         self._fetches: dict[int, asyncio.Future[BlocksFetched]] = {}
         self._fetch_ids = itertools.count(1)
+        self._loads: dict[int, asyncio.Future[AdapterLoaded | AdapterRefused]] = {}  # by slot
         self._cache_listeners: list[CacheListener] = []
         self._load_listeners: list[LoadListener] = []
         self._step_listeners: list[StepListener] = []
@@ -103,6 +108,26 @@ class EngineClient:
             return await future
         finally:
             del self._fetches[fetch_id]
+
+    async def load_adapter(self, slot: int, directory: str, digest: bytes) -> AdapterLoaded | AdapterRefused:
+        """Load an adapter into an unused slot. Steps go on meanwhile.
+
+        Raises:
+            Unavailable: the engine has ended, or ends before the answer.
+        """
+        if self._is_over:
+            raise _engine_ended()
+        future: asyncio.Future[AdapterLoaded | AdapterRefused] = asyncio.get_running_loop().create_future()
+        self._loads[slot] = future
+        try:
+            self._link.send(LoadAdapter(slot, directory, digest))
+            return await future
+        finally:
+            del self._loads[slot]
+
+    def drop_adapter(self, slot: int) -> None:
+        """Forget the adapter of a slot, after all commands that were sent before."""
+        self._link.send(DropAdapter(slot))
 
     # -------------------------------------------------------------- listeners
 
@@ -150,7 +175,8 @@ class EngineClient:
         """End all waiting after the engine's end."""
         self._is_over = True
         error = _engine_ended()
-        for future in self._fetches.values():
+        waiting: list[asyncio.Future[Any]] = [*self._fetches.values(), *self._loads.values()]
+        for future in waiting:
             if not future.done():
                 future.set_exception(error)
         for key in list(self._owner_by_key):
@@ -175,6 +201,10 @@ class EngineClient:
                 self.last_load = event
                 for load_listener in list(self._load_listeners):
                     load_listener(event)
+            case AdapterLoaded(slot) | AdapterRefused(slot):
+                loading = self._loads.get(slot)
+                if loading is not None and not loading.done():
+                    loading.set_result(event)
             case Ended(key):
                 owner = self._owner_by_key.pop(key, None)
                 self._ended.set()

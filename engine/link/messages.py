@@ -47,6 +47,7 @@ class Submit:
     num_emitted: int = 0  # trailing prompt ids that the client has already (re-dispatch): they count as generated
     priority: int = 0
     deadline_s: float | None = None  # of the engine's clock
+    adapter_slot: int = 0  # of the adapter that all its tokens are computed with; 0: none
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,11 +146,30 @@ class SetRole:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadAdapter:
+    """Load an adapter beside the steps. Answered by `AdapterLoaded` or `AdapterRefused`."""
+
+    slot: int  # above 0, never used before
+    directory: str
+    digest: bytes  # of what the files must hold
+
+
+@dataclass(frozen=True, slots=True)
+class DropAdapter:
+    """Forget the adapter of a slot, which no live sequence has."""
+
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """End the step loop; every sequence ends as cancelled."""
 
 
-Command = (
+AdapterCommand = LoadAdapter | DropAdapter
+"""They concern the runner alone; the core does not see them."""
+
+CoreCommand = (
     Submit
     | CancelSequence
     | Bind
@@ -165,6 +185,7 @@ Command = (
     | SetRole
     | Stop
 )
+Command = CoreCommand | AdapterCommand
 
 # ------------------------------------------------------------------ engine to face
 
@@ -316,6 +337,23 @@ class LoadNews:
     spreads: tuple[tuple[str, Spread], ...] = ()  # histograms by name, since the start: core/metrics.py
 
 
+@dataclass(frozen=True, slots=True)
+class AdapterLoaded:
+    """The adapter of a slot is in memory: sequences may have it from now on."""
+
+    slot: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRefused:
+    """The adapter of a slot could not be loaded."""
+
+    slot: int
+    code: str  # of core/errors.py
+    message: str
+
+
 Event = (
     Promised
     | Offered
@@ -330,4 +368,6 @@ Event = (
     | CacheDelta
     | CacheSnapshot
     | LoadNews
+    | AdapterLoaded
+    | AdapterRefused
 )

@@ -25,6 +25,7 @@ from ..store_ops import FetchOp, ReadOp, SwapInOp, SwapOutOp, WriteOp
 CLASSES: tuple[Any, ...] = (
     *(m.Submit, m.CancelSequence, m.Bind, m.WriteKv, m.KvComplete, m.PrefillLocally, m.PeerBound, m.PeerNotYet),
     *(m.ReadKv, m.FetchBlocks, m.Release, m.AskSnapshot, m.SetRole, m.Stop),
+    *(m.LoadAdapter, m.DropAdapter, m.AdapterLoaded, m.AdapterRefused),
     *(m.Promised, m.Offered, m.Bound, m.NotYet, m.KvWritten, m.Progress, m.TokenNews, m.StepTokens, m.KvRead),
     *(m.BlocksFetched, m.Ended, m.CacheDelta, m.CacheSnapshot, m.LoadNews),
     *(SequenceKey, SamplingParams, TokenLogprobs, Spread, SectionData),

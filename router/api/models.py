@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -40,6 +40,8 @@ class ServedModel:
     parsers: Parsers = NO_PARSERS  # of reasoning and tool calls in its answers
     leaves_calls: bool = False  # the operator wants calls to stay content
     needs_special_tokens: bool = False  # its answers can be parsed only with the text of special tokens
+    adapter: bytes = b""  # digest of the adapter that answers under this name; empty: none
+    base: str = ""  # with an adapter: the model that it changes
 
     def special_id(self, text: str) -> int | None:
         """Id of the special token with this text; None: it is none, or the model has no such token."""
@@ -74,7 +76,7 @@ class ModelDirectory:
         return sorted(facts.name for facts in self._source.models())
 
     def facts(self, name: str) -> ModelFacts:
-        """Facts of a model from its workers; with an empty `name`, those of the only served model.
+        """Facts of a model from its workers; with an empty `name`, those of the only served model without an adapter.
 
         Raises:
             ModelNotFound: no worker serves it.
@@ -83,8 +85,9 @@ class ModelDirectory:
         served = {facts.name: facts for facts in self._source.models()}
         if not served:
             raise Unavailable("no worker is ready yet; try again soon", retry_after_s=2.0)
-        if not name and len(served) == 1:
-            return next(iter(served.values()))
+        whole = [facts for facts in served.values() if facts.adapter is None]
+        if not name and len(whole) == 1:
+            return whole[0]
         if name not in served:
             known = ", ".join(sorted(served))
             raise ModelNotFound(f"model is {name[:200]!r}; this cluster serves {known}", param="model")
@@ -98,13 +101,16 @@ class ModelDirectory:
             CheckpointError: its tokenizer, template or sampling defaults cannot be read.
         """
         facts = self.facts(name or "")
-        key = (facts.name, facts.path, facts.max_model_len)
+        key = (facts.base or facts.name, facts.path, facts.max_model_len)
         async with self._loading:
             if key not in self._loaded:
                 self._loaded[key] = await asyncio.to_thread(
                     _load, facts, self._reads_defaults, self._parsers, self._chat_template
                 )
-        return self._loaded[key]
+        loaded = self._loaded[key]
+        if facts.adapter is not None:  # it answers with the model's tokenizer, template and defaults
+            return replace(loaded, name=facts.name, adapter=facts.adapter.digest, base=facts.base)
+        return loaded
 
 
 def _load(facts: ModelFacts, reads_defaults: bool, parsers: Parsers, chat_template: str | None) -> ServedModel:
@@ -116,7 +122,7 @@ def _load(facts: ModelFacts, reads_defaults: bool, parsers: Parsers, chat_templa
     chosen = parsers_of(template.source if template else None, *parsers)
     special = set(map(tokenizer.token, tokenizer.special_ids))
     return ServedModel(
-        name=facts.name,
+        name=facts.base or facts.name,
         max_model_len=facts.max_model_len,
         vocab_size=facts.vocab_size,
         tokenizer=tokenizer,

@@ -85,6 +85,8 @@ def validate(call: GenerateCall, model: ServedModel, limits: Limits) -> Request:
     return Request(
         request_id=request_id,
         model=model.name,
+        adapter=model.adapter,
+        base_model=model.base,
         prompt_ids=prompt_ids,
         sampling=sampling,
         num_choices=num_choices,

@@ -25,6 +25,7 @@ class Grant:
     priority: int = 0  # the highest that its requests may have: the lowest number
     may_monitor: bool = True  # read metrics and the state of the cluster, which tell about all tenants
     allowance: Allowance | None = None
+    may_manage: bool = False  # load and unload adapters, which are directories of the workers' machines
 
     def check_model(self, name: str) -> None:
         """Check that requests of this key may use a model.
@@ -44,9 +45,20 @@ class Grant:
         if not self.may_monitor:
             raise KeyForbids("this key may not read metrics or the cluster's state; set `monitor: true` for it")
 
+    def check_manage(self) -> None:
+        """Check that this key may change what the cluster serves.
 
-ANYONE = Grant()
-OPERATOR = Grant("operator", "operator", allowance=Allowance("operator"))
+        Raises:
+            KeyForbids: it may not.
+        """
+        if not self.may_manage:
+            raise KeyForbids(
+                "this key may not load or unload adapters; set `manage: true` for it, or use the operator's"
+            )
+
+
+ANYONE = Grant(may_manage=True)
+OPERATOR = Grant("operator", "operator", allowance=Allowance("operator"), may_manage=True)
 
 
 def tenant_of(digest: bytes) -> str:

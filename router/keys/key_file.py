@@ -52,6 +52,7 @@ class KeyEntry(BaseModel):
     tokens_per_minute: float | None = Field(None, gt=0)
     share: float = Field(1.0, gt=0, le=1000)
     monitor: bool = False
+    manage: bool = False
 
     def grant(self) -> Grant:
         """What the key allows. A named domain never equals that of a bare key or of the public."""
@@ -59,7 +60,7 @@ class KeyEntry(BaseModel):
         tenant = f"tenant-{self.tenant}" if self.tenant else unnamed
         domain = f"domain-{self.isolation_domain}" if self.isolation_domain else tenant
         allowance = Allowance(unnamed, self.requests_per_minute, self.tokens_per_minute, self.share)
-        return Grant(tenant, domain, self.models, self.priority, self.monitor, allowance)
+        return Grant(tenant, domain, self.models, self.priority, self.monitor, allowance, self.manage)
 
 
 class _Keys(BaseModel):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from ...core.request import Role
+from ...core.request import Request, Role
+from ..routing.known_worker import Worker
 from ..routing.policy import RoutingDecision, choose
 from ..routing.views import RETRY_AFTER_S, views_of
 from .roster import Roster
@@ -27,7 +28,7 @@ class Chooser:
     def choose(self, run: RequestState, now_s: float) -> RoutingDecision | None:
         """The workers with the lowest cost for a request; None: nobody can take it now."""
         request, prefixes = run.request, self._roster.prefixes
-        workers = [w for w in self._roster.fleet.serving(request.model) if w.facts.key not in run.excluded]
+        workers = [w for w in _serving(self._roster, request) if w.facts.key not in run.excluded]
         if not run.dispatches:  # else a client waits in the middle of its answer, or was promised one
             num, prompt = request.num_choices, len(request.prompt_ids)
             workers = [w for w in workers if w.role is Role.PREFILL or w.has_seat(num, prompt)]
@@ -49,7 +50,7 @@ class Chooser:
 
     def has_room(self, run: RequestState) -> bool:
         """True if a worker can begin a new request about now, or if none can at all, so that queueing does not help."""
-        workers = self._roster.fleet.serving(run.request.model)
+        workers = _serving(self._roster, run.request)
         decoders = [w for w in workers if w.role is not Role.PREFILL]
         if not decoders:
             return True
@@ -76,13 +77,13 @@ class Chooser:
         may come back.
         A suspect that waits for its turn waits until its deadline: those before it get on, or end, by theirs.
         """
-        model, limits, fleet = run.request.model, self._limits, self._roster.fleet
+        model, limits, fleet = run.request.worker_model, self._limits, self._roster.fleet
         if taken_by_suspects(run, self._active.values()):
             return now_s + max(0.0, run.left_s(now_s))
         end_s = now_s
-        if fleet.may_serve_soon(model):
+        if fleet.may_serve_soon(model, run.request.adapter):
             patience_s = limits.worker_patience_s
-            if run.has_output or fleet.may_be_lost(model):
+            if run.has_output or fleet.may_be_lost(model, run.request.adapter):
                 patience_s = max(patience_s, limits.worker_return_s)
             end_s = run.waits_since_s + patience_s
         returns_until_s = fleet.lost.until_s(model)
@@ -99,3 +100,8 @@ class Chooser:
         if now_s >= end_s:
             return None
         return min(end_s, now_s + RETRY_AFTER_S) if run.has_output and run.excluded else end_s
+
+
+def _serving(roster: Roster, request: Request) -> list[Worker]:
+    """Live workers that can compute a request: those of its model that hold its adapter."""
+    return roster.fleet.serving(request.worker_model, request.adapter)

@@ -112,7 +112,7 @@ class Dispatcher:
     def heard(self, run: RequestState, epoch: Epoch, num_tokens: int) -> None:
         """Implements `Observer.heard`."""
         if num_tokens:
-            self.metrics.generated(run.request.model, num_tokens)
+            self.metrics.generated(run.request.worker_model, num_tokens)
 
     def first_token(self, run: RequestState, predicted_ms: float, took_ms: float) -> None:
         """Implements `Observer.first_token`."""

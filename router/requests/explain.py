@@ -36,6 +36,7 @@ def explain_run(run: RequestState, state: str) -> dict[str, Any]:
         "tenant": run.request.owner,
         "isolation_domain": run.request.isolation_domain,
         "model": run.request.model,
+        "adapter": run.request.adapter.hex() or None,
         "state": state,
         "num_choices": run.request.num_choices,
         "sampling": explain_sampling(run.request.sampling),
@@ -191,6 +192,7 @@ def explain_worker(worker: Worker, coefficients: Coefficients, now_s: float) -> 
         "measured": {name: getattr(load, name) for name in FIELDS},  # by the worker itself; 0: not yet
         "counters": dict(load.counters),
         "gpus": [explain_gpu(gpu) for gpu in worker.gpus],
+        "adapters": [{**asdict(adapter), "digest": adapter.digest.hex()} for adapter in facts.adapters],
     }
 
 

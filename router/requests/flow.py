@@ -25,6 +25,7 @@ from ...core.tls.identity import TlsIdentity
 from ..config import RouterConfig
 from ..metrics import TRANSPORTS, RouterMetrics
 from ..routing.facts import ModelFacts
+from ..workers.adapters import ClusterAdapters
 from ..workers.registry import Identity, WorkerRegistry
 from .admission.entrance import Announced
 from .dispatch import Dispatcher, PieceStream
@@ -73,6 +74,7 @@ class Flow:
         self._dispatcher = Dispatcher(config, self._identity, self.metrics, self.clock)
         self._members = self._dispatcher.members
         self._life = self._dispatcher.life
+        self.adapters = ClusterAdapters(self._members)
         self._journal = RequestHistory(config.decision_log)
         self._began_s = self.clock.now_s()
         self._moved: Counter[str] = Counter()  # hand-overs and KV bytes of requests that have ended
@@ -118,6 +120,7 @@ class Flow:
     async def close(self) -> None:
         """Fail all running requests with `Unavailable` and disconnect from all workers. Idempotent."""
         self._life.refusing = "the router is stopping"
+        await self.adapters.close()
         await self._dispatcher.close()
         self._journal.close()
 
@@ -249,8 +252,12 @@ class Flow:
         }
 
     def models(self) -> list[ModelFacts]:
-        """Models that requests are accepted for, sorted by name: a decode worker is connected, or lost and expected."""
-        accepted = self._members.fleet.expected_models()
+        """Models that requests are accepted for, sorted by name: a decode worker is connected, or lost and expected.
+
+        Adapters that such workers hold are models, too.
+        """
+        fleet = self._members.fleet
+        accepted = {**fleet.adapters(), **fleet.expected_models()}  # a model keeps its name
         return [accepted[name] for name in sorted(accepted)]
 
     @property
@@ -303,4 +310,4 @@ def _measure(metrics: RouterMetrics, run: RequestState, now_s: float) -> None:
         metrics.kv_bytes_as_bf16.inc(report["bytes_as_bf16"])
         metrics.refetched.inc(report["refetched_blocks"])
     if run.dispatches:
-        metrics.ended(run.request.model, life_of(run, now_s))
+        metrics.ended(run.request.worker_model, life_of(run, now_s))

@@ -113,7 +113,7 @@ class Lifecycle:
             if self.refusing is not None:
                 raise Unavailable(self.refusing, retry_after_s=RETRY_AFTER_S)
             expected = request.expected_tokens * self.admission.answers.mean
-            answer_ms = self._chooser.least_step_ms(request.model) * expected
+            answer_ms = self._chooser.least_step_ms(request.worker_model) * expected
             victims = self.entrance.admit(name, request, answer_ms, run.left_s(now_s), now_s)
         except TwostrokeError as error:
             self._observer.refused(request, error)

@@ -19,6 +19,17 @@ class WorkerKey(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterFacts:
+    """An adapter under one name, as a worker holds it."""
+
+    name: str
+    digest: bytes  # of its config and tensors
+    path: str  # directory, as the worker names it
+    rank: int = 0
+    size_bytes: int = 0  # in memory
+
+
+@dataclass(frozen=True, slots=True)
 class ModelFacts:
     """One model as a worker serves it."""
 
@@ -32,6 +43,8 @@ class ModelFacts:
     path: str  # the checkpoint's directory, as the worker names it
     kv_bytes_per_token: int  # moved by a hand-over
     kv_spec: KvSpec | None = None  # of all ranks together
+    adapter: AdapterFacts | None = None  # with one, `name` is the adapter's
+    base: str = ""  # then: the model's own name
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +86,11 @@ class WorkerFacts:
     metrics_address: str = ""  # host:port of its GET /metrics; empty: none
     num_ranks: int = 1  # tensor-parallel ranks
     gpus: tuple[GpuFacts, ...] = ()  # those that it watches, as announced
+    adapters: tuple[AdapterFacts, ...] = ()
+
+    def holds(self, adapter: bytes) -> bool:
+        """True if it computes requests with this adapter; every worker does those without one (empty)."""
+        return not adapter or any(held.digest == adapter for held in self.adapters)
 
     @property
     def key(self) -> WorkerKey:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from ...core.lease import WORKER_LEASE
@@ -194,25 +194,47 @@ class Fleet:
         """The worker of that name in any state, or None."""
         return self._workers.get(worker_id)
 
-    def serving(self, model: str) -> list[Worker]:
-        """Live workers of a model, sorted by name."""
-        found = [w for w in self._workers.values() if w.facts.model.name == model and w.state is WorkerState.LIVE]
+    def serving(self, model: str, adapter: bytes = b"") -> list[Worker]:
+        """Live workers of a model that hold an adapter (empty: none is needed), sorted by name."""
+        found = [w for w in self._workers.values() if w.state is WorkerState.LIVE and _serves(w, model, adapter)]
         return sorted(found, key=lambda w: w.facts.worker_id)
 
-    def may_serve_soon(self, model: str) -> bool:
+    def may_serve_soon(self, model: str, adapter: bytes = b"") -> bool:
         """True if a worker that can decode the model is joining, suspect or live, so that waiting may help."""
         hopeful = (WorkerState.JOINING, WorkerState.SUSPECT, WorkerState.LIVE)
         return any(
-            w.facts.model.name == model and w.role is not Role.PREFILL and w.state in hopeful
+            _serves(w, model, adapter) and w.role is not Role.PREFILL and w.state in hopeful
             for w in self._workers.values()
         )
 
-    def may_be_lost(self, model: str) -> bool:
+    def may_be_lost(self, model: str, adapter: bytes = b"") -> bool:
         """True if a worker that can decode the model is suspect: soon it is live again, or lost."""
         return any(
-            w.facts.model.name == model and w.role is not Role.PREFILL and w.state is WorkerState.SUSPECT
+            _serves(w, model, adapter) and w.role is not Role.PREFILL and w.state is WorkerState.SUSPECT
             for w in self._workers.values()
         )
+
+    def knows(self, adapter: bytes) -> bool:
+        """True if a worker that decodes holds the adapter, in any state, or one that may come back did."""
+        decoders = [w.facts for w in self._workers.values() if w.role is not Role.PREFILL]
+        return any(facts.holds(adapter) for facts in (*decoders, *self.lost.workers()))
+
+    def adapters(self) -> dict[str, ModelFacts]:
+        """Adapters that requests are accepted for, as models by the adapters' names.
+
+        While a name gets another adapter, workers may differ: then the one counts that most of them have.
+        """
+        ready = [w.facts for w in self._workers.values() if w.session_up and w.role is not Role.PREFILL]
+        votes: dict[str, dict[bytes, list[ModelFacts]]] = {}
+        for facts in (*ready, *self.lost.workers()):
+            for adapter in facts.adapters:
+                model = replace(facts.model, name=adapter.name, adapter=adapter, base=facts.model.name)
+                votes.setdefault(adapter.name, {}).setdefault(adapter.digest, []).append(model)
+        chosen = {}
+        for name, by_digest in votes.items():
+            _, models = max(by_digest.items(), key=lambda vote: (len(vote[1]), vote[0]))
+            chosen[name] = min(models, key=lambda model: model.max_model_len)
+        return chosen
 
     def models(self) -> dict[str, ModelFacts]:
         """Models of all known workers and of lost ones that may come back, by name."""
@@ -253,6 +275,10 @@ class Fleet:
                 worker.heard_s = min(now_s, worker.heard_s + pause_s)
                 worker.beat_s = min(now_s, worker.beat_s + pause_s)
                 worker.step_changed_s = min(now_s, worker.step_changed_s + pause_s)
+
+
+def _serves(worker: Worker, model: str, adapter: bytes) -> bool:
+    return worker.facts.model.name == model and worker.facts.holds(adapter)
 
 
 def _by_name(models: Iterable[ModelFacts]) -> dict[str, ModelFacts]:

@@ -14,7 +14,7 @@ MAX_LOST = 1024
 
 
 class _Lost(NamedTuple):
-    model: ModelFacts
+    facts: WorkerFacts
     until_s: float
 
 
@@ -28,7 +28,7 @@ class LostWorkers:
     def add(self, facts: WorkerFacts, now_s: float) -> None:
         """A decode worker was lost without announcing that it leaves. A loss that is known already keeps its time."""
         if self._return_s > 0 and len(self._lost) < MAX_LOST:
-            self._lost.setdefault(facts.worker_id, _Lost(facts.model, now_s + self._return_s))
+            self._lost.setdefault(facts.worker_id, _Lost(facts, now_s + self._return_s))
 
     def remove(self, worker_id: str) -> None:
         """The worker is back, or it left on purpose."""
@@ -41,8 +41,12 @@ class LostWorkers:
 
     def until_s(self, model: str) -> float | None:
         """Time until which a lost decode worker of the model may come back; None: none was lost."""
-        return max((lost.until_s for lost in self._lost.values() if lost.model.name == model), default=None)
+        return max((lost.until_s for lost in self._lost.values() if lost.facts.model.name == model), default=None)
 
     def models(self) -> Iterable[ModelFacts]:
         """Models of the lost workers."""
-        return [lost.model for lost in self._lost.values()]
+        return [lost.facts.model for lost in self._lost.values()]
+
+    def workers(self) -> Iterable[WorkerFacts]:
+        """The lost workers, as they announced themselves."""
+        return [lost.facts for lost in self._lost.values()]

@@ -26,8 +26,8 @@ def model_of(fleet: Fleet, request: Request) -> ModelFacts:
     models = fleet.models()
     if not models:
         raise Unavailable("no worker has announced itself yet", retry_after_s=RETRY_AFTER_S)
-    model = models.get(request.model)
-    if model is None:
+    model = models.get(request.worker_model)
+    if model is None or (request.adapter and not fleet.knows(request.adapter)):
         raise ModelNotFound(f"no worker serves {request.model!r}; known: {', '.join(sorted(models))}", param="model")
     needed = len(request.prompt_ids) + request.sampling.max_tokens
     decoding = [w for w in fleet if w.facts.model.name == model.name and w.role is not Role.PREFILL]

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 import grpc
 import grpc.aio
 
-from ...core.errors import InvalidRequest
+from ...client.status import from_rpc_error
+from ...core.errors import InvalidRequest, Unavailable
 from ...core.inside import InsideChannel
 from ...core.lease import ROUTER_LEASE
 from ...core.tls.identity import HandshakeRefused, TlsIdentity
 from ...kv.handover.transports.grpc import CHANNEL_OPTIONS
-from ...protos import worker_pb2, worker_pb2_grpc
+from ...protos import common_pb2, worker_pb2, worker_pb2_grpc
 from ..routing.facts import WorkerFacts, WorkerKey
 from .wire import worker_from_wire
 
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 
 MAX_WAITING_ORDERS = 8_192
 FLUSH_S = 0.3
+ADAPTER_S = 150.0  # for a worker to load an adapter; it gives up by itself after 120
 _FIRST_RETRY_S = 0.05
 _LONGEST_RETRY_S = 1.0
 _STRANGE = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
@@ -96,6 +98,32 @@ class WorkerLink:
         self._reset_reason = reason
         if self._session is not None:
             self._session.cancel()
+
+    async def load_adapter(self, name: str, path: str, digest: bytes, *, replace: bool) -> WorkerFacts:
+        """Have the worker hold an adapter and serve it under a name; its facts after that.
+
+        Raises:
+            TwostrokeError: it refused, or cannot be reached.
+        """
+        request = worker_pb2.LoadAdapterRequest(name=name, path=path, digest=digest, replace=replace)
+        return await self._told(self._stub.LoadAdapter(request, timeout=ADAPTER_S))
+
+    async def unload_adapter(self, name: str) -> WorkerFacts:
+        """Have the worker serve a name no longer; its facts after that.
+
+        Raises:
+            TwostrokeError: as for `load_adapter`.
+        """
+        return await self._told(self._stub.UnloadAdapter(worker_pb2.UnloadAdapterRequest(name=name), timeout=ADAPTER_S))
+
+    async def _told(self, call: Awaitable[common_pb2.WorkerInfo]) -> WorkerFacts:
+        try:
+            facts = worker_from_wire(await call)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error, self.key.worker_id) from None
+        if facts.key != self.key:
+            raise Unavailable(f"another worker answers for {self.key.worker_id}", retry_after_s=1.0)
+        return facts
 
     async def close(self) -> None:
         """Wait briefly for queued orders to be sent, then end both streams."""

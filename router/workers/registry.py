@@ -83,6 +83,7 @@ class WorkerRegistry:
         self._num_lost = 0
         self._is_closed = False  # after `close`, ends of streams are our own and are not reported
         self._closing: set[asyncio.Task[None]] = set()
+        self.on_up: Callable[[WorkerKey], None] = lambda key: None  # called when a session is up
 
     @property
     def links(self) -> Mapping[WorkerKey, WorkerLink]:
@@ -152,8 +153,13 @@ class WorkerRegistry:
     # ------------------------------------------------------------------ events of the connections
 
     def _on_announced(self, facts: WorkerFacts) -> None:
-        if not self._is_closed:
-            self.roster.announced(facts, self._clock.now_s())
+        if self._is_closed:
+            return
+        before = self.fleet.get(facts.worker_id)
+        adapters = () if before is None else before.facts.adapters
+        self.roster.announced(facts, self._clock.now_s())
+        if facts.adapters != adapters:
+            self.changed()
 
     def _on_announce_ended(self, key: WorkerKey) -> None:
         if not self._is_closed:
@@ -167,6 +173,7 @@ class WorkerRegistry:
         log.info("%s: session is up (%s, %s)", key.worker_id, facts.role.value, facts.address)
         self._metrics.know_worker(facts)
         self.roster.session_up(key, facts, self._clock.now_s())
+        self.on_up(key)
 
     def _on_down(self, key: WorkerKey, reason: str) -> None:
         if not self._is_closed:

@@ -23,12 +23,13 @@ from ...kv.messages import (
 )
 from ...kv.spec import KvSpec
 from ...protos import common_pb2, worker_pb2
-from ..routing.facts import GpuFacts, LoadFacts, ModelFacts, WorkerFacts
+from ..routing.facts import AdapterFacts, GpuFacts, LoadFacts, ModelFacts, WorkerFacts
 from ..routing.policy import WorkerView
 
 _LOAD_FIELDS = [name for name in LoadFacts.__dataclass_fields__ if name not in ("counters", "spreads", "gpus")]
 
 _GPU_FIELDS = [name for name in GpuFacts.__dataclass_fields__ if name not in ("verdict", "reasons")]
+MAX_ADAPTERS = 4096  # of one worker
 MAX_GPUS, MAX_REASONS, MAX_REASON_CHARS = 64, 16, 256
 
 
@@ -59,6 +60,11 @@ def worker_from_wire(info: common_pb2.WorkerInfo) -> WorkerFacts:
         metrics_address=info.metrics_address,
         num_ranks=max(1, info.tensor_parallel_size),
         gpus=_gpus_from(info.gpus),
+        adapters=tuple(
+            AdapterFacts(found.name, found.digest, found.path, found.rank, found.size_bytes)
+            for found in islice(info.adapters, MAX_ADAPTERS)
+            if found.name and found.digest
+        ),
     )
 
 

@@ -238,7 +238,7 @@ class _PolicyChooser(Chooser):
 
     def choose(self, run: RequestState, now_s: float) -> RoutingDecision | None:
         """Ask the policy."""
-        workers = self._roster.fleet.serving(run.request.model)
+        workers = self._roster.fleet.serving(run.request.worker_model)
         if self._waits:
             prompt = len(run.request.prompt_ids)
             workers = [w for w in workers if w.role is Role.PREFILL or w.has_seat(1, prompt)]

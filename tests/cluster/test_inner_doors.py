@@ -108,6 +108,9 @@ async def test_a_worker_answers_the_clusters_key_alone(start_worker, caplog):
             elif path.endswith("/SetRole"):
                 with pytest.raises(grpc.aio.AioRpcError, match="worker role 0 is unknown"):
                     await opened
+            elif path.endswith("Adapter"):
+                with pytest.raises(grpc.aio.AioRpcError, match=r"must be an absolute path|no adapter '' is loaded"):
+                    await opened
             elif form == "unary_unary":
                 await opened
             else:

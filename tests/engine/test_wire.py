@@ -38,6 +38,8 @@ VALUES = [
     m.PrefillLocally(KEY, 16, None),
     m.AskSnapshot(),
     m.SetRole(Role.COMBINED),
+    m.LoadAdapter(3, "/adapters/é", b"d" * 16),
+    m.AdapterRefused(3, "checkpoint_error", "why"),
     m.StepTokens(7, (m.TokenNews(KEY, 0, (5,), LOGPROBS, LOGPROBS, 0.1),)),
     m.KvRead(KEY, 0, 16, None),
     m.CacheDelta(3, (b"a" * 16,), ()),

@@ -10,6 +10,7 @@ import pytest
 from twostroke.core.clock import MonotonicClock
 from twostroke.core.lease import HANDOVER_LEASE, Lease
 from twostroke.core.request import CacheScope, Epoch, FinishReason, Role, SamplingParams
+from twostroke.engine.adapters import AdapterBounds, AdapterFiles
 from twostroke.engine.facts import FaceFacts, ModelFacts
 from twostroke.engine.link.client import EngineClient
 from twostroke.engine.link.messages import CancelSequence, Ended, Offered, PeerBound, PeerNotYet, Source, Submit
@@ -229,7 +230,8 @@ async def test_a_peer_that_names_its_blocks_otherwise_is_refused(bench, changes,
     [
         ({"isolation_domain": "others"}, "identity_root"),
         ({"identity_root": b""}, "identity_root"),
-        ({"adapter": b"a"}, "adapter"),  # not loaded
+        ({"adapter": b"a"}, "identity_root"),
+        ({"adapter": b"a", "identity_root": NAMER.root(replace(SCOPE, adapter=b"a"))}, "adapter"),  # not loaded
     ],
 )
 async def test_an_order_whose_names_do_not_follow_from_it_is_refused(bench, changes, param):
@@ -237,6 +239,24 @@ async def test_an_order_whose_names_do_not_follow_from_it_is_refused(bench, chan
     pipe, _ = it.open(order(**changes))
     assert (await pipe.read("failed")).failed.param == param
     assert it.link.commands == []
+
+
+async def test_a_job_holds_its_adapter_until_its_stream_has_ended(bench):
+    it = bench()
+    adapters, dropped = it.service._tools.adapters, []
+    adapters.bounds = AdapterBounds(2, 1000)
+    adapters._drop = dropped.append
+    slot = adapters.claim("x", AdapterFiles(b"a", "/a", 8, 100))
+    adapters.ready(slot, 100)
+    pipe, task = it.open(order(adapter=b"a", identity_root=NAMER.root(replace(SCOPE, adapter=b"a"))))
+    assert (await it.link.until(Submit)).adapter_slot == slot
+    adapters.remove("x")
+    assert dropped == []
+    pipe.up.put_nowait(None)  # the peer is gone
+    await asyncio.wait_for(task, 3)
+    assert dropped == [slot]
+    cancels = [place for place, command in enumerate(it.link.commands) if isinstance(command, CancelSequence)]
+    assert cancels, "the sequence ends before its adapter is dropped"
 
 
 async def test_another_class_is_welcome_where_nobody_is_deterministic(bench):

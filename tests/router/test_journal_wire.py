@@ -63,6 +63,7 @@ REQUEST = Request(
     ignored_fields=("odd",),
     tenant="tenant",
     adapter=b"a",
+    base_model="base",
     answer=AnswerForm("<think>\n", TOOLS, parallel=False, hides_special_tokens=True),
     priority=-7,
     allowance=Allowance("key", 60.0, 1e6, 2.5),

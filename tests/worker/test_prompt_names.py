@@ -6,13 +6,13 @@ from dataclasses import fields, replace
 import pytest
 from support.real_cluster import real_cluster
 
-from twostroke.core.errors import InvalidRequest
 from twostroke.core.request import CacheScope, Request, Role, SamplingParams
 from twostroke.engine import cache_manager
-from twostroke.engine.facts import ModelFacts
+from twostroke.engine.adapters import AdapterTable
 from twostroke.kv import keys
 from twostroke.kv.config import CacheConfig
 from twostroke.kv.keys import PromptHasher
+from twostroke.router.routing.facts import WorkerFacts
 from twostroke.router.workers.wire import worker_from_wire
 
 SCOPES = {
@@ -46,7 +46,9 @@ def test_the_scopes_here_differ_in_every_field():
 
 
 async def test_the_router_names_a_prompt_as_both_workers_do(start_worker, make_prompt, all_free, monkeypatch):
-    monkeypatch.setattr(ModelFacts, "check_adapter", lambda *_: None)  # as if both adapters were loaded
+    monkeypatch.setattr(AdapterTable, "hold", lambda *_: 0)  # as if both adapters were loaded
+    monkeypatch.setattr(AdapterTable, "release", lambda *_: None)
+    monkeypatch.setattr(WorkerFacts, "holds", lambda *_: True)
     ids, seen = make_prompt(100), set()
     for kind, changes in CLASSES.items():
         async with real_cluster(start_worker, local_prefill=False) as cluster:
@@ -68,15 +70,6 @@ async def test_the_router_names_a_prompt_as_both_workers_do(start_worker, make_p
             assert not seen & {identity for chain in names.values() for identity in chain}
             seen |= {identity for chain in names.values() for identity in chain}
     assert len(seen) == 6 * len(SCOPES) * len(CLASSES)
-
-
-async def test_a_worker_refuses_an_adapter_that_it_has_not_instead_of_answering_without_it(start_worker, make_prompt):
-    async with real_cluster(start_worker, local_prefill=False) as cluster:
-        for role in (Role.PREFILL, Role.DECODE):
-            await cluster.add(role)
-        with pytest.raises(InvalidRequest, match=r"adapter 6161\w+ is not loaded"):
-            await cluster.generate(request("r", make_prompt(40), **SCOPES["adapter"]))
-        assert await cluster.generate(request("r2", make_prompt(40), **SCOPES["tenant"]))
 
 
 class Hashing:

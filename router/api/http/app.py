@@ -28,6 +28,7 @@ from ..frontend import Frontend
 from ..running.resumable import CURSOR_HEADER, HEADER, KEY_HEADER, Terms, fingerprint_of
 from ..running.started import Started
 from ..validate import is_request_id, new_request_id
+from .adapters import adapter_routes
 from .bodies import read_body
 from .browser import middleware_for_pages
 from .callers import Caller, KeyDoor, caller_of
@@ -68,6 +69,7 @@ def make_app(config: RouterConfig, front: Frontend) -> Starlette:
         Route("/version", typed(face.version), methods=["GET"]),
         Route("/metrics", typed(face.metrics), methods=["GET"]),
     ]
+    routes += adapter_routes(config, front, face, typed)
     dialects = dialect_routes(config, front, face)
     routes += [Route(one.path, typed(one.handler), methods=[one.method]) for one in dialects]
     door = Middleware(KeyDoor, front=front, answer=refusal)
@@ -117,6 +119,10 @@ class _Face:
         caller = caller_of(http)
         self._foresee(caller)
         return await self._read(http, parse, caller.grant.tenant)
+
+    async def read_plain(self, http: HttpRequest, parse: Callable[[dict[str, Any]], tuple[T, list[str]]]) -> T:
+        """Read and check the body of a call that is no request to a model (adapters.py)."""
+        return await self._read(http, parse, caller_of(http).grant.tenant)
 
     async def _read(self, http: HttpRequest, parse: Callable[[dict[str, Any]], tuple[T, list[str]]], tenant: str) -> T:
         async with read_body(http, self._config.max_body_bytes, self._front.room, tenant) as data:
@@ -213,6 +219,7 @@ class _Face:
             "object": "model",
             "created": self._started_s,  # checkpoints have no date
             "owned_by": "twostroke",
+            "parent": facts.base or None,  # as in vLLM: the model that an adapter changes
             "max_model_len": facts.max_model_len,
             "default_sampling_params": served.defaults.told,
         }

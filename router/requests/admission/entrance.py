@@ -95,7 +95,7 @@ class Entrance:
             Overloaded, DeadlineExceeded: it is refused, and nobody gives way.
         """
         ticket = _ticket(name, request)
-        victims = self._check(_Newcomer(ticket, request.model, request.allowance, answer_ms, left_s), now_s)
+        victims = self._check(_Newcomer(ticket, request.worker_model, request.allowance, answer_ms, left_s), now_s)
         self.quotas.take(request.allowance, request.num_tokens, now_s)
         return victims
 
@@ -105,9 +105,9 @@ class Entrance:
 
     def wait(self, name: str, request: Request, now_s: float) -> None:
         """A request waits for its turn; it may start at once."""
-        queue = self._queues.setdefault(request.model, FairQueue())
+        queue = self._queues.setdefault(request.worker_model, FairQueue())
         queue.add(_ticket(name, request))
-        self._model_by_name[name] = request.model
+        self._model_by_name[name] = request.worker_model
         if len(queue) == 1:  # else no worker was free when the last one came
             self.serve(now_s)
         else:

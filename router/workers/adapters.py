@@ -1,0 +1,163 @@
+"""Loads and unloads adapters at all workers of a router, also at those that come later. Knows no request."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...core.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, TwostrokeError, Unavailable
+from ...core.request import Role
+from ..routing.facts import WorkerFacts, WorkerKey
+from .links import WorkerLink
+from .registry import WorkerRegistry
+
+log = logging.getLogger(__name__)
+
+MAX_ADAPTERS = 4096  # that a router remembers
+RETRY_AFTER_S = 2.0
+ANNOUNCED_S = 10.0  # workers announce a change at once
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    path: str
+    digest: bytes
+
+
+class ClusterAdapters:
+    """Adapters that were loaded through this router while it ran. One change at a time.
+
+    Workers are the ones who know what they hold: they announce it to every router. This remembers only what to load at
+    workers that come later, because a worker that starts again has what its configuration names, and no more.
+    """
+
+    def __init__(self, members: WorkerRegistry) -> None:
+        self._members = members
+        self._wanted: dict[str, _Wanted] = {}
+        self._turn = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+        members.on_up = self._arrived
+
+    async def load(self, name: str, path: str, *, replace: bool = False) -> None:
+        """Load an adapter at every worker; on return requests may name it. All workers hold it then, or none.
+
+        Raises:
+            InvalidRequest: the name is taken, or a worker cannot serve what the directory holds.
+            Unavailable, Overloaded, DeadlineExceeded: not now; nothing has changed.
+        """
+        async with self._turn:
+            workers = self._workers()
+            if any(name == worker.model.name for worker in workers):
+                raise InvalidRequest(f"{name!r} is the name of a model; give the adapter another", param="lora_name")
+            if name not in self._wanted and len(self._wanted) >= MAX_ADAPTERS:
+                raise InvalidRequest(f"{MAX_ADAPTERS} adapters were loaded; unload some", param="lora_name")
+            first = await self._load_at(workers[0].key, name, path, b"", replace=replace)
+            digest = next(adapter.digest for adapter in first.adapters if adapter.name == name)
+            rest = [self._load_at(worker.key, name, path, digest, replace=replace) for worker in workers[1:]]
+            failures = await _failures(rest)
+            if failures:
+                had = {worker.key for worker in workers if any(held.name == name for held in worker.adapters)}
+                await _failures([self._unload_at(worker.key, name) for worker in workers if worker.key not in had])
+                raise failures[0]
+            self._wanted[name] = _Wanted(path, digest)
+            await self._until(workers, lambda facts: _has(facts, name, digest))
+
+    async def unload(self, name: str) -> None:
+        """Unload an adapter at every worker; requests that have begun with it go on.
+
+        Raises:
+            ModelNotFound: no worker has an adapter of this name.
+            Unavailable: a worker cannot be reached; it may still serve the name.
+        """
+        async with self._turn:
+            self._wanted.pop(name, None)
+            holders = [w for w in self._workers() if any(held.name == name for held in w.adapters)]
+            if not holders:
+                raise ModelNotFound(f"no adapter {name[:200]!r} is loaded", param="lora_name")
+            failures = await _failures([self._unload_at(worker.key, name) for worker in holders])
+            lasting = [failure for failure in failures if not isinstance(failure, ModelNotFound)]
+            if lasting:
+                raise lasting[0]
+            await self._until(holders, lambda facts: all(held.name != name for held in facts.adapters))
+
+    async def close(self) -> None:
+        """Give up what is being loaded at newcomers."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # ------------------------------------------------------------------ inside
+
+    def _workers(self) -> list[WorkerFacts]:
+        """Workers with a session, those that decode first: what they refuse is refused before others are asked."""
+        found = [worker for worker in self._members.fleet if worker.session_up and not worker.draining]
+        if not found:
+            raise Unavailable("no worker is ready", retry_after_s=RETRY_AFTER_S)
+        found.sort(key=lambda worker: (worker.role is Role.PREFILL, worker.facts.worker_id))
+        return [worker.facts for worker in found]
+
+    async def _load_at(self, key: WorkerKey, name: str, path: str, digest: bytes, *, replace: bool) -> WorkerFacts:
+        return await self._link(key).load_adapter(name, path, digest, replace=replace)
+
+    async def _unload_at(self, key: WorkerKey, name: str) -> None:
+        await self._link(key).unload_adapter(name)
+
+    def _link(self, key: WorkerKey) -> WorkerLink:
+        link = self._members.links.get(key)
+        if link is None:
+            raise Unavailable(f"{key.worker_id} is gone", retry_after_s=RETRY_AFTER_S)
+        return link
+
+    async def _until(self, workers: Sequence[WorkerFacts], knows: Callable[[WorkerFacts], bool]) -> None:
+        """Wait until every one of these workers has announced what it answered, or is gone.
+
+        Raises:
+            DeadlineExceeded: one announces nothing.
+        """
+        loop = asyncio.get_running_loop()
+        end_s = loop.time() + ANNOUNCED_S
+        keys = {worker.key for worker in workers}
+        while not all(knows(worker.facts) for worker in self._members.fleet if worker.facts.key in keys):
+            if loop.time() >= end_s:
+                raise DeadlineExceeded(f"a worker did not announce its adapters within {ANNOUNCED_S:g} s")
+            await self._members.wait_for_change(end_s - loop.time())
+
+    def _arrived(self, key: WorkerKey) -> None:
+        worker = self._members.fleet.get(key.worker_id)
+        if worker is None or not self._wanted:
+            return
+        if any(not worker.facts.holds(wanted.digest) for wanted in self._wanted.values()):
+            task = asyncio.create_task(self._equip(key), name=f"adapters of {key.worker_id}")
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _equip(self, key: WorkerKey) -> None:
+        """Load at a newcomer what the others got while the cluster ran."""
+        async with self._turn:
+            for name, wanted in list(self._wanted.items()):
+                worker = self._members.fleet.get(key.worker_id)
+                if worker is None or worker.facts.key != key:
+                    return
+                if not worker.facts.holds(wanted.digest):
+                    try:
+                        await self._load_at(key, name, wanted.path, wanted.digest, replace=True)
+                    except TwostrokeError as error:
+                        log.warning("%s gets no requests for the adapter %s: %s", key.worker_id, name, error.message)
+
+
+def _has(facts: WorkerFacts, name: str, digest: bytes) -> bool:
+    return any(held.name == name and held.digest == digest for held in facts.adapters)
+
+
+async def _failures(calls: Sequence[Coroutine[Any, Any, object]]) -> list[TwostrokeError]:
+    """Make all calls at once; the typed errors of those that failed."""
+    found = []
+    for outcome in await asyncio.gather(*calls, return_exceptions=True):
+        if isinstance(outcome, TwostrokeError):
+            found.append(outcome)
+        elif isinstance(outcome, BaseException):
+            raise outcome
+    return found
