@@ -87,7 +87,8 @@ struct Layer {
 };
 
 // Part of a low-rank change of a matrix: adds scale * up^T (down x) to columns of the product y with a row x.
-// down [rank, inner] and up [rank, count], rows dense, of `kind` FLOAT32 or BFLOAT16. Number j of the change is column
+// down [rank, inner] and up [rank, count padded to 32 by zeros], rows dense, of `kind` FLOAT32 or BFLOAT16. In bfloat16 every 32
+// columns of up are stored as pairs: 0 with 16, 1 with 17, and so on. Number j of the change is column
 // first + j / 16 * step + j % 16 of y; step is 16, or 32 where the matrix's panels alternate between gate and up.
 struct LowRank {
     const void *down, *up;

@@ -5,7 +5,8 @@
 // one product grouped by adapter; the kernels are for a CPU's registers.
 #include <algorithm>
 #include <cstdint>
-#include <utility>
+#include <functional>
+#include <type_traits>
 #include <vector>
 
 #include "api.h"
@@ -17,17 +18,17 @@ using namespace simd;
 
 namespace {
 
-constexpr int ROWS = 4, RANKS = 4;  // of one register block of `down`
-constexpr int WIDE = 4;             // vectors of sixteen columns of one register block of `up`
-constexpr int PART_ROWS = 16, PART_COLUMNS = 1024;
+constexpr int ROWS = 4;              // of a register block
+constexpr int BLOCK = 2 * LANES;     // columns of `up` that are stored together
+constexpr int PIECE_ROWS = 16;       // that read a matrix together, from a core's cache
+constexpr int64_t SHARED = 1 << 19;  // products of a call that is worth several threads: they take about 50 microseconds
 
 // Work of one thread: rows [row, row + num_rows) of an adapter, and one part of its change.
 struct Piece {
     const AdapterRows* adapter;
     const LowRank* part;
     int row, num_rows;
-    int64_t place;  // of `inner` in the memory of the call
-    float* inner;   // down x, scaled: [num_rows, rank]
+    float* inner;  // down x, scaled: [num_rows, rank]
 };
 
 template <int KIND>
@@ -35,35 +36,71 @@ F32 whole(const void* data, int64_t at) {
     return KIND == BFLOAT16 ? load_bf16((const uint16_t*)data + at) : load<F32>((const float*)data + at);
 }
 
+// Sum of products of `down` and x over the columns. PAIRS: both are bfloat16, and 32 numbers are multiplied at once.
+template <int KIND, int X>
+struct Dot {
+    static constexpr bool PAIRS = KIND == BFLOAT16 && X == BFLOAT16;
+    static constexpr int STEP = PAIRS ? 2 * LANES : LANES;
+    using Numbers = std::conditional_t<PAIRS, U32, F32>;
+
+    template <int OF>
+    static Numbers take(const void* data, int64_t at) {
+        if constexpr (PAIRS)
+            return load<U32>((const uint16_t*)data + at);
+        else
+            return whole<OF>(data, at);
+    }
+    // Numbers from `count` on are zeros.
+    template <int OF>
+    static Numbers take_some(const void* data, int64_t at, int count) {
+        if constexpr (PAIRS) {
+            uint16_t some[2 * LANES] = {};
+            std::memcpy(some, (const uint16_t*)data + at, 2 * count);
+            return load<U32>(some);
+        } else {
+            return get(data, OF, at, count);
+        }
+    }
+    static F32 add(F32 sum, Numbers w, Numbers v) {
+        if constexpr (PAIRS)
+            return dot_pairs(sum, w, v);
+        else
+            return fma(w, v, sum);
+    }
+};
+
 // inner[row + i][rank + k] for i below R and k below K.
 template <int KIND, int X, int R, int K>
 void shrink_block(const Piece& piece, const Rows& x, int row, int rank) {
+    using D = Dot<KIND, X>;
     const LowRank& part = *piece.part;
     int64_t from[R];
     for (int i = 0; i < R; i++) from[i] = piece.adapter->rows[piece.row + row + i] * x.stride;
     F32 sums[R][K] = {};
     int c = 0;
-    for (; c + LANES <= part.inner; c += LANES) {
-        F32 w[K];
-#pragma GCC unroll 4
-        for (int k = 0; k < K; k++) w[k] = whole<KIND>(part.down, (int64_t)(rank + k) * part.inner + c);
+    for (; c + D::STEP <= part.inner; c += D::STEP) {
+        typename D::Numbers w[K];
+#pragma GCC unroll 8
+        for (int k = 0; k < K; k++) w[k] = D::template take<KIND>(part.down, (int64_t)(rank + k) * part.inner + c);
 #pragma GCC unroll 4
         for (int i = 0; i < R; i++) {
-            const F32 v = whole<X>(x.data, from[i] + c);
-#pragma GCC unroll 4
-            for (int k = 0; k < K; k++) sums[i][k] = fma(w[k], v, sums[i][k]);
+            const auto v = D::template take<X>(x.data, from[i] + c);
+#pragma GCC unroll 8
+            for (int k = 0; k < K; k++) sums[i][k] = D::add(sums[i][k], w[k], v);
         }
     }
-    if (c < part.inner)
+    if (const int left = part.inner - c; left > 0)
         for (int k = 0; k < K; k++) {
-            const F32 w = get(part.down, KIND, (int64_t)(rank + k) * part.inner + c, part.inner - c);
-            for (int i = 0; i < R; i++) sums[i][k] = fma(w, get(x.data, X, from[i] + c, part.inner - c), sums[i][k]);
+            const auto w = D::template take_some<KIND>(part.down, (int64_t)(rank + k) * part.inner + c, left);
+            for (int i = 0; i < R; i++)
+                sums[i][k] = D::add(sums[i][k], w, D::template take_some<X>(x.data, from[i] + c, left));
         }
     for (int i = 0; i < R; i++)
         for (int k = 0; k < K; k++) piece.inner[(row + i) * part.rank + rank + k] = sum(sums[i][k]) * part.scale;
 }
 template <int KIND, int X, int R>
 void shrink_rows(const Piece& piece, const Rows& x, int row) {
+    constexpr int RANKS = R > 1 ? 4 : 8;  // so many sums that none waits for the one before
     int rank = 0;
     for (; rank + RANKS <= piece.part->rank; rank += RANKS) shrink_block<KIND, X, R, RANKS>(piece, x, row, rank);
     for (; rank < piece.part->rank; rank++) shrink_block<KIND, X, R, 1>(piece, x, row, rank);
@@ -75,44 +112,65 @@ void shrink(const Piece& piece, const Rows& x) {
     for (; row < piece.num_rows; row++) shrink_rows<KIND, X, 1>(piece, x, row);
 }
 
-// Columns [column, column + 16 * W) of the change, of R rows. The last vector may end within the change.
+// Columns [column, column + 32 * W) of the change, of R rows; `up` has zeros behind its last column.
 template <int KIND, int Y, int R, int W>
 void expand_block(const Piece& piece, const Rows& y, int row, int column) {
     const LowRank& part = *piece.part;
-    F32 sums[R][W] = {};
+    const int64_t stride = (part.count + BLOCK - 1) / BLOCK * BLOCK;
+    F32 sums[R][2 * W] = {};
     for (int k = 0; k < part.rank; k++) {
-        const int64_t at = (int64_t)k * part.count + column;
-        F32 w[W];
+        F32 w[2 * W];
 #pragma GCC unroll 4
-        for (int j = 0; j < W; j++)
-            w[j] = W > 1 ? whole<KIND>(part.up, at + j * LANES) : get(part.up, KIND, at, part.count - column);
+        for (int j = 0; j < W; j++) {
+            const int64_t at = k * stride + column + j * BLOCK;
+            if (KIND == BFLOAT16) {
+                const U32 both = load<U32>((const uint16_t*)part.up + at);
+                w[2 * j] = (F32)(both << 16), w[2 * j + 1] = (F32)(both & 0xFFFF0000u);
+            } else {
+                w[2 * j] = load<F32>((const float*)part.up + at);
+                w[2 * j + 1] = load<F32>((const float*)part.up + at + LANES);
+            }
+        }
 #pragma GCC unroll 4
         for (int i = 0; i < R; i++) {
             const F32 t = splat(piece.inner[(row + i) * part.rank + k]);
-#pragma GCC unroll 4
-            for (int j = 0; j < W; j++) sums[i][j] = fma(t, w[j], sums[i][j]);
+#pragma GCC unroll 8
+            for (int j = 0; j < 2 * W; j++) sums[i][j] = fma(t, w[j], sums[i][j]);
         }
     }
     for (int i = 0; i < R; i++) {
         const int64_t to = piece.adapter->rows[piece.row + row + i] * y.stride + part.first;
-        for (int j = 0; j < W; j++) {
-            const int64_t at = to + (int64_t)(column / LANES + j) * part.step;
+        for (int j = 0; j < 2 * W; j++) {
             const int count = std::min(LANES, part.count - column - j * LANES);
+            if (count <= 0) break;
+            const int64_t at = to + (int64_t)(column / LANES + j) * part.step;
             put(y.data, Y, at, count, get(y.data, Y, at, count) + sums[i][j]);
         }
     }
 }
 template <int KIND, int Y, int R>
-void expand_rows(const Piece& piece, const Rows& y, int row, int column, int end) {
-    for (; column + WIDE * LANES <= end; column += WIDE * LANES) expand_block<KIND, Y, R, WIDE>(piece, y, row, column);
-    for (; column < end; column += LANES) expand_block<KIND, Y, R, 1>(piece, y, row, column);
+void expand_rows(const Piece& piece, const Rows& y, int row) {
+    constexpr int WIDE = R > 1 ? 2 : 4;  // blocks of columns
+    int column = 0;
+    for (; column + WIDE * BLOCK <= piece.part->count; column += WIDE * BLOCK)
+        expand_block<KIND, Y, R, WIDE>(piece, y, row, column);
+    for (; column < piece.part->count; column += BLOCK) expand_block<KIND, Y, R, 1>(piece, y, row, column);
 }
 template <int KIND, int Y>
-void expand(const Piece& piece, const Rows& y, int column) {
-    const int end = std::min(piece.part->count, column + PART_COLUMNS);
+void expand(const Piece& piece, const Rows& y) {
     int row = 0;
-    for (; row + ROWS <= piece.num_rows; row += ROWS) expand_rows<KIND, Y, ROWS>(piece, y, row, column, end);
-    for (; row < piece.num_rows; row++) expand_rows<KIND, Y, 1>(piece, y, row, column, end);
+    for (; row + ROWS <= piece.num_rows; row += ROWS) expand_rows<KIND, Y, ROWS>(piece, y, row);
+    for (; row < piece.num_rows; row++) expand_rows<KIND, Y, 1>(piece, y, row);
+}
+template <int KIND>
+void add(const Piece& piece, const Rows& x, const Rows& y) {
+    x.kind == FLOAT32 ? shrink<KIND, FLOAT32>(piece, x) : shrink<KIND, BFLOAT16>(piece, x);
+    y.kind == FLOAT32 ? expand<KIND, FLOAT32>(piece, y) : expand<KIND, BFLOAT16>(piece, y);
+}
+
+void share_if(bool worth, Threads& threads, int num_parts, const std::function<void(int)>& part) {
+    if (worth) return threads.share(num_parts, part);
+    for (int i = 0; i < num_parts; i++) part(i);
 }
 
 }  // namespace
@@ -122,45 +180,29 @@ extern "C" {
 void twostroke_add_changes(Threads* threads, const AdapterRows* adapters, int32_t count, int32_t place, const Rows* x,
                            const Rows* y) {
     static thread_local std::vector<Piece> pieces;
-    static thread_local std::vector<float> inner;
-    static thread_local std::vector<std::pair<int, int>> spans;  // of columns: the piece, and the first column
-    pieces.clear(), spans.clear();
-    int64_t numbers = 0;
+    static thread_local std::vector<float> memory;
+    pieces.clear();
+    int64_t numbers = 0, products = 0;
     for (int a = 0; a < count; a++)
         for (int p = adapters[a].starts[place]; p < adapters[a].starts[place + 1]; p++) {
             const LowRank& part = adapters[a].parts[p];
-            for (int row = 0; row < adapters[a].num_rows; row += PART_ROWS) {
-                const int rows = std::min(PART_ROWS, adapters[a].num_rows - row);
-                for (int column = 0; column < part.count; column += PART_COLUMNS)
-                    spans.push_back({(int)pieces.size(), column});
-                pieces.push_back({adapters + a, &part, row, rows, numbers, nullptr});
-                numbers += (int64_t)rows * part.rank;
-            }
+            for (int row = 0; row < adapters[a].num_rows; row += PIECE_ROWS)
+                pieces.push_back({adapters + a, &part, row, std::min(PIECE_ROWS, adapters[a].num_rows - row), nullptr});
+            numbers += (int64_t)adapters[a].num_rows * part.rank;
+            products += (int64_t)adapters[a].num_rows * part.rank * (part.inner + part.count);
         }
-    if (pieces.empty()) return;
-    if ((int64_t)inner.size() < numbers) inner.resize(numbers);
-    for (Piece& piece : pieces) piece.inner = inner.data() + piece.place;
+    if ((int64_t)memory.size() < numbers) memory.resize(numbers);
+    float* inner = memory.data();
+    for (Piece& piece : pieces) piece.inner = inner, inner += (int64_t)piece.num_rows * piece.part->rank;
     const std::vector<Piece>& all = pieces;  // this thread's, also where other threads read them
-    const std::vector<std::pair<int, int>>& columns = spans;
-    threads->share((int)all.size(), [&](int i) {
-        const bool wide = x->kind == FLOAT32;
-        if (all[i].part->kind == FLOAT32)
-            return wide ? shrink<FLOAT32, FLOAT32>(all[i], *x) : shrink<FLOAT32, BFLOAT16>(all[i], *x);
-        return wide ? shrink<BFLOAT16, FLOAT32>(all[i], *x) : shrink<BFLOAT16, BFLOAT16>(all[i], *x);
-    });
-    threads->share((int)columns.size(), [&](int i) {
-        const Piece& piece = all[columns[i].first];
-        const int column = columns[i].second;
-        const bool wide = y->kind == FLOAT32;
-        if (piece.part->kind == FLOAT32)
-            return wide ? expand<FLOAT32, FLOAT32>(piece, *y, column) : expand<FLOAT32, BFLOAT16>(piece, *y, column);
-        return wide ? expand<BFLOAT16, FLOAT32>(piece, *y, column) : expand<BFLOAT16, BFLOAT16>(piece, *y, column);
+    share_if(products >= SHARED, *threads, (int)all.size(), [&](int i) {
+        all[i].part->kind == FLOAT32 ? add<FLOAT32>(all[i], *x, *y) : add<BFLOAT16>(all[i], *x, *y);
     });
 }
 
 void twostroke_gate(Threads* threads, const Rows* halves, const Rows* out, int32_t activation, int32_t columns) {
     const bool narrow_out = out->kind == BFLOAT16;
-    threads->share(out->rows, [&](int r) {
+    share_if((int64_t)out->rows * columns >= SHARED / 8, *threads, out->rows, [&](int r) {
         for (int c = 0; c < columns; c += LANES) {
             const int64_t at = r * halves->stride + 2 * (int64_t)c;
             const F32 gate = get(halves->data, halves->kind, at, LANES);

@@ -38,12 +38,20 @@ class PackedChange:
             down = part.a.to(dtype).contiguous()
             memory.append(down)
             for first, step, b in _columns(part, gate_width):
-                up = b.t().to(dtype).contiguous()
+                up = _blocks(b.to(dtype))
                 memory.append(up)
                 rank, inner = down.shape
                 pointers = (down.data_ptr(), up.data_ptr())
                 packed.append(native.LowRank(*pointers, part.scale, kind, rank, inner, len(b), first, step))
         return cls(tuple(packed), tuple(memory))
+
+
+def _blocks(b: Tensor) -> Tensor:
+    """B [count, rank] by ranks, padded to blocks of 32 columns; bfloat16 as pairs of the columns i and i + 16."""
+    up = torch.nn.functional.pad(b.t(), (0, -len(b) % (2 * native.LANES)))
+    if up.dtype == torch.float32:
+        return up.contiguous()
+    return up.reshape(len(up), -1, 2, native.LANES).transpose(2, 3).contiguous()
 
 
 def _columns(part: LowRank, gate_width: int | None) -> list[tuple[int, int, Tensor]]:

@@ -72,8 +72,9 @@ class ModelDirectory:
         self._loading = asyncio.Lock()
 
     def names(self) -> list[str]:
-        """Names of the served models, sorted."""
-        return sorted(facts.name for facts in self._source.models())
+        """Names of the served models, sorted; adapters last, because some clients take the first name."""
+        found = sorted(self._source.models(), key=lambda facts: (facts.adapter is not None, facts.name))
+        return [facts.name for facts in found]
 
     def facts(self, name: str) -> ModelFacts:
         """Facts of a model from its workers; with an empty `name`, those of the only served model without an adapter.
