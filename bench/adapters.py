@@ -181,7 +181,7 @@ def main() -> None:
             f"Shape {shape}, {bench.arithmetic}, {given.threads} threads, context {given.context}; {sizes}.\n\n"
             + report.table(("rows of the batch of 16", "step, ms: median (range)", "more than without"), rows)
         )
-        data[shape] = {name: taken for name, taken in times.items()}
+        data[shape] = dict(times)
         print(bodies[-1], flush=True)
         del bench
     report.save("adapters", "What adapters cost a decode step", "\n\n".join(bodies), data, facts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import planted_adapters
 import planted_api
 import planted_certificates
 import planted_doors
@@ -62,6 +63,12 @@ TESTS: dict[str, tuple[str, ...]] = {
     "kv/keys": ("tests/kv/test_identities.py", "tests/core/test_proof.py"),
     "kv/slices": ("tests/worker/test_rank_work.py",),
     "kv/": ("tests/kv/test_pool.py", "tests/kv/test_prefix.py"),
+    "checkpoint/adapters/": ("tests/checkpoint/test_adapters.py",),
+    "engine/adapters": ("tests/engine/test_adapters.py",),
+    "model/ops/native_changes": ("tests/model/test_adapters.py",),
+    "model/ops/low_rank": ("tests/model/test_adapters.py",),
+    "model/adapters/": ("tests/model/test_adapters.py",),
+    "router/routing/fleet": (*_PURE, "tests/router/routing/test_adapters.py"),
     "engine/policy": (
         "tests/prefill_worker/test_prefill_policy.py",
         "tests/decode_worker/test_decode_policy.py",
@@ -190,6 +197,7 @@ MUTANTS = [
     *planted_workers.MUTANTS,
     *planted_router.MUTANTS,
     *planted_api.MUTANTS,
+    *planted_adapters.MUTANTS,
     *planted_doors.MUTANTS,
     *planted_responses.MUTANTS,
     *planted_gpu.MUTANTS,
