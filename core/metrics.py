@@ -238,7 +238,7 @@ SLEEP_STATE = Metric(
 LORA = Metric(
     "vllm:lora_requests_info",
     Kind.GAUGE,
-    "Adapters in use: none, max_lora 0 says that none can be",
+    "Names of the adapters that sequences have now, joined by commas; 1 if there are some. max_lora: as many are held",
     labels=("max_lora", "waiting_lora_adapters", "running_lora_adapters"),
 )
 

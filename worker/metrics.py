@@ -6,7 +6,7 @@ Steps are not slowed: the engine counts into plain numbers, and a scrape reads t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 
 from prometheus_client import CollectorRegistry
@@ -15,6 +15,7 @@ from ..checkpoint.sizes import cache_codec
 from ..core import metrics
 from ..core.board import Board, render
 from ..core.life import Life
+from ..engine.adapters import ServedAdapter
 from ..engine.facts import FaceFacts
 from ..engine.link.client import EngineClient
 from ..engine.link.messages import LoadNews
@@ -48,10 +49,19 @@ class WorkerMetrics:
         }
         words = [str(cache[name]) for name in metrics.CACHE_CONFIG.labels]
         self._board.set(metrics.CACHE_CONFIG, *self._labels, *words, value=1)
-        self._board.set(metrics.LORA, *self._labels, "0", "", "", value=0)
+        self.adapters: Callable[[], Sequence[ServedAdapter]] = tuple  # those that are served now
+        self._max_loras = settings.model.max_loras if settings.model.serves_adapters else 0
+        self._count_adapters()
         for state, is_so in (("awake", 1), ("weights_offloaded", 0), ("discard_all", 0)):
             self._board.set(metrics.SLEEP_STATE, *self._labels, state, value=is_so)
         self._count_sources(0, 0, 0)
+
+    def _count_adapters(self) -> None:
+        """Name the adapters that sequences have now; 1 if there are some."""
+        running = sorted({adapter.name for adapter in self.adapters() if adapter.uses})
+        self._board.forget(metrics.LORA, *self._labels)
+        words = (str(self._max_loras), "", ",".join(running))
+        self._board.set(metrics.LORA, *self._labels, *words, value=float(bool(running)))
 
     def ended(self, life: Life) -> None:
         """Count a sequence that is over."""
@@ -64,6 +74,7 @@ class WorkerMetrics:
         """All metrics as of the engine's last beat and the GPU's last reading: body and content type."""
         if load is not None:
             self._take(load)
+        self._count_adapters()
         if gpu is not None:
             set_metrics(self._board, gpu, *self._labels)
         return render(self._registry, accept)

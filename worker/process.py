@@ -260,6 +260,7 @@ class WorkerProcess:
         model = settings.model
         bounds = AdapterBounds(model.max_loras, model.max_lora_bytes) if model.serves_adapters else AdapterBounds()
         table = AdapterTable(bounds, self.dispatcher.drop_adapter)
+        self._metrics.adapters = lambda: table.served
         self.adapters = WorkerAdapters(table, self.dispatcher, room.read_adapter, facts.model.name, self._announce)
         pull = self._pull = KvPullTools(kv_spec=facts.model.kv_spec, rings=self.rings, **common)
         self.decode = DecodeService(

@@ -121,7 +121,7 @@ class WorkerLink:
             facts = worker_from_wire(await call)
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error, self.key.worker_id) from None
-        if facts.key != self.key:
+        if self.key != facts.key:
             raise Unavailable(f"another worker answers for {self.key.worker_id}", retry_after_s=1.0)
         return facts
 

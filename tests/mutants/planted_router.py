@@ -157,7 +157,7 @@ _ROUTER = [
         "        return [FleetChange(Change.LOST",
     ),
     Mutant("router/routing/fleet.py", "            worker.in_flight.pop(key, None)\n", "            pass\n"),
-    Mutant("router/routing/fleet.py", "and w.state is WorkerState.LIVE]", "and w.session_up]"),
+    Mutant("router/routing/fleet.py", "if w.state is WorkerState.LIVE and", "if w.session_up and"),
     Mutant("router/routing/fleet.py", "            worker.draining = worker.draining or load.draining\n", ""),
 ]
 
@@ -283,7 +283,11 @@ _LIVES = [
         "tokens.first_index == 0",
     ),
     Mutant("router/requests/lifecycle.py", "if run.dispatches or self._chooser.has_room(run):", "if True:"),
-    Mutant("router/requests/choosing.py", "if run.has_output or fleet.may_be_lost(model):", "if run.has_output:"),
+    Mutant(
+        "router/requests/choosing.py",
+        "if run.has_output or fleet.may_be_lost(model, run.request.adapter):",
+        "if run.has_output:",
+    ),
     Mutant("router/requests/suspects.py", "for run in suspects or involved:", "for run in involved:"),
     Mutant("router/requests/suspects.py", "    if len(suspects) == 1:\n", "    if suspects:\n"),
     Mutant(
