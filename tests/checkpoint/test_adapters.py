@@ -72,7 +72,7 @@ def test_ranks_and_scales_may_differ_by_module(read: Read, saved: Callable[..., 
 
 def test_a_pattern_names_whole_words_of_a_path_and_the_first_one_counts(read: Read, saved: Callable[..., Path]) -> None:
     directory = saved(r=4, lora_alpha=8, target_modules=["q_proj"])
-    whole = {"^model.layers.1.self_attn.q_proj": 2, "self_attn.q_proj": 16, "q_proj": 32, "_proj": 64}
+    whole = {"^model.layers.1.self_attn.q_proj": 2, "_proj": 64, "self_attn.q_proj": 16, "q_proj": 32}
     change_config(directory, alpha_pattern=whole)
     assert [pair.scale for pair in read(directory).pairs] == [4.0, 0.5]
 
