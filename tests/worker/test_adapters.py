@@ -122,9 +122,8 @@ async def test_adapters_come_and_go_while_a_stream_runs(start_worker, make_promp
         assert num_tokens >= 190  # the first request kept the adapter that it began with
         for worker in workers:
             async with asyncio.timeout(10):
-                while worker.adapters.table.num_bytes:  # and then it was forgotten
+                while worker.adapters.table.num_bytes or worker.room.engine.runner._adapters:  # then it is forgotten
                     await asyncio.sleep(0.01)
-            assert worker.room.engine.runner._adapters == {}
         with pytest.raises(ModelNotFound):
             await flow.adapters.unload("x")
 
