@@ -44,6 +44,8 @@ class ClusterAdapters:
     async def load(self, name: str, path: str, *, replace: bool = False) -> None:
         """Load an adapter at every worker; on return requests may name it. All workers hold it then, or none.
 
+        With `replace`, a worker that had the name keeps the new adapter although another one failed.
+
         Raises:
             InvalidRequest: the name is taken, or a worker cannot serve what the directory holds.
             Unavailable, Overloaded, DeadlineExceeded: not now; nothing has changed.
@@ -57,11 +59,12 @@ class ClusterAdapters:
             first = await self._load_at(workers[0].key, name, path, b"", replace=replace)
             digest = next(adapter.digest for adapter in first.adapters if adapter.name == name)
             rest = [self._load_at(worker.key, name, path, digest, replace=replace) for worker in workers[1:]]
-            failures = await _failures(rest)
-            if failures:
-                had = {worker.key for worker in workers if any(held.name == name for held in worker.adapters)}
-                await _failures([self._unload_at(worker.key, name) for worker in workers if worker.key not in had])
-                raise failures[0]
+            outcomes = [None, *await _outcomes(rest)]
+            failure = next((outcome for outcome in outcomes if outcome is not None), None)
+            if failure is not None:
+                loaded = [worker for worker, failed in zip(workers, outcomes, strict=True) if failed is None]
+                await _outcomes([self._give_back(worker, name, digest) for worker in loaded])
+                raise failure
             self._wanted[name] = _Wanted(path, digest)
             await self._until(workers, lambda facts: _has(facts, name, digest))
 
@@ -77,10 +80,9 @@ class ClusterAdapters:
             holders = [w for w in self._workers() if any(held.name == name for held in w.adapters)]
             if not holders:
                 raise ModelNotFound(f"no adapter {name[:200]!r} is loaded", param="lora_name")
-            failures = await _failures([self._unload_at(worker.key, name) for worker in holders])
-            lasting = [failure for failure in failures if not isinstance(failure, ModelNotFound)]
-            if lasting:
-                raise lasting[0]
+            for outcome in await _outcomes([self._unload_at(worker.key, name) for worker in holders]):
+                if outcome is not None and not isinstance(outcome, ModelNotFound):
+                    raise outcome
             await self._until(holders, lambda facts: all(held.name != name for held in facts.adapters))
 
     async def close(self) -> None:
@@ -104,6 +106,16 @@ class ClusterAdapters:
 
     async def _unload_at(self, key: WorkerKey, name: str) -> None:
         await self._link(key).unload_adapter(name)
+
+    async def _give_back(self, before: WorkerFacts, name: str, digest: bytes) -> None:
+        """Undo a load at one worker, unless it had an adapter of that name before: that is not there any more.
+
+        It has announced the adapter before, so that what it announces after is the end of it.
+        """
+        if all(held.name != name for held in before.adapters):
+            await self._until([before], lambda facts: _has(facts, name, digest))
+            await self._unload_at(before.key, name)
+            await self._until([before], lambda facts: not _has(facts, name, digest))
 
     def _link(self, key: WorkerKey) -> WorkerLink:
         link = self._members.links.get(key)
@@ -152,12 +164,11 @@ def _has(facts: WorkerFacts, name: str, digest: bytes) -> bool:
     return any(held.name == name and held.digest == digest for held in facts.adapters)
 
 
-async def _failures(calls: Sequence[Coroutine[Any, Any, object]]) -> list[TwostrokeError]:
-    """Make all calls at once; the typed errors of those that failed."""
-    found = []
+async def _outcomes(calls: Sequence[Coroutine[Any, Any, object]]) -> list[TwostrokeError | None]:
+    """Make all calls at once; the typed error of each that failed."""
+    found: list[TwostrokeError | None] = []
     for outcome in await asyncio.gather(*calls, return_exceptions=True):
-        if isinstance(outcome, TwostrokeError):
-            found.append(outcome)
-        elif isinstance(outcome, BaseException):
+        if isinstance(outcome, BaseException) and not isinstance(outcome, TwostrokeError):
             raise outcome
+        found.append(outcome if isinstance(outcome, TwostrokeError) else None)
     return found
