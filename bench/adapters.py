@@ -5,30 +5,37 @@
 Steps of the native kernels with random weights in bfloat16, in turns: without adapters, all rows with one adapter, and
 every row with another one of 64 (of rank 16, and of ranks 8 to 64 mixed). Shares are those of the median step without
 adapters. "reference" is the shape of bench/engine; "8b" has four layers of an 8B Llama's width, so that a matrix and
-its change stand in the relation that they have in a model of that size.
+its change stand in the relation that they have in a model of that size. Then steps beside a thread that loads one
+adapter after the other from files, all the time.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
+import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import report
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-from twostroke.checkpoint.adapters.adapter import ADAPTED
+from twostroke.checkpoint.adapters.adapter import ADAPTED, AdapterLimits, places, read_adapter
 from twostroke.checkpoint.config_json import spec_from_config
 from twostroke.checkpoint.layout import expected_shapes
 from twostroke.checkpoint.spec import DenseFfn, ModelSpec, PlainAttention
 from twostroke.core.request import SamplingParams, SequenceKey
+from twostroke.engine.link.messages import LoadAdapter
 from twostroke.engine.plan import SequenceStep, StepPlan
 from twostroke.kv.block import BlockId
 from twostroke.kv.store.store import KvStore
 from twostroke.model.adapters.loaded import LoadedAdapter
+from twostroke.model.adapters.loading import AdapterLoader
 from twostroke.model.loader import make_ops
 from twostroke.model.ops.seam import LowRank, Ops
 from twostroke.model.runner import Runner
@@ -140,6 +147,46 @@ class Bench:
         return (time.perf_counter() - began_s) * 1000
 
 
+def loads_beside_steps(bench: Bench, seconds: float) -> list[tuple[str, str]]:
+    """Times of steps without adapters, alone and while another thread loads adapters one after the other."""
+    with tempfile.TemporaryDirectory() as place:
+        directory = Path(place)
+        write_adapter(bench.spec, directory)
+        present = expected_shapes(bench.spec)
+        digest = read_adapter(directory, bench.spec, present).digest
+        loader, num_loaded, may_go_on = AdapterLoader(bench.runner, present, AdapterLimits()), 0, True
+
+        def loaded(_: object) -> None:
+            nonlocal num_loaded
+            num_loaded += 1
+            if may_go_on:
+                loader.load(LoadAdapter(3 * NUM_ADAPTERS, place, digest), loaded)
+
+        rows = []
+        for name in ("alone", "beside loads"):
+            if name == "beside loads":
+                loader.load(LoadAdapter(3 * NUM_ADAPTERS, place, digest), loaded)
+            times, end_s = [], time.perf_counter() + seconds
+            while time.perf_counter() < end_s:
+                times.append(bench.step_ms([0] * BATCH))
+            p99 = report.percentile(times, 99)
+            what = name if name == "alone" else f"{name}, {num_loaded / seconds:.1f} adapters per second"
+            rows.append((what, f"{statistics.median(times):.3g}, p99 {p99:.3g}"))
+        may_go_on = False
+        loader.drop(3 * NUM_ADAPTERS)
+    return rows
+
+
+def write_adapter(spec: ModelSpec, directory: Path) -> None:
+    """An adapter of rank 16 as PEFT saves it."""
+    tensors = {}
+    for module, place in places(spec, ()).items():
+        for side, shape in (("A", (16, place.columns)), ("B", (place.rows, 16))):
+            tensors[f"base_model.model.{module}.lora_{side}.weight"] = torch.randn(shape).mul_(0.02).to(torch.bfloat16)
+    save_file(tensors, directory / "adapter_model.safetensors")
+    (directory / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 16, "lora_alpha": 32}))
+
+
 def ways(round_: int) -> dict[str, list[int]]:
     """Slots of the rows, by the name of the way; another sixteen of the adapters in every round."""
     first = round_ * BATCH % NUM_ADAPTERS
@@ -159,6 +206,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--load-s", type=float, default=8.0, help="seconds of steps beside loads")
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     given = parser.parse_args()
     facts, bodies, data = report.machine(), [], {}
@@ -180,6 +228,8 @@ def main() -> None:
         bodies.append(
             f"Shape {shape}, {bench.arithmetic}, {given.threads} threads, context {given.context}; {sizes}.\n\n"
             + report.table(("rows of the batch of 16", "step, ms: median (range)", "more than without"), rows)
+            + "\n\n"
+            + report.table(("steps without adapters", "ms, median"), loads_beside_steps(bench, given.load_s))
         )
         data[shape] = dict(times)
         print(bodies[-1], flush=True)
