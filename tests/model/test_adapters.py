@@ -8,11 +8,14 @@ import torch
 from support.adapters import peft_oracle, save_adapter
 from support.logits_oracle import assert_same_logits, oracle
 from support.models import loaded_adapter
+from support.older_machines import LEVELS, library_for
 from support.tiny_families import VOCAB
 
 from twostroke.core.errors import CheckpointError, InternalError
+from twostroke.kernels.cpu import library as native
 from twostroke.model.ops.low_rank import ComposedChange
 from twostroke.model.ops.native_changes import PackedChange
+from twostroke.model.ops.native_ops import NativeOps
 from twostroke.model.ops.seam import LowRank, RowsOfChange
 from twostroke.model.ops.torch_ops import TorchOps
 
@@ -165,7 +168,7 @@ def test_bfloat16_adapters_are_held_in_two_bytes_a_number(
 def test_the_native_kernel_agrees_with_its_definition_at_odd_sizes(
     rows: int, inner: int, dtype: torch.dtype, make_hand: Callable, write_tiny: Callable
 ) -> None:
-    native, plain = make_hand(write_tiny({}), kernels="native").decoder.ops, TorchOps(torch.float32)
+    ours, plain = make_hand(write_tiny({}), kernels="native").decoder.ops, TorchOps(torch.float32)
     generator = torch.Generator().manual_seed(rows)
     x = torch.randn(rows + 5, inner, generator=generator).to(dtype)
     y = torch.randn(rows + 5, 1100 + 19, generator=generator).to(dtype)
@@ -175,7 +178,7 @@ def test_the_native_kernel_agrees_with_its_definition_at_odd_sizes(
     ]
     chosen = torch.randperm(rows + 5, generator=generator)[:rows].sort().values
     got, wanted = y.clone(), y.float()
-    native.add_changes(got, x, [RowsOfChange(PackedChange.of(parts, None), chosen)])
+    ours.add_changes(got, x, [RowsOfChange(PackedChange.of(parts, None), chosen)])
     for part in parts:
         columns = slice(part.first_row, part.first_row + len(part.b))
         wanted[chosen, columns] += part.scale * x[chosen].float() @ part.a.t() @ part.b.t()
@@ -184,6 +187,28 @@ def test_the_native_kernel_agrees_with_its_definition_at_odd_sizes(
     others[chosen] = False
     assert torch.equal(got[others], y[others])
     assert isinstance(plain.pack_change(parts), ComposedChange)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_older_machines_compute_the_same_to_rounding(
+    level: str, kind: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = library_for(level)
+    monkeypatch.setattr(native, "load", lambda: library)
+    ops, generator = NativeOps(torch.bfloat16), torch.Generator().manual_seed(3)
+    x = torch.randn(5, 70, generator=generator).bfloat16()
+    y = torch.randn(5, 2 * 48, generator=generator).bfloat16()
+    a, b = (torch.randn(sides, generator=generator).to(kind) for sides in ((9, 70), (80, 9)))
+    rows, got = torch.tensor([0, 2, 4]), y.clone()
+    ops.add_changes(got, x, [RowsOfChange(ops.pack_change([LowRank(a, b, 0.5, 0)], gate_width=40), rows)])
+    change = 0.5 * x[rows].float() @ a.float().t() @ b.float().t()
+    wanted = y[rows].float()
+    for half, columns in ((0, change[:, :40]), (1, change[:, 40:])):  # panels of sixteen alternate
+        for j in range(40):
+            wanted[:, j // 16 * 32 + half * 16 + j % 16] += columns[:, j]
+    assert torch.allclose(got[rows].float(), wanted, rtol=1e-2, atol=1e-2)
+    assert torch.equal(got[[1, 3]], y[[1, 3]])
 
 
 def test_numbers_that_are_not_finite_are_refused_by_module(
