@@ -8,6 +8,7 @@ import os
 import signal
 from typing import Any
 
+from ..cluster.deployment.processes import named_in
 from ..cluster.launch.member_log import MemberLog
 from ..cluster.operations.control import Control
 from ..cluster.operations.run_folder import LOG_NAME, RunFolder, State
@@ -23,10 +24,10 @@ log = logging.getLogger(__name__)
 class Doors:
     """From `open` to `close`, one per supervisor."""
 
-    def __init__(self, supervisor: Supervisor, stop: Stop, *, is_required: bool) -> None:
-        """`is_required`: the cluster is detached; without a folder nobody could end it."""
-        self._supervisor, self._is_required = supervisor, is_required
-        self._folder = RunFolder(supervisor.config.router.grpc_port)
+    def __init__(self, supervisor: Supervisor, stop: Stop, held: RunFolder | None = None) -> None:
+        """`held`: the folder of a detached cluster, whose lock this process has."""
+        self._supervisor, self._is_required = supervisor, held is not None
+        self._folder = held or RunFolder(supervisor.config.router.grpc_port)
         self._control = Control(supervisor.changes, self._workers, lambda: stop.hear(signal.SIGTERM))
         self._is_open = False
         self._bounding: asyncio.Task[None] | None = None
@@ -35,15 +36,19 @@ class Doors:
         """Take commands.
 
         Raises:
-            ConfigError: another process has the folder, or it cannot be made, and it is required.
+            ConfigError: members of a deployment live there that no process supervises.
         """
-        try:
-            self._folder.hold()
-        except ConfigError as error:
-            if self._is_required:
+        if not self._is_required:
+            try:
+                self._folder.hold()
+            except ConfigError as error:
+                log.warning("the commands drain, restart and down will not find this cluster: %s", error)
+                return
+            try:
+                check_nobody_lives(self._folder)
+            except ConfigError:
+                self._folder.let_go()
                 raise
-            log.warning("the commands drain, restart and down will not find this cluster: %s", error)
-            return
         self._is_open = True
         supervisor, config = self._supervisor, self._supervisor.config
         model = supervisor.model_name
@@ -58,19 +63,38 @@ class Doors:
         """The cluster serves."""
         self._control.is_ready = True
 
-    async def close(self) -> None:
-        """Take no more commands, and remove the folder. Idempotent."""
+    async def close(self, *, keeps_folder: bool = False) -> None:
+        """Take no more commands, and remove the folder, unless its members live on. Idempotent."""
         if not self._is_open:
             return
         self._is_open = False
         if self._bounding is not None:
             self._bounding.cancel()
         await self._control.close()
-        self._folder.release()
+        if keeps_folder:
+            self._folder.forget_process()
+            self._folder.let_go()
+        else:
+            self._folder.release()
 
     def _workers(self) -> list[dict[str, Any]]:
         seen = self._supervisor.seen
         return [] if seen is None else list(seen.cluster["workers"])
+
+
+def check_nobody_lives(folder: RunFolder) -> None:
+    """Check that no members of a deployment live there.
+
+    Raises:
+        ConfigError: some do; with the remedies.
+    """
+    port = folder.path.name
+    if any(named_in(folder.path)):
+        raise ConfigError(
+            f"members of a cluster that nobody supervises live at port {port}: `twostroke up` with the settings that "
+            f"it was started with supervises them, `twostroke down --grpc 127.0.0.1:{port}` ends them; or give another "
+            "--grpc-port"
+        )
 
 
 async def _bound(own: MemberLog) -> None:

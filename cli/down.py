@@ -11,6 +11,10 @@ from pathlib import Path
 
 import typer
 
+from ..cluster.deployment.keeper import read_record
+from ..cluster.deployment.leftovers import end_all
+from ..cluster.deployment.processes import named_in
+from ..cluster.deployment.record import Unreadable
 from ..cluster.operations.control import command
 from ..cluster.operations.run_folder import RunFolder, State
 from ..core.errors import ConfigError, TwostrokeError
@@ -21,6 +25,7 @@ ASK_S = 5.0
 STOP_S = 30.0  # beyond cluster.drain_timeout_s
 KILL_S = 5.0
 POLL_S = 0.05
+DRAIN_S = 10.0  # where nobody says what cluster.drain_timeout_s was
 
 
 def down(grpc: Grpc = "127.0.0.1:8001") -> None:
@@ -28,25 +33,48 @@ def down(grpc: Grpc = "127.0.0.1:8001") -> None:
     folder = folder_of(grpc)
     if folder is None:
         raise ConfigError(f"--grpc is {grpc!r}; `down` ends clusters of this machine alone: give 127.0.0.1:PORT")
-    if not folder.is_held:
-        folder.release()  # what a killed process left
-        typer.echo(f"no cluster runs at {grpc}")
-        return
     state = folder.state()
-    _ask(folder, state)
-    if _is_gone(folder, state, STOP_S + (state.drain_timeout_s if state else 0.0)):
+    if not folder.is_held:
+        typer.echo("stopped" if _end_leftovers(folder, state) else f"no cluster runs at {grpc}")
+        return
+    if _end_supervisor(folder, state):
+        _end_leftovers(folder, state)  # of a supervisor that was killed meanwhile
         typer.echo("stopped")
         return
+    typer.echo(f"twostroke: the cluster at {grpc} does not end", err=True)
+    raise typer.Exit(1)
+
+
+def _end_supervisor(folder: RunFolder, state: State | None) -> bool:
+    """Have the supervisor drain and end its cluster; returns True when it has ended."""
+    _ask(folder, state)
+    if _is_gone(folder, state, STOP_S + (state.drain_timeout_s if state else 0.0)):
+        return True
     for number in (signal.SIGTERM, signal.SIGKILL):  # a second signal stops without waiting
         if state is not None:
             typer.echo(f"process {state.pid} does not end; it gets {number.name}", err=True)
             _send(folder, state, number)
         if _is_gone(folder, state, KILL_S):
-            folder.release()
-            typer.echo("stopped")
-            return
-    typer.echo(f"twostroke: the cluster at {grpc} does not end", err=True)
-    raise typer.Exit(1)
+            return True
+    return False
+
+
+def _end_leftovers(folder: RunFolder, state: State | None) -> bool:
+    """End the members that no supervisor has, and remove the folder; returns True if there were some.
+
+    Raises:
+        ConfigError: a supervisor has come.
+    """
+    if not folder.path.exists() and not any(named_in(folder.path)):
+        return False
+    folder.hold()
+    try:
+        record = read_record(folder.path)
+    except Unreadable:
+        record = None  # the members carry the folder's name all the same
+    num_ended = end_all(folder.path, record, state.drain_timeout_s if state else DRAIN_S)
+    folder.release()
+    return num_ended > 0
 
 
 def _ask(folder: RunFolder, state: State | None) -> None:

@@ -13,6 +13,7 @@ from ..core.ports import check_address
 from ..core.request import Role
 
 ParentPid = Annotated[int | None, typer.Option(help="End when this process is no longer our parent.", hidden=True)]
+MemberOf = Annotated[str | None, typer.Option(help="Name of our deployment, for its supervisors.", hidden=True)]
 
 
 def worker(
@@ -43,6 +44,7 @@ def worker(
         int | None, typer.Option(help="First of the physical cores that its ranks share out.", hidden=True)
     ] = None,
     parent_pid: ParentPid = None,
+    member_of: MemberOf = None,
 ) -> None:
     """Run one worker and announce it to the routers. The cluster's key is TWOSTROKE__CLUSTER__KEY."""
     import os
@@ -113,6 +115,7 @@ def router(
     allow_credentials: o.AllowCredentials = None,
     config: o.ConfigFile = None,
     parent_pid: ParentPid = None,
+    member_of: MemberOf = None,
 ) -> None:
     """Run one router: both client faces, and the port where workers announce themselves.
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -13,20 +15,25 @@ from rich.table import Table
 from ..cli import options as o
 from ..cluster.catalogue import MachineShape, parse_machine
 from ..cluster.config import Config
+from ..cluster.deployment.adoption import serves_on
+from ..cluster.deployment.keeper import Deployment, claim, outlives
 from ..cluster.fit import machine_of
 from ..cluster.model_facts import model_facts
+from ..cluster.operations.run_folder import RunFolder
 from ..cluster.placement import Plan, bytes_beside_workers, place
 from ..cluster.prepare import prepare
 from ..cluster.supervisor import Supervisor
 from ..core.errors import ConfigError, TwostrokeError
-from ..core.foreground import Stop, run, unless
+from ..core.foreground import Stop, Stopped, leave, run, unless
 from ..core.hosts import is_loopback_name
 from ..core.ports import numeric_host
 from ..router.config import GOOD_KEY_CHARS
 from ..worker.machine import machine_facts
-from .doors import Doors
+from .doors import Doors, check_nobody_lives
 from .failure import fail
 from .fits import mib, show_fits
+
+LEFT_EXIT = 1  # of a supervisor whose members serve on
 
 console = Console(stderr=True, log_path=False, soft_wrap=True)
 
@@ -184,16 +191,31 @@ def _metrics_ports(plan: Plan) -> str:
 async def _serve(config: Config, stop: Stop, *, detached: bool) -> int:
     supervisor: Supervisor | None = None
     doors: Doors | None = None
+    is_served = False
+    held = _held(config) if detached else None
+    deployment: Deployment | None = None
     try:
         with _Progress() as progress:
-            config, plan = await unless(stop.asked, prepare(config, progress.show))
-            supervisor = Supervisor(config, plan, say=lambda line: console.log(line, markup=False))
+            folder = held or RunFolder(config.router.grpc_port)
+            if held is None and not folder.is_held:
+                check_nobody_lives(folder)
+            elif held is not None and outlives(config):
+                deployment = await asyncio.to_thread(claim, held.path, config)
+            if deployment is not None and deployment.is_adopted:
+                config, plan = deployment.again()
+            else:
+                config, plan = await unless(stop.asked, prepare(config, progress.show))
+            say = partial(console.log, markup=False)
+            supervisor = Supervisor(config, plan, say=say, deployment=deployment)
             for remark in [*_remarks(plan), *settings_remarks(config), supervisor.tls_remark]:
                 console.log(remark, markup=False)
-            doors = Doors(supervisor, stop, is_required=detached)
+            doors = Doors(supervisor, stop, held)
             await doors.open()
-            progress.show(f"starting {len(plan.members)} processes")
+            num_living = len(deployment.living) if deployment is not None else 0
+            what = f"adopting {num_living} processes" if num_living else f"starting {len(plan.members)} processes"
+            progress.show(what)
             await unless(stop.asked, supervisor.start())
+        is_served = True
         doors.ready()
         if not detached:
             _greet(supervisor, plan)
@@ -207,6 +229,11 @@ async def _serve(config: Config, stop: Stop, *, detached: bool) -> int:
         console.log("stopped")
         return 0
     except BaseException as error:
+        is_asked = stop.asked.is_set()
+        if deployment is not None and serves_on(
+            is_adopted=deployment.is_adopted, is_served=is_served, is_asked=is_asked
+        ):
+            await _leave(supervisor, doors, error)
         if supervisor is not None:
             await supervisor.abort()
         if isinstance(error, TwostrokeError):
@@ -217,6 +244,32 @@ async def _serve(config: Config, stop: Stop, *, detached: bool) -> int:
     finally:
         if doors is not None:
             await doors.close()
+
+
+def _held(config: Config) -> RunFolder:
+    """The folder of a detached cluster, held by this process.
+
+    Raises:
+        ConfigError: another process has it, or it cannot be made.
+    """
+    folder = RunFolder(config.router.grpc_port)
+    folder.hold()
+    folder.forget_process()
+    return folder
+
+
+async def _leave(supervisor: Supervisor | None, doors: Doors | None, error: BaseException) -> NoReturn:
+    """End this process, and nothing else."""
+    if supervisor is not None:
+        await supervisor.leave()
+    if doors is not None:
+        await doors.close(keeps_folder=True)
+    if not isinstance(error, (TwostrokeError, Stopped)):
+        console.print_exception()
+    console.log("the members serve on without a supervisor; `twostroke up` starts another one", markup=False)
+    if isinstance(error, TwostrokeError):
+        fail(error)
+    leave(LEFT_EXIT)
 
 
 class _Progress:

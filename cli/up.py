@@ -17,6 +17,9 @@ import yaml
 
 from ..cli import options as o
 from ..cluster.config import Config
+from ..cluster.deployment.keeper import read_record
+from ..cluster.deployment.processes import named_in
+from ..cluster.deployment.record import Unreadable
 from ..cluster.launch.environment import member_environment
 from ..cluster.launch.member_log import MemberLog
 from ..cluster.operations.control import command
@@ -46,13 +49,15 @@ def up(
 
     All other settings: `--config` and the environment, as for `serve`. One cluster runs per gRPC port. Its folder
     ($XDG_RUNTIME_DIR/twostroke/PORT, else twostroke-run-UID/PORT in the folder for temporary files) has its log.
+
+    With --launcher process its members outlive the process that supervises them: if that is killed, they serve on, and
+    `up` with the same settings supervises them again and starts those that have died.
     """
     settings = _with_fixed_ports(o.config_from(locals()))
     folder = RunFolder(settings.router.grpc_port)
     if folder.is_held:
         raise ConfigError(folder.occupied())
-    folder.release()  # what a killed process left
-    folder.make()
+    folder.make()  # what a killed process left there, the new one reads, adopts or removes
     with MemberLog(folder.path, LOG_NAME).open() as out, _Listener(Path(out.name)) as told:
         process = _spawn(settings, out)
         try:
@@ -60,7 +65,7 @@ def up(
         except BaseException as error:
             _give_up(process)
             said = told.news()
-            folder.release()
+            _tidy(folder)
             if isinstance(error, TwostrokeError):
                 raise Unavailable(": ".join([str(error), *said[-1:]])) from None
             raise
@@ -71,7 +76,12 @@ def up(
 
 
 def _with_fixed_ports(config: Config) -> Config:
-    """Replace ports of 0: the folder is found by the port."""
+    """Replace ports of 0: the folder is found by the gRPC port. The other one stays, if a cluster is left there."""
+    if config.router.port == 0 and config.router.grpc_port:
+        with contextlib.suppress(Unreadable):
+            record = read_record(RunFolder(config.router.grpc_port).path)
+            port = record.ports.http if record else 0
+            config = config.model_copy(update={"router": config.router.model_copy(update={"port": port})})
     names = [name for name in ("port", "grpc_port") if getattr(config.router, name) == 0]
     free = dict(zip(names, free_ports(config.router.host, len(names)), strict=True))
     return config.model_copy(update={"router": config.router.model_copy(update=free)})
@@ -101,6 +111,7 @@ class _Listener:
 
     def __init__(self, file: Path) -> None:
         self._file = file.open("rb")
+        self._file.seek(0, os.SEEK_END)  # behind what earlier processes of the cluster logged
         self._cut = b""  # a line without its end
 
     def __enter__(self) -> _Listener:
@@ -131,6 +142,16 @@ def _wait(process: subprocess.Popen[bytes], folder: RunFolder, told: _Listener) 
             if asyncio.run(command(folder.socket, {"verb": "state"}, lambda _: None, ASK_S)).said == "serves":
                 return
         time.sleep(POLL_S)
+
+
+def _tidy(folder: RunFolder) -> None:
+    """Remove the folder, unless somebody of a cluster lives there."""
+    with contextlib.suppress(ConfigError):
+        folder.hold()
+        if any(named_in(folder.path)):
+            folder.let_go()
+        else:
+            folder.release()
 
 
 def _give_up(process: subprocess.Popen[bytes]) -> None:

@@ -66,8 +66,10 @@ def needs_certificates(config: Config) -> str:
     return ""
 
 
-def certificates_of(config: Config) -> Certificates:
-    """The certificates of `cluster.tls`, or new ones of an authority that is forgotten at once.
+def certificates_of(config: Config, made: Mapping[Caller, TlsConfig] | None = None) -> Certificates:
+    """The certificates of `cluster.tls`, those `made` for this run before, or new ones.
+
+    The authority of new ones is forgotten at once.
 
     They reach the members as the cluster's key does: in their settings, never by an argument or a file.
 
@@ -79,6 +81,8 @@ def certificates_of(config: Config) -> Certificates:
         found = {caller: given.of(caller) for caller in Caller}
         return Certificates(found, f"links inside the cluster: mutual TLS with the certificates of {given.cert}")
     reason = needs_certificates(config)
+    if made is not None:
+        return Certificates(made, f"links inside the cluster: mutual TLS, made when it was started: {reason}")
     if not reason:
         return Certificates(None, "links inside the cluster: no certificates, so they use loopback only")
     try:

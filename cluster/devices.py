@@ -26,6 +26,11 @@ class Devices:
         """Cordoned GPUs with the reason."""
         return dict(self._cordoned)
 
+    @property
+    def spare(self) -> tuple[int, ...]:
+        """GPUs without a worker."""
+        return tuple(self._spare)
+
     def faulted(self, gpu: int, now_s: float) -> bool:
         """A worker ended because its GPU spoiled its work. True: too often; the caller cordons the GPU."""
         faults = self._faults.setdefault(gpu, deque(maxlen=MAX_FAULTS + 1))

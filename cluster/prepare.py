@@ -27,7 +27,7 @@ from .config import Config
 from .launch.launchers import launcher_class
 from .model_facts import model_facts
 from .nodes import Node
-from .placement import Plan, place_on
+from .placement import ModelFacts, Plan, place_on
 
 Show = Callable[[str], None]
 """Callback that shows a line of progress; the next line replaces it."""
@@ -55,6 +55,13 @@ async def prepare(config: Config, show: Show) -> tuple[Config, Plan]:
     return config, plan
 
 
+def prepare_again(config: Config, model: ModelFacts, kernels: str) -> Config:
+    """The configuration as `prepare` returned it, for a cluster that runs: nothing is checked, fetched or compiled."""
+    adapters = tuple(_located_adapter(module) for module in config.model.lora_modules)
+    update = {"path": model.directory, "name": model.name, "kernels": kernels, "lora_modules": adapters}
+    return _with_files(config.model_copy(update={"model": config.model.model_copy(update=update)}))
+
+
 async def _nodes(config: Config, show: Show) -> list[Node]:
     """The machines that members may run on."""
     address = config.cluster.ray_address
@@ -80,7 +87,11 @@ def _with_checkpoint(config: Config) -> Config:
         raise CheckpointError(f"model.path is {path!r}: it cannot be read: {error.strerror}") from None
     adapters = tuple(_located_adapter(module) for module in config.model.lora_modules)
     decided = {"path": str(place_of_it), "name": served_name(path, name), "lora_modules": adapters}
-    model = config.model.model_copy(update=decided)
+    return _with_files(config.model_copy(update={"model": config.model.model_copy(update=decided)}))
+
+
+def _with_files(config: Config) -> Config:
+    """The configuration with absolute paths of the router's files."""
     named: dict[str, Any] = {
         name: _absolute(getattr(config.router, name)) for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs")
     }
@@ -88,7 +99,7 @@ def _with_checkpoint(config: Config) -> Config:
         file: Path | None = getattr(config.router, name)
         named[name] = file and file.expanduser().absolute()
     router = config.router.model_copy(update=named)
-    return config.model_copy(update={"model": model, "router": router})
+    return config.model_copy(update={"router": router})
 
 
 def _located_adapter(module: LoraModule) -> LoraModule:

@@ -5,11 +5,18 @@ from __future__ import annotations
 from ..core.ports import free_ports
 from ..router.keys.digests import line_for
 from .config import Config
+from .deployment.record import Ports
 
 
 def with_operator(config: Config, key: str) -> Config:
     """The configuration with the digest of the supervisor's own key, which replaces one that was given."""
     return config.model_copy(update={"router": config.router.model_copy(update={"operator_key": line_for(key)})})
+
+
+def with_ports(config: Config, ports: Ports) -> tuple[Config, tuple[int, ...]]:
+    """The configuration with the ports of a deployment that runs, and the internal port of each router."""
+    found = {"port": ports.http, "grpc_port": ports.grpc, "internal_port": ports.internal[0]}
+    return config.model_copy(update={"router": config.router.model_copy(update=found)}), ports.internal
 
 
 def with_fixed_ports(config: Config) -> tuple[Config, tuple[int, ...]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import secrets
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,8 +13,11 @@ from ..core.clock import Clock, MonotonicClock
 from ..core.errors import TwostrokeError, Unavailable
 from ..core.ports import target
 from ..core.tls.callers import Caller
+from ..kv.keys import supervisor_key
 from .certificates import certificates_of, face_tls
 from .config import Config
+from .deployment.keeper import Deployment
+from .deployment.record import Changing, MemberRecord, Ports
 from .devices import Devices
 from .launch.last_words import DeviceEnd, ProcessEnd, end_of_typed
 from .launch.launcher import Site
@@ -27,7 +29,7 @@ from .operations.room import Room
 from .operations.scaler import Scaler
 from .placement import Plan, ProcessPlan
 from .restarts import Patience, RestartBook, Standing, Use
-from .settled import reachable, with_fixed_ports, with_operator
+from .settled import reachable, with_fixed_ports, with_operator, with_ports
 
 log = logging.getLogger(__name__)
 
@@ -43,18 +45,33 @@ _END_S = 3.0  # from the end of a process until its launcher has reported it
 class Supervisor:
     """One cluster on this machine, from `start` to `stop`."""
 
-    def __init__(self, config: Config, plan: Plan, clock: Clock | None = None, say: Say | None = None) -> None:
-        self._plan = plan
+    def __init__(
+        self,
+        config: Config,
+        plan: Plan,
+        clock: Clock | None = None,
+        say: Say | None = None,
+        deployment: Deployment | None = None,
+    ) -> None:
+        """`deployment`: the members outlive this process, or have outlived another one. None: they end with it."""
+        self._plan, self._deployment = plan, deployment
         self._clock = clock or MonotonicClock()
         self._say = say or log.info
-        self._operator_key = secrets.token_urlsafe(32)  # to ask the routers, which keep only digests of keys
-        self.config, internal_ports = with_fixed_ports(with_operator(plan.settle(config), self._operator_key))
-        certificates = certificates_of(self.config)
+        self._operator_key = supervisor_key(config.cluster.key)  # to ask the routers, which keep only digests of keys
+        settled = with_operator(plan.settle(config), self._operator_key)
+        if deployment is not None and deployment.is_adopted:
+            self.config, internal_ports = with_ports(settled, deployment.record.ports)
+            certificates = certificates_of(self.config, deployment.tls)
+        else:
+            self.config, internal_ports = with_fixed_ports(settled)
+            certificates = certificates_of(self.config)
         face_tls(self.config.router)  # raises now, if its files cannot be used
         self.tls_remark = certificates.remark  # for the operator
         router_host = next(member.host for member in plan.members if member.kind == "router")
         site = Site(
-            *(self.config, plan.model.directory, plan.model.name, internal_ports, certificates.by_role), router_host
+            *(self.config, plan.model.directory, plan.model.name, internal_ports, certificates.by_role),
+            router_host,
+            *(() if deployment is None else (deployment.name, deployment.logs)),
         )
         self.internal_addresses = site.internal_addresses  # of the routers
         self._launcher = launcher_class(self.config)(site)
@@ -80,6 +97,12 @@ class Supervisor:
         self.room = Room(plan)
         operator = Operator(self.config.cluster.key, site.tls_of(Caller.OPERATOR))
         self.changes = Changes(self, operator)
+        if deployment is not None and deployment.is_adopted:
+            self._restore(deployment.record.now)
+        elif deployment is not None:
+            ports = Ports(self.config.router.port, self.config.router.grpc_port, internal_ports)
+            made = None if config.cluster.tls is not None else certificates.by_role
+            deployment.begin(config, plan, ports, self._present(), made)
         self.scaler: Scaler | None = None
         if self.config.planner.enabled:
             num_configured = len(plan.workers)
@@ -110,6 +133,9 @@ class Supervisor:
         for name in self._members:
             self._membership.want(name, self._clock.now_s())
         patience_s = self.config.cluster.ready_timeout_s
+        if self._deployment is not None and self._deployment.is_adopted:
+            await self._adopt(self._deployment.living, patience_s)
+            return
         try:
             async with asyncio.timeout(patience_s):
                 await self._start_due()  # before this process uses gRPC, because a launcher may fork
@@ -119,6 +145,9 @@ class Supervisor:
             raise Unavailable(self._lateness(patience_s), retry_after_s=5.0) from None
         if self._startup_error:
             raise Unavailable(self._startup_error, retry_after_s=30.0)
+        self._plan_from_now()
+
+    def _plan_from_now(self) -> None:
         if self.scaler is not None:
             self._tasks.append(asyncio.create_task(self.scaler.run()))
 
@@ -144,6 +173,58 @@ class Supervisor:
             task.cancel()
         self.changes.close()
         await self._launcher.abort()
+
+    async def leave(self) -> None:
+        """Let go of the members of a deployment, which serve on. This process must end next, by `leave`."""
+        for task in self._tasks:
+            task.cancel()
+        self.changes.close()
+        await self._launcher.leave()
+
+    # ------------------------------------------------------------------ a deployment (deployment/)
+
+    async def _adopt(self, living: dict[str, str], patience_s: float) -> None:
+        """Supervise the living members, and start the others. Waits until all serve, or for `patience_s`."""
+        self._settled.set()  # a member that does not come back ends no cluster that serves
+        for name, handle in living.items():
+            self._membership.started(name, self._clock.now_s())
+            self._processes.add(name)
+            if await self._launcher.adopt(self._members[name], handle, self._ended):
+                self._say(f"{name} lives and is adopted (process {handle.partition(' ')[0]})")
+            else:
+                self._ended(name, ProcessEnd("it ended before it was adopted"))
+        for name in [name for name in self._going if name not in living]:
+            self._forget(name)
+        self._tasks = [asyncio.create_task(self._keep()), asyncio.create_task(self._observe())]
+        for name in self._going:
+            self._membership.stop(name)
+            self._say(f"{name} was going; its drain begins anew")
+            self.changes.later(self.remove(name, self.config.cluster.drain_timeout_s))
+        end_s = self._clock.now_s() + patience_s
+        while self._membership.starting() and self._clock.now_s() < end_s:
+            await self.news(end_s - self._clock.now_s())
+        for name in self._membership.starting():
+            self._say(f"{name} does not serve yet; it is started again and again")
+        self._plan_from_now()
+
+    def _restore(self, now: Changing) -> None:
+        """Take the members as another supervisor had them."""
+        self._members = {name: member.plan for name, member in now.members.items()}
+        self._going = {name: member.frees_place for name, member in now.members.items() if member.is_going}
+        self._devices = Devices(now.spare_gpus)
+        self.room.restore(now.free_places, now.next_numbers)
+
+    def _present(self) -> Changing:
+        members = {
+            name: MemberRecord(member, self._launcher.handle(name), name in self._going, self._going.get(name, True))
+            for name, member in self._members.items()
+        }
+        return Changing(members, self._devices.spare, self.room.free, self.room.next_numbers)
+
+    def _record(self) -> None:
+        """Write down what another supervisor must know, if there can be one."""
+        if self._deployment is not None:
+            self._deployment.note(self._present())
 
     # ------------------------------------------------------------------ changes of the members (operations/)
 
@@ -177,12 +258,14 @@ class Supervisor:
         if member.device == "cuda":
             self._devices.take(member.gpu)
         self._membership.want(member.name, self._clock.now_s())
+        self._record()
         self._changed.set()
 
     def let_go(self, name: str, *, frees_place: bool = True) -> None:
         """Restart a member never again. Its end, whenever it comes, is its last."""
         self._membership.stop(name)
         self._going[name] = frees_place
+        self._record()
 
     async def remove(self, name: str, grace_s: float) -> None:
         """End a member that was let go, and forget it. Its process drains for `grace_s`."""
@@ -226,6 +309,7 @@ class Supervisor:
         self._tell()
 
     def _tell(self) -> None:
+        self._record()
         self._news.set()
         self._news = asyncio.Event()
 
@@ -261,6 +345,7 @@ class Supervisor:
                 await self._launcher.start(self._members[name], self._ended)
             except TwostrokeError as error:
                 self._ended(name, end_of_typed(error))
+            self._record()
 
     def _ended(self, name: str, end: ProcessEnd) -> None:
         self._processes.discard(name)

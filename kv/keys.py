@@ -32,6 +32,11 @@ def journal_key(cluster_key: str) -> bytes:
     return hashlib.blake2b(cluster_key.encode(), digest_size=32, person=b"twostroke-journ").digest()
 
 
+def supervisor_key(cluster_key: str) -> str:
+    """API key with which a cluster's supervisor asks its routers; another supervisor of the cluster has the same."""
+    return hashlib.blake2b(cluster_key.encode(), digest_size=32, person=b"twostroke-superv").hexdigest()
+
+
 @dataclass(frozen=True, slots=True)
 class PromptNames:
     """Root of a prompt's chain, and identities of its full hash blocks."""

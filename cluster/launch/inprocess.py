@@ -45,6 +45,18 @@ class InProcessLauncher:
         self._watchers.add(watcher)
         watcher.add_done_callback(self._watchers.discard)
 
+    async def adopt(self, _member: ProcessPlan, _handle: str, _ended: Ended) -> bool:
+        """Always False: members end with their process."""
+        return False
+
+    def handle(self, _: str) -> str | None:
+        """Always None, for the same reason."""
+        return None
+
+    def is_stopped(self, _: str) -> bool:
+        """Always False: who asks would stand still too."""
+        return False
+
     async def stop(self, name: str, grace_s: float) -> None:
         """Drain and stop a member."""
         if name in self._running:
@@ -68,6 +80,11 @@ class InProcessLauncher:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.close(), ABORT_S)
         await asyncio.to_thread(stop_building, ABORT_S)
+
+    async def leave(self) -> None:
+        """Let go of all members, which end with this process."""
+        for watcher in self._watchers:
+            watcher.cancel()
 
     def said(self, _: str) -> str:
         """Always empty: members log to this process's log."""

@@ -51,6 +51,15 @@ def end_of_process(code: int, output: str) -> ProcessEnd:
     return ProcessEnd(": ".join(part for part in (f"exit code {code}", cause_of(output)) if part))
 
 
+def end_of_adopted(output: str) -> ProcessEnd:
+    """The end of a process that is not our child, from its last output: nobody but its parent gets the exit code.
+
+    What it says of its GPU is not known then; the next process looks at the GPU itself before it serves.
+    """
+    cause = cause_of(output)
+    return ProcessEnd(f"its supervisor was another one, so its exit code is not known{cause and f'; last: {cause}'}")
+
+
 def end_of_error(text: str) -> ProcessEnd:
     """The end of a process, from the text of an error that carries its traceback."""
     lines = _lines(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from ...core.ports import target
@@ -31,6 +32,8 @@ class Site:
     internal_ports: tuple[int, ...]  # of each router, fixed before the start so that a restarted one is found again
     tls: Mapping[Caller, TlsConfig] | None = None  # certificates by role
     router_host: str = LOOPBACK  # address of the routers' machine, as workers reach it
+    member_name: str = ""  # of a deployment: each member carries it, and outlives this process. Empty: it ends with it
+    log_folder: Path | None = None  # of the members of a deployment
 
     @property
     def internal_addresses(self) -> tuple[str, ...]:
@@ -69,6 +72,18 @@ class Launcher(Protocol):
         """Start a member; returns when its process exists (not yet when it serves)."""
         ...
 
+    async def adopt(self, member: ProcessPlan, handle: str, ended: Ended) -> bool:
+        """Take over a member that another launcher started, by its `handle`. False: it has ended."""
+        ...
+
+    def handle(self, name: str) -> str | None:
+        """What `adopt` needs in another process. None: the member does not run, or ends with this process."""
+        ...
+
+    def is_stopped(self, name: str) -> bool:
+        """True if it is certain that the member's process stands still, as after SIGSTOP."""
+        ...
+
     async def stop(self, name: str, grace_s: float) -> None:
         """Let a member drain for `grace_s`, then end it. `ended` is called as for any end."""
         ...
@@ -83,6 +98,10 @@ class Launcher(Protocol):
 
     async def abort(self) -> None:
         """`close` without waiting for running requests. Takes a second at most."""
+        ...
+
+    async def leave(self) -> None:
+        """Let go of all members; those of a deployment run on. The caller's process ends next."""
         ...
 
     def said(self, name: str) -> str:

@@ -7,14 +7,17 @@ import contextlib
 import os
 import signal
 import sys
+from pathlib import Path
 
 import yaml
 
 from ...core.tls.callers import Caller
+from ..deployment.processes import NAME_OPTION, ProcessIdentity, identity_of, is_stopped
 from ..placement import ProcessPlan
 from ..scratch import Scratch
+from .adopted import AdoptedProcess
 from .environment import member_environment
-from .last_words import cause_of, end_of_process
+from .last_words import ProcessEnd, cause_of, end_of_adopted, end_of_process
 from .launcher import Ended, Site
 from .member_log import MemberLog
 
@@ -27,13 +30,15 @@ class ProcessLauncher:
     """Starts `twostroke worker` and `twostroke router`.
 
     Each reads its configuration from standard input, because it holds keys and must be in no file and no argument.
+    Those of a deployment carry its name and outlive this process; others end with it.
     """
 
     def __init__(self, site: Site) -> None:
         self._site = site
-        self._scratch = Scratch("twostroke-")
-        self._directory = self._scratch.path
-        self._processes: dict[str, asyncio.subprocess.Process] = {}
+        self._scratch = None if site.log_folder else Scratch("twostroke-")
+        self._directory = site.log_folder or (self._scratch and self._scratch.path) or Path()
+        self._processes: dict[str, asyncio.subprocess.Process | AdoptedProcess] = {}
+        self._identities: dict[str, ProcessIdentity | None] = {}
         self._spawning: set[asyncio.Task[None]] = set()
         self._watchers: set[asyncio.Task[None]] = set()
 
@@ -58,18 +63,45 @@ class ProcessLauncher:
                 start_new_session=True,  # Ctrl-C reaches only the supervisor, which drains
                 env=self._environment(member),
             )
-        self._processes[member.name] = process
         assert process.stdin is not None
+        self._processes[member.name] = process
+        self._watch_from_now(member.name, process, ended)
         process.stdin.write(_config_text(self._site, member))  # buffered; the transport sends it as the child reads
+        if self._site.member_name:  # nobody may adopt a member that has a part of its configuration
+            process.stdin.transport.set_write_buffer_limits(0)
+            with contextlib.suppress(ConnectionError):
+                await process.stdin.drain()
         process.stdin.close()
-        watcher = asyncio.create_task(self._watch(member.name, process, log, ended))
+        self._identities[member.name] = identity_of(process.pid)
+
+    async def adopt(self, member: ProcessPlan, handle: str, ended: Ended) -> bool:
+        """Watch a process that another supervisor started. False: it has ended."""
+        identity = ProcessIdentity.of_handle(handle)
+        process = identity and AdoptedProcess.adopt(identity)
+        if identity is None or process is None:
+            return False
+        self._processes[member.name], self._identities[member.name] = process, identity
+        self._watch_from_now(member.name, process, ended)
+        return True
+
+    def handle(self, name: str) -> str | None:
+        """The process, so that another supervisor can find it. None: none runs, or its configuration is under way."""
+        identity = self._identities.get(name)
+        return identity.handle if identity else None
+
+    def is_stopped(self, name: str) -> bool:
+        """True if the member's process was stopped by a signal."""
+        return name in self._processes and is_stopped(self._processes[name].pid)
+
+    def _watch_from_now(self, name: str, process: asyncio.subprocess.Process | AdoptedProcess, ended: Ended) -> None:
+        watcher = asyncio.create_task(self._watch(name, process, MemberLog(self._directory, name), ended))
         self._watchers.add(watcher)
         watcher.add_done_callback(self._watchers.discard)
 
     async def stop(self, name: str, grace_s: float) -> None:
         """Send SIGTERM, wait, and send SIGKILL if the process still runs."""
         process = self._processes.get(name)
-        if process is None or process.returncode is not None:
+        if process is None or _has_ended(process):
             return
         process.send_signal(signal.SIGTERM)
         try:
@@ -90,7 +122,7 @@ class ProcessLauncher:
         await asyncio.gather(*(self.stop(name, 0.0) for name in list(self._processes)))
         if self._watchers:
             await asyncio.wait(self._watchers, timeout=2.0)
-        self._scratch.remove()
+        self._remove_files()
 
     async def abort(self) -> None:
         """Send SIGKILL to all children, and remove the files."""
@@ -99,7 +131,17 @@ class ProcessLauncher:
             _end(process)
         if self._watchers:
             await asyncio.wait(self._watchers, timeout=_ABORT_S)
-        self._scratch.remove()
+        self._remove_files()
+
+    async def leave(self) -> None:
+        """Watch the members no more; they run on. The caller ends this process next, without asyncio's own tidying."""
+        await self._spawned()
+        for watcher in self._watchers:
+            watcher.cancel()
+
+    def _remove_files(self) -> None:
+        if self._scratch is not None:  # a deployment's are in its run folder
+            self._scratch.remove()
 
     async def _spawned(self) -> None:
         """Wait for children that are being created."""
@@ -119,6 +161,8 @@ class ProcessLauncher:
             if member.first_core is not None:
                 command += ["--first-core", str(member.first_core)]
             command += ["--metrics-port", "none" if member.metrics_port is None else str(member.metrics_port)]
+        if self._site.member_name:
+            return [*command, NAME_OPTION, self._site.member_name]
         return [*command, "--parent-pid", str(os.getpid())]
 
     def _environment(self, member: ProcessPlan) -> dict[str, str]:
@@ -132,14 +176,16 @@ class ProcessLauncher:
             given["CUDA_VISIBLE_DEVICES"] = visible[member.gpu] if visible[0] else str(member.gpu)
         return kept | given
 
-    async def _watch(self, name: str, process: asyncio.subprocess.Process, log: MemberLog, ended: Ended) -> None:
+    async def _watch(
+        self, name: str, process: asyncio.subprocess.Process | AdoptedProcess, log: MemberLog, ended: Ended
+    ) -> None:
         ending = asyncio.create_task(process.wait())
         while not (await asyncio.wait({ending}, timeout=_LOG_CHECK_S))[0]:
             await asyncio.to_thread(log.bound)
-        code = ending.result()
         if self._processes.get(name) is process:
             del self._processes[name]
-        ended(name, end_of_process(code, log.tail()))
+            self._identities.pop(name, None)
+        ended(name, _end_of(ending.result(), log))
 
 
 def _config_text(site: Site, member: ProcessPlan) -> bytes:
@@ -151,8 +197,18 @@ def _config_text(site: Site, member: ProcessPlan) -> bytes:
     return yaml.safe_dump(values).encode()
 
 
-def _end(process: asyncio.subprocess.Process) -> None:
+def _end_of(code: int | None, log: MemberLog) -> ProcessEnd:
+    return end_of_adopted(log.tail()) if code is None else end_of_process(code, log.tail())
+
+
+def _has_ended(process: asyncio.subprocess.Process | AdoptedProcess) -> bool:
+    return process.has_ended if isinstance(process, AdoptedProcess) else process.returncode is not None
+
+
+def _end(process: asyncio.subprocess.Process | AdoptedProcess) -> None:
     """Send SIGKILL to a member's process group, which includes the processes that it started."""
-    if process.returncode is None:
+    if isinstance(process, AdoptedProcess):
+        process.end()
+    elif process.returncode is None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

@@ -57,6 +57,18 @@ class RayLauncher:
         self._actors[member.name] = actor
         self._watchers[member.name] = asyncio.create_task(self._watch(member.name, actor, ended))
 
+    async def adopt(self, _member: ProcessPlan, _handle: str, _ended: Ended) -> bool:
+        """Always False: our actors end with the process that made them."""
+        return False
+
+    def handle(self, _: str) -> str | None:
+        """Always None, for the same reason."""
+        return None
+
+    def is_stopped(self, _: str) -> bool:
+        """Always False: an actor may be on another machine."""
+        return False
+
     async def stop(self, name: str, grace_s: float) -> None:
         """Ask an actor to drain, and kill it afterwards."""
         actor, watcher = self._actors.get(name), self._watchers.get(name)
@@ -91,6 +103,11 @@ class RayLauncher:
             watcher.cancel()
         await asyncio.to_thread(self._session.abort)
         self._executor.shutdown(wait=False)
+
+    async def leave(self) -> None:
+        """Watch the actors no more."""
+        for watcher in self._watchers.values():
+            watcher.cancel()
 
     def said(self, _: str) -> str:
         """Always empty: the output of actors is in Ray's own files."""

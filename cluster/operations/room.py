@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ...core.request import Role
@@ -34,6 +34,20 @@ class Room:
     def num_free(self) -> int:
         """Places without a worker."""
         return len(self._free)
+
+    @property
+    def free(self) -> tuple[ProcessPlan, ...]:
+        """Those places."""
+        return tuple(self._free)
+
+    @property
+    def next_numbers(self) -> dict[str, int]:
+        """Number of the next worker, by the first part of its name."""
+        return dict(self._next)
+
+    def restore(self, free: Iterable[ProcessPlan], next_numbers: Mapping[str, int]) -> None:
+        """Go on where another supervisor of the same plan was."""
+        self._free, self._next = list(free), Counter(next_numbers)
 
     def take(
         self,

@@ -1,5 +1,7 @@
 """Folder of one running cluster: who runs it, where its commands are taken, what it logged. For its owner alone.
 
+A cluster whose members outlive their supervisor has its record there, too (../deployment/keeper.py).
+
 `RUN/PORT/`, by the port of the router's gRPC API, with RUN = $XDG_RUNTIME_DIR/twostroke, or twostroke-run-UID in the
 system's folder for temporary files. The lock in it ends with the process that holds it, however that ends.
 """
@@ -119,11 +121,20 @@ class RunFolder:
             return None
         return found if isinstance(found.pid, int) else None
 
+    def forget_process(self) -> None:
+        """Remove what an earlier process of the cluster wrote about itself."""
+        for name in (_STATE, _SOCKET):
+            (self.path / name).unlink(missing_ok=True)
+
     def release(self) -> None:
-        """Remove the folder, and let go of it. Also of a cluster whose process was killed."""
+        """Remove the folder, and let go of it. Nobody of its cluster may live any more."""
         shutil.rmtree(self.path, ignore_errors=True)
         with suppress(OSError):
             self.path.parent.rmdir()  # the last one
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Let another process run the cluster here; the folder stays."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None

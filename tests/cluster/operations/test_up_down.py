@@ -2,80 +2,17 @@
 
 import json
 import os
-import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import psutil
 import pytest
-from typer.testing import CliRunner
-
-from twostroke.cli.main import app
-from twostroke.core.errors import TwostrokeError
-from twostroke.core.ports import free_ports
+from support.home import Home
 
 pytestmark = pytest.mark.timeout(600)
 
 BUSY_MACHINE_S = 240.0
-
-
-class Said(NamedTuple):
-    """How a command ended."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-class Home:
-    """A short folder for everything that a cluster makes, and a configuration file."""
-
-    def __init__(self, folder: Path, checkpoint: Path) -> None:
-        self.folder = folder
-        self.port, self.grpc_port = free_ports("127.0.0.1", 2)
-        self.config = folder / "cluster.json"
-        settings = {
-            "model": {"path": str(checkpoint), "max_model_len": 256, "kernels": "torch"},
-            "cache": {"tokens": 4096},
-            "step": {"num_threads": 1},
-            "router": {"port": self.port, "grpc_port": self.grpc_port},
-            "cluster": {"launcher": "process", "prefill": 1, "decode": 1, "key": "a key of this test"},
-        }
-        self.config.write_text(json.dumps(settings))
-
-    @property
-    def grpc(self) -> str:
-        return f"127.0.0.1:{self.grpc_port}"
-
-    @property
-    def run(self) -> Path:
-        return self.folder / "twostroke"
-
-    def say(self, *words: str) -> Said:
-        """A command; `--grpc` is added where it belongs. What it starts has this folder in its environment."""
-        where = () if words[0] == "up" else ("--grpc", self.grpc)
-        mine = {"XDG_RUNTIME_DIR": str(self.folder), "TMPDIR": str(self.folder), "OMP_NUM_THREADS": "1"}
-        result = CliRunner().invoke(app, [*words, *where], env=mine)
-        if isinstance(result.exception, TwostrokeError):  # what `main` makes a line and exit code 2
-            return Said(2, result.stdout, f"{result.stderr}twostroke: {result.exception}\n")
-        return Said(result.exit_code, result.stdout, result.stderr)
-
-    def processes(self) -> list[psutil.Process]:
-        """Every process that has this folder in its environment."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if (
-                    process.pid != os.getpid()
-                    and process.environ().get("TMPDIR") == str(self.folder)
-                    and process.status() != psutil.STATUS_ZOMBIE
-                ):
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return found
 
 
 @pytest.fixture
@@ -126,13 +63,20 @@ def test_a_cluster_goes_up_serves_is_restarted_and_goes_down_without_a_trace(hom
     assert set(os.listdir("/dev/shm")) <= shared_before | {n for n in os.listdir("/dev/shm") if "twostroke" not in n}
 
 
-def test_what_a_killed_cluster_leaves_does_not_stop_the_next(home: Home) -> None:
+def test_what_a_cluster_leaves_that_was_killed_whole_does_not_stop_the_next(home: Home) -> None:
     up = home.say("up", "--config", str(home.config))
     assert up.returncode == 0, up.stderr
-    state = json.loads((home.run / str(home.grpc_port) / "state.json").read_text())
-    os.kill(state["pid"], signal.SIGKILL)
-    psutil.wait_procs(home.processes(), timeout=BUSY_MACHINE_S)  # members end with their parent
+    killed = home.processes()
+    for process in killed:
+        process.kill()
+    psutil.wait_procs(killed, timeout=BUSY_MACHINE_S)
     assert home.processes() == []
+    again = home.say("up", "--config", str(home.config), "--decode", "2")
+    assert again.returncode == 0, again.stderr
+    assert "adopting" not in again.stderr
+    assert home.say("down").stdout == "stopped\n"
+    assert home.processes() == []
+    assert not home.run.exists()
     down = home.say("down")
     assert (down.returncode, down.stdout) == (0, f"no cluster runs at {home.grpc}\n")
     assert not home.run.exists()
