@@ -11,6 +11,7 @@ pause, as `explain` tells it. Exit status 1: a stream differed or failed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import random
@@ -64,7 +65,8 @@ def play(tests: ModuleType, cluster: Any, client: openai.OpenAI, whole: dict[str
         for thread in threads:
             thread.join(tests.PATIENCE_S)
         if args.how == "freeze":
-            os.kill(victim, signal.SIGCONT)
+            with contextlib.suppress(ProcessLookupError):  # the supervisor has replaced it, or is about to
+                os.kill(victim, signal.SIGCONT)
         for kind, one in told.items():
             counts["streams"] += 1
             if one.error is not None:

@@ -16,6 +16,14 @@ class Standing(Enum):
     WITHHELD = "withheld"  # dead, and its GPU is cordoned
 
 
+STOPPED_LOOKS = 4
+"""Looks in a row at which a process must be seen stopped. Looks and not seconds: a pause of ours adds none."""
+
+
+LONGEST_LOOK_S = 5.0
+"""Longest time between two looks at the members; what exceeds it is a pause of our own, or of the whole machine."""
+
+
 class Use(Enum):
     """Availability of a member as the router reports it."""
 
@@ -59,6 +67,7 @@ class _Member:
     last_words: str = ""
     use: Use = Use.SERVES  # as last seen
     missing_since_s: float | None = None  # when a READY member became unavailable, for the reason in `use`
+    stopped_looks: int = 0  # in a row
 
 
 @dataclass(slots=True)
@@ -68,6 +77,7 @@ class RestartBook:
     back_off: BackOff = field(default_factory=BackOff)
     patience: Patience = field(default_factory=Patience)
     _members: dict[str, _Member] = field(default_factory=dict)
+    _looked_s: float | None = None
 
     def want(self, name: str, now_s: float) -> None:
         """Add a member that must run; its start is due at once."""
@@ -92,6 +102,16 @@ class RestartBook:
         member = self._members[name]
         if member.standing is Standing.STARTING:
             member.standing, member.since_s = Standing.READY, now_s
+
+    def looked(self, now_s: float) -> None:
+        """Record that all members are looked at now. A pause of our own is no absence of theirs."""
+        pause_s = 0.0 if self._looked_s is None else now_s - self._looked_s - LONGEST_LOOK_S
+        self._looked_s = now_s
+        for member in self._members.values() if pause_s > 0.0 else ():
+            if member.missing_since_s is not None:
+                member.missing_since_s += pause_s
+            if member.standing is Standing.STARTING:
+                member.since_s += pause_s
 
     def seen(self, name: str, use: Use | None, now_s: float) -> None:
         """Record the availability of a READY member. None: unknown; an earlier absence does not count then."""
@@ -120,6 +140,18 @@ class RestartBook:
                 found.append(name)
                 member.since_s, member.missing_since_s = now_s, None
         return found
+
+    def stands_still(self, name: str, *, is_stopped: bool) -> bool:
+        """Record a look at a member's process. True: a signal stopped it, so it does nothing; the caller ends it.
+
+        Unlike silence this is certain: no load on the machine makes a process look so. True once per so many looks.
+        """
+        member = self._members[name]
+        member.stopped_looks = member.stopped_looks + 1 if is_stopped else 0
+        if member.stopped_looks < STOPPED_LOOKS or member.standing is Standing.STOPPED:
+            return False
+        member.stopped_looks = 0
+        return True
 
     def ended(self, name: str, last_words: str, now_s: float) -> float | None:
         """Record the end of a member's process; returns the time of its restart, or None if it was stopped."""

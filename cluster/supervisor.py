@@ -37,6 +37,7 @@ Say = Callable[[str], None]
 
 _POLL_S = 0.1  # while a member is starting
 _WATCH_S = 1.0  # otherwise
+_STOPPED_S = 0.1  # between two looks at the processes themselves
 _START_TRIES = 3
 _SILENT_LOOKS = 4  # per router: so many looks in a row without an answer count against all routers
 _END_S = 3.0  # from the end of a process until its launcher has reported it
@@ -139,7 +140,7 @@ class Supervisor:
         try:
             async with asyncio.timeout(patience_s):
                 await self._start_due()  # before this process uses gRPC, because a launcher may fork
-                self._tasks = [asyncio.create_task(self._keep()), asyncio.create_task(self._observe())]
+                self._tasks = self._watches()
                 await self._settled.wait()
         except TimeoutError:
             raise Unavailable(self._lateness(patience_s), retry_after_s=5.0) from None
@@ -195,7 +196,7 @@ class Supervisor:
                 self._ended(name, ProcessEnd("it ended before it was adopted"))
         for name in [name for name in self._going if name not in living]:
             self._forget(name)
-        self._tasks = [asyncio.create_task(self._keep()), asyncio.create_task(self._observe())]
+        self._tasks = self._watches()
         for name in self._going:
             self._membership.stop(name)
             self._say(f"{name} was going; its drain begins anew")
@@ -322,6 +323,24 @@ class Supervisor:
             "raise cluster.ready_timeout_s (TWOSTROKE__CLUSTER__READY_TIMEOUT_S)"
         )
 
+    def _watches(self) -> list[asyncio.Task[None]]:
+        return [asyncio.create_task(watch()) for watch in (self._keep, self._observe, self._replace_stopped)]
+
+    async def _replace_stopped(self) -> None:
+        """End processes that a signal has stopped: they hold connections and serve none of them."""
+        while True:
+            for name in list(self._processes):
+                is_stopped = self._launcher.is_stopped(name)
+                if name in self._members and self._membership.stands_still(name, is_stopped=is_stopped):
+                    await self._replace(name, "was stopped by a signal (SIGSTOP)")
+            await asyncio.sleep(_STOPPED_S)
+
+    async def _replace(self, name: str, why: str) -> None:
+        """End a member's process; its end is reported, and it is started again."""
+        self._say(f"{name} {why}; replacing it")
+        self._replaced.add(name)
+        await self._launcher.kill(name)
+
     async def _keep(self) -> None:
         """Start due members; wait until a member ends or a back-off is over; repeat."""
         while True:
@@ -411,9 +430,7 @@ class Supervisor:
                 for name in self._membership.overdue(self._clock.now_s()):
                     is_draining = self._membership.use(name) is Use.DRAINS
                     what = "drains, and nobody here asked for it" if is_draining else "runs but cannot be used"
-                    self._say(f"{name} {what}; replacing it")
-                    self._replaced.add(name)
-                    await self._launcher.kill(name)
+                    await self._replace(name, what)
                 if not self._membership.starting():
                     self._settled.set()
                 with contextlib.suppress(TimeoutError):
@@ -424,6 +441,7 @@ class Supervisor:
         """Record the router's report on every member; without an answer the state of workers is unknown."""
         lives = lives_of(cluster)
         now_s = self._clock.now_s()
+        self._membership.looked(now_s)
         self.seen = None if cluster is None else Seen(cluster, now_s)
         self._num_silent = self._num_silent + 1 if cluster is None else 0
         for name in self._members:

@@ -1,7 +1,8 @@
 """Lease times: how often each side shows that it lives, and the silence after which it counts as lost.
 
-    router ◀── announcement ─── worker    WORKER_LEASE     the worker beats; silent: it gets no new requests
+    router ◀── announcement ─── worker    WORKER_LEASE     the worker beats; silent: it is forgotten
     router ◀───── session ────▶ worker    WORKER_LEASE     the worker beats; silent: its requests go elsewhere
+                                          SUSPECT_AFTER_S  and before that it gets no new requests
                                           ROUTER_LEASE     the router beats; silent: its requests end
     decode ◀──── hand-over ───▶ prefill   HANDOVER_LEASE   both beat; silent: decode computes the prompt
       face ◀────── link ─────── engine    ENGINE_LEASE     the engine beats; silent with work: health is bad
@@ -39,10 +40,13 @@ class Lease:
             )
 
 
-WORKER_LEASE = Lease(beat_s=0.5, silence_s=2.0)
+WORKER_LEASE = Lease(beat_s=0.2, silence_s=2.0)
 ROUTER_LEASE = Lease(beat_s=0.5, silence_s=5.0)  # longer: a router that pauses must not cost all requests of a worker
 HANDOVER_LEASE = Lease(beat_s=0.5, silence_s=2.0)
 ENGINE_LEASE = Lease(beat_s=0.1, silence_s=2.0)
+
+SUSPECT_AFTER_S = 0.75
+"""Silence after which a worker gets no new requests: three beats. It costs nothing if the worker was only late."""
 
 ORPHAN_GRACE_S = 5.0
 """Time that the requests of a lost router run on, so that it or another one can take them up again."""

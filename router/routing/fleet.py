@@ -1,6 +1,6 @@
 """Known workers with their states and loads, updated by events. Pure: knows no network and reads no clock.
 
-    joining ── session up ──▶ live ◀── heard again ──▶ suspect    no message for 1 s, no session, or no step
+    joining ── session up ──▶ live ◀── heard again ──▶ suspect    no message for 0.75 s, no session, or no step
                                │                          │
                                └─ reports it ▶ draining   └── neither announce nor session for 2 s ──▶ gone
 
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from ...core.lease import WORKER_LEASE
+from ...core.lease import SUSPECT_AFTER_S, WORKER_LEASE
 from ...core.request import Role, SequenceKey
 from .cordoned import CordonedGpus
 from .facts import LoadFacts, ModelFacts, WorkerFacts, WorkerKey, WorkerState
@@ -22,14 +22,17 @@ from .known_worker import Dispatched, Worker
 from .lost_workers import LostWorkers
 from .prompt_sums import PromptSums
 
+TICK_S = 0.2
+"""Longest time between two ticks that counts as silence of the workers: what exceeds it is a pause of our own."""
+
 
 @dataclass(frozen=True, slots=True)
 class FleetLimits:
     """Timeouts for silent workers, in seconds, and the largest number of workers."""
 
-    suspect_after_s: float = WORKER_LEASE.silence_s / 2
+    suspect_after_s: float = SUSPECT_AFTER_S
     silent_after_s: float = WORKER_LEASE.silence_s
-    stall_after_s: float = 15.0  # the step loop's count stands still while it claims to work
+    stall_after_s: float = 15.0  # the step loop's count stands still while it claims to work: of a worker without times
     max_workers: int = 1024
     return_s: float = 30.0  # a lost decode worker may come back within this time
 
@@ -148,7 +151,7 @@ class Fleet:
             self.cordoned.see(key.worker_id, load.gpus, now_s)
 
     def tick(self, now_s: float) -> list[FleetChange]:
-        """Find workers that fell silent. Call at least every 0.2 s: a long gap counts as a pause of this process."""
+        """Find workers that fell silent. Call at least every TICK_S: a longer gap counts as a pause of this process."""
         self._forgive_own_pause(now_s)
         self.lost.tick(now_s)
         changes: list[FleetChange] = []
@@ -157,7 +160,8 @@ class Fleet:
             if worker.session_up:
                 silence_s = now_s - worker.beat_s
                 worker.silent = silence_s > limits.suspect_after_s
-                worker.stalled = now_s - worker.step_changed_s > limits.stall_after_s and worker.phase != "idle"
+                stall_s = worker.stall_s(limits.stall_after_s)
+                worker.stalled = now_s - worker.step_changed_s > stall_s and worker.phase != "idle"
                 if silence_s > limits.silent_after_s:
                     changes += self.session_down(worker.facts.key, now_s, f"silent for {silence_s:.1f} s")
             elif now_s - worker.heard_s > limits.silent_after_s:
@@ -267,10 +271,13 @@ class Fleet:
         return [FleetChange(Change.GONE, worker.facts, reason, has_left=worker.draining)]
 
     def _forgive_own_pause(self, now_s: float) -> None:
-        """Do not count a pause of this process as silence of the workers."""
-        pause_s = 0.0 if self._ticked_s is None else now_s - self._ticked_s
+        """Do not count a pause of this process as silence of the workers.
+
+        What a tick may take counts all the same, so that a router that is always late still finds a frozen worker.
+        """
+        pause_s = 0.0 if self._ticked_s is None else now_s - self._ticked_s - TICK_S
         self._ticked_s = now_s
-        if pause_s > self._limits.suspect_after_s / 2:
+        if pause_s > 0.0:
             for worker in self._workers.values():
                 worker.heard_s = min(now_s, worker.heard_s + pause_s)
                 worker.beat_s = min(now_s, worker.beat_s + pause_s)

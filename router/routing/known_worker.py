@@ -20,6 +20,12 @@ AHEAD_BATCHES = 2
 LEAST_BATCH_TOKENS = 512
 """Smallest step that counts for these, of a worker that announced a smaller one or none."""
 
+STALL_STEPS = 5.0
+"""A step that takes so many times the longest one that is to be expected stands still."""
+
+LEAST_STALL_S = 1.0
+"""And at least so long, however short the steps are."""
+
 MAX_SLOWDOWN = 100.0
 """Largest factor of a throttled GPU that counts, whatever a worker reports."""
 
@@ -76,6 +82,18 @@ class Worker:
         """Factor on predicted times while a GPU of it is throttled; 1: none is."""
         slowdowns = [gpu.slowdown for gpu in self.gpus if gpu.verdict == "throttled"]
         return max((min(MAX_SLOWDOWN, max(1.0, slowdown)) for slowdown in slowdowns), default=1.0)  # NaN counts as 1
+
+    def stall_s(self, otherwise_s: float) -> float:
+        """Time without a step after which the step loop stands still, by the worker's own times; at most `otherwise_s`.
+
+        The longest step computes as many prompt tokens as it may, behind a whole context.
+        """
+        load, most = self.load, max(LEAST_BATCH_TOKENS, self.facts.max_batch_tokens)
+        if not load.prefill_ms_per_token:
+            return otherwise_s
+        pairs = most * max(most, self.facts.model.max_model_len)
+        longest_ms = load.decode_step_ms + most * load.prefill_ms_per_token + pairs * load.prefill_ms_per_token_pair
+        return min(otherwise_s, max(LEAST_STALL_S, STALL_STEPS * self.slowdown * longest_ms / 1000))
 
     @property
     def queued_prefill_tokens(self) -> int:

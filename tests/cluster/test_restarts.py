@@ -3,7 +3,15 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twostroke.cluster.restarts import BackOff, Patience, RestartBook, Standing, Use
+from twostroke.cluster.restarts import (
+    LONGEST_LOOK_S,
+    STOPPED_LOOKS,
+    BackOff,
+    Patience,
+    RestartBook,
+    Standing,
+    Use,
+)
 
 
 def test_a_dead_member_is_due_at_once_the_first_time():
@@ -183,3 +191,29 @@ def test_a_new_process_is_of_use_until_the_opposite_is_seen():
     members.ended("decode-0", "killed", 3.0)
     members.started("decode-0", 3.0)
     assert members.use("decode-0") is Use.SERVES
+
+
+def test_a_pause_of_our_own_is_no_absence_of_a_member():
+    members = _serving("decode-0", Patience(missing_s=20.0, starting_s=20.0))
+    members.want("decode-1", 0.0)
+    members.started("decode-1", 0.0)
+    members.looked(1.0)
+    members.seen("decode-0", Use.NONE, 1.0)
+    members.looked(101.0)  # the machine stood still
+    members.seen("decode-0", Use.NONE, 101.0)
+    assert members.overdue(101.0) == []
+    members.looked(101.0 + LONGEST_LOOK_S)  # as long as a look may take
+    assert members.overdue(112.0) == []
+    assert members.overdue(116.5) == ["decode-0", "decode-1"]
+
+
+def test_a_process_that_stands_still_is_ended_once_and_looks_count_not_time():
+    members = _serving("decode-0", Patience())
+
+    def looks(*stopped: bool) -> list[bool]:
+        return [members.stands_still("decode-0", is_stopped=is_stopped) for is_stopped in stopped]
+
+    assert looks(*[True] * (STOPPED_LOOKS - 1), False) == [False] * STOPPED_LOOKS  # it goes on
+    assert looks(*[True] * (STOPPED_LOOKS + 1)) == [False] * (STOPPED_LOOKS - 1) + [True, False]
+    members.stop("decode-0")
+    assert looks(*[True] * 2 * STOPPED_LOOKS) == [False] * 2 * STOPPED_LOOKS  # who told it to stop sees to its end

@@ -250,7 +250,7 @@ _CLUSTER = [
     ),
     Mutant("cluster/supervisor.py", "name, use if is_heard else None, now_s)", "name, use, now_s)"),
     Mutant("cluster/supervisor.py", "            if end.is_certain:\n", "            if False:\n"),
-    Mutant("cluster/supervisor.py", "                    await self._launcher.kill(name)\n", ""),
+    Mutant("cluster/supervisor.py", "        self._replaced.add(name)\n        await self._launcher.kill(name)\n", ""),
 ]
 
 _LATER = [

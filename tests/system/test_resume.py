@@ -1,5 +1,6 @@
 """Streams of the official client while their decode worker is killed or frozen: they say what they say undisturbed."""
 
+import contextlib
 import json
 import os
 import random
@@ -153,7 +154,8 @@ def disturb(cluster: Any, client: openai.OpenAI, kinds: list[str], how: signal.S
     for thread in threads:
         thread.join(PATIENCE_S)
     if how == signal.SIGSTOP:
-        os.kill(pids[victim], signal.SIGCONT)
+        with contextlib.suppress(ProcessLookupError):  # the supervisor has replaced it, or is about to
+            os.kill(pids[victim], signal.SIGCONT)
     return told, [facts_of(cluster, f"/v1/requests/{one.name}/explain") for one in told]
 
 
