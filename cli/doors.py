@@ -8,7 +8,7 @@ import os
 import signal
 from typing import Any
 
-from ..cluster.deployment.processes import named_in
+from ..cluster.deployment.keeper import may_live
 from ..cluster.launch.member_log import MemberLog
 from ..cluster.operations.control import Control
 from ..cluster.operations.run_folder import LOG_NAME, RunFolder, State
@@ -89,7 +89,7 @@ def check_nobody_lives(folder: RunFolder) -> None:
         ConfigError: some do; with the remedies.
     """
     port = folder.path.name
-    if any(named_in(folder.path)):
+    if may_live(folder.path):
         raise ConfigError(
             f"members of a cluster that nobody supervises live at port {port}: `twostroke up` with the settings that "
             f"it was started with supervises them, `twostroke down --grpc 127.0.0.1:{port}` ends them; or give another "

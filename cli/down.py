@@ -11,10 +11,8 @@ from pathlib import Path
 
 import typer
 
-from ..cluster.deployment.keeper import read_record
-from ..cluster.deployment.leftovers import end_all
-from ..cluster.deployment.processes import named_in
-from ..cluster.deployment.record import Unreadable
+from ..cluster.deployment.keeper import end_leftovers, may_live
+from ..cluster.launch.launchers import traces_of
 from ..cluster.operations.control import command
 from ..cluster.operations.run_folder import RunFolder, State
 from ..core.errors import ConfigError, TwostrokeError
@@ -63,16 +61,12 @@ def _end_leftovers(folder: RunFolder, state: State | None) -> bool:
     """End the members that no supervisor has, and remove the folder; returns True if there were some.
 
     Raises:
-        ConfigError: a supervisor has come.
+        ConfigError: a supervisor has come, or the Ray that they were started on cannot be joined.
     """
-    if not folder.path.exists() and not any(named_in(folder.path)):
+    if not folder.path.exists() and not may_live(folder.path):
         return False
     folder.hold()
-    try:
-        record = read_record(folder.path)
-    except Unreadable:
-        record = None  # the members carry the folder's name all the same
-    num_ended = end_all(folder.path, record, state.drain_timeout_s if state else DRAIN_S)
+    num_ended = end_leftovers(folder.path, state.drain_timeout_s if state else DRAIN_S, traces_of)
     folder.release()
     return num_ended > 0
 

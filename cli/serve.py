@@ -18,6 +18,7 @@ from ..cluster.config import Config
 from ..cluster.deployment.adoption import serves_on
 from ..cluster.deployment.keeper import Deployment, claim, outlives
 from ..cluster.fit import machine_of
+from ..cluster.launch.launchers import traces_of
 from ..cluster.model_facts import model_facts
 from ..cluster.operations.run_folder import RunFolder
 from ..cluster.placement import Plan, bytes_beside_workers, place
@@ -200,7 +201,7 @@ async def _serve(config: Config, stop: Stop, *, detached: bool) -> int:
             if held is None and not folder.is_held:
                 check_nobody_lives(folder)
             elif held is not None and outlives(config):
-                deployment = await asyncio.to_thread(claim, held.path, config)
+                deployment = await asyncio.to_thread(claim, held.path, config, traces_of)
             if deployment is not None and deployment.is_adopted:
                 config, plan = deployment.again()
             else:

@@ -17,8 +17,7 @@ import yaml
 
 from ..cli import options as o
 from ..cluster.config import Config
-from ..cluster.deployment.keeper import read_record
-from ..cluster.deployment.processes import named_in
+from ..cluster.deployment.keeper import may_live, read_record
 from ..cluster.deployment.record import Unreadable
 from ..cluster.launch.environment import member_environment
 from ..cluster.launch.member_log import MemberLog
@@ -50,8 +49,8 @@ def up(
     All other settings: `--config` and the environment, as for `serve`. One cluster runs per gRPC port. Its folder
     ($XDG_RUNTIME_DIR/twostroke/PORT, else twostroke-run-UID/PORT in the folder for temporary files) has its log.
 
-    With --launcher process its members outlive the process that supervises them: if that is killed, they serve on, and
-    `up` with the same settings supervises them again and starts those that have died.
+    Its members outlive the process that supervises them: if that is killed, they serve on, and `up` with the same
+    settings supervises them again and starts those that have died. (Not so on a Ray that is started for them.)
     """
     settings = _with_fixed_ports(o.config_from(locals()))
     folder = RunFolder(settings.router.grpc_port)
@@ -148,7 +147,7 @@ def _tidy(folder: RunFolder) -> None:
     """Remove the folder, unless somebody of a cluster lives there."""
     with contextlib.suppress(ConfigError):
         folder.hold()
-        if any(named_in(folder.path)):
+        if may_live(folder.path):
             folder.let_go()
         else:
             folder.release()

@@ -72,7 +72,7 @@ class Supervisor:
         site = Site(
             *(self.config, plan.model.directory, plan.model.name, internal_ports, certificates.by_role),
             router_host,
-            *(() if deployment is None else (deployment.name, deployment.logs)),
+            *(() if deployment is None else (deployment.name, deployment.namespace, deployment.logs)),
         )
         self.internal_addresses = site.internal_addresses  # of the routers
         self._launcher = launcher_class(self.config)(site)
@@ -191,7 +191,8 @@ class Supervisor:
             self._membership.started(name, self._clock.now_s())
             self._processes.add(name)
             if await self._launcher.adopt(self._members[name], handle, self._ended):
-                self._say(f"{name} lives and is adopted (process {handle.partition(' ')[0]})")
+                number, _, actor = handle.partition(" ")
+                self._say(f"{name} lives and is adopted ({f'process {number}' if number.isdecimal() else actor})")
             else:
                 self._ended(name, ProcessEnd("it ended before it was adopted"))
         for name in [name for name in self._going if name not in living]:

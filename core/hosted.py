@@ -40,6 +40,7 @@ class Hosted:
 
     def __init__(self, build: Callable[[], Server], grace_s: float) -> None:
         self._grace_s = grace_s
+        self._end: str | None = None
         self._wanted_gone = threading.Event()
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, lambda *_: self._wanted_gone.set())
@@ -57,9 +58,18 @@ class Hosted:
     def run(self) -> str:
         """Block until `stop`, SIGTERM or the server's own end; then drain. Returns a description of the end.
 
+        A second call, of another supervisor, follows the first one and says the same.
+
         Raises:
             DeviceFault: the server ended because of its device.
         """
+        if self._end is None:
+            self._end = self._run()
+        if self._server.fault is not None:
+            raise self._server.fault
+        return self._end
+
+    def _run(self) -> str:
         keep_present_objects()
         self._wanted_gone.wait()
         is_broken = self._server.ended.is_set()
@@ -67,8 +77,6 @@ class Hosted:
         self._call(self._server.stop(grace_s), grace_s + 5.0)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(5.0)
-        if self._server.fault is not None:
-            raise self._server.fault
         return "ended by its own fault; its log has more" if is_broken else "stopped"
 
     def stop(self) -> None:

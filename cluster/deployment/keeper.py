@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,13 @@ from ..config import Config
 from ..placement import Plan
 from ..prepare import prepare_again
 from .adoption import Adopt, Given, Refuse, decide
-from .leftovers import end_now
+from .leftovers import Traces
 from .processes import can_outlive, name_of, named_in
 from .record import FORMAT, Changing, PlanRecord, Ports, Record, Unreadable, parse
 from .settings import digests, has_own_key
 
 RECORD, KEYS, LOGS = "deployment.json", "keys.json", "members"
+TracesOf = Callable[[Path, Iterable[str | None]], Sequence[Traces]]
 _ID_BYTES = 8
 _SALT_BYTES = 16
 
@@ -51,6 +52,13 @@ class Deployment:
     def name(self) -> str:
         """The name that each member carries."""
         return name_of(self._folder, self.id)
+
+    @property
+    def namespace(self) -> str:
+        """The namespace of its actors on a Ray."""
+        from ..launch.ray_detached import namespace_of
+
+        return namespace_of(self._folder, self.id)
 
     @property
     def logs(self) -> Path:
@@ -89,9 +97,10 @@ class Deployment:
             kept["tls"] = {caller.value: section.model_dump(mode="json") for caller, section in tls.items()}
         if kept:
             _write(self._folder / KEYS, json.dumps(kept).encode())
-        launcher, settings = config.cluster.launcher, digests(self._given, salt)
+        launched = (config.cluster.launcher, config.cluster.ray_address)
+        settings = digests(self._given, salt)
         self._record = Record(
-            FORMAT, __version__, self.id, launcher, salt, settings, PlanRecord.of(plan, config), ports, now
+            FORMAT, __version__, self.id, *launched, salt, settings, PlanRecord.of(plan, config), ports, now
         )
         self._save()
 
@@ -106,36 +115,65 @@ class Deployment:
 
 
 def outlives(config: Config) -> bool:
-    """True if members of a detached cluster outlive its supervisor here: with child processes, on Linux."""
+    """True if members of a detached cluster outlive its supervisor: child processes on Linux, actors of a joined Ray.
+
+    A Ray of our own ends with the process that started it, and its actors with it.
+    """
+    if config.cluster.launcher == "ray":
+        return config.cluster.ray_address not in (None, "local")
     return config.cluster.launcher == "process" and can_outlive()
 
 
-def claim(folder: Path, given: Config) -> Deployment:
+def claim(folder: Path, given: Config, traces_of: TracesOf) -> Deployment:
     """Adopt the deployment of a run folder whose lock the caller holds, or make a new one; ends members of dead ones.
+
+    `traces_of`: launch.launchers.traces_of.
 
     Raises:
         ConfigError: its members live, and cannot be supervised with these settings; with the reason and the remedy.
     """
     port = folder.name
-    found = {named.identity.handle: named.deployment for named in named_in(folder)}
-    try:
-        record = read_record(folder)
-    except Unreadable as error:
-        if found:
-            raise ConfigError(
-                _with_remedy(f"{len(found)} members serve without a supervisor, and {error}", port)
-            ) from None
-        record = None
+    record, unread = _record_or_reason(folder)
+    places = traces_of(folder, (given.cluster.ray_address, record.ray_address if record else None))
+    found_at = [(place, place.found()) for place in places]
+    found = {handle: deployment for _, there in found_at for handle, deployment in there.items()}
+    if unread and found:
+        raise ConfigError(_with_remedy(f"{len(found)} members serve without a supervisor, and {unread}", port))
     settings = digests(given, record.salt) if record else {}
     decision = decide(record, found, Given(__version__, given.cluster.launcher, settings))
     if isinstance(decision, Refuse):
         raise ConfigError(_with_remedy(decision.reason, port))
-    end_now(decision.strays)
+    for place, there in found_at:
+        place.end_now([handle for handle in decision.strays if handle in there])
     if isinstance(decision, Adopt):
         return Deployment(folder, given, record, decision.living)
     for name in (RECORD, KEYS):
         (folder / name).unlink(missing_ok=True)
     return Deployment(folder, given, None, {})
+
+
+def end_leftovers(folder: Path, drain_s: float, traces_of: TracesOf) -> int:
+    """End all members of a run folder whose lock the caller holds; returns how many there were.
+
+    Raises:
+        ConfigError: the Ray that they were started on cannot be joined.
+    """
+    record, _ = _record_or_reason(folder)
+    places = traces_of(folder, (record.ray_address if record else None,))
+    return sum(place.end_all(record, drain_s) for place in places)
+
+
+def may_live(folder: Path) -> bool:
+    """True if members of a deployment live there, or may live on a Ray."""
+    record, _ = _record_or_reason(folder)
+    return any(named_in(folder)) or (record is not None and record.launcher == "ray")
+
+
+def _record_or_reason(folder: Path) -> tuple[Record | None, str]:
+    try:
+        return read_record(folder), ""
+    except Unreadable as error:
+        return None, str(error)
 
 
 def read_record(folder: Path) -> Record | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
+from typing import Protocol
 
 from .processes import ProcessIdentity, kill_group, named_in, send, wait_for_ends
 from .record import Record
@@ -14,30 +15,52 @@ _BEYOND_DRAIN_S = 2.0
 _ROUNDS = 3  # a member that was being created may come into sight after the first
 
 
-def end_now(handles: Iterable[str]) -> None:
-    """End processes at once."""
-    identities = [identity for handle in handles if (identity := ProcessIdentity.of_handle(handle))]
-    for identity in identities:
-        kill_group(identity)
-    wait_for_ends(identities, _KILLED_S)
+class Traces(Protocol):
+    """Members of the deployments of one run folder in one place: on this machine, or on a Ray."""
+
+    def found(self) -> dict[str, str]:
+        """Handle of each living member, and its deployment."""
+        ...
+
+    def end_now(self, handles: Collection[str]) -> None:
+        """End members at once."""
+        ...
+
+    def end_all(self, record: Record | None, drain_s: float) -> int:
+        """End all of them, routers first, each after a drain; returns how many there were."""
+        ...
 
 
-def end_all(folder: Path, record: Record | None, drain_s: float) -> int:
-    """End all members that carry the name of a deployment of this folder: routers first, so that streams can end.
+class ProcessTraces:
+    """Child processes, of a supervisor that is gone."""
 
-    The caller holds the folder's lock. Returns how many there were; 0: none.
-    """
-    known = {member.handle: member.plan.kind for member in record.now.members.values()} if record else {}
-    num_ended = 0
-    for _ in range(_ROUNDS):
-        found = [named.identity for named in named_in(folder)]
-        if not found:
-            break
-        num_ended += len(found)
-        routers = [identity for identity in found if known.get(identity.handle) == "router"]
-        for group in (routers, [identity for identity in found if identity not in routers]):
-            _end(group, drain_s)
-    return num_ended
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def found(self) -> dict[str, str]:
+        """Implements `Traces.found`."""
+        return {named.identity.handle: named.deployment for named in named_in(self._folder)}
+
+    def end_now(self, handles: Collection[str]) -> None:
+        """Implements `Traces.end_now`."""
+        identities = [identity for handle in handles if (identity := ProcessIdentity.of_handle(handle))]
+        for identity in identities:
+            kill_group(identity)
+        wait_for_ends(identities, _KILLED_S)
+
+    def end_all(self, record: Record | None, drain_s: float) -> int:
+        """Implements `Traces.end_all`."""
+        known = {member.handle: member.plan.kind for member in record.now.members.values()} if record else {}
+        num_ended = 0
+        for _ in range(_ROUNDS):
+            found = [named.identity for named in named_in(self._folder)]
+            if not found:
+                break
+            num_ended += len(found)
+            routers = [identity for identity in found if known.get(identity.handle) == "router"]
+            for group in (routers, [identity for identity in found if identity not in routers]):
+                _end(group, drain_s)
+        return num_ended
 
 
 def _end(identities: list[ProcessIdentity], drain_s: float) -> None:

@@ -102,6 +102,7 @@ class Record:
     release: str
     deployment: str  # id: random, carried by every member
     launcher: str
+    ray_address: str | None  # of a Ray that was joined
     salt: str
     settings: dict[str, str]  # digests (settings.py)
     plan: PlanRecord

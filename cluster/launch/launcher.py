@@ -33,6 +33,7 @@ class Site:
     tls: Mapping[Caller, TlsConfig] | None = None  # certificates by role
     router_host: str = LOOPBACK  # address of the routers' machine, as workers reach it
     member_name: str = ""  # of a deployment: each member carries it, and outlives this process. Empty: it ends with it
+    namespace: str = ""  # of a deployment, on a joined Ray
     log_folder: Path | None = None  # of the members of a deployment
 
     @property

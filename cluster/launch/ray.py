@@ -23,8 +23,9 @@ from ..nodes import stand_in
 from ..placement import ProcessPlan
 from .last_words import ProcessEnd, end_of_error
 from .launcher import Ended, Site, worker_settings
+from .ray_detached import lives, named_actor
 from .ray_nodes import living_nodes, on_node
-from .ray_session import RaySession
+from .ray_session import NAMESPACE, RaySession
 
 if TYPE_CHECKING:
     from ...router.process import RouterProcess
@@ -34,36 +35,58 @@ log = logging.getLogger(__name__)
 
 
 class RayLauncher:
-    """One named actor per member, on a local Ray of our own or a given cluster."""
+    """One named actor per member, on a local Ray of our own or a given cluster.
+
+    Those of a deployment are detached, in a namespace of its own: they outlive this process. Others end with it.
+    """
 
     def __init__(self, site: Site) -> None:
         self._site = site
-        self._session = RaySession(site.config.cluster.ray_address)
+        self._session = RaySession(site.config.cluster.ray_address, site.namespace or NAMESPACE)
         self._opened = False
         self._executor = ThreadPoolExecutor(1, "ray")  # Ray's processes end with the thread that started them
         self._actors: dict[str, Any] = {}
         self._watchers: dict[str, asyncio.Task[None]] = {}
         self._nodes: dict[str, str] = {}  # of each member, now or last
+        self._handles: dict[str, str] = {}
 
     async def start(self, member: ProcessPlan, ended: Ended) -> None:
         """Create the actor; it starts serving in its constructor."""
-        if not self._opened:
-            await asyncio.get_running_loop().run_in_executor(self._executor, self._session.open)
-            self._opened = True
+        await self._open()
         if member.node:
             member = await asyncio.get_running_loop().run_in_executor(self._executor, self._on_living_node, member)
         self._nodes[member.name] = member.node
-        actor = self._create(member)
-        self._actors[member.name] = actor
-        self._watchers[member.name] = asyncio.create_task(self._watch(member.name, actor, ended))
+        name = f"{member.name}-{os.urandom(3).hex()}"  # the name of a dead actor stays in use for a while
+        actor = self._create(member, name)
+        self._handles[member.name] = f"{self._site.namespace} {name}"
+        self._watch_from_now(member.name, actor, ended)
 
-    async def adopt(self, _member: ProcessPlan, _handle: str, _ended: Ended) -> bool:
-        """Always False: our actors end with the process that made them."""
-        return False
+    async def _open(self) -> None:
+        if not self._opened:
+            await asyncio.get_running_loop().run_in_executor(self._executor, self._session.open)
+            self._opened = True
 
-    def handle(self, _: str) -> str | None:
-        """Always None, for the same reason."""
-        return None
+    def _watch_from_now(self, name: str, actor: Any, ended: Ended) -> None:
+        self._actors[name] = actor
+        self._watchers[name] = asyncio.create_task(self._watch(name, actor, ended))
+
+    async def adopt(self, member: ProcessPlan, handle: str, ended: Ended) -> bool:
+        """Take over a detached actor, by its name. False: it has ended."""
+        await self._open()
+        self._nodes[member.name] = member.node
+        try:
+            actor = await asyncio.to_thread(named_actor, handle)
+        except ValueError:
+            return False
+        if not await asyncio.to_thread(lives, actor):
+            return False
+        self._handles[member.name] = handle
+        self._watch_from_now(member.name, actor, ended)
+        return True
+
+    def handle(self, name: str) -> str | None:
+        """The actor's namespace and name. None: it does not run, or ends with this process."""
+        return self._handles.get(name) if self._site.member_name else None
 
     def is_stopped(self, _: str) -> bool:
         """Always False: an actor may be on another machine."""
@@ -101,6 +124,8 @@ class RayLauncher:
         """End our own Ray with all its processes; disconnect from a joined one, which then ends our actors."""
         for watcher in self._watchers.values():
             watcher.cancel()
+        if self._site.member_name:  # nobody else would end them
+            await asyncio.gather(*(self.kill(name) for name in list(self._actors)))
         await asyncio.to_thread(self._session.abort)
         self._executor.shutdown(wait=False)
 
@@ -113,19 +138,22 @@ class RayLauncher:
         """Always empty: the output of actors is in Ray's own files."""
         return ""
 
-    def _create(self, member: ProcessPlan) -> Any:
+    def _create(self, member: ProcessPlan, name: str) -> Any:
         site, grace_s = self._site, self._site.config.cluster.drain_timeout_s
         if member.kind == "router":
             settings = site.router_settings(member)
             reads_defaults = site.config.model.generation_config == "auto"
             tls = site.tls_of(Caller.ROUTER)
             build = _BuildRouter(settings, site.config.cluster.key, reads_defaults=reads_defaults, tls=tls)
-            return _actor(Router, member).remote(build, grace_s)
+            return self._options(Router, member, name).remote(build, grace_s)
         kind = PrefillWorker if member.role is Role.PREFILL else DecodeWorker
         worker = worker_settings(site, member)
         if member.node:
             worker = worker.model_copy(update={"gpu": 0})  # the process sees no other than its own
-        return _actor(kind, member).remote(_BuildWorker(worker), grace_s)
+        return self._options(kind, member, name).remote(_BuildWorker(worker), grace_s)
+
+    def _options(self, kind: type[Hosted], member: ProcessPlan, name: str) -> Any:
+        return _actor(kind, member, name, is_detached=bool(self._site.member_name))
 
     def _on_living_node(self, member: ProcessPlan) -> ProcessPlan:
         """The member on its node; if that is gone, on another (nodes.py).
@@ -148,8 +176,11 @@ class RayLauncher:
             end = ProcessEnd(str(await _settled(actor.run.remote())))
         except ray.exceptions.RayError as error:
             end = end_of_error(str(error))
+        if self._site.member_name:  # a detached actor's process stays when its server has ended
+            ray.kill(actor, no_restart=True)
         if self._actors.get(name) is actor:
             del self._actors[name], self._watchers[name]
+            self._handles.pop(name, None)
         ended(name, end)
 
 
@@ -181,7 +212,7 @@ class _BuildWorker:
         return WorkerProcess(self._settings.model_copy(update={"model_directory": str(directory)}))
 
 
-def _actor(kind: type[Hosted], member: ProcessPlan) -> Any:
+def _actor(kind: type[Hosted], member: ProcessPlan, name: str, *, is_detached: bool) -> Any:
     """The actor class with our options; `stop` and `pid` answer while `run` blocks."""
     import ray
 
@@ -189,7 +220,8 @@ def _actor(kind: type[Hosted], member: ProcessPlan) -> Any:
     control = ray.method(concurrency_group="control")
     remote_kind = type(kind.__name__, (kind,), {"stop": control(_stop), "pid": control(_pid)})
     return remote(concurrency_groups={"control": 2})(remote_kind).options(
-        name=f"{member.name}-{os.urandom(3).hex()}",  # the name of a dead actor stays in use for a while
+        name=name,
+        lifetime="detached" if is_detached else None,
         num_cpus=0,
         # On a joined Ray, others may want GPUs too, so it counts and assigns them. On our own we place them ourselves
         # (settings.gpu), and Ray must not hide them from an actor that asked for none.

@@ -48,8 +48,9 @@ _LOG_LIMITS = {  # per file; without them an actor's output has no bound
 class RaySession:
     """Ray, from `open` to `close` or `abort`. The thread that calls `open` must live as long as Ray."""
 
-    def __init__(self, address: str | None) -> None:
+    def __init__(self, address: str | None, namespace: str = NAMESPACE) -> None:
         self._address = None if address == "local" else address
+        self._namespace = namespace
         self._scratch = Scratch("ts-ray-")  # short: Ray keeps unix sockets below it
         self._opener: threading.Thread | None = None
         self._is_aborted = False
@@ -100,7 +101,7 @@ class RaySession:
 
         _check_answers(address)  # Ray itself would try for minutes
         # A submitted job has its own working folder already, and Ray accepts no second one.
-        ray.init(address=address, **_common(None if _SUBMITTED in os.environ else empty))
+        ray.init(address=address, **_common(None if _SUBMITTED in os.environ else empty, self._namespace))
 
     def _start(self, folder: Path, empty: Path) -> None:
         folder.mkdir()
@@ -117,7 +118,7 @@ class RaySession:
                     num_cpus=1,  # actors ask for none: cluster/placement.py assigns the threads
                     object_store_memory=_OBJECT_STORE_BYTES,
                     _system_config={"worker_niceness": 0},  # with the default of 15 a busy machine starves workers
-                    **_common(empty),
+                    **_common(empty, self._namespace),
                 )
             ray_guard.check_loopback()
 
@@ -175,11 +176,11 @@ def _shut_down() -> None:
         sys.modules["ray"].shutdown()
 
 
-def _common(empty: Path | None) -> dict[str, Any]:
+def _common(empty: Path | None, namespace: str) -> dict[str, Any]:
     """Options of every `ray.init`.
 
     Ray puts the working folder and the script's folder of the driver first on its workers' search path, unless the job
     has a working folder of its own. So the job gets the folder `empty`.
     """
-    given: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "ERROR"}
+    given: dict[str, Any] = {"namespace": namespace, "log_to_driver": False, "logging_level": "ERROR"}
     return given | ({"runtime_env": {"working_dir": str(empty)}} if empty else {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import planted_adapters
+import planted_adoption
 import planted_api
 import planted_certificates
 import planted_doors
@@ -109,6 +110,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/worker/test_worker_handover.py",
         "tests/worker/test_worker_faults.py",
     ),
+    "router/routing/known_worker": ("tests/router/routing/test_stall.py", *_PURE),
     "router/routing/prefixes": ("tests/router/routing/test_prefixes.py", *_PURE),
     "router/requests/dispatch": (*_FLOW, "tests/router/requests/test_flow_lives.py"),
     "router/workers/registry": (
@@ -175,6 +177,8 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/decode_worker/test_choice.py",
     ),
     "text/": ("tests/text/test_incremental.py", "tests/text/test_behind_prompt.py"),
+    "cluster/deployment/processes": ("tests/cluster/deployment/test_processes.py",),
+    "cluster/deployment/": ("tests/cluster/deployment/test_adoption.py",),
     "cluster/devices": ("tests/cluster/test_devices.py",),
     "cluster/planner/": ("tests/cluster/planner/test_law.py",),
     "cluster/operations/room": ("tests/cluster/operations/test_room.py",),
@@ -203,5 +207,6 @@ MUTANTS = [
     *planted_gpu.MUTANTS,
     *planted_certificates.MUTANTS,
     *planted_scaling.MUTANTS,
+    *planted_adoption.MUTANTS,
     *planted_speculation.MUTANTS,
 ]

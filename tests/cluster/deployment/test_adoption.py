@@ -42,7 +42,9 @@ def record(tiny_checkpoint: Path) -> Record:
     members = {member.name: MemberRecord(member, handles[member.name]) for member in plan.members}
     now = Changing(members, (), (), {"prefill": 1, "decode": 2})
     ports = Ports(8000, 8001, (9000,))
-    return Record(FORMAT, "1", "us", "process", SALT, digests(config, SALT), PlanRecord.of(plan, config), ports, now)
+    return Record(
+        FORMAT, "1", "us", "process", None, SALT, digests(config, SALT), PlanRecord.of(plan, config), ports, now
+    )
 
 
 def given(record: Record) -> Given:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from twostroke.cluster.deployment.leftovers import end_all, end_now
+from twostroke.cluster.deployment.leftovers import ProcessTraces
 from twostroke.cluster.deployment.processes import (
     NAME_OPTION,
     ProcessIdentity,
@@ -111,21 +111,21 @@ def test_only_whole_names_of_the_same_folder_are_found(start: Start, tmp_path: P
         ours[0].pid: "a",
         ours[1].pid: "b",
     }
-    assert end_all(folder, None, PATIENCE_S) == 2
+    assert ProcessTraces(folder).end_all(None, PATIENCE_S) == 2
     assert [process.wait(PATIENCE_S) for process in ours] == [-signal.SIGTERM] * 2
     assert all(process.poll() is None for process in others)
-    assert end_all(folder, None, PATIENCE_S) == 0
+    assert ProcessTraces(folder).end_all(None, PATIENCE_S) == 0
 
 
 def test_who_does_not_end_is_killed_with_what_it_started(start: Start, tmp_path: Path):
     deaf = start(NAME_OPTION, name_of(tmp_path, "a"), program=DEAF)
     told(deaf)
-    assert end_all(tmp_path, None, -2.0) == 1  # without time to drain
+    assert ProcessTraces(tmp_path).end_all(None, -2.0) == 1  # without time to drain
     assert deaf.wait(PATIENCE_S) == -signal.SIGKILL
     family = start(program=FAMILY)
     child = identity_of(int(told(family)))
     assert child is not None
-    end_now([identity(family).handle])
+    ProcessTraces(tmp_path).end_now([identity(family).handle])
     assert family.wait(PATIENCE_S) == -signal.SIGKILL
     assert wait_for_ends([child], PATIENCE_S) == []
 
