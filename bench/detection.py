@@ -10,7 +10,8 @@ kills (SIGKILL) or freezes (SIGSTOP) a worker at a random moment and takes the t
     replaced   the supervisor has ended or missed its process, and its next one is due
     serving    a new process serves under its name
 
-`--how none` harms nobody for `--seconds` and counts how often a worker was not live or was replaced. `--burn N`: beside
+`--beat-alone`: the supervisor does not look at the processes themselves, as where they are on another machine, and
+replaces silent ones after 5 s: what is left is the beat. `--how none` harms nobody for `--seconds` and counts how often a worker was not live or was replaced. `--burn N`: beside
 N processes that compute without a pause at ordinary priority. Times have the resolution of the looks, 20 ms.
 """
 
@@ -30,6 +31,7 @@ from typing import Any
 
 from twostroke.client.async_client import AsyncClient
 from twostroke.cluster.config import load_config
+from twostroke.cluster.launch.process import ProcessLauncher
 from twostroke.cluster.model_facts import model_facts
 from twostroke.cluster.placement import place
 from twostroke.cluster.supervisor import Supervisor
@@ -184,6 +186,10 @@ async def measure(args: argparse.Namespace) -> None:
     flags = {"cluster.launcher": "process", "cluster.prefill": 1, "cluster.decode": 2, "step.num_threads": 1}
     flags |= {"router.port": 0, "router.grpc_port": 0, "cache.tokens": 16384, "model.max_model_len": 1024}
     config, told, rng = load_config(flags=flags), Told(), random.Random(args.seed)
+    if args.beat_alone:
+        cluster = config.cluster.model_copy(update={"replace_after_s": 5.0})
+        config = config.model_copy(update={"cluster": cluster})
+        ProcessLauncher.is_stopped = lambda *_: False  # type: ignore[method-assign]
     supervisor = Supervisor(config, place(config, machine_facts(), model_facts(config)), say=told)
     try:
         await supervisor.start()
@@ -224,6 +230,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--how", choices=["kill", "freeze", "none"], default="kill")
     parser.add_argument("--role", choices=["decode", "prefill"], default="decode")
+    parser.add_argument("--beat-alone", action="store_true")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--streams", type=int, default=4)
     parser.add_argument("--burn", type=int, default=0)
