@@ -11,8 +11,9 @@ kills (SIGKILL) or freezes (SIGSTOP) a worker at a random moment and takes the t
     serving    a new process serves under its name
 
 `--beat-alone`: the supervisor does not look at the processes themselves, as where they are on another machine, and
-replaces silent ones after 5 s: what is left is the beat. `--how none` harms nobody for `--seconds` and counts how often a worker was not live or was replaced. `--burn N`: beside
-N processes that compute without a pause at ordinary priority. Times have the resolution of the looks, 20 ms.
+replaces silent ones after 5 s: what is left is the beat. `--how none` harms nobody for `--seconds` and counts how often
+a worker was not live or was replaced. `--burn N`: beside N processes that compute without a pause at ordinary priority.
+Times have the resolution of the looks, 20 ms.
 """
 
 from __future__ import annotations

@@ -7,18 +7,15 @@ from mutant import Mutant
 MUTANTS = [
     Mutant("cluster/deployment/adoption.py", "found.get(handle) == record.deployment}", "handle in found}"),
     Mutant("cluster/deployment/adoption.py", "    if not living:\n        return Anew(tuple(found))\n", ""),
-    Mutant(
-        "cluster/deployment/adoption.py", "handle for handle in found if handle not in known", "handle for handle in ()"
-    ),
+    Mutant("cluster/deployment/adoption.py", "dead, _strays(found, living.values()))", "dead, ())"),
     Mutant(
         "cluster/deployment/adoption.py",
-        "handle for handle in found if handle not in known",
-        "handle for handle in found",
+        "    return tuple(handle for handle in found if handle not in known)\n",
+        "    return tuple(found)\n",
     ),
     Mutant("cluster/deployment/adoption.py", "    if record.release != given.release:", "    if False:"),
     Mutant("cluster/deployment/adoption.py", "    elif record.launcher != given.launcher:", "    elif False:"),
     Mutant("cluster/deployment/adoption.py", "return not is_asked if is_served else is_adopted", "return not is_asked"),
-    Mutant("cluster/deployment/adoption.py", "return not is_asked if is_served else is_adopted", "return is_served"),
     Mutant("cluster/deployment/settings.py", "        values[_KEY] = UNSET\n", "        pass\n"),
     Mutant("cluster/deployment/settings.py", "before.keys() | now.keys()", "before.keys() & now.keys()"),
     Mutant("cluster/deployment/settings.py", 'values["model.path"] = str(path.absolute())', "pass"),

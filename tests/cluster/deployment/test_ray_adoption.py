@@ -118,7 +118,7 @@ def test_actors_outlive_the_supervisor_and_another_one_adopts_them(home: RayHome
         stream = client.generate_stream("a long answer", max_tokens=200, temperature=0.0, ignore_eos=True)
         next(stream)
         home.kill_supervisor()
-        assert sum(len(choice.token_ids) for chunk in stream for choice in chunk.choices) > 100
+        assert sum(len(chunk.token_ids) for chunk in stream) > 100
         assert answer(client) == expected
 
         os.kill(before["decode-0"]["pid"], signal.SIGKILL)
