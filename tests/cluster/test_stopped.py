@@ -39,7 +39,6 @@ async def test_a_stopped_worker_is_replaced_and_so_is_a_stopped_router(tiny_chec
                 "decode-0 was stopped by a signal (SIGSTOP); replacing it",
                 "decode-0 ended (killed, to be replaced); starting it again in 0.0 s",
             ]
-            router = supervisor._launcher._processes["router-0"].pid  # type: ignore[attr-defined]
-            os.kill(router, signal.SIGSTOP)
+            os.kill((await client.cluster())["router"]["pid"], signal.SIGSTOP)
             await until(lambda: any("router-0 is ready" in line for line in said))
     assert sum("replacing it" in line for line in said) == 2

@@ -20,8 +20,11 @@ def lose(router: Router, name: str = "a") -> None:
 
 
 def pass_s(router: Router, seconds: int) -> None:
+    """Time passes; workers that have a session beat."""
     for _ in range(seconds):
         router.pass_s(1.0)
+        for worker in router.roster.fleet:
+            router.roster.beat(worker.facts.key, None, router.now_s)
         router.roster.tick(router.now_s, 100)
 
 
