@@ -138,7 +138,9 @@ def _wait(process: subprocess.Popen[bytes], folder: RunFolder, told: _Listener) 
         for line in told.news():
             typer.echo(line, err=True)
         with contextlib.suppress(TwostrokeError):
-            if asyncio.run(command(folder.socket, {"verb": "state"}, lambda _: None, ASK_S)).said == "serves":
+            is_served = asyncio.run(command(folder.socket, {"verb": "state"}, lambda _: None, ASK_S)).said == "serves"
+            state = folder.state()
+            if is_served and state is not None and state.pid == process.pid:  # not one that was quicker than ours
                 return
         time.sleep(POLL_S)
 
