@@ -33,6 +33,7 @@ from ..worker.machine import machine_facts
 from .doors import Doors, check_nobody_lives
 from .failure import fail
 from .fits import mib, show_fits
+from .greeting import commands
 
 LEFT_EXIT = 1  # of a supervisor whose members serve on
 
@@ -332,19 +333,9 @@ def _shown(program: str) -> str:
 def _greet(supervisor: Supervisor, plan: Plan) -> None:
     out = Console()
     url, name = supervisor.http_url, plan.model.name
-    messages = '[{"role": "user", "content": "What does os.path.join do?"}]'
-    body = f'{{"model": "{name}", "messages": {messages}, "max_tokens": 100}}'
     out.print(f"\n[bold]{name}[/bold] is served at [bold]{url}/v1[/bold] (OpenAI API)\n")
-    header = key = ""
-    if supervisor.config.router.has_keys:
-        print("  export TWOSTROKE_API_KEY=...  # a key of a client")
-        header, key = ' -H "authorization: Bearer $TWOSTROKE_API_KEY"', ", api_key=os.environ['TWOSTROKE_API_KEY']"
-    print(f"  curl {url}/v1/chat/completions -H 'content-type: application/json'{header} -d '{body}'")
-    client = f"Client('{supervisor.grpc_address}'{key})"
-    sdk = f"{'import os; ' if key else ''}from twostroke import Client; print({client}.generate('def add(a, b):').text)"
-    print(f'  {_shown(sys.executable)} -P -c "{sdk}"')
-    command = _shown(sys.argv[0])
-    for what in ("chat", "status"):
-        print(f"  {command} {what} --grpc {supervisor.grpc_address}")
+    programs = _shown(sys.argv[0]), _shown(sys.executable)
+    for line in commands(supervisor.config.router, url, supervisor.grpc_address, name, *programs):
+        print(f"  {line}")
     print()
     print("Ctrl-C drains and stops.", flush=True)
