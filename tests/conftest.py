@@ -1,6 +1,6 @@
 """What must be set before any test imports: Triton kernels run in the interpreter, on CPU tensors.
 
-`--rewrite` records transcripts and digests again, see support/recorded.py.
+`--rewrite` records transcripts and digests again, see support/session/recorded.py.
 
 Properties are tried with the same examples everywhere; HYPOTHESIS_PROFILE=explore draws new ones.
 
@@ -13,9 +13,9 @@ import re
 from collections.abc import Callable
 
 import pytest
-from support.pickles import Watch
-from support.recorded import REWRITTEN, Recorded
-from support.shares import dealt
+from support.session.pickles import Watch
+from support.session.recorded import REWRITTEN, Recorded
+from support.session.shares import dealt
 
 PICKLES = Watch()
 
@@ -74,7 +74,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.line(str(path))
     lines = PICKLES.seen()
     if lines:
-        terminalreporter.section(f"unpickled {len(lines)} times (support/pickles.py)", red=True)
+        terminalreporter.section(f"unpickled {len(lines)} times (support/session/pickles.py)", red=True)
     for line in lines[:20]:
         terminalreporter.line(line)
     PICKLES.close()

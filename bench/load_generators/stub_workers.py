@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
-from support.fake_worker import FakeWorker  # noqa: E402
+from support.fakes.fake_worker import FakeWorker  # noqa: E402
 
 from twostroke.kv.keys import proof_key  # noqa: E402
 from twostroke.protos import common_pb2, worker_pb2  # noqa: E402

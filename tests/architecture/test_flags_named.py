@@ -16,6 +16,9 @@ FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]")
 PARTS = ("cli", "client", "cluster", "core", "engine", "kernels", "kv", "model", "router", "sim", "text", "worker")
 OF_OTHERS = {
     "--help": "of every command",
+    "--cacert": "curl",
+    "--cert": "curl",
+    "--key": "curl",
     "--index-url": "pip",
     "--merge": "llama-gguf-split",
     "--num-cpus": "ray start",

@@ -1,4 +1,4 @@
-"""The hook of support/pickles.py sees what is unpickled, here and in child processes."""
+"""The hook of support/session/pickles.py sees what is unpickled, here and in child processes."""
 
 import collections
 import os

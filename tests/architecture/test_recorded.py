@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.recorded import transcript
+from support.session.recorded import transcript
 
 ROOT = Path(__file__).parents[2]
 SCENARIO = Path("tests/scenarios/router/deadlines.txt")
@@ -31,10 +31,10 @@ def copy(tmp_path: Path) -> Path:
     for name in (
         "pyproject.toml",
         "tests/conftest.py",
-        "tests/support/pickles.py",
-        "tests/support/no_pickle/sitecustomize.py",
-        "tests/support/recorded.py",
-        "tests/support/shares.py",
+        "tests/support/session/pickles.py",
+        "tests/support/session/no_pickle/sitecustomize.py",
+        "tests/support/session/recorded.py",
+        "tests/support/session/shares.py",
         MODULE,
         SCENARIO,
     ):

@@ -3,7 +3,7 @@
 from itertools import groupby
 
 import pytest
-from support.shares import dealt
+from support.session.shares import dealt
 
 ITEMS = [
     f"{module}/{number}"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from support.adapters import change_config, save_adapter
+from support.checkpoints.adapters import change_config, save_adapter
 
 from twostroke.checkpoint.adapters.adapter import Adapter, AdapterLimits, places, read_adapter
 from twostroke.checkpoint.config_json import load_spec

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.logits_oracle import assert_same_logits, oracle
-from support.tiny_families import VOCAB
+from support.checkpoints.logits_oracle import assert_same_logits, oracle
+from support.checkpoints.tiny_families import VOCAB
 
 from twostroke.checkpoint.config_json import load_spec, spec_from_config
 from twostroke.checkpoint.layout import EMBEDDING, HEAD

@@ -15,10 +15,10 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file, save_file
-from support.gguf_files import BLOCK_SCALES, shards, stored, write_gguf
-from support.logits_oracle import assert_same_logits
-from support.models import resolved
-from support.tiny_families import _LONG, _PHI, _YARN, VOCAB, TinyFamily, _mla, _moe, _rope, write_family
+from support.checkpoints.gguf_files import BLOCK_SCALES, shards, stored, write_gguf
+from support.checkpoints.logits_oracle import assert_same_logits
+from support.checkpoints.models import resolved
+from support.checkpoints.tiny_families import _LONG, _PHI, _YARN, VOCAB, TinyFamily, _mla, _moe, _rope, write_family
 
 from twostroke.checkpoint.config_json import load_spec
 from twostroke.checkpoint.gguf.file import GgufFile

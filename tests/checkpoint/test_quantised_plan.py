@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.quantised_checkpoints import NAMES, PLACE
+from support.checkpoints.quantised_checkpoints import NAMES, PLACE
 
 from twostroke.checkpoint.config_json import load_spec, spec_from_config
 from twostroke.checkpoint.layout import EMBEDDING, HEAD, expected_shapes

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from support.fake_worker import Behaviour, FakeWorker
-from support.flow_cluster import cluster, collect, request, until
-from support.scripted_router import router, worker
-from support.scripted_worker import make_model
+from support.clusters.flow_cluster import cluster, collect, request, until
+from support.fakes.fake_worker import Behaviour, FakeWorker
+from support.fakes.scripted_router import router, worker
+from support.fakes.scripted_worker import make_model
 from typer.testing import CliRunner
 
 from twostroke.cli.explain import BAR, attempts, candidates, summary

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from support.scripted_router import router
+from support.fakes.scripted_router import router
 
 from twostroke import AsyncClient
 from twostroke.cli.status import router_problems

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from support import peer as peer_module
+from support.fakes import peer as peer_module
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from typing import Any
 
 import grpc
 import pytest
-from support.peer import API_KEY, serving
+from support.fakes.peer import API_KEY, serving
 
 import twostroke
 from twostroke import AsyncClient, Client, Tls

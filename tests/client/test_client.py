@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import pytest
-from support.awaited import Awaited, AwaitedStream
+from support.session.awaited import Awaited, AwaitedStream
 
 from twostroke import AsyncClient, Client
 from twostroke.client.calls import StreamReader, generate_stream

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from support.gguf_files import write_gguf
+from support.checkpoints.gguf_files import write_gguf
 from typer.testing import CliRunner
 
 from twostroke.cli.main import app

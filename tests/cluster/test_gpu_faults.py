@@ -25,7 +25,7 @@ from twostroke.cluster.placement import place
 from twostroke.cluster.supervisor import Supervisor
 from twostroke.worker.machine import machine_facts
 
-SCRIPTED = Path(__file__).parents[1] / "support" / "scripted_nvml"
+SCRIPTED = Path(__file__).parents[1] / "support" / "fakes" / "scripted_nvml"
 
 
 class Gpus:

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
-from support.sockets import listeners
+from support.clusters.sockets import listeners
 
 from twostroke.core import inside, probes
 from twostroke.core.errors import ConfigError

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.quantised_checkpoints import PLACE
+from support.checkpoints.quantised_checkpoints import PLACE
 
 from twostroke.checkpoint.config import ModelConfig
 from twostroke.checkpoint.config_json import load_spec

@@ -10,8 +10,8 @@ import grpc
 import grpc.aio
 import pytest
 import yaml
-from support.certificates import DEPLOYMENT, Shown, issued, made
-from support.workers import CLUSTER_KEY
+from support.clusters.certificates import DEPLOYMENT, Shown, issued, made
+from support.engines.workers import CLUSTER_KEY
 
 from twostroke.cluster.authority import Authority, _loaded, renew, renew_authority
 from twostroke.cluster.certificates import certificates_of

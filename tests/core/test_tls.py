@@ -10,7 +10,7 @@ import pytest
 from google.protobuf.descriptor import ServiceDescriptor
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
-from support.certificates import DEPLOYMENT, Shown, folder_settings, issued, made
+from support.clusters.certificates import DEPLOYMENT, Shown, folder_settings, issued, made
 
 from twostroke.cluster.authority import Authority, of_one_run, renew, renew_authority
 from twostroke.core.errors import ConfigError

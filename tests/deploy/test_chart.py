@@ -11,9 +11,9 @@ import click
 import pytest
 import typer
 import yaml
-from support.charts import CHART, ROOT, combinations, mode_arguments, of_kind, pod_specs, render, run_helm
-from support.promql import scrape, unanswered
-from support.workers import start_worker, tiny_checkpoint
+from support.deploy.charts import CHART, ROOT, combinations, mode_arguments, of_kind, pod_specs, render, run_helm
+from support.deploy.promql import scrape, unanswered
+from support.engines.workers import start_worker, tiny_checkpoint
 
 from twostroke.cli.main import app
 from twostroke.cluster.config import load_config

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from support.charts import CHART, ROOT, helm
-from support.kube.cluster import Kube, kube
+from support.deploy.charts import CHART, ROOT, helm
+from support.deploy.kube.cluster import Kube, kube
 
 pytestmark = pytest.mark.campaign
 

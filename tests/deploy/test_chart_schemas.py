@@ -3,7 +3,7 @@
 import jsonschema
 import pytest
 import yaml
-from support.charts import CHART, CRDS, MODES, PRESETS, combinations, custom_schemas, refusal, render, run_helm
+from support.deploy.charts import CHART, CRDS, MODES, PRESETS, combinations, custom_schemas, refusal, render, run_helm
 
 kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="pip install kubernetes-validate")
 

@@ -1,7 +1,7 @@
 """The chart's certificates: what cert-manager is asked for is what the processes accept."""
 
 import yaml
-from support.charts import MODES, mode_arguments, render
+from support.deploy.charts import MODES, mode_arguments, render
 
 from twostroke.core.tls.callers import Caller, name_of, uri_of
 from twostroke.core.tls.config import TlsConfig

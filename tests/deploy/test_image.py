@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import yaml
-from support.charts import CHART, ROOT
+from support.deploy.charts import CHART, ROOT
 
 DOCKERFILE = ROOT / "deploy/docker/Dockerfile"
 COPIED = [

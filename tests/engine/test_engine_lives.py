@@ -5,7 +5,7 @@ from collections import Counter
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from support.cell_store import EOS, KEY, ROOT, FakeStore, cells_of, oracle
+from support.fakes.cell_store import EOS, KEY, ROOT, FakeStore, cells_of, oracle
 
 from twostroke.core.request import SamplingParams, SequenceKey
 from twostroke.decode_worker.policy import combined_policy, decode_policy

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from support.sampling_room import Room, ids_of, submit
+from support.engines.sampling_room import Room, ids_of, submit
 
 from twostroke.core.errors import InternalError, InvalidRequest
 from twostroke.core.request import FinishReason, Grammar, SamplingParams

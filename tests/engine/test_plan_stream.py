@@ -5,7 +5,7 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.plans import PARAMS, WITH_PAST, Life
+from support.engines.plans import PARAMS, WITH_PAST, Life
 
 from twostroke.core.request import SamplingParams, SequenceKey
 from twostroke.engine.link.plan_stream import MAX_ABSENT_STEPS, PlanGap, PlanReceiver, PlanSender

@@ -29,7 +29,7 @@ from twostroke.engine.link.process_link import FaceEnd, serve_engine
 from twostroke.engine.link.thread_link import ThreadLink
 from twostroke.engine.link.wire import encode
 
-PROGRAM = Path(__file__).parents[1] / "support" / "engine_process.py"
+PROGRAM = Path(__file__).parents[1] / "support" / "engines" / "engine_process.py"
 KEY = SequenceKey("r", 0)
 TIMEOUT_S = 120
 LATE = Ended(KEY, FinishReason.ERROR, "internal", "broken")

@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 import pytest
-from support.plans import Life
+from support.engines.plans import Life
 
 from twostroke.core.errors import RankLost
 from twostroke.core.request import SequenceKey

@@ -20,7 +20,7 @@ The prompt of each name is its own; the k-th generated token of a sequence is en
 from pathlib import Path
 
 import pytest
-from support.recorded import Recorded
+from support.session.recorded import Recorded
 
 from twostroke.core.request import FinishReason, SamplingParams, SequenceKey
 from twostroke.decode_worker.policy import combined_policy, decode_policy

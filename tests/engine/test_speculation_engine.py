@@ -4,8 +4,8 @@ import random
 from dataclasses import replace
 
 import pytest
-from support.guesses import guessing
-from support.sampling_room import Room, ids_of, submit
+from support.engines.sampling_room import Room, ids_of, submit
+from support.fakes.guesses import guessing
 
 from twostroke.core.request import FinishReason, SamplingParams, SequenceKey
 from twostroke.decode_worker.policy import combined_policy, decode_policy

@@ -11,11 +11,11 @@ from twostroke.kernels.gpu import launch
 from twostroke.kernels.reference import Planes
 
 if launch.interpreted():
-    from support.quick_interpreter import quicken
+    from support.session.quick_interpreter import quicken
 
     quicken()
 else:
-    from support.on_gpu import move_kernels_to_gpu
+    from support.session.on_gpu import move_kernels_to_gpu
 
     move_kernels_to_gpu()
 

@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from support.older_machines import LEVELS
+from support.session.older_machines import LEVELS
 
 from twostroke.kernels.cpu.build import FLAGS, SOURCES, cpu_features, find_compiler
 

@@ -26,7 +26,7 @@ ABSENT = ["pydantic", "ray", "fastapi", "redis", "kubernetes", "grpc", "google",
 WITHOUT = f"""
 import runpy, sys
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
-from support.quick_interpreter import quicken
+from support.session.quick_interpreter import quicken
 quicken()
 del sys.path[0]
 for name in {ABSENT}:

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 import torch
-from support.paired_link import Destination, serve_source
+from support.engines.paired_link import Destination, serve_source
 
 SLOTS, SLOT_BYTES = 3, 1 << 20
 PATIENCE_S = 60.0

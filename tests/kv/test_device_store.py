@@ -17,7 +17,7 @@ from twostroke.kv.store.host_store import HostStore
 from twostroke.kv.store.store import KvStore
 
 if launch.interpreted():
-    from support.quick_interpreter import quicken
+    from support.session.quick_interpreter import quicken
 
     quicken()
 

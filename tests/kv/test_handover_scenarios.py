@@ -17,7 +17,7 @@ import re
 from pathlib import Path
 
 import pytest
-from support.recorded import Recorded
+from support.session.recorded import Recorded
 
 from twostroke.core.lease import HANDOVER_LEASE
 from twostroke.core.request import Epoch

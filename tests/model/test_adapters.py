@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.adapters import peft_oracle, save_adapter
-from support.logits_oracle import assert_same_logits, oracle
-from support.models import loaded_adapter
-from support.older_machines import LEVELS, library_for
-from support.tiny_families import VOCAB
+from support.checkpoints.adapters import peft_oracle, save_adapter
+from support.checkpoints.logits_oracle import assert_same_logits, oracle
+from support.checkpoints.models import loaded_adapter
+from support.checkpoints.tiny_families import VOCAB
+from support.session.older_machines import LEVELS, library_for
 
 from twostroke.core.errors import CheckpointError, InternalError
 from twostroke.kernels.cpu import library as native
@@ -228,7 +228,7 @@ def test_numbers_that_are_not_finite_are_refused_by_module(
 
 
 def test_an_empty_slot_fails_the_step(write_tiny: Callable, make_runner: Callable, adapters: dict[str, Path]) -> None:
-    from support.models import GREEDY
+    from support.checkpoints.models import GREEDY
 
     from twostroke.core.request import SequenceKey
     from twostroke.engine.plan import SequenceStep, StepPlan

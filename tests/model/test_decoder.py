@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.logits_oracle import assert_same_logits, oracle
+from support.checkpoints.logits_oracle import assert_same_logits, oracle
 
 LLAMA3 = (
     ("rope_type", "llama3"),

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.logits_oracle import assert_same_logits, oracle
-from support.tiny_families import FAMILIES, VOCAB, TinyFamily
+from support.checkpoints.logits_oracle import assert_same_logits, oracle
+from support.checkpoints.tiny_families import FAMILIES, VOCAB, TinyFamily
 
 from twostroke.checkpoint.config_json import load_spec
 from twostroke.checkpoint.layout import num_parameters

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from support.tiny_families import FAMILIES, VOCAB
+from support.checkpoints.tiny_families import FAMILIES, VOCAB
 
 LENGTH = 300  # past a tile of 256 positions, and past every window
 SHARED = 48

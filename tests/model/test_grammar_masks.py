@@ -12,7 +12,7 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
-from support.schemas import random_schema
+from support.checkpoints.schemas import random_schema
 
 from twostroke.core.request import Grammar, SamplingParams, SequenceKey
 from twostroke.engine.plan import History, SampledPlace, SequenceStep, StepPlan

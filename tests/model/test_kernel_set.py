@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.native_cache import BLOCK, Cache
-from support.older_machines import LEVELS, library_for
-from support.recorded import Recorded
+from support.engines.native_cache import BLOCK, Cache
+from support.session.older_machines import LEVELS, library_for
+from support.session.recorded import Recorded
 
 from twostroke.kernels.cpu import library as native
 from twostroke.model.loader import KERNEL_SET_VERSION

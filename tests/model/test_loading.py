@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.models import resolved
+from support.checkpoints.models import resolved
 
 from twostroke.checkpoint import fingerprint
 from twostroke.checkpoint.config_json import load_spec, spec_from_config

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from support.native_cache import BLOCK, NUM_BLOCKS, Cache, planes
-from support.older_machines import LEVELS, library_for
+from support.engines.native_cache import BLOCK, NUM_BLOCKS, Cache, planes
+from support.session.older_machines import LEVELS, library_for
 
 from twostroke.kernels.cpu import library as native
 from twostroke.kernels.cpu.build import NativeUnavailable, build

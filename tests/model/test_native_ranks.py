@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.logits_oracle import assert_same_logits
-from support.thread_group import ThreadGroup, make_ranks
-from support.tiny_families import FAMILIES
+from support.checkpoints.logits_oracle import assert_same_logits
+from support.checkpoints.tiny_families import FAMILIES
+from support.engines.thread_group import ThreadGroup, make_ranks
 
 from twostroke.kernels.cpu.build import NativeUnavailable, built_library
 from twostroke.model.parallel.collectives import Collectives

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.tiny_families import FAMILIES, VOCAB
+from support.checkpoints.tiny_families import FAMILIES, VOCAB
 
 NAMES = [family.name for family in FAMILIES]
 

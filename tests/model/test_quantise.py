@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.models import Hand
-from support.quantised_checkpoints import digest
-from support.quantised_here import BUNDLED, quantised, shallow, texts, with_outliers
+from support.checkpoints.models import Hand
+from support.checkpoints.quantised_checkpoints import digest
+from support.checkpoints.quantised_here import BUNDLED, quantised, shallow, texts, with_outliers
 from typer.testing import CliRunner
 
 from twostroke.checkpoint.quantised.plan import quantised_plan
@@ -27,7 +27,7 @@ from twostroke.model.quantise.scheme import Scheme, Settings
 from twostroke.model.weights.quantised.numbers import unpacked
 from twostroke.model.weights.tensors import open_source
 
-LIBRARY_DIGESTS = Path(__file__).parents[1] / "support" / "quantised" / "written_here.json"
+LIBRARY_DIGESTS = Path(__file__).parents[1] / "support" / "checkpoints" / "quantised" / "written_here.json"
 FORMS = {
     "rtn-4": Settings("rtn"),
     "rtn-4-asymmetric": Settings("rtn", symmetric=False),

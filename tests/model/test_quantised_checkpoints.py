@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.models import Hand
-from support.quantised_checkpoints import NAMES, PLACE, as_fp8, digest, expected
-from support.thread_group import make_ranks
+from support.checkpoints.models import Hand
+from support.checkpoints.quantised_checkpoints import NAMES, PLACE, as_fp8, digest, expected
+from support.engines.thread_group import make_ranks
 
 from twostroke.checkpoint.config_json import load_spec
 from twostroke.checkpoint.quantised.matrices import AwqMatrix, GptqMatrix, PackedMatrix, ScaledMatrix, TableMatrix

@@ -8,8 +8,8 @@ import gguf
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
-from support.gguf_files import write_gguf
-from support.tiny_families import TinyFamily, write_family
+from support.checkpoints.gguf_files import write_gguf
+from support.checkpoints.tiny_families import TinyFamily, write_family
 
 from twostroke.checkpoint.config_json import load_spec
 from twostroke.checkpoint.cuts import COLUMNS, rank_cuts

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.logits_oracle import assert_same_logits, oracle
-from support.models import resolved
-from support.tiny_families import VOCAB, TinyFamily, write_family
+from support.checkpoints.logits_oracle import assert_same_logits, oracle
+from support.checkpoints.models import resolved
+from support.checkpoints.tiny_families import VOCAB, TinyFamily, write_family
 
 from twostroke.checkpoint.config_json import load_spec
 from twostroke.checkpoint.spec import RopeScaling, RopeSpec

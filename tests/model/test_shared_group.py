@@ -12,8 +12,8 @@ from typing import TextIO
 import numpy as np
 import pytest
 import torch
-from support import group_rank
-from support.group_rank import GENEROUS_S, REPEATS, SIZES, numbers
+from support.engines import group_rank
+from support.engines.group_rank import GENEROUS_S, REPEATS, SIZES, numbers
 
 from twostroke.core.errors import RankLost, RanksDiffer
 from twostroke.kernels.cpu import library as native

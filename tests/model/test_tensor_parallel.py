@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
-from support import rank_steps
-from support.gguf_files import write_gguf
-from support.logits_oracle import assert_same_logits, oracle
-from support.models import GREEDY, Hand, resolved
-from support.thread_group import Ranks, ThreadGroup, make_ranks
-from support.tiny_families import FAMILIES, TinyFamily, _mla, _moe, write_family
+from support.checkpoints.gguf_files import write_gguf
+from support.checkpoints.logits_oracle import assert_same_logits, oracle
+from support.checkpoints.models import GREEDY, Hand, resolved
+from support.checkpoints.tiny_families import FAMILIES, TinyFamily, _mla, _moe, write_family
+from support.engines import rank_steps
+from support.engines.thread_group import Ranks, ThreadGroup, make_ranks
 
 from twostroke.checkpoint.shards import Shard
 from twostroke.checkpoint.spec import PlainAttention, Quantization

@@ -6,8 +6,8 @@ from types import MappingProxyType
 
 import pytest
 import torch
-from support.adapters import save_adapter
-from support.models import loaded_adapter
+from support.checkpoints.adapters import save_adapter
+from support.checkpoints.models import loaded_adapter
 
 from twostroke.checkpoint.config_json import load_spec
 from twostroke.core.errors import ConfigError
@@ -30,7 +30,7 @@ from twostroke.model.weights.tensors import open_source
 from twostroke.model.weights.weights import load_weights
 
 if launch.interpreted():
-    from support.quick_interpreter import quicken
+    from support.session.quick_interpreter import quicken
 
     quicken()
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.models import poison
-from support.thread_group import Ranks, make_ranks
-from support.tiny_families import VOCAB
+from support.checkpoints.models import poison
+from support.checkpoints.tiny_families import VOCAB
+from support.engines.thread_group import Ranks, make_ranks
 
 from twostroke.checkpoint.config_json import load_spec
 from twostroke.core.request import Epoch

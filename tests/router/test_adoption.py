@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import redis
-from support.redis_server import redis_server
-from support.several_routers import KEY, KEYS
-from support.steady_routers import Quick, body, events, ids_of, pair
+from support.clusters.several_routers import KEY, KEYS
+from support.clusters.steady_routers import Quick, body, events, ids_of, pair
+from support.session.redis_server import redis_server
 
 from twostroke.core.errors import InternalError
 from twostroke.kv.keys import journal_key

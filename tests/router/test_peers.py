@@ -11,10 +11,10 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import pytest
-from support.flow_cluster import until
-from support.several_routers import KEY, KEYS, Routers
-from support.short_worker import MODEL
-from support.steady_routers import pair
+from support.clusters.flow_cluster import until
+from support.clusters.several_routers import KEY, KEYS, Routers
+from support.clusters.steady_routers import pair
+from support.fakes.short_worker import MODEL
 
 from twostroke.client.async_client import AsyncClient
 from twostroke.core.errors import ConfigError

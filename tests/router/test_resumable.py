@@ -8,10 +8,10 @@ from typing import Any
 
 import httpx
 import pytest
-from support.fake_worker import token_at
-from support.several_routers import KEYS
-from support.short_worker import MODEL
-from support.steady_routers import NUM_TOKENS, body, events, ids_of, pair
+from support.clusters.several_routers import KEYS
+from support.clusters.steady_routers import NUM_TOKENS, body, events, ids_of, pair
+from support.fakes.fake_worker import token_at
+from support.fakes.short_worker import MODEL
 
 from twostroke.client.async_client import AsyncClient
 from twostroke.core import errors

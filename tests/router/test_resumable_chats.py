@@ -11,11 +11,11 @@ from typing import Any
 
 import httpx
 import pytest
-from support.flow_cluster import until
-from support.redis_server import redis_server
-from support.scripted_worker import MODEL, ScriptedWorker, make_model
-from support.several_routers import KEY, KEYS
-from support.steady_routers import Quick, ids_of
+from support.clusters.flow_cluster import until
+from support.clusters.several_routers import KEY, KEYS
+from support.clusters.steady_routers import Quick, ids_of
+from support.fakes.scripted_worker import MODEL, ScriptedWorker, make_model
+from support.session.redis_server import redis_server
 
 from twostroke import AsyncClient
 from twostroke.kv.keys import proof_key

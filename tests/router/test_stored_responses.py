@@ -15,11 +15,11 @@ from typing import Any
 import httpx
 import pytest
 import redis
-from support.flow_cluster import until
-from support.redis_server import redis_server
-from support.scripted_worker import MODEL, ScriptedWorker, make_model
-from support.several_routers import KEY, KEYS
-from support.steady_routers import Quick
+from support.clusters.flow_cluster import until
+from support.clusters.several_routers import KEY, KEYS
+from support.clusters.steady_routers import Quick
+from support.fakes.scripted_worker import MODEL, ScriptedWorker, make_model
+from support.session.redis_server import redis_server
 
 from twostroke.core.ports import free_ports
 from twostroke.kv.keys import proof_key

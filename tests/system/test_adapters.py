@@ -2,9 +2,9 @@
 
 import httpx
 import pytest
-from support.adapters import peft_oracle, save_adapter
-from support.supervised import BUSY_MACHINE_S, supervised
-from support.workers import tiny_checkpoint
+from support.checkpoints.adapters import peft_oracle, save_adapter
+from support.clusters.supervised import BUSY_MACHINE_S, supervised
+from support.engines.workers import tiny_checkpoint
 
 __all__ = ["tiny_checkpoint"]
 

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from support.observer import POLL_S, Footprint, Observer, descendants
+from support.clusters.observer import POLL_S, Footprint, Observer, descendants
 
 from twostroke.core.ports import free_ports
 

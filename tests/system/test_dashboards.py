@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from support.promql import Selector, Series, groupings, scrape, selectors, unanswered
+from support.deploy.promql import Selector, Series, groupings, scrape, selectors, unanswered
 
 from twostroke import Client
 

@@ -15,7 +15,7 @@ import jsonschema
 import ollama
 import openai
 import pytest
-from support.scripted_worker import BUNDLED, HERMES
+from support.fakes.scripted_worker import BUNDLED, HERMES
 
 from twostroke import Client
 

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from google.protobuf import descriptor_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from support.sockets import check_listeners, declared_by, listeners
+from support.clusters.sockets import check_listeners, declared_by, listeners
 
 from twostroke import Cancelled, Client, ConfigError, RequestNotFound, Unauthenticated
 from twostroke.client.status import from_rpc_error

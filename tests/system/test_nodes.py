@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
-from support.namespaces import Machines, machines
+from support.clusters.namespaces import Machines, machines
 
 pytestmark = [pytest.mark.campaign, pytest.mark.timeout(600)]
 

@@ -20,9 +20,9 @@ import grpc
 import openai
 import psutil
 import pytest
-from support.observer import Footprint, Observer, Workers, brief, descendants, send_signal
-from support.sockets import check_listeners, declared_by, listeners
-from support.visitors import MODEL, Crowd, OpenAiVisitor, SdkVisitor, SocketVisitor, Told, Visitor, prompt_of
+from support.clusters.observer import Footprint, Observer, Workers, brief, descendants, send_signal
+from support.clusters.sockets import check_listeners, declared_by, listeners
+from support.fakes.visitors import MODEL, Crowd, OpenAiVisitor, SdkVisitor, SocketVisitor, Told, Visitor, prompt_of
 
 from twostroke import Client
 

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from support.redis_server import redis_server
+from support.session.redis_server import redis_server
 
 from twostroke.client.client import Client
 from twostroke.core.errors import RequestNotFound

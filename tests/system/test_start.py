@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.observer import POLL_S
+from support.clusters.observer import POLL_S
 
 from twostroke import Client
 from twostroke.checkpoint.config import BUNDLED

@@ -7,7 +7,7 @@ import sys
 
 import httpx
 import pytest
-from support.certificates import made
+from support.clusters.certificates import made
 
 from twostroke import Client, ConfigError, Unavailable
 from twostroke.cluster.authority import renew, renew_authority

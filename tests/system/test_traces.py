@@ -12,8 +12,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support.observer import POLL_S, Footprint, descendants
-from support.sockets import check_listeners, declared_by, listeners
+from support.clusters.observer import POLL_S, Footprint, descendants
+from support.clusters.sockets import check_listeners, declared_by, listeners
 
 pytestmark = pytest.mark.timeout(400)
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from support.kinds import bundled, byte_level, each_tokenizer, gemma_style, lengths_decoded, llama_style, metaspace
+from support.checkpoints.kinds import (
+    bundled,
+    byte_level,
+    each_tokenizer,
+    gemma_style,
+    lengths_decoded,
+    llama_style,
+    metaspace,
+)
 
 from twostroke.text.incremental import IncrementalText
 from twostroke.text.places import TokenPlaces

@@ -9,7 +9,7 @@ from typing import Any
 import gguf
 import pytest
 import tokenizers
-from support.real_models import VOCABULARIES, real_models
+from support.checkpoints.real_models import VOCABULARIES, real_models
 
 from twostroke.checkpoint.gguf.file import GgufFile
 from twostroke.checkpoint.gguf.special_ids import end_ids

@@ -6,7 +6,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.kinds import byte_level, each_tokenizer, gemma_style, lengths_decoded, llama_style, metaspace
+from support.checkpoints.kinds import byte_level, each_tokenizer, gemma_style, lengths_decoded, llama_style, metaspace
 from tokenizers import decoders
 
 from twostroke.core.errors import CheckpointError, InvalidRequest

@@ -6,10 +6,10 @@ import random
 
 import pytest
 import tokenizers
-from support.kinds import MAKERS, bundled, byte_level, each_tokenizer
-from support.long_texts import mixed_text
-from support.real_models import VOCABULARIES, real_models
-from support.ticking import ticked_while
+from support.checkpoints.kinds import MAKERS, bundled, byte_level, each_tokenizer
+from support.checkpoints.long_texts import mixed_text
+from support.checkpoints.real_models import VOCABULARIES, real_models
+from support.session.ticking import ticked_while
 from tokenizers import Regex, pre_tokenizers
 
 from twostroke.core.errors import InvalidRequest

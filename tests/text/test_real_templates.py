@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from support.real_models import real_models
+from support.checkpoints.real_models import real_models
 from tokenizers import models
 
 from twostroke.core.errors import InvalidRequest

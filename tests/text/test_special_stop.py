@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.kinds import byte_level, llama_style
+from support.checkpoints.kinds import byte_level, llama_style
 
 from twostroke.text.stream import TextStream
 from twostroke.text.tokenizer import Tokenizer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from support.template_styles import SPECIAL, STYLES
+from support.checkpoints.template_styles import SPECIAL, STYLES
 
 from twostroke.text.templates.sandbox import Limits
 from twostroke.text.templates.template import ChatTemplate

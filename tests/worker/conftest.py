@@ -1,5 +1,5 @@
 """Fixtures: real workers on loopback."""
 
-from support.workers import all_free, hand_to, make_prompt, router_of, start_worker, tiny_checkpoint
+from support.engines.workers import all_free, hand_to, make_prompt, router_of, start_worker, tiny_checkpoint
 
 __all__ = ["all_free", "hand_to", "make_prompt", "router_of", "start_worker", "tiny_checkpoint"]

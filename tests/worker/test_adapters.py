@@ -5,8 +5,8 @@ import threading
 from contextlib import aclosing
 
 import pytest
-from support.adapters import peft_oracle, save_adapter
-from support.real_cluster import real_cluster
+from support.checkpoints.adapters import peft_oracle, save_adapter
+from support.clusters.real_cluster import real_cluster
 
 from twostroke.core.errors import InvalidRequest, ModelNotFound, Overloaded, Unavailable
 from twostroke.core.request import Request, Role, SamplingParams
@@ -58,7 +58,7 @@ async def held(worker, flow, asked):
 async def test_adapters_answer_as_peft_does_across_a_hand_over_and_share_no_kv(
     start_worker, make_prompt, saved, tiny_checkpoint
 ):
-    from support.logits_oracle import oracle
+    from support.checkpoints.logits_oracle import oracle
 
     expected = {"tiny": oracle(tiny_checkpoint), **{name: peft_oracle(tiny_checkpoint, saved[name]) for name in "ab"}}
     prompt = make_prompt(70)

@@ -5,8 +5,8 @@ import random
 from collections import Counter
 
 import pytest
-from support.chaos import LASTING, ChaosProxy, Fault, Plan
-from support.workers import RouterHand
+from support.clusters.chaos import LASTING, ChaosProxy, Fault, Plan
+from support.engines.workers import RouterHand
 
 from twostroke.core.request import Role
 from twostroke.kv.config import CacheConfig

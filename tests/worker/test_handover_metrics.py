@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from support.frames import damaged, is_frame
+from support.engines.frames import damaged, is_frame
 
 from twostroke.core.metrics import HANDOVER_STREAMS, SIDES
 from twostroke.core.request import Role

@@ -4,7 +4,7 @@ import asyncio
 from dataclasses import fields, replace
 
 import pytest
-from support.real_cluster import real_cluster
+from support.clusters.real_cluster import real_cluster
 
 from twostroke.core.request import CacheScope, Request, Role, SamplingParams
 from twostroke.engine import cache_manager

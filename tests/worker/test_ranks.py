@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.worker_main import MAIN, settings_for
+from support.engines.worker_main import MAIN, settings_for
 
 from twostroke.checkpoint.locate import BUNDLED, located
 from twostroke.core.errors import CheckpointError, ConfigError, InternalError

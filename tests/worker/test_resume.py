@@ -4,7 +4,7 @@ The model gives random bytes, so characters and stop strings are cut at many of 
 """
 
 import pytest
-from support.workers import EOS, Answer, RouterHand
+from support.engines.workers import EOS, Answer, RouterHand
 
 from twostroke.core.request import Role
 from twostroke.decode_worker.choice import ChoiceText

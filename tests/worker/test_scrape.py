@@ -5,8 +5,8 @@ from dataclasses import replace
 from http import HTTPStatus
 
 import pytest
-from support.ear import Ear
-from support.flow_cluster import until
+from support.clusters.flow_cluster import until
+from support.fakes.ear import Ear
 
 from twostroke.core.errors import ConfigError
 from twostroke.core.request import Role

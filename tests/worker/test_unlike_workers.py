@@ -4,7 +4,7 @@ import itertools
 import sys
 
 import pytest
-from support.real_cluster import real_cluster
+from support.clusters.real_cluster import real_cluster
 
 from twostroke.core.request import Request, Role, SamplingParams
 from twostroke.engine.config import StepConfig

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 
 import pytest
-from support.frames import damaged, is_frame
+from support.engines.frames import damaged, is_frame
 
 from twostroke.core.request import Role
 from twostroke.kv.config import CacheConfig

@@ -8,7 +8,7 @@ import textwrap
 
 import grpc.aio
 import pytest
-from support.worker_main import MAIN, settings_for
+from support.engines.worker_main import MAIN, settings_for
 
 from twostroke.checkpoint.layout import weight_bytes
 from twostroke.core.errors import ConfigError, DoesNotFit

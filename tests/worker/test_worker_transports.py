@@ -7,8 +7,8 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from support.frames import damaged, is_frame
-from support.workers import CLUSTER_KEY
+from support.engines.frames import damaged, is_frame
+from support.engines.workers import CLUSTER_KEY
 
 from twostroke.checkpoint.config import ModelConfig
 from twostroke.core.request import Role

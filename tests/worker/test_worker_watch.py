@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from support.ear import KEY, Ear
-from support.flow_cluster import until
+from support.clusters.flow_cluster import until
+from support.fakes.ear import KEY, Ear
 
 from twostroke.core.inside import InsideChannel
 from twostroke.core.lease import WORKER_LEASE

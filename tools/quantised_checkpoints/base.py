@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-PLACE = Path(__file__).resolve().parents[2] / "tests" / "support" / "quantised"
+PLACE = Path(__file__).resolve().parents[2] / "tests" / "support" / "checkpoints" / "quantised"
 PROMPT = [3, 17, 44, 9, 60, 21, 8, 8, 35, 52, 1, 30]
 NUM_TOKENS = 16
 

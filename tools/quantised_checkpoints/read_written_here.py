@@ -1,7 +1,8 @@
 """What compressed-tensors reads in checkpoints of `twostroke quantize`: `python read_written_here.py FOLDER...`.
 
-Prints JSON: for each folder's name, the digest of every matrix that the library dequantises, in float32. The tests hold
-it as tests/support/quantised/written_here.json; the folders are those of `FORMS` in tests/model/test_quantise.py.
+Prints JSON: for each folder's name, the digest of every matrix that the library dequantises, in float32. The tests
+hold it as tests/support/checkpoints/quantised/written_here.json; the folders are those of `FORMS` in
+tests/model/test_quantise.py.
 """
 
 import json

@@ -15,8 +15,8 @@ from typing import Any
 
 import psutil
 import pytest
-from support.asking import Asking
-from support.home import Home, Said
+from support.clusters.asking import Asking
+from support.clusters.home import Home, Said
 
 from twostroke.client.async_client import AsyncClient
 from twostroke.cluster.deployment.processes import NAME_OPTION, name_of

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.asking import Asking
-from support.supervised import BUSY_MACHINE_S, supervised
+from support.clusters.asking import Asking
+from support.clusters.supervised import BUSY_MACHINE_S, supervised
 
 from twostroke.client.async_client import AsyncClient
 from twostroke.cluster.operations import control as control_module

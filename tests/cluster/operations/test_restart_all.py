@@ -1,8 +1,8 @@
 """All workers of a cluster restart under load, with room for a second one of each and without."""
 
 import pytest
-from support.asking import Asking
-from support.supervised import BUSY_MACHINE_S, supervised
+from support.clusters.asking import Asking
+from support.clusters.supervised import BUSY_MACHINE_S, supervised
 
 from twostroke.client.async_client import AsyncClient
 from twostroke.core.errors import ConfigError, Unavailable

@@ -8,8 +8,8 @@ from typing import Any
 
 import httpx
 import pytest
-from support.asking import Asking
-from support.supervised import BUSY_MACHINE_S, supervised
+from support.clusters.asking import Asking
+from support.clusters.supervised import BUSY_MACHINE_S, supervised
 from typer.testing import CliRunner
 
 from twostroke.cli.main import app

@@ -5,8 +5,8 @@ import os
 import signal
 
 import pytest
-from support.asking import Asking
-from support.supervised import BUSY_MACHINE_S, supervised
+from support.clusters.asking import Asking
+from support.clusters.supervised import BUSY_MACHINE_S, supervised
 
 from twostroke.client.async_client import AsyncClient
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support.home import Home
+from support.clusters.home import Home
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.planned import Toy, transcript
+from support.clusters.planned import Toy, transcript
 
 from twostroke.cluster.planner.config import PlannerConfig
 from twostroke.cluster.planner.decision import Hold, Stop

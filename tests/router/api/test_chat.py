@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import tokenizers
-from support.real_models import real_models
-from support.template_styles import SPECIAL, STYLES
+from support.checkpoints.real_models import real_models
+from support.checkpoints.template_styles import SPECIAL, STYLES
 from tokenizers import models
 
 from twostroke.core.errors import InvalidRequest, UnsupportedParameter

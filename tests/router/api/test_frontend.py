@@ -5,8 +5,8 @@ import threading
 from dataclasses import replace
 
 import pytest
-from support.fake_worker import MODEL, Behaviour, FakeWorker
-from support.flow_cluster import cluster, collect, request, until
+from support.clusters.flow_cluster import cluster, collect, request, until
+from support.fakes.fake_worker import MODEL, Behaviour, FakeWorker
 
 from twostroke.core import errors
 from twostroke.router.api import frontend as front_module

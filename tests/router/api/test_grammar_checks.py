@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.flow_cluster import until
-from support.scripted_worker import make_model
+from support.clusters.flow_cluster import until
+from support.fakes.scripted_worker import make_model
 
 from twostroke.core.errors import InvalidRequest, Overloaded
 from twostroke.core.request import Grammar

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from support.scripted_worker import make_model
+from support.fakes.scripted_worker import make_model
 
 from twostroke.core.errors import InvalidRequest, UnsupportedParameter
 from twostroke.router.api.call import GenerateCall

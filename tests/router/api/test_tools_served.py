@@ -9,9 +9,9 @@ from typing import Any
 
 import openai
 import pytest
-from support.flow_cluster import until
-from support.scripted_router import HELLO, router, worker
-from support.scripted_worker import CONTROL, CONTROL_TOKENS, HERMES, MODEL, make_model
+from support.clusters.flow_cluster import until
+from support.fakes.scripted_router import HELLO, router, worker
+from support.fakes.scripted_worker import CONTROL, CONTROL_TOKENS, HERMES, MODEL, make_model
 
 from twostroke.router.config import RouterConfig
 

@@ -14,8 +14,8 @@ import openai
 import pytest
 import uvicorn
 from openai import AsyncOpenAI
-from support.fake_worker import MODEL, Behaviour, FakeWorker
-from support.flow_cluster import Cluster, cluster, until
+from support.clusters.flow_cluster import Cluster, cluster, until
+from support.fakes.fake_worker import MODEL, Behaviour, FakeWorker
 
 from twostroke.core.ports import bound_socket
 from twostroke.router.api import models

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from support.list_router import Router
+from support.fakes.list_router import Router
 
 from twostroke.core import errors
 from twostroke.core.request import Allowance, Request, SamplingParams

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from support.fake_worker import Behaviour, FakeWorker
-from support.flow_cluster import cluster, collect, request
+from support.clusters.flow_cluster import cluster, collect, request
+from support.fakes.fake_worker import Behaviour, FakeWorker
 
 from twostroke.core.request import Role
 

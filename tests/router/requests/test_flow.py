@@ -8,8 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.fake_worker import FINGERPRINT, MODEL, Behaviour, FakeWorker
-from support.flow_cluster import (
+from support.clusters.flow_cluster import (
     KEY,
     PROMPT,
     cluster,
@@ -21,6 +20,7 @@ from support.flow_cluster import (
     tokens_of,
     until,
 )
+from support.fakes.fake_worker import FINGERPRINT, MODEL, Behaviour, FakeWorker
 
 from twostroke.core import errors
 from twostroke.core.request import CacheScope, FinishReason, Request, Role, SamplingParams

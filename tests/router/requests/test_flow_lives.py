@@ -6,8 +6,8 @@ import asyncio
 
 import grpc.aio
 import pytest
-from support.fake_worker import MODEL, PROOF_KEY, FakeWorker, reborn
-from support.flow_cluster import PROMPT, cluster, collect, expected, request, tokens_of, until
+from support.clusters.flow_cluster import PROMPT, cluster, collect, expected, request, tokens_of, until
+from support.fakes.fake_worker import MODEL, PROOF_KEY, FakeWorker, reborn
 
 from twostroke.core import errors
 from twostroke.core.inside import InsideChannel

@@ -5,8 +5,8 @@ import threading
 from pathlib import Path
 
 import pytest
-from support.fake_worker import Behaviour, FakeWorker
-from support.flow_cluster import PROMPT, cluster, collect, request
+from support.clusters.flow_cluster import PROMPT, cluster, collect, request
+from support.fakes.fake_worker import Behaviour, FakeWorker
 
 from twostroke.core.errors import ContextLengthExceeded, InvalidRequest
 from twostroke.core.request import Request, Role, SamplingParams

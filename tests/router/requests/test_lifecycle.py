@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from support.list_router import MODEL, Router
+from support.fakes.list_router import MODEL, Router
 
 from twostroke.core import errors
 from twostroke.core.request import Role, SamplingParams

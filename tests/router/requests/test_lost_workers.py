@@ -1,7 +1,7 @@
 """Requests whose model lost its only decode worker: they wait until it is back, within bounds."""
 
 import pytest
-from support.list_router import Router
+from support.fakes.list_router import Router
 
 from twostroke.core import errors
 from twostroke.core.request import Role

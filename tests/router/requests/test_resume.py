@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from support.list_router import Router
+from support.fakes.list_router import Router
 
 from twostroke.core import errors
 from twostroke.core.request import Role, SamplingParams

@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.recorded import Recorded
+from support.session.recorded import Recorded
 
 from twostroke.core.errors import TwostrokeError
 from twostroke.core.request import Epoch, FinishReason, Role, SequenceKey

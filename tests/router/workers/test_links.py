@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 
 import grpc.aio
-from support.fake_worker import FakeWorker
-from support.flow_cluster import cluster, collect, request, until
-from support.list_router import MODEL
+from support.clusters.flow_cluster import cluster, collect, request, until
+from support.fakes.fake_worker import FakeWorker
+from support.fakes.list_router import MODEL
 
 from twostroke.core.request import Role
 from twostroke.protos import worker_pb2

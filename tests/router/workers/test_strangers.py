@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from support.fake_worker import PROOF_KEY, FakeWorker
-from support.flow_cluster import cluster, collect, expected, request, tokens_of, until
+from support.clusters.flow_cluster import cluster, collect, expected, request, tokens_of, until
+from support.fakes.fake_worker import PROOF_KEY, FakeWorker
 
 from twostroke.core import errors, inside
 from twostroke.core.guard import Guard

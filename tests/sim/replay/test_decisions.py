@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
-from support.fake_worker import Behaviour, FakeWorker
-from support.flow_cluster import cluster, collect, request, until
+from support.clusters.flow_cluster import cluster, collect, request, until
+from support.fakes.fake_worker import Behaviour, FakeWorker
 from typer.testing import CliRunner
 
 from twostroke.cli.main import app

@@ -1,7 +1,7 @@
 """The chat templates of real models tell which parsers read their output."""
 
 import pytest
-from support.real_models import real_models
+from support.checkpoints.real_models import real_models
 
 from twostroke.text.parsing.parsers import Parsers, parsers_of
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 
 import pytest
-from support.nvml_script import Device, NvmlScript
+from support.fakes.nvml_script import Device, NvmlScript
 
 from twostroke.core.clock import MonotonicClock
 from twostroke.worker.gpu import monitor as monitor_module

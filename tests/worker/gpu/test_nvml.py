@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from support.nvml_script import DEFAULTS, ERRORS, GIB, Device, NvmlScript
+from support.fakes.nvml_script import DEFAULTS, ERRORS, GIB, Device, NvmlScript
 
 from twostroke.worker.gpu.nvml import NvmlReader
 from twostroke.worker.gpu.reading import ClockReason, Failure, MigFacts, ReadError, Reading, Recovery

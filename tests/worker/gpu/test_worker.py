@@ -7,9 +7,9 @@ import urllib.request
 from collections.abc import Callable
 
 import pytest
-from support.nvml_script import Device, NvmlScript
-from support.real_cluster import RealCluster, real_cluster
-from support.workers import Start
+from support.clusters.real_cluster import RealCluster, real_cluster
+from support.engines.workers import Start
+from support.fakes.nvml_script import Device, NvmlScript
 
 from twostroke.core.errors import DeviceCordoned, DeviceFault
 from twostroke.core.request import Request, Role, SamplingParams
