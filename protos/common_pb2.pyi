@@ -617,6 +617,7 @@ class AdapterInfo(_message.Message):
     PATH_FIELD_NUMBER: _builtins.int
     RANK_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    ASKED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """as clients name the model with it"""
     digest: _builtins.bytes
@@ -626,6 +627,8 @@ class AdapterInfo(_message.Message):
     rank: _builtins.int
     size_bytes: _builtins.int
     """in the worker's memory"""
+    asked: _builtins.bool
+    """it was asked to hold it while it ran; else its configuration names it"""
     def __init__(
         self,
         *,
@@ -634,10 +637,11 @@ class AdapterInfo(_message.Message):
         path: _builtins.str = ...,
         rank: _builtins.int = ...,
         size_bytes: _builtins.int = ...,
+        asked: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "name", b"name", "path", b"path", "rank", b"rank", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asked", b"asked", "digest", b"digest", "name", b"name", "path", b"path", "rank", b"rank", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -35,11 +35,16 @@ class WorkerAdapters:
         self._read = read
         self._model = model
         self._changed = changed
+        self._asked: set[str] = set()  # names that came with requests to load
         self._turn = asyncio.Lock()
         self._num_waiting = 0
 
-    async def load(self, name: str, path: str, digest: bytes = b"", *, replace: bool = False) -> None:
+    async def load(
+        self, name: str, path: str, digest: bytes = b"", *, replace: bool = False, asked: bool = False
+    ) -> None:
         """Serve the adapter in a directory under a name. Steps and sequences go on meanwhile.
+
+        `asked`: somebody asked for it while the worker runs; else its configuration names it.
 
         Raises:
             InvalidRequest: the name or the path cannot be, or the directory holds no adapter of this worker's model.
@@ -55,7 +60,7 @@ class WorkerAdapters:
         self._num_waiting += 1
         try:
             async with asyncio.timeout(LOAD_S), self._turn:
-                await self._load(name, path, digest, replace=replace)
+                await self._load(name, path, digest, replace=replace, asked=asked)
         except TimeoutError:
             raise DeadlineExceeded(f"the adapter in {path} was not loaded within {LOAD_S:g} s") from None
         finally:
@@ -68,6 +73,7 @@ class WorkerAdapters:
             ModelNotFound: no adapter has this name.
         """
         self.table.remove(name)
+        self._asked.discard(name)
         log.info("the adapter %s is unloaded", name)
         self._changed()
 
@@ -80,11 +86,12 @@ class WorkerAdapters:
                 path=served.directory,
                 rank=served.rank,
                 size_bytes=served.num_bytes,
+                asked=served.name in self._asked,
             )
             for served in self.table.served
         ]
 
-    async def _load(self, name: str, path: str, digest: bytes, *, replace: bool) -> None:
+    async def _load(self, name: str, path: str, digest: bytes, *, replace: bool, asked: bool) -> None:
         try:
             files = await asyncio.to_thread(self._read, Path(path))
         except CheckpointError as error:
@@ -106,6 +113,8 @@ class WorkerAdapters:
                 self.table.failed(slot)
                 raise _refusal(answer)
             self.table.ready(slot, answer.num_bytes)
+        if asked:
+            self._asked.add(name)
         log.info("the adapter %s (%s, rank %d) is served", name, files.digest.hex()[:8], files.rank)
         self._changed()
 

@@ -47,7 +47,9 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     async def LoadAdapter(self, request: worker_pb2.LoadAdapterRequest, context: Any) -> common_pb2.WorkerInfo:
         """Hold an adapter and serve it under a name."""
         try:
-            await self._worker.adapters.load(request.name, request.path, request.digest, replace=request.replace)
+            await self._worker.adapters.load(
+                request.name, request.path, request.digest, replace=request.replace, asked=True
+            )
         except TwostrokeError as error:
             await context.abort_with_status(to_rpc_status(error))
         return self._worker.info()

@@ -74,7 +74,7 @@ class Flow:
         self._dispatcher = Dispatcher(config, self._identity, self.metrics, self.clock)
         self._members = self._dispatcher.members
         self._life = self._dispatcher.life
-        self.adapters = ClusterAdapters(self._members)
+        self.adapters = ClusterAdapters(self._members, self.clock)
         self._journal = RequestHistory(config.decision_log)
         self._began_s = self.clock.now_s()
         self._moved: Counter[str] = Counter()  # hand-overs and KV bytes of requests that have ended

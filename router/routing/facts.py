@@ -27,6 +27,7 @@ class AdapterFacts:
     path: str  # directory, as the worker names it
     rank: int = 0
     size_bytes: int = 0  # in memory
+    asked: bool = False  # for while the worker ran; else its configuration names it
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,41 +5,37 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from ...core.clock import Clock
 from ...core.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, TwostrokeError, Unavailable
 from ...core.request import Role
 from ..routing.facts import WorkerFacts, WorkerKey
 from .links import WorkerLink
+from .loaded_adapters import MAX_ADAPTERS, LoadedAdapters
 from .registry import WorkerRegistry
 
 log = logging.getLogger(__name__)
 
-MAX_ADAPTERS = 4096  # that a router remembers
 RETRY_AFTER_S = 2.0
 ANNOUNCED_S = 10.0  # workers announce a change at once
-
-
-@dataclass(frozen=True, slots=True)
-class _Wanted:
-    path: str
-    digest: bytes
+LEARN_S = 10.0  # from the start of a router, in which the workers that are there announce themselves
 
 
 class ClusterAdapters:
-    """Adapters that were loaded through this router while it ran. One change at a time.
+    """Adapters that were loaded while the cluster ran, through whichever router. One change at a time.
 
-    Workers are the ones who know what they hold: they announce it to every router. This remembers only what to load at
-    workers that come later, because a worker that starts again has what its configuration names, and no more.
+    A worker that starts again has what its configuration names, and no more: it gets from here what the others have.
     """
 
-    def __init__(self, members: WorkerRegistry) -> None:
+    def __init__(self, members: WorkerRegistry, clock: Clock) -> None:
         self._members = members
-        self._wanted: dict[str, _Wanted] = {}
+        self._clock, self._began_s = clock, clock.now_s()
+        self._loaded = LoadedAdapters()
         self._turn = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         members.on_up = self._arrived
+        members.on_adapters = self._heard
 
     async def load(self, name: str, path: str, *, replace: bool = False) -> None:
         """Load an adapter at every worker; on return requests may name it. All workers hold it then, or none.
@@ -54,7 +50,7 @@ class ClusterAdapters:
             workers = self._workers()
             if any(name == worker.model.name for worker in workers):
                 raise InvalidRequest(f"{name!r} is the name of a model; give the adapter another", param="lora_name")
-            if name not in self._wanted and len(self._wanted) >= MAX_ADAPTERS:
+            if name not in self._loaded.wanted and len(self._loaded.wanted) >= MAX_ADAPTERS:
                 raise InvalidRequest(f"{MAX_ADAPTERS} adapters were loaded; unload some", param="lora_name")
             first = await self._load_at(workers[0].key, name, path, b"", replace=replace)
             digest = next(adapter.digest for adapter in first.adapters if adapter.name == name)
@@ -65,8 +61,9 @@ class ClusterAdapters:
                 loaded = [worker for worker, failed in zip(workers, outcomes, strict=True) if failed is None]
                 await _outcomes([self._give_back(worker, name, digest) for worker in loaded])
                 raise failure
-            self._wanted[name] = _Wanted(path, digest)
             await self._until(workers, lambda facts: _has(facts, name, digest))
+        for late in self._members.fleet:  # came while the others were loading
+            self._arrived(late.facts.key)
 
     async def unload(self, name: str) -> None:
         """Unload an adapter at every worker; requests that have begun with it go on.
@@ -76,7 +73,7 @@ class ClusterAdapters:
             Unavailable: a worker cannot be reached; it may still serve the name.
         """
         async with self._turn:
-            self._wanted.pop(name, None)
+            self._loaded.gone(name)
             holders = [w for w in self._workers() if any(held.name == name for held in w.adapters)]
             if not holders:
                 raise ModelNotFound(f"no adapter {name[:200]!r} is loaded", param="lora_name")
@@ -137,11 +134,17 @@ class ClusterAdapters:
                 raise DeadlineExceeded(f"a worker did not announce its adapters within {ANNOUNCED_S:g} s")
             await self._members.wait_for_change(end_s - loop.time())
 
+    def _heard(self, before: WorkerFacts | None, after: WorkerFacts) -> None:
+        is_learning = self._clock.now_s() - self._began_s < LEARN_S
+        if self._loaded.heard(before, after, is_learning=is_learning):
+            for worker in self._members.fleet:
+                self._arrived(worker.facts.key)
+
     def _arrived(self, key: WorkerKey) -> None:
         worker = self._members.fleet.get(key.worker_id)
-        if worker is None or not self._wanted:
+        if worker is None or not worker.session_up:
             return
-        if any(not worker.facts.holds(wanted.digest) for wanted in self._wanted.values()):
+        if any(not worker.facts.holds(wanted.digest) for wanted in self._loaded.wanted.values()):
             task = asyncio.create_task(self._equip(key), name=f"adapters of {key.worker_id}")
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -149,7 +152,7 @@ class ClusterAdapters:
     async def _equip(self, key: WorkerKey) -> None:
         """Load at a newcomer what the others got while the cluster ran."""
         async with self._turn:
-            for name, wanted in list(self._wanted.items()):
+            for name, wanted in list(self._loaded.wanted.items()):
                 worker = self._members.fleet.get(key.worker_id)
                 if worker is None or worker.facts.key != key:
                     return

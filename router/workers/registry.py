@@ -84,6 +84,8 @@ class WorkerRegistry:
         self._is_closed = False  # after `close`, ends of streams are our own and are not reported
         self._closing: set[asyncio.Task[None]] = set()
         self.on_up: Callable[[WorkerKey], None] = lambda key: None  # called when a session is up
+        # Called with what was known of a worker and what it announced, if its adapters are others.
+        self.on_adapters: Callable[[WorkerFacts | None, WorkerFacts], None] = lambda before, after: None
 
     @property
     def links(self) -> Mapping[WorkerKey, WorkerLink]:
@@ -155,10 +157,11 @@ class WorkerRegistry:
     def _on_announced(self, facts: WorkerFacts) -> None:
         if self._is_closed:
             return
-        before = self.fleet.get(facts.worker_id)
-        adapters = () if before is None else before.facts.adapters
+        known = self.fleet.get(facts.worker_id)
+        before = None if known is None else known.facts
         self.roster.announced(facts, self._clock.now_s())
-        if facts.adapters != adapters:
+        if facts.adapters != (() if before is None else before.adapters):
+            self.on_adapters(before, facts)
             self.changed()
 
     def _on_announce_ended(self, key: WorkerKey) -> None:

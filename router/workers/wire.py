@@ -61,7 +61,7 @@ def worker_from_wire(info: common_pb2.WorkerInfo) -> WorkerFacts:
         num_ranks=max(1, info.tensor_parallel_size),
         gpus=_gpus_from(info.gpus),
         adapters=tuple(
-            AdapterFacts(found.name, found.digest, found.path, found.rank, found.size_bytes)
+            AdapterFacts(found.name, found.digest, found.path, found.rank, found.size_bytes, found.asked)
             for found in islice(info.adapters, MAX_ADAPTERS)
             if found.name and found.digest
         ),

@@ -69,6 +69,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "model/ops/native_changes": ("tests/model/test_adapters.py",),
     "model/ops/low_rank": ("tests/model/test_adapters.py",),
     "model/adapters/": ("tests/model/test_adapters.py",),
+    "router/workers/loaded_adapters": ("tests/router/workers/test_loaded_adapters.py",),
     "router/routing/fleet": (*_PURE, "tests/router/routing/test_adapters.py"),
     "engine/policy": (
         "tests/prefill_worker/test_prefill_policy.py",

@@ -27,6 +27,14 @@ _HELD = [
     Mutant("engine/adapters.py", "        self._num_slots += 1\n", "        self._num_slots = len(self._held) + 1\n"),
 ]
 
+_LEARNT = [
+    Mutant("router/workers/loaded_adapters.py", "before.key == after.key", "before.worker_id == after.worker_id"),
+    Mutant("router/workers/loaded_adapters.py", "self.gone(lost.name, lost.digest)", "self.gone(lost.name)"),
+    Mutant("router/workers/loaded_adapters.py", "if held.asked and (held.name", "if (held.name"),
+    Mutant("router/workers/loaded_adapters.py", "if held.asked and held.name not", "if held.name not"),
+    Mutant("router/workers/loaded_adapters.py", "        if is_learning:\n", "        if True:\n"),
+]
+
 _APPLIED = [
     Mutant("model/ops/native_changes.py", ".transpose(2, 3).contiguous()", ".contiguous()"),
     Mutant("model/ops/low_rank.py", " * change.scales  # [rows, ranks] float32", ""),
@@ -44,4 +52,4 @@ _ROUTED = [
     Mutant("router/routing/fleet.py", "key=lambda vote: (len(vote[1]), vote[0])", "key=lambda vote: vote[0]"),
 ]
 
-MUTANTS = [*_READ, *_HELD, *_APPLIED, *_ROUTED]
+MUTANTS = [*_READ, *_LEARNT, *_HELD, *_APPLIED, *_ROUTED]

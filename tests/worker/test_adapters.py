@@ -167,6 +167,23 @@ async def test_a_worker_that_comes_later_gets_what_the_others_got(start_worker, 
         assert cluster.flow.explain("tenant", "later")["decode_worker"] == second.settings.worker_id
 
 
+async def test_what_was_loaded_through_one_router_is_given_by_another_to_a_worker_that_comes(start_worker, saved):
+    async with real_cluster(start_worker) as first, real_cluster(start_worker) as second:
+        routers, lora = (first.address, second.address), {"enable_lora": True}
+        await start_worker(Role.DECODE, routers=routers, model=lora)
+        async with asyncio.timeout(30):
+            while not all(cluster.flow.models() for cluster in (first, second)):
+                await asyncio.sleep(0.01)
+        await first.flow.adapters.load("a", str(saved["a"]))
+        newcomer = await second.add(Role.PREFILL, model=lora)
+        async with asyncio.timeout(30):
+            while [served.name for served in newcomer.adapters.table.served] != ["a"]:
+                await asyncio.sleep(0.01)
+        await second.flow.adapters.unload("a")
+        another = await second.add(Role.PREFILL, worker_id="another", model=lora)
+        assert not another.adapters.table.served
+
+
 async def test_steps_go_on_while_an_adapter_is_loaded(start_worker, make_prompt, saved, monkeypatch):
     may_end, load = threading.Event(), AdapterLoader._held
 
