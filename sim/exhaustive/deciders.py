@@ -16,6 +16,7 @@ from ...decode_worker.ledger import RouterKey
 from ...decode_worker.order import key_of, order_from_wire
 from ...decode_worker.report import known_end_message
 from ...decode_worker.service import DecodeService
+from ...engine.adapters import AdapterTable
 from ...kv.block import BlockIdentity
 from ...kv.keys import PromptHasher
 from ...kv.messages import epoch_from_wire
@@ -46,6 +47,8 @@ PATIENCE_S = 2.0
 class _Run:
     """Stands for the task of an order, which is an automaton of its own."""
 
+    adapter_slot = 0  # no request of this small world has an adapter
+
     def __init__(self, name: tuple[str, int], actions: Callable[[Any], None]) -> None:
         self.name = name
         self.is_cancelled = False
@@ -63,7 +66,8 @@ class Service(DecodeService):
     def __init__(self) -> None:
         self.actions: list[Any] = []
         client = SimpleNamespace(on_step=lambda _: None)
-        tools = SimpleNamespace(facts=FACTS, pull=SimpleNamespace(dispatcher=client, counters=Counter()))
+        pull = SimpleNamespace(dispatcher=client, counters=Counter())
+        tools = SimpleNamespace(facts=FACTS, pull=pull, adapters=AdapterTable())
         super().__init__(cast(Any, tools), cast(Any, None))
         self._opened: list[Any] = []
         self._graces: list[Callable[[], None]] = []

@@ -68,6 +68,9 @@ class Apart(Quick):
             httpx.AsyncClient(timeout=30) as client,
             client.stream(method, url, headers=headers, **more) as reply,
         ):
+            if reply.status_code in (429, 503):  # a starved machine: asked again
+                await asyncio.sleep(float(reply.headers["retry-after"]))
+                return await self.events(index, path, most, **more)
             if reply.status_code != 200:
                 return [{"http_status": reply.status_code, **json.loads(await reply.aread())}]
             async for line in reply.aiter_lines():

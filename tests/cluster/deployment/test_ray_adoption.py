@@ -43,7 +43,13 @@ class RayHome:
             "cache": {"tokens": 4096},
             "step": {"num_threads": 1},
             "router": {"port": self.port, "grpc_port": self.grpc_port},
-            "cluster": {"launcher": "ray", "ray_address": f"127.0.0.1:{self.ray_port}", "prefill": 1, "decode": 1},
+            "cluster": {
+                "launcher": "ray",
+                "ray_address": f"127.0.0.1:{self.ray_port}",
+                "prefill": 1,
+                "decode": 1,
+                "ready_timeout_s": 220,  # a starved machine
+            },
         }
         (folder / "cluster.json").write_text(json.dumps(settings))
 
