@@ -17,7 +17,7 @@ from ..core.errors import InvalidRequest, TwostrokeError
 from ..core.request import Role
 from .processes import check_key
 from .status import ApiKey, Ca, Cert, Grpc, Insecure, Key, tls_of
-from .supervised import running_folder_of
+from .supervised import refuse_without_supervisor, running_folder_of
 
 MARGIN_S = 60.0  # beyond the drain itself, for the end of the process
 PROGRESS_S = 1.0
@@ -47,6 +47,7 @@ def drain(
         asked = {"verb": "drain", "worker": worker, "timeout_s": timeout, "force": force}
         answer = asyncio.run(command(folder.socket, asked, _say, timeout + MARGIN_S))
     else:
+        refuse_without_supervisor(grpc)
         settings = o.config_from({"config": config})
         check_key(settings)
         tls = tls_of(tls_ca)

@@ -10,7 +10,7 @@ import typer
 from ..cluster.operations.control import command
 from ..core.errors import ConfigError
 from .status import Grpc
-from .supervised import running_folder_of
+from .supervised import refuse_without_supervisor, running_folder_of
 
 LONGEST_S = 86_400.0  # every step of it has a deadline of its own (cluster.ready_timeout_s, cluster.drain_timeout_s)
 
@@ -31,6 +31,7 @@ def restart(
         raise ConfigError("give --rolling: workers restart one at a time; `down` and `up` restart all of it at once")
     folder = running_folder_of(grpc)
     if folder is None:
+        refuse_without_supervisor(grpc)
         raise ConfigError(
             f"no cluster of yours runs on this machine at {grpc}; give its --grpc, and elsewhere use what started it "
             "(kubectl rollout restart)"

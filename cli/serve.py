@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from functools import partial
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -207,10 +207,9 @@ async def _serve(config: Config, stop: Stop, *, detached: bool) -> int:
                 config, plan = deployment.again()
             else:
                 config, plan = await unless(stop.asked, prepare(config, progress.show))
-            say = partial(console.log, markup=False)
-            supervisor = Supervisor(config, plan, say=say, deployment=deployment)
+            supervisor = Supervisor(config, plan, say=_note, deployment=deployment)
             for remark in [*_remarks(plan), *settings_remarks(config), supervisor.tls_remark]:
-                console.log(remark, markup=False)
+                _note(remark)
             doors = Doors(supervisor, stop, held)
             await doors.open()
             num_living = len(deployment.living) if deployment is not None else 0
@@ -223,12 +222,12 @@ async def _serve(config: Config, stop: Stop, *, detached: bool) -> int:
             _greet(supervisor, plan)
         await stop.asked.wait()
         grace_s = config.cluster.drain_timeout_s
-        console.log(
+        _note(
             f"draining: answers have {grace_s:g} s to end (cluster.drain_timeout_s); "
             "Ctrl-C once more stops without waiting"
         )
         await unless(stop.asked_again, supervisor.stop())
-        console.log("stopped")
+        _note("stopped")
         return 0
     except BaseException as error:
         is_asked = stop.asked.is_set()
@@ -268,10 +267,18 @@ async def _leave(supervisor: Supervisor | None, doors: Doors | None, error: Base
         await doors.close(keeps_folder=True)
     if not isinstance(error, (TwostrokeError, Stopped)):
         console.print_exception()
-    console.log("the members serve on without a supervisor; `twostroke up` starts another one", markup=False)
+    _note("the members serve on without a supervisor; `twostroke up` starts another one")
     if isinstance(error, TwostrokeError):
         fail(error)
     leave(LEFT_EXIT)
+
+
+def _note(line: str) -> None:
+    """Log a line with its time. In a file it is as long as it is: rich would pad it to the width of a screen."""
+    if console.is_terminal:
+        console.log(line, markup=False)
+    else:
+        console.print(f"[{datetime.now():%H:%M:%S}] {line}", markup=False, highlight=False)
 
 
 class _Progress:
@@ -293,7 +300,7 @@ class _Progress:
         self._status.update(line)
         work = line.partition(" … ")[0]
         if not console.is_terminal and work != self._said:
-            console.log(work, markup=False)
+            _note(work)
         self._said = work
 
 

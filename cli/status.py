@@ -12,6 +12,7 @@ from rich.table import Table
 
 from ..client.client import Client
 from .secret import read_key
+from .supervised import without_supervisor
 
 Grpc = Annotated[str, typer.Option("--grpc", help="host:port of the router's gRPC face.")]
 
@@ -76,6 +77,9 @@ def status(
         console.print(line, markup=False)
     if cluster.get("supervisor"):
         console.print(_planner(cluster["supervisor"]), markup=False)
+    remark = without_supervisor(grpc)
+    if remark is not None:
+        console.print(remark, markup=False, highlight=False, style="yellow")
     router = cluster["router"]
     console.print(_encryption(cluster), markup=False)
     if router.get("calls_refused"):

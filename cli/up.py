@@ -28,7 +28,7 @@ from ..core.ports import free_ports
 
 POLL_S = 0.2
 ASK_S = 5.0
-LOG_COLUMNS = "1000"  # a line of the log is not cut into several
+_REFUSED = 2  # exit code of a command that names its reason
 END_S = 10.0  # for a start that is given up
 
 
@@ -66,6 +66,8 @@ def up(
             said = told.news()
             _tidy(folder)
             if isinstance(error, TwostrokeError):
+                if process.returncode == _REFUSED and said:
+                    raise Unavailable(f"the cluster did not start: {said[-1].removeprefix('twostroke: ')}") from None
                 raise Unavailable(": ".join([str(error), *said[-1:]])) from None
             raise
     state = folder.state()
@@ -96,7 +98,7 @@ def _spawn(settings: Config, out: IO[bytes]) -> subprocess.Popen[bytes]:
         stdout=out,
         stderr=out,
         start_new_session=True,
-        env=member_environment() | {"COLUMNS": LOG_COLUMNS},
+        env=member_environment(),
     )
     assert process.stdin is not None
     with contextlib.suppress(BrokenPipeError):  # it ended already; its log says why

@@ -15,6 +15,7 @@ from ...core.errors import ConfigError
 from ...core.tls.callers import Caller
 from ...core.tls.config import TlsConfig
 from ..config import Config
+from ..operations.run_folder import RECORD_NAME
 from ..placement import Plan
 from ..prepare import prepare_again
 from .adoption import Adopt, Given, Refuse, decide
@@ -23,7 +24,7 @@ from .processes import can_outlive, name_of, named_in
 from .record import FORMAT, Changing, PlanRecord, Ports, Record, Unreadable, parse
 from .settings import digests, has_own_key
 
-RECORD, KEYS, LOGS = "deployment.json", "keys.json", "members"
+KEYS, LOGS = "keys.json", "members"
 TracesOf = Callable[[Path, Iterable[str | None]], Sequence[Traces]]
 _ID_BYTES = 8
 _SALT_BYTES = 16
@@ -111,7 +112,7 @@ class Deployment:
             self._save()
 
     def _save(self) -> None:
-        _write(self._folder / RECORD, self.record.to_json())
+        _write(self._folder / RECORD_NAME, self.record.to_json())
 
 
 def outlives(config: Config) -> bool:
@@ -147,7 +148,7 @@ def claim(folder: Path, given: Config, traces_of: TracesOf) -> Deployment:
         place.end_now([handle for handle in decision.strays if handle in there])
     if isinstance(decision, Adopt):
         return Deployment(folder, given, record, decision.living)
-    for name in (RECORD, KEYS):
+    for name in (RECORD_NAME, KEYS):
         (folder / name).unlink(missing_ok=True)
     return Deployment(folder, given, None, {})
 
@@ -183,7 +184,7 @@ def read_record(folder: Path) -> Record | None:
         Unreadable: this release does not understand it.
     """
     try:
-        return parse((folder / RECORD).read_bytes())
+        return parse((folder / RECORD_NAME).read_bytes())
     except OSError:
         return None
 

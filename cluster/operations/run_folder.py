@@ -21,6 +21,7 @@ from typing import IO, NamedTuple
 from ...core.errors import ConfigError
 
 _LOCK, _STATE, _SOCKET = "in-use", "state.json", "control.sock"
+RECORD_NAME = "deployment.json"  # what its members are, while they may outlive the process (deployment/)
 LOG_NAME = "serve"  # of the detached process: serve.log and serve.log.1
 MAX_SOCKET_PATH = 100  # bytes; the system's limit is 107
 

@@ -59,7 +59,8 @@ def offered_tools(call: GenerateCall, model: ServedModel) -> Offered | None:
         return None
     if model.template is not None and not model.template.asks_for("tools"):
         raise UnsupportedParameter(
-            "tools: the model's chat template reads none; describe them in a message, or serve a model with tools",
+            "tools: the model's chat template reads none; describe them in a message, or start the router with a "
+            "--chat-template that reads them",
             param="tools",
         )
     if model.parsers.tools == NONE and not model.leaves_calls:
@@ -204,10 +205,17 @@ def _allowed(given: Mapping[str, Any], names: set[str]) -> tuple[str, set[str]]:
         raise InvalidRequest(
             f"{where}.tools is {short(listed)}; must be a list of 1 to {MAX_TOOLS} functions", param="tool_choice"
         )
-    return mode, {
-        _choice(one, names)[1] or ""
-        for one in (one if isinstance(one, Mapping) else {"function": one} for one in listed)
-    }
+    allowed = set()
+    for place, one in enumerate(listed):
+        function = one.get("function") if isinstance(one, Mapping) else None
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if not isinstance(name, str) or name not in names:
+            raise InvalidRequest(
+                f"{where}.tools[{place}] names {short(one if name is None else name)}, which is none of the tools",
+                param="tool_choice",
+            )
+        allowed.add(name)
+    return mode, allowed
 
 
 def _choice(given: Any, names: set[str]) -> tuple[str, str | None]:
@@ -227,7 +235,7 @@ def _choice(given: Any, names: set[str]) -> tuple[str, str | None]:
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(name, str):
         raise InvalidRequest(
-            f"tool_choice is {short(given)}; must be {', '.join(_CHOICES)}, or "
+            f"tool_choice is {short(given)}; must be {', '.join(_CHOICES)}, allowed_tools, or "
             '{"type": "function", "function": {"name": ...}}',
             param="tool_choice",
         )

@@ -194,6 +194,8 @@ def _prompt_ids(call: GenerateCall, prompt: Prompt | None, model: ServedModel) -
         ids, where = call.prompt or (), "prompt"
         if len(ids) < model.max_model_len:  # else it is refused below by its length
             ids = _token_ids(ids, model)
+    if not ids and prompt is not None:
+        raise InvalidRequest("messages: the model's chat template makes an empty prompt of them", param=where)
     if not ids:
         raise InvalidRequest(f"{where} is empty; give at least one token", param=where)
     if len(ids) >= model.max_model_len:

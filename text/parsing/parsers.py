@@ -57,6 +57,25 @@ _WORDS = {
     "kimi_k2": ("<|tool_call_begin|>", "<|tool_call_argument_begin|>"),
     "glm": ("<arg_key>", "<arg_value>"),
 }
+# Names of vLLM's and SGLang's parsers of the same formats.
+_SAME_TOOLS = {
+    "qwen3_coder": "qwen3_xml",
+    "qwen": "hermes",
+    "qwen25": "hermes",
+    "deepseek_v3": "deepseek",
+    "deepseekv3": "deepseek",
+    "deepseek_v31": "deepseek",
+    "glm45": "glm",
+    "glm47": "glm",
+    "openai": "harmony",
+    "gpt-oss": "harmony",
+    "llama3": "llama3_json",
+    "pythonic": "llama4_pythonic",
+}
+_SAME_REASONING = {
+    **dict.fromkeys(("deepseek_r1", "deepseek-r1", "deepseek_v3", "qwen3", "glm45", "kimi_k2", "step3"), "think"),
+    **dict.fromkeys(("openai_gptoss", "gpt-oss"), "harmony"),
+}
 TOOL_PARSERS = (AUTO, NONE, *CALLS, *WHOLE)
 REASONING_PARSERS = (AUTO, NONE, *TAGS, *WHOLE)
 
@@ -111,6 +130,7 @@ def parsers_of(template: str | None, tools: str = AUTO, reasoning: str = AUTO) -
     Raises:
         ConfigError: a name is unknown, or the two do not go together; names those that do.
     """
+    tools, reasoning = _SAME_TOOLS.get(tools, tools), _SAME_REASONING.get(reasoning, reasoning)
     for field, name, known in (
         ("router.tool_parser", tools, TOOL_PARSERS),
         ("router.reasoning_parser", reasoning, REASONING_PARSERS),

@@ -83,6 +83,10 @@ async def test_streams_outlive_the_supervisor_and_another_one_adopts_the_cluster
         os.kill(before["decode-0"], signal.SIGKILL)
         await asking.more(6)  # its streams go on at the other one; nobody starts it again
         assert not any(process.pid == before["decode-0"] for process in home.processes())
+        for words in (("status",), ("restart", "--rolling"), ("drain", "decode-1")):
+            said = await asyncio.to_thread(home.say, *words, "--grpc", home.grpc)
+            assert "nobody supervises the cluster" in said.stdout + said.stderr, words
+            assert said.returncode == (0 if words == ("status",) else 2)
 
         changed = await up(home, "--prefill", "2")
         assert changed.returncode == 2
