@@ -60,17 +60,20 @@ chaos: $(STAMP)-all,test,redis
 	$(BIN)/python -m pytest -s -m campaign tests/worker/test_chaos.py tests/worker/test_unlike_workers.py tests/system/test_unlike_ranks.py tests/model/test_grammar_masks.py \
 		tests/system/test_start.py tests/cluster/test_gpu_faults.py tests/cluster/operations tests/system/test_resume.py
 
-# A cluster over two machines (network namespaces: needs root and iproute2), one of which is lost: a minute.
+# A cluster over two machines (network namespaces: needs root and iproute2), one of which is lost, and one on a Ray
+# whose supervisor is killed: two minutes.
 nodes: $(STAMP)-all,test,redis
-	$(BIN)/python -m pytest -rs -m campaign tests/system/test_nodes.py
+	$(BIN)/python -m pytest -rs -m campaign tests/system/test_nodes.py tests/cluster/deployment/test_ray_adoption.py
 
 # The CPU kernels for 64-bit Arm under qemu: needs g++-aarch64-linux-gnu and qemu-user-static.
 arm: $(STAMP)-all,test,redis
 	$(BIN)/python -m pytest -rs -m campaign tests/kernels/test_arm.py
 
-# Every GPU kernel for the targets that the tests leave out, and the GPU benchmark's engine under the interpreter.
+# Every GPU kernel for the targets that the tests leave out, the GPU benchmark's engine under the interpreter, and the
+# CPU kernels as machines with AMX, with older AVX-512 and without AVX2 have them.
 targets: $(STAMP)-all,test,redis
-	$(BIN)/python -m pytest -rs -m campaign tests/kernels/test_ahead_of_time.py tests/kernels/test_bench_gpu.py
+	$(BIN)/python -m pytest -rs -m campaign tests/kernels/test_ahead_of_time.py tests/kernels/test_bench_gpu.py \
+		tests/model/test_native_ops.py tests/model/test_kernel_set.py tests/model/test_adapters.py
 
 # The chart's life with real helm, and the pods' commands as processes: some minutes.
 chart-life: $(STAMP)-all,test,redis .helm/helm

@@ -15,7 +15,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-from ...core.errors import ConfigError
+from ...core.errors import ConfigError, Unavailable
 from .journal import Asked, Entry
 from .sealed import Sealer
 from .stored import Stored, batch_of, read_back
@@ -100,6 +100,8 @@ class RedisStore:
         place = self._sealer.place(tenant, request_id)
         found = await self._call(self._redis.xrange(f"ts:j:{place}", count=MAX_VALUES))
         owner = await self._call(self._redis.get(f"ts:o:{place}"))
+        if found is None:
+            raise Unavailable("the journal's store does not answer; ask again", retry_after_s=1.0)
         if not isinstance(found, list) or self._sealer.open(owner, f"owner/{place}") is None:
             return None
         batches = []

@@ -26,7 +26,11 @@ class JournalStore(Protocol):
         ...
 
     async def find(self, tenant: str, request_id: str) -> Claim | None:
-        """A tenant's request of any router; None: it is not there, or the store does not answer."""
+        """A tenant's request of any router; None: it is not there.
+
+        Raises:
+            Unavailable: the store does not answer, and may have it.
+        """
         ...
 
     def own(self, entry: Entry, claim: Any) -> None:

@@ -9,7 +9,7 @@ from support.checkpoints.adapters import peft_oracle, save_adapter
 from support.checkpoints.logits_oracle import assert_same_logits, oracle
 from support.checkpoints.models import loaded_adapter
 from support.checkpoints.tiny_families import VOCAB
-from support.session.older_machines import LEVELS, library_for
+from support.session.older_machines import PLAYED, library_for
 
 from twostroke.core.errors import CheckpointError, InternalError
 from twostroke.kernels.cpu import library as native
@@ -189,7 +189,7 @@ def test_the_native_kernel_agrees_with_its_definition_at_odd_sizes(
     assert isinstance(plain.pack_change(parts), ComposedChange)
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", PLAYED)
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 def test_older_machines_compute_the_same_to_rounding(
     level: str, kind: torch.dtype, monkeypatch: pytest.MonkeyPatch

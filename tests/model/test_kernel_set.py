@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.engines.native_cache import BLOCK, Cache
-from support.session.older_machines import LEVELS, library_for
+from support.session.older_machines import PLAYED, library_for
 from support.session.recorded import Recorded
 
 from twostroke.kernels.cpu import library as native
@@ -70,7 +70,7 @@ def digest() -> str:
     return hasher.hexdigest()[:16]
 
 
-@pytest.mark.parametrize("machine", ["native", *LEVELS])
+@pytest.mark.parametrize("machine", ["native", *PLAYED])
 def test_bits_are_those_of_the_version_that_stands_in_the_numerics(
     machine: str, monkeypatch: pytest.MonkeyPatch, recorded: Recorded
 ) -> None:

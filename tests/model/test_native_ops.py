@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from support.engines.native_cache import BLOCK, NUM_BLOCKS, Cache, planes
-from support.session.older_machines import LEVELS, library_for
+from support.session.older_machines import PLAYED, library_for
 
 from twostroke.kernels.cpu import library as native
 from twostroke.kernels.cpu.build import NativeUnavailable, build
@@ -388,7 +388,7 @@ def test_a_head_is_a_norm_and_a_product_and_finds_the_extremes(dtype: torch.dtyp
             assert_same_extremes(logits.extremes, logits.rows.numpy())
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", PLAYED)
 def test_older_machines_compute_the_same_to_rounding(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The forms for AVX-512 without bf16, for AVX2 and for neither run here too."""
     older = library_for(level)
@@ -417,6 +417,7 @@ def test_older_machines_compute_the_same_to_rounding(level: str, monkeypatch: py
     test_extremes_are_numpys(33)
 
 
+@pytest.mark.campaign
 def test_tiles_compute_the_same_to_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     """The code around AMX's instructions, with these emulated. Those of integers leave no bit open."""
     answers = [int8_answers(inner) for inner in (192, 1027)]

@@ -21,7 +21,7 @@ import pytest
 from twostroke import Client
 from twostroke.core.ports import free_ports
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.campaign, pytest.mark.timeout(900)]
 
 BUSY_MACHINE_S = 240.0
 ACTORS = ("ray::Router", "ray::PrefillWorker", "ray::DecodeWorker")
@@ -48,7 +48,7 @@ class RayHome:
                 "ray_address": f"127.0.0.1:{self.ray_port}",
                 "prefill": 1,
                 "decode": 1,
-                "ready_timeout_s": 220,  # a starved machine
+                "ready_timeout_s": 100,  # a starved machine
             },
         }
         (folder / "cluster.json").write_text(json.dumps(settings))

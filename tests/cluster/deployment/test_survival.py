@@ -46,7 +46,13 @@ def homes(folder: Path, tiny_checkpoint: Path) -> Iterator[Callable[..., Home]]:
 
 
 async def up(home: Home, *words: str) -> Said:
-    return await asyncio.to_thread(home.say, "up", "--config", str(home.config), *words)
+    """Between two starts any connection of this machine may have taken the port for a moment."""
+    for _ in range(5):
+        said: Said = await asyncio.to_thread(home.say, "up", "--config", str(home.config), *words)
+        if "is in use; choose another" not in said.stderr:
+            break
+        await asyncio.sleep(5.0)
+    return said
 
 
 def kill_supervisor(home: Home) -> None:
