@@ -53,7 +53,7 @@ class Grant:
         """
         if not self.may_manage:
             raise KeyForbids(
-                "this key may not load or unload adapters; set `manage: true` for it, or use the operator's"
+                "this key may not load or unload adapters; set `manage: true` for it in router.api_key_file"
             )
 
 

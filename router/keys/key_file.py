@@ -90,9 +90,9 @@ def grants_in(path: Path) -> dict[bytes, Grant]:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"]))
-        said = f"is not a setting; there are {', '.join(KeyEntry.model_fields)}"
-        why = said if first["type"] == "extra_forbidden" and first["loc"][0] == "keys" else f": {first['msg']}"
-        raise ConfigError(f"router.api_key_file {path}: {place}{' ' if why is said else ''}{why}") from None
+        is_misspelt = first["type"] == "extra_forbidden" and first["loc"][0] == "keys"
+        why = f" is not a setting; there are {', '.join(KeyEntry.model_fields)}" if is_misspelt else f": {first['msg']}"
+        raise ConfigError(f"router.api_key_file {path}: {place}{why}") from None
     grants = {digest_of(entry.key): entry.grant() for entry in read.keys}
     if len(grants) < len(read.keys):
         raise ConfigError(f"router.api_key_file {path} has a key twice; give each entry a key of its own")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from twostroke.core.errors import Unavailable
 from twostroke.core.request import Request, SamplingParams
 from twostroke.router.journal.journal import Asked, Entry
 from twostroke.router.journal.redis_store import RedisStore
@@ -116,3 +117,13 @@ async def test_it_closes_though_a_library_swallows_a_cancellation():
     async with asyncio.timeout(20):
         await store.close()
     assert swallowed
+
+
+async def test_a_redis_that_does_not_answer_is_not_told_as_a_request_that_is_not_there():
+    store = RedisStore("redis://127.0.0.1:1", b"k" * 32, "router", lambda _: 60.0, lambda _: None)  # nobody listens
+    try:
+        with pytest.raises(Unavailable, match="does not answer; ask again") as caught:
+            await store.find("t", "cmpl-1")
+        assert caught.value.retry_after_s == 1.0
+    finally:
+        await store.close()

@@ -296,6 +296,15 @@ async def test_a_given_template_replaces_the_checkpoints(tmp_path):
         assert (call.function.name, json.loads(call.function.arguments)) == ("get_weather", OSLO)
 
 
+async def test_a_given_template_that_prints_nothing_is_named(model):
+    async with router(
+        chat_template="{% for m in message %}{{ m.content }}{% endfor %}"
+    ) as there:  # a slip: no messages
+        await there.add(worker(model, TWO))
+        with pytest.raises(openai.BadRequestError, match="chat template makes an empty prompt"):
+            await there.chat()
+
+
 async def test_parsers_can_be_switched_off(model):
     async with router(tool_parser="none", reasoning_parser="none") as there:
         await there.add(worker(model, TWO))

@@ -88,7 +88,7 @@ def test_a_file_says_what_a_key_allows(tmp_path: Path) -> None:
     [
         ("keys: [", "YAML"),
         ("keys:\n  - key: sk-in-plain-text-by-mistake\n", "keys.0.key"),
-        ("keys:\n" + entry(KEY, "    tennant: acme\n"), "keys.0.tennant"),
+        ("keys:\n" + entry(KEY, "    tennant: acme\n"), "keys.0.tennant is not a setting; there are key, tenant"),
         ("keys:\n" + entry(KEY, "    tenant: a b\n"), "keys.0.tenant"),
         ("keys:\n" + entry(KEY, "    priority: 100000\n"), "keys.0.priority"),
         ("keys:\n" + entry(KEY, "    tokens_per_minute: 0\n"), "keys.0.tokens_per_minute"),

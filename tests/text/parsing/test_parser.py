@@ -219,3 +219,17 @@ def test_an_unknown_parser_is_refused_with_the_list():
 def test_parsers_that_do_not_go_together_are_refused():
     with pytest.raises(ConfigError, match="harmony is a grammar of the whole output"):
         parsers_of(None, "harmony", "think")
+
+
+@pytest.mark.parametrize(
+    ("given", "served"),
+    [
+        (("qwen3_coder", "none"), ("qwen3_xml", "none")),
+        (("glm45", "glm45"), ("glm", "think")),
+        (("openai", "openai_gptoss"), ("harmony", "harmony")),
+        (("deepseek_v3", "deepseek_r1"), ("deepseek", "think")),
+        (("pythonic", "auto"), ("llama4_pythonic", "none")),
+    ],
+)
+def test_names_of_other_servers_mean_the_same_formats(given, served):
+    assert parsers_of(None, *given) == served
