@@ -184,6 +184,28 @@ async def test_what_was_loaded_through_one_router_is_given_by_another_to_a_worke
         assert not another.adapters.table.served
 
 
+async def test_a_worker_that_comes_while_the_others_load_gets_it_too(start_worker, saved, monkeypatch):
+    may_end, load = threading.Event(), AdapterLoader._held
+
+    def slow(loader, command):
+        assert may_end.wait(60)
+        return load(loader, command)
+
+    async with real_cluster(start_worker) as cluster:
+        await cluster.add(Role.DECODE, model={"enable_lora": True})
+        monkeypatch.setattr(AdapterLoader, "_held", slow)
+        loading = asyncio.create_task(cluster.flow.adapters.load("a", str(saved["a"])))
+        try:
+            await asyncio.sleep(0.2)  # the workers to ask are chosen
+            newcomer = await cluster.add(Role.PREFILL, model={"enable_lora": True})
+        finally:
+            may_end.set()
+        await loading
+        async with asyncio.timeout(30):
+            while [served.name for served in newcomer.adapters.table.served] != ["a"]:
+                await asyncio.sleep(0.01)
+
+
 async def test_steps_go_on_while_an_adapter_is_loaded(start_worker, make_prompt, saved, monkeypatch):
     may_end, load = threading.Event(), AdapterLoader._held
 
