@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ...core.errors import TwostrokeError
+from ...core.errors import Overloaded, TwostrokeError
 from ...core.request import Epoch
 from ...core.timeline import Timeline
 from ..routing.facts import WorkerKey
@@ -40,6 +40,11 @@ class Dispatch:
     def is_resumed(self) -> bool:
         """True if the client had tokens when it was sent."""
         return any(self.resumed)
+
+    @property
+    def was_refused(self) -> bool:
+        """True if its worker was full."""
+        return self.left is not None and isinstance(self.left.error, Overloaded)
 
     def begins_with(self, choice: int) -> int:
         """Index of the first token of a choice that this dispatch generates."""

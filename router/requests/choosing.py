@@ -8,7 +8,7 @@ from dataclasses import replace
 from ...core.request import Request, Role
 from ..routing.known_worker import Worker
 from ..routing.policy import RoutingDecision, choose
-from ..routing.views import RETRY_AFTER_S, views_of
+from ..routing.views import views_of
 from .roster import Roster
 from .state import RequestState
 from .surroundings import Driver, LifeLimits
@@ -28,7 +28,7 @@ class Chooser:
     def choose(self, run: RequestState, now_s: float) -> RoutingDecision | None:
         """The workers with the lowest cost for a request; None: nobody can take it now."""
         request, prefixes = run.request, self._roster.prefixes
-        workers = [w for w in _serving(self._roster, request) if w.facts.key not in run.excluded]
+        workers = [w for w in _serving(self._roster, request) if not run.excludes(w.facts.key, now_s)]
         if not run.dispatches:  # else a client waits in the middle of its answer, or was promised one
             num, prompt = request.num_choices, len(request.prompt_ids)
             workers = [w for w in workers if w.role is Role.PREFILL or w.has_seat(num, prompt)]
@@ -92,14 +92,11 @@ class Chooser:
         return end_s
 
     def next_look_s(self, run: RequestState, now_s: float) -> float | None:
-        """When a waiting request looks for a worker again if nothing changes before; None: it gives up now.
-
-        A stream that has begun then asks those again that refused it; a new request does not.
-        """
+        """When a waiting request looks for a worker again if nothing changes before; None: it gives up now."""
         end_s = self.end_of_wait_s(run, now_s)
         if now_s >= end_s:
             return None
-        return min(end_s, now_s + RETRY_AFTER_S) if run.has_output and run.excluded else end_s
+        return min(end_s, run.next_ask_s(now_s))
 
 
 def _serving(roster: Roster, request: Request) -> list[Worker]:

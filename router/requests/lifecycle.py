@@ -45,7 +45,7 @@ from .surroundings import Driver, LifeLimits, Observer
 from .suspects import acquit, blame
 from .waiting import Waiting
 
-MAX_DISPATCHES = 3  # of a request without output
+MAX_DISPATCHES = 3  # of a request without output, but for refusals of full workers, which its patience bounds
 MAX_RESUMED_DISPATCHES = 16  # of one whose client has output
 MAX_ID_IN_NAME = 128  # characters of the client's id in a name, for operators who read logs
 # A refusal with one of these codes concerns the worker and not the request, so another worker may be tried.
@@ -260,12 +260,7 @@ class Lifecycle:
             )
             self.fail(run, run.cause or nobody, now_s)  # after a retry report its cause, not the lack of workers
             return
-        self._waiting.add(run.name, look_s - now_s, lambda now_s: self._ask_all_again(run, now_s))
-
-    def _ask_all_again(self, run: RequestState, now_s: float) -> None:
-        if run.has_output:
-            run.excluded.clear()
-        self._look_again(run.name, now_s)
+        self._waiting.add(run.name, look_s - now_s, lambda now_s: self._look_again(run.name, now_s))
 
     def _look_again(self, name: str, now_s: float) -> None:
         if self._waiting.remove(name):
@@ -339,11 +334,13 @@ class Lifecycle:
         most = MAX_RESUMED_DISPATCHES if run.has_output else MAX_DISPATCHES
         # The budget is for requests that a client could send again itself; a worker that drains refuses none of them.
         is_free = is_lost or run.has_output or self._drains(run)
-        if len(run.dispatches) >= most or not (is_free or self.admission.may_retry()):
+        if run.num_tries >= most or not (is_free or self.admission.may_retry()):
             self.fail(run, error, now_s)
             return
         self._recall(run, error, now_s, may_return=is_lost)
-        run.cause, run.waits_since_s = error, now_s
+        run.cause = error
+        if run.has_output or not isinstance(error, Overloaded):
+            run.waits_since_s = now_s  # else its patience with full workers would begin anew at each of them
         self._observer.sent_again(run, error)
         # Not at once: the caller is still handling a worker's messages or its loss.
         self._waiting.add(run.name, 0.0, lambda now_s: self._look_again(run.name, now_s))
@@ -358,7 +355,7 @@ class Lifecycle:
         return worker is not None and worker.facts.key == run.living.decode and worker.draining
 
     def _recall(self, run: RequestState, error: TwostrokeError, now_s: float, *, may_return: bool = False) -> None:
-        """Take a request back from its worker, which gets a cancel and is not chosen for it again.
+        """Take a request back from its worker, which gets a cancel and is not chosen for it soon.
 
         `may_return`: the worker's session broke, so no cancel reaches it. It may get the request once more when it is
         back, under a higher epoch, which ends the older run there.
@@ -369,7 +366,7 @@ class Lifecycle:
         run.recall(error, now_s)  # a token that is under way now would come from the next worker once more
         self._orders.forget(run)
         if not may_return:
-            run.excluded.add(worker)
+            run.exclude(worker, error, now_s)
 
     def _expire(self, run: RequestState, now_s: float) -> None:
         self.fail(run, DeadlineExceeded(f"the request's timeout of {run.request.timeout_s:g} s passed"), now_s)

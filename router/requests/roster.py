@@ -74,10 +74,9 @@ class Roster:
 
     def beat(self, key: WorkerKey, beat: worker_pb2.Beat | None, now_s: float) -> None:
         """A message arrived on a worker's session; None: it was no Beat."""
-        if beat is None:
-            self.fleet.beat(key, now_s)
-        else:
-            self.fleet.beat(key, now_s, beat.phase, beat.steps)
+        phase, steps = (None, None) if beat is None else (beat.phase, beat.steps)
+        if self.fleet.beat(key, now_s, phase, steps):
+            self._wires.changed()
 
     def watching(self, key: WorkerKey) -> None:
         """A new watch begins: the numbers of its events start anew."""

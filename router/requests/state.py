@@ -5,13 +5,14 @@ Knows no network and no event loop: `on_news` tells the owner of the client's st
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
 
-from ...core.errors import TokensLost, TwostrokeError, WorkerLost
+from ...core.errors import Overloaded, TokensLost, TwostrokeError, WorkerLost
 from ...core.life import Transfer
 from ...core.request import FinishReason, Request
 from ...core.timeline import Instant, Timeline
@@ -20,6 +21,7 @@ from ...kv.messages import adopt_instants, epoch_from_wire, error_from_wire, fin
 from ...protos import worker_pb2
 from ..routing.facts import ModelFacts, WorkerKey
 from ..routing.policy import RequestFacts
+from ..routing.views import RETRY_AFTER_S
 from ..workers.wire import transfer_of
 from .attempts import Dispatch, Left
 from .delivery import Delivery, DeliveryVerdict, PieceBuffer
@@ -54,7 +56,7 @@ class RequestState:
         self.model = model
         self.delivery = Delivery(request.num_choices)
         self.dispatches: list[Dispatch] = []
-        self.excluded: set[WorkerKey] = set()  # workers that failed it
+        self._failed_by: dict[WorkerKey, Left] = {}
         self.suspicion: Suspicion | None = None  # a worker was lost with it
         self.stage = Stage.ROUTING
         self.waits_since_s = 0.0  # while ROUTING: begin of the wait for a worker
@@ -93,6 +95,31 @@ class RequestState:
     def has_output(self) -> bool:
         """True if its client has a token: another worker must go on after it."""
         return self.delivery.completion_tokens > 0
+
+    @property
+    def num_tries(self) -> int:
+        """Number of dispatches, but for those to workers that were full and began nothing."""
+        return sum(1 for dispatch in self.dispatches if dispatch.is_resumed or not dispatch.was_refused)
+
+    def exclude(self, worker: WorkerKey, error: TwostrokeError, now_s: float) -> None:
+        """A worker failed it: it is not chosen for it soon, or not at all (see `next_ask_s`)."""
+        self._failed_by[worker] = Left(now_s, error)
+
+    def excludes(self, worker: WorkerKey, now_s: float) -> bool:
+        """True if a worker that failed it is not to be asked again now."""
+        failed = self._failed_by.get(worker)
+        return failed is not None and now_s < self._asks_again_s(failed)
+
+    def next_ask_s(self, now_s: float) -> float:
+        """When the next of the workers that failed it may be asked again; infinity: none."""
+        return min(
+            (at_s for at_s in map(self._asks_again_s, self._failed_by.values()) if at_s > now_s), default=math.inf
+        )
+
+    def _asks_again_s(self, failed: Left) -> float:
+        """A stream that has begun asks all again; a new request only those that were full."""
+        may_ask = self.has_output or isinstance(failed.error, Overloaded)
+        return failed.at_s + RETRY_AFTER_S if may_ask else math.inf
 
     @property
     def leading(self) -> int:

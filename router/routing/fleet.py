@@ -131,17 +131,22 @@ class Fleet:
         worker.in_flight.clear()
         return [FleetChange(Change.LOST, worker.facts, reason)]
 
-    def beat(self, key: WorkerKey, now_s: float, phase: str | None = None, steps: int | None = None) -> None:
-        """A message arrived on a worker's session; phase and steps come with a Beat only."""
+    def beat(self, key: WorkerKey, now_s: float, phase: str | None = None, steps: int | None = None) -> bool:
+        """A message arrived on a worker's session; phase and steps come with a Beat only.
+
+        Returns True if the worker was suspect until now, and is live again.
+        """
         worker = self._find(key)
         if worker is None or not worker.session_up:
-            return
+            return False
+        was_suspect = worker.state is WorkerState.SUSPECT
         worker.heard_s = worker.beat_s = now_s
         worker.silent = False
         if steps is None or steps != worker.steps or phase == "idle":
             worker.step_changed_s, worker.stalled = now_s, False
         worker.steps = worker.steps if steps is None else steps
         worker.phase = worker.phase if phase is None else phase
+        return was_suspect and worker.state is WorkerState.LIVE
 
     def loaded(self, key: WorkerKey, load: LoadFacts, role: Role, now_s: float) -> None:
         """A load report arrived on a worker's watch."""

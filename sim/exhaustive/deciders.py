@@ -277,7 +277,7 @@ class Router:
                 tuple((c.epoch, c.next_index, c.finish) for c in run.delivery._choices),
                 None if run.living is None else (run.living.decode.worker_id, run.living.epoch.counter),
                 len(run.dispatches),
-                tuple(sorted(run.excluded)),
+                tuple(sorted((worker, left.error.code) for worker, left in run._failed_by.items())),
                 run.error.code if run.error else None,
                 run.cause.code if run.cause else None,
                 run.name in life._waiting,

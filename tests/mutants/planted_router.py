@@ -180,7 +180,7 @@ _LIVES = [
         "        self._orders.forget(run)\n        if not may_return",
         "        if not may_return",
     ),
-    Mutant("router/requests/lifecycle.py", "            run.excluded.add(worker)\n", "            pass\n"),
+    Mutant("router/requests/lifecycle.py", "            run.exclude(worker, error, now_s)\n", "            pass\n"),
     Mutant(
         "router/requests/lifecycle.py",
         "        elif run.living is None or run.living.decode != key:\n",
@@ -188,7 +188,7 @@ _LIVES = [
     ),
     Mutant(
         "router/requests/lifecycle.py",
-        "if len(run.dispatches) >= most or not (",
+        "if run.num_tries >= most or not (",
         "if not (",
     ),
     Mutant(
@@ -253,7 +253,7 @@ _LIVES = [
         "        self._recall(run, error, now_s, may_return=is_lost)\n",
         "        self._recall(run, error, now_s)\n",
     ),
-    Mutant("router/requests/choosing.py", "if w.facts.key not in run.excluded]", "if True]"),
+    Mutant("router/requests/choosing.py", "if not run.excludes(w.facts.key, now_s)]", "if True]"),
     Mutant("router/requests/choosing.py", "if w.facts.key not in taken]", "if True]"),
     Mutant(
         "router/requests/choosing.py",
@@ -265,7 +265,13 @@ _LIVES = [
     Mutant("router/requests/orders.py", "is_leading=index == unfinished[0]", "is_leading=index == 0"),
     Mutant("router/workers/wire.py", "        emitted_tokens=len(emitted_ids),\n", ""),
     Mutant("router/workers/wire.py", "key.choice == 0 and not emitted_ids", "key.choice == 0"),
-    Mutant("router/requests/lifecycle.py", "            run.excluded.clear()\n", "            pass\n"),
+    Mutant(
+        "router/requests/state.py",
+        "may_ask = self.has_output or isinstance(failed.error, Overloaded)",
+        "may_ask = False",
+    ),
+    Mutant("router/requests/state.py", " or isinstance(failed.error, Overloaded)", ""),
+    Mutant("router/requests/state.py", "self.has_output or isinstance(failed.error, Overloaded)", "True"),
     Mutant("router/requests/lifecycle.py", "None if has_left else blame(", "blame("),
     Mutant(
         "router/requests/lifecycle.py",
@@ -318,9 +324,20 @@ _LIVES = [
     Mutant("router/requests/roster.py", "        self.prefixes.sweep(sweep_entries)\n", ""),
     Mutant(
         "router/requests/roster.py",
-        "            self.fleet.beat(key, now_s, beat.phase, beat.steps)\n",
-        "            self.fleet.beat(key, now_s)\n",
+        "        if self.fleet.beat(key, now_s, phase, steps):\n",
+        "        if self.fleet.beat(key, now_s):\n",
     ),
+    Mutant(
+        "router/requests/roster.py",
+        "phase, steps):\n            self._wires.changed()\n",
+        "phase, steps):\n            pass\n",
+    ),
+    Mutant(
+        "router/requests/lifecycle.py",
+        "        if run.has_output or not isinstance(error, Overloaded):\n",
+        "        if True:\n",
+    ),
+    Mutant("router/requests/state.py", "dispatch.is_resumed or not dispatch.was_refused", "True"),
     Mutant("router/requests/roster.py", "            self._wires.lost(change)\n", ""),
     Mutant(
         "router/requests/roster.py",
@@ -466,7 +483,7 @@ _LATER = [
         "self._driver.later(max(0.0, run.left_s(now_s)),",
         "self._driver.later(run.request.timeout_s,",
     ),
-    Mutant("router/requests/lifecycle.py", "run.cause, run.waits_since_s = error, now_s", "run.cause = error"),
+    Mutant("router/requests/lifecycle.py", "            run.waits_since_s = now_s  # else", "            pass  # else"),
     Mutant(
         "router/routing/fleet.py",
         "            worker.heard_s = worker.beat_s = worker.step_changed_s = now_s\n",

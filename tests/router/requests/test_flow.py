@@ -343,10 +343,10 @@ async def test_the_retry_budget_bounds_second_dispatches() -> None:
         workers = [FakeWorker(name) for name in "abc"]
         await c.add(*workers)
         for worker in workers:
-            worker.behaviour.refuse = common_pb2.Error(code="overloaded", message="full", retry_after_ms=500)
+            worker.behaviour.refuse = common_pb2.Error(code="unavailable", message="no", retry_after_ms=500)
         asked = 30
         for number in range(asked):
-            with pytest.raises(errors.Overloaded):
+            with pytest.raises(errors.Unavailable):
                 await asyncio.wait_for(collect(c.flow, request(f"r{number}")), 5.0)
         dispatches = sum(len(worker.submits) for worker in workers)
         assert asked + 10 <= dispatches <= asked + 10 + 3 + 1  # the reserve, and a tenth

@@ -175,7 +175,7 @@ def test_an_end_before_all_tokens_came_is_no_end() -> None:
     assert first.finish_reasons == second.finish_reasons == ()
 
 
-@pytest.mark.parametrize("code", ["unavailable", "overloaded", "worker_lost", "tokens_lost"])
+@pytest.mark.parametrize("code", ["unavailable", "worker_lost", "tokens_lost"])
 def test_a_request_is_sent_three_times_at_most(code: str) -> None:
     router = Router("a", "b", "c", "d")
     run = router.ask()
@@ -221,9 +221,9 @@ def test_a_request_waits_for_a_worker_and_gives_up_when_its_patience_is_over() -
 def test_who_gives_up_waiting_says_why_it_had_to_wait() -> None:
     router = Router("a")
     run = router.ask()
-    router.end(run, code="overloaded")
+    router.end(run, code="tokens_lost")
     router.pass_s(9.0)
-    assert isinstance(run.error, errors.Overloaded)
+    assert isinstance(run.error, errors.TokensLost)
 
 
 def test_a_settled_request_wakes_those_that_wait() -> None:
