@@ -31,6 +31,8 @@ _SESSION = (
 _PURE = (
     "tests/router/requests/test_lifecycle.py",
     "tests/router/requests/test_resume.py",
+    "tests/router/requests/test_full_workers.py",
+    "tests/router/requests/test_lost_workers.py",
     "tests/router/routing/test_scenarios.py",
     "tests/router/routing/test_pure.py",
 )
