@@ -190,6 +190,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "cluster/operations/room": ("tests/cluster/operations/test_room.py",),
     "cluster/operations/rolling": ("tests/cluster/operations/test_rolling.py",),
     "cluster/restarts": ("tests/cluster/test_restarts.py",),
+    "cluster/members": ("tests/cluster/test_members.py",),
     "cluster/supervisor": ("tests/cluster/test_supervisor.py", "tests/cluster/test_drained.py"),
     "worker/watch": ("tests/worker/test_watchers.py", "tests/worker/test_worker_watch.py"),
     "worker/announcer": ("tests/worker/test_announcer.py", "tests/worker/test_worker_watch.py"),

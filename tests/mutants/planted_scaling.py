@@ -24,15 +24,15 @@ MUTANTS = [
     Mutant("cluster/operations/rolling.py", "member.name and each.role is not Role.PREFILL]", "member.name]"),
     Mutant("cluster/operations/rolling.py", "(m.role is not Role.PREFILL, m.name)", "m.name"),
     Mutant(
-        "cluster/supervisor.py",
-        "            self._forget(name)\n            return\n        if name in self._rep",
+        "cluster/members.py",
+        "            self.forget(name)\n            return None\n        if name in self._rep",
         "            pass\n        if name in self._rep",
     ),
-    Mutant("cluster/supervisor.py", "        if frees_place:\n", "        if True:\n"),
+    Mutant("cluster/members.py", "        if frees_place:\n", "        if True:\n"),
     Mutant(
         "cluster/supervisor.py",
-        "        await self._end_of(name)\n        self._membership.want",
-        "        self._membership.want",
+        "        await self._end_of(name)\n        self._members.book.want",
+        "        self._members.book.want",
     ),
     Mutant(
         "router/requests/lifecycle.py", "is_lost or run.has_output or self._drains(run)", "is_lost or run.has_output"

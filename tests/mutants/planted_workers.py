@@ -242,24 +242,24 @@ _CLUSTER = [
         "        if use in (None, Use.SERVES) or member",
         "        if use is Use.SERVES or member",
     ),
-    Mutant("cluster/supervisor.py", '        self._ended_life[name] = self._life.get(name, "")\n', ""),
+    Mutant("cluster/members.py", '        self._ended_life[name] = self._life.get(name, "")\n', ""),
     Mutant(
         "cluster/supervisor.py",
-        "            elif self._membership.restarts(name) >= _START_TRIES:\n",
+        "            elif self._members.book.restarts(name) >= _START_TRIES:\n",
         "            elif False:\n",
     ),
-    Mutant("cluster/supervisor.py", "name, use if is_heard else None, now_s)", "name, use, now_s)"),
+    Mutant("cluster/members.py", "name, use if is_heard else None, now_s)", "name, use, now_s)"),
     Mutant("cluster/supervisor.py", "            if end.is_certain:\n", "            if False:\n"),
-    Mutant("cluster/supervisor.py", "        self._replaced.add(name)\n        await self._launcher.kill(name)\n", ""),
+    Mutant(
+        "cluster/supervisor.py", "        self._members.replaced(name)\n        await self._launcher.kill(name)\n", ""
+    ),
 ]
 
 _LATER = [
     Mutant(
         "cluster/supervisor.py",
-        "        await asyncio.gather(*(self._launcher.stop(name, grace_s) for name in routers))\n"
-        "        await asyncio.gather(*(self._launcher.stop(name, grace_s) for name in workers))\n",
-        "        await asyncio.gather(*(self._launcher.stop(name, grace_s) for name in workers))\n"
-        "        await asyncio.gather(*(self._launcher.stop(name, grace_s) for name in routers))\n",
+        'for kind in ("router", "worker"):',
+        'for kind in ("worker", "router"):',
     ),
     Mutant(
         "decode_worker/task.py",
@@ -273,7 +273,7 @@ _LATER = [
         "            self._tools.pull.dispatcher.send(link.CancelSequence(self.order.engine_key, verdict))\n"
         "        self._verdict = verdict\n",
     ),
-    Mutant("cluster/supervisor.py", "            self._replaced.remove(name)\n            end", "            end"),
+    Mutant("cluster/members.py", "            self._replaced.remove(name)\n            end", "            end"),
 ]
 
 MUTANTS = [*_DECODE, *_CLUSTER, *_LATER]

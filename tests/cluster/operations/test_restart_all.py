@@ -75,7 +75,7 @@ async def test_without_room_workers_restart_in_their_places(tiny_checkpoint, mon
         assert set(after) == set(before) == {"prefill-0", "decode-0", "decode-1"}
         assert all(after[name] != before[name] for name in before)
         assert sum("restarts in its place: the machine has 1 MiB free" in line for line in said) == 3
-        assert [supervisor._membership.restarts(name) for name in before] == [0, 0, 0]  # wanted, so no back-off
+        assert [supervisor._members.book.restarts(name) for name in before] == [0, 0, 0]  # wanted, so no back-off
 
 
 @pytest.mark.timeout(600)
