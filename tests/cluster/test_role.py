@@ -106,7 +106,7 @@ async def test_a_worker_that_is_killed_comes_back_with_the_role_that_it_was_give
         async with AsyncClient(supervisor.grpc_address, timeout_s=BUSY_MACHINE_S) as client:
             assert await said(supervisor, "prefill-0", "combined") == (0, "prefill-0 is combined\n")
             async with asyncio.timeout(BUSY_MACHINE_S):
-                while supervisor._members["prefill-0"].role is not Role.COMBINED:
+                while supervisor.members["prefill-0"].role is not Role.COMBINED:
                     await asyncio.sleep(0.05)
                 first = await _pid(client, "prefill-0")
                 os.kill(first, signal.SIGKILL)
