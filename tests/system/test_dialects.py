@@ -350,7 +350,9 @@ def test_ollama_describes_what_is_served(by_ollama, by_openai, served, model):
     assert httpx.head(served.url, headers={"x-api-key": KEY}).status_code == 200
     missing = httpx.get(f"{served.url}/api/embed", headers={"x-api-key": KEY})
     assert (missing.status_code, "models that write text" in missing.json()["error"]) == (404, True)
-    assert httpx.get(f"{served.url}/api/version", headers={"x-api-key": KEY}).json()["version"]
+    version = httpx.get(f"{served.url}/api/version", headers={"x-api-key": KEY}).json()["version"]
+    assert tuple(map(int, version.split("."))) >= (0, 13, 4)  # what Codex asks for
+    assert httpx.head(f"{served.url}/api/version", headers={"x-api-key": KEY}).status_code == 200
 
 
 @pytest.mark.parametrize(

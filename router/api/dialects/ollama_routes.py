@@ -26,6 +26,9 @@ from .ollama_requests import Asked, ShowBody, asked_of_chat, asked_of_generate
 from .ollama_responses import Reply, loaded
 from .one_choice import OneChoice
 
+API_VERSION = "0.20.0"
+"""Release of Ollama whose API these routes follow. Clients compare it: VS Code's chat needs 0.6.4, Codex 0.13.4."""
+
 _LATEST = ":latest"  # the tag that Ollama adds to a name without one
 _NAMES = {"chat_template_kwargs.enable_thinking": "think", "reasoning_effort": "think"}
 _LINES = "application/x-ndjson"
@@ -121,7 +124,7 @@ class _Face:
         return JsonAnswer(await asyncio.to_thread(shown, self._front.models.facts(name), served))
 
     async def version(self, http: HttpRequest) -> Response:
-        return JsonAnswer({"version": __version__})
+        return JsonAnswer({"version": API_VERSION, "server": f"twostroke {__version__}"})
 
 
 def _show_body(values: Values, *, strict: bool) -> tuple[ShowBody, list[str]]:
